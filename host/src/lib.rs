@@ -1,0 +1,12 @@
+//! Headworks: takes device messages in, runs each through sandboxed
+//! WebAssembly plugins, writes batches to databases. `ARCHITECTURE.md` is the map.
+
+pub mod batch;
+pub mod problems;
+pub mod properties;
+pub mod sinks;
+pub mod step;
+pub mod stream;
+pub mod telemetry;
+pub mod topic;
+pub mod units;

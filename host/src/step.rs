@@ -1,0 +1,96 @@
+//! A step of a pipeline: takes a batch, gives a verdict for each message.
+//!
+//! Plugins are steps; the pipeline knows only this page.
+
+use std::sync::Arc;
+
+use crate::batch::{Batch, Partition};
+use crate::problems::Problem;
+
+/// Identity of one use of a plugin: `telemetry/normalize`. State, metrics and
+/// logs belong to it, not to the file.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct StepId {
+    pub pipeline: Arc<str>,
+    pub step: Arc<str>,
+}
+
+/// One instance of a step, owned by one worker thread.
+pub trait Step: Send {
+    fn id(&self) -> &StepId;
+
+    /// Runs the step over a batch of one partition. Blocks the calling thread
+    /// for at most the step's limits. Never panics on what the plugin does: a
+    /// fault refuses only the messages that cause it.
+    fn run(&mut self, batch: Batch, partition: Partition, attempt: u32) -> Outcome;
+}
+
+/// What a step made of a batch.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// Goes on to the next step; order kept, `base` and `now_us` as they came.
+    pub passed: Batch,
+    /// To dead letters. Indexes into the batch that went in, ascending.
+    pub refused: Vec<Refused>,
+    /// Dropped on purpose, counted.
+    pub dropped: u64,
+    /// The step asks for these messages again after a backoff: the pipeline
+    /// runs the whole batch again, at most the step's bound, then refuses them.
+    pub retry: Option<String>,
+}
+
+/// A message that will not become a row, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refused {
+    /// Entry of the batch that went in.
+    pub index: u32,
+    pub kind: RefusedKind,
+    /// For a person: `payload is not JSON: unexpected "p" at byte 0`. At most 4 KiB.
+    pub reason: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RefusedKind {
+    /// The plugin said so.
+    Failed,
+    /// The plugin trapped, looped, ate its memory or answered nonsense.
+    Fault,
+    /// It asked to retry more often than it may.
+    Retries,
+    /// A sink cannot write it.
+    Sink,
+}
+
+impl RefusedKind {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Failed => "failed",
+            Self::Fault => "fault",
+            Self::Retries => "retries",
+            Self::Sink => "sink",
+        }
+    }
+}
+
+/// Makes instances of a step: one version of a plugin with one config.
+pub trait StepFactory: Send + Sync {
+    fn id(&self) -> &StepId;
+
+    /// `normalize 1.2.0 (10-normalize.wasm, 3f9c…)`
+    fn describe(&self) -> String;
+
+    /// A fresh, initialised instance for one worker. Errors carry paths below
+    /// the step's config.
+    fn instantiate(&self, worker: u32) -> Result<Box<dyn Step>, Vec<Problem>>;
+}
+
+/// The steps of a pipeline, in order. A new chain replaces the old one for all
+/// partitions at one offset, or for none.
+#[derive(Clone)]
+pub struct Chain {
+    /// Counts the changes since the start of the process.
+    pub generation: u64,
+    pub steps: Arc<[Arc<dyn StepFactory>]>,
+    /// Set: why the pipeline must wait (a plugin file was removed without `plugin remove`).
+    pub hold: Option<Arc<str>>,
+}

@@ -1,0 +1,1 @@
+//! A stream that keeps its messages in memory: for tests.

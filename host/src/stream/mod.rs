@@ -1,0 +1,203 @@
+//! A stream: a named, partitioned, durable, ordered sequence of messages.
+//!
+//! `log` is the embedded one, `memory` keeps nothing and serves tests; both
+//! pass `conformance`. A Kafka topic will be a third.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use tokio::sync::watch;
+use uuid::Uuid;
+
+use crate::batch::{Batch, Offset, Partition};
+
+pub mod memory;
+mod set;
+
+pub use set::Streams;
+
+/// What a position is a position of. A wiped or restored data folder has
+/// another `log`, a stream that was re-partitioned or moved another `generation`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Identity {
+    pub log: Uuid,
+    pub generation: u32,
+    /// At least 1.
+    pub partitions: u16,
+}
+
+/// A message on its way into a stream; all bytes are borrowed and copied once.
+#[derive(Clone, Copy, Debug)]
+pub struct NewMessage<'a> {
+    pub topic: &'a str,
+    pub payload: &'a [u8],
+    /// See [`crate::properties`].
+    pub properties: &'a [u8],
+    pub route: &'a str,
+    /// At most 256 bytes of UTF-8; stored once where it is a slice of `topic`.
+    pub device: &'a str,
+    pub partition: Partition,
+    /// See [`crate::batch::flags`]; `EVENT_TIME` says that `event_us` is set.
+    pub flags: u16,
+    /// Microseconds since 1970, UTC.
+    pub received_us: u64,
+    pub event_us: i64,
+}
+
+/// A change of the small durable map that a stream carries beside its messages:
+/// QoS 2 packet ids, sessions. It becomes durable in the same frame as the
+/// messages of the same append, and is there again after a restart.
+#[derive(Clone, Copy, Debug)]
+pub struct StateChange<'a> {
+    /// At most 1 KiB.
+    pub key: &'a [u8],
+    /// At most 64 KiB; `None` removes the key.
+    pub value: Option<&'a [u8]>,
+}
+
+/// Names the frame that an append went into. Ordered; the append is durable
+/// once [`Stream::durable`] shows a ticket that is not smaller.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Ticket(pub u64);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Appended {
+    pub ticket: Ticket,
+    /// Offset of the first message; the others follow without gaps.
+    pub first: Offset,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AppendError {
+    /// The buffer of the next commit is full: await [`Stream::writable`], then try again.
+    #[error("the stream's commit buffer is full")]
+    Full,
+    /// The disk, or what retention allows, is full: withhold the ack; goes by
+    /// itself, [`Stream::writable`] tells when.
+    #[error("the stream has no room on disk")]
+    NoSpace,
+    #[error("a message or state change over its size limit: {0}")]
+    TooLarge(&'static str),
+    /// A sync failed or the stream was closed. Nothing more will be acknowledged.
+    #[error("the stream has stopped: {0}")]
+    Stopped(Arc<str>),
+}
+
+/// What a cursor gives.
+#[derive(Clone, Debug)]
+pub enum Read {
+    /// Messages of one frame, all partitions, in offset order.
+    Batch(Batch),
+    /// Offsets `from..to` cannot be read any more. Never silent: counted and logged by the reader.
+    Gap { from: Offset, to: Offset, cause: GapCause },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GapCause {
+    /// Damaged on disk.
+    Damaged,
+    /// Retention removed them: the reader was detached.
+    Trimmed,
+}
+
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ReadError {
+    #[error("offset {wanted} is past the stream's end {end}")]
+    PastEnd { wanted: u64, end: u64 },
+    #[error("the stream has stopped: {0}")]
+    Stopped(Arc<str>),
+    #[error("cannot read the stream: {0}")]
+    Io(Arc<std::io::Error>),
+}
+
+/// What retention does when a reader lags.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize, schemars::JsonSchema,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum OnLag {
+    /// Its messages stay; when the stream reaches its size limit, devices wait.
+    #[default]
+    Block,
+    /// Its messages may go; the gap is counted and shown.
+    Detach,
+}
+
+/// A durable, ordered sequence of messages.
+///
+/// Promises, kept by every implementation (`conformance`):
+/// - messages of one `append` are adjacent, in order, in one frame: after a
+///   crash all of them and their state changes are there, or none;
+/// - once `durable()` shows the append's ticket it survives a crash;
+/// - cursors show only durable messages, in offset order, each exactly once,
+///   or a [`Read::Gap`];
+/// - a failed sync stops the stream: `durable()` never advances again.
+#[async_trait]
+pub trait Stream: Send + Sync + 'static {
+    fn name(&self) -> &str;
+
+    fn identity(&self) -> Identity;
+
+    /// Copies messages and state changes into the next frame, all or nothing.
+    /// Never waits; the bound is the commit buffer ([`AppendError::Full`]).
+    fn append(&self, messages: &[NewMessage<'_>], state: &[StateChange<'_>])
+    -> Result<Appended, AppendError>;
+
+    /// Ready when an append that was refused with `Full` or `NoSpace` may be
+    /// tried again, or the stream has stopped. Safe to drop.
+    async fn writable(&self);
+
+    /// The highest durable ticket, now and as it moves. Closed when the stream stops.
+    fn durable(&self) -> watch::Receiver<Ticket>;
+
+    /// Offsets that can be read: first kept, and one past the last durable.
+    fn bounds(&self) -> std::ops::Range<Offset>;
+
+    /// A cursor whose first message is the first at or after `from`.
+    fn cursor(&self, from: Offset) -> Box<dyn Cursor>;
+
+    /// First offset whose frame was appended at or after `append_us`; the end if none.
+    async fn seek_time(&self, append_us: u64) -> Result<Offset, ReadError>;
+
+    /// Registers a reader whose position retention respects. One per name.
+    fn attach(&self, consumer: &str, from: Offset, on_lag: OnLag) -> Box<dyn Attachment>;
+
+    /// The state map's live entries whose keys begin with `prefix`, in key order,
+    /// as of the last append (durable or not).
+    fn state(&self, prefix: &[u8]) -> Vec<(Vec<u8>, Vec<u8>)>;
+
+    /// Why the stream stopped; pending while it runs. Safe to drop.
+    async fn stopped(&self) -> Arc<str>;
+
+    /// Commits what is buffered, then stops. Idempotent.
+    async fn close(&self);
+}
+
+/// Reads a stream from one offset on.
+#[async_trait]
+pub trait Cursor: Send {
+    /// The next durable messages; waits for them. Safe to drop: nothing is
+    /// skipped by a call that did not return.
+    async fn next(&mut self) -> Result<Read, ReadError>;
+
+    /// As `next`, `None` where it would wait.
+    async fn try_next(&mut self) -> Result<Option<Read>, ReadError>;
+
+    /// Offset of the next message to be read.
+    fn position(&self) -> Offset;
+}
+
+/// A reader that retention knows of. Dropping it leaves the mark until restart;
+/// [`Attachment::detach`] removes it.
+pub trait Attachment: Send + Sync {
+    /// All below `next` is done with; never goes back.
+    fn advance(&self, next: Offset);
+
+    fn detach(&self);
+}
+
+/// Partition of a device: the same for all its messages, in all versions of
+/// Headworks (XXH3-64 of the device id, modulo the partition count).
+pub fn partition_of(device: &str, partitions: u16) -> Partition {
+    Partition((xxhash_rust::xxh3::xxh3_64(device.as_bytes()) % u64::from(partitions.max(1))) as u16)
+}
