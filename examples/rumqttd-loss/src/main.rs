@@ -7,7 +7,10 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::sync::{Arc, atomic::{AtomicU64, Ordering}};
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -34,10 +37,14 @@ fn main() {
     let reader = thread::spawn(move || {
         let mut last = Instant::now();
         while last.elapsed() < QUIET {
-            if let Ok(Some(Notification::Forward(_))) = receiver.recv_deadline(Instant::now() + QUIET) {
-                count.fetch_add(1, Ordering::Relaxed);
-                last = Instant::now();
-                thread::sleep(READER_DELAY);
+            match receiver.recv_deadline(Instant::now() + QUIET) {
+                Ok(Some(Notification::Forward(_))) => {
+                    count.fetch_add(1, Ordering::Relaxed);
+                    last = Instant::now();
+                    thread::sleep(READER_DELAY);
+                }
+                Ok(Some(Notification::Unschedule)) => receiver.ready().expect("the router runs"),
+                _ => {}
             }
         }
     });
@@ -45,7 +52,10 @@ fn main() {
     let acknowledged = publish(port);
     reader.join().expect("the reader ends");
     let received = received.load(Ordering::Relaxed);
-    println!("published {MESSAGES}, acknowledged {acknowledged}, received {received}, lost {}", acknowledged - received);
+    println!(
+        "published {MESSAGES}, acknowledged {acknowledged}, received {received}, lost {}",
+        acknowledged - received
+    );
 }
 
 /// Sends all messages with a window of unacknowledged ones; returns the PUBACKs.
