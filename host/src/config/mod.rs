@@ -10,7 +10,7 @@
 mod check;
 mod complete;
 mod files;
-//pub mod reference;
+pub mod reference;
 mod standins;
 mod suggest;
 mod validate;
