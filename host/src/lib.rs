@@ -4,6 +4,8 @@
 pub mod admin;
 pub mod batch;
 pub mod config;
+pub mod devices;
+pub mod plugin;
 pub mod problems;
 pub mod properties;
 pub mod sinks;

@@ -13,8 +13,8 @@ use crate::problems::{KeyPath, Problem, Problems};
 
 /// Deeper nesting is refused.
 const DEPTH_MAX: usize = 64;
-/// More values than this, aliases counted as what they stand for, are refused.
-const VALUES_MAX: usize = 100_000;
+/// Values that aliases stand for, all together; more are refused.
+const ALIAS_VALUES_MAX: usize = 100_000;
 
 /// A file as it was read.
 #[derive(Debug, Default)]
@@ -37,7 +37,7 @@ pub struct SyntaxError {
 /// `text` as a JSON value, for files that are data rather than the host's own
 /// config: a plugin's config, a table of devices. An empty text is null.
 pub fn to_json(text: &str) -> Result<Value, String> {
-    let document = parse(text).map_err(|error| format!("line {}: {error}", error.line))?;
+    let document = read(text, false).map_err(|error| format!("line {}: {error}", error.line))?;
     match document.problems.first() {
         Some(Problem { path, message }) => Err(format!("{}: {message}", path.as_str())),
         None => Ok(document.value),
@@ -46,12 +46,18 @@ pub fn to_json(text: &str) -> Result<Value, String> {
 
 /// The one document that `text` holds; an empty text is null.
 pub fn parse(text: &str) -> Result<Document, SyntaxError> {
+    read(text, true)
+}
+
+fn read(text: &str, with_lines: bool) -> Result<Document, SyntaxError> {
     let mut reader = Reader {
         parser: Parser::new_from_str(text.strip_prefix('\u{feff}').unwrap_or(text)),
         anchors: HashMap::new(),
         lines: BTreeMap::new(),
         problems: Problems::default(),
+        with_lines,
         values: 0,
+        alias_values: 0,
     };
     let mut value = None;
     loop {
@@ -79,7 +85,9 @@ struct Reader<'i> {
     anchors: HashMap<usize, (Value, usize)>,
     lines: BTreeMap<KeyPath, usize>,
     problems: Problems,
+    with_lines: bool,
     values: usize,
+    alias_values: usize,
 }
 
 impl<'i> Reader<'i> {
@@ -98,7 +106,7 @@ impl<'i> Reader<'i> {
         path: &KeyPath,
         depth: usize,
     ) -> Result<Value, SyntaxError> {
-        self.count(1, span)?;
+        self.values += 1;
         if depth > DEPTH_MAX {
             return Err(syntax(span.start, format!("nested deeper than {DEPTH_MAX}")));
         }
@@ -113,7 +121,12 @@ impl<'i> Reader<'i> {
                     .get(&anchor)
                     .cloned()
                     .ok_or_else(|| syntax(span.start, "an alias within its own anchor".to_owned()))?;
-                self.count(size, span)?;
+                self.values += size;
+                self.alias_values += size;
+                if self.alias_values > ALIAS_VALUES_MAX {
+                    let message = format!("aliases stand for more than {ALIAS_VALUES_MAX} values");
+                    return Err(syntax(span.start, message));
+                }
                 (value, 0)
             }
             _ => return Err(syntax(span.start, "a value is missing here".to_owned())),
@@ -132,7 +145,7 @@ impl<'i> Reader<'i> {
                 return Ok(Value::Array(items));
             }
             let path = path.index(items.len());
-            self.lines.insert(path.clone(), span.start.line());
+            self.note(&path, span.start.line());
             items.push(self.value(event, span, &path, depth + 1)?);
         }
     }
@@ -148,25 +161,22 @@ impl<'i> Reader<'i> {
             };
             let (path, line) = (path.key(&key), span.start.line());
             let (event, span) = self.next()?;
-            if let Some(first) = self.lines.get(&path).copied().filter(|_| entries.contains_key(&key)) {
+            if entries.contains_key(&key) {
                 self.problems.add(path.clone(), format!("is given twice, here and on line {line}"));
                 // Read and dropped, under a path that cannot hide the first one's lines.
                 self.value(event, span, &path.index(usize::MAX), depth + 1)?;
-                self.lines.insert(path, first);
                 continue;
             }
-            self.lines.insert(path.clone(), line);
+            self.note(&path, line);
             let value = self.value(event, span, &path, depth + 1)?;
             entries.insert(key, value);
         }
     }
 
-    fn count(&mut self, values: usize, span: Span) -> Result<(), SyntaxError> {
-        self.values += values;
-        if self.values > VALUES_MAX {
-            return Err(syntax(span.start, format!("more than {VALUES_MAX} values")));
+    fn note(&mut self, path: &KeyPath, line: usize) {
+        if self.with_lines {
+            self.lines.insert(path.clone(), line);
         }
-        Ok(())
     }
 }
 

@@ -48,7 +48,7 @@ pub struct Component {
 /// Sends dead letters again.
 #[async_trait]
 pub trait Redrive: Send + Sync {
-    /// Returns once the letters are on their way.
+    /// Returns once each letter was written, refused again, or its sink failed.
     async fn redrive(&self, request: RedriveRequest) -> Result<RedriveAnswer, RedriveError>;
 }
 
@@ -60,17 +60,23 @@ pub struct RedriveRequest {
     pub ids: Vec<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pipeline: Option<String>,
+    /// Only those that this sink refused.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sink: Option<String>,
+    /// Only those that this step refused.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub step: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RedriveAnswer {
-    /// Letters on their way.
+    /// Rows written.
     pub sent: u64,
-    /// Why others are not: `12: no pipeline "old" any more`; at most 100.
+    /// Refused again: new letters.
+    pub refused: u64,
+    /// Sinks that could not take theirs, and why: ask again later.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub skipped: Vec<String>,
+    pub failed: Vec<String>,
 }
 
 #[derive(Clone, Debug, thiserror::Error)]
