@@ -9,31 +9,6 @@ use serde::{Deserialize, Serialize};
 use crate::problems::{KeyPath, Problems};
 use crate::units::{ByteSize, Period};
 
-pub mod mqtt {
-    use super::*;
-    #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-    #[serde(default, deny_unknown_fields)]
-    pub struct Config {
-        /// Where to listen.
-        pub listeners: Vec<Listener>,
-    }
-    #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-    #[serde(deny_unknown_fields)]
-    pub struct Listener {
-        /// Address and port.
-        pub bind: String,
-        #[serde(default)]
-        pub websocket: bool,
-    }
-    impl Default for Config {
-        fn default() -> Self {
-            Self { listeners: vec![Listener { bind: "127.0.0.1:1883".into(), websocket: false }] }
-        }
-    }
-    impl Config {
-        pub fn validate(&self, _: &KeyPath, _: &mut Problems) {}
-    }
-}
 pub mod stream {
     use super::*;
     #[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
@@ -54,31 +29,6 @@ pub mod stream {
             Self { max_age: None, max_bytes: ByteSize::gib(10) }
         }
     }
-    impl Config {
-        pub fn validate(&self, _: &KeyPath, _: &mut Problems) {}
-    }
-}
-pub mod plugin {
-    use super::*;
-    #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-    #[serde(default, deny_unknown_fields)]
-    pub struct Config {
-        pub dir: std::path::PathBuf,
-    }
-    impl Default for Config {
-        fn default() -> Self {
-            Self { dir: "plugins".into() }
-        }
-    }
-    impl Config {
-        pub fn validate(&self, _: &KeyPath, _: &mut Problems) {}
-    }
-}
-pub mod devices {
-    use super::*;
-    #[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
-    #[serde(default, deny_unknown_fields)]
-    pub struct Config {}
     impl Config {
         pub fn validate(&self, _: &KeyPath, _: &mut Problems) {}
     }
@@ -171,6 +121,12 @@ pub mod sinks {
         }
     }
     impl Config {
+        pub fn describe(&self) -> String {
+            match self {
+                Self::Sqlite(sqlite) => format!("SQLite {} table {}", sqlite.path.display(), sqlite.table),
+                Self::Postgres(postgres) => format!("PostgreSQL table {}", postgres.table),
+            }
+        }
         pub fn validate(&self, path: &KeyPath, problems: &mut Problems) {
             if let Self::Postgres(postgres) = self
                 && postgres.batch.rows_max == 0
