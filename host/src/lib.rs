@@ -2,6 +2,7 @@
 //! WebAssembly plugins, writes batches to databases. `ARCHITECTURE.md` is the map.
 
 pub mod batch;
+pub mod pipeline;
 pub mod problems;
 pub mod properties;
 pub mod sinks;
