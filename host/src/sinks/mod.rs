@@ -13,6 +13,7 @@ use crate::batch::{Batch, MessageRef, Offset, Partition};
 
 #[cfg(test)]
 pub(crate) mod conformance;
+pub mod columns;
 pub mod memory;
 
 /// Whose positions: one pipeline's deliveries to one sink, from one log.
