@@ -161,6 +161,11 @@ impl DeadLetters {
         self.lock().keys.contains(&(offset.0, hash(source, index)))
     }
 
+    /// Whether any message from `first` to `last` has a letter, of whatever source.
+    pub fn any_within(&self, first: Offset, last: Offset) -> bool {
+        self.lock().keys.range((first.0, 0)..=(last.0, u64::MAX)).next().is_some()
+    }
+
     /// Messages at or above it cannot have a letter yet.
     pub fn check_below(&self) -> Offset {
         Offset(self.check_below.load(Ordering::Acquire))
@@ -272,7 +277,11 @@ impl DeadLetters {
             .zip(&properties)
             .map(|(refusal, properties)| new_message(&refusal.message, properties, partitions))
             .collect();
-        let appended = self.stream.append(&messages, &[])?;
+        // Where a start begins to read keys: rides in the same frame.
+        let from = known.order.front().map_or(self.stream.bounds().end.0, |(at, _)| *at);
+        let scan = [from.to_le_bytes(), known.floor.to_le_bytes()].concat();
+        let scan = StateChange { key: self.scan_key.as_bytes(), value: Some(&scan) };
+        let appended = self.stream.append(&messages, &[scan])?;
         known.ticket = known.ticket.max(appended.ticket);
         for (i, refusal) in fresh.iter().enumerate() {
             let offset = refusal.message.offset().0;
@@ -284,17 +293,7 @@ impl DeadLetters {
         if trimmed > 0 {
             metrics::properties_dropped(&self.pipeline).increment(trimmed);
         }
-        self.save_scan_point(&known);
         Ok(Some(known.ticket))
-    }
-
-    /// Where a start begins to read keys. Only a hint that may lag: a refused
-    /// append leaves the earlier one, from which a start reads more.
-    fn save_scan_point(&self, known: &Known) {
-        let from = known.order.front().map_or(0, |(at, _)| *at);
-        let value = [from.to_le_bytes(), known.floor.to_le_bytes()].concat();
-        let change = StateChange { key: self.scan_key.as_bytes(), value: Some(&value) };
-        drop(self.stream.append(&[], &[change]));
     }
 
     async fn scan(&self, from: Offset) -> Result<(), Error> {
