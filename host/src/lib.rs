@@ -8,6 +8,7 @@ pub mod cli;
 pub mod config;
 pub mod devices;
 pub mod listeners;
+pub mod pipeline;
 pub mod plugin;
 pub mod problems;
 pub mod properties;

@@ -26,8 +26,8 @@ use serde_json::Value;
 use crate::listeners::mqtt;
 use crate::problems::{Problem, Problems};
 use crate::topic::Namespace;
-use crate::{admin, devices, plugin};
-use standins::{dead_letters, pipeline, sinks, stream};
+use crate::{admin, devices, pipeline, plugin};
+use standins::{dead_letters, sinks, stream};
 
 /// Everything a host is told. Each part owns its own section; what is left out
 /// has a default (see `complete`).

@@ -1,8 +1,6 @@
 //! Until the parts are merged.
 #![allow(missing_docs)]
 
-use std::collections::{BTreeMap, BTreeSet};
-
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -39,44 +37,6 @@ pub mod dead_letters {
     #[serde(default, deny_unknown_fields)]
     pub struct Config {}
     impl Config {
-        pub fn validate(&self, _: &KeyPath, _: &mut Problems) {}
-    }
-}
-pub mod pipeline {
-    use super::*;
-    #[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
-    #[serde(default, deny_unknown_fields)]
-    pub struct Config {
-        pub from: String,
-        pub steps: Option<Vec<StepConfig>>,
-        pub routes: BTreeMap<String, RouteTarget>,
-    }
-    #[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
-    #[serde(default, deny_unknown_fields)]
-    pub struct StepConfig {
-        pub plugin: String,
-        #[serde(rename = "as")]
-        pub name: Option<String>,
-        pub config: serde_json::Value,
-    }
-    #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-    #[serde(untagged)]
-    pub enum RouteTarget {
-        One(String),
-        Several(Vec<String>),
-    }
-    impl RouteTarget {
-        pub fn sinks(&self) -> &[String] {
-            match self {
-                Self::One(name) => std::slice::from_ref(name),
-                Self::Several(names) => names,
-            }
-        }
-    }
-    impl Config {
-        pub fn sinks(&self) -> BTreeSet<&str> {
-            self.routes.values().flat_map(|target| target.sinks()).map(String::as_str).collect()
-        }
         pub fn validate(&self, _: &KeyPath, _: &mut Problems) {}
     }
 }
