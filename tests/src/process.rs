@@ -18,6 +18,11 @@ impl Process {
         Self { name: name.to_owned(), child }
     }
 
+    /// Takes charge of a child that was started elsewhere, with its pipes.
+    pub fn adopt(name: &str, child: Child) -> Self {
+        Self { name: name.to_owned(), child }
+    }
+
     pub fn id(&self) -> u32 {
         self.child.id()
     }

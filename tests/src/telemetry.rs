@@ -97,3 +97,20 @@ pub fn assert_rows(rows: &Rows, sent: &[Sent], repeats: Repeats) {
         }
     }
 }
+
+/// Config for the [`HEAD`](crate::host::HEAD): one stream of four partitions to one sink.
+pub fn config(sink: &str) -> String {
+    format!(
+        "streams: {{ telemetry: {{ partitions: 4 }} }}\n\
+         pipelines: {{ telemetry: {{ from: telemetry, routes: {{ default: warehouse }} }} }}\n\
+         sinks:\n  warehouse: {sink}\n"
+    )
+}
+
+pub fn sqlite_sink() -> String {
+    "{ type: sqlite, path: data/telemetry.db, table: telemetry }".to_owned()
+}
+
+pub fn postgres_sink(url: &str) -> String {
+    format!("{{ type: postgres, url: \"{url}\", table: telemetry }}")
+}
