@@ -64,7 +64,10 @@ printf '[package]\nname = "empty"\nversion = "0.0.0"\nedition = "2021"\n[workspa
 : >"$empty/src/lib.rs"
 (
     cd "$empty"
-    RUSTC="$prefix/rustc" RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Cembed-bitcode=yes CARGO_TARGET_DIR="$empty/target" \
+    # Panic locations of the library are compiled in: without a path of this machine.
+    cargo_home=${CARGO_HOME:-$HOME/.cargo}
+    flags="-Cembed-bitcode=yes --remap-path-prefix=$prefix/root/usr=/rustc --remap-path-prefix=$cargo_home=/cargo"
+    RUSTC="$prefix/rustc" RUSTC_BOOTSTRAP=1 RUSTFLAGS="$flags" CARGO_TARGET_DIR="$empty/target" \
         cargo build --release -Zbuild-std=std,panic_abort --target "$target" --quiet
 )
 libdir=$("$prefix/rustc" --print target-libdir --target "$target")
