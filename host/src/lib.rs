@@ -1,7 +1,11 @@
 //! Headworks: takes device messages in, runs each through sandboxed
 //! WebAssembly plugins, writes batches to databases. `ARCHITECTURE.md` is the map.
 
+pub mod admin;
 pub mod batch;
+pub mod config;
+pub mod devices;
+pub mod plugin;
 pub mod problems;
 pub mod properties;
 pub mod sinks;
@@ -10,3 +14,4 @@ pub mod stream;
 pub mod telemetry;
 pub mod topic;
 pub mod units;
+pub mod yaml;
