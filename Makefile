@@ -15,7 +15,7 @@ help: ## Show this
 
 build: ## target/release/headworks and target/plugins/*.wasm
 	$(CARGO) build --release --workspace --locked
-	@mkdir -p target/plugins && cp plugins/prebuilt/*.wasm target/plugins/
+	@plugins/build.sh --prebuilt
 	@echo "built target/release/headworks and $$(ls target/plugins/*.wasm | wc -l) plugins in target/plugins/"
 
 demo: build ## A few hundred simulated devices, three plugins, rows in SQLite (no set-up needed)
@@ -28,7 +28,7 @@ test: setup build ## All tests, against real servers and clients
 	HEADWORKS_TESTS_READY=1 $(CARGO) test --release --workspace --locked -- --test-threads=$(TEST_THREADS)
 
 bench: build ## Benchmarks beside their rivals; ONLY=ingest,plugin,postgres,e2e,log for some
-	@tests/setup/system.sh && tests/setup/python.sh
+	@tests/setup/all.sh
 	@target/release/headworks-bench $(ONLY)
 
 lint: ## Formatting, clippy, and licences where cargo-deny is installed

@@ -1,5 +1,6 @@
 #!/bin/sh
-# A Rust toolchain that builds plugins: see plugins/build.sh for the roads to it.
+# Builds every plugin afresh, the tests' own too; sets up a Rust toolchain for
+# wasm where there is none. plugins/build.sh describes the roads to it.
 set -eu
 cd "$(dirname "$0")/../.."
-exec plugins/build.sh --setup
+exec plugins/build.sh

@@ -198,9 +198,23 @@ pub fn binary() -> PathBuf {
     path
 }
 
-/// `plugins/prebuilt/NAME.wasm`.
+/// A standard plugin as it lies in the tree: `plugins/prebuilt/NN-NAME.wasm`.
 pub fn prebuilt(name: &str) -> PathBuf {
-    root().join(format!("plugins/prebuilt/{name}.wasm"))
+    let number = match name {
+        "normalize" => 10,
+        "enrich" => 20,
+        "route" => 30,
+        other => panic!("no standard plugin {other}"),
+    };
+    root().join(format!("plugins/prebuilt/{number}-{name}.wasm"))
+}
+
+/// Any plugin of the tree, built afresh by `plugins/build.sh`.
+pub fn fresh(name: &str) -> PathBuf {
+    let file = format!("{}.wasm", name.replace('-', "_"));
+    let path = root().join("target/wasm/wasm32-unknown-unknown/plugin").join(file);
+    assert!(path.exists(), "{} is missing: run `plugins/build.sh`", path.display());
+    path
 }
 
 fn tail(path: &Path) -> String {
