@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 #[derive(Debug)]
 pub struct Folder {
     path: PathBuf,
+    stays: bool,
 }
 
 impl Folder {
@@ -17,7 +18,13 @@ impl Folder {
         let path = dir.keep();
         use std::os::unix::fs::PermissionsExt;
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).expect("our folder");
-        Self { path }
+        Self { path, stays: false }
+    }
+
+    /// A folder that stays; made where it is missing.
+    pub fn at(path: &Path) -> Self {
+        std::fs::create_dir_all(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        Self { path: path.to_owned(), stays: true }
     }
 
     pub fn path(&self) -> &Path {
@@ -38,6 +45,9 @@ impl Folder {
 
 impl Drop for Folder {
     fn drop(&mut self) {
+        if self.stays {
+            return;
+        }
         if std::thread::panicking() {
             eprintln!("kept for a look: {}", self.path.display());
         } else {

@@ -34,17 +34,30 @@ struct Bound {
     admin: SocketAddr,
 }
 
-/// Listeners on random ports, data and plugins in the test's folder; the rest is the test's.
-pub const HEAD: &str = "data_dir: ./data\n\
-    mqtt: { listeners: [ { bind: 127.0.0.1:0 } ] }\n\
-    admin: { bind: 127.0.0.1:0 }\n\
-    plugins: { dir: ./plugins }\n";
+/// Data and plugins in the test's folder, MQTT on a port that the OS gives out.
+/// The admin port is chosen here: the command line reads it from the config.
+fn head() -> String {
+    let admin = process::free_port();
+    format!(
+        "data_dir: ./data\n\
+         mqtt: {{ listeners: [ {{ bind: 127.0.0.1:0 }} ] }}\n\
+         admin: {{ bind: 127.0.0.1:{admin} }}\n\
+         plugins: {{ dir: ./plugins }}\n"
+    )
+}
 
 impl Host {
-    /// A folder with this config (below [`HEAD`]) and an empty plugins folder; not started.
+    /// A folder with this config (below the head) and an empty plugins folder; not started.
     pub fn prepare(name: &str, config: &str) -> Self {
         let folder = Folder::new(name);
-        folder.write("headworks.yaml", format!("{HEAD}{config}"));
+        folder.write("headworks.yaml", format!("{}{config}", head()));
+        std::fs::create_dir_all(folder.join("plugins")).expect("our folder");
+        Self { folder, process: None, bound: None, environment: Vec::new() }
+    }
+
+    /// A host in a folder that stays, without a config yet.
+    pub fn at(path: &Path) -> Self {
+        let folder = Folder::at(path);
         std::fs::create_dir_all(folder.join("plugins")).expect("our folder");
         Self { folder, process: None, bound: None, environment: Vec::new() }
     }
@@ -133,10 +146,14 @@ impl Host {
         process::run(self.command(args).args(["--config", "headworks.yaml"]))
     }
 
-    pub fn cli_json(&self, args: &[&str]) -> serde_json::Value {
+    /// The same with `--format json`: one object a line.
+    pub fn cli_json(&self, args: &[&str]) -> Vec<serde_json::Value> {
         let text = self.cli(&[args, &["--format", "json"]].concat());
-        serde_json::from_str(&text)
-            .unwrap_or_else(|error| panic!("{args:?} printed no JSON ({error}):\n{text}"))
+        let parse = |line| {
+            serde_json::from_str(line)
+                .unwrap_or_else(|error| panic!("{args:?} printed no JSON ({error}): {line}"))
+        };
+        text.lines().map(parse).collect()
     }
 
     /// Drops a file into the plugins folder as a person would: under another name, then renamed.

@@ -98,7 +98,7 @@ pub fn assert_rows(rows: &Rows, sent: &[Sent], repeats: Repeats) {
     }
 }
 
-/// Config for the [`HEAD`](crate::host::HEAD): one stream of four partitions to one sink.
+/// Config for [`Host`](crate::host::Host): one stream of four partitions to one sink.
 pub fn config(sink: &str) -> String {
     format!(
         "streams: {{ telemetry: {{ partitions: 4 }} }}\n\

@@ -26,7 +26,7 @@ fn streams_are_listed_and_shown_while_the_host_runs() {
     publish(&host, &topic, &payload);
     let list = host.cli(&["streams", "list"]);
     assert!(list.contains("telemetry"), "{list}");
-    let tail = host.cli(&["streams", "tail", "telemetry", "--count", "1"]);
+    let tail = host.cli(&["streams", "tail", "telemetry", "--from", "start", "--max", "1"]);
     assert!(tail.contains(&topic) && tail.contains("sensor-1"), "{tail}");
 }
 
@@ -36,7 +36,7 @@ fn a_dead_letter_is_listed_shown_and_sent_again() {
     publish(&host, "acme/site-01/temperature/sensor-2/reading", "not json");
     let letters = eventually("a dead letter", Duration::from_secs(30), || {
         let letters = host.cli_json(&["dead-letters", "list"]);
-        letters.as_array().filter(|letters| !letters.is_empty()).cloned()
+        (!letters.is_empty()).then_some(letters)
     });
     let id = letters[0]["id"].to_string();
     let shown = host.cli(&["dead-letters", "show", &id]);
@@ -80,7 +80,9 @@ fn every_metric_that_is_served_is_described() {
     publish(&host, &topic, &payload);
     publish(&host, &topic, "not json");
     let path = host.folder.join("data/telemetry.db");
-    eventually("a row", Duration::from_secs(30), || (telemetry::sqlite_count(&path, "telemetry") > 0).then_some(()));
+    eventually("a row", Duration::from_secs(30), || {
+        (telemetry::sqlite_count(&path, "telemetry") > 0).then_some(())
+    });
     let (status, text) = http::get(host.admin(), "/metrics").expect("the host serves it");
     assert_eq!(status, 200);
     let described: Vec<&str> = text
@@ -90,7 +92,8 @@ fn every_metric_that_is_served_is_described() {
         .collect();
     for line in text.lines().filter(|line| !line.starts_with('#') && !line.is_empty()) {
         let name = line.split(['{', ' ']).next().unwrap_or(line);
-        let base = ["_bucket", "_sum", "_count"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name);
+        let base =
+            ["_bucket", "_sum", "_count"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name);
         assert!(described.contains(&name) || described.contains(&base), "{name} has no # HELP");
         assert!(name.starts_with("headworks_") || name.starts_with("process_"), "{name}");
     }

@@ -57,7 +57,12 @@ fn check_case(file: &str, case: &Case, wasm: &[u8]) {
         Err(Error::Config(text)) => {
             assert!(!case.problems.is_empty(), "{file}: {}: {text}", case.about);
             for problem in &case.problems {
-                assert!(text.contains(&problem.reason), "{file}: {}: {:?} is not in {text}", case.about, problem.reason);
+                assert!(
+                    text.contains(&problem.reason),
+                    "{file}: {}: {:?} is not in {text}",
+                    case.about,
+                    problem.reason
+                );
             }
             return;
         }
@@ -76,7 +81,8 @@ fn check_case(file: &str, case: &Case, wasm: &[u8]) {
                 return Became::Retried(reason.clone());
             }
             let source = batch.entries[i].offset;
-            let sent: Vec<Sent> = outcome.passed.messages().filter(|m| m.entry.offset == source).map(sent).collect();
+            let sent: Vec<Sent> =
+                outcome.passed.messages().filter(|m| m.entry.offset == source).map(sent).collect();
             if sent.is_empty() { Became::Dropped } else { Became::Sent(sent) }
         })
         .collect();
