@@ -2,9 +2,13 @@
 //! WebAssembly plugins, writes batches to databases. `ARCHITECTURE.md` is the map.
 
 pub mod admin;
+pub mod app;
 pub mod batch;
+pub mod cli;
 pub mod config;
 pub mod devices;
+pub mod listeners;
+pub mod pipeline;
 pub mod plugin;
 pub mod problems;
 pub mod properties;

@@ -147,7 +147,7 @@ impl Scene {
     pub fn show_letters(&self) {
         let mut kinds: BTreeMap<String, (u64, String)> = BTreeMap::new();
         for letter in self.host.cli_json(&["dead-letters", "list", "--max", "1000000"]) {
-            let reason = letter["reason"].as_str().unwrap_or_default().to_owned();
+            let reason = letter["refused"]["reason"].as_str().unwrap_or_default().to_owned();
             let id = letter["id"].to_string();
             // Positions and names differ; the kind of a reason is its text without digits.
             let kind: String = reason.chars().filter(|c| !c.is_ascii_digit()).collect();

@@ -61,7 +61,7 @@ fn malformed_json_goes_to_dead_letters_with_its_reason() {
     publish_all(&host, topic, &payloads);
     let letters = dead_letters(&host, payloads.len());
     for letter in &letters {
-        assert!(letter["reason"].as_str().is_some_and(|reason| reason.len() > 5), "{letter}");
+        assert!(letter["refused"]["reason"].as_str().is_some_and(|reason| reason.len() > 5), "{letter}");
     }
     host.says("headworks dead-letters");
     all_rows(&mut host, publishers);
@@ -108,7 +108,7 @@ fn a_plugin_that_loops_traps_eats_memory_or_answers_nonsense_harms_only_its_own_
         publish_all(&host, "acme/site-01/temperature/bad/reading", &[payload.as_bytes()]);
     }
     let letters = dead_letters(&host, wishes.len());
-    let reasons: Vec<&str> = letters.iter().filter_map(|letter| letter["reason"].as_str()).collect();
+    let reasons: Vec<&str> = letters.iter().filter_map(|letter| letter["refused"]["reason"].as_str()).collect();
     assert!(
         reasons.iter().any(|reason| reason.contains("a message asked for it")),
         "the panic's text is kept: {reasons:?}"

@@ -23,10 +23,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::admin;
+use crate::listeners::mqtt;
 use crate::problems::{Problem, Problems};
 use crate::topic::Namespace;
-use standins::{dead_letters, devices, mqtt, pipeline, plugin, sinks, stream};
+use crate::{admin, devices, pipeline, plugin};
+use standins::{dead_letters, sinks, stream};
 
 /// Everything a host is told. Each part owns its own section; what is left out
 /// has a default (see `complete`).
@@ -86,6 +87,8 @@ impl Config {
         rest.map_or(complete::REST_STREAM, |(name, _)| name)
     }
 }
+
+pub use validate::DEAD_LETTERS;
 
 /// Where a config came from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -1,39 +1,12 @@
 //! Until the parts are merged.
 #![allow(missing_docs)]
 
-use std::collections::{BTreeMap, BTreeSet};
-
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::problems::{KeyPath, Problems};
 use crate::units::{ByteSize, Period};
 
-pub mod mqtt {
-    use super::*;
-    #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-    #[serde(default, deny_unknown_fields)]
-    pub struct Config {
-        /// Where to listen.
-        pub listeners: Vec<Listener>,
-    }
-    #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-    #[serde(deny_unknown_fields)]
-    pub struct Listener {
-        /// Address and port.
-        pub bind: String,
-        #[serde(default)]
-        pub websocket: bool,
-    }
-    impl Default for Config {
-        fn default() -> Self {
-            Self { listeners: vec![Listener { bind: "127.0.0.1:1883".into(), websocket: false }] }
-        }
-    }
-    impl Config {
-        pub fn validate(&self, _: &KeyPath, _: &mut Problems) {}
-    }
-}
 pub mod stream {
     use super::*;
     #[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
@@ -58,75 +31,12 @@ pub mod stream {
         pub fn validate(&self, _: &KeyPath, _: &mut Problems) {}
     }
 }
-pub mod plugin {
-    use super::*;
-    #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-    #[serde(default, deny_unknown_fields)]
-    pub struct Config {
-        pub dir: std::path::PathBuf,
-    }
-    impl Default for Config {
-        fn default() -> Self {
-            Self { dir: "plugins".into() }
-        }
-    }
-    impl Config {
-        pub fn validate(&self, _: &KeyPath, _: &mut Problems) {}
-    }
-}
-pub mod devices {
-    use super::*;
-    #[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
-    #[serde(default, deny_unknown_fields)]
-    pub struct Config {}
-    impl Config {
-        pub fn validate(&self, _: &KeyPath, _: &mut Problems) {}
-    }
-}
 pub mod dead_letters {
     use super::*;
     #[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
     #[serde(default, deny_unknown_fields)]
     pub struct Config {}
     impl Config {
-        pub fn validate(&self, _: &KeyPath, _: &mut Problems) {}
-    }
-}
-pub mod pipeline {
-    use super::*;
-    #[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
-    #[serde(default, deny_unknown_fields)]
-    pub struct Config {
-        pub from: String,
-        pub steps: Option<Vec<StepConfig>>,
-        pub routes: BTreeMap<String, RouteTarget>,
-    }
-    #[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
-    #[serde(default, deny_unknown_fields)]
-    pub struct StepConfig {
-        pub plugin: String,
-        #[serde(rename = "as")]
-        pub name: Option<String>,
-        pub config: serde_json::Value,
-    }
-    #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
-    #[serde(untagged)]
-    pub enum RouteTarget {
-        One(String),
-        Several(Vec<String>),
-    }
-    impl RouteTarget {
-        pub fn sinks(&self) -> &[String] {
-            match self {
-                Self::One(name) => std::slice::from_ref(name),
-                Self::Several(names) => names,
-            }
-        }
-    }
-    impl Config {
-        pub fn sinks(&self) -> BTreeSet<&str> {
-            self.routes.values().flat_map(|target| target.sinks()).map(String::as_str).collect()
-        }
         pub fn validate(&self, _: &KeyPath, _: &mut Problems) {}
     }
 }
@@ -171,6 +81,12 @@ pub mod sinks {
         }
     }
     impl Config {
+        pub fn describe(&self) -> String {
+            match self {
+                Self::Sqlite(sqlite) => format!("SQLite {} table {}", sqlite.path.display(), sqlite.table),
+                Self::Postgres(postgres) => format!("PostgreSQL table {}", postgres.table),
+            }
+        }
         pub fn validate(&self, path: &KeyPath, problems: &mut Problems) {
             if let Self::Postgres(postgres) = self
                 && postgres.batch.rows_max == 0

@@ -49,7 +49,7 @@ data_dir: ./data
 mqtt:
   listeners:
     - bind: 127.0.0.1:1883
-      websockt: true
+      allow_anonymus: true
 streams:
   telemetry:
     partitions: four
@@ -69,7 +69,7 @@ sinks:
     assert_eq!(
         lines,
         [
-            "headworks.yaml:5: mqtt.listeners[0].websockt: unknown key, did you mean `websocket`?",
+            "headworks.yaml:5: mqtt.listeners[0].allow_anonymus: unknown key, did you mean `allow_anonymous`?",
             "headworks.yaml:8: streams.telemetry.partitions: must be a whole number, is \"four\"",
             "headworks.yaml:9: streams.telemetry.retention.max_age: must be a time such as 300ms, 5s or 7d, is \"7 parsecs\"",
             "headworks.yaml:13: pipelines.telemetry.routes.default: no sink `warehose`, did you mean `warehouse`?",
@@ -172,7 +172,7 @@ pipelines:
 #[test]
 fn parts_that_do_not_fit_together_are_refused() {
     let lines = problems(
-        "mqtt: { listeners: [{ bind: '0.0.0.0:8080' }] }
+        "mqtt: { listeners: [{ bind: '0.0.0.0:8080', allow_anonymous: true }] }
 streams:
   a: { topics: [x/+/y] }
   b: { topics: [x/z/#] }
