@@ -21,7 +21,8 @@ pub struct Postgres {
 
 /// Autovacuum is off so that rows lie in the order of their commits; the rest
 /// is Debian's default: fsync and synchronous_commit on.
-const SETTINGS: &[&str] = &["listen_addresses=127.0.0.1", "autovacuum=off", "max_connections=60"];
+const SETTINGS: &[&str] =
+    &["listen_addresses=127.0.0.1", "autovacuum=off", "max_connections=60", "track_commit_timestamp=on"];
 
 impl Postgres {
     pub fn start() -> Self {

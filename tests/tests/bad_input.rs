@@ -108,7 +108,8 @@ fn a_plugin_that_loops_traps_eats_memory_or_answers_nonsense_harms_only_its_own_
         publish_all(&host, "acme/site-01/temperature/bad/reading", &[payload.as_bytes()]);
     }
     let letters = dead_letters(&host, wishes.len());
-    let reasons: Vec<&str> = letters.iter().filter_map(|letter| letter["refused"]["reason"].as_str()).collect();
+    let reasons: Vec<&str> =
+        letters.iter().filter_map(|letter| letter["refused"]["reason"].as_str()).collect();
     assert!(
         reasons.iter().any(|reason| reason.contains("a message asked for it")),
         "the panic's text is kept: {reasons:?}"
