@@ -2,6 +2,8 @@
 //! WebAssembly plugins, writes batches to databases. `ARCHITECTURE.md` is the map.
 
 pub mod batch;
+pub mod devices;
+pub mod plugin;
 pub mod problems;
 pub mod properties;
 pub mod sinks;
@@ -10,3 +12,4 @@ pub mod stream;
 pub mod telemetry;
 pub mod topic;
 pub mod units;
+pub mod yaml;

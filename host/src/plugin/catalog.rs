@@ -1,0 +1,617 @@
+//! All plugins of a host, and the chains of steps made of them.
+//!
+//! One thread looks at the folder when it changes, loads what has settled,
+//! tries each new version in an instance with its config, and publishes a
+//! chain only when all its steps are good. What fails leaves the last good
+//! version where it was. A step never goes away by itself: see [`super::remove`].
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use notify::{EventKind, RecursiveMode, Watcher, event::ModifyKind};
+use serde::Serialize;
+use serde_json::Value;
+use tokio::sync::watch;
+
+use super::cache::Cache;
+use super::compile::Compiler;
+use super::folder::{self, Found, Listing, Settling, Stamp};
+use super::program::{Library, Program, read};
+use super::version::{self, Faults, Shared, Version};
+use super::{Config, Error, Limits, OnFailure, StepConfig};
+use crate::devices::Devices;
+use crate::problems::Problem;
+use crate::step::{Chain, StepFactory, StepId};
+use crate::telemetry::Failures;
+use crate::topic::Namespace;
+
+/// Events of the folder that wait; more are seen by the next look.
+const EVENTS_MAX: usize = 256;
+/// How long the start waits for files that are being written.
+const START_WAIT: Duration = Duration::from_secs(3);
+/// Steps that ran in folder mode: a file that went while the host was down is missed too.
+const KNOWN_STEPS_FILE: &str = "folder-steps";
+
+/// The plugins of a host. Dropping it ends the watch; chains stay as they are.
+pub struct Plugins {
+    shared: Arc<Inner>,
+    thread: Option<JoinHandle<()>>,
+    _watcher: Option<notify::RecommendedWatcher>,
+}
+
+struct Inner {
+    work: Mutex<Work>,
+    /// What `status` shows: never behind a compiler.
+    status: Mutex<Vec<PluginStatus>>,
+    wake: SyncSender<Wake>,
+    stopped: AtomicBool,
+}
+
+enum Wake {
+    /// Something happened to these files; by a rename, so that they are whole.
+    Renamed(Vec<PathBuf>),
+    Look,
+}
+
+/// A plugin as `plugin list` shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct PluginStatus {
+    pub file: String,
+    /// The step's name: the file's stem without its number.
+    pub name: String,
+    pub version: String,
+    pub summary: String,
+    /// SHA-256 of the file that runs.
+    pub hash: String,
+    pub state: PluginState,
+    pub imports_granted: Vec<String>,
+    pub topics: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case", tag = "is", content = "reason")]
+pub enum PluginState {
+    Active,
+    /// The newest file or config is not used; the last good version runs, if there was one.
+    Failed(String),
+    /// Its file is gone, see the reason for what to do.
+    Removed(String),
+}
+
+struct Work {
+    config: Config,
+    library: Library,
+    devices: Arc<Devices>,
+    namespace: Arc<Namespace>,
+    failures: Failures,
+    wake: SyncSender<Wake>,
+    known_steps: PathBuf,
+    /// By step name.
+    files: BTreeMap<String, Known>,
+    refused: Vec<(String, String)>,
+    settling: Settling,
+    pipelines: Vec<Pipeline>,
+    generation: u64,
+}
+
+#[derive(Default)]
+struct Known {
+    path: PathBuf,
+    order: u64,
+    /// Of the files that were last looked into.
+    stamp: Option<Stamp>,
+    loaded: Option<Loaded>,
+    /// Why the newest files are not used.
+    error: Option<String>,
+    /// The file is gone.
+    missing: bool,
+    /// It has been a step of a pipeline in folder mode.
+    was_step: bool,
+}
+
+#[derive(Clone)]
+struct Loaded {
+    program: Arc<Program>,
+    config: Value,
+}
+
+struct Pipeline {
+    name: String,
+    steps: Option<Vec<StepConfig>>,
+    built: BTreeMap<String, Built>,
+    sender: watch::Sender<Chain>,
+}
+
+#[derive(Default)]
+struct Built {
+    good: Option<(Key, Arc<Version>)>,
+    failed: Option<(Key, String)>,
+}
+
+/// What a version is made of: another key, another version.
+#[derive(Clone, PartialEq)]
+struct Key {
+    sha256: String,
+    file: String,
+    config: Value,
+    limits: Limits,
+    on_failure: OnFailure,
+}
+
+impl Plugins {
+    /// Looks at the folder, loads what is there, and watches it from then on.
+    /// Blocks while plugins compile. `cache_dir` is made, private, if needed.
+    pub fn start(
+        config: &Config,
+        cache_dir: &Path,
+        devices: Arc<Devices>,
+        namespace: Arc<Namespace>,
+        failures: Failures,
+    ) -> Result<Self, Error> {
+        let compiler = Compiler::child(config.compile_cpu_s, config.compile_memory)
+            .map_err(|error| Error::Engine(format!("cannot find this program's file: {error}")))?;
+        Self::start_with(compiler, config, cache_dir, devices, namespace, failures)
+    }
+
+    /// The same with another compiler: see [`Compiler::in_process`].
+    pub fn start_with(
+        compiler: Compiler,
+        config: &Config,
+        cache_dir: &Path,
+        devices: Arc<Devices>,
+        namespace: Arc<Namespace>,
+        failures: Failures,
+    ) -> Result<Self, Error> {
+        let library = Library::new(compiler, Some(Cache::open(cache_dir)?))?;
+        let (wake, events) = mpsc::sync_channel(EVENTS_MAX);
+        let watcher = watch(&config.dir, wake.clone());
+        let mut work = Work {
+            config: config.clone(),
+            library,
+            devices,
+            namespace,
+            failures,
+            wake: wake.clone(),
+            known_steps: cache_dir.join(KNOWN_STEPS_FILE),
+            files: BTreeMap::new(),
+            refused: Vec::new(),
+            settling: Settling::default(),
+            pipelines: Vec::new(),
+            generation: 0,
+        };
+        work.recall_steps();
+        let deadline = Instant::now() + START_WAIT;
+        work.look(&HashSet::new(), true);
+        while !work.settling.is_empty() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(20));
+            work.look(&HashSet::new(), true);
+        }
+        let status = Mutex::new(work.status());
+        let shared = Arc::new(Inner { work: Mutex::new(work), status, wake, stopped: AtomicBool::new(false) });
+        let thread = std::thread::Builder::new()
+            .name("plugin-folder".into())
+            .spawn({
+                let shared = Arc::clone(&shared);
+                move || shared.run(&events)
+            })
+            .map_err(|error| Error::Engine(format!("cannot start the folder's thread: {error}")))?;
+        Ok(Self { shared, thread: Some(thread), _watcher: watcher })
+    }
+
+    /// The chain of a pipeline, now and after every change. `steps: None`: the
+    /// folder's plugins by the number in front of their names.
+    pub fn chain(&self, pipeline: &str, steps: Option<&[StepConfig]>) -> watch::Receiver<Chain> {
+        let mut work = self.shared.work();
+        let empty = Chain { generation: 0, steps: Arc::new([]), hold: None };
+        let (sender, receiver) = watch::channel(empty);
+        work.pipelines.retain(|known| !known.sender.is_closed());
+        work.pipelines.push(Pipeline {
+            name: pipeline.to_owned(),
+            steps: steps.map(<[_]>::to_vec),
+            built: BTreeMap::new(),
+            sender,
+        });
+        work.publish();
+        self.shared.show(work.status());
+        receiver
+    }
+
+    pub fn status(&self) -> Vec<PluginStatus> {
+        self.shared.status.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Drop for Plugins {
+    fn drop(&mut self) {
+        self.shared.stopped.store(true, Ordering::Release);
+        let _ = self.shared.wake.try_send(Wake::Look);
+        if let Some(thread) = self.thread.take() {
+            // It only watches: nothing is lost with it.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Inner {
+    fn work(&self) -> std::sync::MutexGuard<'_, Work> {
+        self.work.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn show(&self, status: Vec<PluginStatus>) {
+        *self.status.lock().unwrap_or_else(PoisonError::into_inner) = status;
+    }
+
+    fn run(&self, events: &Receiver<Wake>) {
+        let (poll, settle) = {
+            let work = self.work();
+            (work.config.poll.0, work.config.settle.0)
+        };
+        let mut settling = false;
+        loop {
+            // Looks at least twice within the settle time while a file is being written.
+            let wait = if settling { poll.min(settle / 2).max(Duration::from_millis(10)) } else { poll };
+            let mut renamed = HashSet::new();
+            let first = match events.recv_timeout(wait) {
+                Ok(wake) => Some(wake),
+                Err(RecvTimeoutError::Timeout) => None,
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
+            for wake in first.into_iter().chain(events.try_iter()) {
+                if let Wake::Renamed(paths) = wake {
+                    renamed.extend(paths);
+                }
+            }
+            if self.stopped.load(Ordering::Acquire) {
+                return;
+            }
+            let mut work = self.work();
+            work.look(&renamed, false);
+            work.publish();
+            settling = !work.settling.is_empty();
+            self.show(work.status());
+        }
+    }
+}
+
+fn watch(dir: &Path, wake: SyncSender<Wake>) -> Option<notify::RecommendedWatcher> {
+    let folder = dir.to_owned();
+    let on_event = move |event: notify::Result<notify::Event>| {
+        let wake_up = match event {
+            Ok(event) => match event.kind {
+                // As they are named in `dir`, which may be a link itself.
+                EventKind::Modify(ModifyKind::Name(_)) => Wake::Renamed(
+                    event.paths.iter().filter_map(|path| Some(folder.join(path.file_name()?))).collect(),
+                ),
+                EventKind::Access(_) => return,
+                _ => Wake::Look,
+            },
+            Err(_) => Wake::Look,
+        };
+        // Full: a look is due already.
+        let _ = wake.try_send(wake_up);
+    };
+    let watcher = notify::recommended_watcher(on_event)
+        .and_then(|mut watcher| watcher.watch(dir, RecursiveMode::NonRecursive).map(|()| watcher));
+    match watcher {
+        Ok(watcher) => Some(watcher),
+        Err(error) => {
+            tracing::info!(dir = %dir.display(), %error, "no change events from the plugins folder, polling only");
+            None
+        }
+    }
+}
+
+impl Work {
+    /// Looks at the folder and loads what is new and whole.
+    fn look(&mut self, renamed: &HashSet<PathBuf>, starting: bool) {
+        let Listing { found, refused } = match folder::list(&self.config.dir) {
+            Ok(listing) => listing,
+            Err(error) => {
+                let detail = format!("{}: {error}", self.config.dir.display());
+                self.failures.report("cannot read the plugins folder", 1, &detail, "headworks plugin list");
+                return;
+            }
+        };
+        for (file, reason) in refused.iter().filter(|entry| !self.refused.contains(entry)) {
+            self.failures.report(&format!("plugin file {file} is not used"), 1, reason, "headworks plugin list");
+        }
+        self.refused = refused;
+        self.settling.retain(&found);
+        self.note_missing(&found);
+        for found in found.into_values() {
+            let known = self.files.entry(found.name.clone()).or_default();
+            known.missing = false;
+            if known.stamp.as_ref() == Some(&found.stamp) {
+                (known.path, known.order) = (found.path, found.order);
+                continue;
+            }
+            let old_enough = starting && found.stamp.is_older_than(self.config.settle.0);
+            if old_enough || self.settling.is_settled(&found, self.config.settle.0, renamed) {
+                self.load(found);
+            }
+        }
+    }
+
+    fn note_missing(&mut self, found: &BTreeMap<String, Found>) {
+        let dir = &self.config.dir;
+        self.files.retain(|name, known| {
+            if found.contains_key(name) {
+                return true;
+            }
+            if folder::take_removed_mark(dir, name) {
+                tracing::info!(plugin = name, "plugin removed");
+                return false;
+            }
+            // A file that never was a step anywhere goes without a word.
+            known.missing = true;
+            known.was_step || known.loaded.is_some()
+        });
+    }
+
+    fn load(&mut self, found: Found) {
+        let result = self.read(&found);
+        let known = self.files.entry(found.name.clone()).or_default();
+        let file = file_name(&found.path);
+        match result {
+            Ok(loaded) => {
+                let description = &loaded.program.description;
+                tracing::info!(file, name = found.name, version = description.version, "plugin loaded");
+                known.loaded = Some(loaded);
+                known.error = None;
+            }
+            Err(error) => {
+                let kept = if known.loaded.is_some() { "; the last good version stays" } else { "" };
+                let reason = error.to_string();
+                let detail = format!("{reason}{kept}");
+                self.failures.report(
+                    &format!("plugin file {file} is not used"),
+                    1,
+                    &detail,
+                    &format!("headworks plugin inspect {}", found.path.display()),
+                );
+                known.error = Some(reason);
+            }
+        }
+        (known.path, known.order, known.stamp) = (found.path, found.order, Some(found.stamp));
+    }
+
+    fn read(&self, found: &Found) -> Result<Loaded, Error> {
+        let config = match &found.config {
+            Some(path) => {
+                let text = std::fs::read_to_string(path)
+                    .map_err(|error| Error::Read { path: path.clone(), error })?;
+                crate::yaml::to_json(&text)
+                    .map_err(|reason| Error::Config(format!("{}: {reason}", file_name(path))))?
+            }
+            None => self.config.config.get(&found.name).cloned().unwrap_or_default(),
+        };
+        let program = Arc::new(self.library.load(&read(&found.path)?)?);
+        Ok(Loaded { program, config })
+    }
+
+    /// Builds every pipeline's chain again and publishes those that changed.
+    fn publish(&mut self) {
+        let mut pipelines = std::mem::take(&mut self.pipelines);
+        pipelines.retain(|pipeline| !pipeline.sender.is_closed());
+        for pipeline in &mut pipelines {
+            let (steps, hold) = self.build(pipeline);
+            let current = pipeline.sender.borrow();
+            let same = current.generation > 0
+                && current.hold.as_deref() == hold.as_deref()
+                && current.steps.len() == steps.len()
+                && current.steps.iter().zip(&steps).all(|(a, b)| Arc::ptr_eq(a, b));
+            drop(current);
+            if !same {
+                self.generation += 1;
+                let chain = Chain { generation: self.generation, steps: steps.into(), hold: hold.map(Into::into) };
+                pipeline.sender.send_replace(chain);
+            }
+        }
+        self.pipelines = pipelines;
+        self.remember_steps();
+    }
+
+    fn build(&mut self, pipeline: &mut Pipeline) -> (Vec<Arc<dyn StepFactory>>, Option<String>) {
+        let in_folder_mode = pipeline.steps.is_none();
+        let wanted = pipeline.steps.clone().unwrap_or_else(|| self.folder_steps());
+        let mut steps: Vec<Arc<dyn StepFactory>> = Vec::new();
+        let mut hold = None;
+        for step in &wanted {
+            let built = pipeline.built.entry(step.step_name().to_owned()).or_default();
+            let known = self.files.get(&step.plugin);
+            if let Some(loaded) = known.and_then(|known| known.loaded.clone()) {
+                self.build_step(&pipeline.name, step, &loaded, built);
+            }
+            match &built.good {
+                Some((_, version)) => {
+                    hold = hold.or_else(|| version.held());
+                    steps.push(Arc::clone(version) as Arc<dyn StepFactory>);
+                }
+                None => {
+                    let reason = match (&built.failed, known) {
+                        (Some((_, reason)), _) => reason.clone(),
+                        (None, Some(Known { error: Some(error), .. })) => error.clone(),
+                        _ => format!("no file {}.wasm in {}", step.plugin, self.config.dir.display()),
+                    };
+                    // A new file that never worked is no step yet; a step that is named or has run is missed.
+                    if !in_folder_mode || known.is_some_and(|known| known.was_step) {
+                        hold = hold.or(Some(format!("step {}: {reason}", step.step_name())));
+                    }
+                }
+            }
+            let Some(known) = self.files.get_mut(&step.plugin) else { continue };
+            known.was_step |= in_folder_mode && built.good.is_some();
+            if known.missing && in_folder_mode {
+                hold = hold.or_else(|| Some(missing_reason(&step.plugin, known)));
+            } else if known.missing {
+                let detail = "its file is gone, the last good version stays until the host ends";
+                self.failures.report(&format!("plugin {}", step.plugin), 1, detail, "headworks plugin list");
+            }
+        }
+        pipeline.built.retain(|name, _| wanted.iter().any(|step| step.step_name() == name));
+        (steps, hold)
+    }
+
+    /// The folder's plugins as steps, in order.
+    fn folder_steps(&self) -> Vec<StepConfig> {
+        let mut names: Vec<_> = self.files.iter().map(|(name, known)| (known.order, name)).collect();
+        names.sort();
+        names.into_iter().map(|(_, name)| StepConfig::new(name)).collect()
+    }
+
+    fn build_step(&mut self, pipeline: &str, step: &StepConfig, loaded: &Loaded, built: &mut Built) {
+        let Some(known) = self.files.get(&step.plugin) else { return };
+        let key = Key {
+            sha256: loaded.program.sha256.clone(),
+            file: file_name(&known.path),
+            config: if step.config.is_null() { loaded.config.clone() } else { step.config.clone() },
+            limits: step.limits.unwrap_or(self.config.limits),
+            on_failure: step.on_failure,
+        };
+        let is = |other: &Key| *other == key;
+        if built.good.as_ref().is_some_and(|(good, _)| is(good)) {
+            built.failed = None;
+            return;
+        }
+        if built.failed.as_ref().is_some_and(|(failed, _)| is(failed)) {
+            return;
+        }
+        let id = StepId { pipeline: pipeline.into(), step: step.step_name().into() };
+        let wake = self.wake.clone();
+        let version = Version::new(Shared {
+            context: version::context(&id, &key.config, &self.namespace, self.generation + 1),
+            id,
+            file: key.file.clone(),
+            program: Arc::clone(&loaded.program),
+            limits: key.limits,
+            on_failure: key.on_failure,
+            devices: Arc::clone(&self.devices),
+            namespace: Arc::clone(&self.namespace),
+            failures: self.failures.clone(),
+            on_hold: Box::new(move || drop(wake.try_send(Wake::Look))),
+            faults: Faults::default(),
+        });
+        match version.trial() {
+            Ok(()) => *built = Built { good: Some((key, Arc::new(version))), failed: None },
+            Err(problems) => {
+                let reason = problem_text(&problems);
+                let kept = if built.good.is_some() { "; the last good version stays" } else { "" };
+                self.failures.report(
+                    &format!("{}: step {pipeline}/{} does not start", key.file, step.step_name()),
+                    1,
+                    &format!("{reason}{kept}"),
+                    "headworks plugin list",
+                );
+                built.failed = Some((key, reason));
+            }
+        }
+    }
+
+    fn status(&self) -> Vec<PluginStatus> {
+        let mut list: Vec<_> = self.files.iter().map(|(name, known)| self.status_of(name, known)).collect();
+        list.sort_by_key(|(order, status)| (*order, status.name.clone()));
+        let refused = self.refused.iter().map(|(file, reason)| PluginStatus {
+            file: file.clone(),
+            name: String::new(),
+            version: String::new(),
+            summary: String::new(),
+            hash: String::new(),
+            state: PluginState::Failed(reason.clone()),
+            imports_granted: Vec::new(),
+            topics: Vec::new(),
+        });
+        list.into_iter().map(|(_, status)| status).chain(refused).collect()
+    }
+
+    fn status_of(&self, name: &str, known: &Known) -> (u64, PluginStatus) {
+        let not_started = self.pipelines.iter().find_map(|pipeline| {
+            let uses = |step: &str| match &pipeline.steps {
+                None => step == name,
+                Some(steps) => steps.iter().any(|s| s.step_name() == step && s.plugin == name),
+            };
+            let (step, built) = pipeline.built.iter().find(|(step, b)| uses(step) && b.failed.is_some())?;
+            let (_, reason) = built.failed.as_ref()?;
+            Some(format!("{}/{step}: {reason}", pipeline.name))
+        });
+        let state = match (known.missing, known.error.clone().or(not_started)) {
+            (true, _) => PluginState::Removed(missing_reason(name, known)),
+            (false, Some(reason)) => PluginState::Failed(reason),
+            (false, None) => PluginState::Active,
+        };
+        let program = known.loaded.as_ref().map(|loaded| &loaded.program);
+        let description = program.map(|program| program.description.clone()).unwrap_or_default();
+        let status = PluginStatus {
+            file: file_name(&known.path),
+            name: name.to_owned(),
+            version: description.version,
+            summary: description.summary,
+            hash: program.map(|program| program.sha256.clone()).unwrap_or_default(),
+            state,
+            imports_granted: program.map(|program| program.imports.clone()).unwrap_or_default(),
+            topics: description.topics,
+        };
+        (known.order, status)
+    }
+
+    /// Steps of an earlier start: one whose file is gone holds its pipeline.
+    fn recall_steps(&mut self) {
+        let Ok(text) = std::fs::read_to_string(&self.known_steps) else { return };
+        for line in text.lines() {
+            let Some((order, file)) = line.split_once(' ') else { continue };
+            let stem = file.strip_suffix(".wasm").unwrap_or(file);
+            let name = stem.split_once('-').filter(|(n, _)| n.parse::<u64>().is_ok()).map_or(stem, |(_, s)| s);
+            let known = self.files.entry(name.to_owned()).or_default();
+            known.path = self.config.dir.join(file);
+            known.order = order.parse().unwrap_or(u64::MAX);
+            known.was_step = true;
+        }
+    }
+
+    fn remember_steps(&self) {
+        let steps: BTreeSet<String> = self
+            .files
+            .values()
+            .filter(|known| known.was_step)
+            .map(|known| format!("{} {}\n", known.order, file_name(&known.path)))
+            .collect();
+        let text: String = steps.into_iter().collect();
+        let known = std::fs::read_to_string(&self.known_steps).unwrap_or_default();
+        if text == known {
+            return;
+        }
+        let temporary = self.known_steps.with_extension("tmp");
+        let written =
+            std::fs::write(&temporary, text).and_then(|()| std::fs::rename(&temporary, &self.known_steps));
+        if let Err(error) = written {
+            tracing::warn!(%error, path = %self.known_steps.display(), "cannot note which steps run");
+        }
+    }
+}
+
+fn missing_reason(name: &str, known: &Known) -> String {
+    format!(
+        "{} was removed: put it back, or `headworks plugin remove {name}` to go on without it",
+        file_name(&known.path)
+    )
+}
+
+pub(super) fn problem_text(problems: &[Problem]) -> String {
+    let line = |p: &Problem| match p.path.as_str() {
+        "" => p.message.clone(),
+        path => format!("config.{path}: {}", p.message),
+    };
+    problems.iter().map(line).collect::<Vec<_>>().join("; ")
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+#[path = "catalog_tests.rs"]
+mod tests;

@@ -1,0 +1,218 @@
+//! Config of the plugins folder and of a step.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::problems::{KeyPath, Problems};
+use crate::units::{ByteSize, Period};
+
+/// `plugins:` the watched folder and the limits of every plugin in it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Folder that is watched for `.wasm` files.
+    pub dir: PathBuf,
+    /// How often the folder is looked at beside the system's change events, which some file systems do not send.
+    pub poll: Period,
+    /// A file written in place is loaded once its size and time have not changed for this long.
+    pub settle: Period,
+    /// CPU seconds that compiling one plugin may take.
+    pub compile_cpu_s: u64,
+    /// Address space that compiling one plugin may take.
+    pub compile_memory: ByteSize,
+    /// Limits of a step; a step's own `limits` replace them.
+    pub limits: Limits,
+    /// Config by plugin name, for plugins that have no file `NAME.yaml` beside them.
+    pub config: BTreeMap<String, serde_json::Value>,
+}
+
+/// What one call of a plugin may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// CPU time for one batch; wall time is limited to ten times it.
+    pub cpu_ms: u64,
+    /// Memory of one instance.
+    pub memory: ByteSize,
+    /// Messages that may be made of one message.
+    pub outputs_per_message_max: u32,
+    /// Bytes that a batch may become, as a multiple of what went in.
+    pub output_bytes_factor: u32,
+    /// Bytes that a batch may become, however small it was.
+    pub output_bytes_min: ByteSize,
+    /// How often a batch may come again when a plugin asks to retry; then its messages are refused.
+    pub retries_max: u32,
+}
+
+/// One entry of a pipeline's `steps`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StepConfig {
+    /// Name of the plugin: its file's name without the number in front and without `.wasm`.
+    pub plugin: String,
+    /// Identity of this step where one plugin is used twice; else the plugin's name.
+    #[serde(default, rename = "as", skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// The plugin's config; else the file beside it, else `plugins.config`.
+    #[serde(default, skip_serializing_if = "serde_json::Value::is_null")]
+    pub config: serde_json::Value,
+    /// Limits of this step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<Limits>,
+    /// What happens to messages that make the plugin fault once it has done so three times within a minute.
+    #[serde(default)]
+    pub on_failure: OnFailure,
+}
+
+/// After three faults of a step within a minute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnFailure {
+    /// The messages that cause a fault go to dead letters, as from the first fault on.
+    #[default]
+    DeadLetters,
+    /// They pass unchanged.
+    Pass,
+    /// The pipeline waits until the plugin or its config changes.
+    Hold,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            dir: "./plugins".into(),
+            poll: Period(Duration::from_secs(1)),
+            settle: Period(Duration::from_millis(300)),
+            compile_cpu_s: 30,
+            compile_memory: ByteSize::gib(2),
+            limits: Limits::default(),
+            config: BTreeMap::new(),
+        }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            cpu_ms: 100,
+            memory: ByteSize::mib(64),
+            outputs_per_message_max: 64,
+            output_bytes_factor: 4,
+            output_bytes_min: ByteSize::mib(1),
+            retries_max: 10,
+        }
+    }
+}
+
+impl Config {
+    pub fn validate(&self, path: &KeyPath, problems: &mut Problems) {
+        if self.dir.as_os_str().is_empty() {
+            problems.add(path.key("dir"), "must name a folder, is empty");
+        }
+        at_least(problems, path.key("poll"), self.poll.0.as_millis() as u64, 50, "ms");
+        if self.settle.0 > Duration::from_secs(60) {
+            problems.add(path.key("settle"), format!("must be at most 1m, is {}", self.settle));
+        }
+        at_least(problems, path.key("compile_cpu_s"), self.compile_cpu_s, 1, "");
+        at_least(problems, path.key("compile_memory"), self.compile_memory.0, 256 << 20, " bytes");
+        self.limits.validate(&path.key("limits"), problems);
+        for name in self.config.keys().filter(|name| !is_step_name(name)) {
+            problems.add(path.key("config").key(name), NAME_RULE);
+        }
+    }
+}
+
+impl Limits {
+    pub fn validate(&self, path: &KeyPath, problems: &mut Problems) {
+        at_least(problems, path.key("cpu_ms"), self.cpu_ms, 10, "");
+        at_least(problems, path.key("memory"), self.memory.0, 1 << 20, " bytes");
+        if self.memory.0 > 4 << 30 {
+            problems.add(path.key("memory"), format!("must be at most 4GiB, is {}", self.memory));
+        }
+        at_least(problems, path.key("outputs_per_message_max"), self.outputs_per_message_max.into(), 1, "");
+        at_least(problems, path.key("output_bytes_factor"), self.output_bytes_factor.into(), 1, "");
+        if self.output_bytes_min.0 > 1 << 30 {
+            problems
+                .add(path.key("output_bytes_min"), format!("must be at most 1GiB, is {}", self.output_bytes_min));
+        }
+    }
+}
+
+impl StepConfig {
+    pub fn new(plugin: &str) -> Self {
+        Self {
+            plugin: plugin.to_owned(),
+            name: None,
+            config: serde_json::Value::Null,
+            limits: None,
+            on_failure: OnFailure::default(),
+        }
+    }
+
+    /// `as`, else the plugin's name.
+    pub fn step_name(&self) -> &str {
+        self.name.as_deref().unwrap_or(&self.plugin)
+    }
+
+    pub fn validate(&self, path: &KeyPath, problems: &mut Problems) {
+        if !is_step_name(&self.plugin) {
+            problems.add(path.key("plugin"), NAME_RULE);
+        }
+        if self.name.as_deref().is_some_and(|name| !is_step_name(name)) {
+            problems.add(path.key("as"), NAME_RULE);
+        }
+        if let Some(limits) = &self.limits {
+            limits.validate(&path.key("limits"), problems);
+        }
+    }
+}
+
+const NAME_RULE: &str = "must be 1 to 64 of the characters a-z A-Z 0-9 . _ -, the first one a letter or digit";
+
+/// Names are file names and metric labels.
+pub(super) fn is_step_name(name: &str) -> bool {
+    (1..=64).contains(&name.len())
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+        && name.as_bytes()[0].is_ascii_alphanumeric()
+}
+
+fn at_least(problems: &mut Problems, path: KeyPath, value: u64, least: u64, unit: &str) {
+    if value < least {
+        problems.add(path, format!("must be at least {least}{unit}, is {value}"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_problem_is_found_at_once_with_its_path() {
+        let config = Config {
+            compile_cpu_s: 0,
+            limits: Limits { cpu_ms: 0, memory: ByteSize(3), ..Limits::default() },
+            ..Config::default()
+        };
+        let mut problems = Problems::default();
+        config.validate(&KeyPath::root().key("plugins"), &mut problems);
+        let paths: Vec<_> = problems.into_vec().into_iter().map(|p| p.path.as_str().to_owned()).collect();
+        assert_eq!(paths, ["plugins.compile_cpu_s", "plugins.limits.cpu_ms", "plugins.limits.memory"]);
+    }
+
+    #[test]
+    fn the_default_is_valid_and_a_step_reads_as_written_in_a_config() {
+        let mut problems = Problems::default();
+        Config::default().validate(&KeyPath::root(), &mut problems);
+        let step: StepConfig = serde_json::from_str(
+            r#"{"plugin":"route","as":"alerts","config":{"max":3},"on_failure":"hold"}"#,
+        )
+        .unwrap();
+        step.validate(&KeyPath::root(), &mut problems);
+        assert!(problems.is_empty(), "{problems:?}");
+        assert_eq!((step.step_name(), step.on_failure), ("alerts", OnFailure::Hold));
+    }
+}

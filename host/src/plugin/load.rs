@@ -1,0 +1,250 @@
+//! From a file's bytes to a component that may run here, or to a reason why not.
+//!
+//! A component is taken as it is; a core module with WIT metadata (what cargo
+//! builds for wasm32-unknown-unknown) is made one. Exports say what it is,
+//! imports what it wants; both are looked at before a compiler sees a byte.
+
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
+use wasmparser::{Encoding, Parser, Payload};
+use wit_component::ComponentEncoder;
+
+const PACKAGE: &str = "headworks:plugin/";
+/// The contract's major version that this host speaks.
+const MAJOR: u64 = 1;
+/// Interfaces of types only, and those whose functions are served.
+const SERVED: [&str; 6] = ["types", "arena", "log", "metrics", "clock", "devices"];
+/// In the contract, not served by this version of the host.
+const LATER: [&str; 4] = ["state", "timers", "secrets", "http"];
+/// Largest file that is read.
+pub(super) const FILE_BYTES_MAX: u64 = 128 << 20;
+
+/// A component that may run here.
+#[derive(Debug)]
+pub(super) struct Loadable {
+    pub component: Vec<u8>,
+    pub form: Form,
+    pub kind: Kind,
+    /// Names of its imports, all served.
+    pub imports: Vec<String>,
+}
+
+/// How the file was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Form {
+    Component,
+    CoreModule,
+}
+
+/// How it wants its messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// `process(messages)`: a batch at a time.
+    Batch,
+    /// `process(message)`: one at a time.
+    Message,
+}
+
+/// Why a file is no plugin for this host. Each says what to do.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LoadError {
+    #[error("empty file: copy it again")]
+    Empty,
+    #[error("not WebAssembly: starts with {0}, a plugin starts with \\0asm; text (.wat) must be assembled first")]
+    NotWasm(String),
+    #[error("damaged or truncated: {0}; copy or build it again")]
+    Damaged(String),
+    #[error("imports `{0}`: a core module may import the plugin contract only; build it with the Headworks SDK for wasm32-unknown-unknown, or as a component")]
+    Foreign(String),
+    #[error("a core module without WIT metadata: build it with the Headworks SDK, or make it a component (`wasm-tools component new`)")]
+    NoMetadata,
+    #[error("cannot be made a component: {0}")]
+    Encode(String),
+    #[error("no Headworks plugin: does not export {PACKAGE}lifecycle@1.x")]
+    NoLifecycle,
+    #[error("exports neither batch nor message ({PACKAGE}batch@1.x, {PACKAGE}message@1.x): nothing to run")]
+    NoKind,
+    #[error("exports both batch and message: refused, not guessed; export one")]
+    BothKinds,
+    #[error("exports {0}: not served by this version of Headworks")]
+    ExportLater(String),
+    #[error("imports {0}: not served by this version of Headworks")]
+    ImportLater(String),
+    #[error("imports {0}: not served yet; a plugin has no files, sockets or environment (in Rust, build for wasm32-unknown-unknown)")]
+    Wasi(String),
+    #[error("imports {0}: unknown, plugins may import {PACKAGE}log, metrics, clock and devices")]
+    Unknown(String),
+    #[error("{0}: this host speaks version {MAJOR} of the plugin contract; build the plugin for it")]
+    Version(String),
+}
+
+/// Names of a component's own imports and exports.
+#[derive(Debug, Default)]
+pub(super) struct Surface {
+    pub imports: Vec<String>,
+    pub exports: Vec<String>,
+}
+
+impl Loadable {
+    pub fn new(bytes: &[u8]) -> Result<Self, LoadError> {
+        let (component, form) = to_component(bytes)?;
+        let surface = Surface::read(&component)?;
+        for import in &surface.imports {
+            check_import(import)?;
+        }
+        let kind = kind(&surface.exports)?;
+        Ok(Self { component, form, kind, imports: surface.imports })
+    }
+}
+
+impl Surface {
+    /// Of a component; nested modules and components are walked over.
+    pub fn read(component: &[u8]) -> Result<Self, LoadError> {
+        let mut surface = Self::default();
+        let mut depth = 0_u32;
+        for payload in Parser::new(0).parse_all(component) {
+            let damaged = |error: wasmparser::BinaryReaderError| LoadError::Damaged(error.to_string());
+            match payload.map_err(damaged)? {
+                Payload::ModuleSection { .. } | Payload::ComponentSection { .. } => depth += 1,
+                Payload::End(_) => depth = depth.saturating_sub(1),
+                Payload::ComponentImportSection(imports) if depth == 0 => {
+                    for import in imports {
+                        surface.imports.push(import.map_err(damaged)?.name.name.to_owned());
+                    }
+                }
+                Payload::ComponentExportSection(exports) if depth == 0 => {
+                    for export in exports {
+                        surface.exports.push(export.map_err(damaged)?.name.name.to_owned());
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(surface)
+    }
+
+    /// Imports that are served, and those that are not, each with the reason.
+    pub fn granted_and_denied(&self) -> (Vec<String>, Vec<(String, String)>) {
+        let mut granted = Vec::new();
+        let mut denied = Vec::new();
+        for import in &self.imports {
+            match check_import(import) {
+                Ok(()) => granted.push(import.clone()),
+                Err(reason) => denied.push((import.clone(), reason.to_string())),
+            }
+        }
+        (granted, denied)
+    }
+}
+
+/// The component that `bytes` is or becomes.
+pub(super) fn to_component(bytes: &[u8]) -> Result<(Vec<u8>, Form), LoadError> {
+    if bytes.is_empty() {
+        return Err(LoadError::Empty);
+    }
+    if !bytes.starts_with(b"\0asm") {
+        if b"\0asm".starts_with(bytes) {
+            return Err(LoadError::Damaged("shorter than a header".into()));
+        }
+        let start: Vec<_> = bytes.iter().take(4).map(|b| format!("{b:02x}")).collect();
+        return Err(LoadError::NotWasm(start.join(" ")));
+    }
+    match check_structure(bytes)? {
+        Encoding::Component => Ok((bytes.to_owned(), Form::Component)),
+        Encoding::Module => Ok((encode(bytes)?, Form::CoreModule)),
+    }
+}
+
+/// Walks all sections, so that a truncated file is called that.
+fn check_structure(bytes: &[u8]) -> Result<Encoding, LoadError> {
+    let mut outermost = None;
+    for payload in Parser::new(0).parse_all(bytes) {
+        match payload {
+            Ok(Payload::Version { encoding, .. }) => outermost = outermost.or(Some(encoding)),
+            Ok(_) => {}
+            Err(error) => return Err(LoadError::Damaged(error.to_string())),
+        }
+    }
+    outermost.ok_or_else(|| LoadError::Damaged("no header".into()))
+}
+
+fn encode(module: &[u8]) -> Result<Vec<u8>, LoadError> {
+    let mut has_metadata = false;
+    let mut foreign = BTreeSet::new();
+    for payload in Parser::new(0).parse_all(module) {
+        match payload.map_err(|error| LoadError::Damaged(error.to_string()))? {
+            Payload::CustomSection(section) => has_metadata |= section.name().starts_with("component-type"),
+            Payload::ImportSection(section) => {
+                for import in section.into_imports() {
+                    let import = import.map_err(|error| LoadError::Damaged(error.to_string()))?;
+                    // Components' names have a colon; `env`, `wasi_snapshot_preview1` and the like have none.
+                    if !import.module.contains(':') && !import.module.starts_with("cm32p2") {
+                        foreign.insert(format!("{}.{}", import.module, import.name));
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    if let Some(import) = foreign.into_iter().next() {
+        return Err(LoadError::Foreign(import));
+    }
+    if !has_metadata {
+        return Err(LoadError::NoMetadata);
+    }
+    ComponentEncoder::default()
+        .validate(true)
+        .module(module)
+        .and_then(|mut encoder| encoder.encode())
+        .map_err(|error| LoadError::Encode(format!("{error:#}")))
+}
+
+fn check_import(import: &str) -> Result<(), LoadError> {
+    let Some(interface) = import.strip_prefix(PACKAGE) else {
+        return Err(if import.starts_with("wasi:") {
+            LoadError::Wasi(import.to_owned())
+        } else {
+            LoadError::Unknown(import.to_owned())
+        });
+    };
+    let name = versioned(interface).ok_or_else(|| LoadError::Version(import.to_owned()))?;
+    if SERVED.contains(&name) {
+        Ok(())
+    } else if LATER.contains(&name) {
+        Err(LoadError::ImportLater(import.to_owned()))
+    } else {
+        Err(LoadError::Unknown(import.to_owned()))
+    }
+}
+
+fn kind(exports: &[String]) -> Result<Kind, LoadError> {
+    let mut names = Vec::new();
+    for export in exports {
+        if let Some(interface) = export.strip_prefix(PACKAGE) {
+            names.push(versioned(interface).ok_or_else(|| LoadError::Version(export.clone()))?);
+        }
+    }
+    let has = |name| names.contains(&name);
+    if !has("lifecycle") {
+        return Err(LoadError::NoLifecycle);
+    }
+    if let Some(later) = ["access", "timer-handler", "migration"].into_iter().find(|name| has(name)) {
+        return Err(LoadError::ExportLater(format!("{PACKAGE}{later}")));
+    }
+    match (has("batch"), has("message")) {
+        (true, false) => Ok(Kind::Batch),
+        (false, true) => Ok(Kind::Message),
+        (true, true) => Err(LoadError::BothKinds),
+        (false, false) => Err(LoadError::NoKind),
+    }
+}
+
+/// `log@1.2.0` is `log`, when its version is compatible by semver.
+fn versioned(interface: &str) -> Option<&str> {
+    let (name, version) = interface.split_once('@')?;
+    let major = version.split('.').next()?.parse::<u64>().ok()?;
+    (major == MAJOR).then_some(name)
+}

@@ -1,0 +1,108 @@
+//! Plugins: sandboxed WebAssembly components as steps of a pipeline.
+//!
+//! A file goes `folder` → `load` (is it a plugin for this host?) → `compile`
+//! (in a child, under limits) → `cache` → `program` (described) → `version`
+//! (with a config; makes steps) → `catalog` (chains of steps, republished when
+//! a file changes). A batch goes `version` → `arena` (index out, answer
+//! checked) → `instance` (the call) under `engine`'s clock, with `host` as all
+//! that the plugin can reach. No other module names wasmtime.
+
+use std::path::PathBuf;
+
+mod arena;
+mod bindings;
+mod cache;
+mod catalog;
+mod compile;
+mod config;
+mod engine;
+mod folder;
+mod gather;
+mod host;
+mod instance;
+mod load;
+mod program;
+mod runner;
+mod version;
+
+pub use arena::Fault;
+pub use cache::CacheError;
+pub use catalog::{PluginState, PluginStatus, Plugins};
+pub use compile::{CHILD_COMMAND, CompileError, Compiler, compile_child_main};
+pub use config::{Config, Limits, OnFailure, StepConfig};
+pub use folder::remove;
+pub use load::{Form, Kind, LoadError};
+pub use program::{Description, Inspection};
+pub use runner::{Runner, inspect, inspect_with};
+
+use config::is_step_name;
+
+use crate::telemetry::{Metric, MetricKind};
+
+/// Why a plugin, or all of them, cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot start the plugin engine: {0}")]
+    Engine(String),
+    #[error("cannot read {path}: {error}")]
+    Read { path: PathBuf, error: std::io::Error },
+    #[error("{path}: {bytes} bytes, a plugin has at most {} MiB", load::FILE_BYTES_MAX >> 20)]
+    TooLarge { path: PathBuf, bytes: u64 },
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Compile(#[from] CompileError),
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    #[error("does not fit the plugin contract: {0}")]
+    Contract(String),
+    #[error("describe: {0}")]
+    Describe(String),
+    #[error("config: {0}")]
+    Config(String),
+}
+
+impl Error {
+    fn wasm(error: wasmtime::Error) -> Self {
+        Self::Contract(format!("{error:#}"))
+    }
+}
+
+pub const METRICS: &[Metric] = &[
+    Metric {
+        name: "headworks_step_messages_total",
+        kind: MetricKind::Counter,
+        help: "Messages that a step let pass (after it: one made of many counts as one), dropped or refused.",
+        labels: &["pipeline", "step", "outcome"],
+    },
+    Metric {
+        name: "headworks_step_faults_total",
+        kind: MetricKind::Counter,
+        help: "Calls of a plugin that trapped, passed a limit or answered nonsense.",
+        labels: &["pipeline", "step"],
+    },
+    Metric {
+        name: "headworks_step_run_duration_seconds",
+        kind: MetricKind::Histogram,
+        help: "Time that a step took for a batch.",
+        labels: &["pipeline", "step"],
+    },
+    Metric {
+        name: "headworks_plugin_instances_total",
+        kind: MetricKind::Counter,
+        help: "Instances started; one that faulted or outgrew its memory is replaced.",
+        labels: &["pipeline", "step"],
+    },
+    Metric {
+        name: "headworks_plugin_compiles_total",
+        kind: MetricKind::Counter,
+        help: "Plugins compiled; the others came from the cache.",
+        labels: &[],
+    },
+    Metric {
+        name: "headworks_plugin_log_lines_dropped_total",
+        kind: MetricKind::Counter,
+        help: "Log lines of plugins past 100 a second.",
+        labels: &["pipeline", "step"],
+    },
+];

@@ -1,0 +1,267 @@
+//! A plugin file, compiled and described: what instances are made of.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use wasmtime::component::{HasSelf, InstancePre, Linker};
+use wasmtime::{Engine, Store};
+
+use super::bindings::{base, batch, message};
+use super::cache::{self, Cache};
+use super::compile::Compiler;
+use super::engine::Runtime;
+use super::host::{HostState, Phase, printable};
+use super::load::{FILE_BYTES_MAX, Form, Kind, Loadable, Surface, to_component};
+use super::{Error, Limits, is_step_name};
+use crate::step::StepId;
+use crate::topic::TopicFilter;
+
+/// CPU time of `describe`.
+const DESCRIBE_CPU: Duration = Duration::from_secs(2);
+const TOPICS_MAX: usize = 1_024;
+const SCHEMA_BYTES_MAX: usize = 256 << 10;
+
+/// What a plugin says of itself, once per file.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Description {
+    pub name: String,
+    pub version: String,
+    pub summary: String,
+    /// MQTT filters; empty: every message of the pipeline.
+    pub topics: Vec<String>,
+    /// JSON Schema, or empty.
+    pub config_schema: String,
+    pub state_version: u32,
+}
+
+/// What `plugin inspect` shows of a file, whether it can run or not.
+#[derive(Clone, Debug, Serialize)]
+pub struct Inspection {
+    pub file: String,
+    pub bytes: u64,
+    pub sha256: String,
+    pub form: Option<Form>,
+    pub kind: Option<Kind>,
+    pub granted: Vec<String>,
+    /// Import and why it is not served.
+    pub denied: Vec<(String, String)>,
+    pub exports: Vec<String>,
+    pub description: Option<Description>,
+    /// Why it cannot run here.
+    pub problem: Option<String>,
+}
+
+/// Where programs come from: an engine, a compiler and a cache, shared.
+#[derive(Clone)]
+pub(super) struct Library {
+    pub runtime: Runtime,
+    pub compiler: Compiler,
+    pub cache: Option<Cache>,
+    linker: Arc<Linker<HostState>>,
+}
+
+/// A component, ready to be instantiated.
+pub(super) struct Program {
+    pub runtime: Runtime,
+    pub pre: InstancePre<HostState>,
+    pub exports: Exports,
+    pub kind: Kind,
+    pub form: Form,
+    pub imports: Vec<String>,
+    pub description: Description,
+    pub filters: Vec<TopicFilter>,
+    /// SHA-256 of the file.
+    pub sha256: String,
+}
+
+/// Where the exports are, found once.
+#[derive(Clone)]
+pub(super) struct Exports {
+    pub lifecycle: base::BaseIndices,
+    pub process: ProcessIndices,
+}
+
+#[derive(Clone)]
+pub(super) enum ProcessIndices {
+    Batch(batch::OnlyBatchIndices),
+    Message(message::OnlyMessageIndices),
+}
+
+impl Library {
+    pub fn new(compiler: Compiler, cache: Option<Cache>) -> Result<Self, Error> {
+        let runtime = Runtime::new().map_err(|error| Error::Engine(format!("{error:#}")))?;
+        let linker = linker(runtime.engine()).map_err(|error| Error::Engine(format!("{error:#}")))?;
+        Ok(Self { runtime, compiler, cache, linker: Arc::new(linker) })
+    }
+
+    /// Checks, compiles (or finds in the cache) and describes a plugin.
+    pub fn load(&self, bytes: &[u8]) -> Result<Program, Error> {
+        let loadable = Loadable::new(bytes)?;
+        let engine = self.runtime.engine();
+        let key = cache::key(&loadable.component, engine);
+        let cached = self.cache.as_ref().and_then(|cache| cache.load(&key, engine));
+        let fresh = match &cached {
+            Some(_) => None,
+            None => Some(self.compile(&loadable)?),
+        };
+        let (component, known) = match cached {
+            Some(found) => found,
+            None => {
+                let artifact = fresh.as_deref().expect("compiled where nothing was cached");
+                let component = cache::deserialize(engine, artifact).map_err(Error::wasm)?;
+                (component, None)
+            }
+        };
+        let pre = self.linker.instantiate_pre(&component).map_err(Error::wasm)?;
+        let exports = exports(&pre, loadable.kind)?;
+        let description = match known {
+            Some(description) => description,
+            None => self.describe(&pre, &exports)?,
+        };
+        let filters = check(&description)?;
+        if let (Some(cache), Some(artifact)) = (&self.cache, &fresh)
+            && let Err(error) = cache.store(&key, artifact, Some(&description))
+        {
+            tracing::warn!(%error, "compiled plugin is not kept, the next start compiles it again");
+        }
+        Ok(Program {
+            runtime: self.runtime.clone(),
+            pre,
+            exports,
+            kind: loadable.kind,
+            form: loadable.form,
+            imports: loadable.imports,
+            description,
+            filters,
+            sha256: cache::hex(&Sha256::digest(bytes)),
+        })
+    }
+
+    fn compile(&self, loadable: &Loadable) -> Result<Vec<u8>, Error> {
+        metrics::counter!("headworks_plugin_compiles_total").increment(1);
+        let temporary = std::env::temp_dir();
+        let scratch = self.cache.as_ref().map_or(temporary.as_path(), Cache::dir);
+        Ok(self.compiler.compile(&loadable.component, scratch)?)
+    }
+
+    /// Calls `describe` in an instance of its own whose imports trap.
+    fn describe(&self, pre: &InstancePre<HostState>, exports: &Exports) -> Result<Description, Error> {
+        let memory = Limits::default().memory.0 as usize;
+        let step = StepId { pipeline: "-".into(), step: "describe".into() };
+        let mut store = new_store(&self.runtime, HostState::new(step, Arc::default(), memory));
+        let running = self.runtime.start(&mut store, DESCRIBE_CPU);
+        let result = pre.instantiate(&mut store).and_then(|instance| {
+            store.data_mut().phase = Phase::Describe;
+            let base = exports.lifecycle.load(&mut store, &instance)?;
+            base.headworks_plugin_lifecycle().call_describe(&mut store)
+        });
+        drop(running);
+        let raw = result.map_err(|error| {
+            let why = super::instance::explain(&error, store.data(), DESCRIBE_CPU, memory);
+            Error::Describe(why)
+        })?;
+        Ok(Description {
+            name: raw.name,
+            version: raw.version,
+            summary: printable(&raw.summary),
+            topics: raw.topics,
+            config_schema: raw.config_schema,
+            state_version: raw.state_version,
+        })
+    }
+
+    /// Looks at a file without running it in a pipeline.
+    pub fn inspect(&self, path: &Path) -> Result<Inspection, Error> {
+        let bytes = read(path)?;
+        let mut inspection = Inspection {
+            file: path.display().to_string(),
+            bytes: bytes.len() as u64,
+            sha256: cache::hex(&Sha256::digest(&bytes)),
+            form: None,
+            kind: None,
+            granted: Vec::new(),
+            denied: Vec::new(),
+            exports: Vec::new(),
+            description: None,
+            problem: None,
+        };
+        match to_component(&bytes).and_then(|(component, form)| Ok((Surface::read(&component)?, form))) {
+            Ok((surface, form)) => {
+                inspection.form = Some(form);
+                (inspection.granted, inspection.denied) = surface.granted_and_denied();
+                inspection.exports = surface.exports;
+            }
+            Err(error) => inspection.problem = Some(error.to_string()),
+        }
+        if inspection.problem.is_none() {
+            match self.load(&bytes) {
+                Ok(program) => {
+                    inspection.kind = Some(program.kind);
+                    inspection.description = Some(program.description);
+                }
+                Err(error) => inspection.problem = Some(error.to_string()),
+            }
+        }
+        Ok(inspection)
+    }
+}
+
+pub(super) fn read(path: &Path) -> Result<Vec<u8>, Error> {
+    let failed = |error| Error::Read { path: path.to_owned(), error };
+    let length = std::fs::metadata(path).map_err(failed)?.len();
+    if length > FILE_BYTES_MAX {
+        return Err(Error::TooLarge { path: path.to_owned(), bytes: length });
+    }
+    std::fs::read(path).map_err(failed)
+}
+
+pub(super) fn new_store(runtime: &Runtime, state: HostState) -> Store<HostState> {
+    let mut store = Store::new(runtime.engine(), state);
+    store.limiter(|state| state);
+    Runtime::watch(&mut store);
+    store
+}
+
+fn linker(engine: &Engine) -> wasmtime::Result<Linker<HostState>> {
+    let mut linker = Linker::new(engine);
+    base::Base::add_to_linker::<_, HasSelf<_>>(&mut linker, |state| state)?;
+    Ok(linker)
+}
+
+fn exports(pre: &InstancePre<HostState>, kind: Kind) -> Result<Exports, Error> {
+    let lifecycle = base::BaseIndices::new(pre).map_err(Error::wasm)?;
+    let process = match kind {
+        Kind::Batch => batch::OnlyBatchIndices::new(pre).map(ProcessIndices::Batch),
+        Kind::Message => message::OnlyMessageIndices::new(pre).map(ProcessIndices::Message),
+    };
+    Ok(Exports { lifecycle, process: process.map_err(Error::wasm)? })
+}
+
+/// Checks a description and gives its topics as filters.
+fn check(description: &Description) -> Result<Vec<TopicFilter>, Error> {
+    let bad = |what: String| Err(Error::Describe(what));
+    let Description { name, version, topics, config_schema, state_version, .. } = description;
+    if !is_step_name(name) || name.bytes().any(|b| !(b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')) {
+        return bad(format!("name \"{}\" must match [a-z0-9-]{{1,64}}", printable(name)));
+    }
+    if version.len() > 64 || version.split('.').count() < 3 || !version.is_ascii() {
+        return bad(format!("version \"{}\" must be semver, such as 1.0.0", printable(version)));
+    }
+    if *state_version != 0 {
+        return bad("state-version must be 0: state is not served by this version of Headworks".into());
+    }
+    if config_schema.len() > SCHEMA_BYTES_MAX || topics.len() > TOPICS_MAX {
+        return bad(format!("at most {TOPICS_MAX} topics and {SCHEMA_BYTES_MAX} bytes of config-schema"));
+    }
+    filters(topics).map_err(Error::Describe)
+}
+
+pub(super) fn filters(topics: &[String]) -> Result<Vec<TopicFilter>, String> {
+    topics
+        .iter()
+        .map(|topic| TopicFilter::new(topic).map_err(|error| format!("topic \"{}\": {error}", printable(topic))))
+        .collect()
+}

@@ -1,0 +1,98 @@
+//! One plugin by itself, through the real path: for `plugin inspect`,
+//! `plugin bench`, the benchmarks and tests.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use super::catalog::problem_text;
+use super::compile::Compiler;
+use super::program::{Description, Inspection, Library, read};
+use super::version::{self, Faults, PluginStep, Shared, Version};
+use super::{Error, Limits, OnFailure};
+use crate::batch::{Batch, Partition};
+use crate::devices::Devices;
+use crate::step::{Outcome, Step, StepId};
+use crate::telemetry::Failures;
+use crate::topic::Namespace;
+
+/// A step of one plugin, outside of a pipeline.
+pub struct Runner {
+    step: PluginStep,
+    description: Description,
+}
+
+impl Runner {
+    /// Compiles in this process, without limits: for a person's own plugin.
+    pub fn load(path: &Path, config: &Value) -> Result<Self, Error> {
+        Self::from_bytes(&read(path)?, config, Limits::default(), Arc::default(), Arc::default())
+    }
+
+    pub fn from_bytes(
+        bytes: &[u8],
+        config: &Value,
+        limits: Limits,
+        devices: Arc<Devices>,
+        namespace: Arc<Namespace>,
+    ) -> Result<Self, Error> {
+        Self::with_failure(bytes, config, limits, devices, namespace, OnFailure::default())
+    }
+
+    pub(super) fn with_failure(
+        bytes: &[u8],
+        config: &Value,
+        limits: Limits,
+        devices: Arc<Devices>,
+        namespace: Arc<Namespace>,
+        on_failure: OnFailure,
+    ) -> Result<Self, Error> {
+        let program = Arc::new(Library::new(Compiler::in_process(), None)?.load(bytes)?);
+        let description = program.description.clone();
+        let id = StepId { pipeline: "runner".into(), step: description.name.as_str().into() };
+        let version = Version::new(Shared {
+            context: version::context(&id, config, &namespace, 0),
+            file: format!("{}.wasm", description.name),
+            id,
+            program,
+            limits,
+            on_failure,
+            devices,
+            namespace,
+            failures: Failures::default(),
+            on_hold: Box::new(|| {}),
+            faults: Faults::default(),
+        });
+        let step = version.step().map_err(|problems| Error::Config(problem_text(&problems)))?;
+        Ok(Self { step, description })
+    }
+
+    pub fn description(&self) -> &Description {
+        &self.description
+    }
+}
+
+impl Step for Runner {
+    fn id(&self) -> &StepId {
+        self.step.id()
+    }
+
+    fn run(&mut self, batch: Batch, partition: Partition, attempt: u32) -> Outcome {
+        self.step.run(batch, partition, attempt)
+    }
+}
+
+/// Looks at a plugin file: what it is, what it imports, what it says of
+/// itself, or why it cannot run here. Compiles in a child with the default
+/// limits, so the program must serve [`super::CHILD_COMMAND`].
+pub fn inspect(path: &Path) -> Result<Inspection, Error> {
+    let limits = super::Config::default();
+    let compiler = Compiler::child(limits.compile_cpu_s, limits.compile_memory)
+        .map_err(|error| Error::Engine(format!("cannot find this program's file: {error}")))?;
+    inspect_with(compiler, path)
+}
+
+/// The same with another compiler.
+pub fn inspect_with(compiler: Compiler, path: &Path) -> Result<Inspection, Error> {
+    Library::new(compiler, None)?.inspect(path)
+}
