@@ -48,7 +48,7 @@ set_up() {
         plugins/wasm-toolchain.sh target/wasm-toolchain
         toolchain=$root/target/wasm-toolchain
         export RUSTC="$toolchain/rustc"
-        export CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_LINKER="$toolchain/lld"
+        export CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_LINKER="$toolchain/rust-lld"
         return
     fi
     command -v rustup >/dev/null || {
@@ -83,6 +83,7 @@ build() {
 place() {
     cmp -s "$1" "$2" && return
     cp "$1" "$2.part"
+    chmod 644 "$2.part"
     mv "$2.part" "$2"
 }
 

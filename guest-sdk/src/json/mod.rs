@@ -102,7 +102,7 @@ pub fn pointer<'a>(doc: &'a [u8], pointer: &str) -> Result<Option<Raw<'a>>, Erro
         return Ok(Some(value));
     }
     let Some(path) = pointer.strip_prefix('/') else {
-        return Err(Error { at: 0, what: "a JSON pointer must start with a slash:" });
+        return Err(Error { at: 0, what: "a JSON pointer must start with a slash" });
     };
     for token in path.split('/') {
         match value.child(token) {
