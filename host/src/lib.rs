@@ -1,8 +1,14 @@
 //! Headworks: takes device messages in, runs each through sandboxed
 //! WebAssembly plugins, writes batches to databases. `ARCHITECTURE.md` is the map.
 
+pub mod admin;
+pub mod app;
 pub mod batch;
+pub mod cli;
+pub mod config;
 pub mod devices;
+pub mod listeners;
+pub mod pipeline;
 pub mod plugin;
 pub mod problems;
 pub mod properties;

@@ -2,13 +2,19 @@
 //!
 //! A sink commits its rows and the position in the stream that they bring it
 //! to in one transaction, so that a message becomes a row exactly once.
-//! Every sink is the same set of files: `config`, `rows` (messages to its
-//! values), `sink` (the connection and the transaction).
+//! Every sink is the same set of files: `config` (what a user says), `sink`
+//! (the connection and the transaction), `tests`; `columns` turns messages into
+//! values for all of them, `conformance` holds all of them to their promises.
 
 use async_trait::async_trait;
 use uuid::Uuid;
 
 use crate::batch::{Batch, MessageRef, Offset, Partition};
+
+#[cfg(test)]
+pub(crate) mod conformance;
+pub mod columns;
+pub mod memory;
 
 /// Whose positions: one pipeline's deliveries to one sink, from one log.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -117,12 +123,16 @@ pub enum Error {
 /// [`Error::Fenced`] when the epoch or a position is not the one left behind.
 #[async_trait]
 pub trait Sink: Send {
-    /// Connects, creates what is missing, claims. Every partition has a position
-    /// in the answer unless the claim is new to this sink, then none has.
+    /// Connects, creates what is missing, claims. The answer holds the position
+    /// of each partition that was ever advanced: none when the claim is new to
+    /// this sink. A new claim's first advance of a partition sets its position
+    /// whatever `from` says, so begin with an empty commit of `from == to` for
+    /// all partitions: from then on each has a position.
     /// Call it again after `Retry`, `Unknown`, `Setup`.
     async fn open(&mut self, claim: &Claim) -> Result<Vec<Position>, Error>;
 
-    /// `rows` may be empty: then only positions move.
+    /// `rows` may be empty: then only positions move. `advance` names a
+    /// partition at most once; partitions that it does not name stay.
     /// Not safe to drop midway: `open` again before the next call.
     async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<(), Error>;
 }

@@ -1,1 +1,377 @@
 //! A stream that keeps its messages in memory: for tests.
+//!
+//! It keeps the trait's promises except that nothing survives the process.
+//! [`MemoryStream::with_manual_commit`] holds durability back until
+//! [`MemoryStream::commit`], so that a test can show that no ack goes out
+//! before; [`MemoryStream::fail`] is a failed sync.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use async_trait::async_trait;
+use bytes::{Bytes, BytesMut};
+use tokio::sync::watch;
+use uuid::Uuid;
+
+use super::{
+    AppendError, Appended, Attachment, Cursor, GapCause, Identity, NewMessage, OnLag, Read, ReadError,
+    STATE_KEY_BYTES_MAX, STATE_VALUE_BYTES_MAX, StateChange, Stream, Ticket,
+};
+use crate::batch::{Batch, Entry, Offset, Span};
+
+/// What waits for a manual commit; past it appends are refused with `Full`.
+const COMMIT_BUFFER_BYTES_MAX: usize = 16 << 20;
+
+/// A handle: clones are the same stream.
+#[derive(Clone)]
+pub struct MemoryStream(Arc<Shared>);
+
+struct Shared {
+    name: String,
+    identity: Identity,
+    manual: bool,
+    inner: Mutex<Inner>,
+    /// Moves whenever a reader or a waiting writer has something to look at.
+    moved: watch::Sender<u64>,
+}
+
+struct Inner {
+    frames: Vec<Arc<Batch>>,
+    pending: Vec<Arc<Batch>>,
+    pending_bytes: usize,
+    start: u64,
+    /// One past the last durable message.
+    end: u64,
+    next: u64,
+    ticket: u64,
+    clock_us: u64,
+    full: bool,
+    no_space: bool,
+    state: BTreeMap<Vec<u8>, Vec<u8>>,
+    marks: BTreeMap<String, (u64, OnLag)>,
+    stopped: Option<Arc<str>>,
+    /// Gone once stopped.
+    durable: Option<watch::Sender<Ticket>>,
+}
+
+impl MemoryStream {
+    /// Every append is durable at once.
+    #[allow(clippy::new_ret_no_self)]
+    pub fn new(name: &str, partitions: u16) -> Arc<dyn Stream> {
+        Arc::new(Self::build(name, partitions, false))
+    }
+
+    /// Nothing is durable before [`Self::commit`].
+    pub fn with_manual_commit(name: &str, partitions: u16) -> Arc<Self> {
+        Arc::new(Self::build(name, partitions, true))
+    }
+
+    /// As `new`, with the hooks of the concrete type.
+    pub fn with_hooks(name: &str, partitions: u16) -> Arc<Self> {
+        Arc::new(Self::build(name, partitions, false))
+    }
+
+    fn build(name: &str, partitions: u16, manual: bool) -> Self {
+        Self(Arc::new(Shared {
+            name: name.to_owned(),
+            identity: Identity { log: Uuid::new_v4(), generation: 1, partitions: partitions.max(1) },
+            manual,
+            inner: Mutex::new(Inner {
+                frames: Vec::new(),
+                pending: Vec::new(),
+                pending_bytes: 0,
+                start: 0,
+                end: 0,
+                next: 0,
+                ticket: 0,
+                clock_us: 0,
+                full: false,
+                no_space: false,
+                state: BTreeMap::new(),
+                marks: BTreeMap::new(),
+                stopped: None,
+                durable: Some(watch::channel(Ticket::default()).0),
+            }),
+            moved: watch::channel(0).0,
+        }))
+    }
+
+    /// Makes all that was appended durable.
+    pub fn commit(&self) {
+        self.lock().commit();
+        self.moved();
+    }
+
+    /// A failed sync: what was not durable never will be.
+    pub fn fail(&self, reason: &str) {
+        let mut inner = self.lock();
+        inner.stopped.get_or_insert_with(|| reason.into());
+        inner.durable = None;
+        drop(inner);
+        self.moved();
+    }
+
+    /// While `full`, appends are refused with `NoSpace`.
+    pub fn set_no_space(&self, full: bool) {
+        self.lock().no_space = full;
+        self.moved();
+    }
+
+    /// Removes what lies below `start`, as retention would.
+    pub fn trim(&self, start: Offset) {
+        let mut inner = self.lock();
+        inner.start = start.0.clamp(inner.start, inner.end);
+        let start = inner.start;
+        inner.frames.retain(|frame| frame.base.0 + frame.len() as u64 > start);
+    }
+
+    /// Where each attached reader is.
+    pub fn marks(&self) -> BTreeMap<String, (Offset, OnLag)> {
+        self.lock().marks.iter().map(|(name, (at, lag))| (name.clone(), (Offset(*at), *lag))).collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.0.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn moved(&self) {
+        self.0.moved.send_modify(|n| *n += 1);
+    }
+}
+
+impl Inner {
+    fn commit(&mut self) {
+        let Some(durable) = &self.durable else { return };
+        self.frames.append(&mut self.pending);
+        self.pending_bytes = 0;
+        self.full = false;
+        self.end = self.next;
+        durable.send_replace(Ticket(self.ticket));
+    }
+
+    /// The messages as one frame.
+    fn frame(&mut self, messages: &[NewMessage<'_>]) -> Batch {
+        let mut data = BytesMut::new();
+        let mut put = |bytes: &[u8]| {
+            data.extend_from_slice(bytes);
+            Span::new(0, data.len() - bytes.len(), bytes.len())
+        };
+        let entries = (0..)
+            .zip(messages)
+            .map(|(offset, m)| Entry {
+                flags: m.flags,
+                partition: m.partition,
+                offset,
+                received_us: m.received_us,
+                event_us: m.event_us,
+                topic: put(m.topic.as_bytes()),
+                payload: put(m.payload),
+                properties: put(m.properties),
+                route: put(m.route.as_bytes()),
+                device: put(m.device.as_bytes()),
+            })
+            .collect();
+        let now = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |t| t.as_micros() as u64);
+        self.clock_us = self.clock_us.max(now);
+        let segments: Vec<Bytes> = vec![data.freeze()];
+        Batch { base: Offset(self.next), now_us: self.clock_us, segments, entries }
+    }
+}
+
+#[async_trait]
+impl Stream for MemoryStream {
+    fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    fn identity(&self) -> Identity {
+        self.0.identity
+    }
+
+    fn append(
+        &self,
+        messages: &[NewMessage<'_>],
+        state: &[StateChange<'_>],
+    ) -> Result<Appended, AppendError> {
+        if state.iter().any(|change| {
+            change.key.len() > STATE_KEY_BYTES_MAX
+                || change.value.is_some_and(|v| v.len() > STATE_VALUE_BYTES_MAX)
+        }) {
+            return Err(AppendError::TooLarge("state change"));
+        }
+        let mut inner = self.lock();
+        if let Some(reason) = &inner.stopped {
+            return Err(AppendError::Stopped(Arc::clone(reason)));
+        }
+        if inner.no_space {
+            return Err(AppendError::NoSpace);
+        }
+        let bytes: usize = messages.iter().map(|m| m.topic.len() + m.payload.len() + m.properties.len()).sum();
+        if bytes > COMMIT_BUFFER_BYTES_MAX {
+            return Err(AppendError::TooLarge("append"));
+        }
+        if inner.pending_bytes + bytes > COMMIT_BUFFER_BYTES_MAX {
+            inner.full = true;
+            return Err(AppendError::Full);
+        }
+        let first = Offset(inner.next);
+        if !messages.is_empty() {
+            let frame = inner.frame(messages);
+            inner.pending.push(Arc::new(frame));
+            inner.pending_bytes += bytes;
+            inner.next += messages.len() as u64;
+        }
+        for change in state {
+            match change.value {
+                Some(value) => drop(inner.state.insert(change.key.to_vec(), value.to_vec())),
+                None => drop(inner.state.remove(change.key)),
+            }
+        }
+        inner.ticket += 1;
+        let appended = Appended { ticket: Ticket(inner.ticket), first };
+        if !self.0.manual {
+            inner.commit();
+            drop(inner);
+            self.moved();
+        }
+        Ok(appended)
+    }
+
+    async fn writable(&self) {
+        let mut moved = self.0.moved.subscribe();
+        loop {
+            {
+                let inner = self.lock();
+                if inner.stopped.is_some() || !(inner.full || inner.no_space) {
+                    return;
+                }
+            }
+            if moved.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    fn durable(&self) -> watch::Receiver<Ticket> {
+        let inner = self.lock();
+        match &inner.durable {
+            Some(durable) => durable.subscribe(),
+            None => watch::channel(Ticket::default()).1,
+        }
+    }
+
+    fn bounds(&self) -> Range<Offset> {
+        let inner = self.lock();
+        Offset(inner.start)..Offset(inner.end)
+    }
+
+    fn cursor(&self, from: Offset) -> Box<dyn Cursor> {
+        Box::new(MemoryCursor { stream: self.clone(), at: from.0, moved: self.0.moved.subscribe() })
+    }
+
+    async fn seek_time(&self, append_us: u64) -> Result<Offset, ReadError> {
+        let inner = self.lock();
+        let frame = inner.frames.iter().find(|frame| frame.now_us >= append_us);
+        Ok(frame.map_or(Offset(inner.end), |frame| Offset(frame.base.0.max(inner.start))))
+    }
+
+    fn attach(&self, consumer: &str, from: Offset, on_lag: OnLag) -> Box<dyn Attachment> {
+        self.lock().marks.insert(consumer.to_owned(), (from.0, on_lag));
+        Box::new(Mark { stream: self.clone(), consumer: consumer.to_owned() })
+    }
+
+    fn state(&self, prefix: &[u8]) -> Vec<(Vec<u8>, Vec<u8>)> {
+        let inner = self.lock();
+        let from = inner.state.range(prefix.to_vec()..);
+        from.take_while(|(key, _)| key.starts_with(prefix)).map(|(k, v)| (k.clone(), v.clone())).collect()
+    }
+
+    async fn stopped(&self) -> Arc<str> {
+        let mut moved = self.0.moved.subscribe();
+        loop {
+            if let Some(reason) = &self.lock().stopped {
+                return Arc::clone(reason);
+            }
+            if moved.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    async fn close(&self) {
+        self.commit();
+        self.fail("closed");
+    }
+}
+
+struct MemoryCursor {
+    stream: MemoryStream,
+    at: u64,
+    moved: watch::Receiver<u64>,
+}
+
+impl MemoryCursor {
+    fn step(&mut self) -> Result<Option<Read>, ReadError> {
+        let inner = self.stream.lock();
+        if self.at > inner.end {
+            return Err(ReadError::PastEnd { wanted: self.at, end: inner.end });
+        }
+        if self.at < inner.start {
+            let from = Offset(std::mem::replace(&mut self.at, inner.start));
+            return Ok(Some(Read::Gap { from, to: Offset(inner.start), cause: GapCause::Trimmed }));
+        }
+        let next = inner.frames.partition_point(|frame| frame.base.0 + frame.len() as u64 <= self.at);
+        let Some(frame) = inner.frames.get(next) else {
+            return match &inner.stopped {
+                Some(reason) => Err(ReadError::Stopped(Arc::clone(reason))),
+                None => Ok(None),
+            };
+        };
+        let at = self.at;
+        let batch = frame.filtered(|entry| frame.base.0 + u64::from(entry.offset) >= at);
+        self.at = frame.base.0 + frame.len() as u64;
+        Ok(Some(Read::Batch(batch)))
+    }
+}
+
+#[async_trait]
+impl Cursor for MemoryCursor {
+    async fn next(&mut self) -> Result<Read, ReadError> {
+        loop {
+            self.moved.mark_unchanged();
+            if let Some(read) = self.step()? {
+                return Ok(read);
+            }
+            if self.moved.changed().await.is_err() {
+                return Err(ReadError::Stopped("dropped".into()));
+            }
+        }
+    }
+
+    async fn try_next(&mut self) -> Result<Option<Read>, ReadError> {
+        self.step()
+    }
+
+    fn position(&self) -> Offset {
+        Offset(self.at)
+    }
+}
+
+struct Mark {
+    stream: MemoryStream,
+    consumer: String,
+}
+
+impl Attachment for Mark {
+    fn advance(&self, next: Offset) {
+        if let Some((at, _)) = self.stream.lock().marks.get_mut(&self.consumer) {
+            *at = next.0.max(*at);
+        }
+    }
+
+    fn detach(&self) {
+        self.stream.lock().marks.remove(&self.consumer);
+    }
+}

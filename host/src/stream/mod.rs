@@ -44,14 +44,19 @@ pub struct NewMessage<'a> {
     pub event_us: i64,
 }
 
+/// Bound of [`StateChange::key`].
+pub const STATE_KEY_BYTES_MAX: usize = 1 << 10;
+/// Bound of [`StateChange::value`].
+pub const STATE_VALUE_BYTES_MAX: usize = 64 << 10;
+
 /// A change of the small durable map that a stream carries beside its messages:
 /// QoS 2 packet ids, sessions. It becomes durable in the same frame as the
 /// messages of the same append, and is there again after a restart.
 #[derive(Clone, Copy, Debug)]
 pub struct StateChange<'a> {
-    /// At most 1 KiB.
+    /// At most [`STATE_KEY_BYTES_MAX`].
     pub key: &'a [u8],
-    /// At most 64 KiB; `None` removes the key.
+    /// At most [`STATE_VALUE_BYTES_MAX`]; `None` removes the key.
     pub value: Option<&'a [u8]>,
 }
 

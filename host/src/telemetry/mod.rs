@@ -5,8 +5,15 @@
 //! `/metrics` and the docs show.
 
 mod failures;
+mod logs;
+mod process;
 
 pub use failures::Failures;
+pub use logs::{InitError, LogFormat, end_on_panic, init_logs};
+pub use process::Process;
+
+/// The process's own, see [`Process`].
+pub const METRICS: &[Metric] = process::METRICS;
 
 /// One metric, for `# HELP` and the reference page. A test fails when a metric
 /// is emitted that no list describes.
@@ -24,4 +31,15 @@ pub enum MetricKind {
     Counter,
     Gauge,
     Histogram,
+}
+
+impl MetricKind {
+    /// As after `# TYPE`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Counter => "counter",
+            Self::Gauge => "gauge",
+            Self::Histogram => "histogram",
+        }
+    }
 }

@@ -1,0 +1,136 @@
+//! Every metric of the host in one list, for `/metrics`, the reference page
+//! and the test that none is emitted without a description.
+
+use std::collections::BTreeSet;
+use std::fmt::Write;
+
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+
+use crate::telemetry::{self, Metric, MetricKind};
+use crate::{listeners, pipeline, plugin};
+
+/// Composed of each module's own list.
+pub const ALL: &[&[Metric]] = 
+    &[listeners::mqtt::METRICS, pipeline::METRICS, plugin::METRICS, telemetry::METRICS];
+
+const SECONDS: &[f64] = &[
+    0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+    30.0, 60.0,
+];
+const BYTES: &[f64] = &[
+    256.0, 1_024.0, 4_096.0, 16_384.0, 65_536.0, 262_144.0, 1_048_576.0, 4_194_304.0, 16_777_216.0,
+    67_108_864.0,
+];
+const COUNTS: &[f64] =
+    &[1.0, 2.0, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1_000.0, 2_500.0, 5_000.0, 10_000.0, 50_000.0];
+
+/// Every metric, each module's in its order.
+pub fn all() -> impl Iterator<Item = &'static Metric> {
+    ALL.iter().copied().flatten()
+}
+
+/// Installs the recorder of the whole process, before any metric is touched.
+/// `None` where one is installed already.
+pub fn install() -> Option<PrometheusHandle> {
+    let recorder = builder().build_recorder();
+    let handle = recorder.handle();
+    metrics::set_global_recorder(recorder).ok()?;
+    describe();
+    Some(handle)
+}
+
+pub(super) fn builder() -> PrometheusBuilder {
+    let buckets = "the buckets are not empty";
+    PrometheusBuilder::new()
+        .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), SECONDS)
+        .expect(buckets)
+        .set_buckets_for_metric(Matcher::Suffix("_bytes".to_owned()), BYTES)
+        .expect(buckets)
+        .set_buckets(COUNTS)
+        .expect(buckets)
+}
+
+/// `# HELP` of every metric, to the recorder in place.
+pub(super) fn describe() {
+    for metric in all() {
+        match metric.kind {
+            MetricKind::Counter => metrics::describe_counter!(metric.name, metric.help),
+            MetricKind::Gauge => metrics::describe_gauge!(metric.name, metric.help),
+            MetricKind::Histogram => metrics::describe_histogram!(metric.name, metric.help),
+        }
+    }
+}
+
+/// Names in a rendered exposition that no list has, and those listed as another
+/// kind, each as `name` or `name is a gauge, listed as counter`.
+pub fn undescribed(rendered: &str) -> Vec<String> {
+    let mut wrong = BTreeSet::new();
+    for line in rendered.lines().filter_map(|line| line.strip_prefix("# TYPE ")) {
+        let (name, kind) = line.split_once(' ').unwrap_or((line, ""));
+        match all().find(|metric| metric.name == name) {
+            None => {
+                wrong.insert(name.to_owned());
+            }
+            Some(metric) if metric.kind.as_str() != kind => {
+                wrong.insert(format!("{name} is a {kind}, listed as {}", metric.kind.as_str()));
+            }
+            Some(_) => {}
+        }
+    }
+    wrong.into_iter().collect()
+}
+
+/// The reference page `METRICS.md`.
+pub fn docs() -> String {
+    let mut page = "# Metrics\n\n\
+        Made from the lists in the code (`BLESS=1 cargo test --release -p headworks` writes it anew).\n\
+        Served at `/metrics` of the admin address in the Prometheus text format.\n\n\
+        | name | type | labels | meaning |\n| --- | --- | --- | --- |\n"
+        .to_owned();
+    let mut metrics: Vec<&Metric> = all().collect();
+    metrics.sort_by_key(|metric| metric.name);
+    for Metric { name, kind, help, labels } in metrics {
+        let _ = writeln!(page, "| `{name}` | {} | {} | {help} |", kind.as_str(), labels.join(", "));
+    }
+    page
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_carry_their_units() {
+        let mut names = BTreeSet::new();
+        for metric in all() {
+            assert!(names.insert(metric.name), "{} is listed twice", metric.name);
+            assert!(metric.name.starts_with("headworks_") || metric.name.starts_with("process_"), "{metric:?}");
+            let is_total = metric.name.ends_with("_total");
+            assert_eq!(is_total, metric.kind == MetricKind::Counter, "{}: counters end in _total", metric.name);
+            assert!(!metric.help.is_empty() && !metric.help.contains(['\n', '|']), "{metric:?}");
+        }
+    }
+
+    #[test]
+    fn a_metric_that_no_list_has_is_found() {
+        let recorder = builder().build_recorder();
+        let rendered = metrics::with_local_recorder(&recorder, || {
+            describe();
+            metrics::counter!("headworks_stranger_total").increment(1);
+            metrics::counter!("process_open_fds").increment(1);
+            metrics::histogram!("headworks_delay_seconds").record(0.2);
+            recorder.handle().render()
+        });
+        assert_eq!(
+            undescribed(&rendered),
+            ["headworks_delay_seconds", "headworks_stranger_total", "process_open_fds is a counter, listed as gauge"]
+        );
+        assert!(rendered.contains("headworks_delay_seconds_bucket{le=\"0.25\"} 1"), "{rendered}");
+        assert!(rendered.contains("# HELP process_open_fds Open file descriptors"), "{rendered}");
+    }
+
+    #[test]
+    fn the_reference_page_is_in_step() {
+        crate::config::reference::in_step("METRICS.md", &docs());
+    }
+}

@@ -1,0 +1,93 @@
+//! Health, readiness, metrics and status over HTTP, and sending dead letters again.
+//!
+//! Serves what it is handed in [`Deps`]; it knows no other part. There is no
+//! password yet, so it listens on loopback only, unless the config says otherwise,
+//! and a request that a web page made in the user's browser is refused.
+
+pub mod config;
+pub mod metrics;
+mod routes;
+mod server;
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use metrics_exporter_prometheus::PrometheusHandle;
+use serde::{Deserialize, Serialize};
+
+pub use config::Config;
+pub use server::{Error, Handle, start};
+
+/// What the endpoints show and do. Closures are called at each request: cheap,
+/// and they never wait.
+#[derive(Clone)]
+pub struct Deps {
+    /// `/healthz`: why the process should be restarted; `None` while all is well.
+    pub unhealthy: Arc<dyn Fn() -> Option<String> + Send + Sync>,
+    /// `/readyz`.
+    pub ready: Arc<dyn Fn() -> Vec<Component> + Send + Sync>,
+    /// `/api/status`.
+    pub status: Arc<dyn Fn() -> serde_json::Value + Send + Sync>,
+    /// `POST /api/dead-letters/redrive`.
+    pub redrive: Arc<dyn Redrive>,
+    pub prometheus: PrometheusHandle,
+    pub process: crate::telemetry::Process,
+}
+
+/// A part of the host and whether it works.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Component {
+    /// `stream telemetry`, `sink telemetry/warehouse`
+    pub name: String,
+    pub ready: bool,
+    /// Why not; empty when ready.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub detail: String,
+}
+
+/// Sends dead letters again.
+#[async_trait]
+pub trait Redrive: Send + Sync {
+    /// Returns once each letter was written, refused again, or its sink failed.
+    async fn redrive(&self, request: RedriveRequest) -> Result<RedriveAnswer, RedriveError>;
+}
+
+/// Which dead letters; conditions add up.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RedriveRequest {
+    /// Offsets in the dead letters, at most 1,000; empty: all.
+    pub ids: Vec<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pipeline: Option<String>,
+    /// Only those that this sink refused.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sink: Option<String>,
+    /// Only those that this step refused.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub step: Option<String>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RedriveAnswer {
+    /// Rows written.
+    pub sent: u64,
+    /// Refused again: new letters.
+    pub refused: u64,
+    /// Sinks that could not take theirs, and why: ask again later.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub failed: Vec<String>,
+}
+
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum RedriveError {
+    /// The request names what is not there: 404.
+    #[error("{0}")]
+    NotFound(String),
+    /// Not now: 503.
+    #[error("{0}")]
+    Unavailable(String),
+}
+
+#[cfg(test)]
+mod tests;

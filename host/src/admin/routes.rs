@@ -1,0 +1,102 @@
+//! The endpoints.
+
+use std::net::SocketAddr;
+
+use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde_json::json;
+
+use super::{Deps, RedriveError, RedriveRequest};
+
+const BODY_BYTES_MAX: usize = 64 << 10;
+const REDRIVE_IDS_MAX: usize = 1_000;
+/// Prometheus text exposition format, version 0.0.4.
+const EXPOSITION: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// `address` is where it is served: on loopback, requests for another host's
+/// name are refused.
+pub fn router(deps: Deps, address: SocketAddr) -> Router {
+    let router = Router::new()
+        .route("/", get(index))
+        .route("/healthz", get(healthz))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics))
+        .route("/api/status", get(status))
+        .route("/api/dead-letters/redrive", post(redrive))
+        .fallback(async || problem(StatusCode::NOT_FOUND, "no such page"))
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .with_state(deps);
+    if address.ip().is_loopback() { router.layer(middleware::from_fn(only_local_names)) } else { router }
+}
+
+async fn index() -> &'static str {
+    "headworks\n\n\
+     /healthz                         the process works\n\
+     /readyz                          each part is ready, or why not\n\
+     /metrics                         Prometheus text\n\
+     /api/status                      streams, pipelines, plugins, sinks\n\
+     POST /api/dead-letters/redrive   send dead letters again\n"
+}
+
+async fn healthz(State(deps): State<Deps>) -> Response {
+    match (deps.unhealthy)() {
+        None => "ok\n".into_response(),
+        Some(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")).into_response(),
+    }
+}
+
+async fn readyz(State(deps): State<Deps>) -> Response {
+    let components = (deps.ready)();
+    let ready = components.iter().all(|component| component.ready);
+    let code = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (code, Json(json!({ "ready": ready, "components": components }))).into_response()
+}
+
+async fn metrics(State(deps): State<Deps>) -> Response {
+    let text = deps.prometheus.render() + &deps.process.render();
+    ([(header::CONTENT_TYPE, EXPOSITION)], text).into_response()
+}
+
+async fn status(State(deps): State<Deps>) -> Response {
+    Json((deps.status)()).into_response()
+}
+
+async fn redrive(State(deps): State<Deps>, Json(request): Json<RedriveRequest>) -> Response {
+    if request.ids.len() > REDRIVE_IDS_MAX {
+        return problem(StatusCode::BAD_REQUEST, &format!("at most {REDRIVE_IDS_MAX} ids at once"));
+    }
+    match deps.redrive.redrive(request).await {
+        Ok(answer) => Json(answer).into_response(),
+        Err(error @ RedriveError::NotFound(_)) => problem(StatusCode::NOT_FOUND, &error.to_string()),
+        Err(error @ RedriveError::Unavailable(_)) => {
+            problem(StatusCode::SERVICE_UNAVAILABLE, &error.to_string())
+        }
+    }
+}
+
+/// A web page can point a name of its own at 127.0.0.1 and read what is served
+/// there (DNS rebinding); its requests carry that name.
+async fn only_local_names(headers: HeaderMap, request: Request, next: Next) -> Response {
+    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+    let name = match host.rsplit_once(':') {
+        Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) => name,
+        _ => host,
+    };
+    let name = name.trim_start_matches('[').trim_end_matches(']');
+    let is_local = name.is_empty()
+        || name.eq_ignore_ascii_case("localhost")
+        || name.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
+    if is_local {
+        next.run(request).await
+    } else {
+        problem(StatusCode::FORBIDDEN, "ask for localhost, or set admin.allow_remote and bind to another address")
+    }
+}
+
+fn problem(code: StatusCode, message: &str) -> Response {
+    (code, Json(json!({ "error": message }))).into_response()
+}

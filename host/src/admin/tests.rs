@@ -1,0 +1,146 @@
+use std::sync::Mutex;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio_util::sync::CancellationToken;
+
+use super::*;
+
+#[derive(Default)]
+struct Redriven(Mutex<Vec<RedriveRequest>>);
+
+#[async_trait]
+impl Redrive for Redriven {
+    async fn redrive(&self, request: RedriveRequest) -> Result<RedriveAnswer, RedriveError> {
+        if request.sink.as_deref() == Some("none") {
+            return Err(RedriveError::NotFound("no sink `none`".to_owned()));
+        }
+        self.0.lock().unwrap().push(request);
+        Ok(RedriveAnswer { sent: 3, refused: 1, failed: Vec::new() })
+    }
+}
+
+struct Running {
+    handle: Handle,
+    shutdown: CancellationToken,
+    redriven: Arc<Redriven>,
+    trouble: Arc<Mutex<Option<String>>>,
+}
+
+async fn run() -> Running {
+    let redriven = Arc::new(Redriven::default());
+    let trouble = Arc::new(Mutex::new(None::<String>));
+    let recorder = metrics::builder().build_recorder();
+    ::metrics::with_local_recorder(&recorder, metrics::describe);
+    let (sick, not_ready) = (trouble.clone(), trouble.clone());
+    let deps = Deps {
+        unhealthy: Arc::new(move || sick.lock().unwrap().clone()),
+        ready: Arc::new(move || {
+            let detail = not_ready.lock().unwrap().clone().unwrap_or_default();
+            vec![Component { name: "sink telemetry".into(), ready: detail.is_empty(), detail }]
+        }),
+        status: Arc::new(|| serde_json::json!({ "streams": [] })),
+        redrive: redriven.clone(),
+        prometheus: recorder.handle(),
+        process: crate::telemetry::Process::start(),
+    };
+    let shutdown = CancellationToken::new();
+    let config = Config { bind: "127.0.0.1:0".to_owned(), allow_remote: false };
+    let handle = start(&config, deps, shutdown.clone()).await.unwrap();
+    Running { handle, shutdown, redriven, trouble }
+}
+
+impl Running {
+    async fn ask(&self, request: &str) -> String {
+        let mut stream = TcpStream::connect(self.handle.address()).await.unwrap();
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    async fn get(&self, path: &str) -> String {
+        self.ask(&format!("GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")).await
+    }
+
+    async fn post(&self, body: &str, content_type: &str) -> String {
+        self.ask(&format!(
+            "POST /api/dead-letters/redrive HTTP/1.1\r\nhost: 127.0.0.1:1\r\nconnection: close\r\n\
+             content-type: {content_type}\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        ))
+        .await
+    }
+}
+
+#[tokio::test]
+async fn health_and_readiness_follow_the_parts() {
+    let running = run().await;
+    assert!(running.get("/healthz").await.starts_with("HTTP/1.1 200"));
+    assert!(running.get("/readyz").await.ends_with(
+        r#"{"components":[{"name":"sink telemetry","ready":true}],"ready":true}"#
+    ));
+    *running.trouble.lock().unwrap() = Some("stream telemetry stopped".to_owned());
+    let answer = running.get("/healthz").await;
+    assert!(answer.starts_with("HTTP/1.1 503") && answer.ends_with("stream telemetry stopped\n"), "{answer}");
+    let answer = running.get("/readyz").await;
+    assert!(answer.starts_with("HTTP/1.1 503") && answer.contains(r#""detail":"stream"#), "{answer}");
+}
+
+#[tokio::test]
+async fn metrics_are_prometheus_text_and_all_described() {
+    let running = run().await;
+    let answer = running.get("/metrics").await;
+    assert!(answer.contains("content-type: text/plain; version=0.0.4"), "{answer}");
+    assert!(answer.contains("# TYPE process_resident_memory_bytes gauge"), "{answer}");
+    assert_eq!(metrics::undescribed(&answer), [""; 0]);
+    assert!(running.get("/api/status").await.ends_with(r#"{"streams":[]}"#));
+    assert!(running.get("/nothing").await.starts_with("HTTP/1.1 404"));
+}
+
+#[tokio::test]
+async fn a_redrive_reaches_the_host() {
+    let running = run().await;
+    let answer = running.post(r#"{"ids":[7],"sink":"warehouse"}"#, "application/json").await;
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with(r#"{"sent":3,"refused":1}"#), "{answer}");
+    let asked = RedriveRequest { ids: vec![7], pipeline: None, sink: Some("warehouse".to_owned()), step: None };
+    assert_eq!(*running.redriven.0.lock().unwrap(), [asked]);
+    let answer = running.post(r#"{"sink":"none"}"#, "application/json").await;
+    assert!(answer.starts_with("HTTP/1.1 404") && answer.contains("no sink `none`"), "{answer}");
+}
+
+#[tokio::test]
+async fn a_web_page_in_the_browser_cannot_use_it() {
+    let running = run().await;
+    let answer = running.post("{}", "text/plain").await;
+    assert!(answer.starts_with("HTTP/1.1 415"), "{answer}");
+    let rebound = "GET /api/status HTTP/1.1\r\nhost: evil.example:8080\r\nconnection: close\r\n\r\n";
+    assert!(running.ask(rebound).await.starts_with("HTTP/1.1 403"));
+    assert!(running.redriven.0.lock().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn it_ends_with_the_shutdown_and_a_taken_port_is_named() {
+    let running = run().await;
+    let taken = Config { bind: running.handle.address().to_string(), allow_remote: false };
+    let deps = run().await;
+    let prometheus = metrics::builder().build_recorder().handle();
+    let error = start(
+        &taken,
+        Deps {
+            unhealthy: Arc::new(|| None),
+            ready: Arc::new(Vec::new),
+            status: Arc::new(|| serde_json::Value::Null),
+            redrive: deps.redriven.clone(),
+            prometheus,
+            process: crate::telemetry::Process::start(),
+        },
+        CancellationToken::new(),
+    )
+    .await
+    .unwrap_err()
+    .to_string();
+    assert!(error.contains(&taken.bind) && error.contains("admin.bind"), "{error}");
+    running.shutdown.cancel();
+    running.handle.closed().await;
+}

@@ -1,0 +1,275 @@
+//! Commands and their options, with the help texts.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::telemetry::LogFormat;
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "headworks",
+    version,
+    about = "Takes device messages in by MQTT, runs them through WebAssembly plugins, writes rows to databases",
+    arg_required_else_help = true,
+    after_help = "Start here:\n  headworks run                      MQTT on 127.0.0.1:1883, rows in ./data/telemetry.db\n  \
+        headworks run --config hw.yaml     your own config\n  \
+        headworks validate --config hw.yaml\n  \
+        headworks dead-letters list        what was refused, and why"
+)]
+pub struct Cli {
+    /// What to log to stderr: a level, or target=level, comma-separated [default: RUST_LOG, else info]
+    #[arg(long, global = true, value_name = "FILTER")]
+    pub log: Option<String>,
+    /// Logs for a person or for a machine
+    #[arg(long, global = true, value_enum, default_value = "compact")]
+    pub log_format: LogFormat,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the host until Ctrl-C or SIGTERM
+    #[command(after_help = "Examples:\n  headworks run\n  headworks run --config headworks.yaml\n  \
+        headworks run --config /etc/headworks.d   (every .yaml file in the folder)\n\n\
+        Without a config: MQTT on 127.0.0.1:1883, admin on 127.0.0.1:8080, plugins from ./plugins,\n\
+        everything in ./data, rows in the table `telemetry` of ./data/telemetry.db.")]
+    Run(ConfigArgs),
+    /// Check a config: every problem at once with file and line, or what would run
+    Validate(ValidateArgs),
+    /// Look at plugins: list, inspect, bench, remove
+    #[command(subcommand)]
+    Plugin(PluginCommand),
+    /// Look into streams; works while the host runs
+    #[command(subcommand)]
+    Streams(StreamsCommand),
+    /// Refused messages: list, show, send again
+    #[command(subcommand)]
+    DeadLetters(DeadLettersCommand),
+    /// Print the JSON Schema of the config, for editors
+    Schema,
+}
+
+#[derive(Clone, Debug, Default, Args)]
+pub struct ConfigArgs {
+    /// A YAML file, or a folder of them [default: the embedded config]
+    #[arg(long, short, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct ValidateArgs {
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    #[command(flatten)]
+    pub format: FormatArgs,
+}
+
+#[derive(Clone, Copy, Debug, Default, Args)]
+pub struct FormatArgs {
+    /// `json`: one object a line, for scripts
+    #[arg(long, value_enum, default_value = "text")]
+    pub format: Format,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    #[default]
+    Text,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum PluginCommand {
+    /// The plugins of the folder, in the order they run
+    List {
+        #[command(flatten)]
+        config: ConfigArgs,
+        #[command(flatten)]
+        format: FormatArgs,
+    },
+    /// What a plugin file is: name, version, imports granted and denied, or why it cannot run
+    #[command(after_help = "Example:\n  headworks plugin inspect plugins/10-normalize.wasm")]
+    Inspect {
+        /// The .wasm file
+        file: PathBuf,
+        #[command(flatten)]
+        format: FormatArgs,
+    },
+    /// Measure a plugin on made-up messages, through the host's real path
+    #[command(after_help = "Example:\n  headworks plugin bench plugins/10-normalize.wasm --messages 1000000")]
+    Bench {
+        /// The .wasm file
+        file: PathBuf,
+        /// Config handed to the plugin, a YAML or JSON file
+        #[arg(long, value_name = "FILE")]
+        plugin_config: Option<PathBuf>,
+        /// Messages to run, in batches of 256
+        #[arg(long, default_value_t = 500_000, value_parser = clap::value_parser!(u64).range(256..=100_000_000))]
+        messages: u64,
+        /// Topic of every message
+        #[arg(long, default_value = "acme/factory-01/temperature/sensor-4a3b/reading")]
+        topic: String,
+        /// Payload of every message
+        #[arg(long, default_value = r#"{"device_id":"sensor-4a3b","value":21.5,"ts":1700000000}"#)]
+        payload: String,
+        #[command(flatten)]
+        format: FormatArgs,
+    },
+    /// Take a plugin out for good, so that pipelines of the folder go on without it
+    Remove {
+        /// Its name: the file's without number and .wasm
+        name: String,
+        #[command(flatten)]
+        config: ConfigArgs,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum StreamsCommand {
+    /// The streams with what they hold
+    List {
+        #[command(flatten)]
+        config: ConfigArgs,
+        #[command(flatten)]
+        format: FormatArgs,
+    },
+    /// Messages of a stream
+    #[command(after_help = "Examples:\n  headworks streams tail                     the last 10, then what comes\n  \
+        headworks streams tail telemetry --from 10m --format json\n  \
+        headworks streams tail --from 2026-11-23T06:00:00Z --max 100")]
+    Tail(TailArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct TailArgs {
+    /// The stream [default: the one that takes every topic no other wants]
+    pub name: Option<String>,
+    /// Where to begin: an offset, `start`, `end`, a time, or how long ago such as 10m
+    #[arg(long, value_name = "OFFSET|TIME")]
+    pub from: Option<String>,
+    /// Go on with what comes
+    #[arg(long, short)]
+    pub follow: bool,
+    /// End after this many messages
+    #[arg(long, value_name = "N")]
+    pub max: Option<u64>,
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    #[command(flatten)]
+    pub format: FormatArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum DeadLettersCommand {
+    /// One line for each refused message, newest last
+    List {
+        /// At most this many, the newest
+        #[arg(long, default_value_t = 50, value_name = "N")]
+        max: usize,
+        #[command(flatten)]
+        filter: LetterFilter,
+        #[command(flatten)]
+        config: ConfigArgs,
+        #[command(flatten)]
+        format: FormatArgs,
+    },
+    /// Everything about one of them, its payload too
+    Show {
+        /// From the first column of `dead-letters list`
+        id: u64,
+        #[command(flatten)]
+        config: ConfigArgs,
+        #[command(flatten)]
+        format: FormatArgs,
+    },
+    /// Send them again to the sink that refused them, or through the steps from the one that did;
+    /// the host must run
+    #[command(after_help = "Examples:\n  headworks dead-letters redrive 17 18\n  \
+        headworks dead-letters redrive --all --sink warehouse")]
+    Redrive {
+        /// Ids from `dead-letters list`
+        #[arg(required_unless_present = "all", conflicts_with = "all", num_args = 1..)]
+        ids: Vec<u64>,
+        /// All that the other options leave
+        #[arg(long)]
+        all: bool,
+        #[command(flatten)]
+        filter: LetterFilter,
+        #[command(flatten)]
+        config: ConfigArgs,
+        #[command(flatten)]
+        format: FormatArgs,
+    },
+}
+
+#[derive(Clone, Debug, Default, Args)]
+pub struct LetterFilter {
+    /// Only those of this pipeline
+    #[arg(long, value_name = "NAME")]
+    pub pipeline: Option<String>,
+    /// Only those that this sink refused
+    #[arg(long, value_name = "NAME")]
+    pub sink: Option<String>,
+    /// Only those that this step refused
+    #[arg(long, value_name = "NAME")]
+    pub step: Option<String>,
+}
+
+impl ValueEnum for LogFormat {
+    fn value_variants<'a>() -> &'a [Self] {
+        &[Self::Compact, Self::Json]
+    }
+
+    fn to_possible_value(&self) -> Option<clap::builder::PossibleValue> {
+        Some(clap::builder::PossibleValue::new(match self {
+            Self::Compact => "compact",
+            Self::Json => "json",
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn commands_parse_as_documented() {
+        for line in [
+            "run",
+            "run --config a.yaml --log debug --log-format json",
+            "validate -c a.yaml --format json",
+            "plugin list",
+            "plugin inspect a.wasm --format json",
+            "plugin bench a.wasm --messages 1000",
+            "plugin remove normalize",
+            "streams list",
+            "streams tail",
+            "streams tail telemetry --from 10m --follow --max 5",
+            "dead-letters list --max 5 --sink warehouse",
+            "dead-letters show 17",
+            "dead-letters redrive 17 18",
+            "dead-letters redrive --all --pipeline telemetry",
+            "schema",
+        ] {
+            let words = std::iter::once("headworks").chain(line.split(' '));
+            Cli::try_parse_from(words).unwrap_or_else(|error| panic!("{line}: {error}"));
+        }
+    }
+
+    #[test]
+    fn a_redrive_of_nothing_or_of_ids_and_all_is_refused() {
+        for line in ["dead-letters redrive", "dead-letters redrive --all 17", "dead-letters show x", ""] {
+            let words = std::iter::once("headworks").chain(line.split_whitespace());
+            assert!(Cli::try_parse_from(words).is_err(), "{line}");
+        }
+    }
+}

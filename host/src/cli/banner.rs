@@ -1,0 +1,231 @@
+//! The start screen: what runs, where, and what to do next.
+
+use std::fmt::Write;
+use std::net::SocketAddr;
+
+use crate::config::{Config, Source};
+use crate::topic::Namespace;
+
+/// What the start screen shows. [`Started::of`] fills it from the config; what
+/// is known only once it runs (bound addresses, plugins) is put over it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Started {
+    /// `headworks.yaml` or `embedded default`
+    pub config: String,
+    pub data_dir: String,
+    pub plugins_dir: String,
+    /// In the order they run.
+    pub plugins: Vec<PluginLine>,
+    /// What it is (`mqtt`, `mqtt tls`) and the address that it is bound to.
+    pub listeners: Vec<(String, SocketAddr)>,
+    pub streams: Vec<StreamLine>,
+    pub pipelines: Vec<PipelineLine>,
+    pub admin: Option<SocketAddr>,
+    /// A topic that fits the namespace, for the hint.
+    pub example_topic: String,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PluginLine {
+    /// `10-normalize.wasm`
+    pub file: String,
+    pub name: String,
+    pub version: String,
+    /// Why it does not run; `None` when it does.
+    pub problem: Option<String>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StreamLine {
+    pub name: String,
+    /// Empty: all that no other stream wants.
+    pub topics: Vec<String>,
+    pub partitions: u16,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PipelineLine {
+    pub name: String,
+    pub from: String,
+    /// `None`: the folder's plugins.
+    pub steps: Option<Vec<String>>,
+    /// Route, and each sink as `warehouse (PostgreSQL 127.0.0.1:5432/iot table telemetry)`; none: drop.
+    pub routes: Vec<(String, Vec<String>)>,
+}
+
+impl Started {
+    /// What the config says, before anything is bound or compiled.
+    pub fn of(config: &Config, source: &Source) -> Self {
+        let sink = |name: &String| match config.sinks.get(name) {
+            Some(sink) => format!("{name} ({})", sink.describe()),
+            None => name.clone(),
+        };
+        let levels = match Namespace::parse(&config.topics) {
+            Ok(namespace) => namespace.fields().iter().map(|field| example_level(field)).collect(),
+            Err(_) => vec!["test".to_owned(), "hello".to_owned()],
+        };
+        Self {
+            config: source.to_string(),
+            data_dir: config.data_dir.display().to_string(),
+            plugins_dir: config.plugins.dir.display().to_string(),
+            plugins: Vec::new(),
+            listeners: config
+                .mqtt
+                .listeners
+                .iter()
+                .map(|listener| {
+                    let kind = if listener.tls.is_some() { "mqtt tls" } else { "mqtt" };
+                    (kind.to_owned(), listener.bind)
+                })
+                .collect(),
+            streams: config
+                .streams
+                .iter()
+                .map(|(name, stream)| StreamLine {
+                    name: name.clone(),
+                    topics: stream.topics.clone(),
+                    partitions: stream.partitions,
+                })
+                .collect(),
+            pipelines: config
+                .pipelines
+                .iter()
+                .map(|(name, pipeline)| PipelineLine {
+                    name: name.clone(),
+                    from: pipeline.from.clone(),
+                    steps: pipeline.steps.as_ref().map(|steps| {
+                        steps.iter().map(|step| step.name.clone().unwrap_or_else(|| step.plugin.clone())).collect()
+                    }),
+                    routes: pipeline
+                        .routes
+                        .iter()
+                        .map(|(route, target)| (route.clone(), target.sinks().iter().map(sink).collect()))
+                        .collect(),
+                })
+                .collect(),
+            admin: config.admin.address(),
+            example_topic: levels.join("/"),
+        }
+    }
+}
+
+/// The whole start screen.
+pub fn banner(started: &Started) -> String {
+    let mut text = format!("headworks {}\n\n{}", env!("CARGO_PKG_VERSION"), summary(started));
+    let plain = started.listeners.iter().find(|(kind, _)| kind == "mqtt");
+    let next = plain.map(|(_, address)| {
+        let port = if address.port() == 1883 { String::new() } else { format!(" -p {}", address.port()) };
+        let host = if address.ip().is_unspecified() { "127.0.0.1".to_owned() } else { address.ip().to_string() };
+        let topic = &started.example_topic;
+        let device = topic.split('/').find(|level| level.starts_with("sensor")).unwrap_or("sensor-1");
+        format!(
+            "mosquitto_pub -h {host}{port} -q 1 -t {topic} -m '{{\"device_id\":\"{device}\",\"value\":21.5,\"ts\":1700000000}}'"
+        )
+    });
+    let hints = next.into_iter().chain([
+        "headworks streams tail --follow        what comes in".to_owned(),
+        "headworks dead-letters list            what was refused, and why".to_owned(),
+    ]);
+    for (number, hint) in hints.enumerate() {
+        let label = if number == 0 { "next" } else { "" };
+        let _ = writeln!(text, "{label:<10}{hint}");
+    }
+    text
+}
+
+/// The same without title and hints: what runs, or would.
+pub fn summary(started: &Started) -> String {
+    let mut text = String::new();
+    let mut line = |label: &str, value: &str| {
+        let _ = writeln!(text, "{}", format!("{label:<10}{value}").trim_end());
+    };
+    line("config", &started.config);
+    line("data", &started.data_dir);
+    line("plugins", &started.plugins_dir);
+    for plugin in &started.plugins {
+        match &plugin.problem {
+            None => line("", &format!("{}  {} {}", plugin.file, plugin.name, plugin.version)),
+            Some(problem) => line("", &format!("{}  does not run: {problem}", plugin.file)),
+        }
+    }
+    for (kind, address) in &started.listeners {
+        line("listen", &format!("{kind} on {address}"));
+    }
+    for StreamLine { name, topics, partitions } in &started.streams {
+        let alone = started.streams.len() == 1;
+        let topics = match topics.join(" ") {
+            none if none.is_empty() && alone => "all topics".to_owned(),
+            none if none.is_empty() => "all other topics".to_owned(),
+            some => some,
+        };
+        let noun = if *partitions == 1 { "partition" } else { "partitions" };
+        line("stream", &format!("{name}  {topics}, {partitions} {noun}"));
+    }
+    for PipelineLine { name, from, steps, routes } in &started.pipelines {
+        let steps = match steps {
+            None => " -> plugins of the folder".to_owned(),
+            Some(steps) => steps.iter().map(|step| format!(" -> {step}")).collect(),
+        };
+        line("pipeline", &format!("{name}  {from}{steps}"));
+        for (route, sinks) in routes {
+            let sinks = if sinks.is_empty() { "dropped".to_owned() } else { sinks.join(", ") };
+            line("", &format!("  {route} -> {sinks}"));
+        }
+    }
+    if let Some(admin) = started.admin {
+        line("admin", &format!("http://{admin}  (/healthz /readyz /metrics /api/status)"));
+    }
+    text
+}
+
+fn example_level(field: &str) -> String {
+    match field {
+        "org" => "acme".to_owned(),
+        "site" => "factory-01".to_owned(),
+        "device_type" => "temperature".to_owned(),
+        "device_id" => "sensor-4a3b".to_owned(),
+        "measurement" => "reading".to_owned(),
+        other => other.replace('_', "-"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_start_screen_of_the_embedded_default() {
+        let loaded = crate::config::load(None).unwrap();
+        let mut started = Started::of(&loaded.config, &loaded.source);
+        started.plugins = vec![
+            PluginLine {
+                file: "10-normalize.wasm".into(),
+                name: "normalize".into(),
+                version: "0.1.0".into(),
+                problem: None,
+            },
+            PluginLine { file: "20-broken.wasm".into(), problem: Some("not wasm".into()), ..PluginLine::default() },
+        ];
+        let sink = started.pipelines[0].routes[0].1[0].clone();
+        let expected = "\
+headworks VERSION
+
+config    embedded default
+data      data
+plugins   plugins
+          10-normalize.wasm  normalize 0.1.0
+          20-broken.wasm  does not run: not wasm
+listen    mqtt on 127.0.0.1:1883
+stream    telemetry  all topics, 4 partitions
+pipeline  telemetry  telemetry -> plugins of the folder
+            default -> SINK
+admin     http://127.0.0.1:8080  (/healthz /readyz /metrics /api/status)
+next      mosquitto_pub -h 127.0.0.1 -q 1 -t acme/factory-01/temperature/sensor-4a3b/reading -m '{\"device_id\":\"sensor-4a3b\",\"value\":21.5,\"ts\":1700000000}'
+          headworks streams tail --follow        what comes in
+          headworks dead-letters list            what was refused, and why
+";
+        let expected = expected.replace("VERSION", env!("CARGO_PKG_VERSION")).replace("SINK", &sink);
+        assert_eq!(banner(&started), expected);
+        assert!(sink.starts_with("telemetry (") && sink.contains("telemetry.db"), "{sink}");
+    }
+}

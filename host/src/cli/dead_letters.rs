@@ -1,0 +1,216 @@
+//! `headworks dead-letters`: refused messages, each with who refused it and why.
+
+use anyhow::{Context, bail};
+use indicatif::ProgressBar;
+use serde_json::{Map, Value};
+
+use super::args::{DeadLettersCommand, Format, LetterFilter};
+use super::output::{Out, one_line, time};
+use super::{admin_client, block_on, message, streams};
+use crate::admin::{RedriveAnswer, RedriveRequest};
+use crate::batch::{MessageRef, Offset};
+use crate::config::{self, Config, DEAD_LETTERS};
+use crate::properties::{self, Origin};
+use crate::stream::{Cursor, Read, Stream};
+
+const REASON_CHARS_MAX: usize = 120;
+/// Set on the copies that a redrive makes; they are not letters of their own.
+const REDRIVE: &str = "dead-letter-redrive";
+
+pub fn dead_letters(command: DeadLettersCommand, out: &mut Out) -> anyhow::Result<()> {
+    match command {
+        DeadLettersCommand::List { max, filter, config, format } => {
+            let config = config::load(config.config.as_deref())?.config;
+            block_on(async { list(&*open(&config).await?, max, &filter, format.format, out).await })
+        }
+        DeadLettersCommand::Show { id, config, format } => {
+            let config = config::load(config.config.as_deref())?.config;
+            block_on(async { show(&*open(&config).await?, id, format.format, out).await })
+        }
+        DeadLettersCommand::Redrive { ids, all: _, filter, config, format } => {
+            let config = config::load(config.config.as_deref())?.config;
+            let LetterFilter { pipeline, sink, step } = filter;
+            block_on(redrive(&config, RedriveRequest { ids, pipeline, sink, step }, format.format, out))
+        }
+    }
+}
+
+async fn open(config: &Config) -> anyhow::Result<std::sync::Arc<dyn Stream>> {
+    streams::open(config, DEAD_LETTERS).await
+}
+
+async fn list(
+    stream: &dyn Stream,
+    max: usize,
+    filter: &LetterFilter,
+    format: Format,
+    out: &mut Out,
+) -> anyhow::Result<()> {
+    let mut rows: std::collections::VecDeque<Vec<String>> = std::collections::VecDeque::new();
+    let mut lines: std::collections::VecDeque<Map<String, Value>> = std::collections::VecDeque::new();
+    let mut found = 0_u64;
+    let mut cursor = stream.cursor(stream.bounds().start);
+    while let Some(batch) = next_batch(&mut *cursor).await? {
+        for letter in batch.messages().filter(|letter| is_wanted(letter, filter)) {
+            found += 1;
+            match format {
+                Format::Text => rows.push_back(row(&letter)),
+                Format::Json => lines.push_back(to_json(&letter)),
+            }
+            if rows.len() > max {
+                rows.pop_front();
+            }
+            if lines.len() > max {
+                lines.pop_front();
+            }
+        }
+    }
+    match format {
+        Format::Json => lines.iter().try_for_each(|line| out.json(line)),
+        Format::Text if rows.is_empty() => out.line("no dead letters"),
+        Format::Text => {
+            let head = ["ID", "TIME", "PIPELINE", "REFUSED BY", "DEVICE", "TOPIC", "REASON"];
+            let shown = rows.len() as u64;
+            let mut table = vec![head.map(str::to_owned).to_vec()];
+            table.extend(rows);
+            out.table(&table)?;
+            if found > shown {
+                out.line(format!("\n{} older ones: --max {found} shows all", found - shown))?;
+            }
+            Ok(())
+        }
+    }
+}
+
+async fn show(stream: &dyn Stream, id: u64, format: Format, out: &mut Out) -> anyhow::Result<()> {
+    let missing = || format!("no dead letter {id}: `headworks dead-letters list` shows what there is");
+    let bounds = stream.bounds();
+    if !bounds.contains(&Offset(id)) {
+        bail!(missing());
+    }
+    let mut cursor = stream.cursor(Offset(id));
+    let batch = next_batch(&mut *cursor).await?.with_context(missing)?;
+    let letter = batch.messages().find(|letter| letter.offset() == Offset(id)).with_context(missing)?;
+    if format == Format::Json {
+        return out.json(&to_json(&letter));
+    }
+    let mut fields: Vec<(String, String)> = vec![
+        ("id".into(), id.to_string()),
+        ("reason".into(), property(&letter, "reason")),
+        ("refused by".into(), refused_by(&letter)),
+        ("kind".into(), property(&letter, "kind")),
+        ("pipeline".into(), property(&letter, "pipeline")),
+        (
+            "message".into(),
+            format!("stream {}, offset {}", property(&letter, "stream"), property(&letter, "offset")),
+        ),
+        ("received".into(), time(letter.entry.received_us)),
+        ("topic".into(), letter.topic().to_owned()),
+        ("device".into(), letter.device().to_owned()),
+    ];
+    if !letter.route().is_empty() {
+        fields.push(("route".into(), letter.route().to_owned()));
+    }
+    for p in properties::iter(letter.properties()) {
+        if !(p.origin == Origin::Pipeline as u8 && p.name.starts_with("dead-letter-")) {
+            let value = message::payload_line(p.value);
+            fields.push((format!("property {}", one_line(p.name, REASON_CHARS_MAX)), value));
+        }
+    }
+    let width = fields.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
+    for (name, value) in fields {
+        let value: String = value.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+        out.line(format!("{}  {value}", out.bold(&format!("{name:width$}"))))?;
+    }
+    out.line(format!("\n{}", message::payload_whole(letter.payload())))
+}
+
+async fn redrive(
+    config: &Config,
+    request: RedriveRequest,
+    format: Format,
+    out: &mut Out,
+) -> anyhow::Result<()> {
+    // Hidden where stderr is no terminal.
+    let progress = ProgressBar::new_spinner().with_message("sending again");
+    progress.enable_steady_tick(std::time::Duration::from_millis(120));
+    let answer = admin_client::post(&config.admin, "/api/dead-letters/redrive", &request).await;
+    progress.finish_and_clear();
+    let answer: RedriveAnswer = answer?;
+    if format == Format::Json {
+        out.json(&answer)?;
+    } else {
+        out.line(format!("{} written, {} refused again", answer.sent, answer.refused))?;
+    }
+    if !answer.failed.is_empty() {
+        bail!("not all could be sent, try again later: {}", answer.failed.join("; "));
+    }
+    Ok(())
+}
+
+/// The next messages that are there; damaged or trimmed ones are passed over.
+async fn next_batch(cursor: &mut dyn Cursor) -> anyhow::Result<Option<crate::batch::Batch>> {
+    loop {
+        match cursor.try_next().await? {
+            Some(Read::Batch(batch)) => return Ok(Some(batch)),
+            Some(Read::Gap { .. }) => {}
+            None => return Ok(None),
+        }
+    }
+}
+
+fn is_wanted(letter: &MessageRef<'_>, filter: &LetterFilter) -> bool {
+    let fits = |wanted: &Option<String>, name: &str| {
+        wanted.as_ref().is_none_or(|wanted| property(letter, name) == *wanted)
+    };
+    properties::get(letter.properties(), Origin::Pipeline, REDRIVE).is_none()
+        && fits(&filter.pipeline, "pipeline")
+        && fits(&filter.sink, "sink")
+        && fits(&filter.step, "step")
+}
+
+fn row(letter: &MessageRef<'_>) -> Vec<String> {
+    vec![
+        letter.offset().0.to_string(),
+        time(letter.entry.received_us),
+        property(letter, "pipeline"),
+        refused_by(letter),
+        one_line(letter.device(), 40),
+        one_line(letter.topic(), 60),
+        one_line(&property(letter, "reason"), REASON_CHARS_MAX),
+    ]
+}
+
+fn refused_by(letter: &MessageRef<'_>) -> String {
+    match (property(letter, "step"), property(letter, "sink")) {
+        (step, _) if !step.is_empty() => format!("step {step}"),
+        (_, sink) => format!("sink {sink}"),
+    }
+}
+
+fn to_json(letter: &MessageRef<'_>) -> Map<String, Value> {
+    let mut all = message::to_json(letter);
+    if let Some(id) = all.remove("offset") {
+        all.insert("id".into(), id);
+    }
+    let mut refused = Map::new();
+    for name in ["reason", "kind", "pipeline", "step", "sink", "stream", "log", "generation", "offset", "index"] {
+        let value = property(letter, name);
+        let number = matches!(name, "generation" | "offset" | "index").then(|| value.parse::<u64>().ok());
+        match number.flatten() {
+            Some(number) => refused.insert(name.into(), number.into()),
+            None if value.is_empty() => None,
+            None => refused.insert(name.into(), value.into()),
+        };
+    }
+    if let Some(Value::Array(properties)) = all.get_mut("properties") {
+        properties.retain(|p| !p["name"].as_str().is_some_and(|name| name.starts_with("dead-letter-")));
+    }
+    all.insert("refused".into(), refused.into());
+    all
+}
+
+fn property(letter: &MessageRef<'_>, name: &str) -> String {
+    let value = properties::get(letter.properties(), Origin::Pipeline, &format!("dead-letter-{name}"));
+    value.map(String::from_utf8_lossy).unwrap_or_default().into_owned()
+}

@@ -1,0 +1,71 @@
+//! The command line: what a person types, and what it prints.
+//!
+//! Exit codes: 0 done, 1 failed, 2 the command line or the config is wrong.
+//! Messages go to stderr as `headworks: ...`; what a script reads goes to
+//! stdout, one JSON object a line with `--format json`.
+
+mod admin_client;
+mod args;
+pub mod banner;
+mod dead_letters;
+mod message;
+mod output;
+mod plugin;
+mod run;
+mod streams;
+mod validate;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use args::{Cli, Command};
+use output::Out;
+
+use crate::config;
+
+const FAILED: u8 = 1;
+const WRONG: u8 = 2;
+
+/// The whole program but for the compile child.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { WRONG } else { 0 });
+        }
+    };
+    match dispatch(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if output::is_closed_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            if let Some(config::Error::Invalid(problems)) = error.downcast_ref::<config::Error>() {
+                problems.iter().for_each(|problem| eprintln!("{problem}"));
+                let noun = if problems.len() == 1 { "problem" } else { "problems" };
+                eprintln!("headworks: {} {noun} in the config, nothing was started", problems.len());
+                return ExitCode::from(WRONG);
+            }
+            eprintln!("headworks: {error:#}");
+            let is_config = error.downcast_ref::<config::Error>().is_some();
+            ExitCode::from(if is_config { WRONG } else { FAILED })
+        }
+    }
+}
+
+fn dispatch(cli: Cli) -> anyhow::Result<()> {
+    let out = &mut Out::stdout();
+    match cli.command {
+        Command::Run(args) => run::run(&args, cli.log.as_deref(), cli.log_format),
+        Command::Validate(args) => validate::validate(&args, out),
+        Command::Plugin(command) => plugin::plugin(command, out),
+        Command::Streams(command) => streams::streams(command, out),
+        Command::DeadLetters(command) => dead_letters::dead_letters(command, out),
+        Command::Schema => out.json_pretty(&config::schema()),
+    }
+}
+
+/// A small runtime for commands that wait for something.
+fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
+}

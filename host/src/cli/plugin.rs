@@ -1,0 +1,199 @@
+//! `headworks plugin`: look at plugin files, measure and remove them.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::Context;
+use bytes::Bytes;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+
+use super::args::{Format, PluginCommand};
+use super::output::Out;
+use crate::batch::{Batch, Entry, Offset, Partition, Span, flags};
+use crate::config;
+use crate::plugin::{self, Inspection, Runner};
+use crate::step::Step;
+use crate::topic::Namespace;
+
+const BATCH_MESSAGES: u64 = 256;
+
+pub fn plugin(command: PluginCommand, out: &mut Out) -> anyhow::Result<()> {
+    match command {
+        PluginCommand::List { config, format } => {
+            let config = config::load(config.config.as_deref())?.config;
+            list(&config.plugins.dir, format.format, out)
+        }
+        PluginCommand::Inspect { file, format } => {
+            let inspection = plugin::inspect(&file)?;
+            match format.format {
+                Format::Json => out.json(&inspection)?,
+                Format::Text => show(&inspection, out)?,
+            }
+            match inspection.problem {
+                Some(problem) => anyhow::bail!("{}: {problem}", file.display()),
+                None => Ok(()),
+            }
+        }
+        PluginCommand::Bench { file, plugin_config, messages, topic, payload, format } => {
+            let plugin_config = match plugin_config {
+                Some(path) => read_config(&path)?,
+                None => Value::Null,
+            };
+            bench(&file, &plugin_config, messages, &topic, payload.as_bytes(), format.format, out)
+        }
+        PluginCommand::Remove { name, config } => {
+            let config = config::load(config.config.as_deref())?.config;
+            let files = plugin::remove(&config.plugins.dir, &name)?;
+            for file in &files {
+                out.line(format!("removed {}", file.display()))?;
+            }
+            if files.is_empty() {
+                out.line(format!("no file of `{name}` was left; pipelines may go on without it"))?;
+            }
+            Ok(())
+        }
+    }
+}
+
+fn list(dir: &Path, format: Format, out: &mut Out) -> anyhow::Result<()> {
+    let files = in_order(dir)?;
+    if files.is_empty() && format == Format::Text {
+        return out.line(format!("no plugins in {}: drop a .wasm file in", dir.display()));
+    }
+    let mut table = vec![["FILE", "PLUGIN", "VERSION", "TOPICS", "SUMMARY"].map(str::to_owned).to_vec()];
+    for file in files {
+        let inspection = plugin::inspect(&file)?;
+        if format == Format::Json {
+            out.json(&inspection)?;
+            continue;
+        }
+        let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        table.push(match (&inspection.description, &inspection.problem) {
+            (_, Some(problem)) => vec![name, format!("cannot run: {problem}")],
+            (Some(plugin), None) => {
+                let topics = if plugin.topics.is_empty() { "all".to_owned() } else { plugin.topics.join(" ") };
+                vec![name, plugin.name.clone(), plugin.version.clone(), topics, plugin.summary.clone()]
+            }
+            (None, None) => vec![name],
+        });
+    }
+    if format == Format::Text { out.table(&table) } else { Ok(()) }
+}
+
+/// By the number in front, files without one last; as the folder runs them.
+fn in_order(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let mut files: Vec<(u64, String, PathBuf)> = Vec::new();
+    let entries = match std::fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error).with_context(|| format!("cannot read {}", dir.display())),
+    };
+    for entry in entries {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if name.starts_with('.') || !name.ends_with(".wasm") {
+            continue;
+        }
+        let number = name.split_once('-').and_then(|(number, _)| number.parse().ok());
+        files.push((number.unwrap_or(u64::MAX), name, path));
+    }
+    files.sort();
+    Ok(files.into_iter().map(|(_, _, path)| path).collect())
+}
+
+fn show(inspection: &Inspection, out: &mut Out) -> anyhow::Result<()> {
+    out.line(format!("file      {} ({} bytes)", inspection.file, inspection.bytes))?;
+    out.line(format!("sha256    {}", inspection.sha256))?;
+    if let Some(plugin) = &inspection.description {
+        out.line(format!("plugin    {} {}", plugin.name, plugin.version))?;
+        out.line(format!("summary   {}", plugin.summary))?;
+        let topics = if plugin.topics.is_empty() { "all".to_owned() } else { plugin.topics.join(", ") };
+        out.line(format!("topics    {topics}"))?;
+        if !plugin.config_schema.is_empty() {
+            out.line(format!("config    {}", plugin.config_schema))?;
+        }
+    }
+    for name in &inspection.granted {
+        out.line(format!("granted   {name}"))?;
+    }
+    for (name, why) in &inspection.denied {
+        out.line(format!("denied    {name}: {why}"))?;
+    }
+    for name in &inspection.exports {
+        out.line(format!("exports   {name}"))?;
+    }
+    Ok(())
+}
+
+fn bench(
+    file: &Path,
+    plugin_config: &Value,
+    messages: u64,
+    topic: &str,
+    payload: &[u8],
+    format: Format,
+    out: &mut Out,
+) -> anyhow::Result<()> {
+    let mut runner = Runner::load(file, plugin_config)?;
+    let batch = made_up(topic, payload);
+    let rounds = messages.div_ceil(BATCH_MESSAGES);
+    // Hidden where stderr is no terminal.
+    let progress = ProgressBar::new(rounds * BATCH_MESSAGES)
+        .with_style(ProgressStyle::with_template("{bar:40} {pos}/{len} {per_sec}")?);
+    let (mut passed, mut dropped, mut refused) = (0, 0, 0);
+    let mut first_refusal = None;
+    let begin = Instant::now();
+    for round in 0..rounds {
+        let outcome = runner.run(batch.clone(), Partition(0), 0);
+        passed += outcome.passed.len() as u64;
+        dropped += outcome.dropped;
+        refused += outcome.refused.len() as u64;
+        first_refusal = first_refusal.or_else(|| outcome.refused.first().map(|refused| refused.reason.clone()));
+        if round % 64 == 0 {
+            progress.set_position(round * BATCH_MESSAGES);
+        }
+    }
+    let took = begin.elapsed();
+    progress.finish_and_clear();
+    let count = rounds * BATCH_MESSAGES;
+    let ns = took.as_nanos() as f64 / count as f64;
+    let per_second = count as f64 / took.as_secs_f64();
+    let name = runner.description().name.clone();
+    if format == Format::Json {
+        return out.json(&json!({
+            "plugin": name, "messages": count, "ns_per_message": ns, "messages_per_s": per_second,
+            "passed": passed, "dropped": dropped, "refused": refused, "first_refusal": first_refusal,
+        }));
+    }
+    out.line(format!("{name}: {count} messages in {took:.2?}: {ns:.0} ns a message, {per_second:.0} messages/s"))?;
+    out.line(format!("passed {passed}, dropped {dropped}, refused {refused}"))?;
+    match first_refusal {
+        Some(reason) => out.line(format!("the first refusal: {reason}")),
+        None => Ok(()),
+    }
+}
+
+/// One batch of the same message.
+fn made_up(topic: &str, payload: &[u8]) -> Batch {
+    let bytes: Vec<u8> = [topic.as_bytes(), payload].concat();
+    let device = Namespace::default().device_span(topic);
+    let fits = if device.is_some() { flags::FITS_NAMESPACE } else { 0 };
+    let device = device.unwrap_or(0..topic.len().min(crate::topic::DEVICE_ID_BYTES_MAX));
+    let entry = Entry {
+        flags: 1 | fits,
+        received_us: 1_700_000_000_000_000,
+        topic: Span::new(0, 0, topic.len()),
+        payload: Span::new(0, topic.len(), payload.len()),
+        device: Span::new(0, device.start, device.len()),
+        ..Entry::default()
+    };
+    let entries = (0..BATCH_MESSAGES as u32).map(|offset| Entry { offset, ..entry }).collect();
+    Batch { base: Offset(0), now_us: 1_700_000_000_000_000, segments: vec![Bytes::from(bytes)], entries }
+}
+
+fn read_config(path: &Path) -> anyhow::Result<Value> {
+    let shown = path.display();
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {shown}"))?;
+    crate::yaml::to_json(&text).map_err(|error| anyhow::anyhow!("{shown}: {error}"))
+}

@@ -1,0 +1,103 @@
+//! What a config leaves out that depends on what it has.
+//!
+//! - No `streams`: one, `telemetry`, takes every topic.
+//! - All streams name their topics: one more, `default`, takes the rest.
+//! - No `sinks`: one, `telemetry`: the table `telemetry` in `telemetry.db` in the data folder.
+//! - No `pipelines`: one for each stream, of the stream's name.
+//! - A pipeline without `from` reads the stream of its name, else the only stream.
+//! - A pipeline without `routes` sends everything to the only sink.
+//!
+//! Where "the only" is one of several, the user must say which.
+
+use serde_json::{Map, Value, json};
+
+use crate::problems::{KeyPath, Problems};
+
+/// Stream, pipeline and sink of the embedded default.
+pub const TELEMETRY: &str = "telemetry";
+/// Takes the topics that no stream names, where all streams name theirs.
+pub const REST_STREAM: &str = "default";
+
+/// Partitions of the stream of the embedded default.
+const PARTITIONS: u16 = 4;
+
+/// `value` has the schema's shape.
+pub fn complete(value: &mut Value, problems: &mut Problems) {
+    let Value::Object(config) = value else {
+        return;
+    };
+    let data_dir = config.get("data_dir").and_then(Value::as_str).unwrap_or("data").to_owned();
+
+    let streams = section(config, "streams");
+    if streams.is_empty() {
+        streams.insert(TELEMETRY.to_owned(), json!({ "partitions": PARTITIONS }));
+    }
+    let takes_rest = |stream: &Value| {
+        stream.get("topics").and_then(Value::as_array).is_none_or(|topics| topics.is_empty())
+    };
+    if !streams.values().any(takes_rest) && !streams.contains_key(REST_STREAM) {
+        streams.insert(REST_STREAM.to_owned(), json!({}));
+    }
+    let streams: Vec<String> = streams.keys().cloned().collect();
+
+    let sinks = section(config, "sinks");
+    if sinks.is_empty() {
+        let path = std::path::Path::new(&data_dir).join("telemetry.db");
+        sinks.insert(
+            TELEMETRY.to_owned(),
+            json!({ "type": "sqlite", "path": path.display().to_string(), "table": TELEMETRY }),
+        );
+    }
+    let sinks: Vec<String> = sinks.keys().cloned().collect();
+
+    let pipelines = section(config, "pipelines");
+    if pipelines.is_empty() {
+        *pipelines = streams.iter().map(|stream| (stream.clone(), json!({ "from": stream }))).collect();
+    }
+    for (name, pipeline) in pipelines {
+        let path = KeyPath::root().key("pipelines").key(name);
+        if let Value::Object(pipeline) = pipeline {
+            complete_pipeline(name, pipeline, &streams, &sinks, &path, problems);
+        }
+    }
+}
+
+fn complete_pipeline(
+    name: &str,
+    pipeline: &mut Map<String, Value>,
+    streams: &[String],
+    sinks: &[String],
+    path: &KeyPath,
+    problems: &mut Problems,
+) {
+    if !pipeline.contains_key("from") {
+        let named: Vec<&String> = streams.iter().filter(|stream| *stream != REST_STREAM).collect();
+        let from: &str = match named.as_slice() {
+            _ if streams.iter().any(|stream| stream == name) => name,
+            [only] => only,
+            _ => {
+                let streams = streams.join(", ");
+                problems.add(path.key("from"), format!("is missing, must name a stream: one of {streams}"));
+                ""
+            }
+        };
+        pipeline.insert("from".to_owned(), from.into());
+    }
+    if pipeline.get("routes").and_then(Value::as_object).is_none_or(Map::is_empty) {
+        if let [_, _, ..] = sinks {
+            let sinks = sinks.join(", ");
+            let message = format!("is missing, must name a sink, since there are several: one of {sinks}");
+            problems.add(path.key("routes").key("default"), message);
+        }
+        // The first one, so that only the one problem is said.
+        pipeline.insert("routes".to_owned(), json!({ "default": sinks.first() }));
+    }
+}
+
+fn section<'c>(config: &'c mut Map<String, Value>, name: &str) -> &'c mut Map<String, Value> {
+    let section = config.entry(name).or_insert_with(|| Value::Object(Map::new()));
+    if !section.is_object() {
+        *section = Value::Object(Map::new());
+    }
+    section.as_object_mut().expect("made an object above")
+}

@@ -1,0 +1,179 @@
+//! One file, or a folder of files merged by top-level key.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+
+use super::Error;
+use crate::problems::{KeyPath, Problem, Problems};
+use crate::yaml;
+
+/// Larger files are refused.
+const FILE_BYTES_MAX: u64 = 4 << 20;
+const FILES_MAX: usize = 256;
+
+/// All files as one value.
+#[derive(Debug)]
+pub struct Files {
+    names: Vec<PathBuf>,
+    pub value: Value,
+    pub problems: Vec<Problem>,
+    /// Number of the file and line, by path of the key.
+    lines: BTreeMap<KeyPath, (usize, usize)>,
+}
+
+impl Default for Files {
+    fn default() -> Self {
+        Self {
+            names: Vec::new(),
+            value: Value::Object(Map::new()),
+            problems: Vec::new(),
+            lines: BTreeMap::new(),
+        }
+    }
+}
+
+/// A file, or the `.yaml` and `.yml` files of a folder in the order of their
+/// names. Hidden files are left out (`..data` of a Kubernetes ConfigMap).
+pub fn read(path: &Path) -> Result<Files, Error> {
+    let failed = |path: &Path, error: std::io::Error| Error::Read {
+        path: path.to_owned(),
+        error: error.to_string(),
+    };
+    let names = if path.is_dir() {
+        let mut names = Vec::new();
+        for entry in std::fs::read_dir(path).map_err(|error| failed(path, error))? {
+            let name = entry.map_err(|error| failed(path, error))?.path();
+            let is_yaml = name.extension().is_some_and(|e| e == "yaml" || e == "yml");
+            let is_hidden = name.file_name().is_some_and(|n| n.to_string_lossy().starts_with('.'));
+            if is_yaml && !is_hidden && name.is_file() {
+                names.push(name);
+            }
+        }
+        if names.is_empty() || names.len() > FILES_MAX {
+            let error = match names.len() {
+                0 => "the folder has no .yaml file".to_owned(),
+                many => format!("the folder has {many} .yaml files, {FILES_MAX} at most are read"),
+            };
+            return Err(Error::Read { path: path.to_owned(), error });
+        }
+        names.sort();
+        names
+    } else {
+        vec![path.to_owned()]
+    };
+    let mut texts = Vec::new();
+    for name in names {
+        let bytes = std::fs::metadata(&name).map_err(|error| failed(&name, error))?.len();
+        if bytes > FILE_BYTES_MAX {
+            let error = format!("has {bytes} bytes, {FILE_BYTES_MAX} at most are read");
+            return Err(Error::Read { path: name, error });
+        }
+        let text = std::fs::read_to_string(&name).map_err(|error| failed(&name, error))?;
+        texts.push((name, text));
+    }
+    merge(texts)
+}
+
+/// Merges texts by top-level key; a key in two of them is a problem that names both.
+pub fn merge(texts: Vec<(PathBuf, String)>) -> Result<Files, Error> {
+    let mut files = Files::default();
+    let mut problems = Problems::default();
+    let mut merged = Map::new();
+    let mut broken = Vec::new();
+    for (number, (name, text)) in texts.into_iter().enumerate() {
+        let shown = name.display().to_string();
+        files.names.push(name);
+        let read = match yaml::parse(&text) {
+            Ok(read) => read,
+            Err(error) => {
+                broken.push(format!("{shown}:{}: {error}", error.line));
+                continue;
+            }
+        };
+        let entries = match read.value {
+            Value::Object(entries) => entries,
+            Value::Null => continue, // nothing but comments
+            _ => {
+                broken.push(format!("{shown}:1: must be a mapping (`key: value`) at the top"));
+                continue;
+            }
+        };
+        let mut taken = Vec::new();
+        for (key, value) in entries {
+            let path = KeyPath::root().key(&key);
+            if let Some((other, line)) = files.lines.get(&path) {
+                let here = read.lines.get(&path).copied().unwrap_or(1);
+                let other = files.names[*other].display();
+                problems.add(path, format!("is in two files, {other}:{line} and {shown}:{here}"));
+            } else {
+                taken.push(path);
+                merged.insert(key, value);
+            }
+        }
+        let is_taken = |path: &KeyPath| taken.iter().any(|taken| is_within(path, taken));
+        files.problems.extend(read.problems.into_iter().filter(|p| is_taken(&p.path)));
+        files.lines.extend(
+            read.lines.into_iter().filter(|(path, _)| is_taken(path)).map(|(path, line)| (path, (number, line))),
+        );
+    }
+    if !broken.is_empty() {
+        return Err(Error::Invalid(broken));
+    }
+    files.problems.extend(problems.into_vec());
+    files.value = Value::Object(merged);
+    Ok(files)
+}
+
+impl Files {
+    pub fn names(&self) -> Vec<PathBuf> {
+        self.names.clone()
+    }
+
+    /// Each problem as a line with its place, in the order of files and lines.
+    pub fn locate(&self, problems: Vec<Problem>) -> Vec<String> {
+        let mut placed: Vec<_> = problems
+            .into_iter()
+            .map(|problem| (self.place(&problem.path), problem))
+            .collect();
+        placed.sort_by(|(a, p), (b, q)| (a, &p.path).cmp(&(b, &q.path)));
+        placed.dedup();
+        placed
+            .into_iter()
+            .map(|(place, Problem { path, message })| {
+                let file = match place {
+                    Some((file, line)) => format!("{}:{line}", self.names[file].display()),
+                    None => self.names.first().map_or("config".to_owned(), |name| name.display().to_string()),
+                };
+                match path.as_str() {
+                    "" => format!("{file}: {message}"),
+                    path => format!("{file}: {path}: {message}"),
+                }
+            })
+            .collect()
+    }
+
+    /// File and line of a key, else of the nearest key around it.
+    fn place(&self, path: &KeyPath) -> Option<(usize, usize)> {
+        let mut path = path.clone();
+        loop {
+            if let Some(place) = self.lines.get(&path) {
+                return Some(*place);
+            }
+            path = parent(&path)?;
+        }
+    }
+}
+
+/// Whether `path` is `outer` or lies below it.
+pub fn is_within(path: &KeyPath, outer: &KeyPath) -> bool {
+    path.as_str()
+        .strip_prefix(outer.as_str())
+        .is_some_and(|rest| outer.as_str().is_empty() || rest.is_empty() || rest.starts_with(['.', '[']))
+}
+
+fn parent(path: &KeyPath) -> Option<KeyPath> {
+    let end = path.as_str().rfind(['.', '['])?;
+    Some(KeyPath::root().key(&path.as_str()[..end]))
+}

@@ -1,0 +1,220 @@
+//! The configuration: YAML from one file or a folder, or none at all.
+//!
+//! The way of a config: files are read into one value with the line of each
+//! key (`files`, `crate::yaml`), held against the JSON Schema of the types below
+//! (`check`), completed with what was left out (`complete`), deserialized,
+//! validated by every part and as a whole (`validate`). All problems come at
+//! once, each with file, line and the key's path. Nothing here opens a port or
+//! touches the data folder.
+
+mod check;
+mod complete;
+mod files;
+pub mod reference;
+mod standins;
+mod suggest;
+mod validate;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::listeners::mqtt;
+use crate::problems::{Problem, Problems};
+use crate::topic::Namespace;
+use crate::{admin, devices, pipeline, plugin};
+use standins::{dead_letters, sinks, stream};
+
+/// Everything a host is told. Each part owns its own section; what is left out
+/// has a default (see `complete`).
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Folder of everything durable: streams, dead letters, caches. Made when
+    /// missing, used by one host at a time.
+    pub data_dir: PathBuf,
+    /// The MQTT entry for devices.
+    pub mqtt: mqtt::Config,
+    /// Names the levels of a topic; one of them is `{device_id}`. A topic that
+    /// does not fit is kept too, its device is the client that published it.
+    pub topics: String,
+    /// Streams by name. A message goes to the stream with a matching topic
+    /// filter, else to the one stream without `topics`. Left out: one stream
+    /// `telemetry` takes every topic.
+    pub streams: BTreeMap<String, stream::Config>,
+    /// The watched folder and the limits of every plugin.
+    pub plugins: plugin::Config,
+    /// Pipelines by name. Left out: one for each stream, of the stream's name,
+    /// that runs the plugins of the folder.
+    pub pipelines: BTreeMap<String, pipeline::Config>,
+    /// Sinks by name. Left out: one sink `telemetry`, the table `telemetry` in
+    /// the SQLite file `telemetry.db` in the data folder.
+    pub sinks: BTreeMap<String, sinks::Config>,
+    /// What is known of devices: location, site, model.
+    pub devices: devices::Config,
+    /// Where refused messages are kept.
+    pub dead_letters: dead_letters::Config,
+    /// Health, metrics, status.
+    pub admin: admin::Config,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            data_dir: "data".into(),
+            mqtt: mqtt::Config::default(),
+            topics: Namespace::DEFAULT_PATTERN.to_owned(),
+            streams: BTreeMap::new(),
+            plugins: plugin::Config::default(),
+            pipelines: BTreeMap::new(),
+            sinks: BTreeMap::new(),
+            devices: devices::Config::default(),
+            dead_letters: dead_letters::Config::default(),
+            admin: admin::Config::default(),
+        }
+    }
+}
+
+impl Config {
+    /// Name of the stream that takes every topic no other stream wants; a
+    /// validated config has exactly one.
+    pub fn default_stream(&self) -> &str {
+        let rest = self.streams.iter().find(|(_, stream)| stream.topics.is_empty());
+        rest.map_or(complete::REST_STREAM, |(name, _)| name)
+    }
+}
+
+pub use validate::DEAD_LETTERS;
+
+/// Where a config came from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Source {
+    /// None: the embedded default.
+    pub path: Option<PathBuf>,
+    /// In the order of their names.
+    pub files: Vec<PathBuf>,
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.path {
+            Some(path) => write!(f, "{}", path.display()),
+            None => f.write_str("embedded default"),
+        }
+    }
+}
+
+/// A config that passed.
+#[derive(Clone, Debug)]
+pub struct Loaded {
+    pub config: Config,
+    pub source: Source,
+    /// Legal, but hardly meant: `sinks.alerts: no route leads here`.
+    pub warnings: Vec<String>,
+}
+
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot read {}: {error}", path.display())]
+    Read { path: PathBuf, error: String },
+    /// Each `headworks.yaml:14: sinks.warehouse.batch.rows_max: must be at least 1, is 0`,
+    /// in the order of files and lines.
+    #[error("{}", .0.join("\n"))]
+    Invalid(Vec<String>),
+}
+
+/// Reads a file, a folder of files, or with `None` the embedded default.
+pub fn load(path: Option<&Path>) -> Result<Loaded, Error> {
+    let files = match path {
+        Some(path) => files::read(path)?,
+        None => files::Files::default(),
+    };
+    let source = Source { path: path.map(Path::to_owned), files: files.names() };
+    let (config, warnings) = parse(&files)?;
+    Ok(Loaded { config, source, warnings })
+}
+
+/// The JSON Schema of a config, for editors and for `check`.
+pub fn schema() -> Value {
+    schema_of(schemars::schema_for!(Config))
+}
+
+fn parse(files: &files::Files) -> Result<(Config, Vec<String>), Error> {
+    let schema = schema();
+    let checked = check::check(&schema, &files.value);
+    let mut found: Vec<Problem> = files.problems.clone();
+    found.extend(checked.problems);
+
+    let mut value = checked.value;
+    let mut problems = Problems::default();
+    complete::complete(&mut value, &mut problems);
+    found.extend(std::mem::take(&mut problems).into_vec());
+    let mut warnings = Vec::new();
+    let config = match serde_path_to_error::deserialize::<_, Config>(&value) {
+        Ok(config) => {
+            validate::validate(&config, &mut problems);
+            warnings = validate::warnings(&config);
+            config
+        }
+        Err(error) => {
+            let path = validate::key_path(&error.path().to_string());
+            problems.add(path, error.inner().to_string());
+            Config::default()
+        }
+    };
+    // What lies under a repaired path was said already.
+    let is_said = |problem: &Problem| {
+        checked.repaired.iter().any(|repaired| files::is_within(&problem.path, repaired))
+            || found.iter().any(|known| known.path == problem.path)
+    };
+    let fresh: Vec<Problem> = problems.into_vec().into_iter().filter(|p| !is_said(p)).collect();
+    found.extend(fresh);
+    if found.is_empty() {
+        return Ok((config, warnings));
+    }
+    Err(Error::Invalid(files.locate(found)))
+}
+
+/// As schemars makes it, but for options behind a tag: their key and the keys
+/// of their struct become one object, so that `additionalProperties: false`
+/// of the struct does not refuse the tag.
+fn schema_of(schema: schemars::Schema) -> Value {
+    let mut root = schema.to_value();
+    let defs = root.get("$defs").cloned().unwrap_or_default();
+    inline_tagged(&mut root, &defs);
+    root
+}
+
+fn inline_tagged(schema: &mut Value, defs: &Value) {
+    match schema {
+        Value::Array(items) => items.iter_mut().for_each(|item| inline_tagged(item, defs)),
+        Value::Object(keys) => {
+            keys.values_mut().for_each(|value| inline_tagged(value, defs));
+            let target = keys.get("$ref").and_then(Value::as_str).and_then(|target| target.rsplit('/').next());
+            let Some(Value::Object(mut target)) =
+                target.filter(|_| keys.contains_key("properties")).and_then(|name| defs.get(name)).cloned()
+            else {
+                return;
+            };
+            keys.remove("$ref");
+            for (key, value) in std::mem::take(keys) {
+                match (target.get_mut(&key), value) {
+                    (Some(Value::Object(into)), Value::Object(more)) => into.extend(more),
+                    (Some(Value::Array(into)), Value::Array(more)) => into.extend(more),
+                    (_, value) => {
+                        target.insert(key, value);
+                    }
+                }
+            }
+            *keys = target;
+        }
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests;

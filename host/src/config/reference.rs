@@ -1,0 +1,198 @@
+//! The reference page `CONFIG.md`, made from the JSON Schema.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+/// Nested deeper than this is left to the schema.
+const DEPTH_MAX: usize = 8;
+
+/// Every key with type, default and meaning.
+pub fn docs() -> String {
+    let mut page = "# Config\n\n\
+        Made from the types in the code (`BLESS=1 cargo test --release -p headworks` writes it anew);\n\
+        `headworks schema` prints the same as a JSON Schema for editors.\n\n\
+        One YAML file, or a folder of `.yaml` files merged by top-level key (a key in two files is an error):\n\
+        `headworks run --config headworks.yaml`. Relative paths are relative to the working directory.\n\
+        `headworks validate --config headworks.yaml` says every problem at once, each with file, line and key.\n\n\
+        What is left out:\n\n\
+        - no `streams`: one, `telemetry`, with 4 partitions, takes every topic outside `$`;\n\
+        - all `streams` name their `topics`: one more, `default`, takes the rest;\n\
+        - no `sinks`: one, `telemetry`, the table `telemetry` in `telemetry.db` in the data folder (SQLite);\n\
+        - no `pipelines`: one for each stream, of the stream's name, with the plugins of the folder;\n\
+        - a pipeline without `from` reads the stream of its own name, else the only stream named;\n\
+        - a pipeline without `routes` sends everything to the only sink.\n\n\
+        Sizes are numbers of bytes or such as `64KiB`, `20GiB`; times are such as `300ms`, `5s`, `7d`.\n\
+        `<name>` stands for a name of your choice, `[]` for each item of a list.\n\n\
+        | key | type | default | meaning |\n| --- | --- | --- | --- |\n"
+        .to_owned();
+    let schema = super::schema();
+    let defaults = serde_json::to_value(super::Config::default()).unwrap_or_default();
+    Page { root: &schema, page: &mut page }.keys(&schema, "", Some(&defaults), 0);
+    page
+}
+
+/// Fails where the committed page is not `wanted`; writes it with `BLESS=1`.
+#[cfg(test)]
+pub fn in_step(name: &str, wanted: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
+    if std::env::var_os("BLESS").is_some() {
+        std::fs::write(&path, wanted).unwrap();
+    }
+    let found = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(found == wanted, "{name} is out of step with the code: BLESS=1 writes it anew");
+}
+
+struct Page<'s, 'p> {
+    root: &'s Value,
+    page: &'p mut String,
+}
+
+impl<'s> Page<'s, '_> {
+    fn keys(&mut self, schema: &'s Value, prefix: &str, defaults: Option<&Value>, depth: usize) {
+        if depth > DEPTH_MAX {
+            return;
+        }
+        let required: Vec<&str> =
+            schema.get("required").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect();
+        for (name, key) in schema.get("properties").and_then(Value::as_object).into_iter().flatten() {
+            let path = if prefix.is_empty() { name.clone() } else { format!("{prefix}.{name}") };
+            let target = self.resolve(key);
+            let default = defaults.and_then(|defaults| defaults.get(name)).or_else(|| key.get("default"));
+            let is_shown = !is_section(target);
+            let shown = match default {
+                _ if required.contains(&name.as_str()) => "required".to_owned(),
+                Some(Value::Null) | None => String::new(),
+                Some(Value::Object(_)) => String::new(),
+                Some(value) if is_shown => format!("`{value}`"),
+                Some(_) => String::new(),
+            };
+            let about = text(key, "description").or_else(|| text(target, "description")).unwrap_or_default();
+            let kind = self.kind(key);
+            let _ = writeln!(self.page, "| `{path}` | {kind} | {shown} | {} |", one_line(about));
+            self.below(target, &path, default, depth);
+        }
+    }
+
+    /// The keys inside a section, a map, a list, or each kind of a tagged choice.
+    fn below(&mut self, schema: &'s Value, path: &str, default: Option<&Value>, depth: usize) {
+        if schema.get("properties").is_some() {
+            self.keys(schema, path, default, depth + 1);
+        } else if let Some(each) = schema.get("additionalProperties").filter(|each| each.is_object()) {
+            self.below(self.resolve(each), &format!("{path}.<name>"), None, depth + 1);
+        } else if let Some(each) = schema.get("items") {
+            self.below(self.resolve(each), &format!("{path}[]"), None, depth + 1);
+        } else if let Some(options) = options(schema) {
+            for option in options {
+                let option = self.resolve(option);
+                let tag = option.get("properties").and_then(Value::as_object).and_then(tag);
+                match tag {
+                    Some((key, value)) => {
+                        let about = one_line(text(option, "description").unwrap_or_default());
+                        let _ = writeln!(self.page, "| **`{path}`** with `{key}: {value}` | | | {about} |");
+                        self.keys(option, path, default, depth + 1);
+                    }
+                    None => self.below(option, path, default, depth + 1),
+                }
+            }
+        }
+    }
+
+    fn kind(&self, key: &'s Value) -> String {
+        let (schema, name) = (self.resolve(key), key.get("$ref").and_then(Value::as_str).unwrap_or_default());
+        match name.rsplit('/').next() {
+            Some("ByteSize") => return "size".to_owned(),
+            Some("Period") => return "time".to_owned(),
+            _ => {}
+        }
+        if let Some(word) = schema.get("const") {
+            return format!("`{}`", plain(word));
+        }
+        if let Some(allowed) = schema.get("enum").and_then(Value::as_array) {
+            return allowed.iter().map(|word| format!("`{}`", plain(word))).collect::<Vec<_>>().join(", ");
+        }
+        if let Some(options) = options(schema) {
+            let mut kinds: Vec<String> = Vec::new();
+            for kind in options.iter().map(|option| self.kind(option)).filter(|kind| kind != "null") {
+                if !kinds.contains(&kind) {
+                    kinds.push(kind);
+                }
+            }
+            let joint = if kinds.iter().all(|kind| kind.starts_with('`')) { ", " } else { " or " };
+            return kinds.join(joint);
+        }
+        match schema.get("type") {
+            Some(Value::String(kind)) => self.simple(kind, schema),
+            Some(Value::Array(kinds)) => {
+                let kinds: Vec<String> = kinds
+                    .iter()
+                    .filter_map(Value::as_str)
+                    .filter(|kind| *kind != "null")
+                    .map(|kind| self.simple(kind, schema))
+                    .collect();
+                kinds.join(" or ")
+            }
+            _ => "any".to_owned(),
+        }
+    }
+
+    fn simple(&self, kind: &str, schema: &'s Value) -> String {
+        match kind {
+            "string" => "text".to_owned(),
+            "integer" => "whole number".to_owned(),
+            "boolean" => "true, false".to_owned(),
+            "array" => match schema.get("items") {
+                Some(each) => format!("list of {}", self.kind(each)),
+                None => "list".to_owned(),
+            },
+            "object" if schema.get("additionalProperties").is_some_and(Value::is_object) => "map".to_owned(),
+            "object" => "section".to_owned(),
+            other => other.to_owned(),
+        }
+    }
+
+    fn resolve(&self, schema: &'s Value) -> &'s Value {
+        let mut schema = schema;
+        while let Some(target) = schema.get("$ref").and_then(Value::as_str) {
+            let name = target.rsplit('/').next().unwrap_or_default();
+            match self.root.get("$defs").and_then(|defs| defs.get(name)) {
+                Some(next) => schema = next,
+                None => break,
+            }
+        }
+        schema
+    }
+}
+
+fn options(schema: &Value) -> Option<&[Value]> {
+    schema.get("oneOf").or_else(|| schema.get("anyOf"))?.as_array().map(Vec::as_slice)
+}
+
+fn tag(properties: &Map<String, Value>) -> Option<(&str, String)> {
+    properties.iter().find_map(|(key, value)| Some((key.as_str(), plain(value.get("const")?))))
+}
+
+fn is_section(schema: &Value) -> bool {
+    schema.get("properties").is_some()
+}
+
+fn text<'v>(schema: &'v Value, key: &str) -> Option<&'v str> {
+    schema.get(key).and_then(Value::as_str)
+}
+
+fn plain(word: &Value) -> String {
+    word.as_str().map_or_else(|| word.to_string(), str::to_owned)
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ").replace('|', "\\|")
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_reference_page_is_in_step() {
+        super::in_step("CONFIG.md", &super::docs());
+    }
+}

@@ -1,0 +1,199 @@
+use std::path::PathBuf;
+
+use serde_json::json;
+
+use super::*;
+
+fn parse_files(texts: &[(&str, &str)]) -> Result<(Config, Vec<String>), Error> {
+    let texts = texts.iter().map(|(name, text)| (PathBuf::from(name), (*text).to_owned()));
+    parse(&files::merge(texts.collect())?)
+}
+
+fn parse_text(text: &str) -> Result<(Config, Vec<String>), Error> {
+    parse_files(&[("headworks.yaml", text)])
+}
+
+fn problems(text: &str) -> Vec<String> {
+    match parse_text(text) {
+        Err(Error::Invalid(lines)) => lines,
+        other => panic!("expected problems, got {other:?}"),
+    }
+}
+
+#[test]
+fn no_config_is_the_embedded_default() {
+    let Loaded { config, source, warnings } = load(None).unwrap();
+    assert_eq!(source.to_string(), "embedded default");
+    assert_eq!(warnings, [""; 0]);
+    assert_eq!(config.data_dir, PathBuf::from("data"));
+    assert_eq!(config.streams.keys().collect::<Vec<_>>(), ["telemetry"]);
+    assert_eq!(config.streams["telemetry"].partitions, 4);
+    assert_eq!(config.default_stream(), "telemetry");
+    let pipeline = &config.pipelines["telemetry"];
+    assert_eq!((pipeline.from.as_str(), pipeline.steps.is_none()), ("telemetry", true));
+    assert_eq!(pipeline.routes["default"].sinks(), ["telemetry"]);
+    let sink = serde_json::to_value(&config.sinks["telemetry"]).unwrap();
+    assert_eq!(
+        (&sink["type"], &sink["path"], &sink["table"]),
+        (&json!("sqlite"), &json!("data/telemetry.db"), &json!("telemetry"))
+    );
+    assert_eq!(config.mqtt.listeners[0].bind.to_string(), "127.0.0.1:1883");
+    assert_eq!(config.admin.bind, "127.0.0.1:8080");
+}
+
+#[test]
+fn five_errors_give_five_lines_with_file_line_and_key() {
+    let lines = problems(
+        "\
+data_dir: ./data
+mqtt:
+  listeners:
+    - bind: 127.0.0.1:1883
+      allow_anonymus: true
+streams:
+  telemetry:
+    partitions: four
+    retention: { max_age: 7 parsecs }
+pipelines:
+  telemetry:
+    from: telemetry
+    routes: { default: warehose }
+sinks:
+  warehouse:
+    type: postgres
+    url: postgres://writer@127.0.0.1/iot
+    table: telemetry
+    batch: { rows_max: 0 }
+",
+    );
+    assert_eq!(
+        lines,
+        [
+            "headworks.yaml:5: mqtt.listeners[0].allow_anonymus: unknown key, did you mean `allow_anonymous`?",
+            "headworks.yaml:8: streams.telemetry.partitions: must be a whole number, is \"four\"",
+            "headworks.yaml:9: streams.telemetry.retention.max_age: must be a time such as 300ms, 5s or 7d, is \"7 parsecs\"",
+            "headworks.yaml:13: pipelines.telemetry.routes.default: no sink `warehose`, did you mean `warehouse`?",
+            "headworks.yaml:19: sinks.warehouse.batch.rows_max: must be at least 1, is 0",
+        ]
+    );
+}
+
+#[test]
+fn a_folder_is_merged_and_a_key_in_two_files_names_both() {
+    let (config, _) =
+        parse_files(&[("a.yaml", "data_dir: /x\n"), ("b.yaml", "admin: { bind: 127.0.0.1:1 }\n")]).unwrap();
+    assert_eq!((config.data_dir, config.admin.bind.as_str()), ("/x".into(), "127.0.0.1:1"));
+
+    let error = parse_files(&[
+        ("c/a.yaml", "admin:\n  bind: 127.0.0.1:1\n"),
+        ("c/b.yaml", "# more\nadmin:\n  bond: 127.0.0.1:2\ntopics: x\n"),
+    ]);
+    assert_eq!(
+        error.unwrap_err().to_string(),
+        "c/a.yaml:1: admin: is in two files, c/a.yaml:1 and c/b.yaml:2\n\
+         c/b.yaml:4: topics: level `x` must be a field name in braces, such as {site}"
+    );
+}
+
+#[test]
+fn a_folder_is_read_in_the_order_of_names_without_hidden_files() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("b.yaml"), "data_dir: /b\n").unwrap();
+    std::fs::write(dir.path().join("a.yml"), "plugins: { dir: /p }\n").unwrap();
+    std::fs::write(dir.path().join(".c.yaml"), "nonsense: 1\n").unwrap();
+    std::fs::write(dir.path().join("readme.txt"), "nonsense: 1\n").unwrap();
+    let loaded = load(Some(dir.path())).unwrap();
+    assert_eq!(loaded.config.data_dir, PathBuf::from("/b"));
+    assert_eq!(loaded.source.files, [dir.path().join("a.yml"), dir.path().join("b.yaml")]);
+    let empty = tempfile::tempdir().unwrap();
+    assert!(load(Some(empty.path())).unwrap_err().to_string().contains("no .yaml file"));
+    assert!(load(Some(&dir.path().join("none.yaml"))).unwrap_err().to_string().contains("none.yaml"));
+}
+
+#[test]
+fn broken_yaml_in_every_file_is_said_with_its_line() {
+    let error = parse_files(&[("a.yaml", "x: [1\ny: 2"), ("b.yaml", "- 1\n")]).unwrap_err().to_string();
+    let lines: Vec<_> = error.lines().collect();
+    assert!(lines[0].starts_with("a.yaml:2: not YAML: "), "{error}");
+    assert_eq!(lines[1], "b.yaml:1: must be a mapping (`key: value`) at the top");
+}
+
+#[test]
+fn keys_given_twice_and_other_problems_come_together() {
+    assert_eq!(
+        problems("data_dir: a\ndata_dir: b\nadmin: { bnd: x }\n"),
+        [
+            "headworks.yaml:1: data_dir: is given twice, here and on line 2",
+            "headworks.yaml:3: admin.bind: must be an address and port such as 127.0.0.1:8080, is \"x\"",
+            "headworks.yaml:3: admin.bnd: unknown key, did you mean `bind`?",
+        ]
+    );
+}
+
+#[test]
+fn what_is_left_out_follows_from_what_is_there() {
+    let (config, _) = parse_text("mqtt:\nadmin: { bind: 127.0.0.1:0 }\ndata_dir: /srv/hw\n").unwrap();
+    assert_eq!(serde_json::to_value(&config.sinks["telemetry"]).unwrap()["path"], "/srv/hw/telemetry.db");
+
+    let (config, _) = parse_text("sinks: { rows: { type: sqlite, path: x.db, table: t } }\n").unwrap();
+    assert_eq!(config.pipelines["telemetry"].routes["default"].sinks(), ["rows"]);
+
+    let (config, _) = parse_text("streams: { a: { topics: [a/#] }, b: { topics: [b/#] } }\n").unwrap();
+    assert_eq!(config.pipelines.keys().collect::<Vec<_>>(), ["a", "b", "default"]);
+    assert_eq!(config.default_stream(), "default");
+    assert_eq!(config.pipelines["b"].from, "b");
+
+    let (config, warnings) =
+        parse_text("streams: { a: { topics: [a/#] } }\npipelines: { p: {} }\n").unwrap();
+    assert_eq!(config.pipelines["p"].from, "a");
+    assert_eq!(warnings, ["streams.default: no pipeline reads it, messages stay until retention"]);
+}
+
+#[test]
+fn where_the_only_one_is_one_of_several_the_user_must_say() {
+    let lines = problems(
+        "streams: { a: { topics: [a/#] }, b: {} }
+sinks:
+  x: { type: sqlite, path: x.db, table: t }
+  y: { type: sqlite, path: y.db, table: t }
+pipelines:
+  p: {}
+",
+    );
+    assert_eq!(
+        lines,
+        [
+            "headworks.yaml:6: pipelines.p.from: is missing, must name a stream: one of a, b",
+            "headworks.yaml:6: pipelines.p.routes.default: is missing, must name a sink, since there are several: one of x, y",
+        ]
+    );
+}
+
+#[test]
+fn parts_that_do_not_fit_together_are_refused() {
+    let lines = problems(
+        "mqtt: { listeners: [{ bind: '0.0.0.0:8080', allow_anonymous: true }] }
+streams:
+  a: { topics: [x/+/y] }
+  b: { topics: [x/z/#] }
+  dead-letters: {}
+  rest: {}
+pipelines:
+  p: { from: b, steps: [{ plugin: normalize }, { plugin: normalize }, {}] }
+sinks: { 'my table': { type: sqlite, path: x.db, table: t } }
+",
+    );
+    let expected = [
+        "headworks.yaml:4: streams.b.topics[0]: `x/z/#` overlaps `x/+/y` of stream `a`: every topic belongs to one stream",
+        "headworks.yaml:5: streams.dead-letters: is the name of the stream of refused messages, take another",
+        "headworks.yaml:6: streams.rest.topics: must be set: stream `dead-letters` takes the topics that no stream names already",
+        "headworks.yaml:8: pipelines.p.steps[1]: step 0 is `normalize` already, tell them apart with `as: normalize-2`",
+        "headworks.yaml:8: pipelines.p.steps[2].plugin: must name a plugin: its file without number and `.wasm`",
+        "headworks.yaml:9: sinks.my table: a name has 1 to 64 letters, digits, `-` and `_`, a letter or digit first, is \"my table\"",
+    ];
+    for line in expected {
+        assert!(lines.iter().any(|known| known == line), "{line}\nnot in {lines:#?}");
+    }
+    let clash = lines.iter().find(|line| line.contains("is taken by"));
+    assert!(clash.is_some_and(|line| line.contains("mqtt.listeners[0].bind (0.0.0.0:8080)")), "{lines:#?}");
+}

@@ -1,0 +1,193 @@
+//! What the schema cannot say: each part's own rules, and that the parts fit
+//! together. Pure, and finds everything at once.
+
+use std::collections::BTreeMap;
+
+use super::{Config, suggest};
+use crate::problems::{KeyPath, Problems};
+use crate::topic::{Namespace, TopicFilter};
+
+/// Names are parts of file names, metric labels and keys.
+const NAME_BYTES_MAX: usize = 64;
+/// The stream of refused messages, always there.
+pub const DEAD_LETTERS: &str = "dead-letters";
+
+pub fn validate(config: &Config, problems: &mut Problems) {
+    let root = KeyPath::root();
+    if config.data_dir.as_os_str().is_empty() {
+        problems.add(root.key("data_dir"), "must not be empty");
+    }
+    if let Err(error) = Namespace::parse(&config.topics) {
+        problems.add(root.key("topics"), error.to_string());
+    }
+    config.mqtt.validate(&root.key("mqtt"), problems);
+    config.plugins.validate(&root.key("plugins"), problems);
+    config.devices.validate(&root.key("devices"), problems);
+    config.dead_letters.validate(&root.key("dead_letters"), problems);
+    config.admin.validate(&root.key("admin"), problems);
+    streams(config, problems);
+    sinks(config, problems);
+    pipelines(config, problems);
+    addresses(config, problems);
+}
+
+/// Legal, but hardly meant.
+pub fn warnings(config: &Config) -> Vec<String> {
+    let mut warnings = Vec::new();
+    for name in config.sinks.keys() {
+        if !config.pipelines.values().any(|pipeline| pipeline.sinks().contains(name.as_str())) {
+            warnings.push(format!("sinks.{name}: no route leads here"));
+        }
+    }
+    for name in config.streams.keys() {
+        if !config.pipelines.values().any(|pipeline| pipeline.from == *name) {
+            warnings.push(format!("streams.{name}: no pipeline reads it, messages stay until retention"));
+        }
+    }
+    warnings
+}
+
+/// A path as serde_path_to_error writes it.
+pub fn key_path(path: &str) -> KeyPath {
+    KeyPath::root().key(path.trim_matches('.'))
+}
+
+fn streams(config: &Config, problems: &mut Problems) {
+    let path = KeyPath::root().key("streams");
+    let mut taking_the_rest: Option<&str> = None;
+    let mut seen: Vec<(&str, TopicFilter)> = Vec::new();
+    for (name, stream) in &config.streams {
+        let path = path.key(name);
+        check_name(name, &path, problems);
+        if name == DEAD_LETTERS {
+            problems.add(path.clone(), "is the name of the stream of refused messages, take another");
+        }
+        stream.validate(&path, problems);
+        if stream.topics.is_empty() {
+            if let Some(other) = taking_the_rest {
+                let message = format!(
+                    "must be set: stream `{other}` takes the topics that no stream names already"
+                );
+                problems.add(path.key("topics"), message);
+            }
+            taking_the_rest = taking_the_rest.or(Some(name));
+        }
+        for (i, filter) in stream.topics.iter().enumerate() {
+            let Ok(filter) = TopicFilter::new(filter) else {
+                continue; // said by the stream itself
+            };
+            if let Some((other, theirs)) = seen.iter().find(|(other, theirs)| other != name && overlap(theirs, &filter)) {
+                let message = format!(
+                    "`{filter}` overlaps `{theirs}` of stream `{other}`: every topic belongs to one stream"
+                );
+                problems.add(path.key("topics").index(i), message);
+            }
+            seen.push((name, filter));
+        }
+    }
+    if taking_the_rest.is_none() {
+        problems.add(path, "one stream must leave out `topics`, to take what no other wants");
+    }
+}
+
+fn sinks(config: &Config, problems: &mut Problems) {
+    for (name, sink) in &config.sinks {
+        let path = KeyPath::root().key("sinks").key(name);
+        check_name(name, &path, problems);
+        if name == "drop" {
+            problems.add(path.clone(), "`drop` is the route that drops, take another name");
+        }
+        sink.validate(&path, problems);
+    }
+}
+
+fn pipelines(config: &Config, problems: &mut Problems) {
+    for (name, pipeline) in &config.pipelines {
+        let path = KeyPath::root().key("pipelines").key(name);
+        check_name(name, &path, problems);
+        pipeline.validate(&path, problems);
+        if !pipeline.from.is_empty() && !config.streams.contains_key(&pipeline.from) {
+            problems.add(path.key("from"), no_such("stream", &pipeline.from, config.streams.keys()));
+        }
+        for (route, target) in &pipeline.routes {
+            for sink in target.sinks().iter().filter(|sink| !sink.is_empty()) {
+                if !config.sinks.contains_key(sink) {
+                    problems.add(
+                        path.key("routes").key(route),
+                        no_such("sink", sink, config.sinks.keys()),
+                    );
+                }
+            }
+        }
+        let mut steps: BTreeMap<&str, usize> = BTreeMap::new();
+        for (i, step) in pipeline.steps.iter().flatten().enumerate() {
+            let path = path.key("steps").index(i);
+            if step.plugin.is_empty() {
+                problems.add(path.key("plugin"), "must name a plugin: its file without number and `.wasm`");
+                continue;
+            }
+            let name = step.name.as_deref().unwrap_or(&step.plugin);
+            check_name(name, &path.key(if step.name.is_some() { "as" } else { "plugin" }), problems);
+            if let Some(first) = steps.insert(name, i) {
+                let message = format!("step {first} is `{name}` already, tell them apart with `as: {name}-2`");
+                problems.add(path, message);
+            }
+        }
+    }
+}
+
+/// Two listeners on one address cannot both be bound.
+fn addresses(config: &Config, problems: &mut Problems) {
+    let root = KeyPath::root();
+    let mut seen: Vec<(std::net::SocketAddr, KeyPath)> = Vec::new();
+    let listeners = config.mqtt.listeners.iter().enumerate().map(|(i, listener)| {
+        (listener.bind.to_string(), root.key("mqtt").key("listeners").index(i).key("bind"))
+    });
+    for (bind, path) in listeners.chain([(config.admin.bind.to_string(), root.key("admin").key("bind"))]) {
+        let Ok(address) = bind.parse::<std::net::SocketAddr>() else {
+            continue; // said by the part itself, or a host name
+        };
+        let clash = seen.iter().find(|(other, _)| {
+            address.port() != 0
+                && other.port() == address.port()
+                && (other.ip() == address.ip() || other.ip().is_unspecified() || address.ip().is_unspecified())
+        });
+        if let Some((other, theirs)) = clash {
+            problems.add(path.clone(), format!("{address} is taken by {} ({other})", theirs.as_str()));
+        }
+        seen.push((address, path));
+    }
+}
+
+fn check_name(name: &str, path: &KeyPath, problems: &mut Problems) {
+    let is_plain = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
+    let starts_well = name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
+    if !starts_well || name.len() > NAME_BYTES_MAX || !name.bytes().all(is_plain) {
+        problems.add(
+            path.clone(),
+            format!("a name has 1 to {NAME_BYTES_MAX} letters, digits, `-` and `_`, a letter or digit first, is \"{name}\""),
+        );
+    }
+}
+
+fn no_such<'c>(kind: &str, name: &str, known: impl Iterator<Item = &'c String> + Clone) -> String {
+    match suggest::closest(name, known.clone().map(String::as_str)) {
+        Some(meant) => format!("no {kind} `{name}`, did you mean `{meant}`?"),
+        None => {
+            let known: Vec<&str> = known.map(String::as_str).collect();
+            format!("no {kind} `{name}`, known are {}", known.join(", "))
+        }
+    }
+}
+
+/// Whether a topic can match both.
+fn overlap(a: &TopicFilter, b: &TopicFilter) -> bool {
+    let (mut a, mut b) = (a.as_str().split('/'), b.as_str().split('/'));
+    loop {
+        match (a.next(), b.next()) {
+            (None, None) | (Some("#"), _) | (_, Some("#")) => return true,
+            (Some(x), Some(y)) if x == y || x == "+" || y == "+" => {}
+            _ => return false,
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! Acknowledgements that wait until their stream is durable.
+//!
+//! One lane per stream: acks leave in order per connection and stream, and a
+//! stalled stream holds only its own. A group is what one append made; a whole
+//! group, often all that waits, goes out in one write.
+
+use std::collections::VecDeque;
+use std::future::{Future, pending};
+use std::pin::Pin;
+
+use bytes::BytesMut;
+use futures_util::future::select_all;
+use tokio::sync::watch;
+
+use super::wire;
+use crate::stream::{Stream, Ticket};
+
+/// First byte and packet id of an ack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ack {
+    pub first: u8,
+    pub packet_id: u16,
+}
+
+/// The stream stopped: these acks will never go out.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Stopped;
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Written {
+    pub acks: u32,
+    /// Those that end their publish: PUBACK and PUBCOMP.
+    pub finished: u32,
+}
+
+/// What a connection still owes its client. Bounded by `receive_maximum` and
+/// `inflight_max`.
+#[derive(Default)]
+pub struct Acks {
+    lanes: Vec<Lane>,
+    waiting: usize,
+}
+
+struct Lane {
+    durable: watch::Receiver<Ticket>,
+    /// Ticket, and how many of `acks` it is for.
+    groups: VecDeque<(Ticket, u32)>,
+    acks: VecDeque<Ack>,
+    stream: usize,
+}
+
+impl Acks {
+    /// Acks that wait.
+    pub fn waiting(&self) -> usize {
+        self.waiting
+    }
+
+    /// Queues `acks`, to go out once `ticket` is durable in stream number `stream`.
+    pub fn queue(
+        &mut self,
+        number: usize,
+        stream: &dyn Stream,
+        ticket: Ticket,
+        acks: impl Iterator<Item = Ack>,
+    ) {
+        let lane = match self.lanes.iter().position(|lane| lane.stream == number) {
+            Some(i) => &mut self.lanes[i],
+            None => {
+                self.lanes.push(Lane {
+                    durable: stream.durable(),
+                    groups: VecDeque::new(),
+                    acks: VecDeque::new(),
+                    stream: number,
+                });
+                self.lanes.last_mut().expect("it was just pushed")
+            }
+        };
+        let before = lane.acks.len();
+        lane.acks.extend(acks);
+        let count = lane.acks.len() - before;
+        if count > 0 {
+            lane.groups.push_back((ticket, count as u32));
+            self.waiting += count;
+        }
+    }
+
+    /// Writes the acks that may go.
+    pub fn write_durable(&mut self, out: &mut BytesMut) -> Written {
+        let mut written = Written::default();
+        if self.waiting == 0 {
+            return written;
+        }
+        for lane in &mut self.lanes {
+            if lane.groups.is_empty() {
+                continue;
+            }
+            let durable = *lane.durable.borrow_and_update();
+            while let Some(&(ticket, count)) = lane.groups.front()
+                && ticket <= durable
+            {
+                lane.groups.pop_front();
+                out.reserve(4 * count as usize);
+                for ack in lane.acks.drain(..count as usize) {
+                    wire::put_ack(out, ack.first, ack.packet_id);
+                    written.finished += u32::from(ack.first != wire::PUBREC);
+                }
+                written.acks += count;
+            }
+        }
+        self.waiting -= written.acks as usize;
+        written
+    }
+
+    /// Returns when a stream that holds acks has moved. Pending while none wait. Safe to drop.
+    pub async fn moved(&mut self) -> Result<(), Stopped> {
+        let mut holding = self.lanes.iter_mut().filter(|lane| !lane.groups.is_empty());
+        let moved = match (holding.next(), holding.next()) {
+            (None, _) => pending().await,
+            (Some(lane), None) => lane.durable.changed().await,
+            (Some(one), Some(two)) => {
+                type Change<'a> = Pin<Box<dyn Future<Output = Result<(), watch::error::RecvError>> + Send + 'a>>;
+                let lanes = [one, two].into_iter().chain(holding);
+                let changes: Vec<Change<'_>> =
+                    lanes.map(|lane| Box::pin(lane.durable.changed()) as Change<'_>).collect();
+                select_all(changes).await.0
+            }
+        };
+        moved.map_err(|_| Stopped)
+    }
+}

@@ -1,0 +1,561 @@
+//! One connection, one task: read, append, acknowledge, deliver, until it ends.
+//!
+//! Idle it holds no buffer: reads go into a buffer of the thread, and only a
+//! packet that is not whole is kept. There is one timer, for keep alive, and it
+//! is not touched by traffic.
+
+use std::cell::RefCell;
+use std::future::poll_fn;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::Poll;
+use std::time::Duration;
+
+use bytes::{Buf, BytesMut};
+use rmqtt_codec::v5::{
+    DisconnectReasonCode, RetainHandling, SubscribeAck, SubscribeAckReason, SubscriptionOptions, UnsubscribeAck,
+    UnsubscribeAckReason,
+};
+use rmqtt_codec::{v3, v5};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::time::{Instant, Sleep, timeout};
+use tokio_util::codec::Encoder;
+
+use super::fanout::SendRetained;
+use super::handshake::{self, Opened};
+use super::inbound::{Inbound, Next, Trouble, Will};
+use super::outbound::Peer;
+use super::session::{Change, KEPT_FILTER_BYTES_MAX, Session, subscription_key};
+use super::subscriptions::{FILTER_LEVELS_MAX, Options};
+use super::wire::{self, Fault, Packet, Version};
+use super::Broker;
+use crate::topic::TopicFilter;
+
+/// One read takes at most this much.
+const READ_BYTES_MAX: usize = 64 << 10;
+/// While a stream has no room, this much is read on, for PINGREQ.
+const STALLED_READ_BYTES_MAX: usize = 16 << 10;
+/// Deliveries are added to the write buffer up to this size.
+const WRITE_BYTES_MAX: usize = 64 << 10;
+/// With this much unwritten the client is not read: it does not read us.
+const WRITE_PAUSE_BYTES: usize = 256 << 10;
+/// For the last packet, when the connection ends.
+const LAST_WRITE_MAX: Duration = Duration::from_secs(1);
+/// Where there is no keep alive the timer sleeps so long.
+const FOREVER: Duration = Duration::from_secs(365 * 24 * 3_600);
+
+thread_local! {
+    /// What the last read of this thread gave. Taken out before the next await.
+    static READ: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_BYTES_MAX].into());
+}
+
+struct Connection<'b, S> {
+    broker: &'b Broker,
+    io: S,
+    session: Arc<Session>,
+    peer: Peer,
+    inbound: Inbound,
+    /// A packet that is not whole, or what waits for room.
+    input: BytesMut,
+    stopped_at: Next,
+    out: BytesMut,
+    last_read: Instant,
+    keep_alive: Option<Duration>,
+    /// The host stops: nothing more is read, waiting acks may go out until then.
+    drain_until: Option<Instant>,
+}
+
+/// Why a connection ended.
+#[derive(Debug)]
+enum End {
+    Disconnect { keep_will: bool, expiry_s: Option<u32> },
+    Lost,
+    Fault(Fault),
+    TakenOver,
+    KeepAlive,
+    Slow,
+    Stopped,
+    Shutdown,
+}
+
+enum Io {
+    Read(usize),
+    Wrote,
+    Lost,
+}
+
+impl From<Trouble> for End {
+    fn from(trouble: Trouble) -> Self {
+        match trouble {
+            Trouble::Fault(fault) => Self::Fault(fault),
+            Trouble::Stopped => Self::Stopped,
+        }
+    }
+}
+
+/// Serves one client from CONNECT to its end.
+pub async fn serve<S>(broker: Arc<Broker>, mut io: S, from: SocketAddr)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send,
+{
+    let mut input = BytesMut::new();
+    let accepted = timeout(
+        broker.config.connect_timeout.0,
+        handshake::accept(&broker, &mut io, &mut input, from),
+    );
+    let accepted = tokio::select! {
+        accepted = accepted => accepted,
+        () = broker.shutdown.cancelled() => return,
+    };
+    let opened = match accepted {
+        Ok(Ok(opened)) => opened,
+        Ok(Err(refused)) => {
+            broker.counters.refused_connect(refused.cause);
+            if refused.cause != "lost" {
+                broker.failures.report(&format!("mqtt: connect refused: {}", refused.cause), 1, &refused.detail, "");
+            }
+            return;
+        }
+        Err(_) => {
+            broker.counters.refused_connect("timeout");
+            return;
+        }
+    };
+    let Opened { session, turn, peer, keep_alive_s, username, will, resumed, answer } = opened;
+    broker.client_connected(1);
+    let mut connection = Connection {
+        broker: &broker,
+        io,
+        session: session.clone(),
+        peer,
+        inbound: Inbound::new(peer.version, session.clone(), username),
+        input,
+        stopped_at: Next::Bytes,
+        out: answer,
+        last_read: Instant::now(),
+        keep_alive: (keep_alive_s > 0).then(|| Duration::from_millis(u64::from(keep_alive_s) * 1_500)),
+        drain_until: None,
+    };
+    {
+        let mut outbox = session.outbox();
+        outbox.connected = true;
+        if resumed {
+            outbox.resume(peer, &mut connection.out);
+        }
+    }
+    let end = connection.run().await;
+    connection.say_goodbye(&end, from).await;
+    drop(connection);
+    let expiry_s = if let End::Disconnect { expiry_s, .. } = end { expiry_s } else { None };
+    let keep_will = !matches!(end, End::Disconnect { keep_will: false, .. });
+    let connects = session.connects.load(Ordering::Acquire);
+    broker.sessions.close(&broker, &session, turn, expiry_s);
+    broker.client_connected(-1);
+    if keep_will && let Some(will) = will {
+        publish_will(&broker, session, connects, will).await;
+    }
+}
+
+/// A delayed will is not published when its client is back in time, or later
+/// than its session ends (MQTT 5.0, 3.1.3.2.2).
+async fn publish_will(broker: &Arc<Broker>, session: Arc<Session>, connects: u64, will: Will) {
+    let delay = Duration::from_secs(will.delay_s.min(session.expiry_s()).into());
+    let is_back = || session.connects.load(Ordering::Acquire) != connects || session.is_wanted();
+    if !delay.is_zero() {
+        if is_back() {
+            return;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(delay) => {}
+            () = broker.shutdown.cancelled() => {}
+        }
+        if is_back() {
+            return;
+        }
+    }
+    let client_id = session.client_id.clone();
+    let topic = will.topic.clone();
+    let published = timeout(broker.config.drain_timeout.0, will.publish(broker, &client_id)).await;
+    if !matches!(published, Ok(true)) {
+        let detail = format!("client {client_id}, topic {topic}");
+        broker.failures.report("mqtt: a will could not be published", 1, &detail, "");
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
+    async fn run(&mut self) -> End {
+        // Cancelled before this session could be told.
+        if self.broker.shutdown.is_cancelled() {
+            self.session.wake.notify_one();
+        }
+        let mut timer = Box::pin(tokio::time::sleep(self.keep_alive.unwrap_or(FOREVER)));
+        loop {
+            if let Err(end) = self.work().await {
+                return end;
+            }
+            if let Some(end) = self.has_ended() {
+                return end;
+            }
+            let event = self.next_event(timer.as_mut()).await;
+            let done = match event {
+                Event::Io(Io::Read(len)) => {
+                    self.last_read = Instant::now();
+                    READ.with_borrow(|read| self.take_fresh(&read[..len]))
+                }
+                Event::Io(Io::Wrote) => Ok(()),
+                Event::Io(Io::Lost) => Err(End::Lost),
+                Event::Durable(moved) => moved.map_err(|_| End::Stopped),
+                Event::Writable => self.inbound.retry(self.broker).map_err(End::from),
+                Event::Wake => self.woken(timer.as_mut()),
+                Event::Timer => self.timer_fired(timer.as_mut()),
+            };
+            if let Err(end) = done {
+                return end;
+            }
+        }
+    }
+
+    /// Everything that can be done without waiting (but for SUBSCRIBE, which
+    /// waits until a persistent session's subscription is durable).
+    async fn work(&mut self) -> Result<(), End> {
+        while !self.input.is_empty() && self.drain_until.is_none() {
+            let (used, next) = self.inbound.take(self.broker, &self.input, &mut self.out)?;
+            self.input.advance(used);
+            self.stopped_at = next;
+            if self.stopped_at != Next::Packet {
+                break;
+            }
+            self.packet().await?;
+        }
+        if self.input.is_empty() {
+            self.stopped_at = Next::Bytes;
+            self.input = BytesMut::new();
+        }
+        self.inbound.write_acks(self.broker, &mut self.out);
+        if self.out.len() < WRITE_BYTES_MAX && self.drain_until.is_none() {
+            let filled = self.session.outbox().fill(self.peer, WRITE_BYTES_MAX, &mut self.out);
+            let counters = &self.broker.counters;
+            for (counter, count) in [
+                (&counters.deliveries, filled.sent),
+                (&counters.expired, filled.expired),
+                (&counters.packet_too_large, filled.too_large),
+            ] {
+                if count > 0 {
+                    counter.increment(count);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes straight from the read buffer: only what is left over is copied.
+    fn take_fresh(&mut self, fresh: &[u8]) -> Result<(), End> {
+        let mut used = 0;
+        if self.input.is_empty() {
+            (used, self.stopped_at) = self.inbound.take(self.broker, fresh, &mut self.out)?;
+        }
+        self.input.extend_from_slice(&fresh[used..]);
+        Ok(())
+    }
+
+    async fn next_event(&mut self, timer: Pin<&mut Sleep>) -> Event {
+        let input_max = if self.stopped_at == Next::Room { STALLED_READ_BYTES_MAX } else { usize::MAX };
+        let read = self.drain_until.is_none()
+            && self.out.len() < WRITE_PAUSE_BYTES
+            && self.input.len() < input_max;
+        let (io, out) = (&mut self.io, &mut self.out);
+        let stalled = self.inbound.is_stalled();
+        let (acks, writable) = self.inbound.waits(self.broker);
+        tokio::select! {
+            biased;
+            event = poll_fn(|cx| poll_io(io, out, read, cx)) => Event::Io(event),
+            moved = acks.moved() => Event::Durable(moved),
+            () = writable, if stalled => Event::Writable,
+            () = self.session.wake.notified() => Event::Wake,
+            () = timer => Event::Timer,
+        }
+    }
+
+    fn woken(&mut self, mut timer: Pin<&mut Sleep>) -> Result<(), End> {
+        if self.session.is_wanted() {
+            return Err(End::TakenOver);
+        }
+        if self.session.overflow.load(Ordering::Acquire) {
+            return Err(End::Slow);
+        }
+        if self.broker.shutdown.is_cancelled() && self.drain_until.is_none() {
+            let until = Instant::now() + self.broker.config.drain_timeout.0;
+            self.drain_until = Some(until);
+            timer.as_mut().reset(until);
+        }
+        Ok(())
+    }
+
+    /// Keep alive is 1.5 times what the client said (MQTT 5.0, 3.1.2.10). A
+    /// client that we do not read is not held to it.
+    fn timer_fired(&mut self, mut timer: Pin<&mut Sleep>) -> Result<(), End> {
+        if self.drain_until.is_some() {
+            return Err(End::Shutdown);
+        }
+        let Some(keep_alive) = self.keep_alive else {
+            timer.as_mut().reset(Instant::now() + FOREVER);
+            return Ok(());
+        };
+        let due = self.last_read + keep_alive;
+        let now = Instant::now();
+        if due <= now && self.stopped_at != Next::Room {
+            return Err(End::KeepAlive);
+        }
+        timer.as_mut().reset(due.max(now + Duration::from_millis(100)));
+        Ok(())
+    }
+
+    fn has_ended(&self) -> Option<End> {
+        let drained = self.drain_until.is_some() && !self.inbound.is_waiting() && self.out.is_empty();
+        drained.then_some(End::Shutdown)
+    }
+
+    /// The packets that are not on the hot path.
+    async fn packet(&mut self) -> Result<(), End> {
+        let frame = wire::frame(&self.input, self.broker.packet_bytes_max).map_err(End::Fault)?;
+        let len = frame.expect("take stopped at a whole packet").len;
+        let whole = self.input.split_to(len);
+        let packet = wire::decode(self.peer.version, &whole).map_err(End::Fault)?;
+        match packet {
+            Packet::V3(v3::Packet::Subscribe { packet_id, topic_filters }) => {
+                let filters = topic_filters.iter().map(|(filter, qos)| {
+                    (&**filter, SubscriptionOptions { qos: *qos, ..SubscriptionOptions::default() })
+                });
+                let status = self.subscribe(filters, 0).await?;
+                let status = status.into_iter().map(|reason| match u8::from(reason) {
+                    qos @ 0..=2 => v3::SubscribeReturnCode::Success(
+                        v3::QoS::try_from(qos).expect("0, 1 and 2 are QoS levels"),
+                    ),
+                    _ => v3::SubscribeReturnCode::Failure,
+                });
+                self.send_v3(v3::Packet::SubscribeAck { packet_id, status: status.collect() })
+            }
+            Packet::V5(v5::Packet::Subscribe(subscribe)) => {
+                let id = subscribe.id.map_or(0, |id| id.get());
+                let filters = subscribe.topic_filters.iter().map(|(filter, options)| (&**filter, *options));
+                let status = self.subscribe(filters, id).await?;
+                self.send_v5(v5::Packet::SubscribeAck(SubscribeAck {
+                    packet_id: subscribe.packet_id,
+                    properties: Vec::new(),
+                    reason_string: None,
+                    status,
+                }))
+            }
+            Packet::V3(v3::Packet::Unsubscribe { packet_id, topic_filters }) => {
+                self.unsubscribe(topic_filters.iter().map(|filter| &**filter)).await?;
+                self.send_v3(v3::Packet::UnsubscribeAck { packet_id })
+            }
+            Packet::V5(v5::Packet::Unsubscribe(unsubscribe)) => {
+                let status = self.unsubscribe(unsubscribe.topic_filters.iter().map(|filter| &**filter)).await?;
+                self.send_v5(v5::Packet::UnsubscribeAck(UnsubscribeAck {
+                    packet_id: unsubscribe.packet_id,
+                    properties: Vec::new(),
+                    reason_string: None,
+                    status,
+                }))
+            }
+            Packet::V3(v3::Packet::Disconnect) => Err(End::Disconnect { keep_will: false, expiry_s: None }),
+            Packet::V5(v5::Packet::Disconnect(disconnect)) => {
+                let max = u32::try_from(self.broker.config.session_expiry_max.0.as_secs()).unwrap_or(u32::MAX);
+                let expiry_s = disconnect.session_expiry_interval_secs.map(|seconds| seconds.min(max));
+                if expiry_s.is_some_and(|seconds| seconds > 0) && self.session.expiry_s() == 0 {
+                    return Err(End::Fault(Fault::protocol("DISCONNECT must not revive a session that ends")));
+                }
+                let keep_will = disconnect.reason_code != DisconnectReasonCode::NormalDisconnection;
+                Err(End::Disconnect { keep_will, expiry_s })
+            }
+            _ => Err(End::Fault(Fault::protocol("a packet that a client must not send now"))),
+        }
+    }
+
+    async fn subscribe(
+        &mut self,
+        filters: impl Iterator<Item = (&str, SubscriptionOptions)>,
+        id: u32,
+    ) -> Result<Vec<SubscribeAckReason>, End> {
+        let epoch = self.session.persistent_epoch();
+        let mut changes: Vec<Change> = Vec::new();
+        let mut granted = Vec::new();
+        let mut status = Vec::new();
+        for (text, asked) in filters {
+            let filter = match self.check_filter(text, epoch.is_some()) {
+                Ok(filter) => filter,
+                Err(reason) => {
+                    status.push(reason);
+                    continue;
+                }
+            };
+            let options = Options {
+                qos: asked.qos.value(),
+                no_local: asked.no_local,
+                retain_as_published: asked.retain_as_published,
+                id,
+            };
+            if let Some(epoch) = epoch {
+                changes.push((subscription_key(epoch, text), Some(options.to_bytes().into())));
+            }
+            let retained = match asked.retain_handling {
+                RetainHandling::AtSubscribe => SendRetained::Always,
+                RetainHandling::AtSubscribeNew => SendRetained::IfNew,
+                RetainHandling::NoAtSubscribe => SendRetained::Never,
+            };
+            granted.push((filter, options, retained));
+            status.push(match options.qos {
+                0 => SubscribeAckReason::GrantedQos0,
+                1 => SubscribeAckReason::GrantedQos1,
+                _ => SubscribeAckReason::GrantedQos2,
+            });
+        }
+        // Durable before SUBACK: the client will not subscribe again when it resumes.
+        if !changes.is_empty() {
+            let broker = self.broker;
+            broker.append_durable(&*broker.broker, &changes).await.map_err(|_| End::Stopped)?;
+        }
+        for (filter, options, retained) in granted {
+            self.broker.live.subscribe(self.broker, &self.session, &filter, options, retained);
+        }
+        Ok(status)
+    }
+
+    fn check_filter(&self, text: &str, kept: bool) -> Result<TopicFilter, SubscribeAckReason> {
+        if text.starts_with("$share/") {
+            return Err(SubscribeAckReason::SharedSubscriptionNotSupported);
+        }
+        let deep = text.split('/').nth(FILTER_LEVELS_MAX).is_some();
+        if deep || (kept && text.len() > KEPT_FILTER_BYTES_MAX) {
+            return Err(SubscribeAckReason::TopicFilterInvalid);
+        }
+        if self.session.filters() >= self.broker.config.subscriptions_per_client_max as usize {
+            return Err(SubscribeAckReason::QuotaExceeded);
+        }
+        TopicFilter::new(text).map_err(|_| SubscribeAckReason::TopicFilterInvalid)
+    }
+
+    async fn unsubscribe(
+        &mut self,
+        filters: impl Iterator<Item = &str>,
+    ) -> Result<Vec<UnsubscribeAckReason>, End> {
+        let epoch = self.session.persistent_epoch();
+        let mut changes: Vec<Change> = Vec::new();
+        let mut status = Vec::new();
+        for filter in filters {
+            let had = self.broker.live.unsubscribe(&self.session, filter);
+            if let (true, Some(epoch)) = (had, epoch) {
+                changes.push((subscription_key(epoch, filter), None));
+            }
+            status.push(match had {
+                true => UnsubscribeAckReason::Success,
+                false => UnsubscribeAckReason::NoSubscriptionExisted,
+            });
+        }
+        if !changes.is_empty() {
+            let broker = self.broker;
+            broker.append_durable(&*broker.broker, &changes).await.map_err(|_| End::Stopped)?;
+        }
+        Ok(status)
+    }
+
+    fn send_v3(&mut self, packet: v3::Packet) -> Result<(), End> {
+        let encoded = v3::Codec::new(0).encode(packet, &mut self.out);
+        encoded.map_err(|_| End::Fault(Fault::protocol("the answer would be too large")))
+    }
+
+    fn send_v5(&mut self, packet: v5::Packet) -> Result<(), End> {
+        let encoded = v5::Codec::new(0, 0).encode(packet, &mut self.out);
+        encoded.map_err(|_| End::Fault(Fault::protocol("the answer would be too large")))
+    }
+
+    /// Counts, reports what a person may want to know, sends the last packet.
+    async fn say_goodbye(&mut self, end: &End, from: SocketAddr) {
+        let (cause, code) = match end {
+            End::Disconnect { .. } => ("client", None),
+            End::Lost => ("lost", None),
+            End::Fault(fault) => ("malformed", Some(fault.code)),
+            End::TakenOver => ("taken_over", Some(DisconnectReasonCode::SessionTakenOver)),
+            End::KeepAlive => ("keep_alive", Some(DisconnectReasonCode::KeepAliveTimeout)),
+            End::Slow => ("slow", Some(DisconnectReasonCode::QuotaExceeded)),
+            End::Stopped => ("stopped", Some(DisconnectReasonCode::ServerShuttingDown)),
+            End::Shutdown => ("shutdown", Some(DisconnectReasonCode::ServerShuttingDown)),
+        };
+        self.broker.counters.disconnected(cause);
+        let client_id = &self.session.client_id;
+        let failures = &self.broker.failures;
+        match end {
+            End::Fault(fault) => {
+                let kind = format!("mqtt: client broke the protocol: {}", fault.what);
+                failures.report(&kind, 1, &format!("client {client_id} at {from}"), "");
+            }
+            End::Slow => {
+                let detail = format!("client {client_id} at {from}: its queue is full");
+                failures.report("mqtt: slow subscriber disconnected", 1, &detail, "");
+            }
+            _ => {}
+        }
+        self.inbound.write_acks(self.broker, &mut self.out);
+        if let Some(code) = code
+            && self.peer.version == Version::V5
+        {
+            wire::put_disconnect(&mut self.out, code);
+        }
+        if !matches!(end, End::Lost) {
+            // The client may be gone, or not read: then it does not hear this.
+            let _ = timeout(LAST_WRITE_MAX, async {
+                self.io.write_all_buf(&mut self.out).await?;
+                self.io.shutdown().await
+            })
+            .await;
+        }
+    }
+}
+
+enum Event {
+    Io(Io),
+    Durable(Result<(), super::acks::Stopped>),
+    Writable,
+    Wake,
+    Timer,
+}
+
+/// Writes what there is, and reads into the thread's buffer.
+fn poll_io<S: AsyncRead + AsyncWrite + Unpin>(
+    io: &mut S,
+    out: &mut BytesMut,
+    read: bool,
+    cx: &mut std::task::Context<'_>,
+) -> Poll<Io> {
+    if !out.is_empty() {
+        match Pin::new(&mut *io).poll_write(cx, out) {
+            Poll::Ready(Ok(len @ 1..)) => {
+                out.advance(len);
+                if out.is_empty() {
+                    *out = BytesMut::new();
+                }
+                return Poll::Ready(Io::Wrote);
+            }
+            Poll::Ready(_) => return Poll::Ready(Io::Lost),
+            Poll::Pending => {}
+        }
+    }
+    // TLS keeps records of its own until the socket takes them.
+    if let Poll::Ready(Err(_)) = Pin::new(&mut *io).poll_flush(cx) {
+        return Poll::Ready(Io::Lost);
+    }
+    if !read {
+        return Poll::Pending;
+    }
+    READ.with_borrow_mut(|buffer| {
+        let mut buffer = ReadBuf::new(buffer);
+        match Pin::new(io).poll_read(cx, &mut buffer) {
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(Ok(())) if !buffer.filled().is_empty() => Poll::Ready(Io::Read(buffer.filled().len())),
+            Poll::Ready(_) => Poll::Ready(Io::Lost),
+        }
+    })
+}

@@ -1,0 +1,334 @@
+//! CONNECT to CONNACK: finds the version, checks what the client asks for,
+//! takes its session over from an older connection, and answers only once a
+//! persistent session is durable.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use bytes::{Buf, BytesMut};
+use rmqtt_codec::v5::ConnectAckReason;
+use rmqtt_codec::{v3, v5};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio_util::codec::Encoder;
+
+use super::Broker;
+use super::inbound::Will;
+use super::outbound::Peer;
+use super::session::{CLIENT_ID_BYTES_MAX, Session, Turn};
+use super::wire::{self, Fault, Packet, Version};
+use crate::batch::flags;
+use crate::properties::{self, Origin};
+use crate::topic;
+
+/// A client whose CONNACK is in `answer`, not yet sent.
+pub struct Opened {
+    pub session: Arc<Session>,
+    pub turn: Turn,
+    pub peer: Peer,
+    pub keep_alive_s: u16,
+    pub username: Option<Box<str>>,
+    pub will: Option<Will>,
+    pub resumed: bool,
+    pub answer: BytesMut,
+}
+
+/// What CONNECT asks for, the same for all versions.
+struct Asked {
+    version: Version,
+    client_id: String,
+    assigned: bool,
+    clean: bool,
+    keep_alive_s: u16,
+    expiry_s: u32,
+    window: u16,
+    packet_bytes_max: usize,
+    username: Option<Box<str>>,
+    will: Option<Will>,
+    auth: bool,
+}
+
+/// Why there will be no connection; `None` where nothing can be said to the client.
+#[derive(Debug)]
+pub struct Refused {
+    pub cause: &'static str,
+    /// For a person.
+    pub detail: String,
+}
+
+impl Refused {
+    fn new(cause: &'static str, detail: impl Into<String>) -> Self {
+        Self { cause, detail: detail.into() }
+    }
+}
+
+/// Reads CONNECT from `io`; what came after it stays in `input`. The caller
+/// bounds the time.
+pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
+    broker: &Broker,
+    io: &mut S,
+    input: &mut BytesMut,
+    from: SocketAddr,
+) -> Result<Opened, Refused> {
+    let asked = match read_connect(broker, io, input).await {
+        Ok(asked) => asked,
+        Err(Unread::Lost) => return Err(Refused::new("lost", format!("{from} left before CONNECT"))),
+        Err(Unread::Fault(fault, version)) => {
+            let reason = ConnectAckReason::try_from(u8::from(fault.code)).unwrap_or(ConnectAckReason::MalformedPacket);
+            refuse(io, version, reason).await;
+            return Err(Refused::new("malformed", format!("{from}: {}", fault.what)));
+        }
+    };
+    if let Some(reason) = asked.refusal() {
+        refuse(io, Some(asked.version), reason).await;
+        return Err(Refused::new("invalid", format!("client {} at {from}: {reason:?}", asked.client_id)));
+    }
+    let sessions_max = broker.config.sessions_max as usize;
+    let Some((session, turn)) = broker.sessions.claim(&asked.client_id, sessions_max).await else {
+        refuse(io, Some(asked.version), ConnectAckReason::QuotaExceeded).await;
+        return Err(Refused::new("sessions_max", format!("client {} at {from}", asked.client_id)));
+    };
+    let resumed = match broker.sessions.open(broker, &session, asked.clean, asked.expiry_s).await {
+        Ok(resumed) => resumed,
+        Err(_) => {
+            refuse(io, Some(asked.version), ConnectAckReason::ServerUnavailable).await;
+            return Err(Refused::new("stopped", "the broker stream has stopped"));
+        }
+    };
+    let mut answer = BytesMut::new();
+    asked.put_connack(broker, resumed, &mut answer);
+    let peer =
+        Peer { version: asked.version, window: asked.window, packet_bytes_max: asked.packet_bytes_max };
+    Ok(Opened {
+        session,
+        turn,
+        peer,
+        keep_alive_s: asked.keep_alive_s,
+        username: asked.username,
+        will: asked.will,
+        resumed,
+        answer,
+    })
+}
+
+enum Unread {
+    Lost,
+    Fault(Fault, Option<Version>),
+}
+
+async fn read_connect<S: AsyncRead + Unpin>(
+    broker: &Broker,
+    io: &mut S,
+    input: &mut BytesMut,
+) -> Result<Asked, Unread> {
+    loop {
+        // Refused at once: a client that speaks something else, HTTP perhaps.
+        if input.first().is_some_and(|first| *first != 0x10) {
+            return Err(Unread::Fault(Fault::protocol("the first packet is not CONNECT"), None));
+        }
+        let frame = wire::frame(input, broker.packet_bytes_max).map_err(|fault| Unread::Fault(fault, None))?;
+        if let Some(frame) = frame {
+            let version = version(frame.body).map_err(|fault| Unread::Fault(fault, Some(Version::V3)))?;
+            let len = frame.len;
+            let header = len - frame.body.len();
+            let asked = connect(broker, version, &mut input[..len], header);
+            input.advance(len);
+            return asked.map_err(|fault| Unread::Fault(fault, Some(version)));
+        }
+        match io.read_buf(input).await {
+            Ok(1..) => {}
+            _ => return Err(Unread::Lost),
+        }
+    }
+}
+
+/// Protocol name and level (MQTT 5.0, 3.1.2.1 and 3.1.2.2).
+fn version(body: &[u8]) -> Result<Version, Fault> {
+    let unsupported = Fault {
+        code: v5::DisconnectReasonCode::ProtocolError,
+        what: "not MQTT 3.1, 3.1.1 or 5.0",
+    };
+    match body {
+        [0, 4, b'M', b'Q', b'T', b'T', 5, ..] => Ok(Version::V5),
+        [0, 4, b'M', b'Q', b'T', b'T', 4, ..] | [0, 6, b'M', b'Q', b'I', b's', b'd', b'p', 3, ..] => {
+            Ok(Version::V3)
+        }
+        _ => Err(unsupported),
+    }
+}
+
+/// `whole` is the packet, its body beginning at `header`.
+fn connect(broker: &Broker, version: Version, whole: &mut [u8], header: usize) -> Result<Asked, Fault> {
+    let kept_s = u32::try_from(broker.config.session_expiry_max.0.as_secs()).unwrap_or(u32::MAX);
+    match version {
+        Version::V3 => {
+            let Packet::V3(v3::Packet::Connect(connect)) = wire::decode(version, whole)? else {
+                return Err(Fault::protocol("the first packet is not CONNECT"));
+            };
+            let connect = *connect;
+            let will = connect.last_will.map(|will| Will {
+                topic: (&*will.topic).into(),
+                payload: will.message,
+                properties: Vec::new(),
+                flags: u16::from(will.qos.value()) | if will.retain { flags::RETAIN } else { 0 },
+                delay_s: 0,
+            });
+            Ok(Asked::new(version, &connect.client_id, connect.username.as_deref(), will, |asked| {
+                asked.clean = connect.clean_session;
+                asked.keep_alive_s = connect.keep_alive;
+                asked.expiry_s = if connect.clean_session { 0 } else { kept_s };
+                asked.window = broker.config.inflight_max;
+            }))
+        }
+        Version::V5 => {
+            // The codec refuses an empty client id without clean start, which
+            // MQTT 5 allows (3.1.3.1): a fresh id has no session to resume.
+            let flags_at = header + 7;
+            let packet = match wire::decode(version, whole) {
+                Err(_) if whole.len() > flags_at && whole[flags_at] & 2 == 0 => {
+                    whole[flags_at] |= 2;
+                    wire::decode(version, whole).and_then(|packet| match packet {
+                        Packet::V5(v5::Packet::Connect(ref connect)) if connect.client_id.is_empty() => Ok(packet),
+                        _ => Err(Fault::malformed("CONNECT")),
+                    })?
+                }
+                decoded => decoded?,
+            };
+            let Packet::V5(v5::Packet::Connect(connect)) = packet else {
+                return Err(Fault::protocol("the first packet is not CONNECT"));
+            };
+            let connect = *connect;
+            let will = connect.last_will.map(will_v5);
+            Ok(Asked::new(version, &connect.client_id, connect.username.as_deref(), will, |asked| {
+                asked.clean = connect.clean_start;
+                asked.keep_alive_s = connect.keep_alive;
+                asked.expiry_s = connect.session_expiry_interval_secs.min(kept_s);
+                asked.window = connect.receive_max.map_or(broker.config.inflight_max, |max| {
+                    max.get().min(broker.config.inflight_max)
+                });
+                let max = connect.max_packet_size.map_or(usize::MAX, |max| max.get() as usize);
+                asked.packet_bytes_max = max;
+                asked.auth = connect.auth_method.is_some();
+            }))
+        }
+    }
+}
+
+fn will_v5(will: v5::LastWill) -> Will {
+    let mut out = Vec::new();
+    let mut push = |name: &str, value: &[u8]| properties::push(&mut out, Origin::Listener, name, value);
+    if let Some(value) = &will.content_type {
+        push("content-type", value.as_bytes());
+    }
+    if let Some(value) = &will.response_topic {
+        push("response-topic", value.as_bytes());
+    }
+    if let Some(value) = &will.correlation_data {
+        push("correlation-data", value);
+    }
+    if let Some(value) = will.message_expiry_interval {
+        push("expiry-s", value.to_string().as_bytes());
+    }
+    for (name, value) in &will.user_properties {
+        properties::push(&mut out, Origin::Device, name, value.as_bytes());
+    }
+    let retain = if will.retain { flags::RETAIN } else { 0 };
+    let utf8 = if will.is_utf8_payload == Some(true) { flags::UTF8 } else { 0 };
+    Will {
+        topic: (&*will.topic).into(),
+        payload: will.message,
+        properties: out,
+        flags: u16::from(will.qos.value()) | retain | utf8,
+        delay_s: will.will_delay_interval_sec.unwrap_or(0),
+    }
+}
+
+impl Asked {
+    fn new(
+        version: Version,
+        client_id: &str,
+        username: Option<&str>,
+        will: Option<Will>,
+        fill: impl FnOnce(&mut Self),
+    ) -> Self {
+        let assigned = client_id.is_empty();
+        let client_id =
+            if assigned { format!("auto-{}", uuid::Uuid::new_v4().simple()) } else { client_id.to_owned() };
+        let mut asked = Self {
+            version,
+            client_id,
+            assigned,
+            clean: true,
+            keep_alive_s: 0,
+            expiry_s: 0,
+            window: u16::MAX,
+            packet_bytes_max: usize::MAX,
+            username: username.map(Into::into),
+            will,
+            auth: false,
+        };
+        fill(&mut asked);
+        if let Some(will) = &mut asked.will
+            && topic::Namespace::default().device_span(&will.topic).is_none()
+        {
+            let id = asked.client_id.as_bytes();
+            properties::push(&mut will.properties, Origin::Listener, "client-id", id);
+        }
+        asked
+    }
+
+    fn refusal(&self) -> Option<ConnectAckReason> {
+        if self.client_id.len() > CLIENT_ID_BYTES_MAX || self.client_id.contains('\0') {
+            return Some(ConnectAckReason::ClientIdentifierNotValid);
+        }
+        if self.auth {
+            return Some(ConnectAckReason::BadAuthenticationMethod);
+        }
+        let will = self.will.as_ref()?;
+        if !topic::is_valid_name(&will.topic) || will.topic.starts_with('$') {
+            return Some(ConnectAckReason::TopicNameInvalid);
+        }
+        (will.properties.len() > properties::PROPERTIES_BYTES_MAX).then_some(ConnectAckReason::PacketTooLarge)
+    }
+
+    fn put_connack(&self, broker: &Broker, session_present: bool, out: &mut BytesMut) {
+        let config = &broker.config;
+        if self.version == Version::V3 {
+            out.extend_from_slice(&[0x20, 2, u8::from(session_present), 0]);
+            return;
+        }
+        let ack = v5::ConnectAck {
+            session_present,
+            session_expiry_interval_secs: Some(self.expiry_s),
+            receive_max: config.receive_maximum.try_into().unwrap_or(std::num::NonZeroU16::MIN),
+            max_packet_size: Some(broker.packet_bytes_max as u32),
+            topic_alias_max: config.topic_alias_maximum,
+            shared_subscription_available: false,
+            assigned_client_id: self.assigned.then(|| self.client_id.clone().into()),
+            ..v5::ConnectAck::default()
+        };
+        v5::Codec::new(0, 0).encode(ack.into(), out).expect("a CONNACK of ours is never too large");
+    }
+}
+
+/// Says no, as far as the version can.
+async fn refuse<S: AsyncWrite + Unpin>(io: &mut S, version: Option<Version>, reason: ConnectAckReason) {
+    let mut out = BytesMut::new();
+    match version {
+        None => return,
+        Some(Version::V5) => out.extend_from_slice(&[0x20, 3, 0, reason.into(), 0]),
+        Some(Version::V3) => {
+            let code = match reason {
+                ConnectAckReason::ProtocolError => 1,
+                ConnectAckReason::ClientIdentifierNotValid => 2,
+                ConnectAckReason::BadUserNameOrPassword => 4,
+                ConnectAckReason::NotAuthorized => 5,
+                ConnectAckReason::QuotaExceeded | ConnectAckReason::ServerUnavailable => 3,
+                _ => return,
+            };
+            out.extend_from_slice(&[0x20, 2, 0, code]);
+        }
+    }
+    // The client may be gone already: there is nobody to tell.
+    let _ = io.write_all(&out).await;
+    let _ = io.shutdown().await;
+}

@@ -1,0 +1,725 @@
+//! From the socket into the streams, the hot path: all whole packets of one
+//! read are decoded in place, each stream gets them in one append, and their
+//! acks wait for its ticket. A message's bytes are copied once, by the stream.
+//!
+//! A stream with no room stalls the connection: what it did not take is kept
+//! here, nothing more is taken in, and only PINGREQ is still answered.
+
+use std::cell::RefCell;
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::BytesMut;
+use rmqtt_codec::v5::DisconnectReasonCode;
+
+use super::Broker;
+use super::acks::{Ack, Acks};
+use super::outbound::Message;
+use super::retained::Kept;
+use super::session::{Received, Session, qos2_key};
+use super::wire::{self, Fault, Frame, Property, Publish, Version};
+use crate::batch::{Offset, flags};
+use crate::properties::{self, Origin, PROPERTIES_BYTES_MAX};
+use crate::stream::{AppendError, Appended, NewMessage, StateChange, Ticket, partition_of};
+use crate::topic::DEVICE_ID_BYTES_MAX;
+
+/// What a connection sends in.
+pub struct Inbound {
+    version: Version,
+    session: Arc<Session>,
+    username: Option<Box<str>>,
+    /// Of a session that outlives the connection: its QoS 2 ids are durable.
+    epoch: Option<u64>,
+    aliases: Vec<Option<Arc<str>>>,
+    acks: Acks,
+    /// QoS 1 and 2 publishes that are not finished, for Receive Maximum.
+    unfinished: u32,
+    stalled: Vec<Stalled>,
+    /// While stalled: bytes of the read buffer in which PINGREQ was answered, and how many.
+    scanned: usize,
+    pings_answered: u32,
+}
+
+/// What `take` stopped at.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Next {
+    /// The rest is not a whole packet.
+    Bytes,
+    /// The packet at the front is not one of the hot path.
+    Packet,
+    /// Acks must go out, or a stream take what it refused, before more is taken in.
+    Room,
+}
+
+#[derive(Debug)]
+pub enum Trouble {
+    Fault(Fault),
+    /// A stream stopped: nothing more will be acknowledged.
+    Stopped,
+}
+
+impl From<Fault> for Trouble {
+    fn from(fault: Fault) -> Self {
+        Self::Fault(fault)
+    }
+}
+
+struct Decoded<'a> {
+    topic: Topic<'a>,
+    payload: &'a [u8],
+    /// Into the scratch's properties.
+    properties: Range<usize>,
+    /// Within the topic; `None`: the client is the device.
+    device: Option<Range<usize>>,
+    stream: usize,
+    flags: u16,
+}
+
+enum Topic<'a> {
+    Sent(&'a str),
+    Alias(Arc<str>),
+}
+
+impl Topic<'_> {
+    fn as_str(&self) -> &str {
+        match self {
+            Self::Sent(topic) => topic,
+            Self::Alias(topic) => topic,
+        }
+    }
+}
+
+/// An ack to come, and what its append does to the packet ids in flight.
+#[derive(Clone, Copy)]
+struct Owed {
+    stream: usize,
+    ack: Ack,
+    change: IdChange,
+    /// Durable no earlier than this, whatever the append.
+    least: Ticket,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum IdChange {
+    None,
+    Receive,
+    Release,
+}
+
+/// What a stream had no room for.
+struct Stalled {
+    stream: usize,
+    messages: Vec<Owned>,
+    owed: Vec<Owed>,
+}
+
+struct Owned {
+    topic: Box<str>,
+    payload: Box<[u8]>,
+    properties: Box<[u8]>,
+    device: Box<str>,
+    flags: u16,
+    received_us: u64,
+}
+
+/// Reused by all connections of a thread, so that an idle one holds nothing.
+#[derive(Default)]
+struct Scratch {
+    decoded: Vec<Decoded<'static>>,
+    owed: Vec<Owed>,
+    properties: Vec<u8>,
+    messages: Vec<NewMessage<'static>>,
+    keys: Vec<([u8; 12], IdChange)>,
+    changes: Vec<StateChange<'static>>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+impl Inbound {
+    pub fn new(version: Version, session: Arc<Session>, username: Option<Box<str>>) -> Self {
+        Self {
+            version,
+            epoch: session.persistent_epoch(),
+            session,
+            username,
+            aliases: Vec::new(),
+            acks: Acks::default(),
+            unfinished: 0,
+            stalled: Vec::new(),
+            scanned: 0,
+            pings_answered: 0,
+        }
+    }
+
+    /// What the connection waits for beside its socket: acks that may go, and
+    /// room in a stream that stalled it (pending while none did). Safe to drop.
+    pub fn waits<'a>(&'a mut self, broker: &'a Broker) -> (&'a mut Acks, impl Future<Output = ()> + 'a) {
+        (&mut self.acks, writable(&self.stalled, broker))
+    }
+
+    pub fn is_stalled(&self) -> bool {
+        !self.stalled.is_empty()
+    }
+
+    /// Whether anything taken in is still to be acknowledged.
+    pub fn is_waiting(&self) -> bool {
+        self.acks.waiting() > 0 || !self.stalled.is_empty()
+    }
+
+    pub fn write_acks(&mut self, broker: &Broker, out: &mut BytesMut) {
+        let written = self.acks.write_durable(out);
+        if written.acks > 0 {
+            self.unfinished = self.unfinished.saturating_sub(written.finished);
+            broker.counters.acks.increment(written.acks.into());
+        }
+    }
+
+    /// Decodes and appends the whole packets of `bytes`; returns how many bytes
+    /// they were. Never waits. Before a fault, what stood in front of it is appended.
+    pub fn take(&mut self, broker: &Broker, bytes: &[u8], out: &mut BytesMut) -> Result<(usize, Next), Trouble> {
+        if self.is_full(broker) {
+            self.answer_pings(broker, bytes, out);
+            return Ok((0, Next::Room));
+        }
+        if bytes.is_empty() {
+            return Ok((0, Next::Bytes));
+        }
+        SCRATCH.with_borrow_mut(|scratch| {
+            let mut work = Work {
+                decoded: recycle(std::mem::take(&mut scratch.decoded)),
+                owed: std::mem::take(&mut scratch.owed),
+                properties: std::mem::take(&mut scratch.properties),
+                now_us: super::now_us(),
+            };
+            let decoded = self.decode(broker, bytes, out, &mut work);
+            let appended =
+                if work.owed.is_empty() && work.decoded.is_empty() { Ok(()) } else { self.append(broker, &work, scratch) };
+            work.owed.clear();
+            work.properties.clear();
+            (scratch.owed, scratch.properties) = (work.owed, work.properties);
+            scratch.decoded = recycle(work.decoded);
+            let (used, next) = decoded?;
+            appended?;
+            self.scanned = self.scanned.saturating_sub(used);
+            Ok((used, if self.stalled.is_empty() { next } else { Next::Room }))
+        })
+    }
+
+    fn is_full(&self, broker: &Broker) -> bool {
+        !self.stalled.is_empty() || self.acks.waiting() >= broker.waiting_acks_max(self.version)
+    }
+
+    fn decode<'a>(
+        &mut self,
+        broker: &Broker,
+        bytes: &'a [u8],
+        out: &mut BytesMut,
+        work: &mut Work<'a>,
+    ) -> Result<(usize, Next), Fault> {
+        let mut used = 0;
+        loop {
+            let Some(frame) = wire::frame(&bytes[used..], broker.packet_bytes_max)? else {
+                return Ok((used, Next::Bytes));
+            };
+            match frame.first {
+                first if first & 0xf0 == wire::PUBLISH => {
+                    if self.acks.waiting() + work.owed.len() >= broker.waiting_acks_max(self.version) {
+                        return Ok((used, Next::Room));
+                    }
+                    self.publish(broker, &frame, out, work)?;
+                }
+                wire::PUBREL => self.release(&frame, out, work)?,
+                wire::PUBACK | wire::PUBREC | wire::PUBCOMP => {
+                    let (packet_id, code) = wire::ack(self.version, &frame)?;
+                    let answer = self.session.outbox().acked(frame.first, packet_id, code);
+                    if let Some(answer) = answer {
+                        wire::put_ack(out, answer, packet_id);
+                    }
+                }
+                wire::PINGREQ if frame.body.is_empty() => {
+                    match self.pings_answered.checked_sub(1) {
+                        Some(left) => self.pings_answered = left,
+                        None => wire::put_pingresp(out),
+                    }
+                }
+                wire::PINGREQ => return Err(Fault::malformed("PINGREQ with a body")),
+                _ => return Ok((used, Next::Packet)),
+            }
+            used += frame.len;
+        }
+    }
+
+    fn publish<'a>(
+        &mut self,
+        broker: &Broker,
+        frame: &Frame<'a>,
+        out: &mut BytesMut,
+        work: &mut Work<'a>,
+    ) -> Result<(), Fault> {
+        let publish = wire::publish(self.version, frame)?;
+        let mut alias = None;
+        let begin = work.properties.len();
+        let mut flags = u16::from(publish.qos);
+        if !publish.properties.is_empty() {
+            wire::properties(publish.properties, |property| match property {
+                Property::TopicAlias(value) => alias = Some(value),
+                Property::Utf8(utf8) => flags |= if utf8 { flags::UTF8 } else { 0 },
+                _ => push_property(&mut work.properties, property),
+            })?;
+        }
+        let topic = self.topic(broker, &publish, alias)?;
+        if topic.as_str().starts_with('$') {
+            work.properties.truncate(begin);
+            return self.refuse_dollar(broker, &publish, topic.as_str(), out);
+        }
+        if publish.retain {
+            flags |= flags::RETAIN;
+        }
+        if publish.dup {
+            flags |= flags::DUP;
+        }
+        let device = broker.namespace.device_span(topic.as_str());
+        if device.is_some() {
+            flags |= flags::FITS_NAMESPACE;
+        }
+        if device.is_none() || broker.config.keep_client_id || broker.live.wants_publisher() {
+            let client_id = self.session.client_id.as_bytes();
+            properties::push(&mut work.properties, Origin::Listener, "client-id", client_id);
+        }
+        if let Some(username) = &self.username {
+            properties::push(&mut work.properties, Origin::Listener, "username", username.as_bytes());
+        }
+        let properties = begin..work.properties.len();
+        if properties.len() > PROPERTIES_BYTES_MAX {
+            return Err(Fault { code: DisconnectReasonCode::PacketTooLarge, what: "properties over 65535 bytes" });
+        }
+        let stream = broker.route(topic.as_str());
+        if publish.qos > 0 {
+            let owed = self.owe(broker, stream, &publish)?;
+            let repeated = publish.qos == 2 && owed.change == IdChange::None;
+            work.owed.push(owed);
+            if repeated {
+                work.properties.truncate(begin);
+                return Ok(());
+            }
+        }
+        work.decoded.push(Decoded { topic, payload: publish.payload, properties, device, stream, flags });
+        Ok(())
+    }
+
+    /// The ack for a QoS 1 or 2 publish; a QoS 2 packet id that is in flight
+    /// already is only acknowledged again (MQTT 5.0, 4.3.3).
+    fn owe(&mut self, broker: &Broker, stream: usize, publish: &Publish<'_>) -> Result<Owed, Fault> {
+        let first = if publish.qos == 1 { wire::PUBACK } else { wire::PUBREC };
+        let ack = Ack { first, packet_id: publish.packet_id };
+        if publish.qos == 2 {
+            let mut received = self.session.received();
+            if let Some(known) = received.get(&publish.packet_id) {
+                broker.counters.duplicates.increment(1);
+                let change = IdChange::None;
+                return Ok(Owed { stream: known.stream, ack, change, least: known.least() });
+            }
+            // The ticket comes with the append.
+            received.insert(publish.packet_id, Received { stream, ticket: None });
+        }
+        self.unfinished += 1;
+        if self.version == Version::V5 && self.unfinished > u32::from(broker.config.receive_maximum) {
+            return Err(Fault {
+                code: DisconnectReasonCode::ReceiveMaximumExceeded,
+                what: "more publishes in flight than Receive Maximum",
+            });
+        }
+        let change = if publish.qos == 2 { IdChange::Receive } else { IdChange::None };
+        Ok(Owed { stream, ack, change, least: Ticket(0) })
+    }
+
+    fn topic<'a>(
+        &mut self,
+        broker: &Broker,
+        publish: &Publish<'a>,
+        alias: Option<u16>,
+    ) -> Result<Topic<'a>, Fault> {
+        let Some(alias) = alias else {
+            if publish.topic.is_empty() {
+                return Err(Fault::protocol("neither a topic nor a topic alias"));
+            }
+            return Ok(Topic::Sent(publish.topic));
+        };
+        if alias == 0 || alias > broker.config.topic_alias_maximum {
+            return Err(Fault { code: DisconnectReasonCode::TopicAliasInvalid, what: "topic alias out of range" });
+        }
+        let index = usize::from(alias) - 1;
+        if publish.topic.is_empty() {
+            let known = self.aliases.get(index).cloned().flatten();
+            return known.map(Topic::Alias).ok_or(Fault::protocol("a topic alias that was not set"));
+        }
+        if self.aliases.len() <= index {
+            self.aliases.resize(index + 1, None);
+        }
+        self.aliases[index] = Some(publish.topic.into());
+        Ok(Topic::Sent(publish.topic))
+    }
+
+    /// `$` topics are the broker's own. MQTT 3.1.1 has no way to say no: the
+    /// publish is acknowledged and dropped.
+    fn refuse_dollar(
+        &mut self,
+        broker: &Broker,
+        publish: &Publish<'_>,
+        topic: &str,
+        out: &mut BytesMut,
+    ) -> Result<(), Fault> {
+        broker.counters.dollar_topics.increment(1);
+        let detail = format!("client {} to {topic}", self.session.client_id);
+        broker.failures.report("mqtt: publish to a topic below $ refused", 1, &detail, "");
+        let first = if publish.qos == 1 { wire::PUBACK } else { wire::PUBREC };
+        if publish.qos > 0 {
+            wire::put_ack_with(out, self.version, first, publish.packet_id, wire::NOT_AUTHORIZED);
+        }
+        Ok(())
+    }
+
+    fn release(&mut self, frame: &Frame<'_>, out: &mut BytesMut, work: &mut Work<'_>) -> Result<(), Fault> {
+        let (packet_id, _) = wire::ack(self.version, frame)?;
+        let ack = Ack { first: wire::PUBCOMP, packet_id };
+        match self.session.received().remove(&packet_id) {
+            Some(known) => {
+                let change = IdChange::Release;
+                work.owed.push(Owed { stream: known.stream, ack, change, least: known.least() });
+            }
+            None => wire::put_ack_with(out, self.version, wire::PUBCOMP, packet_id, wire::NOT_FOUND),
+        }
+        Ok(())
+    }
+
+    /// One append per stream.
+    fn append(&mut self, broker: &Broker, work: &Work<'_>, scratch: &mut Scratch) -> Result<(), Trouble> {
+        let mut result = Ok(());
+        let client_id = self.session.client_id.clone();
+        for number in 0..broker.streams.len() {
+            let decoded = || work.decoded.iter().filter(|decoded| decoded.stream == number);
+            let owed = || work.owed.iter().filter(|owed| owed.stream == number);
+            if decoded().next().is_none() && owed().next().is_none() {
+                continue;
+            }
+            let partitions = broker.streams[number].identity().partitions;
+            let mut messages: Vec<NewMessage<'_>> = std::mem::take(&mut scratch.messages);
+            messages.extend(decoded().map(|decoded| {
+                let topic = decoded.topic.as_str();
+                let device = match &decoded.device {
+                    Some(span) => &topic[span.clone()],
+                    None => cut_device(&client_id),
+                };
+                NewMessage {
+                    topic,
+                    payload: decoded.payload,
+                    properties: &work.properties[decoded.properties.clone()],
+                    route: "",
+                    device,
+                    partition: partition_of(device, partitions),
+                    flags: decoded.flags,
+                    received_us: work.now_us,
+                    event_us: 0,
+                }
+            }));
+            let mut keys = std::mem::take(&mut scratch.keys);
+            let mut changes = std::mem::take(&mut scratch.changes);
+            let appended = self.append_one(broker, number, &messages, owed(), &mut keys, &mut changes);
+            keys.clear();
+            (scratch.keys, scratch.changes) = (keys, changes);
+            result = result.and(appended);
+            scratch.messages = recycle(messages);
+        }
+        result
+    }
+
+    fn append_one<'o>(
+        &mut self,
+        broker: &Broker,
+        number: usize,
+        messages: &[NewMessage<'_>],
+        owed: impl Iterator<Item = &'o Owed> + Clone,
+        keys: &mut Vec<([u8; 12], IdChange)>,
+        spare: &mut Vec<StateChange<'static>>,
+    ) -> Result<(), Trouble> {
+        match self.try_append(broker, number, messages, owed.clone(), keys, spare) {
+            Ok(()) => Ok(()),
+            Err(error @ (AppendError::Full | AppendError::NoSpace)) => {
+                broker.counters.stalls.increment(1);
+                let mut stalled = Stalled {
+                    stream: number,
+                    messages: messages.iter().map(Owned::of).collect(),
+                    owed: owed.copied().collect(),
+                };
+                if error == AppendError::NoSpace {
+                    stalled.drop_unacknowledged(broker);
+                }
+                if !stalled.is_empty() {
+                    self.stalled.push(stalled);
+                }
+                Ok(())
+            }
+            Err(AppendError::TooLarge(_)) => {
+                broker.counters.too_large.increment(1);
+                undo(&self.session, owed);
+                let code = DisconnectReasonCode::PacketTooLarge;
+                Err(Fault { code, what: "a message is larger than its stream takes" }.into())
+            }
+            Err(AppendError::Stopped(_)) => {
+                undo(&self.session, owed);
+                Err(Trouble::Stopped)
+            }
+        }
+    }
+
+    fn try_append<'o>(
+        &mut self,
+        broker: &Broker,
+        number: usize,
+        messages: &[NewMessage<'_>],
+        owed: impl Iterator<Item = &'o Owed> + Clone,
+        keys: &mut Vec<([u8; 12], IdChange)>,
+        spare: &mut Vec<StateChange<'static>>,
+    ) -> Result<(), AppendError> {
+        let stream = &*broker.streams[number];
+        if let Some(epoch) = self.epoch {
+            let changed = owed.clone().filter(|owed| owed.change != IdChange::None);
+            keys.extend(changed.map(|owed| (qos2_key(epoch, owed.ack.packet_id), owed.change)));
+        }
+        let least = owed.clone().map(|owed| owed.least).max().unwrap_or_default();
+        let ticket = if messages.is_empty() && keys.is_empty() {
+            least
+        } else {
+            let mut changes: Vec<StateChange<'_>> = std::mem::take(spare);
+            changes.extend(keys.iter().map(|(key, change)| StateChange {
+                key,
+                value: (*change == IdChange::Receive).then_some(&[][..]),
+            }));
+            let appended = stream.append(messages, &changes);
+            *spare = recycle(changes);
+            let appended = appended?;
+            taken_in(broker, number, messages, appended);
+            appended.ticket.max(least)
+        };
+        if owed.clone().any(|owed| owed.change == IdChange::Receive) {
+            let mut received = self.session.received();
+            for owed in owed.clone().filter(|owed| owed.change == IdChange::Receive) {
+                if let Some(received) = received.get_mut(&owed.ack.packet_id) {
+                    received.ticket = Some(ticket);
+                }
+            }
+        }
+        self.acks.queue(number, stream, ticket, owed.map(|owed| owed.ack));
+        Ok(())
+    }
+
+    /// Offers again what a stream had no room for.
+    pub fn retry(&mut self, broker: &Broker) -> Result<(), Trouble> {
+        let stalled = std::mem::take(&mut self.stalled);
+        let mut result = Ok(());
+        for stalled in stalled {
+            let messages: Vec<_> = {
+                let partitions = broker.streams[stalled.stream].identity().partitions;
+                stalled.messages.iter().map(|owned| owned.message(partitions)).collect()
+            };
+            let owed = stalled.owed.iter();
+            let appended =
+                self.append_one(broker, stalled.stream, &messages, owed, &mut Vec::new(), &mut Vec::new());
+            result = result.and(appended);
+        }
+        result
+    }
+
+    fn answer_pings(&mut self, broker: &Broker, bytes: &[u8], out: &mut BytesMut) {
+        while let Ok(Some(frame)) = wire::frame(&bytes[self.scanned..], broker.packet_bytes_max) {
+            if frame.first == wire::PINGREQ {
+                wire::put_pingresp(out);
+                self.pings_answered += 1;
+            }
+            self.scanned += frame.len;
+        }
+    }
+}
+
+async fn writable(stalled: &[Stalled], broker: &Broker) {
+    let waits: Vec<_> = stalled.iter().map(|stalled| broker.streams[stalled.stream].writable()).collect();
+    if waits.is_empty() {
+        return std::future::pending().await;
+    }
+    futures_util::future::select_all(waits).await;
+}
+
+/// What no stream took is not in flight.
+impl Drop for Inbound {
+    fn drop(&mut self) {
+        for stalled in &self.stalled {
+            undo(&self.session, stalled.owed.iter());
+        }
+    }
+}
+
+struct Work<'a> {
+    decoded: Vec<Decoded<'a>>,
+    owed: Vec<Owed>,
+    properties: Vec<u8>,
+    now_us: u64,
+}
+
+fn undo<'o>(session: &Session, owed: impl Iterator<Item = &'o Owed>) {
+    let mut received = session.received();
+    for owed in owed {
+        match owed.change {
+            IdChange::None => {}
+            IdChange::Receive => {
+                received.remove(&owed.ack.packet_id);
+            }
+            IdChange::Release => {
+                received.insert(owed.ack.packet_id, Received { stream: owed.stream, ticket: Some(owed.least) });
+            }
+        }
+    }
+}
+
+/// Counts, and keeps what is to be retained.
+fn taken_in(broker: &Broker, number: usize, messages: &[NewMessage<'_>], appended: Appended) {
+    let (mut by_qos, mut bytes, mut all_flags) = ([0u64; 3], 0, 0);
+    for message in messages {
+        by_qos[usize::from(message.flags & flags::QOS_MASK).min(2)] += 1;
+        bytes += message.payload.len() as u64;
+        all_flags |= message.flags;
+    }
+    for (counter, count) in broker.counters.publishes.iter().zip(by_qos).filter(|(_, count)| *count > 0) {
+        counter.increment(count);
+    }
+    broker.counters.publish_bytes.increment(bytes);
+    if all_flags & flags::RETAIN == 0 {
+        return;
+    }
+    let retained = messages.iter().enumerate().filter(|(_, message)| message.flags & flags::RETAIN != 0);
+    for (i, message) in retained {
+        let offset = Offset(appended.first.0 + i as u64);
+        let kept = Kept { message: Arc::new(Message::of_new(message)), stream: number, offset };
+        if !broker.retained().set(kept) {
+            broker.counters.retained_full.increment(1);
+            let detail = format!("topic {}", message.topic);
+            broker.failures.report("mqtt: no room for a retained message", 1, &detail, "");
+        }
+    }
+}
+
+fn push_property(out: &mut Vec<u8>, property: Property<'_>) {
+    match property {
+        Property::ContentType(value) => {
+            properties::push(out, Origin::Listener, "content-type", value.as_bytes());
+        }
+        Property::ResponseTopic(value) => {
+            properties::push(out, Origin::Listener, "response-topic", value.as_bytes());
+        }
+        Property::CorrelationData(value) => {
+            properties::push(out, Origin::Listener, "correlation-data", value);
+        }
+        Property::ExpirySeconds(value) => {
+            properties::push(out, Origin::Listener, "expiry-s", value.to_string().as_bytes());
+        }
+        Property::User(name, value) => properties::push(out, Origin::Device, name, value.as_bytes()),
+        Property::TopicAlias(_) | Property::Utf8(_) => {}
+    }
+}
+
+/// The client id as a device id: at most 256 bytes.
+fn cut_device(client_id: &str) -> &str {
+    if client_id.len() <= DEVICE_ID_BYTES_MAX {
+        return client_id;
+    }
+    &client_id[..client_id.floor_char_boundary(DEVICE_ID_BYTES_MAX)]
+}
+
+/// The same allocation for elements of another lifetime.
+fn recycle<A, B>(mut used: Vec<A>) -> Vec<B> {
+    used.clear();
+    used.into_iter().map(|_| unreachable!("the vector is empty")).collect()
+}
+
+impl Stalled {
+    fn is_empty(&self) -> bool {
+        self.messages.is_empty() && self.owed.is_empty()
+    }
+
+    /// On a full disk QoS 0 is dropped, and counted; the others wait.
+    fn drop_unacknowledged(&mut self, broker: &Broker) {
+        let before = self.messages.len();
+        self.messages.retain(|message| message.flags & flags::QOS_MASK != 0);
+        broker.counters.no_space.increment((before - self.messages.len()) as u64);
+    }
+}
+
+impl Owned {
+    fn of(message: &NewMessage<'_>) -> Self {
+        Self {
+            topic: message.topic.into(),
+            payload: message.payload.into(),
+            properties: message.properties.into(),
+            device: message.device.into(),
+            flags: message.flags,
+            received_us: message.received_us,
+        }
+    }
+
+    fn message(&self, partitions: u16) -> NewMessage<'_> {
+        NewMessage {
+            topic: &self.topic,
+            payload: &self.payload,
+            properties: &self.properties,
+            route: "",
+            device: &self.device,
+            partition: partition_of(&self.device, partitions),
+            flags: self.flags,
+            received_us: self.received_us,
+            event_us: 0,
+        }
+    }
+}
+
+/// What CONNECT asked to be published when the client is lost.
+pub struct Will {
+    pub topic: Box<str>,
+    pub payload: bytes::Bytes,
+    /// As [`crate::properties`] lays them out.
+    pub properties: Vec<u8>,
+    pub flags: u16,
+    pub delay_s: u32,
+}
+
+impl Will {
+    /// Appends the will, waiting for room; `false` when the stream stopped or refuses it.
+    pub async fn publish(self, broker: &Broker, client_id: &str) -> bool {
+        let number = broker.route(&self.topic);
+        let stream = &broker.streams[number];
+        let span = broker.namespace.device_span(&self.topic);
+        let fits = if span.is_some() { flags::FITS_NAMESPACE } else { 0 };
+        let device = span.map_or(cut_device(client_id), |span| &self.topic[span]);
+        let message = NewMessage {
+            topic: &self.topic,
+            payload: &self.payload,
+            properties: &self.properties,
+            route: "",
+            device,
+            partition: partition_of(device, stream.identity().partitions),
+            flags: self.flags | fits,
+            received_us: super::now_us(),
+            event_us: 0,
+        };
+        loop {
+            match stream.append(&[message], &[]) {
+                Ok(appended) => {
+                    taken_in(broker, number, &[message], appended);
+                    return true;
+                }
+                Err(AppendError::Full | AppendError::NoSpace) => stream.writable().await,
+                Err(_) => return false,
+            }
+        }
+    }
+}

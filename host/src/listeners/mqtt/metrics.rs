@@ -1,0 +1,142 @@
+//! Counters of the MQTT listener. Handles are made once; the hot path counts
+//! once per read, not per message.
+
+use metrics::{Counter, Gauge, counter, gauge};
+
+use crate::telemetry::{Metric, MetricKind};
+
+pub const METRICS: &[Metric] = &[
+    Metric {
+        name: "headworks_mqtt_connections",
+        kind: MetricKind::Gauge,
+        help: "MQTT connections now.",
+        labels: &[],
+    },
+    Metric {
+        name: "headworks_mqtt_connects_total",
+        kind: MetricKind::Counter,
+        help: "MQTT connections accepted after CONNECT.",
+        labels: &[],
+    },
+    Metric {
+        name: "headworks_mqtt_disconnects_total",
+        kind: MetricKind::Counter,
+        help: "MQTT connections that ended, by cause: client, lost, taken_over, keep_alive, malformed, slow, stopped, shutdown.",
+        labels: &["cause"],
+    },
+    Metric {
+        name: "headworks_mqtt_refused_connects_total",
+        kind: MetricKind::Counter,
+        help: "Connections refused before or by CONNACK.",
+        labels: &["cause"],
+    },
+    Metric {
+        name: "headworks_mqtt_publishes_total",
+        kind: MetricKind::Counter,
+        help: "Messages taken into a stream, by QoS.",
+        labels: &["qos"],
+    },
+    Metric {
+        name: "headworks_mqtt_publish_bytes_total",
+        kind: MetricKind::Counter,
+        help: "Payload bytes of messages taken into a stream.",
+        labels: &[],
+    },
+    Metric {
+        name: "headworks_mqtt_acks_total",
+        kind: MetricKind::Counter,
+        help: "PUBACK, PUBREC and PUBCOMP sent after the stream was durable.",
+        labels: &[],
+    },
+    Metric {
+        name: "headworks_mqtt_duplicates_total",
+        kind: MetricKind::Counter,
+        help: "QoS 2 publishes that came again and were not appended again.",
+        labels: &[],
+    },
+    Metric {
+        name: "headworks_mqtt_refused_publishes_total",
+        kind: MetricKind::Counter,
+        help: "Publishes refused, by cause: dollar_topic, too_large.",
+        labels: &["cause"],
+    },
+    Metric {
+        name: "headworks_mqtt_dropped_total",
+        kind: MetricKind::Counter,
+        help: "Messages dropped, by cause: no_space (QoS 0 on a full disk), queue_full, packet_too_large, expired, retained_full, gap.",
+        labels: &["cause"],
+    },
+    Metric {
+        name: "headworks_mqtt_stalls_total",
+        kind: MetricKind::Counter,
+        help: "Times a connection waited for room in a stream.",
+        labels: &[],
+    },
+    Metric {
+        name: "headworks_mqtt_deliveries_total",
+        kind: MetricKind::Counter,
+        help: "PUBLISH packets sent to subscribers.",
+        labels: &[],
+    },
+    Metric {
+        name: "headworks_mqtt_sessions",
+        kind: MetricKind::Gauge,
+        help: "Sessions kept, connected or not.",
+        labels: &[],
+    },
+];
+
+pub(super) struct Counters {
+    pub connections: Gauge,
+    pub connects: Counter,
+    pub publishes: [Counter; 3],
+    pub publish_bytes: Counter,
+    pub acks: Counter,
+    pub duplicates: Counter,
+    pub stalls: Counter,
+    pub deliveries: Counter,
+    pub sessions: Gauge,
+    pub dollar_topics: Counter,
+    pub too_large: Counter,
+    pub no_space: Counter,
+    pub queue_full: Counter,
+    pub packet_too_large: Counter,
+    pub expired: Counter,
+    pub retained_full: Counter,
+    pub gap: Counter,
+}
+
+impl Counters {
+    pub fn new() -> Self {
+        let dropped = |cause: &'static str| counter!("headworks_mqtt_dropped_total", "cause" => cause);
+        let refused = |cause: &'static str| counter!("headworks_mqtt_refused_publishes_total", "cause" => cause);
+        let publishes = |qos: &'static str| counter!("headworks_mqtt_publishes_total", "qos" => qos);
+        Self {
+            connections: gauge!("headworks_mqtt_connections"),
+            connects: counter!("headworks_mqtt_connects_total"),
+            publishes: [publishes("0"), publishes("1"), publishes("2")],
+            publish_bytes: counter!("headworks_mqtt_publish_bytes_total"),
+            acks: counter!("headworks_mqtt_acks_total"),
+            duplicates: counter!("headworks_mqtt_duplicates_total"),
+            stalls: counter!("headworks_mqtt_stalls_total"),
+            deliveries: counter!("headworks_mqtt_deliveries_total"),
+            sessions: gauge!("headworks_mqtt_sessions"),
+            dollar_topics: refused("dollar_topic"),
+            too_large: refused("too_large"),
+            no_space: dropped("no_space"),
+            queue_full: dropped("queue_full"),
+            packet_too_large: dropped("packet_too_large"),
+            expired: dropped("expired"),
+            retained_full: dropped("retained_full"),
+            gap: dropped("gap"),
+        }
+    }
+
+    pub fn disconnected(&self, cause: &'static str) {
+        counter!("headworks_mqtt_disconnects_total", "cause" => cause).increment(1);
+    }
+
+    pub fn refused_connect(&self, cause: &'static str) {
+        counter!("headworks_mqtt_refused_connects_total", "cause" => cause).increment(1);
+    }
+}

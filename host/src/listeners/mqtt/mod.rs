@@ -1,0 +1,317 @@
+//! MQTT 3.1.1 and 5.0 on one port.
+//!
+//! A publish goes from the socket's read buffer into its stream in one append
+//! per read ([`inbound`]), and its ack goes out when the stream is durable
+//! ([`acks`]). Subscribers are fed from the streams' durable tails ([`fanout`]).
+//! Sessions and QoS 2 packet ids are state of the streams ([`session`]).
+//! Deliberately absent, each with its room: shared subscriptions
+//! (`subscriptions`), durable queues (`outbound`), durable retained messages
+//! (`retained`), credentials and ACLs (`handshake`, `inbound`), WebSocket (`tls`'s neighbour).
+
+mod acks;
+mod config;
+mod connection;
+mod fanout;
+mod handshake;
+mod inbound;
+mod metrics;
+mod outbound;
+mod retained;
+mod session;
+mod subscriptions;
+#[cfg(test)]
+mod tests;
+mod tls;
+mod wire;
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use self::acks::Stopped;
+use self::fanout::Live;
+use self::metrics::Counters;
+use self::outbound::{Message, QueueLimits};
+use self::retained::Retained;
+use self::session::{Change, Sessions};
+use self::wire::Version;
+use crate::batch::flags;
+use crate::stream::{AppendError, StateChange, Stream, Streams};
+use crate::telemetry::Failures;
+use crate::topic::Namespace;
+
+pub use self::config::{Config, Endpoint, Tls};
+pub use self::metrics::METRICS;
+
+const CLIENTS_CONNECTED: &str = "$SYS/broker/clients/connected";
+/// Between two looks for expired sessions.
+const SWEEP_EVERY: Duration = Duration::from_secs(10);
+/// After an accept that failed, most likely for want of file descriptors.
+const ACCEPT_RETRY_AFTER: Duration = Duration::from_millis(100);
+
+/// What the listener stands on.
+pub struct Deps {
+    pub streams: Streams,
+    /// For the broker's own durable state; holds no messages of devices.
+    pub broker: Arc<dyn Stream>,
+    pub namespace: Arc<Namespace>,
+    pub failures: Failures,
+    pub shutdown: CancellationToken,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot listen on {bind}: {error}")]
+    Bind { bind: SocketAddr, error: std::io::Error },
+    #[error("tls of {bind}: {reason}")]
+    Tls { bind: SocketAddr, reason: String },
+}
+
+/// A running listener; ends after its shutdown token is cancelled.
+pub struct Handle {
+    addresses: Vec<SocketAddr>,
+    tasks: TaskTracker,
+    accepting: Vec<JoinHandle<()>>,
+}
+
+impl Handle {
+    /// In the order of the configuration, with the ports that were taken.
+    pub fn addresses(&self) -> &[SocketAddr] {
+        &self.addresses
+    }
+
+    /// Returns when every connection has ended.
+    pub async fn join(self) {
+        for task in self.accepting {
+            // A panic there is the process's to report; the others still end.
+            let _ = task.await;
+        }
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+}
+
+/// Loads the sessions, binds, serves.
+pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
+    let mut entries = Vec::new();
+    for endpoint in &config.listeners {
+        let bind = endpoint.bind;
+        let tls = endpoint.tls.as_ref().map(tls::acceptor).transpose();
+        let tls = tls.map_err(|reason| Error::Tls { bind, reason })?;
+        let listener = TcpListener::bind(bind).await.map_err(|error| Error::Bind { bind, error })?;
+        if !bind.ip().is_loopback() && endpoint.allow_anonymous {
+            tracing::warn!(%bind, "mqtt: anyone who can reach this address may publish and subscribe (allow_anonymous)");
+        }
+        entries.push((listener, tls));
+    }
+    let addresses: Result<Vec<_>, _> = entries.iter().map(|(listener, _)| listener.local_addr()).collect();
+    let addresses = addresses.map_err(|error| Error::Bind { bind: config.listeners[0].bind, error })?;
+
+    let broker = Broker::new(config, deps);
+    let tasks = TaskTracker::new();
+    for number in 0..broker.streams.len() {
+        tasks.spawn(fanout::run(broker.clone(), number));
+    }
+    tasks.spawn(keep_house(broker.clone()));
+    let room = Arc::new(Semaphore::new(config.connections_max as usize));
+    let accepting = entries.into_iter().map(|(listener, tls)| {
+        tokio::spawn(accept(broker.clone(), listener, tls, room.clone(), tasks.clone()))
+    });
+    Ok(Handle { addresses, accepting: accepting.collect(), tasks })
+}
+
+/// Takes connections until shutdown; never waits for one of them.
+async fn accept(
+    broker: Arc<Broker>,
+    listener: TcpListener,
+    tls: Option<TlsAcceptor>,
+    room: Arc<Semaphore>,
+    tasks: TaskTracker,
+) {
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = broker.shutdown.cancelled() => return,
+        };
+        let (socket, from) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                broker.failures.report("mqtt: cannot accept connections", 1, &error.to_string(), "");
+                tokio::time::sleep(ACCEPT_RETRY_AFTER).await;
+                continue;
+            }
+        };
+        let Ok(place) = room.clone().try_acquire_owned() else {
+            broker.counters.refused_connect("connections_max");
+            broker.failures.report("mqtt: connections_max reached, connect refused", 1, &from.to_string(), "");
+            continue;
+        };
+        let (broker, tls) = (broker.clone(), tls.clone());
+        tasks.spawn(async move {
+            // Acks are small and must not wait for the peer's delayed ack.
+            let _ = socket.set_nodelay(true);
+            serve(broker, socket, tls, from).await;
+            drop(place);
+        });
+    }
+}
+
+async fn serve(broker: Arc<Broker>, socket: TcpStream, tls: Option<TlsAcceptor>, from: SocketAddr) {
+    let Some(tls) = tls else { return connection::serve(broker, socket, from).await };
+    match timeout(broker.config.connect_timeout.0, tls.accept(socket)).await {
+        Ok(Ok(stream)) => connection::serve(broker, stream, from).await,
+        Ok(Err(error)) => {
+            broker.counters.refused_connect("tls");
+            broker.failures.report("mqtt: TLS handshake failed", 1, &format!("{from}: {error}"), "");
+        }
+        Err(_) => broker.counters.refused_connect("timeout"),
+    }
+}
+
+/// Ends expired sessions; at shutdown tells every connection.
+async fn keep_house(broker: Arc<Broker>) {
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(SWEEP_EVERY) => {
+                broker.sessions.sweep(&broker);
+                broker.counters.sessions.set(broker.sessions.len() as f64);
+            }
+            () = broker.shutdown.cancelled() => {
+                broker.sessions.wake_all();
+                return;
+            }
+        }
+    }
+}
+
+/// What all connections share.
+struct Broker {
+    config: Config,
+    packet_bytes_max: usize,
+    /// Each stream once; the parts of the listener know them by number.
+    streams: Vec<Arc<dyn Stream>>,
+    routes: Streams,
+    broker: Arc<dyn Stream>,
+    namespace: Arc<Namespace>,
+    failures: Failures,
+    shutdown: CancellationToken,
+    sessions: Sessions,
+    live: Live,
+    retained: Mutex<Retained>,
+    clients: AtomicI64,
+    counters: Counters,
+}
+
+impl Broker {
+    fn new(config: &Config, deps: Deps) -> Arc<Self> {
+        let streams: Vec<_> = deps.streams.iter().cloned().collect();
+        let (sessions, subscriptions) = Sessions::load(&*deps.broker, &streams);
+        let limits = QueueLimits {
+            messages_max: config.queue_messages_max as usize,
+            bytes_max: config.queue_bytes_max.0 as usize,
+        };
+        let retained_bytes_max = config.retained_bytes_max.0 as usize;
+        let broker = Arc::new(Self {
+            packet_bytes_max: config.max_packet_size.0 as usize,
+            live: Live::new(streams.len(), limits),
+            streams,
+            routes: deps.streams,
+            broker: deps.broker,
+            namespace: deps.namespace,
+            failures: deps.failures,
+            shutdown: deps.shutdown,
+            sessions,
+            retained: Mutex::new(Retained::new(config.retained_messages_max as usize, retained_bytes_max)),
+            clients: AtomicI64::new(0),
+            counters: Counters::new(),
+            config: config.clone(),
+        });
+        for (session, filter, options) in subscriptions {
+            if let Ok(filter) = crate::topic::TopicFilter::new(&filter) {
+                broker.live.subscribe(&broker, &session, &filter, options, fanout::SendRetained::Never);
+            }
+        }
+        broker
+    }
+
+    /// Number of the stream that a topic belongs to.
+    #[inline]
+    fn route(&self, topic: &str) -> usize {
+        if self.streams.len() == 1 {
+            return 0;
+        }
+        let stream = self.routes.route(topic);
+        let number = self.streams.iter().position(|known| Arc::ptr_eq(known, stream));
+        number.expect("the set of streams does not change while it is served")
+    }
+
+    /// Acks that may wait before a connection is read no further. MQTT 5
+    /// clients know their bound and are refused past it, so that theirs is out of reach.
+    #[inline]
+    fn waiting_acks_max(&self, version: Version) -> usize {
+        match version {
+            Version::V3 => self.config.inflight_max.into(),
+            Version::V5 => usize::from(u16::MAX) * 2,
+        }
+    }
+
+    fn retained(&self) -> MutexGuard<'_, Retained> {
+        self.retained.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn client_connected(&self, change: i64) {
+        let clients = self.clients.fetch_add(change, Ordering::AcqRel) + change;
+        self.counters.connections.set(clients as f64);
+        if change > 0 {
+            self.counters.connects.increment(1);
+        }
+        if self.live.wants_dollar() {
+            self.live.publish(self, &Arc::new(self.clients_connected()));
+        }
+    }
+
+    fn clients_connected(&self) -> Message {
+        let clients = self.clients.load(Ordering::Acquire).to_string();
+        Message::new(CLIENTS_CONNECTED, clients.as_bytes(), &[], flags::RETAIN, now_us())
+    }
+
+    /// Appends changes of state, waiting for room, and waits until they are durable.
+    async fn append_durable(&self, stream: &dyn Stream, changes: &[Change]) -> Result<(), Stopped> {
+        let changes = borrowed(changes);
+        let ticket = loop {
+            match stream.append(&[], &changes) {
+                Ok(appended) => break appended.ticket,
+                Err(AppendError::Full | AppendError::NoSpace) => stream.writable().await,
+                Err(_) => return Err(Stopped),
+            }
+        };
+        let mut durable = stream.durable();
+        durable.wait_for(|durable| *durable >= ticket).await.map(drop).map_err(|_| Stopped)
+    }
+
+    /// Appends changes that nothing depends on: a refusal leaves what the next
+    /// start removes.
+    fn append_state(&self, stream: &dyn Stream, changes: &[Change]) {
+        if !changes.is_empty() {
+            let _ = stream.append(&[], &borrowed(changes));
+        }
+    }
+}
+
+fn borrowed(changes: &[Change]) -> Vec<StateChange<'_>> {
+    changes.iter().map(|(key, value)| StateChange { key, value: value.as_deref() }).collect()
+}
+
+/// Microseconds since 1970, UTC.
+fn now_us() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
+}

@@ -1,0 +1,304 @@
+//! What waits for a subscriber: a bounded queue, the QoS 1 and 2 messages that
+//! it has not acknowledged, and their packets. Belongs to the session, so that
+//! it outlives a connection.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use bytes::{BufMut, BytesMut};
+
+use super::wire::{self, OutPublish, Version};
+use crate::batch::{MessageRef, flags};
+use crate::properties::{self, Origin};
+use crate::stream::NewMessage;
+
+/// One message for any number of subscribers: one allocation, however many they are.
+#[derive(Debug)]
+pub struct Message {
+    /// Topic, MQTT 5 properties, payload.
+    bytes: Box<[u8]>,
+    topic_len: u32,
+    properties_len: u32,
+    pub qos: u8,
+    pub retain: bool,
+    received_us: u64,
+    expiry_s: Option<u32>,
+}
+
+impl Message {
+    pub fn new(
+        topic: &str,
+        payload: &[u8],
+        properties: &[u8],
+        flags_: u16,
+        received_us: u64,
+    ) -> Self {
+        let mut bytes = Vec::with_capacity(topic.len() + properties.len() + payload.len());
+        bytes.extend_from_slice(topic.as_bytes());
+        let expiry_s = put_properties(&mut bytes, properties, flags_ & flags::UTF8 != 0);
+        let properties_len = (bytes.len() - topic.len()) as u32;
+        bytes.extend_from_slice(payload);
+        Self {
+            bytes: bytes.into(),
+            topic_len: topic.len() as u32,
+            properties_len,
+            qos: (flags_ & flags::QOS_MASK) as u8,
+            retain: flags_ & flags::RETAIN != 0,
+            received_us,
+            expiry_s,
+        }
+    }
+
+    pub fn of(message: MessageRef<'_>) -> Self {
+        let (flags, received_us) = (message.entry.flags, message.entry.received_us);
+        Self::new(message.topic(), message.payload(), message.properties(), flags, received_us)
+    }
+
+    pub fn of_new(message: &NewMessage<'_>) -> Self {
+        let NewMessage { topic, payload, properties, flags, received_us, .. } = *message;
+        Self::new(topic, payload, properties, flags, received_us)
+    }
+
+    pub fn topic(&self) -> &str {
+        std::str::from_utf8(&self.bytes[..self.topic_len as usize]).unwrap_or_default()
+    }
+
+    fn properties(&self) -> &[u8] {
+        &self.bytes[self.topic_len as usize..][..self.properties_len as usize]
+    }
+
+    pub fn payload(&self) -> &[u8] {
+        &self.bytes[(self.topic_len + self.properties_len) as usize..]
+    }
+
+    /// For the queue's bound in bytes.
+    pub fn len(&self) -> usize {
+        self.bytes.len() + size_of::<Self>()
+    }
+
+    /// Seconds that it may still wait; `None` once it expired.
+    fn lifetime(&self, now_us: u64) -> Option<Option<u32>> {
+        let Some(expiry) = self.expiry_s else { return Some(None) };
+        let waited = now_us.saturating_sub(self.received_us) / 1_000_000;
+        expiry.checked_sub(waited.min(u64::from(u32::MAX)) as u32).filter(|left| *left > 0).map(Some)
+    }
+}
+
+/// Properties of the plugin contract as MQTT 5 writes them, but for the expiry,
+/// which is returned: it shrinks while the message waits.
+fn put_properties(out: &mut Vec<u8>, encoded: &[u8], utf8: bool) -> Option<u32> {
+    let put = |out: &mut Vec<u8>, id: u8, values: &[&[u8]]| {
+        out.put_u8(id);
+        for value in values {
+            out.put_u16(value.len() as u16);
+            out.put_slice(value);
+        }
+    };
+    if utf8 {
+        out.put_slice(&[0x01, 1]);
+    }
+    let mut expiry = None;
+    for property in properties::iter(encoded) {
+        if property.value.len() > usize::from(u16::MAX) {
+            continue;
+        }
+        let listener = property.origin == Origin::Listener as u8;
+        match property.name {
+            "content-type" if listener => put(out, 0x03, &[property.value]),
+            "response-topic" if listener => put(out, 0x08, &[property.value]),
+            "correlation-data" if listener => put(out, 0x09, &[property.value]),
+            "expiry-s" if listener => {
+                expiry = std::str::from_utf8(property.value).ok().and_then(|text| text.parse().ok());
+            }
+            _ if listener => {}
+            name if std::str::from_utf8(property.value).is_ok() => {
+                put(out, 0x26, &[name.as_bytes(), property.value]);
+            }
+            _ => {}
+        }
+    }
+    expiry
+}
+
+pub struct Queued {
+    pub message: Arc<Message>,
+    pub qos: u8,
+    pub retain: bool,
+    /// Subscription identifiers, mostly none.
+    pub ids: Vec<u32>,
+}
+
+struct InFlight {
+    packet_id: u16,
+    /// `None` once PUBREC came: PUBREL is on its way.
+    waiting: Option<Queued>,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct QueueLimits {
+    pub messages_max: usize,
+    pub bytes_max: usize,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+pub enum Offer {
+    Queued,
+    /// Queued into an empty queue: wake the connection.
+    QueuedFirst,
+    /// QoS 0 with nobody connected: not kept (MQTT 5.0, 3.1.2.4).
+    Away,
+    /// No room.
+    Dropped,
+    /// QoS 1 or 2 with no room: the subscriber is too slow.
+    Overflow,
+}
+
+/// How the connected client wants its packets.
+#[derive(Clone, Copy, Debug)]
+pub struct Peer {
+    pub version: Version,
+    /// Its Receive Maximum.
+    pub window: u16,
+    pub packet_bytes_max: usize,
+}
+
+#[derive(Default)]
+pub struct Outbox {
+    pub connected: bool,
+    queue: VecDeque<Queued>,
+    bytes: usize,
+    inflight: VecDeque<InFlight>,
+    last_id: u16,
+}
+
+/// What `fill` did.
+#[derive(Default)]
+pub struct Filled {
+    pub sent: u64,
+    pub expired: u64,
+    pub too_large: u64,
+}
+
+impl Outbox {
+    pub fn offer(&mut self, queued: Queued, limits: QueueLimits) -> Offer {
+        if !self.connected && queued.qos == 0 {
+            return Offer::Away;
+        }
+        let bytes = self.bytes + queued.message.len();
+        if self.queue.len() >= limits.messages_max || bytes > limits.bytes_max {
+            let slow = self.connected && queued.qos > 0;
+            return if slow { Offer::Overflow } else { Offer::Dropped };
+        }
+        self.bytes = bytes;
+        self.queue.push_back(queued);
+        if self.queue.len() == 1 { Offer::QueuedFirst } else { Offer::Queued }
+    }
+
+    pub fn clear(&mut self) {
+        *self = Self::default();
+    }
+
+    /// Sends again what the last connection left unacknowledged (4.4), in order.
+    pub fn resume(&mut self, peer: Peer, out: &mut BytesMut) {
+        for flight in &self.inflight {
+            match &flight.waiting {
+                Some(queued) => put(queued, flight.packet_id, true, None, peer, out),
+                None => wire::put_ack(out, wire::PUBREL, flight.packet_id),
+            }
+        }
+    }
+
+    /// Writes what may go, up to about `bytes_max` in `out`.
+    pub fn fill(&mut self, peer: Peer, bytes_max: usize, out: &mut BytesMut) -> Filled {
+        let mut filled = Filled::default();
+        if self.queue.is_empty() {
+            return filled;
+        }
+        let now_us = super::now_us();
+        while let Some(head) = self.queue.front()
+            && out.len() < bytes_max
+            && (head.qos == 0 || self.inflight.len() < usize::from(peer.window))
+        {
+            let queued = self.queue.pop_front().expect("it has a front");
+            self.bytes -= queued.message.len();
+            let Some(lifetime) = queued.message.lifetime(now_us) else {
+                filled.expired += 1;
+                continue;
+            };
+            // At most 5 bytes of header, 5 of expiry, 5 per subscription identifier.
+            if queued.message.bytes.len() + 20 + 5 * queued.ids.len() > peer.packet_bytes_max {
+                filled.too_large += 1;
+                continue;
+            }
+            filled.sent += 1;
+            let packet_id = if queued.qos == 0 { 0 } else { self.next_id() };
+            put(&queued, packet_id, false, lifetime, peer, out);
+            if queued.qos > 0 {
+                self.inflight.push_back(InFlight { packet_id, waiting: Some(queued) });
+            }
+        }
+        if self.queue.is_empty() && self.queue.capacity() > 64 {
+            self.queue = VecDeque::new();
+        }
+        filled
+    }
+
+    /// PUBACK, PUBREC, PUBCOMP from the subscriber; what to answer.
+    pub fn acked(&mut self, first: u8, packet_id: u16, code: u8) -> Option<u8> {
+        let at = self.inflight.iter().position(|flight| flight.packet_id == packet_id);
+        if first == wire::PUBREC && code < 0x80 {
+            let flight = at.map(|at| &mut self.inflight[at])?;
+            flight.waiting = None;
+            return Some(wire::PUBREL);
+        }
+        if let Some(at) = at {
+            self.inflight.remove(at);
+        }
+        None
+    }
+
+    fn next_id(&mut self) -> u16 {
+        // Ends: the window is at most 65,535 and one id is free when we come here.
+        loop {
+            self.last_id = self.last_id.checked_add(1).unwrap_or(1);
+            if !self.inflight.iter().any(|flight| flight.packet_id == self.last_id) {
+                return self.last_id;
+            }
+        }
+    }
+}
+
+fn put(
+    queued: &Queued,
+    packet_id: u16,
+    dup: bool,
+    lifetime: Option<u32>,
+    peer: Peer,
+    out: &mut BytesMut,
+) {
+    let message = &queued.message;
+    let mut publish = OutPublish {
+        qos: queued.qos,
+        retain: queued.retain,
+        dup,
+        topic: message.topic(),
+        packet_id,
+        properties: message.properties(),
+        payload: message.payload(),
+    };
+    let own;
+    if peer.version == Version::V5 && (lifetime.is_some() || !queued.ids.is_empty()) {
+        let mut properties = message.properties().to_vec();
+        if let Some(seconds) = lifetime {
+            properties.put_u8(0x02);
+            properties.put_u32(seconds);
+        }
+        for id in &queued.ids {
+            properties.put_u8(0x0b);
+            wire::put_var_int(&mut properties, *id as usize);
+        }
+        own = properties;
+        publish.properties = &own;
+    }
+    publish.put(peer.version, out);
+}

@@ -1,0 +1,418 @@
+//! Sessions: what outlives a connection.
+//!
+//! A persistent session has a small durable record in the broker stream
+//! (`se` + client id), written before CONNACK, and a key for each subscription
+//! (`sf` + epoch + filter), written before SUBACK. Its QoS 2 packet ids lie in
+//! the stream of their message (`q2` + epoch + packet id), in the same append.
+//! The epoch is new with every clean start, so that what an old session left
+//! behind can never be taken for the new one's; orphans are removed at start.
+//! Queued and unacknowledged deliveries are kept in memory here; their durable
+//! form is the broker issue's.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::{Notify, OwnedMutexGuard};
+
+use super::Broker;
+use super::acks::Stopped;
+use super::outbound::Outbox;
+use super::subscriptions::Options;
+use crate::stream::{StateChange, Stream, Ticket};
+
+/// Longer client ids are refused: they are keys of the durable state.
+pub const CLIENT_ID_BYTES_MAX: usize = 512;
+/// Longer filters of persistent sessions are refused, for the same reason.
+pub const KEPT_FILTER_BYTES_MAX: usize = 1_000;
+/// A session that never expires (MQTT 5.0, 3.1.2.11.2).
+pub const NEVER: u32 = u32::MAX;
+
+const SESSION: &[u8] = b"se";
+const SUBSCRIPTION: &[u8] = b"sf";
+const QOS2: &[u8] = b"q2";
+
+/// A durable change, owned: low-rate state only.
+pub type Change = (Vec<u8>, Option<Vec<u8>>);
+
+pub struct Session {
+    /// Of this process; the subscription tree knows sessions by it.
+    pub number: u64,
+    pub client_id: Arc<str>,
+    /// Deliveries wait, somebody else wants the session, or the host stops.
+    pub wake: Notify,
+    /// Set: the subscriber is too slow and is to be disconnected.
+    pub overflow: AtomicBool,
+    /// Connections that wait for their turn.
+    claims: AtomicU32,
+    /// Counts the connections, so that a delayed will can see that its client is back.
+    pub connects: AtomicU64,
+    turn: Arc<tokio::sync::Mutex<()>>,
+    state: Mutex<State>,
+    /// QoS 2 packet ids that are not released.
+    received: Mutex<HashMap<u16, Received>>,
+    outbox: Mutex<Outbox>,
+}
+
+/// Where the message of a QoS 2 packet id went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Received {
+    pub stream: usize,
+    /// `None` while its append is still being gathered.
+    pub ticket: Option<Ticket>,
+}
+
+impl Received {
+    /// An ack for this id waits at least for this ticket; for an id that is
+    /// being gathered the append to come is later than any.
+    pub fn least(self) -> Ticket {
+        self.ticket.unwrap_or_default()
+    }
+}
+
+#[derive(Default)]
+struct State {
+    epoch: u64,
+    /// There is something to resume.
+    alive: bool,
+    connected: bool,
+    expiry_s: u32,
+    /// The broker stream has a record.
+    kept: bool,
+    disconnected_us: u64,
+    filters: Vec<Box<str>>,
+}
+
+/// The right to use a session: one connection at a time.
+pub struct Turn(#[allow(dead_code, reason = "held, not read")] OwnedMutexGuard<()>);
+
+pub struct Sessions {
+    by_client: Mutex<HashMap<Arc<str>, Arc<Session>>>,
+    next_number: AtomicU64,
+}
+
+impl Session {
+    fn new(number: u64, client_id: Arc<str>) -> Self {
+        Self {
+            number,
+            client_id,
+            wake: Notify::new(),
+            overflow: AtomicBool::new(false),
+            claims: AtomicU32::new(0),
+            connects: AtomicU64::new(0),
+            turn: Arc::default(),
+            state: Mutex::new(State { epoch: new_epoch(), ..State::default() }),
+            received: Mutex::default(),
+            outbox: Mutex::default(),
+        }
+    }
+
+    pub fn outbox(&self) -> MutexGuard<'_, Outbox> {
+        lock(&self.outbox)
+    }
+
+    pub fn received(&self) -> MutexGuard<'_, HashMap<u16, Received>> {
+        lock(&self.received)
+    }
+
+    /// Whether another connection waits for this session.
+    pub fn is_wanted(&self) -> bool {
+        self.claims.load(Ordering::Acquire) > 0
+    }
+
+    /// The epoch of a session that outlives its connection.
+    pub fn persistent_epoch(&self) -> Option<u64> {
+        let state = lock(&self.state);
+        (state.expiry_s > 0).then_some(state.epoch)
+    }
+
+    pub fn expiry_s(&self) -> u32 {
+        lock(&self.state).expiry_s
+    }
+
+    pub fn filters(&self) -> usize {
+        lock(&self.state).filters.len()
+    }
+
+    pub fn add_filter(&self, filter: &str) {
+        lock(&self.state).filters.push(filter.into());
+    }
+
+    pub fn remove_filter(&self, filter: &str) {
+        lock(&self.state).filters.retain(|known| &**known != filter);
+    }
+}
+
+impl Sessions {
+    /// Reads the durable sessions, their subscriptions and the packet ids in
+    /// flight; removes what has no owner.
+    pub fn load(broker: &dyn Stream, streams: &[Arc<dyn Stream>]) -> (Self, Vec<(Arc<Session>, String, Options)>) {
+        let sessions = Self { by_client: Mutex::default(), next_number: AtomicU64::new(1) };
+        let mut by_epoch: HashMap<u64, Arc<Session>> = HashMap::new();
+        let now_us = super::now_us();
+        for (key, value) in broker.state(SESSION) {
+            let client_id = std::str::from_utf8(&key[SESSION.len()..]);
+            let (Ok(client_id), Some(mut state)) = (client_id, State::from_bytes(&value)) else {
+                remove(broker, &key);
+                continue;
+            };
+            if state.disconnected_us == 0 {
+                state.disconnected_us = now_us;
+            }
+            let session = sessions.insert(client_id.into());
+            by_epoch.insert(state.epoch, session.clone());
+            *lock(&session.state) = state;
+        }
+        let mut subscriptions = Vec::new();
+        for (key, value) in broker.state(SUBSCRIPTION) {
+            let rest = &key[SUBSCRIPTION.len()..];
+            let owner = rest.first_chunk().and_then(|epoch| by_epoch.get(&u64::from_be_bytes(*epoch)));
+            let filter = rest.get(8..).and_then(|filter| std::str::from_utf8(filter).ok());
+            match (owner, filter, Options::from_bytes(&value)) {
+                (Some(session), Some(filter), Some(options)) => {
+                    session.add_filter(filter);
+                    subscriptions.push((session.clone(), filter.to_owned(), options));
+                }
+                _ => remove(broker, &key),
+            }
+        }
+        for (number, stream) in streams.iter().enumerate() {
+            for (key, _) in stream.state(QOS2) {
+                let parts = key[QOS2.len()..].split_first_chunk::<8>();
+                let id = parts.and_then(|(_, id)| <[u8; 2]>::try_from(id).ok());
+                let owner = parts.and_then(|(epoch, _)| by_epoch.get(&u64::from_be_bytes(*epoch)));
+                match (owner, id) {
+                    (Some(session), Some(id)) => {
+                        let received = Received { stream: number, ticket: Some(Ticket(0)) };
+                        session.received().insert(u16::from_be_bytes(id), received);
+                    }
+                    _ => remove(&**stream, &key),
+                }
+            }
+        }
+        (sessions, subscriptions)
+    }
+
+    fn insert(&self, client_id: Arc<str>) -> Arc<Session> {
+        let number = self.next_number.fetch_add(1, Ordering::Relaxed);
+        let session = Arc::new(Session::new(number, client_id.clone()));
+        lock(&self.by_client).insert(client_id, session.clone());
+        session
+    }
+
+    pub fn len(&self) -> usize {
+        lock(&self.by_client).len()
+    }
+
+    /// Wakes every connection, to look at what changed for all.
+    pub fn wake_all(&self) {
+        lock(&self.by_client).values().for_each(|session| session.wake.notify_one());
+    }
+
+    /// The client's session, once the connection that has it gives way.
+    /// `None` when there are `sessions_max` already.
+    pub async fn claim(&self, client_id: &str, sessions_max: usize) -> Option<(Arc<Session>, Turn)> {
+        let session = {
+            let mut by_client = lock(&self.by_client);
+            let session = match by_client.get(client_id) {
+                Some(session) => session.clone(),
+                None if by_client.len() >= sessions_max => return None,
+                None => {
+                    let number = self.next_number.fetch_add(1, Ordering::Relaxed);
+                    let session = Arc::new(Session::new(number, client_id.into()));
+                    by_client.insert(session.client_id.clone(), session.clone());
+                    session
+                }
+            };
+            // Counted under the lock: the session is not removed while wanted.
+            session.claims.fetch_add(1, Ordering::AcqRel);
+            session
+        };
+        let claimed = Claimed(&session);
+        session.wake.notify_one();
+        let turn = session.turn.clone().lock_owned().await;
+        drop(claimed);
+        Some((session, Turn(turn)))
+    }
+
+    /// Begins or resumes; returns session present. Durable when it returns.
+    pub async fn open(
+        &self,
+        broker: &Broker,
+        session: &Session,
+        clean: bool,
+        expiry_s: u32,
+    ) -> Result<bool, Stopped> {
+        let mut changes = Vec::new();
+        let resumed = {
+            let expired = lock(&session.state).is_expired(super::now_us());
+            let resumed = lock(&session.state).alive && !clean && !expired;
+            if !resumed {
+                changes = discard(broker, session);
+            }
+            let mut state = lock(&session.state);
+            (state.alive, state.disconnected_us) = (true, 0);
+            state.expiry_s = expiry_s;
+            if expiry_s > 0 {
+                changes.push((key(SESSION, session.client_id.as_bytes()), Some(state.to_bytes().into())));
+            } else if state.kept && resumed {
+                changes.push((key(SESSION, session.client_id.as_bytes()), None));
+            }
+            state.kept = expiry_s > 0;
+            resumed
+        };
+        session.overflow.store(false, Ordering::Relaxed);
+        session.connects.fetch_add(1, Ordering::AcqRel);
+        if !changes.is_empty() {
+            broker.append_durable(&*broker.broker, &changes).await?;
+        }
+        lock(&session.state).connected = true;
+        Ok(resumed)
+    }
+
+    /// The connection ended; `expiry_s` where DISCONNECT changed it.
+    pub fn close(&self, broker: &Broker, session: &Arc<Session>, turn: Turn, expiry_s: Option<u32>) {
+        session.outbox().connected = false;
+        let changes = {
+            let mut state = lock(&session.state);
+            state.connected = false;
+            state.disconnected_us = super::now_us();
+            state.expiry_s = expiry_s.unwrap_or(state.expiry_s);
+            (state.expiry_s > 0)
+                .then(|| vec![(key(SESSION, session.client_id.as_bytes()), Some(state.to_bytes().into()))])
+        };
+        // Not awaited: lost in a crash, the session only lives longer.
+        match changes {
+            Some(changes) => broker.append_state(&*broker.broker, &changes),
+            None => self.end(broker, session),
+        }
+        drop(turn);
+    }
+
+    /// Removes a session and all that it left behind.
+    fn end(&self, broker: &Broker, session: &Arc<Session>) {
+        let changes = discard(broker, session);
+        broker.append_state(&*broker.broker, &changes);
+        let mut by_client = lock(&self.by_client);
+        if !session.is_wanted() {
+            by_client.remove(&session.client_id);
+        }
+    }
+
+    /// Ends the sessions whose clients stayed away too long.
+    pub fn sweep(&self, broker: &Broker) {
+        let now_us = super::now_us();
+        let gone = |session: &&Arc<Session>| lock(&session.state).is_over(now_us);
+        let gone: Vec<_> = lock(&self.by_client).values().filter(gone).cloned().collect();
+        for session in gone {
+            // Taken by a client in this moment: it decides.
+            let Ok(turn) = session.turn.clone().try_lock_owned() else { continue };
+            if lock(&session.state).is_over(now_us) {
+                self.end(broker, &session);
+            }
+            drop(turn);
+        }
+    }
+}
+
+/// Takes the claim back, also when the wait for the turn is dropped.
+struct Claimed<'a>(&'a Session);
+
+impl Drop for Claimed<'_> {
+    fn drop(&mut self) {
+        self.0.claims.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// Forgets everything of a session; returns what that means for the broker stream.
+fn discard(broker: &Broker, session: &Session) -> Vec<Change> {
+    let mut changes = Vec::new();
+    let (epoch, filters) = {
+        let mut state = lock(&session.state);
+        let epoch = state.epoch;
+        if state.kept {
+            changes.push((key(SESSION, session.client_id.as_bytes()), None));
+            changes.extend(state.filters.iter().map(|filter| (subscription_key(epoch, filter), None)));
+        }
+        let filters = std::mem::take(&mut state.filters);
+        *state = State { epoch: new_epoch(), ..State::default() };
+        (epoch, filters)
+    };
+    for filter in &filters {
+        broker.live.unsubscribe(session, filter);
+    }
+    session.outbox().clear();
+    let received = std::mem::take(&mut *session.received());
+    for (number, stream) in broker.streams.iter().enumerate() {
+        let ids = received.iter().filter(|(_, received)| received.stream == number);
+        let removed: Vec<Change> = ids.map(|(id, _)| (qos2_key(epoch, *id).to_vec(), None)).collect();
+        // Not awaited: ids of an epoch without a session are removed at the next start.
+        broker.append_state(&**stream, &removed);
+    }
+    changes
+}
+
+impl State {
+    fn is_expired(&self, now_us: u64) -> bool {
+        let ends_us = self.disconnected_us.saturating_add(u64::from(self.expiry_s) * 1_000_000);
+        self.alive && !self.connected && self.expiry_s != NEVER && ends_us <= now_us
+    }
+
+    /// Expired, or left behind by a connect that was given up.
+    fn is_over(&self, now_us: u64) -> bool {
+        self.is_expired(now_us) || (!self.alive && !self.connected)
+    }
+
+    fn to_bytes(&self) -> [u8; 21] {
+        let mut bytes = [1; 21];
+        bytes[1..9].copy_from_slice(&self.epoch.to_be_bytes());
+        bytes[9..13].copy_from_slice(&self.expiry_s.to_be_bytes());
+        bytes[13..].copy_from_slice(&self.disconnected_us.to_be_bytes());
+        bytes
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let (&[1], rest) = bytes.split_first_chunk::<1>()? else { return None };
+        let (epoch, rest) = rest.split_first_chunk()?;
+        let (expiry_s, rest) = rest.split_first_chunk()?;
+        Some(Self {
+            epoch: u64::from_be_bytes(*epoch),
+            alive: true,
+            connected: false,
+            expiry_s: u32::from_be_bytes(*expiry_s),
+            kept: true,
+            disconnected_us: u64::from_be_bytes(*rest.first_chunk()?),
+            filters: Vec::new(),
+        })
+    }
+}
+
+pub fn qos2_key(epoch: u64, packet_id: u16) -> [u8; 12] {
+    let mut key = [0; 12];
+    key[..2].copy_from_slice(QOS2);
+    key[2..10].copy_from_slice(&epoch.to_be_bytes());
+    key[10..].copy_from_slice(&packet_id.to_be_bytes());
+    key
+}
+
+pub fn subscription_key(epoch: u64, filter: &str) -> Vec<u8> {
+    [SUBSCRIPTION, &epoch.to_be_bytes(), filter.as_bytes()].concat()
+}
+
+fn key(prefix: &[u8], rest: &[u8]) -> Vec<u8> {
+    [prefix, rest].concat()
+}
+
+/// Random, so that no epoch comes twice, whatever a crash forgot.
+fn new_epoch() -> u64 {
+    uuid::Uuid::new_v4().as_u64_pair().1
+}
+
+fn remove(stream: &dyn Stream, key: &[u8]) {
+    // Refused: still there at the next start, and removed then.
+    let _ = stream.append(&[], &[StateChange { key, value: None }]);
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,402 @@
+//! The packets of the hot path, by hand: framing, PUBLISH in both directions,
+//! the four acks. They are read in place, from the connection's read buffer, so
+//! that a message is copied once, into its stream. All other packets go through
+//! `rmqtt-codec`; a property test holds that both read a PUBLISH alike.
+//! Format: MQTT 5.0, sections 2 and 3.3 to 3.7.
+
+use bytes::{BufMut, BytesMut};
+use rmqtt_codec::error::DecodeError;
+use rmqtt_codec::v5::{DisconnectReasonCode, ToReasonCode};
+use rmqtt_codec::{v3, v5};
+use tokio_util::codec::Decoder;
+
+/// Types in the upper half of a packet's first byte.
+pub const PUBLISH: u8 = 0x30;
+pub const PUBACK: u8 = 0x40;
+pub const PUBREC: u8 = 0x50;
+pub const PUBREL: u8 = 0x62;
+pub const PUBCOMP: u8 = 0x70;
+pub const PINGREQ: u8 = 0xc0;
+const PINGRESP: u8 = 0xd0;
+
+/// PUBCOMP, PUBREL: packet identifier not found.
+pub const NOT_FOUND: u8 = 0x92;
+/// PUBACK, PUBREC: not authorized.
+pub const NOT_AUTHORIZED: u8 = 0x87;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Version {
+    /// 3.1 and 3.1.1
+    V3,
+    V5,
+}
+
+/// What a client did wrong; ends its connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// For MQTT 5's DISCONNECT.
+    pub code: DisconnectReasonCode,
+    pub what: &'static str,
+}
+
+impl Fault {
+    pub const fn malformed(what: &'static str) -> Self {
+        Self { code: DisconnectReasonCode::MalformedPacket, what }
+    }
+
+    pub const fn protocol(what: &'static str) -> Self {
+        Self { code: DisconnectReasonCode::ProtocolError, what }
+    }
+}
+
+impl From<DecodeError> for Fault {
+    fn from(error: DecodeError) -> Self {
+        let what = match error {
+            DecodeError::UnsupportedPacketType => return Self::malformed("packet type or its flags"),
+            DecodeError::Utf8Error => return Self::malformed("text is not UTF-8"),
+            DecodeError::InvalidTopicFilter => "topic filters",
+            DecodeError::MaxSizeExceeded { .. } => "packet is larger than allowed",
+            DecodeError::PacketIdRequired => "packet id",
+            DecodeError::InvalidLength => "a length in the packet",
+            _ => "a field of the packet",
+        };
+        Self { code: error.to_reason_code(), what }
+    }
+}
+
+/// A whole packet at the front of a buffer.
+#[derive(Clone, Copy, Debug)]
+pub struct Frame<'a> {
+    pub first: u8,
+    pub body: &'a [u8],
+    /// Bytes of the packet with its header.
+    pub len: usize,
+}
+
+/// The first packet of `bytes`; `None` while it is not whole.
+#[inline]
+pub fn frame(bytes: &[u8], packet_bytes_max: usize) -> Result<Option<Frame<'_>>, Fault> {
+    let Some((&first, rest)) = bytes.split_first() else { return Ok(None) };
+    let Some((len, used)) = var_int(rest)? else { return Ok(None) };
+    let header = 1 + used;
+    if header + len > packet_bytes_max {
+        return Err(Fault {
+            code: DisconnectReasonCode::PacketTooLarge,
+            what: "packet is larger than max_packet_size",
+        });
+    }
+    Ok(bytes.get(header..header + len).map(|body| Frame { first, body, len: header + len }))
+}
+
+/// A variable byte integer and its length; `None` while it is not whole.
+#[inline]
+fn var_int(bytes: &[u8]) -> Result<Option<(usize, usize)>, Fault> {
+    let mut value = 0;
+    for (i, &byte) in bytes.iter().take(4).enumerate() {
+        value |= usize::from(byte & 0x7f) << (7 * i);
+        if byte & 0x80 == 0 {
+            return Ok(Some((value, i + 1)));
+        }
+    }
+    if bytes.len() >= 4 { Err(Fault::malformed("a length of more than four bytes")) } else { Ok(None) }
+}
+
+/// A PUBLISH, borrowed from the read buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Publish<'a> {
+    pub qos: u8,
+    pub retain: bool,
+    pub dup: bool,
+    /// Empty where a topic alias stands for it.
+    pub topic: &'a str,
+    /// 0 with QoS 0.
+    pub packet_id: u16,
+    /// MQTT 5's properties as they came: [`properties`] reads them.
+    pub properties: &'a [u8],
+    pub payload: &'a [u8],
+}
+
+#[inline]
+pub fn publish<'a>(version: Version, frame: &Frame<'a>) -> Result<Publish<'a>, Fault> {
+    let qos = frame.first >> 1 & 0b11;
+    if qos == 3 {
+        return Err(Fault::malformed("QoS 3"));
+    }
+    let mut rest = frame.body;
+    let topic = text(&mut rest)?;
+    let valid = topic.bytes().all(|b| !matches!(b, b'+' | b'#' | 0));
+    if !valid || (topic.is_empty() && version == Version::V3) {
+        return Err(Fault {
+            code: DisconnectReasonCode::TopicNameInvalid,
+            what: "topic is empty or has a wildcard or NUL",
+        });
+    }
+    let packet_id = if qos == 0 { 0 } else { packet_id(&mut rest)? };
+    let mut properties: &[u8] = &[];
+    if version == Version::V5 {
+        let (len, used) = var_int(rest)?.ok_or(Fault::malformed("properties are cut short"))?;
+        rest = &rest[used..];
+        properties = take(&mut rest, len)?;
+    }
+    Ok(Publish {
+        qos,
+        retain: frame.first & 1 != 0,
+        dup: frame.first & 8 != 0,
+        topic,
+        packet_id,
+        properties,
+        payload: rest,
+    })
+}
+
+/// A property of a PUBLISH.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Property<'a> {
+    Utf8(bool),
+    ExpirySeconds(u32),
+    ContentType(&'a str),
+    ResponseTopic(&'a str),
+    CorrelationData(&'a [u8]),
+    TopicAlias(u16),
+    User(&'a str, &'a str),
+}
+
+/// Gives each property to `visit`; refuses what MQTT 5 forbids a client to send.
+pub fn properties<'a>(mut raw: &'a [u8], mut visit: impl FnMut(Property<'a>)) -> Result<(), Fault> {
+    let mut seen = 0u64;
+    while let Some((&id, rest)) = raw.split_first() {
+        raw = rest;
+        if id != 0x26 && id < 64 {
+            if seen >> id & 1 == 1 {
+                return Err(Fault::malformed("a property stands twice"));
+            }
+            seen |= 1 << id;
+        }
+        visit(match id {
+            0x01 => match take(&mut raw, 1)?[0] {
+                value @ (0 | 1) => Property::Utf8(value == 1),
+                _ => return Err(Fault::malformed("payload format indicator")),
+            },
+            0x02 => {
+                let value = take(&mut raw, 4)?;
+                Property::ExpirySeconds(u32::from_be_bytes([value[0], value[1], value[2], value[3]]))
+            }
+            0x03 => Property::ContentType(text(&mut raw)?),
+            0x08 => Property::ResponseTopic(text(&mut raw)?),
+            0x09 => Property::CorrelationData(binary(&mut raw)?),
+            0x0b => return Err(Fault::protocol("a client must not send a subscription identifier")),
+            0x23 => {
+                let value = take(&mut raw, 2)?;
+                Property::TopicAlias(u16::from_be_bytes([value[0], value[1]]))
+            }
+            0x26 => Property::User(text(&mut raw)?, text(&mut raw)?),
+            _ => return Err(Fault::malformed("a property that PUBLISH does not have")),
+        });
+    }
+    Ok(())
+}
+
+#[inline]
+fn take<'a>(rest: &mut &'a [u8], len: usize) -> Result<&'a [u8], Fault> {
+    let (head, tail) = rest.split_at_checked(len).ok_or(Fault::malformed("the packet is cut short"))?;
+    *rest = tail;
+    Ok(head)
+}
+
+#[inline]
+fn binary<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8], Fault> {
+    let len = take(rest, 2)?;
+    take(rest, u16::from_be_bytes([len[0], len[1]]).into())
+}
+
+#[inline]
+fn text<'a>(rest: &mut &'a [u8]) -> Result<&'a str, Fault> {
+    std::str::from_utf8(binary(rest)?).map_err(|_| Fault::malformed("text is not UTF-8"))
+}
+
+#[inline]
+fn packet_id(rest: &mut &[u8]) -> Result<u16, Fault> {
+    let id = take(rest, 2)?;
+    match u16::from_be_bytes([id[0], id[1]]) {
+        0 => Err(Fault::protocol("packet id 0")),
+        id => Ok(id),
+    }
+}
+
+/// Packet id and reason code of PUBACK, PUBREC, PUBREL or PUBCOMP. MQTT 5's
+/// properties of acks say nothing that we use.
+pub fn ack(version: Version, frame: &Frame<'_>) -> Result<(u16, u8), Fault> {
+    let mut rest = frame.body;
+    let id = packet_id(&mut rest)?;
+    match (version, rest.first()) {
+        (_, None) => Ok((id, 0)),
+        (Version::V5, Some(&code)) => Ok((id, code)),
+        (Version::V3, Some(_)) => Err(Fault::malformed("an ack of more than two bytes")),
+    }
+}
+
+/// An ack whose reason code is success: the same bytes in all versions.
+#[inline]
+pub fn put_ack(out: &mut BytesMut, first: u8, packet_id: u16) {
+    out.put_slice(&[first, 2, (packet_id >> 8) as u8, packet_id as u8]);
+}
+
+/// An ack with a reason code; MQTT 3.1.1 has none, so it is told success.
+pub fn put_ack_with(out: &mut BytesMut, version: Version, first: u8, packet_id: u16, code: u8) {
+    match version {
+        Version::V3 => put_ack(out, first, packet_id),
+        Version::V5 => out.put_slice(&[first, 3, (packet_id >> 8) as u8, packet_id as u8, code]),
+    }
+}
+
+pub fn put_pingresp(out: &mut BytesMut) {
+    out.put_slice(&[PINGRESP, 0]);
+}
+
+pub fn put_disconnect(out: &mut BytesMut, code: DisconnectReasonCode) {
+    out.put_slice(&[0xe0, 1, code.into()]);
+}
+
+/// A PUBLISH on its way to a subscriber.
+#[derive(Clone, Copy, Debug)]
+pub struct OutPublish<'a> {
+    pub qos: u8,
+    pub retain: bool,
+    pub dup: bool,
+    pub topic: &'a str,
+    pub packet_id: u16,
+    /// Encoded MQTT 5 properties, without their length; not sent to MQTT 3.1.1.
+    pub properties: &'a [u8],
+    pub payload: &'a [u8],
+}
+
+impl OutPublish<'_> {
+    /// Bytes after the fixed header.
+    pub fn remaining_len(&self, version: Version) -> usize {
+        let properties = match version {
+            Version::V3 => 0,
+            Version::V5 => var_int_len(self.properties.len()) + self.properties.len(),
+        };
+        2 + self.topic.len() + if self.qos > 0 { 2 } else { 0 } + properties + self.payload.len()
+    }
+
+    pub fn put(&self, version: Version, out: &mut BytesMut) {
+        let remaining = self.remaining_len(version);
+        out.reserve(5 + remaining);
+        out.put_u8(PUBLISH | u8::from(self.dup) << 3 | self.qos << 1 | u8::from(self.retain));
+        put_var_int(out, remaining);
+        out.put_u16(self.topic.len() as u16);
+        out.put_slice(self.topic.as_bytes());
+        if self.qos > 0 {
+            out.put_u16(self.packet_id);
+        }
+        if version == Version::V5 {
+            put_var_int(out, self.properties.len());
+            out.put_slice(self.properties);
+        }
+        out.put_slice(self.payload);
+    }
+}
+
+pub fn put_var_int(out: &mut impl BufMut, mut value: usize) {
+    loop {
+        let byte = (value & 0x7f) as u8;
+        value >>= 7;
+        if value == 0 {
+            return out.put_u8(byte);
+        }
+        out.put_u8(byte | 0x80);
+    }
+}
+
+fn var_int_len(value: usize) -> usize {
+    match value {
+        0..=127 => 1,
+        128..=16_383 => 2,
+        16_384..=2_097_151 => 3,
+        _ => 4,
+    }
+}
+
+/// Any packet, by the codec: all that is not on the hot path.
+pub enum Packet {
+    V3(v3::Packet),
+    V5(v5::Packet),
+}
+
+pub fn decode(version: Version, whole: &[u8]) -> Result<Packet, Fault> {
+    let mut bytes = BytesMut::from(whole);
+    let packet = match version {
+        Version::V3 => v3::Codec::new(0).decode(&mut bytes)?.map(|(packet, _)| Packet::V3(packet)),
+        Version::V5 => v5::Codec::new(0, 0).decode(&mut bytes)?.map(|(packet, _)| Packet::V5(packet)),
+    };
+    packet.ok_or(Fault::malformed("the packet is cut short"))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// What the codec reads, in our shape; `None` where it refuses.
+    fn by_codec(version: Version, whole: &[u8]) -> Option<(u8, bool, bool, String, u16, Vec<u8>)> {
+        let publish = match decode(version, whole).ok()? {
+            Packet::V3(v3::Packet::Publish(publish)) => publish,
+            Packet::V5(v5::Packet::Publish(publish)) => publish,
+            _ => return None,
+        };
+        let id = publish.packet_id.map_or(0, |id| id.get());
+        let topic = publish.topic.to_string();
+        Some((publish.qos.value(), publish.retain, publish.dup, topic, id, publish.payload.to_vec()))
+    }
+
+    fn by_hand(version: Version, whole: &[u8]) -> Option<(u8, bool, bool, String, u16, Vec<u8>)> {
+        let frame = frame(whole, usize::MAX).ok()??;
+        let p = publish(version, &frame).ok()?;
+        properties(p.properties, |_| {}).ok()?;
+        Some((p.qos, p.retain, p.dup, p.topic.to_owned(), p.packet_id, p.payload.to_vec()))
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 2_000, ..ProptestConfig::default() })]
+
+        #[test]
+        fn a_publish_is_read_as_the_codec_reads_it(
+            v5 in any::<bool>(), qos in 0u8..3, bits in any::<(bool, bool)>(), topic in "[a-z/é]{1,30}",
+            id in 1u16.., props in prop::collection::vec(prop_oneof![
+                Just(vec![1, 1]), Just(vec![2, 0, 0, 0, 9]), Just(vec![3, 0, 1, b'x']), Just(vec![8, 0, 1, b'y']),
+                Just(vec![9, 0, 2, 0, 255]), Just(vec![0x23, 0, 3]), Just(vec![0x26, 0, 1, b'k', 0, 1, b'v']),
+            ], 0..4), payload in prop::collection::vec(any::<u8>(), 0..300),
+            damage in prop::option::of((any::<prop::sample::Index>(), any::<u8>())),
+        ) {
+            let version = if v5 { Version::V5 } else { Version::V3 };
+            let out = OutPublish {
+                qos, retain: bits.0, dup: bits.1, topic: &topic, packet_id: id, properties: &props.concat(),
+                payload: &payload,
+            };
+            let mut bytes = BytesMut::new();
+            out.put(version, &mut bytes);
+            prop_assert_eq!(bytes.len() - frame(&bytes, usize::MAX).unwrap().unwrap().body.len()
+                + out.remaining_len(version), bytes.len());
+            // Damage after the fixed header, so that it stays one whole PUBLISH.
+            if let Some((at, value)) = damage {
+                let header = bytes.len() - out.remaining_len(version);
+                let at = header + at.index(bytes.len() - header);
+                bytes[at] = value;
+            }
+            let (hand, codec) = (by_hand(version, &bytes), by_codec(version, &bytes));
+            // By hand is stricter (wildcards, NUL, subscription ids) and takes an expiry of 0; never looser else.
+            match (&hand, &codec) {
+                (Some(_), Some(_)) => prop_assert_eq!(hand, codec),
+                (Some((.., topic, _, _)), None) => prop_assert!(
+                    bytes.windows(5).any(|w| w == [2, 0, 0, 0, 0]), "only an expiry of 0: {:?}", topic),
+                (None, Some((.., topic, _, _))) => {
+                    let strict = !crate::topic::is_valid_name(topic) || bytes.contains(&0x0b);
+                    prop_assert!(strict, "refused by hand only: {:?}", bytes)
+                }
+                (None, None) => {}
+            }
+        }
+    }
+}

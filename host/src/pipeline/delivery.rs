@@ -1,0 +1,461 @@
+//! One sink's delivery: gathers what the workers hand out, writes it, moves the
+//! positions. The task ends when its lane is drained at a shutdown, when the
+//! sink is fenced or its positions make no sense, or at an abort.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::config::Backoff;
+use super::dead_letters::{Source, index_within_offset};
+use super::outlet::{Bundle, Intake};
+use super::routes::SinkNumber;
+use super::status::{SinkShared, State};
+use super::writer::{Failed, Writer};
+use super::{Batching, metrics};
+use crate::batch::Offset;
+use crate::sinks::{Rows, Sink};
+use crate::stream::{Attachment, OnLag, Stream, Ticket};
+
+/// What a delivery tells its pipeline.
+#[derive(Debug)]
+pub enum Event {
+    /// Open, in no lane: send me everything from `from` on.
+    Ready { sink: SinkNumber, from: Offset },
+    /// Moved over to the lane that it was to join.
+    Joined { sink: SinkNumber },
+    /// `Some`: why it stopped, a person must act.
+    Ended { sink: SinkNumber, stopped: Option<String> },
+}
+
+/// What a pipeline tells a delivery.
+pub enum Control {
+    /// Take from this lane.
+    Start(Intake),
+    /// Move over to this lane as soon as you have all that lies before it.
+    Join(Intake),
+    Lend(Lend),
+}
+
+/// A redrive borrows the sink; the delivery waits for it.
+pub struct Lend {
+    pub give: oneshot::Sender<Box<dyn Sink>>,
+    pub back: oneshot::Receiver<Box<dyn Sink>>,
+}
+
+pub struct Delivery {
+    pub number: SinkNumber,
+    pub writer: Writer,
+    pub stream: Arc<dyn Stream>,
+    pub attachment: Box<dyn Attachment>,
+    pub on_lag: OnLag,
+    pub batching: Batching,
+    pub backoff: Backoff,
+    pub progress_every: Duration,
+    pub shared: Arc<SinkShared>,
+    pub control: mpsc::Receiver<Control>,
+    pub events: mpsc::Sender<Event>,
+    /// The pipeline stops: what is in a lane is drained, the rest ends.
+    pub stopping: CancellationToken,
+    /// The pipeline's patience ends.
+    pub abort: CancellationToken,
+    pub intake: Option<Intake>,
+    pub pending: Option<Intake>,
+    /// By partition: all below is gathered or committed.
+    pub received: Vec<Offset>,
+}
+
+/// Why a delivery leaves what it does.
+enum Leave {
+    /// Out of its lane, or the sink's positions went back: begin again from them.
+    Again,
+    /// As `Again`, and the sink must be opened first.
+    Reopen,
+    Drained,
+    Aborted,
+    Stop(String),
+}
+
+impl From<Failed> for Leave {
+    fn from(failed: Failed) -> Self {
+        match failed {
+            Failed::Later { .. } => Self::Reopen,
+            Failed::Stop(reason) => Self::Stop(reason),
+        }
+    }
+}
+
+#[derive(Default)]
+struct Gathered {
+    rows: Rows,
+    /// Rows that have a letter already.
+    refused_before: Vec<usize>,
+    kib: usize,
+    rooms: Vec<OwnedSemaphorePermit>,
+    letters: Ticket,
+    since: Option<Instant>,
+    /// The lane's queue is closed and empty.
+    last: bool,
+}
+
+impl Delivery {
+    pub async fn run(mut self) {
+        let stopped = match self.deliver().await {
+            Leave::Stop(reason) => {
+                tracing::error!(sink = self.writer.claim.sink, pipeline = self.writer.claim.pipeline, "{reason}");
+                self.shared.set(State::Stopped(reason.clone()));
+                Some(reason)
+            }
+            Leave::Aborted | Leave::Drained | Leave::Again | Leave::Reopen => None,
+        };
+        // What is queued for nobody must not hold the lane up.
+        for intake in self.intake.iter().chain(&self.pending) {
+            intake.cancel.cancel();
+        }
+        drop(self.events.send(Event::Ended { sink: self.number, stopped }).await);
+    }
+
+    async fn deliver(&mut self) -> Leave {
+        let mut open = true;
+        loop {
+            for intake in self.intake.take().iter().chain(&self.pending.take()) {
+                intake.cancel.cancel();
+            }
+            let left = match self.begin(open).await {
+                Ok(()) => match self.deliver_from_lane().await {
+                    Ok(()) => Leave::Drained,
+                    Err(leave) => leave,
+                },
+                Err(leave) => leave,
+            };
+            match left {
+                Leave::Again => open = false,
+                Leave::Reopen => open = true,
+                leave => return leave,
+            }
+        }
+    }
+
+    /// Opens where that is due, then waits to be put into a lane.
+    async fn begin(&mut self, open: bool) -> Result<(), Leave> {
+        if open {
+            self.open().await?;
+        }
+        self.received.clone_from(&self.writer.positions);
+        self.publish();
+        let from = self.lowest();
+        self.writer.letters.remember_from(from).await.map_err(|error| Leave::Stop(error.to_string()))?;
+        if self.events.send(Event::Ready { sink: self.number, from }).await.is_err() {
+            return Err(Leave::Aborted);
+        }
+        while self.intake.is_none() {
+            let control = tokio::select! {
+                control = self.control.recv() => control,
+                () = self.stopping.cancelled() => return Err(Leave::Drained),
+            };
+            match control {
+                // The pipeline is gone before it had a lane for us.
+                None => return Err(Leave::Drained),
+                Some(Control::Start(intake)) => self.intake = Some(intake),
+                Some(Control::Join(intake)) => intake.cancel.cancel(),
+                Some(Control::Lend(lend)) => {
+                    self.lend(lend).await?;
+                    self.open().await?;
+                    self.received.clone_from(&self.writer.positions);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn deliver_from_lane(&mut self) -> Result<(), Leave> {
+        let mut committed_at = Instant::now();
+        loop {
+            let mut gathered = self.gather(committed_at).await?;
+            let last = gathered.last;
+            self.commit(&mut gathered).await?;
+            committed_at = Instant::now();
+            if last {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Until there is enough for a commit, or it has waited long enough.
+    async fn gather(&mut self, committed_at: Instant) -> Result<Gathered, Leave> {
+        let mut gathered = Gathered::default();
+        loop {
+            self.join_when_there().await;
+            if gathered.rows.len() >= self.batching.rows_max
+                || gathered.kib as u64 * 1_024 >= self.batching.bytes_max
+            {
+                return Ok(gathered);
+            }
+            let due = match gathered.since {
+                Some(since) => Some(since + self.batching.wait_max),
+                None if self.received != self.writer.positions => Some(committed_at + self.progress_every),
+                None => None,
+            };
+            if due.is_some_and(|due| due <= Instant::now()) {
+                return Ok(gathered);
+            }
+            let intake = self.intake.as_mut().expect("begin waits for it");
+            tokio::select! {
+                biased;
+                () = self.abort.cancelled() => return Err(Leave::Aborted),
+                () = intake.cancel.cancelled() => return Err(Leave::Again),
+                control = self.control.recv(), if !self.control.is_closed() => match control {
+                    Some(Control::Join(intake)) => self.pending = Some(intake),
+                    Some(Control::Start(intake)) => intake.cancel.cancel(),
+                    Some(Control::Lend(lend)) => self.lend_between_commits(lend).await?,
+                    None => {}
+                },
+                bundle = intake.queue.recv() => match bundle {
+                    Some(bundle) => self.take(bundle, &mut gathered)?,
+                    None => {
+                        // Closed by `cancel` in the meantime, or drained.
+                        if intake.cancel.is_cancelled() {
+                            return Err(Leave::Again);
+                        }
+                        gathered.last = true;
+                        return Ok(gathered);
+                    }
+                },
+                () = sleep_until(due) => return Ok(gathered),
+            }
+        }
+    }
+
+    fn take(&mut self, bundle: Bundle, gathered: &mut Gathered) -> Result<(), Leave> {
+        let mine = || (bundle.worker..self.writer.claim.partitions).step_by(usize::from(bundle.workers)).map(usize::from);
+        if mine().any(|p| bundle.from > self.received[p]) {
+            tracing::warn!(
+                sink = self.writer.claim.sink,
+                from = bundle.from.0,
+                "a lane skipped messages; reading them again"
+            );
+            return Err(Leave::Again);
+        }
+        let check_below = self.writer.letters.check_below();
+        let again = mine().any(|p| bundle.from < self.received[p]);
+        for mut batch in bundle.batches {
+            let p = batch.entries.first().map_or(0, |entry| usize::from(entry.partition.0));
+            if again {
+                let base = batch.base.0;
+                let received = self.received[p].0;
+                batch.entries.retain(|entry| base + u64::from(entry.offset) >= received);
+            }
+            let Some(first) = batch.entries.first().map(|entry| batch.offset(entry)) else { continue };
+            let letters = &self.writer.letters;
+            if first < check_below && letters.any_within(first, bundle.upto) {
+                let source = Source::Sink(&self.writer.claim.sink);
+                let known = (0..batch.len()).filter(|i| {
+                    letters.contains(source, batch.offset(&batch.entries[*i]), index_within_offset(&batch, *i))
+                });
+                gathered.refused_before.extend(known.map(|i| gathered.rows.len() + i));
+            }
+            gathered.rows.push_batch(batch);
+        }
+        let partitions = self.writer.claim.partitions;
+        for p in (bundle.worker..partitions).step_by(usize::from(bundle.workers)).map(usize::from) {
+            self.received[p] = self.received[p].max(bundle.upto);
+        }
+        if !gathered.rows.is_empty() {
+            gathered.since.get_or_insert_with(Instant::now);
+        }
+        gathered.letters = gathered.letters.max(bundle.letters);
+        gathered.kib += bundle.room.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        gathered.rooms.extend(bundle.room);
+        self.shared.received.store(self.received.iter().min().map_or(0, |o| o.0), Ordering::Release);
+        Ok(())
+    }
+
+    /// Writes until it is written, or cannot be.
+    async fn commit(&mut self, gathered: &mut Gathered) -> Result<(), Leave> {
+        let stopped = |error: super::dead_letters::Error| Leave::Stop(error.to_string());
+        if !gathered.refused_before.is_empty() {
+            let mut refused = gathered.refused_before.iter().copied().peekable();
+            gathered.rows =
+                gathered.rows.select((0..gathered.rows.len()).filter(|row| refused.next_if_eq(row).is_none()));
+            gathered.letters = gathered.letters.max(self.writer.letters.ticket());
+        }
+        // Before any position covers what was refused: see `delivery-order.md`.
+        self.writer.letters.durable(gathered.letters).await.map_err(stopped)?;
+        let mut attempt = 0;
+        loop {
+            let write = self.writer.write(&mut gathered.rows, &self.received);
+            let failed = tokio::select! {
+                written = write => written,
+                () = self.abort.cancelled() => return Err(Leave::Aborted),
+            };
+            let Err(failed) = failed else {
+                self.shared.set(State::Running);
+                self.publish();
+                return Ok(());
+            };
+            self.publish();
+            self.back_off(failed, attempt).await?;
+            attempt += 1;
+            let before = self.writer.positions.clone();
+            self.open().await?;
+            if self.writer.positions.iter().zip(&before).any(|(now, before)| now < before) {
+                return Err(Leave::Again);
+            }
+            for (received, position) in self.received.iter_mut().zip(&self.writer.positions) {
+                *received = (*received).max(*position);
+            }
+            // An unknown commit may have been one.
+            let left: Vec<_> = (0..gathered.rows.len())
+                .filter(|row| {
+                    let message = gathered.rows.get(*row);
+                    message.offset() >= self.writer.positions[usize::from(message.entry.partition.0)]
+                })
+                .collect();
+            if left.len() < gathered.rows.len() {
+                gathered.rows = gathered.rows.select(left);
+            }
+        }
+    }
+
+    /// Opens the sink, however long it takes, and checks what it says.
+    async fn open(&mut self) -> Result<(), Leave> {
+        let mut attempt = 0;
+        loop {
+            let first = self.stream.bounds().start;
+            let opened = tokio::select! {
+                opened = self.writer.open(first) => opened,
+                () = self.abort.cancelled() => return Err(Leave::Aborted),
+            };
+            match opened {
+                Ok(()) => break,
+                Err(failed) => self.back_off(failed, attempt).await?,
+            }
+            attempt += 1;
+        }
+        self.shared.set(State::Running);
+        self.check_positions()
+    }
+
+    fn check_positions(&self) -> Result<(), Leave> {
+        let kept = self.stream.bounds();
+        let (sink, stream) = (&self.writer.claim.sink, self.stream.name());
+        for (partition, position) in self.writer.positions.iter().enumerate() {
+            if *position > kept.end {
+                return Err(Leave::Stop(format!(
+                    "sink \"{sink}\": its position {} in partition {partition} is beyond the end {} of stream \"{stream}\": \
+                     the data folder is older than the database; restore the newer folder, or remove the position from the sink",
+                    position.0, kept.end.0
+                )));
+            }
+            if *position < kept.start && self.on_lag == OnLag::Block {
+                return Err(Leave::Stop(format!(
+                    "sink \"{sink}\": its position {} in partition {partition} is below the first kept message {} of stream \"{stream}\": \
+                     messages between them are gone; set `on_lag: detach` to go on without them",
+                    position.0, kept.start.0
+                )));
+            }
+        }
+        let lowest = self.lowest();
+        if lowest < kept.start {
+            let gone = kept.start.0 - lowest.0;
+            metrics::gap(&self.writer.claim.pipeline, "trimmed").increment(gone);
+            tracing::error!(sink, stream, from = lowest.0, to = kept.start.0, "retention removed messages that this sink had not written");
+        }
+        Ok(())
+    }
+
+    /// Says why, then waits; `Err` where waiting is over for another reason.
+    async fn back_off(&mut self, failed: Failed, attempt: u32) -> Result<(), Leave> {
+        let Failed::Later { kind, reason } = failed else { return Err(failed.into()) };
+        let sink = &self.writer.claim.sink;
+        let say = format!("sink \"{sink}\" of pipeline \"{}\": {kind}", self.writer.claim.pipeline);
+        self.writer.failures.report(&say, 1, &reason, "headworks top");
+        self.shared.set(State::Retrying(reason));
+        let slow = matches!(kind, "setup" | "refusals");
+        let wait = if slow { self.backoff.max.0 } else { self.backoff.delay(attempt) };
+        let until = Instant::now() + wait;
+        loop {
+            let detached = async {
+                match &self.intake {
+                    Some(intake) => intake.cancel.cancelled().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = self.abort.cancelled() => return Err(Leave::Aborted),
+                () = detached => return Err(Leave::Reopen),
+                () = self.stopping.cancelled(), if self.intake.is_none() => return Err(Leave::Drained),
+                () = tokio::time::sleep_until(until) => return Ok(()),
+                control = self.control.recv(), if !self.control.is_closed() => match control {
+                    Some(Control::Lend(lend)) => self.lend(lend).await?,
+                    Some(Control::Join(intake) | Control::Start(intake)) => intake.cancel.cancel(),
+                    None => {}
+                },
+            }
+        }
+    }
+
+    /// Over to the lane we are to join, once nothing before it is missing.
+    async fn join_when_there(&mut self) {
+        let Some(pending) = &self.pending else { return };
+        if pending.cancel.is_cancelled() {
+            self.pending = None;
+        } else if self.received.iter().all(|received| received.0 >= pending.starts_at.load(Ordering::Acquire)) {
+            self.intake = self.pending.take();
+            drop(self.events.send(Event::Joined { sink: self.number }).await);
+        }
+    }
+
+    async fn lend_between_commits(&mut self, lend: Lend) -> Result<(), Leave> {
+        self.lend(lend).await?;
+        let before = self.writer.positions.clone();
+        self.open().await?;
+        if self.writer.positions == before { Ok(()) } else { Err(Leave::Again) }
+    }
+
+    async fn lend(&mut self, lend: Lend) -> Result<(), Leave> {
+        let Some(sink) = self.writer.sink.take() else { return Ok(()) };
+        if let Err(sink) = lend.give.send(sink) {
+            self.writer.sink = Some(sink);
+            return Ok(());
+        }
+        tokio::select! {
+            back = lend.back => match back {
+                Ok(sink) => self.writer.sink = Some(sink),
+                Err(_) => {
+                    let sink = &self.writer.claim.sink;
+                    return Err(Leave::Stop(format!("sink \"{sink}\" was lost in a redrive: restart")));
+                }
+            },
+            () = self.abort.cancelled() => return Err(Leave::Aborted),
+        }
+        Ok(())
+    }
+
+    fn lowest(&self) -> Offset {
+        self.writer.positions.iter().copied().min().unwrap_or_default()
+    }
+
+    fn publish(&self) {
+        let lowest = self.lowest();
+        self.attachment.advance(lowest);
+        self.shared.committed.store(lowest.0, Ordering::Release);
+        self.shared.received.store(self.received.iter().min().map_or(0, |o| o.0), Ordering::Release);
+    }
+}
+
+async fn sleep_until(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// `u64::MAX`: not known yet.
+pub fn unknown() -> AtomicU64 {
+    AtomicU64::new(u64::MAX)
+}

@@ -1,0 +1,127 @@
+//! A lane: one reader, its workers, the sinks that they hand out to.
+//!
+//! A pipeline has one lane, and one more for each sink that lags behind the
+//! others. Steps that stand before a sink are pure, so that two lanes may run
+//! the same message.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use tokio::runtime::Handle;
+use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+
+use super::outlet::Outlet;
+use super::reader::{LaneControl, Reader, room_units};
+use super::worker::{Ended, Served, Shared, Steps, WORK_FRAMES_MAX, Worker};
+use crate::batch::Offset;
+use crate::stream::{Stream, Ticket};
+
+/// Orders to a lane that it did not get to yet.
+const CONTROLS_MAX: usize = 16;
+
+pub type LaneId = u64;
+
+/// A running lane, as its pipeline holds it.
+pub struct Lane {
+    pub id: LaneId,
+    pub control: mpsc::Sender<LaneControl>,
+    pub stop: CancellationToken,
+    pub position: Arc<AtomicU64>,
+    pub outlets: Vec<Outlet>,
+}
+
+pub struct LaneEnded {
+    pub lane: LaneId,
+    pub error: Option<String>,
+}
+
+impl Lane {
+    /// Starts the threads and the reader; `ended` hears when all are gone.
+    pub fn start(
+        id: LaneId,
+        shared: &Arc<Shared>,
+        stream: &Arc<dyn Stream>,
+        from: Offset,
+        (steps, hold): (Vec<Steps>, bool),
+        outlets: Vec<Outlet>,
+        ended: mpsc::Sender<LaneEnded>,
+    ) -> std::io::Result<Self> {
+        let (control, controls) = mpsc::channel(CONTROLS_MAX);
+        let stop = CancellationToken::new();
+        let position = Arc::new(AtomicU64::new(from.0));
+        let mut queues = Vec::new();
+        let mut threads = Vec::new();
+        let workers = steps.len() as u16;
+        for (number, steps) in steps.into_iter().enumerate() {
+            let (queue, works) = mpsc::channel(WORK_FRAMES_MAX);
+            queues.push(queue);
+            let worker = Worker {
+                number: number as u16,
+                workers,
+                shared: Arc::clone(shared),
+                queue: works,
+                steps,
+                runtime: Handle::current(),
+                outlets: outlets.iter().map(|outlet| Served::new(outlet.clone(), from)).collect(),
+                done: from,
+                letters: Ticket::default(),
+            };
+            threads.push(spawn(worker)?);
+        }
+        let room_max = room_units(shared.config.read_ahead_bytes_max.0);
+        let reader = Reader {
+            pipeline: Arc::clone(&shared.name),
+            cursor: stream.cursor(from),
+            workers: queues,
+            control: controls,
+            room: Arc::new(Semaphore::new(room_max as usize)),
+            room_max,
+            position: Arc::clone(&position),
+            progress_every: shared.config.progress_every.0,
+            hold,
+            stop: stop.clone(),
+        };
+        tokio::spawn(run(id, reader, threads, ended));
+        Ok(Self { id, control, stop, position, outlets })
+    }
+
+    /// Takes a sink out. `true`: none is left.
+    pub fn detach(&mut self, sink: usize) -> bool {
+        self.outlets.retain(|outlet| {
+            if outlet.sink == sink {
+                outlet.detach();
+            }
+            outlet.sink != sink
+        });
+        self.outlets.is_empty()
+    }
+}
+
+type WorkerEnd = oneshot::Receiver<Result<(), String>>;
+
+fn spawn(worker: Worker) -> std::io::Result<WorkerEnd> {
+    let (end, ended) = oneshot::channel();
+    let name = format!("{}-{}", worker.shared.name, worker.number);
+    std::thread::Builder::new().name(name).spawn(move || {
+        let result = match catch_unwind(AssertUnwindSafe(|| worker.run())) {
+            Ok(Ok(()) | Err(Ended::Aborted)) => Ok(()),
+            Ok(Err(Ended::DeadLetters(error))) => Err(error.to_string()),
+            Err(_) => Err("a worker thread panicked: see the log".to_owned()),
+        };
+        drop(end.send(result));
+    })?;
+    Ok(ended)
+}
+
+async fn run(lane: LaneId, reader: Reader, workers: Vec<WorkerEnd>, ended: mpsc::Sender<LaneEnded>) {
+    // The reader owns the workers' queues: they end after it.
+    let mut error = reader.run().await.err().map(|error| error.to_string());
+    for worker in workers {
+        if let Ok(Err(reason)) = worker.await {
+            error.get_or_insert(reason);
+        }
+    }
+    drop(ended.send(LaneEnded { lane, error }).await);
+}

@@ -1,0 +1,219 @@
+//! What happened to a dead letter's message, in its properties: UTF-8 text,
+//! origin `Pipeline`, names that begin with `dead-letter`.
+
+use uuid::Uuid;
+
+use super::dead_letters::{Refusal, Source};
+use crate::batch::MessageRef;
+use crate::properties::{self, Origin, PROPERTIES_BYTES_MAX, PROPERTIES_MAX};
+use crate::stream::Identity;
+
+const PREFIX: &str = "dead-letter";
+const REASON: &str = "dead-letter-reason";
+const KIND: &str = "dead-letter-kind";
+const PIPELINE: &str = "dead-letter-pipeline";
+const STEP: &str = "dead-letter-step";
+const SINK: &str = "dead-letter-sink";
+const STREAM: &str = "dead-letter-stream";
+const LOG: &str = "dead-letter-log";
+const GENERATION: &str = "dead-letter-generation";
+const OFFSET: &str = "dead-letter-offset";
+const INDEX: &str = "dead-letter-index";
+/// Of a copy that a redrive made: the offset of the letter.
+const REDRIVE: &str = "dead-letter-redrive";
+
+const REASON_BYTES_MAX: usize = 4_096;
+/// Most properties of ours.
+const OURS_MAX: usize = 11;
+/// For the size of an append, before the properties are made.
+pub const HEADERS_BYTES_ESTIMATE: usize = 1_024;
+
+/// A dead letter's own properties, borrowed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Letter<'a> {
+    pub reason: &'a str,
+    /// `failed`, `fault`, `retries`, `sink`
+    pub kind: &'a str,
+    pub pipeline: &'a str,
+    pub step: Option<&'a str>,
+    pub sink: Option<&'a str>,
+    pub stream: &'a str,
+    pub log: Uuid,
+    pub generation: u32,
+    pub offset: u64,
+    pub index: u32,
+    /// Set: a redrive's copy of the letter with this offset; not to be listed.
+    pub redrive_of: Option<u64>,
+}
+
+impl<'a> Letter<'a> {
+    /// `None`: not a dead letter of ours.
+    pub fn of(message: &MessageRef<'a>) -> Option<Self> {
+        let mut texts = [None; OURS_MAX];
+        const NAMES: [&str; OURS_MAX] =
+            [REASON, KIND, PIPELINE, STEP, SINK, STREAM, LOG, GENERATION, OFFSET, INDEX, REDRIVE];
+        for property in properties::iter(message.properties()) {
+            if property.origin == Origin::Pipeline as u8
+                && let Some(i) = NAMES.iter().position(|name| *name == property.name)
+            {
+                texts[i] = std::str::from_utf8(property.value).ok();
+            }
+        }
+        let [reason, kind, pipeline, step, sink, stream, log, generation, offset, index, redrive] = texts;
+        Some(Self {
+            reason: reason?,
+            kind: kind?,
+            pipeline: pipeline?,
+            step,
+            sink,
+            stream: stream?,
+            log: log?.parse().ok()?,
+            generation: generation?.parse().ok()?,
+            offset: offset?.parse().ok()?,
+            index: index?.parse().ok()?,
+            redrive_of: redrive.and_then(|offset| offset.parse().ok()),
+        })
+    }
+
+    pub fn is_copy(&self) -> bool {
+        self.redrive_of.is_some()
+    }
+
+    pub fn is_from(&self, pipeline: &str, source: &Identity) -> bool {
+        self.pipeline == pipeline && self.log == source.log && self.generation == source.generation
+    }
+
+    pub fn source(&self) -> Source<'a> {
+        match self.sink {
+            Some(sink) => Source::Sink(sink),
+            None => Source::Step(self.step.unwrap_or_default()),
+        }
+    }
+}
+
+/// The message's own properties, then the letter's. Past the bound the
+/// device's own ones go first, then all that are not the letter's; `false`
+/// says that some went.
+pub fn properties(
+    refusal: &Refusal<'_>,
+    pipeline: &str,
+    stream: &str,
+    source: &Identity,
+) -> (Vec<u8>, bool) {
+    let mut ours = Vec::with_capacity(512);
+    let mut set = |name: &str, value: &str| properties::push(&mut ours, Origin::Pipeline, name, value.as_bytes());
+    set(REASON, shortened(refusal.reason));
+    set(KIND, refusal.kind.as_str());
+    set(PIPELINE, pipeline);
+    match refusal.source {
+        Source::Step(step) => set(STEP, step),
+        Source::Sink(sink) => set(SINK, sink),
+    }
+    set(STREAM, stream);
+    set(LOG, &source.log.to_string());
+    set(GENERATION, &source.generation.to_string());
+    set(OFFSET, &refusal.message.offset().0.to_string());
+    set(INDEX, &refusal.index.to_string());
+    beside(refusal.message.properties(), &ours)
+}
+
+/// A redrive's copy: all properties of the letter, and which letter it is of.
+pub fn copy_properties(letter: &MessageRef<'_>) -> Vec<u8> {
+    let mut bytes = letter.properties().to_vec();
+    properties::push(&mut bytes, Origin::Pipeline, REDRIVE, letter.offset().0.to_string().as_bytes());
+    bytes
+}
+
+/// The properties that the message had before it was refused.
+pub fn without_letter(bytes: &[u8]) -> Vec<u8> {
+    kept(bytes, |_| true)
+}
+
+fn beside(theirs: &[u8], ours: &[u8]) -> (Vec<u8>, bool) {
+    // Room for the mark of a redrive's copy.
+    let room = PROPERTIES_BYTES_MAX - ours.len() - 64;
+    let fits = |bytes: &[u8]| {
+        bytes.len() <= room && properties::iter(bytes).count() + OURS_MAX <= PROPERTIES_MAX
+    };
+    let all = kept(theirs, |_| true);
+    if fits(&all) {
+        return ([&all, ours].concat(), true);
+    }
+    let without_device = kept(theirs, |origin| origin != Origin::Device as u8);
+    if fits(&without_device) {
+        return ([&without_device, ours].concat(), false);
+    }
+    (ours.to_vec(), false)
+}
+
+/// Without an earlier letter's properties, and of the origins that `keep` holds.
+fn kept(bytes: &[u8], keep: impl Fn(u8) -> bool) -> Vec<u8> {
+    let mut out = Vec::with_capacity(bytes.len());
+    for property in properties::iter(bytes) {
+        let letters = property.origin == Origin::Pipeline as u8 && property.name.starts_with(PREFIX);
+        let origin = match property.origin {
+            0 => Origin::Device,
+            1 => Origin::Listener,
+            _ => Origin::Pipeline,
+        };
+        if !letters && keep(property.origin) {
+            properties::push(&mut out, origin, property.name, property.value);
+        }
+    }
+    out
+}
+
+fn shortened(reason: &str) -> &str {
+    &reason[..reason.floor_char_boundary(REASON_BYTES_MAX)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::{Batch, Entry, Span};
+    use crate::step::RefusedKind;
+
+    fn batch(properties: Vec<u8>) -> Batch {
+        let entry = Entry { properties: Span::new(0, 0, properties.len()), offset: 3, ..Entry::default() };
+        Batch { segments: vec![properties.into()], entries: vec![entry], ..Batch::default() }
+    }
+
+    fn refuse(properties: Vec<u8>) -> (Vec<u8>, bool) {
+        let batch = batch(properties);
+        let refusal = Refusal {
+            message: batch.message(0),
+            source: Source::Sink("warehouse"),
+            kind: RefusedKind::Sink,
+            reason: "column \"value\": not a number",
+            index: 1,
+        };
+        let source = Identity { log: Uuid::nil(), generation: 2, partitions: 1 };
+        super::properties(&refusal, "telemetry", "readings", &source)
+    }
+
+    #[test]
+    fn a_letter_says_what_happened_and_gives_the_message_back() {
+        let mut theirs = Vec::new();
+        properties::push(&mut theirs, Origin::Device, "k", b"v");
+        let (bytes, whole) = refuse(theirs.clone());
+        assert!(whole && properties::is_valid(&bytes));
+        assert_eq!(without_letter(&bytes), theirs);
+        let batch = batch(bytes);
+        let message = batch.message(0);
+        let letter = Letter::of(&message).unwrap();
+        assert_eq!((letter.sink, letter.offset, letter.index), (Some("warehouse"), 3, 1));
+        assert_eq!((letter.kind, letter.pipeline, letter.generation), ("sink", "telemetry", 2));
+        assert!(!letter.is_copy());
+    }
+
+    #[test]
+    fn where_room_is_short_the_devices_properties_go_first() {
+        let mut theirs = Vec::new();
+        properties::push(&mut theirs, Origin::Device, "big", &vec![b'x'; PROPERTIES_BYTES_MAX - 500]);
+        properties::push(&mut theirs, Origin::Listener, "client-id", b"dev");
+        let (bytes, whole) = refuse(theirs);
+        assert!(!whole && properties::is_valid(&bytes));
+        assert_eq!(properties::get(&bytes, Origin::Listener, "client-id"), Some(&b"dev"[..]));
+        assert!(properties::get(&bytes, Origin::Device, "big").is_none());
+    }
+}

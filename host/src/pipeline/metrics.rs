@@ -1,0 +1,176 @@
+//! What a pipeline counts. Handles are made once; counted per batch.
+
+use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
+
+use crate::telemetry::{Metric, MetricKind};
+
+const fn metric(
+    name: &'static str,
+    kind: MetricKind,
+    help: &'static str,
+    labels: &'static [&'static str],
+) -> Metric {
+    Metric { name, kind, help, labels }
+}
+
+pub const METRICS: &[Metric] = &[
+    metric(
+        "headworks_pipeline_messages_total",
+        MetricKind::Counter,
+        "Messages through the steps by outcome: read, passed, dropped, refused",
+        &["pipeline", "outcome"],
+    ),
+    metric(
+        "headworks_pipeline_gap_messages_total",
+        MetricKind::Counter,
+        "Offsets that could not be read any more: damaged or trimmed",
+        &["pipeline", "cause"],
+    ),
+    metric(
+        "headworks_pipeline_lag_messages",
+        MetricKind::Gauge,
+        "Messages of the stream that a sink has not committed",
+        &["pipeline", "sink"],
+    ),
+    metric(
+        "headworks_pipeline_queue_bytes",
+        MetricKind::Gauge,
+        "Bytes that wait for a sink",
+        &["pipeline", "sink"],
+    ),
+    metric(
+        "headworks_pipeline_lanes",
+        MetricKind::Gauge,
+        "Readers of a pipeline: more than one while a sink lags behind the others",
+        &["pipeline"],
+    ),
+    metric(
+        "headworks_pipeline_swaps_total",
+        MetricKind::Counter,
+        "Changes of a pipeline's steps by outcome: flipped, refused",
+        &["pipeline", "outcome"],
+    ),
+    metric(
+        "headworks_pipeline_step_duration_seconds",
+        MetricKind::Histogram,
+        "Time of one step over one batch",
+        &["pipeline", "step"],
+    ),
+    metric(
+        "headworks_sink_rows_total",
+        MetricKind::Counter,
+        "Rows by outcome: written, refused",
+        &["pipeline", "sink", "outcome"],
+    ),
+    metric("headworks_sink_batches_total", MetricKind::Counter, "Commits that succeeded", &["pipeline", "sink"]),
+    metric(
+        "headworks_sink_write_duration_seconds",
+        MetricKind::Histogram,
+        "Time of one commit, failed ones too",
+        &["pipeline", "sink"],
+    ),
+    metric(
+        "headworks_sink_retries_total",
+        MetricKind::Counter,
+        "Failed tries by kind: retry, unknown, setup, data, rows",
+        &["pipeline", "sink", "kind"],
+    ),
+    metric(
+        "headworks_dead_letters_total",
+        MetricKind::Counter,
+        "Messages put into dead letters, by the step or sink that refused them",
+        &["pipeline", "source"],
+    ),
+    metric(
+        "headworks_dead_letters_properties_dropped_total",
+        MetricKind::Counter,
+        "Dead letters that lost their device's properties for want of room",
+        &["pipeline"],
+    ),
+];
+
+/// Of the steps.
+#[derive(Clone)]
+pub struct PipelineMetrics {
+    pub read: Counter,
+    pub passed: Counter,
+    pub dropped: Counter,
+    pub refused: Counter,
+    pub lanes: Gauge,
+    pub flipped: Counter,
+    pub flip_refused: Counter,
+}
+
+impl PipelineMetrics {
+    pub fn new(pipeline: &str) -> Self {
+        let messages = |outcome: &'static str| {
+            counter!("headworks_pipeline_messages_total", "pipeline" => pipeline.to_owned(), "outcome" => outcome)
+        };
+        let swaps = |outcome: &'static str| {
+            counter!("headworks_pipeline_swaps_total", "pipeline" => pipeline.to_owned(), "outcome" => outcome)
+        };
+        Self {
+            read: messages("read"),
+            passed: messages("passed"),
+            dropped: messages("dropped"),
+            refused: messages("refused"),
+            lanes: gauge!("headworks_pipeline_lanes", "pipeline" => pipeline.to_owned()),
+            flipped: swaps("flipped"),
+            flip_refused: swaps("refused"),
+        }
+    }
+}
+
+/// Of one step, for the workers.
+pub fn step_duration(pipeline: &str, step: &str) -> Histogram {
+    histogram!("headworks_pipeline_step_duration_seconds", "pipeline" => pipeline.to_owned(), "step" => step.to_owned())
+}
+
+pub fn gap(pipeline: &str, cause: &'static str) -> Counter {
+    counter!("headworks_pipeline_gap_messages_total", "pipeline" => pipeline.to_owned(), "cause" => cause)
+}
+
+pub fn dead_letters(pipeline: &str, source: &str) -> Counter {
+    counter!("headworks_dead_letters_total", "pipeline" => pipeline.to_owned(), "source" => source.to_owned())
+}
+
+pub fn properties_dropped(pipeline: &str) -> Counter {
+    counter!("headworks_dead_letters_properties_dropped_total", "pipeline" => pipeline.to_owned())
+}
+
+/// Of one sink.
+#[derive(Clone)]
+pub struct SinkMetrics {
+    pub written: Counter,
+    pub refused: Counter,
+    pub batches: Counter,
+    pub duration: Histogram,
+    pub lag: Gauge,
+    pub queue_bytes: Gauge,
+    pipeline: String,
+    sink: String,
+}
+
+impl SinkMetrics {
+    pub fn new(pipeline: &str, sink: &str) -> Self {
+        let rows = |outcome: &'static str| {
+            counter!("headworks_sink_rows_total", "pipeline" => pipeline.to_owned(), "sink" => sink.to_owned(), "outcome" => outcome)
+        };
+        Self {
+            written: rows("written"),
+            refused: rows("refused"),
+            batches: counter!("headworks_sink_batches_total", "pipeline" => pipeline.to_owned(), "sink" => sink.to_owned()),
+            duration: histogram!("headworks_sink_write_duration_seconds", "pipeline" => pipeline.to_owned(), "sink" => sink.to_owned()),
+            lag: gauge!("headworks_pipeline_lag_messages", "pipeline" => pipeline.to_owned(), "sink" => sink.to_owned()),
+            queue_bytes: gauge!("headworks_pipeline_queue_bytes", "pipeline" => pipeline.to_owned(), "sink" => sink.to_owned()),
+            pipeline: pipeline.to_owned(),
+            sink: sink.to_owned(),
+        }
+    }
+
+    /// `kind`: retry, unknown, setup, data, rows.
+    pub fn retry(&self, kind: &'static str) {
+        counter!("headworks_sink_retries_total", "pipeline" => self.pipeline.clone(), "sink" => self.sink.clone(), "kind" => kind)
+            .increment(1);
+    }
+}

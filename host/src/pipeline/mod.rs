@@ -1,0 +1,237 @@
+//! A pipeline: reads one stream, runs its steps, delivers each output to the
+//! sinks its route names, exactly once per sink.
+//!
+//! ```text
+//! stream -> reader -> workers (steps, routes) -> outlets -> deliveries -> sinks
+//!                        \-> dead letters <-/
+//! ```
+//!
+//! [`start`] is the story; [`supervisor`] keeps it going: new steps, sinks that
+//! lag, failures, the end. Why a crash between any two effects neither loses nor
+//! doubles: `host/decisions/delivery-order.md`. Steps that import state are not
+//! for a pipeline that ends in a sink: lanes run a message's steps twice.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::sinks::{Claim, Sink};
+use crate::step::Chain;
+use crate::stream::{Identity, OnLag, Stream};
+use crate::telemetry::Failures;
+
+mod config;
+mod dead_letters;
+mod delivery;
+mod lane;
+mod letter;
+mod metrics;
+mod outlet;
+mod reader;
+mod redrive;
+mod routes;
+mod status;
+mod supervisor;
+mod swap;
+mod worker;
+mod writer;
+
+#[cfg(test)]
+mod tests;
+
+pub use config::{Backoff, Config, DEFAULT_ROUTE, DROP, Retries, RouteTarget, StepConfig};
+pub use dead_letters::{DeadLetters, Error as DeadLettersError};
+pub use letter::Letter;
+pub use metrics::METRICS;
+pub use redrive::{Filter, RedriveError, Summary, is_open, list_open};
+pub use status::{PipelineStatus, SinkStatus, State};
+
+use delivery::{Control, Delivery};
+use metrics::{PipelineMetrics, SinkMetrics};
+use routes::Routes;
+use status::SinkShared;
+use supervisor::{Board, Member, Supervisor};
+use worker::Shared;
+use writer::{Refusals, Writer};
+
+/// The name in dead letters of what finds no route.
+pub const ROUTES_STEP: &str = "routes";
+/// Orders to a delivery that it did not get to yet.
+const CONTROLS_MAX: usize = 8;
+/// Events that a pipeline did not get to yet, by sink.
+const EVENTS_PER_SINK_MAX: usize = 16;
+
+/// When a sink's rows are enough for a commit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Batching {
+    /// A commit ends with the batch that reaches it.
+    pub rows_max: usize,
+    /// Of memory that the rows keep.
+    pub bytes_max: u64,
+    /// For the first of them.
+    pub wait_max: Duration,
+}
+
+impl Default for Batching {
+    fn default() -> Self {
+        Self { rows_max: 5_000, bytes_max: 16 << 20, wait_max: Duration::from_millis(100) }
+    }
+}
+
+pub struct SinkPart {
+    /// As the routes name it.
+    pub name: String,
+    pub sink: Box<dyn Sink>,
+    pub batching: Batching,
+    pub on_lag: OnLag,
+}
+
+/// What a pipeline stands on.
+pub struct Deps {
+    pub stream: Arc<dyn Stream>,
+    pub chain: watch::Receiver<Chain>,
+    pub sinks: Vec<SinkPart>,
+    /// Of the whole host.
+    pub dead_letters: Arc<dyn Stream>,
+    pub failures: Failures,
+    /// Cancelled: drain, commit, end.
+    pub shutdown: CancellationToken,
+}
+
+/// A running pipeline.
+pub struct Handle {
+    board: Arc<Board>,
+    lenders: Vec<(String, mpsc::Sender<Control>)>,
+    dead_letters: Arc<dyn Stream>,
+    shared: Arc<Shared>,
+    #[cfg(test)]
+    shutdown: CancellationToken,
+    redriving: tokio::sync::Mutex<()>,
+    task: tokio::sync::Mutex<Option<tokio::task::JoinHandle<()>>>,
+}
+
+impl Handle {
+    pub fn name(&self) -> &str {
+        &self.shared.name
+    }
+
+    pub fn status(&self) -> PipelineStatus {
+        self.board.status()
+    }
+
+    /// Sends dead letters again: a sink's to that sink, a step's from that step
+    /// on. A letter goes once, however often this is called.
+    pub async fn redrive(&self, filter: &Filter) -> Result<Summary, RedriveError> {
+        let _one_at_a_time = self.redriving.lock().await;
+        let chain = self.board.chain().ok_or(RedriveError::NoSteps)?;
+        redrive::run(filter, &chain, &self.shared, &self.dead_letters, &self.lenders).await
+    }
+
+    /// Ends at once, in whatever it is in the midst of, as a kill would.
+    #[cfg(test)]
+    fn crash(&self) {
+        self.shared.abort.cancel();
+        self.shutdown.cancel();
+    }
+
+    /// Until the pipeline has ended, which `Deps::shutdown` makes it do.
+    pub async fn join(&self) {
+        if let Some(task) = self.task.lock().await.take()
+            && let Err(error) = task.await
+        {
+            tracing::error!(pipeline = self.name(), %error, "the pipeline's supervisor failed");
+        }
+    }
+}
+
+/// Starts a pipeline. Fails only where the dead letters cannot be read; a sink
+/// that is down is waited for.
+pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, DeadLettersError> {
+    let Deps { stream, chain, sinks, dead_letters, failures, shutdown } = deps;
+    let identity = stream.identity();
+    let letters = DeadLetters::open(Arc::clone(&dead_letters), name, identity, stream.name()).await?;
+    let names: Vec<_> = sinks.iter().map(|part| part.name.clone()).collect();
+    let shared = Arc::new(Shared {
+        name: name.into(),
+        config: config.clone(),
+        routes: Routes::new(config, &names),
+        letters: Arc::new(letters),
+        failures,
+        metrics: PipelineMetrics::new(name),
+        abort: CancellationToken::new(),
+    });
+    let (events, inbox) = mpsc::channel(EVENTS_PER_SINK_MAX * sinks.len().max(1));
+    let mut members = Vec::new();
+    for (number, part) in sinks.into_iter().enumerate() {
+        let (control, controls) = mpsc::channel(CONTROLS_MAX);
+        let member = Member::new(part.name.clone(), control);
+        let delivery = Delivery {
+            number,
+            attachment: stream.attach(&format!("{name}/{}", part.name), stream.bounds().start, part.on_lag),
+            writer: Writer {
+                sink: Some(part.sink),
+                claim: claim(name, &part.name, identity),
+                letters: Arc::clone(&shared.letters),
+                metrics: SinkMetrics::new(name, &part.name),
+                failures: shared.failures.clone(),
+                refusals: Refusals::new(config.refusals_max_share),
+                positions: Vec::new(),
+                refused: 0,
+            },
+            stream: Arc::clone(&stream),
+            on_lag: part.on_lag,
+            batching: bounded(part.batching, config),
+            backoff: config.sink_backoff,
+            progress_every: config.progress_every.0,
+            shared: Arc::clone(&member.shared),
+            control: controls,
+            events: events.clone(),
+            stopping: shutdown.clone(),
+            abort: shared.abort.clone(),
+            intake: None,
+            pending: None,
+            received: Vec::new(),
+        };
+        members.push(member);
+        tokio::spawn(delivery.run());
+    }
+    let lenders = members.iter().map(|member| (member.name.clone(), member.control.clone())).collect();
+    let shareds: Vec<Arc<SinkShared>> = members.iter().map(|member| Arc::clone(&member.shared)).collect();
+    let board = Arc::new(Board::new(name, Arc::clone(&stream), shareds, Arc::clone(&shared.letters)));
+    #[cfg(test)]
+    let shutdown_of_test = shutdown.clone();
+    let supervisor =
+        Supervisor::new(Arc::clone(&shared), stream, chain, members, inbox, shutdown, Arc::clone(&board));
+    let task = tokio::spawn(supervisor.run());
+    Ok(Handle {
+        #[cfg(test)]
+        shutdown: shutdown_of_test,
+        board,
+        lenders,
+        dead_letters,
+        shared,
+        redriving: tokio::sync::Mutex::default(),
+        task: tokio::sync::Mutex::new(Some(task)),
+    })
+}
+
+fn claim(pipeline: &str, sink: &str, identity: Identity) -> Claim {
+    Claim {
+        pipeline: pipeline.to_owned(),
+        sink: sink.to_owned(),
+        log: identity.log,
+        generation: identity.generation,
+        partitions: identity.partitions,
+    }
+}
+
+/// A commit must be reached before the queue's room is used up.
+fn bounded(batching: Batching, config: &Config) -> Batching {
+    Batching {
+        rows_max: batching.rows_max.max(1),
+        bytes_max: batching.bytes_max.clamp(1, config.sink_queue_bytes_max.0 / 2),
+        ..batching
+    }
+}

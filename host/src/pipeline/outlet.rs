@@ -1,0 +1,187 @@
+//! The bounded queue between the workers of a lane and one sink's delivery.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use tokio::runtime::Handle;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio_util::sync::CancellationToken;
+
+use super::routes::SinkNumber;
+use crate::batch::{Batch, Offset};
+use crate::stream::Ticket;
+
+/// Bundles that wait for one sink.
+const OUTLET_BUNDLES_MAX: usize = 64;
+/// The unit of a queue's room.
+const ROOM_UNIT_BYTES: u64 = 1_024;
+
+/// What one worker made of `from..upto` for one sink.
+pub struct Bundle {
+    pub worker: u16,
+    pub workers: u16,
+    pub from: Offset,
+    /// Nothing more will come of this worker's partitions below it.
+    pub upto: Offset,
+    pub batches: Vec<Batch>,
+    /// Must be durable before a position covers the bundle.
+    pub letters: Ticket,
+    /// Freed when the rows are committed.
+    pub room: Option<OwnedSemaphorePermit>,
+}
+
+/// The workers' end. Clones share the queue.
+#[derive(Clone)]
+pub struct Outlet {
+    pub sink: SinkNumber,
+    queue: mpsc::Sender<Bundle>,
+    room: Arc<Semaphore>,
+    room_max: u32,
+    cancel: CancellationToken,
+    blocked: Arc<Blocked>,
+}
+
+/// A delivery's end.
+pub struct Intake {
+    pub queue: mpsc::Receiver<Bundle>,
+    /// The pipeline took the sink out of the lane.
+    pub cancel: CancellationToken,
+    /// Where the lane began to send; `u64::MAX` until it does.
+    pub starts_at: Arc<AtomicU64>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+pub enum OutletClosed {
+    /// The lane goes on without this sink.
+    Detached,
+    /// The pipeline stops.
+    Aborted,
+}
+
+/// How long workers have waited, in all.
+struct Blocked {
+    epoch: Instant,
+    total_us: AtomicU64,
+    /// Since when one waits now; 0: none does.
+    since_us: AtomicU64,
+}
+
+pub fn outlet(sink: SinkNumber, bytes_max: u64) -> (Outlet, Intake) {
+    let (sender, queue) = mpsc::channel(OUTLET_BUNDLES_MAX);
+    let room_max = (bytes_max / ROOM_UNIT_BYTES).clamp(1, Semaphore::MAX_PERMITS.min(1 << 30) as u64) as u32;
+    let cancel = CancellationToken::new();
+    let outlet = Outlet {
+        sink,
+        queue: sender,
+        room: Arc::new(Semaphore::new(room_max as usize)),
+        room_max,
+        cancel: cancel.clone(),
+        blocked: Arc::new(Blocked {
+            epoch: Instant::now(),
+            total_us: AtomicU64::new(0),
+            since_us: AtomicU64::new(0),
+        }),
+    };
+    (outlet, Intake { queue, cancel, starts_at: Arc::new(AtomicU64::new(u64::MAX)) })
+}
+
+impl Outlet {
+    /// Blocks while the queue is full.
+    pub fn send(&self, bundle: Bundle, abort: &CancellationToken, runtime: &Handle) -> Result<(), OutletClosed> {
+        if self.detached() {
+            return Err(OutletClosed::Detached);
+        }
+        let units = self.units(&bundle);
+        let bundle = match self.try_send(bundle, units) {
+            Ok(()) => return Ok(()),
+            Err(bundle) => bundle,
+        };
+        let begun = self.blocked.begin();
+        let result = runtime.block_on(async {
+            tokio::select! {
+                biased;
+                () = abort.cancelled() => Err(OutletClosed::Aborted),
+                () = self.cancel.cancelled() => Err(OutletClosed::Detached),
+                sent = self.send_later(bundle, units) => sent,
+            }
+        });
+        self.blocked.end(begun);
+        result
+    }
+
+    pub fn detach(&self) {
+        self.cancel.cancel();
+    }
+
+    pub fn detached(&self) -> bool {
+        self.cancel.is_cancelled()
+    }
+
+    /// Microseconds that workers have waited for room, in all.
+    pub fn blocked_us(&self) -> u64 {
+        self.blocked.so_far_us()
+    }
+
+    pub fn queued_bytes(&self) -> u64 {
+        (self.room_max as usize - self.room.available_permits()) as u64 * ROOM_UNIT_BYTES
+    }
+
+    fn try_send(&self, mut bundle: Bundle, units: u32) -> Result<(), Bundle> {
+        let Ok(slot) = self.queue.try_reserve() else { return Err(bundle) };
+        let Ok(room) = Arc::clone(&self.room).try_acquire_many_owned(units) else { return Err(bundle) };
+        bundle.room = Some(room);
+        slot.send(bundle);
+        Ok(())
+    }
+
+    async fn send_later(&self, mut bundle: Bundle, units: u32) -> Result<(), OutletClosed> {
+        let room = Arc::clone(&self.room).acquire_many_owned(units).await;
+        bundle.room = Some(room.map_err(|_| OutletClosed::Detached)?);
+        self.queue.send(bundle).await.map_err(|_| OutletClosed::Detached)
+    }
+
+    /// A row keeps the whole segment that it lies in, so that is what counts.
+    /// A bundle over the whole room takes all of it.
+    fn units(&self, bundle: &Bundle) -> u32 {
+        let mut bytes = 0;
+        let mut last: Option<*const u8> = None;
+        for batch in &bundle.batches {
+            bytes += batch.entries.len() * size_of::<crate::batch::Entry>();
+            for (i, segment) in batch.segments.iter().enumerate() {
+                // The frame's own segment is shared by the bundle's batches.
+                if i > 0 || last != Some(segment.as_ptr()) {
+                    bytes += segment.len();
+                }
+                if i == 0 {
+                    last = Some(segment.as_ptr());
+                }
+            }
+        }
+        (bytes as u64).div_ceil(ROOM_UNIT_BYTES).clamp(1, u64::from(self.room_max)) as u32
+    }
+}
+
+impl Blocked {
+    fn now_us(&self) -> u64 {
+        (self.epoch.elapsed().as_micros() as u64).max(1)
+    }
+
+    fn begin(&self) -> u64 {
+        let now = self.now_us();
+        // Another worker that waits already has set it.
+        let _ = self.since_us.compare_exchange(0, now, Ordering::AcqRel, Ordering::Acquire);
+        now
+    }
+
+    fn end(&self, begun: u64) {
+        self.total_us.fetch_add(self.now_us() - begun, Ordering::AcqRel);
+        self.since_us.store(0, Ordering::Release);
+    }
+
+    fn so_far_us(&self) -> u64 {
+        let since = self.since_us.load(Ordering::Acquire);
+        let open = if since == 0 { 0 } else { self.now_us().saturating_sub(since) };
+        self.total_us.load(Ordering::Acquire) + open
+    }
+}

@@ -1,0 +1,151 @@
+//! Reads a stream for one lane and hands its frames to the workers.
+//!
+//! Everything that must happen at one offset for all partitions (new steps,
+//! one more sink) goes through the same queues as the frames. The task ends
+//! when it is told to stop, when a worker is gone, or when the stream ends.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
+
+use super::metrics;
+use super::outlet::Outlet;
+use super::worker::{Frame, Steps, Work};
+use crate::batch::{Batch, Offset};
+use crate::stream::{Cursor, GapCause, Read, ReadError};
+
+const ROOM_UNIT_BYTES: usize = 1_024;
+
+/// What a pipeline tells a lane.
+pub enum LaneControl {
+    /// New steps, one set a worker, where there are some; and whether to wait.
+    Chain { steps: Option<Vec<Steps>>, hold: bool },
+    /// One more sink; where it begins is stored in `starts_at`.
+    Attach { outlet: Outlet, starts_at: Arc<AtomicU64> },
+}
+
+pub struct Reader {
+    pub pipeline: Arc<str>,
+    pub cursor: Box<dyn Cursor>,
+    pub workers: Vec<mpsc::Sender<Work>>,
+    pub control: mpsc::Receiver<LaneControl>,
+    /// Bytes read and not through the steps.
+    pub room: Arc<Semaphore>,
+    pub room_max: u32,
+    pub position: Arc<AtomicU64>,
+    pub progress_every: Duration,
+    pub hold: bool,
+    pub stop: CancellationToken,
+}
+
+/// A worker's queue closed: it says itself why.
+struct WorkerGone;
+
+pub fn room_units(bytes: u64) -> u32 {
+    (bytes / ROOM_UNIT_BYTES as u64).clamp(1, 1 << 30) as u32
+}
+
+impl Reader {
+    pub async fn run(mut self) -> Result<(), ReadError> {
+        let stop = self.stop.clone();
+        tokio::select! {
+            biased;
+            // Wherever it is: a frame that only some workers got is read again
+            // by those that did not, since each has a progress of its own.
+            () = stop.cancelled() => Ok(()),
+            ended = self.read() => ended,
+        }
+    }
+
+    async fn read(&mut self) -> Result<(), ReadError> {
+        let mut tick = tokio::time::interval(self.progress_every);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut told = self.cursor.position();
+        loop {
+            let done = tokio::select! {
+                biased;
+                control = self.control.recv() => match control {
+                    Some(control) => self.obey(control).await,
+                    None => return Ok(()),
+                },
+                _ = tick.tick() => {
+                    let upto = self.cursor.position();
+                    if upto == told {
+                        continue;
+                    }
+                    told = upto;
+                    self.progress(upto).await
+                }
+                read = self.cursor.next(), if !self.hold => match read? {
+                    Read::Batch(batch) => self.frame(batch).await,
+                    Read::Gap { from, to, cause } => self.gap(from, to, cause).await,
+                },
+            };
+            if done.is_err() {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn frame(&mut self, batch: Batch) -> Result<(), WorkerGone> {
+        let upto = self.cursor.position();
+        let bytes: usize = batch.segments.iter().map(bytes::Bytes::len).sum();
+        let units = room_units(bytes as u64).min(self.room_max);
+        let room = Arc::clone(&self.room).acquire_many_owned(units).await.map_err(|_| WorkerGone)?;
+        let count = self.workers.len();
+        let mut wanted = vec![false; count];
+        for entry in &batch.entries {
+            wanted[usize::from(entry.partition.0) % count] = true;
+        }
+        let frame = Arc::new(Frame { batch, upto, _room: room });
+        for (worker, _) in self.workers.iter().zip(wanted).filter(|(_, wanted)| *wanted) {
+            worker.send(Work::Frame(Arc::clone(&frame))).await.map_err(|_| WorkerGone)?;
+        }
+        self.position.store(upto.0, Ordering::Release);
+        Ok(())
+    }
+
+    async fn gap(&mut self, from: Offset, to: Offset, cause: GapCause) -> Result<(), WorkerGone> {
+        let cause = match cause {
+            GapCause::Damaged => "damaged",
+            GapCause::Trimmed => "trimmed",
+        };
+        tracing::error!(pipeline = %self.pipeline, from = from.0, to = to.0, cause, "messages are lost to this pipeline");
+        metrics::gap(&self.pipeline, cause).increment(to.0 - from.0);
+        self.progress(to).await
+    }
+
+    async fn progress(&mut self, upto: Offset) -> Result<(), WorkerGone> {
+        for worker in &self.workers {
+            worker.send(Work::Progress { upto }).await.map_err(|_| WorkerGone)?;
+        }
+        self.position.store(upto.0, Ordering::Release);
+        Ok(())
+    }
+
+    async fn obey(&mut self, control: LaneControl) -> Result<(), WorkerGone> {
+        match control {
+            LaneControl::Chain { steps, hold } => {
+                for (worker, steps) in self.workers.iter().zip(steps.into_iter().flatten()) {
+                    worker.send(Work::Flip(steps)).await.map_err(|_| WorkerGone)?;
+                }
+                self.hold = hold;
+            }
+            LaneControl::Attach { outlet, starts_at } => {
+                let from = self.cursor.position();
+                // Each worker's own progress comes up to the place first.
+                self.progress(from).await?;
+                for worker in &self.workers {
+                    let outlet = outlet.clone();
+                    worker.send(Work::Attach { outlet, from }).await.map_err(|_| WorkerGone)?;
+                }
+                starts_at.store(from.0, Ordering::Release);
+            }
+        }
+        Ok(())
+    }
+}

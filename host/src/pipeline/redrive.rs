@@ -1,0 +1,430 @@
+//! Sends dead letters again, each once however often it is asked for.
+//!
+//! A redrive first copies the letters it is asked for to the end of the dead
+//! letters and marks them, in one append: a letter is copied once or not at
+//! all. Then it delivers copies, in order, with positions of its own in each
+//! sink (pipeline `NAME/redrive`, the log of the dead letters), so that a copy
+//! becomes a row once even where a redrive died half-way: the next one goes on
+//! with what is left. What is refused again is a new letter.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, oneshot};
+
+use super::dead_letters::{DeadLetters, Error as DeadLettersError, Refusal, Source, index_within_offset, new_message};
+use super::delivery::{Control, Lend};
+use super::letter::{self, Letter};
+use super::metrics::SinkMetrics;
+use super::routes::Sorted;
+use super::worker::Shared;
+use super::writer::{Failed, Refusals, Writer};
+use crate::batch::{Batch, MessageRef, Offset, Span};
+use crate::sinks::{Rows, Sink};
+use crate::step::{Chain, Refused, RefusedKind, Step};
+use crate::stream::{AppendError, Read, ReadError, StateChange, Stream, Ticket};
+
+/// State key of a letter that has a copy: then its offset, big-endian.
+const DONE_PREFIX: &[u8] = b"rd";
+/// Runs of one message that asks for a retry.
+const ATTEMPTS_MAX: u32 = 3;
+/// Letters of one `ids` filter and of a listing.
+const LIST_MAX: usize = 100_000;
+
+/// Which letters.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Filter {
+    /// Only those that this sink refused.
+    pub sink: Option<String>,
+    /// Only those that this step refused.
+    pub step: Option<String>,
+    /// Only these, by their offset in the dead letters.
+    pub ids: Option<Vec<Offset>>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Summary {
+    /// Rows written.
+    pub sent: u64,
+    /// Refused again: new letters.
+    pub refused: u64,
+    /// Sinks that could not take theirs, and why: ask again later.
+    pub failed: Vec<String>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum RedriveError {
+    #[error("the pipeline has no steps yet: wait until it runs")]
+    NoSteps,
+    #[error(transparent)]
+    DeadLetters(#[from] DeadLettersError),
+    #[error("step {0} cannot start: {1}")]
+    Step(String, String),
+}
+
+impl From<ReadError> for RedriveError {
+    fn from(error: ReadError) -> Self {
+        Self::DeadLetters(error.into())
+    }
+}
+
+/// Whether a message of the dead letters is a letter that nobody sent again.
+pub fn is_open(dead_letters: &dyn Stream, message: &MessageRef<'_>) -> bool {
+    Letter::of(message).is_some_and(|letter| !letter.is_copy())
+        && dead_letters.state(&done_key(message.offset())).is_empty()
+}
+
+/// Offsets of the letters that nobody sent again, oldest first, at most 100,000.
+pub async fn list_open(dead_letters: &dyn Stream, pipeline: Option<&str>) -> Result<Vec<Offset>, ReadError> {
+    let done = done_offsets(dead_letters);
+    let mut open = Vec::new();
+    each(dead_letters, |batch| {
+        for message in batch.messages() {
+            let wanted = Letter::of(&message).is_some_and(|letter| {
+                !letter.is_copy() && pipeline.is_none_or(|pipeline| letter.pipeline == pipeline)
+            });
+            if wanted && !done.contains(&message.offset().0) && open.len() < LIST_MAX {
+                open.push(message.offset());
+            }
+        }
+        Ok(())
+    })
+    .await?;
+    Ok(open)
+}
+
+pub async fn run(
+    filter: &Filter,
+    chain: &Chain,
+    shared: &Arc<Shared>,
+    dead_letters: &Arc<dyn Stream>,
+    lenders: &[(String, mpsc::Sender<Control>)],
+) -> Result<Summary, RedriveError> {
+    copy_wanted(filter, shared, dead_letters).await?;
+    let name = format!("{}/redrive", shared.name);
+    let identity = dead_letters.identity();
+    let letters = DeadLetters::open(Arc::clone(dead_letters), &shared.name, identity, dead_letters.name()).await?;
+    let letters = Arc::new(letters);
+    letters.remember_from(Offset(0)).await?;
+    letters.check_all();
+    let mut steps = instances(chain).await?;
+    let mut summary = Summary::default();
+    for (sink, lender) in lenders {
+        let Some(borrowed) = Borrowed::take(lender).await else {
+            summary.failed.push(format!("sink \"{sink}\" has stopped"));
+            continue;
+        };
+        let mut writer = Writer {
+            sink: None,
+            claim: super::claim(&name, sink, identity),
+            letters: Arc::clone(&letters),
+            metrics: SinkMetrics::new(&name, sink),
+            failures: shared.failures.clone(),
+            refusals: Refusals::new(1.0),
+            positions: Vec::new(),
+            refused: 0,
+        };
+        let number = lenders.iter().position(|(name, _)| name == sink).unwrap_or_default();
+        let (sink_back, result) =
+            deliver(&mut writer, borrowed.sink, number, &mut steps, shared, dead_letters, &mut summary).await;
+        // Given back whatever happened: the delivery opens its own claim again.
+        drop(borrowed.back.send(sink_back));
+        if let Err(failed) = result? {
+            let (Failed::Later { reason, .. } | Failed::Stop(reason)) = failed;
+            summary.failed.push(format!("sink \"{sink}\": {reason}"));
+        }
+        summary.refused += writer.refused;
+    }
+    Ok(summary)
+}
+
+/// Copies and marks, one append a letter, so that each is copied once.
+async fn copy_wanted(
+    filter: &Filter,
+    shared: &Shared,
+    dead_letters: &Arc<dyn Stream>,
+) -> Result<(), RedriveError> {
+    let done = done_offsets(&**dead_letters);
+    let partitions = dead_letters.identity().partitions;
+    let end = dead_letters.bounds().end;
+    let mut cursor = dead_letters.cursor(dead_letters.bounds().start);
+    let mut last = Ticket::default();
+    while cursor.position() < end
+        && let Some(read) = cursor.try_next().await?
+    {
+        let Read::Batch(batch) = read else { continue };
+        for message in batch.messages().filter(|message| message.offset() < end) {
+            let Some(letter) = Letter::of(&message) else { continue };
+            let wanted = !letter.is_copy()
+                && letter.pipeline == &*shared.name
+                && filter.sink.as_deref().is_none_or(|sink| letter.sink == Some(sink))
+                && filter.step.as_deref().is_none_or(|step| letter.step == Some(step))
+                && filter.ids.as_ref().is_none_or(|ids| ids.contains(&message.offset()))
+                && !done.contains(&message.offset().0);
+            if !wanted {
+                continue;
+            }
+            let properties = letter::copy_properties(&message);
+            let copy = new_message(&message, &properties, partitions);
+            let key = done_key(message.offset());
+            let mark = StateChange { key: &key, value: Some(&[]) };
+            last = loop {
+                match dead_letters.append(&[copy], &[mark]) {
+                    Ok(appended) => break appended.ticket,
+                    Err(AppendError::Full | AppendError::NoSpace) => dead_letters.writable().await,
+                    Err(error) => return Err(DeadLettersError::from(error).into()),
+                }
+            };
+        }
+    }
+    if last != Ticket::default() && dead_letters.durable().wait_for(|ticket| *ticket >= last).await.is_err() {
+        let reason = dead_letters.stopped().await;
+        return Err(DeadLettersError::from(AppendError::Stopped(reason)).into());
+    }
+    Ok(())
+}
+
+type Delivered = Result<Result<(), Failed>, RedriveError>;
+
+/// Delivers one sink's part of all copies that it has not got.
+async fn deliver(
+    writer: &mut Writer,
+    sink: Box<dyn Sink>,
+    number: usize,
+    steps: &mut [Box<dyn Step>],
+    shared: &Arc<Shared>,
+    dead_letters: &Arc<dyn Stream>,
+    summary: &mut Summary,
+) -> (Box<dyn Sink>, Delivered) {
+    writer.sink = Some(sink);
+    let result = deliver_with(writer, number, steps, shared, dead_letters, summary).await;
+    let sink = writer.sink.take().expect("nobody borrows from a redrive");
+    (sink, result)
+}
+
+async fn deliver_with(
+    writer: &mut Writer,
+    number: usize,
+    steps: &mut [Box<dyn Step>],
+    shared: &Arc<Shared>,
+    dead_letters: &Arc<dyn Stream>,
+    summary: &mut Summary,
+) -> Delivered {
+    if let Err(failed) = writer.open(dead_letters.bounds().start).await {
+        return Ok(Err(failed));
+    }
+    let name = writer.claim.sink.clone();
+    let end = dead_letters.bounds().end;
+    let from = writer.positions.iter().copied().min().unwrap_or_default();
+    let mut cursor = dead_letters.cursor(from);
+    while cursor.position() < end
+        && let Some(read) = cursor.try_next().await?
+    {
+        let Read::Batch(batch) = read else { continue };
+        let mut rows = Rows::default();
+        let mut refused_before = HashSet::new();
+        for i in 0..batch.len() {
+            let message = batch.message(i);
+            let position = writer.positions[usize::from(message.entry.partition.0)];
+            let Some(letter) = Letter::of(&message) else { continue };
+            if !letter.is_copy() || letter.pipeline != &*shared.name || message.offset() < position {
+                continue;
+            }
+            let out = match letter.source() {
+                Source::Sink(refused_by) if refused_by != name => continue,
+                Source::Sink(_) => Some(original(&batch, i)),
+                Source::Step(step) => {
+                    let (sorted, refused) = through(original(&batch, i), step, steps, shared, &writer.letters).await?;
+                    summary.refused += refused;
+                    sorted.and_then(|sorted| sorted.for_sink(number))
+                }
+            };
+            let Some(mut out) = out else { continue };
+            for entry in &mut out.entries {
+                entry.partition = message.entry.partition;
+            }
+            let known = |j: &usize| {
+                let offset = out.offset(&out.entries[*j]);
+                writer.letters.contains(Source::Sink(&name), offset, index_within_offset(&out, *j))
+            };
+            refused_before.extend((0..out.len()).filter(known).map(|j| rows.len() + j));
+            rows.push_batch(out);
+        }
+        if !refused_before.is_empty() {
+            rows = rows.select((0..rows.len()).filter(|row| !refused_before.contains(row)));
+        }
+        let count = rows.len() as u64;
+        let refused = writer.refused;
+        let upto = vec![cursor.position(); writer.positions.len()];
+        if let Err(error) = writer.letters.durable(writer.letters.ticket()).await {
+            return Ok(Err(Failed::Stop(error.to_string())));
+        }
+        if rows.is_empty() && cursor.position() < end {
+            continue;
+        }
+        if let Err(failed) = writer.write(&mut rows, &upto).await {
+            summary.sent += count - rows.len() as u64 - (writer.refused - refused);
+            return Ok(Err(failed));
+        }
+        summary.sent += count - (writer.refused - refused);
+    }
+    Ok(Ok(()))
+}
+
+/// A copy as the message that was refused.
+fn original(batch: &Batch, i: usize) -> Batch {
+    let message = batch.message(i);
+    let properties = letter::without_letter(message.properties());
+    let mut entry = *message.entry;
+    let mut segments = batch.segments.clone();
+    entry.properties = Span::new(segments.len(), 0, properties.len());
+    segments.push(properties.into());
+    Batch { base: batch.base, now_us: batch.now_us, segments, entries: vec![entry] }
+}
+
+/// Runs a message from the step on that refused it. What is refused again
+/// becomes a new letter, once for all sinks.
+async fn through(
+    mut batch: Batch,
+    from: &str,
+    steps: &mut [Box<dyn Step>],
+    shared: &Shared,
+    letters: &DeadLetters,
+) -> Result<(Option<Sorted>, u64), RedriveError> {
+    let mut refused = 0;
+    let begin = if from == super::ROUTES_STEP {
+        steps.len()
+    } else {
+        match steps.iter().position(|step| &*step.id().step == from) {
+            Some(place) => place,
+            None => {
+                let reason = format!("step \"{from}\" is not among the pipeline's steps any more");
+                let again = [Refused { index: 0, kind: RefusedKind::Failed, reason }];
+                refused += refuse(&batch, from, &again, letters).await?;
+                return Ok((None, refused));
+            }
+        }
+    };
+    for step in &mut steps[begin..] {
+        let name = Arc::clone(&step.id().step);
+        let partition = batch.entries.first().map(|entry| entry.partition).unwrap_or_default();
+        let all = (0..batch.len() as u32).collect::<Vec<_>>();
+        let mut attempt = 0;
+        let outcome = loop {
+            // A step runs within its limits: this blocks no longer than that.
+            let outcome = tokio::task::block_in_place(|| step.run(batch.clone(), partition, attempt));
+            match &outcome.retry {
+                Some(_) if attempt + 1 < ATTEMPTS_MAX => attempt += 1,
+                _ => break outcome,
+            }
+        };
+        if let Some(reason) = &outcome.retry {
+            let again: Vec<_> = all
+                .iter()
+                .map(|index| Refused { index: *index, kind: RefusedKind::Retries, reason: reason.clone() })
+                .collect();
+            refused += refuse(&batch, &name, &again, letters).await?;
+            return Ok((None, refused));
+        }
+        refused += refuse(&batch, &name, &outcome.refused, letters).await?;
+        batch = outcome.passed;
+        if batch.is_empty() {
+            return Ok((None, refused));
+        }
+    }
+    let sorted = shared.routes.sort(batch);
+    let unknown: Vec<_> = sorted
+        .unknown
+        .iter()
+        .map(|i| Refused {
+            index: *i as u32,
+            kind: RefusedKind::Failed,
+            reason: shared.routes.unknown_reason(sorted.batch.message(*i).route()),
+        })
+        .collect();
+    refused += refuse(&sorted.batch, super::ROUTES_STEP, &unknown, letters).await?;
+    Ok((Some(sorted), refused))
+}
+
+/// How many of them had no letter from an earlier run or for another sink.
+async fn refuse(
+    batch: &Batch,
+    step: &str,
+    refused: &[Refused],
+    letters: &DeadLetters,
+) -> Result<u64, RedriveError> {
+    let refusals: Vec<_> = refused
+        .iter()
+        .map(|refused| Refusal {
+            message: batch.message(refused.index as usize),
+            source: Source::Step(step),
+            kind: refused.kind,
+            reason: &refused.reason,
+            index: index_within_offset(batch, refused.index as usize),
+        })
+        .filter(|refusal| !letters.contains(refusal.source, refusal.message.offset(), refusal.index))
+        .collect();
+    letters.refuse(&refusals).await?;
+    Ok(refusals.len() as u64)
+}
+
+async fn instances(chain: &Chain) -> Result<Vec<Box<dyn Step>>, RedriveError> {
+    let chain = chain.clone();
+    let make = move || {
+        let mut steps = Vec::new();
+        for factory in chain.steps.iter() {
+            let made = factory.instantiate(0).map_err(|problems| {
+                let first = problems.first().map_or(String::new(), |problem| problem.message.clone());
+                RedriveError::Step(factory.describe(), first)
+            })?;
+            steps.push(made);
+        }
+        Ok(steps)
+    };
+    match tokio::task::spawn_blocking(make).await {
+        Ok(made) => made,
+        Err(_) => Err(RedriveError::Step("?".to_owned(), "it panicked".to_owned())),
+    }
+}
+
+struct Borrowed {
+    sink: Box<dyn Sink>,
+    back: oneshot::Sender<Box<dyn Sink>>,
+}
+
+impl Borrowed {
+    /// `None`: its delivery has stopped.
+    async fn take(lender: &mpsc::Sender<Control>) -> Option<Self> {
+        let (give, given) = oneshot::channel();
+        let (back, returned) = oneshot::channel();
+        lender.send(Control::Lend(Lend { give, back: returned })).await.ok()?;
+        Some(Self { sink: given.await.ok()?, back })
+    }
+}
+
+async fn each(
+    dead_letters: &dyn Stream,
+    mut take: impl FnMut(&Batch) -> Result<(), ReadError>,
+) -> Result<(), ReadError> {
+    let end = dead_letters.bounds().end;
+    let mut cursor = dead_letters.cursor(dead_letters.bounds().start);
+    while cursor.position() < end
+        && let Some(read) = cursor.try_next().await?
+    {
+        if let Read::Batch(batch) = read {
+            take(&batch)?;
+        }
+    }
+    Ok(())
+}
+
+fn done_key(offset: Offset) -> Vec<u8> {
+    [DONE_PREFIX, &offset.0.to_be_bytes()].concat()
+}
+
+fn done_offsets(dead_letters: &dyn Stream) -> HashSet<u64> {
+    let offset = |(key, _): (Vec<u8>, Vec<u8>)| {
+        key.strip_prefix(DONE_PREFIX).and_then(|rest| rest.try_into().ok()).map(u64::from_be_bytes)
+    };
+    dead_letters.state(DONE_PREFIX).into_iter().filter_map(offset).collect()
+}

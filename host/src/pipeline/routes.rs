@@ -1,0 +1,159 @@
+//! From the route that a step gave a message to the sinks that take it.
+
+use super::config::{Config, DEFAULT_ROUTE};
+use crate::batch::Batch;
+
+/// A sink by its place in the pipeline's list.
+pub type SinkNumber = usize;
+
+pub struct Routes {
+    /// By name; the default first.
+    routes: Vec<(String, Vec<SinkNumber>)>,
+}
+
+/// A batch and which of its entries each sink takes.
+pub struct Sorted {
+    pub batch: Batch,
+    /// Entries whose route nobody knows.
+    pub unknown: Vec<usize>,
+    to: To,
+}
+
+enum To {
+    /// All entries took the same route.
+    All(Vec<SinkNumber>),
+    /// Per entry: the place of its route, or `None`.
+    Each(Vec<Option<usize>>, Vec<Vec<SinkNumber>>),
+}
+
+impl Routes {
+    /// `sinks`: the pipeline's list. A sink that is not in it takes nothing:
+    /// the config's check is where that is said.
+    pub fn new(config: &Config, sinks: &[String]) -> Self {
+        let number = |name: &String| sinks.iter().position(|sink| sink == name);
+        let mut routes: Vec<_> = config
+            .routes
+            .iter()
+            .map(|(route, target)| (route.clone(), target.sinks().iter().filter_map(number).collect()))
+            .collect();
+        routes.sort_by_key(|(route, _): &(String, Vec<_>)| route != DEFAULT_ROUTE);
+        Self { routes }
+    }
+
+    pub fn sort(&self, batch: Batch) -> Sorted {
+        let mut places = Vec::new();
+        let mut unknown = Vec::new();
+        let mut last: (&str, Option<usize>) = ("", self.place(""));
+        let mut same = true;
+        for i in 0..batch.len() {
+            let route = batch.message(i).route();
+            if route != last.0 {
+                if same && i > 0 {
+                    places = vec![last.1; i];
+                    same = false;
+                }
+                last = (route, self.place(route));
+            }
+            if !same {
+                places.push(last.1);
+            }
+            if last.1.is_none() {
+                unknown.push(i);
+            }
+        }
+        let to = if same {
+            To::All(last.1.map(|place| self.routes[place].1.clone()).unwrap_or_default())
+        } else {
+            To::Each(places, self.routes.iter().map(|(_, sinks)| sinks.clone()).collect())
+        };
+        Sorted { batch, unknown, to }
+    }
+
+    /// `route "fast" is not one of this pipeline's routes: alert, default`
+    pub fn unknown_reason(&self, route: &str) -> String {
+        let mut known: Vec<_> = self.routes.iter().map(|(route, _)| route.as_str()).collect();
+        known.sort_unstable();
+        format!("route \"{route}\" is not one of this pipeline's routes: {}", known.join(", "))
+    }
+
+    fn place(&self, route: &str) -> Option<usize> {
+        let route = if route.is_empty() { DEFAULT_ROUTE } else { route };
+        self.routes.iter().position(|(name, _)| name == route)
+    }
+}
+
+impl Sorted {
+    /// The entries that a sink takes, in order.
+    pub fn for_sink(&self, sink: SinkNumber) -> Option<Batch> {
+        match &self.to {
+            To::All(sinks) => sinks.contains(&sink).then(|| self.batch.clone()),
+            To::Each(places, routes) => {
+                let mut place = places.iter();
+                let batch = self.batch.filtered(|_| {
+                    place.next().is_some_and(|place| place.is_some_and(|place| routes[place].contains(&sink)))
+                });
+                (!batch.is_empty()).then_some(batch)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::{Entry, Span};
+    use crate::pipeline::config::RouteTarget;
+
+    fn routes() -> Routes {
+        let target = |names: &[&str]| RouteTarget::Several(names.iter().map(|n| (*n).to_owned()).collect());
+        let config = Config {
+            routes: [
+                ("default".to_owned(), target(&["w"])),
+                ("alert".to_owned(), target(&["w", "a"])),
+                ("noise".to_owned(), target(&["drop"])),
+            ]
+            .into(),
+            ..Config::default()
+        };
+        Routes::new(&config, &["w".to_owned(), "a".to_owned()])
+    }
+
+    fn batch(routes: &[&str]) -> Batch {
+        let mut bytes = Vec::new();
+        let mut entries = Vec::new();
+        for (i, route) in routes.iter().enumerate() {
+            let span = Span::new(0, bytes.len(), route.len());
+            bytes.extend_from_slice(route.as_bytes());
+            entries.push(Entry { offset: i as u32, route: span, ..Entry::default() });
+        }
+        Batch { segments: vec![bytes.into()], entries, ..Batch::default() }
+    }
+
+    fn taken(sorted: &Sorted, sink: usize) -> Vec<u32> {
+        sorted.for_sink(sink).map_or(Vec::new(), |batch| batch.entries.iter().map(|e| e.offset).collect())
+    }
+
+    #[test]
+    fn each_sink_takes_what_its_routes_bring() {
+        let sorted = routes().sort(batch(&["", "alert", "noise", "default", "what"]));
+        assert_eq!(taken(&sorted, 0), [0, 1, 3]);
+        assert_eq!(taken(&sorted, 1), [1]);
+        assert_eq!(sorted.unknown, [4]);
+    }
+
+    #[test]
+    fn a_batch_of_one_route_goes_as_it_is() {
+        let sorted = routes().sort(batch(&["alert", "alert"]));
+        assert_eq!((taken(&sorted, 0), taken(&sorted, 1)), (vec![0, 1], vec![0, 1]));
+        let sorted = routes().sort(batch(&["what", "what"]));
+        assert_eq!((taken(&sorted, 0), sorted.unknown), (vec![], vec![0, 1]));
+    }
+
+    #[test]
+    fn an_unknown_route_is_told_with_the_known_ones() {
+        assert_eq!(
+            routes().unknown_reason("fast"),
+            "route \"fast\" is not one of this pipeline's routes: alert, default, noise"
+        );
+    }
+}

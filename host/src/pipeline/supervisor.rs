@@ -1,0 +1,555 @@
+//! Keeps a pipeline going: puts sinks into lanes, gives lanes new steps, splits
+//! off the sink that holds the others up and takes it back when it has caught
+//! up. The task ends when every lane and delivery has, which `shutdown` starts.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
+
+use super::dead_letters::DeadLetters;
+use super::delivery::{Control, Event};
+use super::lane::{Lane, LaneEnded, LaneId};
+use super::metrics::SinkMetrics;
+use super::outlet::{Outlet, outlet};
+use super::reader::LaneControl;
+use super::routes::SinkNumber;
+use super::status::{PipelineStatus, SinkShared, SinkStatus, State};
+use super::swap::instantiate;
+use super::worker::Shared;
+use crate::batch::Offset;
+use crate::step::Chain;
+use crate::stream::Stream;
+
+/// A sink this close behind the first lane's reader moves over to it.
+const MERGE_DISTANCE_MESSAGES: u64 = 16_384;
+/// After the patience for draining: for tasks to see that it is over.
+const ABORT_WAIT: Duration = Duration::from_secs(5);
+/// Ends of lanes not looked at.
+const LANE_ENDS_MAX: usize = 64;
+
+/// A sink as its pipeline sees it.
+pub struct Member {
+    pub name: String,
+    pub control: mpsc::Sender<Control>,
+    pub shared: Arc<SinkShared>,
+    lane: Option<LaneId>,
+    /// Open and in no lane: where it goes on.
+    ready_from: Option<Offset>,
+    joining: bool,
+    ended: bool,
+}
+
+impl Member {
+    pub fn new(name: String, control: mpsc::Sender<Control>) -> Self {
+        let shared = Arc::new(SinkShared::new(&name));
+        Self { name, control, shared, lane: None, ready_from: None, joining: false, ended: false }
+    }
+}
+
+/// What others read of a pipeline.
+pub struct Board {
+    name: String,
+    stream: Arc<dyn Stream>,
+    sinks: Vec<Arc<SinkShared>>,
+    letters: Arc<DeadLetters>,
+    shown: Mutex<Shown>,
+}
+
+struct Shown {
+    state: State,
+    read: Offset,
+    chain: Option<Chain>,
+    swap_refused: Option<String>,
+    own_lane: Vec<bool>,
+}
+
+impl Board {
+    pub fn new(
+        name: &str,
+        stream: Arc<dyn Stream>,
+        sinks: Vec<Arc<SinkShared>>,
+        letters: Arc<DeadLetters>,
+    ) -> Self {
+        let shown = Shown {
+            state: State::Starting,
+            read: Offset(0),
+            chain: None,
+            swap_refused: None,
+            own_lane: vec![false; sinks.len()],
+        };
+        Self { name: name.to_owned(), stream, sinks, letters, shown: Mutex::new(shown) }
+    }
+
+    /// The steps that run.
+    pub fn chain(&self) -> Option<Chain> {
+        self.lock().chain.clone()
+    }
+
+    pub fn status(&self) -> PipelineStatus {
+        let end = self.stream.bounds().end;
+        let shown = self.lock();
+        let sink = |(shared, own_lane): (&Arc<SinkShared>, &bool)| {
+            let committed = shared.committed.load(Ordering::Acquire);
+            let committed = (committed != u64::MAX).then_some(Offset(committed));
+            SinkStatus {
+                name: shared.name.clone(),
+                state: shared.state(),
+                committed,
+                lag_messages: committed.map_or(0, |committed| end.0.saturating_sub(committed.0)),
+                own_lane: *own_lane,
+            }
+        };
+        let state = match (&shown.state, self.letters.waiting()) {
+            (State::Running, Some(reason)) => State::Holding(reason),
+            (state, _) => state.clone(),
+        };
+        PipelineStatus {
+            name: self.name.clone(),
+            stream: self.stream.name().to_owned(),
+            state,
+            chain: shown.chain.as_ref().map(|chain| chain.generation),
+            swap_refused: shown.swap_refused.clone(),
+            read: shown.read,
+            end,
+            sinks: self.sinks.iter().zip(&shown.own_lane).map(sink).collect(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Shown> {
+        self.shown.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+pub struct Supervisor {
+    shared: Arc<Shared>,
+    stream: Arc<dyn Stream>,
+    chain: watch::Receiver<Chain>,
+    /// The chain that runs.
+    active: Option<Chain>,
+    swap_refused: Option<String>,
+    /// The newest chain waits for room in a lane's orders.
+    swap_due: bool,
+    members: Vec<Member>,
+    lanes: Vec<Lane>,
+    /// The lane that the others join.
+    main: Option<LaneId>,
+    lanes_made: u64,
+    inbox: mpsc::Receiver<Event>,
+    lane_ends: (mpsc::Sender<LaneEnded>, mpsc::Receiver<LaneEnded>),
+    /// Lanes whose threads still run.
+    running: usize,
+    shutdown: CancellationToken,
+    board: Arc<Board>,
+    failed: Option<String>,
+    started: Instant,
+    window: Instant,
+    /// By sink: how long workers had waited for it when the window began.
+    blocked_us: Vec<u64>,
+    gauges: Vec<SinkMetrics>,
+}
+
+impl Supervisor {
+    pub fn new(
+        shared: Arc<Shared>,
+        stream: Arc<dyn Stream>,
+        mut chain: watch::Receiver<Chain>,
+        members: Vec<Member>,
+        inbox: mpsc::Receiver<Event>,
+        shutdown: CancellationToken,
+        board: Arc<Board>,
+    ) -> Self {
+        chain.mark_changed();
+        let gauges = members.iter().map(|member| SinkMetrics::new(&shared.name, &member.name)).collect();
+        Self {
+            blocked_us: vec![0; members.len()],
+            gauges,
+            shared,
+            stream,
+            chain,
+            active: None,
+            swap_refused: None,
+            swap_due: false,
+            members,
+            lanes: Vec::new(),
+            main: None,
+            lanes_made: 0,
+            inbox,
+            lane_ends: mpsc::channel(LANE_ENDS_MAX),
+            running: 0,
+            shutdown,
+            board,
+            failed: None,
+            started: Instant::now(),
+            window: Instant::now(),
+        }
+    }
+
+    pub async fn run(mut self) {
+        let lag_after = self.shared.config.lag_after.0;
+        let mut tick =
+            tokio::time::interval((lag_after / 4).clamp(Duration::from_millis(5), Duration::from_millis(500)));
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                biased;
+                () = self.shutdown.cancelled() => break,
+                Some(event) = self.inbox.recv() => self.hear(event).await,
+                Some(ended) = self.lane_ends.1.recv() => self.lane_ended(ended),
+                changed = self.chain.changed(), if self.chain.has_changed().is_ok() => {
+                    if changed.is_ok() {
+                        self.swap().await;
+                    }
+                }
+                _ = tick.tick() => self.look_after().await,
+            }
+            self.show();
+        }
+        self.stop().await;
+    }
+
+    async fn hear(&mut self, event: Event) {
+        match event {
+            Event::Ready { sink, from } => {
+                self.take_out(sink);
+                self.members[sink].ready_from = Some(from);
+                self.place_all().await;
+            }
+            Event::Joined { sink } => {
+                let main = self.main;
+                for lane in self.lanes.iter_mut().filter(|lane| Some(lane.id) != main) {
+                    lane.outlets.retain(|outlet| outlet.sink != sink);
+                }
+                self.members[sink].joining = false;
+                self.members[sink].lane = main;
+                self.drop_empty_lanes();
+                tracing::info!(pipeline = %self.shared.name, sink = self.members[sink].name, "the sink has caught up");
+            }
+            Event::Ended { sink, stopped } => {
+                self.take_out(sink);
+                self.members[sink].ended = true;
+                if let Some(reason) = stopped {
+                    tracing::debug!(sink = self.members[sink].name, reason, "a delivery ended");
+                }
+            }
+        }
+    }
+
+    /// Puts every sink that waits into a lane: at the start all into one, later
+    /// each into its own, from which it moves over when it has caught up.
+    async fn place_all(&mut self) {
+        if self.active.is_none() || self.failed.is_some() {
+            return;
+        }
+        let waiting = |member: &Member| member.ready_from.is_some();
+        if self.main.is_none() {
+            let all = self.members.iter().all(|member| member.ended || waiting(member));
+            let late = self.started.elapsed() >= self.shared.config.lag_after.0;
+            let ready: Vec<_> = (0..self.members.len()).filter(|i| waiting(&self.members[*i])).collect();
+            if !ready.is_empty() && (all || late) {
+                self.main = self.open_lane(&ready).await;
+            }
+            return;
+        }
+        for sink in 0..self.members.len() {
+            if waiting(&self.members[sink]) {
+                self.open_lane(&[sink]).await;
+            }
+        }
+    }
+
+    async fn open_lane(&mut self, sinks: &[SinkNumber]) -> Option<LaneId> {
+        let chain = self.active.clone()?;
+        let workers = self.shared.config.worker_count();
+        let mut made = match instantiate(&chain, workers, 1).await {
+            Ok(made) => made,
+            Err(reason) => {
+                self.swap_refused = Some(reason);
+                return None;
+            }
+        };
+        let from = sinks.iter().filter_map(|sink| self.members[*sink].ready_from).min()?;
+        if self.lanes.is_empty() && self.running == 0 {
+            self.shared.letters.check_redelivered();
+        } else {
+            self.shared.letters.check_all();
+        }
+        let id = self.lanes_made;
+        let (outlets, intakes): (Vec<_>, Vec<_>) =
+            sinks.iter().map(|sink| outlet(*sink, self.shared.config.sink_queue_bytes_max.0)).unzip();
+        let steps = (made.pop()?, chain.hold.is_some());
+        let ends = self.lane_ends.0.clone();
+        let lane = match Lane::start(id, &self.shared, &self.stream, from, steps, outlets, ends) {
+            Ok(lane) => lane,
+            Err(error) => {
+                self.fail(format!("cannot start worker threads: {error}"));
+                return None;
+            }
+        };
+        self.lanes_made += 1;
+        self.running += 1;
+        self.lanes.push(lane);
+        for (sink, intake) in sinks.iter().zip(intakes) {
+            let member = &mut self.members[*sink];
+            member.ready_from = None;
+            member.lane = Some(id);
+            // A delivery that is ready has an empty queue; one that ended sends `Ended`.
+            drop(member.control.try_send(Control::Start(intake)));
+        }
+        self.new_window();
+        Some(id)
+    }
+
+    /// New steps: instances for every worker of every lane, or nothing changes.
+    async fn swap(&mut self) {
+        let next = self.chain.borrow_and_update().clone();
+        let same = self.active.as_ref().is_some_and(|active| active.generation == next.generation);
+        let lanes = if same { 0 } else { self.lanes.len().max(1) };
+        let made = match instantiate(&next, self.shared.config.worker_count(), lanes).await {
+            Ok(made) => made,
+            Err(reason) => {
+                self.shared.metrics.flip_refused.increment(1);
+                self.shared.failures.report(
+                    &format!("pipeline \"{}\": new steps refused, the old ones go on", self.shared.name),
+                    1,
+                    &reason,
+                    "headworks plugin list",
+                );
+                self.swap_refused = Some(reason);
+                return;
+            }
+        };
+        // Room for the order in every lane before any gets it: all or none.
+        let rooms: Result<Vec<_>, _> =
+            self.lanes.iter().map(|lane| lane.control.clone().try_reserve_owned()).collect();
+        let Ok(rooms) = rooms else {
+            self.swap_due = true;
+            return;
+        };
+        let mut made = made.into_iter();
+        for room in rooms {
+            room.send(LaneControl::Chain { steps: made.next(), hold: next.hold.is_some() });
+        }
+        if !same {
+            self.shared.metrics.flipped.increment(1);
+        }
+        self.swap_due = false;
+        self.swap_refused = None;
+        self.active = Some(next);
+        self.place_all().await;
+    }
+
+    async fn look_after(&mut self) {
+        if self.swap_due {
+            self.swap().await;
+        }
+        self.place_all().await;
+        self.forget_letters();
+        self.measure();
+        if self.window.elapsed() >= self.shared.config.lag_after.0 {
+            self.split_laggards();
+            self.new_window();
+        }
+        self.take_back();
+    }
+
+    /// A sink for which workers waited most of the window, while another one
+    /// could have gone on, leaves its lane; it asks for one of its own when it can.
+    fn split_laggards(&mut self) {
+        let half_us = self.window.elapsed().as_micros() as u64 / 2;
+        let mut laggards = Vec::new();
+        for lane in &self.lanes {
+            let blocked = |outlet: &&Outlet| outlet.blocked_us().saturating_sub(self.blocked_us[outlet.sink]) > half_us;
+            let slow: Vec<_> = lane.outlets.iter().filter(blocked).map(|outlet| outlet.sink).collect();
+            if slow.len() < lane.outlets.len() {
+                laggards.extend(slow.into_iter().map(|sink| (lane.id, sink)));
+            }
+        }
+        for (id, sink) in laggards {
+            tracing::warn!(
+                pipeline = %self.shared.name,
+                sink = self.members[sink].name,
+                "the sink holds the others up: it goes on by itself from its position"
+            );
+            if let Some(lane) = self.lanes.iter_mut().find(|lane| lane.id == id) {
+                lane.detach(sink);
+            }
+            let member = &mut self.members[sink];
+            member.joining = false;
+            if member.lane == Some(id) {
+                member.lane = None;
+            }
+        }
+        self.drop_empty_lanes();
+    }
+
+    /// Sinks that have caught up move over to the main lane.
+    fn take_back(&mut self) {
+        let Some(main) = self.main else { return };
+        let Some(main) = self.lanes.iter_mut().find(|lane| lane.id == main) else { return };
+        let read = main.position.load(Ordering::Acquire);
+        for (sink, member) in self.members.iter_mut().enumerate() {
+            let elsewhere = member.lane.is_some_and(|lane| lane != main.id);
+            let near = member.shared.received.load(Ordering::Acquire) + MERGE_DISTANCE_MESSAGES >= read;
+            if !elsewhere || member.joining || !near || member.shared.state() != State::Running {
+                continue;
+            }
+            let (outlet, intake) = outlet(sink, self.shared.config.sink_queue_bytes_max.0);
+            let attach =
+                LaneControl::Attach { outlet: outlet.clone(), starts_at: Arc::clone(&intake.starts_at) };
+            // The delivery first: it ignores a lane that never starts to send.
+            if member.control.try_send(Control::Join(intake)).is_err() {
+                continue;
+            }
+            if main.control.try_send(attach).is_err() {
+                outlet.detach();
+                continue;
+            }
+            main.outlets.push(outlet);
+            member.joining = true;
+        }
+    }
+
+    fn take_out(&mut self, sink: SinkNumber) {
+        for lane in &mut self.lanes {
+            lane.detach(sink);
+        }
+        let member = &mut self.members[sink];
+        member.lane = None;
+        member.joining = false;
+        member.ready_from = None;
+        self.drop_empty_lanes();
+    }
+
+    fn drop_empty_lanes(&mut self) {
+        self.lanes.retain(|lane| {
+            if lane.outlets.is_empty() {
+                lane.stop.cancel();
+            }
+            !lane.outlets.is_empty()
+        });
+        if self.main.is_some_and(|main| !self.lanes.iter().any(|lane| lane.id == main)) {
+            // The others have their own already: the first of them leads.
+            self.main = self.lanes.first().map(|lane| lane.id);
+        }
+    }
+
+    fn lane_ended(&mut self, ended: LaneEnded) {
+        self.running -= 1;
+        let known = self.lanes.iter().any(|lane| lane.id == ended.lane);
+        if known || ended.error.is_some() {
+            self.fail(ended.error.unwrap_or_else(|| "a reader ended".to_owned()));
+        }
+        if self.running <= 1 {
+            self.shared.letters.check_redelivered();
+        }
+    }
+
+    /// Nothing more is read; what is not committed is delivered after a restart.
+    fn fail(&mut self, reason: String) {
+        if self.failed.is_some() {
+            return;
+        }
+        tracing::error!(pipeline = %self.shared.name, reason, "the pipeline has stopped: see the reason, then restart");
+        self.failed = Some(reason);
+        for lane in self.lanes.drain(..) {
+            lane.stop.cancel();
+        }
+        self.main = None;
+        self.shared.abort.cancel();
+    }
+
+    fn forget_letters(&self) {
+        let lowest = self.members.iter().map(|member| member.shared.committed.load(Ordering::Acquire)).min();
+        if let Some(lowest) = lowest
+            && lowest != u64::MAX
+            && self.members.iter().all(|m| m.shared.committed.load(Ordering::Acquire) != u64::MAX)
+        {
+            self.shared.letters.forget_below(Offset(lowest));
+        }
+    }
+
+    fn measure(&self) {
+        let end = self.stream.bounds().end.0;
+        for (sink, (member, gauges)) in self.members.iter().zip(&self.gauges).enumerate() {
+            let committed = member.shared.committed.load(Ordering::Acquire);
+            if committed != u64::MAX {
+                gauges.lag.set(end.saturating_sub(committed) as f64);
+            }
+            let outlets = self.lanes.iter().flat_map(|lane| &lane.outlets).filter(|o| o.sink == sink);
+            gauges.queue_bytes.set(outlets.map(Outlet::queued_bytes).sum::<u64>() as f64);
+        }
+        self.shared.metrics.lanes.set(self.lanes.len() as f64);
+    }
+
+    fn new_window(&mut self) {
+        self.window = Instant::now();
+        self.blocked_us.fill(0);
+        for outlet in self.lanes.iter().flat_map(|lane| &lane.outlets) {
+            self.blocked_us[outlet.sink] = self.blocked_us[outlet.sink].max(outlet.blocked_us());
+        }
+    }
+
+    fn show(&self) {
+        let mut shown = self.board.lock();
+        shown.state = self.state();
+        shown.chain.clone_from(&self.active);
+        shown.swap_refused.clone_from(&self.swap_refused);
+        if let Some(lane) = self.lanes.iter().find(|lane| Some(lane.id) == self.main) {
+            shown.read = Offset(lane.position.load(Ordering::Acquire));
+        }
+        for (own, member) in shown.own_lane.iter_mut().zip(&self.members) {
+            *own = member.lane.is_some() && member.lane != self.main;
+        }
+    }
+
+    fn state(&self) -> State {
+        if let Some(reason) = &self.failed {
+            return State::Stopped(reason.clone());
+        }
+        let Some(active) = &self.active else {
+            return self.swap_refused.clone().map_or(State::Starting, State::Holding);
+        };
+        if let Some(reason) = &active.hold {
+            return State::Holding(reason.to_string());
+        }
+        if self.main.is_some() {
+            return State::Running;
+        }
+        if self.members.iter().all(|member| member.ended) {
+            return State::Stopped("none of its sinks goes on".to_owned());
+        }
+        State::Starting
+    }
+
+    /// Readers stop, what is in flight goes to the sinks, within bounds.
+    async fn stop(mut self) {
+        for lane in self.lanes.drain(..) {
+            lane.stop.cancel();
+        }
+        let patience = Instant::now() + self.shared.config.drain_max.0;
+        let end = patience + ABORT_WAIT;
+        while self.running > 0 || self.members.iter().any(|member| !member.ended) {
+            tokio::select! {
+                Some(event) = self.inbox.recv() => match event {
+                    Event::Ended { sink, .. } => self.members[sink].ended = true,
+                    Event::Ready { .. } | Event::Joined { .. } => {}
+                },
+                Some(_) = self.lane_ends.1.recv() => self.running -= 1,
+                () = tokio::time::sleep_until(patience), if !self.shared.abort.is_cancelled() => {
+                    tracing::warn!(pipeline = %self.shared.name, "not drained in time: the rest is delivered after the next start");
+                    self.shared.abort.cancel();
+                }
+                () = tokio::time::sleep_until(end) => {
+                    tracing::error!(pipeline = %self.shared.name, "a step or sink does not return: left behind");
+                    break;
+                }
+            }
+        }
+        self.shared.abort.cancel();
+        self.forget_letters();
+    }
+}

@@ -1,0 +1,220 @@
+//! `columns:` of a sink: which column gets which part of a message.
+//!
+//! ```yaml
+//! columns:
+//!   time: $time                     # the device's time, else when it was received
+//!   device_id: $device
+//!   line: $site                     # a level of the topic, by its name in `topics:`
+//!   temp: /reading/temp             # a JSON pointer (RFC 6901) into the payload
+//!   unit: [/unit, /meta/unit]       # the first that is there
+//!   raw: { from: $payload, type: jsonb, required: true }
+//! ```
+
+use std::{borrow::Cow, fmt};
+
+use schemars::{JsonSchema, Schema, SchemaGenerator};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+use crate::problems::{KeyPath, Problems};
+use crate::topic::Namespace;
+
+/// Most columns of one table.
+pub const COLUMNS_MAX: usize = 256;
+/// PostgreSQL cuts longer names off.
+pub const NAME_BYTES_MAX: usize = 63;
+const WORDS: [&str; 7] = ["time", "received", "topic", "last_level", "device", "payload", "route"];
+
+/// Columns in the order in which they are written.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ColumnsConfig(pub Vec<(String, ColumnConfig)>);
+
+/// Where a column's value comes from: `$time` (the device's own, else when it was
+/// received), `$received`, `$topic`, `$last_level` (of the topic), `$device`,
+/// `$payload`, `$route`, `$` and the name of a level in `topics:`, or a JSON
+/// pointer such as `/value`.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(untagged)]
+pub enum ColumnConfig {
+    /// `$device`, `/value`
+    Source(String),
+    /// The first of these that is there and not null.
+    Sources(Vec<String>),
+    /// With its type.
+    Full(FullColumn),
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct FullColumn {
+    /// One source, or several: the first that is there and not null.
+    pub from: OneOrMany,
+    /// Type of the column, needed where Headworks creates the table; a table
+    /// that exists says it itself.
+    #[serde(default, rename = "type", skip_serializing_if = "Option::is_none")]
+    pub kind: Option<Kind>,
+    /// A message without this value goes to dead letters (NOT NULL).
+    #[serde(default)]
+    pub required: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(untagged)]
+pub enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
+
+/// What a column holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    Timestamptz,
+    Text,
+    Double,
+    Bigint,
+    Bool,
+    Jsonb,
+    Bytes,
+}
+
+impl ColumnConfig {
+    pub fn sources(&self) -> &[String] {
+        match self {
+            Self::Source(one) | Self::Full(FullColumn { from: OneOrMany::One(one), .. }) => {
+                std::slice::from_ref(one)
+            }
+            Self::Sources(many) | Self::Full(FullColumn { from: OneOrMany::Many(many), .. }) => many,
+        }
+    }
+
+    /// As said, else what its first source is.
+    pub fn kind(&self) -> Option<Kind> {
+        if let Self::Full(FullColumn { kind: Some(kind), .. }) = self {
+            return Some(*kind);
+        }
+        match self.sources().first().and_then(|source| source.strip_prefix('$')) {
+            Some("time" | "received") => Some(Kind::Timestamptz),
+            Some("payload") => Some(Kind::Bytes),
+            Some(_) => Some(Kind::Text),
+            None => None,
+        }
+    }
+
+    pub fn required(&self) -> bool {
+        matches!(self, Self::Full(FullColumn { required: true, .. }))
+    }
+}
+
+impl Default for ColumnsConfig {
+    /// The table `telemetry` of the reference pipeline.
+    fn default() -> Self {
+        let column = |name: &str, from: &[&str], kind, required| {
+            let from = OneOrMany::Many(from.iter().map(|&source| source.to_owned()).collect());
+            (name.to_owned(), ColumnConfig::Full(FullColumn { from, kind: Some(kind), required }))
+        };
+        Self(vec![
+            column("time", &["$time"], Kind::Timestamptz, true),
+            column("device_id", &["$device"], Kind::Text, true),
+            column("location", &["/location"], Kind::Text, false),
+            column("metric", &["/metric", "$last_level"], Kind::Text, true),
+            column("value", &["/value", "$payload"], Kind::Double, true),
+        ])
+    }
+}
+
+impl ColumnsConfig {
+    pub fn validate(&self, path: &KeyPath, problems: &mut Problems) {
+        if self.0.is_empty() || self.0.len() > COLUMNS_MAX {
+            problems
+                .add(path.clone(), format!("must name 1 to {COLUMNS_MAX} columns, names {}", self.0.len()));
+        }
+        for (name, column) in &self.0 {
+            let path = path.key(name);
+            if !is_name(name) {
+                problems.add(
+                    path.clone(),
+                    format!("a column's name must have 1 to {NAME_BYTES_MAX} bytes and no NUL"),
+                );
+            }
+            if column.sources().is_empty() {
+                problems.add(path.clone(), "must have a source, such as $device or /value");
+            }
+            for source in column.sources() {
+                let is_pointer = source.starts_with('/') || source.is_empty();
+                if !is_pointer && source.strip_prefix('$').is_none_or(str::is_empty) {
+                    problems.add(
+                        path.clone(),
+                        format!(
+                            "must be a JSON pointer such as /value, or one of {}, is \"{source}\"",
+                            words(None)
+                        ),
+                    );
+                }
+            }
+        }
+    }
+
+    /// The part of `validate` that needs the topic namespace.
+    pub fn validate_namespace(&self, namespace: &Namespace, path: &KeyPath, problems: &mut Problems) {
+        for (name, column) in &self.0 {
+            for source in column.sources() {
+                let Some(word) = source.strip_prefix('$') else { continue };
+                if !WORDS.contains(&word) && !namespace.fields().iter().any(|field| field == word) {
+                    problems.add(
+                        path.key(name),
+                        format!("must be one of {}, is \"{source}\"", words(Some(namespace))),
+                    );
+                }
+            }
+        }
+    }
+}
+
+pub(crate) fn is_name(name: &str) -> bool {
+    !name.is_empty() && name.len() <= NAME_BYTES_MAX && !name.contains('\0')
+}
+
+fn words(namespace: Option<&Namespace>) -> String {
+    let fields = namespace.map_or(&[][..], Namespace::fields).iter().map(String::as_str);
+    let all: Vec<String> = WORDS.into_iter().chain(fields).map(|word| format!("${word}")).collect();
+    all.join(", ")
+}
+
+// A map in a config, but its order counts: written by hand.
+impl<'de> Deserialize<'de> for ColumnsConfig {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl<'de> de::Visitor<'de> for Visitor {
+            type Value = ColumnsConfig;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("columns, such as `device_id: $device`")
+            }
+            fn visit_map<A: de::MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut columns: Vec<(String, ColumnConfig)> = Vec::new();
+                while let Some((name, column)) = map.next_entry::<String, ColumnConfig>()? {
+                    if columns.iter().any(|(known, _)| *known == name) {
+                        return Err(de::Error::custom(format!("column `{name}` is named twice")));
+                    }
+                    columns.push((name, column));
+                }
+                Ok(ColumnsConfig(columns))
+            }
+        }
+        deserializer.deserialize_map(Visitor)
+    }
+}
+
+impl Serialize for ColumnsConfig {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(name, column)| (name, column)))
+    }
+}
+
+impl JsonSchema for ColumnsConfig {
+    fn schema_name() -> Cow<'static, str> {
+        "Columns".into()
+    }
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        std::collections::BTreeMap::<String, ColumnConfig>::json_schema(generator)
+    }
+}

@@ -1,0 +1,277 @@
+//! Messages to column values, the same for every sink with a table.
+//!
+//! [`Columns`] is the mapping, made once; a [`Reader`] goes through the rows of
+//! one commit and finds all the fields of a payload in one walk, without a tree
+//! and without allocating per message.
+
+use std::sync::Arc;
+
+use headworks_guest::json::{self, Raw};
+
+use super::RefusedRow;
+use crate::batch::MessageRef;
+use crate::topic::Namespace;
+
+mod config;
+mod value;
+
+pub(crate) use config::is_name;
+pub use config::{ColumnConfig, ColumnsConfig, FullColumn, Kind, OneOrMany};
+pub use value::{TIME_BYTES, Value, excerpt, write_time};
+
+/// Columns in the order in which they are written.
+#[derive(Clone, Debug)]
+pub struct Columns {
+    pub columns: Vec<Column>,
+    /// Fields of the payload that some pointer begins with.
+    keys: Vec<String>,
+    namespace: Arc<Namespace>,
+}
+
+#[derive(Clone, Debug)]
+pub struct Column {
+    pub name: String,
+    /// `None`: what the table's column is, or what the value is.
+    pub kind: Option<Kind>,
+    /// Must have a value.
+    pub required: bool,
+    sources: Vec<Source>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum Source {
+    Time,
+    Received,
+    Topic,
+    LastLevel,
+    Device,
+    Payload,
+    Route,
+    /// A level of the topic, where it fits the namespace.
+    Level(String),
+    /// A field of the payload, and the path from there.
+    Field {
+        key: usize,
+        path: Vec<String>,
+        pointer: String,
+    },
+}
+
+impl Columns {
+    pub fn new(config: &ColumnsConfig, namespace: Arc<Namespace>) -> Self {
+        let mut keys = Vec::new();
+        let columns = config
+            .0
+            .iter()
+            .map(|(name, column)| Column {
+                name: name.clone(),
+                kind: column.kind(),
+                required: column.required(),
+                sources: column.sources().iter().map(|source| Source::parse(source, &mut keys)).collect(),
+            })
+            .collect();
+        Self { columns, keys, namespace }
+    }
+
+    /// The first column that holds the message's time.
+    pub fn time(&self) -> Option<&Column> {
+        self.columns.iter().find(|column| column.sources.first() == Some(&Source::Time))
+    }
+
+    /// The first column that holds the device id.
+    pub fn device(&self) -> Option<&Column> {
+        self.columns.iter().find(|column| column.sources.first() == Some(&Source::Device))
+    }
+
+    pub fn reader<'m>(&self) -> Reader<'_, 'm> {
+        Reader { columns: self, found: Vec::with_capacity(self.keys.len()) }
+    }
+}
+
+/// Why a column has no value: what it should have been.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mismatch(pub &'static str);
+
+/// Reads the values of one message after another.
+pub struct Reader<'c, 'm> {
+    columns: &'c Columns,
+    found: Vec<Option<Raw<'m>>>,
+}
+
+impl<'m> Reader<'_, 'm> {
+    /// Gives `write` each column's value in order. What `write` cannot take,
+    /// and a required value that is not there, refuse the row with a reason.
+    pub fn read(
+        &mut self,
+        row: usize,
+        message: MessageRef<'m>,
+        mut write: impl FnMut(usize, Value<'m>) -> Result<(), Mismatch>,
+    ) -> Result<(), RefusedRow> {
+        let broken = self.find(message.payload()).err();
+        for (i, column) in self.columns.columns.iter().enumerate() {
+            let (value, source) = self.first(column, &message);
+            let outcome = match value {
+                Value::Null if column.required => Err(Mismatch(expected(column.kind))),
+                value => write(i, value),
+            };
+            if let Err(Mismatch(expected)) = outcome {
+                let reason = reason(column, source, value, expected, broken, message.payload());
+                return Err(RefusedRow { row, reason });
+            }
+        }
+        Ok(())
+    }
+
+    /// Finds all fields in one walk; a payload that is no object has none.
+    fn find(&mut self, payload: &'m [u8]) -> Result<(), json::Error> {
+        self.found.clear();
+        let is_object = payload.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'{');
+        if is_object && !self.columns.keys.is_empty() {
+            let outcome = json::get_each(payload, &self.columns.keys, &mut self.found);
+            if outcome.is_err() {
+                // Fields found before the damage do not count.
+                self.found.clear();
+            }
+            return outcome;
+        }
+        Ok(())
+    }
+
+    /// The first source that is there and not null, and which one.
+    fn first<'c>(&self, column: &'c Column, message: &MessageRef<'m>) -> (Value<'m>, Option<&'c Source>) {
+        for source in &column.sources {
+            let value = match source {
+                Source::Time => {
+                    Value::Time(message.event_us().unwrap_or(message.entry.received_us as i64))
+                }
+                Source::Received => Value::Time(message.entry.received_us as i64),
+                Source::Topic => Value::Text(message.topic()),
+                Source::LastLevel => Value::Text(message.topic().rsplit('/').next().unwrap_or_default()),
+                Source::Device => Value::Text(message.device()),
+                Source::Payload if column.wants_scalar() && !is_scalar(message.payload()) => Value::Null,
+                Source::Payload => Value::Payload(message.payload()),
+                Source::Route => Value::Text(message.route()),
+                Source::Level(field) => {
+                    self.columns.namespace.field(message.topic(), field).map_or(Value::Null, Value::Text)
+                }
+                Source::Field { key, path, .. } => {
+                    let field = self.found.get(*key).copied().flatten();
+                    let value = path.iter().fold(field, |value, token| child(value?, token));
+                    value.filter(|value| !value.is_null()).map_or(Value::Null, Value::Json)
+                }
+            };
+            if value != Value::Null {
+                return (value, Some(source));
+            }
+        }
+        (Value::Null, None)
+    }
+}
+
+impl Column {
+    /// A payload that is an object or an array is not this column's value.
+    fn wants_scalar(&self) -> bool {
+        matches!(self.kind, Some(Kind::Double | Kind::Bigint | Kind::Bool | Kind::Timestamptz))
+    }
+}
+
+impl Source {
+    fn parse(text: &str, keys: &mut Vec<String>) -> Self {
+        match text.strip_prefix('$') {
+            Some("time") => Self::Time,
+            Some("received") => Self::Received,
+            Some("topic") => Self::Topic,
+            Some("last_level") => Self::LastLevel,
+            Some("device") => Self::Device,
+            Some("payload") => Self::Payload,
+            Some("route") => Self::Route,
+            Some(level) => Self::Level(level.to_owned()),
+            None if text.is_empty() => Self::Payload,
+            None => {
+                // RFC 6901, section 3: ~1 is a slash, ~0 a tilde.
+                let mut tokens =
+                    text.split('/').skip(1).map(|token| token.replace("~1", "/").replace("~0", "~"));
+                let first = tokens.next().unwrap_or_default();
+                let key = keys.iter().position(|key| *key == first).unwrap_or_else(|| {
+                    keys.push(first);
+                    keys.len() - 1
+                });
+                Self::Field { key, path: tokens.collect(), pointer: text.to_owned() }
+            }
+        }
+    }
+
+    fn name(&self) -> &str {
+        match self {
+            Self::Time => "the message's time",
+            Self::Received => "the time received",
+            Self::Topic => "the topic",
+            Self::LastLevel => "the topic's last level",
+            Self::Device => "the device id",
+            Self::Payload => "the payload",
+            Self::Route => "the route",
+            Self::Level(field) => field,
+            Self::Field { pointer, .. } => pointer,
+        }
+    }
+}
+
+fn child<'m>(value: Raw<'m>, token: &str) -> Option<Raw<'m>> {
+    value.get(token).or_else(|| value.elements().nth(token.parse().ok()?))
+}
+
+fn is_scalar(payload: &[u8]) -> bool {
+    payload.iter().find(|byte| !byte.is_ascii_whitespace()).is_some_and(|byte| !b"{[".contains(byte))
+}
+
+fn expected(kind: Option<Kind>) -> &'static str {
+    match kind {
+        Some(Kind::Double) => "a number",
+        Some(Kind::Bigint) => "a whole number",
+        Some(Kind::Bool) => "true or false",
+        Some(Kind::Timestamptz) => "a time",
+        Some(Kind::Text) => "text",
+        Some(Kind::Jsonb) => "JSON",
+        Some(Kind::Bytes) | None => "value",
+    }
+}
+
+/// `column "value": the payload has no number at /value: {"device_id"…`
+fn reason(
+    column: &Column,
+    source: Option<&Source>,
+    value: Value<'_>,
+    expected: &str,
+    broken: Option<json::Error>,
+    payload: &[u8],
+) -> String {
+    let name = &column.name;
+    let noun = expected.trim_start_matches("a ");
+    match (source, value) {
+        (Some(source), Value::Json(raw)) => {
+            format!("column \"{name}\": {} is not {expected}: {}", source.name(), excerpt(raw.as_bytes()))
+        }
+        (Some(source), _) => {
+            format!("column \"{name}\": {} is not {expected}: {}", source.name(), excerpt(payload))
+        }
+        (None, _) => {
+            let shown = excerpt(payload);
+            if let Some(error) = broken {
+                return format!("column \"{name}\": the payload is not JSON: {error}: {shown}");
+            }
+            let first = column.sources.iter().find(|source| **source != Source::Payload);
+            match first {
+                Some(Source::Field { pointer, .. }) => {
+                    format!("column \"{name}\": the payload has no {noun} at {pointer}: {shown}")
+                }
+                Some(Source::Level(field)) => {
+                    format!("column \"{name}\": the topic has no level {field}, it does not fit the namespace")
+                }
+                _ => format!("column \"{name}\": the payload is not {expected}: {shown}"),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,113 @@
+use super::*;
+use crate::sinks::conformance::{RECEIVED_US, batch};
+
+fn columns(yaml_like: &[(&str, &str)]) -> Columns {
+    let config =
+        yaml_like.iter().map(|(name, from)| ((*name).to_owned(), ColumnConfig::Source((*from).to_owned())));
+    Columns::new(&ColumnsConfig(config.collect()), Arc::default())
+}
+
+/// Every value as text, or the reason.
+fn read(columns: &Columns, payload: &str) -> Result<Vec<Option<String>>, String> {
+    let batch = batch([("sensor-4a3b", payload)]);
+    let mut values = Vec::new();
+    columns
+        .reader()
+        .read(0, batch.message(0), |_, value| {
+            values.push(value.text().map(|text| text.into_owned()));
+            Ok(())
+        })
+        .map(|()| values)
+        .map_err(|refused| refused.reason)
+}
+
+/// As a sink with typed columns sees the default table's `value`.
+fn value_of(payload: &str) -> Result<f64, String> {
+    let columns = Columns::new(&ColumnsConfig::default(), Arc::default());
+    let batch = batch([("sensor-4a3b", payload)]);
+    let mut number = f64::NAN;
+    columns
+        .reader()
+        .read(7, batch.message(0), |i, value| {
+            if i == 4 {
+                number = value.f64().ok_or(Mismatch("a number"))?;
+            }
+            Ok(())
+        })
+        .map(|()| number)
+        .map_err(|refused| refused.reason)
+}
+
+#[test]
+fn the_default_columns_are_the_reference_table() {
+    let columns = Columns::new(&ColumnsConfig::default(), Arc::default());
+    let row = read(&columns, r#"{"device_id":"x","value":21.5,"metric":"temperature_c","location":"hall 2"}"#);
+    let mut time = String::new();
+    write_time(RECEIVED_US as i64, &mut time).unwrap();
+    let expected = [&time, "sensor-4a3b", "hall 2", "temperature_c", "21.5"];
+    assert_eq!(row.unwrap(), expected.map(|text| Some(text.to_owned())));
+    assert_eq!(time, "2026-02-23 10:00:00.123456Z");
+}
+
+#[test]
+fn a_bare_number_is_a_value_and_the_topic_its_metric() {
+    assert_eq!(value_of("21.5"), Ok(21.5));
+    let columns = Columns::new(&ColumnsConfig::default(), Arc::default());
+    let row = read(&columns, "21.5").unwrap();
+    assert_eq!((row[2].as_deref(), row[3].as_deref()), (None, Some("reading")));
+}
+
+#[test]
+fn a_reason_names_column_and_payload() {
+    for (payload, expected) in [
+        ("{\"device_id\": \"x\"}", "column \"value\": the payload has no number at /value: {\"device_id\": \"x\"}"),
+        ("{\"value\": null}", "column \"value\": the payload has no number at /value: {\"value\": null}"),
+        ("{\"value\": \"hot\"}", "column \"value\": /value is not a number: \"hot\""),
+        ("ping", "column \"value\": the payload is not a number: ping"),
+        ("", "column \"value\": the payload has no number at /value: "),
+        ("[1]", "column \"value\": the payload has no number at /value: [1]"),
+    ] {
+        assert_eq!(value_of(payload).unwrap_err(), expected);
+    }
+    let broken = value_of("{\"value\": 1").unwrap_err();
+    assert!(broken.starts_with("column \"value\": the payload is not JSON: "), "{broken}");
+}
+
+#[test]
+fn pointers_go_into_objects_and_arrays() {
+    let columns = columns(&[("a", "/a/b/1"), ("b", "/x~1y"), ("c", "/a/missing"), ("d", "/a")]);
+    let row = read(&columns, r#"{"x/y":"s\n","a":{"b":[1,{"k":2}]}}"#).unwrap();
+    let row: Vec<Option<&str>> = row.iter().map(Option::as_deref).collect();
+    assert_eq!(row, [Some("{\"k\":2}"), Some("s\n"), None, Some("{\"b\":[1,{\"k\":2}]}")]);
+}
+
+#[test]
+fn levels_of_the_topic_are_values() {
+    let columns = columns(&[("s", "$site"), ("t", "$device_type"), ("topic", "$topic"), ("m", "$nothing")]);
+    let row = read(&columns, "1").unwrap();
+    assert_eq!(row[0].as_deref(), Some("factory-01"));
+    assert_eq!(row[1].as_deref(), Some("temperature"));
+    assert_eq!(row[2].as_deref(), Some("acme/factory-01/temperature/sensor-4a3b/reading"));
+    assert_eq!(row[3], None);
+}
+
+#[test]
+fn a_config_keeps_the_order_and_says_all_that_is_wrong() {
+    let text = r#"{"z": "$device", "a": ["/a", "$site"], "m": {"from": "/v", "type": "double", "required": true}}"#;
+    let config: ColumnsConfig = serde_json::from_str(text).unwrap();
+    assert_eq!(config.0.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["z", "a", "m"]);
+    let path = crate::problems::KeyPath::root().key("columns");
+    let mut problems = crate::problems::Problems::default();
+    config.validate(&path, &mut problems);
+    config.validate_namespace(&Namespace::default(), &path, &mut problems);
+    assert!(problems.is_empty(), "{problems:?}");
+
+    let bad: ColumnsConfig = serde_json::from_str(r#"{"": "$device", "a": "value", "b": [], "c": "$sight"}"#).unwrap();
+    bad.validate(&path, &mut problems);
+    bad.validate_namespace(&Namespace::default(), &path, &mut problems);
+    let problems = problems.into_vec();
+    let paths: Vec<&str> = problems.iter().map(|problem| problem.path.as_str()).collect();
+    assert_eq!(paths, ["columns.", "columns.a", "columns.b", "columns.c"]);
+    assert!(problems[3].message.contains("$site"), "{}", problems[3].message);
+    assert!(serde_json::from_str::<ColumnsConfig>(r#"{"a": "/a", "a": "/b"}"#).is_err());
+}

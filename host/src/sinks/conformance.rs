@@ -1,0 +1,261 @@
+//! What every transactional sink promises, as tests: each implementation runs
+//! all of them (`conformance_tests!`) against its own database.
+//!
+//! A [`Database`] outlives its sinks, as a server outlives a process: each
+//! `sink()` stands for another process that delivers to it.
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use uuid::Uuid;
+
+use super::{Advance, Claim, Error, Position, Rows, Sink};
+use crate::batch::{Batch, Entry, Offset, Partition, Span, flags};
+
+/// A fresh database, and what it holds.
+#[async_trait]
+pub trait Database: Send + Sync {
+    /// Not opened yet.
+    async fn sink(&self) -> Box<dyn Sink>;
+
+    /// (device, value) of every row, in no order.
+    async fn written(&self) -> Vec<(String, f64)>;
+
+    /// From now on this payload cannot be written. Sinks with typed columns
+    /// refuse `"hot"` by themselves.
+    fn refuses(&self, _payload: &str) {}
+}
+
+/// One `#[tokio::test]` for each promise; the argument makes a [`Database`], `.await` allowed.
+macro_rules! conformance_tests {
+    ($database:expr) => {
+        $crate::sinks::conformance::conformance_tests!($database;
+            a_new_claim_has_no_positions_and_a_known_one_has_them_all,
+            a_crash_between_open_and_commit_writes_nothing,
+            rows_and_position_are_written_together,
+            a_replayed_commit_is_fenced,
+            the_older_of_two_claimants_is_fenced,
+            opening_again_takes_the_claim_over,
+            an_empty_commit_moves_only_positions,
+            partitions_move_apart_and_together,
+            one_partition_left_behind_fences_the_whole_commit,
+            another_log_or_generation_is_another_claim,
+            two_pipelines_share_one_table,
+            a_bad_row_is_named_and_nothing_is_written,
+            rows_of_several_batches_keep_their_numbers,
+        );
+    };
+    ($database:expr; $($promise:ident,)*) => {
+        $(
+            #[tokio::test]
+            async fn $promise() {
+                let database = $database;
+                $crate::sinks::conformance::$promise(&database).await;
+            }
+        )*
+    };
+}
+pub(crate) use conformance_tests;
+
+pub fn claim() -> Claim {
+    Claim {
+        pipeline: "telemetry".to_owned(),
+        sink: "warehouse".to_owned(),
+        log: Uuid::from_u128(0x5eed),
+        generation: 0,
+        partitions: 1,
+    }
+}
+
+/// A message of this device; the payload is a bare number where it can be written.
+pub fn message(device: &'static str, payload: &'static str) -> (&'static str, &'static str) {
+    (device, payload)
+}
+
+/// Received at 2026-02-23T10:00:00.123456Z.
+pub const RECEIVED_US: u64 = 1_771_840_800_123_456;
+
+/// One batch; the topic names the device.
+pub fn batch<'m>(messages: impl IntoIterator<Item = (&'m str, &'m str)>) -> Batch {
+    let mut bytes = Vec::new();
+    let mut entries = Vec::new();
+    for (offset, (device, payload)) in messages.into_iter().enumerate() {
+        let topic_begin = bytes.len();
+        bytes.extend_from_slice(format!("acme/factory-01/temperature/{device}/reading").as_bytes());
+        let topic_len = bytes.len() - topic_begin;
+        let payload_begin = bytes.len();
+        bytes.extend_from_slice(payload.as_bytes());
+        entries.push(Entry {
+            flags: flags::UTF8 | flags::FITS_NAMESPACE,
+            offset: offset as u32,
+            received_us: RECEIVED_US,
+            topic: Span::new(0, topic_begin, topic_len),
+            payload: Span::new(0, payload_begin, payload.len()),
+            device: Span::new(0, topic_begin + "acme/factory-01/temperature/".len(), device.len()),
+            ..Entry::default()
+        });
+    }
+    Batch { base: Offset(0), now_us: RECEIVED_US, segments: vec![Bytes::from(bytes)], entries }
+}
+
+pub fn rows<'m>(messages: impl IntoIterator<Item = (&'m str, &'m str)>) -> Rows {
+    let mut rows = Rows::default();
+    rows.push_batch(batch(messages));
+    rows
+}
+
+pub fn advance(partition: u16, from: u64, to: u64) -> Advance {
+    Advance { partition: Partition(partition), from: Offset(from), to: Offset(to) }
+}
+
+pub fn position(partition: u16, next: u64) -> Position {
+    Position { partition: Partition(partition), next: Offset(next) }
+}
+
+async fn opened(database: &dyn Database, claim: &Claim) -> (Box<dyn Sink>, Vec<Position>) {
+    let mut sink = database.sink().await;
+    let mut positions = sink.open(claim).await.expect("opens");
+    positions.sort_by_key(|position| position.partition.0);
+    (sink, positions)
+}
+
+pub async fn a_new_claim_has_no_positions_and_a_known_one_has_them_all(database: &dyn Database) {
+    let claim = Claim { partitions: 3, ..claim() };
+    let (mut sink, positions) = opened(database, &claim).await;
+    assert_eq!(positions, []);
+    let start = [advance(0, 7, 7), advance(1, 7, 7), advance(2, 7, 7)];
+    sink.commit(&Rows::default(), &start).await.expect("a new claim begins anywhere");
+    let (_, positions) = opened(database, &claim).await;
+    assert_eq!(positions, [position(0, 7), position(1, 7), position(2, 7)]);
+}
+
+pub async fn a_crash_between_open_and_commit_writes_nothing(database: &dyn Database) {
+    drop(opened(database, &claim()).await);
+    let (mut sink, positions) = opened(database, &claim()).await;
+    assert_eq!(positions, [], "nothing was ever committed for this claim");
+    assert_eq!(database.written().await, []);
+    sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.expect("commits");
+    assert_eq!(opened(database, &claim()).await.1, [position(0, 1)]);
+}
+
+pub async fn rows_and_position_are_written_together(database: &dyn Database) {
+    let (mut sink, _) = opened(database, &claim()).await;
+    let first = rows([message("a", "1"), message("b", "2.5")]);
+    sink.commit(&first, &[advance(0, 0, 2)]).await.expect("commits");
+    sink.commit(&rows([message("a", "-3e2")]), &[advance(0, 2, 3)]).await.expect("commits");
+    let mut written = database.written().await;
+    written.sort_by(|a, b| a.1.total_cmp(&b.1));
+    assert_eq!(written, [("a".to_owned(), -300.0), ("a".to_owned(), 1.0), ("b".to_owned(), 2.5)]);
+    assert_eq!(opened(database, &claim()).await.1, [position(0, 3)]);
+}
+
+pub async fn a_replayed_commit_is_fenced(database: &dyn Database) {
+    let (mut sink, _) = opened(database, &claim()).await;
+    let batch = rows([message("a", "1")]);
+    sink.commit(&batch, &[advance(0, 0, 1)]).await.expect("commits");
+    let error = sink.commit(&batch, &[advance(0, 0, 1)]).await.expect_err("written before");
+    assert!(matches!(error, Error::Fenced(_)), "{error:?}");
+    assert_eq!(database.written().await.len(), 1);
+}
+
+pub async fn the_older_of_two_claimants_is_fenced(database: &dyn Database) {
+    let (mut older, _) = opened(database, &claim()).await;
+    older.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.expect("commits");
+    let (mut newer, positions) = opened(database, &claim()).await;
+    assert_eq!(positions, [position(0, 1)]);
+    let error = older.commit(&rows([message("a", "2")]), &[advance(0, 1, 2)]).await.expect_err("fenced");
+    assert!(matches!(error, Error::Fenced(_)), "{error:?}");
+    newer.commit(&rows([message("a", "2")]), &[advance(0, 1, 2)]).await.expect("commits");
+    let error = older.commit(&Rows::default(), &[advance(0, 2, 3)]).await.expect_err("fenced for good");
+    assert!(matches!(error, Error::Fenced(_)), "{error:?}");
+    assert_eq!(database.written().await.len(), 2);
+}
+
+pub async fn opening_again_takes_the_claim_over(database: &dyn Database) {
+    let (mut sink, _) = opened(database, &claim()).await;
+    sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.expect("commits");
+    let positions = sink.open(&claim()).await.expect("opens again");
+    assert_eq!(positions, [position(0, 1)]);
+    sink.commit(&rows([message("a", "2")]), &[advance(0, 1, 2)]).await.expect("commits");
+    assert_eq!(database.written().await.len(), 2);
+}
+
+pub async fn an_empty_commit_moves_only_positions(database: &dyn Database) {
+    let (mut sink, _) = opened(database, &claim()).await;
+    sink.commit(&Rows::default(), &[advance(0, 0, 5)]).await.expect("commits");
+    sink.commit(&Rows::default(), &[]).await.expect("nothing at all is fine");
+    assert_eq!(opened(database, &claim()).await.1, [position(0, 5)]);
+    assert_eq!(database.written().await, []);
+}
+
+pub async fn partitions_move_apart_and_together(database: &dyn Database) {
+    let claim = Claim { partitions: 64, ..claim() };
+    let (mut sink, _) = opened(database, &claim).await;
+    let all: Vec<Advance> = (0..64).map(|partition| advance(partition, 0, 10)).collect();
+    sink.commit(&rows([message("a", "1")]), &all).await.expect("all at once");
+    sink.commit(&rows([message("b", "2")]), &[advance(63, 10, 20)]).await.expect("one alone");
+    let (_, positions) = opened(database, &claim).await;
+    assert_eq!(positions.len(), 64);
+    assert_eq!((positions[62], positions[63]), (position(62, 10), position(63, 20)));
+}
+
+pub async fn one_partition_left_behind_fences_the_whole_commit(database: &dyn Database) {
+    let claim = Claim { partitions: 2, ..claim() };
+    let (mut sink, _) = opened(database, &claim).await;
+    sink.commit(&Rows::default(), &[advance(0, 0, 5), advance(1, 0, 5)]).await.expect("commits");
+    let torn = [advance(0, 5, 6), advance(1, 4, 6)];
+    let error = sink.commit(&rows([message("a", "1")]), &torn).await.expect_err("fenced");
+    assert!(matches!(error, Error::Fenced(_)), "{error:?}");
+    assert_eq!(database.written().await, []);
+    assert_eq!(opened(database, &claim).await.1, [position(0, 5), position(1, 5)]);
+}
+
+pub async fn another_log_or_generation_is_another_claim(database: &dyn Database) {
+    let (mut sink, _) = opened(database, &claim()).await;
+    sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.expect("commits");
+    let wiped = Claim { log: Uuid::from_u128(0xbeef), ..claim() };
+    let repartitioned = Claim { generation: 1, ..claim() };
+    for other in [wiped, repartitioned] {
+        let (mut next, positions) = opened(database, &other).await;
+        assert_eq!(positions, []);
+        next.commit(&rows([message("a", "2")]), &[advance(0, 0, 1)]).await.expect("commits");
+    }
+    sink.commit(&rows([message("a", "3")]), &[advance(0, 1, 2)]).await.expect("the first goes on");
+    assert_eq!(database.written().await.len(), 4);
+}
+
+pub async fn two_pipelines_share_one_table(database: &dyn Database) {
+    let (mut one, _) = opened(database, &claim()).await;
+    let other = Claim { pipeline: "alerts".to_owned(), ..claim() };
+    let (mut two, positions) = opened(database, &other).await;
+    assert_eq!(positions, []);
+    one.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.expect("commits");
+    two.commit(&rows([message("a", "1")]), &[advance(0, 0, 9)]).await.expect("commits");
+    assert_eq!(opened(database, &claim()).await.1, [position(0, 1)]);
+    assert_eq!(opened(database, &other).await.1, [position(0, 9)]);
+    assert_eq!(database.written().await.len(), 2);
+}
+
+pub async fn a_bad_row_is_named_and_nothing_is_written(database: &dyn Database) {
+    database.refuses("\"hot\"");
+    let (mut sink, _) = opened(database, &claim()).await;
+    sink.commit(&Rows::default(), &[advance(0, 0, 0)]).await.expect("commits");
+    let bad = rows([message("a", "1"), message("b", "\"hot\""), message("c", "3"), message("d", "\"hot\"")]);
+    let error = sink.commit(&bad, &[advance(0, 0, 4)]).await.expect_err("two cannot be written");
+    let Error::Rows(refused) = error else { panic!("{error:?}") };
+    assert_eq!(refused.iter().map(|row| row.row).collect::<Vec<_>>(), [1, 3]);
+    assert!(refused[0].reason.contains("column \"value\""), "{}", refused[0].reason);
+    assert_eq!(database.written().await, []);
+    sink.commit(&bad.select([0, 2]), &[advance(0, 0, 4)]).await.expect("the others can");
+    assert_eq!(database.written().await.len(), 2);
+}
+
+pub async fn rows_of_several_batches_keep_their_numbers(database: &dyn Database) {
+    database.refuses("\"hot\"");
+    let (mut sink, _) = opened(database, &claim()).await;
+    let mut many = Rows::default();
+    many.push_batch(batch([message("a", "1"), message("a", "2")]));
+    many.push_batch(batch([message("b", "3"), message("b", "\"hot\"")]));
+    let error = sink.commit(&many, &[advance(0, 0, 4)]).await.expect_err("one cannot be written");
+    let Error::Rows(refused) = error else { panic!("{error:?}") };
+    assert_eq!(refused.iter().map(|row| row.row).collect::<Vec<_>>(), [3]);
+}

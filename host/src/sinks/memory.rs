@@ -1,0 +1,281 @@
+//! A sink that keeps its rows in memory and fails on demand: for tests of what
+//! delivers to sinks. Positions, epochs and fencing are as in a database.
+//!
+//! A [`MemoryDatabase`] outlives its sinks, as a server outlives a process:
+//! `database.sink()` is what one process holds.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+use tokio::sync::watch;
+
+use super::{Advance, Claim, Error, Position, RefusedRow, Rows, Sink};
+use crate::batch::{MessageRef, Offset, Partition};
+
+/// A row as it was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryRow {
+    pub partition: Partition,
+    pub offset: Offset,
+    pub topic: String,
+    pub device: String,
+    pub route: String,
+    pub payload: Vec<u8>,
+}
+
+/// What the next call does instead of its work.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fault {
+    Rows(Vec<RefusedRow>),
+    Data(String),
+    Retry(String),
+    /// The commit is written, the answer is lost.
+    UnknownWritten,
+    /// The commit is not written, the answer is lost.
+    UnknownLost,
+    Fenced(String),
+    Setup(String),
+}
+
+type Refuse = Box<dyn Fn(&MessageRef<'_>) -> Option<String> + Send>;
+
+#[derive(Clone)]
+pub struct MemoryDatabase {
+    state: Arc<Mutex<State>>,
+    /// Rows written so far, for those who wait for them.
+    written: watch::Sender<usize>,
+    blocked: watch::Sender<bool>,
+}
+
+#[derive(Default)]
+struct State {
+    rows: Vec<MemoryRow>,
+    claims: HashMap<Claim, Claimed>,
+    refuse: Option<Refuse>,
+    open_faults: VecDeque<Fault>,
+    commit_faults: VecDeque<Fault>,
+    opens: usize,
+    commits: usize,
+}
+
+struct Claimed {
+    epoch: u64,
+    /// By partition; `None` until the first advance.
+    next: Vec<Option<Offset>>,
+}
+
+impl Default for MemoryDatabase {
+    fn default() -> Self {
+        Self {
+            state: Arc::default(),
+            written: watch::Sender::new(0),
+            blocked: watch::Sender::new(false),
+        }
+    }
+}
+
+impl MemoryDatabase {
+    pub fn sink(&self) -> MemorySink {
+        MemorySink { database: self.clone(), mine: None }
+    }
+
+    pub fn rows(&self) -> Vec<MemoryRow> {
+        self.lock().rows.clone()
+    }
+
+    /// Waits until at least this many rows are written.
+    pub async fn rows_at_least(&self, count: usize) {
+        // The sender lives as long as `self`.
+        let _ = self.written.subscribe().wait_for(|written| *written >= count).await;
+    }
+
+    /// Positions of a claim; empty when nobody opened or advanced it.
+    pub fn positions(&self, claim: &Claim) -> Vec<Position> {
+        self.lock().claims.get(claim).map(Claimed::positions).unwrap_or_default()
+    }
+
+    /// Rows for which `refuse` gives a reason can never be written.
+    pub fn refuse(&self, refuse: impl Fn(&MessageRef<'_>) -> Option<String> + Send + 'static) {
+        self.lock().refuse = Some(Box::new(refuse));
+    }
+
+    /// The next calls of `open` fail so, one each, then it works again.
+    pub fn fail_opens(&self, faults: impl IntoIterator<Item = Fault>) {
+        self.lock().open_faults.extend(faults);
+    }
+
+    /// The next calls of `commit` fail so, one each, then it works again.
+    pub fn fail_commits(&self, faults: impl IntoIterator<Item = Fault>) {
+        self.lock().commit_faults.extend(faults);
+    }
+
+    /// Calls wait until [`MemoryDatabase::unblock`].
+    pub fn block(&self) {
+        self.blocked.send_replace(true);
+    }
+
+    pub fn unblock(&self) {
+        self.blocked.send_replace(false);
+    }
+
+    /// Calls of `open` that came through, faults included.
+    pub fn opens(&self) -> usize {
+        self.lock().opens
+    }
+
+    /// Calls of `commit` that came through, faults included.
+    pub fn commits(&self) -> usize {
+        self.lock().commits
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn unblocked(&self) {
+        // The sender lives as long as `self`.
+        let _ = self.blocked.subscribe().wait_for(|blocked| !blocked).await;
+    }
+}
+
+impl Claimed {
+    fn positions(&self) -> Vec<Position> {
+        let known = self.next.iter().enumerate();
+        known
+            .filter_map(|(i, next)| Some(Position { partition: Partition(i as u16), next: (*next)? }))
+            .collect()
+    }
+}
+
+pub struct MemorySink {
+    database: MemoryDatabase,
+    mine: Option<(Claim, u64)>,
+}
+
+#[async_trait]
+impl Sink for MemorySink {
+    async fn open(&mut self, claim: &Claim) -> Result<Vec<Position>, Error> {
+        self.database.unblocked().await;
+        let mut state = self.database.lock();
+        state.opens += 1;
+        if let Some(fault) = state.open_faults.pop_front() {
+            return Err(fault.into_error());
+        }
+        let claimed = state
+            .claims
+            .entry(claim.clone())
+            .or_insert_with(|| Claimed { epoch: 0, next: vec![None; usize::from(claim.partitions)] });
+        claimed.epoch += 1;
+        self.mine = Some((claim.clone(), claimed.epoch));
+        Ok(claimed.positions())
+    }
+
+    async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<(), Error> {
+        self.database.unblocked().await;
+        let mut state = self.database.lock();
+        let state = &mut *state;
+        state.commits += 1;
+        let fault = state.commit_faults.pop_front();
+        match fault {
+            None | Some(Fault::UnknownWritten) => {}
+            Some(fault) => return Err(fault.into_error()),
+        }
+        let (claim, epoch) =
+            self.mine.as_ref().ok_or_else(|| Error::Retry("commit before open".to_owned()))?;
+        if let Some(refuse) = &state.refuse {
+            let refused: Vec<RefusedRow> = rows
+                .iter()
+                .enumerate()
+                .filter_map(|(row, message)| refuse(&message).map(|reason| RefusedRow { row, reason }))
+                .collect();
+            if !refused.is_empty() {
+                return Err(Error::Rows(refused));
+            }
+        }
+        let claimed = state.claims.get_mut(claim).expect("open made it and nothing removes it");
+        if claimed.epoch != *epoch {
+            return Err(Error::Fenced(format!("epoch {} took over from epoch {epoch}", claimed.epoch)));
+        }
+        for step in advance {
+            let known = claimed.next.get(usize::from(step.partition.0)).copied().flatten();
+            if known.is_some_and(|known| known != step.from) {
+                return Err(Error::Fenced(format!(
+                    "position of partition {} is {known:?}, not {:?}",
+                    step.partition.0, step.from
+                )));
+            }
+        }
+        for step in advance {
+            claimed.next[usize::from(step.partition.0)] = Some(step.to);
+        }
+        state.rows.extend(rows.iter().map(|message| MemoryRow {
+            partition: message.entry.partition,
+            offset: message.offset(),
+            topic: message.topic().to_owned(),
+            device: message.device().to_owned(),
+            route: message.route().to_owned(),
+            payload: message.payload().to_vec(),
+        }));
+        self.database.written.send_replace(state.rows.len());
+        fault.map_or(Ok(()), |fault| Err(fault.into_error()))
+    }
+}
+
+impl Fault {
+    fn into_error(self) -> Error {
+        match self {
+            Self::Rows(rows) => Error::Rows(rows),
+            Self::Data(reason) => Error::Data(reason),
+            Self::Retry(reason) => Error::Retry(reason),
+            Self::UnknownWritten | Self::UnknownLost => Error::Unknown("connection lost".to_owned()),
+            Self::Fenced(reason) => Error::Fenced(reason),
+            Self::Setup(reason) => Error::Setup(reason),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sinks::conformance::{self, Database, claim, message, rows};
+
+    #[async_trait]
+    impl Database for MemoryDatabase {
+        async fn sink(&self) -> Box<dyn Sink> {
+            Box::new(MemoryDatabase::sink(self))
+        }
+
+        async fn written(&self) -> Vec<(String, f64)> {
+            let number = |row: &MemoryRow| String::from_utf8_lossy(&row.payload).parse().unwrap_or(f64::NAN);
+            self.rows().iter().map(|row| (row.device.clone(), number(row))).collect()
+        }
+
+        fn refuses(&self, row: &str) {
+            let refused = row.as_bytes().to_vec();
+            self.refuse(move |message| {
+                (message.payload() == refused).then(|| "column \"value\": refused".to_owned())
+            });
+        }
+    }
+
+    crate::sinks::conformance::conformance_tests!(MemoryDatabase::default());
+
+    #[tokio::test]
+    async fn an_unknown_commit_is_resolved_by_open() {
+        for (fault, expected) in [(Fault::UnknownWritten, 2), (Fault::UnknownLost, 0)] {
+            let database = MemoryDatabase::default();
+            let mut sink = database.sink();
+            sink.open(&claim()).await.unwrap();
+            let advance = [conformance::advance(0, 0, 0)];
+            sink.commit(&Rows::default(), &advance).await.unwrap();
+            database.fail_commits([fault]);
+            let batch = rows([message("a", "1"), message("a", "2")]);
+            let error = sink.commit(&batch, &[conformance::advance(0, 0, 2)]).await.unwrap_err();
+            assert!(matches!(error, Error::Unknown(_)), "{error:?}");
+            let positions = sink.open(&claim()).await.unwrap();
+            assert_eq!(positions, [conformance::position(0, expected)]);
+            assert_eq!(database.rows().len() as u64, expected);
+        }
+    }
+}

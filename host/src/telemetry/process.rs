@@ -1,0 +1,102 @@
+//! The process itself, under the names that Prometheus client libraries use:
+//! memory, CPU time, open files, start. Read from /proc at each scrape; where
+//! there is no /proc, only what needs none.
+
+use std::fmt::Write;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use super::{Metric, MetricKind};
+
+pub const METRICS: &[Metric] = &[
+    gauge("process_resident_memory_bytes", "Memory that the process holds in RAM"),
+    Metric {
+        name: "process_cpu_seconds_total",
+        kind: MetricKind::Counter,
+        help: "CPU time of the process, user and system",
+        labels: &[],
+    },
+    gauge("process_open_fds", "Open file descriptors"),
+    gauge("process_threads", "Threads of the process"),
+    gauge("process_start_time_seconds", "Start of the process, seconds since 1970, UTC"),
+    gauge("headworks_uptime_seconds", "Time since the start of the process"),
+    Metric {
+        name: "headworks_build_info",
+        kind: MetricKind::Gauge,
+        help: "Always 1; the version is its label",
+        labels: &["version"],
+    },
+];
+
+/// Reads the process's figures; made once, at start.
+#[derive(Clone, Copy, Debug)]
+pub struct Process {
+    started: SystemTime,
+}
+
+impl Process {
+    pub fn start() -> Self {
+        Self { started: SystemTime::now() }
+    }
+
+    pub fn uptime(&self) -> Duration {
+        self.started.elapsed().unwrap_or_default()
+    }
+
+    /// Prometheus text, ready to stand beside what the recorder renders.
+    pub fn render(&self) -> String {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let field = |name: &str| -> Option<f64> {
+            let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+            line.split_whitespace().next()?.parse().ok()
+        };
+        let start = self.started.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let values = [
+            field("VmRSS:").map(|kib| kib * 1_024.0),
+            Some(cpu_time().as_secs_f64()),
+            std::fs::read_dir("/proc/self/fd").ok().map(|files| files.count() as f64),
+            field("Threads:"),
+            Some(start.as_secs_f64()),
+            Some(self.uptime().as_secs_f64()),
+            Some(1.0),
+        ];
+        let mut text = String::new();
+        for (metric, value) in METRICS.iter().zip(values) {
+            let Some(value) = value else { continue };
+            let kind = metric.kind.as_str();
+            let Metric { name, help, .. } = metric;
+            let labels = if metric.labels.is_empty() {
+                String::new()
+            } else {
+                format!("{{version=\"{}\"}}", env!("CARGO_PKG_VERSION"))
+            };
+            let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}\n{name}{labels} {value}\n");
+        }
+        text
+    }
+}
+
+fn cpu_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    Duration::new(time.tv_sec.try_into().unwrap_or(0), time.tv_nsec.try_into().unwrap_or(0))
+}
+
+const fn gauge(name: &'static str, help: &'static str) -> Metric {
+    Metric { name, kind: MetricKind::Gauge, help, labels: &[] }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_figure_of_the_process_is_shown() {
+        let text = Process::start().render();
+        for metric in METRICS {
+            let line = text.lines().find(|line| {
+                line.strip_prefix(metric.name).is_some_and(|rest| rest.starts_with([' ', '{']))
+            });
+            let value: f64 = line.unwrap().rsplit(' ').next().unwrap().parse().unwrap();
+            assert!(value >= 0.0, "{line:?}");
+        }
+    }
+}
