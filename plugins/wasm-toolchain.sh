@@ -6,8 +6,8 @@
 #
 # Unpacks Debian's rustc-web and its standard library's source into PREFIX (no
 # root, nothing installed), builds the library once for wasm and leaves
-#   PREFIX/rustc   a compiler to be used as RUSTC=
-#   PREFIX/lld     a linker for the target
+#   PREFIX/rustc     a compiler to be used as RUSTC=
+#   PREFIX/rust-lld  a linker for the target
 # About a minute and 500 MB the first time; says so and returns at once after.
 set -eu
 
@@ -55,7 +55,7 @@ cat >"$prefix/rustc" <<WRAPPER
 LD_LIBRARY_PATH="$libs:$llvm_libs\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}" exec "$prefix/root/usr/bin/rustc" "\$@"
 WRAPPER
 chmod +x "$prefix/rustc"
-ln -sf "$linker" "$prefix/lld"
+ln -sf "$linker" "$prefix/rust-lld"
 
 say "building the standard library for $target with $("$prefix/rustc" --version)"
 empty="$prefix/empty"
@@ -64,7 +64,10 @@ printf '[package]\nname = "empty"\nversion = "0.0.0"\nedition = "2021"\n[workspa
 : >"$empty/src/lib.rs"
 (
     cd "$empty"
-    RUSTC="$prefix/rustc" RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Cembed-bitcode=yes CARGO_TARGET_DIR="$empty/target" \
+    # Panic locations of the library are compiled in: without a path of this machine.
+    cargo_home=${CARGO_HOME:-$HOME/.cargo}
+    flags="-Cembed-bitcode=yes --remap-path-prefix=$prefix/root/usr=/rustc --remap-path-prefix=$cargo_home=/cargo"
+    RUSTC="$prefix/rustc" RUSTC_BOOTSTRAP=1 RUSTFLAGS="$flags" CARGO_TARGET_DIR="$empty/target" \
         cargo build --release -Zbuild-std=std,panic_abort --target "$target" --quiet
 )
 libdir=$("$prefix/rustc" --print target-libdir --target "$target")

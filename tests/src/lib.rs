@@ -1,1 +1,16 @@
+//! What the tests and benchmarks stand on: the real binary, real servers, real
+//! clients, each private to one test, on ports that the OS gave out.
+//!
+//! Blocking on purpose: a test reads as a script. Nothing here retries a
+//! promise; only the start of a process is polled, up to a deadline.
 
+pub mod folder;
+pub mod host;
+pub mod http;
+pub mod mosquitto;
+pub mod mqtt;
+pub mod postgres;
+pub mod process;
+pub mod publisher;
+pub mod python;
+pub mod telemetry;

@@ -75,15 +75,15 @@ pub fn get_many<'a, const N: usize>(doc: &'a [u8], keys: [&str; N]) -> Result<[O
     Ok(found)
 }
 
-/// The same for a number of keys that is known at run time only. `found` is
-/// cleared first, then gets one entry per key.
+/// The same for a number of keys that is known at run time only: `found[i]`
+/// becomes the value of `keys[i]`, the rest of `found` none. Keys that have no
+/// place in `found` are not looked for.
 pub fn get_each<'a, K: AsRef<str>>(
     doc: &'a [u8],
     keys: &[K],
-    found: &mut alloc::vec::Vec<Option<Raw<'a>>>,
+    found: &mut [Option<Raw<'a>>],
 ) -> Result<(), Error> {
-    found.clear();
-    found.resize(keys.len(), None);
+    found.fill(None);
     members(doc, |name, escaped, value| {
         for (slot, key) in found.iter_mut().zip(keys) {
             if raw::same_name(name, escaped, key.as_ref()) {
@@ -102,7 +102,7 @@ pub fn pointer<'a>(doc: &'a [u8], pointer: &str) -> Result<Option<Raw<'a>>, Erro
         return Ok(Some(value));
     }
     let Some(path) = pointer.strip_prefix('/') else {
-        return Err(Error { at: 0, what: "a JSON pointer must start with a slash:" });
+        return Err(Error { at: 0, what: "a JSON pointer must start with a slash" });
     };
     for token in path.split('/') {
         match value.child(token) {

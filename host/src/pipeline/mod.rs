@@ -106,6 +106,8 @@ pub struct Handle {
     lenders: Vec<(String, mpsc::Sender<Control>)>,
     dead_letters: Arc<dyn Stream>,
     shared: Arc<Shared>,
+    #[cfg(test)]
+    shutdown: CancellationToken,
     redriving: tokio::sync::Mutex<()>,
     task: tokio::sync::Mutex<Option<tokio::task::JoinHandle<()>>>,
 }
@@ -125,6 +127,13 @@ impl Handle {
         let _one_at_a_time = self.redriving.lock().await;
         let chain = self.board.chain().ok_or(RedriveError::NoSteps)?;
         redrive::run(filter, &chain, &self.shared, &self.dead_letters, &self.lenders).await
+    }
+
+    /// Ends at once, in whatever it is in the midst of, as a kill would.
+    #[cfg(test)]
+    fn crash(&self) {
+        self.shared.abort.cancel();
+        self.shutdown.cancel();
     }
 
     /// Until the pipeline has ended, which `Deps::shutdown` makes it do.
@@ -191,10 +200,14 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
     let lenders = members.iter().map(|member| (member.name.clone(), member.control.clone())).collect();
     let shareds: Vec<Arc<SinkShared>> = members.iter().map(|member| Arc::clone(&member.shared)).collect();
     let board = Arc::new(Board::new(name, Arc::clone(&stream), shareds, Arc::clone(&shared.letters)));
+    #[cfg(test)]
+    let shutdown_of_test = shutdown.clone();
     let supervisor =
         Supervisor::new(Arc::clone(&shared), stream, chain, members, inbox, shutdown, Arc::clone(&board));
     let task = tokio::spawn(supervisor.run());
     Ok(Handle {
+        #[cfg(test)]
+        shutdown: shutdown_of_test,
         board,
         lenders,
         dead_letters,

@@ -222,6 +222,7 @@ async fn deliver_with(
     {
         let Read::Batch(batch) = read else { continue };
         let mut rows = Rows::default();
+        let mut refused_before = HashSet::new();
         for i in 0..batch.len() {
             let message = batch.message(i);
             let position = writer.positions[usize::from(message.entry.partition.0)];
@@ -239,17 +240,18 @@ async fn deliver_with(
                 }
             };
             let Some(mut out) = out else { continue };
-            let known = |j: usize, out: &Batch| {
-                let offset = out.offset(&out.entries[j]);
-                writer.letters.contains(Source::Sink(&name), offset, index_within_offset(out, j))
-            };
-            if (0..out.len()).any(|j| known(j, &out)) {
-                continue;
-            }
             for entry in &mut out.entries {
                 entry.partition = message.entry.partition;
             }
+            let known = |j: &usize| {
+                let offset = out.offset(&out.entries[*j]);
+                writer.letters.contains(Source::Sink(&name), offset, index_within_offset(&out, *j))
+            };
+            refused_before.extend((0..out.len()).filter(known).map(|j| rows.len() + j));
             rows.push_batch(out);
+        }
+        if !refused_before.is_empty() {
+            rows = rows.select((0..rows.len()).filter(|row| !refused_before.contains(row)));
         }
         let count = rows.len() as u64;
         let refused = writer.refused;

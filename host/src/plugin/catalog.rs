@@ -464,7 +464,7 @@ impl Work {
         names.into_iter().map(|(_, name)| StepConfig::new(name)).collect()
     }
 
-    fn build_step(&mut self, pipeline: &str, step: &StepConfig, loaded: &Loaded, built: &mut Built) {
+    fn build_step(&self, pipeline: &str, step: &StepConfig, loaded: &Loaded, built: &mut Built) {
         let Some(known) = self.files.get(&step.plugin) else { return };
         let key = Key {
             sha256: loaded.program.sha256.clone(),

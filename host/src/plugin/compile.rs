@@ -6,7 +6,9 @@
 //! the plugin, and writes native code to a file. One child at a time.
 
 use std::ffi::OsString;
+use std::fs::DirBuilder;
 use std::io::Read;
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, ExitStatus, Stdio};
@@ -92,7 +94,7 @@ impl Compiler {
         Self { way: Way::InProcess, cpu_s: 0, memory: ByteSize(0), one_at_a_time: Arc::default() }
     }
 
-    /// Native code of a component. `scratch` is a private folder.
+    /// Native code of a component. `scratch` is a folder for the child's files.
     pub(super) fn compile(&self, component: &[u8], scratch: &Path) -> Result<Vec<u8>, CompileError> {
         let _turn = self.one_at_a_time.lock().unwrap_or_else(PoisonError::into_inner);
         match &self.way {
@@ -108,10 +110,15 @@ impl Compiler {
         component: &[u8],
         scratch: &Path,
     ) -> Result<Vec<u8>, CompileError> {
-        let name = uuid::Uuid::new_v4();
+        // Of its own and private: nobody can put another file in the place of the child's.
+        let folder = scratch.join(format!(".compile-{}", uuid::Uuid::new_v4()));
+        DirBuilder::new()
+            .mode(0o700)
+            .create(&folder)
+            .map_err(|error| CompileError::File { path: folder.clone(), error })?;
         let order = Order {
-            component: scratch.join(format!(".{name}.wasm")),
-            artifact: scratch.join(format!(".{name}.out")),
+            component: folder.join("component.wasm"),
+            artifact: folder.join("artifact"),
             cpu_s: self.cpu_s,
             memory: self.memory.0,
         };
@@ -123,9 +130,8 @@ impl Compiler {
             .map_err(file(&order.component))
             .and_then(|()| self.run(program, args, &order))
             .and_then(|()| std::fs::read(&order.artifact).map_err(file(&order.artifact)));
-        // Left over they would be pruned as unknown files of the cache.
-        let _ = std::fs::remove_file(&order.component);
-        let _ = std::fs::remove_file(&order.artifact);
+        // Left over it takes space, and harms nothing.
+        let _ = std::fs::remove_dir_all(&folder);
         result
     }
 
@@ -195,16 +201,20 @@ const INVALID_ORDER: u8 = 4;
 /// `main` of the compiling child: to be called first thing when the first
 /// argument is [`CHILD_COMMAND`]. The arguments are not used.
 pub fn compile_child_main(_args: impl Iterator<Item = OsString>) -> ExitCode {
+    ExitCode::from(child_main())
+}
+
+fn child_main() -> u8 {
     let order = std::env::var(CHILD_VARIABLE).ok().and_then(|text| serde_json::from_str::<Order>(&text).ok());
     let Some(order) = order else {
         eprintln!("{CHILD_COMMAND} is started by headworks itself");
-        return ExitCode::from(INVALID_ORDER);
+        return INVALID_ORDER;
     };
     match compile_under_limits(&order) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => 0,
         Err(reason) => {
             eprintln!("{reason}");
-            ExitCode::from(INVALID)
+            INVALID
         }
     }
 }

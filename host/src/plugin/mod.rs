@@ -24,6 +24,10 @@ mod load;
 mod program;
 mod runner;
 mod version;
+#[cfg(test)]
+mod test_plugins;
+#[cfg(test)]
+mod tests;
 
 pub use arena::Fault;
 pub use cache::CacheError;

@@ -46,8 +46,6 @@ struct Lane {
     /// Ticket, and how many of `acks` it is for.
     groups: VecDeque<(Ticket, u32)>,
     acks: VecDeque<Ack>,
-    /// Greatest ticket of this connection in this lane.
-    last: Ticket,
     stream: usize,
 }
 
@@ -55,11 +53,6 @@ impl Acks {
     /// Acks that wait.
     pub fn waiting(&self) -> usize {
         self.waiting
-    }
-
-    /// The greatest ticket queued for this stream.
-    pub fn last(&self, stream: usize) -> Ticket {
-        self.lanes.iter().find(|lane| lane.stream == stream).map_or(Ticket(0), |lane| lane.last)
     }
 
     /// Queues `acks`, to go out once `ticket` is durable in stream number `stream`.
@@ -77,7 +70,6 @@ impl Acks {
                     durable: stream.durable(),
                     groups: VecDeque::new(),
                     acks: VecDeque::new(),
-                    last: Ticket(0),
                     stream: number,
                 });
                 self.lanes.last_mut().expect("it was just pushed")
@@ -86,7 +78,6 @@ impl Acks {
         let before = lane.acks.len();
         lane.acks.extend(acks);
         let count = lane.acks.len() - before;
-        lane.last = lane.last.max(ticket);
         if count > 0 {
             lane.groups.push_back((ticket, count as u32));
             self.waiting += count;

@@ -298,7 +298,7 @@ impl Inbound {
         let stream = broker.route(topic.as_str());
         if publish.qos > 0 {
             let owed = self.owe(broker, stream, &publish)?;
-            let repeated = owed.change == IdChange::None && publish.qos == 2 && owed.least != Ticket(0);
+            let repeated = publish.qos == 2 && owed.change == IdChange::None;
             work.owed.push(owed);
             if repeated {
                 work.properties.truncate(begin);
@@ -318,11 +318,11 @@ impl Inbound {
             let mut received = self.session.received();
             if let Some(known) = received.get(&publish.packet_id) {
                 broker.counters.duplicates.increment(1);
-                let least = known.ticket.max(Ticket(1));
-                return Ok(Owed { stream: known.stream, ack, change: IdChange::None, least });
+                let change = IdChange::None;
+                return Ok(Owed { stream: known.stream, ack, change, least: known.least() });
             }
             // The ticket comes with the append.
-            received.insert(publish.packet_id, Received { stream, ticket: Ticket(u64::MAX) });
+            received.insert(publish.packet_id, Received { stream, ticket: None });
         }
         self.unfinished += 1;
         if self.version == Version::V5 && self.unfinished > u32::from(broker.config.receive_maximum) {
@@ -385,10 +385,9 @@ impl Inbound {
         let (packet_id, _) = wire::ack(self.version, frame)?;
         let ack = Ack { first: wire::PUBCOMP, packet_id };
         match self.session.received().remove(&packet_id) {
-            Some(Received { stream, ticket }) => {
-                // Not appended yet: it is in this batch, or was; then the append's ticket is later.
-                let least = if ticket == Ticket(u64::MAX) { Ticket(0) } else { ticket };
-                work.owed.push(Owed { stream, ack, change: IdChange::Release, least });
+            Some(known) => {
+                let change = IdChange::Release;
+                work.owed.push(Owed { stream: known.stream, ack, change, least: known.least() });
             }
             None => wire::put_ack_with(out, self.version, wire::PUBCOMP, packet_id, wire::NOT_FOUND),
         }
@@ -508,7 +507,7 @@ impl Inbound {
             let mut received = self.session.received();
             for owed in owed.clone().filter(|owed| owed.change == IdChange::Receive) {
                 if let Some(received) = received.get_mut(&owed.ack.packet_id) {
-                    received.ticket = ticket;
+                    received.ticket = Some(ticket);
                 }
             }
         }
@@ -577,7 +576,7 @@ fn undo<'o>(session: &Session, owed: impl Iterator<Item = &'o Owed>) {
                 received.remove(&owed.ack.packet_id);
             }
             IdChange::Release => {
-                received.insert(owed.ack.packet_id, Received { stream: owed.stream, ticket: owed.least });
+                received.insert(owed.ack.packet_id, Received { stream: owed.stream, ticket: Some(owed.least) });
             }
         }
     }

@@ -198,12 +198,6 @@ impl Outbox {
         *self = Self::default();
     }
 
-    /// Messages that wait or are in flight.
-    #[cfg(test)]
-    pub fn len(&self) -> usize {
-        self.queue.len() + self.inflight.len()
-    }
-
     /// Sends again what the last connection left unacknowledged (4.4), in order.
     pub fn resume(&mut self, peer: Peer, out: &mut BytesMut) {
         for flight in &self.inflight {

@@ -58,7 +58,16 @@ pub struct Session {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Received {
     pub stream: usize,
-    pub ticket: Ticket,
+    /// `None` while its append is still being gathered.
+    pub ticket: Option<Ticket>,
+}
+
+impl Received {
+    /// An ack for this id waits at least for this ticket; for an id that is
+    /// being gathered the append to come is later than any.
+    pub fn least(self) -> Ticket {
+        self.ticket.unwrap_or_default()
+    }
 }
 
 #[derive(Default)]
@@ -174,7 +183,7 @@ impl Sessions {
                 let owner = parts.and_then(|(epoch, _)| by_epoch.get(&u64::from_be_bytes(*epoch)));
                 match (owner, id) {
                     (Some(session), Some(id)) => {
-                        let received = Received { stream: number, ticket: Ticket(0) };
+                        let received = Received { stream: number, ticket: Some(Ticket(0)) };
                         session.received().insert(u16::from_be_bytes(id), received);
                     }
                     _ => remove(&**stream, &key),

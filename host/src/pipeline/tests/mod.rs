@@ -1,0 +1,8 @@
+//! What a pipeline promises, on memory streams and sinks.
+
+mod delivery;
+mod exactly_once;
+mod harness;
+mod lanes;
+mod redrive;
+mod swap;

@@ -1,0 +1,302 @@
+//! The writer of an answer.
+
+use alloc::borrow::Cow;
+use alloc::string::String;
+use alloc::vec::Vec;
+
+use super::{Message, Messages};
+use crate::abi::{self, entry, origin, record, set, verdict};
+
+/// What becomes of a message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It goes on as it is.
+    Keep,
+    /// It ends here, on purpose.
+    Drop,
+    /// The records made with [`Output::emit`] go on in its place.
+    Emit,
+    /// This message is bad: to dead letters with this reason, the others go on.
+    Fail(Cow<'static, str>),
+    /// Something outside is not ready: the batch comes again after a backoff.
+    Retry(Cow<'static, str>),
+}
+
+impl Verdict {
+    pub fn fail(reason: impl Into<Cow<'static, str>>) -> Self {
+        Self::Fail(reason.into())
+    }
+
+    pub fn retry(reason: impl Into<Cow<'static, str>>) -> Self {
+        Self::Retry(reason.into())
+    }
+}
+
+impl From<crate::json::Error> for Verdict {
+    /// `payload is not JSON: expected a value at byte 0`
+    fn from(error: crate::json::Error) -> Self {
+        Self::Fail(alloc::format!("payload is not JSON: {error}").into())
+    }
+}
+
+/// The answer to a batch, as in interface `arena`.
+#[derive(Debug, Default)]
+pub struct Answer {
+    /// Empty as long as every message is kept.
+    pub verdicts: Vec<u8>,
+    /// Empty as long as there is no record.
+    pub outputs: Vec<u8>,
+    pub data: Vec<u8>,
+    /// Messages answered so far.
+    answered: usize,
+    count: usize,
+    /// What `data` will probably need, so that it is allocated once.
+    data_bytes: usize,
+}
+
+impl Answer {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Starts the answer to another batch; keeps what it allocated.
+    pub fn begin(&mut self, messages: &Messages<'_>) {
+        self.verdicts.clear();
+        self.outputs.clear();
+        self.data.clear();
+        self.answered = 0;
+        self.count = messages.len();
+        self.data_bytes = messages.bytes_len() + 64 * messages.len();
+    }
+
+    /// Fills what was left open: the header of the outputs.
+    pub fn finish(&mut self) {
+        if self.outputs.is_empty() {
+            return;
+        }
+        let records = (self.outputs.len() - abi::OUTPUT_HEADER_BYTES) / abi::STRIDE_BYTES;
+        let header = [
+            abi::LAYOUT,
+            abi::OUTPUT_HEADER_WORDS as u32,
+            abi::STRIDE_WORDS as u32,
+            records as u32,
+        ];
+        for (slot, word) in self.outputs.chunks_exact_mut(abi::WORD_BYTES).zip(header) {
+            slot.copy_from_slice(&word.to_le_bytes());
+        }
+    }
+
+    #[inline(always)]
+    fn push_verdict(&mut self, verdict: u8) {
+        if verdict != verdict::KEEP || !self.verdicts.is_empty() {
+            if self.verdicts.is_empty() {
+                self.first_verdict();
+            }
+            self.verdicts.push(verdict);
+        }
+        self.answered += 1;
+    }
+
+    #[cold]
+    fn first_verdict(&mut self) {
+        self.verdicts.reserve(self.count);
+        self.verdicts.resize(self.answered, verdict::KEEP);
+    }
+
+    #[inline(always)]
+    fn push_record(&mut self, source: u32) -> Record<'_> {
+        if self.outputs.is_empty() {
+            self.first_record();
+        }
+        let at = self.outputs.len();
+        self.outputs.extend_from_slice(&[0; abi::STRIDE_BYTES]);
+        let record: &mut [u8; abi::STRIDE_BYTES] =
+            self.outputs[at..].first_chunk_mut().expect("a record was just appended");
+        record[..4].copy_from_slice(&source.to_le_bytes());
+        Record { record, data: &mut self.data, set: 0 }
+    }
+
+    #[cold]
+    fn first_record(&mut self) {
+        self.outputs.reserve(abi::OUTPUT_HEADER_BYTES + self.count * abi::STRIDE_BYTES);
+        self.outputs.resize(abi::OUTPUT_HEADER_BYTES, 0);
+        self.data.reserve(self.data_bytes);
+    }
+}
+
+/// Where a plugin puts what it makes of one message.
+pub struct Output<'a> {
+    answer: &'a mut Answer,
+    source: u32,
+    outputs_before: usize,
+    data_before: usize,
+}
+
+impl<'a> Output<'a> {
+    #[inline(always)]
+    pub(super) fn new(answer: &'a mut Answer, message: &Message<'_>) -> Self {
+        let (outputs_before, data_before) = (answer.outputs.len(), answer.data.len());
+        Self { answer, source: message.number() as u32, outputs_before, data_before }
+    }
+
+    /// One more message in place of this one; what is not set on it stays as
+    /// the message has it. Counts only if the verdict is [`Verdict::Emit`].
+    #[inline(always)]
+    pub fn emit(&mut self) -> Record<'_> {
+        self.answer.push_record(self.source)
+    }
+
+    #[inline(always)]
+    pub(super) fn end(self, verdict: Verdict) {
+        match verdict {
+            Verdict::Keep => self.end_without_records(verdict::KEEP),
+            Verdict::Drop => self.end_without_records(verdict::DROP),
+            Verdict::Emit if self.answer.outputs.len() > self.outputs_before => {
+                self.answer.push_verdict(verdict::EMIT);
+            }
+            // Emitting nothing is dropping.
+            Verdict::Emit => self.end_without_records(verdict::DROP),
+            Verdict::Fail(reason) => self.end_with_reason(verdict::FAIL, reason),
+            Verdict::Retry(reason) => self.end_with_reason(verdict::RETRY, reason),
+        }
+    }
+
+    #[inline(always)]
+    fn end_without_records(mut self, verdict: u8) {
+        if self.answer.outputs.len() > self.outputs_before {
+            self.take_back();
+        }
+        self.answer.push_verdict(verdict);
+    }
+
+    /// Records that the verdict does not want.
+    #[cold]
+    fn take_back(&mut self) {
+        self.answer.outputs.truncate(self.outputs_before);
+        self.answer.data.truncate(self.data_before);
+    }
+
+    #[cold]
+    fn end_with_reason(mut self, verdict: u8, reason: Cow<'static, str>) {
+        self.take_back();
+        let end = reason.floor_char_boundary(abi::REASON_BYTES_MAX);
+        self.answer.push_record(self.source).payload(&reason.as_bytes()[..end]);
+        self.answer.push_verdict(verdict);
+    }
+}
+
+/// One message of the answer.
+pub struct Record<'a> {
+    record: &'a mut [u8; abi::STRIDE_BYTES],
+    data: &'a mut Vec<u8>,
+    set: u32,
+}
+
+impl Record<'_> {
+    #[inline(always)]
+    pub fn payload(&mut self, payload: &[u8]) -> &mut Self {
+        self.bytes(record::PAYLOAD, set::PAYLOAD, payload)
+    }
+
+    /// Writes the payload where it is to lie, without a copy. `write` appends.
+    #[inline(always)]
+    pub fn payload_with(&mut self, write: impl FnOnce(&mut Vec<u8>)) -> &mut Self {
+        let begin = self.data.len();
+        write(self.data);
+        self.span(record::PAYLOAD, set::PAYLOAD, begin)
+    }
+
+    /// A part of the message's own payload: costs nothing. `range` lies in it.
+    pub fn payload_part(&mut self, message: &Message<'_>, range: core::ops::Range<usize>) -> &mut Self {
+        debug_assert!(range.end <= message.payload().len());
+        let (begin, rest) = message.span(entry::PAYLOAD);
+        self.word(record::PAYLOAD, begin + range.start as u32);
+        self.word(record::PAYLOAD + 1, rest & 0xf000_0000 | range.len() as u32);
+        self.mark(set::PAYLOAD)
+    }
+
+    /// A topic name: no wildcards, no NUL.
+    pub fn topic(&mut self, topic: &str) -> &mut Self {
+        self.bytes(record::TOPIC, set::TOPIC, topic.as_bytes())
+    }
+
+    /// At most 64 bytes; empty for the default route.
+    pub fn route(&mut self, route: &str) -> &mut Self {
+        self.bytes(record::ROUTE, set::ROUTE, route.as_bytes())
+    }
+
+    /// At most 256 bytes.
+    pub fn device(&mut self, device: &str) -> &mut Self {
+        self.bytes(record::DEVICE, set::DEVICE, device.as_bytes())
+    }
+
+    /// Microseconds since 1970, UTC.
+    #[inline]
+    pub fn event_us(&mut self, event_us: i64) -> &mut Self {
+        self.word(record::EVENT_US, event_us as u32);
+        self.word(record::EVENT_US + 1, (event_us >> 32) as u32);
+        self.mark(set::EVENT_US)
+    }
+
+    /// See [`abi::flags`]: QoS, retain, UTF-8.
+    pub fn flags(&mut self, flags: u32) -> &mut Self {
+        self.word(record::FLAGS, flags);
+        self.mark(set::FLAGS)
+    }
+
+    /// Replaces the properties of devices and steps; protocol facts stay.
+    pub fn properties<'p>(&mut self, properties: impl IntoIterator<Item = (&'p str, &'p [u8])>) -> &mut Self {
+        let begin = self.data.len();
+        for (name, value) in properties {
+            let name_len = u16::try_from(name.len()).unwrap_or(u16::MAX);
+            self.data.extend_from_slice(&[origin::STEP, 0]);
+            self.data.extend_from_slice(&name_len.to_le_bytes());
+            self.data.extend_from_slice(&(value.len() as u32).to_le_bytes());
+            self.data.extend_from_slice(&name.as_bytes()[..usize::from(name_len)]);
+            self.data.extend_from_slice(value);
+        }
+        self.span(record::PROPERTIES, set::PROPERTIES, begin)
+    }
+
+    /// Ends a chain: `return out.emit().route("alert").verdict();`
+    #[inline(always)]
+    pub fn verdict(&mut self) -> Verdict {
+        Verdict::Emit
+    }
+
+    #[inline(always)]
+    fn bytes(&mut self, at: usize, bit: u32, bytes: &[u8]) -> &mut Self {
+        let begin = self.data.len();
+        self.data.extend_from_slice(bytes);
+        self.span(at, bit, begin)
+    }
+
+    /// The span of `data` from `begin` to its end.
+    #[inline(always)]
+    fn span(&mut self, at: usize, bit: u32, begin: usize) -> &mut Self {
+        let len = self.data.len() - begin;
+        self.word(at, begin as u32);
+        self.word(at + 1, abi::span_word(abi::DATA_SEGMENT, len));
+        self.mark(bit)
+    }
+
+    #[inline(always)]
+    fn mark(&mut self, bit: u32) -> &mut Self {
+        self.set |= bit;
+        self.word(record::SET, self.set);
+        self
+    }
+
+    #[inline(always)]
+    fn word(&mut self, at: usize, word: u32) {
+        let at = at * abi::WORD_BYTES;
+        self.record[at..at + abi::WORD_BYTES].copy_from_slice(&word.to_le_bytes());
+    }
+}
+
+/// So that a `?` on a text works in functions that return `Result<_, Verdict>`.
+impl From<String> for Verdict {
+    fn from(reason: String) -> Self {
+        Self::Fail(reason.into())
+    }
+}

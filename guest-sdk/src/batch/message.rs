@@ -1,0 +1,274 @@
+//! The reader of a batch.
+
+use alloc::string::String;
+
+use crate::abi::{self, entry, flags, header};
+use crate::json;
+
+/// A batch, as the host handed it over.
+#[derive(Clone, Copy)]
+pub struct Messages<'a> {
+    header: &'a [u8],
+    entries: &'a [u8],
+    stride_bytes: usize,
+    count: usize,
+    base_offset: u64,
+    /// As many as four bits can name, so that no span needs a bounds check here.
+    segments: [&'a [u8]; 16],
+    namespace: &'a [String],
+}
+
+impl<'a> Messages<'a> {
+    /// `index` and `segments` lie as in interface `arena`; `namespace` has the
+    /// topic pattern's field names by level. None where the index is not of a
+    /// layout that this SDK reads.
+    pub fn new(
+        index: &'a [u8],
+        segments: impl IntoIterator<Item = &'a [u8]>,
+        namespace: &'a [String],
+    ) -> Option<Self> {
+        if index.len() < abi::INDEX_HEADER_BYTES || word(index, header::LAYOUT) != abi::LAYOUT {
+            return None;
+        }
+        let header_bytes = word(index, header::HEADER_WORDS) as usize * abi::WORD_BYTES;
+        let stride_bytes = word(index, header::STRIDE) as usize * abi::WORD_BYTES;
+        let count = word(index, header::COUNT) as usize;
+        let entries = index.get(header_bytes..)?;
+        if stride_bytes < abi::STRIDE_BYTES || entries.len() < count.checked_mul(stride_bytes)? {
+            return None;
+        }
+        let mut all: [&[u8]; 16] = [&[]; 16];
+        for (slot, segment) in all.iter_mut().zip(segments) {
+            *slot = segment;
+        }
+        Some(Self {
+            header: index,
+            entries,
+            stride_bytes,
+            count,
+            base_offset: word64(index, header::BASE_OFFSET),
+            segments: all,
+            namespace,
+        })
+    }
+
+    #[inline]
+    pub fn len(&self) -> usize {
+        self.count
+    }
+
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    #[inline]
+    pub fn iter(&self) -> impl Iterator<Item = Message<'_>> {
+        self.entries.chunks_exact(self.stride_bytes).take(self.count).enumerate().filter_map(
+            move |(number, entry)| {
+                Some(Message { batch: self, entry: entry.first_chunk()?, number: number as u32 })
+            },
+        )
+    }
+
+    /// Message `number` of the batch, from 0.
+    pub fn get(&self, number: usize) -> Option<Message<'_>> {
+        let entry = self.entries.get(number * self.stride_bytes..)?.first_chunk()?;
+        (number < self.count).then_some(Message { batch: self, entry, number: number as u32 })
+    }
+
+    pub fn partition(&self) -> u32 {
+        word(self.header, header::PARTITION)
+    }
+
+    /// The batch's append time, microseconds since 1970: the same again on replay.
+    #[inline]
+    pub fn now_us(&self) -> u64 {
+        word64(self.header, header::NOW_US)
+    }
+
+    /// 1 at the first try; more where a step asked to retry.
+    pub fn attempt(&self) -> u32 {
+        word(self.header, header::ATTEMPT)
+    }
+
+    /// Bytes of all segments together.
+    pub fn bytes_len(&self) -> usize {
+        self.segments.iter().map(|segment| segment.len()).sum()
+    }
+}
+
+/// One message, borrowed from its batch.
+#[derive(Clone, Copy)]
+pub struct Message<'a> {
+    batch: &'a Messages<'a>,
+    entry: &'a [u8; abi::STRIDE_BYTES],
+    number: u32,
+}
+
+impl<'a> Message<'a> {
+    #[inline]
+    pub fn payload(&self) -> &'a [u8] {
+        self.bytes(entry::PAYLOAD)
+    }
+
+    /// The payload if it is UTF-8.
+    pub fn text(&self) -> Option<&'a str> {
+        core::str::from_utf8(self.payload()).ok()
+    }
+
+    /// A field of a payload that is a JSON object. Checks the whole payload;
+    /// for several fields ask [`json::get_many`] once.
+    #[inline]
+    pub fn json(&self, key: &str) -> Result<Option<json::Raw<'a>>, json::Error> {
+        json::get(self.payload(), key)
+    }
+
+    #[inline]
+    pub fn topic(&self) -> &'a str {
+        self.str(entry::TOPIC)
+    }
+
+    /// The same without the check for UTF-8.
+    #[inline]
+    pub fn topic_bytes(&self) -> &'a [u8] {
+        self.bytes(entry::TOPIC)
+    }
+
+    /// The device that sent it: from the topic where that fits the namespace,
+    /// else the client id.
+    #[inline]
+    pub fn device(&self) -> &'a str {
+        self.str(entry::DEVICE)
+    }
+
+    #[inline]
+    pub fn device_bytes(&self) -> &'a [u8] {
+        self.bytes(entry::DEVICE)
+    }
+
+    /// Empty: the default route.
+    #[inline]
+    pub fn route(&self) -> &'a str {
+        self.str(entry::ROUTE)
+    }
+
+    /// A level of the topic by its name in the namespace pattern
+    /// (`message.field("site")`); none where the topic does not fit.
+    pub fn field(&self, name: &str) -> Option<&'a str> {
+        if !self.fits_namespace() {
+            return None;
+        }
+        let level = self.batch.namespace.iter().position(|field| field == name)?;
+        self.topic().split('/').nth(level)
+    }
+
+    #[inline]
+    pub fn fits_namespace(&self) -> bool {
+        self.flags() & flags::FITS_NAMESPACE != 0
+    }
+
+    /// Position in its stream.
+    #[inline]
+    pub fn offset(&self) -> u64 {
+        self.batch.base_offset + u64::from(word(self.entry, entry::OFFSET))
+    }
+
+    /// Microseconds since 1970, UTC.
+    #[inline]
+    pub fn received_us(&self) -> u64 {
+        word64(self.entry, entry::RECEIVED_US)
+    }
+
+    /// Set by an earlier step; microseconds since 1970, UTC.
+    #[inline]
+    pub fn event_us(&self) -> Option<i64> {
+        let set = self.flags() & flags::EVENT_TIME != 0;
+        set.then(|| word64(self.entry, entry::EVENT_US) as i64)
+    }
+
+    #[inline]
+    pub fn flags(&self) -> u32 {
+        word(self.entry, entry::FLAGS)
+    }
+
+    pub fn qos(&self) -> u8 {
+        (self.flags() & flags::QOS_MASK) as u8
+    }
+
+    pub fn retain(&self) -> bool {
+        self.flags() & flags::RETAIN != 0
+    }
+
+    /// In the order they came, duplicates kept.
+    pub fn properties(&self) -> impl Iterator<Item = Property<'a>> + use<'a> {
+        let mut rest = self.bytes(entry::PROPERTIES);
+        core::iter::from_fn(move || {
+            let (head, after) = rest.split_first_chunk::<8>()?;
+            let name_len = usize::from(u16::from_le_bytes([head[2], head[3]]));
+            let value_len = word(head, 1) as usize;
+            let (name, after) = after.split_at_checked(name_len)?;
+            let (value, after) = after.split_at_checked(value_len)?;
+            rest = after;
+            Some(Property { origin: head[0], name: core::str::from_utf8(name).ok()?, value })
+        })
+    }
+
+    /// The first property of that name that the device sent (an MQTT 5 user property).
+    pub fn property(&self, name: &str) -> Option<&'a [u8]> {
+        self.properties().find(|p| p.origin == abi::origin::DEVICE && p.name == name).map(|p| p.value)
+    }
+
+    /// Number of the message in its batch, from 0.
+    #[inline]
+    pub fn number(&self) -> usize {
+        self.number as usize
+    }
+
+    /// `now_us` of its batch: the clock of a plugin, the same again on replay.
+    #[inline]
+    pub fn now_us(&self) -> u64 {
+        self.batch.now_us()
+    }
+
+    /// The two words of a span of the entry.
+    #[inline(always)]
+    pub(super) fn span(&self, at: usize) -> (u32, u32) {
+        (word(self.entry, at), word(self.entry, at + 1))
+    }
+
+    /// The host promises that spans lie in their segments.
+    #[inline(always)]
+    fn bytes(&self, at: usize) -> &'a [u8] {
+        let (begin, rest) = self.span(at);
+        let len = (rest & 0x0fff_ffff) as usize;
+        let begin = begin as usize;
+        self.batch.segments[(rest >> 28) as usize].get(begin..begin + len).unwrap_or_default()
+    }
+
+    #[inline]
+    fn str(&self, at: usize) -> &'a str {
+        core::str::from_utf8(self.bytes(at)).unwrap_or_default()
+    }
+}
+
+/// A property of a message: see `wit/plugin.wit`, record `property`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Property<'a> {
+    /// See [`abi::origin`].
+    pub origin: u8,
+    pub name: &'a str,
+    pub value: &'a [u8],
+}
+
+#[inline(always)]
+fn word(bytes: &[u8], at: usize) -> u32 {
+    let at = at * abi::WORD_BYTES;
+    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+/// Low word first.
+#[inline(always)]
+fn word64(bytes: &[u8], at: usize) -> u64 {
+    u64::from(word(bytes, at)) | u64::from(word(bytes, at + 1)) << 32
+}

@@ -1,0 +1,131 @@
+use alloc::string::{String, ToString};
+use alloc::vec;
+use alloc::vec::Vec;
+
+use super::*;
+use crate::abi;
+use crate::testing::BatchBuilder;
+
+fn namespace() -> Vec<String> {
+    ["org", "site", "device_type", "device_id", "measurement"].map(String::from).to_vec()
+}
+
+fn batch() -> BatchBuilder {
+    let mut batch = BatchBuilder::new(1_000_000);
+    batch.message("acme/north/t/t-1/reading", b"{\"value\":1}", "t-1", true);
+    batch.message("test/hello", b"ping", "client-7", false);
+    batch.message("acme/north/t/t-2/reading", b"", "t-2", true);
+    batch
+}
+
+fn word(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(bytes[at * 4..at * 4 + 4].try_into().unwrap())
+}
+
+#[test]
+fn a_message_reads_as_it_was_written() {
+    let (batch, names) = (batch(), namespace());
+    let messages = batch.messages(&names);
+    let message = messages.get(0).unwrap();
+    assert_eq!(message.topic(), "acme/north/t/t-1/reading");
+    assert_eq!((message.device(), message.route(), message.payload()), ("t-1", "", &b"{\"value\":1}"[..]));
+    assert_eq!((message.field("site"), message.field("measurement")), (Some("north"), Some("reading")));
+    assert_eq!(message.field("colour"), None);
+    assert_eq!((message.event_us(), message.now_us()), (None, 1_000_000));
+    assert_eq!(messages.get(1).unwrap().field("site"), None, "its topic does not fit");
+    assert_eq!((messages.len(), messages.get(3).is_none()), (3, true));
+    assert_eq!(messages.get(2).unwrap().offset(), 2);
+}
+
+#[test]
+fn keeping_all_answers_with_nothing() {
+    let (batch, names) = (batch(), namespace());
+    let mut answer = Answer::new();
+    run(&batch.messages(&names), &mut answer, |_, _| Verdict::Keep);
+    assert_eq!((answer.verdicts.len(), answer.outputs.len(), answer.data.len()), (0, 0, 0));
+}
+
+#[test]
+fn verdicts_and_records_lie_as_the_contract_says() {
+    let (batch, names) = (batch(), namespace());
+    let mut answer = Answer::new();
+    run(&batch.messages(&names), &mut answer, |message, out| match message.number() {
+        0 => Verdict::Keep,
+        1 => Verdict::fail("no"),
+        _ => {
+            out.emit().payload(b"new").event_us(-5);
+            out.emit().route("alert").verdict()
+        }
+    });
+    assert_eq!(answer.verdicts, [0, 3, 2]);
+    assert_eq!((0..4).map(|i| word(&answer.outputs, i)).collect::<Vec<_>>(), [1, 8, 16, 3]);
+    assert_eq!(answer.outputs.len(), 32 + 3 * 64);
+    let record = |i: usize| &answer.outputs[32 + i * 64..];
+    assert_eq!((word(record(0), 0), word(record(0), 1)), (1, abi::set::PAYLOAD));
+    assert_eq!((word(record(0), 4), word(record(0), 5)), (0, 15 << 28 | 2));
+    assert_eq!((word(record(1), 0), word(record(1), 1)), (2, abi::set::PAYLOAD | abi::set::EVENT_US));
+    assert_eq!((word(record(1), 10), word(record(1), 11)), (-5i32 as u32, u32::MAX));
+    assert_eq!((word(record(2), 0), word(record(2), 1)), (2, abi::set::ROUTE));
+    assert_eq!(answer.data, b"nonewalert");
+}
+
+#[test]
+fn records_without_the_verdict_to_emit_are_taken_back() {
+    let (batch, names) = (batch(), namespace());
+    let mut answer = Answer::new();
+    run(&batch.messages(&names), &mut answer, |message, out| {
+        out.emit().payload(b"never");
+        if message.number() == 1 { Verdict::retry("later") } else { Verdict::Drop }
+    });
+    assert_eq!(answer.verdicts, [1, 4, 1]);
+    assert_eq!(word(&answer.outputs, 3), 1);
+    assert_eq!(answer.data, b"later");
+}
+
+#[test]
+fn emitting_nothing_is_dropping() {
+    let (batch, names) = (batch(), namespace());
+    let mut answer = Answer::new();
+    run(&batch.messages(&names), &mut answer, |_, _| Verdict::Emit);
+    assert_eq!((answer.verdicts, answer.outputs.len()), (vec![1, 1, 1], 0));
+}
+
+#[test]
+fn a_part_of_the_payload_points_into_the_input() {
+    let (batch, names) = (batch(), namespace());
+    let messages = batch.messages(&names);
+    let mut answer = Answer::new();
+    run(&messages, &mut answer, |message, out| match message.number() {
+        0 => out.emit().payload_part(message, 1..8).verdict(),
+        _ => Verdict::Keep,
+    });
+    assert_eq!(word(&answer.outputs[32..], 5), 7, "segment 0, length 7");
+    assert!(answer.data.is_empty());
+}
+
+#[test]
+fn an_answer_is_used_again_without_remains() {
+    let (batch, names) = (batch(), namespace());
+    let mut answer = Answer::new();
+    run(&batch.messages(&names), &mut answer, |_, out| out.emit().payload(b"x").verdict());
+    run(&batch.messages(&names), &mut answer, |_, _| Verdict::Keep);
+    assert!(answer.verdicts.is_empty() && answer.outputs.is_empty() && answer.data.is_empty());
+}
+
+#[test]
+fn a_longer_header_and_stride_are_read_past() {
+    let (batch, names) = (batch(), namespace());
+    let (index, data) = batch.parts();
+    let mut wider = index[..64].to_vec();
+    wider[4..8].copy_from_slice(&20u32.to_le_bytes());
+    wider[8..12].copy_from_slice(&18u32.to_le_bytes());
+    wider.extend([0xff; 16]);
+    for entry in index[64..].chunks(64) {
+        wider.extend(entry);
+        wider.extend([0xff; 8]);
+    }
+    let messages = Messages::new(&wider, [data], &names).unwrap();
+    assert_eq!(messages.iter().map(|m| m.topic().to_string()).nth(2).unwrap(), "acme/north/t/t-2/reading");
+    wider.truncate(wider.len() - 1);
+    assert!(Messages::new(&wider, [data], &names).is_none());
+}

@@ -1,0 +1,79 @@
+//! Between the generated bindings and [`Plugin`]; used by `plugin!` only.
+
+use alloc::string::ToString;
+use alloc::vec::Vec;
+use core::cell::RefCell;
+
+pub use crate::bindings;
+pub use crate::bindings::export_batch_plugin;
+pub use crate::bindings::exports::headworks::plugin::{batch, lifecycle};
+
+use super::{Context, Plugin};
+use crate::batch::{Answer, Messages, run};
+use crate::config::Config;
+
+/// The one instance of a component.
+pub struct Slot<P> {
+    running: RefCell<Option<Running<P>>>,
+}
+
+struct Running<P> {
+    plugin: P,
+    namespace: Vec<String>,
+}
+
+impl<P: Plugin> Slot<P> {
+    #[allow(clippy::new_without_default)]
+    pub const fn new() -> Self {
+        Self { running: RefCell::new(None) }
+    }
+
+    pub fn init(
+        &self,
+        context: lifecycle::Context,
+    ) -> Result<lifecycle::Ready, Vec<lifecycle::Problem>> {
+        super::log::install_panic_hook();
+        let config = Config::new(context.config);
+        let context = Context {
+            step: context.step,
+            partition: context.partition,
+            partitions: context.partitions,
+            namespace: context.namespace,
+            generation: context.generation,
+            seed: context.seed,
+            dry_run: context.dry_run,
+        };
+        let plugin = P::new(&config, &context).map_err(|problems| {
+            let problems = problems.into_iter();
+            problems.map(|p| lifecycle::Problem { path: p.path, reason: p.reason }).collect::<Vec<_>>()
+        })?;
+        let topics = plugin.topics();
+        *self.running.borrow_mut() = Some(Running { plugin, namespace: context.namespace });
+        Ok(lifecycle::Ready { topics, extras: Vec::new() })
+    }
+
+    #[inline]
+    pub fn process(&self, messages: &batch::Messages) -> batch::Answer {
+        let mut running = self.running.borrow_mut();
+        let Running { plugin, namespace } = running.as_mut().expect("the host calls init first");
+        let segments = messages.segments.iter().map(Vec::as_slice);
+        let messages =
+            Messages::new(&messages.index, segments, namespace).expect("an index of layout 1, as the contract says");
+        let mut answer = Answer::new();
+        plugin.begin(&messages);
+        run(&messages, &mut answer, |message, out| plugin.process(message, out));
+        batch::Answer { verdicts: answer.verdicts, outputs: answer.outputs, data: answer.data }
+    }
+}
+
+pub fn describe<P: Plugin>(name: &str, version: &str, summary: &str) -> lifecycle::Description {
+    lifecycle::Description {
+        name: name.replace('_', "-"),
+        version: version.to_string(),
+        summary: summary.to_string(),
+        topics: P::TOPICS.iter().map(|topic| topic.to_string()).collect(),
+        config_schema: P::CONFIG_SCHEMA.to_string(),
+        state_version: 0,
+        extras: Vec::new(),
+    }
+}

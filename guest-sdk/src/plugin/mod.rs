@@ -1,0 +1,104 @@
+//! A plugin as its author sees it, and how it becomes a component.
+
+pub mod clock;
+pub mod devices;
+#[doc(hidden)]
+pub mod exports;
+pub mod log;
+pub mod metrics;
+
+use alloc::string::String;
+use alloc::vec::Vec;
+
+use crate::batch::{Message, Messages, Output, Verdict};
+use crate::config::{Config, Problem};
+
+/// A batch plugin. Name, version and summary are those of its Cargo package.
+pub trait Plugin: Sized {
+    /// MQTT filters of the topics it wants to see; empty for all of its pipeline.
+    const TOPICS: &'static [&'static str] = &[];
+    /// JSON Schema of its config; empty for none.
+    const CONFIG_SCHEMA: &'static str = "";
+
+    /// Once per instance, before any message, and to validate a config. Same
+    /// config, same answer. Metrics are registered here.
+    fn new(config: &Config, context: &Context) -> Result<Self, Vec<Problem>>;
+
+    /// Topics narrowed by config; none keeps [`Self::TOPICS`].
+    fn topics(&self) -> Option<Vec<String>> {
+        None
+    }
+
+    /// Before the messages of a batch: a place to look things up for all of them.
+    fn begin(&mut self, messages: &Messages<'_>) {
+        let _ = messages;
+    }
+
+    /// The verdict for one message; new messages are made with [`Output::emit`].
+    fn process(&mut self, message: &Message<'_>, out: &mut Output<'_>) -> Verdict;
+}
+
+/// What an instance knows about its place.
+#[derive(Clone, Debug, Default)]
+pub struct Context {
+    /// `pipeline/step`: the identity of this use of the plugin.
+    pub step: String,
+    pub partition: u32,
+    pub partitions: u32,
+    /// Field names of the topic pattern by level.
+    pub namespace: Vec<String>,
+    pub generation: u64,
+    /// For hash maps and sampling: the same again on replay.
+    pub seed: u64,
+    /// True while a config is only validated.
+    pub dry_run: bool,
+}
+
+/// Makes a component of a type that is a [`Plugin`]: once per crate, which has
+/// `crate-type = ["cdylib", "rlib"]`. Does nothing in a native build.
+#[macro_export]
+macro_rules! plugin {
+    ($plugin:ty) => {
+        // Natively, for tests: it is used, if only so that it is not reported as dead.
+        #[cfg(not(target_family = "wasm"))]
+        const _: fn(
+            &$crate::config::Config,
+            &$crate::plugin::Context,
+        ) -> Result<$plugin, Vec<$crate::config::Problem>> = <$plugin as $crate::plugin::Plugin>::new;
+
+        #[cfg(target_family = "wasm")]
+        const _: () = {
+            use $crate::plugin::exports;
+
+            ::std::thread_local! {
+                static RUNNING: exports::Slot<$plugin> = const { exports::Slot::new() };
+            }
+
+            struct Component;
+
+            impl exports::lifecycle::Guest for Component {
+                fn describe() -> exports::lifecycle::Description {
+                    exports::describe::<$plugin>(
+                        env!("CARGO_PKG_NAME"),
+                        env!("CARGO_PKG_VERSION"),
+                        env!("CARGO_PKG_DESCRIPTION"),
+                    )
+                }
+
+                fn init(
+                    context: exports::lifecycle::Context,
+                ) -> Result<exports::lifecycle::Ready, Vec<exports::lifecycle::Problem>> {
+                    RUNNING.with(|slot| slot.init(context))
+                }
+            }
+
+            impl exports::batch::Guest for Component {
+                fn process(messages: exports::batch::Messages) -> exports::batch::Answer {
+                    RUNNING.with(|slot| slot.process(&messages))
+                }
+            }
+
+            $crate::plugin::exports::export_batch_plugin!(Component with_types_in $crate::plugin::exports::bindings);
+        };
+    };
+}

@@ -1,0 +1,261 @@
+//! Timestamps as devices send them, and RFC 3339 in UTC.
+//!
+//! Calendar arithmetic after Howard Hinnant, "chrono-Compatible Low-Level Date
+//! Algorithms" (days_from_civil, civil_from_days).
+
+use alloc::vec::Vec;
+
+const DAY_US: i64 = 86_400_000_000;
+
+/// Microseconds since 1970 of a number in seconds, milliseconds, microseconds
+/// or nanoseconds, told apart by magnitude: below 10^11 seconds (the year
+/// 5138), below 10^14 milliseconds, below 10^17 microseconds, else nanoseconds.
+/// `number` is a decimal, `1718000000.25`; an exponent is read too, with the
+/// precision of f64. Digits below a microsecond are cut.
+pub fn parse_number(number: &[u8]) -> Option<i64> {
+    let (negative, digits) = match number {
+        [b'-', rest @ ..] => (true, rest),
+        rest => (false, rest),
+    };
+    let point = digits.iter().position(|&b| b == b'.').unwrap_or(digits.len());
+    let (whole, fraction) = (&digits[..point], digits.get(point + 1..).unwrap_or_default());
+    if whole.is_empty() || (point < digits.len() && fraction.is_empty()) {
+        return None;
+    }
+    let Some(magnitude) = decimal(whole).filter(|_| fraction.iter().all(u8::is_ascii_digit)) else {
+        let text = core::str::from_utf8(number).ok()?;
+        return if is_decimal(number) { from_f64(text.parse().ok()?) } else { None };
+    };
+    // `places`: how many digits behind the point are whole microseconds.
+    let (scale, divisor, places) = match magnitude {
+        0..100_000_000_000 => (1_000_000, 1, 6),
+        0..100_000_000_000_000 => (1_000, 1, 3),
+        0..100_000_000_000_000_000 => (1, 1, 0),
+        _ => (1, 1_000, 0),
+    };
+    let mut part = 0;
+    for i in 0..places {
+        part = part * 10 + i64::from(fraction.get(i).map_or(0, |digit| digit - b'0'));
+    }
+    let us = (magnitude / divisor).checked_mul(scale)?.checked_add(part)?;
+    Some(if negative { -us } else { us })
+}
+
+fn decimal(digits: &[u8]) -> Option<i64> {
+    let mut value: i64 = 0;
+    for &digit in digits {
+        if !digit.is_ascii_digit() {
+            return None;
+        }
+        value = value.checked_mul(10)?.checked_add(i64::from(digit - b'0'))?;
+    }
+    Some(value)
+}
+
+/// Not `inf` or `nan`, which Rust would read.
+fn is_decimal(number: &[u8]) -> bool {
+    number.iter().all(|b| matches!(b, b'0'..=b'9' | b'.' | b'-' | b'+' | b'e' | b'E'))
+}
+
+fn from_f64(value: f64) -> Option<i64> {
+    let us = match value.abs() {
+        x if x < 1e11 => value * 1e6,
+        x if x < 1e14 => value * 1e3,
+        x if x < 1e17 => value,
+        _ => value / 1e3,
+    };
+    (us.abs() < 9.2e18).then_some(us as i64)
+}
+
+/// Microseconds since 1970 of an RFC 3339 timestamp. As its section 5.6
+/// allows: `t` and `z` in lower case, a space between date and time; a leap
+/// second counts as the second after it. Digits below a microsecond are cut.
+/// The offset must be there.
+pub fn parse_rfc3339(text: &[u8]) -> Option<i64> {
+    let field = |from: usize, to: usize| decimal(text.get(from..to)?);
+    let is = |at: usize, byte: u8| text.get(at) == Some(&byte);
+    if !(is(4, b'-') && is(7, b'-') && is(13, b':') && is(16, b':')) {
+        return None;
+    }
+    if !matches!(text.get(10), Some(b'T' | b't' | b' ')) {
+        return None;
+    }
+    let (year, month, day) = (field(0, 4)?, field(5, 7)?, field(8, 10)?);
+    let (hour, minute, second) = (field(11, 13)?, field(14, 16)?, field(17, 19)?);
+    if !(1..=12).contains(&month) || day < 1 || day > days_in_month(year, month) {
+        return None;
+    }
+    if hour > 23 || minute > 59 || second > 60 {
+        return None;
+    }
+    let mut rest = &text[19..];
+    let mut part = 0;
+    if let [b'.', after @ ..] = rest {
+        let digits = after.iter().take_while(|b| b.is_ascii_digit()).count();
+        if digits == 0 {
+            return None;
+        }
+        for i in 0..6 {
+            part = part * 10 + i64::from(if i < digits { after[i] - b'0' } else { 0 });
+        }
+        rest = &after[digits..];
+    }
+    let offset_minutes = match rest {
+        [b'Z' | b'z'] => 0,
+        [sign @ (b'+' | b'-'), h1, h2, b':', m1, m2] => {
+            let (hours, minutes) = (decimal(&[*h1, *h2])?, decimal(&[*m1, *m2])?);
+            if hours > 23 || minutes > 59 {
+                return None;
+            }
+            let minutes = hours * 60 + minutes;
+            if *sign == b'-' { -minutes } else { minutes }
+        }
+        _ => return None,
+    };
+    let seconds = ((hour * 60 + minute) - offset_minutes) * 60 + second;
+    Some(days_from_civil(year, month, day) * DAY_US + seconds * 1_000_000 + part)
+}
+
+/// `2024-06-10T06:13:20.123Z`: milliseconds, or microseconds where there are
+/// some. Years 0 to 9999; outside of them nothing is written.
+pub fn write_rfc3339(out: &mut Vec<u8>, us: i64) {
+    let (days, rest) = (us.div_euclid(DAY_US), us.rem_euclid(DAY_US));
+    let (year, month, day) = civil_from_days(days);
+    if !(0..=9999).contains(&year) {
+        return;
+    }
+    let seconds = (rest / 1_000_000) as u32;
+    let part = (rest % 1_000_000) as u32;
+    let mut text = *b"0000-00-00T00:00:00.000000Z";
+    put(&mut text[0..4], year as u32);
+    put(&mut text[5..7], month as u32);
+    put(&mut text[8..10], day as u32);
+    put(&mut text[11..13], seconds / 3_600);
+    put(&mut text[14..16], seconds / 60 % 60);
+    put(&mut text[17..19], seconds % 60);
+    put(&mut text[20..26], part);
+    if part % 1_000 == 0 {
+        text[23] = b'Z';
+        out.extend_from_slice(&text[..24]);
+    } else {
+        out.extend_from_slice(&text);
+    }
+}
+
+#[inline(always)]
+fn put(digits: &mut [u8], mut value: u32) {
+    for digit in digits.iter_mut().rev() {
+        *digit = b'0' + (value % 10) as u8;
+        value /= 10;
+    }
+}
+
+fn days_in_month(year: i64, month: i64) -> i64 {
+    match month {
+        2 if year % 4 == 0 && (year % 100 != 0 || year % 400 == 0) => 29,
+        2 => 28,
+        4 | 6 | 9 | 11 => 30,
+        _ => 31,
+    }
+}
+
+fn days_from_civil(year: i64, month: i64, day: i64) -> i64 {
+    let year = if month <= 2 { year - 1 } else { year };
+    let era = year.div_euclid(400);
+    let year_of_era = year - era * 400;
+    let day_of_year = (153 * ((month + 9) % 12) + 2) / 5 + day - 1;
+    let day_of_era = year_of_era * 365 + year_of_era / 4 - year_of_era / 100 + day_of_year;
+    era * 146_097 + day_of_era - 719_468
+}
+
+fn civil_from_days(days: i64) -> (i64, i64, i64) {
+    let days = days + 719_468;
+    let era = days.div_euclid(146_097);
+    let day_of_era = days - era * 146_097;
+    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
+    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+    (year_of_era + era * 400 + i64::from(month <= 2), month, day)
+}
+
+#[cfg(test)]
+mod tests {
+    use alloc::string::String;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn rfc3339(us: i64) -> String {
+        let mut out = Vec::new();
+        write_rfc3339(&mut out, us);
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn a_number_is_told_by_its_magnitude() {
+        for (number, us) in [
+            ("1718000000", 1_718_000_000_000_000),
+            ("1718000000.25", 1_718_000_000_250_000),
+            ("1718000000.1234567", 1_718_000_000_123_456),
+            ("1718000000123", 1_718_000_000_123_000),
+            ("1718000000123.5", 1_718_000_000_123_500),
+            ("1718000000123456", 1_718_000_000_123_456),
+            ("1718000000123456789", 1_718_000_000_123_456),
+            ("1.718e9", 1_718_000_000_000_000),
+            ("0", 0),
+            ("-1.5", -1_500_000),
+        ] {
+            assert_eq!(parse_number(number.as_bytes()), Some(us), "{number}");
+        }
+        for number in ["", "-", "x", "1.", ".5", "1718000000Z", "inf", "nan", "1e300", "1 2", "١"] {
+            assert_eq!(parse_number(number.as_bytes()), None, "{number}");
+        }
+    }
+
+    #[test]
+    fn rfc3339_is_read_as_its_section_5_6_allows() {
+        let us = 1_718_000_000_123_000;
+        for text in [
+            "2024-06-10T06:13:20.123Z",
+            "2024-06-10t06:13:20.123z",
+            "2024-06-10 06:13:20.123Z",
+            "2024-06-10T08:13:20.123+02:00",
+            "2024-06-10T00:43:20.1230000999-05:30",
+        ] {
+            assert_eq!(parse_rfc3339(text.as_bytes()), Some(us), "{text}");
+        }
+        assert_eq!(parse_rfc3339(b"2016-12-31T23:59:60Z"), parse_rfc3339(b"2017-01-01T00:00:00Z"));
+        for text in [
+            "2024-06-10", "2024-06-10T06:13:20", "2024-13-10T06:13:20Z", "2023-02-29T00:00:00Z",
+            "2024-06-10T24:00:00Z", "2024-06-10T06:13:20.Z", "2024-06-10T06:13:20+0200", "24-06-10T06:13:20Z",
+            "2024-06-10T06:13:20Zx", "2024-06-1xT06:13:20Z", "",
+        ] {
+            assert_eq!(parse_rfc3339(text.as_bytes()), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn utc_has_milliseconds_or_as_many_digits_as_needed() {
+        assert_eq!(rfc3339(1_718_000_000_000_000), "2024-06-10T06:13:20.000Z");
+        assert_eq!(rfc3339(1_718_000_000_123_456), "2024-06-10T06:13:20.123456Z");
+        assert_eq!(rfc3339(-1), "1969-12-31T23:59:59.999999Z");
+        assert_eq!(rfc3339(951_782_400_000_000), "2000-02-29T00:00:00.000Z");
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read_back(us in -62_167_219_200_000_000i64..253_402_300_800_000_000) {
+            prop_assert_eq!(parse_rfc3339(rfc3339(us).as_bytes()), Some(us));
+        }
+
+        #[test]
+        fn no_text_makes_it_panic(text in any::<Vec<u8>>(), like in "[0-9TZ:. +-]{0,30}") {
+            parse_rfc3339(&text);
+            parse_number(&text);
+            parse_rfc3339(like.as_bytes());
+            parse_number(like.as_bytes());
+        }
+    }
+}

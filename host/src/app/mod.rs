@@ -1,0 +1,248 @@
+//! THE wiring: everything that a host is, built bottom-up, so that whoever
+//! hands on finds the next one ready, and taken down in the order that a
+//! message travels, so that what is in flight arrives.
+
+mod redrive;
+mod run_file;
+mod status;
+
+use std::fs::File;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, bail};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use crate::admin;
+use crate::cli::banner::{PluginLine, Started, banner};
+use crate::config::{Config, Source};
+use crate::devices::Devices;
+use crate::listeners::mqtt;
+use crate::pipeline::{self, Batching, SinkPart};
+use crate::plugin::{PluginState, PluginStatus, Plugins};
+use crate::stream::log::{Disk, Log, RealDisk, Recovery, SlowDisk};
+use crate::stream::{self, Stream, Streams};
+use crate::telemetry::{self, Failures};
+use crate::topic::{Namespace, TopicFilter};
+use crate::units::ByteSize;
+
+/// The parts that status and readiness speak of.
+pub struct Host {
+    pub streams: Vec<Arc<dyn Stream>>,
+    pub pipelines: Vec<Arc<pipeline::Handle>>,
+    pub plugins: Plugins,
+}
+
+/// Runs a host until SIGINT, SIGTERM, or a stream that stopped.
+pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
+    let prometheus = admin::metrics::install().context("metrics were set up twice in one process")?;
+    let data_dir = config.data_dir.clone();
+    let _lock = lock(&data_dir)?;
+    let failures = Failures::default();
+    let namespace = Arc::new(Namespace::parse(&config.topics)?);
+    let stop_listening = CancellationToken::new();
+    let stop_delivering = CancellationToken::new();
+
+    // Streams first: the log is what everything else stands on.
+    let streams = open_streams(&config, &data_dir)?;
+    let dead_letters = open_log(&data_dir.join("dead-letters"), "dead-letters", &config.dead_letters)?;
+    let broker = open_log(&data_dir.join("broker"), "broker", &broker_stream())?;
+
+    // Plugins, then the pipelines that run them and own the sinks.
+    let devices = Arc::new(Devices::load(&config.devices)?);
+    let plugins = tokio::task::block_in_place(|| {
+        let cache = data_dir.join("plugin-cache");
+        Plugins::start(&config.plugins, &cache, devices, Arc::clone(&namespace), failures.clone())
+    })?;
+    let mut pipelines = Vec::new();
+    for (name, pipeline) in &config.pipelines {
+        let stream = streams.get(&pipeline.from).with_context(|| format!("no stream \"{}\"", pipeline.from))?;
+        let deps = pipeline::Deps {
+            stream: Arc::clone(stream),
+            chain: plugins.chain(name, pipeline.steps.as_deref()),
+            sinks: sink_parts(&config, pipeline, &namespace),
+            dead_letters: Arc::clone(&dead_letters),
+            failures: failures.clone(),
+            shutdown: stop_delivering.clone(),
+        };
+        pipelines.push(Arc::new(pipeline::start(name, pipeline, deps).await?));
+    }
+
+    // Devices last: nobody is acknowledged before all of the above works.
+    let deps = mqtt::Deps {
+        streams: streams.clone(),
+        broker: Arc::clone(&broker),
+        namespace: Arc::clone(&namespace),
+        failures: failures.clone(),
+        shutdown: stop_listening.clone(),
+    };
+    let listener = mqtt::start(&config.mqtt, deps).await?;
+
+    let all_streams: Vec<_> = streams.iter().cloned().chain([dead_letters, broker]).collect();
+    let host = Arc::new(Host { streams: all_streams.clone(), pipelines: pipelines.clone(), plugins });
+    let deps = admin::Deps {
+        unhealthy: Arc::new({
+            let host = Arc::clone(&host);
+            move || host.unhealthy()
+        }),
+        ready: Arc::new({
+            let host = Arc::clone(&host);
+            move || host.components()
+        }),
+        status: Arc::new({
+            let host = Arc::clone(&host);
+            move || host.status()
+        }),
+        redrive: Arc::new(redrive::Redrives(pipelines.clone())),
+        prometheus,
+        process: telemetry::Process::default(),
+    };
+    let stop_admin = CancellationToken::new();
+    let admin = admin::start(&config.admin, deps, stop_admin.clone()).await?;
+
+    run_file::write(&data_dir, listener.addresses(), admin.address())?;
+    say_started(&config, &source, &host, listener.addresses(), admin.address());
+
+    let ended = wait_for_end(&all_streams).await;
+
+    // Devices first, then what is in flight, then the log.
+    stop_listening.cancel();
+    listener.join().await;
+    stop_delivering.cancel();
+    for pipeline in &pipelines {
+        pipeline.join().await;
+    }
+    for stream in &all_streams {
+        stream.close().await;
+    }
+    stop_admin.cancel();
+    admin.closed().await;
+    run_file::remove(&data_dir);
+    ended
+}
+
+fn open_streams(config: &Config, data_dir: &Path) -> anyhow::Result<Streams> {
+    let mut routed = Vec::new();
+    let mut rest = None;
+    for (name, stream) in &config.streams {
+        let log = open_log(&data_dir.join("streams").join(name), name, stream)?;
+        if name == config.default_stream() {
+            rest = Some(log);
+        } else {
+            let filters: Result<Vec<_>, _> = stream.topics.iter().map(|filter| TopicFilter::new(filter)).collect();
+            routed.push((filters?, log));
+        }
+    }
+    Ok(Streams::new(routed, rest.context("no stream takes the topics that no other wants")?))
+}
+
+fn open_log(dir: &Path, name: &str, config: &stream::Config) -> anyhow::Result<Arc<dyn Stream>> {
+    let disk: Arc<dyn Disk> = match config.sync_delay {
+        Some(delay) => Arc::new(SlowDisk::new(RealDisk, delay.0)),
+        None => Arc::new(RealDisk),
+    };
+    let (log, recovery) = tokio::task::block_in_place(|| Log::open(disk, dir, name, config))
+        .with_context(|| format!("cannot open the stream \"{name}\""))?;
+    say_recovered(name, &recovery);
+    Ok(log)
+}
+
+/// Sessions and packet ids: small, and all of it is in the newest segment.
+fn broker_stream() -> stream::Config {
+    stream::Config {
+        partitions: 1,
+        segment_bytes: ByteSize::mib(8),
+        tail_bytes_max: ByteSize::mib(1),
+        reserve_bytes: ByteSize::mib(4),
+        may_use_reserve: true,
+        ..stream::Config::default()
+    }
+}
+
+/// Every sink that a route of the pipeline names, once.
+fn sink_parts(config: &Config, pipeline: &pipeline::Config, namespace: &Arc<Namespace>) -> Vec<SinkPart> {
+    let mut names: Vec<&String> = pipeline.routes.values().flat_map(|target| target.sinks()).collect();
+    names.sort();
+    names.dedup();
+    let part = |name: &&String| {
+        let sink = config.sinks.get(*name)?;
+        let batch = sink.batch();
+        Some(SinkPart {
+            name: (*name).clone(),
+            sink: sink.build(name, Arc::clone(namespace)),
+            batching: Batching {
+                rows_max: batch.rows_max as usize,
+                bytes_max: batch.bytes_max.0,
+                wait_max: batch.wait_max.0,
+            },
+            on_lag: sink.on_lag(),
+        })
+    };
+    names.iter().filter_map(part).collect()
+}
+
+/// One host a data folder: held until the process ends.
+fn lock(data_dir: &Path) -> anyhow::Result<File> {
+    let folder = data_dir.display();
+    std::fs::create_dir_all(data_dir).with_context(|| format!("cannot make the data folder {folder}"))?;
+    let file = File::options().create(true).truncate(false).write(true).open(data_dir.join("LOCK"))?;
+    if rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_err() {
+        bail!("another headworks uses the data folder {folder}: stop it, or set another data_dir");
+    }
+    Ok(file)
+}
+
+async fn wait_for_end(streams: &[Arc<dyn Stream>]) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let stopped = futures_util::future::select_all(streams.iter().map(|stream| stream.stopped()));
+    tokio::select! {
+        signal = tokio::signal::ctrl_c() => {
+            signal?;
+            tracing::info!("interrupted: finishing what is in flight");
+            Ok(())
+        }
+        _ = terminate.recv() => {
+            tracing::info!("told to end: finishing what is in flight");
+            Ok(())
+        }
+        (reason, which, _) = stopped => {
+            bail!("stream \"{}\" stopped: {reason}", streams[which].name());
+        }
+    }
+}
+
+fn say_recovered(name: &str, recovery: &Recovery) {
+    for damage in &recovery.damaged {
+        tracing::error!(
+            stream = name,
+            from = damage.offsets.start.0,
+            to = damage.offsets.end.0,
+            "messages lost: their bytes on disk are damaged"
+        );
+    }
+    if recovery.torn_bytes > 0 || recovery.rewritten > 0 {
+        let Recovery { torn_bytes, rewritten, .. } = recovery;
+        tracing::info!(stream = name, torn_bytes, rewritten, "the last run ended without closing the stream: repaired");
+    }
+}
+
+/// The start screen, for a person: logs go to stderr, this to stdout.
+fn say_started(config: &Config, source: &Source, host: &Host, mqtt: &[SocketAddr], admin: SocketAddr) {
+    let mut started = Started::of(config, source);
+    for ((_, bound), address) in started.listeners.iter_mut().zip(mqtt) {
+        *bound = *address;
+    }
+    started.admin = Some(admin);
+    started.plugins = host.plugins.status().into_iter().map(plugin_line).collect();
+    println!("{}", banner(&started));
+}
+
+fn plugin_line(plugin: PluginStatus) -> PluginLine {
+    let problem = match plugin.state {
+        PluginState::Active => None,
+        PluginState::Failed(reason) | PluginState::Removed(reason) => Some(reason),
+    };
+    PluginLine { file: plugin.file, name: plugin.name, version: plugin.version, problem }
+}

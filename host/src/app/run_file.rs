@@ -1,0 +1,43 @@
+//! `data/run.json`: where the running host listens, for the commands that talk
+//! to it and for whoever started it with port 0.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use serde::{Deserialize, Serialize};
+
+const NAME: &str = "run.json";
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunFile {
+    pub pid: u32,
+    pub mqtt: Vec<SocketAddr>,
+    pub admin: SocketAddr,
+}
+
+/// Written whole or not at all, once everything listens.
+pub fn write(data_dir: &Path, mqtt: &[SocketAddr], admin: SocketAddr) -> anyhow::Result<()> {
+    let file = RunFile { pid: std::process::id(), mqtt: mqtt.to_vec(), admin };
+    let text = serde_json::to_string_pretty(&file)?;
+    let temporary = data_dir.join("run.json.new");
+    let put = || {
+        std::fs::write(&temporary, text + "\n")?;
+        std::fs::rename(&temporary, path(data_dir))
+    };
+    put().with_context(|| format!("cannot write {}", path(data_dir).display()))
+}
+
+/// Of the host that runs on this data folder, or ran and was killed.
+pub fn read(data_dir: &Path) -> Option<RunFile> {
+    serde_json::from_slice(&std::fs::read(path(data_dir)).ok()?).ok()
+}
+
+pub fn remove(data_dir: &Path) {
+    // A file that stays behind names ports that nobody listens on: harmless.
+    let _ = std::fs::remove_file(path(data_dir));
+}
+
+fn path(data_dir: &Path) -> PathBuf {
+    data_dir.join(NAME)
+}

@@ -1,0 +1,114 @@
+//! What the running host says of itself: `/healthz`, `/readyz`, `/api/status`.
+
+use serde_json::{Value, json};
+
+use super::Host;
+use crate::admin::Component;
+use crate::pipeline::{PipelineStatus, SinkStatus, State};
+use crate::plugin::{PluginState, PluginStatus};
+use crate::stream::Stream;
+
+impl Host {
+    /// Why the process should be restarted.
+    pub fn unhealthy(&self) -> Option<String> {
+        let stopped = self.streams.iter().find(|stream| is_stopped(stream.as_ref()))?;
+        Some(format!("stream \"{}\" has stopped", stopped.name()))
+    }
+
+    /// Every part and whether it works.
+    pub fn components(&self) -> Vec<Component> {
+        let streams = self.streams.iter().map(|stream| {
+            let ready = !is_stopped(stream.as_ref());
+            component(format!("stream {}", stream.name()), ready, "stopped")
+        });
+        let pipelines = self.pipelines.iter().flat_map(|pipeline| {
+            let status = pipeline.status();
+            let of = |sink: &SinkStatus| {
+                let name = format!("sink {}/{}", status.name, sink.name);
+                component(name, is_working(&sink.state), &state_text(&sink.state))
+            };
+            let sinks: Vec<_> = status.sinks.iter().map(of).collect();
+            let whole =
+                component(format!("pipeline {}", status.name), status.state == State::Running, &state_text(&status.state));
+            std::iter::once(whole).chain(sinks)
+        });
+        let plugins = self.plugins.status().into_iter().map(|plugin| {
+            let (ready, detail) = match &plugin.state {
+                PluginState::Active => (true, ""),
+                PluginState::Failed(reason) | PluginState::Removed(reason) => (false, reason.as_str()),
+            };
+            component(format!("plugin {}", plugin.name), ready, detail)
+        });
+        streams.chain(pipelines).chain(plugins).collect()
+    }
+
+    pub fn status(&self) -> Value {
+        let streams: Vec<_> = self.streams.iter().map(|stream| stream_status(stream.as_ref())).collect();
+        let pipelines: Vec<_> = self.pipelines.iter().map(|pipeline| pipeline_status(&pipeline.status())).collect();
+        let plugins: Vec<PluginStatus> = self.plugins.status();
+        json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "streams": streams,
+            "pipelines": pipelines,
+            "plugins": plugins,
+        })
+    }
+}
+
+fn component(name: String, ready: bool, detail: &str) -> Component {
+    Component { name, ready, detail: if ready { String::new() } else { detail.to_owned() } }
+}
+
+fn is_stopped(stream: &dyn Stream) -> bool {
+    stream.durable().has_changed().is_err()
+}
+
+/// A sink that is down is being retried, but rows wait.
+fn is_working(state: &State) -> bool {
+    *state == State::Running
+}
+
+fn state_text(state: &State) -> String {
+    match state {
+        State::Starting => "starting".to_owned(),
+        State::Running => "running".to_owned(),
+        State::Holding(reason) => format!("holding: {reason}"),
+        State::Retrying(reason) => format!("retrying: {reason}"),
+        State::Stopped(reason) => format!("stopped: {reason}"),
+    }
+}
+
+fn stream_status(stream: &dyn Stream) -> Value {
+    let identity = stream.identity();
+    let bounds = stream.bounds();
+    json!({
+        "name": stream.name(),
+        "log": identity.log.to_string(),
+        "generation": identity.generation,
+        "partitions": identity.partitions,
+        "first": bounds.start.0,
+        "end": bounds.end.0,
+    })
+}
+
+fn pipeline_status(status: &PipelineStatus) -> Value {
+    let sink = |sink: &SinkStatus| {
+        json!({
+            "name": sink.name,
+            "state": state_text(&sink.state),
+            "committed": sink.committed.map(|offset| offset.0),
+            "lag_messages": sink.lag_messages,
+            "own_lane": sink.own_lane,
+        })
+    };
+    json!({
+        "name": status.name,
+        "stream": status.stream,
+        "state": state_text(&status.state),
+        "steps_generation": status.chain,
+        "swap_refused": status.swap_refused,
+        "read": status.read.0,
+        "end": status.end.0,
+        "sinks": status.sinks.iter().map(sink).collect::<Vec<_>>(),
+    })
+}

@@ -1,0 +1,239 @@
+use std::time::Duration;
+
+use super::harness::{Act, World, chain, published, sorted, step, text};
+use crate::pipeline::State;
+use crate::sinks::memory::Fault;
+use crate::stream::OnLag;
+use crate::batch::Offset;
+
+fn number(text: &str) -> u64 {
+    text.split(':').nth(1).and_then(|n| n.parse().ok()).expect("payloads are device:number")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn messages_of_a_device_become_rows_in_order() {
+    let world = World::new(8, &[("default", "w")]);
+    let process = world.start(chain(1, &[step("pass", |_, _| Act::Pass)])).await;
+    world.publish_many(20, 0, 2_000);
+    process.drained().await;
+    let rows = world.payloads("w");
+    assert_eq!(sorted(rows.clone()), published(20, 2_000));
+    for device in 0..20 {
+        let numbers: Vec<_> =
+            rows.iter().filter(|row| row.starts_with(&format!("d{device}:"))).map(|row| number(row)).collect();
+        assert!(numbers.is_sorted(), "d{device}: {numbers:?}");
+    }
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_route_leads_to_its_sinks_and_an_unknown_one_to_dead_letters() {
+    let world = World::new(2, &[("default", "w"), ("alert", "w a"), ("noise", "drop")]);
+    let route = step("route", |message, _| match number(&text(message)) % 4 {
+        0 => Act::Route("alert"),
+        1 => Act::Route("noise"),
+        2 => Act::Route("fast"),
+        _ => Act::Pass,
+    });
+    let process = world.start(chain(1, &[route])).await;
+    world.publish_many(3, 0, 40);
+    process.drained().await;
+    let count = |sink: &str| world.payloads(sink).len();
+    assert_eq!((count("w"), count("a")), (20, 10));
+    let letters = world.letters().await;
+    assert_eq!(letters.len(), 10);
+    assert_eq!(letters[0].1, "route \"fast\" is not one of this pipeline's routes: alert, default, noise");
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pipeline_that_drops_everything_moves_its_positions() {
+    let world = World::new(4, &[("default", "w")]);
+    let process = world.start(chain(1, &[step("drop", |_, _| Act::Drop)])).await;
+    world.publish_many(5, 0, 100);
+    process.drained().await;
+    assert!(world.payloads("w").is_empty());
+    assert_eq!(world.memory.marks()["p/w"].0, Offset(100));
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_refused_are_durable_in_dead_letters_before_a_position_covers_them() {
+    let mut world = World::new(1, &[("default", "w")]);
+    let dead = crate::stream::memory::MemoryStream::with_manual_commit("dead-letters", 1);
+    world.dead_memory = dead.clone();
+    world.dead = std::sync::Arc::clone(&dead) as std::sync::Arc<dyn crate::stream::Stream>;
+    let process = world
+        .start(chain(1, &[step("check", |message, _| match number(&text(message)) {
+            3 => Act::Refuse("not JSON".to_owned()),
+            _ => Act::Pass,
+        })]))
+        .await;
+    world.publish_many(1, 0, 10);
+    process.until("read", |status| status.read == Offset(10)).await;
+    // Any commit that could wrongly go out has time to: progress is every 5 ms.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(world.payloads("w").is_empty());
+    assert_eq!(process.handle.status().sinks[0].committed, Some(Offset(0)));
+    dead.commit();
+    process.drained().await;
+    assert_eq!(world.payloads("w").len(), 9);
+    assert_eq!(world.letters().await, [("d0:3".to_owned(), "not JSON".to_owned())]);
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bad_row_is_found_by_halving_and_the_others_are_written() {
+    use crate::sinks::{Advance, Claim, Error, Position, Rows, Sink};
+
+    /// Says that the data is bad, not which row.
+    struct Vague(crate::sinks::memory::MemorySink);
+    #[async_trait::async_trait]
+    impl Sink for Vague {
+        async fn open(&mut self, claim: &Claim) -> Result<Vec<Position>, Error> {
+            self.0.open(claim).await
+        }
+        async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<(), Error> {
+            match self.0.commit(rows, advance).await {
+                Err(Error::Rows(rows)) => Err(Error::Data(rows[0].reason.clone())),
+                other => other,
+            }
+        }
+    }
+
+    let world = World::new(2, &[("default", "w")]);
+    let bad = |n: u64| n % 37 == 5;
+    world.database("w").refuse(move |message| bad(number(&text(message))).then(|| "out of range".to_owned()));
+    world.publish_many(7, 0, 300);
+    let (_keep, chain) = tokio::sync::watch::channel(chain(1, &[]));
+    let shutdown = tokio_util::sync::CancellationToken::new();
+    let part = crate::pipeline::SinkPart {
+        name: "w".to_owned(),
+        sink: Box::new(Vague(world.database("w").sink())),
+        batching: world.batching,
+        on_lag: OnLag::Block,
+    };
+    let deps = crate::pipeline::Deps {
+        stream: world.stream.clone(),
+        chain,
+        sinks: vec![part],
+        dead_letters: world.dead.clone(),
+        failures: Default::default(),
+        shutdown: shutdown.clone(),
+    };
+    let handle = crate::pipeline::start("p", &world.config, deps).await.unwrap();
+    let good: Vec<_> = published(7, 300).into_iter().filter(|p| !bad(number(p))).collect();
+    world.database("w").rows_at_least(good.len()).await;
+    shutdown.cancel();
+    handle.join().await;
+    assert_eq!(sorted(world.payloads("w")), good);
+    let letters = world.letters().await.into_iter().map(|(payload, _)| payload).collect();
+    assert_eq!(sorted(letters), published(7, 300).into_iter().filter(|p| bad(number(p))).collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fenced_sink_stops_and_says_what_to_do() {
+    let world = World::new(1, &[("default", "w")]);
+    let process = world.start(chain(1, &[])).await;
+    world.publish_many(1, 0, 10);
+    process.drained().await;
+    world.database("w").fail_commits([Fault::Fenced("epoch 7 took over".to_owned())]);
+    world.publish_many(1, 10, 10);
+    let status = process.until("stopped", |s| matches!(s.sinks[0].state, State::Stopped(_))).await;
+    let State::Stopped(reason) = &status.sinks[0].state else { unreachable!("just awaited") };
+    assert!(reason.contains("epoch 7 took over") && reason.contains("stop one of them"), "{reason}");
+    assert!(!status.is_ready());
+    process.stop().await;
+    assert_eq!(world.payloads("w").len(), 10);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_position_beyond_the_stream_stops_the_sink() {
+    let world = World::new(1, &[("default", "w")]);
+    world.publish_many(1, 0, 10);
+    let process = world.start(chain(1, &[])).await;
+    process.drained().await;
+    process.stop().await;
+    // The same log with fewer messages: a data folder from an older copy.
+    let claim = crate::sinks::Claim {
+        pipeline: "p".to_owned(),
+        sink: "w".to_owned(),
+        log: world.id(),
+        generation: world.stream.identity().generation,
+        partitions: 1,
+    };
+    let mut sink = world.database("w").sink();
+    use crate::sinks::Sink;
+    sink.open(&claim).await.unwrap();
+    let advance =
+        crate::sinks::Advance { partition: crate::batch::Partition(0), from: Offset(10), to: Offset(99) };
+    sink.commit(&crate::sinks::Rows::default(), &[advance]).await.unwrap();
+    let process = world.start(chain(1, &[])).await;
+    let status = process.until("stopped", |s| matches!(s.sinks[0].state, State::Stopped(_))).await;
+    let State::Stopped(reason) = &status.sinks[0].state else { unreachable!("just awaited") };
+    assert!(reason.contains("99") && reason.contains("beyond the end 10"), "{reason}");
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_detached_sink_goes_on_past_what_retention_removed() {
+    let mut world = World::new(1, &[("default", "w")]);
+    world.on_lag = OnLag::Detach;
+    world.publish_many(1, 0, 10);
+    let process = world.start(chain(1, &[])).await;
+    process.drained().await;
+    process.stop().await;
+    world.publish_many(1, 10, 30);
+    world.memory.trim(Offset(30));
+    let process = world.start(chain(1, &[])).await;
+    process.drained().await;
+    process.stop().await;
+    assert_eq!(world.payloads("w").len(), 20);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shutdown_commits_what_is_in_flight() {
+    let mut world = World::new(4, &[("default", "w")]);
+    world.batching.wait_max = Duration::from_secs(3600);
+    world.batching.rows_max = 1_000_000;
+    let process = world.start(chain(1, &[])).await;
+    world.publish_many(5, 0, 100);
+    process.until("read", |status| status.read == Offset(100)).await;
+    process.stop().await;
+    assert_eq!(sorted(world.payloads("w")), published(5, 100));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_step_that_asks_too_often_for_a_retry_refuses_the_batch() {
+    let world = World::new(1, &[("default", "w")]);
+    let lookup = step("lookup", |message, attempt| match number(&text(message)) {
+        0..10 if attempt < 2 => Act::Retry("table not loaded"),
+        10..20 => Act::Retry("table is gone"),
+        _ => Act::Pass,
+    });
+    let process = world.start(chain(1, &[lookup])).await;
+    world.publish_many(1, 0, 30);
+    process.drained().await;
+    assert_eq!(world.payloads("w").len(), 20);
+    let letters = world.letters().await;
+    assert_eq!(letters.len(), 10);
+    assert_eq!(letters[0].1, "asked for a retry 3 times, the last time: table is gone");
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn full_dead_letters_hold_the_pipeline_until_there_is_room() {
+    let world = World::new(1, &[("default", "w")]);
+    world.dead_memory.set_no_space(true);
+    let check = step("check", |message, _| match number(&text(message)) {
+        3 => Act::Refuse("no".to_owned()),
+        _ => Act::Pass,
+    });
+    let process = world.start(chain(1, &[check])).await;
+    world.publish_many(1, 0, 30);
+    process.until("holding", |s| matches!(&s.state, State::Holding(why) if why.contains("full"))).await;
+    world.dead_memory.set_no_space(false);
+    process.drained().await;
+    assert_eq!((world.payloads("w").len(), world.letters().await.len()), (29, 1));
+    process.stop().await;
+}

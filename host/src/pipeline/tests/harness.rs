@@ -1,0 +1,306 @@
+//! A pipeline on memory parts, and steps written as functions.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::batch::{Batch, Entry, MessageRef, Offset, Partition, Span};
+use crate::pipeline::{
+    Backoff, Batching, Config, Deps, Handle, Letter, PipelineStatus, Retries, RouteTarget, SinkPart, start,
+};
+use crate::problems::{KeyPath, Problem};
+use crate::sinks::memory::MemoryDatabase;
+use crate::step::{Chain, Outcome, Refused, RefusedKind, Step, StepFactory, StepId};
+use crate::stream::memory::MemoryStream;
+use crate::stream::{NewMessage, OnLag, Read, Stream, partition_of};
+use crate::telemetry::Failures;
+use crate::units::Period;
+
+/// What a test's step does with one message.
+#[derive(Clone)]
+pub enum Act {
+    Pass,
+    Drop,
+    Route(&'static str),
+    Payload(String),
+    /// That many times.
+    Twice,
+    Refuse(String),
+    Retry(&'static str),
+}
+
+pub type StepFn = Arc<dyn Fn(&MessageRef<'_>, u32) -> Act + Send + Sync>;
+
+struct TestStep(StepId, StepFn);
+
+impl Step for TestStep {
+    fn id(&self) -> &StepId {
+        &self.0
+    }
+
+    fn run(&mut self, batch: Batch, _: Partition, attempt: u32) -> Outcome {
+        let mut outcome = Outcome::default();
+        let mut data = Vec::new();
+        let segment = batch.segments.len();
+        let mut entries: Vec<Entry> = Vec::new();
+        for (i, message) in batch.messages().enumerate() {
+            let mut entry = *message.entry;
+            let mut put = |bytes: &[u8]| {
+                data.extend_from_slice(bytes);
+                Span::new(segment, data.len() - bytes.len(), bytes.len())
+            };
+            match (self.1)(&message, attempt) {
+                Act::Pass => {}
+                Act::Drop => {
+                    outcome.dropped += 1;
+                    continue;
+                }
+                Act::Route(route) => entry.route = put(route.as_bytes()),
+                Act::Payload(payload) => entry.payload = put(payload.as_bytes()),
+                Act::Twice => entries.push(entry),
+                Act::Refuse(reason) => {
+                    outcome.refused.push(Refused { index: i as u32, kind: RefusedKind::Failed, reason });
+                    continue;
+                }
+                Act::Retry(reason) => {
+                    outcome.retry = Some(reason.to_owned());
+                    return outcome;
+                }
+            }
+            entries.push(entry);
+        }
+        let mut segments = batch.segments.clone();
+        segments.push(Bytes::from(data));
+        outcome.passed = Batch { base: batch.base, now_us: batch.now_us, segments, entries };
+        outcome
+    }
+}
+
+pub struct TestFactory {
+    id: StepId,
+    act: StepFn,
+    /// Workers for which it cannot start.
+    broken: Vec<u32>,
+}
+
+impl StepFactory for TestFactory {
+    fn id(&self) -> &StepId {
+        &self.id
+    }
+
+    fn describe(&self) -> String {
+        self.id.step.to_string()
+    }
+
+    fn instantiate(&self, worker: u32) -> Result<Box<dyn Step>, Vec<Problem>> {
+        if self.broken.contains(&worker) {
+            return Err(vec![Problem { path: KeyPath::root(), message: "no such table".to_owned() }]);
+        }
+        Ok(Box::new(TestStep(self.id.clone(), Arc::clone(&self.act))))
+    }
+}
+
+pub fn step(name: &str, act: impl Fn(&MessageRef<'_>, u32) -> Act + Send + Sync + 'static) -> Arc<dyn StepFactory> {
+    Arc::new(TestFactory { id: id(name), act: Arc::new(act), broken: Vec::new() })
+}
+
+pub fn broken_step(name: &str, worker: u32) -> Arc<dyn StepFactory> {
+    Arc::new(TestFactory { id: id(name), act: Arc::new(|_, _| Act::Pass), broken: vec![worker] })
+}
+
+fn id(name: &str) -> StepId {
+    StepId { pipeline: "p".into(), step: name.into() }
+}
+
+pub fn chain(generation: u64, steps: &[Arc<dyn StepFactory>]) -> Chain {
+    Chain { generation, steps: steps.iter().cloned().collect(), hold: None }
+}
+
+/// Payload as text.
+pub fn text(message: &MessageRef<'_>) -> String {
+    String::from_utf8_lossy(message.payload()).into_owned()
+}
+
+/// What outlives a process: the streams, the databases.
+#[derive(Clone)]
+pub struct World {
+    pub stream: Arc<dyn Stream>,
+    pub memory: Arc<MemoryStream>,
+    pub dead: Arc<dyn Stream>,
+    pub dead_memory: Arc<MemoryStream>,
+    pub databases: BTreeMap<String, MemoryDatabase>,
+    pub config: Config,
+    pub batching: Batching,
+    pub on_lag: OnLag,
+}
+
+impl World {
+    /// Sinks by route: `[("default", "w")]`.
+    pub fn new(partitions: u16, routes: &[(&str, &str)]) -> Self {
+        let ms = |n| Period(Duration::from_millis(n));
+        let config = Config {
+            routes: routes
+                .iter()
+                .map(|(route, sink)| ((*route).to_owned(), RouteTarget::Several(sink.split(' ').map(str::to_owned).collect())))
+                .collect(),
+            workers: Some(2),
+            retries: Retries { max: 2, backoff_min: ms(1), backoff_max: ms(2) },
+            sink_backoff: Backoff { min: ms(1), max: ms(5) },
+            progress_every: ms(5),
+            lag_after: ms(40),
+            ..Config::default()
+        };
+        let memory = MemoryStream::with_hooks("telemetry", partitions);
+        let dead_memory = MemoryStream::with_hooks("dead-letters", 2);
+        let databases =
+            config.sinks().into_iter().map(|name| (name.to_owned(), MemoryDatabase::default())).collect();
+        Self {
+            stream: Arc::clone(&memory) as Arc<dyn Stream>,
+            memory,
+            dead: Arc::clone(&dead_memory) as Arc<dyn Stream>,
+            dead_memory,
+            databases,
+            config,
+            batching: Batching { rows_max: 50, bytes_max: 1 << 20, wait_max: Duration::from_millis(2) },
+            on_lag: OnLag::Block,
+        }
+    }
+
+    pub fn database(&self, sink: &str) -> &MemoryDatabase {
+        &self.databases[sink]
+    }
+
+    /// One frame; message `n` of device `d` is `d:n`.
+    pub fn publish(&self, messages: &[(&str, u64)]) {
+        let partitions = self.stream.identity().partitions;
+        let payloads: Vec<_> = messages.iter().map(|(device, n)| format!("{device}:{n}")).collect();
+        let new: Vec<_> = messages
+            .iter()
+            .zip(&payloads)
+            .map(|((device, _), payload)| NewMessage {
+                topic: "acme/a/b/c/d",
+                payload: payload.as_bytes(),
+                properties: &[],
+                route: "",
+                device,
+                partition: partition_of(device, partitions),
+                flags: 0,
+                received_us: 1,
+                event_us: 0,
+            })
+            .collect();
+        self.stream.append(&new, &[]).unwrap();
+    }
+
+    /// `count` messages of `devices` devices, in frames of ten.
+    pub fn publish_many(&self, devices: u64, from: u64, count: u64) {
+        let messages: Vec<_> = (from..from + count).map(|n| (format!("d{}", n % devices), n)).collect();
+        for frame in messages.chunks(10) {
+            self.publish(&frame.iter().map(|(device, n)| (device.as_str(), *n)).collect::<Vec<_>>());
+        }
+    }
+
+    pub async fn start(&self, chain: Chain) -> Process {
+        let (chain_sender, chain) = watch::channel(chain);
+        let shutdown = CancellationToken::new();
+        let sinks = self
+            .databases
+            .iter()
+            .map(|(name, database)| SinkPart {
+                name: name.clone(),
+                sink: Box::new(database.sink()),
+                batching: self.batching,
+                on_lag: self.on_lag,
+            })
+            .collect();
+        let deps = Deps {
+            stream: Arc::clone(&self.stream),
+            chain,
+            sinks,
+            dead_letters: Arc::clone(&self.dead),
+            failures: Failures::default(),
+            shutdown: shutdown.clone(),
+        };
+        let handle = start("p", &self.config, deps).await.unwrap();
+        Process { handle, chain: chain_sender, shutdown }
+    }
+
+    /// Letters that are no copies: payload and reason.
+    pub async fn letters(&self) -> Vec<(String, String)> {
+        let mut cursor = self.dead.cursor(Offset(0));
+        let mut letters = Vec::new();
+        while let Some(read) = cursor.try_next().await.unwrap() {
+            let Read::Batch(batch) = read else { continue };
+            for message in batch.messages() {
+                let letter = Letter::of(&message).expect("only letters are here");
+                if !letter.is_copy() {
+                    letters.push((text(&message), letter.reason.to_owned()));
+                }
+            }
+        }
+        letters
+    }
+
+    pub fn payloads(&self, sink: &str) -> Vec<String> {
+        let rows = self.database(sink).rows();
+        rows.iter().map(|row| String::from_utf8_lossy(&row.payload).into_owned()).collect()
+    }
+
+    pub fn id(&self) -> Uuid {
+        self.stream.identity().log
+    }
+}
+
+/// What ends with a process.
+pub struct Process {
+    pub handle: Handle,
+    pub chain: watch::Sender<Chain>,
+    pub shutdown: CancellationToken,
+}
+
+impl Process {
+    pub async fn stop(self) {
+        self.shutdown.cancel();
+        self.handle.join().await;
+    }
+
+    /// Waits for a status; for at most a minute, so that a failure says what it was.
+    pub async fn until(&self, what: &str, mut reached: impl FnMut(&PipelineStatus) -> bool) -> PipelineStatus {
+        let limit = tokio::time::Instant::now() + Duration::from_secs(60);
+        loop {
+            let status = self.handle.status();
+            if reached(&status) {
+                return status;
+            }
+            assert!(tokio::time::Instant::now() < limit, "not reached: {what}: {status:?}");
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    /// Until every sink has committed the whole stream.
+    pub async fn drained(&self) {
+        self.until("drained", |status| {
+            status.sinks.iter().all(|sink| sink.committed == Some(status.end))
+        })
+        .await;
+    }
+}
+
+/// Sorted, for comparing sets with repeats.
+pub fn sorted(mut list: Vec<String>) -> Vec<String> {
+    list.sort();
+    list
+}
+
+/// The payloads that `publish_many` made.
+pub fn published(devices: u64, count: u64) -> Vec<String> {
+    sorted((0..count).map(|n| format!("d{}:{n}", n % devices)).collect())
+}
+
+/// Records what a step saw.
+pub type Seen = Arc<Mutex<Vec<String>>>;

@@ -1,0 +1,93 @@
+use super::harness::{Act, World, chain, published, sorted, step, text};
+use crate::batch::Offset;
+use crate::pipeline::State;
+use crate::units::ByteSize;
+
+fn world() -> World {
+    let mut world = World::new(4, &[("default", "fast slow")]);
+    // A few frames fill a queue.
+    world.config.sink_queue_bytes_max = ByteSize(64 << 10);
+    world.config.read_ahead_bytes_max = ByteSize(64 << 10);
+    world
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_sink_down_delays_only_itself_and_catches_up() {
+    let world = world();
+    let process = world.start(chain(1, &[step("pass", |_, _| Act::Pass)])).await;
+    world.publish_many(10, 0, 100);
+    process.drained().await;
+    world.database("slow").block();
+    world.publish_many(10, 100, 20_000);
+    world.database("fast").rows_at_least(20_100).await;
+    assert_eq!(world.payloads("slow").len(), 100);
+    world.database("slow").unblock();
+    process.drained().await;
+    process.until("together again", |s| s.sinks.iter().all(|sink| !sink.own_lane)).await;
+    world.publish_many(10, 20_100, 1_000);
+    process.drained().await;
+    for sink in ["fast", "slow"] {
+        assert_eq!(sorted(world.payloads(sink)), published(10, 21_100), "{sink}");
+    }
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sink_that_is_down_at_the_start_does_not_hold_the_others() {
+    let world = world();
+    world.database("slow").block();
+    world.publish_many(10, 0, 5_000);
+    let process = world.start(chain(1, &[])).await;
+    world.database("fast").rows_at_least(5_000).await;
+    world.database("slow").unblock();
+    process.drained().await;
+    assert_eq!(sorted(world.payloads("slow")), published(10, 5_000));
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_refused_in_two_lanes_has_one_letter() {
+    let world = world();
+    let check = step("check", |message, _| match text(message).ends_with('7') {
+        true => Act::Refuse("seven".to_owned()),
+        false => Act::Pass,
+    });
+    let process = world.start(chain(1, &[check])).await;
+    world.publish_many(10, 0, 100);
+    process.drained().await;
+    world.database("slow").block();
+    world.publish_many(10, 100, 20_000);
+    world.database("fast").rows_at_least(18_090).await;
+    world.database("slow").unblock();
+    process.drained().await;
+    assert_eq!(world.payloads("slow").len(), 18_090);
+    assert_eq!(world.letters().await.len(), 2_010);
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_only_sink_down_stops_the_reader_within_its_bounds() {
+    let mut world = World::new(2, &[("default", "w")]);
+    world.config.sink_queue_bytes_max = ByteSize(64 << 10);
+    world.config.read_ahead_bytes_max = ByteSize(64 << 10);
+    let process = world.start(chain(1, &[])).await;
+    process.until("running", |status| status.state == State::Running).await;
+    world.database("w").block();
+    world.publish_many(10, 0, 50_000);
+    // Where the reader stands still it has filled its bounds: 64 KiB each are
+    // at most some hundred frames of ten messages.
+    let mut before = Offset(u64::MAX);
+    process
+        .until("pushed back", |status| {
+            let still = status.read == before && status.read > Offset(0);
+            before = status.read;
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            still
+        })
+        .await;
+    assert!(before < Offset(10_000), "{before:?}");
+    world.database("w").unblock();
+    process.drained().await;
+    assert_eq!(sorted(world.payloads("w")), published(10, 50_000));
+    process.stop().await;
+}

@@ -1,0 +1,90 @@
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::harness::{Act, World, chain, published, sorted, step, text};
+use crate::pipeline::{Filter, list_open};
+use crate::sinks::memory::Fault;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_sink_refused_goes_to_that_sink_once() {
+    let world = World::new(2, &[("default", "w other")]);
+    let broken = Arc::new(AtomicBool::new(true));
+    let is_broken = Arc::clone(&broken);
+    world.database("w").refuse(move |message| {
+        (is_broken.load(Ordering::Acquire) && text(message).ends_with('3')).then(|| "no column".to_owned())
+    });
+    let process = world.start(chain(1, &[])).await;
+    world.publish_many(5, 0, 100);
+    process.drained().await;
+    assert_eq!(world.letters().await.len(), 10);
+
+    // Still refused: new letters, nothing lost.
+    let summary = process.handle.redrive(&Filter::default()).await.unwrap();
+    assert_eq!((summary.sent, summary.refused, summary.failed.len()), (0, 10, 0));
+    assert_eq!(list_open(&*world.dead, Some("p")).await.unwrap().len(), 10);
+
+    broken.store(false, Ordering::Release);
+    let one = list_open(&*world.dead, Some("p")).await.unwrap()[0];
+    let filter = Filter { ids: Some(vec![one]), ..Filter::default() };
+    assert_eq!(process.handle.redrive(&filter).await.unwrap().sent, 1);
+    assert_eq!(process.handle.redrive(&filter).await.unwrap().sent, 0);
+    assert_eq!(process.handle.redrive(&Filter::default()).await.unwrap().sent, 9);
+    assert_eq!(process.handle.redrive(&Filter::default()).await.unwrap().sent, 0);
+    assert_eq!(sorted(world.payloads("w")), published(5, 100));
+    assert_eq!(world.payloads("other").len(), 100);
+    assert!(list_open(&*world.dead, None).await.unwrap().is_empty());
+
+    // The pipeline itself goes on.
+    world.publish_many(5, 100, 100);
+    process.drained().await;
+    assert_eq!(world.payloads("w").len(), 200);
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_step_refused_goes_from_that_step_to_every_sink_once() {
+    let world = World::new(2, &[("default", "w other")]);
+    let broken = Arc::new(AtomicBool::new(true));
+    let is_broken = Arc::clone(&broken);
+    let tag = step("tag", |message, _| Act::Payload(format!("tagged {}", text(message))));
+    let check = step("check", move |message, _| {
+        match is_broken.load(Ordering::Acquire) && text(message).ends_with('3') {
+            true => Act::Refuse("table not there".to_owned()),
+            false => Act::Pass,
+        }
+    });
+    let process = world.start(chain(1, &[tag, check])).await;
+    world.publish_many(5, 0, 100);
+    process.drained().await;
+    assert_eq!(process.handle.redrive(&Filter::default()).await.unwrap().refused, 10);
+    broken.store(false, Ordering::Release);
+    assert_eq!(process.handle.redrive(&Filter::default()).await.unwrap().sent, 20);
+    assert_eq!(process.handle.redrive(&Filter::default()).await.unwrap().sent, 0);
+    let expected: Vec<_> = published(5, 100).into_iter().map(|payload| format!("tagged {payload}")).collect();
+    for sink in ["w", "other"] {
+        assert_eq!(sorted(world.payloads(sink)), sorted(expected.clone()), "{sink}");
+    }
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redrive_that_fails_half_way_is_finished_by_the_next() {
+    for fault in [Fault::UnknownWritten, Fault::UnknownLost, Fault::Retry("down".to_owned())] {
+        let world = World::new(1, &[("default", "w")]);
+        let broken = Arc::new(AtomicBool::new(true));
+        let is_broken = Arc::clone(&broken);
+        world.database("w").refuse(move |_| is_broken.load(Ordering::Acquire).then(|| "no column".to_owned()));
+        let process = world.start(chain(1, &[])).await;
+        world.publish_many(2, 0, 10);
+        process.drained().await;
+        broken.store(false, Ordering::Release);
+        // The first commit of a new claim only sets its positions.
+        process.handle.redrive(&Filter { sink: Some("none".to_owned()), ..Filter::default() }).await.unwrap();
+        world.database("w").fail_commits([fault]);
+        let summary = process.handle.redrive(&Filter::default()).await.unwrap();
+        assert_eq!(summary.failed.len(), 1, "{summary:?}");
+        process.handle.redrive(&Filter::default()).await.unwrap();
+        assert_eq!(sorted(world.payloads("w")), published(2, 10));
+        process.stop().await;
+    }
+}

@@ -1,0 +1,75 @@
+use std::sync::Arc;
+
+use super::harness::{Act, World, broken_step, chain, step, text};
+use crate::pipeline::State;
+
+fn tag(tag: &'static str) -> Arc<dyn crate::step::StepFactory> {
+    step("tag", move |message, _| Act::Payload(format!("{tag} {}", text(message))))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn new_steps_take_over_at_one_offset_for_all_partitions() {
+    let world = World::new(8, &[("default", "w")]);
+    let process = world.start(chain(1, &[tag("old")])).await;
+    for round in 0..40 {
+        world.publish_many(20, round * 50, 50);
+        if round == 20 {
+            process.chain.send_replace(chain(2, &[tag("new")]));
+            process.until("flipped", |status| status.chain == Some(2)).await;
+        }
+    }
+    process.drained().await;
+    let mut rows = world.database("w").rows();
+    rows.sort_by_key(|row| row.offset);
+    assert_eq!(rows.len(), 2_000);
+    let first_new = rows.iter().position(|row| row.payload.starts_with(b"new")).unwrap();
+    assert!(rows[..first_new].iter().all(|row| row.payload.starts_with(b"old")));
+    assert!(rows[first_new..].iter().all(|row| row.payload.starts_with(b"new")));
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn steps_that_cannot_start_in_one_worker_replace_none() {
+    let world = World::new(4, &[("default", "w")]);
+    let process = world.start(chain(1, &[tag("old")])).await;
+    process.until("running", |status| status.state == State::Running).await;
+    process.chain.send_replace(chain(2, &[broken_step("tag", 1)]));
+    let status = process.until("refused", |status| status.swap_refused.is_some()).await;
+    assert!(status.swap_refused.unwrap().contains("no such table"));
+    assert_eq!(status.chain, Some(1));
+    world.publish_many(9, 0, 100);
+    process.drained().await;
+    assert!(world.payloads("w").iter().all(|payload| payload.starts_with("old")));
+    process.chain.send_replace(chain(3, &[tag("new")]));
+    process.until("flipped", |status| status.chain == Some(3) && status.swap_refused.is_none()).await;
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_held_chain_reads_nothing_until_it_is_let_go() {
+    let world = World::new(2, &[("default", "w")]);
+    let mut held = chain(1, &[tag("old")]);
+    held.hold = Some("10-redact.wasm was removed".into());
+    let process = world.start(held.clone()).await;
+    world.publish_many(3, 0, 50);
+    let status = process.until("holding", |status| matches!(status.state, State::Holding(_))).await;
+    assert!(!status.is_ready());
+    assert!(world.payloads("w").is_empty());
+    held.hold = None;
+    process.chain.send_replace(held);
+    process.drained().await;
+    assert_eq!(world.payloads("w").len(), 50);
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pipeline_whose_first_steps_cannot_start_begins_with_the_next() {
+    let world = World::new(2, &[("default", "w")]);
+    world.publish_many(3, 0, 50);
+    let process = world.start(chain(1, &[broken_step("tag", 0)])).await;
+    process.until("holding", |status| matches!(status.state, State::Holding(_))).await;
+    process.chain.send_replace(chain(2, &[tag("new")]));
+    process.drained().await;
+    assert_eq!(world.payloads("w").len(), 50);
+    process.stop().await;
+}

@@ -1,0 +1,6 @@
+//! The case files, run natively.
+
+#[test]
+fn every_case_becomes_what_it_says() {
+    headworks_guest::cases::check_folder::<enrich::Enrich>(concat!(env!("CARGO_MANIFEST_DIR"), "/cases"));
+}

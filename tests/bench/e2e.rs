@@ -1,0 +1,136 @@
+//! The main job, load and database on the same cores: MQTT QoS 1 → three
+//! plugins → PostgreSQL. Throughput to the committed row, host CPU, memory;
+//! then delays at half of that rate, from the intended send time.
+
+use std::fmt::Write;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use headworks_tests::host::{Host, prebuilt};
+use headworks_tests::mqtt::{self, Version};
+use headworks_tests::postgres::{Database, Postgres};
+use headworks_tests::process::eventually;
+
+use crate::load::{open_loop, percentile, send_numbered};
+use crate::results::Results;
+use crate::rounds;
+
+const PUBLISHERS: usize = 8;
+const WINDOW: u64 = 500;
+const PER_PUBLISHER: u64 = 50_000;
+const MESSAGES: u64 = PUBLISHERS as u64 * PER_PUBLISHER;
+const OPEN_LOOP: Duration = Duration::from_secs(8);
+const ROWS_MAX: Duration = Duration::from_secs(180);
+
+#[derive(Default)]
+struct Rounds {
+    msgs_per_s: Vec<f64>,
+    cpu_us: Vec<f64>,
+    rss_mb: Vec<f64>,
+    ack_p99_ms: Vec<f64>,
+    row_p99_ms: Vec<f64>,
+}
+
+pub fn run(results: &mut Results) {
+    let server = Postgres::start();
+    let mut all = Rounds::default();
+    for _ in 0..rounds() {
+        round(&server, &mut all);
+    }
+    results.add("e2e_msgs_per_s", &all.msgs_per_s);
+    results.add("e2e_cpu_us_per_msg", &all.cpu_us);
+    results.add("e2e_ack_p99_ms", &all.ack_p99_ms);
+    results.add("e2e_row_p99_ms", &all.row_p99_ms);
+    results.add("host_rss_mb", &all.rss_mb);
+}
+
+fn round(server: &Postgres, all: &mut Rounds) {
+    let mut database = server.database();
+    let mut host = start(database.url());
+
+    let cpu = host.process().cpu();
+    let begin = Instant::now();
+    let ts = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_micros();
+    send_numbered(host.mqtt(), PUBLISHERS, WINDOW, PER_PUBLISHER, |publisher, n, out, id| {
+        encode(out, publisher, n, ts, id);
+    });
+    rows(&mut database, MESSAGES);
+    let took = begin.elapsed();
+    let cpu = host.process().cpu() - cpu;
+    let distinct =
+        database.query("SELECT count(*) FROM (SELECT DISTINCT device_id, value FROM telemetry) AS once");
+    assert_eq!(distinct[0].get::<_, i64>(0).unsigned_abs(), MESSAGES, "every message is a row, once");
+    let rate = MESSAGES as f64 / took.as_secs_f64();
+    all.msgs_per_s.push(rate);
+    all.cpu_us.push(cpu.as_micros() as f64 / MESSAGES as f64);
+
+    database.execute("TRUNCATE telemetry; CHECKPOINT");
+    let epoch = SystemTime::now() + Duration::from_millis(300);
+    let epoch = epoch.duration_since(UNIX_EPOCH).expect("after 1970").as_micros();
+    let mut delays =
+        open_loop(host.mqtt(), PUBLISHERS, rate / 2.0, OPEN_LOOP, |publisher, n, due, out, id| {
+            encode(out, publisher, n, epoch + due.as_micros(), id);
+        });
+    rows(&mut database, delays.len() as u64);
+    all.ack_p99_ms.push(percentile(&mut delays, 0.99) / 1000.0);
+    // The event time is the intended send time; xmin's commit is the row's.
+    let late = database.query(
+        "SELECT percentile_disc(0.99) WITHIN GROUP (
+             ORDER BY extract(epoch FROM pg_xact_commit_timestamp(xmin) - time) * 1000)::float8 FROM telemetry",
+    );
+    all.row_p99_ms.push(late[0].get(0));
+    all.rss_mb.push(peak_rss_mb(host.process().id()));
+    assert!(host.stop().success());
+}
+
+fn start(url: &str) -> Host {
+    let devices: String = (0..PUBLISHERS).fold(String::new(), |mut text, publisher| {
+        let _ = write!(
+            text,
+            " {}: {{ location: \"north hall 3\", site: north, model: T100 }},",
+            device(publisher)
+        );
+        text
+    });
+    let mut host = Host::prepare(
+        "bench-e2e",
+        &format!(
+            "streams: {{ telemetry: {{ partitions: 4 }} }}\n\
+             devices: {{ table: {{{devices} }} }}\n\
+             pipelines: {{ telemetry: {{ from: telemetry, routes: {{ default: warehouse, alert: warehouse }} }} }}\n\
+             sinks: {{ warehouse: {{ type: postgres, url: \"{url}\", table: telemetry }} }}\n"
+        ),
+    );
+    for (name, file) in [("normalize", "10-normalize"), ("enrich", "20-enrich"), ("route", "30-route")] {
+        host.drop_plugin(&format!("{file}.wasm"), prebuilt(name));
+    }
+    host.folder.write("plugins/30-route.yaml", "rules:\n  - { when: { above: 1e12 }, route: alert }\n");
+    host.run();
+    host
+}
+
+fn device(publisher: usize) -> String {
+    format!("load-{publisher:04}")
+}
+
+fn encode(out: &mut Vec<u8>, publisher: usize, n: u64, ts_us: u128, packet_id: u16) {
+    let device = device(publisher);
+    let topic = format!("acme/site-01/temperature/{device}/reading");
+    let payload = format!(r#"{{"device_id":"{device}","metric":"temperature_c","value":{n},"ts":{ts_us}}}"#);
+    mqtt::publish(out, Version::V311, 1, false, &topic, packet_id, payload.as_bytes());
+}
+
+fn rows(database: &mut Database, wanted: u64) {
+    // Counting takes CPU from the host: not too often.
+    eventually("all rows are committed", ROWS_MAX, || {
+        std::thread::sleep(Duration::from_millis(100));
+        (database.count("telemetry").unsigned_abs() >= wanted).then_some(())
+    });
+}
+
+/// The most memory that the process ever had (VmHWM).
+fn peak_rss_mb(process: u32) -> f64 {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).expect("it runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("Linux");
+    let kib: f64 = line.trim().trim_end_matches(" kB").parse().expect("a number");
+    kib / 1024.0
+}

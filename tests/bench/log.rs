@@ -1,0 +1,77 @@
+//! The log against the disk it lies on: 256 B records in batches of 256, one
+//! sync each, against raw writes and fdatasync of the same bytes into a
+//! prefilled file, the mode that the log's segments are in.
+
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::time::Instant;
+
+use headworks::batch::Partition;
+use headworks::stream::log::{Log, RealDisk};
+use headworks::stream::{Config, NewMessage, Stream};
+use headworks_tests::folder::{Folder, target};
+
+use crate::results::Results;
+use crate::rounds;
+
+const RECORD: [u8; 256] = [b'r'; 256];
+const BATCH: usize = 256;
+const COMMITS: usize = 400;
+
+pub fn run(results: &mut Results) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let (mut ours, mut raw) = (Vec::new(), Vec::new());
+    for round in 0..rounds() {
+        // Below target: the temporary folder may not be a disk.
+        let folder = Folder::at(&target().join(format!("bench/log-{round}")));
+        raw.push(raw_records_per_s(&folder));
+        ours.push(runtime.block_on(log_records_per_s(&folder)));
+        let _ = std::fs::remove_dir_all(folder.path());
+    }
+    results.add("log_append_records_per_s", &ours);
+    results.add("log_append_records_per_s_raw", &raw);
+    results.add_ratio("log_append_ratio_vs_raw", &ours, &raw);
+}
+
+fn raw_records_per_s(folder: &Folder) -> f64 {
+    let batch = RECORD.repeat(BATCH);
+    let file = std::fs::File::create(folder.join("raw")).expect("target can be written");
+    for commit in 0..COMMITS {
+        file.write_all_at(&vec![0; batch.len()], (commit * batch.len()) as u64).expect("room");
+    }
+    file.sync_all().expect("a disk");
+    let begin = Instant::now();
+    for commit in 0..COMMITS {
+        file.write_all_at(&batch, (commit * batch.len()) as u64).expect("room");
+        file.sync_data().expect("a disk");
+    }
+    (COMMITS * BATCH) as f64 / begin.elapsed().as_secs_f64()
+}
+
+async fn log_records_per_s(folder: &Folder) -> f64 {
+    let (log, _) = Log::open(Arc::new(RealDisk), &folder.join("stream"), "bench", &Config::default())
+        .expect("target can be written");
+    let message = NewMessage {
+        topic: "",
+        payload: &RECORD,
+        properties: &[],
+        route: "",
+        device: "",
+        partition: Partition(0),
+        flags: 0,
+        received_us: 1,
+        event_us: 0,
+    };
+    let batch = vec![message; BATCH];
+    let mut durable = log.durable();
+    let begin = Instant::now();
+    for _ in 0..COMMITS {
+        let appended = log.append(&batch, &[]).expect("room");
+        durable.wait_for(|ticket| *ticket >= appended.ticket).await.expect("the log runs");
+    }
+    let took = begin.elapsed();
+    let bounds = log.bounds();
+    assert_eq!(bounds.end.0 - bounds.start.0, (COMMITS * BATCH) as u64, "all records are durable");
+    log.close().await;
+    (COMMITS * BATCH) as f64 / took.as_secs_f64()
+}

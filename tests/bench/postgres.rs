@@ -1,0 +1,199 @@
+//! Rows a second into PostgreSQL, batches of 5,000, index on device_id and
+//! time: our sink with its position in the transaction, the server's own binary
+//! COPY from files of 5,000 rows, and the reference page's execute_values.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::Bytes;
+use headworks::batch::{Batch, Entry, Offset, Partition, Span, flags};
+use headworks::sinks::{self, Advance, Claim, Rows};
+use headworks::topic::Namespace;
+use headworks_tests::folder::{Folder, root};
+use headworks_tests::postgres::{Database, Postgres};
+use headworks_tests::process::run as run_command;
+use headworks_tests::python;
+
+use crate::results::Results;
+use crate::rounds;
+
+const BATCH: usize = 5_000;
+const BATCHES: usize = 40;
+const ROWS: usize = BATCH * BATCHES;
+const DEVICES: usize = 500;
+const BEGIN_US: i64 = 1_767_225_600_000_000;
+
+pub fn run(results: &mut Results) {
+    let server = Postgres::start();
+    let mut database = server.database();
+    let folder = Folder::new("bench-postgres");
+    // The server's user writes and reads files here.
+    run_command(std::process::Command::new("chmod").arg("777").arg(folder.path()));
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    let batches: Vec<Batch> = (0..BATCHES).map(batch).collect();
+
+    fresh_table(&mut database);
+    runtime.block_on(sink(database.url(), &batches, 0));
+    copy_out(&mut database, &folder);
+    let records = folder.write("records.jsonl", records());
+
+    let (mut ours, mut copies, mut inserts) = (Vec::new(), Vec::new(), Vec::new());
+    for round in 1..=rounds() {
+        fresh_table(&mut database);
+        ours.push(ROWS as f64 / runtime.block_on(sink(database.url(), &batches, round as u32)));
+        check(&mut database);
+
+        fresh_table(&mut database);
+        let begin = Instant::now();
+        for number in 0..BATCHES {
+            database
+                .execute(&format!("COPY telemetry FROM '{}' (FORMAT binary)", copy_file(&folder, number)));
+        }
+        copies.push(ROWS as f64 / begin.elapsed().as_secs_f64());
+        check(&mut database);
+
+        fresh_table(&mut database);
+        let script = root().join("tests/clients/batch_insert.py");
+        let seconds = run_command(
+            python::command()
+                .arg(script)
+                .args([database.url(), "telemetry"])
+                .arg(&records)
+                .arg(BATCH.to_string()),
+        );
+        inserts.push(ROWS as f64 / seconds.trim().parse::<f64>().expect("seconds"));
+        check(&mut database);
+    }
+    results.add("postgres_rows_per_s", &ours);
+    results.add("postgres_rows_per_s_server_copy", &copies);
+    results.add("postgres_rows_per_s_psycopg2", &inserts);
+    results.add_ratio("postgres_rows_ratio_vs_server_copy", &ours, &copies);
+    results.add_ratio("postgres_rows_ratio_vs_psycopg2", &ours, &inserts);
+}
+
+fn fresh_table(database: &mut Database) {
+    database.execute(
+        "DROP TABLE IF EXISTS telemetry;
+         CREATE TABLE telemetry (
+             time        TIMESTAMPTZ NOT NULL,
+             device_id   TEXT        NOT NULL,
+             location    TEXT,
+             metric      TEXT        NOT NULL,
+             value       DOUBLE PRECISION NOT NULL
+         );
+         CREATE INDEX ON telemetry (device_id, time);
+         CHECKPOINT",
+    );
+}
+
+fn check(database: &mut Database) {
+    let rows = database.query(
+        "SELECT count(*), count(DISTINCT value), count(location), count(DISTINCT device_id) FROM telemetry",
+    );
+    let counts: [i64; 4] = std::array::from_fn(|i| rows[0].get(i));
+    assert_eq!(counts, [ROWS as i64, ROWS as i64, ROWS as i64, DEVICES as i64], "all rows, once");
+}
+
+async fn sink(url: &str, batches: &[Batch], round: u32) -> f64 {
+    let config: sinks::Config =
+        serde_json::from_value(serde_json::json!({ "type": "postgres", "url": url, "table": "telemetry" }))
+            .expect("a sink's config");
+    let namespace = Arc::new(Namespace::parse(Namespace::DEFAULT_PATTERN).expect("the default"));
+    let mut sink = config.build("bench", namespace);
+    let claim = Claim {
+        pipeline: "bench".into(),
+        sink: "bench".into(),
+        log: uuid::Uuid::from_u128(u128::from(round) + 1),
+        generation: 0,
+        partitions: 1,
+    };
+    sink.open(&claim).await.expect("PostgreSQL runs");
+    let begin = Instant::now();
+    for (number, batch) in batches.iter().enumerate() {
+        let mut rows = Rows::default();
+        rows.push_batch(batch.clone());
+        let from = Offset((number * BATCH) as u64);
+        let advance = Advance { partition: Partition(0), from, to: Offset(from.0 + BATCH as u64) };
+        sink.commit(&rows, &[advance]).await.expect("PostgreSQL takes all rows");
+    }
+    begin.elapsed().as_secs_f64()
+}
+
+fn batch(number: usize) -> Batch {
+    let mut bytes = Vec::new();
+    let mut entries = Vec::new();
+    for i in 0..BATCH {
+        let n = number * BATCH + i;
+        let mut span = |part: &[u8]| {
+            let begin = bytes.len();
+            bytes.extend_from_slice(part);
+            Span::new(0, begin, part.len())
+        };
+        let device = device(n);
+        entries.push(Entry {
+            flags: flags::FITS_NAMESPACE | flags::EVENT_TIME,
+            offset: i as u32,
+            received_us: BEGIN_US as u64,
+            event_us: time_us(n),
+            topic: span(format!("acme/site-01/temperature/{device}/reading").as_bytes()),
+            payload: span(
+                format!(
+                    r#"{{"device_id":"{device}","metric":"temperature_c","value":{n},"ts":{},"location":"north hall 3"}}"#,
+                    time_us(n)
+                )
+                .as_bytes(),
+            ),
+            device: span(device.as_bytes()),
+            ..Entry::default()
+        });
+    }
+    Batch {
+        base: Offset((number * BATCH) as u64),
+        now_us: BEGIN_US as u64,
+        segments: vec![Bytes::from(bytes)],
+        entries,
+    }
+}
+
+fn device(n: usize) -> String {
+    format!("sensor-{:04}", n % DEVICES)
+}
+
+fn time_us(n: usize) -> i64 {
+    BEGIN_US + n as i64 * 1_000
+}
+
+/// The table as our sink filled it, in files of one batch each.
+fn copy_out(database: &mut Database, folder: &Folder) {
+    check(database);
+    for number in 0..BATCHES {
+        let (from, to) = (number * BATCH, (number + 1) * BATCH);
+        database.execute(&format!(
+            "COPY (SELECT * FROM telemetry WHERE value >= {from} AND value < {to}) TO '{}' (FORMAT binary)",
+            copy_file(folder, number)
+        ));
+    }
+}
+
+fn copy_file(folder: &Folder, number: usize) -> String {
+    folder.join(format!("{number}.copy")).display().to_string()
+}
+
+fn records() -> String {
+    (0..ROWS)
+        .map(|n| {
+            let seconds = time_us(n) / 1_000_000 - BEGIN_US / 1_000_000;
+            let time = format!(
+                "2026-01-01 00:{:02}:{:02}.{:06}+00",
+                seconds / 60,
+                seconds % 60,
+                time_us(n) % 1_000_000
+            );
+            format!("[\"{time}\",\"{}\",\"north hall 3\",\"temperature_c\",{n}]\n", device(n))
+        })
+        .collect()
+}

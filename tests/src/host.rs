@@ -1,0 +1,241 @@
+//! The real binary in a folder of its own.
+//!
+//! The host listens on ports that the OS gives out and writes them to
+//! `data/run.json` once it serves.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use rustix::process::Signal;
+use serde::Deserialize;
+
+use crate::folder::{Folder, root, target};
+use crate::process::{Process, eventually};
+use crate::{http, process};
+
+/// Generous: a busy machine with two cores runs several tests at once.
+const START_MAX: Duration = Duration::from_secs(60);
+const STOP_MAX: Duration = Duration::from_secs(60);
+
+#[derive(Debug)]
+pub struct Host {
+    pub folder: Folder,
+    process: Option<Process>,
+    bound: Option<Bound>,
+    environment: Vec<(String, String)>,
+}
+
+/// What `data/run.json` says.
+#[derive(Debug, Deserialize, Clone)]
+struct Bound {
+    mqtt: Vec<SocketAddr>,
+    admin: SocketAddr,
+}
+
+/// Data and plugins in the test's folder, MQTT on a port that the OS gives out.
+/// The admin port is chosen here: the command line reads it from the config.
+fn head() -> String {
+    let admin = process::free_port();
+    format!(
+        "data_dir: ./data\n\
+         mqtt: {{ listeners: [ {{ bind: 127.0.0.1:0 }} ] }}\n\
+         admin: {{ bind: 127.0.0.1:{admin} }}\n\
+         plugins: {{ dir: ./plugins }}\n"
+    )
+}
+
+impl Host {
+    /// A folder with this config (below the head) and an empty plugins folder; not started.
+    pub fn prepare(name: &str, config: &str) -> Self {
+        let folder = Folder::new(name);
+        folder.write("headworks.yaml", format!("{}{config}", head()));
+        std::fs::create_dir_all(folder.join("plugins")).expect("our folder");
+        Self { folder, process: None, bound: None, environment: Vec::new() }
+    }
+
+    /// A host in a folder that stays, without a config yet.
+    pub fn at(path: &Path) -> Self {
+        let folder = Folder::at(path);
+        std::fs::create_dir_all(folder.join("plugins")).expect("our folder");
+        Self { folder, process: None, bound: None, environment: Vec::new() }
+    }
+
+    /// Prepared, started and ready.
+    pub fn start(name: &str, config: &str) -> Self {
+        let mut host = Self::prepare(name, config);
+        host.run();
+        host
+    }
+
+    /// Sets a variable for the next [`Host::run`].
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Starts the process and waits until it is ready.
+    pub fn run(&mut self) {
+        self.launch();
+        self.wait_ready();
+    }
+
+    /// Starts the process; it may not come up.
+    pub fn launch(&mut self) {
+        let _ = std::fs::remove_file(self.folder.join("data/run.json"));
+        let log = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.folder.join("host.log"))
+            .expect("our folder");
+        let mut command = self.command(&["run", "--config", "headworks.yaml"]);
+        command.stdin(Stdio::null()).stdout(log.try_clone().expect("our file")).stderr(log);
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
+        self.process = Some(Process::spawn("headworks", &mut command));
+        self.bound = None;
+    }
+
+    pub fn wait_ready(&mut self) {
+        let run = self.folder.join("data/run.json");
+        let process = self.process.as_mut().expect("launched");
+        let log = self.folder.join("host.log");
+        let bound: Bound = eventually("the host is ready", START_MAX, || {
+            assert!(process.alive(), "the host ended at its start:\n{}", tail(&log));
+            let bound: Bound = serde_json::from_slice(&std::fs::read(&run).ok()?).ok()?;
+            matches!(http::get(bound.admin, "/readyz"), Ok((200, _))).then_some(bound)
+        });
+        self.bound = Some(bound);
+    }
+
+    pub fn mqtt(&self) -> SocketAddr {
+        self.bound.as_ref().expect("ready").mqtt[0]
+    }
+
+    pub fn admin(&self) -> SocketAddr {
+        self.bound.as_ref().expect("ready").admin
+    }
+
+    pub fn process(&mut self) -> &mut Process {
+        self.process.as_mut().expect("launched")
+    }
+
+    /// As `kill -9`.
+    pub fn kill(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            process.kill();
+        }
+    }
+
+    /// SIGTERM, then waits: a clean end.
+    pub fn stop(&mut self) -> ExitStatus {
+        let mut process = self.process.take().expect("launched");
+        process.signal(Signal::TERM);
+        process.wait(STOP_MAX)
+    }
+
+    /// `headworks ARGS` in the host's folder.
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(binary());
+        command.args(args).current_dir(self.folder.path()).env_remove("RUST_LOG");
+        command
+    }
+
+    /// Runs `headworks ARGS --config headworks.yaml`; fails unless it succeeds.
+    pub fn cli(&self, args: &[&str]) -> String {
+        process::run(self.command(args).args(["--config", "headworks.yaml"]))
+    }
+
+    /// The same with `--format json`: one object a line.
+    pub fn cli_json(&self, args: &[&str]) -> Vec<serde_json::Value> {
+        let text = self.cli(&[args, &["--format", "json"]].concat());
+        let parse = |line| {
+            serde_json::from_str(line)
+                .unwrap_or_else(|error| panic!("{args:?} printed no JSON ({error}): {line}"))
+        };
+        text.lines().map(parse).collect()
+    }
+
+    /// Drops a file into the plugins folder as a person would: under another name, then renamed.
+    pub fn drop_plugin(&self, name: &str, from: impl AsRef<Path>) {
+        self.drop_bytes(
+            name,
+            &std::fs::read(&from).unwrap_or_else(|error| panic!("{}: {error}", from.as_ref().display())),
+        );
+    }
+
+    pub fn drop_bytes(&self, name: &str, bytes: &[u8]) {
+        let partial = self.folder.write(&format!("plugins/.{name}.part"), bytes);
+        std::fs::rename(partial, self.folder.join("plugins").join(name)).expect("our folder");
+    }
+
+    /// The value of a metric, summed over all series whose labels include `labels`.
+    pub fn metric(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
+        let (_, text) = http::get(self.admin(), "/metrics").expect("the host serves /metrics");
+        sum(&text, name, labels)
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.folder.join("host.log")).unwrap_or_default()
+    }
+
+    /// Waits until the log holds a text.
+    pub fn says(&self, text: &str) {
+        eventually(&format!("the host says {text:?}"), Duration::from_secs(60), || {
+            self.log().contains(text).then_some(())
+        });
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("---- end of the host's log ----\n{}", tail(&self.folder.join("host.log")));
+        }
+        self.kill();
+    }
+}
+
+/// Sum of a metric's series in Prometheus' text format.
+pub fn sum(text: &str, name: &str, labels: &[(&str, &str)]) -> f64 {
+    text.lines()
+        .filter(|line| {
+            line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']))
+                && labels.iter().all(|(key, value)| line.contains(&format!("{key}=\"{value}\"")))
+        })
+        .filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok())
+        .sum()
+}
+
+/// `target/release/headworks`, which `make build` leaves.
+pub fn binary() -> PathBuf {
+    let path =
+        std::env::var_os("HEADWORKS").map_or_else(|| target().join("release/headworks"), PathBuf::from);
+    assert!(path.exists(), "{} is missing: run `make build`", path.display());
+    path
+}
+
+/// A standard plugin as it lies in the tree: `plugins/prebuilt/NN-NAME.wasm`.
+pub fn prebuilt(name: &str) -> PathBuf {
+    let number = match name {
+        "normalize" => 10,
+        "enrich" => 20,
+        "route" => 30,
+        other => panic!("no standard plugin {other}"),
+    };
+    root().join(format!("plugins/prebuilt/{number}-{name}.wasm"))
+}
+
+/// Any plugin of the tree, built afresh by `plugins/build.sh`.
+pub fn fresh(name: &str) -> PathBuf {
+    let file = format!("{}.wasm", name.replace('-', "_"));
+    let path = root().join("target/wasm/wasm32-unknown-unknown/plugin").join(file);
+    assert!(path.exists(), "{} is missing: run `plugins/build.sh`", path.display());
+    path
+}
+
+fn tail(path: &Path) -> String {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(60)..].join("\n")
+}

@@ -1,0 +1,73 @@
+//! mosquitto as Debian ships it: the rival in benchmarks, and its command line clients.
+
+use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use crate::folder::Folder;
+use crate::process::{Process, eventually, free_port};
+
+#[derive(Debug)]
+pub struct Mosquitto {
+    pub addr: SocketAddr,
+    process: Process,
+    _folder: Folder,
+}
+
+impl Mosquitto {
+    /// A private broker with the settings of Debian's package: persistence on.
+    /// Its default of 20 messages in flight is raised to the benchmark's window.
+    pub fn start() -> Self {
+        let folder = Folder::new("mosquitto");
+        let addr = SocketAddr::from(([127, 0, 0, 1], free_port()));
+        let config = folder.write(
+            "mosquitto.conf",
+            format!(
+                "listener {} 127.0.0.1\nallow_anonymous true\npersistence true\npersistence_location {}/\n\
+                 max_inflight_messages 1000\nmax_queued_messages 0\nlog_dest file {}\n{}",
+                addr.port(),
+                folder.path().display(),
+                folder.join("mosquitto.log").display(),
+                if rustix::process::geteuid().is_root() { "user root\n" } else { "" }
+            ),
+        );
+        let mut process = Process::spawn(
+            "mosquitto",
+            Command::new(broker()).arg("-c").arg(config).stdout(Stdio::null()).stderr(Stdio::null()),
+        );
+        eventually("mosquitto answers", Duration::from_secs(10), || {
+            assert!(process.alive(), "mosquitto ended at its start");
+            TcpStream::connect(addr).ok()
+        });
+        Self { addr, process, _folder: folder }
+    }
+
+    pub fn process(&self) -> &Process {
+        &self.process
+    }
+}
+
+fn broker() -> PathBuf {
+    ["/usr/sbin/mosquitto", "/usr/local/sbin/mosquitto", "/usr/bin/mosquitto"]
+        .iter()
+        .map(PathBuf::from)
+        .find(|path| path.exists())
+        .unwrap_or_else(|| PathBuf::from("mosquitto"))
+}
+
+/// `mosquitto_pub` at this broker; add topic and message.
+pub fn publish(addr: SocketAddr) -> Command {
+    client("mosquitto_pub", addr)
+}
+
+/// `mosquitto_sub` at this broker; add topics.
+pub fn subscribe(addr: SocketAddr) -> Command {
+    client("mosquitto_sub", addr)
+}
+
+fn client(name: &str, addr: SocketAddr) -> Command {
+    let mut command = Command::new(name);
+    command.arg("-h").arg(addr.ip().to_string()).arg("-p").arg(addr.port().to_string());
+    command
+}

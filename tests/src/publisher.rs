@@ -1,0 +1,263 @@
+//! A device that keeps its promises: it resends what was not acknowledged, on
+//! the same session and with the same packet ids, until everything it began is
+//! acknowledged, and knows what was.
+
+use std::collections::VecDeque;
+use std::io::Write;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::mqtt::{self, Connection, Version, kind};
+
+/// Where the broker listens now; a restart may move it. `None` while it is down.
+#[derive(Clone, Debug, Default)]
+pub struct Address(Arc<Mutex<Option<SocketAddr>>>);
+
+impl Address {
+    pub fn new(addr: SocketAddr) -> Self {
+        Self(Arc::new(Mutex::new(Some(addr))))
+    }
+
+    pub fn set(&self, addr: Option<SocketAddr>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = addr;
+    }
+
+    pub fn get(&self) -> Option<SocketAddr> {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub device: String,
+    pub version: Version,
+    pub qos: u8,
+    /// Unacknowledged at once.
+    pub window: usize,
+    /// Pause after each full window, so that a test may last without filling disks.
+    pub pause: Duration,
+}
+
+impl Plan {
+    /// Half of the devices speak 3.1.1, half 5.0.
+    pub fn new(number: usize, qos: u8) -> Self {
+        Self {
+            device: format!("device-q{qos}-{number}"),
+            version: if number.is_multiple_of(2) { Version::V5 } else { Version::V311 },
+            qos,
+            window: 20,
+            pause: Duration::ZERO,
+        }
+    }
+}
+
+/// A running device. Its messages' `value` counts from 0, one message each.
+#[derive(Debug)]
+pub struct Publisher {
+    stop: Arc<AtomicBool>,
+    acked: Arc<AtomicU64>,
+    thread: JoinHandle<Sent>,
+    device: String,
+}
+
+/// What a device sent: every value below `count`, each acknowledged.
+#[derive(Clone, Debug)]
+pub struct Sent {
+    pub device: String,
+    pub qos: u8,
+    pub count: u64,
+    pub reconnects: u32,
+}
+
+/// How long a device goes on trying to get its last acks after it was told to stop.
+const DRAIN_MAX: Duration = Duration::from_secs(120);
+const READ_TIMEOUT: Duration = Duration::from_millis(200);
+
+impl Publisher {
+    pub fn start(plan: Plan, address: Address) -> Self {
+        let (stop, acked) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let device = plan.device.clone();
+        let thread = std::thread::Builder::new()
+            .name(device.clone())
+            .spawn({
+                let (stop, acked) = (stop.clone(), acked.clone());
+                move || {
+                    Session { plan, address, stop, acked, window: VecDeque::new(), next: 0, reconnects: 0 }
+                        .run()
+                }
+            })
+            .expect("a thread");
+        Self { stop, acked, thread, device }
+    }
+
+    /// Messages acknowledged so far.
+    pub fn acked(&self) -> u64 {
+        self.acked.load(Ordering::Relaxed)
+    }
+
+    /// No new messages; returns once all begun are acknowledged.
+    pub fn finish(self) -> Sent {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap_or_else(|_| panic!("{} failed", self.device))
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Awaits PUBACK or PUBREC.
+    Published,
+    /// QoS 2: PUBREC came, PUBREL went out, awaits PUBCOMP.
+    Released,
+    Done,
+}
+
+struct Session {
+    plan: Plan,
+    address: Address,
+    stop: Arc<AtomicBool>,
+    acked: Arc<AtomicU64>,
+    /// Values `next - window.len() .. next`.
+    window: VecDeque<Phase>,
+    next: u64,
+    reconnects: u32,
+}
+
+impl Session {
+    fn run(mut self) -> Sent {
+        let mut gave_up = None;
+        let mut known = false;
+        loop {
+            let stopping = self.stop.load(Ordering::Relaxed);
+            if stopping && self.window.is_empty() {
+                break;
+            }
+            if stopping {
+                let deadline = *gave_up.get_or_insert_with(|| Instant::now() + DRAIN_MAX);
+                assert!(Instant::now() < deadline, "{}: last acks did not come", self.plan.device);
+            }
+            let connection = self
+                .address
+                .get()
+                .and_then(|addr| Connection::open(addr, self.plan.version, &self.plan.device, false).ok());
+            let Some(mut connection) = connection else {
+                std::thread::sleep(Duration::from_millis(20));
+                continue;
+            };
+            // The first CONNACK may be lost with the host, so the second may find a session or none.
+            if known {
+                assert!(connection.session_present, "{}: the broker forgot the session", self.plan.device);
+                self.reconnects += 1;
+            }
+            known |= self.plan.qos == 2 && self.acked.load(Ordering::Relaxed) > 0;
+            connection.stream.set_read_timeout(Some(READ_TIMEOUT)).expect("a socket");
+            // An error is the broker's end, or its restart: connect again.
+            let _ = self.talk(&mut connection, &mut known);
+        }
+        Sent { device: self.plan.device, qos: self.plan.qos, count: self.next, reconnects: self.reconnects }
+    }
+
+    fn talk(&mut self, connection: &mut Connection, known: &mut bool) -> std::io::Result<()> {
+        let mut out = Vec::new();
+        self.resend(&mut out);
+        loop {
+            let full = self.window.len() >= self.plan.window;
+            while !self.stop.load(Ordering::Relaxed) && self.window.len() < self.plan.window {
+                self.window.push_back(Phase::Published);
+                self.next += 1;
+                self.encode(&mut out, self.next - 1, false);
+            }
+            connection.stream.write_all(&out)?;
+            out.clear();
+            if self.window.is_empty() {
+                mqtt::disconnect(&mut out);
+                return connection.stream.write_all(&out);
+            }
+            match self.acks(connection, &mut out) {
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut
+                    ) =>
+                {
+                    if self.address.get().is_none() {
+                        return Ok(());
+                    }
+                }
+                other => other?,
+            }
+            *known |= self.plan.qos == 2 && self.acked.load(Ordering::Relaxed) > 0;
+            if full && !self.plan.pause.is_zero() {
+                std::thread::sleep(self.plan.pause);
+            }
+        }
+    }
+
+    /// In the original order, as MQTT 4.4 and 4.6 ask.
+    fn resend(&self, out: &mut Vec<u8>) {
+        let first = self.next - self.window.len() as u64;
+        for (value, phase) in (first..).zip(&self.window) {
+            match phase {
+                Phase::Published => self.encode(out, value, true),
+                Phase::Released => mqtt::pubrel(out, packet_id(value)),
+                Phase::Done => {}
+            }
+        }
+    }
+
+    fn encode(&self, out: &mut Vec<u8>, value: u64, dup: bool) {
+        let (topic, payload) = crate::telemetry::message(&self.plan.device, value);
+        mqtt::publish(
+            out,
+            self.plan.version,
+            self.plan.qos,
+            dup,
+            &topic,
+            packet_id(value),
+            payload.as_bytes(),
+        );
+    }
+
+    fn acks(&mut self, connection: &mut Connection, out: &mut Vec<u8>) -> std::io::Result<()> {
+        let (window, next, acked) = (&mut self.window, self.next, &self.acked);
+        let mut refused = None;
+        connection.receive(|packet| {
+            if !matches!(packet.kind(), kind::PUBACK | kind::PUBREC | kind::PUBCOMP)
+                || packet.reason() >= 0x80
+            {
+                refused = Some((packet.kind(), packet.body.to_vec()));
+                return;
+            }
+            let first = next - window.len() as u64;
+            let id = packet.packet_id();
+            let Some(at) = (0..window.len()).find(|at| packet_id(first + *at as u64) == id) else { return };
+            match packet.kind() {
+                kind::PUBACK => window[at] = Phase::Done,
+                kind::PUBREC => {
+                    if window[at] == Phase::Published {
+                        window[at] = Phase::Released;
+                    }
+                    mqtt::pubrel(out, id);
+                }
+                _ => window[at] = Phase::Done,
+            }
+            while window.front() == Some(&Phase::Done) {
+                window.pop_front();
+                acked.fetch_add(1, Ordering::Relaxed);
+            }
+        })?;
+        match refused {
+            Some((kind::DISCONNECT, body)) => Err(std::io::Error::other(format!("disconnected: {body:?}"))),
+            Some(other) => panic!("{}: an answer that no device can live with: {other:?}", self.plan.device),
+            None => Ok(()),
+        }
+    }
+}
+
+/// 1..=65,535; unique within any window.
+fn packet_id(value: u64) -> u16 {
+    (value % 65_535) as u16 + 1
+}

@@ -1,0 +1,119 @@
+//! The command line against a running host.
+
+use std::io::Write;
+use std::process::Command;
+use std::time::Duration;
+
+use headworks_tests::host::{Host, prebuilt};
+use headworks_tests::process::{eventually, run};
+use headworks_tests::{http, mosquitto, telemetry};
+
+fn host(name: &str) -> Host {
+    let mut host = Host::prepare(name, "");
+    host.drop_plugin("10-normalize.wasm", prebuilt("normalize"));
+    host.run();
+    host
+}
+
+fn publish(host: &Host, topic: &str, payload: &str) {
+    run(mosquitto::publish(host.mqtt()).args(["-q", "1", "-t", topic, "-m", payload]));
+}
+
+#[test]
+fn streams_are_listed_and_shown_while_the_host_runs() {
+    let host = host("cli-streams");
+    let (topic, payload) = telemetry::message("sensor-1", 7);
+    publish(&host, &topic, &payload);
+    let list = host.cli(&["streams", "list"]);
+    assert!(list.contains("telemetry"), "{list}");
+    let tail = host.cli(&["streams", "tail", "telemetry", "--from", "start", "--max", "1"]);
+    assert!(tail.contains(&topic) && tail.contains("sensor-1"), "{tail}");
+}
+
+#[test]
+fn a_dead_letter_is_listed_shown_and_sent_again() {
+    let host = host("cli-letters");
+    publish(&host, "acme/site-01/temperature/sensor-2/reading", "not json");
+    let letters = eventually("a dead letter", Duration::from_secs(30), || {
+        let letters = host.cli_json(&["dead-letters", "list"]);
+        (!letters.is_empty()).then_some(letters)
+    });
+    let id = letters[0]["id"].to_string();
+    let shown = host.cli(&["dead-letters", "show", &id]);
+    assert!(shown.contains("not json") && shown.contains("sensor-2"), "{shown}");
+    host.cli(&["dead-letters", "redrive", &id]);
+}
+
+#[test]
+fn plugins_are_listed_inspected_and_measured() {
+    let host = host("cli-plugins");
+    let list = host.cli(&["plugin", "list"]);
+    assert!(list.contains("normalize"), "{list}");
+    let file = prebuilt("normalize");
+    let file = file.to_str().expect("UTF-8");
+    let inspected = run(&mut host.command(&["plugin", "inspect", file]));
+    assert!(inspected.contains("normalize") && inspected.contains("devices"), "{inspected}");
+    let measured = run(&mut host.command(&["plugin", "bench", file]));
+    assert!(measured.contains("ns"), "{measured}");
+}
+
+#[test]
+fn validate_accepts_what_runs_and_schema_describes_it() {
+    let host = Host::prepare("cli-validate", &telemetry::config(&telemetry::sqlite_sink()));
+    host.cli(&["validate"]);
+    let schema: serde_json::Value = serde_json::from_str(&run(&mut host.command(&["schema"]))).expect("JSON");
+    assert!(schema["properties"]["pipelines"].is_object(), "{schema}");
+}
+
+#[test]
+fn a_second_host_on_one_data_folder_is_refused_with_a_reason() {
+    let host = host("cli-lock");
+    let output = host.command(&["run", "--config", "headworks.yaml"]).output().expect("it runs");
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && text.contains("data"), "{text}");
+}
+
+#[test]
+fn every_metric_that_is_served_is_described() {
+    let host = host("cli-metrics");
+    let (topic, payload) = telemetry::message("sensor-3", 1);
+    publish(&host, &topic, &payload);
+    publish(&host, &topic, "not json");
+    let path = host.folder.join("data/telemetry.db");
+    eventually("a row", Duration::from_secs(30), || {
+        (telemetry::sqlite_count(&path, "telemetry") > 0).then_some(())
+    });
+    let (status, text) = http::get(host.admin(), "/metrics").expect("the host serves it");
+    assert_eq!(status, 200);
+    let described: Vec<&str> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("# HELP ")?.split_once(' ').filter(|(_, help)| !help.is_empty()))
+        .map(|(name, _)| name)
+        .collect();
+    for line in text.lines().filter(|line| !line.starts_with('#') && !line.is_empty()) {
+        let name = line.split(['{', ' ']).next().unwrap_or(line);
+        let base =
+            ["_bucket", "_sum", "_count"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name);
+        assert!(described.contains(&name) || described.contains(&base), "{name} has no # HELP");
+        assert!(name.starts_with("headworks_") || name.starts_with("process_"), "{name}");
+    }
+    assert!(described.len() > 10, "{described:?}");
+}
+
+#[test]
+fn health_is_told_over_http() {
+    let host = host("cli-health");
+    for path in ["/healthz", "/readyz"] {
+        assert_eq!(http::get(host.admin(), path).expect("the host serves it").0, 200, "{path}");
+    }
+    assert_eq!(http::get(host.admin(), "/nothing-here").expect("the host serves it").0, 404);
+}
+
+#[test]
+fn help_says_what_each_command_does() {
+    let text = run(Command::new(headworks_tests::host::binary()).arg("--help"));
+    for command in ["run", "validate", "plugin", "streams", "dead-letters", "schema"] {
+        assert!(text.contains(command), "{command} is not in\n{text}");
+    }
+    std::io::stdout().flush().expect("stdout");
+}

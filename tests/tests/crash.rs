@@ -1,0 +1,109 @@
+//! kill -9 of the host at random moments under load: every acknowledged message
+//! is a row, QoS 2 exactly once.
+//!
+//! `CRASH_ROUNDS` raises the number of kills (12 if not set).
+
+use std::time::Duration;
+
+use headworks_tests::host::{Host, prebuilt};
+use headworks_tests::postgres;
+use headworks_tests::process::eventually;
+use headworks_tests::publisher::{Address, Plan, Publisher, Sent};
+use headworks_tests::telemetry::{self, Repeats};
+
+#[test]
+fn every_acknowledged_message_is_a_row_in_sqlite_after_kills_of_the_host() {
+    let (host, sent) = crash("crash-sqlite", &telemetry::config(&telemetry::sqlite_sink()));
+    let path = host.folder.join("data/telemetry.db");
+    // All are acknowledged, so all are in the log; rows follow.
+    settled(|| telemetry::sqlite_count(&path, "telemetry"), &sent);
+    telemetry::assert_rows(&telemetry::sqlite_rows(&path, "telemetry"), &sent, Repeats::OfQos1);
+    assert_nothing_refused(&host);
+}
+
+#[test]
+fn every_acknowledged_message_is_a_row_in_postgres_after_kills_of_the_host() {
+    let mut database = postgres::shared().database();
+    let config = telemetry::config(&telemetry::postgres_sink(database.url()));
+    let (host, sent) = crash("crash-postgres", &config);
+    settled(|| database.count("telemetry").unsigned_abs(), &sent);
+    telemetry::assert_rows(&telemetry::postgres_rows(&mut database, "telemetry"), &sent, Repeats::OfQos1);
+    assert_nothing_refused(&host);
+}
+
+/// Devices publish all the while; the host is killed and started again.
+fn crash(name: &str, config: &str) -> (Host, Vec<Sent>) {
+    let rounds: u32 = std::env::var("CRASH_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(12);
+    let mut host = Host::prepare(name, config);
+    host.drop_plugin("10-normalize.wasm", prebuilt("normalize"));
+    host.drop_plugin("20-enrich.wasm", prebuilt("enrich"));
+    host.run();
+    let address = Address::new(host.mqtt());
+    let publishers: Vec<Publisher> = [(0, 1), (1, 1), (2, 2), (3, 2)]
+        .map(|(number, qos)| {
+            let plan = Plan { pause: Duration::from_millis(2), ..Plan::new(number, qos) };
+            Publisher::start(plan, address.clone())
+        })
+        .into();
+    let mut moments = Moments::seeded(name);
+    for round in 0..rounds {
+        let before: u64 = publishers.iter().map(Publisher::acked).sum();
+        eventually("acks flow", Duration::from_secs(60), || {
+            (publishers.iter().map(Publisher::acked).sum::<u64>() > before + 100).then_some(())
+        });
+        std::thread::sleep(moments.next());
+        address.set(None);
+        host.kill();
+        if round % 3 == 2 {
+            // Once in a while also during recovery.
+            host.launch();
+            std::thread::sleep(moments.next() / 4);
+            host.kill();
+        }
+        host.run();
+        address.set(Some(host.mqtt()));
+    }
+    let sent: Vec<Sent> = publishers.into_iter().map(Publisher::finish).collect();
+    assert!(sent.iter().all(|device| device.count > 0));
+    (host, sent)
+}
+
+/// Waits until rows stop coming and are at least as many as the messages.
+fn settled(mut count: impl FnMut() -> u64, sent: &[Sent]) {
+    let wanted: u64 = sent.iter().map(|device| device.count).sum();
+    let mut last = 0;
+    eventually("rows for all messages", Duration::from_secs(90), || {
+        let now = count();
+        let settled = now >= wanted && now == last;
+        last = now;
+        std::thread::sleep(Duration::from_millis(300));
+        settled.then_some(())
+    });
+}
+
+fn assert_nothing_refused(host: &Host) {
+    let letters = host.cli_json(&["dead-letters", "list"]);
+    assert!(letters.is_empty(), "{letters:?}");
+}
+
+/// Pauses of 0 to 400 ms; the seed is printed so that a failure can be told from luck.
+struct Moments(u64);
+
+impl Moments {
+    fn seeded(name: &str) -> Self {
+        let seed = std::env::var("CRASH_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(|| {
+            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970");
+            now.as_nanos() as u64
+        });
+        println!("{name}: CRASH_SEED={seed}");
+        Self(seed | 1)
+    }
+
+    /// xorshift64 (Marsaglia 2003).
+    fn next(&mut self) -> Duration {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        Duration::from_micros(self.0 % 400_000)
+    }
+}

@@ -1,0 +1,84 @@
+//! PostgreSQL dies under load: devices are acknowledged all the while, memory
+//! stays bounded, and afterwards every message is a row, once and in order.
+//!
+//! `OUTAGE_S` sets how long it is held down (60 if not set).
+
+use std::time::{Duration, Instant};
+
+use headworks_tests::host::Host;
+use headworks_tests::postgres::{Database, Postgres};
+use headworks_tests::process::eventually;
+use headworks_tests::publisher::{Address, Plan, Publisher, Sent};
+use headworks_tests::telemetry::{self, Repeats};
+
+const RSS_BYTES_MAX: u64 = 400 << 20;
+
+#[test]
+fn a_database_killed_and_restarted_under_load_gets_every_row_once() {
+    let mut server = Postgres::start();
+    let database = server.database();
+    let url = database.url().to_owned();
+    drop(database);
+    let mut host = Host::start("pg-kills", &telemetry::config(&telemetry::postgres_sink(&url)));
+    let publishers = devices(&host, Duration::from_millis(5));
+    for _ in 0..5 {
+        let rows = Database::connect(&url).expect("the server runs").count("telemetry");
+        eventually("new rows", Duration::from_secs(60), || {
+            let now = Database::connect(&url).ok()?.count("telemetry");
+            (now > rows + 200).then_some(())
+        });
+        server.kill();
+        acks_go_on(&publishers);
+        server.restart();
+    }
+    finish(&mut host, publishers, &url);
+}
+
+#[test]
+fn a_minute_without_the_database_costs_neither_acks_nor_memory_nor_rows() {
+    let outage: u64 = std::env::var("OUTAGE_S").ok().and_then(|seconds| seconds.parse().ok()).unwrap_or(60);
+    let mut server = Postgres::start();
+    let database = server.database();
+    let url = database.url().to_owned();
+    drop(database);
+    let mut host = Host::start("pg-outage", &telemetry::config(&telemetry::postgres_sink(&url)));
+    let publishers = devices(&host, Duration::from_millis(10));
+    acks_go_on(&publishers);
+    server.kill();
+    let end = Instant::now() + Duration::from_secs(outage);
+    let mut rss_max = 0;
+    while Instant::now() < end {
+        acks_go_on(&publishers);
+        rss_max = rss_max.max(host.process().rss_bytes());
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    assert!(rss_max < RSS_BYTES_MAX, "the host grew to {} MiB", rss_max >> 20);
+    server.restart();
+    finish(&mut host, publishers, &url);
+}
+
+fn devices(host: &Host, pause: Duration) -> Vec<Publisher> {
+    let address = Address::new(host.mqtt());
+    [(0, 1), (1, 1), (2, 1), (3, 2)]
+        .map(|(number, qos)| Publisher::start(Plan { pause, ..Plan::new(number, qos) }, address.clone()))
+        .into()
+}
+
+fn acks_go_on(publishers: &[Publisher]) {
+    let before: Vec<u64> = publishers.iter().map(Publisher::acked).collect();
+    eventually("every device is acknowledged", Duration::from_secs(30), || {
+        publishers.iter().zip(&before).all(|(device, before)| device.acked() > before + 20).then_some(())
+    });
+}
+
+fn finish(host: &mut Host, publishers: Vec<Publisher>, url: &str) {
+    let sent: Vec<Sent> = publishers.into_iter().map(Publisher::finish).collect();
+    assert!(sent.iter().all(|device| device.reconnects == 0), "no device's connection broke: {sent:?}");
+    let wanted: u64 = sent.iter().map(|device| device.count).sum();
+    let mut database = Database::connect(url).expect("the server runs");
+    eventually("all rows", Duration::from_secs(120), || {
+        (database.count("telemetry").unsigned_abs() >= wanted).then_some(())
+    });
+    telemetry::assert_rows(&telemetry::postgres_rows(&mut database, "telemetry"), &sent, Repeats::None);
+    assert!(host.stop().success());
+}
