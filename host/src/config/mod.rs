@@ -11,7 +11,6 @@ mod check;
 mod complete;
 mod files;
 pub mod reference;
-mod standins;
 mod suggest;
 mod validate;
 
@@ -26,8 +25,7 @@ use serde_json::Value;
 use crate::listeners::mqtt;
 use crate::problems::{Problem, Problems};
 use crate::topic::Namespace;
-use crate::{admin, devices, pipeline, plugin};
-use standins::{dead_letters, sinks, stream};
+use crate::{admin, devices, pipeline, plugin, sinks, stream};
 
 /// Everything a host is told. Each part owns its own section; what is left out
 /// has a default (see `complete`).
@@ -57,7 +55,7 @@ pub struct Config {
     /// What is known of devices: location, site, model.
     pub devices: devices::Config,
     /// Where refused messages are kept.
-    pub dead_letters: dead_letters::Config,
+    pub dead_letters: pipeline::DeadLettersConfig,
     /// Health, metrics, status.
     pub admin: admin::Config,
 }
@@ -73,7 +71,7 @@ impl Default for Config {
             pipelines: BTreeMap::new(),
             sinks: BTreeMap::new(),
             devices: devices::Config::default(),
-            dead_letters: dead_letters::Config::default(),
+            dead_letters: pipeline::DeadLettersConfig::default(),
             admin: admin::Config::default(),
         }
     }

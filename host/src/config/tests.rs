@@ -197,3 +197,25 @@ sinks: { 'my table': { type: sqlite, path: x.db, table: t } }
     let clash = lines.iter().find(|line| line.contains("is taken by"));
     assert!(clash.is_some_and(|line| line.contains("mqtt.listeners[0].bind (0.0.0.0:8080)")), "{lines:#?}");
 }
+
+#[test]
+fn the_examples_are_valid() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples");
+    let mut count = 0;
+    for file in std::fs::read_dir(&folder).unwrap() {
+        let path = file.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "yaml") {
+            let loaded = load(Some(&path)).unwrap_or_else(|error| panic!("{error}"));
+            assert_eq!(loaded.warnings, [""; 0], "{}", path.display());
+            count += 1;
+        }
+    }
+    assert!(count >= 2, "no examples in {}", folder.display());
+}
+
+#[test]
+fn the_schema_allows_what_the_host_writes_itself() {
+    let config = serde_json::to_value(load(None).unwrap().config).unwrap();
+    let checked = check::check(&schema(), &config);
+    assert_eq!(checked.problems, []);
+}

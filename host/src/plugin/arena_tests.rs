@@ -1,0 +1,113 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::step::RefusedKind;
+
+fn input(messages: usize) -> Batch {
+    let entry = |number: u32| Entry {
+        offset: number,
+        topic: Span::new(0, 0, 3),
+        payload: Span::new(0, 3, 5),
+        ..Entry::default()
+    };
+    Batch {
+        segments: vec![bytes::Bytes::from_static(b"a/bhello, world")],
+        entries: (0..messages as u32).map(entry).collect(),
+        ..Batch::default()
+    }
+}
+
+/// Words that are often right and often just wrong.
+fn word() -> impl Strategy<Value = u32> {
+    prop_oneof![
+        0..20_u32,
+        any::<u32>(),
+        (0..17_u32, 0..40_u32).prop_map(|(segment, len)| (segment % 16) << 28 | len),
+        Just(u32::MAX),
+    ]
+}
+
+fn raw() -> impl Strategy<Value = Raw> {
+    let header = prop_oneof![
+        8 => Just(None),
+        1 => prop::collection::vec(word(), 8).prop_map(Some),
+    ];
+    let records = prop::collection::vec((0..5_u32, 0..128_u32, prop::collection::vec(word(), 14)), 0..6);
+    let data = prop_oneof![
+        prop::collection::vec(any::<u8>(), 0..64),
+        Just(b"topic/route-and-device-and-payload".to_vec())
+    ];
+    (prop::collection::vec(0..6_u8, 0..5), header, records, data, 0..3_usize).prop_map(
+        |(verdicts, header, mut records, data, cut)| {
+            records.sort_by_key(|record| record.0);
+            let header = header.unwrap_or_else(|| vec![1, 8, 16, records.len() as u32, 0, 0, 0, 0]);
+            let words = records.iter().flat_map(|(source, set, rest)| [&[*source, *set][..], &rest[..]].concat());
+            let mut outputs: Vec<u8> = header.into_iter().chain(words).flat_map(u32::to_le_bytes).collect();
+            outputs.truncate(outputs.len() - cut.min(outputs.len()) * (cut / 2));
+            Raw { verdicts, outputs, data }
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(20_000))]
+
+    /// Whatever a plugin answers, the check does not panic, and what it lets
+    /// through is a batch that every reader may trust.
+    #[test]
+    fn what_passes_the_check_is_a_sound_batch(raw in raw(), gathered in any::<bool>()) {
+        let batch = input(4);
+        let limits = Limits::default();
+        let accepted = Answer { input: &batch, raw: &raw }.check(&limits, 1 << 20).is_ok();
+        if accepted {
+            let namespace = Namespace::default();
+            let numbers = [0, 1, 2, 3];
+            let target = Target {
+                batch: &batch,
+                numbers: gathered.then_some(&numbers[..]),
+                gathered,
+                namespace: &namespace,
+                retries_used_up: true,
+            };
+            let verdicts = raw.verdicts.clone();
+            let mut collected = Collected::default();
+            collected.apply(&batch, raw, &target);
+            collected.keep_until(&batch, batch.len());
+            let (passed, refused, dropped, _) = collected.into_batch(&batch);
+            for entry in &passed.entries {
+                for span in spans(entry) {
+                    prop_assert!(span.is_empty() || passed.segments[span.segment()].get(span.range()).is_some());
+                }
+                for text in [entry.topic, entry.route, entry.device] {
+                    prop_assert!(std::str::from_utf8(passed.bytes(text)).is_ok());
+                }
+                prop_assert!(topic::is_valid_name(passed.text(entry.topic)));
+                prop_assert!(passed.bytes(entry.route).len() <= ROUTE_BYTES_MAX);
+                prop_assert!(passed.bytes(entry.device).len() <= DEVICE_ID_BYTES_MAX);
+                prop_assert!(properties::is_valid(passed.bytes(entry.properties)));
+                prop_assert!(entry.flags & flags::QOS_MASK != 3);
+            }
+            prop_assert!(passed.entries.windows(2).all(|pair| pair[0].offset <= pair[1].offset));
+            prop_assert!(refused.windows(2).all(|pair| pair[0].index < pair[1].index));
+            let of = |wanted: &[u8]| verdicts.iter().filter(|v| wanted.contains(v)).count();
+            prop_assert_eq!(dropped as usize, of(&[verdict::DROP]));
+            prop_assert_eq!(refused.len(), of(&[verdict::FAIL, verdict::RETRY]));
+            prop_assert!(refused.iter().all(|r| r.kind != RefusedKind::Fault));
+        }
+    }
+}
+
+#[test]
+fn the_index_lies_as_the_contract_says() {
+    let mut batch = input(2);
+    (batch.base.0, batch.now_us) = (0x1_0000_0007, 9);
+    batch.entries[1].partition = Partition(5);
+    batch.entries[1].flags = flags::RETAIN;
+    batch.entries[1].received_us = 0x2_0000_0003;
+    let mut index = Vec::new();
+    let (bytes, used) = write_index(&mut index, &batch, Partition(5), call::ALONE_AFTER_TRAP, 3);
+    let words: Vec<u32> = index.chunks_exact(4).map(|w| u32::from_le_bytes(w.try_into().unwrap())).collect();
+    assert_eq!(words[..16], [1, 16, 16, 2, 5, 4, 7, 1, 9, 0, 0, 1 << 31, 3, 0, 0, 0]);
+    assert_eq!(words[32..44], [flags::RETAIN.into(), 1, 3, 2, 0, 0, 0, 3, 3, 5, 0, 0]);
+    assert_eq!((words.len(), bytes, used), (48, 16, 1));
+}

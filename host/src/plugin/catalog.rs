@@ -434,6 +434,9 @@ impl Work {
                 }
                 None => {
                     let reason = match (&built.failed, known) {
+                        (_, Some(known)) if known.missing && in_folder_mode => {
+                            missing_reason(&step.plugin, known)
+                        }
                         (Some((_, reason)), _) => reason.clone(),
                         (None, Some(Known { error: Some(error), .. })) => error.clone(),
                         _ => format!("no file {}.wasm in {}", step.plugin, self.config.dir.display()),

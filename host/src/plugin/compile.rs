@@ -177,12 +177,12 @@ impl Compiler {
         use rustix::process::Signal;
         if status.success() {
             Ok(())
-        } else if signal(Signal::XCPU) || signal(Signal::KILL) {
+        } else if signal(Signal::XCPU) {
             Err(CompileError::Cpu(self.cpu_s))
         } else if signal(Signal::XFSZ) {
             Err(CompileError::Size)
-        } else if said.contains("memory allocation of") || signal(Signal::SEGV) {
-            // Rust's allocator says so before it aborts; a guard page that cannot be mapped faults.
+        } else if ["memory allocation of", "Cannot allocate memory"].iter().any(|text| said.contains(text)) {
+            // Rust's allocator says so before it aborts, the system in its error.
             Err(CompileError::Memory(self.memory))
         } else if status.code() == Some(INVALID.into()) {
             Err(CompileError::Invalid(super::host::printable(said)))
@@ -220,15 +220,16 @@ fn child_main() -> u8 {
 }
 
 fn compile_under_limits(order: &Order) -> Result<(), String> {
-    let limit = |resource, value| {
-        setrlimit(resource, Rlimit { current: Some(value), maximum: Some(value) })
+    let limit = |resource, value, slack| {
+        setrlimit(resource, Rlimit { current: Some(value), maximum: Some(value + slack) })
             .map_err(|error| format!("cannot set a limit: {error}"))
     };
-    limit(Resource::As, order.memory)?;
-    limit(Resource::Cpu, order.cpu_s)?;
-    limit(Resource::Fsize, ARTIFACT_BYTES_MAX)?;
-    limit(Resource::Core, 0)?;
-    limit(Resource::Nofile, 32)?;
+    limit(Resource::As, order.memory, 0)?;
+    // A second apart, so that its signal says which limit it was: SIGXCPU, not SIGKILL.
+    limit(Resource::Cpu, order.cpu_s, 1)?;
+    limit(Resource::Fsize, ARTIFACT_BYTES_MAX, 0)?;
+    limit(Resource::Core, 0, 0)?;
+    limit(Resource::Nofile, 32, 0)?;
     // Lower priority is a courtesy: without it the limits still hold.
     let _ = rustix::process::nice(19);
     let component = std::fs::read(&order.component).map_err(|error| error.to_string())?;

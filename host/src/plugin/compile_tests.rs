@@ -31,14 +31,14 @@ fn a_child_compiles_what_this_process_would() {
 
 #[test]
 fn a_bomb_is_stopped_by_the_cpu_limit() {
-    let error = compile(&compiler(1, ByteSize::gib(4)), &bomb(200_000)).unwrap_err();
+    let error = compile(&compiler(1, ByteSize::gib(4)), &bomb(100_000)).unwrap_err();
     assert!(matches!(error, CompileError::Cpu(1)), "{error}");
     assert!(error.to_string().contains("plugins.compile_cpu_s"));
 }
 
 #[test]
 fn a_bomb_is_stopped_by_the_memory_limit() {
-    let error = compile(&compiler(60, ByteSize::mib(256)), &bomb(200_000)).unwrap_err();
+    let error = compile(&compiler(60, ByteSize::mib(256)), &bomb(100_000)).unwrap_err();
     assert!(matches!(error, CompileError::Memory(_)), "{error}");
 }
 

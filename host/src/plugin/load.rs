@@ -248,3 +248,61 @@ fn versioned(interface: &str) -> Option<&str> {
     let major = version.split('.').next()?.parse::<u64>().ok()?;
     (major == MAJOR).then_some(name)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::test_plugins::{embed, guarded, message_plugin};
+    use super::*;
+
+    fn refused(bytes: &[u8]) -> String {
+        Loadable::new(bytes).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_core_module_with_metadata_and_the_component_made_of_it_both_load() {
+        let module = Loadable::new(&guarded()).unwrap();
+        assert_eq!((module.form, module.kind), (Form::CoreModule, Kind::Batch));
+        assert!(module.imports.contains(&"headworks:plugin/log@1.0.0".to_owned()), "{:?}", module.imports);
+        let component = Loadable::new(&module.component).unwrap();
+        assert_eq!((component.form, component.kind), (Form::Component, Kind::Batch));
+        assert_eq!(Loadable::new(&message_plugin()).unwrap().kind, Kind::Message);
+    }
+
+    #[test]
+    fn what_is_no_plugin_is_refused_by_name() {
+        let wat = |text: &str| wat::parse_str(text).unwrap();
+        assert!(refused(b"").contains("empty"));
+        assert!(refused(b"\x7fELF....").contains("not WebAssembly: starts with 7f 45 4c 46"));
+        assert!(refused(b"\0as").contains("truncated"));
+        assert!(refused(&wat("(module)")).contains("without WIT metadata"));
+        assert!(refused(&wat("(module (import \"env\" \"foo\" (func)))")).contains("imports `env.foo`"));
+        assert!(refused(&wat("(component)")).contains("does not export headworks:plugin/lifecycle"));
+        let import = |name: &str| refused(&wat(&format!("(component (import \"{name}\" (instance)))")));
+        assert!(import("wasi:cli/environment@0.2.0").contains("wasi:cli/environment@0.2.0: not served yet"));
+        assert!(import("headworks:plugin/state@1.0.0").contains("not served by this version"));
+        assert!(import("headworks:plugin/log@2.0.0").contains("speaks version 1"));
+        assert!(import("acme:x/y").contains("unknown"));
+    }
+
+    #[test]
+    fn batch_and_message_together_are_refused_not_guessed() {
+        let export = |names: &[&str]| {
+            kind(&names.iter().map(|name| format!("{PACKAGE}{name}@1.4.0")).collect::<Vec<_>>())
+        };
+        assert_eq!(export(&["lifecycle", "batch", "message"]), Err(LoadError::BothKinds));
+        assert_eq!(export(&["lifecycle"]), Err(LoadError::NoKind));
+        assert_eq!(export(&["lifecycle", "batch"]), Ok(Kind::Batch));
+        assert!(matches!(export(&["lifecycle", "access"]), Err(LoadError::ExportLater(_))));
+    }
+
+    #[test]
+    fn every_cut_of_a_good_file_is_refused_without_a_panic() {
+        let good = guarded();
+        for end in (0..good.len()).step_by(7) {
+            assert!(Loadable::new(&good[..end]).is_err(), "cut at {end}");
+        }
+        // And a file that is not a plugin of ours at all.
+        let other = embed("(module (memory (export \"memory\") 1))", "base");
+        assert!(Loadable::new(&other).is_err());
+    }
+}

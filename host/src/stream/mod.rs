@@ -11,9 +11,14 @@ use uuid::Uuid;
 
 use crate::batch::{Batch, Offset, Partition};
 
+mod config;
+#[cfg(test)]
+pub mod conformance;
+pub mod log;
 pub mod memory;
 mod set;
 
+pub use config::{Config, Key, Retention};
 pub use set::Streams;
 
 /// What a position is a position of. A wiped or restored data folder has

@@ -1,0 +1,213 @@
+//! The way in: appends are copied, once, into the buffer of the next commit.
+
+use bytes::BytesMut;
+
+use super::frame;
+use super::state::{self, Change, STATE_BYTES_MAX, State, USERS};
+use super::{Inner, lock};
+use crate::batch::Offset;
+use crate::stream::{
+    AppendError, Appended, NewMessage, STATE_KEY_BYTES_MAX, STATE_VALUE_BYTES_MAX, StateChange, Ticket,
+};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// What the next frame will hold.
+pub struct Pending {
+    pub entries: BytesMut,
+    pub data: BytesMut,
+    pub changes: Vec<Change>,
+    changes_bytes: usize,
+    pub base: u64,
+    pub count: u32,
+    pub received_least_us: u64,
+    pub received_greatest_us: u64,
+}
+
+impl Pending {
+    /// With empty buffers.
+    pub fn new((entries, data): (BytesMut, BytesMut)) -> Self {
+        Self {
+            entries,
+            data,
+            changes: Vec::new(),
+            changes_bytes: 0,
+            base: 0,
+            count: 0,
+            received_least_us: u64::MAX,
+            received_greatest_us: 0,
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.count == 0 && self.changes.is_empty()
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.entries.len() + self.data.len() + self.changes_bytes
+    }
+}
+
+/// Everything behind the one lock of the append path; held for the copy only.
+pub struct Front {
+    pub pending: Pending,
+    /// Of the pending frame.
+    pub ticket: u64,
+    pub next_offset: u64,
+    /// As of the last append, durable or not.
+    pub state: State,
+    /// The pending frame that refused an append for want of room.
+    pub refused: Option<u64>,
+    /// The committer waits for work.
+    pub idle: bool,
+    pub closing: bool,
+    pub stopped: Option<Arc<str>>,
+}
+
+impl Front {
+    pub fn new(next_offset: u64, state: State) -> Self {
+        Self {
+            pending: Pending::new(Default::default()),
+            ticket: 1,
+            next_offset,
+            state,
+            refused: None,
+            idle: false,
+            closing: false,
+            stopped: None,
+        }
+    }
+
+    pub fn take(&mut self, fresh: Pending) -> (Pending, Ticket) {
+        let taken = std::mem::replace(&mut self.pending, fresh);
+        self.ticket += 1;
+        (taken, Ticket(self.ticket - 1))
+    }
+}
+
+impl Inner {
+    pub fn append(
+        &self,
+        messages: &[NewMessage<'_>],
+        changes: &[StateChange<'_>],
+    ) -> Result<Appended, AppendError> {
+        let mut bytes = messages.len() * frame::ENTRY_BYTES;
+        for message in messages {
+            frame::message_fits(message).map_err(AppendError::TooLarge)?;
+            bytes += frame::message_bytes(message);
+        }
+        let mut changes_bytes = 0;
+        for change in changes {
+            if change.key.len() > STATE_KEY_BYTES_MAX {
+                return Err(AppendError::TooLarge("state key"));
+            }
+            if change.value.is_some_and(|value| value.len() > STATE_VALUE_BYTES_MAX) {
+                return Err(AppendError::TooLarge("state value"));
+            }
+            changes_bytes += frame::change_len(change.key, change.value) + 1;
+        }
+        if bytes + changes_bytes > self.buffer_bytes_max {
+            return Err(AppendError::TooLarge("append"));
+        }
+        // Copied outside the lock: state changes are rare and need an allocation anyway.
+        let owned: Vec<Change> =
+            changes.iter().map(|c| (state::key(USERS, c.key), c.value.map(Into::into))).collect();
+
+        let mut front = lock(&self.front);
+        self.may_append(&mut front, bytes + changes_bytes)?;
+        if changes.iter().any(|c| c.value.is_some()) && front.state.bytes() + changes_bytes > STATE_BYTES_MAX {
+            front.refused = Some(front.ticket);
+            return Err(AppendError::NoSpace);
+        }
+        let first = front.next_offset;
+        let Front { pending, state, .. } = &mut *front;
+        if pending.count == 0 {
+            pending.base = first;
+        }
+        for message in messages {
+            frame::push_message(&mut pending.entries, &mut pending.data, message);
+            pending.received_least_us = pending.received_least_us.min(message.received_us);
+            pending.received_greatest_us = pending.received_greatest_us.max(message.received_us);
+        }
+        pending.count += messages.len() as u32;
+        pending.changes_bytes += changes_bytes;
+        for change in owned {
+            state.apply(change.clone());
+            pending.changes.push(change);
+        }
+        front.next_offset += messages.len() as u64;
+        let empty = front.pending.is_empty();
+        let ticket = Ticket(if empty { front.ticket - 1 } else { front.ticket });
+        let wake = std::mem::take(&mut front.idle);
+        drop(front);
+        if wake && !empty {
+            self.wake.notify_all();
+        }
+        Ok(Appended { ticket, first: Offset(first) })
+    }
+
+    /// A change of the log's own, such as where a reader is.
+    pub fn append_own(&self, key: &[u8], value: Option<&[u8]>) {
+        let change: Change = (state::key(state::OWN, key), value.map(Into::into));
+        let mut front = lock(&self.front);
+        // Refused only when the buffer is full or the stream stops: said again later.
+        if self.may_append(&mut front, change.0.len() + value.map_or(0, <[u8]>::len)).is_err() {
+            return;
+        }
+        if front.pending.is_empty() {
+            front.pending.base = front.next_offset;
+        }
+        front.pending.changes_bytes += frame::change_len(key, value) + 1;
+        front.state.apply(change.clone());
+        front.pending.changes.push(change);
+        front.idle = false;
+        drop(front);
+        self.wake.notify_all();
+    }
+
+    fn may_append(&self, front: &mut Front, bytes: usize) -> Result<(), AppendError> {
+        if let Some(reason) = &front.stopped {
+            return Err(AppendError::Stopped(Arc::clone(reason)));
+        }
+        if front.closing {
+            return Err(AppendError::Stopped("closing".into()));
+        }
+        if self.no_space.load(Ordering::Relaxed) {
+            return Err(AppendError::NoSpace);
+        }
+        if !front.pending.is_empty() && front.pending.bytes() + bytes > self.buffer_bytes_max {
+            front.refused = Some(front.ticket);
+            return Err(AppendError::Full);
+        }
+        Ok(())
+    }
+
+    pub async fn writable(&self) {
+        let mut space = self.space.subscribe();
+        loop {
+            {
+                let front = lock(&self.front);
+                let refused = front.refused == Some(front.ticket);
+                if front.stopped.is_some() || !(refused || self.no_space.load(Ordering::Relaxed)) {
+                    return;
+                }
+            }
+            if space.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Appends are refused while set.
+    pub fn set_no_space(&self, full: bool) {
+        if self.no_space.swap(full, Ordering::Relaxed) != full {
+            self.metrics.no_space(full);
+            if full {
+                tracing::warn!(stream = %self.name, "no room on disk: devices wait for their acks");
+            } else {
+                tracing::info!(stream = %self.name, "room on disk again");
+            }
+            self.space.send_modify(|n| *n += 1);
+        }
+    }
+}

@@ -1,0 +1,397 @@
+//! The committer: takes what was appended, writes it as one frame, syncs once,
+//! says what is durable. Starts at once when idle, gathers while a sync runs.
+
+use std::io;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+
+use super::append::Pending;
+use super::clock::Clock;
+use super::disk::{File, SyncSite, is_full};
+use super::frame::{self, Around, Header, Kind, flags};
+use super::segment::{self, FRAMES_AT};
+use super::state::State;
+use super::tail::Frame;
+use super::{Inner, lock, recover::Segment, write};
+use crate::stream::Ticket;
+
+/// After so long without an append, a mark says that the last frame is durable.
+const IDLE_MARK_MS: u64 = 20;
+/// Between two tries while the disk is full.
+const NO_SPACE_RETRY_MS: u64 = 200;
+
+/// Owned by whoever commits.
+pub struct Writer {
+    pub file: Arc<dyn File>,
+    /// Where the next frame goes.
+    pub at: u64,
+    /// Length of the file.
+    pub len: u64,
+    pub salt: u64,
+    pub segment: u64,
+    pub epoch: u64,
+    pub next_frame: u64,
+    pub durable_frames: u64,
+    pub durable_through: u64,
+    pub previous_crc: u32,
+    pub clock: Clock,
+    pub clock_us: u64,
+    /// The state map as of the last frame that is durable.
+    pub committed: State,
+    /// Taken, not yet durable.
+    pub in_hand: Option<(Pending, Ticket)>,
+    /// Buffers to be used again.
+    pub spare: Option<(BytesMut, BytesMut)>,
+    pub changes: Vec<u8>,
+    pub marked: bool,
+}
+
+#[derive(Debug)]
+pub enum CommitError {
+    /// Nothing was written that counts; goes by itself.
+    NoSpace,
+    /// Nothing may be acknowledged any more.
+    Failed(&'static str, io::Error),
+}
+
+/// A failed write that can be tried again, or not.
+pub fn no_space_or(what: &'static str) -> impl Fn(io::Error) -> CommitError {
+    move |error| if is_full(&error) { CommitError::NoSpace } else { CommitError::Failed(what, error) }
+}
+
+/// The committer's thread: until the stream is closed or stops.
+pub fn run(inner: &Inner) {
+    loop {
+        if !inner.take() {
+            break inner.seal();
+        }
+        match inner.commit_in_hand() {
+            Ok(()) => {}
+            Err(CommitError::NoSpace) => {
+                if !inner.wait_for_space() {
+                    break inner.stop("closed while the disk was full; what was not acknowledged is lost");
+                }
+            }
+            Err(CommitError::Failed(what, error)) => break inner.fail(what, &error),
+        }
+    }
+}
+
+impl Inner {
+    /// Waits for appends and takes them in hand; false once closed and drained.
+    fn take(&self) -> bool {
+        let mut writer = lock(&self.writer);
+        if writer.in_hand.is_some() {
+            return true;
+        }
+        let mut front = lock(&self.front);
+        while front.pending.is_empty() {
+            if front.closing {
+                return false;
+            }
+            front.idle = true;
+            if writer.marked {
+                front = self.wake.wait(front).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            let pause = Duration::from_millis(IDLE_MARK_MS);
+            let timeout;
+            (front, timeout) = self.wake.wait_timeout(front, pause).unwrap_or_else(PoisonError::into_inner);
+            if timeout.timed_out() && front.pending.is_empty() {
+                drop(front);
+                self.mark(&mut writer);
+                front = lock(&self.front);
+            }
+        }
+        front.idle = false;
+        drop(front);
+        self.take_in_hand(&mut writer)
+    }
+
+    /// Moves the pending appends into hand; false where there are none.
+    pub fn take_in_hand(&self, writer: &mut Writer) -> bool {
+        if writer.in_hand.is_some() {
+            return true;
+        }
+        let fresh = Pending::new(writer.spare.take().unwrap_or_default());
+        let mut front = lock(&self.front);
+        if front.pending.is_empty() {
+            drop(front);
+            writer.spare = Some((fresh.entries, fresh.data));
+            return false;
+        }
+        let taken = front.take(fresh);
+        drop(front);
+        writer.in_hand = Some(taken);
+        self.space.send_modify(|n| *n += 1);
+        true
+    }
+
+    /// Writes and syncs what is in hand. After `NoSpace` it stays in hand.
+    pub fn commit_in_hand(&self) -> Result<(), CommitError> {
+        let mut writer = lock(&self.writer);
+        let Some((pending, ticket)) = writer.in_hand.take() else { return Ok(()) };
+        match self.write_frame(&mut writer, &pending) {
+            Ok(append_us) => {
+                self.publish(&mut writer, pending, ticket, append_us);
+                self.set_no_space(false);
+                Ok(())
+            }
+            Err(error) => {
+                writer.in_hand = Some((pending, ticket));
+                self.set_no_space(matches!(error, CommitError::NoSpace));
+                Err(error)
+            }
+        }
+    }
+
+    fn write_frame(&self, writer: &mut Writer, pending: &Pending) -> Result<u64, CommitError> {
+        writer.changes.clear();
+        for (key, value) in &pending.changes {
+            frame::push_change(&mut writer.changes, key, value.as_deref());
+        }
+        let len = frame::frame_len(pending.entries.len(), pending.data.len(), writer.changes.len()) as u64;
+        if writer.at + len > writer.len {
+            self.roll(writer, len, &[])?;
+        }
+        writer.clock_us = writer.clock.stamp();
+        let mut header = Header {
+            kind: if pending.count == 0 { Kind::Control } else { Kind::Data },
+            base: pending.base,
+            count: pending.count,
+            received_least_us: pending.received_least_us,
+            received_greatest_us: pending.received_greatest_us,
+            ..writer.header()
+        };
+        let changes = std::mem::take(&mut writer.changes);
+        let around = Around::new(&mut header, &pending.entries, &pending.data, &changes);
+        let written =
+            writer.file.write_at(&around.parts(&pending.entries, &pending.data, &changes), writer.at);
+        writer.changes = changes;
+        written.map_err(no_space_or("write"))?;
+        let started = Instant::now();
+        writer.file.sync(SyncSite::Frame).map_err(|error| CommitError::Failed("sync", error))?;
+        self.metrics.synced(started.elapsed());
+        writer.at += header.total_len();
+        writer.next_frame += 1;
+        writer.durable_frames = writer.next_frame;
+        writer.durable_through = header.end();
+        writer.previous_crc = header.crc;
+        writer.marked = false;
+        Ok(header.append_us)
+    }
+
+    /// Shows a durable frame to readers, then to those who wait to acknowledge.
+    fn publish(&self, writer: &mut Writer, pending: Pending, ticket: Ticket, append_us: u64) {
+        self.metrics.committed(pending.count, pending.bytes());
+        for change in pending.changes {
+            writer.committed.apply(change);
+        }
+        let mut spare = (BytesMut::new(), BytesMut::new());
+        let frame = Frame {
+            base: pending.base,
+            count: pending.count,
+            append_us,
+            entries: settle(pending.entries, &mut spare.0),
+            data: settle(pending.data, &mut spare.1),
+        };
+        let end = frame.end();
+        let left = {
+            let mut back = write(&self.back);
+            if let Some(active) = back.segments.back_mut() {
+                active.limit = writer.at;
+            }
+            back.end = end;
+            if frame.count == 0 { None } else { back.tail.push(frame) }
+        };
+        if let Some(durable) = &*lock(&self.durable) {
+            durable.send_replace(ticket);
+        }
+        self.moved.send_modify(|n| *n += 1);
+        // The buffers of a frame that left the tail: their pages are there already.
+        if let Some(left) = left.and_then(Arc::into_inner) {
+            reclaim(left.entries, &mut spare.0);
+            reclaim(left.data, &mut spare.1);
+        }
+        writer.spare = Some(spare);
+        if writer.at > writer.len / 2 {
+            self.ask_keeper_to_prepare();
+        }
+    }
+
+    /// Says in the file, without a sync, what is durable: the next frame is written over it.
+    pub fn mark(&self, writer: &mut Writer) {
+        writer.marked = true;
+        if writer.at + frame::HEADER_BYTES as u64 > writer.len {
+            return;
+        }
+        let mut header = Header { kind: Kind::Pad, flags: flags::MARK, ..writer.header() };
+        let around = Around::new(&mut header, &[], &[], &[]);
+        if let Err(error) = writer.file.write_at(&around.parts(&[], &[], &[]), writer.at) {
+            tracing::debug!(stream = %self.name, %error, "cannot write a mark");
+        }
+    }
+
+    /// The end of a clean close: the last frame is proven, so that the next opening has nothing to repeat.
+    pub fn seal(&self) {
+        let mut writer = lock(&self.writer);
+        self.mark(&mut writer);
+        match writer.file.sync(SyncSite::Frame) {
+            Ok(()) => self.stop("closed"),
+            Err(error) => self.fail("sync", &error),
+        }
+    }
+
+    /// A new segment: header, checkpoint and `again`, synced before it has its name.
+    pub fn roll(&self, writer: &mut Writer, need: u64, again: &[Frame]) -> Result<(), CommitError> {
+        let sequence = writer.segment + 1;
+        let salt = uuid::Uuid::new_v4().as_u64_pair().0;
+        let base = again.first().map_or(writer.durable_through, |frame| frame.base);
+        let header = segment::Header {
+            log: self.identity.log,
+            generation: self.identity.generation,
+            sequence,
+            base,
+            first_frame: writer.next_frame,
+            epoch: writer.epoch,
+            salt,
+            partitions: self.identity.partitions,
+            clock_us: writer.clock_us,
+            previous_crc: writer.previous_crc,
+        };
+        let checkpoint = writer.committed.checkpoint();
+        // Nobody sees the name before all of this is synced, so each frame may say that all are durable.
+        let next_frame = writer.next_frame + (checkpoint.len() + again.len()) as u64;
+        let mut frames = Vec::new();
+        let mut template = Header { marker: salt, durable_frames: next_frame, ..writer.header() };
+        let mut push = |header: &mut Header, entries: &[u8], data: &[u8], state: &[u8]| {
+            header.sequence = template.sequence;
+            header.previous_crc = template.previous_crc;
+            let around = Around::new(header, entries, data, state);
+            frames.extend(around.parts(entries, data, state).concat());
+            template.sequence += 1;
+            template.previous_crc = header.crc;
+        };
+        let last = checkpoint.len() - 1;
+        for (i, state) in checkpoint.iter().enumerate() {
+            let begin = if i == 0 { flags::CHECKPOINT_BEGIN } else { 0 };
+            let end = if i == last { flags::CHECKPOINT_END } else { 0 };
+            let mut header = Header {
+                kind: Kind::Control,
+                flags: begin | end,
+                base,
+                marker: salt,
+                durable_frames: next_frame,
+                ..writer.header()
+            };
+            push(&mut header, &[], &[], state);
+        }
+        for frame in again {
+            let mut header = Header {
+                kind: Kind::Data,
+                base: frame.base,
+                count: frame.count,
+                append_us: frame.append_us,
+                marker: salt,
+                durable_frames: next_frame,
+                ..writer.header()
+            };
+            push(&mut header, &frame.entries, &frame.data, &[]);
+        }
+        let previous_crc = template.previous_crc;
+        let at = FRAMES_AT + frames.len() as u64;
+        let (file, len, temporary) = self.new_file(at + need)?;
+        let written = file.write_at(&[&header.encode(), &frames], 0).map_err(no_space_or("write"));
+        if let Err(error) = written {
+            let _ = self.disk.remove(&temporary);
+            return Err(error);
+        }
+        let failed = |what| move |error| CommitError::Failed(what, error);
+        file.sync(SyncSite::Segment).map_err(failed("sync a new segment"))?;
+        let path = self.dir.join(segment::name(sequence));
+        self.disk.rename(&temporary, &path).map_err(no_space_or("rename a new segment"))?;
+        self.disk.sync_dir(&self.dir, SyncSite::SegmentName).map_err(failed("sync the folder"))?;
+
+        let end = again.last().map_or(base, Frame::end);
+        let old_at = std::mem::replace(&mut writer.at, at);
+        let old_file = std::mem::replace(&mut writer.file, file);
+        writer.len = len;
+        writer.salt = salt;
+        writer.segment = sequence;
+        writer.next_frame = next_frame;
+        writer.durable_frames = next_frame;
+        writer.durable_through = end;
+        writer.previous_crc = previous_crc;
+        writer.marked = false;
+        let mut back = write(&self.back);
+        if let Some(old) = back.segments.back_mut() {
+            // What lies behind the last frame is void from now on; its room is given back.
+            if old.file_len > old_at && old_file.truncate(old_at).is_ok() {
+                old.file_len = old_at;
+            }
+            old.limit = old_at;
+        }
+        back.segments.push_back(Segment { header, file_len: len, limit: at });
+        back.end = end;
+        Ok(())
+    }
+
+    /// True to try again, false once closing.
+    fn wait_for_space(&self) -> bool {
+        let front = lock(&self.front);
+        if front.closing {
+            return false;
+        }
+        let pause = Duration::from_millis(NO_SPACE_RETRY_MS);
+        let waited = self.wake.wait_timeout_while(front, pause, |front| !front.closing);
+        drop(waited);
+        true
+    }
+}
+
+impl Writer {
+    /// A header with everything but what the frame holds.
+    fn header(&self) -> Header {
+        Header {
+            marker: self.salt,
+            kind: Kind::Control,
+            flags: 0,
+            stored_len: 0,
+            base: self.durable_through,
+            count: 0,
+            body_crc: 0,
+            durable_frames: self.durable_frames,
+            durable_through: self.durable_through,
+            append_us: self.clock_us,
+            received_least_us: 0,
+            received_greatest_us: 0,
+            sequence: self.next_frame,
+            previous_crc: self.previous_crc,
+            header_len: 0,
+            crc: 0,
+        }
+    }
+}
+
+/// The bytes for the tail; a buffer that is mostly room is copied from and kept.
+fn settle(buffer: BytesMut, spare: &mut BytesMut) -> Bytes {
+    if buffer.len() * 2 < buffer.capacity() {
+        let bytes = Bytes::copy_from_slice(&buffer);
+        *spare = buffer;
+        spare.clear();
+        bytes
+    } else {
+        buffer.freeze()
+    }
+}
+
+fn reclaim(bytes: Bytes, spare: &mut BytesMut) {
+    if let Ok(mut buffer) = bytes.try_into_mut() {
+        buffer.clear();
+        if buffer.capacity() > spare.capacity() {
+            *spare = buffer;
+        }
+    }
+}

@@ -1,0 +1,261 @@
+//! Reads the log from one offset on: from the tail in memory where it can,
+//! else from the disk, a large read at a time, off the runtime's threads.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use super::disk::Create;
+use super::scan::{Scan, Step};
+use super::segment;
+use super::tail::Frame;
+use super::{Inner, lock, read};
+use crate::batch::Offset;
+use crate::stream::{Cursor, GapCause, Read, ReadError};
+
+/// Messages of one batch; a larger frame comes in parts.
+pub const BATCH_MESSAGES_MAX: usize = 1_024;
+/// Frames read ahead from disk.
+const AHEAD_BYTES_MAX: usize = 1 << 20;
+
+pub struct LogCursor {
+    inner: Arc<Inner>,
+    at: u64,
+    moved: watch::Receiver<u64>,
+    /// The frame that `at` is in.
+    frame: Option<Arc<Frame>>,
+    ahead: VecDeque<Piece>,
+    reader: Option<DiskReader>,
+    /// Kept here so that a dropped `next` loses nothing.
+    reading: Option<JoinHandle<(DiskReader, io::Result<Vec<Piece>>)>>,
+}
+
+enum Piece {
+    Frame(Arc<Frame>),
+    /// Nothing to read up to here.
+    GapTo(u64),
+}
+
+enum Found {
+    Read(Read),
+    /// On disk.
+    Disk,
+    Nothing,
+}
+
+impl LogCursor {
+    pub fn new(inner: Arc<Inner>, from: Offset) -> Self {
+        let moved = inner.moved.subscribe();
+        Self { inner, at: from.0, moved, frame: None, ahead: VecDeque::new(), reader: None, reading: None }
+    }
+
+    /// What can be had without the disk.
+    fn look(&mut self) -> Result<Found, ReadError> {
+        loop {
+            if let Some(frame) = &self.frame {
+                if frame.base <= self.at && self.at < frame.end() {
+                    let batch = frame.batch(self.at, BATCH_MESSAGES_MAX);
+                    self.at += batch.len() as u64;
+                    if self.at >= frame.end() {
+                        self.frame = None;
+                    }
+                    return Ok(Found::Read(Read::Batch(batch)));
+                }
+                self.frame = None;
+            }
+            match self.ahead.pop_front() {
+                Some(Piece::Frame(frame)) if frame.base > self.at => {
+                    let to = frame.base;
+                    self.ahead.push_front(Piece::Frame(frame));
+                    return Ok(Found::Read(self.gap(to, GapCause::Damaged)));
+                }
+                Some(Piece::Frame(frame)) => {
+                    self.frame = Some(frame);
+                    continue;
+                }
+                Some(Piece::GapTo(to)) if to > self.at => {
+                    return Ok(Found::Read(self.gap(to, GapCause::Damaged)));
+                }
+                Some(Piece::GapTo(_)) => continue,
+                None => {}
+            }
+            if self.reading.is_some() {
+                return Ok(Found::Disk);
+            }
+            let (start, end) = {
+                let back = read(&self.inner.back);
+                self.frame = back.tail.get(self.at);
+                (back.start(), back.end)
+            };
+            if self.frame.is_some() {
+                self.reader = None;
+                continue;
+            }
+            if self.at > end {
+                return Err(ReadError::PastEnd { wanted: self.at, end });
+            }
+            if self.at < start {
+                return Ok(Found::Read(self.gap(start, GapCause::Trimmed)));
+            }
+            if self.at < end {
+                return Ok(Found::Disk);
+            }
+            return match &lock(&self.inner.front).stopped {
+                Some(reason) => Err(ReadError::Stopped(Arc::clone(reason))),
+                None => Ok(Found::Nothing),
+            };
+        }
+    }
+
+    fn gap(&mut self, to: u64, cause: GapCause) -> Read {
+        let from = std::mem::replace(&mut self.at, to);
+        self.inner.metrics.gap(to - from, cause);
+        if cause == GapCause::Damaged {
+            tracing::error!(stream = %self.inner.name, from, to, "messages are damaged on disk and cannot be read");
+        }
+        Read::Gap { from: Offset(from), to: Offset(to), cause }
+    }
+
+    /// More frames from the disk into `ahead`.
+    async fn read_ahead(&mut self) -> Result<(), ReadError> {
+        if self.reading.is_none() {
+            let mut reader =
+                self.reader.take().unwrap_or_else(|| DiskReader { inner: Arc::clone(&self.inner), open: None });
+            let at = self.at;
+            self.reading = Some(tokio::task::spawn_blocking(move || {
+                let pieces = reader.read(at);
+                (reader, pieces)
+            }));
+        }
+        let Some(reading) = &mut self.reading else { return Ok(()) };
+        let done = reading.await;
+        self.reading = None;
+        let (reader, pieces) = done.map_err(|error| ReadError::Io(Arc::new(io::Error::other(error))))?;
+        self.reader = Some(reader);
+        self.ahead.extend(pieces.map_err(|error| ReadError::Io(Arc::new(error)))?);
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Cursor for LogCursor {
+    async fn next(&mut self) -> Result<Read, ReadError> {
+        loop {
+            self.moved.mark_unchanged();
+            match self.look()? {
+                Found::Read(read) => return Ok(read),
+                Found::Disk => self.read_ahead().await?,
+                Found::Nothing => {
+                    let _ = self.moved.changed().await;
+                }
+            }
+        }
+    }
+
+    async fn try_next(&mut self) -> Result<Option<Read>, ReadError> {
+        loop {
+            match self.look()? {
+                Found::Read(read) => return Ok(Some(read)),
+                Found::Disk => self.read_ahead().await?,
+                Found::Nothing => return Ok(None),
+            }
+        }
+    }
+
+    fn position(&self) -> Offset {
+        Offset(self.at)
+    }
+}
+
+/// Blocking reads of one cursor.
+struct DiskReader {
+    inner: Arc<Inner>,
+    /// The segment that is read, and the offset that its scan is at.
+    open: Option<(u64, Scan, u64)>,
+}
+
+impl DiskReader {
+    /// Frames from the one that holds `at` on; empty where that was trimmed meanwhile.
+    fn read(&mut self, at: u64) -> io::Result<Vec<Piece>> {
+        let Some((header, limit, end)) = self.inner.segment_of(at) else { return Ok(Vec::new()) };
+        let usable = self.open.as_ref().is_some_and(|(open, _, to)| *open == header.sequence && *to <= at);
+        if !usable {
+            let path = self.inner.dir.join(segment::name(header.sequence));
+            let file = match self.inner.disk.open(&path, Create::ReadOnly) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+                other => other?,
+            };
+            self.open = Some((header.sequence, Scan::new(file, &header, limit), header.base));
+        }
+        let Some((_, scan, to)) = &mut self.open else { return Ok(Vec::new()) };
+        scan.extend(limit);
+        let mut pieces = Vec::new();
+        let mut bytes = 0;
+        while bytes < AHEAD_BYTES_MAX && *to < end {
+            match scan.next()? {
+                Step::Frame { header, at: place } => {
+                    *to = header.end();
+                    if header.end() <= at || header.base >= end || header.count == 0 {
+                        continue;
+                    }
+                    match scan.body(&header, place)? {
+                        Ok((frame, _)) => pieces.push(Piece::Frame(Arc::new(frame))),
+                        Err(_) => pieces.push(Piece::GapTo(header.end())),
+                    }
+                    bytes += header.total_len() as usize;
+                }
+                Step::Broken { .. } => {}
+                Step::End { .. } => {
+                    *to = end;
+                    pieces.push(Piece::GapTo(end));
+                }
+            }
+        }
+        Ok(pieces)
+    }
+}
+
+impl Inner {
+    /// Header, readable bytes and end offset of the segment that holds `offset`.
+    fn segment_of(&self, offset: u64) -> Option<(segment::Header, u64, u64)> {
+        let back = read(&self.back);
+        let after = back.segments.partition_point(|s| s.header.base <= offset);
+        let segment = back.segments.get(after.checked_sub(1)?)?;
+        let end = back.segments.get(after).map_or(back.end, |next| next.header.base);
+        Some((segment.header, segment.limit, end))
+    }
+
+    /// Blocking: the first offset whose frame was appended at or after `append_us`.
+    pub fn seek_time(&self, append_us: u64) -> io::Result<Offset> {
+        let (segments, start, end) = {
+            let back = read(&self.back);
+            // The last segment that began before, and all after it.
+            let first = back.segments.partition_point(|s| s.header.clock_us < append_us).saturating_sub(1);
+            (back.segments.range(first..).cloned().collect::<Vec<_>>(), back.start(), back.end)
+        };
+        for (i, segment) in segments.iter().enumerate() {
+            let segment_end = segments.get(i + 1).map_or(end, |next| next.header.base);
+            let path = self.dir.join(segment::name(segment.header.sequence));
+            let file = match self.disk.open(&path, Create::ReadOnly) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                other => other?,
+            };
+            let mut scan = Scan::new(file, &segment.header, segment.limit);
+            loop {
+                match scan.next()? {
+                    Step::Frame { header, .. } if header.base >= segment_end => break,
+                    Step::Frame { header, .. } if header.count > 0 && header.append_us >= append_us => {
+                        return Ok(Offset(header.base.clamp(start, end)));
+                    }
+                    Step::End { .. } => break,
+                    _ => {}
+                }
+            }
+        }
+        Ok(Offset(end))
+    }
+}

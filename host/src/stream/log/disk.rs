@@ -1,0 +1,276 @@
+//! What the log asks of a disk: files and folders, each sync by name.
+//!
+//! The real one is plain POSIX. The simulated one (`sim`) loses, reorders and
+//! tears whatever was not synced. [`SlowDisk`] adds time to every sync.
+
+use std::fs;
+use std::io::{self, IoSlice};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Where a sync stands in the log's protocol. A test takes out each in turn
+/// and shows that something acknowledged is lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum SyncSite {
+    /// The frame that acks wait for.
+    Frame,
+    /// Header, checkpoint and rewritten frames of a new segment, before it gets its name.
+    Segment,
+    /// The folder, once a new segment has its name.
+    SegmentName,
+    /// The stream's metadata, before it gets its name.
+    Metadata,
+    /// The folder, once the metadata has its name.
+    MetadataName,
+    /// The parent folder, once the stream's folder is made.
+    Folder,
+    /// The folder, once a segment was removed: before the next is removed.
+    Removal,
+}
+
+impl SyncSite {
+    pub const ALL: [SyncSite; 7] = [
+        SyncSite::Frame,
+        SyncSite::Segment,
+        SyncSite::SegmentName,
+        SyncSite::Metadata,
+        SyncSite::MetadataName,
+        SyncSite::Folder,
+        SyncSite::Removal,
+    ];
+}
+
+/// One open file. Writes and reads name their place; nothing is durable before `sync`.
+pub trait File: Send + Sync {
+    /// Fills `buf` from `at`, short only at the end of the file.
+    fn read_at(&self, buf: &mut [u8], at: u64) -> io::Result<usize>;
+
+    /// Writes all the parts one after the other.
+    fn write_at(&self, parts: &[&[u8]], at: u64) -> io::Result<()>;
+
+    /// Makes content and length durable (fdatasync).
+    fn sync(&self, site: SyncSite) -> io::Result<()>;
+
+    /// Takes the blocks for the first `len` bytes, so that writes there cannot
+    /// run out of space. The bytes read as zeros.
+    fn preallocate(&self, len: u64) -> io::Result<()>;
+
+    fn truncate(&self, len: u64) -> io::Result<()>;
+
+    fn len(&self) -> io::Result<u64>;
+}
+
+/// Files of folders. All paths are absolute or relative to the process.
+pub trait Disk: Send + Sync {
+    /// Creates or opens for reading and writing.
+    fn open(&self, path: &Path, create: Create) -> io::Result<Arc<dyn File>>;
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+
+    fn remove(&self, path: &Path) -> io::Result<()>;
+
+    /// Names of the files in a folder, in no order.
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>>;
+
+    /// Makes the folder where it is missing; says whether it was.
+    fn create_dir(&self, dir: &Path) -> io::Result<bool>;
+
+    /// Makes names that were created, renamed or removed in the folder durable.
+    fn sync_dir(&self, dir: &Path, site: SyncSite) -> io::Result<()>;
+
+    /// Held until dropped; fails with `WouldBlock` where another process holds it.
+    fn lock(&self, path: &Path) -> io::Result<Box<dyn Send + Sync>>;
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Create {
+    /// Empty, whatever was there.
+    Fresh,
+    /// As it is; it must be there.
+    Existing,
+    /// As it is, never written to.
+    ReadOnly,
+}
+
+/// Whether an error says that there is no room: out of space or over quota.
+pub fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// Reads a whole file of at most `len_max` bytes.
+pub fn read_all(file: &dyn File, len_max: u64) -> io::Result<Vec<u8>> {
+    let len = file.len()?;
+    if len > len_max {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("longer than {len_max} bytes")));
+    }
+    let mut bytes = vec![0; len as usize];
+    let read = file.read_at(&mut bytes, 0)?;
+    bytes.truncate(read);
+    Ok(bytes)
+}
+
+/// The disk of this machine.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RealDisk;
+
+impl File for fs::File {
+    fn read_at(&self, buf: &mut [u8], at: u64) -> io::Result<usize> {
+        let mut done = 0;
+        while done < buf.len() {
+            match FileExt::read_at(self, &mut buf[done..], at + done as u64) {
+                Ok(0) => break,
+                Ok(n) => done += n,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(done)
+    }
+
+    fn write_at(&self, parts: &[&[u8]], mut at: u64) -> io::Result<()> {
+        let mut slices: Vec<IoSlice<'_>> = parts.iter().map(|part| IoSlice::new(part)).collect();
+        let mut rest = &mut slices[..];
+        IoSlice::advance_slices(&mut rest, 0);
+        while !rest.is_empty() {
+            match rustix::io::pwritev(self, rest, at) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(n) => {
+                    at += n as u64;
+                    IoSlice::advance_slices(&mut rest, n);
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn sync(&self, _: SyncSite) -> io::Result<()> {
+        self.sync_data()
+    }
+
+    fn preallocate(&self, len: u64) -> io::Result<()> {
+        match rustix::fs::fallocate(self, rustix::fs::FallocateFlags::empty(), 0, len) {
+            Ok(()) => Ok(()),
+            // The file grows as it is written instead.
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn truncate(&self, len: u64) -> io::Result<()> {
+        self.set_len(len)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.metadata()?.len())
+    }
+}
+
+impl Disk for RealDisk {
+    fn open(&self, path: &Path, create: Create) -> io::Result<Arc<dyn File>> {
+        let mut options = fs::OpenOptions::new();
+        options.read(true);
+        match create {
+            Create::Fresh => options.write(true).create(true).truncate(true),
+            Create::Existing => options.write(true),
+            Create::ReadOnly => &mut options,
+        };
+        Ok(Arc::new(options.open(path)?))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::rename(from, to)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        fs::remove_file(path)
+    }
+
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+        fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+    }
+
+    fn create_dir(&self, dir: &Path) -> io::Result<bool> {
+        if dir.is_dir() {
+            return Ok(false);
+        }
+        fs::create_dir_all(dir).map(|()| true)
+    }
+
+    fn sync_dir(&self, dir: &Path, _: SyncSite) -> io::Result<()> {
+        fs::File::open(if dir.as_os_str().is_empty() { Path::new(".") } else { dir })?.sync_all()
+    }
+
+    fn lock(&self, path: &Path) -> io::Result<Box<dyn Send + Sync>> {
+        let file = fs::OpenOptions::new().create(true).truncate(false).write(true).open(path)?;
+        file.try_lock().map_err(io::Error::from)?;
+        Ok(Box::new(file))
+    }
+}
+
+/// A disk whose every sync takes longer: for benchmarks.
+pub struct SlowDisk {
+    pub disk: Arc<dyn Disk>,
+    pub extra: Duration,
+}
+
+struct SlowFile {
+    file: Arc<dyn File>,
+    extra: Duration,
+}
+
+impl File for SlowFile {
+    fn read_at(&self, buf: &mut [u8], at: u64) -> io::Result<usize> {
+        self.file.read_at(buf, at)
+    }
+    fn write_at(&self, parts: &[&[u8]], at: u64) -> io::Result<()> {
+        self.file.write_at(parts, at)
+    }
+    fn sync(&self, site: SyncSite) -> io::Result<()> {
+        std::thread::sleep(self.extra);
+        self.file.sync(site)
+    }
+    fn preallocate(&self, len: u64) -> io::Result<()> {
+        self.file.preallocate(len)
+    }
+    fn truncate(&self, len: u64) -> io::Result<()> {
+        self.file.truncate(len)
+    }
+    fn len(&self) -> io::Result<u64> {
+        self.file.len()
+    }
+}
+
+impl Disk for SlowDisk {
+    fn open(&self, path: &Path, create: Create) -> io::Result<Arc<dyn File>> {
+        let file = self.disk.open(path, create)?;
+        Ok(Arc::new(SlowFile { file, extra: self.extra }))
+    }
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.disk.rename(from, to)
+    }
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.disk.remove(path)
+    }
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+        self.disk.list(dir)
+    }
+    fn create_dir(&self, dir: &Path) -> io::Result<bool> {
+        self.disk.create_dir(dir)
+    }
+    fn sync_dir(&self, dir: &Path, site: SyncSite) -> io::Result<()> {
+        std::thread::sleep(self.extra);
+        self.disk.sync_dir(dir, site)
+    }
+    fn lock(&self, path: &Path) -> io::Result<Box<dyn Send + Sync>> {
+        self.disk.lock(path)
+    }
+}
+
+/// The folder that holds `dir`.
+pub fn parent(dir: &Path) -> PathBuf {
+    dir.parent().map(Path::to_path_buf).unwrap_or_default()
+}

@@ -1,0 +1,276 @@
+//! The embedded log: acknowledged means durable.
+//!
+//! An append is copied into the buffer of the next frame (`append`); the
+//! committer writes that frame, syncs once, and shows it (`commit`). Readers
+//! take it from the tail in memory or from disk (`tail`, `cursor`, `scan`).
+//! Segments are made ahead and removed when retention says so (`retain`).
+//! Opening finds what is torn, damaged or unproven (`recover`). The layout on
+//! disk is in `segment` and `frame`; a disk is whatever `disk` says.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::watch;
+
+mod append;
+mod clock;
+mod commit;
+mod cursor;
+pub mod disk;
+pub mod frame;
+mod generations;
+mod measure;
+mod open;
+mod read_only;
+mod recover;
+mod retain;
+mod scan;
+pub mod segment;
+// #[cfg(test)]
+// mod sim;
+mod state;
+mod tail;
+// #[cfg(test)]
+// mod tests;
+
+pub use disk::{Disk, RealDisk, SlowDisk, SyncSite};
+pub use measure::METRICS;
+pub use read_only::ReadOnly;
+pub use recover::{Damage, OpenError, Recovery};
+
+use super::{
+    AppendError, Appended, Attachment, Config, Cursor, Identity, NewMessage, OnLag, ReadError, StateChange,
+    Stream, Ticket,
+};
+use crate::batch::Offset;
+
+/// A stream in a folder of its own. Dropping it commits what is buffered.
+pub struct Log {
+    inner: Arc<Inner>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// Lock order: `writer`, `trimming`, then `front`, `back` or any other, one at a time.
+pub(crate) struct Inner {
+    name: String,
+    dir: PathBuf,
+    disk: Arc<dyn Disk>,
+    identity: Identity,
+    buffer_bytes_max: usize,
+    segment_bytes: u64,
+    reserve_bytes: u64,
+    max_bytes: u64,
+    max_age: Option<Duration>,
+    may_use_reserve: AtomicBool,
+    use_reserve_while_running: bool,
+    wall: clock::Wall,
+    metrics: measure::Meters,
+
+    front: Mutex<append::Front>,
+    /// With `front`: work for the committer.
+    wake: Condvar,
+    writer: Mutex<commit::Writer>,
+    back: RwLock<Back>,
+    no_space: AtomicBool,
+
+    prepared: Mutex<Option<retain::Prepared>>,
+    prepare_asked: AtomicBool,
+    trimming: Mutex<()>,
+    wanted: Mutex<retain::Wanted>,
+    /// With `wanted`: work for the keeper.
+    keeper: Condvar,
+
+    /// Gone once stopped.
+    durable: Mutex<Option<watch::Sender<Ticket>>>,
+    /// Counts what readers may look at.
+    moved: watch::Sender<u64>,
+    /// Counts what waiting writers may look at.
+    space: watch::Sender<u64>,
+    stopped: watch::Sender<Option<Arc<str>>>,
+    /// Held as long as the log is open.
+    _lock: Box<dyn Send + Sync>,
+}
+
+/// What readers and retention see: durable, in order.
+struct Back {
+    /// Oldest first; the last is written to.
+    segments: VecDeque<recover::Segment>,
+    tail: tail::Tail,
+    /// One past the last durable message.
+    end: u64,
+    marks: BTreeMap<String, retain::Mark>,
+}
+
+impl Back {
+    fn start(&self) -> u64 {
+        self.segments.front().map_or(self.end, |segment| segment.header.base)
+    }
+}
+
+impl Log {
+    /// Opens or makes the stream in `dir`. Blocking; reads the newest segment.
+    pub fn open(
+        disk: Arc<dyn Disk>,
+        dir: &Path,
+        name: &str,
+        config: &Config,
+    ) -> Result<(Arc<Self>, Recovery), OpenError> {
+        let (inner, recovery) = open::open(disk, dir, name, config, clock::system())?;
+        let committer = spawn("log-commit", &inner, commit::run);
+        let keeper = spawn("log-keep", &inner, retain::run);
+        let threads = [committer, keeper].into_iter().collect::<io::Result<_>>();
+        let threads = threads.map_err(|error| OpenError::Io { dir: dir.display().to_string(), error })?;
+        Ok((Arc::new(Self { inner, threads: Mutex::new(threads) }), recovery))
+    }
+
+    /// Readers that retention respects and that are not attached in this
+    /// process: of a pipeline that was removed, say. [`Log::forget`] lets them go.
+    pub fn remembered(&self) -> Vec<(String, Offset)> {
+        let back = read(&self.inner.back);
+        let mark = |(name, mark): (&String, &retain::Mark)| {
+            (Arc::strong_count(&mark.next) == 1).then(|| {
+                (name.clone(), Offset(mark.next.load(std::sync::atomic::Ordering::Relaxed)))
+            })
+        };
+        back.marks.iter().filter_map(mark).collect()
+    }
+
+    /// Forgets a reader's position: retention no longer waits for it.
+    pub fn forget(&self, consumer: &str) {
+        self.inner.detach(consumer);
+    }
+}
+
+fn spawn(name: &str, inner: &Arc<Inner>, run: fn(&Inner)) -> io::Result<JoinHandle<()>> {
+    let inner = Arc::clone(inner);
+    std::thread::Builder::new().name(name.to_owned()).spawn(move || run(&inner))
+}
+
+impl Drop for Log {
+    fn drop(&mut self) {
+        self.inner.start_closing();
+        for thread in lock(&self.threads).drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+#[async_trait]
+impl Stream for Log {
+    fn name(&self) -> &str {
+        &self.inner.name
+    }
+
+    fn identity(&self) -> Identity {
+        self.inner.identity
+    }
+
+    fn append(
+        &self,
+        messages: &[NewMessage<'_>],
+        state: &[StateChange<'_>],
+    ) -> Result<Appended, AppendError> {
+        self.inner.append(messages, state)
+    }
+
+    async fn writable(&self) {
+        self.inner.writable().await;
+    }
+
+    fn durable(&self) -> watch::Receiver<Ticket> {
+        match &*lock(&self.inner.durable) {
+            Some(durable) => durable.subscribe(),
+            None => watch::channel(Ticket::default()).1,
+        }
+    }
+
+    fn bounds(&self) -> Range<Offset> {
+        let back = read(&self.inner.back);
+        Offset(back.start())..Offset(back.end)
+    }
+
+    fn cursor(&self, from: Offset) -> Box<dyn Cursor> {
+        Box::new(cursor::LogCursor::new(Arc::clone(&self.inner), from))
+    }
+
+    async fn seek_time(&self, append_us: u64) -> Result<Offset, ReadError> {
+        let inner = Arc::clone(&self.inner);
+        let sought = tokio::task::spawn_blocking(move || inner.seek_time(append_us)).await;
+        sought.map_err(io::Error::other).flatten().map_err(|error| ReadError::Io(Arc::new(error)))
+    }
+
+    fn attach(&self, consumer: &str, from: Offset, on_lag: OnLag) -> Box<dyn Attachment> {
+        self.inner.attach(consumer, from, on_lag)
+    }
+
+    fn state(&self, prefix: &[u8]) -> Vec<(Vec<u8>, Vec<u8>)> {
+        let prefix = state::key(state::USERS, prefix);
+        let front = lock(&self.inner.front);
+        front.state.range(&prefix).map(|(key, value)| (key[1..].to_vec(), value.to_vec())).collect()
+    }
+
+    async fn stopped(&self) -> Arc<str> {
+        self.inner.stopped().await
+    }
+
+    async fn close(&self) {
+        self.inner.start_closing();
+        self.inner.stopped().await;
+    }
+}
+
+impl Inner {
+    /// No more appends; the committer writes what there is, then stops.
+    fn start_closing(&self) {
+        lock(&self.front).closing = true;
+        self.wake.notify_all();
+        lock(&self.wanted).stop = true;
+        self.keeper.notify_all();
+    }
+
+    /// For ever: nothing that is not durable yet will be acknowledged.
+    fn fail(&self, what: &str, error: &io::Error) {
+        tracing::error!(stream = %self.name, %error, "cannot {what}: nothing more is acknowledged");
+        self.stop(&format!("cannot {what}: {error}"));
+    }
+
+    fn stop(&self, reason: &str) {
+        let reason: Arc<str> = reason.into();
+        lock(&self.front).stopped.get_or_insert_with(|| Arc::clone(&reason));
+        lock(&self.durable).take();
+        self.stopped.send_if_modified(|stopped| {
+            let first = stopped.is_none();
+            stopped.get_or_insert(reason);
+            first
+        });
+        self.moved.send_modify(|n| *n += 1);
+        self.space.send_modify(|n| *n += 1);
+    }
+
+    async fn stopped(&self) -> Arc<str> {
+        let mut stopped = self.stopped.subscribe();
+        match stopped.wait_for(Option::is_some).await.ok().and_then(|reason| reason.clone()) {
+            Some(reason) => reason,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    lock.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn write<T>(lock: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
+    lock.write().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,265 @@
+//! Opening a log for writing, in the order that makes each step safe.
+
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, RwLock};
+
+use tokio::sync::watch;
+use uuid::Uuid;
+
+use super::append::Front;
+use super::clock::{Clock, Wall};
+use super::commit::{CommitError, Writer};
+use super::disk::{Create, Disk, File, SlowDisk, SyncSite, is_full, parent};
+use super::generations::{self, Metadata};
+use super::recover::{self, OpenError, Recovery, Replayed, Segment};
+use super::tail::Tail;
+use super::{Back, Inner, lock, measure, read, retain, segment, write};
+use crate::batch::Offset;
+use crate::stream::{Config, Identity, Ticket};
+
+const LOCK: &str = "lock";
+const GENERATION: u32 = 1;
+
+pub fn open(
+    disk: Arc<dyn Disk>,
+    dir: &Path,
+    name: &str,
+    config: &Config,
+    wall: Wall,
+) -> Result<(Arc<Inner>, Recovery), OpenError> {
+    let io_error = |error| OpenError::Io { dir: dir.display().to_string(), error };
+    let disk: Arc<dyn Disk> = match config.sync_delay {
+        Some(extra) => Arc::new(SlowDisk { disk, extra: extra.0 }),
+        None => disk,
+    };
+    let mut recovery = Recovery { created: disk.create_dir(dir).map_err(io_error)?, ..Recovery::default() };
+    let held = disk.lock(&dir.join(LOCK)).map_err(|error| match error.kind() {
+        io::ErrorKind::WouldBlock => OpenError::Locked(dir.display().to_string()),
+        _ => io_error(error),
+    })?;
+    for name in disk.list(dir).map_err(io_error)?.iter().filter(|name| name.ends_with(".tmp")) {
+        disk.remove(&dir.join(name)).map_err(io_error)?;
+    }
+
+    let (metadata, segments) = metadata(&*disk, dir, config, &mut recovery)?;
+    let replayed = recover::replay(&*disk, dir, &segments).map_err(io_error)?;
+    let generation = metadata.generations.last().expect("made or read with at least one");
+    let identity = Identity {
+        log: metadata.log,
+        generation: generation.generation,
+        partitions: generation.partitions,
+    };
+    recovery.torn_bytes = replayed.torn_bytes;
+    recovery.damaged = replayed.damaged.clone();
+    recovery.frames = replayed.frames;
+    recovery.rewritten = replayed.unproven.iter().map(|frame| u64::from(frame.count)).sum();
+    recovery.messages = replayed.next_offset - segments.first().map_or(replayed.next_offset, |s| s.header.base);
+
+    let inner = Arc::new(build(disk, dir, name, config, wall, identity, segments, held, &replayed, &metadata)
+        .map_err(io_error)?);
+    inner.begin(&metadata, &replayed).map_err(io_error)?;
+    inner.say(&recovery);
+    Ok((inner, recovery))
+}
+
+/// What the stream is, and its segments.
+fn metadata(
+    disk: &dyn Disk,
+    dir: &Path,
+    config: &Config,
+    recovery: &mut Recovery,
+) -> Result<(Metadata, Vec<Segment>), OpenError> {
+    let io_error = |error| OpenError::Io { dir: dir.display().to_string(), error };
+    let stored = match generations::read(disk, dir) {
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+            tracing::error!(dir = %dir.display(), %error, "the stream's metadata is damaged, read from its segments");
+            recovery.metadata_rebuilt = true;
+            None
+        }
+        other => other.map_err(io_error)?,
+    };
+    let segments = recover::segments(disk, dir, stored.as_ref())?;
+    let mut metadata = match (stored, segments.last()) {
+        (Some(stored), _) => stored,
+        (None, Some(newest)) => {
+            recovery.metadata_rebuilt = true;
+            Metadata::from_segment(&newest.header)
+        }
+        (None, None) => {
+            recovery.created = true;
+            Metadata::new(Uuid::new_v4(), GENERATION, config.partitions, 0)
+        }
+    };
+    let newest_epoch = segments.iter().map(|s| s.header.epoch).max().unwrap_or(0);
+    metadata.epoch = metadata.epoch.max(newest_epoch) + 1;
+    let stored = metadata.current().map_or(0, |generation| generation.partitions);
+    if stored != config.partitions {
+        let dir = dir.display().to_string();
+        return Err(OpenError::Partitions { dir, stored, wanted: config.partitions });
+    }
+    Ok((metadata, segments))
+}
+
+#[allow(clippy::too_many_arguments)]
+fn build(
+    disk: Arc<dyn Disk>,
+    dir: &Path,
+    name: &str,
+    config: &Config,
+    wall: Wall,
+    identity: Identity,
+    segments: Vec<Segment>,
+    held: Box<dyn Send + Sync>,
+    replayed: &Replayed,
+    metadata: &Metadata,
+) -> io::Result<Inner> {
+    let last = segments.last();
+    let file: Arc<dyn File> = match last {
+        Some(last) => disk.open(&dir.join(segment::name(last.header.sequence)), Create::Existing)?,
+        None => Arc::new(NoFile),
+    };
+    let base = replayed.unproven.first().map_or(replayed.next_offset, |frame| frame.base);
+    let writer = Writer {
+        file,
+        at: replayed.proven_at,
+        len: replayed.proven_at,
+        salt: 0,
+        segment: last.map_or(0, |last| last.header.sequence),
+        epoch: metadata.epoch,
+        next_frame: replayed.first_frame,
+        durable_frames: replayed.first_frame,
+        durable_through: base,
+        previous_crc: replayed.previous_crc,
+        clock: Clock::new(Arc::clone(&wall), replayed.clock_us),
+        clock_us: replayed.clock_us,
+        committed: replayed.state.clone(),
+        in_hand: None,
+        spare: None,
+        changes: Vec::new(),
+        marked: false,
+    };
+    let tail_bytes_max = config.tail_bytes_max.0 as usize;
+    Ok(Inner {
+        name: name.to_owned(),
+        dir: dir.to_path_buf(),
+        disk,
+        identity,
+        buffer_bytes_max: config.commit_buffer_bytes_max.0 as usize,
+        segment_bytes: config.segment_bytes.0,
+        reserve_bytes: config.reserve_bytes.0,
+        max_bytes: config.retention.max_bytes.0,
+        max_age: config.retention.max_age.map(|age| age.0),
+        // Opening may: a full disk must not keep the host from draining it.
+        may_use_reserve: AtomicBool::new(true),
+        use_reserve_while_running: config.may_use_reserve,
+        wall,
+        metrics: measure::Meters::new(name),
+        front: Mutex::new(Front::new(replayed.next_offset, replayed.state.clone())),
+        wake: Condvar::new(),
+        writer: Mutex::new(writer),
+        back: RwLock::new(Back {
+            segments: segments.into(),
+            tail: Tail::new(tail_bytes_max),
+            end: replayed.next_offset,
+            marks: retain::marks(&replayed.state),
+        }),
+        no_space: AtomicBool::new(false),
+        prepared: Mutex::new(None),
+        prepare_asked: AtomicBool::new(false),
+        trimming: Mutex::new(()),
+        wanted: Mutex::default(),
+        keeper: Condvar::new(),
+        durable: Mutex::new(Some(watch::channel(Ticket::default()).0)),
+        moved: watch::channel(0).0,
+        space: watch::channel(0).0,
+        stopped: watch::channel(None).0,
+        _lock: held,
+    })
+}
+
+impl Inner {
+    /// Metadata, then a segment of this opening with all that nothing proved,
+    /// both durable before anything is served.
+    fn begin(&self, metadata: &Metadata, replayed: &Replayed) -> io::Result<()> {
+        // Each opening: a crash may have come between the folder and this.
+        self.disk.sync_dir(&parent(&self.dir), SyncSite::Folder)?;
+        match generations::write(&*self.disk, &self.dir, metadata) {
+            // The old one stays: the epoch is in the segments too.
+            Err(error) if is_full(&error) && !metadata.is_new() => {
+                let _ = self.disk.remove(&self.dir.join(generations::TEMPORARY));
+            }
+            other => other?,
+        }
+        let mut writer = lock(&self.writer);
+        match self.roll(&mut writer, 0, &replayed.unproven) {
+            Ok(()) => {}
+            Err(CommitError::Failed(_, error)) => return Err(error),
+            Err(CommitError::NoSpace) => return Err(io::ErrorKind::StorageFull.into()),
+        }
+        drop(writer);
+        self.remove_replaced()?;
+        self.may_use_reserve.store(self.use_reserve_while_running, Ordering::Relaxed);
+        self.fill_reserve();
+        Ok(())
+    }
+
+    /// The segment before ours, when ours repeats all that it had.
+    fn remove_replaced(&self) -> io::Result<()> {
+        let replaced = {
+            let mut back = write(&self.back);
+            let [.., old, new] = &back.segments.make_contiguous()[..] else { return Ok(()) };
+            if old.header.base != new.header.base {
+                return Ok(());
+            }
+            let at = back.segments.len() - 2;
+            back.segments.remove(at)
+        };
+        let Some(replaced) = replaced else { return Ok(()) };
+        self.disk.remove(&self.dir.join(segment::name(replaced.header.sequence)))?;
+        self.disk.sync_dir(&self.dir, SyncSite::Removal)
+    }
+
+    fn say(&self, recovery: &Recovery) {
+        let back = read(&self.back);
+        let (start, end) = (back.start(), back.end);
+        tracing::info!(stream = %self.name, start, end, segments = back.segments.len(), "stream open");
+        if recovery.torn_bytes > 0 {
+            tracing::info!(stream = %self.name, bytes = recovery.torn_bytes, "cut a commit that never finished");
+        }
+        if recovery.rewritten > 0 {
+            tracing::info!(stream = %self.name, messages = recovery.rewritten, "wrote the last commit again");
+        }
+        for damage in &recovery.damaged {
+            let Offset(from) = damage.offsets.start;
+            let Offset(to) = damage.offsets.end;
+            tracing::error!(stream = %self.name, segment = damage.segment, bytes = ?damage.bytes, from, to,
+                "messages are damaged on disk and are skipped");
+        }
+    }
+}
+
+/// Stands for the last segment of a log that has none yet.
+struct NoFile;
+
+impl File for NoFile {
+    fn read_at(&self, _: &mut [u8], _: u64) -> io::Result<usize> {
+        Ok(0)
+    }
+    fn write_at(&self, _: &[&[u8]], _: u64) -> io::Result<()> {
+        Err(io::ErrorKind::NotFound.into())
+    }
+    fn sync(&self, _: SyncSite) -> io::Result<()> {
+        Ok(())
+    }
+    fn preallocate(&self, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+    fn truncate(&self, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+    fn len(&self) -> io::Result<u64> {
+        Ok(0)
+    }
+}

@@ -1,0 +1,289 @@
+//! Opening: what the segments hold, what of it is torn, damaged or unproven.
+//!
+//! A frame is proven durable when a later frame, a mark or a later segment says
+//! so. Bytes that are no frame are damage where something proves that a frame
+//! was there, a torn tail otherwise. The last frames that nothing proves were
+//! perhaps acknowledged and perhaps only in the page cache of a failed sync:
+//! they are written again, into a new segment, before the log serves.
+
+use std::io;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::disk::{Create, Disk, File};
+use super::frame::{self, Changes, Kind, flags};
+use super::generations::Metadata;
+use super::scan::{Scan, Step};
+use super::segment::{self, FRAMES_AT};
+use super::state::State;
+use super::tail::Frame;
+use crate::batch::Offset;
+
+/// What opening found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Recovery {
+    /// There was no stream before.
+    pub created: bool,
+    /// The metadata file was missing or damaged and was made again from the segments.
+    pub metadata_rebuilt: bool,
+    /// Bytes of a commit that never finished: nobody was told that it was there.
+    pub torn_bytes: u64,
+    /// Messages lost to damage, in the part that opening reads (the newest
+    /// segment); older damage is found, and reported, by whoever reads it.
+    pub damaged: Vec<Damage>,
+    /// Offsets that can be read.
+    pub messages: u64,
+    /// Frames that opening read.
+    pub frames: u64,
+    /// Messages that nothing proved durable and that were written again.
+    pub rewritten: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Damage {
+    pub segment: u64,
+    /// Of the segment's file.
+    pub bytes: Range<u64>,
+    /// Empty where only state changes were lost.
+    pub offsets: Range<Offset>,
+}
+
+/// One segment of the log.
+#[derive(Clone, Debug)]
+pub struct Segment {
+    pub header: segment::Header,
+    pub file_len: u64,
+    /// End of the bytes that readers may look at.
+    pub limit: u64,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    #[error("stream folder {0} is used by another process: stop it first")]
+    Locked(String),
+    #[error(
+        "stream folder {dir} was made with {stored} partitions, the config says {wanted}: \
+         set `partitions: {stored}`, or use another stream name"
+    )]
+    Partitions { dir: String, stored: u16, wanted: u16 },
+    #[error("{path}: {cause}")]
+    Segment { path: String, cause: segment::Broken },
+    #[error("{path} belongs to another log: the folder was mixed with a copy of another")]
+    Foreign { path: String },
+    #[error("{path}: header and first frame are both damaged: move the file away to go on without it")]
+    Unreadable { path: String },
+    #[error("stream folder {dir}: {error}")]
+    Io { dir: String, error: io::Error },
+}
+
+/// All segments of a folder, oldest first. A damaged header is made again from
+/// the segment's first frame.
+pub fn segments(disk: &dyn Disk, dir: &Path, known: Option<&Metadata>) -> Result<Vec<Segment>, OpenError> {
+    let io_error = |error| OpenError::Io { dir: dir.display().to_string(), error };
+    let mut sequences: Vec<u64> =
+        disk.list(dir).map_err(io_error)?.iter().filter_map(|name| segment::sequence_of(name)).collect();
+    sequences.sort_unstable();
+    let mut found: Vec<Segment> = Vec::with_capacity(sequences.len());
+    for sequence in sequences {
+        let path = dir.join(segment::name(sequence));
+        let shown = || path.display().to_string();
+        let file = disk.open(&path, Create::ReadOnly).map_err(io_error)?;
+        let mut head = vec![0; FRAMES_AT as usize + frame::HEADER_BYTES];
+        let read = file.read_at(&mut head, 0).map_err(io_error)?;
+        head.truncate(read);
+        let header = match segment::Header::decode(&head) {
+            Ok(header) if header.sequence == sequence => header,
+            Err(cause @ segment::Broken::Newer(..)) => {
+                return Err(OpenError::Segment { path: shown(), cause });
+            }
+            _ => {
+                let known = known.cloned().or_else(|| found.last().map(|s| Metadata::from_segment(&s.header)));
+                let header = known.and_then(|known| salvage(&head, sequence, &known));
+                tracing::error!(segment = %shown(), "the segment's header is damaged, read from its first frame");
+                header.ok_or_else(|| OpenError::Unreadable { path: shown() })?
+            }
+        };
+        let file_len = file.len().map_err(io_error)?;
+        let log = known.map_or_else(|| found.last().map(|s| s.header.log), |known| Some(known.log));
+        if log.is_some_and(|log| log != header.log) {
+            return Err(OpenError::Foreign { path: shown() });
+        }
+        found.push(Segment { header, file_len, limit: file_len });
+    }
+    Ok(found)
+}
+
+fn salvage(head: &[u8], sequence: u64, known: &Metadata) -> Option<segment::Header> {
+    let first = frame::decode_header(head.get(FRAMES_AT as usize..)?).ok()?;
+    let generation = known.generations.last()?;
+    Some(segment::Header {
+        log: known.log,
+        generation: generation.generation,
+        sequence,
+        base: first.base,
+        first_frame: first.sequence,
+        epoch: known.epoch,
+        salt: first.marker,
+        partitions: generation.partitions,
+        clock_us: first.append_us,
+        previous_crc: first.previous_crc,
+    })
+}
+
+/// What the newest segments hold.
+pub struct Replayed {
+    pub state: State,
+    pub next_offset: u64,
+    /// Sequence of the first frame that nothing proves, or of the next.
+    pub first_frame: u64,
+    /// Messages of frames that nothing proves durable, in order.
+    pub unproven: Vec<Frame>,
+    /// In the last segment: end of what is proven.
+    pub proven_at: u64,
+    pub torn_bytes: u64,
+    pub damaged: Vec<Damage>,
+    pub frames: u64,
+    pub clock_us: u64,
+    pub previous_crc: u32,
+}
+
+/// State from the newest whole checkpoint on, and the end of the log.
+pub fn replay(disk: &dyn Disk, dir: &Path, segments: &[Segment]) -> io::Result<Replayed> {
+    let mut replayed = Replayed {
+        state: State::default(),
+        next_offset: 0,
+        first_frame: 0,
+        unproven: Vec::new(),
+        proven_at: FRAMES_AT,
+        torn_bytes: 0,
+        damaged: Vec::new(),
+        frames: 0,
+        clock_us: 0,
+        previous_crc: 0,
+    };
+    let mut first = segments.len().saturating_sub(1);
+    while first > 0 && !has_checkpoint(open(disk, dir, &segments[first])?, &segments[first])? {
+        first -= 1;
+    }
+    for i in first..segments.len() {
+        let file = open(disk, dir, &segments[i])?;
+        walk(&mut replayed, file, &segments[i], segments.get(i + 1), i == first)?;
+    }
+    Ok(replayed)
+}
+
+fn open(disk: &dyn Disk, dir: &Path, segment: &Segment) -> io::Result<Arc<dyn File>> {
+    disk.open(&dir.join(segment::name(segment.header.sequence)), Create::ReadOnly)
+}
+
+fn has_checkpoint(file: Arc<dyn File>, segment: &Segment) -> io::Result<bool> {
+    let mut scan = Scan::new(file, &segment.header, segment.limit);
+    let mut wanted = flags::CHECKPOINT_BEGIN;
+    while let Step::Frame { header, at } = scan.next()? {
+        if header.kind != Kind::Control || header.flags & wanted != wanted || scan.body(&header, at)?.is_err() {
+            return Ok(false);
+        }
+        if header.flags & flags::CHECKPOINT_END != 0 {
+            return Ok(true);
+        }
+        wanted = 0;
+    }
+    Ok(false)
+}
+
+/// A place where a frame should be.
+struct Missing {
+    at: u64,
+    sequence: u64,
+}
+
+fn walk(
+    replayed: &mut Replayed,
+    file: Arc<dyn File>,
+    segment: &Segment,
+    next: Option<&Segment>,
+    trust_checkpoint: bool,
+) -> io::Result<()> {
+    let mut scan = Scan::new(file, &segment.header, segment.limit);
+    let void_from = next.map_or(u64::MAX, |next| next.header.first_frame);
+    let mut offset = segment.header.base;
+    let mut next_frame = segment.header.first_frame;
+    let mut proven = segment.header.first_frame;
+    let mut missing: Option<Missing> = None;
+    let mut unproven: Vec<(u64, u64, Frame, Bytes)> = Vec::new();
+    replayed.clock_us = replayed.clock_us.max(segment.header.clock_us);
+    let mut damaged = Vec::new();
+    let mut damage = |bytes: Range<u64>, offsets: Range<u64>| {
+        let offsets = Offset(offsets.start)..Offset(offsets.end);
+        damaged.push(Damage { segment: segment.header.sequence, bytes, offsets });
+    };
+    let mut ends_at = loop {
+        match scan.next()? {
+            Step::End { at, torn } => {
+                let torn_from = missing.as_ref().map_or(at, |missing| missing.at);
+                if next.is_none() {
+                    replayed.torn_bytes = at + torn - torn_from;
+                }
+                break torn_from;
+            }
+            Step::Broken { at, .. } => {
+                missing.get_or_insert(Missing { at, sequence: scan.expected() });
+            }
+            Step::Frame { header, at } if header.sequence >= void_from => break at,
+            Step::Frame { header, at } => {
+                if let Some(gone) = &missing {
+                    if next.is_none() && header.durable_frames <= gone.sequence {
+                        replayed.torn_bytes = at + header.total_len() - gone.at;
+                        break gone.at;
+                    }
+                    damage(gone.at..at, offset..header.base);
+                    missing = None;
+                }
+                replayed.frames += 1;
+                proven = proven.max(header.durable_frames);
+                unproven.retain(|(sequence, ..)| *sequence >= proven);
+                match scan.body(&header, at)? {
+                    Err(_) => missing = Some(Missing { at, sequence: header.sequence }),
+                    Ok((frame, state)) => {
+                        if header.flags & flags::CHECKPOINT_BEGIN != 0 && trust_checkpoint {
+                            replayed.state.clear();
+                        }
+                        for (key, value) in Changes(&state) {
+                            replayed.state.apply((key.into(), value.map(Into::into)));
+                        }
+                        offset = header.end();
+                        replayed.clock_us = replayed.clock_us.max(header.append_us);
+                        replayed.previous_crc = header.crc;
+                        if header.flags & flags::MARK == 0 {
+                            next_frame = header.sequence + 1;
+                            if header.sequence >= proven {
+                                unproven.push((header.sequence, at, frame, state));
+                            }
+                        } else {
+                            next_frame = next_frame.max(header.sequence);
+                        }
+                    }
+                }
+            }
+        }
+    };
+    if let Some(next) = next {
+        if offset < next.header.base {
+            damage(ends_at..segment.limit, offset..next.header.base);
+        }
+        offset = next.header.base;
+    }
+    if let Some((sequence, at, ..)) = unproven.first() {
+        next_frame = *sequence;
+        ends_at = *at;
+    }
+    replayed.damaged.append(&mut damaged);
+    replayed.next_offset = offset;
+    replayed.first_frame = next_frame;
+    replayed.proven_at = ends_at;
+    replayed.unproven = unproven.into_iter().map(|(.., frame, _)| frame).filter(|f| f.count > 0).collect();
+    Ok(())
+}

@@ -1,0 +1,321 @@
+//! Which segments go, and where new ones come from: retention by age and by
+//! bytes, attached readers, the next segment prepared ahead, the reserve for a
+//! full disk. Runs in the keeper's thread and, when a segment is full, in the
+//! committer's.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use super::clock;
+use super::commit::{CommitError, no_space_or};
+use super::disk::{Create, File, SyncSite, is_full};
+use super::segment::{self, FRAMES_AT};
+use super::{Inner, lock, read, write};
+use crate::batch::Offset;
+use crate::stream::{Attachment, OnLag};
+
+/// The first segment of a fresh log; each next one is four times as large, up to `segment_bytes`.
+const FIRST_SEGMENT_BYTES: u64 = 4 << 20;
+const GROWTH: u64 = 4;
+const RESERVE: &str = "reserve";
+const PREPARED: &str = "prepared.tmp";
+const ROLLED: &str = "next.tmp";
+/// The keeper looks at least so often.
+const KEEP_EVERY_MS: u64 = 1_000;
+const ZEROS: &[u8] = &[0; 1 << 20];
+
+/// A reader that retention knows of.
+#[derive(Clone)]
+pub struct Mark {
+    pub next: Arc<AtomicU64>,
+    pub on_lag: OnLag,
+    /// What a restart would find.
+    pub saved: u64,
+}
+
+/// A file made ahead of its need, all its pages written.
+pub struct Prepared {
+    pub file: Arc<dyn File>,
+    pub len: u64,
+}
+
+#[derive(Default)]
+pub struct Wanted {
+    pub prepare: bool,
+    pub stop: bool,
+}
+
+/// The keeper's thread.
+pub fn run(inner: &Inner) {
+    loop {
+        let wanted = lock(&inner.wanted);
+        let pause = Duration::from_millis(KEEP_EVERY_MS);
+        let (mut wanted, _) = inner
+            .keeper
+            .wait_timeout_while(wanted, pause, |wanted| !wanted.stop && !wanted.prepare)
+            .unwrap_or_else(PoisonError::into_inner);
+        if wanted.stop {
+            break;
+        }
+        let prepare = std::mem::take(&mut wanted.prepare);
+        drop(wanted);
+        inner.keep(prepare);
+    }
+}
+
+impl Inner {
+    /// One round of housekeeping.
+    pub fn keep(&self, prepare: bool) {
+        self.save_marks();
+        self.trim(0);
+        if prepare {
+            self.prepare();
+        }
+        if !self.no_space.load(Ordering::Relaxed) {
+            self.fill_reserve();
+        }
+        let back = read(&self.back);
+        self.metrics.kept(back.segments.iter().map(|s| s.file_len).sum(), back.segments.len());
+    }
+
+    pub fn ask_keeper_to_prepare(&self) {
+        if !self.prepare_asked.swap(true, Ordering::Relaxed) {
+            lock(&self.wanted).prepare = true;
+            self.keeper.notify_all();
+        }
+    }
+
+    /// A file for the next segment, with room for `need` bytes, under a temporary name.
+    pub fn new_file(&self, need: u64) -> Result<(Arc<dyn File>, u64, PathBuf), CommitError> {
+        let len = self.next_len().max(need);
+        let prepared = lock(&self.prepared).take();
+        self.prepare_asked.store(false, Ordering::Relaxed);
+        let prepared = prepared.filter(|prepared| prepared.len >= need);
+        let len = prepared.as_ref().map_or(len, |prepared| prepared.len);
+        self.trim(len);
+        if self.bytes() + len > self.max_bytes {
+            if let Some(Prepared { file, len }) = prepared {
+                *lock(&self.prepared) = Some(Prepared { file, len });
+            }
+            return Err(CommitError::NoSpace);
+        }
+        if let Some(Prepared { file, len }) = prepared {
+            return Ok((file, len, self.dir.join(PREPARED)));
+        }
+        let path = self.dir.join(ROLLED);
+        let made = self.disk.open(&path, Create::Fresh).and_then(|file| {
+            file.preallocate(len)?;
+            Ok(file)
+        });
+        match made {
+            Ok(file) => Ok((file, len, path)),
+            Err(error) if is_full(&error) => {
+                let _ = self.disk.remove(&path);
+                self.use_reserve(need, path)
+            }
+            Err(error) => Err(CommitError::Failed("make a new segment", error)),
+        }
+    }
+
+    /// The reserve becomes the next segment: its blocks are there already.
+    fn use_reserve(&self, need: u64, path: PathBuf) -> Result<(Arc<dyn File>, u64, PathBuf), CommitError> {
+        if !self.may_use_reserve.load(Ordering::Relaxed) {
+            return Err(CommitError::NoSpace);
+        }
+        let reserve = self.dir.join(RESERVE);
+        let file = match self.disk.open(&reserve, Create::Existing) {
+            Ok(file) => file,
+            Err(_) => return Err(CommitError::NoSpace),
+        };
+        let len = file.len().map_err(no_space_or("look at the reserve"))?;
+        if len < need {
+            return Err(CommitError::NoSpace);
+        }
+        self.disk.rename(&reserve, &path).map_err(no_space_or("rename the reserve"))?;
+        tracing::warn!(stream = %self.name, "the disk is full, going on in the reserve");
+        Ok((file, len, path))
+    }
+
+    /// Makes the reserve where it is missing and there is room.
+    pub fn fill_reserve(&self) {
+        let path = self.dir.join(RESERVE);
+        if self.reserve_bytes == 0 || self.disk.open(&path, Create::ReadOnly).is_ok() {
+            return;
+        }
+        let made = self.disk.open(&path, Create::Fresh).and_then(|file| file.preallocate(self.reserve_bytes));
+        if made.is_err() {
+            let _ = self.disk.remove(&path);
+        }
+    }
+
+    /// Writes the next segment's pages ahead, so that rolling does not stall
+    /// and each sync changes no metadata of the file.
+    pub fn prepare(&self) {
+        if lock(&self.prepared).is_some() {
+            return;
+        }
+        let len = self.next_len();
+        let path = self.dir.join(PREPARED);
+        let fill = || -> io::Result<Arc<dyn File>> {
+            let file = self.disk.open(&path, Create::Fresh)?;
+            file.preallocate(len)?;
+            let mut at = 0;
+            while at < len {
+                let part = (len - at).min(ZEROS.len() as u64);
+                file.write_at(&[&ZEROS[..part as usize]], at)?;
+                at += part;
+            }
+            file.sync(SyncSite::Segment)?;
+            Ok(file)
+        };
+        match fill() {
+            Ok(file) => *lock(&self.prepared) = Some(Prepared { file, len }),
+            // The committer makes its own, or finds out itself that it cannot.
+            Err(error) => {
+                let _ = self.disk.remove(&path);
+                tracing::debug!(stream = %self.name, %error, "cannot prepare the next segment");
+            }
+        }
+    }
+
+    fn next_len(&self) -> u64 {
+        let last = read(&self.back).segments.back().map(|segment| segment.file_len);
+        last.map_or(FIRST_SEGMENT_BYTES, |last| (last * GROWTH).max(FIRST_SEGMENT_BYTES))
+            .min(self.segment_bytes)
+            .max(FRAMES_AT * 2)
+    }
+
+    fn bytes(&self) -> u64 {
+        read(&self.back).segments.iter().map(|segment| segment.file_len).sum()
+    }
+
+    /// Removes what retention says may go, oldest first; `room` more bytes are about to be taken.
+    pub fn trim(&self, room: u64) {
+        let _one_at_a_time = lock(&self.trimming);
+        while let Some(sequence) = self.expired(room) {
+            // Out of the list first: a reader that comes now gets a gap, not an error.
+            let trimmed = write(&self.back).segments.pop_front();
+            let removed = self
+                .disk
+                .remove(&self.dir.join(segment::name(sequence)))
+                // Before the next goes: a crash must not bring back an older one alone.
+                .and_then(|()| self.disk.sync_dir(&self.dir, SyncSite::Removal));
+            match removed {
+                Ok(()) => self.metrics.trimmed(trimmed.map_or(0, |s| s.file_len)),
+                Err(error) => {
+                    tracing::warn!(stream = %self.name, %error, "cannot remove an old segment");
+                    break;
+                }
+            }
+        }
+    }
+
+    /// The oldest segment, if it may go.
+    fn expired(&self, room: u64) -> Option<u64> {
+        let back = read(&self.back);
+        let oldest = back.segments.front()?;
+        let end = back.segments.get(1)?.header.base;
+        let pinned = back
+            .marks
+            .values()
+            .any(|mark| mark.on_lag == OnLag::Block && mark.next.load(Ordering::Relaxed) < end);
+        if pinned {
+            return None;
+        }
+        let bytes: u64 = back.segments.iter().map(|segment| segment.file_len).sum();
+        if bytes + room > self.max_bytes {
+            return Some(oldest.header.sequence);
+        }
+        let age_max = self.max_age?.as_micros() as u64;
+        let now = (self.wall)();
+        // A segment is as old as the start of the next; one from a time
+        // without a clock is as old as the first that has one.
+        let ended = back.segments.iter().skip(1).map(|s| s.header.clock_us).find(|us| *us >= clock::SET_US)?;
+        let newest = back.segments.back()?.header.clock_us;
+        (clock::believable(now, newest) && now.saturating_sub(ended) > age_max).then_some(oldest.header.sequence)
+    }
+
+    /// Writes down where readers are, once a segment: a restart must not trim
+    /// before they are attached again.
+    fn save_marks(&self) {
+        let moved: Vec<(String, Vec<u8>)> = {
+            let mut back = write(&self.back);
+            let super::Back { marks, segments, .. } = &mut *back;
+            let segment_of = |offset: u64| segments.partition_point(|s| s.header.base <= offset);
+            marks
+                .iter_mut()
+                .filter_map(|(name, mark)| {
+                    let next = mark.next.load(Ordering::Relaxed);
+                    (segment_of(next) != segment_of(mark.saved)).then(|| {
+                        mark.saved = next;
+                        (name.clone(), encode_mark(next, mark.on_lag))
+                    })
+                })
+                .collect()
+        };
+        for (name, value) in moved {
+            self.append_own(name.as_bytes(), Some(&value));
+        }
+    }
+
+    pub fn attach(self: &Arc<Self>, consumer: &str, from: Offset, on_lag: OnLag) -> Box<dyn Attachment> {
+        let next = Arc::new(AtomicU64::new(from.0));
+        let mark = Mark { next: Arc::clone(&next), on_lag, saved: from.0 };
+        let known = write(&self.back).marks.insert(consumer.to_owned(), mark);
+        if known.is_none_or(|known| known.saved != from.0 || known.on_lag != on_lag) {
+            self.append_own(consumer.as_bytes(), Some(&encode_mark(from.0, on_lag)));
+        }
+        let detached = AtomicBool::new(false);
+        Box::new(Attached { inner: Arc::clone(self), consumer: consumer.to_owned(), next, detached })
+    }
+
+    pub fn detach(&self, consumer: &str) {
+        if write(&self.back).marks.remove(consumer).is_some() {
+            self.append_own(consumer.as_bytes(), None);
+        }
+    }
+}
+
+struct Attached {
+    inner: Arc<Inner>,
+    consumer: String,
+    next: Arc<AtomicU64>,
+    detached: AtomicBool,
+}
+
+impl Attachment for Attached {
+    fn advance(&self, next: Offset) {
+        self.next.fetch_max(next.0, Ordering::Relaxed);
+    }
+
+    fn detach(&self) {
+        if !self.detached.swap(true, Ordering::Relaxed) {
+            self.inner.detach(&self.consumer);
+        }
+    }
+}
+
+fn encode_mark(next: u64, on_lag: OnLag) -> Vec<u8> {
+    let mut value = next.to_le_bytes().to_vec();
+    value.push(u8::from(on_lag == OnLag::Detach));
+    value
+}
+
+/// The marks that the state map holds.
+pub fn marks(state: &super::state::State) -> BTreeMap<String, Mark> {
+    let own = [super::state::OWN];
+    state
+        .range(&own)
+        .filter_map(|(key, value)| {
+            let name = String::from_utf8(key[1..].to_vec()).ok()?;
+            let (next, on_lag) = value.split_first_chunk::<8>()?;
+            let next = u64::from_le_bytes(*next);
+            let on_lag = if on_lag == [1] { OnLag::Detach } else { OnLag::Block };
+            Some((name, Mark { next: Arc::new(AtomicU64::new(next)), on_lag, saved: next }))
+        })
+        .collect()
+}

@@ -1,0 +1,158 @@
+//! Walks the frames of one segment in order, over whatever the disk gives:
+//! recovery, catching-up cursors and `seek_time` share it.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::disk::File;
+use super::frame::{self, Broken, Header, flags};
+use super::segment::{self, FRAMES_AT};
+use super::tail::Frame;
+
+/// Read at once; a larger frame is read whole.
+const CHUNK_BYTES: u64 = 1 << 20;
+
+pub struct Scan {
+    file: Arc<dyn File>,
+    marker: u64,
+    partitions: u16,
+    /// Bytes of the file that may hold frames.
+    limit: u64,
+    at: u64,
+    /// The next frame's sequence, if none is missing.
+    expected: u64,
+    chunk: Bytes,
+    chunk_at: u64,
+}
+
+/// What lies at the scan's place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// A frame with a whole header; its body is checked by [`Scan::body`].
+    Frame { header: Header, at: u64 },
+    /// Bytes without a frame, before the next one.
+    Broken { at: u64, end: u64 },
+    /// No frame from `at` on; `torn` bytes there are not zero.
+    End { at: u64, torn: u64 },
+}
+
+impl Scan {
+    pub fn new(file: Arc<dyn File>, segment: &segment::Header, limit: u64) -> Self {
+        Self {
+            file,
+            marker: segment.salt,
+            partitions: segment.partitions,
+            limit,
+            at: FRAMES_AT,
+            expected: segment.first_frame,
+            chunk: Bytes::new(),
+            chunk_at: 0,
+        }
+    }
+
+    /// More of the file may hold frames now.
+    pub fn extend(&mut self, limit: u64) {
+        self.limit = self.limit.max(limit);
+    }
+
+    /// Where the next frame is looked for.
+    pub fn place(&self) -> u64 {
+        self.at
+    }
+
+    /// Sequence of the next frame, if none is missing.
+    pub fn expected(&self) -> u64 {
+        self.expected
+    }
+
+    pub fn next(&mut self) -> io::Result<Step> {
+        let at = self.at;
+        if let Some(header) = self.header_at(at)? {
+            self.at = at + header.total_len();
+            if header.flags & flags::MARK == 0 {
+                self.expected = header.sequence + 1;
+            }
+            return Ok(Step::Frame { header, at });
+        }
+        Ok(match self.search(at + frame::ALIGN as u64)? {
+            Ok(found) => {
+                self.at = found;
+                Step::Broken { at, end: found }
+            }
+            Err(torn_end) => Step::End { at, torn: torn_end.saturating_sub(at) },
+        })
+    }
+
+    /// Every word of the frame, checked.
+    pub fn body(&mut self, header: &Header, at: u64) -> io::Result<Result<(Frame, Bytes), Broken>> {
+        let bytes = self.window(at, header.total_len())?;
+        Ok(frame::decode(&bytes, self.partitions).map(|decoded| {
+            let frame = Frame {
+                base: header.base,
+                count: header.count,
+                append_us: header.append_us,
+                entries: bytes.slice(decoded.entries),
+                data: bytes.slice(decoded.data),
+            };
+            (frame, bytes.slice(decoded.state))
+        }))
+    }
+
+    /// A header that belongs to this segment, is not older than the place and fits.
+    fn header_at(&mut self, at: u64) -> io::Result<Option<Header>> {
+        let fixed = self.window(at, frame::HEADER_BYTES as u64)?;
+        if fixed.len() < frame::HEADER_BYTES || fixed[..8] != self.marker.to_le_bytes() {
+            return Ok(None);
+        }
+        let header_len = u16::from_le_bytes([fixed[8], fixed[9]]);
+        let whole = self.window(at, u64::from(header_len))?;
+        Ok(frame::decode_header(&whole).ok().filter(|header| {
+            header.sequence >= self.expected
+                && at.checked_add(header.total_len()).is_some_and(|end| end <= self.limit)
+        }))
+    }
+
+    /// The next frame from `from` on, or where the last byte ends that is not zero.
+    fn search(&mut self, from: u64) -> io::Result<Result<u64, u64>> {
+        let marker = self.marker.to_le_bytes();
+        let mut last = 0;
+        let mut at = from.saturating_sub(frame::ALIGN as u64);
+        while at < self.limit {
+            let chunk = self.window(at, CHUNK_BYTES)?;
+            if chunk.is_empty() {
+                break;
+            }
+            if let Some(i) = chunk.iter().rposition(|b| *b != 0) {
+                last = at + i as u64 + 1;
+                for (i, _) in chunk.chunks(frame::ALIGN).enumerate().filter(|(_, bytes)| **bytes == marker) {
+                    let found = at + (i * frame::ALIGN) as u64;
+                    if found >= from && self.header_at(found)?.is_some() {
+                        return Ok(Ok(found));
+                    }
+                }
+            }
+            at += (chunk.len() as u64).next_multiple_of(frame::ALIGN as u64);
+        }
+        Ok(Err(last))
+    }
+
+    /// Up to `len` bytes from `at`, fewer at the limit.
+    fn window(&mut self, at: u64, len: u64) -> io::Result<Bytes> {
+        let wanted = at..at.saturating_add(len).min(self.limit).max(at);
+        let held = self.chunk_at..self.chunk_at + self.chunk.len() as u64;
+        if !(held.start <= wanted.start && wanted.end <= held.end) {
+            let end = wanted.end.max(at.saturating_add(CHUNK_BYTES).min(self.limit)).max(at);
+            let mut bytes = vec![0; (end - at) as usize];
+            let read = self.file.read_at(&mut bytes, at)?;
+            bytes.truncate(read);
+            self.chunk = bytes.into();
+            self.chunk_at = at;
+        }
+        let clip = |at: u64| ((at - self.chunk_at) as usize).min(self.chunk.len());
+        let Range { start, end } = clip(wanted.start)..clip(wanted.end);
+        Ok(self.chunk.slice(start..end))
+    }
+}
