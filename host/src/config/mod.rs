@@ -11,7 +11,6 @@ mod check;
 mod complete;
 mod files;
 pub mod reference;
-mod standins;
 mod suggest;
 mod validate;
 
@@ -26,8 +25,8 @@ use serde_json::Value;
 use crate::listeners::mqtt;
 use crate::problems::{Problem, Problems};
 use crate::topic::Namespace;
-use crate::{admin, devices, pipeline, plugin};
-use standins::{dead_letters, sinks, stream};
+use crate::units::ByteSize;
+use crate::{admin, devices, pipeline, plugin, sinks, stream};
 
 /// Everything a host is told. Each part owns its own section; what is left out
 /// has a default (see `complete`).
@@ -56,8 +55,8 @@ pub struct Config {
     pub sinks: BTreeMap<String, sinks::Config>,
     /// What is known of devices: location, site, model.
     pub devices: devices::Config,
-    /// Where refused messages are kept.
-    pub dead_letters: dead_letters::Config,
+    /// The stream of refused messages; `topics` does not apply.
+    pub dead_letters: stream::Config,
     /// Health, metrics, status.
     pub admin: admin::Config,
 }
@@ -73,7 +72,7 @@ impl Default for Config {
             pipelines: BTreeMap::new(),
             sinks: BTreeMap::new(),
             devices: devices::Config::default(),
-            dead_letters: dead_letters::Config::default(),
+            dead_letters: dead_letters(),
             admin: admin::Config::default(),
         }
     }
@@ -86,9 +85,28 @@ impl Config {
         let rest = self.streams.iter().find(|(_, stream)| stream.topics.is_empty());
         rest.map_or(complete::REST_STREAM, |(name, _)| name)
     }
+
+    /// Folder of a stream, or of the dead letters.
+    pub fn stream_dir(&self, name: &str) -> PathBuf {
+        match name {
+            DEAD_LETTERS => self.data_dir.join(DEAD_LETTERS),
+            name => self.data_dir.join("streams").join(name),
+        }
+    }
 }
 
 pub use validate::DEAD_LETTERS;
+
+/// Small, and it goes on while the disk is full.
+fn dead_letters() -> stream::Config {
+    stream::Config {
+        partitions: 1,
+        segment_bytes: ByteSize::mib(16),
+        tail_bytes_max: ByteSize::mib(4),
+        may_use_reserve: true,
+        ..stream::Config::default()
+    }
+}
 
 /// Where a config came from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -155,7 +173,8 @@ fn parse(files: &files::Files) -> Result<(Config, Vec<String>), Error> {
     found.extend(std::mem::take(&mut problems).into_vec());
     let mut warnings = Vec::new();
     let config = match serde_path_to_error::deserialize::<_, Config>(&value) {
-        Ok(config) => {
+        Ok(mut config) => {
+            config.dead_letters.may_use_reserve = true;
             validate::validate(&config, &mut problems);
             warnings = validate::warnings(&config);
             config

@@ -11,6 +11,7 @@ use crate::topic::{Namespace, TopicFilter};
 const NAME_BYTES_MAX: usize = 64;
 /// The stream of refused messages, always there.
 pub const DEAD_LETTERS: &str = "dead-letters";
+const DEAD_LETTERS_KEY: &str = "dead_letters";
 
 pub fn validate(config: &Config, problems: &mut Problems) {
     let root = KeyPath::root();
@@ -23,7 +24,11 @@ pub fn validate(config: &Config, problems: &mut Problems) {
     config.mqtt.validate(&root.key("mqtt"), problems);
     config.plugins.validate(&root.key("plugins"), problems);
     config.devices.validate(&root.key("devices"), problems);
-    config.dead_letters.validate(&root.key("dead_letters"), problems);
+    let dead_letters = root.key(DEAD_LETTERS_KEY);
+    config.dead_letters.validate(&dead_letters, problems);
+    if !config.dead_letters.topics.is_empty() {
+        problems.add(dead_letters.key("topics"), "must be left out: refused messages of all topics go there");
+    }
     config.admin.validate(&root.key("admin"), problems);
     streams(config, problems);
     sinks(config, problems);
@@ -91,6 +96,7 @@ fn streams(config: &Config, problems: &mut Problems) {
 }
 
 fn sinks(config: &Config, problems: &mut Problems) {
+    let namespace = Namespace::parse(&config.topics);
     for (name, sink) in &config.sinks {
         let path = KeyPath::root().key("sinks").key(name);
         check_name(name, &path, problems);
@@ -98,6 +104,9 @@ fn sinks(config: &Config, problems: &mut Problems) {
             problems.add(path.clone(), "`drop` is the route that drops, take another name");
         }
         sink.validate(&path, problems);
+        if let Ok(namespace) = &namespace {
+            sink.validate_namespace(namespace, &path, problems);
+        }
     }
 }
 
@@ -122,12 +131,8 @@ fn pipelines(config: &Config, problems: &mut Problems) {
         let mut steps: BTreeMap<&str, usize> = BTreeMap::new();
         for (i, step) in pipeline.steps.iter().flatten().enumerate() {
             let path = path.key("steps").index(i);
-            if step.plugin.is_empty() {
-                problems.add(path.key("plugin"), "must name a plugin: its file without number and `.wasm`");
-                continue;
-            }
-            let name = step.name.as_deref().unwrap_or(&step.plugin);
-            check_name(name, &path.key(if step.name.is_some() { "as" } else { "plugin" }), problems);
+            step.validate(&path, problems);
+            let name = step.step_name();
             if let Some(first) = steps.insert(name, i) {
                 let message = format!("step {first} is `{name}` already, tell them apart with `as: {name}-2`");
                 problems.add(path, message);
