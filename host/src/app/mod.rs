@@ -47,7 +47,7 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
 
     // Streams first: the log is what everything else stands on.
     let streams = open_streams(&config, &data_dir)?;
-    let dead_letters = open_log(&data_dir.join("dead-letters"), "dead-letters", &config.dead_letters)?;
+    let dead_letters = open_log(&data_dir.join("dead-letters"), "dead-letters", &config.dead_letters.stream())?;
     let broker = open_log(&data_dir.join("broker"), "broker", &broker_stream())?;
 
     // Plugins, then the pipelines that run them and own the sinks.

@@ -26,7 +26,6 @@ pub fn complete(value: &mut Value, problems: &mut Problems) {
     let Value::Object(config) = value else {
         return;
     };
-    complete_dead_letters(config);
     let data_dir = config.get("data_dir").and_then(Value::as_str).unwrap_or("data").to_owned();
 
     let streams = section(config, "streams");
@@ -59,17 +58,6 @@ pub fn complete(value: &mut Value, problems: &mut Problems) {
         let path = KeyPath::root().key("pipelines").key(name);
         if let Value::Object(pipeline) = pipeline {
             complete_pipeline(name, pipeline, &streams, &sinks, &path, problems);
-        }
-    }
-}
-
-/// A section that says some of it keeps our defaults for the rest.
-fn complete_dead_letters(config: &mut Map<String, Value>) {
-    if let Some(Value::Object(given)) = config.get_mut("dead_letters")
-        && let Ok(Value::Object(defaults)) = serde_json::to_value(super::dead_letters())
-    {
-        for (key, value) in defaults {
-            given.entry(key).or_insert(value);
         }
     }
 }

@@ -25,7 +25,6 @@ use serde_json::Value;
 use crate::listeners::mqtt;
 use crate::problems::{Problem, Problems};
 use crate::topic::Namespace;
-use crate::units::ByteSize;
 use crate::{admin, devices, pipeline, plugin, sinks, stream};
 
 /// Everything a host is told. Each part owns its own section; what is left out
@@ -55,8 +54,8 @@ pub struct Config {
     pub sinks: BTreeMap<String, sinks::Config>,
     /// What is known of devices: location, site, model.
     pub devices: devices::Config,
-    /// The stream of refused messages; `topics` does not apply.
-    pub dead_letters: stream::Config,
+    /// Where refused messages are kept.
+    pub dead_letters: pipeline::DeadLettersConfig,
     /// Health, metrics, status.
     pub admin: admin::Config,
 }
@@ -72,7 +71,7 @@ impl Default for Config {
             pipelines: BTreeMap::new(),
             sinks: BTreeMap::new(),
             devices: devices::Config::default(),
-            dead_letters: dead_letters(),
+            dead_letters: pipeline::DeadLettersConfig::default(),
             admin: admin::Config::default(),
         }
     }
@@ -96,17 +95,6 @@ impl Config {
 }
 
 pub use validate::DEAD_LETTERS;
-
-/// Small, and it goes on while the disk is full.
-fn dead_letters() -> stream::Config {
-    stream::Config {
-        partitions: 1,
-        segment_bytes: ByteSize::mib(16),
-        tail_bytes_max: ByteSize::mib(4),
-        may_use_reserve: true,
-        ..stream::Config::default()
-    }
-}
 
 /// Where a config came from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -173,8 +161,7 @@ fn parse(files: &files::Files) -> Result<(Config, Vec<String>), Error> {
     found.extend(std::mem::take(&mut problems).into_vec());
     let mut warnings = Vec::new();
     let config = match serde_path_to_error::deserialize::<_, Config>(&value) {
-        Ok(mut config) => {
-            config.dead_letters.may_use_reserve = true;
+        Ok(config) => {
             validate::validate(&config, &mut problems);
             warnings = validate::warnings(&config);
             config

@@ -11,7 +11,6 @@ use crate::topic::{Namespace, TopicFilter};
 const NAME_BYTES_MAX: usize = 64;
 /// The stream of refused messages, always there.
 pub const DEAD_LETTERS: &str = "dead-letters";
-const DEAD_LETTERS_KEY: &str = "dead_letters";
 
 pub fn validate(config: &Config, problems: &mut Problems) {
     let root = KeyPath::root();
@@ -24,11 +23,7 @@ pub fn validate(config: &Config, problems: &mut Problems) {
     config.mqtt.validate(&root.key("mqtt"), problems);
     config.plugins.validate(&root.key("plugins"), problems);
     config.devices.validate(&root.key("devices"), problems);
-    let dead_letters = root.key(DEAD_LETTERS_KEY);
-    config.dead_letters.validate(&dead_letters, problems);
-    if !config.dead_letters.topics.is_empty() {
-        problems.add(dead_letters.key("topics"), "must be left out: refused messages of all topics go there");
-    }
+    config.dead_letters.validate(&root.key("dead_letters"), problems);
     config.admin.validate(&root.key("admin"), problems);
     streams(config, problems);
     sinks(config, problems);

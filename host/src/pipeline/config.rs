@@ -166,18 +166,32 @@ impl Config {
         let bytes = (64 << 10, 16 << 30);
         range(path.key("read_ahead_bytes_max"), self.read_ahead_bytes_max.0, bytes.0, bytes.1, problems);
         range(path.key("sink_queue_bytes_max"), self.sink_queue_bytes_max.0, bytes.0, bytes.1, problems);
-        range(path.key("retries").key("max"), u64::from(self.retries.max), 0, u64::from(RETRIES_MAX), problems);
-        ordered(path.key("retries").key("backoff_max"), self.retries.backoff_min, self.retries.backoff_max, problems);
+        range(
+            path.key("retries").key("max"),
+            u64::from(self.retries.max),
+            0,
+            u64::from(RETRIES_MAX),
+            problems,
+        );
+        ordered(
+            path.key("retries").key("backoff_max"),
+            self.retries.backoff_min,
+            self.retries.backoff_max,
+            problems,
+        );
         ordered(path.key("sink_backoff").key("max"), self.sink_backoff.min, self.sink_backoff.max, problems);
         if self.progress_every.0 < Duration::from_millis(1) {
-            problems.add(path.key("progress_every"), format!("must be at least 1ms, is {}", self.progress_every));
+            problems
+                .add(path.key("progress_every"), format!("must be at least 1ms, is {}", self.progress_every));
         }
         if self.lag_after.0 < Duration::from_millis(10) {
             problems.add(path.key("lag_after"), format!("must be at least 10ms, is {}", self.lag_after));
         }
         if !(0.0..=1.0).contains(&self.refusals_max_share) {
-            problems
-                .add(path.key("refusals_max_share"), format!("must be 0 to 1, is {}", self.refusals_max_share));
+            problems.add(
+                path.key("refusals_max_share"),
+                format!("must be 0 to 1, is {}", self.refusals_max_share),
+            );
         }
     }
 

@@ -19,7 +19,8 @@ use super::metrics;
 use crate::batch::{MessageRef, Offset};
 use crate::step::RefusedKind;
 use crate::stream::{
-    AppendError, Attachment, Identity, NewMessage, OnLag, Read, ReadError, StateChange, Stream, Ticket, partition_of,
+    AppendError, Attachment, Identity, NewMessage, OnLag, Read, ReadError, StateChange, Stream, Ticket,
+    partition_of,
 };
 
 /// Keys remembered at or above the slowest sink's position, about 50 bytes
@@ -102,8 +103,7 @@ impl DeadLetters {
             })
             .unwrap_or((0, 0));
         let from = Offset(from).max(stream.bounds().start);
-        let attachment =
-            stream.attach(&format!("{pipeline}/{source_name}/dead-letters"), from, OnLag::Block);
+        let attachment = stream.attach(&format!("{pipeline}/{source_name}/dead-letters"), from, OnLag::Block);
         let letters = Self {
             stream,
             pipeline: pipeline.into(),

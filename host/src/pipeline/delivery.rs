@@ -106,7 +106,11 @@ impl Delivery {
     pub async fn run(mut self) {
         let stopped = match self.deliver().await {
             Leave::Stop(reason) => {
-                tracing::error!(sink = self.writer.claim.sink, pipeline = self.writer.claim.pipeline, "{reason}");
+                tracing::error!(
+                    sink = self.writer.claim.sink,
+                    pipeline = self.writer.claim.pipeline,
+                    "{reason}"
+                );
                 self.shared.set(State::Stopped(reason.clone()));
                 Some(reason)
             }
@@ -231,7 +235,11 @@ impl Delivery {
     }
 
     fn take(&mut self, bundle: Bundle, gathered: &mut Gathered) -> Result<(), Leave> {
-        let mine = || (bundle.worker..self.writer.claim.partitions).step_by(usize::from(bundle.workers)).map(usize::from);
+        let mine = || {
+            (bundle.worker..self.writer.claim.partitions)
+                .step_by(usize::from(bundle.workers))
+                .map(usize::from)
+        };
         if mine().any(|p| bundle.from > self.received[p]) {
             tracing::warn!(
                 sink = self.writer.claim.sink,
@@ -254,7 +262,11 @@ impl Delivery {
             if first < check_below && letters.any_within(first, bundle.upto) {
                 let source = Source::Sink(&self.writer.claim.sink);
                 let known = (0..batch.len()).filter(|i| {
-                    letters.contains(source, batch.offset(&batch.entries[*i]), index_within_offset(&batch, *i))
+                    letters.contains(
+                        source,
+                        batch.offset(&batch.entries[*i]),
+                        index_within_offset(&batch, *i),
+                    )
                 });
                 gathered.refused_before.extend(known.map(|i| gathered.rows.len() + i));
             }
@@ -279,8 +291,9 @@ impl Delivery {
         let stopped = |error: super::dead_letters::Error| Leave::Stop(error.to_string());
         if !gathered.refused_before.is_empty() {
             let mut refused = gathered.refused_before.iter().copied().peekable();
-            gathered.rows =
-                gathered.rows.select((0..gathered.rows.len()).filter(|row| refused.next_if_eq(row).is_none()));
+            gathered.rows = gathered
+                .rows
+                .select((0..gathered.rows.len()).filter(|row| refused.next_if_eq(row).is_none()));
             gathered.letters = gathered.letters.max(self.writer.letters.ticket());
         }
         // Before any position covers what was refused: see `delivery-order.md`.
@@ -363,7 +376,13 @@ impl Delivery {
         if lowest < kept.start {
             let gone = kept.start.0 - lowest.0;
             metrics::gap(&self.writer.claim.pipeline, "trimmed").increment(gone);
-            tracing::error!(sink, stream, from = lowest.0, to = kept.start.0, "retention removed messages that this sink had not written");
+            tracing::error!(
+                sink,
+                stream,
+                from = lowest.0,
+                to = kept.start.0,
+                "retention removed messages that this sink had not written"
+            );
         }
         Ok(())
     }
@@ -404,7 +423,8 @@ impl Delivery {
         let Some(pending) = &self.pending else { return };
         if pending.cancel.is_cancelled() {
             self.pending = None;
-        } else if self.received.iter().all(|received| received.0 >= pending.starts_at.load(Ordering::Acquire)) {
+        } else if self.received.iter().all(|received| received.0 >= pending.starts_at.load(Ordering::Acquire))
+        {
             self.intake = self.pending.take();
             drop(self.events.send(Event::Joined { sink: self.number }).await);
         }

@@ -94,14 +94,10 @@ impl<'a> Letter<'a> {
 /// The message's own properties, then the letter's. Past the bound the
 /// device's own ones go first, then all that are not the letter's; `false`
 /// says that some went.
-pub fn properties(
-    refusal: &Refusal<'_>,
-    pipeline: &str,
-    stream: &str,
-    source: &Identity,
-) -> (Vec<u8>, bool) {
+pub fn properties(refusal: &Refusal<'_>, pipeline: &str, stream: &str, source: &Identity) -> (Vec<u8>, bool) {
     let mut ours = Vec::with_capacity(512);
-    let mut set = |name: &str, value: &str| properties::push(&mut ours, Origin::Pipeline, name, value.as_bytes());
+    let mut set =
+        |name: &str, value: &str| properties::push(&mut ours, Origin::Pipeline, name, value.as_bytes());
     set(REASON, shortened(refusal.reason));
     set(KIND, refusal.kind.as_str());
     set(PIPELINE, pipeline);
@@ -132,9 +128,8 @@ pub fn without_letter(bytes: &[u8]) -> Vec<u8> {
 fn beside(theirs: &[u8], ours: &[u8]) -> (Vec<u8>, bool) {
     // Room for the mark of a redrive's copy.
     let room = PROPERTIES_BYTES_MAX - ours.len() - 64;
-    let fits = |bytes: &[u8]| {
-        bytes.len() <= room && properties::iter(bytes).count() + OURS_MAX <= PROPERTIES_MAX
-    };
+    let fits =
+        |bytes: &[u8]| bytes.len() <= room && properties::iter(bytes).count() + OURS_MAX <= PROPERTIES_MAX;
     let all = kept(theirs, |_| true);
     if fits(&all) {
         return ([&all, ours].concat(), true);
@@ -209,7 +204,7 @@ mod tests {
     #[test]
     fn where_room_is_short_the_devices_properties_go_first() {
         let mut theirs = Vec::new();
-        properties::push(&mut theirs, Origin::Device, "big", &vec![b'x'; PROPERTIES_BYTES_MAX - 500]);
+        properties::push(&mut theirs, Origin::Device, "big", &vec![b'x'; PROPERTIES_BYTES_MAX - 100]);
         properties::push(&mut theirs, Origin::Listener, "client-id", b"dev");
         let (bytes, whole) = refuse(theirs);
         assert!(!whole && properties::is_valid(&bytes));

@@ -62,7 +62,12 @@ pub const METRICS: &[Metric] = &[
         "Rows by outcome: written, refused",
         &["pipeline", "sink", "outcome"],
     ),
-    metric("headworks_sink_batches_total", MetricKind::Counter, "Commits that succeeded", &["pipeline", "sink"]),
+    metric(
+        "headworks_sink_batches_total",
+        MetricKind::Counter,
+        "Commits that succeeded",
+        &["pipeline", "sink"],
+    ),
     metric(
         "headworks_sink_write_duration_seconds",
         MetricKind::Histogram,
@@ -103,12 +108,8 @@ pub struct PipelineMetrics {
 
 impl PipelineMetrics {
     pub fn new(pipeline: &str) -> Self {
-        let messages = |outcome: &'static str| {
-            counter!("headworks_pipeline_messages_total", "pipeline" => pipeline.to_owned(), "outcome" => outcome)
-        };
-        let swaps = |outcome: &'static str| {
-            counter!("headworks_pipeline_swaps_total", "pipeline" => pipeline.to_owned(), "outcome" => outcome)
-        };
+        let messages = |outcome: &'static str| counter!("headworks_pipeline_messages_total", "pipeline" => pipeline.to_owned(), "outcome" => outcome);
+        let swaps = |outcome: &'static str| counter!("headworks_pipeline_swaps_total", "pipeline" => pipeline.to_owned(), "outcome" => outcome);
         Self {
             read: messages("read"),
             passed: messages("passed"),
@@ -153,9 +154,7 @@ pub struct SinkMetrics {
 
 impl SinkMetrics {
     pub fn new(pipeline: &str, sink: &str) -> Self {
-        let rows = |outcome: &'static str| {
-            counter!("headworks_sink_rows_total", "pipeline" => pipeline.to_owned(), "sink" => sink.to_owned(), "outcome" => outcome)
-        };
+        let rows = |outcome: &'static str| counter!("headworks_sink_rows_total", "pipeline" => pipeline.to_owned(), "sink" => sink.to_owned(), "outcome" => outcome);
         Self {
             written: rows("written"),
             refused: rows("refused"),

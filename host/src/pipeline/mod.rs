@@ -24,6 +24,7 @@ use crate::telemetry::Failures;
 
 mod config;
 mod dead_letters;
+mod dead_letters_config;
 mod delivery;
 mod lane;
 mod letter;
@@ -43,6 +44,7 @@ mod tests;
 
 pub use config::{Backoff, Config, DEFAULT_ROUTE, DROP, Retries, RouteTarget};
 pub use dead_letters::{DeadLetters, Error as DeadLettersError};
+pub use dead_letters_config::DeadLettersConfig;
 pub use letter::Letter;
 pub use metrics::METRICS;
 pub use redrive::{Filter, RedriveError, Summary, is_open, list_open};

@@ -88,7 +88,12 @@ pub fn outlet(sink: SinkNumber, bytes_max: u64) -> (Outlet, Intake) {
 
 impl Outlet {
     /// Blocks while the queue is full.
-    pub fn send(&self, bundle: Bundle, abort: &CancellationToken, runtime: &Handle) -> Result<(), OutletClosed> {
+    pub fn send(
+        &self,
+        bundle: Bundle,
+        abort: &CancellationToken,
+        runtime: &Handle,
+    ) -> Result<(), OutletClosed> {
         if self.detached() {
             return Err(OutletClosed::Detached);
         }

@@ -12,7 +12,9 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::dead_letters::{DeadLetters, Error as DeadLettersError, Refusal, Source, index_within_offset, new_message};
+use super::dead_letters::{
+    DeadLetters, Error as DeadLettersError, Refusal, Source, index_within_offset, new_message,
+};
 use super::delivery::{Control, Lend};
 use super::letter::{self, Letter};
 use super::metrics::SinkMetrics;
@@ -103,7 +105,8 @@ pub async fn run(
     copy_wanted(filter, shared, dead_letters).await?;
     let name = format!("{}/redrive", shared.name);
     let identity = dead_letters.identity();
-    let letters = DeadLetters::open(Arc::clone(dead_letters), &shared.name, identity, dead_letters.name()).await?;
+    let letters =
+        DeadLetters::open(Arc::clone(dead_letters), &shared.name, identity, dead_letters.name()).await?;
     let letters = Arc::new(letters);
     letters.remember_from(Offset(0)).await?;
     letters.check_all();
@@ -234,7 +237,8 @@ async fn deliver_with(
                 Source::Sink(refused_by) if refused_by != name => continue,
                 Source::Sink(_) => Some(original(&batch, i)),
                 Source::Step(step) => {
-                    let (sorted, refused) = through(original(&batch, i), step, steps, shared, &writer.letters).await?;
+                    let (sorted, refused) =
+                        through(original(&batch, i), step, steps, shared, &writer.letters).await?;
                     summary.refused += refused;
                     sorted.and_then(|sorted| sorted.for_sink(number))
                 }

@@ -190,8 +190,9 @@ impl Supervisor {
 
     pub async fn run(mut self) {
         let lag_after = self.shared.config.lag_after.0;
-        let mut tick =
-            tokio::time::interval((lag_after / 4).clamp(Duration::from_millis(5), Duration::from_millis(500)));
+        let mut tick = tokio::time::interval(
+            (lag_after / 4).clamp(Duration::from_millis(5), Duration::from_millis(500)),
+        );
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
@@ -362,7 +363,8 @@ impl Supervisor {
         let half_us = self.window.elapsed().as_micros() as u64 / 2;
         let mut laggards = Vec::new();
         for lane in &self.lanes {
-            let blocked = |outlet: &&Outlet| outlet.blocked_us().saturating_sub(self.blocked_us[outlet.sink]) > half_us;
+            let blocked =
+                |outlet: &&Outlet| outlet.blocked_us().saturating_sub(self.blocked_us[outlet.sink]) > half_us;
             let slow: Vec<_> = lane.outlets.iter().filter(blocked).map(|outlet| outlet.sink).collect();
             if slow.len() < lane.outlets.len() {
                 laggards.extend(slow.into_iter().map(|sink| (lane.id, sink)));

@@ -260,8 +260,8 @@ fn run_step(
         }
         shared.failures.report(&format!("{}/{name}: retry", shared.name), 1, reason, "headworks top");
         let wait = backoff.delay(attempt);
-        let aborted = runtime
-            .block_on(async { tokio::time::timeout(wait, shared.abort.cancelled()).await.is_ok() });
+        let aborted =
+            runtime.block_on(async { tokio::time::timeout(wait, shared.abort.cancelled()).await.is_ok() });
         if aborted {
             return Err(Ended::Aborted);
         }
@@ -269,7 +269,9 @@ fn run_step(
     };
     shared.metrics.dropped.increment(outcome.dropped);
     outcome.refused.retain(|refused| (refused.index as usize) < batch.len());
-    let Some(first) = outcome.refused.first() else { return Ok(Ran { passed: outcome.passed, letters: found }) };
+    let Some(first) = outcome.refused.first() else {
+        return Ok(Ran { passed: outcome.passed, letters: found });
+    };
     shared.metrics.refused.increment(outcome.refused.len() as u64);
     let show = format!("headworks dead-letters list --pipeline {}", shared.name);
     let kind = format!("{}/{name}: {}", shared.name, first.kind.as_str());
@@ -282,9 +284,10 @@ fn run_step(
             source: Source::Step(&name),
             kind: refused.kind,
             reason: &refused.reason,
-            index: indexes
-                .as_ref()
-                .map_or_else(|| index_within_offset(&batch, refused.index as usize), |of| of[refused.index as usize]),
+            index: indexes.as_ref().map_or_else(
+                || index_within_offset(&batch, refused.index as usize),
+                |of| of[refused.index as usize],
+            ),
         })
         .collect();
     let letters = appended(&refusals, shared, runtime)?;

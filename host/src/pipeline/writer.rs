@@ -191,7 +191,12 @@ impl Writer {
 
     /// Puts rows among the first `len` into dead letters; when this returns
     /// they survive a crash, and are out of `rows`.
-    async fn refuse(&mut self, rows: &mut Rows, len: usize, mut refused: Vec<RefusedRow>) -> Result<usize, Failed> {
+    async fn refuse(
+        &mut self,
+        rows: &mut Rows,
+        len: usize,
+        mut refused: Vec<RefusedRow>,
+    ) -> Result<usize, Failed> {
         self.refusals.note(refused.len(), refused.len());
         if let Some(reason) = self.refusals.too_many() {
             return Err(Failed::Later { kind: "refusals", reason });
@@ -223,7 +228,8 @@ impl Writer {
             &format!("headworks dead-letters list --sink {}", self.claim.sink),
         );
         let mut gone = refused.iter().map(|r| r.row).peekable();
-        let kept: Vec<_> = (0..len).filter(|row| gone.next_if_eq(row).is_none()).chain(len..rows.len()).collect();
+        let kept: Vec<_> =
+            (0..len).filter(|row| gone.next_if_eq(row).is_none()).chain(len..rows.len()).collect();
         let removed = rows.len() - kept.len();
         *rows = rows.select(kept);
         Ok(removed)
@@ -261,7 +267,7 @@ fn halve(rows: &Rows, len: usize) -> Option<usize> {
         (message.entry.partition, message.offset())
     };
     let middle = len / 2;
-    (middle.max(1)..len).find(|row| of(*row) != of(*row - 1)).or_else(|| {
-        (1..middle).rev().find(|row| of(*row) != of(*row - 1))
-    })
+    (middle.max(1)..len)
+        .find(|row| of(*row) != of(*row - 1))
+        .or_else(|| (1..middle).rev().find(|row| of(*row) != of(*row - 1)))
 }

@@ -1,10 +1,10 @@
 use std::time::Duration;
 
 use super::harness::{Act, World, chain, published, sorted, step, text};
+use crate::batch::Offset;
 use crate::pipeline::State;
 use crate::sinks::memory::Fault;
 use crate::stream::OnLag;
-use crate::batch::Offset;
 
 fn number(text: &str) -> u64 {
     text.split(':').nth(1).and_then(|n| n.parse().ok()).expect("payloads are device:number")
@@ -19,8 +19,11 @@ async fn messages_of_a_device_become_rows_in_order() {
     let rows = world.payloads("w");
     assert_eq!(sorted(rows.clone()), published(20, 2_000));
     for device in 0..20 {
-        let numbers: Vec<_> =
-            rows.iter().filter(|row| row.starts_with(&format!("d{device}:"))).map(|row| number(row)).collect();
+        let numbers: Vec<_> = rows
+            .iter()
+            .filter(|row| row.starts_with(&format!("d{device}:")))
+            .map(|row| number(row))
+            .collect();
         assert!(numbers.is_sorted(), "d{device}: {numbers:?}");
     }
     process.stop().await;
@@ -64,10 +67,13 @@ async fn the_refused_are_durable_in_dead_letters_before_a_position_covers_them()
     world.dead_memory = dead.clone();
     world.dead = std::sync::Arc::clone(&dead) as std::sync::Arc<dyn crate::stream::Stream>;
     let process = world
-        .start(chain(1, &[step("check", |message, _| match number(&text(message)) {
-            3 => Act::Refuse("not JSON".to_owned()),
-            _ => Act::Pass,
-        })]))
+        .start(chain(
+            1,
+            &[step("check", |message, _| match number(&text(message)) {
+                3 => Act::Refuse("not JSON".to_owned()),
+                _ => Act::Pass,
+            })],
+        ))
         .await;
     world.publish_many(1, 0, 10);
     process.until("read", |status| status.read == Offset(10)).await;

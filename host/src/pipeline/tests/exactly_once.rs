@@ -11,7 +11,10 @@ use crate::sinks::memory::Fault;
 #[derive(Clone, Debug)]
 enum Op {
     Publish(u64),
-    Fail { sink: usize, fault: u8 },
+    Fail {
+        sink: usize,
+        fault: u8,
+    },
     /// The process dies without a word, at whatever it does.
     Crash,
     Restart,
@@ -111,7 +114,9 @@ async fn play(ops: Vec<Op>) {
             let rows = world.payloads(sink).iter().filter(|row| **row == payload).count();
             let by_sink: usize = letters
                 .iter()
-                .filter(|((p, reason), _)| *p == payload && matches!(reason.as_str(), "nine" | "the data was refused"))
+                .filter(|((p, reason), _)| {
+                    *p == payload && matches!(reason.as_str(), "nine" | "the data was refused")
+                })
                 .map(|(_, count)| count)
                 .sum();
             let nine = usize::from(sink == "b" && payload.ends_with('9'));
@@ -120,7 +125,11 @@ async fn play(ops: Vec<Op>) {
             }
             assert!(rows <= expected(&payload), "{payload} in {sink}: {rows}");
         }
-        let by_step = letters.iter().filter(|((p, reason), _)| *p == payload && (reason == "eleven" || reason.starts_with("route"))).map(|(_, c)| c).sum::<usize>();
+        let by_step = letters
+            .iter()
+            .filter(|((p, reason), _)| *p == payload && (reason == "eleven" || reason.starts_with("route")))
+            .map(|(_, c)| c)
+            .sum::<usize>();
         let refused = usize::from(payload.ends_with("11") || payload.ends_with("44"));
         assert_eq!(by_step, refused, "letters of {payload}");
     }

@@ -1,7 +1,7 @@
 //! A pipeline on memory parts, and steps written as functions.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -105,7 +105,10 @@ impl StepFactory for TestFactory {
     }
 }
 
-pub fn step(name: &str, act: impl Fn(&MessageRef<'_>, u32) -> Act + Send + Sync + 'static) -> Arc<dyn StepFactory> {
+pub fn step(
+    name: &str,
+    act: impl Fn(&MessageRef<'_>, u32) -> Act + Send + Sync + 'static,
+) -> Arc<dyn StepFactory> {
     Arc::new(TestFactory { id: id(name), act: Arc::new(act), broken: Vec::new() })
 }
 
@@ -146,7 +149,9 @@ impl World {
         let config = Config {
             routes: routes
                 .iter()
-                .map(|(route, sink)| ((*route).to_owned(), RouteTarget::Several(sink.split(' ').map(str::to_owned).collect())))
+                .map(|(route, sink)| {
+                    ((*route).to_owned(), RouteTarget::Several(sink.split(' ').map(str::to_owned).collect()))
+                })
                 .collect(),
             workers: Some(2),
             retries: Retries { max: 2, backoff_min: ms(1), backoff_max: ms(2) },
@@ -270,7 +275,11 @@ impl Process {
     }
 
     /// Waits for a status; for at most a minute, so that a failure says what it was.
-    pub async fn until(&self, what: &str, mut reached: impl FnMut(&PipelineStatus) -> bool) -> PipelineStatus {
+    pub async fn until(
+        &self,
+        what: &str,
+        mut reached: impl FnMut(&PipelineStatus) -> bool,
+    ) -> PipelineStatus {
         let limit = tokio::time::Instant::now() + Duration::from_secs(60);
         loop {
             let status = self.handle.status();
@@ -284,10 +293,8 @@ impl Process {
 
     /// Until every sink has committed the whole stream.
     pub async fn drained(&self) {
-        self.until("drained", |status| {
-            status.sinks.iter().all(|sink| sink.committed == Some(status.end))
-        })
-        .await;
+        self.until("drained", |status| status.sinks.iter().all(|sink| sink.committed == Some(status.end)))
+            .await;
     }
 }
 
@@ -301,6 +308,3 @@ pub fn sorted(mut list: Vec<String>) -> Vec<String> {
 pub fn published(devices: u64, count: u64) -> Vec<String> {
     sorted((0..count).map(|n| format!("d{}:{n}", n % devices)).collect())
 }
-
-/// Records what a step saw.
-pub type Seen = Arc<Mutex<Vec<String>>>;

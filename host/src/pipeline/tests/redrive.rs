@@ -73,7 +73,9 @@ async fn a_redrive_that_fails_half_way_is_finished_by_the_next() {
         let world = World::new(1, &[("default", "w")]);
         let broken = Arc::new(AtomicBool::new(true));
         let is_broken = Arc::clone(&broken);
-        world.database("w").refuse(move |_| is_broken.load(Ordering::Acquire).then(|| "no column".to_owned()));
+        world
+            .database("w")
+            .refuse(move |_| is_broken.load(Ordering::Acquire).then(|| "no column".to_owned()));
         let process = world.start(chain(1, &[])).await;
         world.publish_many(2, 0, 10);
         process.drained().await;

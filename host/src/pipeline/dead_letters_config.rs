@@ -1,0 +1,42 @@
+//! The `dead_letters:` section: how long refused messages are kept.
+
+use std::time::Duration;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::problems::{KeyPath, Problems};
+use crate::stream::{self, Retention};
+use crate::units::{ByteSize, Period};
+
+/// Where refused messages wait for a person.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct DeadLettersConfig {
+    /// Letters older than this go; `null` keeps them until `max_bytes`.
+    pub max_age: Option<Period>,
+    /// The oldest go when all together would take more than this.
+    pub max_bytes: ByteSize,
+}
+
+impl Default for DeadLettersConfig {
+    fn default() -> Self {
+        Self { max_age: Some(Period(Duration::from_secs(30 * 24 * 60 * 60))), max_bytes: ByteSize::gib(1) }
+    }
+}
+
+impl DeadLettersConfig {
+    pub fn validate(&self, path: &KeyPath, problems: &mut Problems) {
+        if self.max_bytes < ByteSize::mib(64) {
+            problems.add(path.key("max_bytes"), format!("must be at least 64 MiB, is {}", self.max_bytes));
+        }
+    }
+
+    /// The stream that keeps them: small, and it may use its reserve on a full disk.
+    pub fn stream(&self) -> stream::Config {
+        stream::Config {
+            retention: Retention { max_age: self.max_age, max_bytes: self.max_bytes },
+            ..stream::Config::dead_letters()
+        }
+    }
+}
