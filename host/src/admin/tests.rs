@@ -42,7 +42,7 @@ async fn run() -> Running {
         status: Arc::new(|| serde_json::json!({ "streams": [] })),
         redrive: redriven.clone(),
         prometheus: recorder.handle(),
-        process: crate::telemetry::Process::start(),
+        process: crate::telemetry::Process::default(),
     };
     let shutdown = CancellationToken::new();
     let config = Config { bind: "127.0.0.1:0".to_owned(), allow_remote: false };
@@ -133,7 +133,7 @@ async fn it_ends_with_the_shutdown_and_a_taken_port_is_named() {
             status: Arc::new(|| serde_json::Value::Null),
             redrive: deps.redriven.clone(),
             prometheus,
-            process: crate::telemetry::Process::start(),
+            process: crate::telemetry::Process::default(),
         },
         CancellationToken::new(),
     )

@@ -8,10 +8,11 @@ use super::args::{DeadLettersCommand, Format, LetterFilter};
 use super::output::{Out, one_line, time};
 use super::{admin_client, block_on, message, streams};
 use crate::admin::{RedriveAnswer, RedriveRequest};
-use crate::batch::{MessageRef, Offset};
+use crate::batch::{Batch, MessageRef, Offset};
 use crate::config::{self, Config, DEAD_LETTERS};
 use crate::properties::{self, Origin};
-use crate::stream::{Cursor, Read, Stream};
+use crate::stream::Read;
+use crate::stream::log::ReadOnly;
 
 const REASON_CHARS_MAX: usize = 120;
 /// Set on the copies that a redrive makes; they are not letters of their own.
@@ -21,11 +22,11 @@ pub fn dead_letters(command: DeadLettersCommand, out: &mut Out) -> anyhow::Resul
     match command {
         DeadLettersCommand::List { max, filter, config, format } => {
             let config = config::load(config.config.as_deref())?.config;
-            block_on(async { list(&*open(&config).await?, max, &filter, format.format, out).await })
+            list(open(&config, Offset(0))?, max, &filter, format.format, out)
         }
         DeadLettersCommand::Show { id, config, format } => {
             let config = config::load(config.config.as_deref())?.config;
-            block_on(async { show(&*open(&config).await?, id, format.format, out).await })
+            show(open(&config, Offset(id))?, id, format.format, out)
         }
         DeadLettersCommand::Redrive { ids, all: _, filter, config, format } => {
             let config = config::load(config.config.as_deref())?.config;
@@ -35,12 +36,13 @@ pub fn dead_letters(command: DeadLettersCommand, out: &mut Out) -> anyhow::Resul
     }
 }
 
-async fn open(config: &Config) -> anyhow::Result<std::sync::Arc<dyn Stream>> {
-    streams::open(config, DEAD_LETTERS).await
+fn open(config: &Config, from: Offset) -> anyhow::Result<Option<ReadOnly>> {
+    streams::open(config, DEAD_LETTERS, from)
 }
 
-async fn list(
-    stream: &dyn Stream,
+/// `letters` reads from the first one on.
+fn list(
+    mut letters: Option<ReadOnly>,
     max: usize,
     filter: &LetterFilter,
     format: Format,
@@ -49,8 +51,7 @@ async fn list(
     let mut rows: std::collections::VecDeque<Vec<String>> = std::collections::VecDeque::new();
     let mut lines: std::collections::VecDeque<Map<String, Value>> = std::collections::VecDeque::new();
     let mut found = 0_u64;
-    let mut cursor = stream.cursor(stream.bounds().start);
-    while let Some(batch) = next_batch(&mut *cursor).await? {
+    while let Some(batch) = next_batch(letters.as_mut())? {
         for letter in batch.messages().filter(|letter| is_wanted(letter, filter)) {
             found += 1;
             match format {
@@ -82,14 +83,10 @@ async fn list(
     }
 }
 
-async fn show(stream: &dyn Stream, id: u64, format: Format, out: &mut Out) -> anyhow::Result<()> {
+/// `letters` reads from `id` on.
+fn show(mut letters: Option<ReadOnly>, id: u64, format: Format, out: &mut Out) -> anyhow::Result<()> {
     let missing = || format!("no dead letter {id}: `headworks dead-letters list` shows what there is");
-    let bounds = stream.bounds();
-    if !bounds.contains(&Offset(id)) {
-        bail!(missing());
-    }
-    let mut cursor = stream.cursor(Offset(id));
-    let batch = next_batch(&mut *cursor).await?.with_context(missing)?;
+    let batch = next_batch(letters.as_mut())?.with_context(missing)?;
     let letter = batch.messages().find(|letter| letter.offset() == Offset(id)).with_context(missing)?;
     if format == Format::Json {
         return out.json(&to_json(&letter));
@@ -149,9 +146,12 @@ async fn redrive(
 }
 
 /// The next messages that are there; damaged or trimmed ones are passed over.
-async fn next_batch(cursor: &mut dyn Cursor) -> anyhow::Result<Option<crate::batch::Batch>> {
+fn next_batch(letters: Option<&mut ReadOnly>) -> anyhow::Result<Option<Batch>> {
+    let Some(letters) = letters else {
+        return Ok(None);
+    };
     loop {
-        match cursor.try_next().await? {
+        match letters.read()? {
             Some(Read::Batch(batch)) => return Ok(Some(batch)),
             Some(Read::Gap { .. }) => {}
             None => return Ok(None),

@@ -1,7 +1,7 @@
 //! `headworks streams`: what streams hold. Reads the data folder beside a
 //! running host, writes nothing.
 
-use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use jiff::Timestamp;
@@ -12,111 +12,118 @@ use super::output::Out;
 use super::{block_on, message};
 use crate::batch::Offset;
 use crate::config::{self, Config, DEAD_LETTERS};
-use crate::stream::{Cursor, Read, Stream};
+use crate::stream::log::ReadOnly;
+use crate::stream::{GapCause, Read};
 use crate::units::Period;
 
 /// Shown where neither `--from` nor `--max` says otherwise.
 const LAST_MESSAGES: u64 = 10;
+/// While following: how often to look for more.
+const POLL_EVERY: Duration = Duration::from_millis(100);
 
 pub fn streams(command: StreamsCommand, out: &mut Out) -> anyhow::Result<()> {
     match command {
         StreamsCommand::List { config, format } => {
             let config = config::load(config.config.as_deref())?.config;
-            block_on(list(&config, format.format, out))
+            list(&config, format.format, out)
         }
         StreamsCommand::Tail(args) => {
             let config = config::load(args.config.config.as_deref())?.config;
             let name = args.name.clone().unwrap_or_else(|| config.default_stream().to_owned());
-            block_on(async { tail(&*open(&config, &name).await?, &args, out).await })
+            block_on(async {
+                tokio::select! {
+                    done = tail(&config, &name, &args, out) => done,
+                    _ = tokio::signal::ctrl_c() => Ok(()),
+                }
+            })
         }
     }
 }
 
-/// Reads a stream of the data folder, also while the host writes it.
-pub async fn open(config: &Config, name: &str) -> anyhow::Result<Arc<dyn Stream>> {
+/// Reads a stream of the data folder from `from` on, also while the host
+/// writes it. `None`: nothing was written yet.
+pub fn open(config: &Config, name: &str, from: Offset) -> anyhow::Result<Option<ReadOnly>> {
     if name != DEAD_LETTERS && !config.streams.contains_key(name) {
         let known: Vec<&str> = config.streams.keys().map(String::as_str).collect();
         bail!("no stream `{name}` in the config, known are {}, {DEAD_LETTERS}", known.join(", "));
     }
-    // Wired to the log's reader where the log is merged.
-    bail!("cannot read {}: the log is not part of this build", config.data_dir.display())
+    let dir = config.stream_dir(name);
+    Ok(dir.is_dir().then(|| ReadOnly::open(&dir, from)))
 }
 
-async fn list(config: &Config, format: Format, out: &mut Out) -> anyhow::Result<()> {
-    let head = ["STREAM", "TOPICS", "PARTITIONS", "FIRST", "NEXT", "MESSAGES"];
+fn list(config: &Config, format: Format, out: &mut Out) -> anyhow::Result<()> {
+    let head = ["STREAM", "FIRST", "NEXT", "MESSAGES", "PARTITIONS", "TOPICS"];
     let mut table = vec![head.map(str::to_owned).to_vec()];
-    for name in config.streams.keys().map(String::as_str).chain([DEAD_LETTERS]) {
-        let topics = match config.streams.get(name) {
-            Some(stream) if stream.topics.is_empty() => "all others".to_owned(),
-            Some(stream) => stream.topics.join(" "),
-            None => "refused messages".to_owned(),
-        };
-        let (partitions, bounds, problem) = match open(config, name).await {
-            Ok(stream) => (stream.identity().partitions, stream.bounds(), None),
-            Err(error) => (0, Offset(0)..Offset(0), Some(format!("{error:#}"))),
+    let dead_letters = config.dead_letters.stream();
+    let streams = config.streams.iter().map(|(name, stream)| (name.as_str(), stream));
+    for (name, stream) in streams.chain([(DEAD_LETTERS, &dead_letters)]) {
+        let bounds = match open(config, name, Offset(0))? {
+            Some(reader) => reader.bounds().with_context(|| format!("stream {name}"))?,
+            None => Offset(0)..Offset(0),
         };
         let (first, next) = (bounds.start.0, bounds.end.0);
-        match (format, problem) {
-            (Format::Json, problem) => out.json(&json!({
-                "stream": name, "topics": config.streams.get(name).map(|stream| &stream.topics),
-                "partitions": partitions, "first": first, "next": next, "problem": problem,
-            }))?,
-            (Format::Text, Some(problem)) => table.push(vec![name.to_owned(), topics, problem]),
-            (Format::Text, None) => {
-                let numbers = [u64::from(partitions), first, next, next - first];
-                let mut row = vec![name.to_owned(), topics];
-                row.extend(numbers.map(|number| number.to_string()));
-                table.push(row);
-            }
+        let topics = match stream.topics.join(" ") {
+            none if none.is_empty() && name == DEAD_LETTERS => "refused messages".to_owned(),
+            none if none.is_empty() => "all others".to_owned(),
+            some => some,
+        };
+        if format == Format::Json {
+            out.json(&json!({
+                "stream": name, "first": first, "next": next, "partitions": stream.partitions,
+                "topics": stream.topics,
+            }))?;
+            continue;
         }
+        let numbers = [first, next, next - first, u64::from(stream.partitions)];
+        let mut row = vec![name.to_owned()];
+        row.extend(numbers.map(|number| number.to_string()));
+        row.push(topics);
+        table.push(row);
     }
     if format == Format::Text { out.table(&table) } else { Ok(()) }
 }
 
-async fn tail(stream: &dyn Stream, args: &TailArgs, out: &mut Out) -> anyhow::Result<()> {
-    let bounds = stream.bounds();
-    let from = match args.from.as_deref().map(From::parse).transpose()? {
-        Some(From::Offset(offset)) => offset,
-        Some(From::Start) => bounds.start,
-        Some(From::End) => bounds.end,
-        Some(From::Time(us)) => stream.seek_time(us).await?,
-        None => Offset(bounds.end.0.saturating_sub(args.max.unwrap_or(LAST_MESSAGES))),
+async fn tail(config: &Config, name: &str, args: &TailArgs, out: &mut Out) -> anyhow::Result<()> {
+    let wanted = args.from.as_deref().map(From::parse).transpose()?;
+    let mut reader = loop {
+        match open(config, name, Offset(0))? {
+            Some(reader) => break reader,
+            None if !args.follow => return Ok(()),
+            None => tokio::time::sleep(POLL_EVERY).await,
+        }
     };
-    let mut cursor = stream.cursor(from.clamp(bounds.start, bounds.end));
+    let (from, since_us) = match wanted {
+        Some(From::Offset(offset)) => (offset, 0),
+        Some(From::Start) => (Offset(0), 0),
+        Some(From::Time(us)) => (Offset(0), us),
+        Some(From::End) => (reader.bounds()?.end, 0),
+        None => (Offset(reader.bounds()?.end.0.saturating_sub(args.max.unwrap_or(LAST_MESSAGES))), 0),
+    };
+    reader = ReadOnly::open(&config.stream_dir(name), from);
     let mut left = args.max.unwrap_or(u64::MAX);
     while left > 0 {
-        let Some(read) = next(&mut *cursor, args.follow).await? else {
-            break;
-        };
-        match read {
-            Read::Gap { from, to, cause } => {
-                eprintln!("headworks: offsets {} to {} cannot be read: {cause:?}", from.0, to.0);
+        match reader.read()? {
+            None if args.follow => tokio::time::sleep(POLL_EVERY).await,
+            None => break,
+            Some(Read::Gap { cause: GapCause::Trimmed, .. }) => {}
+            Some(Read::Gap { from, to, cause: GapCause::Damaged }) => {
+                eprintln!("headworks: offsets {} to {} are damaged on disk", from.0, to.0);
             }
-            Read::Batch(batch) => {
-                for message in batch.messages().filter(|message| message.offset() >= from) {
+            // A batch has one append time: that of its frame.
+            Some(Read::Batch(batch)) if batch.now_us < since_us => {}
+            Some(Read::Batch(batch)) => {
+                let count = left.min(batch.len() as u64);
+                for message in batch.messages().take(count as usize) {
                     match args.format.format {
                         Format::Json => out.json(&message::to_json(&message))?,
                         Format::Text => out.line(message::to_line(&message))?,
                     }
-                    left -= 1;
-                    if left == 0 {
-                        break;
-                    }
                 }
+                left -= count;
             }
         }
     }
     Ok(())
-}
-
-async fn next(cursor: &mut dyn Cursor, wait: bool) -> anyhow::Result<Option<Read>> {
-    if !wait {
-        return Ok(cursor.try_next().await?);
-    }
-    tokio::select! {
-        read = cursor.next() => Ok(Some(read?)),
-        _ = tokio::signal::ctrl_c() => Ok(None),
-    }
 }
 
 /// Where a tail begins.

@@ -82,7 +82,7 @@ impl<'s> Check<'s> {
                 Some(message) => self.refuse(path, message),
                 None => Some(value.clone()),
             },
-            Value::String(text) => match wrong_length(schema, text.chars().count()) {
+            Value::String(text) => match wrong_text(schema, text) {
                 Some(message) => self.refuse(path, message),
                 None => Some(value.clone()),
             },
@@ -279,6 +279,9 @@ impl<'s> Check<'s> {
         match name {
             "ByteSize" => return Value::from(1 << 20),
             "Period" => return Value::from("1s"),
+            _ if schema.get("format").is_some_and(|format| format == "socket-address") => {
+                return Value::from("127.0.0.1:0");
+            }
             _ => {}
         }
         for key in ["default", "const"] {
@@ -435,7 +438,12 @@ fn out_of_range(schema: &Value, value: &Value) -> Option<String> {
     None
 }
 
-fn wrong_length(schema: &Value, chars: usize) -> Option<String> {
+fn wrong_text(schema: &Value, text: &str) -> Option<String> {
+    let is_address = schema.get("format").and_then(Value::as_str) == Some("socket-address");
+    if is_address && text.parse::<std::net::SocketAddr>().is_err() {
+        return Some(format!("must be an address and port such as 127.0.0.1:1883, is \"{text}\""));
+    }
+    let chars = text.chars().count();
     let bound = |key: &str| schema.get(key).and_then(Value::as_u64);
     if bound("minLength").is_some_and(|least| least > 0) && chars == 0 {
         return Some("must not be empty".to_owned());

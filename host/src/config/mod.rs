@@ -84,6 +84,14 @@ impl Config {
         let rest = self.streams.iter().find(|(_, stream)| stream.topics.is_empty());
         rest.map_or(complete::REST_STREAM, |(name, _)| name)
     }
+
+    /// Folder of a stream, or of the dead letters.
+    pub fn stream_dir(&self, name: &str) -> PathBuf {
+        match name {
+            DEAD_LETTERS => self.data_dir.join(DEAD_LETTERS),
+            name => self.data_dir.join("streams").join(name),
+        }
+    }
 }
 
 pub use validate::DEAD_LETTERS;

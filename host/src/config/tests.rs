@@ -73,7 +73,7 @@ sinks:
             "headworks.yaml:8: streams.telemetry.partitions: must be a whole number, is \"four\"",
             "headworks.yaml:9: streams.telemetry.retention.max_age: must be a time such as 300ms, 5s or 7d, is \"7 parsecs\"",
             "headworks.yaml:13: pipelines.telemetry.routes.default: no sink `warehose`, did you mean `warehouse`?",
-            "headworks.yaml:19: sinks.warehouse.batch.rows_max: must be at least 1, is 0",
+            "headworks.yaml:19: sinks.warehouse.batch.rows_max: must be between 1 and 100000, is 0",
         ]
     );
 }
@@ -188,7 +188,7 @@ sinks: { 'my table': { type: sqlite, path: x.db, table: t } }
         "headworks.yaml:5: streams.dead-letters: is the name of the stream of refused messages, take another",
         "headworks.yaml:6: streams.rest.topics: must be set: stream `dead-letters` takes the topics that no stream names already",
         "headworks.yaml:8: pipelines.p.steps[1]: step 0 is `normalize` already, tell them apart with `as: normalize-2`",
-        "headworks.yaml:8: pipelines.p.steps[2].plugin: must name a plugin: its file without number and `.wasm`",
+        "headworks.yaml:8: pipelines.p.steps[2].plugin: is missing",
         "headworks.yaml:9: sinks.my table: a name has 1 to 64 letters, digits, `-` and `_`, a letter or digit first, is \"my table\"",
     ];
     for line in expected {

@@ -91,6 +91,7 @@ fn streams(config: &Config, problems: &mut Problems) {
 }
 
 fn sinks(config: &Config, problems: &mut Problems) {
+    let namespace = Namespace::parse(&config.topics);
     for (name, sink) in &config.sinks {
         let path = KeyPath::root().key("sinks").key(name);
         check_name(name, &path, problems);
@@ -98,6 +99,9 @@ fn sinks(config: &Config, problems: &mut Problems) {
             problems.add(path.clone(), "`drop` is the route that drops, take another name");
         }
         sink.validate(&path, problems);
+        if let Ok(namespace) = &namespace {
+            sink.validate_namespace(namespace, &path, problems);
+        }
     }
 }
 
@@ -122,12 +126,8 @@ fn pipelines(config: &Config, problems: &mut Problems) {
         let mut steps: BTreeMap<&str, usize> = BTreeMap::new();
         for (i, step) in pipeline.steps.iter().flatten().enumerate() {
             let path = path.key("steps").index(i);
-            if step.plugin.is_empty() {
-                problems.add(path.key("plugin"), "must name a plugin: its file without number and `.wasm`");
-                continue;
-            }
-            let name = step.name.as_deref().unwrap_or(&step.plugin);
-            check_name(name, &path.key(if step.name.is_some() { "as" } else { "plugin" }), problems);
+            step.validate(&path, problems);
+            let name = step.step_name();
             if let Some(first) = steps.insert(name, i) {
                 let message = format!("step {first} is `{name}` already, tell them apart with `as: {name}-2`");
                 problems.add(path, message);

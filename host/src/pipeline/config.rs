@@ -7,6 +7,7 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::plugin::StepConfig;
 use crate::problems::{KeyPath, Problems};
 use crate::units::{ByteSize, Period};
 
@@ -54,19 +55,6 @@ pub struct Config {
     /// What is in flight at a shutdown may take this long to reach the sinks.
     /// What does not is delivered after the next start.
     pub drain_max: Period,
-}
-
-/// A use of a plugin.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct StepConfig {
-    /// The plugin's name, the file's without number and `.wasm`.
-    pub plugin: String,
-    /// Another name for this use of it.
-    #[serde(rename = "as", skip_serializing_if = "Option::is_none")]
-    pub name: Option<String>,
-    /// Handed to the plugin as JSON.
-    pub config: serde_json::Value,
 }
 
 /// One sink, several, or `drop`.

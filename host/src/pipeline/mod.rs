@@ -42,7 +42,7 @@ mod writer;
 #[cfg(test)]
 mod tests;
 
-pub use config::{Backoff, Config, DEFAULT_ROUTE, DROP, Retries, RouteTarget, StepConfig};
+pub use config::{Backoff, Config, DEFAULT_ROUTE, DROP, Retries, RouteTarget};
 pub use dead_letters::{DeadLetters, Error as DeadLettersError};
 pub use dead_letters_config::DeadLettersConfig;
 pub use letter::Letter;

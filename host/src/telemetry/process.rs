@@ -33,10 +33,14 @@ pub struct Process {
     started: SystemTime,
 }
 
-impl Process {
-    pub fn start() -> Self {
+/// Made at the start of the process.
+impl Default for Process {
+    fn default() -> Self {
         Self { started: SystemTime::now() }
     }
+}
+
+impl Process {
 
     pub fn uptime(&self) -> Duration {
         self.started.elapsed().unwrap_or_default()
@@ -90,7 +94,7 @@ mod tests {
 
     #[test]
     fn every_figure_of_the_process_is_shown() {
-        let text = Process::start().render();
+        let text = Process::default().render();
         for metric in METRICS {
             let line = text.lines().find(|line| {
                 line.strip_prefix(metric.name).is_some_and(|rest| rest.starts_with([' ', '{']))

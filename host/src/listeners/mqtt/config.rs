@@ -56,7 +56,7 @@ pub struct Config {
 #[serde(deny_unknown_fields)]
 pub struct Endpoint {
     /// Address and port, `127.0.0.1:1883`; port 0 takes a free one.
-    #[schemars(with = "String")]
+    #[schemars(with = "String", extend("format" = "socket-address"))]
     pub bind: SocketAddr,
     /// Serve TLS on this address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
