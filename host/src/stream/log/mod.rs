@@ -33,12 +33,12 @@ mod recover;
 mod retain;
 mod scan;
 pub mod segment;
-// #[cfg(test)]
-// mod sim;
+#[cfg(test)]
+mod sim;
 mod state;
 mod tail;
-// #[cfg(test)]
-// mod tests;
+#[cfg(test)]
+mod tests;
 
 pub use disk::{Disk, RealDisk, SlowDisk, SyncSite};
 pub use measure::METRICS;
