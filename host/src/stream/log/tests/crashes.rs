@@ -11,7 +11,9 @@ enum Op {
     /// Messages, their sizes, and a state key that gets this value or goes.
     Append(Vec<usize>, Option<(u8, Option<u8>)>),
     Commit,
-    Keep { prepare: bool },
+    Keep {
+        prepare: bool,
+    },
     Hours(u64),
     Advance,
     Reopen,
@@ -44,9 +46,8 @@ fn random_work(seed: u64, len: usize) -> Vec<Op> {
         .map(|_| match random.below(20) {
             0..=7 => {
                 let sizes = (0..random.below(4)).map(|_| random.below(1_500) as usize).collect();
-                let change = (random.below(3) == 0).then(|| {
-                    (random.below(4) as u8, (random.below(3) > 0).then(|| random.below(256) as u8))
-                });
+                let change = (random.below(3) == 0)
+                    .then(|| (random.below(4) as u8, (random.below(3) > 0).then(|| random.below(256) as u8)));
                 Op::Append(sizes, change)
             }
             8..=13 => Op::Commit,
@@ -127,7 +128,8 @@ fn begin(disk: &SimDisk, model: &mut Model, clock: &Arc<AtomicU64>) -> Result<Op
     let bounds = log.bounds();
     ensure(bounds.start.0 <= model.pinned, "retention went past a reader")?;
     // A prefix of the appends, all that were acknowledged among them, none by half.
-    let kept = model.appends.iter().take_while(|(first, payloads, _)| first + payloads.len() as u64 <= bounds.end.0);
+    let kept =
+        model.appends.iter().take_while(|(first, payloads, _)| first + payloads.len() as u64 <= bounds.end.0);
     let kept = kept.count().max(model.acknowledged);
     let end = model.appends[..kept].last().map_or(0, |(first, payloads, _)| first + payloads.len() as u64);
     ensure(bounds.end.0 == end, &format!("ends at {}, acknowledged or whole is {end}", bounds.end.0))?;
@@ -151,7 +153,10 @@ fn begin(disk: &SimDisk, model: &mut Model, clock: &Arc<AtomicU64>) -> Result<Op
     let expected: BTreeMap<u64, &Vec<u8>> =
         model.appends.iter().flat_map(|(first, payloads, _)| (*first..).zip(payloads)).collect();
     for (offset, read) in block_on(read_all(&*log, bounds.start.0)) {
-        ensure(read.as_ref() == expected.get(&offset).copied(), &format!("offset {offset} is not what it was"))?;
+        ensure(
+            read.as_ref() == expected.get(&offset).copied(),
+            &format!("offset {offset} is not what it was"),
+        )?;
     }
     model.appends.truncate(survivors);
     model.acknowledged = survivors;
