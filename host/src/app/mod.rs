@@ -47,8 +47,14 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
 
     // Streams first: the log is what everything else stands on.
     let streams = open_streams(&config, &data_dir)?;
+    for log in &streams.logs {
+        forget_strangers(log, &config);
+    }
+    let streams = streams.set;
     let dead_letters = open_log(&data_dir.join("dead-letters"), "dead-letters", &config.dead_letters.stream())?;
-    let broker = open_log(&data_dir.join("broker"), "broker", &broker_stream())?;
+    forget_strangers(&dead_letters, &config);
+    let dead_letters: Arc<dyn Stream> = dead_letters;
+    let broker: Arc<dyn Stream> = open_log(&data_dir.join("broker"), "broker", &broker_stream())?;
 
     // Plugins, then the pipelines that run them and own the sinks.
     let devices = Arc::new(Devices::load(&config.devices)?);
@@ -97,7 +103,7 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
         }),
         redrive: Arc::new(redrive::Redrives(pipelines.clone())),
         prometheus,
-        process: telemetry::Process::start(),
+        process: telemetry::Process::default(),
     };
     let stop_admin = CancellationToken::new();
     let admin = admin::start(&config.admin, deps, stop_admin.clone()).await?;
@@ -123,11 +129,18 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
     ended
 }
 
-fn open_streams(config: &Config, data_dir: &Path) -> anyhow::Result<Streams> {
-    let mut routed = Vec::new();
-    let mut rest = None;
+struct OpenStreams {
+    logs: Vec<Arc<Log>>,
+    set: Streams,
+}
+
+fn open_streams(config: &Config, data_dir: &Path) -> anyhow::Result<OpenStreams> {
+    let mut logs = Vec::new();
+    let mut routed: Vec<(Vec<TopicFilter>, Arc<dyn Stream>)> = Vec::new();
+    let mut rest: Option<Arc<dyn Stream>> = None;
     for (name, stream) in &config.streams {
         let log = open_log(&data_dir.join("streams").join(name), name, stream)?;
+        logs.push(Arc::clone(&log));
         if name == config.default_stream() {
             rest = Some(log);
         } else {
@@ -135,10 +148,26 @@ fn open_streams(config: &Config, data_dir: &Path) -> anyhow::Result<Streams> {
             routed.push((filters?, log));
         }
     }
-    Ok(Streams::new(routed, rest.context("no stream takes the topics that no other wants")?))
+    let rest = rest.context("no stream takes the topics that no other wants")?;
+    Ok(OpenStreams { logs, set: Streams::new(routed, rest) })
 }
 
-fn open_log(dir: &Path, name: &str, config: &stream::Config) -> anyhow::Result<Arc<dyn Stream>> {
+/// Lets go of readers whose pipeline or sink is no longer configured: their
+/// positions would hold retention back for ever.
+fn forget_strangers(log: &Log, config: &Config) {
+    for (consumer, next) in log.remembered() {
+        let (pipeline, rest) = consumer.split_once('/').unwrap_or((&consumer, ""));
+        let is_known = config.pipelines.get(pipeline).is_some_and(|pipeline| {
+            rest.ends_with("/dead-letters") || pipeline.sinks().contains(rest)
+        });
+        if !is_known {
+            tracing::warn!(stream = log.name(), consumer, next = next.0, "no longer configured: its messages are let go");
+            log.forget(&consumer);
+        }
+    }
+}
+
+fn open_log(dir: &Path, name: &str, config: &stream::Config) -> anyhow::Result<Arc<Log>> {
     let disk: Arc<dyn Disk> = match config.sync_delay {
         Some(delay) => Arc::new(SlowDisk { disk: Arc::new(RealDisk), extra: delay.0 }),
         None => Arc::new(RealDisk),
@@ -163,14 +192,11 @@ fn broker_stream() -> stream::Config {
 
 /// Every sink that a route of the pipeline names, once.
 fn sink_parts(config: &Config, pipeline: &pipeline::Config, namespace: &Arc<Namespace>) -> Vec<SinkPart> {
-    let mut names: Vec<&String> = pipeline.routes.values().flat_map(|target| target.sinks()).collect();
-    names.sort();
-    names.dedup();
-    let part = |name: &&String| {
-        let sink = config.sinks.get(*name)?;
+    let part = |name: &str| {
+        let sink = config.sinks.get(name)?;
         let batch = sink.batch();
         Some(SinkPart {
-            name: (*name).clone(),
+            name: name.to_owned(),
             sink: sink.build(name, Arc::clone(namespace)),
             batching: Batching {
                 rows_max: batch.rows_max as usize,
@@ -180,7 +206,7 @@ fn sink_parts(config: &Config, pipeline: &pipeline::Config, namespace: &Arc<Name
             on_lag: sink.on_lag(),
         })
     };
-    names.iter().filter_map(part).collect()
+    pipeline.sinks().into_iter().filter_map(part).collect()
 }
 
 /// One host a data folder: held until the process ends.
