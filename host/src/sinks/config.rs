@@ -99,9 +99,7 @@ impl Config {
     /// Connects only in [`Sink::open`]. `name` is the sink's key in the config.
     pub fn build(&self, name: &str, namespace: Arc<Namespace>) -> Box<dyn Sink> {
         match self {
-            Self::Postgres(config) => {
-                Box::new(postgres::PostgresSink::new(name, config.clone(), namespace))
-            }
+            Self::Postgres(config) => Box::new(postgres::PostgresSink::new(name, config.clone(), namespace)),
             Self::Sqlite(config) => Box::new(sqlite::SqliteSink::new(name, config.clone(), namespace)),
         }
     }

@@ -67,11 +67,7 @@ struct Claimed {
 
 impl Default for MemoryDatabase {
     fn default() -> Self {
-        Self {
-            state: Arc::default(),
-            written: watch::Sender::new(0),
-            blocked: watch::Sender::new(false),
-        }
+        Self { state: Arc::default(), written: watch::Sender::new(0), blocked: watch::Sender::new(false) }
     }
 }
 

@@ -11,10 +11,10 @@ use uuid::Uuid;
 
 use crate::batch::{Batch, MessageRef, Offset, Partition};
 
-#[cfg(test)]
-pub(crate) mod conformance;
 pub mod columns;
 mod config;
+#[cfg(test)]
+pub(crate) mod conformance;
 pub mod memory;
 pub mod postgres;
 pub mod sqlite;

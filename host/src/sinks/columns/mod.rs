@@ -141,9 +141,7 @@ impl<'m> Reader<'_, 'm> {
     fn first<'c>(&self, column: &'c Column, message: &MessageRef<'m>) -> (Value<'m>, Option<&'c Source>) {
         for source in &column.sources {
             let value = match source {
-                Source::Time => {
-                    Value::Time(message.event_us().unwrap_or(message.entry.received_us as i64))
-                }
+                Source::Time => Value::Time(message.event_us().unwrap_or(message.entry.received_us as i64)),
                 Source::Received => Value::Time(message.entry.received_us as i64),
                 Source::Topic => Value::Text(message.topic()),
                 Source::LastLevel => Value::Text(message.topic().rsplit('/').next().unwrap_or_default()),
@@ -265,7 +263,9 @@ fn reason(
                     format!("column \"{name}\": the payload has no {noun} at {pointer}: {shown}")
                 }
                 Some(Source::Level(field)) => {
-                    format!("column \"{name}\": the topic has no level {field}, it does not fit the namespace")
+                    format!(
+                        "column \"{name}\": the topic has no level {field}, it does not fit the namespace"
+                    )
                 }
                 _ => format!("column \"{name}\": the payload is not {expected}: {shown}"),
             }

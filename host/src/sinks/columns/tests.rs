@@ -41,7 +41,8 @@ fn value_of(payload: &str) -> Result<f64, String> {
 #[test]
 fn the_default_columns_are_the_reference_table() {
     let columns = Columns::new(&ColumnsConfig::default(), Arc::default());
-    let row = read(&columns, r#"{"device_id":"x","value":21.5,"metric":"temperature_c","location":"hall 2"}"#);
+    let row =
+        read(&columns, r#"{"device_id":"x","value":21.5,"metric":"temperature_c","location":"hall 2"}"#);
     let mut time = String::new();
     write_time(RECEIVED_US as i64, &mut time).unwrap();
     let expected = [&time, "sensor-4a3b", "hall 2", "temperature_c", "21.5"];
@@ -60,7 +61,10 @@ fn a_bare_number_is_a_value_and_the_topic_its_metric() {
 #[test]
 fn a_reason_names_column_and_payload() {
     for (payload, expected) in [
-        ("{\"device_id\": \"x\"}", "column \"value\": the payload has no number at /value: {\"device_id\": \"x\"}"),
+        (
+            "{\"device_id\": \"x\"}",
+            "column \"value\": the payload has no number at /value: {\"device_id\": \"x\"}",
+        ),
         ("{\"value\": null}", "column \"value\": the payload has no number at /value: {\"value\": null}"),
         ("{\"value\": \"hot\"}", "column \"value\": /value is not a number: \"hot\""),
         ("ping", "column \"value\": the payload is not a number: ping"),
@@ -93,7 +97,8 @@ fn levels_of_the_topic_are_values() {
 
 #[test]
 fn a_config_keeps_the_order_and_says_all_that_is_wrong() {
-    let text = r#"{"z": "$device", "a": ["/a", "$site"], "m": {"from": "/v", "type": "double", "required": true}}"#;
+    let text =
+        r#"{"z": "$device", "a": ["/a", "$site"], "m": {"from": "/v", "type": "double", "required": true}}"#;
     let config: ColumnsConfig = serde_json::from_str(text).unwrap();
     assert_eq!(config.0.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["z", "a", "m"]);
     let path = crate::problems::KeyPath::root().key("columns");
@@ -102,7 +107,8 @@ fn a_config_keeps_the_order_and_says_all_that_is_wrong() {
     config.validate_namespace(&Namespace::default(), &path, &mut problems);
     assert!(problems.is_empty(), "{problems:?}");
 
-    let bad: ColumnsConfig = serde_json::from_str(r#"{"": "$device", "a": "value", "b": [], "c": "$sight"}"#).unwrap();
+    let bad: ColumnsConfig =
+        serde_json::from_str(r#"{"": "$device", "a": "value", "b": [], "c": "$sight"}"#).unwrap();
     bad.validate(&path, &mut problems);
     bad.validate_namespace(&Namespace::default(), &path, &mut problems);
     let problems = problems.into_vec();

@@ -106,12 +106,16 @@ impl Target {
             Self::Int4 => {
                 let number = value.i64().ok_or(Mismatch("a whole number"))?;
                 out.put_i32(4);
-                out.put_i32(i32::try_from(number).map_err(|_| Mismatch("a number that an integer can hold"))?);
+                out.put_i32(
+                    i32::try_from(number).map_err(|_| Mismatch("a number that an integer can hold"))?,
+                );
             }
             Self::Int2 => {
                 let number = value.i64().ok_or(Mismatch("a whole number"))?;
                 out.put_i32(2);
-                out.put_i16(i16::try_from(number).map_err(|_| Mismatch("a number that a smallint can hold"))?);
+                out.put_i16(
+                    i16::try_from(number).map_err(|_| Mismatch("a number that a smallint can hold"))?,
+                );
             }
             Self::Numeric => put_numeric(value, out)?,
             Self::Bool => {

@@ -66,7 +66,8 @@ fn line_of_copy(context: &str) -> Option<usize> {
 /// Errors that no server sent, but that a person must mend.
 fn is_setup(error: &tokio_postgres::Error) -> bool {
     let text = error.to_string();
-    text.starts_with("invalid configuration") || text.starts_with("authentication error")
+    text.starts_with("invalid configuration")
+        || text.starts_with("authentication error")
         || text.starts_with("error performing TLS handshake")
 }
 

@@ -67,12 +67,10 @@ impl Held {
     pub async fn claim(client: &Client, claim: &Claim, holder: &str) -> Result<(Self, Vec<Position>), Error> {
         let (log, generation) = (claim.log.to_string(), i64::from(claim.generation));
         let (pipeline, sink) = (claim.pipeline.clone(), claim.sink.clone());
-        let epoch: i64 =
-            client.query_one(NEXT_EPOCH, &[&pipeline, &sink, &log, &generation]).await?.get(0);
+        let epoch: i64 = client.query_one(NEXT_EPOCH, &[&pipeline, &sink, &log, &generation]).await?.get(0);
         let partitions = i32::from(claim.partitions);
-        let rows = client
-            .query(CLAIM, &[&pipeline, &sink, &log, &generation, &partitions, &epoch, &holder])
-            .await?;
+        let rows =
+            client.query(CLAIM, &[&pipeline, &sink, &log, &generation, &partitions, &epoch, &holder]).await?;
         let mut positions: Vec<Position> = rows.iter().filter_map(position).collect();
         positions.sort_by_key(|position| position.partition);
         let advance = client.prepare(ADVANCE).await?;
@@ -103,8 +101,7 @@ impl Held {
 
     /// Who is there instead of us, for a person.
     pub async fn usurper(&self, client: &Client, advance: &[Advance]) -> Result<String, Error> {
-        let rows =
-            client.query(LOOK, &[&self.pipeline, &self.sink, &self.log, &self.generation]).await?;
+        let rows = client.query(LOOK, &[&self.pipeline, &self.sink, &self.log, &self.generation]).await?;
         let whose = format!("positions of pipeline \"{}\" in sink \"{}\"", self.pipeline, self.sink);
         let Some(newest) = rows.first() else {
             return Ok(format!("the {whose} were removed from headworks_positions: restart to begin again"));

@@ -61,7 +61,8 @@ impl Server {
     pub fn kill(&mut self) {
         let Some(mut process) = self.process.take() else { return };
         let pid_file = self.dir.join("data/postmaster.pid");
-        let pid = std::fs::read_to_string(&pid_file).ok().and_then(|text| Some(text.lines().next()?.to_owned()));
+        let pid =
+            std::fs::read_to_string(&pid_file).ok().and_then(|text| Some(text.lines().next()?.to_owned()));
         if let Some(pid) = pid {
             let _ = Command::new("kill").args(["-9", &pid]).stderr(Stdio::null()).status();
         }
@@ -130,9 +131,10 @@ fn newest_bin() -> Option<PathBuf> {
         .filter(|(_, bin)| bin.join("initdb").exists())
         .collect();
     versions.sort();
-    versions.pop().map(|(_, bin)| bin).or_else(|| {
-        std::env::split_paths(&std::env::var_os("PATH")?).find(|bin| bin.join("initdb").exists())
-    })
+    versions
+        .pop()
+        .map(|(_, bin)| bin)
+        .or_else(|| std::env::split_paths(&std::env::var_os("PATH")?).find(|bin| bin.join("initdb").exists()))
 }
 
 fn is_root() -> bool {

@@ -130,7 +130,10 @@ impl PostgresSink {
         client.batch_execute(positions::LOCK).await.map_err(server)?;
         self.create_missing(&client).await?;
         let table = Table::read(&client, &self.config.table).await.map_err(server)?.ok_or_else(|| {
-            Error::Setup(format!("{context}: there is no table {}: create it, or set `create: true`", self.config.table))
+            Error::Setup(format!(
+                "{context}: there is no table {}: create it, or set `create: true`",
+                self.config.table
+            ))
         })?;
         let mut columns = self.columns.clone();
         let targets = table
@@ -155,8 +158,7 @@ impl PostgresSink {
         let context = self.context();
         let server = |error: tokio_postgres::Error| classify(&context, &error);
         let exists = "SELECT to_regclass($1) IS NOT NULL";
-        let known: bool =
-            client.query_one(exists, &[&"headworks_positions"]).await.map_err(server)?.get(0);
+        let known: bool = client.query_one(exists, &[&"headworks_positions"]).await.map_err(server)?.get(0);
         if !known {
             client.batch_execute(positions::CREATE).await.map_err(|error| {
                 classify(&format!("{context}: cannot create the table headworks_positions"), &error)
@@ -249,7 +251,7 @@ impl Sink for PostgresSink {
             Err(_) => Err(Error::Unknown(format!("{context}: no answer for {} s", limit.as_secs()))),
         };
         // After these the transaction is over and the connection good.
-        if matches!(outcome, Ok(()) | Err(Error::Rows(_) | Error::Data(_))) {
+        if matches!(outcome, Ok(()) | Err(Error::Rows(_) | Error::Data(_) | Error::Fenced(_))) {
             self.session = Some(session);
         }
         outcome

@@ -77,9 +77,7 @@ fn sink(config: Config) -> PostgresSink {
 }
 
 fn columns(columns: &[(&str, &str)]) -> ColumnsConfig {
-    let column = |(name, from): &(&str, &str)| {
-        ((*name).to_owned(), ColumnConfig::Source((*from).to_owned()))
-    };
+    let column = |(name, from): &(&str, &str)| ((*name).to_owned(), ColumnConfig::Source((*from).to_owned()));
     ColumnsConfig(columns.iter().map(column).collect())
 }
 
@@ -173,7 +171,8 @@ async fn every_type_that_is_written_reads_back() {
         )
         .await;
     let names = [
-        "i2", "i4", "i8", "f4", "f8", "n", "n2", "n3", "n4", "b", "t", "v", "tz", "ts", "d", "j", "jb", "u", "nothing",
+        "i2", "i4", "i8", "f4", "f8", "n", "n2", "n3", "n4", "b", "t", "v", "tz", "ts", "d", "j", "jb", "u",
+        "nothing",
     ];
     let pointers: Vec<String> = names.iter().map(|name| format!("/{name}")).collect();
     let mut pairs: Vec<(&str, &str)> = names.into_iter().zip(pointers.iter().map(String::as_str)).collect();
@@ -217,8 +216,14 @@ async fn every_type_that_is_written_reads_back() {
 async fn a_table_that_does_not_fit_is_an_error_that_names_the_column() {
     let base = "time TIMESTAMPTZ, device_id TEXT, location TEXT, metric TEXT";
     for (table, expected) in [
-        (format!("{base}, reading REAL"), "no column \"value\": it has time, device_id, location, metric, reading"),
-        (format!("{base}, value POINT"), "column \"value\" of table telemetry is point, which cannot be written"),
+        (
+            format!("{base}, reading REAL"),
+            "no column \"value\": it has time, device_id, location, metric, reading",
+        ),
+        (
+            format!("{base}, value POINT"),
+            "column \"value\" of table telemetry is point, which cannot be written",
+        ),
         (format!("{base}, value REAL, site TEXT NOT NULL"), "column \"site\" of table telemetry is NOT NULL"),
     ] {
         let fresh = Fresh::new().await;
@@ -295,7 +300,11 @@ impl Cutter {
         Self { port, armed }
     }
 
-    async fn carry(client: tokio::net::TcpStream, server: tokio::net::TcpStream, armed: Arc<Mutex<Option<Cut>>>) {
+    async fn carry(
+        client: tokio::net::TcpStream,
+        server: tokio::net::TcpStream,
+        armed: Arc<Mutex<Option<Cut>>>,
+    ) {
         let (mut from_client, mut to_client) = client.into_split();
         let (mut from_server, mut to_server) = server.into_split();
         let muted = Arc::new(Mutex::new(false));
@@ -349,7 +358,9 @@ async fn an_unknown_commit_is_resolved_by_open() {
     let mut next = 0;
     let mut rows_there = 0;
     sink.commit(&Rows::default(), &[advance(0, 0, 0)]).await.unwrap();
-    for (cut, is_written) in [(Cut::Before, false), (Cut::After, true), (Cut::After, true), (Cut::Before, false)] {
+    for (cut, is_written) in
+        [(Cut::Before, false), (Cut::After, true), (Cut::After, true), (Cut::Before, false)]
+    {
         *cutter.armed.lock().unwrap() = Some(cut);
         let batch = rows([message("a", "1"), message("b", "2")]);
         let error = sink.commit(&batch, &[advance(0, next, next + 2)]).await.unwrap_err();
@@ -457,12 +468,19 @@ fn guarded() -> (Server, std::path::PathBuf) {
     let mut server = Server::start(&[]);
     let dir = server.dir().to_owned();
     let openssl = |arguments: &str| {
-        let output =
-            std::process::Command::new("openssl").args(arguments.split(' ')).current_dir(&dir).output().unwrap();
+        let output = std::process::Command::new("openssl")
+            .args(arguments.split(' '))
+            .current_dir(&dir)
+            .output()
+            .unwrap();
         assert!(output.status.success(), "openssl {arguments}: {}", String::from_utf8_lossy(&output.stderr));
     };
-    openssl("req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=ca -keyout ca.key -out ca.pem");
-    openssl("req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=localhost -keyout s.key -out s.csr");
+    openssl(
+        "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=ca -keyout ca.key -out ca.pem",
+    );
+    openssl(
+        "req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=localhost -keyout s.key -out s.csr",
+    );
     server.write("ext", "subjectAltName=DNS:localhost\n");
     openssl("x509 -req -in s.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile ext -out s.pem");
     for (from, to) in [("s.key", "data/server.key"), ("s.pem", "data/server.crt")] {
@@ -535,7 +553,9 @@ async fn a_user_without_rights_is_told_which_table_cannot_be_made() {
     let fresh = Fresh::new().await;
     let role = format!("r{}", uuid::Uuid::new_v4().simple());
     fresh
-        .execute(&format!("CREATE ROLE {role} LOGIN PASSWORD 'x'; REVOKE CREATE ON SCHEMA public FROM PUBLIC"))
+        .execute(&format!(
+            "CREATE ROLE {role} LOGIN PASSWORD 'x'; REVOKE CREATE ON SCHEMA public FROM PUBLIC"
+        ))
         .await;
     let target = Url(fresh.url.clone()).target();
     let config = Config { url: Url(format!("postgres://{role}:x@{target}")), ..fresh.config() };

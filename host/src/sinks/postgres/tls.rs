@@ -25,7 +25,8 @@ const SYSTEM_CAS: [&str; 4] = [
 pub fn connector(mode: SslMode, tls: &Tls) -> Result<MakeRustlsConnect, String> {
     let provider = Arc::new(ring::default_provider());
     let verifier: Arc<dyn ServerCertVerifier> = match (mode, &tls.ca) {
-        (SslMode::Disable | SslMode::Prefer | SslMode::Require, None) | (SslMode::Disable | SslMode::Prefer, _) => {
+        (SslMode::Disable | SslMode::Prefer | SslMode::Require, None)
+        | (SslMode::Disable | SslMode::Prefer, _) => {
             Arc::new(Verifier { provider: provider.clone(), chain: None })
         }
         (SslMode::Require | SslMode::VerifyCa, ca) => {

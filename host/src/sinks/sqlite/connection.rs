@@ -46,9 +46,7 @@ impl Session {
         let mut connection = Connection::open(path).map_err(failed)?;
         connection.busy_timeout(config.busy_timeout.0).map_err(failed)?;
         // FULL: a commit is on the disk when it returns, as the log's position relies on it.
-        connection
-            .execute_batch("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;")
-            .map_err(failed)?;
+        connection.execute_batch("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;").map_err(failed)?;
         connection.set_prepared_statement_cache_capacity(8);
         let mut columns = columns.clone();
         let transaction =
@@ -267,8 +265,9 @@ fn bind(
     config: &Config,
     columns: &mut Columns,
 ) -> rusqlite::Result<Result<(), String>> {
-    let mut statement = connection
-        .prepare("SELECT name, \"notnull\" <> 0 AND dflt_value IS NULL AND pk = 0 FROM pragma_table_info(?1)")?;
+    let mut statement = connection.prepare(
+        "SELECT name, \"notnull\" <> 0 AND dflt_value IS NULL AND pk = 0 FROM pragma_table_info(?1)",
+    )?;
     let known: Vec<(String, bool)> = statement
         .query_map([&config.table], |row| Ok((row.get(0)?, row.get(1)?)))?
         .collect::<rusqlite::Result<_>>()?;

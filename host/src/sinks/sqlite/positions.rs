@@ -97,11 +97,9 @@ impl Held {
         let whose = format!("positions of pipeline \"{}\" in sink \"{}\"", self.pipeline, self.sink);
         let partition = step.partition.0;
         let row: Option<(i64, Option<i64>, String, String)> = connection
-            .query_row(
-                LOOK,
-                params![self.pipeline, self.sink, self.log, self.generation, partition],
-                |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?)),
-            )
+            .query_row(LOOK, params![self.pipeline, self.sink, self.log, self.generation, partition], |row| {
+                Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?))
+            })
             .optional()?;
         Ok(match row {
             None => format!("the {whose} were removed from headworks_positions: restart to begin again"),
