@@ -54,7 +54,9 @@ impl Devices {
             Some(path) => Self::read(path)?,
             None => Self::default(),
         };
-        devices.0.extend(config.table.iter().map(|(id, value)| (id.as_str().into(), value.to_string().into())));
+        devices
+            .0
+            .extend(config.table.iter().map(|(id, value)| (id.as_str().into(), value.to_string().into())));
         Ok(devices)
     }
 

@@ -41,7 +41,8 @@ fn raw() -> impl Strategy<Value = Raw> {
         |(verdicts, header, mut records, data, cut)| {
             records.sort_by_key(|record| record.0);
             let header = header.unwrap_or_else(|| vec![1, 8, 16, records.len() as u32, 0, 0, 0, 0]);
-            let words = records.iter().flat_map(|(source, set, rest)| [&[*source, *set][..], &rest[..]].concat());
+            let words =
+                records.iter().flat_map(|(source, set, rest)| [&[*source, *set][..], &rest[..]].concat());
             let mut outputs: Vec<u8> = header.into_iter().chain(words).flat_map(u32::to_le_bytes).collect();
             outputs.truncate(outputs.len() - cut.min(outputs.len()) * (cut / 2));
             Raw { verdicts, outputs, data }

@@ -123,11 +123,8 @@ impl Cache {
     }
 
     fn read(&self, path: &Path, bytes_max: u64) -> Option<Vec<u8>> {
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(OFlags::NOFOLLOW.bits() as i32)
-            .open(path)
-            .ok()?;
+        let file =
+            OpenOptions::new().read(true).custom_flags(OFlags::NOFOLLOW.bits() as i32).open(path).ok()?;
         let metadata = file.metadata().ok()?;
         let ours = metadata.is_file() && metadata.uid() == rustix::process::geteuid().as_raw();
         if !ours || metadata.mode() & 0o022 != 0 || metadata.len() > bytes_max {

@@ -192,7 +192,8 @@ impl Plugins {
             work.look(&HashSet::new(), true);
         }
         let status = Mutex::new(work.status());
-        let shared = Arc::new(Inner { work: Mutex::new(work), status, wake, stopped: AtomicBool::new(false) });
+        let shared =
+            Arc::new(Inner { work: Mutex::new(work), status, wake, stopped: AtomicBool::new(false) });
         let thread = std::thread::Builder::new()
             .name("plugin-folder".into())
             .spawn({
@@ -318,7 +319,12 @@ impl Work {
             }
         };
         for (file, reason) in refused.iter().filter(|entry| !self.refused.contains(entry)) {
-            self.failures.report(&format!("plugin file {file} is not used"), 1, reason, "headworks plugin list");
+            self.failures.report(
+                &format!("plugin file {file} is not used"),
+                1,
+                reason,
+                "headworks plugin list",
+            );
         }
         self.refused = refused;
         self.settling.retain(&found);
@@ -408,7 +414,8 @@ impl Work {
             drop(current);
             if !same {
                 self.generation += 1;
-                let chain = Chain { generation: self.generation, steps: steps.into(), hold: hold.map(Into::into) };
+                let chain =
+                    Chain { generation: self.generation, steps: steps.into(), hold: hold.map(Into::into) };
                 pipeline.sender.send_replace(chain);
             }
         }
@@ -567,7 +574,8 @@ impl Work {
         for line in text.lines() {
             let Some((order, file)) = line.split_once(' ') else { continue };
             let stem = file.strip_suffix(".wasm").unwrap_or(file);
-            let name = stem.split_once('-').filter(|(n, _)| n.parse::<u64>().is_ok()).map_or(stem, |(_, s)| s);
+            let name =
+                stem.split_once('-').filter(|(n, _)| n.parse::<u64>().is_ok()).map_or(stem, |(_, s)| s);
             let known = self.files.entry(name.to_owned()).or_default();
             known.path = self.config.dir.join(file);
             known.order = order.parse().unwrap_or(u64::MAX);

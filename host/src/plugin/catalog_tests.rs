@@ -161,10 +161,7 @@ fn an_explicit_step_keeps_its_last_good_version_without_its_file() {
     let folder = Folder::new();
     folder.put("1-a.wasm", &guarded());
     let plugins = folder.start();
-    let steps = [
-        StepConfig::new("a"),
-        StepConfig { name: Some("again".into()), ..StepConfig::new("a") },
-    ];
+    let steps = [StepConfig::new("a"), StepConfig { name: Some("again".into()), ..StepConfig::new("a") }];
     let receiver = plugins.chain("telemetry", Some(&steps));
     assert_eq!((receiver.borrow().steps.len(), receiver.borrow().hold.clone()), (2, None));
     assert_eq!(&*receiver.borrow().steps[1].id().step, "again");
@@ -180,9 +177,8 @@ fn a_cached_plugin_is_not_compiled_again_and_a_changed_artifact_is_not_used() {
     let folder = Folder::new();
     folder.put("1-a.wasm", &guarded());
     drop(folder.start());
-    let no_compiler = || {
-        Compiler::child_of("/nonexistent/headworks".into(), Vec::new(), 1, crate::units::ByteSize::gib(1))
-    };
+    let no_compiler =
+        || Compiler::child_of("/nonexistent/headworks".into(), Vec::new(), 1, crate::units::ByteSize::gib(1));
     assert_eq!(folder.start_with(no_compiler()).status()[0].state, PluginState::Active);
     let artifact = std::fs::read_dir(folder.cache())
         .unwrap()
@@ -194,7 +190,9 @@ fn a_cached_plugin_is_not_compiled_again_and_a_changed_artifact_is_not_used() {
     bytes[middle] ^= 1;
     std::fs::write(&artifact, bytes).unwrap();
     let status = folder.start_with(no_compiler()).status();
-    assert!(matches!(&status[0].state, PluginState::Failed(why) if why.contains("cannot start the compiler")));
+    assert!(
+        matches!(&status[0].state, PluginState::Failed(why) if why.contains("cannot start the compiler"))
+    );
     // With a compiler it heals.
     assert_eq!(folder.start().status()[0].state, PluginState::Active);
     assert_eq!(folder.start_with(no_compiler()).status()[0].state, PluginState::Active);

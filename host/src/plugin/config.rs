@@ -136,8 +136,10 @@ impl Limits {
         at_least(problems, path.key("outputs_per_message_max"), self.outputs_per_message_max.into(), 1, "");
         at_least(problems, path.key("output_bytes_factor"), self.output_bytes_factor.into(), 1, "");
         if self.output_bytes_min.0 > 1 << 30 {
-            problems
-                .add(path.key("output_bytes_min"), format!("must be at most 1GiB, is {}", self.output_bytes_min));
+            problems.add(
+                path.key("output_bytes_min"),
+                format!("must be at most 1GiB, is {}", self.output_bytes_min),
+            );
         }
     }
 }
@@ -171,7 +173,8 @@ impl StepConfig {
     }
 }
 
-const NAME_RULE: &str = "must be 1 to 64 of the characters a-z A-Z 0-9 . _ -, the first one a letter or digit";
+const NAME_RULE: &str =
+    "must be 1 to 64 of the characters a-z A-Z 0-9 . _ -, the first one a letter or digit";
 
 /// Names are file names and metric labels.
 pub(super) fn is_step_name(name: &str) -> bool {

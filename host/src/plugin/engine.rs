@@ -88,7 +88,11 @@ impl Runtime {
     }
 
     /// Starts a call that may take `limit` of CPU time.
-    pub fn start<'r, T: HasDeadline + 'static>(&'r self, store: &mut Store<T>, limit: Duration) -> Running<'r> {
+    pub fn start<'r, T: HasDeadline + 'static>(
+        &'r self,
+        store: &mut Store<T>,
+        limit: Duration,
+    ) -> Running<'r> {
         *store.data_mut().deadline() = Deadline { limit, first_tick: None, exceeded: false };
         store.set_epoch_deadline(1);
         self.0.ticker.running.fetch_add(1, Ordering::SeqCst);

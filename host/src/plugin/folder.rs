@@ -112,9 +112,9 @@ pub(super) fn list(dir: &Path) -> io::Result<Listing> {
     names.sort();
     for file in names {
         match look(dir, &root, &file) {
-            Ok(Some(found)) if listing.found.len() >= PLUGINS_MAX => {
-                listing.refused.push((file, format!("more than {PLUGINS_MAX} plugins; {} is one too many", found.name)))
-            }
+            Ok(Some(found)) if listing.found.len() >= PLUGINS_MAX => listing
+                .refused
+                .push((file, format!("more than {PLUGINS_MAX} plugins; {} is one too many", found.name))),
             Ok(Some(found)) => match listing.found.get(&found.name) {
                 Some(other) => {
                     let reason = format!(
@@ -233,7 +233,9 @@ mod tests {
     #[test]
     fn a_steps_identity_is_the_stem_without_its_number() {
         let dir = tempfile::tempdir().unwrap();
-        for file in ["20-enrich.wasm", "5-normalize.wasm", "route.wasm", ".x.wasm", "notes.txt", "7-a.wasm.part"] {
+        for file in
+            ["20-enrich.wasm", "5-normalize.wasm", "route.wasm", ".x.wasm", "notes.txt", "7-a.wasm.part"]
+        {
             fs::write(dir.path().join(file), b"x").unwrap();
         }
         let expected = [("normalize", 5), ("enrich", 20), ("route", u64::MAX)];

@@ -237,7 +237,10 @@ impl series::Host for HostState {
         self.allow("metrics.register", &[Phase::Init])?;
         let invalid = |reason: String| Ok(Err(types::Error { code: 7, reason }));
         if !is_metric_name(&name) || labels.iter().any(|(name, _)| !is_metric_name(name)) {
-            return invalid(format!("metric \"{}\": names must match [a-z][a-z0-9_]{{0,63}}", printable(&name)));
+            return invalid(format!(
+                "metric \"{}\": names must match [a-z][a-z0-9_]{{0,63}}",
+                printable(&name)
+            ));
         }
         if labels.len() > LABELS_MAX || labels.iter().any(|(_, value)| value.len() > LABEL_BYTES_MAX) {
             return invalid(format!("metric {name}: at most {LABELS_MAX} labels of {LABEL_BYTES_MAX} bytes"));

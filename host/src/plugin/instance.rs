@@ -92,9 +92,8 @@ impl Instance {
             StartError::Fault(format!("did not start: {why}"))
         })?;
         let ready = ready.map_err(|problems| {
-            let problem = |p: super::bindings::base::exports::headworks::plugin::lifecycle::Problem| Problem {
-                path: from_pointer(&p.path),
-                message: printable(&p.reason),
+            let problem = |p: super::bindings::base::exports::headworks::plugin::lifecycle::Problem| {
+                Problem { path: from_pointer(&p.path), message: printable(&p.reason) }
             };
             StartError::Config(problems.into_iter().map(problem).collect())
         })?;
@@ -120,14 +119,15 @@ impl Instance {
         segments: &[&[u8]],
         limits: CallLimits,
     ) -> Result<Raw, String> {
-        let answer_bytes = limits.bytes as usize + ANSWER_BYTES_BASE + batch.len().min(COUNT_MAX) * STRIDE_WORDS * 4;
+        let answer_bytes =
+            limits.bytes as usize + ANSWER_BYTES_BASE + batch.len().min(COUNT_MAX) * STRIDE_WORDS * 4;
         self.store.set_hostcall_fuel(answer_bytes);
         self.store.data_mut().now_us = batch.now_us;
         let running = self.program.runtime.start(&mut self.store, limits.cpu);
         let answer = match &self.process {
-            Process::Batch(exports) => exports
-                .headworks_plugin_batch()
-                .call_process(&mut self.store, Messages { index, segments }),
+            Process::Batch(exports) => {
+                exports.headworks_plugin_batch().call_process(&mut self.store, Messages { index, segments })
+            }
             Process::Message(exports) => one_by_one(exports, &mut self.store, batch, limits),
         };
         drop(running);
@@ -184,7 +184,8 @@ fn incoming(message: MessageRef<'_>) -> Incoming {
         received_us: message.entry.received_us,
         event_us: message.event_us(),
         offset: message.offset().0,
-        mqtt_bits: (message.entry.flags & (flags::QOS_MASK | flags::RETAIN | flags::DUP | flags::UTF8)).into(),
+        mqtt_bits: (message.entry.flags & (flags::QOS_MASK | flags::RETAIN | flags::DUP | flags::UTF8))
+            .into(),
     }
 }
 
@@ -282,8 +283,7 @@ impl Writer {
         self.verdicts.resize(messages, verdict::KEEP);
         let mut outputs = Vec::new();
         if self.count > 0 {
-            let header =
-                [LAYOUT, OUTPUT_HEADER_WORDS as u32, STRIDE_WORDS as u32, self.count, 0, 0, 0, 0];
+            let header = [LAYOUT, OUTPUT_HEADER_WORDS as u32, STRIDE_WORDS as u32, self.count, 0, 0, 0, 0];
             outputs.extend(header.iter().flat_map(|word| word.to_le_bytes()));
             outputs.append(&mut self.records);
         }
@@ -292,15 +292,25 @@ impl Writer {
 }
 
 /// Why a call failed, for the author of the plugin and for the operator.
-pub(super) fn explain(error: &wasmtime::Error, state: &HostState, cpu: Duration, memory_max: usize) -> String {
+pub(super) fn explain(
+    error: &wasmtime::Error,
+    state: &HostState,
+    cpu: Duration,
+    memory_max: usize,
+) -> String {
     if let Some(reason) = &state.abort {
         return reason.clone();
     }
     if state.out_of_time() {
-        return format!("took over {} ms of CPU, or ten times that of wall time (limits.cpu_ms)", cpu.as_millis());
+        return format!(
+            "took over {} ms of CPU, or ten times that of wall time (limits.cpu_ms)",
+            cpu.as_millis()
+        );
     }
     let trap = error.downcast_ref::<Trap>();
-    let memory = state.memory_denied.then(|| format!("; it asked for more than {} MiB of memory (limits.memory)", memory_max >> 20));
+    let memory = state
+        .memory_denied
+        .then(|| format!("; it asked for more than {} MiB of memory (limits.memory)", memory_max >> 20));
     match trap {
         Some(Trap::UnreachableCodeReached) => format!(
             "trapped: unreachable code{}",

@@ -53,13 +53,19 @@ pub enum Kind {
 pub enum LoadError {
     #[error("empty file: copy it again")]
     Empty,
-    #[error("not WebAssembly: starts with {0}, a plugin starts with \\0asm; text (.wat) must be assembled first")]
+    #[error(
+        "not WebAssembly: starts with {0}, a plugin starts with \\0asm; text (.wat) must be assembled first"
+    )]
     NotWasm(String),
     #[error("damaged or truncated: {0}; copy or build it again")]
     Damaged(String),
-    #[error("imports `{0}`: a core module may import the plugin contract only; build it with the Headworks SDK for wasm32-unknown-unknown, or as a component")]
+    #[error(
+        "imports `{0}`: a core module may import the plugin contract only; build it with the Headworks SDK for wasm32-unknown-unknown, or as a component"
+    )]
     Foreign(String),
-    #[error("a core module without WIT metadata: build it with the Headworks SDK, or make it a component (`wasm-tools component new`)")]
+    #[error(
+        "a core module without WIT metadata: build it with the Headworks SDK, or make it a component (`wasm-tools component new`)"
+    )]
     NoMetadata,
     #[error("cannot be made a component: {0}")]
     Encode(String),
@@ -73,7 +79,9 @@ pub enum LoadError {
     ExportLater(String),
     #[error("imports {0}: not served by this version of Headworks")]
     ImportLater(String),
-    #[error("imports {0}: not served yet; a plugin has no files, sockets or environment (in Rust, build for wasm32-unknown-unknown)")]
+    #[error(
+        "imports {0}: not served yet; a plugin has no files, sockets or environment (in Rust, build for wasm32-unknown-unknown)"
+    )]
     Wasi(String),
     #[error("imports {0}: unknown, plugins may import {PACKAGE}log, metrics, clock and devices")]
     Unknown(String),

@@ -23,11 +23,11 @@ mod instance;
 mod load;
 mod program;
 mod runner;
-mod version;
 #[cfg(test)]
 mod test_plugins;
 #[cfg(test)]
 mod tests;
+mod version;
 
 pub use arena::Fault;
 pub use cache::CacheError;

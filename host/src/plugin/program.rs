@@ -244,7 +244,9 @@ fn exports(pre: &InstancePre<HostState>, kind: Kind) -> Result<Exports, Error> {
 fn check(description: &Description) -> Result<Vec<TopicFilter>, Error> {
     let bad = |what: String| Err(Error::Describe(what));
     let Description { name, version, topics, config_schema, state_version, .. } = description;
-    if !is_step_name(name) || name.bytes().any(|b| !(b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')) {
+    if !is_step_name(name)
+        || name.bytes().any(|b| !(b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-'))
+    {
         return bad(format!("name \"{}\" must match [a-z0-9-]{{1,64}}", printable(name)));
     }
     if version.len() > 64 || version.split('.').count() < 3 || !version.is_ascii() {
@@ -262,6 +264,8 @@ fn check(description: &Description) -> Result<Vec<TopicFilter>, Error> {
 pub(super) fn filters(topics: &[String]) -> Result<Vec<TopicFilter>, String> {
     topics
         .iter()
-        .map(|topic| TopicFilter::new(topic).map_err(|error| format!("topic \"{}\": {error}", printable(topic))))
+        .map(|topic| {
+            TopicFilter::new(topic).map_err(|error| format!("topic \"{}\": {error}", printable(topic)))
+        })
         .collect()
 }

@@ -74,7 +74,9 @@ pub fn bomb(statements: usize) -> Vec<u8> {
     }
     for n in 0..statements {
         let (a, b, c) = (n * 7 % 200, n * 13 % 200, n * 29 % 200);
-        code += &format!("(if (i32.lt_s (local.get $l{a}) (local.get $l{b})) (then (local.set $l{c} (i32.add (local.get $l{a}) (i32.mul (local.get $l{b}) (local.get 0))))) (else (local.set $l{a} (i32.sub (local.get $l{c}) (local.get 0)))))");
+        code += &format!(
+            "(if (i32.lt_s (local.get $l{a}) (local.get $l{b})) (then (local.set $l{c} (i32.add (local.get $l{a}) (i32.mul (local.get $l{b}) (local.get 0))))) (else (local.set $l{a} (i32.sub (local.get $l{c}) (local.get 0)))))"
+        );
     }
     batch_plugin("1.0.0", &[], "", &(code + ")"))
 }
@@ -154,8 +156,19 @@ fn module(version: &str, topics: &[&str], process: &str) -> String {
         text += topic;
     }
     let description = hex_words(&[
-        STRINGS as u32, 4, at_version as u32, version.len() as u32, STRINGS as u32, 4,
-        at_list as u32, topics.len() as u32, 0, 0, 0, 0, 0,
+        STRINGS as u32,
+        4,
+        at_version as u32,
+        version.len() as u32,
+        STRINGS as u32,
+        4,
+        at_list as u32,
+        topics.len() as u32,
+        0,
+        0,
+        0,
+        0,
+        0,
     ]);
     format!(
         r#"(module

@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::test_plugins::{answering, guarded, guarded_with, in_data, message_plugin, outputs, record, refusing};
+use super::test_plugins::{
+    answering, guarded, guarded_with, in_data, message_plugin, outputs, record, refusing,
+};
 use super::{Limits, OnFailure, Runner};
 use crate::batch::{Batch, Entry, Partition, Span, flags};
 use crate::properties::{self, Origin};
@@ -114,7 +116,10 @@ fn after_three_faults_the_step_does_as_its_config_says() {
         run(&mut runner, batch(&["P1", "P2", "P3", "P4", "five"]))
     };
     let pass = run_with(OnFailure::Pass);
-    assert_eq!((payloads(&pass.passed), pass.refused.len()), (vec!["P3".into(), "P4".into(), "five".into()], 2));
+    assert_eq!(
+        (payloads(&pass.passed), pass.refused.len()),
+        (vec!["P3".into(), "P4".into(), "five".into()], 2)
+    );
     assert!(run_with(OnFailure::Hold).retry.unwrap().contains("on_failure: hold"));
     assert_eq!(run_with(OnFailure::DeadLetters).refused.len(), 4);
 }
@@ -210,7 +215,7 @@ fn a_batch_with_all_segments_in_use_still_takes_new_bytes() {
 #[test]
 fn a_batch_larger_than_the_plugins_memory_runs_in_parts() {
     let large = "x".repeat(300 << 10);
-    let outcome = run(&mut runner(&guarded()), batch(&[&large; 24]));
+    let outcome = run(&mut runner(&guarded()), batch(&[large.as_str(); 24]));
     assert_eq!((outcome.passed.len(), outcome.refused.len()), (24, 0));
 }
 
@@ -257,7 +262,10 @@ fn every_kind_of_nonsense_is_a_fault_that_names_itself() {
         let outcome = run(&mut runner(&answering(verdicts, outputs, data)), batch(&["x"]));
         assert_eq!(outcome.passed.len(), 0, "{expected}");
         let reason = &outcome.refused[0].reason;
-        assert!(outcome.refused[0].kind == RefusedKind::Fault && reason.contains(expected), "{expected}: {reason}");
+        assert!(
+            outcome.refused[0].kind == RefusedKind::Fault && reason.contains(expected),
+            "{expected}: {reason}"
+        );
     }
     for (expected, fields) in [
         ("route", (8, 8, in_data(3, 1))),
@@ -270,7 +278,8 @@ fn every_kind_of_nonsense_is_a_fault_that_names_itself() {
     }
     let few = Limits { output_bytes_min: ByteSize(16), output_bytes_factor: 1, ..limits() };
     let mut plugin =
-        Runner::from_bytes(&answering(&[2], &big, b""), &Value::Null, few, Arc::default(), Arc::default()).unwrap();
+        Runner::from_bytes(&answering(&[2], &big, b""), &Value::Null, few, Arc::default(), Arc::default())
+            .unwrap();
     assert!(run(&mut plugin, batch(&["x"])).refused[0].reason.contains("bytes out"));
 }
 
@@ -278,4 +287,20 @@ fn every_kind_of_nonsense_is_a_fault_that_names_itself() {
 fn a_refused_config_names_its_key() {
     let error = Runner::from_bytes(&refusing(), &Value::Null, limits(), Arc::default(), Arc::default());
     assert_eq!(error.err().unwrap().to_string(), "config: config.max: too big");
+}
+
+#[test]
+fn the_standard_plugins_load_and_normalize_what_a_device_sends() {
+    let prebuilt = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../plugins/prebuilt");
+    for (file, name) in
+        [("10-normalize.wasm", "normalize"), ("20-enrich.wasm", "enrich"), ("30-route.wasm", "route")]
+    {
+        let runner = Runner::load(&prebuilt.join(file), &Value::Null).unwrap();
+        assert_eq!(runner.description().name, name);
+    }
+    let mut normalize = Runner::load(&prebuilt.join("10-normalize.wasm"), &Value::Null).unwrap();
+    let good = r#"{"device_id":"d0","value":21.5,"ts":1700000000}"#;
+    let outcome = run(&mut normalize, batch(&[good, "not JSON"]));
+    assert!(payloads(&outcome.passed)[0].contains("ts_utc"), "{outcome:?}");
+    assert_eq!((outcome.refused[0].index, outcome.refused[0].kind), (1, RefusedKind::Failed));
 }

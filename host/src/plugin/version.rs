@@ -147,7 +147,12 @@ impl Shared {
 
 /// A context for all partitions: one instance serves a worker, and the batch
 /// header says which partition it is.
-pub(super) fn context(id: &StepId, config: &serde_json::Value, namespace: &Namespace, generation: u64) -> Context {
+pub(super) fn context(
+    id: &StepId,
+    config: &serde_json::Value,
+    namespace: &Namespace,
+    generation: u64,
+) -> Context {
     let step = format!("{}/{}", id.pipeline, id.step);
     Context {
         config: if config.is_null() { "{}".into() } else { config.to_string() },
@@ -164,10 +169,7 @@ pub(super) fn context(id: &StepId, config: &serde_json::Value, namespace: &Names
 
 impl PluginStep {
     fn new(shared: &Arc<Shared>) -> Result<Self, Vec<Problem>> {
-        let labels = [
-            ("pipeline", shared.id.pipeline.to_string()),
-            ("step", shared.id.step.to_string()),
-        ];
+        let labels = [("pipeline", shared.id.pipeline.to_string()), ("step", shared.id.step.to_string())];
         let messages = |outcome: &'static str| {
             counter!("headworks_step_messages_total", "pipeline" => labels[0].1.clone(),
                 "step" => labels[1].1.clone(), "outcome" => outcome)
@@ -179,8 +181,13 @@ impl PluginStep {
             faults: counter!("headworks_step_faults_total", &labels),
             seconds: histogram!("headworks_step_run_duration_seconds", &labels),
         };
-        let mut step =
-            Self { shared: Arc::clone(shared), instance: None, filters: Vec::new(), index: Vec::new(), meters };
+        let mut step = Self {
+            shared: Arc::clone(shared),
+            instance: None,
+            filters: Vec::new(),
+            index: Vec::new(),
+            meters,
+        };
         match step.ensure_instance() {
             Ok(()) => Ok(step),
             Err(StartError::Config(problems)) => Err(problems),
@@ -254,7 +261,9 @@ impl PluginStep {
         let raw = instance.call(view, &self.index, segments, limits)?;
         let answer = Answer { input: view, raw: &raw };
         if !answer.keeps_all() {
-            answer.check(&self.shared.limits, limits.bytes).map_err(|fault| format!("bad answer: {fault}"))?;
+            answer
+                .check(&self.shared.limits, limits.bytes)
+                .map_err(|fault| format!("bad answer: {fault}"))?;
         } else if raw.data.len() as u64 > limits.bytes {
             return Err(format!("bad answer: {} bytes of data for nothing", raw.data.len()));
         }
@@ -364,7 +373,8 @@ impl PluginStep {
     fn part_length(&self, batch: &Batch, numbers: &[u32]) -> usize {
         let mut bytes = 0;
         let fits = numbers.iter().take(COUNT_MAX).take_while(|number| {
-            bytes += arena::spans(&batch.entries[**number as usize]).iter().map(|s| s.len() as u64).sum::<u64>();
+            bytes +=
+                arena::spans(&batch.entries[**number as usize]).iter().map(|s| s.len() as u64).sum::<u64>();
             bytes <= self.part_bytes_max()
         });
         fits.count().max(1)
