@@ -140,7 +140,7 @@ fn open_streams(config: &Config, data_dir: &Path) -> anyhow::Result<Streams> {
 
 fn open_log(dir: &Path, name: &str, config: &stream::Config) -> anyhow::Result<Arc<dyn Stream>> {
     let disk: Arc<dyn Disk> = match config.sync_delay {
-        Some(delay) => Arc::new(SlowDisk::new(RealDisk, delay.0)),
+        Some(delay) => Arc::new(SlowDisk { disk: Arc::new(RealDisk), extra: delay.0 }),
         None => Arc::new(RealDisk),
     };
     let (log, recovery) = tokio::task::block_in_place(|| Log::open(disk, dir, name, config))

@@ -299,7 +299,9 @@ async fn through(
     let begin = if from == super::ROUTES_STEP {
         steps.len()
     } else {
-        match steps.iter().position(|step| &*step.id().step == from) {
+        // Apart: the iterator may not live across an await.
+        let place = steps.iter().position(|step| &*step.id().step == from);
+        match place {
             Some(place) => place,
             None => {
                 let reason = format!("step \"{from}\" is not among the pipeline's steps any more");

@@ -210,7 +210,7 @@ fn a_batch_with_all_segments_in_use_still_takes_new_bytes() {
 #[test]
 fn a_batch_larger_than_the_plugins_memory_runs_in_parts() {
     let large = "x".repeat(300 << 10);
-    let outcome = run(&mut runner(&guarded()), batch(&[&large; 24]));
+    let outcome = run(&mut runner(&guarded()), batch(&[large.as_str(); 24]));
     assert_eq!((outcome.passed.len(), outcome.refused.len()), (24, 0));
 }
 
