@@ -25,7 +25,7 @@ fn main() {
     let check = std::env::args().any(|argument| argument == "--check");
 
     title("Headworks demo");
-    let mut scene = Scene::start(DEVICES, LIMIT);
+    let scene = Scene::start(DEVICES, LIMIT);
     table(&[
         ["host", &format!("MQTT {}, admin http://{}", scene.host.mqtt(), scene.host.admin())],
         ["plugins", &format!("10-normalize, 20-enrich, 30-route in {}", scene.shown("plugins"))],

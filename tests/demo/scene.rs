@@ -52,7 +52,7 @@ impl Scene {
     pub fn start(devices: usize, limit: f64) -> Self {
         let path = target().join("demo");
         let _ = std::fs::remove_dir_all(&path);
-        let mut host = Host::at(&path);
+        let host = Host::at(&path);
         host.folder.write("headworks.yaml", config(port_or_any(1883), port_or_any(8080)));
         host.folder.write("devices.yaml", device_table(devices));
         for (name, file) in [("normalize", "10-normalize"), ("enrich", "20-enrich"), ("route", "30-route")] {

@@ -97,7 +97,7 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
         }),
         redrive: Arc::new(redrive::Redrives(pipelines.clone())),
         prometheus,
-        process: telemetry::Process::default(),
+        process: telemetry::Process::start(),
     };
     let stop_admin = CancellationToken::new();
     let admin = admin::start(&config.admin, deps, stop_admin.clone()).await?;

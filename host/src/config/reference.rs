@@ -1,7 +1,6 @@
 //! The reference page `CONFIG.md`, made from the JSON Schema.
 
 use std::fmt::Write;
-use std::path::Path;
 
 use serde_json::{Map, Value};
 

@@ -192,12 +192,12 @@ impl DeadLetters {
         if from.0 < self.lock().floor {
             self.scan(self.stream.bounds().start).await?;
             self.lock().floor = from.0;
-            self.check_redelivered();
         }
         Ok(())
     }
 
-    /// Every sink is past `offset`: nothing below comes again.
+    /// Every sink and every worker of a lane is past `offset`: nothing below
+    /// comes again.
     pub fn forget_below(&self, offset: Offset) {
         let mut known = self.lock();
         if offset.0 <= known.floor {

@@ -152,7 +152,6 @@ impl Delivery {
         self.received.clone_from(&self.writer.positions);
         self.publish();
         let from = self.lowest();
-        self.writer.letters.remember_from(from).await.map_err(|error| Leave::Stop(error.to_string()))?;
         if self.events.send(Event::Ready { sink: self.number, from }).await.is_err() {
             return Err(Leave::Aborted);
         }

@@ -30,6 +30,8 @@ pub struct Lane {
     pub stop: CancellationToken,
     pub position: Arc<AtomicU64>,
     pub outlets: Vec<Outlet>,
+    /// By worker: what is through the steps.
+    pub done: Vec<Arc<AtomicU64>>,
 }
 
 pub struct LaneEnded {
@@ -53,10 +55,13 @@ impl Lane {
         let position = Arc::new(AtomicU64::new(from.0));
         let mut queues = Vec::new();
         let mut threads = Vec::new();
+        let mut done = Vec::new();
         let workers = steps.len() as u16;
         for (number, steps) in steps.into_iter().enumerate() {
             let (queue, works) = mpsc::channel(WORK_FRAMES_MAX);
             queues.push(queue);
+            let shown = Arc::new(AtomicU64::new(from.0));
+            done.push(Arc::clone(&shown));
             let worker = Worker {
                 number: number as u16,
                 workers,
@@ -66,6 +71,7 @@ impl Lane {
                 runtime: Handle::current(),
                 outlets: outlets.iter().map(|outlet| Served::new(outlet.clone(), from)).collect(),
                 done: from,
+                shown,
                 letters: Ticket::default(),
             };
             threads.push(spawn(worker)?);
@@ -84,7 +90,7 @@ impl Lane {
             stop: stop.clone(),
         };
         tokio::spawn(run(id, reader, threads, ended));
-        Ok(Self { id, control, stop, position, outlets })
+        Ok(Self { id, control, stop, position, outlets, done })
     }
 
     /// Takes a sink out. `true`: none is left.

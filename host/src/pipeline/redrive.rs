@@ -299,7 +299,6 @@ async fn through(
     let begin = if from == super::ROUTES_STEP {
         steps.len()
     } else {
-        // Apart: the iterator may not live across an await.
         let place = steps.iter().position(|step| &*step.id().step == from);
         match place {
             Some(place) => place,

@@ -2,7 +2,8 @@
 //! off the sink that holds the others up and takes it back when it has caught
 //! up. The task ends when every lane and delivery has, which `shutdown` starts.
 
-use std::sync::atomic::Ordering;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -140,8 +141,8 @@ pub struct Supervisor {
     lanes_made: u64,
     inbox: mpsc::Receiver<Event>,
     lane_ends: (mpsc::Sender<LaneEnded>, mpsc::Receiver<LaneEnded>),
-    /// Lanes whose threads still run.
-    running: usize,
+    /// Lanes whose threads still run, and how far each worker is.
+    running: BTreeMap<LaneId, Vec<Arc<AtomicU64>>>,
     shutdown: CancellationToken,
     board: Arc<Board>,
     failed: Option<String>,
@@ -179,7 +180,7 @@ impl Supervisor {
             lanes_made: 0,
             inbox,
             lane_ends: mpsc::channel(LANE_ENDS_MAX),
-            running: 0,
+            running: BTreeMap::new(),
             shutdown,
             board,
             failed: None,
@@ -216,6 +217,10 @@ impl Supervisor {
         match event {
             Event::Ready { sink, from } => {
                 self.take_out(sink);
+                // Here, not in the delivery: so that nothing forgets in between.
+                if let Err(error) = self.shared.letters.remember_from(from).await {
+                    self.fail(error.to_string());
+                }
                 self.members[sink].ready_from = Some(from);
                 self.place_all().await;
             }
@@ -273,7 +278,7 @@ impl Supervisor {
             }
         };
         let from = sinks.iter().filter_map(|sink| self.members[*sink].ready_from).min()?;
-        if self.lanes.is_empty() && self.running == 0 {
+        if self.running.is_empty() {
             self.shared.letters.check_redelivered();
         } else {
             self.shared.letters.check_all();
@@ -291,7 +296,7 @@ impl Supervisor {
             }
         };
         self.lanes_made += 1;
-        self.running += 1;
+        self.running.insert(id, lane.done.clone());
         self.lanes.push(lane);
         for (sink, intake) in sinks.iter().zip(intakes) {
             let member = &mut self.members[*sink];
@@ -440,12 +445,12 @@ impl Supervisor {
     }
 
     fn lane_ended(&mut self, ended: LaneEnded) {
-        self.running -= 1;
+        self.running.remove(&ended.lane);
         let known = self.lanes.iter().any(|lane| lane.id == ended.lane);
         if known || ended.error.is_some() {
             self.fail(ended.error.unwrap_or_else(|| "a reader ended".to_owned()));
         }
-        if self.running <= 1 {
+        if self.running.len() <= 1 {
             self.shared.letters.check_redelivered();
         }
     }
@@ -464,11 +469,15 @@ impl Supervisor {
         self.shared.abort.cancel();
     }
 
+    /// Below the lowest position, and below every worker: also one of a lane
+    /// that ends may still refuse what its sink has got through another.
     fn forget_letters(&self) {
-        let lowest = self.members.iter().map(|member| member.shared.committed.load(Ordering::Acquire)).min();
-        if let Some(lowest) = lowest
-            && lowest != u64::MAX
-            && self.members.iter().all(|m| m.shared.committed.load(Ordering::Acquire) != u64::MAX)
+        let committed = self.members.iter().map(|member| &member.shared.committed);
+        let workers = self.running.values().flatten().map(|done| &**done);
+        let lowest = committed.chain(workers).map(|at| at.load(Ordering::Acquire)).collect::<Vec<_>>();
+        // An unknown position may be any.
+        if !lowest.contains(&u64::MAX)
+            && let Some(lowest) = lowest.into_iter().min()
         {
             self.shared.letters.forget_below(Offset(lowest));
         }
@@ -534,13 +543,13 @@ impl Supervisor {
         }
         let patience = Instant::now() + self.shared.config.drain_max.0;
         let end = patience + ABORT_WAIT;
-        while self.running > 0 || self.members.iter().any(|member| !member.ended) {
+        while !self.running.is_empty() || self.members.iter().any(|member| !member.ended) {
             tokio::select! {
                 Some(event) = self.inbox.recv() => match event {
                     Event::Ended { sink, .. } => self.members[sink].ended = true,
                     Event::Ready { .. } | Event::Joined { .. } => {}
                 },
-                Some(_) = self.lane_ends.1.recv() => self.running -= 1,
+                Some(ended) = self.lane_ends.1.recv() => drop(self.running.remove(&ended.lane)),
                 () = tokio::time::sleep_until(patience), if !self.shared.abort.is_cancelled() => {
                     tracing::warn!(pipeline = %self.shared.name, "not drained in time: the rest is delivered after the next start");
                     self.shared.abort.cancel();

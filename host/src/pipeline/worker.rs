@@ -6,6 +6,7 @@
 //! is full: that is what pushes back to the reader.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use metrics::Histogram;
@@ -92,6 +93,8 @@ pub struct Worker {
     pub outlets: Vec<Served>,
     /// All below is through the steps.
     pub done: Offset,
+    /// The same, for the pipeline: no letter comes from here below it.
+    pub shown: Arc<AtomicU64>,
     /// Covers every letter that this worker wrote or found.
     pub letters: Ticket,
 }
@@ -118,7 +121,7 @@ impl Worker {
             match work {
                 Work::Frame(frame) => self.frame(&frame)?,
                 Work::Progress { upto } => {
-                    self.done = self.done.max(upto);
+                    self.set_done(self.done.max(upto));
                     self.hand_out(true)?;
                 }
                 Work::Flip(steps) => self.steps = steps,
@@ -131,7 +134,7 @@ impl Worker {
     fn frame(&mut self, frame: &Frame) -> Result<(), Ended> {
         if self.outlets.is_empty() {
             // The lane ends: what it would make goes to nobody.
-            self.done = frame.upto;
+            self.set_done(frame.upto);
             return Ok(());
         }
         let mut parts: Vec<(Partition, Vec<Entry>)> = Vec::new();
@@ -161,8 +164,13 @@ impl Worker {
                 self.route(batch)?;
             }
         }
-        self.done = frame.upto;
+        self.set_done(frame.upto);
         self.hand_out(false)
+    }
+
+    fn set_done(&mut self, upto: Offset) {
+        self.done = upto;
+        self.shown.store(upto.0, Ordering::Release);
     }
 
     fn chain(&mut self, mut batch: Batch, partition: Partition) -> Result<Batch, Ended> {

@@ -14,7 +14,12 @@ use crate::batch::{Batch, MessageRef, Offset, Partition};
 #[cfg(test)]
 pub(crate) mod conformance;
 pub mod columns;
+mod config;
 pub mod memory;
+pub mod postgres;
+pub mod sqlite;
+
+pub use config::{BATCH_BYTES_MAX, BATCH_ROWS_MAX, BatchConfig, Config, OnConflict};
 
 /// Whose positions: one pipeline's deliveries to one sink, from one log.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -135,4 +140,13 @@ pub trait Sink: Send {
     /// partition at most once; partitions that it does not name stay.
     /// Not safe to drop midway: `open` again before the next call.
     async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<(), Error>;
+}
+
+/// Who claims, for the one who is fenced: `edge-7 (process 4711)`.
+fn holder() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname")
+        .map(|name| name.trim().to_owned())
+        .or_else(|_| std::env::var("HOSTNAME"))
+        .unwrap_or_else(|_| "a host".to_owned());
+    format!("{host} (process {})", std::process::id())
 }

@@ -77,10 +77,7 @@ impl Default for Config {
 
 impl Default for Retention {
     fn default() -> Self {
-        Self {
-            max_age: Some(Period(Duration::from_secs(7 * 24 * 60 * 60))),
-            max_bytes: ByteSize::gib(20),
-        }
+        Self { max_age: Some(Period(Duration::from_secs(7 * 24 * 60 * 60))), max_bytes: ByteSize::gib(20) }
     }
 }
 
@@ -89,7 +86,10 @@ impl Config {
     pub fn dead_letters() -> Self {
         Self {
             partitions: 1,
-            retention: Retention { max_age: Some(Period(Duration::from_secs(30 * 24 * 60 * 60))), max_bytes: ByteSize::gib(1) },
+            retention: Retention {
+                max_age: Some(Period(Duration::from_secs(30 * 24 * 60 * 60))),
+                max_bytes: ByteSize::gib(1),
+            },
             segment_bytes: ByteSize::mib(16),
             may_use_reserve: true,
             ..Self::default()
@@ -122,12 +122,7 @@ impl Config {
         within(path.key("tail_bytes_max"), self.tail_bytes_max, kib(64), ByteSize::gib(16));
         within(path.key("reserve_bytes"), self.reserve_bytes, ByteSize(0), ByteSize::gib(1));
         let least = ByteSize(4 * self.segment_bytes.0);
-        within(
-            path.key("retention").key("max_bytes"),
-            self.retention.max_bytes,
-            least,
-            ByteSize(u64::MAX),
-        );
+        within(path.key("retention").key("max_bytes"), self.retention.max_bytes, least, ByteSize(u64::MAX));
         if let Some(age) = self.retention.max_age
             && age.0 < Duration::from_secs(60)
         {

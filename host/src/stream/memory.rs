@@ -208,7 +208,8 @@ impl Stream for MemoryStream {
         if inner.no_space {
             return Err(AppendError::NoSpace);
         }
-        let bytes: usize = messages.iter().map(|m| m.topic.len() + m.payload.len() + m.properties.len()).sum();
+        let bytes: usize =
+            messages.iter().map(|m| m.topic.len() + m.payload.len() + m.properties.len()).sum();
         if bytes > COMMIT_BUFFER_BYTES_MAX {
             return Err(AppendError::TooLarge("append"));
         }

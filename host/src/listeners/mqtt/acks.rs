@@ -118,7 +118,8 @@ impl Acks {
             (None, _) => pending().await,
             (Some(lane), None) => lane.durable.changed().await,
             (Some(one), Some(two)) => {
-                type Change<'a> = Pin<Box<dyn Future<Output = Result<(), watch::error::RecvError>> + Send + 'a>>;
+                type Change<'a> =
+                    Pin<Box<dyn Future<Output = Result<(), watch::error::RecvError>> + Send + 'a>>;
                 let lanes = [one, two].into_iter().chain(holding);
                 let changes: Vec<Change<'_>> =
                     lanes.map(|lane| Box::pin(lane.durable.changed()) as Change<'_>).collect();

@@ -15,14 +15,15 @@ use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
 use rmqtt_codec::v5::{
-    DisconnectReasonCode, RetainHandling, SubscribeAck, SubscribeAckReason, SubscriptionOptions, UnsubscribeAck,
-    UnsubscribeAckReason,
+    DisconnectReasonCode, RetainHandling, SubscribeAck, SubscribeAckReason, SubscriptionOptions,
+    UnsubscribeAck, UnsubscribeAckReason,
 };
 use rmqtt_codec::{v3, v5};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::time::{Instant, Sleep, timeout};
 use tokio_util::codec::Encoder;
 
+use super::Broker;
 use super::fanout::SendRetained;
 use super::handshake::{self, Opened};
 use super::inbound::{Inbound, Next, Trouble, Will};
@@ -30,7 +31,6 @@ use super::outbound::Peer;
 use super::session::{Change, KEPT_FILTER_BYTES_MAX, Session, subscription_key};
 use super::subscriptions::{FILTER_LEVELS_MAX, Options};
 use super::wire::{self, Fault, Packet, Version};
-use super::Broker;
 use crate::topic::TopicFilter;
 
 /// One read takes at most this much.
@@ -101,10 +101,8 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send,
 {
     let mut input = BytesMut::new();
-    let accepted = timeout(
-        broker.config.connect_timeout.0,
-        handshake::accept(&broker, &mut io, &mut input, from),
-    );
+    let accepted =
+        timeout(broker.config.connect_timeout.0, handshake::accept(&broker, &mut io, &mut input, from));
     let accepted = tokio::select! {
         accepted = accepted => accepted,
         () = broker.shutdown.cancelled() => return,
@@ -114,7 +112,12 @@ where
         Ok(Err(refused)) => {
             broker.counters.refused_connect(refused.cause);
             if refused.cause != "lost" {
-                broker.failures.report(&format!("mqtt: connect refused: {}", refused.cause), 1, &refused.detail, "");
+                broker.failures.report(
+                    &format!("mqtt: connect refused: {}", refused.cause),
+                    1,
+                    &refused.detail,
+                    "",
+                );
             }
             return;
         }
@@ -262,9 +265,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
 
     async fn next_event(&mut self, timer: Pin<&mut Sleep>) -> Event {
         let input_max = if self.stopped_at == Next::Room { STALLED_READ_BYTES_MAX } else { usize::MAX };
-        let read = self.drain_until.is_none()
-            && self.out.len() < WRITE_PAUSE_BYTES
-            && self.input.len() < input_max;
+        let read =
+            self.drain_until.is_none() && self.out.len() < WRITE_PAUSE_BYTES && self.input.len() < input_max;
         let (io, out) = (&mut self.io, &mut self.out);
         let stalled = self.inbound.is_stalled();
         let (acks, writable) = self.inbound.waits(self.broker);
@@ -353,7 +355,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
                 self.send_v3(v3::Packet::UnsubscribeAck { packet_id })
             }
             Packet::V5(v5::Packet::Unsubscribe(unsubscribe)) => {
-                let status = self.unsubscribe(unsubscribe.topic_filters.iter().map(|filter| &**filter)).await?;
+                let status =
+                    self.unsubscribe(unsubscribe.topic_filters.iter().map(|filter| &**filter)).await?;
                 self.send_v5(v5::Packet::UnsubscribeAck(UnsubscribeAck {
                     packet_id: unsubscribe.packet_id,
                     properties: Vec::new(),
@@ -363,10 +366,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             }
             Packet::V3(v3::Packet::Disconnect) => Err(End::Disconnect { keep_will: false, expiry_s: None }),
             Packet::V5(v5::Packet::Disconnect(disconnect)) => {
-                let max = u32::try_from(self.broker.config.session_expiry_max.0.as_secs()).unwrap_or(u32::MAX);
+                let max =
+                    u32::try_from(self.broker.config.session_expiry_max.0.as_secs()).unwrap_or(u32::MAX);
                 let expiry_s = disconnect.session_expiry_interval_secs.map(|seconds| seconds.min(max));
                 if expiry_s.is_some_and(|seconds| seconds > 0) && self.session.expiry_s() == 0 {
-                    return Err(End::Fault(Fault::protocol("DISCONNECT must not revive a session that ends")));
+                    return Err(End::Fault(Fault::protocol(
+                        "DISCONNECT must not revive a session that ends",
+                    )));
                 }
                 let keep_will = disconnect.reason_code != DisconnectReasonCode::NormalDisconnection;
                 Err(End::Disconnect { keep_will, expiry_s })
@@ -554,7 +560,9 @@ fn poll_io<S: AsyncRead + AsyncWrite + Unpin>(
         let mut buffer = ReadBuf::new(buffer);
         match Pin::new(io).poll_read(cx, &mut buffer) {
             Poll::Pending => Poll::Pending,
-            Poll::Ready(Ok(())) if !buffer.filled().is_empty() => Poll::Ready(Io::Read(buffer.filled().len())),
+            Poll::Ready(Ok(())) if !buffer.filled().is_empty() => {
+                Poll::Ready(Io::Read(buffer.filled().len()))
+            }
             Poll::Ready(_) => Poll::Ready(Io::Lost),
         }
     })

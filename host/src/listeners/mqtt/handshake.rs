@@ -73,7 +73,8 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         Ok(asked) => asked,
         Err(Unread::Lost) => return Err(Refused::new("lost", format!("{from} left before CONNECT"))),
         Err(Unread::Fault(fault, version)) => {
-            let reason = ConnectAckReason::try_from(u8::from(fault.code)).unwrap_or(ConnectAckReason::MalformedPacket);
+            let reason =
+                ConnectAckReason::try_from(u8::from(fault.code)).unwrap_or(ConnectAckReason::MalformedPacket);
             refuse(io, version, reason).await;
             return Err(Refused::new("malformed", format!("{from}: {}", fault.what)));
         }
@@ -125,7 +126,8 @@ async fn read_connect<S: AsyncRead + Unpin>(
         if input.first().is_some_and(|first| *first != 0x10) {
             return Err(Unread::Fault(Fault::protocol("the first packet is not CONNECT"), None));
         }
-        let frame = wire::frame(input, broker.packet_bytes_max).map_err(|fault| Unread::Fault(fault, None))?;
+        let frame =
+            wire::frame(input, broker.packet_bytes_max).map_err(|fault| Unread::Fault(fault, None))?;
         if let Some(frame) = frame {
             let version = version(frame.body).map_err(|fault| Unread::Fault(fault, Some(Version::V3)))?;
             let len = frame.len;
@@ -143,10 +145,8 @@ async fn read_connect<S: AsyncRead + Unpin>(
 
 /// Protocol name and level (MQTT 5.0, 3.1.2.1 and 3.1.2.2).
 fn version(body: &[u8]) -> Result<Version, Fault> {
-    let unsupported = Fault {
-        code: v5::DisconnectReasonCode::ProtocolError,
-        what: "not MQTT 3.1, 3.1.1 or 5.0",
-    };
+    let unsupported =
+        Fault { code: v5::DisconnectReasonCode::ProtocolError, what: "not MQTT 3.1, 3.1.1 or 5.0" };
     match body {
         [0, 4, b'M', b'Q', b'T', b'T', 5, ..] => Ok(Version::V5),
         [0, 4, b'M', b'Q', b'T', b'T', 4, ..] | [0, 6, b'M', b'Q', b'I', b's', b'd', b'p', 3, ..] => {
@@ -172,7 +172,7 @@ fn connect(broker: &Broker, version: Version, whole: &mut [u8], header: usize) -
                 flags: u16::from(will.qos.value()) | if will.retain { flags::RETAIN } else { 0 },
                 delay_s: 0,
             });
-            Ok(Asked::new(version, &connect.client_id, connect.username.as_deref(), will, |asked| {
+            Ok(Asked::new(broker, version, &connect.client_id, connect.username.as_deref(), will, |asked| {
                 asked.clean = connect.clean_session;
                 asked.keep_alive_s = connect.keep_alive;
                 asked.expiry_s = if connect.clean_session { 0 } else { kept_s };
@@ -187,7 +187,9 @@ fn connect(broker: &Broker, version: Version, whole: &mut [u8], header: usize) -
                 Err(_) if whole.len() > flags_at && whole[flags_at] & 2 == 0 => {
                     whole[flags_at] |= 2;
                     wire::decode(version, whole).and_then(|packet| match packet {
-                        Packet::V5(v5::Packet::Connect(ref connect)) if connect.client_id.is_empty() => Ok(packet),
+                        Packet::V5(v5::Packet::Connect(ref connect)) if connect.client_id.is_empty() => {
+                            Ok(packet)
+                        }
                         _ => Err(Fault::malformed("CONNECT")),
                     })?
                 }
@@ -198,13 +200,13 @@ fn connect(broker: &Broker, version: Version, whole: &mut [u8], header: usize) -
             };
             let connect = *connect;
             let will = connect.last_will.map(will_v5);
-            Ok(Asked::new(version, &connect.client_id, connect.username.as_deref(), will, |asked| {
+            Ok(Asked::new(broker, version, &connect.client_id, connect.username.as_deref(), will, |asked| {
                 asked.clean = connect.clean_start;
                 asked.keep_alive_s = connect.keep_alive;
                 asked.expiry_s = connect.session_expiry_interval_secs.min(kept_s);
-                asked.window = connect.receive_max.map_or(broker.config.inflight_max, |max| {
-                    max.get().min(broker.config.inflight_max)
-                });
+                asked.window = connect
+                    .receive_max
+                    .map_or(broker.config.inflight_max, |max| max.get().min(broker.config.inflight_max));
                 let max = connect.max_packet_size.map_or(usize::MAX, |max| max.get() as usize);
                 asked.packet_bytes_max = max;
                 asked.auth = connect.auth_method.is_some();
@@ -244,6 +246,7 @@ fn will_v5(will: v5::LastWill) -> Will {
 
 impl Asked {
     fn new(
+        broker: &Broker,
         version: Version,
         client_id: &str,
         username: Option<&str>,
@@ -268,7 +271,7 @@ impl Asked {
         };
         fill(&mut asked);
         if let Some(will) = &mut asked.will
-            && topic::Namespace::default().device_span(&will.topic).is_none()
+            && broker.namespace.device_span(&will.topic).is_none()
         {
             let id = asked.client_id.as_bytes();
             properties::push(&mut will.properties, Origin::Listener, "client-id", id);

@@ -178,7 +178,12 @@ impl Inbound {
 
     /// Decodes and appends the whole packets of `bytes`; returns how many bytes
     /// they were. Never waits. Before a fault, what stood in front of it is appended.
-    pub fn take(&mut self, broker: &Broker, bytes: &[u8], out: &mut BytesMut) -> Result<(usize, Next), Trouble> {
+    pub fn take(
+        &mut self,
+        broker: &Broker,
+        bytes: &[u8],
+        out: &mut BytesMut,
+    ) -> Result<(usize, Next), Trouble> {
         if self.is_full(broker) {
             self.answer_pings(broker, bytes, out);
             return Ok((0, Next::Room));
@@ -194,8 +199,11 @@ impl Inbound {
                 now_us: super::now_us(),
             };
             let decoded = self.decode(broker, bytes, out, &mut work);
-            let appended =
-                if work.owed.is_empty() && work.decoded.is_empty() { Ok(()) } else { self.append(broker, &work, scratch) };
+            let appended = if work.owed.is_empty() && work.decoded.is_empty() {
+                Ok(())
+            } else {
+                self.append(broker, &work, scratch)
+            };
             work.owed.clear();
             work.properties.clear();
             (scratch.owed, scratch.properties) = (work.owed, work.properties);
@@ -238,12 +246,10 @@ impl Inbound {
                         wire::put_ack(out, answer, packet_id);
                     }
                 }
-                wire::PINGREQ if frame.body.is_empty() => {
-                    match self.pings_answered.checked_sub(1) {
-                        Some(left) => self.pings_answered = left,
-                        None => wire::put_pingresp(out),
-                    }
-                }
+                wire::PINGREQ if frame.body.is_empty() => match self.pings_answered.checked_sub(1) {
+                    Some(left) => self.pings_answered = left,
+                    None => wire::put_pingresp(out),
+                },
                 wire::PINGREQ => return Err(Fault::malformed("PINGREQ with a body")),
                 _ => return Ok((used, Next::Packet)),
             }
@@ -293,7 +299,10 @@ impl Inbound {
         }
         let properties = begin..work.properties.len();
         if properties.len() > PROPERTIES_BYTES_MAX {
-            return Err(Fault { code: DisconnectReasonCode::PacketTooLarge, what: "properties over 65535 bytes" });
+            return Err(Fault {
+                code: DisconnectReasonCode::PacketTooLarge,
+                what: "properties over 65535 bytes",
+            });
         }
         let stream = broker.route(topic.as_str());
         if publish.qos > 0 {
@@ -348,7 +357,10 @@ impl Inbound {
             return Ok(Topic::Sent(publish.topic));
         };
         if alias == 0 || alias > broker.config.topic_alias_maximum {
-            return Err(Fault { code: DisconnectReasonCode::TopicAliasInvalid, what: "topic alias out of range" });
+            return Err(Fault {
+                code: DisconnectReasonCode::TopicAliasInvalid,
+                what: "topic alias out of range",
+            });
         }
         let index = usize::from(alias) - 1;
         if publish.topic.is_empty() {
@@ -576,7 +588,8 @@ fn undo<'o>(session: &Session, owed: impl Iterator<Item = &'o Owed>) {
                 received.remove(&owed.ack.packet_id);
             }
             IdChange::Release => {
-                received.insert(owed.ack.packet_id, Received { stream: owed.stream, ticket: Some(owed.least) });
+                received
+                    .insert(owed.ack.packet_id, Received { stream: owed.stream, ticket: Some(owed.least) });
             }
         }
     }

@@ -109,7 +109,8 @@ pub(super) struct Counters {
 impl Counters {
     pub fn new() -> Self {
         let dropped = |cause: &'static str| counter!("headworks_mqtt_dropped_total", "cause" => cause);
-        let refused = |cause: &'static str| counter!("headworks_mqtt_refused_publishes_total", "cause" => cause);
+        let refused =
+            |cause: &'static str| counter!("headworks_mqtt_refused_publishes_total", "cause" => cause);
         let publishes = |qos: &'static str| counter!("headworks_mqtt_publishes_total", "qos" => qos);
         Self {
             connections: gauge!("headworks_mqtt_connections"),

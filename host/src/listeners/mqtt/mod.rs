@@ -152,7 +152,12 @@ async fn accept(
         };
         let Ok(place) = room.clone().try_acquire_owned() else {
             broker.counters.refused_connect("connections_max");
-            broker.failures.report("mqtt: connections_max reached, connect refused", 1, &from.to_string(), "");
+            broker.failures.report(
+                "mqtt: connections_max reached, connect refused",
+                1,
+                &from.to_string(),
+                "",
+            );
             continue;
         };
         let (broker, tls) = (broker.clone(), tls.clone());

@@ -26,13 +26,7 @@ pub struct Message {
 }
 
 impl Message {
-    pub fn new(
-        topic: &str,
-        payload: &[u8],
-        properties: &[u8],
-        flags_: u16,
-        received_us: u64,
-    ) -> Self {
+    pub fn new(topic: &str, payload: &[u8], properties: &[u8], flags_: u16, received_us: u64) -> Self {
         let mut bytes = Vec::with_capacity(topic.len() + properties.len() + payload.len());
         bytes.extend_from_slice(topic.as_bytes());
         let expiry_s = put_properties(&mut bytes, properties, flags_ & flags::UTF8 != 0);
@@ -268,14 +262,7 @@ impl Outbox {
     }
 }
 
-fn put(
-    queued: &Queued,
-    packet_id: u16,
-    dup: bool,
-    lifetime: Option<u32>,
-    peer: Peer,
-    out: &mut BytesMut,
-) {
+fn put(queued: &Queued, packet_id: u16, dup: bool, lifetime: Option<u32>, peer: Peer, out: &mut BytesMut) {
     let message = &queued.message;
     let mut publish = OutPublish {
         qos: queued.qos,

@@ -146,7 +146,10 @@ impl Session {
 impl Sessions {
     /// Reads the durable sessions, their subscriptions and the packet ids in
     /// flight; removes what has no owner.
-    pub fn load(broker: &dyn Stream, streams: &[Arc<dyn Stream>]) -> (Self, Vec<(Arc<Session>, String, Options)>) {
+    pub fn load(
+        broker: &dyn Stream,
+        streams: &[Arc<dyn Stream>],
+    ) -> (Self, Vec<(Arc<Session>, String, Options)>) {
         let sessions = Self { by_client: Mutex::default(), next_number: AtomicU64::new(1) };
         let mut by_epoch: HashMap<u64, Arc<Session>> = HashMap::new();
         let now_us = super::now_us();

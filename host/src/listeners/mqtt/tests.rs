@@ -7,9 +7,9 @@ use bytes::BytesMut;
 use proptest::prelude::*;
 use rmqtt_codec::types::{Publish, QoS};
 use rmqtt_codec::v5::{
-    Codec, Connect, ConnectAck, ConnectAckReason, Disconnect, DisconnectReasonCode as Reason, LastWill, Packet,
-    PublishAck, PublishAck2, PublishAck2Reason, PublishAckReason, PublishProperties, RetainHandling, Subscribe,
-    SubscribeAckReason, SubscriptionOptions,
+    Codec, Connect, ConnectAck, ConnectAckReason, Disconnect, DisconnectReasonCode as Reason, LastWill,
+    Packet, PublishAck, PublishAck2, PublishAck2Reason, PublishAckReason, PublishProperties, RetainHandling,
+    Subscribe, SubscribeAckReason, SubscriptionOptions,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_util::codec::{Decoder, Encoder};
@@ -216,8 +216,10 @@ async fn nothing_is_acknowledged_before_it_is_durable() {
 
 #[tokio::test]
 async fn a_stalled_stream_holds_only_its_own_acks() {
-    let (slow, quick) = (MemoryStream::with_manual_commit("slow", 1), MemoryStream::with_manual_commit("quick", 1));
-    let routed: (Vec<TopicFilter>, Arc<dyn Stream>) = (vec![TopicFilter::new("slow/#").unwrap()], slow.clone());
+    let (slow, quick) =
+        (MemoryStream::with_manual_commit("slow", 1), MemoryStream::with_manual_commit("quick", 1));
+    let routed: (Vec<TopicFilter>, Arc<dyn Stream>) =
+        (vec![TopicFilter::new("slow/#").unwrap()], slow.clone());
     let streams = Streams::new(vec![routed], quick.clone());
     let host = Host::start(streams, MemoryStream::new("broker", 1), |_| {}).await;
     let mut client = host.clean("c").await;
@@ -292,8 +294,11 @@ async fn a_qos_2_message_is_appended_once_over_reconnect_and_restart() {
     stream.commit();
     assert_eq!(client.receive().await, pubcomp(7));
     client.send(pubrel(7)).await;
-    let unknown =
-        PublishAck2 { packet_id: id(7), reason_code: PublishAck2Reason::PacketIdNotFound, ..PublishAck2::default() };
+    let unknown = PublishAck2 {
+        packet_id: id(7),
+        reason_code: PublishAck2Reason::PacketIdNotFound,
+        ..PublishAck2::default()
+    };
     assert_eq!(client.receive().await, Packet::PublishComplete(unknown));
     // Released: the same id is a new message.
     client.send(publish("t", QoS::ExactlyOnce, 7)).await;
@@ -349,9 +354,15 @@ async fn subscribers_get_what_matches_and_what_was_retained() {
         publisher.send(publish(topic, QoS::ExactlyOnce, i as u16 + 2)).await;
     }
     let live = subscriber.received().await;
-    assert_eq!((&*live.topic, live.retain, live.qos, &live.payload[..]), ("a/live", false, QoS::AtLeastOnce, &b"21"[..]));
+    assert_eq!(
+        (&*live.topic, live.retain, live.qos, &live.payload[..]),
+        ("a/live", false, QoS::AtLeastOnce, &b"21"[..])
+    );
     subscriber.nothing_but_ping().await;
-    assert_eq!(subscriber.subscribe("$share/g/a", QOS1).await, SubscribeAckReason::SharedSubscriptionNotSupported);
+    assert_eq!(
+        subscriber.subscribe("$share/g/a", QOS1).await,
+        SubscribeAckReason::SharedSubscriptionNotSupported
+    );
     assert_eq!(subscriber.subscribe("a/#/b", QOS1).await, SubscribeAckReason::TopicFilterInvalid);
     assert_eq!(
         subscriber.subscribe("$SYS/broker/clients/connected", QOS1).await,
@@ -448,14 +459,18 @@ async fn bounds_that_the_client_knows_are_enforced() {
     let change = |config: &mut Config| (config.receive_maximum, config.topic_alias_maximum) = (2, 3);
     let host = Host::start(streams, MemoryStream::new("broker", 1), change).await;
     let (mut client, ack) = host.client(clean("c")).await;
-    assert_eq!((ack.receive_max.get(), ack.topic_alias_max, ack.shared_subscription_available), (2, 3, false));
+    assert_eq!(
+        (ack.receive_max.get(), ack.topic_alias_max, ack.shared_subscription_available),
+        (2, 3, false)
+    );
     for packet_id in 1..=3 {
         client.send(publish("t", QoS::AtLeastOnce, packet_id)).await;
     }
     assert_eq!(client.disconnected().await, Reason::ReceiveMaximumExceeded);
 
     let aliased = |topic: &'static str, alias: u16| {
-        let properties = PublishProperties { topic_alias: NonZeroU16::new(alias), ..PublishProperties::default() };
+        let properties =
+            PublishProperties { topic_alias: NonZeroU16::new(alias), ..PublishProperties::default() };
         Publish { properties: Some(properties), ..publish(topic, QoS::AtMostOnce, 0) }
     };
     let end = stream.bounds().end.0;

@@ -41,11 +41,7 @@ impl Clock {
 }
 
 fn next(last: u64, now: u64, elapsed: Duration) -> u64 {
-    if last >= SET_US && now > last + JUMP_US_MAX {
-        last + elapsed.as_micros() as u64
-    } else {
-        last.max(now)
-    }
+    if last >= SET_US && now > last + JUMP_US_MAX { last + elapsed.as_micros() as u64 } else { last.max(now) }
 }
 
 /// Whether `now` may be used to judge the age of what was appended at `last`.

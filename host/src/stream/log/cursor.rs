@@ -123,8 +123,10 @@ impl LogCursor {
     /// More frames from the disk into `ahead`.
     async fn read_ahead(&mut self) -> Result<(), ReadError> {
         if self.reading.is_none() {
-            let mut reader =
-                self.reader.take().unwrap_or_else(|| DiskReader { inner: Arc::clone(&self.inner), open: None });
+            let mut reader = self
+                .reader
+                .take()
+                .unwrap_or_else(|| DiskReader { inner: Arc::clone(&self.inner), open: None });
             let at = self.at;
             self.reading = Some(tokio::task::spawn_blocking(move || {
                 let pieces = reader.read(at);
@@ -198,6 +200,10 @@ impl DiskReader {
         while bytes < AHEAD_BYTES_MAX && *to < end {
             match scan.next()? {
                 Step::Frame { header, at: place } => {
+                    // A frame that is missing, perhaps the last before a mark.
+                    if header.base > *to {
+                        pieces.push(Piece::GapTo(header.base.min(end)));
+                    }
                     *to = header.end();
                     if header.end() <= at || header.base >= end || header.count == 0 {
                         continue;

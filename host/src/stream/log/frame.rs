@@ -271,8 +271,9 @@ impl Around {
             [section(ENTRIES, ENTRY_BYTES, entries), section(DATA, 0, data), section(STATE, 0, state)];
         header.stored_len = (frame_len(entries.len(), data.len(), state.len()) - HEADER_BYTES) as u32;
         let mut around = Self { header: [0; HEADER_BYTES], sections };
-        header.body_crc =
-            around.parts(entries, data, state)[1..].iter().fold(0, |crc, part| crc32c::crc32c_append(crc, part));
+        header.body_crc = around.parts(entries, data, state)[1..]
+            .iter()
+            .fold(0, |crc, part| crc32c::crc32c_append(crc, part));
         around.header = header.encode();
         around
     }
@@ -281,7 +282,11 @@ impl Around {
         let [(e0, e1, e2), (d0, d1, d2), (s0, s1, s2)] =
             [(0, entries), (1, data), (2, state)].map(|(i, bytes): (usize, &'a [u8])| {
                 let padding: &[u8] = &[0; ALIGN][..bytes.len().next_multiple_of(ALIGN) - bytes.len()];
-                if bytes.is_empty() { (&[][..], bytes, padding) } else { (&self.sections[i][..], bytes, padding) }
+                if bytes.is_empty() {
+                    (&[][..], bytes, padding)
+                } else {
+                    (&self.sections[i][..], bytes, padding)
+                }
             });
         [&self.header, e0, e1, e2, d0, d1, d2, s0, s1, s2]
     }

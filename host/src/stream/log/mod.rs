@@ -33,12 +33,12 @@ mod recover;
 mod retain;
 mod scan;
 pub mod segment;
-// #[cfg(test)]
-// mod sim;
+#[cfg(test)]
+mod sim;
 mod state;
 mod tail;
-// #[cfg(test)]
-// mod tests;
+#[cfg(test)]
+mod tests;
 
 pub use disk::{Disk, RealDisk, SlowDisk, SyncSite};
 pub use measure::METRICS;
@@ -135,9 +135,8 @@ impl Log {
     pub fn remembered(&self) -> Vec<(String, Offset)> {
         let back = read(&self.inner.back);
         let mark = |(name, mark): (&String, &retain::Mark)| {
-            (Arc::strong_count(&mark.next) == 1).then(|| {
-                (name.clone(), Offset(mark.next.load(std::sync::atomic::Ordering::Relaxed)))
-            })
+            (Arc::strong_count(&mark.next) == 1)
+                .then(|| (name.clone(), Offset(mark.next.load(std::sync::atomic::Ordering::Relaxed))))
         };
         back.marks.iter().filter_map(mark).collect()
     }

@@ -46,19 +46,19 @@ pub fn open(
     let (metadata, segments) = metadata(&*disk, dir, config, &mut recovery)?;
     let replayed = recover::replay(&*disk, dir, &segments).map_err(io_error)?;
     let generation = metadata.generations.last().expect("made or read with at least one");
-    let identity = Identity {
-        log: metadata.log,
-        generation: generation.generation,
-        partitions: generation.partitions,
-    };
+    let identity =
+        Identity { log: metadata.log, generation: generation.generation, partitions: generation.partitions };
     recovery.torn_bytes = replayed.torn_bytes;
     recovery.damaged = replayed.damaged.clone();
     recovery.frames = replayed.frames;
     recovery.rewritten = replayed.unproven.iter().map(|frame| u64::from(frame.count)).sum();
-    recovery.messages = replayed.next_offset - segments.first().map_or(replayed.next_offset, |s| s.header.base);
+    recovery.messages =
+        replayed.next_offset - segments.first().map_or(replayed.next_offset, |s| s.header.base);
 
-    let inner = Arc::new(build(disk, dir, name, config, wall, identity, segments, held, &replayed, &metadata)
-        .map_err(io_error)?);
+    let inner = Arc::new(
+        build(disk, dir, name, config, wall, identity, segments, held, &replayed, &metadata)
+            .map_err(io_error)?,
+    );
     inner.begin(&metadata, &replayed).map_err(io_error)?;
     inner.say(&recovery);
     Ok((inner, recovery))

@@ -55,7 +55,11 @@ impl ReadOnly {
         self.read_from(segment, next).map_err(|error| self.io_error(error))
     }
 
-    fn read_from(&mut self, segment: &recover::Segment, next: Option<(u64, u64)>) -> io::Result<Option<Read>> {
+    fn read_from(
+        &mut self,
+        segment: &recover::Segment,
+        next: Option<(u64, u64)>,
+    ) -> io::Result<Option<Read>> {
         let path = self.dir.join(segment::name(segment.header.sequence));
         let file = match self.disk.open(&path, Create::ReadOnly) {
             // Trimmed meanwhile.

@@ -100,7 +100,8 @@ pub fn segments(disk: &dyn Disk, dir: &Path, known: Option<&Metadata>) -> Result
                 return Err(OpenError::Segment { path: shown(), cause });
             }
             _ => {
-                let known = known.cloned().or_else(|| found.last().map(|s| Metadata::from_segment(&s.header)));
+                let known =
+                    known.cloned().or_else(|| found.last().map(|s| Metadata::from_segment(&s.header)));
                 let header = known.and_then(|known| salvage(&head, sequence, &known));
                 tracing::error!(segment = %shown(), "the segment's header is damaged, read from its first frame");
                 header.ok_or_else(|| OpenError::Unreadable { path: shown() })?
@@ -183,7 +184,8 @@ fn has_checkpoint(file: Arc<dyn File>, segment: &Segment) -> io::Result<bool> {
     let mut scan = Scan::new(file, &segment.header, segment.limit);
     let mut wanted = flags::CHECKPOINT_BEGIN;
     while let Step::Frame { header, at } = scan.next()? {
-        if header.kind != Kind::Control || header.flags & wanted != wanted || scan.body(&header, at)?.is_err() {
+        if header.kind != Kind::Control || header.flags & wanted != wanted || scan.body(&header, at)?.is_err()
+        {
             return Ok(false);
         }
         if header.flags & flags::CHECKPOINT_END != 0 {

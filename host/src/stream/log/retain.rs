@@ -234,9 +234,11 @@ impl Inner {
         let now = (self.wall)();
         // A segment is as old as the start of the next; one from a time
         // without a clock is as old as the first that has one.
-        let ended = back.segments.iter().skip(1).map(|s| s.header.clock_us).find(|us| *us >= clock::SET_US)?;
+        let ended =
+            back.segments.iter().skip(1).map(|s| s.header.clock_us).find(|us| *us >= clock::SET_US)?;
         let newest = back.segments.back()?.header.clock_us;
-        (clock::believable(now, newest) && now.saturating_sub(ended) > age_max).then_some(oldest.header.sequence)
+        (clock::believable(now, newest) && now.saturating_sub(ended) > age_max)
+            .then_some(oldest.header.sequence)
     }
 
     /// Writes down where readers are, once a segment: a restart must not trim

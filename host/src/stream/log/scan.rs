@@ -58,11 +58,6 @@ impl Scan {
         self.limit = self.limit.max(limit);
     }
 
-    /// Where the next frame is looked for.
-    pub fn place(&self) -> u64 {
-        self.at
-    }
-
     /// Sequence of the next frame, if none is missing.
     pub fn expected(&self) -> u64 {
         self.expected

@@ -50,7 +50,9 @@ pub struct Header {
 pub enum Broken {
     #[error("the segment's header is damaged")]
     Damaged,
-    #[error("the segment was written by a newer version of headworks (version {0}, features {1:#x}): use that version")]
+    #[error(
+        "the segment was written by a newer version of headworks (version {0}, features {1:#x}): use that version"
+    )]
     Newer(u16, u32),
 }
 

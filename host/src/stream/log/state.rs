@@ -52,10 +52,6 @@ impl State {
         self.bytes
     }
 
-    pub fn get(&self, key: &[u8]) -> Option<&Blob> {
-        self.map.get(key)
-    }
-
     /// Entries whose keys begin with `prefix`, in order.
     pub fn range<'a>(&'a self, prefix: &'a [u8]) -> impl Iterator<Item = (&'a Blob, &'a Blob)> {
         let from = self.map.range::<[u8], _>((std::ops::Bound::Included(prefix), std::ops::Bound::Unbounded));

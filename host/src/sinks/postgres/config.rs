@@ -1,0 +1,324 @@
+//! What a user says of a PostgreSQL sink.
+
+use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize, Serializer};
+use tokio_postgres::config::Host;
+
+use crate::problems::{KeyPath, Problems};
+use crate::sinks::columns::ColumnsConfig;
+use crate::sinks::config::{BatchConfig, OnConflict, validate_table, within};
+use crate::stream::OnLag;
+use crate::units::Period;
+
+/// A table in PostgreSQL.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Where: `postgres://writer@127.0.0.1:5432/iot`. Several hosts are tried in
+    /// order; `?target_session_attrs=read-write` finds the primary among them.
+    pub url: Url,
+    /// The user's password, read again at each connect.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub password: Option<Password>,
+    /// Table, or schema and table: `telemetry`, `iot.telemetry`.
+    pub table: String,
+    /// Which column gets what of a message. The default is the table
+    /// `time, device_id, location, metric, value`.
+    pub columns: ColumnsConfig,
+    /// Create the table and its index (device, time) where it is missing.
+    pub create: bool,
+    /// Used when Headworks creates the table and TimescaleDB is there.
+    pub hypertable: Hypertable,
+    /// What happens to a row that the table has already.
+    pub on_conflict: OnConflict,
+    /// When a batch is written.
+    pub batch: BatchConfig,
+    /// What retention of the stream does while this sink lags.
+    pub on_lag: OnLag,
+    /// As in PostgreSQL. `disable`: plain. `prefer`: TLS where the server has it,
+    /// nothing verified. `require`: TLS or nothing; verified as `verify-ca` only
+    /// where `tls.ca` is given. `verify-ca`: the server's certificate must come
+    /// from the CA. `verify-full`: and name the host. Also read from the url.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sslmode: Option<SslMode>,
+    /// Certificates.
+    pub tls: Tls,
+    /// How long to wait for a connection.
+    pub connect_timeout: Period,
+    /// How long to wait for a lock (`lock_timeout`).
+    pub lock_timeout: Period,
+    /// How long one batch may take (`statement_timeout`).
+    pub statement_timeout: Period,
+    /// After how long without an answer a dead connection is given up
+    /// (`idle_in_transaction_session_timeout`, TCP keep-alive, TCP user timeout).
+    pub dead_after: Period,
+}
+
+/// A connection URL; a password in it is never shown.
+#[derive(Clone, PartialEq, Deserialize, JsonSchema)]
+#[serde(transparent)]
+pub struct Url(pub String);
+
+/// Where the password is; it is never kept in the config itself.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
+pub enum Password {
+    /// Name of an environment variable.
+    Env(String),
+    /// A file; a line end after the password is ignored.
+    File(PathBuf),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum SslMode {
+    Disable,
+    Prefer,
+    Require,
+    VerifyCa,
+    VerifyFull,
+}
+
+/// Certificates of a TLS connection.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Tls {
+    /// PEM file of the CAs that are trusted; without it the system's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca: Option<PathBuf>,
+    /// PEM file of the client's certificate.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cert: Option<PathBuf>,
+    /// PEM file of its key.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub key: Option<PathBuf>,
+}
+
+/// TimescaleDB: time chunks, compressed after a while, then removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Hypertable {
+    /// Time that one chunk covers.
+    pub chunk: Period,
+    /// Age from which a chunk is compressed.
+    pub compress_after: Period,
+    /// Age from which a chunk is removed.
+    pub retention: Period,
+}
+
+const SECOND: Duration = Duration::from_secs(1);
+const DAY: Duration = Duration::from_secs(86_400);
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            url: Url(String::new()),
+            password: None,
+            table: "telemetry".to_owned(),
+            columns: ColumnsConfig::default(),
+            create: true,
+            hypertable: Hypertable::default(),
+            on_conflict: OnConflict::default(),
+            batch: BatchConfig::default(),
+            on_lag: OnLag::default(),
+            sslmode: None,
+            tls: Tls::default(),
+            connect_timeout: Period(10 * SECOND),
+            lock_timeout: Period(10 * SECOND),
+            statement_timeout: Period(60 * SECOND),
+            dead_after: Period(30 * SECOND),
+        }
+    }
+}
+
+impl Default for Hypertable {
+    fn default() -> Self {
+        Self { chunk: Period(DAY), compress_after: Period(7 * DAY), retention: Period(365 * DAY) }
+    }
+}
+
+impl Config {
+    pub fn describe(&self) -> String {
+        format!("PostgreSQL {} table {}", self.url.target(), self.table)
+    }
+
+    pub fn sslmode(&self) -> SslMode {
+        self.sslmode.or(self.url.split().1).unwrap_or(SslMode::Prefer)
+    }
+
+    pub fn validate(&self, path: &KeyPath, problems: &mut Problems) {
+        self.url.validate(&path.key("url"), problems);
+        validate_table(&self.table, 2, &path.key("table"), problems);
+        self.columns.validate(&path.key("columns"), problems);
+        self.batch.validate(&path.key("batch"), problems);
+        self.hypertable.validate(&path.key("hypertable"), problems);
+        for (period, name) in [
+            (self.connect_timeout, "connect_timeout"),
+            (self.lock_timeout, "lock_timeout"),
+            (self.statement_timeout, "statement_timeout"),
+            (self.dead_after, "dead_after"),
+        ] {
+            within(period, 1_000, 3_600_000, &path.key(name), problems);
+        }
+        if self.sslmode() == SslMode::Disable && self.tls != Tls::default() {
+            problems.add(path.key("tls"), "has no use with sslmode disable");
+        }
+        if self.tls.cert.is_some() != self.tls.key.is_some() {
+            problems.add(path.key("tls"), "cert and key belong together, one is missing");
+        }
+        match &self.password {
+            Some(Password::Env(name)) if name.is_empty() || name.contains(['=', '\0']) => {
+                problems.add(path.key("password.env"), "must be the name of an environment variable");
+            }
+            _ => {}
+        }
+    }
+}
+
+impl Hypertable {
+    fn validate(&self, path: &KeyPath, problems: &mut Problems) {
+        const CENTURY_MS: u64 = 100 * 366 * 86_400_000;
+        for (period, name) in
+            [(self.chunk, "chunk"), (self.compress_after, "compress_after"), (self.retention, "retention")]
+        {
+            within(period, 60_000, CENTURY_MS, &path.key(name), problems);
+        }
+        if self.retention.0 <= self.compress_after.0 {
+            let least = self.compress_after;
+            problems.add(
+                path.key("retention"),
+                format!("must be longer than compress_after ({least}), is {}", self.retention),
+            );
+        }
+    }
+}
+
+impl Url {
+    /// For the library, and the `sslmode` that the library does not know all of.
+    pub fn parse(&self) -> Result<tokio_postgres::Config, String> {
+        let (rest, _) = self.split();
+        tokio_postgres::Config::from_str(&rest).map_err(|error| {
+            let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
+            format!("{error}{}", cause.unwrap_or_default())
+        })
+    }
+
+    fn split(&self) -> (String, Option<SslMode>) {
+        let Some((head, query)) = self.0.split_once('?') else { return (self.0.clone(), None) };
+        let mut mode = None;
+        let kept: Vec<&str> = query
+            .split('&')
+            .filter(|pair| match pair.strip_prefix("sslmode=").and_then(SslMode::from_name) {
+                Some(found) => {
+                    mode = Some(found);
+                    false
+                }
+                None => true,
+            })
+            .collect();
+        let rest = if kept.is_empty() { head.to_owned() } else { format!("{head}?{}", kept.join("&")) };
+        (rest, mode)
+    }
+
+    /// `db.example.com:5432/iot`, no user, no password.
+    pub fn target(&self) -> String {
+        let Ok(config) = self.parse() else { return "(url not valid)".to_owned() };
+        let hosts: Vec<String> = config
+            .get_hosts()
+            .iter()
+            .enumerate()
+            .map(|(i, host)| {
+                let ports = config.get_ports();
+                let port = ports.get(i).or(ports.first()).copied().unwrap_or(5432);
+                match host {
+                    Host::Tcp(name) => format!("{name}:{port}"),
+                    Host::Unix(path) => format!("{}:{port}", path.display()),
+                }
+            })
+            .collect();
+        format!("{}/{}", hosts.join(","), config.get_dbname().or(config.get_user()).unwrap_or_default())
+    }
+
+    fn validate(&self, path: &KeyPath, problems: &mut Problems) {
+        if !self.0.starts_with("postgres://") && !self.0.starts_with("postgresql://") {
+            problems.add(path.clone(), "must be a url such as postgres://writer@127.0.0.1:5432/iot");
+            return;
+        }
+        match self.parse() {
+            Ok(config) => {
+                if config.get_hosts().is_empty() {
+                    problems.add(path.clone(), "must name a host, such as postgres://writer@127.0.0.1/iot");
+                }
+                if config.get_user().is_none() {
+                    problems.add(path.clone(), "must name a user, such as postgres://writer@127.0.0.1/iot");
+                }
+            }
+            Err(error) => {
+                problems.add(path.clone(), format!("cannot be read: {error}"));
+            }
+        }
+    }
+}
+
+impl SslMode {
+    fn from_name(name: &str) -> Option<Self> {
+        Some(match name {
+            "disable" => Self::Disable,
+            // libpq's `allow` is `prefer` in the other order; both end the same.
+            "allow" | "prefer" => Self::Prefer,
+            "require" => Self::Require,
+            "verify-ca" => Self::VerifyCa,
+            "verify-full" => Self::VerifyFull,
+            _ => return None,
+        })
+    }
+}
+
+impl Password {
+    /// Reads it now. The error never holds it.
+    pub fn read(&self) -> Result<String, String> {
+        match self {
+            Self::Env(name) => std::env::var(name)
+                .map_err(|_| format!("the environment variable {name} for the password is not set")),
+            Self::File(path) => std::fs::read_to_string(path)
+                .map(|text| text.trim_end_matches(['\r', '\n']).to_owned())
+                .map_err(|error| format!("cannot read the password from {}: {error}", path.display())),
+        }
+    }
+}
+
+impl fmt::Debug for Url {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.shown())
+    }
+}
+
+impl Serialize for Url {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.shown())
+    }
+}
+
+impl Url {
+    fn shown(&self) -> String {
+        let Some((scheme, rest)) = self.0.split_once("://") else { return "(url not valid)".to_owned() };
+        let (head, query) = rest.split_once('?').map_or((rest, None), |(head, query)| (head, Some(query)));
+        let head = match head.rsplit_once('@') {
+            Some((who, place)) => match who.split_once(':') {
+                Some((user, _)) => format!("{user}:***@{place}"),
+                None => head.to_owned(),
+            },
+            None => head.to_owned(),
+        };
+        let query = query.map(|query| {
+            let pairs = query.split('&').map(|pair| match pair.split_once('=') {
+                Some((key, _)) if key.eq_ignore_ascii_case("password") => format!("{key}=***"),
+                _ => pair.to_owned(),
+            });
+            format!("?{}", pairs.collect::<Vec<_>>().join("&"))
+        });
+        format!("{scheme}://{head}{}", query.unwrap_or_default())
+    }
+}

@@ -1,0 +1,232 @@
+//! Rows in PostgreSQL's binary COPY format, straight into the buffer that goes
+//! to the socket (documentation of COPY, "Binary Format"; the types' own formats
+//! are their `*send` functions). By hand: `BinaryCopyInWriter` goes through
+//! `&dyn ToSql` and a boxed error for every field.
+
+use bytes::{BufMut, BytesMut};
+use tokio_postgres::types::Type;
+
+use crate::sinks::columns::{Mismatch, Value};
+
+/// `PGCOPY\n\377\r\n\0`, no flags, no header extension.
+pub const HEADER: [u8; 19] = *b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
+pub const TRAILER: [u8; 2] = (-1_i16).to_be_bytes();
+/// 2000-01-01 in microseconds since 1970: PostgreSQL's own epoch.
+const EPOCH_US: i64 = 946_684_800_000_000;
+/// The largest field that PostgreSQL takes, MaxAllocSize, less room for headers.
+const FIELD_BYTES_MAX: usize = 1_000_000_000;
+
+/// A column's type, of those that can be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    Bool,
+    Int2,
+    Int4,
+    Int8,
+    Float4,
+    Float8,
+    Numeric,
+    Text,
+    Timestamp,
+    Date,
+    Json,
+    Jsonb,
+    Bytea,
+    Uuid,
+}
+
+impl Target {
+    pub const NAMES: &str = "boolean, smallint, integer, bigint, real, double precision, numeric, text, \
+         varchar, char, timestamp, timestamptz, date, json, jsonb, bytea, uuid";
+
+    pub fn of(oid: u32) -> Option<Self> {
+        Some(match Type::from_oid(oid)? {
+            Type::BOOL => Self::Bool,
+            Type::INT2 => Self::Int2,
+            Type::INT4 => Self::Int4,
+            Type::INT8 => Self::Int8,
+            Type::FLOAT4 => Self::Float4,
+            Type::FLOAT8 => Self::Float8,
+            Type::NUMERIC => Self::Numeric,
+            Type::TEXT | Type::VARCHAR | Type::BPCHAR | Type::NAME => Self::Text,
+            // Without a time zone: UTC.
+            Type::TIMESTAMPTZ | Type::TIMESTAMP => Self::Timestamp,
+            Type::DATE => Self::Date,
+            Type::JSON => Self::Json,
+            Type::JSONB => Self::Jsonb,
+            Type::BYTEA => Self::Bytea,
+            Type::UUID => Self::Uuid,
+            _ => return None,
+        })
+    }
+
+    /// Appends a field: its length, then its bytes.
+    #[inline]
+    pub fn put(self, value: Value<'_>, out: &mut BytesMut) -> Result<(), Mismatch> {
+        if value == Value::Null {
+            out.put_i32(-1);
+            return Ok(());
+        }
+        match self {
+            Self::Float8 => {
+                let number = value.f64().ok_or(Mismatch("a number"))?;
+                out.put_i32(8);
+                out.put_f64(number);
+            }
+            Self::Text => {
+                let text = value.text().ok_or(Mismatch("text"))?;
+                if memchr(text.as_bytes()) {
+                    return Err(Mismatch("text without NUL, which PostgreSQL cannot hold"));
+                }
+                put_bytes(text.as_bytes(), out)?;
+            }
+            Self::Timestamp => {
+                let us = value.time_us().ok_or(Mismatch("a time"))?;
+                out.put_i32(8);
+                out.put_i64(us.checked_sub(EPOCH_US).ok_or(Mismatch("a time that PostgreSQL can hold"))?);
+            }
+            Self::Date => {
+                let us = value.time_us().ok_or(Mismatch("a time"))?;
+                let days = (us.saturating_sub(EPOCH_US)).div_euclid(86_400_000_000);
+                out.put_i32(4);
+                out.put_i32(i32::try_from(days).map_err(|_| Mismatch("a date that PostgreSQL can hold"))?);
+            }
+            Self::Float4 => {
+                let number = value.f64().ok_or(Mismatch("a number"))? as f32;
+                if !number.is_finite() {
+                    return Err(Mismatch("a number that a real can hold"));
+                }
+                out.put_i32(4);
+                out.put_f32(number);
+            }
+            Self::Int8 => {
+                out.put_i32(8);
+                out.put_i64(value.i64().ok_or(Mismatch("a whole number"))?);
+            }
+            Self::Int4 => {
+                let number = value.i64().ok_or(Mismatch("a whole number"))?;
+                out.put_i32(4);
+                out.put_i32(i32::try_from(number).map_err(|_| Mismatch("a number that an integer can hold"))?);
+            }
+            Self::Int2 => {
+                let number = value.i64().ok_or(Mismatch("a whole number"))?;
+                out.put_i32(2);
+                out.put_i16(i16::try_from(number).map_err(|_| Mismatch("a number that a smallint can hold"))?);
+            }
+            Self::Numeric => put_numeric(value, out)?,
+            Self::Bool => {
+                out.put_i32(1);
+                out.put_u8(u8::from(value.bool().ok_or(Mismatch("true or false"))?));
+            }
+            Self::Json => {
+                put_bytes(value.json_text().ok_or(Mismatch("JSON"))?.as_bytes(), out)?;
+            }
+            Self::Jsonb => {
+                let text = value.json_text().ok_or(Mismatch("JSON"))?;
+                out.put_i32(field_len(text.len() + 1)?);
+                out.put_u8(1);
+                out.put_slice(text.as_bytes());
+            }
+            Self::Bytea => put_bytes(&value.bytes().ok_or(Mismatch("bytes"))?, out)?,
+            Self::Uuid => {
+                let text = value.text().ok_or(Mismatch("a UUID"))?;
+                let uuid = uuid::Uuid::try_parse(text.trim()).map_err(|_| Mismatch("a UUID"))?;
+                out.put_i32(16);
+                out.put_slice(uuid.as_bytes());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether there is a NUL.
+#[inline]
+fn memchr(bytes: &[u8]) -> bool {
+    bytes.contains(&0)
+}
+
+#[inline]
+fn put_bytes(bytes: &[u8], out: &mut BytesMut) -> Result<(), Mismatch> {
+    out.put_i32(field_len(bytes.len())?);
+    out.put_slice(bytes);
+    Ok(())
+}
+
+fn field_len(len: usize) -> Result<i32, Mismatch> {
+    if len > FIELD_BYTES_MAX { Err(Mismatch("small enough for PostgreSQL")) } else { Ok(len as i32) }
+}
+
+/// Exactly the digits that the payload has: groups of four decimal digits
+/// around the point (`numeric_recv`).
+fn put_numeric(value: Value<'_>, out: &mut BytesMut) -> Result<(), Mismatch> {
+    const NOT: Mismatch = Mismatch("a number");
+    const DIGITS_MAX: usize = 1_000;
+    value.f64().ok_or(NOT)?;
+    let text = value.text().ok_or(NOT)?;
+    let text = text.trim();
+    let (negative, text) = text.strip_prefix('-').map_or((false, text), |rest| (true, rest));
+    let (mantissa, exponent) = text.split_once(['e', 'E']).unwrap_or((text, "0"));
+    let exponent: i64 = exponent.parse().map_err(|_| NOT)?;
+    let (whole, fraction) = mantissa.split_once('.').unwrap_or((mantissa, ""));
+    let too_long = Mismatch("a number of at most 1,000 digits");
+    // The value is 0.digits * 10^point.
+    let point = whole.len() as i64 + exponent;
+    if whole.len() + fraction.len() > DIGITS_MAX || exponent.unsigned_abs() > DIGITS_MAX as u64 {
+        return Err(too_long);
+    }
+    let digit = |at: i64| -> i16 {
+        // Digit at 10^(point - 1 - at), zero outside of those that are written.
+        let digits = whole.bytes().chain(fraction.bytes());
+        usize::try_from(at).ok().and_then(|at| digits.clone().nth(at)).map_or(0, |b| i16::from(b - b'0'))
+    };
+    let first_group = point.div_euclid(4) + i64::from(point.rem_euclid(4) != 0);
+    let digits_end = (whole.len() + fraction.len()) as i64;
+    let scale = (digits_end - point).max(0);
+    let mut groups = Vec::new();
+    let mut at = point - first_group * 4;
+    while at < digits_end.max(point) {
+        groups.push((0..4).fold(0, |group, i| group * 10 + digit(at + i)));
+        at += 4;
+    }
+    let leading = groups.iter().take_while(|group| **group == 0).count();
+    groups.drain(..leading);
+    while groups.last() == Some(&0) {
+        groups.pop();
+    }
+    let weight = if groups.is_empty() { 0 } else { first_group - 1 - leading as i64 };
+    out.put_i32(8 + 2 * groups.len() as i32);
+    out.put_i16(groups.len() as i16);
+    out.put_i16(weight as i16);
+    out.put_u16(if negative && !groups.is_empty() { 0x4000 } else { 0 });
+    out.put_u16(scale as u16);
+    for group in groups {
+        out.put_i16(group);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn put(target: Target, payload: &str) -> Result<Vec<u8>, Mismatch> {
+        let mut out = BytesMut::new();
+        target.put(Value::Payload(payload.as_bytes()), &mut out).map(|()| out.to_vec())
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        assert_eq!(put(Target::Int2, "40000"), Err(Mismatch("a number that a smallint can hold")));
+        assert_eq!(put(Target::Float4, "1e300"), Err(Mismatch("a number that a real can hold")));
+        assert_eq!(put(Target::Bool, "1"), Err(Mismatch("true or false")));
+        assert!(put(Target::Text, "a\0b").is_err());
+        assert_eq!(put(Target::Bool, "true"), Ok(vec![0, 0, 0, 1, 1]));
+    }
+
+    #[test]
+    fn null_is_a_length_of_minus_one() {
+        let mut out = BytesMut::new();
+        Target::Float8.put(Value::Null, &mut out).unwrap();
+        assert_eq!(out[..], [0xff; 4]);
+    }
+}

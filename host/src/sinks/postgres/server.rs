@@ -1,0 +1,161 @@
+//! A private PostgreSQL server for tests: a fresh cluster in a temporary folder,
+//! on a free port, as the user `postgres` where the tests run as root. Stopped
+//! and removed when dropped. Only the standard library, so that any test can use it.
+
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+pub struct Server {
+    dir: PathBuf,
+    bin: PathBuf,
+    pub port: u16,
+    process: Option<Child>,
+}
+
+const MISSING: &str = "these tests need a real PostgreSQL: install its server (`apt-get install postgresql`), \
+     or set HEADWORKS_TEST_POSTGRES to the url of one that they may fill";
+
+impl Server {
+    /// `settings` are lines of postgresql.conf.
+    pub fn start(settings: &[&str]) -> Self {
+        let bin = newest_bin().expect(MISSING);
+        let dir = std::env::temp_dir().join(format!("headworks-pg-{}-{}", std::process::id(), free_port()));
+        std::fs::create_dir_all(&dir).expect("a temporary folder can be made");
+        let data = dir.join("data");
+        if is_root() {
+            run(Command::new("chown").arg("postgres").arg(&dir));
+        }
+        run(as_postgres(&bin.join("initdb"))
+            .args(["--no-sync", "--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C", "-D"])
+            .arg(&data));
+        let mut server = Self { dir, bin, port: 0, process: None };
+        let lines: Vec<String> = settings.iter().map(|line| format!("{line}\n")).collect();
+        server.write("data/postgresql.auto.conf", &lines.concat());
+        server.port = free_port();
+        server.resume();
+        server
+    }
+
+    pub fn url(&self) -> String {
+        format!("postgres://postgres@127.0.0.1:{}/postgres", self.port)
+    }
+
+    /// Writes a file that the server may read, below its folder.
+    pub fn write(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.dir.join(name);
+        std::fs::write(&path, text).expect("the server's folder can be written");
+        if is_root() {
+            run(Command::new("chown").arg("postgres").arg(&path));
+        }
+        run(Command::new("chmod").arg("600").arg(&path));
+        path
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Ends it as a crash does: no checkpoint, no goodbye.
+    pub fn kill(&mut self) {
+        let Some(mut process) = self.process.take() else { return };
+        let pid_file = self.dir.join("data/postmaster.pid");
+        let pid = std::fs::read_to_string(&pid_file).ok().and_then(|text| Some(text.lines().next()?.to_owned()));
+        if let Some(pid) = pid {
+            let _ = Command::new("kill").args(["-9", &pid]).stderr(Stdio::null()).status();
+        }
+        let _ = process.kill();
+        let _ = process.wait();
+        // Its children end by themselves once they see that it is gone; a new
+        // one starts only after the last of them.
+        let _ = std::fs::remove_file(pid_file);
+    }
+
+    /// Starts it, again after `kill`, and waits until it answers.
+    pub fn resume(&mut self) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let log = std::fs::OpenOptions::new()
+                .create(true)
+                .append(true)
+                .open(self.dir.join("log"))
+                .expect("the log can be written");
+            let mut process = as_postgres(&self.bin.join("postgres"))
+                .arg("-D")
+                .arg(self.dir.join("data"))
+                .args(["-p", &self.port.to_string(), "-c", "listen_addresses=127.0.0.1"])
+                .args(["-c", "unix_socket_directories="])
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(log)
+                .spawn()
+                .expect("postgres starts");
+            while process.try_wait().expect("it can be asked").is_none() {
+                assert!(Instant::now() < deadline, "PostgreSQL does not answer: {}", self.log());
+                let ready = as_postgres(&self.bin.join("pg_isready"))
+                    .args(["-q", "-h", "127.0.0.1", "-p", &self.port.to_string()])
+                    .status();
+                if ready.is_ok_and(|status| status.success()) {
+                    self.process = Some(process);
+                    return;
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            // Left-over children of a killed server still hold its memory.
+            assert!(Instant::now() < deadline, "PostgreSQL does not start: {}", self.log());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.join("log")).unwrap_or_default()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.kill();
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// `/usr/lib/postgresql/15/bin` of the highest version, else where `initdb` is in the path.
+fn newest_bin() -> Option<PathBuf> {
+    let mut versions: Vec<(u32, PathBuf)> = std::fs::read_dir("/usr/lib/postgresql")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path().join("bin"))))
+        .filter(|(_, bin)| bin.join("initdb").exists())
+        .collect();
+    versions.sort();
+    versions.pop().map(|(_, bin)| bin).or_else(|| {
+        std::env::split_paths(&std::env::var_os("PATH")?).find(|bin| bin.join("initdb").exists())
+    })
+}
+
+fn is_root() -> bool {
+    std::fs::metadata("/proc/self").is_ok_and(|data| std::os::unix::fs::MetadataExt::uid(&data) == 0)
+}
+
+/// PostgreSQL refuses to run as root.
+fn as_postgres(program: &Path) -> Command {
+    if !is_root() {
+        return Command::new(program);
+    }
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups"]).arg(program);
+    command.current_dir("/");
+    command
+}
+
+fn run(command: &mut Command) {
+    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn free_port() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    listener.local_addr().expect("it is bound").port()
+}

@@ -1,0 +1,70 @@
+//! What a user says of a SQLite sink.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::problems::{KeyPath, Problems};
+use crate::sinks::columns::ColumnsConfig;
+use crate::sinks::config::{BatchConfig, OnConflict, validate_table, within};
+use crate::stream::OnLag;
+use crate::units::Period;
+
+/// A table in a SQLite file.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The file; made where it is missing, its folder too.
+    pub path: PathBuf,
+    /// Table: `telemetry`.
+    pub table: String,
+    /// Which column gets what of a message. The default is the table
+    /// `time, device_id, location, metric, value`.
+    pub columns: ColumnsConfig,
+    /// Create the table and its index (device, time) where it is missing.
+    pub create: bool,
+    /// What happens to a row that the table has already.
+    pub on_conflict: OnConflict,
+    /// When a batch is written.
+    pub batch: BatchConfig,
+    /// What retention of the stream does while this sink lags.
+    pub on_lag: OnLag,
+    /// How long to wait for another program that writes to the file.
+    pub busy_timeout: Period,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            path: PathBuf::from("data/telemetry.db"),
+            table: "telemetry".to_owned(),
+            columns: ColumnsConfig::default(),
+            create: true,
+            on_conflict: OnConflict::default(),
+            batch: BatchConfig::default(),
+            on_lag: OnLag::default(),
+            busy_timeout: Period(Duration::from_secs(10)),
+        }
+    }
+}
+
+impl Config {
+    pub fn describe(&self) -> String {
+        format!("SQLite {} table {}", self.path.display(), self.table)
+    }
+
+    pub fn validate(&self, path: &KeyPath, problems: &mut Problems) {
+        if self.path.as_os_str().is_empty() {
+            problems.add(path.key("path"), "must be a file, such as data/telemetry.db");
+        }
+        validate_table(&self.table, 1, &path.key("table"), problems);
+        if self.table.to_ascii_lowercase().starts_with("sqlite_") {
+            problems.add(path.key("table"), "must not begin with sqlite_, which SQLite keeps for itself");
+        }
+        self.columns.validate(&path.key("columns"), problems);
+        self.batch.validate(&path.key("batch"), problems);
+        within(self.busy_timeout, 0, 600_000, &path.key("busy_timeout"), problems);
+    }
+}

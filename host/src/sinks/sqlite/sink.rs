@@ -1,0 +1,108 @@
+//! The sink's thread, and how calls get to it and back.
+
+use std::sync::{Arc, mpsc};
+
+use async_trait::async_trait;
+use tokio::sync::oneshot;
+
+use super::config::Config;
+use super::connection::Session;
+use crate::sinks::columns::Columns;
+use crate::sinks::{Advance, Claim, Error, Position, Rows, Sink};
+use crate::topic::Namespace;
+
+/// One that runs and one that waits: a call that was dropped still ends first.
+const REQUESTS_MAX: usize = 2;
+
+pub struct SqliteSink {
+    name: String,
+    config: Config,
+    columns: Columns,
+    thread: Option<mpsc::SyncSender<Request>>,
+}
+
+enum Request {
+    Open(Claim, oneshot::Sender<Result<Vec<Position>, Error>>),
+    Commit(Rows, Vec<Advance>, oneshot::Sender<Result<(), Error>>),
+}
+
+impl SqliteSink {
+    pub fn new(name: &str, config: Config, namespace: Arc<Namespace>) -> Self {
+        let columns = Columns::new(&config.columns, namespace);
+        Self { name: name.to_owned(), config, columns, thread: None }
+    }
+
+    fn context(&self) -> String {
+        format!("sink \"{}\": {}", self.name, self.config.path.display())
+    }
+
+    /// Starts the thread where there is none. It ends when the sink is dropped.
+    fn thread(&mut self) -> Result<&mpsc::SyncSender<Request>, Error> {
+        if self.thread.is_none() {
+            let (sender, requests) = mpsc::sync_channel(REQUESTS_MAX);
+            let (config, columns, context) = (self.config.clone(), self.columns.clone(), self.context());
+            std::thread::Builder::new()
+                .name(format!("sink-{}", self.name))
+                .spawn(move || serve(&requests, &config, &columns, &context))
+                .map_err(|error| Error::Retry(format!("{}: no thread: {error}", self.context())))?;
+            self.thread = Some(sender);
+        }
+        Ok(self.thread.as_ref().expect("started above"))
+    }
+
+    async fn call<T>(
+        &mut self,
+        request: Request,
+        answer: oneshot::Receiver<Result<T, Error>>,
+    ) -> Result<T, Error> {
+        let context = self.context();
+        self.thread()?
+            .try_send(request)
+            .map_err(|_| Error::Retry(format!("{context}: still busy with an earlier call")))?;
+        match answer.await {
+            Ok(outcome) => outcome,
+            Err(_) => {
+                self.thread = None;
+                Err(Error::Unknown(format!("{context}: the sink's thread ended")))
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl Sink for SqliteSink {
+    async fn open(&mut self, claim: &Claim) -> Result<Vec<Position>, Error> {
+        let (sender, answer) = oneshot::channel();
+        self.call(Request::Open(claim.clone(), sender), answer).await
+    }
+
+    async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<(), Error> {
+        let (sender, answer) = oneshot::channel();
+        self.call(Request::Commit(rows.clone(), advance.to_vec(), sender), answer).await
+    }
+}
+
+/// The thread: one call after the other, until the sink is dropped.
+fn serve(requests: &mpsc::Receiver<Request>, config: &Config, columns: &Columns, context: &str) {
+    let mut session: Option<Session> = None;
+    for request in requests {
+        // A caller that has gone does not want its answer.
+        match request {
+            Request::Open(claim, answer) => {
+                session = None;
+                let outcome = Session::open(config, columns, &claim, context);
+                let _ = answer.send(outcome.map(|(opened, positions)| {
+                    session = Some(opened);
+                    positions
+                }));
+            }
+            Request::Commit(rows, advance, answer) => {
+                let outcome = match &mut session {
+                    Some(session) => session.commit(&config.path, context, &rows, &advance),
+                    None => Err(Error::Retry(format!("{context}: not open"))),
+                };
+                let _ = answer.send(outcome);
+            }
+        }
+    }
+}

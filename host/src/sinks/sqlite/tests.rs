@@ -1,0 +1,129 @@
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use rusqlite::Connection;
+
+use super::*;
+use crate::sinks::conformance::{Database, advance, claim, conformance_tests, message, rows};
+use crate::sinks::{Error, Rows, Sink};
+
+struct File {
+    folder: tempfile::TempDir,
+}
+
+impl File {
+    fn new() -> Self {
+        Self { folder: tempfile::tempdir().unwrap() }
+    }
+
+    fn config(&self) -> Config {
+        Config { path: self.folder.path().join("data/telemetry.db"), ..Config::default() }
+    }
+
+    fn read(&self) -> Connection {
+        std::fs::create_dir_all(self.folder.path().join("data")).unwrap();
+        Connection::open(self.config().path).unwrap()
+    }
+
+    fn sink(&self) -> SqliteSink {
+        SqliteSink::new("warehouse", self.config(), Arc::default())
+    }
+}
+
+#[async_trait]
+impl Database for File {
+    async fn sink(&self) -> Box<dyn Sink> {
+        Box::new(File::sink(self))
+    }
+
+    async fn written(&self) -> Vec<(String, f64)> {
+        let connection = self.read();
+        let mut statement = connection.prepare("SELECT device_id, value FROM telemetry").unwrap();
+        let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?))).unwrap();
+        rows.collect::<Result<_, _>>().unwrap()
+    }
+}
+
+conformance_tests!(File::new());
+
+#[tokio::test]
+async fn times_compare_with_sqlites_own() {
+    let file = File::new();
+    let mut sink = file.sink();
+    sink.open(&claim()).await.unwrap();
+    sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.unwrap();
+    let (time, kind, same_day): (String, String, i64) = file
+        .read()
+        .query_row(
+            "SELECT time, typeof(time), time > datetime('2026-02-23 09:59:00') AND
+                    time < datetime('2026-02-23 10:00:00', '+5 minutes') FROM telemetry",
+            [],
+            |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
+        )
+        .unwrap();
+    assert_eq!((time.as_str(), kind.as_str(), same_day), ("2026-02-23 10:00:00.123456Z", "text", 1));
+}
+
+#[tokio::test]
+async fn a_constraint_names_its_row_among_many() {
+    let file = File::new();
+    file.read()
+        .execute_batch(
+            "CREATE TABLE telemetry (time TEXT, device_id TEXT, location TEXT, metric TEXT,
+                                     value REAL CHECK (value < 100))",
+        )
+        .unwrap();
+    let mut sink = file.sink();
+    sink.open(&claim()).await.unwrap();
+    let many = rows((0..200).map(|i| ("a", if i == 77 { "500" } else { "5" })));
+    let error = sink.commit(&many, &[advance(0, 0, 200)]).await.unwrap_err();
+    let Error::Rows(refused) = error else { panic!("{error:?}") };
+    assert_eq!(refused.iter().map(|row| row.row).collect::<Vec<_>>(), [77]);
+    assert!(refused[0].reason.contains("CHECK"), "{}", refused[0].reason);
+}
+
+#[tokio::test]
+async fn a_table_without_a_column_is_an_error_that_names_it() {
+    let file = File::new();
+    file.read().execute_batch("CREATE TABLE telemetry (time TEXT, device_id TEXT, v REAL)").unwrap();
+    let error = file.sink().open(&claim()).await.unwrap_err();
+    assert!(matches!(error, Error::Setup(_)), "{error:?}");
+    let text = error.to_string();
+    assert!(text.contains("no column \"location\": it has time, device_id, v"), "{text}");
+}
+
+#[tokio::test]
+async fn a_locked_file_is_tried_again() {
+    let file = File::new();
+    let config = Config { busy_timeout: "1ms".parse().unwrap(), ..file.config() };
+    let mut sink = SqliteSink::new("warehouse", config, Arc::default());
+    sink.open(&claim()).await.unwrap();
+    let other = file.read();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let batch = rows([message("a", "1")]);
+    let error = sink.commit(&batch, &[advance(0, 0, 1)]).await.unwrap_err();
+    assert!(matches!(error, Error::Retry(_)), "{error:?}");
+    other.execute_batch("ROLLBACK").unwrap();
+    sink.commit(&batch, &[advance(0, 0, 1)]).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_removed_file_is_noticed_before_rows_are_lost_in_it() {
+    let file = File::new();
+    let mut sink = file.sink();
+    sink.open(&claim()).await.unwrap();
+    sink.commit(&Rows::default(), &[advance(0, 0, 5)]).await.unwrap();
+    std::fs::remove_file(file.config().path).unwrap();
+    let error = sink.commit(&rows([message("a", "1")]), &[advance(0, 5, 6)]).await.unwrap_err();
+    assert!(matches!(error, Error::Retry(_)), "{error:?}");
+    assert_eq!(sink.open(&claim()).await.unwrap(), [], "a new file knows nothing");
+}
+
+#[tokio::test]
+async fn a_file_that_is_no_database_is_an_error_for_a_person() {
+    let file = File::new();
+    drop(file.read());
+    std::fs::write(file.config().path, "this is not a database, but long enough to look at").unwrap();
+    let error = file.sink().open(&claim()).await.unwrap_err();
+    assert!(matches!(error, Error::Setup(_)), "{error:?}");
+}

@@ -1,0 +1,96 @@
+//! Frame decoding is total: any bytes give a checked frame or an error.
+
+use bytes::BytesMut;
+use proptest::prelude::*;
+
+use super::*;
+use crate::stream::log::frame::{Around, Broken, Header, Kind, decode, entry};
+
+fn encoded(payloads: &[Vec<u8>], key: &[u8]) -> Vec<u8> {
+    let (mut entries, mut data, mut state) = (BytesMut::new(), BytesMut::new(), Vec::new());
+    for payload in payloads {
+        frame::push_message(&mut entries, &mut data, &message("acme/d/reading", payload));
+    }
+    frame::push_change(&mut state, key, Some(b"v"));
+    let mut header = Header {
+        marker: 77,
+        kind: Kind::Data,
+        flags: 0,
+        stored_len: 0,
+        base: 5,
+        count: payloads.len() as u32,
+        body_crc: 0,
+        durable_frames: 1,
+        durable_through: 5,
+        append_us: 9,
+        received_least_us: 7,
+        received_greatest_us: 7,
+        sequence: 1,
+        previous_crc: 3,
+        header_len: 0,
+        crc: 0,
+    };
+    Around::new(&mut header, &entries, &data, &state).parts(&entries, &data, &state).concat()
+}
+
+/// A frame whose CRCs are right whatever was changed in it.
+fn resealed(mut bytes: Vec<u8>) -> Vec<u8> {
+    let crc = crc32c::crc32c(&bytes[frame::HEADER_BYTES..]);
+    bytes[36..40].copy_from_slice(&crc.to_le_bytes());
+    let crc = crc32c::crc32c(&bytes[..frame::HEADER_BYTES - 4]);
+    bytes[frame::HEADER_BYTES - 4..frame::HEADER_BYTES].copy_from_slice(&crc.to_le_bytes());
+    bytes
+}
+
+/// Reads all that a decoded frame points to.
+fn touch(bytes: &[u8]) {
+    let Ok(decoded) = decode(bytes, 4) else { return };
+    let (entries, data) = (&bytes[decoded.entries], &bytes[decoded.data]);
+    for i in 0..decoded.header.count as usize {
+        let entry = entry(entries, i);
+        for span in [entry.topic, entry.payload, entry.properties, entry.route, entry.device] {
+            assert!(data.get(span.range()).is_some());
+        }
+        assert!(std::str::from_utf8(&data[entry.topic.range()]).is_ok() && entry.partition.0 < 4);
+    }
+}
+
+#[test]
+fn every_flipped_byte_of_a_frame_is_seen() {
+    let bytes = encoded(&[b"one".to_vec(), b"second".to_vec()], b"key");
+    assert!(decode(&bytes, 4).is_ok());
+    for at in 0..bytes.len() {
+        let mut bytes = bytes.clone();
+        bytes[at] ^= 4;
+        assert!(decode(&bytes, 4).is_err(), "byte {at}");
+        assert!(decode(&bytes[..at], 4).is_err());
+    }
+    assert_eq!(decode(&bytes[..10], 4), Err(Broken::Short));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 20_000, ..ProptestConfig::default() })]
+    #[test]
+    fn any_bytes_are_decoded_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
+        touch(&bytes);
+        if bytes.len() >= frame::HEADER_BYTES {
+            touch(&resealed(bytes));
+        }
+    }
+
+    #[test]
+    fn a_changed_frame_with_right_checksums_never_points_outside(
+        payloads in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..40), 0..5),
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+        cut in 0..64_usize,
+    ) {
+        let mut bytes = encoded(&payloads, b"key");
+        for (at, byte) in changes {
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+        }
+        touch(&resealed(bytes.clone()));
+        bytes.truncate(bytes.len() - cut.min(bytes.len() - frame::HEADER_BYTES));
+        touch(&resealed(bytes));
+    }
+}

@@ -1,0 +1,114 @@
+//! A full disk and retention: devices wait, nothing is lost, it goes on by itself.
+
+use super::*;
+use crate::stream::conformance::durable;
+use crate::stream::{OnLag, Read};
+
+/// Appends until there is no room; how many messages were made durable.
+async fn fill(log: &Log) -> u64 {
+    loop {
+        match log.append(&[message("a/b", &payload(0, 3_000))], &[]) {
+            Ok(appended) => {
+                let mut done = log.durable();
+                let done = done.wait_for(|done| *done >= appended.ticket);
+                if tokio::time::timeout(Duration::from_millis(300), done).await.is_err() {
+                    break;
+                }
+            }
+            Err(AppendError::NoSpace) => break,
+            Err(other) => panic!("{other}"),
+        }
+    }
+    log.bounds().end.0
+}
+
+#[tokio::test]
+async fn a_full_disk_withholds_acks_and_recovers_by_itself() {
+    let disk = SimDisk::new(3);
+    disk.set_bytes_max(100 << 10);
+    let (log, _) = Log::open(Arc::new(disk.clone()), Path::new(DIR), "t", &small()).unwrap();
+    let full_at = fill(&log).await;
+    assert!(full_at > 10);
+    assert_eq!(log.append(&[message("a/b", b"x")], &[]), Err(AppendError::NoSpace));
+    assert_eq!(read_all(&*log, 0).await.len() as u64, full_at, "reading goes on");
+
+    disk.set_bytes_max(1 << 20);
+    log.writable().await;
+    let appended = log.append(&[message("a/b", b"x")], &[]).unwrap();
+    durable(&*log, appended.ticket).await;
+    assert!(log.bounds().end.0 > full_at);
+    assert!(read_all(&*log, 0).await.iter().all(|(_, payload)| payload.is_some()));
+}
+
+#[tokio::test]
+async fn a_blocking_reader_keeps_its_messages_until_it_moves_on() {
+    let disk = SimDisk::new(3);
+    let mut config = small();
+    config.retention.max_bytes = ByteSize(64 << 10);
+    let (log, _) = Log::open(Arc::new(disk), Path::new(DIR), "t", &config).unwrap();
+    let reader = log.attach("warehouse", Offset(0), OnLag::Block);
+    let full_at = fill(&log).await;
+    assert_eq!(log.bounds().start, Offset(0));
+    reader.advance(Offset(full_at));
+    log.writable().await;
+    let appended = log.append(&[message("a/b", b"x")], &[]).unwrap();
+    durable(&*log, appended.ticket).await;
+    assert!(log.bounds().start > Offset(0));
+}
+
+#[tokio::test]
+async fn a_detached_reader_gets_a_gap_of_exact_size() {
+    let disk = SimDisk::new(3);
+    let mut config = small();
+    config.retention.max_bytes = ByteSize(64 << 10);
+    let (log, _) = Log::open(Arc::new(disk), Path::new(DIR), "t", &config).unwrap();
+    log.attach("alerts", Offset(0), OnLag::Detach);
+    let mut cursor = log.cursor(Offset(0));
+    for n in 0..40 {
+        let appended = log.append(&[message("a/b", &payload(n, 3_000))], &[]).unwrap();
+        durable(&*log, appended.ticket).await;
+    }
+    let start = log.bounds().start;
+    let Read::Gap { from, to, cause } = cursor.next().await.unwrap() else { panic!("no gap") };
+    assert_eq!((from, to, cause), (Offset(0), start, crate::stream::GapCause::Trimmed));
+    assert!(matches!(cursor.next().await.unwrap(), Read::Batch(batch) if batch.base == start));
+}
+
+#[test]
+fn a_log_opens_on_a_full_disk_with_its_reserve() {
+    let (disk, clock) = (SimDisk::new(3), new_clock());
+    let config = Config { reserve_bytes: ByteSize(32 << 10), ..small() };
+    drop(manual(&disk, &config, &clock).unwrap());
+    disk.restart_process();
+    disk.set_bytes_max(disk.bytes());
+    let (log, _) = manual(&disk, &config, &clock).unwrap();
+    log.append(&[message("a/b", b"x")], &[]).unwrap();
+    commit(&log).unwrap();
+}
+
+#[test]
+fn age_counts_only_once_the_clock_is_set_and_never_after_a_jump_by_decades() {
+    let (disk, clock) = (SimDisk::new(3), Arc::new(AtomicU64::new(5)));
+    let (log, _) = manual(&disk, &small(), &clock).unwrap();
+    let fill = || {
+        for n in 0..20 {
+            log.append(&[message("a/b", &payload(n, 3_000))], &[]).unwrap();
+            commit(&log).unwrap();
+        }
+    };
+    let hour = 3_600_000_000;
+    fill();
+    clock.store(10 * hour, Ordering::Relaxed);
+    log.inner.keep(false);
+    assert_eq!(log.bounds().start, Offset(0), "the clock was never set");
+    clock.store(SET_US + hour, Ordering::Relaxed);
+    fill();
+    log.inner.keep(false);
+    assert_eq!(log.bounds().start, Offset(0), "as young as the first with a clock");
+    clock.store(SET_US + 50 * 365 * 24 * hour, Ordering::Relaxed);
+    log.inner.keep(false);
+    assert_eq!(log.bounds().start, Offset(0), "a jump by decades");
+    clock.store(SET_US + 3 * hour, Ordering::Relaxed);
+    log.inner.keep(false);
+    assert!(log.bounds().start > Offset(0));
+}
