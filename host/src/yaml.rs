@@ -77,7 +77,11 @@ fn read(text: &str, with_lines: bool) -> Result<Document, SyntaxError> {
             (event, span) => value = Some(reader.value(event, span, &KeyPath::root(), 0)?),
         }
     }
-    Ok(Document { value: value.unwrap_or_default(), lines: reader.lines, problems: reader.problems.into_vec() })
+    Ok(Document {
+        value: value.unwrap_or_default(),
+        lines: reader.lines,
+        problems: reader.problems.into_vec(),
+    })
 }
 
 struct Reader<'i> {
@@ -235,7 +239,9 @@ mod tests {
 
     #[test]
     fn scalars_are_those_of_the_core_schema() {
-        let read = parse("{ a: 1, b: 1.5, c: yes, d: 'no', e: ~, f: 1883:1883, g: 0x10, h: -3, i: true, j: '7', k: 7d, l: 1e3 }");
+        let read = parse(
+            "{ a: 1, b: 1.5, c: yes, d: 'no', e: ~, f: 1883:1883, g: 0x10, h: -3, i: true, j: '7', k: 7d, l: 1e3 }",
+        );
         assert_eq!(
             read.unwrap().value,
             json!({ "a": 1, "b": 1.5, "c": "yes", "d": "no", "e": null, "f": "1883:1883", "g": 16,
@@ -245,10 +251,10 @@ mod tests {
 
     #[test]
     fn each_key_has_its_line() {
-        let read = parse("# first\nmqtt:\n  listeners:\n    - bind: a\n    - { bind: b,\n        tls: c }\n").unwrap();
-        let line = |path: &str| {
-            read.lines.iter().find(|(known, _)| known.as_str() == path).map(|(_, line)| *line)
-        };
+        let read = parse("# first\nmqtt:\n  listeners:\n    - bind: a\n    - { bind: b,\n        tls: c }\n")
+            .unwrap();
+        let line =
+            |path: &str| read.lines.iter().find(|(known, _)| known.as_str() == path).map(|(_, line)| *line);
         assert_eq!(line("mqtt"), Some(2));
         assert_eq!(line("mqtt.listeners[0].bind"), Some(4));
         assert_eq!(line("mqtt.listeners[1].tls"), Some(6));
@@ -259,7 +265,10 @@ mod tests {
         let read = parse("a: 1\nb: { c: 1, c: 2 }\na:\n  x: 3\n").unwrap();
         let problems: Vec<_> =
             read.problems.iter().map(|p| format!("{}: {}", p.path.as_str(), p.message)).collect();
-        assert_eq!(problems, ["b.c: is given twice, here and on line 2", "a: is given twice, here and on line 3"]);
+        assert_eq!(
+            problems,
+            ["b.c: is given twice, here and on line 2", "a: is given twice, here and on line 3"]
+        );
         assert_eq!(read.value, json!({ "a": 1, "b": { "c": 1 } }));
     }
 

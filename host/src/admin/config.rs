@@ -38,7 +38,9 @@ impl Config {
             ),
             Some(address) if !address.ip().is_loopback() && !self.allow_remote => problems.add(
                 path.key("bind"),
-                format!("{address} is open to other machines: set `allow_remote: true`, or bind to 127.0.0.1"),
+                format!(
+                    "{address} is open to other machines: set `allow_remote: true`, or bind to 127.0.0.1"
+                ),
             ),
             Some(_) => {}
         }

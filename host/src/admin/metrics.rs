@@ -10,15 +10,23 @@ use crate::telemetry::{self, Metric, MetricKind};
 use crate::{listeners, pipeline, plugin, stream};
 
 /// Composed of each module's own list.
-pub const ALL: &[&[Metric]] = 
+pub const ALL: &[&[Metric]] =
     &[listeners::mqtt::METRICS, pipeline::METRICS, plugin::METRICS, stream::log::METRICS, telemetry::METRICS];
 
 const SECONDS: &[f64] = &[
-    0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
-    30.0, 60.0,
+    0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
+    10.0, 30.0, 60.0,
 ];
 const BYTES: &[f64] = &[
-    256.0, 1_024.0, 4_096.0, 16_384.0, 65_536.0, 262_144.0, 1_048_576.0, 4_194_304.0, 16_777_216.0,
+    256.0,
+    1_024.0,
+    4_096.0,
+    16_384.0,
+    65_536.0,
+    262_144.0,
+    1_048_576.0,
+    4_194_304.0,
+    16_777_216.0,
     67_108_864.0,
 ];
 const COUNTS: &[f64] =
@@ -104,9 +112,17 @@ mod tests {
         let mut names = BTreeSet::new();
         for metric in all() {
             assert!(names.insert(metric.name), "{} is listed twice", metric.name);
-            assert!(metric.name.starts_with("headworks_") || metric.name.starts_with("process_"), "{metric:?}");
+            assert!(
+                metric.name.starts_with("headworks_") || metric.name.starts_with("process_"),
+                "{metric:?}"
+            );
             let is_total = metric.name.ends_with("_total");
-            assert_eq!(is_total, metric.kind == MetricKind::Counter, "{}: counters end in _total", metric.name);
+            assert_eq!(
+                is_total,
+                metric.kind == MetricKind::Counter,
+                "{}: counters end in _total",
+                metric.name
+            );
             assert!(!metric.help.is_empty() && !metric.help.contains(['\n', '|']), "{metric:?}");
         }
     }
@@ -123,7 +139,11 @@ mod tests {
         });
         assert_eq!(
             undescribed(&rendered),
-            ["headworks_delay_seconds", "headworks_stranger_total", "process_open_fds is a counter, listed as gauge"]
+            [
+                "headworks_delay_seconds",
+                "headworks_stranger_total",
+                "process_open_fds is a counter, listed as gauge"
+            ]
         );
         assert!(rendered.contains("headworks_delay_seconds_bucket{le=\"0.25\"} 1"), "{rendered}");
         assert!(rendered.contains("# HELP process_open_fds Open file descriptors"), "{rendered}");

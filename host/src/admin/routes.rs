@@ -93,7 +93,10 @@ async fn only_local_names(headers: HeaderMap, request: Request, next: Next) -> R
     if is_local {
         next.run(request).await
     } else {
-        problem(StatusCode::FORBIDDEN, "ask for localhost, or set admin.allow_remote and bind to another address")
+        problem(
+            StatusCode::FORBIDDEN,
+            "ask for localhost, or set admin.allow_remote and bind to another address",
+        )
     }
 }
 

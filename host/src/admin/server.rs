@@ -56,8 +56,7 @@ pub async fn start(config: &Config, deps: Deps, shutdown: CancellationToken) -> 
     let router = routes::router(deps, address);
     let listener = Limited { listener, slots: Arc::new(Semaphore::new(CONNECTIONS_MAX)) };
     let task = tokio::spawn(async move {
-        let serve =
-            axum::serve(listener, router).with_graceful_shutdown(shutdown.clone().cancelled_owned());
+        let serve = axum::serve(listener, router).with_graceful_shutdown(shutdown.clone().cancelled_owned());
         let upkeep = async {
             let mut ticks = tokio::time::interval(UPKEEP_EVERY);
             loop {
@@ -119,7 +118,11 @@ mod io {
     use super::Connection;
 
     impl AsyncRead for Connection {
-        fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buf: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
             Pin::new(&mut self.stream).poll_read(cx, buf)
         }
     }

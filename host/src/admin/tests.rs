@@ -77,9 +77,12 @@ impl Running {
 async fn health_and_readiness_follow_the_parts() {
     let running = run().await;
     assert!(running.get("/healthz").await.starts_with("HTTP/1.1 200"));
-    assert!(running.get("/readyz").await.ends_with(
-        r#"{"components":[{"name":"sink telemetry","ready":true}],"ready":true}"#
-    ));
+    assert!(
+        running
+            .get("/readyz")
+            .await
+            .ends_with(r#"{"components":[{"name":"sink telemetry","ready":true}],"ready":true}"#)
+    );
     *running.trouble.lock().unwrap() = Some("stream telemetry stopped".to_owned());
     let answer = running.get("/healthz").await;
     assert!(answer.starts_with("HTTP/1.1 503") && answer.ends_with("stream telemetry stopped\n"), "{answer}");
@@ -103,7 +106,8 @@ async fn a_redrive_reaches_the_host() {
     let running = run().await;
     let answer = running.post(r#"{"ids":[7],"sink":"warehouse"}"#, "application/json").await;
     assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with(r#"{"sent":3,"refused":1}"#), "{answer}");
-    let asked = RedriveRequest { ids: vec![7], pipeline: None, sink: Some("warehouse".to_owned()), step: None };
+    let asked =
+        RedriveRequest { ids: vec![7], pipeline: None, sink: Some("warehouse".to_owned()), step: None };
     assert_eq!(*running.redriven.0.lock().unwrap(), [asked]);
     let answer = running.post(r#"{"sink":"none"}"#, "application/json").await;
     assert!(answer.starts_with("HTTP/1.1 404") && answer.contains("no sink `none`"), "{answer}");

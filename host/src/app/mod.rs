@@ -3,7 +3,7 @@
 //! message travels, so that what is in flight arrives.
 
 mod redrive;
-mod run_file;
+pub mod run_file;
 mod status;
 
 use std::fs::File;

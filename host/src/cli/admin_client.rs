@@ -8,19 +8,23 @@ use serde::de::DeserializeOwned;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::admin;
+use crate::app::run_file;
+use crate::config::Config;
 
 const ANSWER_BYTES_MAX: u64 = 16 << 20;
 
 /// `POST path` with a JSON body; the answer's JSON.
 pub async fn post<T: DeserializeOwned>(
-    config: &admin::Config,
+    config: &Config,
     path: &str,
     body: &impl Serialize,
 ) -> anyhow::Result<T> {
-    let address = reachable(config.address().context("admin.bind is not an address")?);
+    // What the running host wrote down, since its port may be any free one.
+    let running = run_file::read(&config.data_dir).map(|running| running.admin);
+    let address = running.or(config.admin.address()).context("admin.bind is not an address")?;
+    let address = reachable(address);
     let mut stream = TcpStream::connect(address).await.with_context(|| {
-        format!("no host runs at {address} (admin.bind): start it with `headworks run`, then try again")
+        format!("no host runs at {address}: start it with `headworks run`, then try again")
     })?;
     let body = serde_json::to_string(body)?;
     let request = format!(
@@ -32,9 +36,9 @@ pub async fn post<T: DeserializeOwned>(
     let mut answer = Vec::new();
     stream.take(ANSWER_BYTES_MAX).read_to_end(&mut answer).await?;
     let answer = String::from_utf8_lossy(&answer);
-    let (head, body) = answer
-        .split_once("\r\n\r\n")
-        .with_context(|| format!("{address} does not answer as headworks does: does something else use the port?"))?;
+    let (head, body) = answer.split_once("\r\n\r\n").with_context(|| {
+        format!("{address} does not answer as headworks does: does something else use the port?")
+    })?;
     let code = head.split(' ').nth(1).unwrap_or_default();
     if code == "200" {
         return serde_json::from_str(body).with_context(|| format!("cannot read the answer of {address}"));

@@ -136,9 +136,11 @@ pub enum StreamsCommand {
         format: FormatArgs,
     },
     /// Messages of a stream
-    #[command(after_help = "Examples:\n  headworks streams tail                     the last 10, then what comes\n  \
+    #[command(
+        after_help = "Examples:\n  headworks streams tail                     the last 10, then what comes\n  \
         headworks streams tail telemetry --from 10m --format json\n  \
-        headworks streams tail --from 2026-11-23T06:00:00Z --max 100")]
+        headworks streams tail --from 2026-11-23T06:00:00Z --max 100"
+    )]
     Tail(TailArgs),
 }
 

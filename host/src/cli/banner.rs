@@ -94,7 +94,10 @@ impl Started {
                     name: name.clone(),
                     from: pipeline.from.clone(),
                     steps: pipeline.steps.as_ref().map(|steps| {
-                        steps.iter().map(|step| step.name.clone().unwrap_or_else(|| step.plugin.clone())).collect()
+                        steps
+                            .iter()
+                            .map(|step| step.name.clone().unwrap_or_else(|| step.plugin.clone()))
+                            .collect()
                     }),
                     routes: pipeline
                         .routes
@@ -204,7 +207,11 @@ mod tests {
                 version: "0.1.0".into(),
                 problem: None,
             },
-            PluginLine { file: "20-broken.wasm".into(), problem: Some("not wasm".into()), ..PluginLine::default() },
+            PluginLine {
+                file: "20-broken.wasm".into(),
+                problem: Some("not wasm".into()),
+                ..PluginLine::default()
+            },
         ];
         let sink = started.pipelines[0].routes[0].1[0].clone();
         let expected = "\
@@ -212,7 +219,7 @@ headworks VERSION
 
 config    embedded default
 data      data
-plugins   plugins
+plugins   ./plugins
           10-normalize.wasm  normalize 0.1.0
           20-broken.wasm  does not run: not wasm
 listen    mqtt on 127.0.0.1:1883

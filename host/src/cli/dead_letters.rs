@@ -131,7 +131,7 @@ async fn redrive(
     // Hidden where stderr is no terminal.
     let progress = ProgressBar::new_spinner().with_message("sending again");
     progress.enable_steady_tick(std::time::Duration::from_millis(120));
-    let answer = admin_client::post(&config.admin, "/api/dead-letters/redrive", &request).await;
+    let answer = admin_client::post(config, "/api/dead-letters/redrive", &request).await;
     progress.finish_and_clear();
     let answer: RedriveAnswer = answer?;
     if format == Format::Json {
@@ -194,7 +194,9 @@ fn to_json(letter: &MessageRef<'_>) -> Map<String, Value> {
         all.insert("id".into(), id);
     }
     let mut refused = Map::new();
-    for name in ["reason", "kind", "pipeline", "step", "sink", "stream", "log", "generation", "offset", "index"] {
+    for name in
+        ["reason", "kind", "pipeline", "step", "sink", "stream", "log", "generation", "offset", "index"]
+    {
         let value = property(letter, name);
         let number = matches!(name, "generation" | "offset" | "index").then(|| value.parse::<u64>().ok());
         match number.flatten() {

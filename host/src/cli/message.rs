@@ -77,7 +77,9 @@ pub fn payload_whole(payload: &[u8]) -> String {
         return serde_json::to_string_pretty(&value).unwrap_or_default();
     }
     match std::str::from_utf8(payload) {
-        Ok(text) => text.chars().map(|c| if c.is_control() && c != '\n' && c != '\t' { '�' } else { c }).collect(),
+        Ok(text) => {
+            text.chars().map(|c| if c.is_control() && c != '\n' && c != '\t' { '�' } else { c }).collect()
+        }
         Err(_) => hex_dump(payload),
     }
 }
@@ -90,7 +92,8 @@ fn hex_dump(bytes: &[u8]) -> String {
     let mut dump = String::new();
     for (line, bytes) in bytes.chunks(16).enumerate() {
         let hex: Vec<String> = bytes.iter().map(|b| format!("{b:02x}")).collect();
-        let text: String = bytes.iter().map(|&b| if (32..127).contains(&b) { b as char } else { '.' }).collect();
+        let text: String =
+            bytes.iter().map(|&b| if (32..127).contains(&b) { b as char } else { '.' }).collect();
         dump += &format!("{:08x}  {:<47}  {text}\n", line * 16, hex.join(" "));
     }
     dump

@@ -72,7 +72,8 @@ fn list(dir: &Path, format: Format, out: &mut Out) -> anyhow::Result<()> {
         table.push(match (&inspection.description, &inspection.problem) {
             (_, Some(problem)) => vec![name, format!("cannot run: {problem}")],
             (Some(plugin), None) => {
-                let topics = if plugin.topics.is_empty() { "all".to_owned() } else { plugin.topics.join(" ") };
+                let topics =
+                    if plugin.topics.is_empty() { "all".to_owned() } else { plugin.topics.join(" ") };
                 vec![name, plugin.name.clone(), plugin.version.clone(), topics, plugin.summary.clone()]
             }
             (None, None) => vec![name],
@@ -149,7 +150,8 @@ fn bench(
         passed += outcome.passed.len() as u64;
         dropped += outcome.dropped;
         refused += outcome.refused.len() as u64;
-        first_refusal = first_refusal.or_else(|| outcome.refused.first().map(|refused| refused.reason.clone()));
+        first_refusal =
+            first_refusal.or_else(|| outcome.refused.first().map(|refused| refused.reason.clone()));
         if round % 64 == 0 {
             progress.set_position(round * BATCH_MESSAGES);
         }
@@ -166,7 +168,9 @@ fn bench(
             "passed": passed, "dropped": dropped, "refused": refused, "first_refusal": first_refusal,
         }));
     }
-    out.line(format!("{name}: {count} messages in {took:.2?}: {ns:.0} ns a message, {per_second:.0} messages/s"))?;
+    out.line(format!(
+        "{name}: {count} messages in {took:.2?}: {ns:.0} ns a message, {per_second:.0} messages/s"
+    ))?;
     out.line(format!("passed {passed}, dropped {dropped}, refused {refused}"))?;
     match first_refusal {
         Some(reason) => out.line(format!("the first refusal: {reason}")),

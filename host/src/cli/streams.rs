@@ -148,9 +148,13 @@ impl From {
         let time = match (text, text.parse::<Period>(), text.parse::<Timestamp>()) {
             ("start", ..) => return Ok(Self::Start),
             ("end", ..) => return Ok(Self::End),
-            (_, Ok(ago), _) => now.checked_sub(ago.0).with_context(|| format!("{text} ago is before all time"))?,
+            (_, Ok(ago), _) => {
+                now.checked_sub(ago.0).with_context(|| format!("{text} ago is before all time"))?
+            }
             (_, _, Ok(time)) => time,
-            _ => bail!("--from must be an offset, `start`, `end`, a time such as 2026-11-23T06:00:00Z, or 10m, is \"{text}\""),
+            _ => bail!(
+                "--from must be an offset, `start`, `end`, a time such as 2026-11-23T06:00:00Z, or 10m, is \"{text}\""
+            ),
         };
         Ok(Self::Time(u64::try_from(time.as_microsecond()).unwrap_or(0)))
     }

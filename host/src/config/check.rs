@@ -26,8 +26,7 @@ pub struct Checked {
 /// `schema` with its `$defs`, as [`super::schema`] makes it.
 pub fn check(schema: &Value, value: &Value) -> Checked {
     let mut check = Check { root: schema, problems: Problems::default(), repaired: Vec::new() };
-    let value =
-        check.value(schema, value, &KeyPath::root()).unwrap_or_else(|| Value::Object(Map::new()));
+    let value = check.value(schema, value, &KeyPath::root()).unwrap_or_else(|| Value::Object(Map::new()));
     Checked { value, problems: check.problems.into_vec(), repaired: check.repaired }
 }
 
@@ -186,8 +185,7 @@ impl<'s> Check<'s> {
                 wanted.extend(types(schema).into_iter().filter(|t| *t != "null"));
                 continue;
             }
-            let mut attempt =
-                Check { root: self.root, problems: Problems::default(), repaired: Vec::new() };
+            let mut attempt = Check { root: self.root, problems: Problems::default(), repaired: Vec::new() };
             let fitted = attempt.value(option, value, path);
             if attempt.problems.is_empty() {
                 return fitted;

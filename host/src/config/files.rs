@@ -37,10 +37,8 @@ impl Default for Files {
 /// A file, or the `.yaml` and `.yml` files of a folder in the order of their
 /// names. Hidden files are left out (`..data` of a Kubernetes ConfigMap).
 pub fn read(path: &Path) -> Result<Files, Error> {
-    let failed = |path: &Path, error: std::io::Error| Error::Read {
-        path: path.to_owned(),
-        error: error.to_string(),
-    };
+    let failed =
+        |path: &Path, error: std::io::Error| Error::Read { path: path.to_owned(), error: error.to_string() };
     let names = if path.is_dir() {
         let mut names = Vec::new();
         for entry in std::fs::read_dir(path).map_err(|error| failed(path, error))? {
@@ -115,7 +113,10 @@ pub fn merge(texts: Vec<(PathBuf, String)>) -> Result<Files, Error> {
         let is_taken = |path: &KeyPath| taken.iter().any(|taken| is_within(path, taken));
         files.problems.extend(read.problems.into_iter().filter(|p| is_taken(&p.path)));
         files.lines.extend(
-            read.lines.into_iter().filter(|(path, _)| is_taken(path)).map(|(path, line)| (path, (number, line))),
+            read.lines
+                .into_iter()
+                .filter(|(path, _)| is_taken(path))
+                .map(|(path, line)| (path, (number, line))),
         );
     }
     if !broken.is_empty() {
@@ -133,10 +134,8 @@ impl Files {
 
     /// Each problem as a line with its place, in the order of files and lines.
     pub fn locate(&self, problems: Vec<Problem>) -> Vec<String> {
-        let mut placed: Vec<_> = problems
-            .into_iter()
-            .map(|problem| (self.place(&problem.path), problem))
-            .collect();
+        let mut placed: Vec<_> =
+            problems.into_iter().map(|problem| (self.place(&problem.path), problem)).collect();
         placed.sort_by(|(a, p), (b, q)| (a, &p.path).cmp(&(b, &q.path)));
         placed.dedup();
         placed

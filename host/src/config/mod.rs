@@ -200,7 +200,8 @@ fn inline_tagged(schema: &mut Value, defs: &Value) {
         Value::Array(items) => items.iter_mut().for_each(|item| inline_tagged(item, defs)),
         Value::Object(keys) => {
             keys.values_mut().for_each(|value| inline_tagged(value, defs));
-            let target = keys.get("$ref").and_then(Value::as_str).and_then(|target| target.rsplit('/').next());
+            let target =
+                keys.get("$ref").and_then(Value::as_str).and_then(|target| target.rsplit('/').next());
             let Some(Value::Object(mut target)) =
                 target.filter(|_| keys.contains_key("properties")).and_then(|name| defs.get(name)).cloned()
             else {

@@ -53,8 +53,13 @@ impl<'s> Page<'s, '_> {
         if depth > DEPTH_MAX {
             return;
         }
-        let required: Vec<&str> =
-            schema.get("required").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect();
+        let required: Vec<&str> = schema
+            .get("required")
+            .and_then(Value::as_array)
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_str)
+            .collect();
         for (name, key) in schema.get("properties").and_then(Value::as_object).into_iter().flatten() {
             let path = if prefix.is_empty() { name.clone() } else { format!("{prefix}.{name}") };
             let target = self.resolve(key);

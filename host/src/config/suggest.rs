@@ -10,8 +10,7 @@ pub fn closest<'c>(word: &str, candidates: impl IntoIterator<Item = &'c str>) ->
     candidates
         .into_iter()
         .map(|candidate| {
-            let distance =
-                if same_letters(word, candidate) { 0 } else { distance(word, candidate) };
+            let distance = if same_letters(word, candidate) { 0 } else { distance(word, candidate) };
             (distance, candidate)
         })
         .filter(|(distance, candidate)| *distance <= candidate.len().max(word.len()).div_ceil(3).min(4))

@@ -143,8 +143,7 @@ fn what_is_left_out_follows_from_what_is_there() {
     assert_eq!(config.default_stream(), "default");
     assert_eq!(config.pipelines["b"].from, "b");
 
-    let (config, warnings) =
-        parse_text("streams: { a: { topics: [a/#] } }\npipelines: { p: {} }\n").unwrap();
+    let (config, warnings) = parse_text("streams: { a: { topics: [a/#] } }\npipelines: { p: {} }\n").unwrap();
     assert_eq!(config.pipelines["p"].from, "a");
     assert_eq!(warnings, ["streams.default: no pipeline reads it, messages stay until retention"]);
 }

@@ -65,9 +65,8 @@ fn streams(config: &Config, problems: &mut Problems) {
         stream.validate(&path, problems);
         if stream.topics.is_empty() {
             if let Some(other) = taking_the_rest {
-                let message = format!(
-                    "must be set: stream `{other}` takes the topics that no stream names already"
-                );
+                let message =
+                    format!("must be set: stream `{other}` takes the topics that no stream names already");
                 problems.add(path.key("topics"), message);
             }
             taking_the_rest = taking_the_rest.or(Some(name));
@@ -76,7 +75,9 @@ fn streams(config: &Config, problems: &mut Problems) {
             let Ok(filter) = TopicFilter::new(filter) else {
                 continue; // said by the stream itself
             };
-            if let Some((other, theirs)) = seen.iter().find(|(other, theirs)| other != name && overlap(theirs, &filter)) {
+            if let Some((other, theirs)) =
+                seen.iter().find(|(other, theirs)| other != name && overlap(theirs, &filter))
+            {
                 let message = format!(
                     "`{filter}` overlaps `{theirs}` of stream `{other}`: every topic belongs to one stream"
                 );
@@ -116,10 +117,7 @@ fn pipelines(config: &Config, problems: &mut Problems) {
         for (route, target) in &pipeline.routes {
             for sink in target.sinks().iter().filter(|sink| !sink.is_empty()) {
                 if !config.sinks.contains_key(sink) {
-                    problems.add(
-                        path.key("routes").key(route),
-                        no_such("sink", sink, config.sinks.keys()),
-                    );
+                    problems.add(path.key("routes").key(route), no_such("sink", sink, config.sinks.keys()));
                 }
             }
         }
@@ -129,7 +127,8 @@ fn pipelines(config: &Config, problems: &mut Problems) {
             step.validate(&path, problems);
             let name = step.step_name();
             if let Some(first) = steps.insert(name, i) {
-                let message = format!("step {first} is `{name}` already, tell them apart with `as: {name}-2`");
+                let message =
+                    format!("step {first} is `{name}` already, tell them apart with `as: {name}-2`");
                 problems.add(path, message);
             }
         }
@@ -150,7 +149,9 @@ fn addresses(config: &Config, problems: &mut Problems) {
         let clash = seen.iter().find(|(other, _)| {
             address.port() != 0
                 && other.port() == address.port()
-                && (other.ip() == address.ip() || other.ip().is_unspecified() || address.ip().is_unspecified())
+                && (other.ip() == address.ip()
+                    || other.ip().is_unspecified()
+                    || address.ip().is_unspecified())
         });
         if let Some((other, theirs)) = clash {
             problems.add(path.clone(), format!("{address} is taken by {} ({other})", theirs.as_str()));

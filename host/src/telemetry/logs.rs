@@ -25,7 +25,9 @@ pub enum InitError {
 pub fn init_logs(filter: Option<&str>, format: LogFormat) -> Result<(), InitError> {
     let filter = match filter {
         Some(filter) => filter.to_owned(),
-        None => std::env::var("RUST_LOG").ok().filter(|filter| !filter.is_empty()).unwrap_or("info".to_owned()),
+        None => {
+            std::env::var("RUST_LOG").ok().filter(|filter| !filter.is_empty()).unwrap_or("info".to_owned())
+        }
     };
     let parsed = EnvFilter::try_new(&filter)
         .map_err(|error| InitError::Filter { filter, error: error.to_string() })?;

@@ -41,7 +41,6 @@ impl Default for Process {
 }
 
 impl Process {
-
     pub fn uptime(&self) -> Duration {
         self.started.elapsed().unwrap_or_default()
     }
@@ -96,9 +95,9 @@ mod tests {
     fn every_figure_of_the_process_is_shown() {
         let text = Process::default().render();
         for metric in METRICS {
-            let line = text.lines().find(|line| {
-                line.strip_prefix(metric.name).is_some_and(|rest| rest.starts_with([' ', '{']))
-            });
+            let line = text
+                .lines()
+                .find(|line| line.strip_prefix(metric.name).is_some_and(|rest| rest.starts_with([' ', '{'])));
             let value: f64 = line.unwrap().rsplit(' ').next().unwrap().parse().unwrap();
             assert!(value >= 0.0, "{line:?}");
         }
