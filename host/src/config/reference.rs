@@ -35,7 +35,7 @@ pub fn docs() -> String {
 /// Fails where the committed page is not `wanted`; writes it with `BLESS=1`.
 #[cfg(test)]
 pub fn in_step(name: &str, wanted: &str) {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
     if std::env::var_os("BLESS").is_some() {
         std::fs::write(&path, wanted).unwrap();
     }

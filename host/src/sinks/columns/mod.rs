@@ -125,12 +125,13 @@ impl<'m> Reader<'_, 'm> {
     /// Finds all fields in one walk; a payload that is no object has none.
     fn find(&mut self, payload: &'m [u8]) -> Result<(), json::Error> {
         self.found.clear();
+        self.found.resize(self.columns.keys.len(), None);
         let is_object = payload.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'{');
         if is_object && !self.columns.keys.is_empty() {
             let outcome = json::get_each(payload, &self.columns.keys, &mut self.found);
             if outcome.is_err() {
                 // Fields found before the damage do not count.
-                self.found.clear();
+                self.found.fill(None);
             }
             return outcome;
         }
