@@ -65,7 +65,7 @@ fn main() {
         Load::new(DEVICES, Readings { from: READINGS, count: 10 }, LOWER_LIMIT).send(scene.host.mqtt());
     let after = scene.wait_for_total(first.sent + second.sent, Duration::from_secs(120));
     println!(
-        "No restart: of the next {} messages {} became alerts (before: {} of {}).",
+        "No restart: of the next {} messages {} became alerts\n(before: {} of {}).",
         number(second.sent),
         number(after.alerts - counts.alerts),
         number(counts.alerts),

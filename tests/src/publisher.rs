@@ -225,8 +225,11 @@ impl Session {
         let (window, next, acked) = (&mut self.window, self.next, &self.acked);
         let mut refused = None;
         connection.receive(|packet| {
+            // Packet Identifier not found: the release was durable before a kill, its PUBCOMP was
+            // not sent. "This is not an error during recovery" (MQTT 5.0, 3.7.2.1).
+            let is_released_before = packet.kind() == kind::PUBCOMP && packet.reason() == 0x92;
             if !matches!(packet.kind(), kind::PUBACK | kind::PUBREC | kind::PUBCOMP)
-                || packet.reason() >= 0x80
+                || (packet.reason() >= 0x80 && !is_released_before)
             {
                 refused = Some((packet.kind(), packet.body.to_vec()));
                 return;

@@ -300,7 +300,8 @@ fn the_standard_plugins_load_and_normalize_what_a_device_sends() {
     }
     let mut normalize = Runner::load(&prebuilt.join("10-normalize.wasm"), &Value::Null).unwrap();
     let good = r#"{"device_id":"d0","value":21.5,"ts":1700000000}"#;
-    let outcome = run(&mut normalize, batch(&[good, "not JSON"]));
+    let received = Batch { now_us: 1_700_000_001_000_000, ..batch(&[good, "not JSON"]) };
+    let outcome = run(&mut normalize, received);
     assert!(payloads(&outcome.passed)[0].contains("ts_utc"), "{outcome:?}");
     assert_eq!((outcome.refused[0].index, outcome.refused[0].kind), (1, RefusedKind::Failed));
 }
