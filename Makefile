@@ -25,7 +25,7 @@ setup: ## What the tests need: wasm target, PostgreSQL, mosquitto, Python packag
 	@tests/setup/all.sh
 
 test: setup build ## All tests, against real servers and clients
-	HEADWORKS_TESTS_READY=1 $(CARGO) test --release --workspace --locked -- --test-threads=$(TEST_THREADS)
+	$(CARGO) test --release --workspace --locked -- --test-threads=$(TEST_THREADS)
 
 bench: build ## Benchmarks beside their rivals; ONLY=ingest,plugin,postgres,e2e,log for some
 	@tests/setup/all.sh

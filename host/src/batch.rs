@@ -7,6 +7,9 @@
 //! index (`wit/plugin.wit`, interface `arena`), so that handing a batch to a
 //! plugin copies them as they are, but for the partition.
 
+use std::ops::Deref;
+use std::sync::Arc;
+
 use bytes::Bytes;
 
 /// Position of a message in a stream: counts from 0, never reused.
@@ -95,6 +98,47 @@ pub struct Entry {
     pub device: Span,
 }
 
+/// The index of a batch: shared until somebody changes it, so that a batch can
+/// be kept while a step works on it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Entries(Arc<Vec<Entry>>);
+
+impl Entries {
+    /// For changing them; copies them first where they are shared.
+    pub fn to_mut(&mut self) -> &mut Vec<Entry> {
+        Arc::make_mut(&mut self.0)
+    }
+}
+
+impl Deref for Entries {
+    type Target = [Entry];
+
+    fn deref(&self) -> &[Entry] {
+        &self.0
+    }
+}
+
+impl From<Vec<Entry>> for Entries {
+    fn from(entries: Vec<Entry>) -> Self {
+        Self(Arc::new(entries))
+    }
+}
+
+impl FromIterator<Entry> for Entries {
+    fn from_iter<I: IntoIterator<Item = Entry>>(entries: I) -> Self {
+        Vec::from_iter(entries).into()
+    }
+}
+
+impl<'e> IntoIterator for &'e Entries {
+    type Item = &'e Entry;
+    type IntoIter = std::slice::Iter<'e, Entry>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.iter()
+    }
+}
+
 /// Messages of one stream in offset order. Several entries may have the same
 /// offset: a step made more than one message of one.
 #[derive(Clone, Debug, Default)]
@@ -105,7 +149,7 @@ pub struct Batch {
     pub now_us: u64,
     /// Bytes that the entries' spans point into, at most [`SEGMENTS_MAX`].
     pub segments: Vec<Bytes>,
-    pub entries: Vec<Entry>,
+    pub entries: Entries,
 }
 
 impl Batch {

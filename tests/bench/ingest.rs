@@ -48,7 +48,8 @@ fn host(stream: &str) -> Host {
         "bench-ingest",
         &format!(
             "streams: {{ telemetry: {{ partitions: 4, retention: {{ max_bytes: 2GiB }}{stream} }} }}\n\
-             pipelines: {{ telemetry: {{ from: telemetry, routes: {{ default: drop }} }} }}\n"
+             sinks: {{ unused: {{ type: sqlite, path: data/unused.db }} }}\n\
+             pipelines: {{ telemetry: {{ from: telemetry, routes: {{ default: drop, unused: unused }} }} }}\n"
         ),
     )
 }

@@ -4,7 +4,7 @@
 
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use headworks::batch::Partition;
 use headworks::stream::log::{Log, RealDisk};
@@ -17,6 +17,11 @@ use crate::rounds;
 const RECORD: [u8; 256] = [b'r'; 256];
 const BATCH: usize = 256;
 const COMMITS: usize = 400;
+/// Segments grow: 4, 16, 64 MiB, each prefilled while the one before fills up.
+/// After these commits, with a wait after each number, the log is in a prefilled
+/// one that has room for all that is measured.
+const WARM_UP: [usize; 3] = [45, 135, 135];
+const PREFILL: Duration = Duration::from_secs(1);
 
 pub fn run(results: &mut Results) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
@@ -64,14 +69,30 @@ async fn log_records_per_s(folder: &Folder) -> f64 {
     };
     let batch = vec![message; BATCH];
     let mut durable = log.durable();
-    let begin = Instant::now();
-    for _ in 0..COMMITS {
-        let appended = log.append(&batch, &[]).expect("room");
-        durable.wait_for(|ticket| *ticket >= appended.ticket).await.expect("the log runs");
+    // One batch gathers while the one before is synced, as in a host; returns the syncs.
+    let mut commit = async |count: usize| {
+        let mut syncs = 1;
+        let mut before = log.append(&batch, &[]).expect("room").ticket;
+        for _ in 1..count {
+            let next = log.append(&batch, &[]).expect("room").ticket;
+            syncs += usize::from(next > before);
+            durable.wait_for(|ticket| *ticket >= before).await.expect("the log runs");
+            before = next;
+        }
+        durable.wait_for(|ticket| *ticket >= before).await.expect("the log runs");
+        syncs
+    };
+    for commits in WARM_UP {
+        commit(commits).await;
+        tokio::time::sleep(PREFILL).await;
     }
+    let begin = Instant::now();
+    let syncs = commit(COMMITS).await;
     let took = begin.elapsed();
+    assert!(syncs * 50 >= COMMITS * 49, "a sync for every batch: {syncs} of {COMMITS}");
     let bounds = log.bounds();
-    assert_eq!(bounds.end.0 - bounds.start.0, (COMMITS * BATCH) as u64, "all records are durable");
+    let records = (COMMITS + WARM_UP.iter().sum::<usize>()) * BATCH;
+    assert_eq!(bounds.end.0 - bounds.start.0, records as u64, "all records are durable");
     log.close().await;
     (COMMITS * BATCH) as f64 / took.as_secs_f64()
 }

@@ -155,7 +155,7 @@ fn batch(number: usize) -> Batch {
         base: Offset((number * BATCH) as u64),
         now_us: BEGIN_US as u64,
         segments: vec![Bytes::from(bytes)],
-        entries,
+        entries: entries.into(),
     }
 }
 

@@ -101,9 +101,15 @@ async fn tail(config: &Config, name: &str, args: &TailArgs, out: &mut Out) -> an
     };
     reader = ReadOnly::open(&config.stream_dir(name), from);
     let mut left = args.max.unwrap_or(u64::MAX);
+    let mut has_waited = false;
     while left > 0 {
         match reader.read()? {
             None if args.follow => tokio::time::sleep(POLL_EVERY).await,
+            // A running host proves its last messages durable in the file a moment after the ack.
+            None if !has_waited => {
+                has_waited = true;
+                tokio::time::sleep(POLL_EVERY).await;
+            }
             None => break,
             Some(Read::Gap { cause: GapCause::Trimmed, .. }) => {}
             Some(Read::Gap { from, to, cause: GapCause::Damaged }) => {

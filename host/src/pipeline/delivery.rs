@@ -254,7 +254,7 @@ impl Delivery {
             if again {
                 let base = batch.base.0;
                 let received = self.received[p].0;
-                batch.entries.retain(|entry| base + u64::from(entry.offset) >= received);
+                batch.entries.to_mut().retain(|entry| base + u64::from(entry.offset) >= received);
             }
             let Some(first) = batch.entries.first().map(|entry| batch.offset(entry)) else { continue };
             let letters = &self.writer.letters;

@@ -170,7 +170,7 @@ mod tests {
 
     fn batch(properties: Vec<u8>) -> Batch {
         let entry = Entry { properties: Span::new(0, 0, properties.len()), offset: 3, ..Entry::default() };
-        Batch { segments: vec![properties.into()], entries: vec![entry], ..Batch::default() }
+        Batch { segments: vec![properties.into()], entries: vec![entry].into(), ..Batch::default() }
     }
 
     fn refuse(properties: Vec<u8>) -> (Vec<u8>, bool) {

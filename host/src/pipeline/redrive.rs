@@ -244,7 +244,7 @@ async fn deliver_with(
                 }
             };
             let Some(mut out) = out else { continue };
-            for entry in &mut out.entries {
+            for entry in out.entries.to_mut() {
                 entry.partition = message.entry.partition;
             }
             let known = |j: &usize| {
@@ -283,7 +283,7 @@ fn original(batch: &Batch, i: usize) -> Batch {
     let mut segments = batch.segments.clone();
     entry.properties = Span::new(segments.len(), 0, properties.len());
     segments.push(properties.into());
-    Batch { base: batch.base, now_us: batch.now_us, segments, entries: vec![entry] }
+    Batch { base: batch.base, now_us: batch.now_us, segments, entries: vec![entry].into() }
 }
 
 /// Runs a message from the step on that refused it. What is refused again

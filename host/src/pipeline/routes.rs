@@ -126,7 +126,7 @@ mod tests {
             bytes.extend_from_slice(route.as_bytes());
             entries.push(Entry { offset: i as u32, route: span, ..Entry::default() });
         }
-        Batch { segments: vec![bytes.into()], entries, ..Batch::default() }
+        Batch { segments: vec![bytes.into()], entries: entries.into(), ..Batch::default() }
     }
 
     fn taken(sorted: &Sorted, sink: usize) -> Vec<u32> {

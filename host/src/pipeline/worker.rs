@@ -154,11 +154,13 @@ impl Worker {
                     base: frame.batch.base,
                     now_us: frame.batch.now_us,
                     segments: frame.batch.segments.clone(),
-                    entries: entries.to_vec(),
+                    entries: entries.to_vec().into(),
                 };
                 let mut batch = self.chain(batch, partition)?;
-                for entry in &mut batch.entries {
-                    entry.partition = partition;
+                if batch.entries.iter().any(|entry| entry.partition != partition) {
+                    for entry in batch.entries.to_mut() {
+                        entry.partition = partition;
+                    }
                 }
                 self.shared.metrics.passed.increment(batch.len() as u64);
                 self.route(batch)?;
@@ -324,7 +326,7 @@ fn without_letters(batch: Batch, step: &str, letters: &DeadLetters) -> (Batch, O
         return (batch, None, Ticket::default());
     }
     // Whoever wrote the letter may not have seen it durable yet.
-    (Batch { entries, ..batch }, Some(indexes), letters.ticket())
+    (Batch { entries: entries.into(), ..batch }, Some(indexes), letters.ticket())
 }
 
 fn refuse_all(batch: &Batch, kind: RefusedKind, reason: &str) -> crate::step::Outcome {

@@ -454,7 +454,7 @@ impl Collected {
         if !self.data.is_empty() {
             segments.push(self.data.into());
         }
-        let passed = Batch { base: batch.base, now_us: batch.now_us, segments, entries: self.entries };
+        let passed = Batch { base: batch.base, now_us: batch.now_us, segments, entries: self.entries.into() };
         (passed, self.refused, self.dropped, self.retry)
     }
 

@@ -102,9 +102,9 @@ proptest! {
 fn the_index_lies_as_the_contract_says() {
     let mut batch = input(2);
     (batch.base.0, batch.now_us) = (0x1_0000_0007, 9);
-    batch.entries[1].partition = Partition(5);
-    batch.entries[1].flags = flags::RETAIN;
-    batch.entries[1].received_us = 0x2_0000_0003;
+    batch.entries.to_mut()[1].partition = Partition(5);
+    batch.entries.to_mut()[1].flags = flags::RETAIN;
+    batch.entries.to_mut()[1].received_us = 0x2_0000_0003;
     let mut index = Vec::new();
     let (bytes, used) = write_index(&mut index, &batch, Partition(5), call::ALONE_AFTER_TRAP, 3);
     let words: Vec<u32> = index.chunks_exact(4).map(|w| u32::from_le_bytes(w.try_into().unwrap())).collect();

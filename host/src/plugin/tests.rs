@@ -149,7 +149,7 @@ fn emitted_messages_have_what_was_set_and_keep_the_rest() {
     let mut bytes = Vec::new();
     properties::push(&mut bytes, Origin::Listener, "client-id", b"c");
     input.segments.push(bytes.clone().into());
-    input.entries[1].properties = Span::new(1, 0, bytes.len());
+    input.entries.to_mut()[1].properties = Span::new(1, 0, bytes.len());
     let outcome = run(&mut plugin, input);
     assert_eq!((outcome.dropped, outcome.passed.len()), (1, 3));
     let first = outcome.passed.message(1);
@@ -174,7 +174,7 @@ fn the_listeners_facts_cannot_be_set_or_lost() {
     properties::push(&mut facts, Origin::Listener, "client-id", b"true");
     properties::push(&mut facts, Origin::Device, "old", b"");
     input.segments.push(facts.clone().into());
-    input.entries[0].properties = Span::new(1, 0, facts.len());
+    input.entries.to_mut()[0].properties = Span::new(1, 0, facts.len());
     let outcome = run(&mut runner(&answering(&[2], &outputs(&records), &forged)), input);
     let message = outcome.passed.message(0);
     let found: Vec<_> = properties::iter(message.properties()).map(|p| (p.name, p.value)).collect();
@@ -195,7 +195,7 @@ fn fail_refuses_with_its_reason_and_retry_comes_again_until_its_bound() {
 #[test]
 fn a_sparse_batch_gives_the_same_result_as_a_dense_one() {
     let all = batch(&["zero", "one", "P", "three", "four", "five", "six", "seven"]);
-    let sparse = Batch { entries: vec![all.entries[1], all.entries[7]], ..all };
+    let sparse = Batch { entries: vec![all.entries[1], all.entries[7]].into(), ..all };
     let outcome = run(&mut runner(&guarded()), sparse);
     assert_eq!(payloads(&outcome.passed), ["one", "seven"]);
     let message = outcome.passed.message(1);

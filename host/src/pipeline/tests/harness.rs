@@ -76,7 +76,7 @@ impl Step for TestStep {
         }
         let mut segments = batch.segments.clone();
         segments.push(Bytes::from(data));
-        outcome.passed = Batch { base: batch.base, now_us: batch.now_us, segments, entries };
+        outcome.passed = Batch { base: batch.base, now_us: batch.now_us, segments, entries: entries.into() };
         outcome
     }
 }
