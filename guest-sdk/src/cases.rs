@@ -113,14 +113,17 @@ pub enum Became {
 
 impl Case {
     pub fn read(path: &Path) -> Self {
-        let text = std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let text =
+            std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         serde_json::from_str(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
     }
 
     /// Every case of a folder with its file name, by name.
     pub fn read_folder(folder: &Path) -> Vec<(String, Self)> {
-        let entries = std::fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
-        let mut paths: Vec<_> = entries.map(|entry| entry.expect("a folder that can be read").path()).collect();
+        let entries =
+            std::fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
+        let mut paths: Vec<_> =
+            entries.map(|entry| entry.expect("a folder that can be read").path()).collect();
         paths.retain(|path| path.extension().is_some_and(|extension| extension == "json"));
         paths.sort();
         let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -163,7 +166,9 @@ impl Case {
             Expect::Drop => Became::Dropped,
             Expect::Fail(reason) => Became::Failed(reason.clone()),
             Expect::Retry(reason) => Became::Retried(reason.clone()),
-            Expect::Emit(outputs) => Became::Sent(outputs.iter().map(|output| output.over(&source)).collect()),
+            Expect::Emit(outputs) => {
+                Became::Sent(outputs.iter().map(|output| output.over(&source)).collect())
+            }
         }
     }
 
@@ -219,7 +224,10 @@ impl Became {
             Self::Sent(messages) => {
                 let one = |m: &Sent| {
                     let payload = String::from_utf8_lossy(&m.payload).into_owned();
-                    format!("\n    {} {payload} device {:?} route {:?} event {:?}", m.topic, m.device, m.route, m.event_us)
+                    format!(
+                        "\n    {} {payload} device {:?} route {:?} event {:?}",
+                        m.topic, m.device, m.route, m.event_us
+                    )
                 };
                 format!("sent:{}", messages.iter().map(one).collect::<String>())
             }
@@ -258,7 +266,14 @@ fn check_natively<P: Plugin>(file: &str, case: &Case) {
     let mut batch = BatchBuilder::new(case.now_us);
     for message in &case.messages {
         let (source, fits) = case.source(message);
-        batch.message_with(&source.topic, &source.payload, &source.device, fits, &source.route, source.event_us);
+        batch.message_with(
+            &source.topic,
+            &source.payload,
+            &source.device,
+            fits,
+            &source.route,
+            source.event_us,
+        );
     }
     let messages = batch.messages(&context.namespace);
     let mut answer = Answer::new();
@@ -270,7 +285,8 @@ fn check_natively<P: Plugin>(file: &str, case: &Case) {
 /// What the host makes of an answer, without its checks.
 fn read_answer(messages: &Messages<'_>, batch: &BatchBuilder, answer: &Answer) -> Vec<Became> {
     let (index, segment) = batch.parts();
-    let word = |bytes: &[u8], at: usize| u32::from_le_bytes(bytes[at * 4..at * 4 + 4].try_into().expect("4 bytes"));
+    let word =
+        |bytes: &[u8], at: usize| u32::from_le_bytes(bytes[at * 4..at * 4 + 4].try_into().expect("4 bytes"));
     let mut records = answer.outputs.chunks_exact(64).collect::<Vec<_>>();
     if !answer.outputs.is_empty() {
         records = answer.outputs[32..].chunks_exact(64).collect();

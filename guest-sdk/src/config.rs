@@ -100,7 +100,12 @@ impl<'a> Fields<'a> {
     /// The value of `key`; none where it is missing or null.
     pub fn raw(&mut self, key: &'static str) -> Option<Raw<'a>> {
         self.known.push(key);
-        self.members.iter().rev().find(|(name, _)| name == key).map(|(_, raw)| *raw).filter(|raw| !raw.is_null())
+        self.members
+            .iter()
+            .rev()
+            .find(|(name, _)| name == key)
+            .map(|(_, raw)| *raw)
+            .filter(|raw| !raw.is_null())
     }
 
     pub fn f64(&mut self, key: &'static str, default: f64) -> f64 {
@@ -151,7 +156,10 @@ impl<'a> Fields<'a> {
         for (i, element) in raw.elements().enumerate() {
             match element.as_str() {
                 Some(text) => strings.push(text.into_owned()),
-                None => self.problem(&format!("{key}/{i}"), format!("must be a string, is {}", element.kind().name())),
+                None => self.problem(
+                    &format!("{key}/{i}"),
+                    format!("must be a string, is {}", element.kind().name()),
+                ),
             }
         }
         strings
@@ -194,7 +202,12 @@ impl<'a> Fields<'a> {
         self.read(key, "a list", |raw| (raw.kind() == Kind::Array).then_some(*raw))
     }
 
-    fn read<T>(&mut self, key: &'static str, what: &str, read: impl FnOnce(&Raw<'a>) -> Option<T>) -> Option<T> {
+    fn read<T>(
+        &mut self,
+        key: &'static str,
+        what: &str,
+        read: impl FnOnce(&Raw<'a>) -> Option<T>,
+    ) -> Option<T> {
         let raw = self.raw(key)?;
         let value = read(&raw);
         if value.is_none() {

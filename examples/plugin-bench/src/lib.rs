@@ -27,7 +27,8 @@ pub fn json(message: &Message<'_>, out: &mut Output<'_>) -> Verdict {
         Ok(Some(value)) => out
             .emit()
             .payload_with(|buffer| {
-                json::insert_field(payload, "value_copy", value.as_bytes(), buffer).expect("it was checked above");
+                json::insert_field(payload, "value_copy", value.as_bytes(), buffer)
+                    .expect("it was checked above");
             })
             .verdict(),
         Ok(None) => Verdict::Keep,

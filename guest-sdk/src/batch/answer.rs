@@ -75,12 +75,7 @@ impl Answer {
             return;
         }
         let records = (self.outputs.len() - abi::OUTPUT_HEADER_BYTES) / abi::STRIDE_BYTES;
-        let header = [
-            abi::LAYOUT,
-            abi::OUTPUT_HEADER_WORDS as u32,
-            abi::STRIDE_WORDS as u32,
-            records as u32,
-        ];
+        let header = [abi::LAYOUT, abi::OUTPUT_HEADER_WORDS as u32, abi::STRIDE_WORDS as u32, records as u32];
         for (slot, word) in self.outputs.chunks_exact_mut(abi::WORD_BYTES).zip(header) {
             slot.copy_from_slice(&word.to_le_bytes());
         }

@@ -143,7 +143,8 @@ impl<'a> Raw<'a> {
             Kind::Object if token.contains('~') => self.get(&token.replace("~1", "/").replace("~0", "~")),
             Kind::Object => self.get(token),
             Kind::Array => {
-                let digits = token.bytes().all(|b| b.is_ascii_digit()) && (token == "0" || !token.starts_with('0'));
+                let digits =
+                    token.bytes().all(|b| b.is_ascii_digit()) && (token == "0" || !token.starts_with('0'));
                 let index: usize = token.parse().ok().filter(|_| digits)?;
                 self.elements().nth(index)
             }
@@ -275,8 +276,8 @@ fn hex4(text: &str) -> Option<u32> {
 #[inline]
 fn parse_f64(text: &[u8]) -> Option<f64> {
     const POWERS: [f64; 23] = [
-        1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10, 1e11, 1e12, 1e13, 1e14, 1e15, 1e16, 1e17, 1e18,
-        1e19, 1e20, 1e21, 1e22,
+        1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10, 1e11, 1e12, 1e13, 1e14, 1e15, 1e16, 1e17,
+        1e18, 1e19, 1e20, 1e21, 1e22,
     ];
     let (negative, digits) = match text {
         [b'-', rest @ ..] => (true, rest),

@@ -28,10 +28,7 @@ impl<P: Plugin> Slot<P> {
         Self { running: RefCell::new(None) }
     }
 
-    pub fn init(
-        &self,
-        context: lifecycle::Context,
-    ) -> Result<lifecycle::Ready, Vec<lifecycle::Problem>> {
+    pub fn init(&self, context: lifecycle::Context) -> Result<lifecycle::Ready, Vec<lifecycle::Problem>> {
         super::log::install_panic_hook();
         let config = Config::new(context.config);
         let context = Context {
@@ -57,8 +54,8 @@ impl<P: Plugin> Slot<P> {
         let mut running = self.running.borrow_mut();
         let Running { plugin, namespace } = running.as_mut().expect("the host calls init first");
         let segments = messages.segments.iter().map(Vec::as_slice);
-        let messages =
-            Messages::new(&messages.index, segments, namespace).expect("an index of layout 1, as the contract says");
+        let messages = Messages::new(&messages.index, segments, namespace)
+            .expect("an index of layout 1, as the contract says");
         let mut answer = Answer::new();
         plugin.begin(&messages);
         run(&messages, &mut answer, |message, out| plugin.process(message, out));

@@ -96,7 +96,9 @@ impl Enrich {
         match self.settings.unknown {
             Unknown::Keep => Verdict::Keep,
             Unknown::Drop => Verdict::Drop,
-            Unknown::Fail => Verdict::fail(format!("device {:?} is not in the table of devices", message.device())),
+            Unknown::Fail => {
+                Verdict::fail(format!("device {:?} is not in the table of devices", message.device()))
+            }
         }
     }
 }

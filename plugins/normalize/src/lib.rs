@@ -53,7 +53,8 @@ impl Normalize {
         record.event_us(event_us);
         if earlier.is_none() && value.kind() == Kind::Number {
             record.payload_with(|buffer| {
-                json::insert_field(payload, &settings.output, &self.ts_utc, buffer).expect("it was checked above");
+                json::insert_field(payload, &settings.output, &self.ts_utc, buffer)
+                    .expect("it was checked above");
             });
         } else {
             record.payload(&rewrite(settings, payload, value, &self.ts_utc));

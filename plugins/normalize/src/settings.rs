@@ -53,9 +53,11 @@ impl Settings {
             past_max_us: bound_us(fields.f64("past_max_s", 0.0)),
             earliest_us: 946_684_800_000_000,
         };
-        for (key, name) in
-            [("device_id", &settings.device_id), ("value", &settings.value), ("timestamp", &settings.timestamp)]
-        {
+        for (key, name) in [
+            ("device_id", &settings.device_id),
+            ("value", &settings.value),
+            ("timestamp", &settings.timestamp),
+        ] {
             if *name == settings.output {
                 fields.problem("output", format!("must not be the same field as {key}, {name:?}"));
             }

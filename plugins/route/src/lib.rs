@@ -66,9 +66,10 @@ impl Rule {
     }
 
     fn payload_matches(&self, found: &[Option<Raw<'_>>]) -> bool {
-        let metric = self.metric.as_ref().is_none_or(|(field, name)| {
-            found[*field].is_some_and(|value| value.is_str(name))
-        });
+        let metric = self
+            .metric
+            .as_ref()
+            .is_none_or(|(field, name)| found[*field].is_some_and(|value| value.is_str(name)));
         metric
             && self.threshold.as_ref().is_none_or(|threshold| {
                 let value = found[threshold.field].and_then(|value| value.as_f64());
