@@ -29,8 +29,8 @@ pub fn parse_number(number: &[u8]) -> Option<i64> {
     // `places`: how many digits behind the point are whole microseconds.
     let (scale, divisor, places) = match magnitude {
         0..100_000_000_000 => (1_000_000, 1, 6),
-        0..100_000_000_000_000 => (1_000, 1, 3),
-        0..100_000_000_000_000_000 => (1, 1, 0),
+        100_000_000_000..100_000_000_000_000 => (1_000, 1, 3),
+        100_000_000_000_000..100_000_000_000_000_000 => (1, 1, 0),
         _ => (1, 1_000, 0),
     };
     let mut part = 0;
@@ -95,8 +95,9 @@ pub fn parse_rfc3339(text: &[u8]) -> Option<i64> {
         if digits == 0 {
             return None;
         }
-        for i in 0..6 {
-            part = part * 10 + i64::from(if i < digits { after[i] - b'0' } else { 0 });
+        let (fraction, _) = after.split_at(digits);
+        for place in 0..6 {
+            part = part * 10 + i64::from(fraction.get(place).map_or(0, |digit| digit - b'0'));
         }
         rest = &after[digits..];
     }
@@ -134,7 +135,7 @@ pub fn write_rfc3339(out: &mut Vec<u8>, us: i64) {
     put(&mut text[14..16], seconds / 60 % 60);
     put(&mut text[17..19], seconds % 60);
     put(&mut text[20..26], part);
-    if part % 1_000 == 0 {
+    if part.is_multiple_of(1_000) {
         text[23] = b'Z';
         out.extend_from_slice(&text[..24]);
     } else {

@@ -37,6 +37,9 @@ pub struct Outcome {
     /// The step asks for these messages again after a backoff: the pipeline
     /// runs the whole batch again, at most the step's bound, then refuses them.
     pub retry: Option<String>,
+    /// With `retry`: the step waits for a new version or config of itself. Not
+    /// counted against any bound; nothing is refused for it.
+    pub held: bool,
 }
 
 /// A message that will not become a row, and why.

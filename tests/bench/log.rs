@@ -29,7 +29,10 @@ pub fn run(results: &mut Results) {
     let (mut ours, mut raw) = (Vec::new(), Vec::new());
     for round in 0..rounds() {
         // Below target: the temporary folder may not be a disk.
-        let folder = Folder::at(&target().join(format!("bench/log-{round}")));
+        let path = target().join(format!("bench/log-{round}"));
+        // What a run that was ended left behind.
+        let _ = std::fs::remove_dir_all(&path);
+        let folder = Folder::at(&path);
         raw.push(raw_records_per_s(&folder));
         ours.push(runtime.block_on(log_records_per_s(&folder)));
         let _ = std::fs::remove_dir_all(folder.path());

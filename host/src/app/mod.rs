@@ -22,7 +22,7 @@ use crate::devices::Devices;
 use crate::listeners::mqtt;
 use crate::pipeline::{self, Batching, SinkPart};
 use crate::plugin::{PluginState, PluginStatus, Plugins};
-use crate::stream::log::{Disk, Log, RealDisk, Recovery, SlowDisk};
+use crate::stream::log::{Disk, Log, RealDisk, Recovery};
 use crate::stream::{self, Stream, Streams};
 use crate::telemetry::{self, Failures};
 use crate::topic::{Namespace, TopicFilter};
@@ -51,7 +51,8 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
         forget_strangers(log, &config);
     }
     let streams = streams.set;
-    let dead_letters = open_log(&data_dir.join("dead-letters"), "dead-letters", &config.dead_letters.stream())?;
+    let dead_letters =
+        open_log(&data_dir.join("dead-letters"), "dead-letters", &config.dead_letters.stream())?;
     forget_strangers(&dead_letters, &config);
     let dead_letters: Arc<dyn Stream> = dead_letters;
     let broker: Arc<dyn Stream> = open_log(&data_dir.join("broker"), "broker", &broker_stream())?;
@@ -64,7 +65,8 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
     })?;
     let mut pipelines = Vec::new();
     for (name, pipeline) in &config.pipelines {
-        let stream = streams.get(&pipeline.from).with_context(|| format!("no stream \"{}\"", pipeline.from))?;
+        let stream =
+            streams.get(&pipeline.from).with_context(|| format!("no stream \"{}\"", pipeline.from))?;
         let deps = pipeline::Deps {
             stream: Arc::clone(stream),
             chain: plugins.chain(name, pipeline.steps.as_deref()),
@@ -144,7 +146,8 @@ fn open_streams(config: &Config, data_dir: &Path) -> anyhow::Result<OpenStreams>
         if name == config.default_stream() {
             rest = Some(log);
         } else {
-            let filters: Result<Vec<_>, _> = stream.topics.iter().map(|filter| TopicFilter::new(filter)).collect();
+            let filters: Result<Vec<_>, _> =
+                stream.topics.iter().map(|filter| TopicFilter::new(filter)).collect();
             routed.push((filters?, log));
         }
     }
@@ -157,21 +160,24 @@ fn open_streams(config: &Config, data_dir: &Path) -> anyhow::Result<OpenStreams>
 fn forget_strangers(log: &Log, config: &Config) {
     for (consumer, next) in log.remembered() {
         let (pipeline, rest) = consumer.split_once('/').unwrap_or((&consumer, ""));
-        let is_known = config.pipelines.get(pipeline).is_some_and(|pipeline| {
-            rest.ends_with("/dead-letters") || pipeline.sinks().contains(rest)
-        });
+        let is_known = config
+            .pipelines
+            .get(pipeline)
+            .is_some_and(|pipeline| rest.ends_with("/dead-letters") || pipeline.sinks().contains(rest));
         if !is_known {
-            tracing::warn!(stream = log.name(), consumer, next = next.0, "no longer configured: its messages are let go");
+            tracing::warn!(
+                stream = log.name(),
+                consumer,
+                next = next.0,
+                "no longer configured: its messages are let go"
+            );
             log.forget(&consumer);
         }
     }
 }
 
 fn open_log(dir: &Path, name: &str, config: &stream::Config) -> anyhow::Result<Arc<Log>> {
-    let disk: Arc<dyn Disk> = match config.sync_delay {
-        Some(delay) => Arc::new(SlowDisk { disk: Arc::new(RealDisk), extra: delay.0 }),
-        None => Arc::new(RealDisk),
-    };
+    let disk: Arc<dyn Disk> = Arc::new(RealDisk);
     let (log, recovery) = tokio::task::block_in_place(|| Log::open(disk, dir, name, config))
         .with_context(|| format!("cannot open the stream \"{name}\""))?;
     say_recovered(name, &recovery);
@@ -250,7 +256,12 @@ fn say_recovered(name: &str, recovery: &Recovery) {
     }
     if recovery.torn_bytes > 0 || recovery.rewritten > 0 {
         let Recovery { torn_bytes, rewritten, .. } = recovery;
-        tracing::info!(stream = name, torn_bytes, rewritten, "the last run ended without closing the stream: repaired");
+        tracing::info!(
+            stream = name,
+            torn_bytes,
+            rewritten,
+            "the last run ended without closing the stream: repaired"
+        );
     }
 }
 

@@ -28,8 +28,11 @@ impl Host {
                 component(name, is_working(&sink.state), &state_text(&sink.state))
             };
             let sinks: Vec<_> = status.sinks.iter().map(of).collect();
-            let whole =
-                component(format!("pipeline {}", status.name), status.state == State::Running, &state_text(&status.state));
+            let whole = component(
+                format!("pipeline {}", status.name),
+                status.state == State::Running,
+                &state_text(&status.state),
+            );
             std::iter::once(whole).chain(sinks)
         });
         let plugins = self.plugins.status().into_iter().map(|plugin| {
@@ -44,7 +47,8 @@ impl Host {
 
     pub fn status(&self) -> Value {
         let streams: Vec<_> = self.streams.iter().map(|stream| stream_status(stream.as_ref())).collect();
-        let pipelines: Vec<_> = self.pipelines.iter().map(|pipeline| pipeline_status(&pipeline.status())).collect();
+        let pipelines: Vec<_> =
+            self.pipelines.iter().map(|pipeline| pipeline_status(&pipeline.status())).collect();
         let plugins: Vec<PluginStatus> = self.plugins.status();
         json!({
             "version": env!("CARGO_PKG_VERSION"),

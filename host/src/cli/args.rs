@@ -137,7 +137,7 @@ pub enum StreamsCommand {
     },
     /// Messages of a stream
     #[command(
-        after_help = "Examples:\n  headworks streams tail                     the last 10, then what comes\n  \
+        after_help = "Examples:\n  headworks streams tail -f                  the last 10, then what comes\n  \
         headworks streams tail telemetry --from 10m --format json\n  \
         headworks streams tail --from 2026-11-23T06:00:00Z --max 100"
     )]
@@ -188,8 +188,11 @@ pub enum DeadLettersCommand {
     },
     /// Send them again to the sink that refused them, or through the steps from the one that did;
     /// the host must run
-    #[command(after_help = "Examples:\n  headworks dead-letters redrive 17 18\n  \
-        headworks dead-letters redrive --all --sink warehouse")]
+    #[command(
+        override_usage = "headworks dead-letters redrive <IDS>... | --all [--pipeline NAME] [--sink NAME] [--step NAME]",
+        after_help = "Examples:\n  headworks dead-letters redrive 17 18\n  \
+        headworks dead-letters redrive --all --sink warehouse"
+    )]
     Redrive {
         /// Ids from `dead-letters list`
         #[arg(required_unless_present = "all", conflicts_with = "all", num_args = 1..)]

@@ -114,7 +114,7 @@ impl Started {
 
 /// The whole start screen.
 pub fn banner(started: &Started) -> String {
-    let mut text = format!("headworks {}\n\n{}", env!("CARGO_PKG_VERSION"), summary(started));
+    let mut text = format!("headworks {}\n\n{}", env!("CARGO_PKG_VERSION"), lines(started, true));
     let plain = started.listeners.iter().find(|(kind, _)| kind == "mqtt");
     let next = plain.map(|(_, address)| {
         let port = if address.port() == 1883 { String::new() } else { format!(" -p {}", address.port()) };
@@ -138,6 +138,11 @@ pub fn banner(started: &Started) -> String {
 
 /// The same without title and hints: what runs, or would.
 pub fn summary(started: &Started) -> String {
+    lines(started, false)
+}
+
+/// `runs`: the folder was looked at, so that its plugins are known.
+fn lines(started: &Started, runs: bool) -> String {
     let mut text = String::new();
     let mut line = |label: &str, value: &str| {
         let _ = writeln!(text, "{}", format!("{label:<10}{value}").trim_end());
@@ -150,6 +155,10 @@ pub fn summary(started: &Started) -> String {
             None => line("", &format!("{}  {} {}", plugin.file, plugin.name, plugin.version)),
             Some(problem) => line("", &format!("{}  does not run: {problem}", plugin.file)),
         }
+    }
+    let of_folder = started.pipelines.iter().any(|pipeline| pipeline.steps.is_none());
+    if runs && started.plugins.is_empty() && of_folder {
+        line("", "no plugins yet: messages go to their table as they are; drop a .wasm file in");
     }
     for (kind, address) in &started.listeners {
         line("listen", &format!("{kind} on {address}"));
@@ -233,6 +242,10 @@ next      mosquitto_pub -h 127.0.0.1 -q 1 -t acme/factory-01/temperature/sensor-
 ";
         let expected = expected.replace("VERSION", env!("CARGO_PKG_VERSION")).replace("SINK", &sink);
         assert_eq!(banner(&started), expected);
+        started.plugins.clear();
+        let hint = "./plugins\n          no plugins yet: messages go to their table as they are; drop a .wasm file in\n";
+        assert!(banner(&started).contains(hint));
+        assert!(!summary(&started).contains("no plugins yet"));
         assert!(sink.starts_with("telemetry (") && sink.contains("telemetry.db"), "{sink}");
     }
 }

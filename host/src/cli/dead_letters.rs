@@ -1,5 +1,7 @@
 //! `headworks dead-letters`: refused messages, each with who refused it and why.
 
+use std::time::Duration;
+
 use anyhow::{Context, bail};
 use indicatif::ProgressBar;
 use serde_json::{Map, Value};
@@ -15,6 +17,8 @@ use crate::stream::Read;
 use crate::stream::log::ReadOnly;
 
 const REASON_CHARS_MAX: usize = 120;
+/// By then a host has proven the last frame that it wrote.
+const PROVEN_AFTER: Duration = Duration::from_millis(100);
 /// Set on the copies that a redrive makes; they are not letters of their own.
 const REDRIVE: &str = "dead-letter-redrive";
 
@@ -51,7 +55,8 @@ fn list(
     let mut rows: std::collections::VecDeque<Vec<String>> = std::collections::VecDeque::new();
     let mut lines: std::collections::VecDeque<Map<String, Value>> = std::collections::VecDeque::new();
     let mut found = 0_u64;
-    while let Some(batch) = next_batch(letters.as_mut())? {
+    let mut has_waited = false;
+    while let Some(batch) = next_batch(letters.as_mut(), &mut has_waited)? {
         for letter in batch.messages().filter(|letter| is_wanted(letter, filter)) {
             found += 1;
             match format {
@@ -86,7 +91,7 @@ fn list(
 /// `letters` reads from `id` on.
 fn show(mut letters: Option<ReadOnly>, id: u64, format: Format, out: &mut Out) -> anyhow::Result<()> {
     let missing = || format!("no dead letter {id}: `headworks dead-letters list` shows what there is");
-    let batch = next_batch(letters.as_mut())?.with_context(missing)?;
+    let batch = next_batch(letters.as_mut(), &mut false)?.with_context(missing)?;
     let letter = batch.messages().find(|letter| letter.offset() == Offset(id)).with_context(missing)?;
     if format == Format::Json {
         return out.json(&to_json(&letter));
@@ -130,12 +135,14 @@ async fn redrive(
 ) -> anyhow::Result<()> {
     // Hidden where stderr is no terminal.
     let progress = ProgressBar::new_spinner().with_message("sending again");
-    progress.enable_steady_tick(std::time::Duration::from_millis(120));
+    progress.enable_steady_tick(Duration::from_millis(120));
     let answer = admin_client::post(config, "/api/dead-letters/redrive", &request).await;
     progress.finish_and_clear();
     let answer: RedriveAnswer = answer?;
     if format == Format::Json {
         out.json(&answer)?;
+    } else if answer.sent + answer.refused == 0 && answer.failed.is_empty() {
+        out.line("nothing to send: no such letters, or they were sent again before")?;
     } else {
         out.line(format!("{} written, {} refused again", answer.sent, answer.refused))?;
     }
@@ -146,7 +153,7 @@ async fn redrive(
 }
 
 /// The next messages that are there; damaged or trimmed ones are passed over.
-fn next_batch(letters: Option<&mut ReadOnly>) -> anyhow::Result<Option<Batch>> {
+fn next_batch(letters: Option<&mut ReadOnly>, has_waited: &mut bool) -> anyhow::Result<Option<Batch>> {
     let Some(letters) = letters else {
         return Ok(None);
     };
@@ -154,6 +161,11 @@ fn next_batch(letters: Option<&mut ReadOnly>) -> anyhow::Result<Option<Batch>> {
         match letters.read()? {
             Some(Read::Batch(batch)) => return Ok(Some(batch)),
             Some(Read::Gap { .. }) => {}
+            // A running host proves its last letters durable in the file a moment after it wrote them.
+            None if !*has_waited => {
+                *has_waited = true;
+                std::thread::sleep(PROVEN_AFTER);
+            }
             None => return Ok(None),
         }
     }

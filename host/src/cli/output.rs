@@ -36,7 +36,8 @@ impl Out {
     pub fn table(&mut self, rows: &[Vec<String>]) -> anyhow::Result<()> {
         let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
         let width = |column: usize| {
-            rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
+            let cells = rows.iter().filter(|row| column + 1 < row.len()).map(|row| &row[column]);
+            cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
         };
         let widths: Vec<usize> = (0..columns).map(width).collect();
         for (number, row) in rows.iter().enumerate() {
@@ -96,6 +97,18 @@ mod tests {
     #[test]
     fn times_are_utc_to_the_millisecond() {
         assert_eq!(time(1_700_000_000_123_456), "2023-11-14T22:13:20.123Z");
+    }
+
+    #[test]
+    fn a_rows_last_cell_moves_no_column() {
+        let rows = [vec!["a", "b", "c"], vec!["long last cell of its row"], vec!["1", "2", "3"]];
+        let rows = rows.map(|row| row.into_iter().map(str::to_owned).collect::<Vec<_>>());
+        let file = tempfile::NamedTempFile::new().unwrap();
+        Out { to: Box::new(file.reopen().unwrap()), coloured: false }.table(&rows).unwrap();
+        assert_eq!(
+            std::fs::read_to_string(file.path()).unwrap(),
+            "a  b  c\nlong last cell of its row\n1  2  3\n"
+        );
     }
 
     #[test]

@@ -26,9 +26,9 @@ use crate::stream::{
 /// Keys remembered at or above the slowest sink's position, about 50 bytes
 /// each; past it refusals wait until that sink has moved.
 const KEYS_MAX: usize = 1_000_000;
-/// Letters and bytes of one append.
+/// Letters and bytes of one append; half of the smallest commit buffer.
 const APPEND_LETTERS_MAX: usize = 256;
-const APPEND_BYTES_MAX: usize = 1 << 20;
+const APPEND_BYTES_MAX: usize = 512 << 10;
 /// State key of the place in the dead letters from which a start reads its keys.
 const SCAN_KEY: &str = "dead-letters/scan/";
 
@@ -134,7 +134,7 @@ impl DeadLetters {
                 .iter()
                 .take(APPEND_LETTERS_MAX)
                 .take_while(|refusal| {
-                    bytes += refusal.message.payload().len() + letter::HEADERS_BYTES_ESTIMATE;
+                    bytes += letter::bytes_estimate(refusal);
                     bytes <= APPEND_BYTES_MAX
                 })
                 .count()
@@ -215,6 +215,11 @@ impl DeadLetters {
         }
         drop(known);
         self.forgotten.notify_waiters();
+    }
+
+    /// Nothing that it remembers comes again: retention need not keep letters for it.
+    pub fn release(&self) {
+        self.attachment.detach();
     }
 
     /// Why refusals wait, if they do.
@@ -316,6 +321,9 @@ impl DeadLetters {
         }
         let mut known = self.lock();
         known.keys.append(&mut keys);
+        // Appended meanwhile, and not read.
+        let read_to = order.back().map_or(end.0, |(at, _)| end.0.max(at + 1));
+        order.extend(known.order.iter().filter(|(at, _)| *at >= read_to));
         known.order = order;
         Ok(())
     }

@@ -73,6 +73,7 @@ impl Lane {
                 done: from,
                 shown,
                 letters: Ticket::default(),
+                stop: stop.clone(),
             };
             threads.push(spawn(worker)?);
         }

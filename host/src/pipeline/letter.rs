@@ -25,8 +25,8 @@ const REDRIVE: &str = "dead-letter-redrive";
 const REASON_BYTES_MAX: usize = 4_096;
 /// Most properties of ours.
 const OURS_MAX: usize = 11;
-/// For the size of an append, before the properties are made.
-pub const HEADERS_BYTES_ESTIMATE: usize = 1_024;
+/// Of a letter in an append, beside the message's own bytes and the reason.
+const HEADERS_BYTES_ESTIMATE: usize = 1_024;
 
 /// A dead letter's own properties, borrowed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,6 +89,14 @@ impl<'a> Letter<'a> {
             None => Source::Step(self.step.unwrap_or_default()),
         }
     }
+}
+
+/// What a letter takes at most in an append, before its properties are made.
+pub fn bytes_estimate(refusal: &Refusal<'_>) -> usize {
+    let message = &refusal.message;
+    let own = [message.topic(), message.device(), message.route()].map(str::len).iter().sum::<usize>();
+    let reason = refusal.reason.len().min(REASON_BYTES_MAX);
+    message.payload().len() + message.properties().len() + own + reason + HEADERS_BYTES_ESTIMATE
 }
 
 /// The message's own properties, then the letter's. Past the bound the
@@ -199,6 +207,24 @@ mod tests {
         assert_eq!((letter.sink, letter.offset, letter.index), (Some("warehouse"), 3, 1));
         assert_eq!((letter.kind, letter.pipeline, letter.generation), ("sink", "telemetry", 2));
         assert!(!letter.is_copy());
+    }
+
+    #[test]
+    fn a_letter_is_no_longer_than_its_estimate() {
+        let mut theirs = Vec::new();
+        properties::push(&mut theirs, Origin::Device, "big", &vec![b'x'; 50_000]);
+        let batch = batch(theirs);
+        let reason = "r".repeat(10_000);
+        let refusal = Refusal {
+            message: batch.message(0),
+            source: Source::Step("normalize"),
+            kind: RefusedKind::Failed,
+            reason: &reason,
+            index: u32::MAX,
+        };
+        let source = Identity { log: Uuid::max(), generation: u32::MAX, partitions: 1 };
+        let (bytes, whole) = super::properties(&refusal, &"p".repeat(64), &"s".repeat(64), &source);
+        assert!(whole && bytes.len() + size_of::<Entry>() <= bytes_estimate(&refusal));
     }
 
     #[test]

@@ -12,6 +12,7 @@
 //! for a pipeline that ends in a sink: lanes run a message's steps twice.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
@@ -162,6 +163,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
         letters: Arc::new(letters),
         failures,
         metrics: PipelineMetrics::new(name),
+        held_in: AtomicU64::new(0),
         abort: CancellationToken::new(),
     });
     let (events, inbox) = mpsc::channel(EVENTS_PER_SINK_MAX * sinks.len().max(1));

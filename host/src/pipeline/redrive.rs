@@ -19,7 +19,7 @@ use super::delivery::{Control, Lend};
 use super::letter::{self, Letter};
 use super::metrics::SinkMetrics;
 use super::routes::Sorted;
-use super::worker::Shared;
+use super::worker::{Shared, place, without_letters};
 use super::writer::{Failed, Refusals, Writer};
 use crate::batch::{Batch, MessageRef, Offset, Span};
 use crate::sinks::{Rows, Sink};
@@ -30,6 +30,8 @@ use crate::stream::{AppendError, Read, ReadError, StateChange, Stream, Ticket};
 const DONE_PREFIX: &[u8] = b"rd";
 /// Runs of one message that asks for a retry.
 const ATTEMPTS_MAX: u32 = 3;
+/// Marks removed in one append.
+const MARKS_MAX: usize = 4_096;
 /// Letters of one `ids` filter and of a listing.
 const LIST_MAX: usize = 100_000;
 
@@ -62,6 +64,8 @@ pub enum RedriveError {
     DeadLetters(#[from] DeadLettersError),
     #[error("step {0} cannot start: {1}")]
     Step(String, String),
+    #[error("{0}")]
+    Held(String),
 }
 
 impl From<ReadError> for RedriveError {
@@ -102,6 +106,7 @@ pub async fn run(
     dead_letters: &Arc<dyn Stream>,
     lenders: &[(String, mpsc::Sender<Control>)],
 ) -> Result<Summary, RedriveError> {
+    forget_marks(dead_letters).await?;
     copy_wanted(filter, shared, dead_letters).await?;
     let name = format!("{}/redrive", shared.name);
     let identity = dead_letters.identity();
@@ -138,7 +143,32 @@ pub async fn run(
         }
         summary.refused += writer.refused;
     }
+    if summary.failed.is_empty() {
+        letters.release();
+    }
     Ok(summary)
+}
+
+/// Takes away the marks of letters that retention has removed.
+async fn forget_marks(dead_letters: &Arc<dyn Stream>) -> Result<(), RedriveError> {
+    let start = dead_letters.bounds().start;
+    let keys: Vec<_> = done_offsets(&**dead_letters)
+        .into_iter()
+        .filter(|offset| *offset < start.0)
+        .map(|offset| done_key(Offset(offset)))
+        .collect();
+    for keys in keys.chunks(MARKS_MAX) {
+        let changes: Vec<_> = keys.iter().map(|key| StateChange { key, value: None }).collect();
+        loop {
+            match dead_letters.append(&[], &changes) {
+                Ok(_) => break,
+                Err(AppendError::Full) => dead_letters.writable().await,
+                Err(AppendError::NoSpace) => return Ok(()),
+                Err(error) => return Err(DeadLettersError::from(error).into()),
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Copies and marks, one append a letter, so that each is copied once.
@@ -287,7 +317,7 @@ fn original(batch: &Batch, i: usize) -> Batch {
 }
 
 /// Runs a message from the step on that refused it. What is refused again
-/// becomes a new letter, once for all sinks.
+/// becomes a new letter, once for all sinks, and passes that step no more.
 async fn through(
     mut batch: Batch,
     from: &str,
@@ -305,13 +335,19 @@ async fn through(
             None => {
                 let reason = format!("step \"{from}\" is not among the pipeline's steps any more");
                 let again = [Refused { index: 0, kind: RefusedKind::Failed, reason }];
-                refused += refuse(&batch, from, &again, letters).await?;
+                refused += refuse(&batch, None, from, &again, letters).await?;
                 return Ok((None, refused));
             }
         }
     };
     for step in &mut steps[begin..] {
         let name = Arc::clone(&step.id().step);
+        let indexes;
+        (batch, indexes, _) = without_letters(batch, &name, letters);
+        if batch.is_empty() {
+            return Ok((None, refused));
+        }
+        let indexes = indexes.as_deref();
         let partition = batch.entries.first().map(|entry| entry.partition).unwrap_or_default();
         let all = (0..batch.len() as u32).collect::<Vec<_>>();
         let mut attempt = 0;
@@ -319,6 +355,7 @@ async fn through(
             // A step runs within its limits: this blocks no longer than that.
             let outcome = tokio::task::block_in_place(|| step.run(batch.clone(), partition, attempt));
             match &outcome.retry {
+                Some(reason) if outcome.held => return Err(RedriveError::Held(reason.clone())),
                 Some(_) if attempt + 1 < ATTEMPTS_MAX => attempt += 1,
                 _ => break outcome,
             }
@@ -328,15 +365,16 @@ async fn through(
                 .iter()
                 .map(|index| Refused { index: *index, kind: RefusedKind::Retries, reason: reason.clone() })
                 .collect();
-            refused += refuse(&batch, &name, &again, letters).await?;
+            refused += refuse(&batch, indexes, &name, &again, letters).await?;
             return Ok((None, refused));
         }
-        refused += refuse(&batch, &name, &outcome.refused, letters).await?;
+        refused += refuse(&batch, indexes, &name, &outcome.refused, letters).await?;
         batch = outcome.passed;
         if batch.is_empty() {
             return Ok((None, refused));
         }
     }
+    let (batch, indexes, _) = without_letters(batch, super::ROUTES_STEP, letters);
     let sorted = shared.routes.sort(batch);
     let unknown: Vec<_> = sorted
         .unknown
@@ -347,13 +385,15 @@ async fn through(
             reason: shared.routes.unknown_reason(sorted.batch.message(*i).route()),
         })
         .collect();
-    refused += refuse(&sorted.batch, super::ROUTES_STEP, &unknown, letters).await?;
+    refused += refuse(&sorted.batch, indexes.as_deref(), super::ROUTES_STEP, &unknown, letters).await?;
     Ok((Some(sorted), refused))
 }
 
 /// How many of them had no letter from an earlier run or for another sink.
+/// `indexes`: as [`without_letters`] gave them.
 async fn refuse(
     batch: &Batch,
+    indexes: Option<&[u32]>,
     step: &str,
     refused: &[Refused],
     letters: &DeadLetters,
@@ -365,7 +405,7 @@ async fn refuse(
             source: Source::Step(step),
             kind: refused.kind,
             reason: &refused.reason,
-            index: index_within_offset(batch, refused.index as usize),
+            index: place(batch, indexes, refused.index as usize),
         })
         .filter(|refusal| !letters.contains(refusal.source, refusal.message.offset(), refusal.index))
         .collect();

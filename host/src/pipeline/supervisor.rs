@@ -328,6 +328,7 @@ impl Supervisor {
                 return;
             }
         };
+        self.free_held_workers(&next);
         // Room for the order in every lane before any gets it: all or none.
         let rooms: Result<Vec<_>, _> =
             self.lanes.iter().map(|lane| lane.control.clone().try_reserve_owned()).collect();
@@ -348,9 +349,35 @@ impl Supervisor {
         self.place_all().await;
     }
 
+    /// Workers that wait for a held step never come to the new steps, which lie
+    /// behind their messages: their lanes end, and the sinks begin again from
+    /// their positions with the new ones.
+    fn free_held_workers(&mut self, chain: &Chain) {
+        let held_in = self.shared.held_in.load(Ordering::Acquire);
+        if held_in == 0 || held_in >= chain.generation || chain.hold.is_some() {
+            return;
+        }
+        tracing::info!(pipeline = %self.shared.name, "a held step has a new version: reading again from the sinks' positions");
+        self.shared.held_in.store(0, Ordering::Release);
+        for sink in 0..self.members.len() {
+            for lane in &mut self.lanes {
+                lane.detach(sink);
+            }
+            self.members[sink].lane = None;
+            self.members[sink].joining = false;
+        }
+        self.drop_empty_lanes();
+        // As at the start: all sinks into one lane, as soon as they are ready.
+        self.started = Instant::now();
+    }
+
     async fn look_after(&mut self) {
         if self.swap_due {
             self.swap().await;
+        }
+        // One that came to its held step only after the new chain was there.
+        if let Some(active) = self.active.clone() {
+            self.free_held_workers(&active);
         }
         self.place_all().await;
         self.forget_letters();

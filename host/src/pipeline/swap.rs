@@ -24,5 +24,5 @@ fn one(chain: &Chain, worker: u16) -> Result<Steps, String> {
         })?;
         steps.push(made);
     }
-    Ok(Steps::new(steps))
+    Ok(Steps::new(steps, chain.generation))
 }

@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use metrics::Histogram;
 use tokio::runtime::Handle;
@@ -24,6 +24,10 @@ use crate::step::{RefusedKind, Step};
 use crate::stream::Ticket;
 use crate::telemetry::Failures;
 
+/// A step that waits for a new version is asked again after this.
+const HELD_WAIT: Duration = Duration::from_millis(200);
+/// Messages of a frame that a worker makes room for at once.
+const ENTRIES_AT_ONCE: usize = 1_024;
 /// Frames that wait for one worker.
 pub const WORK_FRAMES_MAX: usize = 8;
 
@@ -49,15 +53,19 @@ pub struct Frame {
 
 /// A worker's instances of a chain.
 #[derive(Default)]
-pub struct Steps(Vec<(Box<dyn Step>, Histogram)>);
+pub struct Steps {
+    steps: Vec<(Box<dyn Step>, Histogram)>,
+    /// Of the chain.
+    generation: u64,
+}
 
 impl Steps {
-    pub fn new(steps: Vec<Box<dyn Step>>) -> Self {
+    pub fn new(steps: Vec<Box<dyn Step>>, generation: u64) -> Self {
         let timed = |step: Box<dyn Step>| {
             let duration = step_duration(&step.id().pipeline, &step.id().step);
             (step, duration)
         };
-        Self(steps.into_iter().map(timed).collect())
+        Self { steps: steps.into_iter().map(timed).collect(), generation }
     }
 }
 
@@ -69,6 +77,8 @@ pub struct Shared {
     pub letters: Arc<DeadLetters>,
     pub failures: Failures,
     pub metrics: PipelineMetrics,
+    /// Generation of a chain in which a worker waits for a held step; 0: none does.
+    pub held_in: AtomicU64,
     /// The end of the process's patience: stop at once.
     pub abort: CancellationToken,
 }
@@ -97,6 +107,8 @@ pub struct Worker {
     pub shown: Arc<AtomicU64>,
     /// Covers every letter that this worker wrote or found.
     pub letters: Ticket,
+    /// The lane ends: a held step is waited for no longer.
+    pub stop: CancellationToken,
 }
 
 /// An outlet as one worker sees it.
@@ -144,17 +156,24 @@ impl Worker {
             }
             match parts.iter_mut().find(|(partition, _)| *partition == entry.partition) {
                 Some((_, entries)) => entries.push(*entry),
-                None => parts.push((entry.partition, vec![*entry])),
+                None => {
+                    let mut entries = Vec::with_capacity(frame.batch.len().min(ENTRIES_AT_ONCE));
+                    entries.push(*entry);
+                    parts.push((entry.partition, entries));
+                }
             }
         }
-        for (partition, entries) in parts {
-            self.shared.metrics.read.increment(entries.len() as u64);
-            for entries in entries.chunks(self.shared.config.batch_messages_max as usize) {
+        let batch_max = self.shared.config.batch_messages_max.max(1) as usize;
+        for (partition, mut rest) in parts {
+            self.shared.metrics.read.increment(rest.len() as u64);
+            while !rest.is_empty() {
+                let later = if rest.len() > batch_max { rest.split_off(batch_max) } else { Vec::new() };
+                let entries = std::mem::replace(&mut rest, later);
                 let batch = Batch {
                     base: frame.batch.base,
                     now_us: frame.batch.now_us,
                     segments: frame.batch.segments.clone(),
-                    entries: entries.to_vec().into(),
+                    entries: entries.into(),
                 };
                 let mut batch = self.chain(batch, partition)?;
                 if batch.entries.iter().any(|entry| entry.partition != partition) {
@@ -177,13 +196,13 @@ impl Worker {
 
     fn chain(&mut self, mut batch: Batch, partition: Partition) -> Result<Batch, Ended> {
         let shared = Arc::clone(&self.shared);
-        for i in 0..self.steps.0.len() {
+        let held = Held { generation: self.steps.generation, stop: &self.stop };
+        for (step, duration) in &mut self.steps.steps {
             if batch.is_empty() {
                 break;
             }
-            let (step, duration) = &mut self.steps.0[i];
             let begun = Instant::now();
-            let ran = run_step(step.as_mut(), batch, partition, &shared, &self.runtime)?;
+            let ran = run_step(step.as_mut(), batch, partition, &shared, &self.runtime, &held)?;
             duration.record(begun.elapsed());
             self.letters = self.letters.max(ran.letters);
             batch = ran.passed;
@@ -197,10 +216,16 @@ impl Worker {
             return Ok(());
         }
         let shared = Arc::clone(&self.shared);
+        let (batch, indexes, found) = without_letters(batch, super::ROUTES_STEP, &shared.letters);
+        self.letters = self.letters.max(found);
+        if batch.is_empty() {
+            return Ok(());
+        }
         let sorted = shared.routes.sort(batch);
         if !sorted.unknown.is_empty() {
-            self.letters =
-                self.letters.max(refuse_unknown(&sorted.batch, &sorted.unknown, &shared, &self.runtime)?);
+            let unknown = &sorted.unknown;
+            let refused = refuse_unknown(&sorted.batch, indexes.as_deref(), unknown, &shared, &self.runtime)?;
+            self.letters = self.letters.max(refused);
         }
         for served in &mut self.outlets {
             if let Some(batch) = sorted.for_sink(served.outlet.sink) {
@@ -245,6 +270,30 @@ struct Ran {
     letters: Ticket,
 }
 
+/// What a worker that waits for a held step looks at.
+struct Held<'a> {
+    generation: u64,
+    stop: &'a CancellationToken,
+}
+
+impl Held<'_> {
+    /// A new chain lies behind the messages at hand: the supervisor sees that
+    /// somebody waits, and ends the lane when there is one.
+    fn wait(&self, shared: &Shared, runtime: &Handle) -> Result<(), Ended> {
+        if self.stop.is_cancelled() {
+            return Err(Ended::Aborted);
+        }
+        shared.held_in.store(self.generation, Ordering::Release);
+        runtime.block_on(async {
+            tokio::select! {
+                () = shared.abort.cancelled() => Err(Ended::Aborted),
+                () = self.stop.cancelled() => Err(Ended::Aborted),
+                () = tokio::time::sleep(HELD_WAIT) => Ok(()),
+            }
+        })
+    }
+}
+
 /// Runs one step, again where it asks for it; what it refuses is appended to dead letters.
 fn run_step(
     step: &mut dyn Step,
@@ -252,6 +301,7 @@ fn run_step(
     partition: Partition,
     shared: &Shared,
     runtime: &Handle,
+    held: &Held<'_>,
 ) -> Result<Ran, Ended> {
     let name = Arc::clone(&step.id().step);
     let (batch, indexes, found) = without_letters(batch, &name, &shared.letters);
@@ -264,11 +314,20 @@ fn run_step(
     let mut outcome = loop {
         let outcome = step.run(batch.clone(), partition, attempt);
         let Some(reason) = &outcome.retry else { break outcome };
+        if outcome.held {
+            held.wait(shared, runtime)?;
+            continue;
+        }
         if attempt >= retries.max {
             let reason = format!("asked for a retry {} times, the last time: {reason}", attempt + 1);
             break refuse_all(&batch, RefusedKind::Retries, &reason);
         }
-        shared.failures.report(&format!("{}/{name}: retry", shared.name), 1, reason, "headworks top");
+        shared.failures.report(
+            &format!("{}/{name}: retry", shared.name),
+            1,
+            reason,
+            "the admin address, /api/status",
+        );
         let wait = backoff.delay(attempt);
         let aborted =
             runtime.block_on(async { tokio::time::timeout(wait, shared.abort.cancelled()).await.is_ok() });
@@ -294,10 +353,7 @@ fn run_step(
             source: Source::Step(&name),
             kind: refused.kind,
             reason: &refused.reason,
-            index: indexes.as_ref().map_or_else(
-                || index_within_offset(&batch, refused.index as usize),
-                |of| of[refused.index as usize],
-            ),
+            index: place(&batch, indexes.as_deref(), refused.index as usize),
         })
         .collect();
     let letters = appended(&refusals, shared, runtime)?;
@@ -307,7 +363,11 @@ fn run_step(
 /// A message that got a letter from this step before a crash must not pass it
 /// now, be it that the step has changed. `Some`: the places that the others
 /// had within their offsets.
-fn without_letters(batch: Batch, step: &str, letters: &DeadLetters) -> (Batch, Option<Vec<u32>>, Ticket) {
+pub(super) fn without_letters(
+    batch: Batch,
+    step: &str,
+    letters: &DeadLetters,
+) -> (Batch, Option<Vec<u32>>, Ticket) {
     let offset = |entry: Option<&Entry>| entry.map_or(Offset(0), |entry| batch.offset(entry));
     let (first, last) = (offset(batch.entries.first()), offset(batch.entries.last()));
     if first >= letters.check_below() || !letters.any_within(first, last) {
@@ -329,6 +389,12 @@ fn without_letters(batch: Batch, step: &str, letters: &DeadLetters) -> (Batch, O
     (Batch { entries: entries.into(), ..batch }, Some(indexes), letters.ticket())
 }
 
+/// The place that an entry had within its offset when it came; `indexes`: as
+/// [`without_letters`] gave them.
+pub(super) fn place(batch: &Batch, indexes: Option<&[u32]>, entry: usize) -> u32 {
+    indexes.map_or_else(|| index_within_offset(batch, entry), |of| of[entry])
+}
+
 fn refuse_all(batch: &Batch, kind: RefusedKind, reason: &str) -> crate::step::Outcome {
     let refused = (0..batch.len() as u32)
         .map(|index| crate::step::Refused { index, kind, reason: reason.to_owned() })
@@ -339,6 +405,7 @@ fn refuse_all(batch: &Batch, kind: RefusedKind, reason: &str) -> crate::step::Ou
 
 fn refuse_unknown(
     batch: &Batch,
+    indexes: Option<&[u32]>,
     unknown: &[usize],
     shared: &Shared,
     runtime: &Handle,
@@ -353,7 +420,7 @@ fn refuse_unknown(
             source: Source::Step(super::ROUTES_STEP),
             kind: RefusedKind::Failed,
             reason,
-            index: index_within_offset(batch, *i),
+            index: place(batch, indexes, *i),
         })
         .collect();
     shared.metrics.refused.increment(refusals.len() as u64);

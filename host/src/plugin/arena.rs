@@ -22,6 +22,8 @@ pub(super) const COUNT_MAX: usize = 65_536;
 const GROWTH_WORDS_MAX: usize = 256;
 const ROUTE_BYTES_MAX: usize = 64;
 const REASON_BYTES_MAX: usize = 4 << 10;
+/// A payload over its source's: a letter of it must fit into one append.
+const PAYLOAD_GROWTH_MAX: usize = 4 << 20;
 /// The segment that means the answer's `data`.
 pub(super) const DATA_SEGMENT: usize = 15;
 
@@ -187,6 +189,8 @@ pub(super) struct Collected {
     pub refused: Vec<Refused>,
     pub dropped: u64,
     pub retry: Option<String>,
+    /// With `retry`: the step waits for a new version.
+    pub held: bool,
 }
 
 /// How an answer goes into the batch that the step was given.
@@ -302,6 +306,9 @@ impl<'a> Answer<'a> {
         if record.has(set::PAYLOAD) {
             let bytes = self.bytes(record.span(4)).ok_or("its payload lies outside of its segment")?;
             *total += bytes.len() as u64;
+            if bytes.len() > source.payload.len() + PAYLOAD_GROWTH_MAX {
+                return Err("its payload grew by more than 4 MiB");
+            }
         }
         if record.has(set::PROPERTIES) {
             let bytes = self.bytes(record.span(6)).ok_or("its properties lie outside of their segment")?;
@@ -504,7 +511,7 @@ impl Collected {
         if record.has(set::TOPIC) {
             entry.topic = self.place(record.span(2), answer, data_begin, target);
             let fits = target.namespace.device_span(self.topic(entry.topic, target)).is_some();
-            entry.flags = entry.flags & !flags::FITS_NAMESPACE | flags::FITS_NAMESPACE * u16::from(fits);
+            entry.flags = (entry.flags & !flags::FITS_NAMESPACE) | (flags::FITS_NAMESPACE * u16::from(fits));
         }
         if record.has(set::PROPERTIES) {
             entry.properties = self.properties(record.span(6), source, answer, data_begin, target);

@@ -112,3 +112,20 @@ fn the_index_lies_as_the_contract_says() {
     assert_eq!(words[32..44], [flags::RETAIN.into(), 1, 3, 2, 0, 0, 0, 3, 3, 5, 0, 0]);
     assert_eq!((words.len(), bytes, used), (48, 16, 1));
 }
+
+#[test]
+fn a_payload_grows_by_at_most_4_mib() {
+    let batch = input(1);
+    let check = |grown: usize| {
+        let mut words = [0_u32; 8 + 16];
+        words[..4].copy_from_slice(&[1, 8, 16, 1]);
+        words[9] = set::PAYLOAD;
+        words[13] = (DATA_SEGMENT as u32) << 28 | (5 + grown) as u32;
+        let outputs = words.into_iter().flat_map(u32::to_le_bytes).collect();
+        let raw = Raw { verdicts: vec![verdict::EMIT], outputs, data: vec![b'x'; 5 + grown] };
+        Answer { input: &batch, raw: &raw }.check(&Limits::default(), 1 << 30)
+    };
+    assert_eq!(check(PAYLOAD_GROWTH_MAX), Ok(()));
+    let what = "its payload grew by more than 4 MiB";
+    assert_eq!(check(PAYLOAD_GROWTH_MAX + 1), Err(Fault::Record { record: 0, what }));
+}

@@ -168,6 +168,9 @@ impl Plugins {
         failures: Failures,
     ) -> Result<Self, Error> {
         let library = Library::new(compiler, Some(Cache::open(cache_dir)?))?;
+        if let Err(error) = std::fs::create_dir_all(&config.dir) {
+            tracing::warn!(dir = %config.dir.display(), %error, "cannot make the plugins folder");
+        }
         let (wake, events) = mpsc::sync_channel(EVENTS_MAX);
         let watcher = watch(&config.dir, wake.clone());
         let mut work = Work {
@@ -360,6 +363,8 @@ impl Work {
     }
 
     fn load(&mut self, found: Found) {
+        // Of a file that is back; left there, it would let a later loss pass without a word.
+        folder::take_removed_mark(&self.config.dir, &found.name);
         let result = self.read(&found);
         let known = self.files.entry(found.name.clone()).or_default();
         let file = file_name(&found.path);
@@ -411,7 +416,15 @@ impl Work {
                 && current.hold.as_deref() == hold.as_deref()
                 && current.steps.len() == steps.len()
                 && current.steps.iter().zip(&steps).all(|(a, b)| Arc::ptr_eq(a, b));
+            let before = current.hold.clone();
             drop(current);
+            match (&before, &hold) {
+                (before, Some(why)) if before.as_deref() != Some(why) => {
+                    tracing::warn!(pipeline = pipeline.name, "pipeline holds: {why}");
+                }
+                (Some(_), None) => tracing::info!(pipeline = pipeline.name, "pipeline goes on"),
+                _ => {}
+            }
             if !same {
                 self.generation += 1;
                 let chain =

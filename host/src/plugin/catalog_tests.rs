@@ -209,3 +209,24 @@ fn a_cache_that_others_can_write_to_or_that_is_a_link_is_refused() {
     std::os::unix::fs::symlink(&folder.config.dir, &link).unwrap();
     assert!(Cache::open(&link).unwrap_err().to_string().contains("not a link"));
 }
+
+#[test]
+fn a_mark_of_an_earlier_removal_does_not_hide_a_loss() {
+    let folder = Folder::new();
+    folder::remove(&folder.config.dir, "redact").unwrap();
+    folder.put("1-redact.wasm", &guarded());
+    let plugins = folder.start();
+    let mut receiver = plugins.chain("telemetry", None);
+    assert_eq!(receiver.borrow_and_update().steps.len(), 1);
+    std::fs::remove_file(folder.config.dir.join("1-redact.wasm")).unwrap();
+    let held = wait(&mut receiver, |chain| chain.hold.is_some() || chain.steps.is_empty());
+    assert!(held.hold.is_some_and(|why| why.contains("plugin remove redact")));
+}
+
+#[test]
+fn a_folder_that_is_not_there_is_made() {
+    let mut folder = Folder::new();
+    folder.config.dir = folder.dir.path().join("a/b");
+    folder.start();
+    assert!(folder.config.dir.is_dir());
+}

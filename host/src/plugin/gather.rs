@@ -73,7 +73,8 @@ mod tests {
             entries: vec![
                 entry(Span::new(0, 0, 13), Span::new(0, 5, 1)),
                 entry(Span::new(0, 14, 11), Span::new(0, 19, 1)),
-            ].into(),
+            ]
+            .into(),
             ..Batch::default()
         };
         let gathered = gather(&batch, Some(&[1]));

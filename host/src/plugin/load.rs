@@ -24,7 +24,6 @@ pub(super) const FILE_BYTES_MAX: u64 = 128 << 20;
 #[derive(Debug)]
 pub(super) struct Loadable {
     pub component: Vec<u8>,
-    pub form: Form,
     pub kind: Kind,
     /// Names of its imports, all served.
     pub imports: Vec<String>,
@@ -98,13 +97,13 @@ pub(super) struct Surface {
 
 impl Loadable {
     pub fn new(bytes: &[u8]) -> Result<Self, LoadError> {
-        let (component, form) = to_component(bytes)?;
+        let (component, _) = to_component(bytes)?;
         let surface = Surface::read(&component)?;
         for import in &surface.imports {
             check_import(import)?;
         }
         let kind = kind(&surface.exports)?;
-        Ok(Self { component, form, kind, imports: surface.imports })
+        Ok(Self { component, kind, imports: surface.imports })
     }
 }
 
@@ -269,10 +268,10 @@ mod tests {
     #[test]
     fn a_core_module_with_metadata_and_the_component_made_of_it_both_load() {
         let module = Loadable::new(&guarded()).unwrap();
-        assert_eq!((module.form, module.kind), (Form::CoreModule, Kind::Batch));
+        assert_eq!(module.kind, Kind::Batch);
         assert!(module.imports.contains(&"headworks:plugin/log@1.0.0".to_owned()), "{:?}", module.imports);
         let component = Loadable::new(&module.component).unwrap();
-        assert_eq!((component.form, component.kind), (Form::Component, Kind::Batch));
+        assert_eq!(component.kind, Kind::Batch);
         assert_eq!(Loadable::new(&message_plugin()).unwrap().kind, Kind::Message);
     }
 

@@ -83,10 +83,6 @@ impl Version {
         Self(Arc::new(shared))
     }
 
-    pub fn shared(&self) -> &Shared {
-        &self.0
-    }
-
     pub fn held(&self) -> Option<String> {
         self.0.faults.held.load(Ordering::Acquire).then(|| self.0.held_reason())
     }
@@ -276,8 +272,8 @@ impl PluginStep {
         if batch.segments.len() >= SEGMENTS_MAX {
             batch = gather(&batch, None);
         }
-        let (mut bytes, mut used) = arena::write_index(&mut self.index, &batch, partition, 0, attempt);
         if self.filters.is_empty() {
+            let (mut bytes, mut used) = arena::write_index(&mut self.index, &batch, partition, 0, attempt);
             if bytes * 2 < segment_bytes(&batch, used) {
                 batch = gather(&batch, None);
                 (bytes, used) = arena::write_index(&mut self.index, &batch, partition, 0, attempt);
@@ -424,6 +420,7 @@ impl PluginStep {
                     OnFailure::Pass => collected.keep_until(batch, number[0] as usize + 1),
                     OnFailure::Hold => {
                         collected.retry.get_or_insert(self.shared.held_reason());
+                        collected.held = true;
                         return;
                     }
                 },
@@ -443,11 +440,11 @@ impl PluginStep {
 
     fn outcome(&self, batch: &Batch, mut collected: Collected) -> Outcome {
         if collected.retry.is_some() {
-            return Outcome { retry: collected.retry, ..Outcome::default() };
+            return Outcome { retry: collected.retry, held: collected.held, ..Outcome::default() };
         }
         collected.keep_until(batch, batch.len());
         let (passed, refused, dropped, retry) = collected.into_batch(batch);
-        Outcome { passed, refused, dropped, retry }
+        Outcome { passed, refused, dropped, retry, held: false }
     }
 }
 
@@ -461,7 +458,7 @@ impl Step for PluginStep {
             return Outcome { passed: batch, ..Outcome::default() };
         }
         if self.shared.faults.held.load(Ordering::Acquire) {
-            return Outcome { retry: Some(self.shared.held_reason()), ..Outcome::default() };
+            return Outcome { retry: Some(self.shared.held_reason()), held: true, ..Outcome::default() };
         }
         let begin = Instant::now();
         if let Err(error) = self.ensure_instance() {

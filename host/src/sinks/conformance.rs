@@ -94,7 +94,12 @@ pub fn batch<'m>(messages: impl IntoIterator<Item = (&'m str, &'m str)>) -> Batc
             ..Entry::default()
         });
     }
-    Batch { base: Offset(0), now_us: RECEIVED_US, segments: vec![Bytes::from(bytes)], entries: entries.into() }
+    Batch {
+        base: Offset(0),
+        now_us: RECEIVED_US,
+        segments: vec![Bytes::from(bytes)],
+        entries: entries.into(),
+    }
 }
 
 pub fn rows<'m>(messages: impl IntoIterator<Item = (&'m str, &'m str)>) -> Rows {

@@ -5,16 +5,19 @@ use std::sync::Arc;
 use super::Stream;
 use crate::topic::TopicFilter;
 
+/// A stream and the filters of its topics.
+type Routed = (Vec<TopicFilter>, Arc<dyn Stream>);
+
 /// Every topic belongs to exactly one stream: the first whose filter matches,
 /// else the default.
 #[derive(Clone)]
 pub struct Streams {
-    routed: Arc<[(Vec<TopicFilter>, Arc<dyn Stream>)]>,
+    routed: Arc<[Routed]>,
     default: Arc<dyn Stream>,
 }
 
 impl Streams {
-    pub fn new(routed: Vec<(Vec<TopicFilter>, Arc<dyn Stream>)>, default: Arc<dyn Stream>) -> Self {
+    pub fn new(routed: Vec<Routed>, default: Arc<dyn Stream>) -> Self {
         Self { routed: routed.into(), default }
     }
 

@@ -168,7 +168,7 @@ mod tests {
 
     #[test]
     fn the_default_is_valid_and_listens_on_loopback_only() {
-        assert_eq!(problems(&Config::default()), [String::new(); 0]);
+        assert!(problems(&Config::default()).is_empty());
         assert!(Config::default().listeners.iter().all(|endpoint| endpoint.bind.ip().is_loopback()));
     }
 
@@ -184,6 +184,6 @@ mod tests {
         config.listeners.truncate(1);
         config.listeners[0].allow_anonymous = true;
         config.receive_maximum = 10;
-        assert_eq!(problems(&config), [String::new(); 0]);
+        assert!(problems(&config).is_empty());
     }
 }

@@ -20,6 +20,7 @@ use rmqtt_codec::v5::{
 };
 use rmqtt_codec::{v3, v5};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, Sleep, timeout};
 use tokio_util::codec::Encoder;
 
@@ -43,6 +44,8 @@ const WRITE_BYTES_MAX: usize = 64 << 10;
 const WRITE_PAUSE_BYTES: usize = 256 << 10;
 /// For the last packet, when the connection ends.
 const LAST_WRITE_MAX: Duration = Duration::from_secs(1);
+/// A will that waits looks so often whether its client is back.
+const WILL_LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Where there is no keep alive the timer sleeps so long.
 const FOREVER: Duration = Duration::from_secs(365 * 24 * 3_600);
 
@@ -96,7 +99,8 @@ impl From<Trouble> for End {
 }
 
 /// Serves one client from CONNECT to its end.
-pub async fn serve<S>(broker: Arc<Broker>, mut io: S, from: SocketAddr)
+/// `place`: of `connections_max`; a will that waits holds none.
+pub async fn serve<S>(broker: Arc<Broker>, mut io: S, from: SocketAddr, place: OwnedSemaphorePermit)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send,
 {
@@ -156,6 +160,7 @@ where
     let connects = session.connects.load(Ordering::Acquire);
     broker.sessions.close(&broker, &session, turn, expiry_s);
     broker.client_connected(-1);
+    drop(place);
     if keep_will && let Some(will) = will {
         publish_will(&broker, session, connects, will).await;
     }
@@ -167,12 +172,13 @@ async fn publish_will(broker: &Arc<Broker>, session: Arc<Session>, connects: u64
     let delay = Duration::from_secs(will.delay_s.min(session.expiry_s()).into());
     let is_back = || session.connects.load(Ordering::Acquire) != connects || session.is_wanted();
     if !delay.is_zero() {
-        if is_back() {
-            return;
-        }
-        tokio::select! {
-            () = tokio::time::sleep(delay) => {}
-            () = broker.shutdown.cancelled() => {}
+        let due = Instant::now() + delay;
+        while !is_back() && !broker.shutdown.is_cancelled() && Instant::now() < due {
+            let look_at = due.min(Instant::now() + WILL_LOOK_EVERY);
+            tokio::select! {
+                () = tokio::time::sleep_until(look_at) => {}
+                () = broker.shutdown.cancelled() => {}
+            }
         }
         if is_back() {
             return;
@@ -390,8 +396,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         let mut changes: Vec<Change> = Vec::new();
         let mut granted = Vec::new();
         let mut status = Vec::new();
+        let mut new = 0;
         for (text, asked) in filters {
-            let filter = match self.check_filter(text, epoch.is_some()) {
+            let filter = match self.check_filter(text, epoch.is_some(), &mut new) {
                 Ok(filter) => filter,
                 Err(reason) => {
                     status.push(reason);
@@ -430,7 +437,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         Ok(status)
     }
 
-    fn check_filter(&self, text: &str, kept: bool) -> Result<TopicFilter, SubscribeAckReason> {
+    /// `new`: filters of this SUBSCRIBE that the session did not have.
+    fn check_filter(
+        &self,
+        text: &str,
+        kept: bool,
+        new: &mut usize,
+    ) -> Result<TopicFilter, SubscribeAckReason> {
         if text.starts_with("$share/") {
             return Err(SubscribeAckReason::SharedSubscriptionNotSupported);
         }
@@ -438,10 +451,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         if deep || (kept && text.len() > KEPT_FILTER_BYTES_MAX) {
             return Err(SubscribeAckReason::TopicFilterInvalid);
         }
-        if self.session.filters() >= self.broker.config.subscriptions_per_client_max as usize {
-            return Err(SubscribeAckReason::QuotaExceeded);
+        let filter = TopicFilter::new(text).map_err(|_| SubscribeAckReason::TopicFilterInvalid)?;
+        if !self.session.has_filter(text) {
+            let max = self.broker.config.subscriptions_per_client_max as usize;
+            if self.session.filters() + *new >= max {
+                return Err(SubscribeAckReason::QuotaExceeded);
+            }
+            *new += 1;
         }
-        TopicFilter::new(text).map_err(|_| SubscribeAckReason::TopicFilterInvalid)
+        Ok(filter)
     }
 
     async fn unsubscribe(

@@ -7,6 +7,7 @@
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
 use tokio::sync::Notify;
 
@@ -16,11 +17,13 @@ use super::session::Session;
 use super::subscriptions::{Options, Subscriber, Tree};
 use crate::batch::{Batch, Offset};
 use crate::properties::{self, Origin};
-use crate::stream::{Read, Stream};
+use crate::stream::{Read, ReadError, Stream};
 use crate::topic::TopicFilter;
 
 /// No message of this stream is delivered now.
 const IDLE: u64 = u64::MAX;
+/// After a read that failed.
+const READ_RETRY_AFTER: Duration = Duration::from_secs(1);
 
 pub struct Live {
     index: RwLock<Index>,
@@ -252,6 +255,11 @@ async fn follow(broker: &Broker, stream: &dyn Stream, tail: &Tail) {
                 broker.failures.report("mqtt: subscribers missed messages", 1, &detail, "");
                 let _index = broker.live.index.read().unwrap_or_else(PoisonError::into_inner);
                 tail.position.store(to.0, Ordering::Relaxed);
+            }
+            Err(ReadError::Io(error)) => {
+                let detail = format!("stream {}: {error}", stream.name());
+                broker.failures.report("mqtt: live delivery cannot read, tries again", 1, &detail, "");
+                tokio::time::sleep(READ_RETRY_AFTER).await;
             }
             Err(error) => {
                 let detail = format!("stream {}: {error}", stream.name());

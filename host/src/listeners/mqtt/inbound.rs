@@ -7,7 +7,7 @@
 
 use std::cell::RefCell;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard};
 
 use bytes::BytesMut;
 use rmqtt_codec::v5::DisconnectReasonCode;
@@ -15,7 +15,7 @@ use rmqtt_codec::v5::DisconnectReasonCode;
 use super::Broker;
 use super::acks::{Ack, Acks};
 use super::outbound::Message;
-use super::retained::Kept;
+use super::retained::{Kept, Retained};
 use super::session::{Received, Session, qos2_key};
 use super::wire::{self, Fault, Frame, Property, Publish, Version};
 use crate::batch::{Offset, flags};
@@ -324,14 +324,12 @@ impl Inbound {
         let first = if publish.qos == 1 { wire::PUBACK } else { wire::PUBREC };
         let ack = Ack { first, packet_id: publish.packet_id };
         if publish.qos == 2 {
-            let mut received = self.session.received();
+            let received = self.session.received();
             if let Some(known) = received.get(&publish.packet_id) {
                 broker.counters.duplicates.increment(1);
                 let change = IdChange::None;
                 return Ok(Owed { stream: known.stream, ack, change, least: known.least() });
             }
-            // The ticket comes with the append.
-            received.insert(publish.packet_id, Received { stream, ticket: None });
         }
         self.unfinished += 1;
         if self.version == Version::V5 && self.unfinished > u32::from(broker.config.receive_maximum) {
@@ -340,7 +338,12 @@ impl Inbound {
                 what: "more publishes in flight than Receive Maximum",
             });
         }
-        let change = if publish.qos == 2 { IdChange::Receive } else { IdChange::None };
+        let mut change = IdChange::None;
+        if publish.qos == 2 {
+            change = IdChange::Receive;
+            // The ticket comes with the append.
+            self.session.received().insert(publish.packet_id, Received { stream, ticket: None });
+        }
         Ok(Owed { stream, ack, change, least: Ticket(0) })
     }
 
@@ -452,7 +455,7 @@ impl Inbound {
         broker: &Broker,
         number: usize,
         messages: &[NewMessage<'_>],
-        owed: impl Iterator<Item = &'o Owed> + Clone,
+        owed: impl DoubleEndedIterator<Item = &'o Owed> + Clone,
         keys: &mut Vec<([u8; 12], IdChange)>,
         spare: &mut Vec<StateChange<'static>>,
     ) -> Result<(), Trouble> {
@@ -509,10 +512,11 @@ impl Inbound {
                 key,
                 value: (*change == IdChange::Receive).then_some(&[][..]),
             }));
+            let retained = retained_for(broker, messages);
             let appended = stream.append(messages, &changes);
             *spare = recycle(changes);
             let appended = appended?;
-            taken_in(broker, number, messages, appended);
+            taken_in(broker, number, messages, appended, retained);
             appended.ticket.max(least)
         };
         if owed.clone().any(|owed| owed.change == IdChange::Receive) {
@@ -579,9 +583,10 @@ struct Work<'a> {
     now_us: u64,
 }
 
-fn undo<'o>(session: &Session, owed: impl Iterator<Item = &'o Owed>) {
+/// The last first: an id may have been received, released and received again.
+fn undo<'o>(session: &Session, owed: impl DoubleEndedIterator<Item = &'o Owed>) {
     let mut received = session.received();
-    for owed in owed {
+    for owed in owed.rev() {
         match owed.change {
             IdChange::None => {}
             IdChange::Receive => {
@@ -595,26 +600,35 @@ fn undo<'o>(session: &Session, owed: impl Iterator<Item = &'o Owed>) {
     }
 }
 
+/// Held over an append that has messages to be retained: what is appended last
+/// is what stays.
+fn retained_for<'b>(broker: &'b Broker, messages: &[NewMessage<'_>]) -> Option<MutexGuard<'b, Retained>> {
+    messages.iter().any(|message| message.flags & flags::RETAIN != 0).then(|| broker.retained())
+}
+
 /// Counts, and keeps what is to be retained.
-fn taken_in(broker: &Broker, number: usize, messages: &[NewMessage<'_>], appended: Appended) {
-    let (mut by_qos, mut bytes, mut all_flags) = ([0u64; 3], 0, 0);
+fn taken_in(
+    broker: &Broker,
+    number: usize,
+    messages: &[NewMessage<'_>],
+    appended: Appended,
+    retained: Option<MutexGuard<'_, Retained>>,
+) {
+    let (mut by_qos, mut bytes) = ([0u64; 3], 0);
     for message in messages {
         by_qos[usize::from(message.flags & flags::QOS_MASK).min(2)] += 1;
         bytes += message.payload.len() as u64;
-        all_flags |= message.flags;
     }
     for (counter, count) in broker.counters.publishes.iter().zip(by_qos).filter(|(_, count)| *count > 0) {
         counter.increment(count);
     }
     broker.counters.publish_bytes.increment(bytes);
-    if all_flags & flags::RETAIN == 0 {
-        return;
-    }
-    let retained = messages.iter().enumerate().filter(|(_, message)| message.flags & flags::RETAIN != 0);
-    for (i, message) in retained {
+    let Some(mut retained) = retained else { return };
+    let to_retain = messages.iter().enumerate().filter(|(_, message)| message.flags & flags::RETAIN != 0);
+    for (i, message) in to_retain {
         let offset = Offset(appended.first.0 + i as u64);
         let kept = Kept { message: Arc::new(Message::of_new(message)), stream: number, offset };
-        if !broker.retained().set(kept) {
+        if !retained.set(kept) {
             broker.counters.retained_full.increment(1);
             let detail = format!("topic {}", message.topic);
             broker.failures.report("mqtt: no room for a retained message", 1, &detail, "");
@@ -725,11 +739,17 @@ impl Will {
             event_us: 0,
         };
         loop {
-            match stream.append(&[message], &[]) {
-                Ok(appended) => {
-                    taken_in(broker, number, &[message], appended);
+            let appended = {
+                let retained = retained_for(broker, &[message]);
+                let appended = stream.append(&[message], &[]);
+                if let Ok(appended) = appended {
+                    taken_in(broker, number, &[message], appended, retained);
                     return true;
                 }
+                appended
+            };
+            match appended {
+                Ok(_) => return true,
                 Err(AppendError::Full | AppendError::NoSpace) => stream.writable().await,
                 Err(_) => return false,
             }

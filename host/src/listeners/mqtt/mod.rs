@@ -30,7 +30,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
@@ -164,16 +164,21 @@ async fn accept(
         tasks.spawn(async move {
             // Acks are small and must not wait for the peer's delayed ack.
             let _ = socket.set_nodelay(true);
-            serve(broker, socket, tls, from).await;
-            drop(place);
+            serve(broker, socket, tls, from, place).await;
         });
     }
 }
 
-async fn serve(broker: Arc<Broker>, socket: TcpStream, tls: Option<TlsAcceptor>, from: SocketAddr) {
-    let Some(tls) = tls else { return connection::serve(broker, socket, from).await };
+async fn serve(
+    broker: Arc<Broker>,
+    socket: TcpStream,
+    tls: Option<TlsAcceptor>,
+    from: SocketAddr,
+    place: OwnedSemaphorePermit,
+) {
+    let Some(tls) = tls else { return connection::serve(broker, socket, from, place).await };
     match timeout(broker.config.connect_timeout.0, tls.accept(socket)).await {
-        Ok(Ok(stream)) => connection::serve(broker, stream, from).await,
+        Ok(Ok(stream)) => connection::serve(broker, stream, from, place).await,
         Ok(Err(error)) => {
             broker.counters.refused_connect("tls");
             broker.failures.report("mqtt: TLS handshake failed", 1, &format!("{from}: {error}"), "");
@@ -289,8 +294,21 @@ impl Broker {
         Message::new(CLIENTS_CONNECTED, clients.as_bytes(), &[], flags::RETAIN, now_us())
     }
 
-    /// Appends changes of state, waiting for room, and waits until they are durable.
+    /// Appends changes of state, waiting for room, and waits until they are
+    /// durable; at shutdown no longer than `drain_timeout`.
     async fn append_durable(&self, stream: &dyn Stream, changes: &[Change]) -> Result<(), Stopped> {
+        let given_up = async {
+            self.shutdown.cancelled().await;
+            tokio::time::sleep(self.config.drain_timeout.0).await;
+        };
+        tokio::select! {
+            biased;
+            done = self.append_and_wait(stream, changes) => done,
+            () = given_up => Err(Stopped),
+        }
+    }
+
+    async fn append_and_wait(&self, stream: &dyn Stream, changes: &[Change]) -> Result<(), Stopped> {
         let changes = borrowed(changes);
         let ticket = loop {
             match stream.append(&[], &changes) {

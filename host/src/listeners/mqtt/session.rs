@@ -134,6 +134,10 @@ impl Session {
         lock(&self.state).filters.len()
     }
 
+    pub fn has_filter(&self, filter: &str) -> bool {
+        lock(&self.state).filters.iter().any(|known| &**known == filter)
+    }
+
     pub fn add_filter(&self, filter: &str) {
         lock(&self.state).filters.push(filter.into());
     }
@@ -247,7 +251,7 @@ impl Sessions {
         expiry_s: u32,
     ) -> Result<bool, Stopped> {
         let mut changes = Vec::new();
-        let resumed = {
+        let (resumed, kept_no_more) = {
             let expired = lock(&session.state).is_expired(super::now_us());
             let resumed = lock(&session.state).alive && !clean && !expired;
             if !resumed {
@@ -258,11 +262,13 @@ impl Sessions {
             state.expiry_s = expiry_s;
             if expiry_s > 0 {
                 changes.push((key(SESSION, session.client_id.as_bytes()), Some(state.to_bytes().into())));
-            } else if state.kept && resumed {
-                changes.push((key(SESSION, session.client_id.as_bytes()), None));
+                state.kept = true;
+            } else if state.kept {
+                changes.extend(state.removals(&session.client_id));
             }
-            state.kept = expiry_s > 0;
-            resumed
+            // The record says connected; if this connect is given up here, the session waits on.
+            state.disconnected_us = super::now_us();
+            (resumed, (expiry_s == 0 && state.kept).then_some(state.epoch))
         };
         session.overflow.store(false, Ordering::Relaxed);
         session.connects.fetch_add(1, Ordering::AcqRel);
@@ -270,6 +276,11 @@ impl Sessions {
             broker.append_durable(&*broker.broker, &changes).await?;
         }
         lock(&session.state).connected = true;
+        if let Some(epoch) = kept_no_more {
+            lock(&session.state).kept = false;
+            let received = session.received().clone();
+            forget_ids(broker, epoch, &received);
+        }
         Ok(resumed)
     }
 
@@ -297,7 +308,8 @@ impl Sessions {
         let changes = discard(broker, session);
         broker.append_state(&*broker.broker, &changes);
         let mut by_client = lock(&self.by_client);
-        if !session.is_wanted() {
+        let is_this = by_client.get(&session.client_id).is_some_and(|known| Arc::ptr_eq(known, session));
+        if is_this && !session.is_wanted() {
             by_client.remove(&session.client_id);
         }
     }
@@ -334,8 +346,7 @@ fn discard(broker: &Broker, session: &Session) -> Vec<Change> {
         let mut state = lock(&session.state);
         let epoch = state.epoch;
         if state.kept {
-            changes.push((key(SESSION, session.client_id.as_bytes()), None));
-            changes.extend(state.filters.iter().map(|filter| (subscription_key(epoch, filter), None)));
+            changes = state.removals(&session.client_id);
         }
         let filters = std::mem::take(&mut state.filters);
         *state = State { epoch: new_epoch(), ..State::default() };
@@ -346,16 +357,27 @@ fn discard(broker: &Broker, session: &Session) -> Vec<Change> {
     }
     session.outbox().clear();
     let received = std::mem::take(&mut *session.received());
+    forget_ids(broker, epoch, &received);
+    changes
+}
+
+/// Packet ids of an epoch that is no longer kept.
+fn forget_ids(broker: &Broker, epoch: u64, received: &HashMap<u16, Received>) {
     for (number, stream) in broker.streams.iter().enumerate() {
         let ids = received.iter().filter(|(_, received)| received.stream == number);
         let removed: Vec<Change> = ids.map(|(id, _)| (qos2_key(epoch, *id).to_vec(), None)).collect();
         // Not awaited: ids of an epoch without a session are removed at the next start.
         broker.append_state(&**stream, &removed);
     }
-    changes
 }
 
 impl State {
+    /// The durable record and the subscriptions go.
+    fn removals(&self, client_id: &str) -> Vec<Change> {
+        let filters = self.filters.iter().map(|filter| (subscription_key(self.epoch, filter), None));
+        [(key(SESSION, client_id.as_bytes()), None)].into_iter().chain(filters).collect()
+    }
+
     fn is_expired(&self, now_us: u64) -> bool {
         let ends_us = self.disconnected_us.saturating_add(u64::from(self.expiry_s) * 1_000_000);
         self.alive && !self.connected && self.expiry_s != NEVER && ends_us <= now_us

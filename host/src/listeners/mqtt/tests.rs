@@ -453,6 +453,25 @@ async fn a_slow_subscriber_is_bounded_and_disconnected() {
 }
 
 #[tokio::test]
+async fn a_packet_id_past_receive_maximum_is_not_remembered() {
+    let stream = MemoryStream::new("s", 1);
+    let streams = Streams::new(vec![], stream.clone());
+    let change = |config: &mut Config| config.receive_maximum = 1;
+    let host = Host::start(streams, MemoryStream::new("broker", 1), change).await;
+    let (mut client, _) = host.client(resuming("c")).await;
+    client.send(publish("t", QoS::ExactlyOnce, 1)).await;
+    assert_eq!(client.receive().await, pubrec(1));
+    client.send(publish("t", QoS::ExactlyOnce, 2)).await;
+    assert_eq!(client.disconnected().await, Reason::ReceiveMaximumExceeded);
+    let (mut client, ack) = host.client(resuming("c")).await;
+    assert!(ack.session_present);
+    client.send(publish("t", QoS::ExactlyOnce, 2)).await;
+    assert_eq!(client.receive().await, pubrec(2));
+    assert_eq!(stream.bounds().end, Offset(2), "sent again, it is appended");
+    host.stop().await;
+}
+
+#[tokio::test]
 async fn bounds_that_the_client_knows_are_enforced() {
     let stream = MemoryStream::with_manual_commit("s", 1);
     let streams = Streams::new(vec![], stream.clone());

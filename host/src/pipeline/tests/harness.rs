@@ -32,6 +32,7 @@ pub enum Act {
     Twice,
     Refuse(String),
     Retry(&'static str),
+    Hold(&'static str),
 }
 
 pub type StepFn = Arc<dyn Fn(&MessageRef<'_>, u32) -> Act + Send + Sync>;
@@ -70,6 +71,9 @@ impl Step for TestStep {
                 Act::Retry(reason) => {
                     outcome.retry = Some(reason.to_owned());
                     return outcome;
+                }
+                Act::Hold(reason) => {
+                    return Outcome { retry: Some(reason.to_owned()), held: true, ..Outcome::default() };
                 }
             }
             entries.push(entry);

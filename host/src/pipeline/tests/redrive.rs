@@ -90,3 +90,53 @@ async fn a_redrive_that_fails_half_way_is_finished_by_the_next() {
         process.stop().await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_refused_again_before_a_sink_fails_is_not_written_by_the_next_redrive_too() {
+    let world = World::new(1, &[("default", "w")]);
+    let broken = Arc::new(AtomicBool::new(true));
+    let is_broken = Arc::clone(&broken);
+    let check = step("check", move |message, _| {
+        match is_broken.load(Ordering::Acquire) && !text(message).ends_with('5') {
+            true => Act::Refuse("no table".to_owned()),
+            false => Act::Pass,
+        }
+    });
+    world.database("w").refuse(|message| text(message).ends_with('5').then(|| "no column".to_owned()));
+    let process = world.start(chain(1, &[check])).await;
+    world.publish_many(2, 0, 10);
+    process.drained().await;
+    assert_eq!(world.letters().await.len(), 10);
+    let marks = world.dead_memory.marks().len();
+    // Nine are refused again, then the sink fails.
+    world.database("w").refuse(|_| None);
+    process.handle.redrive(&Filter { sink: Some("none".to_owned()), ..Filter::default() }).await.unwrap();
+    world.database("w").fail_commits([Fault::Retry("down".to_owned())]);
+    let summary = process.handle.redrive(&Filter::default()).await.unwrap();
+    assert_eq!((summary.refused, summary.failed.len()), (9, 1));
+    broken.store(false, Ordering::Release);
+    let sent = process.handle.redrive(&Filter::default()).await.unwrap().sent;
+    let more = process.handle.redrive(&Filter::default()).await.unwrap().sent;
+    assert_eq!(sent + more, 10);
+    assert_eq!(sorted(world.payloads("w")), published(2, 10));
+    // The pipeline's own mark stays, a redrive's goes.
+    assert_eq!(world.dead_memory.marks().len(), marks);
+    assert!(world.dead_memory.marks().keys().any(|name| name == "p/telemetry/dead-letters"));
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn marks_of_letters_that_retention_removed_go_with_them() {
+    let world = World::new(1, &[("default", "w")]);
+    world.database("w").refuse(|_| Some("no column".to_owned()));
+    let process = world.start(chain(1, &[])).await;
+    world.publish_many(2, 0, 10);
+    process.drained().await;
+    world.database("w").refuse(|_| None);
+    assert_eq!(process.handle.redrive(&Filter::default()).await.unwrap().sent, 10);
+    assert_eq!(world.dead.state(b"rd").len(), 10);
+    world.dead_memory.trim(crate::batch::Offset(6));
+    process.handle.redrive(&Filter::default()).await.unwrap();
+    assert_eq!(world.dead.state(b"rd").len(), 4);
+    process.stop().await;
+}

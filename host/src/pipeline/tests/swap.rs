@@ -73,3 +73,48 @@ async fn a_pipeline_whose_first_steps_cannot_start_begins_with_the_next() {
     assert_eq!(world.payloads("w").len(), 50);
     process.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_step_that_is_held_refuses_nothing_and_gives_way_to_a_new_version() {
+    for hold_is_seen in [true, false] {
+        let world = World::new(2, &[("default", "w other")]);
+        let holding = step("tag", |message, _| match text(message).ends_with('7') {
+            true => Act::Hold("faulted"),
+            false => Act::Pass,
+        });
+        let mut held = chain(1, &[holding]);
+        let process = world.start(held.clone()).await;
+        // More frames than wait for a worker: the new steps lie behind them.
+        world.publish_many(3, 0, 500);
+        if hold_is_seen {
+            (held.generation, held.hold) = (2, Some("faulted".into()));
+            process.chain.send_replace(held);
+            process.until("holding", |status| matches!(status.state, State::Holding(_))).await;
+        }
+        // Past every bound of retries.
+        tokio::time::sleep(std::time::Duration::from_millis(700)).await;
+        assert!(world.letters().await.is_empty() && world.payloads("w").len() < 500);
+        process.chain.send_replace(chain(3, &[tag("new")]));
+        process.drained().await;
+        assert!(world.letters().await.is_empty());
+        for sink in ["w", "other"] {
+            assert_eq!(world.payloads(sink).len(), 500);
+        }
+        process.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pipeline_ends_while_its_step_is_held() {
+    let world = World::new(2, &[("default", "w")]);
+    let process = world.start(chain(1, &[step("tag", |_, _| Act::Hold("faulted"))])).await;
+    world.publish_many(3, 0, 50);
+    tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    let begun = std::time::Instant::now();
+    process.stop().await;
+    assert!(begun.elapsed() < std::time::Duration::from_secs(5));
+    let process = world.start(chain(1, &[tag("new")])).await;
+    process.drained().await;
+    assert_eq!(world.payloads("w").len(), 50);
+    process.stop().await;
+}

@@ -42,6 +42,7 @@ impl SyncSite {
     ];
 }
 
+#[expect(clippy::len_without_is_empty, reason = "nobody asks a segment file whether it is empty")]
 /// One open file. Writes and reads name their place; nothing is durable before `sync`.
 pub trait File: Send + Sync {
     /// Fills `buf` from `at`, short only at the end of the file.

@@ -157,7 +157,7 @@ impl Header {
 pub fn decode_header(bytes: &[u8]) -> Result<Header, Broken> {
     let fixed = bytes.first_chunk::<HEADER_BYTES>().ok_or(Broken::Short)?;
     let header_len = u16_at(fixed, 8);
-    if (header_len as usize) < HEADER_BYTES || header_len as usize % ALIGN != 0 {
+    if (header_len as usize) < HEADER_BYTES || !(header_len as usize).is_multiple_of(ALIGN) {
         return Err(Broken::Header);
     }
     let (covered, crc) =
@@ -195,7 +195,9 @@ pub fn decode_header(bytes: &[u8]) -> Result<Header, Broken> {
         header_len,
         crc,
     };
-    if header.base.checked_add(u64::from(header.count)).is_none() || stored_len as usize % ALIGN != 0 {
+    if header.base.checked_add(u64::from(header.count)).is_none()
+        || !(stored_len as usize).is_multiple_of(ALIGN)
+    {
         return Err(Broken::Header);
     }
     Ok(header)

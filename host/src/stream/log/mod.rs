@@ -68,6 +68,8 @@ pub(crate) struct Inner {
     reserve_bytes: u64,
     max_bytes: u64,
     max_age: Option<Duration>,
+    /// Until the log serves: its first segment may go over `max_bytes`.
+    opening: AtomicBool,
     may_use_reserve: AtomicBool,
     use_reserve_while_running: bool,
     wall: clock::Wall,

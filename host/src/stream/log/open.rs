@@ -151,6 +151,7 @@ fn build(
         reserve_bytes: config.reserve_bytes.0,
         max_bytes: config.retention.max_bytes.0,
         max_age: config.retention.max_age.map(|age| age.0),
+        opening: AtomicBool::new(true),
         // Opening may: a full disk must not keep the host from draining it.
         may_use_reserve: AtomicBool::new(true),
         use_reserve_while_running: config.may_use_reserve,
@@ -200,6 +201,7 @@ impl Inner {
         }
         drop(writer);
         self.remove_replaced()?;
+        self.opening.store(false, Ordering::Relaxed);
         self.may_use_reserve.store(self.use_reserve_while_running, Ordering::Relaxed);
         self.fill_reserve();
         Ok(())

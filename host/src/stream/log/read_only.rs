@@ -1,29 +1,56 @@
 //! Reads a log's folder from another process while the host runs: only
 //! messages that something on disk proves durable.
+//!
+//! The host writes on meanwhile, so what was read from a file may be half old.
+//! A whole frame that is proven is final. That there is nothing, or damage, is
+//! believed only after the file was read again.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 use super::disk::{Create, Disk, RealDisk};
+use super::frame::flags;
 use super::generations;
 use super::recover::{self, OpenError};
-use super::scan::{Scan, Step};
+use super::scan::{Place, Scan, Step};
 use super::segment;
 use super::tail::Frame;
 use crate::batch::Offset;
 use crate::stream::{GapCause, Read};
+
+/// Looks at a folder whose oldest segments go while it is looked at.
+const LOOKS_MAX: usize = 8;
 
 /// A reader that takes no lock and writes nothing.
 pub struct ReadOnly {
     disk: Box<dyn Disk>,
     dir: PathBuf,
     at: u64,
+    open: Option<Open>,
+}
+
+/// The segment that is read.
+struct Open {
+    sequence: u64,
+    first_frame: u64,
+    /// Base and first frame of the next segment, which proves all of this one.
+    next: Option<(u64, u64)>,
+    scan: Scan,
+    /// Nothing wanted lies before it. Never past a mark, which is written over.
+    from: Place,
+}
+
+enum Found {
+    Frame(Frame),
+    /// No whole frame up to here.
+    GapTo(u64),
+    Nothing,
 }
 
 impl ReadOnly {
     /// Reads from `from` on.
     pub fn open(dir: &Path, from: Offset) -> Self {
-        Self { disk: Box::new(RealDisk), dir: dir.to_path_buf(), at: from.0 }
+        Self { disk: Box::new(RealDisk), dir: dir.to_path_buf(), at: from.0, open: None }
     }
 
     /// Offset of the next message to be read.
@@ -33,26 +60,39 @@ impl ReadOnly {
 
     /// First offset kept and one past the last that is proven durable.
     pub fn bounds(&self) -> Result<std::ops::Range<Offset>, OpenError> {
-        let start = self.segments()?.first().map_or(0, |s| s.header.base);
-        let mut all = Self { disk: Box::new(RealDisk), dir: self.dir.clone(), at: 0 };
-        if let Some(newest) = self.segments()?.last() {
-            all.at = newest.header.base;
-        }
+        let segments = self.segments()?;
+        let start = segments.first().map_or(0, |s| s.header.base);
+        let newest = segments.last().map_or(0, |s| s.header.base);
+        let mut all = Self::open(&self.dir, Offset(newest));
         while all.read()?.is_some() {}
         Ok(Offset(start)..Offset(all.at))
     }
 
     /// The next frame's messages, or a gap; `None` where nothing more is proven yet.
     pub fn read(&mut self) -> Result<Option<Read>, OpenError> {
-        let segments = self.segments()?;
-        let Some(first) = segments.first() else { return Ok(None) };
-        if self.at < first.header.base {
-            return Ok(Some(self.gap(first.header.base, GapCause::Trimmed)));
+        if let Some(open) = &mut self.open {
+            open.scan.stay_in_chunk();
+            let found = open.look(self.at);
+            if let Found::Frame(frame) = found.map_err(|error| self.io_error(error))? {
+                return Ok(Some(self.batch(&frame)));
+            }
         }
-        let after = segments.partition_point(|s| s.header.base <= self.at);
-        let segment = &segments[after.saturating_sub(1)];
-        let next = segments.get(after).map(|next| (next.header.base, next.header.first_frame));
-        self.read_from(segment, next).map_err(|error| self.io_error(error))
+        for _ in 0..LOOKS_MAX {
+            let segments = self.segments()?;
+            let Some(first) = segments.first() else { return Ok(None) };
+            if self.at < first.header.base {
+                return Ok(Some(self.gap(first.header.base, GapCause::Trimmed)));
+            }
+            let after = segments.partition_point(|s| s.header.base <= self.at);
+            let segment = &segments[after.saturating_sub(1)];
+            let next = segments.get(after).map(|next| (next.header.base, next.header.first_frame));
+            match self.read_from(segment, next) {
+                // Trimmed meanwhile.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                read => return read.map_err(|error| self.io_error(error)),
+            }
+        }
+        Ok(None)
     }
 
     fn read_from(
@@ -60,47 +100,43 @@ impl ReadOnly {
         segment: &recover::Segment,
         next: Option<(u64, u64)>,
     ) -> io::Result<Option<Read>> {
-        let path = self.dir.join(segment::name(segment.header.sequence));
-        let file = match self.disk.open(&path, Create::ReadOnly) {
-            // Trimmed meanwhile.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            other => other?,
-        };
-        let mut scan = Scan::new(file, &segment.header, segment.limit);
-        let (end, void_from) = next.unwrap_or((u64::MAX, u64::MAX));
-        // A later segment proves all of this one.
-        let mut proven = if next.is_some() { void_from } else { segment.header.first_frame };
-        let mut waiting: Option<(u64, Result<Frame, u64>)> = None;
-        loop {
-            match &waiting {
-                Some((sequence, frame)) if *sequence < proven => {
-                    return Ok(Some(match frame {
-                        Ok(frame) if frame.base > self.at => self.gap(frame.base, GapCause::Damaged),
-                        Ok(frame) => {
-                            let batch = frame.batch(self.at, usize::MAX >> 1);
-                            self.at = frame.end();
-                            Read::Batch(batch)
-                        }
-                        Err(to) => self.gap(*to, GapCause::Damaged),
-                    }));
-                }
-                _ => {}
+        let header = &segment.header;
+        let mut open = match self.open.take() {
+            Some(open) if open.sequence == header.sequence => open,
+            _ => {
+                let path = self.dir.join(segment::name(header.sequence));
+                let scan = Scan::new(self.disk.open(&path, Create::ReadOnly)?, header, segment.limit);
+                let from = scan.place();
+                Open { sequence: header.sequence, first_frame: header.first_frame, next, scan, from }
             }
-            match scan.next()? {
-                Step::Frame { header, .. } if header.sequence >= void_from => break,
-                Step::Frame { header, at } => {
-                    proven = proven.max(header.durable_frames);
-                    if waiting.is_some() || header.count == 0 || header.end() <= self.at {
-                        continue;
-                    }
-                    let body = scan.body(&header, at)?;
-                    waiting = Some((header.sequence, body.map(|(frame, _)| frame).map_err(|_| header.end())));
+        };
+        open.next = next;
+        let mut gap = None;
+        loop {
+            open.scan.refresh(segment.limit);
+            match open.look(self.at)? {
+                Found::Frame(frame) => {
+                    self.open = Some(open);
+                    return Ok(Some(self.batch(&frame)));
                 }
-                Step::Broken { .. } => {}
-                Step::End { .. } => break,
+                Found::Nothing => {
+                    self.open = Some(open);
+                    return Ok(None);
+                }
+                // Twice the same: what was half written the first time is whole the second.
+                Found::GapTo(to) if gap == Some(to) => {
+                    self.open = Some(open);
+                    return Ok(Some(self.gap(to, GapCause::Damaged)));
+                }
+                Found::GapTo(to) => gap = Some(to),
             }
         }
-        Ok((next.is_some() && self.at < end).then(|| self.gap(end, GapCause::Damaged)))
+    }
+
+    fn batch(&mut self, frame: &Frame) -> Read {
+        let batch = frame.batch(self.at, usize::MAX >> 1);
+        self.at = frame.end();
+        Read::Batch(batch)
     }
 
     fn gap(&mut self, to: u64, cause: GapCause) -> Read {
@@ -115,5 +151,56 @@ impl ReadOnly {
 
     fn io_error(&self, error: io::Error) -> OpenError {
         OpenError::Io { dir: self.dir.display().to_string(), error }
+    }
+}
+
+impl Open {
+    /// The first frame that is proven and holds something from `at` on.
+    fn look(&mut self, at: u64) -> io::Result<Found> {
+        let (end, void_from) = self.next.unwrap_or((u64::MAX, u64::MAX));
+        let mut proven = if self.next.is_some() { void_from } else { self.first_frame };
+        let mut passed: Option<(u64, Place)> = None;
+        let mut waiting: Option<(u64, Place, Result<Frame, u64>)> = None;
+        self.scan.back_to(self.from);
+        loop {
+            match waiting.take() {
+                Some((sequence, after, frame)) if sequence < proven => {
+                    return Ok(match frame {
+                        Ok(frame) if frame.base > at => Found::GapTo(frame.base),
+                        Ok(frame) => {
+                            self.from = after;
+                            Found::Frame(frame)
+                        }
+                        Err(to) => Found::GapTo(to),
+                    });
+                }
+                other => waiting = other,
+            }
+            match self.scan.next()? {
+                Step::Frame { header, .. } if header.sequence >= void_from => break,
+                Step::Frame { header, at: place } => {
+                    proven = proven.max(header.durable_frames);
+                    if let Some((_, place)) = passed.take_if(|(sequence, _)| *sequence < proven) {
+                        self.from = place;
+                    }
+                    if waiting.is_some() || header.flags & flags::MARK != 0 {
+                        continue;
+                    }
+                    if header.end() <= at {
+                        passed = Some((header.sequence, self.scan.place()));
+                        continue;
+                    }
+                    if header.count > 0 {
+                        let after = self.scan.place();
+                        let body = self.scan.body(&header, place)?;
+                        let body = body.map(|(frame, _)| frame).map_err(|_| header.end());
+                        waiting = Some((header.sequence, after, body));
+                    }
+                }
+                Step::Broken { .. } => {}
+                Step::End { .. } => break,
+            }
+        }
+        Ok(if self.next.is_some() && at < end { Found::GapTo(end) } else { Found::Nothing })
     }
 }

@@ -90,7 +90,11 @@ pub fn segments(disk: &dyn Disk, dir: &Path, known: Option<&Metadata>) -> Result
     for sequence in sequences {
         let path = dir.join(segment::name(sequence));
         let shown = || path.display().to_string();
-        let file = disk.open(&path, Create::ReadOnly).map_err(io_error)?;
+        let file = match disk.open(&path, Create::ReadOnly) {
+            // Read from another process: trimmed meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            other => other.map_err(io_error)?,
+        };
         let mut head = vec![0; FRAMES_AT as usize + frame::HEADER_BYTES];
         let read = file.read_at(&mut head, 0).map_err(io_error)?;
         head.truncate(read);

@@ -22,11 +22,14 @@ use crate::stream::{Attachment, OnLag};
 const FIRST_SEGMENT_BYTES: u64 = 4 << 20;
 const GROWTH: u64 = 4;
 const RESERVE: &str = "reserve";
-const PREPARED: &str = "prepared.tmp";
 const ROLLED: &str = "next.tmp";
 /// The keeper looks at least so often.
 const KEEP_EVERY_MS: u64 = 1_000;
 const ZEROS: &[u8] = &[0; 1 << 20];
+
+/// In the names of prepared files: one that the committer took keeps its own
+/// while the keeper makes the next. (`.tmp`: removed at the next opening.)
+static PREPARED: AtomicU64 = AtomicU64::new(0);
 
 /// A reader that retention knows of.
 #[derive(Clone)]
@@ -41,6 +44,7 @@ pub struct Mark {
 pub struct Prepared {
     pub file: Arc<dyn File>,
     pub len: u64,
+    pub path: PathBuf,
 }
 
 #[derive(Default)]
@@ -92,19 +96,25 @@ impl Inner {
     /// A file for the next segment, with room for `need` bytes, under a temporary name.
     pub fn new_file(&self, need: u64) -> Result<(Arc<dyn File>, u64, PathBuf), CommitError> {
         let len = self.next_len().max(need);
-        let prepared = lock(&self.prepared).take();
+        let mut prepared = lock(&self.prepared).take();
         self.prepare_asked.store(false, Ordering::Relaxed);
-        let prepared = prepared.filter(|prepared| prepared.len >= need);
-        let len = prepared.as_ref().map_or(len, |prepared| prepared.len);
+        if let Some(small) = prepared.take_if(|prepared| prepared.len < need) {
+            let _ = self.disk.remove(&small.path);
+        }
+        let mut len = prepared.as_ref().map_or(len, |prepared| prepared.len);
         self.trim(len);
         if self.bytes() + len > self.max_bytes {
-            if let Some(Prepared { file, len }) = prepared {
-                *lock(&self.prepared) = Some(Prepared { file, len });
+            if !self.opening.load(Ordering::Relaxed) {
+                if let Some(prepared) = prepared {
+                    self.put_prepared(prepared);
+                }
+                return Err(CommitError::NoSpace);
             }
-            return Err(CommitError::NoSpace);
+            // No more than is there already: readers must be able to drain it.
+            len = need;
         }
-        if let Some(Prepared { file, len }) = prepared {
-            return Ok((file, len, self.dir.join(PREPARED)));
+        if let Some(Prepared { file, len, path }) = prepared {
+            return Ok((file, len, path));
         }
         let path = self.dir.join(ROLLED);
         let made = self.disk.open(&path, Create::Fresh).and_then(|file| {
@@ -118,6 +128,13 @@ impl Inner {
                 self.use_reserve(need, path)
             }
             Err(error) => Err(CommitError::Failed("make a new segment", error)),
+        }
+    }
+
+    fn put_prepared(&self, prepared: Prepared) {
+        let other = lock(&self.prepared).replace(prepared);
+        if let Some(other) = other {
+            let _ = self.disk.remove(&other.path);
         }
     }
 
@@ -159,7 +176,7 @@ impl Inner {
             return;
         }
         let len = self.next_len();
-        let path = self.dir.join(PREPARED);
+        let path = self.dir.join(format!("prepared-{}.tmp", PREPARED.fetch_add(1, Ordering::Relaxed)));
         let fill = || -> io::Result<Arc<dyn File>> {
             let file = self.disk.open(&path, Create::Fresh)?;
             file.preallocate(len)?;
@@ -173,7 +190,7 @@ impl Inner {
             Ok(file)
         };
         match fill() {
-            Ok(file) => *lock(&self.prepared) = Some(Prepared { file, len }),
+            Ok(file) => self.put_prepared(Prepared { file, len, path }),
             // The committer makes its own, or finds out itself that it cannot.
             Err(error) => {
                 let _ = self.disk.remove(&path);

@@ -28,6 +28,13 @@ pub struct Scan {
     chunk_at: u64,
 }
 
+/// A place between frames.
+#[derive(Clone, Copy)]
+pub struct Place {
+    at: u64,
+    expected: u64,
+}
+
 /// What lies at the scan's place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
@@ -56,6 +63,26 @@ impl Scan {
     /// More of the file may hold frames now.
     pub fn extend(&mut self, limit: u64) {
         self.limit = self.limit.max(limit);
+    }
+
+    /// Where it stands, to come back to.
+    pub fn place(&self) -> Place {
+        Place { at: self.at, expected: self.expected }
+    }
+
+    pub fn back_to(&mut self, place: Place) {
+        (self.at, self.expected) = (place.at, place.expected);
+    }
+
+    /// What was read before counts no more: the file may hold something else there now.
+    pub fn refresh(&mut self, limit: u64) {
+        self.limit = limit;
+        self.chunk = Bytes::new();
+    }
+
+    /// Looks no further than what was read before.
+    pub fn stay_in_chunk(&mut self) {
+        self.limit = self.chunk_at + self.chunk.len() as u64;
     }
 
     /// Sequence of the next frame, if none is missing.

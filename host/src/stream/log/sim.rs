@@ -99,10 +99,6 @@ impl SimDisk {
         Self(Arc::new(Mutex::new(self.world(|w| w.clone()))))
     }
 
-    pub fn operations(&self) -> u64 {
-        self.world(|w| w.operations)
-    }
-
     fn world<T>(&self, with: impl FnOnce(&mut World) -> T) -> T {
         with(&mut self.0.lock().unwrap())
     }
@@ -160,10 +156,6 @@ impl SimDisk {
             w.files[file].durable = w.files[file].seen.clone();
         });
     }
-
-    pub fn paths(&self) -> Vec<PathBuf> {
-        self.world(|w| w.names.keys().cloned().collect())
-    }
 }
 
 impl World {
@@ -171,7 +163,7 @@ impl World {
         self.random ^= self.random << 13;
         self.random ^= self.random >> 7;
         self.random ^= self.random << 17;
-        self.random % of == 0
+        self.random.is_multiple_of(of)
     }
 
     fn operation(&mut self) -> io::Result<()> {

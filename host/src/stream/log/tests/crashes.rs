@@ -19,10 +19,13 @@ enum Op {
     Reopen,
 }
 
+/// First offset, payloads, state change.
+type Append = (u64, Vec<Vec<u8>>, Option<(u8, Option<u8>)>);
+
 /// What must be true: an append is its messages and its state change.
 #[derive(Default)]
 struct Model {
-    appends: Vec<(u64, Vec<Vec<u8>>, Option<(u8, Option<u8>)>)>,
+    appends: Vec<Append>,
     acknowledged: usize,
     next: u64,
     pinned: u64,

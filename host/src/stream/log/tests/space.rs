@@ -57,6 +57,87 @@ async fn a_blocking_reader_keeps_its_messages_until_it_moves_on() {
 }
 
 #[tokio::test]
+async fn a_log_that_a_reader_keeps_full_opens_again_and_drains() {
+    let disk = SimDisk::new(3);
+    let mut config = small();
+    config.retention.max_bytes = ByteSize(64 << 10);
+    let open = || {
+        disk.restart_process();
+        Log::open(Arc::new(disk.clone()), Path::new(DIR), "t", &config).unwrap().0
+    };
+    let log = open();
+    let reader = log.attach("warehouse", Offset(0), OnLag::Block);
+    let full_at = fill(&log).await;
+    drop((reader, log));
+    for _ in 0..3 {
+        let log = open();
+        assert_eq!(log.bounds(), Offset(0)..Offset(full_at));
+    }
+    let log = open();
+    let reader = log.attach("warehouse", Offset(0), OnLag::Block);
+    assert_eq!(read_all(&*log, 0).await.len() as u64, full_at);
+    reader.advance(Offset(full_at));
+    // Not acknowledged before there is room; then it is.
+    let appended = log.append(&[message("a/b", b"x")], &[]).unwrap();
+    durable(&*log, appended.ticket).await;
+    assert!(log.bounds().start > Offset(0));
+}
+
+#[test]
+fn the_next_prepared_file_is_another_than_the_one_that_is_taken() {
+    let (disk, clock) = (SimDisk::new(3), new_clock());
+    let (log, _) = manual(&disk, &small(), &clock).unwrap();
+    log.inner.prepare();
+    let (_, _, taken) = log.inner.new_file(1).unwrap();
+    log.inner.prepare();
+    let (_, _, next) = log.inner.new_file(1).unwrap();
+    assert_ne!(taken, next);
+    log.inner.prepare();
+    let temporary = || {
+        let names = disk.list(Path::new(DIR)).unwrap();
+        names.iter().filter(|name| name.ends_with(".tmp")).count()
+    };
+    assert_eq!(temporary(), 3);
+    log.inner.new_file(1 << 20).unwrap();
+    assert_eq!(temporary(), 3, "one that is too small goes");
+    drop(log);
+    disk.restart_process();
+    drop(manual(&disk, &small(), &clock).unwrap());
+    assert_eq!(temporary(), 0);
+}
+
+#[test]
+fn another_process_reads_on_while_the_log_is_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let (log, _) = Log::open(Arc::new(RealDisk), folder.path(), "t", &small()).unwrap();
+    let written = 300;
+    let writer = std::thread::spawn(move || {
+        for n in 0..written {
+            let appended = log.append(&[message("a/b", &payload(n, n as usize % 3_000))], &[]).unwrap();
+            block_on(durable(&*log, appended.ticket));
+        }
+    });
+    let mut reader = ReadOnly::open(folder.path(), Offset(0));
+    let mut seen = 0;
+    let until = std::time::Instant::now() + Duration::from_secs(30);
+    while seen < written {
+        assert!(std::time::Instant::now() < until, "only {seen} were proven");
+        match reader.read().unwrap() {
+            Some(Read::Batch(batch)) => {
+                for message in batch.messages() {
+                    assert_eq!(message.payload(), payload(seen, seen as usize % 3_000));
+                    seen += 1;
+                }
+            }
+            Some(gap) => panic!("{gap:?}"),
+            None => std::thread::sleep(Duration::from_millis(1)),
+        }
+    }
+    writer.join().unwrap();
+    assert_eq!(ReadOnly::open(folder.path(), Offset(0)).bounds().unwrap(), Offset(0)..Offset(written));
+}
+
+#[tokio::test]
 async fn a_detached_reader_gets_a_gap_of_exact_size() {
     let disk = SimDisk::new(3);
     let mut config = small();
