@@ -109,18 +109,24 @@ pub(super) fn write_index(
     for (bytes, word) in head.as_chunks_mut::<4>().0.iter_mut().zip(header) {
         *bytes = word.to_le_bytes();
     }
-    let (mut bytes, mut segments) = (0, 0);
+    let mut bytes = 0;
     for (place, entry) in body.as_chunks_mut::<64>().0.iter_mut().zip(&batch.entries) {
         write_entry(place, entry);
         for span in [entry.topic, entry.payload, entry.properties, entry.route] {
             bytes += span.len() as u64;
         }
-        for span in spans(entry) {
-            // An empty span names no segment.
-            segments |= u16::from(!span.is_empty()) << span.segment();
-        }
     }
-    (bytes, segments)
+    (bytes, used_segments(batch))
+}
+
+/// Bit per segment; a batch straight from the log has one.
+fn used_segments(batch: &Batch) -> u16 {
+    if batch.segments.len() == 1 {
+        return 1;
+    }
+    // An empty span names no segment.
+    let of = |span: Span| u16::from(!span.is_empty()) << span.segment();
+    batch.entries.iter().flat_map(spans).map(of).fold(0, |used, one| used | one)
 }
 
 pub(super) fn spans(entry: &Entry) -> [Span; 5] {
