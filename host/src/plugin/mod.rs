@@ -9,10 +9,12 @@
 
 use std::path::PathBuf;
 
+mod answer;
 mod arena;
 mod bindings;
 mod cache;
 mod catalog;
+mod collected;
 mod compile;
 mod config;
 mod engine;
@@ -29,7 +31,7 @@ mod test_plugins;
 mod tests;
 mod version;
 
-pub use arena::Fault;
+pub use answer::Fault;
 pub use cache::CacheError;
 pub use catalog::{PluginState, PluginStatus, Plugins};
 pub use compile::{CHILD_COMMAND, CompileError, Compiler, compile_child_main};

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 use metrics::{Counter, Histogram, counter, histogram};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::arena::{self, Answer, COUNT_MAX, Collected, Target, call};
+use super::arena::{self, COUNT_MAX, call};
 use super::bindings::base::exports::headworks::plugin::lifecycle::Context;
-use super::bindings::batch::headworks::plugin::arena::Answer as Raw;
+use super::collected::{Collected, Target};
 use super::gather::gather;
 use super::instance::{CallLimits, Instance, StartError};
 use super::program::Program;
@@ -68,6 +68,17 @@ pub(super) struct PluginStep {
     filters: Vec<Vec<TopicFilter>>,
     index: Vec<u8>,
     meters: Meters,
+}
+
+/// What a call is for.
+#[derive(Clone, Copy)]
+struct Work<'a> {
+    /// The batch that the step was given.
+    batch: &'a Batch,
+    /// Those of its messages that are gathered for the call; `None`: all, in place.
+    numbers: Option<&'a [u32]>,
+    partition: Partition,
+    attempt: u32,
 }
 
 struct Meters {
@@ -205,7 +216,9 @@ impl PluginStep {
 
     fn on_nothing(&mut self) -> Result<(), String> {
         let batch = Batch::default();
-        self.call(&batch, Partition::default(), 0, 0, self.batch_limits(0)).map(drop)
+        let work = Work { batch: &batch, numbers: None, partition: Partition::default(), attempt: 0 };
+        let (_, used) = self.write_index(&work, &batch, 0);
+        self.call(&work, &batch, used, self.batch_limits(0), &mut Collected::default())
     }
 
     fn batch_limits(&self, bytes_in: u64) -> CallLimits {
@@ -229,22 +242,17 @@ impl PluginStep {
         self.filters.iter().all(|any| any.iter().any(|filter| filter.matches(topic)))
     }
 
-    /// One call over all of `view`, whole segments; the answer is checked.
-    /// After an error there is no instance.
+    /// One call over all of `view`, of which `self.index` is the index and whose
+    /// `used` segments are given whole; its answer goes into `collected`. After
+    /// an error there is no instance.
     fn call(
         &mut self,
+        work: &Work<'_>,
         view: &Batch,
-        partition: Partition,
-        call_flags: u32,
-        attempt: u32,
+        used: u16,
         limits: CallLimits,
-    ) -> Result<Raw, String> {
-        let (_, used) = arena::write_index(&mut self.index, view, partition, call_flags, attempt);
-        self.call_indexed(view, used, limits)
-    }
-
-    /// The same, `self.index` being written already.
-    fn call_indexed(&mut self, view: &Batch, used: u16, limits: CallLimits) -> Result<Raw, String> {
+        collected: &mut Collected,
+    ) -> Result<(), String> {
         let mut segments: [&[u8]; SEGMENTS_MAX] = [&[]; SEGMENTS_MAX];
         for (number, segment) in view.segments.iter().enumerate() {
             if used & 1 << number != 0 {
@@ -252,117 +260,78 @@ impl PluginStep {
             }
         }
         let segments = &segments[..view.segments.len()];
+        let target = Target {
+            batch: work.batch,
+            numbers: work.numbers,
+            namespace: &self.shared.namespace,
+            retries_used_up: work.attempt >= self.shared.limits.retries_max,
+        };
         // Taken out, and put back only after a good answer: a fault discards it.
         let Some(mut instance) = self.instance.take() else { return Err("has no instance".into()) };
         let raw = instance.call(view, &self.index, segments, limits)?;
-        let answer = Answer { input: view, raw: &raw };
-        if !answer.keeps_all() {
-            answer
-                .check(&self.shared.limits, limits.bytes)
-                .map_err(|fault| format!("bad answer: {fault}"))?;
-        } else if raw.data.len() as u64 > limits.bytes {
-            return Err(format!("bad answer: {} bytes of data for nothing", raw.data.len()));
-        }
+        collected
+            .take(view, raw, &self.shared.limits, limits.bytes, &target)
+            .map_err(|fault| format!("bad answer: {fault}"))?;
         instance.commit();
         self.instance = Some(instance);
-        Ok(raw)
+        Ok(())
+    }
+
+    fn write_index(&mut self, work: &Work<'_>, view: &Batch, call_flags: u32) -> (u64, u16) {
+        arena::write_index(&mut self.index, view, work.partition, call_flags, work.attempt)
     }
 
     fn run_batch(&mut self, mut batch: Batch, partition: Partition, attempt: u32) -> Outcome {
         if batch.segments.len() >= SEGMENTS_MAX {
             batch = gather(&batch, None);
         }
+        let mut collected = Collected::default();
         if self.filters.is_empty() {
-            let (mut bytes, mut used) = arena::write_index(&mut self.index, &batch, partition, 0, attempt);
-            if bytes * 2 < segment_bytes(&batch, used) {
-                batch = gather(&batch, None);
-                (bytes, used) = arena::write_index(&mut self.index, &batch, partition, 0, attempt);
+            let work = Work { batch: &batch, numbers: None, partition, attempt };
+            let (bytes, used) = self.write_index(&work, &batch, 0);
+            let held = segment_bytes(&batch, used);
+            if bytes * 2 < held {
+                // Most of it is nobody's any more.
+                return self.run_batch(gather(&batch, None), partition, attempt);
             }
-            let limits = self.batch_limits(bytes);
-            if batch.len() <= COUNT_MAX && segment_bytes(&batch, used) <= self.part_bytes_max() {
-                return match self.call_indexed(&batch, used, limits) {
-                    Ok(raw) if (Answer { input: &batch, raw: &raw }).keeps_all() => {
-                        Outcome { passed: batch, ..Outcome::default() }
-                    }
-                    answer => self.finish_whole(batch, partition, attempt, limits, answer),
-                };
+            if batch.len() <= COUNT_MAX && held <= self.part_bytes_max() {
+                let limits = self.batch_limits(bytes);
+                if let Err(reason) = self.call(&work, &batch, used, limits, &mut collected) {
+                    let numbers: Vec<u32> = (0..batch.len() as u32).collect();
+                    let work = Work { numbers: Some(&numbers), ..work };
+                    self.run_alone(&work, limits, &reason, &mut collected);
+                }
+                return collected.into_outcome(batch);
             }
         }
-        self.run_parts(batch, partition, attempt)
+        self.run_parts(&batch, partition, attempt, &mut collected);
+        collected.into_outcome(batch)
     }
 
     fn part_bytes_max(&self) -> u64 {
         self.shared.limits.memory.0 / MEMORY_PART
     }
 
-    fn retries_used_up(&self, attempt: u32) -> bool {
-        attempt >= self.shared.limits.retries_max
-    }
-
-    /// The whole batch was called in place.
-    fn finish_whole(
-        &mut self,
-        batch: Batch,
-        partition: Partition,
-        attempt: u32,
-        limits: CallLimits,
-        answer: Result<Raw, String>,
-    ) -> Outcome {
-        let mut collected = Collected::default();
-        match answer {
-            Ok(raw) => {
-                let target = Target {
-                    batch: &batch,
-                    numbers: None,
-                    gathered: false,
-                    namespace: &self.shared.namespace,
-                    retries_used_up: self.retries_used_up(attempt),
-                };
-                collected.apply(&batch, raw, &target);
-            }
-            Err(reason) => {
-                let numbers: Vec<u32> = (0..batch.len() as u32).collect();
-                self.run_alone(&batch, &numbers, partition, attempt, limits, &reason, &mut collected);
-            }
-        }
-        self.outcome(&batch, collected)
-    }
-
     /// Messages that the plugin may see, gathered, as many at a time as fit.
-    fn run_parts(&mut self, batch: Batch, partition: Partition, attempt: u32) -> Outcome {
+    fn run_parts(&mut self, batch: &Batch, partition: Partition, attempt: u32, collected: &mut Collected) {
         let seen: Vec<u32> = (0..batch.len() as u32)
             .filter(|number| self.sees(batch.text(batch.entries[*number as usize].topic)))
             .collect();
-        let mut collected = Collected::default();
         let mut rest = &seen[..];
-        while !rest.is_empty() && collected.retry.is_none() {
-            let (numbers, later) = rest.split_at(self.part_length(&batch, rest));
+        while !rest.is_empty() && !collected.asks_again() {
+            let (numbers, later) = rest.split_at(self.part_length(batch, rest));
             rest = later;
-            let view = gather(&batch, Some(numbers));
-            let (bytes, used) = arena::write_index(&mut self.index, &view, partition, 0, attempt);
+            let work = Work { batch, numbers: Some(numbers), partition, attempt };
+            let view = gather(batch, work.numbers);
+            let (bytes, used) = self.write_index(&work, &view, 0);
             let limits = self.batch_limits(bytes);
-            let started = self.ensure_instance();
-            let answer = match started {
-                Ok(()) => self.call_indexed(&view, used, limits),
-                Err(error) => return Outcome { retry: Some(start_reason(error)), ..Outcome::default() },
-            };
-            match answer {
-                Ok(raw) => {
-                    let target = Target {
-                        batch: &batch,
-                        numbers: Some(numbers),
-                        gathered: true,
-                        namespace: &self.shared.namespace,
-                        retries_used_up: self.retries_used_up(attempt),
-                    };
-                    collected.apply(&view, raw, &target);
-                }
-                Err(reason) => {
-                    self.run_alone(&batch, numbers, partition, attempt, limits, &reason, &mut collected)
-                }
+            if let Err(error) = self.ensure_instance() {
+                return collected.ask_again(start_reason(error), false);
+            }
+            if let Err(reason) = self.call(&work, &view, used, limits, collected) {
+                self.run_alone(&work, limits, &reason, collected);
             }
         }
-        self.outcome(&batch, collected)
     }
 
     /// How many of the messages `numbers`, at least one, fit into one call.
@@ -377,55 +346,31 @@ impl PluginStep {
     }
 
     /// After a fault: each message by itself, so that only the guilty are refused.
-    #[allow(clippy::too_many_arguments)]
-    fn run_alone(
-        &mut self,
-        batch: &Batch,
-        numbers: &[u32],
-        partition: Partition,
-        attempt: u32,
-        of_batch: CallLimits,
-        reason: &str,
-        collected: &mut Collected,
-    ) {
+    fn run_alone(&mut self, work: &Work<'_>, of_batch: CallLimits, reason: &str, collected: &mut Collected) {
+        let numbers = work.numbers.unwrap_or_default();
         self.meters.faults.increment(1);
         let id = &self.shared.id;
         tracing::debug!(pipeline = %id.pipeline, step = %id.step, messages = numbers.len(), reason,
             "plugin faulted, running the batch message by message");
         for number in numbers {
             if let Err(error) = self.ensure_instance() {
-                collected.retry.get_or_insert(start_reason(error));
-                return;
+                return collected.ask_again(start_reason(error), false);
             }
-            let number = std::slice::from_ref(number);
-            let view = gather(batch, Some(number));
-            let bytes = view.segments.iter().map(|segment| segment.len() as u64).sum();
+            let alone = Work { numbers: Some(std::slice::from_ref(number)), ..*work };
+            let view = gather(work.batch, alone.numbers);
+            let (bytes, used) = self.write_index(&alone, &view, call::ALONE_AFTER_TRAP);
             let limits = self.alone_limits(of_batch, bytes);
-            match self.call(&view, partition, call::ALONE_AFTER_TRAP, attempt, limits) {
-                Ok(raw) => {
-                    let target = Target {
-                        batch,
-                        numbers: Some(number),
-                        gathered: true,
-                        namespace: &self.shared.namespace,
-                        retries_used_up: self.retries_used_up(attempt),
-                    };
-                    collected.apply(&view, raw, &target);
-                }
-                Err(reason) => match self.guilty(&reason) {
+            if let Err(reason) = self.call(&alone, &view, used, limits, collected) {
+                match self.guilty(&reason) {
                     OnFailure::DeadLetters => {
-                        let refused = Refused { index: number[0], kind: RefusedKind::Fault, reason };
-                        collected.refuse_fault(batch, refused);
+                        let refused = Refused { index: *number, kind: RefusedKind::Fault, reason };
+                        collected.refuse_fault(work.batch, refused);
                     }
-                    OnFailure::Pass => collected.keep_until(batch, number[0] as usize + 1),
-                    OnFailure::Hold => {
-                        collected.retry.get_or_insert(self.shared.held_reason());
-                        collected.held = true;
-                        return;
-                    }
-                },
+                    OnFailure::Pass => collected.keep_until(work.batch, *number as usize + 1),
+                    OnFailure::Hold => return collected.ask_again(self.shared.held_reason(), true),
+                }
             }
-            if collected.retry.is_some() {
+            if collected.asks_again() {
                 return;
             }
         }
@@ -436,15 +381,6 @@ impl PluginStep {
         let kind = format!("{}/{}: fault in {file}", id.pipeline, id.step);
         failures.report(&kind, 1, reason, "headworks dead-letters list");
         self.shared.fault()
-    }
-
-    fn outcome(&self, batch: &Batch, mut collected: Collected) -> Outcome {
-        if collected.retry.is_some() {
-            return Outcome { retry: collected.retry, held: collected.held, ..Outcome::default() };
-        }
-        collected.keep_until(batch, batch.len());
-        let (passed, refused, dropped, retry) = collected.into_batch(batch);
-        Outcome { passed, refused, dropped, retry, held: false }
     }
 }
 

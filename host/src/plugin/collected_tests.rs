@@ -1,7 +1,9 @@
 use proptest::prelude::*;
 
+use super::super::answer::{PAYLOAD_GROWTH_MAX, ROUTE_BYTES_MAX};
+use super::super::arena::spans;
 use super::*;
-use crate::step::RefusedKind;
+use crate::topic::{self, DEVICE_ID_BYTES_MAX};
 
 fn input(messages: usize) -> Batch {
     let entry = |number: u32| Entry {
@@ -58,23 +60,23 @@ proptest! {
     #[test]
     fn what_passes_the_check_is_a_sound_batch(raw in raw(), gathered in any::<bool>()) {
         let batch = input(4);
-        let limits = Limits::default();
-        let accepted = Answer { input: &batch, raw: &raw }.check(&limits, 1 << 20).is_ok();
-        if accepted {
-            let namespace = Namespace::default();
-            let numbers = [0, 1, 2, 3];
-            let target = Target {
-                batch: &batch,
-                numbers: gathered.then_some(&numbers[..]),
-                gathered,
-                namespace: &namespace,
-                retries_used_up: true,
-            };
-            let verdicts = raw.verdicts.clone();
-            let mut collected = Collected::default();
-            collected.apply(&batch, raw, &target);
-            collected.keep_until(&batch, batch.len());
-            let (passed, refused, dropped, _) = collected.into_batch(&batch);
+        let namespace = Namespace::default();
+        let numbers = [0, 1, 2, 3];
+        let target = Target {
+            batch: &batch,
+            numbers: gathered.then_some(&numbers[..]),
+            namespace: &namespace,
+            retries_used_up: true,
+        };
+        let verdicts = raw.verdicts.clone();
+        let mut collected = Collected::default();
+        if collected.take(&batch, raw, &Limits::default(), 1 << 20, &target).is_err() {
+            // Nothing of it was taken: the batch goes on as it came.
+            let Outcome { passed, refused, dropped, retry, .. } = collected.into_outcome(batch.clone());
+            prop_assert_eq!((passed.entries, passed.segments), (batch.entries, batch.segments));
+            prop_assert!(refused.is_empty() && dropped == 0 && retry.is_none());
+        } else {
+            let Outcome { passed, refused, dropped, .. } = collected.into_outcome(batch);
             for entry in &passed.entries {
                 for span in spans(entry) {
                     prop_assert!(span.is_empty() || passed.segments[span.segment()].get(span.range()).is_some());
@@ -99,21 +101,6 @@ proptest! {
 }
 
 #[test]
-fn the_index_lies_as_the_contract_says() {
-    let mut batch = input(2);
-    (batch.base.0, batch.now_us) = (0x1_0000_0007, 9);
-    batch.entries.to_mut()[1].partition = Partition(5);
-    batch.entries.to_mut()[1].flags = flags::RETAIN;
-    batch.entries.to_mut()[1].received_us = 0x2_0000_0003;
-    let mut index = Vec::new();
-    let (bytes, used) = write_index(&mut index, &batch, Partition(5), call::ALONE_AFTER_TRAP, 3);
-    let words: Vec<u32> = index.chunks_exact(4).map(|w| u32::from_le_bytes(w.try_into().unwrap())).collect();
-    assert_eq!(words[..16], [1, 16, 16, 2, 5, 4, 7, 1, 9, 0, 0, 1 << 31, 3, 0, 0, 0]);
-    assert_eq!(words[32..44], [flags::RETAIN.into(), 1, 3, 2, 0, 0, 0, 3, 3, 5, 0, 0]);
-    assert_eq!((words.len(), bytes, used), (48, 16, 1));
-}
-
-#[test]
 fn a_payload_grows_by_at_most_4_mib() {
     let batch = input(1);
     let check = |grown: usize| {
@@ -123,7 +110,9 @@ fn a_payload_grows_by_at_most_4_mib() {
         words[13] = (DATA_SEGMENT as u32) << 28 | (5 + grown) as u32;
         let outputs = words.into_iter().flat_map(u32::to_le_bytes).collect();
         let raw = Raw { verdicts: vec![verdict::EMIT], outputs, data: vec![b'x'; 5 + grown] };
-        Answer { input: &batch, raw: &raw }.check(&Limits::default(), 1 << 30)
+        let target =
+            Target { batch: &batch, numbers: None, namespace: &Namespace::default(), retries_used_up: true };
+        Collected::default().take(&batch, raw, &Limits::default(), 1 << 30, &target)
     };
     assert_eq!(check(PAYLOAD_GROWTH_MAX), Ok(()));
     let what = "its payload grew by more than 4 MiB";
