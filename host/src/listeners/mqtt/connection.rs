@@ -27,10 +27,11 @@ use tokio_util::codec::Encoder;
 use super::Broker;
 use super::fanout::SendRetained;
 use super::handshake::{self, Opened};
-use super::inbound::{Inbound, Next, Trouble, Will};
+use super::inbound::{Inbound, Next, Trouble};
 use super::outbound::Peer;
 use super::session::{Change, KEPT_FILTER_BYTES_MAX, Session, subscription_key};
 use super::subscriptions::{FILTER_LEVELS_MAX, Options};
+use super::will::Will;
 use super::wire::{self, Fault, Packet, Version};
 use crate::topic::TopicFilter;
 

@@ -12,9 +12,9 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio_util::codec::Encoder;
 
 use super::Broker;
-use super::inbound::Will;
 use super::outbound::Peer;
 use super::session::{CLIENT_ID_BYTES_MAX, Session, Turn};
+use super::will::Will;
 use super::wire::{self, Fault, Packet, Version};
 use crate::batch::flags;
 use crate::properties::{self, Origin};

@@ -22,6 +22,7 @@ mod subscriptions;
 #[cfg(test)]
 mod tests;
 mod tls;
+mod will;
 mod wire;
 
 use std::net::SocketAddr;

@@ -1,26 +1,31 @@
 //! From the socket into the streams, the hot path: all whole packets of one
 //! read are decoded in place, each stream gets them in one append, and their
-//! acks wait for its ticket. A message's bytes are copied once, by the stream.
+//! acks wait for its ticket ([`append`]). A message's bytes are copied once, by
+//! the stream.
 //!
 //! A stream with no room stalls the connection: what it did not take is kept
-//! here, nothing more is taken in, and only PINGREQ is still answered.
+//! ([`stalled`]), nothing more is taken in, and only PINGREQ is still answered.
+
+mod append;
+mod stalled;
 
 use std::cell::RefCell;
 use std::ops::Range;
-use std::sync::{Arc, MutexGuard};
+use std::sync::Arc;
 
 use bytes::BytesMut;
 use rmqtt_codec::v5::DisconnectReasonCode;
 
+use self::append::undo;
+pub use self::append::{retained_for, taken_in};
+use self::stalled::{Stalled, writable};
 use super::Broker;
 use super::acks::{Ack, Acks};
-use super::outbound::Message;
-use super::retained::{Kept, Retained};
-use super::session::{Received, Session, qos2_key};
+use super::session::{Received, Session};
 use super::wire::{self, Fault, Frame, Property, Publish, Version};
-use crate::batch::{Offset, flags};
+use crate::batch::flags;
 use crate::properties::{self, Origin, PROPERTIES_BYTES_MAX};
-use crate::stream::{AppendError, Appended, NewMessage, StateChange, Ticket, partition_of};
+use crate::stream::{NewMessage, StateChange, Ticket};
 use crate::topic::DEVICE_ID_BYTES_MAX;
 
 /// What a connection sends in.
@@ -104,22 +109,6 @@ enum IdChange {
     None,
     Receive,
     Release,
-}
-
-/// What a stream had no room for.
-struct Stalled {
-    stream: usize,
-    messages: Vec<Owned>,
-    owed: Vec<Owed>,
-}
-
-struct Owned {
-    topic: Box<str>,
-    payload: Box<[u8]>,
-    properties: Box<[u8]>,
-    device: Box<str>,
-    flags: u16,
-    received_us: u64,
 }
 
 /// Reused by all connections of a thread, so that an idle one holds nothing.
@@ -409,145 +398,6 @@ impl Inbound {
         Ok(())
     }
 
-    /// One append per stream.
-    fn append(&mut self, broker: &Broker, work: &Work<'_>, scratch: &mut Scratch) -> Result<(), Trouble> {
-        let mut result = Ok(());
-        let client_id = self.session.client_id.clone();
-        for number in 0..broker.streams.len() {
-            let decoded = || work.decoded.iter().filter(|decoded| decoded.stream == number);
-            let owed = || work.owed.iter().filter(|owed| owed.stream == number);
-            if decoded().next().is_none() && owed().next().is_none() {
-                continue;
-            }
-            let partitions = broker.streams[number].identity().partitions;
-            let mut messages: Vec<NewMessage<'_>> = std::mem::take(&mut scratch.messages);
-            messages.extend(decoded().map(|decoded| {
-                let topic = decoded.topic.as_str();
-                let device = match &decoded.device {
-                    Some(span) => &topic[span.clone()],
-                    None => cut_device(&client_id),
-                };
-                NewMessage {
-                    topic,
-                    payload: decoded.payload,
-                    properties: &work.properties[decoded.properties.clone()],
-                    route: "",
-                    device,
-                    partition: partition_of(device, partitions),
-                    flags: decoded.flags,
-                    received_us: work.now_us,
-                    event_us: 0,
-                }
-            }));
-            let mut keys = std::mem::take(&mut scratch.keys);
-            let mut changes = std::mem::take(&mut scratch.changes);
-            let appended = self.append_one(broker, number, &messages, owed(), &mut keys, &mut changes);
-            keys.clear();
-            (scratch.keys, scratch.changes) = (keys, changes);
-            result = result.and(appended);
-            scratch.messages = recycle(messages);
-        }
-        result
-    }
-
-    fn append_one<'o>(
-        &mut self,
-        broker: &Broker,
-        number: usize,
-        messages: &[NewMessage<'_>],
-        owed: impl DoubleEndedIterator<Item = &'o Owed> + Clone,
-        keys: &mut Vec<([u8; 12], IdChange)>,
-        spare: &mut Vec<StateChange<'static>>,
-    ) -> Result<(), Trouble> {
-        match self.try_append(broker, number, messages, owed.clone(), keys, spare) {
-            Ok(()) => Ok(()),
-            Err(error @ (AppendError::Full | AppendError::NoSpace)) => {
-                broker.counters.stalls.increment(1);
-                let mut stalled = Stalled {
-                    stream: number,
-                    messages: messages.iter().map(Owned::of).collect(),
-                    owed: owed.copied().collect(),
-                };
-                if error == AppendError::NoSpace {
-                    stalled.drop_unacknowledged(broker);
-                }
-                if !stalled.is_empty() {
-                    self.stalled.push(stalled);
-                }
-                Ok(())
-            }
-            Err(AppendError::TooLarge(_)) => {
-                broker.counters.too_large.increment(1);
-                undo(&self.session, owed);
-                let code = DisconnectReasonCode::PacketTooLarge;
-                Err(Fault { code, what: "a message is larger than its stream takes" }.into())
-            }
-            Err(AppendError::Stopped(_)) => {
-                undo(&self.session, owed);
-                Err(Trouble::Stopped)
-            }
-        }
-    }
-
-    fn try_append<'o>(
-        &mut self,
-        broker: &Broker,
-        number: usize,
-        messages: &[NewMessage<'_>],
-        owed: impl Iterator<Item = &'o Owed> + Clone,
-        keys: &mut Vec<([u8; 12], IdChange)>,
-        spare: &mut Vec<StateChange<'static>>,
-    ) -> Result<(), AppendError> {
-        let stream = &*broker.streams[number];
-        if let Some(epoch) = self.epoch {
-            let changed = owed.clone().filter(|owed| owed.change != IdChange::None);
-            keys.extend(changed.map(|owed| (qos2_key(epoch, owed.ack.packet_id), owed.change)));
-        }
-        let least = owed.clone().map(|owed| owed.least).max().unwrap_or_default();
-        let ticket = if messages.is_empty() && keys.is_empty() {
-            least
-        } else {
-            let mut changes: Vec<StateChange<'_>> = std::mem::take(spare);
-            changes.extend(keys.iter().map(|(key, change)| StateChange {
-                key,
-                value: (*change == IdChange::Receive).then_some(&[][..]),
-            }));
-            let retained = retained_for(broker, messages);
-            let appended = stream.append(messages, &changes);
-            *spare = recycle(changes);
-            let appended = appended?;
-            taken_in(broker, number, messages, appended, retained);
-            appended.ticket.max(least)
-        };
-        if owed.clone().any(|owed| owed.change == IdChange::Receive) {
-            let mut received = self.session.received();
-            for owed in owed.clone().filter(|owed| owed.change == IdChange::Receive) {
-                if let Some(received) = received.get_mut(&owed.ack.packet_id) {
-                    received.ticket = Some(ticket);
-                }
-            }
-        }
-        self.acks.queue(number, stream, ticket, owed.map(|owed| owed.ack));
-        Ok(())
-    }
-
-    /// Offers again what a stream had no room for.
-    pub fn retry(&mut self, broker: &Broker) -> Result<(), Trouble> {
-        let stalled = std::mem::take(&mut self.stalled);
-        let mut result = Ok(());
-        for stalled in stalled {
-            let messages: Vec<_> = {
-                let partitions = broker.streams[stalled.stream].identity().partitions;
-                stalled.messages.iter().map(|owned| owned.message(partitions)).collect()
-            };
-            let owed = stalled.owed.iter();
-            let appended =
-                self.append_one(broker, stalled.stream, &messages, owed, &mut Vec::new(), &mut Vec::new());
-            result = result.and(appended);
-        }
-        result
-    }
-
     fn answer_pings(&mut self, broker: &Broker, bytes: &[u8], out: &mut BytesMut) {
         while let Ok(Some(frame)) = wire::frame(&bytes[self.scanned..], broker.packet_bytes_max) {
             if frame.first == wire::PINGREQ {
@@ -557,14 +407,6 @@ impl Inbound {
             self.scanned += frame.len;
         }
     }
-}
-
-async fn writable(stalled: &[Stalled], broker: &Broker) {
-    let waits: Vec<_> = stalled.iter().map(|stalled| broker.streams[stalled.stream].writable()).collect();
-    if waits.is_empty() {
-        return std::future::pending().await;
-    }
-    futures_util::future::select_all(waits).await;
 }
 
 /// What no stream took is not in flight.
@@ -581,59 +423,6 @@ struct Work<'a> {
     owed: Vec<Owed>,
     properties: Vec<u8>,
     now_us: u64,
-}
-
-/// The last first: an id may have been received, released and received again.
-fn undo<'o>(session: &Session, owed: impl DoubleEndedIterator<Item = &'o Owed>) {
-    let mut received = session.received();
-    for owed in owed.rev() {
-        match owed.change {
-            IdChange::None => {}
-            IdChange::Receive => {
-                received.remove(&owed.ack.packet_id);
-            }
-            IdChange::Release => {
-                received
-                    .insert(owed.ack.packet_id, Received { stream: owed.stream, ticket: Some(owed.least) });
-            }
-        }
-    }
-}
-
-/// Held over an append that has messages to be retained: what is appended last
-/// is what stays.
-fn retained_for<'b>(broker: &'b Broker, messages: &[NewMessage<'_>]) -> Option<MutexGuard<'b, Retained>> {
-    messages.iter().any(|message| message.flags & flags::RETAIN != 0).then(|| broker.retained())
-}
-
-/// Counts, and keeps what is to be retained.
-fn taken_in(
-    broker: &Broker,
-    number: usize,
-    messages: &[NewMessage<'_>],
-    appended: Appended,
-    retained: Option<MutexGuard<'_, Retained>>,
-) {
-    let (mut by_qos, mut bytes) = ([0u64; 3], 0);
-    for message in messages {
-        by_qos[usize::from(message.flags & flags::QOS_MASK).min(2)] += 1;
-        bytes += message.payload.len() as u64;
-    }
-    for (counter, count) in broker.counters.publishes.iter().zip(by_qos).filter(|(_, count)| *count > 0) {
-        counter.increment(count);
-    }
-    broker.counters.publish_bytes.increment(bytes);
-    let Some(mut retained) = retained else { return };
-    let to_retain = messages.iter().enumerate().filter(|(_, message)| message.flags & flags::RETAIN != 0);
-    for (i, message) in to_retain {
-        let offset = Offset(appended.first.0 + i as u64);
-        let kept = Kept { message: Arc::new(Message::of_new(message)), stream: number, offset };
-        if !retained.set(kept) {
-            broker.counters.retained_full.increment(1);
-            let detail = format!("topic {}", message.topic);
-            broker.failures.report("mqtt: no room for a retained message", 1, &detail, "");
-        }
-    }
 }
 
 fn push_property(out: &mut Vec<u8>, property: Property<'_>) {
@@ -656,7 +445,7 @@ fn push_property(out: &mut Vec<u8>, property: Property<'_>) {
 }
 
 /// The client id as a device id: at most 256 bytes.
-fn cut_device(client_id: &str) -> &str {
+pub fn cut_device(client_id: &str) -> &str {
     if client_id.len() <= DEVICE_ID_BYTES_MAX {
         return client_id;
     }
@@ -667,92 +456,4 @@ fn cut_device(client_id: &str) -> &str {
 fn recycle<A, B>(mut used: Vec<A>) -> Vec<B> {
     used.clear();
     used.into_iter().map(|_| unreachable!("the vector is empty")).collect()
-}
-
-impl Stalled {
-    fn is_empty(&self) -> bool {
-        self.messages.is_empty() && self.owed.is_empty()
-    }
-
-    /// On a full disk QoS 0 is dropped, and counted; the others wait.
-    fn drop_unacknowledged(&mut self, broker: &Broker) {
-        let before = self.messages.len();
-        self.messages.retain(|message| message.flags & flags::QOS_MASK != 0);
-        broker.counters.no_space.increment((before - self.messages.len()) as u64);
-    }
-}
-
-impl Owned {
-    fn of(message: &NewMessage<'_>) -> Self {
-        Self {
-            topic: message.topic.into(),
-            payload: message.payload.into(),
-            properties: message.properties.into(),
-            device: message.device.into(),
-            flags: message.flags,
-            received_us: message.received_us,
-        }
-    }
-
-    fn message(&self, partitions: u16) -> NewMessage<'_> {
-        NewMessage {
-            topic: &self.topic,
-            payload: &self.payload,
-            properties: &self.properties,
-            route: "",
-            device: &self.device,
-            partition: partition_of(&self.device, partitions),
-            flags: self.flags,
-            received_us: self.received_us,
-            event_us: 0,
-        }
-    }
-}
-
-/// What CONNECT asked to be published when the client is lost.
-pub struct Will {
-    pub topic: Box<str>,
-    pub payload: bytes::Bytes,
-    /// As [`crate::properties`] lays them out.
-    pub properties: Vec<u8>,
-    pub flags: u16,
-    pub delay_s: u32,
-}
-
-impl Will {
-    /// Appends the will, waiting for room; `false` when the stream stopped or refuses it.
-    pub async fn publish(self, broker: &Broker, client_id: &str) -> bool {
-        let number = broker.route(&self.topic);
-        let stream = &broker.streams[number];
-        let span = broker.namespace.device_span(&self.topic);
-        let fits = if span.is_some() { flags::FITS_NAMESPACE } else { 0 };
-        let device = span.map_or(cut_device(client_id), |span| &self.topic[span]);
-        let message = NewMessage {
-            topic: &self.topic,
-            payload: &self.payload,
-            properties: &self.properties,
-            route: "",
-            device,
-            partition: partition_of(device, stream.identity().partitions),
-            flags: self.flags | fits,
-            received_us: super::now_us(),
-            event_us: 0,
-        };
-        loop {
-            let appended = {
-                let retained = retained_for(broker, &[message]);
-                let appended = stream.append(&[message], &[]);
-                if let Ok(appended) = appended {
-                    taken_in(broker, number, &[message], appended, retained);
-                    return true;
-                }
-                appended
-            };
-            match appended {
-                Ok(_) => return true,
-                Err(AppendError::Full | AppendError::NoSpace) => stream.writable().await,
-                Err(_) => return false,
-            }
-        }
-    }
 }

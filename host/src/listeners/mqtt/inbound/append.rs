@@ -1,0 +1,215 @@
+//! What one read brought goes into its streams: one append for each, whose
+//! ticket the acks wait for.
+
+use std::sync::{Arc, MutexGuard};
+
+use rmqtt_codec::v5::DisconnectReasonCode;
+
+use super::stalled::{Owned, Stalled};
+use super::{IdChange, Inbound, Owed, Scratch, Trouble, Work, cut_device, recycle};
+use crate::batch::{Offset, flags};
+use crate::listeners::mqtt::Broker;
+use crate::listeners::mqtt::outbound::Message;
+use crate::listeners::mqtt::retained::{Kept, Retained};
+use crate::listeners::mqtt::session::{Received, Session, qos2_key};
+use crate::listeners::mqtt::wire::Fault;
+use crate::stream::{AppendError, Appended, NewMessage, StateChange, partition_of};
+
+impl Inbound {
+    /// One append per stream.
+    pub(super) fn append(
+        &mut self,
+        broker: &Broker,
+        work: &Work<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<(), Trouble> {
+        let mut result = Ok(());
+        let client_id = self.session.client_id.clone();
+        for number in 0..broker.streams.len() {
+            let decoded = || work.decoded.iter().filter(|decoded| decoded.stream == number);
+            let owed = || work.owed.iter().filter(|owed| owed.stream == number);
+            if decoded().next().is_none() && owed().next().is_none() {
+                continue;
+            }
+            let partitions = broker.streams[number].identity().partitions;
+            let mut messages: Vec<NewMessage<'_>> = std::mem::take(&mut scratch.messages);
+            messages.extend(decoded().map(|decoded| {
+                let topic = decoded.topic.as_str();
+                let device = match &decoded.device {
+                    Some(span) => &topic[span.clone()],
+                    None => cut_device(&client_id),
+                };
+                NewMessage {
+                    topic,
+                    payload: decoded.payload,
+                    properties: &work.properties[decoded.properties.clone()],
+                    route: "",
+                    device,
+                    partition: partition_of(device, partitions),
+                    flags: decoded.flags,
+                    received_us: work.now_us,
+                    event_us: 0,
+                }
+            }));
+            let mut keys = std::mem::take(&mut scratch.keys);
+            let mut changes = std::mem::take(&mut scratch.changes);
+            let appended = self.append_one(broker, number, &messages, owed(), &mut keys, &mut changes);
+            keys.clear();
+            (scratch.keys, scratch.changes) = (keys, changes);
+            result = result.and(appended);
+            scratch.messages = recycle(messages);
+        }
+        result
+    }
+
+    fn append_one<'o>(
+        &mut self,
+        broker: &Broker,
+        number: usize,
+        messages: &[NewMessage<'_>],
+        owed: impl DoubleEndedIterator<Item = &'o Owed> + Clone,
+        keys: &mut Vec<([u8; 12], IdChange)>,
+        spare: &mut Vec<StateChange<'static>>,
+    ) -> Result<(), Trouble> {
+        match self.try_append(broker, number, messages, owed.clone(), keys, spare) {
+            Ok(()) => Ok(()),
+            Err(error @ (AppendError::Full | AppendError::NoSpace)) => {
+                broker.counters.stalls.increment(1);
+                let mut stalled = Stalled {
+                    stream: number,
+                    messages: messages.iter().map(Owned::of).collect(),
+                    owed: owed.copied().collect(),
+                };
+                if error == AppendError::NoSpace {
+                    stalled.drop_unacknowledged(broker);
+                }
+                if !stalled.is_empty() {
+                    self.stalled.push(stalled);
+                }
+                Ok(())
+            }
+            Err(AppendError::TooLarge(_)) => {
+                broker.counters.too_large.increment(1);
+                undo(&self.session, owed);
+                let code = DisconnectReasonCode::PacketTooLarge;
+                Err(Fault { code, what: "a message is larger than its stream takes" }.into())
+            }
+            Err(AppendError::Stopped(_)) => {
+                undo(&self.session, owed);
+                Err(Trouble::Stopped)
+            }
+        }
+    }
+
+    fn try_append<'o>(
+        &mut self,
+        broker: &Broker,
+        number: usize,
+        messages: &[NewMessage<'_>],
+        owed: impl Iterator<Item = &'o Owed> + Clone,
+        keys: &mut Vec<([u8; 12], IdChange)>,
+        spare: &mut Vec<StateChange<'static>>,
+    ) -> Result<(), AppendError> {
+        let stream = &*broker.streams[number];
+        if let Some(epoch) = self.epoch {
+            let changed = owed.clone().filter(|owed| owed.change != IdChange::None);
+            keys.extend(changed.map(|owed| (qos2_key(epoch, owed.ack.packet_id), owed.change)));
+        }
+        let least = owed.clone().map(|owed| owed.least).max().unwrap_or_default();
+        let ticket = if messages.is_empty() && keys.is_empty() {
+            least
+        } else {
+            let mut changes: Vec<StateChange<'_>> = std::mem::take(spare);
+            changes.extend(keys.iter().map(|(key, change)| StateChange {
+                key,
+                value: (*change == IdChange::Receive).then_some(&[][..]),
+            }));
+            let retained = retained_for(broker, messages);
+            let appended = stream.append(messages, &changes);
+            *spare = recycle(changes);
+            let appended = appended?;
+            taken_in(broker, number, messages, appended, retained);
+            appended.ticket.max(least)
+        };
+        if owed.clone().any(|owed| owed.change == IdChange::Receive) {
+            let mut received = self.session.received();
+            for owed in owed.clone().filter(|owed| owed.change == IdChange::Receive) {
+                if let Some(received) = received.get_mut(&owed.ack.packet_id) {
+                    received.ticket = Some(ticket);
+                }
+            }
+        }
+        self.acks.queue(number, stream, ticket, owed.map(|owed| owed.ack));
+        Ok(())
+    }
+
+    /// Offers again what a stream had no room for.
+    pub fn retry(&mut self, broker: &Broker) -> Result<(), Trouble> {
+        let stalled = std::mem::take(&mut self.stalled);
+        let mut result = Ok(());
+        for stalled in stalled {
+            let messages: Vec<_> = {
+                let partitions = broker.streams[stalled.stream].identity().partitions;
+                stalled.messages.iter().map(|owned| owned.message(partitions)).collect()
+            };
+            let owed = stalled.owed.iter();
+            let appended =
+                self.append_one(broker, stalled.stream, &messages, owed, &mut Vec::new(), &mut Vec::new());
+            result = result.and(appended);
+        }
+        result
+    }
+}
+
+/// The last first: an id may have been received, released and received again.
+pub fn undo<'o>(session: &Session, owed: impl DoubleEndedIterator<Item = &'o Owed>) {
+    let mut received = session.received();
+    for owed in owed.rev() {
+        match owed.change {
+            IdChange::None => {}
+            IdChange::Receive => {
+                received.remove(&owed.ack.packet_id);
+            }
+            IdChange::Release => {
+                received
+                    .insert(owed.ack.packet_id, Received { stream: owed.stream, ticket: Some(owed.least) });
+            }
+        }
+    }
+}
+
+/// Held over an append that has messages to be retained: what is appended last
+/// is what stays.
+pub fn retained_for<'b>(broker: &'b Broker, messages: &[NewMessage<'_>]) -> Option<MutexGuard<'b, Retained>> {
+    messages.iter().any(|message| message.flags & flags::RETAIN != 0).then(|| broker.retained())
+}
+
+/// Counts, and keeps what is to be retained.
+pub fn taken_in(
+    broker: &Broker,
+    number: usize,
+    messages: &[NewMessage<'_>],
+    appended: Appended,
+    retained: Option<MutexGuard<'_, Retained>>,
+) {
+    let (mut by_qos, mut bytes) = ([0u64; 3], 0);
+    for message in messages {
+        by_qos[usize::from(message.flags & flags::QOS_MASK).min(2)] += 1;
+        bytes += message.payload.len() as u64;
+    }
+    for (counter, count) in broker.counters.publishes.iter().zip(by_qos).filter(|(_, count)| *count > 0) {
+        counter.increment(count);
+    }
+    broker.counters.publish_bytes.increment(bytes);
+    let Some(mut retained) = retained else { return };
+    let to_retain = messages.iter().enumerate().filter(|(_, message)| message.flags & flags::RETAIN != 0);
+    for (i, message) in to_retain {
+        let offset = Offset(appended.first.0 + i as u64);
+        let kept = Kept { message: Arc::new(Message::of_new(message)), stream: number, offset };
+        if !retained.set(kept) {
+            broker.counters.retained_full.increment(1);
+            let detail = format!("topic {}", message.topic);
+            broker.failures.report("mqtt: no room for a retained message", 1, &detail, "");
+        }
+    }
+}

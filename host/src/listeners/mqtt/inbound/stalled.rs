@@ -1,0 +1,70 @@
+//! What a stream had no room for, kept until it has.
+
+use super::Owed;
+use crate::batch::flags;
+use crate::listeners::mqtt::Broker;
+use crate::stream::{NewMessage, partition_of};
+
+pub struct Stalled {
+    pub stream: usize,
+    pub messages: Vec<Owned>,
+    pub owed: Vec<Owed>,
+}
+
+pub struct Owned {
+    topic: Box<str>,
+    payload: Box<[u8]>,
+    properties: Box<[u8]>,
+    device: Box<str>,
+    flags: u16,
+    received_us: u64,
+}
+
+impl Stalled {
+    pub fn is_empty(&self) -> bool {
+        self.messages.is_empty() && self.owed.is_empty()
+    }
+
+    /// On a full disk QoS 0 is dropped, and counted; the others wait.
+    pub fn drop_unacknowledged(&mut self, broker: &Broker) {
+        let before = self.messages.len();
+        self.messages.retain(|message| message.flags & flags::QOS_MASK != 0);
+        broker.counters.no_space.increment((before - self.messages.len()) as u64);
+    }
+}
+
+impl Owned {
+    pub fn of(message: &NewMessage<'_>) -> Self {
+        Self {
+            topic: message.topic.into(),
+            payload: message.payload.into(),
+            properties: message.properties.into(),
+            device: message.device.into(),
+            flags: message.flags,
+            received_us: message.received_us,
+        }
+    }
+
+    pub fn message(&self, partitions: u16) -> NewMessage<'_> {
+        NewMessage {
+            topic: &self.topic,
+            payload: &self.payload,
+            properties: &self.properties,
+            route: "",
+            device: &self.device,
+            partition: partition_of(&self.device, partitions),
+            flags: self.flags,
+            received_us: self.received_us,
+            event_us: 0,
+        }
+    }
+}
+
+/// When one of the streams may have room again; pending while none stalled.
+pub async fn writable(stalled: &[Stalled], broker: &Broker) {
+    let waits: Vec<_> = stalled.iter().map(|stalled| broker.streams[stalled.stream].writable()).collect();
+    if waits.is_empty() {
+        return std::future::pending().await;
+    }
+    futures_util::future::select_all(waits).await;
+}
