@@ -10,6 +10,9 @@ use serde::{Deserialize, Serialize};
 use crate::problems::{KeyPath, Problems};
 use crate::units::{ByteSize, Period};
 
+/// A stream's state holds 64 MiB: QoS 2 packet ids and wills need room beside.
+const RETAINED_BYTES_MOST: u64 = 48 << 20;
+
 /// MQTT 3.1.1 and 5.0 for devices and subscribers.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -40,8 +43,12 @@ pub struct Config {
     pub queue_bytes_max: ByteSize,
     /// Retained messages.
     pub retained_messages_max: u32,
-    /// Bytes of retained messages.
+    /// Bytes of retained messages. They are part of their stream's state, of
+    /// which every segment of the stream begins with a copy.
     pub retained_bytes_max: ByteSize,
+    /// After a restart, the wills of clients that the last run lost are held so
+    /// long at least, for the clients to come back.
+    pub will_delay_after_restart: Period,
     /// From the first byte's wait to the end of CONNECT.
     pub connect_timeout: Period,
     /// At shutdown, how long waiting acknowledgements may still take.
@@ -99,7 +106,8 @@ impl Default for Config {
             queue_messages_max: 10_000,
             queue_bytes_max: ByteSize::mib(16),
             retained_messages_max: 100_000,
-            retained_bytes_max: ByteSize::mib(64),
+            retained_bytes_max: ByteSize::mib(32),
+            will_delay_after_restart: Period(Duration::from_secs(30)),
             connect_timeout: Period(Duration::from_secs(10)),
             drain_timeout: Period(Duration::from_secs(5)),
             keep_client_id: false,
@@ -142,6 +150,7 @@ impl Config {
         size("subscriptions_per_client_max", per_client.into(), 1, 1_000_000, problems);
         size("queue_messages_max", self.queue_messages_max.into(), 1, 10_000_000, problems);
         size("queue_bytes_max", self.queue_bytes_max.0, 1_024, 1 << 40, problems);
+        size("retained_bytes_max", self.retained_bytes_max.0, 0, RETAINED_BYTES_MOST, problems);
         if self.connect_timeout.0.is_zero() {
             problems.add(path.key("connect_timeout"), "must be longer than 0s");
         }

@@ -31,7 +31,7 @@ use super::inbound::{Inbound, Next, Trouble};
 use super::outbound::Peer;
 use super::session::{Change, KEPT_FILTER_BYTES_MAX, Session, subscription_key};
 use super::subscriptions::{FILTER_LEVELS_MAX, Options};
-use super::will::Will;
+use super::will;
 use super::wire::{self, Fault, Packet, Version};
 use crate::topic::TopicFilter;
 
@@ -45,8 +45,6 @@ const WRITE_BYTES_MAX: usize = 64 << 10;
 const WRITE_PAUSE_BYTES: usize = 256 << 10;
 /// For the last packet, when the connection ends.
 const LAST_WRITE_MAX: Duration = Duration::from_secs(1);
-/// A will that waits looks so often whether its client is back.
-const WILL_LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Where there is no keep alive the timer sleeps so long.
 const FOREVER: Duration = Duration::from_secs(365 * 24 * 3_600);
 
@@ -162,35 +160,10 @@ where
     broker.sessions.close(&broker, &session, turn, expiry_s);
     broker.client_connected(-1);
     drop(place);
-    if keep_will && let Some(will) = will {
-        publish_will(&broker, session, connects, will).await;
-    }
-}
-
-/// A delayed will is not published when its client is back in time, or later
-/// than its session ends (MQTT 5.0, 3.1.3.2.2).
-async fn publish_will(broker: &Arc<Broker>, session: Arc<Session>, connects: u64, will: Will) {
-    let delay = Duration::from_secs(will.delay_s.min(session.expiry_s()).into());
-    let is_back = || session.connects.load(Ordering::Acquire) != connects || session.is_wanted();
-    if !delay.is_zero() {
-        let due = Instant::now() + delay;
-        while !is_back() && !broker.shutdown.is_cancelled() && Instant::now() < due {
-            let look_at = due.min(Instant::now() + WILL_LOOK_EVERY);
-            tokio::select! {
-                () = tokio::time::sleep_until(look_at) => {}
-                () = broker.shutdown.cancelled() => {}
-            }
-        }
-        if is_back() {
-            return;
-        }
-    }
-    let client_id = session.client_id.clone();
-    let topic = will.topic.clone();
-    let published = timeout(broker.config.drain_timeout.0, will.publish(broker, &client_id)).await;
-    if !matches!(published, Ok(true)) {
-        let detail = format!("client {client_id}, topic {topic}");
-        broker.failures.report("mqtt: a will could not be published", 1, &detail, "");
+    match will {
+        Some(will) if keep_will => will::lost(&broker, &session, connects, will).await,
+        Some(will) => will.forget(&broker),
+        None => {}
     }
 }
 

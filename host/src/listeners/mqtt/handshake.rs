@@ -12,6 +12,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio_util::codec::Encoder;
 
 use super::Broker;
+use super::acks::Stopped;
 use super::outbound::Peer;
 use super::session::{CLIENT_ID_BYTES_MAX, Session, Turn};
 use super::will::Will;
@@ -69,7 +70,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     input: &mut BytesMut,
     from: SocketAddr,
 ) -> Result<Opened, Refused> {
-    let asked = match read_connect(broker, io, input).await {
+    let mut asked = match read_connect(broker, io, input).await {
         Ok(asked) => asked,
         Err(Unread::Lost) => return Err(Refused::new("lost", format!("{from} left before CONNECT"))),
         Err(Unread::Fault(fault, version)) => {
@@ -88,7 +89,15 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         refuse(io, Some(asked.version), ConnectAckReason::QuotaExceeded).await;
         return Err(Refused::new("sessions_max", format!("client {} at {from}", asked.client_id)));
     };
-    let resumed = match broker.sessions.open(broker, &session, asked.clean, asked.expiry_s).await {
+    broker.wills.client_is_back(broker, &asked.client_id);
+    let opened = async {
+        let resumed = broker.sessions.open(broker, &session, asked.clean, asked.expiry_s).await?;
+        if let Some(will) = &mut asked.will {
+            will.keep(broker, &asked.client_id).await?;
+        }
+        Ok::<_, Stopped>(resumed)
+    };
+    let resumed = match opened.await {
         Ok(resumed) => resumed,
         Err(_) => {
             refuse(io, Some(asked.version), ConnectAckReason::ServerUnavailable).await;
@@ -171,6 +180,7 @@ fn connect(broker: &Broker, version: Version, whole: &mut [u8], header: usize) -
                 properties: Vec::new(),
                 flags: u16::from(will.qos.value()) | if will.retain { flags::RETAIN } else { 0 },
                 delay_s: 0,
+                record: None,
             });
             Ok(Asked::new(broker, version, &connect.client_id, connect.username.as_deref(), will, |asked| {
                 asked.clean = connect.clean_session;
@@ -241,6 +251,7 @@ fn will_v5(will: v5::LastWill) -> Will {
         properties: out,
         flags: u16::from(will.qos.value()) | retain | utf8,
         delay_s: will.will_delay_interval_sec.unwrap_or(0),
+        record: None,
     }
 }
 

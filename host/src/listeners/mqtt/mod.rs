@@ -4,11 +4,12 @@
 //! per read ([`inbound`]), and its ack goes out when the stream is durable
 //! ([`acks`]). Subscribers are fed from the streams' durable tails ([`fanout`]).
 //! Sessions and QoS 2 packet ids are state of the streams ([`session`]).
+//! So are retained messages ([`retained`]) and wills ([`will`]).
 //! Deliberately absent, each with its room: shared subscriptions
-//! (`subscriptions`), durable queues (`outbound`), durable retained messages
-//! (`retained`), credentials and ACLs (`handshake`, `inbound`), WebSocket (`tls`'s neighbour).
+//! (`subscriptions`), durable queues (`outbound`), credentials and ACLs (`handshake`, `inbound`), WebSocket (`tls`'s neighbour).
 
 mod acks;
+mod blobs;
 mod config;
 mod connection;
 mod fanout;
@@ -44,6 +45,7 @@ use self::metrics::Counters;
 use self::outbound::{Message, QueueLimits};
 use self::retained::Retained;
 use self::session::{Change, Sessions};
+use self::will::Restored;
 use self::wire::Version;
 use crate::batch::flags;
 use crate::stream::{AppendError, StateChange, Stream, Streams};
@@ -123,6 +125,7 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
         tasks.spawn(fanout::run(broker.clone(), number));
     }
     tasks.spawn(keep_house(broker.clone()));
+    tasks.spawn(will::publish_restored(broker.clone()));
     let room = Arc::new(Semaphore::new(config.connections_max as usize));
     let accepting = entries.into_iter().map(|(listener, tls)| {
         tokio::spawn(accept(broker.clone(), listener, tls, room.clone(), tasks.clone()))
@@ -218,6 +221,7 @@ struct Broker {
     sessions: Sessions,
     live: Live,
     retained: Mutex<Retained>,
+    wills: Restored,
     clients: AtomicI64,
     counters: Counters,
 }
@@ -230,7 +234,9 @@ impl Broker {
             messages_max: config.queue_messages_max as usize,
             bytes_max: config.queue_bytes_max.0 as usize,
         };
-        let retained_bytes_max = config.retained_bytes_max.0 as usize;
+        let retained_max = (config.retained_messages_max as usize, config.retained_bytes_max.0 as usize);
+        let retained = Retained::load(&streams, &deps.streams, retained_max, &deps.failures);
+        let wills = Restored::load(&streams, &deps.failures);
         let broker = Arc::new(Self {
             packet_bytes_max: config.max_packet_size.0 as usize,
             live: Live::new(streams.len(), limits),
@@ -241,7 +247,8 @@ impl Broker {
             failures: deps.failures,
             shutdown: deps.shutdown,
             sessions,
-            retained: Mutex::new(Retained::new(config.retained_messages_max as usize, retained_bytes_max)),
+            retained: Mutex::new(retained),
+            wills,
             clients: AtomicI64::new(0),
             counters: Counters::new(),
             config: config.clone(),
@@ -321,13 +328,13 @@ impl Broker {
         let mut durable = stream.durable();
         durable.wait_for(|durable| *durable >= ticket).await.map(drop).map_err(|_| Stopped)
     }
+}
 
-    /// Appends changes that nothing depends on: a refusal leaves what the next
-    /// start removes.
-    fn append_state(&self, stream: &dyn Stream, changes: &[Change]) {
-        if !changes.is_empty() {
-            let _ = stream.append(&[], &borrowed(changes));
-        }
+/// Appends changes that nothing depends on: a refusal leaves what the next
+/// start removes.
+fn append_unawaited(stream: &dyn Stream, changes: &[Change]) {
+    if !changes.is_empty() {
+        let _ = stream.append(&[], &borrowed(changes));
     }
 }
 

@@ -1,13 +1,25 @@
-//! The last retained message of each topic, in memory and bounded.
-//! (That they survive a restart is the broker issue's: a checkpoint derived
-//! from the log.)
+//! The last retained message of each topic: in memory for subscribers, and as
+//! state of the stream that the message went into, written in the same append.
+//! What an ack promises includes it.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard};
 
+use sha2::{Digest, Sha256};
+
+use super::Broker;
+use super::blobs::{self, Blob, Id, Kind};
 use super::outbound::Message;
-use crate::batch::Offset;
+use super::session::Change;
+use crate::batch::{Offset, flags};
+use crate::stream::{Appended, NewMessage, Stream, Streams};
+use crate::telemetry::Failures;
 use crate::topic::TopicFilter;
+
+const KIND: Kind = *b"rt";
+const FORMAT: u8 = 1;
+/// Format, flags, time received, lengths of topic and properties.
+const HEAD_BYTES: usize = 1 + 2 + 8 + 2 + 4;
 
 /// A retained message and where it lies: a subscriber gets it from here only
 /// if the live delivery has passed it, so that it comes once, and never before
@@ -17,6 +29,7 @@ pub struct Kept {
     pub message: Arc<Message>,
     pub stream: usize,
     pub offset: Offset,
+    blob: Blob,
 }
 
 #[derive(Default)]
@@ -27,27 +40,76 @@ pub struct Retained {
     bytes_max: usize,
 }
 
+/// Retained messages of an append that is not done yet: dropped without
+/// [`Staged::done`], as if they had never been. Nobody else sees or changes
+/// retained messages meanwhile, so that what is appended last is what stays.
+pub struct Staged<'b> {
+    retained: MutexGuard<'b, Retained>,
+    /// Topic, number of the message in the append, what was kept before.
+    before: Vec<(Box<str>, usize, Option<Kept>)>,
+    changes: Vec<Change>,
+    /// In streams that a topic went to under another configuration.
+    elsewhere: Vec<(usize, Change)>,
+    /// Topics that found no room.
+    refused: Vec<Box<str>>,
+}
+
 impl Retained {
-    pub fn new(messages_max: usize, bytes_max: usize) -> Self {
-        Self { messages_max, bytes_max, ..Self::default() }
+    /// Reads what the streams hold; removes what cannot be kept.
+    pub fn load(
+        streams: &[Arc<dyn Stream>],
+        routes: &Streams,
+        limits: (usize, usize),
+        failures: &Failures,
+    ) -> Self {
+        let (messages_max, bytes_max) = limits;
+        let mut retained = Self { messages_max, bytes_max, ..Self::default() };
+        for (number, stream) in streams.iter().enumerate() {
+            let mut removed = Vec::new();
+            for (blob, bytes) in blobs::load(&**stream, KIND) {
+                let Some(message) = decode(&bytes).filter(|message| id(message.topic()) == blob.id()) else {
+                    failures.report("mqtt: a retained message cannot be read, removed", 1, stream.name(), "");
+                    blob.remove(&mut removed);
+                    continue;
+                };
+                let topic: Box<str> = message.topic().into();
+                let is_here = Arc::ptr_eq(routes.route(&topic), stream);
+                if retained.topics.contains_key(&topic) && !is_here {
+                    // The topic moved to another stream, and has a newer one there.
+                    blob.remove(&mut removed);
+                    continue;
+                }
+                let kept = Kept { message: Arc::new(message), stream: number, offset: Offset(0), blob };
+                if let Some(old) = retained.take(&topic) {
+                    let mut changes = Vec::new();
+                    old.blob.remove(&mut changes);
+                    super::append_unawaited(&*streams[old.stream], &changes);
+                }
+                if !retained.insert(topic.clone(), kept) {
+                    let what = "mqtt: no room for a retained message";
+                    failures.report(what, 1, &format!("topic {topic}"), "");
+                    blob.remove(&mut removed);
+                }
+            }
+            super::append_unawaited(&**stream, &removed);
+        }
+        retained
     }
 
-    /// Keeps, replaces or, with an empty payload, removes. False when there was
-    /// no room: the topic then has no retained message, rather than an old one.
-    pub fn set(&mut self, kept: Kept) -> bool {
-        let topic = kept.message.topic();
-        if let Some(old) = self.topics.remove(topic) {
-            self.bytes -= old.message.len();
-        }
-        if kept.message.payload().is_empty() {
-            return true;
-        }
+    fn take(&mut self, topic: &str) -> Option<Kept> {
+        let old = self.topics.remove(topic)?;
+        self.bytes -= old.message.len();
+        Some(old)
+    }
+
+    /// False where there is no room.
+    fn insert(&mut self, topic: Box<str>, kept: Kept) -> bool {
         let bytes = self.bytes + kept.message.len();
         if self.topics.len() >= self.messages_max || bytes > self.bytes_max {
             return false;
         }
         self.bytes = bytes;
-        self.topics.insert(topic.into(), kept);
+        self.topics.insert(topic, kept);
         true
     }
 
@@ -58,4 +120,127 @@ impl Retained {
         let matches = self.topics.iter().filter(|(topic, _)| filter.matches(topic));
         matches.map(|(_, kept)| kept.clone()).collect()
     }
+}
+
+/// What an append of `messages` to stream `number` retains; `None`: nothing.
+pub fn stage<'b>(broker: &'b Broker, number: usize, messages: &[NewMessage<'_>]) -> Option<Staged<'b>> {
+    let to_retain = || messages.iter().enumerate().filter(|(_, message)| message.flags & flags::RETAIN != 0);
+    to_retain().next()?;
+    let mut staged = Staged {
+        retained: broker.retained(),
+        before: Vec::new(),
+        changes: Vec::new(),
+        elsewhere: Vec::new(),
+        refused: Vec::new(),
+    };
+    for (i, message) in to_retain() {
+        staged.set(number, i, message);
+    }
+    Some(staged)
+}
+
+impl Staged<'_> {
+    /// Keeps, replaces or, with an empty payload, removes. Where there is no
+    /// room the topic has no retained message afterwards, rather than an old one.
+    fn set(&mut self, stream: usize, i: usize, new: &NewMessage<'_>) {
+        let topic: Box<str> = new.topic.into();
+        let old = self.retained.take(&topic);
+        let mut old_here = None;
+        match &old {
+            Some(old) if old.stream == stream => old_here = Some(old.blob),
+            Some(old) => {
+                let mut removed = Vec::new();
+                old.blob.remove(&mut removed);
+                self.elsewhere.extend(removed.into_iter().map(|change| (old.stream, change)));
+            }
+            None => {}
+        }
+        self.before.push((topic.clone(), i, old));
+        let mut written = false;
+        if !new.payload.is_empty() {
+            let bytes = encode(new);
+            let blob = Blob::new(KIND, id(new.topic), &bytes);
+            let message = Arc::new(Message::of_new(new));
+            let kept = Kept { message, stream, offset: Offset(u64::MAX), blob };
+            written = self.retained.insert(topic.clone(), kept);
+            if written {
+                blob.write(&bytes, old_here.as_ref(), &mut self.changes);
+            } else {
+                self.refused.push(topic);
+            }
+        }
+        if let Some(old) = old_here.filter(|_| !written) {
+            old.remove(&mut self.changes);
+        }
+    }
+
+    /// What the append must carry.
+    pub fn changes(&self) -> &[Change] {
+        &self.changes
+    }
+
+    /// The append was taken.
+    pub fn done(mut self, broker: &Broker, appended: Appended) {
+        for (topic, i, _) in std::mem::take(&mut self.before) {
+            if let Some(kept) = self.retained.topics.get_mut(&topic) {
+                kept.offset = Offset(appended.first.0 + i as u64);
+            }
+        }
+        for (stream, change) in std::mem::take(&mut self.elsewhere) {
+            super::append_unawaited(&*broker.streams[stream], &[change]);
+        }
+        for topic in &self.refused {
+            broker.counters.retained_full.increment(1);
+            let detail = format!("topic {topic}");
+            broker.failures.report("mqtt: no room for a retained message", 1, &detail, "");
+        }
+    }
+}
+
+impl Drop for Staged<'_> {
+    fn drop(&mut self) {
+        // The last first: a topic may be in one append twice.
+        for (topic, _, old) in std::mem::take(&mut self.before).into_iter().rev() {
+            self.retained.take(&topic);
+            if let Some(old) = old {
+                // It had its room before.
+                self.retained.bytes += old.message.len();
+                self.retained.topics.insert(topic, old);
+            }
+        }
+    }
+}
+
+/// Topics may be longer than a key of the state.
+fn id(topic: &str) -> Id {
+    let digest: [u8; 32] = Sha256::digest(topic).into();
+    *digest.first_chunk().expect("it is longer")
+}
+
+fn encode(message: &NewMessage<'_>) -> Vec<u8> {
+    let NewMessage { topic, payload, properties, flags, received_us, .. } = *message;
+    let mut bytes = Vec::with_capacity(HEAD_BYTES + topic.len() + properties.len() + payload.len());
+    bytes.push(FORMAT);
+    bytes.extend(flags.to_be_bytes());
+    bytes.extend(received_us.to_be_bytes());
+    bytes.extend((topic.len() as u16).to_be_bytes());
+    bytes.extend((properties.len() as u32).to_be_bytes());
+    bytes.extend_from_slice(topic.as_bytes());
+    bytes.extend_from_slice(properties);
+    bytes.extend_from_slice(payload);
+    bytes
+}
+
+fn decode(bytes: &[u8]) -> Option<Message> {
+    let (&[FORMAT], rest) = bytes.split_first_chunk()? else { return None };
+    let (flags, rest) = rest.split_first_chunk()?;
+    let (received_us, rest) = rest.split_first_chunk()?;
+    let (topic_len, rest) = rest.split_first_chunk()?;
+    let (properties_len, rest) = rest.split_first_chunk()?;
+    let (topic, rest) = rest.split_at_checked(u16::from_be_bytes(*topic_len).into())?;
+    let (properties, payload) = rest.split_at_checked(u32::from_be_bytes(*properties_len) as usize)?;
+    let topic = std::str::from_utf8(topic).ok()?;
+    let (flags, received_us) = (u16::from_be_bytes(*flags), u64::from_be_bytes(*received_us));
+    crate::properties::is_valid(properties)
+        .then(|| Message::new(topic, payload, properties, flags, received_us))
 }

@@ -297,7 +297,7 @@ impl Sessions {
         };
         // Not awaited: lost in a crash, the session only lives longer.
         match changes {
-            Some(changes) => broker.append_state(&*broker.broker, &changes),
+            Some(changes) => super::append_unawaited(&*broker.broker, &changes),
             None => self.end(broker, session),
         }
         drop(turn);
@@ -306,7 +306,7 @@ impl Sessions {
     /// Removes a session and all that it left behind.
     fn end(&self, broker: &Broker, session: &Arc<Session>) {
         let changes = discard(broker, session);
-        broker.append_state(&*broker.broker, &changes);
+        super::append_unawaited(&*broker.broker, &changes);
         let mut by_client = lock(&self.by_client);
         let is_this = by_client.get(&session.client_id).is_some_and(|known| Arc::ptr_eq(known, session));
         if is_this && !session.is_wanted() {
@@ -367,7 +367,7 @@ fn forget_ids(broker: &Broker, epoch: u64, received: &HashMap<u16, Received>) {
         let ids = received.iter().filter(|(_, received)| received.stream == number);
         let removed: Vec<Change> = ids.map(|(id, _)| (qos2_key(epoch, *id).to_vec(), None)).collect();
         // Not awaited: ids of an epoch without a session are removed at the next start.
-        broker.append_state(&**stream, &removed);
+        super::append_unawaited(&**stream, &removed);
     }
 }
 

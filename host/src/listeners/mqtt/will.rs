@@ -1,23 +1,102 @@
 //! The message that a client leaves behind, for when it is lost.
+//!
+//! A will is durable before its CONNACK, as state of the stream that its topic
+//! belongs to, and goes in the same append that publishes it: never twice.
+//! After a restart the wills of clients that the last run lost wait for them
+//! to come back.
 
-use super::Broker;
-use super::inbound::{cut_device, retained_for, taken_in};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::time::{Instant, timeout};
+
+use super::acks::Stopped;
+use super::blobs::{self, Blob, Kind};
+use super::inbound::{cut_device, taken_in};
+use super::retained::{self, Staged};
+use super::session::{Change, Session};
+use super::{Broker, borrowed};
 use crate::batch::flags;
-use crate::stream::{AppendError, NewMessage, partition_of};
+use crate::stream::{AppendError, NewMessage, Stream, partition_of};
+use crate::telemetry::Failures;
+
+const KIND: Kind = *b"wi";
+const FORMAT: u8 = 1;
+/// A will that waits looks so often whether its client is back.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// What CONNECT asked to be published when the client is lost.
 pub struct Will {
     pub topic: Box<str>,
-    pub payload: bytes::Bytes,
+    pub payload: Bytes,
     /// As [`crate::properties`] lays them out.
     pub properties: Vec<u8>,
     pub flags: u16,
     pub delay_s: u32,
+    /// Once it is durable.
+    pub record: Option<Record>,
 }
 
+#[derive(Clone, Copy)]
+pub struct Record {
+    stream: usize,
+    blob: Blob,
+}
+
+/// Removes the record of a connect that ended before its CONNACK.
+struct GivenUp<'b> {
+    stream: &'b dyn Stream,
+    blob: Option<Blob>,
+}
+
+impl GivenUp<'_> {
+    fn not_so(mut self) {
+        self.blob = None;
+    }
+}
+
+impl Drop for GivenUp<'_> {
+    fn drop(&mut self) {
+        let mut changes = Vec::new();
+        if let Some(blob) = self.blob {
+            blob.remove(&mut changes);
+        }
+        super::append_unawaited(self.stream, &changes);
+    }
+}
+
+/// Wills of the last run whose clients are not back yet.
+#[derive(Default)]
+pub struct Restored(Mutex<HashMap<Box<str>, Vec<Will>>>);
+
 impl Will {
+    /// Durable when it returns; dropped before that, as if it had not been called.
+    pub async fn keep(&mut self, broker: &Broker, client_id: &str) -> Result<(), Stopped> {
+        let stream = broker.route(&self.topic);
+        let bytes = self.encode(client_id);
+        let blob = Blob::new(KIND, *uuid::Uuid::new_v4().as_bytes(), &bytes);
+        let mut changes = Vec::new();
+        blob.write(&bytes, None, &mut changes);
+        let given_up = GivenUp { stream: &*broker.streams[stream], blob: Some(blob) };
+        broker.append_durable(given_up.stream, &changes).await?;
+        self.record = Some(Record { stream, blob });
+        given_up.not_so();
+        Ok(())
+    }
+
+    /// The client does not want it published any more.
+    pub fn forget(self, broker: &Broker) {
+        let Some(Record { stream, blob }) = self.record else { return };
+        let mut changes = Vec::new();
+        blob.remove(&mut changes);
+        // Not awaited: lost in a crash, it waits for the client once more.
+        super::append_unawaited(&*broker.streams[stream], &changes);
+    }
+
     /// Appends the will, waiting for room; `false` when the stream stopped or refuses it.
-    pub async fn publish(self, broker: &Broker, client_id: &str) -> bool {
+    async fn publish(&self, broker: &Broker, client_id: &str) -> bool {
         let number = broker.route(&self.topic);
         let stream = &broker.streams[number];
         let span = broker.namespace.device_span(&self.topic);
@@ -34,21 +113,167 @@ impl Will {
             received_us: super::now_us(),
             event_us: 0,
         };
+        let mut removal = Vec::new();
+        if let Some(record) = self.record {
+            record.blob.remove(&mut removal);
+            if record.stream != number {
+                super::append_unawaited(&*broker.streams[record.stream], &removal);
+                removal.clear();
+            }
+        }
         loop {
-            let appended = {
-                let retained = retained_for(broker, &[message]);
-                let appended = stream.append(&[message], &[]);
-                if let Ok(appended) = appended {
-                    taken_in(broker, number, &[message], appended, retained);
-                    return true;
-                }
-                appended
-            };
-            match appended {
-                Ok(_) => return true,
+            match append(broker, number, message, &removal) {
+                Ok(()) => return true,
                 Err(AppendError::Full | AppendError::NoSpace) => stream.writable().await,
                 Err(_) => return false,
             }
+        }
+    }
+
+    async fn publish_in_time(self, broker: &Broker, client_id: &str) {
+        let published = timeout(broker.config.drain_timeout.0, self.publish(broker, client_id)).await;
+        if !matches!(published, Ok(true)) {
+            let detail = format!("client {client_id}, topic {}", self.topic);
+            broker.failures.report("mqtt: a will could not be published", 1, &detail, "");
+        }
+    }
+
+    fn encode(&self, client_id: &str) -> Vec<u8> {
+        let mut bytes = vec![FORMAT];
+        bytes.extend(self.delay_s.to_be_bytes());
+        bytes.extend(self.flags.to_be_bytes());
+        for part in [client_id.as_bytes(), self.topic.as_bytes(), &self.properties] {
+            bytes.extend((part.len() as u32).to_be_bytes());
+            bytes.extend_from_slice(part);
+        }
+        bytes.extend_from_slice(&self.payload);
+        bytes
+    }
+
+    /// With the client that it is of.
+    fn decode(bytes: &[u8], record: Record) -> Option<(Box<str>, Self)> {
+        fn part<'a>(rest: &mut &'a [u8]) -> Option<&'a [u8]> {
+            let (len, after) = rest.split_first_chunk()?;
+            let (part, after) = after.split_at_checked(u32::from_be_bytes(*len) as usize)?;
+            *rest = after;
+            Some(part)
+        }
+        let (&[FORMAT], rest) = bytes.split_first_chunk()? else { return None };
+        let (delay_s, rest) = rest.split_first_chunk()?;
+        let (flags, mut rest) = rest.split_first_chunk()?;
+        let client_id = std::str::from_utf8(part(&mut rest)?).ok()?;
+        let topic = std::str::from_utf8(part(&mut rest)?).ok()?;
+        let properties = part(&mut rest)?;
+        if !crate::properties::is_valid(properties) || !crate::topic::is_valid_name(topic) {
+            return None;
+        }
+        let will = Self {
+            topic: topic.into(),
+            payload: Bytes::copy_from_slice(rest),
+            properties: properties.to_vec(),
+            flags: u16::from_be_bytes(*flags),
+            delay_s: u32::from_be_bytes(*delay_s),
+            record: Some(record),
+        };
+        Some((client_id.into(), will))
+    }
+}
+
+fn append(
+    broker: &Broker,
+    number: usize,
+    message: NewMessage<'_>,
+    removal: &[Change],
+) -> Result<(), AppendError> {
+    let retaining = retained::stage(broker, number, &[message]);
+    let retained = retaining.as_ref().map_or(&[][..], Staged::changes);
+    let changes = [borrowed(removal), borrowed(retained)].concat();
+    let appended = broker.streams[number].append(&[message], &changes)?;
+    taken_in(broker, &[message]);
+    if let Some(retaining) = retaining {
+        retaining.done(broker, appended);
+    }
+    Ok(())
+}
+
+/// The client of `session`'s connection number `connects` was lost. A delayed
+/// will is not published when its client is back in time, or later than its
+/// session ends (MQTT 5.0, 3.1.3.2.2). At shutdown a delayed will stays for
+/// the next run (3.1.2.5).
+pub async fn lost(broker: &Broker, session: &Session, connects: u64, will: Will) {
+    use std::sync::atomic::Ordering::Acquire;
+    let delay = Duration::from_secs(will.delay_s.min(session.expiry_s()).into());
+    let is_back = || session.connects.load(Acquire) != connects || session.is_wanted();
+    if !delay.is_zero() {
+        let due = Instant::now() + delay;
+        while !is_back() && Instant::now() < due {
+            let look_at = due.min(Instant::now() + LOOK_EVERY);
+            tokio::select! {
+                () = tokio::time::sleep_until(look_at) => {}
+                () = broker.shutdown.cancelled() => return,
+            }
+        }
+        if is_back() {
+            return will.forget(broker);
+        }
+    }
+    will.publish_in_time(broker, &session.client_id).await;
+}
+
+impl Restored {
+    /// Reads the wills that the last run left.
+    pub fn load(streams: &[Arc<dyn Stream>], failures: &Failures) -> Self {
+        let mut restored: HashMap<Box<str>, Vec<Will>> = HashMap::new();
+        for (number, stream) in streams.iter().enumerate() {
+            let mut removed = Vec::new();
+            for (blob, bytes) in blobs::load(&**stream, KIND) {
+                match Will::decode(&bytes, Record { stream: number, blob }) {
+                    Some((client_id, will)) => restored.entry(client_id).or_default().push(will),
+                    None => {
+                        failures.report("mqtt: a will cannot be read, removed", 1, stream.name(), "");
+                        blob.remove(&mut removed);
+                    }
+                }
+            }
+            super::append_unawaited(&**stream, &removed);
+        }
+        Self(Mutex::new(restored))
+    }
+
+    /// The client is back: its wills of the last run are void.
+    pub fn client_is_back(&self, broker: &Broker, client_id: &str) {
+        for will in self.take(client_id) {
+            will.forget(broker);
+        }
+    }
+
+    fn take(&self, client_id: &str) -> Vec<Will> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(client_id).unwrap_or_default()
+    }
+
+    /// Clients and when their wills are due, soonest first.
+    fn due(&self, least: Duration) -> Vec<(Duration, Box<str>)> {
+        let restored = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let of = |wills: &[Will]| wills.iter().map(|will| will.delay_s).max().unwrap_or_default();
+        let mut due: Vec<_> = restored
+            .iter()
+            .map(|(client, wills)| (least.max(Duration::from_secs(of(wills).into())), client.clone()))
+            .collect();
+        due.sort();
+        due
+    }
+}
+
+/// Publishes the wills of the last run whose clients stay away.
+pub async fn publish_restored(broker: Arc<Broker>) {
+    let start = Instant::now();
+    for (delay, client_id) in broker.wills.due(broker.config.will_delay_after_restart.0) {
+        tokio::select! {
+            () = tokio::time::sleep_until(start + delay) => {}
+            () = broker.shutdown.cancelled() => return,
+        }
+        for will in broker.wills.take(&client_id) {
+            will.publish_in_time(&broker, &client_id).await;
         }
     }
 }

@@ -1,19 +1,16 @@
 //! What one read brought goes into its streams: one append for each, whose
 //! ticket the acks wait for.
 
-use std::sync::{Arc, MutexGuard};
-
 use rmqtt_codec::v5::DisconnectReasonCode;
 
 use super::stalled::{Owned, Stalled};
 use super::{IdChange, Inbound, Owed, Scratch, Trouble, Work, cut_device, recycle};
-use crate::batch::{Offset, flags};
+use crate::batch::flags;
 use crate::listeners::mqtt::Broker;
-use crate::listeners::mqtt::outbound::Message;
-use crate::listeners::mqtt::retained::{Kept, Retained};
+use crate::listeners::mqtt::retained::{self, Staged};
 use crate::listeners::mqtt::session::{Received, Session, qos2_key};
 use crate::listeners::mqtt::wire::Fault;
-use crate::stream::{AppendError, Appended, NewMessage, StateChange, partition_of};
+use crate::stream::{AppendError, NewMessage, StateChange, partition_of};
 
 impl Inbound {
     /// One append per stream.
@@ -124,11 +121,16 @@ impl Inbound {
                 key,
                 value: (*change == IdChange::Receive).then_some(&[][..]),
             }));
-            let retained = retained_for(broker, messages);
+            let retaining = retained::stage(broker, number, messages);
+            let retained = retaining.as_ref().map_or(&[][..], Staged::changes);
+            changes.extend(retained.iter().map(|(key, value)| StateChange { key, value: value.as_deref() }));
             let appended = stream.append(messages, &changes);
             *spare = recycle(changes);
             let appended = appended?;
-            taken_in(broker, number, messages, appended, retained);
+            taken_in(broker, messages);
+            if let Some(retaining) = retaining {
+                retaining.done(broker, appended);
+            }
             appended.ticket.max(least)
         };
         if owed.clone().any(|owed| owed.change == IdChange::Receive) {
@@ -178,20 +180,8 @@ pub fn undo<'o>(session: &Session, owed: impl DoubleEndedIterator<Item = &'o Owe
     }
 }
 
-/// Held over an append that has messages to be retained: what is appended last
-/// is what stays.
-pub fn retained_for<'b>(broker: &'b Broker, messages: &[NewMessage<'_>]) -> Option<MutexGuard<'b, Retained>> {
-    messages.iter().any(|message| message.flags & flags::RETAIN != 0).then(|| broker.retained())
-}
-
-/// Counts, and keeps what is to be retained.
-pub fn taken_in(
-    broker: &Broker,
-    number: usize,
-    messages: &[NewMessage<'_>],
-    appended: Appended,
-    retained: Option<MutexGuard<'_, Retained>>,
-) {
+/// Counts what a stream took.
+pub fn taken_in(broker: &Broker, messages: &[NewMessage<'_>]) {
     let (mut by_qos, mut bytes) = ([0u64; 3], 0);
     for message in messages {
         by_qos[usize::from(message.flags & flags::QOS_MASK).min(2)] += 1;
@@ -201,15 +191,4 @@ pub fn taken_in(
         counter.increment(count);
     }
     broker.counters.publish_bytes.increment(bytes);
-    let Some(mut retained) = retained else { return };
-    let to_retain = messages.iter().enumerate().filter(|(_, message)| message.flags & flags::RETAIN != 0);
-    for (i, message) in to_retain {
-        let offset = Offset(appended.first.0 + i as u64);
-        let kept = Kept { message: Arc::new(Message::of_new(message)), stream: number, offset };
-        if !retained.set(kept) {
-            broker.counters.retained_full.increment(1);
-            let detail = format!("topic {}", message.topic);
-            broker.failures.report("mqtt: no room for a retained message", 1, &detail, "");
-        }
-    }
 }

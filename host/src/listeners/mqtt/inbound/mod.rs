@@ -16,8 +16,8 @@ use std::sync::Arc;
 use bytes::BytesMut;
 use rmqtt_codec::v5::DisconnectReasonCode;
 
+pub use self::append::taken_in;
 use self::append::undo;
-pub use self::append::{retained_for, taken_in};
 use self::stalled::{Stalled, writable};
 use super::Broker;
 use super::acks::{Ack, Acks};

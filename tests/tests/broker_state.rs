@@ -1,0 +1,124 @@
+//! What the broker promised is there after kill -9: retained messages and wills.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use headworks_tests::host::Host;
+use headworks_tests::mosquitto;
+use headworks_tests::process::{Process, eventually};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+const STATUS: &str = "acme/site-1/pump/p-1/status";
+const END: &str = "test/end";
+
+fn publish(host: &Host, args: &[&str]) {
+    let mut command = mosquitto::publish(host.mqtt());
+    let status = command.args(["-q", "1"]).args(args).status().expect("mosquitto_pub is installed");
+    assert!(status.success(), "{command:?}: {status}");
+}
+
+/// Topic and payload of each retained message that matches, as a new subscriber gets them.
+fn retained(host: &Host, filter: &str) -> Vec<String> {
+    publish(host, &["-r", "-t", END, "-m", "end"]);
+    let mut command = Command::new("mosquitto_sub");
+    command.args(mosquitto::subscribe(host.mqtt()).get_args());
+    // The retained messages of the first filter come before those of the second.
+    command.args(["-v", "-t", filter, "-t", END]).stdout(Stdio::piped());
+    let mut child = command.spawn().expect("mosquitto_sub is installed");
+    let out = BufReader::new(child.stdout.take().expect("piped"));
+    let _process = Process::adopt("mosquitto_sub", child);
+    let lines = out.lines().map(|line| line.expect("mosquitto_sub runs until its last message"));
+    lines.take_while(|line| line != "test/end end").collect()
+}
+
+fn kill_and_run(host: &mut Host) {
+    host.kill();
+    host.run();
+}
+
+/// The wills of clients that the last run lost wait so long.
+fn set_will_delay(host: &Host, delay: &str) {
+    let config = std::fs::read_to_string(host.folder.join("headworks.yaml")).expect("ours");
+    let (before, rest) = config.split_once("mqtt: {").expect("the head has it");
+    let rest = rest.split_once("listeners").expect("the head has it").1;
+    let config = format!("{before}mqtt: {{ will_delay_after_restart: {delay}, listeners{rest}");
+    host.folder.write("headworks.yaml", config);
+}
+
+/// A connected client that leaves a retained will "lost" at [`STATUS`].
+fn client_with_will(host: &Host, client_id: &str) -> Process {
+    let connected = host.metric("headworks_mqtt_connects_total", &[]);
+    let mut command = Command::new("mosquitto_sub");
+    command.args(mosquitto::subscribe(host.mqtt()).get_args());
+    command.args(["-i", client_id, "-t", "test/commands"]);
+    command.args(["--will-topic", STATUS, "--will-payload", "lost", "--will-retain", "--will-qos", "1"]);
+    let process = Process::spawn("mosquitto_sub", command.stdout(Stdio::null()).stderr(Stdio::null()));
+    eventually("the client is connected", PATIENCE, || {
+        (host.metric("headworks_mqtt_connects_total", &[]) > connected).then_some(())
+    });
+    process
+}
+
+#[test]
+fn a_retained_message_whose_ack_came_is_there_after_kill_9_and_so_is_its_removal() {
+    let mut host = Host::start("retained", "");
+    // Larger than one value of the stream's state may be.
+    let large = "x".repeat(150_000);
+    host.folder.write("large", &large);
+    let file = host.folder.join("large");
+    publish(&host, &["-r", "-t", "acme/a", "-m", "first"]);
+    publish(&host, &["-r", "-t", "acme/b", "-f", file.to_str().expect("UTF-8")]);
+    publish(&host, &["-r", "-t", "acme/c", "-m", "gone soon"]);
+    publish(&host, &["-r", "-t", "acme/a", "-m", "second"]);
+    publish(&host, &["-r", "-t", "acme/c", "-n"]);
+    kill_and_run(&mut host);
+    let mut found = retained(&host, "acme/#");
+    found.sort();
+    assert_eq!(found, ["acme/a second".to_owned(), format!("acme/b {large}")]);
+
+    publish(&host, &["-r", "-t", "acme/b", "-m", "small"]);
+    publish(&host, &["-r", "-t", "acme/a", "-n"]);
+    kill_and_run(&mut host);
+    assert_eq!(retained(&host, "acme/#"), ["acme/b small"]);
+}
+
+#[test]
+fn the_will_of_a_client_that_a_crash_cut_off_comes_once_after_the_restart() {
+    let mut host = Host::prepare("will", "");
+    set_will_delay(&host, "0s");
+    host.run();
+    let mut client = client_with_will(&host, "pump-1");
+    host.kill();
+    client.kill();
+    host.run();
+    eventually("the will", PATIENCE, || {
+        (retained(&host, STATUS) == [format!("{STATUS} lost")]).then_some(())
+    });
+    // Once: after it was taken away it does not come again.
+    publish(&host, &["-r", "-t", STATUS, "-n"]);
+    kill_and_run(&mut host);
+    host.stop();
+    host.run();
+    assert_eq!(retained(&host, STATUS), Vec::<String>::new());
+}
+
+#[test]
+fn the_will_of_a_client_that_comes_back_after_a_crash_is_not_sent() {
+    let mut host = Host::prepare("will-back", "");
+    set_will_delay(&host, "1h");
+    host.run();
+    let mut client = client_with_will(&host, "pump-1");
+    host.kill();
+    client.kill();
+    host.run();
+    // The client is back, and leaves with a DISCONNECT.
+    publish(&host, &["-i", "pump-1", "-t", "test/back", "-m", "back"]);
+    host.stop();
+    set_will_delay(&host, "0s");
+    host.run();
+    publish(&host, &["-r", "-t", "acme/other", "-m", "still here"]);
+    host.stop();
+    host.run();
+    assert_eq!(retained(&host, "acme/#"), ["acme/other still here"]);
+}
