@@ -1,0 +1,135 @@
+//! Bounds and refusals.
+
+use super::*;
+
+#[tokio::test]
+async fn a_silent_client_is_disconnected_after_its_keep_alive() {
+    let host = Host::with(MemoryStream::new("s", 1)).await;
+    let (mut client, _) = host.client(Connect { keep_alive: 1, ..clean("c") }).await;
+    assert_eq!(client.disconnected().await, Reason::KeepAliveTimeout);
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn bounds_that_the_client_knows_are_enforced() {
+    let stream = MemoryStream::with_manual_commit("s", 1);
+    let streams = Streams::new(vec![], stream.clone());
+    let change = |config: &mut Config| (config.receive_maximum, config.topic_alias_maximum) = (2, 3);
+    let host = Host::start(streams, MemoryStream::new("broker", 1), change).await;
+    let (mut client, ack) = host.client(clean("c")).await;
+    assert_eq!(
+        (ack.receive_max.get(), ack.topic_alias_max, ack.shared_subscription_available),
+        (2, 3, false)
+    );
+    for packet_id in 1..=3 {
+        client.send(publish("t", QoS::AtLeastOnce, packet_id)).await;
+    }
+    assert_eq!(client.disconnected().await, Reason::ReceiveMaximumExceeded);
+
+    let aliased = |topic: &'static str, alias: u16| {
+        let properties =
+            PublishProperties { topic_alias: NonZeroU16::new(alias), ..PublishProperties::default() };
+        Publish { properties: Some(properties), ..publish(topic, QoS::AtMostOnce, 0) }
+    };
+    let end = stream.bounds().end.0;
+    let mut client = host.clean("d").await;
+    for (topic, alias) in [("one", 1), ("", 1), ("two", 1), ("", 1)] {
+        client.send(aliased(topic, alias)).await;
+    }
+    client.nothing_but_ping().await;
+    stream.commit();
+    let mut topics = Vec::new();
+    let mut at = end;
+    while topics.len() < 6 {
+        let batch = batch(&*stream, at).await;
+        at += batch.len() as u64;
+        topics.extend(batch.messages().map(|message| message.topic().to_owned()));
+    }
+    assert_eq!(topics[topics.len() - 4..], ["one", "one", "two", "two"]);
+    client.send(aliased("three", 4)).await;
+    assert_eq!(client.disconnected().await, Reason::TopicAliasInvalid);
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn dollar_topics_are_the_brokers_own() {
+    let stream = MemoryStream::new("s", 1);
+    let host = Host::with(stream.clone()).await;
+    let mut client = host.clean("c").await;
+    client.send(publish("$SYS/x", QoS::AtLeastOnce, 1)).await;
+    let refused = PublishAck { reason_code: PublishAckReason::NotAuthorized, ..success(1) };
+    assert_eq!(client.receive().await, Packet::PublishAck(refused));
+    // MQTT 3.1.1 knows no reason codes.
+    let mut old = Client::open(&host).await;
+    old.io.write_all(b"\x10\x0d\x00\x04MQTT\x04\x02\x00\x00\x00\x01o").await.unwrap();
+    old.io.write_all(b"\x32\x0a\x00\x06$SYS/x\x00\x01").await.unwrap();
+    let mut answer = [0; 8];
+    old.io.read_exact(&mut answer).await.unwrap();
+    assert_eq!(&answer, b"\x20\x02\x00\x00\x40\x02\x00\x01");
+    assert_eq!(stream.bounds().end, Offset(0));
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn a_client_id_is_assigned_and_bad_connects_are_refused() {
+    let host = Host::with(MemoryStream::new("s", 1)).await;
+    let (_client, ack) = host.client(clean("")).await;
+    assert!(ack.assigned_client_id.is_some_and(|id| id.starts_with("auto-")));
+    let mut client = Client::open(&host).await;
+    client.io.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+    assert_eq!(client.try_receive().await, None);
+    let auth = Connect { auth_method: Some("X".into()), ..clean("c") };
+    assert_eq!(host.client(auth).await.1.reason_code, ConnectAckReason::BadAuthenticationMethod);
+    host.stop().await;
+}
+
+#[test]
+fn no_bytes_of_a_client_end_the_listener() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let host = runtime.block_on(Host::with(MemoryStream::new("s", 1)));
+    let packets = prop_oneof![
+        Just(Packet::from(publish("a/b", QoS::ExactlyOnce, 3))),
+        Just(Packet::from(Subscribe {
+            packet_id: id(1),
+            id: NonZeroU16::new(3).map(Into::into),
+            user_properties: vec![("a".into(), "b".into())],
+            topic_filters: vec![("a/+".into(), QOS1)],
+        })),
+        Just(pubrel(3)),
+        Just(pubrec(1)),
+        Just(Packet::PingRequest),
+        Just(Packet::from(clean("again"))),
+        Just(Packet::Disconnect(Disconnect::new(Reason::DisconnectWithWillMessage))),
+    ];
+    let damage = (any::<prop::sample::Index>(), any::<u8>());
+    let strategy = (prop::collection::vec(packets, 0..6), prop::collection::vec(damage, 0..4), any::<bool>());
+    let config = ProptestConfig { cases: 300, ..ProptestConfig::default() };
+    proptest!(config, |((packets, damage, connect) in strategy)| {
+        let mut bytes = BytesMut::new();
+        let mut codec = Codec::default();
+        if connect {
+            codec.encode(clean("bad").into(), &mut bytes).unwrap();
+        }
+        let begin = if connect { bytes.len() } else { 0 };
+        for packet in packets {
+            codec.encode(packet, &mut bytes).unwrap();
+        }
+        let len = bytes.len() - begin;
+        for (at, value) in damage.into_iter().filter(|_| len > 0) {
+            let at = begin + at.index(len);
+            bytes[at] = value;
+        }
+        runtime.block_on(async {
+            let mut bad = TcpStream::connect(host.address).await.unwrap();
+            // Refused already, perhaps.
+            let _ = bad.write_all(&bytes).await;
+            let _ = bad.shutdown().await;
+            let mut rest = Vec::new();
+            let _ = timeout(HUNG_AFTER, bad.read_to_end(&mut rest)).await.expect("the listener lets go");
+        });
+    });
+    runtime.block_on(async {
+        host.clean("honest").await.nothing_but_ping().await;
+        host.stop().await;
+    });
+}
