@@ -2,6 +2,7 @@
 //! hands on finds the next one ready, and taken down in the order that a
 //! message travels, so that what is in flight arrives.
 
+pub mod banner;
 mod redrive;
 pub mod run_file;
 mod status;
@@ -15,8 +16,8 @@ use anyhow::{Context, bail};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
+use self::banner::{PluginLine, Started, banner};
 use crate::admin;
-use crate::cli::banner::{PluginLine, Started, banner};
 use crate::config::{Config, Source};
 use crate::devices::Devices;
 use crate::listeners::mqtt;

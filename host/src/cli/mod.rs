@@ -6,7 +6,6 @@
 
 mod admin_client;
 mod args;
-pub mod banner;
 mod dead_letters;
 mod message;
 mod output;

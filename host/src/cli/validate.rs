@@ -3,8 +3,8 @@
 use serde_json::json;
 
 use super::args::{Format, ValidateArgs};
-use super::banner::{Started, summary};
 use super::output::Out;
+use crate::app::banner::{Started, summary};
 use crate::config;
 
 pub fn validate(args: &ValidateArgs, out: &mut Out) -> anyhow::Result<()> {
