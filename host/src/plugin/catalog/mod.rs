@@ -5,6 +5,11 @@
 //! chain only when all its steps are good. What fails leaves the last good
 //! version where it was. A step never goes away by itself: see [`super::remove`].
 
+mod build;
+mod status;
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,19 +19,19 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use notify::{EventKind, RecursiveMode, Watcher, event::ModifyKind};
-use serde::Serialize;
 use serde_json::Value;
 use tokio::sync::watch;
 
+use self::build::Pipeline;
+pub use self::build::problem_text;
+pub use self::status::{PluginState, PluginStatus};
 use super::cache::Cache;
 use super::compile::Compiler;
 use super::folder::{self, Found, Listing, Settling, Stamp};
 use super::program::{Library, Program, read};
-use super::version::{self, Faults, Shared, Version};
-use super::{Config, Error, Limits, OnFailure, StepConfig};
+use super::{Config, Error, StepConfig};
 use crate::devices::Devices;
-use crate::problems::Problem;
-use crate::step::{Chain, StepFactory, StepId};
+use crate::step::Chain;
 use crate::telemetry::Failures;
 use crate::topic::Namespace;
 
@@ -56,31 +61,6 @@ enum Wake {
     /// Something happened to these files; by a rename, so that they are whole.
     Renamed(Vec<PathBuf>),
     Look,
-}
-
-/// A plugin as `plugin list` shows it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct PluginStatus {
-    pub file: String,
-    /// The step's name: the file's stem without its number.
-    pub name: String,
-    pub version: String,
-    pub summary: String,
-    /// SHA-256 of the file that runs.
-    pub hash: String,
-    pub state: PluginState,
-    pub imports_granted: Vec<String>,
-    pub topics: Vec<String>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case", tag = "is", content = "reason")]
-pub enum PluginState {
-    Active,
-    /// The newest file or config is not used; the last good version runs, if there was one.
-    Failed(String),
-    /// Its file is gone, see the reason for what to do.
-    Removed(String),
 }
 
 struct Work {
@@ -118,29 +98,6 @@ struct Known {
 struct Loaded {
     program: Arc<Program>,
     config: Value,
-}
-
-struct Pipeline {
-    name: String,
-    steps: Option<Vec<StepConfig>>,
-    built: BTreeMap<String, Built>,
-    sender: watch::Sender<Chain>,
-}
-
-#[derive(Default)]
-struct Built {
-    good: Option<(Key, Arc<Version>)>,
-    failed: Option<(Key, String)>,
-}
-
-/// What a version is made of: another key, another version.
-#[derive(Clone, PartialEq)]
-struct Key {
-    sha256: String,
-    file: String,
-    config: Value,
-    limits: Limits,
-    on_failure: OnFailure,
 }
 
 impl Plugins {
@@ -405,182 +362,6 @@ impl Work {
         Ok(Loaded { program, config })
     }
 
-    /// Builds every pipeline's chain again and publishes those that changed.
-    fn publish(&mut self) {
-        let mut pipelines = std::mem::take(&mut self.pipelines);
-        pipelines.retain(|pipeline| !pipeline.sender.is_closed());
-        for pipeline in &mut pipelines {
-            let (steps, hold) = self.build(pipeline);
-            let current = pipeline.sender.borrow();
-            let same = current.generation > 0
-                && current.hold.as_deref() == hold.as_deref()
-                && current.steps.len() == steps.len()
-                && current.steps.iter().zip(&steps).all(|(a, b)| Arc::ptr_eq(a, b));
-            let before = current.hold.clone();
-            drop(current);
-            match (&before, &hold) {
-                (before, Some(why)) if before.as_deref() != Some(why) => {
-                    tracing::warn!(pipeline = pipeline.name, "pipeline holds: {why}");
-                }
-                (Some(_), None) => tracing::info!(pipeline = pipeline.name, "pipeline goes on"),
-                _ => {}
-            }
-            if !same {
-                self.generation += 1;
-                let chain =
-                    Chain { generation: self.generation, steps: steps.into(), hold: hold.map(Into::into) };
-                pipeline.sender.send_replace(chain);
-            }
-        }
-        self.pipelines = pipelines;
-        self.remember_steps();
-    }
-
-    fn build(&mut self, pipeline: &mut Pipeline) -> (Vec<Arc<dyn StepFactory>>, Option<String>) {
-        let in_folder_mode = pipeline.steps.is_none();
-        let wanted = pipeline.steps.clone().unwrap_or_else(|| self.folder_steps());
-        let mut steps: Vec<Arc<dyn StepFactory>> = Vec::new();
-        let mut hold = None;
-        for step in &wanted {
-            let built = pipeline.built.entry(step.step_name().to_owned()).or_default();
-            let known = self.files.get(&step.plugin);
-            if let Some(loaded) = known.and_then(|known| known.loaded.clone()) {
-                self.build_step(&pipeline.name, step, &loaded, built);
-            }
-            match &built.good {
-                Some((_, version)) => {
-                    hold = hold.or_else(|| version.held());
-                    steps.push(Arc::clone(version) as Arc<dyn StepFactory>);
-                }
-                None => {
-                    let reason = match (&built.failed, known) {
-                        (_, Some(known)) if known.missing && in_folder_mode => {
-                            missing_reason(&step.plugin, known)
-                        }
-                        (Some((_, reason)), _) => reason.clone(),
-                        (None, Some(Known { error: Some(error), .. })) => error.clone(),
-                        _ => format!("no file {}.wasm in {}", step.plugin, self.config.dir.display()),
-                    };
-                    // A new file that never worked is no step yet; a step that is named or has run is missed.
-                    if !in_folder_mode || known.is_some_and(|known| known.was_step) {
-                        hold = hold.or(Some(format!("step {}: {reason}", step.step_name())));
-                    }
-                }
-            }
-            let Some(known) = self.files.get_mut(&step.plugin) else { continue };
-            known.was_step |= in_folder_mode && built.good.is_some();
-            if known.missing && in_folder_mode {
-                hold = hold.or_else(|| Some(missing_reason(&step.plugin, known)));
-            } else if known.missing {
-                let detail = "its file is gone, the last good version stays until the host ends";
-                self.failures.report(&format!("plugin {}", step.plugin), 1, detail, "headworks plugin list");
-            }
-        }
-        pipeline.built.retain(|name, _| wanted.iter().any(|step| step.step_name() == name));
-        (steps, hold)
-    }
-
-    /// The folder's plugins as steps, in order.
-    fn folder_steps(&self) -> Vec<StepConfig> {
-        let mut names: Vec<_> = self.files.iter().map(|(name, known)| (known.order, name)).collect();
-        names.sort();
-        names.into_iter().map(|(_, name)| StepConfig::new(name)).collect()
-    }
-
-    fn build_step(&self, pipeline: &str, step: &StepConfig, loaded: &Loaded, built: &mut Built) {
-        let Some(known) = self.files.get(&step.plugin) else { return };
-        let key = Key {
-            sha256: loaded.program.sha256.clone(),
-            file: file_name(&known.path),
-            config: if step.config.is_null() { loaded.config.clone() } else { step.config.clone() },
-            limits: step.limits.unwrap_or(self.config.limits),
-            on_failure: step.on_failure,
-        };
-        let is = |other: &Key| *other == key;
-        if built.good.as_ref().is_some_and(|(good, _)| is(good)) {
-            built.failed = None;
-            return;
-        }
-        if built.failed.as_ref().is_some_and(|(failed, _)| is(failed)) {
-            return;
-        }
-        let id = StepId { pipeline: pipeline.into(), step: step.step_name().into() };
-        let wake = self.wake.clone();
-        let version = Version::new(Shared {
-            context: version::context(&id, &key.config, &self.namespace, self.generation + 1),
-            id,
-            file: key.file.clone(),
-            program: Arc::clone(&loaded.program),
-            limits: key.limits,
-            on_failure: key.on_failure,
-            devices: Arc::clone(&self.devices),
-            namespace: Arc::clone(&self.namespace),
-            failures: self.failures.clone(),
-            on_hold: Box::new(move || drop(wake.try_send(Wake::Look))),
-            faults: Faults::default(),
-        });
-        match version.trial() {
-            Ok(()) => *built = Built { good: Some((key, Arc::new(version))), failed: None },
-            Err(problems) => {
-                let reason = problem_text(&problems);
-                let kept = if built.good.is_some() { "; the last good version stays" } else { "" };
-                self.failures.report(
-                    &format!("{}: step {pipeline}/{} does not start", key.file, step.step_name()),
-                    1,
-                    &format!("{reason}{kept}"),
-                    "headworks plugin list",
-                );
-                built.failed = Some((key, reason));
-            }
-        }
-    }
-
-    fn status(&self) -> Vec<PluginStatus> {
-        let mut list: Vec<_> = self.files.iter().map(|(name, known)| self.status_of(name, known)).collect();
-        list.sort_by_key(|(order, status)| (*order, status.name.clone()));
-        let refused = self.refused.iter().map(|(file, reason)| PluginStatus {
-            file: file.clone(),
-            name: String::new(),
-            version: String::new(),
-            summary: String::new(),
-            hash: String::new(),
-            state: PluginState::Failed(reason.clone()),
-            imports_granted: Vec::new(),
-            topics: Vec::new(),
-        });
-        list.into_iter().map(|(_, status)| status).chain(refused).collect()
-    }
-
-    fn status_of(&self, name: &str, known: &Known) -> (u64, PluginStatus) {
-        let not_started = self.pipelines.iter().find_map(|pipeline| {
-            let uses = |step: &str| match &pipeline.steps {
-                None => step == name,
-                Some(steps) => steps.iter().any(|s| s.step_name() == step && s.plugin == name),
-            };
-            let (step, built) = pipeline.built.iter().find(|(step, b)| uses(step) && b.failed.is_some())?;
-            let (_, reason) = built.failed.as_ref()?;
-            Some(format!("{}/{step}: {reason}", pipeline.name))
-        });
-        let state = match (known.missing, known.error.clone().or(not_started)) {
-            (true, _) => PluginState::Removed(missing_reason(name, known)),
-            (false, Some(reason)) => PluginState::Failed(reason),
-            (false, None) => PluginState::Active,
-        };
-        let program = known.loaded.as_ref().map(|loaded| &loaded.program);
-        let description = program.map(|program| program.description.clone()).unwrap_or_default();
-        let status = PluginStatus {
-            file: file_name(&known.path),
-            name: name.to_owned(),
-            version: description.version,
-            summary: description.summary,
-            hash: program.map(|program| program.sha256.clone()).unwrap_or_default(),
-            state,
-            imports_granted: program.map(|program| program.imports.clone()).unwrap_or_default(),
-            topics: description.topics,
-        };
-        (known.order, status)
-    }
-
     /// Steps of an earlier start: one whose file is gone holds its pipeline.
     fn recall_steps(&mut self) {
         let Ok(text) = std::fs::read_to_string(&self.known_steps) else { return };
@@ -617,25 +398,6 @@ impl Work {
     }
 }
 
-fn missing_reason(name: &str, known: &Known) -> String {
-    format!(
-        "{} was removed: put it back, or `headworks plugin remove {name}` to go on without it",
-        file_name(&known.path)
-    )
-}
-
-pub(super) fn problem_text(problems: &[Problem]) -> String {
-    let line = |p: &Problem| match p.path.as_str() {
-        "" => p.message.clone(),
-        path => format!("config.{path}: {}", p.message),
-    };
-    problems.iter().map(line).collect::<Vec<_>>().join("; ")
-}
-
 fn file_name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
-
-#[cfg(test)]
-#[path = "catalog_tests.rs"]
-mod tests;

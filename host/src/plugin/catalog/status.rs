@@ -1,0 +1,85 @@
+//! What `plugin list` shows.
+
+use serde::Serialize;
+
+use super::{Known, Work, file_name};
+
+/// A plugin as `plugin list` shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct PluginStatus {
+    pub file: String,
+    /// The step's name: the file's stem without its number.
+    pub name: String,
+    pub version: String,
+    pub summary: String,
+    /// SHA-256 of the file that runs.
+    pub hash: String,
+    pub state: PluginState,
+    pub imports_granted: Vec<String>,
+    pub topics: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case", tag = "is", content = "reason")]
+pub enum PluginState {
+    Active,
+    /// The newest file or config is not used; the last good version runs, if there was one.
+    Failed(String),
+    /// Its file is gone, see the reason for what to do.
+    Removed(String),
+}
+
+impl Work {
+    pub fn status(&self) -> Vec<PluginStatus> {
+        let mut list: Vec<_> = self.files.iter().map(|(name, known)| self.status_of(name, known)).collect();
+        list.sort_by_key(|(order, status)| (*order, status.name.clone()));
+        let refused = self.refused.iter().map(|(file, reason)| PluginStatus {
+            file: file.clone(),
+            name: String::new(),
+            version: String::new(),
+            summary: String::new(),
+            hash: String::new(),
+            state: PluginState::Failed(reason.clone()),
+            imports_granted: Vec::new(),
+            topics: Vec::new(),
+        });
+        list.into_iter().map(|(_, status)| status).chain(refused).collect()
+    }
+
+    fn status_of(&self, name: &str, known: &Known) -> (u64, PluginStatus) {
+        let not_started = self.pipelines.iter().find_map(|pipeline| {
+            let uses = |step: &str| match &pipeline.steps {
+                None => step == name,
+                Some(steps) => steps.iter().any(|s| s.step_name() == step && s.plugin == name),
+            };
+            let (step, built) = pipeline.built.iter().find(|(step, b)| uses(step) && b.failed.is_some())?;
+            let (_, reason) = built.failed.as_ref()?;
+            Some(format!("{}/{step}: {reason}", pipeline.name))
+        });
+        let state = match (known.missing, known.error.clone().or(not_started)) {
+            (true, _) => PluginState::Removed(missing_reason(name, known)),
+            (false, Some(reason)) => PluginState::Failed(reason),
+            (false, None) => PluginState::Active,
+        };
+        let program = known.loaded.as_ref().map(|loaded| &loaded.program);
+        let description = program.map(|program| program.description.clone()).unwrap_or_default();
+        let status = PluginStatus {
+            file: file_name(&known.path),
+            name: name.to_owned(),
+            version: description.version,
+            summary: description.summary,
+            hash: program.map(|program| program.sha256.clone()).unwrap_or_default(),
+            state,
+            imports_granted: program.map(|program| program.imports.clone()).unwrap_or_default(),
+            topics: description.topics,
+        };
+        (known.order, status)
+    }
+}
+
+pub fn missing_reason(name: &str, known: &Known) -> String {
+    format!(
+        "{} was removed: put it back, or `headworks plugin remove {name}` to go on without it",
+        file_name(&known.path)
+    )
+}
