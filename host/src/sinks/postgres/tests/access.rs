@@ -1,0 +1,105 @@
+//! TLS, passwords, rights.
+
+use super::*;
+
+/// A server with a certificate for `localhost` from its own CA, and passwords.
+fn guarded() -> (Server, std::path::PathBuf) {
+    let mut server = Server::start(&[]);
+    let dir = server.dir().to_owned();
+    let openssl = |arguments: &str| {
+        let output = std::process::Command::new("openssl")
+            .args(arguments.split(' '))
+            .current_dir(&dir)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "openssl {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    openssl(
+        "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=ca -keyout ca.key -out ca.pem",
+    );
+    openssl(
+        "req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=localhost -keyout s.key -out s.csr",
+    );
+    server.write("ext", "subjectAltName=DNS:localhost\n");
+    openssl("x509 -req -in s.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile ext -out s.pem");
+    for (from, to) in [("s.key", "data/server.key"), ("s.pem", "data/server.crt")] {
+        let text = std::fs::read_to_string(dir.join(from)).unwrap();
+        server.write(to, &text);
+    }
+    let psql = |sql: &str| {
+        let url = server.url();
+        let output = std::process::Command::new("psql").args([&url, "-qc", sql]).output().unwrap();
+        assert!(output.status.success(), "{sql}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    psql("CREATE ROLE writer LOGIN PASSWORD 'open sesame'");
+    psql("CREATE DATABASE iot OWNER writer");
+    server.write("data/postgresql.auto.conf", "ssl = on\n");
+    server.write("data/pg_hba.conf", "hostssl all writer all scram-sha-256\nhost all postgres all trust\n");
+    server.kill();
+    server.resume();
+    let ca = dir.join("ca.pem");
+    (server, ca)
+}
+
+#[tokio::test]
+async fn tls_and_passwords_are_as_sslmode_says() {
+    let (server, ca) = tokio::task::spawn_blocking(guarded).await.unwrap();
+    let password = Some(Password::File(server.write("password", "open sesame\n")));
+    let open = |host: &str, mode: SslMode, ca: Option<&std::path::Path>, password: Option<Password>| {
+        let config = Config {
+            url: Url(format!("postgres://writer@{host}:{}/iot", server.port)),
+            sslmode: Some(mode),
+            tls: Tls { ca: ca.map(Into::into), ..Tls::default() },
+            password,
+            ..Config::default()
+        };
+        async move { sink(config).open(&claim()).await.map(|_| ()).map_err(|error| format!("{error:?}")) }
+    };
+    let by_ca = Some(ca.as_path());
+    open("localhost", SslMode::VerifyFull, by_ca, password.clone()).await.expect("the name is in it");
+    open("127.0.0.1", SslMode::VerifyCa, by_ca, password.clone()).await.expect("the name does not count");
+    open("127.0.0.1", SslMode::Require, None, password.clone()).await.expect("nothing is verified");
+    open("127.0.0.1", SslMode::Prefer, None, password.clone()).await.expect("nothing is verified");
+
+    let stranger = open("127.0.0.1", SslMode::VerifyFull, by_ca, password.clone()).await.unwrap_err();
+    assert!(stranger.starts_with("Setup") && stranger.contains("certificate"), "{stranger}");
+    let unknown_ca = open("localhost", SslMode::VerifyFull, None, password.clone()).await.unwrap_err();
+    assert!(unknown_ca.starts_with("Setup"), "{unknown_ca}");
+    let plain = open("localhost", SslMode::Disable, None, password.clone()).await.unwrap_err();
+    assert!(plain.starts_with("Setup") && plain.contains("28000"), "{plain}");
+
+    let wrong = Some(Password::File(server.write("wrong", "close sesame")));
+    let wrong = open("localhost", SslMode::Require, None, wrong).await.unwrap_err();
+    assert!(wrong.starts_with("Setup") && wrong.contains("28P01"), "{wrong}");
+    assert!(wrong.contains("password authentication failed for user \\\"writer\\\""), "{wrong}");
+    assert!(!wrong.contains("sesame"), "{wrong}");
+    let none = open("localhost", SslMode::Require, None, None).await.unwrap_err();
+    assert!(none.starts_with("Setup"), "{none}");
+    let unset = Some(Password::Env("HEADWORKS_TEST_NO_SUCH_VARIABLE".to_owned()));
+    let unset = open("localhost", SslMode::Require, None, unset).await.unwrap_err();
+    assert!(unset.contains("HEADWORKS_TEST_NO_SUCH_VARIABLE for the password is not set"), "{unset}");
+    tokio::task::spawn_blocking(move || drop(server)).await.unwrap();
+}
+
+#[test]
+fn a_password_comes_from_the_environment() {
+    // PATH is set everywhere; tests that run beside this one may not be given another variable.
+    assert_eq!(Password::Env("PATH".to_owned()).read(), Ok(std::env::var("PATH").unwrap()));
+}
+
+#[tokio::test]
+async fn a_user_without_rights_is_told_which_table_cannot_be_made() {
+    let fresh = Fresh::new().await;
+    let role = format!("r{}", uuid::Uuid::new_v4().simple());
+    fresh
+        .execute(&format!(
+            "CREATE ROLE {role} LOGIN PASSWORD 'x'; REVOKE CREATE ON SCHEMA public FROM PUBLIC"
+        ))
+        .await;
+    let target = Url(fresh.url.clone()).target();
+    let config = Config { url: Url(format!("postgres://{role}:x@{target}")), ..fresh.config() };
+    let error = sink(config).open(&claim()).await.unwrap_err();
+    fresh.execute(&format!("DROP ROLE {role}")).await;
+    let text = error.to_string();
+    assert!(matches!(error, Error::Setup(_)) && text.contains("headworks_positions"), "{text}");
+}

@@ -1,0 +1,119 @@
+//! Against a real server: the one that HEADWORKS_TEST_POSTGRES names, else a
+//! private one that the tests start together.
+
+mod access;
+mod commits;
+mod rows;
+
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use async_trait::async_trait;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio_postgres::{Client, NoTls};
+
+use super::server::Server;
+use super::*;
+use crate::sinks::columns::{ColumnConfig, ColumnsConfig};
+use crate::sinks::conformance::{Database, advance, claim, conformance_tests, message, position, rows};
+use crate::sinks::{Claim, Error, OnConflict, Rows, Sink};
+
+/// A database of its own on the shared server.
+struct Fresh {
+    url: String,
+    // Stopped when the last test ends.
+    _server: Option<Arc<Server>>,
+}
+
+/// Ends with the last test that uses it.
+fn shared() -> Arc<Server> {
+    static SHARED: Mutex<Weak<Server>> = Mutex::new(Weak::new());
+    let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+    shared.upgrade().unwrap_or_else(|| {
+        let server = Arc::new(Server::start(&["fsync = off"]));
+        *shared = Arc::downgrade(&server);
+        server
+    })
+}
+
+async fn connect(url: &str) -> Client {
+    let (client, connection) = tokio_postgres::connect(url, NoTls).await.expect("the test's server answers");
+    tokio::spawn(connection);
+    client
+}
+
+impl Fresh {
+    async fn new() -> Self {
+        let (server, base) = match std::env::var("HEADWORKS_TEST_POSTGRES") {
+            Ok(url) => (None, url),
+            Err(_) => {
+                let server = tokio::task::spawn_blocking(shared).await.unwrap();
+                let url = server.url();
+                (Some(server), url)
+            }
+        };
+        let name = format!("headworks_{}", uuid::Uuid::new_v4().simple());
+        connect(&base).await.batch_execute(&format!("CREATE DATABASE {name}")).await.unwrap();
+        let (base, query) = base.split_once('?').map_or((base.as_str(), None), |(b, q)| (b, Some(q)));
+        let authority = &base[..base.rfind('/').filter(|at| *at > 12).unwrap_or(base.len())];
+        let query = query.map(|query| format!("?{query}")).unwrap_or_default();
+        Self { url: format!("{authority}/{name}{query}"), _server: server }
+    }
+
+    fn config(&self) -> Config {
+        Config { url: Url(self.url.clone()), ..Config::default() }
+    }
+
+    fn sink(&self) -> PostgresSink {
+        sink(self.config())
+    }
+
+    async fn client(&self) -> Client {
+        connect(&self.url).await
+    }
+
+    async fn execute(&self, sql: &str) {
+        self.client().await.batch_execute(sql).await.unwrap();
+    }
+}
+
+fn sink(config: Config) -> PostgresSink {
+    PostgresSink::new("warehouse", config, Arc::default())
+}
+
+fn columns(columns: &[(&str, &str)]) -> ColumnsConfig {
+    let column = |(name, from): &(&str, &str)| ((*name).to_owned(), ColumnConfig::Source((*from).to_owned()));
+    ColumnsConfig(columns.iter().map(column).collect())
+}
+
+#[async_trait]
+impl Database for Fresh {
+    async fn sink(&self) -> Box<dyn Sink> {
+        Box::new(Fresh::sink(self))
+    }
+
+    async fn written(&self) -> Vec<(String, f64)> {
+        let rows = self.client().await.query("SELECT device_id, value FROM telemetry", &[]).await.unwrap();
+        rows.iter().map(|row| (row.get(0), row.get(1))).collect()
+    }
+}
+
+conformance_tests!(Fresh::new().await);
+
+/// The same promises where rows go through the temporary table.
+mod with_a_unique_key {
+    use super::*;
+
+    async fn fresh() -> Fresh {
+        let fresh = Fresh::new().await;
+        fresh
+            .execute(
+                "CREATE TABLE telemetry (id BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+                 time TIMESTAMPTZ NOT NULL, device_id TEXT NOT NULL, location TEXT, metric TEXT NOT NULL,
+                 value DOUBLE PRECISION NOT NULL)",
+            )
+            .await;
+        fresh
+    }
+
+    conformance_tests!(fresh().await);
+}
