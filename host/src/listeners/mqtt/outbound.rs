@@ -2,7 +2,7 @@
 //! it has not acknowledged, and their packets. Belongs to the session, so that
 //! it outlives a connection.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 
 use bytes::{BufMut, BytesMut};
@@ -162,6 +162,8 @@ pub struct Outbox {
     queue: VecDeque<Queued>,
     bytes: usize,
     inflight: VecDeque<InFlight>,
+    /// Packet ids of `inflight`.
+    ids: HashSet<u16>,
     last_id: u16,
 }
 
@@ -247,15 +249,17 @@ impl Outbox {
         }
         if let Some(at) = at {
             self.inflight.remove(at);
+            self.ids.remove(&packet_id);
         }
         None
     }
 
+    /// Each id in flight is passed over once a round of all ids.
     fn next_id(&mut self) -> u16 {
         // Ends: the window is at most 65,535 and one id is free when we come here.
         loop {
             self.last_id = self.last_id.checked_add(1).unwrap_or(1);
-            if !self.inflight.iter().any(|flight| flight.packet_id == self.last_id) {
+            if self.ids.insert(self.last_id) {
                 return self.last_id;
             }
         }
@@ -288,4 +292,28 @@ fn put(queued: &Queued, packet_id: u16, dup: bool, lifetime: Option<u32>, peer: 
         publish.properties = &own;
     }
     publish.put(peer.version, out);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_packet_id_in_flight_is_not_given_again() {
+        let peer = Peer { version: Version::V5, window: 3, packet_bytes_max: usize::MAX };
+        let limits = QueueLimits { messages_max: 10, bytes_max: 1 << 20 };
+        let message = Arc::new(Message::new("t", b"", &[], 1, 0));
+        let mut outbox = Outbox { connected: true, last_id: u16::MAX - 1, ..Outbox::default() };
+        let send = |outbox: &mut Outbox| {
+            let queued = Queued { message: message.clone(), qos: 1, retain: false, ids: vec![] };
+            assert_eq!(outbox.offer(queued, limits), Offer::QueuedFirst);
+            outbox.fill(peer, usize::MAX, &mut BytesMut::new());
+            outbox.last_id
+        };
+        assert_eq!([send(&mut outbox), send(&mut outbox)], [u16::MAX, 1]);
+        // Round once more: 1 is still out, 65,535 is not.
+        outbox.acked(wire::PUBACK, u16::MAX, 0);
+        outbox.last_id = u16::MAX - 1;
+        assert_eq!([send(&mut outbox), send(&mut outbox)], [u16::MAX, 2]);
+    }
 }
