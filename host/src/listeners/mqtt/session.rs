@@ -81,6 +81,9 @@ struct State {
     kept: bool,
     disconnected_us: u64,
     filters: Vec<Box<str>>,
+    /// Keys of the broker stream that are no longer wanted: they go in the
+    /// next append, whichever connect gets so far.
+    stale: Vec<Vec<u8>>,
 }
 
 /// The right to use a session: one connection at a time.
@@ -250,32 +253,36 @@ impl Sessions {
         clean: bool,
         expiry_s: u32,
     ) -> Result<bool, Stopped> {
-        let mut changes = Vec::new();
-        let (resumed, kept_no_more) = {
+        let (changes, resumed, kept_no_more) = {
             let expired = lock(&session.state).is_expired(super::now_us());
             let resumed = lock(&session.state).alive && !clean && !expired;
             if !resumed {
-                changes = discard(broker, session);
+                discard(broker, session);
             }
             let mut state = lock(&session.state);
+            let mut changes = state.stale_removed();
             (state.alive, state.disconnected_us) = (true, 0);
             state.expiry_s = expiry_s;
             if expiry_s > 0 {
                 changes.push((key(SESSION, session.client_id.as_bytes()), Some(state.to_bytes().into())));
                 state.kept = true;
             } else if state.kept {
-                changes.extend(state.removals(&session.client_id));
+                changes.extend(removed(state.keys(&session.client_id)));
             }
             // The record says connected; if this connect is given up here, the session waits on.
             state.disconnected_us = super::now_us();
-            (resumed, (expiry_s == 0 && state.kept).then_some(state.epoch))
+            (changes, resumed, (expiry_s == 0 && state.kept).then_some(state.epoch))
         };
         session.overflow.store(false, Ordering::Relaxed);
         session.connects.fetch_add(1, Ordering::AcqRel);
         if !changes.is_empty() {
             broker.append_durable(&*broker.broker, &changes).await?;
         }
-        lock(&session.state).connected = true;
+        {
+            let mut state = lock(&session.state);
+            state.connected = true;
+            state.stale.clear();
+        }
         if let Some(epoch) = kept_no_more {
             lock(&session.state).kept = false;
             let received = session.received().clone();
@@ -305,7 +312,8 @@ impl Sessions {
 
     /// Removes a session and all that it left behind.
     fn end(&self, broker: &Broker, session: &Arc<Session>) {
-        let changes = discard(broker, session);
+        discard(broker, session);
+        let changes = lock(&session.state).stale_removed();
         super::append_unawaited(&*broker.broker, &changes);
         let mut by_client = lock(&self.by_client);
         let is_this = by_client.get(&session.client_id).is_some_and(|known| Arc::ptr_eq(known, session));
@@ -339,17 +347,17 @@ impl Drop for Claimed<'_> {
     }
 }
 
-/// Forgets everything of a session; returns what that means for the broker stream.
-fn discard(broker: &Broker, session: &Session) -> Vec<Change> {
-    let mut changes = Vec::new();
+/// Forgets everything of a session; its keys of the broker stream are stale then.
+fn discard(broker: &Broker, session: &Session) {
     let (epoch, filters) = {
         let mut state = lock(&session.state);
         let epoch = state.epoch;
+        let mut stale = std::mem::take(&mut state.stale);
         if state.kept {
-            changes = state.removals(&session.client_id);
+            stale.extend(state.keys(&session.client_id));
         }
         let filters = std::mem::take(&mut state.filters);
-        *state = State { epoch: new_epoch(), ..State::default() };
+        *state = State { epoch: new_epoch(), stale, ..State::default() };
         (epoch, filters)
     };
     for filter in &filters {
@@ -358,7 +366,10 @@ fn discard(broker: &Broker, session: &Session) -> Vec<Change> {
     session.outbox().clear();
     let received = std::mem::take(&mut *session.received());
     forget_ids(broker, epoch, &received);
-    changes
+}
+
+fn removed(keys: Vec<Vec<u8>>) -> Vec<Change> {
+    keys.into_iter().map(|key| (key, None)).collect()
 }
 
 /// Packet ids of an epoch that is no longer kept.
@@ -372,10 +383,14 @@ fn forget_ids(broker: &Broker, epoch: u64, received: &HashMap<u16, Received>) {
 }
 
 impl State {
-    /// The durable record and the subscriptions go.
-    fn removals(&self, client_id: &str) -> Vec<Change> {
-        let filters = self.filters.iter().map(|filter| (subscription_key(self.epoch, filter), None));
-        [(key(SESSION, client_id.as_bytes()), None)].into_iter().chain(filters).collect()
+    /// Of the durable record and the subscriptions.
+    fn keys(&self, client_id: &str) -> Vec<Vec<u8>> {
+        let filters = self.filters.iter().map(|filter| subscription_key(self.epoch, filter));
+        [key(SESSION, client_id.as_bytes())].into_iter().chain(filters).collect()
+    }
+
+    fn stale_removed(&self) -> Vec<Change> {
+        removed(self.stale.clone())
     }
 
     fn is_expired(&self, now_us: u64) -> bool {
@@ -408,6 +423,7 @@ impl State {
             kept: true,
             disconnected_us: u64::from_be_bytes(*rest.first_chunk()?),
             filters: Vec::new(),
+            stale: Vec::new(),
         })
     }
 }

@@ -108,3 +108,37 @@ async fn a_packet_id_past_receive_maximum_is_not_remembered() {
     assert_eq!(stream.bounds().end, Offset(2), "sent again, it is appended");
     host.stop().await;
 }
+
+#[tokio::test]
+async fn a_clean_start_given_up_before_it_is_durable_still_ends_the_old_session() {
+    use futures_util::FutureExt;
+    for swept in [true, false] {
+        let store = MemoryStream::with_hooks("broker", 1);
+        let deps = Deps {
+            streams: Streams::new(vec![], MemoryStream::new("s", 1)),
+            broker: store.clone(),
+            namespace: Arc::default(),
+            failures: Failures::default(),
+            shutdown: CancellationToken::new(),
+        };
+        let broker = Broker::new(&Config::default(), deps);
+        let sessions = &broker.sessions;
+        let (session, turn) = sessions.claim("c", 1).await.unwrap();
+        assert_eq!(sessions.open(&broker, &session, false, 600).await, Ok(false));
+        sessions.close(&broker, &session, turn, None);
+        assert_eq!(store.state(b"se").len(), 1);
+
+        let (session, turn) = sessions.claim("c", 1).await.unwrap();
+        store.set_no_space(true);
+        assert_eq!(sessions.open(&broker, &session, true, 0).now_or_never(), None, "it waits for room");
+        store.set_no_space(false);
+        drop(turn);
+        if swept {
+            sessions.sweep(&broker);
+        } else {
+            let (session, _turn) = sessions.claim("c", 1).await.unwrap();
+            assert_eq!(sessions.open(&broker, &session, true, 0).await, Ok(false));
+        }
+        assert_eq!(store.state(b"se").len(), 0, "swept: {swept}");
+    }
+}
