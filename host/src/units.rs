@@ -13,6 +13,10 @@ pub struct ByteSize(pub u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Period(pub Duration);
 
+/// 100 years: a moment plus a time always is a moment.
+const PERIOD_MAX: Duration = Duration::from_secs(36_525 * DAY_S);
+const DAY_S: u64 = 86_400;
+
 impl ByteSize {
     pub const fn mib(n: u64) -> Self {
         Self(n << 20)
@@ -34,9 +38,12 @@ impl FromStr for ByteSize {
 impl FromStr for Period {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {
-        humantime::parse_duration(text)
-            .map(Self)
-            .map_err(|_| format!("must be a time such as 300ms, 5s or 7d, is \"{text}\""))
+        let time = humantime::parse_duration(text)
+            .map_err(|_| format!("must be a time such as 300ms, 5s or 7d, is \"{text}\""))?;
+        if time > PERIOD_MAX {
+            return Err(format!("must be at most {}, is \"{text}\"", Self(PERIOD_MAX)));
+        }
+        Ok(Self(time))
     }
 }
 
@@ -48,7 +55,14 @@ impl fmt::Display for ByteSize {
 
 impl fmt::Display for Period {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", humantime::format_duration(self.0))
+        // Days, not humantime's months of 30.44 of them.
+        let (days, rest) = (self.0.as_secs() / DAY_S, self.0.as_secs() % DAY_S);
+        let rest = Duration::new(rest, self.0.subsec_nanos());
+        match (days, rest.is_zero()) {
+            (0, _) => write!(f, "{}", humantime::format_duration(rest)),
+            (_, true) => write!(f, "{days}d"),
+            (_, false) => write!(f, "{days}d {}", humantime::format_duration(rest)),
+        }
     }
 }
 
@@ -106,5 +120,28 @@ impl JsonSchema for Period {
     }
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
         json_schema!({ "type": "string", "description": "A time such as 300ms, 5s or 7d." })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_is_shown_as_it_was_written() {
+        for text in ["0s", "300ms", "5s", "1h 30m", "7d", "365d", "36525d", "1d 12h", "1d 1ms"] {
+            assert_eq!(text.parse::<Period>().unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn a_time_past_all_clocks_is_refused() {
+        assert_eq!(
+            "500000000000years".parse::<Period>().unwrap_err(),
+            "must be at most 36525d, is \"500000000000years\""
+        );
+        for wrong in ["", "5", "-1s", "99999999999999999999d", "1 fortnight"] {
+            assert!(wrong.parse::<Period>().is_err(), "{wrong}");
+        }
     }
 }
