@@ -1,8 +1,10 @@
 //! The endpoints.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
-use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::body::{Body, to_bytes};
+use axum::extract::{Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
@@ -18,8 +20,8 @@ const REDRIVE_IDS_MAX: usize = 1_000;
 const EXPOSITION: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// `address` is where it is served: on loopback, requests for another host's
-/// name are refused.
-pub fn router(deps: Deps, address: SocketAddr) -> Router {
+/// name are refused. A request's body must be there within `body_max`.
+pub fn router(deps: Deps, address: SocketAddr, body_max: Duration) -> Router {
     let router = Router::new()
         .route("/", get(index))
         .route("/healthz", get(healthz))
@@ -28,7 +30,7 @@ pub fn router(deps: Deps, address: SocketAddr) -> Router {
         .route("/api/status", get(status))
         .route("/api/dead-letters/redrive", post(redrive))
         .fallback(async || problem(StatusCode::NOT_FOUND, "no such page"))
-        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .layer(middleware::from_fn_with_state(body_max, whole_body))
         .with_state(deps);
     if address.ip().is_loopback() { router.layer(middleware::from_fn(only_local_names)) } else { router }
 }
@@ -75,6 +77,19 @@ async fn redrive(State(deps): State<Deps>, Json(request): Json<RedriveRequest>) 
         Err(error @ RedriveError::Unavailable(_)) => {
             problem(StatusCode::SERVICE_UNAVAILABLE, &error.to_string())
         }
+    }
+}
+
+/// Reads the body before a handler is called: bounded in bytes and in time.
+async fn whole_body(State(within): State<Duration>, request: Request, next: Next) -> Response {
+    let (head, body) = request.into_parts();
+    match tokio::time::timeout(within, to_bytes(body, BODY_BYTES_MAX)).await {
+        Ok(Ok(body)) => next.run(Request::from_parts(head, Body::from(body))).await,
+        Ok(Err(_)) => problem(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            &format!("the body must come whole and have at most {BODY_BYTES_MAX} bytes"),
+        ),
+        Err(_) => problem(StatusCode::REQUEST_TIMEOUT, "the body took too long"),
     }
 }
 

@@ -4,16 +4,26 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::serve::Listener;
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use super::{Config, Deps, routes};
 
 /// Connections at once; more wait in the kernel's queue.
 const CONNECTIONS_MAX: usize = 64;
+/// From a connection's begin, or its last answer, to the end of a request's
+/// head; as long again for its body. Who is slower loses the connection, so that
+/// silent ones cannot keep `/healthz` from the others.
+const REQUEST_MAX: Duration = Duration::from_secs(30);
+/// After an accept that failed: most likely no file descriptor is free.
+const ACCEPT_AGAIN_AFTER: Duration = Duration::from_secs(1);
 /// Histogram samples are folded into buckets at least this often.
 const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 /// What clients get at a shutdown.
@@ -48,15 +58,23 @@ impl Handle {
 
 /// Listens from the moment it returns, until `shutdown`.
 pub async fn start(config: &Config, deps: Deps, shutdown: CancellationToken) -> Result<Handle, Error> {
+    start_with(config, deps, shutdown, REQUEST_MAX).await
+}
+
+/// The same with another time for slow clients.
+pub(super) async fn start_with(
+    config: &Config,
+    deps: Deps,
+    shutdown: CancellationToken,
+    request_max: Duration,
+) -> Result<Handle, Error> {
     let address = config.address().ok_or_else(|| Error::Address(config.bind.clone()))?;
     let failed = |error| Error::Bind { address, error };
     let listener = TcpListener::bind(address).await.map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
     let prometheus = deps.prometheus.clone();
-    let router = routes::router(deps, address);
-    let listener = Limited { listener, slots: Arc::new(Semaphore::new(CONNECTIONS_MAX)) };
+    let router = routes::router(deps, address, request_max);
     let task = tokio::spawn(async move {
-        let serve = axum::serve(listener, router).with_graceful_shutdown(shutdown.clone().cancelled_owned());
         let upkeep = async {
             let mut ticks = tokio::time::interval(UPKEEP_EVERY);
             loop {
@@ -69,11 +87,7 @@ pub async fn start(config: &Config, deps: Deps, shutdown: CancellationToken) -> 
             tokio::time::sleep(CLOSE_MAX).await;
         };
         tokio::select! {
-            ended = serve.into_future() => {
-                if let Err(error) = ended {
-                    tracing::warn!(%error, "admin server ended");
-                }
-            }
+            () = serve(listener, router, request_max, &shutdown) => {}
             () = upkeep => {}
             () = closed => {}
         }
@@ -81,63 +95,46 @@ pub async fn start(config: &Config, deps: Deps, shutdown: CancellationToken) -> 
     Ok(Handle { address, task })
 }
 
-/// A listener with at most [`CONNECTIONS_MAX`] connections.
-struct Limited {
-    listener: TcpListener,
-    slots: Arc<Semaphore>,
+/// Returns once the last connection is closed after the shutdown.
+async fn serve(listener: TcpListener, router: Router, request_max: Duration, shutdown: &CancellationToken) {
+    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let connections = TaskTracker::new();
+    let accept = async {
+        loop {
+            let slot = Arc::clone(&slots).acquire_owned().await.expect("the semaphore is never closed");
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    let serving = connection(stream, router.clone(), request_max, shutdown.clone());
+                    connections.spawn(async move {
+                        serving.await;
+                        drop(slot);
+                    });
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "the admin server cannot accept a connection");
+                    tokio::time::sleep(ACCEPT_AGAIN_AFTER).await;
+                }
+            }
+        }
+    };
+    tokio::select! {
+        () = shutdown.cancelled() => {}
+        () = accept => {}
+    }
+    connections.close();
+    connections.wait().await;
 }
 
-impl Listener for Limited {
-    type Io = Connection;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> (Connection, SocketAddr) {
-        let slot = self.slots.clone().acquire_owned().await.expect("the semaphore is never closed");
-        let (stream, peer) = Listener::accept(&mut self.listener).await;
-        (Connection { stream, _slot: slot }, peer)
+async fn connection(stream: TcpStream, router: Router, request_max: Duration, shutdown: CancellationToken) {
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(request_max)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    let mut connection = std::pin::pin!(connection);
+    // A client that breaks off is its own affair.
+    tokio::select! {
+        _ = connection.as_mut() => return,
+        () = shutdown.cancelled() => connection.as_mut().graceful_shutdown(),
     }
-
-    fn local_addr(&self) -> std::io::Result<SocketAddr> {
-        self.listener.local_addr()
-    }
-}
-
-/// Gives its slot back when it is dropped.
-struct Connection {
-    stream: TcpStream,
-    _slot: OwnedSemaphorePermit,
-}
-
-mod io {
-    use std::io;
-    use std::pin::Pin;
-    use std::task::{Context, Poll};
-
-    use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-
-    use super::Connection;
-
-    impl AsyncRead for Connection {
-        fn poll_read(
-            mut self: Pin<&mut Self>,
-            cx: &mut Context<'_>,
-            buf: &mut ReadBuf<'_>,
-        ) -> Poll<io::Result<()>> {
-            Pin::new(&mut self.stream).poll_read(cx, buf)
-        }
-    }
-
-    impl AsyncWrite for Connection {
-        fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-            Pin::new(&mut self.stream).poll_write(cx, buf)
-        }
-
-        fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Pin::new(&mut self.stream).poll_flush(cx)
-        }
-
-        fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Pin::new(&mut self.stream).poll_shutdown(cx)
-        }
-    }
+    let _ = connection.await;
 }

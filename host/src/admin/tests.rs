@@ -1,4 +1,5 @@
 use std::sync::Mutex;
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -28,6 +29,10 @@ struct Running {
 }
 
 async fn run() -> Running {
+    run_with(Duration::from_secs(30)).await
+}
+
+async fn run_with(request_max: Duration) -> Running {
     let redriven = Arc::new(Redriven::default());
     let trouble = Arc::new(Mutex::new(None::<String>));
     let recorder = metrics::builder().build_recorder();
@@ -46,7 +51,7 @@ async fn run() -> Running {
     };
     let shutdown = CancellationToken::new();
     let config = Config { bind: "127.0.0.1:0".to_owned(), allow_remote: false };
-    let handle = start(&config, deps, shutdown.clone()).await.unwrap();
+    let handle = server::start_with(&config, deps, shutdown.clone(), request_max).await.unwrap();
     Running { handle, shutdown, redriven, trouble }
 }
 
@@ -147,4 +152,30 @@ async fn it_ends_with_the_shutdown_and_a_taken_port_is_named() {
     assert!(error.contains(&taken.bind) && error.contains("admin.bind"), "{error}");
     running.shutdown.cancel();
     running.handle.closed().await;
+}
+
+/// More than there are places for: the last is answered once the others are let go.
+#[tokio::test]
+async fn clients_that_say_nothing_or_half_a_request_keep_nobody_out() {
+    let running = run_with(Duration::from_millis(50)).await;
+    let mut slow = Vec::new();
+    for number in 0..65 {
+        let mut stream = TcpStream::connect(running.handle.address()).await.unwrap();
+        let part = [
+            "",
+            "GET /healthz HTT",
+            "POST /api/status HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n{",
+        ];
+        stream.write_all(part[number % part.len()].as_bytes()).await.unwrap();
+        slow.push(stream);
+    }
+    assert!(running.get("/healthz").await.starts_with("HTTP/1.1 200"));
+}
+
+#[tokio::test]
+async fn a_body_past_the_bound_is_refused() {
+    let running = run().await;
+    let answer = running.post(&" ".repeat((64 << 10) + 1), "application/json").await;
+    assert!(answer.starts_with("HTTP/1.1 413"), "{answer}");
+    assert!(running.redriven.0.lock().unwrap().is_empty());
 }
