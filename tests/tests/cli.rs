@@ -58,6 +58,16 @@ fn plugins_are_listed_inspected_and_measured() {
 }
 
 #[test]
+fn a_plugin_file_that_cannot_be_read_hides_no_other() {
+    let host = Host::prepare("cli-unreadable", "");
+    host.drop_plugin("10-normalize.wasm", prebuilt("normalize"));
+    std::os::unix::fs::symlink("/nowhere", host.folder.join("plugins/05-gone.wasm")).expect("a link");
+    let list = host.cli(&["plugin", "list"]);
+    assert!(list.contains("05-gone.wasm") && list.contains("cannot run"), "{list}");
+    assert!(list.contains("10-normalize.wasm  normalize"), "{list}");
+}
+
+#[test]
 fn validate_accepts_what_runs_and_schema_describes_it() {
     let host = Host::prepare("cli-validate", &telemetry::config(&telemetry::sqlite_sink()));
     host.cli(&["validate"]);

@@ -49,7 +49,10 @@ pub fn plugin(command: PluginCommand, out: &mut Out) -> anyhow::Result<()> {
                 out.line(format!("removed {}", file.display()))?;
             }
             if files.is_empty() {
-                out.line(format!("no file of `{name}` was left; pipelines may go on without it"))?;
+                out.line(format!(
+                    "no file of `{name}` is in {}; pipelines that waited for it may go on without it",
+                    config.plugins.dir.display()
+                ))?;
             }
             Ok(())
         }
@@ -63,7 +66,7 @@ fn list(dir: &Path, format: Format, out: &mut Out) -> anyhow::Result<()> {
     }
     let mut table = vec![["FILE", "PLUGIN", "VERSION", "TOPICS", "SUMMARY"].map(str::to_owned).to_vec()];
     for file in files {
-        let inspection = plugin::inspect(&file)?;
+        let inspection = plugin::inspect(&file).unwrap_or_else(|error| unreadable(&file, &error));
         if format == Format::Json {
             out.json(&inspection)?;
             continue;
@@ -80,6 +83,22 @@ fn list(dir: &Path, format: Format, out: &mut Out) -> anyhow::Result<()> {
         });
     }
     if format == Format::Text { out.table(&table) } else { Ok(()) }
+}
+
+/// One file that cannot be read hides none of the others.
+fn unreadable(file: &Path, error: &plugin::Error) -> Inspection {
+    Inspection {
+        file: file.display().to_string(),
+        bytes: 0,
+        sha256: String::new(),
+        form: None,
+        kind: None,
+        granted: Vec::new(),
+        denied: Vec::new(),
+        exports: Vec::new(),
+        description: None,
+        problem: Some(error.to_string()),
+    }
 }
 
 /// By the number in front, files without one last; as the folder runs them.
