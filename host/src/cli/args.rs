@@ -1,5 +1,6 @@
 //! Commands and their options, with the help texts.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -168,8 +169,8 @@ pub enum DeadLettersCommand {
     /// One line for each refused message, newest last
     List {
         /// At most this many, the newest
-        #[arg(long, default_value_t = 50, value_name = "N")]
-        max: usize,
+        #[arg(long, default_value = "50", value_name = "N")]
+        max: NonZeroUsize,
         #[command(flatten)]
         filter: LetterFilter,
         #[command(flatten)]
@@ -271,8 +272,14 @@ mod tests {
     }
 
     #[test]
-    fn a_redrive_of_nothing_or_of_ids_and_all_is_refused() {
-        for line in ["dead-letters redrive", "dead-letters redrive --all 17", "dead-letters show x", ""] {
+    fn what_would_do_nothing_or_two_things_is_refused() {
+        for line in [
+            "dead-letters redrive",
+            "dead-letters redrive --all 17",
+            "dead-letters show x",
+            "dead-letters list --max 0",
+            "",
+        ] {
             let words = std::iter::once("headworks").chain(line.split_whitespace());
             assert!(Cli::try_parse_from(words).is_err(), "{line}");
         }

@@ -26,7 +26,7 @@ pub fn dead_letters(command: DeadLettersCommand, out: &mut Out) -> anyhow::Resul
     match command {
         DeadLettersCommand::List { max, filter, config, format } => {
             let config = config::load(config.config.as_deref())?.config;
-            list(open(&config, Offset(0))?, max, &filter, format.format, out)
+            list(open(&config, Offset(0))?, max.get(), &filter, format.format, out)
         }
         DeadLettersCommand::Show { id, config, format } => {
             let config = config::load(config.config.as_deref())?.config;
