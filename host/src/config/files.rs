@@ -1,6 +1,8 @@
 //! One file, or a folder of files merged by top-level key.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
@@ -63,12 +65,14 @@ pub fn read(path: &Path) -> Result<Files, Error> {
     };
     let mut texts = Vec::new();
     for name in names {
-        let bytes = std::fs::metadata(&name).map_err(|error| failed(&name, error))?.len();
-        if bytes > FILE_BYTES_MAX {
-            let error = format!("has {bytes} bytes, {FILE_BYTES_MAX} at most are read");
+        // Bounded by what is read: a pipe or a device has no length to ask for.
+        let mut text = String::new();
+        let file = File::open(&name).map_err(|error| failed(&name, error))?;
+        file.take(FILE_BYTES_MAX + 1).read_to_string(&mut text).map_err(|error| failed(&name, error))?;
+        if text.len() as u64 > FILE_BYTES_MAX {
+            let error = format!("is too long, {FILE_BYTES_MAX} bytes at most are read");
             return Err(Error::Read { path: name, error });
         }
-        let text = std::fs::read_to_string(&name).map_err(|error| failed(&name, error))?;
         texts.push((name, text));
     }
     merge(texts)
