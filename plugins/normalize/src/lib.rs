@@ -41,8 +41,9 @@ impl Normalize {
         check_device(settings, message, required(device, &settings.device_id)?)?;
         let value = required(value, &settings.value)?;
         check_value(settings, value)?;
-        let event_us = read_timestamp(settings, required(timestamp, &settings.timestamp)?)?;
-        check_range(settings, event_us, message.now_us())?;
+        let timestamp = required(timestamp, &settings.timestamp)?;
+        let event_us = read_timestamp(settings, timestamp)?;
+        check_range(settings, timestamp, event_us, message.now_us())?;
 
         self.ts_utc.clear();
         self.ts_utc.push(b'"');
@@ -129,7 +130,7 @@ fn read_timestamp(settings: &Settings, raw: Raw<'_>) -> Result<i64, String> {
     })
 }
 
-fn check_range(settings: &Settings, event_us: i64, now_us: u64) -> Result<(), String> {
+fn check_range(settings: &Settings, raw: Raw<'_>, event_us: i64, now_us: u64) -> Result<(), String> {
     let now_us = i64::try_from(now_us).unwrap_or(i64::MAX);
     let too_late = settings.future_max_us.is_some_and(|max| event_us > now_us.saturating_add(max));
     let too_early = settings.past_max_us.is_some_and(|max| event_us < now_us.saturating_sub(max));
@@ -139,7 +140,8 @@ fn check_range(settings: &Settings, event_us: i64, now_us: u64) -> Result<(), St
     let key = &settings.timestamp;
     let mut at = Vec::new();
     time::write_rfc3339(&mut at, event_us);
-    let at = String::from_utf8_lossy(&at);
+    // A year that RFC 3339 cannot write is shown as it was sent.
+    let at = if at.is_empty() { shown(raw) } else { String::from_utf8_lossy(&at).into_owned() };
     let why = if too_late || event_us >= END_US { "too far in the future" } else { "too far in the past" };
     Err(format!("field \"{key}\" is {why}: {at}"))
 }
