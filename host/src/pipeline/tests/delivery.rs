@@ -243,3 +243,26 @@ async fn full_dead_letters_hold_the_pipeline_until_there_is_room() {
     assert_eq!((world.payloads("w").len(), world.letters().await.len()), (29, 1));
     process.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sink_that_refuses_more_than_its_share_pauses_and_makes_no_letters() {
+    let mut world = World::new(1, &[("default", "w")]);
+    // All in one commit, so that its share is known before any letter is made.
+    world.batching.rows_max = 2_000;
+    world.batching.bytes_max = 4 << 20;
+    world.batching.wait_max = Duration::from_secs(3_600);
+    world.database("w").refuse(|_| Some("no such column".to_owned()));
+    let process = world.start(chain(1, &[])).await;
+    world.publish(&(0..2_000).map(|n| ("d0", n)).collect::<Vec<_>>());
+    let paused = "refused 2000 of 2000 rows";
+    let status = process
+        .until("paused", |s| matches!(&s.sinks[0].state, State::Retrying(why) if why.contains(paused)))
+        .await;
+    assert_eq!(status.sinks[0].committed, Some(Offset(0)));
+    assert!(world.letters().await.is_empty());
+    world.database("w").refuse(|_| None);
+    process.drained().await;
+    assert_eq!(sorted(world.payloads("w")), published(1, 2_000));
+    assert!(world.letters().await.is_empty());
+    process.stop().await;
+}
