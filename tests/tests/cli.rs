@@ -41,7 +41,15 @@ fn a_dead_letter_is_listed_shown_and_sent_again() {
     let id = letters[0]["id"].to_string();
     let shown = host.cli(&["dead-letters", "show", &id]);
     assert!(shown.contains("not json") && shown.contains("sensor-2"), "{shown}");
+    // It is refused again, by the same step: that is a letter of its own.
     host.cli(&["dead-letters", "redrive", &id]);
+    let id = letters[0]["id"].as_u64();
+    let ids = |args: &[&str]| -> Vec<_> { host.cli_json(args).iter().map(|l| l["id"].as_u64()).collect() };
+    eventually("the letter shows as sent", Duration::from_secs(30), || {
+        let open = ids(&["dead-letters", "list"]);
+        (open.len() == 1 && open[0] != id).then_some(())
+    });
+    assert_eq!(ids(&["dead-letters", "list", "--sent"]).first(), Some(&id));
 }
 
 #[test]

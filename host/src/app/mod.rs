@@ -52,8 +52,11 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
         forget_strangers(log, &config);
     }
     let streams = streams.set;
-    let dead_letters =
-        open_log(&data_dir.join("dead-letters"), "dead-letters", &config.dead_letters.stream())?;
+    let dead_letters = open_log(
+        &data_dir.join("dead-letters"),
+        "dead-letters",
+        &config.dead_letters.stream(config.mqtt.max_packet_size),
+    )?;
     forget_strangers(&dead_letters, &config);
     let dead_letters: Arc<dyn Stream> = dead_letters;
     let broker: Arc<dyn Stream> = open_log(&data_dir.join("broker"), "broker", &broker_stream())?;

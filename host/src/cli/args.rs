@@ -171,6 +171,9 @@ pub enum DeadLettersCommand {
         /// At most this many, the newest
         #[arg(long, default_value = "50", value_name = "N")]
         max: NonZeroUsize,
+        /// Also those that were sent again
+        #[arg(long)]
+        sent: bool,
         #[command(flatten)]
         filter: LetterFilter,
         #[command(flatten)]

@@ -1,5 +1,6 @@
 //! `headworks dead-letters`: refused messages, each with who refused it and why.
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -12,6 +13,7 @@ use super::{admin_client, block_on, message, streams};
 use crate::admin::{RedriveAnswer, RedriveRequest};
 use crate::batch::{Batch, MessageRef, Offset};
 use crate::config::{self, Config, DEAD_LETTERS};
+use crate::pipeline::{DONE_PREFIX, sent_again};
 use crate::properties::{self, Origin};
 use crate::stream::Read;
 use crate::stream::log::ReadOnly;
@@ -24,9 +26,9 @@ const REDRIVE: &str = "dead-letter-redrive";
 
 pub fn dead_letters(command: DeadLettersCommand, out: &mut Out) -> anyhow::Result<()> {
     match command {
-        DeadLettersCommand::List { max, filter, config, format } => {
+        DeadLettersCommand::List { max, sent, filter, config, format } => {
             let config = config::load(config.config.as_deref())?.config;
-            list(open(&config, Offset(0))?, max.get(), &filter, format.format, out)
+            list(open(&config, Offset(0))?, max.get(), sent, &filter, format.format, out)
         }
         DeadLettersCommand::Show { id, config, format } => {
             let config = config::load(config.config.as_deref())?.config;
@@ -44,24 +46,31 @@ fn open(config: &Config, from: Offset) -> anyhow::Result<Option<ReadOnly>> {
     streams::open(config, DEAD_LETTERS, from)
 }
 
-/// `letters` reads from the first one on.
+/// `letters` reads from the first one on; `with_sent`: also those that were sent again.
 fn list(
     mut letters: Option<ReadOnly>,
     max: usize,
+    with_sent: bool,
     filter: &LetterFilter,
     format: Format,
     out: &mut Out,
 ) -> anyhow::Result<()> {
     let mut rows: std::collections::VecDeque<Vec<String>> = std::collections::VecDeque::new();
     let mut lines: std::collections::VecDeque<Map<String, Value>> = std::collections::VecDeque::new();
-    let mut found = 0_u64;
+    let (mut found, mut hidden) = (0_u64, 0_u64);
     let mut has_waited = false;
+    let sent = sent_offsets(letters.as_ref())?;
     while let Some(batch) = next_batch(letters.as_mut(), &mut has_waited)? {
         for letter in batch.messages().filter(|letter| is_wanted(letter, filter)) {
+            let is_sent = sent.contains(&letter.offset().0);
+            if is_sent && !with_sent {
+                hidden += 1;
+                continue;
+            }
             found += 1;
             match format {
-                Format::Text => rows.push_back(row(&letter)),
-                Format::Json => lines.push_back(to_json(&letter)),
+                Format::Text => rows.push_back(row(&letter, is_sent)),
+                Format::Json => lines.push_back(to_json(&letter, is_sent)),
             }
             if rows.len() > max {
                 rows.pop_front();
@@ -73,7 +82,10 @@ fn list(
     }
     match format {
         Format::Json => lines.iter().try_for_each(|line| out.json(line)),
-        Format::Text if rows.is_empty() => out.line("no dead letters"),
+        Format::Text if rows.is_empty() && hidden == 0 => out.line("no dead letters"),
+        Format::Text if rows.is_empty() => {
+            out.line(format!("no dead letters but {hidden} that were sent again: --sent shows them"))
+        }
         Format::Text => {
             let head = ["ID", "TIME", "PIPELINE", "REFUSED BY", "DEVICE", "TOPIC", "REASON"];
             let shown = rows.len() as u64;
@@ -82,6 +94,9 @@ fn list(
             out.table(&table)?;
             if found > shown {
                 out.line(format!("\n{} older ones: --max {found} shows all", found - shown))?;
+            }
+            if hidden > 0 {
+                out.line(format!("\n{hidden} more were sent again: --sent shows them"))?;
             }
             Ok(())
         }
@@ -93,11 +108,13 @@ fn show(mut letters: Option<ReadOnly>, id: u64, format: Format, out: &mut Out) -
     let missing = || format!("no dead letter {id}: `headworks dead-letters list` shows what there is");
     let batch = next_batch(letters.as_mut(), &mut false)?.with_context(missing)?;
     let letter = batch.messages().find(|letter| letter.offset() == Offset(id)).with_context(missing)?;
+    let is_sent = sent_offsets(letters.as_ref())?.contains(&id);
     if format == Format::Json {
-        return out.json(&to_json(&letter));
+        return out.json(&to_json(&letter, is_sent));
     }
     let mut fields: Vec<(String, String)> = vec![
         ("id".into(), id.to_string()),
+        ("sent again".into(), if is_sent { "yes" } else { "no" }.into()),
         ("reason".into(), property(&letter, "reason")),
         ("refused by".into(), refused_by(&letter)),
         ("kind".into(), property(&letter, "kind")),
@@ -181,9 +198,15 @@ fn is_wanted(letter: &MessageRef<'_>, filter: &LetterFilter) -> bool {
         && fits(&filter.step, "step")
 }
 
-fn row(letter: &MessageRef<'_>) -> Vec<String> {
+/// Letters that a redrive took, whatever became of them.
+fn sent_offsets(letters: Option<&ReadOnly>) -> anyhow::Result<HashSet<u64>> {
+    let state = letters.map(|letters| letters.state(DONE_PREFIX)).transpose()?;
+    Ok(sent_again(state.unwrap_or_default()))
+}
+
+fn row(letter: &MessageRef<'_>, is_sent: bool) -> Vec<String> {
     vec![
-        letter.offset().0.to_string(),
+        if is_sent { format!("{} (sent)", letter.offset().0) } else { letter.offset().0.to_string() },
         time(letter.entry.received_us),
         property(letter, "pipeline"),
         refused_by(letter),
@@ -200,8 +223,9 @@ fn refused_by(letter: &MessageRef<'_>) -> String {
     }
 }
 
-fn to_json(letter: &MessageRef<'_>) -> Map<String, Value> {
+fn to_json(letter: &MessageRef<'_>, is_sent: bool) -> Map<String, Value> {
     let mut all = message::to_json(letter);
+    all.insert("sent_again".into(), is_sent.into());
     if let Some(id) = all.remove("offset") {
         all.insert("id".into(), id);
     }

@@ -54,7 +54,7 @@ pub fn open(config: &Config, name: &str, from: Offset) -> anyhow::Result<Option<
 fn list(config: &Config, format: Format, out: &mut Out) -> anyhow::Result<()> {
     let head = ["STREAM", "FIRST", "NEXT", "MESSAGES", "PARTITIONS", "TOPICS"];
     let mut table = vec![head.map(str::to_owned).to_vec()];
-    let dead_letters = config.dead_letters.stream();
+    let dead_letters = config.dead_letters.stream(config.mqtt.max_packet_size);
     let streams = config.streams.iter().map(|(name, stream)| (name.as_str(), stream));
     for (name, stream) in streams.chain([(DEAD_LETTERS, &dead_letters)]) {
         let bounds = match open(config, name, Offset(0))? {

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use super::{Config, suggest};
 use crate::problems::{KeyPath, Problems};
 use crate::topic::{Namespace, TopicFilter};
+use crate::units::ByteSize;
 
 /// Names are parts of file names, metric labels and keys.
 const NAME_BYTES_MAX: usize = 64;
@@ -63,6 +64,16 @@ fn streams(config: &Config, problems: &mut Problems) {
             problems.add(path.clone(), "is the name of the stream of refused messages, take another");
         }
         stream.validate(&path, problems);
+        // Once as a message, once as its topic's retained message; its properties too.
+        let (packet, buffer) = (config.mqtt.max_packet_size, stream.commit_buffer_bytes_max);
+        let needed = ByteSize((2 * packet.0).saturating_add(1 << 20));
+        if buffer < needed {
+            let message = format!(
+                "must be at least {needed}, twice mqtt.max_packet_size ({packet}) and 1 MiB, is {buffer}; \
+                 a packet must fit into one commit"
+            );
+            problems.add(path.key("commit_buffer_bytes_max"), message);
+        }
         if stream.topics.is_empty() {
             if let Some(other) = taking_the_rest {
                 let message =

@@ -5,6 +5,7 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::plugin::MADE_PAYLOAD_BYTES_MAX;
 use crate::problems::{KeyPath, Problems};
 use crate::stream::{self, Retention};
 use crate::units::{ByteSize, Period};
@@ -19,6 +20,9 @@ pub struct DeadLettersConfig {
     pub max_bytes: ByteSize,
 }
 
+/// Topic, properties, reason and the keys of one letter.
+const BESIDE_PAYLOAD_BYTES_MAX: u64 = 1 << 20;
+
 impl Default for DeadLettersConfig {
     fn default() -> Self {
         Self { max_age: Some(Period(Duration::from_secs(30 * 24 * 60 * 60))), max_bytes: ByteSize::gib(1) }
@@ -32,11 +36,15 @@ impl DeadLettersConfig {
         }
     }
 
-    /// The stream that keeps them: small, and it may use its reserve on a full disk.
-    pub fn stream(&self) -> stream::Config {
+    /// The stream that keeps them: small, and it may use its reserve on a full
+    /// disk. `payload_max`: of the messages that may come; each letter is one append.
+    pub fn stream(&self, payload_max: ByteSize) -> stream::Config {
+        let default = stream::Config::dead_letters();
+        let letter_max = payload_max.0.max(MADE_PAYLOAD_BYTES_MAX as u64) + BESIDE_PAYLOAD_BYTES_MAX;
         stream::Config {
             retention: Retention { max_age: self.max_age, max_bytes: self.max_bytes },
-            ..stream::Config::dead_letters()
+            commit_buffer_bytes_max: default.commit_buffer_bytes_max.max(ByteSize(letter_max)),
+            ..default
         }
     }
 }

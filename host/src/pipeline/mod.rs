@@ -48,7 +48,7 @@ pub use dead_letters::{DeadLetters, Error as DeadLettersError};
 pub use dead_letters_config::DeadLettersConfig;
 pub use letter::Letter;
 pub use metrics::METRICS;
-pub use redrive::{Filter, RedriveError, Summary, is_open, list_open};
+pub use redrive::{DONE_PREFIX, Filter, RedriveError, Summary, is_open, list_open, sent_again};
 pub use status::{PipelineStatus, SinkStatus, State};
 
 use delivery::{Control, Delivery};

@@ -27,7 +27,7 @@ use crate::step::{Chain, Refused, RefusedKind, Step};
 use crate::stream::{AppendError, Read, ReadError, StateChange, Stream, Ticket};
 
 /// State key of a letter that has a copy: then its offset, big-endian.
-const DONE_PREFIX: &[u8] = b"rd";
+pub const DONE_PREFIX: &[u8] = b"rd";
 /// Runs of one message that asks for a retry.
 const ATTEMPTS_MAX: u32 = 3;
 /// Marks removed in one append.
@@ -468,8 +468,14 @@ fn done_key(offset: Offset) -> Vec<u8> {
 }
 
 fn done_offsets(dead_letters: &dyn Stream) -> HashSet<u64> {
+    sent_again(dead_letters.state(DONE_PREFIX))
+}
+
+/// Offsets of the letters that were sent again, from the dead letters' state
+/// below [`DONE_PREFIX`].
+pub fn sent_again(state: Vec<(Vec<u8>, Vec<u8>)>) -> HashSet<u64> {
     let offset = |(key, _): (Vec<u8>, Vec<u8>)| {
         key.strip_prefix(DONE_PREFIX).and_then(|rest| rest.try_into().ok()).map(u64::from_be_bytes)
     };
-    dead_letters.state(DONE_PREFIX).into_iter().filter_map(offset).collect()
+    state.into_iter().filter_map(offset).collect()
 }

@@ -11,8 +11,9 @@ use crate::topic::{self, DEVICE_ID_BYTES_MAX};
 const GROWTH_WORDS_MAX: usize = 256;
 pub(super) const ROUTE_BYTES_MAX: usize = 64;
 const REASON_BYTES_MAX: usize = 4 << 10;
-/// A payload over its source's: a letter of it must fit into one append.
-pub(super) const PAYLOAD_GROWTH_MAX: usize = 4 << 20;
+/// A payload that a plugin made, unless its source's is larger still: whatever
+/// the chain of steps, a letter of it fits into one append.
+pub const MADE_PAYLOAD_BYTES_MAX: usize = 8 << 20;
 
 /// Why an answer was not used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -113,8 +114,8 @@ impl<'a> Answer<'a> {
     #[inline]
     pub fn payload(&self, record: Record<'_>, source: &Entry) -> Result<&'a [u8], Wrong> {
         let bytes = self.bytes(record.payload()).ok_or("its payload lies outside of its segment")?;
-        if bytes.len() > source.payload.len() + PAYLOAD_GROWTH_MAX {
-            return Err("its payload grew by more than 4 MiB");
+        if bytes.len() > source.payload.len().max(MADE_PAYLOAD_BYTES_MAX) {
+            return Err("its payload is larger than its source's and than 8 MiB");
         }
         Ok(bytes)
     }

@@ -1,6 +1,6 @@
 use proptest::prelude::*;
 
-use super::super::answer::{PAYLOAD_GROWTH_MAX, ROUTE_BYTES_MAX};
+use super::super::answer::{MADE_PAYLOAD_BYTES_MAX, ROUTE_BYTES_MAX};
 use super::super::arena::spans;
 use super::*;
 use crate::topic::{self, DEVICE_ID_BYTES_MAX};
@@ -101,20 +101,20 @@ proptest! {
 }
 
 #[test]
-fn a_payload_grows_by_at_most_4_mib() {
+fn a_payload_that_a_plugin_made_has_at_most_8_mib() {
     let batch = input(1);
-    let check = |grown: usize| {
+    let check = |len: usize| {
         let mut words = [0_u32; 8 + 16];
         words[..4].copy_from_slice(&[1, 8, 16, 1]);
         words[9] = set::PAYLOAD;
-        words[13] = (DATA_SEGMENT as u32) << 28 | (5 + grown) as u32;
+        words[13] = (DATA_SEGMENT as u32) << 28 | len as u32;
         let outputs = words.into_iter().flat_map(u32::to_le_bytes).collect();
-        let raw = Raw { verdicts: vec![verdict::EMIT], outputs, data: vec![b'x'; 5 + grown] };
+        let raw = Raw { verdicts: vec![verdict::EMIT], outputs, data: vec![b'x'; len] };
         let target =
             Target { batch: &batch, numbers: None, namespace: &Namespace::default(), retries_used_up: true };
         Collected::default().take(&batch, raw, &Limits::default(), 1 << 30, &target)
     };
-    assert_eq!(check(PAYLOAD_GROWTH_MAX), Ok(()));
-    let what = "its payload grew by more than 4 MiB";
-    assert_eq!(check(PAYLOAD_GROWTH_MAX + 1), Err(Fault::Record { record: 0, what }));
+    assert_eq!(check(MADE_PAYLOAD_BYTES_MAX), Ok(()));
+    let what = "its payload is larger than its source's and than 8 MiB";
+    assert_eq!(check(MADE_PAYLOAD_BYTES_MAX + 1), Err(Fault::Record { record: 0, what }));
 }

@@ -31,7 +31,7 @@ mod test_plugins;
 mod tests;
 mod version;
 
-pub use answer::Fault;
+pub use answer::{Fault, MADE_PAYLOAD_BYTES_MAX};
 pub use cache::CacheError;
 pub use catalog::{PluginState, PluginStatus, Plugins};
 pub use compile::{CHILD_COMMAND, CompileError, Compiler, compile_child_main};

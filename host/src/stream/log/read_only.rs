@@ -14,6 +14,7 @@ use super::generations;
 use super::recover::{self, OpenError};
 use super::scan::{Place, Scan, Step};
 use super::segment;
+use super::state::{self, USERS};
 use super::tail::Frame;
 use crate::batch::Offset;
 use crate::stream::{GapCause, Read};
@@ -93,6 +94,24 @@ impl ReadOnly {
             }
         }
         Ok(None)
+    }
+
+    /// The state map's entries whose keys begin with `prefix`, in key order. A
+    /// change of the last moment may be missing, or not proven durable yet.
+    pub fn state(&self, prefix: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>, OpenError> {
+        let prefix = state::key(USERS, prefix);
+        for _ in 0..LOOKS_MAX {
+            match recover::replay(&*self.disk, &self.dir, &self.segments()?) {
+                Ok(replayed) => {
+                    let entries = replayed.state.range(&prefix);
+                    return Ok(entries.map(|(key, value)| (key[1..].to_vec(), value.to_vec())).collect());
+                }
+                // Trimmed meanwhile.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(self.io_error(error)),
+            }
+        }
+        Ok(Vec::new())
     }
 
     fn read_from(
