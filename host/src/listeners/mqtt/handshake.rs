@@ -79,6 +79,11 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
             refuse(io, version, reason).await;
             return Err(Refused::new("malformed", format!("{from}: {}", fault.what)));
         }
+        Err(Unread::Level(level)) => {
+            refuse(io, Some(Version::V3), ConnectAckReason::UnsupportedProtocolVersion).await;
+            let detail = format!("{from}: protocol level {level}, not MQTT 3.1, 3.1.1 or 5.0");
+            return Err(Refused::new("malformed", detail));
+        }
     };
     if let Some(reason) = asked.refusal() {
         refuse(io, Some(asked.version), reason).await;
@@ -123,6 +128,8 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
 enum Unread {
     Lost,
     Fault(Fault, Option<Version>),
+    /// MQTT, at a level that we do not know.
+    Level(u8),
 }
 
 async fn read_connect<S: AsyncRead + Unpin>(
@@ -138,7 +145,7 @@ async fn read_connect<S: AsyncRead + Unpin>(
         let frame =
             wire::frame(input, broker.packet_bytes_max).map_err(|fault| Unread::Fault(fault, None))?;
         if let Some(frame) = frame {
-            let version = version(frame.body).map_err(|fault| Unread::Fault(fault, Some(Version::V3)))?;
+            let version = version(frame.body)?;
             let len = frame.len;
             let header = len - frame.body.len();
             let asked = connect(broker, version, &mut input[..len], header);
@@ -153,21 +160,27 @@ async fn read_connect<S: AsyncRead + Unpin>(
 }
 
 /// Protocol name and level (MQTT 5.0, 3.1.2.1 and 3.1.2.2).
-fn version(body: &[u8]) -> Result<Version, Fault> {
-    let unsupported =
-        Fault { code: v5::DisconnectReasonCode::ProtocolError, what: "not MQTT 3.1, 3.1.1 or 5.0" };
+fn version(body: &[u8]) -> Result<Version, Unread> {
     match body {
         [0, 4, b'M', b'Q', b'T', b'T', 5, ..] => Ok(Version::V5),
         [0, 4, b'M', b'Q', b'T', b'T', 4, ..] | [0, 6, b'M', b'Q', b'I', b's', b'd', b'p', 3, ..] => {
             Ok(Version::V3)
         }
-        _ => Err(unsupported),
+        [0, 4, b'M', b'Q', b'T', b'T', level, ..] => Err(Unread::Level(*level)),
+        _ => Err(Unread::Fault(Fault::protocol("the protocol is not MQTT"), None)),
     }
 }
 
 /// `whole` is the packet, its body beginning at `header`.
 fn connect(broker: &Broker, version: Version, whole: &mut [u8], header: usize) -> Result<Asked, Fault> {
     let kept_s = u32::try_from(broker.config.session_expiry_max.0.as_secs()).unwrap_or(u32::MAX);
+    wire::check_connect(version, &whole[header..])?;
+    // The codec refuses an empty client id without clean start; whether it may
+    // stand is for us to say.
+    let name_len = usize::from(whole[header + 1]);
+    let flags = &mut whole[header + 2 + name_len + 1];
+    let clean = *flags & 2 != 0;
+    *flags |= 2;
     match version {
         Version::V3 => {
             let Packet::V3(v3::Packet::Connect(connect)) = wire::decode(version, whole)? else {
@@ -183,35 +196,26 @@ fn connect(broker: &Broker, version: Version, whole: &mut [u8], header: usize) -
                 record: None,
             });
             Ok(Asked::new(broker, version, &connect.client_id, connect.username.as_deref(), will, |asked| {
-                asked.clean = connect.clean_session;
+                asked.clean = clean;
                 asked.keep_alive_s = connect.keep_alive;
-                asked.expiry_s = if connect.clean_session { 0 } else { kept_s };
+                asked.expiry_s = if clean { 0 } else { kept_s };
                 asked.window = broker.config.inflight_max;
             }))
         }
         Version::V5 => {
-            // The codec refuses an empty client id without clean start, which
-            // MQTT 5 allows (3.1.3.1): a fresh id has no session to resume.
-            let flags_at = header + 7;
-            let packet = match wire::decode(version, whole) {
-                Err(_) if whole.len() > flags_at && whole[flags_at] & 2 == 0 => {
-                    whole[flags_at] |= 2;
-                    wire::decode(version, whole).and_then(|packet| match packet {
-                        Packet::V5(v5::Packet::Connect(ref connect)) if connect.client_id.is_empty() => {
-                            Ok(packet)
-                        }
-                        _ => Err(Fault::malformed("CONNECT")),
-                    })?
-                }
-                decoded => decoded?,
-            };
-            let Packet::V5(v5::Packet::Connect(connect)) = packet else {
+            let Packet::V5(v5::Packet::Connect(connect)) = wire::decode(version, whole)? else {
                 return Err(Fault::protocol("the first packet is not CONNECT"));
             };
             let connect = *connect;
+            if connect.auth_data.is_some() && connect.auth_method.is_none() {
+                return Err(Fault::protocol("authentication data without a method"));
+            }
+            if let Some(topic) = connect.last_will.as_ref().and_then(|will| will.response_topic.as_deref()) {
+                wire::response_topic(topic)?;
+            }
             let will = connect.last_will.map(will_v5);
             Ok(Asked::new(broker, version, &connect.client_id, connect.username.as_deref(), will, |asked| {
-                asked.clean = connect.clean_start;
+                asked.clean = clean;
                 asked.keep_alive_s = connect.keep_alive;
                 asked.expiry_s = connect.session_expiry_interval_secs.min(kept_s);
                 asked.window = connect
@@ -294,6 +298,10 @@ impl Asked {
         if self.client_id.len() > CLIENT_ID_BYTES_MAX || self.client_id.contains('\0') {
             return Some(ConnectAckReason::ClientIdentifierNotValid);
         }
+        // MQTT 5 allows it (3.1.3.1): a fresh id has no session to resume.
+        if self.assigned && !self.clean && self.version == Version::V3 {
+            return Some(ConnectAckReason::ClientIdentifierNotValid);
+        }
         if self.auth {
             return Some(ConnectAckReason::BadAuthenticationMethod);
         }
@@ -332,7 +340,7 @@ async fn refuse<S: AsyncWrite + Unpin>(io: &mut S, version: Option<Version>, rea
         Some(Version::V5) => out.extend_from_slice(&[0x20, 3, 0, reason.into(), 0]),
         Some(Version::V3) => {
             let code = match reason {
-                ConnectAckReason::ProtocolError => 1,
+                ConnectAckReason::UnsupportedProtocolVersion => 1,
                 ConnectAckReason::ClientIdentifierNotValid => 2,
                 ConnectAckReason::BadUserNameOrPassword => 4,
                 ConnectAckReason::NotAuthorized => 5,

@@ -17,6 +17,7 @@ pub const PUBREC: u8 = 0x50;
 pub const PUBREL: u8 = 0x62;
 pub const PUBCOMP: u8 = 0x70;
 pub const PINGREQ: u8 = 0xc0;
+const SUBSCRIBE: u8 = 0x82;
 const PINGRESP: u8 = 0xd0;
 
 /// PUBCOMP, PUBREL: packet identifier not found.
@@ -54,7 +55,7 @@ impl From<DecodeError> for Fault {
         let what = match error {
             DecodeError::UnsupportedPacketType => return Self::malformed("packet type or its flags"),
             DecodeError::Utf8Error => return Self::malformed("text is not UTF-8"),
-            DecodeError::InvalidTopicFilter => "topic filters",
+            DecodeError::InvalidTopicFilter => return Self::protocol("no topic filter, or an empty one"),
             DecodeError::MaxSizeExceeded { .. } => "packet is larger than allowed",
             DecodeError::PacketIdRequired => "packet id",
             DecodeError::InvalidLength => "a length in the packet",
@@ -63,6 +64,8 @@ impl From<DecodeError> for Fault {
         Self { code: error.to_reason_code(), what }
     }
 }
+
+const NUL: Fault = Fault::malformed("text has a NUL character");
 
 /// A whole packet at the front of a buffer.
 #[derive(Clone, Copy, Debug)]
@@ -119,29 +122,28 @@ pub struct Publish<'a> {
 #[inline]
 pub fn publish<'a>(version: Version, frame: &Frame<'a>) -> Result<Publish<'a>, Fault> {
     let qos = frame.first >> 1 & 0b11;
+    let dup = frame.first & 8 != 0;
     if qos == 3 {
         return Err(Fault::malformed("QoS 3"));
     }
+    if dup && qos == 0 {
+        return Err(Fault::malformed("DUP with QoS 0"));
+    }
     let mut rest = frame.body;
     let topic = text(&mut rest)?;
-    let valid = topic.bytes().all(|b| !matches!(b, b'+' | b'#' | 0));
+    let valid = topic.bytes().all(|b| !matches!(b, b'+' | b'#'));
     if !valid || (topic.is_empty() && version == Version::V3) {
         return Err(Fault {
             code: DisconnectReasonCode::TopicNameInvalid,
-            what: "topic is empty or has a wildcard or NUL",
+            what: "topic is empty or has a wildcard",
         });
     }
     let packet_id = if qos == 0 { 0 } else { packet_id(&mut rest)? };
-    let mut properties: &[u8] = &[];
-    if version == Version::V5 {
-        let (len, used) = var_int(rest)?.ok_or(Fault::malformed("properties are cut short"))?;
-        rest = &rest[used..];
-        properties = take(&mut rest, len)?;
-    }
+    let properties = if version == Version::V5 { sized(&mut rest)? } else { &[] };
     Ok(Publish {
         qos,
         retain: frame.first & 1 != 0,
-        dup: frame.first & 8 != 0,
+        dup,
         topic,
         packet_id,
         properties,
@@ -168,7 +170,7 @@ pub fn properties<'a>(mut raw: &'a [u8], mut visit: impl FnMut(Property<'a>)) ->
         raw = rest;
         if id != 0x26 && id < 64 {
             if seen >> id & 1 == 1 {
-                return Err(Fault::malformed("a property stands twice"));
+                return Err(Fault::protocol("a property stands twice"));
             }
             seen |= 1 << id;
         }
@@ -182,7 +184,7 @@ pub fn properties<'a>(mut raw: &'a [u8], mut visit: impl FnMut(Property<'a>)) ->
                 Property::ExpirySeconds(u32::from_be_bytes([value[0], value[1], value[2], value[3]]))
             }
             0x03 => Property::ContentType(text(&mut raw)?),
-            0x08 => Property::ResponseTopic(text(&mut raw)?),
+            0x08 => Property::ResponseTopic(response_topic(text(&mut raw)?)?),
             0x09 => Property::CorrelationData(binary(&mut raw)?),
             0x0b => return Err(Fault::protocol("a client must not send a subscription identifier")),
             0x23 => {
@@ -194,6 +196,14 @@ pub fn properties<'a>(mut raw: &'a [u8], mut visit: impl FnMut(Property<'a>)) ->
         });
     }
     Ok(())
+}
+
+/// It names a topic, so it has no wildcard (MQTT 5.0, 3.3.2.3.5).
+pub fn response_topic(topic: &str) -> Result<&str, Fault> {
+    if topic.contains(['+', '#']) {
+        return Err(Fault::protocol("a wildcard in the response topic"));
+    }
+    Ok(topic)
 }
 
 #[inline]
@@ -209,9 +219,18 @@ fn binary<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8], Fault> {
     take(rest, u16::from_be_bytes([len[0], len[1]]).into())
 }
 
+/// What follows its length as a variable byte integer.
+#[inline]
+fn sized<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8], Fault> {
+    let (len, used) = var_int(rest)?.ok_or(Fault::malformed("properties are cut short"))?;
+    *rest = &rest[used..];
+    take(rest, len)
+}
+
 #[inline]
 fn text<'a>(rest: &mut &'a [u8]) -> Result<&'a str, Fault> {
-    std::str::from_utf8(binary(rest)?).map_err(|_| Fault::malformed("text is not UTF-8"))
+    let text = std::str::from_utf8(binary(rest)?).map_err(|_| Fault::malformed("text is not UTF-8"))?;
+    if text.contains('\0') { Err(NUL) } else { Ok(text) }
 }
 
 #[inline]
@@ -325,12 +344,102 @@ pub enum Packet {
 }
 
 pub fn decode(version: Version, whole: &[u8]) -> Result<Packet, Fault> {
+    if version == Version::V3
+        && whole.first() == Some(&SUBSCRIBE)
+        && let Some(frame) = frame(whole, usize::MAX)?
+    {
+        check_subscribe_v3(frame.body)?;
+    }
     let mut bytes = BytesMut::from(whole);
     let packet = match version {
         Version::V3 => v3::Codec::new(0).decode(&mut bytes)?.map(|(packet, _)| Packet::V3(packet)),
         Version::V5 => v5::Codec::new(0, 0).decode(&mut bytes)?.map(|(packet, _)| Packet::V5(packet)),
     };
-    packet.ok_or(Fault::malformed("the packet is cut short"))
+    let packet = packet.ok_or(Fault::malformed("the packet is cut short"))?;
+    if has_nul(&packet) { Err(NUL) } else { Ok(packet) }
+}
+
+/// In MQTT 3.1.1 the upper six bits of a requested QoS are reserved (3.8.3);
+/// the codec does not look at them.
+fn check_subscribe_v3(mut rest: &[u8]) -> Result<(), Fault> {
+    packet_id(&mut rest)?;
+    while !rest.is_empty() {
+        binary(&mut rest)?;
+        if take(&mut rest, 1)?[0] > 2 {
+            return Err(Fault::malformed("a requested QoS over 2"));
+        }
+    }
+    Ok(())
+}
+
+/// What the codec does not look at in the body of CONNECT: flags that
+/// contradict each other (3.1.2), bytes past the last field.
+pub fn check_connect(version: Version, mut rest: &[u8]) -> Result<(), Fault> {
+    binary(&mut rest)?;
+    // Level, flags, keep alive.
+    let flags = take(&mut rest, 4)?[1];
+    let [will, password, username] = [0x04, 0x40, 0x80].map(|flag| flags & flag != 0);
+    if flags & 1 != 0 {
+        return Err(Fault::malformed("the reserved flag of CONNECT"));
+    }
+    if flags & 0x18 == 0x18 || (flags & 0x38 != 0 && !will) {
+        return Err(Fault::malformed("the will flags of CONNECT"));
+    }
+    if version == Version::V3 && password && !username {
+        return Err(Fault::malformed("a password without a user name"));
+    }
+    let v5 = version == Version::V5;
+    if v5 {
+        sized(&mut rest)?;
+    }
+    binary(&mut rest)?;
+    if will {
+        if v5 {
+            sized(&mut rest)?;
+        }
+        binary(&mut rest)?;
+        binary(&mut rest)?;
+    }
+    for _ in 0..u8::from(username) + u8::from(password) {
+        binary(&mut rest)?;
+    }
+    if rest.is_empty() { Ok(()) } else { Err(Fault::malformed("bytes after the last field of CONNECT")) }
+}
+
+/// Whether a text of a client's packet holds U+0000, which the codec lets
+/// through (1.5.4). A client id is judged by the handshake, which has an answer for it.
+fn has_nul(packet: &Packet) -> bool {
+    let nul = |text: &str| text.contains('\0');
+    let given = |text: &Option<_>| text.as_deref().is_some_and(nul);
+    let user = |properties: &v5::UserProperties| properties.iter().any(|(k, v)| nul(k) || nul(v));
+    match packet {
+        Packet::V3(v3::Packet::Connect(connect)) => {
+            given(&connect.username) || connect.last_will.as_ref().is_some_and(|will| nul(&will.topic))
+        }
+        Packet::V3(v3::Packet::Subscribe { topic_filters, .. }) => topic_filters.iter().any(|(f, _)| nul(f)),
+        Packet::V3(v3::Packet::Unsubscribe { topic_filters, .. }) => topic_filters.iter().any(|f| nul(f)),
+        Packet::V5(v5::Packet::Connect(connect)) => {
+            given(&connect.username)
+                || given(&connect.auth_method)
+                || user(&connect.user_properties)
+                || connect.last_will.as_ref().is_some_and(|will| {
+                    nul(&will.topic)
+                        || given(&will.content_type)
+                        || given(&will.response_topic)
+                        || user(&will.user_properties)
+                })
+        }
+        Packet::V5(v5::Packet::Subscribe(subscribe)) => {
+            user(&subscribe.user_properties) || subscribe.topic_filters.iter().any(|(f, _)| nul(f))
+        }
+        Packet::V5(v5::Packet::Unsubscribe(unsubscribe)) => {
+            user(&unsubscribe.user_properties) || unsubscribe.topic_filters.iter().any(|f| nul(f))
+        }
+        Packet::V5(v5::Packet::Disconnect(disconnect)) => {
+            given(&disconnect.reason_string) || user(&disconnect.user_properties)
+        }
+        _ => false,
+    }
 }
 
 #[cfg(test)]
@@ -348,6 +457,17 @@ mod tests {
         };
         let id = publish.packet_id.map_or(0, |id| id.get());
         let topic = publish.topic.to_string();
+        // What by hand is checked and the codec lets through.
+        let properties = publish.properties.clone().unwrap_or_default();
+        let texts = properties.user_properties.iter().flat_map(|(k, v)| [k, v]);
+        let mut texts = texts.chain(&properties.content_type).chain(&properties.response_topic);
+        let response_topic = properties.response_topic.as_deref().unwrap_or_default();
+        if texts.any(|text| text.contains('\0'))
+            || response_topic.contains(['+', '#'])
+            || (publish.dup && publish.qos.value() == 0)
+        {
+            return None;
+        }
         Some((publish.qos.value(), publish.retain, publish.dup, topic, id, publish.payload.to_vec()))
     }
 

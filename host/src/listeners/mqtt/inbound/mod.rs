@@ -231,8 +231,13 @@ impl Inbound {
                 wire::PUBACK | wire::PUBREC | wire::PUBCOMP => {
                     let (packet_id, code) = wire::ack(self.version, &frame)?;
                     let answer = self.session.outbox().acked(frame.first, packet_id, code);
-                    if let Some(answer) = answer {
-                        wire::put_ack(out, answer, packet_id);
+                    match answer {
+                        Some(answer) => wire::put_ack(out, answer, packet_id),
+                        // Its session ended: with a PUBREL the client can end the exchange too (4.3.3).
+                        None if frame.first == wire::PUBREC && code < 0x80 => {
+                            wire::put_ack_with(out, self.version, wire::PUBREL, packet_id, wire::NOT_FOUND);
+                        }
+                        None => {}
                     }
                 }
                 wire::PINGREQ if frame.body.is_empty() => match self.pings_answered.checked_sub(1) {
