@@ -6,6 +6,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -193,6 +194,26 @@ impl Drop for Host {
             eprintln!("---- end of the host's log ----\n{}", tail(&self.folder.join("host.log")));
         }
         self.kill();
+    }
+}
+
+/// One host for all tests of a file that run at the same time; it ends with the last of them.
+#[derive(Debug, Default)]
+pub struct Shared(Mutex<Weak<Host>>);
+
+impl Shared {
+    pub const fn new() -> Self {
+        Self(Mutex::new(Weak::new()))
+    }
+
+    pub fn get(&self, name: &str, config: &str) -> Arc<Host> {
+        let mut shared = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(host) = shared.upgrade() {
+            return host;
+        }
+        let host = Arc::new(Host::start(name, config));
+        *shared = Arc::downgrade(&host);
+        host
     }
 }
 

@@ -9,6 +9,7 @@ pub mod host;
 pub mod http;
 pub mod mosquitto;
 pub mod mqtt;
+pub mod packets;
 pub mod postgres;
 pub mod process;
 pub mod publisher;

@@ -140,15 +140,7 @@ pub fn publish<'a>(version: Version, frame: &Frame<'a>) -> Result<Publish<'a>, F
     }
     let packet_id = if qos == 0 { 0 } else { packet_id(&mut rest)? };
     let properties = if version == Version::V5 { sized(&mut rest)? } else { &[] };
-    Ok(Publish {
-        qos,
-        retain: frame.first & 1 != 0,
-        dup,
-        topic,
-        packet_id,
-        properties,
-        payload: rest,
-    })
+    Ok(Publish { qos, retain: frame.first & 1 != 0, dup, topic, packet_id, properties, payload: rest })
 }
 
 /// A property of a PUBLISH.
