@@ -89,6 +89,13 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         refuse(io, Some(asked.version), reason).await;
         return Err(Refused::new("invalid", format!("client {} at {from}: {reason:?}", asked.client_id)));
     }
+    let mut answer = BytesMut::new();
+    asked.put_connack(broker, false, &mut answer);
+    if answer.len() > asked.packet_bytes_max {
+        refuse(io, Some(asked.version), ConnectAckReason::PacketTooLarge).await;
+        let detail = format!("client {} at {from}: maximum packet size too small", asked.client_id);
+        return Err(Refused::new("invalid", detail));
+    }
     let sessions_max = broker.config.sessions_max as usize;
     let Some((session, turn)) = broker.sessions.claim(&asked.client_id, sessions_max).await else {
         refuse(io, Some(asked.version), ConnectAckReason::QuotaExceeded).await;
@@ -109,7 +116,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
             return Err(Refused::new("stopped", "the broker stream has stopped"));
         }
     };
-    let mut answer = BytesMut::new();
+    answer.clear();
     asked.put_connack(broker, resumed, &mut answer);
     let peer =
         Peer { version: asked.version, window: asked.window, packet_bytes_max: asked.packet_bytes_max };
