@@ -385,3 +385,24 @@ fn more_than_receive_maximum_in_flight_ends_the_connection() {
     publisher.publish(&Publish::new("t", 1, 4, "x"));
     assert_eq!(publisher.disconnected(), 0x93);
 }
+
+#[test]
+fn a_qos_2_exchange_goes_on_although_its_message_expired() {
+    let host = host();
+    let topic = unique("late");
+    let resuming = Connect::resuming(V5, &unique("late"));
+    let mut subscriber = Client::open(host.mqtt(), &resuming);
+    subscriber.subscribe(&topic, 2);
+    let mut publisher = client(&host);
+    publisher.publish(&Publish::new(&topic, 2, 6, "x").with([0x02, 0, 0, 0, 1]));
+    publisher.expect(ack(0x50, 6));
+    let first = subscriber.published();
+    drop(subscriber);
+    a_second_later(&host);
+    publisher.send(ack(0x62, 6));
+    publisher.expect(ack(0x70, 6));
+    let mut subscriber = Client::open(host.mqtt(), &resuming);
+    let again = subscriber.delivered();
+    assert_eq!((again.packet_id, again.dup, again.text()), (first.packet_id, true, "x"));
+    subscriber.ping();
+}
