@@ -334,7 +334,7 @@ impl Client {
     }
 
     /// `None`: the connection is closed.
-    pub fn next(&mut self) -> Option<Packet> {
+    pub fn try_receive(&mut self) -> Option<Packet> {
         while self.received.is_empty() {
             let received = &mut self.received;
             let read = self.connection.receive(|packet: mqtt::Packet<'_>| {
@@ -352,7 +352,7 @@ impl Client {
     }
 
     pub fn receive(&mut self) -> Packet {
-        self.next().expect("the connection is open")
+        self.try_receive().expect("the connection is open")
     }
 
     /// The next packet is these bytes.
@@ -455,7 +455,7 @@ impl Client {
 
     /// The connection ends, without a further packet.
     pub fn closed(&mut self) {
-        assert_eq!(self.next(), None, "the connection is closed");
+        assert_eq!(self.try_receive(), None, "the connection is closed");
     }
 
     /// Ends the connection as the protocol asks, and sees it ended.

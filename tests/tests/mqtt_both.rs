@@ -165,7 +165,10 @@ fn a_clean_connect_discards_what_was_there_before_but_no_retained_message() {
         old.subscribe(&topic, 1);
         assert_eq!(old.delivered().text(), "kept");
         old.leave();
+        let mut watcher = client(host, version);
+        watcher.subscribe(&topic, 1);
         client(host, version).publish_through(&Publish::new(&topic, 1, 1, "for the old one"));
+        while watcher.delivered().text() != "for the old one" {}
         Client::clean(host.mqtt(), version, &client_id).leave();
         let mut new = Client::open(host.mqtt(), &resuming);
         assert!(!new.session_present);
@@ -208,7 +211,7 @@ fn a_will_is_published_for_every_end_but_disconnect() {
         );
         let mut broken = with_will("broken", 2, 9);
         broken.send([0xf1, 0]);
-        while broken.next().is_some() {}
+        while broken.try_receive().is_some() {}
         let got = watcher.delivered();
         assert_eq!((got.topic, got.qos), (format!("{topic}/broken"), 2));
         // No will flag, no will.

@@ -82,10 +82,10 @@ fn a_connect_that_breaks_the_rules_is_refused_with_its_reason() {
     for (what, connect, codes) in cases {
         let mut client = Client::raw(host.mqtt(), V5);
         client.send(connect.bytes());
-        let answer = client.next().unwrap_or_else(|| panic!("{what}: closed without a CONNACK"));
+        let answer = client.try_receive().unwrap_or_else(|| panic!("{what}: closed without a CONNACK"));
         assert_eq!((answer.first, answer.body[0], answer.body.len()), (0x20, 0, 3), "{what}: {answer:?}");
         assert!(codes.contains(&answer.body[1]), "{what}: {:#x}", answer.body[1]);
-        assert_eq!(client.next(), None, "{what}");
+        assert_eq!(client.try_receive(), None, "{what}");
     }
     let good = plain.bytes();
     let mut client = Client::raw(host.mqtt(), V5);
@@ -229,10 +229,10 @@ fn packets_that_break_the_rules_end_the_connection_with_their_reason() {
     for (what, bytes, codes) in cases {
         let mut client = client(&host);
         client.send(bytes);
-        let answer = client.next().unwrap_or_else(|| panic!("{what}: closed without a DISCONNECT"));
+        let answer = client.try_receive().unwrap_or_else(|| panic!("{what}: closed without a DISCONNECT"));
         assert_eq!((answer.first, answer.body.len()), (0xe0, 1), "{what}: {answer:?}");
         assert!(codes.contains(&answer.body[0]), "{what}: {:#x}", answer.body[0]);
-        assert_eq!(client.next(), None, "{what}");
+        assert_eq!(client.try_receive(), None, "{what}");
     }
 }
 

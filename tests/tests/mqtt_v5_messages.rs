@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use headworks_tests::host::{Host, Shared};
 use headworks_tests::mqtt::Version::V5;
-use headworks_tests::packets::{Client, Connect, Publish, Will, ack, field, unique, user, var_int};
+use headworks_tests::packets::{
+    Client, Connect, Publish, Will, ack, field, subscribe, unique, user, var_int,
+};
 
 static HOST: Shared = Shared::new();
 
@@ -208,6 +210,16 @@ fn a_message_over_the_clients_maximum_packet_size_is_left_out() {
 }
 
 #[test]
+fn an_answer_over_the_clients_maximum_packet_size_ends_the_connection() {
+    let host = host();
+    let mut subscriber = with_properties(&host, [0x27, 0, 0, 0, 40]);
+    let filters: Vec<String> = (0..100).map(|number| format!("filter/{number}")).collect();
+    let filters: Vec<(&str, u8)> = filters.iter().map(|filter| (&**filter, 0)).collect();
+    subscriber.send(subscribe(V5, 1, &[], &filters));
+    assert_eq!(subscriber.disconnected(), 0x95);
+}
+
+#[test]
 fn topic_aliases_of_a_client_hold_for_its_connection() {
     let host = host();
     let topic = unique("alias");
@@ -316,9 +328,10 @@ fn no_local_keeps_a_clients_own_messages_from_it() {
     let topic = unique("local");
     let mut own = client(&host);
     own.subscribe(&topic, 1 | NO_LOCAL);
-    own.publish_through(&Publish::new(&topic, 1, 1, "own"));
     let mut other = client(&host);
     other.subscribe(&topic, 1);
+    own.publish_through(&Publish::new(&topic, 1, 1, "own"));
+    assert_eq!(other.delivered().text(), "own");
     other.publish_through(&Publish::new(&topic, 1, 1, "other"));
     assert_eq!(own.delivered().text(), "other");
     assert_eq!(other.delivered().text(), "other", "without the option it hears itself");

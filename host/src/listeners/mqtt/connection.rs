@@ -466,8 +466,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
     }
 
     fn send_v5(&mut self, packet: v5::Packet) -> Result<(), End> {
+        let before = self.out.len();
         let encoded = v5::Codec::new(0, 0).encode(packet, &mut self.out);
-        encoded.map_err(|_| End::Fault(Fault::protocol("the answer would be too large")))
+        encoded.map_err(|_| End::Fault(Fault::protocol("the answer would be too large")))?;
+        if self.out.len() - before > self.peer.packet_bytes_max {
+            self.out.truncate(before);
+            let code = DisconnectReasonCode::PacketTooLarge;
+            let what = "asks for an answer over its own maximum packet size";
+            return Err(End::Fault(Fault { code, what }));
+        }
+        Ok(())
     }
 
     /// Counts, reports what a person may want to know, sends the last packet.
