@@ -30,10 +30,9 @@ use super::handshake::{self, Opened};
 use super::inbound::{Inbound, Next, Trouble};
 use super::outbound::Peer;
 use super::session::{Change, KEPT_FILTER_BYTES_MAX, Session, subscription_key};
-use super::subscriptions::{FILTER_LEVELS_MAX, Options};
+use super::subscriptions::{FILTER_LEVELS_MAX, Filter, Options};
 use super::will;
 use super::wire::{self, Fault, Packet, Version};
-use crate::topic::TopicFilter;
 
 /// One read takes at most this much.
 const READ_BYTES_MAX: usize = 64 << 10;
@@ -379,6 +378,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
                     continue;
                 }
             };
+            if filter.is_shared() && asked.no_local {
+                // MQTT 5.0, 3.8.3.1.
+                return Err(End::Fault(Fault::protocol("no local on a shared subscription")));
+            }
             let options = Options {
                 qos: asked.qos.value(),
                 no_local: asked.no_local,
@@ -412,20 +415,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
     }
 
     /// `new`: filters of this SUBSCRIBE that the session did not have.
-    fn check_filter(
-        &self,
-        text: &str,
-        kept: bool,
-        new: &mut usize,
-    ) -> Result<TopicFilter, SubscribeAckReason> {
-        if text.starts_with("$share/") {
-            return Err(SubscribeAckReason::SharedSubscriptionNotSupported);
-        }
+    fn check_filter(&self, text: &str, kept: bool, new: &mut usize) -> Result<Filter, SubscribeAckReason> {
         let deep = text.split('/').nth(FILTER_LEVELS_MAX).is_some();
         if deep || (kept && text.len() > KEPT_FILTER_BYTES_MAX) {
             return Err(SubscribeAckReason::TopicFilterInvalid);
         }
-        let filter = TopicFilter::new(text).map_err(|_| SubscribeAckReason::TopicFilterInvalid)?;
+        let filter = Filter::parse(text).ok_or(SubscribeAckReason::TopicFilterInvalid)?;
         if !self.session.has_filter(text) {
             let max = self.broker.config.subscriptions_per_client_max as usize;
             if self.session.filters() + *new >= max {
@@ -444,7 +439,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         let mut changes: Vec<Change> = Vec::new();
         let mut status = Vec::new();
         for filter in filters {
-            let had = self.broker.live.unsubscribe(&self.session, filter);
+            let had = self.broker.live.unsubscribe(self.broker, &self.session, filter);
             if let (true, Some(epoch)) = (had, epoch) {
                 changes.push((subscription_key(epoch, filter), None));
             }

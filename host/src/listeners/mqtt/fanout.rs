@@ -14,11 +14,10 @@ use tokio::sync::Notify;
 use super::Broker;
 use super::outbound::{Message, Offer, QueueLimits, Queued};
 use super::session::Session;
-use super::subscriptions::{Options, Subscriber, Tree};
+use super::subscriptions::{Filter, Found, Options, Share, Subscriber, Tree, is_live};
 use crate::batch::{Batch, Offset};
 use crate::properties::{self, Origin};
 use crate::stream::{Read, ReadError, Stream};
-use crate::topic::TopicFilter;
 
 /// No message of this stream is delivered now.
 const IDLE: u64 = u64::MAX;
@@ -84,7 +83,7 @@ impl Live {
         &self,
         broker: &Broker,
         session: &Arc<Session>,
-        filter: &TopicFilter,
+        filter: &Filter,
         options: Options,
         retained: SendRetained,
     ) {
@@ -96,7 +95,7 @@ impl Live {
         if new {
             session.add_filter(filter.as_str());
         }
-        if filter.as_str().starts_with('$') {
+        if !is_live(filter.as_str()) {
             self.dollar.fetch_add(1, Ordering::Relaxed);
         } else {
             index.live += 1;
@@ -107,34 +106,61 @@ impl Live {
                 }
             }
         }
-        if retained == SendRetained::Never || (retained == SendRetained::IfNew && !new) {
+        let wanted = match retained {
+            SendRetained::Always => true,
+            SendRetained::IfNew => new,
+            SendRetained::Never => false,
+        };
+        // A share's members get none (MQTT 5.0, 4.8.2).
+        if !wanted || filter.is_shared() {
             return;
         }
-        let kept = broker.retained().matching(filter);
+        let kept = broker.retained().matching(filter.topics());
         for kept in kept {
             // Not passed yet: it comes live, once it is durable.
             if kept.offset.0 < self.streams[kept.stream].position.load(Ordering::Relaxed) {
                 let qos = kept.message.qos.min(options.qos);
-                self.offer(broker, session, kept.message, qos, true, ids(options));
+                let (message, ids) = (kept.message, ids(options));
+                self.offer(broker, session, Queued { message, qos, retain: true, ids, share: None });
             }
         }
-        if filter.matches(super::CLIENTS_CONNECTED) {
-            let message = Arc::new(broker.clients_connected());
-            self.offer(broker, session, message, 0, true, ids(options));
+        if filter.topics().matches(super::CLIENTS_CONNECTED) {
+            let (message, ids) = (Arc::new(broker.clients_connected()), ids(options));
+            self.offer(broker, session, Queued { message, qos: 0, retain: true, ids, share: None });
         }
     }
 
     /// True when the session had this filter.
-    pub fn unsubscribe(&self, session: &Session, filter: &str) -> bool {
-        let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
-        session.remove_filter(filter);
-        self.take_out(&mut index, session, filter)
+    pub fn unsubscribe(&self, broker: &Broker, session: &Session, filter: &str) -> bool {
+        let had = {
+            let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
+            session.remove_filter(filter);
+            self.take_out(&mut index, session, filter)
+        };
+        self.pass_on(broker, session, Some(filter), false);
+        had
+    }
+
+    /// Gives what a member of shared subscriptions held to the others: see
+    /// [`Outbox::give_back`](super::outbound::Outbox::give_back).
+    pub fn pass_on(&self, broker: &Broker, session: &Session, filter: Option<&str>, ended: bool) {
+        let given = session.outbox().give_back(filter, ended);
+        if given.is_empty() {
+            return;
+        }
+        let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
+        for queued in given {
+            let share = queued.share.as_ref().and_then(|filter| index.tree.share(filter));
+            if let Some(share) = share {
+                self.deliver_to_one(broker, share, queued.message);
+            }
+        }
     }
 
     fn take_out(&self, index: &mut Index, session: &Session, filter: &str) -> bool {
         let Some(options) = index.tree.remove(filter, session.number) else { return false };
         self.no_local.fetch_sub(usize::from(options.no_local), Ordering::Relaxed);
-        if filter.starts_with('$') {
+        if !is_live(filter) {
             self.dollar.fetch_sub(1, Ordering::Relaxed);
         } else {
             index.live -= 1;
@@ -145,16 +171,16 @@ impl Live {
     /// A message that lies in no stream: `$SYS`.
     pub fn publish(&self, broker: &Broker, message: &Arc<Message>) {
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
-        let mut found = Vec::new();
-        index.tree.matches(message.topic(), &mut |subscriber| found.push(subscriber));
+        let mut found = Met::default();
+        index.tree.matches(message.topic(), &mut |one| found.push(one));
         self.deliver(broker, &mut found, None, || message.clone());
     }
 
     fn deliver_batch(&self, broker: &Broker, tail: &Tail, batch: &Batch) {
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
-        let mut found = Vec::new();
+        let mut found = Met::default();
         for message in batch.messages() {
-            index.tree.matches(message.topic(), &mut |subscriber| found.push(subscriber));
+            index.tree.matches(message.topic(), &mut |one| found.push(one));
             if !found.is_empty() {
                 let publisher = self
                     .wants_publisher()
@@ -169,43 +195,70 @@ impl Live {
     }
 
     /// One copy per session, however many of its filters match: the greatest
-    /// QoS and all identifiers (MQTT 5.0, 3.3.4). Empties `found`.
+    /// QoS and all identifiers (MQTT 5.0, 3.3.4); and one copy per share. Empties `found`.
     fn deliver(
         &self,
         broker: &Broker,
-        found: &mut Vec<&Subscriber<Arc<Session>>>,
+        found: &mut Met<'_>,
         publisher: Option<&[u8]>,
         message: impl FnOnce() -> Arc<Message>,
     ) {
+        let Met { ones, shares } = found;
         if let Some(publisher) = publisher {
-            found.retain(|s| !s.options.no_local || s.session.client_id.as_bytes() != publisher);
+            ones.retain(|s| !s.options.no_local || s.session.client_id.as_bytes() != publisher);
         }
-        if found.is_empty() {
+        if ones.is_empty() && shares.is_empty() {
             return;
         }
         let message = message();
-        if found.len() > 1 {
-            found.sort_unstable_by_key(|subscriber| subscriber.number);
+        if ones.len() > 1 {
+            ones.sort_unstable_by_key(|subscriber| subscriber.number);
         }
-        for same in found.chunk_by(|a, b| a.number == b.number) {
+        for same in ones.chunk_by(|a, b| a.number == b.number) {
             let qos = same.iter().map(|s| s.options.qos).max().unwrap_or(0).min(message.qos);
             let retain = message.retain && same.iter().any(|s| s.options.retain_as_published);
             let ids = same.iter().flat_map(|s| ids(s.options)).collect();
-            self.offer(broker, &same[0].session, message.clone(), qos, retain, ids);
+            let queued = Queued { message: message.clone(), qos, retain, ids, share: None };
+            self.offer(broker, &same[0].session, queued);
         }
-        found.clear();
+        for share in shares.drain(..) {
+            self.deliver_to_one(broker, share, message.clone());
+        }
+        ones.clear();
     }
 
-    fn offer(
-        &self,
-        broker: &Broker,
-        session: &Arc<Session>,
-        message: Arc<Message>,
-        qos: u8,
-        retain: bool,
-        ids: Vec<u32>,
-    ) {
-        let offer = session.outbox().offer(Queued { message, qos, retain, ids }, self.limits);
+    /// To the member whose turn it is, of those that are there and keep up;
+    /// where there is none, to one that will come back.
+    fn deliver_to_one(&self, broker: &Broker, share: &Share<Arc<Session>>, message: Arc<Message>) {
+        let queued = |options: Options| Queued {
+            qos: options.qos.min(message.qos),
+            retain: message.retain && options.retain_as_published,
+            ids: ids(options),
+            share: Some(share.filter.clone()),
+            message: message.clone(),
+        };
+        let mut away = None;
+        for member in share.in_turn() {
+            let mut outbox = member.session.outbox();
+            if outbox.is_ready(self.limits) {
+                // Under the lock: a member that leaves now gives it on.
+                let offered = outbox.offer(queued(member.options), self.limits);
+                drop(outbox);
+                return self.offered(broker, &member.session, offered);
+            }
+            away = away.or(Some(member));
+        }
+        if let Some(member) = away {
+            self.offer(broker, &member.session, queued(member.options));
+        }
+    }
+
+    fn offer(&self, broker: &Broker, session: &Session, queued: Queued) {
+        let offered = session.outbox().offer(queued, self.limits);
+        self.offered(broker, session, offered);
+    }
+
+    fn offered(&self, broker: &Broker, session: &Session, offer: Offer) {
         match offer {
             Offer::Queued | Offer::Away => {}
             Offer::QueuedFirst => session.wake.notify_one(),
@@ -216,6 +269,26 @@ impl Live {
                 session.wake.notify_one();
             }
         }
+    }
+}
+
+/// Whom a message met; reused from one to the next.
+#[derive(Default)]
+struct Met<'t> {
+    ones: Vec<&'t Subscriber<Arc<Session>>>,
+    shares: Vec<&'t Share<Arc<Session>>>,
+}
+
+impl<'t> Met<'t> {
+    fn push(&mut self, found: Found<'t, Arc<Session>>) {
+        match found {
+            Found::One(subscriber) => self.ones.push(subscriber),
+            Found::Share(share) => self.shares.push(share),
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.ones.is_empty() && self.shares.is_empty()
     }
 }
 

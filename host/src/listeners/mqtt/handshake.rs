@@ -331,7 +331,6 @@ impl Asked {
             receive_max: config.receive_maximum.try_into().unwrap_or(std::num::NonZeroU16::MIN),
             max_packet_size: Some(broker.packet_bytes_max as u32),
             topic_alias_max: config.topic_alias_maximum,
-            shared_subscription_available: false,
             assigned_client_id: self.assigned.then(|| self.client_id.clone().into()),
             ..v5::ConnectAck::default()
         };

@@ -5,8 +5,7 @@
 //! ([`acks`]). Subscribers are fed from the streams' durable tails ([`fanout`]).
 //! Sessions and QoS 2 packet ids are state of the streams ([`session`]).
 //! So are retained messages ([`retained`]) and wills ([`will`]).
-//! Deliberately absent, each with its room: shared subscriptions
-//! (`subscriptions`), durable queues (`outbound`), credentials and ACLs (`handshake`, `inbound`), WebSocket (`tls`'s neighbour).
+//! Deliberately absent, each with its room: durable queues (`outbound`), credentials and ACLs (`handshake`, `inbound`), WebSocket (`tls`'s neighbour).
 
 mod acks;
 mod blobs;
@@ -254,7 +253,7 @@ impl Broker {
             config: config.clone(),
         });
         for (session, filter, options) in subscriptions {
-            if let Ok(filter) = crate::topic::TopicFilter::new(&filter) {
+            if let Some(filter) = subscriptions::Filter::parse(&filter) {
                 broker.live.subscribe(&broker, &session, &filter, options, fanout::SendRetained::Never);
             }
         }

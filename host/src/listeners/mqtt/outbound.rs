@@ -120,6 +120,8 @@ pub struct Queued {
     pub retain: bool,
     /// Subscription identifiers, mostly none.
     pub ids: Vec<u32>,
+    /// The shared subscription that it came by.
+    pub share: Option<Arc<str>>,
 }
 
 struct InFlight {
@@ -192,6 +194,40 @@ impl Outbox {
 
     pub fn clear(&mut self) {
         *self = Self::default();
+    }
+
+    /// Whether it would be sent soon: a shared subscription prefers such a member.
+    pub fn is_ready(&self, limits: QueueLimits) -> bool {
+        self.connected && self.queue.len() < limits.messages_max && self.bytes < limits.bytes_max
+    }
+
+    /// Takes out what came by shared subscriptions (by `filter`, or by any) and
+    /// was not sent yet, for another member. `ended`: the client will not come
+    /// back, so also what it was sent with QoS 1 and has not acknowledged. What
+    /// was sent with QoS 2 stays its own (MQTT 5.0, 4.8.2).
+    pub fn give_back(&mut self, filter: Option<&str>, ended: bool) -> Vec<Queued> {
+        let is_shared = |queued: &Queued| {
+            queued.share.as_deref().is_some_and(|share| filter.is_none_or(|filter| filter == share))
+        };
+        let mut given = Vec::new();
+        if ended {
+            let is_given = |flight: &InFlight| {
+                flight.waiting.as_ref().is_some_and(|queued| queued.qos == 1 && is_shared(queued))
+            };
+            let (back, own) = std::mem::take(&mut self.inflight).into_iter().partition::<Vec<_>, _>(is_given);
+            self.inflight = own.into();
+            for flight in back {
+                self.ids.remove(&flight.packet_id);
+                given.extend(flight.waiting);
+            }
+        }
+        if self.queue.iter().any(is_shared) {
+            let (shared, own) = std::mem::take(&mut self.queue).into_iter().partition::<Vec<_>, _>(is_shared);
+            self.bytes -= shared.iter().map(|queued| queued.message.len()).sum::<usize>();
+            self.queue = own.into();
+            given.extend(shared);
+        }
+        given
     }
 
     /// Sends again what the last connection left unacknowledged (4.4), in order.
@@ -305,7 +341,7 @@ mod tests {
         let message = Arc::new(Message::new("t", b"", &[], 1, 0));
         let mut outbox = Outbox { connected: true, last_id: u16::MAX - 1, ..Outbox::default() };
         let send = |outbox: &mut Outbox| {
-            let queued = Queued { message: message.clone(), qos: 1, retain: false, ids: vec![] };
+            let queued = Queued { message: message.clone(), qos: 1, retain: false, ids: vec![], share: None };
             assert_eq!(outbox.offer(queued, limits), Offer::QueuedFirst);
             outbox.fill(peer, usize::MAX, &mut BytesMut::new());
             outbox.last_id

@@ -294,6 +294,7 @@ impl Sessions {
     /// The connection ended; `expiry_s` where DISCONNECT changed it.
     pub fn close(&self, broker: &Broker, session: &Arc<Session>, turn: Turn, expiry_s: Option<u32>) {
         session.outbox().connected = false;
+        broker.live.pass_on(broker, session, None, false);
         let changes = {
             let mut state = lock(&session.state);
             state.connected = false;
@@ -361,8 +362,9 @@ fn discard(broker: &Broker, session: &Session) {
         (epoch, filters)
     };
     for filter in &filters {
-        broker.live.unsubscribe(session, filter);
+        broker.live.unsubscribe(broker, session, filter);
     }
+    broker.live.pass_on(broker, session, None, true);
     session.outbox().clear();
     let received = std::mem::take(&mut *session.received());
     forget_ids(broker, epoch, &received);
