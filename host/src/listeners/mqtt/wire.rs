@@ -498,11 +498,13 @@ mod tests {
                 bytes[at] = value;
             }
             let (hand, codec) = (by_hand(version, &bytes), by_codec(version, &bytes));
-            // By hand is stricter (wildcards, NUL, subscription ids) and takes an expiry of 0; never looser else.
+            // By hand is stricter (wildcards, subscription ids), takes an expiry of 0, and leaves a topic
+            // alias of 0 to its caller; never looser else.
             match (&hand, &codec) {
                 (Some(_), Some(_)) => prop_assert_eq!(hand, codec),
                 (Some((.., topic, _, _)), None) => prop_assert!(
-                    bytes.windows(5).any(|w| w == [2, 0, 0, 0, 0]), "only an expiry of 0: {:?}", topic),
+                    bytes.windows(5).any(|w| w == [2, 0, 0, 0, 0]) || bytes.windows(3).any(|w| w == [0x23, 0, 0]),
+                    "only an expiry or alias of 0: {:?}", topic),
                 (None, Some((.., topic, _, _))) => {
                     let strict = !crate::topic::is_valid_name(topic) || bytes.contains(&0x0b);
                     prop_assert!(strict, "refused by hand only: {:?}", bytes)
