@@ -303,6 +303,19 @@ fn a_will_is_not_sent_when_its_client_is_back_before_the_delay_is_over() {
 }
 
 #[test]
+fn a_delayed_will_is_sent_when_a_clean_start_ends_the_session() {
+    let host = host();
+    let topic = unique("ended");
+    let mut watcher = client(&host);
+    watcher.subscribe(&topic, 1);
+    let resuming = Connect::resuming(V5, &unique("ended"));
+    let will = Will { properties: vec![0x18, 0, 0, 0, 200], ..Will::new(&topic, 1) };
+    drop(Client::open(host.mqtt(), &Connect { will: Some(will), ..resuming.clone() }));
+    let _new = Client::open(host.mqtt(), &Connect::new(V5, &resuming.client_id));
+    assert_eq!(watcher.delivered().text(), "gone");
+}
+
+#[test]
 fn a_disconnect_that_asks_for_it_publishes_the_will() {
     let host = host();
     for code in [0x04, 0x80, 0x00] {

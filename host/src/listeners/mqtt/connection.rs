@@ -128,7 +128,7 @@ where
             return;
         }
     };
-    let Opened { session, turn, peer, keep_alive_s, username, will, resumed, answer } = opened;
+    let Opened { session, turn, peer, keep_alive_s, username, will, answer } = opened;
     broker.client_connected(1);
     let mut connection = Connection {
         broker: &broker,
@@ -143,24 +143,18 @@ where
         keep_alive: (keep_alive_s > 0).then(|| Duration::from_millis(u64::from(keep_alive_s) * 1_500)),
         drain_until: None,
     };
-    {
-        let mut outbox = session.outbox();
-        outbox.connected = true;
-        if resumed {
-            outbox.resume(peer, &mut connection.out);
-        }
-    }
+    session.outbox().resume();
     let end = connection.run().await;
     connection.say_goodbye(&end, from).await;
     drop(connection);
     let expiry_s = if let End::Disconnect { expiry_s, .. } = end { expiry_s } else { None };
     let keep_will = !matches!(end, End::Disconnect { keep_will: false, .. });
-    let connects = session.connects.load(Ordering::Acquire);
+    let (connects, epoch) = (session.connects.load(Ordering::Acquire), session.epoch());
     broker.sessions.close(&broker, &session, turn, expiry_s);
     broker.client_connected(-1);
     drop(place);
     match will {
-        Some(will) if keep_will => will::lost(&broker, &session, connects, will).await,
+        Some(will) if keep_will => will::lost(&broker, &session, connects, epoch, will).await,
         Some(will) => will.forget(&broker),
         None => {}
     }

@@ -29,7 +29,6 @@ pub struct Opened {
     pub keep_alive_s: u16,
     pub username: Option<Box<str>>,
     pub will: Option<Will>,
-    pub resumed: bool,
     pub answer: BytesMut,
 }
 
@@ -127,7 +126,6 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         keep_alive_s: asked.keep_alive_s,
         username: asked.username,
         will: asked.will,
-        resumed,
         answer,
     })
 }

@@ -166,6 +166,8 @@ pub struct Outbox {
     inflight: VecDeque<InFlight>,
     /// Packet ids of `inflight`.
     ids: HashSet<u16>,
+    /// So many of `inflight`, from the front, this connection has been sent.
+    sent: usize,
     last_id: u16,
 }
 
@@ -216,6 +218,7 @@ impl Outbox {
             };
             let (back, own) = std::mem::take(&mut self.inflight).into_iter().partition::<Vec<_>, _>(is_given);
             self.inflight = own.into();
+            self.sent = 0;
             for flight in back {
                 self.ids.remove(&flight.packet_id);
                 given.extend(flight.waiting);
@@ -230,49 +233,63 @@ impl Outbox {
         given
     }
 
-    /// Sends again what the last connection left unacknowledged (4.4), in order.
-    pub fn resume(&mut self, peer: Peer, out: &mut BytesMut) {
-        for flight in &self.inflight {
-            match &flight.waiting {
-                Some(queued) => put(queued, flight.packet_id, true, None, peer, out),
-                None => wire::put_ack(out, wire::PUBREL, flight.packet_id),
-            }
-        }
+    /// A new connection: what the last one left unacknowledged is sent again
+    /// (4.4), in order and before anything else, by [`Outbox::fill`].
+    pub fn resume(&mut self) {
+        self.connected = true;
+        self.sent = 0;
     }
 
     /// Writes what may go, up to about `bytes_max` in `out`.
     pub fn fill(&mut self, peer: Peer, bytes_max: usize, out: &mut BytesMut) -> Filled {
         let mut filled = Filled::default();
-        if self.queue.is_empty() {
+        if self.queue.is_empty() && self.sent == self.inflight.len() {
             return filled;
         }
         let now_us = super::now_us();
-        while let Some(head) = self.queue.front()
+        let window = usize::from(peer.window);
+        while self.sent < self.inflight.len().min(window) && out.len() < bytes_max {
+            let InFlight { packet_id, waiting } = &self.inflight[self.sent];
+            let is_sent = match waiting {
+                Some(queued) => filled.put(queued, *packet_id, true, now_us, peer, out),
+                None => {
+                    wire::put_ack(out, wire::PUBREL, *packet_id);
+                    true
+                }
+            };
+            if is_sent {
+                self.sent += 1;
+            } else {
+                self.remove(self.sent);
+            }
+        }
+        while self.sent == self.inflight.len()
+            && let Some(head) = self.queue.front()
             && out.len() < bytes_max
-            && (head.qos == 0 || self.inflight.len() < usize::from(peer.window))
+            && (head.qos == 0 || self.inflight.len() < window)
         {
             let queued = self.queue.pop_front().expect("it has a front");
             self.bytes -= queued.message.len();
-            let Some(lifetime) = queued.message.lifetime(now_us) else {
-                filled.expired += 1;
-                continue;
-            };
-            // At most 5 bytes of header, 5 of expiry, 5 per subscription identifier.
-            if queued.message.bytes.len() + 20 + 5 * queued.ids.len() > peer.packet_bytes_max {
-                filled.too_large += 1;
-                continue;
-            }
-            filled.sent += 1;
             let packet_id = if queued.qos == 0 { 0 } else { self.next_id() };
-            put(&queued, packet_id, false, lifetime, peer, out);
-            if queued.qos > 0 {
+            let is_sent = filled.put(&queued, packet_id, false, now_us, peer, out);
+            if is_sent && queued.qos > 0 {
                 self.inflight.push_back(InFlight { packet_id, waiting: Some(queued) });
+                self.sent += 1;
+            } else {
+                self.ids.remove(&packet_id);
             }
         }
         if self.queue.is_empty() && self.queue.capacity() > 64 {
             self.queue = VecDeque::new();
         }
         filled
+    }
+
+    fn remove(&mut self, at: usize) {
+        if let Some(flight) = self.inflight.remove(at) {
+            self.ids.remove(&flight.packet_id);
+            self.sent -= usize::from(at < self.sent);
+        }
     }
 
     /// PUBACK, PUBREC, PUBCOMP from the subscriber; what to answer.
@@ -284,8 +301,7 @@ impl Outbox {
             return Some(wire::PUBREL);
         }
         if let Some(at) = at {
-            self.inflight.remove(at);
-            self.ids.remove(&packet_id);
+            self.remove(at);
         }
         None
     }
@@ -299,6 +315,34 @@ impl Outbox {
                 return self.last_id;
             }
         }
+    }
+}
+
+impl Filled {
+    /// False, and nothing written, where the message expired or its packet is
+    /// larger than the client takes.
+    fn put(
+        &mut self,
+        queued: &Queued,
+        packet_id: u16,
+        dup: bool,
+        now_us: u64,
+        peer: Peer,
+        out: &mut BytesMut,
+    ) -> bool {
+        let Some(lifetime) = queued.message.lifetime(now_us) else {
+            self.expired += 1;
+            return false;
+        };
+        let before = out.len();
+        put(queued, packet_id, dup, lifetime, peer, out);
+        if out.len() - before > peer.packet_bytes_max {
+            out.truncate(before);
+            self.too_large += 1;
+            return false;
+        }
+        self.sent += 1;
+        true
     }
 }
 
@@ -351,5 +395,70 @@ mod tests {
         outbox.acked(wire::PUBACK, u16::MAX, 0);
         outbox.last_id = u16::MAX - 1;
         assert_eq!([send(&mut outbox), send(&mut outbox)], [u16::MAX, 2]);
+    }
+
+    const LIMITS: QueueLimits = QueueLimits { messages_max: 10, bytes_max: 1 << 20 };
+
+    fn peer(window: u16, packet_bytes_max: usize) -> Peer {
+        Peer { version: Version::V5, window, packet_bytes_max }
+    }
+
+    /// An outbox that was sent these payloads, by a share where there is one.
+    fn sent(qos: u8, payloads: &[&str], properties: &[u8], share: Option<&str>) -> Outbox {
+        let mut outbox = Outbox { connected: true, ..Outbox::default() };
+        for payload in payloads {
+            let received_us = crate::listeners::mqtt::now_us();
+            let message = Message::new("t", payload.as_bytes(), properties, u16::from(qos), received_us);
+            let queued = Queued {
+                message: message.into(),
+                qos,
+                retain: false,
+                ids: vec![],
+                share: share.map(Into::into),
+            };
+            outbox.offer(queued, LIMITS);
+        }
+        let filled = outbox.fill(peer(10, usize::MAX), 1 << 20, &mut BytesMut::new());
+        assert_eq!(filled.sent, payloads.len() as u64);
+        outbox
+    }
+
+    #[test]
+    fn a_resumed_session_is_sent_again_within_what_its_client_takes_now() {
+        let large = "x".repeat(100);
+        let mut outbox = sent(1, &["1", &large, "3", "4"], &[], None);
+        outbox.resume();
+        let mut out = BytesMut::new();
+        let filled = outbox.fill(peer(2, 50), 1 << 20, &mut out);
+        assert_eq!((filled.sent, filled.too_large), (2, 1), "1 and 3");
+        assert!(out.iter().filter(|byte| **byte == 0x3a).count() == 2, "with DUP: {out:x?}");
+        assert_eq!(outbox.fill(peer(2, 50), 1 << 20, &mut out).sent, 0, "its window is full");
+        outbox.acked(0x40, 1, 0);
+        assert_eq!(outbox.fill(peer(2, 50), 1 << 20, &mut out).sent, 1, "4");
+    }
+
+    #[test]
+    fn what_is_sent_again_tells_what_is_left_of_its_expiry() {
+        let mut properties = Vec::new();
+        properties::push(&mut properties, Origin::Listener, "expiry-s", b"1000");
+        let mut outbox = sent(1, &["1"], &properties, None);
+        outbox.resume();
+        let mut out = BytesMut::new();
+        outbox.fill(peer(2, 50), 1 << 20, &mut out);
+        let at = out.windows(3).position(|bytes| bytes == [0x02, 0, 0]).expect("the property");
+        let left = u16::from_be_bytes([out[at + 3], out[at + 4]]);
+        assert!((990..=1_000).contains(&left), "{left}");
+    }
+
+    #[test]
+    fn what_a_share_gave_with_qos_2_stays_with_its_member() {
+        let mut outbox = sent(2, &["1", "2"], &[], Some("$share/g/t"));
+        assert!(outbox.give_back(None, true).is_empty(), "sent, and not acknowledged");
+        outbox.acked(wire::PUBREC, 1, 0x83);
+        assert!(outbox.give_back(None, true).is_empty(), "refused by the member");
+        let mut outbox = sent(1, &["1", "2"], &[], Some("$share/g/t"));
+        assert!(outbox.give_back(None, false).is_empty(), "the member may come back");
+        assert_eq!(outbox.give_back(Some("$share/h/t"), true).len(), 0);
+        assert_eq!(outbox.give_back(None, true).len(), 2);
     }
 }

@@ -123,6 +123,10 @@ impl Session {
         self.claims.load(Ordering::Acquire) > 0
     }
 
+    pub fn epoch(&self) -> u64 {
+        lock(&self.state).epoch
+    }
+
     /// The epoch of a session that outlives its connection.
     pub fn persistent_epoch(&self) -> Option<u64> {
         let state = lock(&self.state);

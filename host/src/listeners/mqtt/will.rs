@@ -6,6 +6,7 @@
 //! to come back.
 
 use std::collections::HashMap;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -196,26 +197,23 @@ fn append(
     Ok(())
 }
 
-/// The client of `session`'s connection number `connects` was lost. A delayed
-/// will is not published when its client is back in time, or later than its
-/// session ends (MQTT 5.0, 3.1.3.2.2). At shutdown a delayed will stays for
-/// the next run (3.1.2.5).
-pub async fn lost(broker: &Broker, session: &Session, connects: u64, will: Will) {
-    use std::sync::atomic::Ordering::Acquire;
+/// The client of `session`'s connection number `connects` was lost, in the
+/// session's `epoch`. A delayed will is not published when its client is back
+/// in time and goes on with the session; it is when a clean start ends that
+/// (MQTT 5.0, 3.1.3.2.2). At shutdown a delayed will stays for the next run (3.1.2.5).
+pub async fn lost(broker: &Broker, session: &Session, connects: u64, epoch: u64, will: Will) {
     let delay = Duration::from_secs(will.delay_s.min(session.expiry_s()).into());
-    let is_back = || session.connects.load(Acquire) != connects || session.is_wanted();
-    if !delay.is_zero() {
-        let due = Instant::now() + delay;
-        while !is_back() && Instant::now() < due {
-            let look_at = due.min(Instant::now() + LOOK_EVERY);
-            tokio::select! {
-                () = tokio::time::sleep_until(look_at) => {}
-                () = broker.shutdown.cancelled() => return,
-            }
+    let is_back = || session.connects.load(Ordering::Acquire) != connects;
+    let due = Instant::now() + delay;
+    while !is_back() && Instant::now() < due {
+        let look_at = due.min(Instant::now() + LOOK_EVERY);
+        tokio::select! {
+            () = tokio::time::sleep_until(look_at) => {}
+            () = broker.shutdown.cancelled() => return,
         }
-        if is_back() {
-            return will.forget(broker);
-        }
+    }
+    if !delay.is_zero() && is_back() && session.epoch() == epoch {
+        return will.forget(broker);
     }
     will.publish_in_time(broker, &session.client_id).await;
 }

@@ -21,10 +21,7 @@ async fn subscribers_get_what_matches_and_what_was_retained() {
         ("a/live", false, QoS::AtLeastOnce, &b"21"[..])
     );
     subscriber.nothing_but_ping().await;
-    assert_eq!(
-        subscriber.subscribe("$share/g/a", QOS1).await,
-        SubscribeAckReason::SharedSubscriptionNotSupported
-    );
+    assert_eq!(subscriber.subscribe("$share/g", QOS1).await, SubscribeAckReason::TopicFilterInvalid);
     assert_eq!(subscriber.subscribe("a/#/b", QOS1).await, SubscribeAckReason::TopicFilterInvalid);
     assert_eq!(
         subscriber.subscribe("$SYS/broker/clients/connected", QOS1).await,
@@ -62,5 +59,67 @@ async fn a_slow_subscriber_is_bounded_and_disconnected() {
     }
     assert_eq!(slow.disconnected().await, Reason::QuotaExceeded);
     publisher.nothing_but_ping().await;
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn each_message_goes_to_one_member_of_a_share_in_turn_and_to_everyone_else() {
+    let host = Host::with(MemoryStream::new("s", 1)).await;
+    let (mut one, mut two, mut all) =
+        (host.clean("one").await, host.clean("two").await, host.clean("all").await);
+    assert_eq!(one.subscribe("$share/g/a/+", QOS1).await, SubscribeAckReason::GrantedQos1);
+    let qos0 = SubscriptionOptions { qos: QoS::AtMostOnce, ..QOS1 };
+    assert_eq!(two.subscribe("$share/g/a/+", qos0).await, SubscribeAckReason::GrantedQos0);
+    all.subscribe("a/#", QOS1).await;
+    let mut publisher = host.clean("p").await;
+    for (i, topic) in ["a/1", "a/2", "a/3", "a/4"].into_iter().enumerate() {
+        publisher.send(publish(topic, QoS::AtLeastOnce, i as u16 + 1)).await;
+    }
+    let every = &["a/1", "a/2", "a/3", "a/4"][..];
+    for (client, topics, qos) in [
+        (&mut one, &["a/1", "a/3"][..], QoS::AtLeastOnce),
+        (&mut two, &["a/2", "a/4"], QoS::AtMostOnce),
+        (&mut all, every, QoS::AtLeastOnce),
+    ] {
+        for topic in topics {
+            let received = client.received().await;
+            assert_eq!((&*received.topic, received.qos), (*topic, qos));
+        }
+        client.nothing_but_ping().await;
+    }
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn what_a_member_of_a_share_held_goes_to_another_when_it_leaves() {
+    let host = Host::with(MemoryStream::new("s", 1)).await;
+    let (mut gone, _) = host.client(Connect { receive_max: Some(id(1)), ..clean("gone") }).await;
+    gone.subscribe("$share/g/#", QOS1).await;
+    let mut publisher = host.clean("p").await;
+    for (i, topic) in ["a/1", "a/2", "a/3"].into_iter().enumerate() {
+        publisher.send(publish(topic, QoS::AtLeastOnce, i as u16 + 1)).await;
+        assert_eq!(publisher.receive().await, puback(i as u16 + 1));
+    }
+    // One it was sent and did not acknowledge, two wait for its window.
+    assert_eq!(&*gone.received().await.topic, "a/1");
+    let mut other = host.clean("other").await;
+    other.subscribe("$share/g/#", QOS1).await;
+    drop(gone);
+    let mut topics = Vec::new();
+    for _ in 0..3 {
+        topics.push(other.received().await.topic.to_string());
+    }
+    topics.sort();
+    assert_eq!(topics, ["a/1", "a/2", "a/3"]);
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn no_local_on_a_shared_subscription_is_a_protocol_error() {
+    let host = Host::with(MemoryStream::new("s", 1)).await;
+    let mut client = host.clean("c").await;
+    let topic_filters = vec![("$share/g/a".into(), SubscriptionOptions { no_local: true, ..QOS1 })];
+    client.send(Subscribe { packet_id: id(9), id: None, user_properties: vec![], topic_filters }).await;
+    assert_eq!(client.disconnected().await, Reason::ProtocolError);
     host.stop().await;
 }
