@@ -311,7 +311,7 @@ fn a_delayed_will_is_sent_when_a_clean_start_ends_the_session() {
     let resuming = Connect::resuming(V5, &unique("ended"));
     let will = Will { properties: vec![0x18, 0, 0, 0, 200], ..Will::new(&topic, 1) };
     drop(Client::open(host.mqtt(), &Connect { will: Some(will), ..resuming.clone() }));
-    let _new = Client::open(host.mqtt(), &Connect::new(V5, &resuming.client_id));
+    let _new = Client::open(host.mqtt(), &Connect { clean: true, ..resuming });
     assert_eq!(watcher.delivered().text(), "gone");
 }
 

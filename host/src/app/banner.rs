@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::net::SocketAddr;
 
 use crate::config::{Config, Source};
+use crate::listeners::mqtt::Bind;
 use crate::topic::Namespace;
 
 /// What the start screen shows. [`Started::of`] fills it from the config; what
@@ -16,8 +17,8 @@ pub struct Started {
     pub plugins_dir: String,
     /// In the order they run.
     pub plugins: Vec<PluginLine>,
-    /// What it is (`mqtt`, `mqtt tls`) and the address that it is bound to.
-    pub listeners: Vec<(String, SocketAddr)>,
+    /// What it is (`mqtt`, `mqtt websocket tls`) and where it is bound.
+    pub listeners: Vec<(String, Bind)>,
     pub streams: Vec<StreamLine>,
     pub pipelines: Vec<PipelineLine>,
     pub admin: Option<SocketAddr>,
@@ -73,10 +74,7 @@ impl Started {
                 .mqtt
                 .listeners
                 .iter()
-                .map(|listener| {
-                    let kind = if listener.tls.is_some() { "mqtt tls" } else { "mqtt" };
-                    (kind.to_owned(), listener.bind)
-                })
+                .map(|listener| (listener.kind(), listener.bind.clone()))
                 .collect(),
             streams: config
                 .streams
@@ -115,8 +113,8 @@ impl Started {
 /// The whole start screen.
 pub fn banner(started: &Started) -> String {
     let mut text = format!("headworks {}\n\n{}", env!("CARGO_PKG_VERSION"), lines(started, true));
-    let plain = started.listeners.iter().find(|(kind, _)| kind == "mqtt");
-    let next = plain.map(|(_, address)| {
+    let plain = started.listeners.iter().filter(|(kind, _)| kind == "mqtt").find_map(|(_, bind)| bind.tcp());
+    let next = plain.map(|address| {
         let port = if address.port() == 1883 { String::new() } else { format!(" -p {}", address.port()) };
         let host = if address.ip().is_unspecified() { "127.0.0.1".to_owned() } else { address.ip().to_string() };
         let topic = &started.example_topic;

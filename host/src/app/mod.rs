@@ -270,10 +270,10 @@ fn say_recovered(name: &str, recovery: &Recovery) {
 }
 
 /// The start screen, for a person: logs go to stderr, this to stdout.
-fn say_started(config: &Config, source: &Source, host: &Host, mqtt: &[SocketAddr], admin: SocketAddr) {
+fn say_started(config: &Config, source: &Source, host: &Host, mqtt: &[mqtt::Bind], admin: SocketAddr) {
     let mut started = Started::of(config, source);
     for ((_, bound), address) in started.listeners.iter_mut().zip(mqtt) {
-        *bound = *address;
+        *bound = address.clone();
     }
     started.admin = Some(admin);
     started.plugins = host.plugins.status().into_iter().map(plugin_line).collect();

@@ -7,17 +7,19 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
+use crate::listeners::mqtt::Bind;
+
 const NAME: &str = "run.json";
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunFile {
     pub pid: u32,
-    pub mqtt: Vec<SocketAddr>,
+    pub mqtt: Vec<Bind>,
     pub admin: SocketAddr,
 }
 
 /// Written whole or not at all, once everything listens.
-pub fn write(data_dir: &Path, mqtt: &[SocketAddr], admin: SocketAddr) -> anyhow::Result<()> {
+pub fn write(data_dir: &Path, mqtt: &[Bind], admin: SocketAddr) -> anyhow::Result<()> {
     let file = RunFile { pid: std::process::id(), mqtt: mqtt.to_vec(), admin };
     let text = serde_json::to_string_pretty(&file)?;
     let temporary = data_dir.join("run.json.new");

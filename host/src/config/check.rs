@@ -8,6 +8,7 @@
 use serde_json::{Map, Value};
 
 use super::suggest;
+use crate::listeners::mqtt::{Bind, Network, SocketMode};
 use crate::problems::{KeyPath, Problem, Problems};
 use crate::units::{ByteSize, Period};
 
@@ -43,6 +44,9 @@ impl<'s> Check<'s> {
         let refused = match (name, value) {
             ("ByteSize", Value::String(text)) => text.parse::<ByteSize>().err(),
             ("Period", Value::String(text)) => text.parse::<Period>().err(),
+            ("Bind", Value::String(text)) => text.parse::<Bind>().err(),
+            ("Network", Value::String(text)) => text.parse::<Network>().err(),
+            ("SocketMode", Value::String(text)) => text.parse::<SocketMode>().err(),
             ("ByteSize", Value::Number(number)) if !number.is_u64() => {
                 Some(format!("must be a size such as 64KiB or 20GiB, is {number}"))
             }
@@ -277,9 +281,9 @@ impl<'s> Check<'s> {
         match name {
             "ByteSize" => return Value::from(1 << 20),
             "Period" => return Value::from("1s"),
-            _ if schema.get("format").is_some_and(|format| format == "socket-address") => {
-                return Value::from("127.0.0.1:0");
-            }
+            "Bind" => return Value::from("127.0.0.1:0"),
+            "Network" => return Value::from("127.0.0.1"),
+            "SocketMode" => return Value::from("0600"),
             _ => {}
         }
         for key in ["default", "const"] {
@@ -437,10 +441,6 @@ fn out_of_range(schema: &Value, value: &Value) -> Option<String> {
 }
 
 fn wrong_text(schema: &Value, text: &str) -> Option<String> {
-    let is_address = schema.get("format").and_then(Value::as_str) == Some("socket-address");
-    if is_address && text.parse::<std::net::SocketAddr>().is_err() {
-        return Some(format!("must be an address and port such as 127.0.0.1:1883, is \"{text}\""));
-    }
     let chars = text.chars().count();
     let bound = |key: &str| schema.get(key).and_then(Value::as_u64);
     if bound("minLength").is_some_and(|least| least > 0) && chars == 0 {

@@ -7,6 +7,8 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::bind::{Bind, SocketMode};
+use super::transport::network::Network;
 use crate::problems::{KeyPath, Problems};
 use crate::units::{ByteSize, Period};
 
@@ -49,7 +51,11 @@ pub struct Config {
     /// After a restart, the wills of clients that the last run lost are held so
     /// long at least, for the clients to come back.
     pub will_delay_after_restart: Period,
-    /// From the first byte's wait to the end of CONNECT.
+    /// Handshakes (PROXY, TLS, WebSocket, CONNECT) in progress at a time, for each
+    /// listener; past it connections wait a moment, then are closed.
+    pub handshakes_max: u32,
+    /// From the first byte's wait to the end of CONNECT; before it, as long again
+    /// for PROXY, TLS and WebSocket together.
     pub connect_timeout: Period,
     /// At shutdown, how long waiting acknowledgements may still take.
     pub drain_timeout: Period,
@@ -62,19 +68,30 @@ pub struct Config {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Endpoint {
-    /// Address and port, `127.0.0.1:1883`; port 0 takes a free one.
-    #[schemars(with = "String", extend("format" = "socket-address"))]
-    pub bind: SocketAddr,
+    /// Address and port, `127.0.0.1:1883`, port 0 takes a free one; or a Unix
+    /// socket, `unix:/run/headworks/mqtt.sock`.
+    pub bind: Bind,
     /// Serve TLS on this address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls: Option<Tls>,
+    /// Serve MQTT over WebSocket on this address; `{}` for the defaults.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub websocket: Option<WebSocket>,
+    /// A load balancer is in front and says whose connection it is, by the PROXY
+    /// protocol, version 2. Connections of others are closed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proxy_protocol: Option<ProxyProtocol>,
+    /// Mode of the Unix socket's file: who may connect; `"0660"` if unset.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<SocketMode>,
     /// Serve clients without credentials beyond this machine. Needed for an
     /// address that is not loopback, unless `tls.client_ca` asks for certificates.
     #[serde(default)]
     pub allow_anonymous: bool,
 }
 
-/// Certificate files, PEM.
+/// Certificate files, PEM. Read again when they change, and on SIGHUP; new
+/// connections then get the new ones, and files that do not work leave the old in use.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Tls {
@@ -85,16 +102,61 @@ pub struct Tls {
     /// Certificate authorities for clients; set: clients must show a certificate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client_ca: Option<PathBuf>,
+    /// Revocation lists, one of each CA in `client_ca` that signs clients; a
+    /// client whose certificate is listed, or whose CA has no list, is refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub crl: Option<PathBuf>,
+    /// What in a client's certificate says who it is.
+    #[serde(default)]
+    pub identity: Identity,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Identity {
+    /// The subject's common name.
+    #[default]
+    Cn,
+    /// The first DNS name, e-mail address or URI of the subject's alternative names.
+    San,
+}
+
+/// MQTT over WebSocket, subprotocol `mqtt`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct WebSocket {
+    /// Path of the URL that clients connect to.
+    pub path: String,
+    /// Largest message that a client may send, in one frame or several; unset:
+    /// twice `max_packet_size`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_frame_size: Option<ByteSize>,
+}
+
+/// Who may say whose connection it is.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ProxyProtocol {
+    /// Networks of the load balancers, `10.0.0.0/8`.
+    pub from: Vec<Network>,
+}
+
+impl Default for WebSocket {
+    fn default() -> Self {
+        Self { path: "/mqtt".to_owned(), max_frame_size: None }
+    }
+}
+
+impl WebSocket {
+    pub fn frame_bytes_max(&self, config: &Config) -> usize {
+        self.max_frame_size.map_or(2 * config.max_packet_size.0, |size| size.0) as usize
+    }
 }
 
 impl Default for Config {
     fn default() -> Self {
         Self {
-            listeners: vec![Endpoint {
-                bind: SocketAddr::from(([127, 0, 0, 1], 1883)),
-                tls: None,
-                allow_anonymous: false,
-            }],
+            listeners: vec![Endpoint::at(Bind::Tcp(SocketAddr::from(([127, 0, 0, 1], 1883))))],
             max_packet_size: ByteSize::mib(1),
             receive_maximum: 1_024,
             inflight_max: 1_024,
@@ -108,6 +170,7 @@ impl Default for Config {
             retained_messages_max: 100_000,
             retained_bytes_max: ByteSize::mib(32),
             will_delay_after_restart: Period(Duration::from_secs(30)),
+            handshakes_max: 4_096,
             connect_timeout: Period(Duration::from_secs(10)),
             drain_timeout: Period(Duration::from_secs(5)),
             keep_client_id: false,
@@ -130,7 +193,8 @@ impl Config {
                     ),
                 );
             }
-            let twin = |other: &Endpoint| other.bind == endpoint.bind && endpoint.bind.port() != 0;
+            endpoint.validate(&at, self.max_packet_size, problems);
+            let twin = |other: &Endpoint| other.bind == endpoint.bind && endpoint.bind.port() != Some(0);
             if self.listeners[..i].iter().any(twin) {
                 problems.add(at.key("bind"), format!("{} is used twice", endpoint.bind));
             }
@@ -144,6 +208,7 @@ impl Config {
         size("receive_maximum", self.receive_maximum.into(), 1, 65_535, problems);
         size("inflight_max", self.inflight_max.into(), 1, 65_535, problems);
         size("topic_alias_maximum", self.topic_alias_maximum.into(), 0, 1_024, problems);
+        size("handshakes_max", self.handshakes_max.into(), 1, 1_000_000, problems);
         size("connections_max", self.connections_max.into(), 1, 10_000_000, problems);
         size("sessions_max", self.sessions_max.into(), 1, 10_000_000, problems);
         let per_client = self.subscriptions_per_client_max;
@@ -158,10 +223,67 @@ impl Config {
 }
 
 impl Endpoint {
-    /// Loopback, or clients that prove who they are, or somebody said so.
+    /// Plain MQTT.
+    pub fn at(bind: Bind) -> Self {
+        Self { bind, tls: None, websocket: None, proxy_protocol: None, mode: None, allow_anonymous: false }
+    }
+
+    /// `mqtt`, `mqtt tls`, `mqtt websocket tls proxied`
+    pub fn kind(&self) -> String {
+        let mut kind = "mqtt".to_owned();
+        let layers = [
+            (self.websocket.is_some(), " websocket"),
+            (self.tls.is_some(), " tls"),
+            (self.proxy_protocol.is_some(), " proxied"),
+        ];
+        layers.iter().filter(|(is_there, _)| *is_there).for_each(|(_, name)| kind += name);
+        kind
+    }
+
+    /// Only clients of this machine get here. A load balancer on it brings others.
+    pub fn is_local(&self) -> bool {
+        self.bind.is_loopback() && self.proxy_protocol.is_none()
+    }
+
+    /// Local, or clients that prove who they are, or somebody said so.
     pub fn is_safe(&self) -> bool {
         let mutual = self.tls.as_ref().is_some_and(|tls| tls.client_ca.is_some());
-        self.bind.ip().is_loopback() || mutual || self.allow_anonymous
+        self.is_local() || mutual || self.allow_anonymous
+    }
+
+    fn validate(&self, at: &KeyPath, max_packet_size: ByteSize, problems: &mut Problems) {
+        let is_unix = matches!(self.bind, Bind::Unix(_));
+        if is_unix && self.tls.is_some() {
+            problems.add(at.key("tls"), "has no use on a Unix socket: leave it out");
+        }
+        if is_unix && self.proxy_protocol.is_some() {
+            problems.add(at.key("proxy_protocol"), "has no use on a Unix socket: leave it out");
+        }
+        if !is_unix && self.mode.is_some() {
+            problems.add(at.key("mode"), "is of a Unix socket (bind: unix:/path): leave it out");
+        }
+        if let Some(Tls { client_ca: None, crl: Some(_), .. }) = &self.tls {
+            problems.add(at.key("tls").key("crl"), "lists clients' certificates: set client_ca too");
+        }
+        if let Some(proxy) = &self.proxy_protocol
+            && proxy.from.is_empty()
+        {
+            let path = at.key("proxy_protocol").key("from");
+            problems.add(path, "must name a network of load balancers, such as 10.0.0.0/8");
+        }
+        if let Some(WebSocket { path, max_frame_size }) = &self.websocket {
+            let at = at.key("websocket");
+            if !path.starts_with('/') || path.contains(['?', '#', ' ']) {
+                problems.add(at.key("path"), format!("must be a path such as /mqtt, is \"{path}\""));
+            }
+            let (least, most) = (max_packet_size.0, 2 * crate::batch::SPAN_BYTES_MAX as u64);
+            if let Some(size) = max_frame_size
+                && (size.0 < least || size.0 > most)
+            {
+                let range = format!("must be {least} (max_packet_size) to {most}, is {}", size.0);
+                problems.add(at.key("max_frame_size"), range);
+            }
+        }
     }
 }
 
@@ -178,7 +300,7 @@ mod tests {
     #[test]
     fn the_default_is_valid_and_listens_on_loopback_only() {
         assert!(problems(&Config::default()).is_empty());
-        assert!(Config::default().listeners.iter().all(|endpoint| endpoint.bind.ip().is_loopback()));
+        assert!(Config::default().listeners.iter().all(Endpoint::is_local));
     }
 
     #[test]
@@ -194,5 +316,37 @@ mod tests {
         config.listeners[0].allow_anonymous = true;
         config.receive_maximum = 10;
         assert!(problems(&config).is_empty());
+    }
+
+    #[test]
+    fn everything_wrong_with_a_listener_is_said_at_once() {
+        let config: Config = serde_json::from_str(
+            r#"{ "listeners": [
+                { "bind": "unix:/run/mqtt.sock", "tls": { "cert": "a", "key": "b", "crl": "c" },
+                  "proxy_protocol": { "from": [] } },
+                { "bind": "127.0.0.1:1883", "mode": "0600", "proxy_protocol": { "from": ["10.0.0.0/8"] },
+                  "websocket": { "path": "mqtt", "max_frame_size": 10 } }
+            ], "handshakes_max": 0 }"#,
+        )
+        .unwrap();
+        let keys: Vec<String> =
+            problems(&config).iter().map(|line| line.split(": ").next().unwrap().to_owned()).collect();
+        let listener = |n: u32, key: &str| format!("mqtt.listeners[{n}].{key}");
+        // The first is not served to loopback only either: a load balancer brings others.
+        assert_eq!(
+            keys,
+            [
+                listener(0, "bind"),
+                listener(0, "tls"),
+                listener(0, "proxy_protocol"),
+                listener(0, "tls.crl"),
+                listener(0, "proxy_protocol.from"),
+                listener(1, "bind"),
+                listener(1, "mode"),
+                listener(1, "websocket.path"),
+                listener(1, "websocket.max_frame_size"),
+                "mqtt.handshakes_max".to_owned(),
+            ]
+        );
     }
 }

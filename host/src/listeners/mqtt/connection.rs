@@ -6,7 +6,6 @@
 
 use std::cell::RefCell;
 use std::future::poll_fn;
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -20,7 +19,6 @@ use rmqtt_codec::v5::{
 };
 use rmqtt_codec::{v3, v5};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
-use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, Sleep, timeout};
 use tokio_util::codec::Encoder;
 
@@ -31,6 +29,7 @@ use super::inbound::{Inbound, Next, Trouble};
 use super::outbound::Peer;
 use super::session::{Change, KEPT_FILTER_BYTES_MAX, Session, subscription_key};
 use super::subscriptions::{FILTER_LEVELS_MAX, Filter, Options};
+use super::transport::{Place, Remote};
 use super::will;
 use super::wire::{self, Fault, Packet, Version};
 
@@ -98,13 +97,13 @@ impl From<Trouble> for End {
 
 /// Serves one client from CONNECT to its end.
 /// `place`: of `connections_max`; a will that waits holds none.
-pub async fn serve<S>(broker: Arc<Broker>, mut io: S, from: SocketAddr, place: OwnedSemaphorePermit)
+pub async fn serve<S>(broker: Arc<Broker>, mut io: S, remote: Remote, mut place: Place)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send,
 {
     let mut input = BytesMut::new();
     let accepted =
-        timeout(broker.config.connect_timeout.0, handshake::accept(&broker, &mut io, &mut input, from));
+        timeout(broker.config.connect_timeout.0, handshake::accept(&broker, &mut io, &mut input, &remote));
     let accepted = tokio::select! {
         accepted = accepted => accepted,
         () = broker.shutdown.cancelled() => return,
@@ -128,6 +127,7 @@ where
             return;
         }
     };
+    place.handshake_ended();
     let Opened { session, turn, peer, keep_alive_s, username, will, answer } = opened;
     broker.client_connected(1);
     let mut connection = Connection {
@@ -145,7 +145,7 @@ where
     };
     session.outbox().resume();
     let end = connection.run().await;
-    connection.say_goodbye(&end, from).await;
+    connection.say_goodbye(&end, &remote).await;
     drop(connection);
     let expiry_s = if let End::Disconnect { expiry_s, .. } = end { expiry_s } else { None };
     let keep_will = !matches!(end, End::Disconnect { keep_will: false, .. });
@@ -468,7 +468,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
     }
 
     /// Counts, reports what a person may want to know, sends the last packet.
-    async fn say_goodbye(&mut self, end: &End, from: SocketAddr) {
+    async fn say_goodbye(&mut self, end: &End, remote: &Remote) {
         let (cause, code) = match end {
             End::Disconnect { .. } => ("client", None),
             End::Lost => ("lost", None),
@@ -485,10 +485,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         match end {
             End::Fault(fault) => {
                 let kind = format!("mqtt: client broke the protocol: {}", fault.what);
-                failures.report(&kind, 1, &format!("client {client_id} at {from}"), "");
+                failures.report(&kind, 1, &format!("client {client_id} at {remote}"), "");
             }
             End::Slow => {
-                let detail = format!("client {client_id} at {from}: its queue is full");
+                let detail = format!("client {client_id} at {remote}: its queue is full");
                 failures.report("mqtt: slow subscriber disconnected", 1, &detail, "");
             }
             _ => {}

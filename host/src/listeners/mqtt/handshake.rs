@@ -2,7 +2,6 @@
 //! takes its session over from an older connection, and answers only once a
 //! persistent session is durable.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 
 use bytes::{Buf, BytesMut};
@@ -15,6 +14,7 @@ use super::Broker;
 use super::acks::Stopped;
 use super::outbound::Peer;
 use super::session::{CLIENT_ID_BYTES_MAX, Session, Turn};
+use super::transport::Remote;
 use super::will::Will;
 use super::wire::{self, Fault, Packet, Version};
 use crate::batch::flags;
@@ -67,38 +67,38 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     broker: &Broker,
     io: &mut S,
     input: &mut BytesMut,
-    from: SocketAddr,
+    remote: &Remote,
 ) -> Result<Opened, Refused> {
     let mut asked = match read_connect(broker, io, input).await {
         Ok(asked) => asked,
-        Err(Unread::Lost) => return Err(Refused::new("lost", format!("{from} left before CONNECT"))),
+        Err(Unread::Lost) => return Err(Refused::new("lost", format!("{remote} left before CONNECT"))),
         Err(Unread::Fault(fault, version)) => {
             let reason =
                 ConnectAckReason::try_from(u8::from(fault.code)).unwrap_or(ConnectAckReason::MalformedPacket);
             refuse(io, version, reason).await;
-            return Err(Refused::new("malformed", format!("{from}: {}", fault.what)));
+            return Err(Refused::new("malformed", format!("{remote}: {}", fault.what)));
         }
         Err(Unread::Level(level)) => {
             refuse(io, Some(Version::V3), ConnectAckReason::UnsupportedProtocolVersion).await;
-            let detail = format!("{from}: protocol level {level}, not MQTT 3.1, 3.1.1 or 5.0");
+            let detail = format!("{remote}: protocol level {level}, not MQTT 3.1, 3.1.1 or 5.0");
             return Err(Refused::new("malformed", detail));
         }
     };
     if let Some(reason) = asked.refusal() {
         refuse(io, Some(asked.version), reason).await;
-        return Err(Refused::new("invalid", format!("client {} at {from}: {reason:?}", asked.client_id)));
+        return Err(Refused::new("invalid", format!("client {} at {remote}: {reason:?}", asked.client_id)));
     }
     let mut answer = BytesMut::new();
     asked.put_connack(broker, false, &mut answer);
     if answer.len() > asked.packet_bytes_max {
         refuse(io, Some(asked.version), ConnectAckReason::PacketTooLarge).await;
-        let detail = format!("client {} at {from}: maximum packet size too small", asked.client_id);
+        let detail = format!("client {} at {remote}: maximum packet size too small", asked.client_id);
         return Err(Refused::new("invalid", detail));
     }
     let sessions_max = broker.config.sessions_max as usize;
     let Some((session, turn)) = broker.sessions.claim(&asked.client_id, sessions_max).await else {
         refuse(io, Some(asked.version), ConnectAckReason::QuotaExceeded).await;
-        return Err(Refused::new("sessions_max", format!("client {} at {from}", asked.client_id)));
+        return Err(Refused::new("sessions_max", format!("client {} at {remote}", asked.client_id)));
     };
     broker.wills.client_is_back(broker, &asked.client_id);
     let opened = async {

@@ -27,8 +27,14 @@ pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_mqtt_refused_connects_total",
         kind: MetricKind::Counter,
-        help: "Connections refused before or by CONNACK.",
+        help: "Connections refused before or by CONNACK, by cause: connections_max, handshakes_max, proxy, tls, websocket, timeout, lost, malformed, invalid, sessions_max, stopped.",
         labels: &["cause"],
+    },
+    Metric {
+        name: "headworks_mqtt_tls_reloads_total",
+        kind: MetricKind::Counter,
+        help: "Changed certificate files, by outcome: taken, refused (the old ones stay in use).",
+        labels: &["outcome"],
     },
     Metric {
         name: "headworks_mqtt_publishes_total",
@@ -139,5 +145,9 @@ impl Counters {
 
     pub fn refused_connect(&self, cause: &'static str) {
         counter!("headworks_mqtt_refused_connects_total", "cause" => cause).increment(1);
+    }
+
+    pub fn tls_reload(&self, outcome: &'static str) {
+        counter!("headworks_mqtt_tls_reloads_total", "outcome" => outcome).increment(1);
     }
 }

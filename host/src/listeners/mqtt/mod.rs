@@ -5,9 +5,11 @@
 //! ([`acks`]). Subscribers are fed from the streams' durable tails ([`fanout`]).
 //! Sessions and QoS 2 packet ids are state of the streams ([`session`]).
 //! So are retained messages ([`retained`]) and wills ([`will`]).
-//! Deliberately absent, each with its room: durable queues (`outbound`), credentials and ACLs (`handshake`, `inbound`), WebSocket (`tls`'s neighbour).
+//! Deliberately absent, each with its room: durable queues (`outbound`),
+//! credentials and ACLs (`handshake`, `inbound`).
 
 mod acks;
+mod bind;
 mod blobs;
 mod config;
 mod connection;
@@ -21,20 +23,16 @@ mod session;
 mod subscriptions;
 #[cfg(test)]
 mod tests;
-mod tls;
+mod transport;
 mod will;
 mod wire;
 
-use std::net::SocketAddr;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
-use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -44,6 +42,7 @@ use self::metrics::Counters;
 use self::outbound::{Message, QueueLimits};
 use self::retained::Retained;
 use self::session::{Change, Sessions};
+use self::transport::{Address, Entry};
 use self::will::Restored;
 use self::wire::Version;
 use crate::batch::flags;
@@ -51,14 +50,15 @@ use crate::stream::{AppendError, StateChange, Stream, Streams};
 use crate::telemetry::Failures;
 use crate::topic::Namespace;
 
+pub use self::bind::{Bind, SocketMode};
 pub use self::config::{Config, Endpoint, Tls};
 pub use self::metrics::METRICS;
+pub use self::transport::Remote;
+pub use self::transport::network::Network;
 
 const CLIENTS_CONNECTED: &str = "$SYS/broker/clients/connected";
 /// Between two looks for expired sessions.
 const SWEEP_EVERY: Duration = Duration::from_secs(10);
-/// After an accept that failed, most likely for want of file descriptors.
-const ACCEPT_RETRY_AFTER: Duration = Duration::from_millis(100);
 
 /// What the listener stands on.
 pub struct Deps {
@@ -73,21 +73,21 @@ pub struct Deps {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("cannot listen on {bind}: {error}")]
-    Bind { bind: SocketAddr, error: std::io::Error },
+    Bind { bind: Bind, error: std::io::Error },
     #[error("tls of {bind}: {reason}")]
-    Tls { bind: SocketAddr, reason: String },
+    Tls { bind: Bind, reason: String },
 }
 
 /// A running listener; ends after its shutdown token is cancelled.
 pub struct Handle {
-    addresses: Vec<SocketAddr>,
+    addresses: Vec<Bind>,
     tasks: TaskTracker,
     accepting: Vec<JoinHandle<()>>,
 }
 
 impl Handle {
     /// In the order of the configuration, with the ports that were taken.
-    pub fn addresses(&self) -> &[SocketAddr] {
+    pub fn addresses(&self) -> &[Bind] {
         &self.addresses
     }
 
@@ -106,17 +106,13 @@ impl Handle {
 pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
     let mut entries = Vec::new();
     for endpoint in &config.listeners {
-        let bind = endpoint.bind;
-        let tls = endpoint.tls.as_ref().map(tls::acceptor).transpose();
-        let tls = tls.map_err(|reason| Error::Tls { bind, reason })?;
-        let listener = TcpListener::bind(bind).await.map_err(|error| Error::Bind { bind, error })?;
-        if !bind.ip().is_loopback() && endpoint.allow_anonymous {
+        entries.push(Entry::bind(endpoint).await?);
+        let bind = &endpoint.bind;
+        if !endpoint.is_local() && endpoint.allow_anonymous {
             tracing::warn!(%bind, "mqtt: anyone who can reach this address may publish and subscribe (allow_anonymous)");
         }
-        entries.push((listener, tls));
     }
-    let addresses: Result<Vec<_>, _> = entries.iter().map(|(listener, _)| listener.local_addr()).collect();
-    let addresses = addresses.map_err(|error| Error::Bind { bind: config.listeners[0].bind, error })?;
+    let addresses = entries.iter().map(Entry::address).collect();
 
     let broker = Broker::new(config, deps);
     let tasks = TaskTracker::new();
@@ -126,68 +122,14 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
     tasks.spawn(keep_house(broker.clone()));
     tasks.spawn(will::publish_restored(broker.clone()));
     let room = Arc::new(Semaphore::new(config.connections_max as usize));
-    let accepting = entries.into_iter().map(|(listener, tls)| {
-        tokio::spawn(accept(broker.clone(), listener, tls, room.clone(), tasks.clone()))
-    });
+    let tls: Vec<_> = entries.iter().filter_map(Entry::tls).cloned().collect();
+    if !tls.is_empty() {
+        tasks.spawn(transport::keep_certificates(broker.clone(), tls));
+    }
+    let accepting = entries
+        .into_iter()
+        .map(|entry| tokio::spawn(transport::accept(broker.clone(), entry, room.clone(), tasks.clone())));
     Ok(Handle { addresses, accepting: accepting.collect(), tasks })
-}
-
-/// Takes connections until shutdown; never waits for one of them.
-async fn accept(
-    broker: Arc<Broker>,
-    listener: TcpListener,
-    tls: Option<TlsAcceptor>,
-    room: Arc<Semaphore>,
-    tasks: TaskTracker,
-) {
-    loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = broker.shutdown.cancelled() => return,
-        };
-        let (socket, from) = match accepted {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                broker.failures.report("mqtt: cannot accept connections", 1, &error.to_string(), "");
-                tokio::time::sleep(ACCEPT_RETRY_AFTER).await;
-                continue;
-            }
-        };
-        let Ok(place) = room.clone().try_acquire_owned() else {
-            broker.counters.refused_connect("connections_max");
-            broker.failures.report(
-                "mqtt: connections_max reached, connect refused",
-                1,
-                &from.to_string(),
-                "",
-            );
-            continue;
-        };
-        let (broker, tls) = (broker.clone(), tls.clone());
-        tasks.spawn(async move {
-            // Acks are small and must not wait for the peer's delayed ack.
-            let _ = socket.set_nodelay(true);
-            serve(broker, socket, tls, from, place).await;
-        });
-    }
-}
-
-async fn serve(
-    broker: Arc<Broker>,
-    socket: TcpStream,
-    tls: Option<TlsAcceptor>,
-    from: SocketAddr,
-    place: OwnedSemaphorePermit,
-) {
-    let Some(tls) = tls else { return connection::serve(broker, socket, from, place).await };
-    match timeout(broker.config.connect_timeout.0, tls.accept(socket)).await {
-        Ok(Ok(stream)) => connection::serve(broker, stream, from, place).await,
-        Ok(Err(error)) => {
-            broker.counters.refused_connect("tls");
-            broker.failures.report("mqtt: TLS handshake failed", 1, &format!("{from}: {error}"), "");
-        }
-        Err(_) => broker.counters.refused_connect("timeout"),
-    }
 }
 
 /// Ends expired sessions; at shutdown tells every connection.
@@ -283,6 +225,12 @@ impl Broker {
 
     fn retained(&self) -> MutexGuard<'_, Retained> {
         self.retained.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counted, and said once in a while.
+    fn refused(&self, cause: &'static str, kind: &str, address: &Address) {
+        self.counters.refused_connect(cause);
+        self.failures.report(kind, 1, &address.to_string(), "");
     }
 
     fn client_connected(&self, change: i64) {

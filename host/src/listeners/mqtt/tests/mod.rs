@@ -7,6 +7,7 @@ mod sessions;
 mod subscribers;
 mod wills;
 
+use std::net::SocketAddr;
 use std::num::NonZeroU16;
 
 use bytes::BytesMut;
@@ -18,6 +19,8 @@ use rmqtt_codec::v5::{
     Subscribe, SubscribeAckReason, SubscriptionOptions,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
 use tokio_util::codec::{Decoder, Encoder};
 
 use super::*;
@@ -38,7 +41,7 @@ struct Host {
 impl Host {
     async fn start(streams: Streams, broker: Arc<dyn Stream>, change: impl FnOnce(&mut Config)) -> Self {
         let mut config = Config::default();
-        config.listeners[0].bind.set_port(0);
+        config.listeners[0].bind = "127.0.0.1:0".parse().unwrap();
         change(&mut config);
         let shutdown = CancellationToken::new();
         let deps = Deps {
@@ -49,7 +52,7 @@ impl Host {
             shutdown: shutdown.clone(),
         };
         let handle = start(&config, deps).await.unwrap();
-        Self { address: handle.addresses()[0], shutdown, handle }
+        Self { address: handle.addresses()[0].tcp().unwrap(), shutdown, handle }
     }
 
     async fn with(stream: Arc<dyn Stream>) -> Self {

@@ -1,0 +1,139 @@
+//! The listening sockets: TCP, and a Unix socket with the mode of its file.
+
+use std::fs::{self, Permissions};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+
+use super::super::bind::Bind;
+use super::super::config::Endpoint;
+use super::Address;
+
+pub(super) enum Socket {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+pub(super) enum Listener {
+    Tcp(TcpListener, Bind),
+    Unix(UnixListener, SocketFile),
+}
+
+impl Listener {
+    pub async fn bind(endpoint: &Endpoint) -> io::Result<Self> {
+        match &endpoint.bind {
+            Bind::Tcp(address) => {
+                let listener = TcpListener::bind(address).await?;
+                let address = listener.local_addr()?;
+                Ok(Self::Tcp(listener, Bind::Tcp(address)))
+            }
+            Bind::Unix(path) => {
+                let mode = endpoint.mode.unwrap_or_default().0;
+                let (listener, file) = SocketFile::bind(path, mode).await?;
+                Ok(Self::Unix(listener, file))
+            }
+        }
+    }
+
+    pub fn address(&self) -> Bind {
+        match self {
+            Self::Tcp(_, address) => address.clone(),
+            Self::Unix(_, file) => Bind::Unix(file.path.clone()),
+        }
+    }
+
+    pub async fn accept(&self) -> io::Result<(Socket, Address)> {
+        match self {
+            Self::Tcp(listener, _) => {
+                let (socket, from) = listener.accept().await?;
+                Ok((Socket::Tcp(socket), Address::Ip(from)))
+            }
+            Self::Unix(listener, _) => {
+                let (socket, _) = listener.accept().await?;
+                let uid = socket.peer_cred().ok().map(|peer| peer.uid());
+                Ok((Socket::Unix(socket), Address::Unix { uid }))
+            }
+        }
+    }
+}
+
+/// Removed with the listener, unless another took its place.
+pub(super) struct SocketFile {
+    path: PathBuf,
+    inode: (u64, u64),
+}
+
+impl SocketFile {
+    /// Bound under another name and renamed, so that nobody finds it before it
+    /// has its mode, and a stale file is replaced.
+    async fn bind(path: &Path, mode: u32) -> io::Result<(UnixListener, Self)> {
+        make_way(path).await?;
+        let mut name = path.file_name().unwrap_or_default().to_owned();
+        name.push(".new");
+        let new = path.with_file_name(name);
+        make_way(&new).await?;
+        // Left by a run that was killed between the bind and the rename.
+        match fs::remove_file(&new) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let listener = UnixListener::bind(&new)?;
+        fs::set_permissions(&new, Permissions::from_mode(mode))?;
+        let inode = inode(&new)?;
+        fs::rename(&new, path)?;
+        Ok((listener, Self { path: path.to_owned(), inode }))
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if inode(&self.path).is_ok_and(|inode| inode == self.inode) {
+            // One that stays behind is stale, and replaced by the next start.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn inode(path: &Path) -> io::Result<(u64, u64)> {
+    fs::symlink_metadata(path).map(|file| (file.dev(), file.ino()))
+}
+
+/// Whether a socket may be put there: nothing is, or one that nobody listens on.
+async fn make_way(path: &Path) -> io::Result<()> {
+    let file = match fs::symlink_metadata(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    if !file.file_type().is_socket() {
+        return Err(io::Error::new(io::ErrorKind::AlreadyExists, "there is a file that is not a socket"));
+    }
+    match UnixStream::connect(path).await {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(()),
+        Err(error) => Err(error),
+        Ok(_) => Err(io::Error::new(io::ErrorKind::AddrInUse, "another process listens there")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_stale_socket_is_replaced_a_live_one_and_a_file_are_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mqtt.sock");
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        let (listener, file) = SocketFile::bind(&path, 0o600).await.unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let refused = SocketFile::bind(&path, 0o600).await.err().unwrap();
+        assert_eq!(refused.kind(), io::ErrorKind::AddrInUse);
+        drop((listener, file));
+        assert!(!path.exists());
+        fs::write(&path, "data").unwrap();
+        assert!(SocketFile::bind(&path, 0o600).await.is_err());
+        assert_eq!(fs::read(&path).unwrap(), b"data");
+    }
+}

@@ -1,0 +1,297 @@
+//! From a listening address to a byte stream and what is known of who is at
+//! its other end: TCP or a Unix socket, below TLS, below WebSocket, behind a
+//! load balancer that tells the client's address (PROXY protocol).
+//!
+//! The accept loop waits for no client: each handshake is a task of its own,
+//! ends within `connect_timeout`, and holds one of `handshakes_max` places of
+//! its listener until CONNECT is answered.
+
+mod identity;
+mod listen;
+pub mod network;
+mod proxy;
+mod reload;
+mod tls;
+mod websocket;
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustls::pki_types::CertificateDer;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout;
+use tokio_rustls::server::TlsStream;
+use tokio_util::task::TaskTracker;
+
+use self::listen::{Listener, Socket};
+use super::bind::Bind;
+use super::config::Endpoint;
+use super::{Broker, Error, connection};
+
+pub use self::tls::Tls;
+
+/// After an accept that failed, most likely for want of file descriptors.
+const ACCEPT_RETRY_AFTER: Duration = Duration::from_millis(100);
+/// With all handshakes taken, nothing is accepted for so long before connections are closed.
+const HANDSHAKE_WAIT_MAX: Duration = Duration::from_millis(100);
+
+/// Who is at the other end, as far as the transport knows.
+#[derive(Clone, Debug)]
+pub struct Remote {
+    pub address: Address,
+    /// The certificate that the client has proved to own, DER.
+    pub certificate: Option<CertificateDer<'static>>,
+    /// The name in it that `tls.identity` asks for.
+    pub identity: Option<Box<str>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Address {
+    /// The client's own, also behind a load balancer.
+    Ip(SocketAddr),
+    /// A process of this machine, by the user that it runs as.
+    Unix { uid: Option<u32> },
+}
+
+impl Address {
+    /// The client runs on this machine.
+    pub fn is_local(&self) -> bool {
+        match self {
+            Self::Ip(address) => address.ip().to_canonical().is_loopback(),
+            Self::Unix { .. } => true,
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ip(address) => address.fmt(f),
+            Self::Unix { uid: Some(uid) } => write!(f, "unix socket, uid {uid}"),
+            Self::Unix { uid: None } => f.write_str("unix socket"),
+        }
+    }
+}
+
+impl fmt::Display for Remote {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.address.fmt(f)?;
+        match &self.identity {
+            Some(identity) => write!(f, " (certificate of {})", identity.escape_debug()),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What a connection holds of the bounds.
+#[derive(Debug)]
+pub struct Place {
+    _connection: OwnedSemaphorePermit,
+    handshake: Option<OwnedSemaphorePermit>,
+}
+
+impl Place {
+    /// CONNECT is answered: another handshake may begin.
+    pub fn handshake_ended(&mut self) {
+        self.handshake = None;
+    }
+}
+
+/// An address that is bound, its certificates read.
+pub struct Entry {
+    endpoint: Endpoint,
+    listener: Listener,
+    tls: Option<Arc<Tls>>,
+}
+
+impl Entry {
+    pub async fn bind(endpoint: &Endpoint) -> Result<Self, Error> {
+        let bind = || endpoint.bind.clone();
+        let tls = endpoint.tls.clone().map(Tls::load).transpose();
+        let tls = tls.map_err(|reason| Error::Tls { bind: bind(), reason })?;
+        let listener = Listener::bind(endpoint).await.map_err(|error| Error::Bind { bind: bind(), error })?;
+        Ok(Self { endpoint: endpoint.clone(), listener, tls: tls.map(Arc::new) })
+    }
+
+    /// With the port that was taken.
+    pub fn address(&self) -> Bind {
+        self.listener.address()
+    }
+
+    pub fn tls(&self) -> Option<&Arc<Tls>> {
+        self.tls.as_ref()
+    }
+}
+
+/// Reads certificates again when their files change, until shutdown.
+pub async fn keep_certificates(broker: Arc<Broker>, tls: Vec<Arc<Tls>>) {
+    reload::run(&broker, &tls).await;
+}
+
+/// Takes connections until shutdown; never waits for one of them.
+pub async fn accept(broker: Arc<Broker>, entry: Entry, room: Arc<Semaphore>, tasks: TaskTracker) {
+    let Entry { endpoint, listener, tls } = entry;
+    let handshakes = Arc::new(Semaphore::new(broker.config.handshakes_max as usize));
+    let layers = Arc::new(Layers { endpoint, tls });
+    let mut shedding = false;
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = broker.shutdown.cancelled() => return,
+        };
+        let (socket, address) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                broker.failures.report("mqtt: cannot accept connections", 1, &error.to_string(), "");
+                tokio::time::sleep(ACCEPT_RETRY_AFTER).await;
+                continue;
+            }
+        };
+        let Ok(connection) = room.clone().try_acquire_owned() else {
+            broker.refused("connections_max", "mqtt: connections_max reached, connect refused", &address);
+            continue;
+        };
+        let mut handshake = handshakes.clone().try_acquire_owned().ok();
+        if handshake.is_none() && !shedding {
+            let place = timeout(HANDSHAKE_WAIT_MAX, handshakes.clone().acquire_owned()).await;
+            handshake = place.ok().and_then(Result::ok);
+        }
+        shedding = handshake.is_none();
+        if shedding {
+            let kind = "mqtt: handshakes_max reached, connect refused";
+            broker.refused("handshakes_max", kind, &address);
+            continue;
+        }
+        let place = Place { _connection: connection, handshake };
+        let remote = Remote { address, certificate: None, identity: None };
+        if let (Socket::Tcp(socket), true) = (&socket, layers.is_plain()) {
+            // Acks are small and must not wait for the peer's delayed ack.
+            let _ = socket.set_nodelay(true);
+        }
+        match socket {
+            Socket::Tcp(socket) if layers.is_plain() => {
+                tasks.spawn(connection::serve(broker.clone(), socket, remote, place));
+            }
+            socket => {
+                let served = serve_layered(broker.clone(), layers.clone(), socket, remote, place);
+                tasks.spawn(served);
+            }
+        }
+    }
+}
+
+/// What lies between the socket and MQTT.
+struct Layers {
+    endpoint: Endpoint,
+    tls: Option<Arc<Tls>>,
+}
+
+impl Layers {
+    fn is_plain(&self) -> bool {
+        let Endpoint { proxy_protocol, websocket, .. } = &self.endpoint;
+        self.tls.is_none() && websocket.is_none() && proxy_protocol.is_none()
+    }
+}
+
+/// Why there was no connection; `kind` repeats, `detail` is of this one.
+struct Failed {
+    cause: &'static str,
+    kind: String,
+    detail: String,
+}
+
+trait Io: AsyncRead + AsyncWrite + Unpin + Send {}
+impl<S: AsyncRead + AsyncWrite + Unpin + Send> Io for S {}
+
+enum Opened {
+    Tcp(TcpStream),
+    Unix(tokio::net::UnixStream),
+    Tls(Box<TlsStream<TcpStream>>),
+    WebSocket(Box<websocket::Bytes<Box<dyn Io>>>),
+}
+
+async fn serve_layered(
+    broker: Arc<Broker>,
+    layers: Arc<Layers>,
+    socket: Socket,
+    mut remote: Remote,
+    place: Place,
+) {
+    let opened = {
+        // Boxed: its buffers are not kept for the connection's life.
+        let handshake = Box::pin(layers.handshake(&broker, socket, &mut remote));
+        tokio::select! {
+            opened = timeout(broker.config.connect_timeout.0, handshake) => opened,
+            () = broker.shutdown.cancelled() => return,
+        }
+    };
+    match opened {
+        Ok(Ok(Opened::Tcp(io))) => connection::serve(broker, io, remote, place).await,
+        Ok(Ok(Opened::Unix(io))) => connection::serve(broker, io, remote, place).await,
+        Ok(Ok(Opened::Tls(io))) => connection::serve(broker, io, remote, place).await,
+        Ok(Ok(Opened::WebSocket(io))) => connection::serve(broker, io, remote, place).await,
+        Ok(Err(Failed { cause, kind, detail })) => {
+            broker.counters.refused_connect(cause);
+            if cause != "lost" {
+                broker.failures.report(&kind, 1, &format!("{remote}: {detail}"), "");
+            }
+        }
+        Err(_) => broker.counters.refused_connect("timeout"),
+    }
+}
+
+impl Layers {
+    async fn handshake(
+        &self,
+        broker: &Broker,
+        socket: Socket,
+        remote: &mut Remote,
+    ) -> Result<Opened, Failed> {
+        let mut socket = match socket {
+            Socket::Tcp(socket) => socket,
+            Socket::Unix(socket) => {
+                let Some(config) = &self.endpoint.websocket else { return Ok(Opened::Unix(socket)) };
+                let frame_bytes_max = config.frame_bytes_max(&broker.config);
+                let io = websocket::accept(Box::new(socket) as Box<dyn Io>, config, frame_bytes_max).await?;
+                return Ok(Opened::WebSocket(Box::new(io)));
+            }
+        };
+        let _ = socket.set_nodelay(true);
+        if let (Some(config), Address::Ip(balancer)) = (&self.endpoint.proxy_protocol, remote.address) {
+            let client = proxy::accept(&mut socket, balancer, config).await?;
+            remote.address = Address::Ip(client.unwrap_or(balancer));
+        }
+        let io = match &self.tls {
+            None => Opened::Tcp(socket),
+            Some(tls) => {
+                let io = tls.accept(socket).await?;
+                (remote.certificate, remote.identity) = tls.client(&io);
+                Opened::Tls(Box::new(io))
+            }
+        };
+        let Some(config) = &self.endpoint.websocket else { return Ok(io) };
+        let io: Box<dyn Io> = match io {
+            Opened::Tcp(io) => Box::new(io),
+            Opened::Tls(io) => io,
+            done => return Ok(done),
+        };
+        let io = websocket::accept(io, config, config.frame_bytes_max(&broker.config)).await?;
+        Ok(Opened::WebSocket(Box::new(io)))
+    }
+}
+
+impl Failed {
+    fn new(cause: &'static str, kind: impl Into<String>, detail: impl fmt::Display) -> Self {
+        Self { cause, kind: format!("mqtt: {}", kind.into()), detail: detail.to_string() }
+    }
+
+    /// The client went away, as a scanner or a health check does: counted, not said.
+    fn lost(error: &io::Error) -> Self {
+        Self::new("lost", "the client left", error)
+    }
+}

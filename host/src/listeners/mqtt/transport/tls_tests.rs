@@ -1,0 +1,208 @@
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, DnType, IsCa, Issuer, KeyIdMethod,
+    KeyPair, KeyUsagePurpose, RevokedCertParams, SerialNumber, date_time_ymd,
+};
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
+use tokio::io::AsyncReadExt;
+use tokio::net::TcpListener;
+use tokio_rustls::TlsConnector;
+
+use super::super::super::config::Identity;
+use super::*;
+
+struct Pki {
+    dir: tempfile::TempDir,
+    ca: Issuer<'static, KeyPair>,
+    ca_pem: String,
+}
+
+struct Device {
+    cert: CertificateDer<'static>,
+    key: PrivateKeyDer<'static>,
+}
+
+fn authority(name: &str) -> (Issuer<'static, KeyPair>, String) {
+    let mut params = CertificateParams::default();
+    params.distinguished_name.push(DnType::CommonName, name);
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    let key = KeyPair::generate().unwrap();
+    let pem = params.self_signed(&key).unwrap().pem();
+    (Issuer::new(params, key), pem)
+}
+
+impl Pki {
+    fn new() -> Self {
+        let (ca, ca_pem) = authority("our CA");
+        let pki = Self { dir: tempfile::tempdir().unwrap(), ca, ca_pem };
+        pki.write("ca.pem", &pki.ca_pem);
+        pki.write_server();
+        pki.revoke(&[]);
+        pki
+    }
+
+    fn write(&self, name: &str, content: &str) {
+        std::fs::write(self.dir.path().join(name), content).unwrap();
+    }
+
+    fn write_server(&self) {
+        let key = KeyPair::generate().unwrap();
+        let cert =
+            CertificateParams::new(["localhost".to_owned()]).unwrap().signed_by(&key, &self.ca).unwrap();
+        self.write("server.pem", &cert.pem());
+        self.write("server.key", &key.serialize_pem());
+    }
+
+    fn revoke(&self, serials: &[u64]) {
+        let day = date_time_ymd(2020, 1, 1);
+        let revoked = |serial: &u64| RevokedCertParams {
+            serial_number: SerialNumber::from(*serial),
+            revocation_time: day,
+            reason_code: None,
+            invalidity_date: None,
+        };
+        let list = CertificateRevocationListParams {
+            this_update: day,
+            next_update: date_time_ymd(2090, 1, 1),
+            crl_number: SerialNumber::from(1),
+            issuing_distribution_point: None,
+            revoked_certs: serials.iter().map(revoked).collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        self.write("crl.pem", &list.signed_by(&self.ca).unwrap().pem().unwrap());
+    }
+
+    fn device(&self, serial: u64) -> Device {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new([format!("{serial}.devices.example")]).unwrap();
+        params.distinguished_name.push(DnType::CommonName, format!("device-{serial}"));
+        params.serial_number = Some(SerialNumber::from(serial));
+        let cert = params.signed_by(&key, &self.ca).unwrap();
+        let private = PrivateKeyDer::from_pem_slice(key.serialize_pem().as_bytes()).unwrap();
+        Device { cert: cert.der().clone(), key: private }
+    }
+
+    fn load(&self, identity: Identity) -> Tls {
+        let path = |name: &str| self.dir.path().join(name);
+        let files = config::Tls {
+            cert: path("server.pem"),
+            key: path("server.key"),
+            client_ca: Some(path("ca.pem")),
+            crl: Some(path("crl.pem")),
+            identity,
+        };
+        Tls::load(files).unwrap()
+    }
+
+    fn connector(&self, device: Option<Device>) -> TlsConnector {
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_slice(self.ca_pem.as_bytes()).unwrap()).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let builder = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots);
+        let config = match device {
+            Some(device) => builder.with_client_auth_cert(vec![device.cert], device.key).unwrap(),
+            None => builder.with_no_client_auth(),
+        };
+        TlsConnector::from(Arc::new(config))
+    }
+}
+
+/// One handshake; both sides' ends.
+async fn shake(
+    tls: &Tls,
+    connector: &TlsConnector,
+) -> (Result<TlsStream<TcpStream>, Failed>, io::Result<tokio_rustls::client::TlsStream<TcpStream>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    let (server, _) = listener.accept().await.unwrap();
+    let name = ServerName::try_from("localhost").unwrap();
+    tokio::join!(tls.accept(server), connector.connect(name, client))
+}
+
+async fn refusal(tls: &Tls, connector: &TlsConnector) -> String {
+    let (server, _client) = shake(tls, connector).await;
+    server.err().expect("refused").kind
+}
+
+#[tokio::test]
+async fn the_clients_name_is_the_one_that_the_config_asks_for() {
+    let pki = Pki::new();
+    for (identity, name) in [(Identity::Cn, "device-7"), (Identity::San, "7.devices.example")] {
+        let tls = pki.load(identity);
+        let device = pki.device(7);
+        let cert = device.cert.clone();
+        let io = shake(&tls, &pki.connector(Some(device))).await.0.ok().unwrap();
+        assert_eq!(tls.client(&io), (Some(cert), Some(name.into())));
+    }
+}
+
+#[tokio::test]
+async fn a_revoked_client_is_refused_after_the_reload_and_those_connected_go_on() {
+    let pki = Pki::new();
+    let tls = pki.load(Identity::Cn);
+    let device = pki.connector(Some(pki.device(7)));
+    let (server, client) = shake(&tls, &device).await;
+    let (mut server, mut client) = (server.ok().unwrap(), client.unwrap());
+
+    pki.revoke(&[7]);
+    assert!(matches!(tls.reload(), Reloaded::Taken));
+    assert!(matches!(tls.reload(), Reloaded::Same));
+    // The same connector: it would resume its session if it could.
+    assert!(refusal(&tls, &device).await.contains("is revoked"));
+    let other = pki.connector(Some(pki.device(8)));
+    assert!(shake(&tls, &other).await.0.is_ok());
+
+    tokio::io::AsyncWriteExt::write_all(&mut client, b"on").await.unwrap();
+    tokio::io::AsyncWriteExt::flush(&mut client).await.unwrap();
+    let mut heard = [0; 2];
+    server.read_exact(&mut heard).await.unwrap();
+    assert_eq!(&heard, b"on");
+}
+
+#[tokio::test]
+async fn a_broken_file_is_named_once_and_the_old_certificates_stay() {
+    let pki = Pki::new();
+    let tls = pki.load(Identity::Cn);
+    let device = pki.connector(Some(pki.device(7)));
+    let key = std::fs::read_to_string(pki.dir.path().join("server.key")).unwrap();
+    for (file, content) in [
+        ("server.pem", "nothing"),
+        ("server.key", &KeyPair::generate().unwrap().serialize_pem()),
+        ("ca.pem", ""),
+        ("crl.pem", "-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n"),
+    ] {
+        let before = std::fs::read_to_string(pki.dir.path().join(file)).unwrap();
+        pki.write(file, content);
+        let Reloaded::Broken(reason) = tls.reload() else { panic!("{file} was taken") };
+        assert!(reason.contains(file), "{reason}");
+        assert!(matches!(tls.reload(), Reloaded::Same));
+        assert!(shake(&tls, &device).await.0.is_ok());
+        pki.write(file, &before);
+        assert!(matches!(tls.reload(), Reloaded::Taken));
+    }
+    std::fs::remove_file(pki.dir.path().join("server.key")).unwrap();
+    assert!(matches!(tls.reload(), Reloaded::Broken(_)));
+    assert!(shake(&tls, &device).await.0.is_ok());
+    pki.write("server.key", &key);
+    assert!(matches!(tls.reload(), Reloaded::Taken));
+}
+
+#[tokio::test]
+async fn a_failed_handshake_says_what_to_do() {
+    let pki = Pki::new();
+    let tls = pki.load(Identity::Cn);
+    assert!(refusal(&tls, &pki.connector(None)).await.contains("showed no certificate"));
+    let stranger = Pki::new();
+    let device = pki.connector(Some(stranger.device(7)));
+    assert!(refusal(&tls, &device).await.contains("no CA of tls.client_ca"));
+    assert!(refusal(&tls, &stranger.connector(None)).await.contains("does not trust tls.cert"));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    tokio::io::AsyncWriteExt::write_all(&mut client, b"\x10\x0c\x00\x04MQTT\x05\x02\x00\x3c").await.unwrap();
+    let (server, _) = listener.accept().await.unwrap();
+    assert!(tls.accept(server).await.err().unwrap().kind.contains("does not speak TLS"));
+}

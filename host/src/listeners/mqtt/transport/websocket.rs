@@ -1,0 +1,176 @@
+//! MQTT in WebSocket's binary frames (MQTT 5.0, 6; RFC 6455), as a stream of
+//! bytes: where frames begin and end means nothing.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf, BytesMut};
+use futures_util::{Sink, Stream};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::handshake::machine::TryParse;
+use tokio_tungstenite::tungstenite::handshake::server::{Request, create_response, write_response};
+use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
+use tokio_tungstenite::tungstenite::{Error, Message};
+
+use super::super::config::WebSocket;
+use super::Failed;
+
+/// The HTTP request in front, with all headers that proxies add.
+const REQUEST_BYTES_MAX: usize = 16 << 10;
+/// Kept for each connection.
+const READ_BUFFER_BYTES: usize = 4 << 10;
+/// Bytes of one frame that we send.
+const WRITE_BYTES_MAX: usize = 64 << 10;
+/// As registered, and what clients of MQTT 3.1 said before it was.
+const SUBPROTOCOLS: [&str; 2] = ["mqtt", "mqttv3.1"];
+
+/// The payloads of binary frames, one after the other.
+pub(super) struct Bytes<S> {
+    io: WebSocketStream<S>,
+    rest: bytes::Bytes,
+    /// A frame that is not on its way yet; its length was told to the writer.
+    unsent: bool,
+}
+
+/// Answers the HTTP request; one that asks for something else gets told how.
+pub(super) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
+    mut io: S,
+    config: &WebSocket,
+    frame_bytes_max: usize,
+) -> Result<Bytes<S>, Failed> {
+    let mut input = BytesMut::new();
+    let request = loop {
+        match Request::try_parse(&input) {
+            Ok(Some((len, request))) => {
+                input.advance(len);
+                break request;
+            }
+            Ok(None) if input.len() < REQUEST_BYTES_MAX => {}
+            Ok(None) => return Err(refuse(&mut io, 431, "the request's headers are too large").await),
+            Err(_) => return Err(refuse(&mut io, 400, "not an HTTP GET request").await),
+        }
+        match io.read_buf(&mut input).await {
+            Ok(0) => return Err(Failed::lost(&io::ErrorKind::UnexpectedEof.into())),
+            Ok(_) => {}
+            Err(error) => return Err(Failed::lost(&error)),
+        }
+    };
+    if request.uri().path() != config.path {
+        let told = format!("MQTT over WebSocket is at {}", config.path);
+        return Err(refuse(&mut io, 404, &told).await);
+    }
+    if !request.headers().contains_key("upgrade") {
+        let told =
+            format!("this is MQTT over WebSocket: connect an MQTT client to ws://HOST:PORT{}", config.path);
+        return Err(refuse(&mut io, 426, &told).await);
+    }
+    let mut offered = request.headers().get_all("sec-websocket-protocol").iter();
+    let subprotocol = offered.find_map(|offered| {
+        let mut names = offered.to_str().ok()?.split(',').map(str::trim);
+        names.find_map(|name| SUBPROTOCOLS.into_iter().find(|known| *known == name))
+    });
+    let Some(subprotocol) = subprotocol else {
+        return Err(refuse(&mut io, 400, "ask for the subprotocol mqtt (Sec-WebSocket-Protocol: mqtt)").await);
+    };
+    let mut response = match create_response(&request) {
+        Ok(response) => response,
+        Err(error) => return Err(refuse(&mut io, 400, &error.to_string()).await),
+    };
+    let chosen = subprotocol.parse().expect("our names are header values");
+    response.headers_mut().insert("sec-websocket-protocol", chosen);
+    let mut answer = Vec::new();
+    write_response(&mut answer, &response).expect("memory can be written");
+    io.write_all(&answer).await.map_err(|error| Failed::lost(&error))?;
+    let limits = WebSocketConfig::default()
+        .read_buffer_size(READ_BUFFER_BYTES)
+        .write_buffer_size(0)
+        .max_frame_size(Some(frame_bytes_max))
+        .max_message_size(Some(frame_bytes_max));
+    let io = WebSocketStream::from_partially_read(io, input.into(), Role::Server, Some(limits)).await;
+    Ok(Bytes { io, rest: bytes::Bytes::new(), unsent: false })
+}
+
+async fn refuse<S: AsyncWrite + Unpin>(io: &mut S, status: u16, told: &str) -> Failed {
+    let reason = match status {
+        404 => "Not Found",
+        426 => "Upgrade Required",
+        431 => "Request Header Fields Too Large",
+        _ => "Bad Request",
+    };
+    let upgrade =
+        if status == 426 { "Connection: upgrade, close\r\nUpgrade: websocket" } else { "Connection: close" };
+    let answer = format!(
+        "HTTP/1.1 {status} {reason}\r\n{upgrade}\r\nContent-Type: text/plain; charset=utf-8\r\n\
+         Content-Length: {}\r\n\r\n{told}\n",
+        told.len() + 1
+    );
+    // The client may be gone: then nobody needs the answer.
+    let _ = io.write_all(answer.as_bytes()).await;
+    let _ = io.shutdown().await;
+    Failed::new("websocket", format!("WebSocket refused with {status}"), told)
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Bytes<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        out: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        while self.rest.is_empty() {
+            match ready!(Pin::new(&mut self.io).poll_next(cx)) {
+                Some(Ok(Message::Binary(payload))) => self.rest = payload,
+                // Answered by the library: with a pong, or with a close of its own.
+                Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Close(_) | Message::Frame(_))) => {}
+                Some(Ok(Message::Text(_))) => {
+                    return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, "a text frame")));
+                }
+                Some(Err(error)) => return Poll::Ready(Err(failed(error))),
+                None => return Poll::Ready(Ok(())),
+            }
+        }
+        let len = self.rest.len().min(out.remaining());
+        out.put_slice(&self.rest[..len]);
+        self.rest.advance(len);
+        if self.rest.is_empty() {
+            // Not an empty slice of the frame: that would keep its memory.
+            self.rest = bytes::Bytes::new();
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Bytes<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        ready!(Pin::new(&mut self.io).poll_ready(cx)).map_err(failed)?;
+        let len = bytes.len().min(WRITE_BYTES_MAX);
+        let frame = Message::Binary(bytes::Bytes::copy_from_slice(&bytes[..len]));
+        Pin::new(&mut self.io).start_send(frame).map_err(failed)?;
+        self.unsent = true;
+        Poll::Ready(Ok(len))
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.unsent {
+            ready!(Pin::new(&mut self.io).poll_flush(cx)).map_err(failed)?;
+            self.unsent = false;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_close(cx).map_err(failed)
+    }
+}
+
+fn failed(error: Error) -> io::Error {
+    match error {
+        Error::Io(error) => error,
+        error => io::Error::new(io::ErrorKind::InvalidData, error),
+    }
+}
+
+#[cfg(test)]
+#[path = "websocket_tests.rs"]
+mod tests;

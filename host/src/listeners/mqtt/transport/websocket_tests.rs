@@ -1,0 +1,84 @@
+use futures_util::{SinkExt, StreamExt};
+use tokio::io::DuplexStream;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+use tokio_tungstenite::tungstenite::protocol::frame::Frame;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::{Data, OpCode};
+
+use super::*;
+
+const FRAME_BYTES_MAX: usize = 1_024;
+
+async fn open() -> (WebSocketStream<DuplexStream>, Bytes<DuplexStream>) {
+    let (client, server) = tokio::io::duplex(64 << 10);
+    let mut request = "ws://localhost/mqtt".into_client_request().unwrap();
+    request.headers_mut().insert("sec-websocket-protocol", "chat, mqtt".parse().unwrap());
+    let config = WebSocket::default();
+    let (client, server) = tokio::join!(
+        tokio_tungstenite::client_async(request, client),
+        accept(server, &config, FRAME_BYTES_MAX)
+    );
+    let (client, response) = client.unwrap();
+    assert_eq!(response.headers()["sec-websocket-protocol"], "mqtt");
+    (client, server.ok().unwrap())
+}
+
+#[tokio::test]
+async fn frames_and_packets_need_not_begin_together() {
+    let (mut client, mut server) = open().await;
+    let frame = |payload: &'static [u8], code, last| {
+        Message::Frame(Frame::message(bytes::Bytes::from_static(payload), OpCode::Data(code), last))
+    };
+    client.send(Message::Binary("onetw".into())).await.unwrap();
+    client.send(Message::Ping("still there".into())).await.unwrap();
+    client.send(Message::Binary("".into())).await.unwrap();
+    client.send(frame(b"othr", Data::Binary, false)).await.unwrap();
+    client.send(frame(b"ee", Data::Continue, true)).await.unwrap();
+    let mut heard = [0; 11];
+    server.read_exact(&mut heard).await.unwrap();
+    assert_eq!(&heard, b"onetwothree");
+    server.write_all(b"back").await.unwrap();
+    server.flush().await.unwrap();
+    let mut answers = Vec::new();
+    while answers.len() < 2 {
+        answers.push(client.next().await.unwrap().unwrap());
+    }
+    assert!(answers.contains(&Message::Pong("still there".into())), "{answers:?}");
+    assert!(answers.contains(&Message::Binary("back".into())), "{answers:?}");
+}
+
+#[tokio::test]
+async fn a_close_is_the_end_and_text_or_too_much_an_error() {
+    let (mut client, mut server) = open().await;
+    let ends = tokio::spawn(async move { server.read(&mut [0; 8]).await });
+    client.close(None).await.unwrap();
+    assert_eq!(ends.await.unwrap().unwrap(), 0);
+
+    let (mut client, mut server) = open().await;
+    client.send(Message::Text("text".into())).await.unwrap();
+    assert!(server.read(&mut [0; 8]).await.is_err());
+
+    let (mut client, mut server) = open().await;
+    client.send(Message::Binary(vec![0; FRAME_BYTES_MAX + 1].into())).await.unwrap();
+    assert!(server.read(&mut [0; 8]).await.is_err());
+}
+
+#[tokio::test]
+async fn who_asks_for_something_else_is_told_how() {
+    let upgrade = "Host: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
+                   Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
+    for (request, status, hint) in [
+        ("GET /mqtt HTTP/1.1\r\nHost: x\r\n\r\n".to_owned(), "426 ", "ws://HOST:PORT/mqtt"),
+        ("GET / HTTP/1.1\r\nHost: x\r\n\r\n".to_owned(), "404 ", "is at /mqtt"),
+        (format!("GET /mqtt HTTP/1.1\r\n{upgrade}\r\n"), "400 ", "Sec-WebSocket-Protocol: mqtt"),
+        ("POST /mqtt HTTP/1.1\r\nHost: x\r\n\r\n".to_owned(), "400 ", "GET"),
+        (format!("GET /mqtt HTTP/1.1\r\nX: {}\r\n", "x".repeat(REQUEST_BYTES_MAX)), "431 ", "too large"),
+    ] {
+        let (mut client, server) = tokio::io::duplex(64 << 10);
+        client.write_all(request.as_bytes()).await.unwrap();
+        let refused = accept(server, &WebSocket::default(), FRAME_BYTES_MAX).await.err().unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")) && answer.contains(hint), "{answer}");
+        assert_eq!(refused.cause, "websocket");
+    }
+}
