@@ -21,7 +21,7 @@ build: ## target/release/headworks and target/plugins/*.wasm
 demo: build ## A few hundred simulated devices, three plugins, rows in SQLite (no set-up needed)
 	@target/release/headworks-demo
 
-setup: ## What the tests need: wasm target, PostgreSQL, mosquitto, Python packages
+setup: ## What the tests need: wasm target, PostgreSQL, mosquitto, Python and Node.js packages
 	@tests/setup/all.sh
 
 test: setup build ## All tests, against real servers and clients

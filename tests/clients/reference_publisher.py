@@ -1,7 +1,8 @@
 # The reference page's publisher as written, but for host, port, TLS, the
 # sensor and an end: it sends a fixed number of readings without the pause.
+# HOST PORT COUNT [tls CA [CERT KEY]] [websockets]
 import paho.mqtt.client as mqtt  # paho-mqtt==1.6.1
-import json, sys, time
+import json, ssl, sys, time
 
 BROKER = sys.argv[1]
 PORT = int(sys.argv[2])
@@ -13,7 +14,17 @@ def read_sensor(n):
     return 20.0 + n
 
 
-client = mqtt.Client(protocol=mqtt.MQTTv5)
+TRANSPORT = "websockets" if "websockets" in sys.argv else "tcp"
+CERTS = [arg for arg in sys.argv[5:] if arg != "websockets"]
+
+client = mqtt.Client(protocol=mqtt.MQTTv5, transport=TRANSPORT)
+if "tls" in sys.argv:
+    client.tls_set(
+        ca_certs=CERTS[0],
+        certfile=CERTS[1] if len(CERTS) > 1 else None,
+        keyfile=CERTS[2] if len(CERTS) > 1 else None,
+        tls_version=ssl.PROTOCOL_TLS_CLIENT
+    )
 client.connect(BROKER, PORT)
 client.loop_start()
 

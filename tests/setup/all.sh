@@ -4,4 +4,5 @@ set -eu
 here=$(dirname "$0")
 "$here/system.sh"
 "$here/python.sh"
+"$here/node.sh"
 "$here/wasm.sh"

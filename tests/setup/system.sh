@@ -1,5 +1,5 @@
 #!/bin/sh
-# PostgreSQL, mosquitto (broker and clients) and Python with venv: Debian packages.
+# PostgreSQL, mosquitto (broker and clients), Python with venv, Node.js: Debian packages.
 # No service is started or needed: tests start private servers on random ports.
 set -eu
 
@@ -18,6 +18,8 @@ postgres_bin || missing="$missing postgresql"
 mosquitto_broker || missing="$missing mosquitto"
 command -v mosquitto_pub >/dev/null || missing="$missing mosquitto-clients"
 python_venv || missing="$missing python3-venv"
+command -v node >/dev/null || missing="$missing nodejs"
+command -v npm >/dev/null || missing="$missing npm"
 command -v setpriv >/dev/null || missing="$missing util-linux"
 [ -z "$missing" ] && exit 0
 

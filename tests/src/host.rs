@@ -31,17 +31,16 @@ pub struct Host {
 /// What `data/run.json` says.
 #[derive(Debug, Deserialize, Clone)]
 struct Bound {
-    mqtt: Vec<SocketAddr>,
+    mqtt: Vec<String>,
     admin: SocketAddr,
 }
 
-/// Data and plugins in the test's folder, MQTT on a port that the OS gives out.
+/// Data and plugins in the test's folder.
 /// The admin port is chosen here: the command line reads it from the config.
 fn head() -> String {
     let admin = process::free_port();
     format!(
         "data_dir: ./data\n\
-         mqtt: {{ listeners: [ {{ bind: 127.0.0.1:0 }} ] }}\n\
          admin: {{ bind: 127.0.0.1:{admin} }}\n\
          plugins: {{ dir: ./plugins }}\n"
     )
@@ -50,8 +49,13 @@ fn head() -> String {
 impl Host {
     /// A folder with this config (below the head) and an empty plugins folder; not started.
     pub fn prepare(name: &str, config: &str) -> Self {
+        Self::prepare_with(name, "mqtt: { listeners: [ { bind: 127.0.0.1:0 } ] }", config)
+    }
+
+    /// The same with an `mqtt:` section of its own.
+    pub fn prepare_with(name: &str, mqtt: &str, config: &str) -> Self {
         let folder = Folder::new(name);
-        folder.write("headworks.yaml", format!("{}{config}", head()));
+        folder.write("headworks.yaml", format!("{}{mqtt}\n{config}", head()));
         std::fs::create_dir_all(folder.join("plugins")).expect("our folder");
         Self { folder, process: None, bound: None, environment: Vec::new() }
     }
@@ -110,7 +114,13 @@ impl Host {
     }
 
     pub fn mqtt(&self) -> SocketAddr {
-        self.bound.as_ref().expect("ready").mqtt[0]
+        self.listener(0)
+    }
+
+    /// The address of a listener that is not a Unix socket, in the order of the config.
+    pub fn listener(&self, number: usize) -> SocketAddr {
+        let bound = &self.bound.as_ref().expect("ready").mqtt[number];
+        bound.parse().unwrap_or_else(|error| panic!("{bound}: {error}"))
     }
 
     pub fn admin(&self) -> SocketAddr {

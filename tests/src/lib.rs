@@ -4,11 +4,13 @@
 //! Blocking on purpose: a test reads as a script. Nothing here retries a
 //! promise; only the start of a process is polled, up to a deadline.
 
+pub mod certificates;
 pub mod folder;
 pub mod host;
 pub mod http;
 pub mod mosquitto;
 pub mod mqtt;
+pub mod node;
 pub mod packets;
 pub mod postgres;
 pub mod process;

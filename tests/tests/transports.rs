@@ -1,0 +1,276 @@
+//! Every way for a client to reach the broker, by clients that people use.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
+use std::process::{Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use headworks_tests::certificates::{Authority, Files};
+use headworks_tests::folder::{Folder, root};
+use headworks_tests::host::Host;
+use headworks_tests::mqtt::{self, Version};
+use headworks_tests::process::{Process, eventually, run};
+use headworks_tests::{mosquitto, node, python};
+
+const HUNG_AFTER: Duration = Duration::from_secs(30);
+const DEVICE: u64 = 7;
+const READING: &str = "acme/site-01/temperature/sensor-001/reading";
+
+/// A host whose first listener is plain, for what the test itself publishes.
+struct Setup {
+    host: Host,
+    ca: Authority,
+    device: Files,
+}
+
+/// `listeners` in the notation of the config; `TLS` and `MTLS` stand for `tls:` sections.
+fn setup(name: &str, listeners: &str) -> Setup {
+    const TLS: &str = "tls: { cert: server.pem, key: server.key }";
+    const MTLS: &str = "tls: { cert: server.pem, key: server.key, client_ca: ca.pem, crl: crl.pem }";
+    let listeners = listeners.replace("MTLS", MTLS).replace("{ TLS", &format!("{{ {TLS}"));
+    let mqtt = format!("mqtt:\n  listeners:\n    - {{ bind: 127.0.0.1:0 }}\n{listeners}");
+    let mut host = Host::prepare_with(name, &mqtt, "");
+    let ca = Authority::new(&host.folder);
+    ca.sign(&host.folder, "server", 1);
+    let device = ca.sign(&host.folder, "device-7", DEVICE);
+    ca.revoke(&host.folder, &[]);
+    host.run();
+    Setup { host, ca, device }
+}
+
+impl Setup {
+    fn ca(&self) -> &str {
+        text(&self.ca.ca)
+    }
+
+    /// A publish on the plain listener.
+    fn publish(&self, topic: &str, payload: &str) {
+        run(mosquitto::publish(self.host.mqtt()).args(["-q", "1", "-t", topic, "-m", payload]));
+    }
+
+    /// mosquitto_pub on a listener, as the device.
+    fn publish_as_device(&self, listener: usize, topic: &str) -> std::process::Output {
+        mosquitto::publish(self.host.listener(listener))
+            .args(["--cafile", self.ca(), "--cert", text(&self.device.cert), "--key", text(&self.device.key)])
+            .args(["-q", "1", "-t", topic, "-m", "hello"])
+            .output()
+            .expect("mosquitto_pub is installed")
+    }
+
+    /// The page's Python program on a listener, its readings heard on the plain one.
+    fn publish_python(&self, listener: usize, args: &[&str]) {
+        let mut heard =
+            Lines::of(mosquitto::subscribe(self.host.mqtt()).args(["-d", "-q", "1", "-t", READING]));
+        heard.find("Subscribed");
+        let port = self.host.listener(listener).port().to_string();
+        let script = root().join("tests/clients/reference_publisher.py");
+        let said = run(python::command().arg(script).args(["localhost", &port, "3"]).args(args));
+        assert_eq!(said.trim(), "acknowledged 3");
+        for value in ["20.0", "21.0", "22.0"] {
+            heard.find(&format!("\"value\": {value}"));
+        }
+    }
+
+    /// The page's Node.js program hears a reading.
+    fn subscribe_node(&self, url: &str) {
+        let script = root().join("tests/clients/reference_subscriber.js");
+        let mut heard = Lines::of(node::command().arg(script).args([url, self.ca()]));
+        assert_eq!(heard.next(), "subscribed 1");
+        self.publish(READING, "21.5");
+        assert_eq!(heard.next(), "iot-telemetry-raw sensor-001 21.5");
+    }
+}
+
+#[test]
+fn the_pages_python_client_publishes_with_mutual_tls() {
+    let setup = setup("python-tls", "    - { bind: 127.0.0.1:0, MTLS }\n");
+    let (cert, key) = (text(&setup.device.cert), text(&setup.device.key));
+    setup.publish_python(1, &["tls", setup.ca(), cert, key]);
+}
+
+#[test]
+fn the_pages_node_client_subscribes_over_tls() {
+    let setup = setup("node-tls", "    - { TLS, bind: 127.0.0.1:0 }\n");
+    setup.subscribe_node(&format!("mqtts://localhost:{}", setup.host.listener(1).port()));
+}
+
+#[test]
+fn python_and_node_clients_speak_over_websocket_with_tls_and_without() {
+    let setup = setup(
+        "websocket",
+        "    - { bind: 127.0.0.1:0, websocket: {} }\n    - { TLS, bind: 127.0.0.1:0, websocket: {} }\n",
+    );
+    let port = |listener| setup.host.listener(listener).port();
+    setup.publish_python(1, &["websockets"]);
+    setup.publish_python(2, &["tls", setup.ca(), "websockets"]);
+    setup.subscribe_node(&format!("ws://localhost:{}/mqtt", port(1)));
+    setup.subscribe_node(&format!("wss://localhost:{}/mqtt", port(2)));
+}
+
+#[test]
+fn mosquittos_clients_speak_over_tls_and_a_client_without_a_certificate_is_told_apart() {
+    let setup = setup("mosquitto-tls", "    - { bind: 127.0.0.1:0, MTLS }\n");
+    let at = setup.host.listener(1);
+    let certs = ["--cert", text(&setup.device.cert), "--key", text(&setup.device.key)];
+    let mut heard = Lines::of(
+        mosquitto::subscribe(at).args(["-d", "--cafile", setup.ca(), "-t", "tls/topic"]).args(certs),
+    );
+    heard.find("Subscribed");
+    assert!(setup.publish_as_device(1, "tls/topic").status.success());
+    heard.find("hello");
+    let refused =
+        mosquitto::publish(at).args(["--cafile", setup.ca(), "-t", "tls/topic", "-m", "x"]).output();
+    assert!(!refused.expect("mosquitto_pub is installed").status.success());
+    setup.host.says("the client showed no certificate: give it one");
+    assert!(setup.host.metric("headworks_mqtt_refused_connects_total", &[("cause", "tls")]) >= 1.0);
+}
+
+#[test]
+fn new_certificates_and_revocations_are_taken_while_clients_stay_connected() {
+    let setup = setup("reload", "    - { bind: 127.0.0.1:0, MTLS }\n");
+    let folder = &setup.host.folder;
+    let certs = ["--cert", text(&setup.device.cert), "--key", text(&setup.device.key)];
+    let at = setup.host.listener(1);
+    let mut heard = Lines::of(
+        mosquitto::subscribe(at).args(["-d", "--cafile", setup.ca(), "-t", "reload/#"]).args(certs),
+    );
+    heard.find("Subscribed");
+    let reloads = |outcome: &'static str, least: f64| {
+        eventually("the files are looked at", HUNG_AFTER, || {
+            (setup.host.metric("headworks_mqtt_tls_reloads_total", &[("outcome", outcome)]) >= least)
+                .then_some(())
+        });
+    };
+
+    folder.write("server.pem", "not a certificate");
+    reloads("refused", 1.0);
+    assert!(setup.host.log().contains("server.pem holds no certificate"));
+    assert!(setup.publish_as_device(1, "reload/broken").status.success());
+
+    setup.ca.sign(folder, "server", 2);
+    reloads("taken", 1.0);
+    assert!(setup.publish_as_device(1, "reload/mended").status.success());
+
+    setup.ca.revoke(folder, &[DEVICE]);
+    reloads("taken", 2.0);
+    assert!(!setup.publish_as_device(1, "reload/revoked").status.success());
+    setup.host.says("the client's certificate is revoked");
+    setup.publish("reload/last", "still here");
+    heard.find("still here");
+}
+
+#[test]
+fn a_unix_socket_has_its_mode_and_serves_mosquittos_clients() {
+    let dir = Folder::new("unix");
+    let path = dir.join("mqtt.sock");
+    let listener = format!("    - {{ bind: 'unix:{}', mode: '0600' }}\n", path.display());
+    let mut setup = setup("unix", &listener);
+    assert_eq!(std::fs::metadata(&path).expect("bound").permissions().mode() & 0o777, 0o600);
+    assert!(setup.host.log().contains(&format!("mqtt on unix:{}", path.display())));
+    let mut heard = Lines::of(mosquitto::subscribe(setup.host.mqtt()).args(["-d", "-t", "unix/topic"]));
+    heard.find("Subscribed");
+    run(Command::new("mosquitto_pub").arg("--unix").arg(&path).args([
+        "-q",
+        "1",
+        "-t",
+        "unix/topic",
+        "-m",
+        "hello",
+    ]));
+    heard.find("hello");
+
+    setup.host.kill();
+    assert!(path.exists(), "a killed host leaves its socket");
+    setup.host.run();
+    run(Command::new("mosquitto_pub").arg("--unix").arg(&path).args([
+        "-q",
+        "1",
+        "-t",
+        "unix/topic",
+        "-m",
+        "again",
+    ]));
+    setup.host.stop();
+    assert!(!path.exists(), "a host that stops removes it");
+}
+
+#[test]
+fn behind_a_load_balancer_the_clients_own_address_is_the_one_that_is_told() {
+    let setup = setup(
+        "proxy",
+        "    - { bind: 127.0.0.1:0, allow_anonymous: true, proxy_protocol: { from: [127.0.0.0/8] } }\n    \
+         - { bind: 127.0.0.1:0, allow_anonymous: true, proxy_protocol: { from: [10.0.0.0/8] } }\n",
+    );
+    let header = |client: [u8; 4]| {
+        let mut header = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c".to_vec();
+        header.extend(client);
+        header.extend([127, 0, 0, 1, 0x30, 0x39, 7, 0x5b]);
+        header
+    };
+    let mut connect = Vec::new();
+    mqtt::connect(&mut connect, Version::V5, "behind", true);
+
+    let mut socket = TcpStream::connect(setup.host.listener(1)).expect("the host listens");
+    socket.set_nodelay(true).expect("a socket");
+    for byte in header([192, 0, 2, 7]).iter().chain(&connect) {
+        socket.write_all(&[*byte]).expect("the host reads");
+    }
+    let mut answer = [0; 4];
+    socket.read_exact(&mut answer).expect("CONNACK");
+    assert_eq!((answer[0], answer[3]), (0x20, 0));
+    socket.write_all(&[0xf0, 0]).expect("the host reads");
+    setup.host.says("client behind at 192.0.2.7:12345");
+
+    for (listener, sent) in [(1, &connect), (2, &header([192, 0, 2, 7]))] {
+        let mut socket = TcpStream::connect(setup.host.listener(listener)).expect("the host listens");
+        socket.set_read_timeout(Some(HUNG_AFTER)).expect("a socket");
+        // Closed perhaps before all of it is written.
+        let _ = socket.write_all(sent);
+        let closed = socket.read(&mut [0; 16]);
+        let reset = |error: &std::io::Error| error.kind() == std::io::ErrorKind::ConnectionReset;
+        assert!(
+            closed.as_ref().is_ok_and(|len| *len == 0) || closed.as_ref().is_err_and(reset),
+            "{closed:?}"
+        );
+    }
+    setup.host.says("no PROXY header");
+    setup.host.says("not one of proxy_protocol.from");
+}
+
+/// What a client prints, line by line.
+struct Lines {
+    lines: Receiver<String>,
+    _process: Process,
+}
+
+impl Lines {
+    fn of(command: &mut Command) -> Self {
+        // Line by line, also into a pipe.
+        let mut buffered = Command::new("stdbuf");
+        buffered.arg("-oL").arg(command.get_program()).args(command.get_args());
+        for (name, value) in command.get_envs() {
+            buffered.env(name, value.unwrap_or_default());
+        }
+        let mut child = buffered.stdout(Stdio::piped()).spawn().expect("the client is installed");
+        let out = child.stdout.take().expect("piped");
+        let (to, lines) = channel();
+        std::thread::spawn(move || {
+            BufReader::new(out).lines().map_while(Result::ok).try_for_each(|line| to.send(line))
+        });
+        Self { lines, _process: Process::adopt("client", child) }
+    }
+
+    fn next(&mut self) -> String {
+        self.lines.recv_timeout(HUNG_AFTER).expect("the client hears the message")
+    }
+
+    fn find(&mut self, text: &str) {
+        while !self.next().contains(text) {}
+    }
+}
+
+fn text(path: &std::path::Path) -> &str {
+    path.to_str().expect("our paths are UTF-8")
+}
