@@ -239,6 +239,31 @@ fn behind_a_load_balancer_the_clients_own_address_is_the_one_that_is_told() {
     setup.host.says("not one of proxy_protocol.from");
 }
 
+#[test]
+fn stalled_handshakes_past_the_bound_are_shed_and_harm_no_other_listener() {
+    let mqtt = "mqtt: { handshakes_max: 2, listeners: [ { bind: 127.0.0.1:0 }, { bind: 127.0.0.1:0 } ] }";
+    let mut host = Host::prepare_with("storm", mqtt, "");
+    host.run();
+    let connect = || {
+        let socket = TcpStream::connect(host.listener(1)).expect("the host listens");
+        socket.set_read_timeout(Some(HUNG_AFTER)).expect("a socket");
+        socket
+    };
+    let stalled = [connect(), connect()];
+    assert_eq!(connect().read(&mut [0; 1]).expect("closed"), 0);
+    host.says("handshakes_max reached");
+    let refused = host.metric("headworks_mqtt_refused_connects_total", &[("cause", "handshakes_max")]);
+    assert!(refused >= 1.0);
+    run(mosquitto::publish(host.listener(0)).args(["-q", "1", "-t", "storm/topic", "-m", "x"]));
+
+    drop(stalled);
+    eventually("both are gone", HUNG_AFTER, || {
+        let lost = host.metric("headworks_mqtt_refused_connects_total", &[("cause", "lost")]);
+        (lost >= 2.0).then_some(())
+    });
+    run(mosquitto::publish(host.listener(1)).args(["-q", "1", "-t", "storm/topic", "-m", "x"]));
+}
+
 /// What a client prints, line by line.
 struct Lines {
     lines: Receiver<String>,

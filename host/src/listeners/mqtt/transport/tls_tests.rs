@@ -125,7 +125,8 @@ async fn shake(
 
 async fn refusal(tls: &Tls, connector: &TlsConnector) -> String {
     let (server, _client) = shake(tls, connector).await;
-    server.err().expect("refused").kind
+    let Err(failed) = server else { panic!("taken") };
+    failed.kind
 }
 
 #[tokio::test]
