@@ -1,6 +1,7 @@
 //! Headworks: takes device messages in, runs each through sandboxed
 //! WebAssembly plugins, writes batches to databases. `ARCHITECTURE.md` is the map.
 
+pub mod access;
 pub mod admin;
 pub mod app;
 pub mod batch;

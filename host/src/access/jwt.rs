@@ -1,0 +1,236 @@
+//! JSON Web Tokens as passwords: RFC 7515 (JWS, compact form), 7517 (JWK), 7518
+//! (algorithms), 7519 (claims), on ring. The algorithm must be of the kind of
+//! the key, so that no key is taken for another's; `none` is not one.
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use ring::signature::{self, RsaPublicKeyComponents, UnparsedPublicKey};
+use ring::hmac;
+use rustls::pki_types::SubjectPublicKeyInfoDer;
+use rustls::pki_types::pem::PemObject;
+use serde::Deserialize;
+use serde_json::{Map, Value};
+use x509_cert::der::Decode;
+use x509_cert::spki::{ObjectIdentifier, SubjectPublicKeyInfoRef};
+
+use super::config::{self, RULES_MAX, Rule};
+use super::watched::Watched;
+use super::{Denied, Identity, rules};
+use crate::telemetry::Failures;
+
+const FILE_BYTES_MAX: u64 = 1 << 20;
+const SECRET_BYTES_MIN: usize = 32;
+/// Longer passwords are no tokens.
+const TOKEN_BYTES_MAX: usize = 16 << 10;
+
+const RSA: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.1");
+const EC: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.2.1");
+const P256: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.3.1.7");
+const P384: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.132.0.34");
+
+pub struct Jwt {
+    config: config::Jwt,
+    keys: Arc<Watched<Vec<Key>>>,
+}
+
+struct Key {
+    /// `kid` and `alg` of a key set; a token that names another is not for it.
+    id: Option<String>,
+    algorithm: Option<String>,
+    material: Material,
+}
+
+enum Material {
+    Secret(Vec<u8>),
+    /// PKCS#1, as ring takes it.
+    Rsa(Vec<u8>),
+    RsaParts { n: Vec<u8>, e: Vec<u8> },
+    P256(Vec<u8>),
+    P384(Vec<u8>),
+}
+
+#[derive(Deserialize)]
+struct Header {
+    alg: String,
+    kid: Option<String>,
+    crit: Option<Value>,
+}
+
+impl Jwt {
+    pub fn open(config: &config::Jwt, failures: Failures) -> Result<Self, String> {
+        type Parse = fn(&[u8]) -> Result<Vec<Key>, String>;
+        let (path, parse): (_, Parse) = match (&config.secret_file, &config.public_key_file, &config.jwks_file) {
+            (Some(path), None, None) => (path, secret),
+            (None, Some(path), None) => (path, public_key),
+            (None, None, Some(path)) => (path, key_set),
+            _ => return Err("jwt: exactly one file of keys must be named".to_owned()),
+        };
+        let keys = Watched::open(path, FILE_BYTES_MAX, failures, parse)?;
+        Ok(Self { config: config.clone(), keys: Arc::new(keys) })
+    }
+
+    /// `None` where the password is not a token.
+    pub async fn check(&self, password: &[u8]) -> Result<Option<Identity>, Denied> {
+        let Some(token) = Token::read(password) else { return Ok(None) };
+        let keys = self.keys.clone();
+        let keys = super::off_the_reactor(move || keys.get()).await?;
+        let now_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let is_signed = keys.iter().any(|key| token.is_signed_by(key));
+        let claims = token.claims.filter(|_| is_signed && token.header.crit.is_none());
+        let claims = claims.ok_or(Denied::BadCredentials)?;
+        self.identity(&claims, now_s).map(Some)
+    }
+
+    fn identity(&self, claims: &Map<String, Value>, now_s: u64) -> Result<Identity, Denied> {
+        let config = &self.config;
+        let leeway_s = config.leeway.0.as_secs_f64();
+        let now_s = now_s as f64;
+        // A claim of another type than it must have refuses, as one that is not met.
+        let time = |name: &str| claims.get(name).map(|value| value.as_f64().unwrap_or(f64::NAN));
+        let lives = time("exp").is_some_and(|until| now_s < until + leeway_s);
+        let has_begun = time("nbf").is_none_or(|from| now_s + leeway_s >= from);
+        let text = |name: &str| claims.get(name).and_then(Value::as_str);
+        let issued = config.issuer.as_deref().is_none_or(|issuer| text("iss") == Some(issuer));
+        let meant = config.audience.as_deref().is_none_or(|audience| match claims.get("aud") {
+            Some(Value::String(one)) => one == audience,
+            Some(Value::Array(all)) => all.iter().any(|one| one == audience),
+            _ => false,
+        });
+        if !(lives && has_begun && issued && meant) {
+            return Err(Denied::BadCredentials);
+        }
+        let name = text(&config.user_claim).filter(|name| !name.is_empty()).ok_or(Denied::BadCredentials)?;
+        let rules = match config.rules_claim.as_ref().and_then(|claim| claims.get(claim)) {
+            Some(rules) => read_rules(rules).ok_or(Denied::NotAuthorized)?,
+            None => Vec::new(),
+        };
+        let texts = claims.iter().filter_map(|(name, value)| Some((name.clone(), value.as_str()?.to_owned())));
+        Ok(Identity { name: Some(name.into()), fields: texts.collect(), rules, superuser: false })
+    }
+}
+
+/// Rules from elsewhere than the config; `None` where one cannot be used.
+pub fn read_rules(value: &Value) -> Option<Vec<Rule>> {
+    let rules = Vec::<Rule>::deserialize(value).ok()?;
+    let topics_ok = |rule: &Rule| rule.topics.iter().all(|topic| rules::check_topic(topic).is_ok());
+    (rules.len() <= RULES_MAX && rules.iter().all(topics_ok)).then_some(rules)
+}
+
+struct Token<'t> {
+    header: Header,
+    claims: Option<Map<String, Value>>,
+    signed: &'t [u8],
+    signature: Vec<u8>,
+}
+
+impl<'t> Token<'t> {
+    fn read(password: &'t [u8]) -> Option<Self> {
+        let text = std::str::from_utf8(password).ok().filter(|text| text.len() <= TOKEN_BYTES_MAX)?;
+        let (signed, signature) = text.rsplit_once('.')?;
+        let (header, claims) = signed.split_once('.')?;
+        let decode = |part: &str| URL_SAFE_NO_PAD.decode(part).ok();
+        Some(Self {
+            header: serde_json::from_slice(&decode(header)?).ok()?,
+            claims: serde_json::from_slice(&decode(claims)?).ok(),
+            signed: signed.as_bytes(),
+            signature: decode(signature)?,
+        })
+    }
+
+    fn is_signed_by(&self, key: &Key) -> bool {
+        let algorithm = self.header.alg.as_str();
+        let other_id = matches!((&self.header.kid, &key.id), (Some(named), Some(id)) if named != id);
+        if other_id || key.algorithm.as_deref().is_some_and(|only| only != algorithm) {
+            return false;
+        }
+        let verify = |with: &'static dyn signature::VerificationAlgorithm, key: &[u8]| {
+            UnparsedPublicKey::new(with, key).verify(self.signed, &self.signature).is_ok()
+        };
+        let rsa: Option<&'static signature::RsaParameters> = match algorithm {
+            "RS256" => Some(&signature::RSA_PKCS1_2048_8192_SHA256),
+            "RS384" => Some(&signature::RSA_PKCS1_2048_8192_SHA384),
+            "RS512" => Some(&signature::RSA_PKCS1_2048_8192_SHA512),
+            _ => None,
+        };
+        match (&key.material, algorithm) {
+            (Material::Secret(secret), "HS256") => self.has_mac(hmac::HMAC_SHA256, secret),
+            (Material::Secret(secret), "HS384") => self.has_mac(hmac::HMAC_SHA384, secret),
+            (Material::Secret(secret), "HS512") => self.has_mac(hmac::HMAC_SHA512, secret),
+            (Material::Rsa(key), _) => rsa.is_some_and(|rsa| verify(rsa, key)),
+            (Material::RsaParts { n, e }, _) => rsa.is_some_and(|rsa| {
+                RsaPublicKeyComponents { n, e }.verify(rsa, self.signed, &self.signature).is_ok()
+            }),
+            (Material::P256(key), "ES256") => verify(&signature::ECDSA_P256_SHA256_FIXED, key),
+            (Material::P384(key), "ES384") => verify(&signature::ECDSA_P384_SHA384_FIXED, key),
+            _ => false,
+        }
+    }
+
+    fn has_mac(&self, algorithm: hmac::Algorithm, secret: &[u8]) -> bool {
+        hmac::verify(&hmac::Key::new(algorithm, secret), self.signed, &self.signature).is_ok()
+    }
+}
+
+fn secret(bytes: &[u8]) -> Result<Vec<Key>, String> {
+    let secret = bytes.strip_suffix(b"\n").unwrap_or(bytes);
+    if secret.len() < SECRET_BYTES_MIN {
+        return Err(format!("a secret must have at least {SECRET_BYTES_MIN} bytes, has {}", secret.len()));
+    }
+    Ok(vec![Key { id: None, algorithm: None, material: Material::Secret(secret.to_owned()) }])
+}
+
+fn public_key(bytes: &[u8]) -> Result<Vec<Key>, String> {
+    let wanted = || "must be an RSA or an EC (P-256, P-384) public key, PEM (BEGIN PUBLIC KEY)".to_owned();
+    let der = SubjectPublicKeyInfoDer::from_pem_slice(bytes).map_err(|_| wanted())?;
+    let key = SubjectPublicKeyInfoRef::from_der(&der).map_err(|_| wanted())?;
+    let curve = || key.algorithm.parameters_oid().ok();
+    let raw = key.subject_public_key.as_bytes().ok_or_else(wanted)?.to_owned();
+    let material = match key.algorithm.oid {
+        RSA => Material::Rsa(raw),
+        EC if curve() == Some(P256) => Material::P256(raw),
+        EC if curve() == Some(P384) => Material::P384(raw),
+        _ => return Err(wanted()),
+    };
+    Ok(vec![Key { id: None, algorithm: None, material }])
+}
+
+/// Keys of kinds or uses that are not ours are left out (RFC 7517, 5).
+fn key_set(bytes: &[u8]) -> Result<Vec<Key>, String> {
+    #[derive(Deserialize)]
+    struct Set {
+        keys: Vec<Map<String, Value>>,
+    }
+    let set: Set = serde_json::from_slice(bytes).map_err(|error| format!("no JSON Web Key Set: {error}"))?;
+    let keys: Vec<Key> = set.keys.iter().filter_map(key_of_set).collect();
+    if keys.is_empty() {
+        return Err("has no key that can be used: RSA, EC (P-256, P-384) or oct of 32 bytes".to_owned());
+    }
+    Ok(keys)
+}
+
+fn key_of_set(key: &Map<String, Value>) -> Option<Key> {
+    let text = |name: &str| key.get(name).and_then(Value::as_str);
+    let bytes = |name: &str| text(name).and_then(|text| URL_SAFE_NO_PAD.decode(text).ok());
+    let point = |len: usize| {
+        let (x, y) = (bytes("x")?, bytes("y")?);
+        (x.len() == len && y.len() == len).then(|| [&[4][..], &x, &y].concat())
+    };
+    if text("use").is_some_and(|used_for| used_for != "sig") {
+        return None;
+    }
+    let material = match (text("kty")?, text("crv")) {
+        ("oct", _) => Material::Secret(bytes("k").filter(|secret| secret.len() >= SECRET_BYTES_MIN)?),
+        ("RSA", _) => Material::RsaParts { n: bytes("n")?, e: bytes("e")? },
+        ("EC", Some("P-256")) => Material::P256(point(32)?),
+        ("EC", Some("P-384")) => Material::P384(point(48)?),
+        _ => return None,
+    };
+    Some(Key { id: text("kid").map(Into::into), algorithm: text("alg").map(Into::into), material })
+}
+
+#[cfg(test)]
+#[path = "jwt_tests.rs"]
+mod tests;

@@ -1,0 +1,170 @@
+//! Token buckets, and connections by user.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::config::Limits;
+
+/// A rate with bursts of a second's worth. It may be overdrawn: who has is to
+/// wait until the debt is paid.
+#[derive(Clone, Debug)]
+pub struct Bucket {
+    per_s: f64,
+    tokens: f64,
+    filled_at: Instant,
+}
+
+/// A rate of messages and bytes, what is not bounded left out.
+#[derive(Clone, Debug)]
+pub struct Allowance {
+    messages: Option<Bucket>,
+    bytes: Option<Bucket>,
+}
+
+impl Bucket {
+    pub fn new(per_s: u64, now: Instant) -> Self {
+        Self { per_s: per_s as f64, tokens: per_s as f64, filled_at: now }
+    }
+
+    fn fill(&mut self, now: Instant) {
+        let passed = now.saturating_duration_since(self.filled_at).as_secs_f64();
+        self.tokens = self.per_s.min(self.tokens + passed * self.per_s);
+        self.filled_at = self.filled_at.max(now);
+    }
+
+    /// Takes one, if there is one.
+    pub fn try_take(&mut self, now: Instant) -> bool {
+        self.fill(now);
+        let has = self.tokens >= 1.0;
+        if has {
+            self.tokens -= 1.0;
+        }
+        has
+    }
+
+    fn spend(&mut self, count: u64) {
+        self.tokens -= count as f64;
+    }
+
+    fn is_spent(&self) -> bool {
+        self.tokens < 1.0
+    }
+
+    /// Until there is one again.
+    fn wait(&self) -> Duration {
+        Duration::from_secs_f64(((1.0 - self.tokens) / self.per_s).max(0.0))
+    }
+}
+
+impl Allowance {
+    pub fn new(messages_per_s: Option<u64>, bytes_per_s: Option<u64>, now: Instant) -> Option<Self> {
+        let bucket = |per_s: Option<u64>| per_s.map(|per_s| Bucket::new(per_s, now));
+        let allowance = Self { messages: bucket(messages_per_s), bytes: bucket(bytes_per_s) };
+        (messages_per_s.is_some() || bytes_per_s.is_some()).then_some(allowance)
+    }
+
+    pub fn of_client(limits: &Limits, now: Instant) -> Option<Self> {
+        let bytes = limits.client_bytes_per_s.map(|bytes| bytes.0);
+        Self::new(limits.client_messages_per_s.map(u64::from), bytes, now)
+    }
+
+    pub fn of_all(limits: &Limits, now: Instant) -> Option<Self> {
+        Self::new(limits.messages_per_s.map(u64::from), limits.bytes_per_s.map(|bytes| bytes.0), now)
+    }
+
+    fn buckets(&mut self) -> impl Iterator<Item = &mut Bucket> {
+        self.messages.iter_mut().chain(self.bytes.iter_mut())
+    }
+
+    pub fn fill(&mut self, now: Instant) {
+        self.buckets().for_each(|bucket| bucket.fill(now));
+    }
+
+    pub fn spend(&mut self, messages: u64, bytes: u64) {
+        if let Some(bucket) = &mut self.messages {
+            bucket.spend(messages);
+        }
+        if let Some(bucket) = &mut self.bytes {
+            bucket.spend(bytes);
+        }
+    }
+
+    #[inline]
+    pub fn is_spent(&self) -> bool {
+        self.messages.iter().chain(&self.bytes).any(Bucket::is_spent)
+    }
+
+    /// How long to take nothing in; zero while there is something left.
+    pub fn wait(&self) -> Duration {
+        self.messages.iter().chain(&self.bytes).map(Bucket::wait).max().unwrap_or_default()
+    }
+}
+
+/// Connections by user name.
+#[derive(Debug, Default)]
+pub struct Users(Arc<Mutex<HashMap<Arc<str>, u32>>>);
+
+/// One connection of a user, until it is dropped.
+#[derive(Debug)]
+pub struct UserPlace {
+    user: Arc<str>,
+    users: Arc<Mutex<HashMap<Arc<str>, u32>>>,
+}
+
+impl Users {
+    /// `None` where the user has `max` already.
+    pub fn enter(&self, user: &Arc<str>, max: u32) -> Option<UserPlace> {
+        let mut users = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = users.entry(user.clone()).or_insert(0);
+        if *count >= max {
+            return None;
+        }
+        *count += 1;
+        Some(UserPlace { user: user.clone(), users: self.0.clone() })
+    }
+}
+
+impl Drop for UserPlace {
+    fn drop(&mut self) {
+        let mut users = self.users.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = users.get_mut(&self.user) {
+            *count -= 1;
+            if *count == 0 {
+                users.remove(&self.user);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_lets_a_seconds_worth_through_and_debt_is_waited_for() {
+        let start = Instant::now();
+        let mut allowance = Allowance::new(Some(10), Some(1_000), start).unwrap();
+        allowance.spend(10, 100);
+        assert!(allowance.is_spent());
+        assert_eq!(allowance.wait(), Duration::from_millis(100));
+        allowance.fill(start + Duration::from_millis(100));
+        assert!(!allowance.is_spent());
+        allowance.spend(1, 3_000);
+        assert!(allowance.wait() > Duration::from_secs(2));
+        allowance.fill(start + Duration::from_secs(3_600));
+        assert!(!allowance.is_spent());
+    }
+
+    #[test]
+    fn a_user_has_so_many_connections_until_one_ends() {
+        let users = Users::default();
+        let ann: Arc<str> = "ann".into();
+        let first = users.enter(&ann, 1).unwrap();
+        assert!(users.enter(&ann, 1).is_none());
+        assert!(users.enter(&"bob".into(), 1).is_some());
+        drop(first);
+        assert!(users.enter(&ann, 1).is_some());
+        assert!(users.0.lock().unwrap().is_empty());
+    }
+}

@@ -1,0 +1,240 @@
+//! Who a client is, and what it may do. Knows nothing of a protocol's packets:
+//! a listener gives [`Credentials`], gets an [`Admitted`], and asks its
+//! [`Policy`] for each topic.
+//!
+//! Authenticators are asked in the order of the config until one knows the
+//! client; what none knows is refused, and what no rule allows is forbidden.
+
+mod certificate;
+mod config;
+mod http;
+mod jwt;
+mod limits;
+mod passwords;
+mod recent;
+mod rules;
+mod watched;
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use async_trait::async_trait;
+
+use self::limits::{Bucket, Users};
+use self::rules::Who;
+use crate::telemetry::Failures;
+
+pub use self::config::{Authenticator, Certificate, CertificateName, Config, DeniedPublish, Limits, Rule};
+pub use self::limits::{Allowance, UserPlace};
+pub use self::passwords::Users as PasswordFile;
+pub use self::rules::{Action, Effect, Policy};
+
+/// What a client shows.
+#[derive(Clone, Copy, Debug)]
+pub struct Credentials<'a> {
+    pub client_id: &'a str,
+    pub username: Option<&'a str>,
+    pub password: Option<&'a [u8]>,
+    /// DER, verified by the TLS handshake.
+    pub certificate: Option<&'a [u8]>,
+    pub ip: IpAddr,
+    /// The listener serves clients that show nothing.
+    pub allow_anonymous: bool,
+}
+
+/// Who a client is.
+#[derive(Clone, Debug, Default)]
+pub struct Identity {
+    /// `None`: anonymous.
+    pub name: Option<Arc<str>>,
+    /// For `{field}` in rules.
+    pub fields: BTreeMap<String, String>,
+    /// Before those of the config.
+    pub rules: Vec<Rule>,
+    /// May do everything.
+    pub superuser: bool,
+}
+
+/// Why a client is not served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Denied {
+    BadCredentials,
+    NotAuthorized,
+    /// Who would know cannot be asked now.
+    Unavailable(&'static str),
+}
+
+/// One way to know clients.
+#[async_trait]
+pub trait Authenticate: Send + Sync {
+    /// `Ok(None)`: not a client of its; the next is asked. An error ends the
+    /// search: the client is of its, and refused, or it cannot tell.
+    async fn authenticate(&self, who: &Credentials<'_>) -> Result<Option<Identity>, Denied>;
+
+    /// Spends the time that refusing a known client takes, after nobody knew it.
+    async fn pretend(&self, _who: &Credentials<'_>) -> Result<(), Denied> {
+        Ok(())
+    }
+}
+
+/// A client that is served.
+#[derive(Debug)]
+pub struct Admitted {
+    pub identity: Identity,
+    pub policy: Policy,
+}
+
+pub struct Access {
+    /// `None`: no section `access`, everybody may do everything.
+    config: Option<Config>,
+    authenticators: Vec<Box<dyn Authenticate>>,
+    limits: Limits,
+    users: Users,
+    connects: Option<Mutex<Bucket>>,
+    publishes: Option<Mutex<Allowance>>,
+}
+
+impl Access {
+    /// Reads the files of the authenticators; errors name them.
+    pub fn open(config: Option<&Config>, limits: &Limits, failures: &Failures) -> Result<Self, String> {
+        let now = Instant::now();
+        let authenticators = config.map_or(&[][..], |config| &config.authenticate).iter();
+        Ok(Self {
+            config: config.cloned(),
+            authenticators: authenticators
+                .map(|one| open(one, failures.clone()))
+                .collect::<Result<_, _>>()?,
+            users: Users::default(),
+            connects: limits.connects_per_s.map(|per_s| Mutex::new(Bucket::new(per_s.into(), now))),
+            publishes: Allowance::of_all(limits, now).map(Mutex::new),
+            limits: limits.clone(),
+        })
+    }
+
+    pub async fn admit(&self, who: &Credentials<'_>) -> Result<Admitted, Denied> {
+        let Some(config) = &self.config else {
+            let name = who.username.map(Into::into);
+            let identity = Identity { name, ..Identity::default() };
+            return Ok(Admitted { identity, policy: Policy::everything() });
+        };
+        let mut identity = self.identify(who).await?;
+        if let Some(known) = identity.name.as_deref().and_then(|name| config.users.get(name)) {
+            identity.fields.extend(known.clone());
+        }
+        let policy = if identity.superuser {
+            Policy::everything()
+        } else {
+            let user = identity.name.as_deref();
+            let compiled_for = Who { client_id: who.client_id, user, fields: &identity.fields };
+            Policy::compile(identity.rules.iter().chain(&config.rules), &compiled_for)
+        };
+        Ok(Admitted { identity, policy })
+    }
+
+    async fn identify(&self, who: &Credentials<'_>) -> Result<Identity, Denied> {
+        for authenticator in &self.authenticators {
+            if let Some(identity) = authenticator.authenticate(who).await? {
+                return Ok(identity);
+            }
+        }
+        if who.username.is_none() && who.password.is_none() {
+            return if who.allow_anonymous { Ok(Identity::default()) } else { Err(Denied::NotAuthorized) };
+        }
+        for authenticator in &self.authenticators {
+            authenticator.pretend(who).await?;
+        }
+        Err(Denied::BadCredentials)
+    }
+
+    /// Whether one more CONNECT is within `connects_per_s`.
+    pub fn may_connect(&self) -> bool {
+        let Some(connects) = &self.connects else { return true };
+        connects.lock().unwrap_or_else(PoisonError::into_inner).try_take(Instant::now())
+    }
+
+    /// `Err` where the user has `connections_per_user_max` already.
+    pub fn enter(&self, identity: &Identity) -> Result<Option<UserPlace>, ()> {
+        match (&identity.name, self.limits.connections_per_user_max) {
+            (Some(name), Some(max)) => self.users.enter(name, max).map(Some).ok_or(()),
+            _ => Ok(None),
+        }
+    }
+
+    /// For one connection; `None` without a bound.
+    pub fn allowance(&self) -> Option<Box<Allowance>> {
+        Allowance::of_client(&self.limits, Instant::now()).map(Box::new)
+    }
+
+    /// Of all clients together.
+    pub fn publishes(&self) -> Option<&Mutex<Allowance>> {
+        self.publishes.as_ref()
+    }
+
+    #[inline]
+    pub fn is_too_deep(&self, topic: &str) -> bool {
+        self.limits.topic_levels_max.is_some_and(|max| topic.split('/').nth(max as usize).is_some())
+    }
+
+    /// Whether an MQTT 3.1.1 client stays that published where it may not.
+    pub fn drops_denied(&self) -> bool {
+        self.config.as_ref().is_some_and(|config| config.denied_publish == DeniedPublish::Drop)
+    }
+}
+
+fn open(config: &Authenticator, failures: Failures) -> Result<Box<dyn Authenticate>, String> {
+    Ok(match config {
+        Authenticator::Passwords(config) => Box::new(passwords::Passwords::open(config, failures)?),
+        Authenticator::Jwt(config) => Box::new(jwt::Jwt::open(config, failures)?),
+        Authenticator::Certificate(config) => Box::new(config.clone()),
+        Authenticator::Http(config) => Box::new(http::Http::new(config, failures)?),
+    })
+}
+
+#[async_trait]
+impl Authenticate for passwords::Passwords {
+    async fn authenticate(&self, who: &Credentials<'_>) -> Result<Option<Identity>, Denied> {
+        let (Some(user), Some(password)) = (who.username, who.password) else { return Ok(None) };
+        match self.check(user, password).await? {
+            None => Ok(None),
+            Some(true) => Ok(Some(Identity { name: Some(user.into()), ..Identity::default() })),
+            Some(false) => Err(Denied::BadCredentials),
+        }
+    }
+
+    async fn pretend(&self, who: &Credentials<'_>) -> Result<(), Denied> {
+        passwords::Passwords::pretend(self, who.password.unwrap_or_default()).await
+    }
+}
+
+#[async_trait]
+impl Authenticate for jwt::Jwt {
+    async fn authenticate(&self, who: &Credentials<'_>) -> Result<Option<Identity>, Denied> {
+        match who.password {
+            Some(password) => self.check(password).await,
+            None => Ok(None),
+        }
+    }
+}
+
+#[async_trait]
+impl Authenticate for Certificate {
+    async fn authenticate(&self, who: &Credentials<'_>) -> Result<Option<Identity>, Denied> {
+        let name = who.certificate.and_then(|der| certificate::name(der, self.name));
+        Ok(name.map(|name| Identity { name: Some(name.into()), ..Identity::default() }))
+    }
+}
+
+#[async_trait]
+impl Authenticate for http::Http {
+    async fn authenticate(&self, who: &Credentials<'_>) -> Result<Option<Identity>, Denied> {
+        self.check(who).await
+    }
+}
+
+/// Runs what may block on the pool for it.
+async fn off_the_reactor<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Denied> {
+    // Fails only while the runtime ends.
+    tokio::task::spawn_blocking(work).await.map_err(|_| Denied::Unavailable("shutdown"))
+}

@@ -1,0 +1,288 @@
+//! Rules of what a client may publish and subscribe to, compiled when it
+//! connects: its variables are filled in, rules for others are left out.
+//!
+//! A filter may be subscribed to when every topic it can match is allowed. The
+//! test errs on the side of no: a filter that only several allowing rules
+//! together cover is refused.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::config::Rule;
+use crate::topic::TopicFilter;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Effect {
+    Allow,
+    Deny,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Action {
+    Publish,
+    Subscribe,
+    #[default]
+    Both,
+}
+
+/// Whom rules are compiled for.
+#[derive(Clone, Copy, Debug)]
+pub struct Who<'a> {
+    pub client_id: &'a str,
+    /// `None`: anonymous.
+    pub user: Option<&'a str>,
+    pub fields: &'a BTreeMap<String, String>,
+}
+
+/// What one client may do.
+#[derive(Clone, Debug, Default)]
+pub struct Policy(Option<Arc<[Compiled]>>);
+
+#[derive(Debug)]
+struct Compiled {
+    effect: Effect,
+    action: Action,
+    patterns: Box<[Pattern]>,
+}
+
+impl Policy {
+    /// Everything, as without rules and for a superuser.
+    pub fn everything() -> Self {
+        Self(None)
+    }
+
+    pub fn compile<'r>(rules: impl IntoIterator<Item = &'r Rule>, who: &Who<'_>) -> Self {
+        let fits = rules.into_iter().filter(|rule| rule.fits(who));
+        let compiled = fits.map(|rule| Compiled {
+            effect: rule.effect,
+            action: rule.action,
+            patterns: rule
+                .topics
+                .iter()
+                .filter_map(|topic| Pattern::compile(topic, rule.effect, who))
+                .collect(),
+        });
+        Self(Some(compiled.filter(|rule| !rule.patterns.is_empty()).collect()))
+    }
+
+    /// Allocates nothing.
+    #[inline]
+    pub fn may_publish(&self, topic: &str) -> bool {
+        let Some(rules) = &self.0 else { return true };
+        let mut rules = rules.iter().filter(|rule| rule.action != Action::Subscribe);
+        let deciding = rules.find(|rule| rule.patterns.iter().any(|pattern| pattern.matches(topic)));
+        deciding.is_some_and(|rule| rule.effect == Effect::Allow)
+    }
+
+    /// Whether every topic that `filter` can match is allowed.
+    pub fn may_subscribe(&self, filter: &TopicFilter) -> bool {
+        let Some(rules) = &self.0 else { return true };
+        let filter = Pattern::of(filter.as_str());
+        for rule in rules.iter().filter(|rule| rule.action != Action::Publish) {
+            match rule.effect {
+                Effect::Allow if rule.patterns.iter().any(|allowed| filter.is_within(allowed)) => return true,
+                Effect::Deny if rule.patterns.iter().any(|denied| filter.overlaps(denied)) => return false,
+                _ => {}
+            }
+        }
+        false
+    }
+
+    /// Whether a publish must be looked at.
+    #[inline]
+    pub fn is_everything(&self) -> bool {
+        self.0.is_none()
+    }
+}
+
+impl Rule {
+    fn fits(&self, who: &Who<'_>) -> bool {
+        let user = self.user.as_ref().is_none_or(|glob| who.user.is_some_and(|user| fits_glob(glob, user)));
+        let client = self.client.as_ref().is_none_or(|glob| fits_glob(glob, who.client_id));
+        user && client && self.anonymous.is_none_or(|anonymous| anonymous == who.user.is_none())
+    }
+}
+
+/// A topic of a rule as it is written: a filter, its variables well-formed.
+pub fn check_topic(text: &str) -> Result<(), String> {
+    TopicFilter::new(text).map_err(|error| error.to_string())?;
+    text.split('/').try_for_each(|level| {
+        fill(level, |name| match name {
+            Variable::Field("") => Some("").filter(|_| false),
+            _ => Some("x"),
+        })
+        .map(drop)
+        .map_err(|()| format!("`{level}`: a variable is %c, %u or a field's name in braces such as {{site}}"))
+    })
+}
+
+/// `*` stands for any characters, also none.
+fn fits_glob(glob: &str, text: &str) -> bool {
+    let Some((head, rest)) = glob.split_once('*') else { return glob == text };
+    let Some(mut text) = text.strip_prefix(head) else { return false };
+    let mut parts: Vec<&str> = rest.split('*').collect();
+    let tail = parts.pop().unwrap_or_default();
+    for part in parts {
+        let Some(at) = text.find(part) else { return false };
+        text = &text[at + part.len()..];
+    }
+    text.ends_with(tail)
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Level {
+    Literal(Box<str>),
+    One,
+    Rest,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Pattern(Box<[Level]>);
+
+enum Variable<'a> {
+    Client,
+    User,
+    Field(&'a str),
+}
+
+/// Fills the variables of one level in; `Err` where one has no value.
+fn fill<'v>(level: &str, value: impl Fn(Variable<'_>) -> Option<&'v str>) -> Result<String, ()> {
+    let mut filled = String::new();
+    let mut rest = level;
+    while let Some(at) = rest.find(['%', '{', '}']) {
+        filled.push_str(&rest[..at]);
+        rest = &rest[at..];
+        let (variable, len) = match rest.as_bytes() {
+            [b'%', b'c', ..] => (Variable::Client, 2),
+            [b'%', b'u', ..] => (Variable::User, 2),
+            [b'{', ..] => {
+                let end = rest.find('}').ok_or(())?;
+                let name = &rest[1..end];
+                if !name.bytes().all(|b| b == b'_' || b == b'-' || b.is_ascii_alphanumeric()) {
+                    return Err(());
+                }
+                (Variable::Field(name), end + 1)
+            }
+            [b'%', ..] => {
+                filled.push('%');
+                rest = &rest[1..];
+                continue;
+            }
+            _ => return Err(()),
+        };
+        filled.push_str(value(variable).filter(|value| is_one_level(value)).ok_or(())?);
+        rest = &rest[len..];
+    }
+    filled.push_str(rest);
+    Ok(filled)
+}
+
+fn is_one_level(value: &str) -> bool {
+    !value.is_empty() && !value.contains(['/', '+', '#', '\0'])
+}
+
+impl Pattern {
+    /// `None` where the client has no value for a variable and `effect` allows.
+    fn compile(text: &str, effect: Effect, who: &Who<'_>) -> Option<Self> {
+        let value = |variable: Variable<'_>| match variable {
+            Variable::Client => Some(who.client_id),
+            Variable::User => who.user,
+            Variable::Field(name) => who.fields.get(name).map(String::as_str),
+        };
+        let levels = text.split('/').map(|level| match (level, fill(level, value), effect) {
+            ("+", ..) => Some(Level::One),
+            ("#", ..) => Some(Level::Rest),
+            (_, Ok(filled), _) => Some(Level::Literal(filled.into())),
+            (_, Err(()), Effect::Deny) => Some(Level::One),
+            (_, Err(()), Effect::Allow) => None,
+        });
+        levels.collect::<Option<Vec<_>>>().map(Self::normal)
+    }
+
+    fn of(filter: &str) -> Self {
+        let level = |level: &str| match level {
+            "+" => Level::One,
+            "#" => Level::Rest,
+            literal => Level::Literal(literal.into()),
+        };
+        Self::normal(filter.split('/').map(level).collect())
+    }
+
+    /// `+/#` matches what `#` does: every topic has a first level.
+    fn normal(mut levels: Vec<Level>) -> Self {
+        if levels == [Level::One, Level::Rest] {
+            levels.remove(0);
+        }
+        Self(levels.into())
+    }
+
+    fn starts_wild(&self) -> bool {
+        !matches!(self.0.first(), Some(Level::Literal(_)))
+    }
+
+    /// Begins with a level that wildcards do not match (MQTT 5.0, 4.7.2).
+    fn starts_with_dollar(&self) -> bool {
+        matches!(self.0.first(), Some(Level::Literal(level)) if level.starts_with('$'))
+    }
+
+    #[inline]
+    fn matches(&self, topic: &str) -> bool {
+        if topic.starts_with('$') && self.starts_wild() {
+            return false;
+        }
+        let mut levels = topic.split('/');
+        for wanted in &self.0 {
+            match (wanted, levels.next()) {
+                (Level::Rest, _) => return true,
+                (Level::One, Some(_)) => {}
+                (Level::Literal(wanted), Some(level)) if **wanted == *level => {}
+                _ => return false,
+            }
+        }
+        levels.next().is_none()
+    }
+
+    /// Whether `other` matches every topic that this does.
+    fn is_within(&self, other: &Self) -> bool {
+        if self.starts_with_dollar() && other.starts_wild() {
+            return false;
+        }
+        let mut mine = self.0.iter();
+        for theirs in &other.0 {
+            match (theirs, mine.next()) {
+                (Level::Rest, _) => return true,
+                (Level::One, Some(Level::One | Level::Literal(_))) => {}
+                (Level::Literal(a), Some(Level::Literal(b))) if a == b => {}
+                _ => return false,
+            }
+        }
+        mine.next().is_none()
+    }
+
+    /// Whether both match some topic.
+    fn overlaps(&self, other: &Self) -> bool {
+        if (self.starts_with_dollar() && other.starts_wild())
+            || (other.starts_with_dollar() && self.starts_wild())
+        {
+            return false;
+        }
+        let (mut mine, mut theirs) = (self.0.iter(), other.0.iter());
+        loop {
+            match (mine.next(), theirs.next()) {
+                (None, None) | (Some(Level::Rest), _) | (_, Some(Level::Rest)) => return true,
+                (Some(Level::Literal(a)), Some(Level::Literal(b))) if a != b => return false,
+                (Some(_), Some(_)) => {}
+                _ => return false,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "rules_tests.rs"]
+mod tests;

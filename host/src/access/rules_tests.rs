@@ -1,0 +1,150 @@
+//! Rules against a naive enumerator of topics.
+
+use proptest::prelude::*;
+
+use super::*;
+
+fn rule(effect: Effect, topics: &[&str]) -> Rule {
+    let topics = topics.iter().map(|topic| (*topic).to_owned()).collect();
+    Rule { effect, user: None, client: None, anonymous: None, action: Action::Both, topics }
+}
+
+fn compile(rules: &[Rule], user: Option<&str>, client_id: &str, fields: &[(&str, &str)]) -> Policy {
+    let fields = fields.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+    Policy::compile(rules, &Who { client_id, user, fields: &fields })
+}
+
+fn filter(text: &str) -> TopicFilter {
+    TopicFilter::new(text).unwrap()
+}
+
+/// Every topic of up to four levels over a small alphabet, `$` among it.
+fn topics() -> Vec<String> {
+    let mut all: Vec<String> = ["a", "b", "z", "$S", ""].map(str::to_owned).into();
+    let mut last = all.clone();
+    for _ in 0..3 {
+        last = last
+            .iter()
+            .flat_map(|topic| ["a", "b", "z", ""].map(|level| format!("{topic}/{level}")))
+            .collect();
+        all.extend(last.clone());
+    }
+    all
+}
+
+fn a_filter() -> impl Strategy<Value = String> {
+    let level = prop::sample::select(vec!["a", "b", "+", "$S"]);
+    let levels = prop::collection::vec(level, 1..=3);
+    (levels, any::<bool>()).prop_map(|(levels, rest)| {
+        let mut text = levels.join("/");
+        if rest {
+            text.push_str("/#");
+        }
+        text
+    })
+}
+
+fn any_filter() -> impl Strategy<Value = String> {
+    prop_oneof![10 => a_filter(), 1 => Just("#".to_owned())]
+}
+
+proptest! {
+    #[test]
+    fn one_filter_is_within_another_exactly_when_all_its_topics_are(a in any_filter(), b in any_filter()) {
+        let topics = topics();
+        let naive = topics.iter().all(|topic| !filter(&a).matches(topic) || filter(&b).matches(topic));
+        prop_assert_eq!(Pattern::of(&a).is_within(&Pattern::of(&b)), naive);
+    }
+
+    #[test]
+    fn two_filters_overlap_exactly_when_they_share_a_topic(a in any_filter(), b in any_filter()) {
+        let topics = topics();
+        let naive = topics.iter().any(|topic| filter(&a).matches(topic) && filter(&b).matches(topic));
+        prop_assert_eq!(Pattern::of(&a).overlaps(&Pattern::of(&b)), naive);
+    }
+
+    #[test]
+    fn an_allowed_subscription_can_match_no_denied_topic(
+        rules in prop::collection::vec((any::<bool>(), any_filter()), 0..6),
+        wanted in any_filter(),
+    ) {
+        let rules: Vec<Rule> = rules
+            .iter()
+            .map(|(allow, topic)| rule(if *allow { Effect::Allow } else { Effect::Deny }, &[topic]))
+            .collect();
+        let policy = compile(&rules, None, "c", &[]);
+        let naive = |topic: &str| {
+            let first = rules.iter().find(|rule| filter(&rule.topics[0]).matches(topic));
+            first.is_some_and(|rule| rule.effect == Effect::Allow)
+        };
+        for topic in topics() {
+            prop_assert_eq!(policy.may_publish(&topic), naive(&topic), "{}", topic);
+            if policy.may_subscribe(&filter(&wanted)) && filter(&wanted).matches(&topic) {
+                prop_assert!(naive(&topic), "{}", topic);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_no_rule_allows_is_refused() {
+    let policy = compile(&[], Some("u"), "c", &[]);
+    assert!(!policy.may_publish("a") && !policy.may_subscribe(&filter("a")));
+    assert!(Policy::everything().may_publish("a"));
+}
+
+#[test]
+fn variables_stand_for_the_client_and_never_for_more_than_a_level() {
+    let rules = [rule(Effect::Allow, &["dev/%c/up", "user/%u/#", "acme/{site}/+"])];
+    let policy = compile(&rules, Some("ann"), "c1", &[("site", "f1")]);
+    for topic in ["dev/c1/up", "user/ann/x/y", "acme/f1/t"] {
+        assert!(policy.may_publish(topic), "{topic}");
+    }
+    for topic in ["dev/c2/up", "user/bob", "acme/f2/t"] {
+        assert!(!policy.may_publish(topic), "{topic}");
+    }
+    for odd in ["+", "#", "c1/up", ""] {
+        let policy = compile(&rules, Some(odd), odd, &[("site", odd)]);
+        for topic in ["dev/c1/up", "dev/c1/up/up", "user/ann", "dev/+/up", "acme/f1/t"] {
+            assert!(!policy.may_publish(topic), "{odd} {topic}");
+        }
+        let denies = [rule(Effect::Deny, &["dev/%c"]), rule(Effect::Allow, &["#"])];
+        assert!(!compile(&denies, None, odd, &[]).may_publish("dev/x"), "{odd}");
+    }
+}
+
+#[test]
+fn rules_fit_users_clients_and_the_anonymous() {
+    let mut rules = [
+        rule(Effect::Allow, &["named"]),
+        rule(Effect::Allow, &["open"]),
+        rule(Effect::Allow, &["read"]),
+    ];
+    (rules[0].user, rules[0].client) = (Some("line-*-press".into()), Some("*7".into()));
+    rules[1].anonymous = Some(true);
+    rules[2].action = Action::Subscribe;
+    let named = compile(&rules, Some("line-4-press"), "c7", &[]);
+    assert!(named.may_publish("named") && !named.may_publish("open"));
+    assert!(!compile(&rules, Some("line-4-press"), "c8", &[]).may_publish("named"));
+    let anonymous = compile(&rules, None, "c7", &[]);
+    assert!(anonymous.may_publish("open") && !anonymous.may_publish("named"));
+    assert!(anonymous.may_subscribe(&filter("read")) && !anonymous.may_publish("read"));
+}
+
+#[test]
+fn the_brokers_own_topics_are_only_for_who_is_allowed_by_name() {
+    let policy = compile(&[rule(Effect::Allow, &["#"])], None, "c", &[]);
+    assert!(policy.may_subscribe(&filter("#")) && !policy.may_subscribe(&filter("$SYS/#")));
+    let policy = compile(&[rule(Effect::Allow, &["$SYS/#"])], None, "c", &[]);
+    assert!(policy.may_subscribe(&filter("$SYS/broker/+")) && !policy.may_subscribe(&filter("#")));
+}
+
+#[test]
+fn topics_of_rules_are_checked() {
+    for good in ["a/+/#", "dev/%c/{site}", "100%/x", "x-%u-{a_b}"] {
+        assert_eq!(check_topic(good), Ok(()), "{good}");
+    }
+    for bad in ["", "a/#/b", "{site", "site}", "{}", "{a b}", "%c+"] {
+        assert!(check_topic(bad).is_err(), "{bad}");
+    }
+}
