@@ -96,28 +96,11 @@ pub struct Jwt {
     pub rules_claim: Option<String>,
 }
 
-/// Its name becomes the user name. Needs `tls.client_ca` on the listener.
+/// The name in it, which the listener's `tls.identity` chooses, becomes the user
+/// name. Needs `tls.client_ca` on the listener.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Certificate {
-    /// Where in the certificate the name stands.
-    #[serde(default)]
-    pub name: CertificateName,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum CertificateName {
-    /// Common name of the subject.
-    #[default]
-    CommonName,
-    /// First DNS name of the subject alternative names.
-    Dns,
-    /// First e-mail address of the subject alternative names.
-    Email,
-    /// First URI of the subject alternative names.
-    Uri,
-}
+pub struct Certificate {}
 
 /// `POST {"action": "connect", "client_id", "username", "password", "ip"}`, answered
 /// with 200 and `{"allow": bool, "superuser": bool, "rules": [...], "fields": {...}}`;

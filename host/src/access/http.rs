@@ -75,7 +75,12 @@ impl Http {
         let asked = timeout(self.config.timeout.0, self.ask(who)).await;
         let answer = asked.unwrap_or_else(|_| Err("no answer in time".to_owned())).map_err(|reason| {
             let detail = format!("{}: {reason}", self.config.url);
-            self.failures.report("access: the HTTP check did not answer, clients are refused", 1, &detail, "");
+            self.failures.report(
+                "access: the HTTP check did not answer, clients are refused",
+                1,
+                &detail,
+                "",
+            );
             Denied::Unavailable("http")
         })?;
         match answer.allow {
@@ -107,8 +112,9 @@ impl Http {
             .body(Full::new(Bytes::from(body.to_string())))
             .map_err(|error| error.to_string())?;
         let socket = TcpStream::connect(&self.authority).await.map_err(|error| error.to_string())?;
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(socket)).await.map_err(|error| error.to_string())?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(socket))
+            .await
+            .map_err(|error| error.to_string())?;
         let exchange = async {
             let response = sender.send_request(request).await.map_err(|error| error.to_string())?;
             if response.status() != StatusCode::OK {

@@ -7,8 +7,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use ring::signature::{self, RsaPublicKeyComponents, UnparsedPublicKey};
 use ring::hmac;
+use ring::signature::{self, RsaPublicKeyComponents, UnparsedPublicKey};
 use rustls::pki_types::SubjectPublicKeyInfoDer;
 use rustls::pki_types::pem::PemObject;
 use serde::Deserialize;
@@ -47,7 +47,10 @@ enum Material {
     Secret(Vec<u8>),
     /// PKCS#1, as ring takes it.
     Rsa(Vec<u8>),
-    RsaParts { n: Vec<u8>, e: Vec<u8> },
+    RsaParts {
+        n: Vec<u8>,
+        e: Vec<u8>,
+    },
     P256(Vec<u8>),
     P384(Vec<u8>),
 }
@@ -62,12 +65,13 @@ struct Header {
 impl Jwt {
     pub fn open(config: &config::Jwt, failures: Failures) -> Result<Self, String> {
         type Parse = fn(&[u8]) -> Result<Vec<Key>, String>;
-        let (path, parse): (_, Parse) = match (&config.secret_file, &config.public_key_file, &config.jwks_file) {
-            (Some(path), None, None) => (path, secret),
-            (None, Some(path), None) => (path, public_key),
-            (None, None, Some(path)) => (path, key_set),
-            _ => return Err("jwt: exactly one file of keys must be named".to_owned()),
-        };
+        let (path, parse): (_, Parse) =
+            match (&config.secret_file, &config.public_key_file, &config.jwks_file) {
+                (Some(path), None, None) => (path, secret),
+                (None, Some(path), None) => (path, public_key),
+                (None, None, Some(path)) => (path, key_set),
+                _ => return Err("jwt: exactly one file of keys must be named".to_owned()),
+            };
         let keys = Watched::open(path, FILE_BYTES_MAX, failures, parse)?;
         Ok(Self { config: config.clone(), keys: Arc::new(keys) })
     }
@@ -107,7 +111,8 @@ impl Jwt {
             Some(rules) => read_rules(rules).ok_or(Denied::NotAuthorized)?,
             None => Vec::new(),
         };
-        let texts = claims.iter().filter_map(|(name, value)| Some((name.clone(), value.as_str()?.to_owned())));
+        let texts =
+            claims.iter().filter_map(|(name, value)| Some((name.clone(), value.as_str()?.to_owned())));
         Ok(Identity { name: Some(name.into()), fields: texts.collect(), rules, superuser: false })
     }
 }

@@ -1,0 +1,118 @@
+//! Tokens, made here and by the keys of a key set.
+
+use ring::rand::SystemRandom;
+use ring::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair};
+use serde_json::json;
+
+use super::*;
+
+const SECRET: &[u8] = b"0123456789abcdef0123456789abcdef";
+
+fn encode(bytes: impl AsRef<[u8]>) -> String {
+    URL_SAFE_NO_PAD.encode(bytes)
+}
+
+fn token(header: &Value, claims: &Value, sign: impl Fn(&[u8]) -> Vec<u8>) -> String {
+    let signed = format!("{}.{}", encode(header.to_string()), encode(claims.to_string()));
+    let signature = sign(signed.as_bytes());
+    format!("{signed}.{}", encode(signature))
+}
+
+fn hs256(claims: &Value) -> String {
+    token(&json!({"alg": "HS256"}), claims, mac)
+}
+
+fn mac(signed: &[u8]) -> Vec<u8> {
+    hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, SECRET), signed).as_ref().to_vec()
+}
+
+fn open(file: &str, content: &[u8], more: Value) -> (Jwt, tempfile::TempDir) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("keys");
+    std::fs::write(&path, content).unwrap();
+    let mut config = json!({ file: path });
+    config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    let config = serde_json::from_value(config).unwrap();
+    (Jwt::open(&config, Failures::default()).unwrap(), folder)
+}
+
+async fn check(jwt: &Jwt, token: &str) -> Result<Option<Arc<str>>, Denied> {
+    jwt.check(token.as_bytes()).await.map(|found| found.and_then(|identity| identity.name))
+}
+
+const FAR: u64 = 32_503_680_000;
+
+#[tokio::test]
+async fn only_a_token_signed_in_time_for_us_is_taken() {
+    let more = json!({"issuer": "plant", "audience": "mqtt"});
+    let (jwt, _folder) = open("secret_file", &[SECRET, b"\n"].concat(), more);
+    let good = json!({"sub": "ann", "exp": FAR, "iss": "plant", "aud": ["x", "mqtt"]});
+    assert_eq!(check(&jwt, &hs256(&good)).await, Ok(Some("ann".into())));
+    for (claim, value) in [
+        ("exp", json!(1_000)),
+        ("exp", json!("32503680000")),
+        ("exp", Value::Null),
+        ("nbf", json!(FAR)),
+        ("nbf", json!("0")),
+        ("iss", json!("other")),
+        ("aud", json!("other")),
+        ("sub", json!("")),
+    ] {
+        let mut claims = good.clone();
+        claims[claim] = value.clone();
+        assert_eq!(check(&jwt, &hs256(&claims)).await, Err(Denied::BadCredentials), "{claim} {value}");
+    }
+    let missing = json!({"sub": "ann", "iss": "plant", "aud": "mqtt"});
+    assert_eq!(check(&jwt, &hs256(&missing)).await, Err(Denied::BadCredentials));
+    assert_eq!(check(&jwt, "a password").await, Ok(None));
+}
+
+#[tokio::test]
+async fn the_algorithm_is_of_the_keys_kind_and_never_none() {
+    let claims = json!({"sub": "ann", "exp": FAR});
+    let (jwt, _folder) = open("secret_file", SECRET, json!({}));
+    for alg in ["none", "None", "HS512", "RS256", "ES256"] {
+        let forged = token(&json!({"alg": alg}), &claims, mac);
+        assert_eq!(check(&jwt, &forged).await, Err(Denied::BadCredentials), "{alg}");
+    }
+    let unsigned = token(&json!({"alg": "none"}), &claims, |_| Vec::new());
+    assert_eq!(check(&jwt, &unsigned).await, Err(Denied::BadCredentials));
+    let critical = token(&json!({"alg": "HS256", "crit": ["x"]}), &claims, mac);
+    assert_eq!(check(&jwt, &critical).await, Err(Denied::BadCredentials));
+    let good = hs256(&claims);
+    for at in [10, good.len() / 2, good.len() - 10] {
+        let mut changed = good.clone().into_bytes();
+        changed[at] = if changed[at] == b'A' { b'B' } else { b'A' };
+        assert_ne!(check(&jwt, std::str::from_utf8(&changed).unwrap()).await, Ok(Some("ann".into())));
+    }
+}
+
+#[tokio::test]
+async fn a_key_set_finds_the_key_by_its_id_and_claims_bring_rules() {
+    let random = SystemRandom::new();
+    let pkcs8 = EcdsaKeyPair::generate_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, &random).unwrap();
+    let pair = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, pkcs8.as_ref(), &random).unwrap();
+    let point = pair.public_key().as_ref();
+    let set = json!({"keys": [
+        {"kty": "OKP", "crv": "Ed25519", "kid": "other"},
+        {"kty": "EC", "crv": "P-256", "kid": "k1", "alg": "ES256", "x": encode(&point[1..33]), "y": encode(&point[33..])},
+    ]});
+    let (jwt, _folder) = open("jwks_file", set.to_string().as_bytes(), json!({"rules_claim": "acl"}));
+    let sign = |signed: &[u8]| pair.sign(&random, signed).unwrap().as_ref().to_vec();
+    let acl = json!([{"effect": "allow", "action": "publish", "topics": ["acme/{site}/#"]}]);
+    let claims = json!({"sub": "ann", "exp": FAR, "site": "f1", "acl": acl});
+    let good = token(&json!({"alg": "ES256", "kid": "k1"}), &claims, sign);
+    let identity = jwt.check(good.as_bytes()).await.unwrap().unwrap();
+    assert_eq!(identity.rules.len(), 1);
+    assert_eq!(identity.fields.get("site").map(String::as_str), Some("f1"));
+    let other = token(&json!({"alg": "ES256", "kid": "k2"}), &claims, sign);
+    assert_eq!(check(&jwt, &other).await, Err(Denied::BadCredentials));
+    // The public key must not pass for a secret.
+    let confused = token(&json!({"alg": "HS256", "kid": "k1"}), &claims, |signed| {
+        hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, point), signed).as_ref().to_vec()
+    });
+    assert_eq!(check(&jwt, &confused).await, Err(Denied::BadCredentials));
+    let claims = json!({"sub": "ann", "exp": FAR, "acl": [{"effect": "allow", "topics": ["a/#/b"]}]});
+    let broken = token(&json!({"alg": "ES256", "kid": "k1"}), &claims, sign);
+    assert_eq!(check(&jwt, &broken).await, Err(Denied::NotAuthorized));
+}

@@ -85,7 +85,9 @@ impl Policy {
         let filter = Pattern::of(filter.as_str());
         for rule in rules.iter().filter(|rule| rule.action != Action::Publish) {
             match rule.effect {
-                Effect::Allow if rule.patterns.iter().any(|allowed| filter.is_within(allowed)) => return true,
+                Effect::Allow if rule.patterns.iter().any(|allowed| filter.is_within(allowed)) => {
+                    return true;
+                }
                 Effect::Deny if rule.patterns.iter().any(|denied| filter.overlaps(denied)) => return false,
                 _ => {}
             }

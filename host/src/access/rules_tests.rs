@@ -25,7 +25,7 @@ fn topics() -> Vec<String> {
     for _ in 0..3 {
         last = last
             .iter()
-            .flat_map(|topic| ["a", "b", "z", ""].map(|level| format!("{topic}/{level}")))
+            .flat_map(|topic| ["a", "b", "z", "$S", ""].map(|level| format!("{topic}/{level}")))
             .collect();
         all.extend(last.clone());
     }
@@ -115,11 +115,8 @@ fn variables_stand_for_the_client_and_never_for_more_than_a_level() {
 
 #[test]
 fn rules_fit_users_clients_and_the_anonymous() {
-    let mut rules = [
-        rule(Effect::Allow, &["named"]),
-        rule(Effect::Allow, &["open"]),
-        rule(Effect::Allow, &["read"]),
-    ];
+    let mut rules =
+        [rule(Effect::Allow, &["named"]), rule(Effect::Allow, &["open"]), rule(Effect::Allow, &["read"])];
     (rules[0].user, rules[0].client) = (Some("line-*-press".into()), Some("*7".into()));
     rules[1].anonymous = Some(true);
     rules[2].action = Action::Subscribe;

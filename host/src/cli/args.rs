@@ -48,6 +48,13 @@ pub enum Command {
     /// Refused messages: list, show, send again
     #[command(subcommand)]
     DeadLetters(DeadLettersCommand),
+    /// Add or change a user of a password file, or take one out
+    #[command(
+        after_help = "The password is read from the terminal, twice and without showing it, or else is the first\n\
+        line of stdin. The host takes the changed file in by itself.\n\nExamples:\n  \
+        headworks passwd passwords ann\n  headworks passwd passwords ann --delete"
+    )]
+    Passwd(PasswdArgs),
     /// Print the JSON Schema of the config, for editors
     Schema,
 }
@@ -57,6 +64,17 @@ pub struct ConfigArgs {
     /// A YAML file, or a folder of them [default: the embedded config]
     #[arg(long, short, value_name = "FILE")]
     pub config: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct PasswdArgs {
+    /// The password file; made when there is none
+    pub file: PathBuf,
+    /// Whose password
+    pub user: String,
+    /// Take the user out
+    #[arg(long)]
+    pub delete: bool,
 }
 
 #[derive(Clone, Debug, Args)]
@@ -268,6 +286,8 @@ mod tests {
             "dead-letters redrive 17 18",
             "dead-letters redrive --all --pipeline telemetry",
             "schema",
+            "passwd passwords ann",
+            "passwd passwords ann --delete",
         ] {
             let words = std::iter::once("headworks").chain(line.split(' '));
             Cli::try_parse_from(words).unwrap_or_else(|error| panic!("{line}: {error}"));

@@ -9,6 +9,7 @@ mod args;
 mod dead_letters;
 mod message;
 mod output;
+mod passwd;
 mod plugin;
 mod run;
 mod streams;
@@ -60,6 +61,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Plugin(command) => plugin::plugin(command, out),
         Command::Streams(command) => streams::streams(command, out),
         Command::DeadLetters(command) => dead_letters::dead_letters(command, out),
+        Command::Passwd(args) => passwd::passwd(&args, out),
         Command::Schema => out.json_pretty(&config::schema()),
     }
 }

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::bind::{Bind, SocketMode};
 use super::transport::network::Network;
+use crate::access;
 use crate::problems::{KeyPath, Problems};
 use crate::units::{ByteSize, Period};
 
@@ -21,6 +22,11 @@ const RETAINED_BYTES_MOST: u64 = 48 << 20;
 pub struct Config {
     /// Where to listen; the version of MQTT is found per connection.
     pub listeners: Vec<Endpoint>,
+    /// Who may connect, publish and subscribe; left out: everybody, everything.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub access: Option<access::Config>,
+    /// How fast and how much.
+    pub limits: access::Limits,
     /// Largest packet that a client may send; MQTT 5 clients are told.
     pub max_packet_size: ByteSize,
     /// QoS 1 and 2 publishes that an MQTT 5 client may have unacknowledged;
@@ -84,8 +90,9 @@ pub struct Endpoint {
     /// Mode of the Unix socket's file: who may connect; `"0660"` if unset.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mode: Option<SocketMode>,
-    /// Serve clients without credentials beyond this machine. Needed for an
-    /// address that is not loopback, unless `tls.client_ca` asks for certificates.
+    /// Serve clients without credentials, as far as `access.rules` let them; with
+    /// `access` this is needed on loopback too. Needed for an address that is not
+    /// loopback, unless `access.authenticate` or `tls.client_ca` asks who is there.
     #[serde(default)]
     pub allow_anonymous: bool,
 }
@@ -157,6 +164,8 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             listeners: vec![Endpoint::at(Bind::Tcp(SocketAddr::from(([127, 0, 0, 1], 1883))))],
+            access: None,
+            limits: access::Limits::default(),
             max_packet_size: ByteSize::mib(1),
             receive_maximum: 1_024,
             inflight_max: 1_024,
@@ -183,12 +192,12 @@ impl Config {
     pub fn validate(&self, path: &KeyPath, problems: &mut Problems) {
         for (i, endpoint) in self.listeners.iter().enumerate() {
             let at = path.key("listeners").index(i);
-            if !endpoint.is_safe() {
+            if !endpoint.is_safe() && !self.asks_for_credentials() {
                 problems.add(
                     at.key("bind"),
                     format!(
                         "{} can be reached from other machines and there are no credentials: bind to 127.0.0.1, \
-                         set tls.client_ca, or set allow_anonymous: true",
+                         set mqtt.access.authenticate or tls.client_ca, or set allow_anonymous: true",
                         endpoint.bind
                     ),
                 );
@@ -199,6 +208,10 @@ impl Config {
                 problems.add(at.key("bind"), format!("{} is used twice", endpoint.bind));
             }
         }
+        if let Some(access) = &self.access {
+            access.validate(&path.key("access"), problems);
+        }
+        self.limits.validate(&path.key("limits"), problems);
         let size = |key: &str, value: u64, least: u64, most: u64, problems: &mut Problems| {
             if value < least || value > most {
                 problems.add(path.key(key), format!("must be {least} to {most}, is {value}"));
@@ -219,6 +232,10 @@ impl Config {
         if self.connect_timeout.0.is_zero() {
             problems.add(path.key("connect_timeout"), "must be longer than 0s");
         }
+    }
+
+    fn asks_for_credentials(&self) -> bool {
+        self.access.as_ref().is_some_and(|access| !access.authenticate.is_empty())
     }
 }
 

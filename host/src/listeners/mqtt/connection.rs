@@ -128,14 +128,14 @@ where
         }
     };
     place.handshake_ended();
-    let Opened { session, turn, peer, keep_alive_s, username, will, answer } = opened;
+    let Opened { session, turn, peer, keep_alive_s, rights, user_place, will, answer } = opened;
     broker.client_connected(1);
     let mut connection = Connection {
         broker: &broker,
         io,
         session: session.clone(),
         peer,
-        inbound: Inbound::new(peer.version, session.clone(), username),
+        inbound: Inbound::new(&broker, peer.version, session.clone(), rights),
         input,
         stopped_at: Next::Bytes,
         out: answer,
@@ -150,6 +150,7 @@ where
     let expiry_s = if let End::Disconnect { expiry_s, .. } = end { expiry_s } else { None };
     let keep_will = !matches!(end, End::Disconnect { keep_will: false, .. });
     let (connects, epoch) = (session.connects.load(Ordering::Acquire), session.epoch());
+    drop(user_place);
     broker.sessions.close(&broker, &session, turn, expiry_s);
     broker.client_connected(-1);
     drop(place);
@@ -180,7 +181,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
                     self.last_read = Instant::now();
                     READ.with_borrow(|read| self.take_fresh(&read[..len]))
                 }
-                Event::Io(Io::Wrote) => Ok(()),
+                Event::Io(Io::Wrote) | Event::Paid => Ok(()),
                 Event::Io(Io::Lost) => Err(End::Lost),
                 Event::Durable(moved) => moved.map_err(|_| End::Stopped),
                 Event::Writable => self.inbound.retry(self.broker).map_err(End::from),
@@ -242,12 +243,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             self.drain_until.is_none() && self.out.len() < WRITE_PAUSE_BYTES && self.input.len() < input_max;
         let (io, out) = (&mut self.io, &mut self.out);
         let stalled = self.inbound.is_stalled();
+        let pause = (self.stopped_at == Next::Room).then(|| self.inbound.pause(self.broker)).flatten();
         let (acks, writable) = self.inbound.waits(self.broker);
         tokio::select! {
             biased;
             event = poll_fn(|cx| poll_io(io, out, read, cx)) => Event::Io(event),
             moved = acks.moved() => Event::Durable(moved),
             () = writable, if stalled => Event::Writable,
+            () = tokio::time::sleep(pause.unwrap_or_default()), if pause.is_some() => Event::Paid,
             () = self.session.wake.notified() => Event::Wake,
             () = timer => Event::Timer,
         }
@@ -415,6 +418,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             return Err(SubscribeAckReason::TopicFilterInvalid);
         }
         let filter = Filter::parse(text).ok_or(SubscribeAckReason::TopicFilterInvalid)?;
+        if !self.inbound.rights().policy.may_subscribe(filter.topics()) {
+            self.broker.counters.refused_subscribe.increment(1);
+            let detail = format!("client {}, filter {text}", self.session.client_id);
+            self.broker.failures.report("mqtt: subscribe refused by the access rules", 1, &detail, "");
+            return Err(SubscribeAckReason::NotAuthorized);
+        }
         if !self.session.has_filter(text) {
             let max = self.broker.config.subscriptions_per_client_max as usize;
             if self.session.filters() + *new >= max {
@@ -472,6 +481,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         let (cause, code) = match end {
             End::Disconnect { .. } => ("client", None),
             End::Lost => ("lost", None),
+            End::Fault(fault) if fault.is_refusal() => ("refused", Some(fault.code)),
             End::Fault(fault) => ("malformed", Some(fault.code)),
             End::TakenOver => ("taken_over", Some(DisconnectReasonCode::SessionTakenOver)),
             End::KeepAlive => ("keep_alive", Some(DisconnectReasonCode::KeepAliveTimeout)),
@@ -483,7 +493,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         let client_id = &self.session.client_id;
         let failures = &self.broker.failures;
         match end {
-            End::Fault(fault) => {
+            End::Fault(fault) if !fault.is_refusal() => {
                 let kind = format!("mqtt: client broke the protocol: {}", fault.what);
                 failures.report(&kind, 1, &format!("client {client_id} at {remote}"), "");
             }
@@ -514,6 +524,8 @@ enum Event {
     Io(Io),
     Durable(Result<(), super::acks::Stopped>),
     Writable,
+    /// What the client sent too fast is paid for.
+    Paid,
     Wake,
     Timer,
 }

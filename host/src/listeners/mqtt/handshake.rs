@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use bytes::{Buf, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use rmqtt_codec::v5::ConnectAckReason;
 use rmqtt_codec::{v3, v5};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -13,10 +13,12 @@ use tokio_util::codec::Encoder;
 use super::Broker;
 use super::acks::Stopped;
 use super::outbound::Peer;
-use super::session::{CLIENT_ID_BYTES_MAX, Session, Turn};
+use super::session::{CLIENT_ID_BYTES_MAX, Session, Turn, subscription_key};
+use super::subscriptions::Filter;
 use super::transport::Remote;
 use super::will::Will;
 use super::wire::{self, Fault, Packet, Version};
+use crate::access::{Admitted, Credentials, Denied, UserPlace};
 use crate::batch::flags;
 use crate::properties::{self, Origin};
 use crate::topic;
@@ -27,7 +29,9 @@ pub struct Opened {
     pub turn: Turn,
     pub peer: Peer,
     pub keep_alive_s: u16,
-    pub username: Option<Box<str>>,
+    pub rights: Admitted,
+    /// Of `connections_per_user_max`.
+    pub user_place: Option<UserPlace>,
     pub will: Option<Will>,
     pub answer: BytesMut,
 }
@@ -43,6 +47,7 @@ struct Asked {
     window: u16,
     packet_bytes_max: usize,
     username: Option<Box<str>>,
+    password: Option<Bytes>,
     will: Option<Will>,
     auth: bool,
 }
@@ -95,10 +100,25 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         let detail = format!("client {} at {remote}: maximum packet size too small", asked.client_id);
         return Err(Refused::new("invalid", detail));
     }
+    let rights = match asked.admit(broker, remote).await {
+        Ok(rights) => rights,
+        Err((reason, cause)) => {
+            refuse(io, Some(asked.version), reason).await;
+            let user = asked.username.as_deref().unwrap_or("anonymous");
+            let detail = format!("user {user}, client {} at {remote}", asked.client_id);
+            return Err(Refused::new(cause, detail));
+        }
+    };
     let sessions_max = broker.config.sessions_max as usize;
     let Some((session, turn)) = broker.sessions.claim(&asked.client_id, sessions_max).await else {
         refuse(io, Some(asked.version), ConnectAckReason::QuotaExceeded).await;
         return Err(Refused::new("sessions_max", format!("client {} at {remote}", asked.client_id)));
+    };
+    // After an older connection of the same client has given its place back.
+    let Ok(user_place) = broker.access.enter(&rights.identity) else {
+        broker.sessions.give_back(broker, &session, turn);
+        refuse(io, Some(asked.version), ConnectAckReason::QuotaExceeded).await;
+        return Err(Refused::new("connections_per_user", format!("client {} at {remote}", asked.client_id)));
     };
     broker.wills.client_is_back(broker, &asked.client_id);
     let opened = async {
@@ -115,6 +135,9 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
             return Err(Refused::new("stopped", "the broker stream has stopped"));
         }
     };
+    if resumed {
+        leave_forbidden(broker, &session, &rights);
+    }
     answer.clear();
     asked.put_connack(broker, resumed, &mut answer);
     let peer =
@@ -124,7 +147,8 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         turn,
         peer,
         keep_alive_s: asked.keep_alive_s,
-        username: asked.username,
+        rights,
+        user_place,
         will: asked.will,
         answer,
     })
@@ -201,6 +225,7 @@ fn connect(broker: &Broker, version: Version, whole: &mut [u8], header: usize) -
                 record: None,
             });
             Ok(Asked::new(broker, version, &connect.client_id, connect.username.as_deref(), will, |asked| {
+                asked.password = connect.password;
                 asked.clean = clean;
                 asked.keep_alive_s = connect.keep_alive;
                 asked.expiry_s = if clean { 0 } else { kept_s };
@@ -220,6 +245,7 @@ fn connect(broker: &Broker, version: Version, whole: &mut [u8], header: usize) -
             }
             let will = connect.last_will.map(will_v5);
             Ok(Asked::new(broker, version, &connect.client_id, connect.username.as_deref(), will, |asked| {
+                asked.password = connect.password;
                 asked.clean = clean;
                 asked.keep_alive_s = connect.keep_alive;
                 asked.expiry_s = connect.session_expiry_interval_secs.min(kept_s);
@@ -286,6 +312,7 @@ impl Asked {
             window: u16::MAX,
             packet_bytes_max: usize::MAX,
             username: username.map(Into::into),
+            password: None,
             will,
             auth: false,
         };
@@ -317,6 +344,39 @@ impl Asked {
         (will.properties.len() > properties::PROPERTIES_BYTES_MAX).then_some(ConnectAckReason::PacketTooLarge)
     }
 
+    /// Who the client is; else the CONNACK's reason and the cause that is counted.
+    async fn admit(
+        &self,
+        broker: &Broker,
+        remote: &Remote,
+    ) -> Result<Admitted, (ConnectAckReason, &'static str)> {
+        if !broker.access.may_connect() {
+            return Err((ConnectAckReason::ConnectionRateExceeded, "connect_rate"));
+        }
+        let who = Credentials {
+            client_id: &self.client_id,
+            username: self.username.as_deref(),
+            password: self.password.as_deref(),
+            certificate: remote.identity.as_deref(),
+            ip: remote.address.ip(),
+            allow_anonymous: remote.allow_anonymous,
+        };
+        let rights = broker.access.admit(&who).await.map_err(|denied| match denied {
+            Denied::BadCredentials => (ConnectAckReason::BadUserNameOrPassword, "bad_credentials"),
+            Denied::NotAuthorized => (ConnectAckReason::NotAuthorized, "not_authorized"),
+            Denied::Unavailable(_) => (ConnectAckReason::ServerUnavailable, "access_unavailable"),
+        })?;
+        match &self.will {
+            Some(will) if broker.access.is_too_deep(&will.topic) => {
+                Err((ConnectAckReason::TopicNameInvalid, "will_topic_levels"))
+            }
+            Some(will) if !rights.policy.may_publish(&will.topic) => {
+                Err((ConnectAckReason::NotAuthorized, "will_not_authorized"))
+            }
+            _ => Ok(rights),
+        }
+    }
+
     fn put_connack(&self, broker: &Broker, session_present: bool, out: &mut BytesMut) {
         let config = &broker.config;
         if self.version == Version::V3 {
@@ -336,6 +396,29 @@ impl Asked {
     }
 }
 
+/// A session outlives its client's rights: what it may not see any more is
+/// unsubscribed, and what waits of it is dropped.
+fn leave_forbidden(broker: &Broker, session: &Arc<Session>, rights: &Admitted) {
+    if rights.policy.is_everything() {
+        return;
+    }
+    let may_see =
+        |filter: &str| Filter::parse(filter).is_some_and(|it| rights.policy.may_subscribe(it.topics()));
+    let mut changes = Vec::new();
+    for filter in session.filter_list().iter().filter(|filter| !may_see(filter)) {
+        broker.live.unsubscribe(broker, session, filter);
+        if let Some(epoch) = session.persistent_epoch() {
+            changes.push((subscription_key(epoch, filter), None));
+        }
+    }
+    if !changes.is_empty() {
+        // A topic is a filter that matches only itself.
+        session.outbox().keep_only(may_see);
+        // Not awaited: what a crash brings back is removed at the next connect.
+        super::append_unawaited(&*broker.broker, &changes);
+    }
+}
+
 /// Says no, as far as the version can.
 async fn refuse<S: AsyncWrite + Unpin>(io: &mut S, version: Option<Version>, reason: ConnectAckReason) {
     let mut out = BytesMut::new();
@@ -348,7 +431,10 @@ async fn refuse<S: AsyncWrite + Unpin>(io: &mut S, version: Option<Version>, rea
                 ConnectAckReason::ClientIdentifierNotValid => 2,
                 ConnectAckReason::BadUserNameOrPassword => 4,
                 ConnectAckReason::NotAuthorized => 5,
-                ConnectAckReason::QuotaExceeded | ConnectAckReason::ServerUnavailable => 3,
+                ConnectAckReason::QuotaExceeded
+                | ConnectAckReason::ConnectionRateExceeded
+                | ConnectAckReason::ServerUnavailable => 3,
+                ConnectAckReason::TopicNameInvalid => 5,
                 _ => return,
             };
             out.extend_from_slice(&[0x20, 2, 0, code]);

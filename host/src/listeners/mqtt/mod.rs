@@ -3,10 +3,10 @@
 //! A publish goes from the socket's read buffer into its stream in one append
 //! per read ([`inbound`]), and its ack goes out when the stream is durable
 //! ([`acks`]). Subscribers are fed from the streams' durable tails ([`fanout`]).
+//! Who may do what is [`crate::access`]'s: asked by [`handshake`] and for each topic.
 //! Sessions and QoS 2 packet ids are state of the streams ([`session`]).
 //! So are retained messages ([`retained`]) and wills ([`will`]).
-//! Deliberately absent, each with its room: durable queues (`outbound`),
-//! credentials and ACLs (`handshake`, `inbound`).
+//! Deliberately absent, with its room: durable queues (`outbound`).
 
 mod acks;
 mod bind;
@@ -45,6 +45,7 @@ use self::session::{Change, Sessions};
 use self::transport::{Address, Entry};
 use self::will::Restored;
 use self::wire::Version;
+use crate::access::Access;
 use crate::batch::flags;
 use crate::stream::{AppendError, StateChange, Stream, Streams};
 use crate::telemetry::Failures;
@@ -76,6 +77,8 @@ pub enum Error {
     Bind { bind: Bind, error: std::io::Error },
     #[error("tls of {bind}: {reason}")]
     Tls { bind: Bind, reason: String },
+    #[error("mqtt.access: {0}")]
+    Access(String),
 }
 
 /// A running listener; ends after its shutdown token is cancelled.
@@ -108,13 +111,15 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
     for endpoint in &config.listeners {
         entries.push(Entry::bind(endpoint).await?);
         let bind = &endpoint.bind;
-        if !endpoint.is_local() && endpoint.allow_anonymous {
+        if !endpoint.is_local() && endpoint.allow_anonymous && config.access.is_none() {
             tracing::warn!(%bind, "mqtt: anyone who can reach this address may publish and subscribe (allow_anonymous)");
         }
     }
     let addresses = entries.iter().map(Entry::address).collect();
 
-    let broker = Broker::new(config, deps);
+    let access =
+        Access::open(config.access.as_ref(), &config.limits, &deps.failures).map_err(Error::Access)?;
+    let broker = Broker::new(config, access, deps);
     let tasks = TaskTracker::new();
     for number in 0..broker.streams.len() {
         tasks.spawn(fanout::run(broker.clone(), number));
@@ -158,6 +163,7 @@ struct Broker {
     broker: Arc<dyn Stream>,
     namespace: Arc<Namespace>,
     failures: Failures,
+    access: Access,
     shutdown: CancellationToken,
     sessions: Sessions,
     live: Live,
@@ -168,7 +174,7 @@ struct Broker {
 }
 
 impl Broker {
-    fn new(config: &Config, deps: Deps) -> Arc<Self> {
+    fn new(config: &Config, access: Access, deps: Deps) -> Arc<Self> {
         let streams: Vec<_> = deps.streams.iter().cloned().collect();
         let (sessions, subscriptions) = Sessions::load(&*deps.broker, &streams);
         let limits = QueueLimits {
@@ -186,6 +192,7 @@ impl Broker {
             broker: deps.broker,
             namespace: deps.namespace,
             failures: deps.failures,
+            access,
             shutdown: deps.shutdown,
             sessions,
             retained: Mutex::new(retained),

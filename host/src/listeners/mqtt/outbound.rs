@@ -233,6 +233,16 @@ impl Outbox {
         given
     }
 
+    /// Forgets what waits of topics that the client may not see any more.
+    pub fn keep_only(&mut self, may_see: impl Fn(&str) -> bool) {
+        self.queue.retain(|queued| may_see(queued.message.topic()));
+        self.bytes = self.queue.iter().map(|queued| queued.message.len()).sum();
+        let stays = |queued: &Queued| may_see(queued.message.topic());
+        self.inflight.retain(|flight| flight.waiting.as_ref().is_none_or(stays));
+        self.ids = self.inflight.iter().map(|flight| flight.packet_id).collect();
+        self.sent = 0;
+    }
+
     /// A new connection: what the last one left unacknowledged is sent again
     /// (4.4), in order and before anything else, by [`Outbox::fill`].
     pub fn resume(&mut self) {
@@ -330,9 +340,14 @@ impl Filled {
         peer: Peer,
         out: &mut BytesMut,
     ) -> bool {
-        let Some(lifetime) = queued.message.lifetime(now_us) else {
-            self.expired += 1;
-            return false;
+        let lifetime = match queued.message.lifetime(now_us) {
+            Some(lifetime) => lifetime,
+            // What was begun is finished (MQTT 5.0, 4.3.3).
+            None if dup => Some(1),
+            None => {
+                self.expired += 1;
+                return false;
+            }
         };
         let before = out.len();
         put(queued, packet_id, dup, lifetime, peer, out);

@@ -141,6 +141,10 @@ impl Session {
         lock(&self.state).filters.len()
     }
 
+    pub fn filter_list(&self) -> Vec<Box<str>> {
+        lock(&self.state).filters.clone()
+    }
+
     pub fn has_filter(&self, filter: &str) -> bool {
         lock(&self.state).filters.iter().any(|known| &**known == filter)
     }
@@ -311,6 +315,14 @@ impl Sessions {
         match changes {
             Some(changes) => super::append_unawaited(&*broker.broker, &changes),
             None => self.end(broker, session),
+        }
+        drop(turn);
+    }
+
+    /// A claim that comes to nothing: a session made for it ends.
+    pub fn give_back(&self, broker: &Broker, session: &Arc<Session>, turn: Turn) {
+        if !lock(&session.state).alive {
+            self.end(broker, session);
         }
         drop(turn);
     }

@@ -24,6 +24,8 @@ const PINGRESP: u8 = 0xd0;
 pub const NOT_FOUND: u8 = 0x92;
 /// PUBACK, PUBREC: not authorized.
 pub const NOT_AUTHORIZED: u8 = 0x87;
+/// PUBACK, PUBREC: topic name invalid.
+pub const TOPIC_NAME_INVALID: u8 = 0x90;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Version {
@@ -47,6 +49,11 @@ impl Fault {
 
     pub const fn protocol(what: &'static str) -> Self {
         Self { code: DisconnectReasonCode::ProtocolError, what }
+    }
+
+    /// The packet is well-formed, but the client may not.
+    pub fn is_refusal(&self) -> bool {
+        self.code == DisconnectReasonCode::NotAuthorized
     }
 }
 

@@ -11,7 +11,8 @@ mod stalled;
 
 use std::cell::RefCell;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 use rmqtt_codec::v5::DisconnectReasonCode;
@@ -23,16 +24,25 @@ use super::Broker;
 use super::acks::{Ack, Acks};
 use super::session::{Received, Session};
 use super::wire::{self, Fault, Frame, Property, Publish, Version};
+use crate::access::{Admitted, Allowance};
 use crate::batch::flags;
 use crate::properties::{self, Origin, PROPERTIES_BYTES_MAX};
 use crate::stream::{NewMessage, StateChange, Ticket};
 use crate::topic::DEVICE_ID_BYTES_MAX;
 
+/// Longer topics are looked up each time.
+const ALLOWED_TOPIC_BYTES_MAX: usize = 256;
+/// A client over its rate is looked at no more often.
+const PAUSE_MIN: Duration = Duration::from_millis(5);
+
 /// What a connection sends in.
 pub struct Inbound {
     version: Version,
     session: Arc<Session>,
-    username: Option<Box<str>>,
+    rights: Admitted,
+    /// The topic of the last publish that the rules allowed.
+    allowed_topic: String,
+    allowance: Option<Box<Allowance>>,
     /// Of a session that outlives the connection: its QoS 2 ids are durable.
     epoch: Option<u64>,
     aliases: Vec<Option<Arc<str>>>,
@@ -54,6 +64,14 @@ pub enum Next {
     Packet,
     /// Acks must go out, or a stream take what it refused, before more is taken in.
     Room,
+}
+
+/// Why a publish is not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Refusal {
+    Dollar,
+    Levels,
+    NotAuthorized,
 }
 
 #[derive(Debug)]
@@ -127,12 +145,14 @@ thread_local! {
 }
 
 impl Inbound {
-    pub fn new(version: Version, session: Arc<Session>, username: Option<Box<str>>) -> Self {
+    pub fn new(broker: &Broker, version: Version, session: Arc<Session>, rights: Admitted) -> Self {
         Self {
             version,
             epoch: session.persistent_epoch(),
             session,
-            username,
+            rights,
+            allowed_topic: String::new(),
+            allowance: broker.access.allowance(),
             aliases: Vec::new(),
             acks: Acks::default(),
             unfinished: 0,
@@ -146,6 +166,18 @@ impl Inbound {
     /// room in a stream that stalled it (pending while none did). Safe to drop.
     pub fn waits<'a>(&'a mut self, broker: &'a Broker) -> (&'a mut Acks, impl Future<Output = ()> + 'a) {
         (&mut self.acks, writable(&self.stalled, broker))
+    }
+
+    pub fn rights(&self) -> &Admitted {
+        &self.rights
+    }
+
+    /// How long the client is not read for its rate; `None` while it is within.
+    pub fn pause(&self, broker: &Broker) -> Option<Duration> {
+        let all = broker.access.publishes().map(|all| lock(all).wait()).unwrap_or_default();
+        let own = self.allowance.as_ref().map(|own| own.wait()).unwrap_or_default();
+        let wait = all.max(own);
+        (!wait.is_zero()).then_some(wait.max(PAUSE_MIN))
     }
 
     pub fn is_stalled(&self) -> bool {
@@ -173,7 +205,7 @@ impl Inbound {
         bytes: &[u8],
         out: &mut BytesMut,
     ) -> Result<(usize, Next), Trouble> {
-        if self.is_full(broker) {
+        if self.is_full(broker) || self.is_over_rate(broker) {
             self.answer_pings(broker, bytes, out);
             return Ok((0, Next::Room));
         }
@@ -208,6 +240,49 @@ impl Inbound {
         !self.stalled.is_empty() || self.acks.waiting() >= broker.waiting_acks_max(self.version)
     }
 
+    /// Rates are looked at once a read for all clients, and here for the one: no
+    /// clock is asked for a message.
+    fn is_over_rate(&mut self, broker: &Broker) -> bool {
+        if self.allowance.is_none() && broker.access.publishes().is_none() {
+            return false;
+        }
+        let now = Instant::now();
+        let own = self.allowance.as_mut().is_some_and(|own| {
+            own.fill(now);
+            own.is_spent()
+        });
+        let all = broker.access.publishes().is_some_and(|all| {
+            let mut all = lock(all);
+            all.fill(now);
+            all.is_spent()
+        });
+        if own || all {
+            broker.counters.throttles.increment(1);
+        }
+        own || all
+    }
+
+    /// What the rules and limits say of a publish; `None` where it is taken.
+    fn refusal(&mut self, broker: &Broker, topic: &str) -> Option<Refusal> {
+        if topic.starts_with('$') {
+            return Some(Refusal::Dollar);
+        }
+        if broker.access.is_too_deep(topic) {
+            return Some(Refusal::Levels);
+        }
+        if self.rights.policy.is_everything() || self.allowed_topic == topic {
+            return None;
+        }
+        if !self.rights.policy.may_publish(topic) {
+            return Some(Refusal::NotAuthorized);
+        }
+        self.allowed_topic.clear();
+        if topic.len() <= ALLOWED_TOPIC_BYTES_MAX {
+            self.allowed_topic.push_str(topic);
+        }
+        None
+    }
+
     fn decode<'a>(
         &mut self,
         broker: &Broker,
@@ -225,7 +300,11 @@ impl Inbound {
                     if self.acks.waiting() + work.owed.len() >= broker.waiting_acks_max(self.version) {
                         return Ok((used, Next::Room));
                     }
+                    if self.allowance.as_ref().is_some_and(|own| own.is_spent()) {
+                        return Ok((used, Next::Room));
+                    }
                     self.publish(broker, &frame, out, work)?;
+                    self.spend(broker, frame.len as u64);
                 }
                 wire::PUBREL => self.release(&frame, out, work)?,
                 wire::PUBACK | wire::PUBREC | wire::PUBCOMP => {
@@ -270,9 +349,9 @@ impl Inbound {
             })?;
         }
         let topic = self.topic(broker, &publish, alias)?;
-        if topic.as_str().starts_with('$') {
+        if let Some(refusal) = self.refusal(broker, topic.as_str()) {
             work.properties.truncate(begin);
-            return self.refuse_dollar(broker, &publish, topic.as_str(), out);
+            return self.refuse(broker, &publish, topic.as_str(), refusal, out);
         }
         if publish.retain {
             flags |= flags::RETAIN;
@@ -288,7 +367,7 @@ impl Inbound {
             let client_id = self.session.client_id.as_bytes();
             properties::push(&mut work.properties, Origin::Listener, "client-id", client_id);
         }
-        if let Some(username) = &self.username {
+        if let Some(username) = &self.rights.identity.name {
             properties::push(&mut work.properties, Origin::Listener, "username", username.as_bytes());
         }
         let properties = begin..work.properties.len();
@@ -371,23 +450,50 @@ impl Inbound {
         Ok(Topic::Sent(publish.topic))
     }
 
-    /// `$` topics are the broker's own. MQTT 3.1.1 has no way to say no: the
-    /// publish is acknowledged and dropped.
-    fn refuse_dollar(
+    /// MQTT 3.1.1 has no way to say no: a publish is acknowledged and dropped,
+    /// or the connection ends. `$` topics are the broker's own.
+    fn refuse(
         &mut self,
         broker: &Broker,
         publish: &Publish<'_>,
         topic: &str,
+        refusal: Refusal,
         out: &mut BytesMut,
     ) -> Result<(), Fault> {
-        broker.counters.dollar_topics.increment(1);
+        let counters = &broker.counters;
+        let (counter, kind, code) = match refusal {
+            Refusal::Dollar => {
+                (&counters.dollar_topics, "mqtt: publish to a topic below $ refused", wire::NOT_AUTHORIZED)
+            }
+            Refusal::Levels => (
+                &counters.topic_levels,
+                "mqtt: publish refused, its topic has more levels than topic_levels_max",
+                wire::TOPIC_NAME_INVALID,
+            ),
+            Refusal::NotAuthorized => {
+                (&counters.not_authorized, "mqtt: publish refused by the access rules", wire::NOT_AUTHORIZED)
+            }
+        };
+        counter.increment(1);
         let detail = format!("client {} to {topic}", self.session.client_id);
-        broker.failures.report("mqtt: publish to a topic below $ refused", 1, &detail, "");
+        broker.failures.report(kind, 1, &detail, "");
+        if self.version == Version::V3 && refusal == Refusal::NotAuthorized && !broker.access.drops_denied() {
+            return Err(Fault { code: DisconnectReasonCode::NotAuthorized, what: "publish not allowed" });
+        }
         let first = if publish.qos == 1 { wire::PUBACK } else { wire::PUBREC };
         if publish.qos > 0 {
-            wire::put_ack_with(out, self.version, first, publish.packet_id, wire::NOT_AUTHORIZED);
+            wire::put_ack_with(out, self.version, first, publish.packet_id, code);
         }
         Ok(())
+    }
+
+    fn spend(&mut self, broker: &Broker, bytes: u64) {
+        if let Some(own) = &mut self.allowance {
+            own.spend(1, bytes);
+        }
+        if let Some(all) = broker.access.publishes() {
+            lock(all).spend(1, bytes);
+        }
     }
 
     fn release(&mut self, frame: &Frame<'_>, out: &mut BytesMut, work: &mut Work<'_>) -> Result<(), Fault> {
@@ -455,6 +561,10 @@ pub fn cut_device(client_id: &str) -> &str {
         return client_id;
     }
     &client_id[..client_id.floor_char_boundary(DEVICE_ID_BYTES_MAX)]
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The same allocation for elements of another lifetime.

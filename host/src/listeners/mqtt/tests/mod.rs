@@ -1,6 +1,7 @@
 //! The listener over real sockets, against streams in memory. That something
 //! has not been sent yet is shown by a PINGREQ: its answer comes first.
 
+mod access;
 mod acks;
 mod limits;
 mod sessions;

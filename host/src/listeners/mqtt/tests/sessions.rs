@@ -121,7 +121,8 @@ async fn a_clean_start_given_up_before_it_is_durable_still_ends_the_old_session(
             failures: Failures::default(),
             shutdown: CancellationToken::new(),
         };
-        let broker = Broker::new(&Config::default(), deps);
+        let access = Access::open(None, &Default::default(), &deps.failures).unwrap();
+        let broker = Broker::new(&Config::default(), access, deps);
         let sessions = &broker.sessions;
         let (session, turn) = sessions.claim("c", 1).await.unwrap();
         assert_eq!(sessions.open(&broker, &session, false, 600).await, Ok(false));

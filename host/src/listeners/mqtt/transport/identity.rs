@@ -11,8 +11,12 @@ use super::super::config::Identity;
 
 const COMMON_NAME: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.3");
 
-/// `None`: the certificate has no such name.
+/// `None`: the certificate has no such name, or one that no user may have.
 pub(super) fn of(certificate: &CertificateDer<'_>, identity: Identity) -> Option<Box<str>> {
+    name(certificate, identity).filter(|name| !name.is_empty() && !name.chars().any(char::is_control))
+}
+
+fn name(certificate: &CertificateDer<'_>, identity: Identity) -> Option<Box<str>> {
     let certificate = Certificate::from_der(certificate).ok()?.tbs_certificate;
     match identity {
         Identity::Cn => {

@@ -16,11 +16,10 @@ mod websocket;
 
 use std::fmt;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustls::pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -44,10 +43,11 @@ const HANDSHAKE_WAIT_MAX: Duration = Duration::from_millis(100);
 #[derive(Clone, Debug)]
 pub struct Remote {
     pub address: Address,
-    /// The certificate that the client has proved to own, DER.
-    pub certificate: Option<CertificateDer<'static>>,
-    /// The name in it that `tls.identity` asks for.
+    /// The name in the certificate that the client has proved to own, which
+    /// `tls.identity` asks for.
     pub identity: Option<Box<str>>,
+    /// Its listener serves clients that show nothing.
+    pub allow_anonymous: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +59,14 @@ pub enum Address {
 }
 
 impl Address {
+    /// The loopback address for a Unix socket.
+    pub fn ip(&self) -> IpAddr {
+        match self {
+            Self::Ip(address) => address.ip().to_canonical(),
+            Self::Unix { .. } => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        }
+    }
+
     /// The client runs on this machine.
     pub fn is_local(&self) -> bool {
         match self {
@@ -168,7 +176,8 @@ pub async fn accept(broker: Arc<Broker>, entry: Entry, room: Arc<Semaphore>, tas
             continue;
         }
         let place = Place { _connection: connection, handshake };
-        let remote = Remote { address, certificate: None, identity: None };
+        let allow_anonymous = layers.endpoint.allow_anonymous;
+        let remote = Remote { address, identity: None, allow_anonymous };
         if let (Socket::Tcp(socket), true) = (&socket, layers.is_plain()) {
             // Acks are small and must not wait for the peer's delayed ack.
             let _ = socket.set_nodelay(true);
@@ -270,7 +279,7 @@ impl Layers {
             None => Opened::Tcp(socket),
             Some(tls) => {
                 let io = tls.accept(socket).await?;
-                (remote.certificate, remote.identity) = tls.client(&io);
+                remote.identity = tls.client(&io);
                 Opened::Tls(Box::new(io))
             }
         };

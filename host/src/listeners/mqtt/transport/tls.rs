@@ -90,14 +90,10 @@ impl Tls {
         acceptor.accept(socket).await.map_err(|error| explain(&error))
     }
 
-    /// The client's certificate, and its name.
-    pub(super) fn client(
-        &self,
-        io: &TlsStream<TcpStream>,
-    ) -> (Option<CertificateDer<'static>>, Option<Box<str>>) {
-        let shown = io.get_ref().1.peer_certificates().and_then(<[_]>::first);
-        let identity = shown.and_then(|certificate| identity::of(certificate, self.files.identity));
-        (shown.cloned(), identity)
+    /// The client's name in the certificate that it showed.
+    pub(super) fn client(&self, io: &TlsStream<TcpStream>) -> Option<Box<str>> {
+        let shown = io.get_ref().1.peer_certificates()?.first()?;
+        identity::of(shown, self.files.identity)
     }
 }
 

@@ -1,0 +1,90 @@
+//! `headworks passwd`: users of a password file.
+
+use std::fs::File;
+use std::io::{BufRead, IsTerminal, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use anyhow::{Context, bail};
+use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
+
+use super::args::PasswdArgs;
+use super::output::Out;
+use crate::access::PasswordFile;
+
+pub fn passwd(args: &PasswdArgs, out: &mut Out) -> anyhow::Result<()> {
+    let (file, user) = (args.file.display(), &args.user);
+    let mut users = match std::fs::read(&args.file) {
+        Ok(bytes) => PasswordFile::parse(&bytes).map_err(|reason| anyhow::anyhow!("{file}: {reason}"))?,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound && !args.delete => PasswordFile::default(),
+        Err(error) => return Err(error).with_context(|| format!("cannot read {file}")),
+    };
+    let done = if args.delete {
+        if !users.remove(user) {
+            bail!("{file} has no user \"{user}\"");
+        }
+        "removed"
+    } else {
+        let password = read_password()?;
+        if password.is_empty() {
+            bail!("the password is empty: nothing was changed");
+        }
+        let is_changed = users.set(user, password.as_bytes()).map_err(anyhow::Error::msg)?;
+        if is_changed { "changed" } else { "added" }
+    };
+    replace(&args.file, &users.to_text()).with_context(|| format!("cannot write {file}"))?;
+    out.line(format!("user \"{user}\" {done}"))
+}
+
+/// Whole or not at all, and only for its owner to read.
+fn replace(path: &Path, text: &str) -> std::io::Result<()> {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{}.tmp", std::process::id()));
+    let temporary = path.with_file_name(name);
+    let written = (|| {
+        let mut file =
+            File::options().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+        if let Ok(old) = std::fs::metadata(path) {
+            file.set_permissions(old.permissions())?;
+        }
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        std::fs::rename(&temporary, path)
+    })();
+    if written.is_err() {
+        // What failed is said; a file left behind is only in the way.
+        let _ = std::fs::remove_file(&temporary);
+    }
+    written
+}
+
+fn read_password() -> anyhow::Result<String> {
+    if !std::io::stdin().is_terminal() {
+        return line();
+    }
+    let password = ask("Password: ")?;
+    if ask("Again: ")? != password {
+        bail!("the two are not the same: nothing was changed");
+    }
+    Ok(password)
+}
+
+/// One line that the terminal does not show.
+fn ask(prompt: &str) -> anyhow::Result<String> {
+    let stdin = std::io::stdin();
+    eprint!("{prompt}");
+    let before = tcgetattr(&stdin)?;
+    let mut silent = before.clone();
+    silent.local_modes.remove(LocalModes::ECHO);
+    silent.local_modes.insert(LocalModes::ECHONL);
+    tcsetattr(&stdin, OptionalActions::Flush, &silent)?;
+    let read = line();
+    tcsetattr(&stdin, OptionalActions::Flush, &before)?;
+    read
+}
+
+fn line() -> anyhow::Result<String> {
+    let mut line = String::new();
+    std::io::stdin().lock().read_line(&mut line)?;
+    Ok(line.trim_end_matches(['\n', '\r']).to_owned())
+}

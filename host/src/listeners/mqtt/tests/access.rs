@@ -1,0 +1,309 @@
+//! Credentials, rules and limits, through the listener.
+
+use super::*;
+use crate::access::{self, Authenticator, Limits, PasswordFile, Rule};
+
+struct Guarded {
+    host: Host,
+    folder: tempfile::TempDir,
+}
+
+fn rules(yaml: &str) -> Vec<Rule> {
+    serde_json::from_value(crate::yaml::to_json(yaml).unwrap()).unwrap()
+}
+
+/// Users ann and bob, each with the user name as password.
+async fn guarded(yaml: &str, change: impl FnOnce(&mut Config)) -> Guarded {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("passwords");
+    let mut users = PasswordFile::default();
+    for user in ["ann", "bob"] {
+        users.set(user, user.as_bytes()).unwrap();
+    }
+    std::fs::write(&file, users.to_text()).unwrap();
+    let authenticator = serde_json::json!({ "type": "passwords", "file": file });
+    let access = access::Config {
+        authenticate: vec![serde_json::from_value::<Authenticator>(authenticator).unwrap()],
+        rules: rules(yaml),
+        ..access::Config::default()
+    };
+    let host = started(|config| {
+        config.access = Some(access);
+        change(config);
+    });
+    Guarded { host: host.await, folder }
+}
+
+async fn started(change: impl FnOnce(&mut Config)) -> Host {
+    let streams = Streams::new(vec![], MemoryStream::new("s", 1));
+    Host::start(streams, MemoryStream::new("broker", 1), change).await
+}
+
+fn signed_in(client_id: &'static str, user: &'static str, password: &'static str) -> Connect {
+    let password = Some(bytes::Bytes::from_static(password.as_bytes()));
+    Connect { username: Some(user.into()), password, ..clean(client_id) }
+}
+
+fn refused_with(packet: Packet) -> u8 {
+    match packet {
+        Packet::PublishAck(ack) => ack.reason_code.into(),
+        Packet::PublishReceived(ack) => ack.reason_code.into(),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// CONNECT of MQTT 3.1.1, clean; its CONNACK's return code.
+async fn connect_v3(host: &Host, user: Option<(&str, &str)>) -> (TcpStream, u8) {
+    let mut body =
+        vec![0, 4, b'M', b'Q', b'T', b'T', 4, if user.is_some() { 0xc2 } else { 2 }, 0, 60, 0, 1, b'c'];
+    for text in user.iter().flat_map(|(user, password)| [user, password]) {
+        body.extend((text.len() as u16).to_be_bytes());
+        body.extend(text.as_bytes());
+    }
+    let mut io = TcpStream::connect(host.address).await.unwrap();
+    io.write_all(&[&[0x10, body.len() as u8], &body[..]].concat()).await.unwrap();
+    let mut answer = [0; 4];
+    timeout(HUNG_AFTER, io.read_exact(&mut answer)).await.unwrap().unwrap();
+    (io, answer[3])
+}
+
+async fn refused(host: &Host, connect: Connect) -> ConnectAckReason {
+    let (mut client, ack) = host.client(connect).await;
+    assert_eq!(client.try_receive().await, None);
+    ack.reason_code
+}
+
+#[tokio::test]
+async fn a_client_says_the_right_password_or_is_told_no() {
+    let Guarded { host, folder } = guarded("[]", |_| {}).await;
+    let (_, ack) = host.client(signed_in("c", "ann", "ann")).await;
+    assert_eq!(ack.reason_code, ConnectAckReason::Success);
+    for (user, password) in [("ann", "bob"), ("eve", "ann")] {
+        let reason = refused(&host, signed_in("c", user, password)).await;
+        assert_eq!(reason, ConnectAckReason::BadUserNameOrPassword);
+        assert_eq!(connect_v3(&host, Some((user, password))).await.1, 4);
+    }
+    assert_eq!(refused(&host, clean("c")).await, ConnectAckReason::NotAuthorized);
+    assert_eq!(connect_v3(&host, None).await.1, 5);
+    std::fs::write(folder.path().join("passwords"), "").unwrap();
+    let reason = refused(&host, signed_in("c", "ann", "ann")).await;
+    assert_eq!(reason, ConnectAckReason::BadUserNameOrPassword);
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn a_publish_that_no_rule_allows_is_refused_and_the_others_go_on() {
+    let yaml = "- { effect: allow, user: ann, topics: ['up/%c/#'] }";
+    let Guarded { host, .. } = guarded(yaml, |_| {}).await;
+    let (mut client, _) = host.client(signed_in("c", "ann", "ann")).await;
+    client.send(publish("up/d/x", QoS::AtLeastOnce, 1)).await;
+    assert_eq!(refused_with(client.receive().await), 0x87);
+    client.send(publish("up/d/x", QoS::ExactlyOnce, 2)).await;
+    assert_eq!(refused_with(client.receive().await), 0x87);
+    client.send(publish("up/d/x", QoS::AtMostOnce, 0)).await;
+    for (topic, packet_id) in [("up/c/x", 3), ("up/c/x", 4), ("up/c", 5)] {
+        client.send(publish(topic, QoS::AtLeastOnce, packet_id)).await;
+        assert_eq!(client.receive().await, puback(packet_id));
+    }
+    client.nothing_but_ping().await;
+    let (mut other, _) = host.client(signed_in("d", "bob", "bob")).await;
+    other.send(publish("up/d/x", QoS::AtLeastOnce, 1)).await;
+    assert_eq!(refused_with(other.receive().await), 0x87);
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn an_mqtt_3_client_that_publishes_where_it_may_not_is_closed_or_its_message_dropped() {
+    for drops in [false, true] {
+        let Guarded { host, .. } = guarded("[]", |config| {
+            let access = config.access.as_mut().unwrap();
+            access.denied_publish =
+                if drops { access::DeniedPublish::Drop } else { access::DeniedPublish::Close };
+        })
+        .await;
+        let (mut io, code) = connect_v3(&host, Some(("ann", "ann"))).await;
+        assert_eq!(code, 0);
+        io.write_all(&[0x32, 6, 0, 1, b'x', 0, 7, b'1']).await.unwrap();
+        let mut answer = Vec::new();
+        if drops {
+            answer.resize(4, 0);
+            timeout(HUNG_AFTER, io.read_exact(&mut answer)).await.unwrap().unwrap();
+            assert_eq!(answer, [0x40, 2, 0, 7]);
+        } else {
+            timeout(HUNG_AFTER, io.read_to_end(&mut answer)).await.unwrap().unwrap();
+            assert!(answer.is_empty(), "{answer:?}");
+        }
+        host.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn only_what_is_allowed_whole_is_subscribed_to() {
+    let yaml = "[{ effect: deny, topics: [a/secret] }, { effect: allow, action: subscribe, topics: [a/#] }]";
+    let Guarded { host, .. } = guarded(yaml, |_| {}).await;
+    let (mut client, _) = host.client(signed_in("c", "ann", "ann")).await;
+    assert_eq!(client.subscribe("a/b/#", QOS1).await, SubscribeAckReason::GrantedQos1);
+    for filter in ["a/#", "a/secret", "#", "$SYS/#", "b"] {
+        assert_eq!(client.subscribe(filter, QOS1).await, SubscribeAckReason::NotAuthorized, "{filter}");
+    }
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn a_will_is_held_to_the_rules_when_it_is_left() {
+    let Guarded { host, .. } = guarded("- { effect: allow, topics: [ok] }", |_| {}).await;
+    let will = |topic: &'static str| Connect {
+        last_will: Some(LastWill {
+            qos: QoS::AtLeastOnce,
+            retain: false,
+            topic: topic.into(),
+            message: "gone".into(),
+            will_delay_interval_sec: None,
+            correlation_data: None,
+            message_expiry_interval: None,
+            content_type: None,
+            user_properties: vec![],
+            is_utf8_payload: None,
+            response_topic: None,
+        }),
+        ..signed_in("c", "ann", "ann")
+    };
+    assert_eq!(refused(&host, will("no")).await, ConnectAckReason::NotAuthorized);
+    assert_eq!(host.client(will("ok")).await.1.reason_code, ConnectAckReason::Success);
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn a_session_in_other_hands_gives_nothing_of_what_its_owner_saw() {
+    let yaml = "[{ effect: allow, user: ann, topics: ['#'] }, { effect: allow, topics: [open] }]";
+    let Guarded { host, .. } = guarded(yaml, |_| {}).await;
+    let kept = |user| Connect {
+        clean_start: false,
+        session_expiry_interval_secs: 600,
+        ..signed_in("c", user, user)
+    };
+    let (mut ann, _) = host.client(kept("ann")).await;
+    ann.subscribe("private/+", QOS1).await;
+    ann.subscribe("open", QOS1).await;
+    ann.send(Disconnect::default()).await;
+    assert_eq!(ann.try_receive().await, None);
+    let (mut other, _) = host.client(signed_in("p", "ann", "ann")).await;
+    let (mut watcher, _) = host.client(signed_in("w", "ann", "ann")).await;
+    watcher.subscribe("#", QOS1).await;
+    for (topic, packet_id) in [("private/x", 1), ("open", 2)] {
+        other.send(publish(topic, QoS::AtLeastOnce, packet_id)).await;
+        assert_eq!(other.receive().await, puback(packet_id));
+        // Delivered to all by the one task that delivers.
+        assert_eq!(&*watcher.received().await.topic, topic);
+    }
+    let (mut bob, ack) = host.client(kept("bob")).await;
+    assert!(ack.session_present);
+    assert_eq!(&*bob.received().await.topic, "open");
+    bob.nothing_but_ping().await;
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn the_anonymous_come_in_only_where_the_listener_has_them() {
+    let yaml = "- { effect: allow, anonymous: true, action: publish, topics: [open] }";
+    let Guarded { host, .. } = guarded(yaml, |config| config.listeners[0].allow_anonymous = true).await;
+    let mut client = host.clean("c").await;
+    client.send(publish("open", QoS::AtLeastOnce, 1)).await;
+    assert_eq!(client.receive().await, puback(1));
+    client.send(publish("shut", QoS::AtLeastOnce, 2)).await;
+    assert_eq!(refused_with(client.receive().await), 0x87);
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn a_client_over_its_rate_is_read_slower_and_nothing_is_refused() {
+    let limits = Limits { client_messages_per_s: Some(20), ..Limits::default() };
+    let host = started(|config| config.limits = limits).await;
+    let mut client = host.clean("c").await;
+    for packet_id in 1..=30 {
+        client.send(publish("a", QoS::AtLeastOnce, packet_id)).await;
+    }
+    client.send(Packet::PingRequest).await;
+    let (mut acked, mut pinged_after) = (0, None);
+    while acked < 30 || pinged_after.is_none() {
+        match client.receive().await {
+            Packet::PingResponse => pinged_after = Some(acked),
+            ack => {
+                acked += 1;
+                assert_eq!(ack, puback(acked));
+            }
+        }
+    }
+    assert!(pinged_after < Some(30), "PINGREQ was answered while publishes waited");
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn limits_are_told_by_their_own_reason() {
+    let Guarded { host, .. } = guarded("- { effect: allow, topics: ['#'] }", |config| {
+        config.limits = Limits {
+            topic_levels_max: Some(2),
+            connections_per_user_max: Some(1),
+            connects_per_s: Some(4),
+            ..Limits::default()
+        };
+    })
+    .await;
+    let (mut first, _) = host.client(signed_in("c", "ann", "ann")).await;
+    first.send(publish("a/b/c", QoS::AtLeastOnce, 1)).await;
+    assert_eq!(refused_with(first.receive().await), 0x90);
+    assert_eq!(refused(&host, signed_in("d", "ann", "ann")).await, ConnectAckReason::QuotaExceeded);
+    // The same client again takes its own place over.
+    let (_second, ack) = host.client(signed_in("c", "ann", "ann")).await;
+    assert_eq!(ack.reason_code, ConnectAckReason::Success);
+    loop {
+        match host.client(clean("e")).await.1.reason_code {
+            ConnectAckReason::NotAuthorized => {}
+            reason => break assert_eq!(reason, ConnectAckReason::ConnectionRateExceeded),
+        }
+    }
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn an_http_check_decides_once_for_a_while_and_refuses_when_it_does_not_answer() {
+    let service = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/auth", service.local_addr().unwrap());
+    let asked = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let count = asked.clone();
+    let serving = tokio::spawn(async move {
+        loop {
+            let (mut io, _) = service.accept().await.unwrap();
+            count.fetch_add(1, Ordering::SeqCst);
+            let mut request = Vec::new();
+            while !request.ends_with(b"}") {
+                io.read_buf(&mut request).await.unwrap();
+            }
+            let body = match String::from_utf8(request).unwrap() {
+                text if text.contains(r#""username":"ann""#) => {
+                    r#"{"allow":true,"rules":[{"effect":"allow","topics":["{site}/x"]}],"fields":{"site":"f1"}}"#
+                }
+                text if text.contains(r#""username":"bob""#) => r#"{"allow":false}"#,
+                _ => "not json",
+            };
+            let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", body.len());
+            io.write_all(format!("{head}{body}").as_bytes()).await.unwrap();
+        }
+    });
+    let yaml = format!("authenticate: [{{ type: http, url: '{url}' }}]");
+    let access = serde_json::from_value(crate::yaml::to_json(&yaml).unwrap()).unwrap();
+    let host = started(|config| config.access = Some(access)).await;
+    for client_id in ["c", "c"] {
+        let (mut client, ack) = host.client(signed_in(client_id, "ann", "x")).await;
+        assert_eq!(ack.reason_code, ConnectAckReason::Success);
+        client.send(publish("f1/x", QoS::AtLeastOnce, 1)).await;
+        assert_eq!(client.receive().await, puback(1));
+    }
+    assert_eq!(asked.load(Ordering::SeqCst), 1);
+    assert_eq!(refused(&host, signed_in("c", "bob", "x")).await, ConnectAckReason::BadUserNameOrPassword);
+    assert_eq!(refused(&host, signed_in("c", "odd", "x")).await, ConnectAckReason::ServerUnavailable);
+    serving.abort();
+    assert!(serving.await.unwrap_err().is_cancelled());
+    assert_eq!(refused(&host, signed_in("c", "eve", "x")).await, ConnectAckReason::ServerUnavailable);
+    host.stop().await;
+}
