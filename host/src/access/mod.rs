@@ -153,11 +153,12 @@ impl Access {
         connects.lock().unwrap_or_else(PoisonError::into_inner).try_take(Instant::now())
     }
 
-    /// `Err` where the user has `connections_per_user_max` already.
-    pub fn enter(&self, identity: &Identity) -> Result<Option<UserPlace>, ()> {
+    /// A place of the user's, empty where there is no bound; `None` where the
+    /// user has `connections_per_user_max` already.
+    pub fn enter(&self, identity: &Identity) -> Option<Option<UserPlace>> {
         match (&identity.name, self.limits.connections_per_user_max) {
-            (Some(name), Some(max)) => self.users.enter(name, max).map(Some).ok_or(()),
-            _ => Ok(None),
+            (Some(name), Some(max)) => self.users.enter(name, max).map(Some),
+            _ => Some(None),
         }
     }
 

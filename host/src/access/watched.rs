@@ -12,10 +12,12 @@ use crate::telemetry::Failures;
 pub struct Watched<T> {
     path: PathBuf,
     bytes_max: u64,
-    parse: Box<dyn Fn(&[u8]) -> Result<T, String> + Send + Sync>,
+    parse: Box<Parse<T>>,
     failures: Failures,
     seen: Mutex<(Signature, Arc<T>)>,
 }
+
+type Parse<T> = dyn Fn(&[u8]) -> Result<T, String> + Send + Sync;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Signature {

@@ -115,7 +115,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         return Err(Refused::new("sessions_max", format!("client {} at {remote}", asked.client_id)));
     };
     // After an older connection of the same client has given its place back.
-    let Ok(user_place) = broker.access.enter(&rights.identity) else {
+    let Some(user_place) = broker.access.enter(&rights.identity) else {
         broker.sessions.give_back(broker, &session, turn);
         refuse(io, Some(asked.version), ConnectAckReason::QuotaExceeded).await;
         return Err(Refused::new("connections_per_user", format!("client {} at {remote}", asked.client_id)));

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::access::{self, Authenticator, Limits, PasswordFile, Rule};
+use crate::listeners::mqtt::config::Identity;
 
 struct Guarded {
     host: Host,
@@ -305,5 +306,87 @@ async fn an_http_check_decides_once_for_a_while_and_refuses_when_it_does_not_ans
     serving.abort();
     assert!(serving.await.unwrap_err().is_cancelled());
     assert_eq!(refused(&host, signed_in("c", "eve", "x")).await, ConnectAckReason::ServerUnavailable);
+    host.stop().await;
+}
+
+const SECURING: &str = include_str!("../../../../docs/securing.md");
+
+fn blocks(kind: &str) -> impl Iterator<Item = &'static str> {
+    let fence = format!("```{kind}\n");
+    let blocks: Vec<_> = SECURING.split(&fence).skip(1).filter_map(|rest| rest.split("```").next()).collect();
+    assert!(!blocks.is_empty());
+    blocks.into_iter()
+}
+
+#[test]
+fn the_configs_of_the_securing_page_are_valid() {
+    let folder = tempfile::tempdir().unwrap();
+    for (i, block) in blocks("yaml").enumerate() {
+        let file = folder.path().join(format!("{i}.yaml"));
+        std::fs::write(&file, block).unwrap();
+        crate::config::load(Some(&file)).unwrap_or_else(|error| panic!("{error}"));
+    }
+}
+
+#[tokio::test]
+async fn a_certificate_made_as_the_securing_page_says_names_its_user() {
+    use rustls::pki_types::pem::PemObject;
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+
+    let folder = tempfile::tempdir().unwrap();
+    for commands in blocks("sh") {
+        let run =
+            std::process::Command::new("sh").args(["-ec", commands]).current_dir(folder.path()).output();
+        let run = run.unwrap();
+        assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+    }
+    let file = |name: &str| folder.path().join(name);
+    let yaml = blocks("yaml").next().unwrap();
+    let value = crate::yaml::to_json(yaml).unwrap();
+    let access = serde_json::from_value(value["mqtt"]["access"].clone()).unwrap();
+    let host = started(|config| {
+        config.access = Some(access);
+        config.listeners[0].tls = Some(Tls {
+            cert: file("server.pem"),
+            key: file("server.key"),
+            client_ca: Some(file("ca.pem")),
+            crl: None,
+            identity: Identity::Cn,
+        });
+    })
+    .await;
+
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_file(file("ca.pem")).unwrap()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let chain = vec![CertificateDer::from_pem_file(file("press-7.pem")).unwrap()];
+    let key = PrivateKeyDer::from_pem_file(file("press-7.key")).unwrap();
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_client_auth_cert(chain, key)
+        .unwrap();
+    let socket = TcpStream::connect(host.address).await.unwrap();
+    let name = ServerName::try_from("localhost").unwrap();
+    let mut io = tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, socket).await.unwrap();
+    let mut codec = Codec::default();
+    let mut out = BytesMut::new();
+    codec.encode(clean("any").into(), &mut out).unwrap();
+    for (topic, packet_id) in [("acme/f/press/press-7/t", 1), ("acme/f/press/press-8/t", 2)] {
+        codec.encode(publish(topic, QoS::AtLeastOnce, packet_id).into(), &mut out).unwrap();
+    }
+    io.write_all(&out).await.unwrap();
+    let (mut input, mut acks) = (BytesMut::new(), Vec::new());
+    while acks.len() < 2 {
+        match timeout(HUNG_AFTER, async { codec.decode(&mut input).unwrap() }).await.unwrap() {
+            Some((Packet::PublishAck(ack), _)) => acks.push((ack.packet_id.get(), u8::from(ack.reason_code))),
+            Some((Packet::ConnectAck(ack), _)) => assert_eq!(ack.reason_code, ConnectAckReason::Success),
+            Some((other, _)) => panic!("{other:?}"),
+            None => assert_ne!(timeout(HUNG_AFTER, io.read_buf(&mut input)).await.unwrap().unwrap(), 0),
+        }
+    }
+    acks.sort_unstable();
+    assert_eq!(acks, [(1, 0), (2, 0x87)]);
     host.stop().await;
 }
