@@ -24,7 +24,7 @@ use super::writer::{Failed, Refusals, Writer};
 use crate::batch::{Batch, MessageRef, Offset, Span};
 use crate::sinks::{Rows, Sink};
 use crate::step::{Chain, Refused, RefusedKind, Step};
-use crate::stream::{AppendError, Read, ReadError, StateChange, Stream, Ticket};
+use crate::stream::{AppendError, Read, ReadError, StateChange, StateEntries, Stream, Ticket};
 
 /// State key of a letter that has a copy: then its offset, big-endian.
 pub const DONE_PREFIX: &[u8] = b"rd";
@@ -473,7 +473,7 @@ fn done_offsets(dead_letters: &dyn Stream) -> HashSet<u64> {
 
 /// Offsets of the letters that were sent again, from the dead letters' state
 /// below [`DONE_PREFIX`].
-pub fn sent_again(state: Vec<(Vec<u8>, Vec<u8>)>) -> HashSet<u64> {
+pub fn sent_again(state: StateEntries) -> HashSet<u64> {
     let offset = |(key, _): (Vec<u8>, Vec<u8>)| {
         key.strip_prefix(DONE_PREFIX).and_then(|rest| rest.try_into().ok()).map(u64::from_be_bytes)
     };

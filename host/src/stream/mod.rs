@@ -65,6 +65,9 @@ pub struct StateChange<'a> {
     pub value: Option<&'a [u8]>,
 }
 
+/// Keys and values of the state map, in key order.
+pub type StateEntries = Vec<(Vec<u8>, Vec<u8>)>;
+
 /// Names the frame that an append went into. Ordered; the append is durable
 /// once [`Stream::durable`] shows a ticket that is not smaller.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -174,7 +177,7 @@ pub trait Stream: Send + Sync + 'static {
 
     /// The state map's live entries whose keys begin with `prefix`, in key order,
     /// as of the last append (durable or not).
-    fn state(&self, prefix: &[u8]) -> Vec<(Vec<u8>, Vec<u8>)>;
+    fn state(&self, prefix: &[u8]) -> StateEntries;
 
     /// Why the stream stopped; pending while it runs. Safe to drop.
     async fn stopped(&self) -> Arc<str>;

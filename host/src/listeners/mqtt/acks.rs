@@ -12,7 +12,7 @@ use bytes::BytesMut;
 use futures_util::future::select_all;
 use tokio::sync::watch;
 
-use super::wire;
+use super::wire::{self, Version};
 use crate::stream::{Stream, Ticket};
 
 /// First byte and packet id of an ack.
@@ -20,6 +20,9 @@ use crate::stream::{Stream, Ticket};
 pub struct Ack {
     pub first: u8,
     pub packet_id: u16,
+    /// MQTT 5's reason why a publish was refused; 0 for one that was taken in,
+    /// and where the version cannot say it.
+    pub code: u8,
 }
 
 /// The stream stopped: these acks will never go out.
@@ -101,8 +104,12 @@ impl Acks {
                 lane.groups.pop_front();
                 out.reserve(4 * count as usize);
                 for ack in lane.acks.drain(..count as usize) {
-                    wire::put_ack(out, ack.first, ack.packet_id);
-                    written.finished += u32::from(ack.first != wire::PUBREC);
+                    if ack.code == 0 {
+                        wire::put_ack(out, ack.first, ack.packet_id);
+                        written.finished += u32::from(ack.first != wire::PUBREC);
+                    } else {
+                        wire::put_ack_with(out, Version::V5, ack.first, ack.packet_id, ack.code);
+                    }
                 }
                 written.acks += count;
             }

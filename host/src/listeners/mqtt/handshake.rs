@@ -434,7 +434,6 @@ async fn refuse<S: AsyncWrite + Unpin>(io: &mut S, version: Option<Version>, rea
                 ConnectAckReason::QuotaExceeded
                 | ConnectAckReason::ConnectionRateExceeded
                 | ConnectAckReason::ServerUnavailable => 3,
-                ConnectAckReason::TopicNameInvalid => 5,
                 _ => return,
             };
             out.extend_from_slice(&[0x20, 2, 0, code]);

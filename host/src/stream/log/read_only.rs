@@ -17,7 +17,7 @@ use super::segment;
 use super::state::{self, USERS};
 use super::tail::Frame;
 use crate::batch::Offset;
-use crate::stream::{GapCause, Read};
+use crate::stream::{GapCause, Read, StateEntries};
 
 /// Looks at a folder whose oldest segments go while it is looked at.
 const LOOKS_MAX: usize = 8;
@@ -98,7 +98,7 @@ impl ReadOnly {
 
     /// The state map's entries whose keys begin with `prefix`, in key order. A
     /// change of the last moment may be missing, or not proven durable yet.
-    pub fn state(&self, prefix: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>, OpenError> {
+    pub fn state(&self, prefix: &[u8]) -> Result<StateEntries, OpenError> {
         let prefix = state::key(USERS, prefix);
         for _ in 0..LOOKS_MAX {
             match recover::replay(&*self.disk, &self.dir, &self.segments()?) {

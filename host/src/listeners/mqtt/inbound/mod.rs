@@ -303,7 +303,7 @@ impl Inbound {
                     if self.allowance.as_ref().is_some_and(|own| own.is_spent()) {
                         return Ok((used, Next::Room));
                     }
-                    self.publish(broker, &frame, out, work)?;
+                    self.publish(broker, &frame, work)?;
                     self.spend(broker, frame.len as u64);
                 }
                 wire::PUBREL => self.release(&frame, out, work)?,
@@ -330,13 +330,7 @@ impl Inbound {
         }
     }
 
-    fn publish<'a>(
-        &mut self,
-        broker: &Broker,
-        frame: &Frame<'a>,
-        out: &mut BytesMut,
-        work: &mut Work<'a>,
-    ) -> Result<(), Fault> {
+    fn publish<'a>(&mut self, broker: &Broker, frame: &Frame<'a>, work: &mut Work<'a>) -> Result<(), Fault> {
         let publish = wire::publish(self.version, frame)?;
         let mut alias = None;
         let begin = work.properties.len();
@@ -351,7 +345,7 @@ impl Inbound {
         let topic = self.topic(broker, &publish, alias)?;
         if let Some(refusal) = self.refusal(broker, topic.as_str()) {
             work.properties.truncate(begin);
-            return self.refuse(broker, &publish, topic.as_str(), refusal, out);
+            return self.refuse(broker, &publish, topic.as_str(), refusal, work);
         }
         if publish.retain {
             flags |= flags::RETAIN;
@@ -395,7 +389,7 @@ impl Inbound {
     /// already is only acknowledged again (MQTT 5.0, 4.3.3).
     fn owe(&mut self, broker: &Broker, stream: usize, publish: &Publish<'_>) -> Result<Owed, Fault> {
         let first = if publish.qos == 1 { wire::PUBACK } else { wire::PUBREC };
-        let ack = Ack { first, packet_id: publish.packet_id };
+        let ack = Ack { first, packet_id: publish.packet_id, code: 0 };
         if publish.qos == 2 {
             let received = self.session.received();
             if let Some(known) = received.get(&publish.packet_id) {
@@ -458,7 +452,7 @@ impl Inbound {
         publish: &Publish<'_>,
         topic: &str,
         refusal: Refusal,
-        out: &mut BytesMut,
+        work: &mut Work<'_>,
     ) -> Result<(), Fault> {
         let counters = &broker.counters;
         let (counter, kind, code) = match refusal {
@@ -482,7 +476,11 @@ impl Inbound {
         }
         let first = if publish.qos == 1 { wire::PUBACK } else { wire::PUBREC };
         if publish.qos > 0 {
-            wire::put_ack_with(out, self.version, first, publish.packet_id, code);
+            // In its turn: acks keep the order of their publishes (MQTT 5.0, 4.6).
+            let code = if self.version == Version::V5 { code } else { 0 };
+            let ack = Ack { first, packet_id: publish.packet_id, code };
+            let (stream, least) = (broker.route(topic), Ticket::default());
+            work.owed.push(Owed { stream, ack, change: IdChange::None, least });
         }
         Ok(())
     }
@@ -498,7 +496,7 @@ impl Inbound {
 
     fn release(&mut self, frame: &Frame<'_>, out: &mut BytesMut, work: &mut Work<'_>) -> Result<(), Fault> {
         let (packet_id, _) = wire::ack(self.version, frame)?;
-        let ack = Ack { first: wire::PUBCOMP, packet_id };
+        let ack = Ack { first: wire::PUBCOMP, packet_id, code: 0 };
         match self.session.received().remove(&packet_id) {
             Some(known) => {
                 let change = IdChange::Release;
