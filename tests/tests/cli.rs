@@ -1,11 +1,11 @@
 //! The command line against a running host.
 
 use std::io::Write;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use headworks_tests::host::{Host, prebuilt};
-use headworks_tests::process::{eventually, run};
+use headworks_tests::process::{Process, eventually, run};
 use headworks_tests::{http, mosquitto, telemetry};
 
 fn host(name: &str) -> Host {
@@ -50,6 +50,40 @@ fn a_dead_letter_is_listed_shown_and_sent_again() {
         (open.len() == 1 && open[0] != id).then_some(())
     });
     assert_eq!(ids(&["dead-letters", "list", "--sent"]).first(), Some(&id));
+}
+
+#[test]
+fn clients_are_listed_shown_and_sent_away() {
+    let host = host("cli-clients");
+    assert_eq!(host.cli(&["clients", "list"]).trim(), "no clients");
+    let mut command = Command::new("mosquitto_sub");
+    command.args(mosquitto::subscribe(host.mqtt()).get_args());
+    command.args(["-i", "press-7", "-c", "-q", "1", "-u", "ann", "-t", "acme/#", "-t", "$share/g/b/+"]);
+    let mut client = Process::spawn("mosquitto_sub", command.stdout(Stdio::null()).stderr(Stdio::null()));
+    let shown = eventually("the client is subscribed", Duration::from_secs(30), || {
+        let list = host.cli_json(&["clients", "list", "press"]);
+        (list.first()?["subscriptions"] == 2).then(|| list[0].clone())
+    });
+    assert_eq!((&shown["client_id"], &shown["connection"]["user"]), (&"press-7".into(), &"ann".into()));
+    assert!(host.cli_json(&["clients", "list", "other"]).is_empty());
+    let text = host.cli(&["clients", "show", "press-7"]);
+    for part in ["press-7", "127.0.0.1:", "3.1.1", "acme/#", "$share/g/b/+"] {
+        assert!(text.contains(part), "{part} is not in\n{text}");
+    }
+
+    host.cli(&["clients", "kick", "press-7"]);
+    eventually("it is disconnected", Duration::from_secs(30), || {
+        (host.metric("headworks_mqtt_disconnects_total", &[("cause", "kicked")]) == 1.0).then_some(())
+    });
+    // It would come back at once.
+    client.kill();
+    eventually("its session waits for it", Duration::from_secs(30), || {
+        let list = host.cli_json(&["clients", "list"]);
+        (list.first()?["connection"].is_null() && list[0]["subscriptions"] == 2).then_some(())
+    });
+    let failed = host.command(&["clients", "kick", "nobody", "--config", "headworks.yaml"]).output();
+    let failed = failed.expect("headworks runs");
+    assert!(!failed.status.success() && String::from_utf8_lossy(&failed.stderr).contains("clients list"));
 }
 
 #[test]
@@ -130,7 +164,7 @@ fn health_is_told_over_http() {
 #[test]
 fn help_says_what_each_command_does() {
     let text = run(Command::new(headworks_tests::host::binary()).arg("--help"));
-    for command in ["run", "validate", "plugin", "streams", "dead-letters", "schema"] {
+    for command in ["run", "validate", "plugin", "streams", "clients", "dead-letters", "passwd", "schema"] {
         assert!(text.contains(command), "{command} is not in\n{text}");
     }
     std::io::stdout().flush().expect("stdout");

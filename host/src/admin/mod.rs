@@ -30,6 +30,8 @@ pub struct Deps {
     pub status: Arc<dyn Fn() -> serde_json::Value + Send + Sync>,
     /// `POST /api/dead-letters/redrive`.
     pub redrive: Arc<dyn Redrive>,
+    /// `POST /api/clients/list`, `show` and `kick`.
+    pub clients: Arc<dyn Clients>,
     pub prometheus: PrometheusHandle,
     pub process: crate::telemetry::Process,
 }
@@ -43,6 +45,40 @@ pub struct Component {
     /// Why not; empty when ready.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub detail: String,
+}
+
+/// Clients of the listeners. Cheap calls, which never wait.
+pub trait Clients: Send + Sync {
+    /// Those whose id begins with `prefix`, at most `max`.
+    fn list(&self, prefix: &str, max: usize) -> ClientList;
+
+    /// Everything about one, its filters too.
+    fn show(&self, client_id: &str) -> Option<serde_json::Value>;
+
+    /// False where it is not connected.
+    fn kick(&self, client_id: &str) -> bool;
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClientList {
+    /// How many there are, listed or not.
+    pub found: usize,
+    pub clients: Vec<serde_json::Value>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ClientListRequest {
+    #[serde(default)]
+    pub prefix: String,
+    /// At most 10,000.
+    pub max: usize,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ClientRequest {
+    pub client_id: String,
 }
 
 /// Sends dead letters again.

@@ -12,10 +12,11 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde_json::json;
 
-use super::{Deps, RedriveError, RedriveRequest};
+use super::{ClientListRequest, ClientRequest, Deps, RedriveError, RedriveRequest};
 
 const BODY_BYTES_MAX: usize = 64 << 10;
 const REDRIVE_IDS_MAX: usize = 1_000;
+const CLIENTS_MAX: usize = 10_000;
 /// Prometheus text exposition format, version 0.0.4.
 const EXPOSITION: &str = "text/plain; version=0.0.4; charset=utf-8";
 
@@ -29,6 +30,9 @@ pub fn router(deps: Deps, address: SocketAddr, body_max: Duration) -> Router {
         .route("/metrics", get(metrics))
         .route("/api/status", get(status))
         .route("/api/dead-letters/redrive", post(redrive))
+        .route("/api/clients/list", post(list_clients))
+        .route("/api/clients/show", post(show_client))
+        .route("/api/clients/kick", post(kick_client))
         .fallback(async || problem(StatusCode::NOT_FOUND, "no such page"))
         .layer(middleware::from_fn_with_state(body_max, whole_body))
         .with_state(deps);
@@ -41,7 +45,10 @@ async fn index() -> &'static str {
      /readyz                          each part is ready, or why not\n\
      /metrics                         Prometheus text\n\
      /api/status                      streams, pipelines, plugins, sinks\n\
-     POST /api/dead-letters/redrive   send dead letters again\n"
+     POST /api/dead-letters/redrive   send dead letters again\n\
+     POST /api/clients/list           MQTT clients and sessions\n\
+     POST /api/clients/show           one of them\n\
+     POST /api/clients/kick           end its connection\n"
 }
 
 async fn healthz(State(deps): State<Deps>) -> Response {
@@ -78,6 +85,21 @@ async fn redrive(State(deps): State<Deps>, Json(request): Json<RedriveRequest>) 
             problem(StatusCode::SERVICE_UNAVAILABLE, &error.to_string())
         }
     }
+}
+
+async fn list_clients(State(deps): State<Deps>, Json(request): Json<ClientListRequest>) -> Response {
+    Json(deps.clients.list(&request.prefix, request.max.min(CLIENTS_MAX))).into_response()
+}
+
+async fn show_client(State(deps): State<Deps>, Json(request): Json<ClientRequest>) -> Response {
+    match deps.clients.show(&request.client_id) {
+        Some(client) => Json(client).into_response(),
+        None => problem(StatusCode::NOT_FOUND, &format!("no client \"{}\" has a session", request.client_id)),
+    }
+}
+
+async fn kick_client(State(deps): State<Deps>, Json(request): Json<ClientRequest>) -> Response {
+    Json(json!({ "kicked": deps.clients.kick(&request.client_id) })).into_response()
 }
 
 /// Reads the body before a handler is called: bounded in bytes and in time.

@@ -1,6 +1,7 @@
 use std::sync::Mutex;
 use std::time::Duration;
 
+use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
@@ -18,6 +19,25 @@ impl Redrive for Redriven {
         }
         self.0.lock().unwrap().push(request);
         Ok(RedriveAnswer { sent: 3, refused: 1, failed: Vec::new() })
+    }
+}
+
+/// `pump-1`, connected.
+struct OneClient;
+
+impl Clients for OneClient {
+    fn list(&self, prefix: &str, max: usize) -> ClientList {
+        let clients: Vec<_> =
+            "pump-1".starts_with(prefix).then(|| json!({ "client_id": "pump-1" })).into_iter().collect();
+        ClientList { found: clients.len(), clients: clients.into_iter().take(max).collect() }
+    }
+
+    fn show(&self, client_id: &str) -> Option<serde_json::Value> {
+        (client_id == "pump-1").then(|| json!({ "client_id": "pump-1" }))
+    }
+
+    fn kick(&self, client_id: &str) -> bool {
+        client_id == "pump-1"
     }
 }
 
@@ -44,8 +64,9 @@ async fn run_with(request_max: Duration) -> Running {
             let detail = not_ready.lock().unwrap().clone().unwrap_or_default();
             vec![Component { name: "sink telemetry".into(), ready: detail.is_empty(), detail }]
         }),
-        status: Arc::new(|| serde_json::json!({ "streams": [] })),
+        status: Arc::new(|| json!({ "streams": [] })),
         redrive: redriven.clone(),
+        clients: Arc::new(OneClient),
         prometheus: recorder.handle(),
         process: crate::telemetry::Process::default(),
     };
@@ -141,6 +162,7 @@ async fn it_ends_with_the_shutdown_and_a_taken_port_is_named() {
             ready: Arc::new(Vec::new),
             status: Arc::new(|| serde_json::Value::Null),
             redrive: deps.redriven.clone(),
+            clients: Arc::new(OneClient),
             prometheus,
             process: crate::telemetry::Process::default(),
         },

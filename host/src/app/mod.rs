@@ -3,6 +3,7 @@
 //! message travels, so that what is in flight arrives.
 
 pub mod banner;
+mod clients;
 mod redrive;
 pub mod run_file;
 mod status;
@@ -108,6 +109,7 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
             move || host.status()
         }),
         redrive: Arc::new(redrive::Redrives(pipelines.clone())),
+        clients: Arc::new(clients::MqttClients(listener.clients())),
         prometheus,
         process: telemetry::Process::default(),
     };

@@ -48,6 +48,9 @@ pub enum Command {
     /// Refused messages: list, show, send again
     #[command(subcommand)]
     DeadLetters(DeadLettersCommand),
+    /// MQTT clients: list, show, disconnect; the host must run
+    #[command(subcommand)]
+    Clients(ClientsCommand),
     /// Add or change a user of a password file, or take one out
     #[command(
         after_help = "The password is read from the terminal, twice and without showing it, or else is the first\n\
@@ -180,6 +183,36 @@ pub struct TailArgs {
     pub config: ConfigArgs,
     #[command(flatten)]
     pub format: FormatArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum ClientsCommand {
+    /// Who is connected, and whose session waits, by client id
+    List {
+        /// Only ids that begin with this
+        prefix: Option<String>,
+        /// At most this many
+        #[arg(long, default_value = "100", value_name = "N")]
+        max: NonZeroUsize,
+        #[command(flatten)]
+        config: ConfigArgs,
+        #[command(flatten)]
+        format: FormatArgs,
+    },
+    /// Everything about one of them, its subscriptions too
+    Show {
+        client_id: String,
+        #[command(flatten)]
+        config: ConfigArgs,
+        #[command(flatten)]
+        format: FormatArgs,
+    },
+    /// End a client's connection; it may come back at once
+    Kick {
+        client_id: String,
+        #[command(flatten)]
+        config: ConfigArgs,
+    },
 }
 
 #[derive(Debug, Subcommand)]

@@ -6,6 +6,7 @@
 
 mod admin_client;
 mod args;
+mod clients;
 mod dead_letters;
 mod message;
 mod output;
@@ -60,6 +61,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Validate(args) => validate::validate(&args, out),
         Command::Plugin(command) => plugin::plugin(command, out),
         Command::Streams(command) => streams::streams(command, out),
+        Command::Clients(command) => clients::clients(command, out),
         Command::DeadLetters(command) => dead_letters::dead_letters(command, out),
         Command::Passwd(args) => passwd::passwd(&args, out),
         Command::Schema => out.json_pretty(&config::schema()),

@@ -23,6 +23,7 @@ use tokio::time::{Instant, Sleep, timeout};
 use tokio_util::codec::Encoder;
 
 use super::Broker;
+use super::clients;
 use super::fanout::SendRetained;
 use super::handshake::{self, Opened};
 use super::inbound::{Inbound, Next, Trouble};
@@ -76,6 +77,7 @@ enum End {
     TakenOver,
     KeepAlive,
     Slow,
+    Kicked,
     Stopped,
     Shutdown,
 }
@@ -130,6 +132,13 @@ where
     place.handshake_ended();
     let Opened { session, turn, peer, keep_alive_s, rights, user_place, will, answer } = opened;
     broker.client_connected(1);
+    session.connected(clients::Connection {
+        version: clients::Connection::version_text(peer.version).into(),
+        address: remote.address.to_string(),
+        user: rights.identity.name.as_deref().map(Into::into),
+        since_us: super::now_us(),
+        keep_alive_s,
+    });
     let mut connection = Connection {
         broker: &broker,
         io,
@@ -262,6 +271,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         }
         if self.session.overflow.load(Ordering::Acquire) {
             return Err(End::Slow);
+        }
+        if self.session.kicked.load(Ordering::Acquire) {
+            return Err(End::Kicked);
         }
         if self.broker.shutdown.is_cancelled() && self.drain_until.is_none() {
             let until = Instant::now() + self.broker.config.drain_timeout.0;
@@ -486,6 +498,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             End::TakenOver => ("taken_over", Some(DisconnectReasonCode::SessionTakenOver)),
             End::KeepAlive => ("keep_alive", Some(DisconnectReasonCode::KeepAliveTimeout)),
             End::Slow => ("slow", Some(DisconnectReasonCode::QuotaExceeded)),
+            End::Kicked => ("kicked", Some(DisconnectReasonCode::AdministrativeAction)),
             End::Stopped => ("stopped", Some(DisconnectReasonCode::ServerShuttingDown)),
             End::Shutdown => ("shutdown", Some(DisconnectReasonCode::ServerShuttingDown)),
         };

@@ -21,7 +21,7 @@ pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_mqtt_disconnects_total",
         kind: MetricKind::Counter,
-        help: "MQTT connections that ended, by cause: client, lost, taken_over, keep_alive, malformed, refused (by the access rules), slow, stopped, shutdown.",
+        help: "MQTT connections that ended, by cause: client, lost, taken_over, keep_alive, malformed, refused (by the access rules), slow, kicked (by an operator), stopped, shutdown.",
         labels: &["cause"],
     },
     Metric {

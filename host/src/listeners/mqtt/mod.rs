@@ -11,6 +11,7 @@
 mod acks;
 mod bind;
 mod blobs;
+mod clients;
 mod config;
 mod connection;
 mod fanout;
@@ -52,6 +53,7 @@ use crate::telemetry::Failures;
 use crate::topic::Namespace;
 
 pub use self::bind::{Bind, SocketMode};
+pub use self::clients::{Client, Clients};
 pub use self::config::{Config, Endpoint, Tls};
 pub use self::metrics::METRICS;
 pub use self::transport::Remote;
@@ -86,12 +88,17 @@ pub struct Handle {
     addresses: Vec<Bind>,
     tasks: TaskTracker,
     accepting: Vec<JoinHandle<()>>,
+    clients: Clients,
 }
 
 impl Handle {
     /// In the order of the configuration, with the ports that were taken.
     pub fn addresses(&self) -> &[Bind] {
         &self.addresses
+    }
+
+    pub fn clients(&self) -> Clients {
+        self.clients.clone()
     }
 
     /// Returns when every connection has ended.
@@ -134,7 +141,8 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
     let accepting = entries
         .into_iter()
         .map(|entry| tokio::spawn(transport::accept(broker.clone(), entry, room.clone(), tasks.clone())));
-    Ok(Handle { addresses, accepting: accepting.collect(), tasks })
+    let accepting = accepting.collect();
+    Ok(Handle { addresses, accepting, tasks, clients: Clients(broker) })
 }
 
 /// Ends expired sessions; at shutdown tells every connection.

@@ -198,6 +198,11 @@ impl Outbox {
         *self = Self::default();
     }
 
+    /// Messages that wait, their bytes, and messages sent and not acknowledged.
+    pub fn sizes(&self) -> (usize, usize, usize) {
+        (self.queue.len(), self.bytes, self.inflight.len())
+    }
+
     /// Whether it would be sent soon: a shared subscription prefers such a member.
     pub fn is_ready(&self, limits: QueueLimits) -> bool {
         self.connected && self.queue.len() < limits.messages_max && self.bytes < limits.bytes_max

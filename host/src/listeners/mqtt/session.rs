@@ -17,6 +17,7 @@ use tokio::sync::{Notify, OwnedMutexGuard};
 
 use super::Broker;
 use super::acks::Stopped;
+use super::clients::Connection;
 use super::outbound::Outbox;
 use super::subscriptions::Options;
 use crate::stream::{StateChange, Stream, Ticket};
@@ -43,6 +44,8 @@ pub struct Session {
     pub wake: Notify,
     /// Set: the subscriber is too slow and is to be disconnected.
     pub overflow: AtomicBool,
+    /// Set: an operator sends the client away.
+    pub kicked: AtomicBool,
     /// Connections that wait for their turn.
     claims: AtomicU32,
     /// Counts the connections, so that a delayed will can see that its client is back.
@@ -76,6 +79,7 @@ struct State {
     /// There is something to resume.
     alive: bool,
     connected: bool,
+    connection: Option<Box<Connection>>,
     expiry_s: u32,
     /// The broker stream has a record.
     kept: bool,
@@ -101,6 +105,7 @@ impl Session {
             client_id,
             wake: Notify::new(),
             overflow: AtomicBool::new(false),
+            kicked: AtomicBool::new(false),
             claims: AtomicU32::new(0),
             connects: AtomicU64::new(0),
             turn: Arc::default(),
@@ -139,6 +144,21 @@ impl Session {
 
     pub fn filters(&self) -> usize {
         lock(&self.state).filters.len()
+    }
+
+    /// Connected, or waiting for its client.
+    pub fn is_alive(&self) -> bool {
+        lock(&self.state).alive
+    }
+
+    pub fn connected(&self, connection: Connection) {
+        lock(&self.state).connection = Some(Box::new(connection));
+    }
+
+    /// The connection, the session's expiry, and when the last connection ended.
+    pub fn presence(&self) -> (Option<Connection>, u32, u64) {
+        let state = lock(&self.state);
+        (state.connection.as_deref().cloned(), state.expiry_s, state.disconnected_us)
     }
 
     pub fn filter_list(&self) -> Vec<Box<str>> {
@@ -218,6 +238,14 @@ impl Sessions {
         session
     }
 
+    pub fn all(&self) -> Vec<Arc<Session>> {
+        lock(&self.by_client).values().cloned().collect()
+    }
+
+    pub fn get(&self, client_id: &str) -> Option<Arc<Session>> {
+        lock(&self.by_client).get(client_id).cloned()
+    }
+
     pub fn len(&self) -> usize {
         lock(&self.by_client).len()
     }
@@ -282,6 +310,7 @@ impl Sessions {
             (changes, resumed, (expiry_s == 0 && state.kept).then_some(state.epoch))
         };
         session.overflow.store(false, Ordering::Relaxed);
+        session.kicked.store(false, Ordering::Relaxed);
         session.connects.fetch_add(1, Ordering::AcqRel);
         if !changes.is_empty() {
             broker.append_durable(&*broker.broker, &changes).await?;
@@ -306,6 +335,7 @@ impl Sessions {
         let changes = {
             let mut state = lock(&session.state);
             state.connected = false;
+            state.connection = None;
             state.disconnected_us = super::now_us();
             state.expiry_s = expiry_s.unwrap_or(state.expiry_s);
             (state.expiry_s > 0)
@@ -437,6 +467,7 @@ impl State {
             epoch: u64::from_be_bytes(*epoch),
             alive: true,
             connected: false,
+            connection: None,
             expiry_s: u32::from_be_bytes(*expiry_s),
             kept: true,
             disconnected_us: u64::from_be_bytes(*rest.first_chunk()?),

@@ -1,0 +1,25 @@
+//! The MQTT clients, for the admin port.
+
+use crate::admin::{ClientList, Clients};
+use crate::listeners::mqtt;
+
+pub struct MqttClients(pub mqtt::Clients);
+
+impl Clients for MqttClients {
+    fn list(&self, prefix: &str, max: usize) -> ClientList {
+        let (found, clients) = self.0.list(prefix, max);
+        ClientList { found, clients: clients.iter().map(to_json).collect() }
+    }
+
+    fn show(&self, client_id: &str) -> Option<serde_json::Value> {
+        self.0.show(client_id).as_ref().map(to_json)
+    }
+
+    fn kick(&self, client_id: &str) -> bool {
+        self.0.kick(client_id)
+    }
+}
+
+fn to_json(client: &mqtt::Client) -> serde_json::Value {
+    serde_json::to_value(client).expect("strings and numbers")
+}

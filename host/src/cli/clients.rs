@@ -1,0 +1,119 @@
+//! `headworks clients`: who is connected, whose session waits, and how to send one away.
+
+use anyhow::bail;
+use serde_json::json;
+
+use super::args::{ClientsCommand, Format};
+use super::output::{Out, one_line, time};
+use super::{admin_client, block_on};
+use crate::admin::ClientList;
+use crate::config::{self, Config};
+use crate::listeners::mqtt::Client;
+
+const ID_CHARS_MAX: usize = 60;
+
+pub fn clients(command: ClientsCommand, out: &mut Out) -> anyhow::Result<()> {
+    match command {
+        ClientsCommand::List { prefix, max, config, format } => {
+            let config = config::load(config.config.as_deref())?.config;
+            list(&config, prefix.as_deref().unwrap_or_default(), max.get(), format.format, out)
+        }
+        ClientsCommand::Show { client_id, config, format } => {
+            let config = config::load(config.config.as_deref())?.config;
+            show(&config, &client_id, format.format, out)
+        }
+        ClientsCommand::Kick { client_id, config } => {
+            let config = config::load(config.config.as_deref())?.config;
+            let request = json!({ "client_id": client_id });
+            let kicked = async {
+                let answer: serde_json::Value =
+                    admin_client::post(&config, "/api/clients/kick", &request).await?;
+                Ok(answer["kicked"] == true)
+            };
+            if !block_on(kicked)? {
+                bail!("no client \"{client_id}\" is connected: `headworks clients list` shows who is");
+            }
+            out.line(format!("{client_id} is disconnected"))
+        }
+    }
+}
+
+fn list(config: &Config, prefix: &str, max: usize, format: Format, out: &mut Out) -> anyhow::Result<()> {
+    let request = json!({ "prefix": prefix, "max": max });
+    let list: ClientList = block_on(admin_client::post(config, "/api/clients/list", &request))?;
+    if format == Format::Json {
+        return list.clients.iter().try_for_each(|client| out.json(client));
+    }
+    if list.clients.is_empty() {
+        return out.line("no clients");
+    }
+    let head = ["CLIENT", "ADDRESS", "USER", "MQTT", "SINCE", "FILTERS", "QUEUED", "IN FLIGHT"];
+    let mut table = vec![head.map(str::to_owned).to_vec()];
+    let shown = list.clients.len();
+    for client in list.clients {
+        table.push(row(&serde_json::from_value(client)?));
+    }
+    out.table(&table)?;
+    if list.found > shown {
+        out.line(format!("\n{} more: --max {} shows all", list.found - shown, list.found))?;
+    }
+    Ok(())
+}
+
+fn row(client: &Client) -> Vec<String> {
+    let id = one_line(&client.client_id, ID_CHARS_MAX);
+    let (address, user, version, since) = match &client.connection {
+        Some(connection) => (
+            connection.address.clone(),
+            connection.user.as_deref().map(|user| one_line(user, ID_CHARS_MAX)).unwrap_or_default(),
+            connection.version.clone(),
+            time(connection.since_us),
+        ),
+        None => {
+            let since = time(client.disconnected_us.unwrap_or_default());
+            ("away".into(), String::new(), String::new(), since)
+        }
+    };
+    let counts = [client.subscriptions, client.queued, client.in_flight].map(|count| count.to_string());
+    [id, address, user, version, since].into_iter().chain(counts).collect()
+}
+
+fn show(config: &Config, client_id: &str, format: Format, out: &mut Out) -> anyhow::Result<()> {
+    let request = json!({ "client_id": client_id });
+    let client: serde_json::Value = block_on(admin_client::post(config, "/api/clients/show", &request))?;
+    if format == Format::Json {
+        return out.json(&client);
+    }
+    let client: Client = serde_json::from_value(client)?;
+    let expiry = match client.session_expiry_s {
+        Some(0) => "with its connection".to_owned(),
+        Some(seconds) => format!("{seconds} s after its connection"),
+        None => "never".to_owned(),
+    };
+    let mut fields = vec![("client", one_line(&client.client_id, usize::MAX)), ("session ends", expiry)];
+    match &client.connection {
+        Some(connection) => {
+            let user = connection.user.as_deref().map(|user| one_line(user, usize::MAX));
+            fields.push(("connected since", time(connection.since_us)));
+            fields.push(("address", connection.address.clone()));
+            fields.push(("user", user.unwrap_or_else(|| "anonymous".into())));
+            fields.push(("MQTT", connection.version.clone()));
+            fields.push(("keep alive", format!("{} s", connection.keep_alive_s)));
+        }
+        None => fields.push(("away since", time(client.disconnected_us.unwrap_or_default()))),
+    }
+    fields.push(("queued", format!("{} messages, {} bytes", client.queued, client.queued_bytes)));
+    fields.push(("in flight", client.in_flight.to_string()));
+    let width = fields.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+    for (name, value) in fields {
+        out.line(format!("{}  {value}", out.bold(&format!("{name:width$}"))))?;
+    }
+    for filter in &client.filters {
+        out.line(format!(
+            "{}  {}",
+            out.bold(&format!("{:width$}", "subscribed")),
+            one_line(filter, usize::MAX)
+        ))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,102 @@
+//! The clients as an operator sees them, and how one is sent away.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use serde::{Deserialize, Serialize};
+
+use super::Broker;
+use super::session::Session;
+use super::wire::Version;
+
+/// What is known of a client that is connected, or whose session waits for it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Client {
+    pub client_id: String,
+    pub connection: Option<Connection>,
+    /// Seconds that the session is kept without its client; `None`: for ever.
+    pub session_expiry_s: Option<u32>,
+    /// When the last connection ended, microseconds since 1970, UTC; `None` while there is one.
+    pub disconnected_us: Option<u64>,
+    pub subscriptions: usize,
+    /// Messages that wait to be sent, and their bytes in memory.
+    pub queued: usize,
+    pub queued_bytes: usize,
+    /// Sent and not acknowledged.
+    pub in_flight: usize,
+    /// Its filters; empty in a list.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub filters: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Connection {
+    /// `3.1.1` (and 3.1) or `5.0`.
+    pub version: String,
+    /// `192.0.2.7:50112`, or what a Unix socket tells.
+    pub address: String,
+    pub user: Option<String>,
+    /// Microseconds since 1970, UTC.
+    pub since_us: u64,
+    /// 0: off.
+    pub keep_alive_s: u16,
+}
+
+impl Connection {
+    pub(super) fn version_text(version: Version) -> &'static str {
+        match version {
+            Version::V3 => "3.1.1",
+            Version::V5 => "5.0",
+        }
+    }
+}
+
+/// Looks at the clients of a running listener.
+#[derive(Clone)]
+pub struct Clients(pub(super) Arc<Broker>);
+
+impl Clients {
+    /// Clients whose id begins with `prefix`, in order of their ids: how many
+    /// there are, and the first `max`.
+    pub fn list(&self, prefix: &str, max: usize) -> (usize, Vec<Client>) {
+        let mut sessions = self.0.sessions.all();
+        sessions.retain(|session| session.client_id.starts_with(prefix) && session.is_alive());
+        sessions.sort_unstable_by(|a, b| a.client_id.cmp(&b.client_id));
+        (sessions.len(), sessions.iter().take(max).map(|session| session.describe()).collect())
+    }
+
+    pub fn show(&self, client_id: &str) -> Option<Client> {
+        let session = self.0.sessions.get(client_id).filter(|session| session.is_alive())?;
+        let filters = session.filter_list().iter().map(|filter| filter.to_string()).collect();
+        Some(Client { filters, ..session.describe() })
+    }
+
+    /// Ends the client's connection; its session and its will follow their own
+    /// rules. False where it is not connected.
+    pub fn kick(&self, client_id: &str) -> bool {
+        let session =
+            self.0.sessions.get(client_id).filter(|session| session.describe().connection.is_some());
+        let Some(session) = session else { return false };
+        session.kicked.store(true, Ordering::Release);
+        session.wake.notify_one();
+        true
+    }
+}
+
+impl Session {
+    fn describe(&self) -> Client {
+        let (queued, queued_bytes, in_flight) = self.outbox().sizes();
+        let (connection, expiry_s, disconnected_us) = self.presence();
+        Client {
+            client_id: self.client_id.to_string(),
+            disconnected_us: connection.is_none().then_some(disconnected_us),
+            connection,
+            session_expiry_s: (expiry_s != super::session::NEVER).then_some(expiry_s),
+            subscriptions: self.filters(),
+            queued,
+            queued_bytes,
+            in_flight,
+            filters: Vec::new(),
+        }
+    }
+}
