@@ -14,7 +14,7 @@ pub struct Config {
     /// Address and port. Port 0 takes any free one.
     pub bind: String,
     /// Serve other machines too. There is no password yet: whoever reaches the
-    /// address can read the status and send dead letters again.
+    /// address can read the status, send dead letters again and disconnect clients.
     pub allow_remote: bool,
 }
 

@@ -91,7 +91,7 @@ pub fn undescribed(rendered: &str) -> Vec<String> {
 /// The reference page `METRICS.md`.
 pub fn docs() -> String {
     let mut page = "# Metrics\n\n\
-        Made from the lists in the code (`BLESS=1 cargo test --release -p headworks` writes it anew).\n\
+        Made from the lists in the code (`BLESS=1 cargo test --release --workspace --lib reference` writes it anew).\n\
         Served at `/metrics` of the admin address in the Prometheus text format.\n\n\
         | name | type | labels | meaning |\n| --- | --- | --- | --- |\n"
         .to_owned();

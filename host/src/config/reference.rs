@@ -10,7 +10,7 @@ const DEPTH_MAX: usize = 8;
 /// Every key with type, default and meaning.
 pub fn docs() -> String {
     let mut page = "# Config\n\n\
-        Made from the types in the code (`BLESS=1 cargo test --release -p headworks` writes it anew);\n\
+        Made from the types in the code (`BLESS=1 cargo test --release --workspace --lib reference` writes it anew);\n\
         `headworks schema` prints the same as a JSON Schema for editors.\n\n\
         One YAML file, or a folder of `.yaml` files merged by top-level key (a key in two files is an error):\n\
         `headworks run --config headworks.yaml`. Relative paths are relative to the working directory.\n\

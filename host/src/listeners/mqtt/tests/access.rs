@@ -310,18 +310,19 @@ async fn an_http_check_decides_once_for_a_while_and_refuses_when_it_does_not_ans
 }
 
 const SECURING: &str = include_str!("../../../../docs/securing.md");
+const FROM_MOSQUITTO: &str = include_str!("../../../../docs/from-mosquitto.md");
 
-fn blocks(kind: &str) -> impl Iterator<Item = &'static str> {
+fn blocks(page: &'static str, kind: &str) -> impl Iterator<Item = &'static str> {
     let fence = format!("```{kind}\n");
-    let blocks: Vec<_> = SECURING.split(&fence).skip(1).filter_map(|rest| rest.split("```").next()).collect();
+    let blocks: Vec<_> = page.split(&fence).skip(1).filter_map(|rest| rest.split("```").next()).collect();
     assert!(!blocks.is_empty());
     blocks.into_iter()
 }
 
 #[test]
-fn the_configs_of_the_securing_page_are_valid() {
+fn the_configs_of_the_pages_are_valid() {
     let folder = tempfile::tempdir().unwrap();
-    for (i, block) in blocks("yaml").enumerate() {
+    for (i, block) in blocks(SECURING, "yaml").chain(blocks(FROM_MOSQUITTO, "yaml")).enumerate() {
         let file = folder.path().join(format!("{i}.yaml"));
         std::fs::write(&file, block).unwrap();
         crate::config::load(Some(&file)).unwrap_or_else(|error| panic!("{error}"));
@@ -334,14 +335,14 @@ async fn a_certificate_made_as_the_securing_page_says_names_its_user() {
     use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 
     let folder = tempfile::tempdir().unwrap();
-    for commands in blocks("sh") {
+    for commands in blocks(SECURING, "sh") {
         let run =
             std::process::Command::new("sh").args(["-ec", commands]).current_dir(folder.path()).output();
         let run = run.unwrap();
         assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
     }
     let file = |name: &str| folder.path().join(name);
-    let yaml = blocks("yaml").next().unwrap();
+    let yaml = blocks(SECURING, "yaml").next().unwrap();
     let value = crate::yaml::to_json(yaml).unwrap();
     let access = serde_json::from_value(value["mqtt"]["access"].clone()).unwrap();
     let host = started(|config| {
