@@ -1,12 +1,14 @@
 //! Acks a second of 8 publishers, QoS 1, 256 B, window 100: ours after the sync
 //! of each message, mosquitto as Debian ships it.
 
+use std::io::Write;
+use std::process::Stdio;
 use std::time::Duration;
 
 use headworks_tests::host::Host;
 use headworks_tests::mosquitto::Mosquitto;
 
-use crate::load::{Acked, closed_loop};
+use crate::load::{Acked, USER, closed_loop};
 use crate::results::Results;
 use crate::rounds;
 
@@ -18,17 +20,21 @@ const SYNC_DELAYS: [(&str, &str); 4] = [("0.1", "100us"), ("1", "1ms"), ("5", "5
 
 pub fn run(results: &mut Results) {
     let mosquitto = Mosquitto::start();
-    let mut host = host("");
-    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    let (mut host, mut guarded) = (host(""), guarded());
+    let (mut ours, mut theirs, mut with_access) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..rounds() {
         theirs.push(round(mosquitto.addr).per_second());
         ours.push(counted(&host).per_second());
+        with_access.push(counted(&guarded).per_second());
     }
     host.stop();
+    guarded.stop();
     drop(mosquitto);
     results.add("ingest_acks_per_s", &ours);
     results.add("ingest_acks_per_s_mosquitto", &theirs);
     results.add_ratio("ingest_acks_ratio_vs_mosquitto", &ours, &theirs);
+    results.add("ingest_acks_per_s_with_access", &with_access);
+    results.add_ratio("ingest_acks_ratio_vs_mosquitto_with_access", &with_access, &theirs);
 
     let by_delay: Vec<(&str, Vec<f64>)> = SYNC_DELAYS
         .iter()
@@ -44,13 +50,33 @@ pub fn run(results: &mut Results) {
 
 /// Everything is logged and synced, then dropped by the pipeline, as a broker without subscribers does.
 fn host(stream: &str) -> Host {
-    Host::start(
-        "bench-ingest",
-        &format!(
-            "streams: {{ telemetry: {{ partitions: 4, retention: {{ max_bytes: 2GiB }}{stream} }} }}\n\
-             sinks: {{ unused: {{ type: sqlite, path: data/unused.db }} }}\n\
-             pipelines: {{ telemetry: {{ from: telemetry, routes: {{ default: drop, unused: unused }} }} }}\n"
-        ),
+    Host::start("bench-ingest", &config(stream))
+}
+
+/// The same with a password file and rules: each device publishes below its own id only.
+fn guarded() -> Host {
+    let mqtt = "mqtt:\n  listeners: [ { bind: 127.0.0.1:0 } ]\n  access:\n    \
+        authenticate: [ { type: passwords, file: passwords } ]\n    rules:\n      \
+        - { effect: deny, action: publish, topics: [\"acme/+/secret/#\"] }\n      \
+        - { effect: allow, user: \"ops-*\", topics: [\"#\"] }\n      \
+        - { effect: allow, user: load, action: publish, topics: [\"acme/+/+/%c/+\"] }\n";
+    let mut host = Host::prepare_with("bench-ingest-access", mqtt, &config(""));
+    let (name, password) = USER;
+    let mut command = host.command(&["passwd", "passwords", name]);
+    let mut passwd = command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("headworks runs");
+    let mut stdin = passwd.stdin.take().expect("piped");
+    writeln!(stdin, "{password}").expect("it reads the password");
+    drop(stdin);
+    assert!(passwd.wait().expect("our child").success());
+    host.run();
+    host
+}
+
+fn config(stream: &str) -> String {
+    format!(
+        "streams: {{ telemetry: {{ partitions: 4, retention: {{ max_bytes: 2GiB }}{stream} }} }}\n\
+         sinks: {{ unused: {{ type: sqlite, path: data/unused.db }} }}\n\
+         pipelines: {{ telemetry: {{ from: telemetry, routes: {{ default: drop, unused: unused }} }} }}\n"
     )
 }
 

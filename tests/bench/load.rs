@@ -197,8 +197,12 @@ pub fn percentile(values: &mut [u32], share: f64) -> f64 {
     f64::from(*values.select_nth_unstable(at).1)
 }
 
+/// Who the load's clients say they are; a broker that asks nobody takes it too.
+pub const USER: (&str, &str) = ("load", "of the benchmark");
+
 fn connect(addr: SocketAddr, client_id: &str) -> Connection {
-    let connection = Connection::open(addr, Version::V311, client_id, true).expect("the broker accepts");
+    let connection = Connection::open_as(addr, Version::V311, client_id, true, Some(USER));
+    let connection = connection.expect("the broker accepts");
     connection.stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a socket");
     connection
 }

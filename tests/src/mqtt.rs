@@ -24,10 +24,21 @@ pub mod kind {
 
 /// CONNECT. A session that is not clean never expires.
 pub fn connect(out: &mut Vec<u8>, version: Version, client_id: &str, clean: bool) {
+    connect_as(out, version, client_id, clean, None);
+}
+
+/// The same with user name and password.
+pub fn connect_as(
+    out: &mut Vec<u8>,
+    version: Version,
+    client_id: &str,
+    clean: bool,
+    user: Option<(&str, &str)>,
+) {
     let mut body = Vec::new();
     text(&mut body, "MQTT");
     body.push(if version == Version::V5 { 5 } else { 4 });
-    body.push(if clean { 2 } else { 0 });
+    body.push(if clean { 2 } else { 0 } | if user.is_some() { 0xc0 } else { 0 });
     body.extend(60u16.to_be_bytes());
     if version == Version::V5 {
         if clean {
@@ -38,6 +49,10 @@ pub fn connect(out: &mut Vec<u8>, version: Version, client_id: &str, clean: bool
         }
     }
     text(&mut body, client_id);
+    if let Some((name, password)) = user {
+        text(&mut body, name);
+        text(&mut body, password);
+    }
     packet(out, 0x10, &body);
 }
 
@@ -149,9 +164,20 @@ pub struct Connection {
 impl Connection {
     /// Connects and awaits CONNACK.
     pub fn open(addr: SocketAddr, version: Version, client_id: &str, clean: bool) -> std::io::Result<Self> {
+        Self::open_as(addr, version, client_id, clean, None)
+    }
+
+    /// The same with user name and password.
+    pub fn open_as(
+        addr: SocketAddr,
+        version: Version,
+        client_id: &str,
+        clean: bool,
+        user: Option<(&str, &str)>,
+    ) -> std::io::Result<Self> {
         let mut connection = Self::raw(addr)?;
         let mut out = Vec::new();
-        connect(&mut out, version, client_id, clean);
+        connect_as(&mut out, version, client_id, clean, user);
         connection.stream.write_all(&out)?;
         let mut answer = None;
         while answer.is_none() {
