@@ -21,6 +21,23 @@ async fn nothing_is_acknowledged_before_it_is_durable() {
 }
 
 #[tokio::test]
+async fn a_refused_publish_is_answered_in_its_turn() {
+    let stream = MemoryStream::with_manual_commit("s", 1);
+    let host = Host::with(stream.clone()).await;
+    let mut client = host.clean("c").await;
+    for (topic, packet_id) in [("a", 1), ("$own", 2), ("a", 3)] {
+        client.send(publish(topic, QoS::AtLeastOnce, packet_id)).await;
+    }
+    client.nothing_but_ping().await;
+    stream.commit();
+    let refused = PublishAck { reason_code: PublishAckReason::NotAuthorized, ..success(2) };
+    for expected in [puback(1), Packet::PublishAck(refused), puback(3)] {
+        assert_eq!(client.receive().await, expected);
+    }
+    host.stop().await;
+}
+
+#[tokio::test]
 async fn a_stalled_stream_holds_only_its_own_acks() {
     let (slow, quick) =
         (MemoryStream::with_manual_commit("slow", 1), MemoryStream::with_manual_commit("quick", 1));
