@@ -8,6 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::bind::{Bind, SocketMode};
+use super::outbound::WhenFull;
 use super::transport::network::Network;
 use crate::access;
 use crate::problems::{KeyPath, Problems};
@@ -45,10 +46,16 @@ pub struct Config {
     pub session_expiry_max: Period,
     /// Subscriptions of one client.
     pub subscriptions_per_client_max: u32,
-    /// Messages that wait for one subscriber.
+    /// Messages that wait for one subscriber, connected or away.
     pub queue_messages_max: u32,
-    /// Bytes that wait for one subscriber.
+    /// Bytes that wait for one subscriber. While a client with a persistent
+    /// session is away they are not in memory, but in their streams.
     pub queue_bytes_max: ByteSize,
+    /// A message that has waited longer is dropped.
+    pub queue_age_max: Period,
+    /// What happens where one of these bounds is met. A client that is connected
+    /// and whose session ends with its connection is disconnected instead.
+    pub queue_when_full: WhenFull,
     /// Retained messages.
     pub retained_messages_max: u32,
     /// Bytes of retained messages. They are part of their stream's state, of
@@ -176,6 +183,8 @@ impl Default for Config {
             subscriptions_per_client_max: 1_000,
             queue_messages_max: 10_000,
             queue_bytes_max: ByteSize::mib(16),
+            queue_age_max: Period(Duration::from_secs(7 * 24 * 3_600)),
+            queue_when_full: WhenFull::DropOldest,
             retained_messages_max: 100_000,
             retained_bytes_max: ByteSize::mib(32),
             will_delay_after_restart: Period(Duration::from_secs(30)),
@@ -229,6 +238,9 @@ impl Config {
         size("queue_messages_max", self.queue_messages_max.into(), 1, 10_000_000, problems);
         size("queue_bytes_max", self.queue_bytes_max.0, 1_024, 1 << 40, problems);
         size("retained_bytes_max", self.retained_bytes_max.0, 0, RETAINED_BYTES_MOST, problems);
+        if self.queue_age_max.0.is_zero() {
+            problems.add(path.key("queue_age_max"), "must be longer than 0s");
+        }
         if self.connect_timeout.0.is_zero() {
             problems.add(path.key("connect_timeout"), "must be longer than 0s");
         }

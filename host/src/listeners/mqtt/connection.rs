@@ -5,7 +5,7 @@
 //! is not touched by traffic.
 
 use std::cell::RefCell;
-use std::future::poll_fn;
+use std::future::{pending, poll_fn};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -27,12 +27,13 @@ use super::clients;
 use super::fanout::SendRetained;
 use super::handshake::{self, Opened};
 use super::inbound::{Inbound, Next, Trouble};
-use super::outbound::Peer;
+use super::outbound::{Loaded, Loader, Peer, Waits};
 use super::session::{Change, KEPT_FILTER_BYTES_MAX, Session, subscription_key};
 use super::subscriptions::{FILTER_LEVELS_MAX, Filter, Options};
 use super::transport::{Place, Remote};
 use super::will;
 use super::wire::{self, Fault, Packet, Version};
+use crate::stream::Ticket;
 
 /// One read takes at most this much.
 const READ_BYTES_MAX: usize = 64 << 10;
@@ -64,6 +65,8 @@ struct Connection<'b, S> {
     out: BytesMut,
     last_read: Instant,
     keep_alive: Option<Duration>,
+    /// What keeps deliveries back.
+    outward: Option<Box<Outward>>,
     /// The host stops: nothing more is read, waiting acks may go out until then.
     drain_until: Option<Instant>,
 }
@@ -150,6 +153,7 @@ where
         out: answer,
         last_read: Instant::now(),
         keep_alive: (keep_alive_s > 0).then(|| Duration::from_millis(u64::from(keep_alive_s) * 1_500)),
+        outward: None,
         drain_until: None,
     };
     session.outbox().resume();
@@ -194,6 +198,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
                 Event::Io(Io::Lost) => Err(End::Lost),
                 Event::Durable(moved) => moved.map_err(|_| End::Stopped),
                 Event::Writable => self.inbound.retry(self.broker).map_err(End::from),
+                Event::Outward(moved) => self.moved(moved),
                 Event::Wake => self.woken(timer.as_mut()),
                 Event::Timer => self.timer_fired(timer.as_mut()),
             };
@@ -221,7 +226,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         }
         self.inbound.write_acks(self.broker, &mut self.out);
         if self.out.len() < WRITE_BYTES_MAX && self.drain_until.is_none() {
-            let filled = self.session.outbox().fill(self.peer, WRITE_BYTES_MAX, &mut self.out);
+            let broker = self.broker;
+            let mut outbox = self.session.outbox();
+            outbox.settle(&*broker.broker);
+            let filled = outbox.fill(self.peer, WRITE_BYTES_MAX, &mut self.out);
+            let positions = || broker.live.positions(&broker.streams);
+            outbox.record(&*broker.broker, positions, broker.note_bytes_max());
+            let waits = outbox.waits(self.peer);
+            drop(outbox);
+            Outward::set(&mut self.outward, waits);
             let counters = &self.broker.counters;
             for (counter, count) in [
                 (&counters.deliveries, filled.sent),
@@ -260,9 +273,34 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             moved = acks.moved() => Event::Durable(moved),
             () = writable, if stalled => Event::Writable,
             () = tokio::time::sleep(pause.unwrap_or_default()), if pause.is_some() => Event::Paid,
+            moved = outward(self.broker, &mut self.outward) => Event::Outward(moved),
             () = self.session.wake.notified() => Event::Wake,
             () = timer => Event::Timer,
         }
+    }
+
+    /// Deliveries may go on.
+    fn moved(&mut self, moved: Moved) -> Result<(), End> {
+        match moved {
+            Moved::Again => {}
+            Moved::Loaded(loaded) => {
+                self.outward = None;
+                let policy = &self.inbound.rights().policy;
+                let may_see = |topic: &str| {
+                    policy.is_everything()
+                        || Filter::parse(topic).is_some_and(|it| policy.may_subscribe(it.topics()))
+                };
+                let gone = self.session.outbox().loaded(&loaded, may_see);
+                if gone > 0 {
+                    self.broker.counters.gap.increment(gone);
+                    let detail = format!("client {}", self.session.client_id);
+                    let kind = "mqtt: messages went from their stream before their subscriber came";
+                    self.broker.failures.report(kind, gone, &detail, "");
+                }
+            }
+            Moved::Stopped => return Err(End::Stopped),
+        }
+        Ok(())
     }
 
     fn woken(&mut self, mut timer: Pin<&mut Sleep>) -> Result<(), End> {
@@ -412,15 +450,23 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
                 _ => SubscribeAckReason::GrantedQos2,
             });
         }
-        // Durable before SUBACK: the client will not subscribe again when it resumes.
-        if !changes.is_empty() {
-            let broker = self.broker;
-            broker.append_durable(&*broker.broker, &changes).await.map_err(|_| End::Stopped)?;
-        }
         for (filter, options, retained) in granted {
             self.broker.live.subscribe(self.broker, &self.session, &filter, options, retained);
         }
+        self.keep(changes).await?;
         Ok(status)
+    }
+
+    /// Changed subscriptions of a persistent session are durable before they are
+    /// acknowledged, and with them what they are not meant for: the past.
+    async fn keep(&mut self, mut changes: Vec<Change>) -> Result<(), End> {
+        if changes.is_empty() {
+            return Ok(());
+        }
+        let broker = self.broker;
+        let positions = broker.live.positions(&broker.streams);
+        changes.extend(self.session.outbox().note(&positions, broker.note_bytes_max()));
+        broker.append_durable(&*broker.broker, &changes).await.map_err(|_| End::Stopped)
     }
 
     /// `new`: filters of this SUBSCRIBE that the session did not have.
@@ -463,10 +509,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
                 false => UnsubscribeAckReason::NoSubscriptionExisted,
             });
         }
-        if !changes.is_empty() {
-            let broker = self.broker;
-            broker.append_durable(&*broker.broker, &changes).await.map_err(|_| End::Stopped)?;
-        }
+        self.keep(changes).await?;
         Ok(status)
     }
 
@@ -537,10 +580,67 @@ enum Event {
     Io(Io),
     Durable(Result<(), super::acks::Stopped>),
     Writable,
+    Outward(Moved),
     /// What the client sent too fast is paid for.
     Paid,
     Wake,
     Timer,
+}
+
+/// What an outbox waits for.
+struct Outward {
+    durable: Option<Ticket>,
+    room: bool,
+    loader: Option<Loader>,
+}
+
+enum Moved {
+    Again,
+    Loaded(Loaded),
+    /// The broker stream or the messages' has stopped.
+    Stopped,
+}
+
+impl Outward {
+    /// A read that is under way goes on.
+    fn set(outward: &mut Option<Box<Self>>, waits: Waits) {
+        if waits.is_none() {
+            *outward = None;
+            return;
+        }
+        let Waits { durable, room, load } = waits;
+        let under_way = outward.take().and_then(|outward| outward.loader);
+        let loader = (!load.is_empty()).then(|| under_way.unwrap_or_else(|| Loader::new(load)));
+        *outward = Some(Box::new(Self { durable, room, loader }));
+    }
+}
+
+/// Pending where nothing is waited for. Safe to drop.
+async fn outward(broker: &Broker, waiting: &mut Option<Box<Outward>>) -> Moved {
+    let Some(waiting) = waiting else { return pending().await };
+    let Outward { durable, room, loader } = &mut **waiting;
+    let (durable, room) = (*durable, *room);
+    // Boxed: a connection that waits for nothing does not carry it.
+    Box::pin(async move {
+        let durable = async {
+            let Some(ticket) = durable else { return pending().await };
+            match broker.broker.durable().wait_for(|durable| *durable >= ticket).await {
+                Ok(_) => Moved::Again,
+                Err(_) => Moved::Stopped,
+            }
+        };
+        let load = async {
+            let Some(loader) = loader else { return pending().await };
+            loader.run(&broker.streams).await.map_or(Moved::Stopped, Moved::Loaded)
+        };
+        tokio::select! {
+            biased;
+            moved = durable => moved,
+            moved = load => moved,
+            () = broker.broker.writable(), if room => Moved::Again,
+        }
+    })
+    .await
 }
 
 /// Writes what there is, and reads into the thread's buffer.

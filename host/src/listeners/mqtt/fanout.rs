@@ -5,6 +5,7 @@
 //! subscriber gets a retained message from memory only where the task has
 //! already passed it, decided under one lock, so that it comes exactly once.
 
+use std::cell::OnceCell;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -12,10 +13,10 @@ use std::time::Duration;
 use tokio::sync::Notify;
 
 use super::Broker;
-use super::outbound::{Message, Offer, QueueLimits, Queued};
+use super::outbound::{Message, Offer, QueueLimits, Queued, Source};
 use super::session::Session;
 use super::subscriptions::{Filter, Found, Options, Share, Subscriber, Tree, is_live};
-use crate::batch::{Batch, Offset};
+use crate::batch::{Batch, MessageRef, Offset, flags};
 use crate::properties::{self, Origin};
 use crate::stream::{Read, ReadError, Stream};
 
@@ -42,6 +43,8 @@ struct Index {
 }
 
 struct Tail {
+    /// The stream's end when the host started.
+    begun_at: u64,
     /// Offset of the next message to be delivered, or `IDLE`. Changes to and
     /// from `IDLE` under the index's write lock, moves under its read lock.
     position: AtomicU64,
@@ -57,11 +60,15 @@ pub enum SendRetained {
 }
 
 impl Live {
-    pub fn new(streams: usize, limits: QueueLimits) -> Self {
-        let tail = |_| Tail { position: AtomicU64::new(IDLE), start: Notify::new() };
+    pub fn new(streams: &[Arc<dyn Stream>], limits: QueueLimits) -> Self {
+        let tail = |stream: &Arc<dyn Stream>| Tail {
+            begun_at: stream.bounds().end.0,
+            position: AtomicU64::new(IDLE),
+            start: Notify::new(),
+        };
         Self {
             index: RwLock::default(),
-            streams: (0..streams).map(tail).collect(),
+            streams: streams.iter().map(tail).collect(),
             dollar: AtomicUsize::new(0),
             no_local: AtomicUsize::new(0),
             limits,
@@ -76,6 +83,26 @@ impl Live {
 
     pub fn wants_dollar(&self) -> bool {
         self.dollar.load(Ordering::Relaxed) > 0
+    }
+
+    /// Begins a stream's delivery with the past, for a session that missed it.
+    pub fn start_at(&self, stream: usize, position: u64) {
+        let tail = &self.streams[stream];
+        tail.position.store(position, Ordering::Release);
+        tail.start.notify_one();
+    }
+
+    /// By stream: all messages below have been offered to the sessions.
+    pub fn positions(&self, streams: &[Arc<dyn Stream>]) -> Box<[u64]> {
+        let position = |(stream, tail): (&Arc<dyn Stream>, &Tail)| {
+            // Read first: a delivery that starts meanwhile starts no earlier.
+            let end = stream.bounds().end.0;
+            match tail.position.load(Ordering::Acquire) {
+                IDLE => end,
+                position => position,
+            }
+        };
+        streams.iter().zip(&self.streams).map(position).collect()
     }
 
     /// Subscribes, and queues the retained messages that match.
@@ -117,16 +144,17 @@ impl Live {
         }
         let kept = broker.retained().matching(filter.topics());
         for kept in kept {
+            let passed = self.streams[kept.stream].position.load(Ordering::Relaxed);
             // Not passed yet: it comes live, once it is durable.
-            if kept.offset.0 < self.streams[kept.stream].position.load(Ordering::Relaxed) {
+            if kept.offset.0 < passed.max(session.outbox().from(kept.stream)) {
                 let qos = kept.message.qos.min(options.qos);
-                let (message, ids) = (kept.message, ids(options));
-                self.offer(broker, session, Queued { message, qos, retain: true, ids, share: None });
+                let retained = Queued::whole(Source::Retained(kept.message), qos, options);
+                self.offer(broker, session, retained);
             }
         }
         if filter.topics().matches(super::CLIENTS_CONNECTED) {
-            let (message, ids) = (Arc::new(broker.clients_connected()), ids(options));
-            self.offer(broker, session, Queued { message, qos: 0, retain: true, ids, share: None });
+            let message = Arc::new(broker.clients_connected());
+            self.offer(broker, session, Queued::whole(Source::Broker(message), 0, options));
         }
     }
 
@@ -152,7 +180,8 @@ impl Live {
         for queued in given {
             let share = queued.share.as_ref().and_then(|filter| index.tree.share(filter));
             if let Some(share) = share {
-                self.deliver_to_one(broker, share, queued.message);
+                // Out of turn for whoever gets it now.
+                self.deliver_to_one(broker, share, &Sent::Again(queued));
             }
         }
     }
@@ -173,10 +202,11 @@ impl Live {
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
         let mut found = Met::default();
         index.tree.matches(message.topic(), &mut |one| found.push(one));
-        self.deliver(broker, &mut found, None, || message.clone());
+        self.deliver(broker, &mut found, None, &Sent::Broker(message));
     }
 
-    fn deliver_batch(&self, broker: &Broker, tail: &Tail, batch: &Batch) {
+    fn deliver_batch(&self, broker: &Broker, stream: usize, batch: &Batch) {
+        let tail = &self.streams[stream];
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
         let mut found = Met::default();
         for message in batch.messages() {
@@ -186,23 +216,19 @@ impl Live {
                     .wants_publisher()
                     .then(|| properties::get(message.properties(), Origin::Listener, "client-id"))
                     .flatten();
-                self.deliver(broker, &mut found, publisher, || Arc::new(Message::of(message)));
+                let place = Source::Stream { stream: stream as u16, offset: message.offset().0 };
+                let sent = Sent::Live { place, message, begun_at: tail.begun_at, whole: OnceCell::new() };
+                self.deliver(broker, &mut found, publisher, &sent);
             }
         }
         if let Some(last) = batch.entries.last() {
-            tail.position.store(batch.offset(last).0 + 1, Ordering::Relaxed);
+            tail.position.store(batch.offset(last).0 + 1, Ordering::Release);
         }
     }
 
     /// One copy per session, however many of its filters match: the greatest
     /// QoS and all identifiers (MQTT 5.0, 3.3.4); and one copy per share. Empties `found`.
-    fn deliver(
-        &self,
-        broker: &Broker,
-        found: &mut Met<'_>,
-        publisher: Option<&[u8]>,
-        message: impl FnOnce() -> Arc<Message>,
-    ) {
+    fn deliver(&self, broker: &Broker, found: &mut Met<'_>, publisher: Option<&[u8]>, sent: &Sent<'_>) {
         let Met { ones, shares } = found;
         if let Some(publisher) = publisher {
             ones.retain(|s| !s.options.no_local || s.session.client_id.as_bytes() != publisher);
@@ -210,57 +236,61 @@ impl Live {
         if ones.is_empty() && shares.is_empty() {
             return;
         }
-        let message = message();
         if ones.len() > 1 {
             ones.sort_unstable_by_key(|subscriber| subscriber.number);
         }
         for same in ones.chunk_by(|a, b| a.number == b.number) {
-            let qos = same.iter().map(|s| s.options.qos).max().unwrap_or(0).min(message.qos);
-            let retain = message.retain && same.iter().any(|s| s.options.retain_as_published);
-            let ids = same.iter().flat_map(|s| ids(s.options)).collect();
-            let queued = Queued { message: message.clone(), qos, retain, ids, share: None };
-            self.offer(broker, &same[0].session, queued);
+            let qos = same.iter().map(|s| s.options.qos).max().unwrap_or(0);
+            let as_published = same.iter().any(|s| s.options.retain_as_published);
+            let ids = same.iter().map(|s| s.options.id).filter(|id| *id != 0).collect();
+            if let Some(queued) = sent.queued(qos, as_published, ids, None) {
+                let offered = same[0].session.outbox().offer(queued, self.limits, || sent.whole());
+                self.offered(broker, &same[0].session, offered);
+            }
         }
         for share in shares.drain(..) {
-            self.deliver_to_one(broker, share, message.clone());
+            self.deliver_to_one(broker, share, sent);
         }
         ones.clear();
     }
 
     /// To the member whose turn it is, of those that are there and keep up;
     /// where there is none, to one that will come back.
-    fn deliver_to_one(&self, broker: &Broker, share: &Share<Arc<Session>>, message: Arc<Message>) {
-        let queued = |options: Options| Queued {
-            qos: options.qos.min(message.qos),
-            retain: message.retain && options.retain_as_published,
-            ids: ids(options),
-            share: Some(share.filter.clone()),
-            message: message.clone(),
+    fn deliver_to_one(&self, broker: &Broker, share: &Share<Arc<Session>>, sent: &Sent<'_>) {
+        let queued = |options: Options| {
+            let ids = Some(options.id).filter(|id| *id != 0).into_iter().collect();
+            sent.queued(options.qos, options.retain_as_published, ids, Some(share.filter.clone()))
         };
         let mut away = None;
         for member in share.in_turn() {
+            let Some(queued) = queued(member.options) else { continue };
             let mut outbox = member.session.outbox();
-            if outbox.is_ready(self.limits) {
+            if outbox.is_ready(&queued, self.limits) {
                 // Under the lock: a member that leaves now gives it on.
-                let offered = outbox.offer(queued(member.options), self.limits);
+                let offered = outbox.offer(queued, self.limits, || sent.whole());
                 drop(outbox);
                 return self.offered(broker, &member.session, offered);
             }
-            away = away.or(Some(member));
+            if away.is_none() && outbox.takes(&queued) {
+                away = Some((member, queued));
+            }
         }
-        if let Some(member) = away {
-            self.offer(broker, &member.session, queued(member.options));
+        if let Some((member, queued)) = away {
+            let offered = member.session.outbox().offer(queued, self.limits, || sent.whole());
+            self.offered(broker, &member.session, offered);
         }
     }
 
+    /// What needs no reading.
     fn offer(&self, broker: &Broker, session: &Session, queued: Queued) {
-        let offered = session.outbox().offer(queued, self.limits);
+        let offered = session.outbox().offer(queued, self.limits, || None);
         self.offered(broker, session, offered);
     }
 
     fn offered(&self, broker: &Broker, session: &Session, offer: Offer) {
         match offer {
-            Offer::Queued | Offer::Away => {}
+            Offer::Queued | Offer::Away | Offer::Before => {}
+            Offer::QueuedInsteadOf(dropped) => broker.counters.queue_full.increment(dropped.into()),
             Offer::QueuedFirst => session.wake.notify_one(),
             Offer::Dropped => broker.counters.queue_full.increment(1),
             Offer::Overflow => {
@@ -292,13 +322,74 @@ impl<'t> Met<'t> {
     }
 }
 
-fn ids(options: Options) -> Vec<u32> {
-    if options.id == 0 { Vec::new() } else { vec![options.id] }
+/// A message on its way to those who want it; copied out of its stream's
+/// frame once, and only where somebody is there to hold it.
+enum Sent<'m> {
+    Live {
+        place: Source,
+        message: MessageRef<'m>,
+        begun_at: u64,
+        whole: OnceCell<Arc<Message>>,
+    },
+    /// A member of a shared subscription gave it back.
+    Again(Queued),
+    Broker(&'m Arc<Message>),
+}
+
+impl Sent<'_> {
+    /// `None`: what may be sent once only, and perhaps was, before a restart.
+    fn queued(
+        &self,
+        qos: u8,
+        as_published: bool,
+        ids: Box<[u32]>,
+        share: Option<Arc<str>>,
+    ) -> Option<Queued> {
+        match self {
+            Self::Live { place, message, begun_at, .. } => {
+                let entry = message.entry;
+                let may_be_again = message.offset().0 < *begun_at;
+                let qos = qos.min((entry.flags & flags::QOS_MASK) as u8);
+                (qos > 0 || !may_be_again).then(|| Queued {
+                    source: place.clone(),
+                    body: None,
+                    received_us: entry.received_us,
+                    len: Message::len_of(*message),
+                    qos,
+                    retain: as_published && entry.flags & flags::RETAIN != 0,
+                    apart: false,
+                    may_be_again,
+                    ids,
+                    share,
+                })
+            }
+            Self::Again(queued) => {
+                let retain = queued.retain && as_published;
+                let qos = qos.min(queued.qos);
+                Some(Queued { qos, retain, apart: true, may_be_again: true, ids, share, ..queued.clone() })
+            }
+            Self::Broker(message) => {
+                let options = Options { qos: 0, no_local: false, retain_as_published: as_published, id: 0 };
+                let retain = message.retain && as_published;
+                let queued = Queued::whole(Source::Broker((*message).clone()), 0, options);
+                Some(Queued { retain, ids, share, ..queued })
+            }
+        }
+    }
+
+    /// Of a stream's message.
+    fn whole(&self) -> Option<Arc<Message>> {
+        match self {
+            Self::Live { message, whole, .. } => {
+                Some(whole.get_or_init(|| Arc::new(Message::of(*message))).clone())
+            }
+            Self::Again(_) | Self::Broker(_) => None,
+        }
+    }
 }
 
 /// Delivers one stream's messages while anybody subscribes; ends at shutdown.
 pub async fn run(broker: Arc<Broker>, number: usize) {
-    let stream = broker.streams[number].clone();
     let tail = &broker.live.streams[number];
     loop {
         tokio::select! {
@@ -306,14 +397,15 @@ pub async fn run(broker: Arc<Broker>, number: usize) {
             () = broker.shutdown.cancelled() => return,
         }
         tokio::select! {
-            () = follow(&broker, &*stream, tail) => {}
+            () = follow(&broker, number) => {}
             () = broker.shutdown.cancelled() => return,
         }
     }
 }
 
 /// Until nobody subscribes, or the stream ends.
-async fn follow(broker: &Broker, stream: &dyn Stream, tail: &Tail) {
+async fn follow(broker: &Broker, number: usize) {
+    let (stream, tail) = (&*broker.streams[number], &broker.live.streams[number]);
     let from = tail.position.load(Ordering::Relaxed);
     if from == IDLE {
         return;
@@ -321,13 +413,13 @@ async fn follow(broker: &Broker, stream: &dyn Stream, tail: &Tail) {
     let mut cursor = stream.cursor(Offset(from));
     loop {
         match cursor.next().await {
-            Ok(Read::Batch(batch)) => broker.live.deliver_batch(broker, tail, &batch),
+            Ok(Read::Batch(batch)) => broker.live.deliver_batch(broker, number, &batch),
             Ok(Read::Gap { from, to, .. }) => {
                 let detail = format!("messages {} to {} of stream {}", from.0, to.0, stream.name());
                 broker.counters.gap.increment(to.0.saturating_sub(from.0));
                 broker.failures.report("mqtt: subscribers missed messages", 1, &detail, "");
                 let _index = broker.live.index.read().unwrap_or_else(PoisonError::into_inner);
-                tail.position.store(to.0, Ordering::Relaxed);
+                tail.position.store(to.0, Ordering::Release);
             }
             Err(ReadError::Io(error)) => {
                 let detail = format!("stream {}: {error}", stream.name());

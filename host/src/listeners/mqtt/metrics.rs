@@ -81,7 +81,7 @@ pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_mqtt_dropped_total",
         kind: MetricKind::Counter,
-        help: "Messages dropped, by cause: no_space (QoS 0 on a full disk), queue_full, packet_too_large, expired, retained_full, gap.",
+        help: "Messages dropped, by cause: no_space (QoS 0 on a full disk), queue_full, queue_age, packet_too_large, expired, retained_full, gap (retention or damage took them first).",
         labels: &["cause"],
     },
     Metric {
@@ -122,6 +122,7 @@ pub(super) struct Counters {
     pub throttles: Counter,
     pub no_space: Counter,
     pub queue_full: Counter,
+    pub queue_age: Counter,
     pub packet_too_large: Counter,
     pub expired: Counter,
     pub retained_full: Counter,
@@ -152,6 +153,7 @@ impl Counters {
             throttles: counter!("headworks_mqtt_throttles_total"),
             no_space: dropped("no_space"),
             queue_full: dropped("queue_full"),
+            queue_age: dropped("queue_age"),
             packet_too_large: dropped("packet_too_large"),
             expired: dropped("expired"),
             retained_full: dropped("retained_full"),

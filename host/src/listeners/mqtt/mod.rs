@@ -5,8 +5,8 @@
 //! ([`acks`]). Subscribers are fed from the streams' durable tails ([`fanout`]).
 //! Who may do what is [`crate::access`]'s: asked by [`handshake`] and for each topic.
 //! Sessions and QoS 2 packet ids are state of the streams ([`session`]).
-//! So are retained messages ([`retained`]) and wills ([`will`]).
-//! Deliberately absent, with its room: durable queues (`outbound`).
+//! So are retained messages ([`retained`]), wills ([`will`]), and how far each
+//! session's queue ([`outbound`]) has come.
 
 mod acks;
 mod bind;
@@ -48,7 +48,7 @@ use self::will::Restored;
 use self::wire::Version;
 use crate::access::Access;
 use crate::batch::flags;
-use crate::stream::{AppendError, StateChange, Stream, Streams};
+use crate::stream::{AppendError, Identity, StateChange, Stream, Streams};
 use crate::telemetry::Failures;
 use crate::topic::Namespace;
 
@@ -109,6 +109,7 @@ impl Handle {
         }
         self.tasks.close();
         self.tasks.wait().await;
+        self.clients.0.sessions.note_all(&self.clients.0);
     }
 }
 
@@ -167,6 +168,7 @@ struct Broker {
     packet_bytes_max: usize,
     /// Each stream once; the parts of the listener know them by number.
     streams: Vec<Arc<dyn Stream>>,
+    identities: Arc<[Identity]>,
     routes: Streams,
     broker: Arc<dyn Stream>,
     namespace: Arc<Namespace>,
@@ -184,17 +186,21 @@ struct Broker {
 impl Broker {
     fn new(config: &Config, access: Access, deps: Deps) -> Arc<Self> {
         let streams: Vec<_> = deps.streams.iter().cloned().collect();
-        let (sessions, subscriptions) = Sessions::load(&*deps.broker, &streams);
+        let identities: Arc<[_]> = streams.iter().map(|stream| stream.identity()).collect();
         let limits = QueueLimits {
             messages_max: config.queue_messages_max as usize,
             bytes_max: config.queue_bytes_max.0 as usize,
+            when_full: config.queue_when_full,
         };
         let retained_max = (config.retained_messages_max as usize, config.retained_bytes_max.0 as usize);
         let retained = Retained::load(&streams, &deps.streams, retained_max, &deps.failures);
+        let find = |topic: &str, received_us| retained.find(topic, received_us);
+        let (sessions, subscriptions) = Sessions::load(&*deps.broker, &streams, &identities, &find);
         let wills = Restored::load(&streams, &deps.failures);
         let broker = Arc::new(Self {
             packet_bytes_max: config.max_packet_size.0 as usize,
-            live: Live::new(streams.len(), limits),
+            live: Live::new(&streams, limits),
+            identities,
             streams,
             routes: deps.streams,
             broker: deps.broker,
@@ -209,12 +215,23 @@ impl Broker {
             counters: Counters::new(),
             config: config.clone(),
         });
+        // What the sessions have not had yet is delivered first.
+        for number in 0..broker.streams.len() {
+            let starts = subscriptions.iter().map(|(session, ..)| session.outbox().from(number));
+            if let Some(start) = starts.min() {
+                broker.live.start_at(number, start.min(broker.streams[number].bounds().end.0));
+            }
+        }
         for (session, filter, options) in subscriptions {
             if let Some(filter) = subscriptions::Filter::parse(&filter) {
                 broker.live.subscribe(&broker, &session, &filter, options, fanout::SendRetained::Never);
             }
         }
         broker
+    }
+
+    fn note_bytes_max(&self) -> usize {
+        outbound::note_bytes_max(self.sessions.len())
     }
 
     /// Number of the stream that a topic belongs to.

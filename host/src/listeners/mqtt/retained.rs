@@ -113,6 +113,12 @@ impl Retained {
         true
     }
 
+    /// The topic's message, if it is still the one that was received then.
+    pub fn find(&self, topic: &str, received_us: u64) -> Option<Arc<Message>> {
+        let kept = self.topics.get(topic)?;
+        (kept.message.received_us() == received_us).then(|| kept.message.clone())
+    }
+
     pub fn matching(&self, filter: &TopicFilter) -> Vec<Kept> {
         if !filter.as_str().contains(['+', '#']) {
             return self.topics.get(filter.as_str()).cloned().into_iter().collect();

@@ -6,8 +6,7 @@
 //! the stream of their message (`q2` + epoch + packet id), in the same append.
 //! The epoch is new with every clean start, so that what an old session left
 //! behind can never be taken for the new one's; orphans are removed at start.
-//! Queued and unacknowledged deliveries are kept in memory here; their durable
-//! form is the broker issue's.
+//! What waits for the client is [`outbound`]'s, with keys of the same epoch.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -18,9 +17,9 @@ use tokio::sync::{Notify, OwnedMutexGuard};
 use super::Broker;
 use super::acks::Stopped;
 use super::clients::Connection;
-use super::outbound::Outbox;
+use super::outbound::{self, Kept, Message, Outbox};
 use super::subscriptions::Options;
-use crate::stream::{StateChange, Stream, Ticket};
+use crate::stream::{Identity, StateChange, Stream, Ticket};
 
 /// Longer client ids are refused: they are keys of the durable state.
 pub const CLIENT_ID_BYTES_MAX: usize = 512;
@@ -173,6 +172,17 @@ impl Session {
         lock(&self.state).filters.push(filter.into());
     }
 
+    /// Where its outbox stands, into the broker stream, with `changes` and what
+    /// waits to be appended. Not awaited: an older note serves as well.
+    pub fn note(&self, broker: &Broker, mut changes: Vec<Change>) {
+        let positions = broker.live.positions(&broker.streams);
+        let mut outbox = self.outbox();
+        changes.extend(outbox.note(&positions, broker.note_bytes_max()));
+        if !changes.is_empty() && broker.broker.append(&[], &super::borrowed(&changes)).is_err() {
+            outbox.note_failed();
+        }
+    }
+
     pub fn remove_filter(&self, filter: &str) {
         lock(&self.state).filters.retain(|known| &**known != filter);
     }
@@ -181,9 +191,12 @@ impl Session {
 impl Sessions {
     /// Reads the durable sessions, their subscriptions and the packet ids in
     /// flight; removes what has no owner.
+    /// `retained` finds a retained message by topic and time received.
     pub fn load(
         broker: &dyn Stream,
         streams: &[Arc<dyn Stream>],
+        identities: &Arc<[Identity]>,
+        retained: &dyn Fn(&str, u64) -> Option<Arc<Message>>,
     ) -> (Self, Vec<(Arc<Session>, String, Options)>) {
         let sessions = Self { by_client: Mutex::default(), next_number: AtomicU64::new(1) };
         let mut by_epoch: HashMap<u64, Arc<Session>> = HashMap::new();
@@ -213,6 +226,24 @@ impl Sessions {
                 }
                 _ => remove(broker, &key),
             }
+        }
+        let mut outboxes: HashMap<u64, outbound::Found> = HashMap::new();
+        for kind in [outbound::NOTE, outbound::STEP, outbound::SENT] {
+            for (key, value) in broker.state(kind) {
+                let parts = key[kind.len()..].split_first_chunk();
+                let owner = parts.map(|(epoch, rest)| (u64::from_be_bytes(*epoch), rest));
+                let owner = owner.filter(|(epoch, _)| by_epoch.contains_key(epoch));
+                let known = owner
+                    .is_some_and(|(epoch, rest)| outboxes.entry(epoch).or_default().add(kind, rest, &value));
+                if !known {
+                    remove(broker, &key);
+                }
+            }
+        }
+        let ends: Box<[u64]> = streams.iter().map(|stream| stream.bounds().end.0).collect();
+        for (epoch, session) in &by_epoch {
+            let found = outboxes.remove(epoch).unwrap_or_default();
+            session.outbox().restore(found.restore(*epoch, identities.clone(), &ends, retained));
         }
         for (number, stream) in streams.iter().enumerate() {
             for (key, _) in stream.state(QOS2) {
@@ -305,6 +336,18 @@ impl Sessions {
             } else if state.kept {
                 changes.extend(removed(state.keys(&session.client_id)));
             }
+            let mut outbox = session.outbox();
+            if !resumed {
+                // What comes from now on; also while the live delivery lags.
+                let from: Box<[u64]> = broker.streams.iter().map(|stream| stream.bounds().end.0).collect();
+                let kept = (expiry_s > 0).then(|| Kept::new(state.epoch, broker.identities.clone()));
+                outbox.begin(from.clone(), kept);
+                changes.extend(outbox.note(&from, broker.note_bytes_max()));
+            } else if expiry_s == 0 {
+                changes.extend(removed(outbox.keys()));
+                outbox.keep_no_more();
+            }
+            drop(outbox);
             // The record says connected; if this connect is given up here, the session waits on.
             state.disconnected_us = super::now_us();
             (changes, resumed, (expiry_s == 0 && state.kept).then_some(state.epoch))
@@ -330,7 +373,7 @@ impl Sessions {
 
     /// The connection ended; `expiry_s` where DISCONNECT changed it.
     pub fn close(&self, broker: &Broker, session: &Arc<Session>, turn: Turn, expiry_s: Option<u32>) {
-        session.outbox().connected = false;
+        session.outbox().disconnected();
         broker.live.pass_on(broker, session, None, false);
         let changes = {
             let mut state = lock(&session.state);
@@ -343,7 +386,7 @@ impl Sessions {
         };
         // Not awaited: lost in a crash, the session only lives longer.
         match changes {
-            Some(changes) => super::append_unawaited(&*broker.broker, &changes),
+            Some(changes) => session.note(broker, changes),
             None => self.end(broker, session),
         }
         drop(turn);
@@ -369,9 +412,24 @@ impl Sessions {
         }
     }
 
-    /// Ends the sessions whose clients stayed away too long.
+    /// Ends the sessions whose clients stayed away too long, drops what waited
+    /// too long, and notes where the others stand.
     pub fn sweep(&self, broker: &Broker) {
         let now_us = super::now_us();
+        let age_us = u64::try_from(broker.config.queue_age_max.0.as_micros()).unwrap_or(u64::MAX);
+        for session in self.all() {
+            let positions = broker.live.positions(&broker.streams);
+            let (dropped, wants_note) = {
+                let mut outbox = session.outbox();
+                (outbox.drop_older(now_us.saturating_sub(age_us)), outbox.wants_note(&positions))
+            };
+            if dropped > 0 {
+                broker.counters.queue_age.increment(dropped);
+            }
+            if wants_note {
+                session.note(broker, Vec::new());
+            }
+        }
         let gone = |session: &&Arc<Session>| lock(&session.state).is_over(now_us);
         let gone: Vec<_> = lock(&self.by_client).values().filter(gone).cloned().collect();
         for session in gone {
@@ -382,6 +440,13 @@ impl Sessions {
             }
             drop(turn);
         }
+    }
+}
+
+impl Sessions {
+    /// At the end, so that the next start has nothing to look for.
+    pub fn note_all(&self, broker: &Broker) {
+        self.all().iter().for_each(|session| session.note(broker, Vec::new()));
     }
 }
 
@@ -396,12 +461,14 @@ impl Drop for Claimed<'_> {
 
 /// Forgets everything of a session; its keys of the broker stream are stale then.
 fn discard(broker: &Broker, session: &Session) {
+    let queue_keys = session.outbox().keys();
     let (epoch, filters) = {
         let mut state = lock(&session.state);
         let epoch = state.epoch;
         let mut stale = std::mem::take(&mut state.stale);
         if state.kept {
             stale.extend(state.keys(&session.client_id));
+            stale.extend(queue_keys);
         }
         let filters = std::mem::take(&mut state.filters);
         *state = State { epoch: new_epoch(), stale, ..State::default() };

@@ -22,6 +22,7 @@ use self::append::undo;
 use self::stalled::{Stalled, writable};
 use super::Broker;
 use super::acks::{Ack, Acks};
+use super::outbound::Acked;
 use super::session::{Received, Session};
 use super::wire::{self, Fault, Frame, Property, Publish, Version};
 use crate::access::{Admitted, Allowance};
@@ -309,14 +310,13 @@ impl Inbound {
                 wire::PUBREL => self.release(&frame, out, work)?,
                 wire::PUBACK | wire::PUBREC | wire::PUBCOMP => {
                     let (packet_id, code) = wire::ack(self.version, &frame)?;
-                    let answer = self.session.outbox().acked(frame.first, packet_id, code);
-                    match answer {
-                        Some(answer) => wire::put_ack(out, answer, packet_id),
+                    match self.session.outbox().acked(frame.first, packet_id, code) {
+                        Acked::Release => wire::put_ack(out, wire::PUBREL, packet_id),
                         // Its session ended: with a PUBREL the client can end the exchange too (4.3.3).
-                        None if frame.first == wire::PUBREC && code < 0x80 => {
+                        Acked::Unknown => {
                             wire::put_ack_with(out, self.version, wire::PUBREL, packet_id, wire::NOT_FOUND);
                         }
-                        None => {}
+                        Acked::Nothing => {}
                     }
                 }
                 wire::PINGREQ if frame.body.is_empty() => match self.pings_answered.checked_sub(1) {

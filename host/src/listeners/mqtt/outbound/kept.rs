@@ -1,0 +1,541 @@
+//! What of an outbox outlives the host: state of the broker stream.
+//!
+//! - `qr` + epoch, the note: how far the live delivery was for this session in
+//!   each stream, and what it had then that was not done. What lies after it
+//!   is found again in the streams. Written now and then: an old note only
+//!   makes QoS 1 messages come again.
+//! - `oi` + epoch + packet id: a QoS 2 message on its way, durable before its
+//!   PUBLISH goes out, and again before its PUBREL.
+//! - `os` + epoch + stream: QoS 2 messages below this offset have such a
+//!   record, or had one and are done. In the same append as the record.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use super::{InFlight, Queued, Source};
+use crate::listeners::mqtt::outbound::Message;
+use crate::listeners::mqtt::session::Change;
+use crate::stream::{Identity, STATE_VALUE_BYTES_MAX, Ticket};
+
+pub const NOTE: &[u8] = b"qr";
+pub const STEP: &[u8] = b"oi";
+pub const SENT: &[u8] = b"os";
+
+/// All notes together, in a stream's state.
+const NOTES_BYTES_MAX: usize = 24 << 20;
+/// The live delivery may be so many messages ahead of a note: a restart reads them.
+pub const NOTE_EVERY_MESSAGES: u64 = 1 << 18;
+
+const FORMAT: u8 = 1;
+const PHASE_SENT: u8 = 1;
+const PHASE_RELEASED: u8 = 2;
+const IDENTITY_BYTES: usize = 20;
+
+const RETAIN: u8 = 1 << 2;
+const APART: u8 = 1 << 3;
+const IN_FLIGHT: u8 = 1 << 4;
+const IDS: u8 = 1 << 5;
+const SHARE: u8 = 1 << 6;
+const RETAINED: u8 = 1 << 7;
+
+/// Changes are numbered; a packet goes out once the number of its change is durable.
+pub struct Kept {
+    epoch: u64,
+    streams: Arc<[Identity]>,
+    /// Not appended yet.
+    changes: Vec<Change>,
+    made: u64,
+    /// Appended up to the number, durable with the ticket.
+    appended: VecDeque<(u64, Ticket)>,
+    durable: u64,
+    /// One past the last QoS 2 message of each stream that has had a record.
+    sent: Box<[u64]>,
+    /// PUBRELs in the order of their PUBRECs, with their changes.
+    pub releases: VecDeque<(u16, u64)>,
+    /// Something was acknowledged since the last note.
+    pub changed: bool,
+    /// The last note's places.
+    noted: Box<[u64]>,
+    /// The next append must carry a note: what it sends lies apart.
+    pub note_due: bool,
+}
+
+impl Kept {
+    pub fn new(epoch: u64, streams: Arc<[Identity]>) -> Self {
+        let none: Box<[u64]> = vec![0; streams.len()].into();
+        Self {
+            epoch,
+            changes: Vec::new(),
+            made: 0,
+            appended: VecDeque::new(),
+            durable: 0,
+            sent: none.clone(),
+            releases: VecDeque::new(),
+            changed: false,
+            noted: none,
+            note_due: false,
+            streams,
+        }
+    }
+
+    pub fn durable(&self) -> u64 {
+        self.durable
+    }
+
+    /// Whether this QoS 2 message was taken from the queue before a restart.
+    pub fn was_sent(&self, stream: u16, offset: u64) -> bool {
+        self.sent.get(usize::from(stream)).is_some_and(|sent| offset < *sent)
+    }
+
+    /// A QoS 2 message gets its packet id; the number of the change.
+    pub fn send(&mut self, packet_id: u16, queued: &Queued) -> u64 {
+        self.made += 1;
+        if let (Source::Stream { stream, offset }, false) = (&queued.source, queued.apart) {
+            let number = usize::from(*stream);
+            self.sent[number] = offset + 1;
+            let key = key(SENT, self.epoch, &identity_bytes(&self.streams[number]));
+            self.set(key, Some((offset + 1).to_be_bytes().into()));
+        } else {
+            self.note_due = true;
+        }
+        self.set_step(PHASE_SENT, packet_id, Some(queued));
+        self.made
+    }
+
+    /// Its PUBREL may go once the number that is returned is durable.
+    pub fn release(&mut self, packet_id: u16) -> u64 {
+        self.made += 1;
+        self.set_step(PHASE_RELEASED, packet_id, None);
+        self.made
+    }
+
+    pub fn done(&mut self, packet_id: u16) {
+        self.made += 1;
+        self.set(key(STEP, self.epoch, &packet_id.to_be_bytes()), None);
+    }
+
+    fn set_step(&mut self, phase: u8, packet_id: u16, queued: Option<&Queued>) {
+        let mut value = vec![phase];
+        put_number(&mut value, self.made);
+        if let Some(queued) = queued {
+            let stream = queued.source.stream().unwrap_or_default();
+            value.extend(identity_bytes(&self.streams[usize::from(stream)]));
+            put_entry(&mut value, &mut Before::default(), queued, 0);
+        }
+        self.set(key(STEP, self.epoch, &packet_id.to_be_bytes()), Some(value));
+    }
+
+    /// The last change of a key is the one that counts.
+    fn set(&mut self, key: Vec<u8>, value: Option<Vec<u8>>) {
+        match self.changes.iter_mut().rev().find(|(known, _)| *known == key) {
+            Some(change) => change.1 = value,
+            None => self.changes.push((key, value)),
+        }
+    }
+
+    /// Number of the last change.
+    pub fn made(&self) -> u64 {
+        self.made
+    }
+
+    pub fn changes(&self) -> &[Change] {
+        &self.changes
+    }
+
+    /// The changes were appended.
+    pub fn appended(&mut self, ticket: Ticket) {
+        self.changes.clear();
+        self.appended.push_back((self.made, ticket));
+    }
+
+    fn is_appended(&self, number: u64) -> bool {
+        number <= self.durable || self.appended.back().is_some_and(|(upto, _)| number <= *upto)
+    }
+
+    pub fn settle(&mut self, durable: Ticket) {
+        while let Some((upto, ticket)) = self.appended.front()
+            && *ticket <= durable
+        {
+            self.durable = *upto;
+            self.appended.pop_front();
+        }
+    }
+
+    pub fn has_appended(&self) -> bool {
+        !self.appended.is_empty()
+    }
+
+    /// With which ticket a change is durable; `None`: not appended.
+    pub fn ticket(&self, number: u64) -> Option<Ticket> {
+        self.appended.iter().find(|(upto, _)| number <= *upto).map(|(_, ticket)| *ticket)
+    }
+
+    /// Whether a restart would have much to read, or to send again.
+    pub fn wants_note(&self, positions: &[u64]) -> bool {
+        let far = |(at, noted): (&u64, &u64)| at.saturating_sub(*noted) >= NOTE_EVERY_MESSAGES;
+        self.changed || self.note_due || positions.iter().zip(&self.noted).any(far)
+    }
+
+    /// The note: `positions` is where the live delivery is at least, read
+    /// before the outbox was locked; changes up to `with` go in the same append.
+    pub fn note<'q>(
+        &mut self,
+        positions: &[u64],
+        from: &[u64],
+        inflight: impl Iterator<Item = &'q InFlight>,
+        queue: impl Iterator<Item = &'q Queued> + Clone,
+        bytes_max: usize,
+        with: u64,
+    ) -> Change {
+        let mut entries = Vec::new();
+        let mut before = Before::default();
+        let mut upto: Box<[u64]> =
+            positions.iter().zip(from).map(|(position, from)| *position.max(from)).collect();
+        let mut left_out: Box<[Option<u64>]> = vec![None; upto.len()].into();
+        let mut add = |queued: &Queued, packet_id: u16| {
+            let place = match queued.source {
+                Source::Stream { stream, offset } if !queued.apart => Some((usize::from(stream), offset)),
+                _ => None,
+            };
+            let mark = (entries.len(), before);
+            put_entry(&mut entries, &mut before, queued, packet_id);
+            // Once one of a stream is left out, so are all that follow it there.
+            let is_cut = place.is_some_and(|(stream, _)| left_out[stream].is_some());
+            let is_listed = entries.len() <= bytes_max && !is_cut;
+            if !is_listed {
+                entries.truncate(mark.0);
+                before = mark.1;
+            }
+            match place {
+                Some((stream, offset)) if is_listed => upto[stream] = upto[stream].max(offset + 1),
+                Some((stream, offset)) => {
+                    left_out[stream].get_or_insert(offset);
+                }
+                None => {}
+            }
+        };
+        for flight in inflight {
+            match &flight.waiting {
+                Some(queued) if queued.qos == 1 => add(queued, flight.packet_id),
+                // It has no record yet, also not by the append that this note goes with.
+                Some(queued) if flight.after > with && !self.is_appended(flight.after) => add(queued, 0),
+                _ => {}
+            }
+        }
+        queue.clone().filter(|queued| queued.apart).for_each(|queued| add(queued, 0));
+        queue.filter(|queued| !queued.apart && queued.qos > 0).for_each(|queued| add(queued, 0));
+        for (upto, left_out) in upto.iter_mut().zip(&left_out) {
+            *upto = left_out.unwrap_or(*upto);
+        }
+        let mut value = vec![FORMAT];
+        put_number(&mut value, self.streams.len() as u64);
+        for (identity, upto) in self.streams.iter().zip(&upto) {
+            value.extend(identity_bytes(identity));
+            put_number(&mut value, *upto);
+        }
+        value.extend(entries);
+        self.noted = upto;
+        (self.changed, self.note_due) = (false, false);
+        (key(NOTE, self.epoch, &[]), Some(value))
+    }
+
+    /// All keys that it may have in the broker stream.
+    pub fn keys(&self, inflight: impl Iterator<Item = u16>) -> Vec<Vec<u8>> {
+        let sent = self.streams.iter().zip(&self.sent).filter(|(_, sent)| **sent > 0);
+        let sent = sent.map(|(identity, _)| key(SENT, self.epoch, &identity_bytes(identity)));
+        let steps = inflight.map(|id| key(STEP, self.epoch, &id.to_be_bytes()));
+        // Removals that were not appended yet.
+        let open = self.changes.iter().filter(|(_, value)| value.is_none()).map(|(key, _)| key.clone());
+        [key(NOTE, self.epoch, &[])].into_iter().chain(sent).chain(steps).chain(open).collect()
+    }
+}
+
+/// Bytes of one session's note.
+pub fn note_bytes_max(sessions: usize) -> usize {
+    (NOTES_BYTES_MAX / sessions.max(1)).clamp(96, STATE_VALUE_BYTES_MAX / 2)
+}
+
+/// What the broker stream knows of one session's outbox.
+#[derive(Default)]
+pub struct Found {
+    note: Option<Vec<u8>>,
+    steps: Vec<(u16, Vec<u8>)>,
+    sent: Vec<(Vec<u8>, u64)>,
+}
+
+/// An outbox as it was, or as far as it can be known.
+pub struct Restored {
+    pub kept: Kept,
+    /// By stream: messages below are listed, or done. Ends where nothing is known.
+    pub from: Box<[u64]>,
+    pub inflight: Vec<InFlight>,
+    pub queue: Vec<Queued>,
+}
+
+impl Found {
+    /// A key without its prefix and epoch; false where it cannot be of ours.
+    pub fn add(&mut self, kind: &[u8], rest: &[u8], value: &[u8]) -> bool {
+        match (kind, rest.len()) {
+            (NOTE, 0) => self.note = Some(value.to_vec()),
+            (STEP, 2) => self.steps.push((u16::from_be_bytes([rest[0], rest[1]]), value.to_vec())),
+            (SENT, IDENTITY_BYTES) => match <[u8; 8]>::try_from(value) {
+                Ok(value) => self.sent.push((rest.to_vec(), u64::from_be_bytes(value))),
+                Err(_) => return false,
+            },
+            _ => return false,
+        }
+        true
+    }
+
+    /// `ends`: of the streams. `retained` finds a retained message by topic and time received.
+    pub fn restore(
+        self,
+        epoch: u64,
+        streams: Arc<[Identity]>,
+        ends: &[u64],
+        retained: &dyn Fn(&str, u64) -> Option<Arc<Message>>,
+    ) -> Restored {
+        let number = |identity: &[u8]| {
+            streams.iter().position(|known| identity_bytes(known) == identity).map(|at| at as u16)
+        };
+        let mut kept = Kept::new(epoch, streams.clone());
+        for (identity, sent) in &self.sent {
+            if let Some(number) = number(identity) {
+                kept.sent[usize::from(number)] = *sent;
+            }
+        }
+        let mut steps: Vec<(u64, InFlight)> = Vec::new();
+        for (packet_id, value) in &self.steps {
+            let mut rest = Reader(value);
+            let (Some(phase), Some(made)) = (rest.byte(), rest.number()) else { continue };
+            let waiting = (phase == PHASE_SENT).then(|| {
+                let numbers = [number(rest.bytes(IDENTITY_BYTES)?)];
+                rest.entry(&mut Before::default(), &numbers, retained)
+            });
+            // What cannot be sent again is ended with a PUBREL, that its id gets free at the client too.
+            let waiting = waiting.flatten().and_then(|(queued, _)| queued);
+            steps.push((made, InFlight { packet_id: *packet_id, waiting, after: 0, dup: true }));
+            kept.made = kept.made.max(made);
+        }
+        steps.sort_unstable_by_key(|(made, _)| *made);
+        kept.durable = kept.made;
+        let mut restored = Restored {
+            from: ends.into(),
+            inflight: steps.into_iter().map(|(_, flight)| flight).collect(),
+            queue: Vec::new(),
+            kept,
+        };
+        if let Some(note) = &self.note {
+            let _ = restored.read_note(&mut Reader(note), &number, retained);
+        }
+        restored.kept.noted = restored.from.clone();
+        restored
+    }
+}
+
+impl Restored {
+    /// Ends where the note does not go on.
+    fn read_note(
+        &mut self,
+        note: &mut Reader<'_>,
+        number: &dyn Fn(&[u8]) -> Option<u16>,
+        retained: &dyn Fn(&str, u64) -> Option<Arc<Message>>,
+    ) -> Option<()> {
+        if note.byte()? != FORMAT {
+            return None;
+        }
+        // A stream that the note does not know is newer: all of it.
+        let mut from: Box<[u64]> = vec![0; self.from.len()].into();
+        let mut numbers = Vec::new();
+        for _ in 0..note.number()? {
+            let known = number(note.bytes(IDENTITY_BYTES)?);
+            let upto = note.number()?;
+            if let Some(known) = known {
+                from[usize::from(known)] = upto;
+            }
+            numbers.push(known);
+        }
+        self.from = from;
+        let mut before = Before::default();
+        while !note.0.is_empty() {
+            let (queued, packet_id) = note.entry(&mut before, &numbers, retained)?;
+            let Some(queued) = queued else { continue };
+            let is_sent = queued.qos == 2
+                && !queued.apart
+                && matches!(queued.source, Source::Stream { stream, offset } if self.kept.was_sent(stream, offset));
+            match packet_id {
+                _ if is_sent => {}
+                0 => self.queue.push(queued),
+                _ => self.inflight.push(InFlight { packet_id, waiting: Some(queued), after: 0, dup: true }),
+            }
+        }
+        Some(())
+    }
+}
+
+/// Of the entry before: most follow each other closely.
+#[derive(Clone, Copy, Default)]
+struct Before {
+    offset: u64,
+    seconds: u64,
+}
+
+fn put_entry(out: &mut Vec<u8>, before: &mut Before, queued: &Queued, packet_id: u16) {
+    let flag = |is: bool, bit: u8| if is { bit } else { 0 };
+    let is_retained = matches!(queued.source, Source::Retained(_));
+    out.push(
+        queued.qos
+            | flag(queued.retain, RETAIN)
+            | flag(queued.apart, APART)
+            | flag(packet_id != 0, IN_FLIGHT)
+            | flag(!queued.ids.is_empty(), IDS)
+            | flag(queued.share.is_some(), SHARE)
+            | flag(is_retained, RETAINED),
+    );
+    match &queued.source {
+        Source::Stream { stream, offset } => {
+            put_number(out, u64::from(*stream));
+            put_number(out, zigzag(offset.wrapping_sub(before.offset)));
+            before.offset = *offset;
+        }
+        Source::Retained(message) => put_bytes(out, message.topic().as_bytes()),
+        Source::Broker(_) => {}
+    }
+    if is_retained {
+        put_number(out, queued.received_us);
+    } else {
+        let seconds = queued.received_us / 1_000_000;
+        put_number(out, zigzag(seconds.wrapping_sub(before.seconds)));
+        before.seconds = seconds;
+    }
+    put_number(out, u64::from(queued.len));
+    if packet_id != 0 {
+        out.extend(packet_id.to_be_bytes());
+    }
+    if !queued.ids.is_empty() {
+        put_number(out, queued.ids.len() as u64);
+        queued.ids.iter().for_each(|id| put_number(out, u64::from(*id)));
+    }
+    if let Some(share) = &queued.share {
+        put_bytes(out, share.as_bytes());
+    }
+}
+
+/// LEB128.
+fn put_number(out: &mut Vec<u8>, mut number: u64) {
+    while number >= 0x80 {
+        out.push(number as u8 | 0x80);
+        number >>= 7;
+    }
+    out.push(number as u8);
+}
+
+fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
+    put_number(out, bytes.len() as u64);
+    out.extend_from_slice(bytes);
+}
+
+fn zigzag(difference: u64) -> u64 {
+    let signed = difference as i64;
+    ((signed << 1) ^ (signed >> 63)) as u64
+}
+
+fn unzigzag(number: u64) -> u64 {
+    (number >> 1) ^ (number & 1).wrapping_neg()
+}
+
+/// Takes from the front; `None` where there is no more.
+struct Reader<'a>(&'a [u8]);
+
+impl<'a> Reader<'a> {
+    fn byte(&mut self) -> Option<u8> {
+        let (first, rest) = self.0.split_first()?;
+        self.0 = rest;
+        Some(*first)
+    }
+
+    fn bytes(&mut self, len: usize) -> Option<&'a [u8]> {
+        let (bytes, rest) = self.0.split_at_checked(len)?;
+        self.0 = rest;
+        Some(bytes)
+    }
+
+    fn number(&mut self) -> Option<u64> {
+        let mut number = 0;
+        for shift in (0..64).step_by(7) {
+            let byte = self.byte()?;
+            number |= u64::from(byte & 0x7f) << shift;
+            if byte < 0x80 {
+                return Some(number);
+            }
+        }
+        None
+    }
+
+    fn text(&mut self) -> Option<&'a str> {
+        let len = self.number()?;
+        std::str::from_utf8(self.bytes(usize::try_from(len).ok()?)?).ok()
+    }
+
+    /// An entry and its packet id; none where its message is no more.
+    fn entry(
+        &mut self,
+        before: &mut Before,
+        streams: &[Option<u16>],
+        retained: &dyn Fn(&str, u64) -> Option<Arc<Message>>,
+    ) -> Option<(Option<Queued>, u16)> {
+        let flags = self.byte()?;
+        let (source, received_us);
+        if flags & RETAINED != 0 {
+            let topic = self.text()?;
+            received_us = self.number()?;
+            source = retained(topic, received_us).map(Source::Retained);
+        } else {
+            // A step's record names its stream itself.
+            let stream = usize::try_from(self.number()?).ok()?;
+            let stream = if let [only] = streams { only } else { streams.get(stream)? };
+            before.offset = before.offset.wrapping_add(unzigzag(self.number()?));
+            before.seconds = before.seconds.wrapping_add(unzigzag(self.number()?));
+            received_us = before.seconds.saturating_mul(1_000_000);
+            source = stream.map(|stream| Source::Stream { stream, offset: before.offset });
+        }
+        let len = self.number()? as u32;
+        let packet_id = if flags & IN_FLIGHT == 0 {
+            0
+        } else {
+            let id = self.bytes(2)?;
+            u16::from_be_bytes([id[0], id[1]])
+        };
+        let mut ids = Vec::new();
+        if flags & IDS != 0 {
+            for _ in 0..self.number()? {
+                ids.push(self.number()? as u32);
+            }
+        }
+        let share = if flags & SHARE != 0 { Some(self.text()?.into()) } else { None };
+        let queued = source.map(|source| Queued {
+            source,
+            body: None,
+            received_us,
+            len,
+            qos: (flags & 3).min(2),
+            retain: flags & RETAIN != 0,
+            apart: flags & APART != 0,
+            may_be_again: packet_id != 0,
+            ids: ids.into(),
+            share,
+        });
+        Some((queued, packet_id))
+    }
+}
+
+fn identity_bytes(identity: &Identity) -> [u8; IDENTITY_BYTES] {
+    let mut bytes = [0; IDENTITY_BYTES];
+    bytes[..16].copy_from_slice(identity.log.as_bytes());
+    bytes[16..].copy_from_slice(&identity.generation.to_be_bytes());
+    bytes
+}
+
+pub fn key(kind: &[u8], epoch: u64, rest: &[u8]) -> Vec<u8> {
+    [kind, &epoch.to_be_bytes(), rest].concat()
+}

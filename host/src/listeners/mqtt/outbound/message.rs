@@ -1,0 +1,119 @@
+//! A message on its way to subscribers.
+
+use bytes::BufMut;
+
+use crate::batch::{MessageRef, flags};
+use crate::properties::{self, Origin};
+use crate::stream::NewMessage;
+
+/// One message for any number of subscribers: one allocation, however many they are.
+#[derive(Debug)]
+pub struct Message {
+    /// Topic, MQTT 5 properties, payload.
+    bytes: Box<[u8]>,
+    topic_len: u32,
+    properties_len: u32,
+    pub qos: u8,
+    pub retain: bool,
+    received_us: u64,
+    expiry_s: Option<u32>,
+}
+
+impl Message {
+    pub fn new(topic: &str, payload: &[u8], properties: &[u8], flags_: u16, received_us: u64) -> Self {
+        let mut bytes = Vec::with_capacity(topic.len() + properties.len() + payload.len());
+        bytes.extend_from_slice(topic.as_bytes());
+        let expiry_s = put_properties(&mut bytes, properties, flags_ & flags::UTF8 != 0);
+        let properties_len = (bytes.len() - topic.len()) as u32;
+        bytes.extend_from_slice(payload);
+        Self {
+            bytes: bytes.into(),
+            topic_len: topic.len() as u32,
+            properties_len,
+            qos: (flags_ & flags::QOS_MASK) as u8,
+            retain: flags_ & flags::RETAIN != 0,
+            received_us,
+            expiry_s,
+        }
+    }
+
+    pub fn of(message: MessageRef<'_>) -> Self {
+        let (flags, received_us) = (message.entry.flags, message.entry.received_us);
+        Self::new(message.topic(), message.payload(), message.properties(), flags, received_us)
+    }
+
+    pub fn of_new(message: &NewMessage<'_>) -> Self {
+        let NewMessage { topic, payload, properties, flags, received_us, .. } = *message;
+        Self::new(topic, payload, properties, flags, received_us)
+    }
+
+    pub fn topic(&self) -> &str {
+        std::str::from_utf8(&self.bytes[..self.topic_len as usize]).unwrap_or_default()
+    }
+
+    pub fn properties(&self) -> &[u8] {
+        &self.bytes[self.topic_len as usize..][..self.properties_len as usize]
+    }
+
+    pub fn payload(&self) -> &[u8] {
+        &self.bytes[(self.topic_len + self.properties_len) as usize..]
+    }
+
+    /// For the queue's bound in bytes.
+    pub fn len(&self) -> usize {
+        self.bytes.len() + size_of::<Self>()
+    }
+
+    /// As [`Message::len`], of one that is not copied out of its stream's frame.
+    pub fn len_of(message: MessageRef<'_>) -> u32 {
+        let bytes = message.topic().len() + message.properties().len() + message.payload().len();
+        (bytes + size_of::<Self>()) as u32
+    }
+
+    pub fn received_us(&self) -> u64 {
+        self.received_us
+    }
+
+    /// Seconds that it may still wait; `None` once it expired.
+    pub fn lifetime(&self, now_us: u64) -> Option<Option<u32>> {
+        let Some(expiry) = self.expiry_s else { return Some(None) };
+        let waited = now_us.saturating_sub(self.received_us) / 1_000_000;
+        expiry.checked_sub(waited.min(u64::from(u32::MAX)) as u32).filter(|left| *left > 0).map(Some)
+    }
+}
+
+/// Properties of the plugin contract as MQTT 5 writes them, but for the expiry,
+/// which is returned: it shrinks while the message waits.
+fn put_properties(out: &mut Vec<u8>, encoded: &[u8], utf8: bool) -> Option<u32> {
+    let put = |out: &mut Vec<u8>, id: u8, values: &[&[u8]]| {
+        out.put_u8(id);
+        for value in values {
+            out.put_u16(value.len() as u16);
+            out.put_slice(value);
+        }
+    };
+    if utf8 {
+        out.put_slice(&[0x01, 1]);
+    }
+    let mut expiry = None;
+    for property in properties::iter(encoded) {
+        if property.value.len() > usize::from(u16::MAX) {
+            continue;
+        }
+        let listener = property.origin == Origin::Listener as u8;
+        match property.name {
+            "content-type" if listener => put(out, 0x03, &[property.value]),
+            "response-topic" if listener => put(out, 0x08, &[property.value]),
+            "correlation-data" if listener => put(out, 0x09, &[property.value]),
+            "expiry-s" if listener => {
+                expiry = std::str::from_utf8(property.value).ok().and_then(|text| text.parse().ok());
+            }
+            _ if listener => {}
+            name if std::str::from_utf8(property.value).is_ok() => {
+                put(out, 0x26, &[name.as_bytes(), property.value]);
+            }
+            _ => {}
+        }
+    }
+    expiry
+}

@@ -1,0 +1,401 @@
+//! The outbox alone: its windows, bounds and what it makes durable.
+
+use proptest::prelude::*;
+use uuid::Uuid;
+
+use super::*;
+use crate::properties::{self, Origin};
+use crate::stream::memory::MemoryStream;
+use crate::stream::{Identity, StateChange, StateEntries};
+
+const LIMITS: QueueLimits =
+    QueueLimits { messages_max: 10, bytes_max: 1 << 20, when_full: WhenFull::DropOldest };
+
+fn peer(window: u16, packet_bytes_max: usize) -> Peer {
+    Peer { version: Version::V5, window, packet_bytes_max }
+}
+
+fn queued(offset: u64, qos: u8, share: Option<&str>) -> Queued {
+    Queued {
+        source: Source::Stream { stream: 0, offset },
+        body: None,
+        received_us: offset * 1_000_000,
+        len: 100,
+        qos,
+        retain: false,
+        apart: false,
+        may_be_again: false,
+        ids: Box::default(),
+        share: share.map(Into::into),
+    }
+}
+
+fn message(payload: &str, properties: &[u8]) -> Arc<Message> {
+    Message::new("t", payload.as_bytes(), properties, 2, crate::listeners::mqtt::now_us()).into()
+}
+
+fn offer(outbox: &mut Outbox, queued: Queued) -> Offer {
+    let text = match queued.source {
+        Source::Stream { offset, .. } => offset.to_string(),
+        _ => String::new(),
+    };
+    outbox.offer(queued, LIMITS, || Some(message(&text, b"")))
+}
+
+/// An outbox that was sent these payloads, by a share where there is one.
+fn sent(qos: u8, payloads: &[&str], properties: &[u8], share: Option<&str>) -> Outbox {
+    let mut outbox = Outbox { connected: true, ..Outbox::default() };
+    for (offset, payload) in payloads.iter().enumerate() {
+        let body = || Some(message(payload, properties));
+        outbox.offer(queued(offset as u64, qos, share), LIMITS, body);
+    }
+    let filled = outbox.fill(peer(10, usize::MAX), 1 << 20, &mut BytesMut::new());
+    assert_eq!(filled.sent, payloads.len() as u64);
+    outbox
+}
+
+#[test]
+fn a_packet_id_in_flight_is_not_given_again() {
+    let mut outbox = Outbox { connected: true, last_id: u16::MAX - 1, ..Outbox::default() };
+    let send = |outbox: &mut Outbox| {
+        assert_eq!(offer(outbox, queued(1, 1, None)), Offer::QueuedFirst);
+        outbox.fill(peer(3, usize::MAX), usize::MAX, &mut BytesMut::new());
+        outbox.last_id
+    };
+    assert_eq!([send(&mut outbox), send(&mut outbox)], [u16::MAX, 1]);
+    // Round once more: 1 is still out, 65,535 is not.
+    outbox.acked(wire::PUBACK, u16::MAX, 0);
+    outbox.last_id = u16::MAX - 1;
+    assert_eq!([send(&mut outbox), send(&mut outbox)], [u16::MAX, 2]);
+}
+
+#[test]
+fn a_resumed_session_is_sent_again_within_what_its_client_takes_now() {
+    let large = "x".repeat(100);
+    let mut outbox = sent(1, &["1", &large, "3", "4"], &[], None);
+    outbox.resume();
+    let mut out = BytesMut::new();
+    let filled = outbox.fill(peer(2, 50), 1 << 20, &mut out);
+    assert_eq!((filled.sent, filled.too_large), (2, 1), "1 and 3");
+    assert!(out.iter().filter(|byte| **byte == 0x3a).count() == 2, "with DUP: {out:x?}");
+    assert_eq!(outbox.fill(peer(2, 50), 1 << 20, &mut out).sent, 0, "its window is full");
+    outbox.acked(0x40, 1, 0);
+    assert_eq!(outbox.fill(peer(2, 50), 1 << 20, &mut out).sent, 1, "4");
+}
+
+#[test]
+fn what_is_sent_again_tells_what_is_left_of_its_expiry() {
+    let mut properties = Vec::new();
+    properties::push(&mut properties, Origin::Listener, "expiry-s", b"1000");
+    let mut outbox = sent(1, &["1"], &properties, None);
+    outbox.resume();
+    let mut out = BytesMut::new();
+    outbox.fill(peer(2, 50), 1 << 20, &mut out);
+    let at = out.windows(3).position(|bytes| bytes == [0x02, 0, 0]).expect("the property");
+    let left = u16::from_be_bytes([out[at + 3], out[at + 4]]);
+    assert!((990..=1_000).contains(&left), "{left}");
+}
+
+#[test]
+fn what_a_share_gave_with_qos_2_stays_with_its_member() {
+    let mut outbox = sent(2, &["1", "2"], &[], Some("$share/g/t"));
+    assert!(outbox.give_back(None, true).is_empty(), "sent, and not acknowledged");
+    outbox.acked(wire::PUBREC, 1, 0x83);
+    assert!(outbox.give_back(None, true).is_empty(), "refused by the member");
+    let mut outbox = sent(1, &["1", "2"], &[], Some("$share/g/t"));
+    assert!(outbox.give_back(None, false).is_empty(), "the member may come back");
+    assert_eq!(outbox.give_back(Some("$share/h/t"), true).len(), 0);
+    assert_eq!(outbox.give_back(None, true).len(), 2);
+}
+
+#[test]
+fn a_qos_2_message_that_cannot_be_sent_again_still_frees_its_packet_id() {
+    let mut outbox = sent(2, &[&"x".repeat(100)], &[], None);
+    outbox.resume();
+    let mut out = BytesMut::new();
+    outbox.fill(peer(10, 50), 1 << 20, &mut out);
+    assert_eq!(&out[..], [0x62, 2, 0, 1], "a PUBREL");
+    assert_eq!(outbox.sizes().2, 1, "its id is not given again");
+    outbox.acked(wire::PUBCOMP, 1, 0);
+    assert_eq!(outbox.sizes().2, 0);
+}
+
+/// A session that outlives its connection, over a stream in memory.
+struct Durable {
+    outbox: Outbox,
+    broker: Arc<MemoryStream>,
+    /// What is durable of it.
+    saved: StateEntries,
+    identities: Arc<[Identity]>,
+}
+
+const EPOCH: u64 = 7;
+
+impl Durable {
+    fn new() -> Self {
+        let identities: Arc<[Identity]> =
+            [Identity { log: Uuid::from_u128(1), generation: 1, partitions: 1 }].into();
+        let mut outbox = Outbox::default();
+        outbox.begin(Box::new([0]), Some(Kept::new(EPOCH, identities.clone())));
+        outbox.resume();
+        let broker = MemoryStream::with_manual_commit("broker", 1);
+        let mut session = Self { outbox, broker, saved: Vec::new(), identities };
+        session.note(0, 1 << 10);
+        session.commit();
+        session
+    }
+
+    fn commit(&mut self) {
+        self.broker.commit();
+        self.saved = self.broker.state(b"");
+    }
+
+    /// What the client gets now.
+    fn fill(&mut self) -> Vec<u8> {
+        let mut out = BytesMut::new();
+        self.outbox.settle(&*self.broker);
+        self.outbox.fill(peer(10, 1 << 20), 1 << 20, &mut out);
+        self.outbox.record(&*self.broker, || Box::new([0]), 1 << 10);
+        out.to_vec()
+    }
+
+    fn note(&mut self, position: u64, bytes_max: usize) {
+        let change = self.outbox.note(&[position], bytes_max).expect("it is kept");
+        self.broker.append(&[], &crate::listeners::mqtt::borrowed(&[change])).unwrap();
+    }
+
+    /// The host is killed and comes back: what was durable is there.
+    fn crash(&mut self) {
+        self.broker = MemoryStream::with_manual_commit("broker", 1);
+        for (key, value) in &self.saved {
+            self.broker.append(&[], &[StateChange { key, value: Some(value) }]).unwrap();
+        }
+        self.broker.commit();
+        let mut found = Found::default();
+        for kind in [NOTE, STEP, SENT] {
+            for (key, value) in self.broker.state(kind) {
+                assert!(found.add(kind, &key[kind.len() + 8..], &value));
+            }
+        }
+        let restored = found.restore(EPOCH, self.identities.clone(), &[u64::MAX], &|_, _| None);
+        self.outbox.restore(restored);
+        self.outbox.resume();
+    }
+
+    fn offsets(&self) -> Vec<u64> {
+        let offset = |queued: &Queued| match queued.source {
+            Source::Stream { offset, .. } => offset,
+            _ => u64::MAX,
+        };
+        let inflight = self.outbox.inflight.iter().filter_map(|flight| flight.waiting.as_ref());
+        inflight.chain(&self.outbox.queue).map(offset).collect()
+    }
+}
+
+#[test]
+fn a_qos_2_publish_and_its_pubrel_go_out_only_when_their_step_is_durable() {
+    let mut session = Durable::new();
+    offer(&mut session.outbox, queued(5, 2, None));
+    assert_eq!(session.fill(), b"", "its packet id is not durable");
+    assert!(session.outbox.waits(peer(10, 1 << 20)).durable.is_some());
+    session.commit();
+    assert_eq!(session.fill()[0], 0x34);
+    assert!(session.outbox.waits(peer(10, 1 << 20)).is_none());
+    assert_eq!(session.outbox.acked(wire::PUBREC, 1, 0), Acked::Nothing);
+    assert_eq!(session.fill(), b"", "the release is not durable");
+    assert_eq!(session.outbox.acked(wire::PUBREC, 1, 0), Acked::Nothing, "said twice");
+    session.commit();
+    assert_eq!(session.fill(), [0x62, 2, 0, 1]);
+    session.crash();
+    assert_eq!(session.fill(), [0x62, 2, 0, 1], "and again after a crash");
+    session.outbox.acked(wire::PUBCOMP, 1, 0);
+    session.fill();
+    session.commit();
+    session.crash();
+    assert_eq!(session.fill(), b"");
+    assert_eq!(offer(&mut session.outbox, queued(5, 2, None)), Offer::Before, "it had this one");
+    assert_eq!(offer(&mut session.outbox, queued(5, 1, None)), Offer::QueuedFirst, "not so with QoS 1");
+}
+
+#[test]
+fn a_message_sent_before_a_crash_comes_again_with_its_packet_id_and_dup() {
+    let mut session = Durable::new();
+    session.outbox.last_id = 40;
+    offer(&mut session.outbox, queued(5, 2, None));
+    session.fill();
+    session.commit();
+    let first = session.fill();
+    session.crash();
+    let wanted = session.outbox.waits(peer(10, 1 << 20)).load;
+    assert_eq!(wanted, [Place { stream: 0, offset: 5 }]);
+    let loaded = [(wanted[0], Some(message("5", b"")))].into();
+    assert_eq!(session.outbox.loaded(&loaded, |_| true), 0);
+    let mut again = session.fill();
+    assert_eq!(again[0], 0x3c, "PUBLISH, QoS 2, DUP");
+    again[0] = 0x34;
+    assert_eq!(again, first);
+}
+
+#[test]
+fn a_note_that_is_too_long_leaves_the_rest_to_be_found_in_the_stream() {
+    let mut session = Durable::new();
+    session.outbox.disconnected();
+    for offset in 0..10 {
+        offer(&mut session.outbox, queued(offset * 3, 1, None));
+    }
+    session.note(100, 40);
+    session.commit();
+    session.crash();
+    let listed = session.offsets();
+    assert!(!listed.is_empty() && listed.len() < 10, "{listed:?}");
+    assert_eq!(session.outbox.from(0), listed.len() as u64 * 3, "the first that is not listed");
+}
+
+#[test]
+fn a_full_queue_drops_its_oldest_or_refuses_as_it_is_told() {
+    let mut session = Durable::new();
+    session.outbox.disconnected();
+    for offset in 0..10 {
+        offer(&mut session.outbox, queued(offset, 1, None));
+    }
+    assert_eq!(offer(&mut session.outbox, queued(10, 1, None)), Offer::QueuedInsteadOf(1));
+    let refuse = QueueLimits { when_full: WhenFull::Refuse, ..LIMITS };
+    assert_eq!(session.outbox.offer(queued(11, 1, None), refuse, || None), Offer::Dropped);
+    let small = QueueLimits { bytes_max: 50, ..LIMITS };
+    assert_eq!(session.outbox.offer(queued(12, 1, None), small, || None), Offer::Dropped);
+    assert_eq!(session.offsets(), (1..=10).collect::<Vec<_>>());
+    assert_eq!(session.outbox.drop_older(5_000_000), 4);
+    assert_eq!(session.offsets(), (5..=10).collect::<Vec<_>>());
+}
+
+#[derive(Clone, Debug)]
+enum Do {
+    Publish(u8),
+    Fill,
+    Commit,
+    /// Of the oldest packet that the client has open.
+    Ack,
+    Note(usize),
+    Reconnect,
+    Crash,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Do>> {
+    let one = prop_oneof![
+        4 => (1..=2_u8).prop_map(Do::Publish),
+        4 => Just(Do::Fill),
+        3 => Just(Do::Commit),
+        4 => Just(Do::Ack),
+        1 => (1..200_usize).prop_map(Do::Note),
+        1 => Just(Do::Reconnect),
+        1 => Just(Do::Crash),
+    ];
+    prop::collection::vec(one, 1..120)
+}
+
+/// A client that follows the protocol, and what it was given.
+#[derive(Default)]
+struct Client {
+    /// Packets it has not answered: first byte, packet id.
+    open: VecDeque<(u8, u16)>,
+    /// QoS 2 ids that were not released.
+    held: HashSet<u16>,
+    given: Vec<(u64, u8)>,
+}
+
+impl Client {
+    fn take(&mut self, mut packets: &[u8]) {
+        while let [first, len, rest @ ..] = packets {
+            let (body, rest) = rest.split_at(usize::from(*len));
+            packets = rest;
+            let id = |at: usize| u16::from_be_bytes([body[at], body[at + 1]]);
+            if *first == wire::PUBREL {
+                self.held.remove(&id(0));
+                self.open.push_back((wire::PUBCOMP, id(0)));
+                continue;
+            }
+            // Topic "t", packet id, no properties, the offset as text.
+            let offset: u64 = std::str::from_utf8(&body[6..]).unwrap().parse().unwrap();
+            let (qos, id) = (first >> 1 & 3, id(3));
+            if qos == 1 || self.held.insert(id) {
+                self.given.push((offset, qos));
+            }
+            self.open.push_back((if qos == 1 { wire::PUBACK } else { wire::PUBREC }, id));
+        }
+    }
+}
+
+proptest! {
+    /// However connection and host end: no message is lost, one of QoS 2 comes
+    /// once, and those of one QoS come in order, repeats aside.
+    #[test]
+    fn a_session_loses_nothing_and_gives_qos_2_once(steps in steps()) {
+        let mut session = Durable::new();
+        let mut client = Client::default();
+        // What the stream holds, and how far the live delivery is.
+        let mut stream: Vec<u8> = Vec::new();
+        let limits = QueueLimits { messages_max: 1_000, ..LIMITS };
+        let deliver = |session: &mut Durable, stream: &[u8], from: u64| {
+            for (offset, qos) in stream.iter().enumerate().skip(from as usize) {
+                let body = || Some(message(&offset.to_string(), b""));
+                session.outbox.offer(queued(offset as u64, *qos, None), limits, body);
+            }
+        };
+        let load = |session: &mut Durable| {
+            let places = session.outbox.waits(peer(10, 1 << 20)).load;
+            let loaded = places.into_iter().map(|it| (it, Some(message(&it.offset.to_string(), b""))));
+            session.outbox.loaded(&loaded.collect(), |_| true);
+        };
+        for step in steps.into_iter().chain([Do::Crash]) {
+            match step {
+                Do::Publish(qos) => {
+                    stream.push(qos);
+                    deliver(&mut session, &stream, stream.len() as u64 - 1);
+                }
+                Do::Fill => {
+                    load(&mut session);
+                    client.take(&session.fill());
+                }
+                Do::Commit => session.commit(),
+                Do::Ack => {
+                    if let Some((first, id)) = client.open.pop_front() {
+                        session.outbox.acked(first, id, 0);
+                    }
+                }
+                Do::Note(bytes_max) => session.note(stream.len() as u64, bytes_max),
+                Do::Reconnect => {
+                    client.open.clear();
+                    session.outbox.disconnected();
+                    session.outbox.resume();
+                }
+                Do::Crash => {
+                    client.open.clear();
+                    session.crash();
+                    let from = session.outbox.from(0).min(stream.len() as u64);
+                    deliver(&mut session, &stream, from);
+                }
+            }
+        }
+        for _ in 0..2 * stream.len() + 2 {
+            load(&mut session);
+            client.take(&session.fill());
+            session.commit();
+            while let Some((first, id)) = client.open.pop_front() {
+                session.outbox.acked(first, id, 0);
+            }
+        }
+        for qos in [1, 2] {
+            let mut firsts: Vec<u64> = Vec::new();
+            for (offset, _) in client.given.iter().filter(|(_, of)| *of == qos) {
+                let again = firsts.contains(offset);
+                prop_assert!(qos == 1 || !again, "{offset} twice");
+                if !again {
+                    firsts.push(*offset);
+                }
+            }
+            let sent = stream.iter().enumerate().filter(|(_, of)| **of == qos).map(|(at, _)| at as u64);
+            prop_assert_eq!(firsts, sent.collect::<Vec<_>>(), "QoS {}", qos);
+        }
+        prop_assert_eq!(session.outbox.sizes(), (0, 0, 0));
+    }
+}
