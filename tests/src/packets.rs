@@ -183,7 +183,8 @@ impl Publish {
         packet(first, &[&field(&self.topic), id, &properties(version, &self.properties), &self.payload])
     }
 
-    fn read(version: Version, packet: &Packet) -> Self {
+    /// The PUBLISH that came as `packet`.
+    pub fn read(version: Version, packet: &Packet) -> Self {
         let mut rest = &packet.body[..];
         let topic = take_field(&mut rest);
         let qos = packet.first >> 1 & 3;
@@ -456,6 +457,11 @@ impl Client {
     /// The connection ends, without a further packet.
     pub fn closed(&mut self) {
         assert_eq!(self.try_receive(), None, "the connection is closed");
+    }
+
+    /// Ends the connection as a lost network would.
+    pub fn cut(&self) {
+        let _ = self.connection.stream.shutdown(std::net::Shutdown::Both);
     }
 
     /// Ends the connection as the protocol asks, and sees it ended.

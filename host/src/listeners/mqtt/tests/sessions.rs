@@ -143,3 +143,145 @@ async fn a_clean_start_given_up_before_it_is_durable_still_ends_the_old_session(
         assert_eq!(store.state(b"se").len(), 0, "swept: {swept}");
     }
 }
+
+/// A listener over `stream` whose sessions outlive it in `broker`.
+async fn host(
+    stream: &Arc<MemoryStream>,
+    broker: &Arc<MemoryStream>,
+    change: impl FnOnce(&mut Config),
+) -> Host {
+    Host::start(Streams::new(vec![], stream.clone()), broker.clone(), change).await
+}
+
+async fn publish_numbers(host: &Host, topic: &'static str, numbers: std::ops::Range<u16>) {
+    let mut publisher = host.clean("publisher").await;
+    for number in numbers {
+        let payload = number.to_string().into();
+        publisher.send(Publish { payload, ..publish(topic, QoS::AtLeastOnce, number + 1) }).await;
+        assert_eq!(publisher.receive().await, puback(number + 1));
+    }
+}
+
+impl Client {
+    async fn numbers(&mut self, count: usize) -> Vec<u16> {
+        let mut numbers = Vec::new();
+        for _ in 0..count {
+            let publish = self.received().await;
+            numbers.push(std::str::from_utf8(&publish.payload).unwrap().parse().unwrap());
+            if let Some(id) = publish.packet_id {
+                self.send(puback(id.get())).await;
+            }
+        }
+        numbers
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_was_away_gets_the_newest_that_its_queue_holds() {
+    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    for when_full in [outbound::WhenFull::DropOldest, outbound::WhenFull::Refuse] {
+        let host = host(&stream, &broker, |config| {
+            (config.queue_messages_max, config.queue_when_full) = (3, when_full);
+        })
+        .await;
+        let (mut client, _) = host.client(resuming("c")).await;
+        client.subscribe("a", QOS1).await;
+        client.send(Disconnect { reason_code: Reason::NormalDisconnection, ..Disconnect::default() }).await;
+        assert_eq!(client.try_receive().await, None);
+        publish_numbers(&host, "a", 0..5).await;
+        let (mut client, _) = host.client(resuming("c")).await;
+        let expected = if when_full == outbound::WhenFull::DropOldest { [2, 3, 4] } else { [0, 1, 2] };
+        assert_eq!(client.numbers(3).await, expected, "{when_full:?}");
+        client.nothing_but_ping().await;
+        host.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn what_retention_took_before_its_subscriber_came_is_passed_over() {
+    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let host = host(&stream, &broker, |_| {}).await;
+    let (mut client, _) = host.client(resuming("c")).await;
+    client.subscribe("a", QOS1).await;
+    drop(client);
+    // The session has seen its client go once a second connection has it.
+    let (client, _) = host.client(resuming("c")).await;
+    drop(client);
+    let mut other = host.clean("other").await;
+    other.subscribe("a", QOS1).await;
+    publish_numbers(&host, "a", 0..5).await;
+    // Delivered: what waits for the other one has been offered to it too.
+    assert_eq!(other.numbers(5).await.len(), 5);
+    stream.trim(Offset(3));
+    let (mut client, _) = host.client(resuming("c")).await;
+    assert_eq!(client.numbers(2).await, [3, 4]);
+    client.nothing_but_ping().await;
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn retained_messages_that_wait_survive_a_restart() {
+    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let first = host(&stream, &broker, |_| {}).await;
+    let mut publisher = first.clean("publisher").await;
+    for (id, topic) in [(1, "r/1"), (2, "r/2")] {
+        publisher.send(Publish { retain: true, ..publish(topic, QoS::AtLeastOnce, id) }).await;
+        assert_eq!(publisher.receive().await, puback(id));
+    }
+    let (mut client, _) = first.client(Connect { receive_max: Some(id(1)), ..resuming("c") }).await;
+    client.subscribe("r/+", QOS1).await;
+    let one = client.received().await;
+    assert!(one.retain);
+    // Not acknowledged; the other was not sent. One of them is replaced meanwhile.
+    first.stop().await;
+    let second = host(&stream, &broker, |_| {}).await;
+    let (mut client, _) = second.client(resuming("c")).await;
+    let mut topics = [client.received().await, client.received().await].map(|it| (it.topic, it.retain));
+    topics.sort();
+    assert_eq!(topics, [("r/1".into(), true), ("r/2".into(), true)]);
+    client.nothing_but_ping().await;
+    second.stop().await;
+}
+
+#[tokio::test]
+async fn a_new_subscriber_gets_nothing_of_the_past_while_old_sessions_catch_up() {
+    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let first = host(&stream, &broker, |_| {}).await;
+    let (mut client, _) = first.client(resuming("old")).await;
+    client.subscribe("a", QOS1).await;
+    let notes = broker.state(outbound::NOTE);
+    publish_numbers(&first, "a", 0..3).await;
+    assert_eq!(client.numbers(3).await, [0, 1, 2]);
+    first.stop().await;
+    // As after a crash: what was noted since is lost.
+    for (key, value) in &notes {
+        broker.append(&[], &[StateChange { key, value: Some(value) }]).unwrap();
+    }
+    let second = host(&stream, &broker, |_| {}).await;
+    let mut new = second.clean("new").await;
+    new.subscribe("a", QOS1).await;
+    let (mut client, _) = second.client(resuming("old")).await;
+    publish_numbers(&second, "a", 3..4).await;
+    assert_eq!(new.numbers(1).await, [3], "what came after its SUBACK");
+    assert_eq!(client.numbers(4).await, [0, 1, 2, 3]);
+    second.stop().await;
+}
+
+#[tokio::test]
+async fn a_session_that_ends_leaves_nothing_in_the_broker_stream() {
+    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let host = host(&stream, &broker, |_| {}).await;
+    let qos2 = SubscriptionOptions { qos: QoS::ExactlyOnce, ..QOS1 };
+    let (mut client, _) = host.client(resuming("c")).await;
+    client.subscribe("a", qos2).await;
+    let mut publisher = host.clean("p").await;
+    publisher.send(publish("a", QoS::ExactlyOnce, 1)).await;
+    assert_eq!(publisher.receive().await, pubrec(1));
+    client.received().await;
+    let kinds = [outbound::NOTE, outbound::STEP, outbound::SENT];
+    assert!(kinds.iter().all(|kind| !broker.state(kind).is_empty()));
+    host.clean("c").await.nothing_but_ping().await;
+    let left: Vec<_> = kinds.iter().flat_map(|kind| broker.state(kind)).collect();
+    assert!(left.is_empty(), "{left:?}");
+    host.stop().await;
+}
