@@ -11,6 +11,7 @@ use super::append::Pending;
 use super::clock::Clock;
 use super::disk::{File, SyncSite, is_full};
 use super::frame::{self, Around, Header, Kind, flags};
+use super::scan::Landmarks;
 use super::segment::{self, FRAMES_AT};
 use super::state::State;
 use super::tail::Frame;
@@ -333,7 +334,12 @@ impl Inner {
             }
             old.limit = old_at;
         }
-        back.segments.push_back(Segment { header, file_len: len, limit: at });
+        back.segments.push_back(Segment {
+            header,
+            file_len: len,
+            limit: at,
+            landmarks: Landmarks::default(),
+        });
         back.end = end;
         Ok(())
     }

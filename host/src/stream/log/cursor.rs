@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use super::disk::Create;
+use super::recover::Segment;
 use super::scan::{Scan, Step};
 use super::segment;
 use super::tail::Frame;
@@ -183,7 +184,8 @@ struct DiskReader {
 impl DiskReader {
     /// Frames from the one that holds `at` on; empty where that was trimmed meanwhile.
     fn read(&mut self, at: u64) -> io::Result<Vec<Piece>> {
-        let Some((header, limit, end)) = self.inner.segment_of(at) else { return Ok(Vec::new()) };
+        let Some((segment, end)) = self.inner.segment_of(at) else { return Ok(Vec::new()) };
+        let Segment { header, limit, landmarks, .. } = segment;
         let usable = self.open.as_ref().is_some_and(|(open, _, to)| *open == header.sequence && *to <= at);
         if !usable {
             let path = self.inner.dir.join(segment::name(header.sequence));
@@ -191,13 +193,20 @@ impl DiskReader {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
                 other => other?,
             };
-            self.open = Some((header.sequence, Scan::new(file, &header, limit), header.base));
+            let mut scan = Scan::new(file, &header, limit);
+            let mut to = header.base;
+            if let Some((offset, place)) = landmarks.before(at) {
+                scan.back_to(place);
+                to = offset;
+            }
+            self.open = Some((header.sequence, scan, to));
         }
         let Some((_, scan, to)) = &mut self.open else { return Ok(Vec::new()) };
         scan.extend(limit);
         let mut pieces = Vec::new();
         let mut bytes = 0;
         while bytes < AHEAD_BYTES_MAX && *to < end {
+            landmarks.pass(*to, scan.place());
             match scan.next()? {
                 Step::Frame { header, at: place } => {
                     // A frame that is missing, perhaps the last before a mark.
@@ -226,13 +235,13 @@ impl DiskReader {
 }
 
 impl Inner {
-    /// Header, readable bytes and end offset of the segment that holds `offset`.
-    fn segment_of(&self, offset: u64) -> Option<(segment::Header, u64, u64)> {
+    /// The segment that holds `offset`, and its end offset.
+    fn segment_of(&self, offset: u64) -> Option<(Segment, u64)> {
         let back = read(&self.back);
         let after = back.segments.partition_point(|s| s.header.base <= offset);
         let segment = back.segments.get(after.checked_sub(1)?)?;
         let end = back.segments.get(after).map_or(back.end, |next| next.header.base);
-        Some((segment.header, segment.limit, end))
+        Some((segment.clone(), end))
     }
 
     /// Blocking: the first offset whose frame was appended at or after `append_us`.

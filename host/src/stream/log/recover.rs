@@ -16,7 +16,7 @@ use bytes::Bytes;
 use super::disk::{Create, Disk, File};
 use super::frame::{self, Changes, Kind, flags};
 use super::generations::Metadata;
-use super::scan::{Scan, Step};
+use super::scan::{Landmarks, Scan, Step};
 use super::segment::{self, FRAMES_AT};
 use super::state::State;
 use super::tail::Frame;
@@ -58,6 +58,7 @@ pub struct Segment {
     pub file_len: u64,
     /// End of the bytes that readers may look at.
     pub limit: u64,
+    pub landmarks: Landmarks,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -116,7 +117,7 @@ pub fn segments(disk: &dyn Disk, dir: &Path, known: Option<&Metadata>) -> Result
         if log.is_some_and(|log| log != header.log) {
             return Err(OpenError::Foreign { path: shown() });
         }
-        found.push(Segment { header, file_len, limit: file_len });
+        found.push(Segment { header, file_len, limit: file_len, landmarks: Landmarks::default() });
     }
     Ok(found)
 }

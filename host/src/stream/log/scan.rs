@@ -3,7 +3,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 
@@ -29,10 +29,36 @@ pub struct Scan {
 }
 
 /// A place between frames.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Place {
     at: u64,
     expected: u64,
+}
+
+/// Bytes between two landmarks; few in tests, so that all of them come by some.
+const LANDMARK_EVERY_BYTES: u64 = if cfg!(test) { 1 << 10 } else { 1 << 20 };
+
+/// Places in one segment that readers have come by, so that the next one
+/// begins near what it wants.
+#[derive(Clone, Debug, Default)]
+pub struct Landmarks(Arc<Mutex<Vec<(u64, Place)>>>);
+
+impl Landmarks {
+    /// The scan stood at `place`, and all frames before it are below `offset`.
+    pub fn pass(&self, offset: u64, place: Place) {
+        let mut known = super::lock(&self.0);
+        let last = known.last().map_or(FRAMES_AT, |(_, place)| place.at);
+        if place.at >= last + LANDMARK_EVERY_BYTES {
+            known.push((offset, place));
+        }
+    }
+
+    /// The last one at or before `offset`.
+    pub fn before(&self, offset: u64) -> Option<(u64, Place)> {
+        let known = super::lock(&self.0);
+        let after = known.partition_point(|(at, _)| *at <= offset);
+        known.get(after.checked_sub(1)?).copied()
+    }
 }
 
 /// What lies at the scan's place.

@@ -32,6 +32,10 @@ fn a_flipped_byte_anywhere_loses_at_most_its_frame_and_says_so() {
         let (log, recovery) = manual(&disk, &small(), &clock).unwrap_or_else(|e| panic!("byte {at}: {e}"));
         let read = all(&log);
         assert_eq!(read.len(), 24, "byte {at}: {recovery:?}");
+        for from in [23, 5, 12, 0] {
+            let again = block_on(read_all(&*log, from));
+            assert_eq!(again, read[from as usize..], "byte {at}: the same from any offset");
+        }
         let lost: Vec<u64> = read.iter().filter(|(_, p)| p.is_none()).map(|(offset, _)| *offset).collect();
         for (offset, found) in read {
             assert!(found.is_none_or(|found| found == payload(offset, 40)), "byte {at}, offset {offset}");
