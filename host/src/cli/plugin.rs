@@ -1,18 +1,19 @@
 //! `headworks plugin`: look at plugin files, measure and remove them.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::Context;
 use bytes::Bytes;
 use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::args::{Format, PluginCommand};
 use super::output::Out;
 use crate::batch::{Batch, Entry, Offset, Partition, Span, flags};
-use crate::config;
-use crate::plugin::{self, Inspection, Runner};
+use crate::config::{self, Config};
+use crate::plugin::{self, FileState, Inspection, Listed, Runner};
 use crate::step::Step;
 use crate::topic::Namespace;
 
@@ -22,7 +23,7 @@ pub fn plugin(command: PluginCommand, out: &mut Out) -> anyhow::Result<()> {
     match command {
         PluginCommand::List { config, format } => {
             let config = config::load(config.config.as_deref())?.config;
-            list(&config.plugins.dir, format.format, out)
+            list(&config, format.format, out)
         }
         PluginCommand::Inspect { file, format } => {
             let inspection = plugin::inspect(&file)?;
@@ -44,49 +45,89 @@ pub fn plugin(command: PluginCommand, out: &mut Out) -> anyhow::Result<()> {
         }
         PluginCommand::Remove { name, config } => {
             let config = config::load(config.config.as_deref())?.config;
-            let files = plugin::remove(&config.plugins.dir, &name)?;
-            for file in &files {
-                out.line(format!("removed {}", file.display()))?;
-            }
-            if files.is_empty() {
-                out.line(format!(
-                    "no file of `{name}` is in {}; pipelines that waited for it may go on without it",
-                    config.plugins.dir.display()
-                ))?;
-            }
-            Ok(())
+            remove(&config, &name, out)
         }
     }
 }
 
-fn list(dir: &Path, format: Format, out: &mut Out) -> anyhow::Result<()> {
-    let files = in_order(dir)?;
-    if files.is_empty() && format == Format::Text {
+fn remove(config: &Config, name: &str, out: &mut Out) -> anyhow::Result<()> {
+    let dir = &config.plugins.dir;
+    let listed = plugin::survey(dir, &config.plugin_cache_dir())?;
+    let removed = listed.into_iter().filter(|listed| listed.state == FileState::Removed);
+    let named = config.pipelines.values().flat_map(|pipeline| pipeline.steps.iter().flatten());
+    let missed: Vec<String> =
+        removed.map(|listed| listed.name).chain(named.map(|step| step.plugin.clone())).collect();
+    let files = plugin::remove(dir, name, &missed)?;
+    for file in &files {
+        out.line(format!("removed {}", file.display()))?;
+    }
+    if files.is_empty() {
+        out.line(format!(
+            "no file of `{name}` is in {}; pipelines that waited for it may go on without it",
+            dir.display()
+        ))?;
+    }
+    Ok(())
+}
+
+/// With `--format json`.
+#[derive(Serialize)]
+struct Line {
+    /// `ready`, `failed` or `removed`: see `problem`.
+    state: &'static str,
+    #[serde(flatten)]
+    inspection: Inspection,
+}
+
+fn list(config: &Config, format: Format, out: &mut Out) -> anyhow::Result<()> {
+    let dir = &config.plugins.dir;
+    let listed = plugin::survey(dir, &config.plugin_cache_dir())?;
+    if listed.is_empty() && format == Format::Text {
         return out.line(format!("no plugins in {}: drop a .wasm file in", dir.display()));
     }
     let mut table = vec![["FILE", "PLUGIN", "VERSION", "TOPICS", "SUMMARY"].map(str::to_owned).to_vec()];
-    for file in files {
-        let inspection = plugin::inspect(&file).unwrap_or_else(|error| unreadable(&file, &error));
+    for Listed { name, path, state } in listed {
+        let (state, inspection) = match state {
+            FileState::There => {
+                let inspection = plugin::inspect(&path)
+                    .unwrap_or_else(|error| without_inspection(&path, error.to_string()));
+                (if inspection.problem.is_some() { "failed" } else { "ready" }, inspection)
+            }
+            FileState::Refused(reason) => ("failed", without_inspection(&path, reason)),
+            FileState::Removed => ("removed", without_inspection(&path, removed(config, &name))),
+        };
         if format == Format::Json {
-            out.json(&inspection)?;
+            out.json(&Line { state, inspection })?;
             continue;
         }
-        let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         table.push(match (&inspection.description, &inspection.problem) {
-            (_, Some(problem)) => vec![name, format!("cannot run: {problem}")],
+            (_, Some(problem)) if state == "removed" => vec![file, format!("removed: {problem}")],
+            (_, Some(problem)) => vec![file, format!("cannot run: {problem}")],
             (Some(plugin), None) => {
                 let topics =
                     if plugin.topics.is_empty() { "all".to_owned() } else { plugin.topics.join(" ") };
-                vec![name, plugin.name.clone(), plugin.version.clone(), topics, plugin.summary.clone()]
+                vec![file, plugin.name.clone(), plugin.version.clone(), topics, plugin.summary.clone()]
             }
-            (None, None) => vec![name],
+            (None, None) => vec![file],
         });
     }
     if format == Format::Text { out.table(&table) } else { Ok(()) }
 }
 
+/// Who waits for a file that is gone, and what to do.
+fn removed(config: &Config, name: &str) -> String {
+    let in_folder_mode = config.pipelines.iter().filter(|(_, pipeline)| pipeline.steps.is_none());
+    let waiting: Vec<&str> = in_folder_mode.map(|(name, _)| name.as_str()).collect();
+    let holds = match waiting.as_slice() {
+        [] => String::new(),
+        waiting => format!("{} waits for it; ", waiting.join(", ")),
+    };
+    format!("{holds}put it back, or `headworks plugin remove {name}` to go on without it")
+}
+
 /// One file that cannot be read hides none of the others.
-fn unreadable(file: &Path, error: &plugin::Error) -> Inspection {
+fn without_inspection(file: &Path, problem: String) -> Inspection {
     Inspection {
         file: file.display().to_string(),
         bytes: 0,
@@ -97,29 +138,8 @@ fn unreadable(file: &Path, error: &plugin::Error) -> Inspection {
         denied: Vec::new(),
         exports: Vec::new(),
         description: None,
-        problem: Some(error.to_string()),
+        problem: Some(problem),
     }
-}
-
-/// By the number in front, files without one last; as the folder runs them.
-fn in_order(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let mut files: Vec<(u64, String, PathBuf)> = Vec::new();
-    let entries = match std::fs::read_dir(dir) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(error).with_context(|| format!("cannot read {}", dir.display())),
-    };
-    for entry in entries {
-        let path = entry?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if name.starts_with('.') || !name.ends_with(".wasm") {
-            continue;
-        }
-        let number = name.split_once('-').and_then(|(number, _)| number.parse().ok());
-        files.push((number.unwrap_or(u64::MAX), name, path));
-    }
-    files.sort();
-    Ok(files.into_iter().map(|(_, _, path)| path).collect())
 }
 
 fn show(inspection: &Inspection, out: &mut Out) -> anyhow::Result<()> {

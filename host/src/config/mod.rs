@@ -85,6 +85,11 @@ impl Config {
         rest.map_or(complete::REST_STREAM, |(name, _)| name)
     }
 
+    /// Compiled plugins, and what ran.
+    pub fn plugin_cache_dir(&self) -> PathBuf {
+        self.data_dir.join("plugin-cache")
+    }
+
     /// Folder of a stream, or of the dead letters.
     pub fn stream_dir(&self, name: &str) -> PathBuf {
         match name {

@@ -4,7 +4,7 @@
 //! time have not changed for the settle time, so that half a copy is never
 //! loaded. Hidden files are not looked at; links may lead within the folder.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -15,6 +15,9 @@ use super::{Error, is_step_name};
 
 /// Folder of marker files that `plugin remove` leaves, one per step.
 const REMOVED_DIR: &str = ".removed";
+/// In the cache's folder: steps that ran in folder mode, so that a file that went
+/// while the host was down is missed too.
+const KNOWN_STEPS_FILE: &str = "folder-steps";
 /// Plugins of one folder.
 const PLUGINS_MAX: usize = 256;
 
@@ -51,6 +54,62 @@ pub(super) struct Listing {
     pub found: BTreeMap<String, Found>,
     /// File and why it is not looked at.
     pub refused: Vec<(String, String)>,
+}
+
+/// What `plugin list` shows: a file, or a step whose file is gone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listed {
+    /// Of the step; of a refused file as far as it has one.
+    pub name: String,
+    pub path: PathBuf,
+    pub state: FileState,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FileState {
+    There,
+    /// Why it is not looked at.
+    Refused(String),
+    /// It ran in folder mode, and nobody said that it may go.
+    Removed,
+}
+
+/// The folder in the order it runs, as a host with this cache sees it.
+pub fn survey(dir: &Path, cache_dir: &Path) -> Result<Vec<Listed>, Error> {
+    let Listing { found, refused } =
+        list(dir).map_err(|error| Error::Read { path: dir.to_owned(), error })?;
+    let is_removed = |(_, file): &(u64, String)| {
+        let name = split_file(file).1;
+        !found.contains_key(name) && !dir.join(REMOVED_DIR).join(name).exists()
+    };
+    let removed = known_steps(&known_steps_file(cache_dir)).into_iter().filter(is_removed);
+    let mut all: Vec<(u64, String, FileState)> = refused
+        .into_iter()
+        .map(|(file, reason)| (split_file(&file).0, file, FileState::Refused(reason)))
+        .chain(removed.map(|(order, file)| (order, file, FileState::Removed)))
+        .collect();
+    all.extend(found.values().map(|found| {
+        let file = found.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        (found.order, file, FileState::There)
+    }));
+    all.sort_by(|a, b| (a.0, &a.1).cmp(&(b.0, &b.1)));
+    let listed = |(_, file, state): (u64, String, FileState)| Listed {
+        name: split_file(&file).1.to_owned(),
+        path: dir.join(file),
+        state,
+    };
+    Ok(all.into_iter().map(listed).collect())
+}
+
+pub(super) fn known_steps_file(cache_dir: &Path) -> PathBuf {
+    cache_dir.join(KNOWN_STEPS_FILE)
+}
+
+/// Order and file of the steps that ran in folder mode; none where nothing was noted.
+pub(super) fn known_steps(path: &Path) -> Vec<(u64, String)> {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let known = text.lines().filter_map(|line| line.split_once(' '));
+    known.map(|(order, file)| (order.parse().unwrap_or(u64::MAX), file.to_owned())).collect()
 }
 
 /// Stamps that wait to be quiet.
@@ -157,6 +216,9 @@ fn look(dir: &Path, root: &Path, file: &str) -> Result<Option<Found>, String> {
 fn stamp(path: &Path, root: &Path) -> Result<Option<FileStamp>, String> {
     let real = match path.canonicalize() {
         Ok(real) => real,
+        Err(error) if error.kind() == io::ErrorKind::NotFound && path.is_symlink() => {
+            return Err("is a link that leads nowhere".into());
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(format!("cannot be looked at: {error}")),
     };
@@ -185,32 +247,43 @@ fn split(stem: &str) -> (u64, &str) {
     (u64::MAX, stem)
 }
 
+/// `10-normalize.wasm` is (10, `normalize`).
+pub(super) fn split_file(file: &str) -> (u64, &str) {
+    split(file.strip_suffix(".wasm").or_else(|| file.strip_suffix(".yaml")).unwrap_or(file))
+}
+
 /// Takes a plugin out of the folder for good: deletes its files and leaves a
-/// mark that this was meant, so that pipelines go on without it.
-pub fn remove(dir: &Path, name: &str) -> Result<Vec<PathBuf>, Error> {
+/// mark that this was meant, so that pipelines go on without it. `missed`: steps
+/// that have no file any more and may be taken out, too.
+pub fn remove(dir: &Path, name: &str, missed: &[String]) -> Result<Vec<PathBuf>, Error> {
     let failed = |path: &Path| {
         let path = path.to_owned();
         move |error| Error::Read { path, error }
     };
-    if !is_step_name(name) {
-        return Err(Error::Config(format!("\"{name}\" is no plugin's name")));
+    let files: Vec<String> = match fs::read_dir(dir) {
+        Ok(files) => files
+            .flatten()
+            .filter_map(|file| file.file_name().into_string().ok())
+            .filter(|file| !file.starts_with('.') && (file.ends_with(".wasm") || file.ends_with(".yaml")))
+            .collect(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        Err(error) => return Err(failed(dir)(error)),
+    };
+    let known: BTreeSet<&str> =
+        files.iter().map(|file| split_file(file).1).chain(missed.iter().map(String::as_str)).collect();
+    if !known.contains(name) || !is_step_name(name) {
+        let known = Vec::from_iter(known).join(", ");
+        return Err(Error::Unknown { name: name.to_owned(), dir: dir.to_owned(), known });
     }
     let marks = dir.join(REMOVED_DIR);
     fs::create_dir_all(&marks).map_err(failed(&marks))?;
     // First the mark: a file that is gone without one holds the pipelines.
     fs::write(marks.join(name), b"").map_err(failed(&marks))?;
     let mut deleted = Vec::new();
-    for file in fs::read_dir(dir).map_err(failed(dir))?.flatten() {
-        let path = file.path();
-        let is_its = file
-            .file_name()
-            .to_str()
-            .and_then(|file| file.strip_suffix(".wasm").or_else(|| file.strip_suffix(".yaml")))
-            .is_some_and(|stem| !stem.starts_with('.') && split(stem).1 == name);
-        if is_its {
-            fs::remove_file(&path).map_err(failed(&path))?;
-            deleted.push(path);
-        }
+    for file in files.iter().filter(|file| split_file(file).1 == name) {
+        let path = dir.join(file);
+        fs::remove_file(&path).map_err(failed(&path))?;
+        deleted.push(path);
     }
     Ok(deleted)
 }
@@ -253,6 +326,29 @@ mod tests {
         let listing = list(dir.path()).unwrap();
         assert_eq!(listing.found.keys().collect::<Vec<_>>(), ["a"]);
         assert!(listing.refused[0].1.contains("leads out"), "{:?}", listing.refused);
+    }
+
+    #[test]
+    fn only_what_is_there_or_missed_can_be_removed() {
+        let (dir, cache) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        fs::write(dir.path().join("20-enrich.wasm"), b"x").unwrap();
+        fs::write(cache.path().join(KNOWN_STEPS_FILE), "10 10-redact.wasm\n20 20-enrich.wasm\n").unwrap();
+        let states = || -> Vec<_> {
+            let listed = survey(dir.path(), cache.path()).unwrap();
+            listed.into_iter().map(|listed| (listed.name, listed.state)).collect()
+        };
+        let enrich = ("enrich".to_owned(), FileState::There);
+        assert_eq!(states(), [("redact".to_owned(), FileState::Removed), enrich.clone()]);
+
+        let missed = ["redact".to_owned()];
+        let error = remove(dir.path(), "redcat", &missed).unwrap_err().to_string();
+        assert!(error.contains("no plugin `redcat`") && error.contains("enrich, redact"), "{error}");
+        assert!(!dir.path().join(REMOVED_DIR).exists(), "no mark is left");
+        assert_eq!(remove(dir.path(), "redact", &missed).unwrap(), [""; 0].map(PathBuf::from));
+        assert_eq!(states(), [enrich]);
+        assert_eq!(remove(dir.path(), "enrich", &[]).unwrap(), [dir.path().join("20-enrich.wasm")]);
+        let gone = dir.path().join("nowhere");
+        assert!(remove(&gone, "enrich", &[]).is_err() && !gone.exists());
     }
 
     #[test]

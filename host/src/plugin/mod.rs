@@ -36,7 +36,7 @@ pub use cache::CacheError;
 pub use catalog::{PluginState, PluginStatus, Plugins};
 pub use compile::{CHILD_COMMAND, CompileError, Compiler, compile_child_main};
 pub use config::{Config, Limits, OnFailure, StepConfig};
-pub use folder::remove;
+pub use folder::{FileState, Listed, remove, survey};
 pub use load::{Form, Kind, LoadError};
 pub use program::{Description, Inspection};
 pub use runner::{Runner, inspect, inspect_with};
@@ -66,6 +66,12 @@ pub enum Error {
     Describe(String),
     #[error("config: {0}")]
     Config(String),
+    #[error("no plugin `{name}` in {}: {}", dir.display(), there_is(known))]
+    Unknown { name: String, dir: PathBuf, known: String },
+}
+
+fn there_is(known: &str) -> String {
+    if known.is_empty() { "there is none".to_owned() } else { format!("there is {known}") }
 }
 
 impl Error {

@@ -39,8 +39,6 @@ use crate::topic::Namespace;
 const EVENTS_MAX: usize = 256;
 /// How long the start waits for files that are being written.
 const START_WAIT: Duration = Duration::from_secs(3);
-/// Steps that ran in folder mode: a file that went while the host was down is missed too.
-const KNOWN_STEPS_FILE: &str = "folder-steps";
 
 /// The plugins of a host. Dropping it ends the watch; chains stay as they are.
 pub struct Plugins {
@@ -52,7 +50,7 @@ pub struct Plugins {
 struct Inner {
     work: Mutex<Work>,
     /// What `status` shows: never behind a compiler.
-    status: Mutex<Vec<PluginStatus>>,
+    status: watch::Sender<Vec<PluginStatus>>,
     wake: SyncSender<Wake>,
     stopped: AtomicBool,
 }
@@ -137,7 +135,7 @@ impl Plugins {
             namespace,
             failures,
             wake: wake.clone(),
-            known_steps: cache_dir.join(KNOWN_STEPS_FILE),
+            known_steps: folder::known_steps_file(cache_dir),
             files: BTreeMap::new(),
             refused: Vec::new(),
             settling: Settling::default(),
@@ -151,7 +149,7 @@ impl Plugins {
             std::thread::sleep(Duration::from_millis(20));
             work.look(&HashSet::new(), true);
         }
-        let status = Mutex::new(work.status());
+        let status = watch::Sender::new(work.status());
         let shared =
             Arc::new(Inner { work: Mutex::new(work), status, wake, stopped: AtomicBool::new(false) });
         let thread = std::thread::Builder::new()
@@ -183,7 +181,7 @@ impl Plugins {
     }
 
     pub fn status(&self) -> Vec<PluginStatus> {
-        self.shared.status.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.shared.status.borrow().clone()
     }
 }
 
@@ -204,7 +202,7 @@ impl Inner {
     }
 
     fn show(&self, status: Vec<PluginStatus>) {
-        *self.status.lock().unwrap_or_else(PoisonError::into_inner) = status;
+        self.status.send_replace(status);
     }
 
     fn run(&self, events: &Receiver<Wake>) {
@@ -364,15 +362,10 @@ impl Work {
 
     /// Steps of an earlier start: one whose file is gone holds its pipeline.
     fn recall_steps(&mut self) {
-        let Ok(text) = std::fs::read_to_string(&self.known_steps) else { return };
-        for line in text.lines() {
-            let Some((order, file)) = line.split_once(' ') else { continue };
-            let stem = file.strip_suffix(".wasm").unwrap_or(file);
-            let name =
-                stem.split_once('-').filter(|(n, _)| n.parse::<u64>().is_ok()).map_or(stem, |(_, s)| s);
-            let known = self.files.entry(name.to_owned()).or_default();
+        for (order, file) in folder::known_steps(&self.known_steps) {
+            let known = self.files.entry(folder::split_file(&file).1.to_owned()).or_default();
             known.path = self.config.dir.join(file);
-            known.order = order.parse().unwrap_or(u64::MAX);
+            known.order = order;
             known.was_step = true;
         }
     }

@@ -52,24 +52,20 @@ impl Folder {
     }
 }
 
-/// Waits for a chain that is as wanted.
-fn wait(receiver: &mut watch::Receiver<Chain>, mut is: impl FnMut(&Chain) -> bool) -> Chain {
+/// Waits for a chain, or a status, that is as wanted.
+fn wait<T: Clone>(receiver: &mut watch::Receiver<T>, mut is: impl FnMut(&T) -> bool) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
     runtime.block_on(async {
-        tokio::time::timeout(Duration::from_secs(60), receiver.wait_for(|chain| is(chain)))
+        tokio::time::timeout(Duration::from_secs(60), receiver.wait_for(|now| is(now)))
             .await
-            .expect("the chain did not come")
+            .expect("it did not come")
             .unwrap()
             .clone()
     })
 }
 
 fn wait_status(plugins: &Plugins, mut is: impl FnMut(&[PluginStatus]) -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !is(&plugins.status()) {
-        assert!(Instant::now() < deadline, "{:?}", plugins.status());
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    wait(&mut plugins.shared.status.subscribe(), |status| is(status));
 }
 
 fn names(chain: &Chain) -> Vec<String> {
@@ -151,7 +147,7 @@ fn a_removed_file_holds_its_pipeline_until_it_is_removed_for_good() {
     let plugins = folder.start();
     let mut receiver = plugins.chain("telemetry", None);
     assert!(receiver.borrow_and_update().hold.is_some());
-    super::super::remove(&folder.config.dir, "redact").unwrap();
+    super::super::remove(&folder.config.dir, "redact", &["redact".to_owned()]).unwrap();
     let chain = wait(&mut receiver, |chain| chain.hold.is_none());
     assert_eq!(chain.steps.len(), 1);
 }
@@ -213,7 +209,7 @@ fn a_cache_that_others_can_write_to_or_that_is_a_link_is_refused() {
 #[test]
 fn a_mark_of_an_earlier_removal_does_not_hide_a_loss() {
     let folder = Folder::new();
-    folder::remove(&folder.config.dir, "redact").unwrap();
+    folder::remove(&folder.config.dir, "redact", &["redact".to_owned()]).unwrap();
     folder.put("1-redact.wasm", &guarded());
     let plugins = folder.start();
     let mut receiver = plugins.chain("telemetry", None);
