@@ -212,6 +212,21 @@ sinks: { 'my table': { type: sqlite, path: x.db, table: t } }
 }
 
 #[test]
+fn two_listeners_on_one_address_are_one_problem() {
+    for bind in ["127.0.0.1:1883", "'unix:/run/mqtt.sock'"] {
+        let lines =
+            problems(&format!("mqtt:\n  listeners:\n    - {{ bind: {bind} }}\n    - {{ bind: {bind} }}\n"));
+        let address = bind.trim_matches('\'');
+        assert_eq!(
+            lines,
+            [format!(
+                "headworks.yaml:4: mqtt.listeners[1].bind: {address} is taken by mqtt.listeners[0].bind ({address})"
+            )]
+        );
+    }
+}
+
+#[test]
 fn the_examples_are_valid() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples");
     let mut count = 0;

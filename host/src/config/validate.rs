@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::{Config, suggest};
+use crate::listeners::mqtt::Bind;
 use crate::problems::{KeyPath, Problems};
 use crate::topic::{Namespace, TopicFilter};
 use crate::units::ByteSize;
@@ -149,25 +150,29 @@ fn pipelines(config: &Config, problems: &mut Problems) {
 /// Two listeners on one address cannot both be bound.
 fn addresses(config: &Config, problems: &mut Problems) {
     let root = KeyPath::root();
-    let mut seen: Vec<(std::net::SocketAddr, KeyPath)> = Vec::new();
+    let mut seen: Vec<(Bind, KeyPath)> = Vec::new();
     let listeners = config.mqtt.listeners.iter().enumerate().map(|(i, listener)| {
-        (listener.bind.to_string(), root.key("mqtt").key("listeners").index(i).key("bind"))
+        (Some(listener.bind.clone()), root.key("mqtt").key("listeners").index(i).key("bind"))
     });
-    for (bind, path) in listeners.chain([(config.admin.bind.to_string(), root.key("admin").key("bind"))]) {
-        let Ok(address) = bind.parse::<std::net::SocketAddr>() else {
-            continue; // said by the part itself, or a host name
+    let admin = (config.admin.address().map(Bind::Tcp), root.key("admin").key("bind"));
+    for (bind, path) in listeners.chain([admin]) {
+        let Some(bind) = bind else {
+            continue; // said by the part itself
         };
-        let clash = seen.iter().find(|(other, _)| {
-            address.port() != 0
-                && other.port() == address.port()
-                && (other.ip() == address.ip()
-                    || other.ip().is_unspecified()
-                    || address.ip().is_unspecified())
-        });
-        if let Some((other, theirs)) = clash {
-            problems.add(path.clone(), format!("{address} is taken by {} ({other})", theirs.as_str()));
+        if let Some((other, theirs)) = seen.iter().find(|(other, _)| clash(other, &bind)) {
+            problems.add(path.clone(), format!("{bind} is taken by {} ({other})", theirs.as_str()));
         }
-        seen.push((address, path));
+        seen.push((bind, path));
+    }
+}
+
+fn clash(a: &Bind, b: &Bind) -> bool {
+    match (a, b) {
+        (Bind::Tcp(a), Bind::Tcp(b)) => {
+            let same_ip = a.ip() == b.ip() || a.ip().is_unspecified() || b.ip().is_unspecified();
+            a.port() == b.port() && a.port() != 0 && same_ip
+        }
+        (a, b) => a == b,
     }
 }
 

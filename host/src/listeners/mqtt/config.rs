@@ -212,10 +212,6 @@ impl Config {
                 );
             }
             endpoint.validate(&at, self.max_packet_size, problems);
-            let twin = |other: &Endpoint| other.bind == endpoint.bind && endpoint.bind.port() != Some(0);
-            if self.listeners[..i].iter().any(twin) {
-                problems.add(at.key("bind"), format!("{} is used twice", endpoint.bind));
-            }
         }
         if let Some(access) = &self.access {
             access.validate(&path.key("access"), problems);
@@ -339,7 +335,7 @@ mod tests {
         )
         .unwrap();
         let found = problems(&config);
-        assert_eq!(found.len(), 4, "{found:?}");
+        assert_eq!(found.len(), 3, "{found:?}");
         assert!(found[0].starts_with("mqtt.listeners[0].bind: 0.0.0.0:1883 can be reached"), "{found:?}");
         config.listeners.truncate(1);
         config.listeners[0].allow_anonymous = true;
