@@ -7,6 +7,7 @@ use std::time::Duration;
 use headworks_tests::host::{Host, prebuilt};
 use headworks_tests::process::{Process, eventually, run};
 use headworks_tests::{http, mosquitto, telemetry};
+use rustix::process::Signal;
 
 fn host(name: &str) -> Host {
     let mut host = Host::prepare(name, "");
@@ -107,6 +108,81 @@ fn a_plugin_file_that_cannot_be_read_hides_no_other() {
     let list = host.cli(&["plugin", "list"]);
     assert!(list.contains("05-gone.wasm") && list.contains("cannot run"), "{list}");
     assert!(list.contains("10-normalize.wasm  normalize"), "{list}");
+}
+
+#[test]
+fn a_plugin_whose_file_is_gone_is_listed_until_it_is_removed_by_its_name() {
+    let host = host("cli-removed");
+    std::fs::remove_file(host.folder.join("plugins/10-normalize.wasm")).expect("ours");
+    let list = host.cli(&["plugin", "list"]);
+    for part in ["10-normalize.wasm", "removed: telemetry waits for it", "headworks plugin remove normalize"]
+    {
+        assert!(list.contains(part), "{part} is not in\n{list}");
+    }
+    assert_eq!(host.cli_json(&["plugin", "list"])[0]["state"], "removed");
+
+    let unknown = host.command(&["plugin", "remove", "normalise", "--config", "headworks.yaml"]);
+    let unknown = failed(unknown);
+    assert!(unknown.contains("no plugin `normalise`") && unknown.contains("there is normalize"), "{unknown}");
+    host.cli(&["plugin", "remove", "normalize"]);
+    eventually("the host goes on without it", Duration::from_secs(30), || {
+        host.cli(&["plugin", "list"]).contains("no plugins").then_some(())
+    });
+    host.says("plugin removed");
+}
+
+#[test]
+fn a_host_that_was_killed_does_not_run_whoever_has_its_port_now() {
+    let mut host = host("cli-stale");
+    let admin = host.admin();
+    host.kill();
+    let list = |host: &Host| failed(host.command(&["clients", "list", "--config", "headworks.yaml"]));
+    assert!(list(&host).contains("no host runs on the data folder ./data"), "{}", list(&host));
+
+    let other = std::net::TcpListener::bind(admin).expect("its port is free");
+    let answering = std::thread::spawn(move || {
+        let (mut client, _) = other.accept().expect("the command connects");
+        let body = "{\"found\":0,\"clients\":[]}";
+        let length = body.len();
+        write!(client, "HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n{body}").expect("it listens");
+        // Closed in order: the command's request is read, not reset.
+        client.shutdown(std::net::Shutdown::Write).expect("it listens");
+        let _ = std::io::copy(&mut client, &mut std::io::sink());
+    });
+    let said = list(&host);
+    assert!(said.contains("no host runs") && said.contains("another program"), "{said}");
+    answering.join().expect("it answered");
+}
+
+#[test]
+fn a_second_ctrl_c_ends_a_host_that_waits_for_its_sinks() {
+    let config = telemetry::config(&telemetry::sqlite_sink());
+    let config = config.replace("from: telemetry,", "from: telemetry, drain_max: 10m,");
+    let mut host = Host::start("cli-interrupt", &config);
+    let database = rusqlite::Connection::open(host.folder.join("data/telemetry.db")).expect("the sink's");
+    database.busy_timeout(Duration::from_secs(20)).expect("a timeout");
+    database.execute_batch("BEGIN EXCLUSIVE").expect("the host does not write now");
+    let (topic, payload) = telemetry::message("sensor-1", 7);
+    publish(&host, &topic, &payload);
+    eventually("a row waits for the sink", Duration::from_secs(60), || {
+        let (_, status) = http::get(host.admin(), "/api/status").ok()?;
+        let status: serde_json::Value = serde_json::from_str(&status).ok()?;
+        let pipeline = &status["pipelines"][0];
+        (pipeline["read"] == 1 && pipeline["sinks"][0]["lag_messages"] == 1).then_some(())
+    });
+    host.process().signal(Signal::INT);
+    host.says("finishing what is in flight");
+    assert!(host.process().alive());
+    host.process().signal(Signal::INT);
+    assert_eq!(host.process().wait(Duration::from_secs(60)).code(), Some(130));
+}
+
+/// What a command says that must fail.
+fn failed(mut command: Command) -> String {
+    let output = command.output().expect("headworks runs");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success(), "{said}");
+    said
 }
 
 #[test]

@@ -18,6 +18,9 @@ use serde::{Deserialize, Serialize};
 pub use config::Config;
 pub use server::{Error, Handle, start};
 
+/// Header of every answer, and of requests that are meant for one host only.
+pub const INSTANCE: &str = "headworks-instance";
+
 /// What the endpoints show and do. Closures are called at each request: cheap,
 /// and they never wait.
 #[derive(Clone)]
@@ -34,6 +37,8 @@ pub struct Deps {
     pub clients: Arc<dyn Clients>,
     pub prometheus: PrometheusHandle,
     pub process: crate::telemetry::Process,
+    /// Of this run of the host.
+    pub instance: Arc<str>,
 }
 
 /// A part of the host and whether it works.

@@ -1,18 +1,19 @@
 //! The endpoints.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::{Body, to_bytes};
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde_json::json;
 
-use super::{ClientListRequest, ClientRequest, Deps, RedriveError, RedriveRequest};
+use super::{ClientListRequest, ClientRequest, Deps, INSTANCE, RedriveError, RedriveRequest};
 
 const BODY_BYTES_MAX: usize = 64 << 10;
 const REDRIVE_IDS_MAX: usize = 1_000;
@@ -23,6 +24,7 @@ const EXPOSITION: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// `address` is where it is served: on loopback, requests for another host's
 /// name are refused. A request's body must be there within `body_max`.
 pub fn router(deps: Deps, address: SocketAddr, body_max: Duration) -> Router {
+    let instance = Arc::clone(&deps.instance);
     let router = Router::new()
         .route("/", get(index))
         .route("/healthz", get(healthz))
@@ -35,6 +37,7 @@ pub fn router(deps: Deps, address: SocketAddr, body_max: Duration) -> Router {
         .route("/api/clients/kick", post(kick_client))
         .fallback(async || problem(StatusCode::NOT_FOUND, "no such page"))
         .layer(middleware::from_fn_with_state(body_max, whole_body))
+        .layer(middleware::from_fn_with_state(instance, as_instance))
         .with_state(deps);
     if address.ip().is_loopback() { router.layer(middleware::from_fn(only_local_names)) } else { router }
 }
@@ -113,6 +116,20 @@ async fn whole_body(State(within): State<Duration>, request: Request, next: Next
         ),
         Err(_) => problem(StatusCode::REQUEST_TIMEOUT, "the body took too long"),
     }
+}
+
+/// A request that names another host is not for this one, which took its port over.
+async fn as_instance(State(instance): State<Arc<str>>, request: Request, next: Next) -> Response {
+    let meant = request.headers().get(INSTANCE);
+    let mut response = if meant.is_none_or(|meant| meant.as_bytes() == instance.as_bytes()) {
+        next.run(request).await
+    } else {
+        problem(StatusCode::MISDIRECTED_REQUEST, "this is another host")
+    };
+    if let Ok(instance) = HeaderValue::from_str(&instance) {
+        response.headers_mut().insert(INSTANCE, instance);
+    }
+    response
 }
 
 /// A web page can point a name of its own at 127.0.0.1 and read what is served

@@ -1,16 +1,22 @@
 //! Binding, serving and ending.
 
+use std::future::Future;
+use std::io::{self, IoSlice};
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
+use tokio::time::{Sleep, sleep};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -19,8 +25,8 @@ use super::{Config, Deps, routes};
 /// Connections at once; more wait in the kernel's queue.
 const CONNECTIONS_MAX: usize = 64;
 /// From a connection's begin, or its last answer, to the end of a request's
-/// head; as long again for its body. Who is slower loses the connection, so that
-/// silent ones cannot keep `/healthz` from the others.
+/// head; as long again for its body, and for taking the answer. Who is slower
+/// loses the connection, so that silent ones cannot keep `/healthz` from the others.
 const REQUEST_MAX: Duration = Duration::from_secs(30);
 /// After an accept that failed: most likely no file descriptor is free.
 const ACCEPT_AGAIN_AFTER: Duration = Duration::from_secs(1);
@@ -58,22 +64,29 @@ impl Handle {
 
 /// Listens from the moment it returns, until `shutdown`.
 pub async fn start(config: &Config, deps: Deps, shutdown: CancellationToken) -> Result<Handle, Error> {
-    start_with(config, deps, shutdown, REQUEST_MAX).await
+    let limits = Limits { connections_max: CONNECTIONS_MAX, request_max: REQUEST_MAX };
+    start_with(config, deps, shutdown, limits).await
 }
 
-/// The same with another time for slow clients.
+#[derive(Clone, Copy)]
+pub(super) struct Limits {
+    pub connections_max: usize,
+    pub request_max: Duration,
+}
+
+/// The same with other limits.
 pub(super) async fn start_with(
     config: &Config,
     deps: Deps,
     shutdown: CancellationToken,
-    request_max: Duration,
+    limits: Limits,
 ) -> Result<Handle, Error> {
     let address = config.address().ok_or_else(|| Error::Address(config.bind.clone()))?;
     let failed = |error| Error::Bind { address, error };
     let listener = TcpListener::bind(address).await.map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
     let prometheus = deps.prometheus.clone();
-    let router = routes::router(deps, address, request_max);
+    let router = routes::router(deps, address, limits.request_max);
     let task = tokio::spawn(async move {
         let upkeep = async {
             let mut ticks = tokio::time::interval(UPKEEP_EVERY);
@@ -84,10 +97,10 @@ pub(super) async fn start_with(
         };
         let closed = async {
             shutdown.cancelled().await;
-            tokio::time::sleep(CLOSE_MAX).await;
+            sleep(CLOSE_MAX).await;
         };
         tokio::select! {
-            () = serve(listener, router, request_max, &shutdown) => {}
+            () = serve(listener, router, limits, &shutdown) => {}
             () = upkeep => {}
             () = closed => {}
         }
@@ -96,15 +109,15 @@ pub(super) async fn start_with(
 }
 
 /// Returns once the last connection is closed after the shutdown.
-async fn serve(listener: TcpListener, router: Router, request_max: Duration, shutdown: &CancellationToken) {
-    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+async fn serve(listener: TcpListener, router: Router, limits: Limits, shutdown: &CancellationToken) {
+    let slots = Arc::new(Semaphore::new(limits.connections_max));
     let connections = TaskTracker::new();
     let accept = async {
         loop {
             let slot = Arc::clone(&slots).acquire_owned().await.expect("the semaphore is never closed");
             match listener.accept().await {
                 Ok((stream, _)) => {
-                    let serving = connection(stream, router.clone(), request_max, shutdown.clone());
+                    let serving = connection(stream, router.clone(), limits.request_max, shutdown.clone());
                     connections.spawn(async move {
                         serving.await;
                         drop(slot);
@@ -112,7 +125,7 @@ async fn serve(listener: TcpListener, router: Router, request_max: Duration, shu
                 }
                 Err(error) => {
                     tracing::warn!(%error, "the admin server cannot accept a connection");
-                    tokio::time::sleep(ACCEPT_AGAIN_AFTER).await;
+                    sleep(ACCEPT_AGAIN_AFTER).await;
                 }
             }
         }
@@ -126,6 +139,7 @@ async fn serve(listener: TcpListener, router: Router, request_max: Duration, shu
 }
 
 async fn connection(stream: TcpStream, router: Router, request_max: Duration, shutdown: CancellationToken) {
+    let stream = Patient { stream, patience: request_max, waiting: None };
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(request_max)
@@ -137,4 +151,64 @@ async fn connection(stream: TcpStream, router: Router, request_max: Duration, sh
         () = shutdown.cancelled() => connection.as_mut().graceful_shutdown(),
     }
     let _ = connection.await;
+}
+
+/// A connection whose client must take each answer within its patience: else
+/// writes fail with `TimedOut`.
+struct Patient {
+    stream: TcpStream,
+    patience: Duration,
+    /// Since a part of an answer found no room.
+    waiting: Option<Pin<Box<Sleep>>>,
+}
+
+impl Patient {
+    fn or_end<T>(&mut self, done: Poll<io::Result<T>>, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
+        if done.is_ready() {
+            return done;
+        }
+        let patience = self.patience;
+        let waiting = self.waiting.get_or_insert_with(|| Box::pin(sleep(patience)));
+        waiting.as_mut().poll(cx).map(|()| Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+impl AsyncRead for Patient {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Patient {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let done = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        self.or_end(done, cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        parts: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let done = Pin::new(&mut self.stream).poll_write_vectored(cx, parts);
+        self.or_end(done, cx)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    /// Called once all of an answer was written.
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.waiting = None;
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
 }

@@ -46,15 +46,17 @@ struct Running {
     shutdown: CancellationToken,
     redriven: Arc<Redriven>,
     trouble: Arc<Mutex<Option<String>>>,
+    status_bytes: Arc<Mutex<usize>>,
 }
 
 async fn run() -> Running {
-    run_with(Duration::from_secs(30)).await
+    run_with(server::Limits { connections_max: 64, request_max: Duration::from_secs(30) }).await
 }
 
-async fn run_with(request_max: Duration) -> Running {
+async fn run_with(limits: server::Limits) -> Running {
     let redriven = Arc::new(Redriven::default());
     let trouble = Arc::new(Mutex::new(None::<String>));
+    let status_bytes = Arc::new(Mutex::new(0));
     let recorder = metrics::builder().build_recorder();
     ::metrics::with_local_recorder(&recorder, metrics::describe);
     let (sick, not_ready) = (trouble.clone(), trouble.clone());
@@ -64,16 +66,20 @@ async fn run_with(request_max: Duration) -> Running {
             let detail = not_ready.lock().unwrap().clone().unwrap_or_default();
             vec![Component { name: "sink telemetry".into(), ready: detail.is_empty(), detail }]
         }),
-        status: Arc::new(|| json!({ "streams": [] })),
+        status: Arc::new({
+            let status_bytes = status_bytes.clone();
+            move || json!({ "streams": [], "padding": " ".repeat(*status_bytes.lock().unwrap()) })
+        }),
         redrive: redriven.clone(),
         clients: Arc::new(OneClient),
         prometheus: recorder.handle(),
         process: crate::telemetry::Process::default(),
+        instance: "this-one".into(),
     };
     let shutdown = CancellationToken::new();
     let config = Config { bind: "127.0.0.1:0".to_owned(), allow_remote: false };
-    let handle = server::start_with(&config, deps, shutdown.clone(), request_max).await.unwrap();
-    Running { handle, shutdown, redriven, trouble }
+    let handle = server::start_with(&config, deps, shutdown.clone(), limits).await.unwrap();
+    Running { handle, shutdown, redriven, trouble, status_bytes }
 }
 
 impl Running {
@@ -123,7 +129,7 @@ async fn metrics_are_prometheus_text_and_all_described() {
     assert!(answer.contains("content-type: text/plain; version=0.0.4"), "{answer}");
     assert!(answer.contains("# TYPE process_resident_memory_bytes gauge"), "{answer}");
     assert_eq!(metrics::undescribed(&answer), [""; 0]);
-    assert!(running.get("/api/status").await.ends_with(r#"{"streams":[]}"#));
+    assert!(running.get("/api/status").await.ends_with(r#"{"padding":"","streams":[]}"#));
     assert!(running.get("/nothing").await.starts_with("HTTP/1.1 404"));
 }
 
@@ -165,6 +171,7 @@ async fn it_ends_with_the_shutdown_and_a_taken_port_is_named() {
             clients: Arc::new(OneClient),
             prometheus,
             process: crate::telemetry::Process::default(),
+            instance: "other".into(),
         },
         CancellationToken::new(),
     )
@@ -179,7 +186,8 @@ async fn it_ends_with_the_shutdown_and_a_taken_port_is_named() {
 /// More than there are places for: the last is answered once the others are let go.
 #[tokio::test]
 async fn clients_that_say_nothing_or_half_a_request_keep_nobody_out() {
-    let running = run_with(Duration::from_millis(50)).await;
+    let limits = server::Limits { connections_max: 64, request_max: Duration::from_millis(50) };
+    let running = run_with(limits).await;
     let mut slow = Vec::new();
     for number in 0..65 {
         let mut stream = TcpStream::connect(running.handle.address()).await.unwrap();
@@ -192,6 +200,38 @@ async fn clients_that_say_nothing_or_half_a_request_keep_nobody_out() {
         slow.push(stream);
     }
     assert!(running.get("/healthz").await.starts_with("HTTP/1.1 200"));
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_take_its_answer_loses_its_place() {
+    let limits = server::Limits { connections_max: 1, request_max: Duration::from_millis(50) };
+    let running = run_with(limits).await;
+    // More than the kernel holds for both ends.
+    *running.status_bytes.lock().unwrap() = 32 << 20;
+    let mut stalled = TcpStream::connect(running.handle.address()).await.unwrap();
+    stalled.write_all(b"GET /api/status HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+    stalled.readable().await.unwrap();
+    assert!(running.get("/healthz").await.starts_with("HTTP/1.1 200"));
+}
+
+#[tokio::test]
+async fn a_request_for_another_host_is_not_done() {
+    let running = run().await;
+    let body = r#"{"client_id":"pump-1"}"#;
+    let kick = |instance: &str| {
+        format!(
+            "POST /api/clients/kick HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\
+             headworks-instance: {instance}\r\ncontent-type: application/json\r\n\
+             content-length: {}\r\n\r\n{body}",
+            body.len()
+        )
+    };
+    let answer = running.ask(&kick("killed-one")).await;
+    assert!(
+        answer.starts_with("HTTP/1.1 421") && answer.contains("headworks-instance: this-one"),
+        "{answer}"
+    );
+    assert!(running.ask(&kick("this-one")).await.ends_with(r#"{"kicked":true}"#));
 }
 
 #[tokio::test]

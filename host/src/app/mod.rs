@@ -14,7 +14,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use self::banner::{PluginLine, Started, banner};
@@ -30,6 +30,9 @@ use crate::telemetry::{self, Failures};
 use crate::topic::{Namespace, TopicFilter};
 use crate::units::ByteSize;
 
+/// As a shell shows a process that SIGINT ended.
+const INTERRUPTED: i32 = 130;
+
 /// The parts that status and readiness speak of.
 pub struct Host {
     pub streams: Vec<Arc<dyn Stream>>,
@@ -42,6 +45,7 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
     let prometheus = admin::metrics::install().context("metrics were set up twice in one process")?;
     let data_dir = config.data_dir.clone();
     let _lock = lock(&data_dir)?;
+    let instance: Arc<str> = uuid::Uuid::new_v4().simple().to_string().into();
     let failures = Failures::default();
     let namespace = Arc::new(Namespace::parse(&config.topics)?);
     let stop_listening = CancellationToken::new();
@@ -65,7 +69,7 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
     // Plugins, then the pipelines that run them and own the sinks.
     let devices = Arc::new(Devices::load(&config.devices)?);
     let plugins = tokio::task::block_in_place(|| {
-        let cache = data_dir.join("plugin-cache");
+        let cache = config.plugin_cache_dir();
         Plugins::start(&config.plugins, &cache, devices, Arc::clone(&namespace), failures.clone())
     })?;
     let mut pipelines = Vec::new();
@@ -112,14 +116,17 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
         clients: Arc::new(clients::MqttClients(listener.clients())),
         prometheus,
         process: telemetry::Process::default(),
+        instance: Arc::clone(&instance),
     };
     let stop_admin = CancellationToken::new();
     let admin = admin::start(&config.admin, deps, stop_admin.clone()).await?;
 
-    run_file::write(&data_dir, listener.addresses(), admin.address())?;
+    run_file::write(&data_dir, &instance, listener.addresses(), admin.address())?;
     say_started(&config, &source, &host, listener.addresses(), admin.address());
 
-    let ended = wait_for_end(&all_streams).await;
+    let mut interrupts = signal(SignalKind::interrupt())?;
+    let ended = wait_for_end(&all_streams, &mut interrupts).await;
+    tokio::spawn(end_when_interrupted(interrupts));
 
     // Devices first, then what is in flight, then the log.
     stop_listening.cancel();
@@ -232,23 +239,30 @@ fn lock(data_dir: &Path) -> anyhow::Result<File> {
     Ok(file)
 }
 
-async fn wait_for_end(streams: &[Arc<dyn Stream>]) -> anyhow::Result<()> {
+async fn wait_for_end(streams: &[Arc<dyn Stream>], interrupts: &mut Signal) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let stopped = futures_util::future::select_all(streams.iter().map(|stream| stream.stopped()));
     tokio::select! {
-        signal = tokio::signal::ctrl_c() => {
-            signal?;
-            tracing::info!("interrupted: finishing what is in flight");
+        _ = interrupts.recv() => {
+            tracing::info!("interrupted: finishing what is in flight, Ctrl-C again ends at once");
             Ok(())
         }
         _ = terminate.recv() => {
-            tracing::info!("told to end: finishing what is in flight");
+            tracing::info!("told to end: finishing what is in flight, SIGINT ends at once");
             Ok(())
         }
         (reason, which, _) = stopped => {
             bail!("stream \"{}\" stopped: {reason}", streams[which].name());
         }
     }
+}
+
+/// For whoever does not wait for the shutdown. What was acknowledged is durable,
+/// and what is in flight comes again at the next start.
+async fn end_when_interrupted(mut interrupts: Signal) {
+    interrupts.recv().await;
+    tracing::warn!("interrupted again: ending at once");
+    std::process::exit(INTERRUPTED);
 }
 
 fn say_recovered(name: &str, recovery: &Recovery) {

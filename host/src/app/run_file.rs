@@ -14,13 +14,16 @@ const NAME: &str = "run.json";
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunFile {
     pub pid: u32,
+    /// New at each start; answers of the admin address carry it, so that another
+    /// program on a port of a host that was killed is not taken for it.
+    pub instance: String,
     pub mqtt: Vec<Bind>,
     pub admin: SocketAddr,
 }
 
 /// Written whole or not at all, once everything listens.
-pub fn write(data_dir: &Path, mqtt: &[Bind], admin: SocketAddr) -> anyhow::Result<()> {
-    let file = RunFile { pid: std::process::id(), mqtt: mqtt.to_vec(), admin };
+pub fn write(data_dir: &Path, instance: &str, mqtt: &[Bind], admin: SocketAddr) -> anyhow::Result<()> {
+    let file = RunFile { pid: std::process::id(), instance: instance.to_owned(), mqtt: mqtt.to_vec(), admin };
     let text = serde_json::to_string_pretty(&file)?;
     let temporary = data_dir.join("run.json.new");
     let put = || {
@@ -36,7 +39,7 @@ pub fn read(data_dir: &Path) -> Option<RunFile> {
 }
 
 pub fn remove(data_dir: &Path) {
-    // A file that stays behind names ports that nobody listens on: harmless.
+    // A file that stays behind names an instance that nobody is: harmless.
     let _ = std::fs::remove_file(path(data_dir));
 }
 

@@ -1,17 +1,24 @@
 //! Asks the running host, over its admin address.
 
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::time::timeout;
 
+use crate::admin::INSTANCE;
 use crate::app::run_file;
 use crate::config::Config;
 
 const ANSWER_BYTES_MAX: u64 = 16 << 20;
+const HEALTH_BYTES_MAX: u64 = 16 << 10;
+/// Whatever has the port may take a connection and say nothing.
+const ASK_MAX: Duration = Duration::from_secs(10);
 
 /// `POST path` with a JSON body; the answer's JSON.
 pub async fn post<T: DeserializeOwned>(
@@ -19,26 +26,38 @@ pub async fn post<T: DeserializeOwned>(
     path: &str,
     body: &impl Serialize,
 ) -> anyhow::Result<T> {
+    let folder = config.data_dir.display();
+    let none =
+        || format!("no host runs on the data folder {folder}: start it with `headworks run`, then try again");
     // What the running host wrote down, since its port may be any free one.
-    let running = run_file::read(&config.data_dir).map(|running| running.admin);
-    let address = running.or(config.admin.address()).context("admin.bind is not an address")?;
+    let running = run_file::read(&config.data_dir);
+    let address = match (&running, config.admin.address()) {
+        (Some(running), _) => running.admin,
+        // A host of another machine has its data folder there.
+        (None, Some(address)) if !address.ip().is_loopback() && !address.ip().is_unspecified() => address,
+        (None, _) => bail!(none()),
+    };
     let address = reachable(address);
-    let mut stream = TcpStream::connect(address).await.with_context(|| {
-        format!("no host runs at {address}: start it with `headworks run`, then try again")
-    })?;
+    let instance = match (timeout(ASK_MAX, ask_instance(address)).await, &running) {
+        (Ok(Ok(Some(instance))), None) => instance,
+        (Ok(Ok(Some(instance))), Some(running)) if instance == running.instance => instance,
+        (Ok(Err(_)), Some(_)) => bail!(none()),
+        (_, Some(_)) => bail!("{}: another program has its port, {address}, now", none()),
+        (Ok(Err(error)), None) => bail!("no host runs at {address}: {error}"),
+        (_, None) => bail!("{address} does not answer as headworks does: does something else use the port?"),
+    };
     let body = serde_json::to_string(body)?;
     let request = format!(
-        "POST {path} HTTP/1.1\r\nhost: {address}\r\ncontent-type: application/json\r\n\
-         content-length: {}\r\nconnection: close\r\n\r\n{body}",
+        "POST {path} HTTP/1.1\r\nhost: {address}\r\n{INSTANCE}: {instance}\r\n\
+         content-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
         body.len()
     );
+    let mut stream = TcpStream::connect(address).await.with_context(none)?;
     stream.write_all(request.as_bytes()).await?;
     let mut answer = Vec::new();
     stream.take(ANSWER_BYTES_MAX).read_to_end(&mut answer).await?;
     let answer = String::from_utf8_lossy(&answer);
-    let (head, body) = answer.split_once("\r\n\r\n").with_context(|| {
-        format!("{address} does not answer as headworks does: does something else use the port?")
-    })?;
+    let (head, body) = answer.split_once("\r\n\r\n").with_context(none)?;
     let code = head.split(' ').nth(1).unwrap_or_default();
     if code == "200" {
         return serde_json::from_str(body).with_context(|| format!("cannot read the answer of {address}"));
@@ -46,6 +65,25 @@ pub async fn post<T: DeserializeOwned>(
     let error = serde_json::from_str::<serde_json::Value>(body).ok();
     let error = error.as_ref().and_then(|error| error.get("error")?.as_str()).unwrap_or(body);
     bail!("{error} (the host at {address} answered {code})")
+}
+
+/// Which host answers there; `None`: something that is no headworks.
+async fn ask_instance(address: SocketAddr) -> io::Result<Option<String>> {
+    let mut stream = TcpStream::connect(address).await?;
+    let request = format!("GET /healthz HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
+    let mut answer = Vec::new();
+    let asked = async {
+        stream.write_all(request.as_bytes()).await?;
+        (&mut stream).take(HEALTH_BYTES_MAX).read_to_end(&mut answer).await
+    };
+    if asked.await.is_err() {
+        return Ok(None);
+    }
+    let answer = String::from_utf8_lossy(&answer);
+    let headers = answer.lines().skip(1).take_while(|line| !line.is_empty());
+    let mut headers = headers.filter_map(|line| line.split_once(':'));
+    let instance = headers.find(|(name, _)| name.eq_ignore_ascii_case(INSTANCE));
+    Ok(instance.map(|(_, value)| value.trim().to_owned()))
 }
 
 /// An address to connect to for one that listens everywhere.
