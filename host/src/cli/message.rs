@@ -18,7 +18,7 @@ pub fn to_json(message: &MessageRef<'_>) -> Map<String, Value> {
     all.insert("offset".into(), message.offset().0.into());
     all.insert("partition".into(), entry.partition.0.into());
     all.insert("received".into(), time(entry.received_us).into());
-    if let Some(event_us) = message.event_us().and_then(|us| u64::try_from(us).ok()) {
+    if let Some(event_us) = message.event_us() {
         all.insert("event_time".into(), time(event_us).into());
     }
     all.insert("topic".into(), message.topic().into());
@@ -102,6 +102,17 @@ fn hex_dump(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::batch::{Batch, Entry, Span};
+
+    #[test]
+    fn an_event_before_1970_has_its_time() {
+        let entry = Entry { flags: flags::EVENT_TIME, event_us: -1_500_000, ..Entry::default() };
+        let entry = Entry { topic: Span::new(0, 0, 1), ..entry };
+        let segments = vec![bytes::Bytes::from_static(b"t")];
+        let batch = Batch { segments, entries: vec![entry].into(), ..Batch::default() };
+        let shown = to_json(&batch.messages().next().unwrap());
+        assert_eq!(shown["event_time"], "1969-12-31T23:59:58.500Z");
+    }
 
     #[test]
     fn payloads_are_shown_as_what_they_are() {

@@ -1,5 +1,6 @@
 //! What goes to stdout: text, tables, JSON lines; colours only on a terminal.
 
+use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
 
 use jiff::Timestamp;
@@ -71,9 +72,9 @@ pub fn is_closed_pipe(error: &anyhow::Error) -> bool {
     })
 }
 
-/// `2026-11-23T06:28:00.125Z`
-pub fn time(us: u64) -> String {
-    match i64::try_from(us).map(Timestamp::from_microsecond) {
+/// `2026-11-23T06:28:00.125Z`, from microseconds since 1970.
+pub fn time(us: impl TryInto<i64> + Copy + Display) -> String {
+    match us.try_into().map(Timestamp::from_microsecond) {
         Ok(Ok(time)) => format!("{time:.3}"),
         _ => us.to_string(),
     }
@@ -96,7 +97,8 @@ mod tests {
 
     #[test]
     fn times_are_utc_to_the_millisecond() {
-        assert_eq!(time(1_700_000_000_123_456), "2023-11-14T22:13:20.123Z");
+        assert_eq!(time(1_700_000_000_123_456_u64), "2023-11-14T22:13:20.123Z");
+        assert_eq!(time(-1_500_000_i64), "1969-12-31T23:59:58.500Z");
     }
 
     #[test]
