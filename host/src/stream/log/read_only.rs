@@ -39,6 +39,9 @@ struct Open {
     scan: Scan,
     /// Nothing wanted lies before it. Never past a mark, which is written over.
     from: Place,
+    /// Where the next frame will begin, and the mark that lies there, zeros after
+    /// it: while that is so, there is nothing new in this segment.
+    end: Option<(u64, Vec<u8>)>,
 }
 
 enum Found {
@@ -51,7 +54,11 @@ enum Found {
 impl ReadOnly {
     /// Reads from `from` on.
     pub fn open(dir: &Path, from: Offset) -> Self {
-        Self { disk: Box::new(RealDisk), dir: dir.to_path_buf(), at: from.0, open: None }
+        Self::open_on(Box::new(RealDisk), dir, from)
+    }
+
+    pub(super) fn open_on(disk: Box<dyn Disk>, dir: &Path, from: Offset) -> Self {
+        Self { disk, dir: dir.to_path_buf(), at: from.0, open: None }
     }
 
     /// Offset of the next message to be read.
@@ -71,6 +78,9 @@ impl ReadOnly {
 
     /// The next frame's messages, or a gap; `None` where nothing more is proven yet.
     pub fn read(&mut self) -> Result<Option<Read>, OpenError> {
+        if self.has_nothing_new().map_err(|error| self.io_error(error))? {
+            return Ok(None);
+        }
         if let Some(open) = &mut self.open {
             open.scan.stay_in_chunk();
             let found = open.look(self.at);
@@ -114,6 +124,15 @@ impl ReadOnly {
         Ok(Vec::new())
     }
 
+    /// By a look at a few bytes, where the last read came to the end.
+    fn has_nothing_new(&self) -> io::Result<bool> {
+        let Some(Open { sequence, scan, end: Some((at, before)), .. }) = &self.open else {
+            return Ok(false);
+        };
+        let is_newer = |name: &String| segment::sequence_of(name).is_some_and(|other| other > *sequence);
+        Ok(scan.is_still(*at, before)? && !self.disk.list(&self.dir)?.iter().any(is_newer))
+    }
+
     fn read_from(
         &mut self,
         segment: &recover::Segment,
@@ -126,7 +145,8 @@ impl ReadOnly {
                 let path = self.dir.join(segment::name(header.sequence));
                 let scan = Scan::new(self.disk.open(&path, Create::ReadOnly)?, header, segment.limit);
                 let from = scan.place();
-                Open { sequence: header.sequence, first_frame: header.first_frame, next, scan, from }
+                let end = None;
+                Open { sequence: header.sequence, first_frame: header.first_frame, next, scan, from, end }
             }
         };
         open.next = next;
@@ -177,6 +197,8 @@ impl Open {
     /// The first frame that is proven and holds something from `at` on.
     fn look(&mut self, at: u64) -> io::Result<Found> {
         let (end, void_from) = self.next.unwrap_or((u64::MAX, u64::MAX));
+        let mut mark = Vec::new();
+        self.end = None;
         let mut proven = if self.next.is_some() { void_from } else { self.first_frame };
         let mut passed: Option<(u64, Place)> = None;
         let mut waiting: Option<(u64, Place, Result<Frame, u64>)> = None;
@@ -198,6 +220,10 @@ impl Open {
             match self.scan.next()? {
                 Step::Frame { header, .. } if header.sequence >= void_from => break,
                 Step::Frame { header, at: place } => {
+                    mark.clear();
+                    if header.flags & flags::MARK != 0 {
+                        mark.extend_from_slice(&self.scan.bytes(&header, place)?);
+                    }
                     proven = proven.max(header.durable_frames);
                     if let Some((_, place)) = passed.take_if(|(sequence, _)| *sequence < proven) {
                         self.from = place;
@@ -217,6 +243,10 @@ impl Open {
                     }
                 }
                 Step::Broken { .. } => {}
+                Step::End { at, torn: 0 } if self.next.is_none() => {
+                    self.end = Some((at - mark.len() as u64, mark));
+                    break;
+                }
                 Step::End { .. } => break,
             }
         }

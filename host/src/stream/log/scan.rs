@@ -134,6 +134,21 @@ impl Scan {
         })
     }
 
+    /// Whether the file has `before` at `at`, and zeros where the next header would
+    /// be, up to the limit. Reads no more than that.
+    pub fn is_still(&self, at: u64, before: &[u8]) -> io::Result<bool> {
+        let mut now = vec![0; before.len() + frame::HEADER_BYTES];
+        let read = self.file.read_at(&mut now, at)?;
+        let room = self.limit.saturating_sub(at).min(now.len() as u64);
+        let is_same = now.starts_with(before) && now[before.len()..].iter().all(|byte| *byte == 0);
+        Ok(read as u64 == room && is_same)
+    }
+
+    /// The frame as it lies there.
+    pub fn bytes(&mut self, header: &Header, at: u64) -> io::Result<Bytes> {
+        self.window(at, header.total_len())
+    }
+
     /// Every word of the frame, checked.
     pub fn body(&mut self, header: &Header, at: u64) -> io::Result<Result<(Frame, Bytes), Broken>> {
         let bytes = self.window(at, header.total_len())?;

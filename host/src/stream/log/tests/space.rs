@@ -137,6 +137,88 @@ fn another_process_reads_on_while_the_log_is_written() {
     assert_eq!(ReadOnly::open(folder.path(), Offset(0)).bounds().unwrap(), Offset(0)..Offset(written));
 }
 
+/// Counts the bytes that are read from the disk below.
+#[derive(Clone)]
+struct Counting(RealDisk, Arc<AtomicU64>);
+
+struct CountingFile(Arc<dyn disk::File>, Arc<AtomicU64>);
+
+impl Disk for Counting {
+    fn open(&self, path: &Path, create: disk::Create) -> io::Result<Arc<dyn disk::File>> {
+        Ok(Arc::new(CountingFile(self.0.open(path, create)?, self.1.clone())))
+    }
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.0.rename(from, to)
+    }
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.0.remove(path)
+    }
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+        self.0.list(dir)
+    }
+    fn create_dir(&self, dir: &Path) -> io::Result<bool> {
+        self.0.create_dir(dir)
+    }
+    fn sync_dir(&self, dir: &Path, site: SyncSite) -> io::Result<()> {
+        self.0.sync_dir(dir, site)
+    }
+    fn lock(&self, path: &Path) -> io::Result<Box<dyn Send + Sync>> {
+        self.0.lock(path)
+    }
+}
+
+impl disk::File for CountingFile {
+    fn read_at(&self, buf: &mut [u8], at: u64) -> io::Result<usize> {
+        let read = self.0.read_at(buf, at)?;
+        self.1.fetch_add(read as u64, Ordering::Relaxed);
+        Ok(read)
+    }
+    fn write_at(&self, parts: &[&[u8]], at: u64) -> io::Result<()> {
+        self.0.write_at(parts, at)
+    }
+    fn sync(&self, site: SyncSite) -> io::Result<()> {
+        self.0.sync(site)
+    }
+    fn preallocate(&self, len: u64) -> io::Result<()> {
+        self.0.preallocate(len)
+    }
+    fn truncate(&self, len: u64) -> io::Result<()> {
+        self.0.truncate(len)
+    }
+    fn len(&self) -> io::Result<u64> {
+        self.0.len()
+    }
+}
+
+#[test]
+fn a_reader_that_is_at_the_end_reads_a_few_bytes_until_there_is_more() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = Config { segment_bytes: ByteSize(4 << 20), ..small() };
+    let (log, _) = Log::open(Arc::new(RealDisk), folder.path(), "t", &config).unwrap();
+    let read = Arc::new(AtomicU64::new(0));
+    let mut reader = ReadOnly::open_on(Box::new(Counting(RealDisk, read.clone())), folder.path(), Offset(0));
+    for n in 0..3_000 {
+        // Now and then a segment is full.
+        let appended = log.append(&[message("a/b", &payload(n, 3_000))], &[]).unwrap();
+        block_on(durable(&*log, appended.ticket));
+        if n % 1_000 != 0 {
+            continue;
+        }
+        while reader.position() <= Offset(n) {
+            // A mark proves the last message, a moment later.
+            reader.read().unwrap();
+            std::thread::yield_now();
+        }
+        reader.read().unwrap();
+        read.store(0, Ordering::Relaxed);
+        for _ in 0..10 {
+            assert!(reader.read().unwrap().is_none());
+        }
+        let read = read.load(Ordering::Relaxed);
+        assert!(read < 10 << 10, "{read} bytes for ten looks");
+    }
+}
+
 #[tokio::test]
 async fn a_detached_reader_gets_a_gap_of_exact_size() {
     let disk = SimDisk::new(3);
