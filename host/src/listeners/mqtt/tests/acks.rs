@@ -21,18 +21,28 @@ async fn nothing_is_acknowledged_before_it_is_durable() {
 }
 
 #[tokio::test]
-async fn a_refused_publish_is_answered_in_its_turn() {
+async fn a_refused_publish_is_answered_in_its_turn_whether_packets_come_apart_or_in_one_read() {
     let stream = MemoryStream::with_manual_commit("s", 1);
     let host = Host::with(stream.clone()).await;
     let mut client = host.clean("c").await;
-    for (topic, packet_id) in [("a", 1), ("$own", 2), ("a", 3)] {
-        client.send(publish(topic, QoS::AtLeastOnce, packet_id)).await;
-    }
-    client.nothing_but_ping().await;
-    stream.commit();
-    let refused = PublishAck { reason_code: PublishAckReason::NotAuthorized, ..success(2) };
-    for expected in [puback(1), Packet::PublishAck(refused), puback(3)] {
-        assert_eq!(client.receive().await, expected);
+    let publishes = [("a", 1), ("$own", 2), ("a", 3), ("$own", 4)]
+        .map(|(topic, packet_id)| Packet::from(publish(topic, QoS::AtLeastOnce, packet_id)));
+    let refused = |packet_id| {
+        Packet::PublishAck(PublishAck { reason_code: PublishAckReason::NotAuthorized, ..success(packet_id) })
+    };
+    for in_one_write in [false, true] {
+        if in_one_write {
+            client.send_all(publishes.clone()).await;
+        } else {
+            for publish in publishes.clone() {
+                client.send(publish).await;
+            }
+        }
+        client.nothing_but_ping().await;
+        stream.commit();
+        for expected in [puback(1), refused(2), puback(3), refused(4)] {
+            assert_eq!(client.receive().await, expected, "in one write: {in_one_write}");
+        }
     }
     host.stop().await;
 }
@@ -74,6 +84,35 @@ async fn a_full_disk_holds_acks_and_drops_qos_0_but_answers_pings() {
     assert_eq!((client.receive().await, client.receive().await), (puback(1), pubrec(2)));
     client.nothing_but_ping().await;
     assert_eq!(stream.bounds().end, Offset(2));
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn a_full_commit_buffer_holds_acks_and_loses_nothing_once_there_is_room() {
+    let stream = MemoryStream::with_manual_commit("s", 1);
+    let streams = Streams::new(vec![], stream.clone());
+    let change = |config: &mut Config| config.max_packet_size = ByteSize::mib(10);
+    let host = Host::start(streams, MemoryStream::new("broker", 1), change).await;
+    let mut client = host.clean("c").await;
+    let large = Bytes::from(vec![b'x'; 9 << 20]);
+    client.send(Publish { payload: large.clone(), ..publish("one", QoS::AtLeastOnce, 1) }).await;
+    // The second does not fit beside the first; what comes after it waits behind it.
+    client.send(Publish { payload: large, ..publish("two", QoS::AtLeastOnce, 2) }).await;
+    client.send(publish("three", QoS::ExactlyOnce, 3)).await;
+    client.send(publish("four", QoS::AtMostOnce, 0)).await;
+    client.nothing_but_ping().await;
+    stream.commit();
+    assert_eq!(client.receive().await, puback(1));
+    client.nothing_but_ping().await;
+    stream.commit();
+    assert_eq!((client.receive().await, client.receive().await), (puback(2), pubrec(3)));
+    client.nothing_but_ping().await;
+    let mut topics = Vec::new();
+    while topics.len() < stream.bounds().end.0 as usize {
+        let batch = batch(&*stream, topics.len() as u64).await;
+        topics.extend(batch.messages().map(|message| message.topic().to_owned()));
+    }
+    assert_eq!(topics, ["one", "two", "three", "four"]);
     host.stop().await;
 }
 

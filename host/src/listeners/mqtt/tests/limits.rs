@@ -80,6 +80,45 @@ async fn a_client_id_is_assigned_and_bad_connects_are_refused() {
     host.stop().await;
 }
 
+#[tokio::test]
+async fn a_connection_past_connections_max_is_closed_and_one_that_ends_makes_room() {
+    let streams = || Streams::new(vec![], MemoryStream::new("s", 1));
+    let change = |config: &mut Config| config.connections_max = 2;
+    let host = Host::start(streams(), MemoryStream::new("broker", 1), change).await;
+    let (mut first, mut second) = (host.clean("a").await, host.clean("b").await);
+    assert_eq!(Client::open(&host).await.try_receive().await, None);
+    first.nothing_but_ping().await;
+    second.send(Packet::Disconnect(Disconnect::new(Reason::NormalDisconnection))).await;
+    assert_eq!(second.try_receive().await, None);
+    host.clean("c").await.nothing_but_ping().await;
+    first.nothing_but_ping().await;
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn a_session_past_sessions_max_is_refused_with_the_code_of_its_version_and_known_ones_go_on() {
+    let streams = Streams::new(vec![], MemoryStream::new("s", 1));
+    let change = |config: &mut Config| config.sessions_max = 1;
+    let host = Host::start(streams, MemoryStream::new("broker", 1), change).await;
+    drop(host.client(resuming("known")).await);
+    assert_eq!(host.client(clean("new")).await.1.reason_code, ConnectAckReason::QuotaExceeded);
+    let mut old = Client::open(&host).await;
+    old.io.write_all(b"\x10\x0d\x00\x04MQTT\x04\x02\x00\x00\x00\x01o").await.unwrap();
+    let mut answer = Vec::new();
+    old.io.read_to_end(&mut answer).await.unwrap();
+    assert_eq!(answer, b"\x20\x02\x00\x03");
+    let (mut known, ack) = host.client(resuming("known")).await;
+    assert!(ack.session_present);
+    known.nothing_but_ping().await;
+    // The session ends with its client, and makes room.
+    drop(known);
+    let (mut known, _) = host.client(clean("known")).await;
+    known.send(Packet::Disconnect(Disconnect::new(Reason::NormalDisconnection))).await;
+    assert_eq!(known.try_receive().await, None);
+    host.clean("new").await.nothing_but_ping().await;
+    host.stop().await;
+}
+
 #[test]
 fn no_bytes_of_a_client_end_the_listener() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();

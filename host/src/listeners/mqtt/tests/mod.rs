@@ -11,7 +11,7 @@ mod wills;
 use std::net::SocketAddr;
 use std::num::NonZeroU16;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use proptest::prelude::*;
 use rmqtt_codec::types::{Publish, QoS};
 use rmqtt_codec::v5::{
@@ -29,6 +29,7 @@ use crate::batch::{Batch, Offset};
 use crate::properties::{self, Origin};
 use crate::stream::memory::MemoryStream;
 use crate::topic::TopicFilter;
+use crate::units::ByteSize;
 
 /// Only a hung test meets it.
 const HUNG_AFTER: Duration = Duration::from_secs(30);
@@ -79,6 +80,19 @@ impl Host {
     }
 }
 
+/// What connections share, without a listener.
+fn broker(stream: Arc<dyn Stream>, store: Arc<dyn Stream>) -> Arc<Broker> {
+    let deps = Deps {
+        streams: Streams::new(vec![], stream),
+        broker: store,
+        namespace: Arc::default(),
+        failures: Failures::default(),
+        shutdown: CancellationToken::new(),
+    };
+    let access = Access::open(None, &Default::default(), &deps.failures).unwrap();
+    Broker::new(&Config::default(), access, deps)
+}
+
 struct Client {
     io: TcpStream,
     input: BytesMut,
@@ -92,8 +106,15 @@ impl Client {
     }
 
     async fn send(&mut self, packet: impl Into<Packet>) {
+        self.send_all([packet.into()]).await;
+    }
+
+    /// In one write, which the host reads at once.
+    async fn send_all(&mut self, packets: impl IntoIterator<Item = Packet>) {
         let mut out = BytesMut::new();
-        self.codec.encode(packet.into(), &mut out).unwrap();
+        for packet in packets {
+            self.codec.encode(packet, &mut out).unwrap();
+        }
         self.io.write_all(&out).await.unwrap();
     }
 

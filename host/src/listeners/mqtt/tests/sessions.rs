@@ -114,15 +114,7 @@ async fn a_clean_start_given_up_before_it_is_durable_still_ends_the_old_session(
     use futures_util::FutureExt;
     for swept in [true, false] {
         let store = MemoryStream::with_hooks("broker", 1);
-        let deps = Deps {
-            streams: Streams::new(vec![], MemoryStream::new("s", 1)),
-            broker: store.clone(),
-            namespace: Arc::default(),
-            failures: Failures::default(),
-            shutdown: CancellationToken::new(),
-        };
-        let access = Access::open(None, &Default::default(), &deps.failures).unwrap();
-        let broker = Broker::new(&Config::default(), access, deps);
+        let broker = broker(MemoryStream::new("s", 1), store.clone());
         let sessions = &broker.sessions;
         let (session, turn) = sessions.claim("c", 1).await.unwrap();
         assert_eq!(sessions.open(&broker, &session, false, 600).await, Ok(false));
@@ -284,4 +276,48 @@ async fn a_session_that_ends_leaves_nothing_in_the_broker_stream() {
     let left: Vec<_> = kinds.iter().flat_map(|kind| broker.state(kind)).collect();
     assert!(left.is_empty(), "{left:?}");
     host.stop().await;
+#[tokio::test]
+async fn the_sweep_ends_sessions_whose_time_is_over_with_all_that_they_left_and_no_others() {
+    let (stream, store) = (MemoryStream::new("s", 1), MemoryStream::new("broker", 1));
+    let host = Host::start(Streams::new(vec![], stream.clone()), store.clone(), |_| {}).await;
+    let hour = 3_600_u64;
+    // Client, the expiry it asks for, seconds away; it gets seven days at most.
+    let clients = [
+        ("over", 600, hour),
+        ("waits", 600, 300),
+        ("past the most", u32::MAX, 200 * hour),
+        ("stays", u32::MAX, 100 * hour),
+    ];
+    for (client_id, session_expiry_interval_secs, _) in clients {
+        let connect = Connect { session_expiry_interval_secs, ..resuming(client_id) };
+        let (mut client, _) = host.client(connect).await;
+        client.subscribe("a/#", QOS1).await;
+        client.send(publish("b", QoS::ExactlyOnce, 7)).await;
+        assert_eq!(client.receive().await, pubrec(7));
+    }
+    host.stop().await;
+    for (client_id, _, away_s) in clients {
+        let key = [b"se", client_id.as_bytes()].concat();
+        // The record ends with when its client left.
+        let (_, mut value) = store.state(&key).remove(0);
+        let left_us = now_us() - away_s * 1_000_000;
+        let at = value.len() - 8;
+        value[at..].copy_from_slice(&left_us.to_be_bytes());
+        append_unawaited(&*store, &[(key, Some(value))]);
+    }
+
+    let broker = broker(stream.clone(), store.clone());
+    let sessions = &broker.sessions;
+    let (_connected, _turn) = sessions.claim("connected", 9).await.unwrap();
+    assert_eq!(sessions.open(&broker, &_connected, true, 0).await, Ok(false));
+    sessions.sweep(&broker);
+    let mut left: Vec<_> = sessions.all().iter().map(|session| session.client_id.to_string()).collect();
+    left.sort();
+    assert_eq!(left, ["connected", "stays", "waits"]);
+    let kept = [store.state(b"se"), store.state(b"sf"), stream.state(b"q2")].map(|keys| keys.len());
+    assert_eq!(kept, [2, 2, 2]);
+    let message = Arc::new(Message::new("a/b", b"x", &[], 1, now_us()));
+    broker.live.publish(&broker, &message);
+    let waiting = |client_id| sessions.get(client_id).unwrap().outbox().sizes().0;
+    assert_eq!((waiting("stays"), waiting("waits")), (1, 1));
 }

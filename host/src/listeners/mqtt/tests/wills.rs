@@ -1,6 +1,10 @@
 //! When a will is published.
 
+use futures_util::FutureExt;
+use tokio::time::Instant;
+
 use super::*;
+use crate::listeners::mqtt::will::{self, Will};
 
 #[tokio::test]
 async fn a_will_is_published_when_its_client_is_lost_and_only_then() {
@@ -29,4 +33,92 @@ async fn a_will_is_published_when_its_client_is_lost_and_only_then() {
     drop(host.client(with_will("lost", "will/lost")).await);
     assert_eq!(&*watcher.received().await.topic, "will/lost");
     host.stop().await;
+}
+
+/// A client that was lost, with a will that waits `delay_s`; the stream that the will is for.
+struct Lost {
+    broker: Arc<Broker>,
+    stream: Arc<dyn Stream>,
+    session: Arc<session::Session>,
+    will: Will,
+}
+
+impl Lost {
+    async fn new(delay_s: u32, expiry_s: u32) -> Self {
+        let stream = MemoryStream::new("s", 1);
+        let broker = broker(stream.clone(), MemoryStream::new("broker", 1));
+        let (session, turn) = broker.sessions.claim("c", 9).await.unwrap();
+        assert_eq!(broker.sessions.open(&broker, &session, false, expiry_s).await, Ok(false));
+        let mut will = Will {
+            topic: "will".into(),
+            payload: "gone".into(),
+            properties: Vec::new(),
+            flags: 1,
+            delay_s,
+            record: None,
+        };
+        will.keep(&broker, "c").await.unwrap();
+        broker.sessions.close(&broker, &session, turn, None);
+        Self { broker, stream, session, will }
+    }
+
+    fn seen(self) -> (Seen, impl Future<Output = ()>) {
+        let Self { broker, stream, session, will } = self;
+        let (connects, epoch) = (session.connects.load(Ordering::Acquire), session.epoch());
+        let seen = Seen { broker: broker.clone(), stream };
+        (seen, async move { will::lost(&broker, &session, connects, epoch, will).await })
+    }
+}
+
+struct Seen {
+    broker: Arc<Broker>,
+    stream: Arc<dyn Stream>,
+}
+
+impl Seen {
+    /// Wills published, and wills kept.
+    fn wills(&self) -> (u64, usize) {
+        (self.stream.bounds().end.0, self.stream.state(b"wi").len())
+    }
+
+    /// The client connects again.
+    async fn back(&self, clean: bool) {
+        let (session, _turn) = self.broker.sessions.claim("c", 9).await.unwrap();
+        self.broker.sessions.open(&self.broker, &session, clean, 600).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_will_waits_for_its_delay_and_no_longer_than_its_session() {
+    for (delay_s, expiry_s) in [(1, 600), (600, 1)] {
+        let (seen, lost) = Lost::new(delay_s, expiry_s).await.seen();
+        let begin = Instant::now();
+        let mut lost = Box::pin(lost);
+        assert_eq!((lost.as_mut().now_or_never(), seen.wills()), (None, (0, 1)));
+        timeout(HUNG_AFTER, lost).await.expect("published in the end");
+        assert_eq!(seen.wills(), (1, 0));
+        assert!(begin.elapsed() >= Duration::from_secs(1), "not before its time");
+    }
+    let (seen, lost) = Lost::new(0, 600).await.seen();
+    assert_eq!((lost.now_or_never(), seen.wills()), (Some(()), (1, 0)));
+}
+
+#[tokio::test]
+async fn a_waiting_will_is_forgotten_when_its_session_goes_on_and_sent_when_that_ends() {
+    for (clean, published) in [(false, 0), (true, 1)] {
+        let (seen, lost) = Lost::new(600, 600).await.seen();
+        let mut lost = Box::pin(lost);
+        assert_eq!(lost.as_mut().now_or_never(), None);
+        seen.back(clean).await;
+        timeout(HUNG_AFTER, lost).await.expect("its client is back");
+        assert_eq!(seen.wills(), (published, 0), "clean start: {clean}");
+    }
+}
+
+#[tokio::test]
+async fn a_waiting_will_stays_for_the_next_run_at_a_shutdown() {
+    let (seen, lost) = Lost::new(600, 600).await.seen();
+    seen.broker.shutdown.cancel();
+    timeout(HUNG_AFTER, lost).await.expect("the host stops");
+    assert_eq!(seen.wills(), (0, 1));
 }
