@@ -217,11 +217,16 @@ impl Shared {
     }
 
     pub fn get(&self, name: &str, config: &str) -> Arc<Host> {
+        self.get_with(|| Host::start(name, config))
+    }
+
+    /// The same for a host that `start` prepares and runs.
+    pub fn get_with(&self, start: impl FnOnce() -> Host) -> Arc<Host> {
         let mut shared = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(host) = shared.upgrade() {
             return host;
         }
-        let host = Arc::new(Host::start(name, config));
+        let host = Arc::new(start());
         *shared = Arc::downgrade(&host);
         host
     }

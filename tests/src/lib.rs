@@ -16,4 +16,5 @@ pub mod postgres;
 pub mod process;
 pub mod publisher;
 pub mod python;
+pub mod scram;
 pub mod telemetry;

@@ -272,6 +272,17 @@ pub fn ack(first: u8, packet_id: u16) -> Vec<u8> {
     packet(first, &[&packet_id.to_be_bytes()])
 }
 
+/// AUTH with a method and data, both of them properties.
+pub fn auth(code: u8, method: &str, data: &str) -> Vec<u8> {
+    let properties = auth_properties(method, data);
+    packet(0xf0, &[&[code], &var_int(properties.len()), &properties])
+}
+
+/// The same properties for CONNECT.
+pub fn auth_properties(method: &str, data: &str) -> Vec<u8> {
+    [vec![0x15], field(method), vec![0x16], field(data)].concat()
+}
+
 /// A packet as it came.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Packet {

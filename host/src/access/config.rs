@@ -57,7 +57,8 @@ pub enum Authenticator {
     Http(Http),
 }
 
-/// A line `user:hash` for each user; read again when it changes.
+/// A line `user:hash` for each user; read again when it changes. A user made
+/// with `--scram` may log in by SCRAM-SHA-256 (MQTT 5) too.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Passwords {

@@ -6,12 +6,14 @@
 //! client; what none knows is refused, and what no rule allows is forbidden.
 
 mod config;
+mod exchange;
 mod http;
 mod jwt;
 mod limits;
 mod passwords;
 mod recent;
 mod rules;
+mod scram;
 mod watched;
 
 use std::collections::BTreeMap;
@@ -21,14 +23,19 @@ use std::time::Instant;
 
 use async_trait::async_trait;
 
+use self::exchange::Begun;
 use self::limits::{Bucket, Users};
 use self::rules::Who;
 use crate::telemetry::Failures;
 
 pub use self::config::{Authenticator, Certificate, Config, DeniedPublish, Limits, Rule};
+pub use self::exchange::{Exchange, ROUNDS_MAX, Step};
 pub use self::limits::{Allowance, UserPlace};
 pub use self::passwords::Users as PasswordFile;
 pub use self::rules::{Action, Effect, Policy};
+#[cfg(test)]
+pub use self::scram::client_final;
+pub use self::scram::{ITERATIONS_DEFAULT, ITERATIONS_MAX, ITERATIONS_MIN};
 
 /// What a client shows.
 #[derive(Clone, Copy, Debug)]
@@ -61,6 +68,8 @@ pub struct Identity {
 pub enum Denied {
     BadCredentials,
     NotAuthorized,
+    /// No authenticator has this method.
+    BadMethod,
     /// Who would know cannot be asked now.
     Unavailable(&'static str),
 }
@@ -71,6 +80,16 @@ pub trait Authenticate: Send + Sync {
     /// `Ok(None)`: not a client of its; the next is asked. An error ends the
     /// search: the client is of its, and refused, or it cannot tell.
     async fn authenticate(&self, who: &Credentials<'_>) -> Result<Option<Identity>, Denied>;
+
+    /// Begins an exchange by `method`. `Ok(None)`: not a method of its.
+    async fn begin(
+        &self,
+        _method: &str,
+        _data: &[u8],
+        _who: &Credentials<'_>,
+    ) -> Result<Option<Begun>, Denied> {
+        Ok(None)
+    }
 
     /// Spends the time that refusing a known client takes, after nobody knew it.
     async fn pretend(&self, _who: &Credentials<'_>) -> Result<(), Denied> {
@@ -96,14 +115,20 @@ pub struct Access {
 }
 
 impl Access {
-    /// Reads the files of the authenticators; errors name them.
-    pub fn open(config: Option<&Config>, limits: &Limits, failures: &Failures) -> Result<Self, String> {
+    /// Reads the files of the authenticators; errors name them. `secret` is the
+    /// same after a restart, and told to nobody.
+    pub fn open(
+        config: Option<&Config>,
+        limits: &Limits,
+        secret: &[u8; 32],
+        failures: &Failures,
+    ) -> Result<Self, String> {
         let now = Instant::now();
         let authenticators = config.map_or(&[][..], |config| &config.authenticate).iter();
         Ok(Self {
             config: config.cloned(),
             authenticators: authenticators
-                .map(|one| open(one, failures.clone()))
+                .map(|one| open(one, secret, failures.clone()))
                 .collect::<Result<_, _>>()?,
             users: Users::default(),
             connects: limits.connects_per_s.map(|per_s| Mutex::new(Bucket::new(per_s.into(), now))),
@@ -113,12 +138,19 @@ impl Access {
     }
 
     pub async fn admit(&self, who: &Credentials<'_>) -> Result<Admitted, Denied> {
-        let Some(config) = &self.config else {
+        if self.config.is_none() {
             let name = who.username.map(Into::into);
-            let identity = Identity { name, ..Identity::default() };
-            return Ok(Admitted { identity, policy: Policy::everything() });
+            return Ok(self.rights(Identity { name, ..Identity::default() }, who.client_id));
+        }
+        let identity = self.identify(who).await?;
+        Ok(self.rights(identity, who.client_id))
+    }
+
+    /// What a client may do that is known.
+    pub fn rights(&self, mut identity: Identity, client_id: &str) -> Admitted {
+        let Some(config) = &self.config else {
+            return Admitted { identity, policy: Policy::everything() };
         };
-        let mut identity = self.identify(who).await?;
         if let Some(known) = identity.name.as_deref().and_then(|name| config.users.get(name)) {
             identity.fields.extend(known.clone());
         }
@@ -126,10 +158,10 @@ impl Access {
             Policy::everything()
         } else {
             let user = identity.name.as_deref();
-            let compiled_for = Who { client_id: who.client_id, user, fields: &identity.fields };
+            let compiled_for = Who { client_id, user, fields: &identity.fields };
             Policy::compile(identity.rules.iter().chain(&config.rules), &compiled_for)
         };
-        Ok(Admitted { identity, policy })
+        Admitted { identity, policy }
     }
 
     async fn identify(&self, who: &Credentials<'_>) -> Result<Identity, Denied> {
@@ -183,9 +215,13 @@ impl Access {
     }
 }
 
-fn open(config: &Authenticator, failures: Failures) -> Result<Box<dyn Authenticate>, String> {
+fn open(
+    config: &Authenticator,
+    secret: &[u8; 32],
+    failures: Failures,
+) -> Result<Box<dyn Authenticate>, String> {
     Ok(match config {
-        Authenticator::Passwords(config) => Box::new(passwords::Passwords::open(config, failures)?),
+        Authenticator::Passwords(config) => Box::new(passwords::Passwords::open(config, secret, failures)?),
         Authenticator::Jwt(config) => Box::new(jwt::Jwt::open(config, failures)?),
         Authenticator::Certificate(config) => Box::new(config.clone()),
         Authenticator::Http(config) => Box::new(http::Http::new(config, failures)?),
@@ -201,6 +237,10 @@ impl Authenticate for passwords::Passwords {
             Some(true) => Ok(Some(Identity { name: Some(user.into()), ..Identity::default() })),
             Some(false) => Err(Denied::BadCredentials),
         }
+    }
+
+    async fn begin(&self, method: &str, data: &[u8], who: &Credentials<'_>) -> Result<Option<Begun>, Denied> {
+        self.begin_exchange(method, data, who).await
     }
 
     async fn pretend(&self, who: &Credentials<'_>) -> Result<(), Denied> {

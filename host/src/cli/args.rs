@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::access::{ITERATIONS_MAX, ITERATIONS_MIN};
 use crate::telemetry::LogFormat;
 
 #[derive(Debug, Parser)]
@@ -55,7 +56,7 @@ pub enum Command {
     #[command(
         after_help = "The password is read from the terminal, twice and without showing it, or else is the first\n\
         line of stdin. The host takes the changed file in by itself.\n\nExamples:\n  \
-        headworks passwd passwords ann\n  headworks passwd passwords ann --delete"
+        headworks passwd passwords ann\n  headworks passwd passwords ann --delete\n  headworks passwd passwords ann --scram"
     )]
     Passwd(PasswdArgs),
     /// Print the JSON Schema of the config, for editors
@@ -78,6 +79,12 @@ pub struct PasswdArgs {
     /// Take the user out
     #[arg(long)]
     pub delete: bool,
+    /// Let the user log in by SCRAM-SHA-256 too (MQTT 5)
+    #[arg(long, conflicts_with = "delete")]
+    pub scram: bool,
+    /// What each login costs the client [default: 600000]
+    #[arg(long, value_name = "N", requires = "scram", value_parser = clap::value_parser!(u32).range(i64::from(ITERATIONS_MIN)..=i64::from(ITERATIONS_MAX)))]
+    pub scram_iterations: Option<u32>,
 }
 
 #[derive(Clone, Debug, Args)]
@@ -321,6 +328,7 @@ mod tests {
             "schema",
             "passwd passwords ann",
             "passwd passwords ann --delete",
+            "passwd passwords ann --scram --scram-iterations 15000",
         ] {
             let words = std::iter::once("headworks").chain(line.split(' '));
             Cli::try_parse_from(words).unwrap_or_else(|error| panic!("{line}: {error}"));
@@ -334,6 +342,9 @@ mod tests {
             "dead-letters redrive --all 17",
             "dead-letters show x",
             "dead-letters list --max 0",
+            "passwd passwords ann --scram-iterations 15000",
+            "passwd passwords ann --scram --scram-iterations 4095",
+            "passwd passwords ann --scram --delete",
             "",
         ] {
             let words = std::iter::once("headworks").chain(line.split_whitespace());

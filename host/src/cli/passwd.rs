@@ -10,7 +10,7 @@ use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
 
 use super::args::PasswdArgs;
 use super::output::Out;
-use crate::access::PasswordFile;
+use crate::access::{ITERATIONS_DEFAULT, PasswordFile};
 
 pub fn passwd(args: &PasswdArgs, out: &mut Out) -> anyhow::Result<()> {
     let (file, user) = (args.file.display(), &args.user);
@@ -29,7 +29,8 @@ pub fn passwd(args: &PasswdArgs, out: &mut Out) -> anyhow::Result<()> {
         if password.is_empty() {
             bail!("the password is empty: nothing was changed");
         }
-        let is_changed = users.set(user, password.as_bytes()).map_err(anyhow::Error::msg)?;
+        let scram = args.scram.then_some(args.scram_iterations.unwrap_or(ITERATIONS_DEFAULT));
+        let is_changed = users.set(user, &password, scram).map_err(anyhow::Error::msg)?;
         if is_changed { "changed" } else { "added" }
     };
     replace(&args.file, &users.to_text()).with_context(|| format!("cannot write {file}"))?;

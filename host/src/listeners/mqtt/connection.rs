@@ -19,10 +19,11 @@ use rmqtt_codec::v5::{
 };
 use rmqtt_codec::{v3, v5};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
-use tokio::time::{Instant, Sleep, timeout};
+use tokio::time::{Instant, Sleep, sleep_until, timeout};
 use tokio_util::codec::Encoder;
 
 use super::Broker;
+use super::auth::{self, Again};
 use super::clients;
 use super::fanout::SendRetained;
 use super::handshake::{self, Opened};
@@ -58,6 +59,8 @@ struct Connection<'b, S> {
     io: S,
     session: Arc<Session>,
     peer: Peer,
+    /// Where CONNECT named an authentication method.
+    auth: Option<Again<'b>>,
     inbound: Inbound,
     /// A packet that is not whole, or what waits for room.
     input: BytesMut,
@@ -133,7 +136,7 @@ where
         }
     };
     place.handshake_ended();
-    let Opened { session, turn, peer, keep_alive_s, rights, user_place, will, answer } = opened;
+    let Opened { session, turn, peer, keep_alive_s, rights, user_place, will, auth, answer } = opened;
     broker.client_connected(1);
     session.connected(clients::Connection {
         version: clients::Connection::version_text(peer.version).into(),
@@ -147,6 +150,7 @@ where
         io,
         session: session.clone(),
         peer,
+        auth: auth.map(|(method, username)| Again { method, username, remote: &remote, running: None }),
         inbound: Inbound::new(&broker, peer.version, session.clone(), rights),
         input,
         stopped_at: Next::Bytes,
@@ -199,6 +203,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
                 Event::Durable(moved) => moved.map_err(|_| End::Stopped),
                 Event::Writable => self.inbound.retry(self.broker).map_err(End::from),
                 Event::Outward(moved) => self.moved(moved),
+                Event::AuthDeadline => Err(End::Fault(auth::failed(self.broker, &self.session.client_id))),
                 Event::Wake => self.woken(timer.as_mut()),
                 Event::Timer => self.timer_fired(timer.as_mut()),
             };
@@ -266,6 +271,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         let (io, out) = (&mut self.io, &mut self.out);
         let stalled = self.inbound.is_stalled();
         let pause = (self.stopped_at == Next::Room).then(|| self.inbound.pause(self.broker)).flatten();
+        let auth_until = self.auth.as_ref().and_then(Again::deadline);
         let (acks, writable) = self.inbound.waits(self.broker);
         tokio::select! {
             biased;
@@ -274,6 +280,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             () = writable, if stalled => Event::Writable,
             () = tokio::time::sleep(pause.unwrap_or_default()), if pause.is_some() => Event::Paid,
             moved = outward(self.broker, &mut self.outward) => Event::Outward(moved),
+            () = sleep_until(auth_until.unwrap_or_else(Instant::now)), if auth_until.is_some() => Event::AuthDeadline,
             () = self.session.wake.notified() => Event::Wake,
             () = timer => Event::Timer,
         }
@@ -402,6 +409,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
                 }
                 let keep_will = disconnect.reason_code != DisconnectReasonCode::NormalDisconnection;
                 Err(End::Disconnect { keep_will, expiry_s })
+            }
+            Packet::V5(v5::Packet::Auth(packet)) => {
+                let forbidden = Fault::protocol("AUTH without a method in CONNECT");
+                let again = self.auth.as_mut().ok_or(End::Fault(forbidden))?;
+                let max = self.peer.packet_bytes_max;
+                let taken = again.take(self.broker, packet, &mut self.inbound, max, &mut self.out);
+                taken.await.map_err(End::Fault)
             }
             _ => Err(End::Fault(Fault::protocol("a packet that a client must not send now"))),
         }
@@ -583,6 +597,7 @@ enum Event {
     Outward(Moved),
     /// What the client sent too fast is paid for.
     Paid,
+    AuthDeadline,
     Wake,
     Timer,
 }

@@ -1,5 +1,5 @@
 //! CONNECT to CONNACK: finds the version, checks what the client asks for,
-//! takes its session over from an older connection, and answers only once a
+//! lets it prove who it is, takes its session over from an older connection, and answers only once a
 //! persistent session is durable.
 
 use std::sync::Arc;
@@ -12,6 +12,7 @@ use tokio_util::codec::Encoder;
 
 use super::Broker;
 use super::acks::Stopped;
+use super::auth::{self, Denial, Method};
 use super::outbound::Peer;
 use super::session::{CLIENT_ID_BYTES_MAX, Session, Turn, subscription_key};
 use super::subscriptions::Filter;
@@ -33,6 +34,8 @@ pub struct Opened {
     /// Of `connections_per_user_max`.
     pub user_place: Option<UserPlace>,
     pub will: Option<Will>,
+    /// Where CONNECT named one, with its user name: the client may authenticate again.
+    pub auth: Option<(Method, Option<Box<str>>)>,
     pub answer: BytesMut,
 }
 
@@ -49,7 +52,9 @@ struct Asked {
     username: Option<Box<str>>,
     password: Option<Bytes>,
     will: Option<Will>,
-    auth: bool,
+    auth: Option<Method>,
+    /// Its last round goes out with CONNACK.
+    auth_answer: Option<Bytes>,
 }
 
 /// Why there will be no connection; `None` where nothing can be said to the client.
@@ -93,17 +98,12 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         refuse(io, Some(asked.version), reason).await;
         return Err(Refused::new("invalid", format!("client {} at {remote}: {reason:?}", asked.client_id)));
     }
-    let mut answer = BytesMut::new();
-    asked.put_connack(broker, false, &mut answer);
-    if answer.len() > asked.packet_bytes_max {
-        refuse(io, Some(asked.version), ConnectAckReason::PacketTooLarge).await;
-        let detail = format!("client {} at {remote}: maximum packet size too small", asked.client_id);
-        return Err(Refused::new("invalid", detail));
-    }
-    let rights = match asked.admit(broker, remote).await {
+    let rights = match asked.admit(broker, io, input, remote).await {
         Ok(rights) => rights,
         Err((reason, cause)) => {
-            refuse(io, Some(asked.version), reason).await;
+            if let Some(reason) = reason {
+                refuse(io, Some(asked.version), reason).await;
+            }
             let user = asked.username.as_deref().unwrap_or("anonymous");
             let detail = format!("user {user}, client {} at {remote}", asked.client_id);
             return Err(Refused::new(cause, detail));
@@ -138,8 +138,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     if resumed {
         leave_forbidden(broker, &session, &rights);
     }
-    answer.clear();
-    asked.put_connack(broker, resumed, &mut answer);
+    let answer = asked.connack(broker, resumed);
     let peer =
         Peer { version: asked.version, window: asked.window, packet_bytes_max: asked.packet_bytes_max };
     Ok(Opened {
@@ -150,6 +149,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         rights,
         user_place,
         will: asked.will,
+        auth: asked.auth.map(|method| (method, asked.username)),
         answer,
     })
 }
@@ -254,7 +254,8 @@ fn connect(broker: &Broker, version: Version, whole: &mut [u8], header: usize) -
                     .map_or(broker.config.inflight_max, |max| max.get().min(broker.config.inflight_max));
                 let max = connect.max_packet_size.map_or(usize::MAX, |max| max.get() as usize);
                 asked.packet_bytes_max = max;
-                asked.auth = connect.auth_method.is_some();
+                let data = connect.auth_data.unwrap_or_default();
+                asked.auth = connect.auth_method.map(|name| Method { name: (&*name).into(), data });
             }))
         }
     }
@@ -314,7 +315,8 @@ impl Asked {
             username: username.map(Into::into),
             password: None,
             will,
-            auth: false,
+            auth: None,
+            auth_answer: None,
         };
         fill(&mut asked);
         if let Some(will) = &mut asked.will
@@ -334,9 +336,6 @@ impl Asked {
         if self.assigned && !self.clean && self.version == Version::V3 {
             return Some(ConnectAckReason::ClientIdentifierNotValid);
         }
-        if self.auth {
-            return Some(ConnectAckReason::BadAuthenticationMethod);
-        }
         let will = self.will.as_ref()?;
         if !topic::is_valid_name(&will.topic) || will.topic.starts_with('$') {
             return Some(ConnectAckReason::TopicNameInvalid);
@@ -345,13 +344,16 @@ impl Asked {
     }
 
     /// Who the client is; else the CONNACK's reason and the cause that is counted.
-    async fn admit(
-        &self,
+    async fn admit<S: AsyncRead + AsyncWrite + Unpin>(
+        &mut self,
         broker: &Broker,
+        io: &mut S,
+        input: &mut BytesMut,
         remote: &Remote,
-    ) -> Result<Admitted, (ConnectAckReason, &'static str)> {
+    ) -> Result<Admitted, Denial> {
+        self.check_size(broker)?;
         if !broker.access.may_connect() {
-            return Err((ConnectAckReason::ConnectionRateExceeded, "connect_rate"));
+            return Err((Some(ConnectAckReason::ConnectionRateExceeded), "connect_rate"));
         }
         let who = Credentials {
             client_id: &self.client_id,
@@ -361,27 +363,41 @@ impl Asked {
             ip: remote.address.ip(),
             allow_anonymous: remote.allow_anonymous,
         };
-        let rights = broker.access.admit(&who).await.map_err(|denied| match denied {
-            Denied::BadCredentials => (ConnectAckReason::BadUserNameOrPassword, "bad_credentials"),
-            Denied::NotAuthorized => (ConnectAckReason::NotAuthorized, "not_authorized"),
-            Denied::Unavailable(_) => (ConnectAckReason::ServerUnavailable, "access_unavailable"),
-        })?;
+        let rights = match &self.auth {
+            None => broker.access.admit(&who).await.map_err(|denied| match denied {
+                Denied::BadCredentials => (Some(ConnectAckReason::BadUserNameOrPassword), "bad_credentials"),
+                other => auth::denial(other),
+            })?,
+            Some(method) => {
+                let (rights, answer) = method.admit(broker, io, input, self.packet_bytes_max, &who).await?;
+                self.auth_answer = Some(answer);
+                self.check_size(broker)?;
+                rights
+            }
+        };
         match &self.will {
             Some(will) if broker.access.is_too_deep(&will.topic) => {
-                Err((ConnectAckReason::TopicNameInvalid, "will_topic_levels"))
+                Err((Some(ConnectAckReason::TopicNameInvalid), "will_topic_levels"))
             }
             Some(will) if !rights.policy.may_publish(&will.topic) => {
-                Err((ConnectAckReason::NotAuthorized, "will_not_authorized"))
+                Err((Some(ConnectAckReason::NotAuthorized), "will_not_authorized"))
             }
             _ => Ok(rights),
         }
     }
 
-    fn put_connack(&self, broker: &Broker, session_present: bool, out: &mut BytesMut) {
+    /// Whether the client takes a CONNACK of ours.
+    fn check_size(&self, broker: &Broker) -> Result<(), Denial> {
+        if self.connack(broker, false).len() > self.packet_bytes_max {
+            return Err((Some(ConnectAckReason::PacketTooLarge), "invalid"));
+        }
+        Ok(())
+    }
+
+    fn connack(&self, broker: &Broker, session_present: bool) -> BytesMut {
         let config = &broker.config;
         if self.version == Version::V3 {
-            out.extend_from_slice(&[0x20, 2, u8::from(session_present), 0]);
-            return;
+            return [0x20, 2, u8::from(session_present), 0][..].into();
         }
         let ack = v5::ConnectAck {
             session_present,
@@ -390,15 +406,19 @@ impl Asked {
             max_packet_size: Some(broker.packet_bytes_max as u32),
             topic_alias_max: config.topic_alias_maximum,
             assigned_client_id: self.assigned.then(|| self.client_id.clone().into()),
+            auth_method: self.auth.as_ref().map(|method| (&*method.name).into()),
+            auth_data: self.auth_answer.clone(),
             ..v5::ConnectAck::default()
         };
-        v5::Codec::new(0, 0).encode(ack.into(), out).expect("a CONNACK of ours is never too large");
+        let mut out = BytesMut::new();
+        v5::Codec::new(0, 0).encode(ack.into(), &mut out).expect("a CONNACK of ours is never too large");
+        out
     }
 }
 
 /// A session outlives its client's rights: what it may not see any more is
 /// unsubscribed, and what waits of it is dropped.
-fn leave_forbidden(broker: &Broker, session: &Arc<Session>, rights: &Admitted) {
+pub fn leave_forbidden(broker: &Broker, session: &Arc<Session>, rights: &Admitted) {
     if rights.policy.is_everything() {
         return;
     }

@@ -9,6 +9,7 @@
 //! session's queue ([`outbound`]) has come.
 
 mod acks;
+mod auth;
 mod bind;
 mod blobs;
 mod clients;
@@ -32,6 +33,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use ring::rand::SecureRandom;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -60,6 +62,8 @@ pub use self::transport::Remote;
 pub use self::transport::network::Network;
 
 const CLIENTS_CONNECTED: &str = "$SYS/broker/clients/connected";
+/// Key of the broker stream's state.
+const ACCESS_SECRET: &[u8] = b"ac";
 /// Between two looks for expired sessions.
 const SWEEP_EVERY: Duration = Duration::from_secs(10);
 
@@ -125,8 +129,12 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
     }
     let addresses = entries.iter().map(Entry::address).collect();
 
-    let access =
-        Access::open(config.access.as_ref(), &config.limits, &deps.failures).map_err(Error::Access)?;
+    let secret = match &config.access {
+        Some(_) => access_secret(&*deps.broker).await?,
+        None => Default::default(),
+    };
+    let access = Access::open(config.access.as_ref(), &config.limits, &secret, &deps.failures)
+        .map_err(Error::Access)?;
     let broker = Broker::new(config, access, deps);
     let tasks = TaskTracker::new();
     for number in 0..broker.streams.len() {
@@ -290,23 +298,40 @@ impl Broker {
         };
         tokio::select! {
             biased;
-            done = self.append_and_wait(stream, changes) => done,
+            done = append_and_wait(stream, changes) => done,
             () = given_up => Err(Stopped),
         }
     }
+}
 
-    async fn append_and_wait(&self, stream: &dyn Stream, changes: &[Change]) -> Result<(), Stopped> {
-        let changes = borrowed(changes);
-        let ticket = loop {
-            match stream.append(&[], &changes) {
-                Ok(appended) => break appended.ticket,
-                Err(AppendError::Full | AppendError::NoSpace) => stream.writable().await,
-                Err(_) => return Err(Stopped),
-            }
-        };
-        let mut durable = stream.durable();
-        durable.wait_for(|durable| *durable >= ticket).await.map(drop).map_err(|_| Stopped)
+async fn append_and_wait(stream: &dyn Stream, changes: &[Change]) -> Result<(), Stopped> {
+    let changes = borrowed(changes);
+    let ticket = loop {
+        match stream.append(&[], &changes) {
+            Ok(appended) => break appended.ticket,
+            Err(AppendError::Full | AppendError::NoSpace) => stream.writable().await,
+            Err(_) => return Err(Stopped),
+        }
+    };
+    let mut durable = stream.durable();
+    durable.wait_for(|durable| *durable >= ticket).await.map(drop).map_err(|_| Stopped)
+}
+
+/// What access control answers for users that do not exist comes from this, so
+/// that it stays the same for as long as the data folder.
+async fn access_secret(broker: &dyn Stream) -> Result<[u8; 32], Error> {
+    let kept = broker.state(ACCESS_SECRET).into_iter().find_map(|(_, value)| value.try_into().ok());
+    if let Some(secret) = kept {
+        return Ok(secret);
     }
+    let mut secret = [0; 32];
+    let filled = ring::rand::SystemRandom::new().fill(&mut secret);
+    filled.map_err(|_| Error::Access("the system gives no random bytes".to_owned()))?;
+    let change = (ACCESS_SECRET.to_vec(), Some(secret.to_vec()));
+    append_and_wait(broker, &[change])
+        .await
+        .map_err(|_| Error::Access("the broker stream has stopped".to_owned()))?;
+    Ok(secret)
 }
 
 /// Appends changes that nothing depends on: a refusal leaves what the next

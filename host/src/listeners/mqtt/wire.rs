@@ -437,6 +437,9 @@ fn has_nul(packet: &Packet) -> bool {
         Packet::V5(v5::Packet::Disconnect(disconnect)) => {
             given(&disconnect.reason_string) || user(&disconnect.user_properties)
         }
+        Packet::V5(v5::Packet::Auth(auth)) => {
+            given(&auth.auth_method) || given(&auth.reason_string) || user(&auth.user_properties)
+        }
         _ => false,
     }
 }

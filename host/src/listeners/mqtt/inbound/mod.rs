@@ -173,6 +173,16 @@ impl Inbound {
         &self.rights
     }
 
+    pub fn session(&self) -> &Arc<Session> {
+        &self.session
+    }
+
+    /// What the client may do from now on.
+    pub fn renew(&mut self, rights: Admitted) {
+        self.rights = rights;
+        self.allowed_topic.clear();
+    }
+
     /// How long the client is not read for its rate; `None` while it is within.
     pub fn pause(&self, broker: &Broker) -> Option<Duration> {
         let all = broker.access.publishes().map(|all| lock(all).wait()).unwrap_or_default();

@@ -19,7 +19,7 @@ async fn guarded(yaml: &str, change: impl FnOnce(&mut Config)) -> Guarded {
     let file = folder.path().join("passwords");
     let mut users = PasswordFile::default();
     for user in ["ann", "bob"] {
-        users.set(user, user.as_bytes()).unwrap();
+        users.set(user, user, Some(access::ITERATIONS_MIN)).unwrap();
     }
     std::fs::write(&file, users.to_text()).unwrap();
     let authenticator = serde_json::json!({ "type": "passwords", "file": file });

@@ -89,7 +89,7 @@ fn broker(stream: Arc<dyn Stream>, store: Arc<dyn Stream>) -> Arc<Broker> {
         failures: Failures::default(),
         shutdown: CancellationToken::new(),
     };
-    let access = Access::open(None, &Default::default(), &deps.failures).unwrap();
+    let access = Access::open(None, &Default::default(), &[0; 32], &deps.failures).unwrap();
     Broker::new(&Config::default(), access, deps)
 }
 

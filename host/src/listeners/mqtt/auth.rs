@@ -1,0 +1,211 @@
+//! Enhanced authentication (MQTT 5.0, 4.12): rounds of AUTH before CONNACK, and
+//! again at any time later. What is said in them is [`crate::access`]'s.
+
+use bytes::{Bytes, BytesMut};
+use rmqtt_codec::v5::{self, Auth, AuthReasonCode, ConnectAckReason, DisconnectReasonCode};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::time::{Instant, timeout_at};
+use tokio_util::codec::Encoder;
+
+use super::Broker;
+use super::handshake::leave_forbidden;
+use super::inbound::Inbound;
+use super::transport::Remote;
+use super::wire::{self, Fault, Packet, Version};
+use crate::access::{Admitted, Credentials, Denied, Exchange, ROUNDS_MAX, Step};
+
+/// What CONNECT named; it stays for the connection.
+#[derive(Clone, Debug)]
+pub struct Method {
+    pub name: Box<str>,
+    /// Of CONNECT.
+    pub data: Bytes,
+}
+
+/// Why a client is not served: what CONNACK says, if anything, and the cause that is counted.
+pub type Denial = (Option<ConnectAckReason>, &'static str);
+
+impl Method {
+    /// The rounds between CONNECT and CONNACK, with the data that CONNACK
+    /// carries. The caller bounds the time.
+    pub async fn admit<S: AsyncRead + AsyncWrite + Unpin>(
+        &self,
+        broker: &Broker,
+        io: &mut S,
+        input: &mut BytesMut,
+        packet_bytes_max: usize,
+        who: &Credentials<'_>,
+    ) -> Result<(Admitted, Bytes), Denial> {
+        let mut step = broker.access.begin(&self.name, &self.data, who).await.map_err(denial)?;
+        for _ in 0..ROUNDS_MAX {
+            let (data, exchange) = match step {
+                Step::Ask { data, exchange } => (data, exchange),
+                Step::Done { data, identity } => {
+                    return Ok((broker.access.rights(identity, who.client_id), data.into()));
+                }
+            };
+            let mut out = BytesMut::new();
+            self.put(AuthReasonCode::ContinueAuth, data, packet_bytes_max, &mut out)
+                .ok_or((Some(ConnectAckReason::PacketTooLarge), "invalid"))?;
+            io.write_all(&out).await.map_err(|_| (None, "lost"))?;
+            let answer = self.read_answer(broker, io, input).await?;
+            step = exchange.answer(&answer).await.map_err(denial)?;
+        }
+        Err((Some(ConnectAckReason::NotAuthorized), "bad_credentials"))
+    }
+
+    /// Until CONNACK a client sends nothing but AUTH and DISCONNECT (3.1.2-30).
+    async fn read_answer<S: AsyncRead + Unpin>(
+        &self,
+        broker: &Broker,
+        io: &mut S,
+        input: &mut BytesMut,
+    ) -> Result<Bytes, Denial> {
+        let fault = |fault: Fault| {
+            let reason = ConnectAckReason::try_from(u8::from(fault.code));
+            (Some(reason.unwrap_or(ConnectAckReason::MalformedPacket)), "malformed")
+        };
+        loop {
+            if let Some(frame) = wire::frame(input, broker.packet_bytes_max).map_err(fault)? {
+                let len = frame.len;
+                let packet = wire::decode(Version::V5, &input.split_to(len)).map_err(fault)?;
+                return match packet {
+                    Packet::V5(v5::Packet::Auth(auth))
+                        if auth.reason_code == AuthReasonCode::ContinueAuth =>
+                    {
+                        self.data_of(auth).map_err(fault)
+                    }
+                    Packet::V5(v5::Packet::Disconnect(_)) => Err((None, "lost")),
+                    _ => Err(fault(OUT_OF_TURN)),
+                };
+            }
+            match io.read_buf(input).await {
+                Ok(1..) => {}
+                _ => return Err((None, "lost")),
+            }
+        }
+    }
+
+    fn data_of(&self, auth: Auth) -> Result<Bytes, Fault> {
+        if auth.auth_method.as_deref() != Some(&self.name) {
+            return Err(Fault::protocol("AUTH names another method than CONNECT"));
+        }
+        Ok(auth.auth_data.unwrap_or_default())
+    }
+
+    /// `None` where it is more than the client takes.
+    fn put(
+        &self,
+        reason_code: AuthReasonCode,
+        data: Vec<u8>,
+        packet_bytes_max: usize,
+        out: &mut BytesMut,
+    ) -> Option<()> {
+        let before = out.len();
+        let auth = Auth {
+            reason_code,
+            auth_method: Some((&*self.name).into()),
+            auth_data: Some(data.into()),
+            ..Auth::default()
+        };
+        v5::Codec::new(0, 0).encode(auth.into(), out).ok()?;
+        (out.len() - before <= packet_bytes_max).then_some(())
+    }
+}
+
+const OUT_OF_TURN: Fault = Fault::protocol("AUTH out of turn");
+
+pub fn denial(denied: Denied) -> Denial {
+    match denied {
+        // By this way a wrong password is no other thing than a wrong right (4.12).
+        Denied::BadCredentials => (Some(ConnectAckReason::NotAuthorized), "bad_credentials"),
+        Denied::NotAuthorized => (Some(ConnectAckReason::NotAuthorized), "not_authorized"),
+        Denied::BadMethod => (Some(ConnectAckReason::BadAuthenticationMethod), "bad_auth_method"),
+        Denied::Unavailable(_) => (Some(ConnectAckReason::ServerUnavailable), "access_unavailable"),
+    }
+}
+
+/// For authenticating again (4.12.1), while everything else goes on.
+pub struct Again<'b> {
+    pub method: Method,
+    pub remote: &'b Remote,
+    /// Of CONNECT.
+    pub username: Option<Box<str>>,
+    pub running: Option<Running>,
+}
+
+pub struct Running {
+    exchange: Box<dyn Exchange>,
+    rounds: u32,
+    until: Instant,
+}
+
+impl Again<'_> {
+    /// When what runs must be over.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.running.as_ref().map(|running| running.until)
+    }
+
+    /// Takes an AUTH, puts the answer into `out`, changes the client's rights
+    /// where it is over. A failure ends the connection.
+    pub async fn take(
+        &mut self,
+        broker: &Broker,
+        auth: Auth,
+        inbound: &mut Inbound,
+        packet_bytes_max: usize,
+        out: &mut BytesMut,
+    ) -> Result<(), Fault> {
+        let session = inbound.session().clone();
+        let (running, code) = (self.running.take(), auth.reason_code);
+        let data = self.method.data_of(auth)?;
+        let rounds = running.as_ref().map_or(0, |running| running.rounds) + 1;
+        let until = running.as_ref().map_or(Instant::now() + broker.config.connect_timeout.0, |it| it.until);
+        let who = Credentials {
+            client_id: &session.client_id,
+            username: self.username.as_deref(),
+            password: None,
+            certificate: self.remote.identity.as_deref(),
+            ip: self.remote.address.ip(),
+            allow_anonymous: false,
+        };
+        let step = async {
+            match (running, code) {
+                (None, AuthReasonCode::ReAuth) => {
+                    Ok(broker.access.begin(&self.method.name, &data, &who).await)
+                }
+                (Some(running), AuthReasonCode::ContinueAuth) => Ok(running.exchange.answer(&data).await),
+                _ => Err(OUT_OF_TURN),
+            }
+        };
+        let step = timeout_at(until, step).await.unwrap_or(Ok(Err(Denied::NotAuthorized)))?;
+        let failed = || failed(broker, &session.client_id);
+        let step = step.map_err(|_| failed())?;
+        let too_large =
+            Fault { code: DisconnectReasonCode::PacketTooLarge, what: "AUTH is more than the client takes" };
+        let mut put = |code, data| self.method.put(code, data, packet_bytes_max, out).ok_or(too_large);
+        match step {
+            Step::Ask { .. } if rounds > ROUNDS_MAX => Err(failed()),
+            Step::Ask { data, exchange } => {
+                put(AuthReasonCode::ContinueAuth, data)?;
+                self.running = Some(Running { exchange, rounds, until });
+                Ok(())
+            }
+            Step::Done { identity, .. } if identity.name != inbound.rights().identity.name => Err(failed()),
+            Step::Done { data, identity } => {
+                put(AuthReasonCode::Success, data)?;
+                let rights = broker.access.rights(identity, &session.client_id);
+                leave_forbidden(broker, &session, &rights);
+                inbound.renew(rights);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Counted and said to a person; the client is not told whether it was the
+/// proof, the user or the time.
+pub fn failed(broker: &Broker, client_id: &str) -> Fault {
+    broker.failures.report("mqtt: authenticating again failed", 1, &format!("client {client_id}"), "");
+    Fault { code: DisconnectReasonCode::NotAuthorized, what: "authenticating again failed" }
+}
