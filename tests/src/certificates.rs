@@ -50,6 +50,11 @@ impl Authority {
 
     /// Writes `crl.pem`.
     pub fn revoke(&self, folder: &Folder, serials: &[u64]) -> PathBuf {
+        self.revoke_until(folder, serials, 2090)
+    }
+
+    /// The same, to be replaced by the first day of `year`.
+    pub fn revoke_until(&self, folder: &Folder, serials: &[u64], year: i32) -> PathBuf {
         let day = date_time_ymd(2020, 1, 1);
         let revoked = |serial: &u64| RevokedCertParams {
             serial_number: SerialNumber::from(*serial),
@@ -59,7 +64,7 @@ impl Authority {
         };
         let list = CertificateRevocationListParams {
             this_update: day,
-            next_update: date_time_ymd(2090, 1, 1),
+            next_update: date_time_ymd(year, 1, 1),
             crl_number: SerialNumber::from(1),
             issuing_distribution_point: None,
             revoked_certs: serials.iter().map(revoked).collect(),

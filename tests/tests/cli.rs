@@ -186,6 +186,38 @@ fn failed(mut command: Command) -> String {
 }
 
 #[test]
+fn validate_tries_certificates_and_password_files() {
+    let mqtt = "mqtt:
+  listeners:
+    - { bind: 127.0.0.1:0 }
+    - bind: 127.0.0.1:0
+      tls: { cert: server.pem, key: server.key }
+  access:
+    authenticate:
+      - { type: passwords, file: passwords }
+";
+    let host = Host::prepare_with("cli-validate-files", mqtt, "");
+    let validate = || {
+        let output = host.command(&["validate", "--config", "headworks.yaml"]).output().expect("the binary");
+        (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (valid, said) = validate();
+    assert!(!valid, "{said}");
+    for wanted in
+        ["headworks.yaml:8: mqtt.listeners[1].tls: cannot use server.pem: ", "authenticate[0]: passwords: "]
+    {
+        assert!(said.contains(wanted), "{wanted} in {said}");
+    }
+    let ca = headworks_tests::certificates::Authority::new(&host.folder);
+    ca.sign(&host.folder, "server", 1);
+    host.folder.write("passwords", "ann:plain\n");
+    let (valid, said) = validate();
+    assert!(!valid && said.contains("passwords: line 1: ") && !said.contains("server.pem"), "{said}");
+    host.folder.write("passwords", "");
+    assert!(validate().0, "{}", validate().1);
+}
+
+#[test]
 fn validate_accepts_what_runs_and_schema_describes_it() {
     let host = Host::prepare("cli-validate", &telemetry::config(&telemetry::sqlite_sink()));
     host.cli(&["validate"]);

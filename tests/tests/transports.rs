@@ -162,6 +162,84 @@ fn new_certificates_and_revocations_are_taken_while_clients_stay_connected() {
 }
 
 #[test]
+fn sighup_takes_new_certificates_and_passwords_at_once() {
+    let mqtt = "mqtt:
+  listeners:
+    - { bind: 127.0.0.1:0, tls: { cert: link.pem, key: link.key } }
+  access:
+    authenticate: [ { type: passwords, file: passwords } ]
+    rules: [ { effect: allow, topics: [\"#\"] } ]
+";
+    let mut host = Host::prepare_with("sighup", mqtt, "");
+    let ca = Authority::new(&host.folder);
+    // What is behind a link lies in no folder that is watched.
+    let elsewhere = Folder::new("sighup-elsewhere");
+    ca.sign(&elsewhere, "server", 1);
+    for kind in ["pem", "key"] {
+        let file = elsewhere.join(format!("server.{kind}"));
+        std::os::unix::fs::symlink(file, host.folder.join(format!("link.{kind}"))).expect("our folder");
+    }
+    let password = |host: &Host, password: &str| {
+        let mut command = host.command(&["passwd", "passwords", "ann"]);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("the binary");
+        writeln!(child.stdin.take().expect("piped"), "{password}").expect("the command reads");
+        assert!(child.wait().expect("our child").success());
+    };
+    password(&host, "old");
+    host.run();
+    let publish = |host: &Host, password: &str| {
+        let mut command = mosquitto::publish(host.mqtt());
+        command.args([
+            "--cafile",
+            text(&ca.ca),
+            "-u",
+            "ann",
+            "-P",
+            password,
+            "-q",
+            "1",
+            "-t",
+            "t",
+            "-m",
+            "x",
+        ]);
+        command.output().expect("mosquitto_pub is installed").status.success()
+    };
+    assert!(publish(&host, "old"));
+    ca.sign(&elsewhere, "server", 2);
+    password(&host, "new");
+    host.process().signal(rustix::process::Signal::HUP);
+    // Sooner than the look that comes by itself, 30 s after the start.
+    eventually("the certificates are taken", Duration::from_secs(20), || {
+        let taken = host.metric("headworks_mqtt_tls_reloads_total", &[("outcome", "taken")]);
+        (taken >= 1.0).then_some(())
+    });
+    assert!(publish(&host, "new") && !publish(&host, "old"));
+}
+
+#[test]
+fn a_host_without_certificates_lives_on_after_sighup() {
+    let mut host = Host::start("sighup-plain", "");
+    host.process().signal(rustix::process::Signal::HUP);
+    run(mosquitto::publish(host.mqtt()).args(["-q", "1", "-t", "t", "-m", "x"]));
+    assert!(host.stop().success(), "ended by itself, not by the signal");
+}
+
+#[test]
+fn an_outdated_revocation_list_is_told_of_at_the_start() {
+    let mut host = Host::prepare_with(
+        "old-list",
+        "mqtt: { listeners: [ { bind: 127.0.0.1:0, tls: { cert: server.pem, key: server.key, client_ca: ca.pem, crl: crl.pem } } ] }",
+        "",
+    );
+    let ca = Authority::new(&host.folder);
+    ca.sign(&host.folder, "server", 1);
+    ca.revoke_until(&host.folder, &[], 2021);
+    host.run();
+    host.says("crl.pem was to be replaced by 2021-01-01");
+}
+
+#[test]
 fn a_unix_socket_has_its_mode_and_serves_mosquittos_clients() {
     let dir = Folder::new("unix");
     let path = dir.join("mqtt.sock");

@@ -25,6 +25,12 @@ pub struct Config {
     pub authenticate: Vec<Authenticator>,
     /// The first rule that fits decides; where none fits the answer is no.
     pub rules: Vec<Rule>,
+    /// What client ids a client may have, where this is set: one that fits none is
+    /// refused. `%u` is the user name, `{field}` the client's value of that field,
+    /// `*` any characters. Left out, a user may take the session of another's
+    /// client id over. An id that the broker gave out is always fine.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub client_ids: Vec<String>,
     /// Values for `{field}` in topics of rules, by user name:
     /// `alice: { site: factory-01 }`.
     pub users: BTreeMap<String, BTreeMap<String, String>>,
@@ -210,6 +216,11 @@ impl Config {
         }
         if self.rules.len() > RULES_MAX {
             problems.add(path.key("rules"), format!("must be at most {RULES_MAX}, are {}", self.rules.len()));
+        }
+        for (i, pattern) in self.client_ids.iter().enumerate() {
+            if let Err(reason) = rules::check_client_id(pattern) {
+                problems.add(path.key("client_ids").index(i), reason);
+            }
         }
         for (i, rule) in self.rules.iter().enumerate() {
             for (t, topic) in rule.topics.iter().enumerate() {

@@ -189,6 +189,9 @@ fn secret(bytes: &[u8]) -> Result<Vec<Key>, String> {
 
 fn public_key(bytes: &[u8]) -> Result<Vec<Key>, String> {
     let wanted = || "must be an RSA or an EC (P-256, P-384) public key, PEM (BEGIN PUBLIC KEY)".to_owned();
+    if bytes.windows(20).any(|at| at == b"BEGIN RSA PUBLIC KEY") {
+        return Err(format!("{}; make one of this: openssl rsa -RSAPublicKey_in -pubout", wanted()));
+    }
     let der = SubjectPublicKeyInfoDer::from_pem_slice(bytes).map_err(|_| wanted())?;
     let key = SubjectPublicKeyInfoRef::from_der(&der).map_err(|_| wanted())?;
     let curve = || key.algorithm.parameters_oid().ok();

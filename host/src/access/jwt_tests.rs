@@ -1,7 +1,10 @@
 //! Tokens, made here and by the keys of a key set.
 
 use ring::rand::SystemRandom;
-use ring::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair};
+use ring::signature::{
+    ECDSA_P256_SHA256_FIXED_SIGNING, ECDSA_P384_SHA384_FIXED_SIGNING, EcdsaKeyPair, KeyPair,
+    RSA_PKCS1_SHA256, RSA_PKCS1_SHA384, RSA_PKCS1_SHA512, RsaEncoding, RsaKeyPair,
+};
 use serde_json::json;
 
 use super::*;
@@ -115,4 +118,91 @@ async fn a_key_set_finds_the_key_by_its_id_and_claims_bring_rules() {
     let claims = json!({"sub": "ann", "exp": FAR, "acl": [{"effect": "allow", "topics": ["a/#/b"]}]});
     let broken = token(&json!({"alg": "ES256", "kid": "k1"}), &claims, sign);
     assert_eq!(check(&jwt, &broken).await, Err(Denied::NotAuthorized));
+}
+
+/// By OpenSSL, as a person makes it: ring makes no RSA keys. The public key as
+/// `BEGIN PUBLIC KEY` and as `BEGIN RSA PUBLIC KEY`.
+fn rsa() -> (RsaKeyPair, String, String) {
+    let openssl = |args: &str, input: &[u8]| {
+        let mut command = std::process::Command::new("openssl");
+        command.args(args.split(' ')).stdin(std::process::Stdio::piped());
+        let mut child = command.stdout(std::process::Stdio::piped()).spawn().unwrap();
+        std::io::Write::write_all(&mut child.stdin.take().unwrap(), input).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "openssl {args}");
+        output.stdout
+    };
+    let pem = openssl("genpkey -quiet -algorithm RSA -pkeyopt rsa_keygen_bits:2048", b"");
+    let public = |form: &str| String::from_utf8(openssl(&format!("rsa {form}"), &pem)).unwrap();
+    let pkcs8 = rustls::pki_types::PrivatePkcs8KeyDer::from_pem_slice(&pem).unwrap();
+    (
+        RsaKeyPair::from_pkcs8(pkcs8.secret_pkcs8_der()).unwrap(),
+        public("-pubout"),
+        public("-RSAPublicKey_out"),
+    )
+}
+
+#[tokio::test]
+async fn rsa_keys_verify_from_pem_and_from_a_key_set() {
+    let random = SystemRandom::new();
+    let (pair, pem, pkcs1) = rsa();
+    let RsaPublicKeyComponents::<Vec<u8>> { n, e } = pair.public().into();
+    let set = json!({"keys": [{"kty": "RSA", "kid": "r1", "n": encode(n), "e": encode(e)}]});
+    let claims = json!({"sub": "ann", "exp": FAR});
+    let files = [
+        open("public_key_file", pem.as_bytes(), json!({})),
+        open("jwks_file", set.to_string().as_bytes(), json!({})),
+    ];
+    for (jwt, _folder) in &files {
+        let algorithms: [(&str, &'static dyn RsaEncoding); 3] =
+            [("RS256", &RSA_PKCS1_SHA256), ("RS384", &RSA_PKCS1_SHA384), ("RS512", &RSA_PKCS1_SHA512)];
+        for (alg, encoding) in algorithms {
+            let sign = |signed: &[u8]| {
+                let mut signature = vec![0; pair.public().modulus_len()];
+                pair.sign(encoding, &random, signed, &mut signature).unwrap();
+                signature
+            };
+            let good = token(&json!({"alg": alg}), &claims, sign);
+            assert_eq!(check(jwt, &good).await, Ok(Some("ann".into())), "{alg}");
+            // Signed by the same key, but not as it says.
+            let other = if alg == "RS256" { "RS512" } else { "RS256" };
+            let bad = token(&json!({"alg": other}), &claims, sign);
+            assert_eq!(check(jwt, &bad).await, Err(Denied::BadCredentials), "{alg} as {other}");
+            let (head, signature) = good.rsplit_once('.').unwrap();
+            let forged = format!("{head}.{}", encode(vec![0; signature.len() * 3 / 4]));
+            assert_eq!(check(jwt, &forged).await, Err(Denied::BadCredentials));
+        }
+        let confused = token(&json!({"alg": "HS256"}), &claims, |signed| {
+            hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, pem.as_bytes()), signed).as_ref().to_vec()
+        });
+        assert_eq!(check(jwt, &confused).await, Err(Denied::BadCredentials));
+    }
+    let refused = public_key(pkcs1.as_bytes()).err().unwrap();
+    assert!(refused.contains("openssl rsa -RSAPublicKey_in -pubout"), "{refused}");
+}
+
+#[tokio::test]
+async fn p384_keys_verify_from_pem_and_from_a_key_set() {
+    let random = SystemRandom::new();
+    let made = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P384_SHA384).unwrap();
+    let pair =
+        EcdsaKeyPair::from_pkcs8(&ECDSA_P384_SHA384_FIXED_SIGNING, &made.serialize_der(), &random).unwrap();
+    let point = pair.public_key().as_ref();
+    let set = json!({"keys": [
+        {"kty": "EC", "crv": "P-384", "kid": "k1", "x": encode(&point[1..49]), "y": encode(&point[49..])},
+    ]});
+    let pem = made.public_key_pem();
+    let claims = json!({"sub": "ann", "exp": FAR});
+    let sign = |signed: &[u8]| pair.sign(&random, signed).unwrap().as_ref().to_vec();
+    for (file, content) in [("public_key_file", pem), ("jwks_file", set.to_string())] {
+        let (jwt, _folder) = open(file, content.as_bytes(), json!({}));
+        assert_eq!(
+            check(&jwt, &token(&json!({"alg": "ES384"}), &claims, sign)).await,
+            Ok(Some("ann".into()))
+        );
+        for alg in ["ES256", "RS256", "HS384"] {
+            let bad = token(&json!({"alg": alg}), &claims, sign);
+            assert_eq!(check(&jwt, &bad).await, Err(Denied::BadCredentials), "{alg}");
+        }
+    }
 }

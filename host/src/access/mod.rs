@@ -26,6 +26,7 @@ use async_trait::async_trait;
 use self::exchange::Begun;
 use self::limits::{Bucket, Users};
 use self::rules::Who;
+use crate::problems::{KeyPath, Problems};
 use crate::telemetry::Failures;
 
 pub use self::config::{Authenticator, Certificate, Config, DeniedPublish, Limits, Rule};
@@ -179,6 +180,13 @@ impl Access {
         Err(Denied::BadCredentials)
     }
 
+    /// Whether the client may have the id that it asks for.
+    pub fn may_have_id(&self, identity: &Identity, client_id: &str) -> bool {
+        let patterns = self.config.as_ref().map_or(&[][..], |config| &config.client_ids);
+        let who = Who { client_id, user: identity.name.as_deref(), fields: &identity.fields };
+        patterns.is_empty() || rules::fits_client_id(patterns, &who)
+    }
+
     /// Whether one more CONNECT is within `connects_per_s`.
     pub fn may_connect(&self) -> bool {
         let Some(connects) = &self.connects else { return true };
@@ -212,6 +220,15 @@ impl Access {
     /// Whether an MQTT 3.1.1 client stays that published where it may not.
     pub fn drops_denied(&self) -> bool {
         self.config.as_ref().is_some_and(|config| config.denied_publish == DeniedPublish::Drop)
+    }
+}
+
+/// Reads the files that the config names; adds what is wrong with them.
+pub fn look(config: &Config, path: &KeyPath, problems: &mut Problems) {
+    for (i, authenticator) in config.authenticate.iter().enumerate() {
+        if let Err(reason) = open(authenticator, &[0; 32], Failures::default()) {
+            problems.add(path.key("authenticate").index(i), reason);
+        }
     }
 }
 

@@ -123,6 +123,24 @@ pub fn check_topic(text: &str) -> Result<(), String> {
     })
 }
 
+/// Whether a client's id fits one of `patterns`, with who it is filled in.
+pub fn fits_client_id(patterns: &[String], who: &Who<'_>) -> bool {
+    // A star in a name is no star of the pattern.
+    let value = |variable: Variable<'_>| who.value(variable).filter(|value| !value.contains('*'));
+    patterns.iter().any(|pattern| fill(pattern, value).is_ok_and(|glob| fits_glob(&glob, who.client_id)))
+}
+
+pub fn check_client_id(pattern: &str) -> Result<(), String> {
+    let known = |variable: Variable<'_>| match variable {
+        Variable::Client | Variable::Field("") => None,
+        _ => Some("x"),
+    };
+    match fill(pattern, known) {
+        Ok(filled) if !filled.is_empty() => Ok(()),
+        _ => Err("must be a pattern such as %u, %u-* or {site}-*; %c is the id itself".to_owned()),
+    }
+}
+
 /// `*` stands for any characters, also none.
 fn fits_glob(glob: &str, text: &str) -> bool {
     let Some((head, rest)) = glob.split_once('*') else { return glob == text };
@@ -150,6 +168,16 @@ enum Variable<'a> {
     Client,
     User,
     Field(&'a str),
+}
+
+impl<'a> Who<'a> {
+    fn value(&self, variable: Variable<'_>) -> Option<&'a str> {
+        match variable {
+            Variable::Client => Some(self.client_id),
+            Variable::User => self.user,
+            Variable::Field(name) => self.fields.get(name).map(String::as_str),
+        }
+    }
 }
 
 /// Fills the variables of one level in; `Err` where one has no value.
@@ -191,11 +219,7 @@ fn is_one_level(value: &str) -> bool {
 impl Pattern {
     /// `None` where the client has no value for a variable and `effect` allows.
     fn compile(text: &str, effect: Effect, who: &Who<'_>) -> Option<Self> {
-        let value = |variable: Variable<'_>| match variable {
-            Variable::Client => Some(who.client_id),
-            Variable::User => who.user,
-            Variable::Field(name) => who.fields.get(name).map(String::as_str),
-        };
+        let value = |variable: Variable<'_>| who.value(variable);
         let levels = text.split('/').map(|level| match (level, fill(level, value), effect) {
             ("+", ..) => Some(Level::One),
             ("#", ..) => Some(Level::Rest),

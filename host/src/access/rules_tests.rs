@@ -137,6 +137,27 @@ fn the_brokers_own_topics_are_only_for_who_is_allowed_by_name() {
 }
 
 #[test]
+fn a_client_id_is_bound_to_who_the_client_is() {
+    let fields = BTreeMap::from([("site".to_owned(), "f1".to_owned())]);
+    let fits = |pattern: &str, user: Option<&str>, client_id: &str| {
+        fits_client_id(&[pattern.to_owned()], &Who { client_id, user, fields: &fields })
+    };
+    assert!(fits("%u", Some("ann"), "ann") && !fits("%u", Some("ann"), "bob"));
+    assert!(fits("%u-*", Some("ann"), "ann-2") && !fits("%u-*", Some("ann"), "anna-2"));
+    assert!(fits("{site}-*", Some("ann"), "f1-x") && !fits("{line}-*", Some("ann"), "-x"));
+    assert!(!fits("%u", None, "") && !fits("%u-*", None, "-x"));
+    for odd in ["*", "a*", "", "+"] {
+        assert!(!fits("%u", Some(odd), "ann") && !fits("%u-*", Some(odd), "ann-2"), "{odd}");
+    }
+    for good in ["%u", "plc-*", "{site}/%u"] {
+        assert_eq!(check_client_id(good), Ok(()), "{good}");
+    }
+    for bad in ["", "%c", "{", "{}", "{a b}"] {
+        assert!(check_client_id(bad).is_err(), "{bad}");
+    }
+}
+
+#[test]
 fn topics_of_rules_are_checked() {
     for good in ["a/+/#", "dev/%c/{site}", "100%/x", "x-%u-{a_b}"] {
         assert_eq!(check_topic(good), Ok(()), "{good}");

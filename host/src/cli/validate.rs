@@ -8,7 +8,7 @@ use crate::app::banner::{Started, summary};
 use crate::config;
 
 pub fn validate(args: &ValidateArgs, out: &mut Out) -> anyhow::Result<()> {
-    let loaded = match config::load(args.config.config.as_deref()) {
+    let loaded = match config::load_with_files(args.config.config.as_deref()) {
         Err(config::Error::Invalid(problems)) if args.format.format == Format::Json => {
             out.json(&json!({ "valid": false, "problems": problems }))?;
             return Err(config::Error::Invalid(problems).into());

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::listeners::mqtt;
-use crate::problems::{Problem, Problems};
+use crate::problems::{KeyPath, Problem, Problems};
 use crate::topic::Namespace;
 use crate::{admin, devices, pipeline, plugin, sinks, stream};
 
@@ -140,13 +140,25 @@ pub enum Error {
 
 /// Reads a file, a folder of files, or with `None` the embedded default.
 pub fn load(path: Option<&Path>) -> Result<Loaded, Error> {
+    read(path).map(|(_, loaded)| loaded)
+}
+
+/// The same, and tries the files that the config names: certificates, passwords, keys.
+pub fn load_with_files(path: Option<&Path>) -> Result<Loaded, Error> {
+    let (files, loaded) = read(path)?;
+    let mut problems = Problems::default();
+    loaded.config.mqtt.look(&KeyPath::root().key("mqtt"), &mut problems);
+    if problems.is_empty() { Ok(loaded) } else { Err(Error::Invalid(files.locate(problems.into_vec()))) }
+}
+
+fn read(path: Option<&Path>) -> Result<(files::Files, Loaded), Error> {
     let files = match path {
         Some(path) => files::read(path)?,
         None => files::Files::default(),
     };
     let source = Source { path: path.map(Path::to_owned), files: files.names() };
     let (config, warnings) = parse(&files)?;
-    Ok(Loaded { config, source, warnings })
+    Ok((files, Loaded { config, source, warnings }))
 }
 
 /// The JSON Schema of a config, for editors and for `check`.

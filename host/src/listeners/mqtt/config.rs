@@ -242,6 +242,19 @@ impl Config {
         }
     }
 
+    /// Reads the files that it names; adds what is wrong with them.
+    pub fn look(&self, path: &KeyPath, problems: &mut Problems) {
+        for (i, endpoint) in self.listeners.iter().enumerate() {
+            let loaded = endpoint.tls.clone().map(super::transport::tls::Tls::load);
+            if let Some(Err(reason)) = loaded {
+                problems.add(path.key("listeners").index(i).key("tls"), reason);
+            }
+        }
+        if let Some(access) = &self.access {
+            access::look(access, &path.key("access"), problems);
+        }
+    }
+
     fn asks_for_credentials(&self) -> bool {
         self.access.as_ref().is_some_and(|access| !access.authenticate.is_empty())
     }

@@ -375,6 +375,9 @@ impl Asked {
                 rights
             }
         };
+        if !self.assigned && !broker.access.may_have_id(&rights.identity, &self.client_id) {
+            return Err((Some(ConnectAckReason::ClientIdentifierNotValid), "client_id"));
+        }
         match &self.will {
             Some(will) if broker.access.is_too_deep(&will.topic) => {
                 Err((Some(ConnectAckReason::TopicNameInvalid), "will_topic_levels"))

@@ -34,6 +34,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ring::rand::SecureRandom;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -144,9 +145,9 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
     tasks.spawn(will::publish_restored(broker.clone()));
     let room = Arc::new(Semaphore::new(config.connections_max as usize));
     let tls: Vec<_> = entries.iter().filter_map(Entry::tls).cloned().collect();
-    if !tls.is_empty() {
-        tasks.spawn(transport::keep_certificates(broker.clone(), tls));
-    }
+    // Taken also where there is nothing to read again: by default it ends a process.
+    let hangup = signal(SignalKind::hangup()).ok();
+    tasks.spawn(transport::keep_certificates(broker.clone(), tls, hangup));
     let accepting = entries
         .into_iter()
         .map(|entry| tokio::spawn(transport::accept(broker.clone(), entry, room.clone(), tasks.clone())));

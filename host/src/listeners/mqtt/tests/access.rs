@@ -240,6 +240,26 @@ async fn a_client_over_its_rate_is_read_slower_and_nothing_is_refused() {
 }
 
 #[tokio::test]
+async fn a_client_id_that_is_another_users_is_refused() {
+    let Guarded { host, .. } = guarded("- { effect: allow, topics: ['#'] }", |config| {
+        config.access.as_mut().unwrap().client_ids = vec!["%u".to_owned(), "%u-*".to_owned()];
+    })
+    .await;
+    let (mut ann, ack) = host.client(signed_in("ann-1", "ann", "ann")).await;
+    assert_eq!(ack.reason_code, ConnectAckReason::Success);
+    for client_id in ["ann-1", "ann", "c"] {
+        let reason = refused(&host, signed_in(client_id, "bob", "bob")).await;
+        assert_eq!(reason, ConnectAckReason::ClientIdentifierNotValid, "{client_id}");
+    }
+    assert_eq!(connect_v3(&host, Some(("bob", "bob"))).await.1, 2);
+    ann.nothing_but_ping().await;
+    // Given out by the broker, nobody else has it.
+    let (_, ack) = host.client(signed_in("", "bob", "bob")).await;
+    assert_eq!(ack.reason_code, ConnectAckReason::Success);
+    host.stop().await;
+}
+
+#[tokio::test]
 async fn limits_are_told_by_their_own_reason() {
     let Guarded { host, .. } = guarded("- { effect: allow, topics: ['#'] }", |config| {
         config.limits = Limits {

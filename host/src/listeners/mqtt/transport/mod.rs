@@ -11,7 +11,7 @@ mod listen;
 pub mod network;
 mod proxy;
 mod reload;
-mod tls;
+pub(super) mod tls;
 mod websocket;
 
 use std::fmt;
@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
+use tokio::signal::unix::Signal;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 use tokio_rustls::server::TlsStream;
@@ -137,8 +138,8 @@ impl Entry {
 }
 
 /// Reads certificates again when their files change, until shutdown.
-pub async fn keep_certificates(broker: Arc<Broker>, tls: Vec<Arc<Tls>>) {
-    reload::run(&broker, &tls).await;
+pub async fn keep_certificates(broker: Arc<Broker>, tls: Vec<Arc<Tls>>, hangup: Option<Signal>) {
+    reload::run(&broker, &tls, hangup).await;
 }
 
 /// Takes connections until shutdown; never waits for one of them.

@@ -4,11 +4,11 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use notify::event::{AccessKind, AccessMode};
 use notify::{Event, EventKind, RecursiveMode, Watcher};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::Signal;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -21,7 +21,7 @@ const QUIET: Duration = Duration::from_millis(300);
 /// However busy the folder.
 const QUIET_WAIT_MAX: Duration = Duration::from_secs(5);
 
-pub(super) async fn run(broker: &Broker, all: &[Arc<Tls>]) {
+pub(super) async fn run(broker: &Broker, all: &[Arc<Tls>], mut hangup: Option<Signal>) {
     let (changed, mut changes) = mpsc::channel(1);
     let watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
         // Our own look opens and reads the files.
@@ -42,7 +42,7 @@ pub(super) async fn run(broker: &Broker, all: &[Arc<Tls>]) {
     if let Err(error) = &watched {
         tracing::warn!(%error, "mqtt: cannot watch the certificates' folders, will look every 30 s");
     }
-    let mut hangup = signal(SignalKind::hangup()).ok();
+    all.iter().for_each(|tls| warn_of_old_lists(broker, tls));
     loop {
         tokio::select! {
             () = broker.shutdown.cancelled() => return,
@@ -55,7 +55,15 @@ pub(super) async fn run(broker: &Broker, all: &[Arc<Tls>]) {
         }
         for tls in all {
             look(broker, tls).await;
+            warn_of_old_lists(broker, tls);
         }
+    }
+}
+
+/// At the start, after each change, and as long as it is so.
+fn warn_of_old_lists(broker: &Broker, tls: &Tls) {
+    if let Some(detail) = tls.outdated_lists(SystemTime::now()) {
+        broker.failures.report("mqtt: a revocation list is out of date", 1, &detail, "");
     }
 }
 

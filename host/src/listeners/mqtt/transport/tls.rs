@@ -4,6 +4,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::SystemTime;
 
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
@@ -13,6 +14,8 @@ use sha2::{Digest, Sha256};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
+use x509_cert::crl::CertificateList;
+use x509_cert::der::Decode;
 
 use super::super::config;
 use super::{Failed, identity};
@@ -23,9 +26,16 @@ const FILE_BYTES_MAX: u64 = 64 << 20;
 /// The certificates in use, and the files that they came from.
 pub struct Tls {
     files: config::Tls,
-    current: RwLock<TlsAcceptor>,
+    current: RwLock<Acceptor>,
     /// What the last look found, good or not: a broken file is said once.
     seen: Mutex<Result<[u8; 32], String>>,
+}
+
+#[derive(Clone)]
+struct Acceptor {
+    tls: TlsAcceptor,
+    /// When the first of the revocation lists is to be replaced, at the latest.
+    lists_until: Option<SystemTime>,
 }
 
 pub(super) enum Reloaded {
@@ -71,6 +81,19 @@ impl Tls {
         }
     }
 
+    /// A revocation list in use is past its next update: what to tell a person.
+    pub(super) fn outdated_lists(&self, now: SystemTime) -> Option<String> {
+        let until = self.current.read().unwrap_or_else(PoisonError::into_inner).lists_until?;
+        let crl = self.files.crl.as_ref()?;
+        let due = humantime::format_rfc3339_seconds(until);
+        (until < now).then(|| {
+            format!(
+                "{} was to be replaced by {due}: clients revoked since then still get in; get a new list from the CA",
+                crl.display()
+            )
+        })
+    }
+
     pub(super) fn name(&self) -> std::path::Display<'_> {
         self.files.cert.display()
     }
@@ -86,7 +109,7 @@ impl Tls {
     }
 
     pub(super) async fn accept(&self, socket: TcpStream) -> Result<TlsStream<TcpStream>, Failed> {
-        let acceptor = self.current.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let acceptor = self.current.read().unwrap_or_else(PoisonError::into_inner).tls.clone();
         acceptor.accept(socket).await.map_err(|error| explain(&error))
     }
 
@@ -122,7 +145,8 @@ impl Material {
         hash.finalize().into()
     }
 
-    fn acceptor(&self, files: &config::Tls) -> Result<TlsAcceptor, String> {
+    fn acceptor(&self, files: &config::Tls) -> Result<Acceptor, String> {
+        let mut lists_until = None;
         let config::Tls { cert, key, .. } = files;
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let builder = ServerConfig::builder_with_provider(provider.clone())
@@ -137,7 +161,10 @@ impl Material {
                 }
                 let mut verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
                 if let Some((path, bytes)) = &self.crl {
-                    verifier = verifier.with_crls(revoked(path, bytes)?).only_check_end_entity_revocation();
+                    let lists = revoked(path, bytes)?;
+                    lists_until = lists.iter().filter_map(next_update).min();
+                    // Not enforced: see `Tls::outdated_lists`.
+                    verifier = verifier.with_crls(lists).only_check_end_entity_revocation();
                 }
                 let at = self.crl.as_ref().map_or(path, |(path, _)| path);
                 builder.with_client_cert_verifier(verifier.build().map_err(|error| cannot_use(at, &error))?)
@@ -148,7 +175,7 @@ impl Material {
         let config = builder.with_single_cert(chain, private).map_err(|error| {
             format!("the key {} does not fit the certificate {}: {error}", key.display(), cert.display())
         })?;
-        Ok(TlsAcceptor::from(Arc::new(config)))
+        Ok(Acceptor { tls: TlsAcceptor::from(Arc::new(config)), lists_until })
     }
 }
 
@@ -174,6 +201,11 @@ fn revoked(path: &Path, bytes: &[u8]) -> Result<Vec<CertificateRevocationListDer
         Ok(found) if found.is_empty() => Err(format!("{} holds no revocation list (PEM)", path.display())),
         found => found.map_err(|error| cannot_use(path, &error)),
     }
+}
+
+fn next_update(list: &CertificateRevocationListDer<'_>) -> Option<SystemTime> {
+    let list = CertificateList::from_der(list).ok()?;
+    list.tbs_cert_list.next_update.map(|time| time.to_system_time())
 }
 
 fn cannot_use(path: &Path, error: &dyn std::fmt::Display) -> String {

@@ -55,6 +55,10 @@ impl Pki {
     }
 
     fn revoke(&self, serials: &[u64]) {
+        self.revoke_until(serials, 2090);
+    }
+
+    fn revoke_until(&self, serials: &[u64], year: i32) {
         let day = date_time_ymd(2020, 1, 1);
         let revoked = |serial: &u64| RevokedCertParams {
             serial_number: SerialNumber::from(*serial),
@@ -64,7 +68,7 @@ impl Pki {
         };
         let list = CertificateRevocationListParams {
             this_update: day,
-            next_update: date_time_ymd(2090, 1, 1),
+            next_update: date_time_ymd(year, 1, 1),
             crl_number: SerialNumber::from(1),
             issuing_distribution_point: None,
             revoked_certs: serials.iter().map(revoked).collect(),
@@ -161,6 +165,22 @@ async fn a_revoked_client_is_refused_after_the_reload_and_those_connected_go_on(
     let mut heard = [0; 2];
     server.read_exact(&mut heard).await.unwrap();
     assert_eq!(&heard, b"on");
+}
+
+#[tokio::test]
+async fn a_list_past_its_next_update_stays_in_force_and_is_told_of() {
+    let pki = Pki::new();
+    let tls = pki.load(Identity::Cn);
+    assert_eq!(tls.outdated_lists(SystemTime::now()), None);
+    pki.revoke_until(&[7], 2021);
+    assert!(matches!(tls.reload(), Reloaded::Taken));
+    let told = tls.outdated_lists(SystemTime::now()).unwrap();
+    assert!(told.contains("crl.pem was to be replaced by 2021-01-01"), "{told}");
+    assert!(refusal(&tls, &pki.connector(Some(pki.device(7)))).await.contains("is revoked"));
+    assert!(shake(&tls, &pki.connector(Some(pki.device(8)))).await.0.is_ok());
+    pki.revoke(&[7]);
+    assert!(matches!(tls.reload(), Reloaded::Taken));
+    assert_eq!(tls.outdated_lists(SystemTime::now()), None);
 }
 
 #[tokio::test]
