@@ -47,8 +47,7 @@ pub struct Answer {
     /// Empty as long as there is no record.
     pub outputs: Vec<u8>,
     pub data: Vec<u8>,
-    /// Messages answered so far.
-    answered: usize,
+    /// Messages of the batch.
     count: usize,
     /// What `data` will probably need, so that it is allocated once.
     data_bytes: usize,
@@ -64,7 +63,6 @@ impl Answer {
         self.verdicts.clear();
         self.outputs.clear();
         self.data.clear();
-        self.answered = 0;
         self.count = messages.len();
         self.data_bytes = messages.bytes_len() + 64 * messages.len();
     }
@@ -81,21 +79,22 @@ impl Answer {
         }
     }
 
+    /// The verdict of message `number`: all before it have theirs.
     #[inline(always)]
-    fn push_verdict(&mut self, verdict: u8) {
-        if verdict != verdict::KEEP || !self.verdicts.is_empty() {
-            if self.verdicts.is_empty() {
-                self.first_verdict();
+    fn push_verdict(&mut self, number: u32, verdict: u8) {
+        if self.verdicts.is_empty() {
+            if verdict == verdict::KEEP {
+                return;
             }
-            self.verdicts.push(verdict);
+            self.first_verdict(number);
         }
-        self.answered += 1;
+        self.verdicts.push(verdict);
     }
 
     #[cold]
-    fn first_verdict(&mut self) {
+    fn first_verdict(&mut self, number: u32) {
         self.verdicts.reserve(self.count);
-        self.verdicts.resize(self.answered, verdict::KEEP);
+        self.verdicts.resize(number as usize, verdict::KEEP);
     }
 
     #[inline(always)]
@@ -117,66 +116,68 @@ impl Answer {
         self.outputs.resize(abi::OUTPUT_HEADER_BYTES, 0);
         self.data.reserve(self.data_bytes);
     }
+
+    /// Records that the verdict does not want.
+    #[cold]
+    fn take_back(&mut self, (outputs, data): (usize, usize)) {
+        self.outputs.truncate(outputs);
+        self.data.truncate(data);
+    }
+
+    #[cold]
+    fn refuse(
+        &mut self,
+        source: u32,
+        before: Option<(usize, usize)>,
+        verdict: u8,
+        reason: Cow<'static, str>,
+    ) {
+        if let Some(before) = before {
+            self.take_back(before);
+        }
+        let end = reason.floor_char_boundary(abi::REASON_BYTES_MAX);
+        self.push_record(source).payload(&reason.as_bytes()[..end]);
+        self.push_verdict(source, verdict);
+    }
 }
 
 /// Where a plugin puts what it makes of one message.
 pub struct Output<'a> {
     answer: &'a mut Answer,
     source: u32,
-    outputs_before: usize,
-    data_before: usize,
+    /// Lengths of outputs and data before its first record.
+    before: Option<(usize, usize)>,
 }
 
 impl<'a> Output<'a> {
     #[inline(always)]
     pub(super) fn new(answer: &'a mut Answer, message: &Message<'_>) -> Self {
-        let (outputs_before, data_before) = (answer.outputs.len(), answer.data.len());
-        Self { answer, source: message.number() as u32, outputs_before, data_before }
+        Self { answer, source: message.number() as u32, before: None }
     }
 
     /// One more message in place of this one; what is not set on it stays as
     /// the message has it. Counts only if the verdict is [`Verdict::Emit`].
     #[inline(always)]
     pub fn emit(&mut self) -> Record<'_> {
+        self.before.get_or_insert((self.answer.outputs.len(), self.answer.data.len()));
         self.answer.push_record(self.source)
     }
 
     #[inline(always)]
     pub(super) fn end(self, verdict: Verdict) {
-        match verdict {
-            Verdict::Keep => self.end_without_records(verdict::KEEP),
-            Verdict::Drop => self.end_without_records(verdict::DROP),
-            Verdict::Emit if self.answer.outputs.len() > self.outputs_before => {
-                self.answer.push_verdict(verdict::EMIT);
-            }
+        let Self { answer, source, before } = self;
+        let verdict = match verdict {
+            Verdict::Emit if before.is_some() => return answer.push_verdict(source, verdict::EMIT),
+            Verdict::Keep => verdict::KEEP,
             // Emitting nothing is dropping.
-            Verdict::Emit => self.end_without_records(verdict::DROP),
-            Verdict::Fail(reason) => self.end_with_reason(verdict::FAIL, reason),
-            Verdict::Retry(reason) => self.end_with_reason(verdict::RETRY, reason),
+            Verdict::Drop | Verdict::Emit => verdict::DROP,
+            Verdict::Fail(reason) => return answer.refuse(source, before, verdict::FAIL, reason),
+            Verdict::Retry(reason) => return answer.refuse(source, before, verdict::RETRY, reason),
+        };
+        if let Some(before) = before {
+            answer.take_back(before);
         }
-    }
-
-    #[inline(always)]
-    fn end_without_records(mut self, verdict: u8) {
-        if self.answer.outputs.len() > self.outputs_before {
-            self.take_back();
-        }
-        self.answer.push_verdict(verdict);
-    }
-
-    /// Records that the verdict does not want.
-    #[cold]
-    fn take_back(&mut self) {
-        self.answer.outputs.truncate(self.outputs_before);
-        self.answer.data.truncate(self.data_before);
-    }
-
-    #[cold]
-    fn end_with_reason(mut self, verdict: u8, reason: Cow<'static, str>) {
-        self.take_back();
-        let end = reason.floor_char_boundary(abi::REASON_BYTES_MAX);
-        self.answer.push_record(self.source).payload(&reason.as_bytes()[..end]);
-        self.answer.push_verdict(verdict);
+        answer.push_verdict(source, verdict);
     }
 }
 

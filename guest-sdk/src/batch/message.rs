@@ -9,6 +9,7 @@ use crate::json;
 #[derive(Clone, Copy)]
 pub struct Messages<'a> {
     header: &'a [u8],
+    /// All entries and nothing else.
     entries: &'a [u8],
     stride_bytes: usize,
     count: usize,
@@ -33,10 +34,10 @@ impl<'a> Messages<'a> {
         let header_bytes = word(index, header::HEADER_WORDS) as usize * abi::WORD_BYTES;
         let stride_bytes = word(index, header::STRIDE) as usize * abi::WORD_BYTES;
         let count = word(index, header::COUNT) as usize;
-        let entries = index.get(header_bytes..)?;
-        if stride_bytes < abi::STRIDE_BYTES || entries.len() < count.checked_mul(stride_bytes)? {
+        if stride_bytes < abi::STRIDE_BYTES {
             return None;
         }
+        let entries = index.get(header_bytes..)?.get(..count.checked_mul(stride_bytes)?)?;
         let mut all: [&[u8]; 16] = [&[]; 16];
         for (slot, segment) in all.iter_mut().zip(segments) {
             *slot = segment;
@@ -64,17 +65,30 @@ impl<'a> Messages<'a> {
 
     #[inline]
     pub fn iter(&self) -> impl Iterator<Item = Message<'_>> {
-        self.entries.chunks_exact(self.stride_bytes).take(self.count).enumerate().filter_map(
-            move |(number, entry)| {
-                Some(Message { batch: self, entry: entry.first_chunk()?, number: number as u32 })
-            },
-        )
+        self.stretches().flatten().zip(0..).map(|(entry, number)| self.message(entry, number))
+    }
+
+    #[inline(always)]
+    pub(super) fn message<'m>(&'m self, entry: &'m [u8; abi::STRIDE_BYTES], number: u32) -> Message<'m> {
+        Message { batch: self, entry, number }
+    }
+
+    /// Entries that follow one another without a gap: all at once as long as
+    /// the host's are not longer than this SDK's, so that the loop over them
+    /// has a fixed step.
+    #[inline(always)]
+    pub(super) fn stretches(&self) -> impl Iterator<Item = &'a [[u8; abi::STRIDE_BYTES]]> + use<'a> {
+        let (step, at_once) = match self.stride_bytes {
+            abi::STRIDE_BYTES => (self.entries.len().max(1), self.count),
+            longer => (longer, 1),
+        };
+        self.entries.chunks(step).map(move |part| &part.as_chunks().0[..at_once])
     }
 
     /// Message `number` of the batch, from 0.
     pub fn get(&self, number: usize) -> Option<Message<'_>> {
-        let entry = self.entries.get(number * self.stride_bytes..)?.first_chunk()?;
-        (number < self.count).then_some(Message { batch: self, entry, number: number as u32 })
+        let entry = self.entries.get(number.checked_mul(self.stride_bytes)?..)?.first_chunk()?;
+        Some(Message { batch: self, entry, number: number as u32 })
     }
 
     pub fn partition(&self) -> u32 {
@@ -263,8 +277,8 @@ pub struct Property<'a> {
 
 #[inline(always)]
 fn word(bytes: &[u8], at: usize) -> u32 {
-    let at = at * abi::WORD_BYTES;
-    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+    // Not byte by byte: that stays four loads in wasm.
+    u32::from_le_bytes(bytes.as_chunks().0[at])
 }
 
 /// Low word first.

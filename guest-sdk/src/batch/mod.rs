@@ -19,10 +19,15 @@ pub fn run(
     mut each: impl FnMut(&Message<'_>, &mut Output<'_>) -> Verdict,
 ) {
     answer.begin(messages);
-    for message in messages.iter() {
-        let mut output = Output::new(answer, &message);
-        let verdict = each(&message, &mut output);
-        output.end(verdict);
+    let mut number = 0;
+    for entries in messages.stretches() {
+        for entry in entries {
+            let message = messages.message(entry, number);
+            let mut output = Output::new(answer, &message);
+            let verdict = each(&message, &mut output);
+            output.end(verdict);
+            number += 1;
+        }
     }
     answer.finish();
 }
