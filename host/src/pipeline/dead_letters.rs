@@ -1,30 +1,33 @@
 //! Messages that a step or a sink refused, in a stream of their own.
 //!
 //! A letter is the message as the refusing step or sink saw it, with what
-//! happened in its properties ([`Letter`]). It is keyed by where it came from
-//! (log, generation, offset, pipeline, step or sink, index), so that a batch
-//! that is delivered again after a crash does not make a second letter, and a
-//! message that has a letter does not become a row as well.
+//! happened in its properties ([`Letter`]), and names the sinks that have not
+//! had the message. It is keyed by where it came from (log, generation, offset,
+//! pipeline, step or sink, index) for each of them, so that a batch that is
+//! delivered again after a crash does not make a second letter, and a message
+//! that has a letter for a sink does not become a row there as well.
 //! Order of effects: `host/decisions/delivery-order.md`.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
-use xxhash_rust::xxh3::xxh3_64;
 
+use super::known::{Known, Piece, Reader, Seen, Stale};
 use super::letter::{self, Letter};
 use super::metrics;
-use crate::batch::{MessageRef, Offset};
+use super::routes::SinkNumber;
+use crate::batch::{Batch, MessageRef, Offset, Partition};
 use crate::step::RefusedKind;
 use crate::stream::{
     AppendError, Attachment, Identity, NewMessage, OnLag, Read, ReadError, StateChange, Stream, Ticket,
     partition_of,
 };
 
-/// Keys remembered at or above the slowest sink's position, about 50 bytes
-/// each; past it refusals wait until that sink has moved.
+/// Keys remembered at or above the slowest sink's position, one a letter and
+/// sink it names, about 50 bytes each; past it refusals wait until that sink
+/// has moved.
 const KEYS_MAX: usize = 1_000_000;
 /// Letters and bytes of one append; half of the smallest commit buffer.
 const APPEND_LETTERS_MAX: usize = 256;
@@ -46,8 +49,29 @@ pub struct Refusal<'a> {
     pub source: Source<'a>,
     pub kind: RefusedKind,
     pub reason: &'a str,
+    /// Of the message in its source, whatever the steps made of it.
+    pub partition: Partition,
     /// Among the messages of the same offset that the step or sink saw.
     pub index: u32,
+    /// The only one of them.
+    pub alone: bool,
+    /// With it all of them are refused: nothing else is left of the message.
+    pub closes: bool,
+}
+
+impl Refusal<'_> {
+    pub fn piece(&self) -> Piece {
+        if self.alone { Piece::WHOLE } else { Piece::of(self.source, self.index) }
+    }
+}
+
+/// What [`DeadLetters::refuse`] did.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Refused {
+    /// Covers every letter so far.
+    pub ticket: Ticket,
+    /// New letters.
+    pub letters: u64,
 }
 
 #[derive(Clone, Debug, thiserror::Error)]
@@ -62,6 +86,8 @@ pub enum Error {
 pub struct DeadLetters {
     stream: Arc<dyn Stream>,
     pipeline: Arc<str>,
+    /// Of the pipeline, in its order.
+    sinks: Vec<String>,
     source: Identity,
     source_name: String,
     scan_key: String,
@@ -73,22 +99,12 @@ pub struct DeadLetters {
     waiting: Mutex<Option<String>>,
 }
 
-#[derive(Default)]
-struct Known {
-    /// (offset, hash of source and index)
-    keys: BTreeSet<(u64, u64)>,
-    /// (offset in the dead letters, offset in the source), in the order of appends.
-    order: VecDeque<(u64, u64)>,
-    /// Keys below it are not here.
-    floor: u64,
-    ticket: Ticket,
-}
-
 impl DeadLetters {
     /// Reads the keys of letters that may still be redelivered.
     pub async fn open(
         stream: Arc<dyn Stream>,
         pipeline: &str,
+        sinks: Vec<String>,
         source: Identity,
         source_name: &str,
     ) -> Result<Self, Error> {
@@ -107,10 +123,11 @@ impl DeadLetters {
         let letters = Self {
             stream,
             pipeline: pipeline.into(),
+            known: Mutex::new(Known::new(sinks.len(), source.partitions)),
+            sinks,
             source,
             source_name: source_name.to_owned(),
             scan_key,
-            known: Mutex::default(),
             forgotten: Notify::new(),
             check_below: AtomicU64::new(0),
             attachment,
@@ -122,11 +139,13 @@ impl DeadLetters {
         Ok(letters)
     }
 
-    /// Puts messages into dead letters, each once however often it is refused.
-    /// Waits while they are full. The letters survive a crash once
-    /// [`Self::durable`] returns for the ticket.
-    pub async fn refuse(&self, refusals: &[Refusal<'_>]) -> Result<Ticket, Error> {
-        let mut ticket = self.lock().ticket;
+    /// Puts messages into dead letters, each once for each of the readers'
+    /// sinks that has not had it, however often it is refused. Waits while they
+    /// are full. The letters survive a crash once [`Self::durable`] returns for
+    /// the ticket, which covers those of other lanes too.
+    pub async fn refuse(&self, refusals: &[Refusal<'_>], readers: &mut [Reader]) -> Result<Refused, Error> {
+        let mut done = Refused { ticket: self.lock().ticket, letters: 0 };
+        let names_bytes = self.sinks.iter().map(|name| name.len() + 1).sum::<usize>();
         let mut rest = refusals;
         while !rest.is_empty() {
             let mut bytes = 0;
@@ -134,16 +153,17 @@ impl DeadLetters {
                 .iter()
                 .take(APPEND_LETTERS_MAX)
                 .take_while(|refusal| {
-                    bytes += letter::bytes_estimate(refusal);
+                    bytes += letter::bytes_estimate(refusal, names_bytes);
                     bytes <= APPEND_BYTES_MAX
                 })
                 .count()
                 .max(1);
             let (chunk, after) = rest.split_at(fits);
-            ticket = self.append(chunk).await?;
+            let appended = self.append(chunk, readers).await?;
+            done = Refused { ticket: appended.ticket, letters: done.letters + appended.letters };
             rest = after;
         }
-        Ok(ticket)
+        Ok(done)
     }
 
     /// Returns once everything up to `ticket` survives a crash.
@@ -156,14 +176,45 @@ impl DeadLetters {
         if reached { Ok(()) } else { Err(AppendError::Stopped(self.stream.stopped().await).into()) }
     }
 
-    /// Whether a message has a letter. Only asked below [`Self::check_below`].
-    pub fn contains(&self, source: Source<'_>, offset: Offset, index: u32) -> bool {
-        self.lock().keys.contains(&(offset.0, hash(source, index)))
+    /// What readers for these sinks know before they run the messages from
+    /// `first` to `last`. `None`: none of them has a letter.
+    pub fn seen(
+        &self,
+        sinks: impl Iterator<Item = SinkNumber>,
+        first: Offset,
+        last: Offset,
+    ) -> Option<Vec<Reader>> {
+        if first >= self.check_below() {
+            return None;
+        }
+        let known = self.lock();
+        let readers: Vec<_> =
+            sinks.map(|sink| Reader { sink, seen: known.seen(sink, first, last) }).collect();
+        readers.iter().any(|reader| !reader.seen.is_empty()).then_some(readers)
     }
 
-    /// Whether any message from `first` to `last` has a letter, of whatever source.
-    pub fn any_within(&self, first: Offset, last: Offset) -> bool {
-        self.lock().keys.range((first.0, 0)..=(last.0, u64::MAX)).next().is_some()
+    /// Whether a sink refused this row before.
+    pub fn has_row(&self, sink: SinkNumber, offset: Offset, index: u32) -> bool {
+        let own = Piece::of(Source::Sink(&self.sinks[sink]), index);
+        let seen = self.lock().seen(sink, offset, offset);
+        seen.has_whole(offset) || seen.has(offset, own)
+    }
+
+    /// As [`Known::take`].
+    pub fn take(
+        &self,
+        sink: SinkNumber,
+        batches: &[Batch],
+        seen: &Seen,
+        partitions: impl Iterator<Item = usize>,
+        upto: Offset,
+    ) -> Result<Vec<(usize, usize)>, Stale> {
+        self.lock().take((sink, &self.sinks[sink]), batches, seen, partitions, upto)
+    }
+
+    /// As [`Known::set_received`].
+    pub fn set_received(&self, sink: SinkNumber, received: &[Offset]) {
+        self.lock().set_received(sink, received);
     }
 
     /// Messages at or above it cannot have a letter yet.
@@ -173,7 +224,7 @@ impl DeadLetters {
 
     /// One lane reads: only what has a letter now can come again.
     pub fn check_redelivered(&self) {
-        let highest = self.lock().keys.last().map_or(0, |(offset, _)| offset + 1);
+        let highest = self.lock().highest().map_or(0, |offset| offset.0 + 1);
         self.check_below.store(highest, Ordering::Release);
     }
 
@@ -203,11 +254,7 @@ impl DeadLetters {
         if offset.0 <= known.floor {
             return;
         }
-        known.floor = offset.0;
-        known.keys = known.keys.split_off(&(offset.0, 0));
-        while known.order.front().is_some_and(|(_, from)| *from < offset.0) {
-            known.order.pop_front();
-        }
+        known.forget_below(offset);
         if let Some((at, _)) = known.order.front() {
             self.attachment.advance(Offset(*at));
         } else {
@@ -227,13 +274,13 @@ impl DeadLetters {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    async fn append(&self, refusals: &[Refusal<'_>]) -> Result<Ticket, Error> {
+    async fn append(&self, refusals: &[Refusal<'_>], readers: &mut [Reader]) -> Result<Refused, Error> {
         loop {
             let room = self.forgotten.notified();
-            let error = match self.try_append(refusals) {
-                Ok(Some(ticket)) => {
+            let error = match self.try_append(refusals, readers) {
+                Ok(Some(appended)) => {
                     *self.waiting.lock().unwrap_or_else(PoisonError::into_inner) = None;
-                    return Ok(ticket);
+                    return Ok(appended);
                 }
                 Ok(None) => {
                     self.wait_because("a sink that does not move pins a million dead letters");
@@ -253,25 +300,31 @@ impl DeadLetters {
         }
     }
 
-    /// `None`: too many keys.
-    fn try_append(&self, refusals: &[Refusal<'_>]) -> Result<Option<Ticket>, AppendError> {
+    /// `None`: too many keys. Who the letters name is decided with the append.
+    fn try_append(
+        &self,
+        refusals: &[Refusal<'_>],
+        readers: &mut [Reader],
+    ) -> Result<Option<Refused>, AppendError> {
         let mut known = self.lock();
         let fresh: Vec<_> = refusals
             .iter()
-            .filter(|r| !known.keys.contains(&(r.message.offset().0, hash(r.source, r.index))))
+            .map(|refusal| (refusal, known.names(refusal, readers)))
+            .filter(|(_, names)| !names.is_empty())
             .collect();
         if fresh.is_empty() {
-            return Ok(Some(known.ticket));
+            return Ok(Some(Refused { ticket: known.ticket, letters: 0 }));
         }
-        if known.keys.len() + fresh.len() > KEYS_MAX {
+        if known.len() + fresh.iter().map(|(_, names)| names.len()).sum::<usize>() > KEYS_MAX {
             return Ok(None);
         }
         let mut trimmed = 0;
         let properties: Vec<Vec<u8>> = fresh
             .iter()
-            .map(|refusal| {
+            .map(|(refusal, names)| {
+                let names: Vec<_> = names.iter().map(|sink| &*self.sinks[*sink]).collect();
                 let (bytes, whole) =
-                    letter::properties(refusal, &self.pipeline, &self.source_name, &self.source);
+                    letter::properties(refusal, &names, &self.pipeline, &self.source_name, &self.source);
                 trimmed += u64::from(!whole);
                 bytes
             })
@@ -280,7 +333,7 @@ impl DeadLetters {
         let messages: Vec<_> = fresh
             .iter()
             .zip(&properties)
-            .map(|(refusal, properties)| new_message(&refusal.message, properties, partitions))
+            .map(|((refusal, _), properties)| new_message(&refusal.message, properties, partitions))
             .collect();
         // Where a start begins to read keys: rides in the same frame.
         let from = known.order.front().map_or(self.stream.bounds().end.0, |(at, _)| *at);
@@ -288,23 +341,22 @@ impl DeadLetters {
         let scan = StateChange { key: self.scan_key.as_bytes(), value: Some(&scan) };
         let appended = self.stream.append(&messages, &[scan])?;
         known.ticket = known.ticket.max(appended.ticket);
-        for (i, refusal) in fresh.iter().enumerate() {
-            let offset = refusal.message.offset().0;
-            known.keys.insert((offset, hash(refusal.source, refusal.index)));
-            known.order.push_back((appended.first.0 + i as u64, offset));
+        for (i, (refusal, names)) in fresh.iter().enumerate() {
+            known.note(refusal, names, readers);
+            known.order.push_back((appended.first.0 + i as u64, refusal.message.offset().0));
             let (Source::Step(source) | Source::Sink(source)) = refusal.source;
             metrics::dead_letters(&self.pipeline, source).increment(1);
         }
         if trimmed > 0 {
             metrics::properties_dropped(&self.pipeline).increment(trimmed);
         }
-        Ok(Some(known.ticket))
+        Ok(Some(Refused { ticket: known.ticket, letters: fresh.len() as u64 }))
     }
 
     async fn scan(&self, from: Offset) -> Result<(), Error> {
         let end = self.stream.bounds().end;
         let mut cursor = self.stream.cursor(from);
-        let mut keys = BTreeSet::new();
+        let mut keys = Vec::new();
         let mut order = VecDeque::new();
         while cursor.position() < end
             && let Some(read) = cursor.try_next().await?
@@ -315,12 +367,20 @@ impl DeadLetters {
                 if letter.is_copy() || !letter.is_from(&self.pipeline, &self.source) {
                     continue;
                 }
-                keys.insert((letter.offset, hash(letter.source(), letter.index)));
+                let named = (0..self.sinks.len()).filter(|sink| letter.names(&self.sinks[*sink]));
+                for sink in named {
+                    keys.push((sink, Offset(letter.offset), letter.piece()));
+                    if letter.whole {
+                        keys.push((sink, Offset(letter.offset), Piece::WHOLE));
+                    }
+                }
                 order.push_back((message.offset().0, letter.offset));
             }
         }
         let mut known = self.lock();
-        known.keys.append(&mut keys);
+        for (sink, offset, piece) in keys {
+            known.insert(sink, offset, piece);
+        }
         // Appended meanwhile, and not read.
         let read_to = order.back().map_or(end.0, |(at, _)| end.0.max(at + 1));
         order.extend(known.order.iter().filter(|(at, _)| *at >= read_to));
@@ -354,18 +414,4 @@ pub fn new_message<'a>(message: &MessageRef<'a>, properties: &'a [u8], partition
         received_us: message.entry.received_us,
         event_us: message.entry.event_us,
     }
-}
-
-/// Place of entry `i` among the entries of its offset.
-pub fn index_within_offset(batch: &crate::batch::Batch, i: usize) -> u32 {
-    let offset = batch.entries[i].offset;
-    batch.entries[..i].iter().rev().take_while(|entry| entry.offset == offset).count() as u32
-}
-
-fn hash(source: Source<'_>, index: u32) -> u64 {
-    let (tag, name) = match source {
-        Source::Step(name) => (0, name),
-        Source::Sink(name) => (1, name),
-    };
-    xxh3_64(name.as_bytes()) ^ xxh3_64(&((u64::from(index) << 1) | tag).to_le_bytes())
 }

@@ -11,7 +11,6 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::config::Backoff;
-use super::dead_letters::{Source, index_within_offset};
 use super::outlet::{Bundle, Intake};
 use super::routes::SinkNumber;
 use super::status::{SinkShared, State};
@@ -149,8 +148,7 @@ impl Delivery {
         if open {
             self.open().await?;
         }
-        self.received.clone_from(&self.writer.positions);
-        self.publish();
+        self.go_back();
         let from = self.lowest();
         if self.events.send(Event::Ready { sink: self.number, from }).await.is_err() {
             return Err(Leave::Aborted);
@@ -168,7 +166,7 @@ impl Delivery {
                 Some(Control::Lend(lend)) => {
                     self.lend(lend).await?;
                     self.open().await?;
-                    self.received.clone_from(&self.writer.positions);
+                    self.go_back();
                 }
             }
         }
@@ -247,32 +245,34 @@ impl Delivery {
             );
             return Err(Leave::Again);
         }
-        let check_below = self.writer.letters.check_below();
         let again = mine().any(|p| bundle.from < self.received[p]);
-        for mut batch in bundle.batches {
-            let p = batch.entries.first().map_or(0, |entry| usize::from(entry.partition.0));
-            if again {
-                let base = batch.base.0;
-                let received = self.received[p].0;
+        let mut batches = bundle.batches;
+        if again {
+            for batch in &mut batches {
+                let (base, partition) = (batch.base.0, batch.entries.first().map(|entry| entry.partition.0));
+                let received = self.received[usize::from(partition.unwrap_or_default())].0;
                 batch.entries.to_mut().retain(|entry| base + u64::from(entry.offset) >= received);
             }
-            let Some(first) = batch.entries.first().map(|entry| batch.offset(entry)) else { continue };
-            let letters = &self.writer.letters;
-            if first < check_below && letters.any_within(first, bundle.upto) {
-                let source = Source::Sink(&self.writer.claim.sink);
-                let known = (0..batch.len()).filter(|i| {
-                    letters.contains(
-                        source,
-                        batch.offset(&batch.entries[*i]),
-                        index_within_offset(&batch, *i),
-                    )
-                });
-                gathered.refused_before.extend(known.map(|i| gathered.rows.len() + i));
+        }
+        batches.retain(|batch| !batch.is_empty());
+        let taken = self.writer.letters.take(self.number, &batches, &bundle.seen, mine(), bundle.upto);
+        let Ok(refused_before) = taken else {
+            tracing::debug!(
+                sink = self.writer.claim.sink,
+                from = bundle.from.0,
+                "another lane refused messages meanwhile; reading them again"
+            );
+            return Err(Leave::Again);
+        };
+        let mut refused_before = refused_before.into_iter().peekable();
+        for (b, batch) in batches.into_iter().enumerate() {
+            let row = gathered.rows.len();
+            while let Some((_, i)) = refused_before.next_if(|(of, _)| *of == b) {
+                gathered.refused_before.push(row + i);
             }
             gathered.rows.push_batch(batch);
         }
-        let partitions = self.writer.claim.partitions;
-        for p in (bundle.worker..partitions).step_by(usize::from(bundle.workers)).map(usize::from) {
+        for p in mine() {
             self.received[p] = self.received[p].max(bundle.upto);
         }
         if !gathered.rows.is_empty() {
@@ -320,6 +320,7 @@ impl Delivery {
             for (received, position) in self.received.iter_mut().zip(&self.writer.positions) {
                 *received = (*received).max(*position);
             }
+            self.writer.letters.set_received(self.number, &self.received);
             // An unknown commit may have been one.
             let left: Vec<_> = (0..gathered.rows.len())
                 .filter(|row| {
@@ -453,6 +454,13 @@ impl Delivery {
             () = self.abort.cancelled() => return Err(Leave::Aborted),
         }
         Ok(())
+    }
+
+    /// To the positions: what was taken above them and not written is open again.
+    fn go_back(&mut self) {
+        self.received.clone_from(&self.writer.positions);
+        self.writer.letters.set_received(self.number, &self.received);
+        self.publish();
     }
 
     fn lowest(&self) -> Offset {

@@ -4,6 +4,7 @@
 use uuid::Uuid;
 
 use super::dead_letters::{Refusal, Source};
+use super::known::Piece;
 use crate::batch::MessageRef;
 use crate::properties::{self, Origin, PROPERTIES_BYTES_MAX, PROPERTIES_MAX};
 use crate::stream::Identity;
@@ -14,6 +15,10 @@ const KIND: &str = "dead-letter-kind";
 const PIPELINE: &str = "dead-letter-pipeline";
 const STEP: &str = "dead-letter-step";
 const SINK: &str = "dead-letter-sink";
+/// Of a step's letter: the sinks that have not had the message, `a,b`.
+const SINKS: &str = "dead-letter-sinks";
+/// Set where nothing else was left of the message, but for earlier letters.
+const WHOLE: &str = "dead-letter-whole";
 const STREAM: &str = "dead-letter-stream";
 const LOG: &str = "dead-letter-log";
 const GENERATION: &str = "dead-letter-generation";
@@ -24,7 +29,7 @@ const REDRIVE: &str = "dead-letter-redrive";
 
 const REASON_BYTES_MAX: usize = 4_096;
 /// Most properties of ours.
-const OURS_MAX: usize = 11;
+const OURS_MAX: usize = 13;
 /// Of a letter in an append, beside the message's own bytes and the reason.
 const HEADERS_BYTES_ESTIMATE: usize = 1_024;
 
@@ -37,6 +42,11 @@ pub struct Letter<'a> {
     pub pipeline: &'a str,
     pub step: Option<&'a str>,
     pub sink: Option<&'a str>,
+    /// Of a step's letter; `None`: all of the pipeline, as hosts wrote it that
+    /// did not name them.
+    pub sinks: Option<&'a str>,
+    /// Nothing else was left of the message, but for earlier letters.
+    pub whole: bool,
     pub stream: &'a str,
     pub log: Uuid,
     pub generation: u32,
@@ -50,8 +60,9 @@ impl<'a> Letter<'a> {
     /// `None`: not a dead letter of ours.
     pub fn of(message: &MessageRef<'a>) -> Option<Self> {
         let mut texts = [None; OURS_MAX];
-        const NAMES: [&str; OURS_MAX] =
-            [REASON, KIND, PIPELINE, STEP, SINK, STREAM, LOG, GENERATION, OFFSET, INDEX, REDRIVE];
+        const NAMES: [&str; OURS_MAX] = [
+            REASON, KIND, PIPELINE, STEP, SINK, SINKS, WHOLE, STREAM, LOG, GENERATION, OFFSET, INDEX, REDRIVE,
+        ];
         for property in properties::iter(message.properties()) {
             if property.origin == Origin::Pipeline as u8
                 && let Some(i) = NAMES.iter().position(|name| *name == property.name)
@@ -59,13 +70,29 @@ impl<'a> Letter<'a> {
                 texts[i] = std::str::from_utf8(property.value).ok();
             }
         }
-        let [reason, kind, pipeline, step, sink, stream, log, generation, offset, index, redrive] = texts;
+        let [
+            reason,
+            kind,
+            pipeline,
+            step,
+            sink,
+            sinks,
+            whole,
+            stream,
+            log,
+            generation,
+            offset,
+            index,
+            redrive,
+        ] = texts;
         Some(Self {
             reason: reason?,
             kind: kind?,
             pipeline: pipeline?,
             step,
             sink,
+            sinks,
+            whole: whole.is_some(),
             stream: stream?,
             log: log?.parse().ok()?,
             generation: generation?.parse().ok()?,
@@ -83,6 +110,19 @@ impl<'a> Letter<'a> {
         self.pipeline == pipeline && self.log == source.log && self.generation == source.generation
     }
 
+    /// Whether this sink is to have the message when it is sent again.
+    pub fn names(&self, sink: &str) -> bool {
+        match (self.sink, self.sinks) {
+            (Some(refused_by), _) => refused_by == sink,
+            (None, Some(names)) => names.split(',').any(|name| name == sink),
+            (None, None) => true,
+        }
+    }
+
+    pub fn piece(&self) -> Piece {
+        Piece::of(self.source(), self.index)
+    }
+
     pub fn source(&self) -> Source<'a> {
         match self.sink {
             Some(sink) => Source::Sink(sink),
@@ -91,18 +131,25 @@ impl<'a> Letter<'a> {
     }
 }
 
-/// What a letter takes at most in an append, before its properties are made.
-pub fn bytes_estimate(refusal: &Refusal<'_>) -> usize {
+/// What a letter takes at most in an append, before its properties are made;
+/// `names_bytes`: of all sinks that it might name.
+pub fn bytes_estimate(refusal: &Refusal<'_>, names_bytes: usize) -> usize {
     let message = &refusal.message;
     let own = [message.topic(), message.device(), message.route()].map(str::len).iter().sum::<usize>();
     let reason = refusal.reason.len().min(REASON_BYTES_MAX);
-    message.payload().len() + message.properties().len() + own + reason + HEADERS_BYTES_ESTIMATE
+    message.payload().len() + message.properties().len() + own + reason + names_bytes + HEADERS_BYTES_ESTIMATE
 }
 
 /// The message's own properties, then the letter's. Past the bound the
 /// device's own ones go first, then all that are not the letter's; `false`
 /// says that some went.
-pub fn properties(refusal: &Refusal<'_>, pipeline: &str, stream: &str, source: &Identity) -> (Vec<u8>, bool) {
+pub fn properties(
+    refusal: &Refusal<'_>,
+    sinks: &[&str],
+    pipeline: &str,
+    stream: &str,
+    source: &Identity,
+) -> (Vec<u8>, bool) {
     let mut ours = Vec::with_capacity(512);
     let mut set =
         |name: &str, value: &str| properties::push(&mut ours, Origin::Pipeline, name, value.as_bytes());
@@ -110,8 +157,14 @@ pub fn properties(refusal: &Refusal<'_>, pipeline: &str, stream: &str, source: &
     set(KIND, refusal.kind.as_str());
     set(PIPELINE, pipeline);
     match refusal.source {
-        Source::Step(step) => set(STEP, step),
+        Source::Step(step) => {
+            set(STEP, step);
+            set(SINKS, &sinks.join(","));
+        }
         Source::Sink(sink) => set(SINK, sink),
+    }
+    if refusal.closes {
+        set(WHOLE, "yes");
     }
     set(STREAM, stream);
     set(LOG, &source.log.to_string());
@@ -173,7 +226,7 @@ fn shortened(reason: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::batch::{Batch, Entry, Span};
+    use crate::batch::{Batch, Entry, Partition, Span};
     use crate::step::RefusedKind;
 
     fn batch(properties: Vec<u8>) -> Batch {
@@ -188,10 +241,13 @@ mod tests {
             source: Source::Sink("warehouse"),
             kind: RefusedKind::Sink,
             reason: "column \"value\": not a number",
+            partition: Partition(0),
             index: 1,
+            alone: false,
+            closes: false,
         };
         let source = Identity { log: Uuid::nil(), generation: 2, partitions: 1 };
-        super::properties(&refusal, "telemetry", "readings", &source)
+        super::properties(&refusal, &["warehouse"], "telemetry", "readings", &source)
     }
 
     #[test]
@@ -220,11 +276,16 @@ mod tests {
             source: Source::Step("normalize"),
             kind: RefusedKind::Failed,
             reason: &reason,
+            partition: Partition(0),
             index: u32::MAX,
+            alone: true,
+            closes: true,
         };
         let source = Identity { log: Uuid::max(), generation: u32::MAX, partitions: 1 };
-        let (bytes, whole) = super::properties(&refusal, &"p".repeat(64), &"s".repeat(64), &source);
-        assert!(whole && bytes.len() + size_of::<Entry>() <= bytes_estimate(&refusal));
+        let name = "n".repeat(64);
+        let sinks = [&*name; 64];
+        let (bytes, whole) = super::properties(&refusal, &sinks, &name, &name, &source);
+        assert!(whole && bytes.len() + size_of::<Entry>() <= bytes_estimate(&refusal, 64 * 65));
     }
 
     #[test]

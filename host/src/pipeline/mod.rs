@@ -27,6 +27,7 @@ mod config;
 mod dead_letters;
 mod dead_letters_config;
 mod delivery;
+mod known;
 mod lane;
 mod letter;
 mod metrics;
@@ -154,8 +155,9 @@ impl Handle {
 pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, DeadLettersError> {
     let Deps { stream, chain, sinks, dead_letters, failures, shutdown } = deps;
     let identity = stream.identity();
-    let letters = DeadLetters::open(Arc::clone(&dead_letters), name, identity, stream.name()).await?;
     let names: Vec<_> = sinks.iter().map(|part| part.name.clone()).collect();
+    let letters =
+        DeadLetters::open(Arc::clone(&dead_letters), name, names.clone(), identity, stream.name()).await?;
     let shared = Arc::new(Shared {
         name: name.into(),
         config: config.clone(),
@@ -176,6 +178,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
             attachment: stream.attach(&format!("{name}/{}", part.name), stream.bounds().start, part.on_lag),
             writer: Writer {
                 sink: Some(part.sink),
+                number,
                 claim: claim(name, &part.name, identity),
                 letters: Arc::clone(&shared.letters),
                 metrics: SinkMetrics::new(name, &part.name),

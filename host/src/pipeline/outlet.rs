@@ -8,6 +8,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
+use super::known::Seen;
 use super::routes::SinkNumber;
 use crate::batch::{Batch, Offset};
 use crate::stream::Ticket;
@@ -25,6 +26,8 @@ pub struct Bundle {
     /// Nothing more will come of this worker's partitions below it.
     pub upto: Offset,
     pub batches: Vec<Batch>,
+    /// Letters for the sink that the steps took into account.
+    pub seen: Seen,
     /// Must be durable before a position covers the bundle.
     pub letters: Ticket,
     /// Freed when the rows are committed.

@@ -5,21 +5,21 @@
 //! all. Then it delivers copies, in order, with positions of its own in each
 //! sink (pipeline `NAME/redrive`, the log of the dead letters), so that a copy
 //! becomes a row once even where a redrive died half-way: the next one goes on
-//! with what is left. What is refused again is a new letter.
+//! with what is left. A copy goes to the sinks that its letter names. What is
+//! refused again is a new letter, which names the sink that it was for.
 
 use std::collections::HashSet;
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::dead_letters::{
-    DeadLetters, Error as DeadLettersError, Refusal, Source, index_within_offset, new_message,
-};
+use super::dead_letters::{DeadLetters, Error as DeadLettersError, Source, new_message};
 use super::delivery::{Control, Lend};
+use super::known::{Reader, index_within_offset};
 use super::letter::{self, Letter};
 use super::metrics::SinkMetrics;
 use super::routes::Sorted;
-use super::worker::{Shared, place, without_letters};
+use super::worker::{Shared, Stripped, unknown_routes, without_letters};
 use super::writer::{Failed, Refusals, Writer};
 use crate::batch::{Batch, MessageRef, Offset, Span};
 use crate::sinks::{Rows, Sink};
@@ -107,23 +107,25 @@ pub async fn run(
     lenders: &[(String, mpsc::Sender<Control>)],
 ) -> Result<Summary, RedriveError> {
     forget_marks(dead_letters).await?;
-    copy_wanted(filter, shared, dead_letters).await?;
+    let sinks: Vec<_> = lenders.iter().map(|(sink, _)| sink.clone()).collect();
+    copy_wanted(filter, &sinks, shared, dead_letters).await?;
     let name = format!("{}/redrive", shared.name);
     let identity = dead_letters.identity();
-    let letters =
-        DeadLetters::open(Arc::clone(dead_letters), &shared.name, identity, dead_letters.name()).await?;
+    let (stream, stream_name) = (Arc::clone(dead_letters), dead_letters.name());
+    let letters = DeadLetters::open(stream, &shared.name, sinks, identity, stream_name).await?;
     let letters = Arc::new(letters);
     letters.remember_from(Offset(0)).await?;
     letters.check_all();
     let mut steps = instances(chain).await?;
     let mut summary = Summary::default();
-    for (sink, lender) in lenders {
+    for (number, (sink, lender)) in lenders.iter().enumerate() {
         let Some(borrowed) = Borrowed::take(lender).await else {
             summary.failed.push(format!("sink \"{sink}\" has stopped"));
             continue;
         };
         let mut writer = Writer {
             sink: None,
+            number,
             claim: super::claim(&name, sink, identity),
             letters: Arc::clone(&letters),
             metrics: SinkMetrics::new(&name, sink),
@@ -132,16 +134,18 @@ pub async fn run(
             positions: Vec::new(),
             refused: 0,
         };
-        let number = lenders.iter().position(|(name, _)| name == sink).unwrap_or_default();
         let (sink_back, result) =
-            deliver(&mut writer, borrowed.sink, number, &mut steps, shared, dead_letters, &mut summary).await;
+            deliver(&mut writer, borrowed.sink, &mut steps, shared, dead_letters, &mut summary).await;
         // Given back whatever happened: the delivery opens its own claim again.
         drop(borrowed.back.send(sink_back));
-        if let Err(failed) = result? {
-            let (Failed::Later { reason, .. } | Failed::Stop(reason)) = failed;
-            summary.failed.push(format!("sink \"{sink}\": {reason}"));
-        }
         summary.refused += writer.refused;
+        let reason = match result {
+            Ok(Ok(())) => continue,
+            Ok(Err(Failed::Later { reason, .. } | Failed::Stop(reason))) => reason,
+            // What went to the sinks before counts all the same.
+            Err(error) => error.to_string(),
+        };
+        summary.failed.push(format!("sink \"{sink}\": {reason}"));
     }
     if summary.failed.is_empty() {
         letters.release();
@@ -174,6 +178,7 @@ async fn forget_marks(dead_letters: &Arc<dyn Stream>) -> Result<(), RedriveError
 /// Copies and marks, one append a letter, so that each is copied once.
 async fn copy_wanted(
     filter: &Filter,
+    sinks: &[String],
     shared: &Shared,
     dead_letters: &Arc<dyn Stream>,
 ) -> Result<(), RedriveError> {
@@ -190,6 +195,8 @@ async fn copy_wanted(
             let Some(letter) = Letter::of(&message) else { continue };
             let wanted = !letter.is_copy()
                 && letter.pipeline == &*shared.name
+                // Else it would be marked as sent, and had gone nowhere.
+                && sinks.iter().any(|sink| letter.names(sink))
                 && filter.sink.as_deref().is_none_or(|sink| letter.sink == Some(sink))
                 && filter.step.as_deref().is_none_or(|step| letter.step == Some(step))
                 && filter.ids.as_ref().is_none_or(|ids| ids.contains(&message.offset()))
@@ -223,21 +230,19 @@ type Delivered = Result<Result<(), Failed>, RedriveError>;
 async fn deliver(
     writer: &mut Writer,
     sink: Box<dyn Sink>,
-    number: usize,
     steps: &mut [Box<dyn Step>],
     shared: &Arc<Shared>,
     dead_letters: &Arc<dyn Stream>,
     summary: &mut Summary,
 ) -> (Box<dyn Sink>, Delivered) {
     writer.sink = Some(sink);
-    let result = deliver_with(writer, number, steps, shared, dead_letters, summary).await;
+    let result = deliver_with(writer, steps, shared, dead_letters, summary).await;
     let sink = writer.sink.take().expect("nobody borrows from a redrive");
     (sink, result)
 }
 
 async fn deliver_with(
     writer: &mut Writer,
-    number: usize,
     steps: &mut [Box<dyn Step>],
     shared: &Arc<Shared>,
     dead_letters: &Arc<dyn Stream>,
@@ -263,14 +268,24 @@ async fn deliver_with(
             if !letter.is_copy() || letter.pipeline != &*shared.name || message.offset() < position {
                 continue;
             }
+            if !letter.names(&name) {
+                continue;
+            }
             let out = match letter.source() {
-                Source::Sink(refused_by) if refused_by != name => continue,
                 Source::Sink(_) => Some(original(&batch, i)),
                 Source::Step(step) => {
+                    let offset = message.offset();
+                    let known = writer.letters.seen(std::iter::once(writer.number), offset, offset);
+                    let known = known.and_then(|mut known| known.pop());
+                    let mut reader = known.unwrap_or(Reader { sink: writer.number, ..Reader::default() });
+                    if reader.seen.has_whole(offset) {
+                        continue;
+                    }
                     let (sorted, refused) =
-                        through(original(&batch, i), step, steps, shared, &writer.letters).await?;
+                        through(original(&batch, i), step, steps, shared, &writer.letters, &mut reader)
+                            .await?;
                     summary.refused += refused;
-                    sorted.and_then(|sorted| sorted.for_sink(number))
+                    sorted.and_then(|sorted| sorted.for_sink(writer.number))
                 }
             };
             let Some(mut out) = out else { continue };
@@ -279,7 +294,7 @@ async fn deliver_with(
             }
             let known = |j: &usize| {
                 let offset = out.offset(&out.entries[*j]);
-                writer.letters.contains(Source::Sink(&name), offset, index_within_offset(&out, *j))
+                writer.letters.has_row(writer.number, offset, index_within_offset(&out, *j))
             };
             refused_before.extend((0..out.len()).filter(known).map(|j| rows.len() + j));
             rows.push_batch(out);
@@ -316,14 +331,15 @@ fn original(batch: &Batch, i: usize) -> Batch {
     Batch { base: batch.base, now_us: batch.now_us, segments, entries: vec![entry].into() }
 }
 
-/// Runs a message from the step on that refused it. What is refused again
-/// becomes a new letter, once for all sinks, and passes that step no more.
+/// Runs a message for one sink from the step on that refused it. What is
+/// refused again becomes a new letter for that sink.
 async fn through(
     mut batch: Batch,
     from: &str,
     steps: &mut [Box<dyn Step>],
     shared: &Shared,
     letters: &DeadLetters,
+    reader: &mut Reader,
 ) -> Result<(Option<Sorted>, u64), RedriveError> {
     let mut refused = 0;
     let begin = if from == super::ROUTES_STEP {
@@ -335,7 +351,7 @@ async fn through(
             None => {
                 let reason = format!("step \"{from}\" is not among the pipeline's steps any more");
                 let again = [Refused { index: 0, kind: RefusedKind::Failed, reason }];
-                refused += refuse(&batch, None, from, &again, letters).await?;
+                refused += refuse(&batch, None, from, &again, letters, reader).await?;
                 return Ok((None, refused));
             }
         }
@@ -343,11 +359,10 @@ async fn through(
     for step in &mut steps[begin..] {
         let name = Arc::clone(&step.id().step);
         let indexes;
-        (batch, indexes, _) = without_letters(batch, &name, letters);
+        (batch, indexes) = without_letters(batch, &name, std::slice::from_ref(reader));
         if batch.is_empty() {
             return Ok((None, refused));
         }
-        let indexes = indexes.as_deref();
         let partition = batch.entries.first().map(|entry| entry.partition).unwrap_or_default();
         let all = (0..batch.len() as u32).collect::<Vec<_>>();
         let mut attempt = 0;
@@ -365,52 +380,35 @@ async fn through(
                 .iter()
                 .map(|index| Refused { index: *index, kind: RefusedKind::Retries, reason: reason.clone() })
                 .collect();
-            refused += refuse(&batch, indexes, &name, &again, letters).await?;
+            refused += refuse(&batch, indexes, &name, &again, letters, reader).await?;
             return Ok((None, refused));
         }
-        refused += refuse(&batch, indexes, &name, &outcome.refused, letters).await?;
+        refused += refuse(&batch, indexes, &name, &outcome.refused, letters, reader).await?;
         batch = outcome.passed;
         if batch.is_empty() {
             return Ok((None, refused));
         }
     }
-    let (batch, indexes, _) = without_letters(batch, super::ROUTES_STEP, letters);
+    let (batch, indexes) = without_letters(batch, super::ROUTES_STEP, std::slice::from_ref(reader));
     let sorted = shared.routes.sort(batch);
-    let unknown: Vec<_> = sorted
-        .unknown
-        .iter()
-        .map(|i| Refused {
-            index: *i as u32,
-            kind: RefusedKind::Failed,
-            reason: shared.routes.unknown_reason(sorted.batch.message(*i).route()),
-        })
-        .collect();
-    refused += refuse(&sorted.batch, indexes.as_deref(), super::ROUTES_STEP, &unknown, letters).await?;
+    let unknown = unknown_routes(&shared.routes, &sorted.batch, &sorted.unknown);
+    refused += refuse(&sorted.batch, indexes, super::ROUTES_STEP, &unknown, letters, reader).await?;
     Ok((Some(sorted), refused))
 }
 
-/// How many of them had no letter from an earlier run or for another sink.
-/// `indexes`: as [`without_letters`] gave them.
+/// How many new letters there are. `indexes`: as [`without_letters`] gave them.
 async fn refuse(
     batch: &Batch,
-    indexes: Option<&[u32]>,
+    indexes: Option<Vec<u32>>,
     step: &str,
     refused: &[Refused],
     letters: &DeadLetters,
+    reader: &mut Reader,
 ) -> Result<u64, RedriveError> {
-    let refusals: Vec<_> = refused
-        .iter()
-        .map(|refused| Refusal {
-            message: batch.message(refused.index as usize),
-            source: Source::Step(step),
-            kind: refused.kind,
-            reason: &refused.reason,
-            index: place(batch, indexes, refused.index as usize),
-        })
-        .filter(|refusal| !letters.contains(refusal.source, refusal.message.offset(), refusal.index))
-        .collect();
-    letters.refuse(&refusals).await?;
-    Ok(refusals.len() as u64)
+    let partition = batch.entries.first().map(|entry| entry.partition).unwrap_or_default();
+    let batch = Stripped { batch, indexes, partition };
+    let refusals = batch.refusals(step, refused);
+    Ok(letters.refuse(&refusals, std::slice::from_mut(reader)).await?.letters)
 }
 
 async fn instances(chain: &Chain) -> Result<Vec<Box<dyn Step>>, RedriveError> {

@@ -15,12 +15,13 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use super::config::{Backoff, Config};
-use super::dead_letters::{self, DeadLetters, Refusal, Source, index_within_offset};
+use super::dead_letters::{self, DeadLetters, Refusal, Source};
+use super::known::{Piece, Reader, Seen, before_last, index_within_offset};
 use super::metrics::{PipelineMetrics, step_duration};
 use super::outlet::{Bundle, Outlet, OutletClosed};
 use super::routes::Routes;
 use crate::batch::{Batch, Entry, Offset, Partition};
-use crate::step::{RefusedKind, Step};
+use crate::step::{Outcome, Refused, RefusedKind, Step};
 use crate::stream::Ticket;
 use crate::telemetry::Failures;
 
@@ -118,11 +119,13 @@ pub struct Served {
     pub sent: Offset,
     /// Of the frame at hand.
     pub batches: Vec<Batch>,
+    /// Letters for its sink that the steps knew of, or wrote.
+    pub seen: Seen,
 }
 
 impl Served {
     pub fn new(outlet: Outlet, from: Offset) -> Self {
-        Self { outlet, sent: from, batches: Vec::new() }
+        Self { outlet, sent: from, batches: Vec::new(), seen: Seen::default() }
     }
 }
 
@@ -175,14 +178,9 @@ impl Worker {
                     segments: frame.batch.segments.clone(),
                     entries: entries.into(),
                 };
-                let mut batch = self.chain(batch, partition)?;
-                if batch.entries.iter().any(|entry| entry.partition != partition) {
-                    for entry in batch.entries.to_mut() {
-                        entry.partition = partition;
-                    }
+                for readers in self.readers(&batch) {
+                    self.run_for(readers, batch.clone(), partition)?;
                 }
-                self.shared.metrics.passed.increment(batch.len() as u64);
-                self.route(batch)?;
             }
         }
         self.set_done(frame.upto);
@@ -194,15 +192,61 @@ impl Worker {
         self.shown.store(upto.0, Ordering::Release);
     }
 
-    fn chain(&mut self, mut batch: Batch, partition: Partition) -> Result<Batch, Ended> {
+    /// The sinks for which the steps run, those together that the letters of
+    /// these messages name alike: most often all, since there are no letters.
+    fn readers(&mut self, batch: &Batch) -> Vec<Vec<Reader>> {
+        let sinks =
+            self.outlets.iter().map(|served| &served.outlet).filter(|o| !o.detached()).map(|o| o.sink);
+        let (Some(first), Some(last)) = (batch.entries.first(), batch.entries.last()) else {
+            return Vec::new();
+        };
+        let letters = &self.shared.letters;
+        let Some(readers) = letters.seen(sinks.clone(), batch.offset(first), batch.offset(last)) else {
+            return vec![sinks.map(|sink| Reader { sink, seen: Seen::default() }).collect()];
+        };
+        // Whoever wrote them may not have seen them durable yet.
+        self.letters = self.letters.max(letters.ticket());
+        let mut groups: Vec<Vec<Reader>> = Vec::new();
+        for reader in readers {
+            match groups.iter_mut().find(|group| group[0].seen == reader.seen) {
+                Some(group) => group.push(reader),
+                None => groups.push(vec![reader]),
+            }
+        }
+        groups
+    }
+
+    /// Runs the chain, and sorts by sink what comes out.
+    fn run_for(&mut self, mut readers: Vec<Reader>, batch: Batch, partition: Partition) -> Result<(), Ended> {
+        let mut batch = self.chain(batch, partition, &mut readers)?;
+        if batch.entries.iter().any(|entry| entry.partition != partition) {
+            for entry in batch.entries.to_mut() {
+                entry.partition = partition;
+            }
+        }
+        self.shared.metrics.passed.increment(batch.len() as u64);
+        self.route(batch, partition, &mut readers)?;
+        for reader in readers {
+            if let Some(served) = self.outlets.iter_mut().find(|served| served.outlet.sink == reader.sink) {
+                served.seen.add_all(reader.seen);
+            }
+        }
+        Ok(())
+    }
+
+    fn chain(&mut self, batch: Batch, partition: Partition, readers: &mut [Reader]) -> Result<Batch, Ended> {
         let shared = Arc::clone(&self.shared);
         let held = Held { generation: self.steps.generation, stop: &self.stop };
+        let mut batch = match readers.first() {
+            Some(reader) => without_whole(batch, &reader.seen),
+            None => batch,
+        };
         for (step, duration) in &mut self.steps.steps {
             if batch.is_empty() {
                 break;
             }
             let begun = Instant::now();
-            let ran = run_step(step.as_mut(), batch, partition, &shared, &self.runtime, &held)?;
+            let ran = run_step(step.as_mut(), batch, partition, readers, &shared, &self.runtime, &held)?;
             duration.record(begun.elapsed());
             self.letters = self.letters.max(ran.letters);
             batch = ran.passed;
@@ -211,24 +255,22 @@ impl Worker {
     }
 
     /// Sorts a batch by sink; what names no route goes to dead letters.
-    fn route(&mut self, batch: Batch) -> Result<(), Ended> {
-        if batch.is_empty() {
-            return Ok(());
-        }
+    fn route(&mut self, batch: Batch, partition: Partition, readers: &mut [Reader]) -> Result<(), Ended> {
         let shared = Arc::clone(&self.shared);
-        let (batch, indexes, found) = without_letters(batch, super::ROUTES_STEP, &shared.letters);
-        self.letters = self.letters.max(found);
+        let (batch, indexes) = without_letters(batch, super::ROUTES_STEP, readers);
         if batch.is_empty() {
             return Ok(());
         }
         let sorted = shared.routes.sort(batch);
         if !sorted.unknown.is_empty() {
-            let unknown = &sorted.unknown;
-            let refused = refuse_unknown(&sorted.batch, indexes.as_deref(), unknown, &shared, &self.runtime)?;
+            let batch = Stripped { batch: &sorted.batch, indexes, partition };
+            let refused = refuse_unknown(&batch, &sorted.unknown, readers, &shared, &self.runtime)?;
             self.letters = self.letters.max(refused);
         }
-        for served in &mut self.outlets {
-            if let Some(batch) = sorted.for_sink(served.outlet.sink) {
+        for reader in readers {
+            if let Some(served) = self.outlets.iter_mut().find(|served| served.outlet.sink == reader.sink)
+                && let Some(batch) = sorted.for_sink(reader.sink)
+            {
                 served.batches.push(batch);
             }
         }
@@ -240,6 +282,7 @@ impl Worker {
         let mut lost = false;
         for served in &mut self.outlets {
             if served.batches.is_empty() && !(progress && served.sent < self.done) {
+                served.seen = Seen::default();
                 continue;
             }
             let bundle = Bundle {
@@ -248,6 +291,7 @@ impl Worker {
                 from: served.sent,
                 upto: self.done,
                 batches: std::mem::take(&mut served.batches),
+                seen: std::mem::take(&mut served.seen),
                 letters: self.letters,
                 room: None,
             };
@@ -299,14 +343,15 @@ fn run_step(
     step: &mut dyn Step,
     batch: Batch,
     partition: Partition,
+    readers: &mut [Reader],
     shared: &Shared,
     runtime: &Handle,
     held: &Held<'_>,
 ) -> Result<Ran, Ended> {
     let name = Arc::clone(&step.id().step);
-    let (batch, indexes, found) = without_letters(batch, &name, &shared.letters);
+    let (batch, indexes) = without_letters(batch, &name, readers);
     if batch.is_empty() {
-        return Ok(Ran { passed: batch, letters: found });
+        return Ok(Ran { passed: batch, letters: Ticket::default() });
     }
     let retries = &shared.config.retries;
     let backoff = Backoff { min: retries.backoff_min, max: retries.backoff_max };
@@ -339,101 +384,120 @@ fn run_step(
     shared.metrics.dropped.increment(outcome.dropped);
     outcome.refused.retain(|refused| (refused.index as usize) < batch.len());
     let Some(first) = outcome.refused.first() else {
-        return Ok(Ran { passed: outcome.passed, letters: found });
+        return Ok(Ran { passed: outcome.passed, letters: Ticket::default() });
     };
     shared.metrics.refused.increment(outcome.refused.len() as u64);
     let show = format!("headworks dead-letters list --pipeline {}", shared.name);
     let kind = format!("{}/{name}: {}", shared.name, first.kind.as_str());
     shared.failures.report(&kind, outcome.refused.len() as u64, &first.reason, &show);
-    let refusals: Vec<_> = outcome
-        .refused
-        .iter()
-        .map(|refused| Refusal {
-            message: batch.message(refused.index as usize),
-            source: Source::Step(&name),
-            kind: refused.kind,
-            reason: &refused.reason,
-            index: place(&batch, indexes.as_deref(), refused.index as usize),
-        })
-        .collect();
-    let letters = appended(&refusals, shared, runtime)?;
+    let batch = Stripped { batch: &batch, indexes, partition };
+    let refusals = batch.refusals(&name, &outcome.refused);
+    let letters = appended(&refusals, readers, shared, runtime)?;
     Ok(Ran { passed: outcome.passed, letters })
 }
 
-/// A message that got a letter from this step before a crash must not pass it
-/// now, be it that the step has changed. `Some`: the places that the others
-/// had within their offsets.
-pub(super) fn without_letters(
-    batch: Batch,
-    step: &str,
-    letters: &DeadLetters,
-) -> (Batch, Option<Vec<u32>>, Ticket) {
-    let offset = |entry: Option<&Entry>| entry.map_or(Offset(0), |entry| batch.offset(entry));
-    let (first, last) = (offset(batch.entries.first()), offset(batch.entries.last()));
-    if first >= letters.check_below() || !letters.any_within(first, last) {
-        return (batch, None, Ticket::default());
+/// Without the messages that are in letters for the sinks at hand, all of them:
+/// they must not pass now, be it that a step has changed.
+pub(super) fn without_whole(batch: Batch, seen: &Seen) -> Batch {
+    if seen.is_empty() {
+        return batch;
     }
+    let offset = |entry: &Entry| Offset(batch.base.0 + u64::from(entry.offset));
+    batch.filtered(|entry| !seen.has_whole(offset(entry)))
+}
+
+/// Without what this step put into letters for the sinks at hand, which are
+/// those that the letters name alike. `Some`: the places that the others had
+/// within their offsets.
+pub(super) fn without_letters(batch: Batch, step: &str, readers: &[Reader]) -> (Batch, Option<Vec<u32>>) {
+    let Some(seen) = readers.first().map(|reader| &reader.seen).filter(|seen| !seen.is_empty()) else {
+        return (batch, None);
+    };
     let mut indexes = Vec::new();
     let mut entries = Vec::new();
     for (i, entry) in batch.entries.iter().enumerate() {
         let index = index_within_offset(&batch, i);
-        if !letters.contains(Source::Step(step), batch.offset(entry), index) {
+        if !seen.has(batch.offset(entry), Piece::of(Source::Step(step), index)) {
             indexes.push(index);
             entries.push(*entry);
         }
     }
     if entries.len() == batch.len() {
-        return (batch, None, Ticket::default());
+        return (batch, None);
     }
-    // Whoever wrote the letter may not have seen it durable yet.
-    (Batch { entries: entries.into(), ..batch }, Some(indexes), letters.ticket())
+    (Batch { entries: entries.into(), ..batch }, Some(indexes))
 }
 
-/// The place that an entry had within its offset when it came; `indexes`: as
-/// [`without_letters`] gave them.
-pub(super) fn place(batch: &Batch, indexes: Option<&[u32]>, entry: usize) -> u32 {
-    indexes.map_or_else(|| index_within_offset(batch, entry), |of| of[entry])
+/// A batch as [`without_letters`] left it.
+pub(super) struct Stripped<'a> {
+    pub batch: &'a Batch,
+    pub indexes: Option<Vec<u32>>,
+    pub partition: Partition,
 }
 
-fn refuse_all(batch: &Batch, kind: RefusedKind, reason: &str) -> crate::step::Outcome {
-    let refused = (0..batch.len() as u32)
-        .map(|index| crate::step::Refused { index, kind, reason: reason.to_owned() })
-        .collect();
+impl Stripped<'_> {
+    /// `refused`: by index, ascending.
+    pub fn refusals<'r>(&'r self, step: &'r str, refused: &'r [Refused]) -> Vec<Refusal<'r>> {
+        let one = |(k, of): (usize, &'r Refused)| {
+            let entry = of.index as usize;
+            let before = before_last(self.batch, entry);
+            let index = self.indexes.as_ref().map(|indexes| indexes[entry]);
+            Refusal {
+                message: self.batch.message(entry),
+                source: Source::Step(step),
+                kind: of.kind,
+                reason: &of.reason,
+                partition: self.partition,
+                index: index.unwrap_or_else(|| index_within_offset(self.batch, entry)),
+                alone: before == Some(0),
+                closes: before.is_some_and(|n| k >= n && refused[k - n].index as usize == entry - n),
+            }
+        };
+        refused.iter().enumerate().map(one).collect()
+    }
+}
+
+fn refuse_all(batch: &Batch, kind: RefusedKind, reason: &str) -> Outcome {
+    let refused =
+        (0..batch.len() as u32).map(|index| Refused { index, kind, reason: reason.to_owned() }).collect();
     let passed = Batch { base: batch.base, now_us: batch.now_us, ..Batch::default() };
-    crate::step::Outcome { passed, refused, ..Default::default() }
+    Outcome { passed, refused, ..Default::default() }
+}
+
+pub(super) fn unknown_routes(routes: &Routes, batch: &Batch, unknown: &[usize]) -> Vec<Refused> {
+    let one = |i: &usize| Refused {
+        index: *i as u32,
+        kind: RefusedKind::Failed,
+        reason: routes.unknown_reason(batch.message(*i).route()),
+    };
+    unknown.iter().map(one).collect()
 }
 
 fn refuse_unknown(
-    batch: &Batch,
-    indexes: Option<&[u32]>,
+    batch: &Stripped<'_>,
     unknown: &[usize],
+    readers: &mut [Reader],
     shared: &Shared,
     runtime: &Handle,
 ) -> Result<Ticket, Ended> {
-    let reasons: Vec<_> =
-        unknown.iter().map(|i| shared.routes.unknown_reason(batch.message(*i).route())).collect();
-    let refusals: Vec<_> = unknown
-        .iter()
-        .zip(&reasons)
-        .map(|(i, reason)| Refusal {
-            message: batch.message(*i),
-            source: Source::Step(super::ROUTES_STEP),
-            kind: RefusedKind::Failed,
-            reason,
-            index: place(batch, indexes, *i),
-        })
-        .collect();
+    let refused = unknown_routes(&shared.routes, batch.batch, unknown);
+    let refusals = batch.refusals(super::ROUTES_STEP, &refused);
     shared.metrics.refused.increment(refusals.len() as u64);
     let show = format!("headworks dead-letters list --pipeline {}", shared.name);
     let kind = format!("{}: unknown route", shared.name);
-    shared.failures.report(&kind, refusals.len() as u64, &reasons[0], &show);
-    appended(&refusals, shared, runtime)
+    shared.failures.report(&kind, refusals.len() as u64, &refused[0].reason, &show);
+    appended(&refusals, readers, shared, runtime)
 }
 
-fn appended(refusals: &[Refusal<'_>], shared: &Shared, runtime: &Handle) -> Result<Ticket, Ended> {
+fn appended(
+    refusals: &[Refusal<'_>],
+    readers: &mut [Reader],
+    shared: &Shared,
+    runtime: &Handle,
+) -> Result<Ticket, Ended> {
     runtime.block_on(async {
         tokio::select! {
-            ticket = shared.letters.refuse(refusals) => Ok(ticket?),
+            refused = shared.letters.refuse(refusals, readers) => Ok(refused?.ticket),
             () = shared.abort.cancelled() => Err(Ended::Aborted),
         }
     })

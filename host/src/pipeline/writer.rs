@@ -8,8 +8,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::dead_letters::{DeadLetters, Refusal, Source, index_within_offset};
+use super::dead_letters::{DeadLetters, Refusal, Source};
+use super::known::{Reader, Seen, before_last, index_within_offset};
 use super::metrics::SinkMetrics;
+use super::routes::SinkNumber;
 use crate::batch::{MessageRef, Offset, Partition};
 use crate::sinks::{Advance, Claim, Error, RefusedRow, Rows, Sink};
 use crate::step::RefusedKind;
@@ -23,6 +25,7 @@ const REFUSALS_WINDOW: Duration = Duration::from_secs(60);
 pub struct Writer {
     /// `None` while a redrive has it.
     pub sink: Option<Box<dyn Sink>>,
+    pub number: SinkNumber,
     pub claim: Claim,
     pub letters: Arc<DeadLetters>,
     pub metrics: SinkMetrics,
@@ -205,20 +208,31 @@ impl Writer {
         refused.dedup_by_key(|r| r.row);
         let refusals: Vec<_> = refused
             .iter()
-            .map(|r| {
+            .enumerate()
+            .map(|(k, r)| {
                 let message = rows.get(r.row);
+                let entry = place(&message);
+                let before = before_last(message.batch, entry);
+                let also = |n: usize| {
+                    let first = k.checked_sub(n).map(|k| rows.get(refused[k].row).entry);
+                    first.is_some_and(|first| std::ptr::eq(first, &message.batch.entries[entry - n]))
+                };
                 Refusal {
                     message,
                     source: Source::Sink(&self.claim.sink),
                     kind: RefusedKind::Sink,
                     reason: &r.reason,
-                    index: index_of(&message),
+                    partition: message.entry.partition,
+                    index: index_within_offset(message.batch, entry),
+                    alone: before == Some(0),
+                    closes: before.is_some_and(also),
                 }
             })
             .collect();
-        let letters = self.letters.refuse(&refusals).await;
-        let ticket = letters.map_err(|error| Failed::Stop(error.to_string()))?;
-        self.letters.durable(ticket).await.map_err(|error| Failed::Stop(error.to_string()))?;
+        let mut itself = [Reader { sink: self.number, seen: Seen::default() }];
+        let letters = self.letters.refuse(&refusals, &mut itself).await;
+        let letters = letters.map_err(|error| Failed::Stop(error.to_string()))?;
+        self.letters.durable(letters.ticket).await.map_err(|error| Failed::Stop(error.to_string()))?;
         self.metrics.refused.increment(refused.len() as u64);
         self.refused += refused.len() as u64;
         self.failures.report(
@@ -253,10 +267,10 @@ impl Writer {
     }
 }
 
-/// Place of a row among the rows of its offset, for its letter's key.
-pub fn index_of(message: &MessageRef<'_>) -> u32 {
+/// Of a row among the entries of its batch.
+fn place(message: &MessageRef<'_>) -> usize {
     let place = message.batch.entries.iter().position(|entry| std::ptr::eq(entry, message.entry));
-    place.map_or(0, |i| index_within_offset(message.batch, i))
+    place.unwrap_or_default()
 }
 
 /// The first rows, about half of `len`, that end where an offset's rows end; a

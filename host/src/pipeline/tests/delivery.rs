@@ -1,14 +1,10 @@
 use std::time::Duration;
 
-use super::harness::{Act, World, chain, published, sorted, step, text};
+use super::harness::{Act, World, chain, number, published, sorted, step, text};
 use crate::batch::Offset;
 use crate::pipeline::State;
 use crate::sinks::memory::Fault;
 use crate::stream::OnLag;
-
-fn number(text: &str) -> u64 {
-    text.split(':').nth(1).and_then(|n| n.parse().ok()).expect("payloads are device:number")
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn messages_of_a_device_become_rows_in_order() {

@@ -11,7 +11,8 @@ use uuid::Uuid;
 
 use crate::batch::{Batch, Entry, MessageRef, Offset, Partition, Span};
 use crate::pipeline::{
-    Backoff, Batching, Config, Deps, Handle, Letter, PipelineStatus, Retries, RouteTarget, SinkPart, start,
+    Backoff, Batching, Config, Deps, Handle, Letter, PipelineStatus, Retries, RouteTarget, SinkPart,
+    list_open, start,
 };
 use crate::problems::{KeyPath, Problem};
 use crate::sinks::memory::MemoryDatabase;
@@ -133,6 +134,11 @@ pub fn text(message: &MessageRef<'_>) -> String {
     String::from_utf8_lossy(message.payload()).into_owned()
 }
 
+/// Of a payload `d3:7`: 7.
+pub fn number(text: &str) -> u64 {
+    text.split(':').nth(1).and_then(|n| n.parse().ok()).expect("payloads are device:number")
+}
+
 /// What outlives a process: the streams, the databases.
 #[derive(Clone)]
 pub struct World {
@@ -249,6 +255,25 @@ impl World {
                 let letter = Letter::of(&message).expect("only letters are here");
                 if !letter.is_copy() {
                     letters.push((text(&message), letter.reason.to_owned()));
+                }
+            }
+        }
+        letters
+    }
+
+    /// Payload and refusing step or sink of each letter for a sink that nobody
+    /// sent again.
+    pub async fn open_letters(&self, sink: &str) -> Vec<(String, String)> {
+        let open = list_open(&*self.dead, None).await.unwrap();
+        let mut cursor = self.dead.cursor(Offset(0));
+        let mut letters = Vec::new();
+        while let Some(read) = cursor.try_next().await.unwrap() {
+            let Read::Batch(batch) = read else { continue };
+            for message in batch.messages().filter(|message| open.contains(&message.offset())) {
+                let letter = Letter::of(&message).expect("only letters are here");
+                if letter.names(sink) {
+                    let by = letter.step.or(letter.sink).unwrap_or_default();
+                    letters.push((text(&message), by.to_owned()));
                 }
             }
         }

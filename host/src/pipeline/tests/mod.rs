@@ -4,5 +4,6 @@ mod delivery;
 mod exactly_once;
 mod harness;
 mod lanes;
+mod letters;
 mod redrive;
 mod swap;

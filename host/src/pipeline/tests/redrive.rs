@@ -56,7 +56,11 @@ async fn what_a_step_refused_goes_from_that_step_to_every_sink_once() {
     let process = world.start(chain(1, &[tag, check])).await;
     world.publish_many(5, 0, 100);
     process.drained().await;
-    assert_eq!(process.handle.redrive(&Filter::default()).await.unwrap().refused, 10);
+    assert_eq!(world.letters().await.len(), 10);
+    // Each sink's part is refused again for itself.
+    assert_eq!(process.handle.redrive(&Filter::default()).await.unwrap().refused, 20);
+    assert_eq!(world.open_letters("w").await.len(), 10);
+    assert_eq!(world.open_letters("other").await.len(), 10);
     broken.store(false, Ordering::Release);
     assert_eq!(process.handle.redrive(&Filter::default()).await.unwrap().sent, 20);
     assert_eq!(process.handle.redrive(&Filter::default()).await.unwrap().sent, 0);

@@ -1,0 +1,187 @@
+//! A letter names the sinks that have not had the message, and goes to those.
+
+use super::harness::{Act, Process, World, chain, number, published, sorted, step, text};
+use crate::batch::Offset;
+use crate::pipeline::{Filter, Letter};
+use crate::properties::{self, Origin};
+use crate::step::Chain;
+use crate::stream::{NewMessage, Read};
+use crate::units::ByteSize;
+
+const SINKS: [&str; 2] = ["fast", "slow"];
+
+fn world() -> World {
+    let mut world = World::new(4, &[("default", "fast slow")]);
+    world.config.sink_queue_bytes_max = ByteSize(64 << 10);
+    world.config.read_ahead_bytes_max = ByteSize(64 << 10);
+    world
+}
+
+/// The step `check`: it refuses every message whose number ends in 7, or none.
+fn check(generation: u64, refuses: bool) -> Chain {
+    let check = step("check", move |message, _| match refuses && number(&text(message)) % 10 == 7 {
+        true => Act::Refuse("seven".to_owned()),
+        false => Act::Pass,
+    });
+    chain(generation, &[check])
+}
+
+async fn swap(process: &Process, next: Chain) {
+    let generation = next.generation;
+    process.chain.send_replace(next);
+    process.until("flipped", |status| status.chain == Some(generation)).await;
+}
+
+/// Each sink has each message as a row or in one letter, then redriving makes
+/// all of them rows, once.
+async fn each_message_once(world: &World, process: &Process, generation: u64, count: u64) {
+    for sink in SINKS {
+        let letters = world.open_letters(sink).await.into_iter().map(|(payload, _)| payload).collect();
+        assert_eq!(sorted([world.payloads(sink), letters].concat()), published(10, count), "{sink}");
+    }
+    swap(process, check(generation, false)).await;
+    let summary = process.handle.redrive(&Filter::default()).await.unwrap();
+    assert_eq!((summary.refused, summary.failed), (0, Vec::new()));
+    for sink in SINKS {
+        assert_eq!(sorted(world.payloads(sink)), published(10, count), "{sink}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_new_version_refuses_for_a_sink_that_lags_goes_to_that_sink_only() {
+    let world = world();
+    let process = world.start(check(1, false)).await;
+    world.publish_many(10, 0, 100);
+    process.drained().await;
+    world.database("slow").block();
+    world.publish_many(10, 100, 20_000);
+    world.database("fast").rows_at_least(20_100).await;
+    swap(&process, check(2, true)).await;
+    world.database("slow").unblock();
+    process.drained().await;
+    assert!(world.open_letters("fast").await.is_empty());
+    assert!(world.open_letters("slow").await.len() > 1_000);
+    each_message_once(&world, &process, 3, 20_100).await;
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_new_version_lets_through_for_a_sink_that_lags_is_sent_again_to_the_others_only() {
+    let world = world();
+    let process = world.start(check(1, true)).await;
+    world.publish_many(10, 0, 100);
+    process.drained().await;
+    world.database("slow").block();
+    world.publish_many(10, 100, 20_000);
+    world.database("fast").rows_at_least(18_090).await;
+    swap(&process, check(2, false)).await;
+    world.database("slow").unblock();
+    process.drained().await;
+    assert_eq!(world.open_letters("fast").await.len(), 2_010);
+    assert!(world.open_letters("slow").await.len() < 1_000);
+    assert!(world.payloads("slow").len() > 19_000);
+    each_message_once(&world, &process, 3, 20_100).await;
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_letter_that_a_crash_left_without_a_commit_keeps_its_message_from_the_sinks_it_names() {
+    let world = world();
+    let process = world.start(check(1, true)).await;
+    world.publish_many(10, 0, 5);
+    process.drained().await;
+    let mut letters = world.dead.cursor(Offset(0));
+    world.database("slow").block();
+    world.publish_many(10, 5, 5);
+    // "fast" is past the letter's message, "slow" is not.
+    world.database("fast").rows_at_least(9).await;
+    let Read::Batch(letters) = letters.next().await.unwrap() else { unreachable!("nothing is trimmed") };
+    let names = Letter::of(&letters.message(0)).unwrap().sinks.map(str::to_owned);
+    assert_eq!(names.as_deref(), Some("fast,slow"));
+    process.handle.crash();
+    process.handle.join().await;
+    world.database("slow").unblock();
+    let process = world.start(check(1, false)).await;
+    process.drained().await;
+    assert_eq!(world.letters().await, [("d7:7".to_owned(), "seven".to_owned())]);
+    each_message_once(&world, &process, 2, 10).await;
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_step_that_refuses_after_a_crash_makes_no_second_letter() {
+    let world = world();
+    let process = world.start(check(1, true)).await;
+    process.drained().await;
+    world.database("slow").block();
+    world.database("fast").block();
+    let mut letters = world.dead.cursor(Offset(0));
+    world.publish_many(10, 0, 10);
+    letters.next().await.unwrap();
+    process.handle.crash();
+    process.handle.join().await;
+    SINKS.iter().for_each(|sink| world.database(sink).unblock());
+    let mut parse = chain(1, &[step("parse", |_, _| Act::Refuse("not JSON".to_owned()))]);
+    parse.steps = parse.steps.iter().chain(check(1, false).steps.iter()).cloned().collect();
+    let process = world.start(parse).await;
+    process.drained().await;
+    let by_check = world.letters().await.into_iter().filter(|(_, reason)| reason == "seven").count();
+    assert_eq!((world.letters().await.len(), by_check), (10, 1));
+    SINKS.iter().for_each(|sink| assert!(world.payloads(sink).is_empty()));
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_letter_that_names_no_sinks_is_for_all() {
+    let world = world();
+    world.publish_many(10, 0, 10);
+    let mut properties = Vec::new();
+    let identity = world.stream.identity();
+    for (name, value) in [
+        ("reason", "seven"),
+        ("kind", "failed"),
+        ("pipeline", "p"),
+        ("step", "check"),
+        ("stream", "telemetry"),
+        ("log", &identity.log.to_string()),
+        ("generation", &identity.generation.to_string()),
+        ("offset", "7"),
+        ("index", "0"),
+    ] {
+        let name = format!("dead-letter-{name}");
+        properties::push(&mut properties, Origin::Pipeline, &name, value.as_bytes());
+    }
+    let letter = NewMessage {
+        topic: "acme/a/b/c/d",
+        payload: b"d7:7",
+        properties: &properties,
+        route: "",
+        device: "d7",
+        partition: crate::batch::Partition(0),
+        flags: 0,
+        received_us: 1,
+        event_us: 0,
+    };
+    world.dead.append(&[letter], &[]).unwrap();
+    let process = world.start(check(1, false)).await;
+    process.drained().await;
+    SINKS.iter().for_each(|sink| assert_eq!(world.payloads(sink).len(), 9, "{sink}"));
+    each_message_once(&world, &process, 2, 10).await;
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_letter_for_sinks_that_are_gone_is_kept_and_not_marked() {
+    let mut world = world();
+    world.database("slow").refuse(|_| Some("no column".to_owned()));
+    let process = world.start(check(1, false)).await;
+    world.publish_many(10, 0, 10);
+    process.drained().await;
+    process.stop().await;
+    world.databases.remove("slow");
+    let process = world.start(check(1, false)).await;
+    process.until("running", |status| status.chain.is_some()).await;
+    assert_eq!(process.handle.redrive(&Filter::default()).await.unwrap(), Default::default());
+    assert_eq!(world.open_letters("slow").await.len(), 10);
+    process.stop().await;
+}
