@@ -49,7 +49,7 @@ pub fn run(results: &mut Results) {
 }
 
 /// Everything is logged and synced, then dropped by the pipeline, as a broker without subscribers does.
-fn host(stream: &str) -> Host {
+pub fn host(stream: &str) -> Host {
     Host::start("bench-ingest", &config(stream))
 }
 
@@ -72,7 +72,7 @@ fn guarded() -> Host {
     host
 }
 
-fn config(stream: &str) -> String {
+pub fn config(stream: &str) -> String {
     format!(
         "streams: {{ telemetry: {{ partitions: 4, retention: {{ max_bytes: 2GiB }}{stream} }} }}\n\
          sinks: {{ unused: {{ type: sqlite, path: data/unused.db }} }}\n\

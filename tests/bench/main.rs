@@ -5,7 +5,10 @@
 //! sections' figures in the file. A section that cannot be measured right ends
 //! the run with a panic rather than with a number.
 
+mod broker;
+mod crowd;
 mod e2e;
+mod idle;
 mod ingest;
 mod load;
 mod log;
@@ -17,8 +20,10 @@ use results::Results;
 
 type Section = (&'static str, fn(&mut Results));
 
-const SECTIONS: [Section; 5] = [
+const SECTIONS: [Section; 7] = [
     ("ingest", ingest::run),
+    ("broker", broker::run),
+    ("idle", idle::run),
     ("plugin", plugin::run),
     ("postgres", postgres::run),
     ("e2e", e2e::run),

@@ -8,9 +8,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 /// What the figures are to be: key, aim, whether more is better.
-const AIMS: [(&str, f64, Better); 12] = [
+const AIMS: [(&str, f64, Better); 16] = [
     ("ingest_acks_ratio_vs_mosquitto", 6.0, Better::More),
     ("ingest_acks_ratio_vs_mosquitto_with_access", 6.0, Better::More),
+    ("fanout_ratio_vs_mosquitto", 2.0, Better::More),
+    ("pubsub_ratio_vs_mosquitto", 2.0, Better::More),
+    ("subscribe_cost_ratio_100k", 1.3, Better::Less),
+    ("idle_conn_kib", 8.0, Better::Less),
     ("plugin_pass_ratio_vs_native", 2.0, Better::Less),
     ("plugin_emit_ratio_vs_native", 2.5, Better::Less),
     ("plugin_json_ratio_vs_native", 2.3, Better::Less),

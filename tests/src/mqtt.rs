@@ -19,6 +19,8 @@ pub mod kind {
     pub const PUBREC: u8 = 5;
     pub const PUBREL: u8 = 6;
     pub const PUBCOMP: u8 = 7;
+    pub const SUBACK: u8 = 9;
+    pub const PINGRESP: u8 = 13;
     pub const DISCONNECT: u8 = 14;
 }
 
@@ -78,6 +80,19 @@ pub fn publish(
         out.push(0);
     }
     out.extend(payload);
+}
+
+/// SUBSCRIBE to filters, each with its greatest QoS.
+pub fn subscribe(out: &mut Vec<u8>, version: Version, packet_id: u16, filters: &[(&str, u8)]) {
+    let mut body = packet_id.to_be_bytes().to_vec();
+    if version == Version::V5 {
+        body.push(0);
+    }
+    for (filter, qos) in filters {
+        text(&mut body, filter);
+        body.push(*qos);
+    }
+    packet(out, 0x82, &body);
 }
 
 pub fn pubrel(out: &mut Vec<u8>, packet_id: u16) {
@@ -197,6 +212,32 @@ impl Connection {
         let stream = TcpStream::connect_timeout(&addr, Duration::from_secs(5))?;
         stream.set_nodelay(true)?;
         Ok(Self { stream, session_present: false, buffer: vec![0; 64 * 1024], filled: 0 })
+    }
+
+    /// Subscribes and awaits SUBACK; an error where a filter is refused.
+    pub fn subscribe(&mut self, version: Version, filters: &[(&str, u8)]) -> std::io::Result<()> {
+        let mut out = Vec::new();
+        subscribe(&mut out, version, 1, filters);
+        self.stream.write_all(&out)?;
+        let mut answer = None;
+        while answer.is_none() {
+            self.receive(|packet| answer = (packet.kind() == kind::SUBACK).then(|| packet.body.to_vec()))?;
+        }
+        let properties = usize::from(version == Version::V5);
+        match answer.as_deref().and_then(|body| body.get(2 + properties..)) {
+            Some(codes) if codes.len() == filters.len() && codes.iter().all(|code| *code <= 2) => Ok(()),
+            other => Err(std::io::Error::other(format!("refused: {other:?}"))),
+        }
+    }
+
+    /// Tells the broker that this client is there, and awaits its answer.
+    pub fn ping(&mut self) -> std::io::Result<()> {
+        self.stream.write_all(&[0xc0, 0])?;
+        let mut answered = false;
+        while !answered {
+            self.receive(|packet| answered |= packet.kind() == kind::PINGRESP)?;
+        }
+        Ok(())
     }
 
     /// Reads once (blocking, up to the socket's timeout) and hands out every whole packet.
