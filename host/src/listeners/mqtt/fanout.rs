@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 use super::Broker;
 use super::outbound::{Message, Offer, QueueLimits, Queued, Source};
 use super::session::Session;
-use super::subscriptions::{Filter, Found, Options, Share, Subscriber, Tree, is_live};
+use super::subscriptions::{Filter, Found, Options, Path, Share, Subscriber, Tree, is_live};
 use crate::batch::{Batch, MessageRef, Offset, flags};
 use crate::properties::{self, Origin};
 use crate::stream::{Read, ReadError, Stream};
@@ -200,17 +200,17 @@ impl Live {
     /// A message that lies in no stream: `$SYS`.
     pub fn publish(&self, broker: &Broker, message: &Arc<Message>) {
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
-        let mut found = Met::default();
-        index.tree.matches(message.topic(), &mut |one| found.push(one));
+        let (mut found, mut path) = (Met::default(), Path::default());
+        index.tree.matches(message.topic(), &mut path, &mut |one| found.push(one));
         self.deliver(broker, &mut found, None, &Sent::Broker(message));
     }
 
     fn deliver_batch(&self, broker: &Broker, stream: usize, batch: &Batch) {
         let tail = &self.streams[stream];
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
-        let mut found = Met::default();
+        let (mut found, mut path) = (Met::default(), Path::default());
         for message in batch.messages() {
-            index.tree.matches(message.topic(), &mut |one| found.push(one));
+            index.tree.matches(message.topic(), &mut path, &mut |one| found.push(one));
             if !found.is_empty() {
                 let publisher = self
                     .wants_publisher()

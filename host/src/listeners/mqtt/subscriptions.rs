@@ -1,8 +1,12 @@
 //! Who wants which topics: a tree by topic level, so that a publish costs as
-//! much as the filters that it meets, not as all filters there are.
+//! much as the filters that it meets, not as all filters there are. Levels are
+//! numbered, so that a topic's texts are hashed once, however many branches
+//! its levels are looked for in.
 //! Matching: MQTT 5.0, section 4.7; shared subscriptions: 4.8.2.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -90,10 +94,21 @@ pub fn is_live(text: &str) -> bool {
 /// The tree. `S` is who subscribes; compared by `number`.
 pub struct Tree<S = Arc<Session>> {
     root: Node<S>,
+    levels: Levels,
+}
+
+/// The texts of all levels that are no wildcards, numbered.
+#[derive(Default)]
+struct Levels {
+    /// Number, and how many nodes have it.
+    known: HashMap<Box<str>, (u64, usize)>,
+    /// Numbers are not used again.
+    last: u64,
 }
 
 struct Node<S> {
-    children: HashMap<Box<str>, Node<S>>,
+    /// By the number of their level.
+    children: HashMap<u64, Node<S>, BuildHasherDefault<NumberHasher>>,
     /// Filters that end at this level.
     here: Vec<Subscriber<S>>,
     /// Filters that end with `#` below this level.
@@ -135,13 +150,99 @@ pub struct Subscriber<S> {
 
 impl<S> Default for Node<S> {
     fn default() -> Self {
-        Self { children: HashMap::new(), here: Vec::new(), rest: Vec::new(), any: None, shares: None }
+        Self { children: HashMap::default(), here: Vec::new(), rest: Vec::new(), any: None, shares: None }
     }
 }
 
 impl<S> Default for Tree<S> {
     fn default() -> Self {
-        Self { root: Node::default() }
+        Self { root: Node::default(), levels: Levels::default() }
+    }
+}
+
+impl Levels {
+    fn number(&self, text: &str) -> Option<u64> {
+        self.known.get(text).map(|(number, _)| *number)
+    }
+
+    /// For one more node.
+    fn take(&mut self, text: &str) -> u64 {
+        if let Some((number, nodes)) = self.known.get_mut(text) {
+            *nodes += 1;
+            return *number;
+        }
+        self.last += 1;
+        self.known.insert(text.into(), (self.last, 1));
+        self.last
+    }
+
+    /// A node is gone.
+    fn give_back(&mut self, text: &str) {
+        let Some((_, nodes)) = self.known.get_mut(text) else { return };
+        *nodes -= 1;
+        if *nodes == 0 {
+            self.known.remove(text);
+        }
+    }
+}
+
+/// Spreads numbers that we gave ourselves; not for what clients choose.
+#[derive(Default)]
+struct NumberHasher(u64);
+
+impl Hasher for NumberHasher {
+    fn write(&mut self, _: &[u8]) {
+        unreachable!("keys are numbers");
+    }
+
+    fn write_u64(&mut self, number: u64) {
+        // 2^64 over the golden ratio: the product's upper half depends on all bits.
+        let product = u128::from(number) * 0x9e37_79b9_7f4a_7c15;
+        self.0 = (product >> 64) as u64 ^ product as u64;
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
+/// A topic on its way down the tree: its levels' numbers, each looked up when
+/// the first branch gets so deep. Reused from one topic to the next.
+#[derive(Default)]
+pub struct Path(Vec<Option<u64>>);
+
+/// A topic, of which `rest` is not in `path` yet.
+struct Walk<'a> {
+    levels: &'a Levels,
+    rest: Option<&'a str>,
+    path: &'a mut Vec<Option<u64>>,
+}
+
+enum Level {
+    /// No filter has it, but for wildcards.
+    Unknown,
+    Known(u64),
+    /// The topic has no more.
+    End,
+}
+
+impl Walk<'_> {
+    fn level(&mut self, depth: usize) -> Level {
+        if depth == self.path.len() {
+            let Some(rest) = self.rest else { return Level::End };
+            let text = match rest.split_once('/') {
+                Some((text, rest)) => {
+                    self.rest = Some(rest);
+                    text
+                }
+                None => {
+                    self.rest = None;
+                    rest
+                }
+            };
+            self.path.push(self.levels.number(text));
+        }
+        self.path[depth].map_or(Level::Unknown, Level::Known)
     }
 }
 
@@ -155,11 +256,16 @@ impl<S> Tree<S> {
             match level {
                 "#" => multi = true,
                 "+" => node = node.any.get_or_insert_with(Box::default),
-                // Looked up first: the key is made only for a new level.
-                _ if node.children.contains_key(level) => {
-                    node = node.children.get_mut(level).expect("it was just found");
+                _ => {
+                    let number = self.levels.take(level);
+                    node = match node.children.entry(number) {
+                        Entry::Occupied(known) => {
+                            self.levels.give_back(level);
+                            known.into_mut()
+                        }
+                        Entry::Vacant(new) => new.insert(Node::default()),
+                    };
                 }
-                _ => node = node.children.entry(level.into()).or_default(),
             }
         }
         let subscribers = match (share, multi) {
@@ -186,7 +292,7 @@ impl<S> Tree<S> {
     /// What the subscriber had this filter with.
     pub fn remove(&mut self, text: &str, number: u64) -> Option<Options> {
         let (share, filter) = split(text);
-        self.root.remove(&mut filter.split('/'), share.map(|_| text), number)
+        self.root.remove(&mut self.levels, &mut filter.split('/'), share.map(|_| text), number)
     }
 
     /// The share of this filter, if it has members.
@@ -197,57 +303,59 @@ impl<S> Tree<S> {
             match level {
                 "#" => multi = true,
                 "+" => node = node.any.as_ref()?,
-                _ => node = node.children.get(level)?,
+                _ => node = node.children.get(&self.levels.number(level)?)?,
             }
         }
         node.shares.as_ref()?[usize::from(multi)].iter().find(|share| &*share.filter == text)
     }
 
     /// Gives each subscription that matches; a subscriber may come more than once.
-    pub fn matches<'t>(&'t self, topic: &str, found: &mut impl FnMut(Found<'t, S>)) {
+    pub fn matches<'t>(&'t self, topic: &str, path: &mut Path, found: &mut impl FnMut(Found<'t, S>)) {
+        path.0.clear();
+        let mut walk = Walk { levels: &self.levels, rest: Some(topic), path: &mut path.0 };
         // Wildcards at the first level do not match `$` topics (4.7.2).
         if topic.starts_with('$') {
-            let (first, rest) = match topic.split_once('/') {
-                Some((first, rest)) => (first, Some(rest)),
-                None => (topic, None),
-            };
-            if let Some(child) = self.root.children.get(first) {
-                child.matches(rest, found);
+            if let Level::Known(number) = walk.level(0)
+                && let Some(child) = self.root.children.get(&number)
+            {
+                child.matches(&mut walk, 1, found);
             }
         } else {
-            self.root.matches(Some(topic), found);
+            self.root.matches(&mut walk, 0, found);
         }
     }
 }
 
 impl<S> Node<S> {
-    fn matches<'t>(&'t self, topic: Option<&str>, found: &mut impl FnMut(Found<'t, S>)) {
+    fn matches<'t>(&'t self, walk: &mut Walk<'_>, depth: usize, found: &mut impl FnMut(Found<'t, S>)) {
         self.rest.iter().map(Found::One).for_each(&mut *found);
         if let Some(shares) = &self.shares {
             shares[1].iter().map(Found::Share).for_each(&mut *found);
         }
-        let Some(topic) = topic else {
-            self.here.iter().map(Found::One).for_each(&mut *found);
-            if let Some(shares) = &self.shares {
-                shares[0].iter().map(Found::Share).for_each(found);
+        match walk.level(depth) {
+            Level::Known(number) => {
+                if let Some(child) = self.children.get(&number) {
+                    child.matches(walk, depth + 1, found);
+                }
             }
-            return;
-        };
-        let (level, rest) = match topic.split_once('/') {
-            Some((level, rest)) => (level, Some(rest)),
-            None => (topic, None),
-        };
-        if let Some(child) = self.children.get(level) {
-            child.matches(rest, found);
+            Level::Unknown => {}
+            Level::End => {
+                self.here.iter().map(Found::One).for_each(&mut *found);
+                if let Some(shares) = &self.shares {
+                    shares[0].iter().map(Found::Share).for_each(found);
+                }
+                return;
+            }
         }
         if let Some(child) = &self.any {
-            child.matches(rest, found);
+            child.matches(walk, depth + 1, found);
         }
     }
 
     /// `share`: the whole text of a shared subscription.
     fn remove(
         &mut self,
+        known: &mut Levels,
         levels: &mut std::str::Split<'_, char>,
         share: Option<&str>,
         number: u64,
@@ -257,17 +365,19 @@ impl<S> Node<S> {
             Some("#") => self.take(share, 1, number),
             Some("+") => {
                 let child = self.any.as_mut()?;
-                let removed = child.remove(levels, share, number);
+                let removed = child.remove(known, levels, share, number);
                 if child.is_empty() {
                     self.any = None;
                 }
                 removed
             }
             Some(level) => {
-                let child = self.children.get_mut(level)?;
-                let removed = child.remove(levels, share, number);
+                let key = known.number(level)?;
+                let child = self.children.get_mut(&key)?;
+                let removed = child.remove(known, levels, share, number);
                 if child.is_empty() {
-                    self.children.remove(level);
+                    self.children.remove(&key);
+                    known.give_back(level);
                 }
                 removed
             }
@@ -310,7 +420,7 @@ mod tests {
 
     fn found(tree: &Tree<()>, topic: &str) -> Vec<u64> {
         let mut numbers = Vec::new();
-        tree.matches(topic, &mut |found| match found {
+        tree.matches(topic, &mut Path::default(), &mut |found| match found {
             Found::One(subscriber) => numbers.push(subscriber.number),
             Found::Share(share) => numbers.extend(share.members.iter().map(|member| member.number)),
         });
@@ -378,7 +488,7 @@ mod tests {
             for (i, filter) in filters.iter().enumerate() {
                 tree.remove(filter, i as u64);
             }
-            prop_assert!(tree.root.is_empty());
+            prop_assert!(tree.root.is_empty() && tree.levels.known.is_empty());
         }
     }
 }
