@@ -205,7 +205,7 @@ impl Live {
         self.deliver(broker, &mut found, None, &Sent::Broker(message));
     }
 
-    fn deliver_batch(&self, broker: &Broker, stream: usize, batch: &Batch) {
+    pub fn deliver_batch(&self, broker: &Broker, stream: usize, batch: &Batch) {
         let tail = &self.streams[stream];
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
         let (mut found, mut path) = (Met::default(), Path::default());

@@ -1,6 +1,8 @@
 //! What a session keeps over connections and restarts.
 
 use super::*;
+use crate::batch::Partition;
+use crate::stream::NewMessage;
 
 #[tokio::test]
 async fn a_qos_2_message_is_appended_once_over_reconnect_and_restart() {
@@ -276,6 +278,8 @@ async fn a_session_that_ends_leaves_nothing_in_the_broker_stream() {
     let left: Vec<_> = kinds.iter().flat_map(|kind| broker.state(kind)).collect();
     assert!(left.is_empty(), "{left:?}");
     host.stop().await;
+}
+
 #[tokio::test]
 async fn the_sweep_ends_sessions_whose_time_is_over_with_all_that_they_left_and_no_others() {
     let (stream, store) = (MemoryStream::new("s", 1), MemoryStream::new("broker", 1));
@@ -316,8 +320,19 @@ async fn the_sweep_ends_sessions_whose_time_is_over_with_all_that_they_left_and_
     assert_eq!(left, ["connected", "stays", "waits"]);
     let kept = [store.state(b"se"), store.state(b"sf"), stream.state(b"q2")].map(|keys| keys.len());
     assert_eq!(kept, [2, 2, 2]);
-    let message = Arc::new(Message::new("a/b", b"x", &[], 1, now_us()));
-    broker.live.publish(&broker, &message);
+    let message = NewMessage {
+        topic: "a/b",
+        payload: b"x",
+        properties: &[],
+        route: "",
+        device: "d",
+        partition: Partition(0),
+        flags: 1,
+        received_us: now_us(),
+        event_us: 0,
+    };
+    let first = stream.append(&[message], &[]).unwrap().first;
+    broker.live.deliver_batch(&broker, 0, &batch(&*stream, first.0).await);
     let waiting = |client_id| sessions.get(client_id).unwrap().outbox().sizes().0;
     assert_eq!((waiting("stays"), waiting("waits")), (1, 1));
 }
