@@ -248,8 +248,8 @@ pub enum DeadLettersCommand {
         #[command(flatten)]
         format: FormatArgs,
     },
-    /// Send them again to the sink that refused them, or through the steps from the one that did;
-    /// the host must run
+    /// Send them again to the sink that refused them, or through the steps from the one that did to
+    /// the sinks that they are for; the host must run
     #[command(
         override_usage = "headworks dead-letters redrive <IDS>... | --all [--pipeline NAME] [--sink NAME] [--step NAME]",
         after_help = "Examples:\n  headworks dead-letters redrive 17 18\n  \

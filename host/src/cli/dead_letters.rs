@@ -19,6 +19,7 @@ use crate::stream::Read;
 use crate::stream::log::ReadOnly;
 
 const REASON_CHARS_MAX: usize = 120;
+const SINKS_CHARS_MAX: usize = 40;
 /// By then a host has proven the last frame that it wrote.
 const PROVEN_AFTER: Duration = Duration::from_millis(100);
 /// Set on the copies that a redrive makes; they are not letters of their own.
@@ -87,7 +88,7 @@ fn list(
             out.line(format!("no dead letters but {hidden} that were sent again: --sent shows them"))
         }
         Format::Text => {
-            let head = ["ID", "TIME", "PIPELINE", "REFUSED BY", "DEVICE", "TOPIC", "REASON"];
+            let head = ["ID", "TIME", "PIPELINE", "REFUSED BY", "FOR SINKS", "DEVICE", "TOPIC", "REASON"];
             let shown = rows.len() as u64;
             let mut table = vec![head.map(str::to_owned).to_vec()];
             table.extend(rows);
@@ -117,6 +118,7 @@ fn show(mut letters: Option<ReadOnly>, id: u64, format: Format, out: &mut Out) -
         ("sent again".into(), if is_sent { "yes" } else { "no" }.into()),
         ("reason".into(), property(&letter, "reason")),
         ("refused by".into(), refused_by(&letter)),
+        ("for sinks".into(), for_sinks(&letter)),
         ("kind".into(), property(&letter, "kind")),
         ("pipeline".into(), property(&letter, "pipeline")),
         (
@@ -210,6 +212,7 @@ fn row(letter: &MessageRef<'_>, is_sent: bool) -> Vec<String> {
         time(letter.entry.received_us),
         property(letter, "pipeline"),
         refused_by(letter),
+        one_line(&for_sinks(letter), SINKS_CHARS_MAX),
         one_line(letter.device(), 40),
         one_line(letter.topic(), 60),
         one_line(&property(letter, "reason"), REASON_CHARS_MAX),
@@ -220,6 +223,16 @@ fn refused_by(letter: &MessageRef<'_>) -> String {
     match (property(letter, "step"), property(letter, "sink")) {
         (step, _) if !step.is_empty() => format!("step {step}"),
         (_, sink) => format!("sink {sink}"),
+    }
+}
+
+/// The sinks that have not had the message: where a redrive sends it.
+fn for_sinks(letter: &MessageRef<'_>) -> String {
+    match (property(letter, "sinks"), property(letter, "sink")) {
+        (names, _) if !names.is_empty() => names.replace(',', ", "),
+        (_, sink) if !sink.is_empty() => sink,
+        // Written by a host that did not name them.
+        _ => "all".to_owned(),
     }
 }
 
@@ -240,6 +253,10 @@ fn to_json(letter: &MessageRef<'_>, is_sent: bool) -> Map<String, Value> {
             None if value.is_empty() => None,
             None => refused.insert(name.into(), value.into()),
         };
+    }
+    let sinks = property(letter, "sinks");
+    if !sinks.is_empty() {
+        refused.insert("sinks".into(), sinks.split(',').collect());
     }
     if let Some(Value::Array(properties)) = all.get_mut("properties") {
         properties.retain(|p| !p["name"].as_str().is_some_and(|name| name.starts_with("dead-letter-")));

@@ -19,6 +19,8 @@ pub const DROP: &str = "drop";
 const WORKERS_MAX: u16 = 256;
 const BATCH_MESSAGES_MAX: u32 = 65_536;
 const RETRIES_MAX: u32 = 1_000;
+/// A dead letter names them all at most, in its properties.
+const SINKS_MAX: usize = 64;
 
 /// Reads one stream, runs its steps, delivers to the sinks its routes name.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
@@ -220,6 +222,10 @@ impl Config {
         if !self.routes.is_empty() && self.sinks().is_empty() {
             problems.add(path.clone(), "must lead to at least one sink");
         }
+        let sinks = self.sinks().len();
+        if sinks > SINKS_MAX {
+            problems.add(path.clone(), format!("must lead to at most {SINKS_MAX} sinks, lead to {sinks}"));
+        }
     }
 }
 
@@ -269,6 +275,19 @@ mod tests {
         {
             assert!(paths.contains(&format!("pipelines.p.{key}")), "{key} in {paths:?}");
         }
+    }
+
+    #[test]
+    fn the_sinks_of_a_pipeline_are_bounded() {
+        let lead_to = |sinks: usize| {
+            let names = RouteTarget::Several((0..sinks).map(|n| format!("s{n}")).collect());
+            let config = Config { routes: [(DEFAULT_ROUTE.to_owned(), names)].into(), ..Config::default() };
+            let mut problems = Problems::default();
+            config.validate(&KeyPath::root(), &mut problems);
+            problems.into_vec().into_iter().map(|problem| problem.message).collect::<Vec<_>>()
+        };
+        assert!(lead_to(SINKS_MAX).is_empty());
+        assert_eq!(lead_to(SINKS_MAX + 1), ["must lead to at most 64 sinks, lead to 65"]);
     }
 
     #[test]

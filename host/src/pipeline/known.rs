@@ -223,3 +223,90 @@ pub fn before_last(batch: &Batch, i: usize) -> Option<usize> {
     let is_last = batch.entries.get(i + 1).is_none_or(|next| next.offset != batch.entries[i].offset);
     is_last.then(|| index_within_offset(batch, i) as usize)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::{Entry, Partition};
+    use crate::step::RefusedKind;
+
+    /// A message of each offset.
+    fn batch(offsets: &[u32]) -> Batch {
+        let entries = offsets.iter().map(|offset| Entry { offset: *offset, ..Entry::default() });
+        Batch { segments: vec![bytes::Bytes::new()], entries: entries.collect(), ..Batch::default() }
+    }
+
+    fn refusal(batch: &Batch, entry: usize, closes: bool) -> Refusal<'_> {
+        Refusal {
+            message: batch.message(entry),
+            source: Source::Step("check"),
+            kind: RefusedKind::Failed,
+            reason: "no",
+            partition: Partition(0),
+            index: index_within_offset(batch, entry),
+            alone: before_last(batch, entry) == Some(0),
+            closes,
+        }
+    }
+
+    fn readers() -> [Reader; 2] {
+        [0, 1].map(|sink| Reader { sink, ..Reader::default() })
+    }
+
+    fn take(known: &mut Known, seen: &Seen, batch: &Batch, upto: u64) -> Result<usize, Stale> {
+        let refused = known.take((1, "b"), std::slice::from_ref(batch), seen, 0..1, Offset(upto))?;
+        Ok(batch.len() - refused.len())
+    }
+
+    #[test]
+    fn a_letter_names_the_sinks_that_are_not_past_its_message() {
+        let mut known = Known::new(2, 1);
+        let batch = batch(&[3, 4, 5]);
+        take(&mut known, &Seen::default(), &batch, 5).unwrap();
+        assert_eq!(known.names(&refusal(&batch, 1, true), &mut readers()), [0]);
+        assert_eq!(known.names(&refusal(&batch, 2, true), &mut readers()), [0, 1]);
+        // What it took is open again once it goes back to its position.
+        known.set_received(1, &[Offset(4)]);
+        assert_eq!(known.names(&refusal(&batch, 1, true), &mut readers()), [0, 1]);
+    }
+
+    #[test]
+    fn what_a_run_made_that_does_not_know_of_a_letter_is_not_taken() {
+        let mut known = Known::new(2, 1);
+        let batch = batch(&[3, 4, 5]);
+        let mut writers = readers();
+        known.note(&refusal(&batch, 1, true), &[1], &mut writers);
+        assert_eq!(take(&mut known, &Seen::default(), &batch, 6), Err(Stale));
+        // Nothing was taken, then.
+        assert_eq!(known.names(&refusal(&batch, 2, true), &mut readers()), [0, 1]);
+        assert_eq!(take(&mut known, &writers[1].seen, &batch, 6), Ok(3));
+        assert!(writers[0].seen.is_empty() && known.seen(0, Offset(0), Offset(9)).is_empty());
+    }
+
+    #[test]
+    fn a_run_that_refuses_the_same_makes_no_second_letter_and_knows_of_the_first() {
+        let mut known = Known::new(2, 1);
+        let batch = batch(&[3]);
+        known.note(&refusal(&batch, 0, true), &[0, 1], &mut []);
+        let mut readers = readers();
+        assert!(known.names(&refusal(&batch, 0, true), &mut readers).is_empty());
+        assert!(readers.iter().all(|reader| reader.seen.has_whole(Offset(3))));
+        // Of another step, without knowing of it: the letter that is there has the message.
+        let other = Refusal { source: Source::Step("parse"), alone: false, ..refusal(&batch, 0, true) };
+        assert!(known.names(&other, &mut self::readers()).is_empty());
+    }
+
+    #[test]
+    fn pieces_of_a_message_have_letters_of_their_own_until_none_is_left() {
+        let mut known = Known::new(2, 1);
+        let batch = batch(&[3, 3]);
+        let mut readers = readers();
+        known.note(&refusal(&batch, 0, false), &[1], &mut readers);
+        assert!(!readers[1].seen.has_whole(Offset(3)));
+        assert_eq!(known.names(&refusal(&batch, 1, true), &mut readers), [0, 1]);
+        known.note(&refusal(&batch, 1, true), &[1], &mut readers);
+        assert!(readers[1].seen.has_whole(Offset(3)) && !readers[0].seen.has_whole(Offset(3)));
+        known.forget_below(Offset(4));
+        assert_eq!((known.len(), known.highest()), (0, None));
+    }
+}

@@ -42,7 +42,7 @@ mod worker;
 mod writer;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use config::{Backoff, Config, DEFAULT_ROUTE, DROP, Retries, RouteTarget};
 pub use dead_letters::{DeadLetters, Error as DeadLettersError};
@@ -121,6 +121,11 @@ impl Handle {
         &self.shared.name
     }
 
+    /// Names of the sinks that the routes lead to.
+    pub fn sinks(&self) -> impl Iterator<Item = &str> {
+        self.lenders.iter().map(|(name, _)| name.as_str())
+    }
+
     pub fn status(&self) -> PipelineStatus {
         self.board.status()
     }
@@ -138,6 +143,12 @@ impl Handle {
     fn crash(&self) {
         self.shared.abort.cancel();
         self.shutdown.cancel();
+    }
+
+    /// Until its supervisor has been at work once more.
+    #[cfg(test)]
+    async fn looked_after(&self) {
+        self.board.shown().await;
     }
 
     /// Until the pipeline has ended, which `Deps::shutdown` makes it do.

@@ -3,8 +3,8 @@
 //! up. The task ends when every lane and delivery has, which `shutdown` starts.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
@@ -57,7 +57,7 @@ pub struct Board {
     stream: Arc<dyn Stream>,
     sinks: Vec<Arc<SinkShared>>,
     letters: Arc<DeadLetters>,
-    shown: Mutex<Shown>,
+    shown: watch::Sender<Shown>,
 }
 
 struct Shown {
@@ -82,17 +82,17 @@ impl Board {
             swap_refused: None,
             own_lane: vec![false; sinks.len()],
         };
-        Self { name: name.to_owned(), stream, sinks, letters, shown: Mutex::new(shown) }
+        Self { name: name.to_owned(), stream, sinks, letters, shown: watch::Sender::new(shown) }
     }
 
     /// The steps that run.
     pub fn chain(&self) -> Option<Chain> {
-        self.lock().chain.clone()
+        self.shown.borrow().chain.clone()
     }
 
     pub fn status(&self) -> PipelineStatus {
         let end = self.stream.bounds().end;
-        let shown = self.lock();
+        let shown = self.shown.borrow();
         let sink = |(shared, own_lane): (&Arc<SinkShared>, &bool)| {
             let committed = shared.committed.load(Ordering::Acquire);
             let committed = (committed != u64::MAX).then_some(Offset(committed));
@@ -120,8 +120,11 @@ impl Board {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Shown> {
-        self.shown.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Changes whenever the pipeline has looked after itself.
+    #[cfg(test)]
+    pub async fn shown(&self) {
+        // The sender lives as long as `self`.
+        let _ = self.shown.subscribe().changed().await;
     }
 }
 
@@ -532,16 +535,18 @@ impl Supervisor {
     }
 
     fn show(&self) {
-        let mut shown = self.board.lock();
-        shown.state = self.state();
-        shown.chain.clone_from(&self.active);
-        shown.swap_refused.clone_from(&self.swap_refused);
-        if let Some(lane) = self.lanes.iter().find(|lane| Some(lane.id) == self.main) {
-            shown.read = Offset(lane.position.load(Ordering::Acquire));
-        }
-        for (own, member) in shown.own_lane.iter_mut().zip(&self.members) {
-            *own = member.lane.is_some() && member.lane != self.main;
-        }
+        let main = self.lanes.iter().find(|lane| Some(lane.id) == self.main);
+        self.board.shown.send_modify(|shown| {
+            shown.state = self.state();
+            shown.chain.clone_from(&self.active);
+            shown.swap_refused.clone_from(&self.swap_refused);
+            if let Some(lane) = main {
+                shown.read = Offset(lane.position.load(Ordering::Acquire));
+            }
+            for (own, member) in shown.own_lane.iter_mut().zip(&self.members) {
+                *own = member.lane.is_some() && member.lane != self.main;
+            }
+        });
     }
 
     fn state(&self) -> State {

@@ -140,7 +140,11 @@ impl Worker {
                     self.hand_out(true)?;
                 }
                 Work::Flip(steps) => self.steps = steps,
-                Work::Attach { outlet, from } => self.outlets.push(Served::new(outlet, from)),
+                Work::Attach { outlet, from } => {
+                    // One a sink: an earlier one, which it left, may be here still.
+                    self.outlets.retain(|served| !served.outlet.detached());
+                    self.outlets.push(Served::new(outlet, from));
+                }
             }
         }
         self.hand_out(true)

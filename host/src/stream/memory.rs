@@ -104,6 +104,13 @@ impl MemoryStream {
         self.moved();
     }
 
+    /// Returns once somebody waits for what is not durable yet.
+    pub async fn awaited(&self) {
+        let waits = |durable: &watch::Sender<Ticket>| durable.receiver_count() > 0;
+        // The sender lives as long as `self`.
+        let _ = self.0.moved.subscribe().wait_for(|_| self.lock().durable.as_ref().is_some_and(waits)).await;
+    }
+
     /// A failed sync: what was not durable never will be.
     pub fn fail(&self, reason: &str) {
         let mut inner = self.lock();
@@ -256,11 +263,12 @@ impl Stream for MemoryStream {
     }
 
     fn durable(&self) -> watch::Receiver<Ticket> {
-        let inner = self.lock();
-        match &inner.durable {
+        let durable = match &self.lock().durable {
             Some(durable) => durable.subscribe(),
             None => watch::channel(Ticket::default()).1,
-        }
+        };
+        self.moved();
+        durable
     }
 
     fn bounds(&self) -> Range<Offset> {

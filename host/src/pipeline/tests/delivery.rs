@@ -73,8 +73,11 @@ async fn the_refused_are_durable_in_dead_letters_before_a_position_covers_them()
         .await;
     world.publish_many(1, 0, 10);
     process.until("read", |status| status.read == Offset(10)).await;
-    // Any commit that could wrongly go out has time to: progress is every 5 ms.
-    tokio::time::sleep(Duration::from_millis(50)).await;
+    // A commit that goes out wrongly is over before a wait begins.
+    tokio::select! {
+        () = dead.awaited() => {}
+        () = world.database("w").rows_at_least(1) => panic!("a row before the letter is durable"),
+    }
     assert!(world.payloads("w").is_empty());
     assert_eq!(process.handle.status().sinks[0].committed, Some(Offset(0)));
     dead.commit();

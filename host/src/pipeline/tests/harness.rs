@@ -303,21 +303,35 @@ impl Process {
         self.handle.join().await;
     }
 
+    /// For whoever asks it only; it ends with the test.
+    pub fn into_handle(self) -> Arc<Handle> {
+        Arc::new(self.handle)
+    }
+
     /// Waits for a status; for at most a minute, so that a failure says what it was.
     pub async fn until(
         &self,
         what: &str,
         mut reached: impl FnMut(&PipelineStatus) -> bool,
     ) -> PipelineStatus {
-        let limit = tokio::time::Instant::now() + Duration::from_secs(60);
-        loop {
-            let status = self.handle.status();
-            if reached(&status) {
-                return status;
+        let reach = async {
+            loop {
+                let status = self.handle.status();
+                if reached(&status) {
+                    return status;
+                }
+                self.looked_after().await;
             }
-            assert!(tokio::time::Instant::now() < limit, "not reached: {what}: {status:?}");
-            tokio::time::sleep(Duration::from_millis(1)).await;
+        };
+        match tokio::time::timeout(Duration::from_secs(60), reach).await {
+            Ok(status) => status,
+            Err(_) => panic!("not reached: {what}: {:?}", self.handle.status()),
         }
+    }
+
+    /// Until its supervisor, which never sleeps for long, has been at work once more.
+    pub async fn looked_after(&self) {
+        self.handle.looked_after().await;
     }
 
     /// Until every sink has committed the whole stream.

@@ -2,7 +2,7 @@
 
 mod delivery;
 mod exactly_once;
-mod harness;
+pub(crate) mod harness;
 mod lanes;
 mod letters;
 mod redrive;

@@ -80,21 +80,29 @@ async fn a_pipeline_whose_first_steps_cannot_start_begins_with_the_next() {
 async fn a_step_that_is_held_refuses_nothing_and_gives_way_to_a_new_version() {
     for hold_is_seen in [true, false] {
         let world = World::new(2, &[("default", "w other")]);
-        let holding = step("tag", |message, _| match text(message).ends_with('7') {
-            true => Act::Hold("faulted"),
+        let asked = tokio::sync::watch::Sender::new(0_u32);
+        let asks = asked.clone();
+        let holding = step("tag", move |message, _| match text(message).ends_with('7') {
+            true => {
+                asks.send_modify(|asked| *asked += 1);
+                Act::Hold("faulted")
+            }
             false => Act::Pass,
         });
         let mut held = chain(1, &[holding]);
         let process = world.start(held.clone()).await;
         // More frames than wait for a worker: the new steps lie behind them.
         world.publish_many(3, 0, 500);
+        // Else the hold could come before any message does.
+        asked.subscribe().wait_for(|asked| *asked > 0).await.unwrap();
         if hold_is_seen {
             (held.generation, held.hold) = (2, Some("faulted".into()));
             process.chain.send_replace(held);
             process.until("holding", |status| matches!(status.state, State::Holding(_))).await;
         }
-        // Past every bound of retries.
-        tokio::time::sleep(std::time::Duration::from_millis(700)).await;
+        // Both workers ask, one of them past every bound of retries.
+        let bound = 2 * (world.config.retries.max + 1);
+        asked.subscribe().wait_for(|asked| *asked > bound).await.unwrap();
         assert!(world.letters().await.is_empty() && world.payloads("w").len() < 500);
         process.chain.send_replace(chain(3, &[tag("new")]));
         process.drained().await;
