@@ -126,10 +126,11 @@ impl Collected {
                     let mut record = expected().ok_or_else(|| answer.misplaced(next, message))?;
                     let first = next;
                     loop {
-                        // Changed where it lies: a copy on the stack would be read
-                        // back wider than it was written, which stalls.
-                        let entry = self.entries.push_mut(*source);
-                        set(entry, record, answer, target, place)
+                        // Copied from place to place and only written to there: what
+                        // was just written in another width stalls a read.
+                        self.entries.extend_from_slice(std::slice::from_ref(source));
+                        let entry = self.entries.last_mut().expect("it was just appended");
+                        set(entry, source, record, answer, target, place)
                             .map_err(|what| Fault::Record { record: next, what })?;
                         next += 1;
                         if place.bytes > bytes_max {
@@ -238,18 +239,19 @@ impl Collected {
     }
 }
 
-/// Changes the copy of a record's source as the record says.
+/// Changes `entry`, a copy of a record's `source`, as the record says.
 #[inline]
 fn set(
     entry: &mut Entry,
+    source: &Entry,
     record: Record<'_>,
     answer: &Answer<'_>,
     target: &Target<'_>,
     place: &mut Place,
 ) -> Result<(), Wrong> {
-    entry.flags |= flags::CHANGED;
+    entry.flags = source.flags | flags::CHANGED;
     if record.has(set::PAYLOAD) {
-        entry.payload = place.put(record.payload(), answer.payload(record, entry)?);
+        entry.payload = place.put(record.payload(), answer.payload(record, source)?);
     }
     if record.has(!set::PAYLOAD) { set_others(entry, record, answer, target, place) } else { Ok(()) }
 }
