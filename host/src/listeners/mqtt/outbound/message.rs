@@ -51,6 +51,7 @@ impl Message {
         std::str::from_utf8(&self.bytes[..self.topic_len as usize]).unwrap_or_default()
     }
 
+    /// As MQTT 5 writes them, without their length.
     pub fn properties(&self) -> &[u8] {
         &self.bytes[self.topic_len as usize..][..self.properties_len as usize]
     }
@@ -109,11 +110,16 @@ fn put_properties(out: &mut Vec<u8>, encoded: &[u8], utf8: bool) -> Option<u32> 
                 expiry = std::str::from_utf8(property.value).ok().and_then(|text| text.parse().ok());
             }
             _ if listener => {}
-            name if std::str::from_utf8(property.value).is_ok() => {
+            name if is_sendable(name.as_bytes()) && is_sendable(property.value) => {
                 put(out, 0x26, &[name.as_bytes(), property.value]);
             }
             _ => {}
         }
     }
     expiry
+}
+
+/// A text of MQTT: UTF-8 without U+0000 (1.5.4). A plugin's properties may be anything.
+fn is_sendable(text: &[u8]) -> bool {
+    std::str::from_utf8(text).is_ok_and(|text| !text.contains('\0'))
 }
