@@ -8,6 +8,9 @@ pub mod batch;
 pub mod cli;
 pub mod config;
 pub mod devices;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod listeners;
 pub mod pipeline;
 pub mod plugin;

@@ -10,6 +10,8 @@
 mod check;
 mod complete;
 mod files;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 pub mod reference;
 mod suggest;
 mod validate;

@@ -19,6 +19,8 @@ mod compile;
 mod config;
 mod engine;
 mod folder;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod gather;
 mod host;
 mod instance;

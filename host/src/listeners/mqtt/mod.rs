@@ -16,6 +16,8 @@ mod clients;
 mod config;
 mod connection;
 mod fanout;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod handshake;
 mod inbound;
 mod metrics;

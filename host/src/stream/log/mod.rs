@@ -25,6 +25,8 @@ mod commit;
 mod cursor;
 pub mod disk;
 pub mod frame;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzing;
 mod generations;
 mod measure;
 mod open;

@@ -6,6 +6,8 @@
 //! ends within `connect_timeout`, and holds one of `handshakes_max` places of
 //! its listener until CONNECT is answered.
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod identity;
 mod listen;
 pub mod network;

@@ -4,7 +4,8 @@ use bytes::BytesMut;
 use proptest::prelude::*;
 
 use super::*;
-use crate::stream::log::frame::{Around, Broken, Header, Kind, decode, entry};
+use crate::stream::log::frame::{Around, Broken, Header, Kind, decode};
+use crate::stream::log::fuzzing::{self, resealed};
 
 fn encoded(payloads: &[Vec<u8>], key: &[u8]) -> Vec<u8> {
     let (mut entries, mut data, mut state) = (BytesMut::new(), BytesMut::new(), Vec::new());
@@ -33,28 +34,6 @@ fn encoded(payloads: &[Vec<u8>], key: &[u8]) -> Vec<u8> {
     Around::new(&mut header, &entries, &data, &state).parts(&entries, &data, &state).concat()
 }
 
-/// A frame whose CRCs are right whatever was changed in it.
-fn resealed(mut bytes: Vec<u8>) -> Vec<u8> {
-    let crc = crc32c::crc32c(&bytes[frame::HEADER_BYTES..]);
-    bytes[36..40].copy_from_slice(&crc.to_le_bytes());
-    let crc = crc32c::crc32c(&bytes[..frame::HEADER_BYTES - 4]);
-    bytes[frame::HEADER_BYTES - 4..frame::HEADER_BYTES].copy_from_slice(&crc.to_le_bytes());
-    bytes
-}
-
-/// Reads all that a decoded frame points to.
-fn touch(bytes: &[u8]) {
-    let Ok(decoded) = decode(bytes, 4) else { return };
-    let (entries, data) = (&bytes[decoded.entries], &bytes[decoded.data]);
-    for i in 0..decoded.header.count as usize {
-        let entry = entry(entries, i);
-        for span in [entry.topic, entry.payload, entry.properties, entry.route, entry.device] {
-            assert!(data.get(span.range()).is_some());
-        }
-        assert!(std::str::from_utf8(&data[entry.topic.range()]).is_ok() && entry.partition.0 < 4);
-    }
-}
-
 #[test]
 fn every_flipped_byte_of_a_frame_is_seen() {
     let bytes = encoded(&[b"one".to_vec(), b"second".to_vec()], b"key");
@@ -72,9 +51,9 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 20_000, ..ProptestConfig::default() })]
     #[test]
     fn any_bytes_are_decoded_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
-        touch(&bytes);
+        fuzzing::frame(&bytes);
         if bytes.len() >= frame::HEADER_BYTES {
-            touch(&resealed(bytes));
+            fuzzing::frame(&resealed(bytes));
         }
     }
 
@@ -89,8 +68,8 @@ proptest! {
             let at = at.index(bytes.len());
             bytes[at] = byte;
         }
-        touch(&resealed(bytes.clone()));
+        fuzzing::frame(&resealed(bytes.clone()));
         bytes.truncate(bytes.len() - cut.min(bytes.len() - frame::HEADER_BYTES));
-        touch(&resealed(bytes));
+        fuzzing::frame(&resealed(bytes));
     }
 }
