@@ -4,6 +4,8 @@
 //! packet that is not whole is kept. There is one timer, for keep alive, and it
 //! is not touched by traffic.
 
+mod packets;
+
 use std::cell::RefCell;
 use std::future::{pending, poll_fn};
 use std::pin::Pin;
@@ -13,27 +15,22 @@ use std::task::Poll;
 use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
-use rmqtt_codec::v5::{
-    DisconnectReasonCode, RetainHandling, SubscribeAck, SubscribeAckReason, SubscriptionOptions,
-    UnsubscribeAck, UnsubscribeAckReason,
-};
-use rmqtt_codec::{v3, v5};
+use rmqtt_codec::v5::DisconnectReasonCode;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
-use tokio_util::codec::Encoder;
 
 use super::Broker;
 use super::auth::{self, Again};
 use super::clients;
-use super::fanout::SendRetained;
 use super::handshake::{self, Opened};
 use super::inbound::{Inbound, Next, Trouble};
 use super::outbound::{Loaded, Loader, Peer, Waits};
-use super::session::{Change, KEPT_FILTER_BYTES_MAX, Session, subscription_key};
-use super::subscriptions::{FILTER_LEVELS_MAX, Filter, Options};
+use super::session::{Session, Turn};
+use super::subscriptions::Filter;
 use super::transport::{Place, Remote};
-use super::will;
-use super::wire::{self, Fault, Packet, Version};
+use super::will::{self, Will};
+use super::wire::{self, Fault, Version};
+use crate::access::UserPlace;
 use crate::stream::Ticket;
 
 /// One read takes at most this much.
@@ -60,7 +57,7 @@ struct Connection<'b, S> {
     session: Arc<Session>,
     peer: Peer,
     /// Where CONNECT named an authentication method.
-    auth: Option<Again<'b>>,
+    auth: Option<Box<Again<'b>>>,
     inbound: Inbound,
     /// A packet that is not whole, or what waits for room.
     input: BytesMut,
@@ -103,18 +100,43 @@ impl From<Trouble> for End {
     }
 }
 
-/// Serves one client from CONNECT to its end.
+/// What is given back when a connection ends.
+struct Leaving {
+    turn: Turn,
+    user_place: Option<UserPlace>,
+    will: Option<Box<Will>>,
+}
+
+/// Serves one client from CONNECT to its end. Its future is a connection's
+/// memory: all but the idle state is boxed, so that it holds room only meanwhile.
 /// `place`: of `connections_max`; a will that waits holds none.
-pub async fn serve<S>(broker: Arc<Broker>, mut io: S, remote: Remote, mut place: Place)
+pub async fn serve<S>(broker: Arc<Broker>, io: S, remote: Remote, mut place: Place)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send,
+{
+    let Some((mut connection, leaving)) = Box::pin(open(&broker, io, &remote, &mut place)).await else {
+        return;
+    };
+    let end = connection.run().await;
+    Box::pin(connection.leave(end, &remote, place, leaving)).await;
+}
+
+/// CONNECT, and what its CONNACK promises. `None`: there is no connection, which is said.
+async fn open<'b, S>(
+    broker: &'b Arc<Broker>,
+    mut io: S,
+    remote: &'b Remote,
+    place: &mut Place,
+) -> Option<(Connection<'b, S>, Leaving)>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send,
 {
     let mut input = BytesMut::new();
     let accepted =
-        timeout(broker.config.connect_timeout.0, handshake::accept(&broker, &mut io, &mut input, &remote));
+        timeout(broker.config.connect_timeout.0, handshake::accept(broker, &mut io, &mut input, remote));
     let accepted = tokio::select! {
         accepted = accepted => accepted,
-        () = broker.shutdown.cancelled() => return,
+        () = broker.shutdown.cancelled() => return None,
     };
     let opened = match accepted {
         Ok(Ok(opened)) => opened,
@@ -128,11 +150,11 @@ where
                     "",
                 );
             }
-            return;
+            return None;
         }
         Err(_) => {
             broker.counters.refused_connect("timeout");
-            return;
+            return None;
         }
     };
     place.handshake_ended();
@@ -145,13 +167,14 @@ where
         since_us: super::now_us(),
         keep_alive_s,
     });
-    let mut connection = Connection {
-        broker: &broker,
+    session.outbox().resume();
+    let connection = Connection {
+        broker,
         io,
         session: session.clone(),
         peer,
-        auth: auth.map(|(method, username)| Again { method, username, remote: &remote, running: None }),
-        inbound: Inbound::new(&broker, peer.version, session.clone(), rights),
+        auth: auth.map(|(method, username)| Box::new(Again { method, username, remote, running: None })),
+        inbound: Inbound::new(broker, peer.version, session, rights),
         input,
         stopped_at: Next::Bytes,
         out: answer,
@@ -160,22 +183,7 @@ where
         outward: None,
         drain_until: None,
     };
-    session.outbox().resume();
-    let end = connection.run().await;
-    connection.say_goodbye(&end, &remote).await;
-    drop(connection);
-    let expiry_s = if let End::Disconnect { expiry_s, .. } = end { expiry_s } else { None };
-    let keep_will = !matches!(end, End::Disconnect { keep_will: false, .. });
-    let (connects, epoch) = (session.connects.load(Ordering::Acquire), session.epoch());
-    drop(user_place);
-    broker.sessions.close(&broker, &session, turn, expiry_s);
-    broker.client_connected(-1);
-    drop(place);
-    match will {
-        Some(will) if keep_will => will::lost(&broker, &session, connects, epoch, will).await,
-        Some(will) => will.forget(&broker),
-        None => {}
-    }
+    Some((connection, Leaving { turn, user_place, will: will.map(Box::new) }))
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
@@ -223,7 +231,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             if self.stopped_at != Next::Packet {
                 break;
             }
-            self.packet().await?;
+            Box::pin(self.packet()).await?;
         }
         if self.input.is_empty() {
             self.stopped_at = Next::Bytes;
@@ -271,16 +279,30 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         let (io, out) = (&mut self.io, &mut self.out);
         let stalled = self.inbound.is_stalled();
         let pause = (self.stopped_at == Next::Room).then(|| self.inbound.pause(self.broker)).flatten();
-        let auth_until = self.auth.as_ref().and_then(Again::deadline);
+        let pause = pause.map(|pause| Box::pin(tokio::time::sleep(pause)));
+        let paid = async {
+            match pause {
+                Some(pause) => pause.await,
+                None => pending().await,
+            }
+        };
+        let auth_until =
+            self.auth.as_deref().and_then(Again::deadline).map(|until| Box::pin(sleep_until(until)));
+        let auth_over = async {
+            match auth_until {
+                Some(until) => until.await,
+                None => pending().await,
+            }
+        };
         let (acks, writable) = self.inbound.waits(self.broker);
         tokio::select! {
             biased;
             event = poll_fn(|cx| poll_io(io, out, read, cx)) => Event::Io(event),
             moved = acks.moved() => Event::Durable(moved),
             () = writable, if stalled => Event::Writable,
-            () = tokio::time::sleep(pause.unwrap_or_default()), if pause.is_some() => Event::Paid,
+            () = paid => Event::Paid,
             moved = outward(self.broker, &mut self.outward) => Event::Outward(moved),
-            () = sleep_until(auth_until.unwrap_or_else(Instant::now)), if auth_until.is_some() => Event::AuthDeadline,
+            () = auth_over => Event::AuthDeadline,
             () = self.session.wake.notified() => Event::Wake,
             () = timer => Event::Timer,
         }
@@ -352,197 +374,23 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         drained.then_some(End::Shutdown)
     }
 
-    /// The packets that are not on the hot path.
-    async fn packet(&mut self) -> Result<(), End> {
-        let frame = wire::frame(&self.input, self.broker.packet_bytes_max).map_err(End::Fault)?;
-        let len = frame.expect("take stopped at a whole packet").len;
-        let whole = self.input.split_to(len);
-        let packet = wire::decode(self.peer.version, &whole).map_err(End::Fault)?;
-        match packet {
-            Packet::V3(v3::Packet::Subscribe { packet_id, topic_filters }) => {
-                let filters = topic_filters.iter().map(|(filter, qos)| {
-                    (&**filter, SubscriptionOptions { qos: *qos, ..SubscriptionOptions::default() })
-                });
-                let status = self.subscribe(filters, 0).await?;
-                let status = status.into_iter().map(|reason| match u8::from(reason) {
-                    qos @ 0..=2 => v3::SubscribeReturnCode::Success(
-                        v3::QoS::try_from(qos).expect("0, 1 and 2 are QoS levels"),
-                    ),
-                    _ => v3::SubscribeReturnCode::Failure,
-                });
-                self.send_v3(v3::Packet::SubscribeAck { packet_id, status: status.collect() })
-            }
-            Packet::V5(v5::Packet::Subscribe(subscribe)) => {
-                let id = subscribe.id.map_or(0, |id| id.get());
-                let filters = subscribe.topic_filters.iter().map(|(filter, options)| (&**filter, *options));
-                let status = self.subscribe(filters, id).await?;
-                self.send_v5(v5::Packet::SubscribeAck(SubscribeAck {
-                    packet_id: subscribe.packet_id,
-                    properties: Vec::new(),
-                    reason_string: None,
-                    status,
-                }))
-            }
-            Packet::V3(v3::Packet::Unsubscribe { packet_id, topic_filters }) => {
-                self.unsubscribe(topic_filters.iter().map(|filter| &**filter)).await?;
-                self.send_v3(v3::Packet::UnsubscribeAck { packet_id })
-            }
-            Packet::V5(v5::Packet::Unsubscribe(unsubscribe)) => {
-                let status =
-                    self.unsubscribe(unsubscribe.topic_filters.iter().map(|filter| &**filter)).await?;
-                self.send_v5(v5::Packet::UnsubscribeAck(UnsubscribeAck {
-                    packet_id: unsubscribe.packet_id,
-                    properties: Vec::new(),
-                    reason_string: None,
-                    status,
-                }))
-            }
-            Packet::V3(v3::Packet::Disconnect) => Err(End::Disconnect { keep_will: false, expiry_s: None }),
-            Packet::V5(v5::Packet::Disconnect(disconnect)) => {
-                let max =
-                    u32::try_from(self.broker.config.session_expiry_max.0.as_secs()).unwrap_or(u32::MAX);
-                let expiry_s = disconnect.session_expiry_interval_secs.map(|seconds| seconds.min(max));
-                if expiry_s.is_some_and(|seconds| seconds > 0) && self.session.expiry_s() == 0 {
-                    return Err(End::Fault(Fault::protocol(
-                        "DISCONNECT must not revive a session that ends",
-                    )));
-                }
-                let keep_will = disconnect.reason_code != DisconnectReasonCode::NormalDisconnection;
-                Err(End::Disconnect { keep_will, expiry_s })
-            }
-            Packet::V5(v5::Packet::Auth(packet)) => {
-                let forbidden = Fault::protocol("AUTH without a method in CONNECT");
-                let again = self.auth.as_mut().ok_or(End::Fault(forbidden))?;
-                let max = self.peer.packet_bytes_max;
-                let taken = again.take(self.broker, packet, &mut self.inbound, max, &mut self.out);
-                taken.await.map_err(End::Fault)
-            }
-            _ => Err(End::Fault(Fault::protocol("a packet that a client must not send now"))),
+    /// Says goodbye, gives back what the connection held, and sees to its will.
+    async fn leave(mut self, end: End, remote: &Remote, place: Place, leaving: Leaving) {
+        self.say_goodbye(&end, remote).await;
+        let (broker, session) = (self.broker, self.session.clone());
+        drop(self);
+        let expiry_s = if let End::Disconnect { expiry_s, .. } = end { expiry_s } else { None };
+        let keep_will = !matches!(end, End::Disconnect { keep_will: false, .. });
+        let (connects, epoch) = (session.connects.load(Ordering::Acquire), session.epoch());
+        drop(leaving.user_place);
+        broker.sessions.close(broker, &session, leaving.turn, expiry_s);
+        broker.client_connected(-1);
+        drop(place);
+        match leaving.will {
+            Some(will) if keep_will => will::lost(broker, &session, connects, epoch, *will).await,
+            Some(will) => will.forget(broker),
+            None => {}
         }
-    }
-
-    async fn subscribe(
-        &mut self,
-        filters: impl Iterator<Item = (&str, SubscriptionOptions)>,
-        id: u32,
-    ) -> Result<Vec<SubscribeAckReason>, End> {
-        let epoch = self.session.persistent_epoch();
-        let mut changes: Vec<Change> = Vec::new();
-        let mut granted = Vec::new();
-        let mut status = Vec::new();
-        let mut new = 0;
-        for (text, asked) in filters {
-            let filter = match self.check_filter(text, epoch.is_some(), &mut new) {
-                Ok(filter) => filter,
-                Err(reason) => {
-                    status.push(reason);
-                    continue;
-                }
-            };
-            if filter.is_shared() && asked.no_local {
-                // MQTT 5.0, 3.8.3.1.
-                return Err(End::Fault(Fault::protocol("no local on a shared subscription")));
-            }
-            let options = Options {
-                qos: asked.qos.value(),
-                no_local: asked.no_local,
-                retain_as_published: asked.retain_as_published,
-                id,
-            };
-            if let Some(epoch) = epoch {
-                changes.push((subscription_key(epoch, text), Some(options.to_bytes().into())));
-            }
-            let retained = match asked.retain_handling {
-                RetainHandling::AtSubscribe => SendRetained::Always,
-                RetainHandling::AtSubscribeNew => SendRetained::IfNew,
-                RetainHandling::NoAtSubscribe => SendRetained::Never,
-            };
-            granted.push((filter, options, retained));
-            status.push(match options.qos {
-                0 => SubscribeAckReason::GrantedQos0,
-                1 => SubscribeAckReason::GrantedQos1,
-                _ => SubscribeAckReason::GrantedQos2,
-            });
-        }
-        for (filter, options, retained) in granted {
-            self.broker.live.subscribe(self.broker, &self.session, &filter, options, retained);
-        }
-        self.keep(changes).await?;
-        Ok(status)
-    }
-
-    /// Changed subscriptions of a persistent session are durable before they are
-    /// acknowledged, and with them what they are not meant for: the past.
-    async fn keep(&mut self, mut changes: Vec<Change>) -> Result<(), End> {
-        if changes.is_empty() {
-            return Ok(());
-        }
-        let broker = self.broker;
-        let positions = broker.live.positions(&broker.streams);
-        changes.extend(self.session.outbox().note(&positions, broker.note_bytes_max()));
-        broker.append_durable(&*broker.broker, &changes).await.map_err(|_| End::Stopped)
-    }
-
-    /// `new`: filters of this SUBSCRIBE that the session did not have.
-    fn check_filter(&self, text: &str, kept: bool, new: &mut usize) -> Result<Filter, SubscribeAckReason> {
-        let deep = text.split('/').nth(FILTER_LEVELS_MAX).is_some();
-        if deep || (kept && text.len() > KEPT_FILTER_BYTES_MAX) {
-            return Err(SubscribeAckReason::TopicFilterInvalid);
-        }
-        let filter = Filter::parse(text).ok_or(SubscribeAckReason::TopicFilterInvalid)?;
-        if !self.inbound.rights().policy.may_subscribe(filter.topics()) {
-            self.broker.counters.refused_subscribe.increment(1);
-            let detail = format!("client {}, filter {text}", self.session.client_id);
-            self.broker.failures.report("mqtt: subscribe refused by the access rules", 1, &detail, "");
-            return Err(SubscribeAckReason::NotAuthorized);
-        }
-        if !self.session.has_filter(text) {
-            let max = self.broker.config.subscriptions_per_client_max as usize;
-            if self.session.filters() + *new >= max {
-                return Err(SubscribeAckReason::QuotaExceeded);
-            }
-            *new += 1;
-        }
-        Ok(filter)
-    }
-
-    async fn unsubscribe(
-        &mut self,
-        filters: impl Iterator<Item = &str>,
-    ) -> Result<Vec<UnsubscribeAckReason>, End> {
-        let epoch = self.session.persistent_epoch();
-        let mut changes: Vec<Change> = Vec::new();
-        let mut status = Vec::new();
-        for filter in filters {
-            let had = self.broker.live.unsubscribe(self.broker, &self.session, filter);
-            if let (true, Some(epoch)) = (had, epoch) {
-                changes.push((subscription_key(epoch, filter), None));
-            }
-            status.push(match had {
-                true => UnsubscribeAckReason::Success,
-                false => UnsubscribeAckReason::NoSubscriptionExisted,
-            });
-        }
-        self.keep(changes).await?;
-        Ok(status)
-    }
-
-    fn send_v3(&mut self, packet: v3::Packet) -> Result<(), End> {
-        let encoded = v3::Codec::new(0).encode(packet, &mut self.out);
-        encoded.map_err(|_| End::Fault(Fault::protocol("the answer would be too large")))
-    }
-
-    fn send_v5(&mut self, packet: v5::Packet) -> Result<(), End> {
-        let before = self.out.len();
-        let encoded = v5::Codec::new(0, 0).encode(packet, &mut self.out);
-        encoded.map_err(|_| End::Fault(Fault::protocol("the answer would be too large")))?;
-        if self.out.len() - before > self.peer.packet_bytes_max {
-            self.out.truncate(before);
-            let code = DisconnectReasonCode::PacketTooLarge;
-            let what = "asks for an answer over its own maximum packet size";
-            return Err(End::Fault(Fault { code, what }));
-        }
-        Ok(())
     }
 
     /// Counts, reports what a person may want to know, sends the last packet.
@@ -695,4 +543,22 @@ fn poll_io<S: AsyncRead + AsyncWrite + Unpin>(
             Poll::Ready(_) => Poll::Ready(Io::Lost),
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpStream;
+
+    use super::*;
+
+    fn size_of_future<A, B, C, D, F: Future>(_: fn(A, B, C, D) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    /// Its future is most of what an idle connection costs: what grows it grows each of them.
+    #[test]
+    fn an_idle_connection_takes_little_memory() {
+        let size = size_of_future(serve::<TcpStream>);
+        assert!(size <= 1_280, "{size} bytes: is something kept that could be boxed?");
+    }
 }

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::config::Config;
 use super::outbound::Message;
 use super::session::Change;
-use super::subscriptions::{FILTER_LEVELS_MAX, Filter, Found, Options, Tree};
+use super::subscriptions::{FILTER_LEVELS_MAX, Filter, Found, Options, Path, Tree};
 use super::transport::fuzzing::somebody;
 use super::wire::{self, OutPublish, Version};
 use super::{Broker, Deps, append_unawaited, connection as serving, fanout};
@@ -198,7 +198,8 @@ fn broker(stream: Arc<dyn Stream>, store: Arc<dyn Stream>) -> Arc<Broker> {
         failures: Failures::default(),
         shutdown: CancellationToken::new(),
     };
-    let access = Access::open(None, &Default::default(), &deps.failures).expect("there are no rules");
+    let access =
+        Access::open(None, &Default::default(), &[0; 32], &deps.failures).expect("there are no rules");
     Broker::new(&Config::default(), access, deps)
 }
 
@@ -276,7 +277,7 @@ pub fn topic_filters(data: &[u8]) {
     let check = |tree: &Tree<()>, filters: &BTreeMap<u64, &Filter>| {
         for topic in text.lines().filter_map(|line| line.strip_prefix('>')).take(64) {
             let mut found = Vec::new();
-            tree.matches(topic, &mut |met| match met {
+            tree.matches(topic, &mut Path::default(), &mut |met| match met {
                 Found::One(subscriber) => found.push(subscriber.number),
                 Found::Share(share) => found.extend(share.members.iter().map(|member| member.number)),
             });
@@ -318,7 +319,7 @@ fn naive(filter: &TopicFilter, topic: &str) -> bool {
 /// Entries of the state: which stream and kind, length of the rest of the key,
 /// two bytes of length of the value, key, value.
 pub fn broker_state(data: &[u8]) {
-    const KINDS: [&[u8]; 6] = [b"se", b"sf", b"q2", b"rt", b"wi", b""];
+    const KINDS: [&[u8]; 9] = [b"se", b"sf", b"q2", b"rt", b"wi", b"qr", b"oi", b"os", b""];
     let (stream, store) = (MemoryStream::new("s", 2), MemoryStream::new("broker", 1));
     let mut rest = data;
     while let [kind, key_len, high, low, after @ ..] = rest {

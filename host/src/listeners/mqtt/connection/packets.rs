@@ -1,0 +1,209 @@
+//! The packets that are not on the hot path: SUBSCRIBE, UNSUBSCRIBE, DISCONNECT, AUTH.
+
+use rmqtt_codec::v5::{
+    DisconnectReasonCode, RetainHandling, SubscribeAck, SubscribeAckReason, SubscriptionOptions,
+    UnsubscribeAck, UnsubscribeAckReason,
+};
+use rmqtt_codec::{v3, v5};
+use tokio_util::codec::Encoder;
+
+use super::{Connection, End};
+use crate::listeners::mqtt::fanout::SendRetained;
+use crate::listeners::mqtt::session::{Change, KEPT_FILTER_BYTES_MAX, subscription_key};
+use crate::listeners::mqtt::subscriptions::{FILTER_LEVELS_MAX, Filter, Options};
+use crate::listeners::mqtt::wire::{self, Fault, Packet};
+
+impl<S> Connection<'_, S> {
+    /// Takes the packet at the front of the input.
+    pub(super) async fn packet(&mut self) -> Result<(), End> {
+        let frame = wire::frame(&self.input, self.broker.packet_bytes_max).map_err(End::Fault)?;
+        let len = frame.expect("take stopped at a whole packet").len;
+        let whole = self.input.split_to(len);
+        let packet = wire::decode(self.peer.version, &whole).map_err(End::Fault)?;
+        match packet {
+            Packet::V3(v3::Packet::Subscribe { packet_id, topic_filters }) => {
+                let filters = topic_filters.iter().map(|(filter, qos)| {
+                    (&**filter, SubscriptionOptions { qos: *qos, ..SubscriptionOptions::default() })
+                });
+                let status = self.subscribe(filters, 0).await?;
+                let status = status.into_iter().map(|reason| match u8::from(reason) {
+                    qos @ 0..=2 => v3::SubscribeReturnCode::Success(
+                        v3::QoS::try_from(qos).expect("0, 1 and 2 are QoS levels"),
+                    ),
+                    _ => v3::SubscribeReturnCode::Failure,
+                });
+                self.send_v3(v3::Packet::SubscribeAck { packet_id, status: status.collect() })
+            }
+            Packet::V5(v5::Packet::Subscribe(subscribe)) => {
+                let id = subscribe.id.map_or(0, |id| id.get());
+                let filters = subscribe.topic_filters.iter().map(|(filter, options)| (&**filter, *options));
+                let status = self.subscribe(filters, id).await?;
+                self.send_v5(v5::Packet::SubscribeAck(SubscribeAck {
+                    packet_id: subscribe.packet_id,
+                    properties: Vec::new(),
+                    reason_string: None,
+                    status,
+                }))
+            }
+            Packet::V3(v3::Packet::Unsubscribe { packet_id, topic_filters }) => {
+                self.unsubscribe(topic_filters.iter().map(|filter| &**filter)).await?;
+                self.send_v3(v3::Packet::UnsubscribeAck { packet_id })
+            }
+            Packet::V5(v5::Packet::Unsubscribe(unsubscribe)) => {
+                let status =
+                    self.unsubscribe(unsubscribe.topic_filters.iter().map(|filter| &**filter)).await?;
+                self.send_v5(v5::Packet::UnsubscribeAck(UnsubscribeAck {
+                    packet_id: unsubscribe.packet_id,
+                    properties: Vec::new(),
+                    reason_string: None,
+                    status,
+                }))
+            }
+            Packet::V3(v3::Packet::Disconnect) => Err(End::Disconnect { keep_will: false, expiry_s: None }),
+            Packet::V5(v5::Packet::Disconnect(disconnect)) => {
+                let max =
+                    u32::try_from(self.broker.config.session_expiry_max.0.as_secs()).unwrap_or(u32::MAX);
+                let expiry_s = disconnect.session_expiry_interval_secs.map(|seconds| seconds.min(max));
+                if expiry_s.is_some_and(|seconds| seconds > 0) && self.session.expiry_s() == 0 {
+                    return Err(End::Fault(Fault::protocol(
+                        "DISCONNECT must not revive a session that ends",
+                    )));
+                }
+                let keep_will = disconnect.reason_code != DisconnectReasonCode::NormalDisconnection;
+                Err(End::Disconnect { keep_will, expiry_s })
+            }
+            Packet::V5(v5::Packet::Auth(packet)) => {
+                let forbidden = Fault::protocol("AUTH without a method in CONNECT");
+                let again = self.auth.as_mut().ok_or(End::Fault(forbidden))?;
+                let max = self.peer.packet_bytes_max;
+                let taken = again.take(self.broker, packet, &mut self.inbound, max, &mut self.out);
+                taken.await.map_err(End::Fault)
+            }
+            _ => Err(End::Fault(Fault::protocol("a packet that a client must not send now"))),
+        }
+    }
+
+    async fn subscribe(
+        &mut self,
+        filters: impl Iterator<Item = (&str, SubscriptionOptions)>,
+        id: u32,
+    ) -> Result<Vec<SubscribeAckReason>, End> {
+        let epoch = self.session.persistent_epoch();
+        let mut changes: Vec<Change> = Vec::new();
+        let mut granted = Vec::new();
+        let mut status = Vec::new();
+        let mut new = 0;
+        for (text, asked) in filters {
+            let filter = match self.check_filter(text, epoch.is_some(), &mut new) {
+                Ok(filter) => filter,
+                Err(reason) => {
+                    status.push(reason);
+                    continue;
+                }
+            };
+            if filter.is_shared() && asked.no_local {
+                // MQTT 5.0, 3.8.3.1.
+                return Err(End::Fault(Fault::protocol("no local on a shared subscription")));
+            }
+            let options = Options {
+                qos: asked.qos.value(),
+                no_local: asked.no_local,
+                retain_as_published: asked.retain_as_published,
+                id,
+            };
+            if let Some(epoch) = epoch {
+                changes.push((subscription_key(epoch, text), Some(options.to_bytes().into())));
+            }
+            let retained = match asked.retain_handling {
+                RetainHandling::AtSubscribe => SendRetained::Always,
+                RetainHandling::AtSubscribeNew => SendRetained::IfNew,
+                RetainHandling::NoAtSubscribe => SendRetained::Never,
+            };
+            granted.push((filter, options, retained));
+            status.push(match options.qos {
+                0 => SubscribeAckReason::GrantedQos0,
+                1 => SubscribeAckReason::GrantedQos1,
+                _ => SubscribeAckReason::GrantedQos2,
+            });
+        }
+        for (filter, options, retained) in granted {
+            self.broker.live.subscribe(self.broker, &self.session, &filter, options, retained);
+        }
+        self.keep(changes).await?;
+        Ok(status)
+    }
+
+    /// Changed subscriptions of a persistent session are durable before they are
+    /// acknowledged, and with them what they are not meant for: the past.
+    async fn keep(&mut self, mut changes: Vec<Change>) -> Result<(), End> {
+        if changes.is_empty() {
+            return Ok(());
+        }
+        let broker = self.broker;
+        let positions = broker.live.positions(&broker.streams);
+        changes.extend(self.session.outbox().note(&positions, broker.note_bytes_max()));
+        broker.append_durable(&*broker.broker, &changes).await.map_err(|_| End::Stopped)
+    }
+
+    /// `new`: filters of this SUBSCRIBE that the session did not have.
+    fn check_filter(&self, text: &str, kept: bool, new: &mut usize) -> Result<Filter, SubscribeAckReason> {
+        let deep = text.split('/').nth(FILTER_LEVELS_MAX).is_some();
+        if deep || (kept && text.len() > KEPT_FILTER_BYTES_MAX) {
+            return Err(SubscribeAckReason::TopicFilterInvalid);
+        }
+        let filter = Filter::parse(text).ok_or(SubscribeAckReason::TopicFilterInvalid)?;
+        if !self.inbound.rights().policy.may_subscribe(filter.topics()) {
+            self.broker.counters.refused_subscribe.increment(1);
+            let detail = format!("client {}, filter {text}", self.session.client_id);
+            self.broker.failures.report("mqtt: subscribe refused by the access rules", 1, &detail, "");
+            return Err(SubscribeAckReason::NotAuthorized);
+        }
+        if !self.session.has_filter(text) {
+            let max = self.broker.config.subscriptions_per_client_max as usize;
+            if self.session.filters() + *new >= max {
+                return Err(SubscribeAckReason::QuotaExceeded);
+            }
+            *new += 1;
+        }
+        Ok(filter)
+    }
+
+    async fn unsubscribe(
+        &mut self,
+        filters: impl Iterator<Item = &str>,
+    ) -> Result<Vec<UnsubscribeAckReason>, End> {
+        let epoch = self.session.persistent_epoch();
+        let mut changes: Vec<Change> = Vec::new();
+        let mut status = Vec::new();
+        for filter in filters {
+            let had = self.broker.live.unsubscribe(self.broker, &self.session, filter);
+            if let (true, Some(epoch)) = (had, epoch) {
+                changes.push((subscription_key(epoch, filter), None));
+            }
+            status.push(match had {
+                true => UnsubscribeAckReason::Success,
+                false => UnsubscribeAckReason::NoSubscriptionExisted,
+            });
+        }
+        self.keep(changes).await?;
+        Ok(status)
+    }
+
+    fn send_v3(&mut self, packet: v3::Packet) -> Result<(), End> {
+        let encoded = v3::Codec::new(0).encode(packet, &mut self.out);
+        encoded.map_err(|_| End::Fault(Fault::protocol("the answer would be too large")))
+    }
+
+    fn send_v5(&mut self, packet: v5::Packet) -> Result<(), End> {
+        let before = self.out.len();
+        let encoded = v5::Codec::new(0, 0).encode(packet, &mut self.out);
+        encoded.map_err(|_| End::Fault(Fault::protocol("the answer would be too large")))?;
+        if self.out.len() - before > self.peer.packet_bytes_max {
+            self.out.truncate(before);
+            let code = DisconnectReasonCode::PacketTooLarge;
+            let what = "asks for an answer over its own maximum packet size";
+            return Err(End::Fault(Fault { code, what }));
+        }
+        Ok(())
+    }
+}
