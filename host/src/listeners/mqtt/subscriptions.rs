@@ -206,16 +206,19 @@ impl Hasher for NumberHasher {
     }
 }
 
-/// A topic on its way down the tree: its levels' numbers, each looked up when
-/// the first branch gets so deep. Reused from one topic to the next.
+/// The levels of the last topic that went down the tree and their numbers, as
+/// deep as a branch got: the next topic's levels are mostly the same.
 #[derive(Default)]
-pub struct Path(Vec<Option<u64>>);
+pub struct Path<'a>(Vec<(&'a str, Option<u64>)>);
 
-/// A topic, of which `rest` is not in `path` yet.
-struct Walk<'a> {
-    levels: &'a Levels,
+/// A topic on its way down the tree.
+struct Walk<'a, 'p> {
+    levels: &'p Levels,
+    path: &'p mut Path<'a>,
+    /// So many levels of `path` are this topic's.
+    depth: usize,
+    /// What comes after them.
     rest: Option<&'a str>,
-    path: &'a mut Vec<Option<u64>>,
 }
 
 enum Level {
@@ -226,23 +229,22 @@ enum Level {
     End,
 }
 
-impl Walk<'_> {
+impl Walk<'_, '_> {
     fn level(&mut self, depth: usize) -> Level {
-        if depth == self.path.len() {
+        let path = &mut self.path.0;
+        if depth == self.depth {
             let Some(rest) = self.rest else { return Level::End };
-            let text = match rest.split_once('/') {
-                Some((text, rest)) => {
-                    self.rest = Some(rest);
-                    text
-                }
-                None => {
-                    self.rest = None;
-                    rest
-                }
+            let (text, rest) = match rest.split_once('/') {
+                Some((text, rest)) => (text, Some(rest)),
+                None => (rest, None),
             };
-            self.path.push(self.levels.number(text));
+            if path.get(depth).is_none_or(|(known, _)| *known != text) {
+                path.truncate(depth);
+                path.push((text, self.levels.number(text)));
+            }
+            (self.depth, self.rest) = (depth + 1, rest);
         }
-        self.path[depth].map_or(Level::Unknown, Level::Known)
+        path[depth].1.map_or(Level::Unknown, Level::Known)
     }
 }
 
@@ -310,9 +312,14 @@ impl<S> Tree<S> {
     }
 
     /// Gives each subscription that matches; a subscriber may come more than once.
-    pub fn matches<'t>(&'t self, topic: &str, path: &mut Path, found: &mut impl FnMut(Found<'t, S>)) {
-        path.0.clear();
-        let mut walk = Walk { levels: &self.levels, rest: Some(topic), path: &mut path.0 };
+    /// `path`: from topic to topic, while no filter comes or goes.
+    pub fn matches<'t, 'a>(
+        &'t self,
+        topic: &'a str,
+        path: &mut Path<'a>,
+        found: &mut impl FnMut(Found<'t, S>),
+    ) {
+        let mut walk = Walk { levels: &self.levels, path, depth: 0, rest: Some(topic) };
         // Wildcards at the first level do not match `$` topics (4.7.2).
         if topic.starts_with('$') {
             if let Level::Known(number) = walk.level(0)
@@ -327,7 +334,7 @@ impl<S> Tree<S> {
 }
 
 impl<S> Node<S> {
-    fn matches<'t>(&'t self, walk: &mut Walk<'_>, depth: usize, found: &mut impl FnMut(Found<'t, S>)) {
+    fn matches<'t>(&'t self, walk: &mut Walk<'_, '_>, depth: usize, found: &mut impl FnMut(Found<'t, S>)) {
         self.rest.iter().map(Found::One).for_each(&mut *found);
         if let Some(shares) = &self.shares {
             shares[1].iter().map(Found::Share).for_each(&mut *found);
@@ -418,9 +425,9 @@ mod tests {
     use super::*;
     const OPTIONS: Options = Options { qos: 1, no_local: false, retain_as_published: true, id: 7 };
 
-    fn found(tree: &Tree<()>, topic: &str) -> Vec<u64> {
+    fn found<'a>(tree: &Tree<()>, topic: &'a str, path: &mut Path<'a>) -> Vec<u64> {
         let mut numbers = Vec::new();
-        tree.matches(topic, &mut Path::default(), &mut |found| match found {
+        tree.matches(topic, path, &mut |found| match found {
             Found::One(subscriber) => numbers.push(subscriber.number),
             Found::Share(share) => numbers.extend(share.members.iter().map(|member| member.number)),
         });
@@ -479,11 +486,13 @@ mod tests {
                 prop_assert!(tree.remove(filter, i as u64).is_some());
                 prop_assert!(tree.remove(filter, i as u64).is_none());
             }
-            for topic in topics.iter().map(|levels| levels.join("/")).filter(|topic| !topic.is_empty()) {
+            let topics: Vec<String> = topics.iter().map(|levels| levels.join("/")).collect();
+            let mut path = Path::default();
+            for topic in topics.iter().filter(|topic| !topic.is_empty()) {
                 let naive: Vec<u64> = (0..filters.len()).filter(|i| !gone[*i])
-                    .filter(|i| Filter::parse(&filters[*i]).unwrap().topics().matches(&topic))
+                    .filter(|i| Filter::parse(&filters[*i]).unwrap().topics().matches(topic))
                     .map(|i| i as u64).collect();
-                prop_assert_eq!(found(&tree, &topic), naive, "{}", topic);
+                prop_assert_eq!(found(&tree, topic, &mut path), naive, "{}", topic);
             }
             for (i, filter) in filters.iter().enumerate() {
                 tree.remove(filter, i as u64);
