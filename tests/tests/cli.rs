@@ -7,7 +7,7 @@ use std::time::Duration;
 use headworks_tests::host::{Host, prebuilt};
 use headworks_tests::process::{Process, eventually, run};
 use headworks_tests::{http, mosquitto, telemetry};
-use rustix::process::Signal;
+use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
 
 fn host(name: &str) -> Host {
     let mut host = Host::prepare(name, "");
@@ -18,6 +18,19 @@ fn host(name: &str) -> Host {
 
 fn publish(host: &Host, topic: &str, payload: &str) {
     run(mosquitto::publish(host.mqtt()).args(["-q", "1", "-t", topic, "-m", payload]));
+}
+
+#[test]
+fn a_host_may_open_as_many_files_as_its_hard_limit_lets_it() {
+    let limit = getrlimit(Resource::Nofile);
+    // As many service managers start it: the soft limit below the hard one.
+    setrlimit(Resource::Nofile, Rlimit { current: Some(1_000), ..limit }).unwrap();
+    let mut host = host("cli-files");
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", host.process().id())).unwrap();
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap();
+    let values: Vec<&str> = line.split_whitespace().collect();
+    assert_eq!(values[0], values[1], "{line}");
+    setrlimit(Resource::Nofile, limit).unwrap();
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! `headworks run`.
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
 use super::args::ConfigArgs;
 use crate::telemetry::{self, LogFormat};
 use crate::{app, config};
@@ -11,6 +13,16 @@ pub fn run(args: &ConfigArgs, log: Option<&str>, format: LogFormat) -> anyhow::R
     for warning in &loaded.warnings {
         tracing::warn!("{warning}");
     }
+    raise_open_files();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(app::run(loaded.config, loaded.source))
+}
+
+/// Each connection is an open file, and what a shell or service manager lets a
+/// process begin with is often 1,024; it may have as many as the hard limit.
+fn raise_open_files() {
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        tracing::warn!(%error, "the limit on open files, and so on connections, stays as it is");
+    }
 }
