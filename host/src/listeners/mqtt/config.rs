@@ -37,7 +37,8 @@ pub struct Config {
     pub inflight_max: u16,
     /// Topic aliases that an MQTT 5 client may set; 0 turns them off.
     pub topic_alias_maximum: u16,
-    /// Connections at a time; one more is refused.
+    /// Connections at a time; one more is refused. Each is an open file: the hard limit on
+    /// those (`ulimit -Hn`, `LimitNOFILE=` of systemd) must be higher.
     pub connections_max: u32,
     /// Sessions kept, connected or not; a new one past it is refused.
     pub sessions_max: u32,
