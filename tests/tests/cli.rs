@@ -55,6 +55,8 @@ fn a_dead_letter_is_listed_shown_and_sent_again() {
     let id = letters[0]["id"].to_string();
     let shown = host.cli(&["dead-letters", "show", &id]);
     assert!(shown.contains("not json") && shown.contains("sensor-2"), "{shown}");
+    let sinks = letters[0]["refused"]["sinks"].as_array().expect("a step's letter names its sinks");
+    assert!(shown.contains("for sinks") && shown.contains(sinks[0].as_str().unwrap()), "{shown}");
     // It is refused again, by the same step: that is a letter of its own.
     host.cli(&["dead-letters", "redrive", &id]);
     let id = letters[0]["id"].as_u64();
