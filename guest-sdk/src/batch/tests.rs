@@ -125,7 +125,19 @@ fn a_longer_header_and_stride_are_read_past() {
         wider.extend([0xff; 8]);
     }
     let messages = Messages::new(&wider, [data], &names).unwrap();
-    assert_eq!(messages.iter().map(|m| m.topic().to_string()).nth(2).unwrap(), "acme/north/t/t-2/reading");
+    let topics = |messages: &Messages<'_>| {
+        let (mut of_run, mut numbers) = (Vec::new(), Vec::new());
+        run(messages, &mut Answer::new(), |message, _| {
+            of_run.push(message.topic().to_string());
+            numbers.push(message.number());
+            Verdict::Keep
+        });
+        assert!(numbers.into_iter().eq(0..messages.len()));
+        assert_eq!(of_run, messages.iter().map(|m| m.topic().to_string()).collect::<Vec<_>>());
+        of_run
+    };
+    assert_eq!(topics(&messages), topics(&batch.messages(&names)));
+    assert_eq!(topics(&messages)[2], "acme/north/t/t-2/reading");
     wider.truncate(wider.len() - 1);
     assert!(Messages::new(&wider, [data], &names).is_none());
 }
