@@ -1,4 +1,5 @@
 //! What the broker promised is there after kill -9: retained messages and wills.
+//! And that its metrics show what it keeps.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
@@ -121,4 +122,44 @@ fn the_will_of_a_client_that_comes_back_after_a_crash_is_not_sent() {
     host.stop();
     host.run();
     assert_eq!(retained(&host, "acme/#"), ["acme/other still here"]);
+}
+
+#[test]
+fn metrics_show_what_waits_what_is_kept_and_what_was_refused() {
+    let host = Host::start("broker-metrics", "");
+    let mut command = Command::new("mosquitto_sub");
+    command.args(mosquitto::subscribe(host.mqtt()).get_args());
+    let keeper = command.args(["-i", "keeper", "-c", "-q", "1", "-t", "acme/#", "-E"]).status();
+    assert!(keeper.expect("mosquitto_sub is installed").success());
+    publish(&host, &["-r", "-t", "acme/a", "-m", "0123456789"]);
+    eventually("the message waits for its subscriber", PATIENCE, || {
+        (host.metric("headworks_mqtt_queued_messages", &[]) == 1.0).then_some(())
+    });
+    let mut refused = mosquitto::publish(host.mqtt());
+    refused.args(["-V", "mqttv5", "-q", "1", "-t", "$SYS/mine", "-m", "x"]);
+    refused.output().expect("mosquitto_pub is installed");
+    let labelled = |name: &str, label: &str, value: &str| {
+        host.metric(&format!("headworks_mqtt_{name}"), &[(label, value)])
+    };
+    for (name, least) in [
+        ("queued_bytes", 10.0),
+        ("retained_messages", 1.0),
+        ("retained_bytes", 10.0),
+        ("sessions", 1.0),
+        ("subscriptions", 1.0),
+        ("sockets_total", 3.0),
+    ] {
+        let value = host.metric(&format!("headworks_mqtt_{name}"), &[]);
+        assert!(value >= least, "{name}: {value}");
+    }
+    assert_eq!(host.metric("headworks_mqtt_acks_waiting", &[]), 0.0);
+    assert_eq!(host.metric("headworks_mqtt_in_flight_messages", &[]), 0.0);
+    for (packet, count) in [("connect", 3.0), ("subscribe", 1.0), ("publish", 2.0), ("disconnect", 3.0)] {
+        assert_eq!(labelled("packets_received_total", "type", packet), count, "{packet}");
+    }
+    for (packet, count) in [("connack", 3.0), ("suback", 1.0), ("puback", 2.0), ("publish", 0.0)] {
+        assert_eq!(labelled("packets_sent_total", "type", packet), count, "{packet}");
+    }
+    assert_eq!(labelled("refusals_total", "code", "0x87"), 1.0);
+    assert!(labelled("bytes_total", "direction", "sent") > 20.0);
 }

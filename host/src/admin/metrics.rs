@@ -128,6 +128,17 @@ mod tests {
     }
 
     #[test]
+    fn the_page_on_alerts_names_metrics_that_there_are() {
+        let page = include_str!("../../docs/monitoring.md");
+        let words = page.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
+        let named: BTreeSet<&str> =
+            words.filter(|word| word.starts_with("headworks_") || word.starts_with("process_")).collect();
+        let known: BTreeSet<&str> = all().map(|metric| metric.name).collect();
+        assert!(named.len() > 10);
+        assert_eq!(Vec::from_iter(named.difference(&known)), [&""; 0]);
+    }
+
+    #[test]
     fn a_metric_that_no_list_has_is_found() {
         let recorder = builder().build_recorder();
         let rendered = metrics::with_local_recorder(&recorder, || {

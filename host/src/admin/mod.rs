@@ -35,6 +35,8 @@ pub struct Deps {
     pub redrive: Arc<dyn Redrive>,
     /// `POST /api/clients/list`, `show` and `kick`.
     pub clients: Arc<dyn Clients>,
+    /// Before `/metrics` is shown: sets the gauges that nobody keeps.
+    pub measure: Arc<dyn Fn() + Send + Sync>,
     pub prometheus: PrometheusHandle,
     pub process: crate::telemetry::Process,
     /// Of this run of the host.

@@ -69,6 +69,7 @@ async fn readyz(State(deps): State<Deps>) -> Response {
 }
 
 async fn metrics(State(deps): State<Deps>) -> Response {
+    (deps.measure)();
     let text = deps.prometheus.render() + &deps.process.render();
     ([(header::CONTENT_TYPE, EXPOSITION)], text).into_response()
 }

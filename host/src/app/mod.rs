@@ -114,6 +114,10 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
         }),
         redrive: Arc::new(redrive::Redrives(pipelines.clone())),
         clients: Arc::new(clients::MqttClients(listener.clients())),
+        measure: Arc::new({
+            let clients = listener.clients();
+            move || clients.measure()
+        }),
         prometheus,
         process: telemetry::Process::default(),
         instance: Arc::clone(&instance),

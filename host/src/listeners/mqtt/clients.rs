@@ -71,6 +71,11 @@ impl Clients {
         Some(Client { filters, ..session.describe() })
     }
 
+    /// Brings the gauges up to date that count over all sessions.
+    pub fn measure(&self) {
+        self.0.measure();
+    }
+
     /// Ends the client's connection; its session and its will follow their own
     /// rules. False where it is not connected.
     pub fn kick(&self, client_id: &str) -> bool {

@@ -73,6 +73,8 @@ pub struct Config {
     pub connect_timeout: Period,
     /// At shutdown, how long waiting acknowledgements may still take.
     pub drain_timeout: Period,
+    /// How often `$SYS` topics are published; 0 turns them off.
+    pub sys_interval: Period,
     /// Store the client id as property `client-id` with every message, also
     /// where the topic names the device.
     pub keep_client_id: bool,
@@ -192,6 +194,7 @@ impl Default for Config {
             handshakes_max: 4_096,
             connect_timeout: Period(Duration::from_secs(10)),
             drain_timeout: Period(Duration::from_secs(5)),
+            sys_interval: Period(Duration::from_secs(10)),
             keep_client_id: false,
         }
     }

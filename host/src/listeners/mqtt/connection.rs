@@ -24,6 +24,7 @@ use super::auth::{self, Again};
 use super::clients;
 use super::handshake::{self, Opened};
 use super::inbound::{Inbound, Next, Trouble};
+use super::metrics::{Part, RECEIVED, SENT};
 use super::outbound::{Loaded, Loader, Peer, Waits};
 use super::session::{Session, Turn};
 use super::subscriptions::Filter;
@@ -63,6 +64,9 @@ struct Connection<'b, S> {
     input: BytesMut,
     stopped_at: Next,
     out: BytesMut,
+    /// So much of `out`, from its front, is in the metrics.
+    counted: usize,
+    acks_waiting: Part<'b>,
     last_read: Instant,
     keep_alive: Option<Duration>,
     /// What keeps deliveries back.
@@ -87,7 +91,7 @@ enum End {
 
 enum Io {
     Read(usize),
-    Wrote,
+    Wrote(usize),
     Lost,
 }
 
@@ -178,6 +182,8 @@ where
         input,
         stopped_at: Next::Bytes,
         out: answer,
+        counted: 0,
+        acks_waiting: Part::of(&broker.counters.acks_waiting),
         last_read: Instant::now(),
         keep_alive: (keep_alive_s > 0).then(|| Duration::from_millis(u64::from(keep_alive_s) * 1_500)),
         outward: None,
@@ -204,9 +210,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             let done = match event {
                 Event::Io(Io::Read(len)) => {
                     self.last_read = Instant::now();
+                    self.broker.counters.bytes[RECEIVED].increment(len as u64);
                     READ.with_borrow(|read| self.take_fresh(&read[..len]))
                 }
-                Event::Io(Io::Wrote) | Event::Paid => Ok(()),
+                Event::Io(Io::Wrote(len)) => {
+                    self.counted -= len;
+                    self.broker.counters.bytes[SENT].increment(len as u64);
+                    Ok(())
+                }
+                Event::Paid => Ok(()),
                 Event::Io(Io::Lost) => Err(End::Lost),
                 Event::Durable(moved) => moved.map_err(|_| End::Stopped),
                 Event::Writable => self.inbound.retry(self.broker).map_err(End::from),
@@ -248,18 +260,18 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             let waits = outbox.waits(self.peer);
             drop(outbox);
             Outward::set(&mut self.outward, waits);
-            let counters = &self.broker.counters;
-            for (counter, count) in [
-                (&counters.deliveries, filled.sent),
-                (&counters.expired, filled.expired),
-                (&counters.packet_too_large, filled.too_large),
-            ] {
-                if count > 0 {
-                    counter.increment(count);
-                }
-            }
+            broker.counters.filled(&filled);
         }
+        self.count_sending();
+        self.acks_waiting.set(self.inbound.acks_waiting());
         Ok(())
+    }
+
+    fn count_sending(&mut self) {
+        if self.counted < self.out.len() {
+            self.broker.counters.sending(self.peer.version, &self.out[self.counted..]);
+            self.counted = self.out.len();
+        }
     }
 
     /// Bytes straight from the read buffer: only what is left over is copied.
@@ -427,13 +439,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         {
             wire::put_disconnect(&mut self.out, code);
         }
+        self.count_sending();
         if !matches!(end, End::Lost) {
+            let left = self.out.len();
             // The client may be gone, or not read: then it does not hear this.
             let _ = timeout(LAST_WRITE_MAX, async {
                 self.io.write_all_buf(&mut self.out).await?;
                 self.io.shutdown().await
             })
             .await;
+            self.broker.counters.bytes[SENT].increment((left - self.out.len()) as u64);
         }
     }
 }
@@ -520,7 +535,7 @@ fn poll_io<S: AsyncRead + AsyncWrite + Unpin>(
                 if out.is_empty() {
                     *out = BytesMut::new();
                 }
-                return Poll::Ready(Io::Wrote);
+                return Poll::Ready(Io::Wrote(len));
             }
             Poll::Ready(_) => return Poll::Ready(Io::Lost),
             Poll::Pending => {}

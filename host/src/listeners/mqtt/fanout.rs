@@ -16,6 +16,7 @@ use super::Broker;
 use super::outbound::{Message, Offer, QueueLimits, Queued, Source};
 use super::session::Session;
 use super::subscriptions::{Filter, Found, Options, Path, Share, Subscriber, Tree, is_live};
+use super::sys;
 use crate::batch::{Batch, MessageRef, Offset, flags};
 use crate::properties::{self, Origin};
 use crate::stream::{Read, ReadError, Stream};
@@ -28,7 +29,9 @@ const READ_RETRY_AFTER: Duration = Duration::from_secs(1);
 pub struct Live {
     index: RwLock<Index>,
     streams: Vec<Tail>,
-    /// Subscriptions below `$`.
+    /// All of them.
+    subscriptions: AtomicUsize,
+    /// Those below `$`.
     dollar: AtomicUsize,
     /// Subscriptions with No Local: publishers then store who they are.
     no_local: AtomicUsize,
@@ -69,6 +72,7 @@ impl Live {
         Self {
             index: RwLock::default(),
             streams: streams.iter().map(tail).collect(),
+            subscriptions: AtomicUsize::new(0),
             dollar: AtomicUsize::new(0),
             no_local: AtomicUsize::new(0),
             limits,
@@ -105,6 +109,10 @@ impl Live {
         streams.iter().zip(&self.streams).map(position).collect()
     }
 
+    pub fn subscriptions(&self) -> usize {
+        self.subscriptions.load(Ordering::Relaxed)
+    }
+
     /// Subscribes, and queues the retained messages that match.
     pub fn subscribe(
         &self,
@@ -118,6 +126,7 @@ impl Live {
         // Off and on again, so that the counts follow changed options.
         let new = !self.take_out(&mut index, session, filter.as_str());
         index.tree.insert(filter.as_str(), session.number, session.clone(), options);
+        self.subscriptions.fetch_add(1, Ordering::Relaxed);
         self.no_local.fetch_add(usize::from(options.no_local), Ordering::Relaxed);
         if new {
             session.add_filter(filter.as_str());
@@ -152,9 +161,11 @@ impl Live {
                 self.offer(broker, session, retained);
             }
         }
-        if filter.topics().matches(super::CLIENTS_CONNECTED) {
-            let message = Arc::new(broker.clients_connected());
-            self.offer(broker, session, Queued::whole(Source::Broker(message), 0, options));
+        drop(index);
+        if !is_live(filter.as_str()) {
+            for message in sys::matching(broker, filter.topics()) {
+                self.offer(broker, session, Queued::whole(Source::Broker(Arc::new(message)), 0, options));
+            }
         }
     }
 
@@ -188,6 +199,7 @@ impl Live {
 
     fn take_out(&self, index: &mut Index, session: &Session, filter: &str) -> bool {
         let Some(options) = index.tree.remove(filter, session.number) else { return false };
+        self.subscriptions.fetch_sub(1, Ordering::Relaxed);
         self.no_local.fetch_sub(usize::from(options.no_local), Ordering::Relaxed);
         if !is_live(filter) {
             self.dollar.fetch_sub(1, Ordering::Relaxed);

@@ -13,6 +13,7 @@ use tokio_util::codec::Encoder;
 use super::Broker;
 use super::acks::Stopped;
 use super::auth::{self, Denial, Method};
+use super::metrics::{RECEIVED, SENT};
 use super::outbound::Peer;
 use super::session::{CLIENT_ID_BYTES_MAX, Session, Turn, subscription_key};
 use super::subscriptions::Filter;
@@ -85,24 +86,24 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         Err(Unread::Fault(fault, version)) => {
             let reason =
                 ConnectAckReason::try_from(u8::from(fault.code)).unwrap_or(ConnectAckReason::MalformedPacket);
-            refuse(io, version, reason).await;
+            refuse(broker, io, version, reason).await;
             return Err(Refused::new("malformed", format!("{remote}: {}", fault.what)));
         }
         Err(Unread::Level(level)) => {
-            refuse(io, Some(Version::V3), ConnectAckReason::UnsupportedProtocolVersion).await;
+            refuse(broker, io, Some(Version::V3), ConnectAckReason::UnsupportedProtocolVersion).await;
             let detail = format!("{remote}: protocol level {level}, not MQTT 3.1, 3.1.1 or 5.0");
             return Err(Refused::new("malformed", detail));
         }
     };
     if let Some(reason) = asked.refusal() {
-        refuse(io, Some(asked.version), reason).await;
+        refuse(broker, io, Some(asked.version), reason).await;
         return Err(Refused::new("invalid", format!("client {} at {remote}: {reason:?}", asked.client_id)));
     }
     let rights = match asked.admit(broker, io, input, remote).await {
         Ok(rights) => rights,
         Err((reason, cause)) => {
             if let Some(reason) = reason {
-                refuse(io, Some(asked.version), reason).await;
+                refuse(broker, io, Some(asked.version), reason).await;
             }
             let user = asked.username.as_deref().unwrap_or("anonymous");
             let detail = format!("user {user}, client {} at {remote}", asked.client_id);
@@ -111,13 +112,13 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     };
     let sessions_max = broker.config.sessions_max as usize;
     let Some((session, turn)) = broker.sessions.claim(&asked.client_id, sessions_max).await else {
-        refuse(io, Some(asked.version), ConnectAckReason::QuotaExceeded).await;
+        refuse(broker, io, Some(asked.version), ConnectAckReason::QuotaExceeded).await;
         return Err(Refused::new("sessions_max", format!("client {} at {remote}", asked.client_id)));
     };
     // After an older connection of the same client has given its place back.
     let Some(user_place) = broker.access.enter(&rights.identity) else {
         broker.sessions.give_back(broker, &session, turn);
-        refuse(io, Some(asked.version), ConnectAckReason::QuotaExceeded).await;
+        refuse(broker, io, Some(asked.version), ConnectAckReason::QuotaExceeded).await;
         return Err(Refused::new("connections_per_user", format!("client {} at {remote}", asked.client_id)));
     };
     broker.wills.client_is_back(broker, &asked.client_id);
@@ -131,7 +132,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     let resumed = match opened.await {
         Ok(resumed) => resumed,
         Err(_) => {
-            refuse(io, Some(asked.version), ConnectAckReason::ServerUnavailable).await;
+            refuse(broker, io, Some(asked.version), ConnectAckReason::ServerUnavailable).await;
             return Err(Refused::new("stopped", "the broker stream has stopped"));
         }
     };
@@ -174,6 +175,7 @@ async fn read_connect<S: AsyncRead + Unpin>(
         let frame =
             wire::frame(input, broker.packet_bytes_max).map_err(|fault| Unread::Fault(fault, None))?;
         if let Some(frame) = frame {
+            broker.counters.received.add_one(frame.first);
             let version = version(frame.body)?;
             let len = frame.len;
             let header = len - frame.body.len();
@@ -182,7 +184,7 @@ async fn read_connect<S: AsyncRead + Unpin>(
             return asked.map_err(|fault| Unread::Fault(fault, Some(version)));
         }
         match io.read_buf(input).await {
-            Ok(1..) => {}
+            Ok(len @ 1..) => broker.counters.bytes[RECEIVED].increment(len as u64),
             _ => return Err(Unread::Lost),
         }
     }
@@ -443,12 +445,17 @@ pub fn leave_forbidden(broker: &Broker, session: &Arc<Session>, rights: &Admitte
 }
 
 /// Says no, as far as the version can.
-async fn refuse<S: AsyncWrite + Unpin>(io: &mut S, version: Option<Version>, reason: ConnectAckReason) {
+async fn refuse<S: AsyncWrite + Unpin>(
+    broker: &Broker,
+    io: &mut S,
+    version: Option<Version>,
+    reason: ConnectAckReason,
+) {
+    let Some(version) = version else { return };
     let mut out = BytesMut::new();
     match version {
-        None => return,
-        Some(Version::V5) => out.extend_from_slice(&[0x20, 3, 0, reason.into(), 0]),
-        Some(Version::V3) => {
+        Version::V5 => out.extend_from_slice(&[0x20, 3, 0, reason.into(), 0]),
+        Version::V3 => {
             let code = match reason {
                 ConnectAckReason::UnsupportedProtocolVersion => 1,
                 ConnectAckReason::ClientIdentifierNotValid => 2,
@@ -462,6 +469,8 @@ async fn refuse<S: AsyncWrite + Unpin>(io: &mut S, version: Option<Version>, rea
             out.extend_from_slice(&[0x20, 2, 0, code]);
         }
     }
+    broker.counters.sending(version, &out);
+    broker.counters.bytes[SENT].increment(out.len() as u64);
     // The client may be gone already: there is nobody to tell.
     let _ = io.write_all(&out).await;
     let _ = io.shutdown().await;

@@ -1,15 +1,129 @@
 //! Counters of the MQTT listener. Handles are made once; the hot path counts
 //! once per read, not per message.
 
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+
 use metrics::{Counter, Gauge, counter, gauge};
 
+use super::outbound::Filled;
+use super::wire::{self, Version};
 use crate::telemetry::{Metric, MetricKind};
+
+/// Packet types by number (MQTT 5.0, 2.1.2).
+const TYPES: [&str; 16] = [
+    "",
+    "connect",
+    "connack",
+    "publish",
+    "puback",
+    "pubrec",
+    "pubrel",
+    "pubcomp",
+    "subscribe",
+    "suback",
+    "unsubscribe",
+    "unsuback",
+    "pingreq",
+    "pingresp",
+    "disconnect",
+    "auth",
+];
+/// What a client sends, what we send; PUBLISH and its acks go both ways.
+const BY_CLIENTS: [usize; 10] = [1, 3, 4, 5, 6, 7, 8, 10, 12, 14];
+const BY_US: [usize; 10] = [2, 3, 4, 5, 6, 7, 9, 11, 13, 14];
+/// Places in [`Counters::bytes`].
+pub(super) const RECEIVED: usize = 0;
+pub(super) const SENT: usize = 1;
 
 pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_mqtt_connections",
         kind: MetricKind::Gauge,
         help: "MQTT connections now.",
+        labels: &[],
+    },
+    Metric {
+        name: "headworks_mqtt_packets_received_total",
+        kind: MetricKind::Counter,
+        help: "Packets of clients that were taken in, by type.",
+        labels: &["type"],
+    },
+    Metric {
+        name: "headworks_mqtt_packets_sent_total",
+        kind: MetricKind::Counter,
+        help: "Packets for clients, by type.",
+        labels: &["type"],
+    },
+    Metric {
+        name: "headworks_mqtt_bytes_total",
+        kind: MetricKind::Counter,
+        help: "Bytes of MQTT read from and written to clients, by direction: received, sent.",
+        labels: &["direction"],
+    },
+    Metric {
+        name: "headworks_mqtt_refusals_total",
+        kind: MetricKind::Counter,
+        help: "Packets to clients that say no or why they are sent away, by packet (connack, puback, pubrec, pubcomp, suback, unsuback, disconnect) and reason code, such as 0x87 (MQTT 5.0, 2.4; a CONNACK of MQTT 3.1.1 has 0x01 to 0x05).",
+        labels: &["packet", "code"],
+    },
+    Metric {
+        name: "headworks_mqtt_sockets_total",
+        kind: MetricKind::Counter,
+        help: "Connections accepted from the network, whatever became of them.",
+        labels: &[],
+    },
+    Metric {
+        name: "headworks_mqtt_acks_waiting",
+        kind: MetricKind::Gauge,
+        help: "Acks that clients wait for, until their stream is durable.",
+        labels: &[],
+    },
+    Metric {
+        name: "headworks_mqtt_queued_messages",
+        kind: MetricKind::Gauge,
+        help: "Messages that wait to be sent, in the queues of all subscribers.",
+        labels: &[],
+    },
+    Metric {
+        name: "headworks_mqtt_queued_bytes",
+        kind: MetricKind::Gauge,
+        help: "Their bytes; a message that waits in several queues counts in each.",
+        labels: &[],
+    },
+    Metric {
+        name: "headworks_mqtt_in_flight_messages",
+        kind: MetricKind::Gauge,
+        help: "QoS 1 and 2 messages sent to subscribers that have not acknowledged them.",
+        labels: &[],
+    },
+    Metric {
+        name: "headworks_mqtt_retained_messages",
+        kind: MetricKind::Gauge,
+        help: "Retained messages; the bound is mqtt.retained_messages_max.",
+        labels: &[],
+    },
+    Metric {
+        name: "headworks_mqtt_retained_bytes",
+        kind: MetricKind::Gauge,
+        help: "Their bytes; the bound is mqtt.retained_bytes_max.",
+        labels: &[],
+    },
+    Metric {
+        name: "headworks_mqtt_subscriptions",
+        kind: MetricKind::Gauge,
+        help: "Subscriptions of all sessions.",
+        labels: &[],
+    },
+    Metric {
+        name: "headworks_mqtt_sessions_expired_total",
+        kind: MetricKind::Counter,
+        help: "Sessions that ended because their client stayed away too long.",
+        labels: &[],
+    },
+    Metric {
+        name: "headworks_mqtt_delivery_bytes_total",
+        kind: MetricKind::Counter,
+        help: "Payload bytes of PUBLISH packets sent to subscribers.",
         labels: &[],
     },
     Metric {
@@ -104,29 +218,141 @@ pub const METRICS: &[Metric] = &[
     },
 ];
 
+/// A counter that is read back, for `$SYS`.
+pub(super) struct Count {
+    total: AtomicU64,
+    metric: Counter,
+}
+
+impl Count {
+    fn new(metric: Counter) -> Self {
+        Self { total: AtomicU64::new(0), metric }
+    }
+
+    pub fn increment(&self, count: u64) {
+        self.total.fetch_add(count, Ordering::Relaxed);
+        self.metric.increment(count);
+    }
+
+    pub fn get(&self) -> u64 {
+        self.total.load(Ordering::Relaxed)
+    }
+}
+
+/// Packets of one direction by type.
+pub(super) struct Packets([Count; 16]);
+
+/// Packets of one read or one write by type, counted before they are added.
+pub(super) type Few = [u32; 16];
+
+impl Packets {
+    fn new(name: &'static str, types: [usize; 10]) -> Self {
+        Self(std::array::from_fn(|number| {
+            let is_used = types.contains(&number);
+            Count::new(if is_used { counter!(name, "type" => TYPES[number]) } else { Counter::noop() })
+        }))
+    }
+
+    pub fn add(&self, few: &Few) {
+        for (count, few) in self.0.iter().zip(few).filter(|(_, few)| **few > 0) {
+            count.increment((*few).into());
+        }
+    }
+
+    /// `first`: as in the packet's first byte.
+    pub fn add_one(&self, first: u8) {
+        self.0[usize::from(first >> 4)].increment(1);
+    }
+
+    pub fn of(&self, first: u8) -> u64 {
+        self.0[usize::from(first >> 4)].get()
+    }
+
+    pub fn total(&self) -> u64 {
+        self.0.iter().map(Count::get).sum()
+    }
+}
+
+/// A part of a total; taken back when its owner goes.
+pub(super) struct Part<'t> {
+    total: &'t AtomicI64,
+    own: i64,
+}
+
+impl<'t> Part<'t> {
+    pub fn of(total: &'t AtomicI64) -> Self {
+        Self { total, own: 0 }
+    }
+
+    pub fn set(&mut self, now: usize) {
+        let now = now as i64;
+        if now != self.own {
+            self.total.fetch_add(now - self.own, Ordering::Relaxed);
+            self.own = now;
+        }
+    }
+}
+
+impl Drop for Part<'_> {
+    fn drop(&mut self) {
+        self.set(0);
+    }
+}
+
 pub(super) struct Counters {
+    pub received: Packets,
+    pub sent: Packets,
+    /// Received, sent.
+    pub bytes: [Count; 2],
+    pub sockets: Count,
+    pub acks_waiting: AtomicI64,
+    pub sessions_expired: Count,
+    pub delivery_bytes: Count,
     pub connections: Gauge,
     pub connects: Counter,
     pub publishes: [Counter; 3],
-    pub publish_bytes: Counter,
+    pub publish_bytes: Count,
     pub acks: Counter,
     pub duplicates: Counter,
     pub stalls: Counter,
     pub deliveries: Counter,
-    pub sessions: Gauge,
+    gauges: Gauges,
     pub dollar_topics: Counter,
     pub too_large: Counter,
     pub not_authorized: Counter,
     pub topic_levels: Counter,
     pub refused_subscribe: Counter,
     pub throttles: Counter,
-    pub no_space: Counter,
-    pub queue_full: Counter,
-    pub queue_age: Counter,
-    pub packet_too_large: Counter,
+    pub no_space: Count,
+    pub queue_full: Count,
+    pub queue_age: Count,
+    pub packet_too_large: Count,
     pub expired: Counter,
     pub retained_full: Counter,
-    pub gap: Counter,
+    pub gap: Count,
+}
+
+struct Gauges {
+    acks_waiting: Gauge,
+    sessions: Gauge,
+    queued: Gauge,
+    queued_bytes: Gauge,
+    in_flight: Gauge,
+    retained: Gauge,
+    retained_bytes: Gauge,
+    subscriptions: Gauge,
+}
+
+/// What is found by looking at every session.
+#[derive(Debug, Default)]
+pub(super) struct Measured {
+    pub sessions: usize,
+    pub queued: usize,
+    pub queued_bytes: usize,
+    pub in_flight: usize,
+    pub retained: usize,
+    pub retained_bytes: usize,
+    pub subscriptions: usize,
 }
 
 impl Counters {
@@ -135,29 +361,109 @@ impl Counters {
         let refused =
             |cause: &'static str| counter!("headworks_mqtt_refused_publishes_total", "cause" => cause);
         let publishes = |qos: &'static str| counter!("headworks_mqtt_publishes_total", "qos" => qos);
+        let bytes = |direction: &'static str| {
+            Count::new(counter!("headworks_mqtt_bytes_total", "direction" => direction))
+        };
         Self {
+            received: Packets::new("headworks_mqtt_packets_received_total", BY_CLIENTS),
+            sent: Packets::new("headworks_mqtt_packets_sent_total", BY_US),
+            bytes: [bytes("received"), bytes("sent")],
+            sockets: Count::new(counter!("headworks_mqtt_sockets_total")),
+            acks_waiting: AtomicI64::new(0),
+            sessions_expired: Count::new(counter!("headworks_mqtt_sessions_expired_total")),
+            delivery_bytes: Count::new(counter!("headworks_mqtt_delivery_bytes_total")),
             connections: gauge!("headworks_mqtt_connections"),
             connects: counter!("headworks_mqtt_connects_total"),
             publishes: [publishes("0"), publishes("1"), publishes("2")],
-            publish_bytes: counter!("headworks_mqtt_publish_bytes_total"),
+            publish_bytes: Count::new(counter!("headworks_mqtt_publish_bytes_total")),
             acks: counter!("headworks_mqtt_acks_total"),
             duplicates: counter!("headworks_mqtt_duplicates_total"),
             stalls: counter!("headworks_mqtt_stalls_total"),
             deliveries: counter!("headworks_mqtt_deliveries_total"),
-            sessions: gauge!("headworks_mqtt_sessions"),
+            gauges: Gauges {
+                acks_waiting: gauge!("headworks_mqtt_acks_waiting"),
+                sessions: gauge!("headworks_mqtt_sessions"),
+                queued: gauge!("headworks_mqtt_queued_messages"),
+                queued_bytes: gauge!("headworks_mqtt_queued_bytes"),
+                in_flight: gauge!("headworks_mqtt_in_flight_messages"),
+                retained: gauge!("headworks_mqtt_retained_messages"),
+                retained_bytes: gauge!("headworks_mqtt_retained_bytes"),
+                subscriptions: gauge!("headworks_mqtt_subscriptions"),
+            },
             dollar_topics: refused("dollar_topic"),
             too_large: refused("too_large"),
             not_authorized: refused("not_authorized"),
             topic_levels: refused("topic_levels"),
             refused_subscribe: counter!("headworks_mqtt_refused_subscribes_total"),
             throttles: counter!("headworks_mqtt_throttles_total"),
-            no_space: dropped("no_space"),
-            queue_full: dropped("queue_full"),
-            queue_age: dropped("queue_age"),
-            packet_too_large: dropped("packet_too_large"),
+            no_space: Count::new(dropped("no_space")),
+            queue_full: Count::new(dropped("queue_full")),
+            queue_age: Count::new(dropped("queue_age")),
+            packet_too_large: Count::new(dropped("packet_too_large")),
             expired: dropped("expired"),
             retained_full: dropped("retained_full"),
-            gap: dropped("gap"),
+            gap: Count::new(dropped("gap")),
+        }
+    }
+
+    /// Messages that a subscriber, or with QoS 0 the stream, did not get.
+    pub fn dropped(&self) -> u64 {
+        let causes = [&self.no_space, &self.queue_full, &self.queue_age, &self.packet_too_large, &self.gap];
+        causes.map(Count::get).iter().sum()
+    }
+
+    pub fn filled(&self, filled: &Filled) {
+        if filled.sent > 0 {
+            self.deliveries.increment(filled.sent);
+        }
+        if filled.expired > 0 {
+            self.expired.increment(filled.expired);
+        }
+        if filled.too_large > 0 {
+            self.packet_too_large.increment(filled.too_large);
+        }
+    }
+
+    /// Counts whole packets that are on their way to a client.
+    pub fn sending(&self, version: Version, mut packets: &[u8]) {
+        let (mut few, mut payload_bytes) = (Few::default(), 0);
+        while let Ok(Some(frame)) = wire::frame(packets, usize::MAX) {
+            few[usize::from(frame.first >> 4)] += 1;
+            if frame.first & 0xf0 == wire::PUBLISH {
+                payload_bytes += wire::payload_len(version, &frame) as u64;
+            } else if frame.body.len() > 2 || frame.first == wire::CONNACK || frame.first == wire::DISCONNECT
+            {
+                wire::refusals(version, &frame, |code| self.refusal(frame.first, code));
+            }
+            packets = &packets[frame.len..];
+        }
+        self.sent.add(&few);
+        if payload_bytes > 0 {
+            self.delivery_bytes.increment(payload_bytes);
+        }
+    }
+
+    fn refusal(&self, first: u8, code: u8) {
+        let packet = TYPES[usize::from(first >> 4)];
+        let code = format!("{code:#04x}");
+        counter!("headworks_mqtt_refusals_total", "packet" => packet, "code" => code).increment(1);
+    }
+
+    /// Sets the gauges that nobody keeps.
+    pub fn set_gauges(&self, measured: &Measured) {
+        let gauges = &self.gauges;
+        let acks_waiting = self.acks_waiting.load(Ordering::Relaxed).max(0) as f64;
+        gauges.acks_waiting.set(acks_waiting);
+        for (gauge, value) in [
+            (&gauges.sessions, measured.sessions),
+            (&gauges.queued, measured.queued),
+            (&gauges.queued_bytes, measured.queued_bytes),
+            (&gauges.in_flight, measured.in_flight),
+            (&gauges.retained, measured.retained),
+            (&gauges.retained_bytes, measured.retained_bytes),
+            (&gauges.subscriptions, measured.subscriptions),
+        ] {
+            gauge.set(value as f64);
         }
     }
 

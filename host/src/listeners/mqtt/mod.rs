@@ -25,13 +25,14 @@ mod outbound;
 mod retained;
 mod session;
 mod subscriptions;
+mod sys;
 #[cfg(test)]
 mod tests;
 mod transport;
 mod will;
 mod wire;
 
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -44,15 +45,15 @@ use tokio_util::task::TaskTracker;
 
 use self::acks::Stopped;
 use self::fanout::Live;
-use self::metrics::Counters;
-use self::outbound::{Message, QueueLimits};
+use self::metrics::{Counters, Measured};
+use self::outbound::QueueLimits;
 use self::retained::Retained;
 use self::session::{Change, Sessions};
+use self::sys::Sys;
 use self::transport::{Address, Entry};
 use self::will::Restored;
 use self::wire::Version;
 use crate::access::Access;
-use crate::batch::flags;
 use crate::stream::{AppendError, Identity, StateChange, Stream, Streams};
 use crate::telemetry::Failures;
 use crate::topic::Namespace;
@@ -64,7 +65,6 @@ pub use self::metrics::METRICS;
 pub use self::transport::Remote;
 pub use self::transport::network::Network;
 
-const CLIENTS_CONNECTED: &str = "$SYS/broker/clients/connected";
 /// Key of the broker stream's state.
 const ACCESS_SECRET: &[u8] = b"ac";
 /// Between two looks for expired sessions.
@@ -145,6 +145,7 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
     }
     tasks.spawn(keep_house(broker.clone()));
     tasks.spawn(will::publish_restored(broker.clone()));
+    tasks.spawn(sys::run(broker.clone()));
     let room = Arc::new(Semaphore::new(config.connections_max as usize));
     let tls: Vec<_> = entries.iter().filter_map(Entry::tls).cloned().collect();
     // Taken also where there is nothing to read again: by default it ends a process.
@@ -163,7 +164,6 @@ async fn keep_house(broker: Arc<Broker>) {
         tokio::select! {
             () = tokio::time::sleep(SWEEP_EVERY) => {
                 broker.sessions.sweep(&broker);
-                broker.counters.sessions.set(broker.sessions.len() as f64);
             }
             () = broker.shutdown.cancelled() => {
                 broker.sessions.wake_all();
@@ -191,7 +191,19 @@ struct Broker {
     retained: Mutex<Retained>,
     wills: Restored,
     clients: AtomicI64,
+    /// The most at one time.
+    clients_most: AtomicU64,
+    totals: Totals,
+    sys: Sys,
     counters: Counters,
+}
+
+/// Over all sessions, when it was last looked.
+#[derive(Default)]
+struct Totals {
+    queued: AtomicU64,
+    queued_bytes: AtomicU64,
+    in_flight: AtomicU64,
 }
 
 impl Broker {
@@ -223,6 +235,9 @@ impl Broker {
             retained: Mutex::new(retained),
             wills,
             clients: AtomicI64::new(0),
+            clients_most: AtomicU64::new(0),
+            totals: Totals::default(),
+            sys: Sys::new(),
             counters: Counters::new(),
             config: config.clone(),
         });
@@ -281,15 +296,32 @@ impl Broker {
         self.counters.connections.set(clients as f64);
         if change > 0 {
             self.counters.connects.increment(1);
-        }
-        if self.live.wants_dollar() {
-            self.live.publish(self, &Arc::new(self.clients_connected()));
+            self.clients_most.fetch_max(clients.unsigned_abs(), Ordering::Relaxed);
         }
     }
 
-    fn clients_connected(&self) -> Message {
-        let clients = self.clients.load(Ordering::Acquire).to_string();
-        Message::new(CLIENTS_CONNECTED, clients.as_bytes(), &[], flags::RETAIN, now_us())
+    /// Looks at every session for the sums that nobody keeps.
+    fn measure(&self) {
+        let sessions = self.sessions.all();
+        let (retained, retained_bytes) = self.retained().sizes();
+        let mut measured = Measured {
+            sessions: sessions.len(),
+            retained,
+            retained_bytes,
+            subscriptions: self.live.subscriptions(),
+            ..Measured::default()
+        };
+        for session in sessions {
+            let (queued, queued_bytes, in_flight) = session.outbox().sizes();
+            measured.queued += queued;
+            measured.queued_bytes += queued_bytes;
+            measured.in_flight += in_flight;
+        }
+        let totals = &self.totals;
+        totals.queued.store(measured.queued as u64, Ordering::Relaxed);
+        totals.queued_bytes.store(measured.queued_bytes as u64, Ordering::Relaxed);
+        totals.in_flight.store(measured.in_flight as u64, Ordering::Relaxed);
+        self.counters.set_gauges(&measured);
     }
 
     /// Appends changes of state, waiting for room, and waits until they are

@@ -119,6 +119,11 @@ impl Retained {
         (kept.message.received_us() == received_us).then(|| kept.message.clone())
     }
 
+    /// Messages and their bytes.
+    pub fn sizes(&self) -> (usize, usize) {
+        (self.topics.len(), self.bytes)
+    }
+
     pub fn matching(&self, filter: &TopicFilter) -> Vec<Kept> {
         if !filter.as_str().contains(['+', '#']) {
             return self.topics.get(filter.as_str()).cloned().into_iter().collect();

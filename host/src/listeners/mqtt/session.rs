@@ -323,6 +323,7 @@ impl Sessions {
         let (changes, resumed, kept_no_more) = {
             let expired = lock(&session.state).is_expired(super::now_us());
             let resumed = lock(&session.state).alive && !clean && !expired;
+            broker.counters.sessions_expired.increment(expired.into());
             if !resumed {
                 discard(broker, session);
             }
@@ -435,7 +436,12 @@ impl Sessions {
         for session in gone {
             // Taken by a client in this moment: it decides.
             let Ok(turn) = session.turn.clone().try_lock_owned() else { continue };
-            if lock(&session.state).is_over(now_us) {
+            let (is_over, is_expired) = {
+                let state = lock(&session.state);
+                (state.is_over(now_us), state.is_expired(now_us))
+            };
+            if is_over {
+                broker.counters.sessions_expired.increment(is_expired.into());
                 self.end(broker, &session);
             }
             drop(turn);

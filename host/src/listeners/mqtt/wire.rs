@@ -11,6 +11,8 @@ use rmqtt_codec::{v3, v5};
 use tokio_util::codec::Decoder;
 
 /// Types in the upper half of a packet's first byte.
+pub const CONNECT: u8 = 0x10;
+pub const CONNACK: u8 = 0x20;
 pub const PUBLISH: u8 = 0x30;
 pub const PUBACK: u8 = 0x40;
 pub const PUBREC: u8 = 0x50;
@@ -18,7 +20,10 @@ pub const PUBREL: u8 = 0x62;
 pub const PUBCOMP: u8 = 0x70;
 pub const PINGREQ: u8 = 0xc0;
 const SUBSCRIBE: u8 = 0x82;
+const SUBACK: u8 = 0x90;
+const UNSUBACK: u8 = 0xb0;
 const PINGRESP: u8 = 0xd0;
+pub const DISCONNECT: u8 = 0xe0;
 
 /// PUBCOMP, PUBREL: packet identifier not found.
 pub const NOT_FOUND: u8 = 0x92;
@@ -272,7 +277,7 @@ pub fn put_pingresp(out: &mut BytesMut) {
 }
 
 pub fn put_disconnect(out: &mut BytesMut, code: DisconnectReasonCode) {
-    out.put_slice(&[0xe0, 1, code.into()]);
+    out.put_slice(&[DISCONNECT, 1, code.into()]);
 }
 
 /// A PUBLISH on its way to a subscriber.
@@ -314,6 +319,41 @@ impl OutPublish<'_> {
         }
         out.put_slice(self.payload);
     }
+}
+
+/// Bytes of a PUBLISH's payload; 0 where it is none.
+pub fn payload_len(version: Version, frame: &Frame<'_>) -> usize {
+    let read = |mut rest| {
+        binary(&mut rest)?;
+        if frame.first & 0b110 != 0 {
+            take(&mut rest, 2)?;
+        }
+        if version == Version::V5 {
+            sized(&mut rest)?;
+        }
+        Ok::<_, Fault>(rest.len())
+    };
+    read(frame.body).unwrap_or(0)
+}
+
+/// Gives each reason code of a packet of ours that says no to `visit`; of a
+/// DISCONNECT any.
+pub fn refusals(version: Version, frame: &Frame<'_>, mut visit: impl FnMut(u8)) {
+    let codes = match (frame.first, frame.body) {
+        (CONNACK, [_, code, ..]) if *code != 0 => std::slice::from_ref(code),
+        (DISCONNECT, [code, ..]) => return visit(*code),
+        (PUBACK | PUBREC | PUBREL | PUBCOMP, [_, _, code, ..]) => std::slice::from_ref(code),
+        (SUBACK | UNSUBACK, [_, _, codes @ ..]) => {
+            let mut codes = codes;
+            if version == Version::V5 && sized(&mut codes).is_err() {
+                return;
+            }
+            codes
+        }
+        _ => return,
+    };
+    let says_no = |code: &&u8| frame.first == CONNACK || **code >= 0x80;
+    codes.iter().filter(says_no).for_each(|code| visit(*code));
 }
 
 pub fn put_var_int(out: &mut impl BufMut, mut value: usize) {
@@ -480,6 +520,27 @@ mod tests {
         Some((p.qos, p.retain, p.dup, p.topic.to_owned(), p.packet_id, p.payload.to_vec()))
     }
 
+    #[test]
+    fn packets_that_say_no_show_their_reasons() {
+        let refused = |version, packet: &[u8]| {
+            let mut codes = Vec::new();
+            refusals(version, &frame(packet, usize::MAX).unwrap().unwrap(), |code| codes.push(code));
+            codes
+        };
+        for (version, packet, codes) in [
+            (Version::V3, &[0x20, 2, 0, 5][..], &[5][..]),
+            (Version::V3, &[0x20, 2, 1, 0], &[]),
+            (Version::V5, &[0x20, 3, 0, 0x87, 0], &[0x87]),
+            (Version::V5, &[0x40, 3, 0, 1, 0x90], &[0x90]),
+            (Version::V5, &[0x40, 2, 0, 1], &[]),
+            (Version::V3, &[0x90, 5, 0, 1, 1, 0x80, 0], &[0x80]),
+            (Version::V5, &[0x90, 6, 0, 1, 0, 0x87, 2, 0x97], &[0x87, 0x97]),
+            (Version::V5, &[0xe0, 1, 0x8d], &[0x8d]),
+        ] {
+            assert_eq!(refused(version, packet), codes, "{packet:x?}");
+        }
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig { cases: 2_000, ..ProptestConfig::default() })]
 
@@ -501,6 +562,8 @@ mod tests {
             out.put(version, &mut bytes);
             prop_assert_eq!(bytes.len() - frame(&bytes, usize::MAX).unwrap().unwrap().body.len()
                 + out.remaining_len(version), bytes.len());
+            let whole = frame(&bytes, usize::MAX).unwrap().unwrap();
+            prop_assert_eq!(payload_len(version, &whole), payload.len());
             // Damage after the fixed header, so that it stays one whole PUBLISH.
             if let Some((at, value)) = damage {
                 let header = bytes.len() - out.remaining_len(version);

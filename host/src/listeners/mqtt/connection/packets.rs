@@ -17,7 +17,9 @@ impl<S> Connection<'_, S> {
     /// Takes the packet at the front of the input.
     pub(super) async fn packet(&mut self) -> Result<(), End> {
         let frame = wire::frame(&self.input, self.broker.packet_bytes_max).map_err(End::Fault)?;
-        let len = frame.expect("take stopped at a whole packet").len;
+        let frame = frame.expect("take stopped at a whole packet");
+        self.broker.counters.received.add_one(frame.first);
+        let len = frame.len;
         let whole = self.input.split_to(len);
         let packet = wire::decode(self.peer.version, &whole).map_err(End::Fault)?;
         match packet {

@@ -22,6 +22,7 @@ use self::append::undo;
 use self::stalled::{Stalled, writable};
 use super::Broker;
 use super::acks::{Ack, Acks};
+use super::metrics::Few;
 use super::outbound::Acked;
 use super::session::{Received, Session};
 use super::wire::{self, Fault, Frame, Property, Publish, Version};
@@ -200,6 +201,10 @@ impl Inbound {
         self.acks.waiting() > 0 || !self.stalled.is_empty()
     }
 
+    pub fn acks_waiting(&self) -> usize {
+        self.acks.waiting()
+    }
+
     pub fn write_acks(&mut self, broker: &Broker, out: &mut BytesMut) {
         let written = self.acks.write_durable(out);
         if written.acks > 0 {
@@ -229,8 +234,10 @@ impl Inbound {
                 owed: std::mem::take(&mut scratch.owed),
                 properties: std::mem::take(&mut scratch.properties),
                 now_us: super::now_us(),
+                packets: Few::default(),
             };
             let decoded = self.decode(broker, bytes, out, &mut work);
+            broker.counters.received.add(&work.packets);
             let appended = if work.owed.is_empty() && work.decoded.is_empty() {
                 Ok(())
             } else {
@@ -336,6 +343,7 @@ impl Inbound {
                 wire::PINGREQ => return Err(Fault::malformed("PINGREQ with a body")),
                 _ => return Ok((used, Next::Packet)),
             }
+            work.packets[usize::from(frame.first >> 4)] += 1;
             used += frame.len;
         }
     }
@@ -542,6 +550,7 @@ struct Work<'a> {
     owed: Vec<Owed>,
     properties: Vec<u8>,
     now_us: u64,
+    packets: Few,
 }
 
 fn push_property(out: &mut Vec<u8>, property: Property<'_>) {

@@ -1,6 +1,7 @@
 //! An ack means durable, also where a stream has no room or stops.
 
 use super::*;
+use crate::batch::flags;
 
 #[tokio::test]
 async fn nothing_is_acknowledged_before_it_is_durable() {

@@ -6,6 +6,7 @@ mod acks;
 mod limits;
 mod sessions;
 mod subscribers;
+mod sys;
 mod wills;
 
 use std::net::SocketAddr;

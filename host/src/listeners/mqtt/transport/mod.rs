@@ -163,6 +163,7 @@ pub async fn accept(broker: Arc<Broker>, entry: Entry, room: Arc<Semaphore>, tas
                 continue;
             }
         };
+        broker.counters.sockets.increment(1);
         let Ok(connection) = room.clone().try_acquire_owned() else {
             broker.refused("connections_max", "mqtt: connections_max reached, connect refused", &address);
             continue;

@@ -1,0 +1,198 @@
+//! `$SYS`: what the broker says of itself, under the names that users of
+//! Mosquitto know (mosquitto(8), "Broker Status"). Made from the counters every
+//! `sys_interval`; a new subscriber gets what is true at that moment. In no
+//! stream, and only for who asks for topics below `$`.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::Broker;
+use super::metrics::{Counters, RECEIVED, SENT};
+use super::outbound::Message;
+use super::wire;
+use crate::batch::flags;
+use crate::topic::TopicFilter;
+
+const ROOT: &str = "$SYS/broker";
+/// Of the moving averages.
+const MINUTES: [u32; 3] = [1, 5, 15];
+
+pub struct Sys {
+    begin: Instant,
+    loads: Mutex<Loads>,
+}
+
+struct Loads {
+    at: Instant,
+    loads: [Load; LOADS.len()],
+}
+
+/// A counter a minute, averaged over [`MINUTES`].
+#[derive(Clone, Copy, Default)]
+struct Load {
+    total: u64,
+    averages: [f64; MINUTES.len()],
+}
+
+type Total = fn(&Counters) -> u64;
+
+const LOADS: [(&str, Total); 9] = [
+    ("messages/received", |counters| counters.received.total()),
+    ("messages/sent", |counters| counters.sent.total()),
+    ("publish/received", |counters| counters.received.of(wire::PUBLISH)),
+    ("publish/sent", |counters| counters.sent.of(wire::PUBLISH)),
+    ("publish/dropped", Counters::dropped),
+    ("bytes/received", |counters| counters.bytes[RECEIVED].get()),
+    ("bytes/sent", |counters| counters.bytes[SENT].get()),
+    ("connections", |counters| counters.received.of(wire::CONNECT)),
+    ("sockets", |counters| counters.sockets.get()),
+];
+
+impl Sys {
+    pub fn new() -> Self {
+        let begin = Instant::now();
+        let loads = Loads { at: begin, loads: [Load::default(); LOADS.len()] };
+        Self { begin, loads: Mutex::new(loads) }
+    }
+}
+
+impl Load {
+    /// The exponential moving average: what it was fades by e in each window.
+    fn pass(&mut self, total: u64, elapsed: Duration) {
+        let new = total.saturating_sub(std::mem::replace(&mut self.total, total)) as f64;
+        let a_minute = new * 60.0 / elapsed.as_secs_f64();
+        for (average, minutes) in self.averages.iter_mut().zip(MINUTES) {
+            let kept = (-elapsed.as_secs_f64() / (60.0 * f64::from(minutes))).exp();
+            *average = a_minute + kept * (*average - a_minute);
+        }
+    }
+}
+
+/// Publishes what has changed, every `sys_interval` until shutdown.
+pub async fn run(broker: Arc<Broker>) {
+    let interval = broker.config.sys_interval.0;
+    if interval.is_zero() {
+        return;
+    }
+    let mut last: Vec<String> = Vec::new();
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(interval) => {}
+            () = broker.shutdown.cancelled() => return,
+        }
+        broker.measure();
+        broker.sys.pass(&broker.counters);
+        if !broker.live.wants_dollar() {
+            continue;
+        }
+        let values = values(&broker);
+        for (i, (topic, value)) in values.iter().enumerate() {
+            if last.get(i) != Some(value) {
+                broker.live.publish(&broker, &Arc::new(message(topic, value)));
+            }
+        }
+        last = values.into_iter().map(|(_, value)| value).collect();
+    }
+}
+
+/// For a new subscriber.
+pub fn matching(broker: &Broker, filter: &TopicFilter) -> Vec<Message> {
+    if broker.config.sys_interval.0.is_zero() {
+        return Vec::new();
+    }
+    let values = values(broker).into_iter().filter(|(topic, _)| filter.matches(topic));
+    values.map(|(topic, value)| message(&topic, &value)).collect()
+}
+
+fn message(topic: &str, value: &str) -> Message {
+    Message::new(topic, value.as_bytes(), &[], flags::RETAIN, super::now_us())
+}
+
+impl Sys {
+    fn pass(&self, counters: &Counters) {
+        let mut loads = self.loads.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        let elapsed = now.duration_since(std::mem::replace(&mut loads.at, now));
+        for (load, (_, total)) in loads.loads.iter_mut().zip(LOADS) {
+            load.pass(total(counters), elapsed);
+        }
+    }
+}
+
+/// Always the same topics in the same order.
+fn values(broker: &Broker) -> Vec<(String, String)> {
+    let counters = &broker.counters;
+    let totals = &broker.totals;
+    let connected = u64::try_from(broker.clients.load(Ordering::Acquire)).unwrap_or(0);
+    let sessions = (broker.sessions.len() as u64).max(connected);
+    let (retained, retained_bytes) = broker.retained().sizes();
+    let waiting = totals.queued.load(Ordering::Relaxed) + totals.in_flight.load(Ordering::Relaxed);
+    let stored_bytes = totals.queued_bytes.load(Ordering::Relaxed) + retained_bytes as u64;
+    let mut values: Vec<(String, String)> = [
+        ("clients/connected", connected),
+        ("clients/disconnected", sessions - connected),
+        ("clients/total", sessions),
+        ("clients/maximum", broker.clients_most.load(Ordering::Relaxed).max(connected)),
+        ("clients/expired", counters.sessions_expired.get()),
+        ("messages/received", counters.received.total()),
+        ("messages/sent", counters.sent.total()),
+        ("messages/stored", waiting + retained as u64),
+        ("store/messages/count", waiting + retained as u64),
+        ("store/messages/bytes", stored_bytes),
+        ("publish/messages/received", counters.received.of(wire::PUBLISH)),
+        ("publish/messages/sent", counters.sent.of(wire::PUBLISH)),
+        ("publish/messages/dropped", counters.dropped()),
+        ("publish/bytes/received", counters.publish_bytes.get()),
+        ("publish/bytes/sent", counters.delivery_bytes.get()),
+        ("bytes/received", counters.bytes[RECEIVED].get()),
+        ("bytes/sent", counters.bytes[SENT].get()),
+        ("subscriptions/count", broker.live.subscriptions() as u64),
+        ("retained messages/count", retained as u64),
+    ]
+    .map(|(name, value)| (format!("{ROOT}/{name}"), value.to_string()))
+    .into();
+    let text = |name: &str, value: String| (format!("{ROOT}/{name}"), value);
+    values.push(text("version", format!("headworks version {}", env!("CARGO_PKG_VERSION"))));
+    values.push(text("uptime", format!("{} seconds", broker.sys.begin.elapsed().as_secs())));
+    let loads = broker.sys.loads.lock().unwrap_or_else(PoisonError::into_inner).loads;
+    for ((name, _), load) in LOADS.iter().zip(loads) {
+        for (minutes, average) in MINUTES.iter().zip(load.averages) {
+            values.push(text(&format!("load/{name}/{minutes}min"), format!("{average:.2}")));
+        }
+    }
+    values
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_steady_rate_is_its_own_average_and_a_burst_fades() {
+        let mut load = Load::default();
+        let second = Duration::from_secs(1);
+        for n in 1..=7_200 {
+            load.pass(n * 10, second);
+        }
+        assert!(load.averages.iter().all(|average| (average - 600.0).abs() < 1.0), "{:?}", load.averages);
+        for _ in 0..60 {
+            load.pass(72_000, second);
+        }
+        let [one, five, fifteen] = load.averages;
+        assert!((one - 600.0 / std::f64::consts::E).abs() < 1.0, "{one}");
+        assert!(one < five && five < fifteen && fifteen < 600.0, "{:?}", load.averages);
+        let whole = {
+            let mut whole = Load::default();
+            whole.pass(600, 60 * second);
+            whole
+        };
+        let halves = {
+            let mut halves = Load::default();
+            halves.pass(300, 30 * second);
+            halves.pass(600, 30 * second);
+            halves
+        };
+        assert!((whole.averages[0] - halves.averages[0]).abs() < 1e-9, "whatever the interval");
+    }
+}
