@@ -260,6 +260,7 @@ fn topic_aliases_sent_to_a_client_stay_within_its_maximum() {
         }
         let mut publisher = client(&host);
         let mut known = std::collections::HashMap::new();
+        let mut by_alias_only = 0;
         for topic in topics.iter().cycle().take(9) {
             publisher.publish_through(&Publish::new(topic, 1, 1, "x"));
             let got = subscriber.delivered();
@@ -269,11 +270,39 @@ fn topic_aliases_sent_to_a_client_stay_within_its_maximum() {
                 continue;
             };
             assert!((1..=u16::from(most)).contains(&u16::from_be_bytes([alias[0], alias[1]])));
-            if !got.topic.is_empty() {
+            if got.topic.is_empty() {
+                by_alias_only += 1;
+            } else {
                 known.insert(alias.clone(), got.topic);
             }
             assert_eq!(known[&alias], *topic);
         }
+        // The first topics have one, and are written out once.
+        assert_eq!((known.len(), by_alias_only), (usize::from(most), 2 * usize::from(most)));
+    }
+}
+
+#[test]
+fn topic_aliases_sent_to_a_client_end_with_its_connection() {
+    let host = host();
+    let topic = unique("alias");
+    // Expires after ten minutes, takes ten aliases.
+    let properties = vec![0x11, 0, 0, 2, 0x58, 0x22, 0, 10];
+    let resuming = Connect { properties, ..Connect::resuming(V5, &unique("alias")) };
+    let alias_one = (0x23, vec![0, 1]);
+    let mut publisher = client(&host);
+    for is_new in [true, false] {
+        let mut subscriber = Client::open(host.mqtt(), &resuming);
+        assert_ne!(subscriber.session_present, is_new);
+        if is_new {
+            subscriber.subscribe(&topic, 1);
+        }
+        for wanted in [&topic[..], ""] {
+            publisher.publish_through(&Publish::new(&topic, 0, 0, "x"));
+            let got = subscriber.delivered();
+            assert_eq!((&got.topic[..], got.each_property()), (wanted, vec![alias_one.clone()]));
+        }
+        subscriber.leave();
     }
 }
 

@@ -37,6 +37,9 @@ pub struct Config {
     pub inflight_max: u16,
     /// Topic aliases that an MQTT 5 client may set; 0 turns them off.
     pub topic_alias_maximum: u16,
+    /// Topic aliases that the host uses towards an MQTT 5 client that takes some;
+    /// each keeps its topic in memory. 0 turns them off.
+    pub outbound_topic_alias_maximum: u16,
     /// Connections at a time; one more is refused. Each is an open file: the hard limit on
     /// those (`ulimit -Hn`, `LimitNOFILE=` of systemd) must be higher.
     pub connections_max: u32,
@@ -180,6 +183,7 @@ impl Default for Config {
             receive_maximum: 1_024,
             inflight_max: 1_024,
             topic_alias_maximum: 16,
+            outbound_topic_alias_maximum: 64,
             connections_max: 100_000,
             sessions_max: 200_000,
             session_expiry_max: Period(Duration::from_secs(7 * 24 * 3_600)),
@@ -230,6 +234,8 @@ impl Config {
         size("receive_maximum", self.receive_maximum.into(), 1, 65_535, problems);
         size("inflight_max", self.inflight_max.into(), 1, 65_535, problems);
         size("topic_alias_maximum", self.topic_alias_maximum.into(), 0, 1_024, problems);
+        let outbound = self.outbound_topic_alias_maximum;
+        size("outbound_topic_alias_maximum", outbound.into(), 0, 1_024, problems);
         size("handshakes_max", self.handshakes_max.into(), 1, 1_000_000, problems);
         size("connections_max", self.connections_max.into(), 1, 10_000_000, problems);
         size("sessions_max", self.sessions_max.into(), 1, 10_000_000, problems);

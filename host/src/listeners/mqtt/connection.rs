@@ -20,6 +20,7 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
 
 use super::Broker;
+use super::aliases::Aliases;
 use super::auth::{self, Again};
 use super::clients;
 use super::handshake::{self, Opened};
@@ -59,6 +60,7 @@ struct Connection<'b, S> {
     peer: Peer,
     /// Where CONNECT named an authentication method.
     auth: Option<Box<Again<'b>>>,
+    aliases: Aliases,
     inbound: Inbound,
     /// A packet that is not whole, or what waits for room.
     input: BytesMut,
@@ -162,7 +164,8 @@ where
         }
     };
     place.handshake_ended();
-    let Opened { session, turn, peer, keep_alive_s, rights, user_place, will, auth, answer } = opened;
+    let Opened { session, turn, peer, aliases, keep_alive_s, rights, user_place, will, auth, answer } =
+        opened;
     broker.client_connected(1);
     session.connected(clients::Connection {
         version: clients::Connection::version_text(peer.version).into(),
@@ -177,6 +180,7 @@ where
         io,
         session: session.clone(),
         peer,
+        aliases,
         auth: auth.map(|(method, username)| Box::new(Again { method, username, remote, running: None })),
         inbound: Inbound::new(broker, peer.version, session, rights),
         input,
@@ -254,7 +258,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             let broker = self.broker;
             let mut outbox = self.session.outbox();
             outbox.settle(&*broker.broker);
-            let filled = outbox.fill(self.peer, WRITE_BYTES_MAX, &mut self.out);
+            let filled = outbox.fill(self.peer, &mut self.aliases, WRITE_BYTES_MAX, &mut self.out);
             let positions = || broker.live.positions(&broker.streams);
             outbox.record(&*broker.broker, positions, broker.note_bytes_max());
             let waits = outbox.waits(self.peer);
@@ -262,16 +266,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             Outward::set(&mut self.outward, waits);
             broker.counters.filled(&filled);
         }
-        self.count_sending();
+        self.broker.counters.sending(self.peer.version, &self.out[self.counted..]);
+        self.counted = self.out.len();
         self.acks_waiting.set(self.inbound.acks_waiting());
         Ok(())
-    }
-
-    fn count_sending(&mut self) {
-        if self.counted < self.out.len() {
-            self.broker.counters.sending(self.peer.version, &self.out[self.counted..]);
-            self.counted = self.out.len();
-        }
     }
 
     /// Bytes straight from the read buffer: only what is left over is copied.
@@ -439,7 +437,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         {
             wire::put_disconnect(&mut self.out, code);
         }
-        self.count_sending();
+        self.broker.counters.sending(self.peer.version, &self.out[self.counted..]);
         if !matches!(end, End::Lost) {
             let left = self.out.len();
             // The client may be gone, or not read: then it does not hear this.

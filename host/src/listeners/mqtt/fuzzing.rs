@@ -55,7 +55,7 @@ fn publish(version: Version, frame: &wire::Frame<'_>) {
     let _ = wire::properties(read.properties, |_| {});
     let wire::Publish { qos, retain, dup, topic, packet_id, properties, payload } = read;
     let mut bytes = BytesMut::new();
-    OutPublish { qos, retain, dup, topic, packet_id, properties, payload }.put(version, &mut bytes);
+    OutPublish { qos, retain, dup, topic, alias: 0, packet_id, properties, payload }.put(version, &mut bytes);
     let again = wire::frame(&bytes, usize::MAX).ok().flatten().expect("a whole packet");
     assert_eq!((wire::publish(version, &again), again.len), (Ok(read), bytes.len()));
 }

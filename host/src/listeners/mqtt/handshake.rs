@@ -12,6 +12,7 @@ use tokio_util::codec::Encoder;
 
 use super::Broker;
 use super::acks::Stopped;
+use super::aliases::Aliases;
 use super::auth::{self, Denial, Method};
 use super::metrics::{RECEIVED, SENT};
 use super::outbound::Peer;
@@ -30,6 +31,7 @@ pub struct Opened {
     pub session: Arc<Session>,
     pub turn: Turn,
     pub peer: Peer,
+    pub aliases: Aliases,
     pub keep_alive_s: u16,
     pub rights: Admitted,
     /// Of `connections_per_user_max`.
@@ -50,6 +52,8 @@ struct Asked {
     expiry_s: u32,
     window: u16,
     packet_bytes_max: usize,
+    /// Topic aliases that it takes from us.
+    aliases_max: u16,
     username: Option<Box<str>>,
     password: Option<Bytes>,
     will: Option<Will>,
@@ -146,6 +150,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         session,
         turn,
         peer,
+        aliases: Aliases::new(asked.aliases_max),
         keep_alive_s: asked.keep_alive_s,
         rights,
         user_place,
@@ -256,6 +261,7 @@ fn connect(broker: &Broker, version: Version, whole: &mut [u8], header: usize) -
                     .map_or(broker.config.inflight_max, |max| max.get().min(broker.config.inflight_max));
                 let max = connect.max_packet_size.map_or(usize::MAX, |max| max.get() as usize);
                 asked.packet_bytes_max = max;
+                asked.aliases_max = connect.topic_alias_max.min(broker.config.outbound_topic_alias_maximum);
                 let data = connect.auth_data.unwrap_or_default();
                 asked.auth = connect.auth_method.map(|name| Method { name: (&*name).into(), data });
             }))
@@ -314,6 +320,7 @@ impl Asked {
             expiry_s: 0,
             window: u16::MAX,
             packet_bytes_max: usize::MAX,
+            aliases_max: 0,
             username: username.map(Into::into),
             password: None,
             will,

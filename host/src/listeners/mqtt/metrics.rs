@@ -426,6 +426,9 @@ impl Counters {
 
     /// Counts whole packets that are on their way to a client.
     pub fn sending(&self, version: Version, mut packets: &[u8]) {
+        if packets.is_empty() {
+            return;
+        }
         let (mut few, mut payload_bytes) = (Few::default(), 0);
         while let Ok(Some(frame)) = wire::frame(packets, usize::MAX) {
             few[usize::from(frame.first >> 4)] += 1;

@@ -9,6 +9,7 @@
 //! session's queue ([`outbound`]) has come.
 
 mod acks;
+mod aliases;
 mod auth;
 mod bind;
 mod blobs;

@@ -25,6 +25,9 @@ const UNSUBACK: u8 = 0xb0;
 const PINGRESP: u8 = 0xd0;
 pub const DISCONNECT: u8 = 0xe0;
 
+/// Identifier of the property.
+const TOPIC_ALIAS: u8 = 0x23;
+
 /// PUBCOMP, PUBREL: packet identifier not found.
 pub const NOT_FOUND: u8 = 0x92;
 /// PUBACK, PUBREC: not authorized.
@@ -191,7 +194,7 @@ pub fn properties<'a>(mut raw: &'a [u8], mut visit: impl FnMut(Property<'a>)) ->
             0x08 => Property::ResponseTopic(response_topic(text(&mut raw)?)?),
             0x09 => Property::CorrelationData(binary(&mut raw)?),
             0x0b => return Err(Fault::protocol("a client must not send a subscription identifier")),
-            0x23 => {
+            TOPIC_ALIAS => {
                 let value = take(&mut raw, 2)?;
                 Property::TopicAlias(u16::from_be_bytes([value[0], value[1]]))
             }
@@ -287,6 +290,8 @@ pub struct OutPublish<'a> {
     pub retain: bool,
     pub dup: bool,
     pub topic: &'a str,
+    /// MQTT 5's topic alias; 0: none.
+    pub alias: u16,
     pub packet_id: u16,
     /// Encoded MQTT 5 properties, without their length; not sent to MQTT 3.1.1.
     pub properties: &'a [u8],
@@ -298,9 +303,13 @@ impl OutPublish<'_> {
     pub fn remaining_len(&self, version: Version) -> usize {
         let properties = match version {
             Version::V3 => 0,
-            Version::V5 => var_int_len(self.properties.len()) + self.properties.len(),
+            Version::V5 => var_int_len(self.properties_len()) + self.properties_len(),
         };
         2 + self.topic.len() + if self.qos > 0 { 2 } else { 0 } + properties + self.payload.len()
+    }
+
+    fn properties_len(&self) -> usize {
+        self.properties.len() + if self.alias > 0 { 3 } else { 0 }
     }
 
     pub fn put(&self, version: Version, out: &mut BytesMut) {
@@ -314,7 +323,11 @@ impl OutPublish<'_> {
             out.put_u16(self.packet_id);
         }
         if version == Version::V5 {
-            put_var_int(out, self.properties.len());
+            put_var_int(out, self.properties_len());
+            if self.alias > 0 {
+                out.put_u8(TOPIC_ALIAS);
+                out.put_u16(self.alias);
+            }
             out.put_slice(self.properties);
         }
         out.put_slice(self.payload);
@@ -555,7 +568,7 @@ mod tests {
         ) {
             let version = if v5 { Version::V5 } else { Version::V3 };
             let out = OutPublish {
-                qos, retain: bits.0, dup: bits.1, topic: &topic, packet_id: id, properties: &props.concat(),
+                qos, retain: bits.0, dup: bits.1, topic: &topic, alias: 0, packet_id: id, properties: &props.concat(),
                 payload: &payload,
             };
             let mut bytes = BytesMut::new();

@@ -17,6 +17,7 @@ use std::sync::Arc;
 use bytes::{BufMut, BytesMut};
 use serde::{Deserialize, Serialize};
 
+use super::aliases::{Aliases, Name};
 use super::session::Change;
 use super::subscriptions::Options;
 use super::wire::{self, OutPublish, Version};
@@ -419,7 +420,13 @@ impl Outbox {
     }
 
     /// Writes what may go, up to about `bytes_max` in `out`.
-    pub fn fill(&mut self, peer: Peer, bytes_max: usize, out: &mut BytesMut) -> Filled {
+    pub fn fill(
+        &mut self,
+        peer: Peer,
+        aliases: &mut Aliases,
+        bytes_max: usize,
+        out: &mut BytesMut,
+    ) -> Filled {
         let mut filled = Filled::default();
         let durable = self.kept.as_ref().map_or(u64::MAX, |kept| kept.durable());
         if let Some(kept) = &mut self.kept {
@@ -443,7 +450,9 @@ impl Outbox {
                 }
                 let is_sent = match &flight.waiting {
                     Some(queued) if queued.message().is_none() => break,
-                    Some(queued) => filled.put(queued, flight.packet_id, flight.dup, now_us, peer, out),
+                    Some(queued) => {
+                        filled.put(queued, flight.packet_id, flight.dup, now_us, peer, aliases, out)
+                    }
                     None => {
                         wire::put_ack(out, wire::PUBREL, flight.packet_id);
                         true
@@ -461,7 +470,7 @@ impl Outbox {
                 Some(head) if head.message().is_none() => break,
                 Some(head) if head.qos == 0 => {
                     let queued = self.pop().expect("it has a front");
-                    filled.put(&queued, 0, false, now_us, peer, out);
+                    filled.put(&queued, 0, false, now_us, peer, aliases, out);
                 }
                 Some(_) if self.inflight.len() < window => self.stage(window, bytes_max),
                 _ => break,
@@ -699,6 +708,7 @@ impl Outbox {
 impl Filled {
     /// False, and nothing written, where the message expired or its packet is
     /// larger than the client takes.
+    #[expect(clippy::too_many_arguments, reason = "each is one word of the packet or of its client")]
     fn put(
         &mut self,
         queued: &Queued,
@@ -706,6 +716,7 @@ impl Filled {
         dup: bool,
         now_us: u64,
         peer: Peer,
+        aliases: &mut Aliases,
         out: &mut BytesMut,
     ) -> bool {
         let Some(message) = queued.message() else { return false };
@@ -719,20 +730,29 @@ impl Filled {
             }
         };
         let before = out.len();
-        put(queued, message, packet_id, dup, lifetime, peer, out);
+        let mut name = aliases.name(message.topic());
+        put(queued, message, name, packet_id, dup, lifetime, peer, out);
+        if name.is_new() && out.len() - before > peer.packet_bytes_max {
+            out.truncate(before);
+            name.alias = 0;
+            put(queued, message, name, packet_id, dup, lifetime, peer, out);
+        }
         if out.len() - before > peer.packet_bytes_max {
             out.truncate(before);
             self.too_large += 1;
             return false;
         }
+        aliases.sent(name);
         self.sent += 1;
         true
     }
 }
 
+#[expect(clippy::too_many_arguments, reason = "each is one word of the packet or of its client")]
 fn put(
     queued: &Queued,
     message: &Message,
+    name: Name<'_>,
     packet_id: u16,
     dup: bool,
     lifetime: Option<u32>,
@@ -743,7 +763,8 @@ fn put(
         qos: queued.qos,
         retain: queued.retain,
         dup,
-        topic: message.topic(),
+        topic: name.topic,
+        alias: name.alias,
         packet_id,
         properties: message.properties(),
         payload: message.payload(),

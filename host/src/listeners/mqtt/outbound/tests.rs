@@ -49,7 +49,7 @@ fn sent(qos: u8, payloads: &[&str], properties: &[u8], share: Option<&str>) -> O
         let body = || Some(message(payload, properties));
         outbox.offer(queued(offset as u64, qos, share), LIMITS, body);
     }
-    let filled = outbox.fill(peer(10, usize::MAX), 1 << 20, &mut BytesMut::new());
+    let filled = outbox.fill(peer(10, usize::MAX), &mut Aliases::new(0), 1 << 20, &mut BytesMut::new());
     assert_eq!(filled.sent, payloads.len() as u64);
     outbox
 }
@@ -59,7 +59,7 @@ fn a_packet_id_in_flight_is_not_given_again() {
     let mut outbox = Outbox { connected: true, last_id: u16::MAX - 1, ..Outbox::default() };
     let send = |outbox: &mut Outbox| {
         assert_eq!(offer(outbox, queued(1, 1, None)), Offer::QueuedFirst);
-        outbox.fill(peer(3, usize::MAX), usize::MAX, &mut BytesMut::new());
+        outbox.fill(peer(3, usize::MAX), &mut Aliases::new(0), usize::MAX, &mut BytesMut::new());
         outbox.last_id
     };
     assert_eq!([send(&mut outbox), send(&mut outbox)], [u16::MAX, 1]);
@@ -75,12 +75,16 @@ fn a_resumed_session_is_sent_again_within_what_its_client_takes_now() {
     let mut outbox = sent(1, &["1", &large, "3", "4"], &[], None);
     outbox.resume();
     let mut out = BytesMut::new();
-    let filled = outbox.fill(peer(2, 50), 1 << 20, &mut out);
+    let filled = outbox.fill(peer(2, 50), &mut Aliases::new(0), 1 << 20, &mut out);
     assert_eq!((filled.sent, filled.too_large), (2, 1), "1 and 3");
     assert!(out.iter().filter(|byte| **byte == 0x3a).count() == 2, "with DUP: {out:x?}");
-    assert_eq!(outbox.fill(peer(2, 50), 1 << 20, &mut out).sent, 0, "its window is full");
+    assert_eq!(
+        outbox.fill(peer(2, 50), &mut Aliases::new(0), 1 << 20, &mut out).sent,
+        0,
+        "its window is full"
+    );
     outbox.acked(0x40, 1, 0);
-    assert_eq!(outbox.fill(peer(2, 50), 1 << 20, &mut out).sent, 1, "4");
+    assert_eq!(outbox.fill(peer(2, 50), &mut Aliases::new(0), 1 << 20, &mut out).sent, 1, "4");
 }
 
 #[test]
@@ -90,7 +94,7 @@ fn what_is_sent_again_tells_what_is_left_of_its_expiry() {
     let mut outbox = sent(1, &["1"], &properties, None);
     outbox.resume();
     let mut out = BytesMut::new();
-    outbox.fill(peer(2, 50), 1 << 20, &mut out);
+    outbox.fill(peer(2, 50), &mut Aliases::new(0), 1 << 20, &mut out);
     let at = out.windows(3).position(|bytes| bytes == [0x02, 0, 0]).expect("the property");
     let left = u16::from_be_bytes([out[at + 3], out[at + 4]]);
     assert!((990..=1_000).contains(&left), "{left}");
@@ -113,11 +117,30 @@ fn a_qos_2_message_that_cannot_be_sent_again_still_frees_its_packet_id() {
     let mut outbox = sent(2, &[&"x".repeat(100)], &[], None);
     outbox.resume();
     let mut out = BytesMut::new();
-    outbox.fill(peer(10, 50), 1 << 20, &mut out);
+    outbox.fill(peer(10, 50), &mut Aliases::new(0), 1 << 20, &mut out);
     assert_eq!(&out[..], [0x62, 2, 0, 1], "a PUBREL");
     assert_eq!(outbox.sizes().2, 1, "its id is not given again");
     outbox.acked(wire::PUBCOMP, 1, 0);
     assert_eq!(outbox.sizes().2, 0);
+}
+
+#[test]
+fn a_packet_that_its_new_alias_would_make_too_large_goes_without() {
+    let fill = |packet_bytes_max: usize| {
+        let mut outbox = Outbox { connected: true, ..Outbox::default() };
+        for offset in 0..2 {
+            let body = || Some(Message::new("topic", b"12345", &[], 0, 0).into());
+            outbox.offer(queued(offset, 0, None), LIMITS, body);
+        }
+        let mut out = BytesMut::new();
+        let aliases = &mut Aliases::new(1);
+        let filled = outbox.fill(peer(10, packet_bytes_max), aliases, 1 << 20, &mut out);
+        (filled.sent, filled.too_large, out.len())
+    };
+    // Header 2, topic 7, length of properties 1, payload 5; the alias 3, its topic then 2.
+    assert_eq!(fill(18), (2, 0, 18 + 13));
+    assert_eq!(fill(17), (2, 0, 15 + 15));
+    assert_eq!(fill(14), (0, 2, 0));
 }
 
 /// A session that outlives its connection, over a stream in memory.
@@ -154,7 +177,7 @@ impl Durable {
     fn fill(&mut self) -> Vec<u8> {
         let mut out = BytesMut::new();
         self.outbox.settle(&*self.broker);
-        self.outbox.fill(peer(10, 1 << 20), 1 << 20, &mut out);
+        self.outbox.fill(peer(10, 1 << 20), &mut Aliases::new(0), 1 << 20, &mut out);
         self.outbox.record(&*self.broker, || Box::new([0]), 1 << 10);
         out.to_vec()
     }
