@@ -40,7 +40,7 @@ pub enum Command {
     Run(ConfigArgs),
     /// Check a config: every problem at once with file and line, or what would run
     Validate(ValidateArgs),
-    /// Look at plugins: list, inspect, bench, remove
+    /// Plugins: new, list, inspect, bench, remove
     #[command(subcommand)]
     Plugin(PluginCommand),
     /// Look into streams; works while the host runs
@@ -111,6 +111,15 @@ pub enum Format {
 
 #[derive(Debug, Subcommand)]
 pub enum PluginCommand {
+    /// Make a folder with a plugin to begin with, in Rust
+    #[command(after_help = "Example:\n  headworks plugin new check-limits --sdk headworks/guest-sdk")]
+    New {
+        /// The folder to make; its name is the plugin's
+        name: PathBuf,
+        /// Folder of the SDK: `guest-sdk` of Headworks' sources
+        #[arg(long, value_name = "DIR")]
+        sdk: PathBuf,
+    },
     /// The plugins of the folder, in the order they run
     List {
         #[command(flatten)]
@@ -315,6 +324,7 @@ mod tests {
             "run --config a.yaml --log debug --log-format json",
             "validate -c a.yaml --format json",
             "plugin list",
+            "plugin new check-limits --sdk guest-sdk",
             "plugin inspect a.wasm --format json",
             "plugin bench a.wasm --messages 1000",
             "plugin remove normalize",

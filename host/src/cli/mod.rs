@@ -12,6 +12,7 @@ mod message;
 mod output;
 mod passwd;
 mod plugin;
+mod plugin_new;
 mod run;
 mod streams;
 mod validate;

@@ -1,4 +1,4 @@
-//! `headworks plugin`: look at plugin files, measure and remove them.
+//! `headworks plugin`: begin one, look at plugin files, measure and remove them.
 
 use std::path::Path;
 use std::time::Instant;
@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use super::args::{Format, PluginCommand};
 use super::output::Out;
+use super::plugin_new;
 use crate::batch::{Batch, Entry, Offset, Partition, Span, flags};
 use crate::config::{self, Config};
 use crate::plugin::{self, FileState, Inspection, Listed, Runner};
@@ -21,6 +22,7 @@ const BATCH_MESSAGES: u64 = 256;
 
 pub fn plugin(command: PluginCommand, out: &mut Out) -> anyhow::Result<()> {
     match command {
+        PluginCommand::New { name, sdk } => plugin_new::new(&name, &sdk, out),
         PluginCommand::List { config, format } => {
             let config = config::load(config.config.as_deref())?.config;
             list(&config, format.format, out)
