@@ -19,7 +19,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root"
 target=wasm32-unknown-unknown
 plugins="10-normalize 20-enrich 30-route"
-examples="plugin-bench plugin-threshold hostile"
+examples="plugin-bench plugin-threshold plugin-network-gate hostile hostile-access"
 say() { printf 'plugins: %s\n' "$*" >&2; }
 
 # One hash over names and contents of what the .wasm files are made of.

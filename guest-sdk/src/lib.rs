@@ -44,6 +44,8 @@ pub mod time;
 pub mod topic;
 
 #[cfg(feature = "plugin")]
+pub mod access;
+#[cfg(feature = "plugin")]
 #[doc(hidden)]
 #[allow(unsafe_code)] // generated: the canonical ABI is pointers and lengths
 pub mod bindings;

@@ -4,9 +4,9 @@ use alloc::string::ToString;
 use alloc::vec::Vec;
 use core::cell::RefCell;
 
-pub use crate::bindings;
-pub use crate::bindings::export_batch_plugin;
-pub use crate::bindings::exports::headworks::plugin::{batch, lifecycle};
+pub use crate::bindings::exports::headworks::plugin::lifecycle;
+pub use crate::bindings::only_batch::exports::headworks::plugin::batch;
+pub use crate::bindings::{self, export_base, only_batch, only_batch::export_only_batch};
 
 use super::{Context, Plugin};
 use crate::batch::{Answer, Messages, run};

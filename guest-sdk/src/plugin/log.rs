@@ -30,7 +30,7 @@ fn write(level: u8, text: &str) {
 
 /// A panic's text, file and line become the reason of the dead letter, which
 /// wasm32-unknown-unknown would lose.
-pub(super) fn install_panic_hook() {
+pub(crate) fn install_panic_hook() {
     #[cfg(target_family = "wasm")]
     std::panic::set_hook(Box::new(|panic| {
         let (file, line) = panic.location().map_or(("", 0), |at| (at.file(), at.line()));

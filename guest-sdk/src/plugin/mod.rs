@@ -98,7 +98,8 @@ macro_rules! plugin {
                 }
             }
 
-            $crate::plugin::exports::export_batch_plugin!(Component with_types_in $crate::plugin::exports::bindings);
+    exports::export_base!(Component with_types_in exports::bindings);
+    exports::export_only_batch!(Component with_types_in exports::only_batch);
         };
     };
 }

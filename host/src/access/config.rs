@@ -8,6 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::rules::{self, Action, Effect};
+use crate::plugin;
 use crate::problems::{KeyPath, Problems};
 use crate::units::{ByteSize, Period};
 
@@ -61,6 +62,8 @@ pub enum Authenticator {
     Certificate(Certificate),
     /// A service that is asked by HTTP.
     Http(Http),
+    /// A WebAssembly plugin that decides.
+    Plugin(Plugin),
 }
 
 /// A line `user:hash` for each user; read again when it changes. A user made
@@ -129,6 +132,26 @@ pub struct Http {
     /// Requests at a time; others wait.
     #[serde(default = "default_requests_max")]
     pub requests_max: u32,
+}
+
+/// A component that exports `access` (`wit/plugin.wit`), read again when its file
+/// changes; one that does not start leaves the old one in place. It may accept
+/// a client with a name and rules, refuse it, or leave it to the next
+/// authenticator. A fault or a call over its limits refuses as Server Unavailable.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Plugin {
+    /// The `.wasm` file; not in the plugins folder, whose files are steps.
+    pub file: PathBuf,
+    /// The plugin's config.
+    #[serde(default, skip_serializing_if = "serde_json::Value::is_null")]
+    pub config: serde_json::Value,
+    /// Of one call.
+    #[serde(default)]
+    pub limits: plugin::Limits,
+    /// Instances, and calls at a time; others wait.
+    #[serde(default = "default_instances_max")]
+    pub instances_max: u32,
 }
 
 /// One rule. It fits a client when all of `user`, `client` and `anonymous` that
@@ -204,6 +227,10 @@ fn default_cache_entries_max() -> u32 {
     10_000
 }
 
+fn default_instances_max() -> u32 {
+    2
+}
+
 fn default_requests_max() -> u32 {
     32
 }
@@ -246,6 +273,13 @@ impl Authenticator {
                         path.clone(),
                         "must have exactly one of secret_file, public_key_file and jwks_file",
                     );
+                }
+            }
+            Self::Plugin(plugin) => {
+                plugin.limits.validate(&path.key("limits"), problems);
+                if !(1..=64).contains(&plugin.instances_max) {
+                    let message = format!("must be 1 to 64, is {}", plugin.instances_max);
+                    problems.add(path.key("instances_max"), message);
                 }
             }
             Self::Http(http) => {

@@ -90,7 +90,13 @@ impl Http {
                 let rules = answer.rules.as_ref().map_or(Some(Vec::new()), jwt::read_rules);
                 let rules = rules.ok_or(Denied::Unavailable("http"))?;
                 let name = who.username.map(Into::into);
-                let identity = Identity { name, fields: answer.fields, rules, superuser: answer.superuser };
+                let identity = Identity {
+                    name,
+                    fields: answer.fields,
+                    rules,
+                    superuser: answer.superuser,
+                    ..Identity::default()
+                };
                 self.answers.put(fingerprint, identity.clone(), Instant::now());
                 Ok(Some(identity))
             }

@@ -113,7 +113,7 @@ impl Jwt {
         };
         let texts =
             claims.iter().filter_map(|(name, value)| Some((name.clone(), value.as_str()?.to_owned())));
-        Ok(Identity { name: Some(name.into()), fields: texts.collect(), rules, superuser: false })
+        Ok(Identity { name: Some(name.into()), fields: texts.collect(), rules, ..Identity::default() })
     }
 }
 

@@ -11,6 +11,7 @@ mod http;
 mod jwt;
 mod limits;
 mod passwords;
+mod plugin;
 mod recent;
 mod rules;
 mod scram;
@@ -26,6 +27,7 @@ use async_trait::async_trait;
 use self::exchange::Begun;
 use self::limits::{Bucket, Users};
 use self::rules::Who;
+use crate::plugin::access::AccessEngine;
 use crate::problems::{KeyPath, Problems};
 use crate::telemetry::Failures;
 
@@ -62,6 +64,10 @@ pub struct Identity {
     pub rules: Vec<Rule>,
     /// May do everything.
     pub superuser: bool,
+    /// Properties of each of its messages, encoded.
+    pub attributes: Vec<u8>,
+    /// The connection ends then.
+    pub valid_until: Option<Instant>,
 }
 
 /// Why a client is not served.
@@ -98,6 +104,15 @@ pub trait Authenticate: Send + Sync {
     }
 }
 
+/// What access control stands on.
+pub struct Deps<'a> {
+    /// The same after a restart, and told to nobody.
+    pub secret: &'a [u8; 32],
+    /// `None`: an access plugin is refused.
+    pub plugins: Option<&'a AccessEngine>,
+    pub failures: &'a Failures,
+}
+
 /// A client that is served.
 #[derive(Debug)]
 pub struct Admitted {
@@ -116,21 +131,13 @@ pub struct Access {
 }
 
 impl Access {
-    /// Reads the files of the authenticators; errors name them. `secret` is the
-    /// same after a restart, and told to nobody.
-    pub fn open(
-        config: Option<&Config>,
-        limits: &Limits,
-        secret: &[u8; 32],
-        failures: &Failures,
-    ) -> Result<Self, String> {
+    /// Reads the files of the authenticators; errors name them.
+    pub fn open(config: Option<&Config>, limits: &Limits, deps: &Deps<'_>) -> Result<Self, String> {
         let now = Instant::now();
         let authenticators = config.map_or(&[][..], |config| &config.authenticate).iter();
         Ok(Self {
             config: config.cloned(),
-            authenticators: authenticators
-                .map(|one| open(one, secret, failures.clone()))
-                .collect::<Result<_, _>>()?,
+            authenticators: authenticators.map(|one| open(one, deps)).collect::<Result<_, _>>()?,
             users: Users::default(),
             connects: limits.connects_per_s.map(|per_s| Mutex::new(Bucket::new(per_s.into(), now))),
             publishes: Allowance::of_all(limits, now).map(Mutex::new),
@@ -225,23 +232,32 @@ impl Access {
 
 /// Reads the files that the config names; adds what is wrong with them.
 pub fn look(config: &Config, path: &KeyPath, problems: &mut Problems) {
+    let has_plugin = config.authenticate.iter().any(|one| matches!(one, Authenticator::Plugin(_)));
+    let plugins = has_plugin.then(|| AccessEngine::new(&crate::plugin::Config::default(), None));
+    let plugins = plugins.and_then(|engine| {
+        engine.inspect_err(|error| problems.add(path.key("authenticate"), error.to_string())).ok()
+    });
+    let deps = Deps { secret: &[0; 32], plugins: plugins.as_ref(), failures: &Failures::default() };
     for (i, authenticator) in config.authenticate.iter().enumerate() {
-        if let Err(reason) = open(authenticator, &[0; 32], Failures::default()) {
+        if let Err(reason) = open(authenticator, &deps) {
             problems.add(path.key("authenticate").index(i), reason);
         }
     }
 }
 
-fn open(
-    config: &Authenticator,
-    secret: &[u8; 32],
-    failures: Failures,
-) -> Result<Box<dyn Authenticate>, String> {
+fn open(config: &Authenticator, deps: &Deps<'_>) -> Result<Box<dyn Authenticate>, String> {
+    let failures = deps.failures.clone();
     Ok(match config {
-        Authenticator::Passwords(config) => Box::new(passwords::Passwords::open(config, secret, failures)?),
+        Authenticator::Passwords(config) => {
+            Box::new(passwords::Passwords::open(config, deps.secret, failures)?)
+        }
         Authenticator::Jwt(config) => Box::new(jwt::Jwt::open(config, failures)?),
         Authenticator::Certificate(config) => Box::new(config.clone()),
         Authenticator::Http(config) => Box::new(http::Http::new(config, failures)?),
+        Authenticator::Plugin(config) => {
+            let engine = deps.plugins.ok_or("plugins cannot be run here")?;
+            Box::new(plugin::Plugin::open(config, engine, failures)?)
+        }
     })
 }
 

@@ -18,11 +18,13 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use self::banner::{PluginLine, Started, banner};
+use crate::access::Authenticator;
 use crate::admin;
 use crate::config::{Config, Source};
 use crate::devices::Devices;
 use crate::listeners::mqtt;
 use crate::pipeline::{self, Batching, SinkPart};
+use crate::plugin::access::AccessEngine;
 use crate::plugin::{PluginState, PluginStatus, Plugins};
 use crate::stream::log::{Disk, Log, RealDisk, Recovery};
 use crate::stream::{self, Stream, Streams};
@@ -87,12 +89,20 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
         pipelines.push(Arc::new(pipeline::start(name, pipeline, deps).await?));
     }
 
+    let asks_plugins = config.mqtt.access.iter().flat_map(|access| &access.authenticate);
+    let access_plugins = asks_plugins
+        .into_iter()
+        .any(|one| matches!(one, Authenticator::Plugin(_)))
+        .then(|| AccessEngine::new(&config.plugins, Some(&data_dir.join("plugin-cache"))))
+        .transpose()?;
+
     // Devices last: nobody is acknowledged before all of the above works.
     let deps = mqtt::Deps {
         streams: streams.clone(),
         broker: Arc::clone(&broker),
         namespace: Arc::clone(&namespace),
         failures: failures.clone(),
+        access_plugins,
         shutdown: stop_listening.clone(),
     };
     let listener = mqtt::start(&config.mqtt, deps).await?;

@@ -1,7 +1,7 @@
 //! The plugin contract (`wit/plugin.wit`) as Rust types, generated.
 //!
-//! Three parts, so that each exists once: `base` is what every plugin imports
-//! and exports, `batch` and `message` are the two kinds of plugin.
+//! Parts, so that each exists once: `base` is what every plugin imports and
+//! exports, `batch`, `message` and `access` are the kinds of plugin.
 
 /// `lifecycle`, and the host's side of the imports.
 #[allow(unused_variables)]
@@ -31,5 +31,15 @@ pub mod message {
         path: "../wit",
         inline: "package headworks:host; world only-message { export headworks:plugin/message@1.0.0; }",
         world: "headworks:host/only-message",
+    });
+}
+
+/// `access`: who may connect.
+#[allow(unused_variables)]
+pub mod access {
+    wasmtime::component::bindgen!({
+        path: "../wit",
+        inline: "package headworks:host; world only-access { export headworks:plugin/access@1.0.0; }",
+        world: "headworks:host/only-access",
     });
 }

@@ -13,7 +13,7 @@ use super::bindings::base::exports::headworks::plugin::lifecycle::Context;
 use super::bindings::batch::headworks::plugin::arena::{Answer as Raw, Messages};
 use super::bindings::message::exports::headworks::plugin::message::{Incoming, Outgoing, Verdict};
 use super::bindings::message::headworks::plugin::types::Property;
-use super::bindings::{batch, message};
+use super::bindings::{access, batch, message};
 use super::host::{HostState, Phase, printable};
 use super::program::{self, ProcessIndices, Program};
 use crate::batch::{Batch, MessageRef, SPAN_BYTES_MAX, flags};
@@ -31,6 +31,9 @@ const GROWTH_BYTES_MIN: usize = 16 << 20;
 /// An answer's verdicts and records, beside its data, that are let in to be checked.
 const ANSWER_BYTES_BASE: usize = 4 << 20;
 
+const NO_STEP: &str =
+    "is an access plugin, no step: name its file in mqtt.access.authenticate (type: plugin)";
+
 /// A plugin's instance, initialised.
 pub(super) struct Instance {
     program: Arc<Program>,
@@ -43,6 +46,7 @@ pub(super) struct Instance {
 enum Process {
     Batch(batch::OnlyBatch),
     Message(message::OnlyMessage),
+    Access(access::OnlyAccess),
 }
 
 /// Why an instance did not start.
@@ -81,6 +85,7 @@ impl Instance {
             let process = match &program.exports.process {
                 ProcessIndices::Batch(indices) => Process::Batch(indices.load(&mut store, &instance)?),
                 ProcessIndices::Message(indices) => Process::Message(indices.load(&mut store, &instance)?),
+                ProcessIndices::Access(indices) => Process::Access(indices.load(&mut store, &instance)?),
             };
             let base = program.exports.lifecycle.load(&mut store, &instance)?;
             let ready = base.headworks_plugin_lifecycle().call_init(&mut store, context)?;
@@ -129,12 +134,34 @@ impl Instance {
                 exports.headworks_plugin_batch().call_process(&mut self.store, Messages { index, segments })
             }
             Process::Message(exports) => one_by_one(exports, &mut self.store, batch, limits),
+            Process::Access(_) => return Err(NO_STEP.to_owned()),
         };
         drop(running);
         match answer {
             Ok(answer) => Ok(answer),
             Err(error) => Err(explain(&error, self.store.data(), limits.cpu, self.memory_max)),
         }
+    }
+
+    pub fn is_access(&self) -> bool {
+        matches!(self.process, Process::Access(_))
+    }
+
+    /// One call of an access plugin, at `now_us`. After an error the instance
+    /// must be dropped.
+    pub fn decide<T>(
+        &mut self,
+        now_us: u64,
+        limits: CallLimits,
+        call: impl FnOnce(&access::OnlyAccess, &mut Store<HostState>) -> wasmtime::Result<T>,
+    ) -> Result<T, String> {
+        let Process::Access(exports) = &self.process else { return Err("is no access plugin".to_owned()) };
+        self.store.set_hostcall_fuel(limits.bytes as usize);
+        self.store.data_mut().now_us = now_us;
+        let running = self.program.runtime.start(&mut self.store, limits.cpu);
+        let answer = call(exports, &mut self.store);
+        drop(running);
+        answer.map_err(|error| explain(&error, self.store.data(), limits.cpu, self.memory_max))
     }
 
     /// The last call's answer was good: its metrics count.

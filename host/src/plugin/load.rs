@@ -45,6 +45,8 @@ pub enum Kind {
     Batch,
     /// `process(message)`: one at a time.
     Message,
+    /// No messages: it decides who may connect.
+    Access,
 }
 
 /// Why a file is no plugin for this host. Each says what to do.
@@ -70,9 +72,9 @@ pub enum LoadError {
     Encode(String),
     #[error("no Headworks plugin: does not export {PACKAGE}lifecycle@1.x")]
     NoLifecycle,
-    #[error("exports neither batch nor message ({PACKAGE}batch@1.x, {PACKAGE}message@1.x): nothing to run")]
+    #[error("exports none of batch, message and access ({PACKAGE}batch@1.x ...): nothing to run")]
     NoKind,
-    #[error("exports both batch and message: refused, not guessed; export one")]
+    #[error("exports more than one of batch, message and access: refused, not guessed; export one")]
     BothKinds,
     #[error("exports {0}: not served by this version of Headworks")]
     ExportLater(String),
@@ -238,14 +240,15 @@ fn kind(exports: &[String]) -> Result<Kind, LoadError> {
     if !has("lifecycle") {
         return Err(LoadError::NoLifecycle);
     }
-    if let Some(later) = ["access", "timer-handler", "migration"].into_iter().find(|name| has(name)) {
+    if let Some(later) = ["timer-handler", "migration"].into_iter().find(|name| has(name)) {
         return Err(LoadError::ExportLater(format!("{PACKAGE}{later}")));
     }
-    match (has("batch"), has("message")) {
-        (true, false) => Ok(Kind::Batch),
-        (false, true) => Ok(Kind::Message),
-        (true, true) => Err(LoadError::BothKinds),
-        (false, false) => Err(LoadError::NoKind),
+    match (has("batch"), has("message"), has("access")) {
+        (true, false, false) => Ok(Kind::Batch),
+        (false, true, false) => Ok(Kind::Message),
+        (false, false, true) => Ok(Kind::Access),
+        (false, false, false) => Err(LoadError::NoKind),
+        _ => Err(LoadError::BothKinds),
     }
 }
 
@@ -299,7 +302,9 @@ mod tests {
         assert_eq!(export(&["lifecycle", "batch", "message"]), Err(LoadError::BothKinds));
         assert_eq!(export(&["lifecycle"]), Err(LoadError::NoKind));
         assert_eq!(export(&["lifecycle", "batch"]), Ok(Kind::Batch));
-        assert!(matches!(export(&["lifecycle", "access"]), Err(LoadError::ExportLater(_))));
+        assert_eq!(export(&["lifecycle", "access"]), Ok(Kind::Access));
+        assert_eq!(export(&["lifecycle", "batch", "access"]), Err(LoadError::BothKinds));
+        assert!(matches!(export(&["lifecycle", "batch", "migration"]), Err(LoadError::ExportLater(_))));
     }
 
     #[test]

@@ -9,6 +9,7 @@
 
 use std::path::PathBuf;
 
+pub mod access;
 mod answer;
 mod arena;
 mod bindings;
@@ -112,6 +113,12 @@ pub const METRICS: &[Metric] = &[
         kind: MetricKind::Counter,
         help: "Plugins compiled; the others came from the cache.",
         labels: &[],
+    },
+    Metric {
+        name: "headworks_access_plugin_calls_total",
+        kind: MetricKind::Counter,
+        help: "Calls of access plugins, by outcome: accepted, refused, passed (left to the next authenticator), asked (another round), fault (trapped, over a limit, or a bad answer: the client is refused).",
+        labels: &["outcome"],
     },
     Metric {
         name: "headworks_plugin_log_lines_dropped_total",

@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 use wasmtime::component::{HasSelf, InstancePre, Linker};
 use wasmtime::{Engine, Store};
 
-use super::bindings::{base, batch, message};
+use super::bindings::{access, base, batch, message};
 use super::cache::{self, Cache};
 use super::compile::Compiler;
 use super::engine::Runtime;
@@ -87,6 +87,7 @@ pub(super) struct Exports {
 pub(super) enum ProcessIndices {
     Batch(batch::OnlyBatchIndices),
     Message(message::OnlyMessageIndices),
+    Access(access::OnlyAccessIndices),
 }
 
 impl Library {
@@ -234,6 +235,7 @@ fn exports(pre: &InstancePre<HostState>, kind: Kind) -> Result<Exports, Error> {
     let process = match kind {
         Kind::Batch => batch::OnlyBatchIndices::new(pre).map(ProcessIndices::Batch),
         Kind::Message => message::OnlyMessageIndices::new(pre).map(ProcessIndices::Message),
+        Kind::Access => access::OnlyAccessIndices::new(pre).map(ProcessIndices::Access),
     };
     Ok(Exports { lifecycle, process: process.map_err(Error::wasm)? })
 }

@@ -141,11 +141,6 @@ pub struct Running {
 }
 
 impl Again<'_> {
-    /// When what runs must be over.
-    pub fn deadline(&self) -> Option<Instant> {
-        self.running.as_ref().map(|running| running.until)
-    }
-
     /// Takes an AUTH, puts the answer into `out`, changes the client's rights
     /// where it is over. A failure ends the connection.
     pub async fn take(
@@ -203,9 +198,21 @@ impl Again<'_> {
     }
 }
 
+/// When what runs must be over, or the client is known no longer.
+pub fn deadline(again: Option<&Again<'_>>, rights: &Admitted) -> Option<Instant> {
+    let until = again.and_then(|again| again.running.as_ref()).map(|running| running.until);
+    let known_until = rights.identity.valid_until.map(Instant::from_std);
+    [until, known_until].into_iter().flatten().min()
+}
+
 /// Counted and said to a person; the client is not told whether it was the
 /// proof, the user or the time.
 pub fn failed(broker: &Broker, client_id: &str) -> Fault {
-    broker.failures.report("mqtt: authenticating again failed", 1, &format!("client {client_id}"), "");
-    Fault { code: DisconnectReasonCode::NotAuthorized, what: "authenticating again failed" }
+    broker.failures.report(
+        "mqtt: authentication of a connected client failed or ran out",
+        1,
+        &format!("client {client_id}"),
+        "",
+    );
+    Fault { code: DisconnectReasonCode::NotAuthorized, what: "authentication failed or ran out" }
 }

@@ -296,8 +296,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
                 None => pending().await,
             }
         };
-        let auth_until =
-            self.auth.as_deref().and_then(Again::deadline).map(|until| Box::pin(sleep_until(until)));
+        let auth_until = auth::deadline(self.auth.as_deref(), self.inbound.rights())
+            .map(|until| Box::pin(sleep_until(until)));
         let auth_over = async {
             match auth_until {
                 Some(until) => until.await,

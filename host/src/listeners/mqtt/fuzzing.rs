@@ -18,7 +18,7 @@ use super::subscriptions::{FILTER_LEVELS_MAX, Filter, Found, Options, Path, Tree
 use super::transport::fuzzing::somebody;
 use super::wire::{self, OutPublish, Version};
 use super::{Broker, Deps, append_unawaited, connection as serving, fanout};
-use crate::access::Access;
+use crate::access::{self, Access};
 use crate::batch::Offset;
 use crate::stream::memory::MemoryStream;
 use crate::stream::{Read, Stream, Streams};
@@ -190,16 +190,22 @@ fn kinds(streams: [&dyn Stream; 2]) -> BTreeMap<Vec<u8>, usize> {
     kinds
 }
 
-fn broker(stream: Arc<dyn Stream>, store: Arc<dyn Stream>) -> Arc<Broker> {
+/// What connections share, without a listener.
+pub fn broker(stream: Arc<dyn Stream>, store: Arc<dyn Stream>) -> Arc<Broker> {
     let deps = Deps {
         streams: Streams::new(vec![], stream),
         broker: store,
         namespace: Arc::default(),
+        access_plugins: None,
         failures: Failures::default(),
         shutdown: CancellationToken::new(),
     };
-    let access =
-        Access::open(None, &Default::default(), &[0; 32], &deps.failures).expect("there are no rules");
+    let access = Access::open(
+        None,
+        &Default::default(),
+        &access::Deps { secret: &[0; 32], plugins: None, failures: &deps.failures },
+    )
+    .expect("there are no rules");
     Broker::new(&Config::default(), access, deps)
 }
 

@@ -54,7 +54,8 @@ use self::sys::Sys;
 use self::transport::{Address, Entry};
 use self::will::Restored;
 use self::wire::Version;
-use crate::access::Access;
+use crate::access::{self, Access};
+use crate::plugin::access::AccessEngine;
 use crate::stream::{AppendError, Identity, StateChange, Stream, Streams};
 use crate::telemetry::Failures;
 use crate::topic::Namespace;
@@ -78,6 +79,8 @@ pub struct Deps {
     pub broker: Arc<dyn Stream>,
     pub namespace: Arc<Namespace>,
     pub failures: Failures,
+    /// For access plugins; `None`: there are none.
+    pub access_plugins: Option<AccessEngine>,
     pub shutdown: CancellationToken,
 }
 
@@ -137,8 +140,10 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
         Some(_) => access_secret(&*deps.broker).await?,
         None => Default::default(),
     };
-    let access = Access::open(config.access.as_ref(), &config.limits, &secret, &deps.failures)
-        .map_err(Error::Access)?;
+    let access_deps =
+        access::Deps { secret: &secret, plugins: deps.access_plugins.as_ref(), failures: &deps.failures };
+    let access = Access::open(config.access.as_ref(), &config.limits, &access_deps);
+    let access = access.map_err(Error::Access)?;
     let broker = Broker::new(config, access, deps);
     let tasks = TaskTracker::new();
     for number in 0..broker.streams.len() {

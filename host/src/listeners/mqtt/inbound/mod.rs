@@ -382,6 +382,7 @@ impl Inbound {
         if let Some(username) = &self.rights.identity.name {
             properties::push(&mut work.properties, Origin::Listener, "username", username.as_bytes());
         }
+        work.properties.extend_from_slice(&self.rights.identity.attributes);
         let properties = begin..work.properties.len();
         if properties.len() > PROPERTIES_BYTES_MAX {
             return Err(Fault {

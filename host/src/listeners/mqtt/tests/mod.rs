@@ -25,6 +25,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_util::codec::{Decoder, Encoder};
 
+use super::fuzzing::broker;
 use super::*;
 use crate::batch::{Batch, Offset};
 use crate::properties::{self, Origin};
@@ -52,6 +53,7 @@ impl Host {
             broker,
             namespace: Arc::default(),
             failures: Failures::default(),
+            access_plugins: None,
             shutdown: shutdown.clone(),
         };
         let handle = start(&config, deps).await.unwrap();
@@ -79,19 +81,6 @@ impl Host {
     async fn clean(&self, client_id: &'static str) -> Client {
         self.client(clean(client_id)).await.0
     }
-}
-
-/// What connections share, without a listener.
-fn broker(stream: Arc<dyn Stream>, store: Arc<dyn Stream>) -> Arc<Broker> {
-    let deps = Deps {
-        streams: Streams::new(vec![], stream),
-        broker: store,
-        namespace: Arc::default(),
-        failures: Failures::default(),
-        shutdown: CancellationToken::new(),
-    };
-    let access = Access::open(None, &Default::default(), &[0; 32], &deps.failures).unwrap();
-    Broker::new(&Config::default(), access, deps)
 }
 
 struct Client {

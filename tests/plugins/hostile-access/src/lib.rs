@@ -1,0 +1,69 @@
+//! Does to its host what a bad access plugin can, when a client id asks for it;
+//! the others it knows by their id.
+
+use headworks_guest::access::{
+    Access, Connecting, Decision, Identity, NOT_AUTHORIZED, PUBLISH, Property, named, refuse, rule,
+};
+use headworks_guest::config::{Config, Problem};
+use headworks_guest::plugin::Context;
+
+struct Hostile;
+
+impl Access for Hostile {
+    fn new(config: &Config, _: &Context) -> Result<Self, Vec<Problem>> {
+        config.fields().finish().map(|()| Self)
+    }
+
+    fn authenticate(&mut self, who: &Connecting) -> Decision {
+        let good = || Identity { rules: vec![rule(PUBLISH, "#", true)], ..named(&who.client_id) };
+        let attribute = |name: &str| Property { origin: 1, name: name.into(), value: b"x".to_vec() };
+        match who.client_id.as_str() {
+            "loop" => loop {
+                std::hint::black_box(());
+            },
+            "trap" => panic!("a client asked for it"),
+            "eat" => {
+                let mut eaten: Vec<Vec<u8>> = Vec::new();
+                loop {
+                    eaten.push(std::hint::black_box(vec![1; 1 << 20]));
+                }
+            }
+            "bad-filter" => {
+                Decision::Accept(Identity { rules: vec![rule(PUBLISH, "a/#/b", true)], ..good() })
+            }
+            "bad-effect" => {
+                let mut odd = rule(PUBLISH, "#", true);
+                odd.effect = 7;
+                Decision::Accept(Identity { rules: vec![odd], ..good() })
+            }
+            "ask" => {
+                let mut ask = rule(PUBLISH, "#", true);
+                ask.effect = 2;
+                Decision::Accept(Identity { rules: vec![ask], ..good() })
+            }
+            "no-name" => Decision::Accept(named("")),
+            "flood" => {
+                Decision::Accept(Identity { rules: vec![rule(PUBLISH, "#", true); 100_000], ..good() })
+            }
+            "liar" => Decision::Accept(Identity { attributes: vec![attribute("username")], ..good() }),
+            "attributes" => Decision::Accept(Identity { attributes: vec![attribute("badge")], ..good() }),
+            "short" => Decision::Accept(Identity { valid_for_s: 1, ..good() }),
+            "refused" => refuse(NOT_AUTHORIZED, "a client asked for it"),
+            "unasked" => Decision::More(Vec::new()),
+            _ if who.properties.iter().any(|property| property.name == "auth-method") => {
+                Decision::More(who.exchange.to_string().into_bytes())
+            }
+            _ => Decision::Accept(good()),
+        }
+    }
+
+    fn go_on(&mut self, exchange: u64, data: &[u8]) -> Decision {
+        match data {
+            b"more" => Decision::More(exchange.to_string().into_bytes()),
+            b"trap" => panic!("a client asked for it"),
+            _ => Decision::Accept(Identity { rules: vec![rule(PUBLISH, "#", true)], ..named("known") }),
+        }
+    }
+}
+
+headworks_guest::access_plugin!(Hostile);
