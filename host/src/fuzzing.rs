@@ -123,7 +123,8 @@ mod tests {
             .map(|file| file.unwrap().path().file_stem().unwrap().to_str().unwrap().to_owned())
             .collect();
         let mut names = TARGETS.map(|target| target.name);
-        (programs.sort(), names.sort());
+        programs.sort();
+        names.sort();
         assert_eq!(programs, names);
         let manifest: PathBuf = [env!("CARGO_MANIFEST_DIR"), "fuzz/Cargo.toml"].iter().collect();
         let manifest = std::fs::read_to_string(manifest).unwrap();

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -24,6 +25,7 @@ use crate::stream::memory::MemoryStream;
 use crate::stream::{Read, Stream, Streams};
 use crate::telemetry::Failures;
 use crate::topic::TopicFilter;
+use crate::units::Period;
 
 pub use super::transport::fuzzing::{proxy_header, websocket};
 
@@ -118,7 +120,12 @@ impl Conversation {
 
     async fn take_place(pieces: Vec<Bytes>, delivers: bool, full: bool) -> Self {
         let (stream, store) = (MemoryStream::with_hooks("s", 2), MemoryStream::with_hooks("broker", 1));
-        let broker = broker(stream.clone(), store.clone());
+        let mut config = Config::default();
+        if full {
+            // CONNECT may wait for room, and nothing is read that would make it.
+            config.connect_timeout = Period(Duration::from_millis(1));
+        }
+        let broker = broker(&config, stream.clone(), store.clone());
         let (told, gone) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Notify::new()));
         let room = full.then(|| (pieces.len() / 2, stream.clone()));
         if full {
@@ -191,7 +198,7 @@ fn kinds(streams: [&dyn Stream; 2]) -> BTreeMap<Vec<u8>, usize> {
 }
 
 /// What connections share, without a listener.
-pub fn broker(stream: Arc<dyn Stream>, store: Arc<dyn Stream>) -> Arc<Broker> {
+pub(super) fn broker(config: &Config, stream: Arc<dyn Stream>, store: Arc<dyn Stream>) -> Arc<Broker> {
     let deps = Deps {
         streams: Streams::new(vec![], stream),
         broker: store,
@@ -206,7 +213,7 @@ pub fn broker(stream: Arc<dyn Stream>, store: Arc<dyn Stream>) -> Arc<Broker> {
         &access::Deps { secret: &[0; 32], plugins: None, failures: &deps.failures },
     )
     .expect("there are no rules");
-    Broker::new(&Config::default(), access, deps)
+    Broker::new(config, access, deps)
 }
 
 /// A client that sends pieces, each after a wait, then leaves; it reads everything.
@@ -338,10 +345,11 @@ pub fn broker_state(data: &[u8]) {
         rest = after;
     }
     let all = || [store.state(b""), stream.state(b"")];
-    let loaded = broker(stream.clone(), store.clone());
+    let config = Config::default();
+    let loaded = broker(&config, stream.clone(), store.clone());
     let (left, sessions) = (all(), loaded.sessions.len());
     // What could not be read was taken away at once.
-    let again = broker(stream.clone(), store.clone());
+    let again = broker(&config, stream.clone(), store.clone());
     assert_eq!((all(), again.sessions.len()), (left, sessions));
     for session in again.sessions.all() {
         again.wills.client_is_back(&again, &session.client_id);

@@ -116,7 +116,7 @@ async fn a_clean_start_given_up_before_it_is_durable_still_ends_the_old_session(
     use futures_util::FutureExt;
     for swept in [true, false] {
         let store = MemoryStream::with_hooks("broker", 1);
-        let broker = broker(MemoryStream::new("s", 1), store.clone());
+        let broker = broker(&Config::default(), MemoryStream::new("s", 1), store.clone());
         let sessions = &broker.sessions;
         let (session, turn) = sessions.claim("c", 1).await.unwrap();
         assert_eq!(sessions.open(&broker, &session, false, 600).await, Ok(false));
@@ -310,7 +310,7 @@ async fn the_sweep_ends_sessions_whose_time_is_over_with_all_that_they_left_and_
         append_unawaited(&*store, &[(key, Some(value))]);
     }
 
-    let broker = broker(stream.clone(), store.clone());
+    let broker = broker(&Config::default(), stream.clone(), store.clone());
     let sessions = &broker.sessions;
     let (_connected, _turn) = sessions.claim("connected", 9).await.unwrap();
     assert_eq!(sessions.open(&broker, &_connected, true, 0).await, Ok(false));

@@ -46,7 +46,7 @@ struct Lost {
 impl Lost {
     async fn new(delay_s: u32, expiry_s: u32) -> Self {
         let stream = MemoryStream::new("s", 1);
-        let broker = broker(stream.clone(), MemoryStream::new("broker", 1));
+        let broker = broker(&Config::default(), stream.clone(), MemoryStream::new("broker", 1));
         let (session, turn) = broker.sessions.claim("c", 9).await.unwrap();
         assert_eq!(broker.sessions.open(&broker, &session, false, expiry_s).await, Ok(false));
         let mut will = Will {
