@@ -309,6 +309,10 @@ impl Sessions {
         session.wake.notify_one();
         let turn = session.turn.clone().lock_owned().await;
         drop(claimed);
+        // One wake may have stood for several that wait.
+        if session.is_wanted() {
+            session.wake.notify_one();
+        }
         Some((session, Turn(turn)))
     }
 

@@ -93,6 +93,23 @@ async fn a_second_connection_takes_the_session_over() {
 }
 
 #[tokio::test]
+async fn each_of_several_connections_that_wait_for_a_session_gets_its_turn() {
+    use futures_util::FutureExt;
+    let broker = broker(MemoryStream::new("s", 1), MemoryStream::new("broker", 1));
+    let claim = || Box::pin(broker.sessions.claim("c", 9));
+    let (session, mut turn) = claim().await.unwrap();
+    let mut waiting = [claim(), claim(), claim()];
+    assert!(waiting.iter_mut().all(|claim| claim.now_or_never().is_none()));
+    for claim in waiting {
+        session.wake.notified().now_or_never().expect("who has it is told that it is wanted");
+        drop(turn);
+        turn = claim.now_or_never().flatten().expect("the next in turn").1;
+    }
+    drop(turn);
+    assert!(!session.is_wanted());
+}
+
+#[tokio::test]
 async fn a_packet_id_past_receive_maximum_is_not_remembered() {
     let stream = MemoryStream::new("s", 1);
     let streams = Streams::new(vec![], stream.clone());
