@@ -8,6 +8,7 @@
 mod broker;
 mod crowd;
 mod e2e;
+mod honest;
 mod idle;
 mod ingest;
 mod load;
@@ -20,7 +21,7 @@ use results::Results;
 
 type Section = (&'static str, fn(&mut Results));
 
-const SECTIONS: [Section; 7] = [
+const SECTIONS: [Section; 8] = [
     ("ingest", ingest::run),
     ("broker", broker::run),
     ("idle", idle::run),
@@ -28,6 +29,7 @@ const SECTIONS: [Section; 7] = [
     ("postgres", postgres::run),
     ("e2e", e2e::run),
     ("log", log::run),
+    ("honest", honest::run),
 ];
 
 /// Rounds of each section at least; `BENCH_ROUNDS` raises it.

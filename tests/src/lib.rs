@@ -8,6 +8,7 @@ pub mod certificates;
 pub mod folder;
 pub mod host;
 pub mod http;
+pub mod misbehaving;
 pub mod mosquitto;
 pub mod mqtt;
 pub mod node;
