@@ -1,9 +1,14 @@
 //! A child process that never outlives its test.
 
-use std::process::{Child, Command, ExitStatus};
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
+
+/// Only a hung test meets it.
+const HUNG_AFTER: Duration = Duration::from_secs(30);
 
 #[derive(Debug)]
 pub struct Process {
@@ -83,6 +88,56 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         self.kill();
+    }
+}
+
+/// What a client prints, line by line.
+#[derive(Debug)]
+pub struct Lines {
+    lines: Receiver<String>,
+    process: Process,
+}
+
+impl Lines {
+    pub fn of(command: &mut Command) -> Self {
+        // Line by line, also into a pipe.
+        let mut buffered = Command::new("stdbuf");
+        buffered.arg("-oL").arg(command.get_program()).args(command.get_args());
+        for (name, value) in command.get_envs() {
+            buffered.env(name, value.unwrap_or_default());
+        }
+        let mut child = buffered.stdout(Stdio::piped()).spawn().expect("the client is installed");
+        let out = child.stdout.take().expect("piped");
+        let (to, lines) = channel();
+        std::thread::spawn(move || {
+            BufReader::new(out).lines().map_while(Result::ok).try_for_each(|line| to.send(line))
+        });
+        Self { lines, process: Process::adopt("client", child) }
+    }
+
+    pub fn line(&mut self) -> String {
+        self.lines.recv_timeout(HUNG_AFTER).expect("the client prints another line")
+    }
+
+    /// The next line with this text.
+    pub fn find(&mut self, text: &str) -> String {
+        loop {
+            let line = self.line();
+            if line.contains(text) {
+                return line;
+            }
+        }
+    }
+
+    /// Waits until the client ends by itself.
+    pub fn end(mut self) -> ExitStatus {
+        self.process.wait(HUNG_AFTER)
+    }
+
+    /// As `kill -9`.
+    pub fn kill(mut self) -> ExitStatus {
+        self.process.kill();
+        self.process.wait(HUNG_AFTER)
     }
 }
 

@@ -1,17 +1,16 @@
 //! Every way for a client to reach the broker, by clients that people use.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
-use std::process::{Command, Stdio};
-use std::sync::mpsc::{Receiver, channel};
+use std::process::Command;
 use std::time::Duration;
 
 use headworks_tests::certificates::{Authority, Files};
 use headworks_tests::folder::{Folder, root};
 use headworks_tests::host::Host;
 use headworks_tests::mqtt::{self, Version};
-use headworks_tests::process::{Process, eventually, run};
+use headworks_tests::process::{Lines, eventually, run};
 use headworks_tests::{mosquitto, node, python};
 
 const HUNG_AFTER: Duration = Duration::from_secs(30);
@@ -77,9 +76,9 @@ impl Setup {
     fn subscribe_node(&self, url: &str) {
         let script = root().join("tests/clients/reference_subscriber.js");
         let mut heard = Lines::of(node::command().arg(script).args([url, self.ca()]));
-        assert_eq!(heard.next(), "subscribed 1");
+        assert_eq!(heard.line(), "subscribed 1");
         self.publish(READING, "21.5");
-        assert_eq!(heard.next(), "iot-telemetry-raw sensor-001 21.5");
+        assert_eq!(heard.line(), "iot-telemetry-raw sensor-001 21.5");
     }
 }
 
@@ -340,38 +339,6 @@ fn stalled_handshakes_past_the_bound_are_shed_and_harm_no_other_listener() {
         (lost >= 2.0).then_some(())
     });
     run(mosquitto::publish(host.listener(1)).args(["-q", "1", "-t", "storm/topic", "-m", "x"]));
-}
-
-/// What a client prints, line by line.
-struct Lines {
-    lines: Receiver<String>,
-    _process: Process,
-}
-
-impl Lines {
-    fn of(command: &mut Command) -> Self {
-        // Line by line, also into a pipe.
-        let mut buffered = Command::new("stdbuf");
-        buffered.arg("-oL").arg(command.get_program()).args(command.get_args());
-        for (name, value) in command.get_envs() {
-            buffered.env(name, value.unwrap_or_default());
-        }
-        let mut child = buffered.stdout(Stdio::piped()).spawn().expect("the client is installed");
-        let out = child.stdout.take().expect("piped");
-        let (to, lines) = channel();
-        std::thread::spawn(move || {
-            BufReader::new(out).lines().map_while(Result::ok).try_for_each(|line| to.send(line))
-        });
-        Self { lines, _process: Process::adopt("client", child) }
-    }
-
-    fn next(&mut self) -> String {
-        self.lines.recv_timeout(HUNG_AFTER).expect("the client hears the message")
-    }
-
-    fn find(&mut self, text: &str) {
-        while !self.next().contains(text) {}
-    }
 }
 
 fn text(path: &std::path::Path) -> &str {

@@ -95,7 +95,7 @@ async fn a_second_connection_takes_the_session_over() {
 #[tokio::test]
 async fn each_of_several_connections_that_wait_for_a_session_gets_its_turn() {
     use futures_util::FutureExt;
-    let broker = broker(MemoryStream::new("s", 1), MemoryStream::new("broker", 1));
+    let broker = broker(&Config::default(), MemoryStream::new("s", 1), MemoryStream::new("broker", 1));
     let claim = || Box::pin(broker.sessions.claim("c", 9));
     let (session, mut turn) = claim().await.unwrap();
     let mut waiting = [claim(), claim(), claim()];
