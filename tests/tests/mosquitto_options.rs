@@ -228,7 +228,7 @@ const CASES: &[Case] = &[
         option: "-D connect",
         before: &[],
         subscriber: "-V 5 -q 1 -t T -D connect receive-maximum 1 -D connect maximum-packet-size 1000 \
-         -D connect request-problem-information 1 -D connect request-response-information 0 -D connect topic-alias-maximum 3 \
+         -D connect request-problem-information 1 -D connect request-response-information 0 \
          -D connect user-property k v -D connect session-expiry-interval 9",
         after: &[("-V 5 -q 1 -l -t T -D connect user-property k v", "one\ntwo\n")],
         heard: &["||||||one", "||||||two"],

@@ -8,7 +8,8 @@ const PROPERTY_BYTES: usize = 3;
 
 pub struct Aliases {
     max: u16,
-    known: HashMap<Box<str>, u16>,
+    /// Boxed: most connections use none.
+    known: Option<Box<HashMap<Box<str>, u16>>>,
 }
 
 /// How a PUBLISH names its topic.
@@ -34,18 +35,18 @@ impl<'t> Name<'t> {
 impl Aliases {
     /// At most `max`, which the client takes; 0: none.
     pub fn new(max: u16) -> Self {
-        Self { max, known: HashMap::new() }
+        Self { max, known: None }
     }
 
     pub fn name<'t>(&self, topic: &'t str) -> Name<'t> {
         if self.max == 0 || topic.len() <= PROPERTY_BYTES {
             return Name::plain(topic);
         }
-        match self.known.get(topic) {
+        let known = self.known.as_deref();
+        let count = known.map_or(0, HashMap::len);
+        match known.and_then(|known| known.get(topic)) {
             Some(alias) => Name { topic: "", alias: *alias },
-            None if self.known.len() < usize::from(self.max) => {
-                Name { topic, alias: self.known.len() as u16 + 1 }
-            }
+            None if count < usize::from(self.max) => Name { topic, alias: count as u16 + 1 },
             None => Name::plain(topic),
         }
     }
@@ -53,7 +54,7 @@ impl Aliases {
     /// A PUBLISH with this name is on its way.
     pub fn sent(&mut self, name: Name<'_>) {
         if name.is_new() {
-            self.known.insert(name.topic.into(), name.alias);
+            self.known.get_or_insert_default().insert(name.topic.into(), name.alias);
         }
     }
 }

@@ -3,7 +3,11 @@
 use proptest::prelude::*;
 use uuid::Uuid;
 
+use bytes::BytesMut;
+
 use super::*;
+use crate::listeners::mqtt::aliases::Aliases;
+use crate::listeners::mqtt::wire::{self, Version};
 use crate::properties::{self, Origin};
 use crate::stream::memory::MemoryStream;
 use crate::stream::{Identity, StateChange, StateEntries};

@@ -1,0 +1,144 @@
+//! One message for one subscriber, and the bounds of the queue that it waits in.
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use super::Message;
+use crate::listeners::mqtt::subscriptions::Options;
+
+/// Where a message of a stream lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Place {
+    pub stream: u16,
+    pub offset: u64,
+}
+
+#[derive(Clone)]
+pub enum Source {
+    Stream {
+        stream: u16,
+        offset: u64,
+    },
+    /// Held by the retained messages too.
+    Retained(Arc<Message>),
+    /// `$SYS`
+    Broker(Arc<Message>),
+}
+
+impl Source {
+    pub fn stream(&self) -> Option<u16> {
+        match self {
+            Self::Stream { stream, .. } => Some(*stream),
+            _ => None,
+        }
+    }
+}
+
+/// One message for one subscriber.
+#[derive(Clone)]
+pub struct Queued {
+    pub source: Source,
+    /// Of a stream's message; `None`: to be read there.
+    pub body: Option<Arc<Message>>,
+    pub received_us: u64,
+    /// See [`Message::len`].
+    pub len: u32,
+    pub qos: u8,
+    pub retain: bool,
+    /// Not in the order of its stream: retained, or given back by another.
+    pub apart: bool,
+    /// Perhaps sent before a restart.
+    pub may_be_again: bool,
+    /// Subscription identifiers, mostly none.
+    pub ids: Box<[u32]>,
+    /// The shared subscription that it came by.
+    pub share: Option<Arc<str>>,
+}
+
+impl Queued {
+    /// Of one subscription, as a retained message; its bytes are held by others too.
+    pub fn whole(source: Source, qos: u8, options: Options) -> Self {
+        let (received_us, len) = match &source {
+            Source::Retained(message) | Source::Broker(message) => (message.received_us(), message.len()),
+            Source::Stream { .. } => (0, 0),
+        };
+        Self {
+            apart: true,
+            source,
+            body: None,
+            received_us,
+            len: len as u32,
+            qos,
+            retain: true,
+            may_be_again: false,
+            ids: Some(options.id).filter(|id| *id != 0).into_iter().collect(),
+            share: None,
+        }
+    }
+
+    pub fn message(&self) -> Option<&Arc<Message>> {
+        match &self.source {
+            Source::Stream { .. } => self.body.as_ref(),
+            Source::Retained(message) | Source::Broker(message) => Some(message),
+        }
+    }
+
+    /// To be read before it can be sent.
+    pub fn place(&self) -> Option<Place> {
+        match self.source {
+            Source::Stream { stream, offset } if self.body.is_none() => Some(Place { stream, offset }),
+            _ => None,
+        }
+    }
+
+    pub fn held(&self) -> usize {
+        if self.body.is_some() { self.len as usize } else { 0 }
+    }
+}
+
+pub struct InFlight {
+    pub packet_id: u16,
+    /// `None` once PUBREC came: PUBREL is on its way.
+    pub waiting: Option<Queued>,
+    /// The change that must be durable before its packet goes out.
+    pub after: u64,
+    /// Sent before.
+    pub dup: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct QueueLimits {
+    pub messages_max: usize,
+    pub bytes_max: usize,
+    pub when_full: WhenFull,
+}
+
+/// What a full queue of a session does with one message more.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, schemars::JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum WhenFull {
+    /// The queue's oldest messages go.
+    #[default]
+    DropOldest,
+    /// The new message is not queued.
+    Refuse,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+pub enum Offer {
+    Queued,
+    /// Queued into an empty queue: wake the connection.
+    QueuedFirst,
+    /// Queued, and so many older ones dropped.
+    QueuedInsteadOf(u32),
+    /// It has had this message, or came after it.
+    Before,
+    /// QoS 0 with nobody connected: not kept (MQTT 5.0, 3.1.2.4).
+    Away,
+    /// No room.
+    Dropped,
+    /// QoS 1 or 2 with no room, and a session that ends with its connection:
+    /// the subscriber is too slow.
+    Overflow,
+}

@@ -1,0 +1,352 @@
+//! What goes to a connected subscriber, and what its acknowledgements do.
+
+use std::collections::VecDeque;
+
+use bytes::{BufMut, BytesMut};
+
+use super::{InFlight, Loaded, Message, Outbox, Place, Queued};
+use crate::listeners::mqtt::aliases::{Aliases, Name};
+use crate::listeners::mqtt::now_us;
+use crate::listeners::mqtt::wire::{self, OutPublish, Version};
+use crate::stream::Ticket;
+
+/// Read from the streams at a time, for one subscriber.
+const LOAD_MESSAGES_MAX: usize = 256;
+const LOAD_BYTES_MAX: usize = 256 << 10;
+
+/// What a subscriber's packet asks for.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Acked {
+    Nothing,
+    /// Answer with PUBREL.
+    Release,
+    /// There is no such message.
+    Unknown,
+}
+
+/// How the connected client wants its packets.
+#[derive(Clone, Copy, Debug)]
+pub struct Peer {
+    pub version: Version,
+    /// Its Receive Maximum.
+    pub window: u16,
+    pub packet_bytes_max: usize,
+}
+
+/// Why nothing more can be sent now, though something waits.
+#[derive(Default)]
+pub struct Waits {
+    /// For the broker stream to be durable up to here.
+    pub durable: Option<Ticket>,
+    /// For room in the broker stream.
+    pub room: bool,
+    /// For these messages.
+    pub load: Vec<Place>,
+}
+
+impl Waits {
+    pub fn is_none(&self) -> bool {
+        self.durable.is_none() && !self.room && self.load.is_empty()
+    }
+}
+
+/// What `fill` did.
+#[derive(Default)]
+pub struct Filled {
+    pub sent: u64,
+    pub expired: u64,
+    pub too_large: u64,
+}
+
+impl Outbox {
+    /// Writes what may go, up to about `bytes_max` in `out`.
+    pub fn fill(
+        &mut self,
+        peer: Peer,
+        aliases: &mut Aliases,
+        bytes_max: usize,
+        out: &mut BytesMut,
+    ) -> Filled {
+        let mut filled = Filled::default();
+        let durable = self.kept.as_ref().map_or(u64::MAX, |kept| kept.durable());
+        if let Some(kept) = &mut self.kept {
+            while let Some((packet_id, after)) = kept.releases.front()
+                && *after <= durable
+            {
+                wire::put_ack(out, wire::PUBREL, *packet_id);
+                kept.releases.pop_front();
+            }
+        }
+        if self.queue.is_empty() && self.sent == self.inflight.len() {
+            return filled;
+        }
+        let now_us = now_us();
+        let window = usize::from(peer.window);
+        while out.len() < bytes_max {
+            if self.sent < self.inflight.len() {
+                let flight = &self.inflight[self.sent];
+                if self.sent >= window || flight.after > durable {
+                    break;
+                }
+                let is_sent = match &flight.waiting {
+                    Some(queued) if queued.message().is_none() => break,
+                    Some(queued) => {
+                        filled.put(queued, flight.packet_id, flight.dup, now_us, peer, aliases, out)
+                    }
+                    None => {
+                        wire::put_ack(out, wire::PUBREL, flight.packet_id);
+                        true
+                    }
+                };
+                if is_sent {
+                    self.inflight[self.sent].dup = true;
+                    self.sent += 1;
+                } else {
+                    self.give_up(self.sent);
+                }
+                continue;
+            }
+            match self.queue.front() {
+                Some(head) if head.message().is_none() => break,
+                Some(head) if head.qos == 0 => {
+                    let queued = self.pop().expect("it has a front");
+                    filled.put(&queued, 0, false, now_us, peer, aliases, out);
+                }
+                Some(_) if self.inflight.len() < window => self.stage(window, bytes_max),
+                _ => break,
+            }
+        }
+        if self.queue.is_empty() && self.queue.capacity() > 64 {
+            self.queue = VecDeque::new();
+        }
+        filled
+    }
+
+    /// Gives the head a packet id; where it needs a durable record first, all
+    /// that follow and need one too.
+    fn stage(&mut self, window: usize, bytes_max: usize) {
+        let mut bytes = 0;
+        while let Some(queued) = self.pop() {
+            bytes += queued.len as usize;
+            let packet_id = self.next_id();
+            let after = match &mut self.kept {
+                Some(kept) if queued.qos == 2 => kept.send(packet_id, &queued),
+                _ => 0,
+            };
+            let dup = queued.qos == 1 && queued.may_be_again;
+            self.inflight.push_back(InFlight { packet_id, waiting: Some(queued), after, dup });
+            let next = self.queue.front().filter(|next| next.qos == 2 && next.message().is_some());
+            if after == 0 || next.is_none() || self.inflight.len() >= window || bytes >= bytes_max {
+                return;
+            }
+        }
+    }
+
+    /// Ends what is in flight without its message. True where the client may
+    /// know its QoS 2 packet id: a PUBREL stays to be sent, so that the id means
+    /// no other message until the client has let go of it.
+    pub(super) fn give_up(&mut self, at: usize) -> bool {
+        let Some(flight) = self.inflight.get_mut(at) else { return false };
+        let is_known = flight.dup && flight.waiting.as_ref().is_some_and(|queued| queued.qos == 2);
+        if !is_known {
+            self.remove(at);
+            return false;
+        }
+        flight.waiting = None;
+        if let Some(kept) = &mut self.kept {
+            flight.after = kept.release(flight.packet_id);
+        }
+        true
+    }
+
+    fn remove(&mut self, at: usize) {
+        if let Some(flight) = self.inflight.remove(at) {
+            self.ids.remove(&flight.packet_id);
+            self.sent -= usize::from(at < self.sent);
+            if let Some(kept) = &mut self.kept {
+                match &flight.waiting {
+                    Some(queued) if queued.qos == 1 => kept.changed = true,
+                    _ => kept.done(flight.packet_id),
+                }
+            }
+        }
+    }
+
+    /// PUBACK, PUBREC, PUBCOMP from the subscriber.
+    pub fn acked(&mut self, first: u8, packet_id: u16, code: u8) -> Acked {
+        let durable = self.kept.as_ref().map_or(u64::MAX, |kept| kept.durable());
+        let is_received = first == wire::PUBREC && code < 0x80;
+        // Only what this connection was sent can be acknowledged.
+        let mut sent = self.inflight.iter().take(self.sent);
+        let Some(at) = sent.position(|flight| flight.packet_id == packet_id) else {
+            return if is_received { Acked::Unknown } else { Acked::Nothing };
+        };
+        let flight = &mut self.inflight[at];
+        match (&flight.waiting, &mut self.kept) {
+            (Some(_), Some(kept)) if is_received => {
+                flight.waiting = None;
+                flight.after = kept.release(packet_id);
+                kept.releases.push_back((packet_id, flight.after));
+                Acked::Nothing
+            }
+            (None, _) if is_received && flight.after > durable => Acked::Nothing,
+            (_, _) if is_received => {
+                flight.waiting = None;
+                Acked::Release
+            }
+            // A client that ends what has not begun would free its id too early.
+            (Some(_), _) if first == wire::PUBCOMP => Acked::Nothing,
+            _ => {
+                self.remove(at);
+                Acked::Nothing
+            }
+        }
+    }
+
+    /// Each id in flight is passed over once a round of all ids.
+    fn next_id(&mut self) -> u16 {
+        // Ends: the window is at most 65,535 and one id is free when we come here.
+        loop {
+            self.last_id = self.last_id.checked_add(1).unwrap_or(1);
+            if self.ids.insert(self.last_id) {
+                return self.last_id;
+            }
+        }
+    }
+
+    /// What `fill` could not go on without. After [`Outbox::record`].
+    pub fn waits(&self, peer: Peer) -> Waits {
+        let mut waits = Waits::default();
+        if let Some(kept) = &self.kept {
+            waits.room = !kept.changes().is_empty();
+            let flight = self.inflight.get(self.sent).map(|flight| flight.after);
+            let release = kept.releases.front().map(|(_, after)| *after);
+            let after = [flight, release].into_iter().flatten().filter(|after| *after > kept.durable());
+            waits.durable = after.min().and_then(|after| kept.ticket(after));
+        }
+        let next = self.inflight.get(self.sent).map(|flight| flight.waiting.as_ref());
+        if next.unwrap_or(self.queue.front()).and_then(Queued::place).is_none() {
+            return waits;
+        }
+        let window = usize::from(peer.window);
+        let again = self.inflight.iter().skip(self.sent).take(window.saturating_sub(self.sent));
+        let again = again.filter_map(|flight| flight.waiting.as_ref());
+        let room = window.saturating_sub(self.inflight.len());
+        let mut bytes = 0;
+        for queued in again.chain(self.queue.iter().take(room)).take(LOAD_MESSAGES_MAX) {
+            waits.load.extend(queued.place());
+            bytes += queued.len as usize;
+            if bytes >= LOAD_BYTES_MAX {
+                break;
+            }
+        }
+        waits
+    }
+
+    /// Messages that were read. Those that are no more, or that the client may
+    /// not see, are given up; how many are no more.
+    pub fn loaded(&mut self, loaded: &Loaded, may_see: impl Fn(&str) -> bool) -> u64 {
+        let mut gone = 0;
+        // Fills in the body; false: there is none.
+        let mut fill = |queued: &mut Queued| {
+            let Some(found) = queued.place().and_then(|place| loaded.get(&place)) else { return true };
+            queued.body = found.clone().filter(|message| may_see(message.topic()));
+            gone += u64::from(found.is_none());
+            queued.body.is_some()
+        };
+        let mut at = self.sent;
+        while let Some(flight) = self.inflight.get_mut(at) {
+            if flight.waiting.as_mut().is_none_or(&mut fill) || self.give_up(at) {
+                at += 1;
+            }
+        }
+        let mut seen = 0;
+        self.queue.retain_mut(|queued| {
+            seen += 1;
+            seen > LOAD_MESSAGES_MAX || fill(queued)
+        });
+        self.count_again();
+        gone
+    }
+}
+
+impl Filled {
+    /// False, and nothing written, where the message expired or its packet is
+    /// larger than the client takes.
+    #[expect(clippy::too_many_arguments, reason = "each is one word of the packet or of its client")]
+    fn put(
+        &mut self,
+        queued: &Queued,
+        packet_id: u16,
+        dup: bool,
+        now_us: u64,
+        peer: Peer,
+        aliases: &mut Aliases,
+        out: &mut BytesMut,
+    ) -> bool {
+        let Some(message) = queued.message() else { return false };
+        let lifetime = match message.lifetime(now_us) {
+            Some(lifetime) => lifetime,
+            // What was begun is finished (MQTT 5.0, 4.3.3).
+            None if dup => Some(1),
+            None => {
+                self.expired += 1;
+                return false;
+            }
+        };
+        let before = out.len();
+        let mut name = aliases.name(message.topic());
+        put(queued, message, name, packet_id, dup, lifetime, peer, out);
+        if name.is_new() && out.len() - before > peer.packet_bytes_max {
+            out.truncate(before);
+            name.alias = 0;
+            put(queued, message, name, packet_id, dup, lifetime, peer, out);
+        }
+        if out.len() - before > peer.packet_bytes_max {
+            out.truncate(before);
+            self.too_large += 1;
+            return false;
+        }
+        aliases.sent(name);
+        self.sent += 1;
+        true
+    }
+}
+
+#[expect(clippy::too_many_arguments, reason = "each is one word of the packet or of its client")]
+fn put(
+    queued: &Queued,
+    message: &Message,
+    name: Name<'_>,
+    packet_id: u16,
+    dup: bool,
+    lifetime: Option<u32>,
+    peer: Peer,
+    out: &mut BytesMut,
+) {
+    let mut publish = OutPublish {
+        qos: queued.qos,
+        retain: queued.retain,
+        dup,
+        topic: name.topic,
+        alias: name.alias,
+        packet_id,
+        properties: message.properties(),
+        payload: message.payload(),
+    };
+    let own;
+    if peer.version == Version::V5 && (lifetime.is_some() || !queued.ids.is_empty()) {
+        let mut properties = message.properties().to_vec();
+        if let Some(seconds) = lifetime {
+            properties.put_u8(0x02);
+            properties.put_u32(seconds);
+        }
+        for id in &queued.ids {
+            properties.put_u8(0x0b);
+            wire::put_var_int(&mut properties, *id as usize);
+        }
+        own = properties;
+        publish.properties = &own;
+    }
+    publish.put(peer.version, out);
+}
