@@ -17,6 +17,7 @@ use std::time::Duration;
 use bytes::{Buf, BytesMut};
 use rmqtt_codec::v5::DisconnectReasonCode;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::sync::Semaphore;
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
 
 use super::Broker;
@@ -259,11 +260,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             let mut outbox = self.session.outbox();
             outbox.settle(&*broker.broker);
             let filled = outbox.fill(self.peer, &mut self.aliases, WRITE_BYTES_MAX, &mut self.out);
-            let positions = || broker.live.positions(&broker.streams);
-            outbox.record(&*broker.broker, positions, broker.note_bytes_max());
+            let note = || (broker.live.positions(&broker.streams), broker.note_bytes_max());
+            outbox.record(&*broker.broker, note);
             let waits = outbox.waits(self.peer);
             drop(outbox);
-            Outward::set(&mut self.outward, waits);
+            Outward::set(&mut self.outward, waits, &broker.loads);
             broker.counters.filled(&filled);
         }
         self.broker.counters.sending(self.peer.version, &self.out[self.counted..]);
@@ -479,14 +480,14 @@ enum Moved {
 
 impl Outward {
     /// A read that is under way goes on.
-    fn set(outward: &mut Option<Box<Self>>, waits: Waits) {
+    fn set(outward: &mut Option<Box<Self>>, waits: Waits, loads: &Arc<Semaphore>) {
         if waits.is_none() {
             *outward = None;
             return;
         }
         let Waits { durable, room, load } = waits;
         let under_way = outward.take().and_then(|outward| outward.loader);
-        let loader = (!load.is_empty()).then(|| under_way.unwrap_or_else(|| Loader::new(load)));
+        let loader = (!load.is_empty()).then(|| under_way.unwrap_or_else(|| Loader::new(load, loads)));
         *outward = Some(Box::new(Self { durable, room, loader }));
     }
 }

@@ -194,6 +194,8 @@ struct Broker {
     shutdown: CancellationToken,
     sessions: Sessions,
     live: Live,
+    /// Turns to read for subscribers what waits in the streams.
+    loads: Arc<Semaphore>,
     retained: Mutex<Retained>,
     wills: Restored,
     clients: AtomicI64,
@@ -229,6 +231,7 @@ impl Broker {
         let broker = Arc::new(Self {
             packet_bytes_max: config.max_packet_size.0 as usize,
             live: Live::new(&streams, limits),
+            loads: Arc::new(Semaphore::new(outbound::LOADS_MAX)),
             identities,
             streams,
             routes: deps.streams,

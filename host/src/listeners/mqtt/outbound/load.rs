@@ -1,13 +1,19 @@
 //! Reads messages that wait in their streams, when it is their turn.
 
 use std::collections::{BTreeSet, HashMap};
+use std::future::poll_fn;
 use std::sync::Arc;
 use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::PollSemaphore;
 
 use super::{Message, Place};
 use crate::batch::Offset;
 use crate::stream::{Cursor, Read, ReadError, Stream};
 
+/// Subscribers that are read for at a time: each holds up to 2 MiB meanwhile.
+pub const LOADS_MAX: usize = 32;
 /// Messages between two that are wanted: past it a new cursor is cheaper.
 const PASSED_MAX: u64 = 4_096;
 /// After a read that failed.
@@ -19,16 +25,29 @@ pub type Loaded = HashMap<Place, Option<Arc<Message>>>;
 pub struct Loader {
     wanted: BTreeSet<Place>,
     found: Loaded,
+    turn: PollSemaphore,
+    /// Of `LOADS_MAX`.
+    permit: Option<OwnedSemaphorePermit>,
     cursor: Option<(u16, Box<dyn Cursor>)>,
 }
 
 impl Loader {
-    pub fn new(wanted: impl IntoIterator<Item = Place>) -> Self {
-        Self { wanted: wanted.into_iter().collect(), found: HashMap::new(), cursor: None }
+    pub fn new(wanted: impl IntoIterator<Item = Place>, loads: &Arc<Semaphore>) -> Self {
+        Self {
+            wanted: wanted.into_iter().collect(),
+            found: HashMap::new(),
+            turn: PollSemaphore::new(loads.clone()),
+            permit: None,
+            cursor: None,
+        }
     }
 
     /// Safe to drop and to call again. The reason where a stream has stopped.
     pub async fn run(&mut self, streams: &[Arc<dyn Stream>]) -> Result<Loaded, Arc<str>> {
+        if self.permit.is_none() {
+            // Keeps its place in the row where this is dropped.
+            self.permit = poll_fn(|cx| self.turn.poll_acquire(cx)).await;
+        }
         while let Some(&next) = self.wanted.first() {
             let near = |(stream, cursor): &(u16, Box<dyn Cursor>)| {
                 let at = cursor.position().0;
@@ -61,7 +80,7 @@ impl Loader {
                 Err(ReadError::Stopped(reason)) => return Err(reason),
             }
         }
-        self.cursor = None;
+        (self.cursor, self.permit) = (None, None);
         Ok(std::mem::take(&mut self.found))
     }
 

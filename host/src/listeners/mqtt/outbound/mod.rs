@@ -20,7 +20,7 @@ use super::session::Change;
 use crate::stream::{AppendError, Stream};
 
 pub use self::kept::{Found, Kept, NOTE, Restored, SENT, STEP, note_bytes_max};
-pub use self::load::{Loaded, Loader};
+pub use self::load::{LOADS_MAX, Loaded, Loader};
 pub use self::message::Message;
 pub use self::queued::{InFlight, Offer, Place, QueueLimits, Queued, Source, WhenFull};
 pub use self::send::{Acked, Filled, Peer, Waits};
@@ -251,14 +251,9 @@ impl Outbox {
         }
     }
 
-    /// Appends what must be durable, and a note where one is due. Where there
-    /// is no room it stays to be appended.
-    pub fn record(
-        &mut self,
-        stream: &dyn Stream,
-        positions: impl FnOnce() -> Box<[u64]>,
-        note_bytes_max: usize,
-    ) {
+    /// Appends what must be durable, and a note where one is due, for which `note`
+    /// gives what [`Outbox::note`] takes. Where there is no room it stays to be appended.
+    pub fn record(&mut self, stream: &dyn Stream, note: impl FnOnce() -> (Box<[u64]>, usize)) {
         let Some(kept) = &mut self.kept else { return };
         if kept.changes().is_empty() {
             return;
@@ -267,7 +262,8 @@ impl Outbox {
         if kept.note_due {
             // What is sent now is not to be in it.
             let sent = kept.made();
-            changes.extend(self.note_with(&positions(), note_bytes_max, sent));
+            let (positions, bytes_max) = note();
+            changes.extend(self.note_with(&positions, bytes_max, sent));
         }
         let Some(kept) = &mut self.kept else { return };
         match stream.append(&[], &super::borrowed(&changes)) {

@@ -182,7 +182,7 @@ impl Durable {
         let mut out = BytesMut::new();
         self.outbox.settle(&*self.broker);
         self.outbox.fill(peer(10, 1 << 20), &mut Aliases::new(0), 1 << 20, &mut out);
-        self.outbox.record(&*self.broker, || Box::new([0]), 1 << 10);
+        self.outbox.record(&*self.broker, || (Box::new([0]), 1 << 10));
         out.to_vec()
     }
 
