@@ -5,11 +5,15 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
 
 use super::super::bind::Bind;
 use super::super::config::Endpoint;
 use super::Address;
+
+/// Connections that the kernel holds until they are accepted, at most
+/// `net.core.somaxconn`. One more is not answered, and tries again after a second.
+const BACKLOG: u32 = 4_096;
 
 pub(super) enum Socket {
     Tcp(TcpStream),
@@ -25,7 +29,11 @@ impl Listener {
     pub async fn bind(endpoint: &Endpoint) -> io::Result<Self> {
         match &endpoint.bind {
             Bind::Tcp(address) => {
-                let listener = TcpListener::bind(address).await?;
+                let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+                // A port whose connections have just ended may be taken again.
+                socket.set_reuseaddr(true)?;
+                socket.bind(*address)?;
+                let listener = socket.listen(BACKLOG)?;
                 let address = listener.local_addr()?;
                 Ok(Self::Tcp(listener, Bind::Tcp(address)))
             }
@@ -120,6 +128,19 @@ async fn make_way(path: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_storm_of_connects_waits_to_be_accepted() {
+        let endpoint = Endpoint::at("127.0.0.1:0".parse().unwrap());
+        let listener = Listener::bind(&endpoint).await.unwrap();
+        let somaxconn = fs::read_to_string("/proc/sys/net/core/somaxconn").unwrap();
+        let storm = somaxconn.trim().parse().unwrap_or(128).min(500);
+        let mut connected = Vec::new();
+        for _ in 0..storm {
+            // Never answered where there is no place for it.
+            connected.push(TcpStream::connect(listener.address().tcp().unwrap()).await.unwrap());
+        }
+    }
 
     #[tokio::test]
     async fn a_stale_socket_is_replaced_a_live_one_and_a_file_are_not() {
