@@ -8,7 +8,7 @@ const PROPERTY_BYTES: usize = 3;
 
 pub struct Aliases {
     max: u16,
-    /// Boxed: most connections use none.
+    #[expect(clippy::box_collection, reason = "most connections use none, and carry a pointer then")]
     known: Option<Box<HashMap<Box<str>, u16>>>,
 }
 
