@@ -1,7 +1,7 @@
 //! What a thousand clients that misbehave cost the honest ones: the 99th
 //! percentile of the acks' delay with them beside, to that without.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, TryLockError};
 use std::time::Duration;
 
 use headworks_tests::host::Host;
@@ -46,15 +46,17 @@ fn p99_us(host: &Host) -> f64 {
 
 /// With a crowd whose members begin anew whenever those beside them have done all.
 fn p99_us_beside(host: &Host) -> f64 {
-    let measured = AtomicBool::new(false);
+    let measuring = Mutex::new(());
     std::thread::scope(|scope| {
+        // Let go of when the measurement ends, and when it fails.
+        let held = measuring.lock();
         scope.spawn(|| {
             let scripts = scripts();
             let parts: Vec<_> = scripts.chunks(TOGETHER).collect();
             let new = |part: &&[Script]| Crowd::new(host.mqtt(), part.to_vec());
             let mut crowds: Vec<_> = parts.iter().map(new).collect();
             for at in (0..parts.len()).cycle() {
-                if measured.load(Ordering::Relaxed) {
+                if !matches!(measuring.try_lock(), Err(TryLockError::WouldBlock)) {
                     return;
                 }
                 if !crowds[at].step() {
@@ -64,7 +66,7 @@ fn p99_us_beside(host: &Host) -> f64 {
             }
         });
         let p99 = p99_us(host);
-        measured.store(true, Ordering::Relaxed);
+        drop(held);
         p99
     })
 }

@@ -25,6 +25,9 @@ use crate::stream::{Read, ReadError, Stream};
 const IDLE: u64 = u64::MAX;
 /// After a read that failed.
 const READ_RETRY_AFTER: Duration = Duration::from_secs(1);
+/// Messages and copies of them that are handed out in one go: some 100 µs, in
+/// which this thread serves no connection, and nobody may subscribe.
+const HANDED_OUT_MAX: usize = 1_024;
 
 pub struct Live {
     index: RwLock<Index>,
@@ -217,12 +220,17 @@ impl Live {
         self.deliver(broker, &mut found, None, &Sent::Broker(message));
     }
 
-    pub fn deliver_batch(&self, broker: &Broker, stream: usize, batch: &Batch) {
+    /// Hands out the messages of a batch from number `first`, no more than
+    /// [`HANDED_OUT_MAX`]; the number of the next.
+    pub fn deliver_some(&self, broker: &Broker, stream: usize, batch: &Batch, first: usize) -> usize {
         let tail = &self.streams[stream];
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
         let (mut found, mut path) = (Met::default(), Path::default());
-        for message in batch.messages() {
+        let (mut next, mut handed_out) = (first, 0);
+        while next < batch.len() && handed_out < HANDED_OUT_MAX {
+            let message = batch.message(next);
             index.tree.matches(message.topic(), &mut path, &mut |one| found.push(one));
+            handed_out += 1 + found.len();
             if !found.is_empty() {
                 let publisher = self
                     .wants_publisher()
@@ -232,10 +240,10 @@ impl Live {
                 let sent = Sent::Live { place, message, begun_at: tail.begun_at, whole: OnceCell::new() };
                 self.deliver(broker, &mut found, publisher, &sent);
             }
+            next += 1;
+            tail.position.store(message.offset().0 + 1, Ordering::Release);
         }
-        if let Some(last) = batch.entries.last() {
-            tail.position.store(batch.offset(last).0 + 1, Ordering::Release);
-        }
+        next
     }
 
     /// One copy per session, however many of its filters match: the greatest
@@ -329,8 +337,12 @@ impl<'t> Met<'t> {
         }
     }
 
+    fn len(&self) -> usize {
+        self.ones.len() + self.shares.len()
+    }
+
     fn is_empty(&self) -> bool {
-        self.ones.is_empty() && self.shares.is_empty()
+        self.len() == 0
     }
 }
 
@@ -425,7 +437,13 @@ async fn follow(broker: &Broker, number: usize) {
     let mut cursor = stream.cursor(Offset(from));
     loop {
         match cursor.next().await {
-            Ok(Read::Batch(batch)) => broker.live.deliver_batch(broker, number, &batch),
+            Ok(Read::Batch(batch)) => {
+                let mut next = 0;
+                while next < batch.len() {
+                    next = broker.live.deliver_some(broker, number, &batch, next);
+                    tokio::task::yield_now().await;
+                }
+            }
             Ok(Read::Gap { from, to, .. }) => {
                 let detail = format!("messages {} to {} of stream {}", from.0, to.0, stream.name());
                 broker.counters.gap.increment(to.0.saturating_sub(from.0));
@@ -452,7 +470,5 @@ async fn follow(broker: &Broker, number: usize) {
                 return;
             }
         }
-        // A long tail must not keep the connections of this thread waiting.
-        tokio::task::yield_now().await;
     }
 }

@@ -349,7 +349,7 @@ async fn the_sweep_ends_sessions_whose_time_is_over_with_all_that_they_left_and_
         event_us: 0,
     };
     let first = stream.append(&[message], &[]).unwrap().first;
-    broker.live.deliver_batch(&broker, 0, &batch(&*stream, first.0).await);
+    assert_eq!(broker.live.deliver_some(&broker, 0, &batch(&*stream, first.0).await, 0), 1);
     let waiting = |client_id| sessions.get(client_id).unwrap().outbox().sizes().0;
     assert_eq!((waiting("stays"), waiting("waits")), (1, 1));
 }
