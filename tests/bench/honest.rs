@@ -1,8 +1,8 @@
 //! What a thousand clients that misbehave cost the honest ones: the 99th
 //! percentile of the acks' delay with them beside, to that without.
 
-use std::sync::{Mutex, TryLockError};
-use std::time::Duration;
+use std::sync::{Mutex, TryLockError, mpsc};
+use std::time::{Duration, Instant};
 
 use headworks_tests::host::Host;
 use headworks_tests::misbehaving::{Crowd, Script, raise_open_files, scripts};
@@ -44,29 +44,55 @@ fn p99_us(host: &Host) -> f64 {
     percentile(&mut delays, 0.99)
 }
 
-/// With a crowd whose members begin anew whenever those beside them have done all.
+/// With the whole crowd there; each of the thousand begins anew once while it is
+/// measured, evenly spread over that time.
 fn p99_us_beside(host: &Host) -> f64 {
     let measuring = Mutex::new(());
+    let (all_there, there) = mpsc::channel();
     std::thread::scope(|scope| {
         // Let go of when the measurement ends, and when it fails.
         let held = measuring.lock();
-        scope.spawn(|| {
+        let measuring = &measuring;
+        scope.spawn(move || {
             let scripts = scripts();
-            let parts: Vec<_> = scripts.chunks(TOGETHER).collect();
-            let new = |part: &&[Script]| Crowd::new(host.mqtt(), part.to_vec());
-            let mut crowds: Vec<_> = parts.iter().map(new).collect();
-            for at in (0..parts.len()).cycle() {
+            let mut parts: Vec<_> = scripts.chunks(TOGETHER).map(|part| Part::new(host, part)).collect();
+            let count = parts.len() as u32;
+            for at in (0..count).cycle() {
                 if !matches!(measuring.try_lock(), Err(TryLockError::WouldBlock)) {
                     return;
                 }
-                if !crowds[at].step() {
-                    crowds[at] = new(&parts[at]);
+                parts[at as usize].step(host, ROUND * at / count);
+                if parts.iter().all(|part| part.begun > 0) {
+                    // Nobody listens any more after the first time.
+                    let _ = all_there.send(());
                 }
-                std::thread::sleep(STEP / parts.len() as u32);
+                std::thread::sleep(STEP / count);
             }
         });
+        there.recv().expect("the crowd comes");
         let p99 = p99_us(host);
         drop(held);
         p99
     })
+}
+
+struct Part<'s> {
+    scripts: &'s [Script],
+    crowd: Crowd,
+    since: Instant,
+    begun: u32,
+}
+
+impl<'s> Part<'s> {
+    fn new(host: &Host, scripts: &'s [Script]) -> Self {
+        Self { scripts, crowd: Crowd::new(host.mqtt(), Vec::new()), since: Instant::now(), begun: 0 }
+    }
+
+    /// `first`: it begins so long after the first part, and so they stay apart.
+    fn step(&mut self, host: &Host, first: Duration) {
+        if !self.crowd.step() && self.since.elapsed() >= first + ROUND * self.begun {
+            self.crowd = Crowd::new(host.mqtt(), self.scripts.to_vec());
+            self.begun += 1;
+        }
+    }
 }

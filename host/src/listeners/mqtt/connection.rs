@@ -18,6 +18,7 @@ use bytes::{Buf, BytesMut};
 use rmqtt_codec::v5::DisconnectReasonCode;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::sync::Semaphore;
+use tokio::task::coop::consume_budget;
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
 
 use super::Broker;
@@ -249,6 +250,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
                 break;
             }
             Box::pin(self.packet()).await?;
+            // A read full of PINGREQ is tens of thousands of packets.
+            consume_budget().await;
         }
         if self.input.is_empty() {
             self.stopped_at = Next::Bytes;

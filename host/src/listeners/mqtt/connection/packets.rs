@@ -5,6 +5,7 @@ use rmqtt_codec::v5::{
     UnsubscribeAck, UnsubscribeAckReason,
 };
 use rmqtt_codec::{v3, v5};
+use tokio::task::coop::consume_budget;
 use tokio_util::codec::Encoder;
 
 use super::{Connection, End};
@@ -129,6 +130,7 @@ impl<S> Connection<'_, S> {
             });
         }
         for (filter, options, retained) in granted {
+            consume_budget().await;
             self.broker.live.subscribe(self.broker, &self.session, &filter, options, retained);
         }
         self.keep(changes).await?;
@@ -178,7 +180,10 @@ impl<S> Connection<'_, S> {
         let mut changes: Vec<Change> = Vec::new();
         let mut status = Vec::new();
         for filter in filters {
-            let had = self.broker.live.unsubscribe(self.broker, &self.session, filter);
+            consume_budget().await;
+            // Of a filter that it does not have, no lock is taken.
+            let had = self.session.has_filter(filter)
+                && self.broker.live.unsubscribe(self.broker, &self.session, filter);
             if let (true, Some(epoch)) = (had, epoch) {
                 changes.push((subscription_key(epoch, filter), None));
             }

@@ -12,8 +12,9 @@ use super::{Message, Place};
 use crate::batch::Offset;
 use crate::stream::{Cursor, Read, ReadError, Stream};
 
-/// Subscribers that are read for at a time: each holds up to 2 MiB meanwhile.
-pub const LOADS_MAX: usize = 32;
+/// Subscribers that are read for at a time: each holds up to 2 MiB meanwhile,
+/// and takes a thread from those that serve connections.
+pub const LOADS_MAX: usize = 4;
 /// Messages between two that are wanted: past it a new cursor is cheaper.
 const PASSED_MAX: u64 = 4_096;
 /// After a read that failed.
