@@ -23,6 +23,9 @@ const REQUEST_BYTES_MAX: usize = 16 << 10;
 const READ_BUFFER_BYTES: usize = 4 << 10;
 /// Bytes of one frame that we send.
 const WRITE_BYTES_MAX: usize = 64 << 10;
+/// Of frames that the client has not taken; with no room for another pong only
+/// the last ping is answered (RFC 6455, 5.5.3).
+const UNSENT_BYTES_MAX: usize = 2 * WRITE_BYTES_MAX;
 /// As registered, and what clients of MQTT 3.1 said before it was.
 const SUBPROTOCOLS: [&str; 2] = ["mqtt", "mqttv3.1"];
 
@@ -86,6 +89,7 @@ pub(super) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     let limits = WebSocketConfig::default()
         .read_buffer_size(READ_BUFFER_BYTES)
         .write_buffer_size(0)
+        .max_write_buffer_size(UNSENT_BYTES_MAX)
         .max_frame_size(Some(frame_bytes_max))
         .max_message_size(Some(frame_bytes_max));
     let io = WebSocketStream::from_partially_read(io, input.into(), Role::Server, Some(limits)).await;
@@ -143,7 +147,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Bytes<S> {
 
 impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Bytes<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        ready!(Pin::new(&mut self.io).poll_ready(cx)).map_err(failed)?;
+        // Not poll_ready: pongs that wait would leave no room for the frame.
+        ready!(Pin::new(&mut self.io).poll_flush(cx)).map_err(failed)?;
         let len = bytes.len().min(WRITE_BYTES_MAX);
         let frame = Message::Binary(bytes::Bytes::copy_from_slice(&bytes[..len]));
         Pin::new(&mut self.io).start_send(frame).map_err(failed)?;

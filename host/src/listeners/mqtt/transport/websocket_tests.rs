@@ -7,9 +7,10 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::{Data, OpCode};
 use super::*;
 
 const FRAME_BYTES_MAX: usize = 1_024;
+const PIPE_BYTES: usize = 64 << 10;
 
 async fn open() -> (WebSocketStream<DuplexStream>, Bytes<DuplexStream>) {
-    let (client, server) = tokio::io::duplex(64 << 10);
+    let (client, server) = tokio::io::duplex(PIPE_BYTES);
     let mut request = "ws://localhost/mqtt".into_client_request().unwrap();
     request.headers_mut().insert("sec-websocket-protocol", "chat, mqtt".parse().unwrap());
     let config = WebSocket::default();
@@ -60,6 +61,32 @@ async fn a_close_is_the_end_and_text_or_too_much_an_error() {
     let (mut client, mut server) = open().await;
     client.send(Message::Binary(vec![0; FRAME_BYTES_MAX + 1].into())).await.unwrap();
     assert!(server.read(&mut [0; 8]).await.is_err());
+}
+
+#[tokio::test]
+async fn pongs_that_a_client_does_not_read_are_not_piled_up() {
+    const PINGS: usize = 10_000;
+    let (mut client, mut server) = open().await;
+    let served = tokio::spawn(async move {
+        server.read_exact(&mut [0; 3]).await.unwrap();
+        server.write_all(b"told").await.unwrap();
+        server.flush().await.unwrap();
+    });
+    // All are read by the server, and none of its pongs by the client.
+    for _ in 0..PINGS {
+        let ping = [&[0x89, 0xfd, 0, 0, 0, 0][..], &[b'x'; 125]].concat();
+        client.get_mut().write_all(&ping).await.unwrap();
+    }
+    client.get_mut().write_all(&[0x82, 0x83, 0, 0, 0, 0, b'e', b'n', b'd']).await.unwrap();
+    let mut pongs = 0;
+    loop {
+        match client.next().await.unwrap().unwrap() {
+            Message::Pong(_) => pongs += 1,
+            told => break assert_eq!(told, Message::Binary("told".into())),
+        }
+    }
+    served.await.unwrap();
+    assert!(pongs > 0 && pongs * 127 < UNSENT_BYTES_MAX + 2 * PIPE_BYTES, "{pongs} of {PINGS}");
 }
 
 #[tokio::test]
