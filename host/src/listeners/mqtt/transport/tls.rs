@@ -8,7 +8,7 @@ use std::time::SystemTime;
 
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
-use rustls::server::WebPkiClientVerifier;
+use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::{AlertDescription, CertificateError, RootCertStore, ServerConfig};
 use sha2::{Digest, Sha256};
 use tokio::net::TcpStream;
@@ -73,7 +73,6 @@ impl Tls {
         *seen = found;
         match material.and_then(|material| material.acceptor(&self.files)) {
             Ok(acceptor) => {
-                // With it go the sessions that could be resumed: none outlives a revocation.
                 *self.current.write().unwrap_or_else(PoisonError::into_inner) = acceptor;
                 Reloaded::Taken
             }
@@ -172,9 +171,14 @@ impl Material {
         };
         let chain = certificates(cert, &self.cert)?;
         let private = PrivateKeyDer::from_pem_slice(&self.key).map_err(|error| cannot_use(key, &error))?;
-        let config = builder.with_single_cert(chain, private).map_err(|error| {
+        let mut config = builder.with_single_cert(chain, private).map_err(|error| {
             format!("the key {} does not fit the certificate {}: {error}", key.display(), cert.display())
         })?;
+        if self.client_ca.is_some() {
+            // A session that is resumed brings its certificate unchecked, expired perhaps.
+            config.session_storage = Arc::new(NoServerSessionStorage {});
+            config.send_tls13_tickets = 0;
+        }
         Ok(Acceptor { tls: TlsAcceptor::from(Arc::new(config)), lists_until })
     }
 }

@@ -145,6 +145,21 @@ async fn the_clients_name_is_the_one_that_the_config_asks_for() {
 }
 
 #[tokio::test]
+async fn a_clients_certificate_is_looked_at_each_time_it_connects() {
+    let pki = Pki::new();
+    let tls = pki.load(Identity::Cn);
+    let device = pki.connector(Some(pki.device(7)));
+    for _ in 0..3 {
+        let (server, client) = shake(&tls, &device).await;
+        let (mut server, mut client) = (server.ok().unwrap(), client.unwrap());
+        assert_eq!(server.get_ref().1.handshake_kind(), Some(rustls::HandshakeKind::Full));
+        // With what comes in the client gets the tickets too, if there are any.
+        tokio::io::AsyncWriteExt::shutdown(&mut server).await.unwrap();
+        assert_eq!(client.read(&mut [0; 1]).await.unwrap(), 0);
+    }
+}
+
+#[tokio::test]
 async fn a_revoked_client_is_refused_after_the_reload_and_those_connected_go_on() {
     let pki = Pki::new();
     let tls = pki.load(Identity::Cn);
