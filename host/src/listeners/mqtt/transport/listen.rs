@@ -32,6 +32,9 @@ impl Listener {
                 let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
                 // A port whose connections have just ended may be taken again.
                 socket.set_reuseaddr(true)?;
+                // Its connections have it too: a client without MQTT's keep alive that
+                // vanished is noticed in the end (`net.ipv4.tcp_keepalive_time`).
+                socket.set_keepalive(true)?;
                 socket.bind(*address)?;
                 let listener = socket.listen(BACKLOG)?;
                 let address = listener.local_addr()?;
@@ -140,6 +143,14 @@ mod tests {
             // Never answered where there is no place for it.
             connected.push(TcpStream::connect(listener.address().tcp().unwrap()).await.unwrap());
         }
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_vanished_without_a_word_is_noticed_by_the_kernel() {
+        let listener = Listener::bind(&Endpoint::at("127.0.0.1:0".parse().unwrap())).await.unwrap();
+        let _peer = TcpStream::connect(listener.address().tcp().unwrap()).await.unwrap();
+        let (Socket::Tcp(socket), _) = listener.accept().await.unwrap() else { panic!("not TCP") };
+        assert!(TcpSocket::from_std_stream(socket.into_std().unwrap()).keepalive().unwrap());
     }
 
     #[tokio::test]
