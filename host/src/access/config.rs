@@ -174,7 +174,8 @@ pub struct Rule {
     /// Topic filters. `%c` is the client id, `%u` the user name, `{field}` the
     /// client's value of that field, from `users`, the token's claims or the
     /// HTTP answer. Where a client has no such value, or one that is not a single
-    /// level, an allowing filter fits nothing and a denying one the whole level.
+    /// level, an allowing filter fits nothing and a denying one the whole level. At a
+    /// topic's front a value that begins with `$` is none that allows.
     pub topics: Vec<String>,
 }
 

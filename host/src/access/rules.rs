@@ -220,13 +220,20 @@ impl Pattern {
     /// `None` where the client has no value for a variable and `effect` allows.
     fn compile(text: &str, effect: Effect, who: &Who<'_>) -> Option<Self> {
         let value = |variable: Variable<'_>| who.value(variable);
-        let levels = text.split('/').map(|level| match (level, fill(level, value), effect) {
-            ("+", ..) => Some(Level::One),
-            ("#", ..) => Some(Level::Rest),
-            (_, Ok(filled), _) => Some(Level::Literal(filled.into())),
-            (_, Err(()), Effect::Deny) => Some(Level::One),
-            (_, Err(()), Effect::Allow) => None,
-        });
+        let levels =
+            text.split('/').enumerate().map(|(depth, level)| match (level, fill(level, value), effect) {
+                ("+", ..) => Some(Level::One),
+                ("#", ..) => Some(Level::Rest),
+                // A client's name must not make a rule one of the broker's own topics.
+                (_, Ok(filled), Effect::Allow)
+                    if depth == 0 && filled.starts_with('$') && !level.starts_with('$') =>
+                {
+                    None
+                }
+                (_, Ok(filled), _) => Some(Level::Literal(filled.into())),
+                (_, Err(()), Effect::Deny) => Some(Level::One),
+                (_, Err(()), Effect::Allow) => None,
+            });
         levels.collect::<Option<Vec<_>>>().map(Self::normal)
     }
 

@@ -114,6 +114,16 @@ fn variables_stand_for_the_client_and_never_for_more_than_a_level() {
 }
 
 #[test]
+fn a_name_never_opens_the_brokers_own_topics() {
+    let rules = [rule(Effect::Allow, &["%c/#", "{site}/#", "$SYS/%u"])];
+    let policy = compile(&rules, Some("ann"), "$SYS", &[("site", "$SYS")]);
+    assert!(!policy.may_subscribe(&filter("$SYS/#")) && !policy.may_subscribe(&filter("$SYS/broker")));
+    assert!(policy.may_subscribe(&filter("$SYS/ann")), "where the rule says so");
+    let denies = [rule(Effect::Deny, &["%c/#"]), rule(Effect::Allow, &["$SYS/#", "#"])];
+    assert!(!compile(&denies, None, "$SYS", &[]).may_subscribe(&filter("$SYS/broker")));
+}
+
+#[test]
 fn rules_fit_users_clients_and_the_anonymous() {
     let mut rules =
         [rule(Effect::Allow, &["named"]), rule(Effect::Allow, &["open"]), rule(Effect::Allow, &["read"])];
