@@ -180,6 +180,12 @@ impl<'t> Token<'t> {
 }
 
 fn secret(bytes: &[u8]) -> Result<Vec<Key>, String> {
+    // Whoever has a public key could sign with it, were it taken for a secret.
+    if bytes.trim_ascii_start().starts_with(b"-----BEGIN ") {
+        let told = "is a PEM file, not a secret: name a public key as public_key_file; \
+                    make a secret of this: openssl rand -base64 48";
+        return Err(told.to_owned());
+    }
     let secret = bytes.strip_suffix(b"\n").unwrap_or(bytes);
     if secret.len() < SECRET_BYTES_MIN {
         return Err(format!("a secret must have at least {SECRET_BYTES_MIN} bytes, has {}", secret.len()));

@@ -177,6 +177,8 @@ async fn rsa_keys_verify_from_pem_and_from_a_key_set() {
         });
         assert_eq!(check(jwt, &confused).await, Err(Denied::BadCredentials));
     }
+    let refused = secret(pem.as_bytes()).err().unwrap();
+    assert!(refused.contains("public_key_file"), "a public key is no secret: {refused}");
     let refused = public_key(pkcs1.as_bytes()).err().unwrap();
     assert!(refused.contains("openssl rsa -RSAPublicKey_in -pubout"), "{refused}");
 }
