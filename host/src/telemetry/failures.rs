@@ -1,5 +1,6 @@
 //! One line per new kind of failure, then a count once a minute while it goes on.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -24,7 +25,7 @@ impl Failures {
     /// `detail` this one case, `show` the command that shows more.
     pub fn report(&self, kind: &str, count: u64, detail: &str, show: &str) {
         if let Some(repeats) = self.note(kind, count, Instant::now()) {
-            tracing::warn!(repeats, show, "{kind}: {detail}");
+            tracing::warn!(repeats, show, "{kind}: {}", one_line(detail));
         }
     }
 
@@ -50,9 +51,24 @@ impl Failures {
     }
 }
 
+/// What others say, such as a client its name, forges no line of the log.
+fn one_line(text: &str) -> Cow<'_, str> {
+    if !text.chars().any(char::is_control) {
+        return text.into();
+    }
+    let escaped = |c: char| if c.is_control() { c.escape_debug().to_string() } else { c.to_string() };
+    text.chars().map(escaped).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_others_say_is_one_line() {
+        assert_eq!(one_line("user \"ann\" à b"), "user \"ann\" à b");
+        assert_eq!(one_line("user x\nERROR all is lost\u{1b}[2J"), "user x\\nERROR all is lost\\u{1b}[2J");
+    }
 
     #[test]
     fn a_kind_is_said_once_then_counted() {
