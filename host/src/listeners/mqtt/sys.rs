@@ -3,7 +3,7 @@
 //! `sys_interval`; a new subscriber gets what is true at that moment. In no
 //! stream, and only for who asks for topics below `$`.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,8 @@ const MINUTES: [u32; 3] = [1, 5, 15];
 pub struct Sys {
     begin: Instant,
     loads: Mutex<Loads>,
+    /// Somebody was told what is true at that moment: more than the last round may have changed for it.
+    asked: AtomicBool,
 }
 
 struct Loads {
@@ -53,7 +55,7 @@ impl Sys {
     pub fn new() -> Self {
         let begin = Instant::now();
         let loads = Loads { at: begin, loads: [Load::default(); LOADS.len()] };
-        Self { begin, loads: Mutex::new(loads) }
+        Self { begin, loads: Mutex::new(loads), asked: AtomicBool::new(false) }
     }
 }
 
@@ -83,17 +85,24 @@ pub async fn run(broker: Arc<Broker>) {
         }
         broker.measure();
         broker.sys.pass(&broker.counters);
-        if !broker.live.wants_dollar() {
-            continue;
+        if broker.live.wants_dollar() {
+            publish(&broker, &mut last);
         }
-        let values = values(&broker);
-        for (i, (topic, value)) in values.iter().enumerate() {
-            if last.get(i) != Some(value) {
-                broker.live.publish(&broker, &Arc::new(message(topic, value)));
-            }
-        }
-        last = values.into_iter().map(|(_, value)| value).collect();
     }
+}
+
+/// One round; `last` is what the last one found.
+fn publish(broker: &Broker, last: &mut Vec<String>) {
+    if broker.sys.asked.swap(false, Ordering::AcqRel) {
+        last.clear();
+    }
+    let values = values(broker);
+    for (i, (topic, value)) in values.iter().enumerate() {
+        if last.get(i) != Some(value) {
+            broker.live.publish(broker, &Arc::new(message(topic, value)));
+        }
+    }
+    *last = values.into_iter().map(|(_, value)| value).collect();
 }
 
 /// For a new subscriber.
@@ -101,6 +110,7 @@ pub fn matching(broker: &Broker, filter: &TopicFilter) -> Vec<Message> {
     if broker.config.sys_interval.0.is_zero() {
         return Vec::new();
     }
+    broker.sys.asked.store(true, Ordering::Release);
     let values = values(broker).into_iter().filter(|(topic, _)| filter.matches(topic));
     values.map(|(topic, value)| message(&topic, &value)).collect()
 }
@@ -167,6 +177,32 @@ fn values(broker: &Broker) -> Vec<(String, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::listeners::mqtt::config::Config;
+    use crate::listeners::mqtt::fanout::SendRetained;
+    use crate::listeners::mqtt::fuzzing::broker;
+    use crate::listeners::mqtt::subscriptions::{Filter, Options};
+    use crate::stream::memory::MemoryStream;
+
+    #[tokio::test]
+    async fn a_subscriber_hears_of_what_went_back_since_it_came() {
+        let store = || MemoryStream::new("s", 1);
+        let broker = broker(&Config::default(), store(), store());
+        let mut last = Vec::new();
+        publish(&broker, &mut last);
+        broker.client_connected(1);
+        let (session, _turn) = broker.sessions.claim("c", 9).await.unwrap();
+        session.outbox().resume();
+        let filter = Filter::parse("$SYS/broker/clients/connected").unwrap();
+        let options = Options { qos: 0, no_local: false, retain_as_published: false, id: 0 };
+        broker.live.subscribe(&broker, &session, &filter, options, SendRetained::Always);
+        let waiting = || session.outbox().sizes().0;
+        assert_eq!(waiting(), 1, "there is 1 client");
+        broker.client_connected(-1);
+        publish(&broker, &mut last);
+        assert_eq!(waiting(), 2, "there is none");
+        publish(&broker, &mut last);
+        assert_eq!(waiting(), 2, "and that stays so");
+    }
 
     #[test]
     fn a_steady_rate_is_its_own_average_and_a_burst_fades() {
