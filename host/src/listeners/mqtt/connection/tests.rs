@@ -1,0 +1,51 @@
+use tokio::net::TcpStream;
+
+use super::*;
+use crate::access::Identity;
+use crate::listeners::mqtt::config::Config;
+use crate::listeners::mqtt::fuzzing::broker;
+use crate::stream::memory::MemoryStream;
+
+#[tokio::test]
+async fn a_slow_reader_is_not_silent_while_it_is_not_read() {
+    let stores = || MemoryStream::new("s", 1);
+    let broker = &broker(&Config::default(), stores(), stores());
+    for (unwritten, ends) in [(WRITE_PAUSE_BYTES, false), (WRITE_BYTES_MAX, true)] {
+        let (session, _turn) = broker.sessions.claim("c", 9).await.unwrap();
+        let version = Version::V5;
+        let rights = broker.access.rights(Identity::default(), "c");
+        let mut connection = Connection {
+            broker,
+            io: tokio::io::empty(),
+            session: session.clone(),
+            peer: Peer { version, window: 1, packet_bytes_max: usize::MAX },
+            auth: None,
+            aliases: Aliases::new(0),
+            inbound: Inbound::new(broker, version, session, rights),
+            input: BytesMut::new(),
+            stopped_at: Next::Bytes,
+            out: BytesMut::zeroed(unwritten),
+            counted: unwritten,
+            acks_waiting: Part::of(&broker.counters.acks_waiting),
+            last_read: Instant::now(),
+            keep_alive: Some(Duration::ZERO),
+            outward: None,
+            drain_until: None,
+        };
+        let silent_since = connection.last_read;
+        connection.out.advance(1);
+        connection.wrote(1);
+        assert_eq!(connection.last_read == silent_since, ends, "{unwritten}");
+    }
+}
+
+fn size_of_future<A, B, C, D, F: Future>(_: fn(A, B, C, D) -> F) -> usize {
+    size_of::<F>()
+}
+
+/// Its future is most of what an idle connection costs: what grows it grows each of them.
+#[test]
+fn an_idle_connection_takes_little_memory() {
+    let size = size_of_future(serve::<TcpStream>);
+    assert!(size <= 1_280, "{size} bytes: is something kept that could be boxed?");
+}
