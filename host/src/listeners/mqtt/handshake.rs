@@ -443,12 +443,11 @@ pub fn leave_forbidden(broker: &Broker, session: &Arc<Session>, rights: &Admitte
             changes.push((subscription_key(epoch, filter), None));
         }
     }
-    if !changes.is_empty() {
-        // A topic is a filter that matches only itself.
-        session.outbox().keep_only(may_see);
-        // Not awaited: what a crash brings back is removed at the next connect.
-        super::append_unawaited(&*broker.broker, &changes);
-    }
+    // Also where all filters stay: what waits may be of one that is gone. A topic
+    // is a filter that matches only itself.
+    session.outbox().keep_only(may_see);
+    // Not awaited: what a crash brings back is removed at the next connect.
+    super::append_unawaited(&*broker.broker, &changes);
 }
 
 /// Says no, as far as the version can.

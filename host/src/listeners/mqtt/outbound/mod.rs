@@ -197,13 +197,13 @@ impl Outbox {
     }
 
     /// Forgets what waits of topics that the client may not see any more. What
-    /// is not in memory is looked at when it is read: [`Outbox::loaded`].
+    /// is not in memory is looked at when it is read: [`Outbox::loaded`]. What a
+    /// client that is connected was sent stays for it to acknowledge.
     pub fn keep_only(&mut self, may_see: impl Fn(&str) -> bool) {
         let stays = |queued: &Queued| queued.message().is_none_or(|message| may_see(message.topic()));
         self.queue.retain(stays);
         self.count_again();
-        self.sent = 0;
-        let mut at = 0;
+        let mut at = if self.connected { self.sent } else { 0 };
         while let Some(flight) = self.inflight.get(at) {
             if flight.waiting.as_ref().is_none_or(stays) || self.give_up(at) {
                 at += 1;

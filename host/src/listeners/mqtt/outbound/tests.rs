@@ -129,6 +129,22 @@ fn a_qos_2_message_that_cannot_be_sent_again_still_frees_its_packet_id() {
 }
 
 #[test]
+fn who_is_connected_is_sent_nothing_again_when_its_rights_change() {
+    for (may_see, more) in [(true, 1), (false, 0)] {
+        let mut outbox = sent(1, &["1", "2"], &[], None);
+        offer(&mut outbox, queued(2, 1, None));
+        outbox.keep_only(|_| may_see);
+        let mut out = BytesMut::new();
+        let filled = outbox.fill(peer(10, usize::MAX), &mut Aliases::new(0), 1 << 20, &mut out);
+        assert_eq!(filled.sent, more);
+        for packet_id in 1..=2 + more as u16 {
+            outbox.acked(wire::PUBACK, packet_id, 0);
+        }
+        assert_eq!(outbox.sizes(), (0, 0, 0));
+    }
+}
+
+#[test]
 fn a_packet_that_its_new_alias_would_make_too_large_goes_without() {
     let fill = |packet_bytes_max: usize| {
         let mut outbox = Outbox { connected: true, ..Outbox::default() };

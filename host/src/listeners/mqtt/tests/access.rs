@@ -205,6 +205,42 @@ async fn a_session_in_other_hands_gives_nothing_of_what_its_owner_saw() {
 }
 
 #[tokio::test]
+async fn retained_messages_that_wait_in_a_session_are_not_for_its_next_owner_either() {
+    let yaml = "[{ effect: allow, user: ann, topics: ['#'] }, { effect: allow, topics: [open] }]";
+    let Guarded { host, .. } = guarded(yaml, |_| {}).await;
+    let (mut other, _) = host.client(signed_in("p", "ann", "ann")).await;
+    for (topic, packet_id) in [("private/x", 1), ("private/y", 2)] {
+        other.send(Publish { retain: true, ..publish(topic, QoS::AtLeastOnce, packet_id) }).await;
+        assert_eq!(other.receive().await, puback(packet_id));
+    }
+    let owned = |user, expiry_s| Connect {
+        clean_start: false,
+        session_expiry_interval_secs: expiry_s,
+        receive_max: Some(id(1)),
+        ..signed_in("c", user, user)
+    };
+    for (unsubscribes, expiry_s) in [(false, 0), (true, 600)] {
+        let (mut ann, _) = host.client(owned("ann", 600)).await;
+        ann.subscribe("private/+", QOS1).await;
+        // Not acknowledged, so that the other waits.
+        ann.received().await;
+        if unsubscribes {
+            let topic_filters = vec!["private/+".into()];
+            ann.send(Unsubscribe { packet_id: id(9), user_properties: vec![], topic_filters }).await;
+            assert!(matches!(ann.receive().await, Packet::UnsubscribeAck(_)));
+        }
+        ann.send(Disconnect::default()).await;
+        assert_eq!(ann.try_receive().await, None);
+        let (mut bob, ack) = host.client(owned("bob", expiry_s)).await;
+        assert!(ack.session_present);
+        bob.nothing_but_ping().await;
+        bob.send(Disconnect::default()).await;
+        assert_eq!(bob.try_receive().await, None);
+    }
+    host.stop().await;
+}
+
+#[tokio::test]
 async fn the_anonymous_come_in_only_where_the_listener_has_them() {
     let yaml = "- { effect: allow, anonymous: true, action: publish, topics: [open] }";
     let Guarded { host, .. } = guarded(yaml, |config| config.listeners[0].allow_anonymous = true).await;

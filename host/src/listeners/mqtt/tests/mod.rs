@@ -18,7 +18,7 @@ use rmqtt_codec::types::{Publish, QoS};
 use rmqtt_codec::v5::{
     Codec, Connect, ConnectAck, ConnectAckReason, Disconnect, DisconnectReasonCode as Reason, LastWill,
     Packet, PublishAck, PublishAck2, PublishAck2Reason, PublishAckReason, PublishProperties, RetainHandling,
-    Subscribe, SubscribeAckReason, SubscriptionOptions,
+    Subscribe, SubscribeAckReason, SubscriptionOptions, Unsubscribe,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
