@@ -14,6 +14,7 @@ use super::Broker;
 use super::acks::Stopped;
 use super::aliases::Aliases;
 use super::auth::{self, Denial, Method};
+use super::inbound::push_sender;
 use super::metrics::{RECEIVED, SENT};
 use super::outbound::Peer;
 use super::session::{CLIENT_ID_BYTES_MAX, Session, Turn, subscription_key};
@@ -231,7 +232,7 @@ fn connect(broker: &Broker, version: Version, whole: &mut [u8], header: usize) -
                 delay_s: 0,
                 record: None,
             });
-            Ok(Asked::new(broker, version, &connect.client_id, connect.username.as_deref(), will, |asked| {
+            Ok(Asked::new(version, &connect.client_id, connect.username.as_deref(), will, |asked| {
                 asked.password = connect.password;
                 asked.clean = clean;
                 asked.keep_alive_s = connect.keep_alive;
@@ -251,7 +252,7 @@ fn connect(broker: &Broker, version: Version, whole: &mut [u8], header: usize) -
                 wire::response_topic(topic)?;
             }
             let will = connect.last_will.map(will_v5);
-            Ok(Asked::new(broker, version, &connect.client_id, connect.username.as_deref(), will, |asked| {
+            Ok(Asked::new(version, &connect.client_id, connect.username.as_deref(), will, |asked| {
                 asked.password = connect.password;
                 asked.clean = clean;
                 asked.keep_alive_s = connect.keep_alive;
@@ -301,7 +302,6 @@ fn will_v5(will: v5::LastWill) -> Will {
 
 impl Asked {
     fn new(
-        broker: &Broker,
         version: Version,
         client_id: &str,
         username: Option<&str>,
@@ -328,12 +328,6 @@ impl Asked {
             auth_answer: None,
         };
         fill(&mut asked);
-        if let Some(will) = &mut asked.will
-            && broker.namespace.device_span(&will.topic).is_none()
-        {
-            let id = asked.client_id.as_bytes();
-            properties::push(&mut will.properties, Origin::Listener, "client-id", id);
-        }
         asked
     }
 
@@ -349,7 +343,7 @@ impl Asked {
         if !topic::is_valid_name(&will.topic) || will.topic.starts_with('$') {
             return Some(ConnectAckReason::TopicNameInvalid);
         }
-        (will.properties.len() > properties::PROPERTIES_BYTES_MAX).then_some(ConnectAckReason::PacketTooLarge)
+        None
     }
 
     /// Who the client is; else the CONNACK's reason and the cause that is counted.
@@ -387,7 +381,15 @@ impl Asked {
         if !self.assigned && !broker.access.may_have_id(&rights.identity, &self.client_id) {
             return Err((Some(ConnectAckReason::ClientIdentifierNotValid), "client_id"));
         }
+        if let Some(will) = &mut self.will {
+            let names_device = broker.namespace.device_span(&will.topic).is_some();
+            let out = &mut will.properties;
+            push_sender(out, broker, &self.client_id, names_device, &rights.identity);
+        }
         match &self.will {
+            Some(will) if will.properties.len() > properties::PROPERTIES_BYTES_MAX => {
+                Err((Some(ConnectAckReason::PacketTooLarge), "invalid"))
+            }
             Some(will) if broker.access.is_too_deep(&will.topic) => {
                 Err((Some(ConnectAckReason::TopicNameInvalid), "will_topic_levels"))
             }

@@ -5,11 +5,13 @@ use rmqtt_codec::v5::DisconnectReasonCode;
 
 use super::stalled::{Owned, Stalled};
 use super::{IdChange, Inbound, Owed, Scratch, Trouble, Work, cut_device, recycle};
+use crate::access::Identity;
 use crate::batch::flags;
 use crate::listeners::mqtt::Broker;
 use crate::listeners::mqtt::retained::{self, Staged};
 use crate::listeners::mqtt::session::{Received, Session, qos2_key};
 use crate::listeners::mqtt::wire::Fault;
+use crate::properties::{self, Origin};
 use crate::stream::{AppendError, NewMessage, StateChange, partition_of};
 
 impl Inbound {
@@ -178,6 +180,24 @@ pub fn undo<'o>(session: &Session, owed: impl DoubleEndedIterator<Item = &'o Owe
             }
         }
     }
+}
+
+/// What the listener says of the client with each of its messages.
+#[inline]
+pub fn push_sender(
+    out: &mut Vec<u8>,
+    broker: &Broker,
+    client_id: &str,
+    topic_names_device: bool,
+    identity: &Identity,
+) {
+    if !topic_names_device || broker.config.keep_client_id || broker.live.wants_publisher() {
+        properties::push(out, Origin::Listener, "client-id", client_id.as_bytes());
+    }
+    if let Some(username) = &identity.name {
+        properties::push(out, Origin::Listener, "username", username.as_bytes());
+    }
+    out.extend_from_slice(&identity.attributes);
 }
 
 /// Counts what a stream took.

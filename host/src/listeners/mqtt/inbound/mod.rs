@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 use bytes::BytesMut;
 use rmqtt_codec::v5::DisconnectReasonCode;
 
-pub use self::append::taken_in;
 use self::append::undo;
+pub use self::append::{push_sender, taken_in};
 use self::stalled::{Stalled, writable};
 use super::Broker;
 use super::acks::{Ack, Acks};
@@ -375,14 +375,8 @@ impl Inbound {
         if device.is_some() {
             flags |= flags::FITS_NAMESPACE;
         }
-        if device.is_none() || broker.config.keep_client_id || broker.live.wants_publisher() {
-            let client_id = self.session.client_id.as_bytes();
-            properties::push(&mut work.properties, Origin::Listener, "client-id", client_id);
-        }
-        if let Some(username) = &self.rights.identity.name {
-            properties::push(&mut work.properties, Origin::Listener, "username", username.as_bytes());
-        }
-        work.properties.extend_from_slice(&self.rights.identity.attributes);
+        let client_id = &self.session.client_id;
+        push_sender(&mut work.properties, broker, client_id, device.is_some(), &self.rights.identity);
         let properties = begin..work.properties.len();
         if properties.len() > PROPERTIES_BYTES_MAX {
             return Err(Fault {
