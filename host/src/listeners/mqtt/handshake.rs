@@ -126,7 +126,6 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         refuse(broker, io, Some(asked.version), ConnectAckReason::QuotaExceeded).await;
         return Err(Refused::new("connections_per_user", format!("client {} at {remote}", asked.client_id)));
     };
-    broker.wills.client_is_back(broker, &asked.client_id);
     let opened = async {
         let resumed = broker.sessions.open(broker, &session, asked.clean, asked.expiry_s).await?;
         if let Some(will) = &mut asked.will {
@@ -141,6 +140,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
             return Err(Refused::new("stopped", "the broker stream has stopped"));
         }
     };
+    broker.wills.client_is_back(broker, &asked.client_id);
     if resumed {
         leave_forbidden(broker, &session, &rights);
     }

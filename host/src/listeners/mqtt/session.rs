@@ -150,8 +150,13 @@ impl Session {
         lock(&self.state).alive
     }
 
+    /// Its client is there. Not before all that CONNACK promises is durable: a
+    /// connect that is given up is none.
     pub fn connected(&self, connection: Connection) {
-        lock(&self.state).connection = Some(Box::new(connection));
+        let mut state = lock(&self.state);
+        state.connected = true;
+        state.connection = Some(Box::new(connection));
+        self.connects.fetch_add(1, Ordering::AcqRel);
     }
 
     /// The connection, the session's expiry, and when the last connection ended.
@@ -359,15 +364,10 @@ impl Sessions {
         };
         session.overflow.store(false, Ordering::Relaxed);
         session.kicked.store(false, Ordering::Relaxed);
-        session.connects.fetch_add(1, Ordering::AcqRel);
         if !changes.is_empty() {
             broker.append_durable(&*broker.broker, &changes).await?;
         }
-        {
-            let mut state = lock(&session.state);
-            state.connected = true;
-            state.stale.clear();
-        }
+        lock(&session.state).stale.clear();
         if let Some(epoch) = kept_no_more {
             lock(&session.state).kept = false;
             let received = session.received().clone();

@@ -4,7 +4,24 @@ use futures_util::FutureExt;
 use tokio::time::Instant;
 
 use super::*;
+use crate::listeners::mqtt::transport::fuzzing::somebody;
 use crate::listeners::mqtt::will::{self, Will};
+
+fn a_will(topic: &'static str) -> LastWill {
+    LastWill {
+        qos: QoS::AtLeastOnce,
+        retain: false,
+        topic: topic.into(),
+        message: "gone".into(),
+        will_delay_interval_sec: None,
+        correlation_data: None,
+        message_expiry_interval: None,
+        content_type: None,
+        user_properties: vec![],
+        is_utf8_payload: None,
+        response_topic: None,
+    }
+}
 
 #[tokio::test]
 async fn a_will_is_published_when_its_client_is_lost_and_only_then() {
@@ -12,19 +29,7 @@ async fn a_will_is_published_when_its_client_is_lost_and_only_then() {
     let mut watcher = host.clean("w").await;
     watcher.subscribe("will/+", QOS1).await;
     let with_will = |client_id: &'static str, topic: &'static str| Connect {
-        last_will: Some(LastWill {
-            qos: QoS::AtLeastOnce,
-            retain: false,
-            topic: topic.into(),
-            message: "gone".into(),
-            will_delay_interval_sec: None,
-            correlation_data: None,
-            message_expiry_interval: None,
-            content_type: None,
-            user_properties: vec![],
-            is_utf8_payload: None,
-            response_topic: None,
-        }),
+        last_will: Some(a_will(topic)),
         ..clean(client_id)
     };
     let (mut polite, _) = host.client(with_will("polite", "will/polite")).await;
@@ -39,6 +44,7 @@ async fn a_will_is_published_when_its_client_is_lost_and_only_then() {
 struct Lost {
     broker: Arc<Broker>,
     stream: Arc<dyn Stream>,
+    store: Arc<MemoryStream>,
     session: Arc<session::Session>,
     will: Will,
 }
@@ -46,7 +52,8 @@ struct Lost {
 impl Lost {
     async fn new(delay_s: u32, expiry_s: u32) -> Self {
         let stream = MemoryStream::new("s", 1);
-        let broker = broker(&Config::default(), stream.clone(), MemoryStream::new("broker", 1));
+        let store = MemoryStream::with_hooks("broker", 1);
+        let broker = broker(&Config::default(), stream.clone(), store.clone());
         let (session, turn) = broker.sessions.claim("c", 9).await.unwrap();
         assert_eq!(broker.sessions.open(&broker, &session, false, expiry_s).await, Ok(false));
         let mut will = Will {
@@ -59,13 +66,13 @@ impl Lost {
         };
         will.keep(&broker, "c").await.unwrap();
         broker.sessions.close(&broker, &session, turn, None);
-        Self { broker, stream, session, will }
+        Self { broker, stream, store, session, will }
     }
 
     fn seen(self) -> (Seen, impl Future<Output = ()>) {
-        let Self { broker, stream, session, will } = self;
+        let Self { broker, stream, store, session, will } = self;
         let (connects, epoch) = (session.connects.load(Ordering::Acquire), session.epoch());
-        let seen = Seen { broker: broker.clone(), stream };
+        let seen = Seen { broker: broker.clone(), stream, store };
         (seen, async move { will::lost(&broker, &session, connects, epoch, will).await })
     }
 }
@@ -73,6 +80,7 @@ impl Lost {
 struct Seen {
     broker: Arc<Broker>,
     stream: Arc<dyn Stream>,
+    store: Arc<MemoryStream>,
 }
 
 impl Seen {
@@ -85,7 +93,92 @@ impl Seen {
     async fn back(&self, clean: bool) {
         let (session, _turn) = self.broker.sessions.claim("c", 9).await.unwrap();
         self.broker.sessions.open(&self.broker, &session, clean, 600).await.unwrap();
+        session.connected(clients::Connection {
+            version: "5.0".into(),
+            address: "test".into(),
+            user: None,
+            since_us: 0,
+            keep_alive_s: 0,
+        });
     }
+}
+
+#[tokio::test]
+async fn a_connect_that_is_given_up_is_no_return_of_the_client() {
+    let (seen, lost) = Lost::new(1, 600).await.seen();
+    {
+        let sessions = &seen.broker.sessions;
+        let (session, _turn) = sessions.claim("c", 9).await.unwrap();
+        seen.store.set_no_space(true);
+        let opened = sessions.open(&seen.broker, &session, false, 600).now_or_never();
+        assert_eq!(opened, None, "it waits for room");
+        seen.store.set_no_space(false);
+    }
+    timeout(HUNG_AFTER, lost).await.expect("published in the end");
+    assert_eq!(seen.wills(), (1, 0));
+}
+
+#[tokio::test]
+async fn a_connect_that_is_given_up_over_its_will_leaves_no_session() {
+    let stream = MemoryStream::with_hooks("s", 1);
+    let broker = broker(&Config::default(), stream.clone(), MemoryStream::new("broker", 1));
+    let connect = Connect { last_will: Some(a_will("will")), ..clean("c") };
+    let (mut client, mut io) = tokio::io::duplex(1_024);
+    let mut sent = BytesMut::new();
+    Codec::default().encode(connect.into(), &mut sent).unwrap();
+    client.write_all(&sent).await.unwrap();
+    stream.set_no_space(true);
+    let (remote, _) = somebody();
+    let mut input = BytesMut::new();
+    let accepted = handshake::accept(&broker, &mut io, &mut input, &remote).now_or_never();
+    assert!(accepted.is_none(), "its will waits for room");
+    assert_eq!(broker.sessions.len(), 1);
+    broker.sessions.sweep(&broker);
+    assert_eq!(broker.sessions.len(), 0);
+}
+
+#[tokio::test]
+async fn a_will_says_whose_it_is_as_a_publish_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("passwords");
+    let mut users = crate::access::PasswordFile::default();
+    users.set("ann", "ann", None).unwrap();
+    std::fs::write(&file, users.to_text()).unwrap();
+    let access = serde_json::json!({
+        "authenticate": [{ "type": "passwords", "file": file }],
+        "rules": [{ "effect": "allow", "topics": ["#"] }],
+    });
+    let stream = MemoryStream::new("s", 1);
+    let host = Host::start(Streams::new(vec![], stream.clone()), MemoryStream::new("broker", 1), |config| {
+        config.access = Some(serde_json::from_value(access).unwrap());
+        config.keep_client_id = true;
+    })
+    .await;
+    let topic = "acme/f/press/p7/state";
+    let (mut client, _) = host
+        .client(Connect {
+            username: Some("ann".into()),
+            password: Some("ann".into()),
+            last_will: Some(a_will(topic)),
+            ..clean("c")
+        })
+        .await;
+    client.send(publish(topic, QoS::AtLeastOnce, 1)).await;
+    assert_eq!(client.receive().await, puback(1));
+    drop(client);
+    let mut said = Vec::new();
+    for from in 0..2 {
+        let batch = batch(&*stream, from).await;
+        let message = batch.messages().next().unwrap();
+        said.push(
+            ["username", "client-id"].map(|name| {
+                properties::get(message.properties(), Origin::Listener, name).map(<[u8]>::to_vec)
+            }),
+        );
+    }
+    assert_eq!(said[0], [Some(b"ann".to_vec()), Some(b"c".to_vec())]);
+    assert_eq!(said[1], said[0]);
+    host.stop().await;
 }
 
 #[tokio::test]
