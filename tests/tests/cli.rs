@@ -285,6 +285,26 @@ fn health_is_told_over_http() {
 }
 
 #[test]
+fn a_host_goes_on_where_what_it_prints_has_no_room() {
+    let host = Host::prepare("cli-full", "");
+    let full = || std::fs::File::options().write(true).open("/dev/full").expect("Linux has it");
+    let mut command = host.command(&["run", "--config", "headworks.yaml"]);
+    let mut process = Process::spawn("headworks", command.stdout(full()).stderr(full()));
+    eventually("the host is ready, or ended", Duration::from_secs(60), || {
+        let run = std::fs::read(host.folder.join("data/run.json")).unwrap_or_default();
+        let run: Option<serde_json::Value> = serde_json::from_slice(&run).ok();
+        let admin = run.and_then(|run| run["admin"].as_str()?.parse().ok());
+        let is_ready = admin.is_some_and(|admin| matches!(http::get(admin, "/readyz"), Ok((200, _))));
+        (is_ready || !process.alive()).then_some(())
+    });
+    process.signal(Signal::TERM);
+    assert_eq!(process.wait(Duration::from_secs(60)).code(), Some(0));
+
+    let mut wrong = host.command(&["validate", "--config", "nowhere.yaml"]);
+    assert_eq!(wrong.stdout(full()).stderr(full()).status().expect("headworks runs").code(), Some(2));
+}
+
+#[test]
 fn help_says_what_each_command_does() {
     let text = run(Command::new(headworks_tests::host::binary()).arg("--help"));
     for command in ["run", "validate", "plugin", "streams", "clients", "dead-letters", "passwd", "schema"] {

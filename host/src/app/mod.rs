@@ -9,6 +9,7 @@ pub mod run_file;
 mod status;
 
 use std::fs::File;
+use std::io::Write;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -307,7 +308,8 @@ fn say_started(config: &Config, source: &Source, host: &Host, mqtt: &[mqtt::Bind
     }
     started.admin = Some(admin);
     started.plugins = host.plugins.status().into_iter().map(plugin_line).collect();
-    println!("{}", banner(&started));
+    // Whoever closed stdout does not want it.
+    let _ = writeln!(std::io::stdout(), "{}", banner(&started));
 }
 
 fn plugin_line(plugin: PluginStatus) -> PluginLine {

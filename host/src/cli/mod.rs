@@ -43,12 +43,15 @@ pub fn main() -> ExitCode {
         Err(error) if output::is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             if let Some(config::Error::Invalid(problems)) = error.downcast_ref::<config::Error>() {
-                problems.iter().for_each(|problem| eprintln!("{problem}"));
                 let noun = if problems.len() == 1 { "problem" } else { "problems" };
-                eprintln!("headworks: {} {noun} in the config, nothing was started", problems.len());
+                let list = problems.join("\n");
+                output::complain(&format!(
+                    "{list}\nheadworks: {} {noun} in the config, nothing was started",
+                    problems.len()
+                ));
                 return ExitCode::from(WRONG);
             }
-            eprintln!("headworks: {error:#}");
+            output::complain(&format!("headworks: {error:#}"));
             let is_config = error.downcast_ref::<config::Error>().is_some();
             ExitCode::from(if is_config { WRONG } else { FAILED })
         }

@@ -61,6 +61,11 @@ impl Out {
     }
 }
 
+/// To stderr. Where that takes nothing the exit code says it alone.
+pub fn complain(text: &str) {
+    let _ = writeln!(io::stderr(), "{text}");
+}
+
 /// `headworks ... | head` ended early: no failure.
 pub fn is_closed_pipe(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {

@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use serde_json::json;
 
 use super::args::{Format, StreamsCommand, TailArgs};
-use super::output::Out;
+use super::output::{Out, complain};
 use super::{block_on, message};
 use crate::batch::Offset;
 use crate::config::{self, Config, DEAD_LETTERS};
@@ -113,7 +113,7 @@ async fn tail(config: &Config, name: &str, args: &TailArgs, out: &mut Out) -> an
             None => break,
             Some(Read::Gap { cause: GapCause::Trimmed, .. }) => {}
             Some(Read::Gap { from, to, cause: GapCause::Damaged }) => {
-                eprintln!("headworks: offsets {} to {} are damaged on disk", from.0, to.0);
+                complain(&format!("headworks: offsets {} to {} are damaged on disk", from.0, to.0));
             }
             // A batch has one append time: that of its frame.
             Some(Read::Batch(batch)) if batch.now_us < since_us => {}

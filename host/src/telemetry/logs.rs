@@ -31,7 +31,11 @@ pub fn init_logs(filter: Option<&str>, format: LogFormat) -> Result<(), InitErro
     };
     let parsed = EnvFilter::try_new(&filter)
         .map_err(|error| InitError::Filter { filter, error: error.to_string() })?;
-    let logs = tracing_subscriber::fmt().with_env_filter(parsed).with_writer(std::io::stderr);
+    let logs = tracing_subscriber::fmt()
+        .with_env_filter(parsed)
+        .with_writer(std::io::stderr)
+        // Else a line that a full disk does not take is a panic.
+        .log_internal_errors(false);
     let set = match format {
         LogFormat::Compact => {
             logs.compact().with_target(false).with_ansi(std::io::stderr().is_terminal()).try_init()
