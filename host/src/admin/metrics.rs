@@ -47,7 +47,7 @@ pub fn install() -> Option<PrometheusHandle> {
     Some(handle)
 }
 
-pub(super) fn builder() -> PrometheusBuilder {
+pub(crate) fn builder() -> PrometheusBuilder {
     let buckets = "the buckets are not empty";
     PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), SECONDS)

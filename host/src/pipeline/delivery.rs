@@ -10,12 +10,12 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::Batching;
 use super::config::Backoff;
 use super::outlet::{Bundle, Intake};
 use super::routes::SinkNumber;
 use super::status::{SinkShared, State};
 use super::writer::{Failed, Writer};
-use super::{Batching, metrics};
 use crate::batch::Offset;
 use crate::sinks::{Rows, Sink};
 use crate::stream::{Attachment, OnLag, Stream, Ticket};
@@ -372,18 +372,7 @@ impl Delivery {
                 )));
             }
         }
-        let lowest = self.lowest();
-        if lowest < kept.start {
-            let gone = kept.start.0 - lowest.0;
-            metrics::gap(&self.writer.claim.pipeline, "trimmed").increment(gone);
-            tracing::error!(
-                sink,
-                stream,
-                from = lowest.0,
-                to = kept.start.0,
-                "retention removed messages that this sink had not written"
-            );
-        }
+        // Below the first kept one: the lane's reader says and counts it.
         Ok(())
     }
 

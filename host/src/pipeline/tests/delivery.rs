@@ -196,6 +196,29 @@ async fn a_detached_sink_goes_on_past_what_retention_removed() {
     assert_eq!(world.payloads("w").len(), 20);
 }
 
+/// On one thread, whose recorder it is.
+#[tokio::test]
+async fn what_retention_took_from_a_sink_is_counted_once_however_often_it_is_opened() {
+    let recorder = crate::admin::metrics::builder().build_recorder();
+    let rendered = recorder.handle();
+    let _recorder = metrics::set_default_local_recorder(&recorder);
+    let mut world = World::new(1, &[("default", "w")]);
+    world.on_lag = OnLag::Detach;
+    world.publish_many(1, 0, 10);
+    let process = world.start(chain(1, &[])).await;
+    process.drained().await;
+    process.stop().await;
+    world.publish_many(1, 10, 30);
+    world.memory.trim(Offset(30));
+    world.database("w").fail_commits([Fault::Retry("down".to_owned()), Fault::UnknownLost]);
+    let process = world.start(chain(1, &[])).await;
+    process.drained().await;
+    process.stop().await;
+    let gap = "headworks_pipeline_gap_messages_total{pipeline=\"p\",cause=\"trimmed\"} ";
+    let text = rendered.render();
+    assert_eq!(text.lines().find_map(|line| line.strip_prefix(gap)), Some("20"), "{text}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_shutdown_commits_what_is_in_flight() {
     let mut world = World::new(4, &[("default", "w")]);
