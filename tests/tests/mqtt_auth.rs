@@ -116,6 +116,25 @@ fn who_proves_the_password_is_the_user_whom_the_rules_know() {
 }
 
 #[test]
+fn the_packets_of_an_exchange_are_counted() {
+    let host = start("mqtt-auth-counted", "20s");
+    let login = Login::new("n,,", "ann", "ann");
+    let mut client = Client::raw(host.mqtt(), V5);
+    let connect = connect(&login).bytes();
+    client.send(&connect);
+    let challenge = client.receive();
+    let answer = login.answer(&auth_data(&challenge, MORE));
+    let auth = auth(MORE, METHOD, &answer.message);
+    client.send(&auth);
+    assert_eq!(client.receive().body[1], 0);
+    for name in ["headworks_mqtt_packets_received_total", "headworks_mqtt_packets_sent_total"] {
+        assert_eq!(host.metric(name, &[("type", "auth")]), 1.0, "{name}");
+    }
+    let received = host.metric("headworks_mqtt_bytes_total", &[("direction", "received")]);
+    assert_eq!(received, (connect.len() + auth.len()) as f64);
+}
+
+#[test]
 fn a_wrong_password_and_users_that_do_not_exist_look_alike_also_after_a_restart() {
     let mut host = start("mqtt-auth-decoys", "20s");
     let attempt = |host: &Host, user: &str| {

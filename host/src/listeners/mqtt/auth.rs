@@ -10,6 +10,7 @@ use tokio_util::codec::Encoder;
 use super::Broker;
 use super::handshake::leave_forbidden;
 use super::inbound::Inbound;
+use super::metrics::{RECEIVED, SENT};
 use super::transport::Remote;
 use super::wire::{self, Fault, Packet, Version};
 use crate::access::{Admitted, Credentials, Denied, Exchange, ROUNDS_MAX, Step};
@@ -47,7 +48,9 @@ impl Method {
             let mut out = BytesMut::new();
             self.put(AuthReasonCode::ContinueAuth, data, packet_bytes_max, &mut out)
                 .ok_or((Some(ConnectAckReason::PacketTooLarge), "invalid"))?;
+            broker.counters.sending(Version::V5, &out);
             io.write_all(&out).await.map_err(|_| (None, "lost"))?;
+            broker.counters.bytes[SENT].increment(out.len() as u64);
             let answer = self.read_answer(broker, io, input).await?;
             step = exchange.answer(&answer).await.map_err(denial)?;
         }
@@ -67,6 +70,7 @@ impl Method {
         };
         loop {
             if let Some(frame) = wire::frame(input, broker.packet_bytes_max).map_err(fault)? {
+                broker.counters.received.add_one(frame.first);
                 let len = frame.len;
                 let packet = wire::decode(Version::V5, &input.split_to(len)).map_err(fault)?;
                 return match packet {
@@ -80,7 +84,7 @@ impl Method {
                 };
             }
             match io.read_buf(input).await {
-                Ok(1..) => {}
+                Ok(len @ 1..) => broker.counters.bytes[RECEIVED].increment(len as u64),
                 _ => return Err((None, "lost")),
             }
         }

@@ -28,9 +28,9 @@ const TYPES: [&str; 16] = [
     "disconnect",
     "auth",
 ];
-/// What a client sends, what we send; PUBLISH and its acks go both ways.
-const BY_CLIENTS: [usize; 10] = [1, 3, 4, 5, 6, 7, 8, 10, 12, 14];
-const BY_US: [usize; 10] = [2, 3, 4, 5, 6, 7, 9, 11, 13, 14];
+/// What a client sends, what we send; PUBLISH, its acks and AUTH go both ways.
+const BY_CLIENTS: [usize; 11] = [1, 3, 4, 5, 6, 7, 8, 10, 12, 14, 15];
+const BY_US: [usize; 11] = [2, 3, 4, 5, 6, 7, 9, 11, 13, 14, 15];
 /// Places in [`Counters::bytes`].
 pub(super) const RECEIVED: usize = 0;
 pub(super) const SENT: usize = 1;
@@ -246,7 +246,7 @@ pub(super) struct Packets([Count; 16]);
 pub(super) type Few = [u32; 16];
 
 impl Packets {
-    fn new(name: &'static str, types: [usize; 10]) -> Self {
+    fn new(name: &'static str, types: [usize; 11]) -> Self {
         Self(std::array::from_fn(|number| {
             let is_used = types.contains(&number);
             Count::new(if is_used { counter!(name, "type" => TYPES[number]) } else { Counter::noop() })
@@ -480,5 +480,34 @@ impl Counters {
 
     pub fn tls_reload(&self, outcome: &'static str) {
         counter!("headworks_mqtt_tls_reloads_total", "outcome" => outcome).increment(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_packet_that_is_counted_is_shown() {
+        let recorder = crate::admin::metrics::builder().build_recorder();
+        let rendered = metrics::with_local_recorder(&recorder, || {
+            let counters = Counters::new();
+            (0..16).for_each(|kind| counters.received.add_one(kind << 4));
+            (0..16).for_each(|kind| counters.sent.add_one(kind << 4));
+            recorder.handle().render()
+        });
+        for kind in TYPES.iter().filter(|kind| !kind.is_empty()) {
+            let is_shown = |name: &str| rendered.contains(&format!("{name}{{type=\"{kind}\"}} 1"));
+            let shown = [
+                is_shown("headworks_mqtt_packets_received_total"),
+                is_shown("headworks_mqtt_packets_sent_total"),
+            ];
+            let one_way = match *kind {
+                "connect" | "subscribe" | "unsubscribe" | "pingreq" => [true, false],
+                "connack" | "suback" | "unsuback" | "pingresp" => [false, true],
+                _ => [true, true],
+            };
+            assert_eq!(shown, one_way, "{kind}");
+        }
     }
 }
