@@ -68,7 +68,7 @@ mod tests {
         let process = world.start(chain(1, &[step("check", |_, _| Act::Refuse("no".to_owned()))])).await;
         world.publish_many(1, 0, 10);
         process.drained().await;
-        let broken = without_steps.start(chain(1, &[broken_step("check", 0)])).await;
+        let broken = without_steps.start(chain(1, &[broken_step("check", |worker| worker == 0)])).await;
         process.chain.send_replace(chain(2, &[step("check", |_, _| Act::Pass)]));
         process.until("flipped", |status| status.chain == Some(2)).await;
         let (process, broken) = (process.into_handle(), broken.into_handle());

@@ -135,6 +135,8 @@ pub struct Supervisor {
     /// The chain that runs.
     active: Option<Chain>,
     swap_refused: Option<String>,
+    /// Why the last lane did not start; it is tried again.
+    lane_refused: Option<String>,
     /// The newest chain waits for room in a lane's orders.
     swap_due: bool,
     members: Vec<Member>,
@@ -176,6 +178,7 @@ impl Supervisor {
             chain,
             active: None,
             swap_refused: None,
+            lane_refused: None,
             swap_due: false,
             members,
             lanes: Vec::new(),
@@ -276,10 +279,11 @@ impl Supervisor {
         let mut made = match instantiate(&chain, workers, 1).await {
             Ok(made) => made,
             Err(reason) => {
-                self.swap_refused = Some(reason);
+                self.lane_refused = Some(reason);
                 return None;
             }
         };
+        self.lane_refused = None;
         let from = sinks.iter().filter_map(|sink| self.members[*sink].ready_from).min()?;
         if self.running.is_empty() {
             self.shared.letters.check_redelivered();
@@ -558,6 +562,9 @@ impl Supervisor {
         };
         if let Some(reason) = &active.hold {
             return State::Holding(reason.to_string());
+        }
+        if let Some(reason) = &self.lane_refused {
+            return State::Retrying(reason.clone());
         }
         if self.main.is_some() {
             return State::Running;

@@ -89,8 +89,8 @@ impl Step for TestStep {
 pub struct TestFactory {
     id: StepId,
     act: StepFn,
-    /// Workers for which it cannot start.
-    broken: Vec<u32>,
+    /// Whether an instance for this worker cannot start.
+    broken: Box<dyn Fn(u32) -> bool + Send + Sync>,
 }
 
 impl StepFactory for TestFactory {
@@ -103,7 +103,7 @@ impl StepFactory for TestFactory {
     }
 
     fn instantiate(&self, worker: u32) -> Result<Box<dyn Step>, Vec<Problem>> {
-        if self.broken.contains(&worker) {
+        if (self.broken)(worker) {
             return Err(vec![Problem { path: KeyPath::root(), message: "no such table".to_owned() }]);
         }
         Ok(Box::new(TestStep(self.id.clone(), Arc::clone(&self.act))))
@@ -114,11 +114,12 @@ pub fn step(
     name: &str,
     act: impl Fn(&MessageRef<'_>, u32) -> Act + Send + Sync + 'static,
 ) -> Arc<dyn StepFactory> {
-    Arc::new(TestFactory { id: id(name), act: Arc::new(act), broken: Vec::new() })
+    Arc::new(TestFactory { id: id(name), act: Arc::new(act), broken: Box::new(|_| false) })
 }
 
-pub fn broken_step(name: &str, worker: u32) -> Arc<dyn StepFactory> {
-    Arc::new(TestFactory { id: id(name), act: Arc::new(|_, _| Act::Pass), broken: vec![worker] })
+/// Cannot start where `broken` says so of a worker.
+pub fn broken_step(name: &str, broken: impl Fn(u32) -> bool + Send + Sync + 'static) -> Arc<dyn StepFactory> {
+    Arc::new(TestFactory { id: id(name), act: Arc::new(|_, _| Act::Pass), broken: Box::new(broken) })
 }
 
 fn id(name: &str) -> StepId {

@@ -1,4 +1,5 @@
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::harness::{Act, World, broken_step, chain, step, text};
 use crate::batch::Offset;
@@ -35,7 +36,7 @@ async fn steps_that_cannot_start_in_one_worker_replace_none() {
     let world = World::new(4, &[("default", "w")]);
     let process = world.start(chain(1, &[tag("old")])).await;
     process.until("running", |status| status.state == State::Running).await;
-    process.chain.send_replace(chain(2, &[broken_step("tag", 1)]));
+    process.chain.send_replace(chain(2, &[broken_step("tag", |worker| worker == 1)]));
     let status = process.until("refused", |status| status.swap_refused.is_some()).await;
     assert!(status.swap_refused.unwrap().contains("no such table"));
     assert_eq!(status.chain, Some(1));
@@ -44,6 +45,26 @@ async fn steps_that_cannot_start_in_one_worker_replace_none() {
     assert!(world.payloads("w").iter().all(|payload| payload.starts_with("old")));
     process.chain.send_replace(chain(3, &[tag("new")]));
     process.until("flipped", |status| status.chain == Some(3) && status.swap_refused.is_none()).await;
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn why_a_reader_could_not_start_is_shown_until_it_does() {
+    let world = World::new(2, &[("default", "w")]);
+    world.publish_many(3, 0, 50);
+    // With the first instance of each worker the steps are taken; none is left for a reader.
+    let left = Arc::new(AtomicU32::new(2));
+    let of_step = Arc::clone(&left);
+    let none_left = move |_| {
+        of_step.fetch_update(Ordering::AcqRel, Ordering::Acquire, |left| left.checked_sub(1)).is_err()
+    };
+    let process = world.start(chain(1, &[broken_step("tag", none_left)])).await;
+    let status = process.until("tried", |status| matches!(status.state, State::Retrying(_))).await;
+    assert!(format!("{:?}", status.state).contains("no such table"), "{:?}", status.state);
+    left.store(1_000, Ordering::Release);
+    process.drained().await;
+    let status = process.handle.status();
+    assert_eq!((status.state, status.swap_refused), (State::Running, None));
     process.stop().await;
 }
 
@@ -68,7 +89,7 @@ async fn a_held_chain_reads_nothing_until_it_is_let_go() {
 async fn a_pipeline_whose_first_steps_cannot_start_begins_with_the_next() {
     let world = World::new(2, &[("default", "w")]);
     world.publish_many(3, 0, 50);
-    let process = world.start(chain(1, &[broken_step("tag", 0)])).await;
+    let process = world.start(chain(1, &[broken_step("tag", |worker| worker == 0)])).await;
     process.until("holding", |status| matches!(status.state, State::Holding(_))).await;
     process.chain.send_replace(chain(2, &[tag("new")]));
     process.drained().await;
