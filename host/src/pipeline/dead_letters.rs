@@ -344,9 +344,10 @@ impl DeadLetters {
         for (i, (refusal, names)) in fresh.iter().enumerate() {
             known.note(refusal, names, readers);
             known.order.push_back((appended.first.0 + i as u64, refusal.message.offset().0));
-            let (Source::Step(source) | Source::Sink(source)) = refusal.source;
-            metrics::dead_letters(&self.pipeline, source).increment(1);
         }
+        // All of one call come from one step or sink.
+        let (Source::Step(source) | Source::Sink(source)) = fresh[0].0.source;
+        metrics::dead_letters(&self.pipeline, source).increment(fresh.len() as u64);
         if trimmed > 0 {
             metrics::properties_dropped(&self.pipeline).increment(trimmed);
         }

@@ -77,7 +77,7 @@ pub const METRICS: &[Metric] = &[
     metric(
         "headworks_sink_retries_total",
         MetricKind::Counter,
-        "Failed tries by kind: retry, unknown, setup, data, rows",
+        "Tries that did not write all: retry, unknown, setup (the sink), data, rows (some rows were refused, the others are tried again), refusals (too many of them: it pauses)",
         &["pipeline", "sink", "kind"],
     ),
     metric(
@@ -167,7 +167,7 @@ impl SinkMetrics {
         }
     }
 
-    /// `kind`: retry, unknown, setup, data, rows.
+    /// `kind`: retry, unknown, setup, data, rows, refusals.
     pub fn retry(&self, kind: &'static str) {
         counter!("headworks_sink_retries_total", "pipeline" => self.pipeline.clone(), "sink" => self.sink.clone(), "kind" => kind)
             .increment(1);

@@ -202,6 +202,7 @@ impl Writer {
     ) -> Result<usize, Failed> {
         self.refusals.note(refused.len(), refused.len());
         if let Some(reason) = self.refusals.too_many() {
+            self.metrics.retry("refusals");
             return Err(Failed::Later { kind: "refusals", reason });
         }
         refused.sort_unstable_by_key(|r| r.row);
