@@ -45,6 +45,7 @@ pub struct Host {
 
 /// Runs a host until SIGINT, SIGTERM, or a stream that stopped.
 pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
+    let process = telemetry::Process::default();
     let prometheus = admin::metrics::install().context("metrics were set up twice in one process")?;
     let data_dir = config.data_dir.clone();
     let _lock = lock(&data_dir)?;
@@ -130,7 +131,7 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
             move || clients.measure()
         }),
         prometheus,
-        process: telemetry::Process::default(),
+        process,
         instance: Arc::clone(&instance),
     };
     let stop_admin = CancellationToken::new();

@@ -3,7 +3,7 @@
 //! there is no /proc, only what needs none.
 
 use std::fmt::Write;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::{Metric, MetricKind};
 
@@ -31,18 +31,20 @@ pub const METRICS: &[Metric] = &[
 #[derive(Clone, Copy, Debug)]
 pub struct Process {
     started: SystemTime,
+    /// The same, on a clock that nobody sets.
+    since: Instant,
 }
 
 /// Made at the start of the process.
 impl Default for Process {
     fn default() -> Self {
-        Self { started: SystemTime::now() }
+        Self { started: SystemTime::now(), since: Instant::now() }
     }
 }
 
 impl Process {
     pub fn uptime(&self) -> Duration {
-        self.started.elapsed().unwrap_or_default()
+        self.since.elapsed()
     }
 
     /// Prometheus text, ready to stand beside what the recorder renders.
@@ -90,6 +92,12 @@ const fn gauge(name: &'static str, help: &'static str) -> Metric {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_clock_that_is_set_later_does_not_change_the_uptime() {
+        let process = Process { started: UNIX_EPOCH, ..Process::default() };
+        assert!(process.uptime() < Duration::from_secs(24 * 60 * 60));
+    }
 
     #[test]
     fn every_figure_of_the_process_is_shown() {
