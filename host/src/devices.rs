@@ -31,9 +31,9 @@ pub struct Devices(HashMap<Box<str>, Box<str>>);
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("devices.file: cannot read {path}: {error}")]
+    #[error("cannot read {path}: {error}")]
     Read { path: PathBuf, error: std::io::Error },
-    #[error("devices.file: {path}: {reason}")]
+    #[error("{path}: {reason}")]
     Content { path: PathBuf, reason: String },
 }
 
@@ -43,6 +43,13 @@ impl Config {
             if let Err(reason) = check(id, value) {
                 problems.add(path.key("table").key(id), reason);
             }
+        }
+    }
+
+    /// Tries the file.
+    pub fn look(&self, path: &KeyPath, problems: &mut Problems) {
+        if let Err(error) = Devices::load(self) {
+            problems.add(path.key("file"), error.to_string());
         }
     }
 }

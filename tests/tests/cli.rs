@@ -241,6 +241,56 @@ fn validate_accepts_what_runs_and_schema_describes_it() {
 }
 
 #[test]
+fn validate_tries_the_files_of_devices_and_sinks() {
+    let config = "devices: { file: devices.yaml }
+sinks:
+  w:
+    type: postgres
+    url: postgres://writer@127.0.0.1/iot?sslmode=verify-full
+    password: { file: pgpass }
+    tls: { ca: ca.pem }
+";
+    let host = Host::prepare("cli-validate-more", config);
+    let said = failed(host.command(&["validate", "--config", "headworks.yaml"]));
+    for wanted in [
+        "headworks.yaml:5: devices.file: cannot read devices.yaml: ",
+        "headworks.yaml:10: sinks.w.password.file: cannot read the password from pgpass: ",
+        "headworks.yaml:11: sinks.w.tls: ",
+    ] {
+        assert!(said.contains(wanted), "{wanted} in {said}");
+    }
+    let ca = headworks_tests::certificates::Authority::new(&host.folder);
+    std::fs::copy(&ca.ca, host.folder.join("ca.pem")).expect("our folder");
+    host.folder.write("pgpass", "secret\n");
+    host.folder.write("devices.yaml", "sensor-1: { site: north }\n");
+    host.cli(&["validate"]);
+}
+
+#[test]
+fn ctrl_c_ends_a_tail_in_the_midst_of_a_long_stream() {
+    let host = Host::start("cli-tail", "");
+    let lines = "0123456789".repeat(20) + "\n";
+    let mut publish = mosquitto::publish(host.mqtt());
+    let mut publish =
+        publish.args(["-q", "1", "-t", "a/b", "-l"]).stdin(Stdio::piped()).spawn().expect("it runs");
+    let mut stdin = publish.stdin.take().expect("piped");
+    (0..2_000).for_each(|_| stdin.write_all(lines.as_bytes()).expect("it reads"));
+    drop(stdin);
+    assert!(publish.wait().expect("our child").success());
+    // More than a pipe holds, so that each of them is in the midst of it.
+    for _ in 0..8 {
+        let mut command = host.command(&["streams", "tail", "--from", "start", "--config", "headworks.yaml"]);
+        let mut tail = command.stdout(Stdio::piped()).spawn().expect("headworks runs");
+        let mut first = [0];
+        let mut stdout = tail.stdout.take().expect("piped");
+        stdout.read_exact(&mut first).expect("a line");
+        let mut tail = Process::adopt("tail", tail);
+        tail.signal(Signal::INT);
+        assert!(tail.wait(Duration::from_secs(30)).code().is_none(), "ended by the signal");
+    }
+}
+
+#[test]
 fn a_second_host_on_one_data_folder_is_refused_with_a_reason() {
     let host = host("cli-lock");
     let output = host.command(&["run", "--config", "headworks.yaml"]).output().expect("it runs");

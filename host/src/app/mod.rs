@@ -71,7 +71,7 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
     let broker: Arc<dyn Stream> = open_log(&data_dir.join("broker"), "broker", &broker_stream())?;
 
     // Plugins, then the pipelines that run them and own the sinks.
-    let devices = Arc::new(Devices::load(&config.devices)?);
+    let devices = Arc::new(Devices::load(&config.devices).context("devices.file")?);
     let plugins = tokio::task::block_in_place(|| {
         let cache = config.plugin_cache_dir();
         Plugins::start(&config.plugins, &cache, devices, Arc::clone(&namespace), failures.clone())

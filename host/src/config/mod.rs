@@ -145,11 +145,16 @@ pub fn load(path: Option<&Path>) -> Result<Loaded, Error> {
     read(path).map(|(_, loaded)| loaded)
 }
 
-/// The same, and tries the files that the config names: certificates, passwords, keys.
+/// The same, and tries the files that the config names: certificates, passwords, keys, devices.
 pub fn load_with_files(path: Option<&Path>) -> Result<Loaded, Error> {
     let (files, loaded) = read(path)?;
     let mut problems = Problems::default();
-    loaded.config.mqtt.look(&KeyPath::root().key("mqtt"), &mut problems);
+    let (root, config) = (KeyPath::root(), &loaded.config);
+    config.mqtt.look(&root.key("mqtt"), &mut problems);
+    config.devices.look(&root.key("devices"), &mut problems);
+    for (name, sink) in &config.sinks {
+        sink.look(&root.key("sinks").key(name), &mut problems);
+    }
     if problems.is_empty() { Ok(loaded) } else { Err(Error::Invalid(files.locate(problems.into_vec()))) }
 }
 

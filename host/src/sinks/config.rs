@@ -91,6 +91,14 @@ impl Config {
         }
     }
 
+    /// Tries the files that it names.
+    pub fn look(&self, path: &KeyPath, problems: &mut Problems) {
+        match self {
+            Self::Postgres(config) => config.look(path, problems),
+            Self::Sqlite(_) => {}
+        }
+    }
+
     /// The part of `validate` that needs the topic namespace.
     pub fn validate_namespace(&self, namespace: &Namespace, path: &KeyPath, problems: &mut Problems) {
         self.columns().validate_namespace(namespace, &path.key("columns"), problems);

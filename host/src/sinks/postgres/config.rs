@@ -177,6 +177,21 @@ impl Config {
     }
 }
 
+impl Config {
+    /// Tries the certificates and the password's file. An environment variable
+    /// may be set only where the host runs.
+    pub fn look(&self, path: &KeyPath, problems: &mut Problems) {
+        if let Some(password @ Password::File(_)) = &self.password
+            && let Err(reason) = password.read()
+        {
+            problems.add(path.key("password").key("file"), reason);
+        }
+        if let Err(reason) = super::tls::connector(self.sslmode(), &self.tls) {
+            problems.add(path.key("tls"), reason);
+        }
+    }
+}
+
 impl Hypertable {
     fn validate(&self, path: &KeyPath, problems: &mut Problems) {
         const CENTURY_MS: u64 = 100 * 366 * 86_400_000;
@@ -303,6 +318,9 @@ impl Serialize for Url {
 
 impl Url {
     fn shown(&self) -> String {
+        if self.0.is_empty() {
+            return String::new();
+        }
         let Some((scheme, rest)) = self.0.split_once("://") else { return "(url not valid)".to_owned() };
         let (head, query) = rest.split_once('?').map_or((rest, None), |(head, query)| (head, Some(query)));
         let head = match head.rsplit_once('@') {
