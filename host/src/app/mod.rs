@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use self::banner::{PluginLine, Started, banner};
 use crate::access::Authenticator;
 use crate::admin;
-use crate::config::{Config, Source};
+use crate::config::{Config, DEAD_LETTERS, Source};
 use crate::devices::Devices;
 use crate::listeners::mqtt;
 use crate::pipeline::{self, Batching, SinkPart};
@@ -62,8 +62,8 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
     }
     let streams = streams.set;
     let dead_letters = open_log(
-        &data_dir.join("dead-letters"),
-        "dead-letters",
+        &data_dir.join(DEAD_LETTERS),
+        DEAD_LETTERS,
         &config.dead_letters.stream(config.mqtt.max_packet_size),
     )?;
     forget_strangers(&dead_letters, &config);
@@ -188,12 +188,7 @@ fn open_streams(config: &Config, data_dir: &Path) -> anyhow::Result<OpenStreams>
 /// positions would hold retention back for ever.
 fn forget_strangers(log: &Log, config: &Config) {
     for (consumer, next) in log.remembered() {
-        let (pipeline, rest) = consumer.split_once('/').unwrap_or((&consumer, ""));
-        let is_known = config
-            .pipelines
-            .get(pipeline)
-            .is_some_and(|pipeline| rest.ends_with("/dead-letters") || pipeline.sinks().contains(rest));
-        if !is_known {
+        if !reads(config, log.name(), &consumer) {
             tracing::warn!(
                 stream = log.name(),
                 consumer,
@@ -203,6 +198,18 @@ fn forget_strangers(log: &Log, config: &Config) {
             log.forget(&consumer);
         }
     }
+}
+
+/// Whether the config still makes a pipeline read this stream under this name.
+fn reads(config: &Config, stream: &str, consumer: &str) -> bool {
+    let Some((pipeline, rest)) = consumer.split_once('/') else { return false };
+    let Some(pipeline) = config.pipelines.get(pipeline) else { return false };
+    if stream != DEAD_LETTERS {
+        return pipeline.from == stream && pipeline.sinks().contains(rest);
+    }
+    // The keys of its letters, and of those that its redrives make.
+    let of = rest.strip_suffix("/dead-letters");
+    of.is_some_and(|of| of == pipeline.from || of == DEAD_LETTERS)
 }
 
 fn open_log(dir: &Path, name: &str, config: &stream::Config) -> anyhow::Result<Arc<Log>> {
@@ -248,11 +255,17 @@ fn sink_parts(config: &Config, pipeline: &pipeline::Config, namespace: &Arc<Name
 fn lock(data_dir: &Path) -> anyhow::Result<File> {
     let folder = data_dir.display();
     std::fs::create_dir_all(data_dir).with_context(|| format!("cannot make the data folder {folder}"))?;
-    let file = File::options().create(true).truncate(false).write(true).open(data_dir.join("LOCK"))?;
-    if rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_err() {
-        bail!("another headworks uses the data folder {folder}: stop it, or set another data_dir");
+    let path = data_dir.join("LOCK");
+    let file = File::options().create(true).truncate(false).write(true).open(&path).with_context(|| {
+        format!("cannot write to the data folder {folder}: {}: let this user write there, or set another data_dir", path.display())
+    })?;
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            bail!("another headworks uses the data folder {folder}: stop it, or set another data_dir")
+        }
+        Err(error) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
     }
-    Ok(file)
 }
 
 async fn wait_for_end(streams: &[Arc<dyn Stream>], interrupts: &mut Signal) -> anyhow::Result<()> {
@@ -319,4 +332,44 @@ fn plugin_line(plugin: PluginStatus) -> PluginLine {
         PluginState::Failed(reason) | PluginState::Removed(reason) => Some(reason),
     };
     PluginLine { file: plugin.file, name: plugin.name, version: plugin.version, problem }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Else its mark would hold retention back for ever, and devices with it.
+    #[test]
+    fn a_pipeline_that_reads_another_stream_now_keeps_nothing_of_the_old_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("headworks.yaml");
+        let load = |from: &str| {
+            std::fs::write(
+                &file,
+                format!(
+                    "streams: {{ old: {{ topics: [old/#] }}, new: {{}} }}\n\
+                     sinks: {{ w: {{ type: sqlite }} }}\n\
+                     pipelines: {{ p: {{ from: {from}, routes: {{ default: w }} }} }}\n"
+                ),
+            )
+            .unwrap();
+            crate::config::load(Some(&file)).unwrap().config
+        };
+        let (before, after) = (load("old"), load("new"));
+        for (stream, consumer) in [("old", "p/w"), (DEAD_LETTERS, "p/old/dead-letters")] {
+            assert!(reads(&before, stream, consumer), "{consumer} of {stream}");
+            assert!(!reads(&after, stream, consumer), "{consumer} of {stream}");
+        }
+        assert!(reads(&after, "new", "p/w") && reads(&after, DEAD_LETTERS, "p/new/dead-letters"));
+        assert!(reads(&after, DEAD_LETTERS, "p/dead-letters/dead-letters"), "its redrives");
+        assert!(!reads(&after, "new", "p/gone") && !reads(&after, "new", "q/w"));
+    }
+
+    #[test]
+    fn a_data_folder_that_cannot_be_written_is_named_with_what_to_do() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join("LOCK")).unwrap();
+        let said = format!("{:#}", lock(folder.path()).unwrap_err());
+        assert!(said.contains(&folder.path().display().to_string()) && said.contains("data_dir"), "{said}");
+    }
 }
