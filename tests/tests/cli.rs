@@ -1,6 +1,6 @@
 //! The command line against a running host.
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -42,6 +42,15 @@ fn streams_are_listed_and_shown_while_the_host_runs() {
     assert!(list.contains("telemetry"), "{list}");
     let tail = host.cli(&["streams", "tail", "telemetry", "--from", "start", "--max", "1"]);
     assert!(tail.contains(&topic) && tail.contains("sensor-1"), "{tail}");
+}
+
+#[test]
+fn a_data_folder_that_is_not_there_is_no_empty_one() {
+    let host = Host::prepare("cli-nothing", "");
+    for args in [&["dead-letters", "list"][..], &["streams", "list"], &["streams", "tail"]] {
+        let said = failed(host.command(&[args, &["--config", "headworks.yaml"]].concat()));
+        assert!(said.contains("no data folder ./data") && said.contains("--config"), "{said}");
+    }
 }
 
 #[test]
@@ -233,14 +242,6 @@ fn validate_tries_certificates_and_password_files() {
 }
 
 #[test]
-fn validate_accepts_what_runs_and_schema_describes_it() {
-    let host = Host::prepare("cli-validate", &telemetry::config(&telemetry::sqlite_sink()));
-    host.cli(&["validate"]);
-    let schema: serde_json::Value = serde_json::from_str(&run(&mut host.command(&["schema"]))).expect("JSON");
-    assert!(schema["properties"]["pipelines"].is_object(), "{schema}");
-}
-
-#[test]
 fn validate_tries_the_files_of_devices_and_sinks() {
     let config = "devices: { file: devices.yaml }
 sinks:
@@ -288,6 +289,14 @@ fn ctrl_c_ends_a_tail_in_the_midst_of_a_long_stream() {
         tail.signal(Signal::INT);
         assert!(tail.wait(Duration::from_secs(30)).code().is_none(), "ended by the signal");
     }
+}
+
+#[test]
+fn validate_accepts_what_runs_and_schema_describes_it() {
+    let host = Host::prepare("cli-validate", &telemetry::config(&telemetry::sqlite_sink()));
+    host.cli(&["validate"]);
+    let schema: serde_json::Value = serde_json::from_str(&run(&mut host.command(&["schema"]))).expect("JSON");
+    assert!(schema["properties"]["pipelines"].is_object(), "{schema}");
 }
 
 #[test]

@@ -13,6 +13,8 @@ use crate::topic::Namespace;
 pub struct Started {
     /// `headworks.yaml` or `embedded default`
     pub config: String,
+    /// With which the hints' commands find this host: ` --config headworks.yaml`.
+    pub option: String,
     pub data_dir: String,
     pub plugins_dir: String,
     /// In the order they run.
@@ -67,6 +69,10 @@ impl Started {
         };
         Self {
             config: source.to_string(),
+            option: source
+                .path
+                .as_ref()
+                .map_or(String::new(), |path| format!(" --config {}", path.display())),
             data_dir: config.data_dir.display().to_string(),
             plugins_dir: config.plugins.dir.display().to_string(),
             plugins: Vec::new(),
@@ -123,10 +129,13 @@ pub fn banner(started: &Started) -> String {
             "mosquitto_pub -h {host}{port} -q 1 -t {topic} -m '{{\"device_id\":\"{device}\",\"value\":21.5,\"ts\":1700000000}}'"
         )
     });
-    let hints = next.into_iter().chain([
-        "headworks streams tail --follow        what comes in".to_owned(),
-        "headworks dead-letters list            what was refused, and why".to_owned(),
-    ]);
+    let commands = [
+        ("headworks streams tail --follow", "what comes in"),
+        ("headworks dead-letters list", "what was refused, and why"),
+    ]
+    .map(|(command, what)| (format!("{command}{}", started.option), what));
+    let width = commands.iter().map(|(command, _)| command.chars().count()).max().unwrap_or(0);
+    let hints = next.into_iter().chain(commands.map(|(command, what)| format!("{command:width$}  {what}")));
     for (number, hint) in hints.enumerate() {
         let label = if number == 0 { "next" } else { "" };
         let _ = writeln!(text, "{label:<10}{hint}");
@@ -235,11 +244,13 @@ pipeline  telemetry  telemetry -> plugins of the folder
             default -> SINK
 admin     http://127.0.0.1:8080  (/healthz /readyz /metrics /api/status)
 next      mosquitto_pub -h 127.0.0.1 -q 1 -t acme/factory-01/temperature/sensor-4a3b/reading -m '{\"device_id\":\"sensor-4a3b\",\"value\":21.5,\"ts\":1700000000}'
-          headworks streams tail --follow        what comes in
-          headworks dead-letters list            what was refused, and why
+          headworks streams tail --follow  what comes in
+          headworks dead-letters list      what was refused, and why
 ";
         let expected = expected.replace("VERSION", env!("CARGO_PKG_VERSION")).replace("SINK", &sink);
         assert_eq!(banner(&started), expected);
+        started.option = " --config hw.yaml".to_owned();
+        assert!(banner(&started).contains("headworks dead-letters list --config hw.yaml      what was"));
         started.plugins.clear();
         let hint = "./plugins\n          no plugins yet: messages go to their table as they are; drop a .wasm file in\n";
         assert!(banner(&started).contains(hint));

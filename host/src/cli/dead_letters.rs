@@ -44,6 +44,7 @@ pub fn dead_letters(command: DeadLettersCommand, out: &mut Out) -> anyhow::Resul
 }
 
 fn open(config: &Config, from: Offset) -> anyhow::Result<Option<ReadOnly>> {
+    streams::must_be_there(config)?;
     streams::open(config, DEAD_LETTERS, from)
 }
 
@@ -108,7 +109,9 @@ fn list(
 fn show(mut letters: Option<ReadOnly>, id: u64, format: Format, out: &mut Out) -> anyhow::Result<()> {
     let missing = || format!("no dead letter {id}: `headworks dead-letters list` shows what there is");
     let batch = next_batch(letters.as_mut(), &mut false)?.with_context(missing)?;
-    let letter = batch.messages().find(|letter| letter.offset() == Offset(id)).with_context(missing)?;
+    let any = LetterFilter::default();
+    let mut letters_of = batch.messages().filter(|letter| is_wanted(letter, &any));
+    let letter = letters_of.find(|letter| letter.offset() == Offset(id)).with_context(missing)?;
     let is_sent = sent_offsets(letters.as_ref())?.contains(&id);
     if format == Format::Json {
         return out.json(&to_json(&letter, is_sent));

@@ -30,12 +30,7 @@ pub fn streams(command: StreamsCommand, out: &mut Out) -> anyhow::Result<()> {
         StreamsCommand::Tail(args) => {
             let config = config::load(args.config.config.as_deref())?.config;
             let name = args.name.clone().unwrap_or_else(|| config.default_stream().to_owned());
-            block_on(async {
-                tokio::select! {
-                    done = tail(&config, &name, &args, out) => done,
-                    _ = tokio::signal::ctrl_c() => Ok(()),
-                }
-            })
+            block_on(tail(&config, &name, &args, out))
         }
     }
 }
@@ -51,7 +46,17 @@ pub fn open(config: &Config, name: &str, from: Offset) -> anyhow::Result<Option<
     Ok(dir.is_dir().then(|| ReadOnly::open(&dir, from)))
 }
 
+/// A data folder that is not there is most often that of another config.
+pub fn must_be_there(config: &Config) -> anyhow::Result<()> {
+    let folder = config.data_dir.display();
+    if !config.data_dir.is_dir() {
+        bail!("there is no data folder {folder}: name the host's config with --config, or start a host");
+    }
+    Ok(())
+}
+
 fn list(config: &Config, format: Format, out: &mut Out) -> anyhow::Result<()> {
+    must_be_there(config)?;
     let head = ["STREAM", "FIRST", "NEXT", "MESSAGES", "PARTITIONS", "TOPICS"];
     let mut table = vec![head.map(str::to_owned).to_vec()];
     let dead_letters = config.dead_letters.stream(config.mqtt.max_packet_size);
@@ -85,6 +90,9 @@ fn list(config: &Config, format: Format, out: &mut Out) -> anyhow::Result<()> {
 
 async fn tail(config: &Config, name: &str, args: &TailArgs, out: &mut Out) -> anyhow::Result<()> {
     let wanted = args.from.as_deref().map(From::parse).transpose()?;
+    if !args.follow {
+        must_be_there(config)?;
+    }
     let mut reader = loop {
         match open(config, name, Offset(0))? {
             Some(reader) => break reader,
