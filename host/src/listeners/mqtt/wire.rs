@@ -4,11 +4,14 @@
 //! `rmqtt-codec`; a property test holds that both read a PUBLISH alike.
 //! Format: MQTT 5.0, sections 2 and 3.3 to 3.7.
 
-use bytes::{BufMut, BytesMut};
+mod codec;
+mod encode;
+
 use rmqtt_codec::error::DecodeError;
 use rmqtt_codec::v5::{DisconnectReasonCode, ToReasonCode};
-use rmqtt_codec::{v3, v5};
-use tokio_util::codec::Decoder;
+
+pub use codec::{Packet, check_connect, decode};
+pub use encode::{OutPublish, put_ack, put_ack_with, put_disconnect, put_pingresp, put_var_int};
 
 /// Types in the upper half of a packet's first byte.
 pub const CONNECT: u8 = 0x10;
@@ -261,79 +264,6 @@ pub fn ack(version: Version, frame: &Frame<'_>) -> Result<(u16, u8), Fault> {
     }
 }
 
-/// An ack whose reason code is success: the same bytes in all versions.
-#[inline]
-pub fn put_ack(out: &mut BytesMut, first: u8, packet_id: u16) {
-    out.put_slice(&[first, 2, (packet_id >> 8) as u8, packet_id as u8]);
-}
-
-/// An ack with a reason code; MQTT 3.1.1 has none, so it is told success.
-pub fn put_ack_with(out: &mut BytesMut, version: Version, first: u8, packet_id: u16, code: u8) {
-    match version {
-        Version::V3 => put_ack(out, first, packet_id),
-        Version::V5 => out.put_slice(&[first, 3, (packet_id >> 8) as u8, packet_id as u8, code]),
-    }
-}
-
-pub fn put_pingresp(out: &mut BytesMut) {
-    out.put_slice(&[PINGRESP, 0]);
-}
-
-pub fn put_disconnect(out: &mut BytesMut, code: DisconnectReasonCode) {
-    out.put_slice(&[DISCONNECT, 1, code.into()]);
-}
-
-/// A PUBLISH on its way to a subscriber.
-#[derive(Clone, Copy, Debug)]
-pub struct OutPublish<'a> {
-    pub qos: u8,
-    pub retain: bool,
-    pub dup: bool,
-    pub topic: &'a str,
-    /// MQTT 5's topic alias; 0: none.
-    pub alias: u16,
-    pub packet_id: u16,
-    /// Encoded MQTT 5 properties, without their length; not sent to MQTT 3.1.1.
-    pub properties: &'a [u8],
-    pub payload: &'a [u8],
-}
-
-impl OutPublish<'_> {
-    /// Bytes after the fixed header.
-    pub fn remaining_len(&self, version: Version) -> usize {
-        let properties = match version {
-            Version::V3 => 0,
-            Version::V5 => var_int_len(self.properties_len()) + self.properties_len(),
-        };
-        2 + self.topic.len() + if self.qos > 0 { 2 } else { 0 } + properties + self.payload.len()
-    }
-
-    fn properties_len(&self) -> usize {
-        self.properties.len() + if self.alias > 0 { 3 } else { 0 }
-    }
-
-    pub fn put(&self, version: Version, out: &mut BytesMut) {
-        let remaining = self.remaining_len(version);
-        out.reserve(5 + remaining);
-        out.put_u8(PUBLISH | u8::from(self.dup) << 3 | self.qos << 1 | u8::from(self.retain));
-        put_var_int(out, remaining);
-        out.put_u16(self.topic.len() as u16);
-        out.put_slice(self.topic.as_bytes());
-        if self.qos > 0 {
-            out.put_u16(self.packet_id);
-        }
-        if version == Version::V5 {
-            put_var_int(out, self.properties_len());
-            if self.alias > 0 {
-                out.put_u8(TOPIC_ALIAS);
-                out.put_u16(self.alias);
-            }
-            out.put_slice(self.properties);
-        }
-        out.put_slice(self.payload);
-    }
-}
-
 /// Bytes of a PUBLISH's payload; 0 where it is none.
 pub fn payload_len(version: Version, frame: &Frame<'_>) -> usize {
     let read = |mut rest| {
@@ -369,137 +299,11 @@ pub fn refusals(version: Version, frame: &Frame<'_>, mut visit: impl FnMut(u8)) 
     codes.iter().filter(says_no).for_each(|code| visit(*code));
 }
 
-pub fn put_var_int(out: &mut impl BufMut, mut value: usize) {
-    loop {
-        let byte = (value & 0x7f) as u8;
-        value >>= 7;
-        if value == 0 {
-            return out.put_u8(byte);
-        }
-        out.put_u8(byte | 0x80);
-    }
-}
-
-fn var_int_len(value: usize) -> usize {
-    match value {
-        0..=127 => 1,
-        128..=16_383 => 2,
-        16_384..=2_097_151 => 3,
-        _ => 4,
-    }
-}
-
-/// Any packet, by the codec: all that is not on the hot path.
-pub enum Packet {
-    V3(v3::Packet),
-    V5(v5::Packet),
-}
-
-pub fn decode(version: Version, whole: &[u8]) -> Result<Packet, Fault> {
-    if version == Version::V3
-        && whole.first() == Some(&SUBSCRIBE)
-        && let Some(frame) = frame(whole, usize::MAX)?
-    {
-        check_subscribe_v3(frame.body)?;
-    }
-    let mut bytes = BytesMut::from(whole);
-    let packet = match version {
-        Version::V3 => v3::Codec::new(0).decode(&mut bytes)?.map(|(packet, _)| Packet::V3(packet)),
-        Version::V5 => v5::Codec::new(0, 0).decode(&mut bytes)?.map(|(packet, _)| Packet::V5(packet)),
-    };
-    let packet = packet.ok_or(Fault::malformed("the packet is cut short"))?;
-    if has_nul(&packet) { Err(NUL) } else { Ok(packet) }
-}
-
-/// In MQTT 3.1.1 the upper six bits of a requested QoS are reserved (3.8.3);
-/// the codec does not look at them.
-fn check_subscribe_v3(mut rest: &[u8]) -> Result<(), Fault> {
-    packet_id(&mut rest)?;
-    while !rest.is_empty() {
-        binary(&mut rest)?;
-        if take(&mut rest, 1)?[0] > 2 {
-            return Err(Fault::malformed("a requested QoS over 2"));
-        }
-    }
-    Ok(())
-}
-
-/// What the codec does not look at in the body of CONNECT: flags that
-/// contradict each other (3.1.2), bytes past the last field.
-pub fn check_connect(version: Version, mut rest: &[u8]) -> Result<(), Fault> {
-    binary(&mut rest)?;
-    // Level, flags, keep alive.
-    let flags = take(&mut rest, 4)?[1];
-    let [will, password, username] = [0x04, 0x40, 0x80].map(|flag| flags & flag != 0);
-    if flags & 1 != 0 {
-        return Err(Fault::malformed("the reserved flag of CONNECT"));
-    }
-    if flags & 0x18 == 0x18 || (flags & 0x38 != 0 && !will) {
-        return Err(Fault::malformed("the will flags of CONNECT"));
-    }
-    if version == Version::V3 && password && !username {
-        return Err(Fault::malformed("a password without a user name"));
-    }
-    let v5 = version == Version::V5;
-    if v5 {
-        sized(&mut rest)?;
-    }
-    binary(&mut rest)?;
-    if will {
-        if v5 {
-            sized(&mut rest)?;
-        }
-        binary(&mut rest)?;
-        binary(&mut rest)?;
-    }
-    for _ in 0..u8::from(username) + u8::from(password) {
-        binary(&mut rest)?;
-    }
-    if rest.is_empty() { Ok(()) } else { Err(Fault::malformed("bytes after the last field of CONNECT")) }
-}
-
-/// Whether a text of a client's packet holds U+0000, which the codec lets
-/// through (1.5.4). A client id is judged by the handshake, which has an answer for it.
-fn has_nul(packet: &Packet) -> bool {
-    let nul = |text: &str| text.contains('\0');
-    let given = |text: &Option<_>| text.as_deref().is_some_and(nul);
-    let user = |properties: &v5::UserProperties| properties.iter().any(|(k, v)| nul(k) || nul(v));
-    match packet {
-        Packet::V3(v3::Packet::Connect(connect)) => {
-            given(&connect.username) || connect.last_will.as_ref().is_some_and(|will| nul(&will.topic))
-        }
-        Packet::V3(v3::Packet::Subscribe { topic_filters, .. }) => topic_filters.iter().any(|(f, _)| nul(f)),
-        Packet::V3(v3::Packet::Unsubscribe { topic_filters, .. }) => topic_filters.iter().any(|f| nul(f)),
-        Packet::V5(v5::Packet::Connect(connect)) => {
-            given(&connect.username)
-                || given(&connect.auth_method)
-                || user(&connect.user_properties)
-                || connect.last_will.as_ref().is_some_and(|will| {
-                    nul(&will.topic)
-                        || given(&will.content_type)
-                        || given(&will.response_topic)
-                        || user(&will.user_properties)
-                })
-        }
-        Packet::V5(v5::Packet::Subscribe(subscribe)) => {
-            user(&subscribe.user_properties) || subscribe.topic_filters.iter().any(|(f, _)| nul(f))
-        }
-        Packet::V5(v5::Packet::Unsubscribe(unsubscribe)) => {
-            user(&unsubscribe.user_properties) || unsubscribe.topic_filters.iter().any(|f| nul(f))
-        }
-        Packet::V5(v5::Packet::Disconnect(disconnect)) => {
-            given(&disconnect.reason_string) || user(&disconnect.user_properties)
-        }
-        Packet::V5(v5::Packet::Auth(auth)) => {
-            given(&auth.auth_method) || given(&auth.reason_string) || user(&auth.user_properties)
-        }
-        _ => false,
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use bytes::BytesMut;
     use proptest::prelude::*;
+    use rmqtt_codec::{v3, v5};
 
     use super::*;
 

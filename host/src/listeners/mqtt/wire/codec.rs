@@ -1,0 +1,115 @@
+//! Any packet, by `rmqtt-codec`: all that is not on the hot path. And what the
+//! codec does not look at.
+
+use bytes::BytesMut;
+use rmqtt_codec::{v3, v5};
+use tokio_util::codec::Decoder;
+
+use super::{Fault, NUL, SUBSCRIBE, Version, binary, frame, packet_id, sized, take};
+
+pub enum Packet {
+    V3(v3::Packet),
+    V5(v5::Packet),
+}
+
+pub fn decode(version: Version, whole: &[u8]) -> Result<Packet, Fault> {
+    if version == Version::V3
+        && whole.first() == Some(&SUBSCRIBE)
+        && let Some(frame) = frame(whole, usize::MAX)?
+    {
+        check_subscribe_v3(frame.body)?;
+    }
+    let mut bytes = BytesMut::from(whole);
+    let packet = match version {
+        Version::V3 => v3::Codec::new(0).decode(&mut bytes)?.map(|(packet, _)| Packet::V3(packet)),
+        Version::V5 => v5::Codec::new(0, 0).decode(&mut bytes)?.map(|(packet, _)| Packet::V5(packet)),
+    };
+    let packet = packet.ok_or(Fault::malformed("the packet is cut short"))?;
+    if has_nul(&packet) { Err(NUL) } else { Ok(packet) }
+}
+
+/// In MQTT 3.1.1 the upper six bits of a requested QoS are reserved (3.8.3);
+/// the codec does not look at them.
+fn check_subscribe_v3(mut rest: &[u8]) -> Result<(), Fault> {
+    packet_id(&mut rest)?;
+    while !rest.is_empty() {
+        binary(&mut rest)?;
+        if take(&mut rest, 1)?[0] > 2 {
+            return Err(Fault::malformed("a requested QoS over 2"));
+        }
+    }
+    Ok(())
+}
+
+/// What the codec does not look at in the body of CONNECT: flags that
+/// contradict each other (3.1.2), bytes past the last field.
+pub fn check_connect(version: Version, mut rest: &[u8]) -> Result<(), Fault> {
+    binary(&mut rest)?;
+    // Level, flags, keep alive.
+    let flags = take(&mut rest, 4)?[1];
+    let [will, password, username] = [0x04, 0x40, 0x80].map(|flag| flags & flag != 0);
+    if flags & 1 != 0 {
+        return Err(Fault::malformed("the reserved flag of CONNECT"));
+    }
+    if flags & 0x18 == 0x18 || (flags & 0x38 != 0 && !will) {
+        return Err(Fault::malformed("the will flags of CONNECT"));
+    }
+    if version == Version::V3 && password && !username {
+        return Err(Fault::malformed("a password without a user name"));
+    }
+    let v5 = version == Version::V5;
+    if v5 {
+        sized(&mut rest)?;
+    }
+    binary(&mut rest)?;
+    if will {
+        if v5 {
+            sized(&mut rest)?;
+        }
+        binary(&mut rest)?;
+        binary(&mut rest)?;
+    }
+    for _ in 0..u8::from(username) + u8::from(password) {
+        binary(&mut rest)?;
+    }
+    if rest.is_empty() { Ok(()) } else { Err(Fault::malformed("bytes after the last field of CONNECT")) }
+}
+
+/// Whether a text of a client's packet holds U+0000, which the codec lets
+/// through (1.5.4). A client id is judged by the handshake, which has an answer for it.
+fn has_nul(packet: &Packet) -> bool {
+    let nul = |text: &str| text.contains('\0');
+    let given = |text: &Option<_>| text.as_deref().is_some_and(nul);
+    let user = |properties: &v5::UserProperties| properties.iter().any(|(k, v)| nul(k) || nul(v));
+    match packet {
+        Packet::V3(v3::Packet::Connect(connect)) => {
+            given(&connect.username) || connect.last_will.as_ref().is_some_and(|will| nul(&will.topic))
+        }
+        Packet::V3(v3::Packet::Subscribe { topic_filters, .. }) => topic_filters.iter().any(|(f, _)| nul(f)),
+        Packet::V3(v3::Packet::Unsubscribe { topic_filters, .. }) => topic_filters.iter().any(|f| nul(f)),
+        Packet::V5(v5::Packet::Connect(connect)) => {
+            given(&connect.username)
+                || given(&connect.auth_method)
+                || user(&connect.user_properties)
+                || connect.last_will.as_ref().is_some_and(|will| {
+                    nul(&will.topic)
+                        || given(&will.content_type)
+                        || given(&will.response_topic)
+                        || user(&will.user_properties)
+                })
+        }
+        Packet::V5(v5::Packet::Subscribe(subscribe)) => {
+            user(&subscribe.user_properties) || subscribe.topic_filters.iter().any(|(f, _)| nul(f))
+        }
+        Packet::V5(v5::Packet::Unsubscribe(unsubscribe)) => {
+            user(&unsubscribe.user_properties) || unsubscribe.topic_filters.iter().any(|f| nul(f))
+        }
+        Packet::V5(v5::Packet::Disconnect(disconnect)) => {
+            given(&disconnect.reason_string) || user(&disconnect.user_properties)
+        }
+        Packet::V5(v5::Packet::Auth(auth)) => {
+            given(&auth.auth_method) || given(&auth.reason_string) || user(&auth.user_properties)
+        }
+        _ => false,
+    }
+}
