@@ -7,7 +7,7 @@
 //! let max = fields.f64("max", 30.0);
 //! let names = fields.strings("fields", &["location", "site"]);
 //! assert_eq!((max, names.len()), (80.0, 1));
-//! fields.finish().unwrap();
+//! assert!(fields.finish().is_ok());
 //! ```
 
 use alloc::borrow::ToOwned;

@@ -198,12 +198,14 @@ fn module(version: &str, topics: &[&str], process: &str) -> String {
 
 /// The module in binary with the contract's metadata for `world`.
 pub fn embed(text: &str, world: &str) -> Vec<u8> {
-    let mut module = wat::parse_str(text).unwrap();
+    let mut module = wat::parse_str(text).expect("a module in text");
     let mut resolve = Resolve::default();
     let contract = concat!(env!("CARGO_MANIFEST_DIR"), "/../wit/plugin.wit");
-    let package = resolve.push_source("plugin.wit", &std::fs::read_to_string(contract).unwrap()).unwrap();
-    let world = resolve.select_world(&[package], Some(world)).unwrap();
-    wit_component::embed_component_metadata(&mut module, &resolve, world, StringEncoding::UTF8).unwrap();
+    let contract = std::fs::read_to_string(contract).expect("the contract lies in the tree");
+    let package = resolve.push_source("plugin.wit", &contract).expect("the contract parses");
+    let world = resolve.select_world(&[package], Some(world)).expect("the contract has this world");
+    wit_component::embed_component_metadata(&mut module, &resolve, world, StringEncoding::UTF8)
+        .expect("a module takes it");
     module
 }
 

@@ -71,9 +71,11 @@ async fn a_message_comes_back_as_it_was(stream: Arc<dyn Stream>) {
         event_us: -5,
     };
     let bare = NewMessage { topic: "t", payload: b"", device: "client", route: "", ..sent };
-    let appended = stream.append(&[sent, bare], &[]).unwrap();
+    let appended = stream.append(&[sent, bare], &[]).expect("room for it");
     durable(&*stream, appended.ticket).await;
-    let Read::Batch(batch) = stream.cursor(appended.first).next().await.unwrap() else { panic!("a gap") };
+    let Read::Batch(batch) = stream.cursor(appended.first).next().await.expect("it is there") else {
+        panic!("a gap")
+    };
     let m = batch.message(0);
     assert_eq!((m.topic(), m.payload(), m.properties()), (topic, sent.payload, &properties[..]));
     assert_eq!((m.route(), m.device(), m.event_us()), ("alert", "sensor-1", Some(-5)));
@@ -87,7 +89,7 @@ async fn an_append_is_adjacent_in_order_and_offsets_have_no_gaps(stream: Arc<dyn
     for i in 0..20_u8 {
         let payloads = [[i, 0], [i, 1], [i, 2]];
         let messages = payloads.each_ref().map(|payload| message("a/b", payload));
-        let appended = stream.append(&messages, &[]).unwrap();
+        let appended = stream.append(&messages, &[]).expect("room for it");
         assert_eq!(appended.first, Offset(3 * u64::from(i)));
         last = appended.ticket;
     }
@@ -99,10 +101,10 @@ async fn an_append_is_adjacent_in_order_and_offsets_have_no_gaps(stream: Arc<dyn
 
 async fn a_waiting_cursor_gets_what_becomes_durable(stream: Arc<dyn Stream>) {
     let mut cursor = stream.cursor(Offset(0));
-    assert!(cursor.try_next().await.unwrap().is_none());
-    let waiting = tokio::spawn(async move { cursor.next().await.unwrap() });
-    stream.append(&[message("a/b", b"x")], &[]).unwrap();
-    assert!(matches!(waiting.await.unwrap(), Read::Batch(batch) if batch.len() == 1));
+    assert!(cursor.try_next().await.expect("the stream runs").is_none());
+    let waiting = tokio::spawn(async move { cursor.next().await.expect("the stream runs") });
+    stream.append(&[message("a/b", b"x")], &[]).expect("room for it");
+    assert!(matches!(waiting.await.expect("no panic"), Read::Batch(batch) if batch.len() == 1));
 }
 
 async fn a_dropped_next_loses_nothing(stream: Arc<dyn Stream>) {
@@ -111,37 +113,39 @@ async fn a_dropped_next_loses_nothing(stream: Arc<dyn Stream>) {
         let mut next = std::pin::pin!(cursor.next());
         assert!(futures_util::future::poll_immediate(&mut next).await.is_none());
     }
-    stream.append(&[message("a/b", b"x")], &[]).unwrap();
-    assert!(matches!(cursor.next().await.unwrap(), Read::Batch(batch) if batch.len() == 1));
+    stream.append(&[message("a/b", b"x")], &[]).expect("room for it");
+    assert!(matches!(cursor.next().await.expect("the stream runs"), Read::Batch(batch) if batch.len() == 1));
     assert_eq!(cursor.position(), Offset(1));
 }
 
 async fn a_cursor_starts_at_any_offset_and_refuses_one_past_the_end(stream: Arc<dyn Stream>) {
     let messages = [b"0", b"1", b"2"].map(|payload| message("a/b", payload));
-    let appended = stream.append(&messages, &[]).unwrap();
+    let appended = stream.append(&messages, &[]).expect("room for it");
     durable(&*stream, appended.ticket).await;
     assert_eq!(read_all(&*stream, 2).await, [(2, Some(b"2".to_vec()))]);
-    assert!(stream.cursor(Offset(3)).try_next().await.unwrap().is_none());
+    assert!(stream.cursor(Offset(3)).try_next().await.expect("its end is no error").is_none());
     let refused = stream.cursor(Offset(9)).try_next().await;
     assert!(matches!(refused, Err(ReadError::PastEnd { wanted: 9, end: 3 })));
 }
 
 async fn time_leads_to_an_offset(stream: Arc<dyn Stream>) {
     for payload in [b"0", b"1"] {
-        let appended = stream.append(&[message("a/b", payload)], &[]).unwrap();
+        let appended = stream.append(&[message("a/b", payload)], &[]).expect("room for it");
         durable(&*stream, appended.ticket).await;
     }
-    let Read::Batch(second) = stream.cursor(Offset(1)).next().await.unwrap() else { panic!("a gap") };
-    assert_eq!(stream.seek_time(0).await.unwrap(), Offset(0));
-    assert!(stream.seek_time(second.now_us).await.unwrap() <= Offset(1));
-    assert_eq!(stream.seek_time(u64::MAX).await.unwrap(), Offset(2));
+    let Read::Batch(second) = stream.cursor(Offset(1)).next().await.expect("it is there") else {
+        panic!("a gap")
+    };
+    assert_eq!(stream.seek_time(0).await.expect("a time"), Offset(0));
+    assert!(stream.seek_time(second.now_us).await.expect("a time") <= Offset(1));
+    assert_eq!(stream.seek_time(u64::MAX).await.expect("a time"), Offset(2));
 }
 
 async fn state_is_what_the_changes_left(stream: Arc<dyn Stream>) {
     let put = |key, value| StateChange { key, value: Some(value) };
-    stream.append(&[message("a/b", b"x")], &[put(b"q/2", b"two"), put(b"q/1", b"one")]).unwrap();
+    stream.append(&[message("a/b", b"x")], &[put(b"q/2", b"two"), put(b"q/1", b"one")]).expect("room for it");
     let changes = [StateChange { key: b"q/2", value: None }, put(b"r", b"other"), put(b"q/1", b"new")];
-    let appended = stream.append(&[], &changes).unwrap();
+    let appended = stream.append(&[], &changes).expect("room for it");
     assert_eq!(appended.first, Offset(1));
     assert_eq!(stream.state(b"q/"), [(b"q/1".to_vec(), b"new".to_vec())]);
     assert_eq!(stream.state(b"").len(), 2);
@@ -157,11 +161,11 @@ async fn what_is_too_large_is_refused_whole(stream: Arc<dyn Stream>) {
     let huge = vec![0; 17 << 20];
     let refused = stream.append(&[message("a/b", b"x"), message("a/b", &huge)], &[]);
     assert!(matches!(refused, Err(AppendError::TooLarge(_))));
-    assert_eq!(stream.append(&[message("a/b", b"x")], &[]).unwrap().first, Offset(0));
+    assert_eq!(stream.append(&[message("a/b", b"x")], &[]).expect("room for it").first, Offset(0));
 }
 
 async fn close_commits_and_stops(stream: Arc<dyn Stream>) {
-    stream.append(&[message("a/b", b"x")], &[]).unwrap();
+    stream.append(&[message("a/b", b"x")], &[]).expect("room for it");
     stream.close().await;
     stream.close().await;
     stream.stopped().await;
@@ -183,7 +187,7 @@ async fn many_writers_lose_nothing(stream: Arc<dyn Stream>) {
                 let appended = loop {
                     match stream.append(&[message("a/b", &payload)], &[]) {
                         Err(AppendError::Full) => stream.writable().await,
-                        other => break other.unwrap(),
+                        other => break other.expect("only full for a while"),
                     }
                 };
                 durable(&*stream, appended.ticket).await;
@@ -191,7 +195,7 @@ async fn many_writers_lose_nothing(stream: Arc<dyn Stream>) {
         })
     });
     for writer in writers.collect::<Vec<_>>() {
-        writer.await.unwrap();
+        writer.await.expect("no panic");
     }
     let mut seen: BTreeMap<u8, u8> = BTreeMap::new();
     for (_, payload) in read_all(&*stream, 0).await {
@@ -210,13 +214,13 @@ async fn memory_conforms() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn log_conforms() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = tempfile::tempdir().expect("a temporary folder");
     let count = std::sync::atomic::AtomicU32::new(0);
     all(|| {
         let n = count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let dir = folder.path().join(n.to_string());
         let (log, recovery) =
-            log::Log::open(Arc::new(log::RealDisk), &dir, "log", &Config::default()).unwrap();
+            log::Log::open(Arc::new(log::RealDisk), &dir, "log", &Config::default()).expect("a new folder");
         assert!(recovery.created && recovery.damaged.is_empty());
         log
     })
