@@ -48,11 +48,14 @@ mkdir -p "$prefix/debs" "$prefix/root"
 for deb in "$prefix"/debs/*.deb; do dpkg -x "$deb" "$prefix/root"; done
 rm -rf "$prefix/debs"
 
-libs=$(dirname "$(find "$prefix/root/usr/lib" -name 'librustc_driver-*.so' | head -n 1)")
-llvm_libs=$(dirname "$(find "$prefix/root/usr/lib" -name 'libLLVM*.so*' | head -n 1)")
+# Below PREFIX, as the wrapper finds them: PREFIX may be moved.
+below() { dirname "$(cd "$prefix" && find root/usr/lib -name "$1" | head -n 1)"; }
+libs=$(below 'librustc_driver-*.so')
+llvm_libs=$(below 'libLLVM*.so*')
 cat >"$prefix/rustc" <<WRAPPER
 #!/bin/sh
-LD_LIBRARY_PATH="$libs:$llvm_libs\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}" exec "$prefix/root/usr/bin/rustc" "\$@"
+prefix=\$(cd "\$(dirname "\$0")" && pwd)
+LD_LIBRARY_PATH="\$prefix/$libs:\$prefix/$llvm_libs\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}" exec "\$prefix/root/usr/bin/rustc" "\$@"
 WRAPPER
 chmod +x "$prefix/rustc"
 ln -sf "$linker" "$prefix/rust-lld"
