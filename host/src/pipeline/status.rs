@@ -73,8 +73,16 @@ impl SinkShared {
 
     pub fn set(&self, state: State) {
         let mut current = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if *current != state {
-            *current = state;
+        if *current == state {
+            return;
+        }
+        let before = std::mem::replace(&mut *current, state);
+        let runs = *current == State::Running;
+        drop(current);
+        match before {
+            State::Starting if runs => tracing::info!(sink = self.name, "the sink is open"),
+            _ if runs => tracing::info!(sink = self.name, "the sink works again"),
+            _ => {}
         }
     }
 

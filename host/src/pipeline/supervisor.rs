@@ -540,8 +540,11 @@ impl Supervisor {
 
     fn show(&self) {
         let main = self.lanes.iter().find(|lane| Some(lane.id) == self.main);
+        let mut has_begun = false;
         self.board.shown.send_modify(|shown| {
-            shown.state = self.state();
+            let state = self.state();
+            has_begun = state == State::Running && shown.state != State::Running;
+            shown.state = state;
             shown.chain.clone_from(&self.active);
             shown.swap_refused.clone_from(&self.swap_refused);
             if let Some(lane) = main {
@@ -551,6 +554,9 @@ impl Supervisor {
                 *own = member.lane.is_some() && member.lane != self.main;
             }
         });
+        if has_begun {
+            tracing::info!(pipeline = %self.shared.name, "the pipeline runs");
+        }
     }
 
     fn state(&self) -> State {
