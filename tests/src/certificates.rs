@@ -2,11 +2,6 @@
 
 use std::path::PathBuf;
 
-use rcgen::{
-    BasicConstraints, CertificateParams, CertificateRevocationListParams, DnType, IsCa, Issuer, KeyIdMethod,
-    KeyPair, KeyUsagePurpose, RevokedCertParams, SerialNumber, date_time_ymd,
-};
-
 use crate::folder::Folder;
 
 /// Where a certificate and its key are.
@@ -18,33 +13,24 @@ pub struct Files {
 
 #[derive(Debug)]
 pub struct Authority {
-    issuer: Issuer<'static, KeyPair>,
+    signs: headworks_test_certificates::Authority,
     /// `ca.pem`
     pub ca: PathBuf,
 }
 
 impl Authority {
     pub fn new(folder: &Folder) -> Self {
-        let mut params = CertificateParams::default();
-        params.distinguished_name.push(DnType::CommonName, "the test's CA");
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        let key = KeyPair::generate().expect("a key");
-        let ca = folder.write("ca.pem", params.self_signed(&key).expect("a certificate").pem());
-        Self { issuer: Issuer::new(params, key), ca }
+        let signs = headworks_test_certificates::Authority::new("the test's CA");
+        let ca = folder.write("ca.pem", &signs.pem);
+        Self { signs, ca }
     }
 
     /// `NAME.pem` and `NAME.key` for this machine's loopback names, and NAME.
     pub fn sign(&self, folder: &Folder, name: &str, serial: u64) -> Files {
-        let names = [name, "localhost", "127.0.0.1"].map(str::to_owned);
-        let mut params = CertificateParams::new(names).expect("names");
-        params.distinguished_name.push(DnType::CommonName, name);
-        params.serial_number = Some(SerialNumber::from(serial));
-        let key = KeyPair::generate().expect("a key");
-        let cert = params.signed_by(&key, &self.issuer).expect("a certificate");
+        let signed = self.signs.sign(name, &[name, "localhost", "127.0.0.1"], serial);
         Files {
-            cert: folder.write(&format!("{name}.pem"), cert.pem()),
-            key: folder.write(&format!("{name}.key"), key.serialize_pem()),
+            cert: folder.write(&format!("{name}.pem"), signed.cert),
+            key: folder.write(&format!("{name}.key"), signed.key),
         }
     }
 
@@ -55,22 +41,6 @@ impl Authority {
 
     /// The same, to be replaced by the first day of `year`.
     pub fn revoke_until(&self, folder: &Folder, serials: &[u64], year: i32) -> PathBuf {
-        let day = date_time_ymd(2020, 1, 1);
-        let revoked = |serial: &u64| RevokedCertParams {
-            serial_number: SerialNumber::from(*serial),
-            revocation_time: day,
-            reason_code: None,
-            invalidity_date: None,
-        };
-        let list = CertificateRevocationListParams {
-            this_update: day,
-            next_update: date_time_ymd(year, 1, 1),
-            crl_number: SerialNumber::from(1),
-            issuing_distribution_point: None,
-            revoked_certs: serials.iter().map(revoked).collect(),
-            key_identifier_method: KeyIdMethod::Sha256,
-        };
-        let list = list.signed_by(&self.issuer).expect("a list");
-        folder.write("crl.pem", list.pem().expect("PEM"))
+        folder.write("crl.pem", self.signs.revoke_until(serials, year))
     }
 }

@@ -1,7 +1,5 @@
-use rcgen::{
-    BasicConstraints, CertificateParams, CertificateRevocationListParams, DnType, IsCa, Issuer, KeyIdMethod,
-    KeyPair, KeyUsagePurpose, RevokedCertParams, SerialNumber, date_time_ymd,
-};
+use headworks_test_certificates::Authority;
+use rcgen::KeyPair;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use tokio::io::AsyncReadExt;
@@ -13,8 +11,7 @@ use super::*;
 
 struct Pki {
     dir: tempfile::TempDir,
-    ca: Issuer<'static, KeyPair>,
-    ca_pem: String,
+    ca: Authority,
 }
 
 struct Device {
@@ -22,22 +19,13 @@ struct Device {
     key: PrivateKeyDer<'static>,
 }
 
-fn authority(name: &str) -> (Issuer<'static, KeyPair>, String) {
-    let mut params = CertificateParams::default();
-    params.distinguished_name.push(DnType::CommonName, name);
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    let key = KeyPair::generate().unwrap();
-    let pem = params.self_signed(&key).unwrap().pem();
-    (Issuer::new(params, key), pem)
-}
-
 impl Pki {
     fn new() -> Self {
-        let (ca, ca_pem) = authority("our CA");
-        let pki = Self { dir: tempfile::tempdir().unwrap(), ca, ca_pem };
-        pki.write("ca.pem", &pki.ca_pem);
-        pki.write_server();
+        let pki = Self { dir: tempfile::tempdir().unwrap(), ca: Authority::new("our CA") };
+        pki.write("ca.pem", &pki.ca.pem);
+        let server = pki.ca.sign("server", &["localhost"], 1);
+        pki.write("server.pem", &server.cert);
+        pki.write("server.key", &server.key);
         pki.revoke(&[]);
         pki
     }
@@ -46,45 +34,21 @@ impl Pki {
         std::fs::write(self.dir.path().join(name), content).unwrap();
     }
 
-    fn write_server(&self) {
-        let key = KeyPair::generate().unwrap();
-        let cert =
-            CertificateParams::new(["localhost".to_owned()]).unwrap().signed_by(&key, &self.ca).unwrap();
-        self.write("server.pem", &cert.pem());
-        self.write("server.key", &key.serialize_pem());
-    }
-
     fn revoke(&self, serials: &[u64]) {
         self.revoke_until(serials, 2090);
     }
 
     fn revoke_until(&self, serials: &[u64], year: i32) {
-        let day = date_time_ymd(2020, 1, 1);
-        let revoked = |serial: &u64| RevokedCertParams {
-            serial_number: SerialNumber::from(*serial),
-            revocation_time: day,
-            reason_code: None,
-            invalidity_date: None,
-        };
-        let list = CertificateRevocationListParams {
-            this_update: day,
-            next_update: date_time_ymd(year, 1, 1),
-            crl_number: SerialNumber::from(1),
-            issuing_distribution_point: None,
-            revoked_certs: serials.iter().map(revoked).collect(),
-            key_identifier_method: KeyIdMethod::Sha256,
-        };
-        self.write("crl.pem", &list.signed_by(&self.ca).unwrap().pem().unwrap());
+        self.write("crl.pem", &self.ca.revoke_until(serials, year));
     }
 
     fn device(&self, serial: u64) -> Device {
-        let key = KeyPair::generate().unwrap();
-        let mut params = CertificateParams::new([format!("{serial}.devices.example")]).unwrap();
-        params.distinguished_name.push(DnType::CommonName, format!("device-{serial}"));
-        params.serial_number = Some(SerialNumber::from(serial));
-        let cert = params.signed_by(&key, &self.ca).unwrap();
-        let private = PrivateKeyDer::from_pem_slice(key.serialize_pem().as_bytes()).unwrap();
-        Device { cert: cert.der().clone(), key: private }
+        let name = format!("{serial}.devices.example");
+        let signed = self.ca.sign(&format!("device-{serial}"), &[&name], serial);
+        Device {
+            cert: CertificateDer::from_pem_slice(signed.cert.as_bytes()).unwrap(),
+            key: PrivateKeyDer::from_pem_slice(signed.key.as_bytes()).unwrap(),
+        }
     }
 
     fn load(&self, identity: Identity) -> Tls {
@@ -101,7 +65,7 @@ impl Pki {
 
     fn connector(&self, device: Option<Device>) -> TlsConnector {
         let mut roots = RootCertStore::empty();
-        roots.add(CertificateDer::from_pem_slice(self.ca_pem.as_bytes()).unwrap()).unwrap();
+        roots.add(CertificateDer::from_pem_slice(self.ca.pem.as_bytes()).unwrap()).unwrap();
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let builder = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
