@@ -130,18 +130,7 @@ fn removed(config: &Config, name: &str) -> String {
 
 /// One file that cannot be read hides none of the others.
 fn without_inspection(file: &Path, problem: String) -> Inspection {
-    Inspection {
-        file: file.display().to_string(),
-        bytes: 0,
-        sha256: String::new(),
-        form: None,
-        kind: None,
-        granted: Vec::new(),
-        denied: Vec::new(),
-        exports: Vec::new(),
-        description: None,
-        problem: Some(problem),
-    }
+    Inspection { file: file.display().to_string(), problem: Some(problem), ..Inspection::default() }
 }
 
 fn show(inspection: &Inspection, out: &mut Out) -> anyhow::Result<()> {

@@ -38,7 +38,7 @@ pub struct Description {
 }
 
 /// What `plugin inspect` shows of a file, whether it can run or not.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Inspection {
     pub file: String,
     pub bytes: u64,
@@ -179,13 +179,7 @@ impl Library {
             file: path.display().to_string(),
             bytes: bytes.len() as u64,
             sha256: cache::hex(&Sha256::digest(&bytes)),
-            form: None,
-            kind: None,
-            granted: Vec::new(),
-            denied: Vec::new(),
-            exports: Vec::new(),
-            description: None,
-            problem: None,
+            ..Inspection::default()
         };
         match to_component(&bytes).and_then(|(component, form)| Ok((Surface::read(&component)?, form))) {
             Ok((surface, form)) => {

@@ -153,22 +153,8 @@ async fn only_what_is_allowed_whole_is_subscribed_to() {
 #[tokio::test]
 async fn a_will_is_held_to_the_rules_when_it_is_left() {
     let Guarded { host, .. } = guarded("- { effect: allow, topics: [ok] }", |_| {}).await;
-    let will = |topic: &'static str| Connect {
-        last_will: Some(LastWill {
-            qos: QoS::AtLeastOnce,
-            retain: false,
-            topic: topic.into(),
-            message: "gone".into(),
-            will_delay_interval_sec: None,
-            correlation_data: None,
-            message_expiry_interval: None,
-            content_type: None,
-            user_properties: vec![],
-            is_utf8_payload: None,
-            response_topic: None,
-        }),
-        ..signed_in("c", "ann", "ann")
-    };
+    let will =
+        |topic: &'static str| Connect { last_will: Some(last_will(topic)), ..signed_in("c", "ann", "ann") };
     assert_eq!(refused(&host, will("no")).await, ConnectAckReason::NotAuthorized);
     assert_eq!(host.client(will("ok")).await.1.reason_code, ConnectAckReason::Success);
     host.stop().await;

@@ -36,6 +36,23 @@ use crate::units::ByteSize;
 /// Only a hung test meets it.
 const HUNG_AFTER: Duration = Duration::from_secs(30);
 
+/// QoS 1, "gone".
+fn last_will(topic: &'static str) -> LastWill {
+    LastWill {
+        qos: QoS::AtLeastOnce,
+        retain: false,
+        topic: topic.into(),
+        message: "gone".into(),
+        will_delay_interval_sec: None,
+        correlation_data: None,
+        message_expiry_interval: None,
+        content_type: None,
+        user_properties: vec![],
+        is_utf8_payload: None,
+        response_topic: None,
+    }
+}
+
 struct Host {
     address: SocketAddr,
     shutdown: CancellationToken,

@@ -7,29 +7,13 @@ use super::*;
 use crate::listeners::mqtt::transport::fuzzing::somebody;
 use crate::listeners::mqtt::will::{self, Will};
 
-fn a_will(topic: &'static str) -> LastWill {
-    LastWill {
-        qos: QoS::AtLeastOnce,
-        retain: false,
-        topic: topic.into(),
-        message: "gone".into(),
-        will_delay_interval_sec: None,
-        correlation_data: None,
-        message_expiry_interval: None,
-        content_type: None,
-        user_properties: vec![],
-        is_utf8_payload: None,
-        response_topic: None,
-    }
-}
-
 #[tokio::test]
 async fn a_will_is_published_when_its_client_is_lost_and_only_then() {
     let host = Host::with(MemoryStream::new("s", 1)).await;
     let mut watcher = host.clean("w").await;
     watcher.subscribe("will/+", QOS1).await;
     let with_will = |client_id: &'static str, topic: &'static str| Connect {
-        last_will: Some(a_will(topic)),
+        last_will: Some(last_will(topic)),
         ..clean(client_id)
     };
     let (mut polite, _) = host.client(with_will("polite", "will/polite")).await;
@@ -122,7 +106,7 @@ async fn a_connect_that_is_given_up_is_no_return_of_the_client() {
 async fn a_connect_that_is_given_up_over_its_will_leaves_no_session() {
     let stream = MemoryStream::with_hooks("s", 1);
     let broker = broker(&Config::default(), stream.clone(), MemoryStream::new("broker", 1));
-    let connect = Connect { last_will: Some(a_will("will")), ..clean("c") };
+    let connect = Connect { last_will: Some(last_will("will")), ..clean("c") };
     let (mut client, mut io) = tokio::io::duplex(1_024);
     let mut sent = BytesMut::new();
     Codec::default().encode(connect.into(), &mut sent).unwrap();
@@ -159,7 +143,7 @@ async fn a_will_says_whose_it_is_as_a_publish_does() {
         .client(Connect {
             username: Some("ann".into()),
             password: Some("ann".into()),
-            last_will: Some(a_will(topic)),
+            last_will: Some(last_will(topic)),
             ..clean("c")
         })
         .await;
