@@ -99,21 +99,7 @@ impl<A: Access> Slot<A> {
     }
 
     pub fn init(&self, context: lifecycle::Context) -> Result<lifecycle::Ready, Vec<lifecycle::Problem>> {
-        crate::plugin::log::install_panic_hook();
-        let config = Config::new(context.config);
-        let context = Context {
-            step: context.step,
-            partition: context.partition,
-            partitions: context.partitions,
-            namespace: context.namespace,
-            generation: context.generation,
-            seed: context.seed,
-            dry_run: context.dry_run,
-        };
-        let access = A::new(&config, &context).map_err(|problems| {
-            let problems = problems.into_iter();
-            problems.map(|p| lifecycle::Problem { path: p.path, reason: p.reason }).collect::<Vec<_>>()
-        })?;
+        let (access, _) = crate::plugin::exports::start(context, A::new)?;
         *self.0.borrow_mut() = Some(access);
         Ok(lifecycle::Ready { topics: None, extras: Vec::new() })
     }

@@ -10,7 +10,7 @@ pub use crate::bindings::{self, export_base, only_batch, only_batch::export_only
 
 use super::{Context, Plugin};
 use crate::batch::{Answer, Messages, run};
-use crate::config::Config;
+use crate::config::{Config, Problem};
 
 /// The one instance of a component.
 pub struct Slot<P> {
@@ -29,21 +29,7 @@ impl<P: Plugin> Slot<P> {
     }
 
     pub fn init(&self, context: lifecycle::Context) -> Result<lifecycle::Ready, Vec<lifecycle::Problem>> {
-        super::log::install_panic_hook();
-        let config = Config::new(context.config);
-        let context = Context {
-            step: context.step,
-            partition: context.partition,
-            partitions: context.partitions,
-            namespace: context.namespace,
-            generation: context.generation,
-            seed: context.seed,
-            dry_run: context.dry_run,
-        };
-        let plugin = P::new(&config, &context).map_err(|problems| {
-            let problems = problems.into_iter();
-            problems.map(|p| lifecycle::Problem { path: p.path, reason: p.reason }).collect::<Vec<_>>()
-        })?;
+        let (plugin, context) = start(context, P::new)?;
         let topics = plugin.topics();
         *self.running.borrow_mut() = Some(Running { plugin, namespace: context.namespace });
         Ok(lifecycle::Ready { topics, extras: Vec::new() })
@@ -60,6 +46,31 @@ impl<P: Plugin> Slot<P> {
         plugin.begin(&messages);
         run(&messages, &mut answer, |message, out| plugin.process(message, out));
         batch::Answer { verdicts: answer.verdicts, outputs: answer.outputs, data: answer.data }
+    }
+}
+
+/// What `init` does for any kind of plugin.
+pub(crate) fn start<T>(
+    context: lifecycle::Context,
+    new: fn(&Config, &Context) -> Result<T, Vec<Problem>>,
+) -> Result<(T, Context), Vec<lifecycle::Problem>> {
+    super::log::install_panic_hook();
+    let config = Config::new(context.config);
+    let context = Context {
+        step: context.step,
+        partition: context.partition,
+        partitions: context.partitions,
+        namespace: context.namespace,
+        generation: context.generation,
+        seed: context.seed,
+        dry_run: context.dry_run,
+    };
+    match new(&config, &context) {
+        Ok(plugin) => Ok((plugin, context)),
+        Err(problems) => {
+            let problems = problems.into_iter();
+            Err(problems.map(|p| lifecycle::Problem { path: p.path, reason: p.reason }).collect())
+        }
     }
 }
 
