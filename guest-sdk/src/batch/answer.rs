@@ -49,6 +49,8 @@ pub struct Answer {
     pub data: Vec<u8>,
     /// Messages of the batch.
     count: usize,
+    /// Whether a message is not kept.
+    decided: bool,
     /// What `data` will probably need, so that it is allocated once.
     data_bytes: usize,
 }
@@ -60,15 +62,20 @@ impl Answer {
 
     /// Starts the answer to another batch; keeps what it allocated.
     pub fn begin(&mut self, messages: &Messages<'_>) {
+        self.count = messages.len();
+        self.decided = false;
         self.verdicts.clear();
+        self.verdicts.resize(self.count, verdict::KEEP);
         self.outputs.clear();
         self.data.clear();
-        self.count = messages.len();
         self.data_bytes = messages.bytes_len() + 64 * messages.len();
     }
 
-    /// Fills what was left open: the header of the outputs.
+    /// Fills what was left open: the header of the outputs. Keeping all is no verdicts.
     pub fn finish(&mut self) {
+        if !self.decided {
+            self.verdicts.clear();
+        }
         if self.outputs.is_empty() {
             return;
         }
@@ -79,22 +86,15 @@ impl Answer {
         }
     }
 
-    /// The verdict of message `number`: all before it have theirs.
+    /// The verdict of message `number`. Nothing to do where it is kept, and no
+    /// growing: a call that comes back would take the registers of the loop over
+    /// the messages, in wasm, even if it is never made.
     #[inline(always)]
-    fn push_verdict(&mut self, number: u32, verdict: u8) {
-        if self.verdicts.is_empty() {
-            if verdict == verdict::KEEP {
-                return;
-            }
-            self.first_verdict(number);
+    fn decide(&mut self, number: u32, verdict: u8) {
+        if verdict != verdict::KEEP {
+            self.verdicts[number as usize] = verdict;
+            self.decided = true;
         }
-        self.verdicts.push(verdict);
-    }
-
-    #[cold]
-    fn first_verdict(&mut self, number: u32) {
-        self.verdicts.reserve(self.count);
-        self.verdicts.resize(number as usize, verdict::KEEP);
     }
 
     #[inline(always)]
@@ -137,7 +137,7 @@ impl Answer {
         }
         let end = reason.floor_char_boundary(abi::REASON_BYTES_MAX);
         self.push_record(source).payload(&reason.as_bytes()[..end]);
-        self.push_verdict(source, verdict);
+        self.decide(source, verdict);
     }
 }
 
@@ -167,7 +167,7 @@ impl<'a> Output<'a> {
     pub(super) fn end(self, verdict: Verdict) {
         let Self { answer, source, before } = self;
         let verdict = match verdict {
-            Verdict::Emit if before.is_some() => return answer.push_verdict(source, verdict::EMIT),
+            Verdict::Emit if before.is_some() => return answer.decide(source, verdict::EMIT),
             Verdict::Keep => verdict::KEEP,
             // Emitting nothing is dropping.
             Verdict::Drop | Verdict::Emit => verdict::DROP,
@@ -177,7 +177,7 @@ impl<'a> Output<'a> {
         if let Some(before) = before {
             answer.take_back(before);
         }
-        answer.push_verdict(source, verdict);
+        answer.decide(source, verdict);
     }
 }
 
