@@ -10,7 +10,7 @@ use std::path::Path;
 use serde::Deserialize;
 
 use crate::abi::{entry, record, set, verdict};
-use crate::batch::{Answer, Messages, run};
+use crate::batch::{Answer, Messages};
 use crate::config::Config;
 use crate::plugin::{Context, Plugin, devices};
 use crate::testing::BatchBuilder;
@@ -278,7 +278,7 @@ fn check_natively<P: Plugin>(file: &str, case: &Case) {
     let messages = batch.messages(&context.namespace);
     let mut answer = Answer::new();
     plugin.begin(&messages);
-    run(&messages, &mut answer, |message, out| plugin.process(message, out));
+    plugin.process_all(&messages, &mut answer);
     case.check(file, &read_answer(&messages, &batch, &answer));
 }
 

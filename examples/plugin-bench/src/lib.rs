@@ -2,8 +2,9 @@
 //! the same reader: [`pass`], [`emit`] and [`json`].
 //!
 //! Natively: `headworks_guest::batch::run(&messages, &mut answer, plugin_bench::pass)`.
-//! In wasm the config says which: `{"work": "json"}`.
+//! In wasm the config says which, `{"work": "json"}`, and the same is called.
 
+use headworks_guest::batch::{Answer, run};
 use headworks_guest::prelude::*;
 
 /// What a plugin costs that does nothing.
@@ -55,12 +56,19 @@ impl Plugin for Bench {
         fields.finish().map(|()| bench)
     }
 
-    #[inline(always)]
     fn process(&mut self, message: &Message<'_>, out: &mut Output<'_>) -> Verdict {
         match self.work {
             Work::Pass => pass(message, out),
             Work::Emit => emit(message, out),
             Work::Json => json(message, out),
+        }
+    }
+
+    fn process_all(&mut self, messages: &Messages<'_>, answer: &mut Answer) {
+        match self.work {
+            Work::Pass => run(messages, answer, pass),
+            Work::Emit => run(messages, answer, emit),
+            Work::Json => run(messages, answer, json),
         }
     }
 }

@@ -9,7 +9,7 @@ pub use crate::bindings::only_batch::exports::headworks::plugin::batch;
 pub use crate::bindings::{self, export_base, only_batch, only_batch::export_only_batch};
 
 use super::{Context, Plugin};
-use crate::batch::{Answer, Messages, run};
+use crate::batch::{Answer, Messages};
 use crate::config::{Config, Problem};
 
 /// The one instance of a component.
@@ -44,7 +44,7 @@ impl<P: Plugin> Slot<P> {
             .expect("an index of layout 1, as the contract says");
         let mut answer = Answer::new();
         plugin.begin(&messages);
-        run(&messages, &mut answer, |message, out| plugin.process(message, out));
+        plugin.process_all(&messages, &mut answer);
         batch::Answer { verdicts: answer.verdicts, outputs: answer.outputs, data: answer.data }
     }
 }

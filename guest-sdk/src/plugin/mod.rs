@@ -10,7 +10,7 @@ pub mod metrics;
 use alloc::string::String;
 use alloc::vec::Vec;
 
-use crate::batch::{Message, Messages, Output, Verdict};
+use crate::batch::{Answer, Message, Messages, Output, Verdict, run};
 use crate::config::{Config, Problem};
 
 /// A batch plugin. Name, version and summary are those of its Cargo package.
@@ -36,6 +36,14 @@ pub trait Plugin: Sized {
 
     /// The verdict for one message; new messages are made with [`Output::emit`].
     fn process(&mut self, message: &Message<'_>, out: &mut Output<'_>) -> Verdict;
+
+    /// The answer to a batch: [`Self::process`] for each message. To be replaced
+    /// where what a plugin does is chosen once a batch, not for each message:
+    /// [`run`] with the function chosen.
+    #[inline(always)]
+    fn process_all(&mut self, messages: &Messages<'_>, answer: &mut Answer) {
+        run(messages, answer, |message, out| self.process(message, out));
+    }
 }
 
 /// What an instance knows about its place.
