@@ -9,13 +9,14 @@ wit_bindgen::generate!({
     default_bindings_module: "headworks_guest::bindings",
 });
 
-/// `batch.process`.
+/// `batch`; its one function is `plugin::entry`'s.
 pub mod only_batch {
     wit_bindgen::generate!({
         path: "../wit",
         inline: "package headworks:guest; world only-batch { export headworks:plugin/batch@1.0.0; }",
         world: "headworks:guest/only-batch",
         generate_all,
+        skip: ["process"],
         pub_export_macro: true,
         export_macro_name: "export_only_batch",
         default_bindings_module: "headworks_guest::bindings::only_batch",

@@ -5,9 +5,9 @@ use alloc::vec::Vec;
 use core::cell::RefCell;
 
 pub use crate::bindings::exports::headworks::plugin::lifecycle;
-pub use crate::bindings::only_batch::exports::headworks::plugin::batch;
 pub use crate::bindings::{self, export_base, only_batch, only_batch::export_only_batch};
 
+use super::entry::{Lists, Lowered};
 use super::{Context, Plugin};
 use crate::batch::{Answer, Messages};
 use crate::config::{Config, Problem};
@@ -20,6 +20,10 @@ pub struct Slot<P> {
 struct Running<P> {
     plugin: P,
     namespace: Vec<String>,
+    /// Of the last batch: used again for the next one.
+    answer: Answer,
+    /// Where the host finds it.
+    lists: Lists,
 }
 
 impl<P: Plugin> Slot<P> {
@@ -31,21 +35,24 @@ impl<P: Plugin> Slot<P> {
     pub fn init(&self, context: lifecycle::Context) -> Result<lifecycle::Ready, Vec<lifecycle::Problem>> {
         let (plugin, context) = start(context, P::new)?;
         let topics = plugin.topics();
-        *self.running.borrow_mut() = Some(Running { plugin, namespace: context.namespace });
+        let answer = Answer::new();
+        let lists = Lists::of(&answer);
+        *self.running.borrow_mut() = Some(Running { plugin, namespace: context.namespace, answer, lists });
         Ok(lifecycle::Ready { topics, extras: Vec::new() })
     }
 
+    /// The answer stays where it is until the next call.
     #[inline]
-    pub fn process(&self, messages: &batch::Messages) -> batch::Answer {
+    pub fn process(&self, messages: &Lowered) -> *const Lists {
         let mut running = self.running.borrow_mut();
-        let Running { plugin, namespace } = running.as_mut().expect("the host calls init first");
-        let segments = messages.segments.iter().map(Vec::as_slice);
-        let messages = Messages::new(&messages.index, segments, namespace)
+        let Running { plugin, namespace, answer, lists } =
+            running.as_mut().expect("the host calls init first");
+        let messages = Messages::new(messages.index(), messages.segments(), namespace)
             .expect("an index of layout 1, as the contract says");
-        let mut answer = Answer::new();
         plugin.begin(&messages);
-        plugin.process_all(&messages, &mut answer);
-        batch::Answer { verdicts: answer.verdicts, outputs: answer.outputs, data: answer.data }
+        plugin.process_all(&messages, answer);
+        *lists = Lists::of(answer);
+        lists
     }
 }
 

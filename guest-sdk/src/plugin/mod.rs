@@ -3,6 +3,9 @@
 pub mod clock;
 pub mod devices;
 #[doc(hidden)]
+#[allow(unsafe_code)] // the canonical ABI is pointers and lengths
+pub mod entry;
+#[doc(hidden)]
 pub mod exports;
 pub mod log;
 pub mod metrics;
@@ -100,10 +103,18 @@ macro_rules! plugin {
                 }
             }
 
-            impl exports::batch::Guest for Component {
-                fn process(messages: exports::batch::Messages) -> exports::batch::Answer {
-                    RUNNING.with(|slot| slot.process(&messages))
-                }
+            // `batch.process`, in the names and types of the canonical ABI.
+            #[unsafe(export_name = "headworks:plugin/batch@1.0.0#process")]
+            unsafe extern "C" fn process(
+                index: *mut u8,
+                index_len: usize,
+                segments: *mut $crate::plugin::entry::Bytes,
+                segments_len: usize,
+            ) -> *const $crate::plugin::entry::Lists {
+                // SAFETY: the host's arguments, as they came.
+                let messages =
+                    unsafe { $crate::plugin::entry::Lowered::new(index, index_len, segments, segments_len) };
+                RUNNING.with(|slot| slot.process(&messages))
             }
 
     exports::export_base!(Component with_types_in exports::bindings);
