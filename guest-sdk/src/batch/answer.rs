@@ -62,13 +62,18 @@ impl Answer {
 
     /// Starts the answer to another batch; keeps what it allocated.
     pub fn begin(&mut self, messages: &Messages<'_>) {
+        self.clear();
         self.count = messages.len();
         self.decided = false;
-        self.verdicts.clear();
         self.verdicts.resize(self.count, verdict::KEEP);
+        self.data_bytes = messages.bytes_len() + 64 * messages.len();
+    }
+
+    /// Back to the answer that keeps all; keeps what it allocated.
+    pub fn clear(&mut self) {
+        self.verdicts.clear();
         self.outputs.clear();
         self.data.clear();
-        self.data_bytes = messages.bytes_len() + 64 * messages.len();
     }
 
     /// Fills what was left open: the header of the outputs. Keeping all is no verdicts.

@@ -49,6 +49,8 @@ impl<P: Plugin> Slot<P> {
             running.as_mut().expect("the host calls init first");
         let messages = Messages::new(messages.index(), messages.segments(), namespace)
             .expect("an index of layout 1, as the contract says");
+        // Nothing of the last batch, whatever the plugin's own `process_all` writes.
+        answer.clear();
         plugin.begin(&messages);
         plugin.process_all(&messages, answer);
         *lists = Lists::of(answer);
