@@ -37,13 +37,15 @@ pub use crate::bindings::only_access::exports::headworks::plugin::access as expo
 pub use crate::bindings::{self, export_base, only_access, only_access::export_only_access};
 
 pub use crate::bindings::only_access::exports::headworks::plugin::access::{
-    Connecting, Decision, Identity, Refusal, Rule,
+    Connecting, Decision, Identity, Question, Refusal, Rule,
 };
 pub use crate::bindings::only_access::headworks::plugin::types::Property;
 
 /// Actions of a rule, to be added.
 pub const PUBLISH: u32 = 1;
 pub const SUBSCRIBE: u32 = 2;
+/// Of what a client is subscribed to; without a rule of its own all is received.
+pub const RECEIVE: u32 = 4;
 /// MQTT 5's reasons for a refusal.
 pub const BAD_USER_NAME_OR_PASSWORD: u8 = 0x86;
 pub const NOT_AUTHORIZED: u8 = 0x87;
@@ -66,11 +68,24 @@ pub trait Access: Sized {
         let _ = (exchange, data);
         refuse(NOT_AUTHORIZED, "this plugin asks nothing")
     }
+
+    /// Whether a client may, where its first rule that matches is [`ask`]. Any
+    /// instance is asked, and the answer is kept for as long as the client's
+    /// connection, so that it must come from the config and the question alone.
+    fn authorize(&mut self, question: &Question) -> bool {
+        let _ = question;
+        false
+    }
 }
 
 /// A rule for topics that `filter` matches; the first that matches decides.
 pub fn rule(actions: u32, filter: impl Into<String>, allow: bool) -> Rule {
     Rule { actions, filter: filter.into(), effect: u32::from(allow) }
+}
+
+/// A rule that leaves these topics to [`Access::authorize`].
+pub fn ask(actions: u32, filter: impl Into<String>) -> Rule {
+    Rule { actions, filter: filter.into(), effect: 2 }
 }
 
 /// A client of this name that may do nothing yet.
@@ -104,7 +119,7 @@ impl<A: Access> Slot<A> {
         Ok(lifecycle::Ready { topics: None, extras: Vec::new() })
     }
 
-    pub fn with(&self, decide: impl FnOnce(&mut A) -> Decision) -> Decision {
+    pub fn with<T>(&self, decide: impl FnOnce(&mut A) -> T) -> T {
         decide(self.0.borrow_mut().as_mut().expect("the host calls init first"))
     }
 }
@@ -166,9 +181,15 @@ macro_rules! access_plugin {
                     RUNNING.with(|slot| slot.with(|access| access::Access::go_on(access, exchange, &data)))
                 }
 
-                /// Not asked by this version of the contract's host: rules decide.
                 fn authorize(questions: Vec<exported::Question>) -> Vec<u8> {
-                    vec![0; questions.len()]
+                    let answer = |access: &mut $access, question| {
+                        u8::from(access::Access::authorize(access, question))
+                    };
+                    RUNNING.with(|slot| {
+                        slot.with(|access| {
+                            questions.iter().map(|question| answer(access, question)).collect()
+                        })
+                    })
                 }
             }
 

@@ -21,5 +21,6 @@ pub mod step;
 pub mod stream;
 pub mod telemetry;
 pub mod topic;
+mod trust;
 pub mod units;
 pub mod yaml;

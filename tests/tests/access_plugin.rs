@@ -1,26 +1,33 @@
 //! Access plugins in the real host: what they decide, and what a bad one does.
 
+use std::io::Write;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use headworks::access::PasswordFile;
 use headworks_tests::host::{Host, Shared, fresh};
-use headworks_tests::mqtt::Version::V5;
+use headworks_tests::mqtt::Connection;
+use headworks_tests::mqtt::Version::{V5, V311};
 use headworks_tests::packets::{
-    Client, Connect, Publish, auth, auth_properties, each_property, field, unique,
+    Client, Connect, PINGREQ, Publish, Will, ack, auth, auth_properties, each_property, field, packet,
+    subscribe, unique,
 };
 use headworks_tests::process::eventually;
 
 static HOSTILE: Shared = Shared::new();
 
 fn start(name: &str, plugin: &str, config: &str, more: &str) -> Host {
+    start_with(name, plugin, config, 50, more)
+}
+
+fn start_with(name: &str, plugin: &str, config: &str, cpu_ms: u32, more: &str) -> Host {
     let mqtt = format!(
         "mqtt:
   listeners:
     - {{ bind: 127.0.0.1:0 }}
   access:
     authenticate:
-      - {{ type: plugin, file: access/gate.wasm, config: {config}, limits: {{ cpu_ms: 50, memory: 16MiB }} }}
+      - {{ type: plugin, file: access/gate.wasm, config: {config}, limits: {{ cpu_ms: {cpu_ms}, memory: 16MiB }} }}
 {more}"
     );
     let mut host = Host::prepare_with(name, &mqtt, "");
@@ -68,7 +75,8 @@ fn published(client: &mut Client, topic: &str) -> u8 {
 
 #[test]
 fn clients_are_known_by_their_network_and_others_are_left_to_who_comes_next() {
-    let config = "{ networks: [ { from: 127.0.0.0/8, name: line-4, publish: ['acme/line-4/#'] } ] }";
+    let config = "{ networks: [ { from: 127.0.0.0/8, name: line-4, publish: ['acme/line-4/#'], \
+                  presses: [ { topics: 'acme/press/+/#', first: 1, last: 12 } ] } ] }";
     let next = "      - { type: passwords, file: passwords }\n    rules:\n      - { effect: allow, topics: ['%u/#'] }\n";
     let mqtt_users = |host: &Host| host.cli_json(&["clients", "list"]);
     let host = start("access-network", "plugin-network-gate", config, next);
@@ -77,6 +85,8 @@ fn clients_are_known_by_their_network_and_others_are_left_to_who_comes_next() {
     assert_eq!(published(&mut device, "acme/line-4/temperature"), 0);
     assert_eq!(published(&mut device, "line-4/x"), 0, "the config's rules come after the plugin's");
     assert_eq!(published(&mut device, "acme/line-5/temperature"), 0x87);
+    assert_eq!(published(&mut device, "acme/press/12/state"), 0);
+    assert_eq!(published(&mut device, "acme/press/13/state"), 0x87);
     assert!(
         mqtt_users(&host).iter().any(|client| client["connection"]["user"] == "line-4"),
         "{:?}",
@@ -94,9 +104,18 @@ fn clients_are_known_by_their_network_and_others_are_left_to_who_comes_next() {
 #[test]
 fn a_plugin_that_faults_lets_nobody_in_and_the_next_client_is_served() {
     let host = hostile();
-    for bad in
-        ["loop", "trap", "eat", "bad-filter", "bad-effect", "ask", "no-name", "flood", "liar", "unasked"]
-    {
+    for bad in [
+        "loop",
+        "trap",
+        "eat",
+        "bad-filter",
+        "bad-effect",
+        "no-device",
+        "no-name",
+        "flood",
+        "liar",
+        "unasked",
+    ] {
         let faults = calls(&host, "fault");
         assert_eq!(reason(&host, bad), 0x88, "{bad}");
         assert!(calls(&host, "fault") > faults, "{bad} is counted");
@@ -106,22 +125,187 @@ fn a_plugin_that_faults_lets_nobody_in_and_the_next_client_is_served() {
     assert_eq!(reason(&host, "refused"), 0x87);
 }
 
+/// The message of a topic, as JSON.
+fn stored(host: &Host, topic: &str) -> String {
+    let tail =
+        host.cli(&["streams", "tail", "telemetry", "--from", "start", "--max", "1000", "--format", "json"]);
+    tail.lines().find(|line| line.contains(topic)).expect("the message").to_owned()
+}
+
 #[test]
-fn attributes_go_with_each_message_of_the_client() {
+fn attributes_and_the_device_go_with_each_message_of_the_client() {
     let host = hostile();
     let (code, mut client) = answer(&host, &Connect::new(V5, "attributes"));
     assert_eq!((code, published(&mut client, "badge/topic")), (0, 0));
-    let tail =
-        host.cli(&["streams", "tail", "telemetry", "--from", "start", "--max", "100", "--format", "json"]);
-    let line = tail.lines().find(|line| line.contains("badge/topic")).expect("the message");
+    let line = stored(&host, "badge/topic");
     assert!(line.contains("badge\""), "{line}");
+    let with_will =
+        Connect { will: Some(Will::new("acme/f/press/other/gone", 1)), ..Connect::new(V5, "device") };
+    let (code, mut client) = answer(&host, &with_will);
+    assert_eq!((code, published(&mut client, "acme/f/press/other/t")), (0, 0));
+    client.cut();
+    for topic in ["acme/f/press/other/t", "acme/f/press/other/gone"] {
+        let line = eventually("it is in the stream", Duration::from_secs(30), || {
+            let tail = host.cli(&[
+                "streams",
+                "tail",
+                "telemetry",
+                "--from",
+                "start",
+                "--max",
+                "1000",
+                "--format",
+                "json",
+            ]);
+            tail.lines().find(|line| line.contains(topic)).map(str::to_owned)
+        });
+        assert!(line.contains("\"press-7\""), "{line}");
+    }
+}
+
+#[test]
+fn a_plugin_is_told_the_listener_and_its_transport() {
+    let host = hostile();
+    let (code, mut client) = answer(&host, &Connect::new(V5, "told"));
+    assert_eq!((code, published(&mut client, "told/topic")), (0, 0));
+    let line = stored(&host, "told/topic");
+    assert!(line.contains("127.0.0.1:0 1"), "{line}");
 }
 
 #[test]
 fn a_client_is_disconnected_when_its_identity_is_valid_no_longer() {
-    let host = hostile();
+    let host = start("access-short", "hostile-access", "{}", "");
     let (code, mut client) = answer(&host, &Connect::new(V5, "short"));
     assert_eq!((code, client.disconnected()), (0, 0x87));
+    Client::clean(host.mqtt(), V311, "short").closed();
+    // Also one that leaves the host no moment without something to read.
+    let mut busy = Connection::raw(host.mqtt()).expect("the host listens").stream;
+    busy.write_all(&Connect::new(V5, "short").bytes()).expect("it is read");
+    let (acks, hung) = (ack(0x40, 1).repeat(4_000), Instant::now() + Duration::from_secs(30));
+    while busy.write_all(&acks).is_ok() {
+        assert!(Instant::now() < hung, "it is served on");
+    }
+}
+
+#[test]
+fn what_rules_leave_open_is_asked_of_the_plugin_once() {
+    let host = start("access-asks", "hostile-access", "{}", "");
+    let mut client = Client::clean(host.mqtt(), V5, "asks");
+    assert_eq!(published(&mut client, "free"), 0);
+    assert_eq!(calls(&host, "answered"), 0.0, "a rule decides without it");
+    for _ in 0..3 {
+        assert_eq!(published(&mut client, "asked/yes"), 0);
+        assert_eq!(published(&mut client, "asked/no"), 0x87);
+    }
+    client.publish(&Publish::new("asked/no", 2, 1, "x"));
+    client.expect(packet(0x50, &[&[0, 1, 0x87]]));
+    client.publish(&Publish::new("asked/no", 0, 0, "x"));
+    client.ping();
+    assert_eq!(calls(&host, "answered"), 2.0);
+    // In the order in which they came, with questions among them.
+    let topic = |n: u16| if n % 3 == 0 { "free".to_owned() } else { format!("asked/{n}") };
+    let burst = (1..=30).flat_map(|n| Publish::new(&topic(n), 1, n, "x").bytes(V5));
+    client.send(burst.collect::<Vec<u8>>());
+    for n in 1..=30 {
+        client.expect(ack(0x40, n));
+    }
+    let after = calls(&host, "answered");
+    assert!((3.0..=6.0).contains(&after), "many topics in one call: {after}");
+    for _ in 0..2 {
+        let filters = [("asked/a/#", 1), ("asked/no", 1), ("free/#", 1), ("#", 1), ("asked/yes", 0)];
+        assert_eq!(client.subscribe_all(&[], &filters), [1, 0x87, 1, 1, 0]);
+    }
+    assert_eq!(calls(&host, "answered"), after + 1.0);
+    assert_eq!(calls(&host, "fault"), 0.0);
+
+    let mut old = Client::clean(host.mqtt(), V311, "asks-too");
+    assert_eq!(old.subscribe_all(&[], &[("asked/x", 1), ("asked/no", 1)]), [1, 0x80]);
+    old.publish_through(&Publish::new("asked/yes", 2, 1, "x"));
+    old.publish(&Publish::new("asked/no", 1, 2, "x"));
+    old.closed();
+}
+
+#[test]
+fn a_will_is_asked_for_when_it_is_left() {
+    let host = hostile();
+    for (topic, code) in [("asked/yes", 0), ("asked/no", 0x87), ("asked/trap", 0x88)] {
+        let connect = Connect { will: Some(Will::new(topic, 1)), ..Connect::new(V5, &unique("asks")) };
+        assert_eq!(answer(&host, &connect).0, code, "{topic}");
+    }
+}
+
+#[test]
+fn deliveries_that_rules_leave_open_are_asked_for_and_keep_their_order() {
+    let host = hostile();
+    let mut publisher = Client::clean(host.mqtt(), V5, &unique("good"));
+    let dropped = || host.metric("headworks_mqtt_dropped_total", &[("cause", "not_authorized")]);
+    for connect in [Connect::new(V5, &unique("asks")), Connect::resuming(V5, &unique("asks"))] {
+        let (mut client, before) = (Client::open(host.mqtt(), &connect), dropped());
+        let root = unique("asked/root");
+        assert_eq!(client.subscribe(&format!("{root}/#"), 2), 2);
+        assert_eq!(client.subscribe("asked/open/#", 2), 2);
+        let mut publish = |from: usize| {
+            for (n, topic) in ["a", "subscribe", "b", "no", "subscribe", "a", "c"].iter().enumerate() {
+                let (qos, id) = (((from + n) % 3) as u8, 1 + n as u16);
+                publisher.publish_through(&Publish::new(&format!("{root}/{topic}"), qos, id, &n.to_string()));
+            }
+        };
+        let mut delivered = |client: &mut Client, numbers: &[&str]| {
+            for number in numbers {
+                assert_eq!(client.delivered().text(), *number);
+            }
+        };
+        for from in 0..3 {
+            publish(from);
+            delivered(&mut client, &["0", "2", "5", "6"]);
+        }
+        client.ping();
+        assert!(dropped() >= before + 9.0);
+        if connect.clean {
+            continue;
+        }
+        // What waited while it was away is asked for too; QoS 0 did not wait.
+        client.leave();
+        publish(0);
+        let mut client = Client::open(host.mqtt(), &connect);
+        assert!(client.session_present);
+        delivered(&mut client, &["2", "5"]);
+        client.ping();
+    }
+}
+
+#[test]
+fn a_question_that_ends_in_a_fault_is_refused_and_others_do_not_wait_for_it() {
+    let host = start_with("access-slow", "hostile-access", "{}", 1_500, "");
+    let open = |client_id: &str| Client::clean(host.mqtt(), V5, client_id);
+    let (mut slow, mut other) = (open("asks-slow"), open("asks-other"));
+    slow.publish(&Publish::new("free", 1, 1, "x"));
+    slow.expect(ack(0x40, 1));
+    slow.publish(&Publish::new("asked/slow", 1, 2, "x"));
+    slow.publish(&Publish::new("free", 1, 3, "x"));
+    slow.publish(&Publish::new("asked/yes", 1, 4, "x"));
+    assert_eq!(published(&mut other, "free"), 0);
+    assert_eq!(published(&mut other, "asked/yes"), 0);
+    assert_eq!(other.subscribe("asked/x", 1), 1);
+    // Nothing is answered out of turn, but for this.
+    slow.ping();
+    slow.expect(packet(0x40, &[&[0, 2, 0x87]]));
+    slow.expect(ack(0x40, 3));
+    slow.expect(ack(0x40, 4));
+    // A SUBSCRIBE waits in the same way.
+    slow.send([subscribe(V5, 9, &[], &[("asked/3/slow", 1), ("asked/4", 1)]), PINGREQ.to_vec()].concat());
+    slow.expect([0xd0, 0]);
+    assert_eq!(slow.codes(0x90, 9), [0x87, 1]);
+    assert_eq!(published(&mut slow, "asked/5"), 0);
+    let faults = calls(&host, "fault");
+    assert_eq!(published(&mut other, "asked/trap"), 0x87);
+    assert_eq!(calls(&host, "fault"), faults + 1.0);
+    assert_eq!(published(&mut other, "asked/more"), 0);
+    host.says("gate.wasm failed, what was asked is refused: ");
+    // A client that goes while it is asked for leaves the instance to others.
+    slow.publish(&Publish::new("asked/2/slow", 1, 5, "x"));
+    slow.cut();
+    assert_eq!(published(&mut open("asks-new"), "asked/yes"), 0);
 }
 
 #[test]

@@ -4,13 +4,22 @@
 //!
 //! ```yaml
 //! networks:
-//!   - { from: 10.1.4.0/24, name: line-4, publish: ["acme/line-4/#"], subscribe: ["acme/line-4/set/#"] }
+//!   - from: 10.1.4.0/24
+//!     name: line-4
+//!     presses: [ { topics: "acme/line-4/press/+/#", first: 1, last: 12 } ]
+//!     publish: ["acme/line-4/status"]
+//!     subscribe: ["acme/line-4/set/#"]
 //! ```
+//!
+//! A topic filter knows no numbers, so that `presses` is a rule that asks: the
+//! host wants to know of each topic once whether it is one of a press of the line.
 
 use std::net::IpAddr;
 
-use headworks_guest::access::{Access, Connecting, Decision, PUBLISH, SUBSCRIBE, named, pass, rule};
-use headworks_guest::config::{Config, Problem};
+use headworks_guest::access::{
+    Access, Connecting, Decision, PUBLISH, Question, SUBSCRIBE, ask, named, pass, rule,
+};
+use headworks_guest::config::{Config, Fields, Problem};
 use headworks_guest::plugin::Context;
 
 struct Gate(Vec<Network>);
@@ -19,8 +28,16 @@ struct Network {
     from: IpAddr,
     bits: u8,
     name: String,
+    presses: Vec<Presses>,
     publish: Vec<String>,
     subscribe: Vec<String>,
+}
+
+/// `+` of `topics` is a number from `first` to `last`.
+struct Presses {
+    topics: String,
+    first: i64,
+    last: i64,
 }
 
 impl Access for Gate {
@@ -37,6 +54,7 @@ impl Access for Gate {
                 from,
                 bits,
                 name: fields.required_string("name"),
+                presses: fields.objects("presses", Presses::read),
                 publish: fields.strings("publish", &[]),
                 subscribe: fields.strings("subscribe", &[]),
             }
@@ -49,10 +67,43 @@ impl Access for Gate {
         let network = self.0.iter().find(|network| network.has(address));
         let Some(network) = network.filter(|_| who.username.is_none()) else { return pass() };
         let mut identity = named(&network.name);
+        let presses = network.presses.iter().map(|presses| ask(PUBLISH, &presses.topics));
         let publish = network.publish.iter().map(|filter| rule(PUBLISH, filter, true));
         let subscribe = network.subscribe.iter().map(|filter| rule(SUBSCRIBE, filter, true));
-        identity.rules = publish.chain(subscribe).collect();
+        identity.rules = presses.chain(publish).chain(subscribe).collect();
         Decision::Accept(identity)
+    }
+
+    fn authorize(&mut self, question: &Question) -> bool {
+        let networks = self.0.iter().filter(|network| network.name == question.name);
+        networks.flat_map(|network| &network.presses).any(|presses| presses.has(&question.topic))
+    }
+}
+
+impl Presses {
+    fn read(fields: &mut Fields<'_>) -> Self {
+        let topics = fields.required_string("topics");
+        if topics.split('/').filter(|level| *level == "+").count() != 1 {
+            fields.problem("topics", "must have one level +, the number of a press");
+        }
+        Self { topics, first: fields.i64("first", 1), last: fields.i64("last", i64::MAX) }
+    }
+
+    fn has(&self, topic: &str) -> bool {
+        let mut levels = topic.split('/');
+        for wanted in self.topics.split('/') {
+            let fits = match (wanted, levels.next()) {
+                ("#", _) => return true,
+                ("+", Some(level)) => {
+                    level.parse().is_ok_and(|number| (self.first..=self.last).contains(&number))
+                }
+                (wanted, level) => level == Some(wanted),
+            };
+            if !fits {
+                return false;
+            }
+        }
+        levels.next().is_none()
     }
 }
 
@@ -84,7 +135,8 @@ mod tests {
     fn a_network_has_its_addresses_and_no_others() {
         let has = |network: &str, address: &str| {
             let (from, bits) = parse(network).unwrap();
-            let network = Network { from, bits, name: String::new(), publish: vec![], subscribe: vec![] };
+            let (presses, publish, subscribe) = (vec![], vec![], vec![]);
+            let network = Network { from, bits, name: String::new(), presses, publish, subscribe };
             network.has(address.parse().unwrap())
         };
         assert!(has("10.1.4.0/24", "10.1.4.9") && !has("10.1.4.0/24", "10.1.5.9"));
@@ -92,5 +144,18 @@ mod tests {
         assert!(has("0.0.0.0/0", "10.1.4.9") && !has("0.0.0.0/0", "::1"));
         assert!(has("fd00::/8", "fd12::1") && !has("fd00::/8", "fe80::1"));
         assert!(parse("10.0.0.0/33").is_none() && parse("10.0.0.0").is_none());
+    }
+
+    #[test]
+    fn a_line_has_the_presses_of_its_numbers() {
+        let presses = |topics: &str| Presses { topics: topics.into(), first: 1, last: 12 };
+        let all = presses("acme/line-4/press/+/#");
+        assert!(all.has("acme/line-4/press/1/temperature") && all.has("acme/line-4/press/12"));
+        for other in ["0/x", "13/x", "-1/x", "x/x", "", "1x"] {
+            assert!(!all.has(&format!("acme/line-4/press/{other}")), "{other}");
+        }
+        assert!(!all.has("acme/line-5/press/1/x") && !all.has("acme"));
+        let one = presses("press/+/state");
+        assert!(one.has("press/3/state") && !one.has("press/3/state/x") && !one.has("press/3"));
     }
 }

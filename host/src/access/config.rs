@@ -119,8 +119,12 @@ pub struct Certificate {}
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Http {
-    /// `http://host:port/path`.
+    /// `http://host:port/path`, or with https.
     pub url: String,
+    /// CAs for https, PEM, read again when the file changes; left out, those that
+    /// the system trusts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca: Option<PathBuf>,
     #[serde(default = "default_timeout")]
     pub timeout: Period,
     /// An answer is used again for so long; 0s asks each time.
@@ -138,6 +142,7 @@ pub struct Http {
 /// changes; one that does not start leaves the old one in place. It may accept
 /// a client with a name and rules, refuse it, or leave it to the next
 /// authenticator. A fault or a call over its limits refuses as Server Unavailable.
+/// Rules with the effect `ask` have it asked for topics, while the client is connected.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Plugin {
@@ -284,8 +289,12 @@ impl Authenticator {
                 }
             }
             Self::Http(http) => {
-                if let Err(reason) = super::http::address(&http.url) {
-                    problems.add(path.key("url"), reason);
+                match super::http::Address::parse(&http.url) {
+                    Err(reason) => problems.add(path.key("url"), reason),
+                    Ok(address) if address.tls.is_none() && http.ca.is_some() => {
+                        problems.add(path.key("ca"), "is for an https url");
+                    }
+                    Ok(_) => {}
                 }
                 for (key, value) in
                     [("cache_entries_max", http.cache_entries_max), ("requests_max", http.requests_max)]

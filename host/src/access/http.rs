@@ -1,7 +1,8 @@
-//! An external check by HTTP/1.1: one request for one connect, its answer kept
-//! for a while. What is not a clear answer refuses.
+//! An external check by HTTP/1.1, with or without TLS: one request for one
+//! connect, its answer kept for a while. What is not a clear answer refuses.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -9,23 +10,31 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper::header::{CONTENT_TYPE, HOST};
 use hyper::{Request, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
+use rustls::pki_types::ServerName;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
 
 use super::config;
 use super::recent::Recent;
+use super::watched::Watched;
 use super::{Credentials, Denied, Identity, jwt};
 use crate::telemetry::Failures;
+use crate::trust;
 
 const ANSWER_BYTES_MAX: usize = 1 << 20;
+const CA_FILE_BYTES_MAX: u64 = 16 << 20;
 
 pub struct Http {
     config: config::Http,
     uri: Uri,
-    authority: String,
+    address: Address,
+    /// For https.
+    trusted: Option<Arc<Watched<TlsConnector>>>,
     answers: Recent<Identity>,
     requests: Semaphore,
     failures: Failures,
@@ -41,21 +50,53 @@ struct Answer {
     fields: BTreeMap<String, String>,
 }
 
-/// `host:port` of a URL.
-pub fn address(url: &str) -> Result<String, String> {
-    let wanted = || format!("must be http://host:port/path, is \"{url}\"");
-    let uri: Uri = url.parse().map_err(|_| wanted())?;
-    let host = uri.host().filter(|_| uri.scheme_str() == Some("http")).ok_or_else(wanted)?;
-    if uri.authority().is_some_and(|authority| authority.as_str().contains('@')) {
-        return Err("must have no user and password in it: they would not be sent".to_owned());
+/// Of a URL.
+pub struct Address {
+    /// `host:port`
+    authority: String,
+    /// The name that the server's certificate must have.
+    pub tls: Option<ServerName<'static>>,
+}
+
+impl Address {
+    pub fn parse(url: &str) -> Result<Self, String> {
+        let wanted = || format!("must be http://host:port/path or https://host:port/path, is \"{url}\"");
+        let uri: Uri = url.parse().map_err(|_| wanted())?;
+        let host = uri.host().ok_or_else(wanted)?;
+        if uri.authority().is_some_and(|authority| authority.as_str().contains('@')) {
+            return Err("must have no user and password in it: they would not be sent".to_owned());
+        }
+        let (tls, port) = match uri.scheme_str() {
+            Some("http") => (None, 80),
+            Some("https") => {
+                let name = host.trim_start_matches('[').trim_end_matches(']').to_owned();
+                (Some(ServerName::try_from(name).map_err(|_| wanted())?), 443)
+            }
+            _ => return Err(wanted()),
+        };
+        Ok(Self { authority: format!("{host}:{}", uri.port_u16().unwrap_or(port)), tls })
     }
-    Ok(format!("{host}:{}", uri.port_u16().unwrap_or(80)))
+}
+
+fn connector(pem: &[u8]) -> Result<TlsConnector, String> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|error| error.to_string())?;
+    let config = builder.with_root_certificates(trust::roots(pem)?).with_no_client_auth();
+    Ok(TlsConnector::from(Arc::new(config)))
 }
 
 impl Http {
     pub fn new(config: &config::Http, failures: Failures) -> Result<Self, String> {
+        let address = Address::parse(&config.url)?;
+        let trusted = address.tls.as_ref().map(|_| {
+            let file = trust::ca_file(config.ca.as_deref()).map_err(|reason| format!("{reason} in `ca`"))?;
+            Watched::open(&file, CA_FILE_BYTES_MAX, failures.clone(), connector).map(Arc::new)
+        });
         Ok(Self {
-            authority: address(&config.url)?,
+            address,
+            trusted: trusted.transpose()?,
             uri: config.url.parse().map_err(|_| "not a URL".to_owned())?,
             answers: Recent::new(config.cache_entries_max as usize, config.cache_ttl.0),
             requests: Semaphore::new(config.requests_max as usize),
@@ -124,32 +165,133 @@ impl Http {
             "ip": who.ip.to_string(),
         });
         let request = Request::post(self.uri.path_and_query().map_or("/", |path| path.as_str()))
-            .header(HOST, &self.authority)
+            .header(HOST, &self.address.authority)
             .header(CONTENT_TYPE, "application/json")
             .body(Full::new(Bytes::from(body.to_string())))
             .map_err(|error| error.to_string())?;
-        let socket = TcpStream::connect(&self.authority).await.map_err(|error| error.to_string())?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(socket))
-            .await
-            .map_err(|error| error.to_string())?;
-        let exchange = async {
-            let response = sender.send_request(request).await.map_err(|error| error.to_string())?;
-            if response.status() != StatusCode::OK {
-                return Err(format!("answered {}", response.status()));
-            }
-            let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
-            let body = body.map_err(|error| error.to_string())?.to_bytes();
-            serde_json::from_slice(&body).map_err(|error| format!("its answer: {error}"))
+        let socket = TcpStream::connect(&self.address.authority).await.map_err(|error| error.to_string())?;
+        let (Some(trusted), Some(name)) = (&self.trusted, &self.address.tls) else {
+            return exchange(socket, request).await;
         };
-        tokio::pin!(connection, exchange);
-        // Driven here, so that both end with this request.
-        tokio::select! {
-            biased;
-            answer = &mut exchange => answer,
-            ended = &mut connection => match ended {
-                Ok(()) => exchange.await,
-                Err(error) => Err(error.to_string()),
-            },
+        let trusted = trusted.clone();
+        let connector = super::off_the_reactor(move || trusted.get()).await;
+        let connector = connector.map_err(|_| "the host stops".to_owned())?;
+        let socket = connector.connect(name.clone(), socket).await;
+        exchange(socket.map_err(|error| format!("tls: {error}"))?, request).await
+    }
+}
+
+async fn exchange<S>(socket: S, request: Request<Full<Bytes>>) -> Result<Answer, String>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(socket))
+        .await
+        .map_err(|error| error.to_string())?;
+    let exchange = async {
+        let response = sender.send_request(request).await.map_err(|error| error.to_string())?;
+        if response.status() != StatusCode::OK {
+            return Err(format!("answered {}", response.status()));
+        }
+        let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
+        let body = body.map_err(|error| error.to_string())?.to_bytes();
+        serde_json::from_slice(&body).map_err(|error| format!("its answer: {error}"))
+    };
+    tokio::pin!(connection, exchange);
+    // Driven here, so that both end with this request.
+    tokio::select! {
+        biased;
+        answer = &mut exchange => answer,
+        ended = &mut connection => match ended {
+            Ok(()) => exchange.await,
+            Err(error) => Err(error.to_string()),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+    use rustls::pki_types::pem::PemObject;
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+    use tokio_rustls::TlsAcceptor;
+
+    use super::*;
+    use crate::access::Entrance;
+
+    fn authority() -> (Issuer<'static, KeyPair>, String) {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let key = KeyPair::generate().unwrap();
+        let pem = params.self_signed(&key).unwrap().pem();
+        (Issuer::new(params, key), pem)
+    }
+
+    fn acceptor(ca: &Issuer<'static, KeyPair>) -> TlsAcceptor {
+        let key = KeyPair::generate().unwrap();
+        let certificate = CertificateParams::new(["127.0.0.1".to_owned()]).unwrap().signed_by(&key, ca);
+        let chain = vec![CertificateDer::from_pem_slice(certificate.unwrap().pem().as_bytes()).unwrap()];
+        let key = PrivateKeyDer::from_pem_slice(key.serialize_pem().as_bytes()).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(chain, key);
+        TlsAcceptor::from(Arc::new(config.unwrap()))
+    }
+
+    #[tokio::test]
+    async fn an_https_check_is_asked_only_where_its_certificate_is_trusted() {
+        let ((ca, ca_pem), (_, other_pem)) = (authority(), authority());
+        let (service, acceptor) = (TcpListener::bind("127.0.0.1:0").await.unwrap(), acceptor(&ca));
+        let url = format!("https://{}/auth", service.local_addr().unwrap());
+        let serving = tokio::spawn(async move {
+            loop {
+                let Ok(mut io) = acceptor.accept(service.accept().await.unwrap().0).await else { continue };
+                let mut request = Vec::new();
+                while !request.ends_with(b"}") {
+                    io.read_buf(&mut request).await.unwrap();
+                }
+                let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 14\r\n\r\n{\"allow\":true}";
+                io.write_all(answer).await.unwrap();
+                io.shutdown().await.unwrap();
+            }
+        });
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("ca.pem");
+        std::fs::write(&file, ca_pem).unwrap();
+        let config = serde_json::json!({ "url": url, "ca": file, "cache_ttl": "0s", "timeout": "30s" });
+        let check = Http::new(&serde_json::from_value(config).unwrap(), Failures::default()).unwrap();
+        let entrance = Entrance::default();
+        let who = Credentials {
+            client_id: "c",
+            username: Some("ann"),
+            password: Some(b"x"),
+            certificate: None,
+            ip: [127, 0, 0, 1].into(),
+            entrance: &entrance,
+            allow_anonymous: false,
+        };
+        assert_eq!(check.check(&who).await.unwrap().unwrap().name.as_deref(), Some("ann"));
+        // A changed file counts at once; a broken one changes nothing.
+        std::fs::write(&file, "no certificate").unwrap();
+        assert!(check.check(&who).await.is_ok());
+        std::fs::write(&file, other_pem).unwrap();
+        assert_eq!(check.check(&who).await.err(), Some(Denied::Unavailable("http")));
+        serving.abort();
+    }
+
+    #[test]
+    fn an_address_is_that_of_a_service() {
+        let address = |url: &str| Address::parse(url).map(|it| (it.authority, it.tls.is_some())).ok();
+        assert_eq!(address("http://auth/x"), Some(("auth:80".to_owned(), false)));
+        assert_eq!(address("https://auth.plant"), Some(("auth.plant:443".to_owned(), true)));
+        assert_eq!(address("https://[::1]:8443/x"), Some(("[::1]:8443".to_owned(), true)));
+        for bad in ["auth:80", "ftp://auth", "https://", "/x"] {
+            assert_eq!(address(bad), None, "{bad}");
         }
     }
 }

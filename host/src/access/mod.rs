@@ -1,6 +1,6 @@
 //! Who a client is, and what it may do. Knows nothing of a protocol's packets:
-//! a listener gives [`Credentials`], gets an [`Admitted`], and asks its
-//! [`Policy`] for each topic.
+//! a listener gives [`Credentials`], gets an [`Admitted`], and asks that for
+//! each topic.
 //!
 //! Authenticators are asked in the order of the config until one knows the
 //! client; what none knows is refused, and what no rule allows is forbidden.
@@ -12,6 +12,7 @@ mod jwt;
 mod limits;
 mod passwords;
 mod plugin;
+mod questions;
 mod recent;
 mod rules;
 mod scram;
@@ -20,22 +21,25 @@ mod watched;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 
 use self::exchange::Begun;
 use self::limits::{Bucket, Users};
-use self::rules::Who;
+use self::questions::{Authorize, Questions};
+use self::rules::{Policy, Who};
 use crate::plugin::access::AccessEngine;
 use crate::problems::{KeyPath, Problems};
 use crate::telemetry::Failures;
+use crate::topic::TopicFilter;
 
 pub use self::config::{Authenticator, Certificate, Config, DeniedPublish, Limits, Rule};
 pub use self::exchange::{Exchange, ROUNDS_MAX, Step};
 pub use self::limits::{Allowance, UserPlace};
 pub use self::passwords::Users as PasswordFile;
-pub use self::rules::{Action, Effect, Policy};
+pub use self::questions::{Act, QUESTIONS_MAX};
+pub use self::rules::{Action, Effect, Verdict};
 #[cfg(test)]
 pub use self::scram::client_final;
 pub use self::scram::{ITERATIONS_DEFAULT, ITERATIONS_MAX, ITERATIONS_MIN};
@@ -49,12 +53,24 @@ pub struct Credentials<'a> {
     /// The name in the certificate that the TLS handshake has verified.
     pub certificate: Option<&'a str>,
     pub ip: IpAddr,
+    pub entrance: &'a Entrance,
     /// The listener serves clients that show nothing.
     pub allow_anonymous: bool,
 }
 
+/// Where clients come in.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Entrance {
+    /// As the config writes its address.
+    pub listener: String,
+    /// The plugin contract's number.
+    pub transport: u32,
+    /// It serves clients that show nothing.
+    pub allow_anonymous: bool,
+}
+
 /// Who a client is.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub struct Identity {
     /// `None`: anonymous.
     pub name: Option<Arc<str>>,
@@ -66,8 +82,12 @@ pub struct Identity {
     pub superuser: bool,
     /// Properties of each of its messages, encoded.
     pub attributes: Vec<u8>,
+    /// The device of its messages, whatever their topics say.
+    pub device: Option<Box<str>>,
     /// The connection ends then.
     pub valid_until: Option<Instant>,
+    /// Who is asked where `rules` say so.
+    authorizer: Option<Arc<dyn Authorize>>,
 }
 
 /// Why a client is not served.
@@ -110,14 +130,17 @@ pub struct Deps<'a> {
     pub secret: &'a [u8; 32],
     /// `None`: an access plugin is refused.
     pub plugins: Option<&'a AccessEngine>,
+    /// How long a client waits for an answer.
+    pub wait_max: Duration,
     pub failures: &'a Failures,
 }
 
 /// A client that is served.
-#[derive(Debug)]
 pub struct Admitted {
     pub identity: Identity,
-    pub policy: Policy,
+    policy: Policy,
+    /// Where the rules ask.
+    questions: Option<Box<Questions>>,
 }
 
 pub struct Access {
@@ -128,6 +151,89 @@ pub struct Access {
     users: Users,
     connects: Option<Mutex<Bucket>>,
     publishes: Option<Mutex<Allowance>>,
+    wait_max: Duration,
+}
+
+impl Admitted {
+    /// May do everything: nothing needs to be looked at.
+    #[inline]
+    pub fn is_everything(&self) -> bool {
+        self.policy.is_everything()
+    }
+
+    /// Whether a delivery must be looked at.
+    #[inline]
+    pub fn limits_receive(&self) -> bool {
+        self.policy.limits_receive()
+    }
+
+    /// Allocates nothing. `Verdict::Ask` of this and the next two: an answer is to be had first.
+    #[inline]
+    pub fn publish(&self, topic: &str) -> Verdict {
+        self.known(self.policy.publish(topic), Act::Publish, topic)
+    }
+
+    /// To every topic that `filter` can match.
+    pub fn subscribe(&self, filter: &TopicFilter) -> Verdict {
+        self.known(self.policy.subscribe(filter), Act::Subscribe, filter.as_str())
+    }
+
+    /// A message of a topic that it is subscribed to. Allocates nothing.
+    pub fn receive(&self, topic: &str) -> Verdict {
+        self.known(self.policy.receive(topic), Act::Receive, topic)
+    }
+
+    /// What the rules say, whatever was answered.
+    pub fn rule_for_subscribe(&self, filter: &TopicFilter) -> Verdict {
+        self.policy.subscribe(filter)
+    }
+
+    /// Some of the session's subscriptions were taken from it.
+    pub fn narrow(&mut self) {
+        if let Some(questions) = &mut self.questions {
+            questions.narrowed = true;
+        }
+    }
+
+    pub fn is_narrowed(&self) -> bool {
+        self.questions.as_ref().is_some_and(|questions| questions.narrowed)
+    }
+
+    /// Asks, unless a call runs already: its end comes first.
+    pub fn ask(&mut self, act: Act, topics: Vec<Box<str>>) {
+        if let Some(questions) = &mut self.questions {
+            questions.ask(act, topics);
+        }
+    }
+
+    pub fn is_asking(&self) -> bool {
+        self.questions.as_ref().is_some_and(|questions| questions.is_asking())
+    }
+
+    /// Returns when there are answers. Pending while nothing is asked. Safe to drop.
+    pub async fn answered(&mut self) {
+        match &mut self.questions {
+            Some(questions) => questions.answered().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Asks and waits. An error: the answers are no for now, because it cannot be asked.
+    pub async fn ask_now(&mut self, act: Act, topics: Vec<Box<str>>) -> Result<(), Denied> {
+        match &mut self.questions {
+            Some(questions) => questions.ask_now(act, topics).await,
+            None => Ok(()),
+        }
+    }
+
+    #[inline]
+    fn known(&self, verdict: Verdict, act: Act, topic: &str) -> Verdict {
+        match (verdict, &self.questions) {
+            (Verdict::Ask, Some(questions)) => questions.known(act, topic),
+            (Verdict::Ask, None) => Verdict::No,
+            (verdict, _) => verdict,
+        }
+    }
 }
 
 impl Access {
@@ -141,6 +247,7 @@ impl Access {
             users: Users::default(),
             connects: limits.connects_per_s.map(|per_s| Mutex::new(Bucket::new(per_s.into(), now))),
             publishes: Allowance::of_all(limits, now).map(Mutex::new),
+            wait_max: deps.wait_max,
             limits: limits.clone(),
         })
     }
@@ -157,7 +264,7 @@ impl Access {
     /// What a client may do that is known.
     pub fn rights(&self, mut identity: Identity, client_id: &str) -> Admitted {
         let Some(config) = &self.config else {
-            return Admitted { identity, policy: Policy::everything() };
+            return Admitted { identity, policy: Policy::everything(), questions: None };
         };
         if let Some(known) = identity.name.as_deref().and_then(|name| config.users.get(name)) {
             identity.fields.extend(known.clone());
@@ -169,7 +276,11 @@ impl Access {
             let compiled_for = Who { client_id, user, fields: &identity.fields };
             Policy::compile(identity.rules.iter().chain(&config.rules), &compiled_for)
         };
-        Admitted { identity, policy }
+        let authorizer = identity.authorizer.take().filter(|_| policy.asks());
+        let questions = authorizer
+            .zip(identity.name.as_ref())
+            .map(|(authorizer, name)| Box::new(Questions::new(authorizer, name, client_id, self.wait_max)));
+        Admitted { identity, policy, questions }
     }
 
     async fn identify(&self, who: &Credentials<'_>) -> Result<Identity, Denied> {
@@ -237,7 +348,8 @@ pub fn look(config: &Config, path: &KeyPath, problems: &mut Problems) {
     let plugins = plugins.and_then(|engine| {
         engine.inspect_err(|error| problems.add(path.key("authenticate"), error.to_string())).ok()
     });
-    let deps = Deps { secret: &[0; 32], plugins: plugins.as_ref(), failures: &Failures::default() };
+    let failures = &Failures::default();
+    let deps = Deps { secret: &[0; 32], plugins: plugins.as_ref(), wait_max: Duration::ZERO, failures };
     for (i, authenticator) in config.authenticate.iter().enumerate() {
         if let Err(reason) = open(authenticator, &deps) {
             problems.add(path.key("authenticate").index(i), reason);

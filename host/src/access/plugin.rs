@@ -10,12 +10,16 @@ use tokio::sync::Semaphore;
 
 use super::config::{self, RULES_MAX, Rule};
 use super::exchange::{Begun, Exchange, Step};
+use super::questions::{Act, Authorize};
 use super::rules::{self, Action, Effect};
 use super::watched::Watched;
 use super::{Authenticate, Credentials, Denied, Identity};
-use crate::plugin::access::{self, AccessEngine, AccessPlugin, Connecting, Decision, Property, Seat};
+use crate::plugin::access::{
+    self, AccessEngine, AccessPlugin, Connecting, Decision, Property, Question, Seat,
+};
 use crate::properties::{self, Origin};
 use crate::telemetry::Failures;
+use crate::topic::DEVICE_ID_BYTES_MAX;
 
 const FILE_BYTES_MAX: u64 = 128 << 20;
 const NAME_BYTES_MAX: usize = 1_024;
@@ -91,7 +95,7 @@ impl Plugin {
             (plugin.authenticate(&connecting), plugin)
         });
         let (decision, plugin) = called.await?;
-        let answer = decision.and_then(|(decision, seat)| checked(decision, seat, method.is_some()));
+        let answer = decision.and_then(|(decision, seat)| self.0.checked(decision, seat, method.is_some()));
         Ok((self.0.counted(answer)?, plugin, number))
     }
 }
@@ -110,6 +114,14 @@ impl Inner {
         .await
     }
 
+    fn checked(self: &Arc<Self>, decision: Decision, seat: Seat, may_ask: bool) -> Result<Answer, String> {
+        let mut answer = checked(decision, seat, may_ask)?;
+        if let Answer::Accept(identity) = &mut answer {
+            identity.authorizer = Some(Arc::new(self.clone()));
+        }
+        Ok(answer)
+    }
+
     fn counted(&self, answer: Result<Answer, String>) -> Result<Answer, Denied> {
         let outcome = match &answer {
             Ok(Answer::Accept(_)) => "accepted",
@@ -118,13 +130,63 @@ impl Inner {
             Ok(Answer::More(..)) => "asked",
             Err(_) => "fault",
         };
-        metrics::counter!("headworks_access_plugin_calls_total", "outcome" => outcome).increment(1);
-        answer.map_err(|reason| {
-            let kind = format!("access: plugin {} failed, the client is refused", self.file);
-            self.failures.report(&kind, 1, &reason, "");
-            Denied::Unavailable("plugin")
-        })
+        count(outcome);
+        answer.map_err(|reason| self.failed("the client is refused", &reason))
     }
+
+    fn failed(&self, what: &str, reason: &str) -> Denied {
+        let kind = format!("access: plugin {} failed, {what}", self.file);
+        self.failures.report(&kind, 1, reason, "");
+        Denied::Unavailable("plugin")
+    }
+}
+
+fn count(outcome: &'static str) {
+    metrics::counter!("headworks_access_plugin_calls_total", "outcome" => outcome).increment(1);
+}
+
+#[async_trait]
+impl Authorize for Arc<Inner> {
+    async fn authorize(
+        &self,
+        name: &str,
+        client_id: &str,
+        act: Act,
+        topics: &[Box<str>],
+    ) -> Result<Vec<bool>, Denied> {
+        let question = |topic: &str| Question {
+            name: name.to_owned(),
+            client_id: client_id.to_owned(),
+            action: act as u32,
+            topic: topic.to_owned(),
+        };
+        let questions: Vec<_> = topics.iter().map(|topic| question(topic)).collect();
+        let inner = self.clone();
+        let called = self.off_the_reactor(move || inner.plugin.get().authorize(&questions)).await?;
+        match called.and_then(|raw| answers(&raw, topics.len())) {
+            Ok(answers) => {
+                count("answered");
+                Ok(answers)
+            }
+            Err(reason) => {
+                count("fault");
+                Err(self.failed("what was asked is refused", &reason))
+            }
+        }
+    }
+}
+
+/// One byte for each question.
+fn answers(raw: &[u8], questions: usize) -> Result<Vec<bool>, String> {
+    if raw.len() != questions {
+        return Err(format!("bad answer: {} answers to {questions} questions", raw.len()));
+    }
+    let answer = |byte: &u8| match byte {
+        0 => Ok(false),
+        1 => Ok(true),
+        other => Err(format!("bad answer: {other} is neither 0 nor 1")),
+    };
+    raw.iter().map(answer).collect()
 }
 
 #[async_trait]
@@ -161,7 +223,7 @@ impl Exchange for Running {
         let Running { inner, plugin, seat, number } = *self;
         let (data, called) = (data.to_vec(), plugin.clone());
         let decision = inner.off_the_reactor(move || called.go_on(seat, number, &data)).await?;
-        let answer = decision.and_then(|decision| checked(decision, seat, true));
+        let answer = decision.and_then(|decision| inner.checked(decision, seat, true));
         match inner.counted(answer)? {
             Answer::Accept(identity) => Ok(Step::Done { data: Vec::new(), identity: *identity }),
             Answer::More(data, seat) => {
@@ -192,8 +254,8 @@ fn connecting(exchange: u64, who: &Credentials<'_>, method: Option<(&str, &[u8])
         password: who.password.map(<[u8]>::to_vec),
         certificates: Vec::new(),
         remote_addr: who.ip.to_string(),
-        listener: String::new(),
-        transport: 0,
+        listener: who.entrance.listener.clone(),
+        transport: who.entrance.transport,
         properties,
     }
 }
@@ -226,8 +288,8 @@ fn identity(raw: access::Identity) -> Result<Identity, String> {
     if raw.name.is_empty() || raw.name.len() > NAME_BYTES_MAX || raw.name.chars().any(char::is_control) {
         return bad(format!("a name has 1 to {NAME_BYTES_MAX} bytes and no control characters"));
     }
-    if raw.device.is_some() {
-        return bad("`device` is not served by this version of Headworks".to_owned());
+    if raw.device.as_ref().is_some_and(|device| !is_device(device)) {
+        return bad(format!("a device has 1 to {DEVICE_ID_BYTES_MAX} bytes and no control characters"));
     }
     if raw.rules.len() > RULES_MAX {
         return bad(format!("at most {RULES_MAX} rules, are {}", raw.rules.len()));
@@ -252,17 +314,21 @@ fn identity(raw: access::Identity) -> Result<Identity, String> {
         name: Some(raw.name.into()),
         rules,
         attributes,
+        device: raw.device.map(Into::into),
         valid_until: (!valid_for.is_zero()).then(|| Instant::now() + valid_for),
         ..Identity::default()
     })
 }
 
-/// `None` where it has no bearing here: what may be received was decided when
-/// it was subscribed to.
-fn rule(raw: access::Rule) -> Result<Option<Rule>, String> {
-    const PUBLISH: u32 = 1;
-    const SUBSCRIBE: u32 = 2;
-    const RECEIVE: u32 = 4;
+fn is_device(device: &str) -> bool {
+    (1..=DEVICE_ID_BYTES_MAX).contains(&device.len()) && !device.chars().any(char::is_control)
+}
+
+/// One for what a client does itself, one for what it is sent.
+fn rule(raw: access::Rule) -> Result<impl Iterator<Item = Rule>, String> {
+    const PUBLISH: u32 = Act::Publish as u32;
+    const SUBSCRIBE: u32 = Act::Subscribe as u32;
+    const RECEIVE: u32 = Act::Receive as u32;
     rules::check_topic(&raw.filter)?;
     if raw.actions == 0 || raw.actions > PUBLISH + SUBSCRIBE + RECEIVE {
         return Err(format!("rule {:?}: actions {}", raw.filter, raw.actions));
@@ -270,17 +336,52 @@ fn rule(raw: access::Rule) -> Result<Option<Rule>, String> {
     let effect = match raw.effect {
         0 => Effect::Deny,
         1 => Effect::Allow,
-        2 => return Err(format!("rule {:?}: `ask` is not served by this version of Headworks", raw.filter)),
+        2 => Effect::Ask,
         other => return Err(format!("rule {:?}: effect {other}", raw.filter)),
     };
-    // Nobody is subscribed to what may not be received.
-    let denies = effect == Effect::Deny && raw.actions & RECEIVE != 0;
-    let action = match (raw.actions & PUBLISH != 0, raw.actions & SUBSCRIBE != 0 || denies) {
-        (true, true) => Action::Both,
-        (true, false) => Action::Publish,
-        (false, true) => Action::Subscribe,
-        (false, false) => return Ok(None),
+    let own = match (raw.actions & PUBLISH != 0, raw.actions & SUBSCRIBE != 0) {
+        (true, true) => Some(Action::Both),
+        (true, false) => Some(Action::Publish),
+        (false, true) => Some(Action::Subscribe),
+        (false, false) => None,
     };
-    let topics = vec![raw.filter];
-    Ok(Some(Rule { effect, user: None, client: None, anonymous: None, action, topics }))
+    let receive = (raw.actions & RECEIVE != 0).then_some(Action::Receive);
+    Ok([own, receive].into_iter().flatten().map(move |action| Rule {
+        effect,
+        user: None,
+        client: None,
+        anonymous: None,
+        action,
+        topics: vec![raw.filter.clone()],
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_is_a_byte_of_0_or_1_for_each_question() {
+        assert_eq!(answers(&[0, 1], 2), Ok(vec![false, true]));
+        assert!(answers(&[1], 2).is_err() && answers(&[1, 1, 1], 2).is_err());
+        assert!(answers(&[1, 2], 2).is_err());
+    }
+
+    #[test]
+    fn a_rule_of_the_contract_is_one_of_its_own_for_what_is_received() {
+        let raw = |actions, effect| access::Rule { actions, filter: "a/#".to_owned(), effect };
+        let actions = |raw| rule(raw).map(|rules| rules.map(|rule| rule.action).collect::<Vec<_>>());
+        assert_eq!(actions(raw(7, 2)), Ok(vec![Action::Both, Action::Receive]));
+        assert_eq!(actions(raw(5, 0)), Ok(vec![Action::Publish, Action::Receive]));
+        assert_eq!(actions(raw(4, 1)), Ok(vec![Action::Receive]));
+        for bad in [raw(0, 1), raw(8, 1), raw(1, 3)] {
+            assert!(rule(bad).is_err());
+        }
+    }
+
+    #[test]
+    fn a_device_is_an_id_that_a_message_can_have() {
+        assert!(is_device("press 7") && is_device(&"x".repeat(256)));
+        assert!(!is_device("") && !is_device(&"x".repeat(257)) && !is_device("a\nb"));
+    }
 }

@@ -1,9 +1,10 @@
-//! Rules of what a client may publish and subscribe to, compiled when it
-//! connects: its variables are filled in, rules for others are left out.
+//! Rules of what a client may publish, subscribe to and receive, compiled when
+//! it connects: its variables are filled in, rules for others are left out.
 //!
 //! A filter may be subscribed to when every topic it can match is allowed. The
 //! test errs on the side of no: a filter that only several allowing rules
-//! together cover is refused.
+//! together cover is refused. What is received was subscribed to: without a
+//! rule of its own it needs no more.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -19,6 +20,9 @@ use crate::topic::TopicFilter;
 pub enum Effect {
     Allow,
     Deny,
+    /// Whose rule it is decides; only an access plugin can be asked.
+    #[serde(skip)]
+    Ask,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
@@ -28,6 +32,18 @@ pub enum Action {
     Subscribe,
     #[default]
     Both,
+    /// Deliveries; only an access plugin has such rules.
+    #[serde(skip)]
+    Receive,
+}
+
+/// What the rules say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    Yes,
+    No,
+    /// It is to be asked for.
+    Ask,
 }
 
 /// Whom rules are compiled for.
@@ -41,10 +57,18 @@ pub struct Who<'a> {
 
 /// What one client may do.
 #[derive(Clone, Debug, Default)]
-pub struct Policy(Option<Arc<[Compiled]>>);
+pub struct Policy(Option<Arc<Compiled>>);
 
 #[derive(Debug)]
 struct Compiled {
+    rules: Box<[CompiledRule]>,
+    /// Deliveries must be looked at.
+    limits_receive: bool,
+    asks: bool,
+}
+
+#[derive(Debug)]
+struct CompiledRule {
     effect: Effect,
     action: Action,
     patterns: Box<[Pattern]>,
@@ -58,7 +82,7 @@ impl Policy {
 
     pub fn compile<'r>(rules: impl IntoIterator<Item = &'r Rule>, who: &Who<'_>) -> Self {
         let fits = rules.into_iter().filter(|rule| rule.fits(who));
-        let compiled = fits.map(|rule| Compiled {
+        let compiled = fits.map(|rule| CompiledRule {
             effect: rule.effect,
             action: rule.action,
             patterns: rule
@@ -67,38 +91,84 @@ impl Policy {
                 .filter_map(|topic| Pattern::compile(topic, rule.effect, who))
                 .collect(),
         });
-        Self(Some(compiled.filter(|rule| !rule.patterns.is_empty()).collect()))
+        let rules: Box<[CompiledRule]> = compiled.filter(|rule| !rule.patterns.is_empty()).collect();
+        let is_limit = |rule: &CompiledRule| rule.action == Action::Receive && rule.effect != Effect::Allow;
+        Self(Some(Arc::new(Compiled {
+            limits_receive: rules.iter().any(is_limit),
+            asks: rules.iter().any(|rule| rule.effect == Effect::Ask),
+            rules,
+        })))
     }
 
     /// Allocates nothing.
     #[inline]
-    pub fn may_publish(&self, topic: &str) -> bool {
-        let Some(rules) = &self.0 else { return true };
-        let mut rules = rules.iter().filter(|rule| rule.action != Action::Subscribe);
-        let deciding = rules.find(|rule| rule.patterns.iter().any(|pattern| pattern.matches(topic)));
-        deciding.is_some_and(|rule| rule.effect == Effect::Allow)
+    pub fn publish(&self, topic: &str) -> Verdict {
+        let Some(compiled) = &self.0 else { return Verdict::Yes };
+        let is_of = |action| matches!(action, Action::Publish | Action::Both);
+        compiled.first(topic, is_of).map_or(Verdict::No, Effect::verdict)
     }
 
     /// Whether every topic that `filter` can match is allowed.
-    pub fn may_subscribe(&self, filter: &TopicFilter) -> bool {
-        let Some(rules) = &self.0 else { return true };
+    pub fn subscribe(&self, filter: &TopicFilter) -> Verdict {
+        let Some(compiled) = &self.0 else { return Verdict::Yes };
         let filter = Pattern::of(filter.as_str());
-        for rule in rules.iter().filter(|rule| rule.action != Action::Publish) {
-            match rule.effect {
-                Effect::Allow if rule.patterns.iter().any(|allowed| filter.is_within(allowed)) => {
-                    return true;
-                }
-                Effect::Deny if rule.patterns.iter().any(|denied| filter.overlaps(denied)) => return false,
+        let mut otherwise = Verdict::Yes;
+        let is_of = |rule: &&CompiledRule| matches!(rule.action, Action::Subscribe | Action::Both);
+        for CompiledRule { effect, patterns, .. } in compiled.rules.iter().filter(is_of) {
+            let overlaps = || patterns.iter().any(|pattern| filter.overlaps(pattern));
+            let is_within = || patterns.iter().any(|pattern| filter.is_within(pattern));
+            match effect {
+                Effect::Allow if is_within() => return otherwise,
+                Effect::Deny if overlaps() => return Verdict::No,
+                Effect::Ask if is_within() => return Verdict::Ask,
+                // Of the others the rules that follow decide.
+                Effect::Ask if overlaps() => otherwise = Verdict::Ask,
                 _ => {}
             }
         }
-        false
+        Verdict::No
+    }
+
+    /// Of a topic that is subscribed to. Allocates nothing.
+    pub fn receive(&self, topic: &str) -> Verdict {
+        let Some(compiled) = self.0.as_ref().filter(|it| it.limits_receive) else { return Verdict::Yes };
+        let is_of = |action| action == Action::Receive;
+        compiled.first(topic, is_of).map_or(Verdict::Yes, Effect::verdict)
+    }
+
+    /// Whether a delivery must be looked at.
+    pub fn limits_receive(&self) -> bool {
+        self.0.as_ref().is_some_and(|compiled| compiled.limits_receive)
+    }
+
+    /// Whether anything is to be asked for.
+    pub fn asks(&self) -> bool {
+        self.0.as_ref().is_some_and(|compiled| compiled.asks)
     }
 
     /// Whether a publish must be looked at.
     #[inline]
     pub fn is_everything(&self) -> bool {
         self.0.is_none()
+    }
+}
+
+impl Compiled {
+    #[inline]
+    fn first(&self, topic: &str, is_of: impl Fn(Action) -> bool) -> Option<Effect> {
+        let mut rules = self.rules.iter().filter(|rule| is_of(rule.action));
+        let deciding = rules.find(|rule| rule.patterns.iter().any(|pattern| pattern.matches(topic)));
+        deciding.map(|rule| rule.effect)
+    }
+}
+
+impl Effect {
+    fn verdict(self) -> Verdict {
+        match self {
+            Self::Allow => Verdict::Yes,
+            Self::Deny => Verdict::No,
+            Self::Ask => Verdict::Ask,
+        }
     }
 }
 
@@ -231,7 +301,7 @@ impl Pattern {
                     None
                 }
                 (_, Ok(filled), _) => Some(Level::Literal(filled.into())),
-                (_, Err(()), Effect::Deny) => Some(Level::One),
+                (_, Err(()), Effect::Deny | Effect::Ask) => Some(Level::One),
                 (_, Err(()), Effect::Allow) => None,
             });
         levels.collect::<Option<Vec<_>>>().map(Self::normal)

@@ -14,6 +14,21 @@ fn compile(rules: &[Rule], user: Option<&str>, client_id: &str, fields: &[(&str,
     Policy::compile(rules, &Who { client_id, user, fields: &fields })
 }
 
+trait May {
+    fn may_publish(&self, topic: &str) -> bool;
+    fn may_subscribe(&self, filter: &TopicFilter) -> bool;
+}
+
+impl May for Policy {
+    fn may_publish(&self, topic: &str) -> bool {
+        self.publish(topic) == Verdict::Yes
+    }
+
+    fn may_subscribe(&self, filter: &TopicFilter) -> bool {
+        self.subscribe(filter) == Verdict::Yes
+    }
+}
+
 fn filter(text: &str) -> TopicFilter {
     TopicFilter::new(text).unwrap()
 }
@@ -44,6 +59,10 @@ fn a_filter() -> impl Strategy<Value = String> {
     })
 }
 
+fn an_effect() -> impl Strategy<Value = Effect> {
+    prop::sample::select(vec![Effect::Allow, Effect::Deny, Effect::Ask])
+}
+
 fn any_filter() -> impl Strategy<Value = String> {
     prop_oneof![10 => a_filter(), 1 => Just("#".to_owned())]
 }
@@ -65,22 +84,26 @@ proptest! {
 
     #[test]
     fn an_allowed_subscription_can_match_no_denied_topic(
-        rules in prop::collection::vec((any::<bool>(), any_filter()), 0..6),
+        rules in prop::collection::vec((an_effect(), any_filter()), 0..6),
         wanted in any_filter(),
     ) {
-        let rules: Vec<Rule> = rules
-            .iter()
-            .map(|(allow, topic)| rule(if *allow { Effect::Allow } else { Effect::Deny }, &[topic]))
-            .collect();
+        let rules: Vec<Rule> = rules.iter().map(|(effect, topic)| rule(*effect, &[topic])).collect();
         let policy = compile(&rules, None, "c", &[]);
         let naive = |topic: &str| {
             let first = rules.iter().find(|rule| filter(&rule.topics[0]).matches(topic));
-            first.is_some_and(|rule| rule.effect == Effect::Allow)
+            first.map_or(Verdict::No, |rule| rule.effect.verdict())
         };
+        let may_subscribe = policy.subscribe(&filter(&wanted));
         for topic in topics() {
-            prop_assert_eq!(policy.may_publish(&topic), naive(&topic), "{}", topic);
-            if policy.may_subscribe(&filter(&wanted)) && filter(&wanted).matches(&topic) {
-                prop_assert!(naive(&topic), "{}", topic);
+            let topic_is = naive(&topic);
+            prop_assert_eq!(policy.publish(&topic), topic_is, "{}", topic);
+            if !filter(&wanted).matches(&topic) {
+                continue;
+            }
+            match may_subscribe {
+                Verdict::Yes => prop_assert_eq!(topic_is, Verdict::Yes, "{}", topic),
+                Verdict::Ask => prop_assert!(topic_is != Verdict::No, "{}", topic),
+                Verdict::No => {}
             }
         }
     }
@@ -165,6 +188,37 @@ fn a_client_id_is_bound_to_who_the_client_is() {
     for bad in ["", "%c", "{", "{}", "{a b}"] {
         assert!(check_client_id(bad).is_err(), "{bad}");
     }
+}
+
+#[test]
+fn what_is_received_is_limited_only_by_rules_of_its_own() {
+    let receive = |effect, topic| Rule { action: Action::Receive, ..rule(effect, &[topic]) };
+    let rules = [
+        receive(Effect::Allow, "a/open"),
+        receive(Effect::Ask, "a/+"),
+        receive(Effect::Deny, "a/#"),
+        rule(Effect::Allow, &["#"]),
+    ];
+    let policy = compile(&rules, None, "c", &[]);
+    assert!(policy.limits_receive() && policy.asks());
+    for (topic, wanted) in
+        [("a/open", Verdict::Yes), ("a/x", Verdict::Ask), ("a/x/y", Verdict::No), ("b", Verdict::Yes)]
+    {
+        assert_eq!(policy.receive(topic), wanted, "{topic}");
+        assert!(policy.may_publish(topic), "{topic}");
+    }
+    assert!(policy.may_subscribe(&filter("a/#")));
+    let policy = compile(&rules[3..], None, "c", &[]);
+    assert!(!policy.limits_receive() && policy.receive("a/x") == Verdict::Yes);
+}
+
+#[test]
+fn a_rule_that_asks_for_a_variable_without_a_value_asks_for_the_whole_level() {
+    let rules = [rule(Effect::Ask, &["acme/{site}/+"]), rule(Effect::Allow, &["#"])];
+    let policy = compile(&rules, None, "c", &[]);
+    assert_eq!(policy.publish("acme/any/x"), Verdict::Ask);
+    assert_eq!(policy.subscribe(&filter("acme/+/x")), Verdict::Ask);
+    assert_eq!(policy.subscribe(&filter("acme/#")), Verdict::Ask, "a part of it is");
 }
 
 #[test]

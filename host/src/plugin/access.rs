@@ -25,7 +25,7 @@ use crate::step::StepId;
 use crate::topic::Namespace;
 
 pub use super::bindings::access::exports::headworks::plugin::access::{Connecting, Decision, Refusal};
-pub use super::bindings::access::exports::headworks::plugin::access::{Identity, Rule};
+pub use super::bindings::access::exports::headworks::plugin::access::{Identity, Question, Rule};
 pub use super::bindings::access::headworks::plugin::types::Property;
 
 /// Compiles access plugins.
@@ -106,6 +106,14 @@ impl AccessPlugin {
         }
         self.call(&mut held, |access, store| {
             access.headworks_plugin_access().call_continue_authentication(store, exchange, data)
+        })
+    }
+
+    /// The answers are not checked.
+    pub fn authorize(&self, questions: &[Question]) -> Result<Vec<u8>, String> {
+        let (_, mut held) = self.free();
+        self.call(&mut held, |access, store| {
+            access.headworks_plugin_access().call_authorize(store, questions)
         })
     }
 

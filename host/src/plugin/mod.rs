@@ -117,7 +117,7 @@ pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_access_plugin_calls_total",
         kind: MetricKind::Counter,
-        help: "Calls of access plugins, by outcome: accepted, refused, passed (left to the next authenticator), asked (another round), fault (trapped, over a limit, or a bad answer: the client is refused).",
+        help: "Calls of access plugins, by outcome: accepted, refused, passed (left to the next authenticator), asked (another round), answered (questions that rules leave open), fault (trapped, over a limit, or a bad answer: the client, or what was asked, is refused).",
         labels: &["outcome"],
     },
     Metric {

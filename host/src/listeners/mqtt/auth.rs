@@ -8,7 +8,7 @@ use tokio::time::{Instant, timeout_at};
 use tokio_util::codec::Encoder;
 
 use super::Broker;
-use super::handshake::leave_forbidden;
+use super::handshake::{ask_for_filters, leave_forbidden};
 use super::inbound::Inbound;
 use super::metrics::{RECEIVED, SENT};
 use super::transport::Remote;
@@ -166,6 +166,7 @@ impl Again<'_> {
             password: None,
             certificate: self.remote.identity.as_deref(),
             ip: self.remote.address.ip(),
+            entrance: &self.remote.entrance,
             allow_anonymous: false,
         };
         let step = async {
@@ -192,9 +193,10 @@ impl Again<'_> {
             }
             Step::Done { identity, .. } if identity.name != inbound.rights().identity.name => Err(failed()),
             Step::Done { data, identity } => {
+                let mut rights = broker.access.rights(identity, &session.client_id);
+                ask_for_filters(&mut rights, &session).await.map_err(|_| failed())?;
                 put(AuthReasonCode::Success, data)?;
-                let rights = broker.access.rights(identity, &session.client_id);
-                leave_forbidden(broker, &session, &rights);
+                leave_forbidden(broker, &session, &mut rights);
                 inbound.renew(rights);
                 Ok(())
             }

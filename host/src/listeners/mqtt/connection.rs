@@ -27,16 +27,15 @@ use super::Broker;
 use super::aliases::Aliases;
 use super::auth::{self, Again};
 use super::clients;
-use super::handshake::{self, Opened};
+use super::handshake::{self, Opened, may_see};
 use super::inbound::{Inbound, Next, Trouble};
 use super::metrics::{Part, RECEIVED, SENT};
 use super::outbound::{Loaded, Loader, Peer, Waits};
 use super::session::{Session, Turn};
-use super::subscriptions::Filter;
 use super::transport::{Place, Remote};
 use super::will::{self, Will};
 use super::wire::{self, Fault, Version};
-use crate::access::UserPlace;
+use crate::access::{UserPlace, Verdict};
 use crate::stream::Ticket;
 
 /// One read takes at most this much.
@@ -226,6 +225,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
                     Ok(())
                 }
                 Event::Paid => Ok(()),
+                Event::Answered => {
+                    self.inbound.go_on();
+                    Ok(())
+                }
                 Event::Io(Io::Lost) => Err(End::Lost),
                 Event::Durable(moved) => moved.map_err(|_| End::Stopped),
                 Event::Writable => self.inbound.retry(self.broker).map_err(End::from),
@@ -263,11 +266,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             let broker = self.broker;
             let mut outbox = self.session.outbox();
             outbox.settle(&*broker.broker);
-            let filled = outbox.fill(self.peer, &mut self.aliases, WRITE_BYTES_MAX, &mut self.out);
+            let rights = self.inbound.rights();
+            let receive = |topic: &str| rights.receive(topic);
+            let receive = rights.limits_receive().then_some(&receive as &dyn Fn(&str) -> Verdict);
+            let filled = outbox.fill(self.peer, &mut self.aliases, receive, WRITE_BYTES_MAX, &mut self.out);
             let note = || (broker.live.positions(&broker.streams), broker.note_bytes_max());
             outbox.record(&*broker.broker, note);
             let waits = outbox.waits(self.peer);
+            let unanswered = if filled.unanswered { outbox.unanswered(receive) } else { Vec::new() };
             drop(outbox);
+            self.inbound.ask_to_receive(unanswered);
             Outward::set(&mut self.outward, waits, &broker.loads);
             broker.counters.filled(&filled);
         }
@@ -310,17 +318,22 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
                 None => pending().await,
             }
         };
-        let auth_until = auth::deadline(self.auth.as_deref(), self.inbound.rights())
-            .map(|until| Box::pin(sleep_until(until)));
+        let auth_until = auth::deadline(self.auth.as_deref(), self.inbound.rights());
+        if auth_until.is_some_and(|until| until <= Instant::now()) {
+            // Also where the socket always has something: that is looked at first.
+            return Event::AuthDeadline;
+        }
+        let auth_until = auth_until.map(|until| Box::pin(sleep_until(until)));
         let auth_over = async {
             match auth_until {
                 Some(until) => until.await,
                 None => pending().await,
             }
         };
-        let (acks, writable) = self.inbound.waits(self.broker);
+        let (acks, writable, answered) = self.inbound.waits(self.broker);
         tokio::select! {
             biased;
+            () = answered => Event::Answered,
             event = poll_fn(|cx| poll_io(io, out, read, cx)) => Event::Io(event),
             moved = acks.moved() => Event::Durable(moved),
             () = writable, if stalled => Event::Writable,
@@ -338,11 +351,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             Moved::Again => {}
             Moved::Loaded(loaded) => {
                 self.outward = None;
-                let policy = &self.inbound.rights().policy;
-                let may_see = |topic: &str| {
-                    policy.is_everything()
-                        || Filter::parse(topic).is_some_and(|it| policy.may_subscribe(it.topics()))
-                };
+                let may_see = may_see(self.inbound.rights(), &self.session);
                 let gone = self.session.outbox().loaded(&loaded, may_see);
                 if gone > 0 {
                     self.broker.counters.gap.increment(gone);
@@ -472,6 +481,8 @@ enum Event {
     Outward(Moved),
     /// What the client sent too fast is paid for.
     Paid,
+    /// The access plugin has answered.
+    Answered,
     AuthDeadline,
     Wake,
     Timer,

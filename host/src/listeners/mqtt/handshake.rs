@@ -22,7 +22,7 @@ use super::subscriptions::Filter;
 use super::transport::Remote;
 use super::will::Will;
 use super::wire::{self, Fault, Packet, Version};
-use crate::access::{Admitted, Credentials, Denied, UserPlace};
+use crate::access::{Act, Admitted, Credentials, Denied, UserPlace, Verdict};
 use crate::batch::flags;
 use crate::properties::{self, Origin};
 use crate::topic;
@@ -104,7 +104,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         refuse(broker, io, Some(asked.version), reason).await;
         return Err(Refused::new("invalid", format!("client {} at {remote}: {reason:?}", asked.client_id)));
     }
-    let rights = match asked.admit(broker, io, input, remote).await {
+    let mut rights = match asked.admit(broker, io, input, remote).await {
         Ok(rights) => rights,
         Err((reason, cause)) => {
             if let Some(reason) = reason {
@@ -120,6 +120,12 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         refuse(broker, io, Some(asked.version), ConnectAckReason::QuotaExceeded).await;
         return Err(Refused::new("sessions_max", format!("client {} at {remote}", asked.client_id)));
     };
+    // While nobody else has the session, and before anything of it changes.
+    if !asked.clean && ask_for_filters(&mut rights, &session).await.is_err() {
+        broker.sessions.give_back(broker, &session, turn);
+        refuse(broker, io, Some(asked.version), ConnectAckReason::ServerUnavailable).await;
+        return Err(Refused::new("access_unavailable", format!("client {} at {remote}", asked.client_id)));
+    }
     // After an older connection of the same client has given its place back.
     let Some(user_place) = broker.access.enter(&rights.identity) else {
         broker.sessions.give_back(broker, &session, turn);
@@ -142,7 +148,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     };
     broker.wills.client_is_back(broker, &asked.client_id);
     if resumed {
-        leave_forbidden(broker, &session, &rights);
+        leave_forbidden(broker, &session, &mut rights);
     }
     let answer = asked.connack(broker, resumed);
     let peer =
@@ -230,6 +236,7 @@ fn connect(broker: &Broker, version: Version, whole: &mut [u8], header: usize) -
                 properties: Vec::new(),
                 flags: u16::from(will.qos.value()) | if will.retain { flags::RETAIN } else { 0 },
                 delay_s: 0,
+                device: None,
                 record: None,
             });
             Ok(Asked::new(version, &connect.client_id, connect.username.as_deref(), will, |asked| {
@@ -296,6 +303,7 @@ fn will_v5(will: v5::LastWill) -> Will {
         properties: out,
         flags: u16::from(will.qos.value()) | retain | utf8,
         delay_s: will.will_delay_interval_sec.unwrap_or(0),
+        device: None,
         record: None,
     }
 }
@@ -364,9 +372,10 @@ impl Asked {
             password: self.password.as_deref(),
             certificate: remote.identity.as_deref(),
             ip: remote.address.ip(),
-            allow_anonymous: remote.allow_anonymous,
+            entrance: &remote.entrance,
+            allow_anonymous: remote.entrance.allow_anonymous,
         };
-        let rights = match &self.auth {
+        let mut rights = match &self.auth {
             None => broker.access.admit(&who).await.map_err(|denied| match denied {
                 Denied::BadCredentials => (Some(ConnectAckReason::BadUserNameOrPassword), "bad_credentials"),
                 other => auth::denial(other),
@@ -382,22 +391,9 @@ impl Asked {
             return Err((Some(ConnectAckReason::ClientIdentifierNotValid), "client_id"));
         }
         if let Some(will) = &mut self.will {
-            let names_device = broker.namespace.device_span(&will.topic).is_some();
-            let out = &mut will.properties;
-            push_sender(out, broker, &self.client_id, names_device, &rights.identity);
+            admit_will(broker, &mut rights, &self.client_id, will).await?;
         }
-        match &self.will {
-            Some(will) if will.properties.len() > properties::PROPERTIES_BYTES_MAX => {
-                Err((Some(ConnectAckReason::PacketTooLarge), "invalid"))
-            }
-            Some(will) if broker.access.is_too_deep(&will.topic) => {
-                Err((Some(ConnectAckReason::TopicNameInvalid), "will_topic_levels"))
-            }
-            Some(will) if !rights.policy.may_publish(&will.topic) => {
-                Err((Some(ConnectAckReason::NotAuthorized), "will_not_authorized"))
-            }
-            _ => Ok(rights),
-        }
+        Ok(rights)
     }
 
     /// Whether the client takes a CONNACK of ours.
@@ -430,26 +426,85 @@ impl Asked {
     }
 }
 
+/// A will is held to the rules when it is left, and is a message of its client.
+async fn admit_will(
+    broker: &Broker,
+    rights: &mut Admitted,
+    client_id: &str,
+    will: &mut Will,
+) -> Result<(), Denial> {
+    if broker.access.is_too_deep(&will.topic) {
+        return Err((Some(ConnectAckReason::TopicNameInvalid), "will_topic_levels"));
+    }
+    if rights.publish(&will.topic) == Verdict::Ask {
+        rights.ask_now(Act::Publish, vec![will.topic.clone()]).await.map_err(auth::denial)?;
+    }
+    if rights.publish(&will.topic) != Verdict::Yes {
+        return Err((Some(ConnectAckReason::NotAuthorized), "will_not_authorized"));
+    }
+    will.device.clone_from(&rights.identity.device);
+    let names_device = will.device.is_none() && broker.namespace.device_span(&will.topic).is_some();
+    push_sender(&mut will.properties, broker, client_id, names_device, &rights.identity);
+    if will.properties.len() > properties::PROPERTIES_BYTES_MAX {
+        return Err((Some(ConnectAckReason::PacketTooLarge), "invalid"));
+    }
+    Ok(())
+}
+
+/// Has the plugin asked for what a session is subscribed to, where the rules
+/// say so, before [`leave_forbidden`]. An error: it cannot be asked.
+pub async fn ask_for_filters(rights: &mut Admitted, session: &Session) -> Result<(), Denied> {
+    if rights.is_everything() {
+        return Ok(());
+    }
+    let filters = session.filter_list();
+    let filters = filters.iter().filter_map(|filter| Filter::parse(filter));
+    let asked = filters.filter(|it| rights.rule_for_subscribe(it.topics()) == Verdict::Ask);
+    let asked = asked.map(|it| it.topics().as_str().into()).collect();
+    rights.ask_now(Act::Subscribe, asked).await
+}
+
 /// A session outlives its client's rights: what it may not see any more is
 /// unsubscribed, and what waits of it is dropped.
-pub fn leave_forbidden(broker: &Broker, session: &Arc<Session>, rights: &Admitted) {
-    if rights.policy.is_everything() {
+pub fn leave_forbidden(broker: &Broker, session: &Arc<Session>, rights: &mut Admitted) {
+    if rights.is_everything() {
         return;
     }
-    let may_see =
-        |filter: &str| Filter::parse(filter).is_some_and(|it| rights.policy.may_subscribe(it.topics()));
+    let is_forbidden =
+        |filter: &str| Filter::parse(filter).is_none_or(|it| rights.subscribe(it.topics()) != Verdict::Yes);
     let mut changes = Vec::new();
-    for filter in session.filter_list().iter().filter(|filter| !may_see(filter)) {
+    for filter in session.filter_list().iter().filter(|filter| is_forbidden(filter)) {
         broker.live.unsubscribe(broker, session, filter);
         if let Some(epoch) = session.persistent_epoch() {
             changes.push((subscription_key(epoch, filter), None));
         }
     }
-    // Also where all filters stay: what waits may be of one that is gone. A topic
-    // is a filter that matches only itself.
+    rights.narrow();
+    // Also where all filters stay: what waits may be of one that is gone.
+    let may_see = may_see(rights, session);
     session.outbox().keep_only(may_see);
     // Not awaited: what a crash brings back is removed at the next connect.
     super::append_unawaited(&*broker.broker, &changes);
+}
+
+/// Whether what waits of a topic may still be sent; of the subscriptions as they are now.
+pub fn may_see<'r>(rights: &'r Admitted, session: &Session) -> impl Fn(&str) -> bool + use<'r> {
+    let filters = if rights.is_narrowed() { session.filter_list() } else { Vec::new() };
+    let filters: Vec<Filter> = filters.iter().filter_map(|filter| Filter::parse(filter)).collect();
+    move |topic| {
+        if rights.is_everything() {
+            return true;
+        }
+        // A topic is a filter that matches only itself.
+        match Filter::parse(topic).map(|it| rights.rule_for_subscribe(it.topics())) {
+            Some(Verdict::Yes) => true,
+            // What was asked were its filters: one that it still has lets it see the topic.
+            Some(Verdict::Ask) => {
+                !rights.is_narrowed() || filters.iter().any(|it| it.topics().matches(topic))
+            }
+            _ => false,
+        }
+    }
 }
 
 /// Says no, as far as the version can.

@@ -195,7 +195,7 @@ pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_mqtt_dropped_total",
         kind: MetricKind::Counter,
-        help: "Messages dropped, by cause: no_space (QoS 0 on a full disk), queue_full, queue_age, packet_too_large, expired, retained_full, gap (retention or damage took them first).",
+        help: "Messages dropped, by cause: no_space (QoS 0 on a full disk), queue_full, queue_age, packet_too_large, expired, not_authorized (an access plugin has no such message delivered to this subscriber), retained_full, gap (retention or damage took them first).",
         labels: &["cause"],
     },
     Metric {
@@ -328,6 +328,7 @@ pub(super) struct Counters {
     pub queue_age: Count,
     pub packet_too_large: Count,
     pub expired: Counter,
+    pub denied: Counter,
     pub retained_full: Counter,
     pub gap: Count,
 }
@@ -401,6 +402,7 @@ impl Counters {
             queue_age: Count::new(dropped("queue_age")),
             packet_too_large: Count::new(dropped("packet_too_large")),
             expired: dropped("expired"),
+            denied: dropped("not_authorized"),
             retained_full: dropped("retained_full"),
             gap: Count::new(dropped("gap")),
         }
@@ -418,6 +420,9 @@ impl Counters {
         }
         if filled.expired > 0 {
             self.expired.increment(filled.expired);
+        }
+        if filled.denied > 0 {
+            self.denied.increment(filled.denied);
         }
         if filled.too_large > 0 {
             self.packet_too_large.increment(filled.too_large);

@@ -140,8 +140,12 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
         Some(_) => access_secret(&*deps.broker).await?,
         None => Default::default(),
     };
-    let access_deps =
-        access::Deps { secret: &secret, plugins: deps.access_plugins.as_ref(), failures: &deps.failures };
+    let access_deps = access::Deps {
+        secret: &secret,
+        plugins: deps.access_plugins.as_ref(),
+        wait_max: config.connect_timeout.0,
+        failures: &deps.failures,
+    };
     let access = Access::open(config.access.as_ref(), &config.limits, &access_deps);
     let access = access.map_err(Error::Access)?;
     let broker = Broker::new(config, access, deps);

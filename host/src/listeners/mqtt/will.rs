@@ -24,7 +24,9 @@ use crate::stream::{AppendError, NewMessage, Stream, partition_of};
 use crate::telemetry::Failures;
 
 const KIND: Kind = *b"wi";
-const FORMAT: u8 = 1;
+const FORMAT: u8 = 2;
+/// Without a device.
+const FORMAT_1: u8 = 1;
 /// A will that waits looks so often whether its client is back.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -36,6 +38,8 @@ pub struct Will {
     pub properties: Vec<u8>,
     pub flags: u16,
     pub delay_s: u32,
+    /// Of its client, where that is known to be one.
+    pub device: Option<Box<str>>,
     /// Once it is durable.
     pub record: Option<Record>,
 }
@@ -102,7 +106,8 @@ impl Will {
         let stream = &broker.streams[number];
         let span = broker.namespace.device_span(&self.topic);
         let fits = if span.is_some() { flags::FITS_NAMESPACE } else { 0 };
-        let device = span.map_or(cut_device(client_id), |span| &self.topic[span]);
+        let of_topic = span.map_or(cut_device(client_id), |span| &self.topic[span]);
+        let device = self.device.as_deref().unwrap_or(of_topic);
         let message = NewMessage {
             topic: &self.topic,
             payload: &self.payload,
@@ -143,7 +148,8 @@ impl Will {
         let mut bytes = vec![FORMAT];
         bytes.extend(self.delay_s.to_be_bytes());
         bytes.extend(self.flags.to_be_bytes());
-        for part in [client_id.as_bytes(), self.topic.as_bytes(), &self.properties] {
+        let device = self.device.as_deref().unwrap_or_default();
+        for part in [client_id.as_bytes(), self.topic.as_bytes(), &self.properties, device.as_bytes()] {
             bytes.extend((part.len() as u32).to_be_bytes());
             bytes.extend_from_slice(part);
         }
@@ -159,12 +165,17 @@ impl Will {
             *rest = after;
             Some(part)
         }
-        let (&[FORMAT], rest) = bytes.split_first_chunk()? else { return None };
+        let (&format, rest) = bytes.split_first()?;
         let (delay_s, rest) = rest.split_first_chunk()?;
         let (flags, mut rest) = rest.split_first_chunk()?;
         let client_id = std::str::from_utf8(part(&mut rest)?).ok()?;
         let topic = std::str::from_utf8(part(&mut rest)?).ok()?;
         let properties = part(&mut rest)?;
+        let device = match format {
+            FORMAT => std::str::from_utf8(part(&mut rest)?).ok()?,
+            FORMAT_1 => "",
+            _ => return None,
+        };
         if !crate::properties::is_valid(properties) || !crate::topic::is_valid_name(topic) {
             return None;
         }
@@ -174,6 +185,7 @@ impl Will {
             properties: properties.to_vec(),
             flags: u16::from_be_bytes(*flags),
             delay_s: u32::from_be_bytes(*delay_s),
+            device: Some(device.into()).filter(|device: &Box<str>| !device.is_empty()),
             record: Some(record),
         };
         Some((client_id.into(), will))

@@ -8,18 +8,11 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, SignatureScheme};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::config::{SslMode, Tls};
-
-/// Where distributions keep the CAs that they trust.
-const SYSTEM_CAS: [&str; 4] = [
-    "/etc/ssl/certs/ca-certificates.crt",
-    "/etc/pki/tls/certs/ca-bundle.crt",
-    "/etc/ssl/ca-bundle.pem",
-    "/etc/ssl/cert.pem",
-];
+use crate::trust;
 
 /// Reads the certificates now, so that a renewed one is used at the next connect.
 pub fn connector(mode: SslMode, tls: &Tls) -> Result<MakeRustlsConnect, String> {
@@ -58,19 +51,10 @@ fn chain_verifier(
     ca: Option<&Path>,
     provider: &Arc<CryptoProvider>,
 ) -> Result<Arc<WebPkiServerVerifier>, String> {
-    let ca = match ca {
-        Some(ca) => ca,
-        None => SYSTEM_CAS
-            .iter()
-            .map(Path::new)
-            .find(|path| path.exists())
-            .ok_or("this system has no file of trusted CAs: set tls.ca")?,
-    };
-    let mut roots = RootCertStore::empty();
-    let (added, _) = roots.add_parsable_certificates(certificates(ca)?);
-    if added == 0 {
-        return Err(format!("{} holds no CA certificate", ca.display()));
-    }
+    let ca = trust::ca_file(ca).map_err(|reason| format!("{reason} in tls.ca"))?;
+    let pem = std::fs::read(&ca).map_err(|error| error.to_string());
+    let roots =
+        pem.and_then(|pem| trust::roots(&pem)).map_err(|reason| format!("{}: {reason}", ca.display()))?;
     WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider.clone())
         .build()
         .map_err(|error| error.to_string())

@@ -2,7 +2,8 @@
 //! the others it knows by their id.
 
 use headworks_guest::access::{
-    Access, Connecting, Decision, Identity, NOT_AUTHORIZED, PUBLISH, Property, named, refuse, rule,
+    Access, Connecting, Decision, Identity, NOT_AUTHORIZED, PUBLISH, Property, Question, RECEIVE, SUBSCRIBE,
+    ask, named, refuse, rule,
 };
 use headworks_guest::config::{Config, Problem};
 use headworks_guest::plugin::Context;
@@ -36,10 +37,21 @@ impl Access for Hostile {
                 odd.effect = 7;
                 Decision::Accept(Identity { rules: vec![odd], ..good() })
             }
-            "ask" => {
-                let mut ask = rule(PUBLISH, "#", true);
-                ask.effect = 2;
-                Decision::Accept(Identity { rules: vec![ask], ..good() })
+            id if id.starts_with("asks") => {
+                let all = PUBLISH | SUBSCRIBE | RECEIVE;
+                let rules = vec![
+                    rule(RECEIVE, "asked/open/#", true),
+                    ask(all, "asked/#"),
+                    rule(PUBLISH | SUBSCRIBE, "#", true),
+                ];
+                Decision::Accept(Identity { rules, ..good() })
+            }
+            "device" => Decision::Accept(Identity { device: Some("press-7".into()), ..good() }),
+            "no-device" => Decision::Accept(Identity { device: Some(String::new()), ..good() }),
+            "told" => {
+                let told = format!("{} {}", who.listener, who.transport);
+                let told = Property { origin: 1, name: "told".into(), value: told.into_bytes() };
+                Decision::Accept(Identity { attributes: vec![told], ..good() })
             }
             "no-name" => Decision::Accept(named("")),
             "flood" => {
@@ -62,6 +74,20 @@ impl Access for Hostile {
             b"more" => Decision::More(exchange.to_string().into_bytes()),
             b"trap" => panic!("a client asked for it"),
             _ => Decision::Accept(Identity { rules: vec![rule(PUBLISH, "#", true)], ..named("known") }),
+        }
+    }
+
+    fn authorize(&mut self, question: &Question) -> bool {
+        assert!(question.name == question.client_id, "{question:?}");
+        match question.topic.rsplit('/').next() {
+            Some("trap") => panic!("a client asked for it"),
+            Some("slow") => loop {
+                std::hint::black_box(());
+            },
+            Some("publish") => question.action == PUBLISH,
+            Some("subscribe") => question.action != RECEIVE,
+            Some(last) => last != "no",
+            None => false,
         }
     }
 }

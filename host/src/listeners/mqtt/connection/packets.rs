@@ -1,5 +1,6 @@
 //! The packets that are not on the hot path: SUBSCRIBE, UNSUBSCRIBE, DISCONNECT, AUTH.
 
+use bytes::Buf;
 use rmqtt_codec::v5::{
     DisconnectReasonCode, RetainHandling, SubscribeAck, SubscribeAckReason, SubscriptionOptions,
     UnsubscribeAck, UnsubscribeAckReason,
@@ -9,6 +10,7 @@ use tokio::task::coop::consume_budget;
 use tokio_util::codec::Encoder;
 
 use super::{Connection, End};
+use crate::access::{QUESTIONS_MAX, Verdict};
 use crate::listeners::mqtt::fanout::SendRetained;
 use crate::listeners::mqtt::session::{Change, KEPT_FILTER_BYTES_MAX, subscription_key};
 use crate::listeners::mqtt::subscriptions::{FILTER_LEVELS_MAX, Filter, Options};
@@ -19,10 +21,17 @@ impl<S> Connection<'_, S> {
     pub(super) async fn packet(&mut self) -> Result<(), End> {
         let frame = wire::frame(&self.input, self.broker.packet_bytes_max).map_err(End::Fault)?;
         let frame = frame.expect("take stopped at a whole packet");
-        self.broker.counters.received.add_one(frame.first);
-        let len = frame.len;
-        let whole = self.input.split_to(len);
-        let packet = wire::decode(self.peer.version, &whole).map_err(End::Fault)?;
+        let (first, len) = (frame.first, frame.len);
+        let packet = wire::decode(self.peer.version, &self.input[..len]).map_err(End::Fault)?;
+        let filters = self.unanswered(&packet);
+        if !filters.is_empty() {
+            // It stays at the front until there are answers.
+            self.inbound.ask_to_subscribe(filters);
+            return Ok(());
+        }
+        self.broker.counters.received.add_one(first);
+        self.input.advance(len);
+        self.inbound.passed(len);
         match packet {
             Packet::V3(v3::Packet::Subscribe { packet_id, topic_filters }) => {
                 let filters = topic_filters.iter().map(|(filter, qos)| {
@@ -84,6 +93,31 @@ impl<S> Connection<'_, S> {
             }
             _ => Err(End::Fault(Fault::protocol("a packet that a client must not send now"))),
         }
+    }
+
+    /// What the access plugin is to be asked for a SUBSCRIBE: where any answer
+    /// is missing, all of them, so that none is forgotten meanwhile. A packet's
+    /// filters past `QUESTIONS_MAX` of these are not asked for, and refused.
+    fn unanswered(&self, packet: &Packet) -> Vec<Box<str>> {
+        let rights = self.inbound.rights();
+        let is_asked = |filter: &Filter| rights.rule_for_subscribe(filter.topics()) == Verdict::Ask;
+        let filters: Vec<&str> = match packet {
+            _ if rights.is_everything() => return Vec::new(),
+            Packet::V3(v3::Packet::Subscribe { topic_filters, .. }) => {
+                topic_filters.iter().map(|(filter, _)| &**filter).collect()
+            }
+            Packet::V5(v5::Packet::Subscribe(subscribe)) => {
+                subscribe.topic_filters.iter().map(|(filter, _)| &**filter).collect()
+            }
+            _ => return Vec::new(),
+        };
+        let filters = filters.into_iter().filter_map(Filter::parse).filter(is_asked);
+        let filters: Vec<Filter> = filters.take(QUESTIONS_MAX).collect();
+        let is_open = |filter: &Filter| rights.subscribe(filter.topics()) == Verdict::Ask;
+        if !filters.iter().any(is_open) {
+            return Vec::new();
+        }
+        filters.iter().map(|filter| filter.topics().as_str().into()).collect()
     }
 
     async fn subscribe(
@@ -156,7 +190,11 @@ impl<S> Connection<'_, S> {
             return Err(SubscribeAckReason::TopicFilterInvalid);
         }
         let filter = Filter::parse(text).ok_or(SubscribeAckReason::TopicFilterInvalid)?;
-        if !self.inbound.rights().policy.may_subscribe(filter.topics()) {
+        let verdict = self.inbound.rights().subscribe(filter.topics());
+        if verdict == Verdict::Ask {
+            return Err(SubscribeAckReason::QuotaExceeded);
+        }
+        if verdict == Verdict::No {
             self.broker.counters.refused_subscribe.increment(1);
             let detail = format!("client {}, filter {text}", self.session.client_id);
             self.broker.failures.report("mqtt: subscribe refused by the access rules", 1, &detail, "");

@@ -24,6 +24,8 @@ impl Inbound {
     ) -> Result<(), Trouble> {
         let mut result = Ok(());
         let client_id = self.session.client_id.clone();
+        let own = self.rights.identity.device.clone();
+        let own = own.as_deref().unwrap_or(cut_device(&client_id));
         for number in 0..broker.streams.len() {
             let decoded = || work.decoded.iter().filter(|decoded| decoded.stream == number);
             let owed = || work.owed.iter().filter(|owed| owed.stream == number);
@@ -36,7 +38,7 @@ impl Inbound {
                 let topic = decoded.topic.as_str();
                 let device = match &decoded.device {
                     Some(span) => &topic[span.clone()],
-                    None => cut_device(&client_id),
+                    None => own,
                 };
                 NewMessage {
                     topic,

@@ -5,7 +5,9 @@
 //!
 //! A stream with no room stalls the connection: what it did not take is kept
 //! ([`stalled`]), nothing more is taken in, and only PINGREQ is still answered.
+//! So it is while a packet waits for an answer of the access plugin ([`allowed`]).
 
+mod allowed;
 mod append;
 mod stalled;
 
@@ -17,6 +19,7 @@ use std::time::{Duration, Instant};
 use bytes::BytesMut;
 use rmqtt_codec::v5::DisconnectReasonCode;
 
+use self::allowed::Refusal;
 use self::append::undo;
 pub use self::append::{push_sender, taken_in};
 use self::stalled::{Stalled, writable};
@@ -32,8 +35,6 @@ use crate::properties::{self, Origin, PROPERTIES_BYTES_MAX};
 use crate::stream::{NewMessage, StateChange, Ticket};
 use crate::topic::DEVICE_ID_BYTES_MAX;
 
-/// Longer topics are looked up each time.
-const ALLOWED_TOPIC_BYTES_MAX: usize = 256;
 /// A client over its rate is looked at no more often.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
 
@@ -42,6 +43,8 @@ pub struct Inbound {
     version: Version,
     session: Arc<Session>,
     rights: Admitted,
+    /// The packet at the front waits for an answer to what it asks.
+    asks: bool,
     /// The topic of the last publish that the rules allowed.
     allowed_topic: String,
     allowance: Option<Box<Allowance>>,
@@ -64,16 +67,9 @@ pub enum Next {
     Bytes,
     /// The packet at the front is not one of the hot path.
     Packet,
-    /// Acks must go out, or a stream take what it refused, before more is taken in.
+    /// Acks must go out, a stream take what it refused, or a question be
+    /// answered, before more is taken in.
     Room,
-}
-
-/// Why a publish is not taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Refusal {
-    Dollar,
-    Levels,
-    NotAuthorized,
 }
 
 #[derive(Debug)]
@@ -94,7 +90,7 @@ struct Decoded<'a> {
     payload: &'a [u8],
     /// Into the scratch's properties.
     properties: Range<usize>,
-    /// Within the topic; `None`: the client is the device.
+    /// Within the topic; `None`: the client's own.
     device: Option<Range<usize>>,
     stream: usize,
     flags: u16,
@@ -153,6 +149,7 @@ impl Inbound {
             epoch: session.persistent_epoch(),
             session,
             rights,
+            asks: false,
             allowed_topic: String::new(),
             allowance: broker.access.allowance(),
             aliases: Vec::new(),
@@ -164,10 +161,14 @@ impl Inbound {
         }
     }
 
-    /// What the connection waits for beside its socket: acks that may go, and
-    /// room in a stream that stalled it (pending while none did). Safe to drop.
-    pub fn waits<'a>(&'a mut self, broker: &'a Broker) -> (&'a mut Acks, impl Future<Output = ()> + 'a) {
-        (&mut self.acks, writable(&self.stalled, broker))
+    /// What the connection waits for beside its socket: acks that may go, room
+    /// in a stream that stalled it (pending while none did), and answers of the
+    /// access plugin, after which comes [`Inbound::go_on`]. Safe to drop.
+    pub fn waits<'a>(
+        &'a mut self,
+        broker: &'a Broker,
+    ) -> (&'a mut Acks, impl Future<Output = ()> + 'a, impl Future<Output = ()> + 'a) {
+        (&mut self.acks, writable(&self.stalled, broker), self.rights.answered())
     }
 
     pub fn rights(&self) -> &Admitted {
@@ -181,6 +182,7 @@ impl Inbound {
     /// What the client may do from now on.
     pub fn renew(&mut self, rights: Admitted) {
         self.rights = rights;
+        self.asks = false;
         self.allowed_topic.clear();
     }
 
@@ -249,13 +251,18 @@ impl Inbound {
             scratch.decoded = recycle(work.decoded);
             let (used, next) = decoded?;
             appended?;
-            self.scanned = self.scanned.saturating_sub(used);
+            self.passed(used);
             Ok((used, if self.stalled.is_empty() { next } else { Next::Room }))
         })
     }
 
+    /// So many bytes are gone from the front of what was read.
+    pub fn passed(&mut self, len: usize) {
+        self.scanned = self.scanned.saturating_sub(len);
+    }
+
     fn is_full(&self, broker: &Broker) -> bool {
-        !self.stalled.is_empty() || self.acks.waiting() >= broker.waiting_acks_max(self.version)
+        self.asks || !self.stalled.is_empty() || self.acks.waiting() >= broker.waiting_acks_max(self.version)
     }
 
     /// Rates are looked at once a read for all clients, and here for the one: no
@@ -280,27 +287,6 @@ impl Inbound {
         own || all
     }
 
-    /// What the rules and limits say of a publish; `None` where it is taken.
-    fn refusal(&mut self, broker: &Broker, topic: &str) -> Option<Refusal> {
-        if topic.starts_with('$') {
-            return Some(Refusal::Dollar);
-        }
-        if broker.access.is_too_deep(topic) {
-            return Some(Refusal::Levels);
-        }
-        if self.rights.policy.is_everything() || self.allowed_topic == topic {
-            return None;
-        }
-        if !self.rights.policy.may_publish(topic) {
-            return Some(Refusal::NotAuthorized);
-        }
-        self.allowed_topic.clear();
-        if topic.len() <= ALLOWED_TOPIC_BYTES_MAX {
-            self.allowed_topic.push_str(topic);
-        }
-        None
-    }
-
     fn decode<'a>(
         &mut self,
         broker: &Broker,
@@ -321,7 +307,10 @@ impl Inbound {
                     if self.allowance.as_ref().is_some_and(|own| own.is_spent()) {
                         return Ok((used, Next::Room));
                     }
-                    self.publish(broker, &frame, work)?;
+                    if let Some(unanswered) = self.publish(broker, &frame, work)? {
+                        self.ask_to_publish(broker, unanswered.as_str(), &bytes[used + frame.len..]);
+                        return Ok((used, Next::Room));
+                    }
                     self.spend(broker, frame.len as u64);
                 }
                 wire::PUBREL => self.release(&frame, out, work)?,
@@ -348,7 +337,13 @@ impl Inbound {
         }
     }
 
-    fn publish<'a>(&mut self, broker: &Broker, frame: &Frame<'a>, work: &mut Work<'a>) -> Result<(), Fault> {
+    /// `Some`: nothing of it is taken in before there is an answer for its topic.
+    fn publish<'a>(
+        &mut self,
+        broker: &Broker,
+        frame: &Frame<'a>,
+        work: &mut Work<'a>,
+    ) -> Result<Option<Topic<'a>>, Fault> {
         let publish = wire::publish(self.version, frame)?;
         let mut alias = None;
         let begin = work.properties.len();
@@ -363,7 +358,11 @@ impl Inbound {
         let topic = self.topic(broker, &publish, alias)?;
         if let Some(refusal) = self.refusal(broker, topic.as_str()) {
             work.properties.truncate(begin);
-            return self.refuse(broker, &publish, topic.as_str(), refusal, work);
+            if refusal == Refusal::Unanswered {
+                return Ok(Some(topic));
+            }
+            self.refuse(broker, &publish, topic.as_str(), refusal, work)?;
+            return Ok(None);
         }
         if publish.retain {
             flags |= flags::RETAIN;
@@ -371,9 +370,12 @@ impl Inbound {
         if publish.dup {
             flags |= flags::DUP;
         }
-        let device = broker.namespace.device_span(topic.as_str());
+        let mut device = broker.namespace.device_span(topic.as_str());
         if device.is_some() {
             flags |= flags::FITS_NAMESPACE;
+        }
+        if self.rights.identity.device.is_some() {
+            device = None;
         }
         let client_id = &self.session.client_id;
         push_sender(&mut work.properties, broker, client_id, device.is_some(), &self.rights.identity);
@@ -391,11 +393,11 @@ impl Inbound {
             work.owed.push(owed);
             if repeated {
                 work.properties.truncate(begin);
-                return Ok(());
+                return Ok(None);
             }
         }
         work.decoded.push(Decoded { topic, payload: publish.payload, properties, device, stream, flags });
-        Ok(())
+        Ok(None)
     }
 
     /// The ack for a QoS 1 or 2 publish; a QoS 2 packet id that is in flight
@@ -455,47 +457,6 @@ impl Inbound {
         }
         self.aliases[index] = Some(publish.topic.into());
         Ok(Topic::Sent(publish.topic))
-    }
-
-    /// MQTT 3.1.1 has no way to say no: a publish is acknowledged and dropped,
-    /// or the connection ends. `$` topics are the broker's own.
-    fn refuse(
-        &mut self,
-        broker: &Broker,
-        publish: &Publish<'_>,
-        topic: &str,
-        refusal: Refusal,
-        work: &mut Work<'_>,
-    ) -> Result<(), Fault> {
-        let counters = &broker.counters;
-        let (counter, kind, code) = match refusal {
-            Refusal::Dollar => {
-                (&counters.dollar_topics, "mqtt: publish to a topic below $ refused", wire::NOT_AUTHORIZED)
-            }
-            Refusal::Levels => (
-                &counters.topic_levels,
-                "mqtt: publish refused, its topic has more levels than topic_levels_max",
-                wire::TOPIC_NAME_INVALID,
-            ),
-            Refusal::NotAuthorized => {
-                (&counters.not_authorized, "mqtt: publish refused by the access rules", wire::NOT_AUTHORIZED)
-            }
-        };
-        counter.increment(1);
-        let detail = format!("client {} to {topic}", self.session.client_id);
-        broker.failures.report(kind, 1, &detail, "");
-        if self.version == Version::V3 && refusal == Refusal::NotAuthorized && !broker.access.drops_denied() {
-            return Err(Fault { code: DisconnectReasonCode::NotAuthorized, what: "publish not allowed" });
-        }
-        let first = if publish.qos == 1 { wire::PUBACK } else { wire::PUBREC };
-        if publish.qos > 0 {
-            // In its turn: acks keep the order of their publishes (MQTT 5.0, 4.6).
-            let code = if self.version == Version::V5 { code } else { 0 };
-            let ack = Ack { first, packet_id: publish.packet_id, code };
-            let (stream, least) = (broker.route(topic), Ticket::default());
-            work.owed.push(Owed { stream, ack, change: IdChange::None, least });
-        }
-        Ok(())
     }
 
     fn spend(&mut self, broker: &Broker, bytes: u64) {

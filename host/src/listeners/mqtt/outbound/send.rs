@@ -1,10 +1,11 @@
 //! What goes to a connected subscriber, and what its acknowledgements do.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 use bytes::{BufMut, BytesMut};
 
 use super::{InFlight, Loaded, Message, Outbox, Place, Queued};
+use crate::access::{QUESTIONS_MAX, Verdict};
 use crate::listeners::mqtt::aliases::{Aliases, Name};
 use crate::listeners::mqtt::now_us;
 use crate::listeners::mqtt::wire::{self, OutPublish, Version};
@@ -56,14 +57,23 @@ pub struct Filled {
     pub sent: u64,
     pub expired: u64,
     pub too_large: u64,
+    /// Not for this client.
+    pub denied: u64,
+    /// It is not known whether the next message is for this client.
+    pub unanswered: bool,
 }
 
+/// What the access rules say of a message's topic; `None`: nothing.
+pub type Receive<'a> = Option<&'a dyn Fn(&str) -> Verdict>;
+
 impl Outbox {
-    /// Writes what may go, up to about `bytes_max` in `out`.
+    /// Writes what may go, up to about `bytes_max` in `out`. In order: what is
+    /// behind a message of which `receive` does not know yet waits too.
     pub fn fill(
         &mut self,
         peer: Peer,
         aliases: &mut Aliases,
+        receive: Receive<'_>,
         bytes_max: usize,
         out: &mut BytesMut,
     ) -> Filled {
@@ -83,6 +93,25 @@ impl Outbox {
         let now_us = now_us();
         let window = usize::from(peer.window);
         while out.len() < bytes_max {
+            match self.receives(receive) {
+                Verdict::Yes => {}
+                Verdict::No => {
+                    filled.denied += 1;
+                    if self.sent < self.inflight.len() {
+                        self.give_up(self.sent);
+                    } else {
+                        self.pop();
+                        if let Some(kept) = &mut self.kept {
+                            kept.changed = true;
+                        }
+                    }
+                    continue;
+                }
+                Verdict::Ask => {
+                    filled.unanswered = true;
+                    break;
+                }
+            }
             if self.sent < self.inflight.len() {
                 let flight = &self.inflight[self.sent];
                 if self.sent >= window || flight.after > durable {
@@ -112,7 +141,7 @@ impl Outbox {
                     let queued = self.pop().expect("it has a front");
                     filled.put(&queued, 0, false, now_us, peer, aliases, out);
                 }
-                Some(_) if self.inflight.len() < window => self.stage(window, bytes_max),
+                Some(_) if self.inflight.len() < window => self.stage(window, receive, bytes_max),
                 _ => break,
             }
         }
@@ -122,9 +151,29 @@ impl Outbox {
         filled
     }
 
+    /// Of the message that is next, if there is one in memory.
+    fn receives(&self, receive: Receive<'_>) -> Verdict {
+        let next = match self.inflight.get(self.sent) {
+            Some(flight) => flight.waiting.as_ref(),
+            None => self.queue.front(),
+        };
+        receive.zip(next.and_then(Queued::message)).map_or(Verdict::Yes, |(it, message)| it(message.topic()))
+    }
+
+    /// Topics of the messages that are next, as far as they are in memory, of
+    /// which `receive` does not know; each once.
+    pub fn unanswered(&self, receive: Receive<'_>) -> Vec<Box<str>> {
+        let again = self.inflight.iter().skip(self.sent).filter_map(|flight| flight.waiting.as_ref());
+        let next = again.chain(&self.queue).take(QUESTIONS_MAX).filter_map(Queued::message);
+        let topics: BTreeSet<&str> = next.map(|message| message.topic()).collect();
+        let is_open = |topic: &&str| receive.is_some_and(|receive| receive(topic) == Verdict::Ask);
+        let topics = topics.into_iter().filter(is_open);
+        topics.map(Into::into).collect()
+    }
+
     /// Gives the head a packet id; where it needs a durable record first, all
     /// that follow and need one too.
-    fn stage(&mut self, window: usize, bytes_max: usize) {
+    fn stage(&mut self, window: usize, receive: Receive<'_>, bytes_max: usize) {
         let mut bytes = 0;
         while let Some(queued) = self.pop() {
             bytes += queued.len as usize;
@@ -135,7 +184,11 @@ impl Outbox {
             };
             let dup = queued.qos == 1 && queued.may_be_again;
             self.inflight.push_back(InFlight { packet_id, waiting: Some(queued), after, dup });
-            let next = self.queue.front().filter(|next| next.qos == 2 && next.message().is_some());
+            let is_next = |next: &&Queued| {
+                let message = next.message().filter(|_| next.qos == 2);
+                message.is_some_and(|it| receive.is_none_or(|may| may(it.topic()) == Verdict::Yes))
+            };
+            let next = self.queue.front().filter(is_next);
             if after == 0 || next.is_none() || self.inflight.len() >= window || bytes >= bytes_max {
                 return;
             }

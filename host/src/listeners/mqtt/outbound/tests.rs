@@ -6,6 +6,7 @@ use uuid::Uuid;
 use bytes::BytesMut;
 
 use super::*;
+use crate::access::Verdict;
 use crate::listeners::mqtt::aliases::Aliases;
 use crate::listeners::mqtt::wire::{self, Version};
 use crate::properties::{self, Origin};
@@ -53,7 +54,7 @@ fn sent(qos: u8, payloads: &[&str], properties: &[u8], share: Option<&str>) -> O
         let body = || Some(message(payload, properties));
         outbox.offer(queued(offset as u64, qos, share), LIMITS, body);
     }
-    let filled = outbox.fill(peer(10, usize::MAX), &mut Aliases::new(0), 1 << 20, &mut BytesMut::new());
+    let filled = outbox.fill(peer(10, usize::MAX), &mut Aliases::new(0), None, 1 << 20, &mut BytesMut::new());
     assert_eq!(filled.sent, payloads.len() as u64);
     outbox
 }
@@ -63,7 +64,7 @@ fn a_packet_id_in_flight_is_not_given_again() {
     let mut outbox = Outbox { connected: true, last_id: u16::MAX - 1, ..Outbox::default() };
     let send = |outbox: &mut Outbox| {
         assert_eq!(offer(outbox, queued(1, 1, None)), Offer::QueuedFirst);
-        outbox.fill(peer(3, usize::MAX), &mut Aliases::new(0), usize::MAX, &mut BytesMut::new());
+        outbox.fill(peer(3, usize::MAX), &mut Aliases::new(0), None, usize::MAX, &mut BytesMut::new());
         outbox.last_id
     };
     assert_eq!([send(&mut outbox), send(&mut outbox)], [u16::MAX, 1]);
@@ -79,16 +80,16 @@ fn a_resumed_session_is_sent_again_within_what_its_client_takes_now() {
     let mut outbox = sent(1, &["1", &large, "3", "4"], &[], None);
     outbox.resume();
     let mut out = BytesMut::new();
-    let filled = outbox.fill(peer(2, 50), &mut Aliases::new(0), 1 << 20, &mut out);
+    let filled = outbox.fill(peer(2, 50), &mut Aliases::new(0), None, 1 << 20, &mut out);
     assert_eq!((filled.sent, filled.too_large), (2, 1), "1 and 3");
     assert!(out.iter().filter(|byte| **byte == 0x3a).count() == 2, "with DUP: {out:x?}");
     assert_eq!(
-        outbox.fill(peer(2, 50), &mut Aliases::new(0), 1 << 20, &mut out).sent,
+        outbox.fill(peer(2, 50), &mut Aliases::new(0), None, 1 << 20, &mut out).sent,
         0,
         "its window is full"
     );
     outbox.acked(0x40, 1, 0);
-    assert_eq!(outbox.fill(peer(2, 50), &mut Aliases::new(0), 1 << 20, &mut out).sent, 1, "4");
+    assert_eq!(outbox.fill(peer(2, 50), &mut Aliases::new(0), None, 1 << 20, &mut out).sent, 1, "4");
 }
 
 #[test]
@@ -98,7 +99,7 @@ fn what_is_sent_again_tells_what_is_left_of_its_expiry() {
     let mut outbox = sent(1, &["1"], &properties, None);
     outbox.resume();
     let mut out = BytesMut::new();
-    outbox.fill(peer(2, 50), &mut Aliases::new(0), 1 << 20, &mut out);
+    outbox.fill(peer(2, 50), &mut Aliases::new(0), None, 1 << 20, &mut out);
     let at = out.windows(3).position(|bytes| bytes == [0x02, 0, 0]).expect("the property");
     let left = u16::from_be_bytes([out[at + 3], out[at + 4]]);
     assert!((990..=1_000).contains(&left), "{left}");
@@ -121,7 +122,7 @@ fn a_qos_2_message_that_cannot_be_sent_again_still_frees_its_packet_id() {
     let mut outbox = sent(2, &[&"x".repeat(100)], &[], None);
     outbox.resume();
     let mut out = BytesMut::new();
-    outbox.fill(peer(10, 50), &mut Aliases::new(0), 1 << 20, &mut out);
+    outbox.fill(peer(10, 50), &mut Aliases::new(0), None, 1 << 20, &mut out);
     assert_eq!(&out[..], [0x62, 2, 0, 1], "a PUBREL");
     assert_eq!(outbox.sizes().2, 1, "its id is not given again");
     outbox.acked(wire::PUBCOMP, 1, 0);
@@ -154,13 +155,38 @@ fn a_packet_that_its_new_alias_would_make_too_large_goes_without() {
         }
         let mut out = BytesMut::new();
         let aliases = &mut Aliases::new(1);
-        let filled = outbox.fill(peer(10, packet_bytes_max), aliases, 1 << 20, &mut out);
+        let filled = outbox.fill(peer(10, packet_bytes_max), aliases, None, 1 << 20, &mut out);
         (filled.sent, filled.too_large, out.len())
     };
     // Header 2, topic 7, length of properties 1, payload 5; the alias 3, its topic then 2.
     assert_eq!(fill(18), (2, 0, 18 + 13));
     assert_eq!(fill(17), (2, 0, 15 + 15));
     assert_eq!(fill(14), (0, 2, 0));
+}
+
+#[test]
+fn a_message_that_must_be_asked_for_holds_what_is_behind_it_and_a_denied_one_goes() {
+    let mut outbox = Outbox { connected: true, ..Outbox::default() };
+    let messages = [("yes", 0), ("no", 1), ("open", 1), ("yes", 2), ("open/2", 0), ("no", 0)];
+    for (offset, (topic, qos)) in messages.into_iter().enumerate() {
+        let body = Message::new(topic, b"x", b"", qos.into(), crate::listeners::mqtt::now_us());
+        outbox.offer(queued(offset as u64, qos, None), LIMITS, || Some(body.into()));
+    }
+    let mut fill = |answered: bool| {
+        let receive = |topic: &str| match topic {
+            "no" => Verdict::No,
+            "open" | "open/2" if !answered => Verdict::Ask,
+            _ => Verdict::Yes,
+        };
+        let (aliases, out) = (&mut Aliases::new(0), &mut BytesMut::new());
+        let filled = outbox.fill(peer(10, usize::MAX), aliases, Some(&receive), 1 << 20, out);
+        let unanswered = outbox.unanswered(Some(&receive));
+        assert_eq!(filled.unanswered, !unanswered.is_empty());
+        (filled.sent, filled.denied, unanswered.join(" "))
+    };
+    assert_eq!(fill(false), (1, 1, "open open/2".to_owned()));
+    assert_eq!(fill(false), (0, 0, "open open/2".to_owned()));
+    assert_eq!(fill(true), (3, 1, String::new()));
 }
 
 /// A session that outlives its connection, over a stream in memory.
@@ -197,7 +223,7 @@ impl Durable {
     fn fill(&mut self) -> Vec<u8> {
         let mut out = BytesMut::new();
         self.outbox.settle(&*self.broker);
-        self.outbox.fill(peer(10, 1 << 20), &mut Aliases::new(0), 1 << 20, &mut out);
+        self.outbox.fill(peer(10, 1 << 20), &mut Aliases::new(0), None, 1 << 20, &mut out);
         self.outbox.record(&*self.broker, || (Box::new([0]), 1 << 10));
         out.to_vec()
     }

@@ -46,6 +46,7 @@ impl Lost {
             properties: Vec::new(),
             flags: 1,
             delay_s,
+            device: None,
             record: None,
         };
         will.keep(&broker, "c").await.unwrap();

@@ -34,6 +34,7 @@ use self::listen::{Listener, Socket};
 use super::bind::Bind;
 use super::config::Endpoint;
 use super::{Broker, Error, connection};
+use crate::access::Entrance;
 
 pub use self::tls::Tls;
 
@@ -49,8 +50,7 @@ pub struct Remote {
     /// The name in the certificate that the client has proved to own, which
     /// `tls.identity` asks for.
     pub identity: Option<Box<str>>,
-    /// Its listener serves clients that show nothing.
-    pub allow_anonymous: bool,
+    pub entrance: Arc<Entrance>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,6 +148,7 @@ pub async fn keep_certificates(broker: Arc<Broker>, tls: Vec<Arc<Tls>>, hangup: 
 pub async fn accept(broker: Arc<Broker>, entry: Entry, room: Arc<Semaphore>, tasks: TaskTracker) {
     let Entry { endpoint, listener, tls } = entry;
     let handshakes = Arc::new(Semaphore::new(broker.config.handshakes_max as usize));
+    let entrance = Arc::new(entrance(&endpoint));
     let layers = Arc::new(Layers { endpoint, tls });
     let mut shedding = false;
     loop {
@@ -180,8 +181,7 @@ pub async fn accept(broker: Arc<Broker>, entry: Entry, room: Arc<Semaphore>, tas
             continue;
         }
         let place = Place { _connection: connection, handshake };
-        let allow_anonymous = layers.endpoint.allow_anonymous;
-        let remote = Remote { address, identity: None, allow_anonymous };
+        let remote = Remote { address, identity: None, entrance: entrance.clone() };
         if let (Socket::Tcp(socket), true) = (&socket, layers.is_plain()) {
             // Acks are small and must not wait for the peer's delayed ack.
             let _ = socket.set_nodelay(true);
@@ -196,6 +196,19 @@ pub async fn accept(broker: Arc<Broker>, entry: Entry, room: Arc<Semaphore>, tas
             }
         }
     }
+}
+
+/// The numbers are those of `access.connecting` in `wit/plugin.wit`.
+fn entrance(endpoint: &Endpoint) -> Entrance {
+    let transport = match (&endpoint.bind, &endpoint.websocket, &endpoint.tls) {
+        (Bind::Unix(_), ..) => 8,
+        (_, None, None) => 1,
+        (_, None, Some(_)) => 2,
+        (_, Some(_), None) => 3,
+        (_, Some(_), Some(_)) => 4,
+    };
+    let listener = endpoint.bind.to_string();
+    Entrance { listener, transport, allow_anonymous: endpoint.allow_anonymous }
 }
 
 /// What lies between the socket and MQTT.
@@ -306,5 +319,31 @@ impl Failed {
     /// The client went away, as a scanner or a health check does: counted, not said.
     fn lost(error: &io::Error) -> Self {
         Self::new("lost", "the client left", error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entrance_is_named_as_the_config_writes_it_and_has_its_transport() {
+        let file = || "x.pem".into();
+        let tls = || {
+            let (client_ca, crl, identity) = (None, None, Default::default());
+            Some(super::super::config::Tls { cert: file(), key: file(), client_ca, crl, identity })
+        };
+        let websocket = || Some(serde_json::from_str("{}").unwrap());
+        let endpoint = |bind: &str| Endpoint::at(bind.parse().unwrap());
+        for (endpoint, transport) in [
+            (endpoint("127.0.0.1:0"), 1),
+            (Endpoint { tls: tls(), ..endpoint("[::1]:8883") }, 2),
+            (Endpoint { websocket: websocket(), ..endpoint("127.0.0.1:80") }, 3),
+            (Endpoint { websocket: websocket(), tls: tls(), ..endpoint("127.0.0.1:443") }, 4),
+            (endpoint("unix:/run/mqtt.sock"), 8),
+        ] {
+            let Entrance { listener, transport: found, .. } = entrance(&endpoint);
+            assert_eq!((listener, found), (endpoint.bind.to_string(), transport));
+        }
     }
 }

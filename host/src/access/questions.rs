@@ -1,0 +1,320 @@
+//! What the rules of a client leave open (`ask`): put to the plugin that knows
+//! it, and the answers kept for as long as the client's rights.
+//!
+//! Nobody waits in here: who meets an open question leaves what it was at as it
+//! is, has it asked, and comes back when there is an answer. One call of a
+//! connection runs at a time.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::future::{Future, pending};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+
+use super::Denied;
+use super::rules::Verdict;
+
+/// Of one call; a listener asks for no more at a time.
+pub const QUESTIONS_MAX: usize = 1_024;
+/// Answers of one client that are kept. The last call's are, whatever their size.
+const ANSWERS_BYTES_MAX: usize = 256 << 10;
+/// About what an answer takes beside its topic.
+const ANSWER_BYTES: usize = 64;
+/// A call that failed refuses for so long; then the plugin is asked again.
+const FAILED_FOR: Duration = Duration::from_secs(1);
+
+/// What a client wants to do with a topic; the numbers are the plugin contract's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Act {
+    Publish = 1,
+    Subscribe = 2,
+    Receive = 4,
+}
+
+/// Who decides what rules leave open.
+#[async_trait]
+pub trait Authorize: Send + Sync {
+    /// Whether client `client_id`, known as `name`, may: one answer for each
+    /// topic (for `Subscribe` a filter). An error answers none.
+    async fn authorize(
+        &self,
+        name: &str,
+        client_id: &str,
+        act: Act,
+        topics: &[Box<str>],
+    ) -> Result<Vec<bool>, Denied>;
+}
+
+/// Of one client.
+pub struct Questions {
+    asker: Asker,
+    /// By topic.
+    answers: HashMap<Box<str>, Answer>,
+    bytes: usize,
+    running: Option<Pin<Box<dyn Future<Output = Answered> + Send>>>,
+    /// Not all that the session was subscribed to was allowed.
+    pub narrowed: bool,
+}
+
+#[derive(Clone)]
+struct Asker {
+    authorizer: Arc<dyn Authorize>,
+    name: Arc<str>,
+    client_id: Arc<str>,
+    /// A call that takes longer has failed.
+    wait_max: Duration,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Answer {
+    /// Acts that were asked for.
+    known: u8,
+    /// Of these.
+    allowed: u8,
+    /// After a call that failed.
+    until: Option<Instant>,
+}
+
+struct Answered {
+    act: Act,
+    topics: Vec<Box<str>>,
+    /// `None`: the call failed.
+    answers: Vec<Option<bool>>,
+}
+
+impl Questions {
+    pub fn new(authorizer: Arc<dyn Authorize>, name: &Arc<str>, client_id: &str, wait_max: Duration) -> Self {
+        let asker = Asker { authorizer, name: name.clone(), client_id: client_id.into(), wait_max };
+        Self { asker, answers: HashMap::new(), bytes: 0, running: None, narrowed: false }
+    }
+
+    /// `Verdict::Ask`: not known. Allocates nothing.
+    pub fn known(&self, act: Act, topic: &str) -> Verdict {
+        let Some(answer) = self.answers.get(topic) else { return Verdict::Ask };
+        let is_over = || answer.until.is_some_and(|until| Instant::now() >= until);
+        match answer {
+            _ if answer.known & act as u8 == 0 || is_over() => Verdict::Ask,
+            _ if answer.allowed & act as u8 != 0 => Verdict::Yes,
+            _ => Verdict::No,
+        }
+    }
+
+    /// Begins a call, unless one runs: its end is to be waited for first.
+    pub fn ask(&mut self, act: Act, topics: Vec<Box<str>>) {
+        if self.running.is_none() && !topics.is_empty() {
+            self.running = Some(Box::pin(self.asker.clone().ask(act, topics)));
+        }
+    }
+
+    pub fn is_asking(&self) -> bool {
+        self.running.is_some()
+    }
+
+    /// Returns when there are answers. Pending while nothing is asked. Safe to drop.
+    pub async fn answered(&mut self) {
+        let Some(running) = &mut self.running else { return pending().await };
+        let answered = running.await;
+        self.running = None;
+        self.learn(answered);
+    }
+
+    /// Asks and waits; in as many calls as it takes. An error: one of them failed.
+    pub async fn ask_now(&mut self, act: Act, topics: Vec<Box<str>>) -> Result<(), Denied> {
+        let mut answers = Vec::new();
+        for some in topics.chunks(QUESTIONS_MAX) {
+            answers.extend(self.asker.clone().ask(act, some.to_vec()).await.answers);
+            if answers.contains(&None) {
+                return Err(Denied::Unavailable("plugin"));
+            }
+        }
+        self.learn(Answered { act, topics, answers });
+        Ok(())
+    }
+
+    fn learn(&mut self, answered: Answered) {
+        let Answered { act, topics, answers } = answered;
+        self.make_room(topics.iter().map(|topic| topic.len() + ANSWER_BYTES).sum());
+        let act = act as u8;
+        for (topic, said) in topics.into_iter().zip(answers) {
+            let len = topic.len();
+            let answer = self.answers.entry(topic).or_insert_with(|| {
+                self.bytes += len + ANSWER_BYTES;
+                Answer::default()
+            });
+            if said.is_none() || answer.until.is_some() {
+                // What is known of other acts is asked for again, rather than kept by another's time.
+                *answer = Answer::default();
+            }
+            answer.until = said.is_none().then(|| Instant::now() + FAILED_FOR);
+            answer.known |= act;
+            answer.allowed &= !act;
+            if said == Some(true) {
+                answer.allowed |= act;
+            }
+        }
+    }
+
+    /// Any others are forgotten.
+    fn make_room(&mut self, wanted: usize) {
+        let mut bytes = self.bytes;
+        if bytes + wanted <= ANSWERS_BYTES_MAX {
+            return;
+        }
+        self.answers.retain(|topic, _| {
+            let stays = bytes + wanted <= ANSWERS_BYTES_MAX;
+            if !stays {
+                bytes -= topic.len() + ANSWER_BYTES;
+            }
+            stays
+        });
+        self.bytes = bytes;
+    }
+}
+
+impl Asker {
+    /// One topic that the plugin fails at takes no other along: then each is asked for alone.
+    async fn ask(self, act: Act, topics: Vec<Box<str>>) -> Answered {
+        let until = tokio::time::Instant::now() + self.wait_max;
+        let mut answers: Vec<Option<bool>> = Vec::new();
+        match self.call(act, &topics, until).await {
+            Some(all) => answers.extend(all.into_iter().map(Some)),
+            None if topics.len() == 1 => {}
+            None => {
+                for topic in &topics {
+                    let one = self.call(act, std::slice::from_ref(topic), until).await;
+                    answers.push(one.and_then(|one| one.first().copied()));
+                }
+            }
+        }
+        answers.resize(topics.len(), None);
+        Answered { act, topics, answers }
+    }
+
+    async fn call(&self, act: Act, topics: &[Box<str>], until: tokio::time::Instant) -> Option<Vec<bool>> {
+        let call = self.authorizer.authorize(&self.name, &self.client_id, act, topics);
+        tokio::time::timeout_at(until, call).await.ok()?.ok()
+    }
+}
+
+impl fmt::Debug for Questions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Questions").field("answers", &self.answers.len()).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use futures_util::FutureExt;
+    use tokio::sync::Notify;
+
+    use super::*;
+
+    /// Allows what begins with `y`, fails where a topic is `bad`, answers `yslow` when it is told to.
+    #[derive(Default)]
+    struct Fake(Mutex<Vec<String>>, Notify);
+
+    #[async_trait]
+    impl Authorize for Fake {
+        async fn authorize(
+            &self,
+            name: &str,
+            client_id: &str,
+            act: Act,
+            topics: &[Box<str>],
+        ) -> Result<Vec<bool>, Denied> {
+            self.0.lock().unwrap().push(format!("{name} {client_id} {} {}", act as u8, topics.join(",")));
+            if topics.iter().any(|topic| &**topic == "bad") {
+                return Err(Denied::Unavailable("plugin"));
+            }
+            if &*topics[0] == "yslow" {
+                self.1.notified().await;
+            }
+            Ok(topics.iter().map(|topic| topic.starts_with('y')).collect())
+        }
+    }
+
+    fn questions() -> (Arc<Fake>, Questions) {
+        let fake = Arc::new(Fake::default());
+        let questions = Questions::new(fake.clone(), &"ann".into(), "c", Duration::from_secs(10));
+        (fake, questions)
+    }
+
+    fn topics(topics: &[&str]) -> Vec<Box<str>> {
+        topics.iter().map(|topic| (*topic).into()).collect()
+    }
+
+    #[tokio::test]
+    async fn what_was_answered_is_known_for_its_act_only() {
+        let (fake, mut questions) = questions();
+        assert_eq!(questions.known(Act::Publish, "yes"), Verdict::Ask);
+        questions.ask(Act::Publish, topics(&["yes", "no"]));
+        questions.ask(Act::Receive, topics(&["yes"]));
+        questions.answered().await;
+        assert!(!questions.is_asking());
+        assert_eq!(questions.known(Act::Publish, "yes"), Verdict::Yes);
+        assert_eq!(questions.known(Act::Publish, "no"), Verdict::No);
+        assert_eq!(questions.known(Act::Receive, "yes"), Verdict::Ask);
+        assert_eq!(*fake.0.lock().unwrap(), ["ann c 1 yes,no"], "one call at a time");
+    }
+
+    #[tokio::test]
+    async fn a_wait_that_is_dropped_goes_on_with_the_same_call() {
+        let (fake, mut questions) = questions();
+        questions.ask(Act::Receive, topics(&["yslow"]));
+        assert_eq!(questions.answered().now_or_never(), None);
+        assert!(questions.is_asking());
+        fake.1.notify_one();
+        questions.answered().await;
+        assert_eq!(questions.known(Act::Receive, "yslow"), Verdict::Yes);
+        assert_eq!(fake.0.lock().unwrap().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_call_that_fails_or_takes_too_long_refuses_and_is_not_kept() {
+        for topic in ["bad", "yslow"] {
+            let (_, mut questions) = questions();
+            questions.ask_now(Act::Subscribe, topics(&["yes"])).await.unwrap();
+            questions.asker.wait_max = Duration::from_millis(1);
+            assert!(questions.ask_now(Act::Publish, topics(&[topic])).await.is_err());
+            questions.ask(Act::Publish, topics(&[topic]));
+            questions.answered().await;
+            let answer = questions.answers.get_mut(topic).unwrap();
+            assert_eq!((answer.known, answer.allowed), (Act::Publish as u8, 0));
+            answer.until = Some(Instant::now());
+            assert_eq!(questions.known(Act::Publish, topic), Verdict::Ask);
+            assert_eq!(questions.known(Act::Subscribe, "yes"), Verdict::Yes);
+        }
+    }
+
+    #[tokio::test]
+    async fn one_topic_that_fails_takes_no_other_along() {
+        let (_, mut questions) = questions();
+        questions.ask(Act::Publish, topics(&["yes", "bad", "no"]));
+        questions.answered().await;
+        let known = ["yes", "bad", "no"].map(|topic| questions.known(Act::Publish, topic));
+        assert_eq!(known, [Verdict::Yes, Verdict::No, Verdict::No]);
+        assert!(questions.answers["bad"].until.is_some() && questions.answers["no"].until.is_none());
+    }
+
+    #[tokio::test]
+    async fn answers_have_a_bound_and_those_of_the_last_call_are_all_there() {
+        let (_, mut questions) = questions();
+        let many = |head: &str| (0..3_000).map(|n| format!("{head}/{n:0100}").into()).collect::<Vec<_>>();
+        for head in ["y", "n", "y2"] {
+            questions.ask(Act::Receive, many(head)[..1_000].to_vec());
+            questions.answered().await;
+            let wanted = if head == "n" { Verdict::No } else { Verdict::Yes };
+            assert!(many(head)[..1_000].iter().all(|topic| questions.known(Act::Receive, topic) == wanted));
+            let bytes: usize = questions.answers.keys().map(|topic| topic.len() + ANSWER_BYTES).sum();
+            assert!(bytes == questions.bytes && bytes <= ANSWERS_BYTES_MAX, "{bytes}");
+        }
+        questions.ask(Act::Subscribe, many("y"));
+        questions.answered().await;
+        assert!(many("y").iter().all(|topic| questions.known(Act::Subscribe, topic) == Verdict::Yes));
+    }
+}
