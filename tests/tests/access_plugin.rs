@@ -250,7 +250,7 @@ fn deliveries_that_rules_leave_open_are_asked_for_and_keep_their_order() {
                 publisher.publish_through(&Publish::new(&format!("{root}/{topic}"), qos, id, &n.to_string()));
             }
         };
-        let mut delivered = |client: &mut Client, numbers: &[&str]| {
+        let delivered = |client: &mut Client, numbers: &[&str]| {
             for number in numbers {
                 assert_eq!(client.delivered().text(), *number);
             }

@@ -210,7 +210,7 @@ pub(super) fn broker(config: &Config, stream: Arc<dyn Stream>, store: Arc<dyn St
     let access = Access::open(
         None,
         &Default::default(),
-        &access::Deps { secret: &[0; 32], plugins: None, failures: &deps.failures },
+        &access::Deps { secret: &[0; 32], plugins: None, wait_max: Duration::ZERO, failures: &deps.failures },
     )
     .expect("there are no rules");
     Broker::new(config, access, deps)

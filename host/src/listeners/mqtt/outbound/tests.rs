@@ -136,7 +136,7 @@ fn who_is_connected_is_sent_nothing_again_when_its_rights_change() {
         offer(&mut outbox, queued(2, 1, None));
         outbox.keep_only(|_| may_see);
         let mut out = BytesMut::new();
-        let filled = outbox.fill(peer(10, usize::MAX), &mut Aliases::new(0), 1 << 20, &mut out);
+        let filled = outbox.fill(peer(10, usize::MAX), &mut Aliases::new(0), None, 1 << 20, &mut out);
         assert_eq!(filled.sent, more);
         for packet_id in 1..=2 + more as u16 {
             outbox.acked(wire::PUBACK, packet_id, 0);
