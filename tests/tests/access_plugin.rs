@@ -25,6 +25,7 @@ fn start_with(name: &str, plugin: &str, config: &str, cpu_ms: u32, more: &str) -
         "mqtt:
   listeners:
     - {{ bind: 127.0.0.1:0 }}
+  connect_timeout: 60s
   access:
     authenticate:
       - {{ type: plugin, file: access/gate.wasm, config: {config}, limits: {{ cpu_ms: {cpu_ms}, memory: 16MiB }} }}
