@@ -260,8 +260,8 @@ sinks:
     ] {
         assert!(said.contains(wanted), "{wanted} in {said}");
     }
-    let ca = headworks_tests::certificates::Authority::new(&host.folder);
-    std::fs::copy(&ca.ca, host.folder.join("ca.pem")).expect("our folder");
+    // Writes ca.pem.
+    headworks_tests::certificates::Authority::new(&host.folder);
     host.folder.write("pgpass", "secret\n");
     host.folder.write("devices.yaml", "sensor-1: { site: north }\n");
     host.cli(&["validate"]);

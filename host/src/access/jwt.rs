@@ -3,7 +3,7 @@
 //! the key, so that no key is taken for another's; `none` is not one.
 
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
@@ -25,6 +25,8 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 const SECRET_BYTES_MIN: usize = 32;
 /// Longer passwords are no tokens.
 const TOKEN_BYTES_MAX: usize = 16 << 10;
+/// Of a connection by a token that ends later.
+const LIVES_MAX: Duration = Duration::from_secs(365 * 24 * 3_600);
 
 const RSA: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.1");
 const EC: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.2.1");
@@ -94,7 +96,8 @@ impl Jwt {
         let now_s = now_s as f64;
         // A claim of another type than it must have refuses, as one that is not met.
         let time = |name: &str| claims.get(name).map(|value| value.as_f64().unwrap_or(f64::NAN));
-        let lives = time("exp").is_some_and(|until| now_s < until + leeway_s);
+        let left_s = time("exp").map_or(f64::NAN, |until| until + leeway_s - now_s);
+        let lives = left_s > 0.0;
         let has_begun = time("nbf").is_none_or(|from| now_s + leeway_s >= from);
         let text = |name: &str| claims.get(name).and_then(Value::as_str);
         let issued = config.issuer.as_deref().is_none_or(|issuer| text("iss") == Some(issuer));
@@ -113,7 +116,15 @@ impl Jwt {
         };
         let texts =
             claims.iter().filter_map(|(name, value)| Some((name.clone(), value.as_str()?.to_owned())));
-        Ok(Identity { name: Some(name.into()), fields: texts.collect(), rules, ..Identity::default() })
+        let left = Duration::try_from_secs_f64(left_s).map_or(LIVES_MAX, |left| left.min(LIVES_MAX));
+        let valid_until = Some(Instant::now() + left);
+        Ok(Identity {
+            name: Some(name.into()),
+            fields: texts.collect(),
+            rules,
+            valid_until,
+            ..Identity::default()
+        })
     }
 }
 

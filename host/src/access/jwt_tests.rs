@@ -70,6 +70,18 @@ async fn only_a_token_signed_in_time_for_us_is_taken() {
     assert_eq!(check(&jwt, "a password").await, Ok(None));
 }
 
+#[test]
+fn a_connection_is_valid_until_its_token_ends() {
+    let (jwt, _folder) = open("secret_file", SECRET, json!({"leeway": "5s"}));
+    for (exp, left) in [(1_060, 65), (1_000, 5), (FAR, LIVES_MAX.as_secs())] {
+        let claims = json!({"sub": "ann", "exp": exp});
+        let before = Instant::now();
+        let until = jwt.identity(claims.as_object().unwrap(), 1_000).ok().unwrap().valid_until.unwrap();
+        let left = Duration::from_secs(left);
+        assert!(before + left <= until && until <= Instant::now() + left, "{exp}");
+    }
+}
+
 #[tokio::test]
 async fn the_algorithm_is_of_the_keys_kind_and_never_none() {
     let claims = json!({"sub": "ann", "exp": FAR});

@@ -118,9 +118,10 @@ pub trait Authenticate: Send + Sync {
         Ok(None)
     }
 
-    /// Spends the time that refusing a known client takes, after nobody knew it.
-    async fn pretend(&self, _who: &Credentials<'_>) -> Result<(), Denied> {
-        Ok(())
+    /// Spends the time that refusing a known client takes, after nobody knew it;
+    /// false where that is none.
+    async fn pretend(&self, _who: &Credentials<'_>) -> Result<bool, Denied> {
+        Ok(false)
     }
 }
 
@@ -137,7 +138,7 @@ pub struct Deps<'a> {
 
 /// A client that is served.
 pub struct Admitted {
-    pub identity: Identity,
+    pub identity: Box<Identity>,
     policy: Policy,
     /// Where the rules ask.
     questions: Option<Box<Questions>>,
@@ -264,7 +265,7 @@ impl Access {
     /// What a client may do that is known.
     pub fn rights(&self, mut identity: Identity, client_id: &str) -> Admitted {
         let Some(config) = &self.config else {
-            return Admitted { identity, policy: Policy::everything(), questions: None };
+            return Admitted { identity: Box::new(identity), policy: Policy::everything(), questions: None };
         };
         if let Some(known) = identity.name.as_deref().and_then(|name| config.users.get(name)) {
             identity.fields.extend(known.clone());
@@ -280,7 +281,7 @@ impl Access {
         let questions = authorizer
             .zip(identity.name.as_ref())
             .map(|(authorizer, name)| Box::new(Questions::new(authorizer, name, client_id, self.wait_max)));
-        Admitted { identity, policy, questions }
+        Admitted { identity: Box::new(identity), policy, questions }
     }
 
     async fn identify(&self, who: &Credentials<'_>) -> Result<Identity, Denied> {
@@ -293,7 +294,10 @@ impl Access {
             return if who.allow_anonymous { Ok(Identity::default()) } else { Err(Denied::NotAuthorized) };
         }
         for authenticator in &self.authenticators {
-            authenticator.pretend(who).await?;
+            // Once: a known client is refused by one of them.
+            if authenticator.pretend(who).await? {
+                break;
+            }
         }
         Err(Denied::BadCredentials)
     }
@@ -388,8 +392,8 @@ impl Authenticate for passwords::Passwords {
         self.begin_exchange(method, data, who).await
     }
 
-    async fn pretend(&self, who: &Credentials<'_>) -> Result<(), Denied> {
-        passwords::Passwords::pretend(self, who.password.unwrap_or_default()).await
+    async fn pretend(&self, who: &Credentials<'_>) -> Result<bool, Denied> {
+        passwords::Passwords::pretend(self, who.password.unwrap_or_default()).await.map(|()| true)
     }
 }
 
