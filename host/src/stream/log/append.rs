@@ -16,6 +16,10 @@ use std::sync::atomic::Ordering;
 pub struct Pending {
     pub entries: BytesMut,
     pub data: BytesMut,
+    /// CRC32C of `entries` and of `data`: the committer has nothing to sum
+    /// between two syncs.
+    pub entries_crc: u32,
+    pub data_crc: u32,
     pub changes: Vec<Change>,
     changes_bytes: usize,
     pub base: u64,
@@ -30,6 +34,8 @@ impl Pending {
         Self {
             entries,
             data,
+            entries_crc: 0,
+            data_crc: 0,
             changes: Vec::new(),
             changes_bytes: 0,
             base: 0,
@@ -41,6 +47,18 @@ impl Pending {
 
     pub fn is_empty(&self) -> bool {
         self.count == 0 && self.changes.is_empty()
+    }
+
+    fn push(&mut self, messages: &[NewMessage<'_>]) {
+        let (entries_from, data_from) = (self.entries.len(), self.data.len());
+        for message in messages {
+            frame::push_message(&mut self.entries, &mut self.data, message);
+            self.received_least_us = self.received_least_us.min(message.received_us);
+            self.received_greatest_us = self.received_greatest_us.max(message.received_us);
+        }
+        self.entries_crc = crc32c::crc32c_append(self.entries_crc, &self.entries[entries_from..]);
+        self.data_crc = crc32c::crc32c_append(self.data_crc, &self.data[data_from..]);
+        self.count += messages.len() as u32;
     }
 
     pub fn bytes(&self) -> usize {
@@ -125,12 +143,7 @@ impl Inner {
         if pending.count == 0 {
             pending.base = first;
         }
-        for message in messages {
-            frame::push_message(&mut pending.entries, &mut pending.data, message);
-            pending.received_least_us = pending.received_least_us.min(message.received_us);
-            pending.received_greatest_us = pending.received_greatest_us.max(message.received_us);
-        }
-        pending.count += messages.len() as u32;
+        pending.push(messages);
         pending.changes_bytes += changes_bytes;
         for change in owned {
             state.apply(change.clone());

@@ -167,7 +167,12 @@ impl Inner {
             ..writer.header()
         };
         let changes = std::mem::take(&mut writer.changes);
-        let around = Around::new(&mut header, &pending.entries, &pending.data, &changes);
+        let around = Around::summed(
+            &mut header,
+            (&pending.entries, pending.entries_crc),
+            (&pending.data, pending.data_crc),
+            &changes,
+        );
         let written =
             writer.file.write_at(&around.parts(&pending.entries, &pending.data, &changes), writer.at);
         writer.changes = changes;

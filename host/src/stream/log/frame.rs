@@ -35,6 +35,7 @@
 
 use std::ops::Range;
 
+use super::crc;
 use crate::batch::{Entry, Partition, SPAN_BYTES_MAX, Span};
 use crate::stream::{NewMessage, STATE_KEY_BYTES_MAX, STATE_VALUE_BYTES_MAX};
 
@@ -262,6 +263,16 @@ pub struct Around {
 impl Around {
     /// Fills in lengths and CRCs of `header`.
     pub fn new(header: &mut Header, entries: &[u8], data: &[u8], state: &[u8]) -> Self {
+        Self::summed(header, (entries, crc32c::crc32c(entries)), (data, crc32c::crc32c(data)), state)
+    }
+
+    /// The same for entries and data whose CRC32C is known: does not look at them.
+    pub fn summed(
+        header: &mut Header,
+        (entries, entries_crc): (&[u8], u32),
+        (data, data_crc): (&[u8], u32),
+        state: &[u8],
+    ) -> Self {
         let section = |kind: u16, stride: usize, bytes: &[u8]| {
             let mut out = [0; SECTION_BYTES];
             out[..2].copy_from_slice(&kind.to_le_bytes());
@@ -273,9 +284,11 @@ impl Around {
             [section(ENTRIES, ENTRY_BYTES, entries), section(DATA, 0, data), section(STATE, 0, state)];
         header.stored_len = (frame_len(entries.len(), data.len(), state.len()) - HEADER_BYTES) as u32;
         let mut around = Self { header: [0; HEADER_BYTES], sections };
-        header.body_crc = around.parts(entries, data, state)[1..]
-            .iter()
-            .fold(0, |crc, part| crc32c::crc32c_append(crc, part));
+        let [_, entries_head, _, entries_pad, data_head, _, rest @ ..] = around.parts(entries, data, state);
+        let sum = |crc, parts: &[&[u8]]| parts.iter().fold(crc, |crc, part| crc32c::crc32c_append(crc, part));
+        let crc = crc::followed_by(sum(0, &[entries_head]), entries_crc, entries.len() as u32);
+        let crc = crc::followed_by(sum(crc, &[entries_pad, data_head]), data_crc, data.len() as u32);
+        header.body_crc = sum(crc, &rest);
         around.header = header.encode();
         around
     }

@@ -22,6 +22,7 @@ use tokio::sync::watch;
 mod append;
 mod clock;
 mod commit;
+mod crc;
 mod cursor;
 pub mod disk;
 pub mod frame;
