@@ -20,6 +20,8 @@ use crate::rounds;
 const RECORD: [u8; 256] = [b'r'; 256];
 const BATCH: usize = 256;
 const COMMITS: usize = 350;
+/// The measured part of a round is a twentieth of a second, and disks are moody.
+const ROUNDS_FACTOR: usize = 3;
 const RECORDS_BYTES: usize = RECORD.len() * BATCH;
 /// A frame's header is 104 B, each of its sections has another of 16.
 const FRAME_BYTES: usize = RECORDS_BYTES + 40 * BATCH + 136;
@@ -32,7 +34,7 @@ const PREFILL: Duration = Duration::from_secs(1);
 pub fn run(results: &mut Results) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let (mut ours, mut raw, mut records_alone) = (Vec::new(), Vec::new(), Vec::new());
-    for round in 0..rounds() {
+    for round in 0..ROUNDS_FACTOR * rounds() {
         // Below target: the temporary folder may not be a disk.
         let path = target().join(format!("bench/log-{round}"));
         // What a run that was ended left behind.
