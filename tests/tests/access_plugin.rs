@@ -204,7 +204,7 @@ fn what_rules_leave_open_is_asked_of_the_plugin_once() {
     client.ping();
     assert_eq!(calls(&host, "answered"), 2.0);
     // In the order in which they came, with questions among them.
-    let topic = |n: u16| if n % 3 == 0 { "free".to_owned() } else { format!("asked/{n}") };
+    let topic = |n: u16| if n.is_multiple_of(3) { "free".to_owned() } else { format!("asked/{n}") };
     let burst = (1..=30).flat_map(|n| Publish::new(&topic(n), 1, n, "x").bytes(V5));
     client.send(burst.collect::<Vec<u8>>());
     for n in 1..=30 {

@@ -185,7 +185,7 @@ impl Will {
             properties: properties.to_vec(),
             flags: u16::from_be_bytes(*flags),
             delay_s: u32::from_be_bytes(*delay_s),
-            device: Some(device.into()).filter(|device: &Box<str>| !device.is_empty()),
+            device: (!device.is_empty()).then(|| device.into()),
             record: Some(record),
         };
         Some((client_id.into(), will))
