@@ -36,6 +36,7 @@ const MESSAGE_BYTES_MAX: u64 = 4 << 10;
 pub struct Compiler {
     way: Way,
     pub(super) cpu_s: u64,
+    wall_s: u64,
     pub(super) memory: ByteSize,
     one_at_a_time: Arc<Mutex<()>>,
 }
@@ -85,13 +86,14 @@ impl Compiler {
 
     /// In a child of another program.
     pub fn child_of(program: PathBuf, args: Vec<OsString>, cpu_s: u64, memory: ByteSize) -> Self {
-        Self { way: Way::Child { program, args }, cpu_s, memory, one_at_a_time: Arc::default() }
+        let wall_s = cpu_s * WALL_FACTOR;
+        Self { way: Way::Child { program, args }, cpu_s, wall_s, memory, one_at_a_time: Arc::default() }
     }
 
     /// In this process and without limits: for tests, and for commands that a
     /// person runs on a plugin of their own (`plugin bench`).
     pub fn in_process() -> Self {
-        Self { way: Way::InProcess, cpu_s: 0, memory: ByteSize(0), one_at_a_time: Arc::default() }
+        Self { way: Way::InProcess, cpu_s: 0, wall_s: 0, memory: ByteSize(0), one_at_a_time: Arc::default() }
     }
 
     /// Native code of a component. `scratch` is a folder for the child's files.
@@ -156,14 +158,14 @@ impl Compiler {
                 String::from_utf8_lossy(&text).into_owned()
             })
         });
-        let deadline = Instant::now() + Duration::from_secs(self.cpu_s * WALL_FACTOR);
+        let deadline = Instant::now() + Duration::from_secs(self.wall_s);
         let status = loop {
             match child.try_wait().map_err(start)? {
                 Some(status) => break status,
                 None if Instant::now() > deadline => {
                     let _ = child.kill();
                     let _ = child.wait();
-                    return Err(CompileError::Wall(self.cpu_s * WALL_FACTOR));
+                    return Err(CompileError::Wall(self.wall_s));
                 }
                 None => thread::sleep(POLL),
             }
