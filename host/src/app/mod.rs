@@ -13,6 +13,7 @@ use std::io::Write;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -31,10 +32,15 @@ use crate::stream::log::{Disk, Log, RealDisk, Recovery};
 use crate::stream::{self, Stream, Streams};
 use crate::telemetry::{self, Failures};
 use crate::topic::{Namespace, TopicFilter};
-use crate::units::ByteSize;
+use crate::units::{ByteSize, Period};
 
 /// As a shell shows a process that SIGINT ended.
 const INTERRUPTED: i32 = 130;
+
+/// The broker's stream has so much room beside copies.
+const BROKER_STATE_BYTES: u64 = 256 << 20;
+/// Copies that nobody waits for any more go from the disk after this, at the latest.
+const COPIES_SORTED_AFTER: Duration = Duration::from_secs(6 * 3_600);
 
 /// The parts that status and readiness speak of.
 pub struct Host {
@@ -68,7 +74,7 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
     )?;
     forget_strangers(&dead_letters, &config);
     let dead_letters: Arc<dyn Stream> = dead_letters;
-    let broker: Arc<dyn Stream> = open_log(&data_dir.join("broker"), "broker", &broker_stream())?;
+    let broker: Arc<dyn Stream> = open_log(&data_dir.join("broker"), "broker", &broker_stream(&config.mqtt))?;
 
     // Plugins, then the pipelines that run them and own the sinks.
     let devices = Arc::new(Devices::load(&config.devices).context("devices.file")?);
@@ -188,7 +194,7 @@ fn open_streams(config: &Config, data_dir: &Path) -> anyhow::Result<OpenStreams>
 /// positions would hold retention back for ever.
 fn forget_strangers(log: &Log, config: &Config) {
     for (consumer, next) in log.remembered() {
-        if !reads(config, log.name(), &consumer) {
+        if consumer != mqtt::READER && !reads(config, log.name(), &consumer) {
             tracing::warn!(
                 stream = log.name(),
                 consumer,
@@ -220,15 +226,23 @@ fn open_log(dir: &Path, name: &str, config: &stream::Config) -> anyhow::Result<A
     Ok(log)
 }
 
-/// Sessions and packet ids: small, and all of it is in the newest segment.
-fn broker_stream() -> stream::Config {
+/// Sessions and packet ids: small, and all of it is in the newest segment. Beside
+/// them copies of messages, which this stream's retention sorts out.
+fn broker_stream(mqtt: &mqtt::Config) -> stream::Config {
+    let default = stream::Config::default();
+    let copy_max = ByteSize(mqtt.max_packet_size.0 + (1 << 20));
     stream::Config {
+        retention: stream::Retention {
+            max_age: Some(Period(COPIES_SORTED_AFTER)),
+            max_bytes: ByteSize(2 * mqtt.queue_copies_bytes_max.0 + BROKER_STATE_BYTES),
+        },
+        commit_buffer_bytes_max: default.commit_buffer_bytes_max.max(copy_max),
         partitions: 1,
         segment_bytes: ByteSize::mib(8),
         tail_bytes_max: ByteSize::mib(1),
         reserve_bytes: ByteSize::mib(4),
         may_use_reserve: true,
-        ..stream::Config::default()
+        ..default
     }
 }
 

@@ -50,7 +50,7 @@ struct Inner {
     full: bool,
     no_space: bool,
     state: BTreeMap<Vec<u8>, Vec<u8>>,
-    marks: BTreeMap<String, (u64, OnLag)>,
+    marks: BTreeMap<String, (u64, OnLag, watch::Sender<Offset>)>,
     stopped: Option<Arc<str>>,
     /// Gone once stopped.
     durable: Option<watch::Sender<Ticket>>,
@@ -134,9 +134,23 @@ impl MemoryStream {
         inner.frames.retain(|frame| frame.base.0 + frame.len() as u64 > start);
     }
 
+    /// Asks the readers for what lies below `upto`, then trims.
+    pub async fn ask_and_trim(&self, upto: Offset) {
+        let mut moved = self.0.moved.subscribe();
+        for (_, _, asked) in self.lock().marks.values() {
+            asked.send_replace(upto);
+        }
+        let is_free = |inner: &Inner| {
+            inner.marks.values().all(|(at, on_lag, _)| *on_lag != OnLag::Ask || *at >= upto.0)
+        };
+        // The sender lives as long as `self`.
+        let _ = moved.wait_for(|_| is_free(&self.lock())).await;
+        self.trim(upto);
+    }
+
     /// Where each attached reader is.
     pub fn marks(&self) -> BTreeMap<String, (Offset, OnLag)> {
-        self.lock().marks.iter().map(|(name, (at, lag))| (name.clone(), (Offset(*at), *lag))).collect()
+        self.lock().marks.iter().map(|(name, (at, lag, _))| (name.clone(), (Offset(*at), *lag))).collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -287,8 +301,13 @@ impl Stream for MemoryStream {
     }
 
     fn attach(&self, consumer: &str, from: Offset, on_lag: OnLag) -> Box<dyn Attachment> {
-        self.lock().marks.insert(consumer.to_owned(), (from.0, on_lag));
-        Box::new(Mark { stream: self.clone(), consumer: consumer.to_owned() })
+        let asked = watch::channel(Offset(0)).0;
+        self.lock().marks.insert(consumer.to_owned(), (from.0, on_lag, asked.clone()));
+        Box::new(Mark { stream: self.clone(), consumer: consumer.to_owned(), asked })
+    }
+
+    fn has_room(&self) -> bool {
+        !self.lock().no_space
     }
 
     fn state(&self, prefix: &[u8]) -> Vec<(Vec<u8>, Vec<u8>)> {
@@ -371,13 +390,19 @@ impl Cursor for MemoryCursor {
 struct Mark {
     stream: MemoryStream,
     consumer: String,
+    asked: watch::Sender<Offset>,
 }
 
 impl Attachment for Mark {
     fn advance(&self, next: Offset) {
-        if let Some((at, _)) = self.stream.lock().marks.get_mut(&self.consumer) {
+        if let Some((at, ..)) = self.stream.lock().marks.get_mut(&self.consumer) {
             *at = next.0.max(*at);
         }
+        self.stream.moved();
+    }
+
+    fn asked(&self) -> watch::Receiver<Offset> {
+        self.asked.subscribe()
     }
 
     fn detach(&self) {

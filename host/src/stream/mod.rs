@@ -134,6 +134,11 @@ pub enum OnLag {
     Block,
     /// Its messages may go; the gap is counted and shown.
     Detach,
+    /// It is asked before its messages go ([`Attachment::asked`]), to save what it
+    /// still needs. For readers of the host itself, not for a config: retention by
+    /// age waits for it, retention by bytes for as long as it moves on.
+    #[serde(skip)]
+    Ask,
 }
 
 /// A durable, ordered sequence of messages.
@@ -175,6 +180,10 @@ pub trait Stream: Send + Sync + 'static {
     /// Registers a reader whose position retention respects. One per name.
     fn attach(&self, consumer: &str, from: Offset, on_lag: OnLag) -> Box<dyn Attachment>;
 
+    /// Whether there is room for what could also wait: false on a full disk, and
+    /// where the stream goes on in its reserve.
+    fn has_room(&self) -> bool;
+
     /// The state map's live entries whose keys begin with `prefix`, in key order,
     /// as of the last append (durable or not).
     fn state(&self, prefix: &[u8]) -> StateEntries;
@@ -205,6 +214,10 @@ pub trait Cursor: Send {
 pub trait Attachment: Send + Sync {
     /// All below `next` is done with; never goes back.
     fn advance(&self, next: Offset);
+
+    /// With [`OnLag::Ask`]: what lies below is about to go, once the reader has
+    /// advanced so far. Asked early enough that writers need not wait for it.
+    fn asked(&self) -> watch::Receiver<Offset>;
 
     fn detach(&self);
 }

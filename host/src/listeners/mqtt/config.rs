@@ -60,6 +60,9 @@ pub struct Config {
     /// What happens where one of these bounds is met. A client that is connected
     /// and whose session ends with its connection is disconnected instead.
     pub queue_when_full: WhenFull,
+    /// Bytes of messages that are copied for sessions before retention takes them from
+    /// their streams; past it they are dropped and counted. On disk up to about twice as much.
+    pub queue_copies_bytes_max: ByteSize,
     /// Retained messages.
     pub retained_messages_max: u32,
     /// Bytes of retained messages. They are part of their stream's state, of
@@ -192,6 +195,7 @@ impl Default for Config {
             queue_bytes_max: ByteSize::mib(16),
             queue_age_max: Period(Duration::from_secs(7 * 24 * 3_600)),
             queue_when_full: WhenFull::DropOldest,
+            queue_copies_bytes_max: ByteSize::mib(512),
             retained_messages_max: 100_000,
             retained_bytes_max: ByteSize::mib(32),
             will_delay_after_restart: Period(Duration::from_secs(30)),
@@ -243,6 +247,7 @@ impl Config {
         size("subscriptions_per_client_max", per_client.into(), 1, 1_000_000, problems);
         size("queue_messages_max", self.queue_messages_max.into(), 1, 10_000_000, problems);
         size("queue_bytes_max", self.queue_bytes_max.0, 1_024, 1 << 40, problems);
+        size("queue_copies_bytes_max", self.queue_copies_bytes_max.0, 0, 1 << 40, problems);
         size("retained_bytes_max", self.retained_bytes_max.0, 0, RETAINED_BYTES_MOST, problems);
         if self.queue_age_max.0.is_zero() {
             problems.add(path.key("queue_age_max"), "must be longer than 0s");

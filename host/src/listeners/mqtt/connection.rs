@@ -532,7 +532,7 @@ async fn outward(broker: &Broker, waiting: &mut Option<Box<Outward>>) -> Moved {
         };
         let load = async {
             let Some(loader) = loader else { return pending().await };
-            loader.run(&broker.streams).await.map_or(Moved::Stopped, Moved::Loaded)
+            loader.run(&broker.streams, &broker.copies).await.map_or(Moved::Stopped, Moved::Loaded)
         };
         tokio::select! {
             biased;

@@ -7,19 +7,19 @@
 
 use std::cell::OnceCell;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use tokio::sync::Notify;
 
 use super::Broker;
-use super::outbound::{Message, Offer, QueueLimits, Queued, Source};
+use super::outbound::{Message, Offer, Place, QueueLimits, Queued, Source};
 use super::session::Session;
 use super::subscriptions::{Filter, Found, Options, Path, Share, Subscriber, Tree, is_live};
 use super::sys;
 use crate::batch::{Batch, MessageRef, Offset, flags};
 use crate::properties::{self, Origin};
-use crate::stream::{Read, ReadError, Stream};
+use crate::stream::{GapCause, Read, ReadError, Stream};
 
 /// No message of this stream is delivered now.
 const IDLE: u64 = u64::MAX;
@@ -39,6 +39,8 @@ pub struct Live {
     /// Subscriptions with No Local: publishers then store who they are.
     no_local: AtomicUsize,
     limits: QueueLimits,
+    /// While somebody looks at all sessions: what moved from one to another.
+    passed: RwLock<Option<Mutex<Vec<Place>>>>,
 }
 
 #[derive(Default)]
@@ -79,6 +81,7 @@ impl Live {
             dollar: AtomicUsize::new(0),
             no_local: AtomicUsize::new(0),
             limits,
+            passed: RwLock::default(),
         }
     }
 
@@ -186,9 +189,14 @@ impl Live {
     /// Gives what a member of shared subscriptions held to the others: see
     /// [`Outbox::give_back`](super::outbound::Outbox::give_back).
     pub fn pass_on(&self, broker: &Broker, session: &Session, filter: Option<&str>, ended: bool) {
+        let passed = self.passed.read().unwrap_or_else(PoisonError::into_inner);
         let given = session.outbox().give_back(filter, ended);
         if given.is_empty() {
             return;
+        }
+        if let Some(passed) = &*passed {
+            let places = given.iter().filter_map(|queued| queued.source.place());
+            passed.lock().unwrap_or_else(PoisonError::into_inner).extend(places);
         }
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
         for queued in given {
@@ -198,6 +206,18 @@ impl Live {
                 self.deliver_to_one(broker, share, &Sent::Again(queued));
             }
         }
+    }
+
+    /// From now on what moves from one session to another is noted.
+    pub fn note_passed(&self) {
+        // Waits for moves that nobody noted.
+        *self.passed.write().unwrap_or_else(PoisonError::into_inner) = Some(Mutex::default());
+    }
+
+    /// What moved since [`Live::note_passed`], the last of which has arrived.
+    pub fn passed(&self) -> Vec<Place> {
+        let passed = self.passed.write().unwrap_or_else(PoisonError::into_inner).take();
+        passed.map_or_else(Vec::new, |passed| passed.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn take_out(&self, index: &mut Index, session: &Session, filter: &str) -> bool {
@@ -223,12 +243,22 @@ impl Live {
     /// Hands out the messages of a batch from number `first`, no more than
     /// [`HANDED_OUT_MAX`]; the number of the next.
     pub fn deliver_some(&self, broker: &Broker, stream: usize, batch: &Batch, first: usize) -> usize {
+        let messages = (first..batch.len()).map(|at| batch.message(at));
+        first + self.deliver_first(broker, stream, messages.map(|message| (message.offset().0, message)))
+    }
+
+    /// The first of some messages of a stream, with their offsets there; how many.
+    fn deliver_first<'m>(
+        &self,
+        broker: &Broker,
+        stream: usize,
+        messages: impl Iterator<Item = (u64, MessageRef<'m>)>,
+    ) -> usize {
         let tail = &self.streams[stream];
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
         let (mut found, mut path) = (Met::default(), Path::default());
-        let (mut next, mut handed_out) = (first, 0);
-        while next < batch.len() && handed_out < HANDED_OUT_MAX {
-            let message = batch.message(next);
+        let (mut count, mut handed_out) = (0, 0);
+        for (offset, message) in messages {
             index.tree.matches(message.topic(), &mut path, &mut |one| found.push(one));
             handed_out += 1 + found.len();
             if !found.is_empty() {
@@ -236,14 +266,18 @@ impl Live {
                     .wants_publisher()
                     .then(|| properties::get(message.properties(), Origin::Listener, "client-id"))
                     .flatten();
-                let place = Source::Stream { stream: stream as u16, offset: message.offset().0 };
-                let sent = Sent::Live { place, message, begun_at: tail.begun_at, whole: OnceCell::new() };
+                let place = Source::Stream { stream: stream as u16, offset };
+                let may_be_again = offset < tail.begun_at;
+                let sent = Sent::Live { place, message, may_be_again, whole: OnceCell::new() };
                 self.deliver(broker, &mut found, publisher, &sent);
             }
-            next += 1;
-            tail.position.store(message.offset().0 + 1, Ordering::Release);
+            count += 1;
+            tail.position.store(offset + 1, Ordering::Release);
+            if handed_out >= HANDED_OUT_MAX {
+                break;
+            }
         }
-        next
+        count
     }
 
     /// One copy per session, however many of its filters match: the greatest
@@ -352,7 +386,7 @@ enum Sent<'m> {
     Live {
         place: Source,
         message: MessageRef<'m>,
-        begun_at: u64,
+        may_be_again: bool,
         whole: OnceCell<Arc<Message>>,
     },
     /// A member of a shared subscription gave it back.
@@ -370,9 +404,8 @@ impl Sent<'_> {
         share: Option<Arc<str>>,
     ) -> Option<Queued> {
         match self {
-            Self::Live { place, message, begun_at, .. } => {
-                let entry = message.entry;
-                let may_be_again = message.offset().0 < *begun_at;
+            Self::Live { place, message, may_be_again, .. } => {
+                let (entry, may_be_again) = (message.entry, *may_be_again);
                 let qos = qos.min((entry.flags & flags::QOS_MASK) as u8);
                 (qos > 0 || !may_be_again).then(|| Queued {
                     source: place.clone(),
@@ -427,6 +460,37 @@ pub async fn run(broker: Arc<Broker>, number: usize) {
     }
 }
 
+/// Passes over what is no more; `count` of its messages are missed.
+fn missed(broker: &Broker, number: usize, count: u64, range: std::ops::Range<u64>) {
+    if count > 0 {
+        let name = broker.streams[number].name();
+        let detail = format!("messages {} to {} of stream {name}", range.start, range.end);
+        broker.counters.gap.increment(count);
+        broker.failures.report("mqtt: subscribers missed messages", 1, &detail, "");
+    }
+    let _index = broker.live.index.read().unwrap_or_else(PoisonError::into_inner);
+    broker.live.streams[number].position.store(range.end, Ordering::Release);
+}
+
+/// What retention took while sessions waited for it, out of copies.
+async fn replay(broker: &Broker, number: usize, range: std::ops::Range<u64>) -> Result<(), ReadError> {
+    let mut lost = broker.copies.not_handled(number, &range);
+    let mut from = range.start;
+    while from < range.end {
+        let page = broker.copies.page(number, from..range.end).await.map_err(ReadError::Stopped)?;
+        lost += page.lost;
+        from = page.next;
+        let mut rest = &*page.found;
+        while !rest.is_empty() {
+            let messages = rest.iter().map(|(offset, (batch, at))| (*offset, batch.message(*at)));
+            rest = &rest[broker.live.deliver_first(broker, number, messages)..];
+            tokio::task::yield_now().await;
+        }
+    }
+    missed(broker, number, lost, range);
+    Ok(())
+}
+
 /// Until nobody subscribes, or the stream ends.
 async fn follow(broker: &Broker, number: usize) {
     let (stream, tail) = (&*broker.streams[number], &broker.live.streams[number]);
@@ -436,20 +500,23 @@ async fn follow(broker: &Broker, number: usize) {
     }
     let mut cursor = stream.cursor(Offset(from));
     loop {
-        match cursor.next().await {
-            Ok(Read::Batch(batch)) => {
+        let read = match cursor.next().await {
+            Ok(Read::Gap { from, to, cause: GapCause::Trimmed }) => {
+                replay(broker, number, from.0..to.0).await.map(|()| None)
+            }
+            read => read.map(Some),
+        };
+        match read {
+            Ok(None) => {}
+            Ok(Some(Read::Batch(batch))) => {
                 let mut next = 0;
                 while next < batch.len() {
                     next = broker.live.deliver_some(broker, number, &batch, next);
                     tokio::task::yield_now().await;
                 }
             }
-            Ok(Read::Gap { from, to, .. }) => {
-                let detail = format!("messages {} to {} of stream {}", from.0, to.0, stream.name());
-                broker.counters.gap.increment(to.0.saturating_sub(from.0));
-                broker.failures.report("mqtt: subscribers missed messages", 1, &detail, "");
-                let _index = broker.live.index.read().unwrap_or_else(PoisonError::into_inner);
-                tail.position.store(to.0, Ordering::Release);
+            Ok(Some(Read::Gap { from, to, .. })) => {
+                missed(broker, number, to.0.saturating_sub(from.0), from.0..to.0);
             }
             Err(ReadError::Io(error)) => {
                 let detail = format!("stream {}: {error}", stream.name());

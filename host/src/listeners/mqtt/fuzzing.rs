@@ -13,6 +13,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::config::Config;
+use super::copies::Copies;
 use super::outbound::Message;
 use super::session::Change;
 use super::subscriptions::{FILTER_LEVELS_MAX, Filter, Found, Options, Path, Tree};
@@ -213,7 +214,7 @@ pub(super) fn broker(config: &Config, stream: Arc<dyn Stream>, store: Arc<dyn St
         &access::Deps { secret: &[0; 32], plugins: None, wait_max: Duration::ZERO, failures: &deps.failures },
     )
     .expect("there are no rules");
-    Broker::new(config, access, deps)
+    Broker::new(config, access, Copies::new(&deps, 1 << 20), deps)
 }
 
 /// A client that sends pieces, each after a wait, then leaves; it reads everything.

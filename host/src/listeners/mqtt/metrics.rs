@@ -195,8 +195,26 @@ pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_mqtt_dropped_total",
         kind: MetricKind::Counter,
-        help: "Messages dropped, by cause: no_space (QoS 0 on a full disk), queue_full, queue_age, packet_too_large, expired, not_authorized (an access plugin has no such message delivered to this subscriber), retained_full, gap (retention or damage took them first).",
+        help: "Messages dropped, by cause: no_space (QoS 0 on a full disk), queue_full, queue_age, packet_too_large, expired, not_authorized (an access plugin has no such message delivered to this subscriber), retained_full, gap (damage took them, or retention before they could be copied).",
         labels: &["cause"],
+    },
+    Metric {
+        name: "headworks_mqtt_copied_messages_total",
+        kind: MetricKind::Counter,
+        help: "Messages copied before retention took them from their stream, because a session waits for them.",
+        labels: &[],
+    },
+    Metric {
+        name: "headworks_mqtt_copies",
+        kind: MetricKind::Gauge,
+        help: "Messages that are kept for sessions beyond the retention of their stream.",
+        labels: &[],
+    },
+    Metric {
+        name: "headworks_mqtt_copies_bytes",
+        kind: MetricKind::Gauge,
+        help: "Bytes of these; see mqtt.queue_copies_bytes_max.",
+        labels: &[],
     },
     Metric {
         name: "headworks_mqtt_stalls_total",
@@ -331,6 +349,7 @@ pub(super) struct Counters {
     pub denied: Counter,
     pub retained_full: Counter,
     pub gap: Count,
+    pub copied: Counter,
 }
 
 struct Gauges {
@@ -342,6 +361,8 @@ struct Gauges {
     retained: Gauge,
     retained_bytes: Gauge,
     subscriptions: Gauge,
+    copies: Gauge,
+    copies_bytes: Gauge,
 }
 
 /// What is found by looking at every session.
@@ -354,6 +375,8 @@ pub(super) struct Measured {
     pub retained: usize,
     pub retained_bytes: usize,
     pub subscriptions: usize,
+    pub copies: usize,
+    pub copies_bytes: u64,
 }
 
 impl Counters {
@@ -390,6 +413,8 @@ impl Counters {
                 retained: gauge!("headworks_mqtt_retained_messages"),
                 retained_bytes: gauge!("headworks_mqtt_retained_bytes"),
                 subscriptions: gauge!("headworks_mqtt_subscriptions"),
+                copies: gauge!("headworks_mqtt_copies"),
+                copies_bytes: gauge!("headworks_mqtt_copies_bytes"),
             },
             dollar_topics: refused("dollar_topic"),
             too_large: refused("too_large"),
@@ -405,6 +430,7 @@ impl Counters {
             denied: dropped("not_authorized"),
             retained_full: dropped("retained_full"),
             gap: Count::new(dropped("gap")),
+            copied: counter!("headworks_mqtt_copied_messages_total"),
         }
     }
 
@@ -470,6 +496,8 @@ impl Counters {
             (&gauges.retained, measured.retained),
             (&gauges.retained_bytes, measured.retained_bytes),
             (&gauges.subscriptions, measured.subscriptions),
+            (&gauges.copies, measured.copies),
+            (&gauges.copies_bytes, measured.copies_bytes as usize),
         ] {
             gauge.set(value as f64);
         }

@@ -16,6 +16,7 @@ mod blobs;
 mod clients;
 mod config;
 mod connection;
+mod copies;
 mod fanout;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
@@ -23,6 +24,7 @@ mod handshake;
 mod inbound;
 mod metrics;
 mod outbound;
+mod picks;
 mod retained;
 mod session;
 mod subscriptions;
@@ -45,6 +47,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::acks::Stopped;
+use self::copies::Copies;
 use self::fanout::Live;
 use self::metrics::{Counters, Measured};
 use self::outbound::QueueLimits;
@@ -63,6 +66,7 @@ use crate::topic::Namespace;
 pub use self::bind::{Bind, SocketMode};
 pub use self::clients::{Client, Clients};
 pub use self::config::{Config, Endpoint, Tls};
+pub use self::copies::READER;
 pub use self::metrics::METRICS;
 pub use self::transport::Remote;
 pub use self::transport::network::Network;
@@ -75,7 +79,7 @@ const SWEEP_EVERY: Duration = Duration::from_secs(10);
 /// What the listener stands on.
 pub struct Deps {
     pub streams: Streams,
-    /// For the broker's own durable state; holds no messages of devices.
+    /// For the broker's own durable state, and copies of messages that wait for sessions.
     pub broker: Arc<dyn Stream>,
     pub namespace: Arc<Namespace>,
     pub failures: Failures,
@@ -92,6 +96,8 @@ pub enum Error {
     Tls { bind: Bind, reason: String },
     #[error("mqtt.access: {0}")]
     Access(String),
+    #[error("mqtt: cannot read what waits for sessions in the broker's stream: {0}")]
+    Copies(Arc<str>),
 }
 
 /// A running listener; ends after its shutdown token is cancelled.
@@ -136,6 +142,9 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
     }
     let addresses = entries.iter().map(Entry::address).collect();
 
+    // Before anything that may need room in the broker's stream.
+    let copies = Copies::new(&deps, config.queue_copies_bytes_max.0);
+    copies.load().await.map_err(Error::Copies)?;
     let secret = match &config.access {
         Some(_) => access_secret(&*deps.broker).await?,
         None => Default::default(),
@@ -148,10 +157,13 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
     };
     let access = Access::open(config.access.as_ref(), &config.limits, &access_deps);
     let access = access.map_err(Error::Access)?;
-    let broker = Broker::new(config, access, deps);
+    let broker = Broker::new(config, access, copies, deps);
     let tasks = TaskTracker::new();
     for number in 0..broker.streams.len() {
         tasks.spawn(fanout::run(broker.clone(), number));
+    }
+    for number in 0..=broker.streams.len() {
+        tasks.spawn(copies::run(broker.clone(), number));
     }
     tasks.spawn(keep_house(broker.clone()));
     tasks.spawn(will::publish_restored(broker.clone()));
@@ -198,6 +210,7 @@ struct Broker {
     shutdown: CancellationToken,
     sessions: Sessions,
     live: Live,
+    copies: Copies,
     /// Turns to read for subscribers what waits in the streams.
     loads: Arc<Semaphore>,
     retained: Mutex<Retained>,
@@ -219,7 +232,7 @@ struct Totals {
 }
 
 impl Broker {
-    fn new(config: &Config, access: Access, deps: Deps) -> Arc<Self> {
+    fn new(config: &Config, access: Access, copies: Copies, deps: Deps) -> Arc<Self> {
         let streams: Vec<_> = deps.streams.iter().cloned().collect();
         let identities: Arc<[_]> = streams.iter().map(|stream| stream.identity()).collect();
         let limits = QueueLimits {
@@ -235,6 +248,7 @@ impl Broker {
         let broker = Arc::new(Self {
             packet_bytes_max: config.max_packet_size.0 as usize,
             live: Live::new(&streams, limits),
+            copies,
             loads: Arc::new(Semaphore::new(outbound::LOADS_MAX)),
             identities,
             streams,
@@ -324,6 +338,7 @@ impl Broker {
             subscriptions: self.live.subscriptions(),
             ..Measured::default()
         };
+        (measured.copies, measured.copies_bytes) = self.copies.sizes();
         for session in sessions {
             let (queued, queued_bytes, in_flight) = session.outbox().sizes();
             measured.queued += queued;

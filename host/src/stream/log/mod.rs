@@ -84,6 +84,8 @@ pub(crate) struct Inner {
     writer: Mutex<commit::Writer>,
     back: RwLock<Back>,
     no_space: AtomicBool,
+    /// The reserve is used, or could not be made again.
+    reserve_gone: AtomicBool,
 
     prepared: Mutex<Option<retain::Prepared>>,
     prepare_asked: AtomicBool,
@@ -212,6 +214,11 @@ impl Stream for Log {
 
     fn attach(&self, consumer: &str, from: Offset, on_lag: OnLag) -> Box<dyn Attachment> {
         self.inner.attach(consumer, from, on_lag)
+    }
+
+    fn has_room(&self) -> bool {
+        use std::sync::atomic::Ordering::Relaxed;
+        !self.inner.no_space.load(Relaxed) && !self.inner.reserve_gone.load(Relaxed)
     }
 
     fn state(&self, prefix: &[u8]) -> Vec<(Vec<u8>, Vec<u8>)> {

@@ -154,6 +154,7 @@ fn build(
         opening: AtomicBool::new(true),
         // Opening may: a full disk must not keep the host from draining it.
         may_use_reserve: AtomicBool::new(true),
+        reserve_gone: AtomicBool::new(false),
         use_reserve_while_running: config.may_use_reserve,
         wall,
         metrics: measure::Meters::new(name),

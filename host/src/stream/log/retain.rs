@@ -8,7 +8,9 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
 
 use super::clock;
 use super::commit::{CommitError, no_space_or};
@@ -25,6 +27,10 @@ const RESERVE: &str = "reserve";
 const ROLLED: &str = "next.tmp";
 /// The keeper looks at least so often.
 const KEEP_EVERY_MS: u64 = 1_000;
+/// Retention by bytes waits so long for a reader that was asked and does not move on.
+const ASKED_MAX: Duration = if cfg!(test) { Duration::from_millis(200) } else { Duration::from_secs(10) };
+/// It is asked so many segments before they must go.
+const ASKED_SEGMENTS: u64 = 2;
 const ZEROS: &[u8] = &[0; 1 << 20];
 
 /// In the names of prepared files: one that the committer took keeps its own
@@ -38,6 +44,53 @@ pub struct Mark {
     pub on_lag: OnLag,
     /// What a restart would find.
     pub saved: u64,
+    asked: watch::Sender<Offset>,
+    /// Where it was when it was last seen to hold a segment back, and since when.
+    held: Option<(u64, Instant)>,
+}
+
+impl Mark {
+    fn new(next: u64, on_lag: OnLag) -> Self {
+        Self {
+            next: Arc::new(AtomicU64::new(next)),
+            on_lag,
+            saved: next,
+            asked: watch::channel(Offset(0)).0,
+            held: None,
+        }
+    }
+
+    /// Asks for all below `upto`; it gets a while for each step.
+    fn ask(&mut self, upto: u64) {
+        let next = self.next.load(Ordering::Relaxed);
+        if self.on_lag != OnLag::Ask || next >= upto {
+            self.held = None;
+            return;
+        }
+        if self.held.is_none_or(|(at, _)| at != next) {
+            self.held = Some((next, Instant::now()));
+        }
+        self.asked.send_if_modified(|asked| {
+            let is_more = asked.0 < upto;
+            asked.0 = asked.0.max(upto);
+            is_more
+        });
+    }
+
+    /// Whether it keeps what lies below `end` from going.
+    fn pins(&self, end: u64, for_bytes: bool) -> bool {
+        if self.next.load(Ordering::Relaxed) >= end {
+            return false;
+        }
+        // Who is not there yet after a restart cannot be asked.
+        let is_attached = Arc::strong_count(&self.next) > 1;
+        let is_over = || self.held.is_some_and(|(_, since)| since.elapsed() > ASKED_MAX);
+        match self.on_lag {
+            OnLag::Block => true,
+            OnLag::Detach => false,
+            OnLag::Ask => !(for_bytes && is_attached && is_over()),
+        }
+    }
 }
 
 /// A file made ahead of its need, all its pages written.
@@ -153,6 +206,7 @@ impl Inner {
             return Err(CommitError::NoSpace);
         }
         self.disk.rename(&reserve, &path).map_err(no_space_or("rename the reserve"))?;
+        self.reserve_gone.store(true, Ordering::Relaxed);
         tracing::warn!(stream = %self.name, "the disk is full, going on in the reserve");
         Ok((file, len, path))
     }
@@ -161,9 +215,11 @@ impl Inner {
     pub fn fill_reserve(&self) {
         let path = self.dir.join(RESERVE);
         if self.reserve_bytes == 0 || self.disk.open(&path, Create::ReadOnly).is_ok() {
+            self.reserve_gone.store(false, Ordering::Relaxed);
             return;
         }
         let made = self.disk.open(&path, Create::Fresh).and_then(|file| file.preallocate(self.reserve_bytes));
+        self.reserve_gone.store(made.is_err(), Ordering::Relaxed);
         if made.is_err() {
             let _ = self.disk.remove(&path);
         }
@@ -231,31 +287,46 @@ impl Inner {
         }
     }
 
-    /// The oldest segment, if it may go.
+    /// The oldest segment, if it may go. Asks readers for what is next.
     fn expired(&self, room: u64) -> Option<u64> {
-        let back = read(&self.back);
+        let ahead = ASKED_SEGMENTS * self.next_len();
+        let back = &mut *write(&self.back);
+        let by_bytes = self.over(back, room);
+        let due = by_bytes.max(self.aged(back));
+        let soon = self.over(back, room + ahead).max(due);
+        if let Some(first_kept) = back.segments.get(soon).filter(|_| soon > 0) {
+            back.marks.values_mut().for_each(|mark| mark.ask(first_kept.header.base));
+        }
         let oldest = back.segments.front()?;
         let end = back.segments.get(1)?.header.base;
-        let pinned = back
-            .marks
-            .values()
-            .any(|mark| mark.on_lag == OnLag::Block && mark.next.load(Ordering::Relaxed) < end);
-        if pinned {
-            return None;
-        }
-        let bytes: u64 = back.segments.iter().map(|segment| segment.file_len).sum();
-        if bytes + room > self.max_bytes {
-            return Some(oldest.header.sequence);
-        }
-        let age_max = self.max_age?.as_micros() as u64;
+        let pinned = back.marks.values().any(|mark| mark.pins(end, by_bytes > 0));
+        (due > 0 && !pinned).then_some(oldest.header.sequence)
+    }
+
+    /// How many segments must go that all together take no more than `max_bytes`
+    /// with `room` more; never the last.
+    fn over(&self, back: &super::Back, room: u64) -> usize {
+        let mut bytes = room + back.segments.iter().map(|segment| segment.file_len).sum::<u64>();
+        let is_over = |segment: &&super::recover::Segment| {
+            let is_over = bytes > self.max_bytes;
+            bytes -= segment.file_len;
+            is_over
+        };
+        let older = back.segments.len().saturating_sub(1);
+        back.segments.iter().take(older).take_while(is_over).count()
+    }
+
+    /// How many segments are too old.
+    fn aged(&self, back: &super::Back) -> usize {
+        let Some(newest) = back.segments.back().map(|segment| segment.header.clock_us) else { return 0 };
         let now = (self.wall)();
+        let Some(age_max) = self.max_age.filter(|_| clock::believable(now, newest)) else { return 0 };
         // A segment is as old as the start of the next; one from a time
         // without a clock is as old as the first that has one.
-        let ended =
-            back.segments.iter().skip(1).map(|s| s.header.clock_us).find(|us| *us >= clock::SET_US)?;
-        let newest = back.segments.back()?.header.clock_us;
-        (clock::believable(now, newest) && now.saturating_sub(ended) > age_max)
-            .then_some(oldest.header.sequence)
+        let young = now.saturating_sub(age_max.as_micros() as u64);
+        let clocks = back.segments.iter().map(|segment| segment.header.clock_us);
+        let set = clocks.enumerate().skip(1).filter(|(_, us)| *us >= clock::SET_US);
+        set.take_while(|(_, us)| *us < young).last().map_or(0, |(at, _)| at)
     }
 
     /// Writes down where readers are, once a segment: a restart must not trim
@@ -282,14 +353,14 @@ impl Inner {
     }
 
     pub fn attach(self: &Arc<Self>, consumer: &str, from: Offset, on_lag: OnLag) -> Box<dyn Attachment> {
-        let next = Arc::new(AtomicU64::new(from.0));
-        let mark = Mark { next: Arc::clone(&next), on_lag, saved: from.0 };
+        let mark = Mark::new(from.0, on_lag);
+        let (next, asked) = (Arc::clone(&mark.next), mark.asked.clone());
         let known = write(&self.back).marks.insert(consumer.to_owned(), mark);
         if known.is_none_or(|known| known.saved != from.0 || known.on_lag != on_lag) {
             self.append_own(consumer.as_bytes(), Some(&encode_mark(from.0, on_lag)));
         }
         let detached = AtomicBool::new(false);
-        Box::new(Attached { inner: Arc::clone(self), consumer: consumer.to_owned(), next, detached })
+        Box::new(Attached { inner: Arc::clone(self), consumer: consumer.to_owned(), next, asked, detached })
     }
 
     pub fn detach(&self, consumer: &str) {
@@ -303,12 +374,17 @@ struct Attached {
     inner: Arc<Inner>,
     consumer: String,
     next: Arc<AtomicU64>,
+    asked: watch::Sender<Offset>,
     detached: AtomicBool,
 }
 
 impl Attachment for Attached {
     fn advance(&self, next: Offset) {
         self.next.fetch_max(next.0, Ordering::Relaxed);
+    }
+
+    fn asked(&self) -> watch::Receiver<Offset> {
+        self.asked.subscribe()
     }
 
     fn detach(&self) {
@@ -320,7 +396,11 @@ impl Attachment for Attached {
 
 fn encode_mark(next: u64, on_lag: OnLag) -> Vec<u8> {
     let mut value = next.to_le_bytes().to_vec();
-    value.push(u8::from(on_lag == OnLag::Detach));
+    value.push(match on_lag {
+        OnLag::Block => 0,
+        OnLag::Detach => 1,
+        OnLag::Ask => 2,
+    });
     value
 }
 
@@ -332,9 +412,12 @@ pub fn marks(state: &super::state::State) -> BTreeMap<String, Mark> {
         .filter_map(|(key, value)| {
             let name = String::from_utf8(key[1..].to_vec()).ok()?;
             let (next, on_lag) = value.split_first_chunk::<8>()?;
-            let next = u64::from_le_bytes(*next);
-            let on_lag = if on_lag == [1] { OnLag::Detach } else { OnLag::Block };
-            Some((name, Mark { next: Arc::new(AtomicU64::new(next)), on_lag, saved: next }))
+            let on_lag = match on_lag {
+                [1] => OnLag::Detach,
+                [2] => OnLag::Ask,
+                _ => OnLag::Block,
+            };
+            Some((name, Mark::new(u64::from_le_bytes(*next), on_lag)))
         })
         .collect()
 }

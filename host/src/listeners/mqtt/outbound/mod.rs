@@ -211,6 +211,44 @@ impl Outbox {
         }
     }
 
+    /// Calls `see` with the place of each message that it waits for and keeps for
+    /// its client, and whether its sending was begun; false where it keeps none.
+    pub fn references(&self, mut see: impl FnMut(Place, bool)) -> bool {
+        if self.kept.is_none() {
+            return false;
+        }
+        let inflight =
+            self.inflight.iter().filter_map(|it| it.waiting.as_ref().map(|queued| (queued, it.dup)));
+        for (queued, is_begun) in inflight.chain(self.queue.iter().map(|queued| (queued, false))) {
+            if let (Some(place), 1..) = (queued.source.place(), queued.qos) {
+                see(place, is_begun);
+            }
+        }
+        true
+    }
+
+    /// Forgets what waits and is no more; how many. What is in memory stays.
+    pub fn forget(&mut self, is_gone: impl Fn(Place) -> bool) -> u64 {
+        let stays = |queued: &Queued| queued.place().is_none_or(|place| !is_gone(place));
+        let before = self.queue.len();
+        self.queue.retain(stays);
+        let mut gone = (before - self.queue.len()) as u64;
+        let mut at = 0;
+        while let Some(flight) = self.inflight.get(at) {
+            if flight.waiting.as_ref().is_none_or(stays) {
+                at += 1;
+            } else {
+                gone += 1;
+                at += usize::from(self.give_up(at));
+            }
+        }
+        if gone > 0 {
+            self.count_again();
+            self.kept.iter_mut().for_each(|kept| kept.changed = true);
+        }
+        gone
+    }
+
     /// The connection ended: what waits is references again.
     pub fn disconnected(&mut self) {
         self.connected = false;

@@ -28,8 +28,12 @@ pub enum Source {
 
 impl Source {
     pub fn stream(&self) -> Option<u16> {
-        match self {
-            Self::Stream { stream, .. } => Some(*stream),
+        self.place().map(|place| place.stream)
+    }
+
+    pub fn place(&self) -> Option<Place> {
+        match *self {
+            Self::Stream { stream, offset } => Some(Place { stream, offset }),
             _ => None,
         }
     }
@@ -86,10 +90,7 @@ impl Queued {
 
     /// To be read before it can be sent.
     pub fn place(&self) -> Option<Place> {
-        match self.source {
-            Source::Stream { stream, offset } if self.body.is_none() => Some(Place { stream, offset }),
-            _ => None,
-        }
+        self.source.place().filter(|_| self.body.is_none())
     }
 
     pub fn held(&self) -> usize {

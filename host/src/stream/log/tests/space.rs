@@ -275,3 +275,77 @@ fn age_counts_only_once_the_clock_is_set_and_never_after_a_jump_by_decades() {
     log.inner.keep(false);
     assert!(log.bounds().start > Offset(0));
 }
+
+/// Appends until a segment more would take one that `reader` needs.
+async fn until_asked(log: &Log, asked: &mut tokio::sync::watch::Receiver<Offset>) -> Offset {
+    loop {
+        let appended = log.append(&[message("a/b", &payload(0, 3_000))], &[]).unwrap();
+        durable(log, appended.ticket).await;
+        let upto = *asked.borrow_and_update();
+        if upto > Offset(0) {
+            return upto;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_reader_that_is_asked_keeps_its_messages_until_it_has_saved_them_and_writers_need_not_wait() {
+    let disk = SimDisk::new(3);
+    let mut config = small();
+    config.retention.max_bytes = ByteSize(64 << 10);
+    let (log, _) = Log::open(Arc::new(disk), Path::new(DIR), "t", &config).unwrap();
+    let reader = log.attach("copies", Offset(0), OnLag::Ask);
+    let mut asked = reader.asked();
+    let upto = until_asked(&log, &mut asked).await;
+    assert_eq!(log.bounds().start, Offset(0), "nothing has gone yet");
+    reader.advance(upto);
+    while log.bounds().start < upto {
+        let appended = log.append(&[message("a/b", &payload(0, 3_000))], &[]).unwrap();
+        durable(&*log, appended.ticket).await;
+        let upto = *asked.borrow_and_update();
+        assert!(log.bounds().start <= upto, "more went than was asked for");
+        reader.advance(upto);
+    }
+}
+
+#[tokio::test]
+async fn retention_by_bytes_does_not_wait_for_ever_for_a_reader_that_was_asked() {
+    let disk = SimDisk::new(3);
+    let mut config = small();
+    config.retention.max_bytes = ByteSize(64 << 10);
+    let (log, _) = Log::open(Arc::new(disk), Path::new(DIR), "t", &config).unwrap();
+    let reader = log.attach("copies", Offset(0), OnLag::Ask);
+    let upto = until_asked(&log, &mut reader.asked()).await;
+    while log.bounds().start < upto {
+        match log.append(&[message("a/b", &payload(0, 3_000))], &[]) {
+            Ok(appended) => durable(&*log, appended.ticket).await,
+            Err(AppendError::NoSpace) => log.writable().await,
+            Err(other) => panic!("{other}"),
+        }
+    }
+}
+
+#[test]
+fn retention_by_age_waits_for_a_reader_that_was_asked_also_after_a_restart() {
+    let (disk, clock) = (SimDisk::new(3), new_clock());
+    let (log, _) = manual(&disk, &small(), &clock).unwrap();
+    let reader = log.attach("copies", Offset(0), OnLag::Ask);
+    for n in 0..20 {
+        log.append(&[message("a/b", &payload(n, 3_000))], &[]).unwrap();
+        commit(&log).unwrap();
+    }
+    let asked = reader.asked();
+    clock.fetch_add(2 * 3_600_000_000, Ordering::Relaxed);
+    log.inner.keep(false);
+    let upto = *asked.borrow();
+    assert!(upto > Offset(0));
+    assert_eq!(log.bounds().start, Offset(0));
+    drop((reader, log));
+    disk.restart_process();
+    let (log, _) = manual(&disk, &small(), &clock).unwrap();
+    log.inner.keep(false);
+    assert_eq!(log.bounds().start, Offset(0), "it cannot be asked yet");
+    log.attach("copies", upto, OnLag::Ask);
+    log.inner.keep(false);
+    assert_eq!(log.bounds().start, upto);
+}

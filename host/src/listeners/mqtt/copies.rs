@@ -1,0 +1,539 @@
+//! What retention takes from the streams while sessions still wait for it.
+//!
+//! Retention asks before it removes messages ([`OnLag::Ask`]). What a session
+//! that outlives its connection waits for is then appended to the broker's
+//! stream, once for all of them, and synced; only then may the segment go. A
+//! session's references stay as they are: a copy is found by the place that
+//! its message had. After a restart the live delivery goes through the copies
+//! first, as if they still lay in their stream.
+//!
+//! The broker's stream is kept small the same way: before its oldest segment
+//! goes, the copies in it that a session still waits for are appended again.
+//! All others end with the segment.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::acks::Stopped;
+use super::outbound::{Message, Place};
+use super::picks::Picks;
+use super::session::Change;
+use super::{Broker, Deps, borrowed, now_us};
+use crate::batch::{Batch, MessageRef, Offset, Partition};
+use crate::stream::{AppendError, Attachment, Identity, NewMessage, OnLag, Read, ReadError, Stream};
+
+/// Name of the reader that retention asks.
+pub const READER: &str = "mqtt-queues";
+/// Of the broker stream's state: `co` + stream, what was waited for below the
+/// offset has been copied, or counted as lost.
+const HANDLED: &[u8] = b"co";
+/// Copied in one append, whose sync is awaited.
+const CHUNK_BYTES: usize = 256 << 10;
+const CHUNK_BATCHES: usize = 64;
+/// Offsets that are looked at together.
+const SLICE_OFFSETS: u64 = 1 << 18;
+/// Copies that are delivered together after a restart.
+const REPLAY_MESSAGES: usize = 256;
+/// Between two looks at what tells nobody that it changed.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+pub struct Copies {
+    /// The broker's.
+    stream: Arc<dyn Stream>,
+    identities: Arc<[Identity]>,
+    bytes_max: u64,
+    index: Mutex<Index>,
+    /// One at a time looks at all sessions.
+    looking: Mutex<()>,
+    /// By stream, and the broker's own last.
+    readers: Box<[Box<dyn Attachment>]>,
+}
+
+#[derive(Default)]
+struct Index {
+    copies: BTreeMap<Place, Copy>,
+    bytes: u64,
+    handled: Box<[u64]>,
+}
+
+struct Copy {
+    /// In the broker's stream.
+    offset: u64,
+    len: u32,
+    wanted: Wanted,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Wanted {
+    No,
+    Waits,
+    /// It may have been sent: no expiry ends it any more.
+    Begun,
+}
+
+impl Wanted {
+    fn of(is_begun: bool) -> Self {
+        if is_begun { Self::Begun } else { Self::Waits }
+    }
+}
+
+/// Copies of one stream's messages.
+pub struct Page {
+    /// By offset in that stream.
+    pub found: Vec<(u64, Found)>,
+    /// Copies that cannot be read any more.
+    pub lost: u64,
+    /// Where the next page begins.
+    pub next: u64,
+}
+
+/// A message somewhere in a batch.
+pub type Found = (Batch, usize);
+
+impl Copies {
+    pub fn new(deps: &Deps, bytes_max: u64) -> Self {
+        let (streams, stream) = (Vec::from_iter(deps.streams.iter().cloned()), deps.broker.clone());
+        let identities: Arc<[Identity]> = streams.iter().map(|stream| stream.identity()).collect();
+        let mut handled: Box<[u64]> = vec![0; streams.len()].into();
+        for (handled, identity) in handled.iter_mut().zip(&*identities) {
+            let known = stream.state(&handled_key(identity)).pop();
+            *handled = known.and_then(|(_, value)| value.try_into().ok()).map_or(0, u64::from_be_bytes);
+        }
+        let attach = |stream: &Arc<dyn Stream>| stream.attach(READER, stream.bounds().start, OnLag::Ask);
+        Self {
+            readers: streams.iter().chain([&stream]).map(attach).collect(),
+            index: Mutex::new(Index { handled, ..Index::default() }),
+            looking: Mutex::default(),
+            identities,
+            bytes_max,
+            stream,
+        }
+    }
+
+    /// Finds the copies that the last run left. Before anybody is served.
+    pub async fn load(&self) -> Result<(), Arc<str>> {
+        let mut cursor = self.stream.cursor(self.stream.bounds().start);
+        loop {
+            match cursor.try_next().await {
+                Ok(Some(Read::Batch(batch))) => {
+                    let mut index = self.index();
+                    for message in batch.messages() {
+                        if let Some(place) = self.place(message.device()) {
+                            index.insert(place, message.offset().0, len_of(message));
+                        }
+                    }
+                }
+                Ok(Some(Read::Gap { .. })) => {}
+                Ok(None) => return Ok(()),
+                Err(ReadError::Stopped(reason)) => return Err(reason),
+                Err(error) => return Err(error.to_string().into()),
+            }
+        }
+    }
+
+    /// Copies that are kept, and their bytes.
+    pub fn sizes(&self) -> (usize, u64) {
+        let index = self.index();
+        (index.copies.len(), index.bytes)
+    }
+
+    fn find(&self, place: Place) -> Option<u64> {
+        self.index().copies.get(&place).map(|copy| copy.offset)
+    }
+
+    fn index(&self) -> MutexGuard<'_, Index> {
+        lock(&self.index)
+    }
+
+    /// As which device a copy is written.
+    fn name(&self, place: Place) -> String {
+        let Identity { log, generation, .. } = &self.identities[usize::from(place.stream)];
+        format!("{}/{generation}/{}", log.simple(), place.offset)
+    }
+
+    fn place(&self, name: &str) -> Option<Place> {
+        let (stream, offset) = name.rsplit_once('/')?;
+        let (log, generation) = stream.split_once('/')?;
+        let (log, generation): (uuid::Uuid, u32) = (log.parse().ok()?, generation.parse().ok()?);
+        let of = |it: &Identity| it.log == log && it.generation == generation;
+        let stream = self.identities.iter().position(of)? as u16;
+        Some(Place { stream, offset: offset.parse().ok()? })
+    }
+
+    /// Appends copies and waits for their sync; those that are too large for it are returned.
+    async fn append(&self, chunk: &mut Vec<(Place, Found)>) -> Result<Vec<Place>, Stopped> {
+        let names: Vec<String> = chunk.iter().map(|(place, _)| self.name(*place)).collect();
+        let messages = chunk.iter().zip(&names).map(|((_, (batch, at)), name)| {
+            let message = batch.message(*at);
+            NewMessage {
+                topic: message.topic(),
+                payload: message.payload(),
+                properties: message.properties(),
+                route: "",
+                device: name,
+                partition: Partition(0),
+                flags: message.entry.flags,
+                received_us: message.entry.received_us,
+                event_us: message.entry.event_us,
+            }
+        });
+        let messages: Vec<NewMessage<'_>> = messages.collect();
+        let mut too_large = Vec::new();
+        // All at once; else one by one, for the one that is too large.
+        let mut parts: Vec<Range<usize>> = Vec::from_iter((!chunk.is_empty()).then_some(0..chunk.len()));
+        while let Some(part) = parts.pop() {
+            // The reserve is for the sessions themselves.
+            while !self.stream.has_room() {
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
+            let appended = match self.stream.append(&messages[part.clone()], &[]) {
+                Ok(appended) => appended,
+                Err(AppendError::Full | AppendError::NoSpace) => {
+                    parts.push(part);
+                    self.stream.writable().await;
+                    continue;
+                }
+                Err(AppendError::TooLarge(_)) if part.len() > 1 => {
+                    parts.extend(part.rev().map(|at| at..at + 1));
+                    continue;
+                }
+                Err(AppendError::TooLarge(_)) => {
+                    too_large.push(chunk[part.start].0);
+                    continue;
+                }
+                Err(AppendError::Stopped(_)) => return Err(Stopped),
+            };
+            let mut durable = self.stream.durable();
+            durable.wait_for(|durable| *durable >= appended.ticket).await.map_err(|_| Stopped)?;
+            let mut index = self.index();
+            for (offset, at) in (appended.first.0..).zip(part) {
+                let (place, (batch, of)) = &chunk[at];
+                index.insert(*place, offset, len_of(batch.message(*of)));
+            }
+        }
+        chunk.clear();
+        Ok(too_large)
+    }
+
+    /// How many messages of a range were neither copied nor counted as lost.
+    pub fn not_handled(&self, stream: usize, range: &Range<u64>) -> u64 {
+        range.end.saturating_sub(self.index().handled[stream].max(range.start))
+    }
+
+    /// The next copies of messages of a stream out of `range`.
+    pub async fn page(&self, stream: usize, range: Range<u64>) -> Result<Page, Arc<str>> {
+        let place = |offset| Place { stream: stream as u16, offset };
+        let mut picks = CopyPicks::default();
+        let places: Vec<Place> = {
+            let index = self.index();
+            let places = index.copies.range(place(range.start)..place(range.end));
+            places.take(REPLAY_MESSAGES).map(|(place, _)| *place).collect()
+        };
+        let is_last = places.len() < REPLAY_MESSAGES;
+        let next = places.last().filter(|_| !is_last).map_or(range.end, |last| last.offset + 1);
+        for place in places {
+            picks.add(self, place);
+        }
+        let (mut found, mut lost) = (BTreeMap::new(), 0);
+        while let Some(some) = picks.next(self).await? {
+            for (place, copy) in some {
+                lost += u64::from(copy.is_none());
+                found.extend(copy.map(|copy| (place.offset, copy)));
+            }
+        }
+        Ok(Page { found: found.into_iter().collect(), lost, next })
+    }
+}
+
+impl Index {
+    fn insert(&mut self, place: Place, offset: u64, len: u32) {
+        let before = self.copies.insert(place, Copy { offset, len, wanted: Wanted::Begun });
+        self.bytes = self.bytes + u64::from(len) - before.map_or(0, |before| before.len.into());
+    }
+
+    fn retain(&mut self, mut stays: impl FnMut(&Place, &mut Copy) -> bool) {
+        self.copies.retain(|place, copy| stays(place, copy));
+        self.bytes = self.copies.values().map(|copy| u64::from(copy.len)).sum();
+    }
+}
+
+/// Copies that are to be read.
+#[derive(Default)]
+pub struct CopyPicks {
+    picks: Picks,
+    places: BTreeMap<u64, Place>,
+}
+
+impl CopyPicks {
+    /// False where there is no copy.
+    pub fn add(&mut self, copies: &Copies, place: Place) -> bool {
+        let Some(offset) = copies.find(place) else { return false };
+        self.picks.add(offset);
+        self.places.insert(offset, place);
+        true
+    }
+
+    /// The next of them, in any order, `None` for one that is no more; `None` when all were read.
+    /// Safe to drop and to call again.
+    pub async fn next(&mut self, copies: &Copies) -> Result<Option<Vec<(Place, Option<Found>)>>, Arc<str>> {
+        let Some(picked) = self.picks.next(&*copies.stream).await? else { return Ok(None) };
+        let mut found = Vec::new();
+        for offset in picked.gone {
+            // It was perhaps appended again meanwhile.
+            if let Some(place) = self.places.remove(&offset)
+                && !(copies.find(place) != Some(offset) && self.add(copies, place))
+            {
+                found.push((place, None));
+            }
+        }
+        let (batch, at) = picked.found.unzip();
+        for (at, batch) in at.iter().flatten().zip(batch.iter().cycle()) {
+            let place = self.places.remove(&batch.message(*at).offset().0);
+            found.extend(place.map(|place| (place, Some((batch.clone(), *at)))));
+        }
+        Ok(Some(found))
+    }
+}
+
+/// Answers retention of one stream, or behind the last of the broker's own.
+pub async fn run(broker: Arc<Broker>, number: usize) {
+    let mut asked = broker.copies.readers[number].asked();
+    let mut done = 0;
+    loop {
+        let answered = async {
+            let upto = asked.wait_for(|upto| upto.0 > done).await.map_err(|_| Stopped)?.0;
+            if number < broker.streams.len() {
+                save(&broker, number, upto).await?;
+            } else {
+                renew(&broker, upto).await?;
+            }
+            Ok::<_, Stopped>(upto)
+        };
+        tokio::select! {
+            answered = answered => match answered {
+                Ok(upto) => done = upto,
+                // Who serves from the stream says so.
+                Err(Stopped) => return,
+            },
+            () = broker.shutdown.cancelled() => return,
+        }
+    }
+}
+
+/// Copies what sessions wait for below `upto`.
+async fn save(broker: &Arc<Broker>, number: usize, upto: u64) -> Result<(), Stopped> {
+    // What the live delivery has yet to offer, nobody waits for yet.
+    while broker.live.positions(&broker.streams)[number] < upto {
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+    let mut from = broker.streams[number].bounds().start.0;
+    while from < upto {
+        let to = upto.min(from + SLICE_OFFSETS);
+        let looked = broker.clone();
+        let (any, wanted) = blocking(move || looked.copies.wanted(&looked, number, from..to)).await;
+        copy(broker, number, wanted).await?;
+        broker.copies.index().handled[number] = to;
+        if any {
+            let key = handled_key(&broker.identities[number]);
+            handled(&*broker.broker, (key, Some(to.to_be_bytes().into()))).await?;
+        }
+        broker.copies.readers[number].advance(Offset(to));
+        from = to;
+    }
+    Ok(())
+}
+
+/// Durable where there is room: only what is counted after a crash depends on it.
+async fn handled(stream: &dyn Stream, change: Change) -> Result<(), Stopped> {
+    let Ok(appended) = stream.append(&[], &borrowed(&[change])) else { return Ok(()) };
+    let mut durable = stream.durable();
+    durable.wait_for(|durable| *durable >= appended.ticket).await.map(drop).map_err(|_| Stopped)
+}
+
+/// Messages of one stream, by offset, that have no copy yet.
+async fn copy(broker: &Arc<Broker>, number: usize, wanted: BTreeMap<u64, Wanted>) -> Result<(), Stopped> {
+    let (copies, stream) = (&broker.copies, &*broker.streams[number]);
+    let mut picks = Picks::default();
+    wanted.keys().for_each(|offset| picks.add(*offset));
+    let (mut chunk, mut bytes, mut batches) = (Vec::new(), 0, 0);
+    let (mut lost, mut expired) = (BTreeSet::new(), BTreeSet::new());
+    let mut is_freed = false;
+    while let Some(picked) = picks.next(stream).await.map_err(|_| Stopped)? {
+        lost.extend(picked.gone);
+        let (batch, at) = picked.found.unzip();
+        for (at, batch) in at.iter().flatten().zip(batch.iter().cycle()) {
+            let message = batch.message(*at);
+            let offset = message.offset().0;
+            if wanted[&offset] == Wanted::Waits && is_expired(message) {
+                expired.insert(offset);
+                continue;
+            }
+            let len = len_of(message) as usize;
+            let is_full = || copies.sizes().1 + (bytes + len) as u64 > copies.bytes_max;
+            if is_full() && !is_freed {
+                is_freed = true;
+                let looked = broker.clone();
+                blocking(move || looked.copies.free(&looked)).await;
+            }
+            if is_full() {
+                lost.insert(offset);
+                continue;
+            }
+            bytes += len;
+            chunk.push((Place { stream: number as u16, offset }, (batch.clone(), *at)));
+        }
+        batches += 1;
+        if bytes >= CHUNK_BYTES || batches >= CHUNK_BATCHES || picks.is_empty() {
+            broker.counters.copied.increment(chunk.len() as u64);
+            lost.extend(copies.append(&mut chunk).await?.into_iter().map(|place| place.offset));
+            (bytes, batches) = (0, 0);
+        }
+    }
+    let forget = |gone: &BTreeSet<u64>| -> u64 {
+        let is_gone = |place: Place| usize::from(place.stream) == number && gone.contains(&place.offset);
+        let sessions = broker.sessions.all();
+        if gone.is_empty() {
+            0
+        } else {
+            sessions.iter().map(|session| session.outbox().forget(is_gone)).sum()
+        }
+    };
+    broker.counters.expired.increment(forget(&expired));
+    let lost = forget(&lost);
+    if lost > 0 {
+        broker.counters.gap.increment(lost);
+        let detail = format!("stream {}", stream.name());
+        let kind = "mqtt: retention took messages that wait for sessions, and they could not be copied";
+        broker.failures.report(kind, lost, &detail, "");
+    }
+    Ok(())
+}
+
+/// Appends again what is still wanted of the copies below `upto`, and frees all others.
+async fn renew(broker: &Arc<Broker>, upto: u64) -> Result<(), Stopped> {
+    let copies = &broker.copies;
+    let looked = broker.clone();
+    blocking(move || looked.copies.free(&looked)).await;
+    let mut picks = CopyPicks::default();
+    let old: Vec<(Place, Wanted)> = {
+        let index = copies.index();
+        let old = index.copies.iter().filter(|(_, copy)| copy.offset < upto);
+        old.map(|(place, copy)| (*place, copy.wanted)).collect()
+    };
+    for (place, _) in &old {
+        picks.add(copies, *place);
+    }
+    let wanted: BTreeMap<Place, Wanted> = old.into_iter().collect();
+    let mut chunk = Vec::new();
+    while let Some(found) = picks.next(copies).await.map_err(|_| Stopped)? {
+        for (place, copy) in found {
+            let is_over =
+                |(batch, at): &Found| wanted[&place] == Wanted::Waits && is_expired(batch.message(*at));
+            match copy {
+                Some(copy) if !is_over(&copy) => chunk.push((place, copy)),
+                // Whoever waits for it finds that it is no more.
+                _ => copies.index().retain(|known, _| *known != place),
+            }
+        }
+        let bytes: usize = chunk.iter().map(|(_, (batch, at))| len_of(batch.message(*at)) as usize).sum();
+        if bytes >= CHUNK_BYTES || chunk.len() >= CHUNK_BATCHES {
+            copies.append(&mut chunk).await?;
+        }
+    }
+    copies.append(&mut chunk).await?;
+    copies.readers[broker.streams.len()].advance(Offset(upto));
+    Ok(())
+}
+
+impl Copies {
+    /// What sessions wait for in a range of a stream and has no copy; and
+    /// whether there is a session that could.
+    fn wanted(&self, broker: &Broker, number: usize, range: Range<u64>) -> (bool, BTreeMap<u64, Wanted>) {
+        let _one_at_a_time = lock(&self.looking);
+        let mut wanted = BTreeMap::new();
+        let any = look(broker, |places| {
+            for (place, is_begun) in places {
+                if usize::from(place.stream) == number && range.contains(&place.offset) {
+                    let known = wanted.entry(place.offset).or_insert(Wanted::Waits);
+                    *known = Wanted::of(*is_begun).max(*known);
+                }
+            }
+        });
+        let index = self.index();
+        wanted.retain(|offset, _| {
+            !index.copies.contains_key(&Place { stream: number as u16, offset: *offset })
+        });
+        (any, wanted)
+    }
+
+    /// Forgets copies that nobody waits for any more.
+    fn free(&self, broker: &Broker) {
+        let _one_at_a_time = lock(&self.looking);
+        let positions = broker.live.positions(&broker.streams);
+        for (place, copy) in &mut self.index().copies {
+            // After a restart: not offered to the sessions yet.
+            let is_ahead = place.offset >= positions[usize::from(place.stream)];
+            copy.wanted = if is_ahead { Wanted::Begun } else { Wanted::No };
+        }
+        look(broker, |places| {
+            let mut index = self.index();
+            for (place, is_begun) in places {
+                if let Some(copy) = index.copies.get_mut(place) {
+                    copy.wanted = Wanted::of(*is_begun).max(copy.wanted);
+                }
+            }
+        });
+        // A copy that was made meanwhile counts as wanted.
+        self.index().retain(|_, copy| copy.wanted != Wanted::No);
+    }
+}
+
+/// Shows what each session that outlives its connection waits for, and whether
+/// it was begun; false where there is no such session. Sees also what moves
+/// from one session to another meanwhile.
+fn look(broker: &Broker, mut see: impl FnMut(&[(Place, bool)])) -> bool {
+    let age_us = u64::try_from(broker.config.queue_age_max.0.as_micros()).unwrap_or(u64::MAX);
+    let oldest_us = now_us().saturating_sub(age_us);
+    let (mut any, mut places) = (false, Vec::new());
+    broker.live.note_passed();
+    for session in broker.sessions.all() {
+        let mut outbox = session.outbox();
+        let dropped = outbox.drop_older(oldest_us);
+        any |= outbox.references(|place, is_begun| places.push((place, is_begun)));
+        drop(outbox);
+        if dropped > 0 {
+            broker.counters.queue_age.increment(dropped);
+        }
+        if !places.is_empty() {
+            see(&places);
+            places.clear();
+        }
+    }
+    let passed: Vec<_> = broker.live.passed().into_iter().map(|place| (place, true)).collect();
+    see(&passed);
+    any
+}
+
+fn is_expired(message: MessageRef<'_>) -> bool {
+    Message::of(message).lifetime(now_us()).is_none()
+}
+
+/// For the bound in bytes.
+fn len_of(message: MessageRef<'_>) -> u32 {
+    Message::len_of(message)
+}
+
+fn handled_key(identity: &Identity) -> Vec<u8> {
+    [HANDLED, identity.log.as_bytes(), &identity.generation.to_be_bytes()].concat()
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    // A panic ends the process.
+    tokio::task::spawn_blocking(work).await.expect("it does not panic")
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
