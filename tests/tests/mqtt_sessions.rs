@@ -277,3 +277,39 @@ fn what_waits_for_a_client_that_is_away_is_there_after_kill_9() {
     }
     host.stop();
 }
+
+#[test]
+fn what_waits_for_a_client_that_is_away_outlives_its_streams_retention_and_kill_9() {
+    let config = "streams: { all: { segment_bytes: 1 MiB, retention: { max_bytes: 4 MiB } } }\n\
+                  pipelines: { all: { from: all, routes: { default: drop } } }\n";
+    let mut host = Host::start("sessions-trimmed", config);
+    let mut one = Subscriber::new(host.mqtt(), Version::V5, "test/away", 1);
+    let mut two = Subscriber::new(host.mqtt(), Version::V311, "test/+", 2);
+    for subscriber in [&one, &two] {
+        subscriber.client.cut();
+    }
+    let filling = "x".repeat(256 << 10);
+    let texts: Vec<String> = (0..80).map(|i| i.to_string()).collect();
+    let mut publisher = Client::clean(host.mqtt(), Version::V311, "publisher");
+    for (i, text) in texts.iter().enumerate() {
+        let (id, qos) = (i as u16 + 1, 1 + (i % 2) as u8);
+        publisher.publish_through(&Publish::new("test/away", qos, id, text));
+        publisher.publish_through(&Publish::new("filling", 1, 1_000, &filling));
+        if i % 30 == 29 {
+            let trimmed = host.metric("headworks_stream_trimmed_bytes_total", &[("stream", "all")]);
+            assert!(trimmed >= f64::from(1 << 20), "the stream was trimmed: {trimmed}");
+            host.kill();
+            host.run();
+            publisher = Client::clean(host.mqtt(), Version::V311, "publisher");
+        }
+    }
+    host.kill();
+    host.run();
+    for subscriber in [&mut one, &mut two] {
+        subscriber.come_back(host.mqtt());
+        subscriber.finish("79");
+        assert_eq!(subscriber.given, texts, "each once, in order");
+    }
+    assert_eq!(host.metric("headworks_mqtt_dropped_total", &[]), 0.0, "nothing is counted as lost");
+    host.stop();
+}
