@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
@@ -31,7 +32,7 @@ pub struct MemoryStream(Arc<Shared>);
 struct Shared {
     name: String,
     identity: Identity,
-    manual: bool,
+    manual: AtomicBool,
     inner: Mutex<Inner>,
     /// Moves whenever a reader or a waiting writer has something to look at.
     moved: watch::Sender<u64>,
@@ -77,7 +78,7 @@ impl MemoryStream {
         Self(Arc::new(Shared {
             name: name.to_owned(),
             identity: Identity { log: Uuid::new_v4(), generation: 1, partitions: partitions.max(1) },
-            manual,
+            manual: AtomicBool::new(manual),
             inner: Mutex::new(Inner {
                 frames: Vec::new(),
                 pending: Vec::new(),
@@ -96,6 +97,11 @@ impl MemoryStream {
             }),
             moved: watch::channel(0).0,
         }))
+    }
+
+    /// From now on nothing more is durable before [`Self::commit`].
+    pub fn hold_commits(&self) {
+        self.0.manual.store(true, Ordering::Relaxed);
     }
 
     /// Makes all that was appended durable.
@@ -136,6 +142,12 @@ impl MemoryStream {
 
     /// Asks the readers for what lies below `upto`, then trims.
     pub async fn ask_and_trim(&self, upto: Offset) {
+        self.ask(upto).await;
+        self.trim(upto);
+    }
+
+    /// Asks the readers for what lies below `upto`; returns once it may go.
+    pub async fn ask(&self, upto: Offset) {
         let mut moved = self.0.moved.subscribe();
         for (_, _, asked) in self.lock().marks.values() {
             asked.send_replace(upto);
@@ -145,7 +157,6 @@ impl MemoryStream {
         };
         // The sender lives as long as `self`.
         let _ = moved.wait_for(|_| is_free(&self.lock())).await;
-        self.trim(upto);
     }
 
     /// Where each attached reader is.
@@ -253,7 +264,7 @@ impl Stream for MemoryStream {
         }
         inner.ticket += 1;
         let appended = Appended { ticket: Ticket(inner.ticket), first };
-        if !self.0.manual {
+        if !self.0.manual.load(Ordering::Relaxed) {
             inner.commit();
             drop(inner);
             self.moved();

@@ -114,8 +114,10 @@ impl Copies {
 
     /// Finds the copies that the last run left. Before anybody is served.
     pub async fn load(&self) -> Result<(), Arc<str>> {
-        let mut cursor = self.stream.cursor(self.stream.bounds().start);
-        loop {
+        let bounds = self.stream.bounds();
+        let mut cursor = self.stream.cursor(bounds.start);
+        // All that is not a message is skipped where there is none.
+        while cursor.position() < bounds.end {
             match cursor.try_next().await {
                 Ok(Some(Read::Batch(batch))) => {
                     let mut index = self.index();
@@ -126,11 +128,12 @@ impl Copies {
                     }
                 }
                 Ok(Some(Read::Gap { .. })) => {}
-                Ok(None) => return Ok(()),
+                Ok(None) => break,
                 Err(ReadError::Stopped(reason)) => return Err(reason),
                 Err(error) => return Err(error.to_string().into()),
             }
         }
+        Ok(())
     }
 
     /// Copies that are kept, and their bytes.
@@ -162,8 +165,13 @@ impl Copies {
         Some(Place { stream, offset: offset.parse().ok()? })
     }
 
-    /// Appends copies and waits for their sync; those that are too large for it are returned.
-    async fn append(&self, chunk: &mut Vec<(Place, Found)>) -> Result<Vec<Place>, Stopped> {
+    /// Appends copies, a change with the last of them, and waits for their sync; those
+    /// that are too large for it are returned.
+    async fn append(
+        &self,
+        chunk: &mut Vec<(Place, Found)>,
+        change: Option<Change>,
+    ) -> Result<Vec<Place>, Stopped> {
         let names: Vec<String> = chunk.iter().map(|(place, _)| self.name(*place)).collect();
         let messages = chunk.iter().zip(&names).map(|((_, (batch, at)), name)| {
             let message = batch.message(*at);
@@ -188,7 +196,8 @@ impl Copies {
             while !self.stream.has_room() {
                 tokio::time::sleep(LOOK_EVERY).await;
             }
-            let appended = match self.stream.append(&messages[part.clone()], &[]) {
+            let changes = change.as_slice().get(..usize::from(parts.is_empty())).unwrap_or_default();
+            let appended = match self.stream.append(&messages[part.clone()], &borrowed(changes)) {
                 Ok(appended) => appended,
                 Err(AppendError::Full | AppendError::NoSpace) => {
                     parts.push(part);
@@ -215,6 +224,10 @@ impl Copies {
         }
         chunk.clear();
         Ok(too_large)
+    }
+
+    fn handled(&self, stream: usize, upto: u64) -> Change {
+        (handled_key(&self.identities[stream]), Some(upto.to_be_bytes().into()))
     }
 
     /// How many messages of a range were neither copied nor counted as lost.
@@ -251,6 +264,10 @@ impl Index {
     fn insert(&mut self, place: Place, offset: u64, len: u32) {
         let before = self.copies.insert(place, Copy { offset, len, wanted: Wanted::Begun });
         self.bytes = self.bytes + u64::from(len) - before.map_or(0, |before| before.len.into());
+    }
+
+    fn remove(&mut self, place: Place) {
+        self.bytes -= self.copies.remove(&place).map_or(0, |copy| copy.len.into());
     }
 
     fn retain(&mut self, mut stays: impl FnMut(&Place, &mut Copy) -> bool) {
@@ -336,8 +353,7 @@ async fn save(broker: &Arc<Broker>, number: usize, upto: u64) -> Result<(), Stop
         copy(broker, number, wanted).await?;
         broker.copies.index().handled[number] = to;
         if any {
-            let key = handled_key(&broker.identities[number]);
-            handled(&*broker.broker, (key, Some(to.to_be_bytes().into()))).await?;
+            handled(&*broker.broker, broker.copies.handled(number, to)).await?;
         }
         broker.copies.readers[number].advance(Offset(to));
         from = to;
@@ -359,15 +375,16 @@ async fn copy(broker: &Arc<Broker>, number: usize, wanted: BTreeMap<u64, Wanted>
     wanted.keys().for_each(|offset| picks.add(*offset));
     let (mut chunk, mut bytes, mut batches) = (Vec::new(), 0, 0);
     let (mut lost, mut expired) = (BTreeSet::new(), BTreeSet::new());
+    let place = |offset| Place { stream: number as u16, offset };
     let mut is_freed = false;
     while let Some(picked) = picks.next(stream).await.map_err(|_| Stopped)? {
-        lost.extend(picked.gone);
+        lost.extend(picked.gone.into_iter().map(place));
         let (batch, at) = picked.found.unzip();
         for (at, batch) in at.iter().flatten().zip(batch.iter().cycle()) {
             let message = batch.message(*at);
             let offset = message.offset().0;
             if wanted[&offset] == Wanted::Waits && is_expired(message) {
-                expired.insert(offset);
+                expired.insert(place(offset));
                 continue;
             }
             let len = len_of(message) as usize;
@@ -378,30 +395,31 @@ async fn copy(broker: &Arc<Broker>, number: usize, wanted: BTreeMap<u64, Wanted>
                 blocking(move || looked.copies.free(&looked)).await;
             }
             if is_full() {
-                lost.insert(offset);
+                lost.insert(place(offset));
                 continue;
             }
             bytes += len;
-            chunk.push((Place { stream: number as u16, offset }, (batch.clone(), *at)));
+            chunk.push((place(offset), (batch.clone(), *at)));
         }
         batches += 1;
         if bytes >= CHUNK_BYTES || batches >= CHUNK_BATCHES || picks.is_empty() {
-            broker.counters.copied.increment(chunk.len() as u64);
-            lost.extend(copies.append(&mut chunk).await?.into_iter().map(|place| place.offset));
+            let count = chunk.len();
+            // Retention goes on meanwhile, unless something is still to be counted.
+            let is_all = lost.is_empty() && expired.is_empty();
+            let done = chunk.last().filter(|_| is_all).map(|(last, _)| last.offset + 1);
+            let change = done.map(|done| copies.handled(number, done));
+            let too_large = copies.append(&mut chunk, change).await?;
+            broker.counters.copied.increment((count - too_large.len()) as u64);
+            lost.extend(too_large);
+            if let Some(done) = done.filter(|_| lost.is_empty()) {
+                copies.index().handled[number] = done;
+                copies.readers[number].advance(Offset(done));
+            }
             (bytes, batches) = (0, 0);
         }
     }
-    let forget = |gone: &BTreeSet<u64>| -> u64 {
-        let is_gone = |place: Place| usize::from(place.stream) == number && gone.contains(&place.offset);
-        let sessions = broker.sessions.all();
-        if gone.is_empty() {
-            0
-        } else {
-            sessions.iter().map(|session| session.outbox().forget(is_gone)).sum()
-        }
-    };
-    broker.counters.expired.increment(forget(&expired));
-    let lost = forget(&lost);
+    broker.counters.expired.increment(forget(broker, expired).await);
+    let lost = forget(broker, lost).await;
     if lost > 0 {
         broker.counters.gap.increment(lost);
         let detail = format!("stream {}", stream.name());
@@ -409,6 +427,17 @@ async fn copy(broker: &Arc<Broker>, number: usize, wanted: BTreeMap<u64, Wanted>
         broker.failures.report(kind, lost, &detail, "");
     }
     Ok(())
+}
+
+/// Makes the sessions forget what is no more; how many deliveries that were.
+async fn forget(broker: &Arc<Broker>, gone: BTreeSet<Place>) -> u64 {
+    if gone.is_empty() {
+        return 0;
+    }
+    let broker = broker.clone();
+    let is_gone = move |place: Place| gone.contains(&place);
+    blocking(move || broker.sessions.all().iter().map(|session| session.outbox().forget(&is_gone)).sum())
+        .await
 }
 
 /// Appends again what is still wanted of the copies below `upto`, and frees all others.
@@ -426,24 +455,32 @@ async fn renew(broker: &Arc<Broker>, upto: u64) -> Result<(), Stopped> {
         picks.add(copies, *place);
     }
     let wanted: BTreeMap<Place, Wanted> = old.into_iter().collect();
-    let mut chunk = Vec::new();
+    let (reader, mut expired) = (&copies.readers[broker.streams.len()], BTreeSet::new());
+    let mut chunk: Vec<(Place, Found)> = Vec::new();
     while let Some(found) = picks.next(copies).await.map_err(|_| Stopped)? {
         for (place, copy) in found {
             let is_over =
                 |(batch, at): &Found| wanted[&place] == Wanted::Waits && is_expired(batch.message(*at));
             match copy {
                 Some(copy) if !is_over(&copy) => chunk.push((place, copy)),
+                Some(_) => {
+                    expired.insert(place);
+                }
                 // Whoever waits for it finds that it is no more.
-                _ => copies.index().retain(|known, _| *known != place),
+                None => copies.index().remove(place),
             }
         }
         let bytes: usize = chunk.iter().map(|(_, (batch, at))| len_of(batch.message(*at)) as usize).sum();
         if bytes >= CHUNK_BYTES || chunk.len() >= CHUNK_BATCHES {
-            copies.append(&mut chunk).await?;
+            let done = chunk.last().map(|(_, (batch, at))| batch.message(*at).offset().0 + 1);
+            copies.append(&mut chunk, None).await?;
+            done.filter(|_| expired.is_empty()).into_iter().for_each(|done| reader.advance(Offset(done)));
         }
     }
-    copies.append(&mut chunk).await?;
-    copies.readers[broker.streams.len()].advance(Offset(upto));
+    copies.append(&mut chunk, None).await?;
+    expired.iter().for_each(|place| copies.index().remove(*place));
+    broker.counters.expired.increment(forget(broker, expired).await);
+    reader.advance(Offset(upto));
     Ok(())
 }
 

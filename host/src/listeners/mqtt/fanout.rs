@@ -498,13 +498,14 @@ async fn follow(broker: &Broker, number: usize) {
     if from == IDLE {
         return;
     }
-    let mut cursor = stream.cursor(Offset(from));
+    let start = stream.bounds().start.0;
+    // Not left to the cursor, which would count it as a gap.
+    let mut trimmed = (from < start).then_some(from..start);
+    let mut cursor = stream.cursor(Offset(from.max(start)));
     loop {
-        let read = match cursor.next().await {
-            Ok(Read::Gap { from, to, cause: GapCause::Trimmed }) => {
-                replay(broker, number, from.0..to.0).await.map(|()| None)
-            }
-            read => read.map(Some),
+        let read = match trimmed.take() {
+            Some(range) => replay(broker, number, range).await.map(|()| None),
+            None => cursor.next().await.map(Some),
         };
         match read {
             Ok(None) => {}
@@ -515,6 +516,7 @@ async fn follow(broker: &Broker, number: usize) {
                     tokio::task::yield_now().await;
                 }
             }
+            Ok(Some(Read::Gap { from, to, cause: GapCause::Trimmed })) => trimmed = Some(from.0..to.0),
             Ok(Some(Read::Gap { from, to, .. })) => {
                 missed(broker, number, to.0.saturating_sub(from.0), from.0..to.0);
             }

@@ -3,6 +3,7 @@
 
 mod access;
 mod acks;
+mod copies;
 mod limits;
 mod sessions;
 mod subscribers;

@@ -156,7 +156,7 @@ async fn a_clean_start_given_up_before_it_is_durable_still_ends_the_old_session(
 }
 
 /// A listener over `stream` whose sessions outlive it in `broker`.
-async fn host(
+pub(super) async fn host(
     stream: &Arc<MemoryStream>,
     broker: &Arc<MemoryStream>,
     change: impl FnOnce(&mut Config),
@@ -164,7 +164,7 @@ async fn host(
     Host::start(Streams::new(vec![], stream.clone()), broker.clone(), change).await
 }
 
-async fn publish_numbers(host: &Host, topic: &'static str, numbers: std::ops::Range<u16>) {
+pub(super) async fn publish_numbers(host: &Host, topic: &'static str, numbers: std::ops::Range<u16>) {
     let mut publisher = host.clean("publisher").await;
     for number in numbers {
         let payload = number.to_string().into();
@@ -174,7 +174,7 @@ async fn publish_numbers(host: &Host, topic: &'static str, numbers: std::ops::Ra
 }
 
 impl Client {
-    async fn numbers(&mut self, count: usize) -> Vec<u16> {
+    pub(super) async fn numbers(&mut self, count: usize) -> Vec<u16> {
         let mut numbers = Vec::new();
         for _ in 0..count {
             let publish = self.received().await;
@@ -228,94 +228,6 @@ async fn what_retention_took_before_its_subscriber_came_is_passed_over() {
     assert_eq!(client.numbers(2).await, [3, 4]);
     client.nothing_but_ping().await;
     host.stop().await;
-}
-
-/// A session that is away, for which five messages wait.
-async fn away(host: &Host, qos: QoS) {
-    let (mut client, _) = host.client(resuming("c")).await;
-    client.subscribe("a", SubscriptionOptions { qos, ..QOS1 }).await;
-    client.send(Disconnect { reason_code: Reason::NormalDisconnection, ..Disconnect::default() }).await;
-    assert_eq!(client.try_receive().await, None);
-    publish_numbers(host, "a", 0..5).await;
-}
-
-#[tokio::test]
-async fn what_waits_is_copied_before_retention_takes_it_and_once_for_all_sessions() {
-    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
-    let host = host(&stream, &broker, |_| {}).await;
-    let (mut other, _) = host.client(resuming("other")).await;
-    other.subscribe("a", QOS1).await;
-    other.send(Disconnect { reason_code: Reason::NormalDisconnection, ..Disconnect::default() }).await;
-    assert_eq!(other.try_receive().await, None);
-    away(&host, QoS::AtLeastOnce).await;
-    stream.ask_and_trim(Offset(3)).await;
-    assert_eq!(stream.bounds().start, Offset(3));
-    assert_eq!(broker.bounds().end, Offset(3), "one copy of each");
-    stream.ask_and_trim(Offset(5)).await;
-    for id in ["c", "other"] {
-        let (mut client, _) = host.client(resuming(id)).await;
-        assert_eq!(client.numbers(5).await, [0, 1, 2, 3, 4]);
-        client.nothing_but_ping().await;
-    }
-    host.stop().await;
-}
-
-#[tokio::test]
-async fn copies_are_found_again_after_a_restart_also_by_a_session_whose_note_is_old() {
-    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
-    let first = host(&stream, &broker, |_| {}).await;
-    away(&first, QoS::AtLeastOnce).await;
-    let note = broker.state(b"qr");
-    stream.ask_and_trim(Offset(3)).await;
-    first.stop().await;
-    // As a crash would leave it: the note of when the client left.
-    let notes: Vec<_> = note.iter().map(|(key, value)| StateChange { key, value: Some(value) }).collect();
-    broker.append(&[], &notes).unwrap();
-    let second = host(&stream, &broker, |_| {}).await;
-    publish_numbers(&second, "a", 5..6).await;
-    stream.ask_and_trim(Offset(6)).await;
-    let (mut client, _) = second.client(resuming("c")).await;
-    assert_eq!(client.numbers(6).await, [0, 1, 2, 3, 4, 5]);
-    client.nothing_but_ping().await;
-    second.stop().await;
-}
-
-#[tokio::test]
-async fn copies_outlive_the_segments_of_the_brokers_stream_for_as_long_as_somebody_waits() {
-    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
-    let host = host(&stream, &broker, |_| {}).await;
-    away(&host, QoS::AtLeastOnce).await;
-    stream.ask_and_trim(Offset(5)).await;
-    assert_eq!(broker.bounds(), Offset(0)..Offset(5));
-    broker.ask_and_trim(Offset(5)).await;
-    assert_eq!(broker.bounds(), Offset(5)..Offset(10), "appended again");
-    let (mut client, _) = host.client(resuming("c")).await;
-    for number in 0..5 {
-        assert_eq!(client.numbers(1).await, [number]);
-    }
-    client.nothing_but_ping().await;
-    broker.ask_and_trim(Offset(10)).await;
-    assert_eq!(broker.bounds(), Offset(10)..Offset(10), "nobody waits for them any more");
-    host.stop().await;
-}
-
-#[tokio::test]
-async fn what_is_over_a_bound_or_expired_is_not_copied() {
-    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
-    // Over the queue's bound.
-    let first = host(&stream, &broker, |config| config.queue_messages_max = 2).await;
-    away(&first, QoS::AtLeastOnce).await;
-    stream.ask_and_trim(Offset(5)).await;
-    assert_eq!(broker.bounds().end, Offset(2));
-    first.stop().await;
-    // Over the bound of all copies: dropped, and what comes later is delivered.
-    let second = host(&stream, &broker, |config| config.queue_copies_bytes_max = ByteSize(1)).await;
-    publish_numbers(&second, "a", 5..7).await;
-    stream.ask_and_trim(Offset(6)).await;
-    let (mut client, _) = second.client(resuming("c")).await;
-    assert_eq!(client.numbers(3).await, [3, 4, 6]);
-    client.nothing_but_ping().await;
-    second.stop().await;
 }
 
 #[tokio::test]
