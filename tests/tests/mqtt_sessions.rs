@@ -246,8 +246,8 @@ fn what_a_publisher_5_sent_survives_a_break_at_every_step() {
 fn what_waits_for_a_client_that_is_away_is_there_after_kill_9() {
     let mut host = Host::start("sessions-away", "");
     let topic = "test/away";
-    let mut one = Subscriber::new(host.mqtt(), Version::V5, topic, 1);
-    let mut two = Subscriber::new(host.mqtt(), Version::V311, "test/+", 2);
+    let one = Subscriber::new(host.mqtt(), Version::V5, topic, 1);
+    let two = Subscriber::new(host.mqtt(), Version::V311, "test/+", 2);
     for subscriber in [&one, &two] {
         subscriber.client.cut();
     }
@@ -268,14 +268,18 @@ fn what_waits_for_a_client_that_is_away_is_there_after_kill_9() {
             publisher = Client::clean(host.mqtt(), Version::V311, "publisher");
         }
     }
+    get_all_after_kill_9(&mut host, [one, two], &texts);
+    host.stop();
+}
+
+fn get_all_after_kill_9(host: &mut Host, subscribers: [Subscriber; 2], texts: &[String]) {
     host.kill();
     host.run();
-    for subscriber in [&mut one, &mut two] {
+    for mut subscriber in subscribers {
         subscriber.come_back(host.mqtt());
-        subscriber.finish("1499");
+        subscriber.finish(texts.last().expect("some"));
         assert_eq!(subscriber.given, texts, "each once, in order");
     }
-    host.stop();
 }
 
 #[test]
@@ -284,8 +288,8 @@ fn what_waits_for_a_client_that_is_away_outlives_its_streams_retention_and_kill_
                   pipelines: { all: { from: all, routes: { default: rows } } }\n\
                   sinks: { rows: { type: sqlite, path: data/rows.db, table: rows, on_lag: detach } }\n";
     let mut host = Host::start("sessions-trimmed", config);
-    let mut one = Subscriber::new(host.mqtt(), Version::V5, "test/away", 1);
-    let mut two = Subscriber::new(host.mqtt(), Version::V311, "test/+", 2);
+    let one = Subscriber::new(host.mqtt(), Version::V5, "test/away", 1);
+    let two = Subscriber::new(host.mqtt(), Version::V311, "test/+", 2);
     for subscriber in [&one, &two] {
         subscriber.client.cut();
     }
@@ -304,13 +308,7 @@ fn what_waits_for_a_client_that_is_away_outlives_its_streams_retention_and_kill_
             publisher = Client::clean(host.mqtt(), Version::V311, "publisher");
         }
     }
-    host.kill();
-    host.run();
-    for subscriber in [&mut one, &mut two] {
-        subscriber.come_back(host.mqtt());
-        subscriber.finish("79");
-        assert_eq!(subscriber.given, texts, "each once, in order");
-    }
+    get_all_after_kill_9(&mut host, [one, two], &texts);
     assert_eq!(host.metric("headworks_mqtt_dropped_total", &[]), 0.0, "nothing is counted as lost");
     host.stop();
 }

@@ -23,6 +23,7 @@ use crate::step::Chain;
 use crate::stream::{Identity, OnLag, Stream};
 use crate::telemetry::Failures;
 
+mod board;
 mod config;
 mod dead_letters;
 mod dead_letters_config;
@@ -52,11 +53,12 @@ pub use metrics::METRICS;
 pub use redrive::{DONE_PREFIX, Filter, RedriveError, Summary, is_open, list_open, sent_again};
 pub use status::{PipelineStatus, SinkStatus, State};
 
+use board::Board;
 use delivery::{Control, Delivery};
 use metrics::{PipelineMetrics, SinkMetrics};
 use routes::Routes;
 use status::SinkShared;
-use supervisor::{Board, Member, Supervisor};
+use supervisor::{Member, Supervisor};
 use worker::Shared;
 use writer::{Refusals, Writer};
 

@@ -1,0 +1,90 @@
+//! Where a pipeline shows what it does, for status, readiness and metrics.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use tokio::sync::watch;
+
+use super::dead_letters::DeadLetters;
+use super::status::{PipelineStatus, SinkShared, SinkStatus, State};
+use crate::batch::Offset;
+use crate::step::Chain;
+use crate::stream::Stream;
+
+/// What others read of a pipeline.
+pub struct Board {
+    name: String,
+    stream: Arc<dyn Stream>,
+    sinks: Vec<Arc<SinkShared>>,
+    letters: Arc<DeadLetters>,
+    pub(super) shown: watch::Sender<Shown>,
+}
+
+/// Written by the supervisor.
+pub(super) struct Shown {
+    pub state: State,
+    pub read: Offset,
+    pub chain: Option<Chain>,
+    pub swap_refused: Option<String>,
+    pub own_lane: Vec<bool>,
+}
+
+impl Board {
+    pub fn new(
+        name: &str,
+        stream: Arc<dyn Stream>,
+        sinks: Vec<Arc<SinkShared>>,
+        letters: Arc<DeadLetters>,
+    ) -> Self {
+        let shown = Shown {
+            state: State::Starting,
+            read: Offset(0),
+            chain: None,
+            swap_refused: None,
+            own_lane: vec![false; sinks.len()],
+        };
+        Self { name: name.to_owned(), stream, sinks, letters, shown: watch::Sender::new(shown) }
+    }
+
+    /// The steps that run.
+    pub fn chain(&self) -> Option<Chain> {
+        self.shown.borrow().chain.clone()
+    }
+
+    pub fn status(&self) -> PipelineStatus {
+        let end = self.stream.bounds().end;
+        let shown = self.shown.borrow();
+        let sink = |(shared, own_lane): (&Arc<SinkShared>, &bool)| {
+            let committed = shared.committed.load(Ordering::Acquire);
+            let committed = (committed != u64::MAX).then_some(Offset(committed));
+            SinkStatus {
+                name: shared.name.clone(),
+                state: shared.state(),
+                committed,
+                lag_messages: committed.map_or(0, |committed| end.0.saturating_sub(committed.0)),
+                own_lane: *own_lane,
+            }
+        };
+        let state = match (&shown.state, self.letters.waiting()) {
+            (State::Running, Some(reason)) => State::Holding(reason),
+            (state, _) => state.clone(),
+        };
+        PipelineStatus {
+            name: self.name.clone(),
+            stream: self.stream.name().to_owned(),
+            state,
+            chain: shown.chain.as_ref().map(|chain| chain.generation),
+            swap_refused: shown.swap_refused.clone(),
+            read: shown.read,
+            end,
+            sinks: self.sinks.iter().zip(&shown.own_lane).map(sink).collect(),
+        }
+    }
+
+    /// Changes whenever the pipeline has looked after itself.
+    #[cfg(test)]
+    pub async fn shown(&self) {
+        // The sender lives as long as `self`.
+        let _ = self.shown.subscribe().changed().await;
+    }
+}
