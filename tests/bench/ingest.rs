@@ -1,8 +1,6 @@
 //! Acks a second of 8 publishers, QoS 1, 256 B, window 100: ours after the sync
 //! of each message, mosquitto as Debian ships it.
 
-use std::io::Write;
-use std::process::Stdio;
 use std::time::Duration;
 
 use headworks_tests::host::Host;
@@ -62,12 +60,7 @@ fn guarded() -> Host {
         - { effect: allow, user: load, action: publish, topics: [\"acme/+/+/%c/+\"] }\n";
     let mut host = Host::prepare_with("bench-ingest-access", mqtt, &config(""));
     let (name, password) = USER;
-    let mut command = host.command(&["passwd", "passwords", name]);
-    let mut passwd = command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("headworks runs");
-    let mut stdin = passwd.stdin.take().expect("piped");
-    writeln!(stdin, "{password}").expect("it reads the password");
-    drop(stdin);
-    assert!(passwd.wait().expect("our child").success());
+    host.passwd(name, password, &[]);
     host.run();
     host
 }

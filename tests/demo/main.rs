@@ -9,7 +9,6 @@ mod scene;
 mod show;
 
 use std::io::IsTerminal;
-use std::time::Duration;
 
 use devices::{Load, Readings};
 use scene::Scene;
@@ -34,7 +33,7 @@ fn main() {
 
     title(&format!("{DEVICES} devices send {READINGS} readings each"));
     let first = Load::new(DEVICES, Readings { from: 0, count: READINGS }, LIMIT).send(scene.host.mqtt());
-    let counts = scene.wait_for(&first, Duration::from_secs(120));
+    let counts = scene.wait_for(&first);
     println!(
         "{} messages in {:.1} s: {} messages/s, each acknowledged after it was\nsynced to disk.\n",
         number(first.sent),
@@ -63,7 +62,7 @@ fn main() {
     }
     let second =
         Load::new(DEVICES, Readings { from: READINGS, count: 10 }, LOWER_LIMIT).send(scene.host.mqtt());
-    let after = scene.wait_for_total(first.sent + second.sent, Duration::from_secs(120));
+    let after = scene.wait_for_total(first.sent + second.sent);
     println!(
         "No restart: of the next {} messages {} became alerts\n(before: {} of {}).",
         number(second.sent),

@@ -3,11 +3,9 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::net::TcpListener;
-use std::time::Duration;
 
 use headworks_tests::folder::{root, target};
 use headworks_tests::host::{Host, prebuilt};
-use headworks_tests::process::eventually;
 use headworks_tests::telemetry::sqlite_count;
 
 use crate::devices::{Sent, device_name, site};
@@ -76,9 +74,7 @@ impl Scene {
         self.host.folder.write("plugins/30-route.yaml", rule(limit));
         if before > 0 {
             // Taken once the file is quiet; the host says so.
-            eventually("the host takes the new limit", Duration::from_secs(30), || {
-                self.host.log().get(before..).is_some_and(|log| log.contains("route")).then_some(())
-            });
+            self.host.says_past(before, "route");
         }
     }
 
@@ -88,12 +84,13 @@ impl Scene {
     }
 
     /// Waits until something became of every message.
-    pub fn wait_for(&self, sent: &Sent, at_most: Duration) -> Counts {
-        self.wait_for_total(sent.sent, at_most)
+    pub fn wait_for(&self, sent: &Sent) -> Counts {
+        self.wait_for_total(sent.sent)
     }
 
-    pub fn wait_for_total(&self, total: u64, at_most: Duration) -> Counts {
-        eventually("something became of every message", at_most, || {
+    pub fn wait_for_total(&self, total: u64) -> Counts {
+        // What is refused is counted before a sink's position moves past it.
+        self.host.writes("something became of every message", || {
             let counts = self.count();
             (counts.total() >= total).then_some(counts)
         })

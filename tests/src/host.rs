@@ -3,6 +3,7 @@
 //! The host listens on ports that the OS gives out and writes them to
 //! `data/run.json` once it serves.
 
+use std::io::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
@@ -12,13 +13,18 @@ use std::time::Duration;
 use rustix::process::Signal;
 use serde::Deserialize;
 
+use crate::events::Events;
 use crate::folder::{Folder, root, target};
-use crate::process::{Process, eventually};
+use crate::mqtt::Version;
+use crate::process::Process;
 use crate::{http, process};
 
 /// Generous: a busy machine with two cores runs several tests at once.
 const START_MAX: Duration = Duration::from_secs(60);
 const STOP_MAX: Duration = Duration::from_secs(60);
+/// Only a hung test meets it.
+const PATIENCE: Duration = Duration::from_secs(180);
+const LOG: &str = "host.log";
 
 #[derive(Debug)]
 pub struct Host {
@@ -92,7 +98,7 @@ impl Host {
         let log = std::fs::File::options()
             .create(true)
             .append(true)
-            .open(self.folder.join("host.log"))
+            .open(self.folder.join(LOG))
             .expect("our folder");
         let mut command = self.command(&["run", "--config", "headworks.yaml"]);
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("our file")).stderr(log);
@@ -101,16 +107,28 @@ impl Host {
         self.bound = None;
     }
 
+    /// Starts it and kills it (-9) once its files have changed so often, or when it serves.
+    pub fn launch_and_kill(&mut self, changes: usize) {
+        let folders = ["data", "data/broker", "data/dead-letters", "data/streams/telemetry"];
+        let events = Events::of_files(folders.map(|name| self.folder.join(name)));
+        self.launch();
+        let mut seen = 0;
+        events.until("the host begins", START_MAX, || {
+            seen += 1;
+            (seen > changes || self.folder.join("data/run.json").exists()).then_some(())
+        });
+        self.kill();
+    }
+
     pub fn wait_ready(&mut self) {
         let run = self.folder.join("data/run.json");
-        let process = self.process.as_mut().expect("launched");
-        let log = self.folder.join("host.log");
-        let bound: Bound = eventually("the host is ready", START_MAX, || {
-            assert!(process.alive(), "the host ended at its start:\n{}", tail(&log));
+        let process = self.process.as_ref().expect("launched").id();
+        // It says when it listens, and when each sink is open and each pipeline runs.
+        let events = Events::of_files([self.folder.join(LOG)]).while_runs(process);
+        self.bound = Some(events.until("the host is ready", START_MAX, || {
             let bound: Bound = serde_json::from_slice(&std::fs::read(&run).ok()?).ok()?;
             matches!(http::get(bound.admin, "/readyz"), Ok((200, _))).then_some(bound)
-        });
-        self.bound = Some(bound);
+        }));
     }
 
     pub fn mqtt(&self) -> SocketAddr {
@@ -152,6 +170,15 @@ impl Host {
         command
     }
 
+    /// `headworks passwd passwords USER`, and these options.
+    pub fn passwd(&self, user: &str, password: &str, options: &[&str]) {
+        let mut command = self.command(&["passwd", "passwords", user]);
+        let mut child =
+            command.args(options).stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("the binary");
+        writeln!(child.stdin.take().expect("piped"), "{password}").expect("the command reads");
+        assert!(child.wait().expect("our child").success());
+    }
+
     /// Runs `headworks ARGS --config headworks.yaml`; fails unless it succeeds.
     pub fn cli(&self, args: &[&str]) -> String {
         process::run(self.command(args).args(["--config", "headworks.yaml"]))
@@ -187,21 +214,43 @@ impl Host {
     }
 
     pub fn log(&self) -> String {
-        std::fs::read_to_string(self.folder.join("host.log")).unwrap_or_default()
+        std::fs::read_to_string(self.folder.join(LOG)).unwrap_or_default()
     }
 
     /// Waits until the log holds a text.
     pub fn says(&self, text: &str) {
-        eventually(&format!("the host says {text:?}"), Duration::from_secs(60), || {
-            self.log().contains(text).then_some(())
+        self.says_past(0, text);
+    }
+
+    /// The same past so many bytes of the log.
+    pub fn says_past(&self, begin: usize, text: &str) {
+        let events = Events::of_files([self.folder.join(LOG)]);
+        events.until(&format!("the host says {text:?}"), PATIENCE, || {
+            self.log().get(begin..).is_some_and(|log| log.contains(text)).then_some(())
         });
+    }
+
+    /// Waits for what the host writes to its sinks' files, dead letters or the plugins' folder of its own.
+    pub fn writes<T>(&self, what: &str, look: impl FnMut() -> Option<T>) -> T {
+        let folders = ["data", "data/dead-letters", "data/plugin-cache"].map(|name| self.folder.join(name));
+        Events::of_files(folders).until(what, PATIENCE, look)
+    }
+
+    /// One past the last message of the stream `telemetry`.
+    pub fn end(&self) -> u64 {
+        let (_, status) = http::get(self.admin(), "/api/status").expect("the host serves it");
+        let status: serde_json::Value = serde_json::from_str(&status).expect("JSON");
+        let streams = status["streams"].as_array().expect("a list").iter();
+        let stream =
+            streams.clone().find(|stream| stream["name"] == "telemetry").expect("the default stream");
+        stream["end"].as_u64().expect("a number")
     }
 }
 
 impl Drop for Host {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("---- end of the host's log ----\n{}", tail(&self.folder.join("host.log")));
+            eprintln!("---- end of the host's log ----\n{}", tail(&self.folder.join(LOG)));
         }
         self.kill();
     }
@@ -218,6 +267,14 @@ impl Shared {
 
     pub fn get(&self, name: &str, config: &str) -> Arc<Host> {
         self.get_with(|| Host::start(name, config))
+    }
+
+    /// Runs a test of a host with the default config, once in each version of MQTT.
+    pub fn in_both_versions(&self, name: &str, test: impl Fn(&Host, Version)) {
+        let host = self.get(name, "");
+        for version in [Version::V311, Version::V5] {
+            test(&host, version);
+        }
     }
 
     /// The same for a host that `start` prepares and runs.

@@ -1,10 +1,11 @@
 //! What the tests and benchmarks stand on: the real binary, real servers, real
 //! clients, each private to one test, on ports that the OS gave out.
 //!
-//! Blocking on purpose: a test reads as a script. Nothing here retries a
-//! promise; only the start of a process is polled, up to a deadline.
+//! Blocking on purpose: a test reads as a script. Nothing here retries or
+//! polls: a test awaits the event, up to a deadline.
 
 pub mod certificates;
+pub mod events;
 pub mod folder;
 pub mod host;
 pub mod http;

@@ -1,12 +1,15 @@
 //! mosquitto as Debian ships it: the rival in benchmarks, and its command line clients.
 
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use crate::events::Events;
 use crate::folder::Folder;
-use crate::process::{Process, eventually, free_port};
+use crate::process::{Process, free_port};
+
+const START_MAX: Duration = Duration::from_secs(30);
 
 #[derive(Debug)]
 pub struct Mosquitto {
@@ -32,13 +35,14 @@ impl Mosquitto {
                 if rustix::process::geteuid().is_root() { "user root\n" } else { "" }
             ),
         );
-        let mut process = Process::spawn(
+        let log = folder.write("mosquitto.log", "");
+        let process = Process::spawn(
             "mosquitto",
             Command::new(broker()).arg("-c").arg(config).stdout(Stdio::null()).stderr(Stdio::null()),
         );
-        eventually("mosquitto answers", Duration::from_secs(10), || {
-            assert!(process.alive(), "mosquitto ended at its start");
-            TcpStream::connect(addr).ok()
+        // Said once it listens.
+        Events::of_files([&log]).while_runs(process.id()).until("mosquitto runs", START_MAX, || {
+            std::fs::read_to_string(&log).ok()?.contains(" running").then_some(())
         });
         Self { addr, process, _folder: folder }
     }

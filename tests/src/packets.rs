@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use crate::host::Host;
 use crate::mqtt::{self, Connection, Version, kind};
 
 /// Only a hung test meets it.
@@ -333,6 +334,11 @@ impl Client {
             client.properties = each_property(rest);
         }
         client
+    }
+
+    /// Clean, with a name of its own.
+    pub fn unique(host: &Host, version: Version) -> Self {
+        Self::clean(host.mqtt(), version, &unique("client"))
     }
 
     /// Clean.

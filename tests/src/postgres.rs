@@ -1,23 +1,31 @@
 //! A private PostgreSQL server: its own folder, its own port, ended with the test.
 
+use std::future::poll_fn;
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{ChildStdin, Command, Stdio};
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
-use tokio_postgres::{NoTls, Row, types::ToSql};
+use tokio_postgres::{AsyncMessage, NoTls, Row, types::ToSql};
 
+use crate::events::{self, Events};
 use crate::folder::Folder;
-use crate::process::{Process, eventually, free_port, run};
+use crate::process::{Process, free_port, run};
 
 #[derive(Debug)]
 pub struct Postgres {
     port: u16,
     folder: Folder,
     process: Option<Process>,
+    watcher: Option<ChildStdin>,
 }
+
+/// Only a hung test meets it.
+const PATIENCE: Duration = Duration::from_secs(180);
 
 /// Autovacuum is off so that rows lie in the order of their commits; the rest
 /// is Debian's default: fsync and synchronous_commit on.
@@ -35,18 +43,16 @@ impl Postgres {
             .args(["--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C", "--no-sync", "-D"])
             .arg(&data)
             .current_dir(folder.path()));
-        let mut server = Self { port: free_port(), folder, process: None };
+        let mut server = Self { port: free_port(), folder, process: None, watcher: None };
         server.restart();
         server
     }
 
     /// Starts it on its port and data; waits until it answers.
     pub fn restart(&mut self) {
-        let log = std::fs::File::options()
-            .create(true)
-            .append(true)
-            .open(self.folder.join("postgres.log"))
-            .expect("our folder");
+        let path = self.folder.join("postgres.log");
+        let log = std::fs::File::options().create(true).append(true).open(&path).expect("our folder");
+        let said_before = log.metadata().expect("our file").len() as usize;
         // A server that was killed leaves its lock file; the next one reads it and goes on.
         let mut command = as_server_user("postgres");
         command.arg("-D").arg(self.folder.join("data")).arg("-p").arg(self.port.to_string());
@@ -55,25 +61,31 @@ impl Postgres {
             command.arg("-c").arg(setting);
         }
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("our file")).stderr(log);
-        let mut process = Process::spawn("postgres", &mut command);
-        eventually("PostgreSQL answers", Duration::from_secs(60), || {
-            assert!(process.alive(), "postgres ended at its start, see {}", self.folder.path().display());
-            Database::connect(&self.url("postgres")).ok()
+        let process = Process::spawn("postgres", &mut command);
+        Events::of_files([&path]).while_runs(process.id()).until("PostgreSQL is ready", PATIENCE, || {
+            let said = std::fs::read(&path).ok()?;
+            let said = String::from_utf8_lossy(said.get(said_before..)?).into_owned();
+            said.contains("ready to accept connections").then_some(())
         });
-        end_with_us(process.id(), self.folder.path());
         self.process = Some(process);
+        self.watcher = Some(end_with_us(self.folder.path()));
     }
 
     /// kill -9 of the postmaster; its children notice and end, as after a crash.
     pub fn kill(&mut self) {
+        self.dismiss_watcher();
         if let Some(mut process) = self.process.take() {
             process.kill();
         }
-        self.wait_for_children();
+        // The next postmaster refuses to start while a backend of the killed one is attached.
+        for backend in processes_in(&self.folder.join("data")) {
+            assert!(events::ended(backend, PATIENCE), "backend {backend} of the killed server does not end");
+        }
     }
 
     /// An immediate shutdown (SIGQUIT): as a crash to the clients, at once.
     pub fn stop(&mut self) {
+        self.dismiss_watcher();
         if let Some(mut process) = self.process.take() {
             process.signal(Signal::QUIT);
             process.wait(Duration::from_secs(30));
@@ -102,12 +114,11 @@ impl Postgres {
         Database::connect(&self.url(&name)).expect("the database was just created")
     }
 
-    // The next postmaster refuses to start while a backend of the killed one is attached.
-    fn wait_for_children(&self) {
-        let needle = self.folder.join("data");
-        eventually("backends of the killed server end", Duration::from_secs(30), || {
-            (!processes_in(&needle)).then_some(())
-        });
+    fn dismiss_watcher(&mut self) {
+        if let Some(mut watcher) = self.watcher.take() {
+            // Who was ended already needs no word.
+            let _ = watcher.write_all(b"\n");
+        }
     }
 }
 
@@ -124,26 +135,30 @@ pub fn shared() -> &'static Postgres {
 }
 
 // Statics are not dropped, and a test may be killed: a small watcher ends the
-// server after us. (A parent-death signal would come with the end of the
-// *thread* that started it.)
-fn end_with_us(server: u32, folder: &Path) {
-    let script = format!(
-        "while kill -0 {us} 2>/dev/null; do kill -0 {server} 2>/dev/null || exit 0; sleep 0.5; done; \
-         kill -QUIT {server} 2>/dev/null && sleep 2 && rm -rf '{folder}'",
-        us = std::process::id(),
-        folder = folder.display()
-    );
-    let _ = Command::new("setsid")
-        .args(["sh", "-c", &script])
-        .stdin(Stdio::null())
+// server when the pipe from us is closed before we sent it away. (A parent-death
+// signal would come with the end of the *thread* that started it.)
+fn end_with_us(folder: &Path) -> ChildStdin {
+    let mut end = as_server_user("pg_ctl");
+    end.args(["stop", "-m", "immediate", "-D"]).arg(folder.join("data"));
+    let mut watcher = Command::new("setsid")
+        .args(["sh", "-c", r#"read -r _ || { folder=$1; shift; "$@"; rm -rf "$folder"; }"#, "watcher"])
+        .arg(folder)
+        .arg(end.get_program())
+        .args(end.get_args())
+        .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
-        .spawn();
+        .current_dir(folder)
+        .spawn()
+        .expect("a shell");
+    watcher.stdin.take().expect("piped")
 }
 
-fn processes_in(data: &Path) -> bool {
-    let Ok(entries) = std::fs::read_dir("/proc") else { return false };
-    entries.flatten().any(|entry| std::fs::read_link(entry.path().join("cwd")).is_ok_and(|cwd| cwd == data))
+fn processes_in(data: &Path) -> Vec<u32> {
+    let entries = std::fs::read_dir("/proc").expect("Linux").flatten();
+    let here =
+        entries.filter(|entry| std::fs::read_link(entry.path().join("cwd")).is_ok_and(|cwd| cwd == data));
+    here.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 
 /// initdb and postgres refuse root.
@@ -180,6 +195,8 @@ pub struct Database {
     url: String,
     runtime: tokio::runtime::Runtime,
     client: tokio_postgres::Client,
+    /// By NOTIFY.
+    changed: Receiver<()>,
 }
 
 impl Database {
@@ -189,12 +206,19 @@ impl Database {
             .enable_all()
             .build()
             .expect("a runtime of one thread");
+        let (change, changed) = channel();
         let client = runtime.block_on(async {
-            let (client, connection) = tokio_postgres::connect(url, NoTls).await?;
-            tokio::spawn(connection);
+            let (client, mut connection) = tokio_postgres::connect(url, NoTls).await?;
+            tokio::spawn(async move {
+                while let Some(Ok(message)) = poll_fn(|context| connection.poll_message(context)).await {
+                    if matches!(message, AsyncMessage::Notification(_)) && change.send(()).is_err() {
+                        return;
+                    }
+                }
+            });
             Ok::<_, tokio_postgres::Error>(client)
         })?;
-        Ok(Self { url: url.to_owned(), runtime, client })
+        Ok(Self { url: url.to_owned(), runtime, client, changed })
     }
 
     pub fn url(&self) -> &str {
@@ -224,5 +248,26 @@ impl Database {
     /// Rows of a table; 0 while there is no such table.
     pub fn count(&mut self, table: &str) -> i64 {
         self.try_query(&format!("SELECT count(*) FROM {table}"), &[]).map_or(0, |rows| rows[0].get(0))
+    }
+
+    /// Waits for what a commit to this table brings about: the table is given a
+    /// trigger that tells of each.
+    pub fn changes<T>(&mut self, table: &str, what: &str, mut look: impl FnMut(&mut Self) -> Option<T>) -> T {
+        self.execute(&format!(
+            "CREATE OR REPLACE FUNCTION tell_{table}() RETURNS trigger LANGUAGE plpgsql
+                 AS 'BEGIN NOTIFY {table}; RETURN NULL; END';
+             CREATE OR REPLACE TRIGGER tell AFTER INSERT OR UPDATE ON {table}
+                 FOR EACH STATEMENT EXECUTE FUNCTION tell_{table}();
+             LISTEN {table}"
+        ));
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(found) = look(self) {
+                return found;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            self.changed.recv_timeout(left).unwrap_or_else(|error| panic!("{what}: {error}"));
+            while self.changed.try_recv().is_ok() {}
+        }
     }
 }

@@ -1,11 +1,14 @@
 //! A child process that never outlives its test.
 
+use std::hash::{BuildHasher, RandomState};
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
+
+use crate::events;
 
 /// Only a hung test meets it.
 const HUNG_AFTER: Duration = Duration::from_secs(30);
@@ -54,17 +57,15 @@ impl Process {
 
     /// Waits for the end; kills and fails past the deadline.
     pub fn wait(&mut self, at_most: Duration) -> ExitStatus {
-        let deadline = Instant::now() + at_most;
-        loop {
-            if let Some(status) = self.exited() {
-                return status;
-            }
-            if Instant::now() > deadline {
-                self.kill();
-                panic!("{} did not end within {at_most:?}", self.name);
-            }
-            std::thread::sleep(Duration::from_millis(5));
+        // Of one that was waited for, the id may be another's.
+        if let Some(status) = self.exited() {
+            return status;
         }
+        if !events::ended(self.id(), at_most) {
+            self.kill();
+            panic!("{} did not end within {at_most:?}", self.name);
+        }
+        self.child.wait().expect("our child")
     }
 
     /// Resident memory in bytes.
@@ -141,18 +142,6 @@ impl Lines {
     }
 }
 
-/// Polls a condition that another process brings about; fails past the deadline.
-pub fn eventually<T>(what: &str, at_most: Duration, mut probe: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + at_most;
-    loop {
-        if let Some(found) = probe() {
-            return found;
-        }
-        assert!(Instant::now() < deadline, "{what}: not within {at_most:?}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
 /// Runs to the end; fails with all that it said unless it succeeds.
 pub fn run(command: &mut Command) -> String {
     let output = command.output().unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
@@ -166,8 +155,11 @@ pub fn run(command: &mut Command) -> String {
     text
 }
 
-/// A port that is free now, for servers that cannot say which port the OS gave them.
+/// A port that is free now, for servers that cannot say which port the OS gave
+/// them: below those that the kernel gives to sockets that connect.
 pub fn free_port() -> u16 {
-    let socket = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback");
-    socket.local_addr().expect("bound").port()
+    let random = || u16::try_from(10_000 + RandomState::new().hash_one(()) % 20_000).expect("below 30,000");
+    std::iter::repeat_with(random)
+        .find(|port| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok())
+        .expect("a free port")
 }

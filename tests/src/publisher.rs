@@ -5,29 +5,57 @@
 use std::collections::VecDeque;
 use std::io::Write;
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::mqtt::{self, Connection, Version, kind};
 
 /// Where the broker listens now; a restart may move it. `None` while it is down.
 #[derive(Clone, Debug, Default)]
-pub struct Address(Arc<Mutex<Option<SocketAddr>>>);
+pub struct Address(Arc<Watched<Place>>);
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Place {
+    addr: Option<SocketAddr>,
+    /// Counts the changes.
+    change: u64,
+}
 
 impl Address {
     pub fn new(addr: SocketAddr) -> Self {
-        Self(Arc::new(Mutex::new(Some(addr))))
+        let address = Self::default();
+        address.set(Some(addr));
+        address
     }
 
     pub fn set(&self, addr: Option<SocketAddr>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = addr;
+        self.0.change(|place| *place = Place { addr, change: place.change + 1 });
+    }
+}
+
+/// A value that others wait for.
+#[derive(Debug, Default)]
+struct Watched<T> {
+    value: Mutex<T>,
+    changed: Condvar,
+}
+
+impl<T> Watched<T> {
+    fn get(&self) -> MutexGuard<'_, T> {
+        self.value.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub fn get(&self) -> Option<SocketAddr> {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn change(&self, change: impl FnOnce(&mut T)) {
+        change(&mut self.get());
+        self.changed.notify_all();
+    }
+
+    /// False where it was not in time.
+    fn wait(&self, at_most: Duration, until: impl Fn(&T) -> bool) -> bool {
+        let waited = self.changed.wait_timeout_while(self.get(), at_most, |value| !until(value));
+        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
     }
 }
 
@@ -59,7 +87,8 @@ impl Plan {
 #[derive(Debug)]
 pub struct Publisher {
     stop: Arc<AtomicBool>,
-    acked: Arc<AtomicU64>,
+    address: Address,
+    acked: Arc<Watched<u64>>,
     thread: JoinHandle<Sent>,
     device: String,
 }
@@ -73,35 +102,41 @@ pub struct Sent {
     pub reconnects: u32,
 }
 
-/// How long a device goes on trying to get its last acks after it was told to stop.
-const DRAIN_MAX: Duration = Duration::from_secs(120);
-const READ_TIMEOUT: Duration = Duration::from_millis(200);
+/// Only a hung test meets it: a broker that does not come back, an ack that does not come.
+const HUNG_AFTER: Duration = Duration::from_secs(120);
 
 impl Publisher {
     pub fn start(plan: Plan, address: Address) -> Self {
-        let (stop, acked) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (stop, acked) = (Arc::new(AtomicBool::new(false)), Arc::new(Watched::default()));
         let device = plan.device.clone();
         let thread = std::thread::Builder::new()
             .name(device.clone())
             .spawn({
-                let (stop, acked) = (stop.clone(), acked.clone());
+                let (stop, acked, address) = (stop.clone(), acked.clone(), address.clone());
                 move || {
                     Session { plan, address, stop, acked, window: VecDeque::new(), next: 0, reconnects: 0 }
                         .run()
                 }
             })
             .expect("a thread");
-        Self { stop, acked, thread, device }
+        Self { stop, address, acked, thread, device }
     }
 
     /// Messages acknowledged so far.
     pub fn acked(&self) -> u64 {
-        self.acked.load(Ordering::Relaxed)
+        *self.acked.get()
+    }
+
+    /// Waits until so many are acknowledged.
+    pub fn await_acked(&self, count: u64) {
+        let came = self.acked.wait(HUNG_AFTER, |acked| *acked >= count || self.thread.is_finished());
+        assert!(came && self.acked() >= count, "{}: no more acks after {}", self.device, self.acked());
     }
 
     /// No new messages; returns once all begun are acknowledged.
     pub fn finish(self) -> Sent {
         self.stop.store(true, Ordering::Relaxed);
+        self.address.0.change(|_| ());
         self.thread.join().unwrap_or_else(|_| panic!("{} failed", self.device))
     }
 }
@@ -119,7 +154,7 @@ struct Session {
     plan: Plan,
     address: Address,
     stop: Arc<AtomicBool>,
-    acked: Arc<AtomicU64>,
+    acked: Arc<Watched<u64>>,
     /// Values `next - window.len() .. next`.
     window: VecDeque<Phase>,
     next: u64,
@@ -128,23 +163,19 @@ struct Session {
 
 impl Session {
     fn run(mut self) -> Sent {
-        let mut gave_up = None;
         let mut known = false;
-        loop {
-            let stopping = self.stop.load(Ordering::Relaxed);
-            if stopping && self.window.is_empty() {
-                break;
-            }
-            if stopping {
-                let deadline = *gave_up.get_or_insert_with(|| Instant::now() + DRAIN_MAX);
-                assert!(Instant::now() < deadline, "{}: last acks did not come", self.plan.device);
-            }
-            let connection = self
-                .address
-                .get()
-                .and_then(|addr| Connection::open(addr, self.plan.version, &self.plan.device, false).ok());
-            let Some(mut connection) = connection else {
-                std::thread::sleep(Duration::from_millis(20));
+        let mut in_vain = None;
+        while !self.is_stopped() || !self.window.is_empty() {
+            let has_ended = || self.is_stopped() && self.window.is_empty();
+            let is_new = |place: &Place| place.addr.is_some() && in_vain != Some(place.change);
+            let came = self.address.0.wait(HUNG_AFTER, |place| is_new(place) || has_ended());
+            assert!(came, "{}: the broker does not come back", self.plan.device);
+            let place = *self.address.0.get();
+            let Some(addr) = place.addr else { continue };
+            let opened = Connection::open(addr, self.plan.version, &self.plan.device, false);
+            let Ok(mut connection) = opened else {
+                // It is going down: the next one is at another place.
+                in_vain = Some(place.change);
                 continue;
             };
             // The first CONNACK may be lost with the host, so the second may find a session or none.
@@ -152,12 +183,16 @@ impl Session {
                 assert!(connection.session_present, "{}: the broker forgot the session", self.plan.device);
                 self.reconnects += 1;
             }
-            known |= self.plan.qos == 2 && self.acked.load(Ordering::Relaxed) > 0;
-            connection.stream.set_read_timeout(Some(READ_TIMEOUT)).expect("a socket");
+            known |= self.plan.qos == 2 && *self.acked.get() > 0;
+            connection.stream.set_read_timeout(Some(HUNG_AFTER)).expect("a socket");
             // An error is the broker's end, or its restart: connect again.
             let _ = self.talk(&mut connection, &mut known);
         }
         Sent { device: self.plan.device, qos: self.plan.qos, count: self.next, reconnects: self.reconnects }
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
     }
 
     fn talk(&mut self, connection: &mut Connection, known: &mut bool) -> std::io::Result<()> {
@@ -165,7 +200,7 @@ impl Session {
         self.resend(&mut out);
         loop {
             let full = self.window.len() >= self.plan.window;
-            while !self.stop.load(Ordering::Relaxed) && self.window.len() < self.plan.window {
+            while !self.is_stopped() && self.window.len() < self.plan.window {
                 self.window.push_back(Phase::Published);
                 self.next += 1;
                 self.encode(&mut out, self.next - 1, false);
@@ -183,15 +218,14 @@ impl Session {
                         std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut
                     ) =>
                 {
-                    if self.address.get().is_none() {
-                        return Ok(());
-                    }
+                    panic!("{}: an ack does not come", self.plan.device)
                 }
                 other => other?,
             }
-            *known |= self.plan.qos == 2 && self.acked.load(Ordering::Relaxed) > 0;
-            if full && !self.plan.pause.is_zero() {
-                std::thread::sleep(self.plan.pause);
+            *known |= self.plan.qos == 2 && *self.acked.get() > 0;
+            if full {
+                // Its pace; being told to stop ends it.
+                self.address.0.wait(self.plan.pause, |_| self.is_stopped());
             }
         }
     }
@@ -249,7 +283,7 @@ impl Session {
             }
             while window.front() == Some(&Phase::Done) {
                 window.pop_front();
-                acked.fetch_add(1, Ordering::Relaxed);
+                acked.change(|acked| *acked += 1);
             }
         })?;
         match refused {

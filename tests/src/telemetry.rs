@@ -2,7 +2,9 @@
 //! have become of it.
 
 use std::collections::HashMap;
+use std::path::Path;
 
+use crate::host::Host;
 use crate::postgres::Database;
 use crate::publisher::Sent;
 
@@ -28,7 +30,7 @@ pub fn postgres_rows(database: &mut Database, table: &str) -> Rows {
         .collect()
 }
 
-pub fn sqlite_rows(path: &std::path::Path, table: &str) -> Rows {
+pub fn sqlite_rows(path: &Path, table: &str) -> Rows {
     let database = rusqlite::Connection::open_with_flags(path, rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY)
         .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     database.busy_timeout(std::time::Duration::from_secs(20)).expect("a timeout");
@@ -40,11 +42,36 @@ pub fn sqlite_rows(path: &std::path::Path, table: &str) -> Rows {
 }
 
 /// Rows of a SQLite table; 0 while there is none.
-pub fn sqlite_count(path: &std::path::Path, table: &str) -> u64 {
-    rusqlite::Connection::open_with_flags(path, rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY)
+pub fn sqlite_count(path: &Path, table: &str) -> u64 {
+    sqlite_number(path, &format!("SELECT count(*) FROM {table}"))
+}
+
+/// Waits until every message of the stream is a row of this file, or was seen not to be one.
+pub fn written_to_sqlite(host: &Host, path: &Path) {
+    let end = host.end();
+    host.writes("all is written", || (sqlite_number(path, WRITTEN) >= end).then_some(()));
+}
+
+/// Waits until every message of the stream is a row of this database, or was seen not to be one.
+pub fn written_to_postgres(host: &Host, database: &mut Database) {
+    let end = host.end();
+    database.changes("headworks_positions", "all is written", |database| {
+        let row = &database.query(WRITTEN)[0];
+        (row.get::<_, Option<i64>>(0)? >= end.cast_signed()).then_some(())
+    });
+}
+
+/// Up to where the sink has everything: the positions move with the rows.
+const WRITTEN: &str = "SELECT min(coalesce(next_offset, 0)) FROM headworks_positions";
+
+/// 0 where there is no such file or table yet.
+fn sqlite_number(path: &Path, sql: &str) -> u64 {
+    rusqlite::Connection::open_with_flags(path, rusqlite::OpenFlags::SQLITE_OPEN_READ_WRITE)
         .and_then(|database| {
             database.busy_timeout(std::time::Duration::from_secs(20))?;
-            database.query_row(&format!("SELECT count(*) FROM {table}"), [], |row| row.get::<_, i64>(0))
+            // A commit changes the file before others see it: this waits for its end.
+            database.execute_batch("BEGIN IMMEDIATE")?;
+            database.query_row(sql, [], |row| row.get::<_, i64>(0))
         })
         .map_or(0, |count| count as u64)
 }

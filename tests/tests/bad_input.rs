@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use headworks_tests::host::{Host, fresh, prebuilt};
 use headworks_tests::mqtt::{self, Connection, Version, kind};
-use headworks_tests::process::eventually;
 use headworks_tests::publisher::{Address, Plan, Publisher, Sent};
 use headworks_tests::telemetry::{self, Repeats};
 
@@ -160,14 +159,11 @@ fn all_rows(host: &mut Host, publishers: Vec<Publisher>) {
     assert!(host.process().alive());
     let sent: Vec<Sent> = publishers.into_iter().map(Publisher::finish).collect();
     assert!(sent.iter().all(|device| device.count > 0 && device.reconnects == 0), "{sent:?}");
-    let wanted: u64 = sent.iter().map(|device| device.count).sum();
     let path = host.folder.join("data/telemetry.db");
     let well = |rows: telemetry::Rows| -> telemetry::Rows {
         rows.into_iter().filter(|(device, _)| device.starts_with("device-")).collect()
     };
-    eventually("all rows", Duration::from_secs(60), || {
-        (telemetry::sqlite_count(&path, "telemetry") >= wanted).then_some(())
-    });
+    telemetry::written_to_sqlite(host, &path);
     telemetry::assert_rows(&well(telemetry::sqlite_rows(&path, "telemetry")), &sent, Repeats::None);
 }
 
@@ -192,7 +188,7 @@ fn publish_all(host: &Host, topic: &str, payloads: &[&[u8]]) {
 }
 
 fn dead_letters(host: &Host, wanted: usize) -> Vec<serde_json::Value> {
-    eventually("dead letters", Duration::from_secs(120), || {
+    host.writes("dead letters", || {
         let letters = host.cli_json(&["dead-letters", "list"]);
         (letters.len() >= wanted).then_some(letters)
     })

@@ -3,13 +3,13 @@
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use headworks_tests::host::Host;
 use headworks_tests::mosquitto;
-use headworks_tests::process::{Process, eventually};
+use headworks_tests::mqtt::Version;
+use headworks_tests::packets::{Client, Publish};
+use headworks_tests::process::{Lines, Process, run};
 
-const PATIENCE: Duration = Duration::from_secs(30);
 const STATUS: &str = "acme/site-1/pump/p-1/status";
 const END: &str = "test/end";
 
@@ -48,17 +48,14 @@ fn set_will_delay(host: &Host, delay: &str) {
 }
 
 /// A connected client that leaves a retained will "lost" at [`STATUS`].
-fn client_with_will(host: &Host, client_id: &str) -> Process {
-    let connected = host.metric("headworks_mqtt_connects_total", &[]);
+fn client_with_will(host: &Host, client_id: &str) -> Lines {
     let mut command = Command::new("mosquitto_sub");
     command.args(mosquitto::subscribe(host.mqtt()).get_args());
-    command.args(["-i", client_id, "-t", "test/commands"]);
+    command.args(["-d", "-i", client_id, "-t", "test/commands"]);
     command.args(["--will-topic", STATUS, "--will-payload", "lost", "--will-retain", "--will-qos", "1"]);
-    let process = Process::spawn("mosquitto_sub", command.stdout(Stdio::null()).stderr(Stdio::null()));
-    eventually("the client is connected", PATIENCE, || {
-        (host.metric("headworks_mqtt_connects_total", &[]) > connected).then_some(())
-    });
-    process
+    let mut client = Lines::of(&mut command);
+    client.find("received CONNACK");
+    client
 }
 
 #[test]
@@ -89,13 +86,13 @@ fn the_will_of_a_client_that_a_crash_cut_off_comes_once_after_the_restart() {
     let mut host = Host::prepare("will", "");
     set_will_delay(&host, "0s");
     host.run();
-    let mut client = client_with_will(&host, "pump-1");
+    let client = client_with_will(&host, "pump-1");
     host.kill();
     client.kill();
     host.run();
-    eventually("the will", PATIENCE, || {
-        (retained(&host, STATUS) == [format!("{STATUS} lost")]).then_some(())
-    });
+    // It hears the will when it comes, or that it is retained.
+    assert_eq!(run(mosquitto::subscribe(host.mqtt()).args(["-C", "1", "-t", STATUS])), "lost\n");
+    assert_eq!(retained(&host, STATUS), [format!("{STATUS} lost")]);
     // Once: after it was taken away it does not come again.
     publish(&host, &["-r", "-t", STATUS, "-n"]);
     kill_and_run(&mut host);
@@ -109,7 +106,7 @@ fn the_will_of_a_client_that_comes_back_after_a_crash_is_not_sent() {
     let mut host = Host::prepare("will-back", "");
     set_will_delay(&host, "1h");
     host.run();
-    let mut client = client_with_will(&host, "pump-1");
+    let client = client_with_will(&host, "pump-1");
     host.kill();
     client.kill();
     host.run();
@@ -132,9 +129,12 @@ fn metrics_show_what_waits_what_is_kept_and_what_was_refused() {
     let keeper = command.args(["-i", "keeper", "-c", "-q", "1", "-t", "acme/#", "-E"]).status();
     assert!(keeper.expect("mosquitto_sub is installed").success());
     publish(&host, &["-r", "-t", "acme/a", "-m", "0123456789"]);
-    eventually("the message waits for its subscriber", PATIENCE, || {
-        (host.metric("headworks_mqtt_queued_messages", &[]) == 1.0).then_some(())
-    });
+    // What comes later is delivered later: the message waits for its subscriber when this returns.
+    let mut later = Client::clean(host.mqtt(), Version::V311, "later");
+    later.subscribe("later", 0);
+    later.publish(&Publish::new("later", 0, 0, "x"));
+    later.delivered();
+    assert_eq!(host.metric("headworks_mqtt_queued_messages", &[]), 1.0);
     let mut refused = mosquitto::publish(host.mqtt());
     refused.args(["-V", "mqttv5", "-q", "1", "-t", "$SYS/mine", "-m", "x"]);
     refused.output().expect("mosquitto_pub is installed");
@@ -154,10 +154,10 @@ fn metrics_show_what_waits_what_is_kept_and_what_was_refused() {
     }
     assert_eq!(host.metric("headworks_mqtt_acks_waiting", &[]), 0.0);
     assert_eq!(host.metric("headworks_mqtt_in_flight_messages", &[]), 0.0);
-    for (packet, count) in [("connect", 3.0), ("subscribe", 1.0), ("publish", 2.0), ("disconnect", 3.0)] {
+    for (packet, count) in [("connect", 4.0), ("subscribe", 2.0), ("publish", 3.0), ("disconnect", 3.0)] {
         assert_eq!(labelled("packets_received_total", "type", packet), count, "{packet}");
     }
-    for (packet, count) in [("connack", 3.0), ("suback", 1.0), ("puback", 2.0), ("publish", 0.0)] {
+    for (packet, count) in [("connack", 4.0), ("suback", 2.0), ("puback", 2.0), ("publish", 1.0)] {
         assert_eq!(labelled("packets_sent_total", "type", packet), count, "{packet}");
     }
     assert_eq!(labelled("refusals_total", "code", "0x87"), 1.0);

@@ -1,11 +1,16 @@
 //! The command line against a running host.
 
+<<<<<<< HEAD
 use std::io::{Read, Write};
 use std::process::{Command, Stdio};
+=======
+use std::io::Write;
+use std::process::Command;
+>>>>>>> 20f93b5 (Await events in the tests instead of polling)
 use std::time::Duration;
 
 use headworks_tests::host::{Host, prebuilt};
-use headworks_tests::process::{Process, eventually, run};
+use headworks_tests::process::{Lines, run};
 use headworks_tests::{http, mosquitto, telemetry};
 use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
 
@@ -57,7 +62,7 @@ fn a_data_folder_that_is_not_there_is_no_empty_one() {
 fn a_dead_letter_is_listed_shown_and_sent_again() {
     let host = host("cli-letters");
     publish(&host, "acme/site-01/temperature/sensor-2/reading", "not json");
-    let letters = eventually("a dead letter", Duration::from_secs(30), || {
+    let letters = host.writes("a dead letter", || {
         let letters = host.cli_json(&["dead-letters", "list"]);
         (!letters.is_empty()).then_some(letters)
     });
@@ -70,7 +75,7 @@ fn a_dead_letter_is_listed_shown_and_sent_again() {
     host.cli(&["dead-letters", "redrive", &id]);
     let id = letters[0]["id"].as_u64();
     let ids = |args: &[&str]| -> Vec<_> { host.cli_json(args).iter().map(|l| l["id"].as_u64()).collect() };
-    eventually("the letter shows as sent", Duration::from_secs(30), || {
+    host.writes("the letter shows as sent", || {
         let open = ids(&["dead-letters", "list"]);
         (open.len() == 1 && open[0] != id).then_some(())
     });
@@ -83,12 +88,12 @@ fn clients_are_listed_shown_and_sent_away() {
     assert_eq!(host.cli(&["clients", "list"]).trim(), "no clients");
     let mut command = Command::new("mosquitto_sub");
     command.args(mosquitto::subscribe(host.mqtt()).get_args());
-    command.args(["-i", "press-7", "-c", "-q", "1", "-u", "ann", "-t", "acme/#", "-t", "$share/g/b/+"]);
-    let mut client = Process::spawn("mosquitto_sub", command.stdout(Stdio::null()).stderr(Stdio::null()));
-    let shown = eventually("the client is subscribed", Duration::from_secs(30), || {
-        let list = host.cli_json(&["clients", "list", "press"]);
-        (list.first()?["subscriptions"] == 2).then(|| list[0].clone())
-    });
+    command.args(["-d", "-i", "press-7", "-c", "-q", "1", "-u", "ann", "-t", "acme/#", "-t", "$share/g/b/+"]);
+    command.args(["--will-topic", "gone", "--will-payload", "press-7 is gone"]);
+    let mut client = Lines::of(&mut command);
+    client.find("Subscribed");
+    let shown = &host.cli_json(&["clients", "list", "press"])[0];
+    assert_eq!(shown["subscriptions"], 2);
     assert_eq!((&shown["client_id"], &shown["connection"]["user"]), (&"press-7".into(), &"ann".into()));
     assert!(host.cli_json(&["clients", "list", "other"]).is_empty());
     let text = host.cli(&["clients", "show", "press-7"]);
@@ -96,16 +101,17 @@ fn clients_are_listed_shown_and_sent_away() {
         assert!(text.contains(part), "{part} is not in\n{text}");
     }
 
+    let mut watcher = Lines::of(mosquitto::subscribe(host.mqtt()).args(["-d", "-t", "gone"]));
+    watcher.find("Subscribed");
     host.cli(&["clients", "kick", "press-7"]);
-    eventually("it is disconnected", Duration::from_secs(30), || {
-        (host.metric("headworks_mqtt_disconnects_total", &[("cause", "kicked")]) == 1.0).then_some(())
-    });
-    // It would come back at once.
+    watcher.find("press-7 is gone");
+    // It comes back at once.
+    client.find("received CONNACK");
+    assert_eq!(host.metric("headworks_mqtt_disconnects_total", &[("cause", "kicked")]), 1.0);
     client.kill();
-    eventually("its session waits for it", Duration::from_secs(30), || {
-        let list = host.cli_json(&["clients", "list"]);
-        (list.first()?["connection"].is_null() && list[0]["subscriptions"] == 2).then_some(())
-    });
+    watcher.find("press-7 is gone");
+    let waiting = &host.cli_json(&["clients", "list", "press"])[0];
+    assert!(waiting["connection"].is_null() && waiting["subscriptions"] == 2, "{waiting}");
     let failed = host.command(&["clients", "kick", "nobody", "--config", "headworks.yaml"]).output();
     let failed = failed.expect("headworks runs");
     assert!(!failed.status.success() && String::from_utf8_lossy(&failed.stderr).contains("clients list"));
@@ -149,7 +155,7 @@ fn a_plugin_whose_file_is_gone_is_listed_until_it_is_removed_by_its_name() {
     let unknown = failed(unknown);
     assert!(unknown.contains("no plugin `normalise`") && unknown.contains("there is normalize"), "{unknown}");
     host.cli(&["plugin", "remove", "normalize"]);
-    eventually("the host goes on without it", Duration::from_secs(30), || {
+    host.writes("the host goes on without it", || {
         host.cli(&["plugin", "list"]).contains("no plugins").then_some(())
     });
     host.says("plugin removed");
@@ -182,18 +188,14 @@ fn a_host_that_was_killed_does_not_run_whoever_has_its_port_now() {
 fn a_second_ctrl_c_ends_a_host_that_waits_for_its_sinks() {
     let config = telemetry::config(&telemetry::sqlite_sink());
     let config = config.replace("from: telemetry,", "from: telemetry, drain_max: 10m,");
+    let config = config.replace("type: sqlite,", "type: sqlite, busy_timeout: 100ms,");
     let mut host = Host::start("cli-interrupt", &config);
     let database = rusqlite::Connection::open(host.folder.join("data/telemetry.db")).expect("the sink's");
     database.busy_timeout(Duration::from_secs(20)).expect("a timeout");
     database.execute_batch("BEGIN EXCLUSIVE").expect("the host does not write now");
     let (topic, payload) = telemetry::message("sensor-1", 7);
     publish(&host, &topic, &payload);
-    eventually("a row waits for the sink", Duration::from_secs(60), || {
-        let (_, status) = http::get(host.admin(), "/api/status").ok()?;
-        let status: serde_json::Value = serde_json::from_str(&status).ok()?;
-        let pipeline = &status["pipelines"][0];
-        (pipeline["read"] == 1 && pipeline["sinks"][0]["lag_messages"] == 1).then_some(())
-    });
+    host.says("database is locked");
     host.process().signal(Signal::INT);
     host.says("finishing what is in flight");
     assert!(host.process().alive());
@@ -314,9 +316,7 @@ fn every_metric_that_is_served_is_described() {
     publish(&host, &topic, &payload);
     publish(&host, &topic, "not json");
     let path = host.folder.join("data/telemetry.db");
-    eventually("a row", Duration::from_secs(30), || {
-        (telemetry::sqlite_count(&path, "telemetry") > 0).then_some(())
-    });
+    host.writes("a row", || (telemetry::sqlite_count(&path, "telemetry") > 0).then_some(()));
     let (status, text) = http::get(host.admin(), "/metrics").expect("the host serves it");
     assert_eq!(status, 200);
     let described: Vec<&str> = text

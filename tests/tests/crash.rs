@@ -1,4 +1,5 @@
-//! kill -9 of the host at random moments under load: every acknowledged message
+//! kill -9 of the host at random moments under load (after so many acks, or so
+//! many changes of its files while it starts): every acknowledged message
 //! is a row, QoS 2 exactly once.
 //!
 //! `CRASH_ROUNDS` raises the number of kills (12 if not set).
@@ -7,7 +8,6 @@ use std::time::Duration;
 
 use headworks_tests::host::{Host, prebuilt};
 use headworks_tests::postgres;
-use headworks_tests::process::eventually;
 use headworks_tests::publisher::{Address, Plan, Publisher, Sent};
 use headworks_tests::telemetry::{self, Repeats};
 
@@ -16,7 +16,7 @@ fn every_acknowledged_message_is_a_row_in_sqlite_after_kills_of_the_host() {
     let (host, sent) = crash("crash-sqlite", &telemetry::config(&telemetry::sqlite_sink()));
     let path = host.folder.join("data/telemetry.db");
     // All are acknowledged, so all are in the log; rows follow.
-    settled(|| telemetry::sqlite_count(&path, "telemetry"), &sent);
+    telemetry::written_to_sqlite(&host, &path);
     telemetry::assert_rows(&telemetry::sqlite_rows(&path, "telemetry"), &sent, Repeats::OfQos1);
     assert_nothing_refused(&host);
 }
@@ -26,7 +26,7 @@ fn every_acknowledged_message_is_a_row_in_postgres_after_kills_of_the_host() {
     let mut database = postgres::shared().database();
     let config = telemetry::config(&telemetry::postgres_sink(database.url()));
     let (host, sent) = crash("crash-postgres", &config);
-    settled(|| database.count("telemetry").unsigned_abs(), &sent);
+    telemetry::written_to_postgres(&host, &mut database);
     telemetry::assert_rows(&telemetry::postgres_rows(&mut database, "telemetry"), &sent, Repeats::OfQos1);
     assert_nothing_refused(&host);
 }
@@ -47,18 +47,14 @@ fn crash(name: &str, config: &str) -> (Host, Vec<Sent>) {
         .into();
     let mut moments = Moments::seeded(name);
     for round in 0..rounds {
-        let before: u64 = publishers.iter().map(Publisher::acked).sum();
-        eventually("acks flow", Duration::from_secs(60), || {
-            (publishers.iter().map(Publisher::acked).sum::<u64>() > before + 100).then_some(())
-        });
-        std::thread::sleep(moments.next());
+        for publisher in &publishers {
+            publisher.await_acked(publisher.acked() + moments.below(500));
+        }
         address.set(None);
         host.kill();
         if round % 3 == 2 {
             // Once in a while also during recovery.
-            host.launch();
-            std::thread::sleep(moments.next() / 4);
-            host.kill();
+            host.launch_and_kill(moments.below(40) as usize);
         }
         host.run();
         address.set(Some(host.mqtt()));
@@ -68,25 +64,12 @@ fn crash(name: &str, config: &str) -> (Host, Vec<Sent>) {
     (host, sent)
 }
 
-/// Waits until rows stop coming and are at least as many as the messages.
-fn settled(mut count: impl FnMut() -> u64, sent: &[Sent]) {
-    let wanted: u64 = sent.iter().map(|device| device.count).sum();
-    let mut last = 0;
-    eventually("rows for all messages", Duration::from_secs(90), || {
-        let now = count();
-        let settled = now >= wanted && now == last;
-        last = now;
-        std::thread::sleep(Duration::from_millis(300));
-        settled.then_some(())
-    });
-}
-
 fn assert_nothing_refused(host: &Host) {
     let letters = host.cli_json(&["dead-letters", "list"]);
     assert!(letters.is_empty(), "{letters:?}");
 }
 
-/// Pauses of 0 to 400 ms; the seed is printed so that a failure can be told from luck.
+/// The seed is printed so that a failure can be told from luck.
 struct Moments(u64);
 
 impl Moments {
@@ -100,10 +83,10 @@ impl Moments {
     }
 
     /// xorshift64 (Marsaglia 2003).
-    fn next(&mut self) -> Duration {
+    fn below(&mut self, bound: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
-        Duration::from_micros(self.0 % 400_000)
+        self.0 % bound
     }
 }

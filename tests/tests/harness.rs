@@ -1,10 +1,8 @@
 //! The harness itself, proved against servers that are not ours.
 
-use std::time::Duration;
-
 use headworks_tests::mosquitto::{self, Mosquitto};
 use headworks_tests::postgres::{Database, Postgres};
-use headworks_tests::process::{eventually, run};
+use headworks_tests::process::run;
 use headworks_tests::publisher::{Address, Plan, Publisher};
 use headworks_tests::{postgres, python};
 
@@ -15,7 +13,7 @@ fn a_publisher_gets_every_message_acknowledged_by_mosquitto() {
         .map(|(number, qos)| Publisher::start(Plan::new(number, qos), Address::new(broker.addr)))
         .into();
     for publisher in &publishers {
-        eventually("a thousand acks", Duration::from_secs(30), || (publisher.acked() >= 1000).then_some(()));
+        publisher.await_acked(1000);
     }
     for publisher in publishers {
         assert!(publisher.finish().count >= 1000);

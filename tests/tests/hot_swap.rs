@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use headworks_tests::host::{Host, prebuilt};
-use headworks_tests::process::eventually;
 use headworks_tests::publisher::{Address, Plan, Publisher, Sent};
 use headworks_tests::telemetry::{self, Repeats};
 
@@ -23,29 +22,23 @@ fn a_changed_plugin_changes_the_next_messages_and_loses_none() {
     host.run();
     let (rows, alerts) = (host.folder.join("data/telemetry.db"), host.folder.join("data/alerts.db"));
     let publishers = devices(&host);
-    eventually("rows", Duration::from_secs(30), || {
-        (telemetry::sqlite_count(&rows, "telemetry") > 500).then_some(())
-    });
+    host.writes("rows", || (telemetry::sqlite_count(&rows, "telemetry") > 500).then_some(()));
     assert_eq!(telemetry::sqlite_count(&alerts, "alerts"), 0);
 
     // A new step: everything is an alert from here on.
     host.folder.write("plugins/30-route.yaml", threshold(0));
     host.drop_plugin("30-route.wasm", prebuilt("route"));
-    eventually("alerts", Duration::from_secs(60), || {
-        (telemetry::sqlite_count(&alerts, "alerts") > 100).then_some(())
-    });
+    host.writes("alerts", || (telemetry::sqlite_count(&alerts, "alerts") > 100).then_some(()));
 
     // The same plugin with another config: nothing is.
     host.folder.write("plugins/30-route.yaml", threshold(1_000_000_000));
     let before = telemetry::sqlite_count(&rows, "telemetry");
-    eventually("rows again", Duration::from_secs(60), || {
-        (telemetry::sqlite_count(&rows, "telemetry") > before + 100).then_some(())
-    });
+    host.writes("rows again", || (telemetry::sqlite_count(&rows, "telemetry") > before + 100).then_some(()));
 
     let sent: Vec<Sent> = publishers.into_iter().map(Publisher::finish).collect();
-    let wanted: u64 = sent.iter().map(|device| device.count).sum();
-    let both = || telemetry::sqlite_count(&rows, "telemetry") + telemetry::sqlite_count(&alerts, "alerts");
-    eventually("all rows", Duration::from_secs(60), || (both() >= wanted).then_some(()));
+    for path in [&rows, &alerts] {
+        telemetry::written_to_sqlite(&host, path);
+    }
     let mut all = telemetry::sqlite_rows(&rows, "telemetry");
     all.extend(telemetry::sqlite_rows(&alerts, "alerts"));
     // Two tables: the order across them is not known.
@@ -60,24 +53,18 @@ fn removing_a_plugin_file_holds_the_pipeline_until_it_is_said() {
     host.run();
     let rows = host.folder.join("data/telemetry.db");
     let publishers = devices(&host);
-    eventually("rows", Duration::from_secs(30), || {
-        (telemetry::sqlite_count(&rows, "telemetry") > 100).then_some(())
-    });
+    host.writes("rows", || (telemetry::sqlite_count(&rows, "telemetry") > 100).then_some(()));
 
     std::fs::remove_file(host.folder.join("plugins/10-normalize.wasm")).expect("it was there");
     host.says("plugin remove normalize");
     // Acks go on while the pipeline holds.
-    let before: u64 = publishers.iter().map(Publisher::acked).sum();
-    eventually("acks", Duration::from_secs(30), || {
-        (publishers.iter().map(Publisher::acked).sum::<u64>() > before + 100).then_some(())
-    });
+    for publisher in &publishers {
+        publisher.await_acked(publisher.acked() + 25);
+    }
     let sent: Vec<Sent> = publishers.into_iter().map(Publisher::finish).collect();
 
     host.drop_plugin("10-normalize.wasm", prebuilt("normalize"));
-    let wanted: u64 = sent.iter().map(|device| device.count).sum();
-    eventually("all rows", Duration::from_secs(60), || {
-        (telemetry::sqlite_count(&rows, "telemetry") >= wanted).then_some(())
-    });
+    telemetry::written_to_sqlite(&host, &rows);
     telemetry::assert_rows(&telemetry::sqlite_rows(&rows, "telemetry"), &sent, Repeats::None);
 }
 

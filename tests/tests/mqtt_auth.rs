@@ -1,8 +1,6 @@
 //! Enhanced authentication of MQTT 5 with SCRAM-SHA-256, against the real host:
 //! packet by packet, and by a client that people use.
 
-use std::io::Write;
-use std::process::Stdio;
 use std::sync::Arc;
 
 use headworks_tests::folder::root;
@@ -37,13 +35,7 @@ fn start(name: &str, connect_timeout: &str) -> Host {
     let mut host = Host::prepare_with(name, &mqtt, "");
     let scram = ["--scram", "--scram-iterations", "4096"];
     for (user, options) in [("ann", &scram[..]), ("bob", &scram), ("old", &[])] {
-        let mut command = host.command(&["passwd", "passwords", user]);
-        command.args(options).stdin(Stdio::piped()).stdout(Stdio::null());
-        let mut child = command.spawn().expect("the binary");
-        let mut stdin = child.stdin.take().expect("piped");
-        writeln!(stdin, "{user}").expect("the command reads");
-        drop(stdin);
-        assert!(child.wait().expect("our child").success());
+        host.passwd(user, user, options);
     }
     host.run();
     host

@@ -4,30 +4,16 @@
 //!
 //! That something is not delivered is shown by a message that is, sent after it.
 
-use std::sync::Arc;
-
 use headworks_tests::host::{Host, Shared};
-use headworks_tests::mqtt::Version::{self, V5, V311};
+use headworks_tests::mqtt::Version::{self, V5};
 use headworks_tests::packets::{
     Client, Connect, PINGREQ, Publish, Will, ack, subscribe, unique, unsubscribe,
 };
 
 static HOST: Shared = Shared::new();
 
-fn host() -> Arc<Host> {
-    HOST.get("mqtt-both", "")
-}
-
 fn both(test: impl Fn(&Host, Version)) {
-    let host = host();
-    for version in [V311, V5] {
-        test(&host, version);
-    }
-}
-
-/// A clean client with a name of its own.
-fn client(host: &Host, version: Version) -> Client {
-    Client::clean(host.mqtt(), version, &unique("client"))
+    HOST.in_both_versions("mqtt-both", test);
 }
 
 #[test]
@@ -76,7 +62,7 @@ fn client_ids_of_letters_and_digits_and_longer_ones_are_taken() {
 fn what_follows_a_refused_connect_is_not_processed() {
     both(|host, version| {
         let topic = unique("refused");
-        let mut watcher = client(host, version);
+        let mut watcher = Client::unique(host, version);
         watcher.subscribe(&topic, 0);
         let refused = Connect::new(version, &"x".repeat(2_000));
         let mut bad = Client::raw(host.mqtt(), version);
@@ -85,7 +71,7 @@ fn what_follows_a_refused_connect_is_not_processed() {
         let code = if version == V5 { 0x85 } else { 2 };
         assert_eq!((answer.first, &answer.body[..2]), (0x20, &[0, code][..]));
         bad.closed();
-        client(host, version).publish_through(&Publish::new(&topic, 1, 1, "yes"));
+        Client::unique(host, version).publish_through(&Publish::new(&topic, 1, 1, "yes"));
         assert_eq!(watcher.delivered().text(), "yes");
     });
 }
@@ -113,7 +99,7 @@ fn a_session_keeps_subscriptions_and_messages_while_its_client_is_away() {
         let mut subscriber = Client::open(host.mqtt(), &away);
         assert_eq!(subscriber.subscribe(&topic, 2), 2);
         subscriber.leave();
-        let mut publisher = client(host, version);
+        let mut publisher = Client::unique(host, version);
         for (qos, text) in [(1, "one"), (2, "two"), (1, "three")] {
             publisher.publish_through(&Publish::new(&topic, qos, 1, text));
         }
@@ -145,7 +131,7 @@ fn a_session_is_not_kept_where_the_client_did_not_ask_for_it() {
 fn a_will_is_published_for_every_end_but_disconnect() {
     both(|host, version| {
         let topic = unique("will");
-        let mut watcher = client(host, version);
+        let mut watcher = Client::unique(host, version);
         watcher.subscribe(&format!("{topic}/#"), 2);
         let with_will = |end: &str, qos: u8, keep_alive: u16| {
             let will = Will::new(&format!("{topic}/{end}"), qos);
@@ -166,7 +152,7 @@ fn a_will_is_published_for_every_end_but_disconnect() {
         let got = watcher.delivered();
         assert_eq!((got.topic, got.qos), (format!("{topic}/broken"), 2));
         // No will flag, no will.
-        drop(client(host, version));
+        drop(Client::unique(host, version));
         let got = watcher.delivered();
         assert_eq!((got.topic, got.qos), (format!("{topic}/silent"), 1));
         drop(silent);
@@ -177,7 +163,7 @@ fn a_will_is_published_for_every_end_but_disconnect() {
 fn a_will_is_published_once() {
     both(|host, version| {
         let (topic, client_id) = (unique("once"), unique("once"));
-        let mut watcher = client(host, version);
+        let mut watcher = Client::unique(host, version);
         watcher.subscribe(&topic, 1);
         let connect = Connect { will: Some(Will::new(&topic, 1)), ..Connect::new(version, &client_id) };
         drop(Client::open(host.mqtt(), &connect));
@@ -192,7 +178,7 @@ fn a_will_is_published_once() {
 #[test]
 fn each_qos_gets_its_answer_with_its_packet_id() {
     both(|host, version| {
-        let mut client = client(host, version);
+        let mut client = Client::unique(host, version);
         for packet_id in [1, 0x1234, 0xffff] {
             for qos in 0..=2 {
                 client.publish_through(&Publish::new(&unique("answer"), qos, packet_id, "x"));
@@ -211,7 +197,7 @@ fn each_qos_gets_its_answer_with_its_packet_id() {
 #[test]
 fn acks_leave_in_the_order_of_their_publishes() {
     both(|host, version| {
-        let mut client = client(host, version);
+        let mut client = Client::unique(host, version);
         let topic = unique("order");
         let all = (1..=40).flat_map(|id| Publish::new(&topic, 1 + id as u8 % 2, id, "x").bytes(version));
         client.send(all.collect::<Vec<u8>>());
@@ -225,9 +211,9 @@ fn acks_leave_in_the_order_of_their_publishes() {
 fn a_qos_2_message_sent_again_before_its_release_is_delivered_once() {
     both(|host, version| {
         let topic = unique("once");
-        let mut subscriber = client(host, version);
+        let mut subscriber = Client::unique(host, version);
         subscriber.subscribe(&topic, 2);
-        let mut publisher = client(host, version);
+        let mut publisher = Client::unique(host, version);
         let publish = Publish::new(&topic, 2, 5, "first");
         publisher.publish(&publish);
         publisher.expect(ack(0x50, 5));
@@ -246,9 +232,9 @@ fn a_qos_2_message_sent_again_before_its_release_is_delivered_once() {
 fn a_packet_id_is_free_after_its_puback_whatever_dup_says() {
     both(|host, version| {
         let topic = unique("free");
-        let mut subscriber = client(host, version);
+        let mut subscriber = Client::unique(host, version);
         subscriber.subscribe(&topic, 1);
-        let mut publisher = client(host, version);
+        let mut publisher = Client::unique(host, version);
         publisher.publish_through(&Publish::new(&topic, 1, 3, "one"));
         publisher.publish_through(&Publish::new(&topic, 1, 3, "two").dup());
         assert_eq!(subscriber.delivered().text(), "one");
@@ -261,9 +247,9 @@ fn a_packet_id_is_free_after_its_puback_whatever_dup_says() {
 fn deliveries_in_flight_have_packet_ids_of_their_own() {
     both(|host, version| {
         let topic = unique("ids");
-        let mut subscriber = client(host, version);
+        let mut subscriber = Client::unique(host, version);
         subscriber.subscribe(&topic, 2);
-        let mut publisher = client(host, version);
+        let mut publisher = Client::unique(host, version);
         for id in 1..=6 {
             publisher.publish_through(&Publish::new(&topic, 1 + id as u8 % 2, id, "x"));
         }
@@ -279,11 +265,11 @@ fn messages_keep_their_order() {
     both(|host, version| {
         let topic = unique("order");
         let mut subscribers = [0, 1, 2].map(|qos| {
-            let mut subscriber = client(host, version);
+            let mut subscriber = Client::unique(host, version);
             subscriber.subscribe(&topic, qos);
             subscriber
         });
-        let mut publisher = client(host, version);
+        let mut publisher = Client::unique(host, version);
         let all = (1..=50).flat_map(|id| Publish::new(&topic, 1, id, &id.to_string()).bytes(version));
         publisher.send(all.collect::<Vec<u8>>());
         for subscriber in &mut subscribers {
@@ -301,7 +287,7 @@ fn what_is_not_acknowledged_comes_again_in_order_after_a_reconnect_and_only_then
         let resuming = Connect::resuming(version, &unique("again"));
         let mut subscriber = Client::open(host.mqtt(), &resuming);
         subscriber.subscribe(&topic, 2);
-        let mut publisher = client(host, version);
+        let mut publisher = Client::unique(host, version);
         for (id, qos) in [(1, 1), (2, 2), (3, 1), (4, 2), (5, 2)] {
             publisher.publish_through(&Publish::new(&topic, qos, id, &id.to_string()));
         }
@@ -329,7 +315,7 @@ fn what_is_not_acknowledged_comes_again_in_order_after_a_reconnect_and_only_then
 #[test]
 fn a_pubrec_for_an_unknown_message_is_released_too() {
     both(|host, version| {
-        let mut client = client(host, version);
+        let mut client = Client::unique(host, version);
         client.send(ack(0x50, 9));
         let answer = client.receive();
         let code: &[u8] = if version == V5 { &[0x92] } else { &[] };
@@ -342,7 +328,7 @@ fn a_pubrec_for_an_unknown_message_is_released_too() {
 fn packets_may_come_in_pieces() {
     both(|host, version| {
         let topic = unique("pieces");
-        let mut client = client(host, version);
+        let mut client = Client::unique(host, version);
         client.subscribe(&topic, 1);
         let publish = Publish::new(&topic, 1, 1, "x").bytes(version);
         for byte in publish.iter().chain(&PINGREQ) {
@@ -351,5 +337,19 @@ fn packets_may_come_in_pieces() {
         let mut firsts: Vec<u8> = (0..3).map(|_| client.receive().first).collect();
         firsts.sort_unstable();
         assert_eq!(firsts, [0x32, 0x40, 0xd0]);
+    });
+}
+
+#[test]
+fn nothing_is_processed_after_disconnect() {
+    both(|host, version| {
+        let topic = unique("after");
+        let mut watcher = Client::unique(host, version);
+        watcher.subscribe(&topic, 0);
+        let mut leaving = Client::unique(host, version);
+        leaving.send([vec![0xe0, 0], Publish::new(&topic, 0, 0, "no").bytes(version)].concat());
+        leaving.closed();
+        Client::unique(host, version).publish_through(&Publish::new(&topic, 1, 1, "yes"));
+        assert_eq!(watcher.delivered().text(), "yes");
     });
 }

@@ -3,35 +3,21 @@
 //!
 //! That something is not delivered is shown by a message that is, sent after it.
 
-use std::sync::Arc;
-
 use headworks_tests::host::{Host, Shared};
-use headworks_tests::mqtt::Version::{self, V5, V311};
+use headworks_tests::mqtt::Version::{self, V5};
 use headworks_tests::packets::{Client, Connect, Publish, Will, ack, unique, unsubscribe};
 
 static HOST: Shared = Shared::new();
 
-fn host() -> Arc<Host> {
-    HOST.get("mqtt-both-topics", "")
-}
-
 fn both(test: impl Fn(&Host, Version)) {
-    let host = host();
-    for version in [V311, V5] {
-        test(&host, version);
-    }
-}
-
-/// A clean client with a name of its own.
-fn client(host: &Host, version: Version) -> Client {
-    Client::clean(host.mqtt(), version, &unique("client"))
+    HOST.in_both_versions("mqtt-both-topics", test);
 }
 
 /// Retains a message; it has also passed the live delivery when this returns.
 fn retain(host: &Host, version: Version, publish: Publish) {
-    let mut watcher = client(host, version);
+    let mut watcher = Client::unique(host, version);
     assert_eq!(watcher.subscribe(&publish.topic, 0x02), 2);
-    let mut publisher = client(host, version);
+    let mut publisher = Client::unique(host, version);
     let mark = Publish::new(&publish.topic, 1, 99, "mark");
     publisher.publish_through(&publish.retained());
     publisher.publish_through(&mark);
@@ -40,12 +26,12 @@ fn retain(host: &Host, version: Version, publish: Publish) {
 
 /// What a new subscription gets at once: text, QoS, RETAIN.
 fn retained(host: &Host, version: Version, filter: &str) -> Vec<(String, u8, bool)> {
-    let mut subscriber = client(host, version);
+    let mut subscriber = Client::unique(host, version);
     let end = unique("end");
     subscriber.subscribe(&end, 0);
     subscriber.subscribe(filter, 2);
     let mut found = Vec::new();
-    client(host, version).publish_through(&Publish::new(&end, 1, 1, ""));
+    Client::unique(host, version).publish_through(&Publish::new(&end, 1, 1, ""));
     loop {
         let publish = subscriber.delivered();
         if publish.topic == end {
@@ -65,9 +51,9 @@ fn a_clean_connect_discards_what_was_there_before_but_no_retained_message() {
         old.subscribe(&topic, 1);
         assert_eq!(old.delivered().text(), "kept");
         old.leave();
-        let mut watcher = client(host, version);
+        let mut watcher = Client::unique(host, version);
         watcher.subscribe(&topic, 1);
-        client(host, version).publish_through(&Publish::new(&topic, 1, 1, "for the old one"));
+        Client::unique(host, version).publish_through(&Publish::new(&topic, 1, 1, "for the old one"));
         while watcher.delivered().text() != "for the old one" {}
         Client::clean(host.mqtt(), version, &client_id).leave();
         let mut new = Client::open(host.mqtt(), &resuming);
@@ -82,7 +68,7 @@ fn a_will_is_retained_only_where_it_says_so() {
     both(|host, version| {
         for retain in [false, true] {
             let topic = unique("will");
-            let mut watcher = client(host, version);
+            let mut watcher = Client::unique(host, version);
             watcher.subscribe(&topic, 1);
             let will = Will { retain, ..Will::new(&topic, 1) };
             let connect = Connect::new(version, &unique("will"));
@@ -99,9 +85,9 @@ fn a_message_goes_out_at_the_lower_of_both_qos() {
     both(|host, version| {
         for asked in 0..=2 {
             let topic = unique("qos");
-            let mut subscriber = client(host, version);
+            let mut subscriber = Client::unique(host, version);
             assert_eq!(subscriber.subscribe(&topic, asked), asked);
-            let mut publisher = client(host, version);
+            let mut publisher = Client::unique(host, version);
             for qos in 0..=2 {
                 publisher.publish_through(&Publish::new(&topic, qos, 1, "x"));
                 let got = subscriber.delivered();
@@ -115,12 +101,12 @@ fn a_message_goes_out_at_the_lower_of_both_qos() {
 fn overlapping_subscriptions_deliver_once_at_the_greatest_qos() {
     both(|host, version| {
         let topic = unique("overlap");
-        let mut subscriber = client(host, version);
+        let mut subscriber = Client::unique(host, version);
         let filters = [(format!("{topic}/#"), 0), (format!("{topic}/+"), 2), (format!("{topic}/x"), 1)];
         for (filter, qos) in &filters {
             subscriber.subscribe(filter, *qos);
         }
-        let mut publisher = client(host, version);
+        let mut publisher = Client::unique(host, version);
         publisher.publish_through(&Publish::new(&format!("{topic}/x"), 2, 1, "one"));
         publisher.publish_through(&Publish::new(&format!("{topic}/x"), 2, 1, "end"));
         let got = subscriber.delivered();
@@ -138,7 +124,7 @@ fn the_last_retained_message_goes_to_each_new_subscription() {
             assert_eq!(retained(host, version, &topic), [(text.to_owned(), qos, true)]);
         }
         // Each subscription anew, the same again included.
-        let mut subscriber = client(host, version);
+        let mut subscriber = Client::unique(host, version);
         for _ in 0..2 {
             subscriber.subscribe(&topic, 1);
             let got = subscriber.delivered();
@@ -162,10 +148,10 @@ fn an_empty_retained_message_is_delivered_and_removes_the_retained_one() {
     both(|host, version| {
         let topic = unique("removed");
         retain(host, version, Publish::new(&topic, 1, 1, "kept"));
-        let mut subscriber = client(host, version);
+        let mut subscriber = Client::unique(host, version);
         subscriber.subscribe(&topic, 1);
         assert!(subscriber.delivered().retain);
-        client(host, version).publish_through(&Publish::new(&topic, 1, 1, "").retained());
+        Client::unique(host, version).publish_through(&Publish::new(&topic, 1, 1, "").retained());
         let got = subscriber.delivered();
         assert_eq!((got.text(), got.retain), ("", false), "live, it is a message as any other");
         assert_eq!(retained(host, version, &topic), []);
@@ -176,13 +162,13 @@ fn an_empty_retained_message_is_delivered_and_removes_the_retained_one() {
 fn suback_has_a_code_per_filter_in_order_and_handles_each_by_itself() {
     both(|host, version| {
         let topic = unique("many");
-        let mut subscriber = client(host, version);
+        let mut subscriber = Client::unique(host, version);
         let (one, two, three) = (format!("{topic}/1"), format!("{topic}/2/#"), format!("{topic}/+/3"));
         let filters =
             [(&one[..], 2), ("a/#/b", 1), (&two, 1), ("a+", 0), ("+a/b", 0), ("a#", 0), (&three, 0)];
         let bad = if version == V5 { 0x8f } else { 0x80 };
         assert_eq!(subscriber.subscribe_all(&[], &filters), [2, bad, 1, bad, bad, bad, 0]);
-        let mut publisher = client(host, version);
+        let mut publisher = Client::unique(host, version);
         for (level, qos) in [("1", 2), ("2/x/y", 1), ("x/3", 0)] {
             publisher.publish_through(&Publish::new(&format!("{topic}/{level}"), 2, 1, level));
             let got = subscriber.delivered();
@@ -195,10 +181,10 @@ fn suback_has_a_code_per_filter_in_order_and_handles_each_by_itself() {
 fn subscribing_again_replaces_the_subscription() {
     both(|host, version| {
         let topic = unique("replaced");
-        let mut subscriber = client(host, version);
+        let mut subscriber = Client::unique(host, version);
         assert_eq!(subscriber.subscribe(&topic, 2), 2);
         assert_eq!(subscriber.subscribe(&topic, 0), 0);
-        let mut publisher = client(host, version);
+        let mut publisher = Client::unique(host, version);
         publisher.publish_through(&Publish::new(&topic, 2, 1, "one"));
         publisher.publish_through(&Publish::new(&topic, 2, 1, "two"));
         for wanted in ["one", "two"] {
@@ -215,14 +201,14 @@ fn subscribing_again_replaces_the_subscription() {
 fn unsubscribe_takes_out_the_identical_filter_and_no_other() {
     both(|host, version| {
         let topic = unique("out");
-        let mut subscriber = client(host, version);
+        let mut subscriber = Client::unique(host, version);
         let (plus, exact) = (format!("{topic}/+"), format!("{topic}/x"));
         subscriber.subscribe_all(&[], &[(&plus, 1), (&exact, 1)]);
         // Filters that match the same topics are not the same filters.
         let codes: &[u8] = if version == V5 { &[0x11, 0, 0x11] } else { &[] };
         subscriber.send(unsubscribe(version, 8, &[&format!("{topic}/#"), &exact, "never/there"]));
         assert_eq!(subscriber.codes(0xb0, 8), codes);
-        let mut publisher = client(host, version);
+        let mut publisher = Client::unique(host, version);
         publisher.publish_through(&Publish::new(&exact, 1, 1, "by the other filter"));
         assert_eq!(subscriber.delivered().text(), "by the other filter");
         subscriber.unsubscribe(&plus);
@@ -240,7 +226,7 @@ fn a_delivery_that_was_begun_is_finished_after_unsubscribe() {
         let resuming = Connect::resuming(version, &unique("begun"));
         let mut subscriber = Client::open(host.mqtt(), &resuming);
         subscriber.subscribe(&topic, 2);
-        client(host, version).publish_through(&Publish::new(&topic, 2, 1, "x"));
+        Client::unique(host, version).publish_through(&Publish::new(&topic, 2, 1, "x"));
         let got = subscriber.published();
         subscriber.unsubscribe(&topic);
         drop(subscriber);
@@ -283,10 +269,10 @@ fn filters_match_as_the_standard_says() {
         ("/", "/", true),
     ];
     both(|host, version| {
-        let mut publisher = client(host, version);
+        let mut publisher = Client::unique(host, version);
         for (filter, topic, wanted) in cases {
             let (end, text) = (unique("end"), unique("text"));
-            let mut subscriber = client(host, version);
+            let mut subscriber = Client::unique(host, version);
             subscriber.subscribe_all(&[], &[(filter, 0), (&end, 0)]);
             publisher.publish_through(&Publish::new(topic, 1, 1, &text));
             publisher.publish_through(&Publish::new(&end, 1, 1, ""));
@@ -312,13 +298,13 @@ fn filters_match_as_the_standard_says() {
 fn wildcards_at_the_front_do_not_match_dollar_topics() {
     both(|host, version| {
         let end = unique("end");
-        let mut subscriber = client(host, version);
+        let mut subscriber = Client::unique(host, version);
         subscriber.subscribe_all(&[], &[("#", 0), ("+/broker/clients/connected", 0), ("+/#", 0)]);
-        let mut dollar = client(host, version);
+        let mut dollar = Client::unique(host, version);
         assert_eq!(dollar.subscribe("$SYS/broker/clients/#", 0), 0);
         assert_eq!(dollar.delivered().topic, "$SYS/broker/clients/connected");
         // One more client changes the count.
-        client(host, version).publish_through(&Publish::new(&end, 1, 1, ""));
+        Client::unique(host, version).publish_through(&Publish::new(&end, 1, 1, ""));
         assert!(dollar.delivered().topic.starts_with("$SYS/"));
         loop {
             let topic = subscriber.delivered().topic;
@@ -335,7 +321,7 @@ fn topics_may_be_as_long_as_their_field() {
     both(|host, version| {
         let mut topic = unique("long/");
         topic.push_str(&"x".repeat(65_535 - topic.len()));
-        let mut client = client(host, version);
+        let mut client = Client::unique(host, version);
         client.subscribe(&topic, 0);
         client.publish(&Publish::new(&topic, 0, 0, "x"));
         assert_eq!(client.published().topic.len(), 65_535);

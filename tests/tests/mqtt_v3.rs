@@ -198,19 +198,6 @@ fn a_publish_that_is_not_allowed_is_acknowledged_all_the_same() {
 }
 
 #[test]
-fn nothing_is_processed_after_disconnect() {
-    let host = host();
-    let topic = unique("after");
-    let mut watcher = client(&host);
-    watcher.subscribe(&topic, 0);
-    let mut leaving = client(&host);
-    leaving.send([vec![0xe0, 0], Publish::new(&topic, 0, 0, "no").bytes(V311)].concat());
-    leaving.closed();
-    client(&host).publish_through(&Publish::new(&topic, 1, 1, "yes"));
-    assert_eq!(watcher.delivered().text(), "yes");
-}
-
-#[test]
 fn more_publishes_than_may_be_in_flight_are_read_later_and_all_acknowledged() {
     let host = host();
     let mut client = client(&host);

@@ -332,16 +332,3 @@ fn a_disconnect_that_asks_for_it_publishes_the_will() {
         assert_eq!(watcher.delivered().text(), if code == 0 { "end" } else { "gone" });
     }
 }
-
-#[test]
-fn nothing_is_processed_after_disconnect() {
-    let host = host();
-    let topic = unique("after");
-    let mut watcher = client(&host);
-    watcher.subscribe(&topic, 0);
-    let mut leaving = client(&host);
-    leaving.send([vec![0xe0, 0], Publish::new(&topic, 0, 0, "no").bytes(V5)].concat());
-    leaving.closed();
-    client(&host).publish_through(&Publish::new(&topic, 1, 1, "yes"));
-    assert_eq!(watcher.delivered().text(), "yes");
-}

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use headworks_tests::host::Host;
 use headworks_tests::postgres::{Database, Postgres};
-use headworks_tests::process::eventually;
 use headworks_tests::publisher::{Address, Plan, Publisher, Sent};
 use headworks_tests::telemetry::{self, Repeats};
 
@@ -22,10 +21,10 @@ fn a_database_killed_and_restarted_under_load_gets_every_row_once() {
     let mut host = Host::start("pg-kills", &telemetry::config(&telemetry::postgres_sink(&url)));
     let publishers = devices(&host, Duration::from_millis(5));
     for _ in 0..5 {
-        let rows = Database::connect(&url).expect("the server runs").count("telemetry");
-        eventually("new rows", Duration::from_secs(60), || {
-            let now = Database::connect(&url).ok()?.count("telemetry");
-            (now > rows + 200).then_some(())
+        let mut database = Database::connect(&url).expect("the server runs");
+        let rows = database.count("telemetry");
+        database.changes("telemetry", "new rows", |database| {
+            (database.count("telemetry") > rows + 200).then_some(())
         });
         server.kill();
         acks_go_on(&publishers);
@@ -50,7 +49,6 @@ fn a_minute_without_the_database_costs_neither_acks_nor_memory_nor_rows() {
     while Instant::now() < end {
         acks_go_on(&publishers);
         rss_max = rss_max.max(host.process().rss_bytes());
-        std::thread::sleep(Duration::from_millis(500));
     }
     assert!(rss_max < RSS_BYTES_MAX, "the host grew to {} MiB", rss_max >> 20);
     server.restart();
@@ -65,20 +63,16 @@ fn devices(host: &Host, pause: Duration) -> Vec<Publisher> {
 }
 
 fn acks_go_on(publishers: &[Publisher]) {
-    let before: Vec<u64> = publishers.iter().map(Publisher::acked).collect();
-    eventually("every device is acknowledged", Duration::from_secs(30), || {
-        publishers.iter().zip(&before).all(|(device, before)| device.acked() > before + 20).then_some(())
-    });
+    for device in publishers {
+        device.await_acked(device.acked() + 21);
+    }
 }
 
 fn finish(host: &mut Host, publishers: Vec<Publisher>, url: &str) {
     let sent: Vec<Sent> = publishers.into_iter().map(Publisher::finish).collect();
     assert!(sent.iter().all(|device| device.reconnects == 0), "no device's connection broke: {sent:?}");
-    let wanted: u64 = sent.iter().map(|device| device.count).sum();
     let mut database = Database::connect(url).expect("the server runs");
-    eventually("all rows", Duration::from_secs(120), || {
-        (database.count("telemetry").unsigned_abs() >= wanted).then_some(())
-    });
+    telemetry::written_to_postgres(host, &mut database);
     telemetry::assert_rows(&telemetry::postgres_rows(&mut database, "telemetry"), &sent, Repeats::None);
     assert!(host.stop().success());
 }

@@ -1,12 +1,8 @@
 //! The reference page's commands and clients, as they stand there.
 
-use std::io::{BufRead, BufReader};
-use std::process::Stdio;
-use std::time::Duration;
-
 use headworks_tests::folder::root;
 use headworks_tests::host::{Host, prebuilt};
-use headworks_tests::process::{Process, eventually, run};
+use headworks_tests::process::{Lines, run};
 use headworks_tests::{mosquitto, postgres, python, telemetry};
 
 #[test]
@@ -33,7 +29,7 @@ fn the_python_publisher_fills_the_telemetry_table_in_postgres() {
     let port = host.mqtt().port().to_string();
     run(python::command().arg(script).args(["127.0.0.1", &port, "50"]));
 
-    eventually("50 rows", Duration::from_secs(30), || (database.count("telemetry") >= 50).then_some(()));
+    database.changes("telemetry", "50 rows", |database| (database.count("telemetry") >= 50).then_some(()));
     let rows = database.query(
         "SELECT count(*), count(DISTINCT value), min(device_id), max(device_id), min(metric), min(value), max(value)
          FROM telemetry WHERE time > now() - interval '5 minutes'",
@@ -78,53 +74,23 @@ fn the_diagnostic_command_shows_connected_clients() {
     assert!(count.is_some_and(|count| count >= 1), "{line}");
 }
 
-/// A `mosquitto_sub` that is surely subscribed: it hears a topic of its own first.
-struct Listener {
-    lines: std::sync::mpsc::Receiver<String>,
-    _process: Process,
-}
+/// A `mosquitto_sub` that is subscribed.
+struct Listener(Lines);
 
 fn listen(host: &Host, args: &[&str]) -> Listener {
-    static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
-    let own = format!("listening/{}", NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed));
     let mut command = std::process::Command::new("mosquitto_sub");
-    command.args(mosquitto::subscribe(host.mqtt()).get_args());
-    command.args(args).args(["-t", &own]).stdout(Stdio::piped());
-    let mut child = command.spawn().expect("mosquitto_sub is installed");
-    let out = child.stdout.take().expect("piped");
-    let process = Process::adopt("mosquitto_sub", child);
-    let (to, lines) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
-        BufReader::new(out).lines().map_while(Result::ok).try_for_each(|line| to.send(line))
-    });
-    let listener = Listener { lines, _process: process };
-    let mut before = Vec::new();
-    eventually("mosquitto_sub is subscribed", Duration::from_secs(20), || {
-        run(mosquitto::publish(host.mqtt()).args(["-t", &own, "-m", "own-probe"]));
-        while let Ok(line) = listener.lines.recv_timeout(Duration::from_millis(50)) {
-            if line.ends_with("own-probe") {
-                return Some(());
-            }
-            before.push(line);
-        }
-        None
-    });
-    // Messages that were there before ours ($SYS is retained) are still to be heard.
-    if let Some(line) = before.into_iter().next() {
-        let (to, lines) = std::sync::mpsc::channel();
-        to.send(line).expect("open");
-        return Listener { lines, ..listener };
-    }
-    listener
+    command.args(mosquitto::subscribe(host.mqtt()).get_args()).arg("-d").args(args);
+    let mut lines = Lines::of(&mut command);
+    lines.find("Subscribed");
+    Listener(lines)
 }
 
 impl Listener {
-    /// The first line that is not a probe.
-    fn first(&self) -> String {
+    /// The first line that is a message, and not what `-d` says.
+    fn first(mut self) -> String {
         loop {
-            let line =
-                self.lines.recv_timeout(Duration::from_secs(20)).expect("the subscriber hears the message");
-            if !line.ends_with("own-probe") {
+            let line = self.0.line();
+            if !line.starts_with("Client ") {
                 return line;
             }
         }

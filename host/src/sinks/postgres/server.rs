@@ -2,17 +2,29 @@
 //! on a free port, as the user `postgres` where the tests run as root. Stopped
 //! and removed when dropped. Only the standard library, so that any test can use it.
 
+use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::sync::mpsc::channel;
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 pub struct Server {
     dir: PathBuf,
     bin: PathBuf,
     pub port: u16,
-    process: Option<Child>,
+    process: Option<Running>,
 }
+
+struct Running {
+    process: Child,
+    /// Keeps what it says; ends with the last of its processes.
+    log: JoinHandle<()>,
+}
+
+/// Only a hung test meets it.
+const HUNG_AFTER: Duration = Duration::from_secs(120);
 
 const MISSING: &str = "these tests need a real PostgreSQL: install its server (`apt-get install postgresql`), \
      or set HEADWORKS_TEST_POSTGRES to the url of one that they may fill";
@@ -59,7 +71,7 @@ impl Server {
 
     /// Ends it as a crash does: no checkpoint, no goodbye.
     pub fn kill(&mut self) {
-        let Some(mut process) = self.process.take() else { return };
+        let Some(Running { mut process, log }) = self.process.take() else { return };
         let pid_file = self.dir.join("data/postmaster.pid");
         let pid =
             std::fs::read_to_string(&pid_file).ok().and_then(|text| Some(text.lines().next()?.to_owned()));
@@ -68,45 +80,43 @@ impl Server {
         }
         let _ = process.kill();
         let _ = process.wait();
-        // Its children end by themselves once they see that it is gone; a new
-        // one starts only after the last of them.
+        // Its children end by themselves once they see that it is gone, each has
+        // its log open; a new one starts only after the last of them.
+        let _ = log.join();
         let _ = std::fs::remove_file(pid_file);
     }
 
-    /// Starts it, again after `kill`, and waits until it answers.
+    /// Starts it, again after `kill`, and waits until it is ready.
     pub fn resume(&mut self) {
-        let deadline = Instant::now() + Duration::from_secs(60);
-        loop {
-            let log = std::fs::OpenOptions::new()
-                .create(true)
-                .append(true)
-                .open(self.dir.join("log"))
-                .expect("the log can be written");
-            let mut process = as_postgres(&self.bin.join("postgres"))
-                .arg("-D")
-                .arg(self.dir.join("data"))
-                .args(["-p", &self.port.to_string(), "-c", "listen_addresses=127.0.0.1"])
-                .args(["-c", "unix_socket_directories="])
-                .stdin(Stdio::null())
-                .stdout(Stdio::null())
-                .stderr(log)
-                .spawn()
-                .expect("postgres starts");
-            while process.try_wait().expect("it can be asked").is_none() {
-                assert!(Instant::now() < deadline, "PostgreSQL does not answer: {}", self.log());
-                let ready = as_postgres(&self.bin.join("pg_isready"))
-                    .args(["-q", "-h", "127.0.0.1", "-p", &self.port.to_string()])
-                    .status();
-                if ready.is_ok_and(|status| status.success()) {
-                    self.process = Some(process);
-                    return;
-                }
-                std::thread::sleep(Duration::from_millis(20));
+        let log = std::fs::OpenOptions::new().create(true).append(true).open(self.dir.join("log"));
+        let mut file = log.expect("the log can be written");
+        let mut process = as_postgres(&self.bin.join("postgres"))
+            .arg("-D")
+            .arg(self.dir.join("data"))
+            .args(["-p", &self.port.to_string(), "-c", "listen_addresses=127.0.0.1"])
+            .args(["-c", "unix_socket_directories="])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("postgres starts");
+        let lines = BufReader::new(process.stderr.take().expect("piped")).lines();
+        let (say, said) = channel();
+        let log = std::thread::spawn(move || {
+            // To its end, whoever listens: a full pipe would stop the server.
+            for line in lines.map_while(Result::ok) {
+                let _ = writeln!(file, "{line}");
+                let _ = say.send(line);
             }
-            // Left-over children of a killed server still hold its memory.
-            assert!(Instant::now() < deadline, "PostgreSQL does not start: {}", self.log());
-            std::thread::sleep(Duration::from_millis(50));
+        });
+        loop {
+            match said.recv_timeout(HUNG_AFTER) {
+                Ok(line) if line.contains("ready to accept connections") => break,
+                Ok(_) => {}
+                Err(error) => panic!("PostgreSQL does not start ({error}): {}", self.log()),
+            }
         }
+        self.process = Some(Running { process, log });
     }
 
     pub fn log(&self) -> String {

@@ -117,11 +117,10 @@ fn another_process_reads_on_while_the_log_is_written() {
             block_on(durable(&*log, appended.ticket));
         }
     });
+    let changes = changes_in(folder.path());
     let mut reader = ReadOnly::open(folder.path(), Offset(0));
     let mut seen = 0;
-    let until = std::time::Instant::now() + Duration::from_secs(30);
     while seen < written {
-        assert!(std::time::Instant::now() < until, "only {seen} were proven");
         match reader.read().unwrap() {
             Some(Read::Batch(batch)) => {
                 for message in batch.messages() {
@@ -130,11 +129,38 @@ fn another_process_reads_on_while_the_log_is_written() {
                 }
             }
             Some(gap) => panic!("{gap:?}"),
-            None => std::thread::sleep(Duration::from_millis(1)),
+            None => changes.next(&format!("only {seen} were proven")),
         }
     }
     writer.join().unwrap();
     assert_eq!(ReadOnly::open(folder.path(), Offset(0)).bounds().unwrap(), Offset(0)..Offset(written));
+}
+
+/// Tells of every change to a folder's files.
+struct Changes {
+    events: std::sync::mpsc::Receiver<()>,
+    _watcher: notify::RecommendedWatcher,
+}
+
+fn changes_in(folder: &Path) -> Changes {
+    use notify::Watcher;
+    let (tell, events) = std::sync::mpsc::channel();
+    let on_event = move |event: notify::Result<notify::Event>| {
+        if !event.unwrap().kind.is_access() {
+            let _ = tell.send(());
+        }
+    };
+    let mut watcher = notify::recommended_watcher(on_event).unwrap();
+    watcher.watch(folder, notify::RecursiveMode::NonRecursive).unwrap();
+    Changes { events, _watcher: watcher }
+}
+
+impl Changes {
+    /// Waits for one that was not told of.
+    fn next(&self, otherwise: &str) {
+        self.events.recv_timeout(Duration::from_secs(60)).expect(otherwise);
+        while self.events.try_recv().is_ok() {}
+    }
 }
 
 /// Counts the bytes that are read from the disk below.
@@ -195,6 +221,7 @@ fn a_reader_that_is_at_the_end_reads_a_few_bytes_until_there_is_more() {
     let folder = tempfile::tempdir().unwrap();
     let config = Config { segment_bytes: ByteSize(4 << 20), ..small() };
     let (log, _) = Log::open(Arc::new(RealDisk), folder.path(), "t", &config).unwrap();
+    let changes = changes_in(folder.path());
     let read = Arc::new(AtomicU64::new(0));
     let mut reader = ReadOnly::open_on(Box::new(Counting(RealDisk, read.clone())), folder.path(), Offset(0));
     for n in 0..3_000 {
@@ -206,8 +233,9 @@ fn a_reader_that_is_at_the_end_reads_a_few_bytes_until_there_is_more() {
         }
         while reader.position() <= Offset(n) {
             // A mark proves the last message, a moment later.
-            reader.read().unwrap();
-            std::thread::yield_now();
+            if reader.read().unwrap().is_none() {
+                changes.next("a mark");
+            }
         }
         reader.read().unwrap();
         read.store(0, Ordering::Relaxed);
