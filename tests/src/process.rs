@@ -107,6 +107,9 @@ impl Lines {
         for (name, value) in command.get_envs() {
             buffered.env(name, value.unwrap_or_default());
         }
+        if let Some(folder) = command.get_current_dir() {
+            buffered.current_dir(folder);
+        }
         let mut child = buffered.stdout(Stdio::piped()).spawn().expect("the client is installed");
         let out = child.stdout.take().expect("piped");
         let (to, lines) = channel();

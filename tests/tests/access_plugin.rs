@@ -2,10 +2,7 @@
 
 use std::io::Write;
 use std::sync::Arc;
-<<<<<<< HEAD
 use std::time::{Duration, Instant};
-=======
->>>>>>> 20f93b5 (Await events in the tests instead of polling)
 
 use headworks::access::PasswordFile;
 use headworks_tests::host::{Host, Shared, fresh};
@@ -15,6 +12,7 @@ use headworks_tests::packets::{
     Client, Connect, PINGREQ, Publish, Will, ack, auth, auth_properties, each_property, field, packet,
     subscribe, unique,
 };
+use headworks_tests::process::Lines;
 
 static HOSTILE: Shared = Shared::new();
 
@@ -148,20 +146,18 @@ fn attributes_and_the_device_go_with_each_message_of_the_client() {
     assert_eq!((code, published(&mut client, "acme/f/press/other/t")), (0, 0));
     client.cut();
     for topic in ["acme/f/press/other/t", "acme/f/press/other/gone"] {
-        let line = eventually("it is in the stream", Duration::from_secs(30), || {
-            let tail = host.cli(&[
-                "streams",
-                "tail",
-                "telemetry",
-                "--from",
-                "start",
-                "--max",
-                "1000",
-                "--format",
-                "json",
-            ]);
-            tail.lines().find(|line| line.contains(topic)).map(str::to_owned)
-        });
+        // Follows the stream: the will comes when it comes.
+        let mut tail = host.command(&[
+            "streams",
+            "tail",
+            "telemetry",
+            "--follow",
+            "--from",
+            "start",
+            "--format",
+            "json",
+        ]);
+        let line = Lines::of(tail.args(["--config", "headworks.yaml"])).find(topic);
         assert!(line.contains("\"press-7\""), "{line}");
     }
 }

@@ -1,16 +1,12 @@
 //! The command line against a running host.
 
-<<<<<<< HEAD
 use std::io::{Read, Write};
 use std::process::{Command, Stdio};
-=======
-use std::io::Write;
-use std::process::Command;
->>>>>>> 20f93b5 (Await events in the tests instead of polling)
 use std::time::Duration;
 
+use headworks_tests::events::Events;
 use headworks_tests::host::{Host, prebuilt};
-use headworks_tests::process::{Lines, run};
+use headworks_tests::process::{Lines, Process, run};
 use headworks_tests::{http, mosquitto, telemetry};
 use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
 
@@ -348,14 +344,12 @@ fn a_host_goes_on_where_what_it_prints_has_no_room() {
     let host = Host::prepare("cli-full", "");
     let full = || std::fs::File::options().write(true).open("/dev/full").expect("Linux has it");
     let mut command = host.command(&["run", "--config", "headworks.yaml"]);
+    let data = host.folder.join("data");
+    std::fs::create_dir(&data).expect("our folder");
+    let started = Events::of_files([&data]);
     let mut process = Process::spawn("headworks", command.stdout(full()).stderr(full()));
-    eventually("the host is ready, or ended", Duration::from_secs(60), || {
-        let run = std::fs::read(host.folder.join("data/run.json")).unwrap_or_default();
-        let run: Option<serde_json::Value> = serde_json::from_slice(&run).ok();
-        let admin = run.and_then(|run| run["admin"].as_str()?.parse().ok());
-        let is_ready = admin.is_some_and(|admin| matches!(http::get(admin, "/readyz"), Ok((200, _))));
-        (is_ready || !process.alive()).then_some(())
-    });
+    let is_up = || data.join("run.json").exists().then_some(());
+    started.while_runs(process.id()).until("the host is up", Duration::from_secs(60), is_up);
     process.signal(Signal::TERM);
     assert_eq!(process.wait(Duration::from_secs(60)).code(), Some(0));
 
