@@ -157,6 +157,7 @@ fn devices(host: &Host) -> Vec<Publisher> {
 
 fn all_rows(host: &mut Host, publishers: Vec<Publisher>) {
     assert!(host.process().alive());
+    publishers.iter().for_each(|publisher| publisher.await_acked(1));
     let sent: Vec<Sent> = publishers.into_iter().map(Publisher::finish).collect();
     assert!(sent.iter().all(|device| device.count > 0 && device.reconnects == 0), "{sent:?}");
     let path = host.folder.join("data/telemetry.db");
