@@ -137,6 +137,7 @@ pub fn shared() -> &'static Postgres {
 // Statics are not dropped, and a test may be killed: a small watcher ends the
 // server when the pipe from us is closed before we sent it away. (A parent-death
 // signal would come with the end of the *thread* that started it.)
+#[expect(clippy::zombie_processes, reason = "the watcher ends after us")]
 fn end_with_us(folder: &Path) -> ChildStdin {
     let mut end = as_server_user("pg_ctl");
     end.args(["stop", "-m", "immediate", "-D"]).arg(folder.join("data"));
