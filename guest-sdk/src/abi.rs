@@ -1,13 +1,10 @@
 //! How a batch and its answer lie in bytes: the numbers of interface `arena`
 //! in `wit/plugin.wit`, for both sides.
 
-/// The only layout of index and outputs so far.
+/// The only layout of outputs so far.
 pub const LAYOUT: u32 = 1;
 pub const WORD_BYTES: usize = 4;
 
-/// Input index: header of 16 words.
-pub const INDEX_HEADER_WORDS: usize = 16;
-pub const INDEX_HEADER_BYTES: usize = INDEX_HEADER_WORDS * WORD_BYTES;
 /// One entry of the index, or one record of the outputs: a cache line.
 pub const STRIDE_WORDS: usize = 16;
 pub const STRIDE_BYTES: usize = STRIDE_WORDS * WORD_BYTES;
@@ -27,20 +24,6 @@ pub const PROPERTIES_MAX: usize = 1_024;
 pub const REASON_BYTES_MAX: usize = 4_096;
 /// The source number of a record that a timer made.
 pub const FROM_TIMER: u32 = u32::MAX;
-
-/// Words of the index header.
-pub mod header {
-    pub const LAYOUT: usize = 0;
-    pub const HEADER_WORDS: usize = 1;
-    pub const STRIDE: usize = 2;
-    pub const COUNT: usize = 3;
-    pub const PARTITION: usize = 4;
-    pub const FLAGS: usize = 5;
-    pub const BASE_OFFSET: usize = 6;
-    pub const NOW_US: usize = 8;
-    pub const WATERMARK_US: usize = 10;
-    pub const ATTEMPT: usize = 12;
-}
 
 /// Words of an entry of the index.
 pub mod entry {

@@ -284,7 +284,7 @@ fn check_natively<P: Plugin>(file: &str, case: &Case) {
 
 /// What the host makes of an answer, without its checks.
 fn read_answer(messages: &Messages<'_>, batch: &BatchBuilder, answer: &Answer) -> Vec<Became> {
-    let (index, segment) = batch.parts();
+    let (_, index, segment) = batch.parts();
     let word =
         |bytes: &[u8], at: usize| u32::from_le_bytes(bytes[at * 4..at * 4 + 4].try_into().expect("4 bytes"));
     let mut records = answer.outputs.chunks_exact(64).collect::<Vec<_>>();
@@ -295,7 +295,7 @@ fn read_answer(messages: &Messages<'_>, batch: &BatchBuilder, answer: &Answer) -
         .iter()
         .map(|message| {
             let number = message.number();
-            let entry = &index[64 + number * 64..][..64];
+            let entry = &index[number * 64..][..64];
             let mine = || records.iter().filter(|r| word(r, record::SOURCE) as usize == number);
             let span = |bytes: &[u8], at: usize| {
                 let (begin, rest) = (word(bytes, at) as usize, word(bytes, at + 1));

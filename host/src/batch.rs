@@ -4,13 +4,13 @@
 //! body of a log frame as it was read, each later one what a step added. An
 //! unchanged message keeps its bytes through a whole chain of steps; only its
 //! [`Entry`] moves. Entries have the layout of the plugin contract's input
-//! index (`wit/plugin.wit`, interface `arena`), so that handing a batch to a
-//! plugin copies them as they are, but for the partition.
+//! index (`wit/plugin.wit`, interface `arena`): a plugin gets them as they are.
 
 use std::ops::Deref;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use zerocopy::{Immutable, IntoBytes};
 
 /// Position of a message in a stream: counts from 0, never reused.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -18,7 +18,7 @@ pub struct Offset(pub u64);
 
 /// Part of a stream whose messages stay in order.
 #[repr(transparent)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, IntoBytes, Immutable)]
 pub struct Partition(pub u16);
 
 /// Flags of a message, as in the plugin contract.
@@ -39,7 +39,7 @@ pub const SEGMENTS_MAX: usize = 15;
 
 /// Where some bytes lie: `begin` within a segment, then segment (4 bits) and length (28 bits).
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, IntoBytes, Immutable)]
 pub struct Span {
     pub begin: u32,
     pub segment_and_len: u32,
@@ -78,7 +78,7 @@ impl Span {
 
 /// One message of a batch: 64 bytes, a cache line.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, IntoBytes, Immutable)]
 pub struct Entry {
     /// See [`flags`].
     pub flags: u16,

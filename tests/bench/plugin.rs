@@ -68,9 +68,10 @@ fn measure(
         let in_place = begin.elapsed();
         let begin = Instant::now();
         for _ in 0..BATCHES {
-            let (index, data) = builder.parts();
+            let (header, index, data) = builder.parts();
             let (index, data) = (black_box(index.to_vec()), black_box(data.to_vec()));
-            let messages = Messages::new(&index, [&data[..]], black_box(&names)).expect("a whole index");
+            let messages =
+                Messages::new(header, &index, [&data[..]], black_box(&names)).expect("a whole index");
             headworks_guest::batch::run(&messages, &mut answer, native);
             black_box(&answer);
         }

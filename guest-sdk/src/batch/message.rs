@@ -2,55 +2,73 @@
 
 use alloc::string::String;
 
-use crate::abi::{self, entry, flags, header};
+use crate::abi::{self, entry, flags};
 use crate::json;
+
+/// What holds for all messages of a batch: `header` of interface `arena`.
+#[derive(Clone, Copy, Debug)]
+pub struct Header {
+    /// Words from one entry of the index to the next.
+    pub stride: u32,
+    pub partition: u32,
+    pub flags: u32,
+    /// 1 at the first try; more where a step asked to retry.
+    pub attempt: u32,
+    pub base_offset: u64,
+    /// Microseconds since 1970.
+    pub now_us: u64,
+    /// Microseconds since 1970; the least value is none.
+    pub watermark_us: i64,
+}
 
 /// A batch, as the host handed it over.
 #[derive(Clone, Copy)]
 pub struct Messages<'a> {
-    header: &'a [u8],
+    header: Header,
     /// All entries and nothing else.
     entries: &'a [u8],
     stride_bytes: usize,
     count: usize,
-    base_offset: u64,
     /// As many as four bits can name, so that no span needs a bounds check here.
     segments: [&'a [u8]; 16],
     namespace: &'a [String],
 }
 
+impl Header {
+    /// Of a first try, without offset and watermark.
+    pub const fn at(now_us: u64) -> Self {
+        Self {
+            stride: abi::STRIDE_WORDS as u32,
+            partition: 0,
+            flags: 0,
+            attempt: 1,
+            base_offset: 0,
+            now_us,
+            watermark_us: i64::MIN,
+        }
+    }
+}
+
 impl<'a> Messages<'a> {
     /// `index` and `segments` lie as in interface `arena`; `namespace` has the
-    /// topic pattern's field names by level. None where the index is not of a
-    /// layout that this SDK reads.
+    /// topic pattern's field names by level. None where the entries are shorter
+    /// than those that this SDK reads, or not whole.
     pub fn new(
+        header: Header,
         index: &'a [u8],
         segments: impl IntoIterator<Item = &'a [u8]>,
         namespace: &'a [String],
     ) -> Option<Self> {
-        if index.len() < abi::INDEX_HEADER_BYTES || word(index, header::LAYOUT) != abi::LAYOUT {
+        let stride_bytes = header.stride as usize * abi::WORD_BYTES;
+        if stride_bytes < abi::STRIDE_BYTES || index.len() % stride_bytes != 0 {
             return None;
         }
-        let header_bytes = word(index, header::HEADER_WORDS) as usize * abi::WORD_BYTES;
-        let stride_bytes = word(index, header::STRIDE) as usize * abi::WORD_BYTES;
-        let count = word(index, header::COUNT) as usize;
-        if stride_bytes < abi::STRIDE_BYTES {
-            return None;
-        }
-        let entries = index.get(header_bytes..)?.get(..count.checked_mul(stride_bytes)?)?;
         let mut all: [&[u8]; 16] = [&[]; 16];
         for (slot, segment) in all.iter_mut().zip(segments) {
             *slot = segment;
         }
-        Some(Self {
-            header: index,
-            entries,
-            stride_bytes,
-            count,
-            base_offset: word64(index, header::BASE_OFFSET),
-            segments: all,
-            namespace,
-        })
+        let count = index.len() / stride_bytes;
+        Some(Self { header, entries: index, stride_bytes, count, segments: all, namespace })
     }
 
     #[inline]
@@ -92,18 +110,18 @@ impl<'a> Messages<'a> {
     }
 
     pub fn partition(&self) -> u32 {
-        word(self.header, header::PARTITION)
+        self.header.partition
     }
 
     /// The batch's append time, microseconds since 1970: the same again on replay.
     #[inline]
     pub fn now_us(&self) -> u64 {
-        word64(self.header, header::NOW_US)
+        self.header.now_us
     }
 
     /// 1 at the first try; more where a step asked to retry.
     pub fn attempt(&self) -> u32 {
-        word(self.header, header::ATTEMPT)
+        self.header.attempt
     }
 
     /// Bytes of all segments together.
@@ -185,7 +203,7 @@ impl<'a> Message<'a> {
     /// Position in its stream.
     #[inline]
     pub fn offset(&self) -> u64 {
-        self.batch.base_offset + u64::from(word(self.entry, entry::OFFSET))
+        self.batch.header.base_offset + u64::from(word(self.entry, entry::OFFSET))
     }
 
     /// Microseconds since 1970, UTC.
@@ -203,7 +221,7 @@ impl<'a> Message<'a> {
 
     #[inline]
     pub fn flags(&self) -> u32 {
-        word(self.entry, entry::FLAGS)
+        word(self.entry, entry::FLAGS) & 0xffff
     }
 
     pub fn qos(&self) -> u8 {

@@ -9,7 +9,7 @@ mod answer;
 mod message;
 
 pub use answer::{Answer, Output, Record, Verdict};
-pub use message::{Message, Messages, Property};
+pub use message::{Header, Message, Messages, Property};
 
 /// Asks `each` about every message, in order.
 #[inline(always)]

@@ -113,18 +113,16 @@ fn an_answer_is_used_again_without_remains() {
 }
 
 #[test]
-fn a_longer_header_and_stride_are_read_past() {
+fn a_longer_stride_is_read_past() {
     let (batch, names) = (batch(), namespace());
-    let (index, data) = batch.parts();
-    let mut wider = index[..64].to_vec();
-    wider[4..8].copy_from_slice(&20u32.to_le_bytes());
-    wider[8..12].copy_from_slice(&18u32.to_le_bytes());
-    wider.extend([0xff; 16]);
-    for entry in index[64..].chunks(64) {
+    let (header, index, data) = batch.parts();
+    let header = Header { stride: 18, ..header };
+    let mut wider = Vec::new();
+    for entry in index.chunks(64) {
         wider.extend(entry);
         wider.extend([0xff; 8]);
     }
-    let messages = Messages::new(&wider, [data], &names).unwrap();
+    let messages = Messages::new(header, &wider, [data], &names).unwrap();
     let topics = |messages: &Messages<'_>| {
         let (mut of_run, mut numbers) = (Vec::new(), Vec::new());
         run(messages, &mut Answer::new(), |message, _| {
@@ -139,5 +137,6 @@ fn a_longer_header_and_stride_are_read_past() {
     assert_eq!(topics(&messages), topics(&batch.messages(&names)));
     assert_eq!(topics(&messages)[2], "acme/north/t/t-2/reading");
     wider.truncate(wider.len() - 1);
-    assert!(Messages::new(&wider, [data], &names).is_none());
+    assert!(Messages::new(header, &wider, [data], &names).is_none(), "an entry is cut");
+    assert!(Messages::new(Header { stride: 15, ..header }, index, [data], &names).is_none());
 }

@@ -1,14 +1,15 @@
 //! The arguments and the result of `batch.process` as the canonical ABI has
 //! them (component-model `CanonicalABI.md`, lifting and lowering of lists).
 //!
-//! By hand, because what is generated copies the list of segments, allocates
+//! By hand, because what is generated copies the list of `later`, allocates
 //! each answer anew and has the host come back to free it: an entry into wasm,
 //! and more than the work of a short batch.
 
+use alloc::string::String;
 use alloc::vec::Vec;
 use core::slice;
 
-use crate::batch::Answer;
+use crate::batch::{Answer, Header, Messages};
 
 /// A byte string that the host put into memory that it got of `cabi_realloc`;
 /// freed when dropped.
@@ -20,8 +21,10 @@ pub struct Bytes {
 
 /// A batch as the host lowered it.
 pub struct Lowered {
-    index: Bytes,
-    segments: Vec<Bytes>,
+    pub header: Header,
+    pub index: Bytes,
+    pub data: Bytes,
+    pub later: Vec<Bytes>,
 }
 
 /// An answer as the host lifts it: verdicts, outputs, data. Borrows nothing: it
@@ -36,8 +39,15 @@ struct List {
 }
 
 impl Bytes {
+    /// # Safety
+    /// A list as the host gave it: in memory of `cabi_realloc`, owned by nobody else.
+    #[inline(always)]
+    pub unsafe fn new(begin: *mut u8, len: usize) -> Self {
+        Self { begin, len }
+    }
+
     fn as_slice(&self) -> &[u8] {
-        // SAFETY: `Lowered::new`'s caller gave a whole allocation, ours until dropped.
+        // SAFETY: a whole allocation, as `new`'s caller promised, ours until dropped.
         unsafe { slice::from_raw_parts(self.begin, self.len) }
     }
 }
@@ -52,22 +62,21 @@ impl Drop for Bytes {
 
 impl Lowered {
     /// # Safety
-    /// The arguments of `batch.process` as the host gave them: two lists, each in
-    /// memory of `cabi_realloc`, that nobody else owns.
+    /// `later` of the arguments as the host gave them: nothing if it is not `given`,
+    /// else a list, each item and the list itself as for [`Bytes::new`].
     #[inline(always)]
-    pub unsafe fn new(index: *mut u8, index_len: usize, segments: *mut Bytes, segments_len: usize) -> Self {
-        let index = Bytes { begin: index, len: index_len };
+    pub unsafe fn later(given: u32, later: *mut Bytes, len: usize) -> Vec<Bytes> {
+        if given == 0 {
+            return Vec::new();
+        }
         // SAFETY: as promised; a list of lists is pairs of begin and length.
-        let segments = unsafe { Vec::from_raw_parts(segments, segments_len, segments_len) };
-        Self { index, segments }
+        unsafe { Vec::from_raw_parts(later, len, len) }
     }
 
-    pub fn index(&self) -> &[u8] {
-        self.index.as_slice()
-    }
-
-    pub fn segments(&self) -> impl Iterator<Item = &[u8]> {
-        self.segments.iter().map(Bytes::as_slice)
+    pub fn messages<'a>(&'a self, namespace: &'a [String]) -> Messages<'a> {
+        let segments = core::iter::once(&self.data).chain(&self.later).map(Bytes::as_slice);
+        Messages::new(self.header, self.index.as_slice(), segments, namespace)
+            .expect("entries as the contract says")
     }
 }
 

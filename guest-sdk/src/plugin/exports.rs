@@ -9,7 +9,7 @@ pub use crate::bindings::{self, export_base, only_batch, only_batch::export_only
 
 use super::entry::{Lists, Lowered};
 use super::{Context, Plugin};
-use crate::batch::{Answer, Messages};
+use crate::batch::Answer;
 use crate::config::{Config, Problem};
 
 /// The one instance of a component.
@@ -43,12 +43,11 @@ impl<P: Plugin> Slot<P> {
 
     /// The answer stays where it is until the next call.
     #[inline]
-    pub fn process(&self, messages: &Lowered) -> *const Lists {
+    pub fn process(&self, batch: &Lowered) -> *const Lists {
         let mut running = self.running.borrow_mut();
         let Running { plugin, namespace, answer, lists } =
             running.as_mut().expect("the host calls init first");
-        let messages = Messages::new(messages.index(), messages.segments(), namespace)
-            .expect("an index of layout 1, as the contract says");
+        let messages = batch.messages(namespace);
         // Nothing of the last batch, whatever the plugin's own `process_all` writes.
         answer.clear();
         plugin.begin(&messages);

@@ -79,7 +79,8 @@ macro_rules! plugin {
 
         #[cfg(target_family = "wasm")]
         const _: () = {
-            use $crate::plugin::exports;
+            use $crate::batch::Header;
+            use $crate::plugin::{entry, exports};
 
             ::std::thread_local! {
                 static RUNNING: exports::Slot<$plugin> = const { exports::Slot::new() };
@@ -106,15 +107,33 @@ macro_rules! plugin {
             // `batch.process`, in the names and types of the canonical ABI.
             #[unsafe(export_name = "headworks:plugin/batch@1.0.0#process")]
             unsafe extern "C" fn process(
+                stride: u32,
+                partition: u32,
+                flags: u32,
+                attempt: u32,
+                base_offset: u64,
+                now_us: u64,
+                watermark_us: i64,
                 index: *mut u8,
                 index_len: usize,
-                segments: *mut $crate::plugin::entry::Bytes,
-                segments_len: usize,
-            ) -> *const $crate::plugin::entry::Lists {
+                data: *mut u8,
+                data_len: usize,
+                has_later: u32,
+                later: *mut entry::Bytes,
+                later_len: usize,
+            ) -> *const entry::Lists {
+                let header =
+                    Header { stride, partition, flags, attempt, base_offset, now_us, watermark_us };
                 // SAFETY: the host's arguments, as they came.
-                let messages =
-                    unsafe { $crate::plugin::entry::Lowered::new(index, index_len, segments, segments_len) };
-                RUNNING.with(|slot| slot.process(&messages))
+                let batch = unsafe {
+                    entry::Lowered {
+                        header,
+                        index: entry::Bytes::new(index, index_len),
+                        data: entry::Bytes::new(data, data_len),
+                        later: entry::Lowered::later(has_later, later, later_len),
+                    }
+                };
+                RUNNING.with(|slot| slot.process(&batch))
             }
 
     exports::export_base!(Component with_types_in exports::bindings);

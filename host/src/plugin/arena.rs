@@ -1,16 +1,22 @@
 //! The arena: a batch and its answer as bytes (`wit/plugin.wit`, interface
 //! `arena`). This is the layout and the way in; the way out is [`super::answer`].
 
+use zerocopy::IntoBytes;
+
+use super::bindings::batch::headworks::plugin::arena::Header;
 use crate::batch::{Batch, Entry, Partition, Span};
 
 pub(super) const LAYOUT: u32 = 1;
-pub(super) const INPUT_HEADER_WORDS: usize = 16;
 pub(super) const STRIDE_WORDS: usize = 16;
 pub(super) const OUTPUT_HEADER_WORDS: usize = 8;
 /// Most messages of one call.
 pub(super) const COUNT_MAX: usize = 65_536;
 /// The segment that means the answer's `data`.
 pub(super) const DATA_SEGMENT: usize = 15;
+
+const _: () = assert!(size_of::<Entry>() == STRIDE_WORDS * 4);
+#[cfg(target_endian = "big")]
+compile_error!("the index is little-endian, and here the entries of a batch as they lie in memory");
 
 /// Header flags of the input.
 pub(super) mod call {
@@ -36,49 +42,32 @@ pub(super) mod set {
     pub const FLAGS: u32 = 64;
 }
 
-/// Writes the input index of `batch` into `out`, and says how many bytes the
-/// spans have together and which segments they use (bit per segment).
-pub(super) fn write_index(
-    out: &mut Vec<u8>,
-    batch: &Batch,
-    partition: Partition,
-    call_flags: u32,
-    attempt: u32,
-) -> (u64, u16) {
-    let count = batch.entries.len();
-    out.resize((INPUT_HEADER_WORDS + STRIDE_WORDS * count) * 4, 0);
-    let (base, now) = (batch.base.0, batch.now_us);
-    let header: [u32; INPUT_HEADER_WORDS] = [
-        LAYOUT,
-        INPUT_HEADER_WORDS as u32,
-        STRIDE_WORDS as u32,
-        count as u32,
-        partition.0.into(),
-        call_flags,
-        base as u32,
-        (base >> 32) as u32,
-        now as u32,
-        (now >> 32) as u32,
-        // Watermark: none yet, i64::MIN.
-        0,
-        0x8000_0000,
+pub(super) fn header(batch: &Batch, partition: Partition, flags: u32, attempt: u32) -> Header {
+    Header {
+        stride: STRIDE_WORDS as u32,
+        partition: partition.0.into(),
+        flags,
         attempt,
-        0,
-        0,
-        0,
-    ];
-    let (head, body) = out.split_at_mut(INPUT_HEADER_WORDS * 4);
-    for (bytes, word) in head.as_chunks_mut::<4>().0.iter_mut().zip(header) {
-        *bytes = word.to_le_bytes();
+        base_offset: batch.base.0,
+        now_us: batch.now_us,
+        // None yet.
+        watermark_us: i64::MIN,
     }
-    let mut bytes = 0;
-    for (place, entry) in body.as_chunks_mut::<64>().0.iter_mut().zip(&batch.entries) {
-        write_entry(place, entry);
-        for span in [entry.topic, entry.payload, entry.properties, entry.route] {
-            bytes += span.len() as u64;
-        }
-    }
-    (bytes, used_segments(batch))
+}
+
+/// The index of `batch`: its entries as they are.
+pub(super) fn index(batch: &Batch) -> &[u8] {
+    batch.entries.as_bytes()
+}
+
+/// How many bytes the spans of `batch` have together, device ids aside, which
+/// mostly lie in a topic, and which segments they use (bit per segment).
+pub(super) fn extent(batch: &Batch) -> (u64, u16) {
+    let of = |entry: &Entry| {
+        let spans = [entry.topic, entry.payload, entry.properties, entry.route];
+        spans.iter().map(|span| span.len() as u64).sum::<u64>()
+    };
+    (batch.entries.iter().map(of).sum(), used_segments(batch))
 }
 
 /// Bit per segment; a batch straight from the log has one.
@@ -95,33 +84,13 @@ pub(super) fn spans(entry: &Entry) -> [Span; 5] {
     [entry.topic, entry.payload, entry.properties, entry.route, entry.device]
 }
 
-/// The layouts match but for the partition, which shares word 0 with the flags.
-#[inline]
-fn write_entry(place: &mut [u8; 64], entry: &Entry) {
-    let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
-    let span = |span: Span| pair(span.begin, span.segment_and_len);
-    let words: [u64; 8] = [
-        pair(entry.flags.into(), entry.offset),
-        entry.received_us,
-        entry.event_us as u64,
-        span(entry.topic),
-        span(entry.payload),
-        span(entry.properties),
-        span(entry.route),
-        span(entry.device),
-    ];
-    for (bytes, word) in place.as_chunks_mut::<8>().0.iter_mut().zip(words) {
-        *bytes = word.to_le_bytes();
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::batch::flags;
 
     #[test]
-    fn the_index_lies_as_the_contract_says() {
+    fn header_and_index_lie_as_the_contract_says() {
         let entry = |offset| Entry {
             offset,
             topic: Span::new(0, 0, 3),
@@ -137,12 +106,16 @@ mod tests {
         batch.entries.to_mut()[1].partition = Partition(5);
         batch.entries.to_mut()[1].flags = flags::RETAIN;
         batch.entries.to_mut()[1].received_us = 0x2_0000_0003;
-        let mut index = Vec::new();
-        let (bytes, used) = write_index(&mut index, &batch, Partition(5), call::ALONE_AFTER_TRAP, 3);
+        let header = header(&batch, Partition(5), call::ALONE_AFTER_TRAP, 3);
+        assert_eq!((header.stride, header.partition, header.flags, header.attempt), (16, 5, 4, 3));
+        assert_eq!((header.base_offset, header.now_us, header.watermark_us), (0x1_0000_0007, 9, i64::MIN));
         let words: Vec<u32> =
-            index.chunks_exact(4).map(|w| u32::from_le_bytes(w.try_into().unwrap())).collect();
-        assert_eq!(words[..16], [1, 16, 16, 2, 5, 4, 7, 1, 9, 0, 0, 1 << 31, 3, 0, 0, 0]);
-        assert_eq!(words[32..44], [flags::RETAIN.into(), 1, 3, 2, 0, 0, 0, 3, 3, 5, 0, 0]);
-        assert_eq!((words.len(), bytes, used), (48, 16, 1));
+            index(&batch).chunks_exact(4).map(|w| u32::from_le_bytes(w.try_into().unwrap())).collect();
+        let partition = 5 << 16;
+        assert_eq!(
+            words[16..28],
+            [partition | u32::from(flags::RETAIN), 1, 3, 2, 0, 0, 0, 3, 3, 5, 0, 0]
+        );
+        assert_eq!((words.len(), extent(&batch)), (32, (16, 1)));
     }
 }

@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use wasmtime::{Store, Trap};
 
-use super::arena::{COUNT_MAX, DATA_SEGMENT, LAYOUT, OUTPUT_HEADER_WORDS, STRIDE_WORDS, set, verdict};
+use super::arena::{self, COUNT_MAX, DATA_SEGMENT, LAYOUT, OUTPUT_HEADER_WORDS, STRIDE_WORDS, set, verdict};
 use super::bindings::base::exports::headworks::plugin::lifecycle::Context;
-use super::bindings::batch::headworks::plugin::arena::{Answer as Raw, Messages};
+use super::bindings::batch::headworks::plugin::arena::{Answer as Raw, Header, Messages};
 use super::bindings::message::exports::headworks::plugin::message::{Incoming, Outgoing, Verdict};
 use super::bindings::message::headworks::plugin::types::Property;
 use super::bindings::{access, batch, message};
@@ -30,6 +30,8 @@ const INIT_CPU: Duration = Duration::from_secs(5);
 const GROWTH_BYTES_MIN: usize = 16 << 20;
 /// An answer's verdicts and records, beside its data, that are let in to be checked.
 const ANSWER_BYTES_BASE: usize = 4 << 20;
+
+const NOTHING: &[u8] = &[];
 
 const NO_STEP: &str =
     "is an access plugin, no step: name its file in mqtt.access.authenticate (type: plugin)";
@@ -114,13 +116,13 @@ impl Instance {
         Ok((Self { program, store, process, memory_after_init, memory_max }, narrowed))
     }
 
-    /// Runs the plugin over `batch`, of which `index` is the input index and
-    /// `segments` the bytes. The answer is not checked. After an error the
-    /// instance must be dropped.
+    /// Runs the plugin over `batch`; it gets `segments`, of the batch's those that
+    /// it may see. The answer is not checked. After an error the instance must
+    /// be dropped.
     pub fn call(
         &mut self,
         batch: &Batch,
-        index: &[u8],
+        header: Header,
         segments: &[&[u8]],
         limits: CallLimits,
     ) -> Result<Raw, String> {
@@ -131,7 +133,10 @@ impl Instance {
         let running = self.program.runtime.start(&mut self.store, limits.cpu);
         let answer = match &self.process {
             Process::Batch(exports) => {
-                exports.headworks_plugin_batch().call_process(&mut self.store, Messages { index, segments })
+                let (data, later) = segments.split_first().unwrap_or((&NOTHING, &[]));
+                let later = (!later.is_empty()).then_some(later);
+                let messages = Messages { header, index: arena::index(batch), data, later };
+                exports.headworks_plugin_batch().call_process(&mut self.store, messages)
             }
             Process::Message(exports) => one_by_one(exports, &mut self.store, batch, limits),
             Process::Access(_) => return Err(NO_STEP.to_owned()),

@@ -28,7 +28,7 @@ pub fn answering(verdicts: &[u8], outputs: &[u8], data: &[u8]) -> Vec<u8> {
     let (at_outputs, at_data) = (BLOBS + verdicts.len(), BLOBS + verdicts.len() + outputs.len());
     let blobs = format!("(data (i32.const {BLOBS}) \"{}{}{}\")", hex(verdicts), hex(outputs), hex(data));
     let words = [BLOBS, verdicts.len(), at_outputs, outputs.len(), at_data, data.len()];
-    let mut body = String::from("(if (i32.load offset=12 (local.get $index)) (then ");
+    let mut body = String::from("(if (local.get $index_len) (then ");
     for (number, word) in words.iter().enumerate() {
         body += &format!("(i32.store (i32.const {}) (i32.const {word}))", ANSWER + number * 4);
     }
@@ -108,15 +108,18 @@ pub fn outputs(records: &[Vec<u32>]) -> Vec<u8> {
 
 fn each_payload(more: &str) -> String {
     format!(
-        r#"(local.set $n (i32.load offset=12 (local.get $index)))
-        (local.set $entry (i32.add (local.get $index) (i32.const 64)))
+        r#"(local.set $n (i32.shr_u (local.get $index_len) (i32.const 6)))
+        (local.set $entry (local.get $index))
         (block $done (loop $next
           (br_if $done (i32.ge_u (local.get $i) (local.get $n)))
           (local.set $span (i32.load offset=36 (local.get $entry)))
           (if (i32.and (local.get $span) (i32.const 0x0fffffff)) (then
-            (local.set $byte (i32.load8_u (i32.add
-              (i32.load (i32.add (local.get $segments) (i32.shl (i32.shr_u (local.get $span) (i32.const 28)) (i32.const 3))))
-              (i32.load offset=32 (local.get $entry)))))
+            (local.set $segment (local.get $data))
+            (if (i32.shr_u (local.get $span) (i32.const 28)) (then
+              (local.set $segment (i32.load (i32.sub
+                (i32.add (local.get $later) (i32.shl (i32.shr_u (local.get $span) (i32.const 28)) (i32.const 3)))
+                (i32.const 8))))))
+            (local.set $byte (i32.load8_u (i32.add (local.get $segment) (i32.load offset=32 (local.get $entry)))))
             (if (i32.eq (local.get $byte) (i32.const 80)) (then unreachable))
             (if (i32.eq (local.get $byte) (i32.const 65)) (then
               (call $abort (i32.const {STRINGS}) (i32.const 4) (i32.const {STRINGS}) (i32.const 4) (i32.const 7))))
@@ -134,8 +137,9 @@ fn each_payload(more: &str) -> String {
 fn batch_plugin(version: &str, topics: &[&str], body: &str, more: &str) -> Vec<u8> {
     let process = format!(
         r#"(func (export "headworks:plugin/batch@1.0.0#process")
-          (param $index i32) (param $index_len i32) (param $segments i32) (param $count i32) (result i32)
-          (local $i i32) (local $n i32) (local $entry i32) (local $span i32) (local $byte i32)
+          (param i32 i32 i32 i32 i64 i64 i64) (param $index i32) (param $index_len i32)
+          (param $data i32) (param $data_len i32) (param i32) (param $later i32) (param i32) (result i32)
+          (local $i i32) (local $n i32) (local $entry i32) (local $span i32) (local $segment i32) (local $byte i32)
           {body}
           (global.set $heap (i32.const {HEAP}))
           (i32.const {ANSWER}))

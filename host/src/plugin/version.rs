@@ -66,7 +66,6 @@ pub(super) struct PluginStep {
     instance: Option<Instance>,
     /// All must match; each list any. Empty: every message.
     filters: Vec<Vec<TopicFilter>>,
-    index: Vec<u8>,
     meters: Meters,
 }
 
@@ -79,6 +78,8 @@ struct Work<'a> {
     numbers: Option<&'a [u32]>,
     partition: Partition,
     attempt: u32,
+    /// Of [`call`].
+    flags: u32,
 }
 
 struct Meters {
@@ -192,7 +193,6 @@ impl PluginStep {
             shared: Arc::clone(shared),
             instance: None,
             filters: Vec::new(),
-            index: Vec::new(),
             meters,
         };
         match step.ensure_instance() {
@@ -216,9 +216,8 @@ impl PluginStep {
 
     fn on_nothing(&mut self) -> Result<(), String> {
         let batch = Batch::default();
-        let work = Work { batch: &batch, numbers: None, partition: Partition::default(), attempt: 0 };
-        let (_, used) = self.write_index(&work, &batch, 0);
-        self.call(&work, &batch, used, self.batch_limits(0), &mut Collected::default())
+        let work = Work { batch: &batch, numbers: None, partition: Partition::default(), attempt: 0, flags: 0 };
+        self.call(&work, &batch, 0, self.batch_limits(0), &mut Collected::default())
     }
 
     fn batch_limits(&self, bytes_in: u64) -> CallLimits {
@@ -242,9 +241,8 @@ impl PluginStep {
         self.filters.iter().all(|any| any.iter().any(|filter| filter.matches(topic)))
     }
 
-    /// One call over all of `view`, of which `self.index` is the index and whose
-    /// `used` segments are given whole; its answer goes into `collected`. After
-    /// an error there is no instance.
+    /// One call over all of `view`, whose `used` segments are given whole; its
+    /// answer goes into `collected`. After an error there is no instance.
     fn call(
         &mut self,
         work: &Work<'_>,
@@ -268,7 +266,8 @@ impl PluginStep {
         };
         // Taken out, and put back only after a good answer: a fault discards it.
         let Some(mut instance) = self.instance.take() else { return Err("has no instance".into()) };
-        let raw = instance.call(view, &self.index, segments, limits)?;
+        let header = arena::header(view, work.partition, work.flags, work.attempt);
+        let raw = instance.call(view, header, segments, limits)?;
         collected
             .take(view, raw, &self.shared.limits, limits.bytes, &target)
             .map_err(|fault| format!("bad answer: {fault}"))?;
@@ -277,18 +276,14 @@ impl PluginStep {
         Ok(())
     }
 
-    fn write_index(&mut self, work: &Work<'_>, view: &Batch, call_flags: u32) -> (u64, u16) {
-        arena::write_index(&mut self.index, view, work.partition, call_flags, work.attempt)
-    }
-
     fn run_batch(&mut self, mut batch: Batch, partition: Partition, attempt: u32) -> Outcome {
         if batch.segments.len() >= SEGMENTS_MAX {
             batch = gather(&batch, None);
         }
         let mut collected = Collected::default();
         if self.filters.is_empty() {
-            let work = Work { batch: &batch, numbers: None, partition, attempt };
-            let (bytes, used) = self.write_index(&work, &batch, 0);
+            let work = Work { batch: &batch, numbers: None, partition, attempt, flags: 0 };
+            let (bytes, used) = arena::extent(&batch);
             let held = segment_bytes(&batch, used);
             if bytes * 2 < held {
                 // Most of it is nobody's any more.
@@ -321,9 +316,9 @@ impl PluginStep {
         while !rest.is_empty() && !collected.asks_again() {
             let (numbers, later) = rest.split_at(self.part_length(batch, rest));
             rest = later;
-            let work = Work { batch, numbers: Some(numbers), partition, attempt };
+            let work = Work { batch, numbers: Some(numbers), partition, attempt, flags: 0 };
             let view = gather(batch, work.numbers);
-            let (bytes, used) = self.write_index(&work, &view, 0);
+            let (bytes, used) = arena::extent(&view);
             let limits = self.batch_limits(bytes);
             if let Err(error) = self.ensure_instance() {
                 return collected.ask_again(start_reason(error), false);
@@ -356,9 +351,13 @@ impl PluginStep {
             if let Err(error) = self.ensure_instance() {
                 return collected.ask_again(start_reason(error), false);
             }
-            let alone = Work { numbers: Some(std::slice::from_ref(number)), ..*work };
+            let alone = Work {
+                numbers: Some(std::slice::from_ref(number)),
+                flags: call::ALONE_AFTER_TRAP,
+                ..*work
+            };
             let view = gather(work.batch, alone.numbers);
-            let (bytes, used) = self.write_index(&alone, &view, call::ALONE_AFTER_TRAP);
+            let (bytes, used) = arena::extent(&view);
             let limits = self.alone_limits(of_batch, bytes);
             if let Err(reason) = self.call(&alone, &view, used, limits, collected) {
                 match self.guilty(&reason) {
