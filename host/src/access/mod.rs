@@ -316,10 +316,10 @@ impl Access {
     }
 
     /// A place of the user's, empty where there is no bound; `None` where the
-    /// user has `connections_per_user_max` already.
-    pub fn enter(&self, identity: &Identity) -> Option<Option<UserPlace>> {
+    /// user has `connections_per_user_max` already, with other client ids.
+    pub fn enter(&self, identity: &Identity, client_id: &str) -> Option<Option<UserPlace>> {
         match (&identity.name, self.limits.connections_per_user_max) {
-            (Some(name), Some(max)) => self.users.enter(name, max).map(Some),
+            (Some(name), Some(max)) => self.users.enter(name, client_id, max).map(Some),
             _ => Some(None),
         }
     }

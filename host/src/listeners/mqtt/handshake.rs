@@ -58,6 +58,9 @@ struct Asked {
     username: Option<Box<str>>,
     password: Option<Bytes>,
     will: Option<Will>,
+    /// Once it is admitted, before an older connection gives way: who is refused
+    /// takes nothing over.
+    user_place: Option<UserPlace>,
     auth: Option<Method>,
     /// Its last round goes out with CONNACK.
     auth_answer: Option<Bytes>,
@@ -126,12 +129,6 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         refuse(broker, io, Some(asked.version), ConnectAckReason::ServerUnavailable).await;
         return Err(Refused::new("access_unavailable", format!("client {} at {remote}", asked.client_id)));
     }
-    // After an older connection of the same client has given its place back.
-    let Some(user_place) = broker.access.enter(&rights.identity) else {
-        broker.sessions.give_back(broker, &session, turn);
-        refuse(broker, io, Some(asked.version), ConnectAckReason::QuotaExceeded).await;
-        return Err(Refused::new("connections_per_user", format!("client {} at {remote}", asked.client_id)));
-    };
     let opened = async {
         let resumed = broker.sessions.open(broker, &session, asked.clean, asked.expiry_s).await?;
         if let Some(will) = &mut asked.will {
@@ -160,7 +157,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         aliases: Aliases::new(asked.aliases_max),
         keep_alive_s: asked.keep_alive_s,
         rights,
-        user_place,
+        user_place: asked.user_place,
         will: asked.will,
         auth: asked.auth.map(|method| (method, asked.username)),
         answer,
@@ -332,6 +329,7 @@ impl Asked {
             username: username.map(Into::into),
             password: None,
             will,
+            user_place: None,
             auth: None,
             auth_answer: None,
         };
@@ -390,6 +388,8 @@ impl Asked {
         if !self.assigned && !broker.access.may_have_id(&rights.identity, &self.client_id) {
             return Err((Some(ConnectAckReason::ClientIdentifierNotValid), "client_id"));
         }
+        let place = broker.access.enter(&rights.identity, &self.client_id);
+        self.user_place = place.ok_or((Some(ConnectAckReason::QuotaExceeded), "connections_per_user"))?;
         if let Some(will) = &mut self.will {
             admit_will(broker, &mut rights, &self.client_id, will).await?;
         }
