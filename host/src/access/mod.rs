@@ -52,6 +52,9 @@ pub struct Credentials<'a> {
     pub password: Option<&'a [u8]>,
     /// The name in the certificate that the TLS handshake has verified.
     pub certificate: Option<&'a str>,
+    /// What the client showed there, DER, that certificate first. Empty where no
+    /// authenticator looks at it: see [`Access::looks_at_certificates`].
+    pub certificates: &'a [Box<[u8]>],
     pub ip: IpAddr,
     pub entrance: &'a Entrance,
     /// The listener serves clients that show nothing.
@@ -307,6 +310,12 @@ impl Access {
         let patterns = self.config.as_ref().map_or(&[][..], |config| &config.client_ids);
         let who = Who { client_id, user: identity.name.as_deref(), fields: &identity.fields };
         patterns.is_empty() || rules::fits_client_id(patterns, &who)
+    }
+
+    /// Whether whole certificates are of use: a plugin is shown them.
+    pub fn looks_at_certificates(&self) -> bool {
+        let authenticators = self.config.as_ref().map_or(&[][..], |config| &config.authenticate);
+        authenticators.iter().any(|one| matches!(one, Authenticator::Plugin(_)))
     }
 
     /// Whether one more CONNECT is within `connects_per_s`.

@@ -369,6 +369,7 @@ impl Asked {
             username: self.username.as_deref(),
             password: self.password.as_deref(),
             certificate: remote.identity.as_deref(),
+            certificates: &remote.certificates,
             ip: remote.address.ip(),
             entrance: &remote.entrance,
             allow_anonymous: remote.entrance.allow_anonymous,

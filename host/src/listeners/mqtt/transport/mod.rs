@@ -50,6 +50,8 @@ pub struct Remote {
     /// The name in the certificate that the client has proved to own, which
     /// `tls.identity` asks for.
     pub identity: Option<Box<str>>,
+    /// All that it showed with it, DER, its own first; kept where access control looks at them.
+    pub certificates: Box<[Box<[u8]>]>,
     pub entrance: Arc<Entrance>,
 }
 
@@ -181,7 +183,8 @@ pub async fn accept(broker: Arc<Broker>, entry: Entry, room: Arc<Semaphore>, tas
             continue;
         }
         let place = Place { _connection: connection, handshake };
-        let remote = Remote { address, identity: None, entrance: entrance.clone() };
+        let remote =
+            Remote { address, identity: None, certificates: Box::default(), entrance: entrance.clone() };
         if let (Socket::Tcp(socket), true) = (&socket, layers.is_plain()) {
             // Acks are small and must not wait for the peer's delayed ack.
             let _ = socket.set_nodelay(true);
@@ -297,6 +300,9 @@ impl Layers {
             Some(tls) => {
                 let io = tls.accept(socket).await?;
                 remote.identity = tls.client(&io);
+                if broker.access.looks_at_certificates() {
+                    remote.certificates = tls::shown(&io);
+                }
                 Opened::Tls(Box::new(io))
             }
         };
