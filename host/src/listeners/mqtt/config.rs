@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::bind::{Bind, SocketMode};
 use super::outbound::WhenFull;
 use super::transport::network::Network;
+use super::transport::origin;
 use crate::access;
 use crate::problems::{KeyPath, Problems};
 use crate::units::{ByteSize, Period};
@@ -154,6 +155,11 @@ pub struct WebSocket {
     /// twice `max_packet_size`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_frame_size: Option<ByteSize>,
+    /// Web pages that may connect, by their origin as browsers say it
+    /// (`https://plant.example.com`), `"*"` for all. Pages of the host that they
+    /// connect to need no entry where that is an address, `localhost`, or a name with
+    /// TLS here; clients that are no browsers send no `Origin` and are not held to it.
+    pub origins: Vec<String>,
 }
 
 /// Who may say whose connection it is.
@@ -166,7 +172,7 @@ pub struct ProxyProtocol {
 
 impl Default for WebSocket {
     fn default() -> Self {
-        Self { path: "/mqtt".to_owned(), max_frame_size: None }
+        Self { path: "/mqtt".to_owned(), max_frame_size: None, origins: Vec::new() }
     }
 }
 
@@ -324,8 +330,13 @@ impl Endpoint {
             let path = at.key("proxy_protocol").key("from");
             problems.add(path, "must name a network of load balancers, such as 10.0.0.0/8");
         }
-        if let Some(WebSocket { path, max_frame_size }) = &self.websocket {
+        if let Some(WebSocket { path, max_frame_size, origins }) = &self.websocket {
             let at = at.key("websocket");
+            for (i, origin) in origins.iter().enumerate().filter(|(_, origin)| !origin::is_valid(origin)) {
+                let message =
+                    format!("must be an origin such as https://plant.example.com, or \"*\", is \"{origin}\"");
+                problems.add(at.key("origins").index(i), message);
+            }
             if !path.starts_with('/') || path.contains(['?', '#', ' ']) {
                 problems.add(at.key("path"), format!("must be a path such as /mqtt, is \"{path}\""));
             }
@@ -378,7 +389,7 @@ mod tests {
                 { "bind": "unix:/run/mqtt.sock", "tls": { "cert": "a", "key": "b", "crl": "c" },
                   "proxy_protocol": { "from": [] } },
                 { "bind": "127.0.0.1:1883", "mode": "0600", "proxy_protocol": { "from": ["10.0.0.0/8"] },
-                  "websocket": { "path": "mqtt", "max_frame_size": 10 } }
+                  "websocket": { "path": "mqtt", "max_frame_size": 10, "origins": ["null", "plant.example"] } }
             ], "handshakes_max": 0 }"#,
         )
         .unwrap();
@@ -396,6 +407,7 @@ mod tests {
                 listener(0, "proxy_protocol.from"),
                 listener(1, "bind"),
                 listener(1, "mode"),
+                listener(1, "websocket.origins[1]"),
                 listener(1, "websocket.path"),
                 listener(1, "websocket.max_frame_size"),
                 "mqtt.handshakes_max".to_owned(),

@@ -10,7 +10,8 @@ use futures_util::FutureExt;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadBuf};
 use tokio::sync::Semaphore;
 
-use super::super::config::{ProxyProtocol, WebSocket};
+use super::super::config::ProxyProtocol;
+use super::origin::Origins;
 use super::{Address, Place, Remote, proxy, websocket as framing};
 
 const NOBODY: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9);
@@ -59,9 +60,9 @@ pub fn websocket(data: &[u8]) {
 /// error; `None` where the handshake failed.
 fn heard(sent: &[u8], piece: usize) -> Option<(Vec<u8>, bool)> {
     let io = tokio::io::join(Pieces { rest: sent, piece }, tokio::io::sink());
-    let config = WebSocket::default();
+    let origins = Origins { listed: &[], tls: false };
     async {
-        let mut io = framing::accept(io, &config, 1 << 10).await.ok()?;
+        let mut io = framing::accept(io, "/mqtt", origins, 1 << 10).await.ok()?;
         let mut heard = Vec::new();
         let mut buffer = [0; 256];
         loop {

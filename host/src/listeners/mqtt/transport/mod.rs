@@ -11,6 +11,7 @@ pub mod fuzzing;
 mod identity;
 mod listen;
 pub mod network;
+pub(super) mod origin;
 mod proxy;
 mod reload;
 pub(super) mod tls;
@@ -31,8 +32,9 @@ use tokio_rustls::server::TlsStream;
 use tokio_util::task::TaskTracker;
 
 use self::listen::{Listener, Socket};
+use self::origin::Origins;
 use super::bind::Bind;
-use super::config::Endpoint;
+use super::config::{Endpoint, WebSocket};
 use super::{Broker, Error, connection};
 use crate::access::Entrance;
 
@@ -285,9 +287,7 @@ impl Layers {
             Socket::Tcp(socket) => socket,
             Socket::Unix(socket) => {
                 let Some(config) = &self.endpoint.websocket else { return Ok(Opened::Unix(socket)) };
-                let frame_bytes_max = config.frame_bytes_max(&broker.config);
-                let io = websocket::accept(Box::new(socket) as Box<dyn Io>, config, frame_bytes_max).await?;
-                return Ok(Opened::WebSocket(Box::new(io)));
+                return self.upgrade(broker, config, Box::new(socket)).await;
             }
         };
         let _ = socket.set_nodelay(true);
@@ -312,7 +312,12 @@ impl Layers {
             Opened::Tls(io) => io,
             done => return Ok(done),
         };
-        let io = websocket::accept(io, config, config.frame_bytes_max(&broker.config)).await?;
+        self.upgrade(broker, config, io).await
+    }
+
+    async fn upgrade(&self, broker: &Broker, config: &WebSocket, io: Box<dyn Io>) -> Result<Opened, Failed> {
+        let origins = Origins { listed: &config.origins, tls: self.tls.is_some() };
+        let io = websocket::accept(io, &config.path, origins, config.frame_bytes_max(&broker.config)).await?;
         Ok(Opened::WebSocket(Box::new(io)))
     }
 }
