@@ -51,6 +51,8 @@ pub struct Config {
     pub session_expiry_max: Period,
     /// Subscriptions of one client.
     pub subscriptions_per_client_max: u32,
+    /// Bytes of the filters that one client is subscribed to; in memory up to about three times as much.
+    pub subscription_bytes_per_client_max: ByteSize,
     /// Messages that wait for one subscriber, connected or away.
     pub queue_messages_max: u32,
     /// Bytes that wait for one subscriber. While a client with a persistent
@@ -197,6 +199,7 @@ impl Default for Config {
             sessions_max: 200_000,
             session_expiry_max: Period(Duration::from_secs(7 * 24 * 3_600)),
             subscriptions_per_client_max: 1_000,
+            subscription_bytes_per_client_max: ByteSize::kib(256),
             queue_messages_max: 10_000,
             queue_bytes_max: ByteSize::mib(16),
             queue_age_max: Period(Duration::from_secs(7 * 24 * 3_600)),
@@ -251,6 +254,8 @@ impl Config {
         size("sessions_max", self.sessions_max.into(), 1, 10_000_000, problems);
         let per_client = self.subscriptions_per_client_max;
         size("subscriptions_per_client_max", per_client.into(), 1, 1_000_000, problems);
+        let bytes = self.subscription_bytes_per_client_max.0;
+        size("subscription_bytes_per_client_max", bytes, 1, 1 << 30, problems);
         size("queue_messages_max", self.queue_messages_max.into(), 1, 10_000_000, problems);
         size("queue_bytes_max", self.queue_bytes_max.0, 1_024, 1 << 40, problems);
         size("queue_copies_bytes_max", self.queue_copies_bytes_max.0, 0, 1 << 40, problems);

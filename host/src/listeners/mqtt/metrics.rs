@@ -183,8 +183,8 @@ pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_mqtt_refused_subscribes_total",
         kind: MetricKind::Counter,
-        help: "Topic filters refused by the access rules.",
-        labels: &[],
+        help: "Topic filters refused in SUBACK, by cause: invalid, not_authorized, questions_max (too many in one SUBSCRIBE that an access plugin must be asked for), subscriptions_per_client_max, subscription_bytes_per_client_max.",
+        labels: &["cause"],
     },
     Metric {
         name: "headworks_mqtt_throttles_total",
@@ -339,7 +339,6 @@ pub(super) struct Counters {
     pub too_large: Counter,
     pub not_authorized: Counter,
     pub topic_levels: Counter,
-    pub refused_subscribe: Counter,
     pub throttles: Counter,
     pub no_space: Count,
     pub queue_full: Count,
@@ -420,7 +419,6 @@ impl Counters {
             too_large: refused("too_large"),
             not_authorized: refused("not_authorized"),
             topic_levels: refused("topic_levels"),
-            refused_subscribe: counter!("headworks_mqtt_refused_subscribes_total"),
             throttles: counter!("headworks_mqtt_throttles_total"),
             no_space: Count::new(dropped("no_space")),
             queue_full: Count::new(dropped("queue_full")),
@@ -509,6 +507,10 @@ impl Counters {
 
     pub fn refused_connect(&self, cause: &'static str) {
         counter!("headworks_mqtt_refused_connects_total", "cause" => cause).increment(1);
+    }
+
+    pub fn refused_subscribe(&self, cause: &'static str) {
+        counter!("headworks_mqtt_refused_subscribes_total", "cause" => cause).increment(1);
     }
 
     pub fn tls_reload(&self, outcome: &'static str) {
