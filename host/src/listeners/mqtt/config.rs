@@ -15,8 +15,9 @@ use crate::access;
 use crate::problems::{KeyPath, Problems};
 use crate::units::{ByteSize, Period};
 
-/// A stream's state holds 64 MiB: QoS 2 packet ids and wills need room beside.
-const RETAINED_BYTES_MOST: u64 = 48 << 20;
+/// Of retained messages and wills together. A stream's state holds 64 MiB: QoS 2
+/// packet ids need room beside.
+const STATE_BYTES_MOST: u64 = 48 << 20;
 
 /// MQTT 3.1.1 and 5.0 for devices and subscribers.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
@@ -71,6 +72,12 @@ pub struct Config {
     /// Bytes of retained messages. They are part of their stream's state, of
     /// which every segment of the stream begins with a copy.
     pub retained_bytes_max: ByteSize,
+    /// Bytes of one will with its topic, its properties and the client's id; a client
+    /// with a larger one is refused (0x95).
+    pub will_bytes_max: ByteSize,
+    /// Bytes of all wills; a client whose will finds no room is refused (0x97). They are
+    /// part of their stream's state, as retained messages are: 48 MiB for both.
+    pub wills_bytes_max: ByteSize,
     /// After a restart, the wills of clients that the last run lost are held so
     /// long at least, for the clients to come back.
     pub will_delay_after_restart: Period,
@@ -207,6 +214,8 @@ impl Default for Config {
             queue_copies_bytes_max: ByteSize::mib(512),
             retained_messages_max: 100_000,
             retained_bytes_max: ByteSize::mib(32),
+            will_bytes_max: ByteSize::kib(64),
+            wills_bytes_max: ByteSize::mib(16),
             will_delay_after_restart: Period(Duration::from_secs(30)),
             handshakes_max: 4_096,
             connect_timeout: Period(Duration::from_secs(10)),
@@ -259,7 +268,19 @@ impl Config {
         size("queue_messages_max", self.queue_messages_max.into(), 1, 10_000_000, problems);
         size("queue_bytes_max", self.queue_bytes_max.0, 1_024, 1 << 40, problems);
         size("queue_copies_bytes_max", self.queue_copies_bytes_max.0, 0, 1 << 40, problems);
-        size("retained_bytes_max", self.retained_bytes_max.0, 0, RETAINED_BYTES_MOST, problems);
+        let (retained, wills) = (self.retained_bytes_max.0, self.wills_bytes_max.0);
+        size("retained_bytes_max", retained, 0, STATE_BYTES_MOST, problems);
+        if retained.saturating_add(wills) > STATE_BYTES_MOST {
+            let sum = format!("retained_bytes_max ({retained}) and wills_bytes_max ({wills})");
+            problems.add(
+                path.key("wills_bytes_max"),
+                format!("{sum} must be at most {STATE_BYTES_MOST} together"),
+            );
+        }
+        if self.will_bytes_max.0 > wills {
+            let message = format!("must be at most wills_bytes_max ({wills}), is {}", self.will_bytes_max.0);
+            problems.add(path.key("will_bytes_max"), message);
+        }
         if self.queue_age_max.0.is_zero() {
             problems.add(path.key("queue_age_max"), "must be longer than 0s");
         }
@@ -385,6 +406,21 @@ mod tests {
         config.listeners[0].allow_anonymous = true;
         config.receive_maximum = 10;
         assert!(problems(&config).is_empty());
+    }
+
+    #[test]
+    fn retained_messages_and_wills_leave_room_in_a_streams_state() {
+        let of = |json: &str| problems(&serde_json::from_str(json).unwrap());
+        assert!(of(r#"{ "retained_bytes_max": "40MiB", "wills_bytes_max": "8MiB" }"#).is_empty());
+        let found = of(r#"{ "retained_bytes_max": "40MiB", "will_bytes_max": "17MiB" }"#);
+        assert_eq!(
+            found,
+            [
+                "mqtt.wills_bytes_max: retained_bytes_max (41943040) and wills_bytes_max (16777216) \
+                 must be at most 50331648 together",
+                "mqtt.will_bytes_max: must be at most wills_bytes_max (16777216), is 17825792",
+            ]
+        );
     }
 
     #[test]

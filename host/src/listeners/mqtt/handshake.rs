@@ -20,7 +20,7 @@ use super::outbound::Peer;
 use super::session::{CLIENT_ID_BYTES_MAX, Session, Turn, subscription_key};
 use super::subscriptions::Filter;
 use super::transport::Remote;
-use super::will::Will;
+use super::will::{self, Will};
 use super::wire::{self, Fault, Packet, Version};
 use crate::access::{Act, Admitted, Credentials, Denied, UserPlace, Verdict};
 use crate::batch::flags;
@@ -58,9 +58,10 @@ struct Asked {
     username: Option<Box<str>>,
     password: Option<Bytes>,
     will: Option<Will>,
-    /// Once it is admitted, before an older connection gives way: who is refused
-    /// takes nothing over.
+    /// These two once it is admitted, before an older connection gives way: who
+    /// is refused takes nothing over.
     user_place: Option<UserPlace>,
+    will_place: Option<will::Place>,
     auth: Option<Method>,
     /// Its last round goes out with CONNACK.
     auth_answer: Option<Bytes>,
@@ -131,8 +132,8 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     }
     let opened = async {
         let resumed = broker.sessions.open(broker, &session, asked.clean, asked.expiry_s).await?;
-        if let Some(will) = &mut asked.will {
-            will.keep(broker, &asked.client_id).await?;
+        if let (Some(will), Some(place)) = (&mut asked.will, asked.will_place.take()) {
+            will.keep(broker, &asked.client_id, place).await?;
         }
         Ok::<_, Stopped>(resumed)
     };
@@ -330,6 +331,7 @@ impl Asked {
             password: None,
             will,
             user_place: None,
+            will_place: None,
             auth: None,
             auth_answer: None,
         };
@@ -392,7 +394,7 @@ impl Asked {
         let place = broker.access.enter(&rights.identity, &self.client_id);
         self.user_place = place.ok_or((Some(ConnectAckReason::QuotaExceeded), "connections_per_user"))?;
         if let Some(will) = &mut self.will {
-            admit_will(broker, &mut rights, &self.client_id, will).await?;
+            self.will_place = Some(admit_will(broker, &mut rights, &self.client_id, will).await?);
         }
         Ok(rights)
     }
@@ -433,7 +435,7 @@ async fn admit_will(
     rights: &mut Admitted,
     client_id: &str,
     will: &mut Will,
-) -> Result<(), Denial> {
+) -> Result<will::Place, Denial> {
     if broker.access.is_too_deep(&will.topic) {
         return Err((Some(ConnectAckReason::TopicNameInvalid), "will_topic_levels"));
     }
@@ -449,7 +451,11 @@ async fn admit_will(
     if will.properties.len() > properties::PROPERTIES_BYTES_MAX {
         return Err((Some(ConnectAckReason::PacketTooLarge), "invalid"));
     }
-    Ok(())
+    let bytes = will.state_bytes(client_id);
+    if bytes as u64 > broker.config.will_bytes_max.0 {
+        return Err((Some(ConnectAckReason::PacketTooLarge), "will_bytes_max"));
+    }
+    broker.wills.enter(broker, bytes).ok_or((Some(ConnectAckReason::QuotaExceeded), "wills_bytes_max"))
 }
 
 /// Has the plugin asked for what a session is subscribed to, where the rules
@@ -526,6 +532,7 @@ async fn refuse<S: AsyncWrite + Unpin>(
                 ConnectAckReason::BadUserNameOrPassword => 4,
                 ConnectAckReason::NotAuthorized => 5,
                 ConnectAckReason::QuotaExceeded
+                | ConnectAckReason::PacketTooLarge
                 | ConnectAckReason::ConnectionRateExceeded
                 | ConnectAckReason::ServerUnavailable => 3,
                 _ => return,

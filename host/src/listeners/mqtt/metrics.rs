@@ -109,6 +109,12 @@ pub const METRICS: &[Metric] = &[
         labels: &[],
     },
     Metric {
+        name: "headworks_mqtt_wills_bytes",
+        kind: MetricKind::Gauge,
+        help: "Bytes of the wills of clients, connected or lost; the bound is mqtt.wills_bytes_max.",
+        labels: &[],
+    },
+    Metric {
         name: "headworks_mqtt_subscriptions",
         kind: MetricKind::Gauge,
         help: "Subscriptions of all sessions.",
@@ -141,7 +147,7 @@ pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_mqtt_refused_connects_total",
         kind: MetricKind::Counter,
-        help: "Connections refused before or by CONNACK, by cause: bad_credentials, bad_auth_method, not_authorized, client_id, access_unavailable, will_not_authorized, will_topic_levels, connections_per_user, connect_rate, connections_max, handshakes_max, sessions_max, proxy, tls, websocket, websocket_origin (a browser shows a page of another site), timeout, lost, malformed, invalid, stopped.",
+        help: "Connections refused before or by CONNACK, by cause: bad_credentials, bad_auth_method, not_authorized, client_id, access_unavailable, will_not_authorized, will_topic_levels, will_bytes_max, wills_bytes_max, connections_per_user, connect_rate, connections_max, handshakes_max, sessions_max, proxy, tls, websocket, websocket_origin (a browser shows a page of another site), timeout, lost, malformed, invalid, stopped.",
         labels: &["cause"],
     },
     Metric {
@@ -359,6 +365,7 @@ struct Gauges {
     in_flight: Gauge,
     retained: Gauge,
     retained_bytes: Gauge,
+    wills_bytes: Gauge,
     subscriptions: Gauge,
     copies: Gauge,
     copies_bytes: Gauge,
@@ -373,6 +380,7 @@ pub(super) struct Measured {
     pub in_flight: usize,
     pub retained: usize,
     pub retained_bytes: usize,
+    pub wills_bytes: usize,
     pub subscriptions: usize,
     pub copies: usize,
     pub copies_bytes: u64,
@@ -411,6 +419,7 @@ impl Counters {
                 in_flight: gauge!("headworks_mqtt_in_flight_messages"),
                 retained: gauge!("headworks_mqtt_retained_messages"),
                 retained_bytes: gauge!("headworks_mqtt_retained_bytes"),
+                wills_bytes: gauge!("headworks_mqtt_wills_bytes"),
                 subscriptions: gauge!("headworks_mqtt_subscriptions"),
                 copies: gauge!("headworks_mqtt_copies"),
                 copies_bytes: gauge!("headworks_mqtt_copies_bytes"),
@@ -493,6 +502,7 @@ impl Counters {
             (&gauges.in_flight, measured.in_flight),
             (&gauges.retained, measured.retained),
             (&gauges.retained_bytes, measured.retained_bytes),
+            (&gauges.wills_bytes, measured.wills_bytes),
             (&gauges.subscriptions, measured.subscriptions),
             (&gauges.copies, measured.copies),
             (&gauges.copies_bytes, measured.copies_bytes as usize),
