@@ -18,6 +18,9 @@ const PERIOD_MAX: Duration = Duration::from_secs(36_525 * DAY_S);
 const DAY_S: u64 = 86_400;
 
 impl ByteSize {
+    pub const fn kib(n: u64) -> Self {
+        Self(n << 10)
+    }
     pub const fn mib(n: u64) -> Self {
         Self(n << 20)
     }

@@ -5,14 +5,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use headworks::access::PasswordFile;
+use headworks_tests::certificates::Authority;
 use headworks_tests::host::{Host, Shared, fresh};
+use headworks_tests::mosquitto;
 use headworks_tests::mqtt::Connection;
 use headworks_tests::mqtt::Version::{V5, V311};
 use headworks_tests::packets::{
     Client, Connect, PINGREQ, Publish, Will, ack, auth, auth_properties, each_property, field, packet,
     subscribe, unique,
 };
-use headworks_tests::process::Lines;
+use headworks_tests::process::{Lines, run};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
 
 static HOSTILE: Shared = Shared::new();
 
@@ -21,23 +25,30 @@ fn start(name: &str, plugin: &str, config: &str, more: &str) -> Host {
 }
 
 fn start_with(name: &str, plugin: &str, config: &str, cpu_ms: u32, more: &str) -> Host {
+    let mut host = prepare(name, plugin, "", config, cpu_ms, more);
+    host.run();
+    host
+}
+
+/// `listener`: beside a plain one.
+fn prepare(name: &str, plugin: &str, listener: &str, config: &str, cpu_ms: u32, more: &str) -> Host {
     let mqtt = format!(
         "mqtt:
   listeners:
     - {{ bind: 127.0.0.1:0 }}
+{listener}
   connect_timeout: 60s
   access:
     authenticate:
       - {{ type: plugin, file: access/gate.wasm, config: {config}, limits: {{ cpu_ms: {cpu_ms}, memory: 16MiB }} }}
 {more}"
     );
-    let mut host = Host::prepare_with(name, &mqtt, "");
+    let host = Host::prepare_with(name, &mqtt, "");
     let mut users = PasswordFile::default();
     users.set("ann", "ann", None).expect("a user");
     host.folder.write("passwords", users.to_text());
     std::fs::create_dir_all(host.folder.join("access")).expect("our folder");
     replace(&host, plugin);
-    host.run();
     host
 }
 
@@ -169,6 +180,30 @@ fn a_plugin_is_told_the_listener_and_its_transport() {
     assert_eq!((code, published(&mut client, "told/topic")), (0, 0));
     let line = stored(&host, "told/topic");
     assert!(line.contains("127.0.0.1:0 1"), "{line}");
+}
+
+#[test]
+fn a_plugin_is_shown_the_certificates_of_a_tls_client_its_own_first() {
+    let tls = "    - { bind: 127.0.0.1:0, tls: { cert: server.pem, key: server.key, client_ca: ca.pem } }";
+    let mut host = prepare("access-certificates", "hostile-access", tls, "{}", 50, "");
+    let ca = Authority::new(&host.folder);
+    ca.sign(&host.folder, "server", 1);
+    let device = ca.sign(&host.folder, "device-7", 7);
+    host.run();
+    let chain = [&device.cert, &ca.ca].map(|file| std::fs::read(file).expect("our file")).concat();
+    let chain = host.folder.write("chain.pem", chain);
+    let mut publish = mosquitto::publish(host.listener(1));
+    publish.arg("--cafile").arg(&ca.ca).arg("--cert").arg(&chain).arg("--key").arg(&device.key);
+    run(publish.args(["-i", "shown", "-q", "1", "-t", "shown/tls", "-m", "x"]));
+    let certificates = CertificateDer::pem_file_iter(&chain).expect("our file");
+    let hex = |der: &[u8]| der.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let shown: Vec<_> = certificates.map(|certificate| hex(&certificate.expect("PEM"))).collect();
+    let line = stored(&host, "shown/tls");
+    assert!(line.contains(&format!("\"{} then {}\"", shown[0], shown[1])), "{line}");
+
+    let mut plain = Client::clean(host.mqtt(), V5, "shown");
+    assert_eq!(published(&mut plain, "shown/plain"), 0);
+    assert!(!stored(&host, "shown/plain").contains(&shown[0]));
 }
 
 #[test]

@@ -6,8 +6,8 @@ use std::process::{Command, Stdio};
 
 use headworks_tests::host::Host;
 use headworks_tests::mosquitto;
-use headworks_tests::mqtt::Version;
-use headworks_tests::packets::{Client, Publish};
+use headworks_tests::mqtt::Version::{V5, V311};
+use headworks_tests::packets::{Client, Connect, Publish, Will};
 use headworks_tests::process::{Lines, Process, run};
 
 const STATUS: &str = "acme/site-1/pump/p-1/status";
@@ -40,10 +40,15 @@ fn kill_and_run(host: &mut Host) {
 
 /// The wills of clients that the last run lost wait so long.
 fn set_will_delay(host: &Host, delay: &str) {
+    set(host, &format!("will_delay_after_restart: {delay}"));
+}
+
+/// The only keys of `mqtt` beside its listeners.
+fn set(host: &Host, keys: &str) {
     let config = std::fs::read_to_string(host.folder.join("headworks.yaml")).expect("ours");
     let (before, rest) = config.split_once("mqtt: {").expect("the head has it");
     let rest = rest.split_once("listeners").expect("the head has it").1;
-    let config = format!("{before}mqtt: {{ will_delay_after_restart: {delay}, listeners{rest}");
+    let config = format!("{before}mqtt: {{ {keys}, listeners{rest}");
     host.folder.write("headworks.yaml", config);
 }
 
@@ -130,7 +135,7 @@ fn metrics_show_what_waits_what_is_kept_and_what_was_refused() {
     assert!(keeper.expect("mosquitto_sub is installed").success());
     publish(&host, &["-r", "-t", "acme/a", "-m", "0123456789"]);
     // What comes later is delivered later: the message waits for its subscriber when this returns.
-    let mut later = Client::clean(host.mqtt(), Version::V311, "later");
+    let mut later = Client::clean(host.mqtt(), V311, "later");
     later.subscribe("later", 0);
     later.publish(&Publish::new("later", 0, 0, "x"));
     later.delivered();
@@ -162,4 +167,40 @@ fn metrics_show_what_waits_what_is_kept_and_what_was_refused() {
     }
     assert_eq!(labelled("refusals_total", "code", "0x87"), 1.0);
     assert!(labelled("bytes_total", "direction", "sent") > 20.0);
+}
+
+#[test]
+fn what_passes_a_bound_of_wills_or_subscriptions_is_told_in_each_version_and_counted() {
+    let mut host = Host::prepare("broker-bounds", "");
+    set(
+        &host,
+        "will_bytes_max: 1KiB, wills_bytes_max: 1500, subscriptions_per_client_max: 2, \
+         subscription_bytes_per_client_max: 8",
+    );
+    host.run();
+    let leaving = |version, payload_len: usize| Connect {
+        will: Some(Will { payload: vec![b'x'; payload_len], ..Will::new("acme/gone", 1) }),
+        ..Connect::new(version, "leaving")
+    };
+    let _stays = Client::open(host.mqtt(), &Connect { client_id: b"stays".into(), ..leaving(V5, 900) });
+    assert!(host.metric("headworks_mqtt_wills_bytes", &[]) > 900.0);
+    for (version, too_large, no_room, refused) in [(V5, 0x95, 0x97, 0x97), (V311, 3, 3, 0x80)] {
+        for (payload_len, code) in [(2_000, too_large), (900, no_room)] {
+            let mut client = Client::raw(host.mqtt(), version);
+            client.send(leaving(version, payload_len).bytes());
+            assert_eq!(client.receive().body[1], code, "{version:?} {payload_len}");
+        }
+        let mut client = Client::clean(host.mqtt(), version, "subscriber");
+        let filters = [("a/b/c", 0), ("a/b/c/d", 0), ("d", 0), ("e", 0)];
+        assert_eq!(client.subscribe_all(&[], &filters), [0, refused, 0, refused]);
+    }
+    for (name, cause) in [
+        ("connects", "will_bytes_max"),
+        ("connects", "wills_bytes_max"),
+        ("subscribes", "subscription_bytes_per_client_max"),
+        ("subscribes", "subscriptions_per_client_max"),
+    ] {
+        let count = host.metric(&format!("headworks_mqtt_refused_{name}_total"), &[("cause", cause)]);
+        assert_eq!(count, 2.0, "{cause}");
+    }
 }

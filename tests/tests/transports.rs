@@ -109,6 +109,33 @@ fn python_and_node_clients_speak_over_websocket_with_tls_and_without() {
 }
 
 #[test]
+fn a_page_of_another_site_is_refused_before_the_upgrade_and_counted() {
+    let listener = "    - { bind: 127.0.0.1:0, websocket: { origins: ['https://plant.example'] } }\n";
+    let setup = setup("origins", listener);
+    let at = setup.host.listener(1);
+    for (origin, status) in [
+        ("https://plant.example", "HTTP/1.1 101"),
+        ("http://127.0.0.1:3000", "HTTP/1.1 101"),
+        ("http://evil.example", "HTTP/1.1 403"),
+    ] {
+        let mut socket = TcpStream::connect(at).expect("the host listens");
+        socket.set_read_timeout(Some(HUNG_AFTER)).expect("a socket");
+        let request = format!(
+            "GET /mqtt HTTP/1.1\r\nHost: {at}\r\nOrigin: {origin}\r\nConnection: Upgrade\r\n\
+             Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
+             Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: mqtt\r\n\r\n"
+        );
+        socket.write_all(request.as_bytes()).expect("the host reads");
+        let mut answer = [0; 12];
+        socket.read_exact(&mut answer).expect("an answer");
+        assert_eq!(std::str::from_utf8(&answer), Ok(status), "{origin}");
+    }
+    setup.host.says("pages of \"http://evil.example\" may not connect");
+    let refused = |cause| setup.host.metric("headworks_mqtt_refused_connects_total", &[("cause", cause)]);
+    assert_eq!(refused("websocket_origin"), 1.0);
+}
+
+#[test]
 fn mosquittos_clients_speak_over_tls_and_a_client_without_a_certificate_is_told_apart() {
     let setup = setup("mosquitto-tls", "    - { bind: 127.0.0.1:0, MTLS }\n");
     let at = setup.host.listener(1);

@@ -204,7 +204,8 @@ pub struct Limits {
     /// Levels of a topic that is published to; past it the publish is refused (0x90).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub topic_levels_max: Option<u32>,
-    /// Connections of one user name at a time; one more is refused (0x97).
+    /// Connections of one user name at a time; one more is refused (0x97), but not a
+    /// client that takes its own session over.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub connections_per_user_max: Option<u32>,
     /// CONNECT packets a second of all clients, with bursts of a second's worth;

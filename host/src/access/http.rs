@@ -317,6 +317,7 @@ mod tests {
             username,
             password: Some(password),
             certificate: None,
+            certificates: &[],
             ip: IpAddr::V4(Ipv4Addr::LOCALHOST),
             entrance,
             allow_anonymous: false,

@@ -101,38 +101,47 @@ impl Allowance {
     }
 }
 
-/// Connections by user name.
+/// Client ids that are connected, by user name. Of one id there is one
+/// connection: one that takes over shares its place with the older one.
 #[derive(Debug, Default)]
-pub struct Users(Arc<Mutex<HashMap<Arc<str>, u32>>>);
+pub struct Users(Arc<Mutex<Clients>>);
 
-/// One connection of a user, until it is dropped.
+/// By user, then by client id: those who share the place.
+type Clients = HashMap<Arc<str>, HashMap<Box<str>, u32>>;
+
+/// One client id of a user, until it is dropped.
 #[derive(Debug)]
 pub struct UserPlace {
     user: Arc<str>,
-    users: Arc<Mutex<HashMap<Arc<str>, u32>>>,
+    client_id: Box<str>,
+    users: Arc<Mutex<Clients>>,
 }
 
 impl Users {
-    /// `None` where the user has `max` already.
-    pub fn enter(&self, user: &Arc<str>, max: u32) -> Option<UserPlace> {
+    /// `None` where the user has `max` others already.
+    pub fn enter(&self, user: &Arc<str>, client_id: &str, max: u32) -> Option<UserPlace> {
         let mut users = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = users.entry(user.clone()).or_insert(0);
-        if *count >= max {
+        let clients = users.entry(user.clone()).or_default();
+        if !clients.contains_key(client_id) && clients.len() >= max as usize {
             return None;
         }
-        *count += 1;
-        Some(UserPlace { user: user.clone(), users: self.0.clone() })
+        *clients.entry(client_id.into()).or_insert(0) += 1;
+        Some(UserPlace { user: user.clone(), client_id: client_id.into(), users: self.0.clone() })
     }
 }
 
 impl Drop for UserPlace {
     fn drop(&mut self) {
         let mut users = self.users.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = users.get_mut(&self.user) {
-            *count -= 1;
-            if *count == 0 {
-                users.remove(&self.user);
+        let Some(clients) = users.get_mut(&self.user) else { return };
+        if let Some(sharing) = clients.get_mut(&self.client_id) {
+            *sharing -= 1;
+            if *sharing == 0 {
+                clients.remove(&self.client_id);
             }
+        }
+        if clients.is_empty() {
+            users.remove(&self.user);
         }
     }
 }
@@ -157,14 +166,26 @@ mod tests {
     }
 
     #[test]
-    fn a_user_has_so_many_connections_until_one_ends() {
+    fn a_user_has_so_many_client_ids_until_one_ends() {
         let users = Users::default();
         let ann: Arc<str> = "ann".into();
-        let first = users.enter(&ann, 1).unwrap();
-        assert!(users.enter(&ann, 1).is_none());
-        assert!(users.enter(&"bob".into(), 1).is_some());
+        let first = users.enter(&ann, "a", 1).unwrap();
+        assert!(users.enter(&ann, "b", 1).is_none());
+        assert!(users.enter(&"bob".into(), "b", 1).is_some());
         drop(first);
-        assert!(users.enter(&ann, 1).is_some());
+        assert!(users.enter(&ann, "b", 1).is_some());
         assert!(users.0.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_place_is_shared_by_those_who_take_over_and_free_when_the_last_of_them_ends() {
+        let users = Users::default();
+        let ann: Arc<str> = "ann".into();
+        let older = users.enter(&ann, "a", 1).unwrap();
+        let newer = users.enter(&ann, "a", 1).unwrap();
+        drop(older);
+        assert!(users.enter(&ann, "b", 1).is_none());
+        drop(newer);
+        assert!(users.enter(&ann, "b", 1).is_some());
     }
 }

@@ -52,6 +52,9 @@ pub struct Credentials<'a> {
     pub password: Option<&'a [u8]>,
     /// The name in the certificate that the TLS handshake has verified.
     pub certificate: Option<&'a str>,
+    /// What the client showed there, DER, that certificate first. Empty where no
+    /// authenticator looks at it: see [`Access::looks_at_certificates`].
+    pub certificates: &'a [Box<[u8]>],
     pub ip: IpAddr,
     pub entrance: &'a Entrance,
     /// The listener serves clients that show nothing.
@@ -309,6 +312,12 @@ impl Access {
         patterns.is_empty() || rules::fits_client_id(patterns, &who)
     }
 
+    /// Whether whole certificates are of use: a plugin is shown them.
+    pub fn looks_at_certificates(&self) -> bool {
+        let authenticators = self.config.as_ref().map_or(&[][..], |config| &config.authenticate);
+        authenticators.iter().any(|one| matches!(one, Authenticator::Plugin(_)))
+    }
+
     /// Whether one more CONNECT is within `connects_per_s`.
     pub fn may_connect(&self) -> bool {
         let Some(connects) = &self.connects else { return true };
@@ -316,10 +325,10 @@ impl Access {
     }
 
     /// A place of the user's, empty where there is no bound; `None` where the
-    /// user has `connections_per_user_max` already.
-    pub fn enter(&self, identity: &Identity) -> Option<Option<UserPlace>> {
+    /// user has `connections_per_user_max` already, with other client ids.
+    pub fn enter(&self, identity: &Identity, client_id: &str) -> Option<Option<UserPlace>> {
         match (&identity.name, self.limits.connections_per_user_max) {
-            (Some(name), Some(max)) => self.users.enter(name, max).map(Some),
+            (Some(name), Some(max)) => self.users.enter(name, client_id, max).map(Some),
             _ => Some(None),
         }
     }

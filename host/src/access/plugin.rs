@@ -252,7 +252,7 @@ fn connecting(exchange: u64, who: &Credentials<'_>, method: Option<(&str, &[u8])
         client_id: who.client_id.to_owned(),
         username: who.username.map(str::to_owned),
         password: who.password.map(<[u8]>::to_vec),
-        certificates: Vec::new(),
+        certificates: who.certificates.iter().map(|der| der.to_vec()).collect(),
         remote_addr: who.ip.to_string(),
         listener: who.entrance.listener.clone(),
         transport: who.entrance.transport,

@@ -165,6 +165,7 @@ impl Again<'_> {
             username: self.username.as_deref(),
             password: None,
             certificate: self.remote.identity.as_deref(),
+            certificates: &self.remote.certificates,
             ip: self.remote.address.ip(),
             entrance: &self.remote.entrance,
             allow_anonymous: false,

@@ -7,6 +7,7 @@ use super::session::Change;
 
 const NUMBER_BYTES: usize = 2;
 const ID_BYTES: usize = 16;
+const KEY_BYTES: usize = size_of::<Kind>() + ID_BYTES + NUMBER_BYTES;
 
 /// Names a thing among those of its kind.
 pub type Id = [u8; ID_BYTES];
@@ -49,6 +50,11 @@ impl Blob {
     fn key(&self, number: u16) -> Vec<u8> {
         [&self.kind[..], &self.id, &number.to_be_bytes()].concat()
     }
+}
+
+/// What a thing of `len` bytes takes of a stream's state, with its keys.
+pub fn state_bytes(len: usize) -> usize {
+    len + len.div_ceil(STATE_VALUE_BYTES_MAX) * KEY_BYTES
 }
 
 /// All things of a kind that `stream` holds, with their bytes.

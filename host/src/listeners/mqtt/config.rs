@@ -10,12 +10,14 @@ use serde::{Deserialize, Serialize};
 use super::bind::{Bind, SocketMode};
 use super::outbound::WhenFull;
 use super::transport::network::Network;
+use super::transport::origin;
 use crate::access;
 use crate::problems::{KeyPath, Problems};
 use crate::units::{ByteSize, Period};
 
-/// A stream's state holds 64 MiB: QoS 2 packet ids and wills need room beside.
-const RETAINED_BYTES_MOST: u64 = 48 << 20;
+/// Of retained messages and wills together. A stream's state holds 64 MiB: QoS 2
+/// packet ids need room beside.
+const STATE_BYTES_MOST: u64 = 48 << 20;
 
 /// MQTT 3.1.1 and 5.0 for devices and subscribers.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
@@ -50,6 +52,8 @@ pub struct Config {
     pub session_expiry_max: Period,
     /// Subscriptions of one client.
     pub subscriptions_per_client_max: u32,
+    /// Bytes of the filters that one client is subscribed to; in memory up to about three times as much.
+    pub subscription_bytes_per_client_max: ByteSize,
     /// Messages that wait for one subscriber, connected or away.
     pub queue_messages_max: u32,
     /// Bytes that wait for one subscriber. While a client with a persistent
@@ -68,6 +72,12 @@ pub struct Config {
     /// Bytes of retained messages. They are part of their stream's state, of
     /// which every segment of the stream begins with a copy.
     pub retained_bytes_max: ByteSize,
+    /// Bytes of one will with its topic, its properties and the client's id; a client
+    /// with a larger one is refused (0x95).
+    pub will_bytes_max: ByteSize,
+    /// Bytes of all wills; a client whose will finds no room is refused (0x97). They are
+    /// part of their stream's state, as retained messages are: 48 MiB for both.
+    pub wills_bytes_max: ByteSize,
     /// After a restart, the wills of clients that the last run lost are held so
     /// long at least, for the clients to come back.
     pub will_delay_after_restart: Period,
@@ -154,6 +164,11 @@ pub struct WebSocket {
     /// twice `max_packet_size`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_frame_size: Option<ByteSize>,
+    /// Web pages that may connect, by their origin as browsers say it
+    /// (`https://plant.example.com`), `"*"` for all. Pages of the host that they
+    /// connect to need no entry where that is an address, `localhost`, or a name with
+    /// TLS here; clients that are no browsers send no `Origin` and are not held to it.
+    pub origins: Vec<String>,
 }
 
 /// Who may say whose connection it is.
@@ -166,7 +181,7 @@ pub struct ProxyProtocol {
 
 impl Default for WebSocket {
     fn default() -> Self {
-        Self { path: "/mqtt".to_owned(), max_frame_size: None }
+        Self { path: "/mqtt".to_owned(), max_frame_size: None, origins: Vec::new() }
     }
 }
 
@@ -191,6 +206,7 @@ impl Default for Config {
             sessions_max: 200_000,
             session_expiry_max: Period(Duration::from_secs(7 * 24 * 3_600)),
             subscriptions_per_client_max: 1_000,
+            subscription_bytes_per_client_max: ByteSize::kib(256),
             queue_messages_max: 10_000,
             queue_bytes_max: ByteSize::mib(16),
             queue_age_max: Period(Duration::from_secs(7 * 24 * 3_600)),
@@ -198,6 +214,8 @@ impl Default for Config {
             queue_copies_bytes_max: ByteSize::mib(512),
             retained_messages_max: 100_000,
             retained_bytes_max: ByteSize::mib(32),
+            will_bytes_max: ByteSize::kib(64),
+            wills_bytes_max: ByteSize::mib(16),
             will_delay_after_restart: Period(Duration::from_secs(30)),
             handshakes_max: 4_096,
             connect_timeout: Period(Duration::from_secs(10)),
@@ -245,10 +263,24 @@ impl Config {
         size("sessions_max", self.sessions_max.into(), 1, 10_000_000, problems);
         let per_client = self.subscriptions_per_client_max;
         size("subscriptions_per_client_max", per_client.into(), 1, 1_000_000, problems);
+        let bytes = self.subscription_bytes_per_client_max.0;
+        size("subscription_bytes_per_client_max", bytes, 1, 1 << 30, problems);
         size("queue_messages_max", self.queue_messages_max.into(), 1, 10_000_000, problems);
         size("queue_bytes_max", self.queue_bytes_max.0, 1_024, 1 << 40, problems);
         size("queue_copies_bytes_max", self.queue_copies_bytes_max.0, 0, 1 << 40, problems);
-        size("retained_bytes_max", self.retained_bytes_max.0, 0, RETAINED_BYTES_MOST, problems);
+        let (retained, wills) = (self.retained_bytes_max.0, self.wills_bytes_max.0);
+        size("retained_bytes_max", retained, 0, STATE_BYTES_MOST, problems);
+        if retained.saturating_add(wills) > STATE_BYTES_MOST {
+            let sum = format!("retained_bytes_max ({retained}) and wills_bytes_max ({wills})");
+            problems.add(
+                path.key("wills_bytes_max"),
+                format!("{sum} must be at most {STATE_BYTES_MOST} together"),
+            );
+        }
+        if self.will_bytes_max.0 > wills {
+            let message = format!("must be at most wills_bytes_max ({wills}), is {}", self.will_bytes_max.0);
+            problems.add(path.key("will_bytes_max"), message);
+        }
         if self.queue_age_max.0.is_zero() {
             problems.add(path.key("queue_age_max"), "must be longer than 0s");
         }
@@ -324,8 +356,13 @@ impl Endpoint {
             let path = at.key("proxy_protocol").key("from");
             problems.add(path, "must name a network of load balancers, such as 10.0.0.0/8");
         }
-        if let Some(WebSocket { path, max_frame_size }) = &self.websocket {
+        if let Some(WebSocket { path, max_frame_size, origins }) = &self.websocket {
             let at = at.key("websocket");
+            for (i, origin) in origins.iter().enumerate().filter(|(_, origin)| !origin::is_valid(origin)) {
+                let message =
+                    format!("must be an origin such as https://plant.example.com, or \"*\", is \"{origin}\"");
+                problems.add(at.key("origins").index(i), message);
+            }
             if !path.starts_with('/') || path.contains(['?', '#', ' ']) {
                 problems.add(at.key("path"), format!("must be a path such as /mqtt, is \"{path}\""));
             }
@@ -372,13 +409,28 @@ mod tests {
     }
 
     #[test]
+    fn retained_messages_and_wills_leave_room_in_a_streams_state() {
+        let of = |json: &str| problems(&serde_json::from_str(json).unwrap());
+        assert!(of(r#"{ "retained_bytes_max": "40MiB", "wills_bytes_max": "8MiB" }"#).is_empty());
+        let found = of(r#"{ "retained_bytes_max": "40MiB", "will_bytes_max": "17MiB" }"#);
+        assert_eq!(
+            found,
+            [
+                "mqtt.wills_bytes_max: retained_bytes_max (41943040) and wills_bytes_max (16777216) \
+                 must be at most 50331648 together",
+                "mqtt.will_bytes_max: must be at most wills_bytes_max (16777216), is 17825792",
+            ]
+        );
+    }
+
+    #[test]
     fn everything_wrong_with_a_listener_is_said_at_once() {
         let config: Config = serde_json::from_str(
             r#"{ "listeners": [
                 { "bind": "unix:/run/mqtt.sock", "tls": { "cert": "a", "key": "b", "crl": "c" },
                   "proxy_protocol": { "from": [] } },
                 { "bind": "127.0.0.1:1883", "mode": "0600", "proxy_protocol": { "from": ["10.0.0.0/8"] },
-                  "websocket": { "path": "mqtt", "max_frame_size": 10 } }
+                  "websocket": { "path": "mqtt", "max_frame_size": 10, "origins": ["null", "plant.example"] } }
             ], "handshakes_max": 0 }"#,
         )
         .unwrap();
@@ -396,6 +448,7 @@ mod tests {
                 listener(0, "proxy_protocol.from"),
                 listener(1, "bind"),
                 listener(1, "mode"),
+                listener(1, "websocket.origins[1]"),
                 listener(1, "websocket.path"),
                 listener(1, "websocket.max_frame_size"),
                 "mqtt.handshakes_max".to_owned(),

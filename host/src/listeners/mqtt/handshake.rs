@@ -20,7 +20,7 @@ use super::outbound::Peer;
 use super::session::{CLIENT_ID_BYTES_MAX, Session, Turn, subscription_key};
 use super::subscriptions::Filter;
 use super::transport::Remote;
-use super::will::Will;
+use super::will::{self, Will};
 use super::wire::{self, Fault, Packet, Version};
 use crate::access::{Act, Admitted, Credentials, Denied, UserPlace, Verdict};
 use crate::batch::flags;
@@ -58,6 +58,10 @@ struct Asked {
     username: Option<Box<str>>,
     password: Option<Bytes>,
     will: Option<Will>,
+    /// These two once it is admitted, before an older connection gives way: who
+    /// is refused takes nothing over.
+    user_place: Option<UserPlace>,
+    will_place: Option<will::Place>,
     auth: Option<Method>,
     /// Its last round goes out with CONNACK.
     auth_answer: Option<Bytes>,
@@ -126,16 +130,10 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         refuse(broker, io, Some(asked.version), ConnectAckReason::ServerUnavailable).await;
         return Err(Refused::new("access_unavailable", format!("client {} at {remote}", asked.client_id)));
     }
-    // After an older connection of the same client has given its place back.
-    let Some(user_place) = broker.access.enter(&rights.identity) else {
-        broker.sessions.give_back(broker, &session, turn);
-        refuse(broker, io, Some(asked.version), ConnectAckReason::QuotaExceeded).await;
-        return Err(Refused::new("connections_per_user", format!("client {} at {remote}", asked.client_id)));
-    };
     let opened = async {
         let resumed = broker.sessions.open(broker, &session, asked.clean, asked.expiry_s).await?;
-        if let Some(will) = &mut asked.will {
-            will.keep(broker, &asked.client_id).await?;
+        if let (Some(will), Some(place)) = (&mut asked.will, asked.will_place.take()) {
+            will.keep(broker, &asked.client_id, place).await?;
         }
         Ok::<_, Stopped>(resumed)
     };
@@ -160,7 +158,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         aliases: Aliases::new(asked.aliases_max),
         keep_alive_s: asked.keep_alive_s,
         rights,
-        user_place,
+        user_place: asked.user_place,
         will: asked.will,
         auth: asked.auth.map(|method| (method, asked.username)),
         answer,
@@ -332,6 +330,8 @@ impl Asked {
             username: username.map(Into::into),
             password: None,
             will,
+            user_place: None,
+            will_place: None,
             auth: None,
             auth_answer: None,
         };
@@ -371,6 +371,7 @@ impl Asked {
             username: self.username.as_deref(),
             password: self.password.as_deref(),
             certificate: remote.identity.as_deref(),
+            certificates: &remote.certificates,
             ip: remote.address.ip(),
             entrance: &remote.entrance,
             allow_anonymous: remote.entrance.allow_anonymous,
@@ -390,8 +391,10 @@ impl Asked {
         if !self.assigned && !broker.access.may_have_id(&rights.identity, &self.client_id) {
             return Err((Some(ConnectAckReason::ClientIdentifierNotValid), "client_id"));
         }
+        let place = broker.access.enter(&rights.identity, &self.client_id);
+        self.user_place = place.ok_or((Some(ConnectAckReason::QuotaExceeded), "connections_per_user"))?;
         if let Some(will) = &mut self.will {
-            admit_will(broker, &mut rights, &self.client_id, will).await?;
+            self.will_place = Some(admit_will(broker, &mut rights, &self.client_id, will).await?);
         }
         Ok(rights)
     }
@@ -432,7 +435,7 @@ async fn admit_will(
     rights: &mut Admitted,
     client_id: &str,
     will: &mut Will,
-) -> Result<(), Denial> {
+) -> Result<will::Place, Denial> {
     if broker.access.is_too_deep(&will.topic) {
         return Err((Some(ConnectAckReason::TopicNameInvalid), "will_topic_levels"));
     }
@@ -448,7 +451,11 @@ async fn admit_will(
     if will.properties.len() > properties::PROPERTIES_BYTES_MAX {
         return Err((Some(ConnectAckReason::PacketTooLarge), "invalid"));
     }
-    Ok(())
+    let bytes = will.state_bytes(client_id);
+    if bytes as u64 > broker.config.will_bytes_max.0 {
+        return Err((Some(ConnectAckReason::PacketTooLarge), "will_bytes_max"));
+    }
+    broker.wills.enter(broker, bytes).ok_or((Some(ConnectAckReason::QuotaExceeded), "wills_bytes_max"))
 }
 
 /// Has the plugin asked for what a session is subscribed to, where the rules
@@ -525,6 +532,7 @@ async fn refuse<S: AsyncWrite + Unpin>(
                 ConnectAckReason::BadUserNameOrPassword => 4,
                 ConnectAckReason::NotAuthorized => 5,
                 ConnectAckReason::QuotaExceeded
+                | ConnectAckReason::PacketTooLarge
                 | ConnectAckReason::ConnectionRateExceeded
                 | ConnectAckReason::ServerUnavailable => 3,
                 _ => return,

@@ -109,6 +109,12 @@ pub const METRICS: &[Metric] = &[
         labels: &[],
     },
     Metric {
+        name: "headworks_mqtt_wills_bytes",
+        kind: MetricKind::Gauge,
+        help: "Bytes of the wills of clients, connected or lost; the bound is mqtt.wills_bytes_max.",
+        labels: &[],
+    },
+    Metric {
         name: "headworks_mqtt_subscriptions",
         kind: MetricKind::Gauge,
         help: "Subscriptions of all sessions.",
@@ -141,7 +147,7 @@ pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_mqtt_refused_connects_total",
         kind: MetricKind::Counter,
-        help: "Connections refused before or by CONNACK, by cause: bad_credentials, bad_auth_method, not_authorized, client_id, access_unavailable, will_not_authorized, will_topic_levels, connections_per_user, connect_rate, connections_max, handshakes_max, sessions_max, proxy, tls, websocket, timeout, lost, malformed, invalid, stopped.",
+        help: "Connections refused before or by CONNACK, by cause: bad_credentials, bad_auth_method, not_authorized, client_id, access_unavailable, will_not_authorized, will_topic_levels, will_bytes_max, wills_bytes_max, connections_per_user, connect_rate, connections_max, handshakes_max, sessions_max, proxy, tls, websocket, websocket_origin (a browser shows a page of another site), timeout, lost, malformed, invalid, stopped.",
         labels: &["cause"],
     },
     Metric {
@@ -183,8 +189,8 @@ pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_mqtt_refused_subscribes_total",
         kind: MetricKind::Counter,
-        help: "Topic filters refused by the access rules.",
-        labels: &[],
+        help: "Topic filters refused in SUBACK, by cause: invalid, not_authorized, questions_max (too many in one SUBSCRIBE that an access plugin must be asked for), subscriptions_per_client_max, subscription_bytes_per_client_max.",
+        labels: &["cause"],
     },
     Metric {
         name: "headworks_mqtt_throttles_total",
@@ -339,7 +345,6 @@ pub(super) struct Counters {
     pub too_large: Counter,
     pub not_authorized: Counter,
     pub topic_levels: Counter,
-    pub refused_subscribe: Counter,
     pub throttles: Counter,
     pub no_space: Count,
     pub queue_full: Count,
@@ -360,6 +365,7 @@ struct Gauges {
     in_flight: Gauge,
     retained: Gauge,
     retained_bytes: Gauge,
+    wills_bytes: Gauge,
     subscriptions: Gauge,
     copies: Gauge,
     copies_bytes: Gauge,
@@ -374,6 +380,7 @@ pub(super) struct Measured {
     pub in_flight: usize,
     pub retained: usize,
     pub retained_bytes: usize,
+    pub wills_bytes: usize,
     pub subscriptions: usize,
     pub copies: usize,
     pub copies_bytes: u64,
@@ -412,6 +419,7 @@ impl Counters {
                 in_flight: gauge!("headworks_mqtt_in_flight_messages"),
                 retained: gauge!("headworks_mqtt_retained_messages"),
                 retained_bytes: gauge!("headworks_mqtt_retained_bytes"),
+                wills_bytes: gauge!("headworks_mqtt_wills_bytes"),
                 subscriptions: gauge!("headworks_mqtt_subscriptions"),
                 copies: gauge!("headworks_mqtt_copies"),
                 copies_bytes: gauge!("headworks_mqtt_copies_bytes"),
@@ -420,7 +428,6 @@ impl Counters {
             too_large: refused("too_large"),
             not_authorized: refused("not_authorized"),
             topic_levels: refused("topic_levels"),
-            refused_subscribe: counter!("headworks_mqtt_refused_subscribes_total"),
             throttles: counter!("headworks_mqtt_throttles_total"),
             no_space: Count::new(dropped("no_space")),
             queue_full: Count::new(dropped("queue_full")),
@@ -495,6 +502,7 @@ impl Counters {
             (&gauges.in_flight, measured.in_flight),
             (&gauges.retained, measured.retained),
             (&gauges.retained_bytes, measured.retained_bytes),
+            (&gauges.wills_bytes, measured.wills_bytes),
             (&gauges.subscriptions, measured.subscriptions),
             (&gauges.copies, measured.copies),
             (&gauges.copies_bytes, measured.copies_bytes as usize),
@@ -509,6 +517,10 @@ impl Counters {
 
     pub fn refused_connect(&self, cause: &'static str) {
         counter!("headworks_mqtt_refused_connects_total", "cause" => cause).increment(1);
+    }
+
+    pub fn refused_subscribe(&self, cause: &'static str) {
+        counter!("headworks_mqtt_refused_subscribes_total", "cause" => cause).increment(1);
     }
 
     pub fn tls_reload(&self, outcome: &'static str) {

@@ -55,7 +55,7 @@ use self::retained::Retained;
 use self::session::{Change, Sessions};
 use self::sys::Sys;
 use self::transport::{Address, Entry};
-use self::will::Restored;
+use self::will::Wills;
 use self::wire::Version;
 use crate::access::{self, Access};
 use crate::plugin::access::AccessEngine;
@@ -214,7 +214,7 @@ struct Broker {
     /// Turns to read for subscribers what waits in the streams.
     loads: Arc<Semaphore>,
     retained: Mutex<Retained>,
-    wills: Restored,
+    wills: Wills,
     clients: AtomicI64,
     /// The most at one time.
     clients_most: AtomicU64,
@@ -244,7 +244,7 @@ impl Broker {
         let retained = Retained::load(&streams, &deps.streams, retained_max, &deps.failures);
         let find = |topic: &str, received_us| retained.find(topic, received_us);
         let (sessions, subscriptions) = Sessions::load(&*deps.broker, &streams, &identities, &find);
-        let wills = Restored::load(&streams, &deps.failures);
+        let wills = Wills::load(&streams, config.wills_bytes_max.0 as usize, &deps.failures);
         let broker = Arc::new(Self {
             packet_bytes_max: config.max_packet_size.0 as usize,
             live: Live::new(&streams, limits),
@@ -335,6 +335,7 @@ impl Broker {
             sessions: sessions.len(),
             retained,
             retained_bytes,
+            wills_bytes: self.wills.bytes(),
             subscriptions: self.live.subscriptions(),
             ..Measured::default()
         };

@@ -145,6 +145,10 @@ impl Session {
         lock(&self.state).filters.len()
     }
 
+    pub fn filter_bytes(&self) -> usize {
+        lock(&self.state).filters.iter().map(|filter| filter.len()).sum()
+    }
+
     /// Connected, or waiting for its client.
     pub fn is_alive(&self) -> bool {
         lock(&self.state).alive

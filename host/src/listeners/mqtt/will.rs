@@ -3,11 +3,11 @@
 //! A will is durable before its CONNACK, as state of the stream that its topic
 //! belongs to, and goes in the same append that publishes it: never twice.
 //! After a restart the wills of clients that the last run lost wait for them
-//! to come back.
+//! to come back. What all wills take of the streams' states is bounded.
 
 use std::collections::HashMap;
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -27,6 +27,10 @@ const KIND: Kind = *b"wi";
 const FORMAT: u8 = 2;
 /// Without a device.
 const FORMAT_1: u8 = 1;
+/// Format, delay, flags.
+const HEAD_BYTES: usize = 1 + 4 + 2;
+/// The length of each part but the payload.
+const PART_HEAD_BYTES: usize = 4;
 /// A will that waits looks so often whether its client is back.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -44,66 +48,80 @@ pub struct Will {
     pub record: Option<Record>,
 }
 
-#[derive(Clone, Copy)]
+/// A will in its stream's state.
 pub struct Record {
     stream: usize,
     blob: Blob,
+    place: Place,
+}
+
+/// What a will takes of the streams' states, counted until it is dropped.
+#[derive(Debug)]
+pub struct Place {
+    bytes: usize,
+    all: Arc<AtomicUsize>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.all.fetch_sub(self.bytes, Ordering::AcqRel);
+    }
 }
 
 /// Removes the record of a connect that ended before its CONNACK.
 struct GivenUp<'b> {
-    stream: &'b dyn Stream,
-    blob: Option<Blob>,
-}
-
-impl GivenUp<'_> {
-    fn not_so(mut self) {
-        self.blob = None;
-    }
+    broker: &'b Broker,
+    record: Option<Record>,
 }
 
 impl Drop for GivenUp<'_> {
     fn drop(&mut self) {
-        let mut changes = Vec::new();
-        if let Some(blob) = self.blob {
-            blob.remove(&mut changes);
+        if let Some(record) = self.record.take() {
+            self.broker.wills.remove(self.broker, record);
         }
-        super::append_unawaited(self.stream, &changes);
     }
 }
 
-/// Wills of the last run whose clients are not back yet.
-#[derive(Default)]
-pub struct Restored(Mutex<HashMap<Box<str>, Vec<Will>>>);
+/// How many bytes there are of all wills, and the wills of the last run whose
+/// clients are not back yet.
+pub struct Wills {
+    bytes: Arc<AtomicUsize>,
+    bytes_max: usize,
+    restored: Mutex<HashMap<Box<str>, Vec<Will>>>,
+    /// Records whose streams did not take their removal: it is tried again, and
+    /// until then they count.
+    unremoved: Mutex<Vec<Record>>,
+}
 
 impl Will {
     /// Durable when it returns; dropped before that, as if it had not been called.
-    pub async fn keep(&mut self, broker: &Broker, client_id: &str) -> Result<(), Stopped> {
+    pub async fn keep(&mut self, broker: &Broker, client_id: &str, place: Place) -> Result<(), Stopped> {
         let stream = broker.route(&self.topic);
         let bytes = self.encode(client_id);
         let blob = Blob::new(KIND, *uuid::Uuid::new_v4().as_bytes(), &bytes);
         let mut changes = Vec::new();
         blob.write(&bytes, None, &mut changes);
-        let given_up = GivenUp { stream: &*broker.streams[stream], blob: Some(blob) };
-        broker.append_durable(given_up.stream, &changes).await?;
-        self.record = Some(Record { stream, blob });
-        given_up.not_so();
+        let mut given_up = GivenUp { broker, record: Some(Record { stream, blob, place }) };
+        broker.append_durable(&*broker.streams[stream], &changes).await?;
+        self.record = given_up.record.take();
         Ok(())
     }
 
     /// The client does not want it published any more.
     pub fn forget(self, broker: &Broker) {
-        let Some(Record { stream, blob }) = self.record else { return };
-        let mut changes = Vec::new();
-        blob.remove(&mut changes);
-        // Not awaited: lost in a crash, it waits for the client once more.
-        super::append_unawaited(&*broker.streams[stream], &changes);
+        if let Some(record) = self.record {
+            // Not awaited: lost in a crash, it waits for the client once more.
+            broker.wills.remove(broker, record);
+        }
     }
 
     /// Appends the will, waiting for room; `false` when the stream stopped or refuses it.
-    async fn publish(&self, broker: &Broker, client_id: &str) -> bool {
+    async fn publish(&mut self, broker: &Broker, client_id: &str) -> bool {
         let number = broker.route(&self.topic);
         let stream = &broker.streams[number];
+        if let Some(elsewhere) = self.record.take_if(|record| record.stream != number) {
+            broker.wills.remove(broker, elsewhere);
+        }
         let span = broker.namespace.device_span(&self.topic);
         let fits = if span.is_some() { flags::FITS_NAMESPACE } else { 0 };
         let of_topic = span.map_or(cut_device(client_id), |span| &self.topic[span]);
@@ -120,12 +138,8 @@ impl Will {
             event_us: 0,
         };
         let mut removal = Vec::new();
-        if let Some(record) = self.record {
+        if let Some(record) = &self.record {
             record.blob.remove(&mut removal);
-            if record.stream != number {
-                super::append_unawaited(&*broker.streams[record.stream], &removal);
-                removal.clear();
-            }
         }
         loop {
             match append(broker, number, message, &removal) {
@@ -136,16 +150,30 @@ impl Will {
         }
     }
 
-    async fn publish_in_time(self, broker: &Broker, client_id: &str) {
+    async fn publish_in_time(mut self, broker: &Broker, client_id: &str) {
         let published = timeout(broker.config.drain_timeout.0, self.publish(broker, client_id)).await;
         if !matches!(published, Ok(true)) {
             let detail = format!("client {client_id}, topic {}", self.topic);
             broker.failures.report("mqtt: a will could not be published", 1, &detail, "");
+            // Its record waits for the next run, and counts.
+            std::mem::forget(self.record.map(|record| record.place));
         }
     }
 
+    /// What its record takes of its stream's state.
+    pub fn state_bytes(&self, client_id: &str) -> usize {
+        blobs::state_bytes(self.encoded_len(client_id))
+    }
+
+    fn encoded_len(&self, client_id: &str) -> usize {
+        let device = self.device.as_deref().unwrap_or_default();
+        let parts = [client_id.len(), self.topic.len(), self.properties.len(), device.len()];
+        HEAD_BYTES + parts.map(|len| PART_HEAD_BYTES + len).iter().sum::<usize>() + self.payload.len()
+    }
+
     fn encode(&self, client_id: &str) -> Vec<u8> {
-        let mut bytes = vec![FORMAT];
+        let mut bytes = Vec::with_capacity(self.encoded_len(client_id));
+        bytes.push(FORMAT);
         bytes.extend(self.delay_s.to_be_bytes());
         bytes.extend(self.flags.to_be_bytes());
         let device = self.device.as_deref().unwrap_or_default();
@@ -158,7 +186,7 @@ impl Will {
     }
 
     /// With the client that it is of.
-    fn decode(bytes: &[u8], record: Record) -> Option<(Box<str>, Self)> {
+    fn decode(bytes: &[u8]) -> Option<(Box<str>, Self)> {
         fn part<'a>(rest: &mut &'a [u8]) -> Option<&'a [u8]> {
             let (len, after) = rest.split_first_chunk()?;
             let (part, after) = after.split_at_checked(u32::from_be_bytes(*len) as usize)?;
@@ -186,7 +214,7 @@ impl Will {
             flags: u16::from_be_bytes(*flags),
             delay_s: u32::from_be_bytes(*delay_s),
             device: (!device.is_empty()).then(|| device.into()),
-            record: Some(record),
+            record: None,
         };
         Some((client_id.into(), will))
     }
@@ -230,24 +258,41 @@ pub async fn lost(broker: &Broker, session: &Session, connects: u64, epoch: u64,
     will.publish_in_time(broker, &session.client_id).await;
 }
 
-impl Restored {
-    /// Reads the wills that the last run left.
-    pub fn load(streams: &[Arc<dyn Stream>], failures: &Failures) -> Self {
+impl Wills {
+    /// Reads the wills that the last run left; they count, also past `bytes_max`.
+    pub fn load(streams: &[Arc<dyn Stream>], bytes_max: usize, failures: &Failures) -> Self {
+        let all = Arc::new(AtomicUsize::new(0));
         let mut restored: HashMap<Box<str>, Vec<Will>> = HashMap::new();
         for (number, stream) in streams.iter().enumerate() {
             let mut removed = Vec::new();
             for (blob, bytes) in blobs::load(&**stream, KIND) {
-                match Will::decode(&bytes, Record { stream: number, blob }) {
-                    Some((client_id, will)) => restored.entry(client_id).or_default().push(will),
-                    None => {
-                        failures.report("mqtt: a will cannot be read, removed", 1, stream.name(), "");
-                        blob.remove(&mut removed);
-                    }
-                }
+                let Some((client_id, mut will)) = Will::decode(&bytes) else {
+                    failures.report("mqtt: a will cannot be read, removed", 1, stream.name(), "");
+                    blob.remove(&mut removed);
+                    continue;
+                };
+                let bytes = blobs::state_bytes(bytes.len());
+                all.fetch_add(bytes, Ordering::AcqRel);
+                let place = Place { bytes, all: all.clone() };
+                will.record = Some(Record { stream: number, blob, place });
+                restored.entry(client_id).or_default().push(will);
             }
             super::append_unawaited(&**stream, &removed);
         }
-        Self(Mutex::new(restored))
+        Self { bytes: all, bytes_max, restored: Mutex::new(restored), unremoved: Mutex::default() }
+    }
+
+    /// Room for one more; `None` where all wills have `wills_bytes_max` already.
+    pub fn enter(&self, broker: &Broker, bytes: usize) -> Option<Place> {
+        self.remove_left(broker, lock(&self.unremoved));
+        let fits = |all: usize| all.checked_add(bytes).filter(|all| *all <= self.bytes_max);
+        self.bytes.fetch_update(Ordering::AcqRel, Ordering::Acquire, fits).ok()?;
+        Some(Place { bytes, all: self.bytes.clone() })
+    }
+
+    /// What all wills take of the streams' states.
+    pub fn bytes(&self) -> usize {
+        self.bytes.load(Ordering::Acquire)
     }
 
     /// The client is back: its wills of the last run are void.
@@ -257,13 +302,30 @@ impl Restored {
         }
     }
 
+    fn remove(&self, broker: &Broker, record: Record) {
+        let mut unremoved = lock(&self.unremoved);
+        unremoved.push(record);
+        self.remove_left(broker, unremoved);
+    }
+
+    fn remove_left(&self, broker: &Broker, mut unremoved: MutexGuard<'_, Vec<Record>>) {
+        while let Some(record) = unremoved.last() {
+            let mut removal = Vec::new();
+            record.blob.remove(&mut removal);
+            if broker.streams[record.stream].append(&[], &borrowed(&removal)).is_err() {
+                return;
+            }
+            unremoved.pop();
+        }
+    }
+
     fn take(&self, client_id: &str) -> Vec<Will> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(client_id).unwrap_or_default()
+        lock(&self.restored).remove(client_id).unwrap_or_default()
     }
 
     /// Clients and when their wills are due, soonest first.
     fn due(&self, least: Duration) -> Vec<(Duration, Box<str>)> {
-        let restored = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let restored = lock(&self.restored);
         let of = |wills: &[Will]| wills.iter().map(|will| will.delay_s).max().unwrap_or_default();
         let mut due: Vec<_> = restored
             .iter()
@@ -286,4 +348,8 @@ pub async fn publish_restored(broker: Arc<Broker>) {
             will.publish_in_time(&broker, &client_id).await;
         }
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -53,6 +53,12 @@ impl Access for Hostile {
                 let told = Property { origin: 1, name: "told".into(), value: told.into_bytes() };
                 Decision::Accept(Identity { attributes: vec![told], ..good() })
             }
+            "shown" => {
+                let hex = |der: &Vec<u8>| der.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+                let shown = who.certificates.iter().map(hex).collect::<Vec<_>>().join(" then ");
+                let shown = Property { origin: 1, name: "shown".into(), value: shown.into_bytes() };
+                Decision::Accept(Identity { attributes: vec![shown], ..good() })
+            }
             "no-name" => Decision::Accept(named("")),
             "flood" => {
                 Decision::Accept(Identity { rules: vec![rule(PUBLISH, "#", true); 100_000], ..good() })

@@ -11,8 +11,9 @@ use tokio_util::codec::Encoder;
 
 use super::{Connection, End};
 use crate::access::{QUESTIONS_MAX, Verdict};
+use crate::listeners::mqtt::config::Config;
 use crate::listeners::mqtt::fanout::SendRetained;
-use crate::listeners::mqtt::session::{Change, KEPT_FILTER_BYTES_MAX, subscription_key};
+use crate::listeners::mqtt::session::{Change, KEPT_FILTER_BYTES_MAX, Session, subscription_key};
 use crate::listeners::mqtt::subscriptions::{FILTER_LEVELS_MAX, Filter, Options};
 use crate::listeners::mqtt::wire::{self, Fault, Packet};
 
@@ -129,11 +130,16 @@ impl<S> Connection<'_, S> {
         let mut changes: Vec<Change> = Vec::new();
         let mut granted = Vec::new();
         let mut status = Vec::new();
-        let mut new = 0;
+        let mut room = Room::of(&self.session, &self.broker.config);
         for (text, asked) in filters {
-            let filter = match self.check_filter(text, epoch.is_some(), &mut new) {
+            consume_budget().await;
+            let filter = match self.check_filter(text, epoch.is_some(), &mut room) {
                 Ok(filter) => filter,
-                Err(reason) => {
+                Err((reason, cause)) => {
+                    self.broker.counters.refused_subscribe(cause);
+                    let kind = format!("mqtt: subscribe refused: {cause}");
+                    let detail = format!("client {}, filter {text:.200}", self.session.client_id);
+                    self.broker.failures.report(&kind, 1, &detail, "");
                     status.push(reason);
                     continue;
                 }
@@ -183,29 +189,24 @@ impl<S> Connection<'_, S> {
         broker.append_durable(&*broker.broker, &changes).await.map_err(|_| End::Stopped)
     }
 
-    /// `new`: filters of this SUBSCRIBE that the session did not have.
-    fn check_filter(&self, text: &str, kept: bool, new: &mut usize) -> Result<Filter, SubscribeAckReason> {
+    /// Refused with the cause that is counted.
+    fn check_filter(
+        &self,
+        text: &str,
+        kept: bool,
+        room: &mut Room,
+    ) -> Result<Filter, (SubscribeAckReason, &'static str)> {
         let deep = text.split('/').nth(FILTER_LEVELS_MAX).is_some();
-        if deep || (kept && text.len() > KEPT_FILTER_BYTES_MAX) {
-            return Err(SubscribeAckReason::TopicFilterInvalid);
-        }
-        let filter = Filter::parse(text).ok_or(SubscribeAckReason::TopicFilterInvalid)?;
-        let verdict = self.inbound.rights().subscribe(filter.topics());
-        if verdict == Verdict::Ask {
-            return Err(SubscribeAckReason::QuotaExceeded);
-        }
-        if verdict == Verdict::No {
-            self.broker.counters.refused_subscribe.increment(1);
-            let detail = format!("client {}, filter {text}", self.session.client_id);
-            self.broker.failures.report("mqtt: subscribe refused by the access rules", 1, &detail, "");
-            return Err(SubscribeAckReason::NotAuthorized);
+        let long = kept && text.len() > KEPT_FILTER_BYTES_MAX;
+        let filter = if deep || long { None } else { Filter::parse(text) };
+        let filter = filter.ok_or((SubscribeAckReason::TopicFilterInvalid, "invalid"))?;
+        match self.inbound.rights().subscribe(filter.topics()) {
+            Verdict::Yes => {}
+            Verdict::No => return Err((SubscribeAckReason::NotAuthorized, "not_authorized")),
+            Verdict::Ask => return Err((SubscribeAckReason::QuotaExceeded, "questions_max")),
         }
         if !self.session.has_filter(text) {
-            let max = self.broker.config.subscriptions_per_client_max as usize;
-            if self.session.filters() + *new >= max {
-                return Err(SubscribeAckReason::QuotaExceeded);
-            }
-            *new += 1;
+            room.take(text).map_err(|cause| (SubscribeAckReason::QuotaExceeded, cause))?;
         }
         Ok(filter)
     }
@@ -249,6 +250,30 @@ impl<S> Connection<'_, S> {
             let what = "asks for an answer over its own maximum packet size";
             return Err(End::Fault(Fault { code, what }));
         }
+        Ok(())
+    }
+}
+
+/// What a client may still subscribe to.
+struct Room {
+    filters: usize,
+    bytes: usize,
+}
+
+impl Room {
+    fn of(session: &Session, config: &Config) -> Self {
+        let bytes_max = config.subscription_bytes_per_client_max.0 as usize;
+        Self {
+            filters: (config.subscriptions_per_client_max as usize).saturating_sub(session.filters()),
+            bytes: bytes_max.saturating_sub(session.filter_bytes()),
+        }
+    }
+
+    /// An error is the bound that it would pass.
+    fn take(&mut self, filter: &str) -> Result<(), &'static str> {
+        let filters = self.filters.checked_sub(1).ok_or("subscriptions_per_client_max")?;
+        let bytes = self.bytes.checked_sub(filter.len()).ok_or("subscription_bytes_per_client_max")?;
+        *self = Self { filters, bytes };
         Ok(())
     }
 }

@@ -309,6 +309,29 @@ async fn limits_are_told_by_their_own_reason() {
 }
 
 #[tokio::test]
+async fn who_is_past_connections_per_user_takes_nothing_over_and_who_comes_back_does_not_count_twice() {
+    let Guarded { host, .. } = guarded("- { effect: allow, topics: ['#'] }", |config| {
+        config.limits.connections_per_user_max = Some(2);
+    })
+    .await;
+    let (mut first, _) = host.client(signed_in("a", "ann", "ann")).await;
+    let (_second, _) = host.client(signed_in("b", "ann", "ann")).await;
+    let (mut other, _) = host.client(signed_in("c", "bob", "bob")).await;
+    for client_id in ["c", "d"] {
+        assert_eq!(refused(&host, signed_in(client_id, "ann", "ann")).await, ConnectAckReason::QuotaExceeded);
+    }
+    other.nothing_but_ping().await;
+    for _ in 0..3 {
+        let (again, ack) = host.client(signed_in("a", "ann", "ann")).await;
+        assert_eq!(ack.reason_code, ConnectAckReason::Success);
+        assert_eq!(first.disconnected().await, Reason::SessionTakenOver);
+        first = again;
+    }
+    assert_eq!(refused(&host, signed_in("d", "ann", "ann")).await, ConnectAckReason::QuotaExceeded);
+    host.stop().await;
+}
+
+#[tokio::test]
 async fn an_http_check_decides_once_for_a_while_and_refuses_when_it_does_not_answer() {
     let service = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}/auth", service.local_addr().unwrap());

@@ -122,6 +122,32 @@ async fn a_session_past_sessions_max_is_refused_with_the_code_of_its_version_and
     host.stop().await;
 }
 
+#[tokio::test]
+async fn a_subscription_past_a_clients_bounds_is_refused_and_one_that_is_given_up_makes_room() {
+    let streams = Streams::new(vec![], MemoryStream::new("s", 1));
+    let host = Host::start(streams, MemoryStream::new("broker", 1), |config| {
+        (config.subscriptions_per_client_max, config.subscription_bytes_per_client_max) = (3, ByteSize(12));
+    })
+    .await;
+    let (mut client, _) = host.client(resuming("c")).await;
+    let filters = ["a/b/c", "a/b/c/d/e", "d", "a/b/c"].map(|filter| (filter.into(), QOS1));
+    let (packet_id, topic_filters) = (id(9), filters.into());
+    client.send(Subscribe { packet_id, id: None, user_properties: vec![], topic_filters }).await;
+    let Packet::SubscribeAck(ack) = client.receive().await else { panic!("not SUBACK") };
+    let (granted, full) = (SubscribeAckReason::GrantedQos1, SubscribeAckReason::QuotaExceeded);
+    assert_eq!(ack.status, [granted, full, granted, granted]);
+    for (filter, status) in [("e/f/g/h", full), ("e", granted), ("f", full), ("e", granted)] {
+        assert_eq!(client.subscribe(filter, QOS1).await, status, "{filter}");
+    }
+    let topic_filters = vec!["a/b/c".into()];
+    client.send(Unsubscribe { packet_id: id(9), user_properties: vec![], topic_filters }).await;
+    assert!(matches!(client.receive().await, Packet::UnsubscribeAck(_)));
+    assert_eq!(client.subscribe("e/f/g/h", QOS1).await, granted);
+    // Another client has bounds of its own.
+    assert_eq!(host.clean("d").await.subscribe("e/f/g/h", QOS1).await, granted);
+    host.stop().await;
+}
+
 #[test]
 fn no_bytes_of_a_client_end_the_listener() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();

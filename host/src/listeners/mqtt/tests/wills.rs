@@ -49,7 +49,8 @@ impl Lost {
             device: None,
             record: None,
         };
-        will.keep(&broker, "c").await.unwrap();
+        let place = broker.wills.enter(&broker, will.state_bytes("c")).unwrap();
+        will.keep(&broker, "c", place).await.unwrap();
         broker.sessions.close(&broker, &session, turn, None);
         Self { broker, stream, store, session, will }
     }
@@ -120,6 +121,64 @@ async fn a_connect_that_is_given_up_over_its_will_leaves_no_session() {
     assert_eq!(broker.sessions.len(), 1);
     broker.sessions.sweep(&broker);
     assert_eq!(broker.sessions.len(), 0);
+    assert!(broker.wills.bytes() > 0, "its removal waits for room, too");
+    stream.set_no_space(false);
+    drop(broker.wills.enter(&broker, 1));
+    assert_eq!(broker.wills.bytes(), 0);
+}
+
+#[tokio::test]
+async fn a_will_counts_until_it_is_published_or_forgotten() {
+    for (delay_s, is_back) in [(0, false), (600, true)] {
+        let (seen, lost) = Lost::new(delay_s, 600).await.seen();
+        assert!(seen.broker.wills.bytes() > 0);
+        if is_back {
+            seen.back(false).await;
+        }
+        timeout(HUNG_AFTER, lost).await.expect("it waits for nobody");
+        assert_eq!((seen.wills().1, seen.broker.wills.bytes()), (0, 0));
+    }
+}
+
+#[tokio::test]
+async fn wills_of_the_last_run_count_also_past_the_bound_until_their_clients_are_back() {
+    let (seen, _lost) = Lost::new(600, 600).await.seen();
+    let config = Config { wills_bytes_max: ByteSize(1), ..Config::default() };
+    let next = broker(&config, seen.stream.clone(), seen.store.clone());
+    assert_eq!(next.wills.bytes(), seen.broker.wills.bytes());
+    assert!(next.wills.enter(&next, 1).is_none());
+    next.wills.client_is_back(&next, "c");
+    assert_eq!((seen.wills().1, next.wills.bytes()), (0, 0));
+    assert!(next.wills.enter(&next, 1).is_some());
+}
+
+#[tokio::test]
+async fn a_client_whose_will_is_too_large_or_finds_no_room_is_refused_and_takes_nothing_over() {
+    let streams = Streams::new(vec![], MemoryStream::new("s", 1));
+    let host = Host::start(streams, MemoryStream::new("broker", 1), |config| {
+        (config.will_bytes_max, config.wills_bytes_max) = (ByteSize(1_000), ByteSize(1_500));
+    })
+    .await;
+    let leaving = |client_id: &'static str, payload_len: usize| Connect {
+        last_will: Some(LastWill { message: vec![b'x'; payload_len].into(), ..last_will("will") }),
+        ..clean(client_id)
+    };
+    let (mut first, ack) = host.client(leaving("first", 800)).await;
+    assert_eq!(ack.reason_code, ConnectAckReason::Success);
+    let mut second = host.clean("second").await;
+    for (client_id, payload_len, reason) in [
+        ("second", 1_000, ConnectAckReason::PacketTooLarge),
+        ("second", 800, ConnectAckReason::QuotaExceeded),
+        ("third", 800, ConnectAckReason::QuotaExceeded),
+    ] {
+        let (mut refused, ack) = host.client(leaving(client_id, payload_len)).await;
+        assert_eq!((ack.reason_code, refused.try_receive().await), (reason, None), "{client_id}");
+    }
+    first.nothing_but_ping().await;
+    second.nothing_but_ping().await;
+    let (_third, ack) = host.client(leaving("third", 300)).await;
+    assert_eq!(ack.reason_code, ConnectAckReason::Success);
+    host.stop().await;
 }
 
 #[tokio::test]

@@ -10,7 +10,8 @@ use futures_util::FutureExt;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadBuf};
 use tokio::sync::Semaphore;
 
-use super::super::config::{ProxyProtocol, WebSocket};
+use super::super::config::ProxyProtocol;
+use super::origin::Origins;
 use super::{Address, Place, Remote, proxy, websocket as framing};
 
 const NOBODY: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9);
@@ -21,7 +22,12 @@ const REQUEST: &[u8] = b"GET /mqtt HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\n
 /// A client of this machine, with a place of its own.
 pub fn somebody() -> (Remote, Place) {
     let one = Arc::new(Semaphore::new(1)).try_acquire_owned().expect("one is free");
-    let remote = Remote { address: Address::Ip(NOBODY), identity: None, entrance: Arc::default() };
+    let remote = Remote {
+        address: Address::Ip(NOBODY),
+        identity: None,
+        certificates: Box::default(),
+        entrance: Arc::default(),
+    };
     (remote, Place { _connection: one, handshake: None })
 }
 
@@ -54,9 +60,9 @@ pub fn websocket(data: &[u8]) {
 /// error; `None` where the handshake failed.
 fn heard(sent: &[u8], piece: usize) -> Option<(Vec<u8>, bool)> {
     let io = tokio::io::join(Pieces { rest: sent, piece }, tokio::io::sink());
-    let config = WebSocket::default();
+    let origins = Origins { listed: &[], tls: false };
     async {
-        let mut io = framing::accept(io, &config, 1 << 10).await.ok()?;
+        let mut io = framing::accept(io, "/mqtt", origins, 1 << 10).await.ok()?;
         let mut heard = Vec::new();
         let mut buffer = [0; 256];
         loop {

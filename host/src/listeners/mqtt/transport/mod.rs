@@ -11,6 +11,7 @@ pub mod fuzzing;
 mod identity;
 mod listen;
 pub mod network;
+pub(super) mod origin;
 mod proxy;
 mod reload;
 pub(super) mod tls;
@@ -31,8 +32,9 @@ use tokio_rustls::server::TlsStream;
 use tokio_util::task::TaskTracker;
 
 use self::listen::{Listener, Socket};
+use self::origin::Origins;
 use super::bind::Bind;
-use super::config::Endpoint;
+use super::config::{Endpoint, WebSocket};
 use super::{Broker, Error, connection};
 use crate::access::Entrance;
 
@@ -50,6 +52,8 @@ pub struct Remote {
     /// The name in the certificate that the client has proved to own, which
     /// `tls.identity` asks for.
     pub identity: Option<Box<str>>,
+    /// All that it showed with it, DER, its own first; kept where access control looks at them.
+    pub certificates: Box<[Box<[u8]>]>,
     pub entrance: Arc<Entrance>,
 }
 
@@ -181,7 +185,8 @@ pub async fn accept(broker: Arc<Broker>, entry: Entry, room: Arc<Semaphore>, tas
             continue;
         }
         let place = Place { _connection: connection, handshake };
-        let remote = Remote { address, identity: None, entrance: entrance.clone() };
+        let remote =
+            Remote { address, identity: None, certificates: Box::default(), entrance: entrance.clone() };
         if let (Socket::Tcp(socket), true) = (&socket, layers.is_plain()) {
             // Acks are small and must not wait for the peer's delayed ack.
             let _ = socket.set_nodelay(true);
@@ -282,9 +287,7 @@ impl Layers {
             Socket::Tcp(socket) => socket,
             Socket::Unix(socket) => {
                 let Some(config) = &self.endpoint.websocket else { return Ok(Opened::Unix(socket)) };
-                let frame_bytes_max = config.frame_bytes_max(&broker.config);
-                let io = websocket::accept(Box::new(socket) as Box<dyn Io>, config, frame_bytes_max).await?;
-                return Ok(Opened::WebSocket(Box::new(io)));
+                return self.upgrade(broker, config, Box::new(socket)).await;
             }
         };
         let _ = socket.set_nodelay(true);
@@ -297,6 +300,9 @@ impl Layers {
             Some(tls) => {
                 let io = tls.accept(socket).await?;
                 remote.identity = tls.client(&io);
+                if broker.access.looks_at_certificates() {
+                    remote.certificates = tls::shown(&io);
+                }
                 Opened::Tls(Box::new(io))
             }
         };
@@ -306,7 +312,12 @@ impl Layers {
             Opened::Tls(io) => io,
             done => return Ok(done),
         };
-        let io = websocket::accept(io, config, config.frame_bytes_max(&broker.config)).await?;
+        self.upgrade(broker, config, io).await
+    }
+
+    async fn upgrade(&self, broker: &Broker, config: &WebSocket, io: Box<dyn Io>) -> Result<Opened, Failed> {
+        let origins = Origins { listed: &config.origins, tls: self.tls.is_some() };
+        let io = websocket::accept(io, &config.path, origins, config.frame_bytes_max(&broker.config)).await?;
         Ok(Opened::WebSocket(Box::new(io)))
     }
 }

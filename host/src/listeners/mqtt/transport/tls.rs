@@ -119,6 +119,13 @@ impl Tls {
     }
 }
 
+/// The certificates of a client that has proved the first of them; at most what
+/// one message of a TLS handshake holds, 64 KiB.
+pub(super) fn shown(io: &TlsStream<TcpStream>) -> Box<[Box<[u8]>]> {
+    let shown = io.get_ref().1.peer_certificates().unwrap_or_default();
+    shown.iter().map(|certificate| certificate.as_ref().into()).collect()
+}
+
 impl Material {
     fn read(files: &config::Tls) -> Result<Self, String> {
         let named = |path: &Option<PathBuf>| match path {

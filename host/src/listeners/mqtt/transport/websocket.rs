@@ -14,8 +14,8 @@ use tokio_tungstenite::tungstenite::handshake::server::{Request, create_response
 use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Error, Message};
 
-use super::super::config::WebSocket;
 use super::Failed;
+use super::origin::Origins;
 
 /// The HTTP request in front, with all headers that proxies add.
 const REQUEST_BYTES_MAX: usize = 16 << 10;
@@ -40,7 +40,8 @@ pub(super) struct Bytes<S> {
 /// Answers the HTTP request; one that asks for something else gets told how.
 pub(super) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     mut io: S,
-    config: &WebSocket,
+    path: &str,
+    origins: Origins<'_>,
     frame_bytes_max: usize,
 ) -> Result<Bytes<S>, Failed> {
     let mut input = BytesMut::new();
@@ -60,14 +61,17 @@ pub(super) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
             Err(error) => return Err(Failed::lost(&error)),
         }
     };
-    if request.uri().path() != config.path {
-        let told = format!("MQTT over WebSocket is at {}", config.path);
+    if request.uri().path() != path {
+        let told = format!("MQTT over WebSocket is at {path}");
         return Err(refuse(&mut io, 404, &told).await);
     }
     if !request.headers().contains_key("upgrade") {
-        let told =
-            format!("this is MQTT over WebSocket: connect an MQTT client to ws://HOST:PORT{}", config.path);
+        let told = format!("this is MQTT over WebSocket: connect an MQTT client to ws://HOST:PORT{path}");
         return Err(refuse(&mut io, 426, &told).await);
+    }
+    if let Err(origin) = origins.check(request.headers()) {
+        let told = format!("pages of {origin:?} may not connect: list them in websocket.origins");
+        return Err(Failed { cause: "websocket_origin", ..refuse(&mut io, 403, &told).await });
     }
     let mut offered = request.headers().get_all("sec-websocket-protocol").iter();
     let subprotocol = offered.find_map(|offered| {
@@ -98,6 +102,7 @@ pub(super) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
 
 async fn refuse<S: AsyncWrite + Unpin>(io: &mut S, status: u16, told: &str) -> Failed {
     let reason = match status {
+        403 => "Forbidden",
         404 => "Not Found",
         426 => "Upgrade Required",
         431 => "Request Header Fields Too Large",

@@ -8,15 +8,15 @@ use super::*;
 
 const FRAME_BYTES_MAX: usize = 1_024;
 const PIPE_BYTES: usize = 64 << 10;
+const NO_PAGES: Origins<'_> = Origins { listed: &[], tls: false };
 
 async fn open() -> (WebSocketStream<DuplexStream>, Bytes<DuplexStream>) {
     let (client, server) = tokio::io::duplex(PIPE_BYTES);
     let mut request = "ws://localhost/mqtt".into_client_request().unwrap();
     request.headers_mut().insert("sec-websocket-protocol", "chat, mqtt".parse().unwrap());
-    let config = WebSocket::default();
     let (client, server) = tokio::join!(
         tokio_tungstenite::client_async(request, client),
-        accept(server, &config, FRAME_BYTES_MAX)
+        accept(server, "/mqtt", NO_PAGES, FRAME_BYTES_MAX)
     );
     let (client, response) = client.unwrap();
     assert_eq!(response.headers()["sec-websocket-protocol"], "mqtt");
@@ -93,19 +93,26 @@ async fn pongs_that_a_client_does_not_read_are_not_piled_up() {
 async fn who_asks_for_something_else_is_told_how() {
     let upgrade = "Host: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
                    Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
-    for (request, status, hint) in [
-        ("GET /mqtt HTTP/1.1\r\nHost: x\r\n\r\n".to_owned(), "426 ", "ws://HOST:PORT/mqtt"),
-        ("GET / HTTP/1.1\r\nHost: x\r\n\r\n".to_owned(), "404 ", "is at /mqtt"),
-        (format!("GET /mqtt HTTP/1.1\r\n{upgrade}\r\n"), "400 ", "Sec-WebSocket-Protocol: mqtt"),
-        ("POST /mqtt HTTP/1.1\r\nHost: x\r\n\r\n".to_owned(), "400 ", "GET"),
-        (format!("GET /mqtt HTTP/1.1\r\nX: {}\r\n", "x".repeat(REQUEST_BYTES_MAX)), "431 ", "too large"),
+    let from = |origin: &str| format!("GET /mqtt HTTP/1.1\r\nOrigin: {origin}\r\n{upgrade}\r\n");
+    for (request, status, hint, cause) in [
+        ("GET /mqtt HTTP/1.1\r\nHost: x\r\n\r\n".to_owned(), "426 ", "ws://HOST:PORT/mqtt", "websocket"),
+        ("GET / HTTP/1.1\r\nHost: x\r\n\r\n".to_owned(), "404 ", "is at /mqtt", "websocket"),
+        (from("http://evil.example"), "403 ", "list them in websocket.origins", "websocket_origin"),
+        (format!("GET /mqtt HTTP/1.1\r\n{upgrade}\r\n"), "400 ", "Sec-WebSocket-Protocol: mqtt", "websocket"),
+        ("POST /mqtt HTTP/1.1\r\nHost: x\r\n\r\n".to_owned(), "400 ", "GET", "websocket"),
+        (
+            format!("GET /mqtt HTTP/1.1\r\nX: {}\r\n", "x".repeat(REQUEST_BYTES_MAX)),
+            "431 ",
+            "too large",
+            "websocket",
+        ),
     ] {
         let (mut client, server) = tokio::io::duplex(64 << 10);
         client.write_all(request.as_bytes()).await.unwrap();
-        let refused = accept(server, &WebSocket::default(), FRAME_BYTES_MAX).await.err().unwrap();
+        let refused = accept(server, "/mqtt", NO_PAGES, FRAME_BYTES_MAX).await.err().unwrap();
         let mut answer = String::new();
         client.read_to_string(&mut answer).await.unwrap();
         assert!(answer.starts_with(&format!("HTTP/1.1 {status}")) && answer.contains(hint), "{answer}");
-        assert_eq!(refused.cause, "websocket");
+        assert_eq!(refused.cause, cause);
     }
 }
