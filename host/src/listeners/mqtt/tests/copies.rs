@@ -455,6 +455,39 @@ async fn a_copy_that_expired_goes_when_copies_are_sorted_unless_its_sending_was_
 }
 
 #[tokio::test]
+async fn what_a_member_of_a_share_was_handed_survives_a_crash() {
+    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let first = host(&stream, &broker, |_| {}).await;
+    let mut members = Vec::new();
+    for client_id in ["leaves", "stays"] {
+        let (mut member, _) = first.client(Connect { receive_max: Some(id(1)), ..resuming(client_id) }).await;
+        member.subscribe("$share/g/a", QOS1).await;
+        members.push(member);
+    }
+    let mut all = first.clean("all").await;
+    all.subscribe("a", QOS1).await;
+    publish_numbers(&first, "a", 0..6).await;
+    assert_eq!(all.numbers(6).await, [0, 1, 2, 3, 4, 5]);
+    let held = members[0].received().await.payload;
+    let held: u16 = std::str::from_utf8(&held).unwrap().parse().unwrap();
+    // Its note says that all six were offered to it.
+    members[1].received().await;
+    members[1].subscribe("b", QOS1).await;
+    let topic_filters = vec!["$share/g/a".into()];
+    members[0].send(Unsubscribe { packet_id: id(9), user_properties: vec![], topic_filters }).await;
+    assert!(matches!(members[0].receive().await, Packet::UnsubscribeAck(_)));
+    let crashed = aged(&broker, Duration::ZERO).await;
+    first.stop().await;
+
+    let second = host(&stream, &crashed, |_| {}).await;
+    let (mut member, _) = second.client(resuming("stays")).await;
+    let mut given = member.numbers(5).await;
+    given.sort();
+    assert_eq!(given, (0..6).filter(|number| *number != held).collect::<Vec<_>>());
+    second.stop().await;
+}
+
+#[tokio::test]
 async fn retention_goes_on_while_what_waits_is_copied_also_past_what_expired() {
     let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
     let host = host(&stream, &broker, |_| {}).await;
