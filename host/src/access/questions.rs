@@ -7,12 +7,12 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::future::{Future, pending};
-use std::pin::Pin;
+use std::future::pending;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::Denied;
 use super::rules::Verdict;
@@ -54,7 +54,7 @@ pub struct Questions {
     /// By topic.
     answers: HashMap<Box<str>, Answer>,
     bytes: usize,
-    running: Option<Pin<Box<dyn Future<Output = Answered> + Send>>>,
+    running: Option<AbortOnDropHandle<Answered>>,
     /// Not all that the session was subscribed to was allowed.
     pub narrowed: bool,
 }
@@ -102,10 +102,12 @@ impl Questions {
         }
     }
 
-    /// Begins a call, unless one runs: its end is to be waited for first.
+    /// Begins a call, unless one runs: its end is to be waited for first. On a task of
+    /// its own: a client that is at something else meanwhile keeps nobody's turn.
     pub fn ask(&mut self, act: Act, topics: Vec<Box<str>>) {
         if self.running.is_none() && !topics.is_empty() {
-            self.running = Some(Box::pin(self.asker.clone().ask(act, topics)));
+            let call = tokio::spawn(self.asker.clone().ask(act, topics));
+            self.running = Some(AbortOnDropHandle::new(call));
         }
     }
 
@@ -116,7 +118,8 @@ impl Questions {
     /// Returns when there are answers. Pending while nothing is asked. Safe to drop.
     pub async fn answered(&mut self) {
         let Some(running) = &mut self.running else { return pending().await };
-        let answered = running.await;
+        // Fails only while the runtime ends.
+        let Ok(answered) = running.await else { return pending().await };
         self.running = None;
         self.learn(answered);
     }
@@ -272,6 +275,16 @@ mod tests {
         questions.answered().await;
         assert_eq!(questions.known(Act::Receive, "yslow"), Verdict::Yes);
         assert_eq!(fake.0.lock().unwrap().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_call_goes_on_while_its_client_is_at_something_else() {
+        let (fake, mut questions) = questions();
+        questions.ask(Act::Receive, topics(&["yes"]));
+        tokio::task::yield_now().await;
+        assert_eq!(fake.0.lock().unwrap().len(), 1, "though nobody waits for it");
+        questions.answered().await;
+        assert_eq!(questions.known(Act::Receive, "yes"), Verdict::Yes);
     }
 
     #[tokio::test]

@@ -19,7 +19,6 @@ use std::time::Duration;
 use bytes::{Buf, BytesMut};
 use rmqtt_codec::v5::DisconnectReasonCode;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
-use tokio::sync::Semaphore;
 use tokio::task::coop::consume_budget;
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
 
@@ -57,7 +56,7 @@ thread_local! {
 }
 
 struct Connection<'b, S> {
-    broker: &'b Broker,
+    broker: &'b Arc<Broker>,
     io: S,
     session: Arc<Session>,
     peer: Peer,
@@ -276,7 +275,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             let unanswered = if filled.unanswered { outbox.unanswered(receive) } else { Vec::new() };
             drop(outbox);
             self.inbound.ask_to_receive(unanswered);
-            Outward::set(&mut self.outward, waits, &broker.loads);
+            Outward::set(&mut self.outward, waits, broker);
             broker.counters.filled(&filled);
         }
         self.broker.counters.sending(self.peer.version, &self.out[self.counted..]);
@@ -504,14 +503,14 @@ enum Moved {
 
 impl Outward {
     /// A read that is under way goes on.
-    fn set(outward: &mut Option<Box<Self>>, waits: Waits, loads: &Arc<Semaphore>) {
+    fn set(outward: &mut Option<Box<Self>>, waits: Waits, broker: &Arc<Broker>) {
         if waits.is_none() {
             *outward = None;
             return;
         }
         let Waits { durable, room, load } = waits;
         let under_way = outward.take().and_then(|outward| outward.loader);
-        let loader = (!load.is_empty()).then(|| under_way.unwrap_or_else(|| Loader::new(load, loads)));
+        let loader = (!load.is_empty()).then(|| under_way.unwrap_or_else(|| Loader::new(load, broker)));
         *outward = Some(Box::new(Self { durable, room, loader }));
     }
 }
@@ -532,7 +531,7 @@ async fn outward(broker: &Broker, waiting: &mut Option<Box<Outward>>) -> Moved {
         };
         let load = async {
             let Some(loader) = loader else { return pending().await };
-            loader.run(&broker.streams, &broker.copies).await.map_or(Moved::Stopped, Moved::Loaded)
+            loader.loaded().await.map_or(Moved::Stopped, Moved::Loaded)
         };
         tokio::select! {
             biased;

@@ -11,6 +11,9 @@
 //! goes, the copies in it that a session still waits for are appended again.
 //! All others end with the segment.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -284,6 +287,10 @@ pub struct CopyPicks {
 }
 
 impl CopyPicks {
+    pub fn is_empty(&self) -> bool {
+        self.picks.is_empty()
+    }
+
     /// False where there is no copy.
     pub fn add(&mut self, copies: &Copies, place: Place) -> bool {
         let Some(offset) = copies.find(place) else { return false };
@@ -322,7 +329,7 @@ pub async fn run(broker: Arc<Broker>, number: usize) {
         let answered = async {
             let upto = asked.wait_for(|upto| upto.0 > done).await.map_err(|_| Stopped)?.0;
             if number < broker.streams.len() {
-                save(&broker, number, upto).await?;
+                save(&broker, number, done..upto).await?;
             } else {
                 renew(&broker, upto).await?;
             }
@@ -339,15 +346,15 @@ pub async fn run(broker: Arc<Broker>, number: usize) {
     }
 }
 
-/// Copies what sessions wait for below `upto`.
-async fn save(broker: &Arc<Broker>, number: usize, upto: u64) -> Result<(), Stopped> {
+/// Copies what sessions wait for in a range.
+async fn save(broker: &Arc<Broker>, number: usize, range: Range<u64>) -> Result<(), Stopped> {
     // What the live delivery has yet to offer, nobody waits for yet.
-    while broker.live.positions(&broker.streams)[number] < upto {
+    while broker.live.positions(&broker.streams)[number] < range.end {
         tokio::time::sleep(LOOK_EVERY).await;
     }
-    let mut from = broker.streams[number].bounds().start.0;
-    while from < upto {
-        let to = upto.min(from + SLICE_OFFSETS);
+    let mut from = broker.streams[number].bounds().start.0.max(range.start);
+    while from < range.end {
+        let to = range.end.min(from + SLICE_OFFSETS);
         let looked = broker.clone();
         let (any, wanted) = blocking(move || looked.copies.wanted(&looked, number, from..to)).await;
         copy(broker, number, wanted).await?;
@@ -376,13 +383,15 @@ async fn copy(broker: &Arc<Broker>, number: usize, wanted: BTreeMap<u64, Wanted>
     let (mut chunk, mut bytes, mut batches) = (Vec::new(), 0, 0);
     let (mut lost, mut expired) = (BTreeSet::new(), BTreeSet::new());
     let place = |offset| Place { stream: number as u16, offset };
-    let mut is_freed = false;
+    let (mut is_freed, mut done) = (false, 0);
     while let Some(picked) = picks.next(stream).await.map_err(|_| Stopped)? {
+        done = picked.gone.last().map_or(done, |last| done.max(last + 1));
         lost.extend(picked.gone.into_iter().map(place));
         let (batch, at) = picked.found.unzip();
         for (at, batch) in at.iter().flatten().zip(batch.iter().cycle()) {
             let message = batch.message(*at);
             let offset = message.offset().0;
+            done = done.max(offset + 1);
             if wanted[&offset] == Wanted::Waits && is_expired(message) {
                 expired.insert(place(offset));
                 continue;
@@ -404,27 +413,25 @@ async fn copy(broker: &Arc<Broker>, number: usize, wanted: BTreeMap<u64, Wanted>
         batches += 1;
         if bytes >= CHUNK_BYTES || batches >= CHUNK_BATCHES || picks.is_empty() {
             let count = chunk.len();
-            // Retention goes on meanwhile, unless something is still to be counted.
-            let is_all = lost.is_empty() && expired.is_empty();
-            let done = chunk.last().filter(|_| is_all).map(|(last, _)| last.offset + 1);
-            let change = done.map(|done| copies.handled(number, done));
+            // What is lost is counted first.
+            let change = lost.is_empty().then(|| copies.handled(number, done));
             let too_large = copies.append(&mut chunk, change).await?;
             broker.counters.copied.increment((count - too_large.len()) as u64);
             lost.extend(too_large);
-            if let Some(done) = done.filter(|_| lost.is_empty()) {
-                copies.index().handled[number] = done;
-                copies.readers[number].advance(Offset(done));
+            broker.counters.expired.increment(forget(broker, std::mem::take(&mut expired)).await);
+            let lost = forget(broker, std::mem::take(&mut lost)).await;
+            if lost > 0 {
+                broker.counters.gap.increment(lost);
+                let detail = format!("stream {}", stream.name());
+                let kind =
+                    "mqtt: retention took messages that wait for sessions, and they could not be copied";
+                broker.failures.report(kind, lost, &detail, "");
             }
+            // Retention goes on meanwhile.
+            copies.index().handled[number] = done;
+            copies.readers[number].advance(Offset(done));
             (bytes, batches) = (0, 0);
         }
-    }
-    broker.counters.expired.increment(forget(broker, expired).await);
-    let lost = forget(broker, lost).await;
-    if lost > 0 {
-        broker.counters.gap.increment(lost);
-        let detail = format!("stream {}", stream.name());
-        let kind = "mqtt: retention took messages that wait for sessions, and they could not be copied";
-        broker.failures.report(kind, lost, &detail, "");
     }
     Ok(())
 }
@@ -455,31 +462,34 @@ async fn renew(broker: &Arc<Broker>, upto: u64) -> Result<(), Stopped> {
         picks.add(copies, *place);
     }
     let wanted: BTreeMap<Place, Wanted> = old.into_iter().collect();
-    let (reader, mut expired) = (&copies.readers[broker.streams.len()], BTreeSet::new());
-    let mut chunk: Vec<(Place, Found)> = Vec::new();
+    let reader = &copies.readers[broker.streams.len()];
+    let (mut chunk, mut bytes, mut batches) = (Vec::new(), 0, 0);
+    let (mut expired, mut done) = (BTreeSet::new(), 0);
     while let Some(found) = picks.next(copies).await.map_err(|_| Stopped)? {
         for (place, copy) in found {
-            let is_over =
-                |(batch, at): &Found| wanted[&place] == Wanted::Waits && is_expired(batch.message(*at));
-            match copy {
-                Some(copy) if !is_over(&copy) => chunk.push((place, copy)),
-                Some(_) => {
-                    expired.insert(place);
-                }
-                // Whoever waits for it finds that it is no more.
-                None => copies.index().remove(place),
+            // Whoever waits for it finds that it is no more.
+            let Some((batch, at)) = copy else {
+                copies.index().remove(place);
+                continue;
+            };
+            let message = batch.message(at);
+            done = done.max(message.offset().0 + 1);
+            if wanted[&place] == Wanted::Waits && is_expired(message) {
+                expired.insert(place);
+            } else {
+                bytes += len_of(message) as usize;
+                chunk.push((place, (batch, at)));
             }
         }
-        let bytes: usize = chunk.iter().map(|(_, (batch, at))| len_of(batch.message(*at)) as usize).sum();
-        if bytes >= CHUNK_BYTES || chunk.len() >= CHUNK_BATCHES {
-            let done = chunk.last().map(|(_, (batch, at))| batch.message(*at).offset().0 + 1);
+        batches += 1;
+        if bytes >= CHUNK_BYTES || batches >= CHUNK_BATCHES || picks.is_empty() {
             copies.append(&mut chunk, None).await?;
-            done.filter(|_| expired.is_empty()).into_iter().for_each(|done| reader.advance(Offset(done)));
+            expired.iter().for_each(|place| copies.index().remove(*place));
+            broker.counters.expired.increment(forget(broker, std::mem::take(&mut expired)).await);
+            reader.advance(Offset(done));
+            (bytes, batches) = (0, 0);
         }
     }
-    copies.append(&mut chunk, None).await?;
-    expired.iter().for_each(|place| copies.index().remove(*place));
-    broker.counters.expired.increment(forget(broker, expired).await);
     reader.advance(Offset(upto));
     Ok(())
 }

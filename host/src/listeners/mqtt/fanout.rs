@@ -6,6 +6,7 @@
 //! already passed it, decided under one lock, so that it comes exactly once.
 
 use std::cell::OnceCell;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
@@ -199,13 +200,17 @@ impl Live {
             passed.lock().unwrap_or_else(PoisonError::into_inner).extend(places);
         }
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
+        let mut takers = BTreeMap::new();
         for queued in given {
             let share = queued.share.as_ref().and_then(|filter| index.tree.share(filter));
-            if let Some(share) = share {
-                // Out of turn for whoever gets it now.
-                self.deliver_to_one(broker, share, &Sent::Again(queued));
-            }
+            // Out of turn for whoever gets it now.
+            let taker = share.and_then(|share| self.deliver_to_one(broker, share, &Sent::Again(queued)));
+            takers.extend(taker.map(|taker| (taker.number, taker.clone())));
         }
+        drop((index, passed));
+        // Before the caller writes that `session` has it no more: a crash between the two
+        // repeats, never loses.
+        takers.values().for_each(|taker| taker.note(broker, Vec::new()));
     }
 
     /// From now on what moves from one session to another is noted.
@@ -309,8 +314,13 @@ impl Live {
     }
 
     /// To the member whose turn it is, of those that are there and keep up;
-    /// where there is none, to one that will come back.
-    fn deliver_to_one(&self, broker: &Broker, share: &Share<Arc<Session>>, sent: &Sent<'_>) {
+    /// where there is none, to one that will come back. Whose it is now.
+    fn deliver_to_one<'s>(
+        &self,
+        broker: &Broker,
+        share: &'s Share<Arc<Session>>,
+        sent: &Sent<'_>,
+    ) -> Option<&'s Arc<Session>> {
         let queued = |options: Options| {
             let ids = Some(options.id).filter(|id| *id != 0).into_iter().collect();
             sent.queued(options.qos, options.retain_as_published, ids, Some(share.filter.clone()))
@@ -323,16 +333,17 @@ impl Live {
                 // Under the lock: a member that leaves now gives it on.
                 let offered = outbox.offer(queued, self.limits, || sent.whole());
                 drop(outbox);
-                return self.offered(broker, &member.session, offered);
+                self.offered(broker, &member.session, offered);
+                return Some(&member.session);
             }
             if away.is_none() && outbox.takes(&queued) {
                 away = Some((member, queued));
             }
         }
-        if let Some((member, queued)) = away {
-            let offered = member.session.outbox().offer(queued, self.limits, || sent.whole());
-            self.offered(broker, &member.session, offered);
-        }
+        let (member, queued) = away?;
+        let offered = member.session.outbox().offer(queued, self.limits, || sent.whole());
+        self.offered(broker, &member.session, offered);
+        Some(&member.session)
     }
 
     /// What needs no reading.

@@ -160,13 +160,12 @@ impl Inner {
         Ok(Appended { ticket, first: Offset(first) })
     }
 
-    /// A change of the log's own, such as where a reader is.
-    pub fn append_own(&self, key: &[u8], value: Option<&[u8]>) {
+    /// A change of the log's own, such as where a reader is; false where there is no room for it.
+    pub fn append_own(&self, key: &[u8], value: Option<&[u8]>) -> bool {
         let change: Change = (state::key(state::OWN, key), value.map(Into::into));
         let mut front = lock(&self.front);
-        // Refused only when the buffer is full or the stream stops: said again later.
         if self.may_append(&mut front, change.0.len() + value.map_or(0, <[u8]>::len)).is_err() {
-            return;
+            return false;
         }
         if front.pending.is_empty() {
             front.pending.base = front.next_offset;
@@ -177,6 +176,7 @@ impl Inner {
         front.idle = false;
         drop(front);
         self.wake.notify_all();
+        true
     }
 
     fn may_append(&self, front: &mut Front, bytes: usize) -> Result<(), AppendError> {

@@ -37,7 +37,7 @@ mod retain;
 mod scan;
 pub mod segment;
 #[cfg(test)]
-mod sim;
+pub(crate) mod sim;
 mod state;
 mod tail;
 #[cfg(test)]

@@ -42,8 +42,8 @@ static PREPARED: AtomicU64 = AtomicU64::new(0);
 pub struct Mark {
     pub next: Arc<AtomicU64>,
     pub on_lag: OnLag,
-    /// What a restart would find.
-    pub saved: u64,
+    /// What a restart would find; `None`: it could not be written down yet.
+    saved: Option<u64>,
     asked: watch::Sender<Offset>,
     /// Where it was when it was last seen to hold a segment back, and since when.
     held: Option<(u64, Instant)>,
@@ -54,7 +54,7 @@ impl Mark {
         Self {
             next: Arc::new(AtomicU64::new(next)),
             on_lag,
-            saved: next,
+            saved: None,
             asked: watch::channel(Offset(0)).0,
             held: None,
         }
@@ -332,32 +332,42 @@ impl Inner {
     /// Writes down where readers are, once a segment: a restart must not trim
     /// before they are attached again.
     fn save_marks(&self) {
-        let moved: Vec<(String, Vec<u8>)> = {
-            let mut back = write(&self.back);
-            let super::Back { marks, segments, .. } = &mut *back;
-            let segment_of = |offset: u64| segments.partition_point(|s| s.header.base <= offset);
+        let moved: Vec<(String, u64, OnLag)> = {
+            let back = read(&self.back);
+            let segment_of = |offset: u64| back.segments.partition_point(|s| s.header.base <= offset);
+            let marks = back.marks.iter().map(|(name, mark)| (name, mark.next.load(Ordering::Relaxed), mark));
             marks
-                .iter_mut()
-                .filter_map(|(name, mark)| {
-                    let next = mark.next.load(Ordering::Relaxed);
-                    (segment_of(next) != segment_of(mark.saved)).then(|| {
-                        mark.saved = next;
-                        (name.clone(), encode_mark(next, mark.on_lag))
-                    })
-                })
+                .filter(|(_, next, mark)| Some(segment_of(*next)) != mark.saved.map(segment_of))
+                .map(|(name, next, mark)| (name.clone(), next, mark.on_lag))
                 .collect()
         };
-        for (name, value) in moved {
-            self.append_own(name.as_bytes(), Some(&value));
+        for (name, next, on_lag) in moved {
+            self.save_mark(&name, next, on_lag);
+        }
+    }
+
+    /// Where there is no room it is tried again in the next round.
+    fn save_mark(&self, consumer: &str, next: u64, on_lag: OnLag) {
+        if self.append_own(consumer.as_bytes(), Some(&encode_mark(next, on_lag)))
+            && let Some(mark) = write(&self.back).marks.get_mut(consumer)
+        {
+            mark.saved = Some(next);
         }
     }
 
     pub fn attach(self: &Arc<Self>, consumer: &str, from: Offset, on_lag: OnLag) -> Box<dyn Attachment> {
-        let mark = Mark::new(from.0, on_lag);
+        let mut mark = Mark::new(from.0, on_lag);
         let (next, asked) = (Arc::clone(&mark.next), mark.asked.clone());
-        let known = write(&self.back).marks.insert(consumer.to_owned(), mark);
-        if known.is_none_or(|known| known.saved != from.0 || known.on_lag != on_lag) {
-            self.append_own(consumer.as_bytes(), Some(&encode_mark(from.0, on_lag)));
+        let is_saved = {
+            let marks = &mut write(&self.back).marks;
+            let known = marks.get(consumer).filter(|known| known.on_lag == on_lag);
+            mark.saved = known.and_then(|known| known.saved).filter(|saved| *saved == from.0);
+            let is_saved = mark.saved.is_some();
+            marks.insert(consumer.to_owned(), mark);
+            is_saved
+        };
+        if !is_saved {
+            self.save_mark(consumer, from.0, on_lag);
         }
         let detached = AtomicBool::new(false);
         Box::new(Attached { inner: Arc::clone(self), consumer: consumer.to_owned(), next, asked, detached })
@@ -417,7 +427,8 @@ pub fn marks(state: &super::state::State) -> BTreeMap<String, Mark> {
                 [2] => OnLag::Ask,
                 _ => OnLag::Block,
             };
-            Some((name, Mark::new(u64::from_le_bytes(*next), on_lag)))
+            let next = u64::from_le_bytes(*next);
+            Some((name, Mark { saved: Some(next), ..Mark::new(next, on_lag) }))
         })
         .collect()
 }

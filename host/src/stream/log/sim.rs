@@ -8,6 +8,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use tokio::sync::watch;
+
 use super::disk::{Create, Disk, File, SyncSite};
 
 const SECTOR: usize = 512;
@@ -36,6 +38,8 @@ struct World {
     left_out: Option<SyncSite>,
     fail_syncs: bool,
     bytes_max: u64,
+    /// It refused something for want of room.
+    was_full: watch::Sender<bool>,
 }
 
 #[derive(Clone)]
@@ -91,6 +95,7 @@ impl SimDisk {
             left_out: None,
             fail_syncs: false,
             bytes_max: u64::MAX,
+            was_full: watch::channel(false).0,
         })))
     }
 
@@ -127,6 +132,13 @@ impl SimDisk {
 
     pub fn bytes(&self) -> u64 {
         self.world(|w| w.bytes())
+    }
+
+    /// Returns once something found no room.
+    pub async fn was_full(&self) {
+        let mut was_full = self.world(|w| w.was_full.subscribe());
+        // The sender lives as long as `self`.
+        let _ = was_full.wait_for(|was_full| *was_full).await;
     }
 
     /// Power off and on: chance decides over everything that was not synced.
@@ -183,7 +195,11 @@ impl World {
     }
 
     fn room(&self, more: u64) -> io::Result<()> {
-        if self.bytes() + more > self.bytes_max { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+        if self.bytes() + more <= self.bytes_max {
+            return Ok(());
+        }
+        self.was_full.send_replace(true);
+        Err(io::ErrorKind::StorageFull.into())
     }
 
     fn change(&mut self, change: Change) {

@@ -4,6 +4,9 @@ use super::*;
 use crate::access::Identity;
 use crate::listeners::mqtt::config::Config;
 use crate::listeners::mqtt::fuzzing::broker;
+use crate::listeners::mqtt::outbound;
+use crate::stream::Stream;
+use crate::stream::conformance::message;
 use crate::stream::memory::MemoryStream;
 
 #[tokio::test]
@@ -37,6 +40,21 @@ async fn a_slow_reader_is_not_silent_while_it_is_not_read() {
         connection.wrote(1);
         assert_eq!(connection.last_read == silent_since, ends, "{unwritten}");
     }
+}
+
+#[tokio::test]
+async fn who_is_at_something_else_keeps_no_turn_to_read_from_others() {
+    let stream = MemoryStream::with_hooks("s", 1);
+    let broker = &broker(&Config::default(), stream.clone(), MemoryStream::new("broker", 1));
+    let places = || (0..3).map(|offset| outbound::Place { stream: 0, offset }).collect::<Vec<_>>();
+    // Nobody waits for these, and what they read is yet to come.
+    let _others: Vec<_> = (0..outbound::LOADS_MAX).map(|_| Loader::new(places(), broker)).collect();
+    tokio::task::yield_now().await;
+    assert_eq!(broker.loads.available_permits(), 0);
+    let mut one = Loader::new(places(), broker);
+    stream.append(&[message("a", b"x"); 3], &[]).unwrap();
+    let loaded = one.loaded().await.unwrap();
+    assert!(places().iter().all(|place| loaded[place].is_some()), "all of one batch: {loaded:?}");
 }
 
 fn size_of_future<A, B, C, D, F: Future>(_: fn(A, B, C, D) -> F) -> usize {

@@ -211,20 +211,21 @@ impl Outbox {
         }
     }
 
-    /// Calls `see` with the place of each message that it waits for and keeps for
-    /// its client, and whether its sending was begun; false where it keeps none.
+    /// Calls `see` with the place of each message that it waits for and keeps for its
+    /// client, or for the members of a share, and whether its sending was begun;
+    /// false where it keeps none for its client.
     pub fn references(&self, mut see: impl FnMut(Place, bool)) -> bool {
-        if self.kept.is_none() {
-            return false;
-        }
+        let is_kept = |queued: &Queued| self.kept.is_some() || queued.share.is_some();
         let inflight =
             self.inflight.iter().filter_map(|it| it.waiting.as_ref().map(|queued| (queued, it.dup)));
         for (queued, is_begun) in inflight.chain(self.queue.iter().map(|queued| (queued, false))) {
-            if let (Some(place), 1..) = (queued.source.place(), queued.qos) {
+            if let (Some(place), 1..) = (queued.source.place(), queued.qos)
+                && is_kept(queued)
+            {
                 see(place, is_begun);
             }
         }
-        true
+        self.kept.is_some()
     }
 
     /// Forgets what waits and is no more; how many. What is in memory stays.

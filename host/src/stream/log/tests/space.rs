@@ -304,6 +304,21 @@ fn age_counts_only_once_the_clock_is_set_and_never_after_a_jump_by_decades() {
     assert!(log.bounds().start > Offset(0));
 }
 
+#[test]
+fn a_reader_that_could_not_be_written_down_is_so_once_there_is_room() {
+    let (disk, clock) = (SimDisk::new(3), new_clock());
+    let (log, _) = manual(&disk, &small(), &clock).unwrap();
+    log.inner.set_no_space(true);
+    log.attach("warehouse", Offset(0), OnLag::Block);
+    log.inner.set_no_space(false);
+    log.inner.keep(false);
+    commit(&log).unwrap();
+    drop(log);
+    disk.restart_process();
+    let (log, _) = manual(&disk, &small(), &clock).unwrap();
+    assert_eq!(log.remembered(), [("warehouse".to_owned(), Offset(0))]);
+}
+
 /// Appends until a segment more would take one that `reader` needs.
 async fn until_asked(log: &Log, asked: &mut tokio::sync::watch::Receiver<Offset>) -> Offset {
     loop {
