@@ -67,6 +67,7 @@ impl BatchBuilder {
     }
 
     pub fn messages<'a>(&'a self, namespace: &'a [String]) -> Messages<'a> {
-        Messages::new(self.header, &self.index, [&self.data[..]], namespace).expect("laid out by this builder")
+        Messages::new(self.header, &self.index, [&self.data[..]], namespace)
+            .expect("laid out by this builder")
     }
 }

@@ -122,8 +122,7 @@ macro_rules! plugin {
                 later: *mut entry::Bytes,
                 later_len: usize,
             ) -> *const entry::Lists {
-                let header =
-                    Header { stride, partition, flags, attempt, base_offset, now_us, watermark_us };
+                let header = Header { stride, partition, flags, attempt, base_offset, now_us, watermark_us };
                 // SAFETY: the host's arguments, as they came.
                 let batch = unsafe {
                     entry::Lowered {
@@ -136,8 +135,8 @@ macro_rules! plugin {
                 RUNNING.with(|slot| slot.process(&batch))
             }
 
-    exports::export_base!(Component with_types_in exports::bindings);
+            exports::export_base!(Component with_types_in exports::bindings);
     exports::export_only_batch!(Component with_types_in exports::only_batch);
-        };
+};
     };
 }

@@ -112,10 +112,7 @@ mod tests {
         let words: Vec<u32> =
             index(&batch).chunks_exact(4).map(|w| u32::from_le_bytes(w.try_into().unwrap())).collect();
         let partition = 5 << 16;
-        assert_eq!(
-            words[16..28],
-            [partition | u32::from(flags::RETAIN), 1, 3, 2, 0, 0, 0, 3, 3, 5, 0, 0]
-        );
+        assert_eq!(words[16..28], [partition | u32::from(flags::RETAIN), 1, 3, 2, 0, 0, 0, 3, 3, 5, 0, 0]);
         assert_eq!((words.len(), extent(&batch)), (32, (16, 1)));
     }
 }

@@ -189,12 +189,7 @@ impl PluginStep {
             faults: counter!("headworks_step_faults_total", &labels),
             seconds: histogram!("headworks_step_run_duration_seconds", &labels),
         };
-        let mut step = Self {
-            shared: Arc::clone(shared),
-            instance: None,
-            filters: Vec::new(),
-            meters,
-        };
+        let mut step = Self { shared: Arc::clone(shared), instance: None, filters: Vec::new(), meters };
         match step.ensure_instance() {
             Ok(()) => Ok(step),
             Err(StartError::Config(problems)) => Err(problems),
@@ -216,7 +211,8 @@ impl PluginStep {
 
     fn on_nothing(&mut self) -> Result<(), String> {
         let batch = Batch::default();
-        let work = Work { batch: &batch, numbers: None, partition: Partition::default(), attempt: 0, flags: 0 };
+        let work =
+            Work { batch: &batch, numbers: None, partition: Partition::default(), attempt: 0, flags: 0 };
         self.call(&work, &batch, 0, self.batch_limits(0), &mut Collected::default())
     }
 
@@ -351,11 +347,8 @@ impl PluginStep {
             if let Err(error) = self.ensure_instance() {
                 return collected.ask_again(start_reason(error), false);
             }
-            let alone = Work {
-                numbers: Some(std::slice::from_ref(number)),
-                flags: call::ALONE_AFTER_TRAP,
-                ..*work
-            };
+            let alone =
+                Work { numbers: Some(std::slice::from_ref(number)), flags: call::ALONE_AFTER_TRAP, ..*work };
             let view = gather(work.batch, alone.numbers);
             let (bytes, used) = arena::extent(&view);
             let limits = self.alone_limits(of_batch, bytes);

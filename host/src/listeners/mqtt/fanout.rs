@@ -16,7 +16,7 @@ use tokio::sync::Notify;
 use super::Broker;
 use super::outbound::{Message, Offer, Place, QueueLimits, Queued, Source};
 use super::session::Session;
-use super::subscriptions::{Filter, Found, Options, Path, Share, Subscriber, Tree, is_live};
+use super::subscriptions::{Filter, Found, Options, Path, Share, Subscriber, Tree, is_live, is_shared};
 use super::sys;
 use crate::batch::{Batch, MessageRef, Offset, flags};
 use crate::properties::{self, Origin};
@@ -26,9 +26,12 @@ use crate::stream::{GapCause, Read, ReadError, Stream};
 const IDLE: u64 = u64::MAX;
 /// After a read that failed.
 const READ_RETRY_AFTER: Duration = Duration::from_secs(1);
-/// Messages and copies of them that are handed out in one go: some 100 µs, in
-/// which this thread serves no connection, and nobody may subscribe.
-const HANDED_OUT_MAX: usize = 1_024;
+/// Messages and copies of them that are handed out in one go: some 100 µs where
+/// the queues are long and in no cache, in which this thread serves no connection,
+/// and nobody may subscribe.
+const HANDED_OUT_MAX: usize = 256;
+/// Filters that are put in or taken out in one go, while nothing is delivered.
+pub const FILTERS_AT_ONCE: usize = 32;
 
 pub struct Live {
     index: RwLock<Index>,
@@ -66,6 +69,13 @@ pub enum SendRetained {
     Always,
     IfNew,
     Never,
+}
+
+/// A filter that a client subscribes to.
+pub struct Subscription {
+    pub filter: Filter,
+    pub options: Options,
+    pub retained: SendRetained,
 }
 
 impl Live {
@@ -120,18 +130,37 @@ impl Live {
         self.subscriptions.load(Ordering::Relaxed)
     }
 
-    /// Subscribes, and queues the retained messages that match.
-    pub fn subscribe(
+    /// Subscribes, and queues the retained messages that match. The more at once, the
+    /// less often it waits for the live delivery, and the longer that waits for it.
+    pub fn subscribe(&self, broker: &Broker, session: &Arc<Session>, subscriptions: &[Subscription]) {
+        let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
+        for subscription in subscriptions {
+            self.put_in(broker, &mut index, session, subscription);
+        }
+        drop(index);
+        for Subscription { filter, options, retained } in subscriptions {
+            if *retained != SendRetained::Never && !filter.is_shared() && !is_live(filter.as_str()) {
+                for message in sys::matching(broker, filter.topics()) {
+                    self.offer(
+                        broker,
+                        session,
+                        Queued::whole(Source::Broker(Arc::new(message)), 0, *options),
+                    );
+                }
+            }
+        }
+    }
+
+    fn put_in(
         &self,
         broker: &Broker,
+        index: &mut Index,
         session: &Arc<Session>,
-        filter: &Filter,
-        options: Options,
-        retained: SendRetained,
+        Subscription { filter, options, retained }: &Subscription,
     ) {
-        let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
+        let options = *options;
         // Off and on again, so that the counts follow changed options.
-        let new = !self.take_out(&mut index, session, filter.as_str());
+        let new = !self.take_out(index, session, filter.as_str());
         index.tree.insert(filter.as_str(), session.number, session.clone(), options);
         self.subscriptions.fetch_add(1, Ordering::Relaxed);
         self.no_local.fetch_add(usize::from(options.no_local), Ordering::Relaxed);
@@ -168,12 +197,6 @@ impl Live {
                 self.offer(broker, session, retained);
             }
         }
-        drop(index);
-        if !is_live(filter.as_str()) {
-            for message in sys::matching(broker, filter.topics()) {
-                self.offer(broker, session, Queued::whole(Source::Broker(Arc::new(message)), 0, options));
-            }
-        }
     }
 
     /// True when the session had this filter.
@@ -183,8 +206,21 @@ impl Live {
             session.remove_filter(filter);
             self.take_out(&mut index, session, filter)
         };
-        self.pass_on(broker, session, Some(filter), false);
+        if is_shared(filter) {
+            self.pass_on(broker, session, Some(filter), false);
+        }
         had
+    }
+
+    /// Unsubscribes a session that ends from all of its `filters`; what it held of
+    /// shares is still to be passed on.
+    pub fn forget(&self, session: &Session, filters: &[Box<str>]) {
+        for some in filters.chunks(FILTERS_AT_ONCE) {
+            let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
+            for filter in some {
+                self.take_out(&mut index, session, filter);
+            }
+        }
     }
 
     /// Gives what a member of shared subscriptions held to the others: see

@@ -48,7 +48,7 @@ use tokio_util::task::TaskTracker;
 
 use self::acks::Stopped;
 use self::copies::Copies;
-use self::fanout::Live;
+use self::fanout::{Live, Subscription};
 use self::metrics::{Counters, Measured};
 use self::outbound::QueueLimits;
 use self::retained::Retained;
@@ -277,7 +277,8 @@ impl Broker {
         }
         for (session, filter, options) in subscriptions {
             if let Some(filter) = subscriptions::Filter::parse(&filter) {
-                broker.live.subscribe(&broker, &session, &filter, options, fanout::SendRetained::Never);
+                let retained = fanout::SendRetained::Never;
+                broker.live.subscribe(&broker, &session, &[Subscription { filter, options, retained }]);
             }
         }
         broker

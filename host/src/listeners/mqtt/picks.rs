@@ -56,9 +56,7 @@ impl Picks {
             let mut picked = Picked::default();
             match cursor.next().await {
                 Ok(crate::stream::Read::Batch(batch)) => {
-                    let offsets = batch.messages().map(|message| message.offset().0).enumerate();
-                    let found = offsets.filter(|(_, offset)| self.wanted.remove(offset));
-                    let found: Vec<usize> = found.map(|(at, _)| at).collect();
+                    let found = self.found_in(&batch);
                     picked.found = (!found.is_empty()).then_some((batch, found));
                 }
                 Ok(crate::stream::Read::Gap { .. }) => {}
@@ -84,5 +82,19 @@ impl Picks {
                 return Ok(Some(picked));
             }
         }
+    }
+
+    /// Which of its messages are wanted; not any more then.
+    fn found_in(&mut self, batch: &Batch) -> Vec<usize> {
+        let Some(last) = batch.entries.last() else { return Vec::new() };
+        let offsets: Vec<u64> = self.wanted.range(batch.base.0..=batch.offset(last).0).copied().collect();
+        let mut found = Vec::with_capacity(offsets.len());
+        for offset in offsets {
+            if let Ok(at) = batch.entries.binary_search_by_key(&offset, |entry| batch.offset(entry).0) {
+                self.wanted.remove(&offset);
+                found.push(at);
+            }
+        }
+        found
     }
 }

@@ -488,9 +488,7 @@ fn discard(broker: &Broker, session: &Session) {
         *state = State { epoch: new_epoch(), stale, ..State::default() };
         (epoch, filters)
     };
-    for filter in &filters {
-        broker.live.unsubscribe(broker, session, filter);
-    }
+    broker.live.forget(session, &filters);
     broker.live.pass_on(broker, session, None, true);
     session.outbox().clear();
     let received = std::mem::take(&mut *session.received());

@@ -70,7 +70,7 @@ impl Filter {
     }
 
     pub fn is_shared(&self) -> bool {
-        self.text.len() > self.topics.as_str().len()
+        is_shared(&self.text)
     }
 
     pub fn topics(&self) -> &TopicFilter {
@@ -84,6 +84,11 @@ fn split(text: &str) -> (Option<&str>, &str) {
         Some((name, filter)) => (Some(name), filter),
         None => (None, text),
     }
+}
+
+/// Of a filter that was parsed.
+pub fn is_shared(text: &str) -> bool {
+    split(text).0.is_some()
 }
 
 /// Whether messages of streams can match: `$` topics lie in none.

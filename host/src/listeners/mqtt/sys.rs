@@ -178,7 +178,7 @@ fn values(broker: &Broker) -> Vec<(String, String)> {
 mod tests {
     use super::*;
     use crate::listeners::mqtt::config::Config;
-    use crate::listeners::mqtt::fanout::SendRetained;
+    use crate::listeners::mqtt::fanout::{SendRetained, Subscription};
     use crate::listeners::mqtt::fuzzing::broker;
     use crate::listeners::mqtt::subscriptions::{Filter, Options};
     use crate::stream::memory::MemoryStream;
@@ -194,7 +194,8 @@ mod tests {
         session.outbox().resume();
         let filter = Filter::parse("$SYS/broker/clients/connected").unwrap();
         let options = Options { qos: 0, no_local: false, retain_as_published: false, id: 0 };
-        broker.live.subscribe(&broker, &session, &filter, options, SendRetained::Always);
+        let retained = SendRetained::Always;
+        broker.live.subscribe(&broker, &session, &[Subscription { filter, options, retained }]);
         let waiting = || session.outbox().sizes().0;
         assert_eq!(waiting(), 1, "there is 1 client");
         broker.client_connected(-1);

@@ -7,12 +7,13 @@ use rmqtt_codec::v5::{
 };
 use rmqtt_codec::{v3, v5};
 use tokio::task::coop::consume_budget;
+use tokio::task::yield_now;
 use tokio_util::codec::Encoder;
 
 use super::{Connection, End};
 use crate::access::{QUESTIONS_MAX, Verdict};
 use crate::listeners::mqtt::config::Config;
-use crate::listeners::mqtt::fanout::SendRetained;
+use crate::listeners::mqtt::fanout::{FILTERS_AT_ONCE, SendRetained, Subscription};
 use crate::listeners::mqtt::session::{Change, KEPT_FILTER_BYTES_MAX, Session, subscription_key};
 use crate::listeners::mqtt::subscriptions::{FILTER_LEVELS_MAX, Filter, Options};
 use crate::listeners::mqtt::wire::{self, Fault, Packet};
@@ -162,16 +163,18 @@ impl<S> Connection<'_, S> {
                 RetainHandling::AtSubscribeNew => SendRetained::IfNew,
                 RetainHandling::NoAtSubscribe => SendRetained::Never,
             };
-            granted.push((filter, options, retained));
+            granted.push(Subscription { filter, options, retained });
             status.push(match options.qos {
                 0 => SubscribeAckReason::GrantedQos0,
                 1 => SubscribeAckReason::GrantedQos1,
                 _ => SubscribeAckReason::GrantedQos2,
             });
         }
-        for (filter, options, retained) in granted {
-            consume_budget().await;
-            self.broker.live.subscribe(self.broker, &self.session, &filter, options, retained);
+        for some in granted.chunks(FILTERS_AT_ONCE) {
+            self.broker.live.subscribe(self.broker, &self.session, some);
+            if granted.len() > FILTERS_AT_ONCE {
+                yield_now().await;
+            }
         }
         self.keep(changes).await?;
         Ok(status)

@@ -4,7 +4,7 @@ use futures_util::FutureExt;
 
 use super::*;
 use crate::listeners::mqtt::config::Config;
-use crate::listeners::mqtt::fanout::SendRetained;
+use crate::listeners::mqtt::fanout::{SendRetained, Subscription};
 use crate::listeners::mqtt::fuzzing::broker;
 use crate::listeners::mqtt::session::{Session, Turn};
 use crate::listeners::mqtt::subscriptions::{Filter, Options};
@@ -12,6 +12,10 @@ use crate::stream::memory::MemoryStream;
 
 const SHARE: &str = "$share/g/a";
 const OPTIONS: Options = Options { qos: 1, no_local: false, retain_as_published: false, id: 0 };
+
+fn plain(filter: Filter) -> Subscription {
+    Subscription { filter, options: OPTIONS, retained: SendRetained::Never }
+}
 
 struct World {
     broker: Arc<Broker>,
@@ -41,7 +45,7 @@ impl World {
 
     fn join(&self, session: &Arc<Session>) {
         let filter = Filter::parse(SHARE).unwrap();
-        self.broker.live.subscribe(&self.broker, session, &filter, OPTIONS, SendRetained::Never);
+        self.broker.live.subscribe(&self.broker, session, &[plain(filter)]);
     }
 
     fn leave(&self, member: &Member) {
@@ -110,13 +114,7 @@ async fn a_look_sees_what_moves_between_the_members_of_a_share_meanwhile() {
             let members = ["first", "second", "third"].map(|client_id| world.member(client_id, 600));
             for member in &members {
                 let own = Filter::parse(&format!("own/{}", member.session.client_id)).unwrap();
-                world.broker.live.subscribe(
-                    &world.broker,
-                    &member.session,
-                    &own,
-                    OPTIONS,
-                    SendRetained::Never,
-                );
+                world.broker.live.subscribe(&world.broker, &member.session, &[plain(own)]);
             }
             // All for the one that is there.
             members[0].session.outbox().resume();

@@ -192,6 +192,7 @@ impl Kept {
         let mut upto: Box<[u64]> =
             positions.iter().zip(from).map(|(position, from)| *position.max(from)).collect();
         let mut left_out: Box<[Option<u64>]> = vec![None; upto.len()].into();
+        // True once nothing that follows can be listed.
         let mut add = |queued: &Queued, packet_id: u16| {
             let place = match queued.source {
                 Source::Stream { stream, offset } if !queued.apart => Some((usize::from(stream), offset)),
@@ -213,17 +214,18 @@ impl Kept {
                 }
                 None => {}
             }
+            !is_listed && left_out.iter().all(Option::is_some)
         };
         for flight in inflight {
             match &flight.waiting {
                 Some(queued) if queued.qos == 1 => add(queued, flight.packet_id),
                 // It has no record yet, also not by the append that this note goes with.
                 Some(queued) if flight.after > with && !self.is_appended(flight.after) => add(queued, 0),
-                _ => {}
-            }
+                _ => false,
+            };
         }
-        queue.clone().filter(|queued| queued.apart).for_each(|queued| add(queued, 0));
-        queue.filter(|queued| !queued.apart && queued.qos > 0).for_each(|queued| add(queued, 0));
+        queue.clone().filter(|queued| queued.apart).for_each(|queued| _ = add(queued, 0));
+        let _ = queue.filter(|queued| !queued.apart && queued.qos > 0).any(|queued| add(queued, 0));
         for (upto, left_out) in upto.iter_mut().zip(&left_out) {
             *upto = left_out.unwrap_or(*upto);
         }

@@ -253,13 +253,25 @@ impl Outbox {
     /// The connection ended: what waits is references again.
     pub fn disconnected(&mut self) {
         self.connected = false;
-        self.queue.retain(|queued| queued.qos > 0);
-        let waiting = self.inflight.iter_mut().filter_map(|flight| flight.waiting.as_mut());
-        if self.kept.is_some() {
-            self.queue.iter_mut().chain(waiting).for_each(|queued| queued.body = None);
+        let is_kept = self.kept.is_some();
+        (self.bytes, self.held) = (0, 0);
+        self.queue.retain_mut(|queued| {
+            if is_kept {
+                queued.body = None;
+            }
+            if queued.qos > 0 {
+                self.bytes += queued.len as usize;
+                self.held += queued.held();
+            }
+            queued.qos > 0
+        });
+        if is_kept {
+            let waiting = self.inflight.iter_mut().filter_map(|flight| flight.waiting.as_mut());
+            waiting.for_each(|queued| queued.body = None);
+        }
+        if self.queue.capacity() > 2 * self.queue.len() {
             self.queue.shrink_to_fit();
         }
-        self.count_again();
     }
 
     /// A new connection: what the last one left unacknowledged is sent again

@@ -313,12 +313,18 @@ impl Outbox {
                 at += 1;
             }
         }
-        let mut seen = 0;
-        self.queue.retain_mut(|queued| {
-            seen += 1;
-            seen > LOAD_MESSAGES_MAX || fill(queued)
-        });
-        self.count_again();
+        // What was asked for is at the front: a long queue is not walked for it.
+        let mut at = 0;
+        for _ in 0..self.queue.len().min(LOAD_MESSAGES_MAX) {
+            let queued = &mut self.queue[at];
+            let before = queued.held();
+            if fill(queued) {
+                self.held += queued.held() - before;
+                at += 1;
+            } else if let Some(lost) = self.queue.remove(at) {
+                self.bytes -= lost.len as usize;
+            }
+        }
         gone
     }
 }
