@@ -53,6 +53,7 @@ use super::{
     Stream, Ticket,
 };
 use crate::batch::Offset;
+use crate::telemetry::Failures;
 
 /// A stream in a folder of its own. Dropping it commits what is buffered.
 pub struct Log {
@@ -77,6 +78,7 @@ pub(crate) struct Inner {
     use_reserve_while_running: bool,
     wall: clock::Wall,
     metrics: measure::Meters,
+    failures: Failures,
 
     front: Mutex<append::Front>,
     /// With `front`: work for the committer.
@@ -89,7 +91,8 @@ pub(crate) struct Inner {
 
     prepared: Mutex<Option<retain::Prepared>>,
     prepare_asked: AtomicBool,
-    trimming: Mutex<()>,
+    /// One round at a time; whether a removal is still to be synced.
+    trimming: Mutex<bool>,
     wanted: Mutex<retain::Wanted>,
     /// With `wanted`: work for the keeper.
     keeper: Condvar,

@@ -305,6 +305,32 @@ fn age_counts_only_once_the_clock_is_set_and_never_after_a_jump_by_decades() {
 }
 
 #[test]
+fn a_segment_that_cannot_be_removed_counts_and_goes_before_those_behind_it() {
+    let (disk, clock) = (SimDisk::new(3), new_clock());
+    let config = Config { retention: Retention { max_age: None, max_bytes: ByteSize(64 << 10) }, ..small() };
+    let (log, _) = manual(&disk, &config, &clock).unwrap();
+    let append = || {
+        log.append(&[message("a/b", &payload(0, 3_000))], &[]).unwrap();
+        commit(&log)
+    };
+    disk.fail_removals(true);
+    while append().is_ok() {}
+    assert_eq!(log.bounds().start, Offset(0));
+    assert!(log.inner.bytes() <= 64 << 10, "it counts");
+    log.inner.keep(false);
+    assert_eq!(log.bounds().start, Offset(0), "none behind it goes");
+    disk.fail_removals(false);
+    commit(&log).unwrap();
+    let start = log.bounds().start;
+    assert!(start > Offset(0));
+    drop(log);
+    disk.restart_process();
+    let (log, recovery) = manual(&disk, &config, &clock).unwrap();
+    assert!(log.bounds().start >= start);
+    assert_eq!(recovery.damaged, []);
+}
+
+#[test]
 fn a_reader_that_could_not_be_written_down_is_so_once_there_is_room() {
     let (disk, clock) = (SimDisk::new(3), new_clock());
     let (log, _) = manual(&disk, &small(), &clock).unwrap();
