@@ -9,7 +9,7 @@
 //! - `os` + epoch + stream: QoS 2 messages below this offset have such a
 //!   record, or had one and are done. In the same append as the record.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use super::{InFlight, Queued, Source};
@@ -43,7 +43,7 @@ pub struct Kept {
     epoch: u64,
     streams: Arc<[Identity]>,
     /// Not appended yet.
-    changes: Vec<Change>,
+    changes: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
     made: u64,
     /// Appended up to the number, durable with the ticket.
     appended: VecDeque<(u64, Ticket)>,
@@ -65,7 +65,7 @@ impl Kept {
         let none: Box<[u64]> = vec![0; streams.len()].into();
         Self {
             epoch,
-            changes: Vec::new(),
+            changes: BTreeMap::new(),
             made: 0,
             appended: VecDeque::new(),
             durable: 0,
@@ -127,10 +127,7 @@ impl Kept {
 
     /// The last change of a key is the one that counts.
     fn set(&mut self, key: Vec<u8>, value: Option<Vec<u8>>) {
-        match self.changes.iter_mut().rev().find(|(known, _)| *known == key) {
-            Some(change) => change.1 = value,
-            None => self.changes.push((key, value)),
-        }
+        self.changes.insert(key, value);
     }
 
     /// Number of the last change.
@@ -138,7 +135,7 @@ impl Kept {
         self.made
     }
 
-    pub fn changes(&self) -> &[Change] {
+    pub fn changes(&self) -> &BTreeMap<Vec<u8>, Option<Vec<u8>>> {
         &self.changes
     }
 
