@@ -3,7 +3,8 @@
 //! - `qr` + epoch, the note: how far the live delivery was for this session in
 //!   each stream, and what it had then that was not done. What lies after it
 //!   is found again in the streams. Written now and then: an old note only
-//!   makes QoS 1 messages come again.
+//!   makes QoS 1 messages come again, and those of a share, also with QoS 2, to
+//!   another member than has had them.
 //! - `oi` + epoch + packet id: a QoS 2 message on its way, durable before its
 //!   PUBLISH goes out, and again before its PUBREL.
 //! - `os` + epoch + stream: QoS 2 messages below this offset have such a
