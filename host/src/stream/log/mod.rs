@@ -230,6 +230,10 @@ impl Stream for Log {
         front.state.range(&prefix).map(|(key, value)| (key[1..].to_vec(), value.to_vec())).collect()
     }
 
+    fn state_room(&self) -> usize {
+        state::STATE_BYTES_MAX.saturating_sub(lock(&self.inner.front).state.bytes())
+    }
+
     async fn stopped(&self) -> Arc<str> {
         self.inner.stopped().await
     }

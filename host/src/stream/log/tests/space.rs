@@ -305,6 +305,32 @@ fn age_counts_only_once_the_clock_is_set_and_never_after_a_jump_by_decades() {
 }
 
 #[test]
+fn a_full_state_map_refuses_only_what_adds_to_it() {
+    let (disk, clock) = (SimDisk::new(3), new_clock());
+    let config = Config { commit_buffer_bytes_max: ByteSize(128 << 20), ..small() };
+    let (log, _) = manual(&disk, &config, &clock).unwrap();
+    let value = vec![7; crate::stream::STATE_VALUE_BYTES_MAX];
+    let set = |key: &u32, value| {
+        let key = &key.to_be_bytes()[..];
+        log.append(&[message("a/b", b"x")], &[StateChange { key, value }]).map(drop)
+    };
+    let full = Err(AppendError::NoSpace);
+    let fit = (0..).take_while(|key| set(key, Some(&value)).is_ok()).count() as u32;
+    assert_eq!(fit as usize, state::STATE_BYTES_MAX / (value.len() + 5));
+    assert!(log.state_room() < value.len());
+    assert_eq!(set(&fit, Some(&value)), full);
+
+    log.append(&[message("a/b", b"x")], &[]).unwrap();
+    assert_eq!(set(&0, Some(&value)), Ok(()), "in place of as much");
+    let [first, new] = [0, fit].map(u32::to_be_bytes);
+    let moved = [(&first, None), (&new, Some(&value[..]))].map(|(key, value)| StateChange { key, value });
+    log.append(&[], &moved).unwrap();
+    assert_eq!(set(&0, Some(&value)), full);
+    assert_eq!(set(&1, None), Ok(()));
+    assert_eq!(set(&0, Some(&value)), Ok(()));
+}
+
+#[test]
 fn a_segment_that_cannot_be_removed_counts_and_goes_before_those_behind_it() {
     let (disk, clock) = (SimDisk::new(3), new_clock());
     let config = Config { retention: Retention { max_age: None, max_bytes: ByteSize(64 << 10) }, ..small() };
