@@ -387,7 +387,7 @@ fn all_rounds_of_an_exchange_go_to_the_instance_that_asked() {
 }
 
 #[test]
-fn a_changed_file_counts_from_the_next_connect_and_a_broken_one_changes_nothing() {
+fn a_changed_file_counts_once_it_is_ready_and_a_broken_one_changes_nothing() {
     let host = start("access-reload", "hostile-access", "{}", "");
     assert_eq!(reason(&host, "anybody"), 0);
     host.folder.write("access/gate.wasm", "no plugin");
@@ -396,7 +396,10 @@ fn a_changed_file_counts_from_the_next_connect_and_a_broken_one_changes_nothing(
     // A plugin that is one for messages.
     replace(&host, "hostile");
     assert_eq!(reason(&host, "anybody"), 0);
+    host.says("is no access plugin: it exports no access");
     replace(&host, "plugin-network-gate");
+    assert_eq!(reason(&host, "anybody"), 0, "the old one answers while the new one is compiled");
+    host.says("a changed file is in force");
     assert_eq!(reason(&host, "anybody"), 0x87);
 }
 

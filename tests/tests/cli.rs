@@ -290,6 +290,16 @@ fn ctrl_c_ends_a_tail_in_the_midst_of_a_long_stream() {
 }
 
 #[test]
+fn validate_warns_of_a_step_without_a_file_and_names_the_one_that_was_meant() {
+    let host =
+        Host::prepare("cli-validate-step", "pipelines: { telemetry: { steps: [{ plugin: normalise }] } }\n");
+    host.drop_plugin("10-normalize.wasm", prebuilt("normalize"));
+    let said = host.cli(&["validate"]);
+    assert!(said.contains("no file normalise.wasm in ./plugins"), "{said}");
+    assert!(said.contains("did you mean `normalize`?"), "{said}");
+}
+
+#[test]
 fn validate_accepts_what_runs_and_schema_describes_it() {
     let host = Host::prepare("cli-validate", &telemetry::config(&telemetry::sqlite_sink()));
     host.cli(&["validate"]);

@@ -42,7 +42,7 @@ pub struct Plugin(Arc<Inner>);
 
 struct Inner {
     file: String,
-    plugin: Watched<AccessPlugin>,
+    plugin: Arc<Watched<AccessPlugin>>,
     /// As many as instances.
     turns: Arc<Semaphore>,
     exchanges: AtomicU64,
@@ -72,7 +72,7 @@ impl Plugin {
                 engine.load(bytes, &settings.config, settings.limits, settings.instances_max as usize);
             loaded.map_err(|error| error.to_string())
         };
-        let plugin = Watched::open(&config.file, FILE_BYTES_MAX, failures.clone(), load)?;
+        let plugin = Arc::new(Watched::open(&config.file, FILE_BYTES_MAX, failures.clone(), load)?);
         Ok(Self(Arc::new(Inner {
             file: config.file.display().to_string(),
             plugin,
@@ -91,7 +91,7 @@ impl Plugin {
         let connecting = connecting(number, who, method);
         let inner = self.0.clone();
         let called = self.0.off_the_reactor(move || {
-            let plugin = inner.plugin.get();
+            let plugin = inner.plugin.ready();
             (plugin.authenticate(&connecting), plugin)
         });
         let (decision, plugin) = called.await?;
@@ -162,7 +162,7 @@ impl Authorize for Arc<Inner> {
         };
         let questions: Vec<_> = topics.iter().map(|topic| question(topic)).collect();
         let inner = self.clone();
-        let called = self.off_the_reactor(move || inner.plugin.get().authorize(&questions)).await?;
+        let called = self.off_the_reactor(move || inner.plugin.ready().authorize(&questions)).await?;
         match called.and_then(|raw| answers(&raw, topics.len())) {
             Ok(answers) => {
                 count("answered");

@@ -1,11 +1,15 @@
 //! A file that is read again when it changes. A new version that cannot be used
 //! leaves the old one in place, and is reported.
+//!
+//! A small file counts at once ([`Watched::get`]). One that takes long to read is
+//! read aside, and until that is done the old version answers ([`Watched::ready`]).
 
 use std::fs::Metadata;
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::telemetry::Failures;
 
@@ -15,6 +19,9 @@ pub struct Watched<T> {
     parse: Box<Parse<T>>,
     failures: Failures,
     seen: Mutex<(Signature, Arc<T>)>,
+    /// Held by who reads a changed file; comes before `seen`.
+    reading: Mutex<()>,
+    is_read_aside: AtomicBool,
 }
 
 type Parse<T> = dyn Fn(&[u8]) -> Result<T, String> + Send + Sync;
@@ -36,30 +43,94 @@ impl<T> Watched<T> {
         parse: impl Fn(&[u8]) -> Result<T, String> + Send + Sync + 'static,
     ) -> Result<Self, String> {
         let (signature, value) = read(path, bytes_max, &parse)?;
-        let seen = Mutex::new((signature, Arc::new(value)));
-        Ok(Self { path: path.to_owned(), bytes_max, parse: Box::new(parse), failures, seen })
+        Ok(Self {
+            path: path.to_owned(),
+            bytes_max,
+            parse: Box::new(parse),
+            failures,
+            seen: Mutex::new((signature, Arc::new(value))),
+            reading: Mutex::default(),
+            is_read_aside: AtomicBool::new(false),
+        })
     }
 
     /// What the file says now. Blocks on the disk.
     pub fn get(&self) -> Arc<T> {
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = std::fs::metadata(&self.path).ok().map(|found| Signature::of(&found));
-        if now == Some(seen.0) {
-            return seen.1.clone();
+        let renewed = self.renew();
+        self.tell(renewed);
+        self.newest()
+    }
+
+    /// Reads it if it changed; whether it did.
+    fn renew(&self) -> Result<bool, String> {
+        if self.change().is_none() {
+            return Ok(false);
         }
-        match read(&self.path, self.bytes_max, &self.parse) {
-            Ok((signature, value)) => *seen = (signature, Arc::new(value)),
-            Err(reason) => {
-                let detail = format!("{reason}; what it said before stays in force");
-                self.failures.report("access: a changed file cannot be used", 1, &detail, "");
+        let _one_at_a_time = lock(&self.reading);
+        let Some(change) = self.change() else { return Ok(false) };
+        let version = read(&self.path, self.bytes_max, &self.parse);
+        let mut seen = lock(&self.seen);
+        match (version, change) {
+            (Ok((signature, value)), _) => *seen = (signature, Arc::new(value)),
+            (Err(reason), Change::Gone) => return Err(reason),
+            (Err(reason), Change::To(signature)) => {
                 // Not looked into again until it changes once more.
-                if let Some(now) = now {
-                    seen.0 = now;
-                }
+                seen.0 = signature;
+                return Err(reason);
             }
         }
-        seen.1.clone()
+        Ok(true)
     }
+
+    fn tell(&self, renewed: Result<bool, String>) {
+        match renewed {
+            Ok(false) => {}
+            Ok(true) => tracing::info!(file = %self.path.display(), "access: a changed file is in force"),
+            Err(reason) => {
+                let kind = format!("access: a changed file cannot be used: {reason}");
+                self.failures.report(&kind, 1, "what it said before stays in force", "");
+            }
+        }
+    }
+
+    fn newest(&self) -> Arc<T> {
+        lock(&self.seen).1.clone()
+    }
+
+    fn change(&self) -> Option<Change> {
+        match std::fs::metadata(&self.path) {
+            Ok(found) => {
+                let now = Signature::of(&found);
+                (now != lock(&self.seen).0).then_some(Change::To(now))
+            }
+            Err(_) => Some(Change::Gone),
+        }
+    }
+}
+
+impl<T: Send + Sync + 'static> Watched<T> {
+    /// The newest version that was read; a change is read on a thread of its own.
+    pub fn ready(self: &Arc<Self>) -> Arc<T> {
+        if self.change().is_some() && !self.is_read_aside.swap(true, Ordering::AcqRel) {
+            let watched = self.clone();
+            let read = move || {
+                let renewed = watched.renew();
+                watched.is_read_aside.store(false, Ordering::Release);
+                watched.tell(renewed);
+            };
+            if let Err(error) = std::thread::Builder::new().name("access-file".to_owned()).spawn(read) {
+                self.is_read_aside.store(false, Ordering::Release);
+                self.tell(Err(format!("{}: no thread to read it: {error}", self.path.display())));
+            }
+        }
+        self.newest()
+    }
+}
+
+/// Since the file was read.
+enum Change {
+    To(Signature),
+    Gone,
 }
 
 impl Signature {
@@ -88,4 +159,39 @@ fn read<T>(
         return Err(named(format!("must have at most {bytes_max} bytes")));
     }
     Ok((signature, parse(&bytes).map_err(named)?))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    #[test]
+    fn the_old_version_answers_until_the_new_one_is_ready() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        std::fs::write(&file, "old").unwrap();
+        let ((begun, begins), (go_on, goes_on)) = (channel(), channel());
+        let goes_on = Mutex::new(goes_on);
+        let parse = move |bytes: &[u8]| {
+            if bytes != b"old" {
+                begun.send(()).unwrap();
+                goes_on.lock().unwrap().recv().unwrap();
+            }
+            Ok(bytes.to_vec())
+        };
+        let watched = Arc::new(Watched::open(&file, 100, Failures::default(), parse).unwrap());
+        std::fs::write(&file, "newer").unwrap();
+        assert_eq!(*watched.ready(), b"old");
+        begins.recv().unwrap();
+        assert_eq!(*watched.ready(), b"old", "while the new one is read");
+        go_on.send(()).unwrap();
+        assert_eq!(*watched.get(), b"newer", "once it was read");
+        assert_eq!(*watched.ready(), b"newer");
+    }
 }

@@ -145,9 +145,9 @@ pub fn load(path: Option<&Path>) -> Result<Loaded, Error> {
     read(path).map(|(_, loaded)| loaded)
 }
 
-/// The same, and tries the files that the config names: certificates, passwords, keys, devices.
+/// The same, and tries the files that the config names: certificates, passwords, keys, devices, plugins.
 pub fn load_with_files(path: Option<&Path>) -> Result<Loaded, Error> {
-    let (files, loaded) = read(path)?;
+    let (files, mut loaded) = read(path)?;
     let mut problems = Problems::default();
     let (root, config) = (KeyPath::root(), &loaded.config);
     config.mqtt.look(&root.key("mqtt"), &mut problems);
@@ -155,7 +155,37 @@ pub fn load_with_files(path: Option<&Path>) -> Result<Loaded, Error> {
     for (name, sink) in &config.sinks {
         sink.look(&root.key("sinks").key(name), &mut problems);
     }
-    if problems.is_empty() { Ok(loaded) } else { Err(Error::Invalid(files.locate(problems.into_vec()))) }
+    if !problems.is_empty() {
+        return Err(Error::Invalid(files.locate(problems.into_vec())));
+    }
+    loaded.warnings.extend(missing_plugins(&loaded.config));
+    Ok(loaded)
+}
+
+/// Steps whose file is not in the folder: legal, it may come yet.
+fn missing_plugins(config: &Config) -> Vec<String> {
+    let folder = &config.plugins.dir;
+    let listed = plugin::survey(folder, &config.plugin_cache_dir()).unwrap_or_default();
+    let there = || {
+        listed.iter().filter(|listed| listed.state == plugin::FileState::There).map(|listed| &*listed.name)
+    };
+    let mut missing = Vec::new();
+    for (name, pipeline) in &config.pipelines {
+        for (at, step) in pipeline.steps.iter().flatten().enumerate() {
+            let wanted = &*step.plugin;
+            if there().any(|there| there == wanted) {
+                continue;
+            }
+            let meant = suggest::closest(wanted, there()).map(|meant| format!(", did you mean `{meant}`?"));
+            missing.push(format!(
+                "pipelines.{name}.steps[{at}].plugin: no file {wanted}.wasm in {}, until there is one nothing goes \
+                 through{}",
+                folder.display(),
+                meant.unwrap_or_default()
+            ));
+        }
+    }
+    missing
 }
 
 fn read(path: Option<&Path>) -> Result<(files::Files, Loaded), Error> {

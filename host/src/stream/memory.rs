@@ -51,6 +51,7 @@ struct Inner {
     full: bool,
     no_space: bool,
     state: BTreeMap<Vec<u8>, Vec<u8>>,
+    state_room: usize,
     marks: BTreeMap<String, (u64, OnLag, watch::Sender<Offset>)>,
     stopped: Option<Arc<str>>,
     /// Gone once stopped.
@@ -91,6 +92,7 @@ impl MemoryStream {
                 full: false,
                 no_space: false,
                 state: BTreeMap::new(),
+                state_room: usize::MAX,
                 marks: BTreeMap::new(),
                 stopped: None,
                 durable: Some(watch::channel(Ticket::default()).0),
@@ -124,6 +126,11 @@ impl MemoryStream {
         inner.durable = None;
         drop(inner);
         self.moved();
+    }
+
+    /// What [`Stream::state_room`] says from now on.
+    pub fn set_state_room(&self, bytes: usize) {
+        self.lock().state_room = bytes;
     }
 
     /// While `full`, appends are refused with `NoSpace`.
@@ -325,6 +332,10 @@ impl Stream for MemoryStream {
         let inner = self.lock();
         let from = inner.state.range(prefix.to_vec()..);
         from.take_while(|(key, _)| key.starts_with(prefix)).map(|(k, v)| (k.clone(), v.clone())).collect()
+    }
+
+    fn state_room(&self) -> usize {
+        self.lock().state_room
     }
 
     async fn stopped(&self) -> Arc<str> {

@@ -157,7 +157,8 @@ pub trait Stream: Send + Sync + 'static {
     fn identity(&self) -> Identity;
 
     /// Copies messages and state changes into the next frame, all or nothing.
-    /// Never waits; the bound is the commit buffer ([`AppendError::Full`]).
+    /// Never waits; the bound is the commit buffer ([`AppendError::Full`]). What adds
+    /// to a full state map is refused as `NoSpace`, and only that.
     fn append(&self, messages: &[NewMessage<'_>], state: &[StateChange<'_>])
     -> Result<Appended, AppendError>;
 
@@ -187,6 +188,9 @@ pub trait Stream: Send + Sync + 'static {
     /// The state map's live entries whose keys begin with `prefix`, in key order,
     /// as of the last append (durable or not).
     fn state(&self, prefix: &[u8]) -> StateEntries;
+
+    /// How many bytes of keys and values the state map still takes.
+    fn state_room(&self) -> usize;
 
     /// Why the stream stopped; pending while it runs. Safe to drop.
     async fn stopped(&self) -> Arc<str>;

@@ -39,6 +39,7 @@ const CHUNK_BATCHES: usize = 64;
 const SLICE_OFFSETS: u64 = 1 << 18;
 /// Copies that are delivered together after a restart.
 const REPLAY_MESSAGES: usize = 256;
+const REPLAY_BYTES: u64 = 4 << 20;
 /// Between two looks at what tells nobody that it changed.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
@@ -242,13 +243,15 @@ impl Copies {
     pub async fn page(&self, stream: usize, range: Range<u64>) -> Result<Page, Arc<str>> {
         let place = |offset| Place { stream: stream as u16, offset };
         let mut picks = CopyPicks::default();
-        let places: Vec<Place> = {
-            let index = self.index();
-            let places = index.copies.range(place(range.start)..place(range.end));
-            places.take(REPLAY_MESSAGES).map(|(place, _)| *place).collect()
-        };
-        let is_last = places.len() < REPLAY_MESSAGES;
-        let next = places.last().filter(|_| !is_last).map_or(range.end, |last| last.offset + 1);
+        let (mut places, mut bytes, mut next) = (Vec::new(), 0, range.end);
+        for (place, copy) in self.index().copies.range(place(range.start)..place(range.end)) {
+            bytes += u64::from(copy.len);
+            if places.len() == REPLAY_MESSAGES || (bytes > REPLAY_BYTES && !places.is_empty()) {
+                next = place.offset;
+                break;
+            }
+            places.push(*place);
+        }
         for place in places {
             picks.add(self, place);
         }

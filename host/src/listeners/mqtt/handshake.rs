@@ -124,6 +124,11 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         refuse(broker, io, Some(asked.version), ConnectAckReason::QuotaExceeded).await;
         return Err(Refused::new("sessions_max", format!("client {} at {remote}", asked.client_id)));
     };
+    if asked.expiry_s > 0 && !session.is_kept() && !broker.has_state_room() {
+        broker.sessions.give_back(broker, &session, turn);
+        refuse(broker, io, Some(asked.version), ConnectAckReason::QuotaExceeded).await;
+        return Err(Refused::new("broker_state", format!("client {} at {remote}", asked.client_id)));
+    }
     // While nobody else has the session, and before anything of it changes.
     if !asked.clean && ask_for_filters(&mut rights, &session).await.is_err() {
         broker.sessions.give_back(broker, &session, turn);

@@ -147,7 +147,7 @@ pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_mqtt_refused_connects_total",
         kind: MetricKind::Counter,
-        help: "Connections refused before or by CONNACK, by cause: bad_credentials, bad_auth_method, not_authorized, client_id, access_unavailable, will_not_authorized, will_topic_levels, will_bytes_max, wills_bytes_max, connections_per_user, connect_rate, connections_max, handshakes_max, sessions_max, proxy, tls, websocket, websocket_origin (a browser shows a page of another site), timeout, lost, malformed, invalid, stopped.",
+        help: "Connections refused before or by CONNACK, by cause: bad_credentials, bad_auth_method, not_authorized, client_id, access_unavailable, broker_state (no room to keep one more session), will_not_authorized, will_topic_levels, will_bytes_max, wills_bytes_max, connections_per_user, connect_rate, connections_max, handshakes_max, sessions_max, proxy, tls, websocket, websocket_origin (a browser shows a page of another site), timeout, lost, malformed, invalid, stopped.",
         labels: &["cause"],
     },
     Metric {
@@ -189,7 +189,7 @@ pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_mqtt_refused_subscribes_total",
         kind: MetricKind::Counter,
-        help: "Topic filters refused in SUBACK, by cause: invalid, not_authorized, questions_max (too many in one SUBSCRIBE that an access plugin must be asked for), subscriptions_per_client_max, subscription_bytes_per_client_max.",
+        help: "Topic filters refused in SUBACK, by cause: invalid, not_authorized, questions_max (too many in one SUBSCRIBE that an access plugin must be asked for), subscriptions_per_client_max, subscription_bytes_per_client_max, broker_state (no room to keep it).",
         labels: &["cause"],
     },
     Metric {
@@ -226,6 +226,12 @@ pub const METRICS: &[Metric] = &[
         name: "headworks_mqtt_stalls_total",
         kind: MetricKind::Counter,
         help: "Times a connection waited for room in a stream.",
+        labels: &[],
+    },
+    Metric {
+        name: "headworks_mqtt_withheld_total",
+        kind: MetricKind::Counter,
+        help: "Times a QoS 2 publish waited for room for its packet id among those that clients have not released.",
         labels: &[],
     },
     Metric {
@@ -339,6 +345,7 @@ pub(super) struct Counters {
     pub acks: Counter,
     pub duplicates: Counter,
     pub stalls: Counter,
+    pub withheld: Counter,
     pub deliveries: Counter,
     gauges: Gauges,
     pub dollar_topics: Counter,
@@ -410,6 +417,7 @@ impl Counters {
             acks: counter!("headworks_mqtt_acks_total"),
             duplicates: counter!("headworks_mqtt_duplicates_total"),
             stalls: counter!("headworks_mqtt_stalls_total"),
+            withheld: counter!("headworks_mqtt_withheld_total"),
             deliveries: counter!("headworks_mqtt_deliveries_total"),
             gauges: Gauges {
                 acks_waiting: gauge!("headworks_mqtt_acks_waiting"),

@@ -23,6 +23,7 @@ pub(crate) mod fuzzing;
 mod handshake;
 mod inbound;
 mod metrics;
+mod open_ids;
 mod outbound;
 mod picks;
 mod retained;
@@ -73,6 +74,9 @@ pub use self::transport::network::Network;
 
 /// Key of the broker stream's state.
 const ACCESS_SECRET: &[u8] = b"ac";
+/// Of the broker stream's state, kept free of new sessions and subscriptions: for
+/// what those that there are note of their deliveries.
+const STATE_ROOM_BYTES: usize = 8 << 20;
 /// Between two looks for expired sessions.
 const SWEEP_EVERY: Duration = Duration::from_secs(10);
 
@@ -282,6 +286,11 @@ impl Broker {
             }
         }
         broker
+    }
+
+    /// Whether the broker's stream takes more sessions and subscriptions.
+    fn has_state_room(&self) -> bool {
+        self.broker.state_room() >= STATE_ROOM_BYTES
     }
 
     fn note_bytes_max(&self) -> usize {

@@ -17,6 +17,7 @@ use tokio::sync::{Notify, OwnedMutexGuard};
 use super::Broker;
 use super::acks::Stopped;
 use super::clients::Connection;
+use super::open_ids::{OpenIds, OpenIdsRoom, Received};
 use super::outbound::{self, Kept, Message, Outbox};
 use super::subscriptions::Options;
 use crate::stream::{Identity, StateChange, Stream, Ticket};
@@ -52,24 +53,8 @@ pub struct Session {
     turn: Arc<tokio::sync::Mutex<()>>,
     state: Mutex<State>,
     /// QoS 2 packet ids that are not released.
-    received: Mutex<HashMap<u16, Received>>,
+    received: Mutex<OpenIds>,
     outbox: Mutex<Outbox>,
-}
-
-/// Where the message of a QoS 2 packet id went.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Received {
-    pub stream: usize,
-    /// `None` while its append is still being gathered.
-    pub ticket: Option<Ticket>,
-}
-
-impl Received {
-    /// An ack for this id waits at least for this ticket; for an id that is
-    /// being gathered the append to come is later than any.
-    pub fn least(self) -> Ticket {
-        self.ticket.unwrap_or_default()
-    }
 }
 
 #[derive(Default)]
@@ -95,10 +80,11 @@ pub struct Turn(#[allow(dead_code, reason = "held, not read")] OwnedMutexGuard<(
 pub struct Sessions {
     by_client: Mutex<HashMap<Arc<str>, Arc<Session>>>,
     next_number: AtomicU64,
+    pub open_ids: Arc<OpenIdsRoom>,
 }
 
 impl Session {
-    fn new(number: u64, client_id: Arc<str>) -> Self {
+    fn new(number: u64, client_id: Arc<str>, open_ids: Arc<OpenIdsRoom>) -> Self {
         Self {
             number,
             client_id,
@@ -109,7 +95,7 @@ impl Session {
             connects: AtomicU64::new(0),
             turn: Arc::default(),
             state: Mutex::new(State { epoch: new_epoch(), ..State::default() }),
-            received: Mutex::default(),
+            received: Mutex::new(OpenIds::new(open_ids)),
             outbox: Mutex::default(),
         }
     }
@@ -118,7 +104,7 @@ impl Session {
         lock(&self.outbox)
     }
 
-    pub fn received(&self) -> MutexGuard<'_, HashMap<u16, Received>> {
+    pub fn received(&self) -> MutexGuard<'_, OpenIds> {
         lock(&self.received)
     }
 
@@ -147,6 +133,11 @@ impl Session {
 
     pub fn filter_bytes(&self) -> usize {
         lock(&self.state).filters.iter().map(|filter| filter.len()).sum()
+    }
+
+    /// The broker stream has a record of it.
+    pub fn is_kept(&self) -> bool {
+        lock(&self.state).kept
     }
 
     /// Connected, or waiting for its client.
@@ -207,7 +198,8 @@ impl Sessions {
         identities: &Arc<[Identity]>,
         retained: &dyn Fn(&str, u64) -> Option<Arc<Message>>,
     ) -> (Self, Vec<(Arc<Session>, String, Options)>) {
-        let sessions = Self { by_client: Mutex::default(), next_number: AtomicU64::new(1) };
+        let sessions =
+            Self { by_client: Mutex::default(), next_number: AtomicU64::new(1), open_ids: Arc::default() };
         let mut by_epoch: HashMap<u64, Arc<Session>> = HashMap::new();
         let now_us = super::now_us();
         for (key, value) in broker.state(SESSION) {
@@ -262,7 +254,7 @@ impl Sessions {
                 match (owner, id) {
                     (Some(session), Some(id)) => {
                         let received = Received { stream: number, ticket: Some(Ticket(0)) };
-                        session.received().insert(u16::from_be_bytes(id), received);
+                        session.received().open(u16::from_be_bytes(id), received);
                     }
                     _ => remove(&**stream, &key),
                 }
@@ -273,7 +265,7 @@ impl Sessions {
 
     fn insert(&self, client_id: Arc<str>) -> Arc<Session> {
         let number = self.next_number.fetch_add(1, Ordering::Relaxed);
-        let session = Arc::new(Session::new(number, client_id.clone()));
+        let session = Arc::new(Session::new(number, client_id.clone(), self.open_ids.clone()));
         lock(&self.by_client).insert(client_id, session.clone());
         session
     }
@@ -305,7 +297,7 @@ impl Sessions {
                 None if by_client.len() >= sessions_max => return None,
                 None => {
                     let number = self.next_number.fetch_add(1, Ordering::Relaxed);
-                    let session = Arc::new(Session::new(number, client_id.into()));
+                    let session = Arc::new(Session::new(number, client_id.into(), self.open_ids.clone()));
                     by_client.insert(session.client_id.clone(), session.clone());
                     session
                 }
@@ -374,7 +366,7 @@ impl Sessions {
         lock(&session.state).stale.clear();
         if let Some(epoch) = kept_no_more {
             lock(&session.state).kept = false;
-            let received = session.received().clone();
+            let received = session.received().all().clone();
             forget_ids(broker, epoch, &received);
         }
         Ok(resumed)
@@ -491,7 +483,7 @@ fn discard(broker: &Broker, session: &Session) {
     broker.live.forget(session, &filters);
     broker.live.pass_on(broker, session, None, true);
     session.outbox().clear();
-    let received = std::mem::take(&mut *session.received());
+    let received = session.received().release_all();
     forget_ids(broker, epoch, &received);
 }
 

@@ -133,8 +133,7 @@ impl Inner {
 
         let mut front = lock(&self.front);
         self.may_append(&mut front, bytes + changes_bytes)?;
-        if changes.iter().any(|c| c.value.is_some()) && front.state.bytes() + changes_bytes > STATE_BYTES_MAX
-        {
+        if front.state.bytes() + changes_bytes > STATE_BYTES_MAX && front.state.outgrows(&owned) {
             front.refused = Some(front.ticket);
             return Err(AppendError::NoSpace);
         }

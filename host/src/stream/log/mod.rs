@@ -53,6 +53,7 @@ use super::{
     Stream, Ticket,
 };
 use crate::batch::Offset;
+use crate::telemetry::Failures;
 
 /// A stream in a folder of its own. Dropping it commits what is buffered.
 pub struct Log {
@@ -77,6 +78,7 @@ pub(crate) struct Inner {
     use_reserve_while_running: bool,
     wall: clock::Wall,
     metrics: measure::Meters,
+    failures: Failures,
 
     front: Mutex<append::Front>,
     /// With `front`: work for the committer.
@@ -89,7 +91,8 @@ pub(crate) struct Inner {
 
     prepared: Mutex<Option<retain::Prepared>>,
     prepare_asked: AtomicBool,
-    trimming: Mutex<()>,
+    /// One round at a time; whether a removal is still to be synced.
+    trimming: Mutex<bool>,
     wanted: Mutex<retain::Wanted>,
     /// With `wanted`: work for the keeper.
     keeper: Condvar,
@@ -225,6 +228,10 @@ impl Stream for Log {
         let prefix = state::key(state::USERS, prefix);
         let front = lock(&self.inner.front);
         front.state.range(&prefix).map(|(key, value)| (key[1..].to_vec(), value.to_vec())).collect()
+    }
+
+    fn state_room(&self) -> usize {
+        state::STATE_BYTES_MAX.saturating_sub(lock(&self.inner.front).state.bytes())
     }
 
     async fn stopped(&self) -> Arc<str> {

@@ -18,6 +18,7 @@ use super::tail::Tail;
 use super::{Back, Inner, lock, measure, read, retain, segment, write};
 use crate::batch::Offset;
 use crate::stream::{Config, Identity, Ticket};
+use crate::telemetry::Failures;
 
 const LOCK: &str = "lock";
 const GENERATION: u32 = 1;
@@ -158,6 +159,7 @@ fn build(
         use_reserve_while_running: config.may_use_reserve,
         wall,
         metrics: measure::Meters::new(name),
+        failures: Failures::default(),
         front: Mutex::new(Front::new(replayed.next_offset, replayed.state.clone())),
         wake: Condvar::new(),
         writer: Mutex::new(writer),
@@ -170,7 +172,7 @@ fn build(
         no_space: AtomicBool::new(false),
         prepared: Mutex::new(None),
         prepare_asked: AtomicBool::new(false),
-        trimming: Mutex::new(()),
+        trimming: Mutex::new(false),
         wanted: Mutex::default(),
         keeper: Condvar::new(),
         durable: Mutex::new(Some(watch::channel(Ticket::default()).0)),

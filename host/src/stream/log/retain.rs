@@ -262,27 +262,43 @@ impl Inner {
             .max(FRAMES_AT * 2)
     }
 
-    fn bytes(&self) -> u64 {
+    pub fn bytes(&self) -> u64 {
         read(&self.back).segments.iter().map(|segment| segment.file_len).sum()
     }
 
     /// Removes what retention says may go, oldest first; `room` more bytes are about to be taken.
     pub fn trim(&self, room: u64) {
-        let _one_at_a_time = lock(&self.trimming);
-        while let Some(sequence) = self.expired(room) {
-            // Out of the list first: a reader that comes now gets a gap, not an error.
-            let trimmed = write(&self.back).segments.pop_front();
-            let removed = self
-                .disk
-                .remove(&self.dir.join(segment::name(sequence)))
+        let mut is_removed = lock(&self.trimming);
+        let mut trim = || -> io::Result<()> {
+            loop {
                 // Before the next goes: a crash must not bring back an older one alone.
-                .and_then(|()| self.disk.sync_dir(&self.dir, SyncSite::Removal));
-            match removed {
-                Ok(()) => self.metrics.trimmed(trimmed.map_or(0, |s| s.file_len)),
-                Err(error) => {
-                    tracing::warn!(stream = %self.name, %error, "cannot remove an old segment");
-                    break;
+                if *is_removed {
+                    self.disk.sync_dir(&self.dir, SyncSite::Removal)?;
+                    *is_removed = false;
                 }
+                let Some(sequence) = self.expired(room) else { return Ok(()) };
+                self.remove_oldest(sequence)?;
+                *is_removed = true;
+            }
+        };
+        if let Err(error) = trim() {
+            let kind = format!("stream {}: cannot remove an old segment, will try again", self.name);
+            self.failures.report(&kind, 1, &error.to_string(), "");
+        }
+    }
+
+    /// One that cannot be removed stays in the list: it counts, and is tried again.
+    fn remove_oldest(&self, sequence: u64) -> io::Result<()> {
+        // Out of the list first: a reader that comes now gets a gap, not an error.
+        let Some(oldest) = write(&self.back).segments.pop_front() else { return Ok(()) };
+        match self.disk.remove(&self.dir.join(segment::name(sequence))) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                write(&self.back).segments.push_front(oldest);
+                Err(error)
+            }
+            _ => {
+                self.metrics.trimmed(oldest.file_len);
+                Ok(())
             }
         }
     }

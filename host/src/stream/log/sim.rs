@@ -37,6 +37,7 @@ struct World {
     operations: u64,
     left_out: Option<SyncSite>,
     fail_syncs: bool,
+    fail_removals: bool,
     bytes_max: u64,
     /// It refused something for want of room.
     was_full: watch::Sender<bool>,
@@ -94,6 +95,7 @@ impl SimDisk {
             operations: 0,
             left_out: None,
             fail_syncs: false,
+            fail_removals: false,
             bytes_max: u64::MAX,
             was_full: watch::channel(false).0,
         })))
@@ -123,6 +125,10 @@ impl SimDisk {
 
     pub fn fail_syncs(&self, fail: bool) {
         self.world(|w| w.fail_syncs = fail);
+    }
+
+    pub fn fail_removals(&self, fail: bool) {
+        self.world(|w| w.fail_removals = fail);
     }
 
     /// How much all files together may hold.
@@ -358,6 +364,9 @@ impl Disk for SimDisk {
     fn remove(&self, path: &Path) -> io::Result<()> {
         self.world(|w| {
             w.operation()?;
+            if w.fail_removals {
+                return Err(io::ErrorKind::PermissionDenied.into());
+            }
             let file = *w.names.get(path).ok_or(io::ErrorKind::NotFound)?;
             w.files[file].removed = true;
             w.change(Change::Unset(path.to_path_buf()));

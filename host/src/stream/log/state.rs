@@ -44,6 +44,17 @@ impl State {
         }
     }
 
+    /// Whether the changes add to it, and past its bound. Where a key is changed
+    /// twice, both count.
+    pub fn outgrows(&self, changes: &[Change]) -> bool {
+        let (mut added, mut removed) = (0, 0);
+        for (key, value) in changes {
+            added += value.as_ref().map_or(0, |value| key.len() + value.len());
+            removed += self.map.get(key).map_or(0, |before| key.len() + before.len());
+        }
+        added > removed && self.bytes + added - removed > STATE_BYTES_MAX
+    }
+
     pub fn clear(&mut self) {
         *self = Self::default();
     }

@@ -209,6 +209,9 @@ impl<S> Connection<'_, S> {
             Verdict::Ask => return Err((SubscribeAckReason::QuotaExceeded, "questions_max")),
         }
         if !self.session.has_filter(text) {
+            if kept && !self.broker.has_state_room() {
+                return Err((SubscribeAckReason::QuotaExceeded, "broker_state"));
+            }
             room.take(text).map_err(|cause| (SubscribeAckReason::QuotaExceeded, cause))?;
         }
         Ok(filter)

@@ -54,21 +54,29 @@ impl World {
 
     /// Publishes and delivers, one message to each topic.
     async fn publish(&self, topics: &[&str]) {
-        let message = |topic| NewMessage {
-            topic,
-            payload: b"",
-            properties: b"",
-            route: "",
-            device: "",
-            partition: Partition(0),
-            flags: 1,
-            received_us: now_us(),
-            event_us: 0,
-        };
-        let messages: Vec<_> = topics.iter().map(|topic| message(topic)).collect();
-        let appended = self.stream.append(&messages, &[]).unwrap();
-        let Read::Batch(batch) = self.stream.cursor(appended.first).next().await.unwrap() else { panic!() };
+        let messages: Vec<_> = topics.iter().map(|topic| message(topic, b"")).collect();
+        let batch = self.append(&messages).await;
         assert_eq!(self.broker.live.deliver_some(&self.broker, 0, &batch, 0), topics.len());
+    }
+
+    async fn append(&self, messages: &[NewMessage<'_>]) -> Batch {
+        let appended = self.stream.append(messages, &[]).unwrap();
+        let Read::Batch(batch) = self.stream.cursor(appended.first).next().await.unwrap() else { panic!() };
+        batch
+    }
+}
+
+fn message<'a>(topic: &'a str, payload: &'a [u8]) -> NewMessage<'a> {
+    NewMessage {
+        topic,
+        payload,
+        properties: b"",
+        route: "",
+        device: "",
+        partition: Partition(0),
+        flags: 1,
+        received_us: now_us(),
+        event_us: 0,
     }
 }
 
@@ -169,4 +177,22 @@ async fn what_a_member_holds_whose_session_ends_with_its_connection_is_copied_fo
     let waiting = waits(&second.session);
     assert_eq!(waiting.len(), 3);
     assert!(waiting.iter().all(|place| world.broker.copies.find(*place).is_some()));
+}
+
+#[tokio::test]
+async fn copies_are_read_by_pages_of_a_bounded_size_and_each_is_in_one() {
+    let world = World::new();
+    let copies = &world.broker.copies;
+    let payload = vec![7; REPLAY_BYTES as usize / 3];
+    for offset in 0..5 {
+        let batch = world.append(&[message("a", &payload)]).await;
+        copies.append(&mut vec![(Place { stream: 0, offset }, (batch, 0))], None).await.unwrap();
+    }
+    let (mut offsets, mut from) = (Vec::new(), 0);
+    while from < 9 {
+        let page = copies.page(0, from..9).await.unwrap();
+        offsets.push(page.found.iter().map(|(offset, _)| *offset).collect::<Vec<_>>());
+        from = page.next;
+    }
+    assert_eq!(offsets, [vec![0, 1], vec![2, 3], vec![4]]);
 }

@@ -8,8 +8,9 @@ use super::{IdChange, Inbound, Owed, Scratch, Trouble, Work, cut_device, recycle
 use crate::access::Identity;
 use crate::batch::flags;
 use crate::listeners::mqtt::Broker;
+use crate::listeners::mqtt::open_ids::Received;
 use crate::listeners::mqtt::retained::{self, Staged};
-use crate::listeners::mqtt::session::{Received, Session, qos2_key};
+use crate::listeners::mqtt::session::{Session, qos2_key};
 use crate::listeners::mqtt::wire::Fault;
 use crate::properties::{self, Origin};
 use crate::stream::{AppendError, NewMessage, StateChange, partition_of};
@@ -140,9 +141,7 @@ impl Inbound {
         if owed.clone().any(|owed| owed.change == IdChange::Receive) {
             let mut received = self.session.received();
             for owed in owed.clone().filter(|owed| owed.change == IdChange::Receive) {
-                if let Some(received) = received.get_mut(&owed.ack.packet_id) {
-                    received.ticket = Some(ticket);
-                }
+                received.appended(owed.ack.packet_id, ticket);
             }
         }
         self.acks.queue(number, stream, ticket, owed.map(|owed| owed.ack));
@@ -174,11 +173,11 @@ pub fn undo<'o>(session: &Session, owed: impl DoubleEndedIterator<Item = &'o Owe
         match owed.change {
             IdChange::None => {}
             IdChange::Receive => {
-                received.remove(&owed.ack.packet_id);
+                received.release(owed.ack.packet_id);
             }
             IdChange::Release => {
-                received
-                    .insert(owed.ack.packet_id, Received { stream: owed.stream, ticket: Some(owed.least) });
+                let known = Received { stream: owed.stream, ticket: Some(owed.least) };
+                received.open(owed.ack.packet_id, known);
             }
         }
     }

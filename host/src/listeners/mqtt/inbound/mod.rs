@@ -5,11 +5,13 @@
 //!
 //! A stream with no room stalls the connection: what it did not take is kept
 //! ([`stalled`]), nothing more is taken in, and only PINGREQ is still answered.
-//! So it is while a packet waits for an answer of the access plugin ([`allowed`]).
+//! So it is while a packet waits for an answer of the access plugin ([`allowed`]),
+//! or a QoS 2 publish for room for its packet id ([`withheld`]).
 
 mod allowed;
 mod append;
 mod stalled;
+mod withheld;
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -22,12 +24,13 @@ use rmqtt_codec::v5::DisconnectReasonCode;
 use self::allowed::Refusal;
 use self::append::undo;
 pub use self::append::{push_sender, taken_in};
-use self::stalled::{Stalled, writable};
+use self::stalled::{Stalled, room};
 use super::Broker;
 use super::acks::{Ack, Acks};
 use super::metrics::Few;
+use super::open_ids::Received;
 use super::outbound::Acked;
-use super::session::{Received, Session};
+use super::session::Session;
 use super::wire::{self, Fault, Frame, Property, Publish, Version};
 use crate::access::{Admitted, Allowance};
 use crate::batch::flags;
@@ -55,6 +58,10 @@ pub struct Inbound {
     /// QoS 1 and 2 publishes that are not finished, for Receive Maximum.
     unfinished: u32,
     stalled: Vec<Stalled>,
+    /// The QoS 2 publish at the front waits for room for its packet id.
+    withheld: bool,
+    /// So far into the read buffer PUBRELs were taken in ahead of it.
+    released_to: usize,
     /// While stalled: bytes of the read buffer in which PINGREQ was answered, and how many.
     scanned: usize,
     pings_answered: u32,
@@ -156,19 +163,21 @@ impl Inbound {
             acks: Acks::default(),
             unfinished: 0,
             stalled: Vec::new(),
+            withheld: false,
+            released_to: 0,
             scanned: 0,
             pings_answered: 0,
         }
     }
 
-    /// What the connection waits for beside its socket: acks that may go, room
-    /// in a stream that stalled it (pending while none did), and answers of the
-    /// access plugin, after which comes [`Inbound::go_on`]. Safe to drop.
+    /// What the connection waits for beside its socket: acks that may go, room in
+    /// a stream that stalled it or for a packet id (pending while it waits for
+    /// none), and answers of the access plugin, after which comes [`Inbound::go_on`]. Safe to drop.
     pub fn waits<'a>(
         &'a mut self,
         broker: &'a Broker,
     ) -> (&'a mut Acks, impl Future<Output = ()> + 'a, impl Future<Output = ()> + 'a) {
-        (&mut self.acks, writable(&self.stalled, broker), self.rights.answered())
+        (&mut self.acks, room(&self.stalled, self.withheld, broker), self.rights.answered())
     }
 
     pub fn rights(&self) -> &Admitted {
@@ -195,7 +204,7 @@ impl Inbound {
     }
 
     pub fn is_stalled(&self) -> bool {
-        !self.stalled.is_empty()
+        !self.stalled.is_empty() || self.withheld
     }
 
     /// Whether anything taken in is still to be acknowledged.
@@ -223,6 +232,9 @@ impl Inbound {
         bytes: &[u8],
         out: &mut BytesMut,
     ) -> Result<(usize, Next), Trouble> {
+        if self.withheld && self.stalled.is_empty() {
+            self.release_ahead(broker, bytes, out)?;
+        }
         if self.is_full(broker) || self.is_over_rate(broker) {
             self.answer_pings(broker, bytes, out);
             return Ok((0, Next::Room));
@@ -230,6 +242,20 @@ impl Inbound {
         if bytes.is_empty() {
             return Ok((0, Next::Bytes));
         }
+        let (decoded, appended) =
+            self.gather(broker, |inbound, work| inbound.decode(broker, bytes, out, work));
+        let (used, next) = decoded?;
+        appended?;
+        self.passed(used);
+        Ok((used, if self.stalled.is_empty() { next } else { Next::Room }))
+    }
+
+    /// What `decode` gathers is appended, whatever it returns.
+    fn gather<'a, T>(
+        &mut self,
+        broker: &Broker,
+        decode: impl FnOnce(&mut Self, &mut Work<'a>) -> T,
+    ) -> (T, Result<(), Trouble>) {
         SCRATCH.with_borrow_mut(|scratch| {
             let mut work = Work {
                 decoded: recycle(std::mem::take(&mut scratch.decoded)),
@@ -238,7 +264,7 @@ impl Inbound {
                 now_us: super::now_us(),
                 packets: Few::default(),
             };
-            let decoded = self.decode(broker, bytes, out, &mut work);
+            let decoded = decode(self, &mut work);
             broker.counters.received.add(&work.packets);
             let appended = if work.owed.is_empty() && work.decoded.is_empty() {
                 Ok(())
@@ -249,20 +275,18 @@ impl Inbound {
             work.properties.clear();
             (scratch.owed, scratch.properties) = (work.owed, work.properties);
             scratch.decoded = recycle(work.decoded);
-            let (used, next) = decoded?;
-            appended?;
-            self.passed(used);
-            Ok((used, if self.stalled.is_empty() { next } else { Next::Room }))
+            (decoded, appended)
         })
     }
 
     /// So many bytes are gone from the front of what was read.
     pub fn passed(&mut self, len: usize) {
         self.scanned = self.scanned.saturating_sub(len);
+        self.released_to = self.released_to.saturating_sub(len);
     }
 
     fn is_full(&self, broker: &Broker) -> bool {
-        self.asks || !self.stalled.is_empty() || self.acks.waiting() >= broker.waiting_acks_max(self.version)
+        self.asks || self.is_stalled() || self.acks.waiting() >= broker.waiting_acks_max(self.version)
     }
 
     /// Rates are looked at once a read for all clients, and here for the one: no
@@ -307,12 +331,16 @@ impl Inbound {
                     if self.allowance.as_ref().is_some_and(|own| own.is_spent()) {
                         return Ok((used, Next::Room));
                     }
+                    if self.withholds(broker, &frame)? {
+                        return Ok((used, Next::Room));
+                    }
                     if let Some(unanswered) = self.publish(broker, &frame, work)? {
                         self.ask_to_publish(broker, unanswered.as_str(), &bytes[used + frame.len..]);
                         return Ok((used, Next::Room));
                     }
                     self.spend(broker, frame.len as u64);
                 }
+                wire::PUBREL if used < self.released_to => {}
                 wire::PUBREL => self.release(&frame, out, work)?,
                 wire::PUBACK | wire::PUBREC | wire::PUBCOMP => {
                     let (packet_id, code) = wire::ack(self.version, &frame)?;
@@ -407,7 +435,7 @@ impl Inbound {
         let ack = Ack { first, packet_id: publish.packet_id, code: 0 };
         if publish.qos == 2 {
             let received = self.session.received();
-            if let Some(known) = received.get(&publish.packet_id) {
+            if let Some(known) = received.get(publish.packet_id) {
                 broker.counters.duplicates.increment(1);
                 let change = IdChange::None;
                 return Ok(Owed { stream: known.stream, ack, change, least: known.least() });
@@ -424,7 +452,7 @@ impl Inbound {
         if publish.qos == 2 {
             change = IdChange::Receive;
             // The ticket comes with the append.
-            self.session.received().insert(publish.packet_id, Received { stream, ticket: None });
+            self.session.received().open(publish.packet_id, Received { stream, ticket: None });
         }
         Ok(Owed { stream, ack, change, least: Ticket(0) })
     }
@@ -471,7 +499,7 @@ impl Inbound {
     fn release(&mut self, frame: &Frame<'_>, out: &mut BytesMut, work: &mut Work<'_>) -> Result<(), Fault> {
         let (packet_id, _) = wire::ack(self.version, frame)?;
         let ack = Ack { first: wire::PUBCOMP, packet_id, code: 0 };
-        match self.session.received().remove(&packet_id) {
+        match self.session.received().release(packet_id) {
             Some(known) => {
                 let change = IdChange::Release;
                 work.owed.push(Owed { stream: known.stream, ack, change, least: known.least() });

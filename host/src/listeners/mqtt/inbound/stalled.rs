@@ -60,9 +60,12 @@ impl Owned {
     }
 }
 
-/// When one of the streams may have room again; pending while none stalled.
-pub async fn writable(stalled: &[Stalled], broker: &Broker) {
-    let waits: Vec<_> = stalled.iter().map(|stalled| broker.streams[stalled.stream].writable()).collect();
+/// When there may be room for what stalled or is withheld; pending while nothing is.
+pub async fn room(stalled: &[Stalled], withheld: bool, broker: &Broker) {
+    let mut waits: Vec<_> = stalled.iter().map(|stalled| broker.streams[stalled.stream].writable()).collect();
+    if withheld {
+        waits.push(Box::pin(broker.sessions.open_ids.freed()));
+    }
     if waits.is_empty() {
         return std::future::pending().await;
     }

@@ -3,13 +3,14 @@
 //! - `qr` + epoch, the note: how far the live delivery was for this session in
 //!   each stream, and what it had then that was not done. What lies after it
 //!   is found again in the streams. Written now and then: an old note only
-//!   makes QoS 1 messages come again.
+//!   makes QoS 1 messages come again, and those of a share, also with QoS 2, to
+//!   another member than has had them.
 //! - `oi` + epoch + packet id: a QoS 2 message on its way, durable before its
 //!   PUBLISH goes out, and again before its PUBREL.
 //! - `os` + epoch + stream: QoS 2 messages below this offset have such a
 //!   record, or had one and are done. In the same append as the record.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use super::{InFlight, Queued, Source};
@@ -43,7 +44,7 @@ pub struct Kept {
     epoch: u64,
     streams: Arc<[Identity]>,
     /// Not appended yet.
-    changes: Vec<Change>,
+    changes: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
     made: u64,
     /// Appended up to the number, durable with the ticket.
     appended: VecDeque<(u64, Ticket)>,
@@ -65,7 +66,7 @@ impl Kept {
         let none: Box<[u64]> = vec![0; streams.len()].into();
         Self {
             epoch,
-            changes: Vec::new(),
+            changes: BTreeMap::new(),
             made: 0,
             appended: VecDeque::new(),
             durable: 0,
@@ -127,10 +128,7 @@ impl Kept {
 
     /// The last change of a key is the one that counts.
     fn set(&mut self, key: Vec<u8>, value: Option<Vec<u8>>) {
-        match self.changes.iter_mut().rev().find(|(known, _)| *known == key) {
-            Some(change) => change.1 = value,
-            None => self.changes.push((key, value)),
-        }
+        self.changes.insert(key, value);
     }
 
     /// Number of the last change.
@@ -138,7 +136,7 @@ impl Kept {
         self.made
     }
 
-    pub fn changes(&self) -> &[Change] {
+    pub fn changes(&self) -> &BTreeMap<Vec<u8>, Option<Vec<u8>>> {
         &self.changes
     }
 

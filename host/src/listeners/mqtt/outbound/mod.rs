@@ -309,7 +309,7 @@ impl Outbox {
         if kept.changes().is_empty() {
             return;
         }
-        let mut changes = kept.changes().to_vec();
+        let mut changes: Vec<Change> = kept.changes().clone().into_iter().collect();
         if kept.note_due {
             // What is sent now is not to be in it.
             let sent = kept.made();

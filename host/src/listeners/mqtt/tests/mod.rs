@@ -6,6 +6,7 @@ mod acks;
 mod copies;
 mod limits;
 mod sessions;
+mod state_room;
 mod subscribers;
 mod sys;
 mod wills;

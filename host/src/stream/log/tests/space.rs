@@ -305,6 +305,58 @@ fn age_counts_only_once_the_clock_is_set_and_never_after_a_jump_by_decades() {
 }
 
 #[test]
+fn a_full_state_map_refuses_only_what_adds_to_it() {
+    let (disk, clock) = (SimDisk::new(3), new_clock());
+    let config = Config { commit_buffer_bytes_max: ByteSize(128 << 20), ..small() };
+    let (log, _) = manual(&disk, &config, &clock).unwrap();
+    let value = vec![7; crate::stream::STATE_VALUE_BYTES_MAX];
+    let set = |key: &u32, value| {
+        let key = &key.to_be_bytes()[..];
+        log.append(&[message("a/b", b"x")], &[StateChange { key, value }]).map(drop)
+    };
+    let full = Err(AppendError::NoSpace);
+    let fit = (0..).take_while(|key| set(key, Some(&value)).is_ok()).count() as u32;
+    assert_eq!(fit as usize, state::STATE_BYTES_MAX / (value.len() + 5));
+    assert!(log.state_room() < value.len());
+    assert_eq!(set(&fit, Some(&value)), full);
+
+    log.append(&[message("a/b", b"x")], &[]).unwrap();
+    assert_eq!(set(&0, Some(&value)), Ok(()), "in place of as much");
+    let [first, new] = [0, fit].map(u32::to_be_bytes);
+    let moved = [(&first, None), (&new, Some(&value[..]))].map(|(key, value)| StateChange { key, value });
+    log.append(&[], &moved).unwrap();
+    assert_eq!(set(&0, Some(&value)), full);
+    assert_eq!(set(&1, None), Ok(()));
+    assert_eq!(set(&0, Some(&value)), Ok(()));
+}
+
+#[test]
+fn a_segment_that_cannot_be_removed_counts_and_goes_before_those_behind_it() {
+    let (disk, clock) = (SimDisk::new(3), new_clock());
+    let config = Config { retention: Retention { max_age: None, max_bytes: ByteSize(64 << 10) }, ..small() };
+    let (log, _) = manual(&disk, &config, &clock).unwrap();
+    let append = || {
+        log.append(&[message("a/b", &payload(0, 3_000))], &[]).unwrap();
+        commit(&log)
+    };
+    disk.fail_removals(true);
+    while append().is_ok() {}
+    assert_eq!(log.bounds().start, Offset(0));
+    assert!(log.inner.bytes() <= 64 << 10, "it counts");
+    log.inner.keep(false);
+    assert_eq!(log.bounds().start, Offset(0), "none behind it goes");
+    disk.fail_removals(false);
+    commit(&log).unwrap();
+    let start = log.bounds().start;
+    assert!(start > Offset(0));
+    drop(log);
+    disk.restart_process();
+    let (log, recovery) = manual(&disk, &config, &clock).unwrap();
+    assert!(log.bounds().start >= start);
+    assert_eq!(recovery.damaged, []);
+}
+
+#[test]
 fn a_reader_that_could_not_be_written_down_is_so_once_there_is_room() {
     let (disk, clock) = (SimDisk::new(3), new_clock());
     let (log, _) = manual(&disk, &small(), &clock).unwrap();
