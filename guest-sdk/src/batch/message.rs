@@ -60,7 +60,7 @@ impl<'a> Messages<'a> {
         namespace: &'a [String],
     ) -> Option<Self> {
         let stride_bytes = header.stride as usize * abi::WORD_BYTES;
-        if stride_bytes < abi::STRIDE_BYTES || index.len() % stride_bytes != 0 {
+        if stride_bytes < abi::STRIDE_BYTES || !index.len().is_multiple_of(stride_bytes) {
             return None;
         }
         let mut all: [&[u8]; 16] = [&[]; 16];

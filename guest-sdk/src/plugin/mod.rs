@@ -135,8 +135,8 @@ macro_rules! plugin {
                 RUNNING.with(|slot| slot.process(&batch))
             }
 
-            exports::export_base!(Component with_types_in exports::bindings);
+    exports::export_base!(Component with_types_in exports::bindings);
     exports::export_only_batch!(Component with_types_in exports::only_batch);
-};
+        };
     };
 }
