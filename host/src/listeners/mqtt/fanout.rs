@@ -9,7 +9,7 @@ use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
@@ -26,10 +26,13 @@ use crate::stream::{GapCause, Read, ReadError, Stream};
 const IDLE: u64 = u64::MAX;
 /// After a read that failed.
 const READ_RETRY_AFTER: Duration = Duration::from_secs(1);
-/// Messages and copies of them that are handed out in one go: some 100 µs where
-/// the queues are long and in no cache, in which this thread serves no connection,
-/// and nobody may subscribe.
-const HANDED_OUT_MAX: usize = 256;
+/// Messages and copies of them that are handed out in one go, in which this thread
+/// serves no connection, and nobody may subscribe.
+const HANDED_OUT_MAX: usize = 1_024;
+/// From so many on it ends early where that takes long: into queues that are long
+/// and in no cache. The more in one go, the fewer writes to a subscriber.
+const HANDED_OUT_LEAST: usize = 256;
+const HANDED_OUT_TIME: Duration = Duration::from_micros(100);
 /// Filters that are put in or taken out in one go, while nothing is delivered.
 pub const FILTERS_AT_ONCE: usize = 32;
 
@@ -299,6 +302,7 @@ impl Live {
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
         let (mut found, mut path) = (Met::default(), Path::default());
         let (mut count, mut handed_out) = (0, 0);
+        let begun = Instant::now();
         for (offset, message) in messages {
             index.tree.matches(message.topic(), &mut path, &mut |one| found.push(one));
             handed_out += 1 + found.len();
@@ -314,7 +318,8 @@ impl Live {
             }
             count += 1;
             tail.position.store(offset + 1, Ordering::Release);
-            if handed_out >= HANDED_OUT_MAX {
+            let is_long = || handed_out >= HANDED_OUT_LEAST && begun.elapsed() >= HANDED_OUT_TIME;
+            if handed_out >= HANDED_OUT_MAX || is_long() {
                 break;
             }
         }
