@@ -137,31 +137,25 @@ impl Live {
     /// less often it waits for the live delivery, and the longer that waits for it.
     pub fn subscribe(&self, broker: &Broker, session: &Arc<Session>, subscriptions: &[Subscription]) {
         let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
-        for subscription in subscriptions {
-            self.put_in(broker, &mut index, session, subscription);
-        }
+        let wanted = subscriptions.iter().filter(|one| self.put_in(broker, &mut index, session, one));
+        let wanted: Vec<&Subscription> = wanted.collect();
         drop(index);
-        for Subscription { filter, options, retained } in subscriptions {
-            if *retained != SendRetained::Never && !filter.is_shared() && !is_live(filter.as_str()) {
-                for message in sys::matching(broker, filter.topics()) {
-                    self.offer(
-                        broker,
-                        session,
-                        Queued::whole(Source::Broker(Arc::new(message)), 0, *options),
-                    );
-                }
+        for Subscription { filter, options, .. } in wanted.into_iter().filter(|one| !one.filter.is_live()) {
+            for message in sys::matching(broker, filter.topics()) {
+                let message = Source::Broker(Arc::new(message));
+                self.offer(broker, session, Queued::whole(message, 0, *options));
             }
         }
     }
 
+    /// True where it wants what is retained; that of streams is queued.
     fn put_in(
         &self,
         broker: &Broker,
         index: &mut Index,
         session: &Arc<Session>,
-        Subscription { filter, options, retained }: &Subscription,
-    ) {
-        let options = *options;
+        &Subscription { ref filter, options, retained }: &Subscription,
+    ) -> bool {
         // Off and on again, so that the counts follow changed options.
         let new = !self.take_out(index, session, filter.as_str());
         index.tree.insert(filter.as_str(), session.number, session.clone(), options);
@@ -170,7 +164,7 @@ impl Live {
         if new {
             session.add_filter(filter.as_str());
         }
-        if !is_live(filter.as_str()) {
+        if !filter.is_live() {
             self.dollar.fetch_add(1, Ordering::Relaxed);
         } else {
             index.live += 1;
@@ -188,7 +182,7 @@ impl Live {
         };
         // A share's members get none (MQTT 5.0, 4.8.2).
         if !wanted || filter.is_shared() {
-            return;
+            return false;
         }
         let kept = broker.retained().matching(filter.topics());
         for kept in kept {
@@ -200,6 +194,7 @@ impl Live {
                 self.offer(broker, session, retained);
             }
         }
+        true
     }
 
     /// True when the session had this filter.

@@ -73,6 +73,10 @@ impl Filter {
         is_shared(&self.text)
     }
 
+    pub fn is_live(&self) -> bool {
+        is_live(&self.text)
+    }
+
     pub fn topics(&self) -> &TopicFilter {
         &self.topics
     }

@@ -192,12 +192,17 @@ mod tests {
         broker.client_connected(1);
         let (session, _turn) = broker.sessions.claim("c", 9).await.unwrap();
         session.outbox().resume();
-        let filter = Filter::parse("$SYS/broker/clients/connected").unwrap();
-        let options = Options { qos: 0, no_local: false, retain_as_published: false, id: 0 };
-        let retained = SendRetained::Always;
-        broker.live.subscribe(&broker, &session, &[Subscription { filter, options, retained }]);
+        let subscribe = |retained| {
+            let filter = Filter::parse("$SYS/broker/clients/connected").unwrap();
+            let options = Options { qos: 0, no_local: false, retain_as_published: false, id: 0 };
+            broker.live.subscribe(&broker, &session, &[Subscription { filter, options, retained }]);
+        };
         let waiting = || session.outbox().sizes().0;
+        subscribe(SendRetained::IfNew);
         assert_eq!(waiting(), 1, "there is 1 client");
+        subscribe(SendRetained::IfNew);
+        subscribe(SendRetained::Never);
+        assert_eq!(waiting(), 1, "which it has been told");
         broker.client_connected(-1);
         publish(&broker, &mut last);
         assert_eq!(waiting(), 2, "there is none");

@@ -12,7 +12,7 @@ use tokio_util::codec::Encoder;
 
 use super::{Connection, End};
 use crate::access::{QUESTIONS_MAX, Verdict};
-use crate::listeners::mqtt::config::Config;
+use crate::listeners::mqtt::Broker;
 use crate::listeners::mqtt::fanout::{FILTERS_AT_ONCE, SendRetained, Subscription};
 use crate::listeners::mqtt::session::{Change, KEPT_FILTER_BYTES_MAX, Session, subscription_key};
 use crate::listeners::mqtt::subscriptions::{FILTER_LEVELS_MAX, Filter, Options};
@@ -131,7 +131,7 @@ impl<S> Connection<'_, S> {
         let mut changes: Vec<Change> = Vec::new();
         let mut granted = Vec::new();
         let mut status = Vec::new();
-        let mut room = Room::of(&self.session, &self.broker.config);
+        let mut room = Room::of(&self.session, self.broker);
         for (text, asked) in filters {
             consume_budget().await;
             let filter = match self.check_filter(text, epoch.is_some(), &mut room) {
@@ -209,9 +209,6 @@ impl<S> Connection<'_, S> {
             Verdict::Ask => return Err((SubscribeAckReason::QuotaExceeded, "questions_max")),
         }
         if !self.session.has_filter(text) {
-            if kept && !self.broker.has_state_room() {
-                return Err((SubscribeAckReason::QuotaExceeded, "broker_state"));
-            }
             room.take(text).map_err(|cause| (SubscribeAckReason::QuotaExceeded, cause))?;
         }
         Ok(filter)
@@ -262,14 +259,18 @@ impl<S> Connection<'_, S> {
 
 /// What a client may still subscribe to.
 struct Room {
+    /// Its subscriptions are kept, and there is no room for more of that.
+    is_state_full: bool,
     filters: usize,
     bytes: usize,
 }
 
 impl Room {
-    fn of(session: &Session, config: &Config) -> Self {
+    fn of(session: &Session, broker: &Broker) -> Self {
+        let config = &broker.config;
         let bytes_max = config.subscription_bytes_per_client_max.0 as usize;
         Self {
+            is_state_full: session.persistent_epoch().is_some() && !broker.has_state_room(),
             filters: (config.subscriptions_per_client_max as usize).saturating_sub(session.filters()),
             bytes: bytes_max.saturating_sub(session.filter_bytes()),
         }
@@ -277,9 +278,12 @@ impl Room {
 
     /// An error is the bound that it would pass.
     fn take(&mut self, filter: &str) -> Result<(), &'static str> {
+        if self.is_state_full {
+            return Err("broker_state");
+        }
         let filters = self.filters.checked_sub(1).ok_or("subscriptions_per_client_max")?;
         let bytes = self.bytes.checked_sub(filter.len()).ok_or("subscription_bytes_per_client_max")?;
-        *self = Self { filters, bytes };
+        (self.filters, self.bytes) = (filters, bytes);
         Ok(())
     }
 }

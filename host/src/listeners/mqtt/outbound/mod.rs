@@ -309,7 +309,8 @@ impl Outbox {
         if kept.changes().is_empty() {
             return;
         }
-        let mut changes: Vec<Change> = kept.changes().clone().into_iter().collect();
+        let mut changes: Vec<Change> =
+            kept.changes().iter().map(|(key, value)| (key.clone(), value.clone())).collect();
         if kept.note_due {
             // What is sent now is not to be in it.
             let sent = kept.made();

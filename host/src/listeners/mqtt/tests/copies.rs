@@ -38,6 +38,16 @@ fn append(stream: &MemoryStream, payloads: &[&str], properties: &[u8], waited: D
     stream.append(&messages, &[]).unwrap();
 }
 
+fn expires_in_a_minute() -> Vec<u8> {
+    let mut properties = Vec::new();
+    properties::push(&mut properties, Origin::Listener, "expiry-s", b"60");
+    properties
+}
+
+fn streams() -> (Arc<MemoryStream>, Arc<MemoryStream>) {
+    (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1))
+}
+
 /// A session that is away, for which five messages wait.
 async fn away(host: &Host, qos: QoS) {
     let (mut client, _) = host.client(resuming("c")).await;
@@ -49,7 +59,7 @@ async fn away(host: &Host, qos: QoS) {
 
 #[tokio::test]
 async fn what_waits_is_copied_before_retention_takes_it_and_once_for_all_sessions() {
-    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let (stream, broker) = streams();
     let host = host(&stream, &broker, |_| {}).await;
     let (mut other, _) = host.client(resuming("other")).await;
     other.subscribe("a", QOS1).await;
@@ -71,7 +81,7 @@ async fn what_waits_is_copied_before_retention_takes_it_and_once_for_all_session
 
 #[tokio::test]
 async fn copies_are_found_again_after_a_restart_also_by_a_session_whose_note_is_old() {
-    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let (stream, broker) = streams();
     let first = host(&stream, &broker, |_| {}).await;
     away(&first, QoS::AtLeastOnce).await;
     let note = broker.state(b"qr");
@@ -91,7 +101,7 @@ async fn copies_are_found_again_after_a_restart_also_by_a_session_whose_note_is_
 
 #[tokio::test]
 async fn copies_outlive_the_segments_of_the_brokers_stream_for_as_long_as_somebody_waits() {
-    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let (stream, broker) = streams();
     let host = host(&stream, &broker, |_| {}).await;
     away(&host, QoS::AtLeastOnce).await;
     stream.ask_and_trim(Offset(5)).await;
@@ -110,7 +120,7 @@ async fn copies_outlive_the_segments_of_the_brokers_stream_for_as_long_as_somebo
 
 #[tokio::test]
 async fn what_is_over_a_bound_is_not_copied() {
-    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let (stream, broker) = streams();
     // Over the queue's bound.
     let first = host(&stream, &broker, |config| config.queue_messages_max = 2).await;
     away(&first, QoS::AtLeastOnce).await;
@@ -131,7 +141,7 @@ async fn what_is_over_a_bound_is_not_copied() {
 
 #[tokio::test]
 async fn nothing_goes_before_its_copy_is_durable() {
-    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let (stream, broker) = streams();
     let host = host(&stream, &broker, |_| {}).await;
     away(&host, QoS::AtLeastOnce).await;
     broker.hold_commits();
@@ -152,7 +162,7 @@ async fn nothing_goes_before_its_copy_is_durable() {
 
 #[tokio::test]
 async fn copies_that_a_crash_left_beside_their_messages_are_not_made_again() {
-    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let (stream, broker) = streams();
     let first = host(&stream, &broker, |_| {}).await;
     away(&first, QoS::AtLeastOnce).await;
     stream.ask(Offset(5)).await;
@@ -170,7 +180,7 @@ async fn copies_that_a_crash_left_beside_their_messages_are_not_made_again() {
 
 #[tokio::test]
 async fn copies_are_kept_until_the_live_delivery_of_a_new_run_has_come_by() {
-    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let (stream, broker) = streams();
     let first = host(&stream, &broker, |_| {}).await;
     away(&first, QoS::AtLeastOnce).await;
     let note = broker.state(b"qr");
@@ -188,11 +198,10 @@ async fn copies_are_kept_until_the_live_delivery_of_a_new_run_has_come_by() {
 
 #[tokio::test]
 async fn an_expired_message_is_not_copied_and_waits_no_more() {
-    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let (stream, broker) = streams();
     let host = host(&stream, &broker, |_| {}).await;
     away(&host, QoS::AtLeastOnce).await;
-    let mut expiry = Vec::new();
-    properties::push(&mut expiry, Origin::Listener, "expiry-s", b"60");
+    let expiry = expires_in_a_minute();
     append(&stream, &["5"], &expiry, Duration::from_secs(61));
     append(&stream, &["6"], &expiry, Duration::ZERO);
     stream.ask_and_trim(Offset(7)).await;
@@ -206,7 +215,7 @@ async fn an_expired_message_is_not_copied_and_waits_no_more() {
 
 #[tokio::test]
 async fn what_waits_for_a_slow_client_is_copied_but_for_qos_0() {
-    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let (stream, broker) = streams();
     let host = host(&stream, &broker, |_| {}).await;
     let (mut client, _) = host.client(Connect { receive_max: Some(id(1)), ..resuming("c") }).await;
     client.subscribe("a", QOS1).await;
@@ -226,7 +235,7 @@ async fn what_waits_for_a_slow_client_is_copied_but_for_qos_0() {
 #[tokio::test]
 async fn retention_waits_for_the_live_delivery_which_finds_who_waits() {
     const COUNT: usize = 40_000;
-    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let (stream, broker) = streams();
     let host = host(&stream, &broker, |config| config.queue_messages_max = COUNT as u32).await;
     let (mut client, _) = host.client(resuming("c")).await;
     client.subscribe("a", QOS1).await;
@@ -245,7 +254,7 @@ async fn what_was_handled_is_never_said_to_be_less() {
         let (_, value) = broker.state(b"co").remove(0);
         u64::from_be_bytes(value.try_into().unwrap())
     };
-    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let (stream, broker) = streams();
     let host = host(&stream, &broker, |config| config.queue_messages_max = 10).await;
     let (mut client, _) = host.client(resuming("c")).await;
     client.subscribe("a", QOS1).await;
@@ -370,7 +379,7 @@ async fn on_a_full_disk_retention_by_bytes_goes_on_and_what_is_lost_is_counted()
 
 #[tokio::test]
 async fn with_no_room_in_the_brokers_stream_its_copies_stay_and_are_sorted_once_there_is() {
-    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let (stream, broker) = streams();
     let host = host(&stream, &broker, |_| {}).await;
     away(&host, QoS::AtLeastOnce).await;
     stream.ask_and_trim(Offset(5)).await;
@@ -418,7 +427,7 @@ async fn aged(broker: &MemoryStream, by: Duration) -> Arc<MemoryStream> {
 
 #[tokio::test]
 async fn a_copy_that_expired_goes_when_copies_are_sorted_unless_its_sending_was_begun() {
-    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let (stream, broker) = streams();
     let first = host(&stream, &broker, |_| {}).await;
     let (mut other, _) = first.client(resuming("other")).await;
     other.subscribe("a", QOS1).await;
@@ -426,8 +435,7 @@ async fn a_copy_that_expired_goes_when_copies_are_sorted_unless_its_sending_was_
     assert_eq!(other.try_receive().await, None);
     let (mut client, _) = first.client(Connect { receive_max: Some(id(1)), ..resuming("c") }).await;
     client.subscribe("a", QOS1).await;
-    let mut expiry = Vec::new();
-    properties::push(&mut expiry, Origin::Listener, "expiry-s", b"60");
+    let expiry = expires_in_a_minute();
     append(&stream, &["0", "1"], &expiry, Duration::ZERO);
     append(&stream, &["2"], &[], Duration::ZERO);
     assert_eq!(client.received().await.payload, "0", "begun, and not acknowledged");
@@ -456,7 +464,7 @@ async fn a_copy_that_expired_goes_when_copies_are_sorted_unless_its_sending_was_
 
 #[tokio::test]
 async fn what_a_member_of_a_share_was_handed_survives_a_crash() {
-    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let (stream, broker) = streams();
     let first = host(&stream, &broker, |_| {}).await;
     let mut members = Vec::new();
     for client_id in ["leaves", "stays"] {
@@ -489,11 +497,10 @@ async fn what_a_member_of_a_share_was_handed_survives_a_crash() {
 
 #[tokio::test]
 async fn retention_goes_on_while_what_waits_is_copied_also_past_what_expired() {
-    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let (stream, broker) = streams();
     let host = host(&stream, &broker, |_| {}).await;
     away(&host, QoS::AtLeastOnce).await;
-    let mut expiry = Vec::new();
-    properties::push(&mut expiry, Origin::Listener, "expiry-s", b"60");
+    let expiry = expires_in_a_minute();
     append(&stream, &["5"], &expiry, Duration::from_secs(61));
     (6..70).for_each(|number| append(&stream, &[&number.to_string()], &[], Duration::ZERO));
     broker.hold_commits();
