@@ -102,14 +102,7 @@ pub struct Lines {
 impl Lines {
     pub fn of(command: &mut Command) -> Self {
         // Line by line, also into a pipe.
-        let mut buffered = Command::new("stdbuf");
-        buffered.arg("-oL").arg(command.get_program()).args(command.get_args());
-        for (name, value) in command.get_envs() {
-            buffered.env(name, value.unwrap_or_default());
-        }
-        if let Some(folder) = command.get_current_dir() {
-            buffered.current_dir(folder);
-        }
+        let mut buffered = through(&["stdbuf", "-oL"], command);
         let mut child = buffered.stdout(Stdio::piped()).spawn().expect("the client is installed");
         let out = child.stdout.take().expect("piped");
         let (to, lines) = channel();
@@ -143,6 +136,25 @@ impl Lines {
         self.process.kill();
         self.process.wait(HUNG_AFTER)
     }
+}
+
+/// The command as a shell at a terminal starts it: SIGINT is not ignored, as it is
+/// in all that a script starts in the background, tests among it.
+pub fn interruptible(command: &Command) -> Command {
+    through(&["env", "--default-signal=INT"], command)
+}
+
+/// The same, started by a program that becomes it.
+fn through(wrapper: &[&str], command: &Command) -> Command {
+    let mut wrapped = Command::new(wrapper[0]);
+    wrapped.args(&wrapper[1..]).arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        wrapped.env(name, value.unwrap_or_default());
+    }
+    if let Some(folder) = command.get_current_dir() {
+        wrapped.current_dir(folder);
+    }
+    wrapped
 }
 
 /// Runs to the end; fails with all that it said unless it succeeds.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use headworks_tests::events::Events;
 use headworks_tests::host::{Host, prebuilt};
-use headworks_tests::process::{Lines, Process, run};
+use headworks_tests::process::{Lines, Process, interruptible, run};
 use headworks_tests::{http, mosquitto, telemetry};
 use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
 
@@ -278,8 +278,8 @@ fn ctrl_c_ends_a_tail_in_the_midst_of_a_long_stream() {
     assert!(publish.wait().expect("our child").success());
     // More than a pipe holds, so that each of them is in the midst of it.
     for _ in 0..8 {
-        let mut command = host.command(&["streams", "tail", "--from", "start", "--config", "headworks.yaml"]);
-        let mut tail = command.stdout(Stdio::piped()).spawn().expect("headworks runs");
+        let command = host.command(&["streams", "tail", "--from", "start", "--config", "headworks.yaml"]);
+        let mut tail = interruptible(&command).stdout(Stdio::piped()).spawn().expect("headworks runs");
         let mut first = [0];
         let mut stdout = tail.stdout.take().expect("piped");
         stdout.read_exact(&mut first).expect("a line");
