@@ -1,11 +1,13 @@
 //! What a thousand clients that misbehave cost the honest ones: the 99th
 //! percentile of the acks' delay with them beside, to that without.
 
+use std::net::SocketAddr;
 use std::sync::{Mutex, TryLockError, mpsc};
 use std::time::{Duration, Instant};
 
 use headworks_tests::host::Host;
 use headworks_tests::misbehaving::{Crowd, Script, raise_open_files, scripts};
+use headworks_tests::mosquitto::Mosquitto;
 use headworks_tests::mqtt::{self, Version};
 
 use crate::load::{open_loop, percentile};
@@ -24,29 +26,34 @@ const STEP: Duration = Duration::from_millis(20);
 
 pub fn run(results: &mut Results) {
     raise_open_files();
+    let mosquitto = Mosquitto::start();
     let mut host = Host::start("bench-honest", "");
-    let (mut alone, mut beside) = (Vec::new(), Vec::new());
+    let (mut alone, mut beside) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
     for _ in 0..rounds() {
-        alone.push(p99_us(&host));
-        beside.push(p99_us_beside(&host));
+        for (i, addr) in [host.mqtt(), mosquitto.addr].into_iter().enumerate() {
+            alone[i].push(p99_us(addr));
+            beside[i].push(p99_us_beside(addr));
+        }
     }
     host.stop();
-    results.add("honest_p99_us", &alone);
-    results.add_ratio("honest_p99_ratio_beside_misbehaving", &beside, &alone);
+    for (i, of) in ["", "_mosquitto"].into_iter().enumerate() {
+        results.add(&format!("honest_p99_us{of}"), &alone[i]);
+        results.add_ratio(&format!("honest_p99_ratio_beside_misbehaving{of}"), &beside[i], &alone[i]);
+    }
 }
 
-fn p99_us(host: &Host) -> f64 {
+fn p99_us(addr: SocketAddr) -> f64 {
     let message = |number: usize, _: u64, _: Duration, out: &mut Vec<u8>, packet_id: u16| {
         let topic = format!("acme/site-01/temperature/honest-{number}/reading");
         mqtt::publish(out, Version::V311, 1, false, &topic, packet_id, &PAYLOAD);
     };
-    let mut delays = open_loop(host.mqtt(), PUBLISHERS, MESSAGES_PER_S, ROUND, message);
+    let mut delays = open_loop(addr, PUBLISHERS, MESSAGES_PER_S, ROUND, message);
     percentile(&mut delays, 0.99)
 }
 
 /// With the whole crowd there; each of the thousand begins anew once while it is
 /// measured, evenly spread over that time.
-fn p99_us_beside(host: &Host) -> f64 {
+fn p99_us_beside(addr: SocketAddr) -> f64 {
     let measuring = Mutex::new(());
     let (all_there, there) = mpsc::channel();
     std::thread::scope(|scope| {
@@ -55,13 +62,13 @@ fn p99_us_beside(host: &Host) -> f64 {
         let measuring = &measuring;
         scope.spawn(move || {
             let scripts = scripts();
-            let mut parts: Vec<_> = scripts.chunks(TOGETHER).map(|part| Part::new(host, part)).collect();
+            let mut parts: Vec<_> = scripts.chunks(TOGETHER).map(|part| Part::new(addr, part)).collect();
             let count = parts.len() as u32;
             for at in (0..count).cycle() {
                 if !matches!(measuring.try_lock(), Err(TryLockError::WouldBlock)) {
                     return;
                 }
-                parts[at as usize].step(host, ROUND * at / count);
+                parts[at as usize].step(addr, ROUND * at / count);
                 if parts.iter().all(|part| part.begun > 0) {
                     // Nobody listens any more after the first time.
                     let _ = all_there.send(());
@@ -70,7 +77,7 @@ fn p99_us_beside(host: &Host) -> f64 {
             }
         });
         there.recv().expect("the crowd comes");
-        let p99 = p99_us(host);
+        let p99 = p99_us(addr);
         drop(held);
         p99
     })
@@ -84,14 +91,14 @@ struct Part<'s> {
 }
 
 impl<'s> Part<'s> {
-    fn new(host: &Host, scripts: &'s [Script]) -> Self {
-        Self { scripts, crowd: Crowd::new(host.mqtt(), Vec::new()), since: Instant::now(), begun: 0 }
+    fn new(addr: SocketAddr, scripts: &'s [Script]) -> Self {
+        Self { scripts, crowd: Crowd::new(addr, Vec::new()), since: Instant::now(), begun: 0 }
     }
 
     /// `first`: it begins so long after the first part, and so they stay apart.
-    fn step(&mut self, host: &Host, first: Duration) {
+    fn step(&mut self, addr: SocketAddr, first: Duration) {
         if !self.crowd.step() && self.since.elapsed() >= first + ROUND * self.begun {
-            self.crowd = Crowd::new(host.mqtt(), self.scripts.to_vec());
+            self.crowd = Crowd::new(addr, self.scripts.to_vec());
             self.begun += 1;
         }
     }
