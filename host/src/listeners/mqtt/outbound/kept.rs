@@ -175,13 +175,14 @@ impl Kept {
     }
 
     /// The note: `positions` is where the live delivery is at least, read
-    /// before the outbox was locked; changes up to `with` go in the same append.
+    /// before the outbox was locked; changes up to `with` go in the same append. Of
+    /// `queue`, what can be found again in its stream comes last.
     pub fn note<'q>(
         &mut self,
         positions: &[u64],
         from: &[u64],
         inflight: impl Iterator<Item = &'q InFlight>,
-        queue: impl Iterator<Item = &'q Queued> + Clone,
+        queue: impl Iterator<Item = &'q Queued>,
         bytes_max: usize,
         with: u64,
     ) -> Change {
@@ -222,8 +223,11 @@ impl Kept {
                 _ => false,
             };
         }
-        queue.clone().filter(|queued| queued.apart).for_each(|queued| _ = add(queued, 0));
-        let _ = queue.filter(|queued| !queued.apart && queued.qos > 0).any(|queued| add(queued, 0));
+        for queued in queue.filter(|queued| queued.qos > 0) {
+            if add(queued, 0) && !queued.apart {
+                break;
+            }
+        }
         for (upto, left_out) in upto.iter_mut().zip(&left_out) {
             *upto = left_out.unwrap_or(*upto);
         }

@@ -22,7 +22,7 @@ use crate::stream::{AppendError, Stream};
 pub use self::kept::{Found, Kept, NOTE, Restored, SENT, STEP, note_bytes_max};
 pub use self::load::{LOADS_MAX, Loaded, Loader};
 pub use self::message::Message;
-pub use self::queued::{InFlight, Offer, Place, QueueLimits, Queued, Source, WhenFull};
+pub use self::queued::{InFlight, Offer, Place, QueueLimits, Queued, Source, Sums, WhenFull};
 pub use self::send::{Acked, Filled, Peer, Waits};
 
 /// A connected subscriber that keeps its session has so much of its queue in
@@ -32,10 +32,8 @@ const HELD_BYTES_MAX: usize = 256 << 10;
 pub struct Outbox {
     connected: bool,
     queue: VecDeque<Queued>,
-    /// Of the queue's messages, wherever they are.
-    bytes: usize,
-    /// Of these in memory.
-    held: usize,
+    /// Of the queue: it is long, and walked only for what it has.
+    sums: Sums,
     inflight: VecDeque<InFlight>,
     /// Packet ids of `inflight`.
     ids: HashSet<u16>,
@@ -60,7 +58,7 @@ impl Outbox {
         *self = Self {
             ids: inflight.iter().map(|flight| flight.packet_id).collect(),
             last_id: inflight.last().map_or(0, |flight| flight.packet_id),
-            bytes: queue.iter().map(|queued| queued.len as usize).sum(),
+            sums: Sums::of(&queue),
             inflight: inflight.into(),
             queue: queue.into(),
             from,
@@ -94,7 +92,7 @@ impl Outbox {
         }
         let len = queued.len as usize;
         let mut dropped = 0;
-        while self.queue.len() >= limits.messages_max || self.bytes + len > limits.bytes_max {
+        while self.queue.len() >= limits.messages_max || self.sums.bytes + len > limits.bytes_max {
             if self.kept.is_none() || queued.qos == 0 {
                 let slow = self.connected && queued.qos > 0;
                 return if slow { Offer::Overflow } else { Offer::Dropped };
@@ -104,7 +102,7 @@ impl Outbox {
                 _ => return Offer::Dropped,
             }
         }
-        let is_held = self.connected && (self.kept.is_none() || self.held + len <= HELD_BYTES_MAX);
+        let is_held = self.connected && (self.kept.is_none() || self.sums.held + len <= HELD_BYTES_MAX);
         if matches!(queued.source, Source::Stream { .. }) {
             queued.body = if is_held { queued.body.or_else(body) } else { None };
         }
@@ -129,21 +127,25 @@ impl Outbox {
     }
 
     fn push(&mut self, queued: Queued) {
-        self.bytes += queued.len as usize;
-        self.held += queued.held();
+        self.sums.add(&queued);
         self.queue.push_back(queued);
     }
 
     fn pop(&mut self) -> Option<Queued> {
         let queued = self.queue.pop_front()?;
-        self.bytes -= queued.len as usize;
-        self.held -= queued.held();
+        self.sums.subtract(&queued);
         Some(queued)
     }
 
-    fn count_again(&mut self) {
-        self.bytes = self.queue.iter().map(|queued| queued.len as usize).sum();
-        self.held = self.queue.iter().map(Queued::held).sum();
+    fn retain(&mut self, stays: impl Fn(&Queued) -> bool) {
+        let sums = &mut self.sums;
+        self.queue.retain(|queued| {
+            let stays = stays(queued);
+            if !stays {
+                sums.subtract(queued);
+            }
+            stays
+        });
     }
 
     pub fn clear(&mut self) {
@@ -152,14 +154,14 @@ impl Outbox {
 
     /// Messages that wait, their bytes, and messages sent and not acknowledged.
     pub fn sizes(&self) -> (usize, usize, usize) {
-        (self.queue.len(), self.bytes, self.inflight.len())
+        (self.queue.len(), self.sums.bytes, self.inflight.len())
     }
 
     /// Whether it would be sent soon: a shared subscription prefers such a member.
     pub fn is_ready(&self, queued: &Queued, limits: QueueLimits) -> bool {
         self.connected
             && self.queue.len() < limits.messages_max
-            && self.bytes < limits.bytes_max
+            && self.sums.bytes < limits.bytes_max
             && self.takes(queued)
     }
 
@@ -187,7 +189,7 @@ impl Outbox {
         if self.queue.iter().any(is_shared) {
             let (shared, own) = std::mem::take(&mut self.queue).into_iter().partition::<Vec<_>, _>(is_shared);
             self.queue = own.into();
-            self.count_again();
+            self.sums = Sums::of(&self.queue);
             given.extend(shared);
         }
         if let Some(kept) = &mut self.kept {
@@ -201,8 +203,7 @@ impl Outbox {
     /// client that is connected was sent stays for it to acknowledge.
     pub fn keep_only(&mut self, may_see: impl Fn(&str) -> bool) {
         let stays = |queued: &Queued| queued.message().is_none_or(|message| may_see(message.topic()));
-        self.queue.retain(stays);
-        self.count_again();
+        self.retain(stays);
         let mut at = if self.connected { self.sent } else { 0 };
         while let Some(flight) = self.inflight.get(at) {
             if flight.waiting.as_ref().is_none_or(stays) || self.give_up(at) {
@@ -232,7 +233,7 @@ impl Outbox {
     pub fn forget(&mut self, is_gone: impl Fn(Place) -> bool) -> u64 {
         let stays = |queued: &Queued| queued.place().is_none_or(|place| !is_gone(place));
         let before = self.queue.len();
-        self.queue.retain(stays);
+        self.retain(stays);
         let mut gone = (before - self.queue.len()) as u64;
         let mut at = 0;
         while let Some(flight) = self.inflight.get(at) {
@@ -244,7 +245,6 @@ impl Outbox {
             }
         }
         if gone > 0 {
-            self.count_again();
             self.kept.iter_mut().for_each(|kept| kept.changed = true);
         }
         gone
@@ -253,19 +253,15 @@ impl Outbox {
     /// The connection ended: what waits is references again.
     pub fn disconnected(&mut self) {
         self.connected = false;
-        let is_kept = self.kept.is_some();
-        (self.bytes, self.held) = (0, 0);
-        self.queue.retain_mut(|queued| {
-            if is_kept {
+        if self.sums.at_most_once > 0 {
+            self.retain(|queued| queued.qos > 0);
+        }
+        if self.kept.is_some() {
+            let mut queue = self.queue.iter_mut();
+            while let (1.., Some(queued)) = (self.sums.held, queue.next()) {
+                self.sums.held -= queued.held();
                 queued.body = None;
             }
-            if queued.qos > 0 {
-                self.bytes += queued.len as usize;
-                self.held += queued.held();
-            }
-            queued.qos > 0
-        });
-        if is_kept {
             let waiting = self.inflight.iter_mut().filter_map(|flight| flight.waiting.as_mut());
             waiting.for_each(|queued| queued.body = None);
         }
@@ -336,7 +332,9 @@ impl Outbox {
 
     fn note_with(&mut self, positions: &[u64], bytes_max: usize, with: u64) -> Option<Change> {
         let kept = self.kept.as_mut()?;
-        Some(kept.note(positions, &self.from, self.inflight.iter(), self.queue.iter(), bytes_max, with))
+        let apart = self.queue.iter().filter(|queued| queued.apart).take(self.sums.apart);
+        let queue = apart.chain(self.queue.iter().filter(|queued| !queued.apart));
+        Some(kept.note(positions, &self.from, self.inflight.iter(), queue, bytes_max, with))
     }
 
     pub fn wants_note(&self, positions: &[u64]) -> bool {

@@ -98,6 +98,41 @@ impl Queued {
     }
 }
 
+/// Of the messages in a queue.
+#[derive(Clone, Copy, Default)]
+pub struct Sums {
+    /// Wherever they are.
+    pub bytes: usize,
+    /// Of these in memory.
+    pub held: usize,
+    /// Messages with QoS 0.
+    pub at_most_once: usize,
+    /// Messages out of the order of their stream.
+    pub apart: usize,
+}
+
+impl Sums {
+    pub fn of<'q>(queue: impl IntoIterator<Item = &'q Queued>) -> Self {
+        let mut sums = Self::default();
+        queue.into_iter().for_each(|queued| sums.add(queued));
+        sums
+    }
+
+    pub fn add(&mut self, queued: &Queued) {
+        self.bytes += queued.len as usize;
+        self.held += queued.held();
+        self.at_most_once += usize::from(queued.qos == 0);
+        self.apart += usize::from(queued.apart);
+    }
+
+    pub fn subtract(&mut self, queued: &Queued) {
+        self.bytes -= queued.len as usize;
+        self.held -= queued.held();
+        self.at_most_once -= usize::from(queued.qos == 0);
+        self.apart -= usize::from(queued.apart);
+    }
+}
+
 pub struct InFlight {
     pub packet_id: u16,
     /// `None` once PUBREC came: PUBREL is on its way.

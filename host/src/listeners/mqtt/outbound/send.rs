@@ -319,10 +319,10 @@ impl Outbox {
             let queued = &mut self.queue[at];
             let before = queued.held();
             if fill(queued) {
-                self.held += queued.held() - before;
+                self.sums.held += queued.held() - before;
                 at += 1;
             } else if let Some(lost) = self.queue.remove(at) {
-                self.bytes -= lost.len as usize;
+                self.sums.subtract(&lost);
             }
         }
         gone
