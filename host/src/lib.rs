@@ -20,6 +20,7 @@ pub mod sinks;
 pub mod step;
 pub mod stream;
 pub mod telemetry;
+pub mod threads;
 pub mod topic;
 mod trust;
 pub mod units;

@@ -2,6 +2,7 @@
 //! hands on finds the next one ready, and taken down in the order that a
 //! message travels, so that what is in flight arrives.
 
+mod background;
 pub mod banner;
 mod clients;
 mod redrive;
@@ -19,6 +20,7 @@ use anyhow::{Context, bail};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
+use self::background::Background;
 use self::banner::{PluginLine, Started, banner};
 use crate::access::Authenticator;
 use crate::admin;
@@ -105,12 +107,14 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
         .transpose()?;
 
     // Devices last: nobody is acknowledged before all of the above works.
+    let background = Background::start().context("cannot start threads")?;
     let deps = mqtt::Deps {
         streams: streams.clone(),
         broker: Arc::clone(&broker),
         namespace: Arc::clone(&namespace),
         failures: failures.clone(),
         access_plugins,
+        background: background.handle(),
         shutdown: stop_listening.clone(),
     };
     let listener = mqtt::start(&config.mqtt, deps).await?;

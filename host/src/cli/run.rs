@@ -4,7 +4,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::args::ConfigArgs;
 use crate::telemetry::{self, LogFormat};
-use crate::{app, config};
+use crate::{app, config, threads};
 
 pub fn run(args: &ConfigArgs, log: Option<&str>, format: LogFormat) -> anyhow::Result<()> {
     telemetry::init_logs(log, format)?;
@@ -14,7 +14,8 @@ pub fn run(args: &ConfigArgs, log: Option<&str>, format: LogFormat) -> anyhow::R
         tracing::warn!("{warning}");
     }
     raise_open_files();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = runtime.enable_all().on_thread_start(threads::take_short_slices).build()?;
     runtime.block_on(app::run(loaded.config, loaded.source))
 }
 

@@ -20,6 +20,7 @@ use bytes::{Buf, BytesMut};
 use rmqtt_codec::v5::DisconnectReasonCode;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::task::coop::consume_budget;
+use tokio::task::yield_now;
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
 
 use super::Broker;
@@ -212,33 +213,45 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             if let Some(end) = self.has_ended() {
                 return end;
             }
-            let event = self.next_event(timer.as_mut()).await;
-            let done = match event {
-                Event::Io(Io::Read(len)) => {
-                    self.last_read = Instant::now();
-                    self.broker.counters.bytes[RECEIVED].increment(len as u64);
-                    READ.with_borrow(|read| self.take_fresh(&read[..len]))
+            // What an event carries is not kept over the next wait.
+            let has_more = {
+                let event = self.next_event(timer.as_mut()).await;
+                let has_more = matches!(event, Event::Io(Io::Read(READ_BYTES_MAX)));
+                if let Err(end) = self.happened(event, timer.as_mut()) {
+                    return end;
                 }
-                Event::Io(Io::Wrote(len)) => {
-                    self.wrote(len);
-                    Ok(())
-                }
-                Event::Paid => Ok(()),
-                Event::Answered => {
-                    self.inbound.go_on();
-                    Ok(())
-                }
-                Event::Io(Io::Lost) => Err(End::Lost),
-                Event::Durable(moved) => moved.map_err(|_| End::Stopped),
-                Event::Writable => self.inbound.retry(self.broker).map_err(End::from),
-                Event::Outward(moved) => self.moved(moved),
-                Event::AuthDeadline => Err(End::Fault(auth::failed(self.broker, &self.session.client_id))),
-                Event::Wake => self.woken(timer.as_mut()),
-                Event::Timer => self.timer_fired(timer.as_mut()),
+                has_more
             };
-            if let Err(end) = done {
-                return end;
+            if has_more {
+                // It is the turn of others.
+                yield_now().await;
             }
+        }
+    }
+
+    fn happened(&mut self, event: Event, timer: Pin<&mut Sleep>) -> Result<(), End> {
+        match event {
+            Event::Io(Io::Read(len)) => {
+                self.last_read = Instant::now();
+                self.broker.counters.bytes[RECEIVED].increment(len as u64);
+                READ.with_borrow(|read| self.take_fresh(&read[..len]))
+            }
+            Event::Io(Io::Wrote(len)) => {
+                self.wrote(len);
+                Ok(())
+            }
+            Event::Paid => Ok(()),
+            Event::Answered => {
+                self.inbound.go_on();
+                Ok(())
+            }
+            Event::Io(Io::Lost) => Err(End::Lost),
+            Event::Durable(moved) => moved.map_err(|_| End::Stopped),
+            Event::Writable => self.inbound.retry(self.broker).map_err(End::from),
+            Event::Outward(moved) => self.moved(moved),
+            Event::AuthDeadline => Err(End::Fault(auth::failed(self.broker, &self.session.client_id))),
+            Event::Wake => self.woken(timer),
+            Event::Timer => self.timer_fired(timer),
         }
     }
 
@@ -249,12 +262,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             let (used, next) = self.inbound.take(self.broker, &self.input, &mut self.out)?;
             self.input.advance(used);
             self.stopped_at = next;
-            if self.stopped_at != Next::Packet {
-                break;
+            match self.stopped_at {
+                Next::Packet => {
+                    Box::pin(self.packet()).await?;
+                    // A read may be full of them.
+                    consume_budget().await;
+                }
+                Next::Turn => yield_now().await,
+                Next::Bytes | Next::Room => break,
             }
-            Box::pin(self.packet()).await?;
-            // A read full of PINGREQ is tens of thousands of packets.
-            consume_budget().await;
         }
         if self.input.is_empty() {
             self.stopped_at = Next::Bytes;
@@ -415,7 +431,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         let keep_will = !matches!(end, End::Disconnect { keep_will: false, .. });
         let (connects, epoch) = (session.connects.load(Ordering::Acquire), session.epoch());
         drop(leaving.user_place);
-        broker.sessions.close(broker, &session, leaving.turn, expiry_s);
+        let closed = {
+            let (broker, session) = (broker.clone(), session.clone());
+            async move { broker.sessions.close(&broker, &session, leaving.turn, expiry_s) }
+        };
+        broker.in_background(closed).await;
         broker.client_connected(-1);
         drop(place);
         match leaving.will {

@@ -206,6 +206,7 @@ pub(super) fn broker(config: &Config, stream: Arc<dyn Stream>, store: Arc<dyn St
         namespace: Arc::default(),
         access_plugins: None,
         failures: Failures::default(),
+        background: tokio::runtime::Handle::current(),
         shutdown: CancellationToken::new(),
     };
     let access = Access::open(
@@ -347,6 +348,9 @@ pub fn broker_state(data: &[u8]) {
     }
     let all = || [store.state(b""), stream.state(b"")];
     let config = Config::default();
+    // Nothing runs on it: there is no connection.
+    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+    let _within = runtime.enter();
     let loaded = broker(&config, stream.clone(), store.clone());
     let (left, sessions) = (all(), loaded.sessions.len());
     // What could not be read was taken away at once.

@@ -84,7 +84,7 @@ impl Refused {
 /// Reads CONNECT from `io`; what came after it stays in `input`. The caller
 /// bounds the time.
 pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
-    broker: &Broker,
+    broker: &Arc<Broker>,
     io: &mut S,
     input: &mut BytesMut,
     remote: &Remote,
@@ -135,8 +135,15 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         refuse(broker, io, Some(asked.version), ConnectAckReason::ServerUnavailable).await;
         return Err(Refused::new("access_unavailable", format!("client {} at {remote}", asked.client_id)));
     }
+    // It has the turn: where this connect is given up, the next one waits for its end.
+    let open = {
+        let (broker, session) = (broker.clone(), session.clone());
+        let (clean, expiry_s) = (asked.clean, asked.expiry_s);
+        async move { (broker.sessions.open(&broker, &session, clean, expiry_s).await, turn) }
+    };
+    let (resumed, turn) = broker.in_background(open).await;
     let opened = async {
-        let resumed = broker.sessions.open(broker, &session, asked.clean, asked.expiry_s).await?;
+        let resumed = resumed?;
         if let (Some(will), Some(place)) = (&mut asked.will, asked.will_place.take()) {
             will.keep(broker, &asked.client_id, place).await?;
         }

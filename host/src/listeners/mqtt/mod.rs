@@ -36,11 +36,15 @@ mod transport;
 mod will;
 mod wire;
 
+use std::future::pending;
+use std::panic::resume_unwind;
+use std::slice;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ring::rand::SecureRandom;
+use tokio::runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
@@ -60,7 +64,7 @@ use self::will::Wills;
 use self::wire::Version;
 use crate::access::{self, Access};
 use crate::plugin::access::AccessEngine;
-use crate::stream::{AppendError, Identity, StateChange, Stream, Streams};
+use crate::stream::{AppendError, Identity, StateChange, Stream, Streams, Ticket};
 use crate::telemetry::Failures;
 use crate::topic::Namespace;
 
@@ -89,6 +93,8 @@ pub struct Deps {
     pub failures: Failures,
     /// For access plugins; `None`: there are none.
     pub access_plugins: Option<AccessEngine>,
+    /// Threads that come after those of the connections: see [`Broker::in_background`].
+    pub background: runtime::Handle,
     pub shutdown: CancellationToken,
 }
 
@@ -164,14 +170,14 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
     let broker = Broker::new(config, access, copies, deps);
     let tasks = TaskTracker::new();
     for number in 0..broker.streams.len() {
-        tasks.spawn(fanout::run(broker.clone(), number));
+        tasks.spawn_on(fanout::run(broker.clone(), number), &broker.background);
     }
     for number in 0..=broker.streams.len() {
-        tasks.spawn(copies::run(broker.clone(), number));
+        tasks.spawn_on(copies::run(broker.clone(), number), &broker.background);
     }
-    tasks.spawn(keep_house(broker.clone()));
-    tasks.spawn(will::publish_restored(broker.clone()));
-    tasks.spawn(sys::run(broker.clone()));
+    tasks.spawn_on(keep_house(broker.clone()), &broker.background);
+    tasks.spawn_on(will::publish_restored(broker.clone()), &broker.background);
+    tasks.spawn_on(sys::run(broker.clone()), &broker.background);
     let room = Arc::new(Semaphore::new(config.connections_max as usize));
     let tls: Vec<_> = entries.iter().filter_map(Entry::tls).cloned().collect();
     // Taken also where there is nothing to read again: by default it ends a process.
@@ -211,6 +217,7 @@ struct Broker {
     namespace: Arc<Namespace>,
     failures: Failures,
     access: Access,
+    background: runtime::Handle,
     shutdown: CancellationToken,
     sessions: Sessions,
     live: Live,
@@ -261,6 +268,7 @@ impl Broker {
             namespace: deps.namespace,
             failures: deps.failures,
             access,
+            background: deps.background,
             shutdown: deps.shutdown,
             sessions,
             retained: Mutex::new(retained),
@@ -363,26 +371,51 @@ impl Broker {
         self.counters.set_gauges(&measured);
     }
 
+    /// Runs on the threads in the background, which give way to those that serve the
+    /// connections: what takes a lock that the live delivery holds, or walks a queue. It
+    /// goes on, with what it was given, where nobody waits for it any more.
+    async fn in_background<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> T {
+        match self.background.spawn(work).await {
+            Ok(done) => done,
+            Err(failed) => match failed.try_into_panic() {
+                Ok(panic) => resume_unwind(panic),
+                // The host ends, and these threads did first.
+                Err(_) => pending().await,
+            },
+        }
+    }
+
     /// Appends changes of state, waiting for room, and waits until they are
     /// durable; at shutdown no longer than `drain_timeout`.
     async fn append_durable(&self, stream: &dyn Stream, changes: &[Change]) -> Result<(), Stopped> {
+        self.durable(stream, || append(stream, changes)).await
+    }
+
+    /// The same for what `append` appends, however often there is no room.
+    async fn durable(
+        &self,
+        stream: &dyn Stream,
+        append: impl FnMut() -> Result<Ticket, AppendError>,
+    ) -> Result<(), Stopped> {
         let given_up = async {
             self.shutdown.cancelled().await;
             tokio::time::sleep(self.config.drain_timeout.0).await;
         };
         tokio::select! {
             biased;
-            done = append_and_wait(stream, changes) => done,
+            done = append_and_wait(stream, append) => done,
             () = given_up => Err(Stopped),
         }
     }
 }
 
-async fn append_and_wait(stream: &dyn Stream, changes: &[Change]) -> Result<(), Stopped> {
-    let changes = borrowed(changes);
+async fn append_and_wait(
+    stream: &dyn Stream,
+    mut append: impl FnMut() -> Result<Ticket, AppendError>,
+) -> Result<(), Stopped> {
     let ticket = loop {
-        match stream.append(&[], &changes) {
-            Ok(appended) => break appended.ticket,
+        match append() {
+            Ok(ticket) => break ticket,
             Err(AppendError::Full | AppendError::NoSpace) => stream.writable().await,
             Err(_) => return Err(Stopped),
         }
@@ -402,7 +435,7 @@ async fn access_secret(broker: &dyn Stream) -> Result<[u8; 32], Error> {
     let filled = ring::rand::SystemRandom::new().fill(&mut secret);
     filled.map_err(|_| Error::Access("the system gives no random bytes".to_owned()))?;
     let change = (ACCESS_SECRET.to_vec(), Some(secret.to_vec()));
-    append_and_wait(broker, &[change])
+    append_and_wait(broker, || append(broker, slice::from_ref(&change)))
         .await
         .map_err(|_| Error::Access("the broker stream has stopped".to_owned()))?;
     Ok(secret)
@@ -412,8 +445,12 @@ async fn access_secret(broker: &dyn Stream) -> Result<[u8; 32], Error> {
 /// start removes.
 fn append_unawaited(stream: &dyn Stream, changes: &[Change]) {
     if !changes.is_empty() {
-        let _ = stream.append(&[], &borrowed(changes));
+        let _ = append(stream, changes);
     }
+}
+
+fn append(stream: &dyn Stream, changes: &[Change]) -> Result<Ticket, AppendError> {
+    stream.append(&[], &borrowed(changes)).map(|appended| appended.ticket)
 }
 
 fn borrowed(changes: &[Change]) -> Vec<StateChange<'_>> {

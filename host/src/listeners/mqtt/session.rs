@@ -20,7 +20,7 @@ use super::clients::Connection;
 use super::open_ids::{OpenIds, OpenIdsRoom, Received};
 use super::outbound::{self, Kept, Message, Outbox};
 use super::subscriptions::Options;
-use crate::stream::{Identity, StateChange, Stream, Ticket};
+use crate::stream::{AppendError, Identity, StateChange, Stream, Ticket};
 
 /// Longer client ids are refused: they are keys of the durable state.
 pub const CLIENT_ID_BYTES_MAX: usize = 512;
@@ -174,13 +174,29 @@ impl Session {
 
     /// Where its outbox stands, into the broker stream, with `changes` and what
     /// waits to be appended. Not awaited: an older note serves as well.
-    pub fn note(&self, broker: &Broker, mut changes: Vec<Change>) {
+    pub fn note(&self, broker: &Broker, changes: Vec<Change>) {
+        let _ = self.append_note(broker, changes);
+    }
+
+    /// The same, durable when it returns.
+    pub async fn note_durable(&self, broker: &Broker, changes: &[Change]) -> Result<(), Stopped> {
+        broker.durable(&*broker.broker, || self.append_note(broker, changes.to_vec())).await
+    }
+
+    /// In one with the look at the outbox: no later note comes before it, which would
+    /// list what another member of a share has handed over meanwhile.
+    fn append_note(&self, broker: &Broker, mut changes: Vec<Change>) -> Result<Ticket, AppendError> {
         let positions = broker.live.positions(&broker.streams);
         let mut outbox = self.outbox();
         changes.extend(outbox.note(&positions, broker.note_bytes_max()));
-        if !changes.is_empty() && broker.broker.append(&[], &super::borrowed(&changes)).is_err() {
+        if changes.is_empty() {
+            return Ok(Ticket::default());
+        }
+        let appended = broker.broker.append(&[], &super::borrowed(&changes));
+        if appended.is_err() {
             outbox.note_failed();
         }
+        appended.map(|appended| appended.ticket)
     }
 
     pub fn remove_filter(&self, filter: &str) {

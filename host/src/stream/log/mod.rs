@@ -54,6 +54,7 @@ use super::{
 };
 use crate::batch::Offset;
 use crate::telemetry::Failures;
+use crate::threads;
 
 /// A stream in a folder of its own. Dropping it commits what is buffered.
 pub struct Log {
@@ -159,7 +160,10 @@ impl Log {
 
 fn spawn(name: &str, inner: &Arc<Inner>, run: fn(&Inner)) -> io::Result<JoinHandle<()>> {
     let inner = Arc::clone(inner);
-    std::thread::Builder::new().name(name.to_owned()).spawn(move || run(&inner))
+    std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+        threads::take_short_slices();
+        run(&inner);
+    })
 }
 
 impl Drop for Log {

@@ -170,26 +170,18 @@ impl<S> Connection<'_, S> {
                 _ => SubscribeAckReason::GrantedQos2,
             });
         }
-        for some in granted.chunks(FILTERS_AT_ONCE) {
-            self.broker.live.subscribe(self.broker, &self.session, some);
-            if granted.len() > FILTERS_AT_ONCE {
-                yield_now().await;
+        let (broker, session) = (self.broker.clone(), self.session.clone());
+        let subscribed = async move {
+            for some in granted.chunks(FILTERS_AT_ONCE) {
+                broker.live.subscribe(&broker, &session, some);
+                if granted.len() > FILTERS_AT_ONCE {
+                    yield_now().await;
+                }
             }
-        }
-        self.keep(changes).await?;
+            keep(&broker, &session, &changes).await
+        };
+        self.broker.in_background(subscribed).await?;
         Ok(status)
-    }
-
-    /// Changed subscriptions of a persistent session are durable before they are
-    /// acknowledged, and with them what they are not meant for: the past.
-    async fn keep(&mut self, mut changes: Vec<Change>) -> Result<(), End> {
-        if changes.is_empty() {
-            return Ok(());
-        }
-        let broker = self.broker;
-        let positions = broker.live.positions(&broker.streams);
-        changes.extend(self.session.outbox().note(&positions, broker.note_bytes_max()));
-        broker.append_durable(&*broker.broker, &changes).await.map_err(|_| End::Stopped)
     }
 
     /// Refused with the cause that is counted.
@@ -218,24 +210,28 @@ impl<S> Connection<'_, S> {
         &mut self,
         filters: impl Iterator<Item = &str>,
     ) -> Result<Vec<UnsubscribeAckReason>, End> {
-        let epoch = self.session.persistent_epoch();
-        let mut changes: Vec<Change> = Vec::new();
-        let mut status = Vec::new();
-        for filter in filters {
-            consume_budget().await;
-            // Of a filter that it does not have, no lock is taken.
-            let had = self.session.has_filter(filter)
-                && self.broker.live.unsubscribe(self.broker, &self.session, filter);
-            if let (true, Some(epoch)) = (had, epoch) {
-                changes.push((subscription_key(epoch, filter), None));
+        let filters: Vec<Box<str>> = filters.map(Into::into).collect();
+        let (broker, session) = (self.broker.clone(), self.session.clone());
+        let unsubscribed = async move {
+            let epoch = session.persistent_epoch();
+            let mut changes: Vec<Change> = Vec::new();
+            let mut status = Vec::new();
+            for filter in &filters {
+                consume_budget().await;
+                // Of a filter that it does not have, no lock is taken.
+                let had = session.has_filter(filter) && broker.live.unsubscribe(&broker, &session, filter);
+                if let (true, Some(epoch)) = (had, epoch) {
+                    changes.push((subscription_key(epoch, filter), None));
+                }
+                status.push(match had {
+                    true => UnsubscribeAckReason::Success,
+                    false => UnsubscribeAckReason::NoSubscriptionExisted,
+                });
             }
-            status.push(match had {
-                true => UnsubscribeAckReason::Success,
-                false => UnsubscribeAckReason::NoSubscriptionExisted,
-            });
-        }
-        self.keep(changes).await?;
-        Ok(status)
+            keep(&broker, &session, &changes).await?;
+            Ok(status)
+        };
+        self.broker.in_background(unsubscribed).await
     }
 
     fn send_v3(&mut self, packet: v3::Packet) -> Result<(), End> {
@@ -255,6 +251,15 @@ impl<S> Connection<'_, S> {
         }
         Ok(())
     }
+}
+
+/// Changed subscriptions of a persistent session are durable before they are
+/// acknowledged, and with them what they are not meant for: the past.
+async fn keep(broker: &Broker, session: &Session, changes: &[Change]) -> Result<(), End> {
+    if changes.is_empty() {
+        return Ok(());
+    }
+    session.note_durable(broker, changes).await.map_err(|_| End::Stopped)
 }
 
 /// What a client may still subscribe to.

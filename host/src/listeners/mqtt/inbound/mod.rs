@@ -38,6 +38,10 @@ use crate::properties::{self, Origin, PROPERTIES_BYTES_MAX};
 use crate::stream::{NewMessage, StateChange, Ticket};
 use crate::topic::DEVICE_ID_BYTES_MAX;
 
+/// Packets that are taken in on one turn, in which this thread serves nobody else:
+/// so many, and more while they take no longer.
+const TAKEN_LEAST: usize = 256;
+const TAKEN_TIME: Duration = Duration::from_micros(200);
 /// A client over its rate is looked at no more often.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
 
@@ -74,6 +78,8 @@ pub enum Next {
     Bytes,
     /// The packet at the front is not one of the hot path.
     Packet,
+    /// It is the turn of others: the rest is taken in on the next.
+    Turn,
     /// Acks must go out, a stream take what it refused, or a question be
     /// answered, before more is taken in.
     Room,
@@ -318,11 +324,15 @@ impl Inbound {
         out: &mut BytesMut,
         work: &mut Work<'a>,
     ) -> Result<(usize, Next), Fault> {
-        let mut used = 0;
+        let (mut used, mut taken, begun) = (0, 0, Instant::now());
         loop {
             let Some(frame) = wire::frame(&bytes[used..], broker.packet_bytes_max)? else {
                 return Ok((used, Next::Bytes));
             };
+            if taken == TAKEN_LEAST && begun.elapsed() >= TAKEN_TIME {
+                return Ok((used, Next::Turn));
+            }
+            taken = taken % TAKEN_LEAST + 1;
             match frame.first {
                 first if first & 0xf0 == wire::PUBLISH => {
                     if self.acks.waiting() + work.owed.len() >= broker.waiting_acks_max(self.version) {

@@ -24,7 +24,7 @@ pub struct Loader(AbortOnDropHandle<Result<Loaded, Arc<str>>>);
 
 impl Loader {
     pub fn new(wanted: Vec<Place>, broker: &Arc<Broker>) -> Self {
-        Self(AbortOnDropHandle::new(tokio::spawn(load(wanted, broker.clone()))))
+        Self(AbortOnDropHandle::new(broker.background.spawn(load(wanted, broker.clone()))))
     }
 
     /// Safe to drop and to call again. The reason where a stream has stopped.

@@ -73,6 +73,7 @@ impl Host {
             namespace: Arc::default(),
             failures: Failures::default(),
             access_plugins: None,
+            background: tokio::runtime::Handle::current(),
             shutdown: shutdown.clone(),
         };
         let handle = start(&config, deps).await.unwrap();

@@ -1,0 +1,83 @@
+//! What threads ask of Linux's scheduler (EEVDF), so that acknowledgements go out in
+//! time on a full machine.
+//!
+//! Short slices: a thread that is woken comes before one with longer slices at once,
+//! and before one with slices as short as its own within such a slice. Otherwise it may
+//! wait for the next tick, up to 4 ms. They say nothing of shares.
+//! Nice: a thread that works long on what nobody waits for takes a tenth of the share of
+//! the others where all want to run.
+
+use std::io;
+use std::time::Duration;
+
+use rustix::process::getpriority_process;
+use rustix::thread::gettid;
+
+/// The shortest there are (Linux 6.12 and later; earlier ones have none of a thread's own).
+const SLICE: Duration = Duration::from_micros(100);
+const NICER: i32 = 10;
+const NICEST: i32 = 19;
+
+/// Acknowledgements wait for this thread, or it is not to keep them waiting.
+pub fn take_short_slices() {
+    or_say(nice().and_then(set));
+}
+
+/// How nice threads are that give way to the one that calls.
+pub fn nicer() -> io::Result<i32> {
+    Ok((nice()? + NICER).min(NICEST))
+}
+
+/// This thread gives way to others.
+pub fn give_way(nice: i32) {
+    or_say(set(nice));
+}
+
+/// It works all the same, later: so it is where somebody gave the host another policy.
+fn or_say(set: io::Result<()>) {
+    if let Err(error) = set {
+        tracing::debug!(%error, "a thread is scheduled as the system does");
+    }
+}
+
+fn nice() -> io::Result<i32> {
+    Ok(getpriority_process(Some(gettid()))?)
+}
+
+fn set(nice: i32) -> io::Result<()> {
+    let attributes = libc::sched_attr {
+        size: size_of::<libc::sched_attr>() as u32,
+        sched_policy: 0,
+        sched_flags: libc::SCHED_FLAG_KEEP_POLICY as u64,
+        sched_nice: nice,
+        sched_priority: 0,
+        sched_runtime: SLICE.as_nanos() as u64,
+        sched_deadline: 0,
+        sched_period: 0,
+    };
+    let (this_thread, no_flags) = (0, 0);
+    // SAFETY: the call reads `attributes`, which says its own size, and nothing else.
+    #[allow(unsafe_code)]
+    let failed =
+        unsafe { libc::syscall(libc::SYS_sched_setattr, this_thread, &raw const attributes, no_flags) };
+    if failed == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_thread_gives_way_and_no_other() {
+        let before = nice().unwrap();
+        let nicer = nicer().unwrap();
+        assert!(nicer > before || before == NICEST);
+        let there = std::thread::spawn(move || {
+            give_way(nicer);
+            nice().unwrap()
+        });
+        assert_eq!(there.join().unwrap(), nicer);
+        take_short_slices();
+        assert_eq!(nice().unwrap(), before);
+    }
+}
