@@ -6,15 +6,24 @@
 //! wait for the next tick, up to 4 ms. They say nothing of shares.
 //! Nice: a thread that works long on what nobody waits for takes a tenth of the share of
 //! the others where all want to run.
+//! Turns: a thread that works long offers its core now and then. One that waits for it
+//! has it at the next tick otherwise, slice or not, even with a core idle beside.
 
+use std::cell::Cell;
+use std::future::poll_fn;
 use std::io;
-use std::time::Duration;
+use std::pin::pin;
+use std::time::{Duration, Instant};
 
 use rustix::process::getpriority_process;
-use rustix::thread::gettid;
+use rustix::thread::{gettid, sched_yield};
 
 /// The shortest there are (Linux 6.12 and later; earlier ones have none of a thread's own).
 const SLICE: Duration = Duration::from_micros(100);
+/// Of work that others wait for in small parts: it offers its core once a slice.
+pub const SHORT_TURN: Duration = SLICE;
+/// Of work that is the cheaper the more of it is done in one go.
+pub const LONG_TURN: Duration = Duration::from_millis(1);
 const NICER: i32 = 10;
 const NICEST: i32 = 19;
 
@@ -31,6 +40,36 @@ pub fn nicer() -> io::Result<i32> {
 /// This thread gives way to others.
 pub fn give_way(nice: i32) {
     or_say(set(nice));
+}
+
+thread_local! {
+    static TURN_BEGAN: Cell<Option<Instant>> = const { Cell::new(None) };
+}
+
+/// This thread was woken, and has its core anew.
+pub fn begin_turn() {
+    TURN_BEGAN.set(Some(Instant::now()));
+}
+
+/// Lets another thread have this core that waits for it, where this one had it for `turn`.
+pub fn offer_core(turn: Duration) {
+    match TURN_BEGAN.get() {
+        Some(began) if began.elapsed() < turn => return,
+        Some(_) => sched_yield(),
+        None => {}
+    }
+    begin_turn();
+}
+
+/// Offers the core between two steps of `work`, once a `turn`.
+pub async fn in_turns<T>(turn: Duration, work: impl Future<Output = T>) -> T {
+    let mut work = pin!(work);
+    poll_fn(|context| {
+        let polled = work.as_mut().poll(context);
+        offer_core(turn);
+        polled
+    })
+    .await
 }
 
 /// It works all the same, later: so it is where somebody gave the host another policy.
@@ -66,6 +105,18 @@ fn set(nice: i32) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_thread_that_had_its_turn_begins_another() {
+        let began = || TURN_BEGAN.get().unwrap();
+        offer_core(SLICE);
+        let first = began();
+        while first.elapsed() < SLICE {
+            std::hint::spin_loop();
+        }
+        offer_core(SLICE);
+        assert!(began() > first);
+    }
 
     #[test]
     fn one_thread_gives_way_and_no_other() {

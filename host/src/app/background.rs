@@ -18,6 +18,7 @@ impl Background {
         let mut builder = Builder::new_multi_thread();
         builder.worker_threads(cores.div_ceil(2)).thread_name("background").enable_time();
         builder.on_thread_start(move || threads::give_way(nicer));
+        builder.on_thread_unpark(threads::begin_turn);
         builder.build().map(|runtime| Self(Some(runtime)))
     }
 

@@ -15,7 +15,11 @@ pub fn run(args: &ConfigArgs, log: Option<&str>, format: LogFormat) -> anyhow::R
     }
     raise_open_files();
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    let runtime = runtime.enable_all().on_thread_start(threads::take_short_slices).build()?;
+    let runtime = runtime
+        .enable_all()
+        .on_thread_start(threads::take_short_slices)
+        .on_thread_unpark(threads::begin_turn)
+        .build()?;
     runtime.block_on(app::run(loaded.config, loaded.source))
 }
 

@@ -37,6 +37,7 @@ use super::will::{self, Will};
 use super::wire::{self, Fault, Version};
 use crate::access::{UserPlace, Verdict};
 use crate::stream::Ticket;
+use crate::threads::{SHORT_TURN, offer_core};
 
 /// One read takes at most this much.
 const READ_BYTES_MAX: usize = 64 << 10;
@@ -268,7 +269,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
                     // A read may be full of them.
                     consume_budget().await;
                 }
-                Next::Turn => yield_now().await,
+                Next::Turn => {
+                    offer_core(SHORT_TURN);
+                    yield_now().await;
+                }
                 Next::Bytes | Next::Room => break,
             }
         }

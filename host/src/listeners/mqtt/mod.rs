@@ -66,6 +66,7 @@ use crate::access::{self, Access};
 use crate::plugin::access::AccessEngine;
 use crate::stream::{AppendError, Identity, StateChange, Stream, Streams, Ticket};
 use crate::telemetry::Failures;
+use crate::threads::{LONG_TURN, SHORT_TURN, in_turns};
 use crate::topic::Namespace;
 
 pub use self::bind::{Bind, SocketMode};
@@ -170,14 +171,14 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
     let broker = Broker::new(config, access, copies, deps);
     let tasks = TaskTracker::new();
     for number in 0..broker.streams.len() {
-        tasks.spawn_on(fanout::run(broker.clone(), number), &broker.background);
+        tasks.spawn_on(in_turns(LONG_TURN, fanout::run(broker.clone(), number)), &broker.background);
     }
     for number in 0..=broker.streams.len() {
-        tasks.spawn_on(copies::run(broker.clone(), number), &broker.background);
+        tasks.spawn_on(in_turns(SHORT_TURN, copies::run(broker.clone(), number)), &broker.background);
     }
-    tasks.spawn_on(keep_house(broker.clone()), &broker.background);
-    tasks.spawn_on(will::publish_restored(broker.clone()), &broker.background);
-    tasks.spawn_on(sys::run(broker.clone()), &broker.background);
+    tasks.spawn_on(in_turns(SHORT_TURN, keep_house(broker.clone())), &broker.background);
+    tasks.spawn_on(in_turns(SHORT_TURN, will::publish_restored(broker.clone())), &broker.background);
+    tasks.spawn_on(in_turns(SHORT_TURN, sys::run(broker.clone())), &broker.background);
     let room = Arc::new(Semaphore::new(config.connections_max as usize));
     let tls: Vec<_> = entries.iter().filter_map(Entry::tls).cloned().collect();
     // Taken also where there is nothing to read again: by default it ends a process.
@@ -375,7 +376,7 @@ impl Broker {
     /// connections: what takes a lock that the live delivery holds, or walks a queue. It
     /// goes on, with what it was given, where nobody waits for it any more.
     async fn in_background<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> T {
-        match self.background.spawn(work).await {
+        match self.background.spawn(in_turns(SHORT_TURN, work)).await {
             Ok(done) => done,
             Err(failed) => match failed.try_into_panic() {
                 Ok(panic) => resume_unwind(panic),

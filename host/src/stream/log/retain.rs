@@ -19,6 +19,7 @@ use super::segment::{self, FRAMES_AT};
 use super::{Inner, lock, read, write};
 use crate::batch::Offset;
 use crate::stream::{Attachment, OnLag};
+use crate::threads::{SHORT_TURN, offer_core};
 
 /// The first segment of a fresh log; each next one is four times as large, up to `segment_bytes`.
 const FIRST_SEGMENT_BYTES: u64 = 4 << 20;
@@ -240,9 +241,11 @@ impl Inner {
             while at < len {
                 let part = (len - at).min(ZEROS.len() as u64);
                 file.write_at(&[&ZEROS[..part as usize]], at)?;
+                // Each for itself: a frame's sync waits for what is on its way to the disk.
+                file.sync(SyncSite::Segment)?;
                 at += part;
+                offer_core(SHORT_TURN);
             }
-            file.sync(SyncSite::Segment)?;
             Ok(file)
         };
         match fill() {

@@ -40,8 +40,8 @@ use crate::topic::DEVICE_ID_BYTES_MAX;
 
 /// Packets that are taken in on one turn, in which this thread serves nobody else:
 /// so many, and more while they take no longer.
-const TAKEN_LEAST: usize = 256;
-const TAKEN_TIME: Duration = Duration::from_micros(200);
+const TAKEN_LEAST: usize = 64;
+const TAKEN_TIME: Duration = Duration::from_micros(100);
 /// A client over its rate is looked at no more often.
 const PAUSE_MIN: Duration = Duration::from_millis(5);
 

@@ -10,6 +10,7 @@ use super::{Message, Place};
 use crate::listeners::mqtt::Broker;
 use crate::listeners::mqtt::copies::CopyPicks;
 use crate::listeners::mqtt::picks::Picks;
+use crate::threads::{SHORT_TURN, in_turns};
 
 /// Subscribers that are read for at a time: each holds up to 2 MiB meanwhile,
 /// and takes a thread from those that serve connections.
@@ -24,7 +25,9 @@ pub struct Loader(AbortOnDropHandle<Result<Loaded, Arc<str>>>);
 
 impl Loader {
     pub fn new(wanted: Vec<Place>, broker: &Arc<Broker>) -> Self {
-        Self(AbortOnDropHandle::new(broker.background.spawn(load(wanted, broker.clone()))))
+        Self(AbortOnDropHandle::new(
+            broker.background.spawn(in_turns(SHORT_TURN, load(wanted, broker.clone()))),
+        ))
     }
 
     /// Safe to drop and to call again. The reason where a stream has stopped.
