@@ -2,7 +2,7 @@
 //! the kernel put them. It takes little of the cores that it shares with the broker.
 
 use std::io::{Read, Write};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
@@ -18,7 +18,6 @@ const EVENTS_MAX: usize = 1_024;
 pub struct Crowd {
     members: Vec<Member>,
     epoll: OwnedFd,
-    events: Vec<epoll::Event>,
     buffer: Vec<u8>,
 }
 
@@ -51,7 +50,7 @@ impl Crowd {
             epoll::add(&epoll, &connection.stream, data, epoll::EventFlags::IN).expect("a socket");
             members.push(Member { connection, left: Vec::new() });
         }
-        Self { members, epoll, events: Vec::with_capacity(EVENTS_MAX), buffer: vec![0; READ_BYTES] }
+        Self { members, epoll, buffer: vec![0; READ_BYTES] }
     }
 
     /// Sends from a client; what a socket does not take at once is waited for.
@@ -59,15 +58,21 @@ impl Crowd {
         self.members[number].connection.stream.write_all(bytes).expect("the broker reads");
     }
 
+    /// To send from another thread than the one that receives.
+    pub fn streams(&self) -> Vec<TcpStream> {
+        let stream = |member: &Member| member.connection.stream.try_clone().expect("a socket");
+        self.members.iter().map(stream).collect()
+    }
+
     /// Waits until something came, and reads once from each client that has
     /// something: `each` packet, and whose, then what to `answer` with.
     pub fn receive(&mut self, mut each: impl FnMut(usize, Packet<'_>, &mut Vec<u8>)) {
-        self.events.clear();
+        let mut events = Vec::with_capacity(EVENTS_MAX);
         let silence = Timespec::try_from(SILENCE_MAX).expect("seconds");
-        epoll::wait(&self.epoll, spare_capacity(&mut self.events), Some(&silence)).expect("epoll");
-        assert!(!self.events.is_empty(), "nothing came for {SILENCE_MAX:?}: the broker lost messages");
+        epoll::wait(&self.epoll, spare_capacity(&mut events), Some(&silence)).expect("epoll");
+        assert!(!events.is_empty(), "nothing came for {SILENCE_MAX:?}: the broker lost messages");
         let mut answer = Vec::new();
-        for event in &self.events {
+        for event in &events {
             let number = event.data.u64() as usize;
             let member = &mut self.members[number];
             let kept = member.left.len();

@@ -47,7 +47,7 @@ fn round(server: &Postgres, all: &mut Rounds) {
 
     let cpu = host.process().cpu();
     let begin = Instant::now();
-    let ts = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_micros();
+    let ts = micros(SystemTime::now());
     send_numbered(host.mqtt(), PUBLISHERS, WINDOW, PER_PUBLISHER, |publisher, n, out, id| {
         encode(out, publisher, n, ts, id);
     });
@@ -62,11 +62,9 @@ fn round(server: &Postgres, all: &mut Rounds) {
     all.cpu_us.push(cpu.as_micros() as f64 / MESSAGES as f64);
 
     database.execute("TRUNCATE telemetry; CHECKPOINT");
-    let epoch = SystemTime::now() + Duration::from_millis(300);
-    let epoch = epoch.duration_since(UNIX_EPOCH).expect("after 1970").as_micros();
     let mut delays =
         open_loop(host.mqtt(), PUBLISHERS, rate / 2.0, OPEN_LOOP, |publisher, n, due, out, id| {
-            encode(out, publisher, n, epoch + due.as_micros(), id);
+            encode(out, publisher, n, micros(due), id);
         });
     rows(&host, &mut database, delays.len() as u64);
     all.ack_p99_ms.push(percentile(&mut delays, 0.99) / 1000.0);
@@ -104,6 +102,10 @@ fn start(url: &str) -> Host {
     host.folder.write("plugins/30-route.yaml", "rules:\n  - { when: { above: 1e12 }, route: alert }\n");
     host.run();
     host
+}
+
+fn micros(time: SystemTime) -> u128 {
+    time.duration_since(UNIX_EPOCH).expect("after 1970").as_micros()
 }
 
 fn device(publisher: usize) -> String {

@@ -4,9 +4,12 @@
 use std::io::Write;
 use std::net::SocketAddr;
 use std::sync::{Arc, Barrier};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
+use headworks::threads::take_short_slices;
 use headworks_tests::mqtt::{self, Connection, Version, kind};
+
+use crate::crowd::Crowd;
 
 /// Messages of one publisher: a template whose packet id and number are patched in place.
 pub struct Template {
@@ -139,55 +142,62 @@ pub fn send_numbered(
 }
 
 /// Open loop: message `n` of a publisher is due at `n / rate`, whether or not
-/// earlier ones were acknowledged; returns each ack's delay from that time in µs.
+/// earlier ones were acknowledged, the publishers evenly apart; returns each
+/// ack's delay from that time in µs. One thread sends and one receives, however
+/// many publishers there are; like devices, which have machines of their own,
+/// they wait for no tick of this one's scheduler.
 pub fn open_loop(
     addr: SocketAddr,
     publishers: usize,
     rate: f64,
     duration: Duration,
-    message: impl Fn(usize, u64, Duration, &mut Vec<u8>, u16) + Send + Sync,
+    message: impl Fn(usize, u64, SystemTime, &mut Vec<u8>, u16) + Send + Sync,
 ) -> Vec<u32> {
-    let each = rate / publishers as f64;
-    let count = (each * duration.as_secs_f64()) as u64;
-    let due = |n: u64| Duration::from_secs_f64(n as f64 / each);
-    let begin = Instant::now() + Duration::from_millis(300);
+    let each = (rate * duration.as_secs_f64()) as u64 / publishers as u64;
+    let due = |number: usize, n: u64| {
+        Duration::from_secs_f64((n * publishers as u64 + number as u64) as f64 / rate)
+    };
+    let mut crowd = Crowd::connect(addr, "load", publishers, None);
+    let mut streams = crowd.streams();
+    let pause = Duration::from_millis(300);
+    let (begin, begin_wall) = (Instant::now() + pause, SystemTime::now() + pause);
     std::thread::scope(|scope| {
-        let readers: Vec<_> = (0..publishers)
-            .map(|number| {
-                let mut connection = connect(addr, &format!("load-{number:04}"));
-                let mut stream = connection.stream.try_clone().expect("a socket");
-                let message = &message;
-                scope.spawn(move || {
-                    let mut out = Vec::new();
-                    let mut sent = 0;
-                    while sent < count {
-                        let now = Instant::now().saturating_duration_since(begin);
-                        out.clear();
-                        while sent < count && due(sent) <= now {
-                            message(number, sent, due(sent), &mut out, packet_id(sent));
-                            sent += 1;
-                        }
-                        stream.write_all(&out).expect("the broker reads");
-                        std::thread::sleep(Duration::from_micros(500));
+        scope.spawn(move || {
+            take_short_slices();
+            let mut out = Vec::new();
+            let mut sent = vec![0; publishers];
+            while sent.iter().any(|sent| *sent < each) {
+                for (number, sent) in sent.iter_mut().enumerate() {
+                    let now = Instant::now().saturating_duration_since(begin);
+                    out.clear();
+                    while *sent < each && due(number, *sent) <= now {
+                        message(number, *sent, begin_wall + due(number, *sent), &mut out, packet_id(*sent));
+                        *sent += 1;
                     }
+                    if !out.is_empty() {
+                        streams[number].write_all(&out).expect("the broker reads");
+                    }
+                }
+                std::thread::sleep(Duration::from_micros(500));
+            }
+        });
+        let total = each as usize * publishers;
+        let receiver = scope.spawn(move || {
+            take_short_slices();
+            let mut acked = vec![0; publishers];
+            let mut delays = Vec::with_capacity(total);
+            while delays.len() < total {
+                crowd.receive(|number, packet, _| {
+                    let n = acked[number];
+                    assert_eq!((packet.kind(), packet.packet_id()), (kind::PUBACK, packet_id(n)));
+                    acked[number] += 1;
+                    let delay = Instant::now().saturating_duration_since(begin + due(number, n));
+                    delays.push(delay.as_micros() as u32);
                 });
-                scope.spawn(move || {
-                    let mut delays = Vec::with_capacity(count as usize);
-                    while (delays.len() as u64) < count {
-                        connection
-                            .receive(|packet| {
-                                let n = delays.len() as u64;
-                                assert_eq!((packet.kind(), packet.packet_id()), (kind::PUBACK, packet_id(n)));
-                                let delay = Instant::now().saturating_duration_since(begin + due(n));
-                                delays.push(delay.as_micros() as u32);
-                            })
-                            .expect("the broker acknowledges");
-                    }
-                    delays
-                })
-            })
-            .collect();
-        readers.into_iter().flat_map(|reader| reader.join().expect("a reader")).collect()
+            }
+            delays
+        });
+        receiver.join().expect("a receiver")
     })
 }
 

@@ -11,10 +11,19 @@ pub struct Folder {
 impl Folder {
     /// Below the system's temporary folder; other users may pass through (PostgreSQL's does).
     pub fn new(name: &str) -> Self {
+        Self::below(&std::env::temp_dir(), name)
+    }
+
+    /// Where no disk is part of what is measured.
+    pub fn in_memory(name: &str) -> Self {
+        Self::below(Path::new("/dev/shm"), name)
+    }
+
+    fn below(parent: &Path, name: &str) -> Self {
         let dir = tempfile::Builder::new()
             .prefix(&format!("headworks-{name}-"))
-            .tempdir()
-            .expect("the temporary folder can be written");
+            .tempdir_in(parent)
+            .unwrap_or_else(|error| panic!("{}: {error}", parent.display()));
         let path = dir.keep();
         use std::os::unix::fs::PermissionsExt;
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).expect("our folder");

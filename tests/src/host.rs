@@ -41,6 +41,9 @@ struct Bound {
     admin: SocketAddr,
 }
 
+/// One plain listener, on a port of its own.
+pub const MQTT: &str = "mqtt: { listeners: [ { bind: 127.0.0.1:0 } ] }";
+
 /// Data and plugins in the test's folder.
 /// The admin port is chosen here: the command line reads it from the config.
 fn head() -> String {
@@ -55,12 +58,15 @@ fn head() -> String {
 impl Host {
     /// A folder with this config (below the head) and an empty plugins folder; not started.
     pub fn prepare(name: &str, config: &str) -> Self {
-        Self::prepare_with(name, "mqtt: { listeners: [ { bind: 127.0.0.1:0 } ] }", config)
+        Self::prepare_with(name, MQTT, config)
     }
 
     /// The same with an `mqtt:` section of its own.
     pub fn prepare_with(name: &str, mqtt: &str, config: &str) -> Self {
-        let folder = Folder::new(name);
+        Self::prepare_in(Folder::new(name), mqtt, config)
+    }
+
+    pub fn prepare_in(folder: Folder, mqtt: &str, config: &str) -> Self {
         folder.write("headworks.yaml", format!("{}{mqtt}\n{config}", head()));
         std::fs::create_dir_all(folder.join("plugins")).expect("our folder");
         Self { folder, process: None, bound: None, environment: Vec::new() }
