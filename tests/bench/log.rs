@@ -2,7 +2,8 @@
 //! sync each, against raw writes and fdatasync of the same size into a prefilled
 //! file, the mode that the log's segments are in. The same size: of a frame,
 //! which is the records, 40 B of index each, and its header. Raw writes of the
-//! records alone are shown beside it.
+//! records alone are shown beside it. They take turns of some 5 ms, because a
+//! disk's moods are longer.
 
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -13,13 +14,18 @@ use headworks::stream::log::{Log, RealDisk};
 use headworks::stream::{AppendError, Config, NewMessage, Stream, Ticket};
 use headworks::units::ByteSize;
 use headworks_tests::folder::{Folder, target};
+use tokio::runtime::Runtime;
+use tokio::sync::watch;
 
 use crate::results::Results;
 use crate::rounds;
 
 const RECORD: [u8; 256] = [b'r'; 256];
 const BATCH: usize = 256;
-const COMMITS: usize = 350;
+/// Of one turn.
+const COMMITS: usize = 25;
+/// Of a round: in one segment, before its half, from which on the next is prepared.
+const TURNS: usize = 14;
 /// The measured part of a round is a twentieth of a second, and disks are moody.
 const ROUNDS_FACTOR: usize = 3;
 const RECORDS_BYTES: usize = RECORD.len() * BATCH;
@@ -40,10 +46,20 @@ pub fn run(results: &mut Results) {
         // What a run that was ended left behind.
         let _ = std::fs::remove_dir_all(&path);
         let folder = Folder::at(&path);
-        raw.push(raw_records_per_s(&folder, FRAME_BYTES));
-        records_alone.push(raw_records_per_s(&folder, RECORDS_BYTES));
-        ours.push(runtime.block_on(log_records_per_s(&folder)));
+        let mut frames = Raw::new(&folder, "frames", FRAME_BYTES);
+        let mut records = Raw::new(&folder, "records", RECORDS_BYTES);
+        let mut log = Logged::open(&folder, &runtime);
+        let mut took = [Duration::ZERO; 3];
+        for _ in 0..TURNS {
+            took[0] += frames.turn();
+            took[1] += log.turn(&runtime);
+            took[2] += records.turn();
+        }
+        log.close(&runtime);
         let _ = std::fs::remove_dir_all(folder.path());
+        for (per_s, took) in [&mut raw, &mut ours, &mut records_alone].into_iter().zip(took) {
+            per_s.push((TURNS * COMMITS * BATCH) as f64 / took.as_secs_f64());
+        }
     }
     results.add("log_append_records_per_s", &ours);
     results.add("log_append_records_per_s_raw", &raw);
@@ -51,70 +67,96 @@ pub fn run(results: &mut Results) {
     results.add("log_append_records_per_s_raw_records_alone", &records_alone);
 }
 
-/// `BATCH` records a write, in `bytes`.
-fn raw_records_per_s(folder: &Folder, bytes: usize) -> f64 {
-    let batch = vec![b'r'; bytes];
-    let file = std::fs::File::create(folder.join("raw")).expect("target can be written");
-    for commit in 0..COMMITS {
-        file.write_all_at(&vec![0; batch.len()], (commit * batch.len()) as u64).expect("room");
-    }
-    file.sync_all().expect("a disk");
-    let begin = Instant::now();
-    for commit in 0..COMMITS {
-        file.write_all_at(&batch, (commit * batch.len()) as u64).expect("room");
-        file.sync_data().expect("a disk");
-    }
-    (COMMITS * BATCH) as f64 / begin.elapsed().as_secs_f64()
+/// A batch's bytes a write, and a sync, into a prefilled file.
+struct Raw {
+    file: std::fs::File,
+    bytes: Vec<u8>,
+    at: u64,
 }
 
-async fn log_records_per_s(folder: &Folder) -> f64 {
-    let config = Config {
-        commit_buffer_bytes_max: ByteSize((RECORD.len() * BATCH * 3 / 2) as u64),
-        ..Config::default()
-    };
-    let (log, _) = Log::open(Arc::new(RealDisk), &folder.join("stream"), "bench", &config)
-        .expect("target can be written");
-    let message = NewMessage {
-        topic: "",
-        payload: &RECORD,
-        properties: &[],
-        route: "",
-        device: "",
-        partition: Partition(0),
-        flags: 0,
-        received_us: 1,
-        event_us: 0,
-    };
-    let batch = vec![message; BATCH];
-    let mut durable = log.durable();
-    // One batch gathers while the one before is synced, as in a host; the buffer
-    // has room for one, so that each has a sync of its own.
-    let mut commit = async |count: usize| {
+impl Raw {
+    fn new(folder: &Folder, name: &str, bytes: usize) -> Self {
+        let file = std::fs::File::create(folder.join(name)).expect("target can be written");
+        for commit in 0..TURNS * COMMITS {
+            file.write_all_at(&vec![0; bytes], (commit * bytes) as u64).expect("room");
+        }
+        file.sync_all().expect("a disk");
+        Self { file, bytes: vec![b'r'; bytes], at: 0 }
+    }
+
+    fn turn(&mut self) -> Duration {
+        let begin = Instant::now();
+        for _ in 0..COMMITS {
+            self.file.write_all_at(&self.bytes, self.at).expect("room");
+            self.file.sync_data().expect("a disk");
+            self.at += self.bytes.len() as u64;
+        }
+        begin.elapsed()
+    }
+}
+
+struct Logged {
+    log: Arc<Log>,
+    durable: watch::Receiver<Ticket>,
+    batch: Vec<NewMessage<'static>>,
+}
+
+impl Logged {
+    fn open(folder: &Folder, runtime: &Runtime) -> Self {
+        let config = Config {
+            commit_buffer_bytes_max: ByteSize((RECORD.len() * BATCH * 3 / 2) as u64),
+            ..Config::default()
+        };
+        let (log, _) = Log::open(Arc::new(RealDisk), &folder.join("stream"), "bench", &config)
+            .expect("target can be written");
+        let message = NewMessage {
+            topic: "",
+            payload: &RECORD,
+            properties: &[],
+            route: "",
+            device: "",
+            partition: Partition(0),
+            flags: 0,
+            received_us: 1,
+            event_us: 0,
+        };
+        let mut opened = Self { durable: log.durable(), log, batch: vec![message; BATCH] };
+        for commits in WARM_UP {
+            runtime.block_on(opened.commit(commits));
+            std::thread::sleep(PREFILL);
+        }
+        opened
+    }
+
+    fn turn(&mut self, runtime: &Runtime) -> Duration {
+        let begin = Instant::now();
+        runtime.block_on(self.commit(COMMITS));
+        begin.elapsed()
+    }
+
+    /// One batch gathers while the one before is synced, as in a host; the buffer
+    /// has room for one, so that each has a sync of its own.
+    async fn commit(&mut self, count: usize) {
         let (mut first, mut last) = (None, Ticket::default());
         for _ in 0..count {
             last = loop {
-                match log.append(&batch, &[]) {
+                match self.log.append(&self.batch, &[]) {
                     Ok(appended) => break appended.ticket,
-                    Err(AppendError::Full) => log.writable().await,
+                    Err(AppendError::Full) => self.log.writable().await,
                     Err(error) => panic!("{error}"),
                 }
             };
             first.get_or_insert(last);
         }
-        durable.wait_for(|ticket| *ticket >= last).await.expect("the log runs");
+        self.durable.wait_for(|ticket| *ticket >= last).await.expect("the log runs");
         let syncs = last.0 + 1 - first.map_or(0, |ticket| ticket.0);
         assert_eq!(syncs, count as u64, "a sync for every batch");
-    };
-    for commits in WARM_UP {
-        commit(commits).await;
-        tokio::time::sleep(PREFILL).await;
     }
-    let begin = Instant::now();
-    commit(COMMITS).await;
-    let took = begin.elapsed();
-    let bounds = log.bounds();
-    let records = (COMMITS + WARM_UP.iter().sum::<usize>()) * BATCH;
-    assert_eq!(bounds.end.0 - bounds.start.0, records as u64, "all records are durable");
-    log.close().await;
-    (COMMITS * BATCH) as f64 / took.as_secs_f64()
+
+    fn close(self, runtime: &Runtime) {
+        let bounds = self.log.bounds();
+        let records = (TURNS * COMMITS + WARM_UP.iter().sum::<usize>()) * BATCH;
+        assert_eq!(bounds.end.0 - bounds.start.0, records as u64, "all records are durable");
+        runtime.block_on(self.log.close());
+    }
 }
