@@ -47,6 +47,8 @@ pub struct Writer {
     pub spare: Option<(BytesMut, BytesMut)>,
     pub changes: Vec<u8>,
     pub marked: bool,
+    /// Somebody waits for the room that was made when what is in hand was taken.
+    pub is_awaited: bool,
 }
 
 #[derive(Debug)]
@@ -123,10 +125,10 @@ impl Inner {
             writer.spare = Some((fresh.entries, fresh.data));
             return false;
         }
+        writer.is_awaited = front.refused == Some(front.ticket);
         let taken = front.take(fresh);
         drop(front);
         writer.in_hand = Some(taken);
-        self.space.send_modify(|n| *n += 1);
         true
     }
 
@@ -176,6 +178,11 @@ impl Inner {
         let written =
             writer.file.write_at(&around.parts(&pending.entries, &pending.data, &changes), writer.at);
         writer.changes = changes;
+        if std::mem::take(&mut writer.is_awaited) {
+            // Who is woken may take this core, with the disk idle if it had nothing yet.
+            writer.file.start_sync(writer.at, header.total_len());
+            self.space.send_modify(|n| *n += 1);
+        }
         written.map_err(no_space_or("write"))?;
         let started = Instant::now();
         writer.file.sync(SyncSite::Frame).map_err(|error| CommitError::Failed("sync", error))?;

@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::io::{self, IoSlice};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -50,6 +51,10 @@ pub trait File: Send + Sync {
 
     /// Writes all the parts one after the other.
     fn write_at(&self, parts: &[&[u8]], at: u64) -> io::Result<()>;
+
+    /// Begins what the next sync has to do for these bytes, where that can be. Nothing
+    /// is durable by it, and that sync says what failed.
+    fn start_sync(&self, _at: u64, _len: u64) {}
 
     /// Makes content and length durable (fdatasync).
     fn sync(&self, site: SyncSite) -> io::Result<()>;
@@ -148,6 +153,14 @@ impl File for fs::File {
         Ok(())
     }
 
+    fn start_sync(&self, at: u64, len: u64) {
+        // SAFETY: the call has numbers only, and the file is open.
+        #[allow(unsafe_code)]
+        unsafe {
+            libc::sync_file_range(self.as_raw_fd(), at as i64, len as i64, libc::SYNC_FILE_RANGE_WRITE);
+        }
+    }
+
     fn sync(&self, _: SyncSite) -> io::Result<()> {
         self.sync_data()
     }
@@ -229,6 +242,9 @@ impl File for SlowFile {
     }
     fn write_at(&self, parts: &[&[u8]], at: u64) -> io::Result<()> {
         self.file.write_at(parts, at)
+    }
+    fn start_sync(&self, at: u64, len: u64) {
+        self.file.start_sync(at, len);
     }
     fn sync(&self, site: SyncSite) -> io::Result<()> {
         std::thread::sleep(self.extra);

@@ -140,6 +140,7 @@ fn build(
         spare: None,
         changes: Vec::new(),
         marked: false,
+        is_awaited: false,
     };
     let tail_bytes_max = config.tail_bytes_max.0 as usize;
     Ok(Inner {
