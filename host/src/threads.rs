@@ -8,15 +8,20 @@
 //! the others where all want to run.
 //! Turns: a thread that works long offers its core now and then. One that waits for it
 //! has it at the next tick otherwise, slice or not, even with a core idle beside.
+//! Cores: the threads that serve connections keep to one each. Two of them share one
+//! for milliseconds otherwise, with a core idle beside.
 
 use std::cell::Cell;
 use std::future::poll_fn;
 use std::io;
 use std::pin::pin;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::process::getpriority_process;
-use rustix::thread::{gettid, sched_yield};
+use rustix::thread::{CpuSet, gettid, sched_getaffinity, sched_setaffinity, sched_yield};
 
 /// The shortest there are (Linux 6.12 and later; earlier ones have none of a thread's own).
 const SLICE: Duration = Duration::from_micros(100);
@@ -44,6 +49,68 @@ pub fn give_way(nice: i32) {
 
 thread_local! {
     static TURN_BEGAN: Cell<Option<Instant>> = const { Cell::new(None) };
+    static HAS_CORE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// The cores that threads keep to; whoever keeps to none runs on any of them.
+static CORES: OnceLock<Cores> = OnceLock::new();
+
+struct Cores {
+    any: CpuSet,
+    each: Vec<usize>,
+    next: AtomicUsize,
+}
+
+/// From now on so many threads may each [`keep_to_a_core`], where there are as many that
+/// this process may run on: with fewer threads (a quota) all processes here would keep
+/// to the same few.
+pub fn share_out_cores(threads: usize) {
+    let cores = sched_getaffinity(None).map_err(io::Error::from).map(Cores::new);
+    match cores {
+        Ok(cores) if cores.each.len() == threads && threads > 1 => _ = CORES.set(cores),
+        Ok(_) => {}
+        Err(error) => or_say(Err(error)),
+    }
+}
+
+/// For a thread that does not end, and is called again and again.
+pub fn keep_to_a_core() {
+    if let Some(cores) = CORES.get()
+        && !HAS_CORE.replace(true)
+    {
+        or_say(sched_setaffinity(None, &cores.take()).map_err(io::Error::from));
+    }
+}
+
+/// A thread, or a process, begins with the cores of the thread that begins it.
+pub fn run_on_any_core() {
+    if let Some(cores) = CORES.get() {
+        or_say(sched_setaffinity(None, &cores.any).map_err(io::Error::from));
+    }
+}
+
+/// A thread that runs on any core.
+pub fn spawn<T: Send + 'static>(
+    name: String,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<JoinHandle<T>> {
+    std::thread::Builder::new().name(name).spawn(move || {
+        run_on_any_core();
+        work()
+    })
+}
+
+impl Cores {
+    fn new(any: CpuSet) -> Self {
+        let each = (0..CpuSet::MAX_CPU).filter(|core| any.is_set(*core)).collect();
+        Self { any, each, next: AtomicUsize::new(0) }
+    }
+
+    fn take(&self) -> CpuSet {
+        let mut core = CpuSet::new();
+        core.set(self.each[self.next.fetch_add(1, Ordering::Relaxed) % self.each.len()]);
+        core
+    }
 }
 
 /// This thread was woken, and has its core anew.
@@ -116,6 +183,23 @@ mod tests {
         }
         offer_core(SLICE);
         assert!(began() > first);
+    }
+
+    #[test]
+    fn threads_that_keep_to_a_core_have_one_each_and_begin_others_that_do_not() {
+        let cores = || Cores::new(sched_getaffinity(None).unwrap()).each;
+        let any = cores();
+        share_out_cores(any.len());
+        let keeping = move || {
+            keep_to_a_core();
+            keep_to_a_core();
+            (cores(), spawn("begun".to_owned(), cores).unwrap().join().unwrap())
+        };
+        let (mut kept, begun): (Vec<_>, Vec<_>) =
+            any.iter().map(|_| std::thread::spawn(keeping).join().unwrap()).unzip();
+        kept.sort();
+        assert_eq!(kept.concat(), any);
+        assert!(begun.iter().all(|begun| *begun == any));
     }
 
     #[test]

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::telemetry::Failures;
+use crate::threads;
 
 pub struct Watched<T> {
     path: PathBuf,
@@ -118,7 +119,7 @@ impl<T: Send + Sync + 'static> Watched<T> {
                 watched.is_read_aside.store(false, Ordering::Release);
                 watched.tell(renewed);
             };
-            if let Err(error) = std::thread::Builder::new().name("access-file".to_owned()).spawn(read) {
+            if let Err(error) = threads::spawn("access-file".to_owned(), read) {
                 self.is_read_aside.store(false, Ordering::Release);
                 self.tell(Err(format!("{}: no thread to read it: {error}", self.path.display())));
             }

@@ -17,6 +17,7 @@ use super::reader::{LaneControl, Reader, room_units};
 use super::worker::{Ended, Served, Shared, Steps, WORK_FRAMES_MAX, Worker};
 use crate::batch::Offset;
 use crate::stream::{Stream, Ticket};
+use crate::threads;
 
 /// Orders to a lane that it did not get to yet.
 const CONTROLS_MAX: usize = 16;
@@ -111,7 +112,7 @@ type WorkerEnd = oneshot::Receiver<Result<(), String>>;
 fn spawn(worker: Worker) -> std::io::Result<WorkerEnd> {
     let (end, ended) = oneshot::channel();
     let name = format!("{}-{}", worker.shared.name, worker.number);
-    std::thread::Builder::new().name(name).spawn(move || {
+    threads::spawn(name, move || {
         let result = match catch_unwind(AssertUnwindSafe(|| worker.run())) {
             Ok(Ok(()) | Err(Ended::Aborted)) => Ok(()),
             Ok(Err(Ended::DeadLetters(error))) => Err(error.to_string()),

@@ -21,9 +21,9 @@ use super::metrics::SinkMetrics;
 use super::routes::Sorted;
 use super::worker::{Shared, Stripped, unknown_routes, without_letters};
 use super::writer::{Failed, Refusals, Writer};
-use crate::batch::{Batch, MessageRef, Offset, Span};
+use crate::batch::{Batch, MessageRef, Offset, Partition, Span};
 use crate::sinks::{Rows, Sink};
-use crate::step::{Chain, Refused, RefusedKind, Step};
+use crate::step::{Chain, Outcome, Refused, RefusedKind, Step};
 use crate::stream::{AppendError, Read, ReadError, StateChange, StateEntries, Stream, Ticket};
 
 /// State key of a letter that has a copy: then its offset, big-endian.
@@ -66,6 +66,8 @@ pub enum RedriveError {
     Step(String, String),
     #[error("{0}")]
     Held(String),
+    #[error("a step panicked: see the log")]
+    Panicked,
 }
 
 impl From<ReadError> for RedriveError {
@@ -116,9 +118,9 @@ pub async fn run(
     let letters = Arc::new(letters);
     letters.remember_from(Offset(0)).await?;
     letters.check_all();
-    let mut steps = instances(chain).await?;
     let mut summary = Summary::default();
     for (number, (sink, lender)) in lenders.iter().enumerate() {
+        let mut steps = instances(chain).await?;
         let Some(borrowed) = Borrowed::take(lender).await else {
             summary.failed.push(format!("sink \"{sink}\" has stopped"));
             continue;
@@ -230,7 +232,7 @@ type Delivered = Result<Result<(), Failed>, RedriveError>;
 async fn deliver(
     writer: &mut Writer,
     sink: Box<dyn Sink>,
-    steps: &mut [Box<dyn Step>],
+    steps: &mut Vec<Box<dyn Step>>,
     shared: &Arc<Shared>,
     dead_letters: &Arc<dyn Stream>,
     summary: &mut Summary,
@@ -243,7 +245,7 @@ async fn deliver(
 
 async fn deliver_with(
     writer: &mut Writer,
-    steps: &mut [Box<dyn Step>],
+    steps: &mut Vec<Box<dyn Step>>,
     shared: &Arc<Shared>,
     dead_letters: &Arc<dyn Stream>,
     summary: &mut Summary,
@@ -336,7 +338,7 @@ fn original(batch: &Batch, i: usize) -> Batch {
 async fn through(
     mut batch: Batch,
     from: &str,
-    steps: &mut [Box<dyn Step>],
+    steps: &mut Vec<Box<dyn Step>>,
     shared: &Shared,
     letters: &DeadLetters,
     reader: &mut Reader,
@@ -356,8 +358,8 @@ async fn through(
             }
         }
     };
-    for step in &mut steps[begin..] {
-        let name = Arc::clone(&step.id().step);
+    for place in begin..steps.len() {
+        let name = Arc::clone(&steps[place].id().step);
         let indexes;
         (batch, indexes) = without_letters(batch, &name, std::slice::from_ref(reader));
         if batch.is_empty() {
@@ -367,8 +369,7 @@ async fn through(
         let all = (0..batch.len() as u32).collect::<Vec<_>>();
         let mut attempt = 0;
         let outcome = loop {
-            // A step runs within its limits: this blocks no longer than that.
-            let outcome = tokio::task::block_in_place(|| step.run(batch.clone(), partition, attempt));
+            let outcome = run_step(steps, place, batch.clone(), partition, attempt).await?;
             match &outcome.retry {
                 Some(reason) if outcome.held => return Err(RedriveError::Held(reason.clone())),
                 Some(_) if attempt + 1 < ATTEMPTS_MAX => attempt += 1,
@@ -394,6 +395,25 @@ async fn through(
     let unknown = unknown_routes(&shared.routes, &sorted.batch, &sorted.unknown);
     refused += refuse(&sorted.batch, indexes, super::ROUTES_STEP, &unknown, letters, reader).await?;
     Ok((Some(sorted), refused))
+}
+
+/// Off the async threads, as long as the step's limits let it take.
+async fn run_step(
+    steps: &mut Vec<Box<dyn Step>>,
+    place: usize,
+    batch: Batch,
+    partition: Partition,
+    attempt: u32,
+) -> Result<Outcome, RedriveError> {
+    let mut taken = std::mem::take(steps);
+    let run = move || (taken[place].run(batch, partition, attempt), taken);
+    match tokio::task::spawn_blocking(run).await {
+        Ok((outcome, taken)) => {
+            *steps = taken;
+            Ok(outcome)
+        }
+        Err(_) => Err(RedriveError::Panicked),
+    }
 }
 
 /// How many new letters there are. `indexes`: as [`without_letters`] gave them.
@@ -426,7 +446,7 @@ async fn instances(chain: &Chain) -> Result<Vec<Box<dyn Step>>, RedriveError> {
     };
     match tokio::task::spawn_blocking(make).await {
         Ok(made) => made,
-        Err(_) => Err(RedriveError::Step("?".to_owned(), "it panicked".to_owned())),
+        Err(_) => Err(RedriveError::Panicked),
     }
 }
 

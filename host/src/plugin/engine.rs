@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 use rustix::time::{ClockId, clock_gettime};
 use wasmtime::{Config, Engine, Store, UpdateDeadline};
 
+use crate::threads;
+
 /// Between two checks of a running call.
 const TICK: Duration = Duration::from_millis(5);
 /// Ticks without a call before the ticker sleeps until the next one.
@@ -62,12 +64,8 @@ impl Runtime {
     pub fn new() -> wasmtime::Result<Self> {
         let engine = engine()?;
         let ticker = Arc::new(Ticker::default());
-        let thread = thread::Builder::new()
-            .name("plugin-clock".into())
-            .spawn({
-                let (engine, ticker) = (engine.clone(), Arc::clone(&ticker));
-                move || ticker.run(&engine)
-            })
+        let ticking = (engine.clone(), Arc::clone(&ticker));
+        let thread = threads::spawn("plugin-clock".to_owned(), move || ticking.1.run(&ticking.0))
             .map_err(|error| wasmtime::format_err!("cannot start the plugins' clock: {error}"))?;
         Ok(Self(Arc::new(Shared { engine, ticker, thread: Some(thread) })))
     }

@@ -33,6 +33,7 @@ use super::{Config, Error, StepConfig};
 use crate::devices::Devices;
 use crate::step::Chain;
 use crate::telemetry::Failures;
+use crate::threads;
 use crate::topic::Namespace;
 
 /// Events of the folder that wait; more are seen by the next look.
@@ -152,12 +153,8 @@ impl Plugins {
         let status = watch::Sender::new(work.status());
         let shared =
             Arc::new(Inner { work: Mutex::new(work), status, wake, stopped: AtomicBool::new(false) });
-        let thread = std::thread::Builder::new()
-            .name("plugin-folder".into())
-            .spawn({
-                let shared = Arc::clone(&shared);
-                move || shared.run(&events)
-            })
+        let watching = Arc::clone(&shared);
+        let thread = threads::spawn("plugin-folder".to_owned(), move || watching.run(&events))
             .map_err(|error| Error::Engine(format!("cannot start the folder's thread: {error}")))?;
         Ok(Self { shared, thread: Some(thread), _watcher: watcher })
     }

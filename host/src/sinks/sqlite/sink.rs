@@ -9,6 +9,7 @@ use super::config::Config;
 use super::connection::Session;
 use crate::sinks::columns::Columns;
 use crate::sinks::{Advance, Claim, Error, Position, Rows, Sink};
+use crate::threads;
 use crate::topic::Namespace;
 
 /// One that runs and one that waits: a call that was dropped still ends first.
@@ -41,9 +42,8 @@ impl SqliteSink {
         if self.thread.is_none() {
             let (sender, requests) = mpsc::sync_channel(REQUESTS_MAX);
             let (config, columns, context) = (self.config.clone(), self.columns.clone(), self.context());
-            std::thread::Builder::new()
-                .name(format!("sink-{}", self.name))
-                .spawn(move || serve(&requests, &config, &columns, &context))
+            let serving = move || serve(&requests, &config, &columns, &context);
+            threads::spawn(format!("sink-{}", self.name), serving)
                 .map_err(|error| Error::Retry(format!("{}: no thread: {error}", self.context())))?;
             self.thread = Some(sender);
         }

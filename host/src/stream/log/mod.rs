@@ -160,7 +160,7 @@ impl Log {
 
 fn spawn(name: &str, inner: &Arc<Inner>, run: fn(&Inner)) -> io::Result<JoinHandle<()>> {
     let inner = Arc::clone(inner);
-    std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+    threads::spawn(name.to_owned(), move || {
         threads::take_short_slices();
         run(&inner);
     })
