@@ -20,6 +20,9 @@ const PUBLISHERS: usize = 100;
 const MESSAGES_PER_S: f64 = 4_000.0;
 const PAYLOAD: [u8; 256] = [b'x'; 256];
 const ROUND: Duration = Duration::from_secs(4);
+/// A disk has hiccups: single syncs of 20 ms to a second, whoever writes, every few
+/// seconds. A round's 99th percentile has them in it or not, so there are more rounds.
+const ON_DISK: usize = 2;
 /// So many of the crowd step at the same moment: a thousand at once would be one
 /// client in this process, and measure how long it takes to send.
 const TOGETHER: usize = 20;
@@ -33,19 +36,21 @@ pub fn run(results: &mut Results) {
     let mut in_memory = Host::prepare_in(Folder::in_memory("bench-honest"), MQTT, "");
     in_memory.run();
     let mut measured = [
-        ("", host.mqtt(), Vec::new(), Vec::new()),
-        ("_log_in_memory", in_memory.mqtt(), Vec::new(), Vec::new()),
-        ("_mosquitto", mosquitto.addr, Vec::new(), Vec::new()),
+        ("", ON_DISK, host.mqtt(), Vec::new(), Vec::new()),
+        ("_log_in_memory", 1, in_memory.mqtt(), Vec::new(), Vec::new()),
+        ("_mosquitto", 1, mosquitto.addr, Vec::new(), Vec::new()),
     ];
     for _ in 0..rounds() {
-        for (_, addr, alone, beside) in &mut measured {
-            alone.push(p99_us(*addr));
-            beside.push(p99_us_beside(*addr));
+        for (_, times, addr, alone, beside) in &mut measured {
+            for _ in 0..*times {
+                alone.push(p99_us(*addr));
+                beside.push(p99_us_beside(*addr));
+            }
         }
     }
     host.stop();
     in_memory.stop();
-    for (of, _, alone, beside) in &measured {
+    for (of, _, _, alone, beside) in &measured {
         results.add(&format!("honest_p99_us{of}"), alone);
         results.add_ratio(&format!("honest_p99_ratio_beside_misbehaving{of}"), beside, alone);
     }
