@@ -66,8 +66,8 @@ pub enum RedriveError {
     Step(String, String),
     #[error("{0}")]
     Held(String),
-    #[error("a step panicked: see the log")]
-    Panicked,
+    #[error("the host stops")]
+    Stopping,
 }
 
 impl From<ReadError> for RedriveError {
@@ -118,9 +118,9 @@ pub async fn run(
     let letters = Arc::new(letters);
     letters.remember_from(Offset(0)).await?;
     letters.check_all();
+    let mut steps = instances(chain).await?;
     let mut summary = Summary::default();
     for (number, (sink, lender)) in lenders.iter().enumerate() {
-        let mut steps = instances(chain).await?;
         let Some(borrowed) = Borrowed::take(lender).await else {
             summary.failed.push(format!("sink \"{sink}\" has stopped"));
             continue;
@@ -143,6 +143,7 @@ pub async fn run(
         summary.refused += writer.refused;
         let reason = match result {
             Ok(Ok(())) => continue,
+            Err(RedriveError::Stopping) => return Err(RedriveError::Stopping),
             Ok(Err(Failed::Later { reason, .. } | Failed::Stop(reason))) => reason,
             // What went to the sinks before counts all the same.
             Err(error) => error.to_string(),
@@ -397,7 +398,8 @@ async fn through(
     Ok((Some(sorted), refused))
 }
 
-/// Off the async threads, as long as the step's limits let it take.
+/// Off the async threads, as long as the step's limits let it take. After `Stopping`
+/// there are no steps any more.
 async fn run_step(
     steps: &mut Vec<Box<dyn Step>>,
     place: usize,
@@ -412,7 +414,7 @@ async fn run_step(
             *steps = taken;
             Ok(outcome)
         }
-        Err(_) => Err(RedriveError::Panicked),
+        Err(_) => Err(RedriveError::Stopping),
     }
 }
 
@@ -446,7 +448,7 @@ async fn instances(chain: &Chain) -> Result<Vec<Box<dyn Step>>, RedriveError> {
     };
     match tokio::task::spawn_blocking(make).await {
         Ok(made) => made,
-        Err(_) => Err(RedriveError::Panicked),
+        Err(_) => Err(RedriveError::Stopping),
     }
 }
 
