@@ -1,0 +1,283 @@
+//! What the pages say exists: links, files, commands, make targets, config keys, metrics.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use headworks_tests::folder::root;
+use headworks_tests::host::binary;
+
+struct Page {
+    /// Relative to the root.
+    name: String,
+    text: String,
+}
+
+impl Page {
+    fn folder(&self) -> PathBuf {
+        root().join(&self.name).parent().expect("a page lies in a folder").to_owned()
+    }
+
+    /// Each line outside fenced blocks, with its number.
+    fn prose(&self) -> impl Iterator<Item = (usize, &str)> {
+        let mut fenced = false;
+        (1..).zip(self.text.lines()).filter(move |(_, line)| {
+            let fence = line.trim_start().starts_with("```");
+            fenced ^= fence;
+            !fenced && !fence
+        })
+    }
+
+    /// Each line of the fenced blocks in one of these languages, with its number.
+    fn fenced<'a>(&'a self, languages: &'a [&str]) -> impl Iterator<Item = (usize, &'a str)> {
+        let mut language = None;
+        (1..).zip(self.text.lines()).filter(move |(_, line)| {
+            if let Some(info) = line.trim_start().strip_prefix("```") {
+                language = if language.is_some() { None } else { Some(info.trim()) };
+                return false;
+            }
+            language.is_some_and(|language| languages.contains(&language))
+        })
+    }
+
+    /// Each `code` span of the prose, with its line's number.
+    fn spans(&self) -> impl Iterator<Item = (usize, &str)> {
+        self.prose()
+            .flat_map(|(number, line)| line.split('`').skip(1).step_by(2).map(move |span| (number, span)))
+    }
+}
+
+/// Every page under version control, or that would be.
+fn pages() -> Vec<Page> {
+    let listed = Command::new("git")
+        .args(["ls-files", "-z", "--cached", "--others", "--exclude-standard", "*.md"])
+        .current_dir(root())
+        .output()
+        .expect("git");
+    let names = String::from_utf8(listed.stdout).expect("names of pages");
+    let pages: Vec<_> = names
+        .split_terminator('\0')
+        .filter(|name| root().join(name).exists())
+        .map(|name| Page {
+            name: name.to_owned(),
+            text: std::fs::read_to_string(root().join(name)).expect("a page"),
+        })
+        .collect();
+    assert!(pages.len() > 10, "git lists {} pages", pages.len());
+    pages
+}
+
+/// Fails with every fault of every page at once.
+fn assert_none(what: &str, faults: &[String]) {
+    assert!(faults.is_empty(), "{what}:\n{}", faults.join("\n"));
+}
+
+/// The anchor that GitHub gives a heading.
+fn anchor(heading: &str) -> String {
+    let kept = heading.trim().chars().filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_'));
+    kept.collect::<String>().to_lowercase().replace(' ', "-")
+}
+
+fn has_anchor(page: &Path, wanted: &str) -> bool {
+    let text = std::fs::read_to_string(page).unwrap_or_default();
+    text.lines().any(|line| line.starts_with('#') && anchor(line.trim_start_matches('#')) == wanted)
+}
+
+#[test]
+fn links_lead_somewhere() {
+    let mut faults = Vec::new();
+    for page in pages() {
+        for (number, line) in page.prose() {
+            for link in line.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+                if link.contains("://") || link.starts_with("mailto:") {
+                    continue;
+                }
+                let (file, fragment) = link.split_once('#').unwrap_or((link, ""));
+                let target = if file.is_empty() { root().join(&page.name) } else { page.folder().join(file) };
+                if !target.exists() || !fragment.is_empty() && !has_anchor(&target, fragment) {
+                    faults.push(format!("{}:{number}: {link}", page.name));
+                }
+            }
+        }
+    }
+    assert_none("links that lead nowhere", &faults);
+}
+
+/// A page names a source file from the root, from its own folder, or, as `ARCHITECTURE.md` says of
+/// its tables, from `host/src/` or one of the folders below it.
+#[test]
+fn named_source_files_exist() {
+    let listed = Command::new("git")
+        .args(["ls-files", "--cached", "--others", "--exclude-standard"])
+        .current_dir(root())
+        .output()
+        .expect("git");
+    let files = String::from_utf8(listed.stdout).expect("names of files");
+    let exists = |name: &str| {
+        files.lines().any(|file| {
+            root().join(file).exists()
+                && (file == name || file.strip_suffix(name).is_some_and(|before| before.ends_with('/')))
+        })
+    };
+    let mut faults = Vec::new();
+    for page in pages() {
+        for (number, span) in page.spans() {
+            let is_file = [".rs", ".sh", ".md", ".py", ".mjs"].iter().any(|ending| span.ends_with(ending));
+            if is_file && !span.contains(['*', ' ', '<', '$', '{']) && !exists(span.trim_start_matches("../"))
+            {
+                faults.push(format!("{}:{number}: {span}", page.name));
+            }
+        }
+    }
+    assert_none("files that do not exist", &faults);
+}
+
+#[test]
+fn make_targets_exist() {
+    let makefile = std::fs::read_to_string(root().join("Makefile")).expect("Makefile");
+    let targets: BTreeSet<_> = makefile
+        .lines()
+        .filter(|line| !line.starts_with(['\t', ' ', '.', '#']))
+        .filter_map(|line| line.split_once(':').map(|(target, _)| target))
+        .collect();
+    let mut faults = Vec::new();
+    for page in pages() {
+        for (number, command) in page.fenced(&["sh"]).chain(page.spans()) {
+            let Some(rest) = command.trim_start().strip_prefix("make ") else { continue };
+            let target = rest.split_whitespace().find(|word| !word.contains('='));
+            if let Some(target) = target.filter(|target| !targets.contains(target)) {
+                faults.push(format!("{}:{number}: make {target}", page.name));
+            }
+        }
+    }
+    assert_none("make targets that do not exist", &faults);
+}
+
+/// Asks the binary for the help of a command: its text, or `None` where there is no such command.
+fn help(command: &[&str]) -> Option<String> {
+    let output = Command::new(binary()).args(command).arg("--help").output().expect("headworks");
+    output.status.success().then(|| String::from_utf8(output.stdout).expect("help"))
+}
+
+/// Checks one line that calls `headworks`: each subcommand and each long option in it.
+fn check_command(words: &[&str]) -> Result<(), String> {
+    let mut command: Vec<&str> = Vec::new();
+    let mut text = help(&[]).ok_or("no help")?;
+    for word in words {
+        if let Some(option) = word.strip_prefix("--") {
+            let option = option.split('=').next().unwrap_or(option).trim_end_matches([']', ',', '.']);
+            if !text.contains(&format!("--{option}")) {
+                return Err(format!("headworks {} has no --{option}", command.join(" ")));
+            }
+        } else if text.contains("Commands:") && word.starts_with(|c: char| c.is_ascii_lowercase()) {
+            command.push(word);
+            text = help(&command).ok_or(format!("no command headworks {}", command.join(" ")))?;
+        }
+    }
+    Ok(())
+}
+
+/// What follows the program's name in a shell line, up to whatever ends the command.
+fn arguments(line: &str) -> Option<Vec<&str>> {
+    let mut words = line.split_whitespace().skip_while(|word| word.contains('=') || *word == "$");
+    let program = words.next()?;
+    // What `$SYS/broker/version` says begins with the same word.
+    if program.rsplit('/').next() != Some("headworks") || line.starts_with("headworks version ") {
+        return None;
+    }
+    Some(words.take_while(|word| !matches!(*word, "#" | "|" | "||" | "&&" | "&" | ";" | ">" | "·")).collect())
+}
+
+#[test]
+fn commands_and_their_options_exist() {
+    let mut faults = Vec::new();
+    let mut checked = BTreeSet::new();
+    for page in pages() {
+        for (number, line) in page.fenced(&["sh"]).chain(page.spans()) {
+            let Some(words) = arguments(line).filter(|words| !words.is_empty()) else { continue };
+            if !checked.insert(words.join(" ")) {
+                continue;
+            }
+            if let Err(fault) = check_command(&words) {
+                faults.push(format!("{}:{number}: {fault}", page.name));
+            }
+        }
+    }
+    assert!(!checked.is_empty(), "no page calls headworks");
+    assert_none("commands that do not exist", &faults);
+}
+
+/// The first column of a generated page.
+fn column(page: &str) -> BTreeSet<String> {
+    let text = std::fs::read_to_string(root().join(page)).expect(page);
+    let rows = text.lines().filter_map(|line| line.strip_prefix("| `"));
+    rows.filter_map(|row| row.split('`').next()).map(str::to_owned).collect()
+}
+
+/// Whether two parts of a key's path say the same: names of a user's choice and `*` stand for each other.
+fn same_part(key: &str, said: &str) -> bool {
+    let key = key.trim_end_matches("[]");
+    key == said.trim_end_matches("[]") || key.starts_with('<') || said == "*"
+}
+
+#[test]
+fn config_keys_exist() {
+    let keys = column("host/CONFIG.md");
+    let paths: Vec<Vec<&str>> = keys.iter().map(|key| key.split('.').collect()).collect();
+    let sections: BTreeSet<&str> = paths
+        .iter()
+        .flat_map(|path| path.iter().rev().skip(1))
+        .map(|part| part.trim_end_matches("[]"))
+        .filter(|part| !part.starts_with('<'))
+        .collect();
+    let is_key = |said: &[&str]| {
+        paths.iter().any(|path| {
+            path.windows(said.len()).any(|part| part.iter().zip(said).all(|(key, said)| same_part(key, said)))
+        })
+    };
+    let mut faults = Vec::new();
+    for page in pages() {
+        for (number, span) in page.spans() {
+            let parts: Vec<&str> = span.split('.').collect();
+            let is_path = parts.len() > 1
+                && sections.contains(parts[0].trim_end_matches("[]"))
+                && parts.iter().all(|part| {
+                    !part.is_empty()
+                        && part
+                            .chars()
+                            .all(|c| c.is_ascii_lowercase() || "_*[]".contains(c) || c.is_ascii_digit())
+                });
+            let is_file = ["rs", "md", "yaml", "json", "wit"].contains(&parts[parts.len() - 1]);
+            let is_family = parts[parts.len() - 1].len() > 1 && span.ends_with('*');
+            if is_path && !is_file && !is_family && !is_key(&parts) {
+                faults.push(format!("{}:{number}: {span}", page.name));
+            }
+        }
+    }
+    assert_none("config keys that do not exist", &faults);
+}
+
+#[test]
+fn metrics_exist() {
+    let metrics = column("host/METRICS.md");
+    let exists = |said: &str| match said.strip_suffix('*') {
+        Some(prefix) => metrics.iter().any(|metric| metric.starts_with(prefix)),
+        None => ["", "_bucket", "_sum", "_count"]
+            .iter()
+            .any(|series| said.strip_suffix(series).is_some_and(|name| metrics.contains(name))),
+    };
+    let mut faults = Vec::new();
+    for page in pages() {
+        for (number, line) in page.prose() {
+            let words = line.split(|c: char| !c.is_ascii_alphanumeric() && !"_*".contains(c));
+            for word in words.filter(|word| word.starts_with("headworks_")) {
+                // Tables and crates of the same prefix.
+                let other = ["headworks_positions", "headworks_guest", "headworks_tests", "headworks_stage"];
+                if !exists(word) && !other.contains(&word) {
+                    faults.push(format!("{}:{number}: {word}", page.name));
+                }
+            }
+        }
+    }
+    assert_none("metrics that do not exist", &faults);
+}
