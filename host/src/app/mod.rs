@@ -59,6 +59,7 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
     let _lock = lock(&data_dir)?;
     let instance: Arc<str> = uuid::Uuid::new_v4().simple().to_string().into();
     let failures = Failures::default();
+    tokio::spawn(failures.clone().flush_regularly());
     let namespace = Arc::new(Namespace::parse(&config.topics)?);
     let stop_listening = CancellationToken::new();
     let stop_delivering = CancellationToken::new();
@@ -167,6 +168,7 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
     stop_admin.cancel();
     admin.closed().await;
     run_file::remove(&data_dir);
+    failures.flush();
     ended
 }
 

@@ -1,82 +1,243 @@
-//! One line per new kind of failure, then a count once a minute while it goes on.
+//! Log lines for failures that repeat: the first one at once, its repeats with their
+//! count at most once a minute, and what is still unsaid when the host ends.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Between two lines of the same kind.
+/// Time between two lines about the same failure.
 const REPEAT_AFTER: Duration = Duration::from_secs(60);
-/// Kinds remembered; past it the oldest are forgotten and would be said again.
-const KINDS_MAX: usize = 1_024;
+/// Time between two looks for repeats that are due.
+const FLUSH_EVERY: Duration = Duration::from_secs(5);
+/// Kinds remembered; failures of further kinds share [`OTHER_KINDS`].
+const KINDS_MAX: usize = 256;
+/// Subjects of one kind that have a line of their own; further ones share a line.
+const SUBJECTS_MAX: usize = 16;
+const TEXT_CHARS_MAX: usize = 1_000;
+const OTHER_KINDS: &str = "other failures";
 
-/// Says each kind of failure once, so that a bad device cannot fill the log.
+/// Logs each failure once and counts its repeats, so that a bad device cannot fill
+/// the log and nothing that repeats is hidden.
 #[derive(Clone, Debug, Default)]
-pub struct Failures(Arc<Mutex<HashMap<String, Seen>>>);
+pub struct Failures(Arc<Mutex<HashMap<String, Kind>>>);
+
+#[derive(Debug, Default)]
+struct Kind {
+    /// By client, device or user; `""` where a failure has none.
+    subjects: HashMap<String, Seen>,
+    /// All further subjects together.
+    others: Option<Seen>,
+}
 
 #[derive(Debug)]
 struct Seen {
     said_at: Instant,
     unsaid: u64,
+    /// Detail and show of the newest one.
+    detail: String,
+    show: String,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Line {
+    text: String,
+    /// Failures that the first report of its kind was about, when more than one.
+    count: Option<u64>,
+    /// Failures since the line before.
+    repeats: Option<u64>,
+    show: String,
 }
 
 impl Failures {
-    /// `kind` names what repeats (`telemetry/normalize: payload is not JSON`),
-    /// `detail` this one case, `show` the command that shows more.
+    /// Reports failures of one kind that no client or device stands behind; see [`Self::report_by`].
     pub fn report(&self, kind: &str, count: u64, detail: &str, show: &str) {
-        if let Some(repeats) = self.note(kind, count, Instant::now()) {
-            tracing::warn!(repeats, show, "{kind}: {}", one_line(detail));
+        self.report_by(kind, "", count, detail, show);
+    }
+
+    /// Reports `count` failures. Repeats are counted by kind and subject.
+    ///
+    /// `kind` names the fault (`mqtt: connect refused: a password without a user name`),
+    /// `subject` the client, device or user that causes it, `detail` this one case, and
+    /// `show` a command that shows more (`""`: none).
+    pub fn report_by(&self, kind: &str, subject: &str, count: u64, detail: &str, show: &str) {
+        if let Some(line) = self.note(kind, subject, count, detail, show, Instant::now()) {
+            line.log();
         }
     }
 
-    /// How many went unsaid since the last line, when a line is due.
-    fn note(&self, kind: &str, count: u64, now: Instant) -> Option<u64> {
-        let mut kinds = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(seen) = kinds.get_mut(kind) {
-            seen.unsaid += count;
-            if now.duration_since(seen.said_at) < REPEAT_AFTER {
-                return None;
+    /// Logs the repeats that are due, for as long as the host runs.
+    pub async fn flush_regularly(self) {
+        let mut ticks = tokio::time::interval(FLUSH_EVERY);
+        loop {
+            ticks.tick().await;
+            self.due(Instant::now()).iter().for_each(Line::log);
+        }
+    }
+
+    /// Logs all repeats that no line has counted yet.
+    pub fn flush(&self) {
+        self.due(Instant::now() + REPEAT_AFTER).iter().for_each(Line::log);
+    }
+
+    /// The line that is to be logged now, `None` where the report is a repeat.
+    fn note(
+        &self,
+        kind: &str,
+        subject: &str,
+        count: u64,
+        detail: &str,
+        show: &str,
+        now: Instant,
+    ) -> Option<Line> {
+        let (mut kind, mut detail) = (shortened(kind), shortened(detail));
+        let mut kinds = self.lock();
+        if kinds.len() >= KINDS_MAX && !kinds.contains_key(&*kind) {
+            detail = format!("{kind}: {detail}").into();
+            kind = OTHER_KINDS.into();
+        }
+        let known = kinds.entry(kind.clone().into_owned()).or_default();
+        let is_new = !known.subjects.contains_key(subject) && known.subjects.len() < SUBJECTS_MAX;
+        let new = || Seen { said_at: now, unsaid: 0, detail: detail.to_string(), show: show.to_owned() };
+        if is_new {
+            known.subjects.insert(subject.to_owned(), new());
+            let count = (count > 1).then_some(count);
+            return Some(Line { text: text(&kind, &detail), count, repeats: None, show: show.to_owned() });
+        }
+        let seen = match known.subjects.get_mut(subject) {
+            Some(seen) => seen,
+            None => known.others.get_or_insert_with(new),
+        };
+        seen.unsaid += count;
+        seen.detail = detail.into_owned();
+        None
+    }
+
+    /// Lines for repeats whose last line is [`REPEAT_AFTER`] old; forgets what did not repeat.
+    fn due(&self, now: Instant) -> Vec<Line> {
+        let mut lines = Vec::new();
+        self.lock().retain(|kind, known| {
+            known.subjects.retain(|_, seen| seen.repeats(now, |seen| lines.push(seen.line(kind, ""))));
+            if let Some(others) = &mut known.others
+                && !others.repeats(now, |seen| lines.push(seen.line(kind, ", and others")))
+            {
+                known.others = None;
             }
-            seen.said_at = now;
-            return Some(std::mem::take(&mut seen.unsaid));
-        }
-        if kinds.len() >= KINDS_MAX
-            && let Some(oldest) =
-                kinds.iter().min_by_key(|(_, seen)| seen.said_at).map(|(kind, _)| kind.clone())
-        {
-            kinds.remove(&oldest);
-        }
-        kinds.insert(kind.to_owned(), Seen { said_at: now, unsaid: 0 });
-        Some(count)
+            !known.subjects.is_empty() || known.others.is_some()
+        });
+        lines.sort_by(|a, b| a.text.cmp(&b.text));
+        lines
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Kind>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// What others say, such as a client its name, forges no line of the log.
-fn one_line(text: &str) -> Cow<'_, str> {
-    if !text.chars().any(char::is_control) {
-        return text.into();
+impl Seen {
+    /// Says the repeats when they are due. False when it is time and nothing repeated.
+    fn repeats(&mut self, now: Instant, say: impl FnOnce(&Self)) -> bool {
+        if now.duration_since(self.said_at) < REPEAT_AFTER {
+            return true;
+        }
+        let repeated = self.unsaid > 0;
+        if repeated {
+            say(self);
+            self.said_at = now;
+            self.unsaid = 0;
+        }
+        repeated
     }
-    let escaped = |c: char| if c.is_control() { c.escape_debug().to_string() } else { c.to_string() };
-    text.chars().map(escaped).collect()
+
+    fn line(&self, kind: &str, end: &str) -> Line {
+        let text = text(kind, &self.detail) + end;
+        Line { text, count: None, repeats: Some(self.unsaid), show: self.show.clone() }
+    }
+}
+
+impl Line {
+    fn log(&self) {
+        let Self { text, count, repeats, show } = self;
+        let show = Some(show.as_str()).filter(|show| !show.is_empty());
+        tracing::warn!(count, repeats, show, "{text}");
+    }
+}
+
+fn text(kind: &str, detail: &str) -> String {
+    if detail.is_empty() { kind.to_owned() } else { format!("{kind}: {detail}") }
+}
+
+fn shortened(text: &str) -> Cow<'_, str> {
+    match text.char_indices().nth(TEXT_CHARS_MAX) {
+        Some((end, _)) => format!("{}…", &text[..end]).into(),
+        None => text.into(),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn what_others_say_is_one_line() {
-        assert_eq!(one_line("user \"ann\" à b"), "user \"ann\" à b");
-        assert_eq!(one_line("user x\nERROR all is lost\u{1b}[2J"), "user x\\nERROR all is lost\\u{1b}[2J");
+    fn texts(lines: &[Line]) -> Vec<(&str, Option<u64>)> {
+        lines.iter().map(|line| (&*line.text, line.repeats)).collect()
     }
 
     #[test]
-    fn a_kind_is_said_once_then_counted() {
+    fn repeats_are_logged_with_their_count_even_when_the_failure_has_stopped() {
         let failures = Failures::default();
         let start = Instant::now();
-        assert_eq!(failures.note("a", 3, start), Some(3));
-        assert_eq!(failures.note("a", 4, start), None);
-        assert_eq!(failures.note("b", 1, start), Some(1));
-        assert_eq!(failures.note("a", 1, start + REPEAT_AFTER), Some(5));
+        let note = |detail, count| failures.note("a", "", count, detail, "", start);
+        let first = note("one", 3).unwrap();
+        assert_eq!((&*first.text, first.count, first.repeats), ("a: one", Some(3), None));
+        assert_eq!(note("two", 193), None);
+        assert_eq!(failures.due(start + REPEAT_AFTER / 2), []);
+        assert_eq!(texts(&failures.due(start + REPEAT_AFTER)), [("a: two", Some(193))]);
+        assert_eq!(failures.due(start + 2 * REPEAT_AFTER), []);
+        assert!(
+            failures.note("a", "", 1, "three", "", start + 2 * REPEAT_AFTER).is_some(),
+            "it is new again"
+        );
+    }
+
+    #[test]
+    fn each_subject_has_its_own_line_and_count() {
+        let failures = Failures::default();
+        let start = Instant::now();
+        for user in ["ann", "bob"] {
+            let said =
+                (0..3).filter_map(|_| failures.note("wrong password", user, 1, user, "", start)).count();
+            assert_eq!(said, 1, "{user}");
+        }
+        let lines = failures.due(start + REPEAT_AFTER);
+        assert_eq!(texts(&lines), [("wrong password: ann", Some(2)), ("wrong password: bob", Some(2))]);
+    }
+
+    #[test]
+    fn any_number_of_subjects_and_kinds_is_counted_in_a_bounded_number_of_lines() {
+        let failures = Failures::default();
+        let start = Instant::now();
+        let (mut said, mut reported) = (0, 0);
+        for number in 0..10_000 {
+            for (kind, subject) in [("a".to_owned(), number.to_string()), (number.to_string(), String::new())]
+            {
+                said += u64::from(failures.note(&kind, &subject, 1, "x", "", start).is_some());
+                reported += 1;
+            }
+        }
+        let lines = failures.due(start + REPEAT_AFTER);
+        assert!(
+            said + lines.len() as u64 <= (KINDS_MAX + 2 * SUBJECTS_MAX) as u64,
+            "{said}, {}",
+            lines.len()
+        );
+        assert_eq!(said + lines.iter().filter_map(|line| line.repeats).sum::<u64>(), reported);
+        assert!(lines.iter().any(|line| line.text == "a: x, and others"), "{lines:?}");
+    }
+
+    #[test]
+    fn a_long_text_is_cut() {
+        let failures = Failures::default();
+        let line = failures.note("a", "", 1, &"ä".repeat(2 << 20), "", Instant::now()).unwrap();
+        assert_eq!(line.text.chars().count(), "a: ".len() + TEXT_CHARS_MAX + 1);
     }
 }

@@ -1,8 +1,13 @@
 //! Logs on stderr, and what a panic does.
 
-use std::io::IsTerminal;
+use std::fmt::{self, Debug};
+use std::io::{IsTerminal, Write as _};
 
+use jiff::Timestamp;
+use tracing::field::Field;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::format::{FormatFields, Writer, debug_fn};
+use tracing_subscriber::fmt::time::FormatTime;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LogFormat {
@@ -34,15 +39,53 @@ pub fn init_logs(filter: Option<&str>, format: LogFormat) -> Result<(), InitErro
     let logs = tracing_subscriber::fmt()
         .with_env_filter(parsed)
         .with_writer(std::io::stderr)
+        .with_timer(Milliseconds)
         // Else a line that a full disk does not take is a panic.
         .log_internal_errors(false);
     let set = match format {
         LogFormat::Compact => {
-            logs.compact().with_target(false).with_ansi(std::io::stderr().is_terminal()).try_init()
+            let coloured = std::io::stderr().is_terminal() && !no_color();
+            logs.fmt_fields(escaped_fields()).compact().with_target(false).with_ansi(coloured).try_init()
         }
         LogFormat::Json => logs.json().flatten_event(true).try_init(),
     };
     set.map_err(|_| InitError::Twice)
+}
+
+/// Whether the user wants no colours (no-color.org).
+pub fn no_color() -> bool {
+    std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
+}
+
+/// Control characters as escapes, so that what a device, a file or a plugin says
+/// neither forges a line nor reaches the terminal as a command.
+pub fn write_escaped(to: &mut impl fmt::Write, text: &str) -> fmt::Result {
+    for c in text.chars() {
+        if c.is_control() { write!(to, "{}", c.escape_debug())? } else { to.write_char(c)? }
+    }
+    Ok(())
+}
+
+/// The message, then ` name=value` for each field.
+fn escaped_fields() -> impl for<'w> FormatFields<'w> + Send + Sync + 'static {
+    debug_fn(|writer: &mut Writer<'_>, field: &Field, value: &dyn Debug| {
+        match field.name() {
+            "message" => {}
+            // Of the `log` crate; the event has them as its metadata.
+            name if name.starts_with("log.") => return Ok(()),
+            name => write!(writer, " {name}=")?,
+        }
+        write_escaped(writer, &format!("{value:?}"))
+    })
+}
+
+/// `2026-11-23T06:28:00.125Z`
+struct Milliseconds;
+
+impl FormatTime for Milliseconds {
+    fn format_time(&self, writer: &mut Writer<'_>) -> fmt::Result {
+        write!(writer, "{:.3}", Timestamp::now())
+    }
 }
 
 /// From here on a panic is logged and ends the process with code 101: a host
@@ -59,7 +102,63 @@ pub fn end_on_panic() {
         let at = panic.location().map(ToString::to_string).unwrap_or_default();
         let thread = std::thread::current().name().unwrap_or("?").to_owned();
         let backtrace = std::backtrace::Backtrace::capture();
-        tracing::error!(at, thread, "{message}: this is a bug in headworks, the process ends\n{backtrace}");
+        tracing::error!(at, thread, "{message}: this is a bug in headworks, the process ends");
+        // Many lines of our own; where stderr takes nothing the exit code says it alone.
+        let _ = writeln!(std::io::stderr(), "{backtrace}");
         std::process::exit(101);
     }));
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use tracing_subscriber::fmt::MakeWriter;
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Buffer(Arc<Mutex<Vec<u8>>>);
+
+    impl std::io::Write for Buffer {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl<'w> MakeWriter<'w> for Buffer {
+        type Writer = Self;
+
+        fn make_writer(&'w self) -> Self {
+            self.clone()
+        }
+    }
+
+    #[test]
+    fn a_logged_text_is_one_line_without_terminal_commands_and_its_time_has_milliseconds() {
+        let buffer = Buffer::default();
+        let logs = tracing_subscriber::fmt()
+            .with_writer(buffer.clone())
+            .with_timer(Milliseconds)
+            .fmt_fields(escaped_fields())
+            .compact()
+            .with_target(false)
+            .with_ansi(false)
+            .finish();
+        let none: Option<u64> = None;
+        tracing::subscriber::with_default(logs, || {
+            tracing::warn!(user = "ann\u{9b}2J", file = %"a\x1b[2J", none, "client x\nERROR all is lost à");
+        });
+        let text = String::from_utf8(buffer.0.lock().unwrap().clone()).unwrap();
+        let (time, rest) = text.split_once(' ').unwrap();
+        assert_eq!(time.len(), "2026-11-23T06:28:00.125Z".len(), "{text}");
+        let rest = rest.trim_start();
+        assert!(rest.starts_with("WARN client x\\nERROR all is lost à "), "{text}");
+        assert!(rest.contains("ann\\u{9b}2J") && rest.contains("file=a\\u{1b}[2J"), "{text}");
+        assert_eq!(text.chars().filter(|c| c.is_control()).count(), 1, "{text:?}");
+    }
 }

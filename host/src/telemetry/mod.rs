@@ -9,7 +9,7 @@ mod logs;
 mod process;
 
 pub use failures::Failures;
-pub use logs::{InitError, LogFormat, end_on_panic, init_logs};
+pub use logs::{InitError, LogFormat, end_on_panic, init_logs, no_color, write_escaped};
 pub use process::Process;
 
 /// The process's own, see [`Process`].
