@@ -164,6 +164,10 @@ impl<'i> Reader<'i> {
                 _ => return Err(syntax(span.start, "a key must be a plain word".to_owned())),
             };
             let (path, line) = (path.key(&key), span.start.line());
+            if key == "<<" {
+                let message = "merge keys are not YAML 1.2: write the keys themselves, or name the whole value by its alias";
+                return Err(syntax(span.start, message.to_owned()));
+            }
             let (event, span) = self.next()?;
             if entries.contains_key(&key) {
                 self.problems.add(path.clone(), format!("is given twice, here and on line {line}"));

@@ -225,9 +225,11 @@ fn validate_tries_certificates_and_password_files() {
     };
     let (valid, said) = validate();
     assert!(!valid, "{said}");
-    for wanted in
-        ["headworks.yaml:8: mqtt.listeners[1].tls: cannot use server.pem: ", "authenticate[0]: passwords: "]
-    {
+    for wanted in [
+        "headworks.yaml:8: mqtt.listeners[1].tls.cert: cannot read server.pem: ",
+        "headworks.yaml:8: mqtt.listeners[1].tls.key: cannot read server.key: ",
+        "authenticate[0]: passwords: ",
+    ] {
         assert!(said.contains(wanted), "{wanted} in {said}");
     }
     let ca = headworks_tests::certificates::Authority::new(&host.folder);
@@ -237,6 +239,43 @@ fn validate_tries_certificates_and_password_files() {
     assert!(!valid && said.contains("passwords: line 1: ") && !said.contains("server.pem"), "{said}");
     host.folder.write("passwords", "");
     assert!(validate().0, "{}", validate().1);
+}
+
+#[test]
+fn validate_says_everything_at_once_and_each_problem_as_fields() {
+    let config = "data_dir: ~/data
+mqtt:
+  listeners:
+    - bind: 127.0.0.1:0
+      tls: { cert: nope.pem, key: nope.key, client_ca: nope-ca.pem }
+streamz: {}
+sinks:
+  w: { type: postgres, url: postgres://writer@127.0.0.1/iot, password: { env: HEADWORKS_TESTS_UNSET } }
+";
+    let host = Host::prepare("cli-validate-all", "");
+    host.folder.write("headworks.yaml", config);
+    let output = host.command(&["validate", "--format", "json", "--config", "headworks.yaml"]).output();
+    let output = output.expect("headworks runs");
+    assert_eq!(output.status.code(), Some(2));
+    let found: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let found: Vec<_> = found["problems"]
+        .as_array()
+        .expect("a list")
+        .iter()
+        .map(|problem| {
+            assert_eq!(problem["file"], "headworks.yaml");
+            (problem["line"].as_u64().expect("a line"), problem["key"].as_str().expect("a key"))
+        })
+        .collect();
+    let wanted = [
+        (1, "data_dir"),
+        (5, "mqtt.listeners[0].tls.cert"),
+        (5, "mqtt.listeners[0].tls.client_ca"),
+        (5, "mqtt.listeners[0].tls.key"),
+        (6, "streamz"),
+        (8, "sinks.w.password.env"),
+    ];
+    assert_eq!(found, wanted);
 }
 
 #[test]

@@ -44,7 +44,7 @@ pub fn main() -> ExitCode {
         Err(error) => {
             if let Some(config::Error::Invalid(problems)) = error.downcast_ref::<config::Error>() {
                 let noun = if problems.len() == 1 { "problem" } else { "problems" };
-                let list = problems.join("\n");
+                let list = problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
                 output::complain(&format!(
                     "{list}\nheadworks: {} {noun} in the config, nothing was started",
                     problems.len()

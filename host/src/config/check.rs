@@ -14,6 +14,8 @@ use crate::units::{ByteSize, Period};
 
 /// Known keys listed for an unknown one.
 const KNOWN_KEYS_SHOWN_MAX: usize = 12;
+/// Top-level keys of a user's own, for anchors.
+const FOR_ANCHORS: &str = "x-";
 
 #[derive(Debug)]
 pub struct Checked {
@@ -103,6 +105,7 @@ impl<'s> Check<'s> {
             .unwrap_or_default();
         let mut kept = Map::new();
         for (key, value) in entries {
+            let is_top = path.as_str().is_empty();
             let path = path.key(key);
             if let Some(schema) = known.and_then(|known| known.get(key)) {
                 let unset = value.is_null() && !self.takes_null(schema);
@@ -118,6 +121,8 @@ impl<'s> Check<'s> {
                 let value = if value.is_null() && is_object { &empty } else { value };
                 let value = self.value(schema, value, &path).unwrap_or_else(|| self.stand_in(schema));
                 kept.insert(key.clone(), value);
+            } else if is_top && key.starts_with(FOR_ANCHORS) {
+                // Holds what aliases elsewhere stand for.
             } else if others == Some(&Value::Bool(false)) {
                 let free: Vec<&str> = known
                     .into_iter()

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::Error;
+use super::{Error, Located};
 use crate::problems::{KeyPath, Problem, Problems};
 use crate::yaml;
 
@@ -21,6 +21,8 @@ pub struct Files {
     names: Vec<PathBuf>,
     pub value: Value,
     pub problems: Vec<Problem>,
+    /// Legal, but hardly meant.
+    pub warnings: Vec<String>,
     /// Number of the file and line, by path of the key.
     lines: BTreeMap<KeyPath, (usize, usize)>,
 }
@@ -31,6 +33,7 @@ impl Default for Files {
             names: Vec::new(),
             value: Value::Object(Map::new()),
             problems: Vec::new(),
+            warnings: Vec::new(),
             lines: BTreeMap::new(),
         }
     }
@@ -64,18 +67,31 @@ pub fn read(path: &Path) -> Result<Files, Error> {
         vec![path.to_owned()]
     };
     let mut texts = Vec::new();
+    let mut broken = Vec::new();
     for name in names {
         // Bounded by what is read: a pipe or a device has no length to ask for.
-        let mut text = String::new();
+        let mut bytes = Vec::new();
         let file = File::open(&name).map_err(|error| failed(&name, error))?;
-        file.take(FILE_BYTES_MAX + 1).read_to_string(&mut text).map_err(|error| failed(&name, error))?;
-        if text.len() as u64 > FILE_BYTES_MAX {
+        file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(|error| failed(&name, error))?;
+        if bytes.len() as u64 > FILE_BYTES_MAX {
             let error = format!("is too long, {FILE_BYTES_MAX} bytes at most are read");
             return Err(Error::Read { path: name, error });
         }
-        texts.push((name, text));
+        match String::from_utf8(bytes) {
+            Ok(text) => texts.push((name, text)),
+            Err(error) => {
+                let (good, bad) = error.as_bytes().split_at(error.utf8_error().valid_up_to());
+                let line = good.iter().filter(|byte| **byte == b'\n').count() + 1;
+                let message = format!("is not UTF-8: byte 0x{:02x}; save the file as UTF-8", bad[0]);
+                broken.push(at_line(&name, line, message));
+            }
+        }
     }
-    merge(texts)
+    if broken.is_empty() { merge(texts) } else { Err(Error::Invalid(broken)) }
+}
+
+fn at_line(file: &Path, line: usize, message: String) -> Located {
+    Located { file: file.display().to_string(), line: Some(line), key: String::new(), message }
 }
 
 /// Merges texts by top-level key; a key in two of them is a problem that names both.
@@ -86,19 +102,22 @@ pub fn merge(texts: Vec<(PathBuf, String)>) -> Result<Files, Error> {
     let mut broken = Vec::new();
     for (number, (name, text)) in texts.into_iter().enumerate() {
         let shown = name.display().to_string();
-        files.names.push(name);
+        files.names.push(name.clone());
         let read = match yaml::parse(&text) {
             Ok(read) => read,
             Err(error) => {
-                broken.push(format!("{shown}:{}: {error}", error.line));
+                broken.push(at_line(&name, error.line, error.to_string()));
                 continue;
             }
         };
         let entries = match read.value {
             Value::Object(entries) => entries,
-            Value::Null => continue, // nothing but comments
+            Value::Null => {
+                files.warnings.push(format!("{shown}: has no key, so that everything has its default"));
+                continue;
+            }
             _ => {
-                broken.push(format!("{shown}:1: must be a mapping (`key: value`) at the top"));
+                broken.push(at_line(&name, 1, "must be a mapping (`key: value`) at the top".to_owned()));
                 continue;
             }
         };
@@ -136,8 +155,8 @@ impl Files {
         self.names.clone()
     }
 
-    /// Each problem as a line with its place, in the order of files and lines.
-    pub fn locate(&self, problems: Vec<Problem>) -> Vec<String> {
+    /// Each problem with its place, in the order of files and lines.
+    pub fn locate(&self, problems: Vec<Problem>) -> Vec<Located> {
         let mut placed: Vec<_> =
             problems.into_iter().map(|problem| (self.place(&problem.path), problem)).collect();
         placed.sort_by(|(a, p), (b, q)| (a, &p.path).cmp(&(b, &q.path)));
@@ -145,14 +164,12 @@ impl Files {
         placed
             .into_iter()
             .map(|(place, Problem { path, message })| {
-                let file = match place {
-                    Some((file, line)) => format!("{}:{line}", self.names[file].display()),
-                    None => self.names.first().map_or("config".to_owned(), |name| name.display().to_string()),
+                let (file, line) = match place {
+                    Some((file, line)) => (self.names.get(file), Some(line)),
+                    None => (self.names.first(), None),
                 };
-                match path.as_str() {
-                    "" => format!("{file}: {message}"),
-                    path => format!("{file}: {path}: {message}"),
-                }
+                let file = file.map_or("config".to_owned(), |name| name.display().to_string());
+                Located { file, line, key: path.as_str().to_owned(), message }
             })
             .collect()
     }

@@ -8,10 +8,10 @@ pub fn config(data: &[u8]) {
     // Files that are data: a plugin's config, a table of devices.
     let _ = crate::yaml::to_json(text);
     let read = files::merge(vec![("headworks.yaml".into(), text.to_owned())]);
-    match read.and_then(|files| parse(&files)) {
+    match read.and_then(|files| parse(&files).into_loaded(None, &files)) {
         Err(Error::Invalid(problems)) => {
             assert!(!problems.is_empty());
-            assert!(problems.iter().all(|problem| problem.starts_with("headworks.yaml:")), "{problems:?}");
+            assert!(problems.iter().all(|problem| problem.file == "headworks.yaml"), "{problems:?}");
         }
         Err(error) => panic!("{error}"),
         Ok(_) => {}

@@ -13,6 +13,7 @@ mod files;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzzing;
 pub mod reference;
+mod shell;
 mod suggest;
 mod validate;
 
@@ -112,6 +113,13 @@ pub struct Source {
     pub files: Vec<PathBuf>,
 }
 
+impl Source {
+    /// With which a command finds this config: ` --config headworks.yaml`; empty for the embedded default.
+    pub fn option(&self) -> String {
+        self.path.as_ref().map_or(String::new(), |path| format!(" --config {}", path.display()))
+    }
+}
+
 impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.path {
@@ -134,30 +142,55 @@ pub struct Loaded {
 pub enum Error {
     #[error("cannot read {}: {error}", path.display())]
     Read { path: PathBuf, error: String },
-    /// Each `headworks.yaml:14: sinks.warehouse.batch.rows_max: must be at least 1, is 0`,
-    /// in the order of files and lines.
-    #[error("{}", .0.join("\n"))]
-    Invalid(Vec<String>),
+    /// In the order of files and lines.
+    #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
+    Invalid(Vec<Located>),
+}
+
+/// A problem and its place. Shown as
+/// `headworks.yaml:14: sinks.warehouse.batch.rows_max: must be at least 1, is 0`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Located {
+    pub file: String,
+    /// From 1; none where the whole file is meant.
+    pub line: Option<usize>,
+    /// Path of the key; empty where none is meant.
+    pub key: String,
+    pub message: String,
+}
+
+impl fmt::Display for Located {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.file)?;
+        if let Some(line) = self.line {
+            write!(f, ":{line}")?;
+        }
+        if !self.key.is_empty() {
+            write!(f, ": {}", self.key)?;
+        }
+        write!(f, ": {}", self.message)
+    }
 }
 
 /// Reads a file, a folder of files, or with `None` the embedded default.
 pub fn load(path: Option<&Path>) -> Result<Loaded, Error> {
-    read(path).map(|(_, loaded)| loaded)
+    let files = read(path)?;
+    parse(&files).into_loaded(path, &files)
 }
 
-/// The same, and tries the files that the config names: certificates, passwords, keys, devices, plugins.
+/// The same, and tries what lies outside of it: certificates, passwords, keys, devices, plugins.
 pub fn load_with_files(path: Option<&Path>) -> Result<Loaded, Error> {
-    let (files, mut loaded) = read(path)?;
+    let files = read(path)?;
+    let mut parsed = parse(&files);
     let mut problems = Problems::default();
-    let (root, config) = (KeyPath::root(), &loaded.config);
+    let (root, config) = (KeyPath::root(), &parsed.config);
     config.mqtt.look(&root.key("mqtt"), &mut problems);
     config.devices.look(&root.key("devices"), &mut problems);
     for (name, sink) in &config.sinks {
         sink.look(&root.key("sinks").key(name), &mut problems);
     }
-    if !problems.is_empty() {
-        return Err(Error::Invalid(files.locate(problems.into_vec())));
-    }
+    parsed.add(problems.into_vec());
+    let mut loaded = parsed.into_loaded(path, &files)?;
     loaded.warnings.extend(missing_plugins(&loaded.config));
     Ok(loaded)
 }
@@ -188,14 +221,8 @@ fn missing_plugins(config: &Config) -> Vec<String> {
     missing
 }
 
-fn read(path: Option<&Path>) -> Result<(files::Files, Loaded), Error> {
-    let files = match path {
-        Some(path) => files::read(path)?,
-        None => files::Files::default(),
-    };
-    let source = Source { path: path.map(Path::to_owned), files: files.names() };
-    let (config, warnings) = parse(&files)?;
-    Ok((files, Loaded { config, source, warnings }))
+fn read(path: Option<&Path>) -> Result<files::Files, Error> {
+    path.map_or_else(|| Ok(files::Files::default()), files::read)
 }
 
 /// The JSON Schema of a config, for editors and for `check`.
@@ -203,7 +230,17 @@ pub fn schema() -> Value {
     schema_of(schemars::schema_for!(Config))
 }
 
-fn parse(files: &files::Files) -> Result<(Config, Vec<String>), Error> {
+/// A config, as far as it could be read, and what is wrong with it.
+#[derive(Debug)]
+struct Parsed {
+    config: Config,
+    warnings: Vec<String>,
+    problems: Vec<Problem>,
+    /// Where the config is not what the user wrote: a problem says so.
+    repaired: Vec<KeyPath>,
+}
+
+fn parse(files: &files::Files) -> Parsed {
     let schema = schema();
     let checked = check::check(&schema, &files.value);
     let mut found: Vec<Problem> = files.problems.clone();
@@ -211,13 +248,14 @@ fn parse(files: &files::Files) -> Result<(Config, Vec<String>), Error> {
 
     let mut value = checked.value;
     let mut problems = Problems::default();
+    shell::check(&value, &mut problems);
     complete::complete(&mut value, &mut problems);
     found.extend(std::mem::take(&mut problems).into_vec());
-    let mut warnings = Vec::new();
+    let mut warnings = files.warnings.clone();
     let config = match serde_path_to_error::deserialize::<_, Config>(&value) {
         Ok(config) => {
             validate::validate(&config, &mut problems);
-            warnings = validate::warnings(&config);
+            warnings.extend(validate::warnings(&config));
             config
         }
         Err(error) => {
@@ -226,17 +264,29 @@ fn parse(files: &files::Files) -> Result<(Config, Vec<String>), Error> {
             Config::default()
         }
     };
-    // What lies under a repaired path was said already.
-    let is_said = |problem: &Problem| {
-        checked.repaired.iter().any(|repaired| files::is_within(&problem.path, repaired))
-            || found.iter().any(|known| known.path == problem.path)
-    };
-    let fresh: Vec<Problem> = problems.into_vec().into_iter().filter(|p| !is_said(p)).collect();
-    found.extend(fresh);
-    if found.is_empty() {
-        return Ok((config, warnings));
+    let mut parsed = Parsed { config, warnings, problems: found, repaired: checked.repaired };
+    parsed.add(problems.into_vec());
+    parsed
+}
+
+impl Parsed {
+    /// Adds problems; what lies under a path that was refused was said already.
+    fn add(&mut self, problems: Vec<Problem>) {
+        let is_said = |problem: &Problem| {
+            self.repaired.iter().any(|repaired| files::is_within(&problem.path, repaired))
+                || self.problems.iter().any(|known| known.path == problem.path)
+        };
+        let fresh: Vec<Problem> = problems.into_iter().filter(|problem| !is_said(problem)).collect();
+        self.problems.extend(fresh);
     }
-    Err(Error::Invalid(files.locate(found)))
+
+    fn into_loaded(self, path: Option<&Path>, files: &files::Files) -> Result<Loaded, Error> {
+        if !self.problems.is_empty() {
+            return Err(Error::Invalid(files.locate(self.problems)));
+        }
+        let source = Source { path: path.map(Path::to_owned), files: files.names() };
+        Ok(Loaded { config: self.config, source, warnings: self.warnings })
+    }
 }
 
 /// As schemars makes it, but for options behind a tag: their key and the keys

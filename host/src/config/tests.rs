@@ -8,7 +8,8 @@ use crate::units::ByteSize;
 
 fn parse_files(texts: &[(&str, &str)]) -> Result<(Config, Vec<String>), Error> {
     let texts = texts.iter().map(|(name, text)| (PathBuf::from(name), (*text).to_owned()));
-    parse(&files::merge(texts.collect())?)
+    let files = files::merge(texts.collect())?;
+    parse(&files).into_loaded(None, &files).map(|loaded| (loaded.config, loaded.warnings))
 }
 
 fn parse_text(text: &str) -> Result<(Config, Vec<String>), Error> {
@@ -17,7 +18,7 @@ fn parse_text(text: &str) -> Result<(Config, Vec<String>), Error> {
 
 fn problems(text: &str) -> Vec<String> {
     match parse_text(text) {
-        Err(Error::Invalid(lines)) => lines,
+        Err(Error::Invalid(problems)) => problems.iter().map(ToString::to_string).collect(),
         other => panic!("expected problems, got {other:?}"),
     }
 }
@@ -130,6 +131,25 @@ fn broken_yaml_in_every_file_is_said_with_its_line() {
     let lines: Vec<_> = error.lines().collect();
     assert!(lines[0].starts_with("a.yaml:2: not YAML: "), "{error}");
     assert_eq!(lines[1], "b.yaml:1: must be a mapping (`key: value`) at the top");
+}
+
+#[test]
+fn an_empty_file_is_said_and_one_that_is_not_utf8_has_a_line() {
+    let (_, warnings) = parse_files(&[("a.yaml", "# nothing\n"), ("b.yaml", "data_dir: data\n")]).unwrap();
+    assert_eq!(warnings, ["a.yaml: has no key, so that everything has its default"]);
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("headworks.yaml");
+    std::fs::write(&file, b"data_dir: data\ntopics: \"M\xfcnchen\"\n").unwrap();
+    let error = load(Some(&file)).unwrap_err().to_string();
+    assert_eq!(error, format!("{}:2: is not UTF-8: byte 0xfc; save the file as UTF-8", file.display()));
+}
+
+#[test]
+fn anchors_have_a_place_and_merge_keys_are_refused_by_name() {
+    let text = "x-sink: &sink { type: sqlite, path: a.db }\nsinks: { a: *sink }\n";
+    assert!(parse_text(text).unwrap().0.sinks.contains_key("a"));
+    let error = parse_text("x-sink: &sink { type: sqlite }\nsinks:\n  a:\n    <<: *sink\n").unwrap_err();
+    assert!(error.to_string().starts_with("headworks.yaml:4: merge keys are not YAML 1.2"), "{error}");
 }
 
 #[test]

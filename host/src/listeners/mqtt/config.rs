@@ -292,9 +292,23 @@ impl Config {
     /// Reads the files that it names; adds what is wrong with them.
     pub fn look(&self, path: &KeyPath, problems: &mut Problems) {
         for (i, endpoint) in self.listeners.iter().enumerate() {
-            let loaded = endpoint.tls.clone().map(super::transport::tls::Tls::load);
-            if let Some(Err(reason)) = loaded {
-                problems.add(path.key("listeners").index(i).key("tls"), reason);
+            let Some(tls) = &endpoint.tls else { continue };
+            let at = path.key("listeners").index(i).key("tls");
+            let files = [
+                ("cert", Some(&tls.cert)),
+                ("key", Some(&tls.key)),
+                ("client_ca", tls.client_ca.as_ref()),
+                ("crl", tls.crl.as_ref()),
+            ];
+            let mut all_there = true;
+            for (key, file) in files.into_iter().filter_map(|(key, file)| Some((key, file?))) {
+                if let Err(error) = std::fs::File::open(file) {
+                    problems.add(at.key(key), format!("cannot read {}: {error}", file.display()));
+                    all_there = false;
+                }
+            }
+            if all_there && let Err(reason) = super::transport::tls::Tls::load(tls.clone()) {
+                problems.add(at, reason);
             }
         }
         if let Some(access) = &self.access {

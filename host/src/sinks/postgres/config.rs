@@ -178,13 +178,16 @@ impl Config {
 }
 
 impl Config {
-    /// Tries the certificates and the password's file. An environment variable
-    /// may be set only where the host runs.
+    /// Tries the certificates and the password.
     pub fn look(&self, path: &KeyPath, problems: &mut Problems) {
-        if let Some(password @ Password::File(_)) = &self.password
+        if let Some(password) = &self.password
             && let Err(reason) = password.read()
         {
-            problems.add(path.key("password").key("file"), reason);
+            let key = match password {
+                Password::Env(_) => "env",
+                Password::File(_) => "file",
+            };
+            problems.add(path.key("password").key(key), reason);
         }
         if let Err(reason) = super::tls::connector(self.sslmode(), &self.tls) {
             problems.add(path.key("tls"), reason);
