@@ -126,14 +126,30 @@ impl Host {
         self.kill();
     }
 
+    /// Waits until every part works.
     pub fn wait_ready(&mut self) {
+        self.wait_until("the host is ready", |admin| {
+            let (_, status) = http::get(admin, "/api/status").ok()?;
+            let status: serde_json::Value = serde_json::from_str(&status).ok()?;
+            status["components"].as_array()?.iter().all(|part| part["ready"] == true).then_some(())
+        });
+    }
+
+    /// Waits until devices are acknowledged; sinks and plugins may not work yet.
+    pub fn wait_serving(&mut self) {
+        self.wait_until("the host serves devices", |admin| {
+            matches!(http::get(admin, "/readyz"), Ok((200, _))).then_some(())
+        });
+    }
+
+    fn wait_until(&mut self, what: &str, is_so: impl Fn(SocketAddr) -> Option<()>) {
         let run = self.folder.join("data/run.json");
         let process = self.process.as_ref().expect("launched").id();
         // It says when it listens, and when each sink is open and each pipeline runs.
         let events = Events::of_files([self.folder.join(LOG)]).while_runs(process);
-        self.bound = Some(events.until("the host is ready", START_MAX, || {
+        self.bound = Some(events.until(what, START_MAX, || {
             let bound: Bound = serde_json::from_slice(&std::fs::read(&run).ok()?).ok()?;
-            matches!(http::get(bound.admin, "/readyz"), Ok((200, _))).then_some(bound)
+            is_so(bound.admin).map(|()| bound)
         }));
     }
 

@@ -50,7 +50,8 @@ fn a_data_folder_that_is_not_there_is_no_empty_one() {
     let host = Host::prepare("cli-nothing", "");
     for args in [&["dead-letters", "list"][..], &["streams", "list"], &["streams", "tail"]] {
         let said = failed(host.command(&[args, &["--config", "headworks.yaml"]].concat()));
-        assert!(said.contains("no data folder ./data") && said.contains("--config"), "{said}");
+        let folder = host.folder.join("data").display().to_string();
+        assert!(said.contains(&format!("no data folder {folder}")) && said.contains("--config"), "{said}");
     }
 }
 
@@ -67,6 +68,22 @@ fn a_dead_letter_is_listed_shown_and_sent_again() {
     assert!(shown.contains("not json") && shown.contains("sensor-2"), "{shown}");
     let sinks = letters[0]["refused"]["sinks"].as_array().expect("a step's letter names its sinks");
     assert!(shown.contains("for sinks") && shown.contains(sinks[0].as_str().unwrap()), "{shown}");
+    let summary = host.cli(&["dead-letters", "summary"]);
+    assert!(summary.starts_with("1  step normalize of pipeline telemetry\n"), "{summary}");
+    for args in [&["dead-letters", "summary"][..], &["dead-letters", "list"], &["streams", "list"]] {
+        let text = host.cli(args);
+        assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+    }
+    for (option, name) in [("--sink", "typo"), ("--step", "typo"), ("--pipeline", "typo")] {
+        for command in ["list", "summary"] {
+            let said =
+                failed(host.command(&["dead-letters", command, option, name, "--config", "headworks.yaml"]));
+            assert!(said.contains("\"typo\", known are"), "{said}");
+        }
+    }
+    host.cli(&["dead-letters", "list", "--step", "normalize"]);
+    let said = failed(host.command(&["dead-letters", "show", "x"]));
+    assert!(said.contains("dead-letters list"), "{said}");
     // It is refused again, by the same step: that is a letter of its own.
     host.cli(&["dead-letters", "redrive", &id]);
     let id = letters[0]["id"].as_u64();
@@ -163,7 +180,8 @@ fn a_host_that_was_killed_does_not_run_whoever_has_its_port_now() {
     let admin = host.admin();
     host.kill();
     let list = |host: &Host| failed(host.command(&["clients", "list", "--config", "headworks.yaml"]));
-    assert!(list(&host).contains("no host runs on the data folder ./data"), "{}", list(&host));
+    let said = list(&host);
+    assert!(said.contains("no host runs on the data folder /") && said.contains("--config"), "{said}");
 
     let other = std::net::TcpListener::bind(admin).expect("its port is free");
     let answering = std::thread::spawn(move || {
@@ -377,6 +395,52 @@ fn every_metric_that_is_served_is_described() {
         assert!(name.starts_with("headworks_") || name.starts_with("process_"), "{name}");
     }
     assert!(described.len() > 10, "{described:?}");
+}
+
+#[test]
+fn status_names_what_is_wrong_while_readiness_is_about_devices() {
+    let away = "postgres://writer@127.0.0.1:1/iot";
+    let config = format!("sinks: {{ warehouse: {{ type: postgres, url: \"{away}\" }} }}\n");
+    let mut host = Host::prepare("cli-status", &config);
+    host.folder.write("plugins/99-scratch.wasm", "not a plugin");
+    host.launch();
+    host.wait_serving();
+    host.says("Connection refused");
+    let (topic, payload) = telemetry::message("sensor-1", 7);
+    publish(&host, &topic, &payload);
+    assert_eq!(http::get(host.admin(), "/readyz").expect("the host serves it").0, 200);
+
+    let status = |host: &Host| {
+        let args = ["status", "--config", "headworks.yaml"];
+        let text = host.command(&args).output().expect("headworks runs");
+        let json =
+            host.command(&[&args[..], &["--format", "json"]].concat()).output().expect("headworks runs");
+        let json: serde_json::Value = serde_json::from_slice(&json.stdout).expect("JSON");
+        (text.status.code(), String::from_utf8(text.stdout).expect("UTF-8"), json)
+    };
+    let (code, text, json) = status(&host);
+    assert_eq!(code, Some(1), "{text}");
+    for part in ["2 problems", "sink telemetry/warehouse: retrying", "Connection refused", "99-scratch.wasm"]
+    {
+        assert!(text.contains(part), "{part} is not in\n{text}");
+    }
+    assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+    let problems = json["problems"].as_array().expect("a list");
+    let sink = problems.iter().find(|problem| problem["kind"] == "retrying").expect("the sink's");
+    assert_eq!(sink["at_stake"]["messages"], 1, "{sink}");
+    assert!(
+        sink["since"].is_string() && sink["advice"].as_str().is_some_and(|advice| !advice.is_empty()),
+        "{sink}"
+    );
+    host.stop();
+    let (code, _, json) = status(&host);
+    assert_eq!((code, &json["running"]), (Some(3), &false.into()));
+}
+
+#[test]
+fn status_is_fine_where_all_works() {
+    let host = host("cli-fine");
+    assert!(host.cli(&["status"]).contains("no problems"));
 }
 
 #[test]

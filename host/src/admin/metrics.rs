@@ -10,8 +10,14 @@ use crate::telemetry::{self, Metric, MetricKind};
 use crate::{listeners, pipeline, plugin, stream};
 
 /// Composed of each module's own list.
-pub const ALL: &[&[Metric]] =
-    &[listeners::mqtt::METRICS, pipeline::METRICS, plugin::METRICS, stream::log::METRICS, telemetry::METRICS];
+pub const ALL: &[&[Metric]] = &[
+    super::METRICS,
+    listeners::mqtt::METRICS,
+    pipeline::METRICS,
+    plugin::METRICS,
+    stream::log::METRICS,
+    telemetry::METRICS,
+];
 
 const SECONDS: &[f64] = &[
     0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,

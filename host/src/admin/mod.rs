@@ -6,6 +6,7 @@
 
 pub mod config;
 pub mod metrics;
+mod problem;
 mod routes;
 mod server;
 
@@ -16,6 +17,7 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use serde::{Deserialize, Serialize};
 
 pub use config::Config;
+pub use problem::{AtStake, METRICS, PROBLEM_KINDS, Problem};
 pub use server::{Error, Handle, start};
 
 /// Header of every answer, and of requests that are meant for one host only.
@@ -27,8 +29,10 @@ pub const INSTANCE: &str = "headworks-instance";
 pub struct Deps {
     /// `/healthz`: why the process should be restarted; `None` while all is well.
     pub unhealthy: Arc<dyn Fn() -> Option<String> + Send + Sync>,
-    /// `/readyz`.
+    /// `/readyz`: what acknowledgements of devices need.
     pub ready: Arc<dyn Fn() -> Vec<Component> + Send + Sync>,
+    /// `/api/problems`, worst first.
+    pub problems: Arc<dyn Fn() -> Vec<Problem> + Send + Sync>,
     /// `/api/status`.
     pub status: Arc<dyn Fn() -> serde_json::Value + Send + Sync>,
     /// `POST /api/dead-letters/redrive`.

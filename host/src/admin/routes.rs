@@ -30,6 +30,7 @@ pub fn router(deps: Deps, address: SocketAddr, body_max: Duration) -> Router {
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
+        .route("/api/problems", get(problems))
         .route("/api/status", get(status))
         .route("/api/dead-letters/redrive", post(redrive))
         .route("/api/clients/list", post(list_clients))
@@ -44,10 +45,11 @@ pub fn router(deps: Deps, address: SocketAddr, body_max: Duration) -> Router {
 
 async fn index() -> &'static str {
     "headworks\n\n\
-     /healthz                         the process works\n\
-     /readyz                          each part is ready, or why not\n\
+     /healthz                         the process works; restart it otherwise\n\
+     /readyz                          devices can be acknowledged, or why not\n\
      /metrics                         Prometheus text\n\
-     /api/status                      streams, pipelines, plugins, sinks\n\
+     /api/problems                    what a person should act on, worst first\n\
+     /api/status                      each part, streams, pipelines, plugins, sinks\n\
      POST /api/dead-letters/redrive   send dead letters again\n\
      POST /api/clients/list           MQTT clients and sessions\n\
      POST /api/clients/show           one of them\n\
@@ -66,6 +68,10 @@ async fn readyz(State(deps): State<Deps>) -> Response {
     let ready = components.iter().all(|component| component.ready);
     let code = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     (code, Json(json!({ "ready": ready, "components": components }))).into_response()
+}
+
+async fn problems(State(deps): State<Deps>) -> Response {
+    Json(json!({ "problems": (deps.problems)() })).into_response()
 }
 
 async fn metrics(State(deps): State<Deps>) -> Response {

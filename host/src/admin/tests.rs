@@ -66,6 +66,7 @@ async fn run_with(limits: server::Limits) -> Running {
             let detail = not_ready.lock().unwrap().clone().unwrap_or_default();
             vec![Component { name: "sink telemetry".into(), ready: detail.is_empty(), detail }]
         }),
+        problems: Arc::new(Vec::new),
         status: Arc::new({
             let status_bytes = status_bytes.clone();
             move || json!({ "streams": [], "padding": " ".repeat(*status_bytes.lock().unwrap()) })
@@ -121,6 +122,7 @@ async fn health_and_readiness_follow_the_parts() {
     assert!(answer.starts_with("HTTP/1.1 503") && answer.ends_with("stream telemetry stopped\n"), "{answer}");
     let answer = running.get("/readyz").await;
     assert!(answer.starts_with("HTTP/1.1 503") && answer.contains(r#""detail":"stream"#), "{answer}");
+    assert!(running.get("/api/problems").await.ends_with(r#"{"problems":[]}"#));
 }
 
 #[tokio::test]
@@ -167,6 +169,7 @@ async fn it_ends_with_the_shutdown_and_a_taken_port_is_named() {
         Deps {
             unhealthy: Arc::new(|| None),
             ready: Arc::new(Vec::new),
+            problems: Arc::new(Vec::new),
             status: Arc::new(|| serde_json::Value::Null),
             redrive: deps.redriven.clone(),
             clients: Arc::new(OneClient),

@@ -69,10 +69,7 @@ impl Started {
         };
         Self {
             config: source.to_string(),
-            option: source
-                .path
-                .as_ref()
-                .map_or(String::new(), |path| format!(" --config {}", path.display())),
+            option: source.option(),
             data_dir: config.data_dir.display().to_string(),
             plugins_dir: config.plugins.dir.display().to_string(),
             plugins: Vec::new(),
@@ -131,7 +128,8 @@ pub fn banner(started: &Started) -> String {
     });
     let commands = [
         ("headworks streams tail --follow", "what comes in"),
-        ("headworks dead-letters list", "what was refused, and why"),
+        ("headworks status", "what is wrong, and what to do"),
+        ("headworks dead-letters summary", "what was refused, and why"),
     ]
     .map(|(command, what)| (format!("{command}{}", started.option), what));
     let width = commands.iter().map(|(command, _)| command.chars().count()).max().unwrap_or(0);
@@ -192,7 +190,7 @@ fn lines(started: &Started, runs: bool) -> String {
         }
     }
     if let Some(admin) = started.admin {
-        line("admin", &format!("http://{admin}  (/healthz /readyz /metrics /api/status)"));
+        line("admin", &format!("http://{admin}  (/readyz /metrics /api/problems)"));
     }
     text
 }
@@ -242,15 +240,16 @@ listen    mqtt on 127.0.0.1:1883
 stream    telemetry  all topics, 4 partitions
 pipeline  telemetry  telemetry -> plugins of the folder
             default -> SINK
-admin     http://127.0.0.1:8080  (/healthz /readyz /metrics /api/status)
+admin     http://127.0.0.1:8080  (/readyz /metrics /api/problems)
 next      mosquitto_pub -h 127.0.0.1 -q 1 -t acme/factory-01/temperature/sensor-4a3b/reading -m '{\"device_id\":\"sensor-4a3b\",\"value\":21.5,\"ts\":1700000000}'
           headworks streams tail --follow  what comes in
-          headworks dead-letters list      what was refused, and why
+          headworks status                 what is wrong, and what to do
+          headworks dead-letters summary   what was refused, and why
 ";
         let expected = expected.replace("VERSION", env!("CARGO_PKG_VERSION")).replace("SINK", &sink);
         assert_eq!(banner(&started), expected);
         started.option = " --config hw.yaml".to_owned();
-        assert!(banner(&started).contains("headworks dead-letters list --config hw.yaml      what was"));
+        assert!(banner(&started).contains("headworks dead-letters summary --config hw.yaml   what was"));
         started.plugins.clear();
         let hint = "./plugins\n          no plugins yet: messages go to their table as they are; drop a .wasm file in\n";
         assert!(banner(&started).contains(hint));

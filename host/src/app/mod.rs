@@ -5,6 +5,7 @@
 mod background;
 pub mod banner;
 mod clients;
+mod problems;
 mod redrive;
 pub mod run_file;
 mod status;
@@ -12,11 +13,12 @@ mod status;
 use std::fs::File;
 use std::io::Write;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -46,9 +48,18 @@ const COPIES_SORTED_AFTER: Duration = Duration::from_secs(6 * 3_600);
 
 /// The parts that status and readiness speak of.
 pub struct Host {
+    /// All of them.
     pub streams: Vec<Arc<dyn Stream>>,
+    /// Those that take devices' messages.
+    pub intake: Streams,
     pub pipelines: Vec<Arc<pipeline::Handle>>,
     pub plugins: Plugins,
+    pub data_dir: PathBuf,
+    pub plugins_dir: PathBuf,
+    /// With which a command finds this host: ` --config headworks.yaml`.
+    pub option: String,
+    pub prometheus: PrometheusHandle,
+    watch: problems::Watch,
 }
 
 /// Runs a host until SIGINT, SIGTERM, or a stream that stopped.
@@ -121,7 +132,18 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
     let listener = mqtt::start(&config.mqtt, deps).await?;
 
     let all_streams: Vec<_> = streams.iter().cloned().chain([dead_letters, broker]).collect();
-    let host = Arc::new(Host { streams: all_streams.clone(), pipelines: pipelines.clone(), plugins });
+    let host = Arc::new(Host {
+        streams: all_streams.clone(),
+        intake: streams,
+        pipelines: pipelines.clone(),
+        plugins,
+        data_dir: data_dir.clone(),
+        plugins_dir: config.plugins.dir.clone(),
+        option: source.option(),
+        prometheus: prometheus.clone(),
+        watch: problems::Watch::default(),
+    });
+    let watching = tokio::spawn(Arc::clone(&host).watch());
     let deps = admin::Deps {
         unhealthy: Arc::new({
             let host = Arc::clone(&host);
@@ -129,7 +151,11 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
         }),
         ready: Arc::new({
             let host = Arc::clone(&host);
-            move || host.components()
+            move || host.ready()
+        }),
+        problems: Arc::new({
+            let host = Arc::clone(&host);
+            move || host.problems()
         }),
         status: Arc::new({
             let host = Arc::clone(&host);
@@ -167,6 +193,7 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
     }
     stop_admin.cancel();
     admin.closed().await;
+    watching.abort();
     run_file::remove(&data_dir);
     failures.flush();
     ended

@@ -1,4 +1,5 @@
 //! What the running host says of itself: `/healthz`, `/readyz`, `/api/status`.
+//! What a person should act on is in `problems`.
 
 use serde_json::{Value, json};
 
@@ -15,12 +16,15 @@ impl Host {
         Some(format!("stream \"{}\" has stopped", stopped.name()))
     }
 
+    /// Whether devices are acknowledged: a sink, a plugin or a pipeline that does
+    /// not work costs no device its acknowledgement.
+    pub fn ready(&self) -> Vec<Component> {
+        self.intake.iter().map(|stream| stream_component(stream.as_ref())).collect()
+    }
+
     /// Every part and whether it works.
-    pub fn components(&self) -> Vec<Component> {
-        let streams = self.streams.iter().map(|stream| {
-            let ready = !is_stopped(stream.as_ref());
-            component(format!("stream {}", stream.name()), ready, "stopped")
-        });
+    fn components(&self) -> Vec<Component> {
+        let streams = self.streams.iter().map(|stream| stream_component(stream.as_ref()));
         let pipelines = self.pipelines.iter().flat_map(|pipeline| {
             let status = pipeline.status();
             let of = |sink: &SinkStatus| {
@@ -52,6 +56,7 @@ impl Host {
         let plugins: Vec<PluginStatus> = self.plugins.status();
         json!({
             "version": env!("CARGO_PKG_VERSION"),
+            "components": self.components(),
             "streams": streams,
             "pipelines": pipelines,
             "plugins": plugins,
@@ -63,7 +68,16 @@ fn component(name: String, ready: bool, detail: &str) -> Component {
     Component { name, ready, detail: if ready { String::new() } else { detail.to_owned() } }
 }
 
-fn is_stopped(stream: &dyn Stream) -> bool {
+fn stream_component(stream: &dyn Stream) -> Component {
+    let name = format!("stream {}", stream.name());
+    match (is_stopped(stream), stream.has_room()) {
+        (true, _) => component(name, false, "stopped"),
+        (false, false) => component(name, false, "no room: devices wait for their acknowledgements"),
+        (false, true) => component(name, true, ""),
+    }
+}
+
+pub(super) fn is_stopped(stream: &dyn Stream) -> bool {
     stream.durable().has_changed().is_err()
 }
 

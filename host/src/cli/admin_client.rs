@@ -11,6 +11,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+use super::output::shown;
 use crate::admin::INSTANCE;
 use crate::app::run_file;
 use crate::config::Config;
@@ -20,15 +21,36 @@ const HEALTH_BYTES_MAX: u64 = 16 << 10;
 /// Whatever has the port may take a connection and say nothing.
 const ASK_MAX: Duration = Duration::from_secs(10);
 
+/// No host runs on the data folder of the config.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct NotRunning(String);
+
 /// `POST path` with a JSON body; the answer's JSON.
 pub async fn post<T: DeserializeOwned>(
     config: &Config,
     path: &str,
     body: &impl Serialize,
 ) -> anyhow::Result<T> {
-    let folder = config.data_dir.display();
-    let none =
-        || format!("no host runs on the data folder {folder}: start it with `headworks run`, then try again");
+    let body = serde_json::to_string(body)?;
+    let head =
+        format!("POST {path} HTTP/1.1\r\ncontent-type: application/json\r\ncontent-length: {}", body.len());
+    ask(config, &head, &body).await
+}
+
+/// `GET path`; the answer's JSON.
+pub async fn get<T: DeserializeOwned>(config: &Config, path: &str) -> anyhow::Result<T> {
+    ask(config, &format!("GET {path} HTTP/1.1"), "").await
+}
+
+/// `head`: the request's first line and its own headers.
+async fn ask<T: DeserializeOwned>(config: &Config, head: &str, body: &str) -> anyhow::Result<T> {
+    let folder = shown(&config.data_dir);
+    let none = || {
+        NotRunning(format!(
+            "no host runs on the data folder {folder}: name its config with --config, or start it with `headworks run`"
+        ))
+    };
     // What the running host wrote down, since its port may be any free one.
     let running = run_file::read(&config.data_dir);
     let address = match (&running, config.admin.address()) {
@@ -37,34 +59,33 @@ pub async fn post<T: DeserializeOwned>(
         (None, Some(address)) if !address.ip().is_loopback() && !address.ip().is_unspecified() => address,
         (None, _) => bail!(none()),
     };
+    let gone = |why: String| NotRunning(format!("{}: {why}", none()));
     let address = reachable(address);
     let instance = match (timeout(ASK_MAX, ask_instance(address)).await, &running) {
         (Ok(Ok(Some(instance))), None) => instance,
         (Ok(Ok(Some(instance))), Some(running)) if instance == running.instance => instance,
         (Ok(Err(_)), Some(_)) => bail!(none()),
-        (_, Some(_)) => bail!("{}: another program has its port, {address}, now", none()),
-        (Ok(Err(error)), None) => bail!("no host runs at {address}: {error}"),
+        (_, Some(_)) => bail!(gone(format!("another program has its port, {address}, now"))),
+        (Ok(Err(error)), None) => bail!(NotRunning(format!("no host runs at {address}: {error}"))),
         (_, None) => bail!("{address} does not answer as headworks does: does something else use the port?"),
     };
-    let body = serde_json::to_string(body)?;
-    let request = format!(
-        "POST {path} HTTP/1.1\r\nhost: {address}\r\n{INSTANCE}: {instance}\r\n\
-         content-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
-        body.len()
-    );
-    let mut stream = TcpStream::connect(address).await.with_context(none)?;
+    let request =
+        format!("{head}\r\nhost: {address}\r\n{INSTANCE}: {instance}\r\nconnection: close\r\n\r\n{body}");
+    let mut stream = TcpStream::connect(address).await.map_err(|_| none())?;
     stream.write_all(request.as_bytes()).await?;
     let mut answer = Vec::new();
     stream.take(ANSWER_BYTES_MAX).read_to_end(&mut answer).await?;
     let answer = String::from_utf8_lossy(&answer);
-    let (head, body) = answer.split_once("\r\n\r\n").with_context(none)?;
+    let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(none)?;
     let code = head.split(' ').nth(1).unwrap_or_default();
     if code == "200" {
         return serde_json::from_str(body).with_context(|| format!("cannot read the answer of {address}"));
     }
     let error = serde_json::from_str::<serde_json::Value>(body).ok();
-    let error = error.as_ref().and_then(|error| error.get("error")?.as_str()).unwrap_or(body);
-    bail!("{error} (the host at {address} answered {code})")
+    match error.as_ref().and_then(|error| error.get("error")?.as_str()) {
+        Some(error) => bail!("{error}"),
+        None => bail!("the host at {address} answered {code}: {body}"),
+    }
 }
 
 /// Which host answers there; `None`: something that is no headworks.

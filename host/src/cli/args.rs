@@ -14,10 +14,11 @@ use crate::telemetry::LogFormat;
     version,
     about = "Takes device messages in by MQTT, runs them through WebAssembly plugins, writes rows to databases",
     arg_required_else_help = true,
+    max_term_width = 80,
     after_help = "Start here:\n  headworks run                      MQTT on 127.0.0.1:1883, rows in ./data/telemetry.db\n  \
         headworks run --config hw.yaml     your own config\n  \
         headworks validate --config hw.yaml\n  \
-        headworks dead-letters list        what was refused, and why"
+        headworks status                   what is wrong, and what to do"
 )]
 pub struct Cli {
     /// What to log to stderr: a level, or target=level, comma-separated [default: RUST_LOG, else info]
@@ -40,13 +41,15 @@ pub enum Command {
     Run(ConfigArgs),
     /// Check a config: every problem at once with file and line, or what would run
     Validate(ValidateArgs),
+    /// What is wrong with the running host and what to do; exit code 0 fine, 1 a problem, 3 not running
+    Status(StatusArgs),
     /// Plugins: new, list, inspect, bench, remove
     #[command(subcommand)]
     Plugin(PluginCommand),
     /// Look into streams; works while the host runs
     #[command(subcommand)]
     Streams(StreamsCommand),
-    /// Refused messages: list, show, send again
+    /// Refused messages: summary, list, show, send again
     #[command(subcommand)]
     DeadLetters(DeadLettersCommand),
     /// MQTT clients: list, show, disconnect; the host must run
@@ -89,6 +92,14 @@ pub struct PasswdArgs {
 
 #[derive(Clone, Debug, Args)]
 pub struct ValidateArgs {
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    #[command(flatten)]
+    pub format: FormatArgs,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct StatusArgs {
     #[command(flatten)]
     pub config: ConfigArgs,
     #[command(flatten)]
@@ -233,11 +244,23 @@ pub enum ClientsCommand {
 
 #[derive(Debug, Subcommand)]
 pub enum DeadLettersCommand {
-    /// One line for each refused message, newest last
+    /// Why messages were refused: each reason with its count, the most frequent first
+    Summary {
+        /// Also those that were sent again
+        #[arg(long)]
+        sent: bool,
+        #[command(flatten)]
+        filter: LetterFilter,
+        #[command(flatten)]
+        config: ConfigArgs,
+        #[command(flatten)]
+        format: FormatArgs,
+    },
+    /// Each refused message, newest last
     List {
-        /// At most this many, the newest
-        #[arg(long, default_value = "50", value_name = "N")]
-        max: NonZeroUsize,
+        /// At most this many, the newest [default: 50 as text, all as JSON]
+        #[arg(long, value_name = "N")]
+        max: Option<NonZeroUsize>,
         /// Also those that were sent again
         #[arg(long)]
         sent: bool,
@@ -250,7 +273,8 @@ pub enum DeadLettersCommand {
     },
     /// Everything about one of them, its payload too
     Show {
-        /// From the first column of `dead-letters list`
+        /// The number that `dead-letters list` begins each one with
+        #[arg(value_parser = letter_id)]
         id: u64,
         #[command(flatten)]
         config: ConfigArgs,
@@ -266,7 +290,7 @@ pub enum DeadLettersCommand {
     )]
     Redrive {
         /// Ids from `dead-letters list`
-        #[arg(required_unless_present = "all", conflicts_with = "all", num_args = 1..)]
+        #[arg(required_unless_present = "all", conflicts_with = "all", num_args = 1.., value_parser = letter_id)]
         ids: Vec<u64>,
         /// All that the other options leave
         #[arg(long)]
@@ -278,6 +302,12 @@ pub enum DeadLettersCommand {
         #[command(flatten)]
         format: FormatArgs,
     },
+}
+
+fn letter_id(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| {
+        "an id is a whole number; `headworks dead-letters list` begins each line with one".to_owned()
+    })
 }
 
 #[derive(Clone, Debug, Default, Args)]

@@ -10,7 +10,7 @@ use crate::admin::ClientList;
 use crate::config::{self, Config};
 use crate::listeners::mqtt::Client;
 
-const ID_CHARS_MAX: usize = 60;
+const USER_CHARS_MAX: usize = 60;
 
 pub fn clients(command: ClientsCommand, out: &mut Out) -> anyhow::Result<()> {
     match command {
@@ -47,35 +47,34 @@ fn list(config: &Config, prefix: &str, max: usize, format: Format, out: &mut Out
     if list.clients.is_empty() {
         return out.line("no clients");
     }
-    let head = ["CLIENT", "ADDRESS", "USER", "MQTT", "SINCE", "FILTERS", "QUEUED", "IN FLIGHT"];
-    let mut table = vec![head.map(str::to_owned).to_vec()];
     let shown = list.clients.len();
     for client in list.clients {
-        table.push(row(&serde_json::from_value(client)?));
+        out.flow(0, &parts(&serde_json::from_value(client)?))?;
     }
-    out.table(&table)?;
     if list.found > shown {
         out.line(format!("\n{} more: --max {} shows all", list.found - shown, list.found))?;
     }
     Ok(())
 }
 
-fn row(client: &Client) -> Vec<String> {
-    let id = one_line(&client.client_id, ID_CHARS_MAX);
-    let (address, user, version, since) = match &client.connection {
-        Some(connection) => (
-            connection.address.clone(),
-            connection.user.as_deref().map(|user| one_line(user, ID_CHARS_MAX)).unwrap_or_default(),
-            connection.version.clone(),
-            time(connection.since_us),
-        ),
-        None => {
-            let since = time(client.disconnected_us.unwrap_or_default());
-            ("away".into(), String::new(), String::new(), since)
+fn parts(client: &Client) -> Vec<String> {
+    let mut parts = vec![one_line(&client.client_id, usize::MAX)];
+    match &client.connection {
+        Some(connection) => {
+            let user =
+                connection.user.as_deref().map_or("anonymous".to_owned(), |user| format!("user {user}"));
+            parts.extend([
+                one_line(&user, USER_CHARS_MAX),
+                connection.address.clone(),
+                format!("MQTT {}", connection.version),
+                format!("since {}", time(connection.since_us)),
+            ]);
         }
-    };
-    let counts = [client.subscriptions, client.queued, client.in_flight].map(|count| count.to_string());
-    [id, address, user, version, since].into_iter().chain(counts).collect()
+        None => parts.push(format!("away since {}", time(client.disconnected_us.unwrap_or_default()))),
+    }
+    let Client { subscriptions, queued, in_flight, .. } = client;
+    parts.push(format!("{subscriptions} filters, {queued} queued, {in_flight} in flight"));
+    parts
 }
 
 fn show(config: &Config, client_id: &str, format: Format, out: &mut Out) -> anyhow::Result<()> {
@@ -106,14 +105,10 @@ fn show(config: &Config, client_id: &str, format: Format, out: &mut Out) -> anyh
     fields.push(("in flight", client.in_flight.to_string()));
     let width = fields.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     for (name, value) in fields {
-        out.line(format!("{}  {value}", out.bold(&format!("{name:width$}"))))?;
+        out.field(name, width, &value)?;
     }
     for filter in &client.filters {
-        out.line(format!(
-            "{}  {}",
-            out.bold(&format!("{:width$}", "subscribed")),
-            one_line(filter, usize::MAX)
-        ))?;
+        out.field("subscribed", width, &one_line(filter, usize::MAX))?;
     }
     Ok(())
 }

@@ -1,11 +1,12 @@
 //! `headworks dead-letters`: refused messages, each with who refused it and why.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use indicatif::ProgressBar;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::args::{DeadLettersCommand, Format, LetterFilter};
 use super::output::{Out, one_line, time};
@@ -14,12 +15,15 @@ use crate::admin::{RedriveAnswer, RedriveRequest};
 use crate::batch::{Batch, MessageRef, Offset};
 use crate::config::{self, Config, DEAD_LETTERS};
 use crate::pipeline::{DONE_PREFIX, sent_again};
+use crate::plugin;
 use crate::properties::{self, Origin};
 use crate::stream::Read;
 use crate::stream::log::ReadOnly;
 
+const LISTED_MAX: usize = 50;
 const REASON_CHARS_MAX: usize = 120;
-const SINKS_CHARS_MAX: usize = 40;
+/// Reasons that a summary tells apart; further ones count as one.
+const REASONS_MAX: usize = 1_000;
 /// By then a host has proven the last frame that it wrote.
 const PROVEN_AFTER: Duration = Duration::from_millis(100);
 /// Set on the copies that a redrive makes; they are not letters of their own.
@@ -27,9 +31,13 @@ const REDRIVE: &str = "dead-letter-redrive";
 
 pub fn dead_letters(command: DeadLettersCommand, out: &mut Out) -> anyhow::Result<()> {
     match command {
+        DeadLettersCommand::Summary { sent, filter, config, format } => {
+            let config = config::load(config.config.as_deref())?.config;
+            summary(&config, sent, &filter, format.format, out)
+        }
         DeadLettersCommand::List { max, sent, filter, config, format } => {
             let config = config::load(config.config.as_deref())?.config;
-            list(open(&config, Offset(0))?, max.get(), sent, &filter, format.format, out)
+            list(&config, max.map(NonZeroUsize::get), sent, &filter, format.format, out)
         }
         DeadLettersCommand::Show { id, config, format } => {
             let config = config::load(config.config.as_deref())?.config;
@@ -48,61 +56,208 @@ fn open(config: &Config, from: Offset) -> anyhow::Result<Option<ReadOnly>> {
     streams::open(config, DEAD_LETTERS, from)
 }
 
-/// `letters` reads from the first one on; `with_sent`: also those that were sent again.
+/// Gives `take` each letter that fits, and whether it was sent again. Returns how many
+/// were left out because they were.
+fn each(
+    config: &Config,
+    with_sent: bool,
+    filter: &LetterFilter,
+    mut take: impl FnMut(&MessageRef<'_>, bool) -> anyhow::Result<()>,
+) -> anyhow::Result<u64> {
+    let mut letters = open(config, Offset(0))?;
+    let sent = sent_offsets(letters.as_ref())?;
+    let (mut hidden, mut has_waited) = (0, false);
+    let mut names = Names::default();
+    while let Some(batch) = next_batch(letters.as_mut(), &mut has_waited)? {
+        for letter in batch.messages() {
+            names.add(&letter);
+            if !is_wanted(&letter, filter) {
+                continue;
+            }
+            let is_sent = sent.contains(&letter.offset().0);
+            if is_sent && !with_sent {
+                hidden += 1;
+            } else {
+                take(&letter, is_sent)?;
+            }
+        }
+    }
+    names.check(config, filter)?;
+    Ok(hidden)
+}
+
+/// Names that letters carry: of parts that the config may not have any more.
+#[derive(Default)]
+struct Names {
+    pipelines: BTreeSet<String>,
+    sinks: BTreeSet<String>,
+    steps: BTreeSet<String>,
+}
+
+impl Names {
+    fn add(&mut self, letter: &MessageRef<'_>) {
+        for (names, property_name) in
+            [(&mut self.pipelines, "pipeline"), (&mut self.sinks, "sink"), (&mut self.steps, "step")]
+        {
+            let name = property(letter, property_name);
+            if !name.is_empty() && !names.contains(&name) {
+                names.insert(name);
+            }
+        }
+    }
+
+    /// Fails where the filter names what neither the config nor a letter knows.
+    fn check(mut self, config: &Config, filter: &LetterFilter) -> anyhow::Result<()> {
+        self.pipelines.extend(config.pipelines.keys().cloned());
+        self.sinks.extend(config.sinks.keys().cloned());
+        let steps = config.pipelines.values().flat_map(|pipeline| pipeline.steps.iter().flatten());
+        self.steps.extend(steps.map(|step| step.step_name().to_owned()));
+        let of_folder = config.pipelines.values().any(|pipeline| pipeline.steps.is_none());
+        if of_folder && filter.step.as_ref().is_some_and(|step| !self.steps.contains(step)) {
+            let listed = plugin::survey(&config.plugins.dir, &config.plugin_cache_dir()).unwrap_or_default();
+            self.steps.extend(listed.into_iter().map(|listed| listed.name));
+        }
+        for (wanted, known, kind) in [
+            (&filter.pipeline, &self.pipelines, "pipeline"),
+            (&filter.sink, &self.sinks, "sink"),
+            (&filter.step, &self.steps, "step"),
+        ] {
+            if let Some(wanted) = wanted
+                && !known.contains(wanted)
+            {
+                let known: Vec<&str> = known.iter().map(String::as_str).collect();
+                bail!("no {kind} \"{wanted}\", known are {}", known.join(", "));
+            }
+        }
+        Ok(())
+    }
+}
+
 fn list(
-    mut letters: Option<ReadOnly>,
-    max: usize,
+    config: &Config,
+    max: Option<usize>,
     with_sent: bool,
     filter: &LetterFilter,
     format: Format,
     out: &mut Out,
 ) -> anyhow::Result<()> {
-    let mut rows: std::collections::VecDeque<Vec<String>> = std::collections::VecDeque::new();
-    let mut lines: std::collections::VecDeque<Map<String, Value>> = std::collections::VecDeque::new();
-    let (mut found, mut hidden) = (0_u64, 0_u64);
-    let mut has_waited = false;
-    let sent = sent_offsets(letters.as_ref())?;
-    while let Some(batch) = next_batch(letters.as_mut(), &mut has_waited)? {
-        for letter in batch.messages().filter(|letter| is_wanted(letter, filter)) {
-            let is_sent = sent.contains(&letter.offset().0);
-            if is_sent && !with_sent {
-                hidden += 1;
-                continue;
-            }
-            found += 1;
-            match format {
-                Format::Text => rows.push_back(row(&letter, is_sent)),
-                Format::Json => lines.push_back(to_json(&letter, is_sent)),
-            }
-            if rows.len() > max {
-                rows.pop_front();
-            }
-            if lines.len() > max {
-                lines.pop_front();
+    let mut found = 0_u64;
+    let mut kept: VecDeque<Listed> = VecDeque::new();
+    let max = max.or((format == Format::Text).then_some(LISTED_MAX));
+    let hidden = each(config, with_sent, filter, |letter, is_sent| {
+        found += 1;
+        match (format, max) {
+            (Format::Json, None) => out.json(&to_json(letter, is_sent))?,
+            (Format::Json, Some(_)) => kept.push_back(Listed::Json(to_json(letter, is_sent))),
+            (Format::Text, _) => kept.push_back(Listed::Text(lines(letter, is_sent))),
+        }
+        if max.is_some_and(|max| kept.len() > max) {
+            kept.pop_front();
+        }
+        Ok(())
+    })?;
+    let shown = kept.len() as u64;
+    for letter in kept {
+        match letter {
+            Listed::Json(letter) => out.json(&letter)?,
+            Listed::Text(Lines { head, what, reason }) => {
+                out.flow(0, &head)?;
+                out.flow(4, &what)?;
+                out.paragraph(4, &reason)?;
             }
         }
     }
-    match format {
-        Format::Json => lines.iter().try_for_each(|line| out.json(line)),
-        Format::Text if rows.is_empty() && hidden == 0 => out.line("no dead letters"),
-        Format::Text if rows.is_empty() => {
-            out.line(format!("no dead letters but {hidden} that were sent again: --sent shows them"))
+    if format == Format::Json {
+        return Ok(());
+    }
+    if found > shown {
+        out.line(format!("\n{} older ones: --max {found} shows all", found - shown))?;
+    }
+    say_hidden(found, hidden, out)
+}
+
+enum Listed {
+    Json(Map<String, Value>),
+    Text(Lines),
+}
+
+struct Lines {
+    head: Vec<String>,
+    what: Vec<String>,
+    reason: String,
+}
+
+/// What a text says under its letters, or instead of them.
+fn say_hidden(shown: u64, hidden: u64, out: &mut Out) -> anyhow::Result<()> {
+    match (shown, hidden) {
+        (0, 0) => out.line("no dead letters"),
+        (0, _) => out.line(format!("no dead letters but {hidden} that were sent again: --sent shows them")),
+        (_, 0) => Ok(()),
+        _ => out.line(format!("\n{hidden} more were sent again: --sent shows them")),
+    }
+}
+
+/// One reason, as `dead-letters summary` counts it.
+struct Reason {
+    count: u64,
+    /// The newest letter of it.
+    newest: Map<String, Value>,
+}
+
+fn summary(
+    config: &Config,
+    with_sent: bool,
+    filter: &LetterFilter,
+    format: Format,
+    out: &mut Out,
+) -> anyhow::Result<()> {
+    let mut reasons: HashMap<[String; 3], Reason> = HashMap::new();
+    let mut found = 0;
+    let hidden = each(config, with_sent, filter, |letter, is_sent| {
+        found += 1;
+        let pipeline = property(letter, "pipeline");
+        let mut key = [pipeline.clone(), refused_by(letter), alike(&property(letter, "reason"))];
+        if reasons.len() >= REASONS_MAX && !reasons.contains_key(&key) {
+            key = [pipeline, String::new(), String::new()];
         }
-        Format::Text => {
-            let head = ["ID", "TIME", "PIPELINE", "REFUSED BY", "FOR SINKS", "DEVICE", "TOPIC", "REASON"];
-            let shown = rows.len() as u64;
-            let mut table = vec![head.map(str::to_owned).to_vec()];
-            table.extend(rows);
-            out.table(&table)?;
-            if found > shown {
-                out.line(format!("\n{} older ones: --max {found} shows all", found - shown))?;
-            }
-            if hidden > 0 {
-                out.line(format!("\n{hidden} more were sent again: --sent shows them"))?;
-            }
-            Ok(())
+        let newest = to_json(letter, is_sent);
+        let count = reasons.get(&key).map_or(0, |reason| reason.count) + 1;
+        reasons.insert(key, Reason { count, newest });
+        Ok(())
+    })?;
+    let mut sorted: Vec<_> = reasons.into_iter().collect();
+    sorted.sort_by(|(a, x), (b, y)| (y.count, a).cmp(&(x.count, b)));
+    for ([pipeline, refused_by, alike], Reason { count, newest }) in sorted {
+        let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        let is_rest = alike.is_empty();
+        let reason = if is_rest { "other reasons".to_owned() } else { text(&newest["refused"]["reason"]) };
+        if format == Format::Json {
+            out.json(&json!({
+                "count": count, "pipeline": pipeline, "refused_by": refused_by, "reason": reason,
+                "newest": { "id": newest["id"], "received": newest["received"], "device": newest["device"], "topic": newest["topic"] },
+            }))?;
+            continue;
+        }
+        out.head(&format!("{count}  {refused_by} of pipeline {pipeline}"))?;
+        out.paragraph(4, &reason)?;
+        let [id, received, device, topic] =
+            ["id", "received", "device", "topic"].map(|name| text(&newest[name]));
+        out.flow(4, &[format!("newest: {id}"), received, format!("device {device}"), topic])?;
+    }
+    if format == Format::Json { Ok(()) } else { say_hidden(found, hidden, out) }
+}
+
+/// A reason without its numbers, so that reasons differ by more than the value at hand.
+fn alike(reason: &str) -> String {
+    let mut alike = String::new();
+    for c in reason.chars() {
+        match c {
+            '0'..='9' if alike.ends_with('0') => {}
+            '0'..='9' => alike.push('0'),
+            c => alike.push(c),
         }
     }
+    alike
 }
 
 /// `letters` reads from `id` on.
@@ -144,7 +299,7 @@ fn show(mut letters: Option<ReadOnly>, id: u64, format: Format, out: &mut Out) -
     let width = fields.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
     for (name, value) in fields {
         let value: String = value.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-        out.line(format!("{}  {value}", out.bold(&format!("{name:width$}"))))?;
+        out.field(&name, width, &value)?;
     }
     out.line(format!("\n{}", message::payload_whole(letter.payload())))
 }
@@ -209,17 +364,19 @@ fn sent_offsets(letters: Option<&ReadOnly>) -> anyhow::Result<HashSet<u64>> {
     Ok(sent_again(state.unwrap_or_default()))
 }
 
-fn row(letter: &MessageRef<'_>, is_sent: bool) -> Vec<String> {
-    vec![
-        if is_sent { format!("{} (sent)", letter.offset().0) } else { letter.offset().0.to_string() },
-        time(letter.entry.received_us),
-        property(letter, "pipeline"),
-        refused_by(letter),
-        one_line(&for_sinks(letter), SINKS_CHARS_MAX),
-        one_line(letter.device(), 40),
-        one_line(letter.topic(), 60),
-        one_line(&property(letter, "reason"), REASON_CHARS_MAX),
-    ]
+/// Who refused it, what it is, and why.
+fn lines(letter: &MessageRef<'_>, is_sent: bool) -> Lines {
+    let id = letter.offset().0;
+    Lines {
+        head: vec![
+            if is_sent { format!("{id} (sent)") } else { id.to_string() },
+            time(letter.entry.received_us),
+            format!("{} of pipeline {}", refused_by(letter), property(letter, "pipeline")),
+            format!("for {}", for_sinks(letter)),
+        ],
+        what: vec![format!("device {}", letter.device()), letter.topic().to_owned()],
+        reason: property(letter, "reason"),
+    }
 }
 
 fn refused_by(letter: &MessageRef<'_>) -> String {

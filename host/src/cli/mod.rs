@@ -1,6 +1,6 @@
 //! The command line: what a person types, and what it prints.
 //!
-//! Exit codes: 0 done, 1 failed, 2 the command line or the config is wrong.
+//! Exit codes: 0 done, 1 failed, 2 the command line or the config is wrong; `status` has 3 too.
 //! Messages go to stderr as `headworks: ...`; what a script reads goes to
 //! stdout, one JSON object a line with `--format json`.
 
@@ -14,6 +14,7 @@ mod passwd;
 mod plugin;
 mod plugin_new;
 mod run;
+mod status;
 mod streams;
 mod validate;
 
@@ -39,7 +40,7 @@ pub fn main() -> ExitCode {
         }
     };
     match dispatch(cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) if output::is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             if let Some(config::Error::Invalid(problems)) = error.downcast_ref::<config::Error>() {
@@ -58,9 +59,10 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn dispatch(cli: Cli) -> anyhow::Result<()> {
+fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     let out = &mut Out::stdout();
-    match cli.command {
+    let done = match cli.command {
+        Command::Status(args) => return status::status(&args, out),
         Command::Run(args) => run::run(&args, cli.log.as_deref(), cli.log_format),
         Command::Validate(args) => validate::validate(&args, out),
         Command::Plugin(command) => plugin::plugin(command, out),
@@ -69,7 +71,8 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::DeadLetters(command) => dead_letters::dead_letters(command, out),
         Command::Passwd(args) => passwd::passwd(&args, out),
         Command::Schema => out.json_pretty(&config::schema()),
-    }
+    };
+    done.map(|()| ExitCode::SUCCESS)
 }
 
 /// A small runtime for commands that wait for something.

@@ -2,24 +2,65 @@
 
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
+use std::path::Path;
 
 use jiff::Timestamp;
 use serde::Serialize;
 
+use crate::telemetry;
+
+/// Width of what is not a terminal, and of one that does not say.
+const COLUMNS: usize = 80;
+/// A narrower terminal breaks lines itself.
+const COLUMNS_MIN: usize = 40;
+/// Of the lines after the first one of a record.
+const INDENT: usize = 4;
+
 /// Stdout, or a buffer in tests.
 pub struct Out {
     to: Box<dyn Write>,
-    pub coloured: bool,
+    coloured: bool,
+    columns: usize,
 }
 
 impl Out {
     pub fn stdout() -> Self {
-        let coloured = io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-        Self { to: Box::new(io::stdout().lock()), coloured }
+        let coloured = io::stdout().is_terminal() && !telemetry::no_color();
+        let size = rustix::termios::tcgetwinsize(io::stdout()).ok();
+        let columns = size.map(|size| usize::from(size.ws_col)).filter(|columns| *columns >= COLUMNS_MIN);
+        Self { to: Box::new(io::stdout().lock()), coloured, columns: columns.unwrap_or(COLUMNS) }
     }
 
-    pub fn line(&mut self, line: impl AsRef<str>) -> anyhow::Result<()> {
-        Ok(writeln!(self.to, "{}", line.as_ref())?)
+    /// Text as it is, its control characters but line ends and tabs as escapes.
+    pub fn line(&mut self, text: impl AsRef<str>) -> anyhow::Result<()> {
+        Ok(writeln!(self.to, "{}", escaped(text.as_ref()))?)
+    }
+
+    /// A bold line.
+    pub fn head(&mut self, text: &str) -> anyhow::Result<()> {
+        let (on, off) = self.bold();
+        Ok(writeln!(self.to, "{on}{}{off}", escaped(text))?)
+    }
+
+    /// `name` in bold, padded to `width`, and its value.
+    pub fn field(&mut self, name: &str, width: usize, value: &str) -> anyhow::Result<()> {
+        let (on, off) = self.bold();
+        let (name, value) = (escaped(&format!("{name:width$}")), escaped(value));
+        Ok(writeln!(self.to, "{on}{name}{off}  {value}")?)
+    }
+
+    /// Parts one after the other, two spaces between them, as many on a line as fit its
+    /// width. The first line begins with `first` spaces, the others with [`INDENT`].
+    pub fn flow(&mut self, first: usize, parts: &[String]) -> anyhow::Result<()> {
+        let parts = parts.iter().filter(|part| !part.is_empty()).map(String::as_str);
+        let lines = fill(parts, "  ", [first, INDENT], self.columns);
+        lines.iter().try_for_each(|line| self.line(line))
+    }
+
+    /// Words of a text, each line with `indent` spaces in front.
+    pub fn paragraph(&mut self, indent: usize, text: &str) -> anyhow::Result<()> {
+        let lines = fill(text.split_whitespace(), " ", [indent, indent], self.columns);
+        lines.iter().try_for_each(|line| self.line(line))
     }
 
     /// One line.
@@ -50,20 +91,66 @@ impl Out {
                 }
             }
             let line = line.trim_end();
-            let line = if number == 0 { self.bold(line) } else { line.to_owned() };
-            self.line(line)?;
+            if number == 0 { self.head(line)? } else { self.line(line)? }
         }
         Ok(())
     }
 
-    pub fn bold(&self, text: &str) -> String {
-        if self.coloured { format!("\x1b[1m{text}\x1b[0m") } else { text.to_owned() }
+    fn bold(&self) -> (&'static str, &'static str) {
+        if self.coloured { ("\x1b[1m", "\x1b[0m") } else { ("", "") }
     }
+}
+
+/// Pieces joined by `gap` into lines of at most `columns`, where no piece is longer
+/// itself. `indents` are those of the first line and of the others.
+fn fill<'p>(
+    pieces: impl Iterator<Item = &'p str>,
+    gap: &str,
+    indents: [usize; 2],
+    columns: usize,
+) -> Vec<String> {
+    let mut lines = vec![" ".repeat(indents[0])];
+    let mut wide = indents[0];
+    let mut is_first = true;
+    for piece in pieces {
+        let more = piece.chars().count();
+        let line = lines.last_mut().expect("never empty");
+        if is_first {
+            line.push_str(piece);
+            wide += more;
+        } else if wide + gap.len() + more <= columns {
+            line.push_str(gap);
+            line.push_str(piece);
+            wide += gap.len() + more;
+        } else {
+            lines.push(" ".repeat(indents[1]) + piece);
+            wide = indents[1] + more;
+        }
+        is_first = false;
+    }
+    lines
+}
+
+fn escaped(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for part in text.split_inclusive(['\n', '\t']) {
+        let end = part.strip_suffix(['\n', '\t']).map_or(part.len(), str::len);
+        // Writing to a String cannot fail.
+        let _ = telemetry::write_escaped(&mut escaped, &part[..end]);
+        escaped.push_str(&part[end..]);
+    }
+    escaped
+}
+
+/// A path as a message names it: absolute, since a relative one is relative to the
+/// working directory, which a reader may not know.
+pub fn shown(path: &Path) -> String {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned()).display().to_string()
 }
 
 /// To stderr. Where that takes nothing the exit code says it alone.
 pub fn complain(text: &str) {
-    let _ = writeln!(io::stderr(), "{text}");
+    let _ = writeln!(io::stderr(), "{}", escaped(text));
 }
 
 /// `headworks ... | head` ended early: no failure.
@@ -111,7 +198,8 @@ mod tests {
         let rows = [vec!["a", "b", "c"], vec!["long last cell of its row"], vec!["1", "2", "3"]];
         let rows = rows.map(|row| row.into_iter().map(str::to_owned).collect::<Vec<_>>());
         let file = tempfile::NamedTempFile::new().unwrap();
-        Out { to: Box::new(file.reopen().unwrap()), coloured: false }.table(&rows).unwrap();
+        let mut out = Out { to: Box::new(file.reopen().unwrap()), coloured: false, columns: COLUMNS };
+        out.table(&rows).unwrap();
         assert_eq!(
             std::fs::read_to_string(file.path()).unwrap(),
             "a  b  c\nlong last cell of its row\n1  2  3\n"
@@ -122,5 +210,15 @@ mod tests {
     fn what_devices_send_cannot_drive_the_terminal() {
         assert_eq!(one_line("a\x1b[2Jb\nc", 20), "a [2Jb c");
         assert_eq!(one_line("abcdef", 4), "abc…");
+        assert_eq!(escaped("a\x1b[2J\tb\u{9b}\n"), "a\\u{1b}[2J\tb\\u{9b}\n");
+    }
+
+    #[test]
+    fn lines_are_no_wider_than_the_terminal() {
+        let lines = fill("the quick brown fox jumps".split(' '), " ", [0, 2], 11);
+        assert_eq!(lines, ["the quick", "  brown fox", "  jumps"]);
+        let long = fill(["a", "much too long"].into_iter(), "  ", [1, 4], 10);
+        assert_eq!(long, [" a", "    much too long"]);
+        assert_eq!(fill([].into_iter(), " ", [0, 0], 10), [""]);
     }
 }

@@ -1,6 +1,7 @@
 //! `headworks streams`: what streams hold. Reads the data folder beside a
 //! running host, writes nothing.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -8,13 +9,13 @@ use jiff::Timestamp;
 use serde_json::json;
 
 use super::args::{Format, StreamsCommand, TailArgs};
-use super::output::{Out, complain};
+use super::output::{Out, complain, shown, time};
 use super::{block_on, message};
 use crate::batch::Offset;
 use crate::config::{self, Config, DEAD_LETTERS};
 use crate::stream::log::ReadOnly;
 use crate::stream::{GapCause, Read};
-use crate::units::Period;
+use crate::units::{ByteSize, Period};
 
 /// Shown where neither `--from` nor `--max` says otherwise.
 const LAST_MESSAGES: u64 = 10;
@@ -48,7 +49,7 @@ pub fn open(config: &Config, name: &str, from: Offset) -> anyhow::Result<Option<
 
 /// A data folder that is not there is most often that of another config.
 pub fn must_be_there(config: &Config) -> anyhow::Result<()> {
-    let folder = config.data_dir.display();
+    let folder = shown(&config.data_dir);
     if !config.data_dir.is_dir() {
         bail!("there is no data folder {folder}: name the host's config with --config, or start a host");
     }
@@ -57,35 +58,79 @@ pub fn must_be_there(config: &Config) -> anyhow::Result<()> {
 
 fn list(config: &Config, format: Format, out: &mut Out) -> anyhow::Result<()> {
     must_be_there(config)?;
-    let head = ["STREAM", "FIRST", "NEXT", "MESSAGES", "PARTITIONS", "TOPICS"];
-    let mut table = vec![head.map(str::to_owned).to_vec()];
     let dead_letters = config.dead_letters.stream(config.mqtt.max_packet_size);
     let streams = config.streams.iter().map(|(name, stream)| (name.as_str(), stream));
     for (name, stream) in streams.chain([(DEAD_LETTERS, &dead_letters)]) {
-        let bounds = match open(config, name, Offset(0))? {
-            Some(reader) => reader.bounds().with_context(|| format!("stream {name}"))?,
-            None => Offset(0)..Offset(0),
-        };
-        let (first, next) = (bounds.start.0, bounds.end.0);
-        let topics = match stream.topics.join(" ") {
-            none if none.is_empty() && name == DEAD_LETTERS => "refused messages".to_owned(),
-            none if none.is_empty() => "all others".to_owned(),
-            some => some,
-        };
+        let held = Held::of(config, name).with_context(|| format!("stream {name}"))?;
+        let Range { start: Offset(first), end: Offset(next) } = held.offsets;
         if format == Format::Json {
             out.json(&json!({
-                "stream": name, "first": first, "next": next, "partitions": stream.partitions,
-                "topics": stream.topics,
+                "stream": name, "first": first, "next": next, "bytes": held.bytes,
+                "oldest": held.oldest_us.map(time), "newest": held.newest_us.map(time),
+                "partitions": stream.partitions, "topics": stream.topics,
             }))?;
             continue;
         }
-        let numbers = [first, next, next - first, u64::from(stream.partitions)];
-        let mut row = vec![name.to_owned()];
-        row.extend(numbers.map(|number| number.to_string()));
-        row.push(topics);
-        table.push(row);
+        let topics = match stream.topics.join(" ") {
+            none if none.is_empty() && name == DEAD_LETTERS => "refused messages".to_owned(),
+            none if none.is_empty() => "all topics that no other stream takes".to_owned(),
+            some => some,
+        };
+        let times = match (held.oldest_us, held.newest_us) {
+            (Some(oldest), Some(newest)) => format!("{} to {}", time(oldest), time(newest)),
+            _ => String::new(),
+        };
+        out.flow(
+            0,
+            &[
+                name.to_owned(),
+                format!("{} messages", next - first),
+                format!("offsets {first} to {next}"),
+                format!("{} on disk", ByteSize(held.bytes)),
+                times,
+                format!("partitions: {}", stream.partitions),
+                topics,
+            ],
+        )?;
     }
-    if format == Format::Text { out.table(&table) } else { Ok(()) }
+    Ok(())
+}
+
+/// What the folder of a stream holds.
+#[derive(Default)]
+struct Held {
+    /// The first one kept, and one past the last.
+    offsets: Range<Offset>,
+    /// Size of its files.
+    bytes: u64,
+    /// When the first and the last message were appended, microseconds since 1970, UTC.
+    oldest_us: Option<u64>,
+    newest_us: Option<u64>,
+}
+
+impl Held {
+    fn of(config: &Config, name: &str) -> anyhow::Result<Self> {
+        let Some(reader) = open(config, name, Offset(0))? else { return Ok(Self::default()) };
+        let dir = config.stream_dir(name);
+        let offsets = reader.bounds()?;
+        let appended = |offset| {
+            let mut reader = ReadOnly::open(&dir, offset);
+            while let Ok(Some(read)) = reader.read() {
+                if let Read::Batch(batch) = read {
+                    return Some(batch.now_us);
+                }
+            }
+            None
+        };
+        let last = Offset(offsets.end.0.saturating_sub(1));
+        let files = std::fs::read_dir(&dir)?.flatten();
+        Ok(Self {
+            bytes: files.filter_map(|file| Some(file.metadata().ok()?.len())).sum(),
+            oldest_us: appended(offsets.start),
+            newest_us: appended(last),
+            offsets,
+        })
+    }
 }
 
 async fn tail(config: &Config, name: &str, args: &TailArgs, out: &mut Out) -> anyhow::Result<()> {

@@ -4,11 +4,15 @@
 //! described once, in its module's `METRICS`; `admin` composes the list that
 //! `/metrics` and the docs show.
 
+mod disk;
 mod failures;
+mod growth;
 mod logs;
 mod process;
 
+pub use disk::DiskSpace;
 pub use failures::Failures;
+pub use growth::Growth;
 pub use logs::{InitError, LogFormat, end_on_panic, init_logs, no_color, write_escaped};
 pub use process::Process;
 

@@ -1,0 +1,104 @@
+//! A problem, as `/api/problems` serves it and `headworks status` prints it.
+
+use std::fmt;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::telemetry::{Metric, MetricKind};
+use crate::units::{ByteSize, Period};
+
+/// Every [`Problem::kind`].
+pub const PROBLEM_KINDS: &[&str] = &[
+    "certificate",
+    "dead_letters",
+    "dropped",
+    "gap",
+    "holding",
+    "low_space",
+    "no_space",
+    "plugin_failed",
+    "plugin_removed",
+    "retrying",
+    "stopped",
+    "swap_refused",
+];
+
+pub const METRICS: &[Metric] = &[
+    Metric {
+        name: "headworks_problems",
+        kind: MetricKind::Gauge,
+        help: "Problems that a person should act on, by kind; `headworks status` and /api/problems name each.",
+        labels: &["kind"],
+    },
+    Metric {
+        name: "headworks_data_free_bytes",
+        kind: MetricKind::Gauge,
+        help: "Bytes that the host may still write to the disk of the data folder.",
+        labels: &[],
+    },
+    Metric {
+        name: "headworks_data_disk_bytes",
+        kind: MetricKind::Gauge,
+        help: "Size of the disk of the data folder in bytes.",
+        labels: &[],
+    },
+    Metric {
+        name: "headworks_sink_works",
+        kind: MetricKind::Gauge,
+        help: "1 while the sink writes, 0 while it starts, retries, holds or has stopped.",
+        labels: &["pipeline", "sink"],
+    },
+    Metric {
+        name: "headworks_sink_lag_seconds",
+        kind: MetricKind::Gauge,
+        help: "Age of the oldest message that the sink has not committed, 0 where it has all.",
+        labels: &["pipeline", "sink"],
+    },
+];
+
+/// Something that a person should act on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Problem {
+    /// `sink telemetry/warehouse`
+    pub part: String,
+    /// One of [`PROBLEM_KINDS`].
+    pub kind: String,
+    pub cause: String,
+    /// When this run of the host first saw it: `2026-11-23T06:28:00.125Z`.
+    pub since: String,
+    /// The same as seconds ago.
+    pub seconds: u64,
+    pub at_stake: AtStake,
+    /// What to do.
+    pub advice: String,
+}
+
+/// What waits, is lost, or runs out.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct AtStake {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub messages: Option<u64>,
+    /// How long the oldest of them waits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub oldest_seconds: Option<u64>,
+    /// Room on the disk of the data folder.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub free_bytes: Option<u64>,
+}
+
+impl fmt::Display for AtStake {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let messages = self.messages.map(|count| match count {
+            1 => "1 message".to_owned(),
+            count => format!("{count} messages"),
+        });
+        let oldest = self
+            .oldest_seconds
+            .map(|seconds| format!("the oldest waits {}", Period(Duration::from_secs(seconds))));
+        let free = self.free_bytes.map(|bytes| format!("{} free on disk", ByteSize(bytes)));
+        let parts: Vec<String> = [messages, oldest, free].into_iter().flatten().collect();
+        f.write_str(&parts.join(", "))
+    }
+}

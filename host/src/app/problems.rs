@@ -1,0 +1,336 @@
+//! What a person should act on, worst first: behind `/api/problems`, `headworks
+//! status` and the gauges `headworks_problems`, `headworks_sink_works` and
+//! `headworks_sink_lag_seconds`.
+//!
+//! A state (a sink that retries) is a problem for as long as it lasts. An event (a
+//! message lost) is one for [`RECENT`], so that it is seen when nobody looked.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use jiff::Timestamp;
+use metrics::gauge;
+
+use super::Host;
+use super::status::is_stopped;
+use crate::admin::{AtStake, PROBLEM_KINDS, Problem};
+use crate::batch::Offset;
+use crate::pipeline::{PipelineStatus, SinkStatus, State};
+use crate::plugin::PluginState;
+use crate::stream::{Read, Stream};
+use crate::telemetry::{DiskSpace, Growth};
+
+/// Time for which an event stays in the list.
+const RECENT: Duration = Duration::from_secs(3_600);
+/// Time between two looks, hence the resolution of `since`.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+
+/// Counters whose growth is a problem: metric, the label that names the part, kind.
+const EVENTS: [(&str, &str, &str); 3] = [
+    ("headworks_stream_gap_messages_total", "stream", "gap"),
+    ("headworks_mqtt_dropped_total", "cause", "dropped"),
+    ("headworks_dead_letters_total", "pipeline", "dead_letters"),
+];
+/// Causes of `headworks_mqtt_dropped_total` that an operator can do something about.
+const DROPS: [&str; 4] = ["no_space", "queue_full", "gap", "retained_full"];
+
+/// Remembers since when each problem is there, and how counters grew.
+#[derive(Default)]
+pub struct Watch {
+    /// By part and kind.
+    since: Mutex<HashMap<(String, &'static str), Since>>,
+    /// By part, kind and all labels of the counter.
+    growth: Mutex<BTreeMap<(String, &'static str, String), Growth>>,
+    /// By pipeline and sink: the first message that is not committed, and when it was appended.
+    oldest: Mutex<HashMap<(String, String), (Offset, SystemTime)>>,
+}
+
+/// When a problem was first seen, on a clock that nobody sets, and on the other.
+type Since = (Instant, Timestamp);
+
+struct Found {
+    part: String,
+    kind: &'static str,
+    cause: String,
+    at_stake: AtStake,
+    advice: String,
+}
+
+impl Host {
+    /// Every problem of this moment, worst first.
+    pub fn problems(&self) -> Vec<Problem> {
+        let found = self.find();
+        let (now, time) = (Instant::now(), Timestamp::now());
+        let mut since = lock(&self.watch.since);
+        since.retain(|(part, kind), _| found.iter().any(|found| found.part == *part && found.kind == *kind));
+        let named = found.into_iter().map(|found| {
+            let key = (found.part.clone(), found.kind);
+            let (began, began_at) = *since.entry(key).or_insert((now, time));
+            Problem {
+                part: found.part,
+                kind: found.kind.to_owned(),
+                cause: found.cause,
+                since: format!("{began_at:.3}"),
+                seconds: (now - began).as_secs(),
+                at_stake: found.at_stake,
+                advice: found.advice,
+            }
+        });
+        named.collect()
+    }
+
+    /// Looks regularly, so that `since` is true and the gauges move.
+    pub async fn watch(self: Arc<Self>) {
+        let mut ticks = tokio::time::interval(LOOK_EVERY);
+        loop {
+            ticks.tick().await;
+            self.find_oldest().await;
+            self.count_events();
+            if let Ok(space) = DiskSpace::of(&self.data_dir) {
+                gauge!("headworks_data_free_bytes").set(space.free as f64);
+                gauge!("headworks_data_disk_bytes").set(space.total as f64);
+            }
+            let problems = self.problems();
+            for kind in PROBLEM_KINDS {
+                let count = problems.iter().filter(|problem| problem.kind == *kind).count();
+                gauge!("headworks_problems", "kind" => *kind).set(count as f64);
+            }
+            for status in self.pipelines.iter().map(|pipeline| pipeline.status()) {
+                for sink in &status.sinks {
+                    let labels = [("pipeline", status.name.clone()), ("sink", sink.name.clone())];
+                    let works = if sink.state == State::Running { 1.0 } else { 0.0 };
+                    gauge!("headworks_sink_works", &labels).set(works);
+                    let lag = self.oldest_age(&status, sink).unwrap_or_default();
+                    gauge!("headworks_sink_lag_seconds", &labels).set(lag.as_secs_f64());
+                }
+            }
+        }
+    }
+
+    fn find(&self) -> Vec<Found> {
+        let space = DiskSpace::of(&self.data_dir).ok();
+        let mut found = Vec::new();
+        for stream in &self.streams {
+            found.extend(self.stream_problem(stream.as_ref(), space));
+        }
+        found.extend(space.filter(DiskSpace::is_low).map(|space| low_space(&self.data_dir, space)));
+        found.extend(self.recent_events());
+        for status in self.pipelines.iter().map(|pipeline| pipeline.status()) {
+            found.extend(self.pipeline_problems(&status));
+        }
+        found.extend(self.plugin_problems());
+        found
+    }
+
+    fn stream_problem(&self, stream: &dyn Stream, space: Option<DiskSpace>) -> Option<Found> {
+        let part = format!("stream {}", stream.name());
+        let at_stake = AtStake { free_bytes: space.map(|space| space.free), ..AtStake::default() };
+        if is_stopped(stream) {
+            let cause = "the stream has stopped: the disk refused a write or a sync".to_owned();
+            let advice = "look at the log and the disk, then start the host again".to_owned();
+            return Some(Found { part, kind: "stopped", cause, at_stake, advice });
+        }
+        if stream.has_room() {
+            return None;
+        }
+        let folder = self.data_dir.display();
+        let (cause, advice) = match space {
+            Some(space) if !space.is_low() => (
+                "retention.max_bytes is used up and a sink with `on_lag: block` still needs the messages",
+                "mend the sink that lags, or raise retention.max_bytes of the stream".to_owned(),
+            ),
+            _ => (
+                "no room on disk",
+                format!("free space on the disk of {folder}, or lower retention.max_bytes of the streams"),
+            ),
+        };
+        let cause = format!("{cause}: devices wait for their acknowledgements, QoS 0 messages are dropped");
+        Some(Found { part, kind: "no_space", cause, at_stake, advice })
+    }
+
+    fn pipeline_problems(&self, status: &PipelineStatus) -> Vec<Found> {
+        let mut found = Vec::new();
+        let behind =
+            AtStake { messages: Some(status.end.0.saturating_sub(status.read.0)), ..AtStake::default() };
+        if let Some((kind, cause)) = named(&status.state) {
+            let advice = match kind {
+                "holding" => format!(
+                    "`headworks plugin list{}` shows the steps; mend the one that is named",
+                    self.option
+                ),
+                _ => "mend the cause, then start the host again".to_owned(),
+            };
+            let part = format!("pipeline {}", status.name);
+            found.push(Found { part, kind, cause: cause.to_owned(), at_stake: behind, advice });
+        }
+        if let Some(reason) = &status.swap_refused {
+            found.push(Found {
+                part: format!("pipeline {}", status.name),
+                kind: "swap_refused",
+                cause: format!("its new steps were refused, the ones before them run: {reason}"),
+                at_stake: AtStake::default(),
+                advice: "mend the plugin or its configuration; the change is tried again by itself"
+                    .to_owned(),
+            });
+        }
+        for sink in &status.sinks {
+            let Some((kind, cause)) = named(&sink.state) else { continue };
+            let advice = match kind {
+                "retrying" => "mend what the cause names; the sink goes on by itself and loses nothing",
+                _ => "mend what the cause names, then start the host again",
+            };
+            let at_stake = AtStake {
+                messages: Some(sink.lag_messages),
+                oldest_seconds: self.oldest_age(status, sink).map(|age| age.as_secs()),
+                ..AtStake::default()
+            };
+            let part = format!("sink {}/{}", status.name, sink.name);
+            found.push(Found { part, kind, cause: cause.to_owned(), at_stake, advice: advice.to_owned() });
+        }
+        found
+    }
+
+    fn plugin_problems(&self) -> Vec<Found> {
+        let status = self.plugins.status().into_iter();
+        let found = status.filter_map(|plugin| {
+            let (kind, cause, advice) = match plugin.state {
+                PluginState::Active => return None,
+                PluginState::Failed(reason) => {
+                    let file = self.plugins_dir.join(&plugin.file);
+                    let advice = format!("mend the file or take it away; `headworks plugin inspect {}`", file.display());
+                    ("plugin_failed", reason, advice)
+                }
+                PluginState::Removed(reason) => {
+                    let advice = format!(
+                        "put the file back, or let pipelines go on without it: `headworks plugin remove {}{}`",
+                        plugin.name, self.option
+                    );
+                    ("plugin_removed", reason, advice)
+                }
+            };
+            let part = format!("plugin {}", if plugin.file.is_empty() { &plugin.name } else { &plugin.file });
+            Some(Found { part, kind, cause, at_stake: AtStake::default(), advice })
+        });
+        found.collect()
+    }
+
+    /// Counters of [`EVENTS`] as they are now.
+    fn count_events(&self) {
+        let text = self.prometheus.render();
+        let now = Instant::now();
+        let mut growth = lock(&self.watch.growth);
+        for line in text.lines() {
+            for (metric, label, kind) in EVENTS {
+                let Some((labels, value)) = line.strip_prefix(metric).and_then(|rest| rest.rsplit_once(' '))
+                else {
+                    continue;
+                };
+                let Some(name) = label_value(labels, label) else { continue };
+                if kind == "dropped" && !DROPS.contains(&name) {
+                    continue;
+                }
+                let key = (name.to_owned(), kind, labels.to_owned());
+                let value: f64 = value.parse().unwrap_or_default();
+                growth.entry(key).or_insert_with(|| Growth::over(RECENT, now)).set(value as u64, now);
+            }
+        }
+    }
+
+    fn recent_events(&self) -> Vec<Found> {
+        let mut sums: BTreeMap<(&'static str, String), u64> = BTreeMap::new();
+        for ((name, kind, _), growth) in lock(&self.watch.growth).iter() {
+            *sums.entry((*kind, name.clone())).or_default() += growth.recent();
+        }
+        let grown = sums.into_iter().filter(|(_, count)| *count > 0);
+        let found = grown.map(|((kind, name), count)| {
+            let messages = if count == 1 { "1 message was".to_owned() } else { format!("{count} messages were") };
+            let option = &self.option;
+            let (part, cause, advice) = match kind {
+                "gap" => (
+                    format!("stream {name}"),
+                    format!("{messages} lost within the last hour: damaged on disk, or removed by retention before they were read"),
+                    "look at the log and the disk, or raise retention of the stream".to_owned(),
+                ),
+                "dropped" => (
+                    format!("subscribers ({name})"),
+                    format!("{messages} dropped within the last hour"),
+                    format!("`headworks clients list{option}` shows whose queue is long"),
+                ),
+                _ => (
+                    format!("pipeline {name}"),
+                    format!("{messages} rejected within the last hour"),
+                    format!("`headworks dead-letters summary{option}` shows the reasons, `redrive` sends them again"),
+                ),
+            };
+            let at_stake = AtStake { messages: Some(count), ..AtStake::default() };
+            Found { part, kind, cause, at_stake, advice }
+        });
+        found.collect()
+    }
+
+    /// Reads when the first message that a sink lacks was appended.
+    async fn find_oldest(&self) {
+        for status in self.pipelines.iter().map(|pipeline| pipeline.status()) {
+            let Some(stream) = self.streams.iter().find(|stream| stream.name() == status.stream) else {
+                continue;
+            };
+            for sink in &status.sinks {
+                let key = (status.name.clone(), sink.name.clone());
+                let known = lock(&self.watch.oldest).get(&key).map(|(offset, _)| *offset);
+                let Some(next) = sink.committed.filter(|_| sink.lag_messages > 0) else {
+                    lock(&self.watch.oldest).remove(&key);
+                    continue;
+                };
+                if known == Some(next) {
+                    continue;
+                }
+                let mut cursor = stream.cursor(next);
+                while let Ok(Some(read)) = cursor.try_next().await {
+                    if let Read::Batch(batch) = read {
+                        let appended = SystemTime::UNIX_EPOCH + Duration::from_micros(batch.now_us);
+                        lock(&self.watch.oldest).insert(key, (next, appended));
+                        break;
+                    }
+                }
+            }
+        }
+    }
+
+    fn oldest_age(&self, status: &PipelineStatus, sink: &SinkStatus) -> Option<Duration> {
+        let key = (status.name.clone(), sink.name.clone());
+        let (_, appended) = *lock(&self.watch.oldest).get(&key).filter(|_| sink.lag_messages > 0)?;
+        SystemTime::now().duration_since(appended).ok()
+    }
+}
+
+fn low_space(data_dir: &Path, space: DiskSpace) -> Found {
+    Found {
+        part: format!("disk of {}", data_dir.display()),
+        kind: "low_space",
+        cause: "little room is left: where none is left, devices wait for their acknowledgements".to_owned(),
+        at_stake: AtStake { free_bytes: Some(space.free), ..AtStake::default() },
+        advice: "free space, or lower retention.max_bytes of the streams".to_owned(),
+    }
+}
+
+/// Kind and cause of a state that a person should act on.
+fn named(state: &State) -> Option<(&'static str, &str)> {
+    match state {
+        State::Starting | State::Running => None,
+        State::Holding(reason) => Some(("holding", reason)),
+        State::Retrying(reason) => Some(("retrying", reason)),
+        State::Stopped(reason) => Some(("stopped", reason)),
+    }
+}
+
+/// Of `{stream="telemetry",cause="damaged"}`; names hold no quotes.
+fn label_value<'l>(labels: &'l str, name: &str) -> Option<&'l str> {
+    let pairs = labels.strip_prefix('{')?.strip_suffix('}')?;
+    pairs.split(',').find_map(|pair| pair.strip_prefix(name)?.strip_prefix("=\"")?.strip_suffix('"'))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,88 @@
+//! `headworks status`: what is wrong with the running host, since when, what is at
+//! stake, and what to do.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::admin_client::{self, NotRunning};
+use super::args::{Format, StatusArgs};
+use super::block_on;
+use super::output::{Out, complain};
+use crate::admin::{Component, Problem};
+use crate::config;
+use crate::units::Period;
+
+/// Exit codes, as monitoring plugins know them; 0 is fine, 2 a command line or config that is wrong.
+const PROBLEMS: u8 = 1;
+const NOT_RUNNING: u8 = 3;
+
+#[derive(Deserialize, Serialize)]
+struct Status {
+    problems: Vec<Problem>,
+    version: String,
+    components: Vec<Component>,
+}
+
+pub fn status(args: &StatusArgs, out: &mut Out) -> anyhow::Result<ExitCode> {
+    let config = config::load(args.config.config.as_deref())?.config;
+    let asked = block_on(async {
+        let mut status: Value = admin_client::get(&config, "/api/status").await?;
+        let mut problems: Value = admin_client::get(&config, "/api/problems").await?;
+        status["problems"] = problems["problems"].take();
+        Ok(serde_json::from_value::<Status>(status)?)
+    });
+    let status = match asked {
+        Ok(status) => status,
+        Err(error) if error.is::<NotRunning>() => {
+            match args.format.format {
+                Format::Json => out.json(&json!({ "running": false, "reason": error.to_string() }))?,
+                Format::Text => complain(&format!("headworks: {error}")),
+            }
+            return Ok(ExitCode::from(NOT_RUNNING));
+        }
+        Err(error) => return Err(error),
+    };
+    match args.format.format {
+        Format::Json => {
+            let Status { problems, version, components } = &status;
+            out.json(&json!({
+                "running": true, "version": version, "problems": problems, "components": components,
+            }))?;
+        }
+        Format::Text => print(&status, out)?,
+    }
+    Ok(if status.problems.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(PROBLEMS) })
+}
+
+fn print(status: &Status, out: &mut Out) -> anyhow::Result<()> {
+    let count = match status.problems.len() {
+        0 => "no problems".to_owned(),
+        1 => "1 problem".to_owned(),
+        many => format!("{many} problems"),
+    };
+    out.head(&format!("headworks {} runs, {count}", status.version))?;
+    for Problem { part, kind, cause, since, seconds, at_stake, advice } in &status.problems {
+        let kind = kind.replace('_', " ");
+        let ago = Period(Duration::from_secs(*seconds));
+        out.line("")?;
+        out.head(&format!("{part}: {kind}"))?;
+        out.paragraph(2, &format!("since {since} ({ago})"))?;
+        out.paragraph(2, cause)?;
+        let at_stake = at_stake.to_string();
+        if !at_stake.is_empty() {
+            out.paragraph(2, &format!("at stake: {at_stake}"))?;
+        }
+        out.paragraph(2, &format!("to do: {advice}"))?;
+    }
+    out.line("")?;
+    let width = status.components.iter().map(|component| component.name.chars().count()).max().unwrap_or(0);
+    for Component { name, ready, detail } in &status.components {
+        // The whole reason stands above.
+        let state = if *ready { "works" } else { detail.split(':').next().unwrap_or_default() };
+        out.line(format!("{name:width$}  {state}"))?;
+    }
+    Ok(())
+}
