@@ -87,8 +87,12 @@ impl Acks {
         }
     }
 
-    /// Writes the acks that may go.
-    pub fn write_durable(&mut self, out: &mut BytesMut) -> Written {
+    /// Writes the acks that may go, and tells `wrote` of each, its stream and what is durable there.
+    pub fn write_durable(
+        &mut self,
+        out: &mut BytesMut,
+        mut wrote: impl FnMut(Ack, usize, Ticket),
+    ) -> Written {
         let mut written = Written::default();
         if self.waiting == 0 {
             return written;
@@ -104,6 +108,7 @@ impl Acks {
                 lane.groups.pop_front();
                 out.reserve(4 * count as usize);
                 for ack in lane.acks.drain(..count as usize) {
+                    wrote(ack, lane.stream, durable);
                     if ack.code == 0 {
                         wire::put_ack(out, ack.first, ack.packet_id);
                         written.finished += u32::from(ack.first != wire::PUBREC);

@@ -4,6 +4,10 @@
 //! all of them together. A client that finds no room waits with its publish, and
 //! goes on when an id is released, its own or another's. One that has none open
 //! always gets one: however many others hold, it goes on, one message at a time.
+//!
+//! An id whose release is not durable yet is known until it is: a crash would open
+//! it again, so that a client that sends its PUBREL again must be answered no
+//! sooner than the first time.
 
 use std::collections::HashMap;
 use std::pin::pin;
@@ -22,13 +26,16 @@ pub const OPEN_IDS_MAX: usize = if cfg!(test) { 50 } else { 1_000_000 };
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Received {
     pub stream: usize,
-    /// `None` while its append is still being gathered.
+    /// Of the append that opened it, or that releases it; `None` while that is still being gathered.
     pub ticket: Option<Ticket>,
 }
 
 /// Of one session.
 pub struct OpenIds {
     ids: HashMap<u16, Received>,
+    /// Ids whose PUBCOMP waits for the release to be durable. Bounded by the commit
+    /// buffers that the releases wait in, and by the acks that may wait.
+    releasing: HashMap<u16, Received>,
     room: Arc<OpenIdsRoom>,
 }
 
@@ -45,11 +52,15 @@ impl Received {
     pub fn least(self) -> Ticket {
         self.ticket.unwrap_or_default()
     }
+
+    fn is_durable(self, stream: usize, durable: Ticket) -> bool {
+        self.stream == stream && self.ticket.is_some_and(|ticket| ticket <= durable)
+    }
 }
 
 impl OpenIds {
     pub fn new(room: Arc<OpenIdsRoom>) -> Self {
-        Self { ids: HashMap::new(), room }
+        Self { ids: HashMap::new(), releasing: HashMap::new(), room }
     }
 
     /// Whether one more may be opened.
@@ -66,26 +77,54 @@ impl OpenIds {
     }
 
     pub fn open(&mut self, id: u16, received: Received) {
+        self.releasing.remove(&id);
         if self.ids.insert(id, received).is_none() {
             self.room.open.fetch_add(1, Ordering::AcqRel);
         }
     }
 
-    /// Its append was taken.
+    /// The append that opens or releases it was taken.
     pub fn appended(&mut self, id: u16, ticket: Ticket) {
-        if let Some(received) = self.ids.get_mut(&id) {
+        if let Some(received) = self.ids.get_mut(&id).or_else(|| self.releasing.get_mut(&id)) {
             received.ticket = Some(ticket);
         }
     }
 
+    /// Returns what was known of the id while it was open.
     pub fn release(&mut self, id: u16) -> Option<Received> {
-        let released = self.ids.remove(&id)?;
-        self.room.free(1);
+        let released = self.close(id)?;
+        // The ticket comes with the append.
+        self.releasing.insert(id, Received { ticket: None, ..released });
         Some(released)
+    }
+
+    /// Closes an id whose publish no stream took.
+    pub fn close(&mut self, id: u16) -> Option<Received> {
+        let closed = self.ids.remove(&id)?;
+        self.room.free(1);
+        Some(closed)
+    }
+
+    /// Returns where the release of an id went that may not be durable yet.
+    pub fn releasing(&self, id: u16) -> Option<Received> {
+        self.releasing.get(&id).copied()
+    }
+
+    /// Forgets the release of an id if it is durable where `durable` is the stream's ticket.
+    pub fn released(&mut self, id: u16, stream: usize, durable: Ticket) {
+        if self.releasing.get(&id).is_some_and(|it| it.is_durable(stream, durable)) {
+            self.releasing.remove(&id);
+        }
+    }
+
+    /// Forgets the releases that are durable; `durable` has the ticket of each stream.
+    pub fn settle(&mut self, durable: &[Ticket]) {
+        self.releasing.retain(|_, it| !it.is_durable(it.stream, durable[it.stream]));
     }
 
     pub fn release_all(&mut self) -> HashMap<u16, Received> {
         self.room.free(self.ids.len());
+        self.releasing = HashMap::new();
         std::mem::take(&mut self.ids)
     }
 }

@@ -434,7 +434,9 @@ impl Sessions {
     pub fn sweep(&self, broker: &Broker) {
         let now_us = super::now_us();
         let age_us = u64::try_from(broker.config.queue_age_max.0.as_micros()).unwrap_or(u64::MAX);
+        let durable: Vec<_> = broker.streams.iter().map(|stream| *stream.durable().borrow()).collect();
         for session in self.all() {
+            session.received().settle(&durable);
             let positions = broker.live.positions(&broker.streams);
             let (dropped, wants_note) = {
                 let mut outbox = session.outbox();

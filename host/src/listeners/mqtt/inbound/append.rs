@@ -138,9 +138,9 @@ impl Inbound {
             }
             appended.ticket.max(least)
         };
-        if owed.clone().any(|owed| owed.change == IdChange::Receive) {
+        if owed.clone().any(|owed| owed.change != IdChange::None) {
             let mut received = self.session.received();
-            for owed in owed.clone().filter(|owed| owed.change == IdChange::Receive) {
+            for owed in owed.clone().filter(|owed| owed.change != IdChange::None) {
                 received.appended(owed.ack.packet_id, ticket);
             }
         }
@@ -173,7 +173,7 @@ pub fn undo<'o>(session: &Session, owed: impl DoubleEndedIterator<Item = &'o Owe
         match owed.change {
             IdChange::None => {}
             IdChange::Receive => {
-                received.release(owed.ack.packet_id);
+                received.close(owed.ack.packet_id);
             }
             IdChange::Release => {
                 let known = Received { stream: owed.stream, ticket: Some(owed.least) };

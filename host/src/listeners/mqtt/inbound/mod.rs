@@ -223,7 +223,14 @@ impl Inbound {
     }
 
     pub fn write_acks(&mut self, broker: &Broker, out: &mut BytesMut) {
-        let written = self.acks.write_durable(out);
+        let mut received = None;
+        let written = self.acks.write_durable(out, |ack, stream, durable| {
+            if ack.first == wire::PUBCOMP {
+                let received = received.get_or_insert_with(|| self.session.received());
+                received.released(ack.packet_id, stream, durable);
+            }
+        });
+        drop(received);
         if written.acks > 0 {
             self.unfinished = self.unfinished.saturating_sub(written.finished);
             broker.counters.acks.increment(written.acks.into());
@@ -509,11 +516,14 @@ impl Inbound {
     fn release(&mut self, frame: &Frame<'_>, out: &mut BytesMut, work: &mut Work<'_>) -> Result<(), Fault> {
         let (packet_id, _) = wire::ack(self.version, frame)?;
         let ack = Ack { first: wire::PUBCOMP, packet_id, code: 0 };
-        match self.session.received().release(packet_id) {
-            Some(known) => {
-                let change = IdChange::Release;
-                work.owed.push(Owed { stream: known.stream, ack, change, least: known.least() });
-            }
+        let mut received = self.session.received();
+        let (known, change) = match received.release(packet_id) {
+            Some(open) => (Some(open), IdChange::Release),
+            // Sent again: answered no sooner than the first one.
+            None => (received.releasing(packet_id), IdChange::None),
+        };
+        match known {
+            Some(known) => work.owed.push(Owed { stream: known.stream, ack, change, least: known.least() }),
             None => wire::put_ack_with(out, self.version, wire::PUBCOMP, packet_id, wire::NOT_FOUND),
         }
         Ok(())

@@ -169,3 +169,76 @@ async fn a_message_names_its_device_and_keeps_its_properties() {
     assert_eq!(two.payload(), b"21");
     host.stop().await;
 }
+
+#[tokio::test]
+async fn a_repeated_pubrel_is_answered_no_sooner_than_its_release_is_durable() {
+    for reconnects in [false, true] {
+        let (one, other) = (MemoryStream::with_hooks("one", 1), MemoryStream::with_hooks("other", 1));
+        let routed: (Vec<TopicFilter>, Arc<dyn Stream>) =
+            (vec![TopicFilter::new("one/#").unwrap()], one.clone());
+        let streams = Streams::new(vec![routed], other.clone());
+        let host = Host::start(streams, MemoryStream::new("broker", 1), |_| {}).await;
+        let mut client = host.client(resuming("c")).await.0;
+        let publishes = [publish("one/1", QoS::ExactlyOnce, 1), publish("other", QoS::ExactlyOnce, 2)];
+        client.send_all(publishes.map(Packet::from)).await;
+        assert_eq!([client.receive().await, client.receive().await].len(), 2);
+        one.hold_commits();
+        other.hold_commits();
+        client.send_all([pubrel(1), pubrel(2), pubrel(1)]).await;
+        client.nothing_but_ping().await;
+        if reconnects {
+            let (again, ack) = host.client(resuming("c")).await;
+            assert!(ack.session_present);
+            client = again;
+        }
+        client.send_all([pubrel(1), pubrel(2)]).await;
+        client.nothing_but_ping().await;
+        other.commit();
+        assert_eq!(client.receive().await, pubcomp(2));
+        if !reconnects {
+            assert_eq!(client.receive().await, pubcomp(2));
+        }
+        client.nothing_but_ping().await;
+        one.commit();
+        for _ in 0..if reconnects { 1 } else { 3 } {
+            assert_eq!(client.receive().await, pubcomp(1));
+        }
+        // Durable and answered: not known any more.
+        client.send(pubrel(1)).await;
+        assert!(matches!(client.receive().await, Packet::PublishComplete(ack)
+            if u8::from(ack.reason_code) == wire::NOT_FOUND));
+        host.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn a_change_of_subscriptions_is_durable_before_the_client_can_ask_for_it_again() {
+    let store = MemoryStream::with_hooks("broker", 1);
+    let host = Host::start(Streams::new(vec![], MemoryStream::new("s", 1)), store.clone(), |_| {}).await;
+    let mut client = host.client(resuming("c")).await.0;
+    client.subscribe("a", QOS1).await;
+    store.hold_commits();
+    let topic_filters = vec!["a".into()];
+    let unsubscribe = Unsubscribe { packet_id: id(1), user_properties: vec![], topic_filters };
+    client.send(unsubscribe).await;
+    store.awaited().await;
+    drop(client);
+    let mut again = Client::open(&host).await;
+    again.send(resuming("c")).await;
+    let session = host.handle.clients().0.sessions.get("c").unwrap();
+    while !session.is_wanted() {
+        tokio::task::yield_now().await;
+    }
+    // The session is not handed on before the removal is durable.
+    host.clean("other").await.nothing_but_ping().await;
+    assert!(session.is_wanted());
+    store.commit();
+    loop {
+        tokio::select! {
+            ack = again.receive() => break assert!(matches!(ack, Packet::ConnectAck(_))),
+            // What the next owner of the session makes durable waits for a commit too.
+            () = tokio::task::yield_now() => store.commit(),
+        }
+    }
+    host.stop().await;
+}
