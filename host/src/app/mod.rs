@@ -9,6 +9,7 @@ mod problems;
 mod redrive;
 pub mod run_file;
 mod status;
+mod watchdog;
 
 use std::fs::File;
 use std::io::Write;
@@ -19,6 +20,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use metrics_exporter_prometheus::PrometheusHandle;
+use tokio::runtime::Handle;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -120,6 +122,8 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
 
     // Devices last: nobody is acknowledged before all of the above works.
     let background = Background::start().context("cannot start threads")?;
+    let runtimes = vec![("runtime", Handle::current()), ("background", background.handle())];
+    watchdog::start(runtimes).context("cannot start threads")?;
     let deps = mqtt::Deps {
         streams: streams.clone(),
         broker: Arc::clone(&broker),

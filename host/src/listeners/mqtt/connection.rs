@@ -214,6 +214,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             if let Some(end) = self.has_ended() {
                 return end;
             }
+            // Whatever wakes it again and again, the others on this thread have their turn.
+            consume_budget().await;
             // What an event carries is not kept over the next wait.
             let has_more = {
                 let event = self.next_event(timer.as_mut()).await;
