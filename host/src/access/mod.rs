@@ -305,6 +305,11 @@ impl Access {
         Err(Denied::BadCredentials)
     }
 
+    /// Whether clients' names are checked: without a config they are what clients say.
+    pub fn is_checked(&self) -> bool {
+        self.config.is_some()
+    }
+
     /// Whether the client may have the id that it asks for.
     pub fn may_have_id(&self, identity: &Identity, client_id: &str) -> bool {
         let patterns = self.config.as_ref().map_or(&[][..], |config| &config.client_ids);

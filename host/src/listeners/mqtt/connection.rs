@@ -435,8 +435,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         drop(self);
         let expiry_s = if let End::Disconnect { expiry_s, .. } = end { expiry_s } else { None };
         let keep_will = !matches!(end, End::Disconnect { keep_will: false, .. });
-        let (connects, epoch) = (session.connects.load(Ordering::Acquire), session.epoch());
         drop(leaving.user_place);
+        // Before the session may be taken over: see `will::lost`.
+        match leaving.will {
+            Some(will) if keep_will => {
+                let expiry_s = expiry_s.unwrap_or(session.expiry_s());
+                will::lost(broker, &session.client_id, expiry_s, *will).await;
+            }
+            Some(will) => will.forget(broker),
+            None => {}
+        }
         let closed = {
             let (broker, session) = (broker.clone(), session.clone());
             async move { broker.sessions.close(&broker, &session, leaving.turn, expiry_s) }
@@ -444,11 +452,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         broker.in_background(closed).await;
         broker.client_connected(-1);
         drop(place);
-        match leaving.will {
-            Some(will) if keep_will => will::lost(broker, &session, connects, epoch, *will).await,
-            Some(will) => will.forget(broker),
-            None => {}
-        }
     }
 
     /// Counts, reports what a person may want to know, sends the last packet.

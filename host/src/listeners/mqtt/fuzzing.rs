@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::config::Config;
 use super::copies::Copies;
 use super::outbound::Message;
+use super::owner::Owner;
 use super::session::Change;
 use super::subscriptions::{FILTER_LEVELS_MAX, Filter, Found, Options, Path, Tree};
 use super::transport::fuzzing::somebody;
@@ -357,7 +358,7 @@ pub fn broker_state(data: &[u8]) {
     let again = broker(&config, stream.clone(), store.clone());
     assert_eq!((all(), again.sessions.len()), (left, sessions));
     for session in again.sessions.all() {
-        again.wills.client_is_back(&again, &session.client_id);
+        again.wills.client_is_back(&again, &session.client_id, &Owner::default(), false);
     }
     again.sessions.sweep(&again);
     assert!(again.sessions.len() <= sessions);

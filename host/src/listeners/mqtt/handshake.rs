@@ -17,6 +17,7 @@ use super::auth::{self, Denial, Method};
 use super::inbound::push_sender;
 use super::metrics::{RECEIVED, SENT};
 use super::outbound::Peer;
+use super::owner::{Owner, USER_NAME_BYTES_MAX};
 use super::session::{CLIENT_ID_BYTES_MAX, Session, Turn, subscription_key};
 use super::subscriptions::Filter;
 use super::transport::Remote;
@@ -119,27 +120,66 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
             return Err(Refused::new(cause, detail));
         }
     };
+    let owner = Owner::of(&broker.access, &rights.identity);
+    let owned_by_a_user = |session: &Session| {
+        let other = session.other_owner(&owner)?;
+        (!other.gives_way_to(&owner)).then(|| {
+            format!(
+                "client {} at {remote}: its session is of {other}, and {owner} cannot end it",
+                asked.client_id
+            )
+        })
+    };
+    // Before the owner's connection is ended for this one.
+    if let Some(detail) = broker.sessions.get(&asked.client_id).and_then(|session| owned_by_a_user(&session))
+    {
+        refuse(broker, io, Some(asked.version), ConnectAckReason::ClientIdentifierNotValid).await;
+        return Err(Refused::new("session_owner", detail));
+    }
     let sessions_max = broker.config.sessions_max as usize;
     let Some((session, turn)) = broker.sessions.claim(&asked.client_id, sessions_max).await else {
         refuse(broker, io, Some(asked.version), ConnectAckReason::QuotaExceeded).await;
         return Err(Refused::new("sessions_max", format!("client {} at {remote}", asked.client_id)));
     };
+    if let Some(detail) = owned_by_a_user(&session) {
+        broker.sessions.give_back(broker, &session, turn);
+        refuse(broker, io, Some(asked.version), ConnectAckReason::ClientIdentifierNotValid).await;
+        return Err(Refused::new("session_owner", detail));
+    }
     if asked.expiry_s > 0 && !session.is_kept() && !broker.has_state_room() {
         broker.sessions.give_back(broker, &session, turn);
         refuse(broker, io, Some(asked.version), ConnectAckReason::QuotaExceeded).await;
         return Err(Refused::new("broker_state", format!("client {} at {remote}", asked.client_id)));
     }
     // While nobody else has the session, and before anything of it changes.
-    if !asked.clean && ask_for_filters(&mut rights, &session).await.is_err() {
+    let other = session.other_owner(&owner);
+    if !asked.clean && other.is_none() && ask_for_filters(&mut rights, &session).await.is_err() {
         broker.sessions.give_back(broker, &session, turn);
         refuse(broker, io, Some(asked.version), ConnectAckReason::ServerUnavailable).await;
         return Err(Refused::new("access_unavailable", format!("client {} at {remote}", asked.client_id)));
     }
+    if let Some(other) = &other {
+        let detail = format!("client {} at {remote}: of {other} before, of {owner} now", asked.client_id);
+        broker.failures.report(
+            "mqtt: a session ended because another user took its client id",
+            1,
+            &detail,
+            "",
+        );
+    }
+    // Present is a session of which nothing was taken away: else the client would not
+    // subscribe again, and never hear why.
+    let narrowed = other.is_none() && session.filter_list().iter().any(|it| is_forbidden(&rights, it));
+    if narrowed && !asked.clean {
+        let detail = format!("client {} at {remote}, {owner}", asked.client_id);
+        let kind = "mqtt: a session ended because its user may not have all of its subscriptions any more";
+        broker.failures.report(kind, 1, &detail, "");
+    }
     // It has the turn: where this connect is given up, the next one waits for its end.
     let open = {
         let (broker, session) = (broker.clone(), session.clone());
-        let (clean, expiry_s) = (asked.clean, asked.expiry_s);
-        async move { (broker.sessions.open(&broker, &session, clean, expiry_s).await, turn) }
+        let (owner, clean, expiry_s) = (owner.clone(), asked.clean || narrowed, asked.expiry_s);
+        async move { (broker.sessions.open(&broker, &session, owner, clean, expiry_s).await, turn) }
     };
     let (resumed, turn) = broker.in_background(open).await;
     let opened = async {
@@ -156,7 +196,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
             return Err(Refused::new("stopped", "the broker stream has stopped"));
         }
     };
-    broker.wills.client_is_back(broker, &asked.client_id);
+    broker.wills.client_is_back(broker, &asked.client_id, &owner, resumed);
     if resumed {
         leave_forbidden(broker, &session, &mut rights);
     }
@@ -359,6 +399,9 @@ impl Asked {
         if self.assigned && !self.clean && self.version == Version::V3 {
             return Some(ConnectAckReason::ClientIdentifierNotValid);
         }
+        if self.username.as_ref().is_some_and(|name| name.len() > USER_NAME_BYTES_MAX) {
+            return Some(ConnectAckReason::BadUserNameOrPassword);
+        }
         let will = self.will.as_ref()?;
         if !topic::is_valid_name(&will.topic) || will.topic.starts_with('$') {
             return Some(ConnectAckReason::TopicNameInvalid);
@@ -489,10 +532,8 @@ pub fn leave_forbidden(broker: &Broker, session: &Arc<Session>, rights: &mut Adm
     if rights.is_everything() {
         return;
     }
-    let is_forbidden =
-        |filter: &str| Filter::parse(filter).is_none_or(|it| rights.subscribe(it.topics()) != Verdict::Yes);
     let mut changes = Vec::new();
-    for filter in session.filter_list().iter().filter(|filter| is_forbidden(filter)) {
+    for filter in session.filter_list().iter().filter(|filter| is_forbidden(rights, filter)) {
         broker.live.unsubscribe(broker, session, filter);
         if let Some(epoch) = session.persistent_epoch() {
             changes.push((subscription_key(epoch, filter), None));
@@ -504,6 +545,10 @@ pub fn leave_forbidden(broker: &Broker, session: &Arc<Session>, rights: &mut Adm
     session.outbox().keep_only(may_see);
     // Not awaited: what a crash brings back is removed at the next connect.
     super::append_unawaited(&*broker.broker, &changes);
+}
+
+fn is_forbidden(rights: &Admitted, filter: &str) -> bool {
+    Filter::parse(filter).is_none_or(|it| rights.subscribe(it.topics()) != Verdict::Yes)
 }
 
 /// Whether what waits of a topic may still be sent; of the subscriptions as they are now.

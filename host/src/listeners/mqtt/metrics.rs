@@ -147,7 +147,7 @@ pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_mqtt_refused_connects_total",
         kind: MetricKind::Counter,
-        help: "Connections refused before or by CONNACK, by cause: bad_credentials, bad_auth_method, not_authorized, client_id, access_unavailable, broker_state (no room to keep one more session), will_not_authorized, will_topic_levels, will_bytes_max, wills_bytes_max, connections_per_user, connect_rate, connections_max, handshakes_max, sessions_max, proxy, tls, websocket, websocket_origin (a browser shows a page of another site), timeout, lost, malformed, invalid, stopped.",
+        help: "Connections refused before or by CONNACK, by cause: bad_credentials, bad_auth_method, not_authorized, client_id, session_owner (a client without credentials asks for the id of a user's session), access_unavailable, broker_state (no room to keep one more session), will_not_authorized, will_topic_levels, will_bytes_max, wills_bytes_max, connections_per_user, connect_rate, connections_max, handshakes_max, sessions_max, proxy, tls, websocket, websocket_origin (a browser shows a page of another site), timeout, lost, malformed, invalid, stopped.",
         labels: &["cause"],
     },
     Metric {

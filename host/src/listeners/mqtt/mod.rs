@@ -25,6 +25,7 @@ mod inbound;
 mod metrics;
 mod open_ids;
 mod outbound;
+mod owner;
 mod picks;
 mod retained;
 mod session;
@@ -177,7 +178,7 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
         tasks.spawn_on(in_turns(SHORT_TURN, copies::run(broker.clone(), number)), &broker.background);
     }
     tasks.spawn_on(in_turns(SHORT_TURN, keep_house(broker.clone())), &broker.background);
-    tasks.spawn_on(in_turns(SHORT_TURN, will::publish_restored(broker.clone())), &broker.background);
+    tasks.spawn_on(in_turns(SHORT_TURN, will::publish_waiting(broker.clone())), &broker.background);
     tasks.spawn_on(in_turns(SHORT_TURN, sys::run(broker.clone())), &broker.background);
     let room = Arc::new(Semaphore::new(config.connections_max as usize));
     let tls: Vec<_> = entries.iter().filter_map(Entry::tls).cloned().collect();
@@ -256,7 +257,9 @@ impl Broker {
         let retained = Retained::load(&streams, &deps.streams, retained_max, &deps.failures);
         let find = |topic: &str, received_us| retained.find(topic, received_us);
         let (sessions, subscriptions) = Sessions::load(&*deps.broker, &streams, &identities, &find);
-        let wills = Wills::load(&streams, config.wills_bytes_max.0 as usize, &deps.failures);
+        let wills_bytes_max = config.wills_bytes_max.0 as usize;
+        let delay_least = config.will_delay_after_restart.0;
+        let wills = Wills::load(&streams, wills_bytes_max, delay_least, &deps.failures);
         let broker = Arc::new(Self {
             packet_bytes_max: config.max_packet_size.0 as usize,
             live: Live::new(&streams, limits),

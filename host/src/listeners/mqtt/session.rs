@@ -19,6 +19,7 @@ use super::acks::Stopped;
 use super::clients::Connection;
 use super::open_ids::{OpenIds, OpenIdsRoom, Received};
 use super::outbound::{self, Kept, Message, Outbox};
+use super::owner::Owner;
 use super::subscriptions::Options;
 use crate::stream::{AppendError, Identity, StateChange, Stream, Ticket};
 
@@ -48,8 +49,6 @@ pub struct Session {
     pub kicked: AtomicBool,
     /// Connections that wait for their turn.
     claims: AtomicU32,
-    /// Counts the connections, so that a delayed will can see that its client is back.
-    pub connects: AtomicU64,
     turn: Arc<tokio::sync::Mutex<()>>,
     state: Mutex<State>,
     /// QoS 2 packet ids that are not released.
@@ -60,6 +59,7 @@ pub struct Session {
 #[derive(Default)]
 struct State {
     epoch: u64,
+    owner: Owner,
     /// There is something to resume.
     alive: bool,
     connected: bool,
@@ -92,7 +92,6 @@ impl Session {
             overflow: AtomicBool::new(false),
             kicked: AtomicBool::new(false),
             claims: AtomicU32::new(0),
-            connects: AtomicU64::new(0),
             turn: Arc::default(),
             state: Mutex::new(State { epoch: new_epoch(), ..State::default() }),
             received: Mutex::new(OpenIds::new(open_ids)),
@@ -111,10 +110,6 @@ impl Session {
     /// Whether another connection waits for this session.
     pub fn is_wanted(&self) -> bool {
         self.claims.load(Ordering::Acquire) > 0
-    }
-
-    pub fn epoch(&self) -> u64 {
-        lock(&self.state).epoch
     }
 
     /// The epoch of a session that outlives its connection.
@@ -145,13 +140,18 @@ impl Session {
         lock(&self.state).alive
     }
 
+    /// Returns the owner where there is a session that `client` is not to go on with.
+    pub fn other_owner(&self, client: &Owner) -> Option<Owner> {
+        let state = lock(&self.state);
+        (state.alive && !state.owner.is(client)).then(|| state.owner.clone())
+    }
+
     /// Its client is there. Not before all that CONNACK promises is durable: a
     /// connect that is given up is none.
     pub fn connected(&self, connection: Connection) {
         let mut state = lock(&self.state);
         state.connected = true;
         state.connection = Some(Box::new(connection));
-        self.connects.fetch_add(1, Ordering::AcqRel);
     }
 
     /// The connection, the session's expiry, and when the last connection ended.
@@ -333,17 +333,19 @@ impl Sessions {
         Some((session, Turn(turn)))
     }
 
-    /// Begins or resumes; returns session present. Durable when it returns.
+    /// Begins or resumes for `owner`; returns session present. Durable when it returns.
     pub async fn open(
         &self,
         broker: &Broker,
         session: &Session,
+        owner: Owner,
         clean: bool,
         expiry_s: u32,
     ) -> Result<bool, Stopped> {
         let (changes, resumed, kept_no_more) = {
             let expired = lock(&session.state).is_expired(super::now_us());
-            let resumed = lock(&session.state).alive && !clean && !expired;
+            let goes_on = session.other_owner(&owner).is_none() && !clean && !expired;
+            let resumed = lock(&session.state).alive && goes_on;
             broker.counters.sessions_expired.increment(expired.into());
             if !resumed {
                 discard(broker, session);
@@ -352,8 +354,11 @@ impl Sessions {
             let mut changes = state.stale_removed();
             (state.alive, state.disconnected_us) = (true, 0);
             state.expiry_s = expiry_s;
+            if owner != Owner::Unchecked {
+                state.owner = owner;
+            }
             if expiry_s > 0 {
-                changes.push((key(SESSION, session.client_id.as_bytes()), Some(state.to_bytes().into())));
+                changes.push((key(SESSION, session.client_id.as_bytes()), Some(state.to_bytes())));
                 state.kept = true;
             } else if state.kept {
                 changes.extend(removed(state.keys(&session.client_id)));
@@ -399,7 +404,7 @@ impl Sessions {
             state.disconnected_us = super::now_us();
             state.expiry_s = expiry_s.unwrap_or(state.expiry_s);
             (state.expiry_s > 0)
-                .then(|| vec![(key(SESSION, session.client_id.as_bytes()), Some(state.to_bytes().into()))])
+                .then(|| vec![(key(SESSION, session.client_id.as_bytes()), Some(state.to_bytes()))])
         };
         // Not awaited: lost in a crash, the session only lives longer.
         match changes {
@@ -540,11 +545,12 @@ impl State {
         self.is_expired(now_us) || (!self.alive && !self.connected)
     }
 
-    fn to_bytes(&self) -> [u8; 21] {
-        let mut bytes = [1; 21];
-        bytes[1..9].copy_from_slice(&self.epoch.to_be_bytes());
-        bytes[9..13].copy_from_slice(&self.expiry_s.to_be_bytes());
-        bytes[13..].copy_from_slice(&self.disconnected_us.to_be_bytes());
+    fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = vec![1];
+        bytes.extend(self.epoch.to_be_bytes());
+        bytes.extend(self.expiry_s.to_be_bytes());
+        bytes.extend(self.disconnected_us.to_be_bytes());
+        bytes.extend(self.owner.to_bytes());
         bytes
     }
 
@@ -552,14 +558,16 @@ impl State {
         let (&[1], rest) = bytes.split_first_chunk::<1>()? else { return None };
         let (epoch, rest) = rest.split_first_chunk()?;
         let (expiry_s, rest) = rest.split_first_chunk()?;
+        let (disconnected_us, rest) = rest.split_first_chunk()?;
         Some(Self {
             epoch: u64::from_be_bytes(*epoch),
+            owner: Owner::from_bytes(rest)?,
             alive: true,
             connected: false,
             connection: None,
             expiry_s: u32::from_be_bytes(*expiry_s),
             kept: true,
-            disconnected_us: u64::from_be_bytes(*rest.first_chunk()?),
+            disconnected_us: u64::from_be_bytes(*disconnected_us),
             filters: Vec::new(),
             stale: Vec::new(),
         })

@@ -2,24 +2,29 @@
 //!
 //! A will is durable before its CONNACK, as state of the stream that its topic
 //! belongs to, and goes in the same append that publishes it: never twice.
-//! After a restart the wills of clients that the last run lost wait for them
-//! to come back. What all wills take of the streams' states is bounded.
+//! Wills that wait lie in one queue, for their delay, for room in their stream, or,
+//! after a restart, for the clients that the last run lost. What all wills take of the
+//! streams' states is bounded.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::future::pending;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::sync::Notify;
 use tokio::time::{Instant, timeout};
 
 use super::acks::Stopped;
 use super::blobs::{self, Blob, Kind};
 use super::inbound::{cut_device, taken_in};
+use super::owner::Owner;
 use super::retained::{self, Staged};
-use super::session::{Change, Session};
+use super::session::Change;
 use super::{Broker, borrowed};
 use crate::batch::flags;
+use crate::properties::Origin;
 use crate::stream::{AppendError, NewMessage, Stream, partition_of};
 use crate::telemetry::Failures;
 
@@ -31,8 +36,8 @@ const FORMAT_1: u8 = 1;
 const HEAD_BYTES: usize = 1 + 4 + 2;
 /// The length of each part but the payload.
 const PART_HEAD_BYTES: usize = 4;
-/// A will that waits looks so often whether its client is back.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Between two tries to publish a will that waits for room.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// What CONNECT asked to be published when the client is lost.
 pub struct Will {
@@ -52,7 +57,7 @@ pub struct Will {
 pub struct Record {
     stream: usize,
     blob: Blob,
-    place: Place,
+    _place: Place,
 }
 
 /// What a will takes of the streams' states, counted until it is dropped.
@@ -82,12 +87,37 @@ impl Drop for GivenUp<'_> {
     }
 }
 
-/// How many bytes there are of all wills, and the wills of the last run whose
-/// clients are not back yet.
+/// A will whose client was lost.
+struct Waiting {
+    will: Will,
+    cause: Cause,
+    due: Instant,
+}
+
+/// What a will waits for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Cause {
+    /// Its own delay.
+    Delay,
+    /// Room in its stream.
+    Room,
+    /// Its client, which the last run lost.
+    Restart,
+}
+
+#[derive(Default)]
+struct Queue {
+    by_client: HashMap<Box<str>, Vec<Waiting>>,
+    due: BTreeSet<(Instant, Box<str>)>,
+}
+
+/// How many bytes there are of all wills, and those that wait.
 pub struct Wills {
     bytes: Arc<AtomicUsize>,
     bytes_max: usize,
-    restored: Mutex<HashMap<Box<str>, Vec<Will>>>,
+    waiting: Mutex<Queue>,
+    /// The first may be due sooner.
+    changed: Notify,
     /// Records whose streams did not take their removal: it is tried again, and
     /// until then they count.
     unremoved: Mutex<Vec<Record>>,
@@ -101,7 +131,7 @@ impl Will {
         let blob = Blob::new(KIND, *uuid::Uuid::new_v4().as_bytes(), &bytes);
         let mut changes = Vec::new();
         blob.write(&bytes, None, &mut changes);
-        let mut given_up = GivenUp { broker, record: Some(Record { stream, blob, place }) };
+        let mut given_up = GivenUp { broker, record: Some(Record { stream, blob, _place: place }) };
         broker.append_durable(&*broker.streams[stream], &changes).await?;
         self.record = given_up.record.take();
         Ok(())
@@ -115,8 +145,8 @@ impl Will {
         }
     }
 
-    /// Appends the will, waiting for room; `false` when the stream stopped or refuses it.
-    async fn publish(&mut self, broker: &Broker, client_id: &str) -> bool {
+    /// Appends the will and removes its record in one; never waits.
+    fn publish(&mut self, broker: &Broker, client_id: &str) -> Result<(), AppendError> {
         let number = broker.route(&self.topic);
         let stream = &broker.streams[number];
         if let Some(elsewhere) = self.record.take_if(|record| record.stream != number) {
@@ -141,23 +171,20 @@ impl Will {
         if let Some(record) = &self.record {
             record.blob.remove(&mut removal);
         }
-        loop {
-            match append(broker, number, message, &removal) {
-                Ok(()) => return true,
-                Err(AppendError::Full | AppendError::NoSpace) => stream.writable().await,
-                Err(_) => return false,
-            }
-        }
+        append(broker, number, message, &removal)
     }
 
-    async fn publish_in_time(mut self, broker: &Broker, client_id: &str) {
-        let published = timeout(broker.config.drain_timeout.0, self.publish(broker, client_id)).await;
-        if !matches!(published, Ok(true)) {
-            let detail = format!("client {client_id}, topic {}", self.topic);
-            broker.failures.report("mqtt: a will could not be published", 1, &detail, "");
-            // Its record waits for the next run, and counts.
-            std::mem::forget(self.record.map(|record| record.place));
-        }
+    /// Whether the client that left it had this name.
+    fn is_of(&self, owner: &Owner) -> bool {
+        let name = crate::properties::get(&self.properties, Origin::Listener, "username");
+        owner.has_name(name)
+    }
+
+    /// Says that it is lost, and removes its record.
+    fn give_up(self, broker: &Broker, client_id: &str, why: &str) {
+        let detail = format!("client {client_id}, topic {}: {why}", self.topic);
+        broker.failures.report("mqtt: a will could not be published", 1, &detail, "");
+        self.forget(broker);
     }
 
     /// What its record takes of its stream's state.
@@ -237,32 +264,42 @@ fn append(
     Ok(())
 }
 
-/// The client of `session`'s connection number `connects` was lost, in the
-/// session's `epoch`. A delayed will is not published when its client is back
-/// in time and goes on with the session; it is when a clean start ends that
-/// (MQTT 5.0, 3.1.3.2.2). At shutdown a delayed will stays for the next run (3.1.2.5).
-pub async fn lost(broker: &Broker, session: &Session, connects: u64, epoch: u64, will: Will) {
-    let delay = Duration::from_secs(will.delay_s.min(session.expiry_s()).into());
-    let is_back = || session.connects.load(Ordering::Acquire) != connects;
-    let due = Instant::now() + delay;
-    while !is_back() && Instant::now() < due {
-        let look_at = due.min(Instant::now() + LOOK_EVERY);
-        tokio::select! {
-            () = tokio::time::sleep_until(look_at) => {}
-            () = broker.shutdown.cancelled() => return,
+/// The client was lost, and its session has `expiry_s` left. A will without delay is
+/// appended before the session may be taken over, so that it never comes after what the
+/// client's next connection publishes. Others wait: see [`Wills::client_is_back`].
+pub async fn lost(broker: &Broker, client_id: &str, expiry_s: u32, mut will: Will) {
+    let delay = Duration::from_secs(will.delay_s.min(expiry_s).into());
+    if !delay.is_zero() {
+        return broker.wills.wait(client_id, will, Cause::Delay, Instant::now() + delay);
+    }
+    let begun = Instant::now();
+    loop {
+        match will.publish(broker, client_id) {
+            Ok(()) => return,
+            Err(AppendError::Full) if begun.elapsed() < broker.config.drain_timeout.0 => {
+                let left = broker.config.drain_timeout.0.saturating_sub(begun.elapsed());
+                // Out of time: it waits for room.
+                let _ = timeout(left, broker.streams[broker.route(&will.topic)].writable()).await;
+            }
+            Err(AppendError::Full | AppendError::NoSpace) => {
+                return broker.wills.wait(client_id, will, Cause::Room, Instant::now() + RETRY_AFTER);
+            }
+            Err(error) => return will.give_up(broker, client_id, &error.to_string()),
         }
     }
-    if !delay.is_zero() && is_back() && session.epoch() == epoch {
-        return will.forget(broker);
-    }
-    will.publish_in_time(broker, &session.client_id).await;
 }
 
 impl Wills {
-    /// Reads the wills that the last run left; they count, also past `bytes_max`.
-    pub fn load(streams: &[Arc<dyn Stream>], bytes_max: usize, failures: &Failures) -> Self {
+    /// Reads the wills that the last run left; they count, also past `bytes_max`, and
+    /// wait for `delay_least` at least.
+    pub fn load(
+        streams: &[Arc<dyn Stream>],
+        bytes_max: usize,
+        delay_least: Duration,
+        failures: &Failures,
+    ) -> Self {
         let all = Arc::new(AtomicUsize::new(0));
-        let mut restored: HashMap<Box<str>, Vec<Will>> = HashMap::new();
+        let (mut waiting, now) = (Queue::default(), Instant::now());
         for (number, stream) in streams.iter().enumerate() {
             let mut removed = Vec::new();
             for (blob, bytes) in blobs::load(&**stream, KIND) {
@@ -274,12 +311,19 @@ impl Wills {
                 let bytes = blobs::state_bytes(bytes.len());
                 all.fetch_add(bytes, Ordering::AcqRel);
                 let place = Place { bytes, all: all.clone() };
-                will.record = Some(Record { stream: number, blob, place });
-                restored.entry(client_id).or_default().push(will);
+                will.record = Some(Record { stream: number, blob, _place: place });
+                let due = now + delay_least.max(Duration::from_secs(will.delay_s.into()));
+                waiting.push(&client_id, Waiting { will, cause: Cause::Restart, due });
             }
             super::append_unawaited(&**stream, &removed);
         }
-        Self { bytes: all, bytes_max, restored: Mutex::new(restored), unremoved: Mutex::default() }
+        Self {
+            bytes: all,
+            bytes_max,
+            waiting: Mutex::new(waiting),
+            changed: Notify::new(),
+            unremoved: Mutex::default(),
+        }
     }
 
     /// Room for one more; `None` where all wills have `wills_bytes_max` already.
@@ -295,11 +339,31 @@ impl Wills {
         self.bytes.load(Ordering::Acquire)
     }
 
-    /// The client is back: its wills of the last run are void.
-    pub fn client_is_back(&self, broker: &Broker, client_id: &str) {
-        for will in self.take(client_id) {
-            will.forget(broker);
+    /// The client has a connection again, as `owner`; its CONNACK is yet to come. A will
+    /// that waited for its delay is void where the session goes on (`resumed`), and is
+    /// published now where that has ended (MQTT 5.0, 3.1.3.2.2), as is one that
+    /// waited for room. A will of the last run is void, unless it is of another user.
+    pub fn client_is_back(&self, broker: &Broker, client_id: &str, owner: &Owner, resumed: bool) {
+        let mut queue = lock(&self.waiting);
+        for Waiting { mut will, cause, due } in queue.take(client_id) {
+            match cause {
+                Cause::Restart if !will.is_of(owner) => {
+                    queue.push(client_id, Waiting { will, cause, due });
+                    continue;
+                }
+                Cause::Restart => will.forget(broker),
+                Cause::Delay if resumed => will.forget(broker),
+                Cause::Delay | Cause::Room => match will.publish(broker, client_id) {
+                    Ok(()) => {}
+                    Err(error) => will.give_up(broker, client_id, &error.to_string()),
+                },
+            }
         }
+    }
+
+    fn wait(&self, client_id: &str, will: Will, cause: Cause, due: Instant) {
+        lock(&self.waiting).push(client_id, Waiting { will, cause, due });
+        self.changed.notify_one();
     }
 
     fn remove(&self, broker: &Broker, record: Record) {
@@ -308,44 +372,75 @@ impl Wills {
         self.remove_left(broker, unremoved);
     }
 
+    /// Tries each stream until it refuses a removal: one without room holds only its own.
     fn remove_left(&self, broker: &Broker, mut unremoved: MutexGuard<'_, Vec<Record>>) {
-        while let Some(record) = unremoved.last() {
+        let mut refuses = vec![false; broker.streams.len()];
+        unremoved.retain(|record| {
             let mut removal = Vec::new();
             record.blob.remove(&mut removal);
-            if broker.streams[record.stream].append(&[], &borrowed(&removal)).is_err() {
-                return;
+            let refuses = &mut refuses[record.stream];
+            *refuses = *refuses || broker.streams[record.stream].append(&[], &borrowed(&removal)).is_err();
+            *refuses
+        });
+    }
+
+    /// Publishes the first will that is due. Returns when to call again; `None`: not
+    /// before there is another. Under the lock, so that a client that is back finds a
+    /// will that waits, or one that is in its stream.
+    pub fn publish_due(&self, broker: &Broker, now: Instant) -> Option<Instant> {
+        let mut queue = lock(&self.waiting);
+        if let Some((client_id, Waiting { mut will, .. })) = queue.take_due(now) {
+            match will.publish(broker, &client_id) {
+                Ok(()) => {}
+                Err(AppendError::Full | AppendError::NoSpace) => {
+                    queue.push(&client_id, Waiting { will, cause: Cause::Room, due: now + RETRY_AFTER });
+                }
+                Err(error) => will.give_up(broker, &client_id, &error.to_string()),
             }
-            unremoved.pop();
         }
-    }
-
-    fn take(&self, client_id: &str) -> Vec<Will> {
-        lock(&self.restored).remove(client_id).unwrap_or_default()
-    }
-
-    /// Clients and when their wills are due, soonest first.
-    fn due(&self, least: Duration) -> Vec<(Duration, Box<str>)> {
-        let restored = lock(&self.restored);
-        let of = |wills: &[Will]| wills.iter().map(|will| will.delay_s).max().unwrap_or_default();
-        let mut due: Vec<_> = restored
-            .iter()
-            .map(|(client, wills)| (least.max(Duration::from_secs(of(wills).into())), client.clone()))
-            .collect();
-        due.sort();
-        due
+        queue.due.first().map(|(due, _)| *due)
     }
 }
 
-/// Publishes the wills of the last run whose clients stay away.
-pub async fn publish_restored(broker: Arc<Broker>) {
-    let start = Instant::now();
-    for (delay, client_id) in broker.wills.due(broker.config.will_delay_after_restart.0) {
-        tokio::select! {
-            () = tokio::time::sleep_until(start + delay) => {}
-            () = broker.shutdown.cancelled() => return,
+impl Queue {
+    fn push(&mut self, client_id: &str, waiting: Waiting) {
+        self.due.insert((waiting.due, client_id.into()));
+        self.by_client.entry(client_id.into()).or_default().push(waiting);
+    }
+
+    fn take(&mut self, client_id: &str) -> Vec<Waiting> {
+        let taken = self.by_client.remove(client_id).unwrap_or_default();
+        for waiting in &taken {
+            self.due.remove(&(waiting.due, client_id.into()));
         }
-        for will in broker.wills.take(&client_id) {
-            will.publish_in_time(&broker, &client_id).await;
+        taken
+    }
+
+    fn take_due(&mut self, now: Instant) -> Option<(Box<str>, Waiting)> {
+        let (due, client_id) = self.due.first().filter(|(due, _)| *due <= now)?.clone();
+        let mut wills = self.take(&client_id);
+        let first = wills.iter().position(|waiting| waiting.due == due)?;
+        let first = wills.swap_remove(first);
+        wills.into_iter().for_each(|other| self.push(&client_id, other));
+        Some((client_id, first))
+    }
+}
+
+/// Publishes wills whose time has come, until shutdown; those that still wait stay for
+/// the next run (MQTT 5.0, 3.1.2.5).
+pub async fn publish_waiting(broker: Arc<Broker>) {
+    loop {
+        let next = broker.wills.publish_due(&broker, Instant::now());
+        let due = async {
+            match next {
+                Some(due) => tokio::time::sleep_until(due).await,
+                None => pending().await,
+            }
+        };
+        tokio::select! {
+            () = due => {}
+            () = broker.wills.changed.notified() => {}
+            () = broker.shutdown.cancelled() => return,
         }
     }
 }

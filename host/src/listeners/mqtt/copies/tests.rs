@@ -38,7 +38,7 @@ impl World {
     fn member(&self, client_id: &str, expiry_s: u32) -> Member {
         let sessions = &self.broker.sessions;
         let (session, turn) = now(sessions.claim(client_id, 9)).unwrap();
-        now(sessions.open(&self.broker, &session, false, expiry_s)).unwrap();
+        now(sessions.open(&self.broker, &session, Default::default(), false, expiry_s)).unwrap();
         self.join(&session);
         Member { session, turn }
     }

@@ -16,23 +16,26 @@ fn rules(yaml: &str) -> Vec<Rule> {
 /// Users ann and bob, each with the user name as password.
 async fn guarded(yaml: &str, change: impl FnOnce(&mut Config)) -> Guarded {
     let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("passwords");
+    let host = started(|config| {
+        config.access = Some(access(folder.path(), yaml));
+        change(config);
+    });
+    Guarded { host: host.await, folder }
+}
+
+fn access(folder: &std::path::Path, yaml: &str) -> access::Config {
+    let file = folder.join("passwords");
     let mut users = PasswordFile::default();
     for user in ["ann", "bob"] {
         users.set(user, user, Some(access::ITERATIONS_MIN)).unwrap();
     }
     std::fs::write(&file, users.to_text()).unwrap();
     let authenticator = serde_json::json!({ "type": "passwords", "file": file });
-    let access = access::Config {
+    access::Config {
         authenticate: vec![serde_json::from_value::<Authenticator>(authenticator).unwrap()],
         rules: rules(yaml),
         ..access::Config::default()
-    };
-    let host = started(|config| {
-        config.access = Some(access);
-        change(config);
-    });
-    Guarded { host: host.await, folder }
+    }
 }
 
 async fn started(change: impl FnOnce(&mut Config)) -> Host {
@@ -161,9 +164,9 @@ async fn a_will_is_held_to_the_rules_when_it_is_left() {
 }
 
 #[tokio::test]
-async fn a_session_in_other_hands_gives_nothing_of_what_its_owner_saw() {
+async fn a_session_is_of_the_user_who_made_it() {
     let yaml = "[{ effect: allow, user: ann, topics: ['#'] }, { effect: allow, topics: [open] }]";
-    let Guarded { host, .. } = guarded(yaml, |_| {}).await;
+    let Guarded { host, .. } = guarded(yaml, |config| config.listeners[0].allow_anonymous = true).await;
     let kept = |user| Connect {
         clean_start: false,
         session_expiry_interval_secs: 600,
@@ -183,11 +186,88 @@ async fn a_session_in_other_hands_gives_nothing_of_what_its_owner_saw() {
         // Delivered to all by the one task that delivers.
         assert_eq!(&*watcher.received().await.topic, topic);
     }
-    let (mut bob, ack) = host.client(kept("bob")).await;
+    // A client without credentials neither goes on with it nor ends it, nor its connection.
+    let (mut ann, ack) = host.client(kept("ann")).await;
     assert!(ack.session_present);
-    assert_eq!(&*bob.received().await.topic, "open");
-    bob.nothing_but_ping().await;
+    assert_eq!(&*ann.received().await.topic, "private/x");
+    assert_eq!(&*ann.received().await.topic, "open");
+    assert_eq!(refused(&host, resuming("c")).await, ConnectAckReason::ClientIdentifierNotValid);
+    assert_eq!(refused(&host, clean("c")).await, ConnectAckReason::ClientIdentifierNotValid);
+    ann.nothing_but_ping().await;
+    ann.send(Disconnect::default()).await;
+    assert_eq!(ann.try_receive().await, None);
+    assert_eq!(refused(&host, clean("c")).await, ConnectAckReason::ClientIdentifierNotValid);
+    // Another user gets nothing of it, and its owner is told that it has ended.
+    for (user, other) in [("bob", "ann"), ("ann", "bob")] {
+        let (mut client, ack) = host.client(kept(user)).await;
+        assert!(!ack.session_present, "{user} after {other}");
+        client.nothing_but_ping().await;
+        let (_, ack) = host.client(kept(user)).await;
+        assert!(ack.session_present, "{user} again");
+    }
+    // One of nobody is anybody's to end, and nobody's to go on with.
+    assert!(!host.client(resuming("open")).await.1.session_present);
+    let of_ann = Connect { client_id: "open".into(), ..kept("ann") };
+    assert!(!host.client(of_ann).await.1.session_present);
     host.stop().await;
+}
+
+#[tokio::test]
+async fn an_owner_is_known_after_a_restart_and_a_session_of_0_1_0_is_of_who_has_it_first() {
+    let yaml = "[{ effect: allow, topics: ['#'] }]";
+    let store = MemoryStream::with_hooks("broker", 1);
+    let folder = tempfile::tempdir().unwrap();
+    let start = async || {
+        let streams = Streams::new(vec![], MemoryStream::new("s", 1));
+        Host::start(streams, store.clone(), |config| config.access = Some(access(folder.path(), yaml))).await
+    };
+    let kept = |user| Connect {
+        clean_start: false,
+        session_expiry_interval_secs: 600,
+        ..signed_in("c", user, user)
+    };
+    let host = start().await;
+    drop(host.client(kept("ann")).await);
+    host.stop().await;
+    let host = start().await;
+    assert!(host.client(kept("ann")).await.1.session_present);
+    host.stop().await;
+    let host = start().await;
+    assert!(!host.client(kept("bob")).await.1.session_present);
+    host.stop().await;
+    let (key, mut record) = store.state(b"se").remove(0);
+    assert!(record.ends_with(b"bob"));
+    record.truncate(21);
+    append_unawaited(&*store, &[(key, Some(record))]);
+    for (user, present) in [("ann", true), ("bob", false)] {
+        let host = start().await;
+        assert_eq!(host.client(kept(user)).await.1.session_present, present, "{user}");
+        host.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn a_session_whose_user_may_see_less_now_begins_anew_and_its_client_is_told() {
+    let store = MemoryStream::with_hooks("broker", 1);
+    let folder = tempfile::tempdir().unwrap();
+    let start = async |yaml| {
+        let streams = Streams::new(vec![], MemoryStream::new("s", 1));
+        Host::start(streams, store.clone(), |config| config.access = Some(access(folder.path(), yaml))).await
+    };
+    let ann =
+        || Connect { clean_start: false, session_expiry_interval_secs: 600, ..signed_in("c", "ann", "ann") };
+    for (rules, present) in [
+        ("[{ effect: allow, topics: ['#'] }]", false),
+        ("[{ effect: allow, topics: [a, b] }]", true),
+        ("[{ effect: allow, topics: [a] }]", false),
+    ] {
+        let host = start(rules).await;
+        let (mut client, ack) = host.client(ann()).await;
+        assert_eq!(ack.session_present, present, "{rules}");
+        client.subscribe("a", QOS1).await;
+        client.subscribe("b", QOS1).await;
+        host.stop().await;
+    }
 }
 
 #[tokio::test]
@@ -218,7 +298,7 @@ async fn retained_messages_that_wait_in_a_session_are_not_for_its_next_owner_eit
         ann.send(Disconnect::default()).await;
         assert_eq!(ann.try_receive().await, None);
         let (mut bob, ack) = host.client(owned("bob", expiry_s)).await;
-        assert!(ack.session_present);
+        assert!(!ack.session_present);
         bob.nothing_but_ping().await;
         bob.send(Disconnect::default()).await;
         assert_eq!(bob.try_receive().await, None);

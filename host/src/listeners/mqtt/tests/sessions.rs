@@ -136,20 +136,24 @@ async fn a_clean_start_given_up_before_it_is_durable_still_ends_the_old_session(
         let broker = broker(&Config::default(), MemoryStream::new("s", 1), store.clone());
         let sessions = &broker.sessions;
         let (session, turn) = sessions.claim("c", 1).await.unwrap();
-        assert_eq!(sessions.open(&broker, &session, false, 600).await, Ok(false));
+        assert_eq!(sessions.open(&broker, &session, Default::default(), false, 600).await, Ok(false));
         sessions.close(&broker, &session, turn, None);
         assert_eq!(store.state(b"se").len(), 1);
 
         let (session, turn) = sessions.claim("c", 1).await.unwrap();
         store.set_no_space(true);
-        assert_eq!(sessions.open(&broker, &session, true, 0).now_or_never(), None, "it waits for room");
+        assert_eq!(
+            sessions.open(&broker, &session, Default::default(), true, 0).now_or_never(),
+            None,
+            "it waits for room"
+        );
         store.set_no_space(false);
         drop(turn);
         if swept {
             sessions.sweep(&broker);
         } else {
             let (session, _turn) = sessions.claim("c", 1).await.unwrap();
-            assert_eq!(sessions.open(&broker, &session, true, 0).await, Ok(false));
+            assert_eq!(sessions.open(&broker, &session, Default::default(), true, 0).await, Ok(false));
         }
         assert_eq!(store.state(b"se").len(), 0, "swept: {swept}");
     }
@@ -330,7 +334,7 @@ async fn the_sweep_ends_sessions_whose_time_is_over_with_all_that_they_left_and_
     let broker = broker(&Config::default(), stream.clone(), store.clone());
     let sessions = &broker.sessions;
     let (_connected, _turn) = sessions.claim("connected", 9).await.unwrap();
-    assert_eq!(sessions.open(&broker, &_connected, true, 0).await, Ok(false));
+    assert_eq!(sessions.open(&broker, &_connected, Default::default(), true, 0).await, Ok(false));
     sessions.sweep(&broker);
     let mut left: Vec<_> = sessions.all().iter().map(|session| session.client_id.to_string()).collect();
     left.sort();

@@ -4,6 +4,7 @@ use futures_util::FutureExt;
 use tokio::time::Instant;
 
 use super::*;
+use crate::listeners::mqtt::owner::Owner;
 use crate::listeners::mqtt::transport::fuzzing::somebody;
 use crate::listeners::mqtt::will::{self, Will};
 
@@ -27,49 +28,31 @@ async fn a_will_is_published_when_its_client_is_lost_and_only_then() {
 /// A client that was lost, with a will that waits `delay_s`; the stream that the will is for.
 struct Lost {
     broker: Arc<Broker>,
-    stream: Arc<dyn Stream>,
+    stream: Arc<MemoryStream>,
     store: Arc<MemoryStream>,
-    session: Arc<session::Session>,
-    will: Will,
 }
 
 impl Lost {
     async fn new(delay_s: u32, expiry_s: u32) -> Self {
-        let stream = MemoryStream::new("s", 1);
+        Self::with_room(delay_s, expiry_s, true).await
+    }
+
+    async fn with_room(delay_s: u32, expiry_s: u32, has_room: bool) -> Self {
+        let stream = MemoryStream::with_hooks("s", 1);
         let store = MemoryStream::with_hooks("broker", 1);
         let broker = broker(&Config::default(), stream.clone(), store.clone());
         let (session, turn) = broker.sessions.claim("c", 9).await.unwrap();
-        assert_eq!(broker.sessions.open(&broker, &session, false, expiry_s).await, Ok(false));
-        let mut will = Will {
-            topic: "will".into(),
-            payload: "gone".into(),
-            properties: Vec::new(),
-            flags: 1,
-            delay_s,
-            device: None,
-            record: None,
-        };
+        let opened = broker.sessions.open(&broker, &session, Owner::default(), false, expiry_s).await;
+        assert_eq!(opened, Ok(false));
+        let mut will = will(delay_s);
         let place = broker.wills.enter(&broker, will.state_bytes("c")).unwrap();
         will.keep(&broker, "c", place).await.unwrap();
+        stream.set_no_space(!has_room);
+        will::lost(&broker, "c", expiry_s, will).await;
         broker.sessions.close(&broker, &session, turn, None);
-        Self { broker, stream, store, session, will }
+        Self { broker, stream, store }
     }
 
-    fn seen(self) -> (Seen, impl Future<Output = ()>) {
-        let Self { broker, stream, store, session, will } = self;
-        let (connects, epoch) = (session.connects.load(Ordering::Acquire), session.epoch());
-        let seen = Seen { broker: broker.clone(), stream, store };
-        (seen, async move { will::lost(&broker, &session, connects, epoch, will).await })
-    }
-}
-
-struct Seen {
-    broker: Arc<Broker>,
-    stream: Arc<dyn Stream>,
-    store: Arc<MemoryStream>,
-}
-
-impl Seen {
     /// Wills published, and wills kept.
     fn wills(&self) -> (u64, usize) {
         (self.stream.bounds().end.0, self.stream.state(b"wi").len())
@@ -78,30 +61,42 @@ impl Seen {
     /// The client connects again.
     async fn back(&self, clean: bool) {
         let (session, _turn) = self.broker.sessions.claim("c", 9).await.unwrap();
-        self.broker.sessions.open(&self.broker, &session, clean, 600).await.unwrap();
-        session.connected(clients::Connection {
-            version: "5.0".into(),
-            address: "test".into(),
-            user: None,
-            since_us: 0,
-            keep_alive_s: 0,
-        });
+        let owner = Owner::default();
+        let resumed = self.broker.sessions.open(&self.broker, &session, owner.clone(), clean, 600).await;
+        self.broker.wills.client_is_back(&self.broker, "c", &owner, resumed.unwrap());
+    }
+
+    /// What comes of wills in so many seconds.
+    fn after(&self, seconds: u64) -> (u64, usize) {
+        self.broker.wills.publish_due(&self.broker, Instant::now() + Duration::from_secs(seconds));
+        self.wills()
+    }
+}
+
+fn will(delay_s: u32) -> Will {
+    Will {
+        topic: "will".into(),
+        payload: "gone".into(),
+        properties: Vec::new(),
+        flags: 1,
+        delay_s,
+        device: None,
+        record: None,
     }
 }
 
 #[tokio::test]
 async fn a_connect_that_is_given_up_is_no_return_of_the_client() {
-    let (seen, lost) = Lost::new(1, 600).await.seen();
+    let lost = Lost::new(1, 600).await;
     {
-        let sessions = &seen.broker.sessions;
+        let sessions = &lost.broker.sessions;
         let (session, _turn) = sessions.claim("c", 9).await.unwrap();
-        seen.store.set_no_space(true);
-        let opened = sessions.open(&seen.broker, &session, false, 600).now_or_never();
+        lost.store.set_no_space(true);
+        let opened = sessions.open(&lost.broker, &session, Owner::default(), false, 600).now_or_never();
         assert_eq!(opened, None, "it waits for room");
-        seen.store.set_no_space(false);
+        lost.store.set_no_space(false);
     }
-    timeout(HUNG_AFTER, lost).await.expect("published in the end");
-    assert_eq!(seen.wills(), (1, 0));
+    assert_eq!(lost.after(1), (1, 0));
 }
 
 #[tokio::test]
@@ -139,26 +134,116 @@ async fn a_connect_that_is_given_up_over_its_will_leaves_no_session() {
 #[tokio::test]
 async fn a_will_counts_until_it_is_published_or_forgotten() {
     for (delay_s, is_back) in [(0, false), (600, true)] {
-        let (seen, lost) = Lost::new(delay_s, 600).await.seen();
-        assert!(seen.broker.wills.bytes() > 0);
+        let lost = Lost::new(delay_s, 600).await;
+        assert_eq!(lost.broker.wills.bytes() > 0, is_back);
         if is_back {
-            seen.back(false).await;
+            lost.back(false).await;
         }
-        timeout(HUNG_AFTER, lost).await.expect("it waits for nobody");
-        assert_eq!((seen.wills().1, seen.broker.wills.bytes()), (0, 0));
+        assert_eq!((lost.wills().1, lost.broker.wills.bytes()), (0, 0));
     }
 }
 
 #[tokio::test]
 async fn wills_of_the_last_run_count_also_past_the_bound_until_their_clients_are_back() {
-    let (seen, _lost) = Lost::new(600, 600).await.seen();
+    let lost = Lost::new(600, 600).await;
     let config = Config { wills_bytes_max: ByteSize(1), ..Config::default() };
-    let next = broker(&config, seen.stream.clone(), seen.store.clone());
-    assert_eq!(next.wills.bytes(), seen.broker.wills.bytes());
+    let next = broker(&config, lost.stream.clone(), lost.store.clone());
+    assert_eq!(next.wills.bytes(), lost.broker.wills.bytes());
     assert!(next.wills.enter(&next, 1).is_none());
-    next.wills.client_is_back(&next, "c");
-    assert_eq!((seen.wills().1, next.wills.bytes()), (0, 0));
+    next.wills.client_is_back(&next, "c", &Owner::default(), false);
+    assert_eq!((lost.wills(), next.wills.bytes()), ((0, 0), 0));
     assert!(next.wills.enter(&next, 1).is_some());
+}
+
+#[tokio::test]
+async fn a_will_of_the_last_run_waits_for_its_own_user() {
+    let stream = MemoryStream::with_hooks("s", 1);
+    let run = || broker(&Config::default(), stream.clone(), MemoryStream::new("broker", 1));
+    let first = run();
+    let mut will = will(600);
+    properties::push(&mut will.properties, Origin::Listener, "username", b"ann");
+    let place = first.wills.enter(&first, will.state_bytes("c")).unwrap();
+    will.keep(&first, "c", place).await.unwrap();
+    let next = run();
+    for owner in [Owner::Anonymous, Owner::User("bob".into())] {
+        next.wills.client_is_back(&next, "c", &owner, false);
+        assert_eq!(stream.state(b"wi").len(), 1, "{owner}");
+    }
+    next.wills.client_is_back(&next, "c", &Owner::User("ann".into()), false);
+    assert_eq!((stream.state(b"wi").len(), stream.bounds().end), (0, Offset(0)));
+}
+
+#[tokio::test]
+async fn a_will_that_meets_a_full_disk_is_published_once_there_is_room() {
+    let lost = Lost::with_room(0, 600, false).await;
+    assert_eq!(lost.after(1), (0, 1), "it waits");
+    lost.stream.set_no_space(false);
+    assert_eq!(lost.after(0), (0, 1), "not before its next try");
+    assert_eq!(lost.after(3), (1, 0));
+    assert_eq!(lost.broker.wills.bytes(), 0);
+}
+
+#[tokio::test]
+async fn a_will_that_waited_for_room_comes_before_all_that_its_client_sends_when_it_is_back() {
+    for has_room in [true, false] {
+        let lost = Lost::with_room(0, 600, false).await;
+        lost.stream.set_no_space(!has_room);
+        lost.back(false).await;
+        // Without room it is given up: later it would overwrite what the client says now.
+        assert_eq!(lost.wills().0, u64::from(has_room));
+        lost.stream.set_no_space(false);
+        drop(lost.broker.wills.enter(&lost.broker, 1));
+        assert_eq!(lost.after(3), (u64::from(has_room), 0));
+    }
+}
+
+#[tokio::test]
+async fn a_stream_without_room_keeps_no_record_of_wills_in_another() {
+    let (full, free) = (MemoryStream::with_hooks("full", 1), MemoryStream::with_hooks("free", 1));
+    let routed: (Vec<TopicFilter>, Arc<dyn Stream>) =
+        (vec![TopicFilter::new("full/#").unwrap()], full.clone());
+    let streams = Streams::new(vec![routed], free.clone());
+    let host = Host::start(streams, MemoryStream::new("broker", 1), |_| {}).await;
+    let broker = host.handle.clients().0.clone();
+    let mut wills = Vec::new();
+    for (client_id, topic) in [("a", "free"), ("b", "full/b"), ("c", "free"), ("d", "full/d")] {
+        let mut will = Will { topic: topic.into(), ..will(0) };
+        let place = broker.wills.enter(&broker, will.state_bytes(client_id)).unwrap();
+        will.keep(&broker, client_id, place).await.unwrap();
+        wills.push(will);
+    }
+    full.set_no_space(true);
+    for will in wills {
+        will.forget(&broker);
+    }
+    assert_eq!((full.state(b"wi").len(), free.state(b"wi").len()), (2, 0));
+    full.set_no_space(false);
+    drop(broker.wills.enter(&broker, 1));
+    assert_eq!((full.state(b"wi").len(), broker.wills.bytes()), (0, 0));
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn the_will_of_a_connection_that_is_taken_over_comes_before_what_the_new_one_publishes() {
+    let stream = MemoryStream::new("s", 1);
+    let host = Host::with(stream.clone()).await;
+    for (round, delay_s) in [None, Some(600)].into_iter().enumerate() {
+        let last_will = LastWill { will_delay_interval_sec: delay_s, ..last_will("state") };
+        let (_old, _) = host
+            .client(Connect { last_will: Some(last_will), session_expiry_interval_secs: 600, ..clean("c") })
+            .await;
+        // A clean start ends the session, and with it the will's delay.
+        let mut new = host.clean("c").await;
+        new.send(publish("state", QoS::AtLeastOnce, 1)).await;
+        assert_eq!(new.receive().await, puback(1));
+        let at = 2 * round as u64;
+        let payloads = [batch(&*stream, at).await, batch(&*stream, at + 1).await]
+            .map(|batch| batch.message(0).payload().to_vec());
+        assert_eq!(payloads, [b"gone".to_vec(), b"21".to_vec()], "delay {delay_s:?}");
+        new.send(Disconnect::default()).await;
+        assert_eq!(new.try_receive().await, None);
+    }
+    host.stop().await;
 }
 
 #[tokio::test]
@@ -236,35 +321,40 @@ async fn a_will_says_whose_it_is_as_a_publish_does() {
 
 #[tokio::test]
 async fn a_will_waits_for_its_delay_and_no_longer_than_its_session() {
-    for (delay_s, expiry_s) in [(1, 600), (600, 1)] {
-        let (seen, lost) = Lost::new(delay_s, expiry_s).await.seen();
-        let begin = Instant::now();
-        let mut lost = Box::pin(lost);
-        assert_eq!((lost.as_mut().now_or_never(), seen.wills()), (None, (0, 1)));
-        timeout(HUNG_AFTER, lost).await.expect("published in the end");
-        assert_eq!(seen.wills(), (1, 0));
-        assert!(begin.elapsed() >= Duration::from_secs(1), "not before its time");
+    for (delay_s, expiry_s) in [(60, 600), (600, 60)] {
+        let lost = Lost::new(delay_s, expiry_s).await;
+        assert_eq!(lost.wills(), (0, 1));
+        assert_eq!(lost.after(30), (0, 1), "not before its time");
+        assert_eq!(lost.after(60), (1, 0));
     }
-    let (seen, lost) = Lost::new(0, 600).await.seen();
-    assert_eq!((lost.now_or_never(), seen.wills()), (Some(()), (1, 0)));
+    assert_eq!(Lost::new(0, 600).await.wills(), (1, 0));
+}
+
+#[tokio::test]
+async fn a_waiting_will_is_published_at_its_time() {
+    let lost = Lost::new(1, 600).await;
+    let waiting = tokio::spawn(will::publish_waiting(lost.broker.clone()));
+    let cursor = &mut lost.stream.cursor(Offset(0));
+    assert!(timeout(HUNG_AFTER, cursor.next()).await.expect("published in the end").is_ok());
+    lost.broker.shutdown.cancel();
+    timeout(HUNG_AFTER, waiting).await.expect("it ends").unwrap();
 }
 
 #[tokio::test]
 async fn a_waiting_will_is_forgotten_when_its_session_goes_on_and_sent_when_that_ends() {
     for (clean, published) in [(false, 0), (true, 1)] {
-        let (seen, lost) = Lost::new(600, 600).await.seen();
-        let mut lost = Box::pin(lost);
-        assert_eq!(lost.as_mut().now_or_never(), None);
-        seen.back(clean).await;
-        timeout(HUNG_AFTER, lost).await.expect("its client is back");
-        assert_eq!(seen.wills(), (published, 0), "clean start: {clean}");
+        let lost = Lost::new(600, 600).await;
+        assert_eq!(lost.wills(), (0, 1));
+        lost.back(clean).await;
+        assert_eq!(lost.wills(), (published, 0), "clean start: {clean}");
+        assert_eq!(lost.after(600), (published, 0));
     }
 }
 
 #[tokio::test]
 async fn a_waiting_will_stays_for_the_next_run_at_a_shutdown() {
-    let (seen, lost) = Lost::new(600, 600).await.seen();
-    seen.broker.shutdown.cancel();
-    timeout(HUNG_AFTER, lost).await.expect("the host stops");
-    assert_eq!(seen.wills(), (0, 1));
+    let lost = Lost::new(600, 600).await;
+    lost.broker.shutdown.cancel();
+    timeout(HUNG_AFTER, will::publish_waiting(lost.broker.clone())).await.expect("the host stops");
+    assert_eq!(lost.wills(), (0, 1));
 }
