@@ -1,27 +1,39 @@
 //! What threads ask of Linux's scheduler (EEVDF), so that acknowledgements go out in
 //! time on a full machine.
 //!
-//! Short slices: a thread that is woken comes before one with longer slices at once,
-//! and before one with slices as short as its own within such a slice. Otherwise it may
-//! wait for the next tick, up to 4 ms. They say nothing of shares.
 //! Nice: a thread that works long on what nobody waits for takes a tenth of the share of
 //! the others where all want to run.
 //! Turns: a thread that works long offers its core now and then. One that waits for it
 //! has it at the next tick otherwise, slice or not, even with a core idle beside.
-//! Cores: the threads that serve connections keep to one each. Two of them share one
-//! for milliseconds otherwise, with a core idle beside.
+//! Short slices, where `runtime.short_slices` asks for them: a thread that is woken comes
+//! before one with longer slices at once, and before one with slices as short as its own
+//! within such a slice. Otherwise it may wait for the next tick, up to 4 ms. They say
+//! nothing of shares.
+//!
+//! No thread is bound to a core: one that is cannot leave it to a neighbour's work.
 
 use std::cell::Cell;
 use std::future::poll_fn;
 use std::io;
 use std::pin::pin;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::process::getpriority_process;
-use rustix::thread::{CpuSet, gettid, sched_getaffinity, sched_setaffinity, sched_yield};
+use rustix::process::{getpriority_process, setpriority_process};
+use rustix::thread::{gettid, sched_yield};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// What the threads ask of the kernel.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Ask for short time slices (0.1 ms) for the threads that acknowledge, so that they
+    /// wait less for a core that another process has. The others on the machine are
+    /// interrupted more often. Linux 6.12 and later; earlier ones have no such thing.
+    pub short_slices: bool,
+}
 
 /// The shortest there are (Linux 6.12 and later; earlier ones have none of a thread's own).
 const SLICE: Duration = Duration::from_micros(100);
@@ -31,6 +43,13 @@ pub const SHORT_TURN: Duration = SLICE;
 pub const LONG_TURN: Duration = Duration::from_millis(1);
 const NICER: i32 = 10;
 const NICEST: i32 = 19;
+
+static SHORT_SLICES: AtomicBool = AtomicBool::new(false);
+
+/// For all threads of this process that begin from now on.
+pub fn configure(config: &Config) {
+    SHORT_SLICES.store(config.short_slices, Ordering::Relaxed);
+}
 
 /// Acknowledgements wait for this thread, or it is not to keep them waiting.
 pub fn take_short_slices() {
@@ -49,68 +68,13 @@ pub fn give_way(nice: i32) {
 
 thread_local! {
     static TURN_BEGAN: Cell<Option<Instant>> = const { Cell::new(None) };
-    static HAS_CORE: Cell<bool> = const { Cell::new(false) };
 }
 
-/// The cores that threads keep to; whoever keeps to none runs on any of them.
-static CORES: OnceLock<Cores> = OnceLock::new();
-
-struct Cores {
-    any: CpuSet,
-    each: Vec<usize>,
-    next: AtomicUsize,
-}
-
-/// From now on so many threads may each [`keep_to_a_core`], where there are as many that
-/// this process may run on: with fewer threads (a quota) all processes here would keep
-/// to the same few.
-pub fn share_out_cores(threads: usize) {
-    let cores = sched_getaffinity(None).map_err(io::Error::from).map(Cores::new);
-    match cores {
-        Ok(cores) if cores.each.len() == threads && threads > 1 => _ = CORES.set(cores),
-        Ok(_) => {}
-        Err(error) => or_say(Err(error)),
-    }
-}
-
-/// For a thread that does not end, and is called again and again.
-pub fn keep_to_a_core() {
-    if let Some(cores) = CORES.get()
-        && !HAS_CORE.replace(true)
-    {
-        or_say(sched_setaffinity(None, &cores.take()).map_err(io::Error::from));
-    }
-}
-
-/// A thread, or a process, begins with the cores of the thread that begins it.
-pub fn run_on_any_core() {
-    if let Some(cores) = CORES.get() {
-        or_say(sched_setaffinity(None, &cores.any).map_err(io::Error::from));
-    }
-}
-
-/// A thread that runs on any core.
 pub fn spawn<T: Send + 'static>(
     name: String,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<JoinHandle<T>> {
-    std::thread::Builder::new().name(name).spawn(move || {
-        run_on_any_core();
-        work()
-    })
-}
-
-impl Cores {
-    fn new(any: CpuSet) -> Self {
-        let each = (0..CpuSet::MAX_CPU).filter(|core| any.is_set(*core)).collect();
-        Self { any, each, next: AtomicUsize::new(0) }
-    }
-
-    fn take(&self) -> CpuSet {
-        let mut core = CpuSet::new();
-        core.set(self.each[self.next.fetch_add(1, Ordering::Relaxed) % self.each.len()]);
-        core
-    }
+    std::thread::Builder::new().name(name).spawn(work)
 }
 
 /// This thread was woken, and has its core anew.
@@ -151,10 +115,20 @@ fn nice() -> io::Result<i32> {
 }
 
 fn set(nice: i32) -> io::Result<()> {
+    if SHORT_SLICES.load(Ordering::Relaxed) {
+        set_slice(nice)
+    } else {
+        Ok(setpriority_process(Some(gettid()), nice)?)
+    }
+}
+
+/// Threads that a library begins from this one have what every other thread has
+/// (`SCHED_FLAG_RESET_ON_FORK`).
+fn set_slice(nice: i32) -> io::Result<()> {
     let attributes = libc::sched_attr {
         size: size_of::<libc::sched_attr>() as u32,
-        sched_policy: 0,
-        sched_flags: libc::SCHED_FLAG_KEEP_POLICY as u64,
+        sched_policy: libc::SCHED_OTHER as u32,
+        sched_flags: libc::SCHED_FLAG_RESET_ON_FORK as u64,
         sched_nice: nice,
         sched_priority: 0,
         sched_runtime: SLICE.as_nanos() as u64,
@@ -162,6 +136,12 @@ fn set(nice: i32) -> io::Result<()> {
         sched_period: 0,
     };
     let (this_thread, no_flags) = (0, 0);
+    // SAFETY: it takes no pointer.
+    #[allow(unsafe_code)]
+    let policy = unsafe { libc::sched_getscheduler(this_thread) };
+    if policy != libc::SCHED_OTHER {
+        return Err(io::Error::other("somebody gave it another scheduling policy"));
+    }
     // SAFETY: the call reads `attributes`, which says its own size, and nothing else.
     #[allow(unsafe_code)]
     let failed =
@@ -185,21 +165,50 @@ mod tests {
         assert!(began() > first);
     }
 
+    /// Of this thread, as the kernel has it.
+    fn slice() -> u64 {
+        // SAFETY: all its fields are numbers.
+        #[allow(unsafe_code)]
+        let mut attributes: libc::sched_attr = unsafe { std::mem::zeroed() };
+        let size = size_of::<libc::sched_attr>();
+        // SAFETY: the call writes at most `size` bytes to `attributes`.
+        #[allow(unsafe_code)]
+        let read = unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attributes, size, 0) };
+        assert_eq!(read, 0);
+        attributes.sched_runtime
+    }
+
     #[test]
-    fn threads_that_keep_to_a_core_have_one_each_and_begin_others_that_do_not() {
-        let cores = || Cores::new(sched_getaffinity(None).unwrap()).each;
-        let any = cores();
-        share_out_cores(any.len());
-        let keeping = move || {
-            keep_to_a_core();
-            keep_to_a_core();
-            (cores(), spawn("begun".to_owned(), cores).unwrap().join().unwrap())
+    fn a_slice_is_as_the_kernel_has_it_unless_configured_and_no_other_thread_inherits_it() {
+        let slices = |config: Config| {
+            std::thread::spawn(move || {
+                configure(&config);
+                take_short_slices();
+                configure(&Config::default());
+                (slice(), std::thread::spawn(slice).join().unwrap())
+            })
+            .join()
+            .unwrap()
         };
-        let (mut kept, begun): (Vec<_>, Vec<_>) =
-            any.iter().map(|_| std::thread::spawn(keeping).join().unwrap()).unzip();
-        kept.sort();
-        assert_eq!(kept.concat(), any);
-        assert!(begun.iter().all(|begun| *begun == any));
+        let ordinary = slice();
+        assert_eq!(slices(Config::default()), (ordinary, ordinary));
+        let (own, begun) = slices(Config { short_slices: true });
+        assert_eq!(begun, ordinary);
+        // Kernels before 6.12 know no slice of a thread's own.
+        assert!(own == ordinary || own == SLICE.as_nanos() as u64, "{own}");
+    }
+
+    #[test]
+    fn no_thread_is_bound_to_a_core() {
+        use rustix::thread::sched_getaffinity;
+        let all = sched_getaffinity(None).unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .on_thread_start(take_short_slices)
+            .on_thread_unpark(begin_turn)
+            .build()
+            .unwrap();
+        let there = runtime.spawn(async { sched_getaffinity(None).unwrap() });
+        assert_eq!(runtime.block_on(there).unwrap(), all);
     }
 
     #[test]

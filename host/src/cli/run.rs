@@ -14,20 +14,14 @@ pub fn run(args: &ConfigArgs, log: Option<&str>, format: LogFormat) -> anyhow::R
         tracing::warn!("{warning}");
     }
     raise_open_files();
+    threads::configure(&loaded.config.runtime);
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     let runtime = runtime
         .enable_all()
-        .on_thread_start(|| {
-            threads::run_on_any_core();
-            threads::take_short_slices();
-        })
+        .on_thread_start(threads::take_short_slices)
         // Only those that serve connections park.
-        .on_thread_unpark(|| {
-            threads::keep_to_a_core();
-            threads::begin_turn();
-        })
+        .on_thread_unpark(threads::begin_turn)
         .build()?;
-    threads::share_out_cores(runtime.metrics().num_workers());
     runtime.block_on(app::run(loaded.config, loaded.source))
 }
 

@@ -28,7 +28,7 @@ use serde_json::Value;
 use crate::listeners::mqtt;
 use crate::problems::{KeyPath, Problem, Problems};
 use crate::topic::Namespace;
-use crate::{admin, devices, pipeline, plugin, sinks, stream};
+use crate::{admin, devices, pipeline, plugin, sinks, stream, threads};
 
 /// Everything a host is told. Each part owns its own section; what is left out
 /// has a default (see `complete`).
@@ -61,6 +61,8 @@ pub struct Config {
     pub dead_letters: pipeline::DeadLettersConfig,
     /// Health, metrics, status.
     pub admin: admin::Config,
+    /// What the threads ask of the kernel.
+    pub runtime: threads::Config,
 }
 
 impl Default for Config {
@@ -76,6 +78,7 @@ impl Default for Config {
             devices: devices::Config::default(),
             dead_letters: pipeline::DeadLettersConfig::default(),
             admin: admin::Config::default(),
+            runtime: threads::Config::default(),
         }
     }
 }
