@@ -100,6 +100,10 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
     })?;
     let mut pipelines = Vec::new();
     for (name, pipeline) in &config.pipelines {
+        // It drops all: there is nothing to read the stream for.
+        if pipeline.sinks().is_empty() {
+            continue;
+        }
         let stream =
             streams.get(&pipeline.from).with_context(|| format!("no stream \"{}\"", pipeline.from))?;
         let deps = pipeline::Deps {

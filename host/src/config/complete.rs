@@ -2,7 +2,8 @@
 //!
 //! - No `streams`: one, `telemetry`, takes every topic.
 //! - All streams name their topics: one more, `default`, takes the rest.
-//! - No `sinks`: one, `telemetry`: the table `telemetry` in `telemetry.db` in the data folder.
+//! - No `sinks`: one, `telemetry`: the table `telemetry` in `telemetry.db` in the data folder,
+//!   unless all pipelines name their routes and none leads there.
 //! - No `pipelines`: one for each stream, of the stream's name.
 //! - A pipeline without `from` reads the stream of its name, else the only stream.
 //! - A pipeline without `routes` sends everything to the only sink.
@@ -40,8 +41,9 @@ pub fn complete(value: &mut Value, problems: &mut Problems) {
     }
     let streams: Vec<String> = streams.keys().cloned().collect();
 
+    let wants_default = wants_default_sink(section(config, "pipelines"));
     let sinks = section(config, "sinks");
-    if sinks.is_empty() {
+    if sinks.is_empty() && wants_default {
         let path = std::path::Path::new(&data_dir).join("telemetry.db");
         sinks.insert(
             TELEMETRY.to_owned(),
@@ -92,6 +94,18 @@ fn complete_pipeline(
         // The first one, so that only the one problem is said.
         pipeline.insert("routes".to_owned(), json!({ "default": sinks.first() }));
     }
+}
+
+fn wants_default_sink(pipelines: &Map<String, Value>) -> bool {
+    let leads_there = |target: &Value| match target {
+        Value::Array(names) => names.iter().any(|name| name == TELEMETRY),
+        name => name == TELEMETRY,
+    };
+    let wants = |pipeline: &Value| match pipeline.get("routes").and_then(Value::as_object) {
+        Some(routes) if !routes.is_empty() => routes.values().any(leads_there),
+        _ => true,
+    };
+    pipelines.is_empty() || pipelines.values().any(wants)
 }
 
 fn section<'c>(config: &'c mut Map<String, Value>, name: &str) -> &'c mut Map<String, Value> {

@@ -165,6 +165,17 @@ fn keys_given_twice_and_other_problems_come_together() {
 }
 
 #[test]
+fn a_broker_alone_has_no_sink_and_says_nothing() {
+    let drops = "pipelines: { telemetry: { routes: { default: drop } } }\n";
+    let (config, warnings) = parse_text(drops).unwrap();
+    assert_eq!((warnings.len(), config.sinks.len()), (0, 0));
+    assert!(config.pipelines["telemetry"].sinks().is_empty());
+    // The default sink is there for whoever names it.
+    let one = "pipelines: { telemetry: { routes: { default: drop, alert: telemetry } } }\n";
+    assert_eq!(parse_text(one).unwrap().0.sinks.len(), 1);
+}
+
+#[test]
 fn what_is_left_out_follows_from_what_is_there() {
     let (config, _) = parse_text("mqtt:\nadmin: { bind: 127.0.0.1:0 }\ndata_dir: /srv/hw\n").unwrap();
     assert_eq!(serde_json::to_value(&config.sinks["telemetry"]).unwrap()["path"], "/srv/hw/telemetry.db");
@@ -179,7 +190,7 @@ fn what_is_left_out_follows_from_what_is_there() {
 
     let (config, warnings) = parse_text("streams: { a: { topics: [a/#] } }\npipelines: { p: {} }\n").unwrap();
     assert_eq!(config.pipelines["p"].from, "a");
-    assert_eq!(warnings, ["streams.default: no pipeline reads it, messages stay until retention"]);
+    assert_eq!(warnings, [""; 0]);
 }
 
 #[test]

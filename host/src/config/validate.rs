@@ -41,11 +41,6 @@ pub fn warnings(config: &Config) -> Vec<String> {
             warnings.push(format!("sinks.{name}: no route leads here"));
         }
     }
-    for name in config.streams.keys() {
-        if !config.pipelines.values().any(|pipeline| pipeline.from == *name) {
-            warnings.push(format!("streams.{name}: no pipeline reads it, messages stay until retention"));
-        }
-    }
     warnings
 }
 

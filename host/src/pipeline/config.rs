@@ -219,9 +219,6 @@ impl Config {
                 problems.add(path.key(route), "names a sink twice");
             }
         }
-        if !self.routes.is_empty() && self.sinks().is_empty() {
-            problems.add(path.clone(), "must lead to at least one sink");
-        }
         let sinks = self.sinks().len();
         if sinks > SINKS_MAX {
             problems.add(path.clone(), format!("must lead to at most {SINKS_MAX} sinks, lead to {sinks}"));
