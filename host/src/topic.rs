@@ -12,6 +12,13 @@ pub const TOPIC_BYTES_MAX: usize = 65_535;
 /// The bound of the plugin contract.
 pub const DEVICE_ID_BYTES_MAX: usize = 256;
 
+/// Whether a topic, or all that a filter matches, is the broker's own: no client publishes
+/// there. Other topics that begin with `$` are as any, but that a wildcard at the first
+/// level does not match them (MQTT 5.0, 4.7.2).
+pub fn is_reserved(topic: &str) -> bool {
+    topic.starts_with('$') && matches!(topic.split('/').next(), Some("$SYS" | "$share"))
+}
+
 /// A topic filter, `acme/+/temperature/#`, checked when made.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct TopicFilter(Box<str>);

@@ -22,13 +22,18 @@ impl Mosquitto {
     /// A private broker with the settings of Debian's package: persistence on,
     /// a log file, all else mosquitto's defaults.
     pub fn start() -> Self {
+        Self::start_with("")
+    }
+
+    /// The same with `more` settings.
+    pub fn start_with(more: &str) -> Self {
         let folder = Folder::new("mosquitto");
         let addr = SocketAddr::from(([127, 0, 0, 1], free_port()));
         let config = folder.write(
             "mosquitto.conf",
             format!(
                 "listener {} 127.0.0.1\nallow_anonymous true\npersistence true\npersistence_location {}/\n\
-                 log_dest file {}\n{}",
+                 log_dest file {}\n{}{more}",
                 addr.port(),
                 folder.path().display(),
                 folder.join("mosquitto.log").display(),

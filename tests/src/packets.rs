@@ -433,6 +433,13 @@ impl Client {
         }
     }
 
+    /// An ack that says no comes, with a reason string or without.
+    pub fn expect_refused(&mut self, first: u8, packet_id: u16, code: u8) {
+        let answer = self.receive();
+        let [high, low] = packet_id.to_be_bytes();
+        assert_eq!((answer.first, &answer.body[..3]), (first, &[high, low, code][..]), "{answer:?}");
+    }
+
     /// One filter; the SUBACK's code.
     pub fn subscribe(&mut self, filter: &str, options: u8) -> u8 {
         self.subscribe_all(&[], &[(filter, options)])[0]
@@ -452,8 +459,11 @@ impl Client {
     pub fn codes(&mut self, first: u8, packet_id: u16) -> Vec<u8> {
         let answer = self.receive();
         assert_eq!((answer.first, &answer.body[..2]), (first, &packet_id.to_be_bytes()[..]), "{answer:?}");
-        let properties = usize::from(self.version == Version::V5);
-        assert!(answer.body[2..2 + properties].iter().all(|len| *len == 0), "no properties: {answer:?}");
+        // A length of one byte, and a reason string where a filter is refused.
+        let properties = match self.version {
+            Version::V5 => 1 + usize::from(answer.body[2]),
+            _ => 0,
+        };
         answer.body[2 + properties..].to_vec()
     }
 

@@ -11,8 +11,8 @@ use headworks_tests::mosquitto;
 use headworks_tests::mqtt::Connection;
 use headworks_tests::mqtt::Version::{V5, V311};
 use headworks_tests::packets::{
-    Client, Connect, PINGREQ, Publish, Will, ack, auth, auth_properties, each_property, field, packet,
-    subscribe, unique,
+    Client, Connect, PINGREQ, Publish, Will, ack, auth, auth_properties, each_property, field, subscribe,
+    unique,
 };
 use headworks_tests::process::{Lines, run};
 use rustls::pki_types::CertificateDer;
@@ -232,7 +232,7 @@ fn what_rules_leave_open_is_asked_of_the_plugin_once() {
         assert_eq!(published(&mut client, "asked/no"), 0x87);
     }
     client.publish(&Publish::new("asked/no", 2, 1, "x"));
-    client.expect(packet(0x50, &[&[0, 1, 0x87]]));
+    client.expect_refused(0x50, 1, 0x87);
     client.publish(&Publish::new("asked/no", 0, 0, "x"));
     client.ping();
     assert_eq!(calls(&host, "answered"), 2.0);
@@ -327,7 +327,7 @@ fn a_question_that_ends_in_a_fault_is_refused_and_others_do_not_wait_for_it() {
     assert_eq!(other.subscribe("asked/x", 1), 1);
     // Nothing is answered out of turn, but for this.
     slow.ping();
-    slow.expect(packet(0x40, &[&[0, 2, 0x87]]));
+    slow.expect_refused(0x40, 2, 0x87);
     slow.expect(ack(0x40, 3));
     slow.expect(ack(0x40, 4));
     // A SUBSCRIBE waits in the same way.

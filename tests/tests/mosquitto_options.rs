@@ -453,3 +453,22 @@ fn give(command: &mut Command, input: &str) {
     let output = child.wait_with_output().expect("our child");
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
+
+#[test]
+fn a_mosquitto_bridges_with_its_settings_as_they_are() {
+    let host = Host::start("mosquitto-bridge", "");
+    for version in ["mqttv311", "mqttv31", "mqttv50"] {
+        let settings = format!(
+            "connection gw-{version}\naddress {}\ntopic {version}/# both 1\nbridge_protocol_version {version}\n",
+            host.mqtt()
+        );
+        let gateway = mosquitto::Mosquitto::start_with(&settings);
+        for (from, to, way) in [(gateway.addr, host.mqtt(), "up"), (host.mqtt(), gateway.addr, "down")] {
+            let topic = format!("{version}/{way}");
+            // Kept until the bridge is there, whichever side waits.
+            run(mosquitto::publish(from).args(["-q", "1", "-r", "-t", &topic, "-m", "hello"]));
+            let heard = run(mosquitto::subscribe(to).args(["-q", "1", "-t", &topic, "-C", "1"]));
+            assert_eq!(heard, "hello\n", "{topic}");
+        }
+    }
+}

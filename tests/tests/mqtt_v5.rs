@@ -83,7 +83,7 @@ fn a_connect_that_breaks_the_rules_is_refused_with_its_reason() {
         let mut client = Client::raw(host.mqtt(), V5);
         client.send(connect.bytes());
         let answer = client.try_receive().unwrap_or_else(|| panic!("{what}: closed without a CONNACK"));
-        assert_eq!((answer.first, answer.body[0], answer.body.len()), (0x20, 0, 3), "{what}: {answer:?}");
+        assert_eq!((answer.first, answer.body[0]), (0x20, 0), "{what}: {answer:?}");
         assert!(codes.contains(&answer.body[1]), "{what}: {:#x}", answer.body[1]);
         assert_eq!(client.try_receive(), None, "{what}");
     }
@@ -230,7 +230,7 @@ fn packets_that_break_the_rules_end_the_connection_with_their_reason() {
         let mut client = client(&host);
         client.send(bytes);
         let answer = client.try_receive().unwrap_or_else(|| panic!("{what}: closed without a DISCONNECT"));
-        assert_eq!((answer.first, answer.body.len()), (0xe0, 1), "{what}: {answer:?}");
+        assert_eq!(answer.first, 0xe0, "{what}: {answer:?}");
         assert!(codes.contains(&answer.body[0]), "{what}: {:#x}", answer.body[0]);
         assert_eq!(client.try_receive(), None, "{what}");
     }

@@ -16,7 +16,7 @@ pub fn docs() -> String {
         `headworks run --config headworks.yaml`. Relative paths are relative to the working directory.\n\
         `headworks validate --config headworks.yaml` says every problem at once, each with file, line and key.\n\n\
         What is left out:\n\n\
-        - no `streams`: one, `telemetry`, with 4 partitions, takes every topic outside `$`;\n\
+        - no `streams`: one, `telemetry`, with 4 partitions, takes every topic;\n\
         - all `streams` name their `topics`: one more, `default`, takes the rest;\n\
         - no `sinks`: one, `telemetry`, the table `telemetry` in `telemetry.db` in the data folder (SQLite);\n\
         - no `pipelines`: one for each stream, of the stream's name, with the plugins of the folder;\n\

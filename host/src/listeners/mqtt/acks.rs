@@ -20,9 +20,18 @@ use crate::stream::{Stream, Ticket};
 pub struct Ack {
     pub first: u8,
     pub packet_id: u16,
-    /// MQTT 5's reason why a publish was refused; 0 for one that was taken in,
-    /// and where the version cannot say it.
+    /// MQTT 5's reason why a publish was refused, or that a released id is released again;
+    /// 0 for one that was taken in, and where the version cannot say it.
     pub code: u8,
+}
+
+/// Why a publish is refused.
+fn reason(code: u8) -> &'static str {
+    match code {
+        wire::NOT_AUTHORIZED => "publishing to this topic is not allowed",
+        wire::TOPIC_NAME_INVALID => "the topic has more levels than are allowed",
+        _ => "",
+    }
 }
 
 /// The stream stopped: these acks will never go out.
@@ -38,10 +47,10 @@ pub struct Written {
 
 /// What a connection still owes its client. Bounded by `receive_maximum` and
 /// `inflight_max`.
-#[derive(Default)]
 pub struct Acks {
     lanes: Vec<Lane>,
     waiting: usize,
+    tells_reasons: bool,
 }
 
 struct Lane {
@@ -53,6 +62,11 @@ struct Lane {
 }
 
 impl Acks {
+    /// `tells_reasons`: refusals say why, in a reason string.
+    pub fn new(tells_reasons: bool) -> Self {
+        Self { lanes: Vec::new(), waiting: 0, tells_reasons }
+    }
+
     /// Acks that wait.
     pub fn waiting(&self) -> usize {
         self.waiting
@@ -112,6 +126,9 @@ impl Acks {
                     if ack.code == 0 {
                         wire::put_ack(out, ack.first, ack.packet_id);
                         written.finished += u32::from(ack.first != wire::PUBREC);
+                    } else if self.tells_reasons && !reason(ack.code).is_empty() {
+                        let [high, low] = ack.packet_id.to_be_bytes();
+                        wire::put_with_reason(out, ack.first, &[high, low, ack.code], reason(ack.code));
                     } else {
                         wire::put_ack_with(out, Version::V5, ack.first, ack.packet_id, ack.code);
                     }

@@ -8,7 +8,7 @@ use tokio::time::{Instant, timeout_at};
 use tokio_util::codec::Encoder;
 
 use super::Broker;
-use super::handshake::{ask_for_filters, leave_forbidden};
+use super::handshake::{ask_for_filters, first_packet_bytes_max, leave_forbidden};
 use super::inbound::Inbound;
 use super::metrics::{RECEIVED, SENT};
 use super::transport::Remote;
@@ -69,7 +69,7 @@ impl Method {
             (Some(reason.unwrap_or(ConnectAckReason::MalformedPacket)), "malformed")
         };
         loop {
-            if let Some(frame) = wire::frame(input, broker.packet_bytes_max).map_err(fault)? {
+            if let Some(frame) = wire::frame(input, first_packet_bytes_max(broker)).map_err(fault)? {
                 broker.counters.received.add_one(frame.first);
                 let len = frame.len;
                 let packet = wire::decode(Version::V5, &input.split_to(len)).map_err(fault)?;

@@ -31,7 +31,7 @@ pub struct Client {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Connection {
-    /// `3.1.1` (and 3.1) or `5.0`.
+    /// `3.1`, `3.1.1` or `5.0`.
     pub version: String,
     /// `192.0.2.7:50112`, or what a Unix socket tells.
     pub address: String,
@@ -45,6 +45,7 @@ pub struct Connection {
 impl Connection {
     pub(super) fn version_text(version: Version) -> &'static str {
         match version {
+            Version::V31 => "3.1",
             Version::V3 => "3.1.1",
             Version::V5 => "5.0",
         }

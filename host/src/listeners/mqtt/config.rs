@@ -32,6 +32,10 @@ pub struct Config {
     pub limits: access::Limits,
     /// Largest packet that a client may send; MQTT 5 clients are told.
     pub max_packet_size: ByteSize,
+    /// Bytes of packets of all clients together that have not come whole. Past it a packet of
+    /// more than 4 KiB waits for room before it is read on, and a client that has room and
+    /// sends nothing for 10 s is disconnected (0x97).
+    pub partial_packets_bytes_max: ByteSize,
     /// QoS 1 and 2 publishes that an MQTT 5 client may have unacknowledged;
     /// one more is a protocol error (0x93).
     pub receive_maximum: u16,
@@ -45,6 +49,11 @@ pub struct Config {
     /// Connections at a time; one more is refused. Each is an open file: the hard limit on
     /// those (`ulimit -Hn`, `LimitNOFILE=` of systemd) must be higher.
     pub connections_max: u32,
+    /// Longest keep alive: an MQTT 5 client that asks for a longer one, or for none, is told
+    /// this one (Server Keep Alive) and held to it. Older versions cannot be told; they are
+    /// held to their own. Unset: no bound.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep_alive_max: Option<Period>,
     /// Sessions kept, connected or not; a new one past it is refused.
     pub sessions_max: u32,
     /// Longest time that a session is kept without its client; MQTT 3.1.1
@@ -73,7 +82,8 @@ pub struct Config {
     /// which every segment of the stream begins with a copy.
     pub retained_bytes_max: ByteSize,
     /// Bytes of one will with its topic, its properties and the client's id; a client
-    /// with a larger one is refused (0x95).
+    /// with a larger one is refused (0x95). A CONNECT is at most 64 KiB, or this where
+    /// it is more.
     pub will_bytes_max: ByteSize,
     /// Bytes of all wills; a client whose will finds no room is refused (0x97). They are
     /// part of their stream's state, as retained messages are: 48 MiB for both.
@@ -82,7 +92,10 @@ pub struct Config {
     /// long at least, for the clients to come back.
     pub will_delay_after_restart: Period,
     /// Handshakes (PROXY, TLS, WebSocket, CONNECT) in progress at a time, for each
-    /// listener; past it connections wait a moment, then are closed.
+    /// listener. Past it the address with the most connections that have not sent CONNECT
+    /// loses its oldest to one with fewer (IPv6: a network of 64 bits; all Unix sockets and
+    /// all behind one load balancer count as one address); between equals a connection waits
+    /// a moment, then is closed.
     pub handshakes_max: u32,
     /// From the first byte's wait to the end of CONNECT; before it, as long again
     /// for PROXY, TLS and WebSocket together.
@@ -155,11 +168,11 @@ pub enum Identity {
 }
 
 /// MQTT over WebSocket, subprotocol `mqtt`.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct WebSocket {
-    /// Path of the URL that clients connect to.
-    pub path: String,
+    /// Path of the URL that clients connect to, or several; `"*"` for any.
+    pub path: Paths,
     /// Largest message that a client may send, in one frame or several; unset:
     /// twice `max_packet_size`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -179,10 +192,41 @@ pub struct ProxyProtocol {
     pub from: Vec<Network>,
 }
 
-impl Default for WebSocket {
+/// Paths of URLs.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(untagged)]
+pub enum Paths {
+    One(String),
+    Several(Vec<String>),
+}
+
+/// Any path.
+const ANY: &str = "*";
+
+impl Default for Paths {
+    /// What clients ask for that are given none.
     fn default() -> Self {
-        Self { path: "/mqtt".to_owned(), max_frame_size: None, origins: Vec::new() }
+        Self::Several(["/mqtt", "/", "/ws"].map(str::to_owned).into())
     }
+}
+
+impl Paths {
+    pub fn all(&self) -> &[String] {
+        match self {
+            Self::One(path) => std::slice::from_ref(path),
+            Self::Several(paths) => paths,
+        }
+    }
+
+    /// Whether a request for `path` is served; a `/` at its end makes no difference.
+    pub fn contain(&self, path: &str) -> bool {
+        let cut = |path: &str| path.trim_end_matches('/').to_owned();
+        self.all().iter().any(|known| known == ANY || cut(known) == cut(path))
+    }
+}
+
+fn is_path(path: &str) -> bool {
+    path == ANY || (path.starts_with('/') && !path.contains(['?', '#', ' ']))
 }
 
 impl WebSocket {
@@ -198,15 +242,17 @@ impl Default for Config {
             access: None,
             limits: access::Limits::default(),
             max_packet_size: ByteSize::mib(1),
+            partial_packets_bytes_max: ByteSize::mib(256),
             receive_maximum: 1_024,
             inflight_max: 1_024,
             topic_alias_maximum: 16,
             outbound_topic_alias_maximum: 64,
             connections_max: 100_000,
+            keep_alive_max: None,
             sessions_max: 200_000,
             session_expiry_max: Period(Duration::from_secs(7 * 24 * 3_600)),
-            subscriptions_per_client_max: 1_000,
-            subscription_bytes_per_client_max: ByteSize::kib(256),
+            subscriptions_per_client_max: 10_000,
+            subscription_bytes_per_client_max: ByteSize::mib(2),
             queue_messages_max: 10_000,
             queue_bytes_max: ByteSize::mib(16),
             queue_age_max: Period(Duration::from_secs(7 * 24 * 3_600)),
@@ -253,6 +299,8 @@ impl Config {
             }
         };
         size("max_packet_size", self.max_packet_size.0, 1_024, crate::batch::SPAN_BYTES_MAX as u64, problems);
+        let partial = self.partial_packets_bytes_max.0;
+        size("partial_packets_bytes_max", partial, self.max_packet_size.0, 1 << 40, problems);
         size("receive_maximum", self.receive_maximum.into(), 1, 65_535, problems);
         size("inflight_max", self.inflight_max.into(), 1, 65_535, problems);
         size("topic_alias_maximum", self.topic_alias_maximum.into(), 0, 1_024, problems);
@@ -283,6 +331,11 @@ impl Config {
         }
         if self.queue_age_max.0.is_zero() {
             problems.add(path.key("queue_age_max"), "must be longer than 0s");
+        }
+        if let Some(Period(max)) = self.keep_alive_max
+            && !(Duration::from_secs(1)..=Duration::from_secs(u16::MAX.into())).contains(&max)
+        {
+            problems.add(path.key("keep_alive_max"), format!("must be 1s to 65535s, is {}", Period(max)));
         }
         if self.connect_timeout.0.is_zero() {
             problems.add(path.key("connect_timeout"), "must be longer than 0s");
@@ -377,7 +430,10 @@ impl Endpoint {
                     format!("must be an origin such as https://plant.example.com, or \"*\", is \"{origin}\"");
                 problems.add(at.key("origins").index(i), message);
             }
-            if !path.starts_with('/') || path.contains(['?', '#', ' ']) {
+            if path.all().is_empty() {
+                problems.add(at.key("path"), "must name a path such as /mqtt");
+            }
+            for path in path.all().iter().filter(|path| !is_path(path)) {
                 problems.add(at.key("path"), format!("must be a path such as /mqtt, is \"{path}\""));
             }
             let (least, most) = (max_packet_size.0, 2 * crate::batch::SPAN_BYTES_MAX as u64);

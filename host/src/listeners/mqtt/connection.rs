@@ -5,6 +5,7 @@
 //! is not touched by traffic.
 
 mod packets;
+mod partial;
 #[cfg(test)]
 mod tests;
 
@@ -18,11 +19,12 @@ use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
 use rmqtt_codec::v5::DisconnectReasonCode;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::task::coop::consume_budget;
 use tokio::task::yield_now;
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
 
+use self::partial::{FREE_BYTES, Partial, Silent};
 use super::Broker;
 use super::aliases::Aliases;
 use super::auth::{self, Again};
@@ -32,12 +34,14 @@ use super::inbound::{Inbound, Next, Trouble};
 use super::metrics::{Part, RECEIVED, SENT};
 use super::outbound::{Loaded, Loader, Peer, Waits};
 use super::session::{Session, Turn};
-use super::transport::{Place, Remote};
+use super::transport::{self, Place, Remote, closing};
 use super::will::{self, Will};
 use super::wire::{self, Fault, Version};
 use crate::access::{UserPlace, Verdict};
 use crate::stream::Ticket;
 use crate::threads::{SHORT_TURN, offer_core};
+
+pub use self::partial::PartialRoom;
 
 /// One read takes at most this much.
 const READ_BYTES_MAX: usize = 64 << 10;
@@ -47,8 +51,6 @@ const STALLED_READ_BYTES_MAX: usize = 16 << 10;
 const WRITE_BYTES_MAX: usize = 64 << 10;
 /// With this much unwritten the client is not read: it does not read us.
 const WRITE_PAUSE_BYTES: usize = 256 << 10;
-/// For the last packet, when the connection ends.
-const LAST_WRITE_MAX: Duration = Duration::from_secs(1);
 /// Where there is no keep alive the timer sleeps so long.
 const FOREVER: Duration = Duration::from_secs(365 * 24 * 3_600);
 
@@ -66,9 +68,13 @@ struct Connection<'b, S> {
     auth: Option<Box<Again<'b>>>,
     aliases: Aliases,
     inbound: Inbound,
+    is_bridge: bool,
+    tells_reasons: bool,
     /// A packet that is not whole, or what waits for room.
     input: BytesMut,
     stopped_at: Next,
+    /// Where the packet at the front of the input has not come whole, and is large.
+    partial: Option<Box<Partial>>,
     out: BytesMut,
     /// So much of `out`, from its front, is in the metrics.
     counted: usize,
@@ -142,23 +148,28 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send,
 {
     let mut input = BytesMut::new();
-    let accepted =
-        timeout(broker.config.connect_timeout.0, handshake::accept(broker, &mut io, &mut input, remote));
+    let accepted = timeout(
+        broker.config.connect_timeout.0,
+        handshake::accept(broker, &mut io, &mut input, remote, place),
+    );
     let accepted = tokio::select! {
         accepted = accepted => accepted,
+        () = place.gives_way() => {
+            transport::gave_way(broker, remote);
+            return None;
+        }
         () = broker.shutdown.cancelled() => return None,
     };
     let opened = match accepted {
         Ok(Ok(opened)) => opened,
         Ok(Err(refused)) => {
-            broker.counters.refused_connect(refused.cause);
-            if refused.cause != "lost" {
-                broker.failures.report(
-                    &format!("mqtt: connect refused: {}", refused.cause),
-                    1,
-                    &refused.detail,
-                    "",
-                );
+            refused.report(broker);
+            place.handshake_ended();
+            if let Some((version, mut answer)) = refused.answer() {
+                broker.counters.sending(version, &answer);
+                let sent = closing::say_last(&mut io, &mut answer).await;
+                broker.counters.bytes[SENT].increment(sent as u64);
+                linger(broker, &mut io).await;
             }
             return None;
         }
@@ -168,8 +179,9 @@ where
         }
     };
     place.handshake_ended();
-    let Opened { session, turn, peer, aliases, keep_alive_s, rights, user_place, will, auth, answer } =
+    let Opened { session, turn, peer, aliases, keep_alive_s, rights, user_place, will, auth, answer, .. } =
         opened;
+    tracing::debug!(client = &*session.client_id, %remote, version = ?peer.version, "client connected");
     broker.client_connected(1);
     session.connected(clients::Connection {
         version: clients::Connection::version_text(peer.version).into(),
@@ -186,9 +198,12 @@ where
         peer,
         aliases,
         auth: auth.map(|(method, username)| Box::new(Again { method, username, remote, running: None })),
-        inbound: Inbound::new(broker, peer.version, session, rights),
+        inbound: Inbound::new(broker, peer.version, session, rights, opened.tells_reasons),
+        is_bridge: opened.is_bridge,
+        tells_reasons: opened.tells_reasons,
         input,
         stopped_at: Next::Bytes,
+        partial: None,
         out: answer,
         counted: 0,
         acks_waiting: Part::of(&broker.counters.acks_waiting),
@@ -249,6 +264,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
                 Ok(())
             }
             Event::Io(Io::Lost) => Err(End::Lost),
+            Event::Partial(Ok(())) => {
+                // From now on it may send.
+                self.last_read = Instant::now();
+                Ok(())
+            }
+            Event::Partial(Err(Silent)) => Err(End::Fault(Fault {
+                code: DisconnectReasonCode::QuotaExceeded,
+                what: "a large packet that does not come whole while others wait for its room",
+            })),
             Event::Durable(moved) => moved.map_err(|_| End::Stopped),
             Event::Writable => self.inbound.retry(self.broker).map_err(End::from),
             Event::Outward(moved) => self.moved(moved),
@@ -282,6 +306,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             self.stopped_at = Next::Bytes;
             self.input = BytesMut::new();
         }
+        let awaited = if self.stopped_at == Next::Bytes { wire::packet_len(&self.input) } else { None };
+        Partial::set(&mut self.partial, awaited, self.last_read, &self.broker.partial_room);
         self.inbound.write_acks(self.broker, &mut self.out);
         if self.out.len() < WRITE_BYTES_MAX && self.drain_until.is_none() {
             let broker = self.broker;
@@ -329,6 +355,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         let input_max = if self.stopped_at == Next::Room { STALLED_READ_BYTES_MAX } else { usize::MAX };
         let read =
             self.drain_until.is_none() && self.out.len() < WRITE_PAUSE_BYTES && self.input.len() < input_max;
+        let read = read && Partial::may_read(self.partial.as_deref());
+        let room = &self.broker.partial_room;
+        let read_max = match (read, room.is_wanted() && self.partial.is_none()) {
+            (false, _) => 0,
+            (true, false) => READ_BYTES_MAX,
+            (true, true) => FREE_BYTES,
+        };
         let (io, out) = (&mut self.io, &mut self.out);
         let stalled = self.inbound.is_stalled();
         let pause = (self.stopped_at == Next::Room).then(|| self.inbound.pause(self.broker)).flatten();
@@ -355,9 +388,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         tokio::select! {
             biased;
             () = answered => Event::Answered,
-            event = poll_fn(|cx| poll_io(io, out, read, cx)) => Event::Io(event),
+            event = poll_fn(|cx| poll_io(io, out, read_max, cx)) => Event::Io(event),
             moved = acks.moved() => Event::Durable(moved),
             () = writable, if stalled => Event::Writable,
+            has_room = Partial::changed(self.partial.as_deref_mut()) => Event::Partial(has_room),
             () = paid => Event::Paid,
             moved = outward(self.broker, &mut self.outward) => Event::Outward(moved),
             () = auth_over => Event::AuthDeadline,
@@ -376,9 +410,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
                 let gone = self.session.outbox().loaded(&loaded, may_see);
                 if gone > 0 {
                     self.broker.counters.gap.increment(gone);
-                    let detail = format!("client {}", self.session.client_id);
+                    let client_id = &*self.session.client_id;
                     let kind = "mqtt: messages went from their stream before their subscriber came";
-                    self.broker.failures.report(kind, gone, &detail, "");
+                    self.broker.failures.report_by(kind, client_id, gone, &format!("client {client_id}"), "");
                 }
             }
             Moved::Stopped => return Err(End::Stopped),
@@ -416,7 +450,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         };
         let due = self.last_read + keep_alive;
         let now = Instant::now();
-        if due <= now && self.stopped_at != Next::Room {
+        let is_read = self.stopped_at != Next::Room && Partial::may_read(self.partial.as_deref());
+        if due <= now && is_read {
             return Err(End::KeepAlive);
         }
         timer.as_mut().reset(due.max(now + Duration::from_millis(100)));
@@ -431,8 +466,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
     /// Says goodbye, gives back what the connection held, and sees to its will.
     async fn leave(mut self, end: End, remote: &Remote, place: Place, leaving: Leaving) {
         self.say_goodbye(&end, remote).await;
-        let (broker, session) = (self.broker, self.session.clone());
-        drop(self);
+        let Connection { broker, session, mut io, inbound, acks_waiting, partial, .. } = self;
+        // What it holds of the session is given back before the session.
+        drop((inbound, acks_waiting, partial));
         let expiry_s = if let End::Disconnect { expiry_s, .. } = end { expiry_s } else { None };
         let keep_will = !matches!(end, End::Disconnect { keep_will: false, .. });
         drop(leaving.user_place);
@@ -451,59 +487,79 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         };
         broker.in_background(closed).await;
         broker.client_connected(-1);
+        // A client that has said goodbye waits for nothing.
+        if !matches!(end, End::Lost | End::Disconnect { .. }) {
+            linger(broker, &mut io).await;
+        }
         drop(place);
     }
 
     /// Counts, reports what a person may want to know, sends the last packet.
     async fn say_goodbye(&mut self, end: &End, remote: &Remote) {
-        let (cause, code) = match end {
-            End::Disconnect { .. } => ("client", None),
-            End::Lost => ("lost", None),
-            End::Fault(fault) if fault.is_refusal() => ("refused", Some(fault.code)),
-            End::Fault(fault) => ("malformed", Some(fault.code)),
-            End::TakenOver => ("taken_over", Some(DisconnectReasonCode::SessionTakenOver)),
-            End::KeepAlive => ("keep_alive", Some(DisconnectReasonCode::KeepAliveTimeout)),
-            End::Slow => ("slow", Some(DisconnectReasonCode::QuotaExceeded)),
-            End::Kicked => ("kicked", Some(DisconnectReasonCode::AdministrativeAction)),
-            End::Stopped => ("stopped", Some(DisconnectReasonCode::ServerShuttingDown)),
-            End::Shutdown => ("shutdown", Some(DisconnectReasonCode::ServerShuttingDown)),
+        let (cause, code, why) = match end {
+            End::Disconnect { .. } => ("client", None, ""),
+            End::Lost => ("lost", None, ""),
+            End::Fault(fault) if fault.is_refusal() => ("refused", Some(fault.code), fault.what),
+            End::Fault(fault) => ("malformed", Some(fault.code), fault.what),
+            End::TakenOver => {
+                let why = "another connection has the same client id";
+                ("taken_over", Some(DisconnectReasonCode::SessionTakenOver), why)
+            }
+            End::KeepAlive => {
+                let why = "nothing came for longer than the keep alive";
+                ("keep_alive", Some(DisconnectReasonCode::KeepAliveTimeout), why)
+            }
+            End::Slow => ("slow", Some(DisconnectReasonCode::QuotaExceeded), "too many messages wait"),
+            End::Kicked => ("kicked", Some(DisconnectReasonCode::AdministrativeAction), "by an operator"),
+            End::Stopped => {
+                ("stopped", Some(DisconnectReasonCode::ServerShuttingDown), "a stream has stopped")
+            }
+            End::Shutdown => ("shutdown", Some(DisconnectReasonCode::ServerShuttingDown), ""),
         };
         self.broker.counters.disconnected(cause);
-        let client_id = &self.session.client_id;
-        let failures = &self.broker.failures;
-        match end {
+        let client_id = &*self.session.client_id;
+        tracing::debug!(client = client_id, %remote, cause, "client disconnected");
+        let kind = match end {
             End::Fault(fault) if !fault.is_refusal() => {
-                let kind = format!("mqtt: client broke the protocol: {}", fault.what);
-                failures.report(&kind, 1, &format!("client {client_id} at {remote}"), "");
+                Some(format!("mqtt: client broke the protocol: {}", fault.what))
             }
-            End::Slow => {
-                let detail = format!("client {client_id} at {remote}: its queue is full");
-                failures.report("mqtt: slow subscriber disconnected", 1, &detail, "");
-            }
-            _ => {}
+            End::Slow => Some("mqtt: slow subscriber disconnected, its queue is full".to_owned()),
+            End::KeepAlive => Some("mqtt: client was silent for longer than its keep alive".to_owned()),
+            _ => None,
+        };
+        if let Some(kind) = kind {
+            let detail = format!("client {client_id} at {remote}");
+            self.broker.failures.report_by(&kind, client_id, 1, &detail, "");
         }
         self.inbound.write_acks(self.broker, &mut self.out);
         if let Some(code) = code
             && self.peer.version == Version::V5
         {
-            wire::put_disconnect(&mut self.out, code);
+            // A DISCONNECT may say why, whatever the client asked for (MQTT 5.0, 3.1.2.11.7).
+            let has_room = self.peer.packet_bytes_max >= wire::ACK_BYTES_MAX;
+            let why = if has_room { why } else { "" };
+            wire::put_with_reason(&mut self.out, wire::DISCONNECT, &[code.into()], why);
         }
         self.broker.counters.sending(self.peer.version, &self.out[self.counted..]);
         if !matches!(end, End::Lost) {
-            let left = self.out.len();
-            // The client may be gone, or not read: then it does not hear this.
-            let _ = timeout(LAST_WRITE_MAX, async {
-                self.io.write_all_buf(&mut self.out).await?;
-                self.io.shutdown().await
-            })
-            .await;
-            self.broker.counters.bytes[SENT].increment((left - self.out.len()) as u64);
+            let sent = closing::say_last(&mut self.io, &mut self.out).await;
+            self.broker.counters.bytes[SENT].increment(sent as u64);
         }
+    }
+}
+
+/// Not while the host stops: its clients must not hold it up.
+async fn linger<S: AsyncRead + Unpin>(broker: &Broker, io: &mut S) {
+    tokio::select! {
+        () = closing::linger(io) => {}
+        () = broker.shutdown.cancelled() => {}
     }
 }
 
 enum Event {
     Io(Io),
+    /// There is room for a large packet, or it does not come.
+    Partial(Result<(), Silent>),
     Durable(Result<(), super::acks::Stopped>),
     Writable,
     Outward(Moved),
@@ -572,11 +628,11 @@ async fn outward(broker: &Broker, waiting: &mut Option<Box<Outward>>) -> Moved {
     .await
 }
 
-/// Writes what there is, and reads into the thread's buffer.
+/// Writes what there is, and reads at most `read_max` into the thread's buffer.
 fn poll_io<S: AsyncRead + AsyncWrite + Unpin>(
     io: &mut S,
     out: &mut BytesMut,
-    read: bool,
+    read_max: usize,
     cx: &mut std::task::Context<'_>,
 ) -> Poll<Io> {
     if !out.is_empty() {
@@ -596,11 +652,11 @@ fn poll_io<S: AsyncRead + AsyncWrite + Unpin>(
     if let Poll::Ready(Err(_)) = Pin::new(&mut *io).poll_flush(cx) {
         return Poll::Ready(Io::Lost);
     }
-    if !read {
+    if read_max == 0 {
         return Poll::Pending;
     }
     READ.with_borrow_mut(|buffer| {
-        let mut buffer = ReadBuf::new(buffer);
+        let mut buffer = ReadBuf::new(&mut buffer[..read_max]);
         match Pin::new(io).poll_read(cx, &mut buffer) {
             Poll::Pending => Poll::Pending,
             Poll::Ready(Ok(())) if !buffer.filled().is_empty() => {

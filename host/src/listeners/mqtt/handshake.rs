@@ -5,9 +5,9 @@
 use std::sync::Arc;
 
 use bytes::{Buf, Bytes, BytesMut};
-use rmqtt_codec::v5::ConnectAckReason;
+use rmqtt_codec::v5::{ConnectAckReason, DisconnectReasonCode};
 use rmqtt_codec::{v3, v5};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio_util::codec::Encoder;
 
 use super::Broker;
@@ -15,18 +15,22 @@ use super::acks::Stopped;
 use super::aliases::Aliases;
 use super::auth::{self, Denial, Method};
 use super::inbound::push_sender;
-use super::metrics::{RECEIVED, SENT};
+use super::metrics::RECEIVED;
 use super::outbound::Peer;
 use super::owner::{Owner, USER_NAME_BYTES_MAX};
+use super::refused::Refused;
 use super::session::{CLIENT_ID_BYTES_MAX, Session, Turn, subscription_key};
 use super::subscriptions::Filter;
-use super::transport::Remote;
+use super::transport::{Place, Remote};
 use super::will::{self, Will};
 use super::wire::{self, Fault, Packet, Version};
 use crate::access::{Act, Admitted, Credentials, Denied, UserPlace, Verdict};
 use crate::batch::flags;
 use crate::properties::{self, Origin};
 use crate::topic;
+
+/// Of the protocol level (mosquitto.conf(5), `try_private`).
+const BRIDGE: u8 = 0x80;
 
 /// A client whose CONNACK is in `answer`, not yet sent.
 pub struct Opened {
@@ -35,6 +39,10 @@ pub struct Opened {
     pub peer: Peer,
     pub aliases: Aliases,
     pub keep_alive_s: u16,
+    /// Another broker: it hears nothing of what it published itself, and sees RETAIN as it was published.
+    pub is_bridge: bool,
+    /// Acks of its packets may say why it is refused.
+    pub tells_reasons: bool,
     pub rights: Admitted,
     /// Of `connections_per_user_max`.
     pub user_place: Option<UserPlace>,
@@ -51,6 +59,8 @@ struct Asked {
     assigned: bool,
     clean: bool,
     keep_alive_s: u16,
+    is_bridge: bool,
+    tells_reasons: bool,
     expiry_s: u32,
     window: u16,
     packet_bytes_max: usize,
@@ -68,104 +78,43 @@ struct Asked {
     auth_answer: Option<Bytes>,
 }
 
-/// Why there will be no connection; `None` where nothing can be said to the client.
-#[derive(Debug)]
-pub struct Refused {
-    pub cause: &'static str,
-    /// For a person.
-    pub detail: String,
-}
-
-impl Refused {
-    fn new(cause: &'static str, detail: impl Into<String>) -> Self {
-        Self { cause, detail: detail.into() }
-    }
-}
-
 /// Reads CONNECT from `io`; what came after it stays in `input`. The caller
-/// bounds the time.
+/// bounds the time, and tells the client where it is refused.
 pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     broker: &Arc<Broker>,
     io: &mut S,
     input: &mut BytesMut,
     remote: &Remote,
+    place: &Place,
 ) -> Result<Opened, Refused> {
-    let mut asked = match read_connect(broker, io, input).await {
-        Ok(asked) => asked,
-        Err(Unread::Lost) => return Err(Refused::new("lost", format!("{remote} left before CONNECT"))),
-        Err(Unread::Fault(fault, version)) => {
-            let reason =
-                ConnectAckReason::try_from(u8::from(fault.code)).unwrap_or(ConnectAckReason::MalformedPacket);
-            refuse(broker, io, version, reason).await;
-            return Err(Refused::new("malformed", format!("{remote}: {}", fault.what)));
-        }
-        Err(Unread::Level(level)) => {
-            refuse(broker, io, Some(Version::V3), ConnectAckReason::UnsupportedProtocolVersion).await;
-            let detail = format!("{remote}: protocol level {level}, not MQTT 3.1, 3.1.1 or 5.0");
-            return Err(Refused::new("malformed", detail));
-        }
-    };
-    if let Some(reason) = asked.refusal() {
-        refuse(broker, io, Some(asked.version), reason).await;
-        return Err(Refused::new("invalid", format!("client {} at {remote}: {reason:?}", asked.client_id)));
-    }
+    let mut asked = read_connect(broker, io, input).await.map_err(|unread| unread.refused(remote))?;
+    place.heard();
+    asked.check().map_err(|(reason, what)| asked.refused(remote, "invalid", reason).what(what))?;
+    asked.leave_reserved_will(broker, remote);
     let mut rights = match asked.admit(broker, io, input, remote).await {
         Ok(rights) => rights,
         Err((reason, cause)) => {
-            if let Some(reason) = reason {
-                refuse(broker, io, Some(asked.version), reason).await;
-            }
             let user = asked.username.as_deref().unwrap_or("anonymous");
             let detail = format!("user {user}, client {} at {remote}", asked.client_id);
-            return Err(Refused::new(cause, detail));
+            let refused = Refused::new(cause, user, detail);
+            return Err(match reason {
+                Some(reason) => refused.told(asked.version, reason, asked.packet_bytes_max),
+                None => refused,
+            });
         }
     };
     let owner = Owner::of(&broker.access, &rights.identity);
-    let owned_by_a_user = |session: &Session| {
-        let other = session.other_owner(&owner)?;
-        (!other.gives_way_to(&owner)).then(|| {
-            format!(
-                "client {} at {remote}: its session is of {other}, and {owner} cannot end it",
-                asked.client_id
-            )
-        })
-    };
-    // Before the owner's connection is ended for this one.
-    if let Some(detail) = broker.sessions.get(&asked.client_id).and_then(|session| owned_by_a_user(&session))
-    {
-        refuse(broker, io, Some(asked.version), ConnectAckReason::ClientIdentifierNotValid).await;
-        return Err(Refused::new("session_owner", detail));
-    }
-    let sessions_max = broker.config.sessions_max as usize;
-    let Some((session, turn)) = broker.sessions.claim(&asked.client_id, sessions_max).await else {
-        refuse(broker, io, Some(asked.version), ConnectAckReason::QuotaExceeded).await;
-        return Err(Refused::new("sessions_max", format!("client {} at {remote}", asked.client_id)));
-    };
-    if let Some(detail) = owned_by_a_user(&session) {
-        broker.sessions.give_back(broker, &session, turn);
-        refuse(broker, io, Some(asked.version), ConnectAckReason::ClientIdentifierNotValid).await;
-        return Err(Refused::new("session_owner", detail));
-    }
-    if asked.expiry_s > 0 && !session.is_kept() && !broker.has_state_room() {
-        broker.sessions.give_back(broker, &session, turn);
-        refuse(broker, io, Some(asked.version), ConnectAckReason::QuotaExceeded).await;
-        return Err(Refused::new("broker_state", format!("client {} at {remote}", asked.client_id)));
-    }
+    let (session, turn) = asked.claim(broker, remote, &owner).await?;
     // While nobody else has the session, and before anything of it changes.
     let other = session.other_owner(&owner);
     if !asked.clean && other.is_none() && ask_for_filters(&mut rights, &session).await.is_err() {
         broker.sessions.give_back(broker, &session, turn);
-        refuse(broker, io, Some(asked.version), ConnectAckReason::ServerUnavailable).await;
-        return Err(Refused::new("access_unavailable", format!("client {} at {remote}", asked.client_id)));
+        return Err(asked.refused(remote, "access_unavailable", ConnectAckReason::ServerUnavailable));
     }
     if let Some(other) = &other {
         let detail = format!("client {} at {remote}: of {other} before, of {owner} now", asked.client_id);
-        broker.failures.report(
-            "mqtt: a session ended because another user took its client id",
-            1,
-            &detail,
-            "",
-        );
+        let kind = "mqtt: a session ended because another user took its client id";
+        broker.failures.report_by(kind, &asked.client_id, 1, &detail, "");
     }
     // Present is a session of which nothing was taken away: else the client would not
     // subscribe again, and never hear why.
@@ -173,7 +122,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     if narrowed && !asked.clean {
         let detail = format!("client {} at {remote}, {owner}", asked.client_id);
         let kind = "mqtt: a session ended because its user may not have all of its subscriptions any more";
-        broker.failures.report(kind, 1, &detail, "");
+        broker.failures.report_by(kind, &asked.client_id, 1, &detail, "");
     }
     // It has the turn: where this connect is given up, the next one waits for its end.
     let open = {
@@ -189,13 +138,10 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         }
         Ok::<_, Stopped>(resumed)
     };
-    let resumed = match opened.await {
-        Ok(resumed) => resumed,
-        Err(_) => {
-            refuse(broker, io, Some(asked.version), ConnectAckReason::ServerUnavailable).await;
-            return Err(Refused::new("stopped", "the broker stream has stopped"));
-        }
-    };
+    let resumed = opened.await.map_err(|_| {
+        let refused = Refused::new("stopped", "", "a stream has stopped");
+        refused.told(asked.version, ConnectAckReason::ServerUnavailable, asked.packet_bytes_max)
+    })?;
     broker.wills.client_is_back(broker, &asked.client_id, &owner, resumed);
     if resumed {
         leave_forbidden(broker, &session, &mut rights);
@@ -208,7 +154,9 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         turn,
         peer,
         aliases: Aliases::new(asked.aliases_max),
-        keep_alive_s: asked.keep_alive_s,
+        keep_alive_s: asked.server_keep_alive_s(broker).unwrap_or(asked.keep_alive_s),
+        is_bridge: asked.is_bridge,
+        tells_reasons: asked.tells_reasons,
         rights,
         user_place: asked.user_place,
         will: asked.will,
@@ -219,9 +167,38 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
 
 enum Unread {
     Lost,
-    Fault(Fault, Option<Version>),
+    /// With the client's id, as far as it could be read.
+    Fault(Fault, Option<Version>, Option<String>),
     /// MQTT, at a level that we do not know.
     Level(u8),
+}
+
+impl Unread {
+    fn refused(self, remote: &Remote) -> Refused {
+        let address = remote.address.ip().to_string();
+        match self {
+            Self::Lost => Refused::new("lost", address, format!("{remote} left before CONNECT")),
+            Self::Fault(fault, version, client_id) => {
+                let detail = match &client_id {
+                    Some(client_id) => format!("client {client_id:.200} at {remote}"),
+                    None => remote.to_string(),
+                };
+                let refused = Refused::new("malformed", client_id.unwrap_or(address), detail);
+                let refused = refused.what(fault.what);
+                let reason = ConnectAckReason::try_from(u8::from(fault.code));
+                let reason = reason.unwrap_or(ConnectAckReason::MalformedPacket);
+                match version {
+                    Some(version) => refused.told(version, reason, usize::MAX),
+                    None => refused,
+                }
+            }
+            Self::Level(level) => {
+                let what = format!("protocol level {level}, not MQTT 3.1, 3.1.1 or 5.0");
+                let refused = Refused::new("malformed", address, remote.to_string()).what(what);
+                refused.told(Version::V3, ConnectAckReason::UnsupportedProtocolVersion, usize::MAX)
+            }
+        }
+    }
 }
 
 async fn read_connect<S: AsyncRead + Unpin>(
@@ -229,21 +206,30 @@ async fn read_connect<S: AsyncRead + Unpin>(
     io: &mut S,
     input: &mut BytesMut,
 ) -> Result<Asked, Unread> {
+    let bytes_max = first_packet_bytes_max(broker);
     loop {
         // Refused at once: a client that speaks something else, HTTP perhaps.
         if input.first().is_some_and(|first| *first != 0x10) {
-            return Err(Unread::Fault(Fault::protocol("the first packet is not CONNECT"), None));
+            return Err(Unread::Fault(Fault::protocol("the first packet is not CONNECT"), None, None));
         }
-        let frame =
-            wire::frame(input, broker.packet_bytes_max).map_err(|fault| Unread::Fault(fault, None))?;
+        let frame = wire::frame(input, bytes_max).map_err(|fault| {
+            let is_large = fault.code == DisconnectReasonCode::PacketTooLarge;
+            let what = if is_large { "a CONNECT of over 64 KiB and mqtt.will_bytes_max" } else { fault.what };
+            Unread::Fault(Fault { what, ..fault }, None, None)
+        })?;
         if let Some(frame) = frame {
             broker.counters.received.add_one(frame.first);
-            let version = version(frame.body)?;
+            let (version, is_bridge) = version(frame.body)?;
             let len = frame.len;
             let header = len - frame.body.len();
             let asked = connect(broker, version, &mut input[..len], header);
+            let asked = asked.map_err(|fault| {
+                let body = &input[header..len];
+                let client_id = wire::client_id(version, body).map(str::to_owned);
+                Unread::Fault(fault, Some(version), client_id)
+            });
             input.advance(len);
-            return asked.map_err(|fault| Unread::Fault(fault, Some(version)));
+            return asked.map(|asked| Asked { is_bridge, ..asked });
         }
         match io.read_buf(input).await {
             Ok(len @ 1..) => broker.counters.bytes[RECEIVED].increment(len as u64),
@@ -252,30 +238,44 @@ async fn read_connect<S: AsyncRead + Unpin>(
     }
 }
 
-/// Protocol name and level (MQTT 5.0, 3.1.2.1 and 3.1.2.2).
-fn version(body: &[u8]) -> Result<Version, Unread> {
-    match body {
-        [0, 4, b'M', b'Q', b'T', b'T', 5, ..] => Ok(Version::V5),
-        [0, 4, b'M', b'Q', b'T', b'T', 4, ..] | [0, 6, b'M', b'Q', b'I', b's', b'd', b'p', 3, ..] => {
-            Ok(Version::V3)
-        }
-        [0, 4, b'M', b'Q', b'T', b'T', level, ..] => Err(Unread::Level(*level)),
-        _ => Err(Unread::Fault(Fault::protocol("the protocol is not MQTT"), None)),
+/// Of CONNECT, and of AUTH before CONNACK: nobody knows yet who sends them.
+pub fn first_packet_bytes_max(broker: &Broker) -> usize {
+    let will_bytes_max = broker.config.will_bytes_max.0 as usize;
+    broker.packet_bytes_max.min(wire::CONNECT_BYTES_MAX.max(will_bytes_max))
+}
+
+/// Protocol name and level (MQTT 5.0, 3.1.2.1 and 3.1.2.2), and whether a broker connects:
+/// bridges of Mosquitto set the level's highest bit.
+fn version(body: &[u8]) -> Result<(Version, bool), Unread> {
+    let (level, is_31) = match body {
+        [0, 4, b'M', b'Q', b'T', b'T', level, ..] => (*level, false),
+        [0, 6, b'M', b'Q', b'I', b's', b'd', b'p', level, ..] => (*level, true),
+        _ => return Err(Unread::Fault(Fault::protocol("the protocol is not MQTT"), None, None)),
+    };
+    let is_bridge = level & BRIDGE != 0;
+    match (level & !BRIDGE, is_31) {
+        (3, true) => Ok((Version::V31, is_bridge)),
+        (4, false) => Ok((Version::V3, is_bridge)),
+        (5, false) => Ok((Version::V5, is_bridge)),
+        _ => Err(Unread::Level(level)),
     }
 }
 
 /// `whole` is the packet, its body beginning at `header`.
 fn connect(broker: &Broker, version: Version, whole: &mut [u8], header: usize) -> Result<Asked, Fault> {
     let kept_s = u32::try_from(broker.config.session_expiry_max.0.as_secs()).unwrap_or(u32::MAX);
-    wire::check_connect(version, &whole[header..])?;
+    let fields = wire::check_connect(version, &whole[header..])?;
     // The codec refuses an empty client id without clean start; whether it may
     // stand is for us to say.
     let name_len = usize::from(whole[header + 1]);
-    let flags = &mut whole[header + 2 + name_len + 1];
+    let [level, flags] = &mut whole[header + 2 + name_len..][..2] else {
+        return Err(Fault::malformed("CONNECT is cut short"));
+    };
+    *level &= !BRIDGE;
     let clean = *flags & 2 != 0;
-    *flags |= 2;
+    *flags = fields | 2;
     match version {
-        Version::V3 => {
+        Version::V31 | Version::V3 => {
             let Packet::V3(v3::Packet::Connect(connect)) = wire::decode(version, whole)? else {
                 return Err(Fault::protocol("the first packet is not CONNECT"));
             };
@@ -319,6 +319,7 @@ fn connect(broker: &Broker, version: Version, whole: &mut [u8], header: usize) -
                     .map_or(broker.config.inflight_max, |max| max.get().min(broker.config.inflight_max));
                 let max = connect.max_packet_size.map_or(usize::MAX, |max| max.get() as usize);
                 asked.packet_bytes_max = max;
+                asked.tells_reasons = connect.request_problem_info && max >= wire::ACK_BYTES_MAX;
                 asked.aliases_max = connect.topic_alias_max.min(broker.config.outbound_topic_alias_maximum);
                 let data = connect.auth_data.unwrap_or_default();
                 asked.auth = connect.auth_method.map(|name| Method { name: (&*name).into(), data });
@@ -375,11 +376,14 @@ impl Asked {
             assigned,
             clean: true,
             keep_alive_s: 0,
+            is_bridge: false,
+            tells_reasons: false,
             expiry_s: 0,
             window: u16::MAX,
             packet_bytes_max: usize::MAX,
             aliases_max: 0,
-            username: username.map(Into::into),
+            // What clients send that were given no user: MQTT allows it, and it is nobody's name.
+            username: username.filter(|name| !name.is_empty()).map(Into::into),
             password: None,
             will,
             user_place: None,
@@ -388,25 +392,108 @@ impl Asked {
             auth_answer: None,
         };
         fill(&mut asked);
+        if asked.username.is_none() {
+            asked.password = asked.password.filter(|password| !password.is_empty());
+        }
         asked
     }
 
-    fn refusal(&self) -> Option<ConnectAckReason> {
-        if self.client_id.len() > CLIENT_ID_BYTES_MAX || self.client_id.contains('\0') {
-            return Some(ConnectAckReason::ClientIdentifierNotValid);
+    /// What is wrong with what it asks for, in itself.
+    fn check(&self) -> Result<(), (ConnectAckReason, String)> {
+        let id = ConnectAckReason::ClientIdentifierNotValid;
+        if self.client_id.len() > CLIENT_ID_BYTES_MAX {
+            let len = self.client_id.len();
+            return Err((id, format!("a client id of {len} bytes, {CLIENT_ID_BYTES_MAX} are allowed")));
+        }
+        if self.client_id.contains('\0') {
+            return Err((id, "a NUL character in the client id".to_owned()));
         }
         // MQTT 5 allows it (3.1.3.1): a fresh id has no session to resume.
-        if self.assigned && !self.clean && self.version == Version::V3 {
-            return Some(ConnectAckReason::ClientIdentifierNotValid);
+        if self.assigned && !self.clean && self.version != Version::V5 {
+            return Err((
+                id,
+                "no client id with clean session 0: set a client id, or clean session 1".to_owned(),
+            ));
         }
         if self.username.as_ref().is_some_and(|name| name.len() > USER_NAME_BYTES_MAX) {
-            return Some(ConnectAckReason::BadUserNameOrPassword);
+            let what = format!("a user name of more than {USER_NAME_BYTES_MAX} bytes");
+            return Err((ConnectAckReason::BadUserNameOrPassword, what));
         }
-        let will = self.will.as_ref()?;
-        if !topic::is_valid_name(&will.topic) || will.topic.starts_with('$') {
-            return Some(ConnectAckReason::TopicNameInvalid);
+        match &self.will {
+            Some(will) if !topic::is_valid_name(&will.topic) => {
+                let what = "a will whose topic is empty or has a wildcard";
+                Err((ConnectAckReason::TopicNameInvalid, what.to_owned()))
+            }
+            _ => Ok(()),
         }
-        None
+    }
+
+    /// A will below `$SYS` is not kept, as no publish there is: those topics are the
+    /// broker's. Its client is let in, because each bridge of Mosquitto has one.
+    fn leave_reserved_will(&mut self, broker: &Broker, remote: &Remote) {
+        if let Some(will) = self.will.take_if(|will| topic::is_reserved(&will.topic)) {
+            broker.counters.dollar_topics.increment(1);
+            let detail = format!("client {} at {remote}: {}", self.client_id, will.topic);
+            let kind = "mqtt: a will for a topic of the broker's is not kept";
+            broker.failures.report_by(kind, &self.client_id, 1, &detail, "");
+        }
+    }
+
+    /// Takes the client's session over from an older connection.
+    async fn claim(
+        &self,
+        broker: &Arc<Broker>,
+        remote: &Remote,
+        owner: &Owner,
+    ) -> Result<(Arc<Session>, Turn), Refused> {
+        let invalid = ConnectAckReason::ClientIdentifierNotValid;
+        let is_anothers =
+            |session: &Session| session.other_owner(owner).is_some_and(|other| !other.gives_way_to(owner));
+        if let Some(session) = broker.sessions.get(&self.client_id) {
+            // Before the owner's connection is ended for this one.
+            if is_anothers(&session) {
+                return Err(self.refused(remote, "session_owner", invalid));
+            }
+            if let (Some(connection), ..) = session.presence() {
+                let detail =
+                    format!("client {} at {}: taken over from {remote}", self.client_id, connection.address);
+                broker.failures.report_by(
+                    "mqtt: one client id, two connections",
+                    &self.client_id,
+                    1,
+                    &detail,
+                    "",
+                );
+            }
+        }
+        let sessions_max = broker.config.sessions_max as usize;
+        let quota = ConnectAckReason::QuotaExceeded;
+        let claimed = broker.sessions.claim(&self.client_id, sessions_max).await;
+        let (session, turn) = claimed.ok_or_else(|| self.refused(remote, "sessions_max", quota))?;
+        let is_full = self.expiry_s > 0 && !session.is_kept() && !broker.has_state_room();
+        let refused = match is_anothers(&session) {
+            true => self.refused(remote, "session_owner", invalid),
+            false if is_full => self.refused(remote, "broker_state", quota),
+            false => return Ok((session, turn)),
+        };
+        broker.sessions.give_back(broker, &session, turn);
+        Err(refused)
+    }
+
+    fn refused(&self, remote: &Remote, cause: &'static str, reason: ConnectAckReason) -> Refused {
+        let detail = match self.assigned {
+            true => format!("client without an id at {remote}"),
+            false => format!("client {:.600} at {remote}", self.client_id),
+        };
+        let refused = Refused::new(cause, &*self.client_id, detail);
+        refused.told(self.version, reason, self.packet_bytes_max)
+    }
+
+    /// MQTT 5.0, 3.2.2.3.14; clients of older versions cannot be told, and keep to their own.
+    fn server_keep_alive_s(&self, broker: &Broker) -> Option<u16> {
+        let max = broker.config.keep_alive_max.as_ref()?.0.as_secs().try_into().unwrap_or(u16::MAX);
+        let is_longer = self.keep_alive_s == 0 || self.keep_alive_s > max;
+        (self.version == Version::V5 && is_longer).then_some(max)
     }
 
     /// Who the client is; else the CONNACK's reason and the cause that is counted.
@@ -464,7 +551,7 @@ impl Asked {
 
     fn connack(&self, broker: &Broker, session_present: bool) -> BytesMut {
         let config = &broker.config;
-        if self.version == Version::V3 {
+        if self.version != Version::V5 {
             return [0x20, 2, u8::from(session_present), 0][..].into();
         }
         let ack = v5::ConnectAck {
@@ -473,6 +560,7 @@ impl Asked {
             receive_max: config.receive_maximum.try_into().unwrap_or(std::num::NonZeroU16::MIN),
             max_packet_size: Some(broker.packet_bytes_max as u32),
             topic_alias_max: config.topic_alias_maximum,
+            server_keepalive_sec: self.server_keep_alive_s(broker),
             assigned_client_id: self.assigned.then(|| self.client_id.clone().into()),
             auth_method: self.auth.as_ref().map(|method| (&*method.name).into()),
             auth_data: self.auth_answer.clone(),
@@ -569,37 +657,4 @@ pub fn may_see<'r>(rights: &'r Admitted, session: &Session) -> impl Fn(&str) -> 
             _ => false,
         }
     }
-}
-
-/// Says no, as far as the version can.
-async fn refuse<S: AsyncWrite + Unpin>(
-    broker: &Broker,
-    io: &mut S,
-    version: Option<Version>,
-    reason: ConnectAckReason,
-) {
-    let Some(version) = version else { return };
-    let mut out = BytesMut::new();
-    match version {
-        Version::V5 => out.extend_from_slice(&[0x20, 3, 0, reason.into(), 0]),
-        Version::V3 => {
-            let code = match reason {
-                ConnectAckReason::UnsupportedProtocolVersion => 1,
-                ConnectAckReason::ClientIdentifierNotValid => 2,
-                ConnectAckReason::BadUserNameOrPassword => 4,
-                ConnectAckReason::NotAuthorized => 5,
-                ConnectAckReason::QuotaExceeded
-                | ConnectAckReason::PacketTooLarge
-                | ConnectAckReason::ConnectionRateExceeded
-                | ConnectAckReason::ServerUnavailable => 3,
-                _ => return,
-            };
-            out.extend_from_slice(&[0x20, 2, 0, code]);
-        }
-    }
-    broker.counters.sending(version, &out);
-    broker.counters.bytes[SENT].increment(out.len() as u64);
-    // The client may be gone already: there is nobody to tell.
-    let _ = io.write_all(&out).await;
-    let _ = io.shutdown().await;
 }

@@ -27,6 +27,7 @@ mod open_ids;
 mod outbound;
 mod owner;
 mod picks;
+mod refused;
 mod retained;
 mod session;
 mod subscriptions;
@@ -53,6 +54,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::acks::Stopped;
+use self::connection::PartialRoom;
 use self::copies::Copies;
 use self::fanout::{Live, Subscription};
 use self::metrics::{Counters, Measured};
@@ -226,6 +228,7 @@ struct Broker {
     copies: Copies,
     /// Turns to read for subscribers what waits in the streams.
     loads: Arc<Semaphore>,
+    partial_room: Arc<PartialRoom>,
     retained: Mutex<Retained>,
     wills: Wills,
     clients: AtomicI64,
@@ -265,6 +268,7 @@ impl Broker {
             live: Live::new(&streams, limits),
             copies,
             loads: Arc::new(Semaphore::new(outbound::LOADS_MAX)),
+            partial_room: PartialRoom::new(config.partial_packets_bytes_max.0),
             identities,
             streams,
             routes: deps.streams,
@@ -325,7 +329,7 @@ impl Broker {
     #[inline]
     fn waiting_acks_max(&self, version: Version) -> usize {
         match version {
-            Version::V3 => self.config.inflight_max.into(),
+            Version::V31 | Version::V3 => self.config.inflight_max.into(),
             Version::V5 => usize::from(u16::MAX) * 2,
         }
     }
@@ -337,7 +341,7 @@ impl Broker {
     /// Counted, and said once in a while.
     fn refused(&self, cause: &'static str, kind: &str, address: &Address) {
         self.counters.refused_connect(cause);
-        self.failures.report(kind, 1, &address.to_string(), "");
+        self.failures.report_by(kind, &address.ip().to_string(), 1, &address.to_string(), "");
     }
 
     fn client_connected(&self, change: i64) {

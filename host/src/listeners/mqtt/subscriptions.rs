@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::session::Session;
-use crate::topic::TopicFilter;
+use crate::topic::{self, TopicFilter};
 
 const SHARE: &str = "$share/";
 
@@ -95,9 +95,9 @@ pub fn is_shared(text: &str) -> bool {
     split(text).0.is_some()
 }
 
-/// Whether messages of streams can match: `$` topics lie in none.
+/// Whether messages of streams can match: the broker's own topics lie in none.
 pub fn is_live(text: &str) -> bool {
-    !split(text).1.starts_with('$')
+    !topic::is_reserved(split(text).1)
 }
 
 /// The tree. `S` is who subscribes; compared by `number`.

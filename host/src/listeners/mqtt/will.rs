@@ -183,7 +183,7 @@ impl Will {
     /// Says that it is lost, and removes its record.
     fn give_up(self, broker: &Broker, client_id: &str, why: &str) {
         let detail = format!("client {client_id}, topic {}: {why}", self.topic);
-        broker.failures.report("mqtt: a will could not be published", 1, &detail, "");
+        broker.failures.report_by("mqtt: a will could not be published", client_id, 1, &detail, "");
         self.forget(broker);
     }
 

@@ -10,8 +10,10 @@ mod encode;
 use rmqtt_codec::error::DecodeError;
 use rmqtt_codec::v5::{DisconnectReasonCode, ToReasonCode};
 
-pub use codec::{Packet, check_connect, decode};
-pub use encode::{OutPublish, put_ack, put_ack_with, put_disconnect, put_pingresp, put_var_int};
+pub use codec::{Packet, check_connect, client_id, decode};
+pub use encode::{
+    ACK_BYTES_MAX, OutPublish, put_ack, put_ack_with, put_pingresp, put_var_int, put_with_reason,
+};
 
 /// Types in the upper half of a packet's first byte.
 pub const CONNECT: u8 = 0x10;
@@ -26,10 +28,15 @@ const SUBSCRIBE: u8 = 0x82;
 const SUBACK: u8 = 0x90;
 const UNSUBACK: u8 = 0xb0;
 const PINGRESP: u8 = 0xd0;
+const DUP: u8 = 0x08;
 pub const DISCONNECT: u8 = 0xe0;
 
-/// Identifier of the property.
+/// Identifiers of properties.
+const REASON_STRING: u8 = 0x1f;
 const TOPIC_ALIAS: u8 = 0x23;
+
+/// A longer CONNECT is refused, and AUTH before CONNACK: nobody knows yet who sends them.
+pub const CONNECT_BYTES_MAX: usize = 64 << 10;
 
 /// PUBCOMP, PUBREL: packet identifier not found.
 pub const NOT_FOUND: u8 = 0x92;
@@ -40,9 +47,23 @@ pub const TOPIC_NAME_INVALID: u8 = 0x90;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Version {
-    /// 3.1 and 3.1.1
+    /// 3.1
+    V31,
+    /// 3.1.1
     V3,
     V5,
+}
+
+impl Version {
+    /// First byte of a packet without the DUP flag that MQTT 3.1 (2.1) has for PUBREL,
+    /// SUBSCRIBE and UNSUBSCRIBE too: it says nothing that we use.
+    #[inline]
+    pub fn first(self, first: u8) -> u8 {
+        match first & 0xf0 {
+            0x60 | 0x80 | 0xa0 if self == Self::V31 => first & !DUP,
+            _ => first,
+        }
+    }
 }
 
 /// What a client did wrong; ends its connection.
@@ -109,6 +130,12 @@ pub fn frame(bytes: &[u8], packet_bytes_max: usize) -> Result<Option<Frame<'_>>,
     Ok(bytes.get(header..header + len).map(|body| Frame { first, body, len: header + len }))
 }
 
+/// Bytes of the packet at the front, once its header is there.
+pub fn packet_len(bytes: &[u8]) -> Option<usize> {
+    let (len, used) = var_int(bytes.get(1..)?).ok()??;
+    Some(1 + used + len)
+}
+
 /// A variable byte integer and its length; `None` while it is not whole.
 #[inline]
 fn var_int(bytes: &[u8]) -> Result<Option<(usize, usize)>, Fault> {
@@ -150,7 +177,7 @@ pub fn publish<'a>(version: Version, frame: &Frame<'a>) -> Result<Publish<'a>, F
     let mut rest = frame.body;
     let topic = text(&mut rest)?;
     let valid = topic.bytes().all(|b| !matches!(b, b'+' | b'#'));
-    if !valid || (topic.is_empty() && version == Version::V3) {
+    if !valid || (topic.is_empty() && version != Version::V5) {
         return Err(Fault {
             code: DisconnectReasonCode::TopicNameInvalid,
             what: "topic is empty or has a wildcard",
@@ -260,7 +287,7 @@ pub fn ack(version: Version, frame: &Frame<'_>) -> Result<(u16, u8), Fault> {
     match (version, rest.first()) {
         (_, None) => Ok((id, 0)),
         (Version::V5, Some(&code)) => Ok((id, code)),
-        (Version::V3, Some(_)) => Err(Fault::malformed("an ack of more than two bytes")),
+        (_, Some(_)) => Err(Fault::malformed("an ack of more than two bytes")),
     }
 }
 

@@ -36,10 +36,17 @@ impl<S> Connection<'_, S> {
         self.inbound.passed(len);
         match packet {
             Packet::V3(v3::Packet::Subscribe { packet_id, topic_filters }) => {
+                let is_bridge = self.is_bridge;
                 let filters = topic_filters.iter().map(|(filter, qos)| {
-                    (&**filter, SubscriptionOptions { qos: *qos, ..SubscriptionOptions::default() })
+                    let options = SubscriptionOptions {
+                        qos: *qos,
+                        no_local: is_bridge && !filter.starts_with("$share/"),
+                        retain_as_published: is_bridge,
+                        ..SubscriptionOptions::default()
+                    };
+                    (&**filter, options)
                 });
-                let status = self.subscribe(filters, 0).await?;
+                let (status, _) = self.subscribe(filters, 0).await?;
                 let status = status.into_iter().map(|reason| match u8::from(reason) {
                     qos @ 0..=2 => v3::SubscribeReturnCode::Success(
                         v3::QoS::try_from(qos).expect("0, 1 and 2 are QoS levels"),
@@ -51,11 +58,13 @@ impl<S> Connection<'_, S> {
             Packet::V5(v5::Packet::Subscribe(subscribe)) => {
                 let id = subscribe.id.map_or(0, |id| id.get());
                 let filters = subscribe.topic_filters.iter().map(|(filter, options)| (&**filter, *options));
-                let status = self.subscribe(filters, id).await?;
+                let (status, refused) = self.subscribe(filters, id).await?;
+                let has_room = status.len() + wire::ACK_BYTES_MAX <= self.peer.packet_bytes_max;
+                let refused = refused.filter(|_| self.tells_reasons && has_room);
                 self.send_v5(v5::Packet::SubscribeAck(SubscribeAck {
                     packet_id: subscribe.packet_id,
                     properties: Vec::new(),
-                    reason_string: None,
+                    reason_string: refused.map(Into::into),
                     status,
                 }))
             }
@@ -122,15 +131,17 @@ impl<S> Connection<'_, S> {
         filters.iter().map(|filter| filter.topics().as_str().into()).collect()
     }
 
+    /// Returns with the reason codes why the first filter is refused of which that is so.
     async fn subscribe(
         &mut self,
         filters: impl Iterator<Item = (&str, SubscriptionOptions)>,
         id: u32,
-    ) -> Result<Vec<SubscribeAckReason>, End> {
+    ) -> Result<(Vec<SubscribeAckReason>, Option<&'static str>), End> {
         let epoch = self.session.persistent_epoch();
         let mut changes: Vec<Change> = Vec::new();
         let mut granted = Vec::new();
         let mut status = Vec::new();
+        let mut refused = None;
         let mut room = Room::of(&self.session, self.broker);
         for (text, asked) in filters {
             consume_budget().await;
@@ -139,8 +150,10 @@ impl<S> Connection<'_, S> {
                 Err((reason, cause)) => {
                     self.broker.counters.refused_subscribe(cause);
                     let kind = format!("mqtt: subscribe refused: {cause}");
-                    let detail = format!("client {}, filter {text:.200}", self.session.client_id);
-                    self.broker.failures.report(&kind, 1, &detail, "");
+                    let client_id = &*self.session.client_id;
+                    let detail = format!("client {client_id}, filter {text:.200}");
+                    self.broker.failures.report_by(&kind, client_id, 1, &detail, "");
+                    refused.get_or_insert(cause);
                     status.push(reason);
                     continue;
                 }
@@ -181,7 +194,7 @@ impl<S> Connection<'_, S> {
             keep(&broker, &session, &changes).await
         };
         self.broker.in_background(subscribed).await?;
-        Ok(status)
+        Ok((status, refused))
     }
 
     /// Refused with the cause that is counted.

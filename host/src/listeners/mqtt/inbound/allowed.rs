@@ -12,6 +12,7 @@ use crate::listeners::mqtt::Broker;
 use crate::listeners::mqtt::acks::Ack;
 use crate::listeners::mqtt::wire::{self, Fault, Publish, Version};
 use crate::stream::Ticket;
+use crate::topic;
 
 /// Longer topics are looked up each time.
 const ALLOWED_TOPIC_BYTES_MAX: usize = 256;
@@ -29,7 +30,7 @@ pub(super) enum Refusal {
 impl Inbound {
     /// What the rules and limits say of a publish; `None` where it is taken.
     pub(super) fn refusal(&mut self, broker: &Broker, topic: &str) -> Option<Refusal> {
-        if topic.starts_with('$') {
+        if topic::is_reserved(topic) {
             return Some(Refusal::Dollar);
         }
         if broker.access.is_too_deep(topic) {
@@ -51,7 +52,7 @@ impl Inbound {
     }
 
     /// MQTT 3.1.1 has no way to say no: a publish is acknowledged and dropped,
-    /// or the connection ends. `$` topics are the broker's own.
+    /// or the connection ends. Topics below `$SYS` and `$share` are the broker's own.
     pub(super) fn refuse(
         &mut self,
         broker: &Broker,
@@ -62,9 +63,11 @@ impl Inbound {
     ) -> Result<(), Fault> {
         let counters = &broker.counters;
         let (counter, kind, code) = match refusal {
-            Refusal::Dollar => {
-                (&counters.dollar_topics, "mqtt: publish to a topic below $ refused", wire::NOT_AUTHORIZED)
-            }
+            Refusal::Dollar => (
+                &counters.dollar_topics,
+                "mqtt: publish to a topic of the broker's refused",
+                wire::NOT_AUTHORIZED,
+            ),
             Refusal::Levels => (
                 &counters.topic_levels,
                 "mqtt: publish refused, its topic has more levels than topic_levels_max",
@@ -75,9 +78,9 @@ impl Inbound {
             }
         };
         counter.increment(1);
-        let detail = format!("client {} to {topic}", self.session.client_id);
-        broker.failures.report(kind, 1, &detail, "");
-        if self.version == Version::V3 && refusal == Refusal::NotAuthorized && !broker.access.drops_denied() {
+        let client_id = &self.session.client_id;
+        broker.failures.report_by(kind, client_id, 1, &format!("client {client_id} to {topic}"), "");
+        if self.version != Version::V5 && refusal == Refusal::NotAuthorized && !broker.access.drops_denied() {
             return Err(Fault { code: DisconnectReasonCode::NotAuthorized, what: "publish not allowed" });
         }
         let first = if publish.qos == 1 { wire::PUBACK } else { wire::PUBREC };
@@ -108,7 +111,7 @@ impl Inbound {
             }
             let Ok(publish) = wire::publish(self.version, &frame) else { break };
             // One without a topic has an alias, whose topic came before.
-            let is_asked = !publish.topic.is_empty() && !publish.topic.starts_with('$');
+            let is_asked = !publish.topic.is_empty() && !topic::is_reserved(publish.topic);
             if is_asked && self.rights.publish(publish.topic) == Verdict::Ask {
                 topics.insert(publish.topic);
             }

@@ -156,7 +156,14 @@ thread_local! {
 }
 
 impl Inbound {
-    pub fn new(broker: &Broker, version: Version, session: Arc<Session>, rights: Admitted) -> Self {
+    /// `tells_reasons`: the client takes reason strings in its acks.
+    pub fn new(
+        broker: &Broker,
+        version: Version,
+        session: Arc<Session>,
+        rights: Admitted,
+        tells_reasons: bool,
+    ) -> Self {
         Self {
             version,
             epoch: session.persistent_epoch(),
@@ -166,7 +173,7 @@ impl Inbound {
             allowed_topic: String::new(),
             allowance: broker.access.allowance(),
             aliases: Vec::new(),
-            acks: Acks::default(),
+            acks: Acks::new(tells_reasons),
             unfinished: 0,
             stalled: Vec::new(),
             withheld: false,
@@ -333,9 +340,10 @@ impl Inbound {
     ) -> Result<(usize, Next), Fault> {
         let (mut used, mut taken, begun) = (0, 0, Instant::now());
         loop {
-            let Some(frame) = wire::frame(&bytes[used..], broker.packet_bytes_max)? else {
+            let Some(mut frame) = wire::frame(&bytes[used..], broker.packet_bytes_max)? else {
                 return Ok((used, Next::Bytes));
             };
+            frame.first = self.version.first(frame.first);
             if taken == TAKEN_LEAST && begun.elapsed() >= TAKEN_TIME {
                 return Ok((used, Next::Turn));
             }
@@ -515,14 +523,16 @@ impl Inbound {
 
     fn release(&mut self, frame: &Frame<'_>, out: &mut BytesMut, work: &mut Work<'_>) -> Result<(), Fault> {
         let (packet_id, _) = wire::ack(self.version, frame)?;
-        let ack = Ack { first: wire::PUBCOMP, packet_id, code: 0 };
         let mut received = self.session.received();
-        let (known, change) = match received.release(packet_id) {
-            Some(open) => (Some(open), IdChange::Release),
-            // Sent again: answered no sooner than the first one.
-            None => (received.releasing(packet_id), IdChange::None),
+        let (open, releasing) = (received.release(packet_id), received.releasing(packet_id));
+        let (change, code) = match open {
+            Some(_) => (IdChange::Release, 0),
+            None if self.version == Version::V5 => (IdChange::None, wire::NOT_FOUND),
+            None => (IdChange::None, 0),
         };
-        match known {
+        let ack = Ack { first: wire::PUBCOMP, packet_id, code };
+        match open.or(releasing) {
+            // One that is sent again is answered no sooner than the first.
             Some(known) => work.owed.push(Owed { stream: known.stream, ack, change, least: known.least() }),
             None => wire::put_ack_with(out, self.version, wire::PUBCOMP, packet_id, wire::NOT_FOUND),
         }

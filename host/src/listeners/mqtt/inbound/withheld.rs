@@ -36,7 +36,9 @@ impl Inbound {
         let ((), appended) = self.gather(broker, |inbound, work| {
             while let Ok(Some(frame)) = wire::frame(&bytes[inbound.released_to..], broker.packet_bytes_max) {
                 // One that is malformed is met again in its turn.
-                if frame.first == wire::PUBREL && inbound.release(&frame, out, work).is_err() {
+                if inbound.version.first(frame.first) == wire::PUBREL
+                    && inbound.release(&frame, out, work).is_err()
+                {
                     break;
                 }
                 inbound.released_to += frame.len;

@@ -536,3 +536,16 @@ async fn a_certificate_made_as_the_securing_page_says_names_its_user() {
     assert_eq!(acks, [(1, 0), (2, 0x87)]);
     host.stop().await;
 }
+
+#[tokio::test]
+async fn an_empty_user_name_is_nobodys() {
+    let yaml = "- { effect: allow, anonymous: true, action: publish, topics: [open] }";
+    for (allow_anonymous, code) in [(true, 0), (false, 5)] {
+        let change = |config: &mut Config| config.listeners[0].allow_anonymous = allow_anonymous;
+        let Guarded { host, .. } = guarded(yaml, change).await;
+        assert_eq!(connect_v3(&host, Some(("", ""))).await.1, code);
+        // With a password it is a login that no user has.
+        assert_eq!(connect_v3(&host, Some(("", "ann"))).await.1, 4);
+        host.stop().await;
+    }
+}

@@ -49,13 +49,12 @@ async fn bounds_that_the_client_knows_are_enforced() {
 }
 
 #[tokio::test]
-async fn dollar_topics_are_the_brokers_own() {
+async fn topics_below_sys_are_the_brokers_own() {
     let stream = MemoryStream::new("s", 1);
     let host = Host::with(stream.clone()).await;
     let mut client = host.clean("c").await;
     client.send(publish("$SYS/x", QoS::AtLeastOnce, 1)).await;
-    let refused = PublishAck { reason_code: PublishAckReason::NotAuthorized, ..success(1) };
-    assert_eq!(client.receive().await, Packet::PublishAck(refused));
+    assert_eq!(client.receive().await, Packet::PublishAck(not_allowed(1)));
     // MQTT 3.1.1 knows no reason codes.
     let mut old = Client::open(&host).await;
     old.io.write_all(b"\x10\x0d\x00\x04MQTT\x04\x02\x00\x00\x00\x01o").await.unwrap();
@@ -197,4 +196,35 @@ fn no_bytes_of_a_client_end_the_listener() {
         host.clean("honest").await.nothing_but_ping().await;
         host.stop().await;
     });
+}
+
+#[tokio::test]
+async fn large_packets_that_are_not_whole_share_one_budget() {
+    let streams = Streams::new(vec![], MemoryStream::new("s", 1));
+    let host = Host::start(streams, MemoryStream::new("broker", 1), |config| {
+        (config.max_packet_size, config.partial_packets_bytes_max) = (ByteSize::kib(64), ByteSize::kib(64));
+    })
+    .await;
+    let large = || Publish { payload: vec![b'x'; 60_000].into(), ..publish("t", QoS::AtLeastOnce, 1) };
+    let mut bytes = BytesMut::new();
+    Codec::default().encode(Packet::from(large()), &mut bytes).unwrap();
+    let (mut first, mut second) = (host.clean("first").await, host.clean("second").await);
+    first.io.write_all(&bytes[..10_000]).await.unwrap();
+    let room = host.handle.clients().0.partial_room.clone();
+    while !room.is_taken() {
+        tokio::task::yield_now().await;
+    }
+    second.io.write_all(&bytes[..59_000]).await.unwrap();
+    while !room.is_wanted() {
+        tokio::task::yield_now().await;
+    }
+    // Small ones need none of it.
+    host.clean("other").await.nothing_but_ping().await;
+    second.io.write_all(&bytes[59_000..]).await.unwrap();
+    first.io.write_all(&bytes[10_000..]).await.unwrap();
+    for client in [&mut first, &mut second] {
+        assert_eq!(client.receive().await, puback(1));
+    }
+    assert!(!room.is_wanted() && !room.is_taken());
+    host.stop().await;
 }

@@ -9,6 +9,7 @@ mod sessions;
 mod state_room;
 mod subscribers;
 mod sys;
+mod versions;
 mod wills;
 
 use std::net::SocketAddr;
@@ -221,6 +222,11 @@ fn pubcomp(packet_id: u16) -> Packet {
 fn success(packet_id: u16) -> PublishAck {
     let reason_code = PublishAckReason::Success;
     PublishAck { packet_id: id(packet_id), reason_code, properties: vec![], reason_string: None }
+}
+
+fn not_allowed(packet_id: u16) -> PublishAck {
+    let reason_string = Some("publishing to this topic is not allowed".into());
+    PublishAck { reason_code: PublishAckReason::NotAuthorized, reason_string, ..success(packet_id) }
 }
 
 async fn batch(stream: &dyn Stream, from: u64) -> Batch {

@@ -109,7 +109,7 @@ async fn a_connect_that_is_given_up_over_its_will_leaves_no_session() {
     Codec::default().encode(connect.into(), &mut sent).unwrap();
     client.write_all(&sent).await.unwrap();
     stream.set_no_space(true);
-    let (remote, _) = somebody();
+    let (remote, place) = somebody();
     let mut input = BytesMut::new();
     let given_up = async {
         // What it does in the background is done meanwhile, on this thread.
@@ -119,7 +119,7 @@ async fn a_connect_that_is_given_up_over_its_will_leaves_no_session() {
     };
     tokio::select! {
         biased;
-        _ = handshake::accept(&broker, &mut io, &mut input, &remote) => panic!("its will waits for room"),
+        _ = handshake::accept(&broker, &mut io, &mut input, &remote, &place) => panic!("its will waits for room"),
         () = given_up => {}
     }
     assert_eq!(broker.sessions.len(), 1);

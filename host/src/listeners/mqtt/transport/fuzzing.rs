@@ -10,7 +10,7 @@ use futures_util::FutureExt;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadBuf};
 use tokio::sync::Semaphore;
 
-use super::super::config::ProxyProtocol;
+use super::super::config::{Paths, ProxyProtocol};
 use super::origin::Origins;
 use super::{Address, Place, Remote, proxy, websocket as framing};
 
@@ -62,7 +62,7 @@ fn heard(sent: &[u8], piece: usize) -> Option<(Vec<u8>, bool)> {
     let io = tokio::io::join(Pieces { rest: sent, piece }, tokio::io::sink());
     let origins = Origins { listed: &[], tls: false };
     async {
-        let mut io = framing::accept(io, "/mqtt", origins, 1 << 10).await.ok()?;
+        let mut io = framing::accept(io, &Paths::default(), origins, 1 << 10).await.ok()?;
         let mut heard = Vec::new();
         let mut buffer = [0; 256];
         loop {

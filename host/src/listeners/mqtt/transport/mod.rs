@@ -4,10 +4,12 @@
 //!
 //! The accept loop waits for no client: each handshake is a task of its own,
 //! ends within `connect_timeout`, and holds one of `handshakes_max` places of
-//! its listener until CONNECT is answered.
+//! its listener until CONNECT is answered ([`handshakes`]).
 
+pub mod closing;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
+mod handshakes;
 mod identity;
 mod listen;
 pub mod network;
@@ -18,10 +20,11 @@ pub(super) mod tls;
 mod websocket;
 
 use std::fmt;
+use std::future::pending;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
@@ -31,6 +34,7 @@ use tokio::time::timeout;
 use tokio_rustls::server::TlsStream;
 use tokio_util::task::TaskTracker;
 
+use self::handshakes::{Handshake, Handshakes};
 use self::listen::{Listener, Socket};
 use self::origin::Origins;
 use super::bind::Bind;
@@ -107,10 +111,24 @@ impl fmt::Display for Remote {
 #[derive(Debug)]
 pub struct Place {
     _connection: OwnedSemaphorePermit,
-    handshake: Option<OwnedSemaphorePermit>,
+    /// Boxed: it is gone for most of a connection's life.
+    handshake: Option<Box<Handshake>>,
 }
 
 impl Place {
+    /// CONNECT is there: it gives way to no other handshake.
+    pub fn heard(&self) {
+        self.handshake.iter().for_each(|handshake| handshake.heard());
+    }
+
+    /// Returns where it is to end for another handshake. Safe to drop.
+    pub async fn gives_way(&self) {
+        match &self.handshake {
+            Some(handshake) => handshake.gives_way().await,
+            None => pending().await,
+        }
+    }
+
     /// CONNECT is answered: another handshake may begin.
     pub fn handshake_ended(&mut self) {
         self.handshake = None;
@@ -151,7 +169,7 @@ pub async fn keep_certificates(broker: Arc<Broker>, tls: Vec<Arc<Tls>>, hangup: 
 /// Takes connections until shutdown; never waits for one of them.
 pub async fn accept(broker: Arc<Broker>, entry: Entry, room: Arc<Semaphore>, tasks: TaskTracker) {
     let Entry { endpoint, listener, tls } = entry;
-    let handshakes = Arc::new(Semaphore::new(broker.config.handshakes_max as usize));
+    let handshakes = Handshakes::new(broker.config.handshakes_max as usize);
     let entrance = Arc::new(entrance(&endpoint));
     let layers = Arc::new(Layers { endpoint, tls });
     let mut shedding = false;
@@ -173,10 +191,10 @@ pub async fn accept(broker: Arc<Broker>, entry: Entry, room: Arc<Semaphore>, tas
             broker.refused("connections_max", "mqtt: connections_max reached, connect refused", &address);
             continue;
         };
-        let mut handshake = handshakes.clone().try_acquire_owned().ok();
+        let mut handshake = handshakes.enter(&address, Instant::now());
         if handshake.is_none() && !shedding {
-            let place = timeout(HANDSHAKE_WAIT_MAX, handshakes.clone().acquire_owned()).await;
-            handshake = place.ok().and_then(Result::ok);
+            let _ = timeout(HANDSHAKE_WAIT_MAX, handshakes.freed()).await;
+            handshake = handshakes.enter(&address, Instant::now());
         }
         shedding = handshake.is_none();
         if shedding {
@@ -184,7 +202,7 @@ pub async fn accept(broker: Arc<Broker>, entry: Entry, room: Arc<Semaphore>, tas
             broker.refused("handshakes_max", kind, &address);
             continue;
         }
-        let place = Place { _connection: connection, handshake };
+        let place = Place { _connection: connection, handshake: handshake.map(Box::new) };
         let remote =
             Remote { address, identity: None, certificates: Box::default(), entrance: entrance.clone() };
         if let (Socket::Tcp(socket), true) = (&socket, layers.is_plain()) {
@@ -258,6 +276,7 @@ async fn serve_layered(
         let handshake = Box::pin(layers.handshake(&broker, socket, &mut remote));
         tokio::select! {
             opened = timeout(broker.config.connect_timeout.0, handshake) => opened,
+            () = place.gives_way() => return gave_way(&broker, &remote),
             () = broker.shutdown.cancelled() => return,
         }
     };
@@ -269,11 +288,18 @@ async fn serve_layered(
         Ok(Err(Failed { cause, kind, detail })) => {
             broker.counters.refused_connect(cause);
             if cause != "lost" {
-                broker.failures.report(&kind, 1, &format!("{remote}: {detail}"), "");
+                let address = remote.address.ip().to_string();
+                broker.failures.report_by(&kind, &address, 1, &format!("{remote}: {detail}"), "");
             }
         }
         Err(_) => broker.counters.refused_connect("timeout"),
     }
+}
+
+/// Counted, and said once in a while: the connection ended for another handshake.
+pub fn gave_way(broker: &Broker, remote: &Remote) {
+    let kind = "mqtt: handshakes_max reached, the oldest connection without CONNECT closed";
+    broker.refused("handshakes_max", kind, &remote.address);
 }
 
 impl Layers {

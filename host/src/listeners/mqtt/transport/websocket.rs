@@ -14,6 +14,7 @@ use tokio_tungstenite::tungstenite::handshake::server::{Request, create_response
 use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Error, Message};
 
+use super::super::config::Paths;
 use super::Failed;
 use super::origin::Origins;
 
@@ -40,7 +41,7 @@ pub(super) struct Bytes<S> {
 /// Answers the HTTP request; one that asks for something else gets told how.
 pub(super) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     mut io: S,
-    path: &str,
+    paths: &Paths,
     origins: Origins<'_>,
     frame_bytes_max: usize,
 ) -> Result<Bytes<S>, Failed> {
@@ -61,8 +62,9 @@ pub(super) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
             Err(error) => return Err(Failed::lost(&error)),
         }
     };
-    if request.uri().path() != path {
-        let told = format!("MQTT over WebSocket is at {path}");
+    let path = request.uri().path();
+    if !paths.contain(path) {
+        let told = format!("MQTT over WebSocket is at {}", paths.all().join(", "));
         return Err(refuse(&mut io, 404, &told).await);
     }
     if !request.headers().contains_key("upgrade") {
@@ -100,7 +102,7 @@ pub(super) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     Ok(Bytes { io, rest: bytes::Bytes::new(), unsent: false })
 }
 
-async fn refuse<S: AsyncWrite + Unpin>(io: &mut S, status: u16, told: &str) -> Failed {
+async fn refuse<S: AsyncRead + AsyncWrite + Unpin>(io: &mut S, status: u16, told: &str) -> Failed {
     let reason = match status {
         403 => "Forbidden",
         404 => "Not Found",
@@ -118,6 +120,9 @@ async fn refuse<S: AsyncWrite + Unpin>(io: &mut S, status: u16, told: &str) -> F
     // The client may be gone: then nobody needs the answer.
     let _ = io.write_all(answer.as_bytes()).await;
     let _ = io.shutdown().await;
+    // What it still sends would end the connection before it has read that. The caller bounds the time.
+    let mut discarded = io.take(REQUEST_BYTES_MAX as u64);
+    let _ = tokio::io::copy(&mut discarded, &mut tokio::io::sink()).await;
     Failed::new("websocket", format!("WebSocket refused with {status}"), told)
 }
 

@@ -14,9 +14,10 @@ async fn open() -> (WebSocketStream<DuplexStream>, Bytes<DuplexStream>) {
     let (client, server) = tokio::io::duplex(PIPE_BYTES);
     let mut request = "ws://localhost/mqtt".into_client_request().unwrap();
     request.headers_mut().insert("sec-websocket-protocol", "chat, mqtt".parse().unwrap());
+    let paths = Paths::default();
     let (client, server) = tokio::join!(
         tokio_tungstenite::client_async(request, client),
-        accept(server, "/mqtt", NO_PAGES, FRAME_BYTES_MAX)
+        accept(server, &paths, NO_PAGES, FRAME_BYTES_MAX)
     );
     let (client, response) = client.unwrap();
     assert_eq!(response.headers()["sec-websocket-protocol"], "mqtt");
@@ -96,7 +97,7 @@ async fn who_asks_for_something_else_is_told_how() {
     let from = |origin: &str| format!("GET /mqtt HTTP/1.1\r\nOrigin: {origin}\r\n{upgrade}\r\n");
     for (request, status, hint, cause) in [
         ("GET /mqtt HTTP/1.1\r\nHost: x\r\n\r\n".to_owned(), "426 ", "ws://HOST:PORT/mqtt", "websocket"),
-        ("GET / HTTP/1.1\r\nHost: x\r\n\r\n".to_owned(), "404 ", "is at /mqtt", "websocket"),
+        ("GET /elsewhere HTTP/1.1\r\nHost: x\r\n\r\n".to_owned(), "404 ", "is at /mqtt, /, /ws", "websocket"),
         (from("http://evil.example"), "403 ", "list them in websocket.origins", "websocket_origin"),
         (format!("GET /mqtt HTTP/1.1\r\n{upgrade}\r\n"), "400 ", "Sec-WebSocket-Protocol: mqtt", "websocket"),
         ("POST /mqtt HTTP/1.1\r\nHost: x\r\n\r\n".to_owned(), "400 ", "GET", "websocket"),
@@ -109,10 +110,27 @@ async fn who_asks_for_something_else_is_told_how() {
     ] {
         let (mut client, server) = tokio::io::duplex(64 << 10);
         client.write_all(request.as_bytes()).await.unwrap();
-        let refused = accept(server, "/mqtt", NO_PAGES, FRAME_BYTES_MAX).await.err().unwrap();
+        client.shutdown().await.unwrap();
+        let refused = accept(server, &Paths::default(), NO_PAGES, FRAME_BYTES_MAX).await.err().unwrap();
         let mut answer = String::new();
         client.read_to_string(&mut answer).await.unwrap();
         assert!(answer.starts_with(&format!("HTTP/1.1 {status}")) && answer.contains(hint), "{answer}");
         assert_eq!(refused.cause, cause);
     }
+}
+
+#[tokio::test]
+async fn clients_that_were_told_no_path_find_it() {
+    for (path, is_served) in
+        [("", true), ("/", true), ("/mqtt", true), ("/mqtt/", true), ("/ws", true), ("/mqtts", false)]
+    {
+        let (client, server) = tokio::io::duplex(PIPE_BYTES);
+        let mut request = format!("ws://localhost{path}").into_client_request().unwrap();
+        request.headers_mut().insert("sec-websocket-protocol", "mqtt".parse().unwrap());
+        let paths = Paths::default();
+        let served = accept(server, &paths, NO_PAGES, FRAME_BYTES_MAX);
+        let (connected, served) = tokio::join!(tokio_tungstenite::client_async(request, client), served);
+        assert_eq!((connected.is_ok(), served.is_ok()), (is_served, is_served), "{path}");
+    }
+    assert!(Paths::One("*".to_owned()).contain("/anything/at/all"));
 }

@@ -7,21 +7,30 @@ use tokio_util::codec::Decoder;
 
 use super::{Fault, NUL, SUBSCRIBE, Version, binary, frame, packet_id, sized, take};
 
+/// Flags of CONNECT.
+const PASSWORD: u8 = 0x40;
+const USER_NAME: u8 = 0x80;
+
 pub enum Packet {
     V3(v3::Packet),
     V5(v5::Packet),
 }
 
 pub fn decode(version: Version, whole: &[u8]) -> Result<Packet, Fault> {
-    if version == Version::V3
-        && whole.first() == Some(&SUBSCRIBE)
+    let mut bytes = BytesMut::from(whole);
+    if let Some(first) = bytes.first_mut() {
+        *first = version.first(*first);
+    }
+    if version != Version::V5
+        && bytes.first() == Some(&SUBSCRIBE)
         && let Some(frame) = frame(whole, usize::MAX)?
     {
         check_subscribe_v3(frame.body)?;
     }
-    let mut bytes = BytesMut::from(whole);
     let packet = match version {
-        Version::V3 => v3::Codec::new(0).decode(&mut bytes)?.map(|(packet, _)| Packet::V3(packet)),
+        Version::V31 | Version::V3 => {
+            v3::Codec::new(0).decode(&mut bytes)?.map(|(packet, _)| Packet::V3(packet))
+        }
         Version::V5 => v5::Codec::new(0, 0).decode(&mut bytes)?.map(|(packet, _)| Packet::V5(packet)),
     };
     let packet = packet.ok_or(Fault::malformed("the packet is cut short"))?;
@@ -42,19 +51,21 @@ fn check_subscribe_v3(mut rest: &[u8]) -> Result<(), Fault> {
 }
 
 /// What the codec does not look at in the body of CONNECT: flags that
-/// contradict each other (3.1.2), bytes past the last field.
-pub fn check_connect(version: Version, mut rest: &[u8]) -> Result<(), Fault> {
+/// contradict each other (3.1.2), bytes past the last field. Returns the flags of
+/// what is there: a client of MQTT 3.1 may leave out a user name and a password that
+/// its flags announce (3.1, section 3.1).
+pub fn check_connect(version: Version, mut rest: &[u8]) -> Result<u8, Fault> {
     binary(&mut rest)?;
     // Level, flags, keep alive.
-    let flags = take(&mut rest, 4)?[1];
-    let [will, password, username] = [0x04, 0x40, 0x80].map(|flag| flags & flag != 0);
+    let mut flags = take(&mut rest, 4)?[1];
+    let [will, password, username] = [0x04, PASSWORD, USER_NAME].map(|flag| flags & flag != 0);
     if flags & 1 != 0 {
         return Err(Fault::malformed("the reserved flag of CONNECT"));
     }
     if flags & 0x18 == 0x18 || (flags & 0x38 != 0 && !will) {
         return Err(Fault::malformed("the will flags of CONNECT"));
     }
-    if version == Version::V3 && password && !username {
+    if version != Version::V5 && password && !username {
         return Err(Fault::malformed("a password without a user name"));
     }
     let v5 = version == Version::V5;
@@ -69,10 +80,25 @@ pub fn check_connect(version: Version, mut rest: &[u8]) -> Result<(), Fault> {
         binary(&mut rest)?;
         binary(&mut rest)?;
     }
-    for _ in 0..u8::from(username) + u8::from(password) {
-        binary(&mut rest)?;
+    for (is_announced, flag) in [(username, USER_NAME), (password, PASSWORD)] {
+        match is_announced {
+            true if version == Version::V31 && rest.is_empty() => flags &= !flag,
+            true => _ = binary(&mut rest)?,
+            false => {}
+        }
     }
-    if rest.is_empty() { Ok(()) } else { Err(Fault::malformed("bytes after the last field of CONNECT")) }
+    if rest.is_empty() { Ok(flags) } else { Err(Fault::malformed("bytes after the last field of CONNECT")) }
+}
+
+/// The client's id in the body of a CONNECT that may be malformed behind it.
+pub fn client_id(version: Version, mut rest: &[u8]) -> Option<&str> {
+    binary(&mut rest).ok()?;
+    take(&mut rest, 4).ok()?;
+    if version == Version::V5 {
+        sized(&mut rest).ok()?;
+    }
+    let id = std::str::from_utf8(binary(&mut rest).ok()?).ok()?;
+    (!id.is_empty()).then_some(id)
 }
 
 /// Whether a text of a client's packet holds U+0000, which the codec lets

@@ -2,9 +2,13 @@
 //! DISCONNECT, written into the connection's buffer.
 
 use bytes::{BufMut, BytesMut};
-use rmqtt_codec::v5::DisconnectReasonCode;
 
-use super::{DISCONNECT, PINGRESP, PUBLISH, TOPIC_ALIAS, Version};
+use super::{PINGRESP, PUBLISH, REASON_STRING, TOPIC_ALIAS, Version};
+
+/// A reason string is cut there.
+const REASON_BYTES_MAX: usize = 200;
+/// An ack with a reason string takes no more.
+pub const ACK_BYTES_MAX: usize = 256;
 
 /// An ack whose reason code is success: the same bytes in all versions.
 #[inline]
@@ -15,7 +19,7 @@ pub fn put_ack(out: &mut BytesMut, first: u8, packet_id: u16) {
 /// An ack with a reason code; MQTT 3.1.1 has none, so it is told success.
 pub fn put_ack_with(out: &mut BytesMut, version: Version, first: u8, packet_id: u16, code: u8) {
     match version {
-        Version::V3 => put_ack(out, first, packet_id),
+        Version::V31 | Version::V3 => put_ack(out, first, packet_id),
         Version::V5 => out.put_slice(&[first, 3, (packet_id >> 8) as u8, packet_id as u8, code]),
     }
 }
@@ -24,8 +28,19 @@ pub fn put_pingresp(out: &mut BytesMut) {
     out.put_slice(&[PINGRESP, 0]);
 }
 
-pub fn put_disconnect(out: &mut BytesMut, code: DisconnectReasonCode) {
-    out.put_slice(&[DISCONNECT, 1, code.into()]);
+/// A packet of MQTT 5 that is `head`, and a reason string where there is one to say.
+pub fn put_with_reason(out: &mut BytesMut, first: u8, head: &[u8], reason: &str) {
+    let reason = &reason[..reason.floor_char_boundary(REASON_BYTES_MAX)];
+    let properties = if reason.is_empty() { 0 } else { 3 + reason.len() };
+    out.put_u8(first);
+    put_var_int(out, head.len() + var_int_len(properties) + properties);
+    out.put_slice(head);
+    put_var_int(out, properties);
+    if !reason.is_empty() {
+        out.put_u8(REASON_STRING);
+        out.put_u16(reason.len() as u16);
+        out.put_slice(reason.as_bytes());
+    }
 }
 
 /// A PUBLISH on its way to a subscriber.
@@ -47,7 +62,7 @@ impl OutPublish<'_> {
     /// Bytes after the fixed header.
     pub fn remaining_len(&self, version: Version) -> usize {
         let properties = match version {
-            Version::V3 => 0,
+            Version::V31 | Version::V3 => 0,
             Version::V5 => var_int_len(self.properties_len()) + self.properties_len(),
         };
         2 + self.topic.len() + if self.qos > 0 { 2 } else { 0 } + properties + self.payload.len()

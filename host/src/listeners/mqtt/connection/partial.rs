@@ -1,0 +1,172 @@
+//! Packets that have not come whole: one budget for those of all connections.
+//!
+//! A connection reads on in a packet larger than [`FREE_BYTES`] once it has room for all of
+//! it in the budget, in the order of asking, so that those that have room can be completed.
+//! Who has it and sends nothing for [`SILENT_MAX`] while others wait is disconnected.
+
+use std::future::pending;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, sleep_until};
+
+/// A smaller packet needs no room: it is what a connection may keep in any case.
+pub const FREE_BYTES: usize = 4 << 10;
+/// The budget counts these.
+const UNIT_BYTES: usize = 1 << 10;
+const SILENT_MAX: Duration = Duration::from_secs(10);
+
+/// The budget, of all connections.
+pub struct PartialRoom {
+    units: Arc<Semaphore>,
+    units_max: u32,
+    waiting: AtomicUsize,
+}
+
+impl PartialRoom {
+    pub fn new(bytes_max: u64) -> Arc<Self> {
+        let units_max = u32::try_from(bytes_max / UNIT_BYTES as u64).unwrap_or(u32::MAX).max(1);
+        let units = Arc::new(Semaphore::new(units_max as usize));
+        Arc::new(Self { units, units_max, waiting: AtomicUsize::new(0) })
+    }
+
+    /// Whether connections wait for it: then less is read of each that has not asked yet.
+    pub fn is_wanted(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) > 0
+    }
+
+    /// Whether any packet has room.
+    #[cfg(test)]
+    pub fn is_taken(&self) -> bool {
+        self.units.available_permits() < self.units_max as usize
+    }
+
+    async fn take(self: Arc<Self>, units: u32) -> OwnedSemaphorePermit {
+        let _waits = Waits::new(&self);
+        let taken = self.units.clone().acquire_many_owned(units).await;
+        taken.expect("the semaphore is never closed")
+    }
+}
+
+struct Waits<'r>(&'r PartialRoom);
+
+impl<'r> Waits<'r> {
+    fn new(room: &'r PartialRoom) -> Self {
+        room.waiting.fetch_add(1, Ordering::Relaxed);
+        Self(room)
+    }
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The packet at the front of what one connection has read.
+pub struct Partial {
+    room: Arc<PartialRoom>,
+    bytes: usize,
+    last_read: Instant,
+    state: State,
+}
+
+enum State {
+    Waits(Pin<Box<dyn Future<Output = OwnedSemaphorePermit> + Send>>),
+    Has { _room: OwnedSemaphorePermit },
+}
+
+/// It has room and does not use it.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Silent;
+
+impl Partial {
+    /// What a packet of `bytes` needs that is not whole, of which something came last at
+    /// `last_read`; one that has room keeps it.
+    pub fn set(
+        partial: &mut Option<Box<Self>>,
+        bytes: Option<usize>,
+        last_read: Instant,
+        room: &Arc<PartialRoom>,
+    ) {
+        let Some(bytes) = bytes.filter(|bytes| *bytes > FREE_BYTES) else {
+            *partial = None;
+            return;
+        };
+        if let Some(known) = partial.as_deref_mut().filter(|known| known.bytes >= bytes) {
+            known.last_read = last_read;
+            return;
+        }
+        // What a smaller one had is free for this one, too.
+        *partial = None;
+        let units =
+            u32::try_from(bytes.div_ceil(UNIT_BYTES)).map_or(room.units_max, |it| it.min(room.units_max));
+        let state = match room.units.clone().try_acquire_many_owned(units) {
+            Ok(taken) => State::Has { _room: taken },
+            Err(_) => State::Waits(Box::pin(room.clone().take(units))),
+        };
+        *partial = Some(Box::new(Self { room: room.clone(), bytes, last_read, state }));
+    }
+
+    /// Whether the connection may be read.
+    pub fn may_read(partial: Option<&Self>) -> bool {
+        partial.is_none_or(|partial| matches!(partial.state, State::Has { .. }))
+    }
+
+    /// Returns once it has room, or an error where nothing comes of it and others wait.
+    /// Pending where nothing is waited for. Safe to drop.
+    pub async fn changed(partial: Option<&mut Self>) -> Result<(), Silent> {
+        let Some(partial) = partial else { return pending().await };
+        // Boxed: a connection that waits for nothing does not carry it.
+        Box::pin(async move {
+            if let State::Waits(taken) = &mut partial.state {
+                partial.state = State::Has { _room: taken.await };
+                return Ok(());
+            }
+            let mut look_at = partial.last_read + SILENT_MAX;
+            loop {
+                sleep_until(look_at).await;
+                if partial.room.is_wanted() {
+                    return Err(Silent);
+                }
+                look_at = Instant::now() + SILENT_MAX;
+            }
+        })
+        .await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_large_packet_waits_for_room_and_one_that_does_not_come_gives_it_up() {
+        let room = &PartialRoom::new(8 << 10);
+        let now = Instant::now();
+        let long_ago = now.checked_sub(2 * SILENT_MAX).unwrap();
+        let (mut small, mut one, mut two) = (None, None, None);
+        for (partial, bytes) in [(&mut small, FREE_BYTES), (&mut one, 8_000), (&mut two, 8_000)] {
+            Partial::set(partial, Some(bytes), now, room);
+        }
+        assert!(small.is_none());
+        let may_read = |partial: &Option<Box<Partial>>| Partial::may_read(partial.as_deref());
+        assert!(may_read(&one) && !may_read(&two));
+        Partial::set(&mut one, Some(8_000), long_ago, room);
+        assert_eq!(Partial::changed(one.as_deref_mut()).now_or_never(), None, "nobody waits yet");
+        let mut waits = Box::pin(Partial::changed(two.as_deref_mut()));
+        assert_eq!(waits.as_mut().now_or_never(), None);
+        assert_eq!(Partial::changed(one.as_deref_mut()).now_or_never(), Some(Err(Silent)));
+        Partial::set(&mut one, Some(8_000), now, room);
+        assert_eq!(Partial::changed(one.as_deref_mut()).now_or_never(), None);
+        // It is whole, or its connection has ended.
+        Partial::set(&mut one, None, now, room);
+        assert_eq!(waits.await, Ok(()));
+        assert!(may_read(&two) && !room.is_wanted());
+    }
+}

@@ -1,0 +1,109 @@
+//! A connection that there will not be: what the log says of it, and what CONNACK says.
+
+use bytes::BytesMut;
+use rmqtt_codec::v5::ConnectAckReason;
+
+use super::Broker;
+use super::wire::{self, Version};
+
+#[derive(Debug)]
+pub struct Refused {
+    pub cause: &'static str,
+    /// Which of the faults behind a cause; empty where that says it all.
+    what: String,
+    /// The client, user or address that repeats are counted by.
+    subject: String,
+    /// Who it was, for the log.
+    detail: String,
+    told: Option<Told>,
+}
+
+/// What the client is told.
+#[derive(Debug)]
+struct Told {
+    version: Version,
+    reason: ConnectAckReason,
+    packet_bytes_max: usize,
+}
+
+impl Refused {
+    pub fn new(cause: &'static str, subject: impl Into<String>, detail: impl Into<String>) -> Self {
+        let (subject, detail) = (subject.into(), detail.into());
+        Self { cause, what: String::new(), subject, detail, told: None }
+    }
+
+    pub fn what(self, what: impl Into<String>) -> Self {
+        Self { what: what.into(), ..self }
+    }
+
+    pub fn told(self, version: Version, reason: ConnectAckReason, packet_bytes_max: usize) -> Self {
+        Self { told: Some(Told { version, reason, packet_bytes_max }), ..self }
+    }
+
+    /// Counts it, and says it. A client that only left is counted.
+    pub fn report(&self, broker: &Broker) {
+        broker.counters.refused_connect(self.cause);
+        if self.cause == "lost" {
+            return;
+        }
+        let kind = match &*self.what {
+            "" => format!("mqtt: connect refused: {}", self.cause),
+            what => format!("mqtt: connect refused: {}: {what}", self.cause),
+        };
+        broker.failures.report_by(&kind, &self.subject, 1, &self.detail, "");
+    }
+
+    /// The version and its CONNACK; `None` where that cannot say no.
+    pub fn answer(&self) -> Option<(Version, BytesMut)> {
+        let Told { version, reason, packet_bytes_max } = self.told.as_ref()?;
+        let mut out = BytesMut::new();
+        if *version == Version::V5 {
+            let what = if self.what.is_empty() { explained(self.cause) } else { &self.what };
+            let head = [0, (*reason).into()];
+            wire::put_with_reason(&mut out, wire::CONNACK, &head, what);
+            if out.len() > *packet_bytes_max {
+                out.clear();
+                wire::put_with_reason(&mut out, wire::CONNACK, &head, "");
+            }
+        } else {
+            out.extend_from_slice(&[wire::CONNACK, 2, 0, return_code(*reason)?]);
+        }
+        Some((*version, out))
+    }
+}
+
+/// MQTT 3.1.1, 3.2.2.3.
+fn return_code(reason: ConnectAckReason) -> Option<u8> {
+    Some(match reason {
+        ConnectAckReason::UnsupportedProtocolVersion => 1,
+        ConnectAckReason::ClientIdentifierNotValid => 2,
+        ConnectAckReason::BadUserNameOrPassword => 4,
+        ConnectAckReason::NotAuthorized => 5,
+        ConnectAckReason::QuotaExceeded
+        | ConnectAckReason::PacketTooLarge
+        | ConnectAckReason::ConnectionRateExceeded
+        | ConnectAckReason::ServerUnavailable => 3,
+        _ => return None,
+    })
+}
+
+/// What a client is told of a cause; nothing that helps to guess.
+fn explained(cause: &str) -> &'static str {
+    match cause {
+        "bad_credentials" => "wrong user name or password",
+        "bad_auth_method" => "authentication method not offered",
+        "not_authorized" => "credentials needed",
+        "client_id" => "this user may not have this client id",
+        "session_owner" => "this client id has a session of another user",
+        "access_unavailable" => "credentials cannot be checked now, try again",
+        "connect_rate" => "too many connections per second, try again",
+        "connections_per_user" => "this user has too many connections",
+        "broker_state" | "sessions_max" => "no room for another session",
+        "will_not_authorized" => "the will's topic is not allowed",
+        "will_topic_levels" => "the will's topic has too many levels",
+        "will_bytes_max" => "the will is too large",
+        "wills_bytes_max" => "no room for another will",
+        "stopped" => "the broker is stopping",
+        _ => "",
+    }
+}

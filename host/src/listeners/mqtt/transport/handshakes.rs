@@ -1,0 +1,199 @@
+//! Connections that have not been let in yet: at most `handshakes_max` of a listener,
+//! shared fairly between the addresses that they come from.
+//!
+//! With all places taken, a connection that has not sent its CONNECT gives way. The
+//! address with the most of these loses its oldest to an address that has fewer. Between
+//! equals one gives way only after [`SILENT_MAX`], so that a storm of devices that
+//! reconnect does not end its own handshakes over and over.
+
+use std::collections::{BTreeSet, HashMap};
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
+
+use super::Address;
+
+/// A connection that says nothing for so long gives way to any other.
+const SILENT_MAX: Duration = Duration::from_secs(2);
+
+#[derive(Debug)]
+pub struct Handshakes {
+    max: usize,
+    places: Mutex<Places>,
+    freed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Places {
+    /// Past the most where a connection that gives way has not ended yet.
+    taken: usize,
+    next: u64,
+    /// Connections without a CONNECT, the oldest first.
+    silent: HashMap<Source, BTreeSet<u64>>,
+    /// When each of these came, and how it is told to give way.
+    waiting: HashMap<u64, (Instant, Arc<Notify>)>,
+}
+
+/// Who shares places: an IPv4 address, an IPv6 network of 64 bits, all Unix sockets of
+/// this machine. Behind a load balancer that is the balancer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Source {
+    Ip(IpAddr),
+    Unix,
+}
+
+impl Source {
+    fn of(address: &Address) -> Self {
+        match address {
+            Address::Unix { .. } => Self::Unix,
+            Address::Ip(_) => Self::Ip(match address.ip() {
+                IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() >> 64 << 64).into(),
+                ip => ip,
+            }),
+        }
+    }
+}
+
+/// One place; free again when it is dropped.
+#[derive(Debug)]
+pub struct Handshake {
+    of: Arc<Handshakes>,
+    number: u64,
+    source: Source,
+    gives_way: Arc<Notify>,
+}
+
+impl Handshakes {
+    pub fn new(max: usize) -> Arc<Self> {
+        Arc::new(Self { max, places: Mutex::default(), freed: Notify::new() })
+    }
+
+    /// A place for a connection from `address`, which another one may have to give up.
+    /// `None`: all are taken by connections with as much right to them.
+    pub fn enter(self: &Arc<Self>, address: &Address, now: Instant) -> Option<Handshake> {
+        let source = Source::of(address);
+        let mut places = self.lock();
+        if places.taken >= self.max {
+            places.make_room(source, now)?.notify_one();
+        }
+        let (number, gives_way) = (places.next, Arc::new(Notify::new()));
+        places.next += 1;
+        places.taken += 1;
+        places.silent.entry(source).or_default().insert(number);
+        places.waiting.insert(number, (now, gives_way.clone()));
+        Some(Handshake { of: self.clone(), number, source, gives_way })
+    }
+
+    /// Returns after a place was given back. Safe to drop.
+    pub async fn freed(&self) {
+        self.freed.notified().await;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Places> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Places {
+    /// Takes the place of a silent connection; returns how it is told.
+    fn make_room(&mut self, newcomer: Source, now: Instant) -> Option<Arc<Notify>> {
+        let first = |numbers: &BTreeSet<u64>| numbers.first().copied().unwrap_or(u64::MAX);
+        let most = self.silent.iter().max_by_key(|(_, numbers)| (numbers.len(), u64::MAX - first(numbers)));
+        let (source, numbers) = most?;
+        let number = first(numbers);
+        let own = self.silent.get(&newcomer).map_or(0, BTreeSet::len);
+        let (since, _) = self.waiting.get(&number)?;
+        if own + 1 >= numbers.len() && now.duration_since(*since) < SILENT_MAX {
+            return None;
+        }
+        let source = *source;
+        self.no_more_silent(source, number)
+    }
+
+    fn no_more_silent(&mut self, source: Source, number: u64) -> Option<Arc<Notify>> {
+        if let Some(numbers) = self.silent.get_mut(&source) {
+            numbers.remove(&number);
+            if numbers.is_empty() {
+                self.silent.remove(&source);
+            }
+        }
+        self.waiting.remove(&number).map(|(_, gives_way)| gives_way)
+    }
+}
+
+impl Handshake {
+    /// Its CONNECT is there: from now on it gives way to nobody.
+    pub fn heard(&self) {
+        self.of.lock().no_more_silent(self.source, self.number);
+    }
+
+    /// Returns where the connection is to end for another one's. Safe to drop.
+    pub async fn gives_way(&self) {
+        self.gives_way.notified().await;
+    }
+}
+
+impl Drop for Handshake {
+    fn drop(&mut self) {
+        let mut places = self.of.lock();
+        places.no_more_silent(self.source, self.number);
+        places.taken -= 1;
+        self.of.freed.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    fn from(ip: &str) -> Address {
+        Address::Ip(SocketAddr::new(ip.parse().unwrap(), 1))
+    }
+
+    fn gone(handshakes: &[Handshake]) -> Vec<usize> {
+        let gone = |(i, handshake): (usize, &Handshake)| handshake.gives_way().now_or_never().map(|()| i);
+        handshakes.iter().enumerate().filter_map(gone).collect()
+    }
+
+    #[test]
+    fn the_address_with_the_most_silent_connections_gives_way_to_others() {
+        let (places, now) = (Handshakes::new(4), Instant::now());
+        let enter = |ip: &str| places.enter(&from(ip), now);
+        // Addresses of one network of 64 bits are one client's.
+        let silent: Vec<_> = (1..=4).map(|i| enter(&format!("2001:db8::{i}")).unwrap()).collect();
+        assert!(enter("2001:db8::5").is_none(), "its own are as young");
+        let other = enter("2001:db8:0:1::1").unwrap();
+        assert_eq!(gone(&silent), [0]);
+        silent[1].heard();
+        let another = enter("192.0.2.1").unwrap();
+        assert_eq!(gone(&silent), [2], "not one that has sent its CONNECT");
+        assert!(enter("192.0.2.2").is_none(), "each has one");
+        assert_eq!((gone(&silent), gone(&[other, another])), (vec![], vec![]));
+    }
+
+    #[test]
+    fn the_oldest_silent_connection_gives_way_to_any_other() {
+        let (places, now) = (Handshakes::new(3), Instant::now());
+        let silent: Vec<_> =
+            (0..3).map(|s| places.enter(&from("192.0.2.1"), now + Duration::from_secs(s)).unwrap()).collect();
+        silent[0].heard();
+        let later = now + Duration::from_secs(1) + SILENT_MAX;
+        let new = places.enter(&from("192.0.2.1"), later).unwrap();
+        assert_eq!(gone(&silent), [1]);
+        assert!(places.enter(&from("192.0.2.1"), later).is_none());
+        drop((silent, new));
+        assert!(
+            (0..3)
+                .map(|_| places.enter(&from("192.0.2.1"), later))
+                .collect::<Vec<_>>()
+                .iter()
+                .all(Option::is_some)
+        );
+    }
+}
