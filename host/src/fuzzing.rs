@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use crate::config::fuzzing::config;
 use crate::listeners::mqtt::fuzzing::{
-    broker_state, connection, packets, proxy_header, sent_properties, topic_filters, websocket,
+    broker_state, connection, packets, proxy_header, sent_properties, session, topic_filters, websocket,
 };
 use crate::plugin::fuzzing::answer;
 use crate::stream::log::fuzzing::log_frame;
@@ -20,9 +20,10 @@ pub struct Target {
     pub inputs: usize,
 }
 
-pub const TARGETS: [Target; 10] = [
+pub const TARGETS: [Target; 11] = [
     Target { name: "mqtt_packets", run: packets, inputs: 60_000 },
     Target { name: "mqtt_connection", run: connection, inputs: 4_000 },
+    Target { name: "mqtt_session", run: session, inputs: 2_000 },
     Target { name: "topic_filters", run: topic_filters, inputs: 20_000 },
     Target { name: "broker_state", run: broker_state, inputs: 4_000 },
     Target { name: "proxy_header", run: proxy_header, inputs: 60_000 },
@@ -162,6 +163,7 @@ mod tests {
     hold! {
         no_bytes_break_the_reading_of_packets: "mqtt_packets",
         no_bytes_break_a_connection_and_how_they_are_cut_changes_nothing: "mqtt_connection",
+        a_session_is_what_its_model_says_over_connections_and_restarts: "mqtt_session",
         filters_find_what_a_naive_matcher_finds: "topic_filters",
         no_state_on_disk_breaks_the_start_of_the_broker: "broker_state",
         no_proxy_header_is_taken_by_half: "proxy_header",

@@ -29,6 +29,9 @@ use crate::telemetry::Failures;
 use crate::topic::TopicFilter;
 use crate::units::Period;
 
+mod session;
+
+pub use self::session::session;
 pub use super::transport::fuzzing::{proxy_header, websocket};
 
 const PACKET_BYTES_MAX: usize = 64 << 10;
@@ -38,7 +41,11 @@ const SENT_BYTES_MAX: usize = 4 << 10;
 /// First byte: the version; then packets.
 pub fn packets(data: &[u8]) {
     let Some((&first, mut rest)) = data.split_first() else { return };
-    let version = if first & 1 == 0 { Version::V3 } else { Version::V5 };
+    let version = match first & 3 {
+        0 => Version::V3,
+        2 => Version::V31,
+        _ => Version::V5,
+    };
     while let Ok(Some(frame)) = wire::frame(rest, PACKET_BYTES_MAX) {
         let (whole, after) = rest.split_at(frame.len);
         assert!(matches!(wire::frame(&whole[..frame.len - 1], PACKET_BYTES_MAX), Ok(None)), "half a packet");
@@ -68,6 +75,22 @@ fn publish(version: Version, frame: &wire::Frame<'_>) {
 pub fn sent_properties(block: &[u8]) {
     let message = Message::new("a/b", b"payload", block, 1, 0);
     wire::properties(message.properties(), |_| {}).expect("what a subscriber may be sent");
+}
+
+thread_local! {
+    static RUNTIME: tokio::runtime::Runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .expect("a runtime without I/O");
+}
+
+/// Serves a client that sends `pieces` and leaves; returns what it was told.
+async fn converse(broker: &Arc<Broker>, pieces: Vec<Bytes>) -> Vec<u8> {
+    let (told, gone) = (Arc::new(Mutex::new(Vec::new())), Arc::default());
+    let io = Pipe { pieces: pieces.into(), waits: true, room: None, told: told.clone(), gone };
+    let (remote, place) = somebody();
+    tokio::task::unconstrained(serving::serve(broker.clone(), io, remote, place)).await;
+    told.lock().map(|told| told.clone()).unwrap_or_default()
 }
 
 /// First byte: bit 0 delivers to the client what it publishes, bit 1 begins with
@@ -111,12 +134,6 @@ struct Conversation {
 
 impl Conversation {
     fn with(pieces: Vec<Bytes>, delivers: bool, full: bool) -> Self {
-        thread_local! {
-            static RUNTIME: tokio::runtime::Runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_time()
-                .build()
-                .expect("a runtime without I/O");
-        }
         RUNTIME.with(|runtime| runtime.block_on(Self::take_place(pieces, delivers, full)))
     }
 
