@@ -38,6 +38,19 @@ pub struct Config {
     /// What an MQTT 3.1.1 client meets that publishes where it may not; its
     /// version has no way to be told.
     pub denied_publish: DeniedPublish,
+    /// What a subscription meets that matches denied topics beside allowed ones, such as
+    /// `#` where `plant/secret` is denied.
+    pub overlap: Overlap,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Overlap {
+    /// It is granted; messages of denied topics, retained ones too, are not delivered.
+    #[default]
+    Filter,
+    /// It is refused.
+    Refuse,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]

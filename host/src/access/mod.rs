@@ -34,7 +34,7 @@ use crate::problems::{KeyPath, Problems};
 use crate::telemetry::Failures;
 use crate::topic::TopicFilter;
 
-pub use self::config::{Authenticator, Certificate, Config, DeniedPublish, Limits, Rule};
+pub use self::config::{Authenticator, Certificate, Config, DeniedPublish, Limits, Overlap, Rule};
 pub use self::exchange::{Exchange, ROUNDS_MAX, Step};
 pub use self::limits::{Allowance, UserPlace};
 pub use self::passwords::Users as PasswordFile;
@@ -278,7 +278,7 @@ impl Access {
         } else {
             let user = identity.name.as_deref();
             let compiled_for = Who { client_id, user, fields: &identity.fields };
-            Policy::compile(identity.rules.iter().chain(&config.rules), &compiled_for)
+            Policy::compile(identity.rules.iter().chain(&config.rules), &compiled_for, config.overlap)
         };
         let authorizer = identity.authorizer.take().filter(|_| policy.asks());
         let questions = authorizer

@@ -1,10 +1,11 @@
 //! Rules of what a client may publish, subscribe to and receive, compiled when
 //! it connects: its variables are filled in, rules for others are left out.
 //!
-//! A filter may be subscribed to when every topic it can match is allowed. The
-//! test errs on the side of no: a filter that only several allowing rules
-//! together cover is refused. What is received was subscribed to: without a
-//! rule of its own it needs no more.
+//! A filter may be subscribed to when every topic it can match is allowed, or,
+//! with [`Overlap::Filter`], allowed but for some that are denied; messages of those
+//! are not delivered. The test errs on the side of no: a filter that only several
+//! allowing rules together cover is refused. What is received was subscribed to:
+//! without a rule of its own it needs no more.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,7 +13,7 @@ use std::sync::Arc;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::config::Rule;
+use super::config::{Overlap, Rule};
 use crate::topic::TopicFilter;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
@@ -65,6 +66,7 @@ struct Compiled {
     /// Deliveries must be looked at.
     limits_receive: bool,
     asks: bool,
+    overlap: Overlap,
 }
 
 #[derive(Debug)]
@@ -80,7 +82,7 @@ impl Policy {
         Self(None)
     }
 
-    pub fn compile<'r>(rules: impl IntoIterator<Item = &'r Rule>, who: &Who<'_>) -> Self {
+    pub fn compile<'r>(rules: impl IntoIterator<Item = &'r Rule>, who: &Who<'_>, overlap: Overlap) -> Self {
         let fits = rules.into_iter().filter(|rule| rule.fits(who));
         let compiled = fits.map(|rule| CompiledRule {
             effect: rule.effect,
@@ -92,10 +94,15 @@ impl Policy {
                 .collect(),
         });
         let rules: Box<[CompiledRule]> = compiled.filter(|rule| !rule.patterns.is_empty()).collect();
-        let is_limit = |rule: &CompiledRule| rule.action == Action::Receive && rule.effect != Effect::Allow;
+        let is_limit = |rule: &CompiledRule| match rule.action {
+            Action::Receive => rule.effect != Effect::Allow,
+            Action::Publish => false,
+            Action::Subscribe | Action::Both => rule.effect == Effect::Deny && overlap == Overlap::Filter,
+        };
         Self(Some(Arc::new(Compiled {
             limits_receive: rules.iter().any(is_limit),
             asks: rules.iter().any(|rule| rule.effect == Effect::Ask),
+            overlap,
             rules,
         })))
     }
@@ -108,7 +115,7 @@ impl Policy {
         compiled.first(topic, is_of).map_or(Verdict::No, Effect::verdict)
     }
 
-    /// Whether every topic that `filter` can match is allowed.
+    /// Whether every topic that `filter` can match is allowed, but for what is not delivered.
     pub fn subscribe(&self, filter: &TopicFilter) -> Verdict {
         let Some(compiled) = &self.0 else { return Verdict::Yes };
         let filter = Pattern::of(filter.as_str());
@@ -119,7 +126,8 @@ impl Policy {
             let is_within = || patterns.iter().any(|pattern| filter.is_within(pattern));
             match effect {
                 Effect::Allow if is_within() => return otherwise,
-                Effect::Deny if overlaps() => return Verdict::No,
+                Effect::Deny if is_within() => return Verdict::No,
+                Effect::Deny if compiled.overlap == Overlap::Refuse && overlaps() => return Verdict::No,
                 Effect::Ask if is_within() => return Verdict::Ask,
                 // Of the others the rules that follow decide.
                 Effect::Ask if overlaps() => otherwise = Verdict::Ask,
@@ -132,8 +140,14 @@ impl Policy {
     /// Of a topic that is subscribed to. Allocates nothing.
     pub fn receive(&self, topic: &str) -> Verdict {
         let Some(compiled) = self.0.as_ref().filter(|it| it.limits_receive) else { return Verdict::Yes };
-        let is_of = |action| action == Action::Receive;
-        compiled.first(topic, is_of).map_or(Verdict::Yes, Effect::verdict)
+        let first = compiled.first(topic, |action| action == Action::Receive);
+        match first.map_or(Verdict::Yes, Effect::verdict) {
+            Verdict::Yes if compiled.overlap == Overlap::Filter => {
+                let first = compiled.first(topic, |it| matches!(it, Action::Subscribe | Action::Both));
+                if first == Some(Effect::Deny) { Verdict::No } else { Verdict::Yes }
+            }
+            verdict => verdict,
+        }
     }
 
     /// Whether a delivery must be looked at.

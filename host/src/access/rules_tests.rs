@@ -10,8 +10,18 @@ fn rule(effect: Effect, topics: &[&str]) -> Rule {
 }
 
 fn compile(rules: &[Rule], user: Option<&str>, client_id: &str, fields: &[(&str, &str)]) -> Policy {
+    compile_with(Overlap::Refuse, rules, user, client_id, fields)
+}
+
+fn compile_with(
+    overlap: Overlap,
+    rules: &[Rule],
+    user: Option<&str>,
+    client_id: &str,
+    fields: &[(&str, &str)],
+) -> Policy {
     let fields = fields.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-    Policy::compile(rules, &Who { client_id, user, fields: &fields })
+    Policy::compile(rules, &Who { client_id, user, fields: &fields }, overlap)
 }
 
 trait May {
@@ -105,6 +115,28 @@ proptest! {
                 Verdict::Ask => prop_assert!(topic_is != Verdict::No, "{}", topic),
                 Verdict::No => {}
             }
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn of_an_overlapping_subscription_no_denied_topic_is_received_and_no_allowed_one_is_missed(
+        rules in prop::collection::vec((an_effect(), any_filter()), 0..6),
+        wanted in any_filter(),
+    ) {
+        let rules: Vec<Rule> = rules.iter().map(|(effect, topic)| rule(*effect, &[topic])).collect();
+        let [policy, strict] = [Overlap::Filter, Overlap::Refuse].map(|it| compile_with(it, &rules, None, "c", &[]));
+        let wanted = filter(&wanted);
+        let verdict = policy.subscribe(&wanted);
+        if strict.subscribe(&wanted) != Verdict::No {
+            prop_assert_eq!(verdict, strict.subscribe(&wanted));
+        }
+        for topic in topics().iter().filter(|topic| verdict != Verdict::No && wanted.matches(topic)) {
+            let first = rules.iter().find(|rule| filter(&rule.topics[0]).matches(topic));
+            let effect = first.map(|rule| rule.effect);
+            prop_assert_eq!(policy.receive(topic) == Verdict::No, effect == Some(Effect::Deny), "{}", topic);
+            prop_assert!(effect.is_some() && policy.limits_receive() | (effect != Some(Effect::Deny)), "{}", topic);
         }
     }
 }

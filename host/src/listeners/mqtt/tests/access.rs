@@ -144,12 +144,46 @@ async fn an_mqtt_3_client_that_publishes_where_it_may_not_is_closed_or_its_messa
 #[tokio::test]
 async fn only_what_is_allowed_whole_is_subscribed_to() {
     let yaml = "[{ effect: deny, topics: [a/secret] }, { effect: allow, action: subscribe, topics: [a/#] }]";
-    let Guarded { host, .. } = guarded(yaml, |_| {}).await;
+    let refuse = |config: &mut Config| {
+        config.access.as_mut().unwrap().overlap = access::Overlap::Refuse;
+    };
+    let Guarded { host, .. } = guarded(yaml, refuse).await;
     let (mut client, _) = host.client(signed_in("c", "ann", "ann")).await;
     assert_eq!(client.subscribe("a/b/#", QOS1).await, SubscribeAckReason::GrantedQos1);
     for filter in ["a/#", "a/secret", "#", "$SYS/#", "b"] {
         assert_eq!(client.subscribe(filter, QOS1).await, SubscribeAckReason::NotAuthorized, "{filter}");
     }
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn a_subscription_that_overlaps_a_denied_topic_gets_all_others_live_and_retained() {
+    let yaml = "[{ effect: allow, action: publish, topics: ['#'] }, \
+        { effect: deny, action: subscribe, topics: [a/+/secret] }, \
+        { effect: allow, action: subscribe, topics: [a/#] }]";
+    let Guarded { host, .. } = guarded(yaml, |_| {}).await;
+    let (mut publisher, _) = host.client(signed_in("p", "ann", "ann")).await;
+    let mut publish_all = async |retain| {
+        for topic in ["a/b/secret", "a/b/open", "a/c/secret", "a/d"] {
+            publisher.send(Publish { retain, ..publish(topic, QoS::AtLeastOnce, 1) }).await;
+            assert_eq!(publisher.receive().await, puback(1));
+        }
+    };
+    publish_all(true).await;
+    let (mut client, _) = host.client(signed_in("c", "ann", "ann")).await;
+    assert_eq!(client.subscribe("a/b/secret", QOS1).await, SubscribeAckReason::NotAuthorized);
+    assert_eq!(client.subscribe("a/#", QOS1).await, SubscribeAckReason::GrantedQos1);
+    let mut topics = Vec::new();
+    for packet_id in 1..=4 {
+        if packet_id == 3 {
+            publish_all(false).await;
+        }
+        topics.push(client.received().await.topic.to_string());
+        client.send(puback(packet_id)).await;
+    }
+    topics[..2].sort();
+    assert_eq!(topics, ["a/b/open", "a/d", "a/b/open", "a/d"]);
+    client.nothing_but_ping().await;
     host.stop().await;
 }
 
