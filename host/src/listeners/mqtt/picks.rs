@@ -8,7 +8,7 @@ use crate::batch::{Batch, Offset};
 use crate::stream::{Cursor, ReadError, Stream};
 
 /// Messages between two that are wanted: past it a new cursor is cheaper.
-const PASSED_MAX: u64 = 4_096;
+const PASSED_MAX: u64 = 256;
 /// After a read that failed.
 const READ_RETRY_AFTER: Duration = Duration::from_secs(1);
 

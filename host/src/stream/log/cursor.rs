@@ -20,8 +20,10 @@ use crate::stream::{Cursor, GapCause, Read, ReadError};
 
 /// Messages of one batch; a larger frame comes in parts.
 pub const BATCH_MESSAGES_MAX: usize = 1_024;
-/// Frames read ahead from disk.
+/// Frames read ahead from disk, by a reader that goes on from one to the next; it begins
+/// with the one frame that it wants.
 const AHEAD_BYTES_MAX: usize = 1 << 20;
+const AHEAD_BYTES_LEAST: usize = 64 << 10;
 
 pub struct LogCursor {
     inner: Arc<Inner>,
@@ -124,10 +126,11 @@ impl LogCursor {
     /// More frames from the disk into `ahead`.
     async fn read_ahead(&mut self) -> Result<(), ReadError> {
         if self.reading.is_none() {
-            let mut reader = self
-                .reader
-                .take()
-                .unwrap_or_else(|| DiskReader { inner: Arc::clone(&self.inner), open: None });
+            let mut reader = self.reader.take().unwrap_or_else(|| DiskReader {
+                inner: Arc::clone(&self.inner),
+                open: None,
+                ahead: 0,
+            });
             let at = self.at;
             self.reading = Some(tokio::task::spawn_blocking(move || {
                 let pieces = reader.read(at);
@@ -179,6 +182,8 @@ struct DiskReader {
     inner: Arc<Inner>,
     /// The segment that is read, and the offset that its scan is at.
     open: Option<(u64, Scan, u64)>,
+    /// Bytes of frames that the next read may give beyond the first.
+    ahead: usize,
 }
 
 impl DiskReader {
@@ -193,7 +198,7 @@ impl DiskReader {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
                 other => other?,
             };
-            let mut scan = Scan::new(file, &header, limit);
+            let mut scan = Scan::new(file, &header, limit).for_few();
             let mut to = header.base;
             if let Some((offset, place)) = landmarks.before(at) {
                 scan.back_to(place);
@@ -205,7 +210,9 @@ impl DiskReader {
         scan.extend(limit);
         let mut pieces = Vec::new();
         let mut bytes = 0;
-        while bytes < AHEAD_BYTES_MAX && *to < end {
+        let ahead = self.ahead;
+        self.ahead = (2 * ahead).clamp(AHEAD_BYTES_LEAST, AHEAD_BYTES_MAX);
+        while (bytes == 0 || bytes < ahead) && *to < end {
             landmarks.pass(*to, scan.place());
             match scan.next()? {
                 Step::Frame { header, at: place } => {

@@ -14,6 +14,9 @@ use super::tail::Frame;
 
 /// Read at once; a larger frame is read whole.
 const CHUNK_BYTES: u64 = 1 << 20;
+/// Read at a place that does not follow what was read before, where the scan is for few
+/// frames: no more than a header. What follows is read in ever larger chunks.
+const CHUNK_BYTES_LEAST: u64 = 512;
 
 pub struct Scan {
     file: Arc<dyn File>,
@@ -26,6 +29,8 @@ pub struct Scan {
     expected: u64,
     chunk: Bytes,
     chunk_at: u64,
+    /// Of the last chunk, where it is for few frames.
+    ahead: Option<u64>,
 }
 
 /// A place between frames.
@@ -36,7 +41,7 @@ pub struct Place {
 }
 
 /// Bytes between two landmarks; few in tests, so that all of them come by some.
-const LANDMARK_EVERY_BYTES: u64 = if cfg!(test) { 1 << 10 } else { 1 << 20 };
+const LANDMARK_EVERY_BYTES: u64 = if cfg!(test) { 1 << 10 } else { 256 << 10 };
 
 /// Places in one segment that readers have come by, so that the next one
 /// begins near what it wants.
@@ -83,7 +88,14 @@ impl Scan {
             expected: segment.first_frame,
             chunk: Bytes::new(),
             chunk_at: 0,
+            ahead: None,
         }
+    }
+
+    /// Reads of frames that are passed over no more than their headers.
+    pub fn for_few(mut self) -> Self {
+        self.ahead = Some(CHUNK_BYTES_LEAST);
+        self
     }
 
     /// More of the file may hold frames now.
@@ -207,7 +219,15 @@ impl Scan {
         let wanted = at..at.saturating_add(len).min(self.limit).max(at);
         let held = self.chunk_at..self.chunk_at + self.chunk.len() as u64;
         if !(held.start <= wanted.start && wanted.end <= held.end) {
-            let end = wanted.end.max(at.saturating_add(CHUNK_BYTES).min(self.limit)).max(at);
+            let ahead = match &mut self.ahead {
+                Some(ahead) => {
+                    let follows = !self.chunk.is_empty() && held.start <= at && at <= held.end;
+                    *ahead = if follows { CHUNK_BYTES.min(2 * *ahead) } else { CHUNK_BYTES_LEAST };
+                    *ahead
+                }
+                None => CHUNK_BYTES,
+            };
+            let end = wanted.end.max(at.saturating_add(ahead).min(self.limit)).max(at);
             let mut bytes = vec![0; (end - at) as usize];
             let read = self.file.read_at(&mut bytes, at)?;
             bytes.truncate(read);

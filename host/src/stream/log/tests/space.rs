@@ -247,6 +247,26 @@ fn a_reader_that_is_at_the_end_reads_a_few_bytes_until_there_is_more() {
     }
 }
 
+#[test]
+fn a_place_among_large_frames_costs_its_frame_and_the_headers_on_the_way() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = Config { segment_bytes: ByteSize(8 << 20), ..small() };
+    let read = Arc::new(AtomicU64::new(0));
+    let disk = Arc::new(Counting(RealDisk, read.clone()));
+    let (log, _) = Log::open(disk, folder.path(), "t", &config).unwrap();
+    for n in 0..200 {
+        let appended = log.append(&[message("a/b", &payload(n, 16_000))], &[]).unwrap();
+        block_on(durable(&*log, appended.ticket));
+    }
+    for at in [150, 20, 101] {
+        read.store(0, Ordering::Relaxed);
+        let Read::Batch(batch) = block_on(log.cursor(Offset(at)).next()).unwrap() else { panic!("a gap") };
+        assert_eq!(batch.base, Offset(at));
+        let read = read.load(Ordering::Relaxed);
+        assert!(read < 16_000 + at * 1_000 + 4_000, "{read} bytes for message {at}");
+    }
+}
+
 #[tokio::test]
 async fn a_detached_reader_gets_a_gap_of_exact_size() {
     let disk = SimDisk::new(3);
