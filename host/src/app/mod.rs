@@ -34,7 +34,7 @@ use crate::listeners::mqtt;
 use crate::pipeline::{self, Batching, SinkPart};
 use crate::plugin::access::AccessEngine;
 use crate::plugin::{PluginState, PluginStatus, Plugins};
-use crate::stream::log::{Disk, Log, RealDisk, Recovery};
+use crate::stream::log::{Disk, Log, RealDisk, Recovery, STATE_BYTES_MAX};
 use crate::stream::{self, Stream, Streams};
 use crate::telemetry::{self, Failures};
 use crate::topic::{Namespace, TopicFilter};
@@ -43,8 +43,9 @@ use crate::units::{ByteSize, Period};
 /// As a shell shows a process that SIGINT ended.
 const INTERRUPTED: i32 = 130;
 
-/// The broker's stream has so much room beside copies.
-const BROKER_STATE_BYTES: u64 = 256 << 20;
+/// The broker's stream has so much room beside copies: a checkpoint of its state begins
+/// each segment.
+const BROKER_STATE_BYTES: u64 = 4 * STATE_BYTES_MAX as u64;
 /// Copies that nobody waits for any more go from the disk after this, at the latest.
 const COPIES_SORTED_AFTER: Duration = Duration::from_secs(6 * 3_600);
 

@@ -43,10 +43,12 @@ mod tail;
 #[cfg(test)]
 mod tests;
 
+pub use clock::SET_US as CLOCK_SET_US;
 pub use disk::{Disk, RealDisk, SlowDisk, SyncSite};
 pub use measure::METRICS;
 pub use read_only::ReadOnly;
 pub use recover::{Damage, OpenError, Recovery};
+pub use state::STATE_BYTES_MAX;
 
 use super::{
     AppendError, Appended, Attachment, Config, Cursor, Identity, NewMessage, OnLag, ReadError, StateChange,

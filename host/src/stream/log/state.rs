@@ -10,8 +10,9 @@ use super::frame::{change_len, push_change};
 pub const OWN: u8 = 0;
 /// First byte of the keys of the stream's users.
 pub const USERS: u8 = 1;
-/// All keys and values together. Past it nothing is added until something was removed.
-pub const STATE_BYTES_MAX: usize = 64 << 20;
+/// All keys and values together: as many sessions as the broker takes by default, and what
+/// they note. Past it nothing is added until something was removed.
+pub const STATE_BYTES_MAX: usize = 128 << 20;
 /// Of one checkpoint frame.
 const CHECKPOINT_FRAME_BYTES: usize = 1 << 20;
 

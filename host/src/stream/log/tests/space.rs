@@ -327,7 +327,7 @@ fn age_counts_only_once_the_clock_is_set_and_never_after_a_jump_by_decades() {
 #[test]
 fn a_full_state_map_refuses_only_what_adds_to_it() {
     let (disk, clock) = (SimDisk::new(3), new_clock());
-    let config = Config { commit_buffer_bytes_max: ByteSize(128 << 20), ..small() };
+    let config = Config { commit_buffer_bytes_max: ByteSize(256 << 20), ..small() };
     let (log, _) = manual(&disk, &config, &clock).unwrap();
     let value = vec![7; crate::stream::STATE_VALUE_BYTES_MAX];
     let set = |key: &u32, value| {
