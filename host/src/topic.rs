@@ -67,19 +67,24 @@ impl TopicFilter {
     /// Wildcards at the first level do not match topics that start with `$`
     /// (MQTT 5.0, 4.7.2).
     pub fn matches(&self, topic: &str) -> bool {
-        if topic.starts_with('$') && (self.0.starts_with('#') || self.0.starts_with('+')) {
-            return false;
-        }
-        let mut filter = self.0.split('/');
-        let mut levels = topic.split('/');
-        loop {
-            match (filter.next(), levels.next()) {
-                (Some("#"), _) => return true,
-                (Some("+"), Some(_)) => {}
-                (Some(wanted), Some(level)) if wanted == level => {}
-                (None, None) => return true,
-                _ => return false,
-            }
+        filter_matches(&self.0, topic)
+    }
+}
+
+/// As [`TopicFilter::matches`], of a text that was checked.
+pub fn filter_matches(filter: &str, topic: &str) -> bool {
+    if topic.starts_with('$') && filter.starts_with(['#', '+']) {
+        return false;
+    }
+    let mut filter = filter.split('/');
+    let mut levels = topic.split('/');
+    loop {
+        match (filter.next(), levels.next()) {
+            (Some("#"), _) => return true,
+            (Some("+"), Some(_)) => {}
+            (Some(wanted), Some(level)) if wanted == level => {}
+            (None, None) => return true,
+            _ => return false,
         }
     }
 }

@@ -1,10 +1,12 @@
 //! The broker beside mosquitto, by the CPU of the broker's process: a message
 //! to many subscribers, pairs of publisher and subscriber, and what filters
-//! cost that a message does not meet. What the load takes is not in it.
+//! cost that a message does not meet. What the load takes is not in it. By the
+//! clock: a wildcard subscription beside many retained messages.
 //! Every message sent must be delivered: else there is no figure.
 
+use std::io::Write;
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use headworks_tests::mosquitto::Mosquitto;
 use headworks_tests::mqtt::{self, Connection, Version, kind};
@@ -36,11 +38,16 @@ const FILTERED_TURNS: u64 = 5;
 const FILTERED_MESSAGES: u64 = 200_000;
 const MARK: &str = "mark";
 
+/// As many as `retained_messages_max` lets there be; each lookup finds one of them.
+const RETAINED_TOPICS: u64 = 100_000;
+const LOOKUPS: u64 = 200;
+
 type CpuOf<'a> = &'a dyn Fn() -> Duration;
 
 pub fn run(results: &mut Results) {
     fanout_and_pairs(results);
     foreign_filters(results);
+    retained_lookups(results);
 }
 
 fn fanout_and_pairs(results: &mut Results) {
@@ -187,6 +194,66 @@ fn foreign_filters(results: &mut Results) {
     results.add("publish_cpu_us_100k_filters", &many);
     results.add_ratio("subscribe_cost_ratio_100k", &many, &one);
     hosts.iter_mut().for_each(|host| assert!(host.stop().success()));
+}
+
+/// From a SUBSCRIBE with a wildcard until its retained message is there.
+fn retained_lookups(results: &mut Results) {
+    let mosquitto = Mosquitto::start();
+    let mut host = ingest::host("");
+    let addrs = [host.mqtt(), mosquitto.addr];
+    addrs.into_iter().for_each(retain_all);
+    let mut us = [Vec::new(), Vec::new()];
+    for round in 0..rounds() as u64 {
+        for i in [1, 0] {
+            us[i].push(micros(look_up(addrs[i], round), LOOKUPS));
+        }
+    }
+    results.add("retained_lookup_us_100k", &us[0]);
+    results.add("retained_lookup_us_100k_mosquitto", &us[1]);
+    host.stop();
+}
+
+fn retained_topic(n: u64) -> String {
+    format!("acme/site-{}/dev-{}/state/{}", n % 7, n / 10, n % 10)
+}
+
+fn retain_all(addr: SocketAddr) {
+    let mut connection = Connection::open(addr, Version::V311, "retains", true).expect("the broker accepts");
+    let numbers: Vec<u64> = (0..RETAINED_TOPICS).collect();
+    for numbers in numbers.chunks(500) {
+        let mut out = Vec::new();
+        for (packet_id, n) in (1..).zip(numbers) {
+            let from = out.len();
+            mqtt::publish(&mut out, Version::V311, 1, false, &retained_topic(*n), packet_id, b"v");
+            out[from] |= 1;
+        }
+        connection.stream.write_all(&out).expect("the broker reads");
+        let mut acked = 0;
+        while acked < numbers.len() {
+            connection.receive(|packet| acked += usize::from(packet.kind() == kind::PUBACK)).expect("acks");
+        }
+    }
+}
+
+fn look_up(addr: SocketAddr, round: u64) -> Duration {
+    let mut connection = Connection::open(addr, Version::V311, "looks-up", true).expect("the broker accepts");
+    let begun = Instant::now();
+    for n in (0..LOOKUPS).map(|n| (round * LOOKUPS + n) * 499 % RETAINED_TOPICS) {
+        let filter = format!("acme/+/dev-{}/+/{}", n / 10, n % 10);
+        let mut out = Vec::new();
+        mqtt::subscribe(&mut out, Version::V311, 1, &[(&filter, 0)]);
+        connection.stream.write_all(&out).expect("the broker reads");
+        let (mut subscribed, mut found) = (0, 0);
+        while (subscribed, found) != (1, 1) {
+            let each = |packet: mqtt::Packet<'_>| match packet.kind() {
+                kind::SUBACK => subscribed += 1,
+                kind::PUBLISH => found += 1,
+                other => panic!("packet {other:#x}"),
+            };
+            connection.receive(each).expect("the broker answers");
+        }
+    }
+    begun.elapsed()
 }
 
 fn foreign_client(addr: SocketAddr, number: usize) -> Connection {

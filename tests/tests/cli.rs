@@ -125,9 +125,13 @@ fn clients_are_listed_shown_and_sent_away() {
     watcher.find("press-7 is gone");
     let waiting = &host.cli_json(&["clients", "list", "press"])[0];
     assert!(waiting["connection"].is_null() && waiting["subscriptions"] == 2, "{waiting}");
-    let failed = host.command(&["clients", "kick", "nobody", "--config", "headworks.yaml"]).output();
-    let failed = failed.expect("headworks runs");
-    assert!(!failed.status.success() && String::from_utf8_lossy(&failed.stderr).contains("clients list"));
+    host.cli(&["clients", "delete", "press-7"]);
+    assert!(host.cli_json(&["clients", "list", "press"]).is_empty());
+    for verb in ["kick", "delete"] {
+        let failed = host.command(&["clients", verb, "nobody", "--config", "headworks.yaml"]).output();
+        let failed = failed.expect("headworks runs");
+        assert!(!failed.status.success() && String::from_utf8_lossy(&failed.stderr).contains("clients list"));
+    }
 }
 
 #[test]

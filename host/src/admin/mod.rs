@@ -37,7 +37,7 @@ pub struct Deps {
     pub status: Arc<dyn Fn() -> serde_json::Value + Send + Sync>,
     /// `POST /api/dead-letters/redrive`.
     pub redrive: Arc<dyn Redrive>,
-    /// `POST /api/clients/list`, `show` and `kick`.
+    /// `POST /api/clients/list`, `show`, `kick` and `delete`.
     pub clients: Arc<dyn Clients>,
     /// Before `/metrics` is shown: sets the gauges that nobody keeps.
     pub measure: Arc<dyn Fn() + Send + Sync>,
@@ -58,7 +58,8 @@ pub struct Component {
     pub detail: String,
 }
 
-/// Clients of the listeners. Cheap calls, which never wait.
+/// Clients of the listeners. Cheap calls; only one of them waits.
+#[async_trait]
 pub trait Clients: Send + Sync {
     /// Those whose id begins with `prefix`, at most `max`.
     fn list(&self, prefix: &str, max: usize) -> ClientList;
@@ -68,6 +69,9 @@ pub trait Clients: Send + Sync {
 
     /// False where it is not connected.
     fn kick(&self, client_id: &str) -> bool;
+
+    /// Ends the client's session; false where it has none. Waits until that is durable.
+    async fn delete(&self, client_id: &str) -> bool;
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -36,6 +36,7 @@ pub fn router(deps: Deps, address: SocketAddr, body_max: Duration) -> Router {
         .route("/api/clients/list", post(list_clients))
         .route("/api/clients/show", post(show_client))
         .route("/api/clients/kick", post(kick_client))
+        .route("/api/clients/delete", post(delete_client))
         .fallback(async || problem(StatusCode::NOT_FOUND, "no such page"))
         .layer(middleware::from_fn_with_state(body_max, whole_body))
         .layer(middleware::from_fn_with_state(instance, as_instance))
@@ -53,7 +54,8 @@ async fn index() -> &'static str {
      POST /api/dead-letters/redrive   send dead letters again\n\
      POST /api/clients/list           MQTT clients and sessions\n\
      POST /api/clients/show           one of them\n\
-     POST /api/clients/kick           end its connection\n"
+     POST /api/clients/kick           end its connection\n\
+     POST /api/clients/delete         end its session and all that waits for it\n"
 }
 
 async fn healthz(State(deps): State<Deps>) -> Response {
@@ -110,6 +112,10 @@ async fn show_client(State(deps): State<Deps>, Json(request): Json<ClientRequest
 
 async fn kick_client(State(deps): State<Deps>, Json(request): Json<ClientRequest>) -> Response {
     Json(json!({ "kicked": deps.clients.kick(&request.client_id) })).into_response()
+}
+
+async fn delete_client(State(deps): State<Deps>, Json(request): Json<ClientRequest>) -> Response {
+    Json(json!({ "deleted": deps.clients.delete(&request.client_id).await })).into_response()
 }
 
 /// Reads the body before a handler is called: bounded in bytes and in time.

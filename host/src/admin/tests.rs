@@ -25,6 +25,7 @@ impl Redrive for Redriven {
 /// `pump-1`, connected.
 struct OneClient;
 
+#[async_trait]
 impl Clients for OneClient {
     fn list(&self, prefix: &str, max: usize) -> ClientList {
         let clients: Vec<_> =
@@ -37,6 +38,10 @@ impl Clients for OneClient {
     }
 
     fn kick(&self, client_id: &str) -> bool {
+        client_id == "pump-1"
+    }
+
+    async fn delete(&self, client_id: &str) -> bool {
         client_id == "pump-1"
     }
 }

@@ -1,10 +1,13 @@
 //! The MQTT clients, for the admin port.
 
+use async_trait::async_trait;
+
 use crate::admin::{ClientList, Clients};
 use crate::listeners::mqtt;
 
 pub struct MqttClients(pub mqtt::Clients);
 
+#[async_trait]
 impl Clients for MqttClients {
     fn list(&self, prefix: &str, max: usize) -> ClientList {
         let (found, clients) = self.0.list(prefix, max);
@@ -17,6 +20,10 @@ impl Clients for MqttClients {
 
     fn kick(&self, client_id: &str) -> bool {
         self.0.kick(client_id)
+    }
+
+    async fn delete(&self, client_id: &str) -> bool {
+        self.0.delete(client_id).await
     }
 }
 

@@ -136,6 +136,7 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
         failures: failures.clone(),
         access_plugins,
         background: background.handle(),
+        clock: mqtt::system_clock(),
         shutdown: stop_listening.clone(),
     };
     let listener = mqtt::start(&config.mqtt, deps).await?;

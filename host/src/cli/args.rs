@@ -240,6 +240,12 @@ pub enum ClientsCommand {
         #[command(flatten)]
         config: ConfigArgs,
     },
+    /// Delete a client's session, its subscriptions and all that waits for it; ends its connection
+    Delete {
+        client_id: String,
+        #[command(flatten)]
+        config: ConfigArgs,
+    },
 }
 
 #[derive(Debug, Subcommand)]

@@ -24,18 +24,26 @@ pub fn clients(command: ClientsCommand, out: &mut Out) -> anyhow::Result<()> {
         }
         ClientsCommand::Kick { client_id, config } => {
             let config = config::load(config.config.as_deref())?.config;
-            let request = json!({ "client_id": client_id });
-            let kicked = async {
-                let answer: serde_json::Value =
-                    admin_client::post(&config, "/api/clients/kick", &request).await?;
-                Ok(answer["kicked"] == true)
-            };
-            if !block_on(kicked)? {
+            if !is_done(&config, &client_id, "/api/clients/kick", "kicked")? {
                 bail!("no client \"{client_id}\" is connected: `headworks clients list` shows who is");
             }
             out.line(format!("{client_id} is disconnected"))
         }
+        ClientsCommand::Delete { client_id, config } => {
+            let config = config::load(config.config.as_deref())?.config;
+            if !is_done(&config, &client_id, "/api/clients/delete", "deleted")? {
+                bail!("no client \"{client_id}\" has a session: `headworks clients list` shows who has");
+            }
+            out.line(format!("the session of {client_id} is deleted"))
+        }
     }
+}
+
+/// Whether the host did what was asked, as its answer says under `name`.
+fn is_done(config: &Config, client_id: &str, path: &str, name: &str) -> anyhow::Result<bool> {
+    let request = json!({ "client_id": client_id });
+    let answer: serde_json::Value = block_on(admin_client::post(config, path, &request))?;
+    Ok(answer[name] == true)
 }
 
 fn list(config: &Config, prefix: &str, max: usize, format: Format, out: &mut Out) -> anyhow::Result<()> {

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use serde::{Deserialize, Serialize};
 
 use super::Broker;
+use super::clock::Clock;
 use super::session::Session;
 use super::wire::Version;
 
@@ -63,13 +64,13 @@ impl Clients {
         let mut sessions = self.0.sessions.all();
         sessions.retain(|session| session.client_id.starts_with(prefix) && session.is_alive());
         sessions.sort_unstable_by(|a, b| a.client_id.cmp(&b.client_id));
-        (sessions.len(), sessions.iter().take(max).map(|session| session.describe()).collect())
+        (sessions.len(), sessions.iter().take(max).map(|session| session.describe(&self.0.clock)).collect())
     }
 
     pub fn show(&self, client_id: &str) -> Option<Client> {
         let session = self.0.sessions.get(client_id).filter(|session| session.is_alive())?;
         let filters = session.filter_list().iter().map(|filter| filter.to_string()).collect();
-        Some(Client { filters, ..session.describe() })
+        Some(Client { filters, ..session.describe(&self.0.clock) })
     }
 
     /// Brings the gauges up to date that count over all sessions.
@@ -80,22 +81,27 @@ impl Clients {
     /// Ends the client's connection; its session and its will follow their own
     /// rules. False where it is not connected.
     pub fn kick(&self, client_id: &str) -> bool {
-        let session =
-            self.0.sessions.get(client_id).filter(|session| session.describe().connection.is_some());
+        let session = self.0.sessions.get(client_id).filter(|session| session.presence().0.is_some());
         let Some(session) = session else { return false };
         session.kicked.store(true, Ordering::Release);
         session.wake.notify_one();
         true
     }
+
+    /// Ends the client's session, with its connection if it has one: its subscriptions and
+    /// what waits for it are gone. False where there is no session.
+    pub async fn delete(&self, client_id: &str) -> bool {
+        self.0.sessions.delete(&self.0, client_id).await
+    }
 }
 
 impl Session {
-    fn describe(&self) -> Client {
+    fn describe(&self, clock: &Clock) -> Client {
         let (queued, queued_bytes, in_flight) = self.outbox().sizes();
         let (connection, expiry_s, disconnected_us) = self.presence();
         Client {
             client_id: self.client_id.to_string(),
-            disconnected_us: connection.is_none().then_some(disconnected_us),
+            disconnected_us: connection.is_none().then(|| clock.to_wall(disconnected_us)),
             connection,
             session_expiry_s: (expiry_s != super::session::NEVER).then_some(expiry_s),
             subscriptions: self.filters(),

@@ -316,14 +316,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             let rights = self.inbound.rights();
             let receive = |topic: &str| rights.receive(topic);
             let receive = rights.limits_receive().then_some(&receive as &dyn Fn(&str) -> Verdict);
-            let filled = outbox.fill(self.peer, &mut self.aliases, receive, WRITE_BYTES_MAX, &mut self.out);
-            let note = || (broker.live.positions(&broker.streams), broker.note_bytes_max());
-            outbox.record(&*broker.broker, note);
+            let (clock, out) = (&broker.clock, &mut self.out);
+            let mut filled = outbox.fill(self.peer, &mut self.aliases, receive, clock, WRITE_BYTES_MAX, out);
+            let note = || (broker.live.positions_of(broker, &self.session), broker.note_bytes_max());
+            filled.too_large += outbox.record(&*broker.broker, note);
             let waits = outbox.waits(self.peer);
             let unanswered = if filled.unanswered { outbox.unanswered(receive) } else { Vec::new() };
             drop(outbox);
             self.inbound.ask_to_receive(unanswered);
-            Outward::set(&mut self.outward, waits, broker);
+            Outward::set(&mut self.outward, waits, broker, &self.session);
             broker.counters.filled(&filled);
         }
         self.broker.counters.sending(self.peer.version, &self.out[self.counted..]);
@@ -404,10 +405,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
     fn moved(&mut self, moved: Moved) -> Result<(), End> {
         match moved {
             Moved::Again => {}
-            Moved::Loaded(loaded) => {
+            Moved::Loaded(Loaded { messages, page }) => {
                 self.outward = None;
                 let may_see = may_see(self.inbound.rights(), &self.session);
-                let gone = self.session.outbox().loaded(&loaded, may_see);
+                let mut outbox = self.session.outbox();
+                if let Some(page) = page {
+                    // Both held: what replaces one of these messages comes after it.
+                    let retained = self.broker.retained();
+                    outbox.retained_found(page, |key, message| retained.is_current(key, message));
+                }
+                let gone = outbox.loaded(&messages, may_see);
+                drop(outbox);
                 if gone > 0 {
                     self.broker.counters.gap.increment(gone);
                     let client_id = &*self.session.client_id;
@@ -421,14 +429,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
     }
 
     fn woken(&mut self, mut timer: Pin<&mut Sleep>) -> Result<(), End> {
+        if self.session.kicked.load(Ordering::Acquire) {
+            return Err(End::Kicked);
+        }
         if self.session.is_wanted() {
             return Err(End::TakenOver);
         }
         if self.session.overflow.load(Ordering::Acquire) {
             return Err(End::Slow);
-        }
-        if self.session.kicked.load(Ordering::Acquire) {
-            return Err(End::Kicked);
         }
         if self.broker.shutdown.is_cancelled() && self.drain_until.is_none() {
             let until = Instant::now() + self.broker.config.drain_timeout.0;
@@ -588,14 +596,15 @@ enum Moved {
 
 impl Outward {
     /// A read that is under way goes on.
-    fn set(outward: &mut Option<Box<Self>>, waits: Waits, broker: &Arc<Broker>) {
+    fn set(outward: &mut Option<Box<Self>>, mut waits: Waits, broker: &Arc<Broker>, session: &Arc<Session>) {
         if waits.is_none() {
             *outward = None;
             return;
         }
-        let Waits { durable, room, load } = waits;
+        let Waits { durable, room, .. } = waits;
         let under_way = outward.take().and_then(|outward| outward.loader);
-        let loader = (!load.is_empty()).then(|| under_way.unwrap_or_else(|| Loader::new(load, broker)));
+        let reads = waits.reads();
+        let loader = reads.then(|| under_way.unwrap_or_else(|| Loader::new(&mut waits, broker, session)));
         *outward = Some(Box::new(Self { durable, room, loader }));
     }
 }

@@ -23,7 +23,7 @@ use super::acks::Stopped;
 use super::outbound::{Message, Place};
 use super::picks::Picks;
 use super::session::Change;
-use super::{Broker, Deps, borrowed, now_us};
+use super::{Broker, Deps, borrowed};
 use crate::batch::{Batch, MessageRef, Offset, Partition};
 use crate::stream::{AppendError, Attachment, Identity, NewMessage, OnLag, Read, ReadError, Stream};
 
@@ -395,7 +395,7 @@ async fn copy(broker: &Arc<Broker>, number: usize, wanted: BTreeMap<u64, Wanted>
             let message = batch.message(*at);
             let offset = message.offset().0;
             done = done.max(offset + 1);
-            if wanted[&offset] == Wanted::Waits && is_expired(message) {
+            if wanted[&offset] == Wanted::Waits && is_expired(broker, message) {
                 expired.insert(place(offset));
                 continue;
             }
@@ -477,7 +477,7 @@ async fn renew(broker: &Arc<Broker>, upto: u64) -> Result<(), Stopped> {
             };
             let message = batch.message(at);
             done = done.max(message.offset().0 + 1);
-            if wanted[&place] == Wanted::Waits && is_expired(message) {
+            if wanted[&place] == Wanted::Waits && is_expired(broker, message) {
                 expired.insert(place);
             } else {
                 bytes += len_of(message) as usize;
@@ -545,7 +545,7 @@ impl Copies {
 /// from one session to another meanwhile.
 fn look(broker: &Broker, mut see: impl FnMut(&[(Place, bool)])) -> bool {
     let age_us = u64::try_from(broker.config.queue_age_max.0.as_micros()).unwrap_or(u64::MAX);
-    let oldest_us = now_us().saturating_sub(age_us);
+    let oldest_us = broker.clock.now_us().saturating_sub(age_us);
     let (mut any, mut places) = (false, Vec::new());
     broker.live.note_passed();
     for session in broker.sessions.all() {
@@ -566,8 +566,8 @@ fn look(broker: &Broker, mut see: impl FnMut(&[(Place, bool)])) -> bool {
     any
 }
 
-fn is_expired(message: MessageRef<'_>) -> bool {
-    Message::of(message).lifetime(now_us()).is_none()
+fn is_expired(broker: &Broker, message: MessageRef<'_>) -> bool {
+    Message::of(message).lifetime(&broker.clock).is_none()
 }
 
 /// For the bound in bytes.

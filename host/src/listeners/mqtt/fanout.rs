@@ -4,6 +4,11 @@
 //! With nobody subscribed the tasks sleep and the streams are not read. A
 //! subscriber gets a retained message from memory only where the task has
 //! already passed it, decided under one lock, so that it comes exactly once.
+//!
+//! After a restart the delivery begins at the stream's end. Sessions that had not been
+//! given all before it catch up in lanes of their own ([`Lane`]), those that are nearest
+//! first, and join the delivery where it is then: what waits for one client delays nobody
+//! else's messages.
 
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
@@ -14,7 +19,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 use super::Broker;
-use super::outbound::{Message, Offer, Place, QueueLimits, Queued, Source};
+use super::outbound::{Ids, Message, Offer, Place, QueueLimits, Queued, RetainedFrom, Source};
 use super::session::Session;
 use super::subscriptions::{Filter, Found, Options, Path, Share, Subscriber, Tree, is_live, is_shared};
 use super::sys;
@@ -33,6 +38,11 @@ const HANDED_OUT_MAX: usize = 1_024;
 /// and in no cache. The more in one go, the fewer writes to a subscriber.
 const HANDED_OUT_LEAST: usize = 256;
 const HANDED_OUT_TIME: Duration = Duration::from_micros(100);
+/// The sessions of a lane are at most so many times as far behind as the nearest of them,
+/// which reads no more for the others' sake.
+const LANE_SPREAD: u64 = 4;
+/// Nearer than this, in messages, all are in one lane.
+const LANE_LEAST: u64 = 1 << 14;
 /// Filters that are put in or taken out in one go, while nothing is delivered.
 pub const FILTERS_AT_ONCE: usize = 32;
 
@@ -46,6 +56,8 @@ pub struct Live {
     /// Subscriptions with No Local: publishers then store who they are.
     no_local: AtomicUsize,
     limits: QueueLimits,
+    /// Lanes that have not caught up, of all streams.
+    lanes: AtomicUsize,
     /// While somebody looks at all sessions: what moved from one to another.
     passed: RwLock<Option<Mutex<Vec<Place>>>>,
 }
@@ -64,6 +76,15 @@ struct Tail {
     /// from `IDLE` under the index's write lock, moves under its read lock.
     position: AtomicU64,
     start: Notify,
+    /// The nearest first. A session knows its lane by number, from 1 on.
+    lanes: Box<[Lane]>,
+}
+
+/// Sessions that catch up with the live delivery of one stream together.
+struct Lane {
+    sessions: Vec<Arc<Session>>,
+    /// Offset of the next message to be delivered.
+    position: AtomicU64,
 }
 
 /// How a SUBSCRIBE wants retained messages (MQTT 5.0, 3.8.3.1).
@@ -82,15 +103,22 @@ pub struct Subscription {
 }
 
 impl Live {
-    pub fn new(streams: &[Arc<dyn Stream>], limits: QueueLimits) -> Self {
-        let tail = |stream: &Arc<dyn Stream>| Tail {
-            begun_at: stream.bounds().end.0,
-            position: AtomicU64::new(IDLE),
-            start: Notify::new(),
+    /// `sessions`: of the last run.
+    pub fn new(streams: &[Arc<dyn Stream>], limits: QueueLimits, sessions: &[Arc<Session>]) -> Self {
+        let tail = |(number, stream): (usize, &Arc<dyn Stream>)| {
+            let end = stream.bounds().end.0;
+            Tail {
+                begun_at: end,
+                position: AtomicU64::new(IDLE),
+                start: Notify::new(),
+                lanes: lanes(sessions, streams.len(), number, end),
+            }
         };
+        let streams: Vec<Tail> = streams.iter().enumerate().map(tail).collect();
         Self {
             index: RwLock::default(),
-            streams: streams.iter().map(tail).collect(),
+            lanes: AtomicUsize::new(streams.iter().map(|tail| tail.lanes.len()).sum()),
+            streams,
             subscriptions: AtomicUsize::new(0),
             dollar: AtomicUsize::new(0),
             no_local: AtomicUsize::new(0),
@@ -109,24 +137,25 @@ impl Live {
         self.dollar.load(Ordering::Relaxed) > 0
     }
 
-    /// Begins a stream's delivery with the past, for a session that missed it.
-    pub fn start_at(&self, stream: usize, position: u64) {
-        let tail = &self.streams[stream];
-        tail.position.store(position, Ordering::Release);
-        tail.start.notify_one();
-    }
-
-    /// By stream: all messages below have been offered to the sessions.
+    /// By stream: all messages below have been offered to all sessions.
     pub fn positions(&self, streams: &[Arc<dyn Stream>]) -> Box<[u64]> {
         let position = |(stream, tail): (&Arc<dyn Stream>, &Tail)| {
-            // Read first: a delivery that starts meanwhile starts no earlier.
-            let end = stream.bounds().end.0;
-            match tail.position.load(Ordering::Acquire) {
-                IDLE => end,
-                position => position,
-            }
+            // Read first: one that joins the live delivery meanwhile does so no earlier.
+            let lanes = tail.lanes.iter().map(|lane| lane.position.load(Ordering::Acquire));
+            lanes.min().unwrap_or(IDLE).min(tail.live_position(&**stream))
         };
         streams.iter().zip(&self.streams).map(position).collect()
+    }
+
+    /// By stream: all messages below have been offered to this session.
+    pub fn positions_of(&self, broker: &Broker, session: &Session) -> Box<[u64]> {
+        let position = |(number, stream): (usize, &Arc<dyn Stream>)| {
+            let tail = &self.streams[number];
+            let lane = tail.lane(session.lane(number)).map(|lane| lane.position.load(Ordering::Acquire));
+            // It may have joined the live delivery just now.
+            lane.filter(|at| *at != IDLE).unwrap_or_else(|| tail.live_position(&**stream))
+        };
+        broker.streams.iter().enumerate().map(position).collect()
     }
 
     pub fn subscriptions(&self) -> usize {
@@ -141,14 +170,12 @@ impl Live {
         let wanted: Vec<&Subscription> = wanted.collect();
         drop(index);
         for Subscription { filter, options, .. } in wanted.into_iter().filter(|one| !one.filter.is_live()) {
-            for message in sys::matching(broker, filter.topics()) {
-                let message = Source::Broker(Arc::new(message));
-                self.offer(broker, session, Queued::whole(message, 0, *options));
-            }
+            let messages = sys::matching(broker, filter.topics());
+            session.outbox().give_whole(filter, *options, broker.clock.now_us(), messages);
         }
     }
 
-    /// True where it wants what is retained; that of streams is queued.
+    /// True where it wants what is retained; that of streams it is to be given.
     fn put_in(
         &self,
         broker: &Broker,
@@ -157,13 +184,11 @@ impl Live {
         &Subscription { ref filter, options, retained }: &Subscription,
     ) -> bool {
         // Off and on again, so that the counts follow changed options.
-        let new = !self.take_out(index, session, filter.as_str());
+        let is_new = !self.take_out(index, session, filter.as_str());
+        session.add_filter(filter.as_str(), options);
         index.tree.insert(filter.as_str(), session.number, session.clone(), options);
         self.subscriptions.fetch_add(1, Ordering::Relaxed);
         self.no_local.fetch_add(usize::from(options.no_local), Ordering::Relaxed);
-        if new {
-            session.add_filter(filter.as_str());
-        }
         if !filter.is_live() {
             self.dollar.fetch_add(1, Ordering::Relaxed);
         } else {
@@ -177,22 +202,20 @@ impl Live {
         }
         let wanted = match retained {
             SendRetained::Always => true,
-            SendRetained::IfNew => new,
+            SendRetained::IfNew => is_new,
             SendRetained::Never => false,
         };
         // A share's members get none (MQTT 5.0, 4.8.2).
         if !wanted || filter.is_shared() {
+            session.outbox().change_retained(filter.as_str(), options);
             return false;
         }
-        let kept = broker.retained().matching(filter.topics());
-        for kept in kept {
-            let passed = self.streams[kept.stream].position.load(Ordering::Relaxed);
-            // Not passed yet: it comes live, once it is durable.
-            if kept.offset.0 < passed.max(session.outbox().from(kept.stream)) {
-                let qos = kept.message.qos.min(options.qos);
-                let retained = Queued::whole(Source::Retained(kept.message), qos, options);
-                self.offer(broker, session, retained);
-            }
+        if filter.is_live() {
+            let mut upto = self.positions_of(broker, session);
+            let mut outbox = session.outbox();
+            // What was not passed yet comes live, once it is durable.
+            upto.iter_mut().enumerate().for_each(|(stream, upto)| *upto = outbox.from(stream).max(*upto));
+            outbox.give_retained(filter, options, RetainedFrom { since_us: broker.clock.now_us(), upto });
         }
         true
     }
@@ -202,6 +225,7 @@ impl Live {
         let had = {
             let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
             session.remove_filter(filter);
+            session.outbox().end_retained(filter);
             self.take_out(&mut index, session, filter)
         };
         if is_shared(filter) {
@@ -276,14 +300,23 @@ impl Live {
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
         let (mut found, mut path) = (Met::default(), Path::default());
         index.tree.matches(message.topic(), &mut path, &mut |one| found.push(one));
-        self.deliver(broker, &mut found, None, &Sent::Broker(message));
+        let sent = Sent::Broker(message, broker.clock.now_us());
+        self.deliver(broker, &mut found, None, &sent);
     }
 
     /// Hands out the messages of a batch from number `first`, no more than
-    /// [`HANDED_OUT_MAX`]; the number of the next.
-    pub fn deliver_some(&self, broker: &Broker, stream: usize, batch: &Batch, first: usize) -> usize {
+    /// [`HANDED_OUT_MAX`], to the sessions of a lane; the number of the next.
+    pub fn deliver_some(
+        &self,
+        broker: &Broker,
+        stream: usize,
+        lane: u8,
+        batch: &Batch,
+        first: usize,
+    ) -> usize {
         let messages = (first..batch.len()).map(|at| batch.message(at));
-        first + self.deliver_first(broker, stream, messages.map(|message| (message.offset().0, message)))
+        first
+            + self.deliver_first(broker, stream, lane, messages.map(|message| (message.offset().0, message)))
     }
 
     /// The first of some messages of a stream, with their offsets there; how many.
@@ -291,9 +324,12 @@ impl Live {
         &self,
         broker: &Broker,
         stream: usize,
+        lane: u8,
         messages: impl Iterator<Item = (u64, MessageRef<'m>)>,
     ) -> usize {
+        broker.check_clock();
         let tail = &self.streams[stream];
+        let has_lanes = self.lanes.load(Ordering::Acquire) > 0;
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
         let (mut found, mut path) = (Met::default(), Path::default());
         let (mut count, mut handed_out) = (0, 0);
@@ -301,18 +337,27 @@ impl Live {
         for (offset, message) in messages {
             index.tree.matches(message.topic(), &mut path, &mut |one| found.push(one));
             handed_out += 1 + found.len();
+            if has_lanes {
+                found.ones.retain(|subscriber| subscriber.session.lane(stream) == lane);
+                if lane > 0 && offset >= tail.begun_at {
+                    // The live delivery gives it to one of its members.
+                    found.shares.clear();
+                }
+            }
             if !found.is_empty() {
                 let publisher = self
                     .wants_publisher()
                     .then(|| properties::get(message.properties(), Origin::Listener, "client-id"))
                     .flatten();
-                let place = Source::Stream { stream: stream as u16, offset };
+                let place = Place { stream: stream as u16, offset };
                 let may_be_again = offset < tail.begun_at;
-                let sent = Sent::Live { place, message, may_be_again, whole: OnceCell::new() };
+                let since_us = broker.clock.of_wall(message.entry.received_us);
+                let whole = OnceCell::new();
+                let sent = Sent::Live { place, lane, message, since_us, may_be_again, whole };
                 self.deliver(broker, &mut found, publisher, &sent);
             }
             count += 1;
-            tail.position.store(offset + 1, Ordering::Release);
+            tail.position(lane).store(offset + 1, Ordering::Release);
             let is_long = || handed_out >= HANDED_OUT_LEAST && begun.elapsed() >= HANDED_OUT_TIME;
             if handed_out >= HANDED_OUT_MAX || is_long() {
                 break;
@@ -337,7 +382,7 @@ impl Live {
         for same in ones.chunk_by(|a, b| a.number == b.number) {
             let qos = same.iter().map(|s| s.options.qos).max().unwrap_or(0);
             let as_published = same.iter().any(|s| s.options.retain_as_published);
-            let ids = same.iter().map(|s| s.options.id).filter(|id| *id != 0).collect();
+            let ids: Ids = same.iter().map(|s| s.options.id).filter(|id| *id != 0).collect();
             if let Some(queued) = sent.queued(qos, as_published, ids, None) {
                 let offered = same[0].session.outbox().offer(queued, self.limits, || sent.whole());
                 self.offered(broker, &same[0].session, offered);
@@ -358,11 +403,16 @@ impl Live {
         sent: &Sent<'_>,
     ) -> Option<&'s Arc<Session>> {
         let queued = |options: Options| {
-            let ids = Some(options.id).filter(|id| *id != 0).into_iter().collect();
+            let ids = Ids::one(options.id);
             sent.queued(options.qos, options.retain_as_published, ids, Some(share.filter.clone()))
         };
         let mut away = None;
+        let mut behind = None;
         for member in share.in_turn() {
+            if !sent.is_for(&member.session) {
+                behind = behind.or(Some(member));
+                continue;
+            }
             let Some(queued) = queued(member.options) else { continue };
             let mut outbox = member.session.outbox();
             if outbox.is_ready(&queued, self.limits) {
@@ -376,16 +426,15 @@ impl Live {
                 away = Some((member, queued));
             }
         }
-        let (member, queued) = away?;
+        // One that is behind gets it beside what it catches up with.
+        let out_of_turn = || {
+            let member = behind.filter(|_| sent.is_live())?;
+            Some((member, Queued { apart: true, ..queued(member.options)? }))
+        };
+        let (member, queued) = away.or_else(out_of_turn)?;
         let offered = member.session.outbox().offer(queued, self.limits, || sent.whole());
         self.offered(broker, &member.session, offered);
         Some(&member.session)
-    }
-
-    /// What needs no reading.
-    fn offer(&self, broker: &Broker, session: &Session, queued: Queued) {
-        let offered = session.outbox().offer(queued, self.limits, || None);
-        self.offered(broker, session, offered);
     }
 
     fn offered(&self, broker: &Broker, session: &Session, offer: Offer) {
@@ -431,33 +480,42 @@ impl<'t> Met<'t> {
 /// frame once, and only where somebody is there to hold it.
 enum Sent<'m> {
     Live {
-        place: Source,
+        place: Place,
+        /// To whom it goes: 0, or the number of a lane.
+        lane: u8,
         message: MessageRef<'m>,
+        since_us: u64,
         may_be_again: bool,
         whole: OnceCell<Arc<Message>>,
     },
     /// A member of a shared subscription gave it back.
     Again(Queued),
-    Broker(&'m Arc<Message>),
+    /// Made at that broker time.
+    Broker(&'m Arc<Message>, u64),
 }
 
 impl Sent<'_> {
-    /// `None`: what may be sent once only, and perhaps was, before a restart.
-    fn queued(
-        &self,
-        qos: u8,
-        as_published: bool,
-        ids: Box<[u32]>,
-        share: Option<Arc<str>>,
-    ) -> Option<Queued> {
+    fn is_for(&self, session: &Session) -> bool {
         match self {
-            Self::Live { place, message, may_be_again, .. } => {
+            Self::Live { place, lane, .. } => session.lane(place.stream.into()) == *lane,
+            Self::Again(_) | Self::Broker(..) => true,
+        }
+    }
+
+    fn is_live(&self) -> bool {
+        matches!(self, Self::Live { lane: 0, .. })
+    }
+
+    /// `None`: what may be sent once only, and perhaps was, before a restart.
+    fn queued(&self, qos: u8, as_published: bool, ids: Ids, share: Option<Arc<str>>) -> Option<Queued> {
+        match self {
+            Self::Live { place, message, since_us, may_be_again, .. } => {
                 let (entry, may_be_again) = (message.entry, *may_be_again);
                 let qos = qos.min((entry.flags & flags::QOS_MASK) as u8);
                 (qos > 0 || !may_be_again).then(|| Queued {
-                    source: place.clone(),
+                    source: Source::Stream { stream: place.stream, offset: place.offset },
                     body: None,
-                    received_us: entry.received_us,
+                    since_us: *since_us,
                     len: Message::len_of(*message),
                     qos,
                     retain: as_published && entry.flags & flags::RETAIN != 0,
@@ -472,10 +530,10 @@ impl Sent<'_> {
                 let qos = qos.min(queued.qos);
                 Some(Queued { qos, retain, apart: true, may_be_again: true, ids, share, ..queued.clone() })
             }
-            Self::Broker(message) => {
-                let options = Options { qos: 0, no_local: false, retain_as_published: as_published, id: 0 };
+            Self::Broker(message, now_us) => {
                 let retain = message.retain && as_published;
-                let queued = Queued::whole(Source::Broker((*message).clone()), 0, options);
+                let source = Source::Broker((*message).clone());
+                let queued = Queued::whole(source, 0, Options::default(), *now_us);
                 Some(Queued { retain, ids, share, ..queued })
             }
         }
@@ -487,7 +545,7 @@ impl Sent<'_> {
             Self::Live { message, whole, .. } => {
                 Some(whole.get_or_init(|| Arc::new(Message::of(*message))).clone())
             }
-            Self::Again(_) | Self::Broker(_) => None,
+            Self::Again(_) | Self::Broker(..) => None,
         }
     }
 }
@@ -501,14 +559,95 @@ pub async fn run(broker: Arc<Broker>, number: usize) {
             () = broker.shutdown.cancelled() => return,
         }
         tokio::select! {
-            () = follow(&broker, number) => {}
+            () = follow(&broker, number, 0) => {}
             () = broker.shutdown.cancelled() => return,
         }
     }
 }
 
+/// Brings the sessions that a restart found behind up to the live delivery, lane by lane.
+pub async fn catch_up(broker: Arc<Broker>, number: usize) {
+    for lane in 1..=broker.live.streams[number].lanes.len() {
+        tokio::select! {
+            () = follow(&broker, number, lane as u8) => {}
+            () = broker.shutdown.cancelled() => return,
+        }
+    }
+}
+
+/// The sessions that have not been offered all before `end`, by how far they are behind.
+fn lanes(sessions: &[Arc<Session>], streams: usize, number: usize, end: u64) -> Box<[Lane]> {
+    let sessions = sessions.iter().filter(|session| session.filters() > 0);
+    let behind =
+        |session: &Arc<Session>| (end.saturating_sub(session.outbox().from(number)), session.clone());
+    let mut sessions: Vec<_> = sessions.map(behind).filter(|(behind, _)| *behind > 0).collect();
+    sessions.sort_unstable_by_key(|(behind, _)| *behind);
+    let mut lanes: Vec<Lane> = Vec::new();
+    let mut most = 0;
+    for (behind, session) in sessions {
+        if lanes.is_empty() || behind > most {
+            most = behind.max(LANE_LEAST).saturating_mul(LANE_SPREAD);
+            lanes.push(Lane { sessions: Vec::new(), position: AtomicU64::new(end) });
+        }
+        session.set_lane(streams, number, lanes.len() as u8);
+        let lane = lanes.last_mut().expect("there is one");
+        *lane.position.get_mut() = end - behind;
+        lane.sessions.push(session);
+    }
+    lanes.into()
+}
+
+impl Tail {
+    fn lane(&self, lane: u8) -> Option<&Lane> {
+        self.lanes.get(usize::from(lane).checked_sub(1)?)
+    }
+
+    fn position(&self, lane: u8) -> &AtomicU64 {
+        self.lane(lane).map_or(&self.position, |lane| &lane.position)
+    }
+
+    fn live_position(&self, stream: &dyn Stream) -> u64 {
+        // Read first: a delivery that starts meanwhile starts no earlier.
+        let end = stream.bounds().end.0;
+        match self.position.load(Ordering::Acquire) {
+            IDLE => end,
+            position => position,
+        }
+    }
+}
+
+impl Live {
+    /// True where the lane has come as far as the live delivery, to which its sessions
+    /// belong from now on.
+    fn join(&self, number: usize, lane: u8) -> bool {
+        let tail = &self.streams[number];
+        let Some(Lane { sessions, position }) = tail.lane(lane) else { return false };
+        let at = position.load(Ordering::Relaxed);
+        // With nobody subscribed there is nothing to be delivered.
+        let has_caught_up = || match tail.position.load(Ordering::Relaxed) {
+            IDLE => true,
+            live => at >= live,
+        };
+        if !has_caught_up() {
+            return false;
+        }
+        // Nothing is delivered meanwhile.
+        let _index = self.index.write().unwrap_or_else(PoisonError::into_inner);
+        if !has_caught_up() {
+            return false;
+        }
+        for session in sessions {
+            session.outbox().pass(number, at);
+            session.set_lane(self.streams.len(), number, 0);
+        }
+        position.store(IDLE, Ordering::Release);
+        self.lanes.fetch_sub(1, Ordering::AcqRel);
+        true
+    }
+}
+
 /// Passes over what is no more; `count` of its messages are missed.
-fn missed(broker: &Broker, number: usize, count: u64, range: std::ops::Range<u64>) {
+fn missed(broker: &Broker, number: usize, lane: u8, count: u64, range: std::ops::Range<u64>) {
     if count > 0 {
         let name = broker.streams[number].name();
         let detail = format!("messages {} to {} of stream {name}", range.start, range.end);
@@ -516,11 +655,16 @@ fn missed(broker: &Broker, number: usize, count: u64, range: std::ops::Range<u64
         broker.failures.report("mqtt: subscribers missed messages", 1, &detail, "");
     }
     let _index = broker.live.index.read().unwrap_or_else(PoisonError::into_inner);
-    broker.live.streams[number].position.store(range.end, Ordering::Release);
+    broker.live.streams[number].position(lane).store(range.end, Ordering::Release);
 }
 
 /// What retention took while sessions waited for it, out of copies.
-async fn replay(broker: &Broker, number: usize, range: std::ops::Range<u64>) -> Result<(), ReadError> {
+async fn replay(
+    broker: &Broker,
+    number: usize,
+    lane: u8,
+    range: std::ops::Range<u64>,
+) -> Result<(), ReadError> {
     let mut lost = broker.copies.not_handled(number, &range);
     let mut from = range.start;
     while from < range.end {
@@ -530,18 +674,18 @@ async fn replay(broker: &Broker, number: usize, range: std::ops::Range<u64>) -> 
         let mut rest = &*page.found;
         while !rest.is_empty() {
             let messages = rest.iter().map(|(offset, (batch, at))| (*offset, batch.message(*at)));
-            rest = &rest[broker.live.deliver_first(broker, number, messages)..];
+            rest = &rest[broker.live.deliver_first(broker, number, lane, messages)..];
             tokio::task::yield_now().await;
         }
     }
-    missed(broker, number, lost, range);
+    missed(broker, number, lane, lost, range);
     Ok(())
 }
 
-/// Until nobody subscribes, or the stream ends.
-async fn follow(broker: &Broker, number: usize) {
+/// Until nobody subscribes, or the stream ends; a lane until it has caught up.
+async fn follow(broker: &Broker, number: usize, lane: u8) {
     let (stream, tail) = (&*broker.streams[number], &broker.live.streams[number]);
-    let from = tail.position.load(Ordering::Relaxed);
+    let from = tail.position(lane).load(Ordering::Relaxed);
     if from == IDLE {
         return;
     }
@@ -550,8 +694,11 @@ async fn follow(broker: &Broker, number: usize) {
     let mut trimmed = (from < start).then_some(from..start);
     let mut cursor = stream.cursor(Offset(from.max(start)));
     loop {
+        if broker.live.join(number, lane) {
+            return;
+        }
         let read = match trimmed.take() {
-            Some(range) => replay(broker, number, range).await.map(|()| None),
+            Some(range) => replay(broker, number, lane, range).await.map(|()| None),
             None => cursor.next().await.map(Some),
         };
         match read {
@@ -559,13 +706,13 @@ async fn follow(broker: &Broker, number: usize) {
             Ok(Some(Read::Batch(batch))) => {
                 let mut next = 0;
                 while next < batch.len() {
-                    next = broker.live.deliver_some(broker, number, &batch, next);
+                    next = broker.live.deliver_some(broker, number, lane, &batch, next);
                     tokio::task::yield_now().await;
                 }
             }
             Ok(Some(Read::Gap { from, to, cause: GapCause::Trimmed })) => trimmed = Some(from.0..to.0),
             Ok(Some(Read::Gap { from, to, .. })) => {
-                missed(broker, number, to.0.saturating_sub(from.0), from.0..to.0);
+                missed(broker, number, lane, to.0.saturating_sub(from.0), from.0..to.0);
             }
             Err(ReadError::Io(error)) => {
                 let detail = format!("stream {}: {error}", stream.name());
@@ -577,6 +724,9 @@ async fn follow(broker: &Broker, number: usize) {
                 broker.failures.report("mqtt: live delivery ended", 1, &detail, "");
                 return;
             }
+        }
+        if lane > 0 {
+            continue;
         }
         let idle = broker.live.index.read().unwrap_or_else(PoisonError::into_inner).live == 0;
         if idle {

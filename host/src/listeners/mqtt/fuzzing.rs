@@ -218,6 +218,15 @@ fn kinds(streams: [&dyn Stream; 2]) -> BTreeMap<Vec<u8>, usize> {
 
 /// What connections share, without a listener.
 pub(super) fn broker(config: &Config, stream: Arc<dyn Stream>, store: Arc<dyn Stream>) -> Arc<Broker> {
+    broker_at(config, stream, store, super::system_clock())
+}
+
+pub(super) fn broker_at(
+    config: &Config,
+    stream: Arc<dyn Stream>,
+    store: Arc<dyn Stream>,
+    clock: super::ClockSource,
+) -> Arc<Broker> {
     let deps = Deps {
         streams: Streams::new(vec![], stream),
         broker: store,
@@ -225,6 +234,7 @@ pub(super) fn broker(config: &Config, stream: Arc<dyn Stream>, store: Arc<dyn St
         access_plugins: None,
         failures: Failures::default(),
         background: tokio::runtime::Handle::current(),
+        clock,
         shutdown: CancellationToken::new(),
     };
     let access = Access::open(
@@ -364,7 +374,12 @@ pub fn broker_state(data: &[u8]) {
         append_unawaited(if kind & 0x80 == 0 { &*store } else { &*stream }, &[change]);
         rest = after;
     }
-    let all = || [store.state(b""), stream.state(b"")];
+    // The clock's record is another at each start.
+    let all = || {
+        let mut all = [store.state(b""), stream.state(b"")];
+        all[0].retain(|(key, _)| key != super::clock::KEY);
+        all
+    };
     let config = Config::default();
     // Nothing runs on it: there is no connection.
     let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");

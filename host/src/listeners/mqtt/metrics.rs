@@ -201,7 +201,7 @@ pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_mqtt_dropped_total",
         kind: MetricKind::Counter,
-        help: "Messages dropped, by cause: no_space (QoS 0 on a full disk), queue_full, queue_age, packet_too_large, expired, not_authorized (an access plugin has no such message delivered to this subscriber), retained_full, gap (damage took them, or retention before they could be copied).",
+        help: "Messages dropped, by cause: no_space (QoS 0 on a full disk), queue_full, queue_age, packet_too_large, expired, not_authorized (the access rules or an access plugin do not let this subscriber have it), retained_full, gap (damage took them, or retention before they could be copied).",
         labels: &["cause"],
     },
     Metric {

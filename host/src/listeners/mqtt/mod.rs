@@ -14,6 +14,7 @@ mod auth;
 mod bind;
 mod blobs;
 mod clients;
+mod clock;
 mod config;
 mod connection;
 mod copies;
@@ -54,6 +55,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::acks::Stopped;
+use self::clock::Clock;
 use self::connection::PartialRoom;
 use self::copies::Copies;
 use self::fanout::{Live, Subscription};
@@ -71,9 +73,11 @@ use crate::stream::{AppendError, Identity, StateChange, Stream, Streams, Ticket}
 use crate::telemetry::Failures;
 use crate::threads::{LONG_TURN, SHORT_TURN, in_turns};
 use crate::topic::Namespace;
+use crate::units::Period;
 
 pub use self::bind::{Bind, SocketMode};
 pub use self::clients::{Client, Clients};
+pub use self::clock::{Source as ClockSource, system as system_clock};
 pub use self::config::{Config, Endpoint, Tls};
 pub use self::copies::READER;
 pub use self::metrics::METRICS;
@@ -87,6 +91,8 @@ const ACCESS_SECRET: &[u8] = b"ac";
 const STATE_ROOM_BYTES: usize = 8 << 20;
 /// Between two looks for expired sessions.
 const SWEEP_EVERY: Duration = Duration::from_secs(10);
+/// The clock is saved each time after so many of them.
+const SWEEPS_PER_SAVED_CLOCK: u64 = 360;
 
 /// What the listener stands on.
 pub struct Deps {
@@ -99,6 +105,7 @@ pub struct Deps {
     pub access_plugins: Option<AccessEngine>,
     /// Threads that come after those of the connections: see [`Broker::in_background`].
     pub background: runtime::Handle,
+    pub clock: ClockSource,
     pub shutdown: CancellationToken,
 }
 
@@ -175,6 +182,7 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
     let tasks = TaskTracker::new();
     for number in 0..broker.streams.len() {
         tasks.spawn_on(in_turns(LONG_TURN, fanout::run(broker.clone(), number)), &broker.background);
+        tasks.spawn_on(in_turns(LONG_TURN, fanout::catch_up(broker.clone(), number)), &broker.background);
     }
     for number in 0..=broker.streams.len() {
         tasks.spawn_on(in_turns(SHORT_TURN, copies::run(broker.clone(), number)), &broker.background);
@@ -196,9 +204,13 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
 
 /// Ends expired sessions; at shutdown tells every connection.
 async fn keep_house(broker: Arc<Broker>) {
-    loop {
+    for sweep in 1.. {
         tokio::select! {
             () = tokio::time::sleep(SWEEP_EVERY) => {
+                broker.check_clock();
+                if sweep % SWEEPS_PER_SAVED_CLOCK == 0 {
+                    broker.save_clock();
+                }
                 broker.sessions.sweep(&broker);
             }
             () = broker.shutdown.cancelled() => {
@@ -222,6 +234,7 @@ struct Broker {
     failures: Failures,
     access: Access,
     background: runtime::Handle,
+    clock: Clock,
     shutdown: CancellationToken,
     sessions: Sessions,
     live: Live,
@@ -258,14 +271,18 @@ impl Broker {
         };
         let retained_max = (config.retained_messages_max as usize, config.retained_bytes_max.0 as usize);
         let retained = Retained::load(&streams, &deps.streams, retained_max, &deps.failures);
-        let find = |topic: &str, received_us| retained.find(topic, received_us);
-        let (sessions, subscriptions) = Sessions::load(&*deps.broker, &streams, &identities, &find);
+        let saved = deps.broker.state(clock::KEY).pop();
+        let saved = saved.as_ref().map(|(_, value)| &**value);
+        let (clock, jump) = Clock::new(deps.clock, saved, session::newest_us(&*deps.broker));
+        let by_id = retained.by_id();
+        let (sessions, subscriptions) =
+            Sessions::load(&*deps.broker, &streams, &identities, &by_id, clock.now_us());
         let wills_bytes_max = config.wills_bytes_max.0 as usize;
         let delay_least = config.will_delay_after_restart.0;
         let wills = Wills::load(&streams, wills_bytes_max, delay_least, &deps.failures);
         let broker = Arc::new(Self {
             packet_bytes_max: config.max_packet_size.0 as usize,
-            live: Live::new(&streams, limits),
+            live: Live::new(&streams, limits, &sessions.all()),
             copies,
             loads: Arc::new(Semaphore::new(outbound::LOADS_MAX)),
             partial_room: PartialRoom::new(config.partial_packets_bytes_max.0),
@@ -277,6 +294,7 @@ impl Broker {
             failures: deps.failures,
             access,
             background: deps.background,
+            clock,
             shutdown: deps.shutdown,
             sessions,
             retained: Mutex::new(retained),
@@ -288,12 +306,9 @@ impl Broker {
             counters: Counters::new(),
             config: config.clone(),
         });
-        // What the sessions have not had yet is delivered first.
-        for number in 0..broker.streams.len() {
-            let starts = subscriptions.iter().map(|(session, ..)| session.outbox().from(number));
-            if let Some(start) = starts.min() {
-                broker.live.start_at(number, start.min(broker.streams[number].bounds().end.0));
-            }
+        match jump {
+            Some(jump) => broker.clock_jumped(jump),
+            None => broker.save_clock(),
         }
         for (session, filter, options) in subscriptions {
             if let Some(filter) = subscriptions::Filter::parse(&filter) {
@@ -307,6 +322,26 @@ impl Broker {
     /// Whether the broker's stream takes more sessions and subscriptions.
     fn has_state_room(&self) -> bool {
         self.broker.state_room() >= STATE_ROOM_BYTES
+    }
+
+    /// To be called before times are looked at that were stamped just now.
+    fn check_clock(&self) {
+        if let Some(jump) = self.clock.check() {
+            self.clock_jumped(jump);
+        }
+    }
+
+    fn clock_jumped(&self, jump: clock::Jump) {
+        let direction = if jump.is_forward { "forward" } else { "back" };
+        let by = Period(Duration::from_secs(jump.by.as_secs()));
+        tracing::warn!(
+            "the clock jumped {direction} by {by}: sessions, queues and expiry go on by the time that passed"
+        );
+        self.save_clock();
+    }
+
+    fn save_clock(&self) {
+        append_unawaited(&*self.broker, &[(clock::KEY.to_vec(), Some(self.clock.to_bytes()))]);
     }
 
     fn note_bytes_max(&self) -> usize {
@@ -465,7 +500,8 @@ fn borrowed(changes: &[Change]) -> Vec<StateChange<'_>> {
     changes.iter().map(|(key, value)| StateChange { key, value: value.as_deref() }).collect()
 }
 
-/// Microseconds since 1970, UTC.
+/// Microseconds since 1970, UTC, by the wall clock: for messages and for people. What
+/// ages does so by [`Clock`].
 fn now_us() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
 }

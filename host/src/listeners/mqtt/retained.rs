@@ -2,7 +2,9 @@
 //! state of the stream that the message went into, written in the same append.
 //! What an ack promises includes it.
 
-use std::collections::HashMap;
+mod lookup;
+
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, MutexGuard};
 
 use sha2::{Digest, Sha256};
@@ -14,7 +16,8 @@ use super::session::Change;
 use crate::batch::{Offset, flags};
 use crate::stream::{Appended, NewMessage, Stream, Streams};
 use crate::telemetry::Failures;
-use crate::topic::TopicFilter;
+
+pub use self::lookup::Lookup;
 
 const KIND: Kind = *b"rt";
 const FORMAT: u8 = 1;
@@ -34,7 +37,8 @@ pub struct Kept {
 
 #[derive(Default)]
 pub struct Retained {
-    topics: HashMap<Box<str>, Kept>,
+    /// By the topic's [`lookup::key`].
+    topics: BTreeMap<Box<str>, Kept>,
     bytes: usize,
     messages_max: usize,
     bytes_max: usize,
@@ -45,7 +49,7 @@ pub struct Retained {
 /// retained messages meanwhile, so that what is appended last is what stays.
 pub struct Staged<'b> {
     retained: MutexGuard<'b, Retained>,
-    /// Topic, number of the message in the append, what was kept before.
+    /// The topic's key, number of the message in the append, what was kept before.
     before: Vec<(Box<str>, usize, Option<Kept>)>,
     changes: Vec<Change>,
     /// In streams that a topic went to under another configuration.
@@ -72,22 +76,23 @@ impl Retained {
                     blob.remove(&mut removed);
                     continue;
                 };
-                let topic: Box<str> = message.topic().into();
-                let is_here = Arc::ptr_eq(routes.route(&topic), stream);
+                let topic = lookup::key(message.topic());
+                let is_here = Arc::ptr_eq(routes.route(message.topic()), stream);
                 if retained.topics.contains_key(&topic) && !is_here {
                     // The topic moved to another stream, and has a newer one there.
                     blob.remove(&mut removed);
                     continue;
                 }
-                let kept = Kept { message: Arc::new(message), stream: number, offset: Offset(0), blob };
+                let message = Arc::new(message);
+                let kept = Kept { message: message.clone(), stream: number, offset: Offset(0), blob };
                 if let Some(old) = retained.take(&topic) {
                     let mut changes = Vec::new();
                     old.blob.remove(&mut changes);
                     super::append_unawaited(&*streams[old.stream], &changes);
                 }
-                if !retained.insert(topic.clone(), kept) {
+                if !retained.insert(topic, kept) {
                     let what = "mqtt: no room for a retained message";
-                    failures.report(what, 1, &format!("topic {topic}"), "");
+                    failures.report(what, 1, &format!("topic {}", message.topic()), "");
                     blob.remove(&mut removed);
                 }
             }
@@ -113,10 +118,14 @@ impl Retained {
         true
     }
 
-    /// The topic's message, if it is still the one that was received then.
-    pub fn find(&self, topic: &str, received_us: u64) -> Option<Arc<Message>> {
-        let kept = self.topics.get(topic)?;
-        (kept.message.received_us() == received_us).then(|| kept.message.clone())
+    /// All of them by their ids, for the sessions of the last run.
+    pub fn by_id(&self) -> HashMap<Id, Arc<Message>> {
+        self.topics.values().map(|kept| (kept.blob.id(), kept.message.clone())).collect()
+    }
+
+    /// Whether the message is still its topic's.
+    pub fn is_current(&self, key: &str, message: &Arc<Message>) -> bool {
+        self.topics.get(key).is_some_and(|kept| Arc::ptr_eq(&kept.message, message))
     }
 
     /// Messages and their bytes.
@@ -124,12 +133,9 @@ impl Retained {
         (self.topics.len(), self.bytes)
     }
 
-    pub fn matching(&self, filter: &TopicFilter) -> Vec<Kept> {
-        if !filter.as_str().contains(['+', '#']) {
-            return self.topics.get(filter.as_str()).cloned().into_iter().collect();
-        }
-        let matches = self.topics.iter().filter(|(topic, _)| filter.matches(topic));
-        matches.map(|(_, kept)| kept.clone()).collect()
+    /// Goes on with a lookup, for no more than `steps_max` topics: others wait meanwhile.
+    pub fn look(&self, lookup: &mut Lookup, steps_max: usize, found: impl FnMut(&str, &Kept) -> bool) {
+        lookup.advance(&self.topics, steps_max, found);
     }
 }
 
@@ -154,7 +160,7 @@ impl Staged<'_> {
     /// Keeps, replaces or, with an empty payload, removes. Where there is no
     /// room the topic has no retained message afterwards, rather than an old one.
     fn set(&mut self, stream: usize, i: usize, new: &NewMessage<'_>) {
-        let topic: Box<str> = new.topic.into();
+        let topic = lookup::key(new.topic);
         let old = self.retained.take(&topic);
         let mut old_here = None;
         match &old {
@@ -177,7 +183,7 @@ impl Staged<'_> {
             if written {
                 blob.write(&bytes, old_here.as_ref(), &mut self.changes);
             } else {
-                self.refused.push(topic);
+                self.refused.push(new.topic.into());
             }
         }
         if let Some(old) = old_here.filter(|_| !written) {
@@ -223,7 +229,7 @@ impl Drop for Staged<'_> {
 }
 
 /// Topics may be longer than a key of the state.
-fn id(topic: &str) -> Id {
+pub fn id(topic: &str) -> Id {
     let digest: [u8; 32] = Sha256::digest(topic).into();
     *digest.first_chunk().expect("it is longer")
 }

@@ -8,19 +8,20 @@
 //! behind can never be taken for the new one's; orphans are removed at start.
 //! What waits for the client is [`outbound`]'s, with keys of the same epoch.
 
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use tokio::sync::{Notify, OwnedMutexGuard};
 
 use super::Broker;
 use super::acks::Stopped;
+use super::blobs::Id;
 use super::clients::Connection;
 use super::open_ids::{OpenIds, OpenIdsRoom, Received};
-use super::outbound::{self, Kept, Message, Outbox};
+use super::outbound::{self, Ids, Kept, Message, Outbox};
 use super::owner::Owner;
-use super::subscriptions::Options;
+use super::subscriptions::{Filter, Options, is_shared};
 use crate::stream::{AppendError, Identity, StateChange, Stream, Ticket};
 
 /// Longer client ids are refused: they are keys of the durable state.
@@ -54,6 +55,9 @@ pub struct Session {
     /// QoS 2 packet ids that are not released.
     received: Mutex<OpenIds>,
     outbox: Mutex<Outbox>,
+    /// By stream, of a session that a restart found behind the live delivery: see
+    /// [`Session::lane`].
+    lanes: OnceLock<Box<[AtomicU8]>>,
 }
 
 #[derive(Default)]
@@ -67,8 +71,9 @@ struct State {
     expiry_s: u32,
     /// The broker stream has a record.
     kept: bool,
+    /// Broker time.
     disconnected_us: u64,
-    filters: Vec<Box<str>>,
+    filters: BTreeMap<Box<str>, Options>,
     /// Keys of the broker stream that are no longer wanted: they go in the
     /// next append, whichever connect gets so far.
     stale: Vec<Vec<u8>>,
@@ -96,7 +101,21 @@ impl Session {
             state: Mutex::new(State { epoch: new_epoch(), ..State::default() }),
             received: Mutex::new(OpenIds::new(open_ids)),
             outbox: Mutex::default(),
+            lanes: OnceLock::new(),
         }
+    }
+
+    /// Who delivers a stream's messages to it: 0, the live delivery, or the lane of that
+    /// number that catches up with it.
+    #[inline]
+    pub fn lane(&self, stream: usize) -> u8 {
+        self.lanes.get().and_then(|lanes| lanes.get(stream)).map_or(0, |lane| lane.load(Ordering::Acquire))
+    }
+
+    /// `streams`: how many there are.
+    pub fn set_lane(&self, streams: usize, stream: usize, lane: u8) {
+        let lanes = self.lanes.get_or_init(|| (0..streams).map(|_| AtomicU8::new(0)).collect());
+        lanes[stream].store(lane, Ordering::Release);
     }
 
     pub fn outbox(&self) -> MutexGuard<'_, Outbox> {
@@ -127,7 +146,7 @@ impl Session {
     }
 
     pub fn filter_bytes(&self) -> usize {
-        lock(&self.state).filters.iter().map(|filter| filter.len()).sum()
+        lock(&self.state).filters.keys().map(|filter| filter.len()).sum()
     }
 
     /// The broker stream has a record of it.
@@ -161,15 +180,29 @@ impl Session {
     }
 
     pub fn filter_list(&self) -> Vec<Box<str>> {
-        lock(&self.state).filters.clone()
+        lock(&self.state).filters.keys().cloned().collect()
     }
 
     pub fn has_filter(&self, filter: &str) -> bool {
-        lock(&self.state).filters.iter().any(|known| &**known == filter)
+        lock(&self.state).filters.contains_key(filter)
     }
 
-    pub fn add_filter(&self, filter: &str) {
-        lock(&self.state).filters.push(filter.into());
+    /// Adds a filter, or changes its options.
+    pub fn add_filter(&self, filter: &str, options: Options) {
+        lock(&self.state).filters.insert(filter.into(), options);
+    }
+
+    /// The identifiers of its subscriptions, but for shared ones, that match a topic.
+    pub fn subscription_ids(&self, topic: &str, publisher: Option<&[u8]>) -> Ids {
+        let state = lock(&self.state);
+        let is_own = publisher == Some(self.client_id.as_bytes());
+        let matching = state.filters.iter().filter(|(filter, options)| {
+            options.id != 0
+                && !(options.no_local && is_own)
+                && !is_shared(filter)
+                && crate::topic::filter_matches(filter, topic)
+        });
+        matching.map(|(_, options)| options.id).collect()
     }
 
     /// Where its outbox stands, into the broker stream, with `changes` and what
@@ -186,38 +219,59 @@ impl Session {
     /// In one with the look at the outbox: no later note comes before it, which would
     /// list what another member of a share has handed over meanwhile.
     fn append_note(&self, broker: &Broker, mut changes: Vec<Change>) -> Result<Ticket, AppendError> {
-        let positions = broker.live.positions(&broker.streams);
+        let positions = broker.live.positions_of(broker, self);
         let mut outbox = self.outbox();
         changes.extend(outbox.note(&positions, broker.note_bytes_max()));
         if changes.is_empty() {
             return Ok(Ticket::default());
         }
         let appended = broker.broker.append(&[], &super::borrowed(&changes));
-        if appended.is_err() {
-            outbox.note_failed();
+        match appended {
+            Ok(_) => outbox.noted(),
+            Err(_) => outbox.note_failed(),
         }
         appended.map(|appended| appended.ticket)
     }
 
-    pub fn remove_filter(&self, filter: &str) {
-        lock(&self.state).filters.retain(|known| &**known != filter);
+    /// Says what a session that outlives its connection has lost, by its client.
+    fn report_lost(&self, broker: &Broker, lost: u64) {
+        if lost > 0 {
+            let client_id = &*self.client_id;
+            let detail = format!(
+                "client {client_id}: its queue is full, or they waited longer than mqtt.queue_age_max; \
+                 raise mqtt.queue_messages_max or mqtt.queue_bytes_max, or delete its session"
+            );
+            let kind = "mqtt: messages dropped that waited for a session";
+            broker.failures.report_by(kind, client_id, lost, &detail, "headworks clients show");
+        }
     }
+
+    pub fn remove_filter(&self, filter: &str) {
+        lock(&self.state).filters.remove(filter);
+    }
+}
+
+/// The latest time that the records of sessions tell.
+pub fn newest_us(broker: &dyn Stream) -> u64 {
+    let records = broker.state(SESSION);
+    let records = records.iter().filter_map(|(_, value)| State::from_bytes(value));
+    records.map(|state| state.disconnected_us).max().unwrap_or(0)
 }
 
 impl Sessions {
     /// Reads the durable sessions, their subscriptions and the packet ids in
     /// flight; removes what has no owner.
-    /// `retained` finds a retained message by topic and time received.
+    /// `retained`: all retained messages by their ids.
     pub fn load(
         broker: &dyn Stream,
         streams: &[Arc<dyn Stream>],
         identities: &Arc<[Identity]>,
-        retained: &dyn Fn(&str, u64) -> Option<Arc<Message>>,
+        retained: &HashMap<Id, Arc<Message>>,
+        now_us: u64,
     ) -> (Self, Vec<(Arc<Session>, String, Options)>) {
         let sessions =
             Self { by_client: Mutex::default(), next_number: AtomicU64::new(1), open_ids: Arc::default() };
         let mut by_epoch: HashMap<u64, Arc<Session>> = HashMap::new();
-        let now_us = super::now_us();
         for (key, value) in broker.state(SESSION) {
             let client_id = std::str::from_utf8(&key[SESSION.len()..]);
             let (Ok(client_id), Some(mut state)) = (client_id, State::from_bytes(&value)) else {
@@ -231,14 +285,17 @@ impl Sessions {
             by_epoch.insert(state.epoch, session.clone());
             *lock(&session.state) = state;
         }
-        let mut subscriptions = Vec::new();
+        let (mut subscriptions, mut to_be_given) = (Vec::new(), Vec::new());
         for (key, value) in broker.state(SUBSCRIPTION) {
             let rest = &key[SUBSCRIPTION.len()..];
             let owner = rest.first_chunk().and_then(|epoch| by_epoch.get(&u64::from_be_bytes(*epoch)));
             let filter = rest.get(8..).and_then(|filter| std::str::from_utf8(filter).ok());
             match (owner, filter, Options::from_bytes(&value)) {
-                (Some(session), Some(filter), Some(options)) => {
-                    session.add_filter(filter);
+                (Some(session), Some(filter), Some((options, retained))) => {
+                    session.add_filter(filter, options);
+                    if let (false, Some(filter)) = (retained.is_empty(), Filter::parse(filter)) {
+                        to_be_given.push((session.clone(), filter, options, retained.to_vec()));
+                    }
                     subscriptions.push((session.clone(), filter.to_owned(), options));
                 }
                 _ => remove(broker, &key),
@@ -257,10 +314,16 @@ impl Sessions {
                 }
             }
         }
+        let retained = |id: &Id, received_us| {
+            retained.get(id).filter(|message| message.received_us() == received_us).cloned()
+        };
         let ends: Box<[u64]> = streams.iter().map(|stream| stream.bounds().end.0).collect();
         for (epoch, session) in &by_epoch {
             let found = outboxes.remove(epoch).unwrap_or_default();
-            session.outbox().restore(found.restore(*epoch, identities.clone(), &ends, retained));
+            session.outbox().restore(found.restore(*epoch, identities.clone(), &ends, &retained));
+        }
+        for (session, filter, options, retained) in to_be_given {
+            session.outbox().resume_retained(&filter, options, &retained);
         }
         for (number, stream) in streams.iter().enumerate() {
             for (key, _) in stream.state(QOS2) {
@@ -343,7 +406,7 @@ impl Sessions {
         expiry_s: u32,
     ) -> Result<bool, Stopped> {
         let (changes, resumed, kept_no_more) = {
-            let expired = lock(&session.state).is_expired(super::now_us());
+            let expired = lock(&session.state).is_expired(broker.clock.now_us());
             let goes_on = session.other_owner(&owner).is_none() && !clean && !expired;
             let resumed = lock(&session.state).alive && goes_on;
             broker.counters.sessions_expired.increment(expired.into());
@@ -376,7 +439,7 @@ impl Sessions {
             }
             drop(outbox);
             // The record says connected; if this connect is given up here, the session waits on.
-            state.disconnected_us = super::now_us();
+            state.disconnected_us = broker.clock.now_us();
             (changes, resumed, (expiry_s == 0 && state.kept).then_some(state.epoch))
         };
         session.overflow.store(false, Ordering::Relaxed);
@@ -401,7 +464,7 @@ impl Sessions {
             let mut state = lock(&session.state);
             state.connected = false;
             state.connection = None;
-            state.disconnected_us = super::now_us();
+            state.disconnected_us = broker.clock.now_us();
             state.expiry_s = expiry_s.unwrap_or(state.expiry_s);
             (state.expiry_s > 0)
                 .then(|| vec![(key(SESSION, session.client_id.as_bytes()), Some(state.to_bytes()))])
@@ -412,6 +475,18 @@ impl Sessions {
             None => self.end(broker, session),
         }
         drop(turn);
+    }
+
+    /// Ends a client's session and its connection, if it has one; false where there is no session.
+    pub async fn delete(&self, broker: &Broker, client_id: &str) -> bool {
+        let Some(session) = self.get(client_id).filter(|session| session.is_alive()) else { return false };
+        session.kicked.store(true, Ordering::Release);
+        let Some((session, turn)) = self.claim(&session.client_id, usize::MAX).await else { return false };
+        self.end(broker, &session);
+        drop(turn);
+        // Durable with this, whatever the session left.
+        let removed = (key(SESSION, client_id.as_bytes()), None);
+        broker.append_durable(&*broker.broker, &[removed]).await.is_ok()
     }
 
     /// A claim that comes to nothing: a session made for it ends.
@@ -437,19 +512,21 @@ impl Sessions {
     /// Ends the sessions whose clients stayed away too long, drops what waited
     /// too long, and notes where the others stand.
     pub fn sweep(&self, broker: &Broker) {
-        let now_us = super::now_us();
+        let now_us = broker.clock.now_us();
         let age_us = u64::try_from(broker.config.queue_age_max.0.as_micros()).unwrap_or(u64::MAX);
         let durable: Vec<_> = broker.streams.iter().map(|stream| *stream.durable().borrow()).collect();
         for session in self.all() {
             session.received().settle(&durable);
-            let positions = broker.live.positions(&broker.streams);
-            let (dropped, wants_note) = {
+            let positions = broker.live.positions_of(broker, &session);
+            let (dropped, wants_note, lost) = {
                 let mut outbox = session.outbox();
-                (outbox.drop_older(now_us.saturating_sub(age_us)), outbox.wants_note(&positions))
+                let dropped = outbox.drop_older(now_us.saturating_sub(age_us));
+                (dropped, outbox.wants_note(&positions), outbox.take_lost())
             };
             if dropped > 0 {
                 broker.counters.queue_age.increment(dropped);
             }
+            session.report_lost(broker, lost);
             if wants_note {
                 session.note(broker, Vec::new());
             }
@@ -475,6 +552,7 @@ impl Sessions {
 impl Sessions {
     /// At the end, so that the next start has nothing to look for.
     pub fn note_all(&self, broker: &Broker) {
+        broker.save_clock();
         self.all().iter().for_each(|session| session.note(broker, Vec::new()));
     }
 }
@@ -503,8 +581,11 @@ fn discard(broker: &Broker, session: &Session) {
         *state = State { epoch: new_epoch(), stale, ..State::default() };
         (epoch, filters)
     };
+    let filters: Vec<Box<str>> = filters.into_keys().collect();
     broker.live.forget(session, &filters);
     broker.live.pass_on(broker, session, None, true);
+    let lost = session.outbox().take_lost();
+    session.report_lost(broker, lost);
     session.outbox().clear();
     let received = session.received().release_all();
     forget_ids(broker, epoch, &received);
@@ -527,7 +608,7 @@ fn forget_ids(broker: &Broker, epoch: u64, received: &HashMap<u16, Received>) {
 impl State {
     /// Of the durable record and the subscriptions.
     fn keys(&self, client_id: &str) -> Vec<Vec<u8>> {
-        let filters = self.filters.iter().map(|filter| subscription_key(self.epoch, filter));
+        let filters = self.filters.keys().map(|filter| subscription_key(self.epoch, filter));
         [key(SESSION, client_id.as_bytes())].into_iter().chain(filters).collect()
     }
 
@@ -568,7 +649,7 @@ impl State {
             expiry_s: u32::from_be_bytes(*expiry_s),
             kept: true,
             disconnected_us: u64::from_be_bytes(*disconnected_us),
-            filters: Vec::new(),
+            filters: BTreeMap::new(),
             stale: Vec::new(),
         })
     }

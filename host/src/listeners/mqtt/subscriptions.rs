@@ -18,7 +18,7 @@ const SHARE: &str = "$share/";
 /// Deeper filters are refused: matching recurses once per level.
 pub const FILTER_LEVELS_MAX: usize = 128;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Options {
     pub qos: u8,
     pub no_local: bool,
@@ -35,14 +35,17 @@ impl Options {
         [bits, id[0], id[1], id[2], id[3]]
     }
 
-    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        let &[bits, a, b, c, d] = bytes else { return None };
-        Some(Self {
+    /// And what follows them in the record: how far the subscription is among the retained
+    /// messages, empty where it has had them.
+    pub fn from_bytes(bytes: &[u8]) -> Option<(Self, &[u8])> {
+        let [bits, a, b, c, d, rest @ ..] = bytes else { return None };
+        let options = Self {
             qos: (bits & 3).min(2),
             no_local: bits & 4 != 0,
             retain_as_published: bits & 8 != 0,
-            id: u32::from_be_bytes([a, b, c, d]),
-        })
+            id: u32::from_be_bytes([*a, *b, *c, *d]),
+        };
+        Some((options, rest))
     }
 }
 
@@ -446,7 +449,7 @@ mod tests {
 
     #[test]
     fn options_survive_their_bytes() {
-        assert_eq!(Options::from_bytes(&OPTIONS.to_bytes()), Some(OPTIONS));
+        assert_eq!(Options::from_bytes(&OPTIONS.to_bytes()), Some((OPTIONS, &[][..])));
     }
 
     #[test]

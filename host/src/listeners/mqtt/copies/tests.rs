@@ -56,7 +56,7 @@ impl World {
     async fn publish(&self, topics: &[&str]) {
         let messages: Vec<_> = topics.iter().map(|topic| message(topic, b"")).collect();
         let batch = self.append(&messages).await;
-        assert_eq!(self.broker.live.deliver_some(&self.broker, 0, &batch, 0), topics.len());
+        assert_eq!(self.broker.live.deliver_some(&self.broker, 0, 0, &batch, 0), topics.len());
     }
 
     async fn append(&self, messages: &[NewMessage<'_>]) -> Batch {
@@ -75,7 +75,7 @@ fn message<'a>(topic: &'a str, payload: &'a [u8]) -> NewMessage<'a> {
         device: "",
         partition: Partition(0),
         flags: 1,
-        received_us: now_us(),
+        received_us: crate::listeners::mqtt::now_us(),
         event_us: 0,
     }
 }

@@ -5,6 +5,8 @@
 //!   is found again in the streams. Written now and then: an old note only
 //!   makes QoS 1 messages come again, and those of a share, also with QoS 2, to
 //!   another member than has had them.
+//!   A retained message is named by its id, never by its topic, which may be longer
+//!   than a record; subscription identifiers are found again from the filters.
 //! - `oi` + epoch + packet id: a QoS 2 message on its way, durable before its
 //!   PUBLISH goes out, and again before its PUBREL.
 //! - `os` + epoch + stream: QoS 2 messages below this offset have such a
@@ -13,8 +15,10 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
-use super::{InFlight, Queued, Source};
+use super::{Ids, InFlight, Queued, Source};
+use crate::listeners::mqtt::blobs::Id;
 use crate::listeners::mqtt::outbound::Message;
+use crate::listeners::mqtt::retained;
 use crate::listeners::mqtt::session::Change;
 use crate::stream::{Identity, STATE_VALUE_BYTES_MAX, Ticket};
 
@@ -27,9 +31,17 @@ const NOTES_BYTES_MAX: usize = 24 << 20;
 /// The live delivery may be so many messages ahead of a note: a restart reads them.
 pub const NOTE_EVERY_MESSAGES: u64 = 1 << 18;
 
-const FORMAT: u8 = 1;
-const PHASE_SENT: u8 = 1;
+/// What one session's packets in flight may take of the broker stream's state: past
+/// it they wait for what the client acknowledges.
+pub const SESSION_STEPS_BYTES_MAX: usize = 256 << 10;
+
+const FORMAT: u8 = 2;
+const PHASE_SENT: u8 = 3;
 const PHASE_RELEASED: u8 = 2;
+/// A retained message by its topic, and all subscription identifiers with each entry:
+/// as 0.1.0 wrote them.
+const FORMAT_1: u8 = 1;
+const PHASE_SENT_1: u8 = 1;
 const IDENTITY_BYTES: usize = 20;
 
 const RETAIN: u8 = 1 << 2;
@@ -59,6 +71,10 @@ pub struct Kept {
     noted: Box<[u64]>,
     /// The next append must carry a note: what it sends lies apart.
     pub note_due: bool,
+    /// The changes found no room.
+    pub refused: bool,
+    /// Of the records of packets in flight, in the broker stream's state.
+    steps_bytes: usize,
 }
 
 impl Kept {
@@ -75,8 +91,14 @@ impl Kept {
             changed: false,
             noted: none,
             note_due: false,
+            refused: false,
+            steps_bytes: 0,
             streams,
         }
+    }
+
+    pub fn epoch(&self) -> u64 {
+        self.epoch
     }
 
     pub fn durable(&self) -> u64 {
@@ -88,8 +110,13 @@ impl Kept {
         self.sent.get(usize::from(stream)).is_some_and(|sent| offset < *sent)
     }
 
-    /// A QoS 2 message gets its packet id; the number of the change.
-    pub fn send(&mut self, packet_id: u16, queued: &Queued) -> u64 {
+    /// Whether one more QoS 2 message may get a packet id.
+    pub fn has_room(&self) -> bool {
+        self.steps_bytes < SESSION_STEPS_BYTES_MAX
+    }
+
+    /// A QoS 2 message gets its packet id; the number of the change, and the bytes of its record.
+    pub fn send(&mut self, packet_id: u16, queued: &Queued) -> (u64, u32) {
         self.made += 1;
         if let (Source::Stream { stream, offset }, false) = (&queued.source, queued.apart) {
             let number = usize::from(*stream);
@@ -99,23 +126,31 @@ impl Kept {
         } else {
             self.note_due = true;
         }
-        self.set_step(PHASE_SENT, packet_id, Some(queued));
-        self.made
+        let record = self.set_step(PHASE_SENT, packet_id, Some(queued));
+        (self.made, record)
     }
 
     /// Its PUBREL may go once the number that is returned is durable.
-    pub fn release(&mut self, packet_id: u16) -> u64 {
+    pub fn release(&mut self, flight: &mut InFlight) {
         self.made += 1;
-        self.set_step(PHASE_RELEASED, packet_id, None);
-        self.made
+        self.steps_bytes -= flight.record as usize;
+        flight.record = self.set_step(PHASE_RELEASED, flight.packet_id, None);
+        flight.after = self.made;
     }
 
-    pub fn done(&mut self, packet_id: u16) {
+    pub fn done(&mut self, flight: &InFlight) {
         self.made += 1;
-        self.set(key(STEP, self.epoch, &packet_id.to_be_bytes()), None);
+        self.steps_bytes -= flight.record as usize;
+        self.set(key(STEP, self.epoch, &flight.packet_id.to_be_bytes()), None);
     }
 
-    fn set_step(&mut self, phase: u8, packet_id: u16, queued: Option<&Queued>) {
+    /// Takes back a packet id whose record was not appended.
+    pub fn take_back(&mut self, flight: &InFlight) {
+        self.steps_bytes -= flight.record as usize;
+        self.changes.remove(&key(STEP, self.epoch, &flight.packet_id.to_be_bytes()));
+    }
+
+    fn set_step(&mut self, phase: u8, packet_id: u16, queued: Option<&Queued>) -> u32 {
         let mut value = vec![phase];
         put_number(&mut value, self.made);
         if let Some(queued) = queued {
@@ -123,7 +158,11 @@ impl Kept {
             value.extend(identity_bytes(&self.streams[usize::from(stream)]));
             put_entry(&mut value, &mut Before::default(), queued, 0);
         }
-        self.set(key(STEP, self.epoch, &packet_id.to_be_bytes()), Some(value));
+        let key = key(STEP, self.epoch, &packet_id.to_be_bytes());
+        let record = key.len() + value.len();
+        self.steps_bytes += record;
+        self.set(key, Some(value));
+        record as u32
     }
 
     /// The last change of a key is the one that counts.
@@ -143,10 +182,11 @@ impl Kept {
     /// The changes were appended.
     pub fn appended(&mut self, ticket: Ticket) {
         self.changes.clear();
+        self.refused = false;
         self.appended.push_back((self.made, ticket));
     }
 
-    fn is_appended(&self, number: u64) -> bool {
+    pub fn is_appended(&self, number: u64) -> bool {
         number <= self.durable || self.appended.back().is_some_and(|(upto, _)| number <= *upto)
     }
 
@@ -259,6 +299,9 @@ pub fn note_bytes_max(sessions: usize) -> usize {
     (NOTES_BYTES_MAX / sessions.max(1)).clamp(96, STATE_VALUE_BYTES_MAX / 2)
 }
 
+/// Finds a retained message by its id and the time that it was received.
+pub type FindRetained<'a> = &'a dyn Fn(&Id, u64) -> Option<Arc<Message>>;
+
 /// What the broker stream knows of one session's outbox.
 #[derive(Default)]
 pub struct Found {
@@ -291,13 +334,13 @@ impl Found {
         true
     }
 
-    /// `ends`: of the streams. `retained` finds a retained message by topic and time received.
+    /// `ends`: of the streams.
     pub fn restore(
         self,
         epoch: u64,
         streams: Arc<[Identity]>,
         ends: &[u64],
-        retained: &dyn Fn(&str, u64) -> Option<Arc<Message>>,
+        retained: FindRetained<'_>,
     ) -> Restored {
         let number = |identity: &[u8]| {
             streams.iter().position(|known| identity_bytes(known) == identity).map(|at| at as u16)
@@ -312,13 +355,20 @@ impl Found {
         for (packet_id, value) in &self.steps {
             let mut rest = Reader(value);
             let (Some(phase), Some(made)) = (rest.byte(), rest.number()) else { continue };
-            let waiting = (phase == PHASE_SENT).then(|| {
+            let format = match phase {
+                PHASE_SENT => Some(FORMAT),
+                PHASE_SENT_1 => Some(FORMAT_1),
+                _ => None,
+            };
+            let waiting = format.map(|format| {
                 let numbers = [number(rest.bytes(IDENTITY_BYTES)?)];
-                rest.entry(&mut Before::default(), &numbers, retained)
+                rest.entry(format, &mut Before::default(), &numbers, retained)
             });
             // What cannot be sent again is ended with a PUBREL, that its id gets free at the client too.
             let waiting = waiting.flatten().and_then(|(queued, _)| queued);
-            steps.push((made, InFlight { packet_id: *packet_id, waiting, after: 0, dup: true }));
+            let record = (STEP.len() + size_of_val(&epoch) + size_of_val(packet_id) + value.len()) as u32;
+            steps.push((made, InFlight { packet_id: *packet_id, waiting, after: 0, dup: true, record }));
+            kept.steps_bytes += record as usize;
             kept.made = kept.made.max(made);
         }
         steps.sort_unstable_by_key(|(made, _)| *made);
@@ -343,11 +393,9 @@ impl Restored {
         &mut self,
         note: &mut Reader<'_>,
         number: &dyn Fn(&[u8]) -> Option<u16>,
-        retained: &dyn Fn(&str, u64) -> Option<Arc<Message>>,
+        retained: FindRetained<'_>,
     ) -> Option<()> {
-        if note.byte()? != FORMAT {
-            return None;
-        }
+        let format = note.byte().filter(|format| [FORMAT, FORMAT_1].contains(format))?;
         // A stream that the note does not know is newer: all of it.
         let mut from: Box<[u64]> = vec![0; self.from.len()].into();
         let mut numbers = Vec::new();
@@ -362,7 +410,7 @@ impl Restored {
         self.from = from;
         let mut before = Before::default();
         while !note.0.is_empty() {
-            let (queued, packet_id) = note.entry(&mut before, &numbers, retained)?;
+            let (queued, packet_id) = note.entry(format, &mut before, &numbers, retained)?;
             let Some(queued) = queued else { continue };
             let is_sent = queued.qos == 2
                 && !queued.apart
@@ -370,7 +418,10 @@ impl Restored {
             match packet_id {
                 _ if is_sent => {}
                 0 => self.queue.push(queued),
-                _ => self.inflight.push(InFlight { packet_id, waiting: Some(queued), after: 0, dup: true }),
+                _ => {
+                    let waiting = Some(queued);
+                    self.inflight.push(InFlight { packet_id, waiting, after: 0, dup: true, record: 0 });
+                }
             }
         }
         Some(())
@@ -392,7 +443,7 @@ fn put_entry(out: &mut Vec<u8>, before: &mut Before, queued: &Queued, packet_id:
             | flag(queued.retain, RETAIN)
             | flag(queued.apart, APART)
             | flag(packet_id != 0, IN_FLIGHT)
-            | flag(!queued.ids.is_empty(), IDS)
+            | flag(queued.own_id() != 0, IDS)
             | flag(queued.share.is_some(), SHARE)
             | flag(is_retained, RETAINED),
     );
@@ -402,13 +453,14 @@ fn put_entry(out: &mut Vec<u8>, before: &mut Before, queued: &Queued, packet_id:
             put_number(out, zigzag(offset.wrapping_sub(before.offset)));
             before.offset = *offset;
         }
-        Source::Retained(message) => put_bytes(out, message.topic().as_bytes()),
+        Source::Retained(message) => {
+            out.extend(retained::id(message.topic()));
+            put_number(out, message.received_us());
+        }
         Source::Broker(_) => {}
     }
-    if is_retained {
-        put_number(out, queued.received_us);
-    } else {
-        let seconds = queued.received_us / 1_000_000;
+    if !is_retained {
+        let seconds = queued.since_us / 1_000_000;
         put_number(out, zigzag(seconds.wrapping_sub(before.seconds)));
         before.seconds = seconds;
     }
@@ -416,9 +468,8 @@ fn put_entry(out: &mut Vec<u8>, before: &mut Before, queued: &Queued, packet_id:
     if packet_id != 0 {
         out.extend(packet_id.to_be_bytes());
     }
-    if !queued.ids.is_empty() {
-        put_number(out, queued.ids.len() as u64);
-        queued.ids.iter().for_each(|id| put_number(out, u64::from(*id)));
+    if queued.own_id() != 0 {
+        put_number(out, u64::from(queued.own_id()));
     }
     if let Some(share) = &queued.share {
         put_bytes(out, share.as_bytes());
@@ -484,23 +535,27 @@ impl<'a> Reader<'a> {
     /// An entry and its packet id; none where its message is no more.
     fn entry(
         &mut self,
+        format: u8,
         before: &mut Before,
         streams: &[Option<u16>],
-        retained: &dyn Fn(&str, u64) -> Option<Arc<Message>>,
+        retained: FindRetained<'_>,
     ) -> Option<(Option<Queued>, u16)> {
         let flags = self.byte()?;
-        let (source, received_us);
+        let (source, since_us);
         if flags & RETAINED != 0 {
-            let topic = self.text()?;
-            received_us = self.number()?;
-            source = retained(topic, received_us).map(Source::Retained);
+            let id = match format {
+                FORMAT_1 => retained::id(self.text()?),
+                _ => *self.bytes(size_of::<Id>())?.first_chunk()?,
+            };
+            since_us = u64::MAX;
+            source = retained(&id, self.number()?).map(Source::Retained);
         } else {
             // A step's record names its stream itself.
             let stream = usize::try_from(self.number()?).ok()?;
             let stream = if let [only] = streams { only } else { streams.get(stream)? };
             before.offset = before.offset.wrapping_add(unzigzag(self.number()?));
             before.seconds = before.seconds.wrapping_add(unzigzag(self.number()?));
-            received_us = before.seconds.saturating_mul(1_000_000);
+            since_us = before.seconds.saturating_mul(1_000_000);
             source = stream.map(|stream| Source::Stream { stream, offset: before.offset });
         }
         let len = self.number()? as u32;
@@ -510,23 +565,26 @@ impl<'a> Reader<'a> {
             let id = self.bytes(2)?;
             u16::from_be_bytes([id[0], id[1]])
         };
-        let mut ids = Vec::new();
+        let mut own_id = 0;
         if flags & IDS != 0 {
-            for _ in 0..self.number()? {
-                ids.push(self.number()? as u32);
+            let count = if format == FORMAT_1 { self.number()? } else { 1 };
+            for _ in 0..count {
+                own_id = self.number()? as u32;
             }
         }
-        let share = if flags & SHARE != 0 { Some(self.text()?.into()) } else { None };
+        let share: Option<Arc<str>> = if flags & SHARE != 0 { Some(self.text()?.into()) } else { None };
+        // Those of a stream's message are found again when it is read.
+        let is_own = share.is_some() || flags & RETAINED != 0;
         let queued = source.map(|source| Queued {
             source,
             body: None,
-            received_us,
+            since_us,
             len,
             qos: (flags & 3).min(2),
             retain: flags & RETAIN != 0,
             apart: flags & APART != 0,
             may_be_again: packet_id != 0,
-            ids: ids.into(),
+            ids: Ids::one(if is_own { own_id } else { 0 }),
             share,
         });
         Some((queued, packet_id))

@@ -1,33 +1,60 @@
 //! Reads messages that wait in their streams, when it is their turn.
 
 use std::collections::{BTreeMap, HashMap};
+use std::mem::take;
 use std::sync::Arc;
 
 use tokio::task::yield_now;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{Message, Place};
+use super::{Ids, Message, Place, RetainedPage, Waits};
+use crate::batch::MessageRef;
 use crate::listeners::mqtt::Broker;
 use crate::listeners::mqtt::copies::CopyPicks;
 use crate::listeners::mqtt::picks::Picks;
+use crate::listeners::mqtt::session::Session;
+use crate::properties::{self, Origin};
 use crate::threads::{SHORT_TURN, in_turns};
 
 /// Subscribers that are read for at a time: each holds up to 2 MiB meanwhile,
 /// and takes a thread from those that serve connections.
 pub const LOADS_MAX: usize = 4;
 
-/// What was asked for; `None`: it is no more, trimmed or damaged.
-pub type Loaded = HashMap<Place, Option<Arc<Message>>>;
+/// Retained topics that are looked at while those who publish them wait, and so often for
+/// one read: the next one goes on.
+const LOOKED_AT_ONCE: usize = 128;
+const LOOKS_MAX: usize = 128;
+
+/// What was asked for.
+#[derive(Default)]
+pub struct Loaded {
+    /// `None`: it is no more, trimmed or damaged.
+    pub messages: HashMap<Place, Option<Body>>,
+    pub page: Option<RetainedPage>,
+}
+
+/// A message of a stream, and the identifiers of the session's subscriptions that match it.
+pub struct Body {
+    pub message: Arc<Message>,
+    pub ids: Ids,
+}
+
+impl Body {
+    fn of(message: MessageRef<'_>, session: &Session) -> Self {
+        let publisher = properties::get(message.properties(), Origin::Listener, "client-id");
+        let ids = session.subscription_ids(message.topic(), publisher);
+        Self { message: Arc::new(Message::of(message)), ids }
+    }
+}
 
 /// One read, on a task of its own: a connection that is at something else meanwhile
 /// keeps no turn from the others.
 pub struct Loader(AbortOnDropHandle<Result<Loaded, Arc<str>>>);
 
 impl Loader {
-    pub fn new(wanted: Vec<Place>, broker: &Arc<Broker>) -> Self {
-        Self(AbortOnDropHandle::new(
-            broker.background.spawn(in_turns(SHORT_TURN, load(wanted, broker.clone()))),
-        ))
+    pub fn new(waits: &mut Waits, broker: &Arc<Broker>, session: &Arc<Session>) -> Self {
+        let load = load(take(&mut waits.load), waits.page.take(), broker.clone(), session.clone());
+        Self(AbortOnDropHandle::new(broker.background.spawn(in_turns(SHORT_TURN, load))))
     }
 
     /// Safe to drop and to call again. The reason where a stream has stopped.
@@ -36,11 +63,16 @@ impl Loader {
     }
 }
 
-async fn load(wanted: Vec<Place>, broker: Arc<Broker>) -> Result<Loaded, Arc<str>> {
+async fn load(
+    wanted: Vec<Place>,
+    page: Option<RetainedPage>,
+    broker: Arc<Broker>,
+    session: Arc<Session>,
+) -> Result<Loaded, Arc<str>> {
     let _turn = broker.loads.acquire().await.expect("the semaphore is never closed");
     let copies = &broker.copies;
     let (mut streams, mut copied) = (BTreeMap::<u16, Picks>::new(), CopyPicks::default());
-    let mut loaded = Loaded::new();
+    let mut loaded = Loaded { page, ..Loaded::default() };
     for place in wanted {
         if !copied.add(copies, place) {
             streams.entry(place.stream).or_default().add(place.offset);
@@ -54,21 +86,30 @@ async fn load(wanted: Vec<Place>, broker: Arc<Broker>) -> Result<Loaded, Arc<str
                 let place = Place { stream, offset };
                 // Retention may have taken it just now.
                 if !copied.add(copies, place) {
-                    loaded.insert(place, None);
+                    loaded.messages.insert(place, None);
                 }
             }
             if let Some((batch, found)) = picked.found {
                 for message in found.into_iter().map(|at| batch.message(at)) {
                     let place = Place { stream, offset: message.offset().0 };
-                    loaded.insert(place, Some(Arc::new(Message::of(message))));
+                    loaded.messages.insert(place, Some(Body::of(message, &session)));
                 }
             }
         }
     }
     while let Some(found) = copied.next(copies).await? {
         for (place, copy) in found {
-            let message = copy.map(|(batch, at)| Arc::new(Message::of(batch.message(at))));
-            loaded.insert(place, message);
+            let body = copy.map(|(batch, at)| Body::of(batch.message(at), &session));
+            loaded.messages.insert(place, body);
+        }
+    }
+    if let Some(page) = &mut loaded.page {
+        for _ in 0..LOOKS_MAX {
+            page.look(&broker.retained(), &broker.clock, LOOKED_AT_ONCE);
+            if page.is_done() {
+                break;
+            }
+            yield_now().await;
         }
     }
     Ok(loaded)

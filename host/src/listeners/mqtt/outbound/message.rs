@@ -3,6 +3,7 @@
 use bytes::BufMut;
 
 use crate::batch::{MessageRef, flags};
+use crate::listeners::mqtt::clock::Clock;
 use crate::properties::{self, Origin};
 use crate::stream::NewMessage;
 
@@ -76,9 +77,9 @@ impl Message {
     }
 
     /// Seconds that it may still wait; `None` once it expired.
-    pub fn lifetime(&self, now_us: u64) -> Option<Option<u32>> {
+    pub fn lifetime(&self, clock: &Clock) -> Option<Option<u32>> {
         let Some(expiry) = self.expiry_s else { return Some(None) };
-        let waited = now_us.saturating_sub(self.received_us) / 1_000_000;
+        let waited = clock.now_us().saturating_sub(clock.of_wall(self.received_us)) / 1_000_000;
         expiry.checked_sub(waited.min(u64::from(u32::MAX)) as u32).filter(|left| *left > 0).map(Some)
     }
 }

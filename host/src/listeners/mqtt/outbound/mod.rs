@@ -9,6 +9,7 @@ mod kept;
 mod load;
 mod message;
 mod queued;
+mod retained;
 mod send;
 #[cfg(test)]
 mod tests;
@@ -16,13 +17,15 @@ mod tests;
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 
+use self::retained::Deliveries;
 use super::session::Change;
 use crate::stream::{AppendError, Stream};
 
 pub use self::kept::{Found, Kept, NOTE, Restored, SENT, STEP, note_bytes_max};
-pub use self::load::{LOADS_MAX, Loaded, Loader};
+pub use self::load::{Body, LOADS_MAX, Loaded, Loader};
 pub use self::message::Message;
-pub use self::queued::{InFlight, Offer, Place, QueueLimits, Queued, Source, Sums, WhenFull};
+pub use self::queued::{Ids, InFlight, Offer, Place, QueueLimits, Queued, Source, Sums, WhenFull};
+pub use self::retained::{RetainedFrom, RetainedPage};
 pub use self::send::{Acked, Filled, Peer, Waits};
 
 /// A connected subscriber that keeps its session has so much of its queue in
@@ -42,6 +45,13 @@ pub struct Outbox {
     last_id: u16,
     /// By stream: what lies below is not for it, or done.
     from: Box<[u64]>,
+    /// What its new subscriptions are given beside the queue.
+    retained: Deliveries,
+    /// The identifiers of the last message that had several.
+    last_ids: Option<Arc<[u32]>>,
+    /// Messages of a session that outlives its connection that found no room, or waited too
+    /// long, and were not told of yet.
+    lost: u64,
     /// Of a session that outlives its connection.
     kept: Option<Box<Kept>>,
 }
@@ -77,6 +87,13 @@ impl Outbox {
         self.from.get(stream).copied().unwrap_or(0)
     }
 
+    /// It has been offered all of a stream below `upto`.
+    pub fn pass(&mut self, stream: usize, upto: u64) {
+        if let Some(from) = self.from.get_mut(stream) {
+            *from = upto.max(*from);
+        }
+    }
+
     /// `body` is asked for where it is to be held.
     pub fn offer(
         &mut self,
@@ -90,21 +107,28 @@ impl Outbox {
         if !self.connected && queued.qos == 0 {
             return Offer::Away;
         }
-        let len = queued.len as usize;
+        let is_held =
+            self.connected && (self.kept.is_none() || self.sums.held + queued.bytes() <= HELD_BYTES_MAX);
+        if is_held {
+            self.share_ids(&mut queued);
+        } else if queued.source.place().is_some() {
+            queued.let_go();
+        }
+        let len = queued.bytes();
         let mut dropped = 0;
         while self.queue.len() >= limits.messages_max || self.sums.bytes + len > limits.bytes_max {
             if self.kept.is_none() || queued.qos == 0 {
                 let slow = self.connected && queued.qos > 0;
                 return if slow { Offer::Overflow } else { Offer::Dropped };
             }
+            self.lost += 1;
             match limits.when_full {
                 WhenFull::DropOldest if len <= limits.bytes_max && self.pop().is_some() => dropped += 1,
                 _ => return Offer::Dropped,
             }
         }
-        let is_held = self.connected && (self.kept.is_none() || self.sums.held + len <= HELD_BYTES_MAX);
-        if matches!(queued.source, Source::Stream { .. }) {
-            queued.body = if is_held { queued.body.or_else(body) } else { None };
+        if is_held && queued.source.place().is_some() {
+            queued.body = queued.body.or_else(body);
         }
         self.push(queued);
         match (dropped, self.queue.len()) {
@@ -124,6 +148,31 @@ impl Outbox {
             }
             _ => true,
         }
+    }
+
+    /// Most messages of a queue match the same subscriptions.
+    fn share_ids(&mut self, queued: &mut Queued) {
+        let Ids::Many(ids) = &mut queued.ids else { return };
+        match &self.last_ids {
+            Some(last) if last == ids => *ids = last.clone(),
+            _ => self.last_ids = Some(ids.clone()),
+        }
+    }
+
+    /// What is to be sent next: what is retained comes before what is in the queue, which
+    /// may be newer.
+    fn head(&self) -> Option<&Queued> {
+        self.retained_head().or(self.queue.front())
+    }
+
+    fn take(&mut self) -> Option<Queued> {
+        self.take_retained().or_else(|| self.pop())
+    }
+
+    /// How many messages were lost, of a session that outlives its connection, since it was
+    /// asked last.
+    pub fn take_lost(&mut self) -> u64 {
+        std::mem::take(&mut self.lost)
     }
 
     fn push(&mut self, queued: Queued) {
@@ -154,7 +203,7 @@ impl Outbox {
 
     /// Messages that wait, their bytes, and messages sent and not acknowledged.
     pub fn sizes(&self) -> (usize, usize, usize) {
-        (self.queue.len(), self.sums.bytes, self.inflight.len())
+        (self.queue.len() + self.retained.len(), self.sums.bytes, self.inflight.len())
     }
 
     /// Whether it would be sent soon: a shared subscription prefers such a member.
@@ -202,6 +251,7 @@ impl Outbox {
     /// is not in memory is looked at when it is read: [`Outbox::loaded`]. What a
     /// client that is connected was sent stays for it to acknowledge.
     pub fn keep_only(&mut self, may_see: impl Fn(&str) -> bool) {
+        self.keep_only_retained(&may_see);
         let stays = |queued: &Queued| queued.message().is_none_or(|message| may_see(message.topic()));
         self.retain(stays);
         let mut at = if self.connected { self.sent } else { 0 };
@@ -256,14 +306,17 @@ impl Outbox {
         if self.sums.at_most_once > 0 {
             self.retain(|queued| queued.qos > 0);
         }
+        self.retained.disconnected();
+        self.last_ids = None;
         if self.kept.is_some() {
             let mut queue = self.queue.iter_mut();
             while let (1.., Some(queued)) = (self.sums.held, queue.next()) {
-                self.sums.held -= queued.held();
-                queued.body = None;
+                self.sums.subtract(queued);
+                queued.let_go();
+                self.sums.add(queued);
             }
             let waiting = self.inflight.iter_mut().filter_map(|flight| flight.waiting.as_mut());
-            waiting.for_each(|queued| queued.body = None);
+            waiting.for_each(Queued::let_go);
         }
         if self.queue.capacity() > 2 * self.queue.len() {
             self.queue.shrink_to_fit();
@@ -280,12 +333,15 @@ impl Outbox {
         }
     }
 
-    /// Drops what waits since before `received_us`; how many.
-    pub fn drop_older(&mut self, received_us: u64) -> u64 {
+    /// Drops what waits since before `since_us`; how many.
+    pub fn drop_older(&mut self, since_us: u64) -> u64 {
         let mut dropped = 0;
-        while self.queue.front().is_some_and(|head| head.received_us < received_us) {
+        while self.queue.front().is_some_and(|head| head.since_us < since_us) {
             self.pop();
             dropped += 1;
+        }
+        if self.kept.is_some() {
+            self.lost += dropped;
         }
         dropped
     }
@@ -300,41 +356,78 @@ impl Outbox {
 
     /// Appends what must be durable, and a note where one is due, for which `note`
     /// gives what [`Outbox::note`] takes. Where there is no room it stays to be appended.
-    pub fn record(&mut self, stream: &dyn Stream, note: impl FnOnce() -> (Box<[u64]>, usize)) {
-        let Some(kept) = &mut self.kept else { return };
+    /// Returns how many deliveries ended because their records cannot be appended.
+    pub fn record(&mut self, stream: &dyn Stream, note: impl FnOnce() -> (Box<[u64]>, usize)) -> u64 {
+        let Some(kept) = &mut self.kept else { return 0 };
         if kept.changes().is_empty() {
-            return;
+            return 0;
         }
         let mut changes: Vec<Change> =
             kept.changes().iter().map(|(key, value)| (key.clone(), value.clone())).collect();
-        if kept.note_due {
+        let is_noted = kept.note_due;
+        if is_noted {
             // What is sent now is not to be in it.
             let sent = kept.made();
             let (positions, bytes_max) = note();
             changes.extend(self.note_with(&positions, bytes_max, sent));
         }
-        let Some(kept) = &mut self.kept else { return };
-        match stream.append(&[], &super::borrowed(&changes)) {
-            Ok(appended) => kept.appended(appended.ticket),
-            Err(AppendError::Full | AppendError::NoSpace) => {
-                kept.note_due |= changes.len() > kept.changes().len();
+        let appended = stream.append(&[], &super::borrowed(&changes));
+        let Some(kept) = &mut self.kept else { return 0 };
+        match appended {
+            Ok(appended) => {
+                kept.appended(appended.ticket);
+                if is_noted {
+                    self.noted();
+                }
+                return 0;
             }
-            // Seen by whoever waits for the stream.
-            Err(_) => {}
+            Err(AppendError::Full | AppendError::NoSpace) => kept.refused = true,
+            // Nothing that was promised is in them.
+            Err(AppendError::TooLarge(_)) => return self.give_up_unrecorded(),
+            // The connection ends with its stream.
+            Err(AppendError::Stopped(_)) => {}
         }
+        kept.note_due |= is_noted;
+        0
     }
 
-    /// Where the session stands, for the broker stream; `None`: nothing of it is
-    /// kept. `positions`: of the live delivery, read before the outbox was locked.
-    pub fn note(&mut self, positions: &[u64], bytes_max: usize) -> Option<Change> {
+    /// Ends the QoS 2 deliveries whose records were not appended; how many.
+    fn give_up_unrecorded(&mut self) -> u64 {
+        let Some(kept) = &mut self.kept else { return 0 };
+        let before = self.inflight.len();
+        let (sent, mut at) = (self.sent, 0);
+        self.inflight.retain(|flight| {
+            let is_recorded = flight.waiting.is_none() || kept.is_appended(flight.after);
+            if !is_recorded {
+                kept.take_back(flight);
+                self.ids.remove(&flight.packet_id);
+                self.sent -= usize::from(at < sent);
+            }
+            at += 1;
+            is_recorded
+        });
+        (before - self.inflight.len()) as u64
+    }
+
+    /// Where the session stands, for the broker stream; nothing where nothing of it is
+    /// kept. `positions`: of the live delivery, read before the outbox was locked. Its
+    /// caller says what came of it: [`Outbox::noted`], [`Outbox::note_failed`].
+    pub fn note(&mut self, positions: &[u64], bytes_max: usize) -> Vec<Change> {
         self.note_with(positions, bytes_max, 0)
     }
 
-    fn note_with(&mut self, positions: &[u64], bytes_max: usize, with: u64) -> Option<Change> {
-        let kept = self.kept.as_mut()?;
+    fn note_with(&mut self, positions: &[u64], bytes_max: usize, with: u64) -> Vec<Change> {
+        let Some(kept) = self.kept.as_mut() else { return Vec::new() };
         let apart = self.queue.iter().filter(|queued| queued.apart).take(self.sums.apart);
         let queue = apart.chain(self.queue.iter().filter(|queued| !queued.apart));
-        Some(kept.note(positions, &self.from, self.inflight.iter(), queue, bytes_max, with))
+        let mut changes = self.retained.changes(kept.epoch());
+        changes.push(kept.note(positions, &self.from, self.inflight.iter(), queue, bytes_max, with));
+        changes
+    }
+
+    /// The note was taken.
+    pub fn noted(&mut self) {
+        self.retained.noted();
     }
 
     pub fn wants_note(&self, positions: &[u64]) -> bool {

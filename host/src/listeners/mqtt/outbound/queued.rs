@@ -45,7 +45,8 @@ pub struct Queued {
     pub source: Source,
     /// Of a stream's message; `None`: to be read there.
     pub body: Option<Arc<Message>>,
-    pub received_us: u64,
+    /// Broker time since when it waits.
+    pub since_us: u64,
     /// See [`Message::len`].
     pub len: u32,
     pub qos: u8,
@@ -54,29 +55,66 @@ pub struct Queued {
     pub apart: bool,
     /// Perhaps sent before a restart.
     pub may_be_again: bool,
-    /// Subscription identifiers, mostly none.
-    pub ids: Box<[u32]>,
+    /// Subscription identifiers, mostly none. Those of a stream's message go with its body
+    /// and are found again when that is read.
+    pub ids: Ids,
     /// The shared subscription that it came by.
     pub share: Option<Arc<str>>,
 }
 
+/// The identifiers of the subscriptions that a message matches.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Ids {
+    #[default]
+    None,
+    One(u32),
+    /// The messages of a queue share them where they are the same.
+    Many(Arc<[u32]>),
+}
+
+impl Ids {
+    /// `id` 0: none.
+    pub fn one(id: u32) -> Self {
+        if id == 0 { Self::None } else { Self::One(id) }
+    }
+
+    pub fn as_slice(&self) -> &[u32] {
+        match self {
+            Self::None => &[],
+            Self::One(id) => std::slice::from_ref(id),
+            Self::Many(ids) => ids,
+        }
+    }
+}
+
+impl FromIterator<u32> for Ids {
+    fn from_iter<I: IntoIterator<Item = u32>>(ids: I) -> Self {
+        let mut ids = ids.into_iter();
+        match (ids.next(), ids.next()) {
+            (None, _) => Self::None,
+            (Some(one), None) => Self::One(one),
+            (Some(one), Some(two)) => Self::Many([one, two].into_iter().chain(ids).collect()),
+        }
+    }
+}
+
 impl Queued {
     /// Of one subscription, as a retained message; its bytes are held by others too.
-    pub fn whole(source: Source, qos: u8, options: Options) -> Self {
-        let (received_us, len) = match &source {
-            Source::Retained(message) | Source::Broker(message) => (message.received_us(), message.len()),
-            Source::Stream { .. } => (0, 0),
+    pub fn whole(source: Source, qos: u8, options: Options, since_us: u64) -> Self {
+        let len = match &source {
+            Source::Retained(message) | Source::Broker(message) => message.len(),
+            Source::Stream { .. } => 0,
         };
         Self {
             apart: true,
             source,
             body: None,
-            received_us,
+            since_us,
             len: len as u32,
             qos,
             retain: true,
             may_be_again: false,
-            ids: Some(options.id).filter(|id| *id != 0).into_iter().collect(),
+            ids: Ids::one(options.id),
             share: None,
         }
     }
@@ -93,8 +131,25 @@ impl Queued {
         self.source.place().filter(|_| self.body.is_none())
     }
 
+    /// For the queue's bound in bytes.
+    pub fn bytes(&self) -> usize {
+        self.len as usize + size_of_val(self.ids.as_slice())
+    }
+
     pub fn held(&self) -> usize {
-        if self.body.is_some() { self.len as usize } else { 0 }
+        if self.body.is_some() { self.bytes() } else { 0 }
+    }
+
+    /// The identifier of the only subscription that it can have come by; 0: none.
+    pub fn own_id(&self) -> u32 {
+        let is_own = self.share.is_some() || self.source.place().is_none();
+        self.ids.as_slice().first().copied().filter(|_| is_own).unwrap_or(0)
+    }
+
+    /// Leaves what can be read again to be read.
+    pub fn let_go(&mut self) {
+        self.body = None;
+        self.ids = Ids::one(self.own_id());
     }
 }
 
@@ -119,14 +174,14 @@ impl Sums {
     }
 
     pub fn add(&mut self, queued: &Queued) {
-        self.bytes += queued.len as usize;
+        self.bytes += queued.bytes();
         self.held += queued.held();
         self.at_most_once += usize::from(queued.qos == 0);
         self.apart += usize::from(queued.apart);
     }
 
     pub fn subtract(&mut self, queued: &Queued) {
-        self.bytes -= queued.len as usize;
+        self.bytes -= queued.bytes();
         self.held -= queued.held();
         self.at_most_once -= usize::from(queued.qos == 0);
         self.apart -= usize::from(queued.apart);
@@ -141,6 +196,8 @@ pub struct InFlight {
     pub after: u64,
     /// Sent before.
     pub dup: bool,
+    /// Bytes of its record in the broker stream's state.
+    pub record: u32,
 }
 
 #[derive(Clone, Copy, Debug)]

@@ -1,13 +1,13 @@
 //! What goes to a connected subscriber, and what its acknowledgements do.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 
 use bytes::{BufMut, BytesMut};
 
-use super::{InFlight, Loaded, Message, Outbox, Place, Queued};
+use super::{Body, Ids, InFlight, Message, Outbox, Place, Queued, RetainedPage};
 use crate::access::{QUESTIONS_MAX, Verdict};
 use crate::listeners::mqtt::aliases::{Aliases, Name};
-use crate::listeners::mqtt::now_us;
+use crate::listeners::mqtt::clock::Clock;
 use crate::listeners::mqtt::wire::{self, OutPublish, Version};
 use crate::stream::Ticket;
 
@@ -43,11 +43,17 @@ pub struct Waits {
     pub room: bool,
     /// For these messages.
     pub load: Vec<Place>,
+    /// For these retained messages.
+    pub page: Option<RetainedPage>,
 }
 
 impl Waits {
     pub fn is_none(&self) -> bool {
-        self.durable.is_none() && !self.room && self.load.is_empty()
+        self.durable.is_none() && !self.room && !self.reads()
+    }
+
+    pub fn reads(&self) -> bool {
+        !self.load.is_empty() || self.page.is_some()
     }
 }
 
@@ -74,6 +80,7 @@ impl Outbox {
         peer: Peer,
         aliases: &mut Aliases,
         receive: Receive<'_>,
+        clock: &Clock,
         bytes_max: usize,
         out: &mut BytesMut,
     ) -> Filled {
@@ -87,10 +94,9 @@ impl Outbox {
                 kept.releases.pop_front();
             }
         }
-        if self.queue.is_empty() && self.sent == self.inflight.len() {
+        if self.head().is_none() && self.sent == self.inflight.len() {
             return filled;
         }
-        let now_us = now_us();
         let window = usize::from(peer.window);
         while out.len() < bytes_max {
             match self.receives(receive) {
@@ -100,7 +106,7 @@ impl Outbox {
                     if self.sent < self.inflight.len() {
                         self.give_up(self.sent);
                     } else {
-                        self.pop();
+                        self.take();
                         if let Some(kept) = &mut self.kept {
                             kept.changed = true;
                         }
@@ -120,7 +126,7 @@ impl Outbox {
                 let is_sent = match &flight.waiting {
                     Some(queued) if queued.message().is_none() => break,
                     Some(queued) => {
-                        filled.put(queued, flight.packet_id, flight.dup, now_us, peer, aliases, out)
+                        filled.put(queued, flight.packet_id, flight.dup, clock, peer, aliases, out)
                     }
                     None => {
                         wire::put_ack(out, wire::PUBREL, flight.packet_id);
@@ -135,13 +141,13 @@ impl Outbox {
                 }
                 continue;
             }
-            match self.queue.front() {
+            match self.head() {
                 Some(head) if head.message().is_none() => break,
                 Some(head) if head.qos == 0 => {
-                    let queued = self.pop().expect("it has a front");
-                    filled.put(&queued, 0, false, now_us, peer, aliases, out);
+                    let queued = self.take().expect("it has a head");
+                    filled.put(&queued, 0, false, clock, peer, aliases, out);
                 }
-                Some(_) if self.inflight.len() < window => self.stage(window, receive, bytes_max),
+                Some(_) if self.may_stage(window) => self.stage(window, receive, bytes_max),
                 _ => break,
             }
         }
@@ -155,7 +161,7 @@ impl Outbox {
     fn receives(&self, receive: Receive<'_>) -> Verdict {
         let next = match self.inflight.get(self.sent) {
             Some(flight) => flight.waiting.as_ref(),
-            None => self.queue.front(),
+            None => self.head(),
         };
         receive.zip(next.and_then(Queued::message)).map_or(Verdict::Yes, |(it, message)| it(message.topic()))
     }
@@ -164,32 +170,40 @@ impl Outbox {
     /// which `receive` does not know; each once.
     pub fn unanswered(&self, receive: Receive<'_>) -> Vec<Box<str>> {
         let again = self.inflight.iter().skip(self.sent).filter_map(|flight| flight.waiting.as_ref());
-        let next = again.chain(&self.queue).take(QUESTIONS_MAX).filter_map(Queued::message);
+        let next = again
+            .chain(self.retained.heads())
+            .chain(&self.queue)
+            .take(QUESTIONS_MAX)
+            .filter_map(Queued::message);
         let topics: BTreeSet<&str> = next.map(|message| message.topic()).collect();
         let is_open = |topic: &&str| receive.is_some_and(|receive| receive(topic) == Verdict::Ask);
         let topics = topics.into_iter().filter(is_open);
         topics.map(Into::into).collect()
     }
 
+    fn may_stage(&self, window: usize) -> bool {
+        self.inflight.len() < window && self.kept.as_ref().is_none_or(|kept| kept.has_room())
+    }
+
     /// Gives the head a packet id; where it needs a durable record first, all
     /// that follow and need one too.
     fn stage(&mut self, window: usize, receive: Receive<'_>, bytes_max: usize) {
         let mut bytes = 0;
-        while let Some(queued) = self.pop() {
+        while let Some(queued) = self.take() {
             bytes += queued.len as usize;
             let packet_id = self.next_id();
-            let after = match &mut self.kept {
+            let (after, record) = match &mut self.kept {
                 Some(kept) if queued.qos == 2 => kept.send(packet_id, &queued),
-                _ => 0,
+                _ => (0, 0),
             };
             let dup = queued.qos == 1 && queued.may_be_again;
-            self.inflight.push_back(InFlight { packet_id, waiting: Some(queued), after, dup });
+            self.inflight.push_back(InFlight { packet_id, waiting: Some(queued), after, dup, record });
             let is_next = |next: &&Queued| {
                 let message = next.message().filter(|_| next.qos == 2);
                 message.is_some_and(|it| receive.is_none_or(|may| may(it.topic()) == Verdict::Yes))
             };
-            let next = self.queue.front().filter(is_next);
-            if after == 0 || next.is_none() || self.inflight.len() >= window || bytes >= bytes_max {
+            let has_next = self.head().filter(is_next).is_some();
+            if after == 0 || !has_next || !self.may_stage(window) || bytes >= bytes_max {
                 return;
             }
         }
@@ -207,7 +221,7 @@ impl Outbox {
         }
         flight.waiting = None;
         if let Some(kept) = &mut self.kept {
-            flight.after = kept.release(flight.packet_id);
+            kept.release(flight);
         }
         true
     }
@@ -219,7 +233,7 @@ impl Outbox {
             if let Some(kept) = &mut self.kept {
                 match &flight.waiting {
                     Some(queued) if queued.qos == 1 => kept.changed = true,
-                    _ => kept.done(flight.packet_id),
+                    _ => kept.done(&flight),
                 }
             }
         }
@@ -238,7 +252,7 @@ impl Outbox {
         match (&flight.waiting, &mut self.kept) {
             (Some(_), Some(kept)) if is_received => {
                 flight.waiting = None;
-                flight.after = kept.release(packet_id);
+                kept.release(flight);
                 kept.releases.push_back((packet_id, flight.after));
                 Acked::Nothing
             }
@@ -271,14 +285,15 @@ impl Outbox {
     pub fn waits(&self, peer: Peer) -> Waits {
         let mut waits = Waits::default();
         if let Some(kept) = &self.kept {
-            waits.room = !kept.changes().is_empty();
+            waits.room = kept.refused;
             let flight = self.inflight.get(self.sent).map(|flight| flight.after);
             let release = kept.releases.front().map(|(_, after)| *after);
             let after = [flight, release].into_iter().flatten().filter(|after| *after > kept.durable());
             waits.durable = after.min().and_then(|after| kept.ticket(after));
         }
+        waits.page = self.wants_page();
         let next = self.inflight.get(self.sent).map(|flight| flight.waiting.as_ref());
-        if next.unwrap_or(self.queue.front()).and_then(Queued::place).is_none() {
+        if next.unwrap_or(self.head()).and_then(Queued::place).is_none() {
             return waits;
         }
         let window = usize::from(peer.window);
@@ -298,14 +313,18 @@ impl Outbox {
 
     /// Messages that were read. Those that are no more, or that the client may
     /// not see, are given up; how many are no more.
-    pub fn loaded(&mut self, loaded: &Loaded, may_see: impl Fn(&str) -> bool) -> u64 {
+    pub fn loaded(&mut self, loaded: &HashMap<Place, Option<Body>>, may_see: impl Fn(&str) -> bool) -> u64 {
         let mut gone = 0;
         // Fills in the body; false: there is none.
         let mut fill = |queued: &mut Queued| {
             let Some(found) = queued.place().and_then(|place| loaded.get(&place)) else { return true };
-            queued.body = found.clone().filter(|message| may_see(message.topic()));
             gone += u64::from(found.is_none());
-            queued.body.is_some()
+            let Some(found) = found.as_ref().filter(|it| may_see(it.message.topic())) else { return false };
+            queued.body = Some(found.message.clone());
+            if queued.share.is_none() {
+                queued.ids = found.ids.clone();
+            }
+            true
         };
         let mut at = self.sent;
         while let Some(flight) = self.inflight.get_mut(at) {
@@ -317,12 +336,12 @@ impl Outbox {
         let mut at = 0;
         for _ in 0..self.queue.len().min(LOAD_MESSAGES_MAX) {
             let queued = &mut self.queue[at];
-            let before = queued.held();
+            self.sums.subtract(queued);
             if fill(queued) {
-                self.sums.held += queued.held() - before;
+                self.sums.add(queued);
                 at += 1;
-            } else if let Some(lost) = self.queue.remove(at) {
-                self.sums.subtract(&lost);
+            } else {
+                self.queue.remove(at);
             }
         }
         gone
@@ -338,13 +357,13 @@ impl Filled {
         queued: &Queued,
         packet_id: u16,
         dup: bool,
-        now_us: u64,
+        clock: &Clock,
         peer: Peer,
         aliases: &mut Aliases,
         out: &mut BytesMut,
     ) -> bool {
         let Some(message) = queued.message() else { return false };
-        let lifetime = match message.lifetime(now_us) {
+        let lifetime = match message.lifetime(clock) {
             Some(lifetime) => lifetime,
             // What was begun is finished (MQTT 5.0, 4.3.3).
             None if dup => Some(1),
@@ -394,13 +413,13 @@ fn put(
         payload: message.payload(),
     };
     let own;
-    if peer.version == Version::V5 && (lifetime.is_some() || !queued.ids.is_empty()) {
+    if peer.version == Version::V5 && (lifetime.is_some() || queued.ids != Ids::None) {
         let mut properties = message.properties().to_vec();
         if let Some(seconds) = lifetime {
             properties.put_u8(0x02);
             properties.put_u32(seconds);
         }
-        for id in &queued.ids {
+        for id in queued.ids.as_slice() {
             properties.put_u8(0x0b);
             wire::put_var_int(&mut properties, *id as usize);
         }

@@ -8,6 +8,8 @@ use bytes::BytesMut;
 use super::*;
 use crate::access::Verdict;
 use crate::listeners::mqtt::aliases::Aliases;
+use crate::listeners::mqtt::clock::{self, Clock};
+use crate::listeners::mqtt::subscriptions::{Filter, Options};
 use crate::listeners::mqtt::wire::{self, Version};
 use crate::properties::{self, Origin};
 use crate::stream::memory::MemoryStream;
@@ -24,19 +26,27 @@ fn queued(offset: u64, qos: u8, share: Option<&str>) -> Queued {
     Queued {
         source: Source::Stream { stream: 0, offset },
         body: None,
-        received_us: offset * 1_000_000,
+        since_us: offset * 1_000_000,
         len: 100,
         qos,
         retain: false,
         apart: false,
         may_be_again: false,
-        ids: Box::default(),
+        ids: Ids::None,
         share: share.map(Into::into),
     }
 }
 
 fn message(payload: &str, properties: &[u8]) -> Arc<Message> {
     Message::new("t", payload.as_bytes(), properties, 2, crate::listeners::mqtt::now_us()).into()
+}
+
+fn body(payload: &str) -> Body {
+    Body { message: message(payload, b""), ids: Ids::None }
+}
+
+fn clock() -> Clock {
+    Clock::new(clock::system(), None, 0).0
 }
 
 fn offer(outbox: &mut Outbox, queued: Queued) -> Offer {
@@ -54,7 +64,14 @@ fn sent(qos: u8, payloads: &[&str], properties: &[u8], share: Option<&str>) -> O
         let body = || Some(message(payload, properties));
         outbox.offer(queued(offset as u64, qos, share), LIMITS, body);
     }
-    let filled = outbox.fill(peer(10, usize::MAX), &mut Aliases::new(0), None, 1 << 20, &mut BytesMut::new());
+    let filled = outbox.fill(
+        peer(10, usize::MAX),
+        &mut Aliases::new(0),
+        None,
+        &clock(),
+        1 << 20,
+        &mut BytesMut::new(),
+    );
     assert_eq!(filled.sent, payloads.len() as u64);
     outbox
 }
@@ -64,7 +81,14 @@ fn a_packet_id_in_flight_is_not_given_again() {
     let mut outbox = Outbox { connected: true, last_id: u16::MAX - 1, ..Outbox::default() };
     let send = |outbox: &mut Outbox| {
         assert_eq!(offer(outbox, queued(1, 1, None)), Offer::QueuedFirst);
-        outbox.fill(peer(3, usize::MAX), &mut Aliases::new(0), None, usize::MAX, &mut BytesMut::new());
+        outbox.fill(
+            peer(3, usize::MAX),
+            &mut Aliases::new(0),
+            None,
+            &clock(),
+            usize::MAX,
+            &mut BytesMut::new(),
+        );
         outbox.last_id
     };
     assert_eq!([send(&mut outbox), send(&mut outbox)], [u16::MAX, 1]);
@@ -80,16 +104,20 @@ fn a_resumed_session_is_sent_again_within_what_its_client_takes_now() {
     let mut outbox = sent(1, &["1", &large, "3", "4"], &[], None);
     outbox.resume();
     let mut out = BytesMut::new();
-    let filled = outbox.fill(peer(2, 50), &mut Aliases::new(0), None, 1 << 20, &mut out);
+    let filled = outbox.fill(peer(2, 50), &mut Aliases::new(0), None, &clock(), 1 << 20, &mut out);
     assert_eq!((filled.sent, filled.too_large), (2, 1), "1 and 3");
     assert!(out.iter().filter(|byte| **byte == 0x3a).count() == 2, "with DUP: {out:x?}");
     assert_eq!(
-        outbox.fill(peer(2, 50), &mut Aliases::new(0), None, 1 << 20, &mut out).sent,
+        outbox.fill(peer(2, 50), &mut Aliases::new(0), None, &clock(), 1 << 20, &mut out).sent,
         0,
         "its window is full"
     );
     outbox.acked(0x40, 1, 0);
-    assert_eq!(outbox.fill(peer(2, 50), &mut Aliases::new(0), None, 1 << 20, &mut out).sent, 1, "4");
+    assert_eq!(
+        outbox.fill(peer(2, 50), &mut Aliases::new(0), None, &clock(), 1 << 20, &mut out).sent,
+        1,
+        "4"
+    );
 }
 
 #[test]
@@ -99,7 +127,7 @@ fn what_is_sent_again_tells_what_is_left_of_its_expiry() {
     let mut outbox = sent(1, &["1"], &properties, None);
     outbox.resume();
     let mut out = BytesMut::new();
-    outbox.fill(peer(2, 50), &mut Aliases::new(0), None, 1 << 20, &mut out);
+    outbox.fill(peer(2, 50), &mut Aliases::new(0), None, &clock(), 1 << 20, &mut out);
     let at = out.windows(3).position(|bytes| bytes == [0x02, 0, 0]).expect("the property");
     let left = u16::from_be_bytes([out[at + 3], out[at + 4]]);
     assert!((990..=1_000).contains(&left), "{left}");
@@ -122,7 +150,7 @@ fn a_qos_2_message_that_cannot_be_sent_again_still_frees_its_packet_id() {
     let mut outbox = sent(2, &[&"x".repeat(100)], &[], None);
     outbox.resume();
     let mut out = BytesMut::new();
-    outbox.fill(peer(10, 50), &mut Aliases::new(0), None, 1 << 20, &mut out);
+    outbox.fill(peer(10, 50), &mut Aliases::new(0), None, &clock(), 1 << 20, &mut out);
     assert_eq!(&out[..], [0x62, 2, 0, 1], "a PUBREL");
     assert_eq!(outbox.sizes().2, 1, "its id is not given again");
     outbox.acked(wire::PUBCOMP, 1, 0);
@@ -136,7 +164,8 @@ fn who_is_connected_is_sent_nothing_again_when_its_rights_change() {
         offer(&mut outbox, queued(2, 1, None));
         outbox.keep_only(|_| may_see);
         let mut out = BytesMut::new();
-        let filled = outbox.fill(peer(10, usize::MAX), &mut Aliases::new(0), None, 1 << 20, &mut out);
+        let filled =
+            outbox.fill(peer(10, usize::MAX), &mut Aliases::new(0), None, &clock(), 1 << 20, &mut out);
         assert_eq!(filled.sent, more);
         for packet_id in 1..=2 + more as u16 {
             outbox.acked(wire::PUBACK, packet_id, 0);
@@ -155,7 +184,7 @@ fn a_packet_that_its_new_alias_would_make_too_large_goes_without() {
         }
         let mut out = BytesMut::new();
         let aliases = &mut Aliases::new(1);
-        let filled = outbox.fill(peer(10, packet_bytes_max), aliases, None, 1 << 20, &mut out);
+        let filled = outbox.fill(peer(10, packet_bytes_max), aliases, None, &clock(), 1 << 20, &mut out);
         (filled.sent, filled.too_large, out.len())
     };
     // Header 2, topic 7, length of properties 1, payload 5; the alias 3, its topic then 2.
@@ -179,7 +208,7 @@ fn a_message_that_must_be_asked_for_holds_what_is_behind_it_and_a_denied_one_goe
             _ => Verdict::Yes,
         };
         let (aliases, out) = (&mut Aliases::new(0), &mut BytesMut::new());
-        let filled = outbox.fill(peer(10, usize::MAX), aliases, Some(&receive), 1 << 20, out);
+        let filled = outbox.fill(peer(10, usize::MAX), aliases, Some(&receive), &clock(), 1 << 20, out);
         let unanswered = outbox.unanswered(Some(&receive));
         assert_eq!(filled.unanswered, !unanswered.is_empty());
         (filled.sent, filled.denied, unanswered.join(" "))
@@ -196,6 +225,7 @@ struct Durable {
     /// What is durable of it.
     saved: StateEntries,
     identities: Arc<[Identity]>,
+    given_up: u64,
 }
 
 const EPOCH: u64 = 7;
@@ -208,7 +238,7 @@ impl Durable {
         outbox.begin(Box::new([0]), Some(Kept::new(EPOCH, identities.clone())));
         outbox.resume();
         let broker = MemoryStream::with_manual_commit("broker", 1);
-        let mut session = Self { outbox, broker, saved: Vec::new(), identities };
+        let mut session = Self { outbox, broker, saved: Vec::new(), identities, given_up: 0 };
         session.note(0, 1 << 10);
         session.commit();
         session
@@ -223,14 +253,15 @@ impl Durable {
     fn fill(&mut self) -> Vec<u8> {
         let mut out = BytesMut::new();
         self.outbox.settle(&*self.broker);
-        self.outbox.fill(peer(10, 1 << 20), &mut Aliases::new(0), None, 1 << 20, &mut out);
-        self.outbox.record(&*self.broker, || (Box::new([0]), 1 << 10));
+        self.outbox.fill(peer(10, 1 << 20), &mut Aliases::new(0), None, &clock(), 1 << 20, &mut out);
+        self.given_up += self.outbox.record(&*self.broker, || (Box::new([0]), 1 << 10));
         out.to_vec()
     }
 
     fn note(&mut self, position: u64, bytes_max: usize) {
-        let change = self.outbox.note(&[position], bytes_max).expect("it is kept");
-        self.broker.append(&[], &crate::listeners::mqtt::borrowed(&[change])).unwrap();
+        let changes = self.outbox.note(&[position], bytes_max);
+        self.broker.append(&[], &crate::listeners::mqtt::borrowed(&changes)).unwrap();
+        self.outbox.noted();
     }
 
     /// The host is killed and comes back: what was durable is there.
@@ -297,7 +328,7 @@ fn a_message_sent_before_a_crash_comes_again_with_its_packet_id_and_dup() {
     session.crash();
     let wanted = session.outbox.waits(peer(10, 1 << 20)).load;
     assert_eq!(wanted, [Place { stream: 0, offset: 5 }]);
-    let loaded = [(wanted[0], Some(message("5", b"")))].into();
+    let loaded = [(wanted[0], Some(body("5")))].into();
     assert_eq!(session.outbox.loaded(&loaded, |_| true), 0);
     let mut again = session.fill();
     assert_eq!(again[0], 0x3c, "PUBLISH, QoS 2, DUP");
@@ -335,6 +366,126 @@ fn a_full_queue_drops_its_oldest_or_refuses_as_it_is_told() {
     assert_eq!(session.offsets(), (1..=10).collect::<Vec<_>>());
     assert_eq!(session.outbox.drop_older(5_000_000), 4);
     assert_eq!(session.offsets(), (5..=10).collect::<Vec<_>>());
+    assert_eq!((session.outbox.take_lost(), session.outbox.take_lost()), (7, 0), "told once");
+}
+
+#[test]
+fn a_delivery_whose_record_is_too_large_ends_and_is_counted_and_the_others_go_on() {
+    let mut session = Durable::new();
+    let share = ["$share/g/", &"x".repeat(crate::stream::STATE_VALUE_BYTES_MAX)].concat();
+    offer(&mut session.outbox, queued(5, 2, Some(&share)));
+    assert_eq!((session.fill(), session.given_up), (vec![], 1));
+    assert!(session.outbox.waits(peer(10, 1 << 20)).is_none(), "there is nothing to wait for");
+    assert_eq!(session.outbox.sizes(), (0, 0, 0));
+    offer(&mut session.outbox, queued(6, 2, None));
+    session.fill();
+    session.commit();
+    assert_eq!(session.fill()[0], 0x34);
+}
+
+#[test]
+fn a_session_waits_with_its_share_of_the_state_and_goes_on_once_its_client_acknowledges() {
+    let mut session = Durable::new();
+    let window = peer(u16::MAX, 1 << 20);
+    let limits = QueueLimits { messages_max: usize::MAX, bytes_max: usize::MAX, ..LIMITS };
+    let publish = |session: &mut Durable| {
+        for offset in 0..20_000 {
+            session.outbox.offer(queued(offset, 2, None), limits, || Some(message("x", b"")));
+        }
+    };
+    publish(&mut session);
+    let fill = |session: &mut Durable| loop {
+        let before = session.outbox.sizes().2;
+        let places = session.outbox.waits(window).load;
+        let found = places.into_iter().map(|it| (it, Some(body("x"))));
+        session.outbox.loaded(&found.collect(), |_| true);
+        session.outbox.settle(&*session.broker);
+        let out = &mut BytesMut::new();
+        session.outbox.fill(window, &mut Aliases::new(0), None, &clock(), 1 << 20, out);
+        session.outbox.record(&*session.broker, || (Box::new([0]), 1 << 10));
+        session.commit();
+        if out.is_empty() && session.outbox.sizes().2 == before {
+            return before;
+        }
+    };
+    let in_flight = fill(&mut session);
+    let steps = |session: &Durable| {
+        session.broker.state(STEP).iter().map(|(key, value)| key.len() + value.len()).sum::<usize>()
+    };
+    assert!(steps(&session) < kept::SESSION_STEPS_BYTES_MAX + 100 && in_flight < 10_000, "{in_flight}");
+    session.crash();
+    publish(&mut session);
+    assert_eq!(fill(&mut session), in_flight, "also after a restart");
+    for packet_id in 1..=100 {
+        session.outbox.acked(wire::PUBREC, packet_id, 0x83);
+    }
+    assert_eq!(fill(&mut session), in_flight, "as many as were done");
+}
+
+#[test]
+fn identifiers_count_in_the_queue_and_are_not_kept_with_what_lies_in_its_stream() {
+    let ids: Ids = (1..=100).collect();
+    let with_ids = |offset| Queued { ids: ids.clone(), ..queued(offset, 1, None) };
+    let mut outbox = Outbox { connected: true, ..Outbox::default() };
+    offer(&mut outbox, with_ids(1));
+    offer(&mut outbox, Queued { ids: (1..=100).collect(), ..queued(2, 1, None) });
+    assert_eq!(outbox.sizes().1, 2 * (100 + 400));
+    let [Ids::Many(one), Ids::Many(two)] = [0, 1].map(|at| outbox.queue[at].ids.clone()) else { panic!() };
+    assert!(Arc::ptr_eq(&one, &two), "they share them");
+    let mut session = Durable::new();
+    offer(&mut session.outbox, with_ids(1));
+    session.outbox.disconnected();
+    offer(&mut session.outbox, with_ids(2));
+    assert_eq!(session.outbox.sizes().1, 200, "references");
+    session.outbox.resume();
+    let places = session.outbox.waits(peer(10, 1 << 20)).load;
+    let found = places.into_iter().map(|it| (it, Some(Body { ids: ids.clone(), ..body("x") })));
+    session.outbox.loaded(&found.collect(), |_| true);
+    assert_eq!(session.outbox.sizes().1, 2 * (100 + 400), "read again, they have them again");
+}
+
+#[test]
+fn what_a_new_subscription_is_given_counts_in_no_bound_and_does_not_age() {
+    let mut outbox = Outbox { connected: true, ..Outbox::default() };
+    let filter = Filter::parse("t").unwrap();
+    let messages = || (0..30).map(|_| Message::new("t", b"x", &[], 0, 0)).collect();
+    outbox.give_whole(&filter, Options::default(), 0, messages());
+    assert_eq!(outbox.drop_older(u64::MAX), 0);
+    for offset in 0..10 {
+        assert_ne!(offer(&mut outbox, queued(offset, 0, None)), Offer::Dropped);
+    }
+    let filled =
+        outbox.fill(peer(10, 1 << 20), &mut Aliases::new(0), None, &clock(), 1 << 20, &mut BytesMut::new());
+    assert_eq!(filled.sent, 40);
+    outbox.give_whole(&filter, Options::default(), 0, messages());
+    outbox.end_retained("t");
+    assert_eq!(outbox.sizes().0, 0, "unsubscribed");
+}
+
+/// As 0.1.0 wrote them: a retained message by its topic, and with all identifiers.
+#[test]
+fn the_records_of_0_1_0_are_read() {
+    let identity = Identity { log: Uuid::from_u128(1), generation: 1, partitions: 1 };
+    let stream = [&identity.log.as_bytes()[..], &1_u32.to_be_bytes()].concat();
+    // QoS 1, identifiers, at offset 7 after 3 seconds, 100 bytes; then QoS 1, retained, "a/b" of 300 microseconds.
+    let entries =
+        [&[1 | 1 << 5, 0, 14, 6, 100, 2, 8, 9][..], &[1 | 1 << 3 | 1 << 7, 3], b"a/b", &[0xac, 2, 100]];
+    let note = [&[1, 1][..], &stream, &[50], &entries.concat()].concat();
+    let step = [&[1, 4][..], &stream, &[2, 0, 18, 6, 100]].concat();
+    let mut found = Found::default();
+    assert!(found.add(NOTE, b"", &note) && found.add(STEP, &[0, 5], &step));
+    let message = Arc::new(Message::new("a/b", b"x", &[], 1, 300));
+    let retained = |id: &crate::listeners::mqtt::blobs::Id, received_us| {
+        let is_it = *id == crate::listeners::mqtt::retained::id("a/b") && received_us == 300;
+        is_it.then(|| message.clone())
+    };
+    let restored = found.restore(EPOCH, [identity].into(), &[100], &retained);
+    assert_eq!(&*restored.from, [50]);
+    assert_eq!(restored.queue[0].source.place(), Some(Place { stream: 0, offset: 7 }));
+    assert!(matches!(&restored.queue[1].source, Source::Retained(it) if Arc::ptr_eq(it, &message)));
+    let flight = &restored.inflight[0];
+    let place = flight.waiting.as_ref().and_then(Queued::place);
+    assert_eq!((flight.packet_id, place), (5, Some(Place { stream: 0, offset: 9 })));
 }
 
 #[derive(Clone, Debug)]
@@ -412,7 +563,7 @@ proptest! {
         };
         let load = |session: &mut Durable| {
             let places = session.outbox.waits(peer(10, 1 << 20)).load;
-            let loaded = places.into_iter().map(|it| (it, Some(message(&it.offset.to_string(), b""))));
+            let loaded = places.into_iter().map(|it| (it, Some(body(&it.offset.to_string()))));
             session.outbox.loaded(&loaded.collect(), |_| true);
         };
         for step in steps.into_iter().chain([Do::Crash]) {

@@ -75,6 +75,7 @@ impl Host {
             failures: Failures::default(),
             access_plugins: None,
             background: tokio::runtime::Handle::current(),
+            clock: system_clock(),
             shutdown: shutdown.clone(),
         };
         let handle = start(&config, deps).await.unwrap();

@@ -353,7 +353,315 @@ async fn the_sweep_ends_sessions_whose_time_is_over_with_all_that_they_left_and_
         event_us: 0,
     };
     let first = stream.append(&[message], &[]).unwrap().first;
-    assert_eq!(broker.live.deliver_some(&broker, 0, &batch(&*stream, first.0).await, 0), 1);
+    assert_eq!(broker.live.deliver_some(&broker, 0, 0, &batch(&*stream, first.0).await, 0), 1);
     let waiting = |client_id| sessions.get(client_id).unwrap().outbox().sizes().0;
     assert_eq!((waiting("stays"), waiting("waits")), (1, 1));
+}
+
+#[tokio::test]
+async fn a_restart_counts_the_subscriptions_of_a_session_once() {
+    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let limits = |config: &mut Config| {
+        config.subscriptions_per_client_max = 3;
+        config.subscription_bytes_per_client_max = ByteSize(6);
+    };
+    let mut seen = Vec::new();
+    for _ in 0..3 {
+        let host = host(&stream, &broker, limits).await;
+        let (mut client, _) = host.client(resuming("c")).await;
+        for filter in ["a/#", "a/+", "a/#"] {
+            assert_eq!(client.subscribe(filter, QOS1).await, SubscribeAckReason::GrantedQos1);
+        }
+        assert_eq!(client.subscribe("b", QOS1).await, SubscribeAckReason::QuotaExceeded, "bytes");
+        let shown = host.handle.clients().show("c").unwrap();
+        seen.push((shown.subscriptions, shown.filters));
+        host.stop().await;
+    }
+    assert_eq!(seen, vec![(2, vec!["a/#".to_owned(), "a/+".to_owned()]); 3]);
+    let host = host(&stream, &broker, |config| config.subscriptions_per_client_max = 3).await;
+    let (mut client, _) = host.client(resuming("c")).await;
+    assert_eq!(client.subscribe("b", QOS1).await, SubscribeAckReason::GrantedQos1, "the third");
+    assert_eq!(client.subscribe("c", QOS1).await, SubscribeAckReason::QuotaExceeded);
+    host.stop().await;
+}
+
+impl Client {
+    /// Finishes each QoS 2 message before the next; their topics.
+    async fn finished(&mut self, count: usize) -> Vec<String> {
+        let mut topics = Vec::new();
+        while topics.len() < count {
+            let publish = self.received().await;
+            let packet_id = publish.packet_id.unwrap().get();
+            topics.push(publish.topic.to_string());
+            self.send(pubrec(packet_id)).await;
+            assert_eq!(self.receive().await, pubrel(packet_id));
+            self.send(pubcomp(packet_id)).await;
+        }
+        topics
+    }
+}
+
+/// Retained messages beyond all bounds of its queue reach a new subscriber, each once,
+/// though it leaves meanwhile and the host ends.
+#[tokio::test]
+async fn retained_messages_reach_a_new_subscriber_over_reconnect_and_restart() {
+    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let small =
+        |config: &mut Config| (config.queue_messages_max, config.queue_bytes_max) = (3, ByteSize::kib(1));
+    let first = host(&stream, &broker, small).await;
+    let mut publisher = first.clean("publisher").await;
+    let long: &'static str = "x".repeat(crate::topic::TOPIC_BYTES_MAX - 2).leak();
+    let mut topics: Vec<String> = (0..300).map(|n| format!("r/{n:03}")).collect();
+    topics.push(format!("r/{long}"));
+    for topic in &topics {
+        let topic = topic.clone().into();
+        publisher.send(Publish { retain: true, topic, ..publish("r", QoS::ExactlyOnce, 1) }).await;
+        assert_eq!(publisher.receive().await, pubrec(1));
+        publisher.send(pubrel(1)).await;
+        assert_eq!(publisher.receive().await, pubcomp(1));
+    }
+    let connect = || Connect { receive_max: Some(id(1)), ..resuming("c") };
+    let (mut client, _) = first.client(connect()).await;
+    let qos2 = SubscriptionOptions { qos: QoS::ExactlyOnce, ..QOS1 };
+    client.subscribe("r/+", qos2).await;
+    let mut given = client.finished(100).await;
+    let (mut client, _) = first.client(connect()).await;
+    given.extend(client.finished(100).await);
+    // One is on its way as the host ends.
+    let begun = client.received().await;
+    first.stop().await;
+
+    let second = host(&stream, &broker, small).await;
+    let (mut client, _) = second.client(connect()).await;
+    given.extend(client.finished(101).await);
+    client.nothing_but_ping().await;
+    assert!(given.contains(&begun.topic.to_string()));
+    given.sort();
+    assert_eq!(given, topics);
+    assert!(broker.state(b"sf").iter().all(|(_, value)| value.len() == 5), "nothing is left to be given");
+    // A subscriber with a queue as small, that asks for less.
+    let mut other = second.clean("other").await;
+    for options in [QOS1, SubscriptionOptions { qos: QoS::AtMostOnce, ..QOS1 }] {
+        other.subscribe("r/#", options).await;
+        let mut given = Vec::new();
+        for _ in &topics {
+            let publish = other.received().await;
+            if let Some(id) = publish.packet_id {
+                other.send(puback(id.get())).await;
+            }
+            given.push(publish.topic.to_string());
+        }
+        given.sort();
+        assert_eq!(given, topics);
+    }
+    other.nothing_but_ping().await;
+    second.stop().await;
+}
+
+/// What replaces a retained message comes after it, and comes once.
+#[tokio::test]
+async fn a_retained_message_that_is_replaced_while_it_waits_comes_live() {
+    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let host = host(&stream, &broker, |_| {}).await;
+    let mut publisher = host.clean("publisher").await;
+    let mut publish_all = async |payload: &'static str| {
+        for topic in ["r/0", "r/1", "r/2", "r/3"] {
+            let message =
+                Publish { retain: true, payload: payload.into(), ..publish(topic, QoS::AtLeastOnce, 1) };
+            publisher.send(message).await;
+            assert_eq!(publisher.receive().await, puback(1));
+        }
+    };
+    publish_all("old").await;
+    let (mut client, _) = host.client(Connect { receive_max: Some(id(1)), ..clean("c") }).await;
+    client.subscribe("r/#", QOS1).await;
+    let mut got = vec![client.received().await];
+    publish_all("new").await;
+    while got.iter().filter(|it| it.payload == "new").count() < 4 {
+        let id = got.last().and_then(|it| it.packet_id).unwrap();
+        client.send(puback(id.get())).await;
+        got.push(client.received().await);
+    }
+    for topic in ["r/0", "r/1", "r/2", "r/3"] {
+        let of: Vec<_> =
+            got.iter().filter(|it| &*it.topic == topic).map(|it| (&it.payload[..], it.retain)).collect();
+        let new = (&b"new"[..], false);
+        assert!(of == [new] || of == [(&b"old"[..], true), new], "{topic}: {of:?}");
+    }
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn identifiers_are_found_again_for_what_waited_for_a_client_that_was_away() {
+    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let ids = async |host: &Host| {
+        let (mut client, _) = host.client(resuming("c")).await;
+        let publish = client.received().await;
+        let mut ids: Vec<_> =
+            publish.properties.unwrap().subscription_ids.iter().map(|id| id.get()).collect();
+        ids.sort_unstable();
+        ids
+    };
+    let first = host(&stream, &broker, |_| {}).await;
+    let (mut client, _) = first.client(resuming("c")).await;
+    for (number, filter) in [(1, "a/+"), (2, "b"), (3, "a/#")] {
+        let topic_filters = vec![(filter.into(), QOS1)];
+        let id_ = std::num::NonZeroU32::new(number);
+        client.send(Subscribe { packet_id: id(9), id: id_, user_properties: vec![], topic_filters }).await;
+        assert!(matches!(client.receive().await, Packet::SubscribeAck(_)));
+    }
+    client.send(Disconnect { reason_code: Reason::NormalDisconnection, ..Disconnect::default() }).await;
+    assert_eq!(client.try_receive().await, None);
+    publish_numbers(&first, "a/x", 0..1).await;
+    assert_eq!(ids(&first).await, [1, 3]);
+    first.stop().await;
+    let second = host(&stream, &broker, |_| {}).await;
+    assert_eq!(ids(&second).await, [1, 3], "not acknowledged, after a restart");
+    second.stop().await;
+}
+
+#[tokio::test]
+async fn a_jump_of_the_clock_ends_no_session_and_nothing_that_waits() {
+    use crate::listeners::mqtt::clock::tests::{Hands, NOW};
+    use crate::listeners::mqtt::fuzzing::broker_at;
+    let hour = 3_600_000_000_u64;
+    for jump in [26 * 365 * 24 * hour as i64, -(10 * 365 * 24 * hour as i64)] {
+        let (stream, store) = (MemoryStream::new("s", 1), MemoryStream::new("broker", 1));
+        let hands = Hands::at(NOW);
+        let config = Config::default();
+        let broker = broker_at(&config, stream.clone(), store.clone(), hands.source());
+        let sessions = &broker.sessions;
+        let (session, turn) = sessions.claim("c", 9).await.unwrap();
+        sessions.open(&broker, &session, Default::default(), true, 600).await.unwrap();
+        let filter = subscriptions::Filter::parse("a").unwrap();
+        let options = subscriptions::Options { qos: 1, ..Default::default() };
+        let retained = fanout::SendRetained::Never;
+        broker.live.subscribe(&broker, &session, &[Subscription { filter, options, retained }]);
+        sessions.close(&broker, &session, turn, None);
+        let mut expires_in_10_minutes = Vec::new();
+        properties::push(&mut expires_in_10_minutes, Origin::Listener, "expiry-s", b"600");
+        let wall = || (hands.source())().0;
+        let publish = async || {
+            let message = NewMessage {
+                topic: "a",
+                payload: b"x",
+                properties: &expires_in_10_minutes,
+                route: "",
+                device: "d",
+                partition: Partition(0),
+                flags: 1,
+                received_us: wall(),
+                event_us: 0,
+            };
+            let first = stream.append(&[message], &[]).unwrap().first;
+            assert_eq!(broker.live.deliver_some(&broker, 0, 0, &batch(&*stream, first.0).await, 0), 1);
+        };
+        publish().await;
+        hands.pass(hour / 12);
+        hands.jump(jump);
+        publish().await;
+        sessions.sweep(&broker);
+        let left = |broker: &Broker| broker.sessions.get("c").map(|session| session.outbox().sizes().0);
+        assert_eq!(left(&broker), Some(2));
+        let old = outbound::Message::of(batch(&*stream, 0).await.message(0));
+        assert_eq!(old.lifetime(&broker.clock), Some(Some(300)), "of the 600 s, 300 have passed");
+        sessions.note_all(&broker);
+        let again = broker_at(&config, stream.clone(), store.clone(), hands.source());
+        assert_eq!(left(&again), Some(2));
+        hands.pass(hour / 12 + 1);
+        assert_eq!(old.lifetime(&broker.clock), None, "and then it ends");
+        hands.pass(hour / 12);
+        again.sessions.sweep(&again);
+        assert_eq!(left(&again), None, "600 s without its client");
+    }
+}
+
+/// One client has much to catch up with after a restart; nobody else waits for it.
+#[tokio::test]
+async fn what_waits_for_one_client_after_a_restart_delays_nobody_elses_messages() {
+    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let first = host(&stream, &broker, |_| {}).await;
+    let (mut client, _) = first.client(resuming("far")).await;
+    client.subscribe("a/#", QOS1).await;
+    client.subscribe("$share/g/s", QOS1).await;
+    let notes = broker.state(outbound::NOTE);
+    publish_numbers(&first, "a/1", 0..3).await;
+    first.stop().await;
+    // As after a crash: what was noted since is lost.
+    for (key, value) in &notes {
+        broker.append(&[], &[StateChange { key, value: Some(value) }]).unwrap();
+    }
+    let broker = fuzzing::broker(&Config::default(), stream.clone(), broker.clone());
+    let far = broker.sessions.get("far").unwrap();
+    let (near, _turn) = broker.sessions.claim("near", 9).await.unwrap();
+    broker.sessions.open(&broker, &near, Default::default(), true, 0).await.unwrap();
+    near.outbox().resume();
+    let subscribe = |filter| {
+        let filter = subscriptions::Filter::parse(filter).unwrap();
+        let options = subscriptions::Options { qos: 1, ..Default::default() };
+        let retained = fanout::SendRetained::Never;
+        broker.live.subscribe(&broker, &near, &[Subscription { filter, options, retained }]);
+    };
+    subscribe("a/2");
+    let append = |topic| {
+        let message = NewMessage {
+            topic,
+            payload: b"7",
+            properties: &[],
+            route: "",
+            device: "d",
+            partition: Partition(0),
+            flags: 1,
+            received_us: now_us(),
+            event_us: 0,
+        };
+        stream.append(&[message], &[]).unwrap().first
+    };
+    let places = |session: &session::Session| {
+        let mut offsets = Vec::new();
+        session.outbox().references(|place, _| offsets.push(place.offset));
+        offsets
+    };
+    // Only the live delivery runs.
+    let live = append("a/2");
+    let shared = append("s");
+    for offset in [live, shared] {
+        broker.live.deliver_some(&broker, 0, 0, &batch(&*stream, offset.0).await, 0);
+    }
+    assert_eq!(near.outbox().sizes().0, 1);
+    assert_eq!(places(&far), [shared.0], "the only member of its share; the rest in its order");
+    assert_eq!(broker.live.positions_of(&broker, &far)[0], 0);
+    fanout::catch_up(broker.clone(), 0).await;
+    assert_eq!(places(&far), [shared.0, 0, 1, 2, live.0], "each once");
+    let next = append("a/3");
+    broker.live.deliver_some(&broker, 0, 0, &batch(&*stream, next.0).await, 0);
+    assert_eq!(places(&far).last(), Some(&next.0), "it belongs to the live delivery");
+    assert_eq!(places(&far).len(), 6);
+}
+
+#[tokio::test]
+async fn a_session_that_is_deleted_is_gone_with_all_that_it_left_connected_or_not() {
+    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let host = host(&stream, &broker, |_| {}).await;
+    for is_there in [false, true] {
+        let (mut client, _) = host.client(resuming("c")).await;
+        client.subscribe("a", QOS1).await;
+        if !is_there {
+            let bye = Disconnect { reason_code: Reason::NormalDisconnection, ..Disconnect::default() };
+            client.send(bye).await;
+            assert_eq!(client.try_receive().await, None);
+        }
+        publish_numbers(&host, "a", 0..2).await;
+        assert!(host.handle.clients().delete("c").await);
+        if is_there {
+            assert_eq!(client.disconnected().await, Reason::AdministrativeAction);
+        }
+        assert!(!host.handle.clients().delete("c").await, "it is gone");
+        let kinds = [&b"se"[..], b"sf", outbound::NOTE];
+        assert!(kinds.iter().all(|kind| broker.state(kind).is_empty()));
+        let (_, ack) = host.client(resuming("c")).await;
+        assert!(!ack.session_present);
+        assert!(host.handle.clients().delete("c").await);
+    }
+    host.stop().await;
 }

@@ -101,3 +101,27 @@ async fn without_room_for_its_record_a_new_session_or_subscription_is_refused_an
     assert_eq!(known.subscribe("c/d", QOS1).await, granted);
     host.stop().await;
 }
+
+/// The default `sessions_max`, with ids and four filters of 64 bytes each, and notes as
+/// long as they may be.
+#[tokio::test]
+async fn as_many_persistent_sessions_as_the_default_allows_fit_in_the_state() {
+    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let host = Host::start(Streams::new(vec![], stream.clone()), broker.clone(), |_| {}).await;
+    let name = |n: usize| -> &'static str { format!("{n:064}").leak() };
+    let (mut client, _) = host.client(resuming(name(0))).await;
+    for n in 0..4 {
+        client.subscribe(name(n), QOS1).await;
+    }
+    // One more byte of each key says whose it is.
+    let bytes: usize = [&b"se"[..], b"sf", outbound::NOTE]
+        .iter()
+        .flat_map(|kind| broker.state(kind))
+        .map(|(key, value)| 1 + key.len() + value.len())
+        .sum();
+    let sessions = Config::default().sessions_max as usize;
+    let all = sessions * (bytes + outbound::note_bytes_max(sessions));
+    let most = crate::stream::log::STATE_BYTES_MAX - STATE_ROOM_BYTES;
+    assert!(all <= most, "{bytes} bytes a session, {all} of {most}");
+    host.stop().await;
+}
