@@ -49,9 +49,13 @@ impl Span {
     pub const EMPTY: Span = Span { begin: 0, segment_and_len: 0 };
 
     /// `segment` at most 15, `len` at most [`SPAN_BYTES_MAX`].
+    ///
+    /// # Panics
+    ///
+    /// Panics where a part does not fit: a span cut short would name other bytes.
     #[inline]
     pub fn new(segment: usize, begin: usize, len: usize) -> Self {
-        debug_assert!(segment <= SEGMENTS_MAX && len <= SPAN_BYTES_MAX && begin <= u32::MAX as usize);
+        assert!(segment <= SEGMENTS_MAX && len <= SPAN_BYTES_MAX && begin <= u32::MAX as usize);
         Self { begin: begin as u32, segment_and_len: (segment as u32) << 28 | len as u32 }
     }
 
@@ -150,6 +154,10 @@ pub struct Batch {
     /// Bytes that the entries' spans point into, at most [`SEGMENTS_MAX`].
     pub segments: Vec<Bytes>,
     pub entries: Entries,
+    /// The segments hold the bytes of these messages and nothing else, so that a
+    /// step may be given the segments whole. False once a message was taken out or
+    /// changed: a later step must not see what was there.
+    pub exclusive: bool,
 }
 
 impl Batch {
@@ -188,11 +196,13 @@ impl Batch {
 
     /// The same bytes, with the entries that `keep` holds.
     pub fn filtered(&self, mut keep: impl FnMut(&Entry) -> bool) -> Batch {
+        let entries: Entries = self.entries.iter().filter(|entry| keep(entry)).copied().collect();
         Batch {
             base: self.base,
             now_us: self.now_us,
             segments: self.segments.clone(),
-            entries: self.entries.iter().filter(|entry| keep(entry)).copied().collect(),
+            exclusive: self.exclusive && entries.len() == self.len(),
+            entries,
         }
     }
 }

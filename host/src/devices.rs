@@ -1,33 +1,59 @@
 //! What is known of a device: a table of id to JSON object, from the config or
-//! from a file, that plugins look up (`devices.get`, `devices.lookup`).
+//! from a file, that plugins look up (`devices.get`, `devices.lookup`). A changed
+//! file is taken while the host runs; one that cannot be read leaves the table as
+//! it is.
 
 use std::collections::{BTreeMap, HashMap};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::problems::{KeyPath, Problems};
+use crate::telemetry::Failures;
 use crate::topic::DEVICE_ID_BYTES_MAX;
 
 /// Largest file that is read.
 const FILE_BYTES_MAX: u64 = 256 << 20;
+/// Between two looks at the file. One that changed is read once it is as it was at
+/// the look before: whoever writes it may be in the midst of it.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// `devices:` the table, in the config, in a file, or both; the config wins.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// YAML or JSON file: an object of device id to object.
+    /// YAML or JSON file: an object of device id to object. Read again when it changes; where that fails, what was read before stays.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub file: Option<PathBuf>,
     /// Device id to object: `sensor-4a3b: { location: "hall 2", model: T100 }`.
     pub table: BTreeMap<String, Value>,
 }
 
-/// The table as it is looked up.
-#[derive(Clone, Debug, Default)]
-pub struct Devices(HashMap<Box<str>, Box<str>>);
+/// The table as it is now.
+#[derive(Debug, Default)]
+pub struct Devices(RwLock<Arc<Table>>);
+
+/// Device id to the JSON text of its object.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Table(HashMap<Box<str>, Box<str>>);
+
+/// What tells one state of a file from another: file number, bytes, and the times of
+/// the last change of its bytes and of itself. `None`: it is not there.
+type Stamp = Option<(u64, u64, (i64, i64), (i64, i64))>;
+
+/// Looks whether the file has changed.
+struct Watch {
+    config: Config,
+    /// As it was at the last look.
+    seen: Stamp,
+    /// As it was when it was last read.
+    read: Option<Stamp>,
+}
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -48,13 +74,67 @@ impl Config {
 
     /// Tries the file.
     pub fn look(&self, path: &KeyPath, problems: &mut Problems) {
-        if let Err(error) = Devices::load(self) {
+        if let Err(error) = Table::load(self) {
             problems.add(path.key("file"), error.to_string());
         }
     }
 }
 
 impl Devices {
+    pub fn load(config: &Config) -> Result<Self, Error> {
+        Ok(Self(RwLock::new(Arc::new(Table::load(config)?))))
+    }
+
+    pub fn table(&self) -> Arc<Table> {
+        Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Takes what the file says whenever it changes, for as long as it is polled.
+    pub async fn follow(self: Arc<Self>, config: Config, failures: Failures) {
+        let mut watch = Watch { config, seen: None, read: None };
+        while watch.config.file.is_some() {
+            tokio::time::sleep(LOOK_EVERY).await;
+            let devices = Arc::clone(&self);
+            let looked = tokio::task::spawn_blocking(move || (devices.look(&mut watch), watch)).await;
+            // The runtime ends.
+            let Ok((taken, same)) = looked else { return };
+            watch = same;
+            match taken {
+                Ok(Some(devices)) => tracing::info!(devices, "the table of devices has changed"),
+                Ok(None) => {}
+                Err(error) => {
+                    let reason = format!("{error}; what was read before stays");
+                    failures.report("devices.file", 1, &reason, "headworks validate");
+                }
+            }
+        }
+    }
+
+    /// Returns the number of devices where another table was taken.
+    fn look(&self, watch: &mut Watch) -> Result<Option<usize>, Error> {
+        let stamp = watch.config.file.as_deref().and_then(stamp);
+        let has_settled = std::mem::replace(&mut watch.seen, stamp) == stamp;
+        if !has_settled || watch.read == Some(stamp) {
+            return Ok(None);
+        }
+        watch.read = Some(stamp);
+        let table = Table::load(&watch.config)?;
+        if table == *self.table() {
+            return Ok(None);
+        }
+        let devices = table.0.len();
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(table);
+        Ok(Some(devices))
+    }
+}
+
+fn stamp(path: &Path) -> Stamp {
+    let found = std::fs::metadata(path).ok()?;
+    let changed = ((found.mtime(), found.mtime_nsec()), (found.ctime(), found.ctime_nsec()));
+    Some((found.ino(), found.len(), changed.0, changed.1))
+}
+
+impl Table {
     /// Reads the file, if there is one, and puts the config's entries over it.
     pub fn load(config: &Config) -> Result<Self, Error> {
         let mut devices = match &config.file {
@@ -70,14 +150,6 @@ impl Devices {
     /// JSON text of the object, `None` where the device is not known.
     pub fn get(&self, id: &str) -> Option<&str> {
         self.0.get(id).map(AsRef::as_ref)
-    }
-
-    pub fn len(&self) -> usize {
-        self.0.len()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
     }
 
     fn read(path: &Path) -> Result<Self, Error> {
@@ -127,7 +199,7 @@ mod tests {
         let file = folder.path().join("devices.yaml");
         std::fs::write(&file, "a: { site: one }\nb: { site: two }\n").unwrap();
         let table = BTreeMap::from([("b".to_owned(), serde_json::json!({"site": "three"}))]);
-        let devices = Devices::load(&Config { file: Some(file), table }).unwrap();
+        let devices = Table::load(&Config { file: Some(file), table }).unwrap();
         assert_eq!(devices.get("a"), Some(r#"{"site":"one"}"#));
         assert_eq!(devices.get("b"), Some(r#"{"site":"three"}"#));
         assert_eq!(devices.get("c"), None);
@@ -138,7 +210,38 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("devices.json");
         std::fs::write(&file, r#"{"a": 3}"#).unwrap();
-        let error = Devices::load(&Config { file: Some(file), ..Config::default() }).unwrap_err().to_string();
+        let error = Table::load(&Config { file: Some(file), ..Config::default() }).unwrap_err().to_string();
         assert!(error.contains("devices.json") && error.contains("a: must be an object"), "{error}");
+    }
+    #[test]
+    fn a_changed_file_is_taken_once_it_is_whole_and_a_broken_one_never() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("devices.yaml");
+        let write = |text: &str| {
+            let new = folder.path().join("new");
+            std::fs::write(&new, text).unwrap();
+            std::fs::rename(&new, &file).unwrap();
+        };
+        write("a: { site: one }\n");
+        let config = Config { file: Some(file.clone()), ..Config::default() };
+        let devices = Devices::load(&config).unwrap();
+        let mut watch = Watch { config, seen: None, read: None };
+        let site = |devices: &Devices, id: &str| devices.table().get(id).map(str::to_owned);
+        let mut look = || devices.look(&mut watch);
+        assert!(matches!((look(), look(), look()), (Ok(None), Ok(None), Ok(None))));
+        write("a: { site: one }\nnew: { site: two }\n");
+        assert!(matches!(look(), Ok(None)), "it may not be whole yet");
+        assert!(matches!(look(), Ok(Some(2))));
+        assert_eq!(site(&devices, "new").as_deref(), Some(r#"{"site":"two"}"#));
+        for broken in ["", "a: [", "a: 3\n", "- a\n"] {
+            write(broken);
+            let _ = look();
+            assert!(look().is_err(), "{broken:?}");
+            assert!(matches!(look(), Ok(None)), "said once");
+        }
+        std::fs::remove_file(&file).unwrap();
+        let _ = look();
+        assert!(look().is_err());
+        assert_eq!(site(&devices, "new").as_deref(), Some(r#"{"site":"two"}"#));
     }
 }

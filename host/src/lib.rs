@@ -12,6 +12,7 @@ pub mod devices;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod listeners;
+pub mod patience;
 pub mod pipeline;
 pub mod plugin;
 pub mod problems;

@@ -11,11 +11,26 @@ impl KeyPath {
     }
 
     pub fn key(&self, key: &str) -> Self {
-        if self.0.is_empty() { Self(key.to_owned()) } else { Self(format!("{}.{key}", self.0)) }
+        self.clone().into_key(key)
     }
 
     pub fn index(&self, index: usize) -> Self {
-        Self(format!("{}[{index}]", self.0))
+        self.clone().into_index(index)
+    }
+
+    /// As [`Self::key`], without a copy of what is there: for paths of many parts.
+    pub fn into_key(mut self, key: &str) -> Self {
+        if !self.0.is_empty() {
+            self.0.push('.');
+        }
+        self.0.push_str(key);
+        self
+    }
+
+    /// As [`Self::index`], without a copy of what is there.
+    pub fn into_index(mut self, index: usize) -> Self {
+        self.0.push_str(&format!("[{index}]"));
+        self
     }
 
     pub fn as_str(&self) -> &str {

@@ -20,6 +20,17 @@ pub enum Origin {
     Pipeline = 2,
 }
 
+impl Origin {
+    /// As a property says it; what nobody knows is the pipeline's.
+    pub fn of(origin: u8) -> Self {
+        match origin {
+            0 => Self::Device,
+            1 => Self::Listener,
+            _ => Self::Pipeline,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Property<'a> {
     pub origin: u8,

@@ -21,8 +21,31 @@ pub trait Step: Send {
 
     /// Runs the step over a batch of one partition. Blocks the calling thread
     /// for at most the step's limits. Never panics on what the plugin does: a
-    /// fault refuses only the messages that cause it.
-    fn run(&mut self, batch: Batch, partition: Partition, attempt: u32) -> Outcome;
+    /// fault refuses only the messages that cause it. On the last attempt it
+    /// does not ask for another one, unless it is held.
+    fn run(&mut self, batch: Batch, partition: Partition, attempt: Attempt) -> Outcome;
+
+    /// Whether the step is given every message of its pipeline. Where it is not,
+    /// the messages that do not concern it must not wait long for it.
+    fn sees_all(&self) -> bool {
+        true
+    }
+}
+
+/// Which run of a batch this is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attempt {
+    /// Counts from 1.
+    pub number: u32,
+    /// No other one follows: messages that ask for a retry are rejected.
+    pub is_last: bool,
+}
+
+impl Attempt {
+    /// The first of several.
+    pub const FIRST: Self = Self { number: 1, is_last: false };
+    /// The only one.
+    pub const ONLY: Self = Self { number: 1, is_last: true };
 }
 
 /// What a step made of a batch.
@@ -35,7 +58,7 @@ pub struct Outcome {
     /// Dropped on purpose, counted.
     pub dropped: u64,
     /// The step asks for these messages again after a backoff: the pipeline
-    /// runs the whole batch again, at most the step's bound, then refuses them.
+    /// runs the whole batch again, up to its bound of attempts.
     pub retry: Option<String>,
     /// With `retry`: the step waits for a new version or config of itself. Not
     /// counted against any bound; nothing is refused for it.

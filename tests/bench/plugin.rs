@@ -12,7 +12,7 @@ use bytes::Bytes;
 use headworks::batch::{Batch, Entry, Offset, Partition, Span, flags};
 use headworks::devices::Devices;
 use headworks::plugin::{Limits, Runner};
-use headworks::step::Step;
+use headworks::step::{Attempt, Step};
 use headworks::topic::Namespace;
 use headworks_guest::batch::{Answer, Message, Messages, Output, Verdict};
 use headworks_guest::testing::BatchBuilder;
@@ -46,7 +46,7 @@ fn measure(
         Runner::from_bytes(&wasm, &config, Limits::default(), Arc::new(Devices::default()), namespace)
             .expect("the benchmark's plugin runs");
     let batch = batch();
-    check(&runner.run(batch.clone(), Partition(0), 1).passed, work);
+    check(&runner.run(batch.clone(), Partition(0), Attempt::FIRST).passed, work);
 
     let names: Vec<String> =
         ["org", "site", "device_type", "device_id", "measurement"].map(str::to_owned).into();
@@ -78,7 +78,7 @@ fn measure(
         let natively = begin.elapsed();
         let begin = Instant::now();
         for _ in 0..BATCHES {
-            black_box(runner.run(black_box(batch.clone()), Partition(0), 1));
+            black_box(runner.run(black_box(batch.clone()), Partition(0), Attempt::FIRST));
         }
         let in_wasm = begin.elapsed();
         if round > 0 {
@@ -141,5 +141,5 @@ fn batch() -> Batch {
             }
         })
         .collect();
-    Batch { base: Offset(0), now_us: NOW_US, segments: vec![Bytes::from(bytes)], entries }
+    Batch { base: Offset(0), now_us: NOW_US, segments: vec![Bytes::from(bytes)], entries, exclusive: true }
 }

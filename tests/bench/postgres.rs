@@ -156,6 +156,7 @@ fn batch(number: usize) -> Batch {
         now_us: BEGIN_US as u64,
         segments: vec![Bytes::from(bytes)],
         entries: entries.into(),
+        exclusive: true,
     }
 }
 

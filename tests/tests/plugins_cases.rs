@@ -9,7 +9,7 @@ use bytes::Bytes;
 use headworks::batch::{Batch, Entry, Offset, Partition, Span, flags};
 use headworks::devices::{self, Devices};
 use headworks::plugin::{Error, Limits, Runner};
-use headworks::step::{RefusedKind, Step};
+use headworks::step::{Attempt, RefusedKind, Step};
 use headworks::topic::Namespace;
 use headworks_guest::cases::{Became, Case, Sent};
 use headworks_tests::folder::root;
@@ -70,7 +70,7 @@ fn check_case(file: &str, case: &Case, wasm: &[u8]) {
     };
     assert!(case.problems.is_empty(), "{file}: {}: its config was accepted", case.about);
     let batch = batch_of(case);
-    let outcome = runner.run(batch.clone(), Partition(0), 1);
+    let outcome = runner.run(batch.clone(), Partition(0), Attempt::FIRST);
     let became: Vec<Became> = (0..batch.len())
         .map(|i| {
             if let Some(refused) = outcome.refused.iter().find(|refused| refused.index as usize == i) {
@@ -116,7 +116,13 @@ fn batch_of(case: &Case) -> Batch {
             }
         })
         .collect();
-    Batch { base: Offset(0), now_us: case.now_us, segments: vec![Bytes::from(bytes)], entries }
+    Batch {
+        base: Offset(0),
+        now_us: case.now_us,
+        segments: vec![Bytes::from(bytes)],
+        entries,
+        exclusive: true,
+    }
 }
 
 fn sent(message: headworks::batch::MessageRef<'_>) -> Sent {

@@ -6,7 +6,7 @@ use std::fmt::Write;
 
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
-use crate::telemetry::{self, Metric, MetricKind};
+use crate::telemetry::{self, BYTES, COUNTS, Metric, MetricKind, SECONDS};
 use crate::{listeners, pipeline, plugin, stream};
 
 /// Composed of each module's own list.
@@ -18,25 +18,6 @@ pub const ALL: &[&[Metric]] = &[
     stream::log::METRICS,
     telemetry::METRICS,
 ];
-
-const SECONDS: &[f64] = &[
-    0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
-    10.0, 30.0, 60.0,
-];
-const BYTES: &[f64] = &[
-    256.0,
-    1_024.0,
-    4_096.0,
-    16_384.0,
-    65_536.0,
-    262_144.0,
-    1_048_576.0,
-    4_194_304.0,
-    16_777_216.0,
-    67_108_864.0,
-];
-const COUNTS: &[f64] =
-    &[1.0, 2.0, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1_000.0, 2_500.0, 5_000.0, 10_000.0, 50_000.0];
 
 /// Every metric, each module's in its order.
 pub fn all() -> impl Iterator<Item = &'static Metric> {

@@ -14,6 +14,7 @@ use axum::{Json, Router};
 use serde_json::json;
 
 use super::{ClientListRequest, ClientRequest, Deps, INSTANCE, RedriveError, RedriveRequest};
+use crate::plugin;
 
 const BODY_BYTES_MAX: usize = 64 << 10;
 const REDRIVE_IDS_MAX: usize = 1_000;
@@ -78,7 +79,7 @@ async fn problems(State(deps): State<Deps>) -> Response {
 
 async fn metrics(State(deps): State<Deps>) -> Response {
     (deps.measure)();
-    let text = deps.prometheus.render() + &deps.process.render();
+    let text = deps.prometheus.render() + &deps.process.render() + &plugin::render_metrics();
     ([(header::CONTENT_TYPE, EXPOSITION)], text).into_response()
 }
 

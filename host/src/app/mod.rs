@@ -95,6 +95,8 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
 
     // Plugins, then the pipelines that run them and own the sinks.
     let devices = Arc::new(Devices::load(&config.devices).context("devices.file")?);
+    let following = Arc::clone(&devices).follow(config.devices.clone(), failures.clone());
+    tokio::spawn(stop_delivering.clone().run_until_cancelled_owned(following));
     let plugins = tokio::task::block_in_place(|| {
         let cache = config.plugin_cache_dir();
         Plugins::start(&config.plugins, &cache, devices, Arc::clone(&namespace), failures.clone())

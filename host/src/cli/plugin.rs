@@ -15,7 +15,7 @@ use super::plugin_new;
 use crate::batch::{Batch, Entry, Offset, Partition, Span, flags};
 use crate::config::{self, Config};
 use crate::plugin::{self, FileState, Inspection, Listed, Runner};
-use crate::step::Step;
+use crate::step::{Attempt, Step};
 use crate::topic::Namespace;
 
 const BATCH_MESSAGES: u64 = 256;
@@ -176,7 +176,7 @@ fn bench(
     let mut first_refusal = None;
     let begin = Instant::now();
     for round in 0..rounds {
-        let outcome = runner.run(batch.clone(), Partition(0), 0);
+        let outcome = runner.run(batch.clone(), Partition(0), Attempt::FIRST);
         passed += outcome.passed.len() as u64;
         dropped += outcome.dropped;
         refused += outcome.refused.len() as u64;
@@ -223,7 +223,13 @@ fn made_up(topic: &str, payload: &[u8]) -> Batch {
         ..Entry::default()
     };
     let entries = (0..BATCH_MESSAGES as u32).map(|offset| Entry { offset, ..entry }).collect();
-    Batch { base: Offset(0), now_us: 1_700_000_000_000_000, segments: vec![Bytes::from(bytes)], entries }
+    Batch {
+        base: Offset(0),
+        now_us: 1_700_000_000_000_000,
+        segments: vec![Bytes::from(bytes)],
+        entries,
+        exclusive: true,
+    }
 }
 
 fn read_config(path: &Path) -> anyhow::Result<Value> {

@@ -41,6 +41,15 @@ pub fn warnings(config: &Config) -> Vec<String> {
             warnings.push(format!("sinks.{name}: no route leads here"));
         }
     }
+    let steps = config.pipelines.iter().flat_map(|(name, pipeline)| {
+        let steps = pipeline.steps.iter().flatten().enumerate();
+        steps.map(move |(i, step)| (format!("pipelines.{name}.steps[{i}].limits"), step.limits))
+    });
+    for (path, limits) in steps.chain([("plugins.limits".to_owned(), Some(config.plugins.limits))]) {
+        if limits.is_some_and(|limits| limits.retries_max.is_some()) {
+            warnings.push(format!("{path}.retries_max: set pipelines.<name>.retries.max instead"));
+        }
+    }
     warnings
 }
 

@@ -23,7 +23,7 @@ use super::worker::{Shared, Stripped, unknown_routes, without_letters};
 use super::writer::{Failed, Refusals, Writer};
 use crate::batch::{Batch, MessageRef, Offset, Partition, Span};
 use crate::sinks::{Rows, Sink};
-use crate::step::{Chain, Outcome, Refused, RefusedKind, Step};
+use crate::step::{Attempt, Chain, Outcome, Refused, RefusedKind, Step};
 use crate::stream::{AppendError, Read, ReadError, StateChange, StateEntries, Stream, Ticket};
 
 /// State key of a letter that has a copy: then its offset, big-endian.
@@ -331,7 +331,7 @@ fn original(batch: &Batch, i: usize) -> Batch {
     let mut segments = batch.segments.clone();
     entry.properties = Span::new(segments.len(), 0, properties.len());
     segments.push(properties.into());
-    Batch { base: batch.base, now_us: batch.now_us, segments, entries: vec![entry].into() }
+    Batch { base: batch.base, now_us: batch.now_us, segments, entries: vec![entry].into(), exclusive: false }
 }
 
 /// Runs a message for one sink from the step on that refused it. What is
@@ -368,12 +368,15 @@ async fn through(
         }
         let partition = batch.entries.first().map(|entry| entry.partition).unwrap_or_default();
         let all = (0..batch.len() as u32).collect::<Vec<_>>();
-        let mut attempt = 0;
+        let mut attempt = Attempt::FIRST;
         let outcome = loop {
             let outcome = run_step(steps, place, batch.clone(), partition, attempt).await?;
             match &outcome.retry {
                 Some(reason) if outcome.held => return Err(RedriveError::Held(reason.clone())),
-                Some(_) if attempt + 1 < ATTEMPTS_MAX => attempt += 1,
+                Some(_) if !attempt.is_last => {
+                    let number = attempt.number + 1;
+                    attempt = Attempt { number, is_last: number == ATTEMPTS_MAX };
+                }
                 _ => break outcome,
             }
         };
@@ -405,7 +408,7 @@ async fn run_step(
     place: usize,
     batch: Batch,
     partition: Partition,
-    attempt: u32,
+    attempt: Attempt,
 ) -> Result<Outcome, RedriveError> {
     let mut taken = std::mem::take(steps);
     let run = move || (taken[place].run(batch, partition, attempt), taken);

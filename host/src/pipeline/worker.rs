@@ -21,7 +21,8 @@ use super::metrics::{PipelineMetrics, step_duration};
 use super::outlet::{Bundle, Outlet, OutletClosed};
 use super::routes::Routes;
 use crate::batch::{Batch, Entry, Offset, Partition};
-use crate::step::{Outcome, Refused, RefusedKind, Step};
+use crate::patience::Patience;
+use crate::step::{Attempt, Outcome, Refused, RefusedKind, Step};
 use crate::stream::Ticket;
 use crate::telemetry::Failures;
 
@@ -55,16 +56,23 @@ pub struct Frame {
 /// A worker's instances of a chain.
 #[derive(Default)]
 pub struct Steps {
-    steps: Vec<(Box<dyn Step>, Histogram)>,
+    steps: Vec<Timed>,
     /// Of the chain.
     generation: u64,
+}
+
+struct Timed {
+    step: Box<dyn Step>,
+    duration: Histogram,
+    /// How long messages that do not concern the step may wait for its retries.
+    patience: Patience,
 }
 
 impl Steps {
     pub fn new(steps: Vec<Box<dyn Step>>, generation: u64) -> Self {
         let timed = |step: Box<dyn Step>| {
             let duration = step_duration(&step.id().pipeline, &step.id().step);
-            (step, duration)
+            Timed { step, duration, patience: Patience::new(Instant::now()) }
         };
         Self { steps: steps.into_iter().map(timed).collect(), generation }
     }
@@ -180,6 +188,7 @@ impl Worker {
                     base: frame.batch.base,
                     now_us: frame.batch.now_us,
                     segments: frame.batch.segments.clone(),
+                    exclusive: frame.batch.exclusive && entries.len() == frame.batch.len(),
                     entries: entries.into(),
                 };
                 for readers in self.readers(&batch) {
@@ -245,12 +254,13 @@ impl Worker {
             Some(reader) => without_whole(batch, &reader.seen),
             None => batch,
         };
-        for (step, duration) in &mut self.steps.steps {
+        for Timed { step, duration, patience } in &mut self.steps.steps {
             if batch.is_empty() {
                 break;
             }
             let begun = Instant::now();
-            let ran = run_step(step.as_mut(), batch, partition, readers, &shared, &self.runtime, &held)?;
+            let ran =
+                run_step(step.as_mut(), batch, partition, readers, &shared, &self.runtime, &held, patience)?;
             duration.record(begun.elapsed());
             self.letters = self.letters.max(ran.letters);
             batch = ran.passed;
@@ -342,7 +352,10 @@ impl Held<'_> {
     }
 }
 
-/// Runs one step, again where it asks for it; what it refuses is appended to dead letters.
+/// Runs one step, again where it asks for it, as often as `retries.max` lets it
+/// and, where others wait that do not concern the step, as long as `patience` lets
+/// it. What it refuses is appended to dead letters.
+#[allow(clippy::too_many_arguments)]
 fn run_step(
     step: &mut dyn Step,
     batch: Batch,
@@ -351,6 +364,7 @@ fn run_step(
     shared: &Shared,
     runtime: &Handle,
     held: &Held<'_>,
+    patience: &mut Patience,
 ) -> Result<Ran, Ended> {
     let name = Arc::clone(&step.id().step);
     let (batch, indexes) = without_letters(batch, &name, readers);
@@ -359,7 +373,7 @@ fn run_step(
     }
     let retries = &shared.config.retries;
     let backoff = Backoff { min: retries.backoff_min, max: retries.backoff_max };
-    let mut attempt = 0;
+    let mut attempt = Attempt { number: 1, is_last: retries.max == 0 };
     let mut outcome = loop {
         let outcome = step.run(batch.clone(), partition, attempt);
         let Some(reason) = &outcome.retry else { break outcome };
@@ -367,8 +381,9 @@ fn run_step(
             held.wait(shared, runtime)?;
             continue;
         }
-        if attempt >= retries.max {
-            let reason = format!("asked for a retry {} times, the last time: {reason}", attempt + 1);
+        if attempt.is_last {
+            // Against the contract of a step; whatever it is, the batch must not come for ever.
+            let reason = format!("asked for a retry {} times, the last time: {reason}", attempt.number);
             break refuse_all(&batch, RefusedKind::Retries, &reason);
         }
         shared.failures.report(
@@ -377,13 +392,17 @@ fn run_step(
             reason,
             "the admin address, /api/status",
         );
-        let wait = backoff.delay(attempt);
-        let aborted =
-            runtime.block_on(async { tokio::time::timeout(wait, shared.abort.cancelled()).await.is_ok() });
+        let wait = backoff.delay(attempt.number - 1);
+        let bound = if step.sees_all() { wait } else { patience.left(Instant::now()) };
+        let aborted = runtime.block_on(async {
+            tokio::time::timeout(wait.min(bound), shared.abort.cancelled()).await.is_ok()
+        });
         if aborted {
             return Err(Ended::Aborted);
         }
-        attempt += 1;
+        patience.charge(wait.min(bound));
+        attempt.number += 1;
+        attempt.is_last = attempt.number > retries.max || bound < wait;
     };
     shared.metrics.dropped.increment(outcome.dropped);
     outcome.refused.retain(|refused| (refused.index as usize) < batch.len());
@@ -429,7 +448,7 @@ pub(super) fn without_letters(batch: Batch, step: &str, readers: &[Reader]) -> (
     if entries.len() == batch.len() {
         return (batch, None);
     }
-    (Batch { entries: entries.into(), ..batch }, Some(indexes))
+    (Batch { entries: entries.into(), exclusive: false, ..batch }, Some(indexes))
 }
 
 /// A batch as [`without_letters`] left it.

@@ -16,7 +16,7 @@ use super::bindings::base::exports::headworks::plugin::lifecycle::Context;
 use super::cache::Cache;
 use super::catalog::problem_text;
 use super::compile::Compiler;
-use super::host::HostState;
+use super::host::{HostState, Telemetry};
 use super::instance::{CallLimits, Instance, StartError};
 use super::program::{Library, Program};
 use super::{Config, Error, Limits, version};
@@ -38,6 +38,7 @@ pub struct AccessPlugin {
     step: StepId,
     context: Context,
     limits: Limits,
+    telemetry: Arc<Telemetry>,
     slots: Box<[Mutex<Option<Seated>>]>,
     started: AtomicU64,
 }
@@ -77,6 +78,7 @@ impl AccessEngine {
             program,
             step,
             limits,
+            telemetry: Arc::default(),
             slots: (0..instances.max(1)).map(|_| Mutex::default()).collect(),
             started: AtomicU64::new(0),
         };
@@ -152,8 +154,14 @@ impl AccessPlugin {
 
     fn start(&self) -> Result<Seated, String> {
         let memory = self.limits.memory.0 as usize;
-        let started =
-            Instance::start(&self.program, &self.step, &Arc::<Devices>::default(), memory, &self.context);
+        let started = Instance::start(
+            &self.program,
+            &self.step,
+            &Arc::<Devices>::default(),
+            &self.telemetry,
+            memory,
+            &self.context,
+        );
         let (instance, _) = started.map_err(|error| match error {
             StartError::Config(problems) => problem_text(&problems),
             StartError::Fault(reason) => reason,

@@ -70,6 +70,11 @@ pub(super) fn extent(batch: &Batch) -> (u64, u16) {
     (batch.entries.iter().map(of).sum(), used_segments(batch))
 }
 
+/// How many bytes the spans of these messages have together.
+pub(super) fn bytes_in<'e>(entries: impl Iterator<Item = &'e Entry>) -> u64 {
+    entries.flat_map(spans).map(|span| span.len() as u64).sum()
+}
+
 /// Bit per segment; a batch straight from the log has one.
 fn used_segments(batch: &Batch) -> u16 {
     if batch.segments.len() == 1 {

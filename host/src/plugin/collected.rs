@@ -2,18 +2,20 @@
 //! or, at the first word that is wrong, not at all.
 
 use super::answer::{Answer, Fault, Record, Wrong};
-use super::arena::{DATA_SEGMENT, set, verdict};
+use super::arena::{DATA_SEGMENT, set, spans, verdict};
 use super::bindings::batch::headworks::plugin::arena::Answer as Raw;
 use super::config::Limits;
 use crate::batch::{Batch, Entry, Span, flags};
 use crate::properties::{self, Origin};
-use crate::step::{Outcome, Refused, RefusedKind};
+use crate::step::{Attempt, Outcome, Refused, RefusedKind};
 use crate::topic::Namespace;
 
+/// All that a step may make of a batch: its new bytes are one segment, which a
+/// span can address.
+pub(super) const BYTES_MAX: u64 = 1 << 30;
 const OUTPUT_FLAGS: u16 = flags::QOS_MASK | flags::RETAIN | flags::UTF8;
 
 /// Entries over the segments of the batch that came in and one more of new bytes.
-#[derive(Default)]
 pub(super) struct Collected {
     /// The first message of the batch that nothing is decided of.
     next: usize,
@@ -25,6 +27,10 @@ pub(super) struct Collected {
     retry: Option<String>,
     /// With `retry`: the step waits for a new version.
     held: bool,
+    /// A message was dropped, rejected or changed.
+    changed: bool,
+    /// Bytes that the answers that follow may still come to.
+    bytes_left: u64,
 }
 
 /// How an answer goes into the batch that the step was given.
@@ -35,8 +41,8 @@ pub(super) struct Target<'a> {
     /// `batch`; slices of it are copied. `None`: it is `batch`.
     pub numbers: Option<&'a [u32]>,
     pub namespace: &'a Namespace,
-    /// Asked to retry as often as it may: refuse instead.
-    pub retries_used_up: bool,
+    /// On the last one a message that asks for a retry is rejected.
+    pub attempt: Attempt,
 }
 
 /// Where an answer's bytes will lie once it is taken.
@@ -51,7 +57,7 @@ struct Place {
     /// properties with the listener's among them.
     copied: Vec<u8>,
     gathered: bool,
-    /// Sum of the answer's spans so far.
+    /// Sum of the spans of the answer's messages and reasons so far.
     bytes: u64,
 }
 
@@ -62,11 +68,28 @@ struct Mark {
     refused: usize,
     dropped: u64,
     asked: bool,
+    changed: bool,
 }
 
 impl Collected {
-    /// Takes over the answer to `input`. `bytes_max`: for the sum of all spans,
-    /// and for the data.
+    /// `bytes_max`: for all answers together.
+    pub fn new(bytes_max: u64) -> Self {
+        Self {
+            next: 0,
+            entries: Vec::new(),
+            data: Vec::new(),
+            refused: Vec::new(),
+            dropped: 0,
+            retry: None,
+            held: false,
+            changed: false,
+            bytes_left: bytes_max.min(BYTES_MAX),
+        }
+    }
+
+    /// Takes over the answer to `input`. `bytes_max`: for the data, and for the sum
+    /// of all spans of what comes out, those that a message kept from its source
+    /// too: whoever gathers or writes it copies them.
     pub fn take(
         &mut self,
         input: &Batch,
@@ -75,6 +98,7 @@ impl Collected {
         bytes_max: u64,
         target: &Target<'_>,
     ) -> Result<(), Fault> {
+        let bytes_max = bytes_max.min(self.bytes_left);
         let answer = Answer::new(input, &raw, bytes_max)?;
         if answer.keeps_all() {
             return Ok(());
@@ -99,6 +123,8 @@ impl Collected {
             self.data.extend_from_slice(&raw.data);
         }
         self.data.extend_from_slice(&place.copied);
+        let new_bytes = (self.data.len() - data_begin) as u64;
+        self.bytes_left = self.bytes_left.saturating_sub(place.bytes.max(new_bytes));
         Ok(())
     }
 
@@ -117,6 +143,7 @@ impl Collected {
             let number = target.numbers.map_or(message, |numbers| numbers[message] as usize);
             self.keep_until(target.batch, number);
             self.next = number + 1;
+            self.changed |= *verdict != verdict::KEEP;
             let source = &target.batch.entries[number];
             let expected = || answer.record(next).filter(|record| record.source() == message);
             match *verdict {
@@ -124,7 +151,8 @@ impl Collected {
                 verdict::DROP => self.dropped += 1,
                 verdict::EMIT => {
                     let mut record = expected().ok_or_else(|| answer.misplaced(next, message))?;
-                    let first = next;
+                    // Messages made of the same one of the stream, by this step or earlier ones.
+                    let mut made = None;
                     loop {
                         // Copied from place to place and only written to there: what
                         // was just written in another width stalls a read.
@@ -133,6 +161,7 @@ impl Collected {
                         set(entry, source, record, answer, target, place)
                             .map_err(|what| Fault::Record { record: next, what })?;
                         next += 1;
+                        place.bytes += spans(entry).iter().map(|span| span.len() as u64).sum::<u64>();
                         if place.bytes > bytes_max {
                             return Err(Fault::Bytes(bytes_max));
                         }
@@ -140,9 +169,11 @@ impl Collected {
                             Some(another) if another.source() == message => record = another,
                             _ => break,
                         }
-                        if next - first == limits.outputs_per_message_max as usize {
+                        let made = made.get_or_insert_with(|| self.siblings(target.batch, number));
+                        if *made >= limits.outputs_per_message_max as usize {
                             return Err(Fault::Messages(message, limits.outputs_per_message_max));
                         }
+                        *made += 1;
                     }
                 }
                 verdict @ (verdict::FAIL | verdict::RETRY) => {
@@ -165,6 +196,15 @@ impl Collected {
         }
     }
 
+    /// Returns how many messages there are so far of the offset of message
+    /// `number`, of which one was just made, with those that are still to come.
+    fn siblings(&self, batch: &Batch, number: usize) -> usize {
+        let offset = batch.entries[number].offset;
+        let of_it = |entry: &&Entry| entry.offset == offset;
+        self.entries.iter().rev().take_while(of_it).count()
+            + batch.entries[number + 1..].iter().take_while(of_it).count()
+    }
+
     /// Messages from where the last answer ended up to `end` pass untouched.
     #[inline]
     pub fn keep_until(&mut self, batch: &Batch, end: usize) {
@@ -178,6 +218,7 @@ impl Collected {
     pub fn refuse_fault(&mut self, batch: &Batch, refused: Refused) {
         self.keep_until(batch, refused.index as usize);
         self.next = refused.index as usize + 1;
+        self.changed = true;
         self.refused.push(refused);
     }
 
@@ -200,20 +241,24 @@ impl Collected {
             return Outcome { passed: batch, ..Outcome::default() };
         }
         self.keep_until(&batch, batch.len());
-        let Batch { base, now_us, mut segments, .. } = batch;
+        let Batch { base, now_us, mut segments, exclusive, .. } = batch;
         if !self.data.is_empty() {
             segments.push(self.data.into());
         }
-        let passed = Batch { base, now_us, segments, entries: self.entries.into() };
+        let exclusive = exclusive && !self.changed;
+        let passed = Batch { base, now_us, segments, entries: self.entries.into(), exclusive };
         Outcome { passed, refused: self.refused, dropped: self.dropped, retry: None, held: false }
     }
 
     fn refuse(&mut self, index: u32, verdict: u8, reason: &str, target: &Target<'_>) {
         let reason = super::host::printable(reason);
-        let kind = match verdict {
-            verdict::RETRY if !target.retries_used_up => return self.ask_again(reason, false),
-            verdict::RETRY => RefusedKind::Retries,
-            _ => RefusedKind::Failed,
+        let Attempt { number, is_last } = target.attempt;
+        let (kind, reason) = match verdict {
+            verdict::RETRY if !is_last => return self.ask_again(reason, false),
+            verdict::RETRY => {
+                (RefusedKind::Retries, format!("asked for a retry {number} times, the last time: {reason}"))
+            }
+            _ => (RefusedKind::Failed, reason),
         };
         self.refused.push(Refused { index, kind, reason });
     }
@@ -225,6 +270,7 @@ impl Collected {
             refused: self.refused.len(),
             dropped: self.dropped,
             asked: self.retry.is_some(),
+            changed: self.changed,
         }
     }
 
@@ -233,6 +279,7 @@ impl Collected {
         self.entries.truncate(mark.entries);
         self.refused.truncate(mark.refused);
         self.dropped = mark.dropped;
+        self.changed = mark.changed;
         if !mark.asked {
             self.retry = None;
         }
@@ -276,10 +323,7 @@ fn set_others(
         let new = answer.properties(record)?;
         entry.properties = match with_listeners(target.batch.bytes(entry.properties), new)? {
             None => place.put(record.properties(), new),
-            Some(merged) => {
-                place.bytes += new.len() as u64;
-                place.copy(&merged)
-            }
+            Some(merged) => place.copy(&merged),
         };
     }
     if record.has(set::ROUTE) {
@@ -302,7 +346,6 @@ impl Place {
     /// Where the checked `bytes` of an answer's `span` will lie.
     #[inline]
     fn put(&mut self, span: Span, bytes: &[u8]) -> Span {
-        self.bytes += bytes.len() as u64;
         if bytes.is_empty() {
             return Span::EMPTY;
         }
@@ -333,12 +376,7 @@ fn with_listeners(source: &[u8], new: &[u8]) -> Result<Option<Vec<u8>>, Wrong> {
     let mut merged = Vec::new();
     let kept = properties::iter(source).filter(of_listener);
     for property in kept.chain(properties::iter(new).filter(|p| !of_listener(p))) {
-        let origin = match property.origin {
-            0 => Origin::Device,
-            1 => Origin::Listener,
-            _ => Origin::Pipeline,
-        };
-        properties::push(&mut merged, origin, property.name, property.value);
+        properties::push(&mut merged, Origin::of(property.origin), property.name, property.value);
     }
     if !properties::is_valid(&merged) {
         return Err("its properties and the listener's are too many together");

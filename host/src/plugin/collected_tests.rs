@@ -57,8 +57,8 @@ fn a_payload_that_a_plugin_made_has_at_most_8_mib() {
         let outputs = words.into_iter().flat_map(u32::to_le_bytes).collect();
         let raw = Raw { verdicts: vec![verdict::EMIT], outputs, data: vec![b'x'; len] };
         let target =
-            Target { batch: &batch, numbers: None, namespace: &Namespace::default(), retries_used_up: true };
-        Collected::default().take(&batch, raw, &Limits::default(), 1 << 30, &target)
+            Target { batch: &batch, numbers: None, namespace: &Namespace::default(), attempt: Attempt::ONLY };
+        Collected::new(1 << 30).take(&batch, raw, &Limits::default(), 1 << 30, &target)
     };
     assert_eq!(check(MADE_PAYLOAD_BYTES_MAX), Ok(()));
     let what = "its payload is larger than its source's and than 8 MiB";

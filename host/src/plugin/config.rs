@@ -44,8 +44,9 @@ pub struct Limits {
     pub output_bytes_factor: u32,
     /// Bytes that a batch may become, however small it was.
     pub output_bytes_min: ByteSize,
-    /// How often a batch may come again when a plugin asks to retry; then its messages are refused.
-    pub retries_max: u32,
+    /// The old name of `pipelines.<name>.retries.max`, which is to be set instead: still read, as a further bound.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retries_max: Option<u32>,
 }
 
 /// One entry of a pipeline's `steps`.
@@ -103,7 +104,7 @@ impl Default for Limits {
             outputs_per_message_max: 64,
             output_bytes_factor: 4,
             output_bytes_min: ByteSize::mib(1),
-            retries_max: 10,
+            retries_max: None,
         }
     }
 }

@@ -7,7 +7,7 @@ use super::collected::{Collected, Target};
 use super::config::Limits;
 use crate::batch::{Batch, Entry, Span, flags};
 use crate::properties;
-use crate::step::{Outcome, RefusedKind};
+use crate::step::{Attempt, Outcome, RefusedKind};
 use crate::topic::{self, DEVICE_ID_BYTES_MAX, Namespace};
 
 const MESSAGES: usize = 4;
@@ -47,10 +47,10 @@ pub fn check(raw: Raw, gathered: bool) {
         batch: &batch,
         numbers: gathered.then_some(&numbers[..]),
         namespace: &namespace,
-        retries_used_up: true,
+        attempt: Attempt::ONLY,
     };
     let verdicts = raw.verdicts.clone();
-    let mut collected = Collected::default();
+    let mut collected = Collected::new(1 << 20);
     if collected.take(&batch, raw, &Limits::default(), 1 << 20, &target).is_err() {
         // Nothing of it was taken: the batch goes on as it came.
         let Outcome { passed, refused, dropped, retry, .. } = collected.into_outcome(batch.clone());

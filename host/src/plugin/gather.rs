@@ -39,7 +39,7 @@ pub(super) fn gather(batch: &Batch, numbers: Option<&[u32]>) -> Batch {
         })
         .collect();
     let segments = if bytes.is_empty() { Vec::new() } else { vec![bytes.into()] };
-    Batch { base: batch.base, now_us: batch.now_us, segments, entries }
+    Batch { base: batch.base, now_us: batch.now_us, segments, entries, exclusive: true }
 }
 
 fn copy(batch: &Batch, span: Span, out: &mut Vec<u8>) -> Span {

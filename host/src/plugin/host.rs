@@ -4,25 +4,24 @@
 //! traps leaves nothing behind but its log lines: recorded metrics wait in
 //! `recorded` until the call has ended well.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use metrics::{Counter, Gauge, Histogram, Key, Label, Level, Metadata};
 use wasmtime::{ResourceLimiter, Result, bail};
 
 use super::bindings::base::headworks::plugin::{clock, devices, log, metrics as series, types};
 use super::engine::{Deadline, HasDeadline};
+use super::series::{Kind, Series, StepSeries};
 use crate::devices::Devices;
 use crate::step::StepId;
 
 /// Of one log line or panic text.
 pub(super) const TEXT_BYTES_MAX: usize = 4 << 10;
-/// Log lines a second of one instance; more are counted.
+/// Log lines a second of one step, and their bytes; what is over is counted.
 const LINES_PER_S_MAX: u32 = 100;
-/// Series that a step may register.
-const SERIES_MAX: usize = 64;
-const LABELS_MAX: usize = 8;
-const LABEL_BYTES_MAX: usize = 128;
+const LINE_BYTES_PER_S_MAX: usize = 64 << 10;
+/// Times that an instance may register a series.
+const REGISTERED_MAX: usize = 256;
 /// Histogram values that one call may record; more are dropped.
 const HISTOGRAM_VALUES_MAX: usize = 65_536;
 const MEMORIES_MAX: usize = 8;
@@ -56,32 +55,36 @@ pub struct HostState {
     pub memory_bytes: usize,
     /// The plugin asked for more memory than it may have.
     pub memory_denied: bool,
-    lines: Lines,
-    series: Vec<Series>,
+    telemetry: Arc<Telemetry>,
+    /// By the number that the plugin has for each.
+    series: Vec<Registered>,
     recorded: Vec<(u32, f64)>,
 }
 
+/// What all instances of a step say of themselves, one after another and together.
+#[derive(Debug, Default)]
+pub struct Telemetry {
+    lines: Mutex<Lines>,
+    series: Mutex<StepSeries>,
+}
+
+#[derive(Debug, Default)]
 struct Lines {
-    second: Instant,
+    second: Option<Instant>,
     written: u32,
+    written_bytes: usize,
     unwritten: u64,
 }
 
-struct Series {
-    kind: Kind,
-    /// Fraction of a counter that did not make a whole yet, or this call's sum.
+struct Registered {
+    series: Arc<Series>,
+    /// What this call adds to a counter, or makes of a gauge.
     pending: f64,
     touched: bool,
 }
 
-enum Kind {
-    Counter(Counter),
-    Gauge(Gauge),
-    Histogram(Histogram),
-}
-
 impl HostState {
-    pub fn new(step: StepId, devices: Arc<Devices>, memory_max: usize) -> Self {
+    pub fn new(step: StepId, devices: Arc<Devices>, telemetry: Arc<Telemetry>, memory_max: usize) -> Self {
         Self {
             step,
             devices,
@@ -92,7 +95,7 @@ impl HostState {
             memory_max,
             memory_bytes: 0,
             memory_denied: false,
-            lines: Lines { second: Instant::now(), written: 0, unwritten: 0 },
+            telemetry,
             series: Vec::new(),
             recorded: Vec::new(),
         }
@@ -105,23 +108,14 @@ impl HostState {
 
     /// The call ended well: its metrics count.
     pub fn commit(&mut self) {
-        for series in &mut self.series {
-            if !std::mem::take(&mut series.touched) {
-                continue;
-            }
-            match &series.kind {
-                Kind::Counter(counter) => {
-                    let whole = series.pending.floor();
-                    counter.increment(whole as u64);
-                    series.pending -= whole;
-                }
-                Kind::Gauge(gauge) => gauge.set(series.pending),
-                Kind::Histogram(_) => {}
+        for Registered { series, pending, touched } in &mut self.series {
+            if std::mem::take(touched) {
+                series.record(std::mem::take(pending));
             }
         }
         for (number, value) in self.recorded.drain(..) {
-            if let Some(Series { kind: Kind::Histogram(histogram), .. }) = self.series.get(number as usize) {
-                histogram.record(value);
+            if let Some(registered) = self.series.get(number as usize) {
+                registered.series.record(value);
             }
         }
     }
@@ -139,30 +133,39 @@ impl HostState {
     }
 
     fn line(&mut self, level: u8, text: &str) {
+        let (pipeline, step, text) = (&*self.step.pipeline, &*self.step.step, printable(text));
+        let mut lines = self.telemetry.lines.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
-        if now.duration_since(self.lines.second).as_secs() >= 1 {
-            let unwritten = std::mem::take(&mut self.lines.unwritten);
+        if lines.second.is_none_or(|second| now.duration_since(second).as_secs() >= 1) {
+            let unwritten = lines.unwritten;
+            *lines = Lines { second: Some(now), ..Lines::default() };
             if unwritten > 0 {
-                tracing::warn!(pipeline = %self.step.pipeline, step = %self.step.step, unwritten,
-                    "plugin wrote more than {LINES_PER_S_MAX} lines a second");
+                tracing::warn!(
+                    pipeline,
+                    step,
+                    unwritten,
+                    "plugin wrote more than {LINES_PER_S_MAX} lines or {} KiB a second",
+                    LINE_BYTES_PER_S_MAX >> 10
+                );
             }
-            (self.lines.second, self.lines.written) = (now, 0);
         }
-        if self.lines.written >= LINES_PER_S_MAX {
-            self.lines.unwritten += 1;
+        if lines.written >= LINES_PER_S_MAX || lines.written_bytes + text.len() > LINE_BYTES_PER_S_MAX {
+            lines.unwritten += 1;
+            drop(lines);
             metrics::counter!("headworks_plugin_log_lines_dropped_total",
-                "pipeline" => self.step.pipeline.to_string(), "step" => self.step.step.to_string())
+                "pipeline" => pipeline.to_owned(), "step" => step.to_owned())
             .increment(1);
             return;
         }
-        self.lines.written += 1;
-        let (pipeline, step, text) = (&*self.step.pipeline, &*self.step.step, printable(text));
+        lines.written += 1;
+        lines.written_bytes += text.len();
+        drop(lines);
         match level {
             0 | 1 => tracing::trace!(pipeline, step, "{text}"),
             2 => tracing::debug!(pipeline, step, "{text}"),
             3 => tracing::info!(pipeline, step, "{text}"),
-            // A plugin's error is one device's or one author's, not the host's.
-            _ => tracing::warn!(pipeline, step, "{text}"),
+            4 => tracing::warn!(pipeline, step, "{text}"),
+            _ => tracing::error!(pipeline, step, "{text}"),
         }
     }
 }
@@ -235,51 +238,19 @@ impl series::Host for HostState {
         labels: Vec<(String, String)>,
     ) -> Result<Result<u32, types::Error>> {
         self.allow("metrics.register", &[Phase::Init])?;
-        let invalid = |reason: String| Ok(Err(types::Error { code: 7, reason }));
-        if !is_metric_name(&name) || labels.iter().any(|(name, _)| !is_metric_name(name)) {
-            return invalid(format!(
-                "metric \"{}\": names must match [a-z][a-z0-9_]{{0,63}}",
-                printable(&name)
-            ));
-        }
-        if labels.len() > LABELS_MAX || labels.iter().any(|(_, value)| value.len() > LABEL_BYTES_MAX) {
-            return invalid(format!("metric {name}: at most {LABELS_MAX} labels of {LABEL_BYTES_MAX} bytes"));
-        }
-        if labels.iter().any(|(name, _)| name == "pipeline" || name == "step") {
-            return invalid(format!("metric {name}: the labels pipeline and step are the host's"));
-        }
-        if self.series.len() >= SERIES_MAX {
-            let reason = format!("a step may register at most {SERIES_MAX} series");
-            return Ok(Err(types::Error { code: 3, reason }));
-        }
-        let full_name = format!("headworks_plugin_{name}");
-        let labels = [("pipeline", &self.step.pipeline), ("step", &self.step.step)]
-            .into_iter()
-            .map(|(name, value)| Label::new(name, value.to_string()))
-            .chain(labels.into_iter().map(|(name, value)| Label::new(name, value)))
-            .collect::<Vec<_>>();
-        let key = Key::from_parts(full_name.clone(), labels);
-        let metadata = Metadata::new(module_path!(), Level::INFO, Some(module_path!()));
-        let help = printable(&help);
-        let kind = metrics::with_recorder(|recorder| match kind {
-            1 => {
-                recorder.describe_counter(full_name.into(), None, help.into());
-                Some(Kind::Counter(recorder.register_counter(&key, &metadata)))
-            }
-            2 => {
-                recorder.describe_gauge(full_name.into(), None, help.into());
-                Some(Kind::Gauge(recorder.register_gauge(&key, &metadata)))
-            }
-            3 => {
-                recorder.describe_histogram(full_name.into(), None, help.into());
-                Some(Kind::Histogram(recorder.register_histogram(&key, &metadata)))
-            }
-            _ => None,
-        });
-        let Some(kind) = kind else {
-            return invalid(format!("metric {name}: kind must be 1 counter, 2 gauge or 3 histogram"));
+        let error = |code, reason| Ok(Err(types::Error { code, reason }));
+        let Some(kind) = Kind::of(kind) else {
+            return error(7, format!("kind {kind}: must be 1 counter, 2 gauge or 3 histogram"));
         };
-        self.series.push(Series { kind, pending: 0.0, touched: false });
+        if self.series.len() >= REGISTERED_MAX {
+            return error(3, format!("an instance may register at most {REGISTERED_MAX} times"));
+        }
+        let of_step = [("pipeline", &*self.step.pipeline), ("step", &*self.step.step)];
+        let mut series = self.telemetry.series.lock().unwrap_or_else(PoisonError::into_inner);
+        match series.register(of_step, kind, &name, &help, labels) {
+            Ok(series) => self.series.push(Registered { series, pending: 0.0, touched: false }),
+            Err((is_limit, reason)) => return error(if is_limit { 3 } else { 7 }, reason),
+        }
         Ok(Ok(self.series.len() as u32 - 1))
     }
 
@@ -288,13 +259,14 @@ impl series::Host for HostState {
         let Some(known) = self.series.get_mut(series as usize) else {
             bail!("metrics.record-value: no series {series}");
         };
-        match known.kind {
-            Kind::Counter(_) if value.is_finite() && value > 0.0 => known.pending += value,
-            Kind::Gauge(_) => known.pending = value,
-            Kind::Histogram(_) if self.recorded.len() < HISTOGRAM_VALUES_MAX => {
-                self.recorded.push((series, value))
+        match known.series.kind {
+            Kind::Counter if value.is_finite() && value > 0.0 => known.pending += value,
+            Kind::Gauge => known.pending = value,
+            Kind::Histogram if self.recorded.len() < HISTOGRAM_VALUES_MAX => {
+                self.recorded.push((series, value));
+                return Ok(());
             }
-            _ => {}
+            _ => return Ok(()),
         }
         known.touched = true;
         Ok(())
@@ -316,6 +288,7 @@ impl devices::Host for HostState {
         if !rest.is_empty() {
             return invalid("ends must be whole u32 words");
         }
+        let table = self.devices.table();
         let mut found = types::Packed { data: Vec::new(), ends: Vec::with_capacity(ids.ends.len()) };
         let mut begin = 0;
         for word in words {
@@ -323,7 +296,7 @@ impl devices::Host for HostState {
             let Some(id) = ids.data.get(begin..end) else {
                 return invalid("ends must not descend or pass the data");
             };
-            let object = std::str::from_utf8(id).ok().and_then(|id| self.devices.get(id)).unwrap_or("");
+            let object = std::str::from_utf8(id).ok().and_then(|id| table.get(id)).unwrap_or("");
             if found.data.len() + object.len() > self.memory_max {
                 return Ok(Err(types::Error { code: 3, reason: "more than the plugin's memory".into() }));
             }
@@ -336,7 +309,7 @@ impl devices::Host for HostState {
 
     fn get(&mut self, id: String) -> Result<Result<Option<String>, types::Error>> {
         self.allow("devices.get", &[Phase::Init, Phase::Run])?;
-        Ok(Ok(self.devices.get(&id).map(str::to_owned)))
+        Ok(Ok(self.devices.table().get(&id).map(str::to_owned)))
     }
 }
 
@@ -358,12 +331,6 @@ pub(super) fn printable(text: &str) -> String {
 
 fn cut(text: &str) -> &str {
     &text[..text.floor_char_boundary(TEXT_BYTES_MAX)]
-}
-
-fn is_metric_name(name: &str) -> bool {
-    (1..=64).contains(&name.len())
-        && name.as_bytes()[0].is_ascii_lowercase()
-        && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use wasmtime::{Store, Trap};
+use wasmtime::{FrameInfo, FrameSymbol, Store, Trap, WasmBacktrace};
 
 use super::arena::{self, COUNT_MAX, DATA_SEGMENT, LAYOUT, OUTPUT_HEADER_WORDS, STRIDE_WORDS, set, verdict};
 use super::bindings::base::exports::headworks::plugin::lifecycle::Context;
@@ -14,8 +14,8 @@ use super::bindings::batch::headworks::plugin::arena::{Answer as Raw, Header, Me
 use super::bindings::message::exports::headworks::plugin::message::{Incoming, Outgoing, Verdict};
 use super::bindings::message::headworks::plugin::types::Property;
 use super::bindings::{access, batch, message};
-use super::host::{HostState, Phase, printable};
-use super::program::{self, ProcessIndices, Program};
+use super::host::{HostState, Phase, Telemetry, printable};
+use super::program::{self, INIT_ANSWER_BYTES_MAX, ProcessIndices, Program, TOPICS_MAX};
 use crate::batch::{Batch, MessageRef, SPAN_BYTES_MAX, flags};
 use crate::devices::Devices;
 use crate::problems::{KeyPath, Problem};
@@ -25,6 +25,12 @@ use crate::topic::TopicFilter;
 
 /// CPU time of instantiation and `init` together: an interpreter starts slowly.
 const INIT_CPU: Duration = Duration::from_secs(5);
+/// Problems that `init` may name; more are not looked at.
+const PROBLEMS_MAX: usize = 64;
+/// Functions that a reason names: where it was, and its callers.
+const FRAMES_MAX: usize = 3;
+/// Bytes of a problem's path; what is over is cut off.
+const POINTER_BYTES_MAX: usize = 1 << 10;
 /// An instance may grow this much past what it had after init before its
 /// memory counts as twice that: small plugins start with a few pages.
 const GROWTH_BYTES_MIN: usize = 16 << 20;
@@ -59,6 +65,20 @@ pub(super) enum StartError {
     Fault(String),
 }
 
+impl StartError {
+    /// Returns the reason as one text, for a message or a log line.
+    pub fn text(self) -> String {
+        match self {
+            Self::Fault(reason) => reason,
+            Self::Config(problems) => {
+                let line = |p: &Problem| format!("config.{}: {}", p.path.as_str(), p.message);
+                let lines: Vec<_> = problems.iter().map(line).collect();
+                format!("did not start: {}", lines.join("; "))
+            }
+        }
+    }
+}
+
 /// What one call may use.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct CallLimits {
@@ -73,14 +93,16 @@ impl Instance {
         program: &Arc<Program>,
         step: &StepId,
         devices: &Arc<Devices>,
+        telemetry: &Arc<Telemetry>,
         memory_max: usize,
         context: &Context,
     ) -> Result<(Self, Option<Vec<TopicFilter>>), StartError> {
         metrics::counter!("headworks_plugin_instances_total",
             "pipeline" => step.pipeline.to_string(), "step" => step.step.to_string())
         .increment(1);
-        let state = HostState::new(step.clone(), Arc::clone(devices), memory_max);
+        let state = HostState::new(step.clone(), Arc::clone(devices), Arc::clone(telemetry), memory_max);
         let mut store = program::new_store(&program.runtime, state);
+        store.set_hostcall_fuel(INIT_ANSWER_BYTES_MAX);
         let running = program.runtime.start(&mut store, INIT_CPU);
         let started = program.pre.instantiate(&mut store).and_then(|instance| {
             store.data_mut().phase = Phase::Init;
@@ -102,11 +124,14 @@ impl Instance {
             let problem = |p: super::bindings::base::exports::headworks::plugin::lifecycle::Problem| {
                 Problem { path: from_pointer(&p.path), message: printable(&p.reason) }
             };
-            StartError::Config(problems.into_iter().map(problem).collect())
+            StartError::Config(problems.into_iter().take(PROBLEMS_MAX).map(problem).collect())
         })?;
         let narrowed = ready
             .topics
-            .map(|topics| program::filters(&topics))
+            .map(|topics| match topics.len() {
+                0..=TOPICS_MAX => program::filters(&topics),
+                more => Err(format!("narrows to {more} topics, at most {TOPICS_MAX} are allowed")),
+            })
             .transpose()
             .map_err(|error| StartError::Fault(format!("init: {error}")))?;
         store.data_mut().phase = Phase::Run;
@@ -261,8 +286,10 @@ impl Writer {
         }
         if let Some(list) = &message.properties {
             let mut bytes = Vec::new();
-            // A name too long for its length field would lie: such a list becomes no properties at all.
-            if list.iter().all(|p| p.name.len() <= usize::from(u16::MAX)) {
+            if list.iter().any(|p| p.name.len() > usize::from(u16::MAX)) {
+                // Its length field would lie: the check of the answer finds this not well formed.
+                bytes.push(0);
+            } else {
                 for p in list {
                     let origin = if p.origin == 0 { Origin::Device } else { Origin::Pipeline };
                     // Origin 1 is the listener's and stays as it is.
@@ -343,27 +370,57 @@ pub(super) fn explain(
     let memory = state
         .memory_denied
         .then(|| format!("; it asked for more than {} MiB of memory (limits.memory)", memory_max >> 20));
+    let place = place(error);
     match trap {
-        Some(Trap::UnreachableCodeReached) => format!(
-            "trapped: unreachable code{}",
-            memory.unwrap_or_else(|| ", usually a panic; build with the SDK to see its text".into())
-        ),
-        Some(Trap::StackOverflow) => "trapped: call stack exhausted, usually a recursion without end".into(),
-        Some(trap) => format!("trapped: {trap}{}", memory.unwrap_or_default()),
+        Some(Trap::UnreachableCodeReached) => {
+            let why =
+                memory.unwrap_or_else(|| ", usually a panic; build with the SDK to see its text".into());
+            format!("trapped: unreachable code{why}{place}")
+        }
+        Some(Trap::StackOverflow) => {
+            format!("trapped: call stack exhausted, usually a recursion without end{place}")
+        }
+        Some(trap) => format!("trapped: {trap}{}{place}", memory.unwrap_or_default()),
         None => {
             let root = error.root_cause().to_string();
-            let hint = if root.contains("hostcall") { " (limits.output_bytes_factor)" } else { "" };
-            format!("{}{hint}{}", printable(&root), memory.unwrap_or_default())
+            let hint = match &root {
+                root if root.contains("hostcall") => " (limits.output_bytes_factor)",
+                root if root.contains("utf-8") => ", in a text for the host",
+                _ => "",
+            };
+            format!("{}{hint}{}{place}", printable(&root), memory.unwrap_or_default())
+        }
+    }
+}
+
+/// Where it was, as far as the plugin has names and debug information: the function,
+/// its file and line, and who called it.
+fn place(error: &wasmtime::Error) -> String {
+    let frames = error.downcast_ref::<WasmBacktrace>().map(WasmBacktrace::frames).unwrap_or_default();
+    let name = |frame: &FrameInfo| {
+        let symbol = frame.symbols().first();
+        let name = symbol.and_then(FrameSymbol::name).or(frame.func_name())?;
+        let name = format!("{:#}", rustc_demangle::demangle(name));
+        let place = symbol.and_then(|symbol| Some(format!(" ({}:{})", symbol.file()?, symbol.line()?)));
+        Some(name + &place.unwrap_or_default())
+    };
+    let names: Vec<_> = frames.iter().filter_map(name).take(FRAMES_MAX).collect();
+    match names.split_first() {
+        None => String::new(),
+        Some((first, [])) => format!("; in {}", printable(first)),
+        Some((first, callers)) => {
+            format!("; in {}, called by {}", printable(first), printable(&callers.join(", ")))
         }
     }
 }
 
 /// `/steps/0/max` as `steps[0].max`.
 fn from_pointer(pointer: &str) -> KeyPath {
+    let pointer = &pointer[..pointer.floor_char_boundary(POINTER_BYTES_MAX)];
     pointer.split('/').filter(|part| !part.is_empty()).fold(KeyPath::root(), |path, part| {
         match part.parse::<usize>() {
-            Ok(index) => path.index(index),
-            Err(_) => path.key(&printable(&part.replace("~1", "/").replace("~0", "~"))),
+            Ok(index) => path.into_index(index),
+            Err(_) => path.into_key(&printable(&part.replace("~1", "/").replace("~0", "~"))),
         }
     })
 }
@@ -376,5 +433,6 @@ mod tests {
     fn a_json_pointer_reads_as_the_configs_own_path() {
         assert_eq!(from_pointer("/rules/0/max~1min").as_str(), "rules[0].max/min");
         assert_eq!(from_pointer("").as_str(), "");
+        assert!(from_pointer(&"/a".repeat(1 << 20)).as_str().len() <= POINTER_BYTES_MAX);
     }
 }

@@ -28,6 +28,8 @@ mod instance;
 mod load;
 mod program;
 mod runner;
+mod series;
+mod starts;
 #[cfg(test)]
 mod test_plugins;
 #[cfg(test)]
@@ -43,6 +45,7 @@ pub use folder::{FileState, Listed, remove, survey};
 pub use load::{Form, Kind, LoadError};
 pub use program::{Description, Inspection};
 pub use runner::{Runner, inspect, inspect_with};
+pub use series::{PREFIX as METRIC_PREFIX, render as render_metrics};
 
 use config::is_step_name;
 
@@ -123,7 +126,7 @@ pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_plugin_log_lines_dropped_total",
         kind: MetricKind::Counter,
-        help: "Log lines of plugins past 100 a second.",
+        help: "Log lines that plugins wrote past 100 a second or 64 KiB a second of one step, and that were dropped.",
         labels: &["pipeline", "step"],
     },
 ];

@@ -21,7 +21,9 @@ use crate::topic::TopicFilter;
 
 /// CPU time of `describe`.
 const DESCRIBE_CPU: Duration = Duration::from_secs(2);
-const TOPICS_MAX: usize = 1_024;
+pub(super) const TOPICS_MAX: usize = 1_024;
+/// Bytes that `describe` or `init` may give back, in one call, and in each call of the host.
+pub(super) const INIT_ANSWER_BYTES_MAX: usize = 1 << 20;
 const SCHEMA_BYTES_MAX: usize = 256 << 10;
 
 /// What a plugin says of itself, once per file.
@@ -150,7 +152,9 @@ impl Library {
     fn describe(&self, pre: &InstancePre<HostState>, exports: &Exports) -> Result<Description, Error> {
         let memory = Limits::default().memory.0 as usize;
         let step = StepId { pipeline: "-".into(), step: "describe".into() };
-        let mut store = new_store(&self.runtime, HostState::new(step, Arc::default(), memory));
+        let mut store =
+            new_store(&self.runtime, HostState::new(step, Arc::default(), Arc::default(), memory));
+        store.set_hostcall_fuel(INIT_ANSWER_BYTES_MAX);
         let running = self.runtime.start(&mut store, DESCRIBE_CPU);
         let result = pre.instantiate(&mut store).and_then(|instance| {
             store.data_mut().phase = Phase::Describe;

@@ -13,7 +13,7 @@ use super::version::{self, Faults, PluginStep, Shared, Version};
 use super::{Error, Limits, OnFailure};
 use crate::batch::{Batch, Partition};
 use crate::devices::Devices;
-use crate::step::{Outcome, Step, StepId};
+use crate::step::{Attempt, Outcome, Step, StepId};
 use crate::telemetry::Failures;
 use crate::topic::Namespace;
 
@@ -62,9 +62,20 @@ impl Runner {
             failures: Failures::default(),
             on_hold: Box::new(|| {}),
             faults: Faults::default(),
+            telemetry: Arc::default(),
         });
         let step = version.step().map_err(|problems| Error::Config(problem_text(&problems)))?;
         Ok(Self { step, description })
+    }
+
+    #[cfg(test)]
+    pub(super) fn use_up_patience(&mut self) {
+        self.step.use_up_patience();
+    }
+
+    #[cfg(test)]
+    pub(super) fn call_messages_max(&self) -> usize {
+        self.step.call_messages_max
     }
 
     pub fn description(&self) -> &Description {
@@ -77,8 +88,12 @@ impl Step for Runner {
         self.step.id()
     }
 
-    fn run(&mut self, batch: Batch, partition: Partition, attempt: u32) -> Outcome {
+    fn run(&mut self, batch: Batch, partition: Partition, attempt: Attempt) -> Outcome {
         self.step.run(batch, partition, attempt)
+    }
+
+    fn sees_all(&self) -> bool {
+        self.step.sees_all()
     }
 }
 

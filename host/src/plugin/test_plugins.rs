@@ -25,14 +25,33 @@ pub fn guarded_with(version: &str, topics: &[&str]) -> Vec<u8> {
 
 /// Gives this answer to every batch that has a message.
 pub fn answering(verdicts: &[u8], outputs: &[u8], data: &[u8]) -> Vec<u8> {
+    answering_after("", verdicts, outputs, data)
+}
+
+/// The same, after this code.
+pub fn answering_after(before: &str, verdicts: &[u8], outputs: &[u8], data: &[u8]) -> Vec<u8> {
     let (at_outputs, at_data) = (BLOBS + verdicts.len(), BLOBS + verdicts.len() + outputs.len());
     let blobs = format!("(data (i32.const {BLOBS}) \"{}{}{}\")", hex(verdicts), hex(outputs), hex(data));
     let words = [BLOBS, verdicts.len(), at_outputs, outputs.len(), at_data, data.len()];
-    let mut body = String::from("(if (local.get $index_len) (then ");
+    let mut body = format!("{before}(if (local.get $index_len) (then ");
     for (number, word) in words.iter().enumerate() {
         body += &format!("(i32.store (i32.const {}) (i32.const {word}))", ANSWER + number * 4);
     }
     batch_plugin("1.0.0", &[], &(body + "))"), &blobs)
+}
+
+/// Emits the first message with all of segment 0 as its payload.
+pub fn spying() -> Vec<u8> {
+    let of_segment_0 = outputs(&[record(0, &[(2, 4, [0, 0])])]);
+    let length_at = BLOBS + 1 + (OUTPUT_HEADER_WORDS + 5) * 4;
+    let store = format!("(i32.store (i32.const {length_at}) (local.get $data_len))");
+    answering_after(&store, &[2], &of_segment_0, b"")
+}
+
+/// `init` narrows to so many topics.
+pub fn narrowing(topics: u32) -> Vec<u8> {
+    let ready = format!("(data (i32.const {READY}) \"{}\")", hex_words(&[0, 1, BLOBS as u32, topics]));
+    batch_plugin("1.0.0", &[], "", &ready)
 }
 
 /// Fails messages that start with F with the reason "no good", keeps the others.
@@ -57,11 +76,18 @@ pub fn message_plugin() -> Vec<u8> {
 
 /// `init` refuses the config.
 pub fn refusing() -> Vec<u8> {
-    // result: 1 (error), list of one problem: path "/max", reason "too big".
+    refusing_times(1)
+}
+
+/// The same problem so many times.
+pub fn refusing_times(times: usize) -> Vec<u8> {
+    // result: 1 (error), list of problems: path "/max", reason "too big".
+    let problem = hex_words(&[STRINGS as u32 + 32, 4, STRINGS as u32 + 36, 7]);
     let problems = format!(
-        r#"(data (i32.const {READY}) "{}")(data (i32.const {BLOBS}) "{}/maxtoo big")"#,
-        hex_words(&[1, BLOBS as u32, 1, 0, 0, 0]),
-        hex_words(&[(BLOBS + 16) as u32, 4, (BLOBS + 20) as u32, 7])
+        r#"(data (i32.const {READY}) "{}")(data (i32.const {BLOBS}) "{}")(data (i32.const {}) "/maxtoo big")"#,
+        hex_words(&[1, BLOBS as u32, times as u32, 0, 0, 0]),
+        problem.repeat(times),
+        STRINGS + 32
     );
     batch_plugin("1.0.0", &[], "", &problems)
 }
@@ -134,7 +160,7 @@ fn each_payload(more: &str) -> String {
     )
 }
 
-fn batch_plugin(version: &str, topics: &[&str], body: &str, more: &str) -> Vec<u8> {
+pub fn batch_plugin(version: &str, topics: &[&str], body: &str, more: &str) -> Vec<u8> {
     let process = format!(
         r#"(func (export "headworks:plugin/batch@1.0.0#process")
           (param i32 i32 i32 i32 i64 i64 i64) (param $index i32) (param $index_len i32)

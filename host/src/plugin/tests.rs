@@ -5,16 +5,17 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::test_plugins::{
-    answering, guarded, guarded_with, in_data, message_plugin, outputs, record, refusing,
+    answering, batch_plugin, guarded, guarded_with, in_data, message_plugin, narrowing, outputs, record,
+    refusing, spying,
 };
 use super::{Limits, OnFailure, Runner};
 use crate::batch::{Batch, Entry, Partition, Span, flags};
 use crate::properties::{self, Origin};
-use crate::step::{Outcome, RefusedKind, Step};
+use crate::step::{Attempt, Outcome, Refused, RefusedKind, Step};
 use crate::units::ByteSize;
 
 fn limits() -> Limits {
-    Limits { cpu_ms: 40, memory: ByteSize::mib(8), retries_max: 2, ..Limits::default() }
+    Limits { cpu_ms: 40, memory: ByteSize::mib(8), ..Limits::default() }
 }
 
 fn runner(bytes: &[u8]) -> Runner {
@@ -46,7 +47,7 @@ pub(super) fn batch(payloads: &[&str]) -> Batch {
             }
         })
         .collect();
-    Batch { segments: vec![bytes.into()], entries, now_us: 7, ..Batch::default() }
+    Batch { segments: vec![bytes.into()], entries, now_us: 7, exclusive: true, ..Batch::default() }
 }
 
 fn payloads(batch: &Batch) -> Vec<String> {
@@ -54,7 +55,7 @@ fn payloads(batch: &Batch) -> Vec<String> {
 }
 
 fn run(runner: &mut Runner, batch: Batch) -> Outcome {
-    runner.run(batch, Partition(3), 0)
+    runner.run(batch, Partition(3), Attempt::FIRST)
 }
 
 /// The only fault's reason, everything else having passed in order.
@@ -85,6 +86,15 @@ fn a_trap_refuses_the_poison_and_the_others_pass_in_order() {
 #[test]
 fn a_panics_text_becomes_the_reason() {
     assert_eq!(only_poison_is_refused("A"), "test (test:7)");
+}
+
+#[test]
+fn a_trap_says_where_it_was_in_every_language_that_has_names() {
+    let body = "(if (local.get $index_len) (then (call $from_here)))";
+    let functions = "(func $from_here (call $blow_up)) (func $blow_up unreachable)";
+    let outcome = run(&mut runner(&batch_plugin("1.0.0", &[], body, functions)), batch(&["x"]));
+    let reason = &outcome.refused[0].reason;
+    assert!(reason.contains("unreachable") && reason.contains("in blow_up, called by from_here"), "{reason}");
 }
 
 #[test]
@@ -186,10 +196,16 @@ fn fail_refuses_with_its_reason_and_retry_comes_again_until_its_bound() {
     let reason = [record(0, &[(2, 4, in_data(0, 8))])];
     let outcome = run(&mut runner(&answering(&[3], &outputs(&reason), b"not JSON")), batch(&["x"]));
     assert_eq!((outcome.refused[0].kind, &*outcome.refused[0].reason), (RefusedKind::Failed, "not JSON"));
-    let mut retrying = runner(&answering(&[4], &outputs(&reason), b"not yet!"));
-    assert_eq!(retrying.run(batch(&["x"]), Partition(0), 1).retry.as_deref(), Some("not yet!"));
-    let last = retrying.run(batch(&["x"]), Partition(0), 2);
-    assert_eq!((last.retry, last.refused[0].kind), (None, RefusedKind::Retries));
+    let mut retrying = runner(&answering(&[4, 0], &outputs(&reason), b"not yet!"));
+    let mut run = |attempt| retrying.run(batch(&["x", "kept"]), Partition(0), attempt);
+    assert_eq!(run(Attempt::FIRST).retry.as_deref(), Some("not yet!"));
+    let last = run(Attempt { number: 3, is_last: true });
+    assert_eq!((last.retry, last.refused.len(), payloads(&last.passed)), (None, 1, vec!["kept".to_owned()]));
+    let Refused { kind, reason, .. } = &last.refused[0];
+    assert_eq!(
+        (*kind, &**reason),
+        (RefusedKind::Retries, "asked for a retry 3 times, the last time: not yet!")
+    );
 }
 
 #[test]
@@ -304,4 +320,128 @@ fn the_standard_plugins_load_and_normalize_what_a_device_sends() {
     let outcome = run(&mut normalize, received);
     assert!(payloads(&outcome.passed)[0].contains("ts_utc"), "{outcome:?}");
     assert_eq!((outcome.refused[0].index, outcome.refused[0].kind), (1, RefusedKind::Failed));
+}
+
+#[test]
+fn a_later_step_never_sees_bytes_that_an_earlier_one_changed_or_took_out() {
+    let redacted = outputs(&[record(0, &[(2, 4, in_data(0, 8))])]);
+    let mut spy = runner(&spying());
+    let mut seen_after = |earlier: &[u8], input: Batch| {
+        let outcome = run(&mut runner(earlier), input);
+        payloads(&run(&mut spy, outcome.passed).passed).concat()
+    };
+    let mut dropping = answering(&[1, 0], &[], b"");
+    for (earlier, input) in [
+        (answering(&[2], &redacted, b"REDACTED"), batch(&["secret"])),
+        (std::mem::take(&mut dropping), batch(&["secret", "open"])),
+        (
+            answering(&[3, 0], &outputs(&[record(0, &[(2, 4, in_data(0, 2))])]), b"no"),
+            batch(&["secret", "open"]),
+        ),
+        (guarded(), batch(&["Psecret", "open"])),
+    ] {
+        let seen = seen_after(&earlier, input);
+        assert!(seen.contains("a/b/c/d") && !seen.contains("secret"), "{seen}");
+    }
+    // Bytes of a message that another call has: of its fate here nothing is known.
+    let all = batch(&["secret", "open"]);
+    let part = all.filtered(|entry| entry.offset == 1);
+    let seen = seen_after(&guarded(), part);
+    assert!(seen.contains("open") && !seen.contains("secret"), "{seen}");
+    // What nobody changed is still given whole, without a copy.
+    let untouched = run(&mut runner(&guarded()), all.clone()).passed;
+    assert!(untouched.exclusive && untouched.segments[0].as_ptr() == all.segments[0].as_ptr());
+}
+
+#[test]
+fn a_step_that_is_not_started_again_yet_rejects_what_it_selects_and_passes_the_rest() {
+    let mut step = runner(&guarded_with("1.0.0", &["a/+/+/d1/#"]));
+    step.use_up_patience();
+    let outcome = run(&mut step, batch(&["one", "P", "three"]));
+    assert_eq!(payloads(&outcome.passed), ["one", "three"]);
+    let Refused { index, kind, reason } = &outcome.refused[0];
+    assert_eq!((*index, *kind), (1, RefusedKind::Fault));
+    assert!(reason.contains("unreachable") && reason.contains("not started again yet"), "{reason}");
+    let outcome = run(&mut step, batch(&["one", "two"]));
+    assert_eq!((payloads(&outcome.passed), outcome.refused.len()), (vec!["one".to_owned()], 1));
+    // The step of all messages starts at once: nobody waits who is not concerned.
+    let mut all = runner(&guarded());
+    all.use_up_patience();
+    assert_eq!(payloads(&run(&mut all, batch(&["P", "two"])).passed), ["two"]);
+}
+
+#[test]
+fn a_plugin_that_faults_only_on_several_messages_gets_fewer_at_a_time() {
+    let mut together = runner(&batch_plugin(
+        "1.0.0",
+        &[],
+        "(if (i32.gt_u (local.get $index_len) (i32.const 64)) (then unreachable))",
+        "",
+    ));
+    let eight = ["0", "1", "2", "3", "4", "5", "6", "7"];
+    for _ in 0..2 {
+        let outcome = run(&mut together, batch(&eight));
+        assert_eq!((payloads(&outcome.passed).len(), outcome.refused.len()), (8, 0));
+    }
+    assert_eq!(together.call_messages_max(), 1);
+    // With time it is tried with more again.
+    for _ in 0..64 {
+        run(&mut together, batch(&["x"]));
+    }
+    assert_eq!(together.call_messages_max(), 2);
+}
+
+/// Emits 64 messages of each one, as they came; faults on several together.
+fn copying(fields: &[(u32, usize, [u32; 2])]) -> Vec<u8> {
+    let alone = "(if (i32.gt_u (local.get $index_len) (i32.const 64)) (then unreachable))";
+    let records = outputs(&vec![record(0, fields); 64]);
+    super::test_plugins::answering_after(alone, &[2], &records, b"")
+}
+
+#[test]
+fn all_that_a_step_makes_of_a_batch_counts_together() {
+    let large = "x".repeat(20 << 10);
+    let in_bytes = 16 * large.len() as u64;
+    let bytes_of =
+        |batch: &Batch| batch.messages().map(|m| m.payload().len() + m.properties().len()).sum::<usize>();
+    let outcome = run(&mut runner(&copying(&[])), batch(&[large.as_str(); 16]));
+    assert!(bytes_of(&outcome.passed) as u64 <= 5 * in_bytes, "{}", bytes_of(&outcome.passed));
+    assert!(
+        outcome.refused.iter().all(|refused| refused.reason.contains("bytes out")),
+        "{:?}",
+        outcome.refused
+    );
+    // What the host adds of the listener's counts as well.
+    let mut facts = Vec::new();
+    properties::push(&mut facts, Origin::Listener, "correlation-data", &[0; 60_000]);
+    let mut input = batch(&["x"; 16]);
+    input.segments.push(facts.clone().into());
+    for entry in input.entries.to_mut() {
+        entry.properties = Span::new(1, 0, facts.len());
+    }
+    let outcome = run(&mut runner(&copying(&[(4, 6, in_data(0, 0))])), input);
+    assert!(bytes_of(&outcome.passed) <= 5 * 16 * facts.len(), "{}", bytes_of(&outcome.passed));
+    assert!(!outcome.refused.is_empty());
+}
+
+#[test]
+fn a_chain_makes_no_more_of_one_message_than_one_step_may() {
+    let mut step = runner(&copying(&[]));
+    let first = run(&mut step, batch(&["x", "y"])).passed;
+    assert_eq!(first.len(), 128);
+    let second = run(&mut step, first);
+    assert!(second.passed.len() <= 128, "{}", second.passed.len());
+    assert!(second.refused[0].reason.contains("more than 64 messages out"), "{:?}", second.refused[0]);
+}
+
+#[test]
+fn what_init_says_is_bounded() {
+    let load = |bytes: &[u8]| {
+        let loaded = Runner::from_bytes(bytes, &Value::Null, limits(), Arc::default(), Arc::default());
+        loaded.err().unwrap().to_string()
+    };
+    let said = load(&narrowing(2_000));
+    assert!(said.contains("narrows to 2000 topics, at most 1024"), "{said}");
+    let said = load(&super::test_plugins::refusing_times(5_000));
+    assert_eq!(said.matches("too big").count(), 64);
 }

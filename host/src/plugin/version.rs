@@ -13,15 +13,17 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::arena::{self, COUNT_MAX, call};
 use super::bindings::base::exports::headworks::plugin::lifecycle::Context;
-use super::collected::{Collected, Target};
+use super::collected::{BYTES_MAX, Collected, Target};
 use super::gather::gather;
+use super::host::Telemetry;
 use super::instance::{CallLimits, Instance, StartError};
-use super::program::Program;
+use super::program::{ProcessIndices, Program};
+use super::starts::{Started, Starts};
 use super::{Limits, OnFailure};
 use crate::batch::{Batch, Partition, SEGMENTS_MAX};
 use crate::devices::Devices;
 use crate::problems::{KeyPath, Problem};
-use crate::step::{Outcome, Refused, RefusedKind, Step, StepFactory, StepId};
+use crate::step::{Attempt, Outcome, Refused, RefusedKind, Step, StepFactory, StepId};
 use crate::telemetry::Failures;
 use crate::topic::{Namespace, TopicFilter};
 
@@ -32,6 +34,9 @@ const FAULT_WINDOW: Duration = Duration::from_secs(60);
 const ALONE_PART: u32 = 8;
 /// Ticks are 5 ms apart.
 const ALONE_CPU_MIN: Duration = Duration::from_millis(10);
+/// A plugin that gets fewer messages at a time, because it faulted on more, gets
+/// twice as many after so many calls that went well.
+const GOOD_CALLS: u32 = 64;
 /// A batch goes in at once while it fills at most this part of the plugin's memory.
 const MEMORY_PART: u64 = 4;
 
@@ -51,6 +56,7 @@ pub(super) struct Shared {
     /// Called when the step asks for the pipeline to be held.
     pub on_hold: Box<dyn Fn() + Send + Sync>,
     pub faults: Faults,
+    pub telemetry: Arc<Telemetry>,
 }
 
 /// Faults of all instances of a step.
@@ -64,8 +70,15 @@ pub(super) struct Faults {
 pub(super) struct PluginStep {
     shared: Arc<Shared>,
     instance: Option<Instance>,
+    starts: Starts,
     /// All must match; each list any. Empty: every message.
     filters: Vec<Vec<TopicFilter>>,
+    /// The filters let every message through.
+    sees_all: bool,
+    /// Messages of one call: halved where the plugin faults on several together.
+    pub(super) call_messages_max: usize,
+    /// Calls that went well since that last changed.
+    good_calls: u32,
     meters: Meters,
 }
 
@@ -77,7 +90,7 @@ struct Work<'a> {
     /// Those of its messages that are gathered for the call; `None`: all, in place.
     numbers: Option<&'a [u32]>,
     partition: Partition,
-    attempt: u32,
+    attempt: Attempt,
     /// Of [`call`].
     flags: u32,
 }
@@ -127,6 +140,11 @@ impl StepFactory for Version {
 }
 
 impl Shared {
+    pub(super) fn start(&self) -> Result<Started, StartError> {
+        let Self { program, id, devices, limits, context, telemetry, .. } = self;
+        Instance::start(program, id, devices, telemetry, limits.memory.0 as usize, context)
+    }
+
     fn held_reason(&self) -> String {
         let Self { id, file, .. } = self;
         format!(
@@ -189,38 +207,74 @@ impl PluginStep {
             faults: counter!("headworks_step_faults_total", &labels),
             seconds: histogram!("headworks_step_run_duration_seconds", &labels),
         };
-        let mut step = Self { shared: Arc::clone(shared), instance: None, filters: Vec::new(), meters };
-        match step.ensure_instance() {
-            Ok(()) => Ok(step),
-            Err(StartError::Config(problems)) => Err(problems),
-            Err(StartError::Fault(reason)) => Err(vec![Problem { path: KeyPath::root(), message: reason }]),
-        }
+        let started = shared.start().map_err(|error| match error {
+            StartError::Config(problems) => problems,
+            StartError::Fault(reason) => vec![Problem { path: KeyPath::root(), message: reason }],
+        })?;
+        let mut step = Self {
+            shared: Arc::clone(shared),
+            instance: None,
+            starts: Starts::new(),
+            filters: Vec::new(),
+            sees_all: true,
+            call_messages_max: COUNT_MAX,
+            good_calls: 0,
+            meters,
+        };
+        step.adopt(started);
+        Ok(step)
     }
 
-    fn ensure_instance(&mut self) -> Result<(), StartError> {
+    fn adopt(&mut self, (instance, narrowed): Started) {
+        let declared = &self.shared.program.filters;
+        let declared = (!declared.is_empty()).then(|| declared.clone());
+        self.filters = declared.into_iter().chain(narrowed.filter(|topics| !topics.is_empty())).collect();
+        self.sees_all = self.filters.iter().all(|any| any.iter().any(|filter| filter.as_str() == "#"));
+        self.instance = Some(instance);
+    }
+
+    /// Makes sure that there is an instance, or says why there is none. Where other
+    /// messages would wait for it, it is started off this thread. One that has
+    /// outgrown its memory serves until there is another.
+    fn ensure_instance(&mut self) -> Result<(), String> {
         if self.instance.as_ref().is_some_and(|instance| !instance.is_outgrown()) {
             return Ok(());
         }
-        let Shared { program, id, devices, limits, context, .. } = &*self.shared;
-        let (instance, narrowed) = Instance::start(program, id, devices, limits.memory.0 as usize, context)?;
-        let declared = (!program.filters.is_empty()).then(|| program.filters.clone());
-        self.filters = declared.into_iter().chain(narrowed.filter(|topics| !topics.is_empty())).collect();
-        self.instance = Some(instance);
+        let started = if self.sees_all {
+            self.shared.start().map_err(StartError::text)
+        } else {
+            self.starts.next(&self.shared)
+        };
+        match started {
+            Ok(started) => self.adopt(started),
+            Err(_) if self.instance.is_some() => {}
+            Err(why) => return Err(why),
+        }
         Ok(())
+    }
+
+    #[cfg(test)]
+    pub(super) fn use_up_patience(&mut self) {
+        self.starts.use_up_patience();
     }
 
     fn on_nothing(&mut self) -> Result<(), String> {
         let batch = Batch::default();
-        let work =
-            Work { batch: &batch, numbers: None, partition: Partition::default(), attempt: 0, flags: 0 };
-        self.call(&work, &batch, 0, self.batch_limits(0), &mut Collected::default())
+        let work = Work {
+            batch: &batch,
+            numbers: None,
+            partition: Partition::default(),
+            attempt: Attempt::ONLY,
+            flags: 0,
+        };
+        self.call(&work, &batch, 0, self.batch_limits(0), &mut Collected::new(0))
     }
 
     fn batch_limits(&self, bytes_in: u64) -> CallLimits {
         let limits = &self.shared.limits;
         CallLimits {
             cpu: Duration::from_millis(limits.cpu_ms),
-            bytes: limits.output_bytes_min.0.max(bytes_in * u64::from(limits.output_bytes_factor)),
+            bytes: self.output_bytes_max(bytes_in).max(limits.output_bytes_min.0),
         }
     }
 
@@ -228,9 +282,12 @@ impl PluginStep {
         CallLimits {
             cpu: (of_batch.cpu / ALONE_PART).max(ALONE_CPU_MIN),
             // A large message is not guilty of its size.
-            bytes: (of_batch.bytes / u64::from(ALONE_PART))
-                .max(bytes_in * u64::from(self.shared.limits.output_bytes_factor)),
+            bytes: (of_batch.bytes / u64::from(ALONE_PART)).max(self.output_bytes_max(bytes_in)),
         }
+    }
+
+    fn output_bytes_max(&self, bytes_in: u64) -> u64 {
+        bytes_in.saturating_mul(self.shared.limits.output_bytes_factor.into())
     }
 
     fn sees(&self, topic: &str) -> bool {
@@ -258,45 +315,59 @@ impl PluginStep {
             batch: work.batch,
             numbers: work.numbers,
             namespace: &self.shared.namespace,
-            retries_used_up: work.attempt >= self.shared.limits.retries_max,
+            attempt: work.attempt,
         };
         // Taken out, and put back only after a good answer: a fault discards it.
         let Some(mut instance) = self.instance.take() else { return Err("has no instance".into()) };
-        let header = arena::header(view, work.partition, work.flags, work.attempt);
+        let header = arena::header(view, work.partition, work.flags, work.attempt.number);
         let raw = instance.call(view, header, segments, limits)?;
         collected
             .take(view, raw, &self.shared.limits, limits.bytes, &target)
             .map_err(|fault| format!("bad answer: {fault}"))?;
         instance.commit();
         self.instance = Some(instance);
+        if self.call_messages_max < COUNT_MAX && work.flags & call::ALONE_AFTER_TRAP == 0 {
+            self.grow_back();
+        }
         Ok(())
     }
 
-    fn run_batch(&mut self, mut batch: Batch, partition: Partition, attempt: u32) -> Outcome {
-        if batch.segments.len() >= SEGMENTS_MAX {
+    fn run_batch(&mut self, mut batch: Batch, partition: Partition, attempt: Attempt) -> Outcome {
+        let (bytes, mut used) = arena::extent(&batch);
+        let limits = self.batch_limits(bytes);
+        let mut collected = Collected::new(limits.bytes.min(BYTES_MAX.saturating_sub(bytes)));
+        if batch.segments.len() >= SEGMENTS_MAX
+            || (self.filters.is_empty() && !self.may_have_whole(&batch, bytes, used))
+        {
             batch = gather(&batch, None);
+            used = u16::from(!batch.segments.is_empty());
         }
-        let mut collected = Collected::default();
-        if self.filters.is_empty() {
-            let work = Work { batch: &batch, numbers: None, partition, attempt, flags: 0 };
-            let (bytes, used) = arena::extent(&batch);
-            let held = segment_bytes(&batch, used);
-            if bytes * 2 < held {
-                // Most of it is nobody's any more.
-                return self.run_batch(gather(&batch, None), partition, attempt);
-            }
-            if batch.len() <= COUNT_MAX && held <= self.part_bytes_max() {
-                let limits = self.batch_limits(bytes);
-                if let Err(reason) = self.call(&work, &batch, used, limits, &mut collected) {
-                    let numbers: Vec<u32> = (0..batch.len() as u32).collect();
-                    let work = Work { numbers: Some(&numbers), ..work };
-                    self.run_alone(&work, limits, &reason, &mut collected);
-                }
-                return collected.into_outcome(batch);
-            }
+        let whole = Work { batch: &batch, numbers: None, partition, attempt, flags: 0 };
+        if !self.filters.is_empty()
+            || batch.len() > self.call_messages_max
+            || segment_bytes(&batch, used) > self.part_bytes_max()
+        {
+            self.run_parts(&whole, &mut collected);
+            return collected.into_outcome(batch);
         }
-        self.run_parts(&batch, partition, attempt, &mut collected);
+        let all = || (0..batch.len() as u32).collect::<Vec<_>>();
+        if let Err(reason) = self.ensure_instance() {
+            self.without_instance(&whole, &all(), &reason, &mut collected);
+            return collected.into_outcome(batch);
+        }
+        if let Err(reason) = self.call(&whole, &batch, used, limits, &mut collected) {
+            let numbers = all();
+            self.run_alone(&Work { numbers: Some(&numbers), ..whole }, limits, &reason, &mut collected);
+        }
         collected.into_outcome(batch)
+    }
+
+    /// Whether the plugin may be given the segments of `batch` as they are: they
+    /// hold nothing that it must not see, and not mostly what nobody uses. A plugin
+    /// that gets its messages one by one sees no segment.
+    fn may_have_whole(&self, batch: &Batch, bytes: u64, used: u16) -> bool {
+        let one_by_one = matches!(self.shared.program.exports.process, ProcessIndices::Message(_));
+        one_by_one || (batch.exclusive && bytes * 2 >= segment_bytes(batch, used))
     }
 
     fn part_bytes_max(&self) -> u64 {
@@ -304,21 +375,22 @@ impl PluginStep {
     }
 
     /// Messages that the plugin may see, gathered, as many at a time as fit.
-    fn run_parts(&mut self, batch: &Batch, partition: Partition, attempt: u32, collected: &mut Collected) {
+    fn run_parts(&mut self, whole: &Work<'_>, collected: &mut Collected) {
+        let batch = whole.batch;
         let seen: Vec<u32> = (0..batch.len() as u32)
             .filter(|number| self.sees(batch.text(batch.entries[*number as usize].topic)))
             .collect();
         let mut rest = &seen[..];
         while !rest.is_empty() && !collected.asks_again() {
+            if let Err(reason) = self.ensure_instance() {
+                return self.without_instance(whole, rest, &reason, collected);
+            }
             let (numbers, later) = rest.split_at(self.part_length(batch, rest));
             rest = later;
-            let work = Work { batch, numbers: Some(numbers), partition, attempt, flags: 0 };
+            let work = Work { numbers: Some(numbers), ..*whole };
             let view = gather(batch, work.numbers);
             let (bytes, used) = arena::extent(&view);
             let limits = self.batch_limits(bytes);
-            if let Err(error) = self.ensure_instance() {
-                return collected.ask_again(start_reason(error), false);
-            }
             if let Err(reason) = self.call(&work, &view, used, limits, collected) {
                 self.run_alone(&work, limits, &reason, collected);
             }
@@ -328,24 +400,25 @@ impl PluginStep {
     /// How many of the messages `numbers`, at least one, fit into one call.
     fn part_length(&self, batch: &Batch, numbers: &[u32]) -> usize {
         let mut bytes = 0;
-        let fits = numbers.iter().take(COUNT_MAX).take_while(|number| {
-            bytes +=
-                arena::spans(&batch.entries[**number as usize]).iter().map(|s| s.len() as u64).sum::<u64>();
+        let fits = numbers.iter().take(self.call_messages_max).take_while(|number| {
+            bytes += arena::bytes_in(std::iter::once(&batch.entries[**number as usize]));
             bytes <= self.part_bytes_max()
         });
         fits.count().max(1)
     }
 
     /// After a fault: each message by itself, so that only the guilty are refused.
-    fn run_alone(&mut self, work: &Work<'_>, of_batch: CallLimits, reason: &str, collected: &mut Collected) {
+    fn run_alone(&mut self, work: &Work<'_>, of_batch: CallLimits, first: &str, collected: &mut Collected) {
         let numbers = work.numbers.unwrap_or_default();
         self.meters.faults.increment(1);
         let id = &self.shared.id;
-        tracing::debug!(pipeline = %id.pipeline, step = %id.step, messages = numbers.len(), reason,
+        tracing::debug!(pipeline = %id.pipeline, step = %id.step, messages = numbers.len(), first,
             "plugin faulted, running the batch message by message");
-        for number in numbers {
-            if let Err(error) = self.ensure_instance() {
-                return collected.ask_again(start_reason(error), false);
+        let mut guilty = 0;
+        for (done, number) in numbers.iter().enumerate() {
+            if let Err(why) = self.ensure_instance() {
+                let why = format!("{first}; {why}");
+                return self.without_instance(work, &numbers[done..], &why, collected);
             }
             let alone =
                 Work { numbers: Some(std::slice::from_ref(number)), flags: call::ALONE_AFTER_TRAP, ..*work };
@@ -353,6 +426,12 @@ impl PluginStep {
             let (bytes, used) = arena::extent(&view);
             let limits = self.alone_limits(of_batch, bytes);
             if let Err(reason) = self.call(&alone, &view, used, limits, collected) {
+                guilty += 1;
+                let reason = match (reason == first, guilty) {
+                    (true, _) => reason,
+                    (false, 1) => format!("{first}; alone, with an eighth of the limits: {reason}"),
+                    (false, _) => format!("alone, with an eighth of the limits: {reason}"),
+                };
                 match self.guilty(&reason) {
                     OnFailure::DeadLetters => {
                         let refused = Refused { index: *number, kind: RefusedKind::Fault, reason };
@@ -366,6 +445,9 @@ impl PluginStep {
                 return;
             }
         }
+        if guilty == 0 && numbers.len() > 1 {
+            self.halve(numbers.len(), first);
+        }
     }
 
     fn guilty(&self, reason: &str) -> OnFailure {
@@ -374,6 +456,48 @@ impl PluginStep {
         failures.report(&kind, 1, reason, "headworks dead-letters list");
         self.shared.fault()
     }
+
+    /// The plugin faulted on messages together and on none of them alone.
+    fn halve(&mut self, messages: usize, reason: &str) {
+        self.call_messages_max = (messages / 2).max(1);
+        self.good_calls = 0;
+        let Shared { id, failures, file, .. } = &*self.shared;
+        let kind = format!(
+            "{}/{}: {file} faults on messages together and on none of them alone, so it gets fewer at a time",
+            id.pipeline, id.step
+        );
+        failures.report(&kind, 1, &format!("{messages} messages: {reason}"), "headworks plugin list");
+    }
+
+    fn grow_back(&mut self) {
+        self.good_calls += 1;
+        if self.good_calls == GOOD_CALLS {
+            self.call_messages_max = (self.call_messages_max * 2).min(COUNT_MAX);
+            self.good_calls = 0;
+        }
+    }
+
+    /// There is no instance for the messages `numbers`. Where the step sees all
+    /// messages they come again; else the others must not wait, and `on_failure`
+    /// decides what becomes of these.
+    fn without_instance(&self, work: &Work<'_>, numbers: &[u32], why: &str, collected: &mut Collected) {
+        if self.sees_all && !work.attempt.is_last {
+            return collected.ask_again(why.to_owned(), false);
+        }
+        let Shared { id, failures, file, on_failure, .. } = &*self.shared;
+        let kind = format!("{}/{}: no instance of {file}", id.pipeline, id.step);
+        failures.report(&kind, numbers.len() as u64, why, "headworks dead-letters list");
+        match on_failure {
+            OnFailure::DeadLetters => {
+                for index in numbers.iter().copied() {
+                    let refused = Refused { index, kind: RefusedKind::Fault, reason: why.to_owned() };
+                    collected.refuse_fault(work.batch, refused);
+                }
+            }
+            OnFailure::Pass => {}
+            OnFailure::Hold => collected.ask_again(why.to_owned(), true),
+        }
+    }
 }
 
 impl Step for PluginStep {
@@ -381,17 +505,19 @@ impl Step for PluginStep {
         &self.shared.id
     }
 
-    fn run(&mut self, batch: Batch, partition: Partition, attempt: u32) -> Outcome {
+    fn sees_all(&self) -> bool {
+        self.sees_all
+    }
+
+    fn run(&mut self, batch: Batch, partition: Partition, mut attempt: Attempt) -> Outcome {
         if batch.is_empty() {
             return Outcome { passed: batch, ..Outcome::default() };
         }
         if self.shared.faults.held.load(Ordering::Acquire) {
             return Outcome { retry: Some(self.shared.held_reason()), held: true, ..Outcome::default() };
         }
+        attempt.is_last |= self.shared.limits.retries_max.is_some_and(|max| attempt.number > max);
         let begin = Instant::now();
-        if let Err(error) = self.ensure_instance() {
-            return Outcome { retry: Some(start_reason(error)), ..Outcome::default() };
-        }
         let outcome = self.run_batch(batch, partition, attempt);
         self.meters.passed.increment(outcome.passed.len() as u64);
         self.meters.dropped.increment(outcome.dropped);
@@ -406,15 +532,4 @@ fn segment_bytes(batch: &Batch, used: u16) -> u64 {
         if used & 1 << number != 0 { segment.len() as u64 } else { 0 }
     };
     batch.segments.iter().enumerate().map(of_used).sum()
-}
-
-fn start_reason(error: StartError) -> String {
-    match error {
-        StartError::Fault(reason) => reason,
-        StartError::Config(problems) => {
-            let lines: Vec<_> =
-                problems.iter().map(|p| format!("config.{}: {}", p.path.as_str(), p.message)).collect();
-            format!("did not start: {}", lines.join("; "))
-        }
-    }
 }

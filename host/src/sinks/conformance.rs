@@ -99,6 +99,7 @@ pub fn batch<'m>(messages: impl IntoIterator<Item = (&'m str, &'m str)>) -> Batc
         now_us: RECEIVED_US,
         segments: vec![Bytes::from(bytes)],
         entries: entries.into(),
+        exclusive: true,
     }
 }
 

@@ -215,7 +215,7 @@ impl Inner {
         let now = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |t| t.as_micros() as u64);
         self.clock_us = self.clock_us.max(now);
         let segments: Vec<Bytes> = vec![data.freeze()];
-        Batch { base: Offset(self.next), now_us: self.clock_us, segments, entries }
+        Batch { base: Offset(self.next), now_us: self.clock_us, segments, entries, exclusive: true }
     }
 }
 

@@ -47,3 +47,34 @@ impl MetricKind {
         }
     }
 }
+
+/// Buckets of histograms whose name ends in `_seconds`.
+pub const SECONDS: &[f64] = &[
+    0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
+    10.0, 30.0, 60.0,
+];
+/// Buckets of histograms whose name ends in `_bytes`.
+pub const BYTES: &[f64] = &[
+    256.0,
+    1_024.0,
+    4_096.0,
+    16_384.0,
+    65_536.0,
+    262_144.0,
+    1_048_576.0,
+    4_194_304.0,
+    16_777_216.0,
+    67_108_864.0,
+];
+/// Buckets of all other histograms.
+pub const COUNTS: &[f64] =
+    &[1.0, 2.0, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1_000.0, 2_500.0, 5_000.0, 10_000.0, 50_000.0];
+
+/// Returns the buckets of a histogram by the unit at the end of its name.
+pub fn buckets_of(name: &str) -> &'static [f64] {
+    match name {
+        _ if name.ends_with("_seconds") => SECONDS,
+        _ if name.ends_with("_bytes") => BYTES,
+        _ => COUNTS,
+    }
+}

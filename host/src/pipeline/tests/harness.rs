@@ -16,7 +16,7 @@ use crate::pipeline::{
 };
 use crate::problems::{KeyPath, Problem};
 use crate::sinks::memory::MemoryDatabase;
-use crate::step::{Chain, Outcome, Refused, RefusedKind, Step, StepFactory, StepId};
+use crate::step::{Attempt, Chain, Outcome, Refused, RefusedKind, Step, StepFactory, StepId};
 use crate::stream::memory::MemoryStream;
 use crate::stream::{NewMessage, OnLag, Read, Stream, partition_of};
 use crate::telemetry::Failures;
@@ -45,7 +45,7 @@ impl Step for TestStep {
         &self.0
     }
 
-    fn run(&mut self, batch: Batch, _: Partition, attempt: u32) -> Outcome {
+    fn run(&mut self, batch: Batch, _: Partition, attempt: Attempt) -> Outcome {
         let mut outcome = Outcome::default();
         let mut data = Vec::new();
         let segment = batch.segments.len();
@@ -56,7 +56,7 @@ impl Step for TestStep {
                 data.extend_from_slice(bytes);
                 Span::new(segment, data.len() - bytes.len(), bytes.len())
             };
-            match (self.1)(&message, attempt) {
+            match (self.1)(&message, attempt.number - 1) {
                 Act::Pass => {}
                 Act::Drop => {
                     outcome.dropped += 1;
@@ -81,7 +81,7 @@ impl Step for TestStep {
         }
         let mut segments = batch.segments.clone();
         segments.push(Bytes::from(data));
-        outcome.passed = Batch { base: batch.base, now_us: batch.now_us, segments, entries: entries.into() };
+        outcome.passed = Batch { segments, entries: entries.into(), exclusive: false, ..batch };
         outcome
     }
 }

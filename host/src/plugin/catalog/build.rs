@@ -150,6 +150,7 @@ impl Work {
             failures: self.failures.clone(),
             on_hold: Box::new(move || drop(wake.try_send(Wake::Look))),
             faults: Faults::default(),
+            telemetry: Arc::default(),
         });
         match version.trial() {
             Ok(()) => *built = Built { good: Some((key, Arc::new(version))), failed: None },

@@ -4,6 +4,7 @@ use super::super::test_plugins::{guarded, guarded_with, refusing};
 use super::super::tests::batch;
 use super::*;
 use crate::batch::Partition;
+use crate::step::Attempt;
 use crate::units::Period;
 
 struct Folder {
@@ -86,7 +87,7 @@ fn the_folders_plugins_run_by_the_number_in_front() {
     assert!(chain.generation > first && chain.hold.is_none());
     assert_eq!(&*chain.steps[1].id().step, "c");
     let mut step = chain.steps[1].instantiate(0).unwrap();
-    assert_eq!(step.run(batch(&["x"]), Partition(0), 0).passed.len(), 1);
+    assert_eq!(step.run(batch(&["x"]), Partition(0), Attempt::FIRST).passed.len(), 1);
 }
 
 #[test]

@@ -33,6 +33,7 @@ impl Frame {
             now_us: self.append_us,
             segments: vec![self.data.clone()],
             entries: (begin..end).map(|i| frame::entry(&self.entries, i)).collect(),
+            exclusive: begin == 0 && end == self.count as usize,
         }
     }
 
