@@ -61,6 +61,12 @@ pub fn nicer() -> io::Result<i32> {
     Ok((nice()? + NICER).min(NICEST))
 }
 
+/// How nice the threads are that run steps: between those that acknowledge and those
+/// of the background. `None` where the system does not say.
+pub fn nice_of_workers() -> Option<i32> {
+    nice().ok().map(|nice| (nice + NICER / 2).min(NICEST))
+}
+
 /// This thread gives way to others.
 pub fn give_way(nice: i32) {
     or_say(set(nice));

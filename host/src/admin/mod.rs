@@ -123,8 +123,18 @@ pub struct RedriveRequest {
 pub struct RedriveAnswer {
     /// Rows written.
     pub sent: u64,
-    /// Refused again: new letters.
+    /// Rows and messages refused again.
     pub refused: u64,
+    /// Letters that all their sinks have.
+    #[serde(default)]
+    pub letters_sent: u64,
+    /// Letters that the same step or sink refused again: they are listed as before.
+    #[serde(default)]
+    pub letters_refused: u64,
+    /// Letters that a sink could not take yet; the host sends them at its next start,
+    /// or the next redrive does.
+    #[serde(default)]
+    pub letters_pending: u64,
     /// Sinks that could not take theirs, and why: ask again later.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub failed: Vec<String>,

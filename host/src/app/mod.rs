@@ -114,6 +114,7 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
             chain: plugins.chain(name, pipeline.steps.as_deref()),
             sinks: sink_parts(&config, pipeline, &namespace),
             dead_letters: Arc::clone(&dead_letters),
+            dead_letters_bytes_max: config.dead_letters.share_of(config.pipelines.len()),
             failures: failures.clone(),
             shutdown: stop_delivering.clone(),
         };

@@ -298,7 +298,8 @@ impl Host {
         }
     }
 
-    fn oldest_age(&self, status: &PipelineStatus, sink: &SinkStatus) -> Option<Duration> {
+    /// How long the oldest message waits that the sink has not committed.
+    pub(super) fn oldest_age(&self, status: &PipelineStatus, sink: &SinkStatus) -> Option<Duration> {
         let key = (status.name.clone(), sink.name.clone());
         let (_, appended) = *lock(&self.watch.oldest).get(&key).filter(|_| sink.lag_messages > 0)?;
         SystemTime::now().duration_since(appended).ok()

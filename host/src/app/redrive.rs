@@ -40,6 +40,9 @@ impl Redrive for Redrives {
                 Ok(Ok(summary)) => {
                     answer.sent += summary.sent;
                     answer.refused += summary.refused;
+                    answer.letters_sent += summary.letters.sent;
+                    answer.letters_refused += summary.letters.refused;
+                    answer.letters_pending += summary.letters.pending;
                     answer.failed.extend(summary.failed);
                     continue;
                 }

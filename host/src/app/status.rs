@@ -1,6 +1,8 @@
 //! What the running host says of itself: `/healthz`, `/readyz`, `/api/status`.
 //! What a person should act on is in `problems`.
 
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
 use serde_json::{Value, json};
 
 use super::Host;
@@ -51,8 +53,9 @@ impl Host {
 
     pub fn status(&self) -> Value {
         let streams: Vec<_> = self.streams.iter().map(|stream| stream_status(stream.as_ref())).collect();
-        let pipelines: Vec<_> =
-            self.pipelines.iter().map(|pipeline| pipeline_status(&pipeline.status())).collect();
+        let statuses: Vec<_> = self.pipelines.iter().map(|pipeline| pipeline.status()).collect();
+        let of = |status| pipeline_status(status, |sink| self.oldest_age(status, sink));
+        let pipelines: Vec<_> = statuses.iter().map(of).collect();
         let plugins: Vec<PluginStatus> = self.plugins.status();
         json!({
             "version": env!("CARGO_PKG_VERSION"),
@@ -109,13 +112,21 @@ fn stream_status(stream: &dyn Stream) -> Value {
     })
 }
 
-fn pipeline_status(status: &PipelineStatus) -> Value {
+/// Seconds since 1970, UTC.
+fn seconds(at: SystemTime) -> f64 {
+    at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}
+
+fn pipeline_status(status: &PipelineStatus, lag: impl Fn(&SinkStatus) -> Option<Duration>) -> Value {
     let sink = |sink: &SinkStatus| {
         json!({
             "name": sink.name,
             "state": state_text(&sink.state),
             "committed": sink.committed.map(|offset| offset.0),
             "lag_messages": sink.lag_messages,
+            "lag_seconds": lag(sink).map(|lag| lag.as_secs_f64()),
+            "since": seconds(sink.since),
+            "last_commit": sink.last_commit.map(seconds),
             "own_lane": sink.own_lane,
         })
     };

@@ -1,6 +1,6 @@
 //! `headworks dead-letters`: refused messages, each with who refused it and why.
 
-use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use super::{admin_client, block_on, message, streams};
 use crate::admin::{RedriveAnswer, RedriveRequest};
 use crate::batch::{Batch, MessageRef, Offset};
 use crate::config::{self, Config, DEAD_LETTERS};
-use crate::pipeline::{DONE_PREFIX, sent_again};
+use crate::pipeline::{MARK_PREFIX, Mark, marks};
 use crate::plugin;
 use crate::properties::{self, Origin};
 use crate::stream::Read;
@@ -56,16 +56,16 @@ fn open(config: &Config, from: Offset) -> anyhow::Result<Option<ReadOnly>> {
     streams::open(config, DEAD_LETTERS, from)
 }
 
-/// Gives `take` each letter that fits, and whether it was sent again. Returns how many
-/// were left out because they were.
+/// Gives `take` each letter that fits, and what became of it in a redrive. Returns how
+/// many were left out because they were sent again.
 fn each(
     config: &Config,
     with_sent: bool,
     filter: &LetterFilter,
-    mut take: impl FnMut(&MessageRef<'_>, bool) -> anyhow::Result<()>,
+    mut take: impl FnMut(&MessageRef<'_>, Option<&Mark>) -> anyhow::Result<()>,
 ) -> anyhow::Result<u64> {
     let mut letters = open(config, Offset(0))?;
-    let sent = sent_offsets(letters.as_ref())?;
+    let marks = marks_of(letters.as_ref())?;
     let (mut hidden, mut has_waited) = (0, false);
     let mut names = Names::default();
     while let Some(batch) = next_batch(letters.as_mut(), &mut has_waited)? {
@@ -74,11 +74,9 @@ fn each(
             if !is_wanted(&letter, filter) {
                 continue;
             }
-            let is_sent = sent.contains(&letter.offset().0);
-            if is_sent && !with_sent {
-                hidden += 1;
-            } else {
-                take(&letter, is_sent)?;
+            match marks.get(&letter.offset().0) {
+                Some(Mark::Sent) if !with_sent => hidden += 1,
+                mark => take(&letter, mark)?,
             }
         }
     }
@@ -144,12 +142,12 @@ fn list(
     let mut found = 0_u64;
     let mut kept: VecDeque<Listed> = VecDeque::new();
     let max = max.or((format == Format::Text).then_some(LISTED_MAX));
-    let hidden = each(config, with_sent, filter, |letter, is_sent| {
+    let hidden = each(config, with_sent, filter, |letter, mark| {
         found += 1;
         match (format, max) {
-            (Format::Json, None) => out.json(&to_json(letter, is_sent))?,
-            (Format::Json, Some(_)) => kept.push_back(Listed::Json(to_json(letter, is_sent))),
-            (Format::Text, _) => kept.push_back(Listed::Text(lines(letter, is_sent))),
+            (Format::Json, None) => out.json(&to_json(letter, mark))?,
+            (Format::Json, Some(_)) => kept.push_back(Listed::Json(to_json(letter, mark))),
+            (Format::Text, _) => kept.push_back(Listed::Text(lines(letter, mark))),
         }
         if max.is_some_and(|max| kept.len() > max) {
             kept.pop_front();
@@ -213,14 +211,14 @@ fn summary(
 ) -> anyhow::Result<()> {
     let mut reasons: HashMap<[String; 3], Reason> = HashMap::new();
     let mut found = 0;
-    let hidden = each(config, with_sent, filter, |letter, is_sent| {
+    let hidden = each(config, with_sent, filter, |letter, mark| {
         found += 1;
         let pipeline = property(letter, "pipeline");
         let mut key = [pipeline.clone(), refused_by(letter), alike(&property(letter, "reason"))];
         if reasons.len() >= REASONS_MAX && !reasons.contains_key(&key) {
             key = [pipeline, String::new(), String::new()];
         }
-        let newest = to_json(letter, is_sent);
+        let newest = to_json(letter, mark);
         let count = reasons.get(&key).map_or(0, |reason| reason.count) + 1;
         reasons.insert(key, Reason { count, newest });
         Ok(())
@@ -267,16 +265,17 @@ fn show(mut letters: Option<ReadOnly>, id: u64, format: Format, out: &mut Out) -
     let any = LetterFilter::default();
     let mut letters_of = batch.messages().filter(|letter| is_wanted(letter, &any));
     let letter = letters_of.find(|letter| letter.offset() == Offset(id)).with_context(missing)?;
-    let is_sent = sent_offsets(letters.as_ref())?.contains(&id);
+    let marks = marks_of(letters.as_ref())?;
+    let mark = marks.get(&id);
     if format == Format::Json {
-        return out.json(&to_json(&letter, is_sent));
+        return out.json(&to_json(&letter, mark));
     }
     let mut fields: Vec<(String, String)> = vec![
         ("id".into(), id.to_string()),
-        ("sent again".into(), if is_sent { "yes" } else { "no" }.into()),
+        ("sent again".into(), sent_again(mark).into()),
         ("reason".into(), property(&letter, "reason")),
         ("refused by".into(), refused_by(&letter)),
-        ("for sinks".into(), for_sinks(&letter)),
+        ("for sinks".into(), for_sinks(&letter, mark)),
         ("kind".into(), property(&letter, "kind")),
         ("pipeline".into(), property(&letter, "pipeline")),
         (
@@ -321,10 +320,16 @@ async fn redrive(
     } else if answer.sent + answer.refused == 0 && answer.failed.is_empty() {
         out.line("nothing to send: no such letters, or they were sent again before")?;
     } else {
-        out.line(format!("{} written, {} refused again", answer.sent, answer.refused))?;
+        let RedriveAnswer { sent, letters_sent, letters_refused, letters_pending, .. } = &answer;
+        out.line(format!(
+            "{letters_sent} dead letters sent, {sent} rows written; {letters_refused} refused again, {letters_pending} pending"
+        ))?;
     }
     if !answer.failed.is_empty() {
         bail!("not all could be sent, try again later: {}", answer.failed.join("; "));
+    }
+    if answer.sent == 0 && answer.refused > 0 {
+        bail!("all were refused again: `headworks dead-letters list` shows by whom and why");
     }
     Ok(())
 }
@@ -358,21 +363,34 @@ fn is_wanted(letter: &MessageRef<'_>, filter: &LetterFilter) -> bool {
         && fits(&filter.step, "step")
 }
 
-/// Letters that a redrive took, whatever became of them.
-fn sent_offsets(letters: Option<&ReadOnly>) -> anyhow::Result<HashSet<u64>> {
-    let state = letters.map(|letters| letters.state(DONE_PREFIX)).transpose()?;
-    Ok(sent_again(state.unwrap_or_default()))
+/// What became of the letters that a redrive took.
+fn marks_of(letters: Option<&ReadOnly>) -> anyhow::Result<BTreeMap<u64, Mark>> {
+    let state = letters.map(|letters| letters.state(MARK_PREFIX)).transpose()?;
+    Ok(marks(state.unwrap_or_default()))
+}
+
+fn sent_again(mark: Option<&Mark>) -> &'static str {
+    match mark {
+        Some(Mark::Sent) => "yes",
+        Some(Mark::Pending { .. }) => "pending",
+        Some(Mark::Open { .. }) => "refused again",
+        None => "no",
+    }
 }
 
 /// Who refused it, what it is, and why.
-fn lines(letter: &MessageRef<'_>, is_sent: bool) -> Lines {
+fn lines(letter: &MessageRef<'_>, mark: Option<&Mark>) -> Lines {
     let id = letter.offset().0;
     Lines {
         head: vec![
-            if is_sent { format!("{id} (sent)") } else { id.to_string() },
+            match mark {
+                Some(Mark::Sent) => format!("{id} (sent)"),
+                Some(Mark::Pending { .. }) => format!("{id} (pending)"),
+                Some(Mark::Open { .. }) | None => id.to_string(),
+            },
             time(letter.entry.received_us),
             format!("{} of pipeline {}", refused_by(letter), property(letter, "pipeline")),
-            format!("for {}", for_sinks(letter)),
+            format!("for {}", for_sinks(letter, mark)),
         ],
         what: vec![format!("device {}", letter.device()), letter.topic().to_owned()],
         reason: property(letter, "reason"),
@@ -387,7 +405,10 @@ fn refused_by(letter: &MessageRef<'_>) -> String {
 }
 
 /// The sinks that have not had the message: where a redrive sends it.
-fn for_sinks(letter: &MessageRef<'_>) -> String {
+fn for_sinks(letter: &MessageRef<'_>, mark: Option<&Mark>) -> String {
+    if let Some(Mark::Open { sinks }) = mark {
+        return sinks.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+    }
     match (property(letter, "sinks"), property(letter, "sink")) {
         (names, _) if !names.is_empty() => names.replace(',', ", "),
         (_, sink) if !sink.is_empty() => sink,
@@ -396,9 +417,10 @@ fn for_sinks(letter: &MessageRef<'_>) -> String {
     }
 }
 
-fn to_json(letter: &MessageRef<'_>, is_sent: bool) -> Map<String, Value> {
+fn to_json(letter: &MessageRef<'_>, mark: Option<&Mark>) -> Map<String, Value> {
     let mut all = message::to_json(letter);
-    all.insert("sent_again".into(), is_sent.into());
+    all.insert("sent_again".into(), (mark == Some(&Mark::Sent)).into());
+    all.insert("pending".into(), matches!(mark, Some(Mark::Pending { .. })).into());
     if let Some(id) = all.remove("offset") {
         all.insert("id".into(), id);
     }

@@ -51,6 +51,12 @@ impl Board {
         self.shown.borrow().chain.clone()
     }
 
+    /// Until there are steps that run.
+    pub async fn has_chain(&self) {
+        // The sender lives as long as `self`.
+        let _ = self.shown.subscribe().wait_for(|shown| shown.chain.is_some()).await;
+    }
+
     pub fn status(&self) -> PipelineStatus {
         let end = self.stream.bounds().end;
         let shown = self.shown.borrow();
@@ -62,6 +68,8 @@ impl Board {
                 state: shared.state(),
                 committed,
                 lag_messages: committed.map_or(0, |committed| end.0.saturating_sub(committed.0)),
+                since: shared.since(),
+                last_commit: shared.last_commit(),
                 own_lane: *own_lane,
             }
         };

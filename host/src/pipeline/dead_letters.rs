@@ -14,7 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
-use super::known::{Known, Piece, Reader, Seen, Stale};
+use super::again::Again;
+use super::known::{Known, Piece, Reader, Remembered, Seen, Stale};
 use super::letter::{self, Letter};
 use super::metrics;
 use super::routes::SinkNumber;
@@ -24,10 +25,10 @@ use crate::stream::{
     AppendError, Attachment, Identity, NewMessage, OnLag, Read, ReadError, StateChange, Stream, Ticket,
     partition_of,
 };
+use crate::units::ByteSize;
 
-/// Keys remembered at or above the slowest sink's position, one a letter and
-/// sink it names, about 50 bytes each; past it refusals wait until that sink
-/// has moved.
+/// Keys remembered at or above each sink's position, one a letter and sink it
+/// names, about 50 bytes each; past it refusals wait until a sink has moved.
 const KEYS_MAX: usize = 1_000_000;
 /// Letters and bytes of one append; half of the smallest commit buffer.
 const APPEND_LETTERS_MAX: usize = 256;
@@ -96,6 +97,10 @@ pub struct DeadLetters {
     /// Offsets below it may have letters already: redelivered, or read by two lanes.
     check_below: AtomicU64,
     attachment: Box<dyn Attachment>,
+    /// Bytes of letters that a sink may still meet again: this pipeline's share.
+    bytes_max: u64,
+    /// Set in a redrive: which letters are sent again.
+    again: Option<Again>,
     waiting: Mutex<Option<String>>,
 }
 
@@ -107,23 +112,30 @@ impl DeadLetters {
         sinks: Vec<String>,
         source: Identity,
         source_name: &str,
+        bytes_max: u64,
+        again: Option<Again>,
     ) -> Result<Self, Error> {
         let scan_key = format!("{SCAN_KEY}{pipeline}/{}/{}", source.log, source.generation);
-        let (from, floor) = stream
+        // A redrive's copies may be any.
+        let saved = stream
             .state(scan_key.as_bytes())
             .into_iter()
             .find(|(key, _)| key == scan_key.as_bytes())
-            .and_then(|(_, value)| {
-                let (from, floor) = value.split_first_chunk::<8>()?;
-                Some((u64::from_le_bytes(*from), u64::from_le_bytes(floor.try_into().ok()?)))
-            })
-            .unwrap_or((0, 0));
-        let from = Offset(from).max(stream.bounds().start);
-        let attachment = stream.attach(&format!("{pipeline}/{source_name}/dead-letters"), from, OnLag::Block);
+            .filter(|_| again.is_none())
+            .and_then(|(_, value)| Scan::read(&value, &sinks))
+            .unwrap_or_default();
+        let from = Offset(saved.from).max(stream.bounds().start);
+        // A pipeline whose letters wait must not hold back those of another: where
+        // retention takes them before their sinks are past them, their messages are
+        // decided anew after a restart. Copies of a redrive stay until they are sent.
+        let on_lag = if again.is_some() { OnLag::Block } else { OnLag::Detach };
+        let attachment = stream.attach(&format!("{pipeline}/{source_name}/dead-letters"), from, on_lag);
         let letters = Self {
             stream,
             pipeline: pipeline.into(),
             known: Mutex::new(Known::new(sinks.len(), source.partitions)),
+            bytes_max,
+            again,
             sinks,
             source,
             source_name: source_name.to_owned(),
@@ -134,7 +146,9 @@ impl DeadLetters {
             waiting: Mutex::default(),
         };
         letters.scan(from).await?;
-        letters.lock().floor = floor;
+        for (sink, floor) in saved.floors.into_iter().enumerate() {
+            letters.lock().set_floor(sink, floor);
+        }
         letters.check_redelivered();
         Ok(letters)
     }
@@ -238,30 +252,29 @@ impl DeadLetters {
         self.lock().ticket
     }
 
-    /// A reader starts at `from`: makes sure that the keys from there on are known.
-    pub async fn remember_from(&self, from: Offset) -> Result<(), Error> {
-        if from.0 < self.lock().floor {
+    /// A sink starts at `from`: makes sure that its keys from there on are known.
+    pub async fn remember_from(&self, sink: SinkNumber, from: Offset) -> Result<(), Error> {
+        if from.0 < self.lock().floor(sink) {
             self.scan(self.stream.bounds().start).await?;
-            self.lock().floor = from.0;
+            self.lock().set_floor(sink, from.0);
         }
         Ok(())
     }
 
-    /// Every sink and every worker of a lane is past `offset`: nothing below
-    /// comes again.
-    pub fn forget_below(&self, offset: Offset) {
+    /// The sink has committed all below `offset`: nothing of it comes to it again.
+    pub fn forget_below(&self, sink: SinkNumber, offset: Offset) {
         let mut known = self.lock();
-        if offset.0 <= known.floor {
+        if offset.0 <= known.floor(sink) {
             return;
         }
-        known.forget_below(offset);
-        if let Some((at, _)) = known.order.front() {
-            self.attachment.advance(Offset(*at));
-        } else {
-            self.attachment.advance(self.stream.bounds().end);
-        }
+        known.forget_below(sink, offset);
+        self.attachment.advance(known.oldest().unwrap_or_else(|| self.stream.bounds().end));
         drop(known);
         self.forgotten.notify_waiters();
+    }
+
+    pub fn again(&self) -> Option<&Again> {
+        self.again.as_ref()
     }
 
     /// Nothing that it remembers comes again: retention need not keep letters for it.
@@ -283,7 +296,7 @@ impl DeadLetters {
                     return Ok(appended);
                 }
                 Ok(None) => {
-                    self.wait_because("a sink that does not move pins a million dead letters");
+                    self.wait_because(&self.full_reason());
                     room.await;
                     continue;
                 }
@@ -300,7 +313,8 @@ impl DeadLetters {
         }
     }
 
-    /// `None`: too many keys. Who the letters name is decided with the append.
+    /// `None`: too many letters that their sinks are not past. Who the letters name is
+    /// decided with the append.
     fn try_append(
         &self,
         refusals: &[Refusal<'_>],
@@ -315,9 +329,17 @@ impl DeadLetters {
         if fresh.is_empty() {
             return Ok(Some(Refused { ticket: known.ticket, letters: 0 }));
         }
-        if known.len() + fresh.iter().map(|(_, names)| names.len()).sum::<usize>() > KEYS_MAX {
+        let keys = fresh.iter().map(|(_, names)| names.len()).sum::<usize>();
+        if known.bytes() > self.bytes_max {
+            known.tidy();
+        }
+        // One letter is never too large for an empty share.
+        if known.len() + keys > KEYS_MAX || known.bytes() > self.bytes_max {
             return Ok(None);
         }
+        let (again, fresh): (Vec<_>, Vec<_>) = fresh
+            .into_iter()
+            .partition(|(refusal, _)| self.again.as_ref().is_some_and(|again| again.is_same(refusal)));
         let mut trimmed = 0;
         let properties: Vec<Vec<u8>> = fresh
             .iter()
@@ -336,22 +358,51 @@ impl DeadLetters {
             .map(|((refusal, _), properties)| new_message(&refusal.message, properties, partitions))
             .collect();
         // Where a start begins to read keys: rides in the same frame.
-        let from = known.order.front().map_or(self.stream.bounds().end.0, |(at, _)| *at);
-        let scan = [from.to_le_bytes(), known.floor.to_le_bytes()].concat();
+        let from = known.oldest().unwrap_or_else(|| self.stream.bounds().end).0;
+        let floors = (0..self.sinks.len()).map(|sink| known.floor(sink)).collect();
+        let scan = Scan { from, floors }.bytes(&self.sinks);
         let scan = StateChange { key: self.scan_key.as_bytes(), value: Some(&scan) };
-        let appended = self.stream.append(&messages, &[scan])?;
+        let marks = self.again.as_ref().map(|marks| marks.with_rejected(&again)).unwrap_or_default();
+        let marks = marks.iter().map(|(key, value)| StateChange { key, value: Some(value) });
+        let changes: Vec<_> = std::iter::once(scan).chain(marks).collect();
+        let appended = self.stream.append(&messages, &changes)?;
         known.ticket = known.ticket.max(appended.ticket);
-        for (i, (refusal, names)) in fresh.iter().enumerate() {
-            known.note(refusal, names, readers);
-            known.order.push_back((appended.first.0 + i as u64, refusal.message.offset().0));
+        if let Some(marks) = &self.again {
+            marks.reject(&again);
         }
+        for (refusal, names) in again.iter().chain(&fresh) {
+            known.note(refusal, names, readers);
+        }
+        let remembered = fresh.iter().zip(&messages).enumerate().map(|(i, ((refusal, names), message))| {
+            let own = message.payload.len() + message.properties.len() + message.topic.len();
+            Remembered {
+                at: appended.first.0 + i as u64,
+                from: refusal.message.offset().0,
+                names: Remembered::names_of(names),
+                bytes: own as u64,
+            }
+        });
+        known.remember(remembered);
         // All of one call come from one step or sink.
-        let (Source::Step(source) | Source::Sink(source)) = fresh[0].0.source;
-        metrics::dead_letters(&self.pipeline, source).increment(fresh.len() as u64);
+        if let Some((refusal, _)) = fresh.first() {
+            let (Source::Step(source) | Source::Sink(source)) = refusal.source;
+            metrics::dead_letters(&self.pipeline, source).increment(fresh.len() as u64);
+        }
         if trimmed > 0 {
             metrics::properties_dropped(&self.pipeline).increment(trimmed);
         }
-        Ok(Some(Refused { ticket: known.ticket, letters: fresh.len() as u64 }))
+        Ok(Some(Refused { ticket: known.ticket, letters: (fresh.len() + again.len()) as u64 }))
+    }
+
+    /// Why letters of this pipeline wait, for a person.
+    fn full_reason(&self) -> String {
+        let known = self.lock();
+        let sink = known.most_behind().map_or("", |sink| self.sinks[sink].as_str());
+        let share = ByteSize(self.bytes_max);
+        format!(
+            "dead letters are full for this pipeline: sink \"{sink}\" does not move past its letters, of which there may be \
+             {KEYS_MAX} and {share}; mend the sink, or raise dead_letters.max_bytes"
+        )
     }
 
     async fn scan(&self, from: Offset) -> Result<(), Error> {
@@ -368,24 +419,33 @@ impl DeadLetters {
                 if letter.is_copy() || !letter.is_from(&self.pipeline, &self.source) {
                     continue;
                 }
-                let named = (0..self.sinks.len()).filter(|sink| letter.names(&self.sinks[*sink]));
-                for sink in named {
-                    keys.push((sink, Offset(letter.offset), letter.piece()));
+                let named: Vec<_> =
+                    (0..self.sinks.len()).filter(|sink| letter.names(&self.sinks[*sink])).collect();
+                for sink in &named {
+                    keys.push((*sink, Offset(letter.offset), letter.piece()));
                     if letter.whole {
-                        keys.push((sink, Offset(letter.offset), Piece::WHOLE));
+                        keys.push((*sink, Offset(letter.offset), Piece::WHOLE));
                     }
                 }
-                order.push_back((message.offset().0, letter.offset));
+                let own = message.payload().len() + message.properties().len() + message.topic().len();
+                order.push_back(Remembered {
+                    at: message.offset().0,
+                    from: letter.offset,
+                    names: Remembered::names_of(&named),
+                    bytes: own as u64,
+                });
             }
+        }
+        for (offset, sink) in self.again.iter().flat_map(|again| again.rejected(&self.sinks)) {
+            keys.push((sink, offset, Piece::WHOLE));
         }
         let mut known = self.lock();
         for (sink, offset, piece) in keys {
             known.insert(sink, offset, piece);
         }
         // Appended meanwhile, and not read.
-        let read_to = order.back().map_or(end.0, |(at, _)| end.0.max(at + 1));
-        order.extend(known.order.iter().filter(|(at, _)| *at >= read_to));
-        known.order = order;
+        let read_to = order.back().map_or(end.0, |letter| end.0.max(letter.at + 1));
+        known.remember_anew(order, read_to);
         Ok(())
     }
 
@@ -402,6 +462,48 @@ impl DeadLetters {
     }
 }
 
+/// What a start needs to read the keys of letters again.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Scan {
+    /// In the dead letters; no letter before it is needed.
+    from: u64,
+    /// By sink: see [`Known::floor`].
+    floors: Vec<u64>,
+}
+
+impl Scan {
+    /// `from`, then for each sink its floor, the length of its name and the name.
+    fn bytes(&self, sinks: &[String]) -> Vec<u8> {
+        let mut bytes = self.from.to_le_bytes().to_vec();
+        for (floor, name) in self.floors.iter().zip(sinks) {
+            bytes.extend(floor.to_le_bytes());
+            bytes.extend((name.len() as u16).to_le_bytes());
+            bytes.extend(name.as_bytes());
+        }
+        bytes
+    }
+
+    /// Also what 0.1.0 wrote: one floor for all sinks.
+    fn read(bytes: &[u8], sinks: &[String]) -> Option<Self> {
+        let (from, mut rest) = bytes.split_first_chunk::<8>()?;
+        let from = u64::from_le_bytes(*from);
+        if let Ok(floor) = rest.try_into() {
+            return Some(Self { from, floors: vec![u64::from_le_bytes(floor); sinks.len()] });
+        }
+        // A sink that is new to the pipeline has letters of none of its messages.
+        let mut floors = vec![0; sinks.len()];
+        while let Some((floor, after)) = rest.split_first_chunk::<8>() {
+            let (length, after) = after.split_first_chunk::<2>()?;
+            let (name, after) = after.split_at_checked(usize::from(u16::from_le_bytes(*length)))?;
+            if let Some(sink) = sinks.iter().position(|sink| sink.as_bytes() == name) {
+                floors[sink] = u64::from_le_bytes(*floor);
+            }
+            rest = after;
+        }
+        Some(Self { from, floors })
+    }
+}
+
 /// A message of a batch as a new one, with other properties.
 pub fn new_message<'a>(message: &MessageRef<'a>, properties: &'a [u8], partitions: u16) -> NewMessage<'a> {
     NewMessage {
@@ -414,5 +516,69 @@ pub fn new_message<'a>(message: &MessageRef<'a>, properties: &'a [u8], partition
         flags: message.entry.flags,
         received_us: message.entry.received_us,
         event_us: message.entry.event_us,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+    use crate::batch::{Entry, Span};
+    use crate::stream::memory::MemoryStream;
+
+    #[test]
+    fn the_place_of_a_scan_is_read_as_it_was_written_by_this_version_and_the_first() {
+        let sinks = ["a".to_owned(), "warehouse".to_owned()];
+        let scan = Scan { from: 7, floors: vec![3, 9] };
+        assert_eq!(Scan::read(&scan.bytes(&sinks), &sinks), Some(scan));
+        let first = [7_u64.to_le_bytes(), 5_u64.to_le_bytes()].concat();
+        assert_eq!(Scan::read(&first, &sinks), Some(Scan { from: 7, floors: vec![5, 5] }));
+        let other = Scan { from: 7, floors: vec![3] }.bytes(&sinks[1..]);
+        assert_eq!(Scan::read(&other, &sinks), Some(Scan { from: 7, floors: vec![0, 3] }));
+    }
+    #[tokio::test]
+    async fn a_pipeline_whose_share_is_used_up_waits_and_says_for_which_sink_and_another_does_not() {
+        let dead: Arc<dyn Stream> = MemoryStream::with_hooks("dead-letters", 1);
+        let source = MemoryStream::with_hooks("telemetry", 1).identity();
+        let sinks = || vec!["a".to_owned(), "c".to_owned()];
+        let open = |name, share| {
+            DeadLetters::open(Arc::clone(&dead), name, sinks(), source, "telemetry", share, None)
+        };
+        let (first, second) = (open("p1", 2_000).await.unwrap(), open("p2", 2_000).await.unwrap());
+        let batch = Batch {
+            segments: vec![bytes::Bytes::from_static(b"a/b")],
+            entries: (0..100)
+                .map(|offset| Entry { offset, topic: Span::new(0, 0, 3), ..Entry::default() })
+                .collect(),
+            ..Batch::default()
+        };
+        let refuse = async |letters: &DeadLetters, entry: usize, sinks: &[SinkNumber]| {
+            let refusal = Refusal {
+                message: batch.message(entry),
+                source: Source::Step("check"),
+                kind: RefusedKind::Failed,
+                reason: "no",
+                partition: Partition(0),
+                index: 0,
+                alone: true,
+                closes: true,
+            };
+            let mut readers: Vec<_> =
+                sinks.iter().map(|sink| Reader { sink: *sink, ..Reader::default() }).collect();
+            letters.refuse(&[refusal], &mut readers).await.unwrap().letters
+        };
+        // The sinks are together at first, then `a` lags: what is left is for `c`.
+        assert_eq!(refuse(&first, 0, &[0, 1]).await, 1);
+        let mut waits = 1;
+        while refuse(&first, waits, &[1]).now_or_never().is_some() {
+            waits += 1;
+        }
+        let waiting = first.waiting().unwrap();
+        assert!(waiting.contains("full for this pipeline") && waiting.contains("\"c\""), "{waiting}");
+        assert_eq!(refuse(&second, 0, &[0, 1]).now_or_never(), Some(1));
+        // `c` moves on, however far behind `a` is.
+        first.forget_below(1, Offset(100));
+        assert_eq!(refuse(&first, 99, &[0]).now_or_never(), Some(1));
     }
 }

@@ -16,7 +16,7 @@ use crate::units::{ByteSize, Period};
 pub struct DeadLettersConfig {
     /// Letters older than this go; `null` keeps them until `max_bytes`.
     pub max_age: Option<Period>,
-    /// The oldest go when all together would take more than this.
+    /// The oldest go when all together would take more than this. Half of it is shared out among the pipelines, for letters whose sinks are not past them: a pipeline whose share is used up waits, the others do not.
     pub max_bytes: ByteSize,
 }
 
@@ -34,6 +34,11 @@ impl DeadLettersConfig {
         if self.max_bytes < ByteSize::mib(64) {
             problems.add(path.key("max_bytes"), format!("must be at least 64 MiB, is {}", self.max_bytes));
         }
+    }
+
+    /// Bytes of one pipeline's letters whose sinks are not past them yet.
+    pub fn share_of(&self, pipelines: usize) -> u64 {
+        self.max_bytes.0 / 2 / pipelines.max(1) as u64
     }
 
     /// The stream that keeps them: small, and it may use its reserve on a full

@@ -305,10 +305,11 @@ impl Delivery {
                 () = self.abort.cancelled() => return Err(Leave::Aborted),
             };
             let Err(failed) = failed else {
-                self.shared.set(State::Running);
+                self.shared.committed();
                 self.publish();
                 return Ok(());
             };
+            self.shared.commit_failed();
             self.publish();
             self.back_off(failed, attempt).await?;
             attempt += 1;
@@ -349,7 +350,7 @@ impl Delivery {
             }
             attempt += 1;
         }
-        self.shared.set(State::Running);
+        self.shared.opened();
         self.check_positions()
     }
 

@@ -17,6 +17,9 @@ use super::routes::SinkNumber;
 use crate::batch::{Batch, Offset};
 use crate::stream::Ticket;
 
+/// Remembered letters below which it is not worth while to tidy.
+const ORDER_MIN: usize = 1_024;
+
 /// Which of the messages of an offset: a step may make several of one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Piece(u64);
@@ -73,10 +76,13 @@ pub struct Stale;
 
 pub struct Known {
     sinks: Vec<OfSink>,
-    /// (offset in the dead letters, offset in the source), in the order of appends.
-    pub order: VecDeque<(u64, u64)>,
-    /// Letters of messages below it are not here.
-    pub floor: u64,
+    /// Letters that some sink may still meet again, in the order of appends, among
+    /// others that none will: see [`Known::tidy`].
+    order: VecDeque<Remembered>,
+    /// Bytes of the letters in `order`.
+    bytes: u64,
+    /// Length of `order` when it was last tidied.
+    tidied: usize,
     pub ticket: Ticket,
 }
 
@@ -85,12 +91,38 @@ struct OfSink {
     letters: BTreeSet<(u64, Piece)>,
     /// By partition: all below is the sink's, or was.
     received: Vec<Offset>,
+    /// Letters of messages below it are not here.
+    floor: u64,
+}
+
+/// A letter in the dead letters.
+#[derive(Clone, Copy, Debug)]
+pub struct Remembered {
+    /// Its offset there.
+    pub at: u64,
+    /// The offset of its message in the source.
+    pub from: u64,
+    /// A bit for each sink that it names.
+    pub names: u64,
+    pub bytes: u64,
+}
+
+impl Remembered {
+    pub fn names_of(sinks: &[SinkNumber]) -> u64 {
+        sinks.iter().fold(0, |names, sink| names | 1 << sink)
+    }
 }
 
 impl Known {
     pub fn new(sinks: usize, partitions: u16) -> Self {
-        let none = OfSink { letters: BTreeSet::new(), received: vec![Offset(0); usize::from(partitions)] };
-        Self { sinks: vec![none; sinks], order: VecDeque::new(), floor: 0, ticket: Ticket::default() }
+        let none = OfSink { received: vec![Offset(0); usize::from(partitions)], ..OfSink::default() };
+        Self {
+            sinks: vec![none; sinks],
+            order: VecDeque::new(),
+            bytes: 0,
+            tidied: 0,
+            ticket: Ticket::default(),
+        }
     }
 
     pub fn insert(&mut self, sink: SinkNumber, offset: Offset, piece: Piece) {
@@ -194,15 +226,74 @@ impl Known {
         self.sinks[sink].received.copy_from_slice(received);
     }
 
-    pub fn forget_below(&mut self, offset: Offset) {
-        self.floor = offset.0;
-        for of in &mut self.sinks {
-            of.letters = of.letters.split_off(&(offset.0, Piece::WHOLE));
-        }
-        while self.order.front().is_some_and(|(_, from)| *from < offset.0) {
+    /// Messages below `offset` do not come to this sink again. Another one, which
+    /// lags behind, keeps the letters that name it and no others.
+    pub fn forget_below(&mut self, sink: SinkNumber, offset: Offset) {
+        let of = &mut self.sinks[sink];
+        of.floor = offset.0;
+        of.letters = of.letters.split_off(&(offset.0, Piece::WHOLE));
+        while let Some(first) = self.order.front().filter(|letter| !is_needed(&self.sinks, letter)) {
+            self.bytes -= first.bytes;
             self.order.pop_front();
         }
+        if self.order.len() > 2 * self.tidied + ORDER_MIN {
+            self.tidy();
+        }
     }
+
+    /// Takes the letters out of `order` that no sink meets again.
+    pub fn tidy(&mut self) {
+        let Self { sinks, order, bytes, tidied, .. } = self;
+        order.retain(|letter| {
+            let needed = is_needed(sinks, letter);
+            *bytes -= if needed { 0 } else { letter.bytes };
+            needed
+        });
+        *tidied = order.len();
+    }
+
+    pub fn remember(&mut self, letters: impl IntoIterator<Item = Remembered>) {
+        for letter in letters {
+            self.bytes += letter.bytes;
+            self.order.push_back(letter);
+        }
+    }
+
+    /// Replaces what is remembered by `letters`, which were read from the dead letters
+    /// up to `read_to`; what was appended behind it stays.
+    pub fn remember_anew(&mut self, letters: VecDeque<Remembered>, read_to: u64) {
+        let appended: Vec<_> = self.order.drain(..).filter(|letter| letter.at >= read_to).collect();
+        self.bytes = 0;
+        self.remember(letters.into_iter().chain(appended));
+    }
+
+    /// The oldest letter that is remembered, by its offset in the dead letters.
+    pub fn oldest(&self) -> Option<Offset> {
+        self.order.front().map(|letter| Offset(letter.at))
+    }
+
+    /// Bytes of the letters that are remembered; some may be needed no more.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    pub fn floor(&self, sink: SinkNumber) -> u64 {
+        self.sinks[sink].floor
+    }
+
+    pub fn set_floor(&mut self, sink: SinkNumber, floor: u64) {
+        self.sinks[sink].floor = floor;
+    }
+
+    /// The sink that keeps most letters from being forgotten.
+    pub fn most_behind(&self) -> Option<SinkNumber> {
+        (0..self.sinks.len()).max_by_key(|sink| self.sinks[*sink].letters.len())
+    }
+}
+
+fn is_needed(sinks: &[OfSink], letter: &Remembered) -> bool {
+    let needs = |(sink, of): (usize, &OfSink)| letter.names & 1 << sink != 0 && letter.from >= of.floor;
+    sinks.iter().enumerate().any(needs)
 }
 
 impl OfSink {
@@ -306,7 +397,25 @@ mod tests {
         assert_eq!(known.names(&refusal(&batch, 1, true), &mut readers), [0, 1]);
         known.note(&refusal(&batch, 1, true), &[1], &mut readers);
         assert!(readers[1].seen.has_whole(Offset(3)) && !readers[0].seen.has_whole(Offset(3)));
-        known.forget_below(Offset(4));
+        known.forget_below(1, Offset(4));
         assert_eq!((known.len(), known.highest()), (0, None));
+    }
+
+    #[test]
+    fn a_sink_that_lags_keeps_only_the_letters_that_name_it() {
+        let mut known = Known::new(2, 1);
+        let letter = |at, sinks: &[SinkNumber]| Remembered {
+            at,
+            from: at,
+            names: Remembered::names_of(sinks),
+            bytes: 10,
+        };
+        known.remember([letter(0, &[0, 1]), letter(1, &[1]), letter(2, &[1]), letter(3, &[0])]);
+        known.forget_below(1, Offset(4));
+        assert_eq!((known.oldest(), known.bytes()), (Some(Offset(0)), 40), "sink 0 needs the first");
+        known.tidy();
+        assert_eq!((known.oldest(), known.bytes()), (Some(Offset(0)), 20));
+        known.forget_below(0, Offset(1));
+        assert_eq!((known.oldest(), known.bytes()), (Some(Offset(3)), 10));
     }
 }

@@ -31,8 +31,6 @@ pub struct Lane {
     pub stop: CancellationToken,
     pub position: Arc<AtomicU64>,
     pub outlets: Vec<Outlet>,
-    /// By worker: what is through the steps.
-    pub done: Vec<Arc<AtomicU64>>,
 }
 
 pub struct LaneEnded {
@@ -56,13 +54,10 @@ impl Lane {
         let position = Arc::new(AtomicU64::new(from.0));
         let mut queues = Vec::new();
         let mut threads = Vec::new();
-        let mut done = Vec::new();
         let workers = steps.len() as u16;
         for (number, steps) in steps.into_iter().enumerate() {
             let (queue, works) = mpsc::channel(WORK_FRAMES_MAX);
             queues.push(queue);
-            let shown = Arc::new(AtomicU64::new(from.0));
-            done.push(Arc::clone(&shown));
             let worker = Worker {
                 number: number as u16,
                 workers,
@@ -72,9 +67,9 @@ impl Lane {
                 runtime: Handle::current(),
                 outlets: outlets.iter().map(|outlet| Served::new(outlet.clone(), from)).collect(),
                 done: from,
-                shown,
                 letters: Ticket::default(),
                 stop: stop.clone(),
+                counts: true,
             };
             threads.push(spawn(worker)?);
         }
@@ -92,7 +87,7 @@ impl Lane {
             stop: stop.clone(),
         };
         tokio::spawn(run(id, reader, threads, ended));
-        Ok(Self { id, control, stop, position, outlets, done })
+        Ok(Self { id, control, stop, position, outlets })
     }
 
     /// Takes a sink out. `true`: none is left.
@@ -112,7 +107,10 @@ type WorkerEnd = oneshot::Receiver<Result<(), String>>;
 fn spawn(worker: Worker) -> std::io::Result<WorkerEnd> {
     let (end, ended) = oneshot::channel();
     let name = format!("{}-{}", worker.shared.name, worker.number);
+    let nice = threads::nice_of_workers();
     threads::spawn(name, move || {
+        // Devices wait for the threads that acknowledge, and nobody for this one.
+        nice.into_iter().for_each(threads::give_way);
         let result = match catch_unwind(AssertUnwindSafe(|| worker.run())) {
             Ok(Ok(()) | Err(Ended::Aborted)) => Ok(()),
             Ok(Err(Ended::DeadLetters(error))) => Err(error.to_string()),

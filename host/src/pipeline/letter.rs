@@ -1,6 +1,8 @@
 //! What happened to a dead letter's message, in its properties: UTF-8 text,
 //! origin `Pipeline`, names that begin with `dead-letter`.
 
+use std::collections::BTreeSet;
+
 use uuid::Uuid;
 
 use super::dead_letters::{Refusal, Source};
@@ -174,9 +176,25 @@ pub fn properties(
     beside(refusal.message.properties(), &ours)
 }
 
-/// A redrive's copy: all properties of the letter, and which letter it is of.
-pub fn copy_properties(letter: &MessageRef<'_>) -> Vec<u8> {
-    let mut bytes = letter.properties().to_vec();
+/// A redrive's copy: all properties of the letter, and which letter it is of; `only`:
+/// the sinks that it names are these.
+pub fn copy_properties(letter: &MessageRef<'_>, only: Option<&BTreeSet<String>>) -> Vec<u8> {
+    let mut bytes = match only {
+        None => letter.properties().to_vec(),
+        Some(only) => {
+            let names = only.iter().map(String::as_str).collect::<Vec<_>>().join(",");
+            let mut bytes = Vec::with_capacity(letter.properties().len() + names.len());
+            for property in properties::iter(letter.properties()) {
+                let origin = Origin::of(property.origin);
+                match (origin, property.name) {
+                    (Origin::Pipeline, SINKS) => {}
+                    _ => properties::push(&mut bytes, origin, property.name, property.value),
+                }
+            }
+            properties::push(&mut bytes, Origin::Pipeline, SINKS, names.as_bytes());
+            bytes
+        }
+    };
     properties::push(&mut bytes, Origin::Pipeline, REDRIVE, letter.offset().0.to_string().as_bytes());
     bytes
 }
@@ -207,13 +225,8 @@ fn kept(bytes: &[u8], keep: impl Fn(u8) -> bool) -> Vec<u8> {
     let mut out = Vec::with_capacity(bytes.len());
     for property in properties::iter(bytes) {
         let letters = property.origin == Origin::Pipeline as u8 && property.name.starts_with(PREFIX);
-        let origin = match property.origin {
-            0 => Origin::Device,
-            1 => Origin::Listener,
-            _ => Origin::Pipeline,
-        };
         if !letters && keep(property.origin) {
-            properties::push(&mut out, origin, property.name, property.value);
+            properties::push(&mut out, Origin::of(property.origin), property.name, property.value);
         }
     }
     out

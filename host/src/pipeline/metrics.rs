@@ -17,7 +17,7 @@ pub const METRICS: &[Metric] = &[
     metric(
         "headworks_pipeline_messages_total",
         MetricKind::Counter,
-        "Messages through the steps by outcome: read, passed, dropped, refused",
+        "Messages through the steps by outcome: read, passed, dropped, refused. A message that a sink with a reader of its own runs through the steps again counts once",
         &["pipeline", "outcome"],
     ),
     metric(
@@ -122,8 +122,25 @@ impl PipelineMetrics {
     }
 }
 
+/// Makes the counters that count what rarely happens, so that they are there at 0:
+/// an alert on an increase misses one that begins at 1.
+pub fn register(pipeline: &str, sinks: &[String]) {
+    for cause in ["damaged", "trimmed"] {
+        gap(pipeline, cause).increment(0);
+    }
+    properties_dropped(pipeline).increment(0);
+    dead_letters(pipeline, super::ROUTES_STEP).increment(0);
+    for sink in sinks {
+        dead_letters(pipeline, sink).increment(0);
+        for kind in ["retry", "unknown", "setup", "data", "rows", "refusals"] {
+            retries(pipeline, sink, kind).increment(0);
+        }
+    }
+}
+
 /// Of one step, for the workers.
 pub fn step_duration(pipeline: &str, step: &str) -> Histogram {
+    dead_letters(pipeline, step).increment(0);
     histogram!("headworks_pipeline_step_duration_seconds", "pipeline" => pipeline.to_owned(), "step" => step.to_owned())
 }
 
@@ -169,7 +186,10 @@ impl SinkMetrics {
 
     /// `kind`: retry, unknown, setup, data, rows, refusals.
     pub fn retry(&self, kind: &'static str) {
-        counter!("headworks_sink_retries_total", "pipeline" => self.pipeline.clone(), "sink" => self.sink.clone(), "kind" => kind)
-            .increment(1);
+        retries(&self.pipeline, &self.sink, kind).increment(1);
     }
+}
+
+fn retries(pipeline: &str, sink: &str, kind: &'static str) -> Counter {
+    counter!("headworks_sink_retries_total", "pipeline" => pipeline.to_owned(), "sink" => sink.to_owned(), "kind" => kind)
 }

@@ -23,6 +23,7 @@ use crate::step::Chain;
 use crate::stream::{Identity, OnLag, Stream};
 use crate::telemetry::Failures;
 
+mod again;
 mod board;
 mod config;
 mod dead_letters;
@@ -45,12 +46,13 @@ mod writer;
 #[cfg(test)]
 pub(crate) mod tests;
 
+pub use again::{Ended, MARK_PREFIX, Mark, marks};
 pub use config::{Backoff, Config, DEFAULT_ROUTE, DROP, Retries, RouteTarget};
 pub use dead_letters::{DeadLetters, Error as DeadLettersError};
 pub use dead_letters_config::DeadLettersConfig;
 pub use letter::Letter;
 pub use metrics::METRICS;
-pub use redrive::{DONE_PREFIX, Filter, RedriveError, Summary, is_open, list_open, sent_again};
+pub use redrive::{Filter, RedriveError, Summary, list_open};
 pub use status::{PipelineStatus, SinkStatus, State};
 
 use board::Board;
@@ -101,6 +103,8 @@ pub struct Deps {
     pub sinks: Vec<SinkPart>,
     /// Of the whole host.
     pub dead_letters: Arc<dyn Stream>,
+    /// Bytes of this pipeline's dead letters whose sinks are not past them yet.
+    pub dead_letters_bytes_max: u64,
     pub failures: Failures,
     /// Cancelled: drain, commit, end.
     pub shutdown: CancellationToken,
@@ -108,49 +112,86 @@ pub struct Deps {
 
 /// A running pipeline.
 pub struct Handle {
+    redriver: Arc<Redriver>,
+    #[cfg(test)]
+    shutdown: CancellationToken,
+    task: tokio::sync::Mutex<Option<tokio::task::JoinHandle<()>>>,
+}
+
+/// Sends dead letters of a pipeline again.
+struct Redriver {
     board: Arc<Board>,
     lenders: Vec<(String, mpsc::Sender<Control>)>,
     dead_letters: Arc<dyn Stream>,
     shared: Arc<Shared>,
-    #[cfg(test)]
-    shutdown: CancellationToken,
-    redriving: tokio::sync::Mutex<()>,
-    task: tokio::sync::Mutex<Option<tokio::task::JoinHandle<()>>>,
+    one_at_a_time: tokio::sync::Mutex<()>,
+}
+
+impl Redriver {
+    /// No filter: only what an earlier redrive left.
+    async fn redrive(&self, filter: Option<&Filter>) -> Result<Summary, RedriveError> {
+        let _one_at_a_time = self.one_at_a_time.lock().await;
+        let chain = self.board.chain().ok_or(RedriveError::NoSteps)?;
+        redrive::run(filter, &chain, &self.shared, &self.dead_letters, &self.lenders).await
+    }
+
+    /// Goes on with a redrive that ended with the last process, until all is sent.
+    async fn resume(self: Arc<Self>) {
+        let name = &self.shared.name;
+        let mut attempt = 0;
+        while again::is_pending(&*self.dead_letters, name) {
+            self.board.has_chain().await;
+            match self.redrive(None).await {
+                Ok(summary) if summary.failed.is_empty() => {
+                    let Ended { sent, refused, .. } = summary.letters;
+                    tracing::info!(pipeline = %name, sent, refused, "finished the redrive of dead letters that the last run left");
+                }
+                Ok(summary) => self.say_not_resumed(&summary.failed.join("; ")),
+                Err(error) => self.say_not_resumed(&error.to_string()),
+            }
+            // Also where a sink that a letter names is not reached: it is tried again.
+            tokio::time::sleep(self.shared.config.sink_backoff.delay(attempt)).await;
+            attempt += 1;
+        }
+    }
+
+    fn say_not_resumed(&self, reason: &str) {
+        let kind = format!("pipeline \"{}\": the redrive of dead letters does not go on", self.shared.name);
+        self.shared.failures.report(&kind, 1, reason, "headworks dead-letters list");
+    }
 }
 
 impl Handle {
     pub fn name(&self) -> &str {
-        &self.shared.name
+        &self.redriver.shared.name
     }
 
     /// Names of the sinks that the routes lead to.
     pub fn sinks(&self) -> impl Iterator<Item = &str> {
-        self.lenders.iter().map(|(name, _)| name.as_str())
+        self.redriver.lenders.iter().map(|(name, _)| name.as_str())
     }
 
     pub fn status(&self) -> PipelineStatus {
-        self.board.status()
+        self.redriver.board.status()
     }
 
     /// Sends dead letters again: a sink's to that sink, a step's from that step
     /// on. A letter goes once, however often this is called.
     pub async fn redrive(&self, filter: &Filter) -> Result<Summary, RedriveError> {
-        let _one_at_a_time = self.redriving.lock().await;
-        let chain = self.board.chain().ok_or(RedriveError::NoSteps)?;
-        redrive::run(filter, &chain, &self.shared, &self.dead_letters, &self.lenders).await
+        self.redriver.redrive(Some(filter)).await
     }
 
     /// Ends at once, in whatever it is in the midst of, as a kill would.
     #[cfg(test)]
     fn crash(&self) {
-        self.shared.abort.cancel();
+        self.redriver.shared.abort.cancel();
         self.shutdown.cancel();
     }
 
     /// Until its supervisor has been at work once more.
     #[cfg(test)]
     async fn looked_after(&self) {
-        self.board.shown().await;
+        self.redriver.board.shown().await;
     }
 
     /// Until the pipeline has ended, which `Deps::shutdown` makes it do.
@@ -166,11 +207,20 @@ impl Handle {
 /// Starts a pipeline. Fails only where the dead letters cannot be read; a sink
 /// that is down is waited for.
 pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, DeadLettersError> {
-    let Deps { stream, chain, sinks, dead_letters, failures, shutdown } = deps;
+    let Deps { stream, chain, sinks, dead_letters, dead_letters_bytes_max, failures, shutdown } = deps;
     let identity = stream.identity();
     let names: Vec<_> = sinks.iter().map(|part| part.name.clone()).collect();
-    let letters =
-        DeadLetters::open(Arc::clone(&dead_letters), name, names.clone(), identity, stream.name()).await?;
+    let letters = DeadLetters::open(
+        Arc::clone(&dead_letters),
+        name,
+        names.clone(),
+        identity,
+        stream.name(),
+        dead_letters_bytes_max,
+        None,
+    )
+    .await?;
+    metrics::register(name, &names);
     let shared = Arc::new(Shared {
         name: name.into(),
         config: config.clone(),
@@ -178,6 +228,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
         letters: Arc::new(letters),
         failures,
         metrics: PipelineMetrics::new(name),
+        counted: (0..identity.partitions).map(|_| AtomicU64::new(0)).collect(),
         held_in: AtomicU64::new(0),
         abort: CancellationToken::new(),
     });
@@ -220,6 +271,15 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
     let lenders = members.iter().map(|member| (member.name.clone(), member.control.clone())).collect();
     let shareds: Vec<Arc<SinkShared>> = members.iter().map(|member| Arc::clone(&member.shared)).collect();
     let board = Arc::new(Board::new(name, Arc::clone(&stream), shareds, Arc::clone(&shared.letters)));
+    let redriver = Arc::new(Redriver {
+        board: Arc::clone(&board),
+        lenders,
+        dead_letters,
+        shared: Arc::clone(&shared),
+        one_at_a_time: tokio::sync::Mutex::default(),
+    });
+    let resuming = Arc::clone(&redriver).resume();
+    tokio::spawn(shutdown.clone().run_until_cancelled_owned(resuming));
     #[cfg(test)]
     let shutdown_of_test = shutdown.clone();
     let supervisor =
@@ -228,11 +288,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
     Ok(Handle {
         #[cfg(test)]
         shutdown: shutdown_of_test,
-        board,
-        lenders,
-        dead_letters,
-        shared,
-        redriving: tokio::sync::Mutex::default(),
+        redriver,
         task: tokio::sync::Mutex::new(Some(task)),
     })
 }

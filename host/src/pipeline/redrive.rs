@@ -4,15 +4,20 @@
 //! letters and marks them, in one append: a letter is copied once or not at
 //! all. Then it delivers copies, in order, with positions of its own in each
 //! sink (pipeline `NAME/redrive`, the log of the dead letters), so that a copy
-//! becomes a row once even where a redrive died half-way: the next one goes on
-//! with what is left. A copy goes to the sinks that its letter names. What is
-//! refused again is a new letter, which names the sink that it was for.
+//! becomes a row once even where a redrive died half-way: the next start goes on
+//! with what is left. A copy goes to the sinks that its letter names. A letter is
+//! sent once each of them is past its copy; until then it is pending ([`again`]).
+//! What the same step or sink refuses again is open again; what another one
+//! refuses is a new letter, which names the sink that it was for.
+//!
+//! [`again`]: super::again
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
 
+use super::again::{Again, Ended, KeyValue, MARK_PREFIX, Mark, mark_key, marks};
 use super::dead_letters::{DeadLetters, Error as DeadLettersError, Source, new_message};
 use super::delivery::{Control, Lend};
 use super::known::{Reader, index_within_offset};
@@ -21,13 +26,11 @@ use super::metrics::SinkMetrics;
 use super::routes::Sorted;
 use super::worker::{Shared, Stripped, unknown_routes, without_letters};
 use super::writer::{Failed, Refusals, Writer};
-use crate::batch::{Batch, MessageRef, Offset, Partition, Span};
+use crate::batch::{Batch, Offset, Partition, Span};
 use crate::sinks::{Rows, Sink};
 use crate::step::{Attempt, Chain, Outcome, Refused, RefusedKind, Step};
-use crate::stream::{AppendError, Read, ReadError, StateChange, StateEntries, Stream, Ticket};
+use crate::stream::{AppendError, Read, ReadError, StateChange, Stream, Ticket};
 
-/// State key of a letter that has a copy: then its offset, big-endian.
-pub const DONE_PREFIX: &[u8] = b"rd";
 /// Runs of one message that asks for a retry.
 const ATTEMPTS_MAX: u32 = 3;
 /// Marks removed in one append.
@@ -50,8 +53,10 @@ pub struct Filter {
 pub struct Summary {
     /// Rows written.
     pub sent: u64,
-    /// Refused again: new letters.
+    /// Rows and messages refused again.
     pub refused: u64,
+    /// What became of the letters themselves.
+    pub letters: Ended,
     /// Sinks that could not take theirs, and why: ask again later.
     pub failed: Vec<String>,
 }
@@ -76,22 +81,17 @@ impl From<ReadError> for RedriveError {
     }
 }
 
-/// Whether a message of the dead letters is a letter that nobody sent again.
-pub fn is_open(dead_letters: &dyn Stream, message: &MessageRef<'_>) -> bool {
-    Letter::of(message).is_some_and(|letter| !letter.is_copy())
-        && dead_letters.state(&done_key(message.offset())).is_empty()
-}
-
-/// Offsets of the letters that nobody sent again, oldest first, at most 100,000.
+/// Offsets of the letters that no redrive sent or sends, oldest first, at most 100,000.
 pub async fn list_open(dead_letters: &dyn Stream, pipeline: Option<&str>) -> Result<Vec<Offset>, ReadError> {
-    let done = done_offsets(dead_letters);
+    let marks = marks(dead_letters.state(MARK_PREFIX));
     let mut open = Vec::new();
     each(dead_letters, |batch| {
         for message in batch.messages() {
             let wanted = Letter::of(&message).is_some_and(|letter| {
                 !letter.is_copy() && pipeline.is_none_or(|pipeline| letter.pipeline == pipeline)
             });
-            if wanted && !done.contains(&message.offset().0) && open.len() < LIST_MAX {
+            let is_open = matches!(marks.get(&message.offset().0), None | Some(Mark::Open { .. }));
+            if wanted && is_open && open.len() < LIST_MAX {
                 open.push(message.offset());
             }
         }
@@ -101,8 +101,10 @@ pub async fn list_open(dead_letters: &dyn Stream, pipeline: Option<&str>) -> Res
     Ok(open)
 }
 
+/// Sends the letters that `filter` names, and those that an earlier run left; with no
+/// filter only the latter.
 pub async fn run(
-    filter: &Filter,
+    filter: Option<&Filter>,
     chain: &Chain,
     shared: &Arc<Shared>,
     dead_letters: &Arc<dyn Stream>,
@@ -110,16 +112,20 @@ pub async fn run(
 ) -> Result<Summary, RedriveError> {
     forget_marks(dead_letters).await?;
     let sinks: Vec<_> = lenders.iter().map(|(sink, _)| sink.clone()).collect();
-    copy_wanted(filter, &sinks, shared, dead_letters).await?;
+    if let Some(filter) = filter {
+        copy_wanted(filter, &sinks, shared, dead_letters).await?;
+    }
     let name = format!("{}/redrive", shared.name);
     let identity = dead_letters.identity();
     let (stream, stream_name) = (Arc::clone(dead_letters), dead_letters.name());
-    let letters = DeadLetters::open(stream, &shared.name, sinks, identity, stream_name).await?;
+    let again = Again::read(&**dead_letters, &shared.name, &sinks).await?;
+    let letters =
+        DeadLetters::open(stream, &shared.name, sinks, identity, stream_name, u64::MAX, Some(again)).await?;
     let letters = Arc::new(letters);
-    letters.remember_from(Offset(0)).await?;
     letters.check_all();
     let mut steps = instances(chain).await?;
     let mut summary = Summary::default();
+    let mut reached = vec![Vec::new(); lenders.len()];
     for (number, (sink, lender)) in lenders.iter().enumerate() {
         let Some(borrowed) = Borrowed::take(lender).await else {
             summary.failed.push(format!("sink \"{sink}\" has stopped"));
@@ -141,6 +147,7 @@ pub async fn run(
         // Given back whatever happened: the delivery opens its own claim again.
         drop(borrowed.back.send(sink_back));
         summary.refused += writer.refused;
+        reached[number] = writer.positions;
         let reason = match result {
             Ok(Ok(())) => continue,
             Err(RedriveError::Stopping) => return Err(RedriveError::Stopping),
@@ -150,6 +157,9 @@ pub async fn run(
         };
         summary.failed.push(format!("sink \"{sink}\": {reason}"));
     }
+    let (changes, ended) = letters.again().map(|again| again.ended(&reached)).unwrap_or_default();
+    set_marks(dead_letters, &changes).await?;
+    summary.letters = ended;
     if summary.failed.is_empty() {
         letters.release();
     }
@@ -159,23 +169,31 @@ pub async fn run(
 /// Takes away the marks of letters that retention has removed.
 async fn forget_marks(dead_letters: &Arc<dyn Stream>) -> Result<(), RedriveError> {
     let start = dead_letters.bounds().start;
-    let keys: Vec<_> = done_offsets(&**dead_letters)
-        .into_iter()
-        .filter(|offset| *offset < start.0)
-        .map(|offset| done_key(Offset(offset)))
-        .collect();
+    let gone = marks(dead_letters.state(MARK_PREFIX)).into_keys().filter(|offset| *offset < start.0);
+    let keys: Vec<_> = gone.map(|offset| mark_key(Offset(offset))).collect();
     for keys in keys.chunks(MARKS_MAX) {
-        let changes: Vec<_> = keys.iter().map(|key| StateChange { key, value: None }).collect();
-        loop {
-            match dead_letters.append(&[], &changes) {
-                Ok(_) => break,
-                Err(AppendError::Full) => dead_letters.writable().await,
-                Err(AppendError::NoSpace) => return Ok(()),
-                Err(error) => return Err(DeadLettersError::from(error).into()),
-            }
-        }
+        change(dead_letters, keys.iter().map(|key| StateChange { key, value: None }).collect()).await?;
     }
     Ok(())
+}
+
+async fn set_marks<'m>(dead_letters: &Arc<dyn Stream>, marks: &'m [KeyValue]) -> Result<(), RedriveError> {
+    for marks in marks.chunks(MARKS_MAX) {
+        let set = |(key, value): &'m KeyValue| StateChange { key, value: Some(value) };
+        change(dead_letters, marks.iter().map(set).collect()).await?;
+    }
+    Ok(())
+}
+
+/// Changes marks; where there is no room, not now: a later run does.
+async fn change(dead_letters: &Arc<dyn Stream>, changes: Vec<StateChange<'_>>) -> Result<(), RedriveError> {
+    loop {
+        match dead_letters.append(&[], &changes) {
+            Ok(_) | Err(AppendError::NoSpace) => return Ok(()),
+            Err(AppendError::Full) => dead_letters.writable().await,
+            Err(error) => return Err(DeadLettersError::from(error).into()),
+        }
+    }
 }
 
 /// Copies and marks, one append a letter, so that each is copied once.
@@ -185,7 +203,7 @@ async fn copy_wanted(
     shared: &Shared,
     dead_letters: &Arc<dyn Stream>,
 ) -> Result<(), RedriveError> {
-    let done = done_offsets(&**dead_letters);
+    let marks = marks(dead_letters.state(MARK_PREFIX));
     let partitions = dead_letters.identity().partitions;
     let end = dead_letters.bounds().end;
     let mut cursor = dead_letters.cursor(dead_letters.bounds().start);
@@ -196,21 +214,28 @@ async fn copy_wanted(
         let Read::Batch(batch) = read else { continue };
         for message in batch.messages().filter(|message| message.offset() < end) {
             let Some(letter) = Letter::of(&message) else { continue };
+            let only = match marks.get(&message.offset().0) {
+                None => None,
+                Some(Mark::Open { sinks }) => Some(sinks),
+                Some(Mark::Sent | Mark::Pending { .. }) => continue,
+            };
+            let names = |sink: &String| letter.names(sink) && only.is_none_or(|only| only.contains(sink));
             let wanted = !letter.is_copy()
                 && letter.pipeline == &*shared.name
                 // Else it would be marked as sent, and had gone nowhere.
-                && sinks.iter().any(|sink| letter.names(sink))
+                && sinks.iter().any(names)
                 && filter.sink.as_deref().is_none_or(|sink| letter.sink == Some(sink))
                 && filter.step.as_deref().is_none_or(|step| letter.step == Some(step))
-                && filter.ids.as_ref().is_none_or(|ids| ids.contains(&message.offset()))
-                && !done.contains(&message.offset().0);
+                && filter.ids.as_ref().is_none_or(|ids| ids.contains(&message.offset()));
             if !wanted {
                 continue;
             }
-            let properties = letter::copy_properties(&message);
+            let properties = letter::copy_properties(&message, only);
             let copy = new_message(&message, &properties, partitions);
-            let key = done_key(message.offset());
-            let mark = StateChange { key: &key, value: Some(&[]) };
+            let key = mark_key(message.offset());
+            let pending =
+                Mark::Pending { pipeline: shared.name.to_string(), rejected: BTreeSet::new() }.bytes();
+            let mark = StateChange { key: &key, value: Some(&pending) };
             last = loop {
                 match dead_letters.append(&[copy], &[mark]) {
                     Ok(appended) => break appended.ticket,
@@ -484,21 +509,4 @@ async fn each(
         }
     }
     Ok(())
-}
-
-fn done_key(offset: Offset) -> Vec<u8> {
-    [DONE_PREFIX, &offset.0.to_be_bytes()].concat()
-}
-
-fn done_offsets(dead_letters: &dyn Stream) -> HashSet<u64> {
-    sent_again(dead_letters.state(DONE_PREFIX))
-}
-
-/// Offsets of the letters that were sent again, from the dead letters' state
-/// below [`DONE_PREFIX`].
-pub fn sent_again(state: StateEntries) -> HashSet<u64> {
-    let offset = |(key, _): (Vec<u8>, Vec<u8>)| {
-        key.strip_prefix(DONE_PREFIX).and_then(|rest| rest.try_into().ok()).map(u64::from_be_bytes)
-    };
-    state.into_iter().filter_map(offset).collect()
 }

@@ -1,7 +1,8 @@
 //! What a pipeline shows of itself.
 
 use std::sync::atomic::AtomicU64;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 
 use crate::batch::Offset;
 
@@ -27,6 +28,10 @@ pub struct SinkStatus {
     /// The lowest of its positions; `None` until it was opened.
     pub committed: Option<Offset>,
     pub lag_messages: u64,
+    /// Since when it is in this state.
+    pub since: SystemTime,
+    /// Its last commit in this process.
+    pub last_commit: Option<SystemTime>,
     /// Lags behind the others, with a reader of its own.
     pub own_lane: bool,
 }
@@ -58,7 +63,15 @@ pub struct SinkShared {
     pub committed: AtomicU64,
     /// Lowest offset that it has not got yet.
     pub received: AtomicU64,
-    state: Mutex<State>,
+    state: Mutex<SinkState>,
+}
+
+struct SinkState {
+    state: State,
+    since: SystemTime,
+    last_commit: Option<SystemTime>,
+    /// The last write failed: an open sink does not work again until one succeeds.
+    commit_failed: bool,
 }
 
 impl SinkShared {
@@ -67,26 +80,102 @@ impl SinkShared {
             name: name.to_owned(),
             committed: super::delivery::unknown(),
             received: AtomicU64::new(0),
-            state: Mutex::new(State::Starting),
+            state: Mutex::new(SinkState {
+                state: State::Starting,
+                since: SystemTime::now(),
+                last_commit: None,
+                commit_failed: false,
+            }),
         }
     }
 
+    /// The sink is open. It runs, unless what failed before was a write.
+    pub fn opened(&self) {
+        let mut current = self.lock();
+        if !current.commit_failed {
+            self.change(&mut current, State::Running);
+        }
+    }
+
+    /// All that was to be written is in the sink.
+    pub fn committed(&self) {
+        let mut current = self.lock();
+        current.commit_failed = false;
+        current.last_commit = Some(SystemTime::now());
+        self.change(&mut current, State::Running);
+    }
+
+    /// A write failed: until one succeeds the sink does not run, whatever opens.
+    pub fn commit_failed(&self) {
+        self.lock().commit_failed = true;
+    }
+
     pub fn set(&self, state: State) {
-        let mut current = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if *current == state {
+        self.change(&mut self.lock(), state);
+    }
+
+    fn change(&self, current: &mut SinkState, state: State) {
+        if current.state == state {
             return;
         }
-        let before = std::mem::replace(&mut *current, state);
-        let runs = *current == State::Running;
-        drop(current);
-        match before {
-            State::Starting if runs => tracing::info!(sink = self.name, "the sink is open"),
-            _ if runs => tracing::info!(sink = self.name, "the sink works again"),
+        let before = std::mem::replace(&mut current.state, state);
+        let is_same_kind = std::mem::discriminant(&before) == std::mem::discriminant(&current.state);
+        if is_same_kind {
+            return;
+        }
+        let now = SystemTime::now();
+        let lasted = now.duration_since(current.since).unwrap_or_default();
+        current.since = now;
+        match (before, &current.state) {
+            (State::Starting, State::Running) => tracing::info!(sink = self.name, "the sink is open"),
+            (_, State::Running) => {
+                tracing::info!(sink = self.name, after_s = lasted.as_secs(), "the sink works again");
+            }
             _ => {}
         }
     }
 
     pub fn state(&self) -> State {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.lock().state.clone()
+    }
+
+    pub fn since(&self) -> SystemTime {
+        self.lock().since
+    }
+
+    pub fn last_commit(&self) -> Option<SystemTime> {
+        self.lock().last_commit
+    }
+
+    fn lock(&self) -> MutexGuard<'_, SinkState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sink_works_again_only_after_a_commit_where_a_commit_failed() {
+        let sink = SinkShared::new("w");
+        let retrying = || State::Retrying("57014".to_owned());
+        sink.opened();
+        assert_eq!(sink.state(), State::Running);
+        sink.set(retrying());
+        sink.opened();
+        assert_eq!(sink.state(), State::Running, "it was the open that failed");
+        for _ in 0..2 {
+            sink.commit_failed();
+            sink.set(retrying());
+            sink.opened();
+            assert_eq!((sink.state(), sink.last_commit()), (retrying(), None));
+        }
+        let since = sink.since();
+        sink.set(State::Retrying("another reason".to_owned()));
+        assert_eq!(sink.since(), since);
+        sink.committed();
+        assert_eq!(sink.state(), State::Running);
+        assert!(sink.last_commit().is_some());
     }
 }

@@ -2,9 +2,9 @@
 //! off the sink that holds the others up and takes it back when it has caught
 //! up. The task ends when every lane and delivery has, which `shutdown` starts.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
@@ -69,8 +69,8 @@ pub struct Supervisor {
     lanes_made: u64,
     inbox: mpsc::Receiver<Event>,
     lane_ends: (mpsc::Sender<LaneEnded>, mpsc::Receiver<LaneEnded>),
-    /// Lanes whose threads still run, and how far each worker is.
-    running: BTreeMap<LaneId, Vec<Arc<AtomicU64>>>,
+    /// Lanes whose threads still run.
+    running: BTreeSet<LaneId>,
     shutdown: CancellationToken,
     board: Arc<Board>,
     failed: Option<String>,
@@ -109,7 +109,7 @@ impl Supervisor {
             lanes_made: 0,
             inbox,
             lane_ends: mpsc::channel(LANE_ENDS_MAX),
-            running: BTreeMap::new(),
+            running: BTreeSet::new(),
             shutdown,
             board,
             failed: None,
@@ -147,7 +147,7 @@ impl Supervisor {
             Event::Ready { sink, from } => {
                 self.take_out(sink);
                 // Here, not in the delivery: so that nothing forgets in between.
-                if let Err(error) = self.shared.letters.remember_from(from).await {
+                if let Err(error) = self.shared.letters.remember_from(sink, from).await {
                     self.fail(error.to_string());
                 }
                 self.members[sink].ready_from = Some(from);
@@ -226,7 +226,7 @@ impl Supervisor {
             }
         };
         self.lanes_made += 1;
-        self.running.insert(id, lane.done.clone());
+        self.running.insert(id);
         self.lanes.push(lane);
         for (sink, intake) in sinks.iter().zip(intakes) {
             let member = &mut self.members[*sink];
@@ -426,17 +426,13 @@ impl Supervisor {
         self.shared.abort.cancel();
     }
 
-    /// Below the lowest position, and below every worker: also one of a lane
-    /// that ends may still refuse what its sink has got through another.
+    /// Below each sink's own position: one that lags keeps no letters of the others.
     fn forget_letters(&self) {
-        let committed = self.members.iter().map(|member| &member.shared.committed);
-        let workers = self.running.values().flatten().map(|done| &**done);
-        let lowest = committed.chain(workers).map(|at| at.load(Ordering::Acquire)).collect::<Vec<_>>();
-        // An unknown position may be any.
-        if !lowest.contains(&u64::MAX)
-            && let Some(lowest) = lowest.into_iter().min()
-        {
-            self.shared.letters.forget_below(Offset(lowest));
+        for (sink, member) in self.members.iter().enumerate() {
+            let committed = member.shared.committed.load(Ordering::Acquire);
+            if committed != u64::MAX {
+                self.shared.letters.forget_below(sink, Offset(committed));
+            }
         }
     }
 
@@ -517,7 +513,9 @@ impl Supervisor {
                     Event::Ended { sink, .. } => self.members[sink].ended = true,
                     Event::Ready { .. } | Event::Joined { .. } => {}
                 },
-                Some(ended) = self.lane_ends.1.recv() => drop(self.running.remove(&ended.lane)),
+                Some(ended) = self.lane_ends.1.recv() => {
+                    self.running.remove(&ended.lane);
+                }
                 () = tokio::time::sleep_until(patience), if !self.shared.abort.is_cancelled() => {
                     tracing::warn!(pipeline = %self.shared.name, "not drained in time: the rest is delivered after the next start");
                     self.shared.abort.cancel();

@@ -86,6 +86,8 @@ pub struct Shared {
     pub letters: Arc<DeadLetters>,
     pub failures: Failures,
     pub metrics: PipelineMetrics,
+    /// By partition: all below was counted as read.
+    pub counted: Vec<AtomicU64>,
     /// Generation of a chain in which a worker waits for a held step; 0: none does.
     pub held_in: AtomicU64,
     /// The end of the process's patience: stop at once.
@@ -112,12 +114,12 @@ pub struct Worker {
     pub outlets: Vec<Served>,
     /// All below is through the steps.
     pub done: Offset,
-    /// The same, for the pipeline: no letter comes from here below it.
-    pub shown: Arc<AtomicU64>,
     /// Covers every letter that this worker wrote or found.
     pub letters: Ticket,
     /// The lane ends: a held step is waited for no longer.
     pub stop: CancellationToken,
+    /// The batch at hand runs for the first time.
+    pub counts: bool,
 }
 
 /// An outlet as one worker sees it.
@@ -144,7 +146,7 @@ impl Worker {
             match work {
                 Work::Frame(frame) => self.frame(&frame)?,
                 Work::Progress { upto } => {
-                    self.set_done(self.done.max(upto));
+                    self.done = self.done.max(upto);
                     self.hand_out(true)?;
                 }
                 Work::Flip(steps) => self.steps = steps,
@@ -161,7 +163,7 @@ impl Worker {
     fn frame(&mut self, frame: &Frame) -> Result<(), Ended> {
         if self.outlets.is_empty() {
             // The lane ends: what it would make goes to nobody.
-            self.set_done(frame.upto);
+            self.done = frame.upto;
             return Ok(());
         }
         let mut parts: Vec<(Partition, Vec<Entry>)> = Vec::new();
@@ -180,7 +182,6 @@ impl Worker {
         }
         let batch_max = self.shared.config.batch_messages_max.max(1) as usize;
         for (partition, mut rest) in parts {
-            self.shared.metrics.read.increment(rest.len() as u64);
             while !rest.is_empty() {
                 let later = if rest.len() > batch_max { rest.split_off(batch_max) } else { Vec::new() };
                 let entries = std::mem::replace(&mut rest, later);
@@ -191,18 +192,29 @@ impl Worker {
                     exclusive: frame.batch.exclusive && entries.len() == frame.batch.len(),
                     entries: entries.into(),
                 };
+                // Once, however many lanes and runs a message has.
+                self.counts = self.count(&batch, partition);
                 for readers in self.readers(&batch) {
                     self.run_for(readers, batch.clone(), partition)?;
+                    self.counts = false;
                 }
             }
         }
-        self.set_done(frame.upto);
+        self.done = frame.upto;
         self.hand_out(false)
     }
 
-    fn set_done(&mut self, upto: Offset) {
-        self.done = upto;
-        self.shown.store(upto.0, Ordering::Release);
+    /// Counts messages of a partition that no lane ran before.
+    fn count(&self, batch: &Batch, partition: Partition) -> bool {
+        let (Some(counted), Some(last)) =
+            (self.shared.counted.get(usize::from(partition.0)), batch.entries.last())
+        else {
+            return true;
+        };
+        let before = counted.fetch_max(batch.offset(last).0 + 1, Ordering::AcqRel);
+        let new = batch.entries.iter().filter(|entry| batch.offset(entry).0 >= before).count();
+        self.shared.metrics.read.increment(new as u64);
+        new > 0
     }
 
     /// The sinks for which the steps run, those together that the letters of
@@ -237,7 +249,9 @@ impl Worker {
                 entry.partition = partition;
             }
         }
-        self.shared.metrics.passed.increment(batch.len() as u64);
+        if self.counts {
+            self.shared.metrics.passed.increment(batch.len() as u64);
+        }
         self.route(batch, partition, &mut readers)?;
         for reader in readers {
             if let Some(served) = self.outlets.iter_mut().find(|served| served.outlet.sink == reader.sink) {
@@ -249,7 +263,7 @@ impl Worker {
 
     fn chain(&mut self, batch: Batch, partition: Partition, readers: &mut [Reader]) -> Result<Batch, Ended> {
         let shared = Arc::clone(&self.shared);
-        let held = Held { generation: self.steps.generation, stop: &self.stop };
+        let context = Context { generation: self.steps.generation, stop: &self.stop, counts: self.counts };
         let mut batch = match readers.first() {
             Some(reader) => without_whole(batch, &reader.seen),
             None => batch,
@@ -259,8 +273,16 @@ impl Worker {
                 break;
             }
             let begun = Instant::now();
-            let ran =
-                run_step(step.as_mut(), batch, partition, readers, &shared, &self.runtime, &held, patience)?;
+            let ran = run_step(
+                step.as_mut(),
+                batch,
+                partition,
+                readers,
+                &shared,
+                &self.runtime,
+                &context,
+                patience,
+            )?;
             duration.record(begun.elapsed());
             self.letters = self.letters.max(ran.letters);
             batch = ran.passed;
@@ -328,15 +350,19 @@ struct Ran {
     letters: Ticket,
 }
 
-/// What a worker that waits for a held step looks at.
-struct Held<'a> {
+/// What the run of a step belongs to.
+struct Context<'a> {
+    /// Of the chain.
     generation: u64,
+    /// The lane ends.
     stop: &'a CancellationToken,
+    /// The messages run for the first time.
+    counts: bool,
 }
 
-impl Held<'_> {
-    /// A new chain lies behind the messages at hand: the supervisor sees that
-    /// somebody waits, and ends the lane when there is one.
+impl Context<'_> {
+    /// Waits for a held step. A new chain lies behind the messages at hand: the
+    /// supervisor sees that a worker waits, and ends the lane when there is one.
     fn wait(&self, shared: &Shared, runtime: &Handle) -> Result<(), Ended> {
         if self.stop.is_cancelled() {
             return Err(Ended::Aborted);
@@ -363,7 +389,7 @@ fn run_step(
     readers: &mut [Reader],
     shared: &Shared,
     runtime: &Handle,
-    held: &Held<'_>,
+    context: &Context<'_>,
     patience: &mut Patience,
 ) -> Result<Ran, Ended> {
     let name = Arc::clone(&step.id().step);
@@ -378,7 +404,7 @@ fn run_step(
         let outcome = step.run(batch.clone(), partition, attempt);
         let Some(reason) = &outcome.retry else { break outcome };
         if outcome.held {
-            held.wait(shared, runtime)?;
+            context.wait(shared, runtime)?;
             continue;
         }
         if attempt.is_last {
@@ -404,7 +430,9 @@ fn run_step(
         attempt.number += 1;
         attempt.is_last = attempt.number > retries.max || bound < wait;
     };
-    shared.metrics.dropped.increment(outcome.dropped);
+    if context.counts {
+        shared.metrics.dropped.increment(outcome.dropped);
+    }
     outcome.refused.retain(|refused| (refused.index as usize) < batch.len());
     let Some(first) = outcome.refused.first() else {
         return Ok(Ran { passed: outcome.passed, letters: Ticket::default() });

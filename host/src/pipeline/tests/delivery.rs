@@ -1,10 +1,11 @@
 use std::time::Duration;
 
-use super::harness::{Act, World, chain, number, published, sorted, step, text};
+use super::harness::{Act, World, chain, number, published, selective_step, sorted, step, text};
 use crate::batch::Offset;
-use crate::pipeline::State;
+use crate::pipeline::{Retries, State};
 use crate::sinks::memory::Fault;
 use crate::stream::OnLag;
+use crate::units::Period;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn messages_of_a_device_become_rows_in_order() {
@@ -123,6 +124,7 @@ async fn a_bad_row_is_found_by_halving_and_the_others_are_written() {
         chain,
         sinks: vec![part],
         dead_letters: world.dead.clone(),
+        dead_letters_bytes_max: world.dead_letters_bytes_max,
         failures: Default::default(),
         shutdown: shutdown.clone(),
     };
@@ -232,20 +234,37 @@ async fn a_shutdown_commits_what_is_in_flight() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_step_that_asks_too_often_for_a_retry_refuses_the_batch() {
+async fn what_asks_too_often_for_a_retry_is_rejected_and_the_rest_of_its_batch_is_not() {
     let world = World::new(1, &[("default", "w")]);
     let lookup = step("lookup", |message, attempt| match number(&text(message)) {
         0..10 if attempt < 2 => Act::Retry("table not loaded"),
-        10..20 => Act::Retry("table is gone"),
+        n @ 10..20 if n % 2 == 0 => Act::Retry("table is gone"),
         _ => Act::Pass,
     });
     let process = world.start(chain(1, &[lookup])).await;
     world.publish_many(1, 0, 30);
     process.drained().await;
-    assert_eq!(world.payloads("w").len(), 20);
+    assert_eq!(world.payloads("w").len(), 25);
     let letters = world.letters().await;
-    assert_eq!(letters.len(), 10);
-    assert_eq!(letters[0].1, "asked for a retry 3 times, the last time: table is gone");
+    assert_eq!(letters.len(), 5);
+    assert_eq!(letters[0].1, "table is gone");
+    process.stop().await;
+}
+
+/// Else the messages that are not its own wait for hours.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_retry_of_a_step_that_sees_some_messages_does_not_hold_the_others_for_all_its_waits() {
+    let mut world = World::new(1, &[("default", "w")]);
+    let hour = Period(Duration::from_secs(3_600));
+    world.config.retries = Retries { max: 1_000, backoff_min: hour, backoff_max: hour };
+    let lookup = selective_step("lookup", |message, _| match number(&text(message)) {
+        3 => Act::Retry("table is gone"),
+        _ => Act::Pass,
+    });
+    let process = world.start(chain(1, &[lookup])).await;
+    world.publish_many(1, 0, 30);
+    process.drained().await;
+    assert_eq!((world.payloads("w").len(), world.letters().await.len()), (29, 1));
     process.stop().await;
 }
 

@@ -11,8 +11,8 @@ use uuid::Uuid;
 
 use crate::batch::{Batch, Entry, MessageRef, Offset, Partition, Span};
 use crate::pipeline::{
-    Backoff, Batching, Config, Deps, Handle, Letter, PipelineStatus, Retries, RouteTarget, SinkPart,
-    list_open, start,
+    Backoff, Batching, Config, Deps, Handle, Letter, MARK_PREFIX, Mark, PipelineStatus, Retries, RouteTarget,
+    SinkPart, list_open, marks, start,
 };
 use crate::problems::{KeyPath, Problem};
 use crate::sinks::memory::MemoryDatabase;
@@ -38,11 +38,19 @@ pub enum Act {
 
 pub type StepFn = Arc<dyn Fn(&MessageRef<'_>, u32) -> Act + Send + Sync>;
 
-struct TestStep(StepId, StepFn);
+struct TestStep {
+    id: StepId,
+    act: StepFn,
+    sees_all: bool,
+}
 
 impl Step for TestStep {
     fn id(&self) -> &StepId {
-        &self.0
+        &self.id
+    }
+
+    fn sees_all(&self) -> bool {
+        self.sees_all
     }
 
     fn run(&mut self, batch: Batch, _: Partition, attempt: Attempt) -> Outcome {
@@ -56,7 +64,7 @@ impl Step for TestStep {
                 data.extend_from_slice(bytes);
                 Span::new(segment, data.len() - bytes.len(), bytes.len())
             };
-            match (self.1)(&message, attempt.number - 1) {
+            match (self.act)(&message, attempt.number - 1) {
                 Act::Pass => {}
                 Act::Drop => {
                     outcome.dropped += 1;
@@ -67,6 +75,11 @@ impl Step for TestStep {
                 Act::Twice => entries.push(entry),
                 Act::Refuse(reason) => {
                     outcome.refused.push(Refused { index: i as u32, kind: RefusedKind::Failed, reason });
+                    continue;
+                }
+                Act::Retry(reason) if attempt.is_last => {
+                    let reason = reason.to_owned();
+                    outcome.refused.push(Refused { index: i as u32, kind: RefusedKind::Retries, reason });
                     continue;
                 }
                 Act::Retry(reason) => {
@@ -89,6 +102,7 @@ impl Step for TestStep {
 pub struct TestFactory {
     id: StepId,
     act: StepFn,
+    sees_all: bool,
     /// Whether an instance for this worker cannot start.
     broken: Box<dyn Fn(u32) -> bool + Send + Sync>,
 }
@@ -106,7 +120,8 @@ impl StepFactory for TestFactory {
         if (self.broken)(worker) {
             return Err(vec![Problem { path: KeyPath::root(), message: "no such table".to_owned() }]);
         }
-        Ok(Box::new(TestStep(self.id.clone(), Arc::clone(&self.act))))
+        let Self { id, act, sees_all, .. } = self;
+        Ok(Box::new(TestStep { id: id.clone(), act: Arc::clone(act), sees_all: *sees_all }))
     }
 }
 
@@ -114,12 +129,25 @@ pub fn step(
     name: &str,
     act: impl Fn(&MessageRef<'_>, u32) -> Act + Send + Sync + 'static,
 ) -> Arc<dyn StepFactory> {
-    Arc::new(TestFactory { id: id(name), act: Arc::new(act), broken: Box::new(|_| false) })
+    Arc::new(TestFactory { id: id(name), act: Arc::new(act), sees_all: true, broken: Box::new(|_| false) })
+}
+
+/// A step that the other messages of the pipeline do not concern.
+pub fn selective_step(
+    name: &str,
+    act: impl Fn(&MessageRef<'_>, u32) -> Act + Send + Sync + 'static,
+) -> Arc<dyn StepFactory> {
+    Arc::new(TestFactory { id: id(name), act: Arc::new(act), sees_all: false, broken: Box::new(|_| false) })
 }
 
 /// Cannot start where `broken` says so of a worker.
 pub fn broken_step(name: &str, broken: impl Fn(u32) -> bool + Send + Sync + 'static) -> Arc<dyn StepFactory> {
-    Arc::new(TestFactory { id: id(name), act: Arc::new(|_, _| Act::Pass), broken: Box::new(broken) })
+    Arc::new(TestFactory {
+        id: id(name),
+        act: Arc::new(|_, _| Act::Pass),
+        sees_all: true,
+        broken: Box::new(broken),
+    })
 }
 
 fn id(name: &str) -> StepId {
@@ -151,6 +179,7 @@ pub struct World {
     pub config: Config,
     pub batching: Batching,
     pub on_lag: OnLag,
+    pub dead_letters_bytes_max: u64,
 }
 
 impl World {
@@ -184,6 +213,7 @@ impl World {
             config,
             batching: Batching { rows_max: 50, bytes_max: 1 << 20, wait_max: Duration::from_millis(2) },
             on_lag: OnLag::Block,
+            dead_letters_bytes_max: u64::MAX,
         }
     }
 
@@ -239,6 +269,7 @@ impl World {
             chain,
             sinks,
             dead_letters: Arc::clone(&self.dead),
+            dead_letters_bytes_max: self.dead_letters_bytes_max,
             failures: Failures::default(),
             shutdown: shutdown.clone(),
         };
@@ -266,13 +297,18 @@ impl World {
     /// sent again.
     pub async fn open_letters(&self, sink: &str) -> Vec<(String, String)> {
         let open = list_open(&*self.dead, None).await.unwrap();
+        let marks = marks(self.dead.state(MARK_PREFIX));
         let mut cursor = self.dead.cursor(Offset(0));
         let mut letters = Vec::new();
         while let Some(read) = cursor.try_next().await.unwrap() {
             let Read::Batch(batch) = read else { continue };
             for message in batch.messages().filter(|message| open.contains(&message.offset())) {
                 let letter = Letter::of(&message).expect("only letters are here");
-                if letter.names(sink) {
+                let only = match marks.get(&message.offset().0) {
+                    Some(Mark::Open { sinks }) => Some(sinks),
+                    _ => None,
+                };
+                if letter.names(sink) && only.is_none_or(|only| only.contains(sink)) {
                     let by = letter.step.or(letter.sink).unwrap_or_default();
                     letters.push((text(&message), by.to_owned()));
                 }

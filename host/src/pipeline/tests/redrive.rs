@@ -2,7 +2,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::harness::{Act, World, chain, published, sorted, step, text};
-use crate::pipeline::{Filter, list_open};
+use crate::pipeline::again::is_pending;
+use crate::pipeline::{Ended, Filter, list_open};
 use crate::sinks::memory::Fault;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -68,6 +69,75 @@ async fn what_a_step_refused_goes_from_that_step_to_every_sink_once() {
     for sink in ["w", "other"] {
         assert_eq!(sorted(world.payloads(sink)), sorted(expected.clone()), "{sink}");
     }
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_letter_that_is_refused_again_stays_one_letter_for_the_sinks_that_have_not_had_it() {
+    let world = World::new(1, &[("default", "w other")]);
+    let broken = Arc::new(AtomicBool::new(true));
+    let is_broken = Arc::clone(&broken);
+    let check = step("check", move |message, _| {
+        match is_broken.load(Ordering::Acquire) && text(message).ends_with('3') {
+            true => Act::Refuse("table not there".to_owned()),
+            false => Act::Pass,
+        }
+    });
+    let process = world.start(chain(1, &[check])).await;
+    world.publish_many(1, 0, 10);
+    process.drained().await;
+    let first = list_open(&*world.dead, None).await.unwrap();
+    for _ in 0..3 {
+        let summary = process.handle.redrive(&Filter::default()).await.unwrap();
+        assert_eq!((summary.sent, summary.letters), (0, Ended { refused: 1, ..Ended::default() }));
+        assert_eq!(list_open(&*world.dead, None).await.unwrap(), first);
+        assert_eq!(world.letters().await.len(), 1);
+    }
+    // The step lets it through now, one of the sinks refuses it: a letter of that sink.
+    broken.store(false, Ordering::Release);
+    world.database("other").refuse(|message| text(message).ends_with('3').then(|| "no column".to_owned()));
+    let summary = process.handle.redrive(&Filter::default()).await.unwrap();
+    assert_eq!((summary.sent, summary.refused), (1, 1));
+    for _ in 0..3 {
+        assert_eq!(world.open_letters("w").await, []);
+        assert_eq!(world.open_letters("other").await, [("d0:3".to_owned(), "other".to_owned())]);
+        process.handle.redrive(&Filter::default()).await.unwrap();
+        assert_eq!(world.letters().await.len(), 2);
+    }
+    world.database("other").refuse(|_| None);
+    let summary = process.handle.redrive(&Filter::default()).await.unwrap();
+    assert_eq!((summary.sent, summary.letters), (1, Ended { sent: 1, ..Ended::default() }));
+    assert!(list_open(&*world.dead, None).await.unwrap().is_empty());
+    for sink in ["w", "other"] {
+        assert_eq!(sorted(world.payloads(sink)), published(1, 10), "{sink}");
+    }
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redrive_that_ends_with_its_process_goes_on_at_the_next_start() {
+    let world = World::new(2, &[("default", "w")]);
+    world.database("w").refuse(|message| {
+        let n = super::harness::number(&text(message));
+        (n < 10).then(|| "no column".to_owned())
+    });
+    let process = world.start(chain(1, &[])).await;
+    world.publish_many(3, 0, 20);
+    process.drained().await;
+    // Of ten letters one is refused again, then the sink fails and the process ends.
+    world.database("w").refuse(|message| text(message).ends_with(":4").then(|| "still no column".to_owned()));
+    world.database("w").fail_commits([Fault::Retry("down".to_owned())]);
+    let summary = process.handle.redrive(&Filter::default()).await.unwrap();
+    assert_eq!((summary.sent, summary.letters.pending), (0, 10));
+    assert!(list_open(&*world.dead, None).await.unwrap().is_empty());
+    process.stop().await;
+    let process = world.start(chain(1, &[])).await;
+    process.until("resumed", |_| !is_pending(&*world.dead, "p")).await;
+    assert_eq!(world.payloads("w").len(), 19);
+    assert_eq!(world.open_letters("w").await, [("d1:4".to_owned(), "w".to_owned())]);
+    world.database("w").refuse(|_| None);
+    process.handle.redrive(&Filter::default()).await.unwrap();
+    assert_eq!(sorted(world.payloads("w")), published(3, 20));
     process.stop().await;
 }
 
