@@ -10,11 +10,13 @@ use crate::abi::{self, entry, origin, record, set, verdict};
 /// What becomes of a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It goes on as it is.
+    /// It goes on as it is. After [`Output::emit`] it is a fault, which would lose what
+    /// was emitted: emit the message too, and end with [`Verdict::Emit`].
     Keep,
     /// It ends here, on purpose.
     Drop,
-    /// The records made with [`Output::emit`] go on in its place.
+    /// The records made with [`Output::emit`] go on in its place. Without one it is
+    /// a fault: a message that ends on purpose is [`Verdict::Drop`].
     Emit,
     /// This message is bad: to dead letters with this reason, the others go on.
     Fail(Cow<'static, str>),
@@ -161,7 +163,8 @@ impl<'a> Output<'a> {
     }
 
     /// One more message in place of this one; what is not set on it stays as
-    /// the message has it. Counts only if the verdict is [`Verdict::Emit`].
+    /// the message has it. Counts if the verdict is [`Verdict::Emit`]; to keep the
+    /// message beside others, emit it as well.
     #[inline(always)]
     pub fn emit(&mut self) -> Record<'_> {
         self.before.get_or_insert((self.answer.outputs.len(), self.answer.data.len()));
@@ -173,9 +176,10 @@ impl<'a> Output<'a> {
         let Self { answer, source, before } = self;
         let verdict = match verdict {
             Verdict::Emit if before.is_some() => return answer.decide(source, verdict::EMIT),
-            Verdict::Keep => verdict::KEEP,
-            // Emitting nothing is dropping.
-            Verdict::Drop | Verdict::Emit => verdict::DROP,
+            Verdict::Keep if before.is_none() => verdict::KEEP,
+            Verdict::Keep => kept_and_emitted(),
+            Verdict::Emit => emitted_nothing(),
+            Verdict::Drop => verdict::DROP,
             Verdict::Fail(reason) => return answer.refuse(source, before, verdict::FAIL, reason),
             Verdict::Retry(reason) => return answer.refuse(source, before, verdict::RETRY, reason),
         };
@@ -184,6 +188,16 @@ impl<'a> Output<'a> {
         }
         answer.decide(source, verdict);
     }
+}
+
+#[cold]
+fn kept_and_emitted() -> u8 {
+    panic!("emitted a message and then kept its source: emit the source too, end with Verdict::Emit")
+}
+
+#[cold]
+fn emitted_nothing() -> u8 {
+    panic!("Verdict::Emit without a message emitted: use Verdict::Drop")
 }
 
 /// One message of the answer.
@@ -207,12 +221,14 @@ impl Record<'_> {
         self.span(record::PAYLOAD, set::PAYLOAD, begin)
     }
 
-    /// A part of the message's own payload: costs nothing. `range` lies in it.
+    /// A part of the message's own payload: costs nothing. What of `range` lies beyond
+    /// the payload is left out: there are other messages.
     pub fn payload_part(&mut self, message: &Message<'_>, range: core::ops::Range<usize>) -> &mut Self {
-        debug_assert!(range.end <= message.payload().len());
+        let end = range.end.min(message.payload().len());
+        let start = range.start.min(end);
         let (begin, rest) = message.span(entry::PAYLOAD);
-        self.word(record::PAYLOAD, begin + range.start as u32);
-        self.word(record::PAYLOAD + 1, rest & 0xf000_0000 | range.len() as u32);
+        self.word(record::PAYLOAD, begin + start as u32);
+        self.word(record::PAYLOAD + 1, rest & 0xf000_0000 | (end - start) as u32);
         self.mark(set::PAYLOAD)
     }
 
@@ -246,14 +262,18 @@ impl Record<'_> {
     }
 
     /// Replaces the properties of devices and steps; protocol facts stay.
+    ///
+    /// # Panics
+    ///
+    /// Panics where a name has more than 65,535 bytes.
     pub fn properties<'p>(&mut self, properties: impl IntoIterator<Item = (&'p str, &'p [u8])>) -> &mut Self {
         let begin = self.data.len();
         for (name, value) in properties {
-            let name_len = u16::try_from(name.len()).unwrap_or(u16::MAX);
+            let name_len = u16::try_from(name.len()).expect("a property's name has at most 65,535 bytes");
             self.data.extend_from_slice(&[origin::STEP, 0]);
             self.data.extend_from_slice(&name_len.to_le_bytes());
             self.data.extend_from_slice(&(value.len() as u32).to_le_bytes());
-            self.data.extend_from_slice(&name.as_bytes()[..usize::from(name_len)]);
+            self.data.extend_from_slice(name.as_bytes());
             self.data.extend_from_slice(value);
         }
         self.span(record::PROPERTIES, set::PROPERTIES, begin)

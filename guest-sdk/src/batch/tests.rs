@@ -1,5 +1,4 @@
 use alloc::string::{String, ToString};
-use alloc::vec;
 use alloc::vec::Vec;
 
 use super::*;
@@ -83,14 +82,6 @@ fn records_without_the_verdict_to_emit_are_taken_back() {
 }
 
 #[test]
-fn emitting_nothing_is_dropping() {
-    let (batch, names) = (batch(), namespace());
-    let mut answer = Answer::new();
-    run(&batch.messages(&names), &mut answer, |_, _| Verdict::Emit);
-    assert_eq!((answer.verdicts, answer.outputs.len()), (vec![1, 1, 1], 0));
-}
-
-#[test]
 fn a_part_of_the_payload_points_into_the_input() {
     let (batch, names) = (batch(), namespace());
     let messages = batch.messages(&names);
@@ -139,4 +130,45 @@ fn a_longer_stride_is_read_past() {
     wider.truncate(wider.len() - 1);
     assert!(Messages::new(header, &wider, [data], &names).is_none(), "an entry is cut");
     assert!(Messages::new(Header { stride: 15, ..header }, index, [data], &names).is_none());
+}
+
+#[test]
+fn a_part_of_a_payload_never_reaches_into_another_message() {
+    let (batch, names) = (batch(), namespace());
+    let messages = batch.messages(&names);
+    let part = |range: core::ops::Range<usize>| {
+        let mut answer = Answer::new();
+        run(&messages, &mut answer, |message, out| match message.number() {
+            0 => out.emit().payload_part(message, range.clone()).verdict(),
+            _ => Verdict::Keep,
+        });
+        let at = abi::OUTPUT_HEADER_WORDS + abi::record::PAYLOAD;
+        (word(&answer.outputs, at), word(&answer.outputs, at + 1) & 0x0fff_ffff)
+    };
+    let (begin, length) = part(0..usize::MAX);
+    assert_eq!(length, 11);
+    assert_eq!(part(2..5), (begin + 2, 3));
+    assert_eq!(part(5..100), (begin + 5, 6));
+    assert_eq!(part(50..100), (begin + 11, 0));
+}
+
+#[test]
+fn what_would_lose_a_message_without_a_word_is_a_fault() {
+    let faults = |each: fn(&mut Output<'_>) -> Verdict| {
+        let (batch, names) = (batch(), namespace());
+        std::panic::catch_unwind(|| {
+            run(&batch.messages(&names), &mut Answer::new(), |_, out| each(out));
+        })
+        .is_err()
+    };
+    assert!(faults(|out| {
+        out.emit().route("alert");
+        Verdict::Keep
+    }));
+    assert!(faults(|_| Verdict::Emit));
+    assert!(faults(|out| out.emit().properties([("n".repeat(70_000).as_str(), &b""[..])]).verdict()));
+    assert!(!faults(|out| {
+        out.emit().route("alert");
+        out.emit().verdict()
+    }));
 }

@@ -1,4 +1,4 @@
-//! A plugin's own metrics, exposed as `headworks_plugin_NAME{pipeline,step,…}`.
+//! A plugin's own metrics, exposed as `headworks_plugin_metric_NAME{pipeline,step,…}`.
 //! Registered in `Plugin::new` only. Natively: nothing is kept.
 
 pub use crate::bindings::headworks::plugin::types::Error;
