@@ -267,27 +267,31 @@ impl PluginStep {
             attempt: Attempt::ONLY,
             flags: 0,
         };
-        self.call(&work, &batch, 0, self.batch_limits(0), &mut Collected::new(0))
+        self.call(&work, &batch, 0, self.batch_limits(&batch, 0), &mut Collected::new(BYTES_MAX))
     }
 
-    fn batch_limits(&self, bytes_in: u64) -> CallLimits {
+    /// `bytes`: of the spans of `batch`.
+    fn batch_limits(&self, batch: &Batch, bytes: u64) -> CallLimits {
         let limits = &self.shared.limits;
         CallLimits {
             cpu: Duration::from_millis(limits.cpu_ms),
-            bytes: self.output_bytes_max(bytes_in).max(limits.output_bytes_min.0),
+            bytes: self.output_bytes_max(batch, bytes).max(limits.output_bytes_min.0),
         }
     }
 
-    fn alone_limits(&self, of_batch: CallLimits, bytes_in: u64) -> CallLimits {
+    fn alone_limits(&self, of_batch: CallLimits, alone: &Batch, bytes: u64) -> CallLimits {
         CallLimits {
             cpu: (of_batch.cpu / ALONE_PART).max(ALONE_CPU_MIN),
             // A large message is not guilty of its size.
-            bytes: (of_batch.bytes / u64::from(ALONE_PART)).max(self.output_bytes_max(bytes_in)),
+            bytes: (of_batch.bytes / u64::from(ALONE_PART)).max(self.output_bytes_max(alone, bytes)),
         }
     }
 
-    fn output_bytes_max(&self, bytes_in: u64) -> u64 {
-        bytes_in.saturating_mul(self.shared.limits.output_bytes_factor.into())
+    /// The index counts as input: each of many small messages made of one keeps its
+    /// topic and device id.
+    fn output_bytes_max(&self, batch: &Batch, bytes: u64) -> u64 {
+        let index = size_of_val(&*batch.entries) as u64;
+        (bytes + index).saturating_mul(self.shared.limits.output_bytes_factor.into())
     }
 
     fn sees(&self, topic: &str) -> bool {
@@ -334,7 +338,7 @@ impl PluginStep {
 
     fn run_batch(&mut self, mut batch: Batch, partition: Partition, attempt: Attempt) -> Outcome {
         let (bytes, mut used) = arena::extent(&batch);
-        let limits = self.batch_limits(bytes);
+        let limits = self.batch_limits(&batch, bytes);
         let mut collected = Collected::new(limits.bytes.min(BYTES_MAX.saturating_sub(bytes)));
         if batch.segments.len() >= SEGMENTS_MAX
             || (self.filters.is_empty() && !self.may_have_whole(&batch, bytes, used))
@@ -390,7 +394,7 @@ impl PluginStep {
             let work = Work { numbers: Some(numbers), ..*whole };
             let view = gather(batch, work.numbers);
             let (bytes, used) = arena::extent(&view);
-            let limits = self.batch_limits(bytes);
+            let limits = self.batch_limits(&view, bytes);
             if let Err(reason) = self.call(&work, &view, used, limits, collected) {
                 self.run_alone(&work, limits, &reason, collected);
             }
@@ -424,7 +428,7 @@ impl PluginStep {
                 Work { numbers: Some(std::slice::from_ref(number)), flags: call::ALONE_AFTER_TRAP, ..*work };
             let view = gather(work.batch, alone.numbers);
             let (bytes, used) = arena::extent(&view);
-            let limits = self.alone_limits(of_batch, bytes);
+            let limits = self.alone_limits(of_batch, &view, bytes);
             if let Err(reason) = self.call(&alone, &view, used, limits, collected) {
                 guilty += 1;
                 let reason = match (reason == first, guilty) {
