@@ -72,7 +72,10 @@ impl Starts {
 
 fn begin(shared: Arc<Shared>) -> Result<UnderWay, String> {
     let (give, given) = mpsc::sync_channel(1);
+    let nice = threads::nice_of_workers();
     let work = move || {
+        // Nicer than the worker, whose other messages do not wait for it.
+        nice.into_iter().for_each(threads::give_way);
         let begun = Instant::now();
         let started = shared.start();
         // Nobody waits for it where the step was replaced meanwhile.
