@@ -1,6 +1,7 @@
 //! Where health, metrics and status are served.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -13,14 +14,25 @@ use crate::problems::{KeyPath, Problems};
 pub struct Config {
     /// Address and port. Port 0 takes any free one.
     pub bind: String,
-    /// Serve other machines too. There is no password yet: whoever reaches the
-    /// address can read the status, send dead letters again and disconnect clients.
+    /// Serve other machines too. Whoever reaches the address can read metrics and status;
+    /// to list clients, disconnect them or send dead letters again takes the token.
     pub allow_remote: bool,
+    /// Names by which this host may be asked, beside `localhost` and its addresses. A request
+    /// for another name is refused: a web page can let a name of its own point here.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub names: Vec<String>,
+    /// File with the token for requests that act, at least 32 characters. Left out: each start makes
+    /// one, in `run.json` in the data folder, where the commands on this machine find it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_file: Option<PathBuf>,
 }
+
+/// Shorter ones can be guessed.
+const TOKEN_BYTES_MIN: usize = 32;
 
 impl Default for Config {
     fn default() -> Self {
-        Self { bind: "127.0.0.1:8080".to_owned(), allow_remote: false }
+        Self { bind: "127.0.0.1:8080".to_owned(), allow_remote: false, names: Vec::new(), token_file: None }
     }
 }
 
@@ -30,7 +42,30 @@ impl Config {
         self.bind.parse().ok()
     }
 
+    /// What `token_file` says; `None` where there is none. Errors name the file.
+    pub fn token(&self) -> Result<Option<String>, String> {
+        let Some(file) = &self.token_file else { return Ok(None) };
+        let named = |reason: &str| format!("{}: {reason}", file.display());
+        let text = std::fs::read_to_string(file).map_err(|error| named(&error.to_string()))?;
+        let token = text.trim();
+        if token.len() < TOKEN_BYTES_MIN || !token.bytes().all(|b| b.is_ascii_graphic()) {
+            return Err(named("must hold a token of at least 32 characters: openssl rand -hex 32"));
+        }
+        Ok(Some(token.to_owned()))
+    }
+
+    /// Reads the file that it names.
+    pub fn look(&self, path: &KeyPath, problems: &mut Problems) {
+        if let Err(reason) = self.token() {
+            problems.add(path.key("token_file"), reason);
+        }
+    }
+
     pub fn validate(&self, path: &KeyPath, problems: &mut Problems) {
+        for (i, name) in self.names.iter().enumerate().filter(|(_, name)| !is_host_name(name)) {
+            let message = format!("must be the name of a host such as plant-3.example.com, is \"{name}\"");
+            problems.add(path.key("names").index(i), message);
+        }
         match self.address() {
             None => problems.add(
                 path.key("bind"),
@@ -47,6 +82,10 @@ impl Config {
     }
 }
 
+fn is_host_name(name: &str) -> bool {
+    !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -55,7 +94,8 @@ mod tests {
     fn an_address_open_to_others_must_be_meant() {
         let problems = |bind: &str, allow_remote| {
             let mut problems = Problems::default();
-            Config { bind: bind.to_owned(), allow_remote }.validate(&KeyPath::root(), &mut problems);
+            Config { bind: bind.to_owned(), allow_remote, ..Config::default() }
+                .validate(&KeyPath::root(), &mut problems);
             problems.into_vec().len()
         };
         assert_eq!(problems("127.0.0.1:8080", false), 0);

@@ -1,8 +1,8 @@
 //! Health, readiness, metrics and status over HTTP, and sending dead letters again.
 //!
-//! Serves what it is handed in [`Deps`]; it knows no other part. There is no
-//! password yet, so it listens on loopback only, unless the config says otherwise,
-//! and a request that a web page made in the user's browser is refused.
+//! Serves what it is handed in [`Deps`]; it knows no other part. It listens on loopback
+//! only, unless the config says otherwise. What acts, or lists clients, takes the token of
+//! this run; a request that a web page made in the user's browser is refused.
 
 pub mod config;
 pub mod metrics;
@@ -45,6 +45,8 @@ pub struct Deps {
     pub process: crate::telemetry::Process,
     /// Of this run of the host.
     pub instance: Arc<str>,
+    /// What requests that act show: `Authorization: Bearer TOKEN`.
+    pub token: Arc<str>,
 }
 
 /// A part of the host and whether it works.

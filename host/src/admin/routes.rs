@@ -1,17 +1,18 @@
 //! The endpoints.
 
-use std::net::SocketAddr;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::{Body, to_bytes};
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde_json::json;
+use subtle::ConstantTimeEq;
 
 use super::{ClientListRequest, ClientRequest, Deps, INSTANCE, RedriveError, RedriveRequest};
 use crate::plugin;
@@ -22,27 +23,30 @@ const CLIENTS_MAX: usize = 10_000;
 /// Prometheus text exposition format, version 0.0.4.
 const EXPOSITION: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// `address` is where it is served: on loopback, requests for another host's
-/// name are refused. A request's body must be there within `body_max`.
-pub fn router(deps: Deps, address: SocketAddr, body_max: Duration) -> Router {
-    let instance = Arc::clone(&deps.instance);
-    let router = Router::new()
+/// Requests for another host than an address, `localhost` or one of `names` are refused. A
+/// request's body must be there within `body_max`.
+pub fn router(deps: Deps, names: &[String], body_max: Duration) -> Router {
+    let (instance, token) = (Arc::clone(&deps.instance), Arc::clone(&deps.token));
+    let acting = Router::new()
+        .route("/api/dead-letters/redrive", post(redrive))
+        .route("/api/clients/list", post(list_clients))
+        .route("/api/clients/show", post(show_client))
+        .route("/api/clients/kick", post(kick_client))
+        .route("/api/clients/delete", post(delete_client))
+        .route_layer(middleware::from_fn_with_state(body_max, whole_body))
+        .route_layer(middleware::from_fn_with_state(token, with_token));
+    Router::new()
         .route("/", get(index))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
         .route("/api/problems", get(problems))
         .route("/api/status", get(status))
-        .route("/api/dead-letters/redrive", post(redrive))
-        .route("/api/clients/list", post(list_clients))
-        .route("/api/clients/show", post(show_client))
-        .route("/api/clients/kick", post(kick_client))
-        .route("/api/clients/delete", post(delete_client))
+        .merge(acting)
         .fallback(async || problem(StatusCode::NOT_FOUND, "no such page"))
-        .layer(middleware::from_fn_with_state(body_max, whole_body))
         .layer(middleware::from_fn_with_state(instance, as_instance))
-        .with_state(deps);
-    if address.ip().is_loopback() { router.layer(middleware::from_fn(only_local_names)) } else { router }
+        .layer(middleware::from_fn_with_state(Arc::from(names), only_own_names))
+        .with_state(deps)
 }
 
 async fn index() -> &'static str {
@@ -52,6 +56,8 @@ async fn index() -> &'static str {
      /metrics                         Prometheus text\n\
      /api/problems                    what a person should act on, worst first\n\
      /api/status                      each part, streams, pipelines, plugins, sinks\n\
+     \n\
+     With the token of run.json (Authorization: Bearer TOKEN):\n\
      POST /api/dead-letters/redrive   send dead letters again\n\
      POST /api/clients/list           MQTT clients and sessions\n\
      POST /api/clients/show           one of them\n\
@@ -146,26 +152,53 @@ async fn as_instance(State(instance): State<Arc<str>>, request: Request, next: N
     response
 }
 
-/// A web page can point a name of its own at 127.0.0.1 and read what is served
-/// there (DNS rebinding); its requests carry that name.
-async fn only_local_names(headers: HeaderMap, request: Request, next: Next) -> Response {
-    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+/// What acts is not for everybody who can connect: other users of this machine can.
+async fn with_token(State(token): State<Arc<str>>, request: Request, next: Next) -> Response {
+    let shown = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+    let shown = shown.and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default();
+    if bool::from(shown.as_bytes().ct_eq(token.as_bytes())) {
+        return next.run(request).await;
+    }
+    let told = "this needs the host's token, in `Authorization: Bearer TOKEN`: it is in run.json in the data \
+                folder, or in admin.token_file";
+    closing(problem(StatusCode::UNAUTHORIZED, told))
+}
+
+/// A web page can point a name of its own at this host and read what is served there (DNS
+/// rebinding); its requests carry that name. What a page of another origin sends names that.
+async fn only_own_names(State(names): State<Arc<[String]>>, request: Request, next: Next) -> Response {
+    match stranger(&names, request.method(), request.headers()) {
+        Some(told) => closing(problem(StatusCode::FORBIDDEN, told)),
+        None => next.run(request).await,
+    }
+}
+
+/// What is wrong with whom a request is for, or with the page that it is from.
+fn stranger(names: &[String], method: &Method, headers: &HeaderMap) -> Option<&'static str> {
+    let header = |name| headers.get(name).and_then(|value| value.to_str().ok());
+    let host = header(header::HOST).unwrap_or_default();
     let name = match host.rsplit_once(':') {
         Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) => name,
         _ => host,
     };
     let name = name.trim_start_matches('[').trim_end_matches(']');
-    let is_local = name.is_empty()
+    let is_ours = name.is_empty()
         || name.eq_ignore_ascii_case("localhost")
-        || name.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback());
-    if is_local {
-        next.run(request).await
-    } else {
-        problem(
-            StatusCode::FORBIDDEN,
-            "ask for localhost, or set admin.allow_remote and bind to another address",
-        )
+        || name.parse::<IpAddr>().is_ok()
+        || names.iter().any(|ours| ours.eq_ignore_ascii_case(name));
+    if !is_ours {
+        return Some("ask for localhost or an address, or add the name to admin.names");
     }
+    let origin =
+        header(header::ORIGIN).map(|origin| origin.split_once("://").map_or(origin, |(_, host)| host));
+    let is_foreign = method != Method::GET && origin.is_some_and(|origin| origin != host);
+    is_foreign.then_some("pages of other origins may not act here")
+}
+
+/// Who is refused keeps no connection.
+fn closing(mut response: Response) -> Response {
+    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    response
 }
 
 fn problem(code: StatusCode, message: &str) -> Response {

@@ -1,14 +1,19 @@
 //! Binding, serving and ending.
 
+use std::collections::VecDeque;
 use std::future::Future;
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
+use axum::extract::{Request, State};
+use axum::middleware::{self, Next};
+use axum::response::Response;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -22,7 +27,8 @@ use tokio_util::task::TaskTracker;
 
 use super::{Config, Deps, routes};
 
-/// Connections at once; more wait in the kernel's queue.
+/// Connections at once. For one more the oldest that asks nothing is closed; while all are
+/// answered, it waits.
 const CONNECTIONS_MAX: usize = 64;
 /// From a connection's begin, or its last answer, to the end of a request's
 /// head; as long again for its body, and for taking the answer. Who is slower
@@ -86,7 +92,7 @@ pub(super) async fn start_with(
     let listener = TcpListener::bind(address).await.map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
     let prometheus = deps.prometheus.clone();
-    let router = routes::router(deps, address, limits.request_max);
+    let router = routes::router(deps, &config.names, limits.request_max);
     let task = tokio::spawn(async move {
         let upkeep = async {
             let mut ticks = tokio::time::interval(UPKEEP_EVERY);
@@ -112,12 +118,23 @@ pub(super) async fn start_with(
 async fn serve(listener: TcpListener, router: Router, limits: Limits, shutdown: &CancellationToken) {
     let slots = Arc::new(Semaphore::new(limits.connections_max));
     let connections = TaskTracker::new();
+    let mut open: VecDeque<Weak<Client>> = VecDeque::new();
     let accept = async {
         loop {
-            let slot = Arc::clone(&slots).acquire_owned().await.expect("the semaphore is never closed");
             match listener.accept().await {
                 Ok((stream, _)) => {
-                    let serving = connection(stream, router.clone(), limits.request_max, shutdown.clone());
+                    open.retain(|client| client.strong_count() > 0);
+                    if slots.available_permits() == 0 {
+                        let mut idle =
+                            open.iter().filter_map(Weak::upgrade).filter(|client| client.is_idle());
+                        idle.next().inspect(|oldest| oldest.closed.cancel());
+                    }
+                    let slot =
+                        Arc::clone(&slots).acquire_owned().await.expect("the semaphore is never closed");
+                    let client = Arc::new(Client::default());
+                    open.push_back(Arc::downgrade(&client));
+                    let serving =
+                        connection(stream, router.clone(), client, limits.request_max, shutdown.clone());
                     connections.spawn(async move {
                         serving.await;
                         drop(slot);
@@ -138,7 +155,35 @@ async fn serve(listener: TcpListener, router: Router, limits: Limits, shutdown: 
     connections.wait().await;
 }
 
-async fn connection(stream: TcpStream, router: Router, request_max: Duration, shutdown: CancellationToken) {
+/// Who has a connection.
+#[derive(Default)]
+struct Client {
+    /// A request of its is being answered.
+    is_served: AtomicBool,
+    closed: CancellationToken,
+}
+
+impl Client {
+    fn is_idle(&self) -> bool {
+        !self.is_served.load(Ordering::Acquire) && !self.closed.is_cancelled()
+    }
+
+    async fn serve(State(client): State<Arc<Self>>, request: Request, next: Next) -> Response {
+        client.is_served.store(true, Ordering::Release);
+        let response = next.run(request).await;
+        client.is_served.store(false, Ordering::Release);
+        response
+    }
+}
+
+async fn connection(
+    stream: TcpStream,
+    router: Router,
+    client: Arc<Client>,
+    request_max: Duration,
+    shutdown: CancellationToken,
+) {
+    let router = router.layer(middleware::from_fn_with_state(client.clone(), Client::serve));
     let stream = Patient { stream, patience: request_max, waiting: None };
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -148,6 +193,7 @@ async fn connection(stream: TcpStream, router: Router, request_max: Duration, sh
     // A client that breaks off is its own affair.
     tokio::select! {
         _ = connection.as_mut() => return,
+        () = client.closed.cancelled() => return,
         () = shutdown.cancelled() => connection.as_mut().graceful_shutdown(),
     }
     let _ = connection.await;

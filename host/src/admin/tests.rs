@@ -8,6 +8,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 
+const TOKEN: &str = "0123456789abcdef0123456789abcdef";
+
 #[derive(Default)]
 struct Redriven(Mutex<Vec<RedriveRequest>>);
 
@@ -82,9 +84,11 @@ async fn run_with(limits: server::Limits) -> Running {
         prometheus: recorder.handle(),
         process: crate::telemetry::Process::default(),
         instance: "this-one".into(),
+        token: TOKEN.into(),
     };
     let shutdown = CancellationToken::new();
-    let config = Config { bind: "127.0.0.1:0".to_owned(), allow_remote: false };
+    let names = vec!["plant-3.example".to_owned()];
+    let config = Config { bind: "127.0.0.1:0".to_owned(), names, ..Config::default() };
     let handle = server::start_with(&config, deps, shutdown.clone(), limits).await.unwrap();
     Running { handle, shutdown, redriven, trouble, status_bytes }
 }
@@ -105,7 +109,7 @@ impl Running {
     async fn post(&self, body: &str, content_type: &str) -> String {
         self.ask(&format!(
             "POST /api/dead-letters/redrive HTTP/1.1\r\nhost: 127.0.0.1:1\r\nconnection: close\r\n\
-             content-type: {content_type}\r\ncontent-length: {}\r\n\r\n{body}",
+             authorization: Bearer {TOKEN}\r\ncontent-type: {content_type}\r\ncontent-length: {}\r\n\r\n{body}",
             body.len()
         ))
         .await
@@ -161,15 +165,44 @@ async fn a_web_page_in_the_browser_cannot_use_it() {
     let running = run().await;
     let answer = running.post("{}", "text/plain").await;
     assert!(answer.starts_with("HTTP/1.1 415"), "{answer}");
-    let rebound = "GET /api/status HTTP/1.1\r\nhost: evil.example:8080\r\nconnection: close\r\n\r\n";
-    assert!(running.ask(rebound).await.starts_with("HTTP/1.1 403"));
-    assert!(running.redriven.0.lock().unwrap().is_empty());
+    let get = |host: &str| format!("GET /api/status HTTP/1.1\r\nhost: {host}\r\n\r\n");
+    // Refused, and the connection closed with it.
+    assert!(running.ask(&get("evil.example:8080")).await.starts_with("HTTP/1.1 403"));
+    for ours in ["10.1.2.3:8080", "[2001:db8::1]", "localhost", "Plant-3.example:80"] {
+        let request = get(ours).replace("\r\n\r\n", "\r\nconnection: close\r\n\r\n");
+        assert!(running.ask(&request).await.starts_with("HTTP/1.1 200"), "{ours}");
+    }
+    for (origin, status) in [("http://evil.example", 403), ("null", 403), ("http://127.0.0.1:1", 200)] {
+        let request = format!(
+            "POST /api/dead-letters/redrive HTTP/1.1\r\nhost: 127.0.0.1:1\r\norigin: {origin}\r\nconnection: close\r\n\
+             authorization: Bearer {TOKEN}\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{{}}"
+        );
+        assert!(running.ask(&request).await.starts_with(&format!("HTTP/1.1 {status}")), "{origin}");
+    }
+    assert_eq!(running.redriven.0.lock().unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn what_acts_takes_the_token_and_looking_does_not() {
+    let running = run().await;
+    for path in ["dead-letters/redrive", "clients/list", "clients/show", "clients/kick"] {
+        for shown in ["", "authorization: Bearer x\r\n", "authorization: Bearer \r\n"] {
+            let request = format!(
+                "POST /api/{path} HTTP/1.1\r\nhost: localhost\r\n{shown}content-type: application/json\r\n\
+                 content-length: 22\r\n\r\n{{\"client_id\":\"pump-1\"}}"
+            );
+            assert!(running.ask(&request).await.starts_with("HTTP/1.1 401"), "{path} {shown}");
+        }
+    }
+    for path in ["/healthz", "/readyz", "/metrics", "/api/status"] {
+        assert!(running.get(path).await.starts_with("HTTP/1.1 200"), "{path}");
+    }
 }
 
 #[tokio::test]
 async fn it_ends_with_the_shutdown_and_a_taken_port_is_named() {
     let running = run().await;
-    let taken = Config { bind: running.handle.address().to_string(), allow_remote: false };
+    let taken = Config { bind: running.handle.address().to_string(), ..Config::default() };
     let deps = run().await;
     let prometheus = metrics::builder().build_recorder().handle();
     let error = start(
@@ -185,6 +218,7 @@ async fn it_ends_with_the_shutdown_and_a_taken_port_is_named() {
             prometheus,
             process: crate::telemetry::Process::default(),
             instance: "other".into(),
+            token: TOKEN.into(),
         },
         CancellationToken::new(),
     )
@@ -196,18 +230,19 @@ async fn it_ends_with_the_shutdown_and_a_taken_port_is_named() {
     running.handle.closed().await;
 }
 
-/// More than there are places for: the last is answered once the others are let go.
+/// More than there are places for, and nobody loses patience with them.
 #[tokio::test]
 async fn clients_that_say_nothing_or_half_a_request_keep_nobody_out() {
-    let limits = server::Limits { connections_max: 64, request_max: Duration::from_millis(50) };
-    let running = run_with(limits).await;
+    let running =
+        run_with(server::Limits { connections_max: 64, request_max: Duration::from_secs(600) }).await;
     let mut slow = Vec::new();
-    for number in 0..65 {
+    for number in 0..130 {
         let mut stream = TcpStream::connect(running.handle.address()).await.unwrap();
         let part = [
             "",
             "GET /healthz HTT",
-            "POST /api/status HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n{",
+            "GET /api/status HTTP/1.1\r\nhost: localhost\r\n\r\nGET /he",
+            "POST /api/clients/list HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n{",
         ];
         stream.write_all(part[number % part.len()].as_bytes()).await.unwrap();
         slow.push(stream);
@@ -234,7 +269,7 @@ async fn a_request_for_another_host_is_not_done() {
     let kick = |instance: &str| {
         format!(
             "POST /api/clients/kick HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\
-             headworks-instance: {instance}\r\ncontent-type: application/json\r\n\
+             headworks-instance: {instance}\r\nauthorization: Bearer {TOKEN}\r\ncontent-type: application/json\r\n\
              content-length: {}\r\n\r\n{body}",
             body.len()
         )

@@ -11,21 +11,24 @@ pub mod run_file;
 mod status;
 mod watchdog;
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::Write;
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use metrics_exporter_prometheus::PrometheusHandle;
+use rustix::fs::Mode;
 use tokio::runtime::Handle;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use self::background::Background;
 use self::banner::{PluginLine, Started, banner};
+use self::run_file::RunFile;
 use crate::access::Authenticator;
 use crate::admin;
 use crate::config::{Config, DEAD_LETTERS, Source};
@@ -67,6 +70,8 @@ pub struct Host {
 
 /// Runs a host until SIGINT, SIGTERM, or a stream that stopped.
 pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
+    // What it writes is for its user alone: messages, sessions, tokens.
+    rustix::process::umask(Mode::from_raw_mode(0o077));
     let process = telemetry::Process::default();
     let prometheus = admin::metrics::install().context("metrics were set up twice in one process")?;
     let data_dir = config.data_dir.clone();
@@ -157,6 +162,9 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
         watch: problems::Watch::default(),
     });
     let watching = tokio::spawn(Arc::clone(&host).watch());
+    let of_file = config.admin.token().map_err(anyhow::Error::msg).context("admin.token_file")?;
+    let is_kept = of_file.is_some();
+    let token = of_file.unwrap_or_else(|| uuid::Uuid::new_v4().simple().to_string());
     let deps = admin::Deps {
         unhealthy: Arc::new({
             let host = Arc::clone(&host);
@@ -183,11 +191,14 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
         prometheus,
         process,
         instance: Arc::clone(&instance),
+        token: token.as_str().into(),
     };
     let stop_admin = CancellationToken::new();
     let admin = admin::start(&config.admin, deps, stop_admin.clone()).await?;
 
-    run_file::write(&data_dir, &instance, listener.addresses(), admin.address())?;
+    let told = if is_kept { String::new() } else { token };
+    let running = RunFile::new(&instance, listener.addresses(), admin.address(), told);
+    run_file::write(&data_dir, &running)?;
     say_started(&config, &source, &host, listener.addresses(), admin.address());
 
     let mut interrupts = signal(SignalKind::interrupt())?;
@@ -311,10 +322,26 @@ fn sink_parts(config: &Config, pipeline: &pipeline::Config, namespace: &Arc<Name
     pipeline.sinks().into_iter().filter_map(part).collect()
 }
 
+/// Takes from everybody else what they may do in the data folder; it may be from before this was so.
+fn make_private(data_dir: &Path) {
+    const OTHERS: u32 = 0o077;
+    /// Of a folder for everybody, such as /tmp.
+    const STICKY: u32 = 0o1000;
+    let Ok(found) = std::fs::metadata(data_dir) else { return };
+    let mode = found.permissions().mode();
+    if mode & OTHERS == 0 || mode & STICKY != 0 {
+        return;
+    }
+    if let Err(error) = std::fs::set_permissions(data_dir, Permissions::from_mode(mode & !OTHERS)) {
+        tracing::warn!(%error, "other users may read the data folder {}: chmod go-rwx it", data_dir.display());
+    }
+}
+
 /// One host a data folder: held until the process ends.
 fn lock(data_dir: &Path) -> anyhow::Result<File> {
     let folder = data_dir.display();
     std::fs::create_dir_all(data_dir).with_context(|| format!("cannot make the data folder {folder}"))?;
+    make_private(data_dir);
     let path = data_dir.join("LOCK");
     let file = File::options().create(true).truncate(false).write(true).open(&path).with_context(|| {
         format!("cannot write to the data folder {folder}: {}: let this user write there, or set another data_dir", path.display())
@@ -423,6 +450,17 @@ mod tests {
         assert!(reads(&after, "new", "p/w") && reads(&after, DEAD_LETTERS, "p/new/dead-letters"));
         assert!(reads(&after, DEAD_LETTERS, "p/dead-letters/dead-letters"), "its redrives");
         assert!(!reads(&after, "new", "p/gone") && !reads(&after, "new", "q/w"));
+    }
+
+    #[test]
+    fn a_data_folder_is_for_its_owner_alone_from_now_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let mode = || std::fs::metadata(folder.path()).unwrap().permissions().mode() & 0o7777;
+        for (before, after) in [(0o755, 0o700), (0o2770, 0o2700), (0o700, 0o700), (0o1777, 0o1777)] {
+            std::fs::set_permissions(folder.path(), Permissions::from_mode(before)).unwrap();
+            drop(lock(folder.path()).unwrap());
+            assert_eq!(mode(), after, "{before:o}");
+        }
     }
 
     #[test]

@@ -1,7 +1,10 @@
 //! `data/run.json`: where the running host listens, for the commands that talk
 //! to it and for whoever started it with port 0.
 
+use std::fs::File;
+use std::io::Write;
 use std::net::SocketAddr;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -19,15 +22,31 @@ pub struct RunFile {
     pub instance: String,
     pub mqtt: Vec<Bind>,
     pub admin: SocketAddr,
+    /// What requests that act show to the admin address. Not there where the config names its file.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub token: String,
 }
 
-/// Written whole or not at all, once everything listens.
-pub fn write(data_dir: &Path, instance: &str, mqtt: &[Bind], admin: SocketAddr) -> anyhow::Result<()> {
-    let file = RunFile { pid: std::process::id(), instance: instance.to_owned(), mqtt: mqtt.to_vec(), admin };
-    let text = serde_json::to_string_pretty(&file)?;
+impl RunFile {
+    /// Of this process.
+    pub fn new(instance: &str, mqtt: &[Bind], admin: SocketAddr, token: String) -> Self {
+        Self { pid: std::process::id(), instance: instance.to_owned(), mqtt: mqtt.to_vec(), admin, token }
+    }
+}
+
+/// Written whole or not at all, once everything listens, and for its owner only to read.
+pub fn write(data_dir: &Path, file: &RunFile) -> anyhow::Result<()> {
+    let text = serde_json::to_string_pretty(file)?;
     let temporary = data_dir.join("run.json.new");
     let put = || {
-        std::fs::write(&temporary, text + "\n")?;
+        // One that a killed run left behind may be for everybody to read.
+        match std::fs::remove_file(&temporary) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let mut file = File::options().write(true).create_new(true).mode(0o600).open(&temporary)?;
+        file.write_all(text.as_bytes())?;
+        file.write_all(b"\n")?;
         std::fs::rename(&temporary, path(data_dir))
     };
     put().with_context(|| format!("cannot write {}", path(data_dir).display()))

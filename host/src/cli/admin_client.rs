@@ -61,6 +61,9 @@ async fn ask<T: DeserializeOwned>(config: &Config, head: &str, body: &str) -> an
     };
     let gone = |why: String| NotRunning(format!("{}: {why}", none()));
     let address = reachable(address);
+    let of_run = || running.as_ref().map(|running| running.token.clone()).filter(|token| !token.is_empty());
+    let token = config.admin.token().map_err(anyhow::Error::msg)?.or_else(of_run);
+    let authorization = token.map(|token| format!("authorization: Bearer {token}\r\n")).unwrap_or_default();
     let instance = match (timeout(ASK_MAX, ask_instance(address)).await, &running) {
         (Ok(Ok(Some(instance))), None) => instance,
         (Ok(Ok(Some(instance))), Some(running)) if instance == running.instance => instance,
@@ -69,8 +72,9 @@ async fn ask<T: DeserializeOwned>(config: &Config, head: &str, body: &str) -> an
         (Ok(Err(error)), None) => bail!(NotRunning(format!("no host runs at {address}: {error}"))),
         (_, None) => bail!("{address} does not answer as headworks does: does something else use the port?"),
     };
-    let request =
-        format!("{head}\r\nhost: {address}\r\n{INSTANCE}: {instance}\r\nconnection: close\r\n\r\n{body}");
+    let request = format!(
+        "{head}\r\nhost: {address}\r\n{INSTANCE}: {instance}\r\n{authorization}connection: close\r\n\r\n{body}"
+    );
     let mut stream = TcpStream::connect(address).await.map_err(|_| none())?;
     stream.write_all(request.as_bytes()).await?;
     let mut answer = Vec::new();

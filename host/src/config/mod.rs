@@ -189,6 +189,7 @@ pub fn load_with_files(path: Option<&Path>) -> Result<Loaded, Error> {
     let (root, config) = (KeyPath::root(), &parsed.config);
     config.mqtt.look(&root.key("mqtt"), &mut problems);
     config.devices.look(&root.key("devices"), &mut problems);
+    config.admin.look(&root.key("admin"), &mut problems);
     for (name, sink) in &config.sinks {
         sink.look(&root.key("sinks").key(name), &mut problems);
     }
