@@ -79,7 +79,7 @@ pub enum Authenticator {
     Plugin(Plugin),
 }
 
-/// A line `user:hash` for each user; read again when it changes. A user made
+/// A line `user:hash` for each user; read again when it changes, if it has any. A user made
 /// with `--scram` may log in by SCRAM-SHA-256 (MQTT 5) too.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -93,7 +93,8 @@ pub struct Passwords {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Jwt {
-    /// Secret for HS256, HS384 and HS512, at least 32 bytes; a newline at its end is left out.
+    /// Secret for HS256, HS384 and HS512, at least 32 bytes; a newline at its end is left out. A key,
+    /// certificate or key set is refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secret_file: Option<PathBuf>,
     /// RSA or EC public key, PEM (`BEGIN PUBLIC KEY`).
@@ -128,7 +129,8 @@ pub struct Certificate {}
 /// `POST {"action": "connect", "client_id", "username", "password", "ip"}`, answered
 /// with 200 and `{"allow": bool, "superuser": bool, "rules": [...], "fields": {...}}`;
 /// without `allow` the next authenticator is asked. Whatever else comes, or
-/// nothing in time, refuses the client as Server Unavailable.
+/// nothing in time, refuses the client as Server Unavailable. It is asked for clients with neither
+/// user name nor password only where the listener has `allow_anonymous`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Http {
@@ -138,6 +140,7 @@ pub struct Http {
     /// the system trusts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ca: Option<PathBuf>,
+    /// For the answer, from the request on.
     #[serde(default = "default_timeout")]
     pub timeout: Period,
     /// An answer is used again for so long; 0s asks each time.
@@ -146,7 +149,7 @@ pub struct Http {
     /// Answers kept.
     #[serde(default = "default_cache_entries_max")]
     pub cache_entries_max: u32,
-    /// Requests at a time; others wait.
+    /// Requests at a time; others wait, by turns among the addresses that clients come from.
     #[serde(default = "default_requests_max")]
     pub requests_max: u32,
 }
@@ -222,7 +225,8 @@ pub struct Limits {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub connections_per_user_max: Option<u32>,
     /// CONNECT packets a second of all clients, with bursts of a second's worth;
-    /// one more is refused (0x9F).
+    /// one more is refused (0x9F), unless it comes from an address (of IPv6: a /64) that
+    /// has had less than its share of this second.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub connects_per_s: Option<u32>,
 }

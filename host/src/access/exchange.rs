@@ -1,7 +1,12 @@
 //! Authentication in more than one round, as MQTT 5's AUTH carries it (4.12).
 
+use std::sync::Arc;
+use std::time::Instant;
+
 use async_trait::async_trait;
 
+use super::fair::Source;
+use super::guesses::Guesses;
 use super::passwords::Passwords;
 use super::{Access, Credentials, Denied, Identity, scram};
 
@@ -20,6 +25,11 @@ pub enum Step {
 #[async_trait]
 pub trait Exchange: Send {
     async fn answer(self: Box<Self>, data: &[u8]) -> Result<Step, Denied>;
+
+    /// Who the client says that it is, where that is known.
+    fn user(&self) -> Option<&str> {
+        None
+    }
 }
 
 /// How one authenticator begins an exchange.
@@ -47,12 +57,15 @@ impl Access {
 
 struct Scram {
     exchange: scram::Exchange,
+    user: String,
+    source: Source,
+    guesses: Arc<Guesses>,
     /// `None` for who does not exist.
-    user: Option<String>,
+    identity: Option<Identity>,
 }
 
 impl Passwords {
-    /// `None`: not a method of passwords.
+    /// SCRAM-SHA-256, for users with a verifier beside their passwords.
     pub async fn begin_exchange(
         &self,
         method: &str,
@@ -66,10 +79,12 @@ impl Passwords {
         if who.username.is_some_and(|username| username != first.user) {
             return Err(Denied::BadCredentials);
         }
-        let (verifier, known) = self.verifier(&first.user).await?;
+        let (verifier, identity) = self.verifier(&first.user).await?;
+        let known = identity.is_some();
         let (exchange, data) =
             scram::Exchange::begin(&first, verifier).ok_or(Denied::Unavailable("random"))?;
-        let exchange = Box::new(Scram { exchange, user: known.then_some(first.user) });
+        let (source, guesses) = (Source::of(who.ip), self.guesses().clone());
+        let exchange = Box::new(Scram { exchange, user: first.user, source, guesses, identity });
         Ok(Some(Begun { known, step: Step::Ask { data: data.into(), exchange } }))
     }
 }
@@ -77,9 +92,18 @@ impl Passwords {
 #[async_trait]
 impl Exchange for Scram {
     async fn answer(self: Box<Self>, data: &[u8]) -> Result<Step, Denied> {
-        let proven = self.exchange.finish(data);
-        let (Some(data), Some(user)) = (proven, self.user) else { return Err(Denied::BadCredentials) };
-        let identity = Identity { name: Some(user.into()), ..Identity::default() };
+        let Self { exchange, user, source, guesses, identity } = *self;
+        tokio::time::sleep(guesses.delay(source, Instant::now())).await;
+        let guess = guesses.begin(source, &user, Instant::now())?;
+        let (Some(data), Some(identity)) = (exchange.finish(data), identity) else {
+            guess.wrong(Instant::now());
+            return Err(Denied::BadCredentials);
+        };
+        guess.right();
         Ok(Step::Done { data: data.into(), identity })
+    }
+
+    fn user(&self) -> Option<&str> {
+        Some(&self.user)
     }
 }

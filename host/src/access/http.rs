@@ -15,11 +15,11 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
-use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
 use super::config;
+use super::fair::{Crowded, Fair, Source};
 use super::recent::Recent;
 use super::watched::Watched;
 use super::{Credentials, Denied, Identity, jwt};
@@ -27,16 +27,20 @@ use crate::telemetry::Failures;
 use crate::trust;
 
 const ANSWER_BYTES_MAX: usize = 1 << 20;
+/// Requests that wait for their turn.
+const WAITING_MAX: usize = 1_024;
 const CA_FILE_BYTES_MAX: u64 = 16 << 20;
 
 pub struct Http {
     config: config::Http,
     uri: Uri,
+    /// It without its query, where keys are.
+    service: String,
     address: Address,
     /// For https.
     trusted: Option<Arc<Watched<TlsConnector>>>,
     answers: Recent<Identity>,
-    requests: Semaphore,
+    requests: Arc<Fair>,
     failures: Failures,
 }
 
@@ -78,6 +82,12 @@ impl Address {
     }
 }
 
+/// What of a URL may be in a log.
+fn service_of(uri: &Uri) -> String {
+    let authority = uri.authority().map_or("", |authority| authority.as_str());
+    format!("{}://{authority}{}", uri.scheme_str().unwrap_or_default(), uri.path())
+}
+
 fn connector(pem: &[u8]) -> Result<TlsConnector, String> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = rustls::ClientConfig::builder_with_provider(provider)
@@ -90,6 +100,7 @@ fn connector(pem: &[u8]) -> Result<TlsConnector, String> {
 impl Http {
     pub fn new(config: &config::Http, failures: Failures) -> Result<Self, String> {
         let address = Address::parse(&config.url)?;
+        let uri: Uri = config.url.parse().map_err(|_| "not a URL".to_owned())?;
         let trusted = address.tls.as_ref().map(|_| {
             let file = trust::ca_file(config.ca.as_deref()).map_err(|reason| format!("{reason} in `ca`"))?;
             Watched::open(&file, CA_FILE_BYTES_MAX, failures.clone(), connector).map(Arc::new)
@@ -97,17 +108,21 @@ impl Http {
         Ok(Self {
             address,
             trusted: trusted.transpose()?,
-            uri: config.url.parse().map_err(|_| "not a URL".to_owned())?,
             answers: Recent::new(config.cache_entries_max as usize, config.cache_ttl.0),
-            requests: Semaphore::new(config.requests_max as usize),
+            requests: Fair::new(config.requests_max as usize),
+            service: service_of(&uri),
+            uri,
             failures,
             config: config.clone(),
         })
     }
 
     /// `None` where the service does not know the client, or cannot be told its
-    /// password: JSON is text.
+    /// password: JSON is text. It is not asked for clients that show nothing, where those are not served.
     pub async fn check(&self, who: &Credentials<'_>) -> Result<Option<Identity>, Denied> {
+        if who.shows_nothing() && !who.allow_anonymous {
+            return Ok(None);
+        }
         let user = who.username.unwrap_or_default();
         let ip = who.ip.to_string();
         let password = who.password.unwrap_or_default();
@@ -121,10 +136,14 @@ impl Http {
             return Ok(Some(identity));
         }
         let unavailable = |kind: &str, reason: &str| {
-            self.failures.report(kind, 1, &format!("{}: {reason}", self.config.url), "");
+            self.failures.report(kind, 1, &format!("{}: {reason}", self.service), "");
             Denied::Unavailable("http")
         };
+        let user = who.username.unwrap_or(who.client_id);
+        let place = self.requests.enter(Source::of(who.ip), user, WAITING_MAX).await;
+        let place = place.map_err(|Crowded| Denied::Unavailable("http"))?;
         let asked = timeout(self.config.timeout.0, self.ask(who)).await;
+        drop(place);
         let answer = asked.unwrap_or_else(|_| Err("no answer in time".to_owned())).map_err(|reason| {
             unavailable("access: the HTTP check did not answer, clients are refused", &reason)
         })?;
@@ -156,7 +175,6 @@ impl Http {
     }
 
     async fn ask(&self, who: &Credentials<'_>) -> Result<Answer, String> {
-        let _turn = self.requests.acquire().await.map_err(|error| error.to_string())?;
         let body = json!({
             "action": "connect",
             "client_id": who.client_id,
@@ -221,6 +239,7 @@ mod tests {
     use tokio::sync::mpsc;
     use tokio_rustls::TlsAcceptor;
 
+    use super::super::watched::put;
     use super::*;
     use crate::access::Entrance;
 
@@ -272,9 +291,9 @@ mod tests {
         let who = who(Some("ann"), b"x", &entrance);
         assert_eq!(check.check(&who).await.unwrap().unwrap().name.as_deref(), Some("ann"));
         // A changed file counts at once; a broken one changes nothing.
-        std::fs::write(&file, "no certificate").unwrap();
+        put(&file, "no certificate");
         assert!(check.check(&who).await.is_ok());
-        std::fs::write(&file, other_pem).unwrap();
+        put(&file, other_pem);
         assert_eq!(check.check(&who).await.err(), Some(Denied::Unavailable("http")));
         serving.abort();
     }
@@ -317,6 +336,7 @@ mod tests {
             username,
             password: Some(password),
             certificate: None,
+            proof: None,
             certificates: &[],
             ip: IpAddr::V4(Ipv4Addr::LOCALHOST),
             entrance,
@@ -340,6 +360,22 @@ mod tests {
         let (http, mut asked) = service().await;
         assert!(http.check(&who(Some("ann"), b"\xff", &Entrance::default())).await.unwrap().is_none());
         assert!(asked.try_recv().is_err());
+    }
+
+    #[test]
+    fn a_services_key_is_no_part_of_its_name() {
+        let of = |url: &str| service_of(&url.parse().unwrap());
+        assert_eq!(of("https://auth:8443/check?api_key=secret"), "https://auth:8443/check");
+    }
+
+    #[tokio::test]
+    async fn a_client_that_shows_nothing_is_asked_for_only_where_such_clients_are_served() {
+        let (http, mut asked) = service().await;
+        let entrance = Entrance::default();
+        let nothing = Credentials { password: None, ..who(None, b"", &entrance) };
+        assert!(http.check(&nothing).await.unwrap().is_none());
+        assert!(asked.try_recv().is_err());
+        assert!(http.check(&Credentials { allow_anonymous: true, ..nothing }).await.unwrap().is_some());
     }
 
     #[test]

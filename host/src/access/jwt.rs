@@ -2,27 +2,33 @@
 //! (algorithms), 7519 (claims), on ring. The algorithm must be of the kind of
 //! the key, so that no key is taken for another's; `none` is not one.
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD, URL_SAFE, URL_SAFE_NO_PAD};
 use ring::hmac;
 use ring::signature::{self, RsaPublicKeyComponents, UnparsedPublicKey};
 use rustls::pki_types::SubjectPublicKeyInfoDer;
 use rustls::pki_types::pem::PemObject;
 use serde::Deserialize;
 use serde_json::{Map, Value};
-use x509_cert::der::Decode;
+use sha2::{Digest, Sha256};
+use x509_cert::der::asn1::AnyRef;
+use x509_cert::der::{Decode, SliceReader, Tag, Tagged};
 use x509_cert::spki::{ObjectIdentifier, SubjectPublicKeyInfoRef};
 
 use super::config::{self, RULES_MAX, Rule};
+use super::standing::Proof;
 use super::watched::Watched;
 use super::{Denied, Identity, rules};
 use crate::telemetry::Failures;
 
 const FILE_BYTES_MAX: u64 = 1 << 20;
 const SECRET_BYTES_MIN: usize = 32;
+const SECRET_DIFFERENT_MIN: usize = 8;
+const OPEN_SSH: [&str; 3] = ["ssh-", "ecdsa-sha2-", "sk-"];
 /// Longer passwords are no tokens.
 const TOKEN_BYTES_MAX: usize = 16 << 10;
 /// Of a connection by a token that ends later.
@@ -36,6 +42,15 @@ const P384: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.132.0.34");
 pub struct Jwt {
     config: config::Jwt,
     keys: Arc<Watched<Vec<Key>>>,
+    /// What [`Authenticate::refresh`](super::Authenticate::refresh) saw last.
+    seen: Mutex<Arc<Vec<Key>>>,
+}
+
+/// The file has the key still that has signed the token.
+#[derive(Debug)]
+struct KeyProof {
+    keys: Arc<Watched<Vec<Key>>>,
+    digest: [u8; 32],
 }
 
 struct Key {
@@ -74,8 +89,13 @@ impl Jwt {
                 (None, None, Some(path)) => (path, key_set),
                 _ => return Err("jwt: exactly one file of keys must be named".to_owned()),
             };
-        let keys = Watched::open(path, FILE_BYTES_MAX, failures, parse)?;
-        Ok(Self { config: config.clone(), keys: Arc::new(keys) })
+        let keys = Arc::new(Watched::open(path, FILE_BYTES_MAX, failures, parse)?);
+        Ok(Self { config: config.clone(), seen: Mutex::new(keys.newest()), keys })
+    }
+
+    /// Whether the file says something else than at the last call. Blocks on the disk.
+    pub fn refresh(&self) -> bool {
+        self.keys.refresh(&self.seen)
     }
 
     /// `None` where the password is not a token.
@@ -84,10 +104,11 @@ impl Jwt {
         let keys = self.keys.clone();
         let keys = super::off_the_reactor(move || keys.get()).await?;
         let now_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let is_signed = keys.iter().any(|key| token.is_signed_by(key));
-        let claims = token.claims.filter(|_| is_signed && token.header.crit.is_none());
-        let claims = claims.ok_or(Denied::BadCredentials)?;
-        self.identity(&claims, now_s).map(Some)
+        let key = keys.iter().find(|key| token.is_signed_by(key)).ok_or(Denied::BadCredentials)?;
+        let claims = token.claims.filter(|_| token.header.crit.is_none());
+        let mut identity = self.identity(&claims.ok_or(Denied::BadCredentials)?, now_s)?;
+        identity.proofs.push(Arc::new(KeyProof { keys: self.keys.clone(), digest: key.digest() }));
+        Ok(Some(identity))
     }
 
     fn identity(&self, claims: &Map<String, Value>, now_s: u64) -> Result<Identity, Denied> {
@@ -125,6 +146,27 @@ impl Jwt {
             valid_until,
             ..Identity::default()
         })
+    }
+}
+
+impl Key {
+    fn digest(&self) -> [u8; 32] {
+        let (kind, parts): (u8, [&[u8]; 2]) = match &self.material {
+            Material::Secret(key) => (0, [key, &[]]),
+            Material::Rsa(key) => (1, [key, &[]]),
+            Material::RsaParts { n, e } => (2, [n, e]),
+            Material::P256(key) => (3, [key, &[]]),
+            Material::P384(key) => (4, [key, &[]]),
+        };
+        let mut digest = Sha256::new_with_prefix([kind]);
+        parts.iter().for_each(|part| digest.update(Sha256::digest(part)));
+        digest.finalize().into()
+    }
+}
+
+impl Proof for KeyProof {
+    fn holds(&self) -> bool {
+        self.keys.newest().iter().any(|key| key.digest() == self.digest)
     }
 }
 
@@ -191,17 +233,52 @@ impl<'t> Token<'t> {
 }
 
 fn secret(bytes: &[u8]) -> Result<Vec<Key>, String> {
-    // Whoever has a public key could sign with it, were it taken for a secret.
-    if bytes.trim_ascii_start().starts_with(b"-----BEGIN ") {
-        let told = "is a PEM file, not a secret: name a public key as public_key_file; \
-                    make a secret of this: openssl rand -base64 48";
-        return Err(told.to_owned());
+    const ADVICE: &str = "name a public key as public_key_file, a key set as jwks_file; \
+                          make a secret of this: openssl rand -base64 48";
+    if let Some(what) = public_material(bytes) {
+        return Err(format!("is {what}, not a secret: {ADVICE}"));
     }
     let secret = bytes.strip_suffix(b"\n").unwrap_or(bytes);
     if secret.len() < SECRET_BYTES_MIN {
         return Err(format!("a secret must have at least {SECRET_BYTES_MIN} bytes, has {}", secret.len()));
     }
+    let different = secret.iter().collect::<BTreeSet<_>>().len();
+    if different < SECRET_DIFFERENT_MIN {
+        return Err(format!("has only {different} different bytes, which can be guessed: {ADVICE}"));
+    }
     Ok(vec![Key { id: None, algorithm: None, material: Material::Secret(secret.to_owned()) }])
+}
+
+/// What a file is that others may have: whoever has it could sign, were it taken for a secret.
+fn public_material(bytes: &[u8]) -> Option<&'static str> {
+    let text = std::str::from_utf8(bytes).unwrap_or_default();
+    let packed: String = text.split_whitespace().collect();
+    let decoded = [&STANDARD, &STANDARD_NO_PAD, &URL_SAFE, &URL_SAFE_NO_PAD];
+    let decoded = decoded.into_iter().find_map(|base64| base64.decode(&packed).ok()).unwrap_or_default();
+    let is_json =
+        |bytes: &[u8]| matches!(serde_json::from_slice(bytes), Ok(Value::Object(_) | Value::Array(_)));
+    let has = |what: &[u8]| bytes.windows(what.len()).any(|at| at == what);
+    if has(b"-----BEGIN ") || has(b"---- BEGIN ") {
+        Some("a PEM file")
+    } else if is_der(bytes) || is_der(&decoded) {
+        Some("a key or a certificate in DER")
+    } else if is_json(bytes) || is_json(&decoded) {
+        Some("JSON")
+    } else if OPEN_SSH.iter().any(|kind| text.trim_start().starts_with(kind)) {
+        Some("a public key of SSH")
+    } else if Token::read(text.trim().as_bytes()).is_some() {
+        Some("a token")
+    } else {
+        None
+    }
+}
+
+/// One SEQUENCE from end to end, as keys and certificates are.
+fn is_der(bytes: &[u8]) -> bool {
+    AnyRef::from_der(bytes).is_ok_and(|whole| {
+        whole.tag() == Tag::Sequence
+            && SliceReader::new(whole.value()).is_ok_and(|mut inner| AnyRef::decode(&mut inner).is_ok())
+    })
 }
 
 fn public_key(bytes: &[u8]) -> Result<Vec<Key>, String> {

@@ -220,3 +220,57 @@ async fn p384_keys_verify_from_pem_and_from_a_key_set() {
         }
     }
 }
+
+#[test]
+fn what_others_may_have_is_no_secret_however_it_is_written() {
+    let authority = headworks_test_certificates::Authority::new("idp");
+    let pem = authority.pem.as_bytes();
+    let der = rustls::pki_types::CertificateDer::from_pem_slice(pem).unwrap().to_vec();
+    let spki = rcgen::KeyPair::from_pem(&authority.key()).unwrap().public_key_pem();
+    let spki = SubjectPublicKeyInfoDer::from_pem_slice(spki.as_bytes()).unwrap().to_vec();
+    let set = json!({"keys": [{"kty": "RSA", "n": encode(vec![7; 256]), "e": "AQAB"}]}).to_string();
+    let base64 = base64::engine::general_purpose::STANDARD.encode(&spki);
+    for (what, bytes) in [
+        ("text before PEM", [b"Certificate:\n    Data:\n", pem].concat()),
+        ("a certificate", der.clone()),
+        ("a public key", spki.clone()),
+        ("base64 of one", base64.clone().into_bytes()),
+        ("in lines", [base64.as_bytes()[..64].to_vec(), base64.as_bytes()[64..].to_vec()].join(&b"\n"[..])),
+        ("for URLs", encode(&spki).into_bytes()),
+        ("a key set", set.clone().into_bytes()),
+        ("a key set in base64", encode(set).into_bytes()),
+        ("a key of SSH", format!("ssh-rsa {base64} idp").into_bytes()),
+        ("a token", hs256(&json!({"sub": "ann", "exp": FAR})).into_bytes()),
+        ("zeros", vec![0; 40]),
+        ("blanks", vec![b' '; 40]),
+        ("a word again and again", b"secret".repeat(9)),
+    ] {
+        assert!(secret(&bytes).is_err(), "{what} is taken for a secret");
+    }
+    for n in 0..=255 {
+        let random = Sha256::digest([n; 4]);
+        assert!(secret(&[&random[..], &random[..]].concat()).is_ok(), "{n}");
+        assert!(secret(base64::engine::general_purpose::STANDARD.encode(random).as_bytes()).is_ok(), "{n}");
+    }
+}
+
+#[tokio::test]
+async fn a_token_stands_as_long_as_the_key_that_signed_it_is_listed() {
+    let key = |secret: &[u8]| json!({"kty": "oct", "k": encode(secret)});
+    let other = [3; 32];
+    let set = |keys: &[Value]| json!({ "keys": keys }).to_string();
+    let (jwt, folder) = open("jwks_file", set(&[key(&other), key(SECRET)]).as_bytes(), json!({}));
+    let token = hs256(&json!({"sub": "ann", "exp": FAR}));
+    let identity = jwt.check(token.as_bytes()).await.unwrap().unwrap();
+    let file = folder.path().join("keys");
+    for (content, holds) in [
+        (set(&[key(SECRET)]), true),
+        (String::new(), true),
+        ("{\"keys\":[".to_owned(), true),
+        (set(&[key(&other)]), false),
+    ] {
+        crate::access::watched::put(&file, &content);
+        jwt.refresh();
+        assert_eq!(identity.proofs[0].holds(), holds, "{content}");
+    }
+}

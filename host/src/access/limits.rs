@@ -5,6 +5,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::config::Limits;
+use super::fair::Source;
+
+/// Addresses that are told apart in one second.
+const SOURCES_MAX: usize = 65_536;
 
 /// A rate with bursts of a second's worth. It may be overdrawn: who has is to
 /// wait until the debt is paid.
@@ -33,16 +37,6 @@ impl Bucket {
         self.filled_at = self.filled_at.max(now);
     }
 
-    /// Takes one, if there is one.
-    pub fn try_take(&mut self, now: Instant) -> bool {
-        self.fill(now);
-        let has = self.tokens >= 1.0;
-        if has {
-            self.tokens -= 1.0;
-        }
-        has
-    }
-
     fn spend(&mut self, count: u64) {
         self.tokens -= count as f64;
     }
@@ -54,6 +48,44 @@ impl Bucket {
     /// Until there is one again.
     fn wait(&self) -> Duration {
         Duration::from_secs_f64(((1.0 - self.tokens) / self.per_s).max(0.0))
+    }
+}
+
+/// CONNECTs a second of all clients. Where they are used up, an address that has had less than its
+/// share in this second still gets one: the others wait until that is paid.
+#[derive(Debug)]
+pub struct Connects {
+    bucket: Bucket,
+    second: Instant,
+    /// In this second.
+    taken: HashMap<Source, u32>,
+}
+
+impl Connects {
+    pub fn new(per_s: u32, now: Instant) -> Self {
+        Self { bucket: Bucket::new(per_s.into(), now), second: now, taken: HashMap::new() }
+    }
+
+    pub fn try_take(&mut self, from: Source, now: Instant) -> bool {
+        if now.saturating_duration_since(self.second) >= Duration::from_secs(1) {
+            self.second = now;
+            self.taken.clear();
+        }
+        self.bucket.fill(now);
+        let is_full = self.taken.len() >= SOURCES_MAX && !self.taken.contains_key(&from);
+        let (per_s, left) = (self.bucket.per_s, self.bucket.tokens);
+        if is_full {
+            return false;
+        }
+        let taken = self.taken.entry(from).or_insert(0);
+        let mine = f64::from(*taken);
+        *taken += 1;
+        let share = per_s / self.taken.len() as f64;
+        let has = left >= 1.0 || (mine < share && left > -per_s);
+        if has {
+            self.bucket.spend(1);
+        }
+        has
     }
 }
 
@@ -163,6 +195,28 @@ mod tests {
         assert!(allowance.wait() > Duration::from_secs(2));
         allowance.fill(start + Duration::from_secs(3_600));
         assert!(!allowance.is_spent());
+    }
+
+    #[test]
+    fn one_address_that_uses_the_connects_up_leaves_the_others_their_share() {
+        let mut now = Instant::now();
+        let source = |n: u8| Source::of([10, 0, 0, n].into());
+        let mut connects = Connects::new(100, now);
+        // Alone it has them all.
+        assert_eq!((0..1_000).filter(|_| connects.try_take(source(1), now)).count(), 100);
+        let mut had = [0; 3];
+        for _ in 0..10 {
+            now += Duration::from_secs(1);
+            for n in 0..1_000 {
+                had[0] += u32::from(connects.try_take(source(1), now));
+                had[1] += u32::from(connects.try_take(source(1), now));
+                if n % 50 == 0 {
+                    had[2] += u32::from(connects.try_take(source(2), now));
+                }
+            }
+        }
+        assert_eq!(had[2], 200, "all that it asked for");
+        assert!((700..=1_000).contains(&(had[0] + had[1])), "{had:?}");
     }
 
     #[test]

@@ -5,17 +5,22 @@
 //! Authenticators are asked in the order of the config until one knows the
 //! client; what none knows is refused, and what no rule allows is forbidden.
 
+mod caution;
 mod config;
 mod exchange;
+mod fair;
+mod guesses;
 mod http;
 mod jwt;
 mod limits;
+mod pace;
 mod passwords;
 mod plugin;
 mod questions;
 mod recent;
 mod rules;
 mod scram;
+mod standing;
 mod watched;
 
 use std::collections::BTreeMap;
@@ -26,14 +31,17 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 
 use self::exchange::Begun;
-use self::limits::{Bucket, Users};
+use self::fair::Source;
+use self::limits::{Connects, Users};
 use self::questions::{Authorize, Questions};
 use self::rules::{Policy, Who};
+use self::standing::{Standing, Standings};
 use crate::plugin::access::AccessEngine;
 use crate::problems::{KeyPath, Problems};
 use crate::telemetry::Failures;
 use crate::topic::TopicFilter;
 
+pub use self::caution::{is_for_all, readable};
 pub use self::config::{Authenticator, Certificate, Config, DeniedPublish, Limits, Overlap, Rule};
 pub use self::exchange::{Exchange, ROUNDS_MAX, Step};
 pub use self::limits::{Allowance, UserPlace};
@@ -43,6 +51,12 @@ pub use self::rules::{Action, Effect, Verdict};
 #[cfg(test)]
 pub use self::scram::client_final;
 pub use self::scram::{ITERATIONS_DEFAULT, ITERATIONS_MAX, ITERATIONS_MIN};
+pub use self::standing::Proof;
+#[cfg(test)]
+pub use self::watched::put as put_file;
+
+/// A user name is stored with each message.
+const NAME_BYTES_MAX: usize = 1_024;
 
 /// What a client shows.
 #[derive(Clone, Copy, Debug)]
@@ -52,6 +66,8 @@ pub struct Credentials<'a> {
     pub password: Option<&'a [u8]>,
     /// The name in the certificate that the TLS handshake has verified.
     pub certificate: Option<&'a str>,
+    /// What that certificate rests on: rights never outlast it, whoever gives them.
+    pub proof: Option<&'a Arc<dyn Proof>>,
     /// What the client showed there, DER, that certificate first. Empty where no
     /// authenticator looks at it: see [`Access::looks_at_certificates`].
     pub certificates: &'a [Box<[u8]>],
@@ -59,6 +75,13 @@ pub struct Credentials<'a> {
     pub entrance: &'a Entrance,
     /// The listener serves clients that show nothing.
     pub allow_anonymous: bool,
+}
+
+impl Credentials<'_> {
+    /// A certificate apart.
+    pub fn shows_nothing(&self) -> bool {
+        self.username.is_none() && self.password.is_none()
+    }
 }
 
 /// Where clients come in.
@@ -89,6 +112,8 @@ pub struct Identity {
     pub device: Option<Box<str>>,
     /// The connection ends then.
     pub valid_until: Option<Instant>,
+    /// And when one of these holds no longer.
+    pub proofs: Vec<Arc<dyn Proof>>,
     /// Who is asked where `rules` say so.
     authorizer: Option<Arc<dyn Authorize>>,
 }
@@ -98,6 +123,8 @@ pub struct Identity {
 pub enum Denied {
     BadCredentials,
     NotAuthorized,
+    /// So many wrong passwords came from there that this one is not looked at yet.
+    TooMany,
     /// No authenticator has this method.
     BadMethod,
     /// Who would know cannot be asked now.
@@ -110,6 +137,12 @@ pub trait Authenticate: Send + Sync {
     /// `Ok(None)`: not a client of its; the next is asked. An error ends the
     /// search: the client is of its, and refused, or it cannot tell.
     async fn authenticate(&self, who: &Credentials<'_>) -> Result<Option<Identity>, Denied>;
+
+    /// Looks whether the file that it knows clients by has changed; true where it now says something
+    /// else. Blocks on the disk.
+    fn refresh(&self) -> bool {
+        false
+    }
 
     /// Begins an exchange by `method`. `Ok(None)`: not a method of its.
     async fn begin(
@@ -145,6 +178,8 @@ pub struct Admitted {
     policy: Policy,
     /// Where the rules ask.
     questions: Option<Box<Questions>>,
+    /// Where the identity rests on something that can change.
+    standing: Option<Box<Standing>>,
 }
 
 pub struct Access {
@@ -153,7 +188,8 @@ pub struct Access {
     authenticators: Vec<Box<dyn Authenticate>>,
     limits: Limits,
     users: Users,
-    connects: Option<Mutex<Bucket>>,
+    standings: Standings,
+    connects: Option<Mutex<Connects>>,
     publishes: Option<Mutex<Allowance>>,
     wait_max: Duration,
 }
@@ -203,6 +239,11 @@ impl Admitted {
         self.questions.as_ref().is_some_and(|questions| questions.narrowed)
     }
 
+    /// What let the client in does so no longer.
+    pub fn is_revoked(&self) -> bool {
+        self.standing.as_ref().is_some_and(|standing| standing.is_revoked())
+    }
+
     /// Asks, unless a call runs already: its end comes first.
     pub fn ask(&mut self, act: Act, topics: Vec<Box<str>>) {
         if let Some(questions) = &mut self.questions {
@@ -249,7 +290,8 @@ impl Access {
             config: config.cloned(),
             authenticators: authenticators.map(|one| open(one, deps)).collect::<Result<_, _>>()?,
             users: Users::default(),
-            connects: limits.connects_per_s.map(|per_s| Mutex::new(Bucket::new(per_s.into(), now))),
+            standings: Standings::default(),
+            connects: limits.connects_per_s.map(|per_s| Mutex::new(Connects::new(per_s, now))),
             publishes: Allowance::of_all(limits, now).map(Mutex::new),
             wait_max: deps.wait_max,
             limits: limits.clone(),
@@ -257,18 +299,28 @@ impl Access {
     }
 
     pub async fn admit(&self, who: &Credentials<'_>) -> Result<Admitted, Denied> {
-        if self.config.is_none() {
-            let name = who.username.map(Into::into);
-            return Ok(self.rights(Identity { name, ..Identity::default() }, who.client_id));
-        }
-        let identity = self.identify(who).await?;
-        Ok(self.rights(identity, who.client_id))
+        let identity = match &self.config {
+            Some(_) => self.identify(who).await?,
+            // Nobody has checked the user name that it gives.
+            None => Identity { name: who.certificate.map(Into::into), ..Identity::default() },
+        };
+        Ok(self.rights(identity, who.client_id, who.proof))
     }
 
-    /// What a client may do that is known.
-    pub fn rights(&self, mut identity: Identity, client_id: &str) -> Admitted {
+    /// What a client may do that is known; `proof` is that of its certificate.
+    pub fn rights(
+        &self,
+        mut identity: Identity,
+        client_id: &str,
+        proof: Option<&Arc<dyn Proof>>,
+    ) -> Admitted {
+        if let Some(proof) = proof {
+            identity.valid_until = identity.valid_until.into_iter().chain(proof.valid_until()).min();
+            identity.proofs.push(proof.clone());
+        }
         let Some(config) = &self.config else {
-            return Admitted { identity: Box::new(identity), policy: Policy::everything(), questions: None };
+            let (identity, policy) = (Box::new(identity), Policy::everything());
+            return Admitted { identity, policy, questions: None, standing: None };
         };
         if let Some(known) = identity.name.as_deref().and_then(|name| config.users.get(name)) {
             identity.fields.extend(known.clone());
@@ -284,16 +336,44 @@ impl Access {
         let questions = authorizer
             .zip(identity.name.as_ref())
             .map(|(authorizer, name)| Box::new(Questions::new(authorizer, name, client_id, self.wait_max)));
-        Admitted { identity: Box::new(identity), policy, questions }
+        Admitted { identity: Box::new(identity), policy, questions, standing: None }
+    }
+
+    /// From now on `wake` is called when what let the client in does so no longer.
+    pub fn watch(&self, rights: &mut Admitted, wake: impl Fn() + Send + Sync + 'static) {
+        let proofs = std::mem::take(&mut rights.identity.proofs);
+        rights.standing = (!proofs.is_empty()).then(|| Box::new(self.standings.enter(proofs, wake)));
+    }
+
+    /// Looks at what let the connected clients in, and ends those that it lets in no longer.
+    pub fn recheck(&self) {
+        let clients = self.standings.recheck();
+        if clients > 0 {
+            tracing::info!(clients, "access: what let these clients in has changed: they are disconnected");
+        }
+    }
+
+    /// Reads the files that clients are known by where they have changed. Blocks on the disk.
+    pub fn refresh(&self) {
+        let changed = self.authenticators.iter().filter(|authenticator| authenticator.refresh()).count();
+        if changed > 0 {
+            self.recheck();
+        }
     }
 
     async fn identify(&self, who: &Credentials<'_>) -> Result<Identity, Denied> {
         for authenticator in &self.authenticators {
             if let Some(identity) = authenticator.authenticate(who).await? {
-                return Ok(identity);
+                let is_name =
+                    |name: &Arc<str>| name.len() <= NAME_BYTES_MAX && !name.chars().any(char::is_control);
+                return if identity.name.iter().all(is_name) {
+                    Ok(identity)
+                } else {
+                    Err(Denied::BadCredentials)
+                };
             }
         }
-        if who.username.is_none() && who.password.is_none() {
+        if who.shows_nothing() {
             return if who.allow_anonymous { Ok(Identity::default()) } else { Err(Denied::NotAuthorized) };
         }
         for authenticator in &self.authenticators {
@@ -323,10 +403,11 @@ impl Access {
         authenticators.iter().any(|one| matches!(one, Authenticator::Plugin(_)))
     }
 
-    /// Whether one more CONNECT is within `connects_per_s`.
-    pub fn may_connect(&self) -> bool {
+    /// Whether one more CONNECT from there is within `connects_per_s`.
+    pub fn may_connect(&self, ip: IpAddr) -> bool {
         let Some(connects) = &self.connects else { return true };
-        connects.lock().unwrap_or_else(PoisonError::into_inner).try_take(Instant::now())
+        let mut connects = connects.lock().unwrap_or_else(PoisonError::into_inner);
+        connects.try_take(Source::of(ip), Instant::now())
     }
 
     /// A place of the user's, empty where there is no bound; `None` where the
@@ -379,7 +460,7 @@ fn open(config: &Authenticator, deps: &Deps<'_>) -> Result<Box<dyn Authenticate>
     let failures = deps.failures.clone();
     Ok(match config {
         Authenticator::Passwords(config) => {
-            Box::new(passwords::Passwords::open(config, deps.secret, failures)?)
+            Box::new(passwords::Passwords::open(config, deps.secret, deps.wait_max, failures)?)
         }
         Authenticator::Jwt(config) => Box::new(jwt::Jwt::open(config, failures)?),
         Authenticator::Certificate(config) => Box::new(config.clone()),
@@ -395,11 +476,12 @@ fn open(config: &Authenticator, deps: &Deps<'_>) -> Result<Box<dyn Authenticate>
 impl Authenticate for passwords::Passwords {
     async fn authenticate(&self, who: &Credentials<'_>) -> Result<Option<Identity>, Denied> {
         let (Some(user), Some(password)) = (who.username, who.password) else { return Ok(None) };
-        match self.check(user, password).await? {
-            None => Ok(None),
-            Some(true) => Ok(Some(Identity { name: Some(user.into()), ..Identity::default() })),
-            Some(false) => Err(Denied::BadCredentials),
-        }
+        let source = Source::of(who.ip);
+        self.check(passwords::Asker { user, source }, password).await
+    }
+
+    fn refresh(&self) -> bool {
+        self.refresh()
     }
 
     async fn begin(&self, method: &str, data: &[u8], who: &Credentials<'_>) -> Result<Option<Begun>, Denied> {
@@ -407,7 +489,8 @@ impl Authenticate for passwords::Passwords {
     }
 
     async fn pretend(&self, who: &Credentials<'_>) -> Result<bool, Denied> {
-        passwords::Passwords::pretend(self, who.password.unwrap_or_default()).await.map(|()| true)
+        let asker = passwords::Asker { user: who.username.unwrap_or_default(), source: Source::of(who.ip) };
+        passwords::Passwords::pretend(self, asker, who.password.unwrap_or_default()).await.map(|()| true)
     }
 }
 
@@ -418,6 +501,10 @@ impl Authenticate for jwt::Jwt {
             Some(password) => self.check(password).await,
             None => Ok(None),
         }
+    }
+
+    fn refresh(&self) -> bool {
+        self.refresh()
     }
 }
 

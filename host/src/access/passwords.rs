@@ -1,32 +1,36 @@
 //! The password file: a line `user:$argon2id$...` for each user, with
 //! `:SCRAM-SHA-256$...` behind it for who may log in by SCRAM too.
 //!
-//! Argon2 is slow on purpose, so it runs on a few threads, with a bounded queue
-//! before them, and a password that was right lately is known again by a keyed
-//! hash. A user that does not exist costs as much as one that does.
+//! Argon2 is slow on purpose, so it runs on a few threads that clients take in turns, with a
+//! bounded queue before them. A password that was right or wrong lately is known again by a keyed
+//! hash. A user that does not exist is refused as late as one that does, and costs nothing.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use argon2::password_hash::phc::PasswordHash;
 use argon2::password_hash::{PasswordHasher, PasswordVerifier};
 use argon2::{Argon2, Params};
-use tokio::sync::Semaphore;
+use sha2::{Digest, Sha256};
 
-use super::Denied;
 use super::config;
-use super::recent::Recent;
+use super::fair::{Fair, Place, Source};
+use super::guesses::{Guesses, Trying};
+use super::pace::Pace;
+use super::recent::{Fingerprint, Recent};
 use super::scram::Verifier;
+use super::standing::Proof;
 use super::watched::Watched;
+use super::{Denied, Identity};
 use crate::telemetry::Failures;
 
 const FILE_BYTES_MAX: u64 = 64 << 20;
-/// Verifications that run or wait; one more is refused as Server Unavailable.
+/// Verifications that wait at the most, however fast they are.
 const QUEUE_MAX: usize = 1_024;
-/// A right password is taken for right again so long, unless the user's line changes.
-const RIGHT_FOR: Duration = Duration::from_secs(300);
-const RIGHT_MAX: usize = 100_000;
+/// A password is known for right or wrong so long, unless the user's line changes.
+const KNOWN_FOR: Duration = Duration::from_secs(300);
+const KNOWN_MAX: usize = 100_000;
 /// More memory, in KiB, more passes and lanes are refused: each connect would cost them.
 const MEMORY_KIB_MAX: u32 = 256 << 10;
 const PASSES_MAX: u32 = 16;
@@ -43,74 +47,195 @@ struct Entry {
 }
 
 /// The file as it is read.
+#[derive(Debug)]
 struct Loaded {
     users: Users,
     /// Of the users with a verifier: who does not exist is given one of these.
     iterations: Vec<u32>,
+    /// One that costs the most.
+    costliest: Arc<str>,
 }
 
 pub struct Passwords {
     file: Arc<Watched<Loaded>>,
+    /// What [`Authenticate::refresh`](super::Authenticate::refresh) saw last.
+    seen: Mutex<Arc<Loaded>>,
     /// Decoys for SCRAM come from it.
     secret: [u8; 32],
-    /// Verified for users that do not exist.
-    decoy: Arc<str>,
     right: Recent<()>,
-    queue: Arc<Semaphore>,
-    threads: Arc<Semaphore>,
+    wrong: Recent<()>,
+    /// Passwords that are looked at now.
+    trying: Trying,
+    guesses: Arc<Guesses>,
+    /// Of verifications at a time.
+    places: Arc<Fair>,
+    threads: usize,
+    pace: Mutex<Pace>,
+    /// A client that waits longer has gone.
+    wait_max: Duration,
+}
+
+/// Who shows a password, and where.
+#[derive(Clone, Copy)]
+pub struct Asker<'a> {
+    pub user: &'a str,
+    pub source: Source,
+}
+
+/// The user's line is as it was.
+#[derive(Debug)]
+struct LineProof {
+    file: Arc<Watched<Loaded>>,
+    user: Box<str>,
+    digest: [u8; 32],
 }
 
 impl Passwords {
-    pub fn open(config: &config::Passwords, secret: &[u8; 32], failures: Failures) -> Result<Self, String> {
+    pub fn open(
+        config: &config::Passwords,
+        secret: &[u8; 32],
+        wait_max: Duration,
+        failures: Failures,
+    ) -> Result<Self, String> {
         let load = |bytes: &[u8]| {
             let users = Users::parse(bytes)?;
+            let costliest = users.0.values().max_by_key(|entry| cost(&entry.hash)).map(|entry| &*entry.hash);
+            // Written by who had no room for it, or not written yet.
+            let costliest = costliest.ok_or("has no user: add one with `headworks passwd`")?.into();
             let scram = users.0.values().filter_map(|entry| entry.scram.as_ref());
-            let iterations = scram.map(|scram| scram.iterations).collect();
-            Ok(Loaded { users, iterations })
+            let iterations = scram.map(|scram| scram.iterations).collect::<BTreeSet<_>>();
+            Ok(Loaded { iterations: iterations.into_iter().collect(), costliest, users })
         };
-        let file = Watched::open(&config.file, FILE_BYTES_MAX, failures, load)?;
-        let decoy = hash(b"nobody's")?;
+        let file = Arc::new(Watched::open(&config.file, FILE_BYTES_MAX, failures, load)?);
+        let costliest = &file.newest().costliest;
+        let (begun, mut pace) = (Instant::now(), Pace::default());
+        is_password_of(costliest, b"nobody's");
+        pace.note(cost(costliest), begun.elapsed(), Instant::now());
         let threads = std::thread::available_parallelism().map_or(1, |cores| cores.get().div_ceil(2));
         Ok(Self {
-            file: Arc::new(file),
+            seen: Mutex::new(file.newest()),
+            file,
             secret: *secret,
-            decoy: decoy.into(),
-            right: Recent::new(RIGHT_MAX, RIGHT_FOR),
-            queue: Arc::new(Semaphore::new(QUEUE_MAX)),
-            threads: Arc::new(Semaphore::new(threads)),
+            right: Recent::new(KNOWN_MAX, KNOWN_FOR),
+            wrong: Recent::new(KNOWN_MAX, KNOWN_FOR),
+            trying: Trying::default(),
+            guesses: Arc::new(Guesses::new()),
+            places: Fair::new(threads),
+            threads,
+            pace: Mutex::new(pace),
+            wait_max,
         })
     }
 
-    /// Whether the password is right; `None` where the file does not have the user.
-    pub async fn check(&self, user: &str, password: &[u8]) -> Result<Option<bool>, Denied> {
+    /// The user, where the password is right; `None` where the file does not have the user.
+    pub async fn check(&self, who: Asker<'_>, password: &[u8]) -> Result<Option<Identity>, Denied> {
         let file = self.loaded().await?;
-        let Some(Entry { hash, .. }) = file.users.0.get(user) else { return Ok(None) };
-        let fingerprint = self.right.fingerprint(&[user.as_bytes(), password, hash.as_bytes()]);
-        if self.right.get(&fingerprint, Instant::now()).is_some() {
-            return Ok(Some(true));
+        let Some(Entry { hash, .. }) = file.users.0.get(who.user) else { return Ok(None) };
+        let is_right = self.try_password(who, password, hash, &file.costliest).await?;
+        if is_right { Ok(self.identity(&file, who.user)) } else { Err(Denied::BadCredentials) }
+    }
+
+    /// Refuses as [`Self::check`] does a user that exists, in no less time.
+    pub async fn pretend(&self, who: Asker<'_>, password: &[u8]) -> Result<(), Denied> {
+        let file = self.loaded().await?;
+        self.try_password(who, password, "", &file.costliest).await.map(drop)
+    }
+
+    /// `hash` is empty for a user that does not exist.
+    async fn try_password(
+        &self,
+        who: Asker<'_>,
+        password: &[u8],
+        hash: &str,
+        costliest: &Arc<str>,
+    ) -> Result<bool, Denied> {
+        let fingerprint = self.right.fingerprint(&[who.user.as_bytes(), password, hash.as_bytes()]);
+        if let Some(known) = self.known(&fingerprint) {
+            return Ok(known);
         }
-        let is_right = self.verify(hash.as_str().into(), password).await?;
+        let tried = self.trying.enter(fingerprint);
+        let now = Instant::now();
+        // The same password by several at a time is one guess.
+        let guess = if tried.is_first { Some(self.guesses.begin(who.source, who.user, now)?) } else { None };
+        tokio::time::sleep(self.guesses.delay(who.source, now)).await;
+        let begun = Instant::now();
+        let is_right = if hash.is_empty() {
+            false
+        } else {
+            let place = self.place(who).await?;
+            // Found out meanwhile by others, who waited before.
+            if let Some(known) = self.known(&fingerprint) {
+                return Ok(known);
+            }
+            self.verify(place, hash.into(), password).await?
+        };
         if is_right {
             self.right.put(fingerprint, (), Instant::now());
+            if let Some(guess) = guess {
+                guess.right();
+            }
+            return Ok(true);
         }
-        Ok(Some(is_right))
+        self.wrong.put(fingerprint, (), Instant::now());
+        if let Some(guess) = guess {
+            guess.wrong(Instant::now());
+        }
+        if cost(hash) < cost(costliest) {
+            self.take_as_long(begun, who, costliest, password).await?;
+        }
+        Ok(false)
     }
 
-    /// Takes as long as to refuse a user that exists.
-    pub async fn pretend(&self, password: &[u8]) -> Result<(), Denied> {
-        let file = self.loaded().await?;
-        let first = file.users.0.values().next();
-        let hash = first.map_or(self.decoy.clone(), |entry| entry.hash.as_str().into());
-        self.verify(hash, password).await.map(drop)
+    fn known(&self, fingerprint: &Fingerprint) -> Option<bool> {
+        let now = Instant::now();
+        let is_right = self.right.get(fingerprint, now).map(|()| true);
+        is_right.or_else(|| self.wrong.get(fingerprint, now).map(|()| false))
     }
 
-    /// What proves the user's password, and whether there is one: for who has
+    /// Returns when a user with the costliest hash would be refused that came at `begun`. Now and then it
+    /// computes that hash, to know how long it takes; clients that nobody knows cost no more.
+    async fn take_as_long(
+        &self,
+        begun: Instant,
+        who: Asker<'_>,
+        costliest: &Arc<str>,
+        password: &[u8],
+    ) -> Result<(), Denied> {
+        let cost = cost(costliest);
+        if self.pace().is_due(cost, Instant::now()) {
+            let place = self.place(who).await?;
+            return self.verify(place, costliest.clone(), password).await.map(drop);
+        }
+        let turns = self.places.turns_before(who.source).div_ceil(self.threads);
+        let waits = self.pace().mean() * u32::try_from(turns).unwrap_or(u32::MAX);
+        let until = begun + self.pace().expected(cost) + waits;
+        tokio::time::sleep_until(until.into()).await;
+        Ok(())
+    }
+
+    /// What proves the user's password, and who has proved it: for who has
     /// none it is one that nothing proves, made at the same cost.
-    pub async fn verifier(&self, user: &str) -> Result<(Verifier, bool), Denied> {
+    pub async fn verifier(&self, user: &str) -> Result<(Verifier, Option<Identity>), Denied> {
         let file = self.loaded().await?;
         let decoy = Verifier::decoy(&self.secret, user, &file.iterations);
         let known = file.users.0.get(user).and_then(|entry| entry.scram.clone());
-        Ok(known.map_or((decoy, false), |verifier| (verifier, true)))
+        Ok(known.map_or((decoy, None), |verifier| (verifier, self.identity(&file, user))))
+    }
+
+    /// The user that `file` has, for as long as its line stays as it is there.
+    fn identity(&self, file: &Loaded, user: &str) -> Option<Identity> {
+        let digest = file.digest_of(user)?;
+        let proof = LineProof { file: self.file.clone(), user: user.into(), digest };
+        Some(Identity { name: Some(user.into()), proofs: vec![Arc::new(proof)], ..Identity::default() })
+    }
+
+    pub fn guesses(&self) -> &Arc<Guesses> {
+        &self.guesses
+    }
+
+    /// Whether the file says something else than at the last call. Blocks on the disk.
+    pub fn refresh(&self) -> bool {
+        self.file.refresh(&self.seen)
     }
 
     async fn loaded(&self) -> Result<Arc<Loaded>, Denied> {
@@ -118,18 +243,48 @@ impl Passwords {
         super::off_the_reactor(move || file.get()).await
     }
 
-    async fn verify(&self, hash: Arc<str>, password: &[u8]) -> Result<bool, Denied> {
-        let place = self.queue.clone().try_acquire_owned().map_err(|_| Denied::Unavailable("passwords"))?;
-        let turn = self.threads.clone().acquire_owned().await.expect("the semaphore is never closed");
-        let password = password.to_owned();
-        // Both go with the work: it runs on when its client has gone.
-        super::off_the_reactor(move || {
-            let _held = (place, turn);
-            let hash = PasswordHash::new(&hash);
-            hash.is_ok_and(|hash| Argon2::default().verify_password(&password, &hash).is_ok())
-        })
-        .await
+    /// A place to verify in, once it is its turn: as many wait as are served before they have gone.
+    async fn place(&self, who: Asker<'_>) -> Result<Place, Denied> {
+        let served = self.wait_max.div_duration_f64(self.pace().mean()) as usize;
+        let waiting_max = served.saturating_mul(self.threads).clamp(self.threads, QUEUE_MAX);
+        let place = self.places.enter(who.source, who.user, waiting_max).await;
+        place.map_err(|_| Denied::Unavailable("passwords"))
     }
+
+    async fn verify(&self, place: Place, hash: Arc<str>, password: &[u8]) -> Result<bool, Denied> {
+        let (password, verified) = (password.to_owned(), hash.clone());
+        // The place goes with the work: it runs on when its client has gone.
+        let work = move || {
+            let _held = place;
+            let begun = Instant::now();
+            (is_password_of(&verified, &password), begun.elapsed())
+        };
+        let (is_right, took) = super::off_the_reactor(work).await?;
+        self.pace().note(cost(&hash), took, Instant::now());
+        Ok(is_right)
+    }
+
+    fn pace(&self) -> MutexGuard<'_, Pace> {
+        lock(&self.pace)
+    }
+}
+
+impl Loaded {
+    fn digest_of(&self, user: &str) -> Option<[u8; 32]> {
+        let Entry { hash, scram } = self.users.0.get(user)?;
+        let scram = scram.as_ref().map(Verifier::to_string).unwrap_or_default();
+        Some(Sha256::digest(format!("{hash}:{scram}")).into())
+    }
+}
+
+impl Proof for LineProof {
+    fn holds(&self) -> bool {
+        self.file.newest().digest_of(&self.user) == Some(self.digest)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Users {
@@ -168,6 +323,10 @@ impl Users {
         Ok(self.0.insert(user.to_owned(), entry).is_some())
     }
 
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.keys().map(String::as_str)
+    }
+
     /// False where there is no such user.
     pub fn remove(&mut self, user: &str) -> bool {
         self.0.remove(user).is_some()
@@ -192,6 +351,18 @@ fn check_user(user: &str) -> Result<(), String> {
     Ok(())
 }
 
+/// Takes long.
+fn is_password_of(hash: &str, password: &[u8]) -> bool {
+    let hash = PasswordHash::new(hash);
+    hash.is_ok_and(|hash| Argon2::default().verify_password(password, &hash).is_ok())
+}
+
+/// What verifying it takes, to compare; 0 of what is no hash.
+fn cost(hash: &str) -> u64 {
+    let parameters = PasswordHash::new(hash).ok().and_then(|hash| Params::try_from(&hash).ok());
+    parameters.map_or(0, |it| u64::from(it.m_cost()) * u64::from(it.t_cost()))
+}
+
 fn check_hash(hash: &str) -> Result<(), String> {
     let parsed = PasswordHash::new(hash).ok().filter(|hash| hash.algorithm.as_str() == "argon2id");
     let wanted = "must be an argon2id hash, as `headworks passwd` makes it";
@@ -213,6 +384,7 @@ fn hash(password: &[u8]) -> Result<String, String> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::watched::put;
     use super::*;
 
     fn users(pairs: &[(&str, &str)]) -> String {
@@ -225,26 +397,96 @@ mod tests {
 
     fn open(path: &std::path::Path) -> Passwords {
         let config = config::Passwords { file: path.to_owned() };
-        Passwords::open(&config, &[7; 32], Failures::default()).unwrap()
+        Passwords::open(&config, &[7; 32], Duration::from_secs(10), Failures::default()).unwrap()
+    }
+
+    async fn check(passwords: &Passwords, user: &str, password: &str) -> Option<bool> {
+        match passwords.check(asker(user), password.as_bytes()).await {
+            Ok(identity) => identity.map(|_| true),
+            Err(Denied::BadCredentials) => Some(false),
+            Err(denied) => panic!("{denied:?}"),
+        }
+    }
+
+    fn asker(user: &str) -> Asker<'_> {
+        Asker { user, source: Source::of([127, 0, 0, 1].into()) }
     }
 
     #[tokio::test]
-    async fn a_changed_file_counts_at_once_and_a_broken_one_changes_nothing() {
+    async fn a_changed_file_counts_and_a_broken_or_emptied_one_changes_nothing() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("passwords");
-        std::fs::write(&path, users(&[("ann", "old")])).unwrap();
+        put(&path, users(&[("ann", "old")]));
         let passwords = open(&path);
-        assert_eq!(passwords.check("ann", b"old").await, Ok(Some(true)));
-        assert_eq!(passwords.check("ann", b"old").await, Ok(Some(true)));
-        assert_eq!(passwords.check("ann", b"new").await, Ok(Some(false)));
-        assert_eq!(passwords.check("bob", b"old").await, Ok(None));
-        std::fs::write(&path, users(&[("ann", "new"), ("bob", "b")])).unwrap();
-        assert_eq!(passwords.check("ann", b"old").await, Ok(Some(false)));
-        assert_eq!(passwords.check("ann", b"new").await, Ok(Some(true)));
-        std::fs::write(&path, "ann:secret\n").unwrap();
-        assert_eq!(passwords.check("bob", b"b").await, Ok(Some(true)));
+        let proofs = passwords.check(asker("ann"), b"old").await.unwrap().unwrap().proofs;
+        for _ in 0..2 {
+            assert_eq!(check(&passwords, "ann", "old").await, Some(true));
+            assert_eq!(check(&passwords, "ann", "new").await, Some(false));
+        }
+        assert_eq!(check(&passwords, "bob", "old").await, None);
+        for broken in ["ann:secret\n", "", "# nobody\n"] {
+            put(&path, broken);
+            assert_eq!(check(&passwords, "ann", "old").await, Some(true), "{broken:?}");
+            assert!(!passwords.refresh() && proofs[0].holds());
+        }
+        put(&path, users(&[("ann", "new"), ("bob", "b")]));
+        assert!(passwords.refresh() && !passwords.refresh());
+        assert!(!proofs[0].holds(), "her line is another");
+        assert_eq!(check(&passwords, "ann", "old").await, Some(false));
+        assert_eq!(check(&passwords, "ann", "new").await, Some(true));
         std::fs::remove_file(&path).unwrap();
-        assert_eq!(passwords.check("ann", b"new").await, Ok(Some(true)));
+        assert_eq!(check(&passwords, "bob", "b").await, Some(true));
+    }
+
+    #[tokio::test]
+    async fn a_wrong_password_is_verified_once_however_many_show_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("passwords");
+        put(&path, users(&[("ann", "new")]));
+        let passwords = open(&path);
+        let first = check(&passwords, "ann", "old").await;
+        // Nothing is free any more: who would verify waits.
+        let mut held = Vec::new();
+        for _ in 0..passwords.threads {
+            held.push(passwords.places.enter(asker("x").source, "x", 0).await.ok().unwrap());
+        }
+        for user in ["ann", "ann"] {
+            assert_eq!((first, check(&passwords, user, "old").await), (Some(false), Some(false)));
+        }
+        let both = [check(&passwords, "ann", "x"), check(&passwords, "ann", "x")];
+        let mut both = futures_util::future::join_all(both);
+        assert!(futures_util::poll!(&mut both).is_pending());
+        drop(held);
+        assert_eq!(both.await, [Some(false), Some(false)]);
+        // Both together were one guess more.
+        for guess in ["1", "2", "3"] {
+            assert_eq!(check(&passwords, "ann", guess).await, Some(false));
+        }
+        assert_eq!(passwords.check(asker("ann"), b"4").await.err(), Some(Denied::TooMany));
+        assert_eq!(check(&passwords, "ann", "old").await, Some(false), "no guess: it is known");
+    }
+
+    #[tokio::test]
+    async fn users_that_do_not_exist_cost_no_place_and_are_refused_as_late_as_the_costliest() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("passwords");
+        put(&path, users(&[("ann", "a")]));
+        let passwords = open(&path);
+        let (cost, never_due) = (cost(&passwords.file.newest().costliest), Instant::now() + KNOWN_FOR);
+        passwords.pace().note(cost, Duration::from_millis(50), never_due);
+        let mut held = Vec::new();
+        for _ in 0..passwords.threads {
+            held.push(passwords.places.enter(asker("x").source, "x", 0).await.ok().unwrap());
+        }
+        let begun = Instant::now();
+        for user in ["eve", "mallory"] {
+            passwords.pretend(asker(user), b"x").await.unwrap();
+        }
+        assert!(begun.elapsed() >= Duration::from_millis(100), "{:?}", begun.elapsed());
+        for guess in [&b"1"[..], b"2", b"3", b"4"] {
+            passwords.pretend(asker("eve"), guess).await.unwrap();
+        }
+        assert_eq!(passwords.pretend(asker("eve"), b"5").await, Err(Denied::TooMany));
     }
 
     #[tokio::test]
@@ -254,18 +496,18 @@ mod tests {
         let mut users = Users::default();
         users.set("ann", "old", Some(5_000)).unwrap();
         users.set("bob", "b", None).unwrap();
-        std::fs::write(&path, users.to_text()).unwrap();
+        put(&path, users.to_text());
         let passwords = open(&path);
         let (old, known) = passwords.verifier("ann").await.unwrap();
-        assert!(known);
+        assert!(known.is_some());
         let (decoy, known) = passwords.verifier("bob").await.unwrap();
-        assert!(!known && decoy.iterations == 5_000);
+        assert!(known.is_none() && decoy.iterations == 5_000);
         let mut users = Users::parse(&std::fs::read(&path).unwrap()).unwrap();
         users.set("ann", "new", None).unwrap();
-        std::fs::write(&path, users.to_text()).unwrap();
+        put(&path, users.to_text());
         let (new, known) = passwords.verifier("ann").await.unwrap();
-        assert!(known && new != old && new.iterations == 5_000);
-        assert_eq!(passwords.check("ann", b"new").await, Ok(Some(true)));
+        assert!(known.is_some() && new != old && new.iterations == 5_000);
+        assert_eq!(check(&passwords, "ann", "new").await, Some(true));
         assert_eq!(passwords.verifier("bob").await.unwrap().0, decoy);
     }
 

@@ -45,10 +45,21 @@ impl<T: Clone> Recent<T> {
 
     /// With no room any other is forgotten.
     pub fn put(&self, fingerprint: Fingerprint, value: T, now: Instant) {
+        self.update(fingerprint, now, |_| value);
+    }
+
+    pub fn remove(&self, fingerprint: &Fingerprint) {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner).remove(fingerprint);
+    }
+
+    /// Puts what `change` makes of the value that there is.
+    pub fn update(&self, fingerprint: Fingerprint, now: Instant, change: impl FnOnce(Option<T>) -> T) {
         if self.ttl.is_zero() {
             return;
         }
         let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = entries.get(&fingerprint).filter(|(until, _)| now < *until);
+        let value = change(before.map(|(_, value)| value.clone()));
         if entries.len() >= self.entries_max && !entries.contains_key(&fingerprint) {
             let any = entries.keys().next().copied();
             any.and_then(|any| entries.remove(&any));

@@ -197,13 +197,20 @@ impl Rule {
 /// A topic of a rule as it is written: a filter, its variables well-formed.
 pub fn check_topic(text: &str) -> Result<(), String> {
     TopicFilter::new(text).map_err(|error| error.to_string())?;
+    if text.split('/').next() == Some("$share") {
+        return Err(format!(
+            "`{text}` matches nothing: of a shared subscription rules see the filter without $share/NAME/, write that alone"
+        ));
+    }
     text.split('/').try_for_each(|level| {
         fill(level, |name| match name {
             Variable::Field("") => Some("").filter(|_| false),
             _ => Some("x"),
         })
         .map(drop)
-        .map_err(|()| format!("`{level}`: a variable is %c, %u or a field's name in braces such as {{site}}"))
+        .map_err(|()| {
+            format!("`{level}`: a variable is %c (client id), %u (user name) or a field's name in braces such as {{site}}")
+        })
     })
 }
 
@@ -226,7 +233,7 @@ pub fn check_client_id(pattern: &str) -> Result<(), String> {
 }
 
 /// `*` stands for any characters, also none.
-fn fits_glob(glob: &str, text: &str) -> bool {
+pub(super) fn fits_glob(glob: &str, text: &str) -> bool {
     let Some((head, rest)) = glob.split_once('*') else { return glob == text };
     let Some(mut text) = text.strip_prefix(head) else { return false };
     let mut parts: Vec<&str> = rest.split('*').collect();
@@ -282,6 +289,8 @@ fn fill<'v>(level: &str, value: impl Fn(Variable<'_>) -> Option<&'v str>) -> Res
                 }
                 (Variable::Field(name), end + 1)
             }
+            // A variable of another broker, perhaps.
+            [b'%', next, ..] if next.is_ascii_alphanumeric() => return Err(()),
             [b'%', ..] => {
                 filled.push('%');
                 rest = &rest[1..];

@@ -217,7 +217,7 @@ fn a_client_id_is_bound_to_who_the_client_is() {
     for good in ["%u", "plc-*", "{site}/%u"] {
         assert_eq!(check_client_id(good), Ok(()), "{good}");
     }
-    for bad in ["", "%c", "{", "{}", "{a b}"] {
+    for bad in ["", "%c", "{", "{}", "{a b}", "%i-*"] {
         assert!(check_client_id(bad).is_err(), "{bad}");
     }
 }
@@ -258,7 +258,9 @@ fn topics_of_rules_are_checked() {
     for good in ["a/+/#", "dev/%c/{site}", "100%/x", "x-%u-{a_b}"] {
         assert_eq!(check_topic(good), Ok(()), "{good}");
     }
-    for bad in ["", "a/#/b", "{site", "site}", "{}", "{a b}", "%c+"] {
+    for bad in
+        ["", "a/#/b", "{site", "site}", "{}", "{a b}", "%c+", "%i/x", "a/x-%l", "$share/g/a", "$share/#"]
+    {
         assert!(check_topic(bad).is_err(), "{bad}");
     }
 }

@@ -68,10 +68,10 @@ impl Verifier {
         let part = |what: &str| mac(secret, format!("{what} {user}").as_bytes());
         let mut salt = [0; SALT_BYTES];
         salt.copy_from_slice(&part("salt")[..SALT_BYTES]);
-        let [a, b, c, d, ..] = part("iterations");
-        let which = u32::from_le_bytes([a, b, c, d]) as usize % iterations.len().max(1);
+        // That with the highest draw for this name: another count in the list changes few names', and theirs to it.
+        let highest = iterations.iter().max_by_key(|count| part(&format!("iterations {count}")));
         Self {
-            iterations: iterations.get(which).copied().unwrap_or(ITERATIONS_DEFAULT),
+            iterations: highest.copied().unwrap_or(ITERATIONS_DEFAULT),
             salt,
             stored_key: part("stored key"),
             server_key: part("server key"),
@@ -339,5 +339,11 @@ mod tests {
         assert_ne!(decoy(1, "eve").salt, decoy(2, "eve").salt);
         assert_eq!(decoy(1, "eve").iterations, 5_000);
         assert_eq!(Verifier::decoy(&[1; 32], "eve", &[]).iterations, ITERATIONS_DEFAULT);
+        for name in ["eve", "mallory", "trudy", "oscar", "sybil"] {
+            let of = |counts: &[u32]| Verifier::decoy(&[1; 32], name, counts).iterations;
+            let (before, after) = (of(&[5_000, 6_000]), of(&[5_000, 6_000, 7_000]));
+            assert!(after == before || after == 7_000, "{name}: {before}, {after}");
+            assert_eq!(of(&[6_000, 5_000]), before);
+        }
     }
 }

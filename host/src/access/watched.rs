@@ -1,18 +1,24 @@
 //! A file that is read again when it changes. A new version that cannot be used
 //! leaves the old one in place, and is reported.
 //!
-//! A small file counts at once ([`Watched::get`]). One that takes long to read is
+//! A file that is being written is left alone until it has been quiet for [`QUIET`].
+//! A small file then counts at once ([`Watched::get`]). One that takes long to read is
 //! read aside, and until that is done the old version answers ([`Watched::ready`]).
 
+use std::fmt;
 use std::fs::Metadata;
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
 
 use crate::telemetry::Failures;
 use crate::threads;
+
+/// Between the last write and the first look at what was written.
+const QUIET: Duration = Duration::from_millis(300);
 
 pub struct Watched<T> {
     path: PathBuf,
@@ -62,6 +68,13 @@ impl<T> Watched<T> {
         self.newest()
     }
 
+    /// Whether the file says something else than `seen`, which becomes what it says. Blocks on the disk.
+    pub fn refresh(&self, seen: &Mutex<Arc<T>>) -> bool {
+        let now = self.get();
+        let before = std::mem::replace(&mut *lock(seen), now.clone());
+        !Arc::ptr_eq(&before, &now)
+    }
+
     /// Reads it if it changed; whether it did.
     fn renew(&self) -> Result<bool, String> {
         if self.change().is_none() {
@@ -94,7 +107,8 @@ impl<T> Watched<T> {
         }
     }
 
-    fn newest(&self) -> Arc<T> {
+    /// What it said when it was looked at last.
+    pub fn newest(&self) -> Arc<T> {
         lock(&self.seen).1.clone()
     }
 
@@ -102,7 +116,7 @@ impl<T> Watched<T> {
         match std::fs::metadata(&self.path) {
             Ok(found) => {
                 let now = Signature::of(&found);
-                (now != lock(&self.seen).0).then_some(Change::To(now))
+                (now != lock(&self.seen).0 && now.is_whole()).then_some(Change::To(now))
             }
             Err(_) => Some(Change::Gone),
         }
@@ -143,6 +157,21 @@ impl Signature {
             changed: (found.ctime(), found.ctime_nsec()),
         }
     }
+
+    /// Nobody writes it any more: it was renamed, or given its mode, after its last byte was written;
+    /// or nothing has been written for a while. A time stamp to come tells nothing.
+    fn is_whole(&self) -> bool {
+        let (s, ns) = self.modified;
+        let modified = Duration::new(u64::try_from(s).unwrap_or(0), u32::try_from(ns).unwrap_or(0));
+        let quiet = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH + modified);
+        self.modified != self.changed || quiet.map_or(true, |quiet| quiet >= QUIET)
+    }
+}
+
+impl<T> fmt::Debug for Watched<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Watched").field("path", &self.path).finish_non_exhaustive()
+    }
 }
 
 fn read<T>(
@@ -166,6 +195,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Writes a file that counts at once: its last write was long ago.
+#[cfg(test)]
+pub fn put(path: &Path, content: impl AsRef<[u8]>) {
+    std::fs::write(path, content).unwrap();
+    let file = std::fs::File::options().write(true).open(path).unwrap();
+    file.set_modified(SystemTime::now() - 2 * QUIET).unwrap();
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc::channel;
@@ -187,12 +224,29 @@ mod tests {
             Ok(bytes.to_vec())
         };
         let watched = Arc::new(Watched::open(&file, 100, Failures::default(), parse).unwrap());
-        std::fs::write(&file, "newer").unwrap();
+        put(&file, "newer");
         assert_eq!(*watched.ready(), b"old");
         begins.recv().unwrap();
         assert_eq!(*watched.ready(), b"old", "while the new one is read");
         go_on.send(()).unwrap();
         assert_eq!(*watched.get(), b"newer", "once it was read");
         assert_eq!(*watched.ready(), b"newer");
+    }
+
+    #[test]
+    fn a_file_that_is_being_written_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        std::fs::write(&file, "whole").unwrap();
+        let watched = Watched::open(&file, 100, Failures::default(), |bytes| Ok(bytes.to_vec())).unwrap();
+        // Half of it is there; a time stamp of a moment ago says so.
+        std::fs::write(&file, "ha").unwrap();
+        let is_fresh = || std::fs::metadata(&file).unwrap().modified().unwrap().elapsed().unwrap() < QUIET;
+        let seen = watched.get();
+        assert!(!is_fresh() || *seen == b"whole");
+        std::fs::write(folder.path().join("new"), "half").unwrap();
+        put(&folder.path().join("new"), "renamed");
+        std::fs::rename(folder.path().join("new"), &file).unwrap();
+        assert_eq!(*watched.get(), b"renamed");
     }
 }

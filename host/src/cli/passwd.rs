@@ -1,8 +1,8 @@
 //! `headworks passwd`: users of a password file.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{BufRead, IsTerminal, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, fchown};
 use std::path::Path;
 
 use anyhow::{Context, bail};
@@ -23,6 +23,12 @@ pub fn passwd(args: &PasswdArgs, out: &mut Out) -> anyhow::Result<()> {
         if !users.remove(user) {
             bail!("{file} has no user \"{user}\"");
         }
+        if users.names().next().is_none() {
+            bail!(
+                "\"{user}\" is the last user of {file}, and a running host goes on with the old users when a file \
+                 has none: give \"{user}\" another password instead; nothing was changed"
+            );
+        }
         "removed"
     } else {
         let password = read_password()?;
@@ -37,15 +43,18 @@ pub fn passwd(args: &PasswdArgs, out: &mut Out) -> anyhow::Result<()> {
     out.line(format!("user \"{user}\" {done}"))
 }
 
-/// Whole or not at all, and only for its owner to read.
+/// Whole or not at all. A new file is for its owner to read; an old one keeps its owner, group and mode, so that
+/// the host that reads it still can.
 fn replace(path: &Path, text: &str) -> std::io::Result<()> {
+    // A link stays one.
+    let path = &std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(format!(".{}.tmp", std::process::id()));
     let temporary = path.with_file_name(name);
     let written = (|| {
-        let mut file =
-            File::options().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+        let mut file = File::options().write(true).create_new(true).mode(0o600).open(&temporary)?;
         if let Ok(old) = std::fs::metadata(path) {
+            keep_owner(&file, &old)?;
             file.set_permissions(old.permissions())?;
         }
         file.write_all(text.as_bytes())?;
@@ -57,6 +66,21 @@ fn replace(path: &Path, text: &str) -> std::io::Result<()> {
         let _ = std::fs::remove_file(&temporary);
     }
     written
+}
+
+fn keep_owner(file: &File, old: &Metadata) -> std::io::Result<()> {
+    let new = file.metadata()?;
+    if (new.uid(), new.gid()) == (old.uid(), old.gid()) {
+        return Ok(());
+    }
+    fchown(file, Some(old.uid()), Some(old.gid())).map_err(|error| {
+        let (user, group) = (old.uid(), old.gid());
+        let told = format!(
+            "cannot keep its owner (user {user}, group {group}): {error}: run this as that user or as root; \
+             nothing was changed"
+        );
+        std::io::Error::new(error.kind(), told)
+    })
 }
 
 fn read_password() -> anyhow::Result<String> {

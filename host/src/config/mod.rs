@@ -195,6 +195,7 @@ pub fn load_with_files(path: Option<&Path>) -> Result<Loaded, Error> {
     }
     parsed.add(problems.into_vec());
     let mut loaded = parsed.into_loaded(path, &files)?;
+    loaded.warnings.extend(loaded.config.mqtt.warnings());
     loaded.warnings.extend(missing_plugins(&loaded.config));
     Ok(loaded)
 }

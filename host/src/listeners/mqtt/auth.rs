@@ -1,6 +1,9 @@
 //! Enhanced authentication (MQTT 5.0, 4.12): rounds of AUTH before CONNACK, and
 //! again at any time later. What is said in them is [`crate::access`]'s.
 
+use std::future::pending;
+use std::sync::{Arc, OnceLock};
+
 use bytes::{Bytes, BytesMut};
 use rmqtt_codec::v5::{self, Auth, AuthReasonCode, ConnectAckReason, DisconnectReasonCode};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -11,6 +14,7 @@ use super::Broker;
 use super::handshake::{ask_for_filters, first_packet_bytes_max, leave_forbidden};
 use super::inbound::Inbound;
 use super::metrics::{RECEIVED, SENT};
+use super::session::Session;
 use super::transport::Remote;
 use super::wire::{self, Fault, Packet, Version};
 use crate::access::{Admitted, Credentials, Denied, Exchange, ROUNDS_MAX, Step};
@@ -21,12 +25,50 @@ pub struct Method {
     pub name: Box<str>,
     /// Of CONNECT.
     pub data: Bytes,
+    /// Who the client said that it is, within an exchange.
+    tried: OnceLock<Box<str>>,
 }
 
 /// Why a client is not served: what CONNACK says, if anything, and the cause that is counted.
 pub type Denial = (Option<ConnectAckReason>, &'static str);
 
+/// Bytes of a client that are read while its credentials are looked at.
+const EARLY_BYTES_MAX: usize = 16 << 10;
+
+/// `Err`: the client has left before `work` was done. What it sends meanwhile stays in `input`.
+pub async fn unless_gone<S: AsyncRead + Unpin, T>(
+    broker: &Broker,
+    io: &mut S,
+    input: &mut BytesMut,
+    work: impl Future<Output = T>,
+) -> Result<T, Denial> {
+    let gone = async {
+        while input.len() < EARLY_BYTES_MAX {
+            match io.read_buf(input).await {
+                Ok(len @ 1..) => broker.counters.bytes[RECEIVED].increment(len as u64),
+                // It may have said all that it has to say.
+                Ok(0) if !input.is_empty() => break,
+                _ => return,
+            }
+        }
+        pending().await
+    };
+    tokio::select! {
+        biased;
+        done = work => Ok(done),
+        () = gone => Err((None, "lost")),
+    }
+}
+
 impl Method {
+    pub fn new(name: &str, data: Bytes) -> Self {
+        Self { name: name.into(), data, tried: OnceLock::new() }
+    }
+
+    pub fn tried(&self) -> Option<&str> {
+        self.tried.get().map(|user| &**user)
+    }
+
     /// The rounds between CONNECT and CONNACK, with the data that CONNACK
     /// carries. The caller bounds the time.
     pub async fn admit<S: AsyncRead + AsyncWrite + Unpin>(
@@ -37,14 +79,18 @@ impl Method {
         packet_bytes_max: usize,
         who: &Credentials<'_>,
     ) -> Result<(Admitted, Bytes), Denial> {
-        let mut step = broker.access.begin(&self.name, &self.data, who).await.map_err(denial)?;
+        let begun = unless_gone(broker, io, input, broker.access.begin(&self.name, &self.data, who)).await?;
+        let mut step = begun.map_err(denial)?;
         for _ in 0..ROUNDS_MAX {
             let (data, exchange) = match step {
                 Step::Ask { data, exchange } => (data, exchange),
                 Step::Done { data, identity } => {
-                    return Ok((broker.access.rights(identity, who.client_id), data.into()));
+                    return Ok((broker.access.rights(identity, who.client_id, who.proof), data.into()));
                 }
             };
+            if let Some(user) = exchange.user() {
+                self.tried.get_or_init(|| user.into());
+            }
             let mut out = BytesMut::new();
             self.put(AuthReasonCode::ContinueAuth, data, packet_bytes_max, &mut out)
                 .ok_or((Some(ConnectAckReason::PacketTooLarge), "invalid"))?;
@@ -52,7 +98,8 @@ impl Method {
             io.write_all(&out).await.map_err(|_| (None, "lost"))?;
             broker.counters.bytes[SENT].increment(out.len() as u64);
             let answer = self.read_answer(broker, io, input).await?;
-            step = exchange.answer(&answer).await.map_err(denial)?;
+            let answered = unless_gone(broker, io, input, exchange.answer(&answer)).await?;
+            step = answered.map_err(denial)?;
         }
         Err((Some(ConnectAckReason::NotAuthorized), "bad_credentials"))
     }
@@ -124,6 +171,7 @@ pub fn denial(denied: Denied) -> Denial {
         // By this way a wrong password is no other thing than a wrong right (4.12).
         Denied::BadCredentials => (Some(ConnectAckReason::NotAuthorized), "bad_credentials"),
         Denied::NotAuthorized => (Some(ConnectAckReason::NotAuthorized), "not_authorized"),
+        Denied::TooMany => (Some(ConnectAckReason::ConnectionRateExceeded), "guessing"),
         Denied::BadMethod => (Some(ConnectAckReason::BadAuthenticationMethod), "bad_auth_method"),
         Denied::Unavailable(_) => (Some(ConnectAckReason::ServerUnavailable), "access_unavailable"),
     }
@@ -164,7 +212,8 @@ impl Again<'_> {
             client_id: &session.client_id,
             username: self.username.as_deref(),
             password: None,
-            certificate: self.remote.identity.as_deref(),
+            certificate: self.remote.identity(),
+            proof: self.remote.proof(),
             certificates: &self.remote.certificates,
             ip: self.remote.address.ip(),
             entrance: &self.remote.entrance,
@@ -194,10 +243,11 @@ impl Again<'_> {
             }
             Step::Done { identity, .. } if identity.name != inbound.rights().identity.name => Err(failed()),
             Step::Done { data, identity } => {
-                let mut rights = broker.access.rights(identity, &session.client_id);
+                let mut rights = broker.access.rights(identity, who.client_id, who.proof);
                 ask_for_filters(&mut rights, &session).await.map_err(|_| failed())?;
                 put(AuthReasonCode::Success, data)?;
                 leave_forbidden(broker, &session, &mut rights);
+                watch(broker, &mut rights, &session);
                 inbound.renew(rights);
                 Ok(())
             }
@@ -205,8 +255,17 @@ impl Again<'_> {
     }
 }
 
+/// Has the connection look at its deadline when its rights are taken back.
+pub fn watch(broker: &Broker, rights: &mut Admitted, session: &Arc<Session>) {
+    let session = session.clone();
+    broker.access.watch(rights, move || session.wake.notify_one());
+}
+
 /// When what runs must be over, or the client is known no longer.
 pub fn deadline(again: Option<&Again<'_>>, rights: &Admitted) -> Option<Instant> {
+    if rights.is_revoked() {
+        return Some(Instant::now());
+    }
     let until = again.and_then(|again| again.running.as_ref()).map(|running| running.until);
     let known_until = rights.identity.valid_until.map(Instant::from_std);
     [until, known_until].into_iter().flatten().min()
@@ -216,7 +275,7 @@ pub fn deadline(again: Option<&Again<'_>>, rights: &Admitted) -> Option<Instant>
 /// proof, the user or the time.
 pub fn failed(broker: &Broker, client_id: &str) -> Fault {
     broker.failures.report(
-        "mqtt: authentication of a connected client failed or ran out",
+        "mqtt: authentication of a connected client failed, ran out or was taken back",
         1,
         &format!("client {client_id}"),
         "",

@@ -145,16 +145,30 @@ pub struct Tls {
     pub cert: PathBuf,
     /// The private key of `cert`.
     pub key: PathBuf,
-    /// Certificate authorities for clients; set: clients must show a certificate.
+    /// Certificate authorities for clients. A certificate in it that is no CA's
+    /// lets in the client that shows this very certificate, and signs nobody.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client_ca: Option<PathBuf>,
-    /// Revocation lists, one of each CA in `client_ca` that signs clients; a
-    /// client whose certificate is listed, or whose CA has no list, is refused.
+    /// Whether a client must show a certificate, where `client_ca` is set. With
+    /// `optional` one without is held to `access.authenticate` and `allow_anonymous`.
+    #[serde(default)]
+    pub client_cert: ClientCert,
+    /// Revocation lists: one of each CA that signs clients, and any of the CAs above
+    /// those. A client is refused whose own certificate or a CA's on the way to `client_ca`
+    /// is listed, or whose own CA has no list.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub crl: Option<PathBuf>,
     /// What in a client's certificate says who it is.
     #[serde(default)]
     pub identity: Identity,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ClientCert {
+    #[default]
+    Required,
+    Optional,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
@@ -190,6 +204,13 @@ pub struct WebSocket {
 pub struct ProxyProtocol {
     /// Networks of the load balancers, `10.0.0.0/8`.
     pub from: Vec<Network>,
+}
+
+impl Tls {
+    /// Nobody gets in without a certificate.
+    fn requires_certificates(&self) -> bool {
+        self.client_ca.is_some() && self.client_cert == ClientCert::Required
+    }
 }
 
 /// Paths of URLs.
@@ -399,7 +420,7 @@ impl Endpoint {
 
     /// Local, or clients that prove who they are, or somebody said so.
     pub fn is_safe(&self) -> bool {
-        let mutual = self.tls.as_ref().is_some_and(|tls| tls.client_ca.is_some());
+        let mutual = self.tls.as_ref().is_some_and(Tls::requires_certificates);
         self.is_local() || mutual || self.allow_anonymous
     }
 
@@ -414,8 +435,16 @@ impl Endpoint {
         if !is_unix && self.mode.is_some() {
             problems.add(at.key("mode"), "is of a Unix socket (bind: unix:/path): leave it out");
         }
-        if let Some(Tls { client_ca: None, crl: Some(_), .. }) = &self.tls {
-            problems.add(at.key("tls").key("crl"), "lists clients' certificates: set client_ca too");
+        if let Some(Tls { client_ca: None, crl, client_cert, .. }) = &self.tls {
+            if crl.is_some() {
+                problems.add(at.key("tls").key("crl"), "lists clients' certificates: set client_ca too");
+            }
+            if *client_cert == ClientCert::Optional {
+                problems.add(
+                    at.key("tls").key("client_cert"),
+                    "is about clients' certificates: set client_ca too",
+                );
+            }
         }
         if let Some(proxy) = &self.proxy_protocol
             && proxy.from.is_empty()

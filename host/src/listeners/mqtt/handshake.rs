@@ -94,7 +94,8 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     let mut rights = match asked.admit(broker, io, input, remote).await {
         Ok(rights) => rights,
         Err((reason, cause)) => {
-            let user = asked.username.as_deref().unwrap_or("anonymous");
+            let tried = asked.auth.as_ref().and_then(Method::tried);
+            let user = asked.username.as_deref().or(tried).unwrap_or("anonymous");
             let detail = format!("user {user}, client {} at {remote}", asked.client_id);
             let refused = Refused::new(cause, user, detail);
             return Err(match reason {
@@ -146,6 +147,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     if resumed {
         leave_forbidden(broker, &session, &mut rights);
     }
+    auth::watch(broker, &mut rights, &session);
     let answer = asked.connack(broker, resumed);
     let peer =
         Peer { version: asked.version, window: asked.window, packet_bytes_max: asked.packet_bytes_max };
@@ -322,7 +324,7 @@ fn connect(broker: &Broker, version: Version, whole: &mut [u8], header: usize) -
                 asked.tells_reasons = connect.request_problem_info && max >= wire::ACK_BYTES_MAX;
                 asked.aliases_max = connect.topic_alias_max.min(broker.config.outbound_topic_alias_maximum);
                 let data = connect.auth_data.unwrap_or_default();
-                asked.auth = connect.auth_method.map(|name| Method { name: (&*name).into(), data });
+                asked.auth = connect.auth_method.map(|name| Method::new(&name, data));
             }))
         }
     }
@@ -505,24 +507,31 @@ impl Asked {
         remote: &Remote,
     ) -> Result<Admitted, Denial> {
         self.check_size(broker)?;
-        if !broker.access.may_connect() {
+        if !broker.access.may_connect(remote.address.ip()) {
             return Err((Some(ConnectAckReason::ConnectionRateExceeded), "connect_rate"));
         }
         let who = Credentials {
             client_id: &self.client_id,
             username: self.username.as_deref(),
             password: self.password.as_deref(),
-            certificate: remote.identity.as_deref(),
+            certificate: remote.identity(),
+            proof: remote.proof(),
             certificates: &remote.certificates,
             ip: remote.address.ip(),
             entrance: &remote.entrance,
             allow_anonymous: remote.entrance.allow_anonymous,
         };
         let mut rights = match &self.auth {
-            None => broker.access.admit(&who).await.map_err(|denied| match denied {
-                Denied::BadCredentials => (Some(ConnectAckReason::BadUserNameOrPassword), "bad_credentials"),
-                other => auth::denial(other),
-            })?,
+            None => {
+                auth::unless_gone(broker, io, input, broker.access.admit(&who)).await?.map_err(|denied| {
+                    match denied {
+                        Denied::BadCredentials => {
+                            (Some(ConnectAckReason::BadUserNameOrPassword), "bad_credentials")
+                        }
+                        other => auth::denial(other),
+                    }
+                })?
+            }
             Some(method) => {
                 let (rights, answer) = method.admit(broker, io, input, self.packet_bytes_max, &who).await?;
                 self.auth_answer = Some(answer);

@@ -1,6 +1,7 @@
 //! Counters of the MQTT listener. Handles are made once; the hot path counts
 //! once per read, not per message.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
 use metrics::{Counter, Gauge, counter, gauge};
@@ -147,7 +148,7 @@ pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_mqtt_refused_connects_total",
         kind: MetricKind::Counter,
-        help: "Connections refused before or by CONNACK, by cause: bad_credentials, bad_auth_method, not_authorized, client_id, session_owner (a client without credentials asks for the id of a user's session), access_unavailable, broker_state (no room to keep one more session), will_not_authorized, will_topic_levels, will_bytes_max, wills_bytes_max, connections_per_user, connect_rate, connections_max, handshakes_max, sessions_max, proxy, tls, websocket, websocket_origin (a browser shows a page of another site), timeout, lost, malformed, invalid, stopped.",
+        help: "Connections refused before or by CONNACK, by cause: bad_credentials, guessing (too many wrong passwords of the user from the address), bad_auth_method, not_authorized, client_id, session_owner (a client without credentials asks for the id of a user's session), access_unavailable, broker_state (no room to keep one more session), will_not_authorized, will_topic_levels, will_bytes_max, wills_bytes_max, connections_per_user, connect_rate, connections_max, handshakes_max, sessions_max, proxy, tls, websocket, websocket_origin (a browser shows a page of another site), timeout, lost, malformed, invalid, stopped.",
         labels: &["cause"],
     },
     Metric {
@@ -155,6 +156,12 @@ pub const METRICS: &[Metric] = &[
         kind: MetricKind::Counter,
         help: "Changed certificate files, by outcome: taken, refused (the old ones stay in use).",
         labels: &["outcome"],
+    },
+    Metric {
+        name: "headworks_mqtt_certificate_seconds_left",
+        kind: MetricKind::Gauge,
+        help: "Seconds until the first certificate of the file (tls.cert, tls.client_ca) ends; negative once it has. Of tls.cert the server's own certificate counts.",
+        labels: &["file"],
     },
     Metric {
         name: "headworks_mqtt_publishes_total",
@@ -534,6 +541,10 @@ impl Counters {
     pub fn tls_reload(&self, outcome: &'static str) {
         counter!("headworks_mqtt_tls_reloads_total", "outcome" => outcome).increment(1);
     }
+}
+
+pub fn certificate_seconds_left(file: &Path, seconds: f64) {
+    gauge!("headworks_mqtt_certificate_seconds_left", "file" => file.display().to_string()).set(seconds);
 }
 
 #[cfg(test)]

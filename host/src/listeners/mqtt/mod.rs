@@ -13,6 +13,7 @@ mod aliases;
 mod auth;
 mod bind;
 mod blobs;
+mod caution;
 mod clients;
 mod clock;
 mod config;
@@ -89,6 +90,8 @@ const ACCESS_SECRET: &[u8] = b"ac";
 /// Of the broker stream's state, kept free of new sessions and subscriptions: for
 /// what those that there are note of their deliveries.
 const STATE_ROOM_BYTES: usize = 8 << 20;
+/// Between two looks at the files that clients are known by.
+const ACCESS_LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Between two looks for expired sessions.
 const SWEEP_EVERY: Duration = Duration::from_secs(10);
 /// The clock is saved each time after so many of them.
@@ -195,6 +198,7 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
     // Taken also where there is nothing to read again: by default it ends a process.
     let hangup = signal(SignalKind::hangup()).ok();
     tasks.spawn(transport::keep_certificates(broker.clone(), tls, hangup));
+    tasks.spawn(keep_access(broker.clone()));
     let accepting = entries
         .into_iter()
         .map(|entry| tokio::spawn(transport::accept(broker.clone(), entry, room.clone(), tasks.clone())));
@@ -218,6 +222,19 @@ async fn keep_house(broker: Arc<Broker>) {
                 return;
             }
         }
+    }
+}
+
+/// Has changed files of users and keys read, also while nobody connects.
+async fn keep_access(broker: Arc<Broker>) {
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(ACCESS_LOOK_EVERY) => {}
+            () = broker.shutdown.cancelled() => return,
+        }
+        let looking = broker.clone();
+        // A panic ends the process.
+        let _ = tokio::task::spawn_blocking(move || looking.access.refresh()).await;
     }
 }
 

@@ -96,6 +96,7 @@ fn explained(cause: &str) -> &'static str {
         "client_id" => "this user may not have this client id",
         "session_owner" => "this client id has a session of another user",
         "access_unavailable" => "credentials cannot be checked now, try again",
+        "guessing" => "too many wrong passwords, try again later",
         "connect_rate" => "too many connections per second, try again",
         "connections_per_user" => "this user has too many connections",
         "broker_state" | "sessions_max" => "no room for another session",

@@ -16,7 +16,7 @@ async fn a_slow_reader_is_not_silent_while_it_is_not_read() {
     for (unwritten, ends) in [(WRITE_PAUSE_BYTES, false), (WRITE_BYTES_MAX, true)] {
         let (session, _turn) = broker.sessions.claim("c", 9).await.unwrap();
         let version = Version::V5;
-        let rights = broker.access.rights(Identity::default(), "c");
+        let rights = broker.access.rights(Identity::default(), "c", None);
         let mut connection = Connection {
             broker,
             io: tokio::io::empty(),

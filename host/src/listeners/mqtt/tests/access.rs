@@ -80,7 +80,7 @@ async fn refused(host: &Host, connect: Connect) -> ConnectAckReason {
 #[tokio::test]
 async fn a_client_says_the_right_password_or_is_told_no() {
     let Guarded { host, folder } = guarded("[]", |_| {}).await;
-    let (_, ack) = host.client(signed_in("c", "ann", "ann")).await;
+    let (mut ann, ack) = host.client(signed_in("ann", "ann", "ann")).await;
     assert_eq!(ack.reason_code, ConnectAckReason::Success);
     for (user, password) in [("ann", "bob"), ("eve", "ann")] {
         let reason = refused(&host, signed_in("c", user, password)).await;
@@ -89,9 +89,16 @@ async fn a_client_says_the_right_password_or_is_told_no() {
     }
     assert_eq!(refused(&host, clean("c")).await, ConnectAckReason::NotAuthorized);
     assert_eq!(connect_v3(&host, None).await.1, 5);
-    std::fs::write(folder.path().join("passwords"), "").unwrap();
-    let reason = refused(&host, signed_in("c", "ann", "ann")).await;
-    assert_eq!(reason, ConnectAckReason::BadUserNameOrPassword);
+    // An emptied file is not in force, and one with another line of hers ends her connection.
+    let file = folder.path().join("passwords");
+    let mut users = PasswordFile::parse(&std::fs::read(&file).unwrap()).unwrap();
+    access::put_file(&file, "");
+    let (mut bob, ack) = host.client(signed_in("bob", "bob", "bob")).await;
+    assert_eq!(ack.reason_code, ConnectAckReason::Success);
+    users.set("ann", "other", None).unwrap();
+    access::put_file(&file, users.to_text());
+    assert_eq!(ann.disconnected().await, Reason::NotAuthorized);
+    bob.nothing_but_ping().await;
     host.stop().await;
 }
 
@@ -463,6 +470,7 @@ async fn an_http_check_decides_once_for_a_while_and_refuses_when_it_does_not_ans
                 text if text.contains(r#""username":"ann""#) => {
                     r#"{"allow":true,"rules":[{"effect":"allow","topics":["{site}/x"]}],"fields":{"site":"f1"}}"#
                 }
+                text if text.contains(r#""username":"ann\u001b"#) => r#"{"allow":true}"#,
                 text if text.contains(r#""username":"bob""#) => r#"{"allow":false}"#,
                 _ => "not json",
             };
@@ -480,6 +488,8 @@ async fn an_http_check_decides_once_for_a_while_and_refuses_when_it_does_not_ans
         assert_eq!(client.receive().await, puback(1));
     }
     assert_eq!(asked.load(Ordering::SeqCst), 1);
+    let forged = refused(&host, signed_in("c", "ann\u{1b}[2J", "x")).await;
+    assert_eq!(forged, ConnectAckReason::BadUserNameOrPassword);
     assert_eq!(refused(&host, signed_in("c", "bob", "x")).await, ConnectAckReason::BadUserNameOrPassword);
     assert_eq!(refused(&host, signed_in("c", "odd", "x")).await, ConnectAckReason::ServerUnavailable);
     serving.abort();
@@ -530,6 +540,7 @@ async fn a_certificate_made_as_the_securing_page_says_names_its_user() {
             cert: file("server.pem"),
             key: file("server.key"),
             client_ca: Some(file("ca.pem")),
+            client_cert: Default::default(),
             crl: None,
             identity: Identity::Cn,
         });

@@ -24,7 +24,7 @@ pub fn somebody() -> (Remote, Place) {
     let one = Arc::new(Semaphore::new(1)).try_acquire_owned().expect("one is free");
     let remote = Remote {
         address: Address::Ip(NOBODY),
-        identity: None,
+        certificate: None,
         certificates: Box::default(),
         entrance: Arc::default(),
     };

@@ -6,6 +6,7 @@
 //! ends within `connect_timeout`, and holds one of `handshakes_max` places of
 //! its listener until CONNECT is answered ([`handshakes`]).
 
+mod authorities;
 pub mod closing;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
@@ -40,7 +41,7 @@ use self::origin::Origins;
 use super::bind::Bind;
 use super::config::{Endpoint, WebSocket};
 use super::{Broker, Error, connection};
-use crate::access::Entrance;
+use crate::access::{Entrance, Proof};
 
 pub use self::tls::Tls;
 
@@ -53,12 +54,29 @@ const HANDSHAKE_WAIT_MAX: Duration = Duration::from_millis(100);
 #[derive(Clone, Debug)]
 pub struct Remote {
     pub address: Address,
-    /// The name in the certificate that the client has proved to own, which
-    /// `tls.identity` asks for.
-    pub identity: Option<Box<str>>,
+    /// The certificate that the client has proved to own.
+    pub certificate: Option<Box<Shown>>,
     /// All that it showed with it, DER, its own first; kept where access control looks at them.
     pub certificates: Box<[Box<[u8]>]>,
     pub entrance: Arc<Entrance>,
+}
+
+/// What is known of a certificate that a client has shown.
+#[derive(Clone, Debug)]
+pub struct Shown {
+    /// The name in it that `tls.identity` asks for, where it has one that a user may have.
+    pub identity: Option<Box<str>>,
+    pub proof: Arc<dyn Proof>,
+}
+
+impl Remote {
+    pub fn identity(&self) -> Option<&str> {
+        self.certificate.as_ref()?.identity.as_deref()
+    }
+
+    pub fn proof(&self) -> Option<&Arc<dyn Proof>> {
+        self.certificate.as_ref().map(|shown| &shown.proof)
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,7 +118,7 @@ impl fmt::Display for Address {
 impl fmt::Display for Remote {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.address.fmt(f)?;
-        match &self.identity {
+        match self.identity() {
             Some(identity) => write!(f, " (certificate of {})", identity.escape_debug()),
             None => Ok(()),
         }
@@ -204,7 +222,7 @@ pub async fn accept(broker: Arc<Broker>, entry: Entry, room: Arc<Semaphore>, tas
         }
         let place = Place { _connection: connection, handshake: handshake.map(Box::new) };
         let remote =
-            Remote { address, identity: None, certificates: Box::default(), entrance: entrance.clone() };
+            Remote { address, certificate: None, certificates: Box::default(), entrance: entrance.clone() };
         if let (Socket::Tcp(socket), true) = (&socket, layers.is_plain()) {
             // Acks are small and must not wait for the peer's delayed ack.
             let _ = socket.set_nodelay(true);
@@ -324,8 +342,8 @@ impl Layers {
         let io = match &self.tls {
             None => Opened::Tcp(socket),
             Some(tls) => {
-                let io = tls.accept(socket).await?;
-                remote.identity = tls.client(&io);
+                let (io, shown) = tls.accept(socket).await?;
+                remote.certificate = shown.map(Box::new);
                 if broker.access.looks_at_certificates() {
                     remote.certificates = tls::shown(&io);
                 }
@@ -365,11 +383,7 @@ mod tests {
 
     #[test]
     fn an_entrance_is_named_as_the_config_writes_it_and_has_its_transport() {
-        let file = || "x.pem".into();
-        let tls = || {
-            let (client_ca, crl, identity) = (None, None, Default::default());
-            Some(super::super::config::Tls { cert: file(), key: file(), client_ca, crl, identity })
-        };
+        let tls = || serde_json::from_str(r#"{ "cert": "x.pem", "key": "x.pem" }"#).unwrap();
         let websocket = || Some(serde_json::from_str("{}").unwrap());
         let endpoint = |bind: &str| Endpoint::at(bind.parse().unwrap());
         for (endpoint, transport) in [

@@ -16,6 +16,8 @@ use super::super::Broker;
 use super::tls::{Reloaded, Tls};
 
 const LOOK_EVERY: Duration = Duration::from_secs(30);
+/// Between two warnings of a certificate that ends, while nothing changes.
+const TELL_EVERY: Duration = Duration::from_secs(24 * 3_600);
 /// Certificate and key are two files: read once both have been written.
 const QUIET: Duration = Duration::from_millis(300);
 /// However busy the folder.
@@ -42,7 +44,7 @@ pub(super) async fn run(broker: &Broker, all: &[Arc<Tls>], mut hangup: Option<Si
     if let Err(error) = &watched {
         tracing::warn!(%error, "mqtt: cannot watch the certificates' folders, will look every 30 s");
     }
-    all.iter().for_each(|tls| warn_of_old_lists(broker, tls));
+    let mut told_at = tell_of_ends(all);
     loop {
         tokio::select! {
             () = broker.shutdown.cancelled() => return,
@@ -53,32 +55,50 @@ pub(super) async fn run(broker: &Broker, all: &[Arc<Tls>], mut hangup: Option<Si
             }
             Some(()) = async { hangup.as_mut()?.recv().await } => {}
         }
+        let mut has_changed = false;
         for tls in all {
-            look(broker, tls).await;
-            warn_of_old_lists(broker, tls);
+            has_changed |= look(broker, tls).await;
         }
+        if has_changed {
+            broker.access.recheck();
+        }
+        if has_changed || told_at.elapsed() > TELL_EVERY {
+            told_at = tell_of_ends(all);
+        }
+        show_what_is_left(all);
     }
 }
 
-/// At the start, after each change, and as long as it is so.
-fn warn_of_old_lists(broker: &Broker, tls: &Tls) {
-    if let Some(detail) = tls.outdated_lists(SystemTime::now()) {
-        broker.failures.report("mqtt: a revocation list is out of date", 1, &detail, "");
+/// Says which certificates and lists have ended or end soon; returns when.
+fn tell_of_ends(all: &[Arc<Tls>]) -> Instant {
+    for warning in all.iter().flat_map(|tls| tls.warnings(SystemTime::now())) {
+        tracing::warn!("mqtt: {warning}");
+    }
+    show_what_is_left(all);
+    Instant::now()
+}
+
+fn show_what_is_left(all: &[Arc<Tls>]) {
+    for (file, seconds) in all.iter().flat_map(|tls| tls.seconds_left(SystemTime::now())) {
+        super::super::metrics::certificate_seconds_left(file, seconds);
     }
 }
 
-async fn look(broker: &Broker, tls: &Arc<Tls>) {
+/// Whether there are new certificates in use.
+async fn look(broker: &Broker, tls: &Arc<Tls>) -> bool {
     let looked = tls.clone();
     // A task that panics ends the process, so that there is always an answer.
     match tokio::task::spawn_blocking(move || looked.reload()).await {
-        Ok(Reloaded::Same) | Err(_) => {}
+        Ok(Reloaded::Same) | Err(_) => false,
         Ok(Reloaded::Taken) => {
             broker.counters.tls_reload("taken");
             tracing::info!(cert = %tls.name(), "mqtt: new certificates, used for new connections");
+            true
         }
         Ok(Reloaded::Broken(reason)) => {
             broker.counters.tls_reload("refused");
             tracing::error!("mqtt: the old certificates stay in use: {reason}");
+            false
         }
     }
 }

@@ -1,27 +1,38 @@
-//! TLS for a listener: certificate, key, who may sign clients' certificates and
-//! which of those are revoked, and what a failed handshake means.
+//! TLS for a listener: certificate, key, whose certificates let clients in, and what a
+//! failed handshake means.
 
+use std::collections::BTreeMap;
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime, SystemTimeError};
 
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
-use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
-use rustls::{AlertDescription, CertificateError, RootCertStore, ServerConfig};
+use rustls::server::NoServerSessionStorage;
+use rustls::{AlertDescription, CertificateError, PeerIncompatible, ServerConfig};
 use sha2::{Digest, Sha256};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
+use x509_cert::Certificate;
 use x509_cert::crl::CertificateList;
 use x509_cert::der::Decode;
 
-use super::super::config;
-use super::{Failed, identity};
+use super::super::config::{self, ClientCert};
+use super::authorities::{Authorities, Basis, Seen, observed};
+use super::{Failed, Shown, identity};
+use crate::access::Proof;
 
 /// A file of certificates that is larger is not one.
 const FILE_BYTES_MAX: u64 = 64 << 20;
+
+/// Before a certificate's end, people are told of it.
+const ENDS_SOON: Duration = Duration::from_secs(30 * 24 * 3_600);
+/// Of a connection by a certificate that ends later.
+const LIVES_MAX: Duration = Duration::from_secs(365 * 24 * 3_600);
 
 /// The certificates in use, and the files that they came from.
 pub struct Tls {
@@ -29,13 +40,28 @@ pub struct Tls {
     current: RwLock<Acceptor>,
     /// What the last look found, good or not: a broken file is said once.
     seen: Mutex<Result<[u8; 32], String>>,
+    /// It was a certificate that is not valid yet: tried again.
+    is_early: AtomicBool,
 }
 
 #[derive(Clone)]
 struct Acceptor {
     tls: TlsAcceptor,
+    /// Of the server's own certificate, and its first and last moment.
+    subject: Arc<str>,
+    valid: (SystemTime, SystemTime),
+    /// Where clients show certificates.
+    authorities: Option<Arc<Authorities>>,
     /// When the first of the revocation lists is to be replaced, at the latest.
     lists_until: Option<SystemTime>,
+}
+
+/// Holds until the first certificate of the client's path ends, and while none of them is revoked and
+/// `tls.client_ca` lists the authority.
+struct CertificateProof {
+    tls: Arc<Tls>,
+    basis: Basis,
+    until: Instant,
 }
 
 pub(super) enum Reloaded {
@@ -58,30 +84,88 @@ impl Tls {
     pub fn load(files: config::Tls) -> Result<Self, String> {
         let material = Material::read(&files)?;
         let current = RwLock::new(material.acceptor(&files)?);
-        Ok(Self { files, current, seen: Mutex::new(Ok(material.digest())) })
+        Ok(Self { files, current, seen: Mutex::new(Ok(material.digest())), is_early: AtomicBool::new(false) })
     }
 
-    /// Takes what is in the files now. Anything wrong: all stays as it is.
-    /// Connections that are there are not touched.
+    /// Takes what is in the files now. Anything wrong: all stays as it is. A certificate that is out
+    /// of its dates never takes the place of one that is not.
     pub(super) fn reload(&self) -> Reloaded {
         let material = Material::read(&self.files);
         let found = material.as_ref().map(Material::digest).map_err(Clone::clone);
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        if *seen == found {
+        let is_known = *seen == found;
+        if is_known && !self.is_early.load(Ordering::Relaxed) {
             return Reloaded::Same;
         }
         *seen = found;
-        match material.and_then(|material| material.acceptor(&self.files)) {
-            Ok(acceptor) => {
-                *self.current.write().unwrap_or_else(PoisonError::into_inner) = acceptor;
-                Reloaded::Taken
-            }
-            Err(reason) => Reloaded::Broken(reason),
+        self.is_early.store(false, Ordering::Relaxed);
+        let acceptor = match material.and_then(|material| material.acceptor(&self.files)) {
+            Ok(acceptor) => acceptor,
+            Err(reason) => return Reloaded::Broken(reason),
+        };
+        let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
+        let now = SystemTime::now();
+        if let (Some(wrong), None) = (acceptor.out_of_date(now), current.out_of_date(now)) {
+            self.is_early.store(now < acceptor.valid.0, Ordering::Relaxed);
+            return if is_known {
+                Reloaded::Same
+            } else {
+                Reloaded::Broken(cannot_use(&self.files.cert, &wrong))
+            };
         }
+        *current = acceptor;
+        Reloaded::Taken
+    }
+
+    fn current(&self) -> Acceptor {
+        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Certificates in use that have ended or end soon, and lists that are overdue: what to tell a person.
+    pub fn warnings(&self, now: SystemTime) -> Vec<String> {
+        let current = self.current();
+        let mut warnings = Vec::from_iter(self.outdated_lists(now));
+        let out_of_date = current.out_of_date(now);
+        warnings.extend(
+            out_of_date.map(|wrong| format!("{}: {wrong}, clients refuse it: renew it", self.name())),
+        );
+        for (file, subject, until) in self.ends(&current) {
+            let (file, at) = (file.display(), humantime::format_rfc3339_seconds(until));
+            if until > now && until < now + ENDS_SOON {
+                warnings.push(format!("{file}: the certificate of {subject} ends at {at}: renew it before"));
+            }
+            if until <= now && file.to_string() != self.name().to_string() {
+                warnings.push(format!(
+                    "{file}: the certificate of {subject} has expired at {at} and lets nobody in: \
+                     renew it, or take it out of the file"
+                ));
+            }
+        }
+        warnings
+    }
+
+    /// Seconds until the first certificate of each file ends, negative afterwards.
+    pub(super) fn seconds_left(&self, now: SystemTime) -> BTreeMap<&Path, f64> {
+        let mut left = BTreeMap::new();
+        for (file, _, until) in self.ends(&self.current()) {
+            let passed = |error: SystemTimeError| -error.duration().as_secs_f64();
+            let seconds = until.duration_since(now).map_or_else(passed, |left| left.as_secs_f64());
+            left.entry(file).and_modify(|least: &mut f64| *least = least.min(seconds)).or_insert(seconds);
+        }
+        left
+    }
+
+    /// File, subject and end of each certificate in use.
+    fn ends(&self, current: &Acceptor) -> Vec<(&Path, String, SystemTime)> {
+        let mut ends = vec![(&*self.files.cert, current.subject.to_string(), current.valid.1)];
+        if let (Some(path), Some(authorities)) = (&self.files.client_ca, &current.authorities) {
+            ends.extend(authorities.ends().map(|(subject, until)| (&**path, subject.to_owned(), until)));
+        }
+        ends
     }
 
     /// A revocation list in use is past its next update: what to tell a person.
-    pub(super) fn outdated_lists(&self, now: SystemTime) -> Option<String> {
+    fn outdated_lists(&self, now: SystemTime) -> Option<String> {
         let until = self.current.read().unwrap_or_else(PoisonError::into_inner).lists_until?;
         let crl = self.files.crl.as_ref()?;
         let due = humantime::format_rfc3339_seconds(until);
@@ -107,15 +191,49 @@ impl Tls {
         })
     }
 
-    pub(super) async fn accept(&self, socket: TcpStream) -> Result<TlsStream<TcpStream>, Failed> {
-        let acceptor = self.current.read().unwrap_or_else(PoisonError::into_inner).tls.clone();
-        acceptor.accept(socket).await.map_err(|error| explain(&error))
+    /// The handshake, and what the client has shown in it.
+    pub(super) async fn accept(
+        self: &Arc<Self>,
+        socket: TcpStream,
+    ) -> Result<(TlsStream<TcpStream>, Option<Shown>), Failed> {
+        let acceptor = self.current().tls;
+        let (io, seen) = observed(acceptor.accept(socket)).await;
+        let io = io.map_err(|error| explain(&error, &seen))?;
+        let own = io.get_ref().1.peer_certificates().and_then(<[_]>::first);
+        let shown = own.zip(seen.basis).map(|(own, basis)| {
+            let left = basis.until.duration_since(SystemTime::now()).unwrap_or_default().min(LIVES_MAX);
+            let proof = CertificateProof { tls: self.clone(), basis, until: Instant::now() + left };
+            Shown { identity: identity::of(own, self.files.identity), proof: Arc::new(proof) }
+        });
+        Ok((io, shown))
+    }
+}
+
+impl Proof for CertificateProof {
+    fn holds(&self) -> bool {
+        self.tls.current().authorities.is_some_and(|authorities| authorities.trust(&self.basis))
     }
 
-    /// The client's name in the certificate that it showed.
-    pub(super) fn client(&self, io: &TlsStream<TcpStream>) -> Option<Box<str>> {
-        let shown = io.get_ref().1.peer_certificates()?.first()?;
-        identity::of(shown, self.files.identity)
+    fn valid_until(&self) -> Option<Instant> {
+        Some(self.until)
+    }
+}
+
+impl fmt::Debug for CertificateProof {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CertificateProof").field("basis", &self.basis).finish_non_exhaustive()
+    }
+}
+
+impl Acceptor {
+    /// Why clients refuse the server's certificate for its dates.
+    fn out_of_date(&self, now: SystemTime) -> Option<String> {
+        let (from, until) = self.valid;
+        let at = |time| humantime::format_rfc3339_seconds(time);
+        if now > until {
+            return Some(format!("it has expired at {}", at(until)));
+        }
+        (now < from).then(|| format!("it is not valid before {}", at(from)))
     }
 }
 
@@ -158,25 +276,27 @@ impl Material {
         let builder = ServerConfig::builder_with_provider(provider.clone())
             .with_safe_default_protocol_versions()
             .map_err(|error| error.to_string())?;
-        let builder = match &self.client_ca {
+        let mut authorities = None;
+        if let Some((path, bytes)) = &self.client_ca {
+            let lists = match &self.crl {
+                Some((path, bytes)) => Some((&**path, revoked(path, bytes)?)),
+                None => None,
+            };
+            // Not enforced: see `Tls::outdated_lists`.
+            lists_until = lists.iter().flat_map(|(_, lists)| lists).filter_map(next_update).min();
+            let algorithms = provider.signature_verification_algorithms;
+            let is_mandatory = files.client_cert == ClientCert::Required;
+            let listed = (&**path, certificates(path, bytes)?);
+            authorities = Some(Arc::new(Authorities::new(listed, lists, algorithms, is_mandatory)?));
+        }
+        let builder = match &authorities {
             None => builder.with_no_client_auth(),
-            Some((path, bytes)) => {
-                let mut roots = RootCertStore::empty();
-                for certificate in certificates(path, bytes)? {
-                    roots.add(certificate).map_err(|error| cannot_use(path, &error))?;
-                }
-                let mut verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
-                if let Some((path, bytes)) = &self.crl {
-                    let lists = revoked(path, bytes)?;
-                    lists_until = lists.iter().filter_map(next_update).min();
-                    // Not enforced: see `Tls::outdated_lists`.
-                    verifier = verifier.with_crls(lists).only_check_end_entity_revocation();
-                }
-                let at = self.crl.as_ref().map_or(path, |(path, _)| path);
-                builder.with_client_cert_verifier(verifier.build().map_err(|error| cannot_use(at, &error))?)
-            }
+            Some(authorities) => builder.with_client_cert_verifier(authorities.clone()),
         };
         let chain = certificates(cert, &self.cert)?;
+        let own = Certificate::from_der(&chain[0]).map_err(|error| cannot_use(cert, &error))?.tbs_certificate;
+        let (subject, dates) = (own.subject.to_string().into(), own.validity);
+        let valid = (dates.not_before.to_system_time(), dates.not_after.to_system_time());
         let private = PrivateKeyDer::from_pem_slice(&self.key).map_err(|error| cannot_use(key, &error))?;
         let mut config = builder.with_single_cert(chain, private).map_err(|error| {
             format!("the key {} does not fit the certificate {}: {error}", key.display(), cert.display())
@@ -186,7 +306,7 @@ impl Material {
             config.session_storage = Arc::new(NoServerSessionStorage {});
             config.send_tls13_tickets = 0;
         }
-        Ok(Acceptor { tls: TlsAcceptor::from(Arc::new(config)), lists_until })
+        Ok(Acceptor { tls: TlsAcceptor::from(Arc::new(config)), subject, valid, authorities, lists_until })
     }
 }
 
@@ -219,15 +339,16 @@ fn next_update(list: &CertificateRevocationListDer<'_>) -> Option<SystemTime> {
     list.tbs_cert_list.next_update.map(|time| time.to_system_time())
 }
 
-fn cannot_use(path: &Path, error: &dyn std::fmt::Display) -> String {
+pub(super) fn cannot_use(path: &Path, error: &dyn std::fmt::Display) -> String {
     format!("cannot use {}: {error}", path.display())
 }
 
 /// What failed and what to do.
-fn explain(error: &io::Error) -> Failed {
+fn explain(error: &io::Error, seen: &Seen) -> Failed {
     use rustls::Error as Tls;
     let cause = error.get_ref().and_then(|cause| cause.downcast_ref::<Tls>());
     let what = match cause {
+        Some(_) if seen.refusal.is_some() => seen.refusal.as_deref().unwrap_or_default(),
         None => return Failed::lost(error),
         Some(Tls::NoCertificatesPresented) => {
             "the client showed no certificate: give it one that a CA of tls.client_ca has signed"
@@ -264,10 +385,30 @@ fn explain(error: &io::Error) -> Failed {
         Some(Tls::InvalidMessage(_)) => {
             "the client does not speak TLS: switch TLS on there, or use the port without"
         }
-        Some(Tls::PeerIncompatible(_)) => "the client is too old: TLS 1.2 or 1.3 is needed",
+        Some(Tls::PeerIncompatible(what)) => match what {
+            PeerIncompatible::NoCipherSuitesInCommon => {
+                "no cipher suite in common: the client needs ECDHE with AES-GCM or ChaCha20-Poly1305"
+            }
+            PeerIncompatible::NoKxGroupsInCommon | PeerIncompatible::NamedGroupsExtensionRequired => {
+                "no key exchange group in common: the client needs X25519, P-256 or P-384"
+            }
+            PeerIncompatible::NoSignatureSchemesInCommon
+            | PeerIncompatible::NoCertificateRequestSignatureSchemesInCommon => {
+                "the client takes no signature that the key of tls.cert can make: use another kind of key"
+            }
+            PeerIncompatible::SupportedVersionsExtensionRequired
+            | PeerIncompatible::ServerDoesNotSupportTls12Or13
+            | PeerIncompatible::Tls12NotOffered
+            | PeerIncompatible::Tls12NotOfferedOrEnabled => "the client is too old: TLS 1.2 or 1.3 is needed",
+            _ => "the client and this host have no way of TLS in common",
+        },
         Some(_) => "failed",
     };
-    Failed::new("tls", format!("TLS handshake: {what}"), error)
+    let kind = format!("TLS handshake: {what}");
+    match &seen.subject {
+        Some(subject) => Failed::new("tls", kind, format_args!("certificate of {subject}: {error}")),
+        None => Failed::new("tls", kind, error),
+    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
-use headworks_test_certificates::Authority;
-use rcgen::KeyPair;
-use rustls::ClientConfig;
+use headworks_test_certificates::{Authority, Settings};
+use rcgen::{KeyPair, KeyUsagePurpose};
 use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, RootCertStore};
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpListener;
 use tokio_rustls::TlsConnector;
@@ -14,9 +14,18 @@ struct Pki {
     ca: Authority,
 }
 
+/// Its own certificate first.
 struct Device {
-    cert: CertificateDer<'static>,
+    chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
+}
+
+fn device_of(authority: &Authority, name: &str, serial: u64) -> Device {
+    let signed = authority.sign(name, &[], serial);
+    Device {
+        chain: vec![CertificateDer::from_pem_slice(signed.cert.as_bytes()).unwrap()],
+        key: PrivateKeyDer::from_pem_slice(signed.key.as_bytes()).unwrap(),
+    }
 }
 
 impl Pki {
@@ -46,21 +55,27 @@ impl Pki {
         let name = format!("{serial}.devices.example");
         let signed = self.ca.sign(&format!("device-{serial}"), &[&name], serial);
         Device {
-            cert: CertificateDer::from_pem_slice(signed.cert.as_bytes()).unwrap(),
+            chain: vec![CertificateDer::from_pem_slice(signed.cert.as_bytes()).unwrap()],
             key: PrivateKeyDer::from_pem_slice(signed.key.as_bytes()).unwrap(),
         }
     }
 
-    fn load(&self, identity: Identity) -> Tls {
+    fn load(&self, identity: Identity) -> Arc<Tls> {
+        self.load_with(|files| files.identity = identity)
+    }
+
+    fn load_with(&self, change: impl FnOnce(&mut config::Tls)) -> Arc<Tls> {
         let path = |name: &str| self.dir.path().join(name);
-        let files = config::Tls {
+        let mut files = config::Tls {
             cert: path("server.pem"),
             key: path("server.key"),
             client_ca: Some(path("ca.pem")),
+            client_cert: ClientCert::Required,
             crl: Some(path("crl.pem")),
-            identity,
+            identity: Identity::Cn,
         };
-        Tls::load(files).unwrap()
+        change(&mut files);
+        Arc::new(Tls::load(files).unwrap())
     }
 
     fn connector(&self, device: Option<Device>) -> TlsConnector {
@@ -72,18 +87,20 @@ impl Pki {
             .unwrap()
             .with_root_certificates(roots);
         let config = match device {
-            Some(device) => builder.with_client_auth_cert(vec![device.cert], device.key).unwrap(),
+            Some(device) => builder.with_client_auth_cert(device.chain, device.key).unwrap(),
             None => builder.with_no_client_auth(),
         };
         TlsConnector::from(Arc::new(config))
     }
 }
 
+type Accepted = Result<(TlsStream<TcpStream>, Option<Shown>), Failed>;
+
 /// One handshake; both sides' ends.
 async fn shake(
-    tls: &Tls,
+    tls: &Arc<Tls>,
     connector: &TlsConnector,
-) -> (Result<TlsStream<TcpStream>, Failed>, io::Result<tokio_rustls::client::TlsStream<TcpStream>>) {
+) -> (Accepted, io::Result<tokio_rustls::client::TlsStream<TcpStream>>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
     let (server, _) = listener.accept().await.unwrap();
@@ -91,7 +108,7 @@ async fn shake(
     tokio::join!(tls.accept(server), connector.connect(name, client))
 }
 
-async fn refusal(tls: &Tls, connector: &TlsConnector) -> String {
+async fn refusal(tls: &Arc<Tls>, connector: &TlsConnector) -> String {
     let (server, _client) = shake(tls, connector).await;
     let Err(failed) = server else { panic!("taken") };
     failed.kind
@@ -103,8 +120,8 @@ async fn the_clients_name_is_the_one_that_the_config_asks_for() {
     for (identity, name) in [(Identity::Cn, "device-7"), (Identity::San, "7.devices.example")] {
         let tls = pki.load(identity);
         let device = pki.device(7);
-        let io = shake(&tls, &pki.connector(Some(device))).await.0.ok().unwrap();
-        assert_eq!(tls.client(&io), Some(name.into()));
+        let (_, shown) = shake(&tls, &pki.connector(Some(device))).await.0.ok().unwrap();
+        assert_eq!(shown.unwrap().identity, Some(name.into()));
     }
 }
 
@@ -115,7 +132,7 @@ async fn a_clients_certificate_is_looked_at_each_time_it_connects() {
     let device = pki.connector(Some(pki.device(7)));
     for _ in 0..3 {
         let (server, client) = shake(&tls, &device).await;
-        let (mut server, mut client) = (server.ok().unwrap(), client.unwrap());
+        let ((mut server, _), mut client) = (server.ok().unwrap(), client.unwrap());
         assert_eq!(server.get_ref().1.handshake_kind(), Some(rustls::HandshakeKind::Full));
         // With what comes in the client gets the tickets too, if there are any.
         tokio::io::AsyncWriteExt::shutdown(&mut server).await.unwrap();
@@ -124,42 +141,174 @@ async fn a_clients_certificate_is_looked_at_each_time_it_connects() {
 }
 
 #[tokio::test]
-async fn a_revoked_client_is_refused_after_the_reload_and_those_connected_go_on() {
+async fn a_client_whose_certificate_is_revoked_is_refused_and_loses_its_standing() {
     let pki = Pki::new();
     let tls = pki.load(Identity::Cn);
     let device = pki.connector(Some(pki.device(7)));
-    let (server, client) = shake(&tls, &device).await;
-    let (mut server, mut client) = (server.ok().unwrap(), client.unwrap());
-
+    let other = pki.connector(Some(pki.device(8)));
+    let proof = async |device| shake(&tls, device).await.0.ok().unwrap().1.unwrap().proof;
+    let (revoked, good) = (proof(&device).await, proof(&other).await);
     pki.revoke(&[7]);
     assert!(matches!(tls.reload(), Reloaded::Taken));
     assert!(matches!(tls.reload(), Reloaded::Same));
+    assert!(!revoked.holds() && good.holds());
     // The same connector: it would resume its session if it could.
     assert!(refusal(&tls, &device).await.contains("is revoked"));
-    let other = pki.connector(Some(pki.device(8)));
     assert!(shake(&tls, &other).await.0.is_ok());
+    pki.write("ca.pem", &Authority::new("another CA").pem);
+    assert!(matches!(tls.reload(), Reloaded::Taken));
+    assert!(!good.holds(), "its CA is no longer listed");
+}
 
-    tokio::io::AsyncWriteExt::write_all(&mut client, b"on").await.unwrap();
-    tokio::io::AsyncWriteExt::flush(&mut client).await.unwrap();
-    let mut heard = [0; 2];
-    server.read_exact(&mut heard).await.unwrap();
-    assert_eq!(&heard, b"on");
+/// A device that `authority` has signed; it shows the authority's certificate too.
+fn device_below(authority: &Authority) -> Device {
+    let mut device = device_of(authority, "admin", 1);
+    device.chain.push(CertificateDer::from_pem_slice(authority.pem.as_bytes()).unwrap());
+    device
+}
+
+#[tokio::test]
+async fn nothing_below_a_revoked_ca_gets_in_wherever_its_entry_and_its_certificate_are() {
+    let pki = Pki::new();
+    let site = pki.ca.authority("site CA", 50, Settings::ca());
+    let sites = site.revoke_until(&[], 2090);
+    let admin = |chain: bool| {
+        pki.connector(Some(if chain { device_below(&site) } else { device_of(&site, "admin", 1) }))
+    };
+    let both = format!("{}{}", pki.ca.pem, site.pem);
+    let (clean, listed) = (pki.ca.revoke_until(&[], 2090), pki.ca.revoke_until(&[50], 2090));
+    let tls = pki.load(Identity::Cn);
+    for (client_ca, chain) in [(&pki.ca.pem, true), (&both, true), (&both, false)] {
+        pki.write("ca.pem", client_ca);
+        // One list of each CA; only the one of the CA that signs clients; an entry in a second list.
+        for (lists, gets_in) in [
+            (vec![&clean, &sites], true),
+            (vec![&sites], true),
+            (vec![&listed, &sites], false),
+            (vec![&clean, &sites, &listed], false),
+            (vec![&clean], false),
+        ] {
+            pki.write("crl.pem", &lists.into_iter().cloned().collect::<String>());
+            assert!(matches!(tls.reload(), Reloaded::Taken));
+            assert_eq!(shake(&tls, &admin(chain)).await.0.is_ok(), gets_in, "chain {chain}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_listed_certificate_that_may_sign_nobody_lets_in_only_who_shows_it() {
+    let pki = Pki::new();
+    let of_a_path = Settings { path_len: Some(0), ..Settings::ca() };
+    for settings in [
+        Settings::default(),
+        Settings { key_usages: vec![KeyUsagePurpose::DigitalSignature], ..Settings::ca() },
+    ] {
+        let pinned = Authority::with("press-7", settings);
+        pki.write("ca.pem", &format!("{}{}", pki.ca.pem, pinned.pem));
+        let tls = pki.load_with(|files| files.crl = None);
+        let itself = Device {
+            chain: vec![CertificateDer::from_pem_slice(pinned.pem.as_bytes()).unwrap()],
+            key: PrivateKeyDer::from_pem_slice(pinned.key().as_bytes()).unwrap(),
+        };
+        let (_, shown) = shake(&tls, &pki.connector(Some(itself))).await.0.ok().unwrap();
+        assert_eq!(shown.unwrap().identity, Some("press-7".into()));
+        let signed = pki.connector(Some(device_of(&pinned, "admin", 1)));
+        assert!(refusal(&tls, &signed).await.contains("no CA of tls.client_ca"));
+        assert!(shake(&tls, &pki.connector(Some(pki.device(8)))).await.0.is_ok());
+    }
+    // A CA that allows no other below it.
+    let narrow = Authority::with("narrow CA", of_a_path);
+    pki.write("ca.pem", &narrow.pem);
+    let tls = pki.load_with(|files| files.crl = None);
+    let direct = pki.connector(Some(device_of(&narrow, "press-7", 1)));
+    assert!(shake(&tls, &direct).await.0.is_ok());
+    let deep = device_below(&narrow.authority("site CA", 50, Settings::ca()));
+    assert!(shake(&tls, &pki.connector(Some(deep))).await.0.is_err());
+}
+
+#[tokio::test]
+async fn a_ca_that_has_expired_lets_nobody_in_and_is_told_of() {
+    let pki = Pki::new();
+    let old = Authority::with("old CA", Settings { until: Some(2021), ..Settings::ca() });
+    pki.write("ca.pem", &format!("{}{}", pki.ca.pem, old.pem));
+    let tls = pki.load_with(|files| files.crl = None);
+    assert!(
+        tls.warnings(SystemTime::now()).iter().any(|told| told.contains("old CA has expired at 2021-01-01"))
+    );
+    let refused = refusal(&tls, &pki.connector(Some(device_of(&old, "admin", 1)))).await;
+    assert!(refused.contains("the CA that signed the client's certificate, CN=old CA"), "{refused}");
+    assert!(tls.seconds_left(SystemTime::now())[pki.dir.path().join("ca.pem").as_path()] < 0.0);
+    assert!(shake(&tls, &pki.connector(Some(pki.device(8)))).await.0.is_ok());
+}
+
+#[tokio::test]
+async fn a_client_is_trusted_until_the_first_certificate_of_its_path_ends() {
+    let pki = Pki::new();
+    let tls = pki.load_with(|files| files.crl = None);
+    let now = Instant::now();
+    let hour = Duration::from_secs(3_600);
+    let in_hours = |hours: u32| Some(SystemTime::now() + hour * hours);
+    for (own, above, first) in [(2, 5, 2), (5, 2, 2)] {
+        let site = pki.ca.authority("site CA", 50, Settings { ends: in_hours(above), ..Settings::ca() });
+        let device = site.sign_with("press-7", 1, Settings { ends: in_hours(own), ..Settings::default() });
+        let chain =
+            [&device.cert, &site.pem].map(|pem| CertificateDer::from_pem_slice(pem.as_bytes()).unwrap());
+        let key = PrivateKeyDer::from_pem_slice(device.key.as_bytes()).unwrap();
+        let connector = pki.connector(Some(Device { chain: chain.into(), key }));
+        let (_, shown) = shake(&tls, &connector).await.0.ok().unwrap();
+        let left = shown.unwrap().proof.valid_until().unwrap() - now;
+        assert!(left > hour * (first - 1) && left < hour * (first + 1), "{left:?}");
+    }
+}
+
+#[tokio::test]
+async fn with_an_optional_certificate_a_client_may_show_none_but_no_wrong_one() {
+    let pki = Pki::new();
+    let tls = pki.load_with(|files| files.client_cert = ClientCert::Optional);
+    assert!(shake(&tls, &pki.connector(None)).await.0.ok().unwrap().1.is_none());
+    assert!(shake(&tls, &pki.connector(Some(pki.device(7)))).await.0.ok().unwrap().1.is_some());
+    let strangers = Pki::new().device(7);
+    assert!(refusal(&tls, &pki.connector(Some(strangers))).await.contains("no CA of tls.client_ca"));
+}
+
+#[tokio::test]
+async fn a_server_certificate_out_of_its_dates_never_replaces_one_that_works() {
+    let pki = Pki::new();
+    let tls = pki.load(Identity::Cn);
+    let device = pki.connector(Some(pki.device(7)));
+    for (settings, said) in [
+        (Settings { until: Some(2021), ..Settings::default() }, "has expired at 2021-01-01"),
+        (
+            Settings { from: Some(2090), until: Some(2091), ..Settings::default() },
+            "is not valid before 2090-01-01",
+        ),
+    ] {
+        let expired = pki.ca.sign_with("server", 1, settings);
+        pki.write("server.pem", &expired.cert);
+        pki.write("server.key", &expired.key);
+        let Reloaded::Broken(reason) = tls.reload() else { panic!("taken") };
+        assert!(reason.contains(said), "{reason}");
+        assert!(matches!(tls.reload(), Reloaded::Same));
+        assert!(shake(&tls, &device).await.1.is_ok());
+        let fresh = pki.load(Identity::Cn);
+        assert!(fresh.warnings(SystemTime::now()).iter().any(|told| told.contains(said)));
+    }
 }
 
 #[tokio::test]
 async fn a_list_past_its_next_update_stays_in_force_and_is_told_of() {
     let pki = Pki::new();
     let tls = pki.load(Identity::Cn);
-    assert_eq!(tls.outdated_lists(SystemTime::now()), None);
+    assert_eq!(tls.warnings(SystemTime::now()), [""; 0]);
     pki.revoke_until(&[7], 2021);
     assert!(matches!(tls.reload(), Reloaded::Taken));
-    let told = tls.outdated_lists(SystemTime::now()).unwrap();
+    let told = tls.warnings(SystemTime::now()).concat();
     assert!(told.contains("crl.pem was to be replaced by 2021-01-01"), "{told}");
     assert!(refusal(&tls, &pki.connector(Some(pki.device(7)))).await.contains("is revoked"));
     assert!(shake(&tls, &pki.connector(Some(pki.device(8)))).await.0.is_ok());
     pki.revoke(&[7]);
     assert!(matches!(tls.reload(), Reloaded::Taken));
-    assert_eq!(tls.outdated_lists(SystemTime::now()), None);
+    assert_eq!(tls.warnings(SystemTime::now()), [""; 0]);
 }
 
 #[tokio::test]

@@ -1,0 +1,249 @@
+//! A few places that many want: who waits is served by turns, first among the addresses
+//! that clients come from, then among the users of one address. Nobody who asks often, or for
+//! many users, keeps the others from their turn.
+
+use std::collections::VecDeque;
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::oneshot;
+
+/// Whoever shares an address: one of IPv4, or the /64 that a party has of IPv6.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Source(IpAddr);
+
+/// Places, and who waits for one.
+pub struct Fair(Mutex<State>);
+
+struct State {
+    free: usize,
+    waiting: usize,
+    /// In the order of their turns; each has somebody who waits.
+    sources: VecDeque<(Source, VecDeque<User>)>,
+}
+
+struct User {
+    name: Box<str>,
+    waiting: VecDeque<oneshot::Sender<Place>>,
+}
+
+/// Of one that it was given to, until it is dropped.
+pub struct Place(Option<Arc<Fair>>);
+
+/// Too many wait already.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Crowded;
+
+impl Source {
+    pub fn of(ip: IpAddr) -> Self {
+        Self(match ip.to_canonical() {
+            IpAddr::V4(ip) => ip.into(),
+            IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() >> 64 << 64).into(),
+        })
+    }
+
+    pub fn bytes(self) -> [u8; 16] {
+        match self.0 {
+            IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+            IpAddr::V6(ip) => ip.octets(),
+        }
+    }
+}
+
+impl Fair {
+    pub fn new(places: usize) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(State { free: places, waiting: 0, sources: VecDeque::new() })))
+    }
+
+    /// A place, once it is its turn. Where `waiting_max` wait, the source with the most of them gives
+    /// one up for a source with fewer. Safe to drop: it waits no more.
+    pub async fn enter(
+        self: &Arc<Self>,
+        source: Source,
+        user: &str,
+        waiting_max: usize,
+    ) -> Result<Place, Crowded> {
+        let turn = {
+            let mut state = self.lock();
+            if state.free > 0 {
+                state.free -= 1;
+                return Ok(Place(Some(self.clone())));
+            }
+            state.make_room(source, waiting_max)?;
+            state.wait(source, user)
+        };
+        // Its turn is given up where there is no room for it any more.
+        turn.await.map_err(|_| Crowded)
+    }
+
+    /// Turns that come before that of somebody new.
+    pub fn turns_before(&self, source: Source) -> usize {
+        let state = self.lock();
+        if state.free > 0 {
+            return 0;
+        }
+        let mine = state.sources.iter().find(|(of, _)| *of == source).map_or(0, |(_, users)| users.len());
+        1 + state.waiting.min((mine + 1) * state.sources.len())
+    }
+
+    fn leave(self: &Arc<Self>) {
+        loop {
+            let next = {
+                let mut state = self.lock();
+                let next = state.next();
+                state.free += usize::from(next.is_none());
+                next
+            };
+            match next.map(|next| next.send(Place(Some(self.clone())))) {
+                // It has gone in this moment.
+                Some(Err(mut place)) => place.0 = None,
+                Some(Ok(())) | None => return,
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn wait(&mut self, source: Source, user: &str) -> oneshot::Receiver<Place> {
+        let (turn, wait) = oneshot::channel();
+        let at = self.sources.iter().position(|(of, _)| *of == source).unwrap_or_else(|| {
+            self.sources.push_back((source, VecDeque::new()));
+            self.sources.len() - 1
+        });
+        let users = &mut self.sources[at].1;
+        match users.iter_mut().find(|known| *known.name == *user) {
+            Some(known) => known.waiting.push_back(turn),
+            None => users.push_back(User { name: user.into(), waiting: [turn].into() }),
+        }
+        self.waiting += 1;
+        wait
+    }
+
+    fn make_room(&mut self, source: Source, waiting_max: usize) -> Result<(), Crowded> {
+        if self.waiting < waiting_max {
+            return Ok(());
+        }
+        self.retain(|turn| !turn.is_closed());
+        if self.waiting < waiting_max {
+            return Ok(());
+        }
+        let count = |users: &VecDeque<User>| users.iter().map(|user| user.waiting.len()).sum::<usize>();
+        let mine = self.sources.iter().find(|(of, _)| *of == source).map_or(0, |(_, users)| count(users));
+        let most = self.sources.iter_mut().map(|(_, users)| users).max_by_key(|users| count(users));
+        let most = most.filter(|users| count(users) > mine + 1).ok_or(Crowded)?;
+        let greediest = most.iter_mut().max_by_key(|user| user.waiting.len()).ok_or(Crowded)?;
+        drop(greediest.waiting.pop_back());
+        self.retain(|_| true);
+        Ok(())
+    }
+
+    fn retain(&mut self, stays: impl Fn(&oneshot::Sender<Place>) -> bool) {
+        self.sources.retain_mut(|(_, users)| {
+            users.retain_mut(|user| {
+                user.waiting.retain(&stays);
+                !user.waiting.is_empty()
+            });
+            !users.is_empty()
+        });
+        let users = self.sources.iter().flat_map(|(_, users)| users);
+        self.waiting = users.map(|user| user.waiting.len()).sum();
+    }
+
+    fn next(&mut self) -> Option<oneshot::Sender<Place>> {
+        let (source, mut users) = self.sources.pop_front()?;
+        let mut user = users.pop_front()?;
+        let next = user.waiting.pop_front();
+        self.waiting -= 1;
+        if !user.waiting.is_empty() {
+            users.push_back(user);
+        }
+        if !users.is_empty() {
+            self.sources.push_back((source, users));
+        }
+        next
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Some(fair) = self.0.take() {
+            fair.leave();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+
+    use futures_util::FutureExt;
+    use futures_util::future::{BoxFuture, select_all};
+
+    use super::*;
+
+    type Waited = (u8, &'static str, Result<Place, Crowded>);
+
+    fn source(n: u8) -> Source {
+        Source::of([10, 0, 0, n].into())
+    }
+
+    /// Who waits in this order; each has asked.
+    fn waiting(fair: &Arc<Fair>, who: &[(u8, &'static str)], max: usize) -> Vec<BoxFuture<'static, Waited>> {
+        let wait = |&(n, user): &(u8, &'static str)| {
+            let fair = fair.clone();
+            let mut wait = async move { (n, user, fair.enter(source(n), user, max).await) }.boxed();
+            assert!((&mut wait).now_or_never().is_none());
+            wait
+        };
+        who.iter().map(wait).collect()
+    }
+
+    #[tokio::test]
+    async fn addresses_take_turns_and_so_do_the_users_of_one() {
+        let fair = Fair::new(1);
+        let mut place = fair.enter(source(9), "x", 9).await.unwrap();
+        let mut wait = waiting(&fair, &[(1, "a"), (1, "a"), (1, "b"), (1, "a"), (2, "c"), (1, "d")], 9);
+        let mut served = Vec::new();
+        while !wait.is_empty() {
+            drop(place);
+            let ((n, user, given), _, rest) = select_all(wait).await;
+            served.push((n, user));
+            (place, wait) = (given.unwrap(), rest);
+        }
+        assert_eq!(served, [(1, "a"), (2, "c"), (1, "b"), (1, "d"), (1, "a"), (1, "a")]);
+        drop(place);
+        assert_eq!(fair.lock().free, 1);
+    }
+
+    #[tokio::test]
+    async fn with_no_room_who_waits_the_most_gives_way_and_who_has_gone_takes_none() {
+        let fair = Fair::new(1);
+        let place = fair.enter(source(9), "x", 3).await.unwrap();
+        let mut wait = waiting(&fair, &[(1, "a"), (1, "b"), (1, "b")], 3);
+        assert!(matches!(fair.enter(source(1), "c", 3).now_or_never(), Some(Err(Crowded))));
+        let other = waiting(&fair, &[(2, "c")], 3).remove(0);
+        let (_, user, given) = wait.pop().unwrap().await;
+        assert!(user == "b" && given.is_err());
+        // The first has gone: the other address is next.
+        drop(wait.remove(0));
+        drop(place);
+        assert_eq!(fair.lock().waiting, 1);
+        let mut last = pin!(wait.pop().unwrap());
+        let (.., given) = other.await;
+        assert!((&mut last).now_or_never().is_none());
+        drop(given);
+        assert!(last.await.2.is_ok());
+    }
+
+    #[test]
+    fn a_source_is_an_address_or_a_network_of_ipv6() {
+        let of = |ip: &str| Source::of(ip.parse().unwrap());
+        assert_eq!(of("::ffff:10.0.0.1"), of("10.0.0.1"));
+        assert_eq!(of("2001:db8::1"), of("2001:db8::ffff:2"));
+        assert_ne!(of("2001:db8::1"), of("2001:db8:0:1::1"));
+    }
+}

@@ -1,0 +1,69 @@
+//! How long verifying a password takes on this machine, as it is now.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+/// A measurement is taken again after this.
+const FRESH: Duration = Duration::from_secs(1);
+/// Costs that are told apart.
+const COSTS_MAX: usize = 16;
+
+#[derive(Debug, Default)]
+pub struct Pace {
+    mean: Option<Duration>,
+    /// By cost: how long the last one took, and when it was due to be measured.
+    last: BTreeMap<u64, (Duration, Instant)>,
+}
+
+impl Pace {
+    pub fn mean(&self) -> Duration {
+        self.mean.unwrap_or_default().max(Duration::from_millis(1))
+    }
+
+    pub fn note(&mut self, cost: u64, took: Duration, now: Instant) {
+        self.mean = Some(self.mean.map_or(took, |mean| (mean * 7 + took) / 8));
+        if self.last.len() >= COSTS_MAX {
+            self.last.clear();
+        }
+        self.last.insert(cost, (took, now));
+    }
+
+    /// Whether the caller is to measure what a hash of this cost takes: one of those who ask at a time.
+    pub fn is_due(&mut self, cost: u64, now: Instant) -> bool {
+        let expected = self.expected(cost);
+        let (_, at) = self.last.entry(cost).or_insert((expected, now - FRESH));
+        let is_due = now.saturating_duration_since(*at) >= FRESH;
+        if is_due {
+            *at = now;
+        }
+        is_due
+    }
+
+    /// As it took last, or in proportion to another cost.
+    pub fn expected(&self, cost: u64) -> Duration {
+        let in_proportion = || {
+            let (other, (took, _)) = self.last.iter().next_back()?;
+            Some(took.mul_f64(cost as f64 / *other.max(&1) as f64))
+        };
+        self.last.get(&cost).map(|(took, _)| *took).or_else(in_proportion).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_of_those_who_ask_measures_and_the_others_go_by_the_last_measurement() {
+        let (mut pace, now) = (Pace::default(), Instant::now());
+        let ms = Duration::from_millis;
+        pace.note(10, ms(40), now);
+        assert!(!pace.is_due(10, now + ms(999)));
+        assert!(pace.is_due(10, now + ms(1_000)) && !pace.is_due(10, now + ms(1_001)));
+        assert_eq!(pace.expected(10), ms(40));
+        assert!(pace.is_due(30, now) && !pace.is_due(30, now));
+        assert_eq!(pace.expected(30), ms(120));
+        pace.note(30, ms(200), now);
+        assert_eq!((pace.expected(30), pace.mean()), (ms(200), ms(60)));
+    }
+}
