@@ -207,3 +207,39 @@ fn more_publishes_than_may_be_in_flight_are_read_later_and_all_acknowledged() {
         client.expect(ack(0x40, id));
     }
 }
+
+#[test]
+fn the_log_names_who_is_refused_or_sent_away_and_why() {
+    let host = Host::start("mqtt-named", "");
+    let plain = |client_id: &str| Connect::new(V311, client_id);
+    let refused = |connect: Connect| {
+        let mut client = Client::raw(host.mqtt(), V311);
+        client.send(connect.bytes());
+        while client.try_receive().is_some() {}
+    };
+    // A health check of another protocol, again and again, hides no client.
+    for _ in 0..3 {
+        let mut check = Client::raw(host.mqtt(), V311);
+        check.send(*b"GET / HTTP/1.0\r\n\r\n");
+        check.closed();
+    }
+    refused(Connect { password: Some(b"x".into()), ..plain("plc-7") });
+    refused(Connect { clean: false, ..plain("") });
+    refused(plain(&"x".repeat(513)));
+    refused(Connect { will: Some(Will::new("a/+", 1)), ..plain("plc-8") });
+    let mut first = Client::open(host.mqtt(), &plain("twin"));
+    let _second = Client::open(host.mqtt(), &plain("twin"));
+    first.closed();
+    Client::open(host.mqtt(), &Connect { keep_alive: 1, ..plain("quiet") }).closed();
+    for said in [
+        "malformed: the first packet is not CONNECT: 127.0.0.1:",
+        "malformed: a password without a user name: client plc-7 at 127.0.0.1:",
+        "invalid: no client id with clean session 0: set a client id, or clean session 1: client without an id",
+        "invalid: a client id of 513 bytes, 512 are allowed: client xxx",
+        "invalid: a will whose topic is empty or has a wildcard: client plc-8 at 127.0.0.1:",
+        "one client id, two connections: client twin at 127.0.0.1:",
+        "client was silent for longer than its keep alive: client quiet at 127.0.0.1:",
+    ] {
+        host.says(said);
+    }
+}
