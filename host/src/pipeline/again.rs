@@ -97,6 +97,8 @@ struct Sending {
     by: String,
     /// The pipeline's sinks that it names.
     names: Vec<SinkNumber>,
+    /// It names a sink that the pipeline does not have any more: its copy waits for it.
+    is_kept: bool,
     rejected: BTreeSet<String>,
 }
 
@@ -144,6 +146,12 @@ impl Again {
                     by_sink,
                     by: by.to_owned(),
                     names: (0..sinks.len()).filter(|sink| letter.names(&sinks[*sink])).collect(),
+                    is_kept: letter
+                        .sink
+                        .or(letter.sinks)
+                        .iter()
+                        .flat_map(|names| names.split(','))
+                        .any(|name| !sinks.iter().any(|sink| sink == name)),
                     rejected: rejected.clone(),
                 };
                 last.insert(sending.letter, (message.offset().0, sending));
@@ -211,7 +219,7 @@ impl Again {
                 let positions = reached.get(*sink).map_or(&[][..], Vec::as_slice);
                 positions.get(usize::from(sending.partition.0)).is_some_and(|position| position.0 > *copy)
             };
-            if !sending.names.iter().all(is_past) {
+            if !sending.names.iter().all(is_past) || (sending.is_kept && sending.rejected.is_empty()) {
                 ended.pending += 1;
                 continue;
             }

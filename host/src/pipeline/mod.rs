@@ -142,14 +142,15 @@ impl Redriver {
         while again::is_pending(&*self.dead_letters, name) {
             self.board.has_chain().await;
             match self.redrive(None).await {
+                // What is pending now waits for a sink that the pipeline does not have.
                 Ok(summary) if summary.failed.is_empty() => {
                     let Ended { sent, refused, .. } = summary.letters;
                     tracing::info!(pipeline = %name, sent, refused, "finished the redrive of dead letters that the last run left");
+                    return;
                 }
                 Ok(summary) => self.say_not_resumed(&summary.failed.join("; ")),
                 Err(error) => self.say_not_resumed(&error.to_string()),
             }
-            // Also where a sink that a letter names is not reached: it is tried again.
             tokio::time::sleep(self.shared.config.sink_backoff.delay(attempt)).await;
             attempt += 1;
         }

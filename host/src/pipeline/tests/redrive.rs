@@ -115,6 +115,30 @@ async fn a_letter_that_is_refused_again_stays_one_letter_for_the_sinks_that_have
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_letter_is_pending_for_a_sink_that_the_pipeline_does_not_have_any_more() {
+    let world = World::new(1, &[("default", "w other")]);
+    let refusing = step("check", |_, _| Act::Refuse("no".to_owned()));
+    let process = world.start(chain(1, &[refusing])).await;
+    world.publish_many(1, 0, 3);
+    process.drained().await;
+    process.stop().await;
+    let mut fewer = World { config: World::new(1, &[("default", "w")]).config, ..world.clone() };
+    fewer.databases.remove("other");
+    let process = fewer.start(chain(1, &[step("check", |_, _| Act::Pass)])).await;
+    process.until("has steps", |status| status.chain.is_some()).await;
+    let summary = process.handle.redrive(&Filter::default()).await.unwrap();
+    assert_eq!((summary.sent, summary.letters.pending), (3, 3));
+    assert_eq!(process.handle.redrive(&Filter::default()).await.unwrap().sent, 0);
+    process.stop().await;
+    // Back again, it gets what it has not had.
+    let process = world.start(chain(1, &[step("check", |_, _| Act::Pass)])).await;
+    process.until("resumed", |_| !is_pending(&*world.dead, "p")).await;
+    assert_eq!(sorted(world.payloads("other")), published(1, 3));
+    assert_eq!(sorted(world.payloads("w")), published(1, 3));
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_redrive_that_ends_with_its_process_goes_on_at_the_next_start() {
     let world = World::new(2, &[("default", "w")]);
     world.database("w").refuse(|message| {
