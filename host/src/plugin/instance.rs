@@ -25,8 +25,10 @@ use crate::topic::TopicFilter;
 
 /// CPU time of instantiation and `init` together: an interpreter starts slowly.
 const INIT_CPU: Duration = Duration::from_secs(5);
-/// Problems that `init` may name; more are not looked at.
+/// Problems that `init` may name, and their bytes, since they are one line of the log;
+/// more are left out.
 const PROBLEMS_MAX: usize = 64;
+const PROBLEMS_BYTES_MAX: usize = 16 << 10;
 /// Functions that a reason names: where it was, and its callers.
 const FRAMES_MAX: usize = 3;
 /// Bytes of a problem's path; what is over is cut off.
@@ -124,7 +126,14 @@ impl Instance {
             let problem = |p: super::bindings::base::exports::headworks::plugin::lifecycle::Problem| {
                 Problem { path: from_pointer(&p.path), message: printable(&p.reason) }
             };
-            StartError::Config(problems.into_iter().take(PROBLEMS_MAX).map(problem).collect())
+            let mut bytes = 0;
+            let fits = |problem: &Problem| {
+                let is_first = bytes == 0;
+                bytes += problem.path.as_str().len() + problem.message.len();
+                is_first || bytes <= PROBLEMS_BYTES_MAX
+            };
+            let problems = problems.into_iter().take(PROBLEMS_MAX).map(problem);
+            StartError::Config(problems.take_while(fits).collect())
         })?;
         let narrowed = ready
             .topics

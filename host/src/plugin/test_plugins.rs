@@ -10,6 +10,7 @@ const READY: usize = 1200;
 const ANSWER: usize = 1304;
 const STRINGS: usize = 2048;
 const BLOBS: usize = 8192;
+const REASON: usize = 100_000;
 const HEAP: usize = 131_072;
 
 /// Acts on the first payload byte of each message: P trap, A abort with a
@@ -81,13 +82,19 @@ pub fn refusing() -> Vec<u8> {
 
 /// The same problem so many times.
 pub fn refusing_times(times: usize) -> Vec<u8> {
-    // result: 1 (error), list of problems: path "/max", reason "too big".
-    let problem = hex_words(&[STRINGS as u32 + 32, 4, STRINGS as u32 + 36, 7]);
+    refusing_because("too big", times)
+}
+
+/// The same with this reason.
+pub fn refusing_because(reason: &str, times: usize) -> Vec<u8> {
+    // result: 1 (error), list of problems: path "/max", the reason.
+    let path = STRINGS + 32;
+    let problem = hex_words(&[path as u32, 4, REASON as u32, reason.len() as u32]);
     let problems = format!(
-        r#"(data (i32.const {READY}) "{}")(data (i32.const {BLOBS}) "{}")(data (i32.const {}) "/maxtoo big")"#,
+        r#"(data (i32.const {READY}) "{}")(data (i32.const {BLOBS}) "{}")(data (i32.const {path}) "/max")
+        (data (i32.const {REASON}) "{reason}")"#,
         hex_words(&[1, BLOBS as u32, times as u32, 0, 0, 0]),
         problem.repeat(times),
-        STRINGS + 32
     );
     batch_plugin("1.0.0", &[], "", &problems)
 }

@@ -444,4 +444,6 @@ fn what_init_says_is_bounded() {
     assert!(said.contains("narrows to 2000 topics, at most 1024"), "{said}");
     let said = load(&super::test_plugins::refusing_times(5_000));
     assert_eq!(said.matches("too big").count(), 64);
+    let said = load(&super::test_plugins::refusing_because(&"x".repeat(4 << 10), 64));
+    assert!((4 << 10..32 << 10).contains(&said.len()), "{}", said.len());
 }

@@ -207,6 +207,8 @@ impl PluginStep {
             faults: counter!("headworks_step_faults_total", &labels),
             seconds: histogram!("headworks_step_run_duration_seconds", &labels),
         };
+        // There at 0: an alert on an increase misses a series that begins at 1.
+        counter!("headworks_plugin_log_lines_dropped_total", &labels).increment(0);
         let started = shared.start().map_err(|error| match error {
             StartError::Config(problems) => problems,
             StartError::Fault(reason) => vec![Problem { path: KeyPath::root(), message: reason }],
