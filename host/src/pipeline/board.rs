@@ -58,7 +58,8 @@ impl Board {
     }
 
     pub fn status(&self) -> PipelineStatus {
-        let end = self.stream.bounds().end;
+        let kept = self.stream.bounds();
+        let end = kept.end;
         let shown = self.shown.borrow();
         let sink = |(shared, own_lane): (&Arc<SinkShared>, &bool)| {
             let committed = shared.committed.load(Ordering::Acquire);
@@ -67,7 +68,7 @@ impl Board {
                 name: shared.name.clone(),
                 state: shared.state(),
                 committed,
-                lag_messages: committed.map_or(0, |committed| end.0.saturating_sub(committed.0)),
+                lag_messages: end.0.saturating_sub(committed.unwrap_or(kept.start).0),
                 since: shared.since(),
                 last_commit: shared.last_commit(),
                 own_lane: *own_lane,

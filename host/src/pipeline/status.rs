@@ -27,6 +27,7 @@ pub struct SinkStatus {
     pub state: State,
     /// The lowest of its positions; `None` until it was opened.
     pub committed: Option<Offset>,
+    /// Messages that it has not committed; until it was opened all that are kept.
     pub lag_messages: u64,
     /// Since when it is in this state.
     pub since: SystemTime,
