@@ -9,7 +9,7 @@ use crate::config::fuzzing::config;
 use crate::listeners::mqtt::fuzzing::{
     broker_state, connection, packets, proxy_header, sent_properties, session, topic_filters, websocket,
 };
-use crate::plugin::fuzzing::answer;
+use crate::plugin::fuzzing::{answer, load};
 use crate::stream::log::fuzzing::log_frame;
 
 #[derive(Clone, Copy)]
@@ -30,6 +30,7 @@ pub const TARGETS: [Target; 11] = [
     Target { name: "websocket", run: websocket, inputs: 10_000 },
     Target { name: "log_frame", run: log_frame, inputs: 60_000 },
     Target { name: "plugin_answer", run: answer, inputs: 60_000 },
+    Target { name: "plugin_load", run: load, inputs: 20_000 },
     Target { name: "properties", run: properties, inputs: 60_000 },
     Target { name: "config", run: config, inputs: 300 },
 ];
@@ -170,6 +171,7 @@ mod tests {
         no_frames_break_a_websocket_and_how_they_are_cut_changes_nothing: "websocket",
         no_bytes_break_the_reading_of_the_log: "log_frame",
         no_answer_of_a_plugin_breaks_the_host: "plugin_answer",
+        no_plugin_file_or_compilers_answer_breaks_the_host: "plugin_load",
         a_valid_block_of_properties_can_be_sent: "properties",
         no_text_breaks_the_reading_of_the_config: "config",
     }

@@ -1,6 +1,8 @@
 //! What is wrong with a configuration: every problem at once, each with the
 //! path of its key. The `config` module turns a path into `file:line`.
 
+use std::collections::BTreeMap;
+
 /// Path of a key: `sinks.warehouse.batch.rows_max`, `pipelines.telemetry.steps[0].plugin`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct KeyPath(String);
@@ -36,6 +38,51 @@ impl KeyPath {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// `inner` below this path.
+    pub fn join(&self, inner: &Self) -> Self {
+        if self.0.is_empty() || inner.0.is_empty() || inner.0.starts_with('[') {
+            Self(format!("{}{}", self.0, inner.0))
+        } else {
+            self.key(&inner.0)
+        }
+    }
+
+    /// The path of the key or list around it; the root has none.
+    pub fn parent(&self) -> Option<Self> {
+        let end = self.0.rfind(['.', '[']).unwrap_or(0);
+        (!self.0.is_empty()).then(|| Self(self.0[..end].to_owned()))
+    }
+}
+
+/// Where the keys of a config are: `headworks.yaml:14`, by path.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Places(BTreeMap<KeyPath, String>);
+
+impl Places {
+    pub fn new(places: impl IntoIterator<Item = (KeyPath, String)>) -> Self {
+        Self(places.into_iter().collect())
+    }
+
+    /// Of a key, else of the nearest key around it.
+    pub fn of(&self, path: &KeyPath) -> Option<&str> {
+        let mut outer = Some(path.clone());
+        while let Some(path) = outer {
+            if let Some(place) = self.0.get(&path) {
+                return Some(place);
+            }
+            outer = path.parent();
+        }
+        None
+    }
+
+    /// A problem with its place: `headworks.yaml:14: sinks.a: must be set`.
+    pub fn locate(&self, problem: &Problem) -> String {
+        let place = self.of(&problem.path);
+        let parts =
+            [place, Some(problem.path.as_str()).filter(|path| !path.is_empty()), Some(&problem.message)];
+        parts.into_iter().flatten().collect::<Vec<_>>().join(": ")
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,5 +107,23 @@ impl Problems {
 
     pub fn into_vec(self) -> Vec<Problem> {
         self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_problem_has_the_place_of_the_nearest_key_around_it() {
+        let root = KeyPath::root();
+        let config = root.key("steps").index(0).key("config");
+        let places = Places::new([(config.clone(), "hw.yaml:7".to_owned())]);
+        let path = config.join(&root.key("rules").index(2).key("max"));
+        let problem = Problem { path, message: "too big".to_owned() };
+        assert_eq!(places.locate(&problem), "hw.yaml:7: steps[0].config.rules[2].max: too big");
+        assert_eq!(config.join(&root.index(1)).as_str(), "steps[0].config[1]");
+        assert_eq!(config.join(&root), config);
+        assert_eq!(Places::default().locate(&Problem { path: root, ..problem }), "too big");
     }
 }

@@ -450,7 +450,11 @@ pub fn look(config: &Config, path: &KeyPath, problems: &mut Problems) {
     let failures = &Failures::default();
     let deps = Deps { secret: &[0; 32], plugins: plugins.as_ref(), wait_max: Duration::ZERO, failures };
     for (i, authenticator) in config.authenticate.iter().enumerate() {
-        if let Err(reason) = open(authenticator, &deps) {
+        let looked = match (authenticator, deps.plugins) {
+            (Authenticator::Plugin(config), Some(engine)) => plugin::look(config, engine),
+            _ => open(authenticator, &deps).map(drop),
+        };
+        if let Err(reason) = looked {
             problems.add(path.key("authenticate").index(i), reason);
         }
     }
@@ -467,7 +471,7 @@ fn open(config: &Authenticator, deps: &Deps<'_>) -> Result<Box<dyn Authenticate>
         Authenticator::Http(config) => Box::new(http::Http::new(config, failures)?),
         Authenticator::Plugin(config) => {
             let engine = deps.plugins.ok_or("plugins cannot be run here")?;
-            Box::new(plugin::Plugin::open(config, engine, failures)?)
+            Box::new(plugin::Plugin::open(config, engine, deps.wait_max, failures))
         }
     })
 }

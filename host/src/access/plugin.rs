@@ -12,7 +12,7 @@ use super::config::{self, RULES_MAX, Rule};
 use super::exchange::{Begun, Exchange, Step};
 use super::questions::{Act, Authorize};
 use super::rules::{self, Action, Effect};
-use super::watched::Watched;
+use super::watched::{Opening, Watched};
 use super::{Authenticate, Credentials, Denied, Identity};
 use crate::plugin::access::{
     self, AccessEngine, AccessPlugin, Connecting, Decision, Property, Question, Seat,
@@ -42,7 +42,9 @@ pub struct Plugin(Arc<Inner>);
 
 struct Inner {
     file: String,
-    plugin: Arc<Watched<AccessPlugin>>,
+    plugin: Arc<Opening<AccessPlugin>>,
+    /// How long a client waits for the first version.
+    wait_max: Duration,
     /// As many as instances.
     turns: Arc<Semaphore>,
     exchanges: AtomicU64,
@@ -65,21 +67,24 @@ struct Running {
 }
 
 impl Plugin {
-    pub fn open(config: &config::Plugin, engine: &AccessEngine, failures: Failures) -> Result<Self, String> {
-        let (engine, settings) = (engine.clone(), config.clone());
-        let load = move |bytes: &[u8]| {
-            let loaded =
-                engine.load(bytes, &settings.config, settings.limits, settings.instances_max as usize);
-            loaded.map_err(|error| error.to_string())
-        };
-        let plugin = Arc::new(Watched::open(&config.file, FILE_BYTES_MAX, failures.clone(), load)?);
-        Ok(Self(Arc::new(Inner {
+    /// Begins to load the plugin. Clients wait for it, at most half of `wait_max`,
+    /// so that they are told where it takes longer.
+    pub fn open(
+        config: &config::Plugin,
+        engine: &AccessEngine,
+        wait_max: Duration,
+        failures: Failures,
+    ) -> Self {
+        let (engine, settings, said) = (engine.clone(), config.clone(), failures.clone());
+        let plugin = Opening::begin(failures.clone(), move || watch(&settings, &engine, said.clone()));
+        Self(Arc::new(Inner {
             file: config.file.display().to_string(),
             plugin,
+            wait_max: wait_max / 2,
             turns: Arc::new(Semaphore::new(config.instances_max as usize)),
             exchanges: AtomicU64::new(0),
             failures,
-        })))
+        }))
     }
 
     async fn ask(
@@ -89,9 +94,9 @@ impl Plugin {
     ) -> Result<(Answer, Arc<AccessPlugin>, u64), Denied> {
         let number = self.0.exchanges.fetch_add(1, Ordering::Relaxed);
         let connecting = connecting(number, who, method);
-        let inner = self.0.clone();
+        let watched = self.0.watched().await?;
         let called = self.0.off_the_reactor(move || {
-            let plugin = inner.plugin.ready();
+            let plugin = watched.ready();
             (plugin.authenticate(&connecting), plugin)
         });
         let (decision, plugin) = called.await?;
@@ -100,7 +105,29 @@ impl Plugin {
     }
 }
 
+/// Loads the plugin; what is wrong with the file or its config.
+pub fn look(config: &config::Plugin, engine: &AccessEngine) -> Result<(), String> {
+    watch(config, engine, Failures::default()).map(drop)
+}
+
+fn watch(
+    config: &config::Plugin,
+    engine: &AccessEngine,
+    failures: Failures,
+) -> Result<Watched<AccessPlugin>, String> {
+    let (engine, settings) = (engine.clone(), config.clone());
+    let load = move |bytes: &[u8]| {
+        let loaded = engine.load(bytes, &settings.config, settings.limits, settings.instances_max as usize);
+        loaded.map_err(|error| error.to_string())
+    };
+    Watched::open(&config.file, FILE_BYTES_MAX, failures, load)
+}
+
 impl Inner {
+    async fn watched(&self) -> Result<Arc<Watched<AccessPlugin>>, Denied> {
+        self.plugin.opened(self.wait_max).await.ok_or(Denied::Unavailable("plugin"))
+    }
+
     /// When it has its turn; runs on when its client has gone.
     async fn off_the_reactor<T: Send + 'static>(
         &self,
@@ -161,8 +188,8 @@ impl Authorize for Arc<Inner> {
             topic: topic.to_owned(),
         };
         let questions: Vec<_> = topics.iter().map(|topic| question(topic)).collect();
-        let inner = self.clone();
-        let called = self.off_the_reactor(move || inner.plugin.ready().authorize(&questions)).await?;
+        let watched = self.watched().await?;
+        let called = self.off_the_reactor(move || watched.ready().authorize(&questions)).await?;
         match called.and_then(|raw| answers(&raw, topics.len())) {
             Ok(answers) => {
                 count("answered");

@@ -3,7 +3,8 @@
 //!
 //! A file that is being written is left alone until it has been quiet for [`QUIET`].
 //! A small file then counts at once ([`Watched::get`]). One that takes long to read is
-//! read aside, and until that is done the old version answers ([`Watched::ready`]).
+//! read aside, and until that is done the old version answers ([`Watched::ready`]);
+//! its first version is waited for ([`Opening`]).
 
 use std::fmt;
 use std::fs::Metadata;
@@ -11,14 +12,20 @@ use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use tokio::sync::watch;
+use tokio::time::timeout;
 
 use crate::telemetry::Failures;
 use crate::threads;
 
 /// Between the last write and the first look at what was written.
 const QUIET: Duration = Duration::from_millis(300);
+/// A version that could not be used is tried again when it is asked for then,
+/// although the file is the same: the reason may have passed.
+const RETRY_AFTER: Duration = Duration::from_secs(30);
 
 pub struct Watched<T> {
     path: PathBuf,
@@ -26,6 +33,7 @@ pub struct Watched<T> {
     parse: Box<Parse<T>>,
     failures: Failures,
     seen: Mutex<(Signature, Arc<T>)>,
+    retry_at: Mutex<Option<Instant>>,
     /// Held by who reads a changed file; comes before `seen`.
     reading: Mutex<()>,
     is_read_aside: AtomicBool,
@@ -56,6 +64,7 @@ impl<T> Watched<T> {
             parse: Box::new(parse),
             failures,
             seen: Mutex::new((signature, Arc::new(value))),
+            retry_at: Mutex::default(),
             reading: Mutex::default(),
             is_read_aside: AtomicBool::new(false),
         })
@@ -83,12 +92,13 @@ impl<T> Watched<T> {
         let _one_at_a_time = lock(&self.reading);
         let Some(change) = self.change() else { return Ok(false) };
         let version = read(&self.path, self.bytes_max, &self.parse);
+        *lock(&self.retry_at) = version.is_err().then(|| Instant::now() + RETRY_AFTER);
         let mut seen = lock(&self.seen);
         match (version, change) {
             (Ok((signature, value)), _) => *seen = (signature, Arc::new(value)),
             (Err(reason), Change::Gone) => return Err(reason),
             (Err(reason), Change::To(signature)) => {
-                // Not looked into again until it changes once more.
+                // Not looked into again until it changes once more, or the time for that has come.
                 seen.0 = signature;
                 return Err(reason);
             }
@@ -116,7 +126,9 @@ impl<T> Watched<T> {
         match std::fs::metadata(&self.path) {
             Ok(found) => {
                 let now = Signature::of(&found);
-                (now != lock(&self.seen).0 && now.is_whole()).then_some(Change::To(now))
+                let is_due = lock(&self.retry_at).is_some_and(|at| Instant::now() >= at);
+                let is_changed = now != lock(&self.seen).0 && now.is_whole();
+                (is_due || is_changed).then_some(Change::To(now))
             }
             Err(_) => Some(Change::Gone),
         }
@@ -139,6 +151,70 @@ impl<T: Send + Sync + 'static> Watched<T> {
             }
         }
         self.newest()
+    }
+}
+
+/// A [`Watched`] file whose first version is read on a thread of its own.
+pub struct Opening<T> {
+    open: Box<Open<T>>,
+    failures: Failures,
+    opened: OnceLock<Arc<Watched<T>>>,
+    is_running: watch::Sender<bool>,
+    failed_at: Mutex<Option<Instant>>,
+}
+
+type Open<T> = dyn Fn() -> Result<Watched<T>, String> + Send + Sync;
+
+impl<T: Send + Sync + 'static> Opening<T> {
+    pub fn begin(
+        failures: Failures,
+        open: impl Fn() -> Result<Watched<T>, String> + Send + Sync + 'static,
+    ) -> Arc<Self> {
+        let opening = Arc::new(Self {
+            open: Box::new(open),
+            failures,
+            opened: OnceLock::new(),
+            is_running: watch::Sender::new(false),
+            failed_at: Mutex::default(),
+        });
+        opening.run();
+        opening
+    }
+
+    /// Waits for the first version while it is being read; `None` where there is none.
+    pub async fn opened(self: &Arc<Self>, wait_max: Duration) -> Option<Arc<Watched<T>>> {
+        if self.opened.get().is_none() {
+            if lock(&self.failed_at).is_some_and(|at| at.elapsed() >= RETRY_AFTER) {
+                self.run();
+            }
+            // Late: there is none yet.
+            let _ = timeout(wait_max, self.is_running.subscribe().wait_for(|running| !running)).await;
+        }
+        self.opened.get().cloned()
+    }
+
+    fn run(self: &Arc<Self>) {
+        if !self.is_running.send_if_modified(|running| !std::mem::replace(running, true)) {
+            return;
+        }
+        let opening = self.clone();
+        let read = move || {
+            match (opening.open)() {
+                Ok(watched) => drop(opening.opened.set(Arc::new(watched))),
+                Err(reason) => opening.failed(&reason),
+            }
+            opening.is_running.send_replace(false);
+        };
+        if let Err(error) = threads::spawn("access-file".to_owned(), read) {
+            self.failed(&format!("no thread to read it: {error}"));
+            self.is_running.send_replace(false);
+        }
+    }
+
+    fn failed(&self, reason: &str) {
+        *lock(&self.failed_at) = Some(Instant::now());
+        let kind = format!("access: a file cannot be used: {reason}");
+        self.failures.report(&kind, 1, "clients that it knows are refused until it can", "");
     }
 }
 

@@ -13,7 +13,6 @@ mod watchdog;
 
 use std::fs::{File, Permissions};
 use std::io::Write;
-use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -43,6 +42,8 @@ use crate::telemetry::{self, Failures};
 use crate::topic::{Namespace, TopicFilter};
 use crate::units::{ByteSize, Period};
 
+/// The start screen waits so long for plugins.
+const PLUGINS_SHOWN_AFTER: Duration = Duration::from_secs(3);
 /// As a shell shows a process that SIGINT ended.
 const INTERRUPTED: i32 = 130;
 
@@ -98,14 +99,19 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
     let dead_letters: Arc<dyn Stream> = dead_letters;
     let broker: Arc<dyn Stream> = open_log(&data_dir.join("broker"), "broker", &broker_stream(&config.mqtt))?;
 
-    // Plugins, then the pipelines that run them and own the sinks.
+    // Plugins, which are loaded from now on, then the pipelines that wait for them and own the sinks.
     let devices = Arc::new(Devices::load(&config.devices).context("devices.file")?);
     let following = Arc::clone(&devices).follow(config.devices.clone(), failures.clone());
     tokio::spawn(stop_delivering.clone().run_until_cancelled_owned(following));
-    let plugins = tokio::task::block_in_place(|| {
-        let cache = config.plugin_cache_dir();
-        Plugins::start(&config.plugins, &cache, devices, Arc::clone(&namespace), failures.clone())
-    })?;
+    let cache = config.plugin_cache_dir();
+    let plugins = Plugins::start(
+        &config.plugins,
+        &cache,
+        source.places.clone(),
+        devices,
+        Arc::clone(&namespace),
+        failures.clone(),
+    )?;
     let mut pipelines = Vec::new();
     for (name, pipeline) in &config.pipelines {
         // It drops all: there is nothing to read the stream for.
@@ -130,10 +136,10 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
     let access_plugins = asks_plugins
         .into_iter()
         .any(|one| matches!(one, Authenticator::Plugin(_)))
-        .then(|| AccessEngine::new(&config.plugins, Some(&data_dir.join("plugin-cache"))))
+        .then(|| AccessEngine::new(&config.plugins, Some(&cache)))
         .transpose()?;
 
-    // Devices last: nobody is acknowledged before all of the above works.
+    // Devices: what they are acknowledged for stands on the log alone.
     let background = Background::start().context("cannot start threads")?;
     let runtimes = vec![("runtime", Handle::current()), ("background", background.handle())];
     watchdog::start(runtimes).context("cannot start threads")?;
@@ -199,7 +205,12 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
     let told = if is_kept { String::new() } else { token };
     let running = RunFile::new(&instance, listener.addresses(), admin.address(), told);
     run_file::write(&data_dir, &running)?;
-    say_started(&config, &source, &host, listener.addresses(), admin.address());
+    let mut started = Started::of(&config, &source);
+    for ((_, bound), address) in started.listeners.iter_mut().zip(listener.addresses()) {
+        *bound = address.clone();
+    }
+    started.admin = Some(admin.address());
+    tokio::spawn(say_started(started, Arc::clone(&host)));
 
     let mut interrupts = signal(SignalKind::interrupt())?;
     let ended = wait_for_end(&all_streams, &mut interrupts).await;
@@ -401,13 +412,11 @@ fn say_recovered(name: &str, recovery: &Recovery) {
     }
 }
 
-/// The start screen, for a person: logs go to stderr, this to stdout.
-fn say_started(config: &Config, source: &Source, host: &Host, mqtt: &[mqtt::Bind], admin: SocketAddr) {
-    let mut started = Started::of(config, source);
-    for ((_, bound), address) in started.listeners.iter_mut().zip(mqtt) {
-        *bound = address.clone();
-    }
-    started.admin = Some(admin);
+/// The start screen, for a person: logs go to stderr, this to stdout. With the
+/// plugins, where they do not take long.
+async fn say_started(mut started: Started, host: Arc<Host>) {
+    // Past it: what is still being loaded is shown as that.
+    let _ = tokio::time::timeout(PLUGINS_SHOWN_AFTER, host.plugins.loaded()).await;
     started.plugins = host.plugins.status().into_iter().map(plugin_line).collect();
     // Whoever closed stdout does not want it.
     let _ = writeln!(std::io::stdout(), "{}", banner(&started));
@@ -416,6 +425,7 @@ fn say_started(config: &Config, source: &Source, host: &Host, mqtt: &[mqtt::Bind
 fn plugin_line(plugin: PluginStatus) -> PluginLine {
     let problem = match plugin.state {
         PluginState::Active => None,
+        PluginState::Loading => Some("is being loaded".to_owned()),
         PluginState::Failed(reason) | PluginState::Removed(reason) => Some(reason),
     };
     PluginLine { file: plugin.file, name: plugin.name, version: plugin.version, problem }

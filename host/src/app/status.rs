@@ -43,7 +43,8 @@ impl Host {
         });
         let plugins = self.plugins.status().into_iter().map(|plugin| {
             let (ready, detail) = match &plugin.state {
-                PluginState::Active => (true, ""),
+                // While one is being loaded the version before runs, or its pipelines say that they start.
+                PluginState::Active | PluginState::Loading => (true, ""),
                 PluginState::Failed(reason) | PluginState::Removed(reason) => (false, reason.as_str()),
             };
             component(format!("plugin {}", plugin.name), ready, detail)

@@ -28,7 +28,7 @@ pub fn plugin(command: PluginCommand, out: &mut Out) -> anyhow::Result<()> {
             list(&config, format.format, out)
         }
         PluginCommand::Inspect { file, format } => {
-            let inspection = plugin::inspect(&file)?;
+            let inspection = plugin::inspect(&file, None)?;
             match format.format {
                 Format::Json => out.json(&inspection)?,
                 Format::Text => show(&inspection, out)?,
@@ -88,10 +88,10 @@ fn list(config: &Config, format: Format, out: &mut Out) -> anyhow::Result<()> {
         return out.line(format!("no plugins in {}: drop a .wasm file in", dir.display()));
     }
     let mut table = vec![["FILE", "PLUGIN", "VERSION", "TOPICS", "SUMMARY"].map(str::to_owned).to_vec()];
-    for Listed { name, path, state } in listed {
+    for Listed { name, path, state, .. } in listed {
         let (state, inspection) = match state {
             FileState::There => {
-                let inspection = plugin::inspect(&path)
+                let inspection = plugin::inspect(&path, Some(&config.plugin_cache_dir()))
                     .unwrap_or_else(|error| without_inspection(&path, error.to_string()));
                 (if inspection.problem.is_some() { "failed" } else { "ready" }, inspection)
             }

@@ -22,7 +22,10 @@ pub fn run(args: &ConfigArgs, log: Option<&str>, format: LogFormat) -> anyhow::R
         // Only those that serve connections park.
         .on_thread_unpark(threads::begin_turn)
         .build()?;
-    runtime.block_on(app::run(loaded.config, loaded.source))
+    let ended = runtime.block_on(app::run(loaded.config, loaded.source));
+    // What is durable is closed by now: no plugin that starts, no read that hangs holds up the end.
+    runtime.shutdown_background();
+    ended
 }
 
 /// Each connection is an open file, and what a shell or service manager lets a

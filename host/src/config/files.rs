@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use super::{Error, Located};
-use crate::problems::{KeyPath, Problem, Problems};
+use crate::problems::{KeyPath, Places, Problem, Problems};
 use crate::yaml;
 
 /// Larger files are refused.
@@ -153,6 +153,13 @@ pub fn merge(texts: Vec<(PathBuf, String)>) -> Result<Files, Error> {
 impl Files {
     pub fn names(&self) -> Vec<PathBuf> {
         self.names.clone()
+    }
+
+    pub fn places(&self) -> Places {
+        let place = |(path, (file, line)): (&KeyPath, &(usize, usize))| {
+            (path.clone(), format!("{}:{line}", self.names[*file].display()))
+        };
+        Places::new(self.lines.iter().map(place))
     }
 
     /// Each problem with its place, in the order of files and lines.

@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::listeners::mqtt;
-use crate::problems::{KeyPath, Problem, Problems};
+use crate::problems::{KeyPath, Places, Problem, Problems};
 use crate::topic::Namespace;
 use crate::{admin, devices, pipeline, plugin, sinks, stream, threads};
 
@@ -114,6 +114,8 @@ pub struct Source {
     pub path: Option<PathBuf>,
     /// In the order of their names.
     pub files: Vec<PathBuf>,
+    /// File and line of each key.
+    pub places: Places,
 }
 
 impl Source {

@@ -91,7 +91,10 @@ impl Supervisor {
         shutdown: CancellationToken,
         board: Arc<Board>,
     ) -> Self {
-        chain.mark_changed();
+        // The first one comes once its plugins were looked into.
+        if chain.borrow().generation > 0 {
+            chain.mark_changed();
+        }
         let gauges = members.iter().map(|member| SinkMetrics::new(&shared.name, &member.name)).collect();
         Self {
             blocked_us: vec![0; members.len()],

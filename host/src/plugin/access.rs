@@ -58,8 +58,7 @@ pub struct Seat {
 impl AccessEngine {
     /// `cache_dir` is made, private, if needed; without one nothing is kept.
     pub fn new(config: &Config, cache_dir: Option<&Path>) -> Result<Self, Error> {
-        let compiler = Compiler::child(config.compile_cpu_s, config.compile_memory)
-            .map_err(|error| Error::Engine(format!("cannot find this program's file: {error}")))?;
+        let compiler = Compiler::child(config.compile_cpu_s, config.compile_memory);
         Library::new(compiler, cache_dir.map(Cache::open).transpose()?).map(Self)
     }
 

@@ -3,8 +3,13 @@
 //! What lies here is native code that will run in this process, so the folder
 //! is private (0700, ours, no symlink), a file is opened without following
 //! links, and its digest is compared before the code is used. The key is the
-//! SHA-256 of the component and of the engine's settings and version.
+//! SHA-256 of the plugin file and of what compiles it: this program's version,
+//! the engine's settings and version.
+//!
+//! `KEY.native` is code and `KEY.json` says what it is; `KEY.killed` says that
+//! the file ended its compiler, which then is not tried on these bytes again.
 
+use std::collections::HashMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::hash::{Hash, Hasher};
 use std::io::{self, Read, Write};
@@ -19,11 +24,18 @@ use wasmtime::Engine;
 use wasmtime::component::Component;
 
 use super::Description;
+use super::compile::ARTIFACT_BYTES_MAX;
+use super::load::Report;
 
 /// Compiled plugins kept; the ones used longest ago go first.
 const ENTRIES_MAX: usize = 64;
-const ARTIFACT_BYTES_MAX: u64 = 1 << 30;
+/// Versions kept of one plugin (of the name that it describes itself by).
+const VERSIONS_MAX: usize = 4;
+/// Native code kept, all together; larger code is not kept at all.
+const BYTES_MAX: u64 = 512 << 20;
 const NOTE_BYTES_MAX: u64 = 4 << 20;
+/// Files that ended a compiler and are remembered.
+const KILLED_MAX: usize = 256;
 
 /// A private folder of compiled plugins.
 #[derive(Clone, Debug)]
@@ -33,9 +45,18 @@ pub struct Cache {
 
 /// Beside each artifact.
 #[derive(Serialize, Deserialize)]
-struct Note {
+pub(super) struct Note {
     artifact_sha256: String,
-    description: Option<Description>,
+    pub report: Report,
+    pub description: Description,
+}
+
+/// How a file ended its compiler, and under which limits.
+#[derive(Serialize, Deserialize)]
+struct Killed {
+    reason: String,
+    cpu_s: u64,
+    memory: u64,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +67,8 @@ pub enum CacheError {
     Owner(PathBuf),
     #[error("plugin cache {0}: others may write to it (mode {1:o}), and it holds code: delete it")]
     Mode(PathBuf, u32),
+    #[error("plugin cache: {bytes} bytes of native code, at most {} MiB are kept", BYTES_MAX >> 20)]
+    TooLarge { bytes: u64 },
     #[error("plugin cache {0}: {1}")]
     Io(PathBuf, io::Error),
 }
@@ -61,6 +84,17 @@ impl Cache {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(error)),
             _ => {}
         }
+        Self::check(dir)?;
+        Ok(Self { dir: dir.to_owned() })
+    }
+
+    /// One that is there already, of a host that may run: nothing is changed in it.
+    pub fn existing(dir: &Path) -> Option<Self> {
+        Self::check(dir).ok().map(|()| Self { dir: dir.to_owned() })
+    }
+
+    fn check(dir: &Path) -> Result<(), CacheError> {
+        let failed = |error| CacheError::Io(dir.to_owned(), error);
         let metadata = fs::symlink_metadata(dir).map_err(failed)?;
         if !metadata.is_dir() {
             return Err(CacheError::NotAFolder(dir.to_owned()));
@@ -74,17 +108,33 @@ impl Cache {
         if metadata.mode() & 0o077 != 0 {
             fs::set_permissions(dir, fs::Permissions::from_mode(0o700)).map_err(failed)?;
         }
-        Ok(Self { dir: dir.to_owned() })
+        Ok(())
     }
 
-    pub fn dir(&self) -> &Path {
-        &self.dir
+    /// Removes what a host left that was killed: files half written, code without
+    /// its note, folders of compilers (of 0.1.0). For the one host of the folder, at its start.
+    pub(super) fn clean_up(&self) {
+        for (name, path) in self.files() {
+            let is_orphan = name.strip_suffix(".native").is_some_and(|key| !self.note(key).is_file());
+            // What cannot be removed takes space, and harms nothing.
+            if name.starts_with(".compile-") {
+                let _ = fs::remove_dir_all(&path);
+            } else if is_orphan || name.ends_with(".tmp") {
+                let _ = fs::remove_file(&path);
+            }
+        }
+        self.prune();
     }
 
-    /// The compiled component and its description, where they are here and whole.
-    pub(super) fn load(&self, key: &str, engine: &Engine) -> Option<(Component, Option<Description>)> {
-        let note: Note = serde_json::from_slice(&self.read(&self.note(key), NOTE_BYTES_MAX)?).ok()?;
-        let artifact = self.read(&self.artifact(key), ARTIFACT_BYTES_MAX)?;
+    /// What is known of a file without its code.
+    pub(super) fn note_of(&self, key: &str) -> Option<Note> {
+        serde_json::from_slice(&self.read(&self.note(key), NOTE_BYTES_MAX)?).ok()
+    }
+
+    /// The compiled component and its note, where they are here and whole.
+    pub(super) fn load(&self, key: &str, engine: &Engine) -> Option<(Component, Note)> {
+        let note = self.note_of(key)?;
+        let artifact = self.read(&self.artifact(key), ARTIFACT_BYTES_MAX as u64)?;
         if hex(&Sha256::digest(&artifact)) != note.artifact_sha256 {
             tracing::warn!(path = %self.artifact(key).display(), "compiled plugin was changed, compiling it again");
             return None;
@@ -95,7 +145,7 @@ impl Cache {
             .append(true)
             .open(self.note(key))
             .and_then(|file| file.set_modified(SystemTime::now()));
-        Some((component, note.description))
+        Some((component, note))
     }
 
     /// Keeps what a compiling child made, for the next start.
@@ -103,13 +153,37 @@ impl Cache {
         &self,
         key: &str,
         artifact: &[u8],
-        description: Option<&Description>,
+        report: &Report,
+        description: &Description,
     ) -> Result<(), CacheError> {
-        let note =
-            Note { artifact_sha256: hex(&Sha256::digest(artifact)), description: description.cloned() };
+        if artifact.len() as u64 > BYTES_MAX {
+            return Err(CacheError::TooLarge { bytes: artifact.len() as u64 });
+        }
+        let artifact_sha256 = hex(&Sha256::digest(artifact));
+        let note = Note { artifact_sha256, report: report.clone(), description: description.clone() };
         let note = serde_json::to_vec(&note).expect("a note is plain text");
+        // The note last: code without one does not count.
         self.write(&self.artifact(key), artifact)?;
         self.write(&self.note(key), &note)?;
+        self.prune();
+        Ok(())
+    }
+
+    /// Why the file's compiler ended before, under limits (seconds of CPU, bytes) no lower than these.
+    pub(super) fn killed(&self, key: &str, (cpu_s, memory): (u64, u64)) -> Option<String> {
+        let killed: Killed =
+            serde_json::from_slice(&self.read(&self.killed_note(key), NOTE_BYTES_MAX)?).ok()?;
+        (cpu_s <= killed.cpu_s && memory <= killed.memory).then_some(killed.reason)
+    }
+
+    pub(super) fn note_killed(
+        &self,
+        key: &str,
+        reason: &str,
+        (cpu_s, memory): (u64, u64),
+    ) -> Result<(), CacheError> {
+        let killed = Killed { reason: reason.to_owned(), cpu_s, memory };
+        self.write(&self.killed_note(key), &serde_json::to_vec(&killed).expect("a note is plain text"))?;
         self.prune();
         Ok(())
     }
@@ -120,6 +194,16 @@ impl Cache {
 
     fn note(&self, key: &str) -> PathBuf {
         self.dir.join(format!("{key}.json"))
+    }
+
+    fn killed_note(&self, key: &str) -> PathBuf {
+        self.dir.join(format!("{key}.killed"))
+    }
+
+    /// Names and paths; none where the folder cannot be listed.
+    fn files(&self) -> Vec<(String, PathBuf)> {
+        let files = fs::read_dir(&self.dir).into_iter().flatten().flatten();
+        files.filter_map(|file| Some((file.file_name().into_string().ok()?, file.path()))).collect()
     }
 
     fn read(&self, path: &Path, bytes_max: u64) -> Option<Vec<u8>> {
@@ -153,24 +237,43 @@ impl Cache {
 
     /// Best effort: what cannot be listed or removed stays until next time.
     fn prune(&self) {
-        let Ok(files) = fs::read_dir(&self.dir) else { return };
-        let mut notes: Vec<(SystemTime, String)> = files
-            .flatten()
-            .filter_map(|file| {
-                let key = file.file_name().to_str()?.strip_suffix(".json")?.to_owned();
-                Some((file.metadata().ok()?.modified().ok()?, key))
-            })
-            .collect();
-        notes.sort();
-        for (_, key) in notes.iter().take(notes.len().saturating_sub(ENTRIES_MAX)) {
-            let _ = fs::remove_file(self.artifact(key));
-            let _ = fs::remove_file(self.note(key));
+        let modified = |path: &Path| fs::metadata(path).and_then(|file| file.modified()).ok();
+        let with_suffix = |suffix: &str| {
+            let keyed = self
+                .files()
+                .into_iter()
+                .filter_map(|(name, path)| Some((modified(&path)?, name.strip_suffix(suffix)?.to_owned())));
+            let mut keyed: Vec<_> = keyed.collect();
+            keyed.sort();
+            keyed.reverse();
+            keyed.into_iter().map(|(_, key)| key)
+        };
+        let (mut entries, mut bytes) = (0, 0);
+        let mut versions: HashMap<String, usize> = HashMap::new();
+        for key in with_suffix(".json") {
+            let size = fs::metadata(self.artifact(&key)).map_or(0, |file| file.len());
+            // One that cannot be read is of another version of Headworks.
+            let is_kept = self.note_of(&key).is_some_and(|note| {
+                let versions = versions.entry(note.description.name).or_default();
+                *versions += 1;
+                *versions <= VERSIONS_MAX && entries < ENTRIES_MAX && bytes + size <= BYTES_MAX
+            });
+            if is_kept {
+                entries += 1;
+                bytes += size;
+            } else {
+                let _ = fs::remove_file(self.note(&key));
+                let _ = fs::remove_file(self.artifact(&key));
+            }
+        }
+        for key in with_suffix(".killed").skip(KILLED_MAX) {
+            let _ = fs::remove_file(self.killed_note(&key));
         }
     }
 }
 
-/// The key of a component compiled by `engine`.
-pub(super) fn key(component: &[u8], engine: &Engine) -> String {
+/// The key of a plugin file, by its SHA-256, where `engine` runs it.
+pub(super) fn key(file_sha256: &[u8], engine: &Engine) -> String {
     struct Bytes(Sha256);
     impl Hasher for Bytes {
         fn finish(&self) -> u64 {
@@ -181,7 +284,8 @@ pub(super) fn key(component: &[u8], engine: &Engine) -> String {
         }
     }
     let mut hasher = Bytes(Sha256::new());
-    hasher.write(&Sha256::digest(component));
+    hasher.write(file_sha256);
+    hasher.write(concat!("headworks ", env!("CARGO_PKG_VERSION"), " report 2").as_bytes());
     engine.precompile_compatibility_hash().hash(&mut hasher);
     hex(&hasher.0.finalize())
 }
@@ -194,13 +298,65 @@ pub(super) fn hex(bytes: &[u8]) -> String {
 pub(super) fn deserialize(engine: &Engine, artifact: &[u8]) -> wasmtime::Result<Component> {
     // SAFETY: `deserialize` runs what it is given, so it must be what
     // `Engine::precompile_component` made. Both callers hold that: one has the
-    // bytes straight from the compiling child or from this process; the other
-    // read them, without following links, from a file that only this user can
+    // bytes straight from the compiling child, which runs this program and is
+    // trusted as far as that, or from this process; the other read them, without following links, from a file that only this user can
     // write, in a folder that only this user can enter (`Cache::open`), and
     // compared their SHA-256 with the one noted when they were made. wasmtime
     // itself refuses another version's or another setting's code.
     #[allow(unsafe_code)]
     unsafe {
         Component::deserialize(engine, artifact)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plugin::Kind;
+
+    fn names(dir: &Path) -> Vec<String> {
+        let mut names: Vec<_> =
+            fs::read_dir(dir).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn four_versions_of_a_plugin_are_kept_and_nothing_of_a_host_that_was_killed() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open(dir.path()).unwrap();
+        let report = Report { form: None, imports: Vec::new(), exports: Vec::new(), kind: Ok(Kind::Batch) };
+        let put = |key: &str, name: &str| {
+            let description = Description { name: name.to_owned(), ..Description::default() };
+            cache.store(key, b"code", &report, &description).unwrap();
+        };
+        put("other", "route");
+        for key in ["v1", "v2", "v3", "v4", "v5", "v6"] {
+            put(key, "enrich");
+        }
+        let kept: Vec<_> = names(dir.path()).into_iter().filter(|name| name.ends_with(".json")).collect();
+        assert!(kept.len() == 5 && kept.contains(&"other.json".to_owned()), "{kept:?}");
+        assert!(kept.contains(&"v6.json".to_owned()) && !kept.contains(&"v1.json".to_owned()), "{kept:?}");
+        let whole = names(dir.path());
+        for left in [".x.tmp", "orphan.native", "folder-steps.tmp"] {
+            fs::write(dir.path().join(left), b"x").unwrap();
+        }
+        fs::create_dir_all(dir.path().join(".compile-1/x")).unwrap();
+        // As 0.1.0 wrote it: of no use to this version.
+        fs::write(dir.path().join("old.json"), br#"{"artifact_sha256":"00","description":null}"#).unwrap();
+        fs::write(dir.path().join("old.native"), b"x").unwrap();
+        cache.clean_up();
+        assert_eq!(names(dir.path()), whole);
+    }
+
+    #[test]
+    fn a_file_that_ended_its_compiler_is_remembered_until_the_limits_are_raised() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open(dir.path()).unwrap();
+        cache.note_killed("key", "took over 30 s", (30, 100)).unwrap();
+        assert_eq!(cache.killed("key", (30, 100)).as_deref(), Some("took over 30 s"));
+        assert!(cache.killed("key", (10, 100)).is_some());
+        assert!(cache.killed("key", (31, 100)).is_none() && cache.killed("key", (30, 101)).is_none());
+        assert!(cache.killed("other", (1, 1)).is_none());
     }
 }

@@ -1,43 +1,66 @@
-//! Compiling in a child process, under limits.
+//! Parsing and compiling a plugin file in a child process, under limits.
 //!
-//! A compiler is an attack surface: a function of 530 KB took 28 s and 6.7 GB.
-//! The child is this program again (`headworks plugin-compile`); it finds its
-//! order in a variable, puts limits on itself before it reads a byte of
-//! the plugin, and writes native code to a file. One child at a time.
+//! A plugin file is an attack surface, all of it: one function of 530 KB took
+//! 28 s and 6.7 GB to compile, one changed byte in a file's WIT metadata
+//! overflowed the stack of the process that parsed it. The child is this program
+//! again (`headworks plugin-compile`, see `compile_child.rs`). It takes the
+//! file over a socket, and answers what the file is and its native code. The
+//! host parses nothing but that answer, whose lengths it checks. One child at a time.
 
 use std::ffi::OsString;
-use std::fs::DirBuilder;
-use std::io::Read;
-use std::os::unix::fs::DirBuilderExt;
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Resource, Rlimit, setrlimit};
+use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 
 use super::engine;
+use super::host::printable;
+use super::load::{LoadError, Report};
 use crate::units::ByteSize;
 
 /// First argument of the child.
 pub const CHILD_COMMAND: &str = "plugin-compile";
-/// The child's output file.
-const ARTIFACT_BYTES_MAX: u64 = 1 << 30;
+/// The child itself while it runs: the host's own file, even where another version lies in its place by now.
+const THIS_PROGRAM: &str = "/proc/self/exe";
+/// Holds the child's order.
+pub(super) const CHILD_VARIABLE: &str = "HEADWORKS_PLUGIN_COMPILE";
+/// Native code of one plugin.
+pub(super) const ARTIFACT_BYTES_MAX: usize = 512 << 20;
+/// What the child says of the file, as JSON.
+const REPORT_BYTES_MAX: usize = 1 << 20;
 /// Wall time is limited to this many times the CPU limit.
 const WALL_FACTOR: u64 = 10;
 const POLL: Duration = Duration::from_millis(2);
+/// Longest wait for the child's socket before the deadline is looked at.
+const WAIT: Duration = Duration::from_millis(20);
+const CHUNK_BYTES: usize = 256 << 10;
 const MESSAGE_BYTES_MAX: u64 = 4 << 10;
+/// What Rust's allocator says before it aborts, the compiler before it panics, the system in its error.
+pub(super) const OUT_OF_MEMORY: [&str; 3] =
+    ["memory allocation of", "out of memory", "Cannot allocate memory"];
+/// How nice the child is while the host runs, and while pipelines wait for their first steps.
+const NICE: i32 = 19;
+const NICE_AT_START: i32 = 5;
 
-/// How plugins are compiled.
+/// How plugin files are parsed and compiled. Clones share the one child.
 #[derive(Clone, Debug)]
 pub struct Compiler {
     way: Way,
-    pub(super) cpu_s: u64,
+    cpu_s: u64,
     wall_s: u64,
-    pub(super) memory: ByteSize,
+    memory: ByteSize,
+    nice: i32,
+    stopped: Arc<AtomicBool>,
     one_at_a_time: Arc<Mutex<()>>,
 }
 
@@ -47,7 +70,15 @@ enum Way {
     InProcess,
 }
 
-/// Why a plugin could not be compiled.
+/// What became of a file.
+#[derive(Debug)]
+pub(super) struct Compiled {
+    pub report: Report,
+    /// Native code; empty where the report refuses the file.
+    pub artifact: Vec<u8>,
+}
+
+/// Why a file could not be compiled, although it may be a plugin.
 #[derive(Debug, thiserror::Error)]
 pub enum CompileError {
     #[error("took over {0} s of CPU to compile: limit plugins.compile_cpu_s; is one of its functions huge?")]
@@ -58,50 +89,87 @@ pub enum CompileError {
     Memory(ByteSize),
     #[error("its native code has more than {} MiB", ARTIFACT_BYTES_MAX >> 20)]
     Size,
-    #[error("cannot be compiled: {0}")]
-    Invalid(String),
-    #[error("the compiler ended unexpectedly ({0})")]
+    #[error("ended the compiler ({0}): damaged, or made to do so; copy or build it again")]
     Died(String),
+    #[error("the compiler was killed from outside ({0})")]
+    Killed(String),
+    #[error("the compiler's answer cannot be read")]
+    Answer,
+    #[error("the host ends")]
+    Stopped,
     #[error("cannot start the compiler {program}: {error}")]
-    Start { program: PathBuf, error: std::io::Error },
-    #[error("cannot read or write {path}: {error}")]
-    File { path: PathBuf, error: std::io::Error },
+    Start { program: PathBuf, error: io::Error },
+    #[error("cannot speak to the compiler: {0}")]
+    Socket(io::Error),
 }
 
 /// What the child is told.
 #[derive(Serialize, Deserialize)]
-struct Order {
-    component: PathBuf,
-    artifact: PathBuf,
-    cpu_s: u64,
-    memory: u64,
+pub(super) struct Order {
+    /// Process id of the host.
+    pub parent: u32,
+    pub cpu_s: u64,
+    pub memory: u64,
+    pub nice: i32,
+}
+
+impl CompileError {
+    /// Whether the file is the cause, so that the same bytes under the same limits fail again.
+    pub(super) fn is_of_the_file(&self) -> bool {
+        matches!(self, Self::Cpu(_) | Self::Memory(_) | Self::Size | Self::Died(_) | Self::Answer)
+    }
 }
 
 impl Compiler {
-    /// In a child of this program, which must call [`compile_child_main`] when
-    /// its first argument is [`CHILD_COMMAND`].
-    pub fn child(cpu_s: u64, memory: ByteSize) -> std::io::Result<Self> {
-        Ok(Self::child_of(std::env::current_exe()?, vec![CHILD_COMMAND.into()], cpu_s, memory))
+    /// In a child of this program, which must call [`super::compile_child_main`]
+    /// when its first argument is [`CHILD_COMMAND`].
+    pub fn child(cpu_s: u64, memory: ByteSize) -> Self {
+        Self::child_of(THIS_PROGRAM.into(), vec![CHILD_COMMAND.into()], cpu_s, memory)
     }
 
     /// In a child of another program.
     pub fn child_of(program: PathBuf, args: Vec<OsString>, cpu_s: u64, memory: ByteSize) -> Self {
-        let wall_s = cpu_s * WALL_FACTOR;
-        Self { way: Way::Child { program, args }, cpu_s, wall_s, memory, one_at_a_time: Arc::default() }
+        Self::new(Way::Child { program, args }, cpu_s, memory)
     }
 
-    /// In this process and without limits: for tests, and for commands that a
-    /// person runs on a plugin of their own (`plugin bench`).
+    /// In this process and without limits: for tests and benchmarks with plugins of the tree.
     pub fn in_process() -> Self {
-        Self { way: Way::InProcess, cpu_s: 0, wall_s: 0, memory: ByteSize(0), one_at_a_time: Arc::default() }
+        Self::new(Way::InProcess, 0, ByteSize(0))
     }
 
-    /// Native code of a component. `scratch` is a folder for the child's files.
-    pub(super) fn compile(&self, component: &[u8], scratch: &Path) -> Result<Vec<u8>, CompileError> {
+    fn new(way: Way, cpu_s: u64, memory: ByteSize) -> Self {
+        Self {
+            way,
+            cpu_s,
+            wall_s: cpu_s * WALL_FACTOR,
+            memory,
+            nice: NICE,
+            stopped: Arc::default(),
+            one_at_a_time: Arc::default(),
+        }
+    }
+
+    /// CPU seconds and bytes of memory that one file may take.
+    pub(super) fn limits(&self) -> (u64, u64) {
+        (self.cpu_s, self.memory.0)
+    }
+
+    /// Whether pipelines wait for what is compiled: the child is less nice then.
+    pub(super) fn set_awaited(&mut self, awaited: bool) {
+        self.nice = if awaited { NICE_AT_START } else { NICE };
+    }
+
+    /// Ends the child, and lets no other begin.
+    pub(super) fn stop(&self) {
+        self.stopped.store(true, Ordering::Release);
+    }
+
+    /// What `file` is, and its native code where it is a plugin for this host.
+    pub(super) fn compile(&self, file: &[u8]) -> Result<Compiled, CompileError> {
         let _turn = self.one_at_a_time.lock().unwrap_or_else(PoisonError::into_inner);
         match &self.way {
-            Way::InProcess => precompile(component).map_err(CompileError::Invalid),
-            Way::Child { program, args } => self.compile_in_child(program, args, component, scratch),
+            Way::InProcess => Ok(compile(file)),
+            Way::Child { program, args } => self.compile_in_child(program, args, file),
         }
     }
 
@@ -109,142 +177,161 @@ impl Compiler {
         &self,
         program: &Path,
         args: &[OsString],
-        component: &[u8],
-        scratch: &Path,
-    ) -> Result<Vec<u8>, CompileError> {
-        // Of its own and private: nobody can put another file in the place of the child's.
-        let folder = scratch.join(format!(".compile-{}", uuid::Uuid::new_v4()));
-        DirBuilder::new()
-            .mode(0o700)
-            .create(&folder)
-            .map_err(|error| CompileError::File { path: folder.clone(), error })?;
-        let order = Order {
-            component: folder.join("component.wasm"),
-            artifact: folder.join("artifact"),
-            cpu_s: self.cpu_s,
-            memory: self.memory.0,
-        };
-        let file = |path: &Path| {
-            let path = path.to_owned();
-            move |error| CompileError::File { path, error }
-        };
-        let result = std::fs::write(&order.component, component)
-            .map_err(file(&order.component))
-            .and_then(|()| self.run(program, args, &order))
-            .and_then(|()| std::fs::read(&order.artifact).map_err(file(&order.artifact)));
-        // Left over it takes space, and harms nothing.
-        let _ = std::fs::remove_dir_all(&folder);
-        result
-    }
-
-    fn run(&self, program: &Path, args: &[OsString], order: &Order) -> Result<(), CompileError> {
+        file: &[u8],
+    ) -> Result<Compiled, CompileError> {
         let start = |error| CompileError::Start { program: program.to_owned(), error };
-        let mut child = Command::new(program)
+        let order =
+            Order { parent: std::process::id(), cpu_s: self.cpu_s, memory: self.memory.0, nice: self.nice };
+        let (socket, childs) = UnixStream::pair().map_err(CompileError::Socket)?;
+        let child = Command::new(program)
             .args(args)
             .env_clear()
-            .env(CHILD_VARIABLE, serde_json::to_string(order).expect("an order is plain text"))
-            .stdin(Stdio::null())
+            .env(CHILD_VARIABLE, serde_json::to_string(&order).expect("an order is plain text"))
+            .stdin(OwnedFd::from(childs))
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
             .map_err(start)?;
-        let messages = child.stderr.take().map(|stderr| {
+        let mut child = Running(child);
+        let messages = child.0.stderr.take().map(|mut stderr| {
             thread::spawn(move || {
                 let mut text = Vec::new();
                 // Read to the end, keep the first part: a full pipe would stop the child.
-                let mut stderr = stderr;
                 let _ = stderr.by_ref().take(MESSAGE_BYTES_MAX).read_to_end(&mut text);
-                let _ = std::io::copy(&mut stderr, &mut std::io::sink());
+                let _ = io::copy(&mut stderr, &mut io::sink());
                 String::from_utf8_lossy(&text).into_owned()
             })
         });
         let deadline = Instant::now() + Duration::from_secs(self.wall_s);
+        let answer = self.exchange(&socket, file, deadline)?;
         let status = loop {
-            match child.try_wait().map_err(start)? {
+            match child.0.try_wait().map_err(start)? {
                 Some(status) => break status,
-                None if Instant::now() > deadline => {
-                    let _ = child.kill();
-                    let _ = child.wait();
-                    return Err(CompileError::Wall(self.wall_s));
-                }
-                None => thread::sleep(POLL),
+                None => self.check(deadline)?,
             }
+            thread::sleep(POLL);
         };
         let said = messages.and_then(|thread| thread.join().ok()).unwrap_or_default();
-        self.judge(status, said.trim())
+        self.judge(status, said.trim())?;
+        Compiled::decode(answer).ok_or(CompileError::Answer)
+    }
+
+    /// Sends the file, and reads the answer until the child closes its end.
+    fn exchange(
+        &self,
+        mut socket: &UnixStream,
+        file: &[u8],
+        deadline: Instant,
+    ) -> Result<Vec<u8>, CompileError> {
+        let timeouts = socket.set_write_timeout(Some(WAIT)).and(socket.set_read_timeout(Some(WAIT)));
+        timeouts.map_err(CompileError::Socket)?;
+        let is_wait = |error: &io::Error| {
+            use io::ErrorKind::{Interrupted, TimedOut, WouldBlock};
+            matches!(error.kind(), WouldBlock | TimedOut | Interrupted)
+        };
+        let mut unsent = file;
+        while !unsent.is_empty() {
+            match socket.write(unsent) {
+                Ok(sent) => unsent = &unsent[sent..],
+                Err(error) if is_wait(&error) => {}
+                // The child has ended: its status says why.
+                Err(_) => break,
+            }
+            self.check(deadline)?;
+        }
+        // Fails only where the child has ended.
+        let _ = socket.shutdown(Shutdown::Write);
+        let (mut answer, mut chunk) = (Vec::new(), vec![0; CHUNK_BYTES]);
+        loop {
+            match socket.read(&mut chunk) {
+                Ok(0) => return Ok(answer),
+                Ok(read) => answer.extend_from_slice(&chunk[..read]),
+                Err(error) if is_wait(&error) => {}
+                Err(_) => return Ok(answer),
+            }
+            if answer.len() > ARTIFACT_BYTES_MAX + REPORT_BYTES_MAX {
+                return Err(CompileError::Size);
+            }
+            self.check(deadline)?;
+        }
+    }
+
+    /// Whether the child may go on.
+    fn check(&self, deadline: Instant) -> Result<(), CompileError> {
+        if self.stopped.load(Ordering::Acquire) {
+            Err(CompileError::Stopped)
+        } else if Instant::now() > deadline {
+            Err(CompileError::Wall(self.wall_s))
+        } else {
+            Ok(())
+        }
     }
 
     fn judge(&self, status: ExitStatus, said: &str) -> Result<(), CompileError> {
-        let signal = |signal: rustix::process::Signal| status.signal() == Some(signal.as_raw());
-        use rustix::process::Signal;
+        let died = || match said {
+            "" => status.to_string(),
+            said => format!("{status}: {}", printable(said)),
+        };
+        let signal = |signal: Signal| status.signal() == Some(signal.as_raw());
         if status.success() {
             Ok(())
         } else if signal(Signal::XCPU) {
             Err(CompileError::Cpu(self.cpu_s))
-        } else if signal(Signal::XFSZ) {
-            Err(CompileError::Size)
-        } else if ["memory allocation of", "Cannot allocate memory"].iter().any(|text| said.contains(text)) {
-            // Rust's allocator says so before it aborts, the system in its error.
+        } else if OUT_OF_MEMORY.iter().any(|text| said.contains(text)) {
             Err(CompileError::Memory(self.memory))
-        } else if status.code() == Some(INVALID.into()) {
-            Err(CompileError::Invalid(super::host::printable(said)))
+        } else if signal(Signal::KILL) || signal(Signal::TERM) {
+            Err(CompileError::Killed(died()))
         } else {
-            Err(CompileError::Died(format!("{status}: {}", super::host::printable(said))))
+            Err(CompileError::Died(died()))
         }
     }
 }
 
-/// Holds the child's order.
-const CHILD_VARIABLE: &str = "HEADWORKS_PLUGIN_COMPILE";
-/// Exit code: the plugin is at fault.
-const INVALID: u8 = 3;
-const INVALID_ORDER: u8 = 4;
+/// A child that ends where it is not waited for.
+struct Running(Child);
 
-/// `main` of the compiling child: to be called first thing when the first
-/// argument is [`CHILD_COMMAND`]. The arguments are not used.
-pub fn compile_child_main(_args: impl Iterator<Item = OsString>) -> ExitCode {
-    ExitCode::from(child_main())
-}
-
-fn child_main() -> u8 {
-    let order = std::env::var(CHILD_VARIABLE).ok().and_then(|text| serde_json::from_str::<Order>(&text).ok());
-    let Some(order) = order else {
-        eprintln!("{CHILD_COMMAND} is started by headworks itself");
-        return INVALID_ORDER;
-    };
-    match compile_under_limits(&order) {
-        Ok(()) => 0,
-        Err(reason) => {
-            eprintln!("{reason}");
-            INVALID
-        }
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Both fail only where the child has ended and was waited for.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
-fn compile_under_limits(order: &Order) -> Result<(), String> {
-    let limit = |resource, value, slack| {
-        setrlimit(resource, Rlimit { current: Some(value), maximum: Some(value + slack) })
-            .map_err(|error| format!("cannot set a limit: {error}"))
-    };
-    limit(Resource::As, order.memory, 0)?;
-    // A second apart, so that its signal says which limit it was: SIGXCPU, not SIGKILL.
-    limit(Resource::Cpu, order.cpu_s, 1)?;
-    limit(Resource::Fsize, ARTIFACT_BYTES_MAX, 0)?;
-    limit(Resource::Core, 0, 0)?;
-    limit(Resource::Nofile, 32, 0)?;
-    // Lower priority is a courtesy: without it the limits still hold.
-    let _ = rustix::process::nice(19);
-    let component = std::fs::read(&order.component).map_err(|error| error.to_string())?;
-    let artifact = precompile(&component)?;
-    std::fs::write(&order.artifact, artifact).map_err(|error| error.to_string())
+impl Compiled {
+    /// Length of the report, the report, native code.
+    pub(super) fn encode(&self) -> Vec<u8> {
+        let report = serde_json::to_vec(&self.report).expect("a report is plain text");
+        let length = u32::try_from(report.len()).expect("names are bounded");
+        [&length.to_le_bytes()[..], &report, &self.artifact].concat()
+    }
+
+    pub(super) fn decode(mut answer: Vec<u8>) -> Option<Self> {
+        let length = u32::from_le_bytes(*answer.first_chunk()?) as usize;
+        if length > REPORT_BYTES_MAX {
+            return None;
+        }
+        let report: Report = serde_json::from_slice(answer.get(4..4 + length)?).ok()?;
+        let artifact = answer.split_off(4 + length);
+        let fits = report.kind.is_ok() != artifact.is_empty() && artifact.len() <= ARTIFACT_BYTES_MAX;
+        fits.then_some(Self { report, artifact })
+    }
 }
 
-fn precompile(component: &[u8]) -> Result<Vec<u8>, String> {
-    engine::engine()
-        .and_then(|engine| engine.precompile_component(component))
-        .map_err(|error| format!("{error:#}"))
+/// Parses and compiles a file in this process.
+pub(super) fn compile(file: &[u8]) -> Compiled {
+    let (mut report, component) = Report::of(file);
+    let mut artifact = Vec::new();
+    if report.kind.is_ok() {
+        let engine = engine::engine();
+        match engine.and_then(|engine| engine.precompile_component(&component)) {
+            Ok(code) => artifact = code,
+            Err(error) => report.kind = Err(LoadError::Invalid(printable(&format!("{error:#}")))),
+        }
+    }
+    Compiled { report, artifact }
 }
 
 #[cfg(test)]
 #[path = "compile_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -1,4 +1,4 @@
-use super::super::load::Loadable;
+use super::super::compile_child::child_main;
 use super::super::test_plugins::{bomb, guarded};
 use super::*;
 
@@ -10,43 +10,86 @@ fn as_child() {
     }
 }
 
-fn compiler(cpu_s: u64, memory: ByteSize) -> Compiler {
-    let args = ["--exact", "plugin::compile::tests::as_child", "--nocapture", "--test-threads=1"];
-    let program = std::env::current_exe().unwrap();
-    Compiler::child_of(program, args.map(OsString::from).to_vec(), cpu_s, memory)
+/// How a test binary starts itself as the child.
+pub(in super::super) fn compiler(cpu_s: u64, memory: ByteSize) -> Compiler {
+    Compiler::child_of(THIS_PROGRAM.into(), child_args(), cpu_s, memory)
 }
 
-fn compile(compiler: &Compiler, module: &[u8]) -> Result<Vec<u8>, CompileError> {
-    let scratch = tempfile::tempdir().unwrap();
-    let result = compiler.compile(&Loadable::new(module).unwrap().component, scratch.path());
-    assert_eq!(std::fs::read_dir(scratch.path()).unwrap().count(), 0, "the child's files are cleaned up");
-    result
+pub(in super::super) fn child_args() -> Vec<OsString> {
+    ["--exact", "plugin::compile::tests::as_child", "--nocapture", "--test-threads=1"]
+        .map(OsString::from)
+        .into()
+}
+
+fn by_shell(script: &str) -> Compiler {
+    Compiler::child_of("/bin/sh".into(), vec!["-c".into(), script.into()], 1, ByteSize::gib(2))
 }
 
 #[test]
 fn a_child_compiles_what_this_process_would() {
-    let artifact = compile(&compiler(30, ByteSize::gib(2)), &guarded()).unwrap();
-    assert!(artifact == compile(&Compiler::in_process(), &guarded()).unwrap());
+    let there = compiler(30, ByteSize::gib(2)).compile(&guarded()).unwrap();
+    let here = Compiler::in_process().compile(&guarded()).unwrap();
+    assert!(there.artifact == here.artifact && !here.artifact.is_empty());
+    assert_eq!((there.report.kind, there.report.imports), (here.report.kind, here.report.imports));
 }
 
 #[test]
 fn a_bomb_is_stopped_by_the_cpu_limit() {
     // A busy machine gives the child, which is nice, little of its time.
     let compiler = Compiler { wall_s: 600, ..compiler(1, ByteSize::gib(4)) };
-    let error = compile(&compiler, &bomb(100_000)).unwrap_err();
-    assert!(matches!(error, CompileError::Cpu(1)), "{error}");
+    let error = compiler.compile(&bomb(100_000)).unwrap_err();
+    assert!(matches!(error, CompileError::Cpu(1)) && error.is_of_the_file(), "{error}");
     assert!(error.to_string().contains("plugins.compile_cpu_s"));
 }
 
 #[test]
 fn a_bomb_is_stopped_by_the_memory_limit() {
-    let error = compile(&compiler(60, ByteSize::mib(256)), &bomb(100_000)).unwrap_err();
-    assert!(matches!(error, CompileError::Memory(_)), "{error}");
+    let error = compiler(60, ByteSize::mib(256)).compile(&bomb(100_000)).unwrap_err();
+    assert!(matches!(error, CompileError::Memory(_)) && error.is_of_the_file(), "{error}");
 }
 
 #[test]
-fn what_is_no_valid_component_is_refused_with_the_compilers_reason() {
-    let scratch = tempfile::tempdir().unwrap();
-    let error = compiler(30, ByteSize::gib(2)).compile(b"\0asm\x0d\0\x01\0\xff", scratch.path()).unwrap_err();
-    assert!(matches!(error, CompileError::Invalid(_)), "{error}");
+fn what_is_no_valid_component_is_refused_with_a_reason() {
+    let compiled = compiler(30, ByteSize::gib(2)).compile(b"\0asm\x0d\0\x01\0\xff").unwrap();
+    assert!(matches!(compiled.report.kind, Err(LoadError::Damaged(_))), "{:?}", compiled.report);
+}
+
+/// One changed byte there makes packages that depend on each other in a circle,
+/// and the parser's stack overflow: it is the child's.
+#[test]
+fn no_changed_byte_of_a_plugins_metadata_ends_the_host() {
+    let (good, compiler) = (guarded(), compiler(30, ByteSize::gib(2)));
+    let find = |text: &[u8]| (0..good.len()).filter(|at| good[*at..].starts_with(text)).collect::<Vec<_>>();
+    let metadata = find(b"component-type")[0];
+    let names = find(b"headworks:plugin").into_iter().filter(|at| *at > metadata).map(|at| at + 7);
+    let others = (metadata..good.len()).step_by((good.len() - metadata) / 30);
+    for at in names.chain(others) {
+        let mut changed = good.clone();
+        changed[at] ^= 0x13;
+        match compiler.compile(&changed) {
+            Ok(compiled) => assert_eq!(compiled.report.kind.is_ok(), !compiled.artifact.is_empty()),
+            Err(error) => assert!(error.is_of_the_file(), "byte {at}: {error}"),
+        }
+    }
+}
+
+#[test]
+fn a_child_that_answers_nonsense_or_not_at_all_is_an_error() {
+    for answer in ["true", "printf 1234 >&0", "printf '\\377\\377\\377\\377x' >&0", "cat <&0 >&0"] {
+        let error = by_shell(answer).compile(&guarded()).unwrap_err();
+        assert!(matches!(error, CompileError::Answer), "{answer}: {error}");
+    }
+    let error = by_shell("kill -SEGV $$").compile(&guarded()).unwrap_err();
+    assert!(matches!(error, CompileError::Died(_)) && error.is_of_the_file(), "{error}");
+    let error = by_shell("kill -KILL $$").compile(&guarded()).unwrap_err();
+    assert!(matches!(error, CompileError::Killed(_)) && !error.is_of_the_file(), "{error}");
+}
+
+#[test]
+fn a_compiler_that_is_stopped_ends_its_child() {
+    let compiler = Compiler { wall_s: 3_600, ..by_shell("exec sleep 3600") };
+    let stopping = compiler.clone();
+    let compiling = thread::spawn(move || compiler.compile(&guarded()));
+    stopping.stop();
+    assert!(matches!(compiling.join().unwrap(), Err(CompileError::Stopped)));
 }

@@ -1,16 +1,41 @@
-//! A target of [`crate::fuzzing`]: what a plugin answers.
+//! Targets of [`crate::fuzzing`]: what a plugin answers, and what its file is.
 
 use super::answer::ROUTE_BYTES_MAX;
 use super::arena::{spans, verdict};
 use super::bindings::batch::headworks::plugin::arena::Answer as Raw;
 use super::collected::{Collected, Target};
+use super::compile::Compiled;
 use super::config::Limits;
+use super::load::Report;
 use crate::batch::{Batch, Entry, Span, flags};
 use crate::properties;
 use crate::step::{Attempt, Outcome, RefusedKind};
 use crate::topic::{self, DEVICE_ID_BYTES_MAX, Namespace};
 
 const MESSAGES: usize = 4;
+/// The custom section by which a core module is made a component.
+const METADATA: &[u8] = b"component-type";
+
+/// An answer of the compiling child, and a plugin file. Files with metadata are
+/// left out: they may overflow the parser's stack, which is why a child parses
+/// them (see `compile_tests.rs`).
+pub fn load(bytes: &[u8]) {
+    if let Some(compiled) = Compiled::decode(bytes.to_vec()) {
+        assert!(compiled.report.kind.is_ok() != compiled.artifact.is_empty());
+        assert!(Compiled::decode(compiled.encode()).is_some_and(|again| again.artifact == compiled.artifact));
+    }
+    if bytes.windows(METADATA.len()).any(|part| part == METADATA) {
+        return;
+    }
+    let (report, component) = Report::of(bytes);
+    assert!(report.kind.is_ok() != component.is_empty());
+    let names = report.imports.iter().chain(&report.exports);
+    assert!(
+        names
+            .chain(&report.kind.err().map(|error| error.to_string()))
+            .all(|text| !text.contains(char::is_control))
+    );
+}
 
 /// First byte: how many verdicts follow it, and by bit 7 whether the input was
 /// gathered. Then a byte of length and so much data, then the output records.

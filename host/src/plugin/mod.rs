@@ -1,7 +1,7 @@
 //! Plugins: sandboxed WebAssembly components as steps of a pipeline.
 //!
-//! A file goes `folder` → `load` (is it a plugin for this host?) → `compile`
-//! (in a child, under limits) → `cache` → `program` (described) → `version`
+//! A file goes `folder` → `compile` (a child, under limits, in which `load` says
+//! whether it is a plugin for this host) → `cache` → `program` (described) → `version`
 //! (with a config; makes steps) → `catalog` (chains of steps, republished when
 //! a file changes). A batch goes `version` → `arena` (index out, answer
 //! checked) → `instance` (the call) under `engine`'s clock, with `host` as all
@@ -17,7 +17,9 @@ mod cache;
 mod catalog;
 mod collected;
 mod compile;
+mod compile_child;
 mod config;
+mod config_file;
 mod engine;
 mod folder;
 #[cfg(any(test, fuzzing))]
@@ -39,12 +41,13 @@ mod version;
 pub use answer::{Fault, MADE_PAYLOAD_BYTES_MAX};
 pub use cache::CacheError;
 pub use catalog::{PluginState, PluginStatus, Plugins};
-pub use compile::{CHILD_COMMAND, CompileError, Compiler, compile_child_main};
+pub use compile::{CHILD_COMMAND, CompileError, Compiler};
+pub use compile_child::compile_child_main;
 pub use config::{Config, Limits, OnFailure, StepConfig};
 pub use folder::{FileState, Listed, remove, survey};
 pub use load::{Form, Kind, LoadError};
 pub use program::{Description, Inspection};
-pub use runner::{Runner, inspect, inspect_with};
+pub use runner::{Runner, inspect};
 pub use series::{PREFIX as METRIC_PREFIX, render as render_metrics};
 
 use config::is_step_name;
@@ -58,12 +61,14 @@ pub enum Error {
     Engine(String),
     #[error("cannot read {path}: {error}")]
     Read { path: PathBuf, error: std::io::Error },
-    #[error("{path}: {bytes} bytes, a plugin has at most {} MiB", load::FILE_BYTES_MAX >> 20)]
-    TooLarge { path: PathBuf, bytes: u64 },
+    #[error("{path}: a plugin has at most {} MiB", load::FILE_BYTES_MAX >> 20)]
+    TooLarge { path: PathBuf },
     #[error(transparent)]
     Load(#[from] LoadError),
     #[error(transparent)]
     Compile(#[from] CompileError),
+    #[error("is not tried again until its bytes or the limits change: {0}")]
+    Killed(String),
     #[error(transparent)]
     Cache(#[from] CacheError),
     #[error("does not fit the plugin contract: {0}")]
@@ -81,6 +86,15 @@ fn there_is(known: &str) -> String {
 }
 
 impl Error {
+    /// Whether the same file may load later, with nothing changed.
+    fn is_passing(&self) -> bool {
+        match self {
+            Self::Read { .. } | Self::Cache(_) => true,
+            Self::Compile(error) => !error.is_of_the_file(),
+            _ => false,
+        }
+    }
+
     fn wasm(error: wasmtime::Error) -> Self {
         Self::Contract(format!("{error:#}"))
     }

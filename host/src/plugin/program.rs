@@ -1,20 +1,21 @@
 //! A plugin file, compiled and described: what instances are made of.
 
+use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use wasmtime::component::{HasSelf, InstancePre, Linker};
+use wasmtime::component::{Component, HasSelf, InstancePre, Linker};
 use wasmtime::{Engine, Store};
 
 use super::bindings::{access, base, batch, message};
 use super::cache::{self, Cache};
-use super::compile::Compiler;
+use super::compile::{CompileError, Compiler};
 use super::engine::Runtime;
 use super::host::{HostState, Phase, printable};
-use super::load::{FILE_BYTES_MAX, Form, Kind, Loadable, Surface, to_component};
+use super::load::{FILE_BYTES_MAX, Form, Kind, Report};
 use super::{Error, Limits, is_step_name};
 use crate::step::StepId;
 use crate::topic::TopicFilter;
@@ -25,6 +26,7 @@ pub(super) const TOPICS_MAX: usize = 1_024;
 /// Bytes that `describe` or `init` may give back, in one call, and in each call of the host.
 pub(super) const INIT_ANSWER_BYTES_MAX: usize = 1 << 20;
 const SCHEMA_BYTES_MAX: usize = 256 << 10;
+const VERSION_BYTES_MAX: usize = 64;
 
 /// What a plugin says of itself, once per file.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,12 +67,26 @@ pub(super) struct Library {
     linker: Arc<Linker<HostState>>,
 }
 
+/// A file that was looked into.
+struct Found {
+    sha256: String,
+    /// In the cache.
+    key: String,
+    report: Report,
+    /// `None` where the report refuses it.
+    code: Option<Code>,
+}
+
+enum Code {
+    Kept(Component, Description),
+    Fresh(Vec<u8>),
+}
+
 /// A component, ready to be instantiated.
 pub(super) struct Program {
     pub runtime: Runtime,
     pub pre: InstancePre<HostState>,
     pub exports: Exports,
-    pub kind: Kind,
     pub imports: Vec<String>,
     pub description: Description,
     pub filters: Vec<TopicFilter>,
@@ -100,52 +116,70 @@ impl Library {
     }
 
     /// Checks, compiles (or finds in the cache) and describes a plugin.
-    pub fn load(&self, bytes: &[u8]) -> Result<Program, Error> {
-        let loadable = Loadable::new(bytes)?;
-        let engine = self.runtime.engine();
-        let key = cache::key(&loadable.component, engine);
-        let cached = self.cache.as_ref().and_then(|cache| cache.load(&key, engine));
-        let fresh = match &cached {
-            Some(_) => None,
-            None => Some(self.compile(&loadable)?),
-        };
-        let (component, known) = match cached {
-            Some(found) => found,
-            None => {
-                let artifact = fresh.as_deref().expect("compiled where nothing was cached");
-                let component = cache::deserialize(engine, artifact).map_err(Error::wasm)?;
-                (component, None)
+    pub fn load(&self, file: &[u8]) -> Result<Program, Error> {
+        self.find(file).and_then(|found| self.program(found))
+    }
+
+    /// Whether the cache knows a file, so that nothing is compiled for it.
+    pub fn knows(&self, file: &[u8]) -> bool {
+        let key = cache::key(&Sha256::digest(file), self.runtime.engine());
+        self.cache.as_ref().is_some_and(|cache| {
+            cache.note_of(&key).is_some() || cache.killed(&key, self.compiler.limits()).is_some()
+        })
+    }
+
+    /// What the cache or the compiler knows of a file.
+    fn find(&self, file: &[u8]) -> Result<Found, Error> {
+        let sha256 = Sha256::digest(file);
+        let key = cache::key(&sha256, self.runtime.engine());
+        let sha256 = cache::hex(&sha256);
+        if let Some(cache) = &self.cache {
+            if let Some((component, note)) = cache.load(&key, self.runtime.engine()) {
+                let code = Some(Code::Kept(component, note.description));
+                return Ok(Found { sha256, key, report: note.report, code });
             }
+            if let Some(reason) = cache.killed(&key, self.compiler.limits()) {
+                return Err(Error::Killed(reason));
+            }
+        }
+        metrics::counter!("headworks_plugin_compiles_total").increment(1);
+        let compiled = self.compiler.compile(file).inspect_err(|error| {
+            if let Some(cache) = &self.cache
+                && error.is_of_the_file()
+                && let Err(error) = cache.note_killed(&key, &error.to_string(), self.compiler.limits())
+            {
+                tracing::warn!(%error, "a plugin ended its compiler, which is not noted: the next start tries it again");
+            }
+        })?;
+        let code = (!compiled.artifact.is_empty()).then_some(Code::Fresh(compiled.artifact));
+        Ok(Found { sha256, key, report: compiled.report, code })
+    }
+
+    fn program(&self, found: Found) -> Result<Program, Error> {
+        let Found { sha256, key, report, code } = found;
+        let kind = report.kind.clone()?;
+        let (component, known, fresh) = match code {
+            Some(Code::Kept(component, description)) => (component, Some(description), None),
+            Some(Code::Fresh(artifact)) => {
+                let component = cache::deserialize(self.runtime.engine(), &artifact).map_err(Error::wasm)?;
+                (component, None, Some(artifact))
+            }
+            None => return Err(CompileError::Answer.into()),
         };
         let pre = self.linker.instantiate_pre(&component).map_err(Error::wasm)?;
-        let exports = exports(&pre, loadable.kind)?;
+        let exports = exports(&pre, kind)?;
         let description = match known {
             Some(description) => description,
             None => self.describe(&pre, &exports)?,
         };
         let filters = check(&description)?;
         if let (Some(cache), Some(artifact)) = (&self.cache, &fresh)
-            && let Err(error) = cache.store(&key, artifact, Some(&description))
+            && let Err(error) = cache.store(&key, artifact, &report, &description)
         {
             tracing::warn!(%error, "compiled plugin is not kept, the next start compiles it again");
         }
-        Ok(Program {
-            runtime: self.runtime.clone(),
-            pre,
-            exports,
-            kind: loadable.kind,
-            imports: loadable.imports,
-            description,
-            filters,
-            sha256: cache::hex(&Sha256::digest(bytes)),
-        })
-    }
-
-    fn compile(&self, loadable: &Loadable) -> Result<Vec<u8>, Error> {
-        metrics::counter!("headworks_plugin_compiles_total").increment(1);
-        let temporary = std::env::temp_dir();
-        let scratch = self.cache.as_ref().map_or(temporary.as_path(), Cache::dir);
-        Ok(self.compiler.compile(&loadable.component, scratch)?)
+        let runtime = self.runtime.clone();
+        Ok(Program { runtime, pre, exports, imports: report.imports, description, filters, sha256 })
     }
 
     /// Calls `describe` in an instance of its own whose imports trap.
@@ -176,43 +210,55 @@ impl Library {
         })
     }
 
-    /// Looks at a file without running it in a pipeline.
+    /// Looks at a file without running it in a pipeline. What the cache knows is
+    /// taken from there, and nothing is compiled or started for it.
     pub fn inspect(&self, path: &Path) -> Result<Inspection, Error> {
-        let bytes = read(path)?;
+        let file = read(path)?;
+        let sha256 = Sha256::digest(&file);
         let mut inspection = Inspection {
             file: path.display().to_string(),
-            bytes: bytes.len() as u64,
-            sha256: cache::hex(&Sha256::digest(&bytes)),
+            bytes: file.len() as u64,
+            sha256: cache::hex(&sha256),
             ..Inspection::default()
         };
-        match to_component(&bytes).and_then(|(component, form)| Ok((Surface::read(&component)?, form))) {
-            Ok((surface, form)) => {
-                inspection.form = Some(form);
-                (inspection.granted, inspection.denied) = surface.granted_and_denied();
-                inspection.exports = surface.exports;
-            }
-            Err(error) => inspection.problem = Some(error.to_string()),
+        let key = cache::key(&sha256, self.runtime.engine());
+        if let Some(note) = self.cache.as_ref().and_then(|cache| cache.note_of(&key)) {
+            inspection.report(&note.report);
+            inspection.description = Some(note.description);
+            return Ok(inspection);
         }
-        if inspection.problem.is_none() {
-            match self.load(&bytes) {
-                Ok(program) => {
-                    inspection.kind = Some(program.kind);
-                    inspection.description = Some(program.description);
-                }
-                Err(error) => inspection.problem = Some(error.to_string()),
-            }
+        let program = self.find(&file).and_then(|found| {
+            inspection.report(&found.report);
+            self.program(found)
+        });
+        match program {
+            Ok(program) => inspection.description = Some(program.description),
+            Err(error) => inspection.problem = Some(error.to_string()),
         }
         Ok(inspection)
     }
 }
 
+impl Inspection {
+    fn report(&mut self, report: &Report) {
+        self.form = report.form;
+        (self.granted, self.denied) = report.granted_and_denied();
+        self.exports.clone_from(&report.exports);
+        self.kind = report.kind.as_ref().ok().copied();
+    }
+}
+
+/// A file, as much of it as a plugin may have.
 pub(super) fn read(path: &Path) -> Result<Vec<u8>, Error> {
     let failed = |error| Error::Read { path: path.to_owned(), error };
-    let length = std::fs::metadata(path).map_err(failed)?.len();
-    if length > FILE_BYTES_MAX {
-        return Err(Error::TooLarge { path: path.to_owned(), bytes: length });
+    let mut bytes = Vec::new();
+    // Bounded by what is read: a pipe or a device has no length to ask for.
+    let file = std::fs::File::open(path).map_err(failed)?;
+    file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > FILE_BYTES_MAX {
+        return Err(Error::TooLarge { path: path.to_owned() });
     }
-    std::fs::read(path).map_err(failed)
+    Ok(bytes)
 }
 
 pub(super) fn new_store(runtime: &Runtime, state: HostState) -> Store<HostState> {
@@ -247,7 +293,7 @@ fn check(description: &Description) -> Result<Vec<TopicFilter>, Error> {
     {
         return bad(format!("name \"{}\" must match [a-z0-9-]{{1,64}}", printable(name)));
     }
-    if version.len() > 64 || version.split('.').count() < 3 || !version.is_ascii() {
+    if version.len() > VERSION_BYTES_MAX || semver::Version::parse(version).is_err() {
         return bad(format!("version \"{}\" must be semver, such as 1.0.0", printable(version)));
     }
     if *state_version != 0 {

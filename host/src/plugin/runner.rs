@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
+use super::cache::Cache;
 use super::catalog::problem_text;
 use super::compile::Compiler;
 use super::program::{Description, Inspection, Library, read};
@@ -24,11 +25,14 @@ pub struct Runner {
 }
 
 impl Runner {
-    /// Compiles in this process, without limits: for a person's own plugin.
+    /// Compiles in a child with the default limits, so the program must serve [`super::CHILD_COMMAND`].
     pub fn load(path: &Path, config: &Value) -> Result<Self, Error> {
-        Self::from_bytes(&read(path)?, config, Limits::default(), Arc::default(), Arc::default())
+        let library = Library::new(default_compiler(), None)?;
+        let (devices, namespace) = (Arc::default(), Arc::default());
+        Self::of(&library, &read(path)?, config, Limits::default(), devices, namespace, OnFailure::default())
     }
 
+    /// Compiles in this process, without limits: for a plugin of the tree.
     pub fn from_bytes(
         bytes: &[u8],
         config: &Value,
@@ -47,7 +51,20 @@ impl Runner {
         namespace: Arc<Namespace>,
         on_failure: OnFailure,
     ) -> Result<Self, Error> {
-        let program = Arc::new(Library::new(Compiler::in_process(), None)?.load(bytes)?);
+        let library = Library::new(Compiler::in_process(), None)?;
+        Self::of(&library, bytes, config, limits, devices, namespace, on_failure)
+    }
+
+    fn of(
+        library: &Library,
+        bytes: &[u8],
+        config: &Value,
+        limits: Limits,
+        devices: Arc<Devices>,
+        namespace: Arc<Namespace>,
+        on_failure: OnFailure,
+    ) -> Result<Self, Error> {
+        let program = Arc::new(library.load(bytes)?);
         let description = program.description.clone();
         let id = StepId { pipeline: "runner".into(), step: description.name.as_str().into() };
         let version = Version::new(Shared {
@@ -99,15 +116,13 @@ impl Step for Runner {
 
 /// Looks at a plugin file: what it is, what it imports, what it says of
 /// itself, or why it cannot run here. Compiles in a child with the default
-/// limits, so the program must serve [`super::CHILD_COMMAND`].
-pub fn inspect(path: &Path) -> Result<Inspection, Error> {
-    let limits = super::Config::default();
-    let compiler = Compiler::child(limits.compile_cpu_s, limits.compile_memory)
-        .map_err(|error| Error::Engine(format!("cannot find this program's file: {error}")))?;
-    inspect_with(compiler, path)
+/// limits, so the program must serve [`super::CHILD_COMMAND`], unless the cache
+/// of a host knows the file.
+pub fn inspect(path: &Path, cache_dir: Option<&Path>) -> Result<Inspection, Error> {
+    Library::new(default_compiler(), cache_dir.and_then(Cache::existing))?.inspect(path)
 }
 
-/// The same with another compiler.
-pub fn inspect_with(compiler: Compiler, path: &Path) -> Result<Inspection, Error> {
-    Library::new(compiler, None)?.inspect(path)
+fn default_compiler() -> Compiler {
+    let limits = super::Config::default();
+    Compiler::child(limits.compile_cpu_s, limits.compile_memory)
 }

@@ -308,13 +308,16 @@ fn a_refused_config_names_its_key() {
 #[test]
 fn the_standard_plugins_load_and_normalize_what_a_device_sends() {
     let prebuilt = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../plugins/prebuilt");
+    let load = |file: &str| {
+        let bytes = std::fs::read(prebuilt.join(file)).unwrap();
+        Runner::from_bytes(&bytes, &Value::Null, Limits::default(), Arc::default(), Arc::default()).unwrap()
+    };
     for (file, name) in
         [("10-normalize.wasm", "normalize"), ("20-enrich.wasm", "enrich"), ("30-route.wasm", "route")]
     {
-        let runner = Runner::load(&prebuilt.join(file), &Value::Null).unwrap();
-        assert_eq!(runner.description().name, name);
+        assert_eq!(load(file).description().name, name);
     }
-    let mut normalize = Runner::load(&prebuilt.join("10-normalize.wasm"), &Value::Null).unwrap();
+    let mut normalize = load("10-normalize.wasm");
     let good = r#"{"device_id":"d0","value":21.5,"ts":1700000000}"#;
     let received = Batch { now_us: 1_700_000_001_000_000, ..batch(&[good, "not JSON"]) };
     let outcome = run(&mut normalize, received);

@@ -7,10 +7,11 @@ use serde_json::Value;
 use tokio::sync::watch;
 
 use super::status::missing_reason;
-use super::{Known, Loaded, Wake, Work, file_name};
+use super::{Known, Loaded, RefusedFile, Wake, Work, file_name};
+use crate::plugin::config_file::located;
 use crate::plugin::version::{self, Faults, Shared, Version};
 use crate::plugin::{Limits, OnFailure, StepConfig};
-use crate::problems::Problem;
+use crate::problems::{KeyPath, Places, Problem};
 use crate::step::{Chain, StepFactory, StepId};
 
 pub struct Pipeline {
@@ -36,36 +37,61 @@ pub struct Key {
     on_failure: OnFailure,
 }
 
+impl Pipeline {
+    /// It has no steps yet.
+    pub fn is_first(&self) -> bool {
+        self.sender.borrow().generation == 0
+    }
+}
+
 impl Work {
-    /// Builds every pipeline's chain again and publishes those that changed.
-    pub fn publish(&mut self) {
+    /// Builds the chains of these pipelines again and publishes those that changed.
+    pub fn publish(&mut self, is_meant: impl Fn(&Pipeline) -> bool) {
         let mut pipelines = std::mem::take(&mut self.pipelines);
+        pipelines.append(&mut self.shared.joining());
         pipelines.retain(|pipeline| !pipeline.sender.is_closed());
-        for pipeline in &mut pipelines {
-            let (steps, hold) = self.build(pipeline);
-            let current = pipeline.sender.borrow();
-            let same = current.generation > 0
-                && current.hold.as_deref() == hold.as_deref()
-                && current.steps.len() == steps.len()
-                && current.steps.iter().zip(&steps).all(|(a, b)| Arc::ptr_eq(a, b));
-            let before = current.hold.clone();
-            drop(current);
-            match (&before, &hold) {
-                (before, Some(why)) if before.as_deref() != Some(why) => {
-                    tracing::warn!(pipeline = pipeline.name, "pipeline holds: {why}");
-                }
-                (Some(_), None) => tracing::info!(pipeline = pipeline.name, "pipeline goes on"),
-                _ => {}
-            }
-            if !same {
-                self.generation += 1;
-                let chain =
-                    Chain { generation: self.generation, steps: steps.into(), hold: hold.map(Into::into) };
-                pipeline.sender.send_replace(chain);
+        for pipeline in pipelines.iter_mut().filter(|pipeline| is_meant(pipeline)) {
+            let waits = pipeline.is_first() && self.is_awaited(pipeline);
+            if !waits && !self.shared.is_stopped() {
+                self.publish_one(pipeline);
             }
         }
         self.pipelines = pipelines;
         self.remember_steps();
+        self.show();
+    }
+
+    /// Whether a plugin that it runs was not looked into yet.
+    fn is_awaited(&self, pipeline: &Pipeline) -> bool {
+        let is_awaited = |known: &Known| !known.is_looked_into();
+        match &pipeline.steps {
+            None => self.files.values().any(is_awaited),
+            Some(steps) => steps.iter().filter_map(|step| self.files.get(&step.plugin)).any(is_awaited),
+        }
+    }
+
+    fn publish_one(&mut self, pipeline: &mut Pipeline) {
+        let (steps, hold) = self.build(pipeline);
+        let current = pipeline.sender.borrow();
+        let is_first = current.generation == 0;
+        let same = !is_first
+            && current.hold.as_deref() == hold.as_deref()
+            && current.steps.len() == steps.len()
+            && current.steps.iter().zip(&steps).all(|(a, b)| Arc::ptr_eq(a, b));
+        let before = current.hold.clone().filter(|_| !is_first);
+        drop(current);
+        match (&before, &hold) {
+            (before, Some(why)) if before.as_deref() != Some(why) => {
+                tracing::warn!(pipeline = pipeline.name, "pipeline holds: {why}");
+            }
+            (Some(_), None) => tracing::info!(pipeline = pipeline.name, "pipeline goes on"),
+            _ => {}
+        }
+        if !same {
+            self.generation += 1;
+            let hold = hold.map(Into::into);
+            pipeline.sender.send_replace(Chain { generation: self.generation, steps: steps.into(), hold });
+        }
     }
 
     fn build(&mut self, pipeline: &mut Pipeline) -> (Vec<Arc<dyn StepFactory>>, Option<String>) {
@@ -73,11 +99,17 @@ impl Work {
         let wanted = pipeline.steps.clone().unwrap_or_else(|| self.folder_steps());
         let mut steps: Vec<Arc<dyn StepFactory>> = Vec::new();
         let mut hold = None;
-        for step in &wanted {
+        if in_folder_mode && let Some(RefusedFile { file, reason, .. }) = self.missed.first() {
+            hold = Some(format!("plugins folder: {file}: {reason}"));
+        }
+        for (number, step) in wanted.iter().enumerate() {
             let built = pipeline.built.entry(step.step_name().to_owned()).or_default();
             let known = self.files.get(&step.plugin);
             if let Some(loaded) = known.and_then(|known| known.loaded.clone()) {
-                self.build_step(&pipeline.name, step, &loaded, built);
+                let (config, places, base) = self.config_of(&pipeline.name, number, step, &loaded);
+                self.build_step(&pipeline.name, step, &loaded, config, built, |problems| {
+                    located(problems, places, &base).join("; ")
+                });
             }
             match &built.good {
                 Some((_, version)) => {
@@ -91,16 +123,21 @@ impl Work {
                         }
                         (Some((_, reason)), _) => reason.clone(),
                         (None, Some(Known { error: Some(error), .. })) => error.clone(),
+                        (None, Some(known)) if !known.is_looked_into() => "is being loaded".to_owned(),
                         _ => format!("no file {}.wasm in {}", step.plugin, self.config.dir.display()),
                     };
-                    // A new file that never worked is no step yet; a step that is named or has run is missed.
-                    if !in_folder_mode || known.is_some_and(|known| known.was_step) {
+                    // A new file that never worked is no step yet. A step is missed that is named, has run, or
+                    // lay there at the start.
+                    let is_missed = |known: &Known| known.was_step || known.from_the_start;
+                    if !in_folder_mode {
                         hold = hold.or(Some(format!("step {}: {reason}", step.step_name())));
+                    } else if let Some(known) = known.filter(|known| is_missed(known)) {
+                        hold = hold.or_else(|| Some(not_running(&step.plugin, known, &reason)));
                     }
                 }
             }
             let Some(known) = self.files.get_mut(&step.plugin) else { continue };
-            known.was_step |= in_folder_mode && built.good.is_some();
+            known.was_step |= in_folder_mode && (built.good.is_some() || known.from_the_start);
             if known.missing && in_folder_mode {
                 hold = hold.or_else(|| Some(missing_reason(&step.plugin, known)));
             } else if known.missing {
@@ -119,12 +156,40 @@ impl Work {
         names.into_iter().map(|(_, name)| StepConfig::new(name)).collect()
     }
 
-    fn build_step(&self, pipeline: &str, step: &StepConfig, loaded: &Loaded, built: &mut Built) {
+    /// A step's config, and where it is written.
+    fn config_of<'w>(
+        &'w self,
+        pipeline: &str,
+        number: usize,
+        step: &StepConfig,
+        loaded: &'w Loaded,
+    ) -> (Value, &'w Places, KeyPath) {
+        let root = KeyPath::root();
+        if !step.config.is_null() {
+            let base = root.key("pipelines").key(pipeline).key("steps").index(number).key("config");
+            return (step.config.clone(), &self.places, base);
+        }
+        if let Some(file) = &loaded.config {
+            return (file.value.clone(), &file.places, root);
+        }
+        let config = self.config.config.get(&step.plugin).cloned().unwrap_or_default();
+        (config, &self.places, root.key("plugins").key("config").key(&step.plugin))
+    }
+
+    fn build_step(
+        &self,
+        pipeline: &str,
+        step: &StepConfig,
+        loaded: &Loaded,
+        config: Value,
+        built: &mut Built,
+        text: impl Fn(&[Problem]) -> String,
+    ) {
         let Some(known) = self.files.get(&step.plugin) else { return };
         let key = Key {
             sha256: loaded.program.sha256.clone(),
             file: file_name(&known.path),
-            config: if step.config.is_null() { loaded.config.clone() } else { step.config.clone() },
+            config,
             limits: step.limits.unwrap_or(self.config.limits),
             on_failure: step.on_failure,
         };
@@ -137,7 +202,7 @@ impl Work {
             return;
         }
         let id = StepId { pipeline: pipeline.into(), step: step.step_name().into() };
-        let wake = self.wake.clone();
+        let wake = self.shared.wake.clone();
         let version = Version::new(Shared {
             context: version::context(&id, &key.config, &self.namespace, self.generation + 1),
             id,
@@ -155,7 +220,7 @@ impl Work {
         match version.trial() {
             Ok(()) => *built = Built { good: Some((key, Arc::new(version))), failed: None },
             Err(problems) => {
-                let reason = problem_text(&problems);
+                let reason = text(&problems);
                 let kept = if built.good.is_some() { "; the last good version stays" } else { "" };
                 self.failures.report(
                     &format!("{}: step {pipeline}/{} does not start", key.file, step.step_name()),
@@ -167,6 +232,15 @@ impl Work {
             }
         }
     }
+}
+
+/// Why a pipeline of the folder holds for a step, and what to do.
+fn not_running(name: &str, known: &Known, reason: &str) -> String {
+    if known.missing {
+        return reason.to_owned();
+    }
+    let file = file_name(&known.path);
+    format!("{file} does not run: {reason}; mend it, or `headworks plugin remove {name}` to go on without it")
 }
 
 pub fn problem_text(problems: &[Problem]) -> String {

@@ -4,6 +4,11 @@
 //! tries each new version in an instance with its config, and publishes a
 //! chain only when all its steps are good. What fails leaves the last good
 //! version where it was. A step never goes away by itself: see [`super::remove`].
+//!
+//! Nobody waits for the thread: a pipeline's chain has the generation 0 until
+//! everything that it runs was looked into. In folder mode that is what lies in
+//! the folder at the start, and all of it must run: a file that does not load
+//! holds the pipeline, since a filter that is missing would leak.
 
 mod build;
 mod status;
@@ -19,18 +24,19 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use notify::{EventKind, RecursiveMode, Watcher, event::ModifyKind};
-use serde_json::Value;
 use tokio::sync::watch;
 
 use self::build::Pipeline;
 pub use self::build::problem_text;
 pub use self::status::{PluginState, PluginStatus};
 use super::cache::Cache;
-use super::compile::Compiler;
-use super::folder::{self, Found, Listing, Settling, Stamp};
-use super::program::{Library, Program, read};
+use super::compile::{CompileError, Compiler};
+use super::config_file::ConfigFile;
+use super::folder::{self, Found, Listing, RefusedFile, Settling, Stamp, file_name};
+use super::program::{Library, Program};
 use super::{Config, Error, StepConfig};
 use crate::devices::Devices;
+use crate::problems::Places;
 use crate::step::Chain;
 use crate::telemetry::Failures;
 use crate::threads;
@@ -38,20 +44,25 @@ use crate::topic::Namespace;
 
 /// Events of the folder that wait; more are seen by the next look.
 const EVENTS_MAX: usize = 256;
-/// How long the start waits for files that are being written.
-const START_WAIT: Duration = Duration::from_secs(3);
+/// After so many times `plugins.poll`: a failure that may pass without a change of the file.
+const RETRY_AFTER_POLLS: u32 = 10;
+/// A plugin's `init` cannot be cut short: the end of the host waits for it so long.
+const JOIN_MAX: Duration = Duration::from_secs(1);
 
 /// The plugins of a host. Dropping it ends the watch; chains stay as they are.
 pub struct Plugins {
     shared: Arc<Inner>,
+    compiler: Compiler,
     thread: Option<JoinHandle<()>>,
     _watcher: Option<notify::RecommendedWatcher>,
 }
 
 struct Inner {
-    work: Mutex<Work>,
-    /// What `status` shows: never behind a compiler.
+    /// Pipelines that the thread has not seen yet.
+    joining: Mutex<Vec<Pipeline>>,
     status: watch::Sender<Vec<PluginStatus>>,
+    /// Whether everything that lay in the folder at the start was looked into.
+    is_loaded: watch::Sender<bool>,
     wake: SyncSender<Wake>,
     stopped: AtomicBool,
 }
@@ -62,56 +73,70 @@ enum Wake {
     Look,
 }
 
+/// What the thread knows.
 struct Work {
+    shared: Arc<Inner>,
     config: Config,
     library: Library,
+    /// Of the host's own config.
+    places: Places,
     devices: Arc<Devices>,
     namespace: Arc<Namespace>,
     failures: Failures,
-    wake: SyncSender<Wake>,
     known_steps: PathBuf,
     /// By step name.
     files: BTreeMap<String, Known>,
-    refused: Vec<(String, String)>,
+    refused: Vec<RefusedFile>,
+    /// Refused files that were there at the start: the steps that they may be are missing.
+    missed: Vec<RefusedFile>,
     settling: Settling,
     pipelines: Vec<Pipeline>,
     generation: u64,
+    has_looked: bool,
 }
 
 #[derive(Default)]
 struct Known {
     path: PathBuf,
     order: u64,
+    note: Option<String>,
     /// Of the files that were last looked into.
     stamp: Option<Stamp>,
     loaded: Option<Loaded>,
+    is_loading: bool,
     /// Why the newest files are not used.
     error: Option<String>,
+    /// They are looked into again then, although they have not changed.
+    retry_at: Option<Instant>,
     /// The file is gone.
     missing: bool,
-    /// It has been a step of a pipeline in folder mode.
+    /// It lay there at the start, or took the place of one that did.
+    from_the_start: bool,
+    /// It is a step of a pipeline in folder mode.
     was_step: bool,
 }
 
 #[derive(Clone)]
 struct Loaded {
     program: Arc<Program>,
-    config: Value,
+    /// Of the file beside it.
+    config: Option<ConfigFile>,
 }
 
 impl Plugins {
-    /// Looks at the folder, loads what is there, and watches it from then on.
-    /// Blocks while plugins compile. `cache_dir` is made, private, if needed.
+    /// Begins to look at the folder, to load what is there, and to watch it. Returns
+    /// at once. `cache_dir` is made, private, if needed; `places` are those of the
+    /// config that `config` and the steps are part of.
     pub fn start(
         config: &Config,
         cache_dir: &Path,
+        places: Places,
         devices: Arc<Devices>,
         namespace: Arc<Namespace>,
         failures: Failures,
     ) -> Result<Self, Error> {
-        let compiler = Compiler::child(config.compile_cpu_s, config.compile_memory)
-            .map_err(|error| Error::Engine(format!("cannot find this program's file: {error}")))?;
-        Self::start_with(compiler, config, cache_dir, devices, namespace, failures)
+        let compiler = Compiler::child(config.compile_cpu_s, config.compile_memory);
+        Self::start_with(compiler, config, cache_dir, places, devices, namespace, failures)
     }
 
     /// The same with another compiler: see [`Compiler::in_process`].
@@ -119,74 +144,88 @@ impl Plugins {
         compiler: Compiler,
         config: &Config,
         cache_dir: &Path,
+        places: Places,
         devices: Arc<Devices>,
         namespace: Arc<Namespace>,
         failures: Failures,
     ) -> Result<Self, Error> {
-        let library = Library::new(compiler, Some(Cache::open(cache_dir)?))?;
+        let cache = Cache::open(cache_dir)?;
+        cache.clean_up();
+        let library = Library::new(compiler.clone(), Some(cache))?;
         if let Err(error) = std::fs::create_dir_all(&config.dir) {
             tracing::warn!(dir = %config.dir.display(), %error, "cannot make the plugins folder");
         }
         let (wake, events) = mpsc::sync_channel(EVENTS_MAX);
         let watcher = watch(&config.dir, wake.clone());
+        let shared = Arc::new(Inner {
+            joining: Mutex::default(),
+            status: watch::Sender::default(),
+            is_loaded: watch::Sender::default(),
+            wake,
+            stopped: AtomicBool::new(false),
+        });
         let mut work = Work {
+            shared: Arc::clone(&shared),
             config: config.clone(),
             library,
+            places,
             devices,
             namespace,
             failures,
-            wake: wake.clone(),
             known_steps: folder::known_steps_file(cache_dir),
             files: BTreeMap::new(),
             refused: Vec::new(),
+            missed: Vec::new(),
             settling: Settling::default(),
             pipelines: Vec::new(),
             generation: 0,
+            has_looked: false,
         };
         work.recall_steps();
-        let deadline = Instant::now() + START_WAIT;
-        work.look(&HashSet::new(), true);
-        while !work.settling.is_empty() && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(20));
-            work.look(&HashSet::new(), true);
-        }
-        let status = watch::Sender::new(work.status());
-        let shared =
-            Arc::new(Inner { work: Mutex::new(work), status, wake, stopped: AtomicBool::new(false) });
-        let watching = Arc::clone(&shared);
-        let thread = threads::spawn("plugin-folder".to_owned(), move || watching.run(&events))
+        let thread = threads::spawn("plugin-folder".to_owned(), move || work.run(&events))
             .map_err(|error| Error::Engine(format!("cannot start the folder's thread: {error}")))?;
-        Ok(Self { shared, thread: Some(thread), _watcher: watcher })
+        Ok(Self { shared, compiler, thread: Some(thread), _watcher: watcher })
     }
 
-    /// The chain of a pipeline, now and after every change. `steps: None`: the
-    /// folder's plugins by the number in front of their names.
+    /// The chain of a pipeline, now and after every change; of the generation 0
+    /// until its plugins were looked into. `steps: None`: the folder's plugins by
+    /// the number in front of their names.
     pub fn chain(&self, pipeline: &str, steps: Option<&[StepConfig]>) -> watch::Receiver<Chain> {
-        let mut work = self.shared.work();
-        let empty = Chain { generation: 0, steps: Arc::new([]), hold: None };
-        let (sender, receiver) = watch::channel(empty);
-        work.pipelines.retain(|known| !known.sender.is_closed());
-        work.pipelines.push(Pipeline {
+        let hold = Some("its plugins are being loaded".into());
+        let (sender, receiver) = watch::channel(Chain { generation: 0, steps: Arc::new([]), hold });
+        self.shared.joining().push(Pipeline {
             name: pipeline.to_owned(),
             steps: steps.map(<[_]>::to_vec),
             built: BTreeMap::new(),
             sender,
         });
-        work.publish();
-        self.shared.show(work.status());
+        // Full: a look is due already.
+        let _ = self.shared.wake.try_send(Wake::Look);
         receiver
     }
 
     pub fn status(&self) -> Vec<PluginStatus> {
         self.shared.status.borrow().clone()
     }
+
+    /// Returns when everything that lay in the folder at the start was looked into.
+    pub async fn loaded(&self) {
+        // Ends early only with the host.
+        let _ = self.shared.is_loaded.subscribe().wait_for(|loaded| *loaded).await;
+    }
 }
 
 impl Drop for Plugins {
     fn drop(&mut self) {
         self.shared.stopped.store(true, Ordering::Release);
+        self.compiler.stop();
         let _ = self.shared.wake.try_send(Wake::Look);
-        if let Some(thread) = self.thread.take() {
+        let Some(thread) = self.thread.take() else { return };
+        let deadline = Instant::now() + JOIN_MAX;
+        while !thread.is_finished() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        if thread.is_finished() {
             // It only watches: nothing is lost with it.
             let _ = thread.join();
         }
@@ -194,43 +233,12 @@ impl Drop for Plugins {
 }
 
 impl Inner {
-    fn work(&self) -> std::sync::MutexGuard<'_, Work> {
-        self.work.lock().unwrap_or_else(PoisonError::into_inner)
+    fn joining(&self) -> std::sync::MutexGuard<'_, Vec<Pipeline>> {
+        self.joining.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn show(&self, status: Vec<PluginStatus>) {
-        self.status.send_replace(status);
-    }
-
-    fn run(&self, events: &Receiver<Wake>) {
-        let (poll, settle) = {
-            let work = self.work();
-            (work.config.poll.0, work.config.settle.0)
-        };
-        let mut settling = false;
-        loop {
-            // Looks at least twice within the settle time while a file is being written.
-            let wait = if settling { poll.min(settle / 2).max(Duration::from_millis(10)) } else { poll };
-            let mut renamed = HashSet::new();
-            let first = match events.recv_timeout(wait) {
-                Ok(wake) => Some(wake),
-                Err(RecvTimeoutError::Timeout) => None,
-                Err(RecvTimeoutError::Disconnected) => return,
-            };
-            for wake in first.into_iter().chain(events.try_iter()) {
-                if let Wake::Renamed(paths) = wake {
-                    renamed.extend(paths);
-                }
-            }
-            if self.stopped.load(Ordering::Acquire) {
-                return;
-            }
-            let mut work = self.work();
-            work.look(&renamed, false);
-            work.publish();
-            settling = !work.settling.is_empty();
-            self.show(work.status());
-        }
+    fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Acquire)
     }
 }
 
@@ -263,8 +271,31 @@ fn watch(dir: &Path, wake: SyncSender<Wake>) -> Option<notify::RecommendedWatche
 }
 
 impl Work {
+    fn run(mut self, events: &Receiver<Wake>) {
+        let (poll, settle) = (self.config.poll.0, self.config.settle.0);
+        let mut renamed = HashSet::new();
+        while !self.shared.is_stopped() {
+            self.look(&renamed);
+            self.publish(|_| true);
+            // Looks at least twice within the settle time while a file is being written.
+            let settling = !self.settling.is_empty();
+            let wait = if settling { poll.min(settle / 2).max(Duration::from_millis(10)) } else { poll };
+            let first = match events.recv_timeout(wait) {
+                Ok(wake) => Some(wake),
+                Err(RecvTimeoutError::Timeout) => None,
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
+            renamed.clear();
+            for wake in first.into_iter().chain(events.try_iter()) {
+                if let Wake::Renamed(paths) = wake {
+                    renamed.extend(paths);
+                }
+            }
+        }
+    }
+
     /// Looks at the folder and loads what is new and whole.
-    fn look(&mut self, renamed: &HashSet<PathBuf>, starting: bool) {
+    fn look(&mut self, renamed: &HashSet<PathBuf>) {
         let Listing { found, refused } = match folder::list(&self.config.dir) {
             Ok(listing) => listing,
             Err(error) => {
@@ -273,29 +304,64 @@ impl Work {
                 return;
             }
         };
-        for (file, reason) in refused.iter().filter(|entry| !self.refused.contains(entry)) {
-            self.failures.report(
-                &format!("plugin file {file} is not used"),
-                1,
-                reason,
-                "headworks plugin list",
-            );
-        }
-        self.refused = refused;
+        let is_first = !self.has_looked;
+        self.has_looked = true;
+        // What comes in the place of a missed file is missed until it runs.
+        let from_the_start = is_first || !self.missed.is_empty();
+        self.note_refused(refused, is_first);
         self.settling.retain(&found);
         self.note_missing(&found);
-        for found in found.into_values() {
+        for found in found.values() {
             let known = self.files.entry(found.name.clone()).or_default();
+            known.from_the_start |= from_the_start;
             known.missing = false;
-            if known.stamp.as_ref() == Some(&found.stamp) {
-                (known.path, known.order) = (found.path, found.order);
-                continue;
+            if found.note.is_some() && known.note != found.note {
+                tracing::warn!(
+                    file = file_name(&found.path),
+                    "{}",
+                    found.note.as_deref().unwrap_or_default()
+                );
             }
-            let old_enough = starting && found.stamp.is_older_than(self.config.settle.0);
-            if old_enough || self.settling.is_settled(&found, self.config.settle.0, renamed) {
-                self.load(found);
-            }
+            (known.path, known.order, known.note) = (found.path.clone(), found.order, found.note.clone());
         }
+        let mut due: Vec<_> =
+            found.into_values().filter(|found| self.is_due(found, renamed, is_first)).collect();
+        // What needs no compiler first: nothing that is known waits for what takes long.
+        due.sort_by_cached_key(|found| {
+            !folder::read(&self.config.dir, found).is_ok_and(|files| self.library.knows(&files.wasm))
+        });
+        for found in due {
+            if self.shared.is_stopped() {
+                return;
+            }
+            self.load(found);
+            self.publish(Pipeline::is_first);
+        }
+    }
+
+    fn is_due(&mut self, found: &Found, renamed: &HashSet<PathBuf>, is_first: bool) -> bool {
+        let known = &self.files[&found.name];
+        if known.stamp.as_ref() == Some(&found.stamp) {
+            self.settling.forget(found);
+            return known.retry_at.is_some_and(|at| Instant::now() >= at);
+        }
+        let settle = self.config.settle.0;
+        if is_first && found.stamp.is_older_than(settle) {
+            return true;
+        }
+        self.settling.is_settled(found, known.stamp.as_ref(), settle, renamed)
+    }
+
+    fn note_refused(&mut self, refused: Vec<RefusedFile>, is_first: bool) {
+        for RefusedFile { file, reason, .. } in refused.iter().filter(|it| !self.refused.contains(it)) {
+            let kind = format!("plugin file {file} is not used");
+            self.failures.report(&kind, 1, reason, "headworks plugin list");
+        }
+        if is_first {
+            self.missed = refused.iter().filter(|refused| refused.is_missed).cloned().collect();
+        }
+        self.missed.retain(|missed| refused.contains(missed));
+        self.refused = refused;
     }
 
     fn note_missing(&mut self, found: &BTreeMap<String, Found>) {
@@ -317,44 +383,63 @@ impl Work {
     fn load(&mut self, found: Found) {
         // Of a file that is back; left there, it would let a later loss pass without a word.
         folder::take_removed_mark(&self.config.dir, &found.name);
+        let is_awaited = !*self.shared.is_loaded.borrow();
+        self.library.compiler.set_awaited(is_awaited);
+        self.known(&found.name).is_loading = true;
+        self.show();
         let result = self.read(&found);
-        let known = self.files.entry(found.name.clone()).or_default();
+        let failures = self.failures.clone();
+        let retry_after = self.config.poll.0 * RETRY_AFTER_POLLS;
+        let known = self.known(&found.name);
+        known.is_loading = false;
         let file = file_name(&found.path);
         match result {
-            Ok(loaded) => {
+            Ok(Some(loaded)) => {
                 let description = &loaded.program.description;
                 tracing::info!(file, name = found.name, version = description.version, "plugin loaded");
                 known.loaded = Some(loaded);
-                known.error = None;
+                (known.error, known.retry_at) = (None, None);
             }
+            // It changes again: see the next look. Or the host ends.
+            Ok(None) | Err(Error::Compile(CompileError::Stopped)) => return,
             Err(error) => {
                 let kept = if known.loaded.is_some() { "; the last good version stays" } else { "" };
                 let reason = error.to_string();
-                let detail = format!("{reason}{kept}");
-                self.failures.report(
+                let show = format!("headworks plugin inspect {}", found.path.display());
+                failures.report(
                     &format!("plugin file {file} is not used"),
                     1,
-                    &detail,
-                    &format!("headworks plugin inspect {}", found.path.display()),
+                    &format!("{reason}{kept}"),
+                    &show,
                 );
                 known.error = Some(reason);
+                known.retry_at = error.is_passing().then(|| Instant::now() + retry_after);
             }
         }
-        (known.path, known.order, known.stamp) = (found.path, found.order, Some(found.stamp));
+        known.stamp = Some(found.stamp);
     }
 
-    fn read(&self, found: &Found) -> Result<Loaded, Error> {
-        let config = match &found.config {
-            Some(path) => {
-                let text = std::fs::read_to_string(path)
-                    .map_err(|error| Error::Read { path: path.clone(), error })?;
-                crate::yaml::to_json(&text)
-                    .map_err(|reason| Error::Config(format!("{}: {reason}", file_name(path))))?
-            }
-            None => self.config.config.get(&found.name).cloned().unwrap_or_default(),
-        };
-        let program = Arc::new(self.library.load(&read(&found.path)?)?);
-        Ok(Loaded { program, config })
+    fn known(&mut self, name: &str) -> &mut Known {
+        self.files.entry(name.to_owned()).or_default()
+    }
+
+    /// `None`: the files are others by now than those that were found.
+    fn read(&self, found: &Found) -> Result<Option<Loaded>, Error> {
+        let files = folder::read(&self.config.dir, found)?;
+        if files.stamp != found.stamp {
+            return Ok(None);
+        }
+        let config = found.config.as_deref().map(file_name).zip(files.config);
+        let config = config.map(|(file, text)| ConfigFile::parse(&file, &text)).transpose();
+        let config = config.map_err(Error::Config)?;
+        let program = Arc::new(self.library.load(&files.wasm)?);
+        Ok(Some(Loaded { program, config }))
+    }
+
+    fn show(&self) {
+        let is_loaded = self.has_looked && self.files.values().all(|known| known.is_looked_into());
+        self.shared.status.send_replace(self.status());
+        self.shared.is_loaded.send_if_modified(|loaded| is_loaded && !std::mem::replace(loaded, true));
     }
 
     /// Steps of an earlier start: one whose file is gone holds its pipeline.
@@ -388,6 +473,9 @@ impl Work {
     }
 }
 
-fn file_name(path: &Path) -> String {
-    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+impl Known {
+    /// Or it is not there to be looked into.
+    fn is_looked_into(&self) -> bool {
+        self.missing || self.stamp.is_some()
+    }
 }

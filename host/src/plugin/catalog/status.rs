@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::{Known, Work, file_name};
+use super::{Known, RefusedFile, Work, file_name};
 
 /// A plugin as `plugin list` shows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -17,12 +17,17 @@ pub struct PluginStatus {
     pub state: PluginState,
     pub imports_granted: Vec<String>,
     pub topics: Vec<String>,
+    /// Used, but hardly as it was meant.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case", tag = "is", content = "reason")]
 pub enum PluginState {
     Active,
+    /// It waits to be looked into, or is being compiled; the version before runs, if there was one.
+    Loading,
     /// The newest file or config is not used; the last good version runs, if there was one.
     Failed(String),
     /// Its file is gone, see the reason for what to do.
@@ -33,7 +38,7 @@ impl Work {
     pub fn status(&self) -> Vec<PluginStatus> {
         let mut list: Vec<_> = self.files.iter().map(|(name, known)| self.status_of(name, known)).collect();
         list.sort_by_key(|(order, status)| (*order, status.name.clone()));
-        let refused = self.refused.iter().map(|(file, reason)| PluginStatus {
+        let refused = self.refused.iter().map(|RefusedFile { file, reason, .. }| PluginStatus {
             file: file.clone(),
             name: String::new(),
             version: String::new(),
@@ -42,6 +47,7 @@ impl Work {
             state: PluginState::Failed(reason.clone()),
             imports_granted: Vec::new(),
             topics: Vec::new(),
+            note: None,
         });
         list.into_iter().map(|(_, status)| status).chain(refused).collect()
     }
@@ -58,6 +64,7 @@ impl Work {
         });
         let state = match (known.missing, known.error.clone().or(not_started)) {
             (true, _) => PluginState::Removed(missing_reason(name, known)),
+            (false, _) if known.is_loading || known.stamp.is_none() => PluginState::Loading,
             (false, Some(reason)) => PluginState::Failed(reason),
             (false, None) => PluginState::Active,
         };
@@ -72,6 +79,7 @@ impl Work {
             state,
             imports_granted: program.map(|program| program.imports.clone()).unwrap_or_default(),
             topics: description.topics,
+            note: known.note.clone(),
         };
         (known.order, status)
     }

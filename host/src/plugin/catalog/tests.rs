@@ -1,5 +1,6 @@
 use std::time::Duration;
 
+use super::super::compile::tests::child_args;
 use super::super::test_plugins::{guarded, guarded_with, refusing};
 use super::super::tests::batch;
 use super::*;
@@ -41,6 +42,7 @@ impl Folder {
             compiler,
             &self.config,
             &self.cache(),
+            Places::default(),
             Arc::default(),
             Arc::default(),
             Failures::default(),
@@ -65,6 +67,19 @@ fn wait<T: Clone>(receiver: &mut watch::Receiver<T>, mut is: impl FnMut(&T) -> b
     })
 }
 
+/// A pipeline's first chain, once it is there.
+fn chain(plugins: &Plugins, name: &str, steps: Option<&[StepConfig]>) -> watch::Receiver<Chain> {
+    let mut receiver = plugins.chain(name, steps);
+    wait(&mut receiver, |chain| chain.generation > 0);
+    receiver
+}
+
+/// What is shown once everything was looked into.
+fn loaded(plugins: &Plugins) -> Vec<PluginStatus> {
+    wait(&mut plugins.shared.is_loaded.subscribe(), |loaded| *loaded);
+    plugins.status()
+}
+
 fn wait_status(plugins: &Plugins, mut is: impl FnMut(&[PluginStatus]) -> bool) {
     wait(&mut plugins.shared.status.subscribe(), |status| is(status));
 }
@@ -79,11 +94,11 @@ fn the_folders_plugins_run_by_the_number_in_front() {
     folder.put("20-b.wasm", &guarded());
     folder.put("3-a.wasm", &guarded());
     let plugins = folder.start();
-    let mut chain = plugins.chain("telemetry", None);
-    assert_eq!(names(&chain.borrow_and_update()), ["test 1.0.0 (3-a.wasm", "test 1.0.0 (20-b.wasm"]);
-    let first = chain.borrow().generation;
+    let mut receiver = chain(&plugins, "telemetry", None);
+    assert_eq!(names(&receiver.borrow_and_update()), ["test 1.0.0 (3-a.wasm", "test 1.0.0 (20-b.wasm"]);
+    let first = receiver.borrow().generation;
     folder.put("10-c.wasm", &guarded());
-    let chain = wait(&mut chain, |chain| chain.steps.len() == 3);
+    let chain = wait(&mut receiver, |chain| chain.steps.len() == 3);
     assert!(chain.generation > first && chain.hold.is_none());
     assert_eq!(&*chain.steps[1].id().step, "c");
     let mut step = chain.steps[1].instantiate(0).unwrap();
@@ -96,7 +111,7 @@ fn a_changed_file_or_config_is_a_new_version_and_the_others_stay() {
     folder.put("1-a.wasm", &guarded());
     folder.put("2-b.wasm", &guarded());
     let plugins = folder.start();
-    let mut receiver = plugins.chain("telemetry", None);
+    let mut receiver = chain(&plugins, "telemetry", None);
     let before = receiver.borrow_and_update().clone();
     folder.put("1-a.wasm", &guarded_with("2.0.0", &[]));
     let after = wait(&mut receiver, |chain| chain.generation > before.generation);
@@ -111,13 +126,13 @@ fn a_corrupt_file_or_a_refused_config_keeps_the_last_good_version() {
     let folder = Folder::new();
     folder.put("1-a.wasm", &guarded());
     let plugins = folder.start();
-    let receiver = plugins.chain("telemetry", None);
+    let receiver = chain(&plugins, "telemetry", None);
     let before = receiver.borrow().clone();
     let good = guarded();
     for (bytes, reason) in [
         (&good[..good.len() / 2], "truncated"),
         (b"hello, world", "not WebAssembly: starts with 68 65 6c 6c"),
-        (&refusing()[..], "config.max: too big"),
+        (&refusing()[..], "too big"),
     ] {
         folder.put("1-a.wasm", bytes);
         wait_status(&plugins, |status| match &status[0].state {
@@ -137,7 +152,7 @@ fn a_removed_file_holds_its_pipeline_until_it_is_removed_for_good() {
     folder.put("1-redact.wasm", &guarded());
     folder.put("2-b.wasm", &guarded());
     let plugins = folder.start();
-    let mut receiver = plugins.chain("telemetry", None);
+    let mut receiver = chain(&plugins, "telemetry", None);
     assert_eq!(receiver.borrow_and_update().steps.len(), 2);
     std::fs::remove_file(folder.config.dir.join("1-redact.wasm")).unwrap();
     let held = wait(&mut receiver, |chain| chain.hold.is_some());
@@ -146,7 +161,7 @@ fn a_removed_file_holds_its_pipeline_until_it_is_removed_for_good() {
     drop(plugins);
     // Not even a restart forgets it.
     let plugins = folder.start();
-    let mut receiver = plugins.chain("telemetry", None);
+    let mut receiver = chain(&plugins, "telemetry", None);
     assert!(receiver.borrow_and_update().hold.is_some());
     super::super::remove(&folder.config.dir, "redact", &["redact".to_owned()]).unwrap();
     let chain = wait(&mut receiver, |chain| chain.hold.is_none());
@@ -159,13 +174,13 @@ fn an_explicit_step_keeps_its_last_good_version_without_its_file() {
     folder.put("1-a.wasm", &guarded());
     let plugins = folder.start();
     let steps = [StepConfig::new("a"), StepConfig { name: Some("again".into()), ..StepConfig::new("a") }];
-    let receiver = plugins.chain("telemetry", Some(&steps));
+    let receiver = chain(&plugins, "telemetry", Some(&steps));
     assert_eq!((receiver.borrow().steps.len(), receiver.borrow().hold.clone()), (2, None));
     assert_eq!(&*receiver.borrow().steps[1].id().step, "again");
     std::fs::remove_file(folder.config.dir.join("1-a.wasm")).unwrap();
     wait_status(&plugins, |status| matches!(status[0].state, PluginState::Removed(_)));
     assert_eq!((receiver.borrow().steps.len(), receiver.borrow().hold.clone()), (2, None));
-    let missing = plugins.chain("other", Some(&[StepConfig::new("nothing")]));
+    let missing = chain(&plugins, "other", Some(&[StepConfig::new("nothing")]));
     assert!(missing.borrow().hold.as_deref().unwrap().contains("no file nothing.wasm"));
 }
 
@@ -173,10 +188,10 @@ fn an_explicit_step_keeps_its_last_good_version_without_its_file() {
 fn a_cached_plugin_is_not_compiled_again_and_a_changed_artifact_is_not_used() {
     let folder = Folder::new();
     folder.put("1-a.wasm", &guarded());
-    drop(folder.start());
+    loaded(&folder.start());
     let no_compiler =
         || Compiler::child_of("/nonexistent/headworks".into(), Vec::new(), 1, crate::units::ByteSize::gib(1));
-    assert_eq!(folder.start_with(no_compiler()).status()[0].state, PluginState::Active);
+    assert_eq!(loaded(&folder.start_with(no_compiler()))[0].state, PluginState::Active);
     let artifact = std::fs::read_dir(folder.cache())
         .unwrap()
         .map(|file| file.unwrap().path())
@@ -186,13 +201,13 @@ fn a_cached_plugin_is_not_compiled_again_and_a_changed_artifact_is_not_used() {
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
     std::fs::write(&artifact, bytes).unwrap();
-    let status = folder.start_with(no_compiler()).status();
+    let status = loaded(&folder.start_with(no_compiler()));
     assert!(
         matches!(&status[0].state, PluginState::Failed(why) if why.contains("cannot start the compiler"))
     );
     // With a compiler it heals.
-    assert_eq!(folder.start().status()[0].state, PluginState::Active);
-    assert_eq!(folder.start_with(no_compiler()).status()[0].state, PluginState::Active);
+    assert_eq!(loaded(&folder.start())[0].state, PluginState::Active);
+    assert_eq!(loaded(&folder.start_with(no_compiler()))[0].state, PluginState::Active);
 }
 
 #[test]
@@ -213,7 +228,7 @@ fn a_mark_of_an_earlier_removal_does_not_hide_a_loss() {
     folder::remove(&folder.config.dir, "redact", &["redact".to_owned()]).unwrap();
     folder.put("1-redact.wasm", &guarded());
     let plugins = folder.start();
-    let mut receiver = plugins.chain("telemetry", None);
+    let mut receiver = chain(&plugins, "telemetry", None);
     assert_eq!(receiver.borrow_and_update().steps.len(), 1);
     std::fs::remove_file(folder.config.dir.join("1-redact.wasm")).unwrap();
     let held = wait(&mut receiver, |chain| chain.hold.is_some() || chain.steps.is_empty());
@@ -226,4 +241,138 @@ fn a_folder_that_is_not_there_is_made() {
     folder.config.dir = folder.dir.path().join("a/b");
     folder.start();
     assert!(folder.config.dir.is_dir());
+}
+
+/// The hold of the folder's pipeline in a fresh host that finds this file beside a good one.
+fn hold_with(file: &str, bytes: &[u8]) -> Option<String> {
+    let folder = Folder::new();
+    folder.put("10-a.wasm", &guarded());
+    folder.put(file, bytes);
+    let plugins = folder.start();
+    let hold = chain(&plugins, "telemetry", None).borrow().hold.clone();
+    hold.map(|why| why.to_string())
+}
+
+#[test]
+fn a_file_that_is_there_at_the_start_and_does_not_run_holds_the_pipeline() {
+    let good = guarded();
+    for (file, bytes, reason) in [
+        ("15-redact.wasm", &good[..good.len() / 2], "truncated"),
+        ("15-redact.wasm", &refusing(), "too big"),
+        ("15-redact.WASM", &good, "small letters"),
+        ("15-re dact.wasm", &good, "its name must be like"),
+        ("15-a.wasm", &good, ""),
+    ] {
+        let hold = hold_with(file, bytes);
+        assert_eq!(hold.is_some(), !reason.is_empty(), "{file}: {hold:?}");
+        assert!(hold.is_none_or(|why| why.contains(reason) && why.contains(file)), "{file}");
+    }
+}
+
+#[test]
+fn what_is_missing_from_the_start_comes_by_a_good_file_or_goes_by_plugin_remove() {
+    let folder = Folder::new();
+    folder.put("15-redact.wasm", b"half a copy");
+    let plugins = folder.start();
+    let mut receiver = chain(&plugins, "telemetry", None);
+    assert!(receiver.borrow_and_update().hold.as_deref().unwrap().contains("plugin remove redact"));
+    std::fs::remove_file(folder.config.dir.join("15-redact.wasm")).unwrap();
+    wait_status(&plugins, |status| matches!(status[0].state, PluginState::Removed(_)));
+    assert!(receiver.borrow().hold.is_some(), "a file that went is missed");
+    folder.put("15-redact.wasm", &guarded());
+    assert_eq!(wait(&mut receiver, |chain| chain.hold.is_none()).steps.len(), 1);
+    // Into a pipeline that runs a file may come that is broken.
+    folder.put("20-new.wasm", b"half a copy");
+    wait_status(&plugins, |status| status.len() == 2 && matches!(status[1].state, PluginState::Failed(_)));
+    assert_eq!((receiver.borrow().hold.clone(), receiver.borrow().steps.len()), (None, 1));
+}
+
+/// A compiler that never answers, and what needs none.
+#[test]
+fn a_plugin_that_compiles_for_long_holds_up_neither_the_start_nor_others_nor_the_end() {
+    let folder = Folder::new();
+    folder.put("20-b.wasm", &guarded());
+    loaded(&folder.start());
+    folder.put("10-a.wasm", &guarded_with("2.0.0", &[]));
+    let compiler = Compiler::child_of(
+        "/bin/sh".into(),
+        vec!["-c".into(), "exec sleep 3600".into()],
+        1_000,
+        crate::units::ByteSize::gib(1),
+    );
+    let plugins = folder.start_with(compiler);
+    let all = plugins.chain("all", None);
+    let named = chain(&plugins, "named", Some(&[StepConfig::new("b")]));
+    assert_eq!((named.borrow().steps.len(), named.borrow().hold.clone()), (1, None));
+    wait_status(&plugins, |status| {
+        status.iter().all(|plugin| !plugin.file.is_empty())
+            && status.iter().any(|plugin| plugin.name == "a" && plugin.state == PluginState::Loading)
+    });
+    assert_eq!(all.borrow().generation, 0);
+    drop(plugins);
+}
+
+#[test]
+fn a_compiler_that_could_not_be_started_is_tried_again() {
+    let folder = Folder::new();
+    folder.put("10-a.wasm", &guarded());
+    let program = folder.dir.path().join("compiler");
+    let compiler = Compiler::child_of(program.clone(), child_args(), 60, crate::units::ByteSize::gib(2));
+    let plugins = folder.start_with(compiler);
+    let mut receiver = chain(&plugins, "telemetry", None);
+    assert!(receiver.borrow().hold.as_deref().unwrap().contains("cannot start the compiler"));
+    std::os::unix::fs::symlink(std::env::current_exe().unwrap(), program).unwrap();
+    wait(&mut receiver, |chain| chain.hold.is_none() && chain.steps.len() == 1);
+}
+
+#[test]
+fn a_file_that_killed_its_compiler_is_not_tried_again_until_its_bytes_change() {
+    let folder = Folder::new();
+    folder.put("10-a.wasm", &guarded());
+    let runs = folder.dir.path().join("runs");
+    let script = format!("echo run >> {}; kill -SEGV $$", runs.display());
+    let compiler = || {
+        Compiler::child_of(
+            "/bin/sh".into(),
+            vec!["-c".into(), script.clone().into()],
+            60,
+            crate::units::ByteSize::gib(2),
+        )
+    };
+    let count = || std::fs::read_to_string(&runs).unwrap().lines().count();
+    for _ in 0..2 {
+        let status = loaded(&folder.start_with(compiler()));
+        assert!(
+            matches!(&status[0].state, PluginState::Failed(why) if why.contains("ended the compiler")),
+            "{status:?}"
+        );
+        assert_eq!(count(), 1);
+    }
+    folder.put("10-a.wasm", &guarded_with("2.0.0", &[]));
+    loaded(&folder.start_with(compiler()));
+    assert_eq!(count(), 2);
+}
+
+#[test]
+fn a_refused_config_is_named_by_file_and_line() {
+    let folder = Folder::new();
+    folder.put("10-a.wasm", &refusing());
+    folder.put("10-a.yaml", b"# limits\nmax: 3\n");
+    let step = StepConfig { config: serde_json::json!({"max": 3}), ..StepConfig::new("a") };
+    let root = crate::problems::KeyPath::root();
+    let path = root.key("pipelines").key("named").key("steps").index(0).key("config").key("max");
+    let plugins = Plugins::start_with(
+        Compiler::in_process(),
+        &folder.config,
+        &folder.cache(),
+        Places::new([(path, "headworks.yaml:14".to_owned())]),
+        Arc::default(),
+        Arc::default(),
+        Failures::default(),
+    )
+    .unwrap();
+    let hold = |name: &str, steps| chain(&plugins, name, steps).borrow().hold.clone().unwrap().to_string();
+    assert!(hold("all", None).contains("10-a.yaml:2: max: too big"));
+    let named = hold("named", Some(&[step][..]));
+    assert!(named.ends_with("headworks.yaml:14: pipelines.named.steps[0].config.max: too big"), "{named}");
 }
