@@ -2,6 +2,7 @@
 //! path of its key. The `config` module turns a path into `file:line`.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 /// Path of a key: `sinks.warehouse.batch.rows_max`, `pipelines.telemetry.steps[0].plugin`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -55,17 +56,34 @@ impl KeyPath {
     }
 }
 
-/// Where the keys of a config are: `headworks.yaml:14`, by path.
+/// Where a key is: `headworks.yaml:14`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    pub file: String,
+    /// From 1; none where the whole file is meant.
+    pub line: Option<usize>,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.line {
+            Some(line) => write!(f, "{}:{line}", self.file),
+            None => f.write_str(&self.file),
+        }
+    }
+}
+
+/// Where the keys of a config are, by path.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Places(BTreeMap<KeyPath, String>);
+pub struct Places(BTreeMap<KeyPath, Place>);
 
 impl Places {
-    pub fn new(places: impl IntoIterator<Item = (KeyPath, String)>) -> Self {
+    pub fn new(places: impl IntoIterator<Item = (KeyPath, Place)>) -> Self {
         Self(places.into_iter().collect())
     }
 
     /// Of a key, else of the nearest key around it.
-    pub fn of(&self, path: &KeyPath) -> Option<&str> {
+    pub fn of(&self, path: &KeyPath) -> Option<&Place> {
         let mut outer = Some(path.clone());
         while let Some(path) = outer {
             if let Some(place) = self.0.get(&path) {
@@ -78,10 +96,9 @@ impl Places {
 
     /// A problem with its place: `headworks.yaml:14: sinks.a: must be set`.
     pub fn locate(&self, problem: &Problem) -> String {
-        let place = self.of(&problem.path);
-        let parts =
-            [place, Some(problem.path.as_str()).filter(|path| !path.is_empty()), Some(&problem.message)];
-        parts.into_iter().flatten().collect::<Vec<_>>().join(": ")
+        let place = self.of(&problem.path).map(ToString::to_string);
+        let path = Some(problem.path.as_str().to_owned()).filter(|path| !path.is_empty());
+        [place, path, Some(problem.message.clone())].into_iter().flatten().collect::<Vec<_>>().join(": ")
     }
 }
 
@@ -118,7 +135,7 @@ mod tests {
     fn a_problem_has_the_place_of_the_nearest_key_around_it() {
         let root = KeyPath::root();
         let config = root.key("steps").index(0).key("config");
-        let places = Places::new([(config.clone(), "hw.yaml:7".to_owned())]);
+        let places = Places::new([(config.clone(), Place { file: "hw.yaml".to_owned(), line: Some(7) })]);
         let path = config.join(&root.key("rules").index(2).key("max"));
         let problem = Problem { path, message: "too big".to_owned() };
         assert_eq!(places.locate(&problem), "hw.yaml:7: steps[0].config.rules[2].max: too big");

@@ -68,6 +68,26 @@ fn removing_a_plugin_file_holds_the_pipeline_until_it_is_said() {
     telemetry::assert_rows(&telemetry::sqlite_rows(&rows, "telemetry"), &sent, Repeats::None);
 }
 
+/// A filter that is missing would leak: nothing goes through, and no device waits for it.
+#[test]
+fn devices_are_acknowledged_while_a_plugin_of_the_start_does_not_run() {
+    let mut host = Host::prepare("unready", &telemetry::config(&telemetry::sqlite_sink()));
+    host.drop_bytes("10-normalize.wasm", b"half a copy");
+    host.launch();
+    host.wait_serving();
+    let publishers = devices(&host);
+    for publisher in &publishers {
+        publisher.await_acked(25);
+    }
+    host.says("plugin remove normalize");
+    let sent: Vec<Sent> = publishers.into_iter().map(Publisher::finish).collect();
+
+    host.drop_plugin("10-normalize.wasm", prebuilt("normalize"));
+    let rows = host.folder.join("data/telemetry.db");
+    telemetry::written_to_sqlite(&host, &rows);
+    telemetry::assert_rows(&telemetry::sqlite_rows(&rows, "telemetry"), &sent, Repeats::None);
+}
+
 fn devices(host: &Host) -> Vec<Publisher> {
     let address = Address::new(host.mqtt());
     (0..4)

@@ -196,7 +196,7 @@ impl Host {
         let status = self.plugins.status().into_iter();
         let found = status.filter_map(|plugin| {
             let (kind, cause, advice) = match plugin.state {
-                PluginState::Active => return None,
+                PluginState::Active | PluginState::Loading => return None,
                 PluginState::Failed(reason) => {
                     let file = self.plugins_dir.join(&plugin.file);
                     let advice = format!("mend the file or take it away; `headworks plugin inspect {}`", file.display());

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use super::{Error, Located};
-use crate::problems::{KeyPath, Places, Problem, Problems};
+use crate::problems::{KeyPath, Place, Places, Problem, Problems};
 use crate::yaml;
 
 /// Larger files are refused.
@@ -157,7 +157,8 @@ impl Files {
 
     pub fn places(&self) -> Places {
         let place = |(path, (file, line)): (&KeyPath, &(usize, usize))| {
-            (path.clone(), format!("{}:{line}", self.names[*file].display()))
+            let file = self.names[*file].display().to_string();
+            (path.clone(), Place { file, line: Some(*line) })
         };
         Places::new(self.lines.iter().map(place))
     }

@@ -20,6 +20,7 @@ mod validate;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -199,7 +200,36 @@ pub fn load_with_files(path: Option<&Path>) -> Result<Loaded, Error> {
     let mut loaded = parsed.into_loaded(path, &files)?;
     loaded.warnings.extend(loaded.config.mqtt.warnings());
     loaded.warnings.extend(missing_plugins(&loaded.config));
+    try_plugins(&mut loaded, &files)?;
     Ok(loaded)
+}
+
+/// Starts each step's plugin with its config; adds what is not used in the folder to the warnings.
+fn try_plugins(loaded: &mut Loaded, files: &files::Files) -> Result<(), Error> {
+    let config = &loaded.config;
+    let check = plugin::Check {
+        config: &config.plugins,
+        cache_dir: &config.plugin_cache_dir(),
+        devices: Arc::new(devices::Devices::load(&config.devices).unwrap_or_default()),
+        namespace: Arc::new(Namespace::parse(&config.topics).unwrap_or_default()),
+    };
+    let pipelines = config.pipelines.iter().map(|(name, pipeline)| (&**name, pipeline.steps.as_deref()));
+    let found = match check.run(pipelines) {
+        Ok(found) => found,
+        Err(error) => {
+            let problem = Problem { path: KeyPath::root().key("plugins"), message: error.to_string() };
+            return Err(Error::Invalid(files.locate(vec![problem])));
+        }
+    };
+    let elsewhere = found.elsewhere.into_iter().map(|(place, path, message)| Located {
+        file: place.file,
+        line: place.line,
+        key: path.as_str().to_owned(),
+        message,
+    });
+    let problems: Vec<_> = files.locate(found.problems).into_iter().chain(elsewhere).collect();
+    loaded.warnings.extend(found.warnings);
+    if problems.is_empty() { Ok(()) } else { Err(Error::Invalid(problems)) }
 }
 
 /// Steps whose file is not in the folder: legal, it may come yet.
@@ -291,7 +321,7 @@ impl Parsed {
         if !self.problems.is_empty() {
             return Err(Error::Invalid(files.locate(self.problems)));
         }
-        let source = Source { path: path.map(Path::to_owned), files: files.names() };
+        let source = Source { path: path.map(Path::to_owned), files: files.names(), places: files.places() };
         Ok(Loaded { config: self.config, source, warnings: self.warnings })
     }
 }

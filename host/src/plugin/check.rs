@@ -54,7 +54,8 @@ impl Check<'_> {
             folder::list(dir).map_err(|error| Error::Read { path: dir.clone(), error })?;
         let shown = |file: &str| dir.join(file).display().to_string();
         findings.warnings.extend(refused.iter().map(|it| format!("{}: {}", shown(&it.file), it.reason)));
-        let notes = found.values().filter_map(|it| Some(format!("{}: {}", it.path.display(), it.note.as_ref()?)));
+        let notes =
+            found.values().filter_map(|it| Some(format!("{}: {}", it.path.display(), it.note.as_ref()?)));
         findings.warnings.extend(notes);
         let compiler = Compiler::child(self.config.compile_cpu_s, self.config.compile_memory);
         let library = Library::new(compiler, Cache::existing(self.cache_dir))?;
@@ -151,6 +152,7 @@ impl Check<'_> {
             failures: Failures::default(),
             on_hold: Box::new(|| {}),
             faults: Faults::default(),
+            telemetry: Arc::default(),
         });
         version.trial().err().unwrap_or_default()
     }

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::problems::{KeyPath, Places, Problem};
+use crate::problems::{KeyPath, Place, Places, Problem};
 use crate::yaml;
 
 /// A plugin's config as it was read.
@@ -16,8 +16,9 @@ impl ConfigFile {
     /// Errors name the file and the line.
     pub fn parse(file: &str, text: &str) -> Result<Self, String> {
         let document = yaml::parse(text).map_err(|error| format!("{file}:{}: {error}", error.line))?;
-        let lines = document.lines.into_iter().map(|(path, line)| (path, format!("{file}:{line}")));
-        let places = Places::new(lines.chain([(KeyPath::root(), file.to_owned())]));
+        let place = |line| Place { file: file.to_owned(), line };
+        let lines = document.lines.into_iter().map(|(path, line)| (path, place(Some(line))));
+        let places = Places::new(lines.chain([(KeyPath::root(), place(None))]));
         match document.problems.first() {
             Some(problem) => Err(places.locate(problem)),
             None => Ok(Self { value: document.value, places }),

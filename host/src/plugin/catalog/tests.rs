@@ -365,7 +365,7 @@ fn a_refused_config_is_named_by_file_and_line() {
         Compiler::in_process(),
         &folder.config,
         &folder.cache(),
-        Places::new([(path, "headworks.yaml:14".to_owned())]),
+        Places::new([(path, crate::problems::Place { file: "headworks.yaml".into(), line: Some(14) })]),
         Arc::default(),
         Arc::default(),
         Failures::default(),
