@@ -165,6 +165,26 @@ fn a_plugin_file_that_cannot_be_read_hides_no_other() {
     assert!(list.contains("10-normalize.wasm  normalize"), "{list}");
 }
 
+/// The file is a plugin; what the host refuses is its config.
+#[test]
+fn plugin_list_says_what_the_running_host_says() {
+    let mut host = Host::prepare("cli-refused-step", "");
+    host.drop_plugin("10-normalize.wasm", prebuilt("normalize"));
+    host.folder.write("plugins/10-normalize.yaml", "# nothing\nunknwon: drop\n");
+    let config = ["validate", "--config", "headworks.yaml"];
+    let refused = failed(host.command(&config));
+    assert!(refused.contains("10-normalize.yaml:2: unknwon"), "{refused}");
+    host.launch();
+    host.wait_serving();
+    host.says("pipeline holds");
+    let list = host.cli(&["plugin", "list"]);
+    assert!(
+        list.contains("10-normalize.wasm  cannot run: ") && list.contains("10-normalize.yaml:2"),
+        "{list}"
+    );
+    assert!(list.contains("pipeline telemetry: steps of generation 1, holding"), "{list}");
+}
+
 #[test]
 fn a_plugin_whose_file_is_gone_is_listed_until_it_is_removed_by_its_name() {
     let host = host("cli-removed");

@@ -6,15 +6,15 @@ use std::time::Instant;
 use anyhow::Context;
 use bytes::Bytes;
 use indicatif::{ProgressBar, ProgressStyle};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::args::{Format, PluginCommand};
-use super::output::Out;
-use super::plugin_new;
+use super::output::{self, Out};
+use super::{admin_client, plugin_new};
 use crate::batch::{Batch, Entry, Offset, Partition, Span, flags};
 use crate::config::{self, Config};
-use crate::plugin::{self, FileState, Inspection, Listed, Runner};
+use crate::plugin::{self, FileState, Inspection, Listed, PluginState, PluginStatus, Runner};
 use crate::step::{Attempt, Step};
 use crate::topic::Namespace;
 
@@ -75,46 +75,112 @@ fn remove(config: &Config, name: &str, out: &mut Out) -> anyhow::Result<()> {
 /// With `--format json`.
 #[derive(Serialize)]
 struct Line {
-    /// `ready`, `failed` or `removed`: see `problem`.
+    /// `ready`, `loading`, `failed` or `removed`: see `problem`.
     state: &'static str,
     #[serde(flatten)]
     inspection: Inspection,
+    /// Used, but hardly as it was meant.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    note: Option<String>,
 }
 
+/// Of `/api/status`.
+#[derive(Deserialize)]
+struct Running {
+    plugins: Vec<PluginStatus>,
+    pipelines: Vec<RunningPipeline>,
+}
+
+#[derive(Deserialize)]
+struct RunningPipeline {
+    name: String,
+    state: String,
+    steps_generation: Option<u64>,
+    swap_refused: Option<String>,
+}
+
+/// The files as the running host sees them; where none runs, as they lie there.
 fn list(config: &Config, format: Format, out: &mut Out) -> anyhow::Result<()> {
     let dir = &config.plugins.dir;
-    let listed = plugin::survey(dir, &config.plugin_cache_dir())?;
-    if listed.is_empty() && format == Format::Text {
-        return out.line(format!("no plugins in {}: drop a .wasm file in", dir.display()));
+    let running = match super::block_on(admin_client::get::<Running>(config, "/api/status")) {
+        Ok(running) => Some(running),
+        Err(error) => {
+            output::complain(&format!("{error:#}; this is what lies in {}", output::shown(dir)));
+            None
+        }
+    };
+    let lines = lines(config, running.as_ref())?;
+    if format == Format::Json {
+        return lines.iter().try_for_each(|line| out.json(line));
     }
-    let mut table = vec![["FILE", "PLUGIN", "VERSION", "TOPICS", "SUMMARY"].map(str::to_owned).to_vec()];
-    for Listed { name, path, state, .. } in listed {
-        let (state, inspection) = match state {
-            FileState::There => {
-                let inspection = plugin::inspect(&path, Some(&config.plugin_cache_dir()))
-                    .unwrap_or_else(|error| without_inspection(&path, error.to_string()));
+    if lines.is_empty() {
+        out.line(format!("no plugins in {}: drop a .wasm file in", dir.display()))?;
+    } else {
+        let head = ["FILE", "PLUGIN", "VERSION", "TOPICS", "SUMMARY"].map(str::to_owned).to_vec();
+        let table: Vec<_> = std::iter::once(head).chain(lines.iter().flat_map(rows)).collect();
+        out.table(&table)?;
+    }
+    for pipeline in running.iter().flat_map(|running| &running.pipelines) {
+        let steps = pipeline.steps_generation.map_or("none yet".to_owned(), |number| number.to_string());
+        out.line(format!("pipeline {}: steps of generation {steps}, {}", pipeline.name, pipeline.state))?;
+        if let Some(reason) = &pipeline.swap_refused {
+            out.line(format!("  its newest steps are not used: {reason}"))?;
+        }
+    }
+    Ok(())
+}
+
+fn lines(config: &Config, running: Option<&Running>) -> anyhow::Result<Vec<Line>> {
+    let cache = config.plugin_cache_dir();
+    let listed = plugin::survey(&config.plugins.dir, &cache)?;
+    let known = |name: &str| running?.plugins.iter().find(|plugin| plugin.name == name);
+    let mut lines = Vec::new();
+    for Listed { name, path, state, note } in &listed {
+        let inspect = || {
+            plugin::inspect(path, Some(&cache))
+                .unwrap_or_else(|error| without_inspection(path, error.to_string()))
+        };
+        let (state, inspection) = match (state, known(name).map(|plugin| &plugin.state)) {
+            (FileState::Refused(reason), _) => ("failed", without_inspection(path, reason.clone())),
+            (FileState::Removed, _) => ("removed", without_inspection(path, removed(config, name))),
+            (FileState::There, Some(PluginState::Loading)) => {
+                ("loading", without_inspection(path, "is being loaded".to_owned()))
+            }
+            (FileState::There, Some(PluginState::Failed(reason))) => {
+                ("failed", without_inspection(path, reason.clone()))
+            }
+            (FileState::There, _) => {
+                let inspection = inspect();
                 (if inspection.problem.is_some() { "failed" } else { "ready" }, inspection)
             }
-            FileState::Refused(reason) => ("failed", without_inspection(&path, reason)),
-            FileState::Removed => ("removed", without_inspection(&path, removed(config, &name))),
         };
-        if format == Format::Json {
-            out.json(&Line { state, inspection })?;
-            continue;
-        }
-        let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        table.push(match (&inspection.description, &inspection.problem) {
-            (_, Some(problem)) if state == "removed" => vec![file, format!("removed: {problem}")],
-            (_, Some(problem)) => vec![file, format!("cannot run: {problem}")],
-            (Some(plugin), None) => {
-                let topics =
-                    if plugin.topics.is_empty() { "all".to_owned() } else { plugin.topics.join(" ") };
-                vec![file, plugin.name.clone(), plugin.version.clone(), topics, plugin.summary.clone()]
-            }
-            (None, None) => vec![file],
-        });
+        lines.push(Line { state, inspection, note: note.clone() });
     }
-    if format == Format::Text { out.table(&table) } else { Ok(()) }
+    // Steps that run on without their file.
+    let is_listed = |name: &str| listed.iter().any(|listed| listed.name == name);
+    for status in running.iter().flat_map(|running| &running.plugins).filter(|it| !is_listed(&it.name)) {
+        if let PluginState::Removed(reason) = &status.state {
+            let inspection = without_inspection(&config.plugins.dir.join(&status.file), reason.clone());
+            lines.push(Line { state: "removed", inspection, note: None });
+        }
+    }
+    Ok(lines)
+}
+
+fn rows(line: &Line) -> Vec<Vec<String>> {
+    let Line { state, inspection, note } = line;
+    let file = Path::new(&inspection.file).file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let mut rows = vec![match (&inspection.description, &inspection.problem) {
+        (_, Some(problem)) if *state == "failed" => vec![file, format!("cannot run: {problem}")],
+        (_, Some(problem)) => vec![file, format!("{state}: {problem}")],
+        (Some(plugin), None) => {
+            let topics = if plugin.topics.is_empty() { "all".to_owned() } else { plugin.topics.join(" ") };
+            vec![file, plugin.name.clone(), plugin.version.clone(), topics, plugin.summary.clone()]
+        }
+        (None, None) => vec![file],
+    }];
+    rows.extend(note.as_ref().map(|note| vec![format!("  {note}")]));
+    rows
 }
 
 /// Who waits for a file that is gone, and what to do.

@@ -62,6 +62,8 @@ pub struct Supervisor {
     lane_refused: Option<String>,
     /// The newest chain waits for room in a lane's orders.
     swap_due: bool,
+    /// The newest chain did not start, and is tried again then.
+    swap_again: Option<Instant>,
     members: Vec<Member>,
     lanes: Vec<Lane>,
     /// The lane that the others join.
@@ -106,6 +108,7 @@ impl Supervisor {
             swap_refused: None,
             lane_refused: None,
             swap_due: false,
+            swap_again: None,
             members,
             lanes: Vec::new(),
             main: None,
@@ -245,6 +248,7 @@ impl Supervisor {
     /// New steps: instances for every worker of every lane, or nothing changes.
     async fn swap(&mut self) {
         let next = self.chain.borrow_and_update().clone();
+        self.swap_again = None;
         let same = self.active.as_ref().is_some_and(|active| active.generation == next.generation);
         let lanes = if same { 0 } else { self.lanes.len().max(1) };
         let made = match instantiate(&next, self.shared.config.worker_count(), lanes).await {
@@ -258,6 +262,8 @@ impl Supervisor {
                     "headworks plugin list",
                 );
                 self.swap_refused = Some(reason);
+                // The reason may pass.
+                self.swap_again = Some(Instant::now() + self.shared.config.sink_backoff.max.0);
                 return;
             }
         };
@@ -305,7 +311,7 @@ impl Supervisor {
     }
 
     async fn look_after(&mut self) {
-        if self.swap_due {
+        if self.swap_due || self.swap_again.is_some_and(|at| Instant::now() >= at) {
             self.swap().await;
         }
         // One that came to its held step only after the new chain was there.

@@ -49,6 +49,32 @@ async fn steps_that_cannot_start_in_one_worker_replace_none() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn steps_that_could_not_start_are_tried_again() {
+    let world = World::new(2, &[("default", "w")]);
+    let process = world.start(chain(1, &[tag("old")])).await;
+    process.until("running", |status| status.state == State::Running).await;
+    let failures = AtomicU32::new(3);
+    let fails = move |_| {
+        failures.fetch_update(Ordering::AcqRel, Ordering::Acquire, |left| left.checked_sub(1)).is_ok()
+    };
+    process.chain.send_replace(chain(2, &[broken_step("tag", fails)]));
+    process.until("flipped", |status| status.chain == Some(2) && status.swap_refused.is_none()).await;
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_read_before_the_first_steps_are_there() {
+    let world = World::new(2, &[("default", "w")]);
+    world.publish_many(5, 0, 50);
+    let process = world.start(chain(0, &[])).await;
+    process.until("starting", |status| status.state == State::Starting).await;
+    process.chain.send_replace(chain(1, &[tag("new")]));
+    process.drained().await;
+    assert!(world.payloads("w").iter().all(|payload| payload.starts_with("new")));
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn why_a_reader_could_not_start_is_shown_until_it_does() {
     let world = World::new(2, &[("default", "w")]);
     world.publish_many(3, 0, 50);

@@ -1,11 +1,11 @@
 //! What `plugin list` shows.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{Known, RefusedFile, Work, file_name};
 
 /// A plugin as `plugin list` shows it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PluginStatus {
     pub file: String,
     /// The step's name: the file's stem without its number.
@@ -18,11 +18,11 @@ pub struct PluginStatus {
     pub imports_granted: Vec<String>,
     pub topics: Vec<String>,
     /// Used, but hardly as it was meant.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "is", content = "reason")]
 pub enum PluginState {
     Active,
