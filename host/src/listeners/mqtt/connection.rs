@@ -4,6 +4,7 @@
 //! packet that is not whole is kept. There is one timer, for keep alive, and it
 //! is not touched by traffic.
 
+mod ending;
 mod packets;
 mod partial;
 #[cfg(test)]
@@ -24,20 +25,20 @@ use tokio::task::coop::consume_budget;
 use tokio::task::yield_now;
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
 
+use self::ending::{End, Leaving, linger};
 use self::partial::{FREE_BYTES, Partial, Silent};
 use super::Broker;
 use super::aliases::Aliases;
 use super::auth::{self, Again};
 use super::clients;
 use super::handshake::{self, Opened, may_see};
-use super::inbound::{Inbound, Next, Trouble};
+use super::inbound::{Inbound, Next};
 use super::metrics::{Part, RECEIVED, SENT};
 use super::outbound::{Loaded, Loader, Peer, Waits};
-use super::session::{Session, Turn};
+use super::session::Session;
 use super::transport::{self, Place, Remote, closing};
-use super::will::{self, Will};
-use super::wire::{self, Fault, Version};
-use crate::access::{UserPlace, Verdict};
+use super::wire::{self, Fault};
+use crate::access::Verdict;
 use crate::stream::Ticket;
 use crate::threads::{SHORT_TURN, offer_core};
 
@@ -87,40 +88,10 @@ struct Connection<'b, S> {
     drain_until: Option<Instant>,
 }
 
-/// Why a connection ended.
-#[derive(Debug)]
-enum End {
-    Disconnect { keep_will: bool, expiry_s: Option<u32> },
-    Lost,
-    Fault(Fault),
-    TakenOver,
-    KeepAlive,
-    Slow,
-    Kicked,
-    Stopped,
-    Shutdown,
-}
-
 enum Io {
     Read(usize),
     Wrote(usize),
     Lost,
-}
-
-impl From<Trouble> for End {
-    fn from(trouble: Trouble) -> Self {
-        match trouble {
-            Trouble::Fault(fault) => Self::Fault(fault),
-            Trouble::Stopped => Self::Stopped,
-        }
-    }
-}
-
-/// What is given back when a connection ends.
-struct Leaving {
-    turn: Turn,
-    user_place: Option<UserPlace>,
-    will: Option<Box<Will>>,
 }
 
 /// Serves one client from CONNECT to its end. Its future is a connection's
@@ -469,98 +440,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
     fn has_ended(&self) -> Option<End> {
         let drained = self.drain_until.is_some() && !self.inbound.is_waiting() && self.out.is_empty();
         drained.then_some(End::Shutdown)
-    }
-
-    /// Says goodbye, gives back what the connection held, and sees to its will.
-    async fn leave(mut self, end: End, remote: &Remote, place: Place, leaving: Leaving) {
-        self.say_goodbye(&end, remote).await;
-        let Connection { broker, session, mut io, inbound, acks_waiting, partial, .. } = self;
-        // What it holds of the session is given back before the session.
-        drop((inbound, acks_waiting, partial));
-        let expiry_s = if let End::Disconnect { expiry_s, .. } = end { expiry_s } else { None };
-        let keep_will = !matches!(end, End::Disconnect { keep_will: false, .. });
-        drop(leaving.user_place);
-        // Before the session may be taken over: see `will::lost`.
-        match leaving.will {
-            Some(will) if keep_will => {
-                let expiry_s = expiry_s.unwrap_or(session.expiry_s());
-                will::lost(broker, &session.client_id, expiry_s, *will).await;
-            }
-            Some(will) => will.forget(broker),
-            None => {}
-        }
-        let closed = {
-            let (broker, session) = (broker.clone(), session.clone());
-            async move { broker.sessions.close(&broker, &session, leaving.turn, expiry_s) }
-        };
-        broker.in_background(closed).await;
-        broker.client_connected(-1);
-        // A client that has said goodbye waits for nothing.
-        if !matches!(end, End::Lost | End::Disconnect { .. }) {
-            linger(broker, &mut io).await;
-        }
-        drop(place);
-    }
-
-    /// Counts, reports what a person may want to know, sends the last packet.
-    async fn say_goodbye(&mut self, end: &End, remote: &Remote) {
-        let (cause, code, why) = match end {
-            End::Disconnect { .. } => ("client", None, ""),
-            End::Lost => ("lost", None, ""),
-            End::Fault(fault) if fault.is_refusal() => ("refused", Some(fault.code), fault.what),
-            End::Fault(fault) => ("malformed", Some(fault.code), fault.what),
-            End::TakenOver => {
-                let why = "another connection has the same client id";
-                ("taken_over", Some(DisconnectReasonCode::SessionTakenOver), why)
-            }
-            End::KeepAlive => {
-                let why = "nothing came for longer than the keep alive";
-                ("keep_alive", Some(DisconnectReasonCode::KeepAliveTimeout), why)
-            }
-            End::Slow => ("slow", Some(DisconnectReasonCode::QuotaExceeded), "too many messages wait"),
-            End::Kicked => ("kicked", Some(DisconnectReasonCode::AdministrativeAction), "by an operator"),
-            End::Stopped => {
-                ("stopped", Some(DisconnectReasonCode::ServerShuttingDown), "a stream has stopped")
-            }
-            End::Shutdown => ("shutdown", Some(DisconnectReasonCode::ServerShuttingDown), ""),
-        };
-        self.broker.counters.disconnected(cause);
-        let client_id = &*self.session.client_id;
-        tracing::debug!(client = client_id, %remote, cause, "client disconnected");
-        let kind = match end {
-            End::Fault(fault) if !fault.is_refusal() => {
-                Some(format!("mqtt: client broke the protocol: {}", fault.what))
-            }
-            End::Slow => Some("mqtt: slow subscriber disconnected, its queue is full".to_owned()),
-            End::KeepAlive => Some("mqtt: client was silent for longer than its keep alive".to_owned()),
-            _ => None,
-        };
-        if let Some(kind) = kind {
-            let detail = format!("client {client_id} at {remote}");
-            self.broker.failures.report_by(&kind, client_id, 1, &detail, "");
-        }
-        self.inbound.write_acks(self.broker, &mut self.out);
-        if let Some(code) = code
-            && self.peer.version == Version::V5
-        {
-            // A DISCONNECT may say why, whatever the client asked for (MQTT 5.0, 3.1.2.11.7).
-            let has_room = self.peer.packet_bytes_max >= wire::ACK_BYTES_MAX;
-            let why = if has_room { why } else { "" };
-            wire::put_with_reason(&mut self.out, wire::DISCONNECT, &[code.into()], why);
-        }
-        self.broker.counters.sending(self.peer.version, &self.out[self.counted..]);
-        if !matches!(end, End::Lost) {
-            let sent = closing::say_last(&mut self.io, &mut self.out).await;
-            self.broker.counters.bytes[SENT].increment(sent as u64);
-        }
-    }
-}
-
-/// Not while the host stops: its clients must not hold it up.
-async fn linger<S: AsyncRead + Unpin>(broker: &Broker, io: &mut S) {
-    tokio::select! {
-        () = closing::linger(io) => {}
-        () = broker.shutdown.cancelled() => {}
     }
 }
 

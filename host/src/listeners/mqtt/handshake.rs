@@ -1,21 +1,22 @@
-//! CONNECT to CONNACK: finds the version, checks what the client asks for,
+//! CONNECT to CONNACK: checks what the client asks for ([`connect`] reads it),
 //! lets it prove who it is, takes its session over from an older connection, and answers only once a
 //! persistent session is durable.
 
+mod connect;
+
 use std::sync::Arc;
 
-use bytes::{Buf, Bytes, BytesMut};
-use rmqtt_codec::v5::{ConnectAckReason, DisconnectReasonCode};
-use rmqtt_codec::{v3, v5};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use bytes::{Bytes, BytesMut};
+use rmqtt_codec::v5::{self, ConnectAckReason};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_util::codec::Encoder;
 
+use self::connect::read_connect;
 use super::Broker;
 use super::acks::Stopped;
 use super::aliases::Aliases;
 use super::auth::{self, Denial, Method};
 use super::inbound::push_sender;
-use super::metrics::RECEIVED;
 use super::outbound::Peer;
 use super::owner::{Owner, USER_NAME_BYTES_MAX};
 use super::refused::Refused;
@@ -23,14 +24,12 @@ use super::session::{CLIENT_ID_BYTES_MAX, Session, Turn, subscription_key};
 use super::subscriptions::Filter;
 use super::transport::{Place, Remote};
 use super::will::{self, Will};
-use super::wire::{self, Fault, Packet, Version};
+use super::wire::Version;
 use crate::access::{Act, Admitted, Credentials, Denied, UserPlace, Verdict};
-use crate::batch::flags;
-use crate::properties::{self, Origin};
+use crate::properties;
 use crate::topic;
 
-/// Of the protocol level (mosquitto.conf(5), `try_private`).
-const BRIDGE: u8 = 0x80;
+pub use self::connect::first_packet_bytes_max;
 
 /// A client whose CONNACK is in `answer`, not yet sent.
 pub struct Opened {
@@ -165,200 +164,6 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         auth: asked.auth.map(|method| (method, asked.username)),
         answer,
     })
-}
-
-enum Unread {
-    Lost,
-    /// With the client's id, as far as it could be read.
-    Fault(Fault, Option<Version>, Option<String>),
-    /// MQTT, at a level that we do not know.
-    Level(u8),
-}
-
-impl Unread {
-    fn refused(self, remote: &Remote) -> Refused {
-        let address = remote.address.ip().to_string();
-        match self {
-            Self::Lost => Refused::new("lost", address, format!("{remote} left before CONNECT")),
-            Self::Fault(fault, version, client_id) => {
-                let detail = match &client_id {
-                    Some(client_id) => format!("client {client_id:.200} at {remote}"),
-                    None => remote.to_string(),
-                };
-                let refused = Refused::new("malformed", client_id.unwrap_or(address), detail);
-                let refused = refused.what(fault.what);
-                let reason = ConnectAckReason::try_from(u8::from(fault.code));
-                let reason = reason.unwrap_or(ConnectAckReason::MalformedPacket);
-                match version {
-                    Some(version) => refused.told(version, reason, usize::MAX),
-                    None => refused,
-                }
-            }
-            Self::Level(level) => {
-                let what = format!("protocol level {level}, not MQTT 3.1, 3.1.1 or 5.0");
-                let refused = Refused::new("malformed", address, remote.to_string()).what(what);
-                refused.told(Version::V3, ConnectAckReason::UnsupportedProtocolVersion, usize::MAX)
-            }
-        }
-    }
-}
-
-async fn read_connect<S: AsyncRead + Unpin>(
-    broker: &Broker,
-    io: &mut S,
-    input: &mut BytesMut,
-) -> Result<Asked, Unread> {
-    let bytes_max = first_packet_bytes_max(broker);
-    loop {
-        // Refused at once: a client that speaks something else, HTTP perhaps.
-        if input.first().is_some_and(|first| *first != 0x10) {
-            return Err(Unread::Fault(Fault::protocol("the first packet is not CONNECT"), None, None));
-        }
-        let frame = wire::frame(input, bytes_max).map_err(|fault| {
-            let is_large = fault.code == DisconnectReasonCode::PacketTooLarge;
-            let what = if is_large { "a CONNECT of over 64 KiB and mqtt.will_bytes_max" } else { fault.what };
-            Unread::Fault(Fault { what, ..fault }, None, None)
-        })?;
-        if let Some(frame) = frame {
-            broker.counters.received.add_one(frame.first);
-            let (version, is_bridge) = version(frame.body)?;
-            let len = frame.len;
-            let header = len - frame.body.len();
-            let asked = connect(broker, version, &mut input[..len], header);
-            let asked = asked.map_err(|fault| {
-                let body = &input[header..len];
-                let client_id = wire::client_id(version, body).map(str::to_owned);
-                Unread::Fault(fault, Some(version), client_id)
-            });
-            input.advance(len);
-            return asked.map(|asked| Asked { is_bridge, ..asked });
-        }
-        match io.read_buf(input).await {
-            Ok(len @ 1..) => broker.counters.bytes[RECEIVED].increment(len as u64),
-            _ => return Err(Unread::Lost),
-        }
-    }
-}
-
-/// Of CONNECT, and of AUTH before CONNACK: nobody knows yet who sends them.
-pub fn first_packet_bytes_max(broker: &Broker) -> usize {
-    let will_bytes_max = broker.config.will_bytes_max.0 as usize;
-    broker.packet_bytes_max.min(wire::CONNECT_BYTES_MAX.max(will_bytes_max))
-}
-
-/// Protocol name and level (MQTT 5.0, 3.1.2.1 and 3.1.2.2), and whether a broker connects:
-/// bridges of Mosquitto set the level's highest bit.
-fn version(body: &[u8]) -> Result<(Version, bool), Unread> {
-    let (level, is_31) = match body {
-        [0, 4, b'M', b'Q', b'T', b'T', level, ..] => (*level, false),
-        [0, 6, b'M', b'Q', b'I', b's', b'd', b'p', level, ..] => (*level, true),
-        _ => return Err(Unread::Fault(Fault::protocol("the protocol is not MQTT"), None, None)),
-    };
-    let is_bridge = level & BRIDGE != 0;
-    match (level & !BRIDGE, is_31) {
-        (3, true) => Ok((Version::V31, is_bridge)),
-        (4, false) => Ok((Version::V3, is_bridge)),
-        (5, false) => Ok((Version::V5, is_bridge)),
-        _ => Err(Unread::Level(level)),
-    }
-}
-
-/// `whole` is the packet, its body beginning at `header`.
-fn connect(broker: &Broker, version: Version, whole: &mut [u8], header: usize) -> Result<Asked, Fault> {
-    let kept_s = u32::try_from(broker.config.session_expiry_max.0.as_secs()).unwrap_or(u32::MAX);
-    let fields = wire::check_connect(version, &whole[header..])?;
-    // The codec refuses an empty client id without clean start; whether it may
-    // stand is for us to say.
-    let name_len = usize::from(whole[header + 1]);
-    let [level, flags] = &mut whole[header + 2 + name_len..][..2] else {
-        return Err(Fault::malformed("CONNECT is cut short"));
-    };
-    *level &= !BRIDGE;
-    let clean = *flags & 2 != 0;
-    *flags = fields | 2;
-    match version {
-        Version::V31 | Version::V3 => {
-            let Packet::V3(v3::Packet::Connect(connect)) = wire::decode(version, whole)? else {
-                return Err(Fault::protocol("the first packet is not CONNECT"));
-            };
-            let connect = *connect;
-            let will = connect.last_will.map(|will| Will {
-                topic: (&*will.topic).into(),
-                payload: will.message,
-                properties: Vec::new(),
-                flags: u16::from(will.qos.value()) | if will.retain { flags::RETAIN } else { 0 },
-                delay_s: 0,
-                device: None,
-                record: None,
-            });
-            Ok(Asked::new(version, &connect.client_id, connect.username.as_deref(), will, |asked| {
-                asked.password = connect.password;
-                asked.clean = clean;
-                asked.keep_alive_s = connect.keep_alive;
-                asked.expiry_s = if clean { 0 } else { kept_s };
-                asked.window = broker.config.inflight_max;
-            }))
-        }
-        Version::V5 => {
-            let Packet::V5(v5::Packet::Connect(connect)) = wire::decode(version, whole)? else {
-                return Err(Fault::protocol("the first packet is not CONNECT"));
-            };
-            let connect = *connect;
-            if connect.auth_data.is_some() && connect.auth_method.is_none() {
-                return Err(Fault::protocol("authentication data without a method"));
-            }
-            if let Some(topic) = connect.last_will.as_ref().and_then(|will| will.response_topic.as_deref()) {
-                wire::response_topic(topic)?;
-            }
-            let will = connect.last_will.map(will_v5);
-            Ok(Asked::new(version, &connect.client_id, connect.username.as_deref(), will, |asked| {
-                asked.password = connect.password;
-                asked.clean = clean;
-                asked.keep_alive_s = connect.keep_alive;
-                asked.expiry_s = connect.session_expiry_interval_secs.min(kept_s);
-                asked.window = connect
-                    .receive_max
-                    .map_or(broker.config.inflight_max, |max| max.get().min(broker.config.inflight_max));
-                let max = connect.max_packet_size.map_or(usize::MAX, |max| max.get() as usize);
-                asked.packet_bytes_max = max;
-                asked.tells_reasons = connect.request_problem_info && max >= wire::ACK_BYTES_MAX;
-                asked.aliases_max = connect.topic_alias_max.min(broker.config.outbound_topic_alias_maximum);
-                let data = connect.auth_data.unwrap_or_default();
-                asked.auth = connect.auth_method.map(|name| Method::new(&name, data));
-            }))
-        }
-    }
-}
-
-fn will_v5(will: v5::LastWill) -> Will {
-    let mut out = Vec::new();
-    let mut push = |name: &str, value: &[u8]| properties::push(&mut out, Origin::Listener, name, value);
-    if let Some(value) = &will.content_type {
-        push("content-type", value.as_bytes());
-    }
-    if let Some(value) = &will.response_topic {
-        push("response-topic", value.as_bytes());
-    }
-    if let Some(value) = &will.correlation_data {
-        push("correlation-data", value);
-    }
-    if let Some(value) = will.message_expiry_interval {
-        push("expiry-s", value.to_string().as_bytes());
-    }
-    for (name, value) in &will.user_properties {
-        properties::push(&mut out, Origin::Device, name, value.as_bytes());
-    }
-    let retain = if will.retain { flags::RETAIN } else { 0 };
-    let utf8 = if will.is_utf8_payload == Some(true) { flags::UTF8 } else { 0 };
-    Will {
-        topic: (&*will.topic).into(),
-        payload: will.message,
-        properties: out,
-        flags: u16::from(will.qos.value()) | retain | utf8,
-        delay_s: will.will_delay_interval_sec.unwrap_or(0),
-        device: None,
-        record: None,
-    }
 }
 
 impl Asked {

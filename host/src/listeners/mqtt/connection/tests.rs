@@ -5,6 +5,7 @@ use crate::access::Identity;
 use crate::listeners::mqtt::config::Config;
 use crate::listeners::mqtt::fuzzing::broker;
 use crate::listeners::mqtt::outbound;
+use crate::listeners::mqtt::wire::Version;
 use crate::stream::Stream;
 use crate::stream::conformance::message;
 use crate::stream::memory::MemoryStream;

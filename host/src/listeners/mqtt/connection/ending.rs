@@ -1,0 +1,139 @@
+//! How a connection ends: what its client is told, what the log and the counters say,
+//! and in which order what it held is given back.
+
+use rmqtt_codec::v5::DisconnectReasonCode;
+use tokio::io::{AsyncRead, AsyncWrite};
+
+use super::Connection;
+use crate::access::UserPlace;
+use crate::listeners::mqtt::Broker;
+use crate::listeners::mqtt::inbound::Trouble;
+use crate::listeners::mqtt::metrics::SENT;
+use crate::listeners::mqtt::session::Turn;
+use crate::listeners::mqtt::transport::{Place, Remote, closing};
+use crate::listeners::mqtt::will::{self, Will};
+use crate::listeners::mqtt::wire::{self, Fault, Version};
+
+/// Why a connection ended.
+#[derive(Debug)]
+pub enum End {
+    Disconnect { keep_will: bool, expiry_s: Option<u32> },
+    Lost,
+    Fault(Fault),
+    TakenOver,
+    KeepAlive,
+    Slow,
+    Kicked,
+    Stopped,
+    Shutdown,
+}
+
+impl From<Trouble> for End {
+    fn from(trouble: Trouble) -> Self {
+        match trouble {
+            Trouble::Fault(fault) => Self::Fault(fault),
+            Trouble::Stopped => Self::Stopped,
+        }
+    }
+}
+
+/// What is given back when a connection ends.
+pub struct Leaving {
+    pub turn: Turn,
+    pub user_place: Option<UserPlace>,
+    pub will: Option<Box<Will>>,
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
+    /// Says goodbye, gives back what the connection held, and sees to its will.
+    pub(super) async fn leave(mut self, end: End, remote: &Remote, place: Place, leaving: Leaving) {
+        self.say_goodbye(&end, remote).await;
+        let Connection { broker, session, mut io, inbound, acks_waiting, partial, .. } = self;
+        // What it holds of the session is given back before the session.
+        drop((inbound, acks_waiting, partial));
+        let expiry_s = if let End::Disconnect { expiry_s, .. } = end { expiry_s } else { None };
+        let keep_will = !matches!(end, End::Disconnect { keep_will: false, .. });
+        drop(leaving.user_place);
+        // Before the session may be taken over: see `will::lost`.
+        match leaving.will {
+            Some(will) if keep_will => {
+                let expiry_s = expiry_s.unwrap_or(session.expiry_s());
+                will::lost(broker, &session.client_id, expiry_s, *will).await;
+            }
+            Some(will) => will.forget(broker),
+            None => {}
+        }
+        let closed = {
+            let (broker, session) = (broker.clone(), session.clone());
+            async move { broker.sessions.close(&broker, &session, leaving.turn, expiry_s) }
+        };
+        broker.in_background(closed).await;
+        broker.client_connected(-1);
+        // A client that has said goodbye waits for nothing.
+        if !matches!(end, End::Lost | End::Disconnect { .. }) {
+            linger(broker, &mut io).await;
+        }
+        drop(place);
+    }
+
+    /// Counts, reports what a person may want to know, sends the last packet.
+    async fn say_goodbye(&mut self, end: &End, remote: &Remote) {
+        let (cause, code, why) = match end {
+            End::Disconnect { .. } => ("client", None, ""),
+            End::Lost => ("lost", None, ""),
+            End::Fault(fault) if fault.is_refusal() => ("refused", Some(fault.code), fault.what),
+            End::Fault(fault) => ("malformed", Some(fault.code), fault.what),
+            End::TakenOver => {
+                let why = "another connection has the same client id";
+                ("taken_over", Some(DisconnectReasonCode::SessionTakenOver), why)
+            }
+            End::KeepAlive => {
+                let why = "nothing came for longer than the keep alive";
+                ("keep_alive", Some(DisconnectReasonCode::KeepAliveTimeout), why)
+            }
+            End::Slow => ("slow", Some(DisconnectReasonCode::QuotaExceeded), "too many messages wait"),
+            End::Kicked => ("kicked", Some(DisconnectReasonCode::AdministrativeAction), "by an operator"),
+            End::Stopped => {
+                ("stopped", Some(DisconnectReasonCode::ServerShuttingDown), "a stream has stopped")
+            }
+            End::Shutdown => ("shutdown", Some(DisconnectReasonCode::ServerShuttingDown), ""),
+        };
+        self.broker.counters.disconnected(cause);
+        let client_id = &*self.session.client_id;
+        tracing::debug!(client = client_id, %remote, cause, "client disconnected");
+        let kind = match end {
+            End::Fault(fault) if !fault.is_refusal() => {
+                Some(format!("mqtt: client broke the protocol: {}", fault.what))
+            }
+            End::Slow => Some("mqtt: slow subscriber disconnected, its queue is full".to_owned()),
+            End::KeepAlive => Some("mqtt: client was silent for longer than its keep alive".to_owned()),
+            _ => None,
+        };
+        if let Some(kind) = kind {
+            let detail = format!("client {client_id} at {remote}");
+            self.broker.failures.report_by(&kind, client_id, 1, &detail, "");
+        }
+        self.inbound.write_acks(self.broker, &mut self.out);
+        if let Some(code) = code
+            && self.peer.version == Version::V5
+        {
+            // A DISCONNECT may say why, whatever the client asked for (MQTT 5.0, 3.1.2.11.7).
+            let has_room = self.peer.packet_bytes_max >= wire::ACK_BYTES_MAX;
+            let why = if has_room { why } else { "" };
+            wire::put_with_reason(&mut self.out, wire::DISCONNECT, &[code.into()], why);
+        }
+        self.broker.counters.sending(self.peer.version, &self.out[self.counted..]);
+        if !matches!(end, End::Lost) {
+            let sent = closing::say_last(&mut self.io, &mut self.out).await;
+            self.broker.counters.bytes[SENT].increment(sent as u64);
+        }
+    }
+}
+
+/// Not while the host stops: its clients must not hold it up.
+pub async fn linger<S: AsyncRead + Unpin>(broker: &Broker, io: &mut S) {
+    tokio::select! {
+        () = closing::linger(io) => {}
+        () = broker.shutdown.cancelled() => {}
+    }
+}
