@@ -10,6 +10,9 @@
 //! first, and join the delivery where it is then: what waits for one client delays nobody
 //! else's messages.
 
+mod lanes;
+mod sent;
+
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -18,14 +21,18 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
+use self::lanes::{Lane, lanes};
+use self::sent::{Met, Sent};
 use super::Broker;
-use super::outbound::{Ids, Message, Offer, Place, QueueLimits, Queued, RetainedFrom, Source};
+use super::outbound::{Ids, Message, Offer, Place, QueueLimits, Queued, RetainedFrom};
 use super::session::Session;
-use super::subscriptions::{Filter, Found, Options, Path, Share, Subscriber, Tree, is_live, is_shared};
+use super::subscriptions::{Filter, Options, Path, Share, Tree, is_live, is_shared};
 use super::sys;
-use crate::batch::{Batch, MessageRef, Offset, flags};
+use crate::batch::{Batch, MessageRef, Offset};
 use crate::properties::{self, Origin};
 use crate::stream::{GapCause, Read, ReadError, Stream};
+
+pub use self::lanes::catch_up;
 
 /// No message of this stream is delivered now.
 const IDLE: u64 = u64::MAX;
@@ -38,11 +45,6 @@ const HANDED_OUT_MAX: usize = 1_024;
 /// and in no cache. The more in one go, the fewer writes to a subscriber.
 const HANDED_OUT_LEAST: usize = 256;
 const HANDED_OUT_TIME: Duration = Duration::from_micros(100);
-/// The sessions of a lane are at most so many times as far behind as the nearest of them,
-/// which reads no more for the others' sake.
-const LANE_SPREAD: u64 = 4;
-/// Nearer than this, in messages, all are in one lane.
-const LANE_LEAST: u64 = 1 << 14;
 /// Filters that are put in or taken out in one go, while nothing is delivered.
 pub const FILTERS_AT_ONCE: usize = 32;
 
@@ -78,13 +80,6 @@ struct Tail {
     start: Notify,
     /// The nearest first. A session knows its lane by number, from 1 on.
     lanes: Box<[Lane]>,
-}
-
-/// Sessions that catch up with the live delivery of one stream together.
-struct Lane {
-    sessions: Vec<Arc<Session>>,
-    /// Offset of the next message to be delivered.
-    position: AtomicU64,
 }
 
 /// How a SUBSCRIBE wants retained messages (MQTT 5.0, 3.8.3.1).
@@ -452,104 +447,6 @@ impl Live {
     }
 }
 
-/// Whom a message met; reused from one to the next.
-#[derive(Default)]
-struct Met<'t> {
-    ones: Vec<&'t Subscriber<Arc<Session>>>,
-    shares: Vec<&'t Share<Arc<Session>>>,
-}
-
-impl<'t> Met<'t> {
-    fn push(&mut self, found: Found<'t, Arc<Session>>) {
-        match found {
-            Found::One(subscriber) => self.ones.push(subscriber),
-            Found::Share(share) => self.shares.push(share),
-        }
-    }
-
-    fn len(&self) -> usize {
-        self.ones.len() + self.shares.len()
-    }
-
-    fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-}
-
-/// A message on its way to those who want it; copied out of its stream's
-/// frame once, and only where somebody is there to hold it.
-enum Sent<'m> {
-    Live {
-        place: Place,
-        /// To whom it goes: 0, or the number of a lane.
-        lane: u8,
-        message: MessageRef<'m>,
-        since_us: u64,
-        may_be_again: bool,
-        whole: OnceCell<Arc<Message>>,
-    },
-    /// A member of a shared subscription gave it back.
-    Again(Queued),
-    /// Made at that broker time.
-    Broker(&'m Arc<Message>, u64),
-}
-
-impl Sent<'_> {
-    fn is_for(&self, session: &Session) -> bool {
-        match self {
-            Self::Live { place, lane, .. } => session.lane(place.stream.into()) == *lane,
-            Self::Again(_) | Self::Broker(..) => true,
-        }
-    }
-
-    fn is_live(&self) -> bool {
-        matches!(self, Self::Live { lane: 0, .. })
-    }
-
-    /// `None`: what may be sent once only, and perhaps was, before a restart.
-    fn queued(&self, qos: u8, as_published: bool, ids: Ids, share: Option<Arc<str>>) -> Option<Queued> {
-        match self {
-            Self::Live { place, message, since_us, may_be_again, .. } => {
-                let (entry, may_be_again) = (message.entry, *may_be_again);
-                let qos = qos.min((entry.flags & flags::QOS_MASK) as u8);
-                (qos > 0 || !may_be_again).then(|| Queued {
-                    source: Source::Stream { stream: place.stream, offset: place.offset },
-                    body: None,
-                    since_us: *since_us,
-                    len: Message::len_of(*message),
-                    qos,
-                    retain: as_published && entry.flags & flags::RETAIN != 0,
-                    apart: false,
-                    may_be_again,
-                    ids,
-                    share,
-                })
-            }
-            Self::Again(queued) => {
-                let retain = queued.retain && as_published;
-                let qos = qos.min(queued.qos);
-                Some(Queued { qos, retain, apart: true, may_be_again: true, ids, share, ..queued.clone() })
-            }
-            Self::Broker(message, now_us) => {
-                let retain = message.retain && as_published;
-                let source = Source::Broker((*message).clone());
-                let queued = Queued::whole(source, 0, Options::default(), *now_us);
-                Some(Queued { retain, ids, share, ..queued })
-            }
-        }
-    }
-
-    /// Of a stream's message.
-    fn whole(&self) -> Option<Arc<Message>> {
-        match self {
-            Self::Live { message, whole, .. } => {
-                Some(whole.get_or_init(|| Arc::new(Message::of(*message))).clone())
-            }
-            Self::Again(_) | Self::Broker(..) => None,
-        }
-    }
-}
-
 /// Delivers one stream's messages while anybody subscribes; ends at shutdown.
 pub async fn run(broker: Arc<Broker>, number: usize) {
     let tail = &broker.live.streams[number];
@@ -563,38 +460,6 @@ pub async fn run(broker: Arc<Broker>, number: usize) {
             () = broker.shutdown.cancelled() => return,
         }
     }
-}
-
-/// Brings the sessions that a restart found behind up to the live delivery, lane by lane.
-pub async fn catch_up(broker: Arc<Broker>, number: usize) {
-    for lane in 1..=broker.live.streams[number].lanes.len() {
-        tokio::select! {
-            () = follow(&broker, number, lane as u8) => {}
-            () = broker.shutdown.cancelled() => return,
-        }
-    }
-}
-
-/// The sessions that have not been offered all before `end`, by how far they are behind.
-fn lanes(sessions: &[Arc<Session>], streams: usize, number: usize, end: u64) -> Box<[Lane]> {
-    let sessions = sessions.iter().filter(|session| session.filters() > 0);
-    let behind =
-        |session: &Arc<Session>| (end.saturating_sub(session.outbox().from(number)), session.clone());
-    let mut sessions: Vec<_> = sessions.map(behind).filter(|(behind, _)| *behind > 0).collect();
-    sessions.sort_unstable_by_key(|(behind, _)| *behind);
-    let mut lanes: Vec<Lane> = Vec::new();
-    let mut most = 0;
-    for (behind, session) in sessions {
-        if lanes.is_empty() || behind > most {
-            most = behind.max(LANE_LEAST).saturating_mul(LANE_SPREAD);
-            lanes.push(Lane { sessions: Vec::new(), position: AtomicU64::new(end) });
-        }
-        session.set_lane(streams, number, lanes.len() as u8);
-        let lane = lanes.last_mut().expect("there is one");
-        *lane.position.get_mut() = end - behind;
-        lane.sessions.push(session);
-    }
-    lanes.into()
 }
 
 impl Tail {
@@ -613,36 +478,6 @@ impl Tail {
             IDLE => end,
             position => position,
         }
-    }
-}
-
-impl Live {
-    /// True where the lane has come as far as the live delivery, to which its sessions
-    /// belong from now on.
-    fn join(&self, number: usize, lane: u8) -> bool {
-        let tail = &self.streams[number];
-        let Some(Lane { sessions, position }) = tail.lane(lane) else { return false };
-        let at = position.load(Ordering::Relaxed);
-        // With nobody subscribed there is nothing to be delivered.
-        let has_caught_up = || match tail.position.load(Ordering::Relaxed) {
-            IDLE => true,
-            live => at >= live,
-        };
-        if !has_caught_up() {
-            return false;
-        }
-        // Nothing is delivered meanwhile.
-        let _index = self.index.write().unwrap_or_else(PoisonError::into_inner);
-        if !has_caught_up() {
-            return false;
-        }
-        for session in sessions {
-            session.outbox().pass(number, at);
-            session.set_lane(self.streams.len(), number, 0);
-        }
-        position.store(IDLE, Ordering::Release);
-        self.lanes.fetch_sub(1, Ordering::AcqRel);
-        true
     }
 }
 
