@@ -1,13 +1,14 @@
 //! Rows a second into PostgreSQL, batches of 5,000, index on device_id and
 //! time: our sink with its position in the transaction, the server's own binary
 //! COPY from files of 5,000 rows, and the reference page's execute_values.
+//! Beside it, what rows cost that the server rejects.
 
 use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
 use headworks::batch::{Batch, Entry, Offset, Partition, Span, flags};
-use headworks::sinks::{self, Advance, Claim, Rows};
+use headworks::sinks::{self, Advance, Claim, Outcome, Rows};
 use headworks::topic::Namespace;
 use headworks_tests::folder::{Folder, root};
 use headworks_tests::postgres::{Database, Postgres};
@@ -34,7 +35,8 @@ pub fn run(results: &mut Results) {
         .enable_all()
         .build()
         .expect("a runtime");
-    let batches: Vec<Batch> = (0..BATCHES).map(batch).collect();
+    let batches: Vec<Batch> = (0..BATCHES).map(|number| batch(number, None)).collect();
+    let flawed: Vec<Batch> = (0..BATCHES).map(|number| batch(number, Some(100))).collect();
 
     fresh_table(&mut database);
     runtime.block_on(sink(database.url(), &batches, 0));
@@ -42,6 +44,9 @@ pub fn run(results: &mut Results) {
     let records = folder.write("records.jsonl", records());
 
     let (mut ours, mut copies, mut inserts) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut clean, mut rejecting) = (Vec::new(), Vec::new());
+    // A log of its own for each claim.
+    let mut log = rounds() as u32;
     for round in 1..=rounds() {
         fresh_table(&mut database);
         ours.push(ROWS as f64 / runtime.block_on(sink(database.url(), &batches, round as u32)));
@@ -67,12 +72,23 @@ pub fn run(results: &mut Results) {
         );
         inserts.push(ROWS as f64 / seconds.trim().parse::<f64>().expect("seconds"));
         check(&mut database);
+
+        // The same table and constraint, with no bad row and with one in a hundred.
+        for (batches, seconds, bad) in [(&batches, &mut clean, 0), (&flawed, &mut rejecting, ROWS / 100)] {
+            fresh_table(&mut database);
+            database.execute("ALTER TABLE telemetry ADD CHECK (value >= 0)");
+            log += 1;
+            seconds.push(runtime.block_on(sink(database.url(), batches, log)));
+            let there: i64 = database.query("SELECT count(*) FROM telemetry")[0].get(0);
+            assert_eq!(there, (ROWS - bad) as i64, "all good rows, no bad one");
+        }
     }
     results.add("postgres_rows_per_s", &ours);
     results.add("postgres_rows_per_s_server_copy", &copies);
     results.add("postgres_rows_per_s_psycopg2", &inserts);
     results.add_ratio("postgres_rows_ratio_vs_server_copy", &ours, &copies);
     results.add_ratio("postgres_rows_ratio_vs_psycopg2", &ours, &inserts);
+    results.add_ratio("reject_cost_ratio_1pct", &rejecting, &clean);
 }
 
 fn fresh_table(database: &mut Database) {
@@ -118,12 +134,16 @@ async fn sink(url: &str, batches: &[Batch], round: u32) -> f64 {
         rows.push_batch(batch.clone());
         let from = Offset((number * BATCH) as u64);
         let advance = Advance { partition: Partition(0), from, to: Offset(from.0 + BATCH as u64) };
-        sink.commit(&rows, &[advance]).await.expect("PostgreSQL takes all rows");
+        if let Outcome::Rejected(_) = sink.commit(&rows, &[advance]).await.expect("PostgreSQL answers") {
+            // A pipeline writes its dead letters here.
+            sink.finish().await.expect("PostgreSQL takes the others");
+        }
     }
     begin.elapsed().as_secs_f64()
 }
 
-fn batch(number: usize) -> Batch {
+/// With one value below zero in `bad_every`.
+fn batch(number: usize, bad_every: Option<usize>) -> Batch {
     let mut bytes = Vec::new();
     let mut entries = Vec::new();
     for i in 0..BATCH {
@@ -134,6 +154,7 @@ fn batch(number: usize) -> Batch {
             Span::new(0, begin, part.len())
         };
         let device = device(n);
+        let sign = if bad_every.is_some_and(|every| n % every == every / 2) { "-" } else { "" };
         entries.push(Entry {
             flags: flags::FITS_NAMESPACE | flags::EVENT_TIME,
             offset: i as u32,
@@ -142,7 +163,7 @@ fn batch(number: usize) -> Batch {
             topic: span(format!("acme/site-01/temperature/{device}/reading").as_bytes()),
             payload: span(
                 format!(
-                    r#"{{"device_id":"{device}","metric":"temperature_c","value":{n},"ts":{},"location":"north hall 3"}}"#,
+                    r#"{{"device_id":"{device}","metric":"temperature_c","value":{sign}{n},"ts":{},"location":"north hall 3"}}"#,
                     time_us(n)
                 )
                 .as_bytes(),

@@ -36,7 +36,8 @@ pub fn validate(config: &Config, problems: &mut Problems) {
 /// Legal, but hardly meant.
 pub fn warnings(config: &Config) -> Vec<String> {
     let mut warnings = Vec::new();
-    for name in config.sinks.keys() {
+    for (name, sink) in &config.sinks {
+        warnings.extend(sink.warnings(&format!("sinks.{name}")));
         if !config.pipelines.values().any(|pipeline| pipeline.sinks().contains(name.as_str())) {
             warnings.push(format!("sinks.{name}: no route leads here"));
         }

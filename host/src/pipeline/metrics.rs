@@ -59,7 +59,7 @@ pub const METRICS: &[Metric] = &[
     metric(
         "headworks_sink_rows_total",
         MetricKind::Counter,
-        "Rows by outcome: written, refused",
+        "Rows by outcome: written, ignored (the table had the row already, or a trigger left it out), refused (rejected, in dead letters)",
         &["pipeline", "sink", "outcome"],
     ),
     metric(
@@ -77,7 +77,7 @@ pub const METRICS: &[Metric] = &[
     metric(
         "headworks_sink_retries_total",
         MetricKind::Counter,
-        "Tries that did not write all: retry, unknown, setup (the sink), data, rows (some rows were refused, the others are tried again), refusals (too many of them: it pauses)",
+        "Tries that did not write all: retry, unknown, setup (the sink), too_much (a limit of time or memory: fewer rows are tried at once), refusals (too many rows were rejected: it pauses)",
         &["pipeline", "sink", "kind"],
     ),
     metric(
@@ -160,6 +160,7 @@ pub fn properties_dropped(pipeline: &str) -> Counter {
 #[derive(Clone)]
 pub struct SinkMetrics {
     pub written: Counter,
+    pub ignored: Counter,
     pub refused: Counter,
     pub batches: Counter,
     pub duration: Histogram,
@@ -174,6 +175,7 @@ impl SinkMetrics {
         let rows = |outcome: &'static str| counter!("headworks_sink_rows_total", "pipeline" => pipeline.to_owned(), "sink" => sink.to_owned(), "outcome" => outcome);
         Self {
             written: rows("written"),
+            ignored: rows("ignored"),
             refused: rows("refused"),
             batches: counter!("headworks_sink_batches_total", "pipeline" => pipeline.to_owned(), "sink" => sink.to_owned()),
             duration: histogram!("headworks_sink_write_duration_seconds", "pipeline" => pipeline.to_owned(), "sink" => sink.to_owned()),
@@ -184,7 +186,7 @@ impl SinkMetrics {
         }
     }
 
-    /// `kind`: retry, unknown, setup, data, rows, refusals.
+    /// `kind`: retry, unknown, setup, too_much, refusals.
     pub fn retry(&self, kind: &'static str) {
         retries(&self.pipeline, &self.sink, kind).increment(1);
     }

@@ -62,7 +62,7 @@ use routes::Routes;
 use status::SinkShared;
 use supervisor::{Member, Supervisor};
 use worker::Shared;
-use writer::{Refusals, Writer};
+use writer::{Pace, Refusals, Writer};
 
 /// The name in dead letters of what finds no route.
 pub const ROUTES_STEP: &str = "routes";
@@ -249,6 +249,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
                 metrics: SinkMetrics::new(name, &part.name),
                 failures: shared.failures.clone(),
                 refusals: Refusals::new(config.refusals_max_share),
+                pace: Pace::default(),
                 positions: Vec::new(),
                 refused: 0,
             },

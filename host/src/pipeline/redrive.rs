@@ -25,7 +25,7 @@ use super::letter::{self, Letter};
 use super::metrics::SinkMetrics;
 use super::routes::Sorted;
 use super::worker::{Shared, Stripped, unknown_routes, without_letters};
-use super::writer::{Failed, Refusals, Writer};
+use super::writer::{Failed, Pace, Refusals, Writer};
 use crate::batch::{Batch, Offset, Partition, Span};
 use crate::sinks::{Rows, Sink};
 use crate::step::{Attempt, Chain, Outcome, Refused, RefusedKind, Step};
@@ -139,6 +139,7 @@ pub async fn run(
             metrics: SinkMetrics::new(&name, sink),
             failures: shared.failures.clone(),
             refusals: Refusals::new(1.0),
+            pace: Pace::default(),
             positions: Vec::new(),
             refused: 0,
         };

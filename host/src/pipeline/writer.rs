@@ -12,15 +12,21 @@ use super::dead_letters::{DeadLetters, Refusal, Source};
 use super::known::{Reader, Seen, before_last, index_within_offset};
 use super::metrics::SinkMetrics;
 use super::routes::SinkNumber;
-use crate::batch::{MessageRef, Offset, Partition};
-use crate::sinks::{Advance, Claim, Error, RefusedRow, Rows, Sink};
+use crate::batch::{Offset, Partition};
+use crate::sinks::{Advance, BATCH_ROWS_MAX, Claim, Error, Outcome, RefusedRow, Rows, Sink, Written};
 use crate::step::RefusedKind;
 use crate::telemetry::Failures;
 
-/// Rows before a share of refused ones says anything.
+/// Rows before a share of rejected ones says anything.
 const REFUSALS_ROWS_MIN: u64 = 1_000;
 /// Over which the share is taken.
 const REFUSALS_WINDOW: Duration = Duration::from_secs(60);
+/// Rows in a row that the database rejected with one code, none written between.
+const STREAK_MAX: u64 = 20;
+/// Most rows that a sink which pauses for a streak tries after each pause.
+const LEAK_MAX: usize = 256;
+/// How often a batch of which nothing can be written is tried before its first row is tried alone.
+const DOUBTS_MAX: u32 = 3;
 
 pub struct Writer {
     /// `None` while a redrive has it.
@@ -31,6 +37,7 @@ pub struct Writer {
     pub metrics: SinkMetrics,
     pub failures: Failures,
     pub refusals: Refusals,
+    pub pace: Pace,
     /// By partition, as the sink last said or committed.
     pub positions: Vec<Offset>,
     /// Rows refused so far, for a redrive's summary.
@@ -47,38 +54,137 @@ pub enum Failed {
     Stop(String),
 }
 
-/// How many rows a sink refused lately.
+/// Rows of one transaction: halved where a batch runs into a limit of time or
+/// memory, grown by an eighth with each one that does not.
+#[derive(Debug)]
+pub struct Pace {
+    rows: usize,
+    /// Tries in a row of which nothing could be written, for no clear reason.
+    doubts: u32,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self { rows: usize::MAX, doubts: 0 }
+    }
+}
+
+impl Pace {
+    /// Returns whether fewer rows than `len` can be tried.
+    fn too_much(&mut self, len: usize) -> bool {
+        self.rows = (len / 2).max(1);
+        len > 1
+    }
+
+    fn committed(&mut self, len: usize) {
+        self.doubts = 0;
+        if len >= self.rows {
+            self.rows = self.rows.saturating_add((self.rows / 8).max(1));
+        }
+        if self.rows > BATCH_ROWS_MAX as usize {
+            self.rows = usize::MAX;
+        }
+    }
+}
+
+/// The brake on rejections: what a sink rejected lately, and when that is so
+/// much that the table or a plugin is wrong rather than the data. It acts once
+/// the rejected are in dead letters; the sink then pauses, and goes on.
 pub struct Refusals {
     share_max: f64,
     since: Instant,
     rows: u64,
     refused: u64,
+    first: String,
+    streak: Streak,
+}
+
+/// Rows that the database rejected with one code since the last row it took.
+#[derive(Default)]
+struct Streak {
+    code: String,
+    rows: u64,
+    first: String,
+    /// Rows at the last pause.
+    paused_at: u64,
+    /// Rows that are tried after the pause; `None`: no pause yet.
+    leak: Option<usize>,
 }
 
 impl Refusals {
     pub fn new(share_max: f64) -> Self {
-        Self { share_max, since: Instant::now(), rows: 0, refused: 0 }
-    }
-
-    fn note(&mut self, rows: usize, refused: usize) {
-        if self.since.elapsed() > REFUSALS_WINDOW {
-            *self = Self::new(self.share_max);
+        Self {
+            share_max,
+            since: Instant::now(),
+            rows: 0,
+            refused: 0,
+            first: String::new(),
+            streak: Streak::default(),
         }
-        self.rows += rows as u64;
-        self.refused += refused as u64;
     }
 
+    fn note_written(&mut self, written: Written) {
+        self.renew();
+        self.rows += written.written + written.ignored;
+        if written != Written::default() {
+            self.streak = Streak::default();
+        }
+    }
+
+    fn note_refused(&mut self, refused: &[RefusedRow]) {
+        self.renew();
+        self.rows += refused.len() as u64;
+        self.refused += refused.len() as u64;
+        if let (Some(row), "") = (refused.first(), &*self.first) {
+            self.first.clone_from(&row.reason);
+        }
+        for row in refused {
+            let Some(code) = &row.code else { continue };
+            if *code != self.streak.code {
+                self.streak = Streak { code: code.clone(), first: row.reason.clone(), ..Streak::default() };
+            }
+            self.streak.rows += 1;
+        }
+    }
+
+    fn renew(&mut self) {
+        if self.since.elapsed() > REFUSALS_WINDOW {
+            self.begin_again();
+        }
+    }
+
+    fn begin_again(&mut self) {
+        (self.since, self.rows, self.refused) = (Instant::now(), 0, 0);
+        self.first.clear();
+    }
+
+    /// Rows to be tried at once.
+    fn leak(&self) -> usize {
+        self.streak.leak.unwrap_or(usize::MAX)
+    }
+
+    /// Why the sink should pause, if it should.
     fn too_many(&mut self) -> Option<String> {
-        let many = self.rows >= REFUSALS_ROWS_MIN && self.refused as f64 > self.share_max * self.rows as f64;
-        if !many || self.share_max >= 1.0 {
+        const LOOK: &str = "look at the dead letters: most often a column, the table or a plugin is wrong";
+        if self.share_max >= 1.0 {
             return None;
         }
-        let reason = format!(
-            "refused {} of {} rows; look at the dead letters: most often a column or a plugin is wrong",
-            self.refused, self.rows
-        );
-        *self = Self::new(self.share_max);
-        Some(reason)
+        if self.streak.rows >= STREAK_MAX && self.streak.rows > self.streak.paused_at {
+            self.streak.paused_at = self.streak.rows;
+            let leak = self.streak.leak.map_or(1, |leak| (leak * 2).min(LEAK_MAX));
+            self.streak.leak = Some(leak);
+            return Some(format!(
+                "rejected the last {} rows, all with error code {}, and wrote none between them; the first: {}; {LOOK}",
+                self.streak.rows, self.streak.code, self.streak.first
+            ));
+        }
+        let many = self.rows >= REFUSALS_ROWS_MIN && self.refused as f64 > self.share_max * self.rows as f64;
+        many.then(|| {
+            let reason =
+                format!("rejected {} of {} rows, the first: {}; {LOOK}", self.refused, self.rows, self.first);
+            self.begin_again();
+            reason
+        })
     }
 }
 
@@ -95,7 +201,10 @@ impl Writer {
                 .map(|p| Advance { partition: Partition(p), from: first, to: first })
                 .collect();
             let sink = self.sink.as_mut().expect("still here");
-            return sink.commit(&Rows::default(), &advance).await.map_err(|error| self.failed(error));
+            return match sink.commit(&Rows::default(), &advance).await {
+                Ok(_) => Ok(()),
+                Err(error) => Err(self.failed(error)),
+            };
         }
         for position in found {
             if let Some(known) = self.positions.get_mut(usize::from(position.partition.0)) {
@@ -108,70 +217,81 @@ impl Writer {
     /// Writes all of `rows` and moves the positions to `upto`. On a failure
     /// `rows` holds what is neither written nor in dead letters for certain.
     pub async fn write(&mut self, rows: &mut Rows, upto: &[Offset]) -> Result<(), Failed> {
-        // Lengths of the parts to write, the next one last.
-        let mut parts = vec![rows.len()];
-        while let Some(&len) = parts.last() {
-            if len == 0 && parts.len() > 1 {
-                parts.pop();
-                continue;
-            }
+        let mut wrote = false;
+        loop {
+            let alone = self.pace.doubts >= DOUBTS_MAX;
+            let most = if alone { 1 } else { self.pace.rows.min(self.refusals.leak()) };
+            let len = part(rows, most);
             let advance = self.advance(rows, len, upto);
             if len == 0 && advance.is_empty() {
                 return Ok(());
             }
-            let committed = if len == rows.len() {
-                self.commit(rows, &advance).await
-            } else {
-                self.commit(&rows.select(0..len), &advance).await
-            };
-            match committed {
-                Ok(()) => {
-                    *rows = if len == rows.len() { Rows::default() } else { rows.select(len..rows.len()) };
-                    parts.pop();
-                    if parts.is_empty() {
-                        parts.push(rows.len());
+            match self.commit(rows, len, &advance).await {
+                Ok(()) => wrote |= len > 0,
+                Err(Stopped::Sink(error @ Error::TooMuch(_))) => {
+                    if !self.pace.too_much(len) {
+                        return Err(self.failed(error));
                     }
+                    self.metrics.retry("too_much");
+                    continue;
                 }
-                Err(Error::Rows(refused)) if refused.iter().any(|r| r.row < len) => {
-                    self.metrics.retry("rows");
-                    let refused: Vec<_> = refused.into_iter().filter(|r| r.row < len).collect();
-                    let removed = self.refuse(rows, len, refused).await?;
-                    if let Some(last) = parts.last_mut() {
-                        *last -= removed;
+                // Where others of the batch went through, it is the row.
+                Err(Stopped::Sink(Error::Doubtful(reason)))
+                    if len > 0 && (alone || wrote && len == part(rows, 1)) =>
+                {
+                    // A code of its own, so that the brake knows a streak of them.
+                    let code = Some("doubtful".to_owned());
+                    let reject = |row| RefusedRow { row, reason: reason.clone(), code: code.clone() };
+                    self.refuse(rows, (0..len).map(reject).collect()).await?;
+                    self.pace.doubts = 0;
+                }
+                Err(Stopped::Sink(error)) => {
+                    if matches!(error, Error::Unknown(_)) {
+                        // No answer in time may be a limit too.
+                        self.pace.too_much(len);
                     }
+                    return Err(self.failed(error));
                 }
-                Err(error @ (Error::Rows(_) | Error::Data(_))) => {
-                    self.metrics.retry("data");
-                    parts.pop();
-                    if let Some(half) = halve(rows, len) {
-                        parts.extend([len - half, half]);
-                    } else {
-                        let reason = error.to_string();
-                        let all = (0..len).map(|row| RefusedRow { row, reason: reason.clone() }).collect();
-                        let removed = self.refuse(rows, len, all).await?;
-                        parts.push(len - removed);
-                    }
-                }
-                Err(error) => return Err(self.failed(error)),
+                Err(Stopped::Letters(failed)) => return Err(failed),
+            }
+            // After the rejected are in dead letters: somebody can look at them.
+            if let Some(reason) = self.refusals.too_many() {
+                self.metrics.retry("refusals");
+                return Err(Failed::Later { kind: "refusals", reason });
             }
         }
-        Ok(())
     }
 
-    async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<(), Error> {
-        let sink = self.sink.as_mut().expect("a lent sink is back before the next call");
+    /// Commits the first `len` rows and takes them out of `rows`; those that
+    /// the sink rejects are durable in dead letters before the commit.
+    async fn commit(&mut self, rows: &mut Rows, len: usize, advance: &[Advance]) -> Result<(), Stopped> {
         let begun = Instant::now();
-        let result = sink.commit(rows, advance).await;
-        self.metrics.duration.record(begun.elapsed());
-        if result.is_ok() {
-            self.metrics.batches.increment(1);
-            self.metrics.written.increment(rows.len() as u64);
-            self.refusals.note(rows.len(), 0);
-            for step in advance {
-                self.positions[usize::from(step.partition.0)] = step.to;
+        let sink = self.sink.as_mut().expect("a lent sink is back before the next call");
+        let part = if len == rows.len() { rows.clone() } else { rows.select(0..len) };
+        let mut left = len;
+        let outcome = match sink.commit(&part, advance).await {
+            Ok(Outcome::Committed(written)) => Ok(written),
+            Ok(Outcome::Rejected(rejected)) => {
+                drop(part);
+                // They are out of `rows` from here on: whatever becomes of the
+                // transaction, what has a letter is not sent again.
+                left -= self.refuse(rows, rejected).await.map_err(Stopped::Letters)?;
+                self.sink.as_mut().expect("still here").finish().await
             }
+            Err(error) => Err(error),
+        };
+        self.metrics.duration.record(begun.elapsed());
+        let written = outcome.map_err(Stopped::Sink)?;
+        *rows = if left == rows.len() { Rows::default() } else { rows.select(left..rows.len()) };
+        self.pace.committed(len);
+        self.metrics.batches.increment(1);
+        self.metrics.written.increment(written.written);
+        self.metrics.ignored.increment(written.ignored);
+        self.refusals.note_written(written);
+        for step in advance {
+            self.positions[usize::from(step.partition.0)] = step.to;
         }
-        result
+        Ok(())
     }
 
     /// How far the positions may move once the first `len` rows are written:
@@ -192,19 +312,9 @@ impl Writer {
             .collect()
     }
 
-    /// Puts rows among the first `len` into dead letters; when this returns
-    /// they survive a crash, and are out of `rows`.
-    async fn refuse(
-        &mut self,
-        rows: &mut Rows,
-        len: usize,
-        mut refused: Vec<RefusedRow>,
-    ) -> Result<usize, Failed> {
-        self.refusals.note(refused.len(), refused.len());
-        if let Some(reason) = self.refusals.too_many() {
-            self.metrics.retry("refusals");
-            return Err(Failed::Later { kind: "refusals", reason });
-        }
+    /// Puts rows into dead letters; when this returns they survive a crash, and
+    /// are out of `rows`. Returns how many they are.
+    async fn refuse(&mut self, rows: &mut Rows, mut refused: Vec<RefusedRow>) -> Result<usize, Failed> {
         refused.sort_unstable_by_key(|r| r.row);
         refused.dedup_by_key(|r| r.row);
         let refusals: Vec<_> = refused
@@ -212,7 +322,7 @@ impl Writer {
             .enumerate()
             .map(|(k, r)| {
                 let message = rows.get(r.row);
-                let entry = place(&message);
+                let entry = rows.entry(r.row);
                 let before = before_last(message.batch, entry);
                 let also = |n: usize| {
                     let first = k.checked_sub(n).map(|k| rows.get(refused[k].row).entry);
@@ -236,6 +346,7 @@ impl Writer {
         self.letters.durable(letters.ticket).await.map_err(|error| Failed::Stop(error.to_string()))?;
         self.metrics.refused.increment(refused.len() as u64);
         self.refused += refused.len() as u64;
+        self.refusals.note_refused(&refused);
         self.failures.report(
             &format!("sink \"{}\": rows refused", self.claim.sink),
             refused.len() as u64,
@@ -243,14 +354,11 @@ impl Writer {
             &format!("headworks dead-letters list --sink {}", self.claim.sink),
         );
         let mut gone = refused.iter().map(|r| r.row).peekable();
-        let kept: Vec<_> =
-            (0..len).filter(|row| gone.next_if_eq(row).is_none()).chain(len..rows.len()).collect();
-        let removed = rows.len() - kept.len();
-        *rows = rows.select(kept);
-        Ok(removed)
+        *rows = rows.select((0..rows.len()).filter(|row| gone.next_if_eq(row).is_none()));
+        Ok(refused.len())
     }
 
-    fn failed(&self, error: Error) -> Failed {
+    fn failed(&mut self, error: Error) -> Failed {
         let sink = &self.claim.sink;
         let kind = match &error {
             Error::Fenced(reason) => {
@@ -260,29 +368,91 @@ impl Writer {
                 ));
             }
             Error::Unknown(_) => "unknown",
-            Error::Setup(_) => "setup",
-            Error::Rows(_) | Error::Data(_) | Error::Retry(_) => "retry",
+            Error::Doubtful(_) => {
+                self.pace.doubts += 1;
+                "setup"
+            }
+            Error::Setup(_) | Error::TooMuch(_) => "setup",
+            Error::Retry(_) => "retry",
         };
         self.metrics.retry(kind);
         Failed::Later { kind, reason: error.to_string() }
     }
 }
 
-/// Of a row among the entries of its batch.
-fn place(message: &MessageRef<'_>) -> usize {
-    let place = message.batch.entries.iter().position(|entry| std::ptr::eq(entry, message.entry));
-    place.unwrap_or_default()
+/// Why a commit did not happen.
+enum Stopped {
+    Sink(Error),
+    Letters(Failed),
 }
 
-/// The first rows, about half of `len`, that end where an offset's rows end; a
-/// position cannot lie between rows of one offset. `None`: all are of one.
-fn halve(rows: &Rows, len: usize) -> Option<usize> {
+/// How many of the first rows, about `most`, end where an offset's rows end; a
+/// position cannot lie between rows of one offset.
+fn part(rows: &Rows, most: usize) -> usize {
+    if rows.len() <= most {
+        return rows.len();
+    }
     let of = |row: usize| {
         let message = rows.get(row);
         (message.entry.partition, message.offset())
     };
-    let middle = len / 2;
-    (middle.max(1)..len)
-        .find(|row| of(*row) != of(*row - 1))
-        .or_else(|| (1..middle).rev().find(|row| of(*row) != of(*row - 1)))
+    let ends = |row: &usize| of(*row) != of(*row - 1);
+    let end = (1..=most).rev().find(ends).or_else(|| (most.max(1)..rows.len()).find(ends));
+    end.unwrap_or(rows.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rejected(code: &str, count: usize) -> Vec<RefusedRow> {
+        let row = |row| RefusedRow { row, reason: "no".to_owned(), code: Some(code.to_owned()) };
+        (0..count).map(row).collect()
+    }
+
+    #[test]
+    fn the_brake_acts_on_a_streak_of_one_code_at_any_rate_and_leaks_ever_more() {
+        let mut refusals = Refusals::new(0.5);
+        for _ in 0..19 {
+            refusals.note_refused(&rejected("23502", 1));
+            assert_eq!(refusals.too_many(), None);
+        }
+        refusals.note_refused(&rejected("23502", 1));
+        let reason = refusals.too_many().unwrap();
+        assert!(reason.starts_with("rejected the last 20 rows, all with error code 23502"), "{reason}");
+        let mut leaks = Vec::new();
+        for _ in 0..12 {
+            leaks.push(refusals.leak());
+            assert_eq!(refusals.too_many(), None, "not without another row");
+            refusals.note_refused(&rejected("23502", 1));
+            refusals.too_many().unwrap();
+        }
+        assert_eq!(leaks, [1, 2, 4, 8, 16, 32, 64, 128, 256, 256, 256, 256]);
+        refusals.note_written(Written { written: 1, ignored: 0 });
+        assert_eq!(refusals.leak(), usize::MAX);
+        // Another code, or a row between them, is no streak.
+        for n in 0..100 {
+            refusals.note_refused(&rejected(["23502", "23514"][n % 2], 1));
+            assert_eq!(refusals.too_many(), None);
+        }
+        let mut refusals = Refusals::new(0.5);
+        for _ in 0..30 {
+            refusals.note_refused(&rejected("23502", 15));
+            refusals.note_written(Written { written: 15, ignored: 0 });
+            assert_eq!(refusals.too_many(), None);
+        }
+    }
+
+    #[test]
+    fn a_share_counts_good_rows_beside_bad_ones() {
+        let mut refusals = Refusals::new(0.5);
+        refusals.note_refused(&rejected("22001", 2_000));
+        refusals.note_written(Written { written: 3_000, ignored: 0 });
+        assert_eq!(refusals.too_many(), None);
+        refusals.note_refused(&rejected("22001", 2_000));
+        assert!(refusals.too_many().unwrap().starts_with("rejected the last 2000 rows"));
+        let mut never = Refusals::new(1.0);
+        never.note_refused(&rejected("22001", 2_000));
+        assert_eq!(never.too_many(), None);
+    }
 }

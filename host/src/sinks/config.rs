@@ -38,17 +38,28 @@ pub struct BatchConfig {
     pub wait_max: Period,
 }
 
-/// What happens to a row that the table has already.
+/// What happens to a row that the table has already, by one of its unique keys.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OnConflict {
-    /// `ignore` where the table has a unique key.
-    #[default]
-    Auto,
-    /// Leave the row that is there (ON CONFLICT DO NOTHING).
-    Ignore,
     /// The new row goes to dead letters.
-    Refuse,
+    #[default]
+    #[serde(alias = "refuse")]
+    Reject,
+    /// The row that is there stays; the new one is counted as ignored.
+    Ignore,
+    /// The new row takes the place of the one that is there. Needs a unique key
+    /// whose columns are all filled.
+    Upsert,
+    /// Read for configs of 0.1; the same as `ignore`.
+    Auto,
+}
+
+impl OnConflict {
+    /// Without names of earlier releases.
+    pub(super) fn resolved(self) -> Self {
+        if self == Self::Auto { Self::Ignore } else { self }
+    }
 }
 
 impl Default for BatchConfig {
@@ -88,6 +99,20 @@ impl Config {
         match self {
             Self::Postgres(config) => config.validate(path, problems),
             Self::Sqlite(config) => config.validate(path, problems),
+        }
+    }
+
+    /// What still works but goes, at `path`.
+    pub fn warnings(&self, path: &str) -> Vec<String> {
+        let on_conflict = match self {
+            Self::Postgres(config) => config.on_conflict,
+            Self::Sqlite(config) => config.on_conflict,
+        };
+        match on_conflict {
+            OnConflict::Auto => vec![format!(
+                "{path}.on_conflict: auto is read as ignore and will go: write ignore, or reject, or upsert"
+            )],
+            _ => Vec::new(),
         }
     }
 
@@ -154,12 +179,37 @@ pub(super) fn within(period: Period, min_ms: u64, max_ms: u64, path: &KeyPath, p
     }
 }
 
+/// A table's name in its parts, `iot.telemetry`; a part in double quotes may
+/// hold dots: `iot."site.1"`. Names are taken exactly as written.
+pub(super) fn table_parts(table: &str) -> Vec<String> {
+    let mut parts = vec![String::new()];
+    let mut quoted = false;
+    let mut chars = table.chars().peekable();
+    while let Some(c) = chars.next() {
+        let part = parts.last_mut().expect("it begins with one");
+        match c {
+            // A quote within quotes is written twice, as in SQL.
+            '"' if quoted && chars.next_if_eq(&'"').is_some() => part.push('"'),
+            '"' if quoted || part.is_empty() => quoted = !quoted,
+            '.' if !quoted => parts.push(String::new()),
+            c => part.push(c),
+        }
+    }
+    parts
+}
+
 /// Adds a problem unless `table` is a table's name, after a schema's where `parts_max` is 2.
 pub(super) fn validate_table(table: &str, parts_max: usize, path: &KeyPath, problems: &mut Problems) {
-    let parts: Vec<&str> = table.split('.').collect();
+    let parts = table_parts(table);
     if parts.len() > parts_max || !parts.iter().all(|part| is_name(part)) {
         let example = if parts_max == 2 { "telemetry or iot.telemetry" } else { "telemetry" };
-        problems.add(path.clone(), format!("must be the name of a table such as {example}, is \"{table}\""));
+        problems.add(
+            path.clone(),
+            format!(
+                "must be the name of a table such as {example}, is \"{table}\"; \
+                 a name with a dot stands in double quotes: '\"my.table\"'"
+            ),
+        );
     }
 }
 

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use uuid::Uuid;
 
-use super::{Advance, Claim, Error, Position, Rows, Sink};
+use super::{Advance, Claim, Error, OnConflict, Outcome, Position, RefusedRow, Rows, Sink, Written};
 use crate::batch::{Batch, Entry, Offset, Partition, Span, flags};
 
 /// A fresh database, and what it holds.
@@ -23,6 +23,12 @@ pub trait Database: Send + Sync {
     /// From now on this payload cannot be written. Sinks with typed columns
     /// refuse `"hot"` by themselves.
     fn refuses(&self, _payload: &str) {}
+}
+
+/// A database whose table has the unique key (device_id, metric).
+#[async_trait]
+pub trait Keyed: Database {
+    async fn sink_on_conflict(&self, on_conflict: OnConflict) -> Box<dyn Sink>;
 }
 
 /// One `#[tokio::test]` for each promise; the argument makes a [`Database`], `.await` allowed.
@@ -40,7 +46,8 @@ macro_rules! conformance_tests {
             one_partition_left_behind_fences_the_whole_commit,
             another_log_or_generation_is_another_claim,
             two_pipelines_share_one_table,
-            a_bad_row_is_named_and_nothing_is_written,
+            a_bad_row_is_named_and_the_others_wait_for_finish,
+            what_is_not_finished_is_not_written,
             rows_of_several_batches_keep_their_numbers,
         );
     };
@@ -55,6 +62,18 @@ macro_rules! conformance_tests {
     };
 }
 pub(crate) use conformance_tests;
+
+/// The promises of sinks whose table may have a row already.
+macro_rules! keyed_conformance_tests {
+    ($database:expr) => {
+        $crate::sinks::conformance::conformance_tests!($database;
+            a_row_that_is_there_is_rejected_unless_told_otherwise,
+            a_row_that_is_there_is_counted_as_ignored_where_told_so,
+            a_row_that_is_there_is_replaced_by_the_last_where_told_so,
+        );
+    };
+}
+pub(crate) use keyed_conformance_tests;
 
 pub fn claim() -> Claim {
     Claim {
@@ -241,18 +260,80 @@ pub async fn two_pipelines_share_one_table(database: &dyn Database) {
     assert_eq!(database.written().await.len(), 2);
 }
 
-pub async fn a_bad_row_is_named_and_nothing_is_written(database: &dyn Database) {
+/// The rejected rows of a commit.
+pub fn rejected(outcome: Result<Outcome, Error>) -> Vec<RefusedRow> {
+    match outcome {
+        Ok(Outcome::Rejected(rejected)) => rejected,
+        other => panic!("no row was rejected: {other:?}"),
+    }
+}
+
+pub async fn a_bad_row_is_named_and_the_others_wait_for_finish(database: &dyn Database) {
     database.refuses("\"hot\"");
     let (mut sink, _) = opened(database, &claim()).await;
     sink.commit(&Rows::default(), &[advance(0, 0, 0)]).await.expect("commits");
     let bad = rows([message("a", "1"), message("b", "\"hot\""), message("c", "3"), message("d", "\"hot\"")]);
-    let error = sink.commit(&bad, &[advance(0, 0, 4)]).await.expect_err("two cannot be written");
-    let Error::Rows(refused) = error else { panic!("{error:?}") };
+    let refused = rejected(sink.commit(&bad, &[advance(0, 0, 4)]).await);
     assert_eq!(refused.iter().map(|row| row.row).collect::<Vec<_>>(), [1, 3]);
     assert!(refused[0].reason.contains("column \"value\""), "{}", refused[0].reason);
     assert_eq!(database.written().await, []);
-    sink.commit(&bad.select([0, 2]), &[advance(0, 0, 4)]).await.expect("the others can");
-    assert_eq!(database.written().await.len(), 2);
+    assert_eq!(sink.finish().await.expect("commits"), Written { written: 2, ignored: 0 });
+    let mut written = database.written().await;
+    written.sort_by(|a, b| a.1.total_cmp(&b.1));
+    assert_eq!(written, [("a".to_owned(), 1.0), ("c".to_owned(), 3.0)]);
+    sink.commit(&rows([message("a", "5")]), &[advance(0, 4, 5)]).await.expect("usable as it is");
+    assert_eq!(opened(database, &claim()).await.1, [position(0, 5)]);
+}
+
+pub async fn what_is_not_finished_is_not_written(database: &dyn Database) {
+    database.refuses("\"hot\"");
+    let (mut sink, _) = opened(database, &claim()).await;
+    sink.commit(&Rows::default(), &[advance(0, 0, 0)]).await.expect("commits");
+    let bad = rows([message("a", "1"), message("b", "\"hot\"")]);
+    rejected(sink.commit(&bad, &[advance(0, 0, 2)]).await);
+    assert_eq!(sink.open(&claim()).await.expect("opens again"), [position(0, 0)]);
+    assert_eq!(database.written().await, []);
+    let error = sink.finish().await.expect_err("there is nothing to finish");
+    assert!(matches!(error, Error::Retry(_)), "{error:?}");
+}
+
+pub async fn a_row_that_is_there_is_rejected_unless_told_otherwise(database: &dyn Keyed) {
+    let mut sink = database.sink().await;
+    sink.open(&claim()).await.expect("opens");
+    let first = sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.expect("commits");
+    assert_eq!(first, Outcome::Committed(Written { written: 1, ignored: 0 }));
+    let again = rows([message("a", "2"), message("b", "3")]);
+    let refused = rejected(sink.commit(&again, &[advance(0, 1, 3)]).await);
+    assert_eq!(refused.iter().map(|row| row.row).collect::<Vec<_>>(), [0]);
+    assert!(refused[0].code.is_some(), "{refused:?}");
+    sink.finish().await.expect("commits");
+    assert_eq!(by_value(database).await, [("a".to_owned(), 1.0), ("b".to_owned(), 3.0)]);
+}
+
+pub async fn a_row_that_is_there_is_counted_as_ignored_where_told_so(database: &dyn Keyed) {
+    let mut sink = database.sink_on_conflict(OnConflict::Ignore).await;
+    sink.open(&claim()).await.expect("opens");
+    sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.expect("commits");
+    let again = rows([message("a", "2"), message("b", "3")]);
+    let outcome = sink.commit(&again, &[advance(0, 1, 3)]).await.expect("commits");
+    assert_eq!(outcome, Outcome::Committed(Written { written: 1, ignored: 1 }));
+    assert_eq!(by_value(database).await, [("a".to_owned(), 1.0), ("b".to_owned(), 3.0)]);
+}
+
+pub async fn a_row_that_is_there_is_replaced_by_the_last_where_told_so(database: &dyn Keyed) {
+    let mut sink = database.sink_on_conflict(OnConflict::Upsert).await;
+    sink.open(&claim()).await.expect("opens");
+    sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.expect("commits");
+    let again = rows([message("a", "2"), message("b", "5"), message("a", "4")]);
+    let outcome = sink.commit(&again, &[advance(0, 1, 4)]).await.expect("commits");
+    assert!(matches!(outcome, Outcome::Committed(_)), "{outcome:?}");
+    assert_eq!(by_value(database).await, [("a".to_owned(), 4.0), ("b".to_owned(), 5.0)]);
+}
+
+async fn by_value(database: &dyn Keyed) -> Vec<(String, f64)> {
+    let mut written = database.written().await;
+    written.sort_by(|a, b| a.1.total_cmp(&b.1));
+    written
 }
 
 pub async fn rows_of_several_batches_keep_their_numbers(database: &dyn Database) {
@@ -261,7 +342,6 @@ pub async fn rows_of_several_batches_keep_their_numbers(database: &dyn Database)
     let mut many = Rows::default();
     many.push_batch(batch([message("a", "1"), message("a", "2")]));
     many.push_batch(batch([message("b", "3"), message("b", "\"hot\"")]));
-    let error = sink.commit(&many, &[advance(0, 0, 4)]).await.expect_err("one cannot be written");
-    let Error::Rows(refused) = error else { panic!("{error:?}") };
+    let refused = rejected(sink.commit(&many, &[advance(0, 0, 4)]).await);
     assert_eq!(refused.iter().map(|row| row.row).collect::<Vec<_>>(), [3]);
 }

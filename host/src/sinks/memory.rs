@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use async_trait::async_trait;
 use tokio::sync::watch;
 
-use super::{Advance, Claim, Error, Position, RefusedRow, Rows, Sink};
+use super::{Advance, Claim, Error, Outcome, Position, RefusedRow, Rows, Sink, Written};
 use crate::batch::{MessageRef, Offset, Partition};
 
 /// A row as it was written.
@@ -27,8 +27,8 @@ pub struct MemoryRow {
 /// What the next call does instead of its work.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fault {
-    Rows(Vec<RefusedRow>),
-    Data(String),
+    TooMuch(String),
+    Doubtful(String),
     Retry(String),
     /// The commit is written, the answer is lost.
     UnknownWritten,
@@ -73,7 +73,7 @@ impl Default for MemoryDatabase {
 
 impl MemoryDatabase {
     pub fn sink(&self) -> MemorySink {
-        MemorySink { database: self.clone(), mine: None }
+        MemorySink { database: self.clone(), mine: None, uncommitted: None }
     }
 
     pub fn rows(&self) -> Vec<MemoryRow> {
@@ -147,12 +147,15 @@ impl Claimed {
 pub struct MemorySink {
     database: MemoryDatabase,
     mine: Option<(Claim, u64)>,
+    /// What `finish` commits, and how its answer is lost.
+    uncommitted: Option<(Rows, Vec<Advance>, Option<Fault>)>,
 }
 
 #[async_trait]
 impl Sink for MemorySink {
     async fn open(&mut self, claim: &Claim) -> Result<Vec<Position>, Error> {
         self.database.unblocked().await;
+        self.uncommitted = None;
         let mut state = self.database.lock();
         state.opens += 1;
         if let Some(fault) = state.open_faults.pop_front() {
@@ -167,29 +170,53 @@ impl Sink for MemorySink {
         Ok(claimed.positions())
     }
 
-    async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<(), Error> {
+    async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {
         self.database.unblocked().await;
+        self.uncommitted = None;
         let mut state = self.database.lock();
-        let state = &mut *state;
         state.commits += 1;
         let fault = state.commit_faults.pop_front();
         match fault {
             None | Some(Fault::UnknownWritten) => {}
             Some(fault) => return Err(fault.into_error()),
         }
-        let (claim, epoch) =
-            self.mine.as_ref().ok_or_else(|| Error::Retry("commit before open".to_owned()))?;
-        if let Some(refuse) = &state.refuse {
-            let refused: Vec<RefusedRow> = rows
+        let rejected: Vec<RefusedRow> = match &state.refuse {
+            Some(refuse) => rows
                 .iter()
                 .enumerate()
-                .filter_map(|(row, message)| refuse(&message).map(|reason| RefusedRow { row, reason }))
-                .collect();
-            if !refused.is_empty() {
-                return Err(Error::Rows(refused));
-            }
+                .filter_map(|(row, message)| Some(RefusedRow { row, reason: refuse(&message)?, code: None }))
+                .collect(),
+            None => Vec::new(),
+        };
+        self.check(&state, advance)?;
+        if !rejected.is_empty() {
+            let is_rejected = |row: &usize| rejected.binary_search_by_key(row, |r| r.row).is_ok();
+            let kept = rows.select((0..rows.len()).filter(|row| !is_rejected(row)));
+            drop(state);
+            self.uncommitted = Some((kept, advance.to_vec(), fault));
+            return Ok(Outcome::Rejected(rejected));
         }
-        let claimed = state.claims.get_mut(claim).expect("open made it and nothing removes it");
+        let written = self.write(&mut state, rows, advance);
+        fault.map_or(Ok(Outcome::Committed(written)), |fault| Err(fault.into_error()))
+    }
+
+    async fn finish(&mut self) -> Result<Written, Error> {
+        self.database.unblocked().await;
+        let (rows, advance, fault) =
+            self.uncommitted.take().ok_or_else(|| Error::Retry("nothing to finish".to_owned()))?;
+        let mut state = self.database.lock();
+        self.check(&state, &advance)?;
+        let written = self.write(&mut state, &rows, &advance);
+        fault.map_or(Ok(written), |fault| Err(fault.into_error()))
+    }
+}
+
+impl MemorySink {
+    /// Whether all positions are ours to move.
+    fn check(&self, state: &State, advance: &[Advance]) -> Result<(), Error> {
+        let (claim, epoch) =
+            self.mine.as_ref().ok_or_else(|| Error::Retry("commit before open".to_owned()))?;
+        let claimed = state.claims.get(claim).expect("open made it and nothing removes it");
         if claimed.epoch != *epoch {
             return Err(Error::Fenced(format!("epoch {} took over from epoch {epoch}", claimed.epoch)));
         }
@@ -202,6 +229,12 @@ impl Sink for MemorySink {
                 )));
             }
         }
+        Ok(())
+    }
+
+    fn write(&self, state: &mut State, rows: &Rows, advance: &[Advance]) -> Written {
+        let (claim, _) = self.mine.as_ref().expect("checked before");
+        let claimed = state.claims.get_mut(claim).expect("open made it and nothing removes it");
         for step in advance {
             claimed.next[usize::from(step.partition.0)] = Some(step.to);
         }
@@ -214,15 +247,15 @@ impl Sink for MemorySink {
             payload: message.payload().to_vec(),
         }));
         self.database.written.send_replace(state.rows.len());
-        fault.map_or(Ok(()), |fault| Err(fault.into_error()))
+        Written { written: rows.len() as u64, ignored: 0 }
     }
 }
 
 impl Fault {
     fn into_error(self) -> Error {
         match self {
-            Self::Rows(rows) => Error::Rows(rows),
-            Self::Data(reason) => Error::Data(reason),
+            Self::TooMuch(reason) => Error::TooMuch(reason),
+            Self::Doubtful(reason) => Error::Doubtful(reason),
             Self::Retry(reason) => Error::Retry(reason),
             Self::UnknownWritten | Self::UnknownLost => Error::Unknown("connection lost".to_owned()),
             Self::Fenced(reason) => Error::Fenced(reason),

@@ -79,6 +79,18 @@ impl Rows {
         (0..self.len()).map(|i| self.get(i))
     }
 
+    /// Index of row `i` among the entries of its batch.
+    pub fn entry(&self, i: usize) -> usize {
+        self.rows[i].1 as usize
+    }
+
+    #[cfg(test)]
+    pub(crate) fn set_received_us(&mut self, received_us: u64) {
+        for batch in &mut self.batches {
+            batch.entries.to_mut().iter_mut().for_each(|entry| entry.received_us = received_us);
+        }
+    }
+
     /// The same bytes, some of the rows.
     pub fn select(&self, rows: impl IntoIterator<Item = usize>) -> Rows {
         Rows { batches: self.batches.clone(), rows: rows.into_iter().map(|i| self.rows[i]).collect() }
@@ -92,21 +104,41 @@ pub struct RefusedRow {
     pub row: usize,
     /// For a person: `column "value": not a number: "hot"`.
     pub reason: String,
+    /// Error code of the database, where the database rejected the row.
+    pub code: Option<String>,
+}
+
+/// How many rows a commit wrote.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Written {
+    pub written: u64,
+    /// Rows that the table had already, or that one of its triggers left out.
+    pub ignored: u64,
+}
+
+/// What [`Sink::commit`] did.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Rows and positions are committed.
+    Committed(Written),
+    /// These rows can never be written. The transaction holds the others and
+    /// the positions: [`Sink::finish`] commits it.
+    Rejected(Vec<RefusedRow>),
 }
 
 /// Variants by what the pipeline does next. In every case nothing was written,
-/// but after `Unknown`.
+/// except after `Unknown`.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// These rows can never be written; the others may: to dead letters, and
-    /// the rest again.
-    #[error("{} rows refused, the first: {}", .0.len(), .0.first().map_or("", |r| r.reason.as_str()))]
-    Rows(Vec<RefusedRow>),
-    /// The database refused the data (SQLSTATE class 22 or 23) without saying
-    /// which row: halve the batch.
-    #[error("the data was refused: {0}")]
-    Data(String),
-    /// Connection, locks, anything that may pass: back off, `open` again.
+    /// The batch ran into a limit of time or memory: commit fewer rows at once.
+    #[error("{0}")]
+    TooMuch(String),
+    /// None of the rows could be written, by an error that a trigger or an
+    /// extension also raises for a single bad row: back off, `open` again; after
+    /// some tries, the first row alone.
+    #[error("{0}")]
+    Doubtful(String),
+    /// Connection, locks, a changed table, anything that may pass: back off, `open` again.
     #[error("{0}")]
     Retry(String),
     /// The connection went in COMMIT: `open` again and read the position.
@@ -133,13 +165,20 @@ pub trait Sink: Send {
     /// this sink. A new claim's first advance of a partition sets its position
     /// whatever `from` says, so begin with an empty commit of `from == to` for
     /// all partitions: from then on each has a position.
-    /// Call it again after `Retry`, `Unknown`, `Setup`.
+    /// Call it again after `Doubtful`, `Retry`, `Unknown`, `Setup`.
     async fn open(&mut self, claim: &Claim) -> Result<Vec<Position>, Error>;
 
     /// `rows` may be empty: then only positions move. `advance` names a
     /// partition at most once; partitions that it does not name stay.
+    /// A row that cannot be written is isolated: the others are written without
+    /// it, in the same transaction, which waits for [`Sink::finish`] so that the
+    /// rejected are durable in dead letters before a position covers them.
     /// Not safe to drop midway: `open` again before the next call.
-    async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<(), Error>;
+    async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error>;
+
+    /// Commits what a `commit` that rejected rows left open. Any other call
+    /// after it gives that transaction up.
+    async fn finish(&mut self) -> Result<Written, Error>;
 }
 
 /// Who claims, for the one who is fenced: `edge-7 (process 4711)`.

@@ -176,6 +176,12 @@ pub const METRICS: &[Metric] = &[
         labels: &[],
     },
     Metric {
+        name: "headworks_mqtt_publishes_outside_namespace_total",
+        kind: MetricKind::Counter,
+        help: "Messages taken into a stream whose topic does not fit `topics` and so names no device.",
+        labels: &[],
+    },
+    Metric {
         name: "headworks_mqtt_acks_total",
         kind: MetricKind::Counter,
         help: "PUBACK, PUBREC and PUBCOMP sent after the stream was durable.",
@@ -349,6 +355,7 @@ pub(super) struct Counters {
     pub connects: Counter,
     pub publishes: [Counter; 3],
     pub publish_bytes: Count,
+    pub outside_namespace: Counter,
     pub acks: Counter,
     pub duplicates: Counter,
     pub stalls: Counter,
@@ -421,6 +428,7 @@ impl Counters {
             connects: counter!("headworks_mqtt_connects_total"),
             publishes: [publishes("0"), publishes("1"), publishes("2")],
             publish_bytes: Count::new(counter!("headworks_mqtt_publish_bytes_total")),
+            outside_namespace: counter!("headworks_mqtt_publishes_outside_namespace_total"),
             acks: counter!("headworks_mqtt_acks_total"),
             duplicates: counter!("headworks_mqtt_duplicates_total"),
             stalls: counter!("headworks_mqtt_stalls_total"),

@@ -1,3 +1,5 @@
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::harness::{Act, World, chain, number, published, selective_step, sorted, step, text};
@@ -89,33 +91,36 @@ async fn the_refused_are_durable_in_dead_letters_before_a_position_covers_them()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_bad_row_is_found_by_halving_and_the_others_are_written() {
-    use crate::sinks::{Advance, Claim, Error, Position, Rows, Sink};
+async fn a_batch_that_runs_into_a_limit_is_halved_and_grows_again_and_nothing_goes_to_dead_letters() {
+    use crate::sinks::{Advance, Claim, Error, Outcome, Position, Rows, Sink, Written};
 
-    /// Says that the data is bad, not which row.
-    struct Vague(crate::sinks::memory::MemorySink);
+    /// Takes so many rows at once.
+    struct Narrow(crate::sinks::memory::MemorySink, Arc<AtomicUsize>, Arc<Mutex<Vec<usize>>>);
     #[async_trait::async_trait]
-    impl Sink for Vague {
+    impl Sink for Narrow {
         async fn open(&mut self, claim: &Claim) -> Result<Vec<Position>, Error> {
             self.0.open(claim).await
         }
-        async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<(), Error> {
-            match self.0.commit(rows, advance).await {
-                Err(Error::Rows(rows)) => Err(Error::Data(rows[0].reason.clone())),
-                other => other,
+        async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {
+            if rows.len() > self.1.load(Ordering::Relaxed) {
+                return Err(Error::TooMuch("statement timeout".to_owned()));
             }
+            self.2.lock().unwrap().push(rows.len());
+            self.0.commit(rows, advance).await
+        }
+        async fn finish(&mut self) -> Result<Written, Error> {
+            self.0.finish().await
         }
     }
 
-    let world = World::new(2, &[("default", "w")]);
-    let bad = |n: u64| n % 37 == 5;
-    world.database("w").refuse(move |message| bad(number(&text(message))).then(|| "out of range".to_owned()));
-    world.publish_many(7, 0, 300);
+    let mut world = World::new(1, &[("default", "w")]);
+    world.batching.rows_max = 200;
+    let (limit, sizes) = (Arc::new(AtomicUsize::new(7)), Arc::<Mutex<Vec<usize>>>::default());
     let (_keep, chain) = tokio::sync::watch::channel(chain(1, &[]));
     let shutdown = tokio_util::sync::CancellationToken::new();
     let part = crate::pipeline::SinkPart {
         name: "w".to_owned(),
-        sink: Box::new(Vague(world.database("w").sink())),
+        sink: Box::new(Narrow(world.database("w").sink(), limit.clone(), sizes.clone())),
         batching: world.batching,
         on_lag: OnLag::Block,
     };
@@ -128,14 +133,35 @@ async fn a_bad_row_is_found_by_halving_and_the_others_are_written() {
         failures: Default::default(),
         shutdown: shutdown.clone(),
     };
+    world.publish_many(7, 0, 300);
     let handle = crate::pipeline::start("p", &world.config, deps).await.unwrap();
-    let good: Vec<_> = published(7, 300).into_iter().filter(|p| !bad(number(p))).collect();
-    world.database("w").rows_at_least(good.len()).await;
+    world.database("w").rows_at_least(300).await;
+    assert!(sizes.lock().unwrap().iter().all(|size| *size <= 7));
+    limit.store(usize::MAX, Ordering::Relaxed);
+    world.publish_many(7, 300, 5_000);
+    world.database("w").rows_at_least(5_300).await;
     shutdown.cancel();
     handle.join().await;
-    assert_eq!(sorted(world.payloads("w")), good);
-    let letters = world.letters().await.into_iter().map(|(payload, _)| payload).collect();
-    assert_eq!(sorted(letters), published(7, 300).into_iter().filter(|p| bad(number(p))).collect::<Vec<_>>());
+    assert_eq!(sorted(world.payloads("w")), published(7, 5_300));
+    assert!(sizes.lock().unwrap().iter().any(|size| *size > 100), "grown again: {sizes:?}");
+    assert!(world.letters().await.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_batch_that_is_doubted_again_and_again_gives_up_its_first_row_only() {
+    let world = World::new(1, &[("default", "w")]);
+    world.publish_many(1, 0, 10);
+    let process = world.start(chain(1, &[])).await;
+    // Open, and its claim committed.
+    process.drained().await;
+    let doubt = || Fault::Doubtful("operation not supported".to_owned());
+    world.database("w").fail_commits([doubt(), doubt(), doubt(), doubt()]);
+    world.publish(&(10..50).map(|n| ("d0", n)).collect::<Vec<_>>());
+    process.drained().await;
+    let expected: Vec<_> = published(1, 50).into_iter().filter(|payload| payload != "d0:10").collect();
+    assert_eq!(sorted(world.payloads("w")), expected);
+    assert_eq!(world.letters().await, [("d0:10".to_owned(), "operation not supported".to_owned())]);
+    process.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -286,24 +312,29 @@ async fn full_dead_letters_hold_the_pipeline_until_there_is_room() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_sink_that_refuses_more_than_its_share_pauses_and_makes_no_letters() {
+async fn a_sink_that_rejects_more_than_its_share_pauses_once_the_letters_are_there_and_goes_on() {
     let mut world = World::new(1, &[("default", "w")]);
-    // All in one commit, so that its share is known before any letter is made.
+    // All in one commit, so that its share is known at once.
     world.batching.rows_max = 2_000;
     world.batching.bytes_max = 4 << 20;
     world.batching.wait_max = Duration::from_secs(3_600);
-    world.database("w").refuse(|_| Some("no such column".to_owned()));
+    world.config.sink_backoff.max = "1h".parse().unwrap();
+    world
+        .database("w")
+        .refuse(|message| (number(&text(message)) < 2_000).then(|| "no such column".to_owned()));
     let process = world.start(chain(1, &[])).await;
     world.publish(&(0..2_000).map(|n| ("d0", n)).collect::<Vec<_>>());
-    let paused = "refused 2000 of 2000 rows";
-    let status = process
+    let paused = "rejected 2000 of 2000 rows, the first: no such column";
+    process
         .until("paused", |s| matches!(&s.sinks[0].state, State::Retrying(why) if why.contains(paused)))
         .await;
-    assert_eq!(status.sinks[0].committed, Some(Offset(0)));
-    assert!(world.letters().await.is_empty());
-    world.database("w").refuse(|_| None);
+    assert_eq!(world.letters().await.len(), 2_000);
+    assert_eq!(process.handle.status().sinks[0].committed, Some(Offset(2_000)));
+    process.stop().await;
+    world.config.sink_backoff.max = "5ms".parse().unwrap();
+    let process = world.start(chain(1, &[])).await;
+    world.publish(&(2_000..4_000).map(|n| ("d0", n)).collect::<Vec<_>>());
     process.drained().await;
-    assert_eq!(sorted(world.payloads("w")), published(1, 2_000));
-    assert!(world.letters().await.is_empty());
+    assert_eq!(world.payloads("w").len(), 2_000);
     process.stop().await;
 }

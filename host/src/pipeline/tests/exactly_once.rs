@@ -47,7 +47,7 @@ fn fault(number: u8) -> Fault {
         0 => Fault::UnknownWritten,
         1 => Fault::UnknownLost,
         2 => Fault::Retry("connection reset".to_owned()),
-        _ => Fault::Data("value out of range".to_owned()),
+        _ => Fault::TooMuch("statement timeout".to_owned()),
     }
 }
 

@@ -55,6 +55,33 @@ pub struct FullColumn {
     /// A message without this value goes to dead letters (NOT NULL).
     #[serde(default)]
     pub required: bool,
+    /// A time is written to this `bigint` column as a number in this unit since
+    /// 1970. Without it `$time` and `$received` are microseconds, and numbers of
+    /// the payload are written as they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unit: Option<Unit>,
+}
+
+/// Of a time as a number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Unit {
+    S,
+    Ms,
+    Us,
+    Ns,
+}
+
+impl Unit {
+    /// Of microseconds since 1970; `None` where it does not fit.
+    pub fn of_us(self, us: i64) -> Option<i64> {
+        match self {
+            Self::S => Some(us.div_euclid(1_000_000)),
+            Self::Ms => Some(us.div_euclid(1_000)),
+            Self::Us => Some(us),
+            Self::Ns => us.checked_mul(1_000),
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
@@ -100,6 +127,10 @@ impl ColumnConfig {
         }
     }
 
+    pub fn unit(&self) -> Option<Unit> {
+        if let Self::Full(full) = self { full.unit } else { None }
+    }
+
     pub fn required(&self) -> bool {
         matches!(self, Self::Full(FullColumn { required: true, .. }))
     }
@@ -110,7 +141,7 @@ impl Default for ColumnsConfig {
     fn default() -> Self {
         let column = |name: &str, from: &[&str], kind, required| {
             let from = OneOrMany::Many(from.iter().map(|&source| source.to_owned()).collect());
-            (name.to_owned(), ColumnConfig::Full(FullColumn { from, kind: Some(kind), required }))
+            (name.to_owned(), ColumnConfig::Full(FullColumn { from, kind: Some(kind), required, unit: None }))
         };
         Self(vec![
             column("time", &["$time"], Kind::Timestamptz, true),
@@ -135,6 +166,12 @@ impl ColumnsConfig {
                     path.clone(),
                     format!("a column's name must have 1 to {NAME_BYTES_MAX} bytes and no NUL"),
                 );
+            }
+            if column.unit().is_some()
+                && column.kind().is_some_and(|kind| kind != Kind::Bigint)
+                && matches!(column, ColumnConfig::Full(FullColumn { kind: Some(_), .. }))
+            {
+                problems.add(path.key("unit"), "is for a column of type bigint");
             }
             if column.sources().is_empty() {
                 problems.add(path.clone(), "must have a source, such as $device or /value");

@@ -16,7 +16,7 @@ mod config;
 mod value;
 
 pub(crate) use config::is_name;
-pub use config::{ColumnConfig, ColumnsConfig, FullColumn, Kind, OneOrMany};
+pub use config::{ColumnConfig, ColumnsConfig, FullColumn, Kind, OneOrMany, Unit};
 pub use value::{TIME_BYTES, Value, excerpt, write_time};
 
 /// Columns in the order in which they are written.
@@ -35,6 +35,7 @@ pub struct Column {
     pub kind: Option<Kind>,
     /// Must have a value.
     pub required: bool,
+    unit: Option<Unit>,
     sources: Vec<Source>,
 }
 
@@ -67,6 +68,7 @@ impl Columns {
                 name: name.clone(),
                 kind: column.kind(),
                 required: column.required(),
+                unit: column.unit(),
                 sources: column.sources().iter().map(|source| Source::parse(source, &mut keys)).collect(),
             })
             .collect();
@@ -112,11 +114,12 @@ impl<'m> Reader<'_, 'm> {
             let (value, source) = self.first(column, &message);
             let outcome = match value {
                 Value::Null if column.required => Err(Mismatch(expected(column.kind))),
-                value => write(i, value),
+                Value::Null => write(i, Value::Null),
+                value => column.as_time(value).and_then(|value| write(i, value)),
             };
             if let Err(Mismatch(expected)) = outcome {
                 let reason = reason(column, source, value, expected, broken, message.payload());
-                return Err(RefusedRow { row, reason });
+                return Err(RefusedRow { row, reason, code: None });
             }
         }
         Ok(())
@@ -168,6 +171,27 @@ impl<'m> Reader<'_, 'm> {
 }
 
 impl Column {
+    /// Whether `$time` or `$received` is written here.
+    pub fn holds_time(&self) -> bool {
+        self.sources.iter().any(|source| matches!(source, Source::Time | Source::Received))
+    }
+
+    /// Whether times become numbers here, and the config does not say in which unit.
+    pub fn is_time_without_unit(&self) -> bool {
+        self.holds_time() && self.unit.is_none() && self.kind == Some(Kind::Bigint)
+    }
+
+    /// A time in the column's unit; what is no time as it is.
+    fn as_time<'m>(&self, value: Value<'m>) -> Result<Value<'m>, Mismatch> {
+        const NOT: Mismatch = Mismatch("a time");
+        match (self.kind, self.unit) {
+            (Some(Kind::Bigint), Some(unit)) => {
+                value.time_us().and_then(|us| unit.of_us(us)).map(Value::Epoch).ok_or(NOT)
+            }
+            _ => Ok(value),
+        }
+    }
+
     /// A payload that is an object or an array is not this column's value.
     fn wants_scalar(&self) -> bool {
         matches!(self.kind, Some(Kind::Double | Kind::Bigint | Kind::Bool | Kind::Timestamptz))
@@ -250,6 +274,9 @@ fn reason(
         (Some(source), Value::Json(raw)) => {
             format!("column \"{name}\": {} is not {expected}: {}", source.name(), excerpt(raw.as_bytes()))
         }
+        (Some(source), Value::Text(text)) => {
+            format!("column \"{name}\": {} is not {expected}: {}", source.name(), excerpt(text.as_bytes()))
+        }
         (Some(source), _) => {
             format!("column \"{name}\": {} is not {expected}: {}", source.name(), excerpt(payload))
         }
@@ -259,18 +286,31 @@ fn reason(
                 return format!("column \"{name}\": the payload is not JSON: {error}: {shown}");
             }
             let first = column.sources.iter().find(|source| **source != Source::Payload);
-            match first {
-                Some(Source::Field { pointer, .. }) => {
-                    format!("column \"{name}\": the payload has no {noun} at {pointer}: {shown}")
-                }
+            let missing = match first {
+                Some(Source::Field { pointer, .. }) => match form(payload) {
+                    Some(form) => format!("the payload is {form}, it has no {noun} at {pointer}: {shown}"),
+                    None => format!("the payload has no {noun} at {pointer}: {shown}"),
+                },
                 Some(Source::Level(field)) => {
-                    format!(
-                        "column \"{name}\": the topic has no level {field}, it does not fit the namespace"
-                    )
+                    format!("the topic has no level {field}, it does not fit the namespace")
                 }
-                _ => format!("column \"{name}\": the payload is not {expected}: {shown}"),
-            }
+                _ => format!("the payload is not {expected}: {shown}"),
+            };
+            format!(
+                "column \"{name}\": {missing}; fill it from another field with `columns:` (host/docs/payloads.md)"
+            )
         }
+    }
+}
+
+/// What a payload is that is no object.
+fn form(payload: &[u8]) -> Option<&'static str> {
+    match payload.trim_ascii() {
+        [] => Some("empty"),
+        [0xef, 0xbb, 0xbf, ..] => Some("preceded by a byte order mark, which JSON does not have"),
+        [b'[', ..] => Some("an array (one message is one row)"),
+        [b'{', ..] => None,
+        other => json::parse(other).ok().map(|_| "a single value"),
     }
 }
 

@@ -63,13 +63,22 @@ fn a_reason_names_column_and_payload() {
     for (payload, expected) in [
         (
             "{\"device_id\": \"x\"}",
-            "column \"value\": the payload has no number at /value: {\"device_id\": \"x\"}",
+            "column \"value\": the payload has no number at /value: {\"device_id\": \"x\"}; fill it from another field with `columns:` (host/docs/payloads.md)",
         ),
-        ("{\"value\": null}", "column \"value\": the payload has no number at /value: {\"value\": null}"),
+        (
+            "{\"value\": null}",
+            "column \"value\": the payload has no number at /value: {\"value\": null}; fill it from another field with `columns:` (host/docs/payloads.md)",
+        ),
         ("{\"value\": \"hot\"}", "column \"value\": /value is not a number: \"hot\""),
         ("ping", "column \"value\": the payload is not a number: ping"),
-        ("", "column \"value\": the payload has no number at /value: "),
-        ("[1]", "column \"value\": the payload has no number at /value: [1]"),
+        (
+            "",
+            "column \"value\": the payload is empty, it has no number at /value: ; fill it from another field with `columns:` (host/docs/payloads.md)",
+        ),
+        (
+            "[1]",
+            "column \"value\": the payload is an array (one message is one row), it has no number at /value: [1]; fill it from another field with `columns:` (host/docs/payloads.md)",
+        ),
     ] {
         assert_eq!(value_of(payload).unwrap_err(), expected);
     }

@@ -13,6 +13,8 @@ pub enum Value<'m> {
     Null,
     /// Microseconds since 1970, UTC.
     Time(i64),
+    /// A time in the unit of its column.
+    Epoch(i64),
     Text(&'m str),
     Json(Raw<'m>),
     /// The whole payload: JSON, text or neither.
@@ -33,10 +35,10 @@ impl<'m> Value<'m> {
         self.json()?.as_f64().filter(|number| number.is_finite())
     }
 
-    /// A number without a fraction; a time as microseconds since 1970.
+    /// A number without a fraction; a time as microseconds since 1970, or in its column's unit.
     pub fn i64(&self) -> Option<i64> {
-        if let Self::Time(us) = *self {
-            return Some(us);
+        if let Self::Time(number) | Self::Epoch(number) = *self {
+            return Some(number);
         }
         let raw = self.json()?;
         raw.as_i64().or_else(|| {
@@ -75,6 +77,7 @@ impl<'m> Value<'m> {
                 write_time(us, &mut text)?;
                 Some(Cow::Owned(text))
             }
+            Self::Epoch(number) => Some(Cow::Owned(number.to_string())),
             Self::Text(text) => Some(Cow::Borrowed(text)),
             Self::Json(raw) => match raw.kind() {
                 JsonKind::String => raw.as_str(),
@@ -232,6 +235,7 @@ mod tests {
             assert_eq!(of(text).time_us(), expected, "{text}");
         }
         assert_eq!(of("\"yesterday\"").time_us(), None);
+        assert_eq!(of("true").time_us(), None);
     }
 
     #[test]

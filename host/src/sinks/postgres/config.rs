@@ -243,6 +243,9 @@ impl Url {
     /// `db.example.com:5432/iot`, no user, no password.
     pub fn target(&self) -> String {
         let Ok(config) = self.parse() else { return "(url not valid)".to_owned() };
+        if self.misplaced().is_some() {
+            return "(url not valid)".to_owned();
+        }
         let hosts: Vec<String> = config
             .get_hosts()
             .iter()
@@ -264,6 +267,13 @@ impl Url {
             problems.add(path.clone(), "must be a url such as postgres://writer@127.0.0.1:5432/iot");
             return;
         }
+        if let Some((c, encoded)) = self.misplaced() {
+            problems.add(
+                path.clone(),
+                format!("the user or password has a {c}, which ends it there: write {encoded} for it, or use `password:`"),
+            );
+            return;
+        }
         match self.parse() {
             Ok(config) => {
                 if config.get_hosts().is_empty() {
@@ -274,7 +284,9 @@ impl Url {
                 }
             }
             Err(error) => {
-                problems.add(path.clone(), format!("cannot be read: {error}"));
+                let certificates = ["sslrootcert", "sslcert", "sslkey"].iter().any(|key| error.contains(key));
+                let hint = if certificates { "; certificates go into `tls`: ca, cert, key" } else { "" };
+                problems.add(path.clone(), format!("cannot be read: {error}{hint}"));
             }
         }
     }
@@ -320,19 +332,40 @@ impl Serialize for Url {
 }
 
 impl Url {
+    /// What stands before the host, and what follows from there. An @ in a
+    /// password is a part of the first, and so is a question mark.
+    fn user_info(&self) -> Option<(&str, &str)> {
+        let (_, rest) = self.0.split_once("://")?;
+        let head = rest.split('?').next().unwrap_or_default();
+        if head.contains('@') {
+            let at = head.rfind('@')?;
+            return Some((&rest[..at], &rest[at + 1..]));
+        }
+        // `user:pass?word@host`: no host would have a colon and no slash behind it.
+        (head.contains(':') && !head.contains('/')).then(|| rest.rsplit_once('@')).flatten()
+    }
+
+    /// A character of the user or password that must be percent-encoded (RFC 3986, 3.2.1), and how.
+    fn misplaced(&self) -> Option<(char, &'static str)> {
+        let (user_info, _) = self.user_info()?;
+        [('@', "%40"), ('/', "%2F"), ('?', "%3F")].into_iter().find(|(c, _)| user_info.contains(*c))
+    }
+
     fn shown(&self) -> String {
         if self.0.is_empty() {
             return String::new();
         }
         let Some((scheme, rest)) = self.0.split_once("://") else { return "(url not valid)".to_owned() };
-        let (head, query) = rest.split_once('?').map_or((rest, None), |(head, query)| (head, Some(query)));
-        let head = match head.rsplit_once('@') {
-            Some((who, place)) => match who.split_once(':') {
-                Some((user, _)) => format!("{user}:***@{place}"),
-                None => head.to_owned(),
+        let (user, place) = match self.user_info() {
+            Some((user_info, place)) => match user_info.split_once(':') {
+                Some((user, _)) => (format!("{user}:***@"), place),
+                // Who knows which part of it is secret.
+                None if self.misplaced().is_some() => ("***@".to_owned(), place),
+                None => (format!("{user_info}@"), place),
             },
-            None => head.to_owned(),
+            None => (String::new(), rest),
         };
+        let (head, query) = place.split_once('?').map_or((place, None), |(head, query)| (head, Some(query)));
         let query = query.map(|query| {
             let pairs = query.split('&').map(|pair| match pair.split_once('=') {
                 Some((key, _)) if key.eq_ignore_ascii_case("password") => format!("{key}=***"),
@@ -340,6 +373,47 @@ impl Url {
             });
             format!("?{}", pairs.collect::<Vec<_>>().join("&"))
         });
-        format!("{scheme}://{head}{}", query.unwrap_or_default())
+        format!("{scheme}://{user}{head}{}", query.unwrap_or_default())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_of_a_password_is_shown_however_it_is_written() {
+        for password in
+            ["S3cret", "top@S3cret", "a@b@S3cret", "to/S3cret", "to?S3cret", "S3cret?x", ":S3cret", "@S3cret"]
+        {
+            for tail in
+                ["db.example.com:5432/iot", "db/iot?sslmode=require", "db/iot?application_name=a@b", "db"]
+            {
+                let url = Url(format!("postgres://writer:{password}@{tail}"));
+                let mut problems = Problems::default();
+                url.validate(&KeyPath::root(), &mut problems);
+                let problems = problems.into_vec();
+                let shown =
+                    format!("{url:?} {} {problems:?} {}", url.target(), serde_json::to_string(&url).unwrap());
+                assert!(!shown.contains("cret"), "{}: {shown}", url.0);
+                assert_eq!(
+                    problems.is_empty(),
+                    !password.contains(['@', '/', '?']),
+                    "{}: {problems:?}",
+                    url.0
+                );
+            }
+        }
+        let url = Url("postgres://writer:top%40S3cret@db:5432/iot?application_name=a@b".to_owned());
+        assert_eq!(url.target(), "db:5432/iot");
+        assert_eq!(url.shown(), "postgres://writer:***@db:5432/iot?application_name=a@b");
+    }
+
+    #[test]
+    fn a_certificate_in_the_url_is_pointed_to_its_key() {
+        let mut problems = Problems::default();
+        Url("postgres://w@db/iot?sslrootcert=ca.pem".to_owned()).validate(&KeyPath::root(), &mut problems);
+        let problem = problems.into_vec().remove(0).message;
+        assert!(problem.ends_with("certificates go into `tls`: ca, cert, key"), "{problem}");
     }
 }

@@ -13,6 +13,9 @@ pub const HEADER: [u8; 19] = *b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
 pub const TRAILER: [u8; 2] = (-1_i16).to_be_bytes();
 /// 2000-01-01 in microseconds since 1970: PostgreSQL's own epoch.
 const EPOCH_US: i64 = 946_684_800_000_000;
+const DAY_US: i64 = 86_400_000_000;
+/// From 4714-11-24 BC to the year 294277, in microseconds since 2000 (datatype/timestamp.h).
+const TIMESTAMPS: std::ops::Range<i64> = -211_813_488_000_000_000..9_223_371_331_200_000_000;
 /// The largest field that PostgreSQL takes, MaxAllocSize, less room for headers.
 const FIELD_BYTES_MAX: usize = 1_000_000_000;
 
@@ -25,30 +28,40 @@ pub enum Target {
     Int8,
     Float4,
     Float8,
-    Numeric,
-    Text,
+    Numeric(Length),
+    Text(Length),
     Timestamp,
     Date,
     Json,
     Jsonb,
     Bytea,
     Uuid,
+    /// Any other: its text form, which the server reads as the row leaves the staging table.
+    Other,
+}
+
+/// What a column's declared length lets through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Length {
+    Any,
+    /// Of `varchar(n)` and `char(n)`.
+    Chars(u32),
+    /// Digits before the point, of `numeric(p, s)`.
+    Digits(i32),
 }
 
 impl Target {
-    pub const NAMES: &str = "boolean, smallint, integer, bigint, real, double precision, numeric, text, \
-         varchar, char, timestamp, timestamptz, date, json, jsonb, bytea, uuid";
-
-    pub fn of(oid: u32) -> Option<Self> {
-        Some(match Type::from_oid(oid)? {
+    pub fn of(oid: u32, length: Length) -> Self {
+        let Some(known) = Type::from_oid(oid) else { return Self::Other };
+        match known {
             Type::BOOL => Self::Bool,
             Type::INT2 => Self::Int2,
             Type::INT4 => Self::Int4,
             Type::INT8 => Self::Int8,
             Type::FLOAT4 => Self::Float4,
             Type::FLOAT8 => Self::Float8,
-            Type::NUMERIC => Self::Numeric,
-            Type::TEXT | Type::VARCHAR | Type::BPCHAR | Type::NAME => Self::Text,
+            Type::NUMERIC => Self::Numeric(length),
+            Type::TEXT | Type::VARCHAR | Type::BPCHAR | Type::NAME => Self::Text(length),
             // Without a time zone: UTC.
             Type::TIMESTAMPTZ | Type::TIMESTAMP => Self::Timestamp,
             Type::DATE => Self::Date,
@@ -56,8 +69,13 @@ impl Target {
             Type::JSONB => Self::Jsonb,
             Type::BYTEA => Self::Bytea,
             Type::UUID => Self::Uuid,
-            _ => return None,
-        })
+            _ => Self::Other,
+        }
+    }
+
+    /// As it is written to the staging table.
+    pub fn staged(self) -> Self {
+        if self == Self::Jsonb { Self::Json } else { self }
     }
 
     /// Appends a field: its length, then its bytes.
@@ -73,21 +91,28 @@ impl Target {
                 out.put_i32(8);
                 out.put_f64(number);
             }
-            Self::Text => {
-                let text = value.text().ok_or(Mismatch("text"))?;
-                if memchr(text.as_bytes()) {
-                    return Err(Mismatch("text without NUL, which PostgreSQL cannot hold"));
+            Self::Text(length) => {
+                let text = text_of(value)?;
+                if let Length::Chars(most) = length
+                    && text.len() > most as usize
+                    // What is cut off may be blank: SQL, assignment of character strings.
+                    && text.chars().skip(most as usize).any(|c| c != ' ')
+                {
+                    return Err(Mismatch("text that fits the column's length"));
                 }
                 put_bytes(text.as_bytes(), out)?;
             }
+            Self::Other => put_bytes(text_of(value)?.as_bytes(), out)?,
             Self::Timestamp => {
                 let us = value.time_us().ok_or(Mismatch("a time"))?;
+                let since = us.checked_sub(EPOCH_US).filter(|since| TIMESTAMPS.contains(since));
                 out.put_i32(8);
-                out.put_i64(us.checked_sub(EPOCH_US).ok_or(Mismatch("a time that PostgreSQL can hold"))?);
+                out.put_i64(since.ok_or(Mismatch("a time that PostgreSQL can hold"))?);
             }
             Self::Date => {
                 let us = value.time_us().ok_or(Mismatch("a time"))?;
-                let days = (us.saturating_sub(EPOCH_US)).div_euclid(86_400_000_000);
+                let since = us.checked_sub(EPOCH_US).filter(|since| TIMESTAMPS.contains(since));
+                let days = since.ok_or(Mismatch("a date that PostgreSQL can hold"))?.div_euclid(DAY_US);
                 out.put_i32(4);
                 out.put_i32(i32::try_from(days).map_err(|_| Mismatch("a date that PostgreSQL can hold"))?);
             }
@@ -117,7 +142,7 @@ impl Target {
                     i16::try_from(number).map_err(|_| Mismatch("a number that a smallint can hold"))?,
                 );
             }
-            Self::Numeric => put_numeric(value, out)?,
+            Self::Numeric(length) => put_numeric(value, length, out)?,
             Self::Bool => {
                 out.put_i32(1);
                 out.put_u8(u8::from(value.bool().ok_or(Mismatch("true or false"))?));
@@ -143,6 +168,14 @@ impl Target {
     }
 }
 
+fn text_of<'m>(value: Value<'m>) -> Result<std::borrow::Cow<'m, str>, Mismatch> {
+    let text = value.text().ok_or(Mismatch("text"))?;
+    if memchr(text.as_bytes()) {
+        return Err(Mismatch("text without NUL, which PostgreSQL cannot hold"));
+    }
+    Ok(text)
+}
+
 /// Whether there is a NUL.
 #[inline]
 fn memchr(bytes: &[u8]) -> bool {
@@ -162,7 +195,7 @@ fn field_len(len: usize) -> Result<i32, Mismatch> {
 
 /// Exactly the digits that the payload has: groups of four decimal digits
 /// around the point (`numeric_recv`).
-fn put_numeric(value: Value<'_>, out: &mut BytesMut) -> Result<(), Mismatch> {
+fn put_numeric(value: Value<'_>, length: Length, out: &mut BytesMut) -> Result<(), Mismatch> {
     const NOT: Mismatch = Mismatch("a number");
     const DIGITS_MAX: usize = 1_000;
     value.f64().ok_or(NOT)?;
@@ -197,6 +230,12 @@ fn put_numeric(value: Value<'_>, out: &mut BytesMut) -> Result<(), Mismatch> {
     while groups.last() == Some(&0) {
         groups.pop();
     }
+    if let (Length::Digits(most), Some(top)) = (length, groups.first()) {
+        let whole_digits = (first_group - 1 - leading as i64) * 4 + i64::from(top.ilog10()) + 1;
+        if whole_digits > i64::from(most) {
+            return Err(Mismatch("a number that fits the column's precision"));
+        }
+    }
     let weight = if groups.is_empty() { 0 } else { first_group - 1 - leading as i64 };
     out.put_i32(8 + 2 * groups.len() as i32);
     out.put_i16(groups.len() as i16);
@@ -223,8 +262,32 @@ mod tests {
         assert_eq!(put(Target::Int2, "40000"), Err(Mismatch("a number that a smallint can hold")));
         assert_eq!(put(Target::Float4, "1e300"), Err(Mismatch("a number that a real can hold")));
         assert_eq!(put(Target::Bool, "1"), Err(Mismatch("true or false")));
-        assert!(put(Target::Text, "a\0b").is_err());
+        assert!(put(Target::Text(Length::Any), "a\0b").is_err());
+        assert!(put(Target::Timestamp, "-9e21").is_err());
         assert_eq!(put(Target::Bool, "true"), Ok(vec![0, 0, 0, 1, 1]));
+    }
+
+    #[test]
+    fn a_declared_length_is_held_as_the_server_holds_it() {
+        let text = Target::Text(Length::Chars(3));
+        let number = Target::Numeric(Length::Digits(3));
+        for (target, payload, fits) in [
+            (text, "caf\u{e9}", false),
+            (text, "fé!", true),
+            (text, "abc  ", true),
+            (text, "abc d", false),
+            (number, "999.99", true),
+            (number, "-1000", false),
+            (number, "1e3", false),
+            (number, "0.00012", true),
+            (number, "0", true),
+            (Target::Numeric(Length::Digits(5)), "99999.1", true),
+            (Target::Numeric(Length::Digits(5)), "100000", false),
+            (Target::Numeric(Length::Digits(-2)), "0.001", true),
+            (Target::Numeric(Length::Digits(-2)), "0.01", false),
+        ] {
+            assert_eq!(put(target, payload).is_ok(), fits, "{target:?} {payload}");
+        }
     }
 
     #[test]

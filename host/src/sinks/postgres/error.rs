@@ -5,62 +5,63 @@ use std::error::Error as _;
 
 use tokio_postgres::error::DbError;
 
-use crate::sinks::{Error, RefusedRow};
+use crate::sinks::Error;
 
-/// While nothing of this transaction can have been committed.
+/// While nothing of this transaction can have been committed, and outside of
+/// the write of rows.
 pub fn classify(context: &str, error: &tokio_postgres::Error) -> Error {
     let reason = format!("{context}: {}", describe(error));
     let Some(db) = error.as_db_error() else {
         return if is_setup(error) { Error::Setup(reason) } else { Error::Retry(reason) };
     };
-    match kind(db.code().code()) {
-        Kind::Data => Error::Data(describe_db(db)),
-        Kind::Setup => Error::Setup(reason),
-        Kind::Retry => Error::Retry(reason),
+    match of_write(db.code().code()) {
+        Kind::Row { certain: true } => Error::Setup(reason),
+        Kind::Row { .. } if is_setup_code(db.code().code()) => Error::Setup(reason),
+        Kind::Row { .. } | Kind::Retry | Kind::TooMuch => Error::Retry(reason),
     }
 }
 
-/// An error of COPY: names the row where the server does.
-pub fn classify_copy(context: &str, error: &tokio_postgres::Error, rows: usize) -> Error {
-    match classify(context, error) {
-        Error::Data(reason) => match error.as_db_error().and_then(copy_row).filter(|row| *row < rows) {
-            Some(row) => Error::Rows(vec![RefusedRow { row, reason }]),
-            None => Error::Data(reason),
-        },
-        other => other,
-    }
-}
-
-enum Kind {
-    Data,
-    Setup,
+/// What an error says that came as rows were written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A row may be the cause. `certain`: it is, though nothing else was written either.
+    Row {
+        certain: bool,
+    },
+    /// Too many rows at once for a limit of time or memory.
+    TooMuch,
     Retry,
 }
 
-fn kind(code: &str) -> Kind {
+/// By SQLSTATE. Codes that the server does not know itself come from RAISE in
+/// a trigger, so they are about the row.
+pub fn of_write(code: &str) -> Kind {
     match (code.get(..2).unwrap_or_default(), code) {
+        // A cancelled statement (`statement_timeout`), out of memory, a configured limit.
+        (_, "57014" | "53200" | "53400") => Kind::TooMuch,
         // A standby, after a failover: the url's other host, or this one again, will do.
-        (_, "25006") => Kind::Retry,
-        // Data, integrity, a view's check; and a row that is too big for an index,
-        // which no waiting mends.
-        ("22" | "23" | "44" | "54", _) => Kind::Data,
-        // Syntax and access, authorization, no such database or schema, not supported,
-        // raised by a user's trigger.
-        ("42" | "28" | "3D" | "3F" | "0A" | "0L" | "0P" | "P0", _) => Kind::Setup,
-        _ => Kind::Retry,
+        // A lock that was not there in time; a prepared statement that is gone.
+        (_, "25006" | "55P03" | "26000") => Kind::Retry,
+        // Connection, transaction rollback, resources, operator, system, foreign server.
+        ("08" | "40" | "53" | "57" | "58" | "HV" | "25", _) => Kind::Retry,
+        // Not supported, invalid authorization, names and syntax, the state of an object,
+        // an internal error: of a trigger or an extension for this row, or of the table for all.
+        ("0A" | "0L" | "0P" | "28" | "2B" | "3D" | "3F" | "42" | "55" | "F0" | "XX", _) => {
+            Kind::Row { certain: false }
+        }
+        _ => Kind::Row { certain: true },
     }
 }
 
-/// From `COPY telemetry, line 17, column value`; lines count from 1, also in
-/// binary COPY. Where the server speaks another language there is none.
-fn copy_row(db: &DbError) -> Option<usize> {
-    db.where_()?.lines().filter_map(line_of_copy).next()
+/// Codes that extensions raise for single rows and that a table can also give
+/// for all of them.
+pub fn is_doubtful(code: &str) -> bool {
+    code.starts_with("0A") || code.starts_with("XX") || code == "53400"
 }
 
-fn line_of_copy(context: &str) -> Option<usize> {
-    let (_, rest) = context.strip_prefix("COPY ")?.rsplit_once(", line ")?;
-    let digits = rest.split(|c: char| !c.is_ascii_digit()).next()?;
-    digits.parse::<usize>().ok()?.checked_sub(1)
+/// Names, rights, what is not there: nothing but a person mends it.
+fn is_setup_code(code: &str) -> bool {
+    !code.starts_with("XX") && !code.starts_with("55")
 }
 
 /// Errors that no server sent, but that a person must mend.
@@ -88,8 +89,16 @@ pub fn describe(error: &tokio_postgres::Error) -> String {
 }
 
 fn describe_db(db: &DbError) -> String {
-    let mut text = format!("{} (SQLSTATE {})", db.message(), db.code().code());
-    for more in [db.detail(), db.hint()].into_iter().flatten() {
+    describe_parts(db.message(), db.code().code(), db.column(), [db.detail(), db.hint()])
+}
+
+/// `column "value": null value in column "value" … (SQLSTATE 23502): Failing row contains …`
+pub fn describe_parts(message: &str, code: &str, column: Option<&str>, more: [Option<&str>; 2]) -> String {
+    let mut text = match column.filter(|column| !message.contains(&format!("\"{column}\""))) {
+        Some(column) => format!("column \"{column}\": {message} (SQLSTATE {code})"),
+        None => format!("{message} (SQLSTATE {code})"),
+    };
+    for more in more.into_iter().flatten() {
         text = format!("{text}: {more}");
     }
     text
@@ -100,15 +109,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_row_is_read_from_the_context() {
-        for (context, row) in [
-            ("COPY telemetry, line 1, column value", Some(0)),
-            ("COPY telemetry, line 5000", Some(4_999)),
-            ("COPY odd, line 3, line 17: \"x\"", Some(16)),
-            ("PL/pgSQL function f() line 3 at RAISE", None),
-            ("COPY telemetry, line 0", None),
-        ] {
-            assert_eq!(line_of_copy(context), row, "{context}");
+    fn what_a_trigger_may_raise_is_about_its_row_and_what_passes_is_not() {
+        for code in ["22003", "23505", "44000", "54000", "P0001", "P0002", "IOT42", "45000"] {
+            assert_eq!(of_write(code), Kind::Row { certain: true }, "{code}");
+        }
+        for code in ["0A000", "XX000", "42501", "55000"] {
+            assert_eq!(of_write(code), Kind::Row { certain: false }, "{code}");
+        }
+        for code in ["57014", "53200", "53400"] {
+            assert_eq!(of_write(code), Kind::TooMuch, "{code}");
+        }
+        for code in ["57P01", "40P01", "40001", "53100", "08006", "25006", "55P03"] {
+            assert_eq!(of_write(code), Kind::Retry, "{code}");
         }
     }
 }

@@ -1,8 +1,8 @@
 //! Rows into PostgreSQL, by binary COPY, in one transaction with their position.
 //!
 //! Measured against UNNEST, multi-row INSERT and a temporary table: COPY is the
-//! fastest way in. Where the table has a unique key, COPY goes into a temporary
-//! table first, then `INSERT .. ON CONFLICT DO NOTHING`.
+//! fastest way in. What COPY cannot do (`on_conflict`, views, types without a
+//! binary form, isolating a bad row) goes through a temporary table.
 
 mod config;
 mod encode;
@@ -12,9 +12,12 @@ mod schema;
 #[cfg(test)]
 pub(crate) mod server;
 mod sink;
+mod stage;
+mod table;
 #[cfg(test)]
 mod tests;
 mod tls;
+mod transaction;
 
 pub use config::{Config, Hypertable, Password, SslMode, Tls, Url};
 pub use sink::PostgresSink;

@@ -1,27 +1,34 @@
-//! The table: what it must be, what is there, what to do about the difference.
+//! The statements that create the table.
 
 use tokio_postgres::Client;
 
 use super::config::{Config, Hypertable};
-use super::encode::Target;
 use crate::sinks::columns::{Columns, Kind};
+use crate::sinks::config::table_parts;
 
 /// `"iot"."telemetry"`
 pub fn quoted_table(table: &str) -> String {
-    table.split('.').map(quoted).collect::<Vec<_>>().join(".")
+    table_parts(table).iter().map(|part| quoted(part)).collect::<Vec<_>>().join(".")
 }
 
 pub fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
-fn literal(text: &str) -> String {
-    format!("'{}'", text.replace('\'', "''"))
+/// A table or view of this name but for upper and lower case, in the schemas that are searched.
+pub async fn in_other_case(client: &Client, table: &str) -> Result<Option<String>, tokio_postgres::Error> {
+    const SQL: &str = "
+SELECT relname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE lower(relname) = lower($1) AND relname <> $1 AND relkind IN ('r', 'p', 'v', 'f')
+  AND CASE WHEN $2::text IS NULL THEN nspname = ANY (current_schemas(false)) ELSE nspname = $2 END
+LIMIT 1";
+    let parts = table_parts(table);
+    let (name, schema) = (parts.last(), parts.len().checked_sub(2).map(|at| &parts[at]));
+    Ok(client.query_opt(SQL, &[&name, &schema]).await?.map(|row| row.get(0)))
 }
 
-/// `"time", "device_id", ..`
-pub fn column_list(columns: &Columns) -> String {
-    columns.columns.iter().map(|column| quoted(&column.name)).collect::<Vec<_>>().join(", ")
+fn literal(text: &str) -> String {
+    format!("'{}'", text.replace('\'', "''"))
 }
 
 /// Table and index; or which column needs a type.
@@ -80,107 +87,6 @@ SELECT add_retention_policy({table}, {retention});
         compress_after = interval(compress_after),
         retention = interval(retention),
     ))
-}
-
-/// What the server knows of a table.
-pub struct Table {
-    columns: Vec<TableColumn>,
-    pub has_unique_key: bool,
-}
-
-struct TableColumn {
-    name: String,
-    /// Of the type below a domain.
-    oid: u32,
-    type_name: String,
-    not_null: bool,
-    has_default: bool,
-}
-
-const COLUMNS: &str = "
-SELECT a.attname::text,
-       CASE WHEN t.typtype = 'd' THEN t.typbasetype ELSE a.atttypid END,
-       format_type(a.atttypid, a.atttypmod),
-       a.attnotnull,
-       a.atthasdef OR a.attidentity <> ''
-FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
-WHERE a.attrelid = to_regclass($1)::oid AND a.attnum > 0 AND NOT a.attisdropped";
-
-const UNIQUE: &str =
-    "SELECT EXISTS (SELECT 1 FROM pg_index WHERE indrelid = to_regclass($1)::oid AND indisunique)";
-
-impl Table {
-    /// `None` where there is no such table.
-    pub async fn read(client: &Client, table: &str) -> Result<Option<Self>, tokio_postgres::Error> {
-        let name = quoted_table(table);
-        let rows = client.query(COLUMNS, &[&name]).await?;
-        if rows.is_empty() {
-            return Ok(None);
-        }
-        let columns = rows
-            .iter()
-            .map(|row| TableColumn {
-                name: row.get(0),
-                oid: row.get(1),
-                type_name: row.get(2),
-                not_null: row.get(3),
-                has_default: row.get(4),
-            })
-            .collect();
-        let has_unique_key = client.query_one(UNIQUE, &[&name]).await?.get(0);
-        Ok(Some(Self { columns, has_unique_key }))
-    }
-
-    /// How each column is written. Takes over what the table knows better:
-    /// types and NOT NULL.
-    pub fn bind(&self, table: &str, columns: &mut Columns) -> Result<Vec<Target>, String> {
-        let mut targets = Vec::new();
-        for column in &mut columns.columns {
-            let Some(known) = self.columns.iter().find(|known| known.name == column.name) else {
-                let names: Vec<&str> = self.columns.iter().map(|known| known.name.as_str()).collect();
-                return Err(format!(
-                    "table {table} has no column \"{}\": it has {}; add it, or say in `columns` which to fill",
-                    column.name,
-                    names.join(", ")
-                ));
-            };
-            let Some(target) = Target::of(known.oid) else {
-                return Err(format!(
-                    "column \"{}\" of table {table} is {}, which cannot be written: use one of {}",
-                    column.name,
-                    known.type_name,
-                    Target::NAMES
-                ));
-            };
-            column.kind = Some(kind_of(target));
-            column.required |= known.not_null && !known.has_default || column.required;
-            targets.push(target);
-        }
-        let missing = self.columns.iter().find(|known| {
-            known.not_null
-                && !known.has_default
-                && !columns.columns.iter().any(|column| column.name == known.name)
-        });
-        match missing {
-            Some(known) => Err(format!(
-                "column \"{}\" of table {table} is NOT NULL without a default, and `columns` does not fill it",
-                known.name
-            )),
-            None => Ok(targets),
-        }
-    }
-}
-
-fn kind_of(target: Target) -> Kind {
-    match target {
-        Target::Bool => Kind::Bool,
-        Target::Int2 | Target::Int4 | Target::Int8 => Kind::Bigint,
-        Target::Float4 | Target::Float8 | Target::Numeric => Kind::Double,
-        Target::Text | Target::Uuid => Kind::Text,
-        Target::Timestamp | Target::Date => Kind::Timestamptz,
-        Target::Json | Target::Jsonb => Kind::Jsonb,
-        Target::Bytea => Kind::Bytes,
-    }
 }
 
 #[cfg(test)]

@@ -1,37 +1,35 @@
 //! The connection and the transaction.
 //!
 //! One batch is two round trips: `BEGIN`, the advance of the positions and the
-//! head of COPY go out together; then the rows, `COMMIT` right behind them. The
-//! positions move first, so that a fenced host learns it before it sends rows.
-//! Encoding and the server's work overlap, a chunk at a time.
+//! head of COPY go out together; then the rows, and right behind them the check
+//! that the table is still the one that was bound, and `COMMIT`. The positions
+//! move first, so that a fenced host learns it before it sends rows. Encoding
+//! and the server's work overlap, a chunk at a time.
+//!
+//! Where the server rejects a row, the batch goes through the staging table
+//! (`stage`), which isolates it, and the transaction waits for `finish`.
 
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use bytes::{BufMut, Bytes, BytesMut};
-use futures_util::SinkExt;
-use futures_util::future::{join, join3};
+use bytes::BytesMut;
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
-use tokio_postgres::{Client, CopyInSink, Statement};
+use tokio_postgres::{Client, Statement};
 
 use super::config::{Config, SslMode};
-use super::encode::{HEADER, TRAILER, Target};
-use super::error::{classify, classify_copy, describe};
+use super::error::{classify, describe};
 use super::positions::{self, Held};
-use super::schema::{self, Table};
+use super::schema;
+use super::stage;
+use super::table::{self, Binding, Table, column_list};
 use super::tls;
+use super::transaction::{Tried, unknown};
 use crate::sinks::columns::Columns;
-use crate::sinks::config::OnConflict;
-use crate::sinks::{Advance, Claim, Error, Position, RefusedRow, Rows, Sink, holder};
+use crate::sinks::{Advance, Claim, Error, Outcome, Position, RefusedRow, Rows, Sink, Written, holder};
 use crate::topic::Namespace;
 
-/// Bytes that are encoded before they go to the server.
-const CHUNK_BYTES: usize = 64 << 10;
-/// Refused rows named in one answer; the rest come with the next try.
-const REFUSED_MAX: usize = 10_000;
 /// Over the server's own timeouts, for one that does not answer at all.
 const GRACE: Duration = Duration::from_secs(10);
 
@@ -41,19 +39,33 @@ pub struct PostgresSink {
     columns: Columns,
     /// Taken while a call runs: a call that was dropped midway leaves none.
     session: Option<Session>,
+    /// The last batch had rows that the server rejected: the next one is
+    /// isolated at once, for its first try would be in vain.
+    isolates: bool,
     buffer: BytesMut,
 }
 
 /// A connection with a claim.
-struct Session {
-    client: Client,
-    connection: AbortHandle,
-    held: Held,
-    copy: Statement,
-    /// From the temporary table, where COPY goes there.
-    insert: Option<Statement>,
-    columns: Columns,
-    targets: Vec<Target>,
+pub struct Session {
+    pub client: Client,
+    pub connection: AbortHandle,
+    pub held: Held,
+    /// To the table, or the staging table where all rows pass through that.
+    pub copy: Statement,
+    pub insert: Option<Statement>,
+    pub check: Statement,
+    pub table: String,
+    pub columns: Columns,
+    pub binding: Binding,
+    /// Made with the first rows that need it.
+    pub stage: Option<Stage>,
+    /// A transaction that waits for `finish`.
+    pub uncommitted: Option<Written>,
+}
+
+pub struct Stage {
+    pub copy: Statement,
+    pub isolate: Statement,
 }
 
 impl Drop for Session {
@@ -63,16 +75,43 @@ impl Drop for Session {
 }
 
 impl PostgresSink {
-    pub fn new(name: &str, config: Config, namespace: Arc<Namespace>) -> Self {
+    pub fn new(name: &str, mut config: Config, namespace: Arc<Namespace>) -> Self {
+        config.on_conflict = config.on_conflict.resolved();
         let columns = Columns::new(&config.columns, namespace);
-        Self { name: name.to_owned(), config, columns, session: None, buffer: BytesMut::new() }
+        Self {
+            name: name.to_owned(),
+            config,
+            columns,
+            session: None,
+            isolates: false,
+            buffer: BytesMut::new(),
+        }
     }
 
     fn context(&self) -> String {
         format!("sink \"{}\": {}", self.name, self.config.url.target())
     }
 
-    /// No call takes longer, whatever the server does.
+    #[cfg(test)]
+    pub fn is_staged(&self) -> bool {
+        self.session.as_ref().is_some_and(|session| session.binding.staged)
+    }
+
+    fn take(&mut self) -> Result<Session, Error> {
+        self.session.take().ok_or_else(|| {
+            Error::Retry(format!("{}: not open: the last call did not end well", self.context()))
+        })
+    }
+
+    /// A transaction, or its end, within the deadline.
+    async fn within<T>(&self, call: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+        let limit = self.deadline();
+        timeout(limit, call).await.unwrap_or_else(|_| {
+            Err(Error::Unknown(format!("{}: no answer for {} s", self.context(), limit.as_secs())))
+        })
+    }
+
+    /// No transaction takes longer, whatever the server does.
     fn deadline(&self) -> Duration {
         self.config.statement_timeout.0 + self.config.lock_timeout.0 + GRACE
     }
@@ -128,33 +167,87 @@ impl PostgresSink {
         let server = |error: tokio_postgres::Error| classify(&context, &error);
         client.batch_execute("BEGIN").await.map_err(server)?;
         client.batch_execute(positions::LOCK).await.map_err(server)?;
-        self.create_missing(&client).await?;
-        let table = Table::read(&client, &self.config.table).await.map_err(server)?.ok_or_else(|| {
-            Error::Setup(format!(
-                "{context}: there is no table {}: create it, or set `create: true`",
-                self.config.table
-            ))
-        })?;
-        let mut columns = self.columns.clone();
-        let targets = table
-            .bind(&self.config.table, &mut columns)
-            .map_err(|reason| Error::Setup(format!("{context}: {reason}")))?;
+        self.create_positions(&client).await?;
         let (held, positions) = Held::claim(&client, claim, &holder()).await.map_err(server)?;
+        // A table that this sink filled before and that is gone was taken away by somebody.
+        if self.config.create && positions.is_empty() {
+            self.create_table(&client).await?;
+        }
+        let table = Table::read(&client, &self.config.table).await.map_err(server)?;
+        let table = match table {
+            Some(table) => table,
+            None => return Err(self.no_table(&client, !positions.is_empty()).await.map_err(server)?),
+        };
+        let mut columns = self.columns.clone();
+        let binding = table
+            .bind(&self.config.table, &mut columns, self.config.on_conflict)
+            .map_err(|reason| Error::Setup(format!("{context}: {reason}")))?;
         client.batch_execute("COMMIT").await.map_err(server)?;
 
-        let (into, insert) = self.target(&client, &columns, &table).await.map_err(server)?;
-        let list = schema::column_list(&columns);
-        let copy = format!("COPY {into} ({list}) FROM STDIN (FORMAT binary)");
-        let copy = client.prepare(&copy).await.map_err(server)?;
-        let insert = match insert {
-            Some(insert) => Some(client.prepare(&insert).await.map_err(server)?),
-            None => None,
+        for column in columns.columns.iter().filter(|column| column.is_time_without_unit()) {
+            tracing::warn!(
+                sink = self.name,
+                "column \"{}\" is bigint: times are written as microseconds since 1970; \
+                 say `unit: us`, or s, ms, ns, in `columns`",
+                column.name
+            );
+        }
+        let check = client.prepare(&table::check()).await.map_err(server)?;
+        let name = schema::quoted_table(&self.config.table);
+        let (stage, copy, insert) = if binding.staged {
+            let stage = self.stage(&client, &columns, &binding).await.map_err(server)?;
+            let insert = stage::insert(&self.config.table, &columns, &binding, self.config.on_conflict);
+            let insert = client.prepare(&insert).await.map_err(server)?;
+            let copy = stage.copy.clone();
+            (Some(stage), copy, Some(insert))
+        } else {
+            let copy = format!("COPY {name} ({}) FROM STDIN (FORMAT binary)", column_list(&columns));
+            (None, client.prepare(&copy).await.map_err(server)?, None)
         };
-        Ok((Session { client, connection, held, copy, insert, columns, targets }, positions))
+        let session = Session {
+            client,
+            connection,
+            held,
+            copy,
+            insert,
+            check,
+            table: name,
+            columns,
+            binding,
+            stage,
+            uncommitted: None,
+        };
+        Ok((session, positions))
+    }
+
+    /// The staging table and its statements.
+    async fn stage(
+        &self,
+        client: &Client,
+        columns: &Columns,
+        binding: &Binding,
+    ) -> Result<Stage, tokio_postgres::Error> {
+        let sql = stage::create(&self.config.table, columns, binding, self.config.on_conflict);
+        client.batch_execute(&sql).await?;
+        Ok(Stage { copy: client.prepare(stage::COPY).await?, isolate: client.prepare(stage::ISOLATE).await? })
+    }
+
+    /// Why there is nothing to write to.
+    async fn no_table(&self, client: &Client, was_there: bool) -> Result<Error, tokio_postgres::Error> {
+        let (context, table) = (self.context(), &self.config.table);
+        let similar = schema::in_other_case(client, table).await?;
+        let advice = match (similar, was_there) {
+            (Some(similar), _) => format!("but there is {similar}: names are written exactly as in `table`"),
+            (None, true) => "which this sink has written to before: was it dropped or renamed? \
+                 Headworks does not create it again by itself"
+                .to_owned(),
+            (None, false) => "create it, or set `create: true`".to_owned(),
+        };
+        Ok(Error::Setup(format!("{context}: there is no table {table}: {advice}")))
     }
 
     /// Within the transaction of `open`, under its lock.
-    async fn create_missing(&self, client: &Client) -> Result<(), Error> {
+    async fn create_positions(&self, client: &Client) -> Result<(), Error> {
         let context = self.context();
         let server = |error: tokio_postgres::Error| classify(&context, &error);
         let exists = "SELECT to_regclass($1) IS NOT NULL";
@@ -164,9 +257,18 @@ impl PostgresSink {
                 classify(&format!("{context}: cannot create the table headworks_positions"), &error)
             })?;
         }
+        Ok(())
+    }
+
+    /// As `create_positions`: creates the table where there is none.
+    async fn create_table(&self, client: &Client) -> Result<(), Error> {
+        let context = self.context();
+        let server = |error: tokio_postgres::Error| classify(&context, &error);
         let table = schema::quoted_table(&self.config.table);
+        let exists = "SELECT to_regclass($1) IS NOT NULL";
         let known: bool = client.query_one(exists, &[&table]).await.map_err(server)?.get(0);
-        if known || !self.config.create {
+        // A second table beside the one that is meant would be filled in silence.
+        if known || schema::in_other_case(client, &self.config.table).await.map_err(server)?.is_some() {
             return Ok(());
         }
         let sql = schema::create_table(&self.config, &self.columns)
@@ -195,33 +297,6 @@ impl PostgresSink {
         tracing::info!(sink = self.name, table = self.config.table, "created the table");
         Ok(())
     }
-
-    /// Where COPY goes, and the statement that takes the rows on from there.
-    async fn target(
-        &self,
-        client: &Client,
-        columns: &Columns,
-        table: &Table,
-    ) -> Result<(String, Option<String>), tokio_postgres::Error> {
-        let name = schema::quoted_table(&self.config.table);
-        let through_stage = match self.config.on_conflict {
-            OnConflict::Auto => table.has_unique_key,
-            OnConflict::Ignore => true,
-            OnConflict::Refuse => false,
-        };
-        if !through_stage {
-            return Ok((name, None));
-        }
-        let list = schema::column_list(columns);
-        client
-            .batch_execute(&format!(
-                "CREATE TEMPORARY TABLE headworks_stage ON COMMIT DELETE ROWS AS SELECT {list} FROM {name} WITH NO DATA"
-            ))
-            .await?;
-        let insert =
-            format!("INSERT INTO {name} ({list}) SELECT {list} FROM headworks_stage ON CONFLICT DO NOTHING");
-        Ok(("headworks_stage".to_owned(), Some(insert)))
-    }
 }
 
 #[async_trait]
@@ -236,156 +311,54 @@ impl Sink for PostgresSink {
         Ok(positions)
     }
 
-    async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<(), Error> {
+    async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {
         if rows.is_empty() && advance.is_empty() {
-            return Ok(());
+            return Ok(Outcome::Committed(Written::default()));
+        }
+        let mut session = self.take()?;
+        if session.uncommitted.is_some() {
+            return Err(Error::Retry(format!("{}: the last commit was not finished", self.context())));
         }
         let context = self.context();
-        let session = self
-            .session
-            .take()
-            .ok_or_else(|| Error::Retry(format!("{context}: not open: the last call did not end well")))?;
-        let limit = self.deadline();
-        let outcome = match timeout(limit, session.commit(&context, rows, advance, &mut self.buffer)).await {
-            Ok(outcome) => outcome,
-            Err(_) => Err(Error::Unknown(format!("{context}: no answer for {} s", limit.as_secs()))),
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let mut isolates = self.isolates && !rows.is_empty();
+        let outcome = loop {
+            if isolates && session.stage.is_none() {
+                let made = async {
+                    let made = self.stage(&session.client, &session.columns, &session.binding).await;
+                    made.map_err(|error| classify(&context, &error))
+                };
+                session.stage = Some(self.within(made).await?);
+            }
+            match self.within(session.commit(&context, rows, advance, isolates, &mut buffer)).await {
+                Ok(Tried::Done(outcome)) => break Ok(outcome),
+                Ok(Tried::Isolate) => isolates = true,
+                Err(error) => break Err(error),
+            }
         };
-        // After these the transaction is over and the connection good.
-        if matches!(outcome, Ok(()) | Err(Error::Rows(_) | Error::Data(_) | Error::Fenced(_))) {
+        self.buffer = buffer;
+        if let (Ok(outcome), false) = (&outcome, rows.is_empty()) {
+            let by_server = |rejected: &Vec<RefusedRow>| rejected.iter().any(|row| row.code.is_some());
+            self.isolates = matches!(outcome, Outcome::Rejected(rejected) if by_server(rejected));
+        }
+        // After these the connection is good, and there is no transaction but one that waits.
+        if matches!(outcome, Ok(_) | Err(Error::TooMuch(_) | Error::Fenced(_))) {
             self.session = Some(session);
         }
         outcome
     }
-}
 
-impl Session {
-    async fn commit(
-        &self,
-        context: &str,
-        rows: &Rows,
-        advance: &[Advance],
-        buffer: &mut BytesMut,
-    ) -> Result<(), Error> {
-        let server = |error: tokio_postgres::Error| classify(context, &error);
-        let client = &self.client;
-        let begin = client.batch_execute("BEGIN");
-        let moved = async {
-            match advance {
-                [] => Ok(0),
-                advance => self.held.advance(client, advance).await,
-            }
-        };
-        if rows.is_empty() {
-            let (begun, moved) = join(begin, moved).await;
-            begun.map_err(server)?;
-            self.check(context, moved.map_err(server)?, advance).await?;
-            return client.batch_execute("COMMIT").await.map_err(|error| unknown(context, &error));
-        }
-        // Polled in this order, so sent in this order.
-        let (begun, moved, copy) = join3(begin, moved, client.copy_in(&self.copy)).await;
-        begun.map_err(server)?;
-        let moved = moved.map_err(server)?;
-        if moved != advance.len() as u64 {
-            // Ends COPY: what follows would wait behind it.
-            drop(copy);
-            return self.check(context, moved, advance).await;
-        }
-        let copy = copy.map_err(server)?;
-        match self.send(copy, rows, buffer).await {
-            Sent::Committed => Ok(()),
-            Sent::Refused(refused) => {
-                client.batch_execute("ROLLBACK").await.map_err(server)?;
-                Err(Error::Rows(refused))
-            }
-            // The server refused the rows: what followed in the transaction was void.
-            Sent::Copy(error) if error.as_db_error().is_some() => {
-                Err(classify_copy(context, &error, rows.len()))
-            }
-            Sent::Insert(error) if error.as_db_error().is_some() => Err(classify(context, &error)),
-            Sent::Copy(error) | Sent::Insert(error) | Sent::Commit(error) => Err(unknown(context, &error)),
-        }
-    }
-
-    /// Rows, the insert from the temporary table, COMMIT: all sent before the first answer.
-    async fn send(&self, copy: CopyInSink<Bytes>, rows: &Rows, buffer: &mut BytesMut) -> Sent {
-        let mut copy = pin!(copy);
-        let mut refused: Vec<RefusedRow> = Vec::new();
-        let mut reader = self.columns.reader();
-        buffer.clear();
-        buffer.reserve(2 * CHUNK_BYTES);
-        buffer.put_slice(&HEADER);
-        for (row, message) in rows.iter().enumerate() {
-            let begin = buffer.len();
-            buffer.put_i16(self.targets.len() as i16);
-            let outcome = reader.read(row, message, |i, value| self.targets[i].put(value, buffer));
-            if let Err(reason) = outcome {
-                buffer.truncate(begin);
-                refused.push(reason);
-                if refused.len() == REFUSED_MAX {
-                    break;
-                }
-            } else if !refused.is_empty() {
-                // This transaction ends in a rollback: only look for more reasons.
-                buffer.truncate(begin);
-            } else if buffer.len() >= CHUNK_BYTES {
-                if let Err(error) = copy.feed(buffer.split().freeze()).await {
-                    return Sent::Copy(error);
-                }
-                buffer.reserve(2 * CHUNK_BYTES);
-            }
-        }
-        if !refused.is_empty() {
-            // Dropped without `finish`, COPY fails.
-            return Sent::Refused(refused);
-        }
-        buffer.put_slice(&TRAILER);
-        if let Err(error) = copy.feed(buffer.split().freeze()).await {
-            return Sent::Copy(error);
-        }
-        let insert = async {
-            match &self.insert {
-                Some(insert) => self.client.execute(insert, &[]).await.map(|_| ()),
-                None => Ok(()),
-            }
-        };
-        // Committed last: before this line a crash redelivers, never loses.
-        let (copied, inserted, committed) =
-            join3(copy.finish(), insert, self.client.batch_execute("COMMIT")).await;
-        match (copied, inserted, committed) {
-            (Err(error), ..) => Sent::Copy(error),
-            (_, Err(error), _) => Sent::Insert(error),
-            (_, _, Err(error)) => Sent::Commit(error),
-            (Ok(_), Ok(()), Ok(())) => Sent::Committed,
-        }
-    }
-
-    /// Whether all positions were ours to move; ends the transaction if not.
-    async fn check(&self, context: &str, moved: u64, advance: &[Advance]) -> Result<(), Error> {
-        if moved == advance.len() as u64 {
-            return Ok(());
-        }
-        let server = |error: tokio_postgres::Error| classify(context, &error);
-        self.client.batch_execute("ROLLBACK").await.map_err(server)?;
-        let reason = self.held.usurper(&self.client, advance).await.map_err(server)?;
-        Err(Error::Fenced(format!("{context}: {reason}")))
-    }
-}
-
-/// How far the rows came.
-enum Sent {
-    Committed,
-    Refused(Vec<RefusedRow>),
-    Copy(tokio_postgres::Error),
-    Insert(tokio_postgres::Error),
-    Commit(tokio_postgres::Error),
-}
-
-/// COMMIT was sent. An answer from the server says that it did not happen
-/// (deferred constraints); no answer says nothing.
-fn unknown(context: &str, error: &tokio_postgres::Error) -> Error {
-    match error.as_db_error() {
-        // 57P: the server ended the connection, perhaps after the commit.
-        Some(db) if !db.code().code().starts_with("57P") => classify(context, error),
-        _ => Error::Unknown(format!("{context}: {}", describe(error))),
+    async fn finish(&mut self) -> Result<Written, Error> {
+        let mut session = self.take()?;
+        let context = self.context();
+        let written = session
+            .uncommitted
+            .take()
+            .ok_or_else(|| Error::Retry(format!("{context}: there is no transaction to finish")))?;
+        let commit =
+            async { session.client.batch_execute("COMMIT").await.map_err(|error| unknown(&context, &error)) };
+        self.within(commit).await?;
+        self.session = Some(session);
+        Ok(written)
     }
 }

@@ -1,5 +1,6 @@
 //! The file, its table, and the transaction. Blocks: runs on the sink's thread.
 
+use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -8,14 +9,13 @@ use rusqlite::{Connection, ErrorCode, Statement, TransactionBehavior};
 
 use super::config::Config;
 use super::positions::{self, Held};
+use super::table::{bind, create_table, insert};
 use crate::sinks::columns::{Columns, Kind, Mismatch, TIME_BYTES, Value, write_time};
-use crate::sinks::{Advance, Claim, Error, Position, RefusedRow, Rows, holder};
+use crate::sinks::{Advance, Claim, Error, Outcome, Position, RefusedRow, Rows, Written, holder};
 
 /// Parameters of one INSERT of several rows: enough to share the cost of a
 /// statement, far below SQLite's own bound of 32,766.
 const PARAMETERS: usize = 160;
-/// Refused rows named in one answer; the rest come with the next try.
-const REFUSED_MAX: usize = 10_000;
 
 /// An open file with a claim.
 pub struct Session {
@@ -28,6 +28,10 @@ pub struct Session {
     insert_one: String,
     /// (device, inode): another one means that somebody replaced the file.
     file: (u64, u64),
+    /// Another one means that somebody changed the schema.
+    schema_version: i64,
+    /// A transaction that waits for `finish`.
+    uncommitted: Option<Written>,
 }
 
 impl Session {
@@ -53,11 +57,13 @@ impl Session {
         let transaction =
             connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(failed)?;
         positions::create(&transaction).map_err(failed)?;
-        if config.create {
+        let (held, positions) = Held::claim(&transaction, claim, &holder()).map_err(failed)?;
+        // A table that this sink filled before and that is gone was taken away by somebody.
+        if config.create && positions.is_empty() {
             transaction.execute_batch(&create_table(config, &columns)).map_err(failed)?;
         }
-        bind(&transaction, config, &mut columns).map_err(failed)?.map_err(setup)?;
-        let (held, positions) = Held::claim(&transaction, claim, &holder()).map_err(failed)?;
+        bind(&transaction, config, &mut columns, !positions.is_empty()).map_err(failed)?.map_err(setup)?;
+        let schema_version = schema_version(&transaction).map_err(failed)?;
         transaction.commit().map_err(failed)?;
         let many = (PARAMETERS / columns.columns.len().max(1)).max(1);
         let session = Self {
@@ -68,6 +74,8 @@ impl Session {
             held,
             columns,
             many,
+            schema_version,
+            uncommitted: None,
         };
         Ok((session, positions))
     }
@@ -78,73 +86,118 @@ impl Session {
         context: &str,
         rows: &Rows,
         advance: &[Advance],
-    ) -> Result<(), Error> {
-        let failed = |error: rusqlite::Error| classify(context, error);
+    ) -> Result<Outcome, Error> {
         if identity(path) != Some(self.file) {
             // What is written to a removed file is lost when it is closed.
             return Err(Error::Retry(format!("{context}: the file was removed or replaced")));
         }
-        let transaction =
-            self.connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(failed)?;
+        if self.uncommitted.take().is_some() {
+            self.roll_back();
+            return Err(Error::Retry(format!("{context}: the last commit was not finished")));
+        }
+        let mut rejected = BTreeMap::new();
+        let mut many = self.many;
+        let written = loop {
+            match self.write(context, rows, advance, many, &mut rejected) {
+                Ok(Wrote::All(written)) => break written,
+                // A trigger's RAISE(ROLLBACK): again, and where it was not clear which row, one by one.
+                Ok(Wrote::RolledBack) => many = 1,
+                Err(error) => {
+                    self.roll_back();
+                    return Err(error);
+                }
+            }
+        };
+        if rejected.is_empty() {
+            self.end(context)?;
+            return Ok(Outcome::Committed(written));
+        }
+        // What no function or trigger could run for any row is hardly about the row.
+        let doubted = rejected.values().filter(|of| of.doubtful).count();
+        let alone = rejected.len() - doubted == 0 && doubted == rows.len();
+        let mut rejected: Vec<RefusedRow> = rejected.into_values().map(|of| of.row).collect();
+        if alone {
+            self.roll_back();
+            return Err(Error::Doubtful(format!("{context}: {}", rejected.swap_remove(0).reason)));
+        }
+        self.uncommitted = Some(written);
+        Ok(Outcome::Rejected(rejected))
+    }
+
+    /// Commits what a commit that rejected rows left open.
+    pub fn finish(&mut self, context: &str) -> Result<Written, Error> {
+        let written = self
+            .uncommitted
+            .take()
+            .ok_or_else(|| Error::Retry(format!("{context}: there is no transaction to finish")))?;
+        self.end(context)?;
+        Ok(written)
+    }
+
+    /// Begins a transaction and writes all rows but those in `rejected`, to
+    /// which it adds those that cannot be written.
+    fn write(
+        &self,
+        context: &str,
+        rows: &Rows,
+        advance: &[Advance],
+        many: usize,
+        rejected: &mut BTreeMap<usize, Rejected>,
+    ) -> Result<Wrote, Error> {
+        let failed = |error: rusqlite::Error| classify(context, error);
+        self.connection.execute_batch("BEGIN IMMEDIATE").map_err(failed)?;
+        if schema_version(&self.connection).map_err(failed)? != self.schema_version {
+            return Err(Error::Retry(format!("{context}: the schema has changed: opening the file again")));
+        }
         for step in advance {
-            if !self.held.advance(&transaction, step).map_err(failed)? {
-                let reason = self.held.usurper(&transaction, step).map_err(failed)?;
+            if !self.held.advance(&self.connection, step).map_err(failed)? {
+                let reason = self.held.usurper(&self.connection, step).map_err(failed)?;
                 return Err(Error::Fenced(format!("{context}: {reason}")));
             }
         }
-        let mut refused = Vec::new();
-        {
-            let mut many = transaction.prepare_cached(&self.insert_many).map_err(failed)?;
-            let mut one = transaction.prepare_cached(&self.insert_one).map_err(failed)?;
-            let mut writer = Writer { columns: &self.columns, rows, refused: &mut refused };
-            let mut row = 0;
-            while row < rows.len() {
-                let end = (row + self.many).min(rows.len());
-                let is_whole = end - row == self.many;
-                if !is_whole || !writer.write(&mut many, row..end).map_err(failed)? {
-                    for row in row..end {
-                        writer.write(&mut one, row..row + 1).map_err(failed)?;
+        let todo: Vec<usize> = (0..rows.len()).filter(|row| !rejected.contains_key(row)).collect();
+        let mut long = self.connection.prepare_cached(&self.insert_many).map_err(failed)?;
+        let mut short = self.connection.prepare_cached(&self.insert_one).map_err(failed)?;
+        let mut written = 0;
+        for chunk in todo.chunks(many) {
+            if chunk.len() == self.many && self.many > 1 {
+                match self.insert(&mut long, rows, chunk).map_err(failed)? {
+                    Inserted::Rows(count) => {
+                        written += count;
+                        continue;
+                    }
+                    Inserted::RolledBack(_) => return Ok(Wrote::RolledBack),
+                    Inserted::Rejected(_) => {}
+                }
+            }
+            for row in chunk {
+                match self.insert(&mut short, rows, &[*row]).map_err(failed)? {
+                    Inserted::Rows(count) => written += count,
+                    Inserted::Rejected(reason) => drop(rejected.insert(*row, reason)),
+                    Inserted::RolledBack(reason) => {
+                        rejected.insert(*row, reason);
+                        return Ok(Wrote::RolledBack);
                     }
                 }
-                if writer.refused.len() >= REFUSED_MAX {
-                    break;
-                }
-                row = end;
             }
         }
-        if !refused.is_empty() {
-            return Err(Error::Rows(refused));
-        }
-        // Committed last: before this line a crash redelivers, never loses.
-        transaction.commit().map_err(|error| match error.sqlite_error_code() {
-            Some(ErrorCode::DatabaseBusy) => classify(context, error),
-            _ => Error::Unknown(format!("{context}: {error}")),
-        })
+        let kept = (rows.len() - rejected.len()) as u64;
+        Ok(Wrote::All(Written { written, ignored: kept.saturating_sub(written) }))
     }
-}
 
-struct Writer<'a> {
-    columns: &'a Columns,
-    rows: &'a Rows,
-    refused: &'a mut Vec<RefusedRow>,
-}
-
-impl Writer<'_> {
-    /// Writes rows with one statement. False: none is written, and it takes one
-    /// by one to see which are bad; a single bad row is named at once.
-    fn write(
-        &mut self,
+    /// Inserts rows with one statement, all or none of them.
+    fn insert(
+        &self,
         statement: &mut Statement<'_>,
-        range: std::ops::Range<usize>,
-    ) -> rusqlite::Result<bool> {
-        let single = range.len() == 1;
-        let first = range.start;
+        rows: &Rows,
+        chunk: &[usize],
+    ) -> rusqlite::Result<Inserted> {
         let mut reader = self.columns.reader();
         let mut time = String::with_capacity(TIME_BYTES);
         let mut failure = None;
-        for row in range {
-            let base = (row - first) * self.columns.columns.len();
-            let outcome = reader.read(row, self.rows.get(row), |i, value| {
+        for (place, row) in chunk.iter().enumerate() {
+            let base = place * self.columns.columns.len();
+            let outcome = reader.read(*row, rows.get(*row), |i, value| {
                 match bind_value(statement, base + i + 1, self.columns.columns[i].kind, value, &mut time) {
                     Ok(outcome) => outcome,
                     Err(error) => {
@@ -153,27 +206,80 @@ impl Writer<'_> {
                     }
                 }
             });
-            if let Err(reason) = outcome {
-                if single {
-                    self.refused.push(reason);
-                }
-                return Ok(false);
+            if let Err(row) = outcome {
+                return Ok(Inserted::Rejected(Rejected { row, doubtful: false }));
             }
         }
         if let Some(error) = failure {
             return Err(error);
         }
-        match statement.raw_execute() {
-            Ok(_) => Ok(true),
-            Err(error) if is_data(&error) => {
-                if single {
-                    self.refused.push(RefusedRow { row: first, reason: error.to_string() });
-                }
-                Ok(false)
+        // RAISE(FAIL) keeps what its statement did before: the savepoint does not.
+        self.connection.prepare_cached("SAVEPOINT headworks_rows")?.execute([])?;
+        let error = match statement.raw_execute() {
+            Ok(count) => {
+                self.connection.prepare_cached("RELEASE headworks_rows")?.execute([])?;
+                return Ok(Inserted::Rows(count as u64));
             }
-            Err(error) => Err(error),
+            Err(error) => error,
+        };
+        let doubtful = error.sqlite_error_code() == Some(ErrorCode::Unknown);
+        if !doubtful && !is_data(&error) {
+            return Err(error);
+        }
+        let code = error.sqlite_error().map(|error| error.extended_code.to_string());
+        let row = RefusedRow { row: chunk[0], reason: error.to_string(), code };
+        let rejected = Rejected { row, doubtful };
+        if self.connection.is_autocommit() {
+            return Ok(Inserted::RolledBack(rejected));
+        }
+        self.connection.execute_batch("ROLLBACK TO headworks_rows; RELEASE headworks_rows")?;
+        Ok(Inserted::Rejected(rejected))
+    }
+
+    fn end(&self, context: &str) -> Result<(), Error> {
+        // Committed last: before this line a crash redelivers, never loses.
+        self.connection.execute_batch("COMMIT").map_err(|error| {
+            let outcome = match error.sqlite_error_code() {
+                Some(ErrorCode::DatabaseBusy) => classify(context, error),
+                // Deferred foreign keys.
+                _ if is_data(&error) => Error::Setup(format!("{context}: {error}")),
+                _ => Error::Unknown(format!("{context}: {error}")),
+            };
+            self.roll_back();
+            outcome
+        })
+    }
+
+    fn roll_back(&self) {
+        if !self.connection.is_autocommit() {
+            // Fails where there is no transaction any more.
+            drop(self.connection.execute_batch("ROLLBACK"));
         }
     }
+}
+
+/// A row that cannot be written. `doubtful`: the error may also come for all rows.
+struct Rejected {
+    row: RefusedRow,
+    doubtful: bool,
+}
+
+enum Wrote {
+    All(Written),
+    /// A trigger ended the transaction.
+    RolledBack,
+}
+
+enum Inserted {
+    Rows(u64),
+    /// The first bad one, if they were several.
+    Rejected(Rejected),
+    RolledBack(Rejected),
+}
+
+/// Rises with each change of the schema.
+fn schema_version(connection: &Connection) -> rusqlite::Result<i64> {
+    connection.prepare_cached("PRAGMA schema_version")?.query_row([], |row| row.get(0))
 }
 
 fn bind_value(
@@ -219,86 +325,6 @@ fn bind_value(
     Ok(Ok(()))
 }
 
-fn quoted(name: &str) -> String {
-    format!("\"{}\"", name.replace('"', "\"\""))
-}
-
-fn create_table(config: &Config, columns: &Columns) -> String {
-    let lines: Vec<String> = columns
-        .columns
-        .iter()
-        .map(|column| {
-            let kind = match column.kind {
-                Some(Kind::Timestamptz | Kind::Text | Kind::Jsonb) => " TEXT",
-                Some(Kind::Double) => " DOUBLE PRECISION",
-                Some(Kind::Bigint) => " BIGINT",
-                Some(Kind::Bool) => " BOOLEAN",
-                Some(Kind::Bytes) => " BLOB",
-                None => "",
-            };
-            format!("    {}{kind}{}", quoted(&column.name), if column.required { " NOT NULL" } else { "" })
-        })
-        .collect();
-    let table = quoted(&config.table);
-    let mut sql = format!("CREATE TABLE IF NOT EXISTS {table} (\n{}\n);\n", lines.join(",\n"));
-    if let (Some(device), Some(time)) = (columns.device(), columns.time()) {
-        let index = quoted(&format!("{}_{}_{}_idx", config.table, device.name, time.name));
-        let (device, time) = (quoted(&device.name), quoted(&time.name));
-        sql += &format!("CREATE INDEX IF NOT EXISTS {index} ON {table} ({device}, {time});\n");
-    }
-    sql
-}
-
-fn insert(config: &Config, columns: &Columns, rows: usize) -> String {
-    let list: Vec<String> = columns.columns.iter().map(|column| quoted(&column.name)).collect();
-    let row = format!("({})", vec!["?"; list.len()].join(", "));
-    let conflict = match config.on_conflict {
-        super::super::OnConflict::Refuse => "",
-        _ => " ON CONFLICT DO NOTHING",
-    };
-    let table = quoted(&config.table);
-    format!("INSERT INTO {table} ({}) VALUES {}{conflict}", list.join(", "), vec![row; rows].join(", "))
-}
-
-/// Compares with the table that is there; takes over its NOT NULL.
-fn bind(
-    connection: &Connection,
-    config: &Config,
-    columns: &mut Columns,
-) -> rusqlite::Result<Result<(), String>> {
-    let mut statement = connection.prepare(
-        "SELECT name, \"notnull\" <> 0 AND dflt_value IS NULL AND pk = 0 FROM pragma_table_info(?1)",
-    )?;
-    let known: Vec<(String, bool)> = statement
-        .query_map([&config.table], |row| Ok((row.get(0)?, row.get(1)?)))?
-        .collect::<rusqlite::Result<_>>()?;
-    let table = &config.table;
-    if known.is_empty() {
-        return Ok(Err(format!("there is no table {table}: create it, or set `create: true`")));
-    }
-    for column in &mut columns.columns {
-        let found = known.iter().find(|(name, _)| name.eq_ignore_ascii_case(&column.name));
-        let Some((_, not_null)) = found else {
-            let names: Vec<&str> = known.iter().map(|(name, _)| name.as_str()).collect();
-            return Ok(Err(format!(
-                "table {table} has no column \"{}\": it has {}; add it, or say in `columns` which to fill",
-                column.name,
-                names.join(", ")
-            )));
-        };
-        column.required |= not_null;
-    }
-    let missing = known.iter().find(|(name, not_null)| {
-        *not_null && !columns.columns.iter().any(|column| column.name.eq_ignore_ascii_case(name))
-    });
-    Ok(match missing {
-        Some((name, _)) => Err(format!(
-            "column \"{name}\" of table {table} is NOT NULL without a default, and `columns` does not fill it"
-        )),
-        None => Ok(()),
-    })
-}
-
 fn identity(path: &Path) -> Option<(u64, u64)> {
     let data = std::fs::metadata(path).ok()?;
     Some((data.dev(), data.ino()))
@@ -314,7 +340,6 @@ fn is_data(error: &rusqlite::Error) -> bool {
 fn classify(context: &str, error: rusqlite::Error) -> Error {
     let reason = format!("{context}: {error}");
     match error.sqlite_error_code() {
-        _ if is_data(&error) => Error::Data(error.to_string()),
         Some(
             ErrorCode::DatabaseBusy
             | ErrorCode::DatabaseLocked

@@ -8,6 +8,7 @@ mod config;
 mod connection;
 mod positions;
 mod sink;
+mod table;
 #[cfg(test)]
 mod tests;
 

@@ -8,7 +8,7 @@ use tokio::sync::oneshot;
 use super::config::Config;
 use super::connection::Session;
 use crate::sinks::columns::Columns;
-use crate::sinks::{Advance, Claim, Error, Position, Rows, Sink};
+use crate::sinks::{Advance, Claim, Error, Outcome, Position, Rows, Sink, Written};
 use crate::threads;
 use crate::topic::Namespace;
 
@@ -24,11 +24,13 @@ pub struct SqliteSink {
 
 enum Request {
     Open(Claim, oneshot::Sender<Result<Vec<Position>, Error>>),
-    Commit(Rows, Vec<Advance>, oneshot::Sender<Result<(), Error>>),
+    Commit(Rows, Vec<Advance>, oneshot::Sender<Result<Outcome, Error>>),
+    Finish(oneshot::Sender<Result<Written, Error>>),
 }
 
 impl SqliteSink {
-    pub fn new(name: &str, config: Config, namespace: Arc<Namespace>) -> Self {
+    pub fn new(name: &str, mut config: Config, namespace: Arc<Namespace>) -> Self {
+        config.on_conflict = config.on_conflict.resolved();
         let columns = Columns::new(&config.columns, namespace);
         Self { name: name.to_owned(), config, columns, thread: None }
     }
@@ -76,9 +78,14 @@ impl Sink for SqliteSink {
         self.call(Request::Open(claim.clone(), sender), answer).await
     }
 
-    async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<(), Error> {
+    async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {
         let (sender, answer) = oneshot::channel();
         self.call(Request::Commit(rows.clone(), advance.to_vec(), sender), answer).await
+    }
+
+    async fn finish(&mut self) -> Result<Written, Error> {
+        let (sender, answer) = oneshot::channel();
+        self.call(Request::Finish(sender), answer).await
     }
 }
 
@@ -99,6 +106,13 @@ fn serve(requests: &mpsc::Receiver<Request>, config: &Config, columns: &Columns,
             Request::Commit(rows, advance, answer) => {
                 let outcome = match &mut session {
                     Some(session) => session.commit(&config.path, context, &rows, &advance),
+                    None => Err(Error::Retry(format!("{context}: not open"))),
+                };
+                let _ = answer.send(outcome);
+            }
+            Request::Finish(answer) => {
+                let outcome = match &mut session {
+                    Some(session) => session.finish(context),
                     None => Err(Error::Retry(format!("{context}: not open"))),
                 };
                 let _ = answer.send(outcome);

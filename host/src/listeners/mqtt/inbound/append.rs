@@ -203,8 +203,9 @@ pub fn push_sender(
 
 /// Counts what a stream took.
 pub fn taken_in(broker: &Broker, messages: &[NewMessage<'_>]) {
-    let (mut by_qos, mut bytes) = ([0u64; 3], 0);
+    let (mut by_qos, mut bytes, mut outside) = ([0u64; 3], 0, 0);
     for message in messages {
+        outside += u64::from(message.flags & flags::FITS_NAMESPACE == 0);
         by_qos[usize::from(message.flags & flags::QOS_MASK).min(2)] += 1;
         bytes += message.payload.len() as u64;
     }
@@ -212,4 +213,7 @@ pub fn taken_in(broker: &Broker, messages: &[NewMessage<'_>]) {
         counter.increment(count);
     }
     broker.counters.publish_bytes.increment(bytes);
+    if outside > 0 {
+        broker.counters.outside_namespace.increment(outside);
+    }
 }

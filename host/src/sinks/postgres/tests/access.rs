@@ -103,3 +103,35 @@ async fn a_user_without_rights_is_told_which_table_cannot_be_made() {
     let text = error.to_string();
     assert!(matches!(error, Error::Setup(_)) && text.contains("headworks_positions"), "{text}");
 }
+
+#[tokio::test]
+async fn the_rights_that_the_docs_name_are_enough() {
+    const DOCS: &str = include_str!("../../../../docs/databases.md");
+    let role = format!("r{}", uuid::Uuid::new_v4().simple());
+    let fresh = Fresh::with("CREATE TABLE telemetry (id SERIAL, {TABLE}, CHECK (value < 100))").await;
+    let database = fresh.url.rsplit('/').next().unwrap();
+    let block = DOCS.split("```sql\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+    let sql = block.replace("writer", &role).replace("DATABASE iot", &format!("DATABASE {database}"));
+    let (always, upsert) = (
+        sql.lines().filter(|line| !line.contains("only for")).collect::<Vec<_>>().join("\n"),
+        sql.lines().filter(|line| line.contains("only for")).collect::<String>(),
+    );
+    fresh.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC").await;
+    fresh.execute(&format!("REVOKE TEMPORARY ON DATABASE {database} FROM PUBLIC")).await;
+    fresh.execute(&always.replace("PASSWORD '…'", "PASSWORD 'x'")).await;
+    let url = fresh.url.replacen("postgres://postgres@", &format!("postgres://{role}:x@"), 1);
+    let config = Config { url: Url(url), ..fresh.config() };
+    let mut sink = self::sink(config.clone());
+    sink.open(&claim()).await.unwrap();
+    sink.commit(&rows([("a", "1")]), &[advance(0, 0, 1)]).await.unwrap();
+    rejected(sink.commit(&rows([("a", "2"), ("a", "500")]), &[advance(0, 1, 3)]).await);
+    sink.finish().await.unwrap();
+    fresh.execute("CREATE UNIQUE INDEX ON telemetry (device_id, value)").await;
+    fresh.execute(&upsert).await;
+    let mut upserts = self::sink(Config { on_conflict: OnConflict::Upsert, ..config });
+    upserts.open(&claim()).await.unwrap();
+    upserts.commit(&rows([("a", "2"), ("a", "3")]), &[advance(0, 3, 5)]).await.unwrap();
+    assert_eq!(fresh.written().await.len(), 3);
+    drop((sink, upserts));
+    fresh.execute(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
+}

@@ -28,7 +28,7 @@ async fn many_hosts_that_open_at_once_get_epochs_of_their_own() {
     let mut written = 0;
     for mut sink in opened {
         match sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await {
-            Ok(()) => written += 1,
+            Ok(_) => written += 1,
             Err(error) => assert!(matches!(error, Error::Fenced(_)), "{error:?}"),
         }
     }
@@ -188,7 +188,7 @@ async fn a_server_that_is_killed_again_and_again_has_each_row_exactly_once() {
                 let numbers: Vec<String> = (next..next + BATCH).map(|n| n.to_string()).collect();
                 let batch = rows(numbers.iter().map(|number| ("a", number.as_str())));
                 match sink.commit(&batch, &[advance(0, next, next + BATCH)]).await {
-                    Ok(()) => {
+                    Ok(_) => {
                         next += BATCH;
                         progress.send_replace(next);
                     }

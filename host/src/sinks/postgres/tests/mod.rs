@@ -3,7 +3,9 @@
 
 mod access;
 mod commits;
+mod rejected;
 mod rows;
+mod schema;
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
@@ -14,8 +16,11 @@ use tokio_postgres::{Client, NoTls};
 use super::server::Server;
 use super::*;
 use crate::sinks::columns::{ColumnConfig, ColumnsConfig};
-use crate::sinks::conformance::{Database, advance, claim, conformance_tests, message, position, rows};
-use crate::sinks::{Claim, Error, OnConflict, Rows, Sink};
+use crate::sinks::conformance::{
+    Database, Keyed, advance, claim, conformance_tests, keyed_conformance_tests, message, position, rejected,
+    rows,
+};
+use crate::sinks::{Claim, Error, OnConflict, Outcome, Rows, Sink, Written};
 
 /// A database of its own on the shared server.
 struct Fresh {
@@ -99,21 +104,38 @@ impl Database for Fresh {
 
 conformance_tests!(Fresh::new().await);
 
-/// The same promises where rows go through the temporary table.
+impl Fresh {
+    /// With a table as a user made it; `{TABLE}` stands for the columns of the default one.
+    async fn with(sql: &str) -> Self {
+        let fresh = Self::new().await;
+        fresh.execute(&sql.replace("{TABLE}", TABLE)).await;
+        fresh
+    }
+}
+
+const TABLE: &str = "time TIMESTAMPTZ NOT NULL, device_id TEXT NOT NULL, location TEXT, metric TEXT NOT NULL, \
+     value DOUBLE PRECISION NOT NULL";
+
+/// The same promises where rows go through the staging table.
+mod staged {
+    use super::*;
+
+    conformance_tests!(
+        Fresh::with("CREATE TABLE readings ({TABLE}); CREATE VIEW telemetry AS SELECT * FROM readings").await
+    );
+}
+
 mod with_a_unique_key {
     use super::*;
 
-    async fn fresh() -> Fresh {
-        let fresh = Fresh::new().await;
-        fresh
-            .execute(
-                "CREATE TABLE telemetry (id BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-                 time TIMESTAMPTZ NOT NULL, device_id TEXT NOT NULL, location TEXT, metric TEXT NOT NULL,
-                 value DOUBLE PRECISION NOT NULL)",
-            )
-            .await;
-        fresh
+    #[async_trait]
+    impl Keyed for Fresh {
+        async fn sink_on_conflict(&self, on_conflict: OnConflict) -> Box<dyn Sink> {
+            Box::new(super::sink(Config { on_conflict, ..self.config() }))
+        }
     }
 
-    conformance_tests!(fresh().await);
+    keyed_conformance_tests!(
+        Fresh::with("CREATE TABLE telemetry ({TABLE}, PRIMARY KEY (device_id, metric))").await
+    );
 }

@@ -1,0 +1,244 @@
+//! The table as the server has it, and how each column is written.
+
+use tokio_postgres::Client;
+
+use super::encode::{Length, Target};
+use super::schema::{quoted, quoted_table};
+use crate::sinks::columns::{Columns, Kind};
+use crate::sinks::config::OnConflict;
+
+/// What the server knows of a table.
+pub struct Table {
+    columns: Vec<TableColumn>,
+    keys: Vec<Key>,
+    /// COPY cannot write to it: a view, or row-level security applies to this user.
+    insert_only: bool,
+    /// Equal as long as nothing changes that a binding relies on.
+    pub fingerprint: String,
+}
+
+/// A unique key, or an exclusion constraint.
+struct Key {
+    /// An expression has no name.
+    columns: Vec<Option<String>>,
+    /// ON CONFLICT can name it by its columns.
+    is_plain: bool,
+}
+
+struct TableColumn {
+    name: String,
+    /// Type below all domains.
+    oid: u32,
+    is_enum: bool,
+    /// Name of `oid`.
+    base_name: String,
+    /// As declared, without and with its modifier.
+    cast_name: String,
+    type_name: String,
+    modifier: i32,
+    not_null: bool,
+    has_default: bool,
+}
+
+/// How one column is written.
+#[derive(Clone, Debug)]
+pub struct Bound {
+    pub target: Target,
+    /// Type of its column in the staging table.
+    pub stage_type: String,
+    /// What the staged value is cast to, where assignment does not convert it.
+    pub cast: Option<String>,
+}
+
+/// How a table is written.
+#[derive(Clone, Debug)]
+pub struct Binding {
+    pub columns: Vec<Bound>,
+    /// Rows must pass through the staging table.
+    pub staged: bool,
+    /// Of `on_conflict: upsert`.
+    pub key: Vec<String>,
+    pub fingerprint: String,
+}
+
+const COLUMNS: &str = "
+SELECT a.attname::text, base.oid, base.typtype = 'e', format_type(base.oid, -1), format_type(a.atttypid, -1),
+       format_type(a.atttypid, a.atttypmod),
+       CASE WHEN declared.typtype = 'd' THEN declared.typtypmod ELSE a.atttypmod END,
+       a.attnotnull OR declared.typnotnull,
+       a.atthasdef OR a.attidentity <> ''
+FROM pg_attribute a JOIN pg_type declared ON declared.oid = a.atttypid
+CROSS JOIN LATERAL (
+    WITH RECURSIVE below AS (
+        SELECT declared.oid, declared.typtype, declared.typbasetype
+        UNION ALL
+        SELECT t.oid, t.typtype, t.typbasetype FROM below b JOIN pg_type t ON t.oid = b.typbasetype
+    )
+    SELECT * FROM below WHERE typtype <> 'd'
+) AS base
+WHERE a.attrelid = to_regclass($1)::oid AND a.attnum > 0 AND NOT a.attisdropped
+ORDER BY a.attnum";
+
+const KEYS: &str = "
+SELECT array_agg(a.attname::text),
+       i.indisunique AND i.indimmediate AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL
+FROM pg_index i CROSS JOIN LATERAL unnest(i.indkey[0:i.indnkeyatts - 1]) AS k (attnum)
+LEFT JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum AND k.attnum <> 0
+WHERE i.indrelid = to_regclass($1)::oid AND (i.indisunique OR i.indisexclusion)
+GROUP BY i.indexrelid ORDER BY i.indisprimary DESC, i.indexrelid";
+
+const INSERT_ONLY: &str = "
+SELECT relkind = 'v' OR row_security_active(oid) FROM pg_class WHERE oid = to_regclass($1)::oid";
+
+/// One text for all that a binding relies on. A rename that puts another table
+/// in this one's place changes the oid.
+const FINGERPRINT: &str = "
+SELECT concat_ws('|', c.oid, c.relkind, c.relrowsecurity,
+    (SELECT string_agg(concat_ws(':', a.attnum, a.attname, a.atttypid, a.atttypmod, a.attnotnull, a.atthasdef,
+                                 a.attidentity), ',' ORDER BY a.attnum)
+     FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
+    (SELECT string_agg(concat_ws(':', i.indkey, i.indimmediate, i.indisvalid), ',' ORDER BY i.indexrelid)
+     FROM pg_index i WHERE i.indrelid = c.oid AND (i.indisunique OR i.indisexclusion)))
+FROM pg_class c WHERE c.oid = to_regclass($1)::oid";
+
+/// Fails with a division by zero where the fingerprint ($2) is another one.
+pub fn check() -> String {
+    format!("SELECT 1 / (CASE WHEN ({FINGERPRINT}) IS NOT DISTINCT FROM $2::text THEN 1 ELSE 0 END)")
+}
+
+/// `None` where there is no table of this quoted name.
+pub async fn fingerprint(client: &Client, name: &str) -> Result<Option<String>, tokio_postgres::Error> {
+    let row = client.query_opt(FINGERPRINT, &[&name]).await?;
+    Ok(row.map(|row| row.get(0)))
+}
+
+impl Table {
+    /// `None` where there is no such table.
+    pub async fn read(client: &Client, table: &str) -> Result<Option<Self>, tokio_postgres::Error> {
+        let name = quoted_table(table);
+        let Some(fingerprint) = fingerprint(client, &name).await? else { return Ok(None) };
+        let columns = client.query(COLUMNS, &[&name]).await?;
+        let columns = columns
+            .iter()
+            .map(|row| TableColumn {
+                name: row.get(0),
+                oid: row.get(1),
+                is_enum: row.get(2),
+                base_name: row.get(3),
+                cast_name: row.get(4),
+                type_name: row.get(5),
+                modifier: row.get(6),
+                not_null: row.get(7),
+                has_default: row.get(8),
+            })
+            .collect();
+        let keys = client.query(KEYS, &[&name]).await?;
+        let keys = keys.iter().map(|row| Key { columns: row.get(0), is_plain: row.get(1) }).collect();
+        let insert_only = client.query_one(INSERT_ONLY, &[&name]).await?.get(0);
+        Ok(Some(Self { columns, keys, insert_only, fingerprint }))
+    }
+
+    /// How each column is written. Takes over what the table knows better:
+    /// types and NOT NULL.
+    pub fn bind(
+        &self,
+        table: &str,
+        columns: &mut Columns,
+        on_conflict: OnConflict,
+    ) -> Result<Binding, String> {
+        let mut bound = Vec::new();
+        for column in &mut columns.columns {
+            let Some(known) = self.columns.iter().find(|known| known.name == column.name) else {
+                let names: Vec<&str> = self.columns.iter().map(|known| known.name.as_str()).collect();
+                return Err(format!(
+                    "table {table} has no column \"{}\": it has {}; add it, or say in `columns` which to fill",
+                    column.name,
+                    names.join(", ")
+                ));
+            };
+            let of = known.bound();
+            column.kind = of.target.kind();
+            if column.holds_time() && matches!(of.target, Target::Int2 | Target::Int4) {
+                return Err(format!(
+                    "column \"{}\" of table {table} is {}, which cannot hold a time: make it timestamptz, or bigint",
+                    column.name, known.type_name
+                ));
+            }
+            column.required |= known.not_null && !known.has_default;
+            bound.push(of);
+        }
+        let missing = self.columns.iter().find(|known| {
+            known.not_null
+                && !known.has_default
+                && !columns.columns.iter().any(|column| column.name == known.name)
+        });
+        if let Some(known) = missing {
+            return Err(format!(
+                "column \"{}\" of table {table} is NOT NULL without a default, and `columns` does not fill it",
+                known.name
+            ));
+        }
+        let is_filled = |name: &String| columns.columns.iter().any(|column| column.name == *name);
+        let key = self.keys.iter().find_map(|key| {
+            let names: Option<Vec<String>> = key.columns.iter().cloned().collect();
+            names.filter(|names| key.is_plain && names.iter().all(is_filled))
+        });
+        if on_conflict == OnConflict::Upsert && key.is_none() {
+            return Err(format!(
+                "`on_conflict: upsert` needs a unique key of table {table} whose columns are all in `columns`: \
+                 add one, such as PRIMARY KEY (device_id, time)"
+            ));
+        }
+        // A key of columns that the table fills itself, such as an identity, never meets a row.
+        let may_conflict = |key: &Key| key.columns.iter().any(|name| name.as_ref().is_none_or(is_filled));
+        let staged = self.insert_only
+            || on_conflict != OnConflict::Reject && self.keys.iter().any(may_conflict)
+            || bound.iter().any(|of| of.target == Target::Other);
+        let key = key.unwrap_or_default();
+        Ok(Binding { columns: bound, staged, key, fingerprint: self.fingerprint.clone() })
+    }
+}
+
+impl TableColumn {
+    fn bound(&self) -> Bound {
+        let length = match self.base_name.as_str() {
+            "character varying" | "bpchar" if self.modifier >= 4 => Length::Chars(self.modifier as u32 - 4),
+            "numeric" if self.modifier >= 4 => {
+                // Precision and scale, as numeric.c packs them: 11 bits of scale, signed.
+                let packed = self.modifier - 4;
+                let scale = ((packed & 0x7ff) ^ 1_024) - 1_024;
+                Length::Digits((packed >> 16 & 0xffff) - scale)
+            }
+            _ => Length::Any,
+        };
+        let target = if self.is_enum { Target::Text(Length::Any) } else { Target::of(self.oid, length) };
+        let text = || "text".to_owned();
+        let (stage_type, cast) = match target {
+            Target::Text(_) if self.is_enum => (text(), Some(self.cast_name.clone())),
+            Target::Text(_) => (text(), None),
+            // Their syntax is checked as the row is inserted, where a bad one is isolated.
+            Target::Json | Target::Jsonb | Target::Other => (text(), Some(self.cast_name.clone())),
+            _ => (self.base_name.clone(), None),
+        };
+        Bound { target, stage_type, cast }
+    }
+}
+
+impl Target {
+    fn kind(self) -> Option<Kind> {
+        Some(match self {
+            Self::Bool => Kind::Bool,
+            Self::Int2 | Self::Int4 | Self::Int8 => Kind::Bigint,
+            Self::Float4 | Self::Float8 | Self::Numeric(_) => Kind::Double,
+            Self::Text(_) | Self::Uuid | Self::Other => Kind::Text,
+            Self::Timestamp | Self::Date => Kind::Timestamptz,
+            Self::Json | Self::Jsonb => Kind::Jsonb,
+            Self::Bytea => Kind::Bytes,
+        })
+    }
+}
+
+/// `"time", "device_id", ..`
+pub fn column_list(columns: &Columns) -> String {
+    columns.columns.iter().map(|column| quoted(&column.name)).collect::<Vec<_>>().join(", ")
+}

@@ -1,0 +1,183 @@
+//! Rows that the server rejects are isolated; what concerns all rows is not taken for a bad row.
+
+use super::*;
+
+/// Raises for values over 100, with this SQLSTATE.
+fn trigger(code: &str, when: &str) -> String {
+    format!(
+        "CREATE TABLE telemetry ({{TABLE}});
+         CREATE FUNCTION plausible() RETURNS trigger LANGUAGE plpgsql AS $$
+         BEGIN IF NEW.value > 100 THEN RAISE EXCEPTION 'implausible' USING ERRCODE = '{code}'; END IF; RETURN NEW; END $$;
+         CREATE {when} INSERT ON telemetry FOR EACH ROW EXECUTE FUNCTION plausible()"
+    )
+}
+
+async fn opened(fresh: &Fresh) -> PostgresSink {
+    let mut sink = fresh.sink();
+    sink.open(&claim()).await.unwrap();
+    sink.commit(&Rows::default(), &[advance(0, 0, 0)]).await.unwrap();
+    sink
+}
+
+#[tokio::test]
+async fn each_row_that_the_server_rejects_is_isolated_and_all_others_are_written() {
+    const ROWS: u64 = 1_000;
+    let bad = [0, 1, 17, 500, 999];
+    let before = |code| (trigger(code, "TRIGGER t BEFORE"), code.to_owned());
+    let table = |sql: &str, code: &str| (format!("CREATE TABLE telemetry ({{TABLE}}{sql})"), code.to_owned());
+    for (sql, code) in [
+        before("P0001"),
+        before("0A000"),
+        before("XX000"),
+        before("IOT01"),
+        (trigger("P0001", "TRIGGER t AFTER"), "P0001".to_owned()),
+        (
+            trigger("23000", "CONSTRAINT TRIGGER t AFTER")
+                .replace("ON telemetry FOR", "ON telemetry DEFERRABLE INITIALLY DEFERRED FOR"),
+            "23000".to_owned(),
+        ),
+        table(", CHECK (value < 100)", "23514"),
+        table(", UNIQUE (value)", "23505"),
+        (
+            "CREATE TABLE plausible (value DOUBLE PRECISION PRIMARY KEY);
+             INSERT INTO plausible SELECT generate_series(1001, 3000);
+             CREATE TABLE telemetry ({TABLE}, FOREIGN KEY (value) REFERENCES plausible)"
+                .to_owned(),
+            "23503".to_owned(),
+        ),
+    ] {
+        let fresh = Fresh::with(&sql).await;
+        let mut sink = opened(&fresh).await;
+        let good = |n: u64| match code.as_str() {
+            // Two with the same value: the second is the bad one.
+            "23505" | "23503" => (1_001 + n).to_string(),
+            _ => "5".to_owned(),
+        };
+        if code == "23505" {
+            sink.commit(&rows([("a", "500")]), &[advance(0, 0, 0)]).await.unwrap();
+        }
+        // The first batch is tried without the staging table, the second is isolated at once.
+        for batch in 0..2 {
+            let payloads: Vec<String> = (0..ROWS)
+                .map(|n| if bad.contains(&(n as usize)) { "500".to_owned() } else { good(batch * ROWS + n) })
+                .collect();
+            let many = rows(payloads.iter().map(|payload| ("a", payload.as_str())));
+            let steps = [advance(0, batch * ROWS, (batch + 1) * ROWS)];
+            let refused = rejected(sink.commit(&many, &steps).await);
+            assert_eq!(refused.iter().map(|row| row.row).collect::<Vec<_>>(), bad, "{code}");
+            assert!(refused.iter().all(|row| row.code.as_deref() == Some(&code)), "{refused:?}");
+            let written = ROWS - bad.len() as u64;
+            assert_eq!(sink.finish().await.unwrap(), Written { written, ignored: 0 }, "{code}");
+        }
+        let there = fresh.written().await.len() - usize::from(code == "23505");
+        assert_eq!(there, 2 * (ROWS as usize - bad.len()), "{code}");
+        let clean = rows([("a", "5")]);
+        if code != "23503" {
+            let outcome = sink.commit(&clean, &[advance(0, 2 * ROWS, 2 * ROWS + 1)]).await.unwrap();
+            assert_eq!(outcome, Outcome::Committed(Written { written: 1, ignored: 0 }));
+        }
+    }
+}
+
+#[tokio::test]
+async fn rows_stay_in_order_around_a_bad_one() {
+    let fresh = Fresh::with("CREATE TABLE telemetry (id SERIAL, {TABLE}, CHECK (value <> 55))").await;
+    let mut sink = opened(&fresh).await;
+    let numbers: Vec<String> = (0..100).map(|n| n.to_string()).collect();
+    rejected(sink.commit(&rows(numbers.iter().map(|n| ("a", n.as_str()))), &[advance(0, 0, 100)]).await);
+    sink.finish().await.unwrap();
+    let row = fresh
+        .client()
+        .await
+        .query_one("SELECT array_agg(value ORDER BY id) FROM telemetry", &[])
+        .await
+        .unwrap();
+    let values: Vec<f64> = row.get(0);
+    assert_eq!(values, (0..100).filter(|n| *n != 55).map(f64::from).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn what_every_row_runs_into_is_set_up_and_not_data() {
+    for (code, expected) in
+        [("0A000", "Doubtful"), ("XX000", "Doubtful"), ("42501", "Setup"), ("55000", "Setup")]
+    {
+        let fresh = Fresh::with(&trigger(code, "TRIGGER t BEFORE")).await;
+        let mut sink = opened(&fresh).await;
+        let error = sink.commit(&rows([("a", "500"), ("a", "600")]), &[advance(0, 0, 2)]).await.unwrap_err();
+        assert!(format!("{error:?}").starts_with(expected), "{error:?}");
+        assert_eq!(sink.open(&claim()).await.unwrap(), [position(0, 0)]);
+    }
+    // What a trigger raises by itself is about the row, also where it is alone.
+    let fresh = Fresh::with(&trigger("P0001", "TRIGGER t BEFORE")).await;
+    let mut sink = opened(&fresh).await;
+    rejected(sink.commit(&rows([("a", "500")]), &[advance(0, 0, 1)]).await);
+}
+
+#[tokio::test]
+async fn a_limit_of_time_or_size_asks_for_fewer_rows_and_leaves_the_sink_usable() {
+    let fresh = Fresh::with(
+        "CREATE TABLE telemetry ({TABLE});
+         CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.05); RETURN NEW; END $$;
+         CREATE TRIGGER slow BEFORE INSERT ON telemetry FOR EACH ROW EXECUTE FUNCTION slow()",
+    )
+    .await;
+    let mut sink = self::sink(Config { statement_timeout: "1s".parse().unwrap(), ..fresh.config() });
+    sink.open(&claim()).await.unwrap();
+    let many = rows((0..100).map(|_| ("a", "5")));
+    let error = sink.commit(&many, &[advance(0, 0, 100)]).await.unwrap_err();
+    assert!(matches!(&error, Error::TooMuch(text) if text.contains("57014")), "{error:?}");
+    sink.commit(&many.select(0..2), &[advance(0, 0, 2)]).await.unwrap();
+    assert_eq!(fresh.written().await.len(), 2);
+
+    let fresh = Fresh::with(&trigger("53400", "TRIGGER t BEFORE")).await;
+    let mut sink = opened(&fresh).await;
+    let error = sink.commit(&rows([("a", "5"), ("a", "500")]), &[advance(0, 0, 2)]).await.unwrap_err();
+    assert!(matches!(error, Error::TooMuch(_)), "{error:?}");
+    let error = sink.commit(&rows([("a", "500")]), &[advance(0, 0, 1)]).await.unwrap_err();
+    assert!(matches!(error, Error::Doubtful(_)), "{error:?}");
+}
+
+#[tokio::test]
+async fn what_does_not_fit_a_declared_length_is_named_with_its_column() {
+    let fresh = Fresh::with(
+        "CREATE TABLE telemetry (time TIMESTAMPTZ, device_id VARCHAR(3), location TEXT, metric TEXT, value NUMERIC(5, 2))",
+    )
+    .await;
+    let mut sink = opened(&fresh).await;
+    let many = rows([("abc", "1"), ("long", "2"), ("a", "1000"), ("a", "999.99")]);
+    let refused = rejected(sink.commit(&many, &[advance(0, 0, 4)]).await);
+    let reasons: Vec<(usize, &str)> = refused.iter().map(|row| (row.row, row.reason.as_str())).collect();
+    assert_eq!(
+        reasons,
+        [
+            (1, "column \"device_id\": the device id is not text that fits the column's length: long"),
+            (2, "column \"value\": the payload is not a number that fits the column's precision: 1000"),
+        ]
+    );
+    assert_eq!(sink.finish().await.unwrap().written, 2);
+}
+
+#[tokio::test]
+async fn a_row_of_now_without_a_partition_is_set_up_and_one_of_a_wrong_clock_is_not() {
+    let fresh = Fresh::with(
+        "CREATE TABLE telemetry ({TABLE}) PARTITION BY RANGE (time);
+         CREATE TABLE telemetry_old PARTITION OF telemetry FOR VALUES FROM ('2020-01-01') TO ('2021-01-01')",
+    )
+    .await;
+    let columns: ColumnsConfig = serde_json::from_value(serde_json::json!({
+        "time": { "from": ["$time"], "type": "timestamptz" }, "device_id": "$device",
+        "metric": "$last_level", "value": "/value"
+    }))
+    .unwrap();
+    let mut sink = self::sink(Config { columns, ..fresh.config() });
+    sink.open(&claim()).await.unwrap();
+    // Received in February 2026, which is not now.
+    let refused = rejected(sink.commit(&rows([("a", r#"{"value": 1}"#)]), &[advance(0, 0, 1)]).await);
+    assert!(refused[0].reason.contains("no partition of relation"), "{refused:?}");
+    sink.finish().await.unwrap();
+    let mut now = rows([("a", r#"{"value": 1}"#)]);
+    let micros = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_micros();
+    now.set_received_us(micros as u64);
+    let error = sink.commit(&now, &[advance(0, 1, 2)]).await.unwrap_err();
+    assert!(matches!(&error, Error::Setup(text) if text.contains("create the partition")), "{error:?}");
+}

@@ -1,0 +1,323 @@
+//! One transaction: positions, rows, the check of the table, COMMIT.
+
+use std::pin::pin;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bytes::{BufMut, Bytes, BytesMut};
+use futures_util::SinkExt;
+use futures_util::future::{join, join3, join4};
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{CopyInSink, Row};
+
+use super::encode::{HEADER, TRAILER, Target};
+use super::error::{self, Kind, classify, describe};
+use super::sink::Session;
+use super::table;
+use crate::sinks::{Advance, Error, Outcome, RefusedRow, Rows, Written};
+
+/// Bytes that are encoded before they go to the server.
+const CHUNK_BYTES: usize = 64 << 10;
+/// A row whose time is nearer to now than this lacks a partition that should be there.
+const NEAR_NOW: Duration = Duration::from_secs(86_400);
+
+/// What one transaction came to.
+pub enum Tried {
+    Done(Outcome),
+    /// The server rejected a row.
+    Isolate,
+}
+
+/// Why the rows of one transaction were not written.
+enum Failure {
+    /// By the server or on the way there.
+    Write(tokio_postgres::Error),
+    /// In or after COMMIT.
+    Commit(tokio_postgres::Error),
+    /// The table is not the one that was bound.
+    Changed,
+}
+
+/// How far the rows came.
+struct Sent {
+    /// Rows that could not be encoded.
+    rejected: Vec<RefusedRow>,
+    written: u64,
+    /// What `headworks_isolate` returned.
+    isolated: Option<Vec<Row>>,
+}
+
+impl Session {
+    /// Within a deadline; see [`crate::sinks::Sink::commit`].
+    pub async fn commit(
+        &mut self,
+        context: &str,
+        rows: &Rows,
+        advance: &[Advance],
+        isolates: bool,
+        buffer: &mut BytesMut,
+    ) -> Result<Tried, Error> {
+        let server = |error: tokio_postgres::Error| classify(context, &error);
+        let client = &self.client;
+        let begin = client.batch_execute("BEGIN");
+        let moved = async {
+            match advance {
+                [] => Ok(0),
+                advance => self.held.advance(client, advance).await,
+            }
+        };
+        if rows.is_empty() {
+            let (begun, moved) = join(begin, moved).await;
+            begun.map_err(server)?;
+            if moved.map_err(server)? != advance.len() as u64 {
+                return Err(self.fenced(context, advance).await);
+            }
+            client.batch_execute("COMMIT").await.map_err(|error| unknown(context, &error))?;
+            return Ok(Tried::Done(Outcome::Committed(Written::default())));
+        }
+        let copy = match &self.stage {
+            Some(stage) if isolates => &stage.copy,
+            _ => &self.copy,
+        };
+        // Polled in this order, so sent in this order.
+        let (begun, moved, copy) = join3(begin, moved, client.copy_in(copy)).await;
+        begun.map_err(server)?;
+        let moved = moved.map_err(server)?;
+        if moved != advance.len() as u64 {
+            // Ends COPY: what follows would wait behind it.
+            drop(copy);
+            return Err(self.fenced(context, advance).await);
+        }
+        let copy = copy.map_err(server)?;
+        let sent = match self.send(copy, rows, isolates, buffer).await {
+            Ok(sent) => sent,
+            Err(failure) => return self.failed(context, failure, rows, isolates).await,
+        };
+        let (rejected, total) = match sent.isolated {
+            None => (sent.rejected, sent.written),
+            Some(isolated) => match self.isolated(rows, sent.rejected, &isolated) {
+                Ok(outcome) => outcome,
+                Err(error) => {
+                    self.client.batch_execute("ROLLBACK").await.map_err(server)?;
+                    return Err(error.within(context));
+                }
+            },
+        };
+        let kept = (rows.len() - rejected.len()) as u64;
+        let written = Written { written: total, ignored: kept.saturating_sub(total) };
+        if rejected.is_empty() && !isolates {
+            return Ok(Tried::Done(Outcome::Committed(written)));
+        }
+        if rejected.is_empty() {
+            self.client.batch_execute("COMMIT").await.map_err(|error| unknown(context, &error))?;
+            return Ok(Tried::Done(Outcome::Committed(written)));
+        }
+        self.uncommitted = Some(written);
+        Ok(Tried::Done(Outcome::Rejected(rejected)))
+    }
+
+    /// Rows, what takes them on from the staging table, the check of the table
+    /// and COMMIT: all sent before the first answer. No COMMIT where rows are
+    /// rejected, or may be.
+    async fn send(
+        &self,
+        copy: CopyInSink<Bytes>,
+        rows: &Rows,
+        isolates: bool,
+        buffer: &mut BytesMut,
+    ) -> Result<Sent, Failure> {
+        let mut copy = pin!(copy);
+        let mut rejected: Vec<RefusedRow> = Vec::new();
+        let mut reader = self.columns.reader();
+        let staged = isolates || self.binding.staged;
+        let target = |target: Target| if staged { target.staged() } else { target };
+        let targets: Vec<Target> = self.binding.columns.iter().map(|of| target(of.target)).collect();
+        buffer.clear();
+        buffer.reserve(2 * CHUNK_BYTES);
+        buffer.put_slice(&HEADER);
+        for (row, message) in rows.iter().enumerate() {
+            let begin = buffer.len();
+            buffer.put_i16(targets.len() as i16 + i16::from(staged));
+            if staged {
+                buffer.put_i32(4);
+                buffer.put_i32(row as i32);
+            }
+            let outcome = reader.read(row, message, |i, value| targets[i].put(value, buffer));
+            if let Err(reason) = outcome {
+                buffer.truncate(begin);
+                rejected.push(reason);
+            } else if buffer.len() >= CHUNK_BYTES {
+                copy.feed(buffer.split().freeze()).await.map_err(Failure::Write)?;
+                buffer.reserve(2 * CHUNK_BYTES);
+            }
+        }
+        buffer.put_slice(&TRAILER);
+        copy.feed(buffer.split().freeze()).await.map_err(Failure::Write)?;
+        let client = &self.client;
+        let insert = async {
+            match &self.insert {
+                Some(insert) if !isolates => client.execute(insert, &[]).await.map(Some),
+                _ => Ok(None),
+            }
+        };
+        let isolate = async {
+            match &self.stage {
+                Some(stage) if isolates => client.query(&stage.isolate, &[]).await.map(Some),
+                _ => Ok(None),
+            }
+        };
+        // After the rows: what wrote them holds the table against changes until COMMIT.
+        let bound: [&(dyn ToSql + Sync); 2] = [&self.table, &self.binding.fingerprint];
+        let check = client.execute(&self.check, &bound);
+        let commit = async {
+            match rejected.is_empty() && !isolates {
+                // Committed last: before this line a crash redelivers, never loses.
+                true => client.batch_execute("COMMIT").await,
+                false => Ok(()),
+            }
+        };
+        let write = async { join(insert, isolate).await };
+        let (copied, (inserted, isolated), checked, committed) =
+            join4(copy.finish(), write, check, commit).await;
+        let copied = copied.map_err(Failure::Write)?;
+        let inserted = inserted.map_err(Failure::Write)?;
+        let isolated = isolated.map_err(Failure::Write)?;
+        checked.map_err(|error| match error.as_db_error() {
+            Some(_) => Failure::Changed,
+            None => Failure::Commit(error),
+        })?;
+        committed.map_err(Failure::Commit)?;
+        Ok(Sent { rejected, written: inserted.unwrap_or(copied), isolated })
+    }
+
+    /// After a transaction that did not end well: what to do about it.
+    async fn failed(
+        &self,
+        context: &str,
+        failure: Failure,
+        rows: &Rows,
+        isolates: bool,
+    ) -> Result<Tried, Error> {
+        let changed = || Error::Retry(format!("{context}: the table has changed: opening the sink again"));
+        let error = match failure {
+            Failure::Changed => return Err(changed()),
+            Failure::Write(error) | Failure::Commit(error) => error,
+        };
+        let Some(db) = error.as_db_error() else { return Err(unknown(context, &error)) };
+        let code = db.code().code();
+        if is_end(code) {
+            return Err(unknown(context, &error));
+        }
+        let server = |error: tokio_postgres::Error| classify(context, &error);
+        // An error in COMMIT has ended the transaction: then this one only warns.
+        self.client.batch_execute("ROLLBACK").await.map_err(server)?;
+        let reason = || format!("{context}: {}", describe(&error));
+        match error::of_write(code) {
+            Kind::TooMuch if code == "53400" && rows.len() == 1 => Err(Error::Doubtful(reason())),
+            Kind::TooMuch => Err(Error::TooMuch(reason())),
+            Kind::Retry => Err(Error::Retry(reason())),
+            Kind::Row { .. } => {
+                let now = table::fingerprint(&self.client, &self.table).await.map_err(server)?;
+                if now.as_ref() != Some(&self.binding.fingerprint) {
+                    return Err(changed());
+                }
+                // Isolating ends in an error only where no row is the cause.
+                if isolates { Err(Error::Setup(reason())) } else { Ok(Tried::Isolate) }
+            }
+        }
+    }
+
+    /// Rejected rows, and how many were written, of what `headworks_isolate` returned.
+    fn isolated(
+        &self,
+        rows: &Rows,
+        mut rejected: Vec<RefusedRow>,
+        isolated: &[Row],
+    ) -> Result<(Vec<RefusedRow>, u64), Isolated> {
+        let is_encoded = |row: &usize| rejected.binary_search_by_key(row, |r| r.row).is_err();
+        let sent: Vec<usize> = (0..rows.len()).filter(is_encoded).collect();
+        let mut written = 0;
+        let mut by_server = Vec::new();
+        for row in isolated {
+            let text = |i: usize| row.get::<_, Option<&str>>(i).filter(|text| !text.is_empty());
+            let Some(place) = row.get::<_, Option<i32>>(0) else {
+                written = row.get::<_, i64>(1) as u64;
+                continue;
+            };
+            let (code, message) = (text(2).unwrap_or_default(), text(3).unwrap_or_default());
+            let reason = error::describe_parts(message, code, text(6), [text(4), text(5)]);
+            let Some(row) = sent.get(place as usize).copied() else { continue };
+            if code == "23514" && text(7).is_none() && self.lacks_partition(rows, row, text(4)) {
+                return Err(Isolated::Setup(format!("{reason}: create the partition")));
+            }
+            by_server.push(RefusedRow { row, reason, code: Some(code.to_owned()) });
+        }
+        let code = |row: &RefusedRow| row.code.clone().unwrap_or_default();
+        let is_certain = |row: &RefusedRow| error::of_write(&code(row)) == Kind::Row { certain: true };
+        if by_server.len() == sent.len()
+            && !by_server.iter().any(is_certain)
+            && let Some(first) = by_server.first()
+        {
+            let doubtful = by_server.iter().all(|row| error::is_doubtful(&code(row)));
+            let reason = first.reason.clone();
+            return Err(if doubtful { Isolated::Doubtful(reason) } else { Isolated::Setup(reason) });
+        }
+        rejected.extend(by_server);
+        Ok((rejected, written))
+    }
+
+    /// Whether a row without a partition should have one: it is for the table's
+    /// time, and its time is now. A device's wrong clock is the row's own fault.
+    fn lacks_partition(&self, rows: &Rows, row: usize, detail: Option<&str>) -> bool {
+        let by_time = match (self.columns.time(), detail.and_then(|detail| detail.split_once(" = ("))) {
+            (Some(time), Some((key, _))) => key.contains(&time.name),
+            // The server does not say it to users without the right to read.
+            (time, None) => time.is_some(),
+            (None, _) => false,
+        };
+        let message = rows.get(row);
+        let at = message.event_us().unwrap_or(message.entry.received_us as i64);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_micros() as i64);
+        by_time && now.abs_diff(at) < NEAR_NOW.as_micros() as u64
+    }
+
+    /// Ends a transaction in which a position was not ours to move.
+    async fn fenced(&self, context: &str, advance: &[Advance]) -> Error {
+        let usurper = async {
+            self.client.batch_execute("ROLLBACK").await?;
+            self.held.usurper(&self.client, advance).await
+        };
+        match usurper.await {
+            Ok(reason) => Error::Fenced(format!("{context}: {reason}")),
+            Err(error) => classify(context, &error),
+        }
+    }
+}
+
+/// Why isolating gives no rows to reject.
+enum Isolated {
+    Setup(String),
+    Doubtful(String),
+}
+
+impl Isolated {
+    fn within(self, context: &str) -> Error {
+        match self {
+            Self::Setup(reason) => Error::Setup(format!("{context}: {reason}")),
+            Self::Doubtful(reason) => Error::Doubtful(format!("{context}: {reason}")),
+        }
+    }
+}
+
+/// 57P: the server ended the connection, perhaps after the commit.
+fn is_end(code: &str) -> bool {
+    code.starts_with("57P")
+}
+
+/// COMMIT was sent. An answer from the server says that it did not happen
+/// (deferred constraints); no answer says nothing.
+pub fn unknown(context: &str, error: &tokio_postgres::Error) -> Error {
+    match error.as_db_error() {
+        Some(db) if !is_end(db.code().code()) => classify(context, error),
+        _ => Error::Unknown(format!("{context}: {}", describe(error))),
+    }
+}

@@ -1,0 +1,122 @@
+//! The table in the file: its statements, and how it is compared with the config.
+
+use rusqlite::Connection;
+
+use super::config::Config;
+use crate::sinks::columns::{Columns, Kind};
+use crate::sinks::config::{OnConflict, table_parts};
+
+fn table_name(config: &Config) -> String {
+    table_parts(&config.table).concat()
+}
+
+fn quoted(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+pub fn create_table(config: &Config, columns: &Columns) -> String {
+    let lines: Vec<String> = columns
+        .columns
+        .iter()
+        .map(|column| {
+            let kind = match column.kind {
+                Some(Kind::Timestamptz | Kind::Text | Kind::Jsonb) => " TEXT",
+                Some(Kind::Double) => " DOUBLE PRECISION",
+                Some(Kind::Bigint) => " BIGINT",
+                Some(Kind::Bool) => " BOOLEAN",
+                Some(Kind::Bytes) => " BLOB",
+                None => "",
+            };
+            format!("    {}{kind}{}", quoted(&column.name), if column.required { " NOT NULL" } else { "" })
+        })
+        .collect();
+    let table = quoted(&table_name(config));
+    let mut sql = format!("CREATE TABLE IF NOT EXISTS {table} (\n{}\n);\n", lines.join(",\n"));
+    if let (Some(device), Some(time)) = (columns.device(), columns.time()) {
+        let index = quoted(&format!("{}_{}_{}_idx", table_name(config), device.name, time.name));
+        let (device, time) = (quoted(&device.name), quoted(&time.name));
+        sql += &format!("CREATE INDEX IF NOT EXISTS {index} ON {table} ({device}, {time});\n");
+    }
+    sql
+}
+
+pub fn insert(config: &Config, columns: &Columns, rows: usize) -> String {
+    let list: Vec<String> = columns.columns.iter().map(|column| quoted(&column.name)).collect();
+    let row = format!("({})", vec!["?"; list.len()].join(", "));
+    let conflict = match config.on_conflict {
+        OnConflict::Reject => String::new(),
+        OnConflict::Ignore | OnConflict::Auto => " ON CONFLICT DO NOTHING".to_owned(),
+        OnConflict::Upsert => {
+            let set: Vec<String> = list.iter().map(|name| format!("{name} = excluded.{name}")).collect();
+            format!(" ON CONFLICT DO UPDATE SET {}", set.join(", "))
+        }
+    };
+    let table = quoted(&table_name(config));
+    format!("INSERT INTO {table} ({}) VALUES {}{conflict}", list.join(", "), vec![row; rows].join(", "))
+}
+
+/// Compares with the table that is there; takes over its NOT NULL.
+pub fn bind(
+    connection: &Connection,
+    config: &Config,
+    columns: &mut Columns,
+    was_there: bool,
+) -> rusqlite::Result<Result<(), String>> {
+    let mut statement = connection.prepare(
+        "SELECT name, \"notnull\" <> 0 AND dflt_value IS NULL AND pk = 0 FROM pragma_table_info(?1)",
+    )?;
+    let known: Vec<(String, bool)> = statement
+        .query_map([table_name(config)], |row| Ok((row.get(0)?, row.get(1)?)))?
+        .collect::<rusqlite::Result<_>>()?;
+    let table = &config.table;
+    if known.is_empty() {
+        let advice = match was_there {
+            true => {
+                "which this sink has written to before: was it dropped or renamed? \
+                 Headworks does not create it again by itself"
+            }
+            false => "create it, or set `create: true`",
+        };
+        return Ok(Err(format!("there is no table {table}: {advice}")));
+    }
+    for column in &mut columns.columns {
+        let found = known.iter().find(|(name, _)| name.eq_ignore_ascii_case(&column.name));
+        let Some((_, not_null)) = found else {
+            let names: Vec<&str> = known.iter().map(|(name, _)| name.as_str()).collect();
+            return Ok(Err(format!(
+                "table {table} has no column \"{}\": it has {}; add it, or say in `columns` which to fill",
+                column.name,
+                names.join(", ")
+            )));
+        };
+        column.required |= not_null;
+    }
+    let missing = known.iter().find(|(name, not_null)| {
+        *not_null && !columns.columns.iter().any(|column| column.name.eq_ignore_ascii_case(name))
+    });
+    if config.on_conflict == OnConflict::Upsert && !has_filled_key(connection, config, columns)? {
+        return Ok(Err(format!(
+            "`on_conflict: upsert` needs a unique key of table {table} whose columns are all in `columns`: \
+             add one, such as PRIMARY KEY (device_id, time)"
+        )));
+    }
+    Ok(match missing {
+        Some((name, _)) => Err(format!(
+            "column \"{name}\" of table {table} is NOT NULL without a default, and `columns` does not fill it"
+        )),
+        None => Ok(()),
+    })
+}
+
+/// Whether there is a unique key all of whose columns are filled.
+fn has_filled_key(connection: &Connection, config: &Config, columns: &Columns) -> rusqlite::Result<bool> {
+    let mut statement = connection.prepare(
+        "SELECT group_concat(i.name, char(10)) FROM pragma_index_list(?1) AS l, pragma_index_info(l.name) AS i
+         WHERE l.\"unique\" AND NOT l.partial GROUP BY l.name HAVING count(*) = count(i.name)
+         UNION ALL SELECT group_concat(name, char(10)) FROM pragma_table_info(?1) WHERE pk > 0",
+    )?;
+    let keys: Vec<Option<String>> =
+        statement.query_map([table_name(config)], |row| row.get(0))?.collect::<rusqlite::Result<_>>()?;
+    let is_filled = |name: &str| columns.columns.iter().any(|column| column.name.eq_ignore_ascii_case(name));
+    Ok(keys.iter().flatten().any(|key| key.split('\n').all(is_filled)))
+}
