@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use futures_util::future::{Either, select};
 use metrics_exporter_prometheus::PrometheusHandle;
 use rustix::fs::Mode;
 use tokio::runtime::Handle;
@@ -210,10 +211,16 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
         *bound = address.clone();
     }
     started.admin = Some(admin.address());
-    tokio::spawn(say_started(started, Arc::clone(&host)));
 
     let mut interrupts = signal(SignalKind::interrupt())?;
-    let ended = wait_for_end(&all_streams, &mut interrupts).await;
+    let ended = {
+        let end = std::pin::pin!(wait_for_end(&all_streams, &mut interrupts));
+        // On this thread, not in a task: the command line holds the lock on stdout.
+        match select(end, std::pin::pin!(say_started(started, &host))).await {
+            Either::Left((ended, _)) => ended,
+            Either::Right(((), end)) => end.await,
+        }
+    };
     tokio::spawn(end_when_interrupted(interrupts));
 
     // Devices first, then what is in flight, then the log.
@@ -414,7 +421,7 @@ fn say_recovered(name: &str, recovery: &Recovery) {
 
 /// The start screen, for a person: logs go to stderr, this to stdout. With the
 /// plugins, where they do not take long.
-async fn say_started(mut started: Started, host: Arc<Host>) {
+async fn say_started(mut started: Started, host: &Host) {
     // Past it: what is still being loaded is shown as that.
     let _ = tokio::time::timeout(PLUGINS_SHOWN_AFTER, host.plugins.loaded()).await;
     started.plugins = host.plugins.status().into_iter().map(plugin_line).collect();
