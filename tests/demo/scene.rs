@@ -1,6 +1,5 @@
 //! The demo's stage: a folder with a config, three plugins and a running host.
 
-use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::net::TcpListener;
 
@@ -134,7 +133,8 @@ impl Scene {
             };
             println!(
                 "  {:24}  {device:10}  {:14}  {metric:14}  {value:>6.1}",
-                cut(&time, 24),
+                // To the millisecond.
+                time.chars().take(23).collect::<String>(),
                 cut(&location, 14)
             );
         }
@@ -142,31 +142,19 @@ impl Scene {
 
     /// How often each reason, with one message as an example.
     pub fn show_letters(&self) {
-        let mut kinds: BTreeMap<String, (u64, String)> = BTreeMap::new();
-        for letter in self.host.cli_json(&["dead-letters", "list", "--max", "1000000"]) {
-            let reason = letter["refused"]["reason"].as_str().unwrap_or_default().to_owned();
-            let id = letter["id"].to_string();
-            // Positions and names differ; the kind of a reason is its text without digits.
-            let kind: String = reason.chars().filter(|c| !c.is_ascii_digit()).collect();
-            kinds.entry(kind).or_insert((0, format!("{id:>6}  {}", cut(&reason, 58)))).0 += 1;
-        }
-        let mut kinds: Vec<_> = kinds.into_values().collect();
-        kinds.sort_by_key(|(count, _)| std::cmp::Reverse(*count));
-        println!("  {:>6}  {:>6}  reason of the first", "count", "id");
-        for (count, example) in kinds.iter().take(6) {
-            println!("  {count:>6}  {example}");
-        }
-        if kinds.len() > 6 {
-            println!("  and {} more kinds", kinds.len() - 6);
+        for line in self.host.cli(&["dead-letters", "summary"]).lines() {
+            println!("{line}");
         }
     }
 
     pub fn show_next_steps(&self) {
         let admin = self.host.admin();
         let config = self.shown("headworks.yaml");
-        println!("  (with the host running: run the first line in another terminal)\n");
+        println!("  The host has ended. Start it again, then try the rest in another terminal,");
+        println!("  in {}:\n", self.shown(""));
         table(&[
             ["the host", &format!("cd {} && ../release/headworks run -c headworks.yaml", self.shown(""))],
+            ["status", "../release/headworks status -c headworks.yaml"],
             ["one letter", "../release/headworks dead-letters show 0 -c headworks.yaml"],
             ["the stream", "../release/headworks streams tail -c headworks.yaml"],
             ["plugins", "../release/headworks plugin list -c headworks.yaml"],
