@@ -140,7 +140,7 @@ fn a_plugin_that_faults_lets_nobody_in_and_the_next_client_is_served() {
 /// The message of a topic, as JSON.
 fn stored(host: &Host, topic: &str) -> String {
     let tail =
-        host.cli(&["streams", "tail", "telemetry", "--from", "start", "--max", "1000", "--format", "json"]);
+        host.cli(&["streams", "tail", "default", "--from", "start", "--max", "1000", "--format", "json"]);
     tail.lines().find(|line| line.contains(topic)).expect("the message").to_owned()
 }
 

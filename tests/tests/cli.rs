@@ -5,6 +5,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use headworks_tests::events::Events;
+use headworks_tests::folder::root;
 use headworks_tests::host::{Host, prebuilt};
 use headworks_tests::process::{Lines, Process, interruptible, run};
 use headworks_tests::{http, mosquitto, telemetry};
@@ -68,6 +69,10 @@ fn a_dead_letter_is_listed_shown_and_sent_again() {
     assert!(shown.contains("not json") && shown.contains("sensor-2"), "{shown}");
     let sinks = letters[0]["refused"]["sinks"].as_array().expect("a step's letter names its sinks");
     assert!(shown.contains("for sinks") && shown.contains(sinks[0].as_str().unwrap()), "{shown}");
+    let (_, _, status) = status(&host);
+    let problem = &problems(&status)[0];
+    assert_eq!(problem["kind"], "dead_letters", "{status}");
+    assert_eq!(problem["at_stake"]["messages"], 1, "{status}");
     let summary = host.cli(&["dead-letters", "summary"]);
     assert!(summary.starts_with("1  step normalize of pipeline telemetry\n"), "{summary}");
     for args in [&["dead-letters", "summary"][..], &["dead-letters", "list"], &["streams", "list"]] {
@@ -82,6 +87,8 @@ fn a_dead_letter_is_listed_shown_and_sent_again() {
         }
     }
     host.cli(&["dead-letters", "list", "--step", "normalize"]);
+    let said = failed(host.command(&["dead-letters", "redrive", "99", "--config", "headworks.yaml"]));
+    assert!(said.contains("nothing to send"), "{said}");
     let said = failed(host.command(&["dead-letters", "show", "x"]));
     assert!(said.contains("dead-letters list"), "{said}");
     // It is refused again, by the same step: it is the same letter.
@@ -367,7 +374,8 @@ fn ctrl_c_ends_a_tail_in_the_midst_of_a_long_stream() {
     assert!(publish.wait().expect("our child").success());
     // More than a pipe holds, so that each of them is in the midst of it.
     for _ in 0..8 {
-        let command = host.command(&["streams", "tail", "--from", "start", "--config", "headworks.yaml"]);
+        let command =
+            host.command(&["streams", "tail", "default", "--from", "start", "--config", "headworks.yaml"]);
         let mut tail = interruptible(&command).stdout(Stdio::piped()).spawn().expect("headworks runs");
         let mut first = [0];
         let mut stdout = tail.stdout.take().expect("piped");
@@ -430,6 +438,53 @@ fn every_metric_that_is_served_is_described() {
 }
 
 #[test]
+fn every_counter_whose_labels_are_known_is_there_from_the_start() {
+    let host = host("cli-counters");
+    let (_, served) = http::get(host.admin(), "/metrics").expect("the host serves it");
+    let page = std::fs::read_to_string(root().join("host/METRICS.md")).expect("the page");
+    let counters = page.lines().filter_map(|line| {
+        let (name, rest) = line.strip_prefix("| `")?.split_once("` | ")?;
+        rest.starts_with("counter").then_some(name)
+    });
+    let missing = counters.filter(|name| {
+        let is_there = served
+            .lines()
+            .any(|line| line.strip_prefix(*name).is_some_and(|rest| rest.starts_with(['{', ' '])));
+        // There is no access plugin here.
+        !is_there && *name != "headworks_access_plugin_calls_total"
+    });
+    assert_eq!(missing.collect::<Vec<_>>(), [""; 0]);
+}
+
+#[test]
+fn a_first_config_makes_no_dead_letter_of_any_topic() {
+    let host = host("cli-first");
+    for (topic, payload) in [("test/hello", "ping"), ("zigbee2mqtt/lamp", "{}"), ("a", "1")] {
+        publish(&host, topic, payload);
+    }
+    let (topic, payload) = telemetry::message("sensor-3", 1);
+    publish(&host, &topic, &payload);
+    let path = host.folder.join("data/telemetry.db");
+    host.writes("a row", || (telemetry::sqlite_count(&path, "telemetry") == 1).then_some(()));
+    assert_eq!(host.cli(&["dead-letters", "summary"]).trim(), "no dead letters");
+    assert_eq!(host.metric("headworks_stream_messages_total", &[("stream", "default")]), 3.0);
+    assert!(!host.log().contains("WARN"), "{}", host.log());
+}
+
+#[test]
+fn a_taken_port_is_named_with_its_key_before_anything_is_made() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = taken.local_addr().expect("bound");
+    let mqtt = format!("mqtt: {{ listeners: [ {{ bind: {address} }} ] }}\n");
+    let host = Host::prepare_with("cli-taken", &mqtt, "");
+    let said = failed(host.command(&["run", "--config", "headworks.yaml"]));
+    for part in ["mqtt.listeners", &address.to_string(), "stop the other process"] {
+        assert!(said.contains(part), "{part} is not in {said}");
+    }
+    assert!(!host.folder.join("data").exists());
+}
+
+#[test]
 fn status_names_what_is_wrong_while_readiness_is_about_devices() {
     let away = "postgres://writer@127.0.0.1:1/iot";
     let config = format!("sinks: {{ warehouse: {{ type: postgres, url: \"{away}\" }} }}\n");
@@ -443,21 +498,14 @@ fn status_names_what_is_wrong_while_readiness_is_about_devices() {
     publish(&host, &topic, &payload);
     assert_eq!(http::get(host.admin(), "/readyz").expect("the host serves it").0, 200);
 
-    let status = |host: &Host| {
-        let args = ["status", "--config", "headworks.yaml"];
-        let text = host.command(&args).output().expect("headworks runs");
-        let json =
-            host.command(&[&args[..], &["--format", "json"]].concat()).output().expect("headworks runs");
-        let json: serde_json::Value = serde_json::from_slice(&json.stdout).expect("JSON");
-        (text.status.code(), String::from_utf8(text.stdout).expect("UTF-8"), json)
-    };
     let (code, text, json) = status(&host);
     assert_eq!(code, Some(1), "{text}");
     for part in ["problems", "sink telemetry/warehouse: retrying", "Connection refused", "99-scratch.wasm"] {
         assert!(text.contains(part), "{part} is not in\n{text}");
     }
     assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
-    let problems = json["problems"].as_array().expect("a list");
+    let problems = problems(&json);
+    assert!(problems.iter().any(|problem| problem["kind"] == "plugin_failed"), "{json}");
     let sink = problems.iter().find(|problem| problem["kind"] == "retrying").expect("the sink's");
     assert_eq!(sink["at_stake"]["messages"], 1, "{sink}");
     assert!(
@@ -472,7 +520,24 @@ fn status_names_what_is_wrong_while_readiness_is_about_devices() {
 #[test]
 fn status_is_fine_where_all_works() {
     let host = host("cli-fine");
-    assert!(host.cli(&["status"]).contains("no problems"));
+    let (code, text, json) = status(&host);
+    assert!(problems(&json).is_empty() && text.contains("sink telemetry/telemetry  works"), "{text}");
+    assert_eq!(code == Some(0), json["problems"].as_array().is_some_and(Vec::is_empty), "{json}");
+}
+
+/// Exit code, text and JSON of `headworks status`.
+fn status(host: &Host) -> (Option<i32>, String, serde_json::Value) {
+    let args = ["status", "--config", "headworks.yaml"];
+    let text = host.command(&args).output().expect("headworks runs");
+    let json = host.command(&[&args[..], &["--format", "json"]].concat()).output().expect("headworks runs");
+    let json = serde_json::from_slice(&json.stdout).expect("JSON");
+    (text.status.code(), String::from_utf8(text.stdout).expect("UTF-8"), json)
+}
+
+/// Problems but the room on the disk, which is the machine's.
+fn problems(status: &serde_json::Value) -> Vec<&serde_json::Value> {
+    let problems = status["problems"].as_array().expect("a list").iter();
+    problems.filter(|problem| problem["kind"] != "low_space").collect()
 }
 
 #[test]

@@ -45,7 +45,7 @@ const CLOSE_MAX: Duration = Duration::from_secs(2);
 pub enum Error {
     #[error("admin.bind: \"{0}\" is not an address and port such as 127.0.0.1:8080")]
     Address(String),
-    #[error("admin.bind: cannot listen on {address}: {error}: free the port, or set admin.bind to another")]
+    #[error("admin.bind: cannot listen on {address}: {error}; {}", crate::listeners::bind_advice(error))]
     Bind { address: SocketAddr, error: std::io::Error },
 }
 

@@ -119,11 +119,14 @@ pub fn banner(started: &Started) -> String {
     let plain = started.listeners.iter().filter(|(kind, _)| kind == "mqtt").find_map(|(_, bind)| bind.tcp());
     let next = plain.map(|address| {
         let port = if address.port() == 1883 { String::new() } else { format!(" -p {}", address.port()) };
-        let host = if address.ip().is_unspecified() { "127.0.0.1".to_owned() } else { address.ip().to_string() };
+        let host =
+            if address.ip().is_unspecified() { "127.0.0.1".to_owned() } else { address.ip().to_string() };
         let topic = &started.example_topic;
         let device = topic.split('/').find(|level| level.starts_with("sensor")).unwrap_or("sensor-1");
+        let blank = " ".repeat(12);
         format!(
-            "mosquitto_pub -h {host}{port} -q 1 -t {topic} -m '{{\"device_id\":\"{device}\",\"value\":21.5,\"ts\":1700000000}}'"
+            "mosquitto_pub -h {host}{port} -q 1 \\\n{blank}-t {topic} \\\n\
+             {blank}-m '{{\"device_id\":\"{device}\",\"value\":21.5,\"ts\":1700000000}}'"
         )
     });
     let commands = [
@@ -176,7 +179,9 @@ fn lines(started: &Started, runs: bool) -> String {
             some => some,
         };
         let noun = if *partitions == 1 { "partition" } else { "partitions" };
-        line("stream", &format!("{name}  {topics}, {partitions} {noun}"));
+        let is_read = started.pipelines.iter().any(|pipeline| pipeline.from == *name);
+        let end = if is_read { "" } else { "; for subscribers only, no rows" };
+        line("stream", &format!("{name}  {topics}, {partitions} {noun}{end}"));
     }
     for PipelineLine { name, from, steps, routes } in &started.pipelines {
         let steps = match steps {
@@ -237,17 +242,21 @@ plugins   ./plugins
           10-normalize.wasm  normalize 0.1.0
           20-broken.wasm  does not run: not wasm
 listen    mqtt on 127.0.0.1:1883
-stream    telemetry  all topics, 4 partitions
+stream    default  all other topics, 4 partitions; for subscribers only, no rows
+stream    telemetry  +/+/+/+/+, 4 partitions
 pipeline  telemetry  telemetry -> plugins of the folder
             default -> SINK
 admin     http://127.0.0.1:8080  (/readyz /metrics /api/problems)
-next      mosquitto_pub -h 127.0.0.1 -q 1 -t acme/factory-01/temperature/sensor-4a3b/reading -m '{\"device_id\":\"sensor-4a3b\",\"value\":21.5,\"ts\":1700000000}'
+next      mosquitto_pub -h 127.0.0.1 -q 1 \\
+            -t acme/factory-01/temperature/sensor-4a3b/reading \\
+            -m '{\"device_id\":\"sensor-4a3b\",\"value\":21.5,\"ts\":1700000000}'
           headworks streams tail --follow  what comes in
           headworks status                 what is wrong, and what to do
           headworks dead-letters summary   what was refused, and why
 ";
         let expected = expected.replace("VERSION", env!("CARGO_PKG_VERSION")).replace("SINK", &sink);
         assert_eq!(banner(&started), expected);
+        assert!(expected.lines().all(|line| line.chars().count() <= 80), "{expected}");
         started.option = " --config hw.yaml".to_owned();
         assert!(banner(&started).contains("headworks dead-letters summary --config hw.yaml   what was"));
         started.plugins.clear();

@@ -77,9 +77,12 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
     let process = telemetry::Process::default();
     let prometheus = admin::metrics::install().context("metrics were set up twice in one process")?;
     let data_dir = config.data_dir.clone();
+    if !data_dir.exists() {
+        mqtt::try_addresses(&config.mqtt)?;
+    }
     let _lock = lock(&data_dir)?;
     let instance: Arc<str> = uuid::Uuid::new_v4().simple().to_string().into();
-    let failures = Failures::default();
+    let failures = Failures::showing(&source.option());
     tokio::spawn(failures.clone().flush_regularly());
     let namespace = Arc::new(Namespace::parse(&config.topics)?);
     let stop_listening = CancellationToken::new();
@@ -203,6 +206,8 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
     let stop_admin = CancellationToken::new();
     let admin = admin::start(&config.admin, deps, stop_admin.clone()).await?;
 
+    // From here on a signal ends the host in order; whoever reads where it listens may send one.
+    let (mut interrupts, terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let told = if is_kept { String::new() } else { token };
     let running = RunFile::new(&instance, listener.addresses(), admin.address(), told);
     run_file::write(&data_dir, &running)?;
@@ -212,9 +217,8 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
     }
     started.admin = Some(admin.address());
 
-    let mut interrupts = signal(SignalKind::interrupt())?;
     let ended = {
-        let end = std::pin::pin!(wait_for_end(&all_streams, &mut interrupts));
+        let end = std::pin::pin!(wait_for_end(&all_streams, &mut interrupts, terminate));
         // On this thread, not in a task: the command line holds the lock on stdout.
         match select(end, std::pin::pin!(say_started(started, &host))).await {
             Either::Left((ended, _)) => ended,
@@ -373,8 +377,11 @@ fn lock(data_dir: &Path) -> anyhow::Result<File> {
     }
 }
 
-async fn wait_for_end(streams: &[Arc<dyn Stream>], interrupts: &mut Signal) -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
+async fn wait_for_end(
+    streams: &[Arc<dyn Stream>],
+    interrupts: &mut Signal,
+    mut terminate: Signal,
+) -> anyhow::Result<()> {
     let stopped = futures_util::future::select_all(streams.iter().map(|stream| stream.stopped()));
     tokio::select! {
         _ = interrupts.recv() => {
@@ -426,7 +433,7 @@ async fn say_started(mut started: Started, host: &Host) {
     let _ = tokio::time::timeout(PLUGINS_SHOWN_AFTER, host.plugins.loaded()).await;
     started.plugins = host.plugins.status().into_iter().map(plugin_line).collect();
     // Whoever closed stdout does not want it.
-    let _ = writeln!(std::io::stdout(), "{}", banner(&started));
+    let _ = writeln!(std::io::stdout(), "{}", telemetry::escaped(&banner(&started)));
 }
 
 fn plugin_line(plugin: PluginStatus) -> PluginLine {

@@ -17,6 +17,7 @@ use super::Host;
 use super::status::is_stopped;
 use crate::admin::{AtStake, PROBLEM_KINDS, Problem};
 use crate::batch::Offset;
+use crate::config::DEAD_LETTERS;
 use crate::pipeline::{PipelineStatus, SinkStatus, State};
 use crate::plugin::PluginState;
 use crate::stream::{Read, Stream};
@@ -33,6 +34,10 @@ const EVENTS: [(&str, &str, &str); 3] = [
     ("headworks_mqtt_dropped_total", "cause", "dropped"),
     ("headworks_dead_letters_total", "pipeline", "dead_letters"),
 ];
+/// Gauge of the certificates of listeners, by file.
+const CERTIFICATES: &str = "headworks_mqtt_certificate_seconds_left";
+/// A certificate that ends within this is a problem.
+const ENDS_SOON: Duration = Duration::from_secs(30 * 86_400);
 /// Causes of `headworks_mqtt_dropped_total` that an operator can do something about.
 const DROPS: [&str; 4] = ["no_space", "queue_full", "gap", "retained_full"];
 
@@ -61,11 +66,14 @@ struct Found {
 impl Host {
     /// Every problem of this moment, worst first.
     pub fn problems(&self) -> Vec<Problem> {
-        let found = self.find();
+        let metrics = self.prometheus.render();
+        self.count_events(&metrics);
+        let found = self.find(&metrics);
         let (now, time) = (Instant::now(), Timestamp::now());
         let mut since = lock(&self.watch.since);
         since.retain(|(part, kind), _| found.iter().any(|found| found.part == *part && found.kind == *kind));
         let named = found.into_iter().map(|found| {
+            debug_assert!(PROBLEM_KINDS.contains(&found.kind), "{}", found.kind);
             let key = (found.part.clone(), found.kind);
             let (began, began_at) = *since.entry(key).or_insert((now, time));
             Problem {
@@ -87,7 +95,6 @@ impl Host {
         loop {
             ticks.tick().await;
             self.find_oldest().await;
-            self.count_events();
             if let Ok(space) = DiskSpace::of(&self.data_dir) {
                 gauge!("headworks_data_free_bytes").set(space.free as f64);
                 gauge!("headworks_data_disk_bytes").set(space.total as f64);
@@ -109,7 +116,8 @@ impl Host {
         }
     }
 
-    fn find(&self) -> Vec<Found> {
+    /// `metrics`: as they are served.
+    fn find(&self, metrics: &str) -> Vec<Found> {
         let space = DiskSpace::of(&self.data_dir).ok();
         let mut found = Vec::new();
         for stream in &self.streams {
@@ -121,6 +129,7 @@ impl Host {
             found.extend(self.pipeline_problems(&status));
         }
         found.extend(self.plugin_problems());
+        found.extend(certificate_problems(metrics));
         found
     }
 
@@ -146,7 +155,14 @@ impl Host {
                 format!("free space on the disk of {folder}, or lower retention.max_bytes of the streams"),
             ),
         };
-        let cause = format!("{cause}: devices wait for their acknowledgements, QoS 0 messages are dropped");
+        let waits = match stream.name() {
+            name if self.intake.iter().any(|intake| intake.name() == name) => {
+                "devices wait for their acknowledgements, QoS 0 messages are dropped"
+            }
+            DEAD_LETTERS => "pipelines wait with what they reject",
+            _ => "sessions, retained messages and wills wait",
+        };
+        let cause = format!("{cause}: {waits}");
         Some(Found { part, kind: "no_space", cause, at_stake, advice })
     }
 
@@ -217,11 +233,10 @@ impl Host {
     }
 
     /// Counters of [`EVENTS`] as they are now.
-    fn count_events(&self) {
-        let text = self.prometheus.render();
+    fn count_events(&self, metrics: &str) {
         let now = Instant::now();
         let mut growth = lock(&self.watch.growth);
-        for line in text.lines() {
+        for line in metrics.lines() {
             for (metric, label, kind) in EVENTS {
                 let Some((labels, value)) = line.strip_prefix(metric).and_then(|rest| rest.rsplit_once(' '))
                 else {
@@ -306,6 +321,29 @@ impl Host {
     }
 }
 
+fn certificate_problems(metrics: &str) -> Vec<Found> {
+    let lines = metrics.lines().filter_map(|line| line.strip_prefix(CERTIFICATES)?.rsplit_once(' '));
+    let ending = lines.filter_map(|(labels, seconds)| {
+        let (file, seconds) = (label_value(labels, "file")?, seconds.parse::<f64>().ok()?);
+        let days = (seconds / 86_400.0).floor();
+        let cause = if seconds <= 0.0 {
+            "the certificate has ended: clients are turned away".to_owned()
+        } else if seconds < ENDS_SOON.as_secs_f64() {
+            format!("the certificate ends within {} days", days + 1.0)
+        } else {
+            return None;
+        };
+        Some(Found {
+            part: format!("certificate {file}"),
+            kind: "certificate",
+            cause,
+            at_stake: AtStake::default(),
+            advice: format!("put a new certificate into {file}; it is taken while the host runs"),
+        })
+    });
+    ending.collect()
+}
+
 fn low_space(data_dir: &Path, space: DiskSpace) -> Found {
     Found {
         part: format!("disk of {}", data_dir.display()),
@@ -334,4 +372,22 @@ fn label_value<'l>(labels: &'l str, name: &str) -> Option<&'l str> {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_certificate_is_a_problem_a_month_before_it_ends() {
+        let line = |file: &str, days: f64| format!("{CERTIFICATES}{{file=\"{file}\"}} {}\n", days * 86_400.0);
+        let metrics = line("server.pem", 6.5) + &line("ca.pem", 400.0) + &line("old.pem", -0.1);
+        let found = certificate_problems(&format!("# TYPE {CERTIFICATES} gauge\n{metrics}"));
+        let said: Vec<_> = found.iter().map(|found| (&*found.part, &*found.cause)).collect();
+        let wanted = [
+            ("certificate server.pem", "the certificate ends within 7 days"),
+            ("certificate old.pem", "the certificate has ended: clients are turned away"),
+        ];
+        assert_eq!(said, wanted);
+    }
 }

@@ -195,7 +195,7 @@ pub enum StreamsCommand {
 
 #[derive(Debug, Args)]
 pub struct TailArgs {
-    /// The stream [default: the one that takes every topic no other wants]
+    /// The stream [default: the only one that pipelines read, else the one that takes all other topics]
     pub name: Option<String>,
     /// Where to begin: an offset, `start`, `end`, a time, or how long ago such as 10m
     #[arg(long, value_name = "OFFSET|TIME")]
@@ -290,7 +290,7 @@ pub enum DeadLettersCommand {
     /// Send them again to the sink that refused them, or through the steps from the one that did to
     /// the sinks that they are for; the host must run
     #[command(
-        override_usage = "headworks dead-letters redrive <IDS>... | --all [--pipeline NAME] [--sink NAME] [--step NAME]",
+        override_usage = "headworks dead-letters redrive <IDS>...\n       headworks dead-letters redrive --all [OPTIONS]",
         after_help = "Examples:\n  headworks dead-letters redrive 17 18\n  \
         headworks dead-letters redrive --all --sink warehouse"
     )]
@@ -347,6 +347,18 @@ mod tests {
     use clap::CommandFactory;
 
     use super::*;
+
+    #[test]
+    fn every_help_fits_80_columns() {
+        fn check(command: &mut clap::Command) {
+            let help = command.render_long_help().to_string();
+            assert!(help.lines().all(|line| line.chars().count() <= 80), "{help}");
+            command.get_subcommands_mut().for_each(check);
+        }
+        let mut command = Cli::command();
+        command.build();
+        check(&mut command);
+    }
 
     #[test]
     fn the_command_line_is_consistent() {

@@ -81,7 +81,7 @@ fn parts(client: &Client) -> Vec<String> {
         None => parts.push(format!("away since {}", time(client.disconnected_us.unwrap_or_default()))),
     }
     let Client { subscriptions, queued, in_flight, .. } = client;
-    parts.push(format!("{subscriptions} filters, {queued} queued, {in_flight} in flight"));
+    parts.push(format!("filters: {subscriptions}, queued: {queued}, in flight: {in_flight}"));
     parts
 }
 

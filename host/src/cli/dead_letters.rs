@@ -19,6 +19,7 @@ use crate::plugin;
 use crate::properties::{self, Origin};
 use crate::stream::Read;
 use crate::stream::log::ReadOnly;
+use crate::telemetry;
 
 const LISTED_MAX: usize = 50;
 const REASON_CHARS_MAX: usize = 120;
@@ -214,7 +215,7 @@ fn summary(
     let hidden = each(config, with_sent, filter, |letter, mark| {
         found += 1;
         let pipeline = property(letter, "pipeline");
-        let mut key = [pipeline.clone(), refused_by(letter), alike(&property(letter, "reason"))];
+        let mut key = [pipeline.clone(), refused_by(letter), telemetry::alike(&property(letter, "reason"))];
         if reasons.len() >= REASONS_MAX && !reasons.contains_key(&key) {
             key = [pipeline, String::new(), String::new()];
         }
@@ -243,19 +244,6 @@ fn summary(
         out.flow(4, &[format!("newest: {id}"), received, format!("device {device}"), topic])?;
     }
     if format == Format::Json { Ok(()) } else { say_hidden(found, hidden, out) }
-}
-
-/// A reason without its numbers, so that reasons differ by more than the value at hand.
-fn alike(reason: &str) -> String {
-    let mut alike = String::new();
-    for c in reason.chars() {
-        match c {
-            '0'..='9' if alike.ends_with('0') => {}
-            '0'..='9' => alike.push('0'),
-            c => alike.push(c),
-        }
-    }
-    alike
 }
 
 /// `letters` reads from `id` on.
@@ -315,15 +303,19 @@ async fn redrive(
     let answer = admin_client::post(config, "/api/dead-letters/redrive", &request).await;
     progress.finish_and_clear();
     let answer: RedriveAnswer = answer?;
+    let is_nothing = answer.sent + answer.refused + answer.letters_pending == 0 && answer.failed.is_empty();
     if format == Format::Json {
         out.json(&answer)?;
-    } else if answer.sent + answer.refused == 0 && answer.failed.is_empty() {
-        out.line("nothing to send: no such letters, or they were sent again before")?;
-    } else {
+    } else if is_nothing && request.ids.is_empty() {
+        out.line("nothing to send: no open dead letter fits")?;
+    } else if !is_nothing {
         let RedriveAnswer { sent, letters_sent, letters_refused, letters_pending, .. } = &answer;
         out.line(format!(
             "{letters_sent} dead letters sent, {sent} rows written; {letters_refused} refused again, {letters_pending} pending"
         ))?;
+    }
+    if is_nothing && !request.ids.is_empty() {
+        bail!("nothing to send: no open dead letter has such an id, see `headworks dead-letters list`");
     }
     if !answer.failed.is_empty() {
         bail!("not all could be sent, try again later: {}", answer.failed.join("; "));

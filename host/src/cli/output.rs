@@ -7,7 +7,7 @@ use std::path::Path;
 use jiff::Timestamp;
 use serde::Serialize;
 
-use crate::telemetry;
+use crate::telemetry::{self, escaped};
 
 /// Width of what is not a terminal, and of one that does not say.
 const COLUMNS: usize = 80;
@@ -131,17 +131,6 @@ fn fill<'p>(
     lines
 }
 
-fn escaped(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for part in text.split_inclusive(['\n', '\t']) {
-        let end = part.strip_suffix(['\n', '\t']).map_or(part.len(), str::len);
-        // Writing to a String cannot fail.
-        let _ = telemetry::write_escaped(&mut escaped, &part[..end]);
-        escaped.push_str(&part[end..]);
-    }
-    escaped
-}
-
 /// A path as a message names it: absolute, since a relative one is relative to the
 /// working directory, which a reader may not know.
 pub fn shown(path: &Path) -> String {
@@ -210,7 +199,6 @@ mod tests {
     fn what_devices_send_cannot_drive_the_terminal() {
         assert_eq!(one_line("a\x1b[2Jb\nc", 20), "a [2Jb c");
         assert_eq!(one_line("abcdef", 4), "abc…");
-        assert_eq!(escaped("a\x1b[2J\tb\u{9b}\n"), "a\\u{1b}[2J\tb\\u{9b}\n");
     }
 
     #[test]

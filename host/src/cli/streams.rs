@@ -30,7 +30,7 @@ pub fn streams(command: StreamsCommand, out: &mut Out) -> anyhow::Result<()> {
         }
         StreamsCommand::Tail(args) => {
             let config = config::load(args.config.config.as_deref())?.config;
-            let name = args.name.clone().unwrap_or_else(|| config.default_stream().to_owned());
+            let name = args.name.clone().unwrap_or_else(|| config.main_stream().to_owned());
             block_on(tail(&config, &name, &args, out))
         }
     }
@@ -84,7 +84,7 @@ fn list(config: &Config, format: Format, out: &mut Out) -> anyhow::Result<()> {
             0,
             &[
                 name.to_owned(),
-                format!("{} messages", next - first),
+                format!("messages: {}", next - first),
                 format!("offsets {first} to {next}"),
                 format!("{} on disk", ByteSize(held.bytes)),
                 times,

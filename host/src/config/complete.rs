@@ -1,6 +1,8 @@
 //! What a config leaves out that depends on what it has.
 //!
-//! - No `streams`: one, `telemetry`, takes every topic.
+//! - None of `streams`, `pipelines` and `sinks`: the stream `telemetry` takes the topics that fit
+//!   `topics`, and becomes rows; the stream `default` takes the rest, which only subscribers get.
+//! - No `streams` otherwise: one, `telemetry`, takes every topic.
 //! - All streams name their topics: one more, `default`, takes the rest.
 //! - No `sinks`: one, `telemetry`: the table `telemetry` in `telemetry.db` in the data folder,
 //!   unless all pipelines name their routes and none leads there.
@@ -13,6 +15,7 @@
 use serde_json::{Map, Value, json};
 
 use crate::problems::{KeyPath, Problems};
+use crate::topic::Namespace;
 
 /// Stream, pipeline and sink of the embedded default.
 pub const TELEMETRY: &str = "telemetry";
@@ -29,6 +32,14 @@ pub fn complete(value: &mut Value, problems: &mut Problems) {
     };
     let data_dir = config.get("data_dir").and_then(Value::as_str).unwrap_or("data").to_owned();
 
+    let is_default = ["streams", "pipelines", "sinks"].iter().all(|name| section(config, name).is_empty());
+    let fits = is_default.then(|| filter_of(config)).flatten();
+
+    let streams = section(config, "streams");
+    if let Some(fits) = fits {
+        streams.insert(TELEMETRY.to_owned(), json!({ "topics": [fits], "partitions": PARTITIONS }));
+        section(config, "pipelines").insert(TELEMETRY.to_owned(), json!({ "from": TELEMETRY }));
+    }
     let streams = section(config, "streams");
     if streams.is_empty() {
         streams.insert(TELEMETRY.to_owned(), json!({ "partitions": PARTITIONS }));
@@ -106,6 +117,13 @@ fn wants_default_sink(pipelines: &Map<String, Value>) -> bool {
         _ => true,
     };
     pipelines.is_empty() || pipelines.values().any(wants)
+}
+
+/// Matches the topics that have as many levels as `topics` names; `None` where it is not valid.
+fn filter_of(config: &Map<String, Value>) -> Option<String> {
+    let pattern = config.get("topics").and_then(Value::as_str).unwrap_or(Namespace::DEFAULT_PATTERN);
+    let namespace = Namespace::parse(pattern).ok()?;
+    Some(vec!["+"; namespace.fields().len()].join("/"))
 }
 
 fn section<'c>(config: &'c mut Map<String, Value>, name: &str) -> &'c mut Map<String, Value> {

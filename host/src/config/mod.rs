@@ -92,6 +92,17 @@ impl Config {
         rest.map_or(complete::REST_STREAM, |(name, _)| name)
     }
 
+    /// Name of the stream that a person means who names none: the only one that
+    /// pipelines read, else the default stream.
+    pub fn main_stream(&self) -> &str {
+        let mut read: Vec<&str> = self.pipelines.values().map(|pipeline| pipeline.from.as_str()).collect();
+        read.dedup();
+        match read.as_slice() {
+            [only] => only,
+            _ => self.default_stream(),
+        }
+    }
+
     /// Compiled plugins, and what ran.
     pub fn plugin_cache_dir(&self) -> PathBuf {
         self.data_dir.join("plugin-cache")

@@ -7,16 +7,21 @@ use serde_json::{Map, Value};
 /// Nested deeper than this is left to the schema.
 const DEPTH_MAX: usize = 8;
 
+/// The end of a page that is not written by hand.
+pub const MADE_FROM: &str =
+    "\nThis page is made from the code: `BLESS=1 cargo test --release --workspace --lib reference`.\n";
+
 /// Every key with type, default and meaning.
 pub fn docs() -> String {
     let mut page = "# Config\n\n\
-        Made from the types in the code (`BLESS=1 cargo test --release --workspace --lib reference` writes it anew);\n\
-        `headworks schema` prints the same as a JSON Schema for editors.\n\n\
         One YAML file, or a folder of `.yaml` files merged by top-level key (a key in two files is an error):\n\
         `headworks run --config headworks.yaml`. Relative paths are relative to the working directory.\n\
-        `headworks validate --config headworks.yaml` says every problem at once, each with file, line and key.\n\n\
+        `headworks validate --config headworks.yaml` says every problem at once, each with file, line and key;\n\
+        `headworks schema` prints a JSON Schema for editors. Keys at the top that begin with `x-` are yours, for YAML anchors.\n\n\
         What is left out:\n\n\
-        - no `streams`: one, `telemetry`, with 4 partitions, takes every topic;\n\
+        - none of `streams`, `pipelines` and `sinks`: the stream `telemetry` takes the topics with as many levels as `topics`\n\
+        \x20 names, and its messages become rows; all other topics are for subscribers only (stream `default`);\n\
+        - no `streams` otherwise: one, `telemetry`, with 4 partitions, takes every topic;\n\
         - all `streams` name their `topics`: one more, `default`, takes the rest;\n\
         - no `sinks`: one, `telemetry`, the table `telemetry` in `telemetry.db` in the data folder (SQLite);\n\
         - no `pipelines`: one for each stream, of the stream's name, with the plugins of the folder;\n\
@@ -29,6 +34,7 @@ pub fn docs() -> String {
     let schema = super::schema();
     let defaults = serde_json::to_value(super::Config::default()).unwrap_or_default();
     Page { root: &schema, page: &mut page }.keys(&schema, "", Some(&defaults), 0);
+    page += MADE_FROM;
     page
 }
 
@@ -63,6 +69,9 @@ impl<'s> Page<'s, '_> {
         for (name, key) in schema.get("properties").and_then(Value::as_object).into_iter().flatten() {
             let path = if prefix.is_empty() { name.clone() } else { format!("{prefix}.{name}") };
             let target = self.resolve(key);
+            if key.get("const").is_some() {
+                continue; // the tag of a choice, which its heading has
+            }
             let default = defaults.and_then(|defaults| defaults.get(name)).or_else(|| key.get("default"));
             let is_shown = !is_section(target);
             let shown = match default {
@@ -72,11 +81,19 @@ impl<'s> Page<'s, '_> {
                 Some(value) if is_shown => format!("`{value}`"),
                 Some(_) => String::new(),
             };
-            let about = text(key, "description").or_else(|| text(target, "description")).unwrap_or_default();
-            let kind = self.kind(key);
-            let _ = writeln!(self.page, "| `{path}` | {kind} | {shown} | {} |", one_line(about));
+            self.row(&path, key, &shown, None);
             self.below(target, &path, default, depth);
         }
+    }
+
+    /// `about`: the meaning where neither the key nor its type has one.
+    fn row(&mut self, path: &str, key: &'s Value, default: &str, about: Option<&str>) {
+        let (kind, about) = (self.kind(key), one_line(self.about(key).or(about).unwrap_or_default()));
+        let _ = writeln!(self.page, "| `{path}` | {kind} | {default} | {about} |");
+    }
+
+    fn about(&self, key: &'s Value) -> Option<&'s str> {
+        text(key, "description").or_else(|| text(self.resolve(key), "description"))
     }
 
     /// The keys inside a section, a map, a list, or each kind of a tagged choice.
@@ -84,10 +101,17 @@ impl<'s> Page<'s, '_> {
         if schema.get("properties").is_some() {
             self.keys(schema, path, default, depth + 1);
         } else if let Some(each) = schema.get("additionalProperties").filter(|each| each.is_object()) {
-            self.below(self.resolve(each), &format!("{path}.<name>"), None, depth + 1);
+            let path = format!("{path}.<name>");
+            let target = self.resolve(each);
+            let is_tagged = options(target).is_some_and(|options| self.is_tagged(options));
+            if !is_section(target) && !is_tagged && self.about(each).is_some() {
+                self.row(&path, each, "", None);
+            }
+            self.below(target, &path, None, depth + 1);
         } else if let Some(each) = schema.get("items") {
             self.below(self.resolve(each), &format!("{path}[]"), None, depth + 1);
         } else if let Some(options) = options(schema) {
+            let keyed = options.iter().filter(|option| only_key(self.resolve(option)).is_some()).count();
             for option in options {
                 let option = self.resolve(option);
                 let tag = option.get("properties").and_then(Value::as_object).and_then(tag);
@@ -97,10 +121,24 @@ impl<'s> Page<'s, '_> {
                         let _ = writeln!(self.page, "| **`{path}`** with `{key}: {value}` | | | {about} |");
                         self.keys(option, path, default, depth + 1);
                     }
-                    None => self.below(option, path, default, depth + 1),
+                    None => match only_key(option) {
+                        // One key of several, which says which one it is.
+                        Some((name, key)) => {
+                            let path = format!("{path}.{name}");
+                            let default = if keyed > 1 { "one of these" } else { "required" };
+                            self.row(&path, key, default, text(option, "description"));
+                            self.below(self.resolve(key), &path, None, depth + 1);
+                        }
+                        None => self.below(option, path, default, depth + 1),
+                    },
                 }
             }
         }
+    }
+
+    fn is_tagged(&self, options: &'s [Value]) -> bool {
+        let tags = |option| self.resolve(option).get("properties").and_then(Value::as_object).and_then(tag);
+        options.iter().any(|option| tags(option).is_some())
     }
 
     fn kind(&self, key: &'s Value) -> String {
@@ -175,6 +213,14 @@ fn options(schema: &Value) -> Option<&[Value]> {
 
 fn tag(properties: &Map<String, Value>) -> Option<(&str, String)> {
     properties.iter().find_map(|(key, value)| Some((key.as_str(), plain(value.get("const")?))))
+}
+
+/// The key of an option that is told by it: `env` of `{ env: NAME }`.
+fn only_key(option: &Value) -> Option<(&String, &Value)> {
+    let properties = option.get("properties")?.as_object().filter(|properties| properties.len() == 1)?;
+    let (name, key) = properties.iter().next()?;
+    let is_required = option.get("required")?.as_array()?.iter().any(|required| required == name);
+    is_required.then_some((name, key))
 }
 
 fn is_section(schema: &Value) -> bool {

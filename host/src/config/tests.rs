@@ -29,9 +29,11 @@ fn no_config_is_the_embedded_default() {
     assert_eq!(source.to_string(), "embedded default");
     assert_eq!(warnings, [""; 0]);
     assert_eq!(config.data_dir, PathBuf::from("data"));
-    assert_eq!(config.streams.keys().collect::<Vec<_>>(), ["telemetry"]);
+    assert_eq!(config.streams.keys().collect::<Vec<_>>(), ["default", "telemetry"]);
     assert_eq!(config.streams["telemetry"].partitions, 4);
-    assert_eq!(config.default_stream(), "telemetry");
+    assert_eq!(config.streams["telemetry"].topics, ["+/+/+/+/+"]);
+    assert_eq!((config.default_stream(), config.main_stream()), ("default", "telemetry"));
+    assert_eq!(config.pipelines.len(), 1);
     let pipeline = &config.pipelines["telemetry"];
     assert_eq!((pipeline.from.as_str(), pipeline.steps.is_none()), ("telemetry", true));
     assert_eq!(pipeline.routes["default"].sinks(), ["telemetry"]);
@@ -190,7 +192,7 @@ fn what_is_left_out_follows_from_what_is_there() {
 
     let (config, warnings) = parse_text("streams: { a: { topics: [a/#] } }\npipelines: { p: {} }\n").unwrap();
     assert_eq!(config.pipelines["p"].from, "a");
-    assert_eq!(warnings, [""; 0]);
+    assert_eq!(warnings, [""; 0], "a broker without pipelines is a choice");
 }
 
 #[test]

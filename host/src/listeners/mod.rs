@@ -3,3 +3,14 @@
 //! MQTT is the first; HTTP, CoAP and AMQP will be its neighbours.
 
 pub mod mqtt;
+
+/// What to do where an address cannot be listened on.
+pub fn bind_advice(error: &std::io::Error) -> &'static str {
+    use std::io::ErrorKind;
+    match error.kind() {
+        ErrorKind::AddrInUse => "stop the other process, or set another address",
+        ErrorKind::PermissionDenied => "ports below 1024 need CAP_NET_BIND_SERVICE; set another one",
+        ErrorKind::AddrNotAvailable => "this machine does not have the address; set another one",
+        _ => "set another address",
+    }
+}

@@ -382,7 +382,7 @@ impl Delivery {
         let Failed::Later { kind, reason } = failed else { return Err(failed.into()) };
         let sink = &self.writer.claim.sink;
         let say = format!("sink \"{sink}\" of pipeline \"{}\": {kind}", self.writer.claim.pipeline);
-        self.writer.failures.report(&say, 1, &reason, "the admin address, /api/status");
+        self.writer.failures.report(&say, 1, &reason, "headworks status");
         self.shared.set(State::Retrying(reason));
         let slow = matches!(kind, "setup" | "refusals");
         let wait = if slow { self.backoff.max.0 } else { self.backoff.delay(attempt) };

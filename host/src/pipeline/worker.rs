@@ -412,12 +412,7 @@ fn run_step(
             let reason = format!("asked for a retry {} times, the last time: {reason}", attempt.number);
             break refuse_all(&batch, RefusedKind::Retries, &reason);
         }
-        shared.failures.report(
-            &format!("{}/{name}: retry", shared.name),
-            1,
-            reason,
-            "the admin address, /api/status",
-        );
+        shared.failures.report(&format!("{}/{name}: retry", shared.name), 1, reason, "headworks status");
         let wait = backoff.delay(attempt.number - 1);
         let bound = if step.sees_all() { wait } else { patience.left(Instant::now()) };
         let aborted = runtime.block_on(async {
@@ -434,13 +429,13 @@ fn run_step(
         shared.metrics.dropped.increment(outcome.dropped);
     }
     outcome.refused.retain(|refused| (refused.index as usize) < batch.len());
-    let Some(first) = outcome.refused.first() else {
+    if outcome.refused.is_empty() {
         return Ok(Ran { passed: outcome.passed, letters: Ticket::default() });
-    };
+    }
     shared.metrics.refused.increment(outcome.refused.len() as u64);
-    let show = format!("headworks dead-letters list --pipeline {}", shared.name);
-    let kind = format!("{}/{name}: {}", shared.name, first.kind.as_str());
-    shared.failures.report(&kind, outcome.refused.len() as u64, &first.reason, &show);
+    let show = format!("headworks dead-letters summary --pipeline {}", shared.name);
+    let rejected = outcome.refused.iter().map(|refused| (refused.kind.as_str(), &*refused.reason));
+    shared.failures.report_rejected(&format!("{}/{name}", shared.name), rejected, &show);
     let batch = Stripped { batch: &batch, indexes, partition };
     let refusals = batch.refusals(&name, &outcome.refused);
     let letters = appended(&refusals, readers, shared, runtime)?;
@@ -534,9 +529,9 @@ fn refuse_unknown(
     let refused = unknown_routes(&shared.routes, batch.batch, unknown);
     let refusals = batch.refusals(super::ROUTES_STEP, &refused);
     shared.metrics.refused.increment(refusals.len() as u64);
-    let show = format!("headworks dead-letters list --pipeline {}", shared.name);
-    let kind = format!("{}: unknown route", shared.name);
-    shared.failures.report(&kind, refusals.len() as u64, &refused[0].reason, &show);
+    let show = format!("headworks dead-letters summary --pipeline {}", shared.name);
+    let rejected = refused.iter().map(|refused| ("unknown route", &*refused.reason));
+    shared.failures.report_rejected(&shared.name, rejected, &show);
     appended(&refusals, readers, shared, runtime)
 }
 

@@ -347,11 +347,10 @@ impl Writer {
         self.metrics.refused.increment(refused.len() as u64);
         self.refused += refused.len() as u64;
         self.refusals.note_refused(&refused);
-        self.failures.report(
-            &format!("sink \"{}\": rows refused", self.claim.sink),
-            refused.len() as u64,
-            refused.first().map_or("", |r| &r.reason),
-            &format!("headworks dead-letters list --sink {}", self.claim.sink),
+        self.failures.report_rejected(
+            &format!("sink \"{}\"", self.claim.sink),
+            refused.iter().map(|r| ("rows refused", &*r.reason)),
+            &format!("headworks dead-letters summary --sink {}", self.claim.sink),
         );
         let mut gone = refused.iter().map(|r| r.row).peekable();
         *rows = rows.select((0..rows.len()).filter(|row| gone.next_if_eq(row).is_none()));

@@ -2,7 +2,7 @@
 //! count at most once a minute, and what is still unsaid when the host ends.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -20,7 +20,11 @@ const OTHER_KINDS: &str = "other failures";
 /// Logs each failure once and counts its repeats, so that a bad device cannot fill
 /// the log and nothing that repeats is hidden.
 #[derive(Clone, Debug, Default)]
-pub struct Failures(Arc<Mutex<HashMap<String, Kind>>>);
+pub struct Failures {
+    kinds: Arc<Mutex<HashMap<String, Kind>>>,
+    /// With which a command that a line shows finds this host.
+    option: Arc<str>,
+}
 
 #[derive(Debug, Default)]
 struct Kind {
@@ -50,6 +54,11 @@ struct Line {
 }
 
 impl Failures {
+    /// `option`: what the commands in lines need to find this host, ` --config headworks.yaml`.
+    pub fn showing(option: &str) -> Self {
+        Self { option: option.into(), ..Self::default() }
+    }
+
     /// Reports failures of one kind that no client or device stands behind; see [`Self::report_by`].
     pub fn report(&self, kind: &str, count: u64, detail: &str, show: &str) {
         self.report_by(kind, "", count, detail, show);
@@ -61,8 +70,27 @@ impl Failures {
     /// `subject` the client, device or user that causes it, `detail` this one case, and
     /// `show` a command that shows more (`""`: none).
     pub fn report_by(&self, kind: &str, subject: &str, count: u64, detail: &str, show: &str) {
-        if let Some(line) = self.note(kind, subject, count, detail, show, Instant::now()) {
+        let option = if show.starts_with("headworks ") { &*self.option } else { "" };
+        let show = format!("{show}{option}");
+        if let Some(line) = self.note(kind, subject, count, detail, &show, Instant::now()) {
             line.log();
+        }
+    }
+
+    /// Reports rejected messages, each a kind and a reason, by kind and reason; reasons
+    /// that differ by numbers only count as one.
+    pub fn report_rejected<'r>(
+        &self,
+        by: &str,
+        rejected: impl Iterator<Item = (&'r str, &'r str)>,
+        show: &str,
+    ) {
+        let mut reasons: BTreeMap<(&str, String), (u64, &str)> = BTreeMap::new();
+        for (kind, reason) in rejected {
+            reasons.entry((kind, alike(reason))).or_insert((0, reason)).0 += 1;
+        }
+        for ((kind, alike), (count, reason)) in &reasons {
+            self.report_by(&format!("{by}: {kind}"), alike, *count, reason, show);
         }
     }
 
@@ -130,7 +158,7 @@ impl Failures {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Kind>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.kinds.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -165,6 +193,19 @@ impl Line {
 
 fn text(kind: &str, detail: &str) -> String {
     if detail.is_empty() { kind.to_owned() } else { format!("{kind}: {detail}") }
+}
+
+/// A text with each number as `0`, to tell texts apart by more than the value at hand.
+pub fn alike(text: &str) -> String {
+    let mut alike = String::new();
+    for c in text.chars() {
+        match c {
+            '0'..='9' if alike.ends_with('0') => {}
+            '0'..='9' => alike.push('0'),
+            c => alike.push(c),
+        }
+    }
+    alike
 }
 
 fn shortened(text: &str) -> Cow<'_, str> {
@@ -232,6 +273,16 @@ mod tests {
         );
         assert_eq!(said + lines.iter().filter_map(|line| line.repeats).sum::<u64>(), reported);
         assert!(lines.iter().any(|line| line.text == "a: x, and others"), "{lines:?}");
+    }
+
+    #[test]
+    fn each_reason_of_a_batch_is_counted_apart_but_for_its_numbers() {
+        let failures = Failures::default();
+        let batch = ["no value", "at byte 17", "at byte 4", "no value", "at byte 99"];
+        failures.report_rejected("p/s", batch.into_iter().map(|reason| ("failed", reason)), "");
+        failures.report_rejected("p/s", batch.into_iter().map(|reason| ("failed", reason)), "");
+        let lines = failures.due(Instant::now() + REPEAT_AFTER);
+        assert_eq!(texts(&lines), [("p/s: failed: at byte 17", Some(3)), ("p/s: failed: no value", Some(2))]);
     }
 
     #[test]

@@ -57,9 +57,21 @@ pub fn no_color() -> bool {
     std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
 }
 
-/// Control characters as escapes, so that what a device, a file or a plugin says
-/// neither forges a line nor reaches the terminal as a command.
-pub fn write_escaped(to: &mut impl fmt::Write, text: &str) -> fmt::Result {
+/// A text whose control characters but line ends and tabs are escapes, so that what a
+/// device, a file or a plugin says does not reach the terminal as a command.
+pub fn escaped(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for part in text.split_inclusive(['\n', '\t']) {
+        let end = part.strip_suffix(['\n', '\t']).map_or(part.len(), str::len);
+        // Writing to a String cannot fail.
+        let _ = write_escaped(&mut escaped, &part[..end]);
+        escaped.push_str(&part[end..]);
+    }
+    escaped
+}
+
+/// The same, and line ends and tabs too: one line stays one.
+fn write_escaped(to: &mut impl fmt::Write, text: &str) -> fmt::Result {
     for c in text.chars() {
         if c.is_control() { write!(to, "{}", c.escape_debug())? } else { to.write_char(c)? }
     }
@@ -136,6 +148,11 @@ mod tests {
         fn make_writer(&'w self) -> Self {
             self.clone()
         }
+    }
+
+    #[test]
+    fn a_text_for_the_terminal_keeps_its_lines_only() {
+        assert_eq!(escaped("a\x1b[2J\tb\u{9b}\n"), "a\\u{1b}[2J\tb\\u{9b}\n");
     }
 
     #[test]

@@ -11,9 +11,9 @@ mod logs;
 mod process;
 
 pub use disk::DiskSpace;
-pub use failures::Failures;
+pub use failures::{Failures, alike};
 pub use growth::Growth;
-pub use logs::{InitError, LogFormat, end_on_panic, init_logs, no_color, write_escaped};
+pub use logs::{InitError, LogFormat, end_on_panic, escaped, init_logs, no_color};
 pub use process::Process;
 
 /// The process's own, see [`Process`].

@@ -36,6 +36,59 @@ const BY_US: [usize; 11] = [2, 3, 4, 5, 6, 7, 9, 11, 13, 14, 15];
 pub(super) const RECEIVED: usize = 0;
 pub(super) const SENT: usize = 1;
 
+/// Causes and outcomes whose counters are there from the start; the help texts name them.
+const DISCONNECTS: &[&str] = &[
+    "client",
+    "lost",
+    "taken_over",
+    "keep_alive",
+    "malformed",
+    "refused",
+    "slow",
+    "kicked",
+    "stopped",
+    "shutdown",
+];
+const REFUSED_CONNECTS: &[&str] = &[
+    "bad_credentials",
+    "guessing",
+    "bad_auth_method",
+    "not_authorized",
+    "client_id",
+    "session_owner",
+    "access_unavailable",
+    "broker_state",
+    "will_not_authorized",
+    "will_topic_levels",
+    "will_bytes_max",
+    "wills_bytes_max",
+    "connections_per_user",
+    "connect_rate",
+    "connections_max",
+    "handshakes_max",
+    "sessions_max",
+    "proxy",
+    "tls",
+    "websocket",
+    "websocket_origin",
+    "timeout",
+    "lost",
+    "malformed",
+    "invalid",
+    "stopped",
+];
+const REFUSED_SUBSCRIBES: &[&str] = &[
+    "invalid",
+    "not_authorized",
+    "questions_max",
+    "subscriptions_per_client_max",
+    "subscription_bytes_per_client_max",
+    "broker_state",
+];
+const TLS_RELOADS: &[&str] = &["taken", "refused"];
+/// Packets that can say "not authorized" (0x87).
+const NOT_AUTHORIZED: &[&str] = &["connack", "puback", "pubrec", "suback", "unsuback", "disconnect"];
+
 pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_mqtt_connections",
@@ -413,6 +466,17 @@ impl Counters {
         let refused =
             |cause: &'static str| counter!("headworks_mqtt_refused_publishes_total", "cause" => cause);
         let publishes = |qos: &'static str| counter!("headworks_mqtt_publishes_total", "qos" => qos);
+        for (name, label, values) in [
+            ("headworks_mqtt_disconnects_total", "cause", DISCONNECTS),
+            ("headworks_mqtt_refused_connects_total", "cause", REFUSED_CONNECTS),
+            ("headworks_mqtt_refused_subscribes_total", "cause", REFUSED_SUBSCRIBES),
+            ("headworks_mqtt_tls_reloads_total", "outcome", TLS_RELOADS),
+        ] {
+            values.iter().for_each(|value| counter!(name, label => *value).increment(0));
+        }
+        for packet in NOT_AUTHORIZED {
+            counter!("headworks_mqtt_refusals_total", "packet" => *packet, "code" => "0x87").increment(0);
+        }
         let bytes = |direction: &'static str| {
             Count::new(counter!("headworks_mqtt_bytes_total", "direction" => direction))
         };
@@ -558,6 +622,24 @@ pub fn certificate_seconds_left(file: &Path, seconds: f64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_help_names_each_cause_that_is_there_from_the_start_and_no_other() {
+        for (name, values) in [
+            ("headworks_mqtt_disconnects_total", DISCONNECTS),
+            ("headworks_mqtt_refused_connects_total", REFUSED_CONNECTS),
+            ("headworks_mqtt_refused_subscribes_total", REFUSED_SUBSCRIBES),
+            ("headworks_mqtt_tls_reloads_total", TLS_RELOADS),
+        ] {
+            let help = METRICS.iter().find(|metric| metric.name == name).unwrap().help;
+            let (_, list) = help.split_once(": ").unwrap();
+            // What is in brackets explains.
+            let list: String =
+                list.split('(').map(|part| part.split_once(')').map_or(part, |(_, rest)| rest)).collect();
+            let named: Vec<_> = list.trim_end_matches('.').split(',').map(str::trim).collect();
+            assert_eq!(named, values, "{name}");
+        }
+    }
 
     #[test]
     fn every_packet_that_is_counted_is_shown() {

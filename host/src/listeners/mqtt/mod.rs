@@ -114,7 +114,7 @@ pub struct Deps {
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("cannot listen on {bind}: {error}")]
+    #[error("mqtt.listeners: cannot listen on {bind}: {error}; {}", crate::listeners::bind_advice(error))]
     Bind { bind: Bind, error: std::io::Error },
     #[error("tls of {bind}: {reason}")]
     Tls { bind: Bind, reason: String },
@@ -204,6 +204,17 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
         .map(|entry| tokio::spawn(transport::accept(broker.clone(), entry, room.clone(), tasks.clone())));
     let accepting = accepting.collect();
     Ok(Handle { addresses, accepting, tasks, clients: Clients(broker) })
+}
+
+/// Fails where an address is taken, so that a start can fail before it made anything.
+pub fn try_addresses(config: &Config) -> Result<(), Error> {
+    for bind in config.listeners.iter().map(|endpoint| &endpoint.bind) {
+        if let Some(address) = bind.tcp() {
+            let tried = std::net::TcpListener::bind(address);
+            tried.map_err(|error| Error::Bind { bind: bind.clone(), error })?;
+        }
+    }
+    Ok(())
 }
 
 /// Ends expired sessions; at shutdown tells every connection.
