@@ -295,6 +295,9 @@ fn validate_tries_certificates_and_password_files() {
     let (valid, said) = validate();
     assert!(!valid && said.contains("passwords: line 1: ") && !said.contains("server.pem"), "{said}");
     host.folder.write("passwords", "");
+    let (valid, said) = validate();
+    assert!(!valid && said.contains("passwords: has no user"), "{said}");
+    host.passwd("ann", "secret", &[]);
     assert!(validate().0, "{}", validate().1);
 }
 
