@@ -1,5 +1,6 @@
 //! The committer: takes what was appended, writes it as one frame, syncs once,
 //! says what is durable. Starts at once when idle, gathers while a sync runs.
+//! Where a segment is full, `roll` makes the next.
 
 use std::io;
 use std::sync::{Arc, PoisonError};
@@ -11,11 +12,9 @@ use super::append::Pending;
 use super::clock::Clock;
 use super::disk::{File, SyncSite, is_full};
 use super::frame::{self, Around, Header, Kind, flags};
-use super::scan::Landmarks;
-use super::segment::{self, FRAMES_AT};
 use super::state::State;
 use super::tail::Frame;
-use super::{Inner, lock, recover::Segment, write};
+use super::{Inner, lock, write};
 use crate::stream::Ticket;
 
 /// After so long without an append, a mark says that the last frame is durable.
@@ -257,105 +256,6 @@ impl Inner {
         }
     }
 
-    /// A new segment: header, checkpoint and `again`, synced before it has its name.
-    pub fn roll(&self, writer: &mut Writer, need: u64, again: &[Frame]) -> Result<(), CommitError> {
-        let sequence = writer.segment + 1;
-        let salt = uuid::Uuid::new_v4().as_u64_pair().0;
-        let base = again.first().map_or(writer.durable_through, |frame| frame.base);
-        let header = segment::Header {
-            log: self.identity.log,
-            generation: self.identity.generation,
-            sequence,
-            base,
-            first_frame: writer.next_frame,
-            epoch: writer.epoch,
-            salt,
-            partitions: self.identity.partitions,
-            clock_us: writer.clock_us,
-            previous_crc: writer.previous_crc,
-        };
-        let checkpoint = writer.committed.checkpoint();
-        // Nobody sees the name before all of this is synced, so each frame may say that all are durable.
-        let next_frame = writer.next_frame + (checkpoint.len() + again.len()) as u64;
-        let mut frames = Vec::new();
-        let mut template = Header { marker: salt, durable_frames: next_frame, ..writer.header() };
-        let mut push = |header: &mut Header, entries: &[u8], data: &[u8], state: &[u8]| {
-            header.sequence = template.sequence;
-            header.previous_crc = template.previous_crc;
-            let around = Around::new(header, entries, data, state);
-            frames.extend(around.parts(entries, data, state).concat());
-            template.sequence += 1;
-            template.previous_crc = header.crc;
-        };
-        let last = checkpoint.len() - 1;
-        for (i, state) in checkpoint.iter().enumerate() {
-            let begin = if i == 0 { flags::CHECKPOINT_BEGIN } else { 0 };
-            let end = if i == last { flags::CHECKPOINT_END } else { 0 };
-            let mut header = Header {
-                kind: Kind::Control,
-                flags: begin | end,
-                base,
-                marker: salt,
-                durable_frames: next_frame,
-                ..writer.header()
-            };
-            push(&mut header, &[], &[], state);
-        }
-        for frame in again {
-            let mut header = Header {
-                kind: Kind::Data,
-                base: frame.base,
-                count: frame.count,
-                append_us: frame.append_us,
-                marker: salt,
-                durable_frames: next_frame,
-                ..writer.header()
-            };
-            push(&mut header, &frame.entries, &frame.data, &[]);
-        }
-        let previous_crc = template.previous_crc;
-        let at = FRAMES_AT + frames.len() as u64;
-        let (file, len, temporary) = self.new_file(at + need)?;
-        let written = file.write_at(&[&header.encode(), &frames], 0).map_err(no_space_or("write"));
-        if let Err(error) = written {
-            let _ = self.disk.remove(&temporary);
-            return Err(error);
-        }
-        let failed = |what| move |error| CommitError::Failed(what, error);
-        file.sync(SyncSite::Segment).map_err(failed("sync a new segment"))?;
-        let path = self.dir.join(segment::name(sequence));
-        self.disk.rename(&temporary, &path).map_err(no_space_or("rename a new segment"))?;
-        self.disk.sync_dir(&self.dir, SyncSite::SegmentName).map_err(failed("sync the folder"))?;
-
-        let end = again.last().map_or(base, Frame::end);
-        let old_at = std::mem::replace(&mut writer.at, at);
-        let old_file = std::mem::replace(&mut writer.file, file);
-        writer.len = len;
-        writer.salt = salt;
-        writer.segment = sequence;
-        writer.next_frame = next_frame;
-        writer.durable_frames = next_frame;
-        writer.durable_through = end;
-        writer.previous_crc = previous_crc;
-        writer.marked = false;
-        let mut back = write(&self.back);
-        if let Some(old) = back.segments.back_mut() {
-            // What lies behind the last frame is void from now on; its room is given back.
-            if old.file_len > old_at && old_file.truncate(old_at).is_ok() {
-                old.file_len = old_at;
-            }
-            old.limit = old_at;
-        }
-        back.segments.push_back(Segment {
-            header,
-            file_len: len,
-            limit: at,
-            landmarks: Landmarks::default(),
-        });
-        back.end = end;
-        Ok(())
-    }
-
     /// True to try again, false once closing.
     fn wait_for_space(&self) -> bool {
         let front = lock(&self.front);
@@ -371,7 +271,7 @@ impl Inner {
 
 impl Writer {
     /// A header with everything but what the frame holds.
-    fn header(&self) -> Header {
+    pub fn header(&self) -> Header {
         Header {
             marker: self.salt,
             kind: Kind::Control,

@@ -13,6 +13,11 @@ pub const METRICS: &[Metric] = &[
     metric("headworks_stream_messages_total", MetricKind::Counter, "Messages made durable."),
     metric("headworks_stream_written_bytes_total", MetricKind::Counter, "Bytes of messages made durable."),
     metric("headworks_stream_commits_total", MetricKind::Counter, "Frames written, one sync each."),
+    metric(
+        "headworks_stream_checkpoint_bytes_total",
+        MetricKind::Counter,
+        "Bytes of state that were written again at the beginning of segments: at most as many as of new frames.",
+    ),
     metric("headworks_stream_sync_duration_seconds", MetricKind::Histogram, "Time of one sync."),
     metric("headworks_stream_disk_bytes", MetricKind::Gauge, "Size of all segment files."),
     metric("headworks_stream_segments", MetricKind::Gauge, "Number of segment files."),
@@ -34,6 +39,7 @@ pub struct Meters {
     messages: Counter,
     bytes: Counter,
     commits: Counter,
+    checkpoints: Counter,
     sync: Histogram,
     disk_bytes: Gauge,
     segments: Gauge,
@@ -50,6 +56,7 @@ impl Meters {
             messages: counter!("headworks_stream_messages_total", "stream" => label()),
             bytes: counter!("headworks_stream_written_bytes_total", "stream" => label()),
             commits: counter!("headworks_stream_commits_total", "stream" => label()),
+            checkpoints: counter!("headworks_stream_checkpoint_bytes_total", "stream" => label()),
             sync: histogram!("headworks_stream_sync_duration_seconds", "stream" => label()),
             disk_bytes: gauge!("headworks_stream_disk_bytes", "stream" => label()),
             segments: gauge!("headworks_stream_segments", "stream" => label()),
@@ -64,6 +71,10 @@ impl Meters {
         self.messages.increment(u64::from(messages));
         self.bytes.increment(bytes as u64);
         self.commits.increment(1);
+    }
+
+    pub fn checkpoint(&self, bytes: u64) {
+        self.checkpoints.increment(bytes);
     }
 
     pub fn synced(&self, took: Duration) {

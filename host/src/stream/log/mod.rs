@@ -34,6 +34,7 @@ mod open;
 mod read_only;
 mod recover;
 mod retain;
+mod roll;
 mod scan;
 pub mod segment;
 #[cfg(test)]

@@ -104,6 +104,7 @@ pub struct Prepared {
 #[derive(Default)]
 pub struct Wanted {
     pub prepare: bool,
+    pub cut: bool,
     pub stop: bool,
 }
 
@@ -114,12 +115,12 @@ pub fn run(inner: &Inner) {
         let pause = Duration::from_millis(KEEP_EVERY_MS);
         let (mut wanted, _) = inner
             .keeper
-            .wait_timeout_while(wanted, pause, |wanted| !wanted.stop && !wanted.prepare)
+            .wait_timeout_while(wanted, pause, |wanted| !wanted.stop && !wanted.prepare && !wanted.cut)
             .unwrap_or_else(PoisonError::into_inner);
         if wanted.stop {
             break;
         }
-        let prepare = std::mem::take(&mut wanted.prepare);
+        let Wanted { prepare, .. } = std::mem::take(&mut *wanted);
         drop(wanted);
         inner.keep(prepare);
     }
@@ -128,6 +129,7 @@ pub fn run(inner: &Inner) {
 impl Inner {
     /// One round of housekeeping.
     pub fn keep(&self, prepare: bool) {
+        self.cut();
         self.save_marks();
         self.trim(0);
         if prepare {
@@ -136,8 +138,8 @@ impl Inner {
         if !self.no_space.load(Ordering::Relaxed) {
             self.fill_reserve();
         }
-        let back = read(&self.back);
-        self.metrics.kept(back.segments.iter().map(|s| s.file_len).sum(), back.segments.len());
+        let (segments, bytes) = self.sizes();
+        self.metrics.kept(bytes, segments);
     }
 
     pub fn ask_keeper_to_prepare(&self) {
@@ -147,17 +149,40 @@ impl Inner {
         }
     }
 
-    /// A file for the next segment, with room for `need` bytes, under a temporary name.
-    pub fn new_file(&self, need: u64) -> Result<(Arc<dyn File>, u64, PathBuf), CommitError> {
-        let len = self.next_len().max(need);
-        let mut prepared = lock(&self.prepared).take();
-        self.prepare_asked.store(false, Ordering::Relaxed);
-        if let Some(small) = prepared.take_if(|prepared| prepared.len < need) {
-            let _ = self.disk.remove(&small.path);
+    pub fn ask_keeper_to_cut(&self) {
+        lock(&self.wanted).cut = true;
+        self.keeper.notify_all();
+    }
+
+    /// Gives back the room behind the last frame of segments that are full. What lies there is
+    /// void. Holds no lock meanwhile: a disk may take seconds for it.
+    fn cut(&self) {
+        let cuts: Vec<(u64, u64)> = {
+            let back = read(&self.back);
+            let full = back.segments.iter().rev().skip(1);
+            full.filter(|s| s.file_len > s.limit).map(|s| (s.header.sequence, s.limit)).collect()
+        };
+        for (sequence, limit) in cuts {
+            let path = self.dir.join(segment::name(sequence));
+            let cut = self.disk.open(&path, Create::Existing).and_then(|file| file.truncate(limit));
+            let segments = &mut write(&self.back).segments;
+            let segment = segments.iter_mut().find(|segment| segment.header.sequence == sequence);
+            if let (Ok(()), Some(segment)) = (cut, segment) {
+                segment.file_len = limit;
+            }
         }
-        let mut len = prepared.as_ref().map_or(len, |prepared| prepared.len);
+    }
+
+    /// A file for the next segment under a temporary name, with room for `least` bytes, and for
+    /// `wanted` unless the log opens without that much room.
+    pub fn new_file(&self, least: u64, wanted: u64) -> Result<(Arc<dyn File>, u64, PathBuf), CommitError> {
+        let prepared = lock(&self.prepared).take();
+        self.prepare_asked.store(false, Ordering::Relaxed);
+        let mut len = prepared.as_ref().map_or_else(|| self.next_len(), |prepared| prepared.len).max(wanted);
         self.trim(len);
-        if self.bytes() + len > self.max_bytes {
+        let (segments, bytes) = self.sizes();
+        // Two segments always fit, however large the state is that both begin with.
+        if segments > 1 && bytes + len > self.max_bytes {
             if !self.opening.load(Ordering::Relaxed) {
                 if let Some(prepared) = prepared {
                     self.put_prepared(prepared);
@@ -165,10 +190,14 @@ impl Inner {
                 return Err(CommitError::NoSpace);
             }
             // No more than is there already: readers must be able to drain it.
-            len = need;
+            len = least;
         }
-        if let Some(Prepared { file, len, path }) = prepared {
-            return Ok((file, len, path));
+        if let Some(Prepared { file, len: had, path }) = prepared {
+            // The state grew since.
+            if had >= len || file.preallocate(len).is_ok() {
+                return Ok((file, len.max(had), path));
+            }
+            let _ = self.disk.remove(&path);
         }
         let path = self.dir.join(ROLLED);
         let made = self.disk.open(&path, Create::Fresh).and_then(|file| {
@@ -179,7 +208,7 @@ impl Inner {
             Ok(file) => Ok((file, len, path)),
             Err(error) if is_full(&error) => {
                 let _ = self.disk.remove(&path);
-                self.use_reserve(need, path)
+                self.use_reserve(least, path)
             }
             Err(error) => Err(CommitError::Failed("make a new segment", error)),
         }
@@ -193,7 +222,7 @@ impl Inner {
     }
 
     /// The reserve becomes the next segment: its blocks are there already.
-    fn use_reserve(&self, need: u64, path: PathBuf) -> Result<(Arc<dyn File>, u64, PathBuf), CommitError> {
+    fn use_reserve(&self, least: u64, path: PathBuf) -> Result<(Arc<dyn File>, u64, PathBuf), CommitError> {
         if !self.may_use_reserve.load(Ordering::Relaxed) {
             return Err(CommitError::NoSpace);
         }
@@ -203,7 +232,7 @@ impl Inner {
             Err(_) => return Err(CommitError::NoSpace),
         };
         let len = file.len().map_err(no_space_or("look at the reserve"))?;
-        if len < need {
+        if len < least {
             return Err(CommitError::NoSpace);
         }
         self.disk.rename(&reserve, &path).map_err(no_space_or("rename the reserve"))?;
@@ -232,12 +261,14 @@ impl Inner {
         if lock(&self.prepared).is_some() {
             return;
         }
+        let checkpoint = lock(&self.front).state.checkpoint_bytes();
         let len = self.next_len();
         let path = self.dir.join(format!("prepared-{}.tmp", PREPARED.fetch_add(1, Ordering::Relaxed)));
         let fill = || -> io::Result<Arc<dyn File>> {
             let file = self.disk.open(&path, Create::Fresh)?;
             file.preallocate(len)?;
-            let mut at = 0;
+            // A checkpoint is written at once, with one sync.
+            let mut at = checkpoint;
             while at < len {
                 let part = (len - at).min(ZEROS.len() as u64);
                 file.write_at(&[&ZEROS[..part as usize]], at)?;
@@ -262,11 +293,13 @@ impl Inner {
         let last = read(&self.back).segments.back().map(|segment| segment.file_len);
         last.map_or(FIRST_SEGMENT_BYTES, |last| (last * GROWTH).max(FIRST_SEGMENT_BYTES))
             .min(self.segment_bytes)
-            .max(FRAMES_AT * 2)
+            .max(2 * FRAMES_AT + 2 * lock(&self.front).state.checkpoint_bytes())
     }
 
-    pub fn bytes(&self) -> u64 {
-        read(&self.back).segments.iter().map(|segment| segment.file_len).sum()
+    /// Number of segments, and the bytes of their files.
+    pub fn sizes(&self) -> (usize, u64) {
+        let back = read(&self.back);
+        (back.segments.len(), back.segments.iter().map(|segment| segment.file_len).sum())
     }
 
     /// Removes what retention says may go, oldest first; `room` more bytes are about to be taken.

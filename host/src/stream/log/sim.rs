@@ -39,9 +39,15 @@ struct World {
     fail_syncs: bool,
     fail_removals: bool,
     bytes_max: u64,
+    /// Bytes given to writes, but for those that are all zeros.
+    written: u64,
+    /// Called before each operation, outside the disk's own lock.
+    before: Option<Before>,
     /// It refused something for want of room.
     was_full: watch::Sender<bool>,
 }
+
+type Before = Arc<dyn Fn() + Send + Sync>;
 
 #[derive(Clone)]
 enum Change {
@@ -97,6 +103,8 @@ impl SimDisk {
             fail_syncs: false,
             fail_removals: false,
             bytes_max: u64::MAX,
+            written: 0,
+            before: None,
             was_full: watch::channel(false).0,
         })))
     }
@@ -108,6 +116,23 @@ impl SimDisk {
 
     fn world<T>(&self, with: impl FnOnce(&mut World) -> T) -> T {
         with(&mut self.0.lock().expect("no test panics over it"))
+    }
+
+    /// As `world`, for what a slow disk takes its time for.
+    fn call<T>(&self, with: impl FnOnce(&mut World) -> T) -> T {
+        if let Some(before) = self.world(|w| w.before.clone()) {
+            before();
+        }
+        self.world(with)
+    }
+
+    /// Calls `before` whenever a file or folder is changed, synced or looked for.
+    pub fn before_each(&self, before: impl Fn() + Send + Sync + 'static) {
+        self.world(|w| w.before = Some(Arc::new(before)));
+    }
+
+    pub fn written(&self) -> u64 {
+        self.world(|w| w.written)
     }
 
     /// The machine stops before its `n`th operation from now.
@@ -290,12 +315,15 @@ impl File for SimFile {
 
     fn write_at(&self, parts: &[&[u8]], at: u64) -> io::Result<()> {
         let bytes = parts.concat();
-        self.disk.world(|w| {
+        self.disk.call(|w| {
             let (begin, end) = (at as usize, at as usize + bytes.len());
             let more = end.saturating_sub(w.files[self.file].seen.len());
             w.room(more as u64)?;
             // A crash in the middle of a write: the pages are there, or not, by chance.
             let result = w.operation();
+            if bytes.iter().any(|byte| *byte != 0) {
+                w.written += bytes.len() as u64;
+            }
             let content = &mut w.files[self.file];
             if content.seen.len() < end {
                 content.seen.resize(end, 0);
@@ -307,11 +335,11 @@ impl File for SimFile {
     }
 
     fn sync(&self, site: SyncSite) -> io::Result<()> {
-        self.disk.world(|w| w.sync(self.file, site))
+        self.disk.call(|w| w.sync(self.file, site))
     }
 
     fn preallocate(&self, len: u64) -> io::Result<()> {
-        self.disk.world(|w| {
+        self.disk.call(|w| {
             let had = w.files[self.file].seen.len() as u64;
             w.room(len.saturating_sub(had))?;
             w.operation()?;
@@ -321,7 +349,7 @@ impl File for SimFile {
     }
 
     fn truncate(&self, len: u64) -> io::Result<()> {
-        self.disk.world(|w| {
+        self.disk.call(|w| {
             w.operation()?;
             w.files[self.file].seen.resize(len as usize, 0);
             Ok(())
@@ -335,7 +363,7 @@ impl File for SimFile {
 
 impl Disk for SimDisk {
     fn open(&self, path: &Path, create: Create) -> io::Result<Arc<dyn File>> {
-        self.world(|w| {
+        self.call(|w| {
             if create == Create::Fresh {
                 w.operation()?;
                 if !path.parent().is_some_and(|dir| w.dirs.contains(dir)) {
@@ -353,7 +381,7 @@ impl Disk for SimDisk {
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        self.world(|w| {
+        self.call(|w| {
             w.operation()?;
             let file = *w.names.get(from).ok_or(io::ErrorKind::NotFound)?;
             w.change(Change::Move(from.to_path_buf(), to.to_path_buf(), file));
@@ -362,7 +390,7 @@ impl Disk for SimDisk {
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
-        self.world(|w| {
+        self.call(|w| {
             w.operation()?;
             if w.fail_removals {
                 return Err(io::ErrorKind::PermissionDenied.into());
@@ -375,21 +403,21 @@ impl Disk for SimDisk {
     }
 
     fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
-        self.world(|w| {
+        self.call(|w| {
             let inside = w.names.keys().filter(|path| path.parent() == Some(dir));
             Ok(inside.filter_map(|path| Some(path.file_name()?.to_str()?.to_owned())).collect())
         })
     }
 
     fn create_dir(&self, dir: &Path) -> io::Result<bool> {
-        self.world(|w| {
+        self.call(|w| {
             w.operation()?;
             Ok(w.dirs.insert(dir.to_path_buf()))
         })
     }
 
     fn sync_dir(&self, dir: &Path, site: SyncSite) -> io::Result<()> {
-        self.world(|w| {
+        self.call(|w| {
             w.operation()?;
             if w.fail_syncs {
                 return Err(io::Error::other("the disk answered with an error"));

@@ -4,7 +4,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::frame::{change_len, push_change};
+use super::frame::{self, change_len, push_change};
+use crate::stream::{STATE_KEY_BYTES_MAX, STATE_VALUE_BYTES_MAX};
 
 /// First byte of keys that belong to the log itself: where attached readers are.
 pub const OWN: u8 = 0;
@@ -70,16 +71,27 @@ impl State {
         from.take_while(move |(key, _)| key.starts_with(prefix))
     }
 
-    /// All of it as state sections, each of bounded size; at least one, which may be empty.
-    pub fn checkpoint(&self) -> Vec<Vec<u8>> {
-        let mut sections = vec![Vec::new()];
-        for (key, value) in &self.map {
-            let last = sections.last_mut().expect("never empty");
-            if !last.is_empty() && last.len() + change_len(key, Some(value)) > CHECKPOINT_FRAME_BYTES {
-                sections.push(Vec::new());
+    /// Yields all of the map as state sections of bounded size, one for each frame of a
+    /// checkpoint: at least one, which may be empty. Holds one section at a time.
+    pub fn sections(&self) -> impl Iterator<Item = Vec<u8>> {
+        let mut entries = self.map.iter().peekable();
+        let mut is_first = true;
+        std::iter::from_fn(move || {
+            let mut section = Vec::new();
+            while let Some((key, value)) = entries.next_if(|(key, value)| {
+                section.is_empty() || section.len() + change_len(key, Some(value)) <= CHECKPOINT_FRAME_BYTES
+            }) {
+                push_change(&mut section, key, Some(value));
             }
-            push_change(sections.last_mut().expect("never empty"), key, Some(value));
-        }
-        sections
+            (std::mem::take(&mut is_first) || !section.is_empty()).then_some(section)
+        })
+    }
+
+    /// Returns the length of a checkpoint's frames, at most a little more than it takes.
+    pub fn checkpoint_bytes(&self) -> u64 {
+        let sections = self.bytes + self.map.len() * change_len(&[], None);
+        let fullest = CHECKPOINT_FRAME_BYTES - (STATE_KEY_BYTES_MAX + STATE_VALUE_BYTES_MAX + 64);
+        let frames = sections / fullest + 1;
+        (sections + frames * (frame::frame_len(0, 0, 1) + frame::ALIGN)) as u64
     }
 }

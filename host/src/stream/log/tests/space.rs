@@ -88,9 +88,9 @@ fn the_next_prepared_file_is_another_than_the_one_that_is_taken() {
     let (disk, clock) = (SimDisk::new(3), new_clock());
     let (log, _) = manual(&disk, &small(), &clock).unwrap();
     log.inner.prepare();
-    let (_, _, taken) = log.inner.new_file(1).unwrap();
+    let (_, _, taken) = log.inner.new_file(1, 1).unwrap();
     log.inner.prepare();
-    let (_, _, next) = log.inner.new_file(1).unwrap();
+    let (_, _, next) = log.inner.new_file(1, 1).unwrap();
     assert_ne!(taken, next);
     log.inner.prepare();
     let temporary = || {
@@ -98,8 +98,9 @@ fn the_next_prepared_file_is_another_than_the_one_that_is_taken() {
         names.iter().filter(|name| name.ends_with(".tmp")).count()
     };
     assert_eq!(temporary(), 3);
-    log.inner.new_file(1 << 20).unwrap();
-    assert_eq!(temporary(), 3, "one that is too small goes");
+    let (file, len, _) = log.inner.new_file(1 << 20, 1 << 20).unwrap();
+    assert_eq!((file.len().unwrap(), len), (1 << 20, 1 << 20), "one that is too small grows");
+    assert_eq!(temporary(), 3);
     drop(log);
     disk.restart_process();
     drop(manual(&disk, &small(), &clock).unwrap());
@@ -362,7 +363,7 @@ fn a_segment_that_cannot_be_removed_counts_and_goes_before_those_behind_it() {
     disk.fail_removals(true);
     while append().is_ok() {}
     assert_eq!(log.bounds().start, Offset(0));
-    assert!(log.inner.bytes() <= 64 << 10, "it counts");
+    assert!(log.inner.sizes().1 <= 64 << 10, "it counts");
     log.inner.keep(false);
     assert_eq!(log.bounds().start, Offset(0), "none behind it goes");
     disk.fail_removals(false);
