@@ -119,7 +119,7 @@ impl Logged {
             tail_bytes_max: ByteSize::mib(16),
             ..Config::default()
         };
-        let (log, _) = Log::open(Arc::new(RealDisk), &folder.join("stream"), "bench", &config)
+        let (log, _) = Log::open(Arc::new(RealDisk::default()), &folder.join("stream"), "bench", &config)
             .expect("target can be written");
         let message = NewMessage {
             topic: "",

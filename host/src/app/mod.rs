@@ -5,6 +5,7 @@
 mod background;
 pub mod banner;
 mod clients;
+mod descriptors;
 mod problems;
 mod redrive;
 pub mod run_file;
@@ -71,7 +72,7 @@ pub struct Host {
 }
 
 /// Runs a host until SIGINT, SIGTERM, or a stream that stopped.
-pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
+pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
     // What it writes is for its user alone: messages, sessions, tokens.
     rustix::process::umask(Mode::from_raw_mode(0o077));
     let process = telemetry::Process::default();
@@ -87,6 +88,10 @@ pub async fn run(config: Config, source: Source) -> anyhow::Result<()> {
     let namespace = Arc::new(Namespace::parse(&config.topics)?);
     let stop_listening = CancellationToken::new();
     let stop_delivering = CancellationToken::new();
+
+    // Dead letters and the broker's own are streams too.
+    let streams = config.streams.len() + 2;
+    config.mqtt.connections_max = descriptors::connections_max(config.mqtt.connections_max, streams);
 
     // Streams first: the log is what everything else stands on.
     let streams = open_streams(&config, &data_dir)?;
@@ -298,7 +303,7 @@ fn reads(config: &Config, stream: &str, consumer: &str) -> bool {
 }
 
 fn open_log(dir: &Path, name: &str, config: &stream::Config) -> anyhow::Result<Arc<Log>> {
-    let disk: Arc<dyn Disk> = Arc::new(RealDisk);
+    let disk: Arc<dyn Disk> = Arc::new(RealDisk::default());
     let (log, recovery) = tokio::task::block_in_place(|| Log::open(disk, dir, name, config))
         .with_context(|| format!("cannot open the stream \"{name}\""))?;
     say_recovered(name, &recovery);

@@ -220,7 +220,8 @@ async fn log_conforms() {
         let n = count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let dir = folder.path().join(n.to_string());
         let (log, recovery) =
-            log::Log::open(Arc::new(log::RealDisk), &dir, "log", &Config::default()).expect("a new folder");
+            log::Log::open(Arc::new(log::RealDisk::default()), &dir, "log", &Config::default())
+                .expect("a new folder");
         assert!(recovery.created && recovery.damaged.is_empty());
         log
     })

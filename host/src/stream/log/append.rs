@@ -211,14 +211,16 @@ impl Inner {
         }
     }
 
-    /// Appends are refused while set.
-    pub fn set_no_space(&self, full: bool) {
+    /// Appends are refused while something is lacking.
+    pub fn set_no_space(&self, lack: Option<&str>) {
+        let full = lack.is_some();
         if self.no_space.swap(full, Ordering::Relaxed) != full {
             self.metrics.no_space(full);
-            if full {
-                tracing::warn!(stream = %self.name, "no room on disk: devices wait for their acks");
-            } else {
-                tracing::info!(stream = %self.name, "room on disk again");
+            match lack {
+                Some(lack) => {
+                    tracing::warn!(stream = %self.name, "no {lack}: devices wait for their acks");
+                }
+                None => tracing::info!(stream = %self.name, "appends go on"),
             }
             self.space.send_modify(|n| *n += 1);
         }

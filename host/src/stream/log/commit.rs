@@ -10,7 +10,7 @@ use bytes::{Bytes, BytesMut};
 
 use super::append::Pending;
 use super::clock::Clock;
-use super::disk::{File, SyncSite, is_full};
+use super::disk::{File, SyncSite, lacking};
 use super::frame::{self, Around, Header, Kind, flags};
 use super::state::State;
 use super::tail::Frame;
@@ -52,15 +52,18 @@ pub struct Writer {
 
 #[derive(Debug)]
 pub enum CommitError {
-    /// Nothing was written that counts; goes by itself.
-    NoSpace,
+    /// Nothing was written that counts, for want of what is named: passes by itself.
+    NoSpace(&'static str),
     /// Nothing may be acknowledged any more.
     Failed(&'static str, io::Error),
 }
 
 /// A failed write that can be tried again, or not.
 pub fn no_space_or(what: &'static str) -> impl Fn(io::Error) -> CommitError {
-    move |error| if is_full(&error) { CommitError::NoSpace } else { CommitError::Failed(what, error) }
+    move |error| match lacking(&error) {
+        Some(lack) => CommitError::NoSpace(lack),
+        None => CommitError::Failed(what, error),
+    }
 }
 
 /// The committer's thread: until the stream is closed or stops.
@@ -71,9 +74,9 @@ pub fn run(inner: &Inner) {
         }
         match inner.commit_in_hand() {
             Ok(()) => {}
-            Err(CommitError::NoSpace) => {
+            Err(CommitError::NoSpace(_)) => {
                 if !inner.wait_for_space() {
-                    break inner.stop("closed while the disk was full; what was not acknowledged is lost");
+                    break inner.stop("closed while there was no room; what was not acknowledged is lost");
                 }
             }
             Err(CommitError::Failed(what, error)) => break inner.fail(what, &error),
@@ -138,12 +141,15 @@ impl Inner {
         match self.write_frame(&mut writer, &pending) {
             Ok(append_us) => {
                 self.publish(&mut writer, pending, ticket, append_us);
-                self.set_no_space(false);
+                self.set_no_space(None);
                 Ok(())
             }
             Err(error) => {
                 writer.in_hand = Some((pending, ticket));
-                self.set_no_space(matches!(error, CommitError::NoSpace));
+                self.set_no_space(match &error {
+                    CommitError::NoSpace(lack) => Some(lack),
+                    CommitError::Failed(..) => None,
+                });
                 Err(error)
             }
         }

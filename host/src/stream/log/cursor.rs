@@ -4,12 +4,13 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::disk::Create;
+use super::disk::{Create, lacking};
 use super::recover::Segment;
 use super::scan::{Scan, Step};
 use super::segment;
@@ -20,6 +21,8 @@ use crate::stream::{Cursor, GapCause, Read, ReadError};
 
 /// Messages of one batch; a larger frame comes in parts.
 pub const BATCH_MESSAGES_MAX: usize = 1_024;
+/// Between two tries while there is no file descriptor, say.
+const LACK_RETRY: Duration = Duration::from_millis(200);
 /// Frames read ahead from disk, by a reader that goes on from one to the next; it begins
 /// with the one frame that it wants.
 const AHEAD_BYTES_MAX: usize = 1 << 20;
@@ -142,7 +145,17 @@ impl LogCursor {
         self.reading = None;
         let (reader, pieces) = done.map_err(|error| ReadError::Io(Arc::new(io::Error::other(error))))?;
         self.reader = Some(reader);
-        self.ahead.extend(pieces.map_err(|error| ReadError::Io(Arc::new(error)))?);
+        let error = match pieces {
+            Ok(pieces) => {
+                self.ahead.extend(pieces);
+                return Ok(());
+            }
+            Err(error) => error,
+        };
+        let Some(lack) = lacking(&error) else { return Err(ReadError::Io(Arc::new(error))) };
+        let kind = format!("stream {}: no {lack} to read from the disk, will try again", self.inner.name);
+        self.inner.failures.report(&kind, 1, &error.to_string(), "");
+        tokio::time::sleep(LACK_RETRY).await;
         Ok(())
     }
 }

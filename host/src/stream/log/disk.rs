@@ -3,12 +3,13 @@
 //! The real one is plain POSIX. The simulated one (`sim`) loses, reorders and
 //! tears whatever was not synced. [`SlowDisk`] adds time to every sync.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io::{self, IoSlice};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// Where a sync stands in the log's protocol. A test takes out each in turn
@@ -105,6 +106,27 @@ pub fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
+/// Returns what an error says is lacking, where that passes by itself: the call is worth
+/// another try later.
+pub fn lacking(error: &io::Error) -> Option<&'static str> {
+    match error.raw_os_error() {
+        _ if is_full(error) => Some("room on disk"),
+        Some(libc::EMFILE | libc::ENFILE) => Some("file descriptor"),
+        Some(libc::ENOMEM) => Some("memory"),
+        _ => None,
+    }
+}
+
+/// Calls until no signal interrupts it.
+fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
+    }
+}
+
 /// Reads a whole file of at most `len_max` bytes.
 pub fn read_all(file: &dyn File, len_max: u64) -> io::Result<Vec<u8>> {
     let len = file.len()?;
@@ -118,8 +140,12 @@ pub fn read_all(file: &dyn File, len_max: u64) -> io::Result<Vec<u8>> {
 }
 
 /// The disk of this machine.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct RealDisk;
+#[derive(Clone, Debug, Default)]
+pub struct RealDisk {
+    /// Folders that were synced, kept open: a name that is there already must not stay
+    /// unsynced for want of a file descriptor.
+    folders: Arc<Mutex<HashMap<PathBuf, Arc<fs::File>>>>,
+}
 
 impl File for fs::File {
     fn read_at(&self, buf: &mut [u8], at: u64) -> io::Result<usize> {
@@ -162,11 +188,12 @@ impl File for fs::File {
     }
 
     fn sync(&self, _: SyncSite) -> io::Result<()> {
-        self.sync_data()
+        uninterrupted(|| self.sync_data())
     }
 
     fn preallocate(&self, len: u64) -> io::Result<()> {
-        match rustix::fs::fallocate(self, rustix::fs::FallocateFlags::empty(), 0, len) {
+        let flags = rustix::fs::FallocateFlags::empty();
+        match rustix::io::retry_on_intr(|| rustix::fs::fallocate(self, flags, 0, len)) {
             Ok(()) => Ok(()),
             // The file grows as it is written instead.
             Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => Ok(()),
@@ -175,11 +202,11 @@ impl File for fs::File {
     }
 
     fn truncate(&self, len: u64) -> io::Result<()> {
-        self.set_len(len)
+        uninterrupted(|| self.set_len(len))
     }
 
     fn len(&self) -> io::Result<u64> {
-        Ok(self.metadata()?.len())
+        Ok(uninterrupted(|| self.metadata())?.len())
     }
 }
 
@@ -192,34 +219,47 @@ impl Disk for RealDisk {
             Create::Existing => options.write(true),
             Create::ReadOnly => &mut options,
         };
-        Ok(Arc::new(options.open(path)?))
+        Ok(Arc::new(uninterrupted(|| options.open(path))?))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        fs::rename(from, to)
+        uninterrupted(|| fs::rename(from, to))
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
-        fs::remove_file(path)
+        uninterrupted(|| fs::remove_file(path))
     }
 
     fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
-        fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+        let entries = uninterrupted(|| fs::read_dir(dir))?;
+        entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
     }
 
     fn create_dir(&self, dir: &Path) -> io::Result<bool> {
         if dir.is_dir() {
             return Ok(false);
         }
-        fs::create_dir_all(dir).map(|()| true)
+        uninterrupted(|| fs::create_dir_all(dir)).map(|()| true)
     }
 
     fn sync_dir(&self, dir: &Path, _: SyncSite) -> io::Result<()> {
-        fs::File::open(if dir.as_os_str().is_empty() { Path::new(".") } else { dir })?.sync_all()
+        let known = super::lock(&self.folders).get(dir).cloned();
+        let folder = match known {
+            Some(folder) => folder,
+            None => {
+                let path = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
+                let folder = Arc::new(uninterrupted(|| fs::File::open(path))?);
+                super::lock(&self.folders).insert(dir.to_path_buf(), Arc::clone(&folder));
+                folder
+            }
+        };
+        uninterrupted(|| folder.sync_all())
     }
 
     fn lock(&self, path: &Path) -> io::Result<Box<dyn Send + Sync>> {
-        let file = fs::OpenOptions::new().create(true).truncate(false).write(true).open(path)?;
+        let mut options = fs::OpenOptions::new();
+        options.create(true).truncate(false).write(true);
+        let file = uninterrupted(|| options.open(path))?;
         file.try_lock().map_err(io::Error::from)?;
         Ok(Box::new(file))
     }

@@ -201,7 +201,7 @@ impl Inner {
         match self.roll(&mut writer, 0, &replayed.unproven) {
             Ok(()) => {}
             Err(CommitError::Failed(_, error)) => return Err(error),
-            Err(CommitError::NoSpace) => return Err(io::ErrorKind::StorageFull.into()),
+            Err(CommitError::NoSpace(lack)) => return Err(io::Error::other(format!("no {lack}"))),
         }
         drop(writer);
         self.remove_replaced()?;

@@ -54,7 +54,7 @@ enum Found {
 impl ReadOnly {
     /// Reads from `from` on.
     pub fn open(dir: &Path, from: Offset) -> Self {
-        Self::open_on(Box::new(RealDisk), dir, from)
+        Self::open_on(Box::new(RealDisk::default()), dir, from)
     }
 
     pub(super) fn open_on(disk: Box<dyn Disk>, dir: &Path, from: Offset) -> Self {

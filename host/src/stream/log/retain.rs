@@ -14,7 +14,7 @@ use tokio::sync::watch;
 
 use super::clock;
 use super::commit::{CommitError, no_space_or};
-use super::disk::{Create, File, SyncSite, is_full};
+use super::disk::{Create, File, SyncSite, is_full, lacking};
 use super::segment::{self, FRAMES_AT};
 use super::{Inner, lock, read, write};
 use crate::batch::Offset;
@@ -187,7 +187,7 @@ impl Inner {
                 if let Some(prepared) = prepared {
                     self.put_prepared(prepared);
                 }
-                return Err(CommitError::NoSpace);
+                return Err(CommitError::NoSpace("room left in retention.max_bytes for another segment"));
             }
             // No more than is there already: readers must be able to drain it.
             len = least;
@@ -210,7 +210,7 @@ impl Inner {
                 let _ = self.disk.remove(&path);
                 self.use_reserve(least, path)
             }
-            Err(error) => Err(CommitError::Failed("make a new segment", error)),
+            Err(error) => Err(no_space_or("make a new segment")(error)),
         }
     }
 
@@ -223,17 +223,15 @@ impl Inner {
 
     /// The reserve becomes the next segment: its blocks are there already.
     fn use_reserve(&self, least: u64, path: PathBuf) -> Result<(Arc<dyn File>, u64, PathBuf), CommitError> {
+        let full = CommitError::NoSpace("room on disk");
         if !self.may_use_reserve.load(Ordering::Relaxed) {
-            return Err(CommitError::NoSpace);
+            return Err(full);
         }
         let reserve = self.dir.join(RESERVE);
-        let file = match self.disk.open(&reserve, Create::Existing) {
-            Ok(file) => file,
-            Err(_) => return Err(CommitError::NoSpace),
-        };
+        let Ok(file) = self.disk.open(&reserve, Create::Existing) else { return Err(full) };
         let len = file.len().map_err(no_space_or("look at the reserve"))?;
         if len < least {
-            return Err(CommitError::NoSpace);
+            return Err(full);
         }
         self.disk.rename(&reserve, &path).map_err(no_space_or("rename the reserve"))?;
         self.reserve_gone.store(true, Ordering::Relaxed);
@@ -244,9 +242,14 @@ impl Inner {
     /// Makes the reserve where it is missing and there is room.
     pub fn fill_reserve(&self) {
         let path = self.dir.join(RESERVE);
-        if self.reserve_bytes == 0 || self.disk.open(&path, Create::ReadOnly).is_ok() {
-            self.reserve_gone.store(false, Ordering::Relaxed);
+        if self.reserve_bytes == 0 {
             return;
+        }
+        match self.disk.open(&path, Create::ReadOnly) {
+            Ok(_) => return self.reserve_gone.store(false, Ordering::Relaxed),
+            // Nothing says that it is gone.
+            Err(error) if !is_full(&error) && lacking(&error).is_some() => return,
+            Err(_) => {}
         }
         let made = self.disk.open(&path, Create::Fresh).and_then(|file| file.preallocate(self.reserve_bytes));
         self.reserve_gone.store(made.is_err(), Ordering::Relaxed);

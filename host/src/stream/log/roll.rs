@@ -52,7 +52,7 @@ impl Inner {
             Ok(begun)
         });
         let begun = match named {
-            Err(error @ CommitError::NoSpace) => {
+            Err(error @ CommitError::NoSpace(_)) => {
                 let _ = self.disk.remove(&temporary);
                 return Err(error);
             }

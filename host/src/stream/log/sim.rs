@@ -38,6 +38,9 @@ struct World {
     left_out: Option<SyncSite>,
     fail_syncs: bool,
     fail_removals: bool,
+    /// Every call that opens a file fails with this error.
+    fail_opens: Option<i32>,
+    fail_renames: Option<i32>,
     bytes_max: u64,
     /// Bytes given to writes, but for those that are all zeros.
     written: u64,
@@ -102,6 +105,8 @@ impl SimDisk {
             left_out: None,
             fail_syncs: false,
             fail_removals: false,
+            fail_opens: None,
+            fail_renames: None,
             bytes_max: u64::MAX,
             written: 0,
             before: None,
@@ -154,6 +159,16 @@ impl SimDisk {
 
     pub fn fail_removals(&self, fail: bool) {
         self.world(|w| w.fail_removals = fail);
+    }
+
+    /// Opening a file fails with this error of the system.
+    pub fn fail_opens(&self, error: Option<i32>) {
+        self.world(|w| w.fail_opens = error);
+    }
+
+    /// Renaming a file fails with this error of the system.
+    pub fn fail_renames(&self, error: Option<i32>) {
+        self.world(|w| w.fail_renames = error);
     }
 
     /// How much all files together may hold.
@@ -364,6 +379,9 @@ impl File for SimFile {
 impl Disk for SimDisk {
     fn open(&self, path: &Path, create: Create) -> io::Result<Arc<dyn File>> {
         self.call(|w| {
+            if let Some(error) = w.fail_opens {
+                return Err(io::Error::from_raw_os_error(error));
+            }
             if create == Create::Fresh {
                 w.operation()?;
                 if !path.parent().is_some_and(|dir| w.dirs.contains(dir)) {
@@ -382,6 +400,9 @@ impl Disk for SimDisk {
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         self.call(|w| {
+            if let Some(error) = w.fail_renames {
+                return Err(io::Error::from_raw_os_error(error));
+            }
             w.operation()?;
             let file = *w.names.get(from).ok_or(io::ErrorKind::NotFound)?;
             w.change(Change::Move(from.to_path_buf(), to.to_path_buf(), file));

@@ -84,3 +84,53 @@ fn the_room_behind_the_last_frame_of_a_full_segment_is_given_back() {
         assert_eq!((len, segment.file_len), (segment.limit, segment.limit));
     }
 }
+
+#[test]
+fn what_passes_by_itself_withholds_acks_and_stops_no_stream() {
+    for (error, renames) in [libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::ENOSPC, libc::EDQUOT]
+        .into_iter()
+        .flat_map(|error| [(error, false), (error, true)])
+    {
+        let (disk, clock) = (SimDisk::new(3), new_clock());
+        let (log, _) = manual(&disk, &small(), &clock).unwrap();
+        let fail = |error| if renames { disk.fail_renames(error) } else { disk.fail_opens(error) };
+        fail(Some(error));
+        let mut count = 0;
+        let lack = loop {
+            log.append(&[message("a/b", &payload(count, 2_000))], &[]).unwrap();
+            match commit(&log) {
+                Ok(()) => count += 1,
+                Err(commit::CommitError::NoSpace(lack)) => break lack,
+                Err(other) => panic!("{error}: {other:?}"),
+            }
+        };
+        assert_eq!(log.append(&[message("a/b", b"x")], &[]), Err(AppendError::NoSpace), "{lack}");
+        for _ in 0..5 {
+            log.inner.keep(true);
+            assert!(commit(&log).is_err());
+        }
+        let temporary = || disk.list(Path::new(DIR)).unwrap().iter().filter(|n| n.ends_with(".tmp")).count();
+        assert!(temporary() <= 1, "{error}: a file is left behind for each try");
+        fail(None);
+        commit(&log).unwrap();
+        assert_eq!(log.bounds().end, Offset(count + 1));
+        log.append(&[message("a/b", b"x")], &[]).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_reader_without_a_file_descriptor_reads_on_once_there_is_one() {
+    let disk = SimDisk::new(3);
+    let (log, _) = Log::open(Arc::new(disk.clone()), Path::new(DIR), "t", &small()).unwrap();
+    for n in 0..10 {
+        let appended = log.append(&[message("a/b", &payload(n, 2_000))], &[]).unwrap();
+        crate::stream::conformance::durable(&*log, appended.ticket).await;
+    }
+    disk.fail_opens(Some(libc::EMFILE));
+    let mut cursor = log.cursor(Offset(0));
+    let mut next = std::pin::pin!(cursor.next());
+    let refused = tokio::time::timeout(Duration::from_millis(50), &mut next).await;
+    assert!(refused.is_err(), "it waits: {refused:?}");
+    disk.fail_opens(None);
+    assert!(matches!(next.await, Ok(crate::stream::Read::Batch(batch)) if batch.base == Offset(0)));
+}

@@ -110,7 +110,7 @@ fn the_next_prepared_file_is_another_than_the_one_that_is_taken() {
 #[test]
 fn another_process_reads_on_while_the_log_is_written() {
     let folder = tempfile::tempdir().unwrap();
-    let (log, _) = Log::open(Arc::new(RealDisk), folder.path(), "t", &small()).unwrap();
+    let (log, _) = Log::open(Arc::new(RealDisk::default()), folder.path(), "t", &small()).unwrap();
     let written = 300;
     let writer = std::thread::spawn(move || {
         for n in 0..written {
@@ -221,10 +221,11 @@ impl disk::File for CountingFile {
 fn a_reader_that_is_at_the_end_reads_a_few_bytes_until_there_is_more() {
     let folder = tempfile::tempdir().unwrap();
     let config = Config { segment_bytes: ByteSize(4 << 20), ..small() };
-    let (log, _) = Log::open(Arc::new(RealDisk), folder.path(), "t", &config).unwrap();
+    let (log, _) = Log::open(Arc::new(RealDisk::default()), folder.path(), "t", &config).unwrap();
     let changes = changes_in(folder.path());
     let read = Arc::new(AtomicU64::new(0));
-    let mut reader = ReadOnly::open_on(Box::new(Counting(RealDisk, read.clone())), folder.path(), Offset(0));
+    let mut reader =
+        ReadOnly::open_on(Box::new(Counting(RealDisk::default(), read.clone())), folder.path(), Offset(0));
     for n in 0..3_000 {
         // Now and then a segment is full.
         let appended = log.append(&[message("a/b", &payload(n, 3_000))], &[]).unwrap();
@@ -253,7 +254,7 @@ fn a_place_among_large_frames_costs_its_frame_and_the_headers_on_the_way() {
     let folder = tempfile::tempdir().unwrap();
     let config = Config { segment_bytes: ByteSize(8 << 20), ..small() };
     let read = Arc::new(AtomicU64::new(0));
-    let disk = Arc::new(Counting(RealDisk, read.clone()));
+    let disk = Arc::new(Counting(RealDisk::default(), read.clone()));
     let (log, _) = Log::open(disk, folder.path(), "t", &config).unwrap();
     for n in 0..200 {
         let appended = log.append(&[message("a/b", &payload(n, 16_000))], &[]).unwrap();
@@ -381,9 +382,9 @@ fn a_segment_that_cannot_be_removed_counts_and_goes_before_those_behind_it() {
 fn a_reader_that_could_not_be_written_down_is_so_once_there_is_room() {
     let (disk, clock) = (SimDisk::new(3), new_clock());
     let (log, _) = manual(&disk, &small(), &clock).unwrap();
-    log.inner.set_no_space(true);
+    log.inner.set_no_space(Some("room on disk"));
     log.attach("warehouse", Offset(0), OnLag::Block);
-    log.inner.set_no_space(false);
+    log.inner.set_no_space(None);
     log.inner.keep(false);
     commit(&log).unwrap();
     drop(log);
