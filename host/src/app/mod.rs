@@ -38,7 +38,7 @@ use crate::listeners::mqtt;
 use crate::pipeline::{self, Batching, SinkPart};
 use crate::plugin::access::AccessEngine;
 use crate::plugin::{PluginState, PluginStatus, Plugins};
-use crate::stream::log::{Disk, Log, RealDisk, Recovery, STATE_BYTES_MAX};
+use crate::stream::log::{Disk, Log, RealDisk, STATE_BYTES_MAX};
 use crate::stream::{self, Stream, Streams};
 use crate::telemetry::{self, Failures};
 use crate::topic::{Namespace, TopicFilter};
@@ -304,9 +304,8 @@ fn reads(config: &Config, stream: &str, consumer: &str) -> bool {
 
 fn open_log(dir: &Path, name: &str, config: &stream::Config) -> anyhow::Result<Arc<Log>> {
     let disk: Arc<dyn Disk> = Arc::new(RealDisk::default());
-    let (log, recovery) = tokio::task::block_in_place(|| Log::open(disk, dir, name, config))
+    let (log, _) = tokio::task::block_in_place(|| Log::open(disk, dir, name, config))
         .with_context(|| format!("cannot open the stream \"{name}\""))?;
-    say_recovered(name, &recovery);
     Ok(log)
 }
 
@@ -409,26 +408,6 @@ async fn end_when_interrupted(mut interrupts: Signal) {
     interrupts.recv().await;
     tracing::warn!("interrupted again: ending at once");
     std::process::exit(INTERRUPTED);
-}
-
-fn say_recovered(name: &str, recovery: &Recovery) {
-    for damage in &recovery.damaged {
-        tracing::error!(
-            stream = name,
-            from = damage.offsets.start.0,
-            to = damage.offsets.end.0,
-            "messages lost: their bytes on disk are damaged"
-        );
-    }
-    if recovery.torn_bytes > 0 || recovery.rewritten > 0 {
-        let Recovery { torn_bytes, rewritten, .. } = recovery;
-        tracing::info!(
-            stream = name,
-            torn_bytes,
-            rewritten,
-            "the last run ended without closing the stream: repaired"
-        );
-    }
 }
 
 /// The start screen, for a person: logs go to stderr, this to stdout. With the

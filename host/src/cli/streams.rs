@@ -44,7 +44,11 @@ pub fn open(config: &Config, name: &str, from: Offset) -> anyhow::Result<Option<
         bail!("no stream `{name}` in the config, known are {}, {DEAD_LETTERS}", known.join(", "));
     }
     let dir = config.stream_dir(name);
-    Ok(dir.is_dir().then(|| ReadOnly::open(&dir, from)))
+    let age_max = match config.streams.get(name) {
+        Some(stream) => stream.retention.max_age,
+        None => config.dead_letters.max_age,
+    };
+    Ok(dir.is_dir().then(|| ReadOnly::open(&dir, from).newer_than(age_max.map(|age| age.0))))
 }
 
 /// A data folder that is not there is most often that of another config.
@@ -152,7 +156,7 @@ async fn tail(config: &Config, name: &str, args: &TailArgs, out: &mut Out) -> an
         Some(From::End) => (reader.bounds()?.end, 0),
         None => (Offset(reader.bounds()?.end.0.saturating_sub(args.max.unwrap_or(LAST_MESSAGES))), 0),
     };
-    reader = ReadOnly::open(&config.stream_dir(name), from);
+    reader.seek(from);
     let mut left = args.max.unwrap_or(u64::MAX);
     let mut has_waited = false;
     while left > 0 {

@@ -14,7 +14,8 @@ use crate::units::{ByteSize, Period};
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct DeadLettersConfig {
-    /// Letters older than this go; `null` keeps them until `max_bytes`.
+    /// Letters older than this go, by an eighth of it later at most, and are listed no more; `null` keeps
+    /// them until `max_bytes`.
     pub max_age: Option<Period>,
     /// The oldest go when all together would take more than this. Half of it is shared out among the pipelines, for letters whose sinks are not past them: a pipeline whose share is used up waits, the others do not.
     pub max_bytes: ByteSize,

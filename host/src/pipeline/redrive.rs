@@ -86,7 +86,7 @@ pub async fn list_open(dead_letters: &dyn Stream, pipeline: Option<&str>) -> Res
     let marks = marks(dead_letters.state(MARK_PREFIX));
     let mut open = Vec::new();
     each(dead_letters, |batch| {
-        for message in batch.messages() {
+        for message in batch.messages().filter(|_| !dead_letters.is_past_age(batch.now_us)) {
             let wanted = Letter::of(&message).is_some_and(|letter| {
                 !letter.is_copy() && pipeline.is_none_or(|pipeline| letter.pipeline == pipeline)
             });
@@ -213,6 +213,9 @@ async fn copy_wanted(
         && let Some(read) = cursor.try_next().await?
     {
         let Read::Batch(batch) = read else { continue };
+        if dead_letters.is_past_age(batch.now_us) {
+            continue;
+        }
         for message in batch.messages().filter(|message| message.offset() < end) {
             let Some(letter) = Letter::of(&message) else { continue };
             let only = match marks.get(&message.offset().0) {

@@ -52,7 +52,8 @@ pub enum Key {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Retention {
-    /// Messages older than this go; `null` keeps them until `max_bytes`.
+    /// Messages older than this go, by an eighth of it later at most, and are shown no more; `null`
+    /// keeps them until `max_bytes`.
     pub max_age: Option<Period>,
     /// The oldest go when all segment files together would take more than this.
     pub max_bytes: ByteSize,

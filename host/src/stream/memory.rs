@@ -17,8 +17,8 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::{
-    AppendError, Appended, Attachment, Cursor, GapCause, Identity, NewMessage, OnLag, Read, ReadError,
-    STATE_KEY_BYTES_MAX, STATE_VALUE_BYTES_MAX, StateChange, Stream, Ticket,
+    AppendError, Appended, Attachment, Cursor, GapCause, Identity, NewMessage, OnLag, Opening, Read,
+    ReadError, STATE_KEY_BYTES_MAX, STATE_VALUE_BYTES_MAX, StateChange, Stream, Ticket,
 };
 use crate::batch::{Batch, Entry, Offset, Span};
 
@@ -32,6 +32,7 @@ pub struct MemoryStream(Arc<Shared>);
 struct Shared {
     name: String,
     identity: Identity,
+    openings: Vec<Opening>,
     manual: AtomicBool,
     inner: Mutex<Inner>,
     /// Moves whenever a reader or a waiting writer has something to look at.
@@ -79,6 +80,7 @@ impl MemoryStream {
         Self(Arc::new(Shared {
             name: name.to_owned(),
             identity: Identity { log: Uuid::new_v4(), generation: 1, partitions: partitions.max(1) },
+            openings: vec![Opening { id: Uuid::new_v4().as_u64_pair().0, first: Offset(0) }],
             manual: AtomicBool::new(manual),
             inner: Mutex::new(Inner {
                 frames: Vec::new(),
@@ -306,6 +308,14 @@ impl Stream for MemoryStream {
     fn bounds(&self) -> Range<Offset> {
         let inner = self.lock();
         Offset(inner.start)..Offset(inner.end)
+    }
+
+    fn openings(&self) -> Vec<Opening> {
+        self.0.openings.clone()
+    }
+
+    fn is_past_age(&self, _: u64) -> bool {
+        false
     }
 
     fn cursor(&self, from: Offset) -> Box<dyn Cursor> {

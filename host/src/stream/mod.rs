@@ -31,6 +31,23 @@ pub struct Identity {
     pub partitions: u16,
 }
 
+/// A time that a log was opened for writing, and the first offset written since.
+///
+/// Each opening draws an id of its own. A folder that was restored, copied or cut
+/// short goes on with another opening than the one it is a copy of: two logs of one
+/// UUID hold the same message at an offset where the same opening wrote it, and
+/// everything before it is the same too. (Kafka's leader epochs, KIP-101 and KIP-320.)
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Opening {
+    pub id: u64,
+    pub first: Offset,
+}
+
+impl Opening {
+    /// The id of what was written by versions that drew none.
+    pub const UNKNOWN: u64 = 0;
+}
+
 /// A message on its way into a stream; all bytes are borrowed and copied once.
 #[derive(Clone, Copy, Debug)]
 pub struct NewMessage<'a> {
@@ -171,6 +188,14 @@ pub trait Stream: Send + Sync + 'static {
 
     /// Offsets that can be read: first kept, and one past the last durable.
     fn bounds(&self) -> std::ops::Range<Offset>;
+
+    /// Returns the openings that wrote what the stream holds, oldest first. The last
+    /// one is that of this process.
+    fn openings(&self) -> Vec<Opening>;
+
+    /// Whether what was appended then is past `max_age`. It goes within an eighth of that;
+    /// lists and redrives pass it over.
+    fn is_past_age(&self, append_us: u64) -> bool;
 
     /// A cursor whose first message is the first at or after `from`.
     fn cursor(&self, from: Offset) -> Box<dyn Cursor>;

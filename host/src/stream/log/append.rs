@@ -78,6 +78,8 @@ pub struct Front {
     pub refused: Option<u64>,
     /// The committer waits for work.
     pub idle: bool,
+    /// The keeper wants a new segment: the one in use is old enough.
+    pub roll: bool,
     pub closing: bool,
     pub stopped: Option<Arc<str>>,
 }
@@ -91,6 +93,7 @@ impl Front {
             state,
             refused: None,
             idle: false,
+            roll: false,
             closing: false,
             stopped: None,
         }

@@ -18,6 +18,7 @@ pub fn system() -> Wall {
     Arc::new(|| SystemTime::UNIX_EPOCH.elapsed().map_or(0, |t| t.as_micros() as u64))
 }
 
+/// What frames are stamped with and ages are measured by.
 pub struct Clock {
     wall: Wall,
     last_us: u64,
@@ -30,8 +31,8 @@ impl Clock {
         Self { wall, last_us, last_at: Instant::now() }
     }
 
-    /// The append time of a frame written now.
-    pub fn stamp(&mut self) -> u64 {
+    /// Returns the append time of a frame written now.
+    pub fn now(&mut self) -> u64 {
         let now = (self.wall)();
         let elapsed = self.last_at.elapsed();
         self.last_at = Instant::now();
@@ -40,13 +41,23 @@ impl Clock {
     }
 }
 
+/// Follows `now`. Where that jumped too far ahead, time passes as it elapses. Where it is
+/// behind, time passes an eighth slower until `now` has caught up: what is measured by this
+/// clock neither stands still nor goes back.
 fn next(last: u64, now: u64, elapsed: Duration) -> u64 {
-    if last >= SET_US && now > last + JUMP_US_MAX { last + elapsed.as_micros() as u64 } else { last.max(now) }
+    let elapsed = elapsed.as_micros() as u64;
+    if is_set(last) && now > last + JUMP_US_MAX {
+        last + elapsed
+    } else if now < last {
+        last + elapsed - elapsed / 8
+    } else {
+        now
+    }
 }
 
-/// Whether `now` may be used to judge the age of what was appended at `last`.
-pub fn believable(now: u64, last: u64) -> bool {
-    now >= SET_US && (last < SET_US || now <= last + JUMP_US_MAX)
+/// Whether a time is that of a clock that was ever set: only then may it tell an age.
+pub fn is_set(us: u64) -> bool {
+    us >= SET_US
 }
 
 #[cfg(test)]
@@ -60,6 +71,20 @@ mod tests {
         assert_eq!(next(20, 17, Duration::ZERO), 20);
         assert_eq!(next(17, SET_US + year, Duration::ZERO), SET_US + year);
         assert_eq!(next(SET_US, SET_US + 30 * year, Duration::from_micros(3)), SET_US + 3);
-        assert!(!believable(5, 0) && believable(SET_US, 5) && !believable(SET_US + 30 * year, SET_US));
+        assert!(!is_set(5) && is_set(SET_US));
+    }
+
+    #[test]
+    fn after_a_jump_ahead_and_back_append_time_passes_until_the_clock_has_caught_up() {
+        let (month, second) = (30 * 24 * 3_600 * 1_000_000, Duration::from_secs(1));
+        let ahead = next(SET_US, SET_US + month, second);
+        assert_eq!(ahead, SET_US + month);
+        let (mut last, mut now) = (ahead, SET_US);
+        for _ in 0..1_000 {
+            now += 1_000_000;
+            last = next(last, now, second);
+        }
+        assert_eq!(last, ahead + 875_000_000, "seven eighths of what passed");
+        assert_eq!(next(ahead, ahead + 5, second), ahead + 5, "caught up");
     }
 }

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use bytes::{Bytes, BytesMut};
 
 use super::append::Pending;
-use super::clock::Clock;
 use super::disk::{File, SyncSite, lacking};
 use super::frame::{self, Around, Header, Kind, flags};
+use super::generations::{self, Closed, Metadata};
 use super::state::State;
 use super::tail::Frame;
 use super::{Inner, lock, write};
@@ -36,7 +36,6 @@ pub struct Writer {
     pub durable_frames: u64,
     pub durable_through: u64,
     pub previous_crc: u32,
-    pub clock: Clock,
     pub clock_us: u64,
     /// The state map as of the last frame that is durable.
     pub committed: State,
@@ -69,10 +68,12 @@ pub fn no_space_or(what: &'static str) -> impl Fn(io::Error) -> CommitError {
 /// The committer's thread: until the stream is closed or stops.
 pub fn run(inner: &Inner) {
     loop {
-        if !inner.take() {
-            break inner.seal();
-        }
-        match inner.commit_in_hand() {
+        let committed = match inner.take() {
+            Ok(false) => break inner.seal(),
+            Ok(true) => inner.commit_in_hand(),
+            Err(error) => Err(error),
+        };
+        match committed {
             Ok(()) => {}
             Err(CommitError::NoSpace(_)) => {
                 if !inner.wait_for_space() {
@@ -86,15 +87,23 @@ pub fn run(inner: &Inner) {
 
 impl Inner {
     /// Waits for appends and takes them in hand; false once closed and drained.
-    fn take(&self) -> bool {
+    fn take(&self) -> Result<bool, CommitError> {
         let mut writer = lock(&self.writer);
         if writer.in_hand.is_some() {
-            return true;
+            return Ok(true);
         }
         let mut front = lock(&self.front);
-        while front.pending.is_empty() {
+        loop {
+            if front.roll {
+                drop(front);
+                self.roll_if_asked(&mut writer)?;
+                front = lock(&self.front);
+            }
+            if !front.pending.is_empty() {
+                break;
+            }
             if front.closing {
-                return false;
+                return Ok(false);
             }
             front.idle = true;
             if writer.marked {
@@ -112,7 +121,18 @@ impl Inner {
         }
         front.idle = false;
         drop(front);
-        self.take_in_hand(&mut writer)
+        Ok(self.take_in_hand(&mut writer))
+    }
+
+    /// Ends a segment that is old enough. Without room for another it goes on: the keeper asks again.
+    pub fn roll_if_asked(&self, writer: &mut Writer) -> Result<(), CommitError> {
+        if !std::mem::take(&mut lock(&self.front).roll) {
+            return Ok(());
+        }
+        match self.roll(writer, 0, &[]) {
+            Err(CommitError::NoSpace(_)) => Ok(()),
+            other => other,
+        }
     }
 
     /// Moves the pending appends into hand; false where there are none.
@@ -164,7 +184,7 @@ impl Inner {
         if writer.at + len > writer.len {
             self.roll(writer, len, &[])?;
         }
-        writer.clock_us = writer.clock.stamp();
+        writer.clock_us = lock(&self.clock).now();
         let mut header = Header {
             kind: if pending.count == 0 { Kind::Control } else { Kind::Data },
             base: pending.base,
@@ -252,14 +272,21 @@ impl Inner {
         }
     }
 
-    /// The end of a clean close: the last frame is proven, so that the next opening has nothing to repeat.
+    /// The end of a clean close: the last frame is proven, so that the next opening has nothing
+    /// to repeat, and no zeros to read; where the log ends is noted.
     pub fn seal(&self) {
         let mut writer = lock(&self.writer);
         self.mark(&mut writer);
-        match writer.file.sync(SyncSite::Frame) {
-            Ok(()) => self.stop("closed"),
-            Err(error) => self.fail("sync", &error),
+        if let Err(error) = writer.file.sync(SyncSite::Frame) {
+            return self.fail("sync", &error);
         }
+        let _ = writer.file.truncate((writer.at + frame::HEADER_BYTES as u64).min(writer.len));
+        let closed = Closed { offset: writer.durable_through, frames: writer.next_frame };
+        let metadata = Metadata { closed: Some(closed), ..self.metadata.clone() };
+        if let Err(error) = generations::write(&*self.disk, &self.dir, &metadata) {
+            tracing::warn!(stream = %self.name, %error, "cannot note where the stream ends");
+        }
+        self.stop("closed");
     }
 
     /// True to try again, false once closing.

@@ -4,6 +4,9 @@
 //! A generation is the messages written with one partition count; more than
 //! one comes with re-partitioning, for which the format is ready. Segments
 //! repeat what is here, so that a damaged file can be made again from them.
+//!
+//! `openings` says who wrote which offsets (see [`Opening`]), `closed` how far the log
+//! went when it was last closed, so that an end that got lost since is known.
 
 use std::io;
 use std::path::Path;
@@ -13,6 +16,8 @@ use uuid::Uuid;
 
 use super::disk::{Create, Disk, SyncSite, read_all};
 use super::segment;
+use crate::batch::Offset;
+use crate::stream::Opening;
 
 const NAME: &str = "STREAM";
 pub const TEMPORARY: &str = "STREAM.tmp";
@@ -27,6 +32,21 @@ pub struct Metadata {
     pub epoch: u64,
     /// Oldest first; the last is written to.
     pub generations: Vec<Generation>,
+    /// Id and first offset, oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub openings: Vec<(u64, u64)>,
+    /// `None` while it is written to, and after a crash.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub closed: Option<Closed>,
+}
+
+/// The end of a log that was closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Closed {
+    /// One past the last message.
+    pub offset: u64,
+    /// One past the sequence of the last frame.
+    pub frames: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,7 +65,7 @@ impl Metadata {
     pub fn new(log: Uuid, generation: u32, partitions: u16, epoch: u64) -> Self {
         let (backend, hash) = ("log".to_owned(), "xxh3-64".to_owned());
         let generation = Generation { generation, backend, partitions, hash, frozen: false };
-        Self { version: 1, log, epoch, generations: vec![generation] }
+        Self { version: 1, log, epoch, generations: vec![generation], openings: Vec::new(), closed: None }
     }
 
     /// As the newest segments tell it.
@@ -56,6 +76,14 @@ impl Metadata {
     /// Never written before.
     pub fn is_new(&self) -> bool {
         self.epoch <= 1
+    }
+
+    pub fn openings(&self) -> Vec<Opening> {
+        self.openings.iter().map(|(id, first)| Opening { id: *id, first: Offset(*first) }).collect()
+    }
+
+    pub fn set_openings(&mut self, openings: &[Opening]) {
+        self.openings = openings.iter().map(|opening| (opening.id, opening.first.0)).collect();
     }
 
     pub fn current(&self) -> Option<&Generation> {

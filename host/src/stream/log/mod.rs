@@ -52,8 +52,8 @@ pub use recover::{Damage, OpenError, Recovery};
 pub use state::STATE_BYTES_MAX;
 
 use super::{
-    AppendError, Appended, Attachment, Config, Cursor, Identity, NewMessage, OnLag, ReadError, StateChange,
-    Stream, Ticket,
+    AppendError, Appended, Attachment, Config, Cursor, Identity, NewMessage, OnLag, Opening, ReadError,
+    StateChange, Stream, Ticket,
 };
 use crate::batch::Offset;
 use crate::telemetry::Failures;
@@ -80,7 +80,10 @@ pub(crate) struct Inner {
     opening: AtomicBool,
     may_use_reserve: AtomicBool,
     use_reserve_while_running: bool,
-    wall: clock::Wall,
+    clock: Mutex<clock::Clock>,
+    /// Of this opening.
+    metadata: generations::Metadata,
+    openings: Vec<Opening>,
     metrics: measure::Meters,
     failures: Failures,
 
@@ -210,6 +213,14 @@ impl Stream for Log {
     fn bounds(&self) -> Range<Offset> {
         let back = read(&self.inner.back);
         Offset(back.start())..Offset(back.end)
+    }
+
+    fn openings(&self) -> Vec<Opening> {
+        self.inner.openings.clone()
+    }
+
+    fn is_past_age(&self, append_us: u64) -> bool {
+        clock::is_set(append_us) && self.inner.kept_since_us().is_some_and(|since| append_us < since)
     }
 
     fn cursor(&self, from: Offset) -> Box<dyn Cursor> {

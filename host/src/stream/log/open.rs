@@ -17,11 +17,13 @@ use super::recover::{self, OpenError, Recovery, Replayed, Segment};
 use super::tail::Tail;
 use super::{Back, Inner, lock, measure, read, retain, segment, write};
 use crate::batch::Offset;
-use crate::stream::{Config, Identity, Ticket};
+use crate::stream::{Config, Identity, Opening, Ticket};
 use crate::telemetry::Failures;
 
 const LOCK: &str = "lock";
 const GENERATION: u32 = 1;
+/// Openings that a log remembers, so that it and a copy of it find where they part.
+const OPENINGS_MAX: usize = 256;
 
 pub fn open(
     disk: Arc<dyn Disk>,
@@ -44,8 +46,10 @@ pub fn open(
         disk.remove(&dir.join(name)).map_err(io_error)?;
     }
 
-    let (metadata, segments) = metadata(&*disk, dir, config, &mut recovery)?;
-    let replayed = recover::replay(&*disk, dir, &segments).map_err(io_error)?;
+    let (mut metadata, segments) = metadata(&*disk, dir, config, &mut recovery)?;
+    let replayed = recover::replay(&*disk, dir, &segments, metadata.closed.take()).map_err(io_error)?;
+    let openings = openings(metadata.openings(), &segments, replayed.next_offset);
+    metadata.set_openings(&openings);
     let generation = metadata.generations.last().expect("made or read with at least one");
     let identity =
         Identity { log: metadata.log, generation: generation.generation, partitions: generation.partitions };
@@ -57,10 +61,10 @@ pub fn open(
         replayed.next_offset - segments.first().map_or(replayed.next_offset, |s| s.header.base);
 
     let inner = Arc::new(
-        build(disk, dir, name, config, wall, identity, segments, held, &replayed, &metadata)
+        build(disk, dir, name, config, wall, identity, segments, held, &replayed, metadata, openings)
             .map_err(io_error)?,
     );
-    inner.begin(&metadata, &replayed).map_err(io_error)?;
+    inner.begin(&replayed).map_err(io_error)?;
     inner.say(&recovery);
     Ok((inner, recovery))
 }
@@ -103,6 +107,30 @@ fn metadata(
     Ok((metadata, segments))
 }
 
+/// The openings that wrote what the log holds, as the metadata and the segments tell, and the
+/// one that begins now.
+fn openings(stored: Vec<Opening>, segments: &[Segment], end: u64) -> Vec<Opening> {
+    let mut all = stored;
+    let start = segments.first().map_or(end, |segment| segment.header.base);
+    for header in segments.iter().map(|segment| &segment.header) {
+        let is_known = all.iter().any(|opening| opening.id == header.opening);
+        if header.opening != Opening::UNKNOWN && !is_known {
+            all.push(Opening { id: header.opening, first: Offset(header.opening_first) });
+        }
+    }
+    all.sort_by_key(|opening| opening.first);
+    if start < end && all.first().is_none_or(|oldest| oldest.first.0 > start) {
+        all.insert(0, Opening { id: Opening::UNKNOWN, first: Offset(start) });
+    }
+    // Those that have messages in the log.
+    let nexts: Vec<u64> = all.iter().skip(1).map(|next| next.first.0.min(end)).chain([end]).collect();
+    let mut nexts = nexts.into_iter();
+    all.retain(|opening| nexts.next().is_some_and(|next| opening.first.0.max(start) < next));
+    all.push(Opening { id: uuid::Uuid::new_v4().as_u64_pair().0.max(1), first: Offset(end) });
+    let gone = all.len().saturating_sub(OPENINGS_MAX);
+    all.split_off(gone)
+}
+
 #[allow(clippy::too_many_arguments)]
 fn build(
     disk: Arc<dyn Disk>,
@@ -114,7 +142,8 @@ fn build(
     segments: Vec<Segment>,
     held: Box<dyn Send + Sync>,
     replayed: &Replayed,
-    metadata: &Metadata,
+    metadata: Metadata,
+    openings: Vec<Opening>,
 ) -> io::Result<Inner> {
     let last = segments.last();
     let file: Arc<dyn File> = match last {
@@ -133,7 +162,6 @@ fn build(
         durable_frames: replayed.first_frame,
         durable_through: base,
         previous_crc: replayed.previous_crc,
-        clock: Clock::new(Arc::clone(&wall), replayed.clock_us),
         clock_us: replayed.clock_us,
         committed: replayed.state.clone(),
         in_hand: None,
@@ -158,7 +186,9 @@ fn build(
         may_use_reserve: AtomicBool::new(true),
         reserve_gone: AtomicBool::new(false),
         use_reserve_while_running: config.may_use_reserve,
-        wall,
+        clock: Mutex::new(Clock::new(wall, replayed.clock_us)),
+        metadata,
+        openings,
         metrics: measure::Meters::new(name),
         failures: Failures::default(),
         front: Mutex::new(Front::new(replayed.next_offset, replayed.state.clone())),
@@ -187,12 +217,12 @@ fn build(
 impl Inner {
     /// Metadata, then a segment of this opening with all that nothing proved,
     /// both durable before anything is served.
-    fn begin(&self, metadata: &Metadata, replayed: &Replayed) -> io::Result<()> {
+    fn begin(&self, replayed: &Replayed) -> io::Result<()> {
         // Each opening: a crash may have come between the folder and this.
         self.disk.sync_dir(&parent(&self.dir), SyncSite::Folder)?;
-        match generations::write(&*self.disk, &self.dir, metadata) {
-            // The old one stays: the epoch is in the segments too.
-            Err(error) if is_full(&error) && !metadata.is_new() => {
+        match generations::write(&*self.disk, &self.dir, &self.metadata) {
+            // The old one stays: epoch and opening are in the segments too.
+            Err(error) if is_full(&error) && !self.metadata.is_new() => {
                 let _ = self.disk.remove(&self.dir.join(generations::TEMPORARY));
             }
             other => other?,
@@ -231,17 +261,17 @@ impl Inner {
         let back = read(&self.back);
         let (start, end) = (back.start(), back.end);
         tracing::info!(stream = %self.name, start, end, segments = back.segments.len(), "stream open");
-        if recovery.torn_bytes > 0 {
-            tracing::info!(stream = %self.name, bytes = recovery.torn_bytes, "cut a commit that never finished");
-        }
-        if recovery.rewritten > 0 {
-            tracing::info!(stream = %self.name, messages = recovery.rewritten, "wrote the last commit again");
+        let Recovery { torn_bytes, rewritten, .. } = *recovery;
+        if torn_bytes > 0 || rewritten > 0 {
+            tracing::info!(stream = %self.name, torn_bytes, rewritten,
+                "the last run ended without closing the stream: cut what nobody was told of, wrote the last commit again");
         }
         for damage in &recovery.damaged {
             let Offset(from) = damage.offsets.start;
             let Offset(to) = damage.offsets.end;
+            let what = if from < to { "messages" } else { "state changes" };
             tracing::error!(stream = %self.name, segment = damage.segment, bytes = ?damage.bytes, from, to,
-                "messages are damaged on disk and are skipped");
+                "{what} lost: their bytes on disk are damaged or missing");
         }
     }
 }

@@ -7,7 +7,9 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use super::clock;
 use super::disk::{Create, Disk, RealDisk};
 use super::frame::flags;
 use super::generations;
@@ -27,6 +29,8 @@ pub struct ReadOnly {
     disk: Box<dyn Disk>,
     dir: PathBuf,
     at: u64,
+    /// Frames that were appended before are passed over.
+    since_us: u64,
     open: Option<Open>,
 }
 
@@ -58,7 +62,23 @@ impl ReadOnly {
     }
 
     pub(super) fn open_on(disk: Box<dyn Disk>, dir: &Path, from: Offset) -> Self {
-        Self { disk, dir: dir.to_path_buf(), at: from.0, open: None }
+        Self { disk, dir: dir.to_path_buf(), at: from.0, since_us: 0, open: None }
+    }
+
+    /// Passes over what is older than `age_max`, as if retention had removed it already.
+    pub fn newer_than(mut self, age_max: Option<Duration>) -> Self {
+        let now = clock::system()();
+        self.since_us = match age_max {
+            Some(age_max) if clock::is_set(now) => now.saturating_sub(age_max.as_micros() as u64),
+            _ => 0,
+        };
+        self
+    }
+
+    /// Reads from `from` on.
+    pub fn seek(&mut self, from: Offset) {
+        self.at = from.0;
+        self.open = None;
     }
 
     /// Offset of the next message to be read.
@@ -111,7 +131,7 @@ impl ReadOnly {
     pub fn state(&self, prefix: &[u8]) -> Result<StateEntries, OpenError> {
         let prefix = state::key(USERS, prefix);
         for _ in 0..LOOKS_MAX {
-            match recover::replay(&*self.disk, &self.dir, &self.segments()?) {
+            match recover::replay(&*self.disk, &self.dir, &self.segments()?, None) {
                 Ok(replayed) => {
                     let entries = replayed.state.range(&prefix);
                     return Ok(entries.map(|(key, value)| (key[1..].to_vec(), value.to_vec())).collect());
@@ -173,6 +193,9 @@ impl ReadOnly {
     }
 
     fn batch(&mut self, frame: &Frame) -> Read {
+        if clock::is_set(frame.append_us) && frame.append_us < self.since_us {
+            return self.gap(frame.end(), GapCause::Trimmed);
+        }
         let batch = frame.batch(self.at, usize::MAX >> 1);
         self.at = frame.end();
         Read::Batch(batch)

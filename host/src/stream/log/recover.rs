@@ -15,12 +15,13 @@ use bytes::Bytes;
 
 use super::disk::{Create, Disk, File};
 use super::frame::{self, Changes, Kind, flags};
-use super::generations::Metadata;
+use super::generations::{Closed, Metadata};
 use super::scan::{Landmarks, Scan, Step};
 use super::segment::{self, FRAMES_AT};
 use super::state::State;
 use super::tail::Frame;
 use crate::batch::Offset;
+use crate::stream::Opening;
 
 /// What opening found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -136,6 +137,8 @@ fn salvage(head: &[u8], sequence: u64, known: &Metadata) -> Option<segment::Head
         partitions: generation.partitions,
         clock_us: first.append_us,
         previous_crc: first.previous_crc,
+        opening: Opening::UNKNOWN,
+        opening_first: first.base,
     })
 }
 
@@ -145,6 +148,8 @@ pub struct Replayed {
     pub next_offset: u64,
     /// Sequence of the first frame that nothing proves, or of the next.
     pub first_frame: u64,
+    /// One past the sequence of the last frame.
+    pub end_frame: u64,
     /// Messages of frames that nothing proves durable, in order.
     pub unproven: Vec<Frame>,
     /// In the last segment: end of what is proven.
@@ -156,12 +161,19 @@ pub struct Replayed {
     pub previous_crc: u32,
 }
 
-/// State from the newest whole checkpoint on, and the end of the log.
-pub fn replay(disk: &dyn Disk, dir: &Path, segments: &[Segment]) -> io::Result<Replayed> {
+/// State from the newest whole checkpoint on, and the end of the log. `closed` is where it
+/// ended when it was last closed: less is damage.
+pub fn replay(
+    disk: &dyn Disk,
+    dir: &Path,
+    segments: &[Segment],
+    closed: Option<Closed>,
+) -> io::Result<Replayed> {
     let mut replayed = Replayed {
         state: State::default(),
         next_offset: 0,
         first_frame: 0,
+        end_frame: 0,
         unproven: Vec::new(),
         proven_at: FRAMES_AT,
         torn_bytes: 0,
@@ -176,7 +188,21 @@ pub fn replay(disk: &dyn Disk, dir: &Path, segments: &[Segment]) -> io::Result<R
     }
     for i in first..segments.len() {
         let file = open(disk, dir, &segments[i])?;
-        walk(&mut replayed, file, &segments[i], segments.get(i + 1), i == first)?;
+        let durable = closed.map_or(0, |closed| closed.frames);
+        walk(&mut replayed, file, &segments[i], segments.get(i + 1), i == first, durable)?;
+    }
+    if let Some(closed) = closed
+        && (replayed.next_offset < closed.offset || replayed.end_frame < closed.frames)
+    {
+        let end = closed.offset.max(replayed.next_offset);
+        replayed.damaged.push(Damage {
+            segment: segments.last().map_or(0, |last| last.header.sequence),
+            bytes: replayed.proven_at..segments.last().map_or(0, |last| last.limit),
+            offsets: Offset(replayed.next_offset)..Offset(end),
+        });
+        replayed.torn_bytes = 0;
+        replayed.next_offset = end;
+        replayed.first_frame = replayed.first_frame.max(closed.frames);
     }
     Ok(replayed)
 }
@@ -213,12 +239,13 @@ fn walk(
     segment: &Segment,
     next: Option<&Segment>,
     trust_checkpoint: bool,
+    durable_frames: u64,
 ) -> io::Result<()> {
     let mut scan = Scan::new(file, &segment.header, segment.limit);
     let void_from = next.map_or(u64::MAX, |next| next.header.first_frame);
     let mut offset = segment.header.base;
     let mut next_frame = segment.header.first_frame;
-    let mut proven = segment.header.first_frame;
+    let mut proven = segment.header.first_frame.max(durable_frames);
     let mut missing: Option<Missing> = None;
     let mut unproven: Vec<(u64, u64, Frame, Bytes)> = Vec::new();
     replayed.clock_us = replayed.clock_us.max(segment.header.clock_us);
@@ -242,7 +269,7 @@ fn walk(
             Step::Frame { header, at } if header.sequence >= void_from => break at,
             Step::Frame { header, at } => {
                 if let Some(gone) = &missing {
-                    if next.is_none() && header.durable_frames <= gone.sequence {
+                    if next.is_none() && proven.max(header.durable_frames) <= gone.sequence {
                         replayed.torn_bytes = at + header.total_len() - gone.at;
                         break gone.at;
                     }
@@ -283,6 +310,7 @@ fn walk(
         }
         offset = next.header.base;
     }
+    replayed.end_frame = next_frame;
     if let Some((sequence, at, ..)) = unproven.first() {
         next_frame = *sequence;
         ends_at = *at;

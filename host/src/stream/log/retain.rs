@@ -26,6 +26,8 @@ const FIRST_SEGMENT_BYTES: u64 = 4 << 20;
 const GROWTH: u64 = 4;
 const RESERVE: &str = "reserve";
 const ROLLED: &str = "next.tmp";
+/// A segment ends when it is so old, as a part of `max_age`: what is in it goes that much later.
+const AGE_PARTS: u64 = 8;
 /// The keeper looks at least so often.
 const KEEP_EVERY_MS: u64 = 1_000;
 /// Retention by bytes waits so long for a reader that was asked and does not move on.
@@ -130,6 +132,7 @@ impl Inner {
     /// One round of housekeeping.
     pub fn keep(&self, prepare: bool) {
         self.cut();
+        self.end_by_age();
         self.save_marks();
         self.trim(0);
         if prepare {
@@ -147,6 +150,28 @@ impl Inner {
             lock(&self.wanted).prepare = true;
             self.keeper.notify_all();
         }
+    }
+
+    /// Asks the committer for a new segment where the one in use has messages and is old.
+    fn end_by_age(&self) {
+        let Some(age_max) = self.max_age else { return };
+        let (now, part) = (lock(&self.clock).now(), age_max.as_micros() as u64 / AGE_PARTS);
+        let began = {
+            let back = read(&self.back);
+            let used = back.segments.back().filter(|segment| segment.header.base < back.end);
+            used.map(|segment| segment.header.clock_us)
+        };
+        if clock::is_set(now) && began.is_some_and(|began| now >= began + part) {
+            lock(&self.front).roll = true;
+            self.wake.notify_all();
+        }
+    }
+
+    /// The append time before which messages are past `max_age`, once the clock was set.
+    pub fn kept_since_us(&self) -> Option<u64> {
+        let now = lock(&self.clock).now();
+        let age_max = self.max_age.filter(|_| clock::is_set(now))?;
+        Some(now.saturating_sub(age_max.as_micros() as u64))
     }
 
     pub fn ask_keeper_to_cut(&self) {
@@ -345,9 +370,10 @@ impl Inner {
     /// The oldest segment, if it may go. Asks readers for what is next.
     fn expired(&self, room: u64) -> Option<u64> {
         let ahead = ASKED_SEGMENTS * self.next_len();
+        let kept_since = self.kept_since_us();
         let back = &mut *write(&self.back);
         let by_bytes = self.over(back, room);
-        let due = by_bytes.max(self.aged(back));
+        let due = by_bytes.max(kept_since.map_or(0, |since| aged(back, since)));
         let soon = self.over(back, room + ahead).max(due);
         if let Some(first_kept) = back.segments.get(soon).filter(|_| soon > 0) {
             back.marks.values_mut().for_each(|mark| mark.ask(first_kept.header.base));
@@ -369,19 +395,6 @@ impl Inner {
         };
         let older = back.segments.len().saturating_sub(1);
         back.segments.iter().take(older).take_while(is_over).count()
-    }
-
-    /// How many segments are too old.
-    fn aged(&self, back: &super::Back) -> usize {
-        let Some(newest) = back.segments.back().map(|segment| segment.header.clock_us) else { return 0 };
-        let now = (self.wall)();
-        let Some(age_max) = self.max_age.filter(|_| clock::believable(now, newest)) else { return 0 };
-        // A segment is as old as the start of the next; one from a time
-        // without a clock is as old as the first that has one.
-        let young = now.saturating_sub(age_max.as_micros() as u64);
-        let clocks = back.segments.iter().map(|segment| segment.header.clock_us);
-        let set = clocks.enumerate().skip(1).filter(|(_, us)| *us >= clock::SET_US);
-        set.take_while(|(_, us)| *us < young).last().map_or(0, |(at, _)| at)
     }
 
     /// Writes down where readers are, once a segment: a restart must not trim
@@ -433,6 +446,14 @@ impl Inner {
             self.append_own(consumer.as_bytes(), None);
         }
     }
+}
+
+/// How many segments are older than `since_us`. A segment is as old as the start of the next;
+/// one from a time without a clock is as old as the first that has one.
+fn aged(back: &super::Back, since_us: u64) -> usize {
+    let clocks = back.segments.iter().map(|segment| segment.header.clock_us);
+    let set = clocks.enumerate().skip(1).filter(|(_, us)| clock::is_set(*us));
+    set.take_while(|(_, us)| *us < since_us).last().map_or(0, |(at, _)| at)
 }
 
 struct Attached {

@@ -15,7 +15,7 @@ use super::recover::Segment;
 use super::scan::Landmarks;
 use super::segment::{self, FRAMES_AT};
 use super::tail::Frame;
-use super::{Inner, write};
+use super::{Inner, lock, write};
 
 /// How far the frames of a new segment go.
 struct Begun {
@@ -28,6 +28,8 @@ impl Inner {
     /// Goes on in a new segment that begins with `again` and has room for a frame of `need` bytes.
     pub fn roll(&self, writer: &mut Writer, need: u64, again: &[Frame]) -> Result<(), CommitError> {
         let sequence = writer.segment + 1;
+        writer.clock_us = lock(&self.clock).now();
+        let opening = self.openings.last().expect("an opening adds itself");
         let base = again.first().map_or(writer.durable_through, |frame| frame.base);
         let header = segment::Header {
             log: self.identity.log,
@@ -40,6 +42,8 @@ impl Inner {
             partitions: self.identity.partitions,
             clock_us: writer.clock_us,
             previous_crc: writer.previous_crc,
+            opening: opening.id,
+            opening_first: opening.first.0,
         };
         let checkpoint = writer.committed.checkpoint_bytes();
         let repeated = again.iter().map(|f| frame::frame_len(f.entries.len(), f.data.len(), 0) as u64);

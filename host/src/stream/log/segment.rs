@@ -19,7 +19,9 @@
 //! | 86 | 2 | reserved, 0 |
 //! | 88 | 8 | append clock when it was made |
 //! | 96 | 4 | header CRC of the frame before |
-//! | 100 | 24 | reserved, 0 |
+//! | 100 | 8 | id of the opening that wrote it; 0: by a version that had none |
+//! | 108 | 8 | first offset of that opening |
+//! | 116 | 8 | reserved, 0 |
 //! | 124 | 4 | CRC32C of the header before it |
 
 use uuid::Uuid;
@@ -44,6 +46,8 @@ pub struct Header {
     pub partitions: u16,
     pub clock_us: u64,
     pub previous_crc: u32,
+    pub opening: u64,
+    pub opening_first: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -73,6 +77,8 @@ impl Header {
         put(84, &self.partitions.to_le_bytes());
         put(88, &self.clock_us.to_le_bytes());
         put(96, &self.previous_crc.to_le_bytes());
+        put(100, &self.opening.to_le_bytes());
+        put(108, &self.opening_first.to_le_bytes());
         let crc = crc32c::crc32c(&out[..HEADER_BYTES - 4]);
         out[HEADER_BYTES - 4..HEADER_BYTES].copy_from_slice(&crc.to_le_bytes());
         out
@@ -101,6 +107,8 @@ impl Header {
             partitions: u16_at(84),
             clock_us: u64_at(88),
             previous_crc: u32_at(96),
+            opening: u64_at(100),
+            opening_first: u64_at(108),
         })
     }
 }
@@ -133,6 +141,8 @@ mod tests {
             partitions: 64,
             clock_us: 17,
             previous_crc: 5,
+            opening: 6,
+            opening_first: 8,
         };
         let bytes = header.encode();
         assert_eq!(Header::decode(&bytes), Ok(header));

@@ -17,6 +17,7 @@ enum Op {
     Hours(u64),
     Advance,
     Reopen,
+    Close,
 }
 
 /// First offset, payloads, state change.
@@ -56,7 +57,8 @@ fn random_work(seed: u64, len: usize) -> Vec<Op> {
             8..=13 => Op::Commit,
             14 | 15 => Op::Keep { prepare: random.below(2) == 0 },
             16 => Op::Hours(random.below(3)),
-            17 | 18 => Op::Advance,
+            17 => Op::Advance,
+            18 => Op::Close,
             _ => Op::Reopen,
         })
         .collect()
@@ -97,11 +99,14 @@ fn work(disk: &SimDisk, ops: &[Op], model: &mut Model, clock: &Arc<AtomicU64>) -
                 model.pinned = log.bounds().end.0;
                 reader.advance(log.bounds().end);
             }
-            Op::Reopen => {
+            Op::Reopen | Op::Close => {
                 if commit(&log).is_err() {
                     return Ok(());
                 }
                 model.acknowledged = model.appends.len();
+                if matches!(op, Op::Close) {
+                    log.inner.seal();
+                }
                 drop((log, reader));
                 disk.restart_process_unless_off();
                 let Some(again) = begin(disk, model, clock)? else { return Ok(()) };
@@ -227,6 +232,7 @@ mod model {
             1 => (0..3_u64).prop_map(Op::Hours),
             2 => Just(Op::Advance),
             1 => Just(Op::Reopen),
+            1 => Just(Op::Close),
         ]
     }
 

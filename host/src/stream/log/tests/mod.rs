@@ -15,6 +15,7 @@ use crate::units::{ByteSize, Period};
 mod crashes;
 mod damage;
 mod frames;
+mod openings;
 mod roll;
 mod space;
 

@@ -18,8 +18,8 @@ fn a_checkpoint_is_written_at_most_once_per_its_own_size_of_new_frames() {
         let value = vec![7; 10 << 10];
         for key in 0..(state_bytes / value.len()) as u32 {
             log.append(&[], &[StateChange { key: &key.to_be_bytes(), value: Some(&value) }]).unwrap();
+            commit(&log).unwrap();
         }
-        commit(&log).unwrap();
         let before = disk.written();
         let frames_of = |n: u64| n * frame::frame_len(frame::ENTRY_BYTES, 2_000 + 8 + 3 + 1, 0) as u64;
         let (mut count, mut rolls) = (0, log.inner.sizes().0);

@@ -466,3 +466,72 @@ fn retention_by_age_waits_for_a_reader_that_was_asked_also_after_a_restart() {
     log.inner.keep(false);
     assert_eq!(log.bounds().start, upto);
 }
+
+#[test]
+fn what_is_past_max_age_goes_also_from_a_stream_that_nobody_writes_to() {
+    let (disk, clock) = (SimDisk::new(3), new_clock());
+    let (log, _) = manual(&disk, &small(), &clock).unwrap();
+    log.append(&[message("a/b", b"a name")], &[]).unwrap();
+    commit(&log).unwrap();
+    let minute = 60_000_000;
+    let mut minutes = 0;
+    while log.bounds().start == Offset(0) {
+        minutes += 1;
+        clock.fetch_add(minute, Ordering::Relaxed);
+        log.inner.keep(false);
+        log.inner.roll_if_asked(&mut lock(&log.inner.writer)).unwrap();
+        assert!(minutes <= 60 + 60 / 8 + 2, "max_age and an eighth have passed");
+    }
+    assert!(minutes > 60, "{minutes}");
+    assert_eq!(log.bounds(), Offset(1)..Offset(1));
+    for _ in 0..20 {
+        clock.fetch_add(60 * minute, Ordering::Relaxed);
+        log.inner.keep(false);
+        log.inner.roll_if_asked(&mut lock(&log.inner.writer)).unwrap();
+    }
+    assert_eq!(log.inner.sizes().0, 1, "an empty segment needs no other");
+}
+
+#[test]
+fn a_slow_stream_ends_its_segments_by_age_and_readers_pass_over_what_is_too_old() {
+    let (disk, clock) = (SimDisk::new(3), new_clock());
+    let (log, _) = manual(&disk, &small(), &clock).unwrap();
+    let minute = 60_000_000;
+    for n in 0..300 {
+        log.append(&[message("a/b", &payload(n, 10))], &[]).unwrap();
+        commit(&log).unwrap();
+        clock.fetch_add(minute, Ordering::Relaxed);
+        log.inner.keep(false);
+        log.inner.roll_if_asked(&mut lock(&log.inner.writer)).unwrap();
+        let start = log.bounds().start.0;
+        assert!(start + 60 + 9 >= n, "after message {n} the oldest is {start}");
+    }
+    assert!(log.inner.sizes().0 <= 11);
+    let now = clock.load(Ordering::Relaxed);
+    assert!(log.is_past_age(now - 61 * minute) && !log.is_past_age(now - 59 * minute));
+    assert!(!log.is_past_age(5), "of a time without a clock");
+}
+
+#[test]
+fn retention_by_age_goes_on_after_a_clock_that_jumped_ahead_and_came_back() {
+    let (disk, clock) = (SimDisk::new(3), new_clock());
+    let config = Config {
+        retention: Retention { max_age: Some(Period(Duration::from_micros(200))), ..small().retention },
+        ..small()
+    };
+    let (log, _) = manual(&disk, &config, &clock).unwrap();
+    let month = 30 * 24 * 3_600_000_000;
+    clock.fetch_add(month, Ordering::Relaxed);
+    for n in 0..20 {
+        log.append(&[message("a/b", &payload(n, 3_000))], &[]).unwrap();
+        commit(&log).unwrap();
+    }
+    clock.fetch_sub(month, Ordering::Relaxed);
+    let start = log.bounds().start;
+    // Time passes as it elapses, whatever the clock says: this ends, or the clock stands still.
+    while log.bounds().end > log.bounds().start {
+        log.inner.keep(false);
+        log.inner.roll_if_asked(&mut lock(&log.inner.writer)).unwrap();
+    }
+    assert!(log.bounds().start > start);
+}
