@@ -5,7 +5,7 @@
 //! [`MemoryStream::commit`], so that a test can show that no ack goes out
 //! before; [`MemoryStream::fail`] is a failed sync.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,8 +17,8 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::{
-    AppendError, Appended, Attachment, Cursor, GapCause, Identity, NewMessage, OnLag, Opening, Read,
-    ReadError, STATE_KEY_BYTES_MAX, STATE_VALUE_BYTES_MAX, StateChange, Stream, Ticket,
+    AppendError, Appended, Attachment, Cursor, Delivered, GapCause, Identity, NewMessage, OnLag, Opening,
+    Read, ReadError, STATE_KEY_BYTES_MAX, STATE_VALUE_BYTES_MAX, StateChange, Stream, Ticket,
 };
 use crate::batch::{Batch, Entry, Offset, Span};
 
@@ -54,6 +54,7 @@ struct Inner {
     state: BTreeMap<Vec<u8>, Vec<u8>>,
     state_room: usize,
     marks: BTreeMap<String, (u64, OnLag, watch::Sender<Offset>)>,
+    advanced: BTreeSet<String>,
     stopped: Option<Arc<str>>,
     /// Gone once stopped.
     durable: Option<watch::Sender<Ticket>>,
@@ -96,6 +97,7 @@ impl MemoryStream {
                 state: BTreeMap::new(),
                 state_room: usize::MAX,
                 marks: BTreeMap::new(),
+                advanced: BTreeSet::new(),
                 stopped: None,
                 durable: Some(watch::channel(Ticket::default()).0),
             }),
@@ -133,6 +135,24 @@ impl MemoryStream {
     /// What [`Stream::state_room`] says from now on.
     pub fn set_state_room(&self, bytes: usize) {
         self.lock().state_room = bytes;
+    }
+
+    /// Returns what another process opens of a copy of the folder, made when the stream ended at
+    /// `at`; `self` is not changed.
+    pub fn copied(&self, at: Offset) -> Arc<Self> {
+        let inner = self.lock();
+        let kept = |frame: &&Arc<Batch>| frame.base.0 + frame.len() as u64 <= at.0;
+        let frames: Vec<_> = inner.frames.iter().filter(kept).cloned().collect();
+        let end = frames.last().map_or(inner.start, |frame| frame.base.0 + frame.len() as u64);
+        let mut openings: Vec<_> = self.0.openings.iter().filter(|o| o.first.0 < end).copied().collect();
+        openings.push(Opening { id: Uuid::new_v4().as_u64_pair().0, first: Offset(end) });
+        let copy = Self::build(&self.0.name, self.0.identity.partitions, false);
+        let mut shared = Arc::into_inner(copy.0).expect("just made");
+        (shared.identity, shared.openings) = (self.0.identity, openings);
+        let new = shared.inner.get_mut().unwrap_or_else(PoisonError::into_inner);
+        (new.frames, new.start, new.end, new.next) = (frames, inner.start, end, end);
+        (new.state, new.advanced) = (inner.state.clone(), inner.advanced.clone());
+        Arc::new(Self(Arc::new(shared)))
     }
 
     /// While `full`, appends are refused with `NoSpace`.
@@ -427,10 +447,23 @@ struct Mark {
 
 impl Attachment for Mark {
     fn advance(&self, next: Offset) {
-        if let Some((at, ..)) = self.stream.lock().marks.get_mut(&self.consumer) {
-            *at = next.0.max(*at);
+        let inner = &mut *self.stream.lock();
+        if let Some((at, ..)) = inner.marks.get_mut(&self.consumer)
+            && *at < next.0
+        {
+            *at = next.0;
+            inner.advanced.insert(self.consumer.clone());
         }
         self.stream.moved();
+    }
+
+    fn delivered(&self) -> Delivered {
+        let advanced = &self.stream.lock().advanced;
+        match advanced.contains(&self.consumer) {
+            true => Delivered::ToThis,
+            false if advanced.is_empty() => Delivered::ToNobody,
+            false => Delivered::ToOthers,
+        }
     }
 
     fn asked(&self) -> watch::Receiver<Offset> {

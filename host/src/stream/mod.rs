@@ -238,11 +238,25 @@ pub trait Cursor: Send {
     fn position(&self) -> Offset;
 }
 
+/// What a stream was delivered to, as far as it remembers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Delivered {
+    #[default]
+    ToNobody,
+    /// Other readers had advanced when this one came first.
+    ToOthers,
+    /// This reader has advanced.
+    ToThis,
+}
+
 /// A reader that retention knows of. Dropping it leaves the mark until restart;
 /// [`Attachment::detach`] removes it.
 pub trait Attachment: Send + Sync {
     /// All below `next` is done with; never goes back.
     fn advance(&self, next: Offset);
+
+    /// What the stream remembers of deliveries, in this process and those before.
+    fn delivered(&self) -> Delivered;
 
     /// With [`OnLag::Ask`]: what lies below is about to go, once the reader has
     /// advanced so far. Asked early enough that writers need not wait for it.

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -18,7 +18,7 @@ use super::disk::{Create, File, SyncSite, is_full, lacking};
 use super::segment::{self, FRAMES_AT};
 use super::{Inner, lock, read, write};
 use crate::batch::Offset;
-use crate::stream::{Attachment, OnLag};
+use crate::stream::{Attachment, Delivered, OnLag};
 use crate::threads::{SHORT_TURN, offer_core};
 
 /// The first segment of a fresh log; each next one is four times as large, up to `segment_bytes`.
@@ -45,8 +45,10 @@ static PREPARED: AtomicU64 = AtomicU64::new(0);
 pub struct Mark {
     pub next: Arc<AtomicU64>,
     pub on_lag: OnLag,
-    /// What a restart would find; `None`: it could not be written down yet.
-    saved: Option<u64>,
+    delivered: Arc<Mutex<Delivered>>,
+    /// `next` and `delivered` as a restart would find them; `None`: they could not be
+    /// written down yet.
+    saved: Option<(u64, Delivered)>,
     asked: watch::Sender<Offset>,
     /// Where it was when it was last seen to hold a segment back, and since when.
     held: Option<(u64, Instant)>,
@@ -56,10 +58,19 @@ impl Mark {
     fn new(next: u64, on_lag: OnLag) -> Self {
         Self {
             next: Arc::new(AtomicU64::new(next)),
+            delivered: Arc::default(),
             on_lag,
             saved: None,
             asked: watch::channel(Offset(0)).0,
             held: None,
+        }
+    }
+
+    fn kept(&self) -> Kept {
+        Kept {
+            next: self.next.load(Ordering::Relaxed),
+            on_lag: self.on_lag,
+            delivered: *lock(&self.delivered),
         }
     }
 
@@ -399,46 +410,59 @@ impl Inner {
 
     /// Writes down where readers are, once a segment: a restart must not trim
     /// before they are attached again.
-    fn save_marks(&self) {
-        let moved: Vec<(String, u64, OnLag)> = {
+    pub fn save_marks(&self) {
+        let moved: Vec<(String, Kept)> = {
             let back = read(&self.back);
             let segment_of = |offset: u64| back.segments.partition_point(|s| s.header.base <= offset);
-            let marks = back.marks.iter().map(|(name, mark)| (name, mark.next.load(Ordering::Relaxed), mark));
+            let due = |mark: &Mark, kept: Kept| match mark.saved {
+                Some((next, delivered)) => {
+                    (segment_of(kept.next), kept.delivered) != (segment_of(next), delivered)
+                }
+                None => true,
+            };
+            let marks = back.marks.iter().map(|(name, mark)| (name, mark, mark.kept()));
             marks
-                .filter(|(_, next, mark)| Some(segment_of(*next)) != mark.saved.map(segment_of))
-                .map(|(name, next, mark)| (name.clone(), next, mark.on_lag))
+                .filter(|(_, mark, kept)| due(mark, *kept))
+                .map(|(name, _, kept)| (name.clone(), kept))
                 .collect()
         };
-        for (name, next, on_lag) in moved {
-            self.save_mark(&name, next, on_lag);
+        for (name, kept) in moved {
+            self.save_mark(&name, kept);
         }
     }
 
     /// Where there is no room it is tried again in the next round.
-    fn save_mark(&self, consumer: &str, next: u64, on_lag: OnLag) {
-        if self.append_own(consumer.as_bytes(), Some(&encode_mark(next, on_lag)))
+    fn save_mark(&self, consumer: &str, kept: Kept) {
+        if self.append_own(consumer.as_bytes(), Some(&kept.encode()))
             && let Some(mark) = write(&self.back).marks.get_mut(consumer)
         {
-            mark.saved = Some(next);
+            mark.saved = Some((kept.next, kept.delivered));
         }
     }
 
     pub fn attach(self: &Arc<Self>, consumer: &str, from: Offset, on_lag: OnLag) -> Box<dyn Attachment> {
         let mut mark = Mark::new(from.0, on_lag);
         let (next, asked) = (Arc::clone(&mark.next), mark.asked.clone());
+        let (kept, delivered);
         let is_saved = {
             let marks = &mut write(&self.back).marks;
             let known = marks.get(consumer).filter(|known| known.on_lag == on_lag);
-            mark.saved = known.and_then(|known| known.saved).filter(|saved| *saved == from.0);
+            if let Some(known) = marks.get(consumer) {
+                mark.delivered = Arc::clone(&known.delivered);
+            } else if marks.values().any(|other| other.on_lag != OnLag::Ask && other.kept().has_delivered()) {
+                *lock(&mark.delivered) = Delivered::ToOthers;
+            }
+            mark.saved = known.and_then(|known| known.saved).filter(|(saved, _)| *saved == from.0);
+            (kept, delivered) = (mark.kept(), Arc::clone(&mark.delivered));
             let is_saved = mark.saved.is_some();
             marks.insert(consumer.to_owned(), mark);
             is_saved
         };
         if !is_saved {
-            self.save_mark(consumer, from.0, on_lag);
+            self.save_mark(consumer, kept);
         }
-        let detached = AtomicBool::new(false);
-        Box::new(Attached { inner: Arc::clone(self), consumer: consumer.to_owned(), next, asked, detached })
+        let (inner, consumer, detached) = (Arc::clone(self), consumer.to_owned(), AtomicBool::new(false));
+        Box::new(Attached { inner, consumer, next, delivered, asked, detached })
     }
 
     pub fn detach(&self, consumer: &str) {
@@ -460,13 +484,20 @@ struct Attached {
     inner: Arc<Inner>,
     consumer: String,
     next: Arc<AtomicU64>,
+    delivered: Arc<Mutex<Delivered>>,
     asked: watch::Sender<Offset>,
     detached: AtomicBool,
 }
 
 impl Attachment for Attached {
     fn advance(&self, next: Offset) {
-        self.next.fetch_max(next.0, Ordering::Relaxed);
+        if self.next.fetch_max(next.0, Ordering::Relaxed) < next.0 {
+            *lock(&self.delivered) = Delivered::ToThis;
+        }
+    }
+
+    fn delivered(&self) -> Delivered {
+        *lock(&self.delivered)
     }
 
     fn asked(&self) -> watch::Receiver<Offset> {
@@ -480,14 +511,49 @@ impl Attachment for Attached {
     }
 }
 
-fn encode_mark(next: u64, on_lag: OnLag) -> Vec<u8> {
-    let mut value = next.to_le_bytes().to_vec();
-    value.push(match on_lag {
-        OnLag::Block => 0,
-        OnLag::Detach => 1,
-        OnLag::Ask => 2,
-    });
-    value
+/// A mark as it is written down.
+#[derive(Clone, Copy)]
+struct Kept {
+    next: u64,
+    on_lag: OnLag,
+    delivered: Delivered,
+}
+
+impl Kept {
+    fn has_delivered(self) -> bool {
+        self.delivered != Delivered::ToNobody
+    }
+
+    fn encode(self) -> Vec<u8> {
+        let mut value = self.next.to_le_bytes().to_vec();
+        value.push(match self.on_lag {
+            OnLag::Block => 0,
+            OnLag::Detach => 1,
+            OnLag::Ask => 2,
+        });
+        value.push(match self.delivered {
+            Delivered::ToNobody => 0,
+            Delivered::ToThis => 1,
+            Delivered::ToOthers => 2,
+        });
+        value
+    }
+
+    /// Version 0.1.0 wrote no `delivered`.
+    fn decode(value: &[u8]) -> Option<Self> {
+        let (next, rest) = value.split_first_chunk::<8>()?;
+        let on_lag = match rest.first()? {
+            1 => OnLag::Detach,
+            2 => OnLag::Ask,
+            _ => OnLag::Block,
+        };
+        let delivered = match rest.get(1) {
+            Some(1) => Delivered::ToThis,
+            Some(2) => Delivered::ToOthers,
+            _ => Delivered::ToNobody,
+        };
+        Some(Self { next: u64::from_le_bytes(*next), on_lag, delivered })
+    }
 }
 
 /// The marks that the state map holds.
@@ -497,14 +563,10 @@ pub fn marks(state: &super::state::State) -> BTreeMap<String, Mark> {
         .range(&own)
         .filter_map(|(key, value)| {
             let name = String::from_utf8(key[1..].to_vec()).ok()?;
-            let (next, on_lag) = value.split_first_chunk::<8>()?;
-            let on_lag = match on_lag {
-                [1] => OnLag::Detach,
-                [2] => OnLag::Ask,
-                _ => OnLag::Block,
-            };
-            let next = u64::from_le_bytes(*next);
-            Some((name, Mark { saved: Some(next), ..Mark::new(next, on_lag) }))
+            let Kept { next, on_lag, delivered } = Kept::decode(value)?;
+            let mark = Mark::new(next, on_lag);
+            *lock(&mark.delivered) = delivered;
+            Some((name, Mark { saved: Some((next, delivered)), ..mark }))
         })
         .collect()
 }

@@ -535,3 +535,35 @@ fn retention_by_age_goes_on_after_a_clock_that_jumped_ahead_and_came_back() {
     }
     assert!(log.bounds().start > start);
 }
+
+#[test]
+fn a_log_remembers_whom_it_was_delivered_to_through_restarts_and_new_names() {
+    use crate::stream::Delivered;
+    let (disk, clock) = (SimDisk::new(3), new_clock());
+    let open = || {
+        disk.restart_process();
+        manual(&disk, &small(), &clock).unwrap().0
+    };
+    let close = |log: Arc<Log>| {
+        log.inner.start_closing();
+        commit(&log).unwrap();
+    };
+    let log = open();
+    let reader = log.attach("p/w", Offset(0), OnLag::Block);
+    assert_eq!(reader.delivered(), Delivered::ToNobody);
+    log.attach("copies", Offset(0), OnLag::Ask).advance(Offset(1));
+    assert_eq!(log.attach("p/x", Offset(0), OnLag::Block).delivered(), Delivered::ToNobody, "the host's own");
+    log.append(&[message("a/b", b"x")], &[]).unwrap();
+    commit(&log).unwrap();
+    reader.advance(Offset(1));
+    assert_eq!(reader.delivered(), Delivered::ToThis);
+    close(log);
+
+    let log = open();
+    assert_eq!(log.attach("p/w", Offset(0), OnLag::Detach).delivered(), Delivered::ToThis);
+    assert_eq!(log.attach("q/w", Offset(0), OnLag::Block).delivered(), Delivered::ToOthers);
+    log.forget("p/w");
+    close(log);
+    let log = open();
+    assert_eq!(log.attach("q/w", Offset(0), OnLag::Block).delivered(), Delivered::ToOthers);
+}
