@@ -318,9 +318,19 @@ impl Sessions {
             retained.get(id).filter(|message| message.received_us() == received_us).cloned()
         };
         let ends: Box<[u64]> = streams.iter().map(|stream| stream.bounds().end.0).collect();
+        let mut lost = 0;
         for (epoch, session) in &by_epoch {
             let found = outboxes.remove(epoch).unwrap_or_default();
-            session.outbox().restore(found.restore(*epoch, identities.clone(), &ends, &retained));
+            let restored = found.restore(*epoch, identities.clone(), &ends, &retained);
+            lost += restored.lost;
+            session.outbox().restore(restored);
+        }
+        if lost > 0 {
+            tracing::error!(
+                messages = lost,
+                "messages that waited for sessions are gone: their streams end before them, as parts of a \
+                 data folder do that are older than the others"
+            );
         }
         for (session, filter, options, retained) in to_be_given {
             session.outbox().resume_retained(&filter, options, &retained);

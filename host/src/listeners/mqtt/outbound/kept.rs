@@ -317,6 +317,8 @@ pub struct Restored {
     pub from: Box<[u64]>,
     pub inflight: Vec<InFlight>,
     pub queue: Vec<Queued>,
+    /// Messages that were noted and that their streams have lost at their ends.
+    pub lost: usize,
 }
 
 impl Found {
@@ -348,7 +350,9 @@ impl Found {
         let mut kept = Kept::new(epoch, streams.clone());
         for (identity, sent) in &self.sent {
             if let Some(number) = number(identity) {
-                kept.sent[usize::from(number)] = *sent;
+                let number = usize::from(number);
+                // What comes under these offsets now is another message.
+                kept.sent[number] = (*sent).min(ends[number]);
             }
         }
         let mut steps: Vec<(u64, InFlight)> = Vec::new();
@@ -378,16 +382,42 @@ impl Found {
             inflight: steps.into_iter().map(|(_, flight)| flight).collect(),
             queue: Vec::new(),
             kept,
+            lost: 0,
         };
         if let Some(note) = &self.note {
             let _ = restored.read_note(&mut Reader(note), &number, retained);
         }
+        restored.leave_out_lost(ends);
         restored.kept.noted = restored.from.clone();
         restored
     }
 }
 
 impl Restored {
+    /// A stream that is shorter than what was noted of it: of a data folder that was put back in
+    /// parts, or that lost its end.
+    fn leave_out_lost(&mut self, ends: &[u64]) {
+        for (from, end) in self.from.iter_mut().zip(ends) {
+            *from = (*from).min(*end);
+        }
+        let is_lost = |queued: &Queued| match queued.source {
+            Source::Stream { stream, offset } => {
+                ends.get(usize::from(stream)).is_some_and(|end| offset >= *end)
+            }
+            Source::Retained(_) | Source::Broker(_) => false,
+        };
+        let before = self.queue.len() + self.inflight.len();
+        self.queue.retain(|queued| !is_lost(queued));
+        self.inflight.retain(|flight| {
+            !flight.waiting.as_ref().is_some_and(|queued| queued.qos == 1 && is_lost(queued))
+        });
+        self.lost = before - self.queue.len() - self.inflight.len();
+        for flight in &mut self.inflight {
+            // Ended with a PUBREL, that its id gets free at the client too.
+            self.lost += usize::from(flight.waiting.take_if(|queued| is_lost(queued)).is_some());
+        }
+    }
+
     /// Ends where the note does not go on.
     fn read_note(
         &mut self,

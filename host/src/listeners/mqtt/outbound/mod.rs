@@ -64,7 +64,7 @@ impl Outbox {
 
     /// A session that a restart found.
     pub fn restore(&mut self, restored: Restored) {
-        let Restored { kept, from, inflight, queue } = restored;
+        let Restored { kept, from, inflight, queue, lost: _ } = restored;
         *self = Self {
             ids: inflight.iter().map(|flight| flight.packet_id).collect(),
             last_id: inflight.last().map_or(0, |flight| flight.packet_id),

@@ -266,6 +266,11 @@ impl Durable {
 
     /// The host is killed and comes back: what was durable is there.
     fn crash(&mut self) {
+        self.crash_with(u64::MAX);
+    }
+
+    /// The same, with a stream that ends there; how many messages are lost.
+    fn crash_with(&mut self, end: u64) -> usize {
         self.broker = MemoryStream::with_manual_commit("broker", 1);
         for (key, value) in &self.saved {
             self.broker.append(&[], &[StateChange { key, value: Some(value) }]).unwrap();
@@ -277,9 +282,12 @@ impl Durable {
                 assert!(found.add(kind, &key[kind.len() + 8..], &value));
             }
         }
-        let restored = found.restore(EPOCH, self.identities.clone(), &[u64::MAX], &|_, _| None);
+        let restored = found.restore(EPOCH, self.identities.clone(), &[end], &|_, _| None);
+        let lost = restored.lost;
+        assert!(restored.from[0] <= end, "it would miss what comes now");
         self.outbox.restore(restored);
         self.outbox.resume();
+        lost
     }
 
     fn offsets(&self) -> Vec<u64> {
@@ -290,6 +298,21 @@ impl Durable {
         let inflight = self.outbox.inflight.iter().filter_map(|flight| flight.waiting.as_ref());
         inflight.chain(&self.outbox.queue).map(offset).collect()
     }
+}
+
+#[test]
+fn what_a_session_noted_past_the_end_of_a_shortened_stream_is_left_out_and_counted() {
+    let mut session = Durable::new();
+    for (offset, qos) in [(3, 1), (4, 2), (5, 1), (6, 2), (7, 1)] {
+        offer(&mut session.outbox, queued(offset, qos, None));
+    }
+    session.fill();
+    session.note(8, 1 << 10);
+    session.commit();
+    assert_eq!(session.crash_with(5), 3);
+    let mut left = session.offsets();
+    left.sort_unstable();
+    assert_eq!(left, [3, 4]);
 }
 
 #[test]
