@@ -11,10 +11,11 @@ use std::time::{Duration, Instant};
 
 use headworks::batch::Partition;
 use headworks::stream::log::{Log, RealDisk};
-use headworks::stream::{AppendError, Config, NewMessage, Stream, Ticket};
+use headworks::stream::{AppendError, Config, NewMessage, Retention, StateChange, Stream, Ticket};
 use headworks::threads::take_short_slices;
 use headworks::units::ByteSize;
 use headworks_tests::folder::{Folder, target};
+use headworks_tests::host::sum;
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
 
@@ -45,6 +46,72 @@ pub fn run(results: &mut Results) {
         measure(results);
     };
     std::thread::scope(|scope| scope.spawn(appender).join().expect("a figure"));
+    checkpoints(results);
+}
+
+/// Bytes that a log with 64 MiB of state writes for a byte of new messages: those of its checkpoints
+/// beside them. Zeros that are written ahead of frames cost the same whatever the state.
+fn checkpoints(results: &mut Results) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let metrics = headworks::admin::metrics::install().expect("nobody else counts in this process");
+    let path = target().join("bench/checkpoints");
+    let _ = std::fs::remove_dir_all(&path);
+    let folder = Folder::at(&path);
+    let retention = Retention { max_bytes: ByteSize::mib(512), ..Retention::default() };
+    let config = Config { retention, ..Config::default() };
+    let (log, _) = Log::open(Arc::new(RealDisk::default()), &folder.join("stream"), "state", &config)
+        .expect("target can be written");
+    let append = async |messages: &[NewMessage<'_>], state: &[StateChange<'_>]| loop {
+        match log.append(messages, state) {
+            Ok(appended) => break appended.ticket,
+            Err(AppendError::Full) => log.writable().await,
+            Err(error) => panic!("{error}"),
+        }
+    };
+    let value = [7; 64 << 10];
+    let payload = [b'r'; 64 << 10];
+    let message = NewMessage { payload: &payload, ..message() };
+    let mut ratios = Vec::new();
+    runtime.block_on(async {
+        for key in 0_u32..1_020 {
+            append(&[], &[StateChange { key: &key.to_be_bytes(), value: Some(&value) }]).await;
+        }
+        for _ in 0..=rounds() {
+            let counts = || {
+                let text = metrics.render();
+                let count = |name: &str| sum(&text, name, &[("stream", "state")]);
+                ["headworks_stream_written_bytes_total", "headworks_stream_checkpoint_bytes_total"].map(count)
+            };
+            let before = counts();
+            let mut last = Ticket::default();
+            // Twice the state's size, in two segments or three.
+            for _ in 0..2 * 1_024 {
+                last = append(&[message], &[]).await;
+            }
+            log.durable().wait_for(|ticket| *ticket >= last).await.expect("the log runs");
+            let [messages, checkpoints] = counts();
+            let (messages, checkpoints) = (messages - before[0], checkpoints - before[1]);
+            ratios.push((messages + checkpoints) / messages);
+        }
+        log.close().await;
+    });
+    let _ = std::fs::remove_dir_all(folder.path());
+    // The first is that of the state itself.
+    results.add("checkpoint_write_ratio_64mib", &ratios[1..]);
+}
+
+fn message() -> NewMessage<'static> {
+    NewMessage {
+        topic: "",
+        payload: &RECORD,
+        properties: &[],
+        route: "",
+        device: "",
+        partition: Partition(0),
+        flags: 0,
+        received_us: 1,
+        event_us: 0,
+    }
 }
 
 fn measure(results: &mut Results) {
@@ -121,18 +188,7 @@ impl Logged {
         };
         let (log, _) = Log::open(Arc::new(RealDisk::default()), &folder.join("stream"), "bench", &config)
             .expect("target can be written");
-        let message = NewMessage {
-            topic: "",
-            payload: &RECORD,
-            properties: &[],
-            route: "",
-            device: "",
-            partition: Partition(0),
-            flags: 0,
-            received_us: 1,
-            event_us: 0,
-        };
-        let mut opened = Self { durable: log.durable(), log, batch: vec![message; BATCH] };
+        let mut opened = Self { durable: log.durable(), log, batch: vec![message(); BATCH] };
         for commits in WARM_UP {
             runtime.block_on(opened.commit(commits));
             std::thread::sleep(PREFILL);
