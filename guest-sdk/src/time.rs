@@ -67,54 +67,106 @@ fn from_f64(value: f64) -> Option<i64> {
     (us.abs() < 9.2e18).then_some(us as i64)
 }
 
-/// Microseconds since 1970 of an RFC 3339 timestamp. As its section 5.6
-/// allows: `t` and `z` in lower case, a space between date and time; a leap
-/// second counts as the second after it. Digits below a microsecond are cut.
-/// The offset must be there.
+/// Microseconds since 1970 of a timestamp as text: as [`parse_text`] reads it,
+/// or a number as [`parse_number`] reads it. Blanks around it do not count.
+pub fn parse(text: &[u8], zone_minutes: Option<i32>) -> Option<i64> {
+    let text = text.trim_ascii();
+    parse_text(text, zone_minutes).or_else(|| parse_number(text))
+}
+
+/// As [`parse_text`], where the offset must be there.
 pub fn parse_rfc3339(text: &[u8]) -> Option<i64> {
-    let field = |from: usize, to: usize| decimal(text.get(from..to)?);
-    let is = |at: usize, byte: u8| text.get(at) == Some(&byte);
-    if !(is(4, b'-') && is(7, b'-') && is(13, b':') && is(16, b':')) {
-        return None;
-    }
-    if !matches!(text.get(10), Some(b'T' | b't' | b' ')) {
-        return None;
-    }
-    let (year, month, day) = (field(0, 4)?, field(5, 7)?, field(8, 10)?);
-    let (hour, minute, second) = (field(11, 13)?, field(14, 16)?, field(17, 19)?);
-    if !(1..=12).contains(&month) || day < 1 || day > days_in_month(year, month) {
-        return None;
-    }
-    if hour > 23 || minute > 59 || second > 60 {
-        return None;
-    }
-    let mut rest = &text[19..];
-    let mut part = 0;
-    if let [b'.', after @ ..] = rest {
-        let digits = after.iter().take_while(|b| b.is_ascii_digit()).count();
-        if digits == 0 {
-            return None;
-        }
-        let (fraction, _) = after.split_at(digits);
-        for place in 0..6 {
-            part = part * 10 + i64::from(fraction.get(place).map_or(0, |digit| digit - b'0'));
-        }
-        rest = &after[digits..];
-    }
-    let offset_minutes = match rest {
-        [b'Z' | b'z'] => 0,
-        [sign @ (b'+' | b'-'), h1, h2, b':', m1, m2] => {
-            let (hours, minutes) = (decimal(&[*h1, *h2])?, decimal(&[*m1, *m2])?);
-            if hours > 23 || minutes > 59 {
-                return None;
-            }
-            let minutes = hours * 60 + minutes;
-            if *sign == b'-' { -minutes } else { minutes }
-        }
+    parse_text(text, None)
+}
+
+/// Microseconds since 1970 of an RFC 3339 or ISO 8601 timestamp. `T`, `t` or a
+/// space stands between date and time; both may be in the basic format
+/// (`20240610T061320Z`); seconds and their fraction (`.` or `,`) may be left
+/// out. The offset is `Z`, `z`, `+hh:mm`, `+hhmm` or `+hh`, after a space or
+/// not, and a zone in brackets behind it is skipped (RFC 9557); where it is
+/// missing, `zone_minutes` counts, and without that there is no time. A leap
+/// second counts as the second after it. Digits below a microsecond are cut.
+pub fn parse_text(text: &[u8], zone_minutes: Option<i32>) -> Option<i64> {
+    let (days, rest) = parse_date(text)?;
+    let (time_us, rest) = parse_clock(rest.split_first().filter(|(b, _)| b"Tt ".contains(b))?.1)?;
+    let zone = match rest {
+        [] => zone_minutes?,
+        [b' ', zone @ ..] | zone => parse_zone(without_brackets(zone)?)?,
+    };
+    Some(days * DAY_US + time_us - i64::from(zone) * 60_000_000)
+}
+
+/// Minutes east of UTC of `Z`, `UTC`, `+hh:mm`, `+hhmm`, `+hh`.
+pub fn parse_zone(zone: &[u8]) -> Option<i32> {
+    let (sign, digits) = match zone {
+        b"Z" | b"z" | b"UTC" => return Some(0),
+        [b'+', digits @ ..] => (1, digits),
+        [b'-', digits @ ..] => (-1, digits),
         _ => return None,
     };
-    let seconds = ((hour * 60 + minute) - offset_minutes) * 60 + second;
-    Some(days_from_civil(year, month, day) * DAY_US + seconds * 1_000_000 + part)
+    let (hours, minutes) = match digits {
+        [h1, h2] => ([*h1, *h2], [b'0', b'0']),
+        [h1, h2, m1, m2] | [h1, h2, b':', m1, m2] => ([*h1, *h2], [*m1, *m2]),
+        _ => return None,
+    };
+    let (hours, minutes) = (decimal(&hours)?, decimal(&minutes)?);
+    (hours <= 23 && minutes <= 59).then_some(sign * (hours * 60 + minutes) as i32)
+}
+
+/// `+02:00[Europe/Berlin]`: the offset counts.
+fn without_brackets(zone: &[u8]) -> Option<&[u8]> {
+    match zone.iter().position(|b| *b == b'[') {
+        Some(at) => zone.ends_with(b"]").then_some(&zone[..at]),
+        None => Some(zone),
+    }
+}
+
+/// Days since 1970, and what follows the date.
+fn parse_date(text: &[u8]) -> Option<(i64, &[u8])> {
+    let (year, rest) = digits(text, 4)?;
+    let (dash, rest) = separator(rest, b'-');
+    let (month, rest) = digits(rest, 2)?;
+    let rest = if dash { rest.strip_prefix(b"-")? } else { rest };
+    let (day, rest) = digits(rest, 2)?;
+    let valid = (1..=12).contains(&month) && day >= 1 && day <= days_in_month(year, month);
+    valid.then(|| (days_from_civil(year, month, day), rest))
+}
+
+/// Microseconds since midnight, and what follows the time of day.
+fn parse_clock(text: &[u8]) -> Option<(i64, &[u8])> {
+    let (hour, rest) = digits(text, 2)?;
+    let (colon, rest) = separator(rest, b':');
+    let (minute, mut rest) = digits(rest, 2)?;
+    let (mut second, mut part) = (0, 0);
+    let seconds = if colon { rest.strip_prefix(b":") } else { Some(rest) };
+    if let Some((found, after)) = seconds.and_then(|seconds| digits(seconds, 2)) {
+        (second, rest) = (found, after);
+        if let [b'.' | b',', after @ ..] = rest {
+            let count = after.iter().take_while(|b| b.is_ascii_digit()).count();
+            if count == 0 {
+                return None;
+            }
+            for place in 0..6 {
+                part = part * 10 + after[..count].get(place).map_or(0, |digit| i64::from(digit - b'0'));
+            }
+            rest = &after[count..];
+        }
+    }
+    let valid = hour <= 23 && minute <= 59 && second <= 60;
+    valid.then_some((((hour * 60 + minute) * 60 + second) * 1_000_000 + part, rest))
+}
+
+fn digits(text: &[u8], count: usize) -> Option<(i64, &[u8])> {
+    let (digits, rest) = text.split_at_checked(count)?;
+    Some((decimal(digits)?, rest))
+}
+
+/// Whether it begins with the separator of the extended format.
+fn separator(text: &[u8], separator: u8) -> (bool, &[u8]) {
+    match text {
+        [first, rest @ ..] if *first == separator => (true, rest),
+        _ => (false, text),
+    }
 }
 
 /// `2024-06-10T06:13:20.123Z`: milliseconds, or microseconds where there are
@@ -224,6 +276,12 @@ mod tests {
             "2024-06-10 06:13:20.123Z",
             "2024-06-10T08:13:20.123+02:00",
             "2024-06-10T00:43:20.1230000999-05:30",
+            "2024-06-10T08:13:20.123+0200",
+            "2024-06-10 08:13:20.123+02",
+            "2024-06-10 08:13:20,123 +02:00",
+            "20240610T061320.123Z",
+            "20240610T081320,123+02",
+            "2024-06-10T08:13:20.123+02:00[Europe/Berlin]",
         ] {
             assert_eq!(parse_rfc3339(text.as_bytes()), Some(us), "{text}");
         }
@@ -235,13 +293,37 @@ mod tests {
             "2023-02-29T00:00:00Z",
             "2024-06-10T24:00:00Z",
             "2024-06-10T06:13:20.Z",
-            "2024-06-10T06:13:20+0200",
+            "2024-06-10T06:13:20+02000",
+            "2024-06-10T06:13:20+2",
+            "2024-06-10T06:13:20+02:00[Europe",
+            "2024-0610T06:13:20Z",
+            "2024-06-10T0613:20Z",
+            "20240610",
             "24-06-10T06:13:20Z",
             "2024-06-10T06:13:20Zx",
             "2024-06-1xT06:13:20Z",
             "",
         ] {
             assert_eq!(parse_rfc3339(text.as_bytes()), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_time_without_an_offset_is_of_the_zone_that_is_given() {
+        for (text, zone) in [
+            ("2024-06-10T08:13:20", "+02:00"),
+            ("2024-06-10 08:13:20", "+0200"),
+            ("20240610T011320", "-05"),
+            ("2024-06-10T06:13:20", "UTC"),
+            ("2024-06-10T06:13:20Z", "+02:00"),
+            (" 1718000000 ", "+02:00"),
+        ] {
+            let minutes = parse_zone(zone.as_bytes());
+            assert_eq!(parse(text.as_bytes(), minutes), Some(1_718_000_000_000_000), "{text} {zone}");
+        }
+        assert_eq!(parse(b"2024-06-10T06:13", Some(0)), Some(1_717_999_980_000_000));
+        for zone in ["", "Europe/Berlin", "+24:00", "+02:60", "02:00", "+2"] {
+            assert_eq!(parse_zone(zone.as_bytes()), None, "{zone}");
         }
     }
 
@@ -261,10 +343,9 @@ mod tests {
 
         #[test]
         fn no_text_makes_it_panic(text in any::<Vec<u8>>(), like in "[0-9TZ:. +-]{0,30}") {
-            parse_rfc3339(&text);
-            parse_number(&text);
-            parse_rfc3339(like.as_bytes());
-            parse_number(like.as_bytes());
+            parse(&text, Some(0));
+            parse(like.as_bytes(), None);
+            parse_zone(like.as_bytes());
         }
     }
 }

@@ -51,8 +51,10 @@ pub struct Config {
     pub lag_after: Period,
     /// How often positions move where no message became a row.
     pub progress_every: Period,
-    /// A sink that refuses more than this share of its rows is paused for a
-    /// while: most often a column or a plugin is wrong, not the data. 1: never.
+    /// A sink that rejects more than this share of at least 1,000 rows, or 20 rows
+    /// in a row with one error code of its database, pauses for a while once they
+    /// are in dead letters: most often a column or a plugin is wrong, not the
+    /// data. 1: never.
     pub refusals_max_share: f64,
     /// What is in flight at a shutdown may take this long to reach the sinks.
     /// What does not is delivered after the next start.

@@ -25,6 +25,8 @@ const REFUSALS_WINDOW: Duration = Duration::from_secs(60);
 const STREAK_MAX: u64 = 20;
 /// Most rows that a sink which pauses for a streak tries after each pause.
 const LEAK_MAX: usize = 256;
+/// How long a sink's transaction waits for dead letters: they may be full, and it holds locks.
+const HOLD_MAX: Duration = Duration::from_secs(10);
 /// How often a batch of which nothing can be written is tried before its first row is tried alone.
 const DOUBTS_MAX: u32 = 3;
 
@@ -275,7 +277,15 @@ impl Writer {
                 drop(part);
                 // They are out of `rows` from here on: whatever becomes of the
                 // transaction, what has a letter is not sent again.
-                left -= self.refuse(rows, rejected).await.map_err(Stopped::Letters)?;
+                let refused = tokio::time::timeout(HOLD_MAX, self.refuse(rows, rejected)).await;
+                let sink = self.sink.as_mut().expect("still here");
+                let Ok(refused) = refused else {
+                    // Gives the transaction up; letters that are written already are known.
+                    drop(sink.commit(&Rows::default(), &[]).await);
+                    let reason = "rejected rows wait for room in the dead letters".to_owned();
+                    return Err(Stopped::Letters(Failed::Later { kind: "retry", reason }));
+                };
+                left -= refused.map_err(Stopped::Letters)?;
                 self.sink.as_mut().expect("still here").finish().await
             }
             Err(error) => Err(error),

@@ -291,10 +291,21 @@ pub async fn what_is_not_finished_is_not_written(database: &dyn Database) {
     sink.commit(&Rows::default(), &[advance(0, 0, 0)]).await.expect("commits");
     let bad = rows([message("a", "1"), message("b", "\"hot\"")]);
     rejected(sink.commit(&bad, &[advance(0, 0, 2)]).await);
+    // Whether the call after it is allowed or not: its locks are gone.
+    drop(sink.commit(&Rows::default(), &[]).await);
+    let (mut other, _) = opened(database, &Claim { pipeline: "other".to_owned(), ..claim() }).await;
+    other.commit(&Rows::default(), &[advance(0, 0, 0)]).await.expect("nothing is locked");
+    rejected_again(&mut *sink, &bad).await;
     assert_eq!(sink.open(&claim()).await.expect("opens again"), [position(0, 0)]);
     assert_eq!(database.written().await, []);
     let error = sink.finish().await.expect_err("there is nothing to finish");
     assert!(matches!(error, Error::Retry(_)), "{error:?}");
+}
+
+/// Rejected once more, and not finished either.
+async fn rejected_again(sink: &mut dyn Sink, bad: &Rows) {
+    sink.open(&claim()).await.expect("opens again");
+    rejected(sink.commit(bad, &[advance(0, 0, 2)]).await);
 }
 
 pub async fn a_row_that_is_there_is_rejected_unless_told_otherwise(database: &dyn Keyed) {

@@ -36,9 +36,10 @@ impl Normalize {
         let payload = message.payload();
         let keys = [&settings.device_id, &settings.value, &settings.timestamp, &settings.output];
         let [device, value, timestamp, earlier] = json::get_many(payload, keys.map(String::as_str))
-            .map_err(|error| format!("payload is not a JSON object: {error}"))?;
+            .map_err(|error| not_an_object(payload, &error))?;
 
-        check_device(settings, message, required(device, &settings.device_id)?)?;
+        let device = required(device, &settings.device_id)?;
+        check_device(settings, message, device)?;
         let value = required(value, &settings.value)?;
         check_value(settings, value)?;
         let timestamp = required(timestamp, &settings.timestamp)?;
@@ -52,6 +53,10 @@ impl Normalize {
 
         let mut record = out.emit();
         record.event_us(event_us);
+        if !message.fits_namespace() {
+            // The topic names no device: the payload does.
+            record.device(&device.as_str().unwrap_or_default());
+        }
         if earlier.is_none() && value.kind() == Kind::Number {
             record.payload_with(|buffer| {
                 json::insert_field(payload, &settings.output, &self.ts_utc, buffer)
@@ -64,8 +69,24 @@ impl Normalize {
     }
 }
 
+/// What a message's device id may have.
+const DEVICE_BYTES_MAX: usize = 256;
+
 fn required<'a>(raw: Option<Raw<'a>>, key: &str) -> Result<Raw<'a>, String> {
     raw.ok_or_else(|| format!("field \"{key}\" is missing"))
+}
+
+/// Says what a payload is instead, where that can be told.
+fn not_an_object(payload: &[u8], error: &json::Error) -> String {
+    let what = match payload.trim_ascii() {
+        [] => "it is empty",
+        [0xef, 0xbb, 0xbf, ..] => "it begins with a byte order mark, which JSON does not have",
+        [b'[', ..] => "it is an array, and one message is one reading",
+        [b'{', .., 0] => "a NUL follows the object",
+        other if json::parse(other).is_ok() => "it is a single value",
+        _ => return format!("payload is not a JSON object: {error}"),
+    };
+    format!("payload is not a JSON object: {what}")
 }
 
 fn check_device(settings: &Settings, message: &Message<'_>, device: Raw<'_>) -> Result<(), String> {
@@ -75,6 +96,12 @@ fn check_device(settings: &Settings, message: &Message<'_>, device: Raw<'_>) -> 
     };
     if content.is_empty() {
         return Err(format!("field \"{key}\" is empty"));
+    }
+    if !message.fits_namespace() && device.as_str().is_none_or(|id| id.len() > DEVICE_BYTES_MAX) {
+        return Err(format!(
+            "field \"{key}\" must be text of at most {DEVICE_BYTES_MAX} bytes: {}",
+            shown(device)
+        ));
     }
     let compare = match settings.device_must_match {
         DeviceMustMatch::Topic => message.fits_namespace(),
@@ -114,17 +141,15 @@ fn read_timestamp(settings: &Settings, raw: Raw<'_>) -> Result<i64, String> {
     let key = &settings.timestamp;
     let read = match raw.kind() {
         Kind::Number => time::parse_number(raw.as_bytes()),
-        Kind::String => {
-            let text = raw.content().unwrap_or_default().trim_ascii();
-            time::parse_rfc3339(text).or_else(|| time::parse_number(text))
-        }
+        Kind::String => time::parse(raw.content().unwrap_or_default(), settings.zone_minutes),
         other => {
             return Err(format!("field \"{key}\" must be a timestamp, is {}", other.name()));
         }
     };
     read.ok_or_else(|| {
+        let zone = if settings.zone_minutes.is_none() { " with an offset" } else { "" };
         format!(
-            "field \"{key}\" is no timestamp (RFC 3339 with an offset, or a number in s, ms, us or ns): {}",
+            "field \"{key}\" is no timestamp (RFC 3339{zone}, or a number in s, ms, us or ns): {}",
             shown(raw)
         )
     })

@@ -1,6 +1,7 @@
 //! The config of `normalize`; `config.schema.json` says the same.
 
-use headworks_guest::config::{Config, Problem};
+use headworks_guest::config::{Config, Fields, Problem};
+use headworks_guest::time;
 
 const SECOND_US: f64 = 1e6;
 
@@ -14,6 +15,8 @@ pub struct Settings {
     /// Take `"21.5"` for 21.5.
     pub coerce: bool,
     pub device_must_match: DeviceMustMatch,
+    /// Of timestamps that do not say theirs; None: those are refused.
+    pub zone_minutes: Option<i32>,
     /// None: no bound.
     pub future_max_us: Option<i64>,
     pub past_max_us: Option<i64>,
@@ -49,6 +52,7 @@ impl Settings {
                 ],
                 DeviceMustMatch::Topic,
             ),
+            zone_minutes: zone_minutes(&mut fields),
             future_max_us: bound_us(fields.f64("future_max_s", 86_400.0)),
             past_max_us: bound_us(fields.f64("past_max_s", 0.0)),
             earliest_us: 946_684_800_000_000,
@@ -64,6 +68,15 @@ impl Settings {
         }
         fields.finish().map(|()| settings)
     }
+}
+
+fn zone_minutes(fields: &mut Fields<'_>) -> Option<i32> {
+    let zone = fields.optional_string("zone")?;
+    let minutes = time::parse_zone(zone.as_bytes());
+    if minutes.is_none() {
+        fields.problem("zone", "must be UTC or an offset such as +02:00");
+    }
+    minutes
 }
 
 /// 0 or less: no bound.

@@ -15,6 +15,8 @@ use std::{borrow::Cow, fmt};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
+use headworks_guest::time;
+
 use crate::problems::{KeyPath, Problems};
 use crate::topic::Namespace;
 
@@ -60,6 +62,10 @@ pub struct FullColumn {
     /// the payload are written as they are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unit: Option<Unit>,
+    /// The zone of times that do not say theirs: `UTC`, `+02:00`. Without it
+    /// such a message goes to dead letters.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zone: Option<String>,
 }
 
 /// Of a time as a number.
@@ -131,6 +137,10 @@ impl ColumnConfig {
         if let Self::Full(full) = self { full.unit } else { None }
     }
 
+    pub fn zone(&self) -> Option<&str> {
+        if let Self::Full(full) = self { full.zone.as_deref() } else { None }
+    }
+
     pub fn required(&self) -> bool {
         matches!(self, Self::Full(FullColumn { required: true, .. }))
     }
@@ -141,7 +151,10 @@ impl Default for ColumnsConfig {
     fn default() -> Self {
         let column = |name: &str, from: &[&str], kind, required| {
             let from = OneOrMany::Many(from.iter().map(|&source| source.to_owned()).collect());
-            (name.to_owned(), ColumnConfig::Full(FullColumn { from, kind: Some(kind), required, unit: None }))
+            (
+                name.to_owned(),
+                ColumnConfig::Full(FullColumn { from, kind: Some(kind), required, unit: None, zone: None }),
+            )
         };
         Self(vec![
             column("time", &["$time"], Kind::Timestamptz, true),
@@ -165,6 +178,12 @@ impl ColumnsConfig {
                 problems.add(
                     path.clone(),
                     format!("a column's name must have 1 to {NAME_BYTES_MAX} bytes and no NUL"),
+                );
+            }
+            if column.zone().is_some_and(|zone| time::parse_zone(zone.as_bytes()).is_none()) {
+                problems.add(
+                    path.key("zone"),
+                    "must be UTC or an offset such as +02:00; zones with summer time are not known",
                 );
             }
             if column.unit().is_some()

@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use headworks_guest::json::{self, Raw};
+use headworks_guest::time;
 
 use super::RefusedRow;
 use crate::batch::MessageRef;
@@ -36,6 +37,7 @@ pub struct Column {
     /// Must have a value.
     pub required: bool,
     unit: Option<Unit>,
+    zone_minutes: Option<i32>,
     sources: Vec<Source>,
 }
 
@@ -69,6 +71,7 @@ impl Columns {
                 kind: column.kind(),
                 required: column.required(),
                 unit: column.unit(),
+                zone_minutes: column.zone().and_then(|zone| time::parse_zone(zone.as_bytes())),
                 sources: column.sources().iter().map(|source| Source::parse(source, &mut keys)).collect(),
             })
             .collect();
@@ -181,12 +184,16 @@ impl Column {
         self.holds_time() && self.unit.is_none() && self.kind == Some(Kind::Bigint)
     }
 
-    /// A time in the column's unit; what is no time as it is.
+    /// A time in the column's unit and zone; what is no time as it is.
     fn as_time<'m>(&self, value: Value<'m>) -> Result<Value<'m>, Mismatch> {
         const NOT: Mismatch = Mismatch("a time");
         match (self.kind, self.unit) {
             (Some(Kind::Bigint), Some(unit)) => {
-                value.time_us().and_then(|us| unit.of_us(us)).map(Value::Epoch).ok_or(NOT)
+                let us = value.time_in(self.zone_minutes).ok_or(NOT)?;
+                unit.of_us(us).map(Value::Epoch).ok_or(NOT)
+            }
+            (Some(Kind::Timestamptz), _) if self.zone_minutes.is_some() => {
+                value.time_in(self.zone_minutes).map(Value::Time).ok_or(NOT)
             }
             _ => Ok(value),
         }

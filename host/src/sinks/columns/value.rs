@@ -7,6 +7,7 @@ use std::borrow::Cow;
 use std::fmt::Write;
 
 use headworks_guest::json::{self, Kind as JsonKind, Raw};
+use headworks_guest::time;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Value<'m> {
@@ -52,17 +53,24 @@ impl<'m> Value<'m> {
         self.json()?.as_bool()
     }
 
-    /// Microseconds since 1970, UTC: of RFC 3339 text, or of a number in
-    /// seconds, milliseconds, microseconds or nanoseconds, told by its size.
+    /// Microseconds since 1970, UTC: of text, or of a number in seconds,
+    /// milliseconds, microseconds or nanoseconds, told by its size. Plugins
+    /// read times with the same parser.
     pub fn time_us(&self) -> Option<i64> {
+        self.time_in(None)
+    }
+
+    /// As [`Value::time_us`]; text without an offset is of this zone.
+    pub fn time_in(&self, zone_minutes: Option<i32>) -> Option<i64> {
         match *self {
             Self::Time(us) => Some(us),
-            Self::Text(text) => parse_time(text),
+            Self::Text(text) => time::parse(text.as_bytes(), zone_minutes),
             _ => {
                 let raw = self.json()?;
                 match raw.as_str() {
-                    Some(text) => parse_time(&text),
-                    None => epoch_us(raw),
+                    Some(text) => time::parse(text.as_bytes(), zone_minutes),
+                    None if raw.kind() == JsonKind::Number => time::parse_number(raw.as_bytes()),
+                    None => None,
                 }
             }
         }
@@ -107,31 +115,6 @@ impl<'m> Value<'m> {
             }),
         }
     }
-}
-
-fn parse_time(text: &str) -> Option<i64> {
-    text.parse::<jiff::Timestamp>().ok().map(jiff::Timestamp::as_microsecond)
-}
-
-/// Seconds until the year 5138, then milliseconds, microseconds, nanoseconds.
-fn epoch_us(raw: Raw<'_>) -> Option<i64> {
-    if let Some(whole) = raw.as_i64() {
-        return match whole.unsigned_abs() {
-            0..100_000_000_000 => whole.checked_mul(1_000_000),
-            100_000_000_000..100_000_000_000_000 => whole.checked_mul(1_000),
-            100_000_000_000_000..100_000_000_000_000_000 => Some(whole),
-            _ => Some(whole / 1_000),
-        };
-    }
-    let number = raw.as_f64()?;
-    let scale = match number.abs() {
-        seconds if seconds < 1e11 => 1e6,
-        ms if ms < 1e14 => 1e3,
-        us if us < 1e17 => 1.0,
-        ns if ns < 9e18 => 1e-3,
-        _ => return None,
-    };
-    Some((number * scale).round() as i64)
 }
 
 /// `2026-02-23 10:00:00.123456Z`
@@ -231,11 +214,16 @@ mod tests {
             "1771840800.0",
             "\"2026-02-23T10:00:00Z\"",
             "\"2026-02-23T12:00:00+02:00\"",
+            "\"2026-02-23 12:00:00+0200\"",
+            "\"20260223T120000+02\"",
+            "\"1771840800\"",
         ] {
             assert_eq!(of(text).time_us(), expected, "{text}");
         }
         assert_eq!(of("\"yesterday\"").time_us(), None);
         assert_eq!(of("true").time_us(), None);
+        assert_eq!(of("\"2026-02-23T12:00:00\"").time_us(), None);
+        assert_eq!(of("\"2026-02-23T12:00:00\"").time_in(Some(120)), expected);
     }
 
     #[test]

@@ -31,7 +31,9 @@ pub struct Config {
     pub create: bool,
     /// Used when Headworks creates the table and TimescaleDB is there.
     pub hypertable: Hypertable,
-    /// What happens to a row that the table has already.
+    /// What happens to a row that meets a unique key of the table: `reject` puts
+    /// it into dead letters, `ignore` leaves it out and counts it, `upsert` puts
+    /// it in the place of the row that is there. `auto` is read as `ignore`.
     pub on_conflict: OnConflict,
     /// When a batch is written.
     pub batch: BatchConfig,

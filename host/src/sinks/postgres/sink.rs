@@ -312,11 +312,12 @@ impl Sink for PostgresSink {
     }
 
     async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {
-        if rows.is_empty() && advance.is_empty() {
+        let waits = self.session.as_ref().is_some_and(|session| session.uncommitted.is_some());
+        if rows.is_empty() && advance.is_empty() && !waits {
             return Ok(Outcome::Committed(Written::default()));
         }
         let mut session = self.take()?;
-        if session.uncommitted.is_some() {
+        if waits {
             return Err(Error::Retry(format!("{}: the last commit was not finished", self.context())));
         }
         let context = self.context();

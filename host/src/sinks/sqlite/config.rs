@@ -25,7 +25,9 @@ pub struct Config {
     pub columns: ColumnsConfig,
     /// Create the table and its index (device, time) where it is missing.
     pub create: bool,
-    /// What happens to a row that the table has already.
+    /// What happens to a row that meets a unique key of the table: `reject` puts
+    /// it into dead letters, `ignore` leaves it out and counts it, `upsert` puts
+    /// it in the place of the row that is there. `auto` is read as `ignore`.
     pub on_conflict: OnConflict,
     /// When a batch is written.
     pub batch: BatchConfig,

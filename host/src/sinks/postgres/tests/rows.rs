@@ -131,7 +131,7 @@ async fn a_bigint_holds_times_in_the_unit_that_the_config_says() {
         "ms": { "from": "$time", "unit": "ms" },
         "us": "$received",
         "raw": "/ts",
-        "own": { "from": "/ts", "unit": "ms" },
+        "own": { "from": "/ts", "unit": "ms", "zone": "+02:00" },
     }));
     let mut sink = self::sink(Config { columns: columns.unwrap(), ..fresh.config() });
     sink.open(&claim()).await.unwrap();
