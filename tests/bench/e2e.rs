@@ -1,19 +1,29 @@
 //! The main job, load and database on the same cores: MQTT QoS 1 → three
-//! plugins → PostgreSQL. Throughput to the committed row, host CPU, memory;
-//! then delays at half of that rate, from the intended send time.
+//! plugins → PostgreSQL. Throughput to the committed row beside the server's own
+//! COPY of the same rows alone, host CPU, memory; then delays at half of that
+//! rate, from the intended send time.
 
 use std::fmt::Write;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use headworks_tests::folder::Folder;
 use headworks_tests::host::{Host, prebuilt};
 use headworks_tests::mqtt::{self, Version};
 use headworks_tests::postgres::{Database, Postgres};
+use headworks_tests::process::run as run_command;
 
 use crate::load::{open_loop, percentile, send_numbered};
 use crate::results::Results;
 use crate::rounds;
 
 const PUBLISHERS: usize = 8;
+/// Devices of one publisher, a gateway. Few devices, or one time for all
+/// messages, would make the index cheaper than a plant's does.
+const DEVICES_EACH: usize = 125;
+/// Between two readings of one device.
+const EVERY_US: u128 = 1_000_000;
+/// Rows of one COPY, as many as the sink's transaction takes at most.
+const COPY_ROWS: u64 = 5_000;
 const WINDOW: u64 = 500;
 const PER_PUBLISHER: u64 = 50_000;
 const MESSAGES: u64 = PUBLISHERS as u64 * PER_PUBLISHER;
@@ -22,6 +32,7 @@ const OPEN_LOOP: Duration = Duration::from_secs(8);
 #[derive(Default)]
 struct Rounds {
     msgs_per_s: Vec<f64>,
+    copy_rows_per_s: Vec<f64>,
     cpu_us: Vec<f64>,
     rss_mb: Vec<f64>,
     ack_p99_ms: Vec<f64>,
@@ -30,18 +41,23 @@ struct Rounds {
 
 pub fn run(results: &mut Results) {
     let server = Postgres::start();
+    let folder = Folder::new("bench-e2e-copy");
+    // The server's user writes and reads files here.
+    run_command(std::process::Command::new("chmod").arg("777").arg(folder.path()));
     let mut all = Rounds::default();
     for _ in 0..rounds() {
-        round(&server, &mut all);
+        round(&server, &folder, &mut all);
     }
     results.add("e2e_msgs_per_s", &all.msgs_per_s);
+    results.add("e2e_rows_per_s_server_copy", &all.copy_rows_per_s);
+    results.add_ratio("e2e_ratio_vs_server_copy", &all.msgs_per_s, &all.copy_rows_per_s);
     results.add("e2e_cpu_us_per_msg", &all.cpu_us);
     results.add("e2e_ack_p99_ms", &all.ack_p99_ms);
     results.add("e2e_row_p99_ms", &all.row_p99_ms);
     results.add("host_rss_mb", &all.rss_mb);
 }
 
-fn round(server: &Postgres, all: &mut Rounds) {
+fn round(server: &Postgres, folder: &Folder, all: &mut Rounds) {
     let mut database = server.database();
     let mut host = start(database.url());
 
@@ -49,17 +65,18 @@ fn round(server: &Postgres, all: &mut Rounds) {
     let begin = Instant::now();
     let ts = micros(SystemTime::now());
     send_numbered(host.mqtt(), PUBLISHERS, WINDOW, PER_PUBLISHER, |publisher, n, out, id| {
-        encode(out, publisher, n, ts, id);
+        encode(out, publisher, n, ts + u128::from(n) * EVERY_US / DEVICES_EACH as u128, id);
     });
     rows(&host, &mut database, MESSAGES);
     let took = begin.elapsed();
     let cpu = host.process().cpu() - cpu;
     let distinct =
-        database.query("SELECT count(*) FROM (SELECT DISTINCT device_id, value FROM telemetry) AS once");
+        database.query("SELECT count(*) FROM (SELECT DISTINCT device_id, time FROM telemetry) AS once");
     assert_eq!(distinct[0].get::<_, i64>(0).unsigned_abs(), MESSAGES, "every message is a row, once");
     let rate = MESSAGES as f64 / took.as_secs_f64();
     all.msgs_per_s.push(rate);
     all.cpu_us.push(cpu.as_micros() as f64 / MESSAGES as f64);
+    all.copy_rows_per_s.push(copy(&mut database, folder));
 
     database.execute("TRUNCATE telemetry; CHECKPOINT");
     let mut delays =
@@ -78,12 +95,34 @@ fn round(server: &Postgres, all: &mut Rounds) {
     assert!(host.stop().success());
 }
 
+/// Rows a second of the server's own COPY, which writes the table's rows again
+/// in the order that they have, while the host and its devices are quiet.
+fn copy(database: &mut Database, folder: &Folder) -> f64 {
+    let file = |number: u64| folder.join(format!("{number}.copy")).display().to_string();
+    for number in 0..MESSAGES / COPY_ROWS {
+        database.execute(&format!(
+            "COPY (SELECT * FROM telemetry OFFSET {} LIMIT {COPY_ROWS}) TO '{}' (FORMAT binary)",
+            number * COPY_ROWS,
+            file(number)
+        ));
+    }
+    database.execute("TRUNCATE telemetry; CHECKPOINT");
+    let begin = Instant::now();
+    for number in 0..MESSAGES / COPY_ROWS {
+        database.execute(&format!("COPY telemetry FROM '{}' (FORMAT binary)", file(number)));
+    }
+    let rate = MESSAGES as f64 / begin.elapsed().as_secs_f64();
+    assert_eq!(database.count("telemetry").unsigned_abs(), MESSAGES, "COPY writes the same rows");
+    rate
+}
+
 fn start(url: &str) -> Host {
-    let devices: String = (0..PUBLISHERS).fold(String::new(), |mut text, publisher| {
+    let devices: String = (0..PUBLISHERS * DEVICES_EACH).fold(String::new(), |mut text, number| {
         let _ = write!(
             text,
-            " {}: {{ location: \"north hall 3\", site: north, model: T100 }},",
-            device(publisher)
+            " {}: {{ location: \"hall {}\", site: north, model: T100 }},",
+            device(number),
+            number % 7
         );
         text
     });
@@ -108,14 +147,16 @@ fn micros(time: SystemTime) -> u128 {
     time.duration_since(UNIX_EPOCH).expect("after 1970").as_micros()
 }
 
-fn device(publisher: usize) -> String {
-    format!("load-{publisher:04}")
+fn device(number: usize) -> String {
+    format!("sensor-{number:04}")
 }
 
 fn encode(out: &mut Vec<u8>, publisher: usize, n: u64, ts_us: u128, packet_id: u16) {
-    let device = device(publisher);
+    let device = device(publisher * DEVICES_EACH + n as usize % DEVICES_EACH);
     let topic = format!("acme/site-01/temperature/{device}/reading");
-    let payload = format!(r#"{{"device_id":"{device}","metric":"temperature_c","value":{n},"ts":{ts_us}}}"#);
+    let value = 15.0 + (n * 7_919 % 10_007) as f64 / 1_000.0;
+    let payload =
+        format!(r#"{{"device_id":"{device}","metric":"temperature_c","value":{value},"ts":{ts_us}}}"#);
     mqtt::publish(out, Version::V311, 1, false, &topic, packet_id, payload.as_bytes());
 }
 
