@@ -154,15 +154,18 @@ fn mosquittos_clients_speak_over_tls_and_a_client_without_a_certificate_is_told_
 }
 
 #[test]
-fn new_certificates_and_revocations_are_taken_while_clients_stay_connected() {
+fn new_certificates_and_revocations_end_only_the_connections_of_the_revoked() {
     let setup = setup("reload", "    - { bind: 127.0.0.1:0, MTLS }\n");
     let folder = &setup.host.folder;
-    let certs = ["--cert", text(&setup.device.cert), "--key", text(&setup.device.key)];
-    let at = setup.host.listener(1);
-    let mut heard = Lines::of(
-        mosquitto::subscribe(at).args(["-d", "--cafile", setup.ca(), "-t", "reload/#"]).args(certs),
-    );
-    heard.find("Subscribed");
+    let other = setup.ca.sign(folder, "device-8", DEVICE + 1);
+    let subscribe = |files: &Files| {
+        let certs = ["--cafile", setup.ca(), "--cert", text(&files.cert), "--key", text(&files.key)];
+        let mut client = mosquitto::subscribe(setup.host.listener(1));
+        let mut heard = Lines::of(client.args(["-d", "-t", "reload/#"]).args(certs));
+        heard.find("Subscribed");
+        heard
+    };
+    let (mut heard, revoked) = (subscribe(&other), subscribe(&setup.device));
     let reloads = |outcome| setup.host.metric("headworks_mqtt_tls_reloads_total", &[("outcome", outcome)]);
     let taken = "new certificates, used for new connections";
 
@@ -181,6 +184,7 @@ fn new_certificates_and_revocations_are_taken_while_clients_stay_connected() {
     setup.host.says_past(said, taken);
     assert!(!setup.publish_as_device(1, "reload/revoked").status.success());
     setup.host.says("the client's certificate is revoked");
+    assert!(!revoked.end().success(), "its connection ends with what let it in");
     setup.publish("reload/last", "still here");
     heard.find("still here");
 }

@@ -13,6 +13,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::watch;
@@ -86,11 +87,11 @@ impl<T> Watched<T> {
 
     /// Reads it if it changed; whether it did.
     fn renew(&self) -> Result<bool, String> {
-        if self.change().is_none() {
+        if self.whole_change().is_none() {
             return Ok(false);
         }
         let _one_at_a_time = lock(&self.reading);
-        let Some(change) = self.change() else { return Ok(false) };
+        let Some(change) = self.whole_change() else { return Ok(false) };
         let version = read(&self.path, self.bytes_max, &self.parse);
         *lock(&self.retry_at) = version.is_err().then(|| Instant::now() + RETRY_AFTER);
         let mut seen = lock(&self.seen);
@@ -127,20 +128,32 @@ impl<T> Watched<T> {
             Ok(found) => {
                 let now = Signature::of(&found);
                 let is_due = lock(&self.retry_at).is_some_and(|at| Instant::now() >= at);
-                let is_changed = now != lock(&self.seen).0 && now.is_whole();
+                let is_changed = now != lock(&self.seen).0;
                 (is_due || is_changed).then_some(Change::To(now))
             }
             Err(_) => Some(Change::Gone),
         }
     }
+
+    /// A change that nobody is still writing.
+    fn whole_change(&self) -> Option<Change> {
+        self.change().filter(|change| match change {
+            Change::To(signature) => signature.is_whole(),
+            Change::Gone => true,
+        })
+    }
 }
 
 impl<T: Send + Sync + 'static> Watched<T> {
-    /// The newest version that was read; a change is read on a thread of its own.
+    /// The newest version that was read. A change is read on a thread of its own, which
+    /// waits until nobody writes the file any more.
     pub fn ready(self: &Arc<Self>) -> Arc<T> {
         if self.change().is_some() && !self.is_read_aside.swap(true, Ordering::AcqRel) {
             let watched = self.clone();
             let read = move || {
+                while watched.change().is_some() && watched.whole_change().is_none() {
+                    thread::sleep(QUIET);
+                }
                 let renewed = watched.renew();
                 watched.is_read_aside.store(false, Ordering::Release);
                 watched.tell(renewed);

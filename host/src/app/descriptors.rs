@@ -2,20 +2,25 @@
 
 use rustix::process::{Resource, getrlimit};
 
+use crate::listeners::mqtt;
+
 /// For the admin address, plugins, sinks and what libraries open.
 const RESERVED: u64 = 192;
 /// For one stream: its segments, folders and readers.
 const RESERVED_PER_STREAM: u64 = 16;
 
 /// Returns how many connections the limit on open files leaves room for, at most
-/// `wanted`, and says so where that is fewer.
+/// `wanted`, and says so where that is fewer: as a warning where a person asked for `wanted`.
 pub fn connections_max(wanted: u32, streams: usize) -> u32 {
     let Some(limit) = getrlimit(Resource::Nofile).current else { return wanted };
     let allowed = allowed(wanted, streams as u64, limit);
-    if allowed < wanted {
+    let is_default = wanted == mqtt::Config::default().connections_max;
+    if allowed < wanted && is_default {
+        tracing::info!("the limit on open files, {limit}, leaves room for {allowed} MQTT connections");
+    } else if allowed < wanted {
         tracing::warn!(
             "the limit on open files, {limit}, leaves room for {allowed} connections: mqtt.connections_max \
-             is {wanted}; raise the limit (ulimit -n, LimitNOFILE=), or set mqtt.connections_max"
+             is {wanted}; raise the limit (ulimit -n, LimitNOFILE=), or lower mqtt.connections_max"
         );
     }
     allowed
