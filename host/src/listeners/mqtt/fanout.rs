@@ -12,6 +12,7 @@
 
 mod lanes;
 mod sent;
+mod wakes;
 
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
@@ -24,7 +25,7 @@ use tokio::sync::Notify;
 use self::lanes::{Lane, lanes};
 use self::sent::{Met, Sent};
 use super::Broker;
-use super::outbound::{Ids, Message, Offer, Place, QueueLimits, Queued, RetainedFrom};
+use super::outbound::{Ids, Message, Place, QueueLimits, Queued, RetainedFrom};
 use super::session::Session;
 use super::subscriptions::{Filter, Options, Path, Share, Tree, is_live, is_shared};
 use super::sys;
@@ -33,6 +34,7 @@ use crate::properties::{self, Origin};
 use crate::stream::{GapCause, Read, ReadError, Stream};
 
 pub use self::lanes::catch_up;
+pub use self::wakes::Wakes;
 
 /// No message of this stream is delivered now.
 const IDLE: u64 = u64::MAX;
@@ -42,7 +44,7 @@ const READ_RETRY_AFTER: Duration = Duration::from_secs(1);
 /// serves no connection, and nobody may subscribe.
 const HANDED_OUT_MAX: usize = 1_024;
 /// From so many on it ends early where that takes long: into queues that are long
-/// and in no cache. The more in one go, the fewer writes to a subscriber.
+/// and in no cache.
 const HANDED_OUT_LEAST: usize = 256;
 const HANDED_OUT_TIME: Duration = Duration::from_micros(100);
 /// Filters that are put in or taken out in one go, while nothing is delivered.
@@ -254,10 +256,11 @@ impl Live {
         }
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
         let mut takers = BTreeMap::new();
+        let mut wakes = Wakes::new(broker);
         for queued in given {
             let share = queued.share.as_ref().and_then(|filter| index.tree.share(filter));
             // Out of turn for whoever gets it now.
-            let taker = share.and_then(|share| self.deliver_to_one(broker, share, &Sent::Again(queued)));
+            let taker = share.and_then(|share| self.deliver_to_one(share, &Sent::Again(queued), &mut wakes));
             takers.extend(taker.map(|taker| (taker.number, taker.clone())));
         }
         drop((index, passed));
@@ -296,7 +299,7 @@ impl Live {
         let (mut found, mut path) = (Met::default(), Path::default());
         index.tree.matches(message.topic(), &mut path, &mut |one| found.push(one));
         let sent = Sent::Broker(message, broker.clock.now_us());
-        self.deliver(broker, &mut found, None, &sent);
+        self.deliver(&mut found, None, &sent, &mut Wakes::new(broker));
     }
 
     /// Hands out the messages of a batch from number `first`, no more than
@@ -308,10 +311,11 @@ impl Live {
         lane: u8,
         batch: &Batch,
         first: usize,
+        wakes: &mut Wakes<'_>,
     ) -> usize {
         let messages = (first..batch.len()).map(|at| batch.message(at));
-        first
-            + self.deliver_first(broker, stream, lane, messages.map(|message| (message.offset().0, message)))
+        let messages = messages.map(|message| (message.offset().0, message));
+        first + self.deliver_first(broker, stream, lane, messages, wakes)
     }
 
     /// The first of some messages of a stream, with their offsets there; how many.
@@ -321,6 +325,7 @@ impl Live {
         stream: usize,
         lane: u8,
         messages: impl Iterator<Item = (u64, MessageRef<'m>)>,
+        wakes: &mut Wakes<'_>,
     ) -> usize {
         broker.check_clock();
         let tail = &self.streams[stream];
@@ -349,7 +354,7 @@ impl Live {
                 let since_us = broker.clock.of_wall(message.entry.received_us);
                 let whole = OnceCell::new();
                 let sent = Sent::Live { place, lane, message, since_us, may_be_again, whole };
-                self.deliver(broker, &mut found, publisher, &sent);
+                self.deliver(&mut found, publisher, &sent, wakes);
             }
             count += 1;
             tail.position(lane).store(offset + 1, Ordering::Release);
@@ -363,7 +368,7 @@ impl Live {
 
     /// One copy per session, however many of its filters match: the greatest
     /// QoS and all identifiers (MQTT 5.0, 3.3.4); and one copy per share. Empties `found`.
-    fn deliver(&self, broker: &Broker, found: &mut Met<'_>, publisher: Option<&[u8]>, sent: &Sent<'_>) {
+    fn deliver(&self, found: &mut Met<'_>, publisher: Option<&[u8]>, sent: &Sent<'_>, wakes: &mut Wakes<'_>) {
         let Met { ones, shares } = found;
         if let Some(publisher) = publisher {
             ones.retain(|s| !s.options.no_local || s.session.client_id.as_bytes() != publisher);
@@ -380,11 +385,11 @@ impl Live {
             let ids: Ids = same.iter().map(|s| s.options.id).filter(|id| *id != 0).collect();
             if let Some(queued) = sent.queued(qos, as_published, ids, None) {
                 let offered = same[0].session.outbox().offer(queued, self.limits, || sent.whole());
-                self.offered(broker, &same[0].session, offered);
+                wakes.offered(&same[0].session, offered);
             }
         }
         for share in shares.drain(..) {
-            self.deliver_to_one(broker, share, sent);
+            self.deliver_to_one(share, sent, wakes);
         }
         ones.clear();
     }
@@ -393,9 +398,9 @@ impl Live {
     /// where there is none, to one that will come back. Whose it is now.
     fn deliver_to_one<'s>(
         &self,
-        broker: &Broker,
         share: &'s Share<Arc<Session>>,
         sent: &Sent<'_>,
+        wakes: &mut Wakes<'_>,
     ) -> Option<&'s Arc<Session>> {
         let queued = |options: Options| {
             let ids = Ids::one(options.id);
@@ -414,7 +419,7 @@ impl Live {
                 // Under the lock: a member that leaves now gives it on.
                 let offered = outbox.offer(queued, self.limits, || sent.whole());
                 drop(outbox);
-                self.offered(broker, &member.session, offered);
+                wakes.offered(&member.session, offered);
                 return Some(&member.session);
             }
             if away.is_none() && outbox.takes(&queued) {
@@ -428,22 +433,8 @@ impl Live {
         };
         let (member, queued) = away.or_else(out_of_turn)?;
         let offered = member.session.outbox().offer(queued, self.limits, || sent.whole());
-        self.offered(broker, &member.session, offered);
+        wakes.offered(&member.session, offered);
         Some(&member.session)
-    }
-
-    fn offered(&self, broker: &Broker, session: &Session, offer: Offer) {
-        match offer {
-            Offer::Queued | Offer::Away | Offer::Before => {}
-            Offer::QueuedInsteadOf(dropped) => broker.counters.queue_full.increment(dropped.into()),
-            Offer::QueuedFirst => session.wake.notify_one(),
-            Offer::Dropped => broker.counters.queue_full.increment(1),
-            Offer::Overflow => {
-                broker.counters.queue_full.increment(1);
-                session.overflow.store(true, Ordering::Release);
-                session.wake.notify_one();
-            }
-        }
     }
 }
 
@@ -507,9 +498,11 @@ async fn replay(
         lost += page.lost;
         from = page.next;
         let mut rest = &*page.found;
+        let mut wakes = Wakes::new(broker);
         while !rest.is_empty() {
             let messages = rest.iter().map(|(offset, (batch, at))| (*offset, batch.message(*at)));
-            rest = &rest[broker.live.deliver_first(broker, number, lane, messages)..];
+            rest = &rest[broker.live.deliver_first(broker, number, lane, messages, &mut wakes)..];
+            wakes.send_due();
             tokio::task::yield_now().await;
         }
     }
@@ -540,8 +533,10 @@ async fn follow(broker: &Broker, number: usize, lane: u8) {
             Ok(None) => {}
             Ok(Some(Read::Batch(batch))) => {
                 let mut next = 0;
+                let mut wakes = Wakes::new(broker);
                 while next < batch.len() {
-                    next = broker.live.deliver_some(broker, number, lane, &batch, next);
+                    next = broker.live.deliver_some(broker, number, lane, &batch, next, &mut wakes);
+                    wakes.send_due();
                     tokio::task::yield_now().await;
                 }
             }

@@ -261,6 +261,8 @@ struct Broker {
     namespace: Arc<Namespace>,
     failures: Failures,
     access: Access,
+    /// The threads that serve connections.
+    connections: runtime::Handle,
     background: runtime::Handle,
     clock: Clock,
     shutdown: CancellationToken,
@@ -321,6 +323,7 @@ impl Broker {
             namespace: deps.namespace,
             failures: deps.failures,
             access,
+            connections: runtime::Handle::current(),
             background: deps.background,
             clock,
             shutdown: deps.shutdown,

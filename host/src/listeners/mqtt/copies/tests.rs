@@ -4,7 +4,7 @@ use futures_util::FutureExt;
 
 use super::*;
 use crate::listeners::mqtt::config::Config;
-use crate::listeners::mqtt::fanout::{SendRetained, Subscription};
+use crate::listeners::mqtt::fanout::{SendRetained, Subscription, Wakes};
 use crate::listeners::mqtt::fuzzing::broker;
 use crate::listeners::mqtt::session::{Session, Turn};
 use crate::listeners::mqtt::subscriptions::{Filter, Options};
@@ -56,7 +56,10 @@ impl World {
     async fn publish(&self, topics: &[&str]) {
         let messages: Vec<_> = topics.iter().map(|topic| message(topic, b"")).collect();
         let batch = self.append(&messages).await;
-        assert_eq!(self.broker.live.deliver_some(&self.broker, 0, 0, &batch, 0), topics.len());
+        assert_eq!(
+            self.broker.live.deliver_some(&self.broker, 0, 0, &batch, 0, &mut Wakes::new(&self.broker)),
+            topics.len()
+        );
     }
 
     async fn append(&self, messages: &[NewMessage<'_>]) -> Batch {

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::batch::Partition;
+use crate::listeners::mqtt::fanout::Wakes;
 use crate::stream::NewMessage;
 
 #[tokio::test]
@@ -353,7 +354,10 @@ async fn the_sweep_ends_sessions_whose_time_is_over_with_all_that_they_left_and_
         event_us: 0,
     };
     let first = stream.append(&[message], &[]).unwrap().first;
-    assert_eq!(broker.live.deliver_some(&broker, 0, 0, &batch(&*stream, first.0).await, 0), 1);
+    assert_eq!(
+        broker.live.deliver_some(&broker, 0, 0, &batch(&*stream, first.0).await, 0, &mut Wakes::new(&broker)),
+        1
+    );
     let waiting = |client_id| sessions.get(client_id).unwrap().outbox().sizes().0;
     assert_eq!((waiting("stays"), waiting("waits")), (1, 1));
 }
@@ -554,7 +558,17 @@ async fn a_jump_of_the_clock_ends_no_session_and_nothing_that_waits() {
                 event_us: 0,
             };
             let first = stream.append(&[message], &[]).unwrap().first;
-            assert_eq!(broker.live.deliver_some(&broker, 0, 0, &batch(&*stream, first.0).await, 0), 1);
+            assert_eq!(
+                broker.live.deliver_some(
+                    &broker,
+                    0,
+                    0,
+                    &batch(&*stream, first.0).await,
+                    0,
+                    &mut Wakes::new(&broker)
+                ),
+                1
+            );
         };
         publish().await;
         hands.pass(hour / 12);
@@ -626,7 +640,14 @@ async fn what_waits_for_one_client_after_a_restart_delays_nobody_elses_messages(
     let live = append("a/2");
     let shared = append("s");
     for offset in [live, shared] {
-        broker.live.deliver_some(&broker, 0, 0, &batch(&*stream, offset.0).await, 0);
+        broker.live.deliver_some(
+            &broker,
+            0,
+            0,
+            &batch(&*stream, offset.0).await,
+            0,
+            &mut Wakes::new(&broker),
+        );
     }
     assert_eq!(near.outbox().sizes().0, 1);
     assert_eq!(places(&far), [shared.0], "the only member of its share; the rest in its order");
@@ -634,7 +655,7 @@ async fn what_waits_for_one_client_after_a_restart_delays_nobody_elses_messages(
     fanout::catch_up(broker.clone(), 0).await;
     assert_eq!(places(&far), [shared.0, 0, 1, 2, live.0], "each once");
     let next = append("a/3");
-    broker.live.deliver_some(&broker, 0, 0, &batch(&*stream, next.0).await, 0);
+    broker.live.deliver_some(&broker, 0, 0, &batch(&*stream, next.0).await, 0, &mut Wakes::new(&broker));
     assert_eq!(places(&far).last(), Some(&next.0), "it belongs to the live delivery");
     assert_eq!(places(&far).len(), 6);
 }
