@@ -290,6 +290,11 @@ fn reason(
         (None, _) => {
             let shown = excerpt(payload);
             if let Some(error) = broken {
+                // As C programs send a string with its end.
+                let error = match payload {
+                    [.., 0] => "a NUL follows the document".to_owned(),
+                    _ => error.to_string(),
+                };
                 return format!("column \"{name}\": the payload is not JSON: {error}: {shown}");
             }
             let first = column.sources.iter().find(|source| **source != Source::Payload);

@@ -84,6 +84,10 @@ fn a_reason_names_column_and_payload() {
     }
     let broken = value_of("{\"value\": 1").unwrap_err();
     assert!(broken.starts_with("column \"value\": the payload is not JSON: "), "{broken}");
+    let ended = value_of("{\"value\": 1}\0").unwrap_err();
+    assert!(ended.contains("the payload is not JSON: a NUL follows the document"), "{ended}");
+    let marked = value_of("\u{feff}{\"value\": 1}").unwrap_err();
+    assert!(marked.contains("preceded by a byte order mark"), "{marked}");
 }
 
 #[test]

@@ -8,6 +8,10 @@ use tokio_postgres::error::DbError;
 use crate::sinks::Error;
 
 /// While nothing of this transaction can have been committed, and outside of
+/// Lines of a server's context that a reason keeps, and characters of each.
+const CONTEXT_LINES_MAX: usize = 3;
+const CONTEXT_CHARS_MAX: usize = 200;
+
 /// the write of rows.
 pub fn classify(context: &str, error: &tokio_postgres::Error) -> Error {
     let reason = format!("{context}: {}", describe(error));
@@ -89,16 +93,29 @@ pub fn describe(error: &tokio_postgres::Error) -> String {
 }
 
 fn describe_db(db: &DbError) -> String {
-    describe_parts(db.message(), db.code().code(), db.column(), [db.detail(), db.hint()])
+    describe_parts(db.message(), db.code().code(), db.column(), [db.detail(), db.hint(), db.where_()])
 }
 
 /// `column "value": null value in column "value" … (SQLSTATE 23502): Failing row contains …`
-pub fn describe_parts(message: &str, code: &str, column: Option<&str>, more: [Option<&str>; 2]) -> String {
+///
+/// `more`: detail, hint and context. Of the context what lies within our own statements: a
+/// trigger's function and line, a line of JSON, a line and column of COPY.
+pub fn describe_parts(message: &str, code: &str, column: Option<&str>, more: [Option<&str>; 3]) -> String {
+    let [detail, hint, context] = more;
+    let theirs = context.map(|context| {
+        let is_ours = |line: &&str| line.contains("headworks_stage") || line.contains("headworks_isolate");
+        let lines = context.lines().take_while(|line| !is_ours(line)).take(CONTEXT_LINES_MAX);
+        lines
+            .map(|line| line.chars().take(CONTEXT_CHARS_MAX).collect::<String>())
+            .collect::<Vec<_>>()
+            .join(", ")
+    });
     let mut text = match column.filter(|column| !message.contains(&format!("\"{column}\""))) {
         Some(column) => format!("column \"{column}\": {message} (SQLSTATE {code})"),
         None => format!("{message} (SQLSTATE {code})"),
     };
-    for more in more.into_iter().flatten() {
+    let more = [detail, hint, theirs.as_deref()];
+    for more in more.into_iter().flatten().filter(|more| !more.is_empty()) {
         text = format!("{text}: {more}");
     }
     text

@@ -27,7 +27,23 @@ LIMIT 1";
     Ok(client.query_opt(SQL, &[&name, &schema]).await?.map(|row| row.get(0)))
 }
 
-fn literal(text: &str) -> String {
+/// Why there is no table to write to.
+pub async fn no_table(
+    client: &Client,
+    table: &str,
+    was_there: bool,
+) -> Result<String, tokio_postgres::Error> {
+    let advice = match (in_other_case(client, table).await?, was_there) {
+        (Some(similar), _) => format!("but there is {similar}: names are written exactly as in `table`"),
+        (None, true) => "which this sink has written to before: was it dropped or renamed? \
+             Headworks does not create it again by itself"
+            .to_owned(),
+        (None, false) => "create it, or set `create: true`".to_owned(),
+    };
+    Ok(format!("there is no table {table}: {advice}"))
+}
+
+pub fn literal(text: &str) -> String {
     format!("'{}'", text.replace('\'', "''"))
 }
 

@@ -7,8 +7,8 @@
 //! returns the rows that cannot be inserted and the count of those that were,
 //! all within the caller's transaction and in one round trip.
 
-use super::schema::{quoted, quoted_table};
-use super::table::{Binding, column_list};
+use super::schema::{literal, quoted, quoted_table};
+use super::table::{Binding, Bound, column_list};
 use crate::sinks::columns::Columns;
 use crate::sinks::config::OnConflict;
 
@@ -26,11 +26,12 @@ pub fn create(table: &str, columns: &Columns, binding: &Binding, on_conflict: On
     let insert = |only: &str| insert_of(table, columns, binding, on_conflict, only);
     // Concerns every row, not this one: no connection, lock, room, time.
     let passing = "left(SQLSTATE, 2) IN ('08', '40', '53', '57', '58', 'HV') OR SQLSTATE = '55P03'";
+    let (probe_table, probe) = probe(columns, binding);
     format!(
         "CREATE TEMPORARY TABLE headworks_stage (n INTEGER, {fields}) ON COMMIT DELETE ROWS;
-CREATE FUNCTION pg_temp.headworks_isolate(
+{probe_table}CREATE FUNCTION pg_temp.headworks_isolate(
     OUT place INTEGER, OUT written BIGINT, OUT code TEXT, OUT message TEXT, OUT detail TEXT, OUT hint TEXT,
-    OUT of_column TEXT, OUT of_constraint TEXT)
+    OUT of_column TEXT, OUT of_constraint TEXT, OUT context TEXT)
 RETURNS SETOF record LANGUAGE plpgsql AS $headworks$
 #variable_conflict use_column
 DECLARE
@@ -59,7 +60,9 @@ BEGIN
                     IF {passing} THEN RAISE; END IF;
                     GET STACKED DIAGNOSTICS code = RETURNED_SQLSTATE, message = MESSAGE_TEXT,
                         detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT,
-                        of_column = COLUMN_NAME, of_constraint = CONSTRAINT_NAME;
+                        of_column = COLUMN_NAME, of_constraint = CONSTRAINT_NAME,
+                        context = PG_EXCEPTION_CONTEXT;
+                    {probe}
                     place := i - 1;
                     RETURN NEXT;
                 END;
@@ -79,6 +82,45 @@ $headworks$",
 }
 
 /// Takes all staged rows on.
+/// A table of the columns whose values the server converts or measures, and what finds out
+/// which of them rejects the row `staged[i]`: errors of class 22 (data exception) name none.
+fn probe(columns: &Columns, binding: &Binding) -> (String, String) {
+    let (mut fields, mut probes) = (Vec::new(), String::new());
+    for (i, (column, of)) in columns.columns.iter().zip(&binding.columns).enumerate() {
+        if of.cast.is_none() && of.stage_type == of.type_name {
+            continue;
+        }
+        fields.push(format!("c{i} {}", of.type_name));
+        probes += &format!(
+            "IF of_column = '' THEN
+                        BEGIN
+                            INSERT INTO headworks_probe (c{i})
+                            SELECT {} FROM headworks_stage WHERE ctid = staged[i];
+                        EXCEPTION WHEN data_exception THEN
+                            of_column := {};
+                        END;
+                        END IF;
+                        ",
+            value(binding, i),
+            literal(&column.name),
+        );
+    }
+    if fields.is_empty() {
+        return (String::new(), String::new());
+    }
+    let table =
+        format!("CREATE TEMPORARY TABLE headworks_probe ({}) ON COMMIT DELETE ROWS;\n", fields.join(", "));
+    (table, format!("IF left(code, 2) = '22' THEN\n                        {probes}END IF;"))
+}
+
+/// The staged value of a column as the table takes it.
+fn value(binding: &Binding, i: usize) -> String {
+    match &binding.columns[i].cast {
+        Some(cast) => format!("c{i}::{cast}"),
+        None => format!("c{i}"),
+    }
+}
+
 pub fn insert(table: &str, columns: &Columns, binding: &Binding, on_conflict: OnConflict) -> String {
     insert_of(table, columns, binding, on_conflict, "")
 }
@@ -90,10 +132,7 @@ fn insert_of(
     on_conflict: OnConflict,
     only: &str,
 ) -> String {
-    let value = |i: usize| match &binding.columns[i].cast {
-        Some(cast) => format!("c{i}::{cast}"),
-        None => format!("c{i}"),
-    };
+    let value = |i: usize| value(binding, i);
     let values: Vec<String> = (0..binding.columns.len()).map(value).collect();
     let (table, list, values) = (quoted_table(table), column_list(columns), values.join(", "));
     let insert = format!("INSERT INTO {table} ({list}) SELECT {values} FROM");

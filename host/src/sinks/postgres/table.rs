@@ -46,6 +46,8 @@ pub struct Bound {
     pub target: Target,
     /// Type of its column in the staging table.
     pub stage_type: String,
+    /// Type of its column in the table, with its modifier.
+    pub type_name: String,
     /// What the staged value is cast to, where assignment does not convert it.
     pub cast: Option<String>,
 }
@@ -220,7 +222,7 @@ impl TableColumn {
             Target::Json | Target::Jsonb | Target::Other => (text(), Some(self.cast_name.clone())),
             _ => (self.base_name.clone(), None),
         };
-        Bound { target, stage_type, cast }
+        Bound { target, stage_type, type_name: self.type_name.clone(), cast }
     }
 }
 

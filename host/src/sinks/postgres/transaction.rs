@@ -244,7 +244,7 @@ impl Session {
                 continue;
             };
             let (code, message) = (text(2).unwrap_or_default(), text(3).unwrap_or_default());
-            let reason = error::describe_parts(message, code, text(6), [text(4), text(5)]);
+            let reason = error::describe_parts(message, code, text(6), [text(4), text(5), text(8)]);
             let Some(row) = sent.get(place as usize).copied() else { continue };
             if code == "23514" && text(7).is_none() && self.lacks_partition(rows, row, text(4)) {
                 return Err(Isolated::Setup(format!("{reason}: create the partition")));

@@ -181,3 +181,64 @@ async fn a_row_of_now_without_a_partition_is_set_up_and_one_of_a_wrong_clock_is_
     let error = sink.commit(&now, &[advance(0, 1, 2)]).await.unwrap_err();
     assert!(matches!(&error, Error::Setup(text) if text.contains("create the partition")), "{error:?}");
 }
+
+/// The only reason of a batch whose second row is bad, when it is tried at once and when isolated at once.
+async fn reasons(sql: &str, config: Config, [good, bad]: [&str; 2]) -> Vec<String> {
+    let fresh = Fresh::with(sql).await;
+    let mut sink = self::sink(Config { url: Url(fresh.url.clone()), ..config });
+    sink.open(&claim()).await.unwrap();
+    let mut reasons = Vec::new();
+    for batch in 0..2 {
+        let rows = rows([("a", good), ("a", bad), ("a", good)]);
+        let refused = rejected(sink.commit(&rows, &[advance(0, 3 * batch, 3 * (batch + 1))]).await);
+        assert_eq!(refused.iter().map(|row| row.row).collect::<Vec<_>>(), [1], "{sql}: {refused:?}");
+        sink.finish().await.unwrap();
+        reasons.extend(refused.into_iter().map(|row| row.reason));
+    }
+    reasons
+}
+
+#[tokio::test]
+async fn a_rejected_value_is_told_with_its_column() {
+    let config = Config { columns: columns(&[("device", "$device"), ("level", "/v")]), ..Config::default() };
+    for (sql, values, code) in [
+        (
+            "CREATE TABLE telemetry (device TEXT, level inet)",
+            [r#"{"v":"10.0.0.1"}"#, r#"{"v":"x"}"#],
+            "22P02",
+        ),
+        (
+            "CREATE TYPE mood AS ENUM ('good'); CREATE TABLE telemetry (device TEXT, level mood)",
+            [r#"{"v":"good"}"#, r#"{"v":"bad"}"#],
+            "22P02",
+        ),
+        (
+            "CREATE TABLE telemetry (device TEXT, level interval)",
+            [r#"{"v":"1 day"}"#, r#"{"v":"5 parsecs"}"#],
+            "22007",
+        ),
+        (
+            "CREATE TABLE telemetry (device TEXT, level numeric(2, 0)[])",
+            [r#"{"v":"{1}"}"#, r#"{"v":"{100}"}"#],
+            "22003",
+        ),
+        (
+            "CREATE DOMAIN code AS varchar(3); CREATE TABLE telemetry (device TEXT, level code[])",
+            [r#"{"v":"{abc}"}"#, r#"{"v":"{abcd}"}"#],
+            "22001",
+        ),
+    ] {
+        for reason in reasons(sql, config.clone(), values).await {
+            assert!(reason.starts_with("column \"level\": ") && reason.contains(code), "{sql}: {reason}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_a_trigger_raises_is_told_with_its_function_and_line() {
+    for reason in reasons(&trigger("P0001", "TRIGGER t BEFORE"), Config::default(), ["5", "500"]).await {
+        assert!(reason.contains("implausible (SQLSTATE P0001)"), "{reason}");
+        assert!(reason.contains("PL/pgSQL function plausible() line 2 at RAISE"), "{reason}");
+        assert!(!reason.contains("headworks_"), "{reason}");
+    }
+}
