@@ -8,7 +8,7 @@ use headworks_tests::events::Events;
 use headworks_tests::folder::root;
 use headworks_tests::host::{Host, prebuilt};
 use headworks_tests::process::{Lines, Process, interruptible, run};
-use headworks_tests::{http, mosquitto, telemetry};
+use headworks_tests::{http, mosquitto, postgres, telemetry};
 use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
 
 fn host(name: &str) -> Host {
@@ -372,6 +372,39 @@ fn ctrl_c_ends_a_tail_in_the_midst_of_a_long_stream() {
     let mut publish =
         publish.args(["-q", "1", "-t", "a/b", "-l"]).stdin(Stdio::piped()).spawn().expect("it runs");
     let mut stdin = publish.stdin.take().expect("piped");
+#[test]
+fn validate_connect_tries_every_sink_and_says_what_to_do() {
+    let database = postgres::shared().database();
+    let good = database.url();
+    let config = format!(
+        "pipelines: {{ telemetry: {{ routes: {{ default: [good, wrong, file] }} }} }}
+sinks:
+  good: {{ type: postgres, url: '{good}' }}
+  wrong: {{ type: postgres, url: '{good}_not_there' }}
+  file: {{ type: sqlite, path: headworks.yaml }}
+"
+    );
+    let host = Host::prepare("cli-validate-connect", &config);
+    let args = ["validate", "--connect", "--config", "headworks.yaml"];
+    let output = host.command(&args).output().expect("headworks runs");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    let line =
+        |name: &str| said.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{said}"));
+    assert!(line("sinks.good: works: PostgreSQL ").contains("creates the table telemetry"), "{said}");
+    assert!(line("sinks.wrong: does not work: ").contains("create the database"), "{said}");
+    assert!(line("sinks.file: does not work: ").contains("is not a SQLite database"), "{said}");
+
+    let output = host.command(&[&args[..], &["--format", "json"]].concat()).output().expect("headworks runs");
+    assert_eq!(output.status.code(), Some(1));
+    let found: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let works = |name: &str| found["sinks"][name]["works"].as_bool().expect("a flag");
+    assert_eq!([works("good"), works("wrong"), works("file")], [true, false, false]);
+
+    host.folder.write("headworks.yaml", format!("sinks: {{ good: {{ type: postgres, url: '{good}' }} }}\n"));
+    host.cli(&["validate", "--connect"]);
+}
+
     (0..2_000).for_each(|_| stdin.write_all(lines.as_bytes()).expect("it reads"));
     drop(stdin);
     assert!(publish.wait().expect("our child").success());

@@ -40,6 +40,11 @@ pub enum Command {
         everything in ./data, rows in the table `telemetry` of ./data/telemetry.db.")]
     Run(ConfigArgs),
     /// Check a config: every problem at once with file and line, or what would run
+    #[command(
+        after_help = "Exit codes: 0 valid, 1 a sink would not write (--connect), 2 the config is wrong.\n\n\
+        Examples:\n  headworks validate --config headworks.yaml\n  \
+        headworks validate --config headworks.yaml --connect"
+    )]
     Validate(ValidateArgs),
     /// What is wrong with the running host and what to do; exit code 0 fine, 1 a problem, 3 not running
     Status(StatusArgs),
@@ -94,6 +99,13 @@ pub struct PasswdArgs {
 pub struct ValidateArgs {
     #[command(flatten)]
     pub config: ConfigArgs,
+    /// Also try every sink: connect, log in, hold the table against the config; writes nothing
+    ///
+    /// A server that does not answer is given up after `connect_timeout` of its sink (10 s by default)
+    /// for each host of its url, and once more if it answers to the login and then no longer. All sinks
+    /// are tried at the same time. The exit code is 1 where one would not write.
+    #[arg(long)]
+    pub connect: bool,
     #[command(flatten)]
     pub format: FormatArgs,
 }
@@ -389,6 +401,7 @@ mod tests {
             "passwd passwords ann --scram --scram-iterations 15000",
         ] {
             let words = std::iter::once("headworks").chain(line.split(' '));
+            "validate --connect",
             Cli::try_parse_from(words).unwrap_or_else(|error| panic!("{line}: {error}"));
         }
     }

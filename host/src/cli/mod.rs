@@ -64,7 +64,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     let done = match cli.command {
         Command::Status(args) => return status::status(&args, out),
         Command::Run(args) => run::run(&args, cli.log.as_deref(), cli.log_format),
-        Command::Validate(args) => validate::validate(&args, out),
+        Command::Validate(args) => return validate::validate(&args, out),
         Command::Plugin(command) => plugin::plugin(command, out),
         Command::Streams(command) => streams::streams(command, out),
         Command::Clients(command) => clients::clients(command, out),

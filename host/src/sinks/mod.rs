@@ -11,6 +11,7 @@ use uuid::Uuid;
 
 use crate::batch::{Batch, MessageRef, Offset, Partition};
 
+mod check;
 pub mod columns;
 mod config;
 #[cfg(test)]
@@ -19,6 +20,7 @@ pub mod memory;
 pub mod postgres;
 pub mod sqlite;
 
+pub use check::Checked;
 pub use config::{BATCH_BYTES_MAX, BATCH_ROWS_MAX, BatchConfig, Config, OnConflict};
 
 /// Whose positions: one pipeline's deliveries to one sink, from one log.

@@ -2,26 +2,36 @@
 //! Codes: PostgreSQL documentation, appendix A.
 
 use std::error::Error as _;
+use std::io::ErrorKind;
 
 use tokio_postgres::error::DbError;
 
 use crate::sinks::Error;
 
-/// While nothing of this transaction can have been committed, and outside of
 /// Lines of a server's context that a reason keeps, and characters of each.
 const CONTEXT_LINES_MAX: usize = 3;
 const CONTEXT_CHARS_MAX: usize = 200;
 
+/// While nothing of this transaction can have been committed, and outside of
 /// the write of rows.
 pub fn classify(context: &str, error: &tokio_postgres::Error) -> Error {
-    let reason = format!("{context}: {}", describe(error));
+    next(error)(format!("{context}: {}", describe(error)))
+}
+
+/// The same for a connection that did not come about, and what to do about it.
+pub fn cannot_connect(context: &str, error: &tokio_postgres::Error) -> Error {
+    let advice = advice(error).map(|advice| format!("; {advice}")).unwrap_or_default();
+    next(error)(format!("{context}: {}{advice}", describe(error)))
+}
+
+fn next(error: &tokio_postgres::Error) -> fn(String) -> Error {
     let Some(db) = error.as_db_error() else {
-        return if is_setup(error) { Error::Setup(reason) } else { Error::Retry(reason) };
+        return if is_setup(error) { Error::Setup } else { Error::Retry };
     };
     match of_write(db.code().code()) {
-        Kind::Row { certain: true } => Error::Setup(reason),
-        Kind::Row { .. } if is_setup_code(db.code().code()) => Error::Setup(reason),
-        Kind::Row { .. } | Kind::Retry | Kind::TooMuch => Error::Retry(reason),
+        Kind::Row { certain: true } => Error::Setup,
+        Kind::Row { .. } if is_setup_code(db.code().code()) => Error::Setup,
+        Kind::Row { .. } | Kind::Retry | Kind::TooMuch => Error::Retry,
     }
 }
 
@@ -74,6 +84,42 @@ fn is_setup(error: &tokio_postgres::Error) -> bool {
     text.starts_with("invalid configuration")
         || text.starts_with("authentication error")
         || text.starts_with("error performing TLS handshake")
+}
+
+/// What a person can do.
+fn advice(error: &tokio_postgres::Error) -> Option<&'static str> {
+    if let Some(db) = error.as_db_error() {
+        return Some(match db.code().code() {
+            "28P01" => "correct the sink's `password`, or the one in its `url`",
+            "28000" => {
+                "create the role, let it in in the server's pg_hba.conf, or name another user in `url`"
+            }
+            "3D000" => "create the database, or name another one in `url`",
+            "42501" => "GRANT CONNECT ON DATABASE to the user, or name another one in `url`",
+            "53300" => "raise the server's max_connections, or end other connections",
+            _ => return None,
+        });
+    }
+    let io = || {
+        let causes = std::iter::successors(error.source(), |cause| (**cause).source());
+        causes.filter_map(|cause| cause.downcast_ref::<std::io::Error>()).next()
+    };
+    let text = describe(error);
+    Some(match io().map(std::io::Error::kind) {
+        Some(ErrorKind::ConnectionRefused) => "start the server, or correct host and port in `url`",
+        Some(ErrorKind::TimedOut) => "is the server up, and does a firewall let this machine through?",
+        _ if text.contains("failed to lookup address") => "correct the host's name in `url`",
+        _ if text.contains("timed out") => "is the server up, and does a firewall let this machine through?",
+        _ if text.contains("password missing") => "set the sink's `password`",
+        _ if text.contains("does not support TLS") => {
+            "turn TLS on at the server (ssl = on), or set `sslmode: prefer`"
+        }
+        _ if text.contains("UnknownIssuer") => "name the server's CA in `tls.ca`",
+        _ if text.contains("not valid for name") || text.contains("NotValidForName") => {
+            "write the name of the certificate in `url`, or set `sslmode: verify-ca`"
+        }
+        _ => return None,
+    })
 }
 
 pub fn describe(error: &tokio_postgres::Error) -> String {

@@ -4,7 +4,9 @@
 //! fastest way in. What COPY cannot do (`on_conflict`, views, types without a
 //! binary form, isolating a bad row) goes through a temporary table.
 
+mod check;
 mod config;
+mod connect;
 mod encode;
 mod error;
 mod positions;
@@ -19,5 +21,6 @@ mod tests;
 mod tls;
 mod transaction;
 
+pub use check::check;
 pub use config::{Config, Hypertable, Password, SslMode, Tls, Url};
 pub use sink::PostgresSink;

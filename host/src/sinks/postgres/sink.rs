@@ -18,13 +18,13 @@ use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use tokio_postgres::{Client, Statement};
 
-use super::config::{Config, SslMode};
-use super::error::{classify, describe};
+use super::config::Config;
+use super::connect::connect;
+use super::error::classify;
 use super::positions::{self, Held};
-use super::schema;
+use super::schema::{self, no_table};
 use super::stage;
 use super::table::{self, Binding, Table, column_list};
-use super::tls;
 use super::transaction::{Tried, unknown};
 use crate::sinks::columns::Columns;
 use crate::sinks::{Advance, Claim, Error, Outcome, Position, RefusedRow, Rows, Sink, Written, holder};
@@ -116,53 +116,9 @@ impl PostgresSink {
         self.config.statement_timeout.0 + self.config.lock_timeout.0 + GRACE
     }
 
-    async fn connect(&self) -> Result<(Client, AbortHandle), Error> {
-        let context = format!("sink \"{}\": cannot connect to {}", self.name, self.config.url.target());
-        let setup = |reason: String| Error::Setup(format!("sink \"{}\": {reason}", self.name));
-        let mut target = self.config.url.parse().map_err(setup)?;
-        if let Some(password) = &self.config.password {
-            target.password(password.read().map_err(setup)?);
-        }
-        let mode = self.config.sslmode();
-        let dead_after = self.config.dead_after.0;
-        target
-            .ssl_mode(match mode {
-                SslMode::Disable => tokio_postgres::config::SslMode::Disable,
-                SslMode::Prefer => tokio_postgres::config::SslMode::Prefer,
-                _ => tokio_postgres::config::SslMode::Require,
-            })
-            .application_name(format!("headworks/{}", self.name))
-            .connect_timeout(self.config.connect_timeout.0)
-            .tcp_user_timeout(dead_after)
-            .keepalives_idle(dead_after / 2)
-            .keepalives_interval((dead_after / 6).max(Duration::from_secs(1)))
-            .keepalives_retries(3);
-        let tls = tls::connector(mode, &self.config.tls).map_err(setup)?;
-        let (client, connection) = target.connect(tls).await.map_err(|error| classify(&context, &error))?;
-        let name = self.name.clone();
-        let task = tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                // Whoever waits for an answer gets an error of its own.
-                tracing::debug!(sink = name, error = describe(&error), "connection ended");
-            }
-        });
-        let connection = task.abort_handle();
-        let ms = |period: crate::units::Period| period.0.as_millis();
-        let settings = format!(
-            "SET lock_timeout = {}; SET statement_timeout = {}; \
-             SET idle_in_transaction_session_timeout = {}; SET client_min_messages = warning; \
-             SELECT set_config('synchronous_commit', 'on', false) \
-             WHERE current_setting('synchronous_commit') IN ('off', 'local')",
-            ms(self.config.lock_timeout),
-            ms(self.config.statement_timeout),
-            ms(self.config.dead_after),
-        );
-        client.batch_execute(&settings).await.map_err(|error| classify(&context, &error))?;
-        Ok((client, connection))
-    }
-
     async fn try_open(&self, claim: &Claim) -> Result<(Session, Vec<Position>), Error> {
-        let (client, connection) = self.connect().await?;
+        let (client, connection) =
+            connect(&self.name, &self.config, &format!("sink \"{}\": ", self.name)).await?;
         let context = self.context();
         let server = |error: tokio_postgres::Error| classify(&context, &error);
         client.batch_execute("BEGIN").await.map_err(server)?;
@@ -176,7 +132,11 @@ impl PostgresSink {
         let table = Table::read(&client, &self.config.table).await.map_err(server)?;
         let table = match table {
             Some(table) => table,
-            None => return Err(self.no_table(&client, !positions.is_empty()).await.map_err(server)?),
+            None => {
+                let was_there = !positions.is_empty();
+                let reason = no_table(&client, &self.config.table, was_there).await.map_err(server)?;
+                return Err(Error::Setup(format!("{context}: {reason}")));
+            }
         };
         let mut columns = self.columns.clone();
         let binding = table
@@ -230,20 +190,6 @@ impl PostgresSink {
         let sql = stage::create(&self.config.table, columns, binding, self.config.on_conflict);
         client.batch_execute(&sql).await?;
         Ok(Stage { copy: client.prepare(stage::COPY).await?, isolate: client.prepare(stage::ISOLATE).await? })
-    }
-
-    /// Why there is nothing to write to.
-    async fn no_table(&self, client: &Client, was_there: bool) -> Result<Error, tokio_postgres::Error> {
-        let (context, table) = (self.context(), &self.config.table);
-        let similar = schema::in_other_case(client, table).await?;
-        let advice = match (similar, was_there) {
-            (Some(similar), _) => format!("but there is {similar}: names are written exactly as in `table`"),
-            (None, true) => "which this sink has written to before: was it dropped or renamed? \
-                 Headworks does not create it again by itself"
-                .to_owned(),
-            (None, false) => "create it, or set `create: true`".to_owned(),
-        };
-        Ok(Error::Setup(format!("{context}: there is no table {table}: {advice}")))
     }
 
     /// Within the transaction of `open`, under its lock.

@@ -23,10 +23,11 @@ pub const COPY: &str = "COPY headworks_stage FROM STDIN (FORMAT binary)";
 pub fn create(table: &str, columns: &Columns, binding: &Binding, on_conflict: OnConflict) -> String {
     let fields: Vec<String> =
         binding.columns.iter().enumerate().map(|(i, of)| format!("c{i} {}", of.stage_type)).collect();
-    let insert = |only: &str| insert_of(table, columns, binding, on_conflict, only);
+    let insert =
+        |only: &str| insert_of(table, columns, binding, on_conflict, &format!("headworks_stage {only}"));
     // Concerns every row, not this one: no connection, lock, room, time.
-    let passing = "left(SQLSTATE, 2) IN ('08', '40', '53', '57', '58', 'HV') OR SQLSTATE = '55P03'";
     let (probe_table, probe) = probe(columns, binding);
+    let passing = "left(SQLSTATE, 2) IN ('08', '40', '53', '57', '58', 'HV') OR SQLSTATE = '55P03'";
     format!(
         "CREATE TEMPORARY TABLE headworks_stage (n INTEGER, {fields}) ON COMMIT DELETE ROWS;
 {probe_table}CREATE FUNCTION pg_temp.headworks_isolate(
@@ -81,7 +82,6 @@ $headworks$",
     )
 }
 
-/// Takes all staged rows on.
 /// A table of the columns whose values the server converts or measures, and what finds out
 /// which of them rejects the row `staged[i]`: errors of class 22 (data exception) name none.
 fn probe(columns: &Columns, binding: &Binding) -> (String, String) {
@@ -121,8 +121,18 @@ fn value(binding: &Binding, i: usize) -> String {
     }
 }
 
+/// Takes all staged rows on.
 pub fn insert(table: &str, columns: &Columns, binding: &Binding, on_conflict: OnConflict) -> String {
-    insert_of(table, columns, binding, on_conflict, "")
+    insert_of(table, columns, binding, on_conflict, "headworks_stage")
+}
+
+/// Has the server plan the INSERT of a row without values: it answers as it would
+/// to the real one to names, types, rights and keys. Writes nothing.
+pub fn explain(table: &str, columns: &Columns, binding: &Binding, on_conflict: OnConflict) -> String {
+    let field = |(i, of): (usize, &Bound)| format!("NULL::{} AS c{i}", of.stage_type);
+    let fields: Vec<String> = binding.columns.iter().enumerate().map(field).collect();
+    let row = format!("(SELECT 0 AS n, {}) AS headworks_stage", fields.join(", "));
+    format!("EXPLAIN {}", insert_of(table, columns, binding, on_conflict, &row))
 }
 
 fn insert_of(
@@ -130,16 +140,16 @@ fn insert_of(
     columns: &Columns,
     binding: &Binding,
     on_conflict: OnConflict,
-    only: &str,
+    from: &str,
 ) -> String {
     let value = |i: usize| value(binding, i);
     let values: Vec<String> = (0..binding.columns.len()).map(value).collect();
     let (table, list, values) = (quoted_table(table), column_list(columns), values.join(", "));
     let insert = format!("INSERT INTO {table} ({list}) SELECT {values} FROM");
     match on_conflict {
-        OnConflict::Reject => format!("{insert} headworks_stage {only} ORDER BY n"),
+        OnConflict::Reject => format!("{insert} {from} ORDER BY n"),
         OnConflict::Ignore | OnConflict::Auto => {
-            format!("{insert} headworks_stage {only} ORDER BY n ON CONFLICT DO NOTHING")
+            format!("{insert} {from} ORDER BY n ON CONFLICT DO NOTHING")
         }
         OnConflict::Upsert => {
             let at = |name: &String| columns.columns.iter().position(|column| column.name == *name);
@@ -155,7 +165,7 @@ fn insert_of(
             // One statement cannot write a row twice: the last of a batch is the one that stays.
             format!(
                 "{insert} (SELECT *, row_number() OVER (PARTITION BY {key} ORDER BY n DESC) AS newest \
-                 FROM headworks_stage {only}) AS s WHERE newest = 1 OR {nulls} ORDER BY n \
+                 FROM {from}) AS s WHERE newest = 1 OR {nulls} ORDER BY n \
                  ON CONFLICT ({named}) DO UPDATE SET {set}",
                 key = key.join(", "),
                 nulls = nulls.join(" OR "),

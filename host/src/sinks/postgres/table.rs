@@ -140,6 +140,11 @@ impl Table {
         Ok(Some(Self { columns, keys, insert_only, fingerprint }))
     }
 
+    /// Whether a row can meet another one at all.
+    pub fn has_keys(&self) -> bool {
+        !self.keys.is_empty()
+    }
+
     /// How each column is written. Takes over what the table knows better:
     /// types and NOT NULL.
     pub fn bind(

@@ -4,6 +4,7 @@
 //! `synchronous = FULL`). Times are text such as `2026-02-23 10:00:00.123456Z`:
 //! they sort, and SQLite's `datetime('now', '-5 minutes')` compares with them.
 
+mod check;
 mod config;
 mod connection;
 mod positions;
@@ -12,5 +13,6 @@ mod table;
 #[cfg(test)]
 mod tests;
 
+pub use check::check;
 pub use config::Config;
 pub use sink::SqliteSink;

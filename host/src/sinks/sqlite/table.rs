@@ -108,6 +108,19 @@ pub fn bind(
     })
 }
 
+/// Whether there is the table, or a view of its name.
+pub fn is_there(connection: &Connection, config: &Config) -> rusqlite::Result<bool> {
+    let sql = "SELECT EXISTS (SELECT 1 FROM pragma_table_info(?1))";
+    connection.query_row(sql, [table_name(config)], |row| row.get(0))
+}
+
+/// Whether a row can meet another one at all.
+pub fn has_keys(connection: &Connection, config: &Config) -> rusqlite::Result<bool> {
+    let sql = "SELECT EXISTS (SELECT 1 FROM pragma_index_list(?1) WHERE \"unique\"
+        UNION ALL SELECT 1 FROM pragma_table_info(?1) WHERE pk > 0)";
+    connection.query_row(sql, [table_name(config)], |row| row.get(0))
+}
+
 /// Whether there is a unique key all of whose columns are filled.
 fn has_filled_key(connection: &Connection, config: &Config, columns: &Columns) -> rusqlite::Result<bool> {
     let mut statement = connection.prepare(

@@ -8,7 +8,7 @@ use crate::sinks::conformance::{
     Database, Keyed, advance, claim, conformance_tests, keyed_conformance_tests, message, position, rejected,
     rows,
 };
-use crate::sinks::{Error, OnConflict, Rows, Sink, Written};
+use crate::sinks::{Checked, Error, OnConflict, Rows, Sink, Written};
 
 struct File {
     folder: tempfile::TempDir,
@@ -214,4 +214,98 @@ async fn a_file_that_is_no_database_is_an_error_for_a_person() {
     std::fs::write(file.config().path, "this is not a database, but long enough to look at").unwrap();
     let error = file.sink().open(&claim()).await.unwrap_err();
     assert!(matches!(error, Error::Setup(_)), "{error:?}");
+}
+
+fn checked(config: &Config) -> Checked {
+    check("warehouse", config, Arc::default())
+}
+
+/// Names, sizes and times of change below the folder.
+fn state(file: &File) -> Vec<(std::path::PathBuf, u64, std::time::SystemTime)> {
+    let mut state = Vec::new();
+    let mut folders = vec![file.folder.path().to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let data = path.metadata().unwrap();
+            state.push((path.clone(), data.len(), data.modified().unwrap()));
+            if data.is_dir() {
+                folders.push(path);
+            }
+        }
+    }
+    state.sort();
+    state
+}
+
+#[tokio::test]
+async fn a_check_says_what_would_be_created_and_writes_nothing() {
+    let file = File::new();
+    let nothing = checked(&file.config());
+    assert_eq!((nothing.problems, state(&file)), (vec![], vec![]));
+    assert!(nothing.found.concat().contains("creates the file"), "{:?}", nothing.found);
+
+    let mut sink = file.sink();
+    sink.open(&claim()).await.unwrap();
+    sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.unwrap();
+    // Beside the host, whose rows are still in the WAL.
+    let before = state(&file);
+    let there = checked(&file.config());
+    assert_eq!((there.problems, there.found), (vec![], vec!["table telemetry is there".to_owned()]));
+    assert_eq!(state(&file), before);
+    drop(sink);
+    let other = Config { table: "readings".to_owned(), ..file.config() };
+    assert!(checked(&other).warnings[0].contains("has written from some data folder before"));
+}
+
+#[tokio::test]
+async fn a_closed_file_is_checked_without_files_beside_it() {
+    let file = File::with(&format!("PRAGMA journal_mode = WAL; CREATE TABLE telemetry ({TABLE})"));
+    let before = state(&file);
+    assert_eq!(checked(&file.config()).problems, [""; 0]);
+    assert_eq!(state(&file), before);
+}
+
+#[test]
+fn what_keeps_a_file_from_being_written_is_named() {
+    for (sql, change, said) in [
+        ("CREATE TABLE telemetry (ts TEXT)", Config::default(), "has no column \"time\""),
+        ("", Config { create: false, ..Config::default() }, "set `create: true`"),
+        (
+            "CREATE TABLE telemetry ({TABLE})",
+            Config { on_conflict: OnConflict::Upsert, ..Config::default() },
+            "add one, such as PRIMARY KEY",
+        ),
+        (
+            "CREATE TABLE readings ({TABLE}); CREATE VIEW telemetry AS SELECT * FROM readings",
+            Config::default(),
+            "because it is a view",
+        ),
+    ] {
+        let file = File::with(&sql.replace("{TABLE}", TABLE));
+        let problems = checked(&Config { path: file.config().path, ..change }).problems;
+        assert!(problems.len() == 1 && problems[0].contains(said), "{said}: {problems:?}");
+    }
+    let file = File::new();
+    drop(file.read());
+    std::fs::write(file.config().path, "this is not a database, but long enough to look at").unwrap();
+    let below = Config { path: file.config().path.join("telemetry.db"), ..file.config() };
+    let folder = Config { path: file.folder.path().join("data"), ..file.config() };
+    for (config, said) in [
+        (file.config(), "is not a SQLite database: move the file away"),
+        (below, "is not a folder: correct `path`"),
+        (folder, "is not a file: correct `path`"),
+    ] {
+        let problems = checked(&config).problems;
+        assert!(problems.len() == 1 && problems[0].contains(said), "{said}: {problems:?}");
+    }
+}
+
+#[test]
+fn ignore_without_a_unique_key_is_warned_of() {
+    let ignore = |file: &File| Config { on_conflict: OnConflict::Ignore, ..file.config() };
+    let file = File::with(&format!("CREATE TABLE telemetry ({TABLE})"));
+    assert!(checked(&ignore(&file)).warnings[0].contains("has no unique key"));
+    let file = File::with(&format!("CREATE TABLE telemetry ({TABLE}, UNIQUE (device_id, time))"));
+    assert_eq!(checked(&ignore(&file)).warnings, [""; 0]);
 }

@@ -3,7 +3,7 @@
 use super::*;
 
 /// A server with a certificate for `localhost` from its own CA, and passwords.
-fn guarded() -> (Server, std::path::PathBuf) {
+pub(super) fn guarded() -> (Server, std::path::PathBuf) {
     let mut server = Server::start(&[]);
     let dir = server.dir().to_owned();
     let openssl = |arguments: &str| {

@@ -2,6 +2,7 @@
 //! private one that the tests start together.
 
 mod access;
+mod check;
 mod commits;
 mod rejected;
 mod rows;

@@ -1,0 +1,294 @@
+//! `validate --connect`: what the sink would meet, looked at in a transaction
+//! that is read-only, so that the server itself lets nothing be written.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::timeout;
+use tokio_postgres::Client;
+
+use super::config::Config;
+use super::connect::connect;
+use super::error::describe;
+use super::schema::{self, no_table, quoted, quoted_table};
+use super::stage;
+use super::table::Table;
+use crate::sinks::columns::Columns;
+use crate::sinks::config::table_parts;
+use crate::sinks::{Checked, OnConflict};
+use crate::topic::Namespace;
+
+/// Who we are, and what holds for the whole session.
+const SESSION: &str = "
+SELECT current_user::text, current_database()::text, current_schema()::text,
+       pg_is_in_recovery(), current_setting('default_transaction_read_only')::boolean,
+       has_database_privilege(current_database(), 'TEMPORARY')";
+
+/// Rights on the table of positions that this user lacks; nothing where there is none.
+const POSITIONS: &str = "
+SELECT string_agg(lacks, ', ') FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE']) AS lacks
+WHERE NOT has_table_privilege(to_regclass('headworks_positions'), lacks)";
+
+/// Positions of this sink that have moved: it has written before.
+const WROTE: &str =
+    "SELECT EXISTS (SELECT 1 FROM headworks_positions WHERE sink = $1 AND next_offset IS NOT NULL)";
+
+/// Whether this user may create tables in a schema; no row where there is none.
+const CREATE: &str = "SELECT has_schema_privilege(oid, 'CREATE') FROM pg_namespace WHERE nspname = $1";
+
+/// Sequences that give defaults of columns, such as those of SERIAL, which this user may not use.
+const SEQUENCES: &str = "
+SELECT DISTINCT s.oid::regclass::text
+FROM pg_attrdef d JOIN pg_attribute a ON a.attrelid = d.adrelid AND a.attnum = d.adnum
+JOIN pg_depend p ON p.classid = 'pg_attrdef'::regclass AND p.objid = d.oid AND p.refclassid = 'pg_class'::regclass
+JOIN pg_class s ON s.oid = p.refobjid
+WHERE d.adrelid = to_regclass($1)::oid AND NOT a.attname = ANY ($2)
+  AND CASE WHEN s.relkind = 'S' THEN NOT has_sequence_privilege(s.oid, 'USAGE, UPDATE') ELSE false END
+ORDER BY 1";
+
+/// See [`crate::sinks::Config::check`].
+pub async fn check(name: &str, config: &Config, namespace: Arc<Namespace>) -> Checked {
+    let mut checked = Checked::default();
+    let limit = config.connect_timeout.0;
+    let hosts = config.url.parse().map_or(1, |url| url.get_hosts().len().max(1)) as u32;
+    let target = config.url.target();
+    let silent = |limit: Duration| format!("{target}: no answer for {} s", limit.as_secs());
+    match timeout(limit * hosts, connect(name, config, "")).await {
+        Err(_) => checked.problems.push(silent(limit * hosts)),
+        Ok(Err(error)) => checked.problems.push(error.to_string()),
+        Ok(Ok((client, connection))) => {
+            let mut check = Check { name, config, client, checked: &mut checked };
+            let ended = timeout(limit, check.all(namespace)).await;
+            connection.abort();
+            match ended {
+                Err(_) => checked.problems.push(silent(limit)),
+                Ok(Err(error)) => checked.problems.push(format!("{target}: {}", describe(&error))),
+                Ok(Ok(())) => {}
+            }
+        }
+    }
+    checked
+}
+
+struct Check<'c> {
+    name: &'c str,
+    config: &'c Config,
+    client: Client,
+    checked: &'c mut Checked,
+}
+
+/// The user, as SQL writes it, and the schema that names without one are in.
+struct Session {
+    user: String,
+    schema: Option<String>,
+}
+
+impl Check<'_> {
+    async fn all(&mut self, namespace: Arc<Namespace>) -> Result<(), tokio_postgres::Error> {
+        let row = self.client.query_one(SESSION, &[]).await?;
+        let (user, database): (String, String) = (row.get(0), row.get(1));
+        let session = Session { user: quoted(&user), schema: row.get(2) };
+        let (is_standby, is_read_only, has_temporary): (bool, bool, bool) =
+            (row.get(3), row.get(4), row.get(5));
+        self.checked.found.push(format!("user {user}"));
+        if is_standby {
+            self.problem(
+                "the server is a standby, which cannot be written to: name the primary in `url`, or all \
+                 hosts and ?target_session_attrs=read-write",
+            );
+            return Ok(());
+        }
+        if is_read_only {
+            self.problem(format!(
+                "default_transaction_read_only is on for user {user}: turn it off with ALTER ROLE or ALTER DATABASE"
+            ));
+        }
+        self.client.batch_execute("BEGIN READ ONLY").await?;
+        let has_written = self.positions(&session).await?;
+        if !has_temporary {
+            self.problem(format!(
+                "user {user} may not create temporary tables, through which rejected rows are isolated: \
+                 GRANT TEMPORARY ON DATABASE {} TO {}",
+                quoted(&database),
+                session.user
+            ));
+        }
+        let columns = Columns::new(&self.config.columns, namespace);
+        // Its answer may end the transaction, so it comes last.
+        match Table::read(&self.client, &self.config.table).await {
+            Ok(Some(table)) => self.table(&table, columns, &session).await,
+            Ok(None) => self.missing(&columns, &session, has_written).await,
+            Err(error) if is_denied(&error) => {
+                let schema = table_parts(&self.config.table).swap_remove(0);
+                let reason = describe(&error);
+                self.problem(format!(
+                    "{reason}: GRANT USAGE ON SCHEMA {} TO {}",
+                    quoted(&schema),
+                    session.user
+                ));
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The table of positions; whether this sink has one that has moved.
+    async fn positions(&mut self, session: &Session) -> Result<bool, tokio_postgres::Error> {
+        let exists = "SELECT to_regclass('headworks_positions') IS NOT NULL";
+        if !self.client.query_one(exists, &[]).await?.get::<_, bool>(0) {
+            match self.may_create(session.schema.as_deref()).await? {
+                Ok(()) => self.checked.found.push("creates the table headworks_positions".to_owned()),
+                Err(reason) => self.problem(format!(
+                    "there is no table headworks_positions, which holds up to where rows were written, and {reason}, \
+                     or create it as host/docs/databases.md shows",
+                    reason = reason.with_grant(session)
+                )),
+            }
+            return Ok(false);
+        }
+        let lacks: Option<String> = self.client.query_one(POSITIONS, &[]).await?.get(0);
+        let Some(lacks) = lacks else {
+            return Ok(self.client.query_one(WROTE, &[&self.name]).await?.get(0));
+        };
+        self.problem(format!(
+            "permission denied for table headworks_positions: GRANT {lacks} ON headworks_positions TO {}",
+            session.user
+        ));
+        Ok(false)
+    }
+
+    /// No such table: what the sink would do about it.
+    async fn missing(
+        &mut self,
+        columns: &Columns,
+        session: &Session,
+        has_written: bool,
+    ) -> Result<(), tokio_postgres::Error> {
+        let table = &self.config.table;
+        if !self.config.create || schema::in_other_case(&self.client, table).await?.is_some() {
+            let reason = no_table(&self.client, table, false).await?;
+            self.problem(reason);
+            return Ok(());
+        }
+        if let Err(reason) = schema::create_table(self.config, columns) {
+            self.problem(reason);
+        }
+        let parts = table_parts(table);
+        let schema = if parts.len() > 1 { parts.first().cloned() } else { session.schema.clone() };
+        match self.may_create(schema.as_deref()).await? {
+            Ok(()) => self.checked.found.push(format!("creates the table {table}")),
+            Err(reason) => {
+                let reason = reason.with_grant(session);
+                self.problem(format!("there is no table {table}, and {reason}, or create the table"));
+            }
+        }
+        if has_written {
+            self.checked.warnings.push(format!(
+                "there is no table {table}, and sink \"{}\" has written from some data folder before: if from this \
+                 one, it does not create the table again",
+                self.name
+            ));
+        }
+        Ok(())
+    }
+
+    /// Whether the table is one that the sink can write to.
+    async fn table(
+        &mut self,
+        table: &Table,
+        mut columns: Columns,
+        session: &Session,
+    ) -> Result<(), tokio_postgres::Error> {
+        let name = &self.config.table;
+        let on_conflict = self.config.on_conflict.resolved();
+        let binding = match table.bind(name, &mut columns, on_conflict) {
+            Ok(binding) => binding,
+            Err(reason) => {
+                self.problem(reason);
+                return Ok(());
+            }
+        };
+        if on_conflict == OnConflict::Ignore && !table.has_keys() {
+            self.checked.warnings.push(format!(
+                "on_conflict: ignore has no effect: table {name} has no unique key, so no row meets another"
+            ));
+        }
+        let filled: Vec<&str> = columns.columns.iter().map(|column| column.name.as_str()).collect();
+        let table = quoted_table(name);
+        for row in self.client.query(SEQUENCES, &[&table, &filled]).await? {
+            let sequence: String = row.get(0);
+            self.problem(format!(
+                "permission denied for sequence {sequence}, which numbers the rows: \
+                 GRANT USAGE ON SEQUENCE {sequence} TO {}",
+                session.user
+            ));
+        }
+        let explain = stage::explain(name, &columns, &binding, on_conflict);
+        match self.client.batch_execute(&explain).await {
+            Ok(()) => self.checked.found.push(format!("table {name} is there")),
+            Err(error) if is_denied(&error) => {
+                let rights = match on_conflict {
+                    OnConflict::Reject => "INSERT",
+                    OnConflict::Ignore | OnConflict::Auto => "SELECT, INSERT",
+                    OnConflict::Upsert => "SELECT, INSERT, UPDATE",
+                };
+                let reason = describe(&error);
+                self.problem(format!("{reason}: GRANT {rights} ON {table} TO {}", session.user));
+            }
+            Err(error) if error.as_db_error().is_some() => {
+                let reason = describe(&error);
+                self.problem(format!("table {name}: {reason}"));
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    async fn may_create(
+        &self,
+        schema: Option<&str>,
+    ) -> Result<Result<(), CannotCreate>, tokio_postgres::Error> {
+        let Some(schema) = schema else { return Ok(Err(CannotCreate::NoneSearched)) };
+        let row = self.client.query_opt(CREATE, &[&schema]).await?;
+        Ok(match row.map(|row| row.get(0)) {
+            Some(true) => Ok(()),
+            Some(false) => Err(CannotCreate::Denied(schema.to_owned())),
+            None => Err(CannotCreate::NoSchema(schema.to_owned())),
+        })
+    }
+
+    fn problem(&mut self, reason: impl Into<String>) {
+        self.checked.problems.push(reason.into());
+    }
+}
+
+enum CannotCreate {
+    Denied(String),
+    NoSchema(String),
+    /// No schema of the user's search_path exists.
+    NoneSearched,
+}
+
+impl CannotCreate {
+    fn with_grant(&self, session: &Session) -> String {
+        let user = &session.user;
+        match self {
+            Self::Denied(schema) => {
+                let schema = quoted(schema);
+                format!(
+                    "user {user} may not create one in schema {schema}: GRANT CREATE ON SCHEMA {schema} TO {user}"
+                )
+            }
+            Self::NoSchema(schema) => format!("no schema {schema}: CREATE SCHEMA {}", quoted(schema)),
+            Self::NoneSearched => {
+                format!(
+                    "no schema of user {user}'s search_path exists: set it with ALTER ROLE, or create one"
+                )
+            }
+        }
+    }
+}
+
+fn is_denied(error: &tokio_postgres::Error) -> bool {
+    error.as_db_error().is_some_and(|db| db.code().code() == "42501")
+}

@@ -1,0 +1,122 @@
+//! `validate --connect`: what the sink would meet. The file is opened for
+//! reading alone, and nothing is made beside it.
+
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rusqlite::{Connection, ErrorCode, OpenFlags};
+use rustix::fs::{Access, access};
+
+use super::config::Config;
+use super::table::{bind, has_keys, insert, is_there};
+use crate::sinks::columns::Columns;
+use crate::sinks::{Checked, OnConflict};
+use crate::topic::Namespace;
+
+/// See [`crate::sinks::Config::check`].
+pub fn check(name: &str, config: &Config, namespace: Arc<Namespace>) -> Checked {
+    let mut checked = Checked::default();
+    let mut config = config.clone();
+    config.on_conflict = config.on_conflict.resolved();
+    if let Err(reason) = look(name, &config, &Columns::new(&config.columns, namespace), &mut checked) {
+        checked.problems.push(reason);
+    }
+    checked
+}
+
+fn look(name: &str, config: &Config, columns: &Columns, checked: &mut Checked) -> Result<(), String> {
+    let path = &config.path;
+    let shown = path.display();
+    folder(path)?;
+    let creates = |checked: &mut Checked| checked.found.push(format!("creates the table {}", config.table));
+    let data = match std::fs::metadata(path) {
+        Ok(data) => data,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            checked.found.push(format!("creates the file {shown}"));
+            if !config.create {
+                return Err(format!(
+                    "there is no file {shown}: create it and its table, or set `create: true`"
+                ));
+            }
+            creates(checked);
+            return Ok(());
+        }
+        Err(error) => return Err(format!("cannot read {shown}: {error}")),
+    };
+    if data.is_dir() || data.file_type().is_socket() {
+        return Err(format!("{shown} is not a file: correct `path`"));
+    }
+    access(path, Access::READ_OK | Access::WRITE_OK)
+        .map_err(|error| format!("cannot write to {shown}: {error}: let this user write there"))?;
+    let failed = |error: rusqlite::Error| match error.sqlite_error_code() {
+        Some(ErrorCode::NotADatabase) => {
+            format!("{shown} is not a SQLite database: move the file away, or correct `path`")
+        }
+        Some(ErrorCode::DatabaseCorrupt) => format!("{shown}: {error}: restore the file, or move it away"),
+        _ => format!("{shown}: {error}"),
+    };
+    let connection = open(path).map_err(failed)?;
+    connection.busy_timeout(config.busy_timeout.0).map_err(failed)?;
+    if !is_there(&connection, config).map_err(failed)? && config.create {
+        creates(checked);
+        if has_written(&connection, name) {
+            checked.warnings.push(format!(
+                "there is no table {}, and sink \"{name}\" has written from some data folder before: if from this \
+                 one, it does not create the table again",
+                config.table
+            ));
+        }
+        return Ok(());
+    }
+    let mut columns = columns.clone();
+    bind(&connection, config, &mut columns, false).map_err(failed)??;
+    // Compiled and not run: SQLite answers as it would to the real one.
+    connection.prepare(&insert(config, &columns, 1)).map_err(|error| format!("{shown}: {error}"))?;
+    if config.on_conflict == OnConflict::Ignore && !has_keys(&connection, config).map_err(failed)? {
+        checked.warnings.push(format!(
+            "on_conflict: ignore has no effect: table {} has no unique key, so no row meets another",
+            config.table
+        ));
+    }
+    checked.found.push(format!("table {} is there", config.table));
+    Ok(())
+}
+
+/// Whether the sink could make its files: the database and what SQLite writes beside it.
+fn folder(path: &Path) -> Result<(), String> {
+    let path = std::path::absolute(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    let wanted = path.parent().unwrap_or(&path);
+    let there: PathBuf = wanted.ancestors().find(|folder| folder.exists()).unwrap_or(wanted).to_owned();
+    let shown = there.display();
+    if !there.is_dir() {
+        return Err(format!("{shown} is not a folder: correct `path`"));
+    }
+    access(&there, Access::WRITE_OK | Access::EXEC_OK).map_err(|error| {
+        format!("cannot write to the folder {shown}: {error}: let this user write there, or correct `path`")
+    })
+}
+
+/// Without a WAL the file is all there is: SQLite then makes no files beside it.
+fn open(path: &Path) -> rusqlite::Result<Connection> {
+    let wal = PathBuf::from(format!("{}-wal", path.display()));
+    let is_whole = std::fs::metadata(wal).map_or(true, |data| data.len() == 0);
+    let mut url = "file://".to_owned();
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    for byte in path.as_os_str().as_encoded_bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'/' | b'.' | b'-' | b'_' => {
+                url.push(char::from(*byte))
+            }
+            other => url += &format!("%{other:02X}"),
+        }
+    }
+    url += if is_whole { "?immutable=1" } else { "?mode=ro" };
+    Connection::open_with_flags(url, OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI)
+}
+
+/// Whether the sink has a position that has moved. A file without the table has none.
+fn has_written(connection: &Connection, name: &str) -> bool {
+    let sql = "SELECT EXISTS (SELECT 1 FROM headworks_positions WHERE sink = ?1 AND next_offset IS NOT NULL)";
+    connection.query_row(sql, [name], |row| row.get(0)).unwrap_or(false)
+}
