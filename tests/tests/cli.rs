@@ -124,8 +124,16 @@ fn clients_are_listed_shown_and_sent_away() {
         (&"press-7".into(), &serde_json::Value::Null)
     );
     assert!(host.cli_json(&["clients", "list", "other"]).is_empty());
+    publish(&host, "acme/x", "21");
+    client.find("received PUBLISH");
+    let list = host.cli(&["clients", "list", "--sort", "delivered"]);
+    assert!(list.starts_with("press-7") && list.contains("published: 0, delivered: 1"), "{list}");
+    assert!(list.lines().all(|line| line.chars().count() <= 80), "{list}");
+    let shown = &host.cli_json(&["clients", "list", "press", "--sort", "missed"])[0];
+    assert_eq!((&shown["counts"]["delivered"], &shown["counts"]["dropped"]), (&1.into(), &0.into()));
+    assert!(shown["last_seen_us"].is_u64() && shown["session_bytes"].is_u64(), "{shown}");
     let text = host.cli(&["clients", "show", "press-7"]);
-    for part in ["press-7", "127.0.0.1:", "3.1.1", "acme/#", "$share/g/b/+"] {
+    for part in ["press-7", "127.0.0.1:", "3.1.1", "acme/#", "$share/g/b/+", "last seen", "1 messages"] {
         assert!(text.contains(part), "{part} is not in\n{text}");
     }
 

@@ -16,6 +16,8 @@ use async_trait::async_trait;
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde::{Deserialize, Serialize};
 
+use crate::listeners::mqtt::ClientOrder;
+
 pub use config::Config;
 pub use problem::{AtStake, METRICS, PROBLEM_KINDS, Problem};
 pub use server::{Error, Handle, start};
@@ -63,8 +65,8 @@ pub struct Component {
 /// Clients of the listeners. Cheap calls; only one of them waits.
 #[async_trait]
 pub trait Clients: Send + Sync {
-    /// Those whose id begins with `prefix`, at most `max`.
-    fn list(&self, prefix: &str, max: usize) -> ClientList;
+    /// Those that are asked for.
+    fn list(&self, request: &ClientListRequest) -> ClientList;
 
     /// Everything about one, its filters too.
     fn show(&self, client_id: &str) -> Option<serde_json::Value>;
@@ -90,6 +92,8 @@ pub struct ClientListRequest {
     pub prefix: String,
     /// At most 10,000.
     pub max: usize,
+    #[serde(default)]
+    pub order: ClientOrder,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -106,8 +106,9 @@ async fn redrive(State(deps): State<Deps>, Json(request): Json<RedriveRequest>) 
     }
 }
 
-async fn list_clients(State(deps): State<Deps>, Json(request): Json<ClientListRequest>) -> Response {
-    Json(deps.clients.list(&request.prefix, request.max.min(CLIENTS_MAX))).into_response()
+async fn list_clients(State(deps): State<Deps>, Json(mut request): Json<ClientListRequest>) -> Response {
+    request.max = request.max.min(CLIENTS_MAX);
+    Json(deps.clients.list(&request)).into_response()
 }
 
 async fn show_client(State(deps): State<Deps>, Json(request): Json<ClientRequest>) -> Response {

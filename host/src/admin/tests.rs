@@ -29,10 +29,14 @@ struct OneClient;
 
 #[async_trait]
 impl Clients for OneClient {
-    fn list(&self, prefix: &str, max: usize) -> ClientList {
-        let clients: Vec<_> =
-            "pump-1".starts_with(prefix).then(|| json!({ "client_id": "pump-1" })).into_iter().collect();
-        ClientList { found: clients.len(), clients: clients.into_iter().take(max).collect() }
+    fn list(&self, request: &ClientListRequest) -> ClientList {
+        let ClientListRequest { prefix, max, .. } = request;
+        let clients: Vec<_> = "pump-1"
+            .starts_with(prefix.as_str())
+            .then(|| json!({ "client_id": "pump-1" }))
+            .into_iter()
+            .collect();
+        ClientList { found: clients.len(), clients: clients.into_iter().take(*max).collect() }
     }
 
     fn show(&self, client_id: &str) -> Option<serde_json::Value> {

@@ -2,15 +2,15 @@
 
 use async_trait::async_trait;
 
-use crate::admin::{ClientList, Clients};
+use crate::admin::{ClientList, ClientListRequest, Clients};
 use crate::listeners::mqtt;
 
 pub struct MqttClients(pub mqtt::Clients);
 
 #[async_trait]
 impl Clients for MqttClients {
-    fn list(&self, prefix: &str, max: usize) -> ClientList {
-        let (found, clients) = self.0.list(prefix, max);
+    fn list(&self, request: &ClientListRequest) -> ClientList {
+        let (found, clients) = self.0.list(&request.prefix, request.max, request.order);
         ClientList { found, clients: clients.iter().map(to_json).collect() }
     }
 

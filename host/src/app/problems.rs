@@ -271,7 +271,7 @@ impl Host {
                 "dropped" => (
                     format!("subscribers ({name})"),
                     format!("{messages} dropped within the last hour"),
-                    format!("`headworks clients list{option}` shows whose queue is long"),
+                    format!("`headworks clients list --sort missed{option}` shows whose they were"),
                 ),
                 _ => (
                     format!("pipeline {name}"),
@@ -365,7 +365,7 @@ fn named(state: &State) -> Option<(&'static str, &str)> {
 }
 
 /// Of `{stream="telemetry",cause="damaged"}`; names hold no quotes.
-fn label_value<'l>(labels: &'l str, name: &str) -> Option<&'l str> {
+pub(super) fn label_value<'l>(labels: &'l str, name: &str) -> Option<&'l str> {
     let pairs = labels.strip_prefix('{')?.strip_suffix('}')?;
     pairs.split(',').find_map(|pair| pair.strip_prefix(name)?.strip_prefix("=\"")?.strip_suffix('"'))
 }

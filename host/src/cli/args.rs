@@ -233,6 +233,9 @@ pub enum ClientsCommand {
         /// At most this many
         #[arg(long, default_value = "100", value_name = "N")]
         max: NonZeroUsize,
+        /// Which come first: by id, or those with the most of it
+        #[arg(long, value_enum, default_value = "id")]
+        sort: ClientSort,
         #[command(flatten)]
         config: ConfigArgs,
         #[command(flatten)]
@@ -405,6 +408,7 @@ mod tests {
             Cli::try_parse_from(words).unwrap_or_else(|error| panic!("{line}: {error}"));
         }
     }
+            "clients list edge- --sort missed --max 5",
 
     #[test]
     fn what_would_do_nothing_or_two_things_is_refused() {

@@ -3,20 +3,26 @@
 use anyhow::bail;
 use serde_json::json;
 
-use super::args::{ClientsCommand, Format};
+use super::args::{ClientSort, ClientsCommand, Format};
 use super::output::{Out, one_line, time};
 use super::{admin_client, block_on};
-use crate::admin::ClientList;
+use crate::admin::{ClientList, ClientListRequest};
 use crate::config::{self, Config};
-use crate::listeners::mqtt::Client;
+use crate::listeners::mqtt::{Client, ClientOrder};
 
 const USER_CHARS_MAX: usize = 60;
 
 pub fn clients(command: ClientsCommand, out: &mut Out) -> anyhow::Result<()> {
     match command {
-        ClientsCommand::List { prefix, max, config, format } => {
+        ClientsCommand::List { prefix, max, sort, config, format } => {
             let config = config::load(config.config.as_deref())?.config;
-            list(&config, prefix.as_deref().unwrap_or_default(), max.get(), format.format, out)
+            let prefix = prefix.unwrap_or_default();
+            list(
+                &config,
+                ClientListRequest { prefix, max: max.get(), order: order(sort) },
+                format.format,
+                out,
+            )
         }
         ClientsCommand::Show { client_id, config, format } => {
             let config = config::load(config.config.as_deref())?.config;
@@ -46,8 +52,18 @@ fn is_done(config: &Config, client_id: &str, path: &str, name: &str) -> anyhow::
     Ok(answer[name] == true)
 }
 
-fn list(config: &Config, prefix: &str, max: usize, format: Format, out: &mut Out) -> anyhow::Result<()> {
-    let request = json!({ "prefix": prefix, "max": max });
+fn order(sort: ClientSort) -> ClientOrder {
+    match sort {
+        ClientSort::Id => ClientOrder::Id,
+        ClientSort::Published => ClientOrder::Published,
+        ClientSort::Delivered => ClientOrder::Delivered,
+        ClientSort::Queued => ClientOrder::Queued,
+        ClientSort::Missed => ClientOrder::Missed,
+        ClientSort::Refused => ClientOrder::Refused,
+    }
+}
+
+fn list(config: &Config, request: ClientListRequest, format: Format, out: &mut Out) -> anyhow::Result<()> {
     let list: ClientList = block_on(admin_client::post(config, "/api/clients/list", &request))?;
     if format == Format::Json {
         return list.clients.iter().try_for_each(|client| out.json(client));
@@ -80,8 +96,12 @@ fn parts(client: &Client) -> Vec<String> {
         }
         None => parts.push(format!("away since {}", time(client.disconnected_us.unwrap_or_default()))),
     }
-    let Client { subscriptions, queued, in_flight, .. } = client;
+    let Client { subscriptions, queued, in_flight, counts, .. } = client;
     parts.push(format!("filters: {subscriptions}, queued: {queued}, in flight: {in_flight}"));
+    parts.push(format!("published: {}, delivered: {}", counts.published, counts.delivered));
+    for (what, count) in [("missed", counts.missed()), ("refused", counts.refused())] {
+        parts.push(if count > 0 { format!("{what}: {count}") } else { String::new() });
+    }
     parts
 }
 
@@ -111,6 +131,31 @@ fn show(config: &Config, client_id: &str, format: Format, out: &mut Out) -> anyh
     }
     fields.push(("queued", format!("{} messages, {} bytes", client.queued, client.queued_bytes)));
     fields.push(("in flight", client.in_flight.to_string()));
+    fields.push(("session", format!("{} bytes", client.session_bytes)));
+    if let Some(us) = client.last_seen_us {
+        fields.push(("last seen", time(us)));
+    }
+    let counts = &client.counts;
+    fields.push(("published", format!("{} messages, {} bytes", counts.published, counts.published_bytes)));
+    fields.push(("delivered", format!("{} messages", counts.delivered)));
+    let causes = |causes: &[(&str, u64)]| {
+        let some: Vec<_> = causes.iter().filter(|(_, count)| *count > 0).collect();
+        let some: Vec<_> = some.iter().map(|(cause, count)| format!("{count} {cause}")).collect();
+        if some.is_empty() { "none".to_owned() } else { some.join(", ") }
+    };
+    let missed = [
+        ("queue full or too old", counts.dropped),
+        ("expired", counts.expired),
+        ("too large", counts.too_large),
+        ("not allowed", counts.withheld),
+    ];
+    fields.push(("missed", causes(&missed)));
+    let refused = [
+        ("publishes", counts.refused_publishes),
+        ("subscriptions", counts.refused_subscribes),
+        ("QoS 0 publishes, disk full", counts.no_space),
+    ];
+    fields.push(("refused", causes(&refused)));
     let width = fields.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     for (name, value) in fields {
         out.field(name, width, &value)?;

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use serde::{Deserialize, Serialize};
 
 use super::Broker;
+use super::activity::Counts;
 use super::clock::Clock;
 use super::session::Session;
 use super::wire::Version;
@@ -25,6 +26,12 @@ pub struct Client {
     pub queued_bytes: usize,
     /// Sent and not acknowledged.
     pub in_flight: usize,
+    /// Bytes of memory that the session's filters and queue take.
+    pub session_bytes: usize,
+    /// When bytes last came from the client, microseconds since 1970, UTC; `None` where none came
+    /// since the host started.
+    pub last_seen_us: Option<u64>,
+    pub counts: Counts,
     /// Its filters; empty in a list.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub filters: Vec<String>,
@@ -53,18 +60,52 @@ impl Connection {
     }
 }
 
+/// In which order clients are listed: by id, or the greatest first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ClientOrder {
+    #[default]
+    Id,
+    Published,
+    Delivered,
+    Queued,
+    /// Messages that the client did not get.
+    Missed,
+    /// Publishes and filters that were refused.
+    Refused,
+}
+
+impl ClientOrder {
+    fn key(self, client: &Client) -> u64 {
+        match self {
+            Self::Id => 0,
+            Self::Published => client.counts.published,
+            Self::Delivered => client.counts.delivered,
+            Self::Queued => client.queued as u64,
+            Self::Missed => client.counts.missed(),
+            Self::Refused => client.counts.refused(),
+        }
+    }
+}
+
 /// Looks at the clients of a running listener.
 #[derive(Clone)]
 pub struct Clients(pub(super) Arc<Broker>);
 
 impl Clients {
-    /// Clients whose id begins with `prefix`, in order of their ids: how many
-    /// there are, and the first `max`.
-    pub fn list(&self, prefix: &str, max: usize) -> (usize, Vec<Client>) {
+    /// Clients whose id begins with `prefix`: how many there are, and the first `max`.
+    pub fn list(&self, prefix: &str, max: usize, order: ClientOrder) -> (usize, Vec<Client>) {
         let mut sessions = self.0.sessions.all();
         sessions.retain(|session| session.client_id.starts_with(prefix) && session.is_alive());
         sessions.sort_unstable_by(|a, b| a.client_id.cmp(&b.client_id));
-        (sessions.len(), sessions.iter().take(max).map(|session| session.describe(&self.0.clock)).collect())
+        let found = sessions.len();
+        if order == ClientOrder::Id {
+            sessions.truncate(max);
+        }
+        let mut clients: Vec<_> = sessions.iter().map(|session| session.describe(&self.0.clock)).collect();
+        clients.sort_by_key(|client| std::cmp::Reverse(order.key(client)));
+        clients.truncate(max);
+        (found, clients)
     }
 
     pub fn show(&self, client_id: &str) -> Option<Client> {
@@ -97,7 +138,13 @@ impl Clients {
 
 impl Session {
     fn describe(&self, clock: &Clock) -> Client {
-        let (queued, queued_bytes, in_flight) = self.outbox().sizes();
+        let outbox = self.outbox();
+        let ((queued, queued_bytes, in_flight), dropped) = (outbox.sizes(), outbox.dropped());
+        drop(outbox);
+        let activity = self.known_activity();
+        let silent_for = activity.and_then(|activity| activity.silent_for());
+        let seen_us = silent_for.map(|ago| super::now_us().saturating_sub(ago.as_micros() as u64));
+        let counts = activity.map(|activity| activity.counts()).unwrap_or_default();
         let (connection, expiry_s, disconnected_us) = self.presence();
         Client {
             client_id: self.client_id.to_string(),
@@ -108,6 +155,9 @@ impl Session {
             queued,
             queued_bytes,
             in_flight,
+            session_bytes: self.filter_bytes() + queued_bytes,
+            last_seen_us: seen_us,
+            counts: Counts { dropped, ..counts },
             filters: Vec::new(),
         }
     }

@@ -222,6 +222,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         match event {
             Event::Io(Io::Read(len)) => {
                 self.last_read = Instant::now();
+                self.session.activity().read(self.last_read.into_std());
                 self.broker.counters.bytes[RECEIVED].increment(len as u64);
                 READ.with_borrow(|read| self.take_fresh(&read[..len]))
             }
@@ -297,6 +298,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             self.inbound.ask_to_receive(unanswered);
             Outward::set(&mut self.outward, waits, broker, &self.session);
             broker.counters.filled(&filled);
+            self.session.activity().filled(&filled);
         }
         self.broker.counters.sending(self.peer.version, &self.out[self.counted..]);
         self.counted = self.out.len();

@@ -9,6 +9,7 @@
 //! session's queue ([`outbound`]) has come.
 
 mod acks;
+mod activity;
 mod aliases;
 mod auth;
 mod bind;
@@ -76,8 +77,9 @@ use crate::threads::{LONG_TURN, SHORT_TURN, in_turns};
 use crate::topic::Namespace;
 use crate::units::Period;
 
+pub use self::activity::Counts;
 pub use self::bind::{Bind, SocketMode};
-pub use self::clients::{Client, Clients};
+pub use self::clients::{Client, ClientOrder, Clients};
 pub use self::clock::{Source as ClockSource, system as system_clock};
 pub use self::config::{Config, Endpoint, Tls};
 pub use self::copies::READER;

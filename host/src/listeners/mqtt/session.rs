@@ -16,6 +16,7 @@ use tokio::sync::{Notify, OwnedMutexGuard};
 
 use super::Broker;
 use super::acks::Stopped;
+use super::activity::Activity;
 use super::blobs::Id;
 use super::clients::Connection;
 use super::open_ids::{OpenIds, OpenIdsRoom, Received};
@@ -55,6 +56,8 @@ pub struct Session {
     /// QoS 2 packet ids that are not released.
     received: Mutex<OpenIds>,
     outbox: Mutex<Outbox>,
+    /// Of a client that was there since the start: others have no use for the room.
+    activity: OnceLock<Box<Activity>>,
     /// By stream, of a session that a restart found behind the live delivery: see
     /// [`Session::lane`].
     lanes: OnceLock<Box<[AtomicU8]>>,
@@ -101,6 +104,7 @@ impl Session {
             state: Mutex::new(State { epoch: new_epoch(), ..State::default() }),
             received: Mutex::new(OpenIds::new(open_ids)),
             outbox: Mutex::default(),
+            activity: OnceLock::new(),
             lanes: OnceLock::new(),
         }
     }
@@ -116,6 +120,15 @@ impl Session {
     pub fn set_lane(&self, streams: usize, stream: usize, lane: u8) {
         let lanes = self.lanes.get_or_init(|| (0..streams).map(|_| AtomicU8::new(0)).collect());
         lanes[stream].store(lane, Ordering::Release);
+    }
+
+    /// What its client did, `None` where it was not there since the start.
+    pub fn known_activity(&self) -> Option<&Activity> {
+        self.activity.get().map(|activity| &**activity)
+    }
+
+    pub fn activity(&self) -> &Activity {
+        self.activity.get_or_init(Box::default)
     }
 
     pub fn outbox(&self) -> MutexGuard<'_, Outbox> {
@@ -422,6 +435,9 @@ impl Sessions {
             broker.counters.sessions_expired.increment(expired.into());
             if !resumed {
                 discard(broker, session);
+                if let Some(activity) = session.known_activity() {
+                    activity.reset();
+                }
             }
             let mut state = lock(&session.state);
             let mut changes = state.stale_removed();

@@ -149,6 +149,7 @@ impl<S> Connection<'_, S> {
                 Ok(filter) => filter,
                 Err((reason, cause)) => {
                     self.broker.counters.refused_subscribe(cause);
+                    self.session.activity().refused_subscribe();
                     let kind = format!("mqtt: subscribe refused: {cause}");
                     let client_id = &*self.session.client_id;
                     let detail = format!("client {client_id}, filter {text:.200}");

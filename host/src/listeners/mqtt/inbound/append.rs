@@ -83,7 +83,7 @@ impl Inbound {
                     owed: owed.copied().collect(),
                 };
                 if error == AppendError::NoSpace {
-                    stalled.drop_unacknowledged(broker);
+                    stalled.drop_unacknowledged(broker, &self.session);
                 }
                 if !stalled.is_empty() {
                     self.stalled.push(stalled);
@@ -132,7 +132,8 @@ impl Inbound {
             let appended = stream.append(messages, &changes);
             *spare = recycle(changes);
             let appended = appended?;
-            taken_in(broker, messages);
+            let bytes = taken_in(broker, messages);
+            self.session.activity().published(messages.len(), bytes);
             if let Some(retaining) = retaining {
                 retaining.done(broker, appended);
             }
@@ -201,8 +202,8 @@ pub fn push_sender(
     out.extend_from_slice(&identity.attributes);
 }
 
-/// Counts what a stream took.
-pub fn taken_in(broker: &Broker, messages: &[NewMessage<'_>]) {
+/// Counts what a stream took. Returns the bytes of the payloads.
+pub fn taken_in(broker: &Broker, messages: &[NewMessage<'_>]) -> u64 {
     let (mut by_qos, mut bytes, mut outside) = ([0u64; 3], 0, 0);
     for message in messages {
         outside += u64::from(message.flags & flags::FITS_NAMESPACE == 0);
@@ -216,4 +217,5 @@ pub fn taken_in(broker: &Broker, messages: &[NewMessage<'_>]) {
     if outside > 0 {
         broker.counters.outside_namespace.increment(outside);
     }
+    bytes
 }

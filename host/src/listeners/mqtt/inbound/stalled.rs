@@ -3,6 +3,7 @@
 use super::Owed;
 use crate::batch::flags;
 use crate::listeners::mqtt::Broker;
+use crate::listeners::mqtt::session::Session;
 use crate::stream::{NewMessage, partition_of};
 
 pub struct Stalled {
@@ -26,10 +27,18 @@ impl Stalled {
     }
 
     /// On a full disk QoS 0 is dropped, and counted; the others wait.
-    pub fn drop_unacknowledged(&mut self, broker: &Broker) {
+    pub fn drop_unacknowledged(&mut self, broker: &Broker, session: &Session) {
         let before = self.messages.len();
         self.messages.retain(|message| message.flags & flags::QOS_MASK != 0);
-        broker.counters.no_space.increment((before - self.messages.len()) as u64);
+        let dropped = (before - self.messages.len()) as u64;
+        broker.counters.no_space.increment(dropped);
+        if dropped > 0 {
+            session.activity().no_space(dropped);
+            let client_id = &*session.client_id;
+            let kind = "mqtt: QoS 0 messages dropped for want of room on disk";
+            let detail = format!("client {client_id}: it would get no ack to wait for; QoS 1 and 2 wait");
+            broker.failures.report_by(kind, client_id, dropped, &detail, "headworks status");
+        }
     }
 }
 

@@ -52,6 +52,8 @@ pub struct Outbox {
     /// Messages of a session that outlives its connection that found no room, or waited too
     /// long, and were not told of yet.
     lost: u64,
+    /// Messages that found no room or waited too long, told of or not.
+    dropped: u64,
     /// Of a session that outlives its connection.
     kept: Option<Box<Kept>>,
 }
@@ -117,6 +119,7 @@ impl Outbox {
         let len = queued.bytes();
         let mut dropped = 0;
         while self.queue.len() >= limits.messages_max || self.sums.bytes + len > limits.bytes_max {
+            self.dropped += 1;
             if self.kept.is_none() || queued.qos == 0 {
                 let slow = self.connected && queued.qos > 0;
                 return if slow { Offer::Overflow } else { Offer::Dropped };
@@ -171,6 +174,10 @@ impl Outbox {
 
     /// How many messages were lost, of a session that outlives its connection, since it was
     /// asked last.
+    pub fn dropped(&self) -> u64 {
+        self.dropped
+    }
+
     pub fn take_lost(&mut self) -> u64 {
         std::mem::take(&mut self.lost)
     }
@@ -340,6 +347,7 @@ impl Outbox {
             self.pop();
             dropped += 1;
         }
+        self.dropped += dropped;
         if self.kept.is_some() {
             self.lost += dropped;
         }

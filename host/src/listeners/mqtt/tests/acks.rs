@@ -83,6 +83,8 @@ async fn a_full_disk_holds_acks_and_drops_qos_0_but_answers_pings() {
     assert_eq!((client.receive().await, client.receive().await), (puback(1), pubrec(2)));
     client.nothing_but_ping().await;
     assert_eq!(stream.bounds().end, Offset(2));
+    let counts = host.handle.clients().show("c").unwrap().counts;
+    assert_eq!((counts.published, counts.no_space), (2, 1));
     host.stop().await;
 }
 

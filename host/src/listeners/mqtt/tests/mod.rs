@@ -3,6 +3,7 @@
 
 mod access;
 mod acks;
+mod activity;
 mod copies;
 mod limits;
 mod sessions;

@@ -1,0 +1,148 @@
+//! What each client did and what became of it, for an operator who looks for the one that
+//! floods, is refused, or loses messages. Counted once a read or a write, not once a message.
+
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use super::outbound::Filled;
+
+/// Counts since the session began, or since the host started where that was later.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counts {
+    /// Messages that were taken in from the client, and the bytes of their payloads.
+    pub published: u64,
+    pub published_bytes: u64,
+    /// Publishes of the client that the access rules or `topic_levels_max` refused.
+    pub refused_publishes: u64,
+    /// Filters of the client that were refused.
+    pub refused_subscribes: u64,
+    /// QoS 0 messages of the client that were dropped because the disk was full.
+    pub no_space: u64,
+    /// Messages that were sent to the client; a message that is sent again counts again.
+    pub delivered: u64,
+    /// Messages for the client that its queue had no room for, or that waited in it for longer
+    /// than `mqtt.queue_age_max`.
+    pub dropped: u64,
+    /// Messages for the client whose own expiry passed while they waited.
+    pub expired: u64,
+    /// Messages for the client that are larger than it takes.
+    pub too_large: u64,
+    /// Messages for the client that the access rules withheld.
+    pub withheld: u64,
+}
+
+impl Counts {
+    pub fn refused(&self) -> u64 {
+        self.refused_publishes + self.refused_subscribes
+    }
+
+    /// Messages for the client that it did not get.
+    pub fn missed(&self) -> u64 {
+        self.dropped + self.expired + self.too_large + self.withheld
+    }
+}
+
+/// The counters of one session. Its connection writes them; anybody reads them.
+#[derive(Debug, Default)]
+pub struct Activity {
+    published: AtomicU64,
+    published_bytes: AtomicU64,
+    refused_publishes: AtomicU64,
+    refused_subscribes: AtomicU64,
+    no_space: AtomicU64,
+    delivered: AtomicU64,
+    expired: AtomicU64,
+    too_large: AtomicU64,
+    withheld: AtomicU64,
+    /// Microseconds from [`BEGUN`]; 0: not yet.
+    read_us: AtomicU64,
+}
+
+/// Times of reads count from here, so that a read asks no second clock.
+static BEGUN: LazyLock<Instant> = LazyLock::new(Instant::now);
+
+impl Activity {
+    pub fn published(&self, messages: usize, bytes: u64) {
+        add(&self.published, messages as u64);
+        add(&self.published_bytes, bytes);
+    }
+
+    pub fn refused_publish(&self) {
+        add(&self.refused_publishes, 1);
+    }
+
+    pub fn refused_subscribe(&self) {
+        add(&self.refused_subscribes, 1);
+    }
+
+    pub fn no_space(&self, messages: u64) {
+        add(&self.no_space, messages);
+    }
+
+    pub fn filled(&self, filled: &Filled) {
+        add(&self.delivered, filled.sent);
+        add(&self.expired, filled.expired);
+        add(&self.too_large, filled.too_large);
+        add(&self.withheld, filled.denied);
+    }
+
+    /// A new session begins.
+    pub fn reset(&self) {
+        let Self {
+            published,
+            published_bytes,
+            refused_publishes,
+            refused_subscribes,
+            no_space,
+            delivered,
+            expired,
+            too_large,
+            withheld,
+            read_us,
+        } = self;
+        for count in [published, published_bytes, refused_publishes, refused_subscribes, no_space] {
+            count.store(0, Ordering::Relaxed);
+        }
+        for count in [delivered, expired, too_large, withheld, read_us] {
+            count.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// Bytes came from the client.
+    pub fn read(&self, at: Instant) {
+        let us = at.saturating_duration_since(*BEGUN).as_micros() as u64;
+        self.read_us.store(us.max(1), Ordering::Relaxed);
+    }
+
+    /// How long ago bytes came from the client.
+    pub fn silent_for(&self) -> Option<Duration> {
+        let us = Some(self.read_us.load(Ordering::Relaxed)).filter(|us| *us > 0)?;
+        Some(BEGUN.elapsed().saturating_sub(Duration::from_micros(us)))
+    }
+
+    /// Without `dropped`, which the session's queue counts.
+    pub fn counts(&self) -> Counts {
+        let get = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        Counts {
+            published: get(&self.published),
+            published_bytes: get(&self.published_bytes),
+            refused_publishes: get(&self.refused_publishes),
+            refused_subscribes: get(&self.refused_subscribes),
+            no_space: get(&self.no_space),
+            delivered: get(&self.delivered),
+            dropped: 0,
+            expired: get(&self.expired),
+            too_large: get(&self.too_large),
+            withheld: get(&self.withheld),
+        }
+    }
+}
+
+fn add(count: &AtomicU64, more: u64) {
+    if more > 0 {
+        count.fetch_add(more, Ordering::Relaxed);
+    }
+}
