@@ -373,14 +373,6 @@ sinks:
 }
 
 #[test]
-fn ctrl_c_ends_a_tail_in_the_midst_of_a_long_stream() {
-    let host = Host::start("cli-tail", "");
-    let lines = "0123456789".repeat(20) + "\n";
-    let mut publish = mosquitto::publish(host.mqtt());
-    let mut publish =
-        publish.args(["-q", "1", "-t", "a/b", "-l"]).stdin(Stdio::piped()).spawn().expect("it runs");
-    let mut stdin = publish.stdin.take().expect("piped");
-#[test]
 fn validate_connect_tries_every_sink_and_says_what_to_do() {
     let database = postgres::shared().database();
     let good = database.url();
@@ -413,6 +405,14 @@ sinks:
     host.cli(&["validate", "--connect"]);
 }
 
+#[test]
+fn ctrl_c_ends_a_tail_in_the_midst_of_a_long_stream() {
+    let host = Host::start("cli-tail", "");
+    let lines = "0123456789".repeat(20) + "\n";
+    let mut publish = mosquitto::publish(host.mqtt());
+    let mut publish =
+        publish.args(["-q", "1", "-t", "a/b", "-l"]).stdin(Stdio::piped()).spawn().expect("it runs");
+    let mut stdin = publish.stdin.take().expect("piped");
     (0..2_000).for_each(|_| stdin.write_all(lines.as_bytes()).expect("it reads"));
     drop(stdin);
     assert!(publish.wait().expect("our child").success());
@@ -565,8 +565,36 @@ fn status_names_what_is_wrong_while_readiness_is_about_devices() {
 fn status_is_fine_where_all_works() {
     let host = host("cli-fine");
     let (code, text, json) = status(&host);
-    assert!(problems(&json).is_empty() && text.contains("sink telemetry/telemetry  works"), "{text}");
+    assert!(problems(&json).is_empty() && text.contains("sink telemetry/telemetry  works, 0 rows"), "{text}");
     assert_eq!(code == Some(0), json["problems"].as_array().is_some_and(Vec::is_empty), "{json}");
+}
+
+#[test]
+fn rows_that_were_there_already_are_shown_as_ignored_and_not_as_written() {
+    let config = "sinks: { w: { type: sqlite, path: data/telemetry.db, on_conflict: ignore } }\n";
+    let mut host = Host::prepare("cli-ignored", config);
+    host.drop_plugin("10-normalize.wasm", prebuilt("normalize"));
+    let file = host.folder.join("data/telemetry.db");
+    std::fs::create_dir_all(host.folder.join("data")).expect("our folder");
+    let table = "CREATE TABLE telemetry (time, device_id, location, metric, value, UNIQUE (device_id, time))";
+    rusqlite::Connection::open(&file).expect("a file").execute_batch(table).expect("a table");
+    host.run();
+    let send = |device: &str| {
+        let (topic, payload) = telemetry::message(device, 7);
+        publish(&host, &topic, &payload);
+    };
+    send("sensor-1");
+    send("sensor-1");
+    telemetry::written_to_sqlite(&host, &file);
+    // Once its row is there, what the commits before it wrote is counted.
+    send("sensor-2");
+    telemetry::written_to_sqlite(&host, &file);
+    let (_, text, json) = status(&host);
+    let rows = &json["pipelines"][0]["sinks"][0]["rows"];
+    assert_eq!((&rows["ignored"], &rows["rejected"]), (&1.into(), &0.into()), "{json}");
+    assert!(rows["written"].as_u64().is_some_and(|written| (1..=2).contains(&written)), "{json}");
+    assert!(text.contains("rows written, 1 ignored"), "{text}");
+    assert_eq!(telemetry::sqlite_count(&file, "telemetry"), 2);
 }
 
 /// Exit code, text and JSON of `headworks status`.

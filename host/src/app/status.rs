@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde_json::{Value, json};
 
 use super::Host;
+use super::problems::label_value;
 use crate::admin::Component;
 use crate::pipeline::{PipelineStatus, SinkStatus, State};
 use crate::plugin::{PluginState, PluginStatus};
@@ -55,7 +56,11 @@ impl Host {
     pub fn status(&self) -> Value {
         let streams: Vec<_> = self.streams.iter().map(|stream| stream_status(stream.as_ref())).collect();
         let statuses: Vec<_> = self.pipelines.iter().map(|pipeline| pipeline.status()).collect();
-        let of = |status| pipeline_status(status, |sink| self.oldest_age(status, sink));
+        let metrics = self.prometheus.render();
+        let of = |status: &PipelineStatus| {
+            let rows = |sink: &SinkStatus| rows(&metrics, &status.name, &sink.name);
+            pipeline_status(status, |sink| self.oldest_age(status, sink), rows)
+        };
         let pipelines: Vec<_> = statuses.iter().map(of).collect();
         let plugins: Vec<PluginStatus> = self.plugins.status();
         json!({
@@ -118,13 +123,32 @@ fn seconds(at: SystemTime) -> f64 {
     at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
-fn pipeline_status(status: &PipelineStatus, lag: impl Fn(&SinkStatus) -> Option<Duration>) -> Value {
+/// Rows of a sink by outcome since the host started, as `/metrics` has them.
+fn rows(metrics: &str, pipeline: &str, sink: &str) -> Value {
+    let count = |outcome: &str| -> u64 {
+        let mut lines = metrics.lines().filter_map(|line| line.strip_prefix("headworks_sink_rows_total"));
+        let found = lines.find_map(|line| {
+            let (labels, value) = line.rsplit_once(' ')?;
+            let is = |label, wanted| label_value(labels, label) == Some(wanted);
+            (is("pipeline", pipeline) && is("sink", sink) && is("outcome", outcome)).then_some(value)
+        });
+        found.and_then(|value| value.parse::<f64>().ok()).unwrap_or_default() as u64
+    };
+    json!({ "written": count("written"), "ignored": count("ignored"), "rejected": count("refused") })
+}
+
+fn pipeline_status(
+    status: &PipelineStatus,
+    lag: impl Fn(&SinkStatus) -> Option<Duration>,
+    rows: impl Fn(&SinkStatus) -> Value,
+) -> Value {
     let sink = |sink: &SinkStatus| {
         json!({
             "name": sink.name,
             "state": state_text(&sink.state),
             "committed": sink.committed.map(|offset| offset.0),
             "lag_messages": sink.lag_messages,
+            "rows": rows(sink),
             "lag_seconds": lag(sink).map(|lag| lag.as_secs_f64()),
             "since": seconds(sink.since),
             "last_commit": sink.last_commit.map(seconds),

@@ -263,6 +263,21 @@ pub enum ClientsCommand {
     },
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ClientSort {
+    Id,
+    /// Messages that came from the client
+    Published,
+    /// Messages that were sent to it
+    Delivered,
+    /// Messages that wait for it
+    Queued,
+    /// Messages for it that it did not get
+    Missed,
+    /// Its publishes and subscriptions that were refused
+    Refused,
+}
+
 #[derive(Debug, Subcommand)]
 pub enum DeadLettersCommand {
     /// Why messages were refused: each reason with its count, the most frequent first
@@ -386,12 +401,14 @@ mod tests {
             "run",
             "run --config a.yaml --log debug --log-format json",
             "validate -c a.yaml --format json",
+            "validate --connect",
             "plugin list",
             "plugin new check-limits --sdk guest-sdk",
             "plugin inspect a.wasm --format json",
             "plugin bench a.wasm --messages 1000",
             "plugin remove normalize",
             "streams list",
+            "clients list edge- --sort missed --max 5",
             "streams tail",
             "streams tail telemetry --from 10m --follow --max 5",
             "dead-letters list --max 5 --sink warehouse",
@@ -404,11 +421,9 @@ mod tests {
             "passwd passwords ann --scram --scram-iterations 15000",
         ] {
             let words = std::iter::once("headworks").chain(line.split(' '));
-            "validate --connect",
             Cli::try_parse_from(words).unwrap_or_else(|error| panic!("{line}: {error}"));
         }
     }
-            "clients list edge- --sort missed --max 5",
 
     #[test]
     fn what_would_do_nothing_or_two_things_is_refused() {

@@ -24,6 +24,29 @@ struct Status {
     problems: Vec<Problem>,
     version: String,
     components: Vec<Component>,
+    pipelines: Vec<Pipeline>,
+}
+
+#[derive(Deserialize, Serialize)]
+struct Pipeline {
+    name: String,
+    sinks: Vec<Sink>,
+}
+
+#[derive(Deserialize, Serialize)]
+struct Sink {
+    name: String,
+    lag_messages: u64,
+    rows: Rows,
+}
+
+/// Rows by outcome since the host started.
+#[derive(Deserialize, Serialize)]
+struct Rows {
+    written: u64,
+    /// The table had them already, or a trigger left them out.
+    ignored: u64,
+    rejected: u64,
 }
 
 pub fn status(args: &StatusArgs, out: &mut Out) -> anyhow::Result<ExitCode> {
@@ -47,9 +70,10 @@ pub fn status(args: &StatusArgs, out: &mut Out) -> anyhow::Result<ExitCode> {
     };
     match args.format.format {
         Format::Json => {
-            let Status { problems, version, components } = &status;
+            let Status { problems, version, components, pipelines } = &status;
             out.json(&json!({
                 "running": true, "version": version, "problems": problems, "components": components,
+                "pipelines": pipelines,
             }))?;
         }
         Format::Text => print(&status, out)?,
@@ -82,7 +106,22 @@ fn print(status: &Status, out: &mut Out) -> anyhow::Result<()> {
     for Component { name, ready, detail } in &status.components {
         // The whole reason stands above.
         let state = if *ready { "works" } else { detail.split(':').next().unwrap_or_default() };
-        out.line(format!("{name:width$}  {state}"))?;
+        let rows = rows(status, name).map(|rows| format!(", {rows}")).unwrap_or_default();
+        out.line(format!("{name:width$}  {state}{rows}"))?;
     }
     Ok(())
+}
+
+/// What became of the rows of `sink PIPELINE/SINK`.
+fn rows(status: &Status, component: &str) -> Option<String> {
+    let (pipeline, sink) = component.strip_prefix("sink ")?.split_once('/')?;
+    let pipeline = status.pipelines.iter().find(|known| known.name == pipeline)?;
+    let Rows { written, ignored, rejected } = pipeline.sinks.iter().find(|known| known.name == sink)?.rows;
+    let mut text = format!("{written} rows written");
+    for (count, what) in [(ignored, "ignored"), (rejected, "rejected")] {
+        if count > 0 {
+            text += &format!(", {count} {what}");
+        }
+    }
+    Some(text)
 }
