@@ -221,7 +221,12 @@ impl Inner {
             self.metrics.no_space(full);
             match lack {
                 Some(lack) => {
-                    tracing::warn!(stream = %self.name, "no {lack}: devices wait for their acks");
+                    tracing::warn!(
+                        stream = %self.name,
+                        dir = %self.dir.display(),
+                        show = "headworks status",
+                        "no {lack}: devices wait for their acks, and QoS 0 messages are dropped, until there is"
+                    );
                 }
                 None => tracing::info!(stream = %self.name, "appends go on"),
             }
