@@ -383,4 +383,65 @@ mod tests {
         let told = Address::parse("https://user:secret@auth/check").err().unwrap();
         assert!(!told.contains("secret") && told.starts_with("must "), "{told}");
     }
+
+    /// A service that answers each request with the next of these.
+    async fn answering(answers: Vec<String>) -> Http {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}/", listener.local_addr().unwrap());
+        tokio::spawn(async move {
+            for answer in answers {
+                let (mut io, _) = listener.accept().await.unwrap();
+                let mut request = Vec::new();
+                while !request.ends_with(b"}") {
+                    io.read_buf(&mut request).await.unwrap();
+                }
+                // A client that has read enough is gone.
+                drop(io.write_all(answer.as_bytes()).await);
+            }
+        });
+        Http::new(&serde_json::from_value(json!({ "url": url })).unwrap(), Failures::default()).unwrap()
+    }
+
+    fn response(status: &str, body: &str) -> String {
+        format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\n\r\n{body}", body.len())
+    }
+
+    #[tokio::test]
+    async fn what_is_not_a_plain_yes_lets_nobody_in() {
+        let yes = r#"{"allow":true}"#;
+        let ok = |body: &str| response("200 OK", body);
+        let answers = vec![
+            response("302 Found\r\nlocation: /yes", yes),
+            response("201 Created", yes),
+            response("500 Internal Server Error", yes),
+            ok(""),
+            ok("true"),
+            ok(r#"{"allow":"true"}"#),
+            ok(r#"{"allow":1}"#),
+            ok(r#"{"allow":false,"allow":true}"#),
+            ok(r#"{"allow":true} x"#),
+            ok(r#"{"allow":true,"rules":[{"effect":"allow","topics":["a/#/b"]}]}"#),
+            ok(&format!("{{\"allow\":true,\"fields\":{{\"a\":\"{}\"}}}}", "x".repeat(3 << 20))),
+            format!("HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{yes}"),
+            "not HTTP".to_owned(),
+        ];
+        let count = answers.len();
+        let http = answering(answers.clone()).await;
+        for answer in &answers[..count] {
+            let outcome = http.check(&who(Some("ann"), b"x", &Entrance::default())).await;
+            assert_eq!(outcome.err(), Some(Denied::Unavailable("http")), "{answer:.200}");
+        }
+    }
+
+    #[tokio::test]
+    async fn answers_are_kept_apart_however_names_and_passwords_are_cut() {
+        let (http, mut asked) = service().await;
+        let entrance = Entrance::default();
+        for (name, password) in [("a", "bc"), ("ab", "c"), ("abc", ""), ("a\r\nx: y", "bc")] {
+            let identity = http.check(&who(Some(name), password.as_bytes(), &entrance)).await;
+            assert_eq!(identity.unwrap().unwrap().name.as_deref(), Some(name));
+            let asked = asked.try_recv().expect("it is another client");
+            assert_eq!((&asked["username"], &asked["password"]), (&json!(name), &json!(password)));
+        }
+    }
 }

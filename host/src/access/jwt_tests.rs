@@ -60,6 +60,14 @@ async fn only_a_token_signed_in_time_for_us_is_taken() {
         ("iss", json!("other")),
         ("aud", json!("other")),
         ("sub", json!("")),
+        ("sub", json!(7)),
+        ("sub", Value::Null),
+        ("exp", json!(true)),
+        ("aud", json!("mqt")),
+        ("aud", json!("mqtt ")),
+        ("aud", json!([["mqtt"]])),
+        ("aud", json!({"mqtt": true})),
+        ("iss", json!(["plant"])),
     ] {
         let mut claims = good.clone();
         claims[claim] = value.clone();
@@ -94,7 +102,19 @@ async fn the_algorithm_is_of_the_keys_kind_and_never_none() {
     assert_eq!(check(&jwt, &unsigned).await, Err(Denied::BadCredentials));
     let critical = token(&json!({"alg": "HS256", "crit": ["x"]}), &claims, mac);
     assert_eq!(check(&jwt, &critical).await, Err(Denied::BadCredentials));
+    // A token brings no key of its own.
+    let own = b"a key that the token brings with it";
+    let embedded =
+        json!({"alg": "HS256", "jku": "http://127.0.0.1/keys", "jwk": {"kty": "oct", "k": encode(own)}});
+    let sign = |signed: &[u8]| hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, own), signed).as_ref().to_vec();
+    assert_eq!(check(&jwt, &token(&embedded, &claims, sign)).await, Err(Denied::BadCredentials));
     let good = hs256(&claims);
+    let padded = format!("{good}=");
+    let of_four = format!("{good}.{}", encode("x"));
+    let endless = hs256(&json!({"sub": "ann", "exp": FAR, "fill": "x".repeat(1 << 20)}));
+    for odd in [padded, of_four, endless, good.replace('.', ".."), good[..good.len() - 1].to_owned()] {
+        assert_ne!(check(&jwt, &odd).await, Ok(Some("ann".into())), "{odd:.80}");
+    }
     for at in [10, good.len() / 2, good.len() - 10] {
         let mut changed = good.clone().into_bytes();
         changed[at] = if changed[at] == b'A' { b'B' } else { b'A' };

@@ -98,6 +98,18 @@ fn a_trap_says_where_it_was_in_every_language_that_has_names() {
 }
 
 #[test]
+fn the_first_fault_of_a_batch_is_the_one_that_is_told() {
+    let reason = only_poison_is_refused("L");
+    assert!(reason.starts_with("took over 40 ms of CPU"), "the limit that was set: {reason}");
+    assert!(reason.contains("; alone, with an eighth of the limits: took over"), "{reason}");
+    // The batch ended at the first one; the other is told for what it did alone.
+    let outcome = run(&mut runner(&guarded()), batch(&["one", "P", "L", "four"]));
+    let reasons: Vec<&str> = outcome.refused.iter().map(|refused| &*refused.reason).collect();
+    assert!(reasons[0].contains("unreachable") && !reasons[0].contains("alone"), "{reasons:?}");
+    assert!(reasons[1].starts_with("alone, with an eighth of the limits: took over"), "{reasons:?}");
+}
+
+#[test]
 fn a_loop_is_cut_by_its_cpu_time() {
     assert!(only_poison_is_refused("L").contains("ms of CPU"));
 }

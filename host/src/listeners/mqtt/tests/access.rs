@@ -383,6 +383,47 @@ async fn a_client_over_its_rate_is_read_slower_and_nothing_is_refused() {
 }
 
 #[tokio::test]
+async fn who_guesses_a_password_is_told_to_wait_and_other_users_of_the_address_are_not() {
+    let Guarded { host, folder: _folder } = guarded("[]", |_| {}).await;
+    const WRONG: [&str; 16] =
+        ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "a", "b", "c", "d", "e", "f"];
+    let mut told = Vec::new();
+    for password in WRONG {
+        told.push(refused(&host, signed_in("c", "ann", password)).await);
+    }
+    assert_eq!(told[..5], [ConnectAckReason::BadUserNameOrPassword; 5], "the first ones cost no wait");
+    assert!(told.contains(&ConnectAckReason::ConnectionRateExceeded), "{told:?}");
+    let (_, ack) = host.client(signed_in("c", "bob", "bob")).await;
+    assert_eq!(ack.reason_code, ConnectAckReason::Success);
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn an_alias_of_a_refused_topic_stays_refused() {
+    let rules = r#"[{ effect: allow, topics: ["open"] }]"#;
+    let Guarded { host, folder: _folder } = guarded(rules, |config| config.topic_alias_maximum = 3).await;
+    let mut client = host.client(signed_in("c", "ann", "ann")).await.0;
+    let aliased = |topic: &'static str, packet_id: u16, alias: u16| {
+        let topic_alias = NonZeroU16::new(alias);
+        let properties = PublishProperties { topic_alias, ..PublishProperties::default() };
+        Publish { properties: Some(properties), ..publish(topic, QoS::AtLeastOnce, packet_id) }
+    };
+    for (topic, packet_id, alias, may) in [
+        ("secret", 1, 1, false),
+        ("", 2, 1, false),
+        ("open", 3, 1, true),
+        ("", 4, 1, true),
+        ("secret", 5, 1, false),
+        ("", 6, 1, false),
+    ] {
+        client.send(aliased(topic, packet_id, alias)).await;
+        let code = refused_with(client.receive().await);
+        assert_eq!(code == u8::from(PublishAckReason::NotAuthorized), !may, "{packet_id}: {code:#04x}");
+    }
+    host.stop().await;
+}
+
+#[tokio::test]
 async fn a_client_id_that_is_another_users_is_refused() {
     let Guarded { host, .. } = guarded("- { effect: allow, topics: ['#'] }", |config| {
         config.access.as_mut().unwrap().client_ids = vec!["%u".to_owned(), "%u-*".to_owned()];
