@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::again::Again;
 use super::known::{Known, Piece, Reader, Remembered, Seen, Stale};
@@ -73,6 +74,8 @@ pub struct Refused {
     pub ticket: Ticket,
     /// New letters.
     pub letters: u64,
+    /// Number of refusals, from the first on, that have their letters.
+    pub done: usize,
 }
 
 #[derive(Clone, Debug, thiserror::Error)]
@@ -158,26 +161,43 @@ impl DeadLetters {
     /// are full. The letters survive a crash once [`Self::durable`] returns for
     /// the ticket, which covers those of other lanes too.
     pub async fn refuse(&self, refusals: &[Refusal<'_>], readers: &mut [Reader]) -> Result<Refused, Error> {
-        let mut done = Refused { ticket: self.lock().ticket, letters: 0 };
-        let names_bytes = self.sinks.iter().map(|name| name.len() + 1).sum::<usize>();
-        let mut rest = refusals;
-        while !rest.is_empty() {
-            let mut bytes = 0;
-            let fits = rest
-                .iter()
-                .take(APPEND_LETTERS_MAX)
-                .take_while(|refusal| {
-                    bytes += letter::bytes_estimate(refusal, names_bytes);
-                    bytes <= APPEND_BYTES_MAX
-                })
-                .count()
-                .max(1);
-            let (chunk, after) = rest.split_at(fits);
-            let appended = self.append(chunk, readers).await?;
-            done = Refused { ticket: appended.ticket, letters: done.letters + appended.letters };
-            rest = after;
+        self.refuse_until(None, refusals, readers).await
+    }
+
+    /// As [`Self::refuse`], and gives up waiting for room at `until`: the
+    /// refusals from [`Refused::done`] on then have no letter.
+    pub async fn refuse_until(
+        &self,
+        until: Option<Instant>,
+        refusals: &[Refusal<'_>],
+        readers: &mut [Reader],
+    ) -> Result<Refused, Error> {
+        let mut refused = Refused { ticket: self.lock().ticket, ..Refused::default() };
+        while let Some(chunk) = self.next_chunk(refusals, refused.done) {
+            let Some(appended) = self.append(until, chunk, readers).await? else { break };
+            refused = Refused {
+                ticket: appended.ticket,
+                letters: refused.letters + appended.letters,
+                done: refused.done + appended.done,
+            };
         }
-        Ok(done)
+        Ok(refused)
+    }
+
+    /// The refusals after the first `done` that go into one append.
+    fn next_chunk<'a, 'b>(&self, refusals: &'a [Refusal<'b>], done: usize) -> Option<&'a [Refusal<'b>]> {
+        let rest = &refusals[done..];
+        let names_bytes = self.sinks.iter().map(|name| name.len() + 1).sum::<usize>();
+        let mut bytes = 0;
+        let fits = rest
+            .iter()
+            .take(APPEND_LETTERS_MAX)
+            .take_while(|refusal| {
+                bytes += letter::bytes_estimate(refusal, names_bytes);
+                bytes <= APPEND_BYTES_MAX
+            })
+            .count();
+        (!rest.is_empty()).then(|| &rest[..fits.max(1)])
     }
 
     /// Returns once everything up to `ticket` survives a crash.
@@ -188,6 +208,15 @@ impl DeadLetters {
         let mut durable = self.stream.durable();
         let reached = durable.wait_for(|reached| *reached >= ticket).await.is_ok();
         if reached { Ok(()) } else { Err(AppendError::Stopped(self.stream.stopped().await).into()) }
+    }
+
+    /// As [`Self::durable`], and gives up waiting at `until`. Returns whether
+    /// everything up to `ticket` survives a crash.
+    pub async fn durable_until(&self, until: Instant, ticket: Ticket) -> Result<bool, Error> {
+        match timeout_at(until, self.durable(ticket)).await {
+            Ok(durable) => durable.map(|()| true),
+            Err(_) => Ok(false),
+        }
     }
 
     /// What readers for these sinks know before they run the messages from
@@ -287,34 +316,50 @@ impl DeadLetters {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    async fn append(&self, refusals: &[Refusal<'_>], readers: &mut [Reader]) -> Result<Refused, Error> {
+    /// Returns `None` where there is no room until then.
+    async fn append(
+        &self,
+        until: Option<Instant>,
+        refusals: &[Refusal<'_>],
+        readers: &mut [Reader],
+    ) -> Result<Option<Refused>, Error> {
+        let too_late = async {
+            match until {
+                Some(until) => sleep_until(until).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::pin!(too_late);
         loop {
-            let room = self.forgotten.notified();
-            let error = match self.try_append(refusals, readers) {
+            let forgotten = self.forgotten.notified();
+            let is_full = match self.try_append(refusals, readers) {
                 Ok(Some(appended)) => {
                     *self.waiting.lock().unwrap_or_else(PoisonError::into_inner) = None;
-                    return Ok(appended);
+                    return Ok(Some(appended));
                 }
                 Ok(None) => {
                     self.wait_because(&self.full_reason());
-                    room.await;
-                    continue;
+                    true
                 }
-                Err(error) => error,
+                Err(AppendError::NoSpace) => {
+                    self.wait_because(
+                        "dead letters are full: look at them, then raise their retention or free disk space",
+                    );
+                    false
+                }
+                Err(AppendError::Full) => false,
+                Err(error) => return Err(error.into()),
             };
-            match error {
-                AppendError::Full => {}
-                AppendError::NoSpace => self.wait_because(
-                    "dead letters are full: look at them, then raise their retention or free disk space",
-                ),
-                AppendError::TooLarge(_) | AppendError::Stopped(_) => return Err(error.into()),
+            tokio::select! {
+                () = forgotten, if is_full => {}
+                () = self.stream.writable(), if !is_full => {}
+                () = &mut too_late => return Ok(None),
             }
-            self.stream.writable().await;
         }
     }
 
-    /// `None`: too many letters that their sinks are not past. Who the letters name is
-    /// decided with the append.
+    /// Returns `None` where the bound on pending letters is reached. Decides under
+    /// the lock which sinks each letter names.
     fn try_append(
         &self,
         refusals: &[Refusal<'_>],
@@ -327,7 +372,7 @@ impl DeadLetters {
             .filter(|(_, names)| !names.is_empty())
             .collect();
         if fresh.is_empty() {
-            return Ok(Some(Refused { ticket: known.ticket, letters: 0 }));
+            return Ok(Some(Refused { ticket: known.ticket, letters: 0, done: refusals.len() }));
         }
         let keys = fresh.iter().map(|(_, names)| names.len()).sum::<usize>();
         if known.bytes() > self.bytes_max {
@@ -391,7 +436,11 @@ impl DeadLetters {
         if trimmed > 0 {
             metrics::properties_dropped(&self.pipeline).increment(trimmed);
         }
-        Ok(Some(Refused { ticket: known.ticket, letters: (fresh.len() + again.len()) as u64 }))
+        Ok(Some(Refused {
+            ticket: known.ticket,
+            letters: (fresh.len() + again.len()) as u64,
+            done: refusals.len(),
+        }))
     }
 
     /// Why letters of this pipeline wait, for a person.

@@ -122,6 +122,9 @@ impl PipelineMetrics {
     }
 }
 
+/// Kinds of `headworks_sink_retries_total`.
+const RETRY_KINDS: [&str; 5] = ["retry", "unknown", "setup", "too_much", "refusals"];
+
 /// Makes the counters that count what rarely happens, so that they are there at 0:
 /// an alert on an increase misses one that begins at 1.
 pub fn register(pipeline: &str, sinks: &[String]) {
@@ -132,7 +135,7 @@ pub fn register(pipeline: &str, sinks: &[String]) {
     dead_letters(pipeline, super::ROUTES_STEP).increment(0);
     for sink in sinks {
         dead_letters(pipeline, sink).increment(0);
-        for kind in ["retry", "unknown", "setup", "data", "rows", "refusals"] {
+        for kind in RETRY_KINDS {
             retries(pipeline, sink, kind).increment(0);
         }
     }
@@ -188,6 +191,7 @@ impl SinkMetrics {
 
     /// `kind`: retry, unknown, setup, too_much, refusals.
     pub fn retry(&self, kind: &'static str) {
+        debug_assert!(RETRY_KINDS.contains(&kind), "{kind} is not registered");
         retries(&self.pipeline, &self.sink, kind).increment(1);
     }
 }

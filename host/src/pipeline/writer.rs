@@ -8,7 +8,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::dead_letters::{DeadLetters, Refusal, Source};
+use tokio::time;
+
+use super::dead_letters::{self, DeadLetters, Refusal, Source};
 use super::known::{Reader, Seen, before_last, index_within_offset};
 use super::metrics::SinkMetrics;
 use super::routes::SinkNumber;
@@ -25,10 +27,14 @@ const REFUSALS_WINDOW: Duration = Duration::from_secs(60);
 const STREAK_MAX: u64 = 20;
 /// Most rows that a sink which pauses for a streak tries after each pause.
 const LEAK_MAX: usize = 256;
-/// How long a sink's transaction waits for dead letters: they may be full, and it holds locks.
+/// Default of [`Pace::hold_max`].
 const HOLD_MAX: Duration = Duration::from_secs(10);
-/// How often a batch of which nothing can be written is tried before its first row is tried alone.
+/// Tries of a batch of which nothing can be written, before its first row is tried alone.
 const DOUBTS_MAX: u32 = 3;
+
+/// Stands for the error code of a row that was rejected after [`Error::Doubtful`]: the
+/// brake recognizes a streak.
+const DOUBTFUL_CODE: &str = "doubtful";
 
 pub struct Writer {
     /// `None` while a redrive has it.
@@ -56,29 +62,41 @@ pub enum Failed {
     Stop(String),
 }
 
-/// Rows of one transaction: halved where a batch runs into a limit of time or
-/// memory, grown by an eighth with each one that does not.
+/// Limits of one transaction. Its rows are halved where a batch runs into a limit
+/// of time or memory, and grow by an eighth with each one that does not.
 #[derive(Debug)]
 pub struct Pace {
     rows: usize,
+    /// Longest wait of an open transaction, which holds locks in the database,
+    /// for room in the dead letters and for their sync.
+    pub(super) hold_max: Duration,
     /// Tries in a row of which nothing could be written, for no clear reason.
     doubts: u32,
+    /// The last transaction was given up while some of its rows had a letter
+    /// already: positions move past these before more rows are tried, which
+    /// gives back the room that their letters hold.
+    settle: bool,
 }
 
 impl Default for Pace {
     fn default() -> Self {
-        Self { rows: usize::MAX, doubts: 0 }
+        Self { rows: usize::MAX, hold_max: HOLD_MAX, doubts: 0, settle: false }
     }
 }
 
 impl Pace {
-    /// Returns whether fewer rows than `len` can be tried.
-    fn too_much(&mut self, len: usize) -> bool {
-        self.rows = (len / 2).max(1);
-        len > 1
+    /// Halves the next transaction after one of `len` rows.
+    fn halve(&mut self, len: usize) {
+        if len > 0 {
+            self.rows = (len / 2).max(1);
+        }
     }
 
     fn committed(&mut self, len: usize) {
+        self.settle = false;
+        if len == 0 {
+            return;
+        }
         self.doubts = 0;
         if len >= self.rows {
             self.rows = self.rows.saturating_add((self.rows / 8).max(1));
@@ -223,38 +241,50 @@ impl Writer {
         loop {
             let alone = self.pace.doubts >= DOUBTS_MAX;
             let most = if alone { 1 } else { self.pace.rows.min(self.refusals.leak()) };
-            let len = part(rows, most);
+            let len = if self.pace.settle { 0 } else { part(rows, most) };
             let advance = self.advance(rows, len, upto);
+            if self.pace.settle {
+                self.letters.durable(self.letters.ticket()).await.map_err(stopped)?;
+            }
             if len == 0 && advance.is_empty() {
+                if std::mem::take(&mut self.pace.settle) {
+                    continue;
+                }
                 return Ok(());
             }
             match self.commit(rows, len, &advance).await {
                 Ok(()) => wrote |= len > 0,
                 Err(Stopped::Sink(error @ Error::TooMuch(_))) => {
-                    if !self.pace.too_much(len) {
+                    self.pace.halve(len);
+                    // Rows of one message stay together.
+                    if part(rows, self.pace.rows) >= len {
                         return Err(self.failed(error));
                     }
                     self.metrics.retry("too_much");
                     continue;
                 }
-                // Where others of the batch went through, it is the row.
-                Err(Stopped::Sink(Error::Doubtful(reason)))
+                // Where others of the batch went through, it is the row. The doubts
+                // stay: until a row is written, each that fails alone goes the same
+                // way, and the brake on a streak of them holds a sink of which
+                // nothing works.
+                Err(Stopped::Sink(Error::Doubtful { reason, .. }))
                     if len > 0 && (alone || wrote && len == part(rows, 1)) =>
                 {
-                    // A code of its own, so that the brake knows a streak of them.
-                    let code = Some("doubtful".to_owned());
+                    let code = Some(DOUBTFUL_CODE.to_owned());
                     let reject = |row| RefusedRow { row, reason: reason.clone(), code: code.clone() };
                     self.refuse(rows, (0..len).map(reject).collect()).await?;
-                    self.pace.doubts = 0;
                 }
                 Err(Stopped::Sink(error)) => {
                     if matches!(error, Error::Unknown(_)) {
                         // No answer in time may be a limit too.
-                        self.pace.too_much(len);
+                        self.pace.halve(len);
                     }
                     return Err(self.failed(error));
                 }
-                Err(Stopped::Letters(failed)) => return Err(failed),
+                Err(Stopped::Letters(failed)) => {
+                    self.pace.halve(len);
+                    return Err(failed);
+                }
             }
             // After the rejected are in dead letters: somebody can look at them.
             if let Some(reason) = self.refusals.too_many() {
@@ -275,18 +305,17 @@ impl Writer {
             Ok(Outcome::Committed(written)) => Ok(written),
             Ok(Outcome::Rejected(rejected)) => {
                 drop(part);
-                // They are out of `rows` from here on: whatever becomes of the
-                // transaction, what has a letter is not sent again.
-                let refused = tokio::time::timeout(HOLD_MAX, self.refuse(rows, rejected)).await;
+                let refused = self.refuse(rows, rejected).await;
                 let sink = self.sink.as_mut().expect("still here");
-                let Ok(refused) = refused else {
-                    // Gives the transaction up; letters that are written already are known.
-                    drop(sink.commit(&Rows::default(), &[]).await);
-                    let reason = "rejected rows wait for room in the dead letters".to_owned();
-                    return Err(Stopped::Letters(Failed::Later { kind: "retry", reason }));
-                };
-                left -= refused.map_err(Stopped::Letters)?;
-                self.sink.as_mut().expect("still here").finish().await
+                match refused {
+                    Ok(refused) => left -= refused,
+                    Err(failed) => {
+                        // Gives the transaction up: it holds locks.
+                        drop(sink.commit(&Rows::default(), &[]).await);
+                        return Err(Stopped::Letters(failed));
+                    }
+                }
+                sink.finish().await
             }
             Err(error) => Err(error),
         };
@@ -322,9 +351,12 @@ impl Writer {
             .collect()
     }
 
-    /// Puts rows into dead letters; when this returns they survive a crash, and
-    /// are out of `rows`. Returns how many they are.
+    /// Puts rows into dead letters and returns their number; the letters then
+    /// survive a crash. Each row that has a letter leaves `rows`, also where this
+    /// fails because the dead letters have no room for all of them in time: a row
+    /// that stayed would be written as well.
     async fn refuse(&mut self, rows: &mut Rows, mut refused: Vec<RefusedRow>) -> Result<usize, Failed> {
+        let until = time::Instant::now() + self.pace.hold_max;
         refused.sort_unstable_by_key(|r| r.row);
         refused.dedup_by_key(|r| r.row);
         let refusals: Vec<_> = refused
@@ -351,9 +383,10 @@ impl Writer {
             })
             .collect();
         let mut itself = [Reader { sink: self.number, seen: Seen::default() }];
-        let letters = self.letters.refuse(&refusals, &mut itself).await;
-        let letters = letters.map_err(|error| Failed::Stop(error.to_string()))?;
-        self.letters.durable(letters.ticket).await.map_err(|error| Failed::Stop(error.to_string()))?;
+        let letters =
+            self.letters.refuse_until(Some(until), &refusals, &mut itself).await.map_err(stopped)?;
+        let waiting = refused.len() - letters.done;
+        refused.truncate(letters.done);
         self.metrics.refused.increment(refused.len() as u64);
         self.refused += refused.len() as u64;
         self.refusals.note_refused(&refused);
@@ -362,8 +395,18 @@ impl Writer {
             refused.iter().map(|r| ("rows refused", &*r.reason)),
             &format!("headworks dead-letters summary --sink {}", self.claim.sink),
         );
-        let mut gone = refused.iter().map(|r| r.row).peekable();
-        *rows = rows.select((0..rows.len()).filter(|row| gone.next_if_eq(row).is_none()));
+        let is_refused = |row: &usize| refused.binary_search_by_key(row, |r| r.row).is_ok();
+        *rows = rows.select((0..rows.len()).filter(|row| !is_refused(row)));
+        let durable = self.letters.durable_until(until, letters.ticket).await.map_err(stopped)?;
+        if waiting > 0 || !durable {
+            self.pace.settle = true;
+            let reason = match waiting {
+                0 => "the dead letters of rejected rows are not durable yet".to_owned(),
+                waiting => format!("{waiting} rejected rows wait for room in the dead letters"),
+            };
+            self.metrics.retry("retry");
+            return Err(Failed::Later { kind: "retry", reason });
+        }
         Ok(refused.len())
     }
 
@@ -377,7 +420,7 @@ impl Writer {
                 ));
             }
             Error::Unknown(_) => "unknown",
-            Error::Doubtful(_) => {
+            Error::Doubtful { .. } => {
                 self.pace.doubts += 1;
                 "setup"
             }
@@ -387,6 +430,11 @@ impl Writer {
         self.metrics.retry(kind);
         Failed::Later { kind, reason: error.to_string() }
     }
+}
+
+/// A failure of the dead letters' log: nothing can be rejected any more.
+fn stopped(error: dead_letters::Error) -> Failed {
+    Failed::Stop(error.to_string())
 }
 
 /// Why a commit did not happen.

@@ -255,7 +255,7 @@ impl Fault {
     fn into_error(self) -> Error {
         match self {
             Self::TooMuch(reason) => Error::TooMuch(reason),
-            Self::Doubtful(reason) => Error::Doubtful(reason),
+            Self::Doubtful(reason) => Error::Doubtful { context: "memory".to_owned(), reason },
             Self::Retry(reason) => Error::Retry(reason),
             Self::UnknownWritten | Self::UnknownLost => Error::Unknown("connection lost".to_owned()),
             Self::Fenced(reason) => Error::Fenced(reason),

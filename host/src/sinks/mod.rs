@@ -93,6 +93,15 @@ impl Rows {
         }
     }
 
+    /// Returns whether all rows were made of one message. A position cannot lie
+    /// between such rows.
+    pub fn is_of_one_message(&self) -> bool {
+        let of = |message: MessageRef<'_>| (message.entry.partition, message.offset());
+        let mut all = self.iter().map(of);
+        let first = all.next();
+        all.all(|other| Some(other) == first)
+    }
+
     /// The same bytes, some of the rows.
     pub fn select(&self, rows: impl IntoIterator<Item = usize>) -> Rows {
         Rows { batches: self.batches.clone(), rows: rows.into_iter().map(|i| self.rows[i]).collect() }
@@ -136,10 +145,10 @@ pub enum Error {
     #[error("{0}")]
     TooMuch(String),
     /// None of the rows could be written, by an error that a trigger or an
-    /// extension also raises for a single bad row: back off, `open` again; after
-    /// some tries, the first row alone.
-    #[error("{0}")]
-    Doubtful(String),
+    /// extension also raises for a single bad row: back off, then try the rows
+    /// again; after some tries, the first row alone.
+    #[error("{context}: {reason}")]
+    Doubtful { context: String, reason: String },
     /// Connection, locks, a changed table, anything that may pass: back off, `open` again.
     #[error("{0}")]
     Retry(String),
@@ -167,7 +176,8 @@ pub trait Sink: Send {
     /// this sink. A new claim's first advance of a partition sets its position
     /// whatever `from` says, so begin with an empty commit of `from == to` for
     /// all partitions: from then on each has a position.
-    /// Call it again after `Doubtful`, `Retry`, `Unknown`, `Setup`.
+    /// Call it again after `Retry`, `Unknown` and `Setup`; after `TooMuch` and
+    /// `Doubtful` the claim still stands.
     async fn open(&mut self, claim: &Claim) -> Result<Vec<Position>, Error>;
 
     /// `rows` may be empty: then only positions move. `advance` names a

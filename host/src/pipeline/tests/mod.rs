@@ -7,3 +7,4 @@ mod lanes;
 mod letters;
 mod redrive;
 mod swap;
+mod writer;

@@ -289,7 +289,7 @@ impl Sink for PostgresSink {
             self.isolates = matches!(outcome, Outcome::Rejected(rejected) if by_server(rejected));
         }
         // After these the connection is good, and there is no transaction but one that waits.
-        if matches!(outcome, Ok(_) | Err(Error::TooMuch(_) | Error::Fenced(_))) {
+        if matches!(outcome, Ok(_) | Err(Error::TooMuch(_) | Error::Doubtful { .. } | Error::Fenced(_))) {
             self.session = Some(session);
         }
         outcome

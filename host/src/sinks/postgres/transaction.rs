@@ -29,15 +29,15 @@ pub enum Tried {
 
 /// Why the rows of one transaction were not written.
 enum Failure {
-    /// By the server or on the way there.
+    /// The server or the connection failed before COMMIT was sent.
     Write(tokio_postgres::Error),
-    /// In or after COMMIT.
+    /// The server or the connection failed, and COMMIT was sent.
     Commit(tokio_postgres::Error),
     /// The table is not the one that was bound.
     Changed,
 }
 
-/// How far the rows came.
+/// Result of the statements of one transaction, up to COMMIT.
 struct Sent {
     /// Rows that could not be encoded.
     rejected: Vec<RefusedRow>,
@@ -168,8 +168,9 @@ impl Session {
         // After the rows: what wrote them holds the table against changes until COMMIT.
         let bound: [&(dyn ToSql + Sync); 2] = [&self.table, &self.binding.fingerprint];
         let check = client.execute(&self.check, &bound);
+        let commits = rejected.is_empty() && !isolates;
         let commit = async {
-            match rejected.is_empty() && !isolates {
+            match commits {
                 // Committed last: before this line a crash redelivers, never loses.
                 true => client.batch_execute("COMMIT").await,
                 false => Ok(()),
@@ -178,9 +179,10 @@ impl Session {
         let write = async { join(insert, isolate).await };
         let (copied, (inserted, isolated), checked, committed) =
             join4(copy.finish(), write, check, commit).await;
-        let copied = copied.map_err(Failure::Write)?;
-        let inserted = inserted.map_err(Failure::Write)?;
-        let isolated = isolated.map_err(Failure::Write)?;
+        let failure = if commits { Failure::Commit } else { Failure::Write };
+        let copied = copied.map_err(failure)?;
+        let inserted = inserted.map_err(failure)?;
+        let isolated = isolated.map_err(failure)?;
         checked.map_err(|error| match error.as_db_error() {
             Some(_) => Failure::Changed,
             None => Failure::Commit(error),
@@ -198,9 +200,11 @@ impl Session {
         isolates: bool,
     ) -> Result<Tried, Error> {
         let changed = || Error::Retry(format!("{context}: the table has changed: opening the sink again"));
-        let error = match failure {
+        let (error, is_over) = match failure {
             Failure::Changed => return Err(changed()),
-            Failure::Write(error) | Failure::Commit(error) => error,
+            Failure::Write(error) => (error, false),
+            // COMMIT of a failed transaction has rolled it back.
+            Failure::Commit(error) => (error, true),
         };
         let Some(db) = error.as_db_error() else { return Err(unknown(context, &error)) };
         let code = db.code().code();
@@ -208,11 +212,14 @@ impl Session {
             return Err(unknown(context, &error));
         }
         let server = |error: tokio_postgres::Error| classify(context, &error);
-        // An error in COMMIT has ended the transaction: then this one only warns.
-        self.client.batch_execute("ROLLBACK").await.map_err(server)?;
+        if !is_over {
+            self.client.batch_execute("ROLLBACK").await.map_err(server)?;
+        }
         let reason = || format!("{context}: {}", describe(&error));
         match error::of_write(code) {
-            Kind::TooMuch if code == "53400" && rows.len() == 1 => Err(Error::Doubtful(reason())),
+            Kind::TooMuch if code == "53400" && rows.is_of_one_message() => {
+                Err(Error::Doubtful { context: context.to_owned(), reason: describe(&error) })
+            }
             Kind::TooMuch => Err(Error::TooMuch(reason())),
             Kind::Retry => Err(Error::Retry(reason())),
             Kind::Row { .. } => {
@@ -303,7 +310,7 @@ impl Isolated {
     fn within(self, context: &str) -> Error {
         match self {
             Self::Setup(reason) => Error::Setup(format!("{context}: {reason}")),
-            Self::Doubtful(reason) => Error::Doubtful(format!("{context}: {reason}")),
+            Self::Doubtful(reason) => Error::Doubtful { context: context.to_owned(), reason },
         }
     }
 }

@@ -118,7 +118,8 @@ impl Session {
         let mut rejected: Vec<RefusedRow> = rejected.into_values().map(|of| of.row).collect();
         if alone {
             self.roll_back();
-            return Err(Error::Doubtful(format!("{context}: {}", rejected.swap_remove(0).reason)));
+            let (context, reason) = (context.to_owned(), rejected.swap_remove(0).reason);
+            return Err(Error::Doubtful { context, reason });
         }
         self.uncommitted = Some(written);
         Ok(Outcome::Rejected(rejected))

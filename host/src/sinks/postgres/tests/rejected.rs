@@ -105,7 +105,10 @@ async fn what_every_row_runs_into_is_set_up_and_not_data() {
         let mut sink = opened(&fresh).await;
         let error = sink.commit(&rows([("a", "500"), ("a", "600")]), &[advance(0, 0, 2)]).await.unwrap_err();
         assert!(format!("{error:?}").starts_with(expected), "{error:?}");
-        assert_eq!(sink.open(&claim()).await.unwrap(), [position(0, 0)]);
+        if expected == "Setup" {
+            assert_eq!(sink.open(&claim()).await.unwrap(), [position(0, 0)]);
+        }
+        sink.commit(&rows([("a", "5")]), &[advance(0, 0, 1)]).await.unwrap();
     }
     // What a trigger raises by itself is about the row, also where it is alone.
     let fresh = Fresh::with(&trigger("P0001", "TRIGGER t BEFORE")).await;
@@ -134,7 +137,8 @@ async fn a_limit_of_time_or_size_asks_for_fewer_rows_and_leaves_the_sink_usable(
     let error = sink.commit(&rows([("a", "5"), ("a", "500")]), &[advance(0, 0, 2)]).await.unwrap_err();
     assert!(matches!(error, Error::TooMuch(_)), "{error:?}");
     let error = sink.commit(&rows([("a", "500")]), &[advance(0, 0, 1)]).await.unwrap_err();
-    assert!(matches!(error, Error::Doubtful(_)), "{error:?}");
+    assert!(matches!(error, Error::Doubtful { .. }), "{error:?}");
+    sink.commit(&rows([("a", "5")]), &[advance(0, 0, 1)]).await.unwrap();
 }
 
 #[tokio::test]
