@@ -14,15 +14,18 @@ use crate::batch::{Batch, Offset, Partition};
 mod config;
 #[cfg(test)]
 pub mod conformance;
+mod lineage;
 pub mod log;
 pub mod memory;
 mod set;
 
 pub use config::{Config, Key, Retention};
+pub use lineage::Lineage;
 pub use set::Streams;
 
-/// What a position is a position of. A wiped or restored data folder has
-/// another `log`, a stream that was re-partitioned or moved another `generation`.
+/// What a position is a position of. A wiped data folder has another `log`, a stream
+/// that was re-partitioned or moved another `generation`. A restored or copied folder
+/// has the same of both: see [`Lineage`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Identity {
     pub log: Uuid,
