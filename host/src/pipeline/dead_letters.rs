@@ -23,8 +23,8 @@ use super::routes::SinkNumber;
 use crate::batch::{Batch, MessageRef, Offset, Partition};
 use crate::step::RefusedKind;
 use crate::stream::{
-    AppendError, Attachment, Identity, NewMessage, OnLag, Read, ReadError, StateChange, Stream, Ticket,
-    partition_of,
+    AppendError, Attachment, Identity, NewMessage, OnLag, Opening, Read, ReadError, StateChange, Stream,
+    Ticket, partition_of,
 };
 use crate::units::ByteSize;
 
@@ -93,6 +93,7 @@ pub struct DeadLetters {
     /// Of the pipeline, in its order.
     sinks: Vec<String>,
     source: Identity,
+    openings: Vec<Opening>,
     source_name: String,
     scan_key: String,
     known: Mutex<Known>,
@@ -108,16 +109,17 @@ pub struct DeadLetters {
 }
 
 impl DeadLetters {
-    /// Reads the keys of letters that may still be redelivered.
+    /// Reads the keys of letters that may still be redelivered from `source`.
     pub async fn open(
         stream: Arc<dyn Stream>,
         pipeline: &str,
         sinks: Vec<String>,
-        source: Identity,
-        source_name: &str,
+        source: &dyn Stream,
         bytes_max: u64,
         again: Option<Again>,
     ) -> Result<Self, Error> {
+        let (source_name, openings) = (source.name(), source.openings());
+        let source = source.identity();
         let scan_key = format!("{SCAN_KEY}{pipeline}/{}/{}", source.log, source.generation);
         // A redrive's copies may be any.
         let saved = stream
@@ -141,6 +143,7 @@ impl DeadLetters {
             again,
             sinks,
             source,
+            openings,
             source_name: source_name.to_owned(),
             scan_key,
             forgotten: Notify::new(),
@@ -390,8 +393,14 @@ impl DeadLetters {
             .iter()
             .map(|(refusal, names)| {
                 let names: Vec<_> = names.iter().map(|sink| &*self.sinks[*sink]).collect();
-                let (bytes, whole) =
-                    letter::properties(refusal, &names, &self.pipeline, &self.source_name, &self.source);
+                let (bytes, whole) = letter::properties(
+                    refusal,
+                    &names,
+                    &self.pipeline,
+                    &self.source_name,
+                    &self.source,
+                    &self.openings,
+                );
                 trimmed += u64::from(!whole);
                 bytes
             })
@@ -465,7 +474,7 @@ impl DeadLetters {
             let Read::Batch(batch) = read else { continue };
             for message in batch.messages() {
                 let Some(letter) = Letter::of(&message) else { continue };
-                if letter.is_copy() || !letter.is_from(&self.pipeline, &self.source) {
+                if letter.is_copy() || !letter.is_from(&self.pipeline, &self.source, &self.openings) {
                     continue;
                 }
                 let named: Vec<_> =
@@ -589,11 +598,9 @@ mod tests {
     #[tokio::test]
     async fn a_pipeline_whose_share_is_used_up_waits_and_says_for_which_sink_and_another_does_not() {
         let dead: Arc<dyn Stream> = MemoryStream::with_hooks("dead-letters", 1);
-        let source = MemoryStream::with_hooks("telemetry", 1).identity();
+        let source = MemoryStream::with_hooks("telemetry", 1);
         let sinks = || vec!["a".to_owned(), "c".to_owned()];
-        let open = |name, share| {
-            DeadLetters::open(Arc::clone(&dead), name, sinks(), source, "telemetry", share, None)
-        };
+        let open = |name, share| DeadLetters::open(Arc::clone(&dead), name, sinks(), &*source, share, None);
         let (first, second) = (open("p1", 2_000).await.unwrap(), open("p2", 2_000).await.unwrap());
         let batch = Batch {
             segments: vec![bytes::Bytes::from_static(b"a/b")],

@@ -339,9 +339,8 @@ impl Delivery {
     async fn open(&mut self) -> Result<(), Leave> {
         let mut attempt = 0;
         loop {
-            let first = self.stream.bounds().start;
             let opened = tokio::select! {
-                opened = self.writer.open(first) => opened,
+                opened = self.writer.open(&*self.stream) => opened,
                 () = self.abort.cancelled() => return Err(Leave::Aborted),
             };
             match opened {
@@ -360,9 +359,10 @@ impl Delivery {
         for (partition, position) in self.writer.positions.iter().enumerate() {
             if *position > kept.end {
                 return Err(Leave::Stop(format!(
-                    "sink \"{sink}\": its position {} in partition {partition} is beyond the end {} of stream \"{stream}\": \
-                     the data folder is older than the database; restore the newer folder, or remove the position from the sink",
-                    position.0, kept.end.0
+                    "sink \"{sink}\": its position {} in partition {partition} is beyond the end {} of stream \"{stream}\", \
+                     although this data folder was the last to move it: was the row in headworks_positions edited? \
+                     Put next_offset back to at most {}, then restart",
+                    position.0, kept.end.0, kept.end.0
                 )));
             }
             if *position < kept.start && self.on_lag == OnLag::Block {

@@ -7,9 +7,9 @@ use uuid::Uuid;
 
 use super::dead_letters::{Refusal, Source};
 use super::known::Piece;
-use crate::batch::MessageRef;
+use crate::batch::{MessageRef, Offset};
 use crate::properties::{self, Origin, PROPERTIES_BYTES_MAX, PROPERTIES_MAX};
-use crate::stream::Identity;
+use crate::stream::{Identity, Opening};
 
 const PREFIX: &str = "dead-letter";
 const REASON: &str = "dead-letter-reason";
@@ -26,12 +26,14 @@ const LOG: &str = "dead-letter-log";
 const GENERATION: &str = "dead-letter-generation";
 const OFFSET: &str = "dead-letter-offset";
 const INDEX: &str = "dead-letter-index";
+/// Of the opening of the log that wrote the message, in hexadecimal.
+const OPENING: &str = "dead-letter-opening";
 /// Of a copy that a redrive made: the offset of the letter.
 const REDRIVE: &str = "dead-letter-redrive";
 
 const REASON_BYTES_MAX: usize = 4_096;
 /// Most properties of ours.
-const OURS_MAX: usize = 13;
+const OURS_MAX: usize = 14;
 /// Of a letter in an append, beside the message's own bytes and the reason.
 const HEADERS_BYTES_ESTIMATE: usize = 1_024;
 
@@ -54,6 +56,8 @@ pub struct Letter<'a> {
     pub generation: u32,
     pub offset: u64,
     pub index: u32,
+    /// Opening of the log that wrote the message. `None`: 0.1.0 did not say.
+    pub opening: Option<u64>,
     /// Set: a redrive's copy of the letter with this offset; not to be listed.
     pub redrive_of: Option<u64>,
 }
@@ -63,7 +67,8 @@ impl<'a> Letter<'a> {
     pub fn of(message: &MessageRef<'a>) -> Option<Self> {
         let mut texts = [None; OURS_MAX];
         const NAMES: [&str; OURS_MAX] = [
-            REASON, KIND, PIPELINE, STEP, SINK, SINKS, WHOLE, STREAM, LOG, GENERATION, OFFSET, INDEX, REDRIVE,
+            REASON, KIND, PIPELINE, STEP, SINK, SINKS, WHOLE, STREAM, LOG, GENERATION, OFFSET, INDEX,
+            OPENING, REDRIVE,
         ];
         for property in properties::iter(message.properties()) {
             if property.origin == Origin::Pipeline as u8
@@ -85,6 +90,7 @@ impl<'a> Letter<'a> {
             generation,
             offset,
             index,
+            opening,
             redrive,
         ] = texts;
         Some(Self {
@@ -100,6 +106,7 @@ impl<'a> Letter<'a> {
             generation: generation?.parse().ok()?,
             offset: offset?.parse().ok()?,
             index: index?.parse().ok()?,
+            opening: opening.and_then(|opening| u64::from_str_radix(opening, 16).ok()),
             redrive_of: redrive.and_then(|offset| offset.parse().ok()),
         })
     }
@@ -108,8 +115,14 @@ impl<'a> Letter<'a> {
         self.redrive_of.is_some()
     }
 
-    pub fn is_from(&self, pipeline: &str, source: &Identity) -> bool {
-        self.pipeline == pipeline && self.log == source.log && self.generation == source.generation
+    /// Whether it is of a message that this log has. A copy of the log has others at the same
+    /// offsets where another opening wrote them.
+    pub fn is_from(&self, pipeline: &str, source: &Identity, openings: &[Opening]) -> bool {
+        let is_same = |opening| opening_of(openings, Offset(self.offset)).is_none_or(|own| own == opening);
+        self.pipeline == pipeline
+            && self.log == source.log
+            && self.generation == source.generation
+            && self.opening.is_none_or(is_same)
     }
 
     /// Whether this sink is to have the message when it is sent again.
@@ -151,6 +164,7 @@ pub fn properties(
     pipeline: &str,
     stream: &str,
     source: &Identity,
+    openings: &[Opening],
 ) -> (Vec<u8>, bool) {
     let mut ours = Vec::with_capacity(512);
     let mut set =
@@ -173,7 +187,16 @@ pub fn properties(
     set(GENERATION, &source.generation.to_string());
     set(OFFSET, &refusal.message.offset().0.to_string());
     set(INDEX, &refusal.index.to_string());
+    if let Some(opening) = opening_of(openings, refusal.message.offset()) {
+        set(OPENING, &format!("{opening:016x}"));
+    }
     beside(refusal.message.properties(), &ours)
+}
+
+/// The opening that wrote the message at this offset; `None` where the log does not know.
+fn opening_of(openings: &[Opening], offset: Offset) -> Option<u64> {
+    let opening = openings.iter().rev().find(|opening| opening.first <= offset)?;
+    (opening.id != Opening::UNKNOWN).then_some(opening.id)
 }
 
 /// A redrive's copy: all properties of the letter, and which letter it is of; `only`:
@@ -247,6 +270,10 @@ mod tests {
         Batch { segments: vec![properties.into()], entries: vec![entry].into(), ..Batch::default() }
     }
 
+    fn openings(id: u64) -> [Opening; 1] {
+        [Opening { id, first: Offset(2) }]
+    }
+
     fn refuse(properties: Vec<u8>) -> (Vec<u8>, bool) {
         let batch = batch(properties);
         let refusal = Refusal {
@@ -260,7 +287,7 @@ mod tests {
             closes: false,
         };
         let source = Identity { log: Uuid::nil(), generation: 2, partitions: 1 };
-        super::properties(&refusal, &["warehouse"], "telemetry", "readings", &source)
+        super::properties(&refusal, &["warehouse"], "telemetry", "readings", &source, &openings(7))
     }
 
     #[test]
@@ -276,6 +303,11 @@ mod tests {
         assert_eq!((letter.sink, letter.offset, letter.index), (Some("warehouse"), 3, 1));
         assert_eq!((letter.kind, letter.pipeline, letter.generation), ("sink", "telemetry", 2));
         assert!(!letter.is_copy());
+        let source = Identity { log: Uuid::nil(), generation: 2, partitions: 1 };
+        assert!(letter.is_from("telemetry", &source, &openings(7)), "the opening that wrote it");
+        assert!(!letter.is_from("telemetry", &source, &openings(8)), "a copy of the log has another message");
+        let newer = [Opening { id: 8, first: Offset(9) }];
+        assert!(letter.is_from("telemetry", &source, &newer), "the log does not remember");
     }
 
     #[test]
@@ -297,7 +329,7 @@ mod tests {
         let source = Identity { log: Uuid::max(), generation: u32::MAX, partitions: 1 };
         let name = "n".repeat(64);
         let sinks = [&*name; 64];
-        let (bytes, whole) = super::properties(&refusal, &sinks, &name, &name, &source);
+        let (bytes, whole) = super::properties(&refusal, &sinks, &name, &name, &source, &openings(u64::MAX));
         assert!(whole && bytes.len() + size_of::<Entry>() <= bytes_estimate(&refusal, 64 * 65));
     }
 

@@ -18,13 +18,14 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::sinks::{Claim, Sink};
+use crate::sinks::{Claim, Epoch, Sink};
 use crate::step::Chain;
 use crate::stream::{Identity, OnLag, Stream};
 use crate::telemetry::Failures;
 
 mod again;
 mod board;
+mod claim;
 mod config;
 mod dead_letters;
 mod dead_letters_config;
@@ -124,15 +125,16 @@ struct Redriver {
     lenders: Vec<(String, mpsc::Sender<Control>)>,
     dead_letters: Arc<dyn Stream>,
     shared: Arc<Shared>,
-    one_at_a_time: tokio::sync::Mutex<()>,
+    /// What this process has of the claims of its redrives, by sink. Held by the one that runs.
+    epochs: tokio::sync::Mutex<Vec<Option<Epoch>>>,
 }
 
 impl Redriver {
     /// No filter: only what an earlier redrive left.
     async fn redrive(&self, filter: Option<&Filter>) -> Result<Summary, RedriveError> {
-        let _one_at_a_time = self.one_at_a_time.lock().await;
+        let mut epochs = self.epochs.lock().await;
         let chain = self.board.chain().ok_or(RedriveError::NoSteps)?;
-        redrive::run(filter, &chain, &self.shared, &self.dead_letters, &self.lenders).await
+        redrive::run(filter, &chain, &self.shared, &self.dead_letters, &self.lenders, &mut epochs).await
     }
 
     /// Goes on with a redrive that ended with the last process, until all is sent.
@@ -215,8 +217,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
         Arc::clone(&dead_letters),
         name,
         names.clone(),
-        identity,
-        stream.name(),
+        &*stream,
         dead_letters_bytes_max,
         None,
     )
@@ -244,13 +245,16 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
             writer: Writer {
                 sink: Some(part.sink),
                 number,
-                claim: claim(name, &part.name, identity),
+                claim: claim_of(name, &part.name, identity),
+                held: None,
                 letters: Arc::clone(&shared.letters),
                 metrics: SinkMetrics::new(name, &part.name),
                 failures: shared.failures.clone(),
                 refusals: Refusals::new(config.refusals_max_share),
                 pace: Pace::default(),
                 positions: Vec::new(),
+                lineages: Vec::new(),
+                openings: Vec::new(),
                 refused: 0,
             },
             stream: Arc::clone(&stream),
@@ -275,10 +279,10 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
     let board = Arc::new(Board::new(name, Arc::clone(&stream), shareds, Arc::clone(&shared.letters)));
     let redriver = Arc::new(Redriver {
         board: Arc::clone(&board),
+        epochs: tokio::sync::Mutex::new(vec![None; names.len()]),
         lenders,
         dead_letters,
         shared: Arc::clone(&shared),
-        one_at_a_time: tokio::sync::Mutex::default(),
     });
     let resuming = Arc::clone(&redriver).resume();
     tokio::spawn(shutdown.clone().run_until_cancelled_owned(resuming));
@@ -295,7 +299,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
     })
 }
 
-fn claim(pipeline: &str, sink: &str, identity: Identity) -> Claim {
+fn claim_of(pipeline: &str, sink: &str, identity: Identity) -> Claim {
     Claim {
         pipeline: pipeline.to_owned(),
         sink: sink.to_owned(),

@@ -27,7 +27,7 @@ use super::routes::Sorted;
 use super::worker::{Shared, Stripped, unknown_routes, without_letters};
 use super::writer::{Failed, Pace, Refusals, Writer};
 use crate::batch::{Batch, Offset, Partition, Span};
-use crate::sinks::{Rows, Sink};
+use crate::sinks::{Epoch, Rows, Sink};
 use crate::step::{Attempt, Chain, Outcome, Refused, RefusedKind, Step};
 use crate::stream::{AppendError, Read, ReadError, StateChange, Stream, Ticket};
 
@@ -102,13 +102,14 @@ pub async fn list_open(dead_letters: &dyn Stream, pipeline: Option<&str>) -> Res
 }
 
 /// Sends the letters that `filter` names, and those that an earlier run left; with no
-/// filter only the latter.
+/// filter only the latter. `epochs`: by sink, what this process has of the claims.
 pub async fn run(
     filter: Option<&Filter>,
     chain: &Chain,
     shared: &Arc<Shared>,
     dead_letters: &Arc<dyn Stream>,
     lenders: &[(String, mpsc::Sender<Control>)],
+    epochs: &mut [Option<Epoch>],
 ) -> Result<Summary, RedriveError> {
     forget_marks(dead_letters).await?;
     let sinks: Vec<_> = lenders.iter().map(|(sink, _)| sink.clone()).collect();
@@ -117,10 +118,16 @@ pub async fn run(
     }
     let name = format!("{}/redrive", shared.name);
     let identity = dead_letters.identity();
-    let (stream, stream_name) = (Arc::clone(dead_letters), dead_letters.name());
     let again = Again::read(&**dead_letters, &shared.name, &sinks).await?;
-    let letters =
-        DeadLetters::open(stream, &shared.name, sinks, identity, stream_name, u64::MAX, Some(again)).await?;
+    let letters = DeadLetters::open(
+        Arc::clone(dead_letters),
+        &shared.name,
+        sinks,
+        &**dead_letters,
+        u64::MAX,
+        Some(again),
+    )
+    .await?;
     let letters = Arc::new(letters);
     letters.check_all();
     let mut steps = instances(chain).await?;
@@ -134,13 +141,16 @@ pub async fn run(
         let mut writer = Writer {
             sink: None,
             number,
-            claim: super::claim(&name, sink, identity),
+            claim: super::claim_of(&name, sink, identity),
+            held: epochs[number],
             letters: Arc::clone(&letters),
             metrics: SinkMetrics::new(&name, sink),
             failures: shared.failures.clone(),
             refusals: Refusals::new(1.0),
             pace: Pace::default(),
             positions: Vec::new(),
+            lineages: Vec::new(),
+            openings: Vec::new(),
             refused: 0,
         };
         let (sink_back, result) =
@@ -148,6 +158,7 @@ pub async fn run(
         // Given back whatever happened: the delivery opens its own claim again.
         drop(borrowed.back.send(sink_back));
         summary.refused += writer.refused;
+        epochs[number] = writer.held;
         reached[number] = writer.positions;
         let reason = match result {
             Ok(Ok(())) => continue,
@@ -280,7 +291,7 @@ async fn deliver_with(
     dead_letters: &Arc<dyn Stream>,
     summary: &mut Summary,
 ) -> Delivered {
-    if let Err(failed) = writer.open(dead_letters.bounds().start).await {
+    if let Err(failed) = writer.open(&**dead_letters).await {
         return Ok(Err(failed));
     }
     let name = writer.claim.sink.clone();

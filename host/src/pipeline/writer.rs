@@ -10,13 +10,17 @@ use std::time::{Duration, Instant};
 
 use tokio::time;
 
+use super::claim;
 use super::dead_letters::{self, DeadLetters, Refusal, Source};
 use super::known::{Reader, Seen, before_last, index_within_offset};
 use super::metrics::SinkMetrics;
 use super::routes::SinkNumber;
 use crate::batch::{Offset, Partition};
-use crate::sinks::{Advance, BATCH_ROWS_MAX, Claim, Error, Outcome, RefusedRow, Rows, Sink, Written};
+use crate::sinks::{
+    Advance, BATCH_ROWS_MAX, Claim, Epoch, Error, Outcome, Position, RefusedRow, Rows, Sink, Written,
+};
 use crate::step::RefusedKind;
+use crate::stream::{Lineage, Opening, Stream};
 use crate::telemetry::Failures;
 
 /// Rows before a share of rejected ones says anything.
@@ -41,6 +45,8 @@ pub struct Writer {
     pub sink: Option<Box<dyn Sink>>,
     pub number: SinkNumber,
     pub claim: Claim,
+    /// What this process has of the claim; `None` until it was opened once.
+    pub held: Option<Epoch>,
     pub letters: Arc<DeadLetters>,
     pub metrics: SinkMetrics,
     pub failures: Failures,
@@ -48,6 +54,10 @@ pub struct Writer {
     pub pace: Pace,
     /// By partition, as the sink last said or committed.
     pub positions: Vec<Offset>,
+    /// By partition, beside `positions`.
+    pub lineages: Vec<Lineage>,
+    /// Of the stream that is delivered.
+    pub openings: Vec<Opening>,
     /// Rows refused so far, for a redrive's summary.
     pub refused: u64,
 }
@@ -209,28 +219,39 @@ impl Refusals {
 }
 
 impl Writer {
-    /// Claims and learns the positions. A claim that is new to the sink begins
-    /// at `first`, and that is committed, so that it begins there after a crash too.
-    pub async fn open(&mut self, first: Offset) -> Result<(), Failed> {
-        let partitions = usize::from(self.claim.partitions);
+    /// Claims and learns the positions. A claim that is new to the sink begins at the
+    /// first kept message. A position that was left in another copy of the log comes
+    /// back to where the two part. Either is committed, so that it holds after a crash.
+    pub async fn open(&mut self, stream: &dyn Stream) -> Result<(), Failed> {
         let sink = self.sink.as_mut().expect("a lent sink is back before the next call");
-        let found = sink.open(&self.claim).await.map_err(|error| self.failed(error))?;
-        self.positions = vec![first; partitions];
-        if found.is_empty() {
-            let advance: Vec<_> = (0..self.claim.partitions)
-                .map(|p| Advance { partition: Partition(p), from: first, to: first })
-                .collect();
-            let sink = self.sink.as_mut().expect("still here");
-            return match sink.commit(&Rows::default(), &advance).await {
-                Ok(_) => Ok(()),
-                Err(error) => Err(self.failed(error)),
-            };
-        }
-        for position in found {
-            if let Some(known) = self.positions.get_mut(usize::from(position.partition.0)) {
-                *known = position.next;
+        let opened = sink.open(&self.claim, self.held).await.map_err(|error| self.failed(error))?;
+        self.held = Some(opened.epoch);
+        self.openings = stream.openings();
+        let start = stream.bounds().start;
+        let is_new = opened.positions.is_empty();
+        self.positions = vec![start; usize::from(self.claim.partitions)];
+        self.lineages = vec![Lineage::default(); usize::from(self.claim.partitions)];
+        let mut to = self.positions.clone();
+        for Position { partition, next, lineage } in opened.positions {
+            let p = usize::from(partition.0);
+            if p < to.len() {
+                to[p] = lineage.locate(next, &self.openings, start);
+                (self.positions[p], self.lineages[p]) = (next, lineage);
             }
         }
+        let advance: Vec<_> = (0..to.len())
+            .filter(|p| is_new || self.positions[*p] != to[*p])
+            .map(|p| self.step(p, to[p]))
+            .collect();
+        if advance.is_empty() {
+            return Ok(());
+        }
+        let sink = self.sink.as_mut().expect("still here");
+        sink.commit(&Rows::default(), &advance).await.map_err(|error| self.failed(error))?;
+        if !is_new {
+            claim::say_moved(&self.claim, stream, &advance);
+        }
+        self.moved(advance);
         Ok(())
     }
 
@@ -252,7 +273,7 @@ impl Writer {
                 }
                 return Ok(());
             }
-            match self.commit(rows, len, &advance).await {
+            match self.commit(rows, len, advance).await {
                 Ok(()) => wrote |= len > 0,
                 Err(Stopped::Sink(error @ Error::TooMuch(_))) => {
                     self.pace.halve(len);
@@ -296,12 +317,12 @@ impl Writer {
 
     /// Commits the first `len` rows and takes them out of `rows`; those that
     /// the sink rejects are durable in dead letters before the commit.
-    async fn commit(&mut self, rows: &mut Rows, len: usize, advance: &[Advance]) -> Result<(), Stopped> {
+    async fn commit(&mut self, rows: &mut Rows, len: usize, advance: Vec<Advance>) -> Result<(), Stopped> {
         let begun = Instant::now();
         let sink = self.sink.as_mut().expect("a lent sink is back before the next call");
         let part = if len == rows.len() { rows.clone() } else { rows.select(0..len) };
         let mut left = len;
-        let outcome = match sink.commit(&part, advance).await {
+        let outcome = match sink.commit(&part, &advance).await {
             Ok(Outcome::Committed(written)) => Ok(written),
             Ok(Outcome::Rejected(rejected)) => {
                 drop(part);
@@ -327,10 +348,25 @@ impl Writer {
         self.metrics.written.increment(written.written);
         self.metrics.ignored.increment(written.ignored);
         self.refusals.note_written(written);
-        for step in advance {
-            self.positions[usize::from(step.partition.0)] = step.to;
-        }
+        self.moved(advance);
         Ok(())
+    }
+
+    /// These are committed.
+    fn moved(&mut self, advance: Vec<Advance>) {
+        for Advance { partition, to, lineage, .. } in advance {
+            let p = usize::from(partition.0);
+            self.positions[p] = to;
+            if let Some(lineage) = lineage {
+                self.lineages[p] = lineage;
+            }
+        }
+    }
+
+    fn step(&self, partition: usize, to: Offset) -> Advance {
+        let from = self.positions[partition];
+        let lineage = self.lineages[partition].moved(&self.openings, from, to);
+        Advance { partition: Partition(partition as u16), from, to, lineage }
     }
 
     /// How far the positions may move once the first `len` rows are written:
@@ -347,7 +383,7 @@ impl Writer {
             .zip(to)
             .enumerate()
             .filter(|(_, (from, to))| to > *from)
-            .map(|(p, (from, to))| Advance { partition: Partition(p as u16), from: *from, to })
+            .map(|(p, (_, to))| self.step(p, to))
             .collect()
     }
 
@@ -411,14 +447,8 @@ impl Writer {
     }
 
     fn failed(&mut self, error: Error) -> Failed {
-        let sink = &self.claim.sink;
         let kind = match &error {
-            Error::Fenced(reason) => {
-                return Failed::Stop(format!(
-                    "sink \"{sink}\": {reason}; another host writes as pipeline \"{}\" of this log: stop one of them, then restart this one",
-                    self.claim.pipeline
-                ));
-            }
+            Error::Fenced(reason) => return Failed::Stop(reason.clone()),
             Error::Unknown(_) => "unknown",
             Error::Doubtful { .. } => {
                 self.pace.doubts += 1;

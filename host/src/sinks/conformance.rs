@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use super::{Advance, Claim, Error, OnConflict, Outcome, Position, RefusedRow, Rows, Sink, Written};
 use crate::batch::{Batch, Entry, Offset, Partition, Span, flags};
+use crate::stream::{Lineage, Opening};
 
 /// A fresh database, and what it holds.
 #[async_trait]
@@ -19,6 +20,9 @@ pub trait Database: Send + Sync {
 
     /// (device, value) of every row, in no order.
     async fn written(&self) -> Vec<(String, f64)>;
+
+    /// Somebody removes what Headworks keeps beside the rows.
+    async fn lose_positions(&self);
 
     /// From now on this payload cannot be written. Sinks with typed columns
     /// refuse `"hot"` by themselves.
@@ -41,6 +45,10 @@ macro_rules! conformance_tests {
             a_replayed_commit_is_fenced,
             the_older_of_two_claimants_is_fenced,
             opening_again_takes_the_claim_over,
+            only_the_start_of_a_process_takes_a_claim_over,
+            a_position_keeps_the_openings_that_it_was_given,
+            a_position_goes_back_where_it_is_told_to,
+            positions_that_are_gone_are_not_begun_again_by_a_running_host,
             an_empty_commit_moves_only_positions,
             partitions_move_apart_and_together,
             one_partition_left_behind_fences_the_whole_commit,
@@ -129,16 +137,17 @@ pub fn rows<'m>(messages: impl IntoIterator<Item = (&'m str, &'m str)>) -> Rows 
 }
 
 pub fn advance(partition: u16, from: u64, to: u64) -> Advance {
-    Advance { partition: Partition(partition), from: Offset(from), to: Offset(to) }
+    Advance { partition: Partition(partition), from: Offset(from), to: Offset(to), lineage: None }
 }
 
 pub fn position(partition: u16, next: u64) -> Position {
-    Position { partition: Partition(partition), next: Offset(next) }
+    Position { partition: Partition(partition), next: Offset(next), lineage: Lineage::default() }
 }
 
+/// Another process.
 async fn opened(database: &dyn Database, claim: &Claim) -> (Box<dyn Sink>, Vec<Position>) {
     let mut sink = database.sink().await;
-    let mut positions = sink.open(claim).await.expect("opens");
+    let mut positions = sink.open(claim, None).await.expect("opens").positions;
     positions.sort_by_key(|position| position.partition.0);
     (sink, positions)
 }
@@ -198,10 +207,86 @@ pub async fn the_older_of_two_claimants_is_fenced(database: &dyn Database) {
 pub async fn opening_again_takes_the_claim_over(database: &dyn Database) {
     let (mut sink, _) = opened(database, &claim()).await;
     sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.expect("commits");
-    let positions = sink.open(&claim()).await.expect("opens again");
+    let positions = sink.open(&claim(), None).await.expect("opens again").positions;
     assert_eq!(positions, [position(0, 1)]);
     sink.commit(&rows([message("a", "2")]), &[advance(0, 1, 2)]).await.expect("commits");
     assert_eq!(database.written().await.len(), 2);
+}
+
+pub async fn only_the_start_of_a_process_takes_a_claim_over(database: &dyn Database) {
+    let is_fenced = |error: &Error| match error {
+        Error::Fenced(text) => {
+            text.contains("epoch 2 after our 1") && text.contains("stop one of the two hosts")
+        }
+        _ => false,
+    };
+    // Both lose their connections, and open again in either order.
+    for older_is_first in [true, false] {
+        let claim = Claim { pipeline: format!("p{older_is_first}"), ..claim() };
+        let (mut older, mut newer) = (database.sink().await, database.sink().await);
+        let older_held = Some(older.open(&claim, None).await.expect("opens").epoch);
+        older.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.expect("commits");
+        let newer_held = Some(newer.open(&claim, None).await.expect("takes over").epoch);
+        if older_is_first {
+            let error = older.open(&claim, older_held).await.expect_err("fenced");
+            assert!(is_fenced(&error), "{error:?}");
+        }
+        let again = newer.open(&claim, newer_held).await.expect("goes on");
+        assert_eq!((Some(again.epoch), again.positions), (newer_held, vec![position(0, 1)]));
+        let error = older.open(&claim, older_held).await.expect_err("fenced");
+        assert!(is_fenced(&error), "{error:?}");
+        newer.commit(&rows([message("a", "2")]), &[advance(0, 1, 2)]).await.expect("goes on");
+        // A restart is a start.
+        let (mut restarted, positions) = opened(database, &claim).await;
+        assert_eq!(positions, [position(0, 2)]);
+        restarted.commit(&rows([message("a", "3")]), &[advance(0, 2, 3)]).await.expect("commits");
+        newer.open(&claim, newer_held).await.expect_err("fenced");
+    }
+    assert_eq!(database.written().await.len(), 6);
+}
+
+pub async fn a_position_keeps_the_openings_that_it_was_given(database: &dyn Database) {
+    let opening = |id, first| Opening { id, first: Offset(first) };
+    let log = [opening(7, 0), opening(u64::MAX, 3)];
+    let one = Lineage::default().moved(&log, Offset(0), Offset(2)).expect("it is of the first opening");
+    let two = one.moved(&log, Offset(2), Offset(5)).expect("it is of the second one too");
+    let with =
+        |from, to, lineage: &Lineage| Advance { lineage: Some(lineage.clone()), ..advance(0, from, to) };
+    let (mut sink, _) = opened(database, &claim()).await;
+    sink.commit(&rows([message("a", "1")]), &[with(0, 2, &one)]).await.expect("commits");
+    let kept = |next, lineage: &Lineage| vec![Position { lineage: lineage.clone(), ..position(0, next) }];
+    assert_eq!(opened(database, &claim()).await.1, kept(2, &one));
+    let (mut sink, _) = opened(database, &claim()).await;
+    sink.commit(&Rows::default(), &[advance(0, 2, 3)]).await.expect("commits");
+    assert_eq!(opened(database, &claim()).await.1, kept(3, &one), "unless told otherwise");
+    let (mut sink, _) = opened(database, &claim()).await;
+    database.refuses("\"hot\"");
+    let bad = rows([message("a", "1"), message("b", "\"hot\"")]);
+    rejected(sink.commit(&bad, &[with(3, 5, &two)]).await);
+    sink.finish().await.expect("commits");
+    assert_eq!(opened(database, &claim()).await.1, kept(5, &two));
+}
+
+pub async fn a_position_goes_back_where_it_is_told_to(database: &dyn Database) {
+    let (mut sink, _) = opened(database, &claim()).await;
+    sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 9)]).await.expect("commits");
+    sink.commit(&Rows::default(), &[advance(0, 9, 4)]).await.expect("goes back");
+    sink.commit(&rows([message("a", "2")]), &[advance(0, 4, 5)]).await.expect("goes on from there");
+    assert_eq!(opened(database, &claim()).await.1, [position(0, 5)]);
+}
+
+pub async fn positions_that_are_gone_are_not_begun_again_by_a_running_host(database: &dyn Database) {
+    let mut sink = database.sink().await;
+    let held = Some(sink.open(&claim(), None).await.expect("opens").epoch);
+    sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.expect("commits");
+    database.lose_positions().await;
+    let error = sink.commit(&rows([message("a", "2")]), &[advance(0, 1, 2)]).await.expect_err("gone");
+    assert!(!matches!(error, Error::Fenced(_)), "nobody else is there: {error:?}");
+    for _ in 0..2 {
+        let error = sink.open(&claim(), held).await.expect_err("gone");
+        assert!(matches!(&error, Error::Setup(text) if text.contains("are gone")), "{error:?}");
+    }
+    assert_eq!(database.written().await.len(), 1);
 }
 
 pub async fn an_empty_commit_moves_only_positions(database: &dyn Database) {
@@ -220,7 +305,7 @@ pub async fn partitions_move_apart_and_together(database: &dyn Database) {
     sink.commit(&rows([message("b", "2")]), &[advance(63, 10, 20)]).await.expect("one alone");
     let (_, positions) = opened(database, &claim).await;
     assert_eq!(positions.len(), 64);
-    assert_eq!((positions[62], positions[63]), (position(62, 10), position(63, 20)));
+    assert_eq!(positions[62..], [position(62, 10), position(63, 20)]);
 }
 
 pub async fn one_partition_left_behind_fences_the_whole_commit(database: &dyn Database) {
@@ -296,7 +381,7 @@ pub async fn what_is_not_finished_is_not_written(database: &dyn Database) {
     let (mut other, _) = opened(database, &Claim { pipeline: "other".to_owned(), ..claim() }).await;
     other.commit(&Rows::default(), &[advance(0, 0, 0)]).await.expect("nothing is locked");
     rejected_again(&mut *sink, &bad).await;
-    assert_eq!(sink.open(&claim()).await.expect("opens again"), [position(0, 0)]);
+    assert_eq!(sink.open(&claim(), None).await.expect("opens again").positions, [position(0, 0)]);
     assert_eq!(database.written().await, []);
     let error = sink.finish().await.expect_err("there is nothing to finish");
     assert!(matches!(error, Error::Retry(_)), "{error:?}");
@@ -304,13 +389,13 @@ pub async fn what_is_not_finished_is_not_written(database: &dyn Database) {
 
 /// Rejected once more, and not finished either.
 async fn rejected_again(sink: &mut dyn Sink, bad: &Rows) {
-    sink.open(&claim()).await.expect("opens again");
+    sink.open(&claim(), None).await.expect("opens again");
     rejected(sink.commit(bad, &[advance(0, 0, 2)]).await);
 }
 
 pub async fn a_row_that_is_there_is_rejected_unless_told_otherwise(database: &dyn Keyed) {
     let mut sink = database.sink().await;
-    sink.open(&claim()).await.expect("opens");
+    sink.open(&claim(), None).await.expect("opens");
     let first = sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.expect("commits");
     assert_eq!(first, Outcome::Committed(Written { written: 1, ignored: 0 }));
     let again = rows([message("a", "2"), message("b", "3")]);
@@ -323,7 +408,7 @@ pub async fn a_row_that_is_there_is_rejected_unless_told_otherwise(database: &dy
 
 pub async fn a_row_that_is_there_is_counted_as_ignored_where_told_so(database: &dyn Keyed) {
     let mut sink = database.sink_on_conflict(OnConflict::Ignore).await;
-    sink.open(&claim()).await.expect("opens");
+    sink.open(&claim(), None).await.expect("opens");
     sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.expect("commits");
     let again = rows([message("a", "2"), message("b", "3")]);
     let outcome = sink.commit(&again, &[advance(0, 1, 3)]).await.expect("commits");
@@ -333,7 +418,7 @@ pub async fn a_row_that_is_there_is_counted_as_ignored_where_told_so(database: &
 
 pub async fn a_row_that_is_there_is_replaced_by_the_last_where_told_so(database: &dyn Keyed) {
     let mut sink = database.sink_on_conflict(OnConflict::Upsert).await;
-    sink.open(&claim()).await.expect("opens");
+    sink.open(&claim(), None).await.expect("opens");
     sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.expect("commits");
     let again = rows([message("a", "2"), message("b", "5"), message("a", "4")]);
     let outcome = sink.commit(&again, &[advance(0, 1, 4)]).await.expect("commits");

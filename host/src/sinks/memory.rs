@@ -10,8 +10,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use async_trait::async_trait;
 use tokio::sync::watch;
 
-use super::{Advance, Claim, Error, Outcome, Position, RefusedRow, Rows, Sink, Written};
+use super::{
+    Advance, Claim, Epoch, Error, Opened, Outcome, Position, RefusedRow, Rows, Sink, Usurper, Written,
+};
 use crate::batch::{MessageRef, Offset, Partition};
+use crate::stream::Lineage;
 
 /// A row as it was written.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,7 +65,7 @@ struct State {
 struct Claimed {
     epoch: u64,
     /// By partition; `None` until the first advance.
-    next: Vec<Option<Offset>>,
+    next: Vec<Option<(Offset, Lineage)>>,
 }
 
 impl Default for MemoryDatabase {
@@ -89,6 +92,11 @@ impl MemoryDatabase {
     /// Positions of a claim; empty when nobody opened or advanced it.
     pub fn positions(&self, claim: &Claim) -> Vec<Position> {
         self.lock().claims.get(claim).map(Claimed::positions).unwrap_or_default()
+    }
+
+    /// Removes all claims, as somebody does who drops the table of positions.
+    pub fn lose_positions(&self) {
+        self.lock().claims.clear();
     }
 
     /// Rows for which `refuse` gives a reason can never be written.
@@ -136,24 +144,30 @@ impl MemoryDatabase {
 }
 
 impl Claimed {
+    fn fences(&self, claim: &Claim, ours: Epoch) -> Error {
+        let usurper = Usurper { epoch: self.epoch, holder: "another process".to_owned(), at: None };
+        Error::Fenced(claim.fenced_by(&usurper, ours))
+    }
+
     fn positions(&self) -> Vec<Position> {
-        let known = self.next.iter().enumerate();
-        known
-            .filter_map(|(i, next)| Some(Position { partition: Partition(i as u16), next: (*next)? }))
-            .collect()
+        let position = |(i, known): (usize, &Option<(Offset, Lineage)>)| {
+            let (next, lineage) = known.clone()?;
+            Some(Position { partition: Partition(i as u16), next, lineage })
+        };
+        self.next.iter().enumerate().filter_map(position).collect()
     }
 }
 
 pub struct MemorySink {
     database: MemoryDatabase,
-    mine: Option<(Claim, u64)>,
+    mine: Option<(Claim, Epoch)>,
     /// What `finish` commits, and how its answer is lost.
     uncommitted: Option<(Rows, Vec<Advance>, Option<Fault>)>,
 }
 
 #[async_trait]
 impl Sink for MemorySink {
-    async fn open(&mut self, claim: &Claim) -> Result<Vec<Position>, Error> {
+    async fn open(&mut self, claim: &Claim, held: Option<Epoch>) -> Result<Opened, Error> {
         self.database.unblocked().await;
         self.uncommitted = None;
         let mut state = self.database.lock();
@@ -161,13 +175,21 @@ impl Sink for MemorySink {
         if let Some(fault) = state.open_faults.pop_front() {
             return Err(fault.into_error());
         }
-        let claimed = state
-            .claims
+        let State { rows, claims, .. } = &mut *state;
+        if held.is_some() && !claims.contains_key(claim) && !rows.is_empty() {
+            return Err(Error::Setup(claim.gone()));
+        }
+        let claimed = claims
             .entry(claim.clone())
             .or_insert_with(|| Claimed { epoch: 0, next: vec![None; usize::from(claim.partitions)] });
-        claimed.epoch += 1;
-        self.mine = Some((claim.clone(), claimed.epoch));
-        Ok(claimed.positions())
+        claimed.epoch = match held {
+            None => claimed.epoch + 1,
+            Some(held) if claimed.epoch > held.0 => return Err(claimed.fences(claim, held)),
+            Some(held) => held.0,
+        };
+        let epoch = Epoch(claimed.epoch);
+        self.mine = Some((claim.clone(), epoch));
+        Ok(Opened { epoch, positions: claimed.positions() })
     }
 
     async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {
@@ -216,17 +238,16 @@ impl MemorySink {
     fn check(&self, state: &State, advance: &[Advance]) -> Result<(), Error> {
         let (claim, epoch) =
             self.mine.as_ref().ok_or_else(|| Error::Retry("commit before open".to_owned()))?;
-        let claimed = state.claims.get(claim).expect("open made it and nothing removes it");
-        if claimed.epoch != *epoch {
-            return Err(Error::Fenced(format!("epoch {} took over from epoch {epoch}", claimed.epoch)));
+        let claimed = state.claims.get(claim).ok_or_else(|| Error::Retry(claim.gone()))?;
+        if claimed.epoch != epoch.0 {
+            return Err(claimed.fences(claim, *epoch));
         }
         for step in advance {
-            let known = claimed.next.get(usize::from(step.partition.0)).copied().flatten();
-            if known.is_some_and(|known| known != step.from) {
-                return Err(Error::Fenced(format!(
-                    "position of partition {} is {known:?}, not {:?}",
-                    step.partition.0, step.from
-                )));
+            let known = claimed.next.get(usize::from(step.partition.0)).and_then(Option::as_ref);
+            if let Some((known, _)) = known
+                && *known != step.from
+            {
+                return Err(Error::Fenced(claim.moved(step.partition, Some(known.0), step.from)));
             }
         }
         Ok(())
@@ -234,9 +255,11 @@ impl MemorySink {
 
     fn write(&self, state: &mut State, rows: &Rows, advance: &[Advance]) -> Written {
         let (claim, _) = self.mine.as_ref().expect("checked before");
-        let claimed = state.claims.get_mut(claim).expect("open made it and nothing removes it");
+        let claimed = state.claims.get_mut(claim).expect("checked before");
         for step in advance {
-            claimed.next[usize::from(step.partition.0)] = Some(step.to);
+            let known = &mut claimed.next[usize::from(step.partition.0)];
+            let before = known.take().map(|(_, lineage)| lineage).unwrap_or_default();
+            *known = Some((step.to, step.lineage.clone().unwrap_or(before)));
         }
         state.rows.extend(rows.iter().map(|message| MemoryRow {
             partition: message.entry.partition,
@@ -280,6 +303,10 @@ mod tests {
             self.rows().iter().map(|row| (row.device.clone(), number(row))).collect()
         }
 
+        async fn lose_positions(&self) {
+            MemoryDatabase::lose_positions(self);
+        }
+
         fn refuses(&self, row: &str) {
             let refused = row.as_bytes().to_vec();
             self.refuse(move |message| {
@@ -295,14 +322,14 @@ mod tests {
         for (fault, expected) in [(Fault::UnknownWritten, 2), (Fault::UnknownLost, 0)] {
             let database = MemoryDatabase::default();
             let mut sink = database.sink();
-            sink.open(&claim()).await.unwrap();
+            let held = Some(sink.open(&claim(), None).await.unwrap().epoch);
             let advance = [conformance::advance(0, 0, 0)];
             sink.commit(&Rows::default(), &advance).await.unwrap();
             database.fail_commits([fault]);
             let batch = rows([message("a", "1"), message("a", "2")]);
             let error = sink.commit(&batch, &[conformance::advance(0, 0, 2)]).await.unwrap_err();
             assert!(matches!(error, Error::Unknown(_)), "{error:?}");
-            let positions = sink.open(&claim()).await.unwrap();
+            let positions = sink.open(&claim(), held).await.unwrap().positions;
             assert_eq!(positions, [conformance::position(0, expected)]);
             assert_eq!(database.rows().len() as u64, expected);
         }

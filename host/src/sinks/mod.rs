@@ -10,6 +10,7 @@ use async_trait::async_trait;
 use uuid::Uuid;
 
 use crate::batch::{Batch, MessageRef, Offset, Partition};
+use crate::stream::Lineage;
 
 mod check;
 pub mod columns;
@@ -33,20 +34,37 @@ pub struct Claim {
     pub partitions: u16,
 }
 
+/// Counts the processes that took a claim over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Epoch(pub u64);
+
+/// An open claim.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Opened {
+    pub epoch: Epoch,
+    /// Of each partition that was ever advanced; none when the claim is new to this sink.
+    pub positions: Vec<Position>,
+}
+
 /// Up to where a partition is done: `next` is the first offset that is not.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Position {
     pub partition: Partition,
     pub next: Offset,
+    /// In which copy of the log.
+    pub lineage: Lineage,
 }
 
 /// Moves a partition's position, with the rows, if it is where we left it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Advance {
     pub partition: Partition,
     /// Where this process believes the position is.
     pub from: Offset,
+    /// May lie before `from`.
     pub to: Offset,
+    /// `None`: stays as it is.
+    pub lineage: Option<Lineage>,
 }
 
 /// Messages to be written, in order, borrowed from shared batches.
@@ -163,22 +181,41 @@ pub enum Error {
     Setup(String),
 }
 
+impl Error {
+    /// The same, with where it happened in front.
+    fn within(self, context: &str) -> Self {
+        let with = |reason: String| format!("{context}: {reason}");
+        match self {
+            Self::TooMuch(reason) => Self::TooMuch(with(reason)),
+            Self::Doubtful { reason, .. } => Self::Doubtful { context: context.to_owned(), reason },
+            Self::Retry(reason) => Self::Retry(with(reason)),
+            Self::Unknown(reason) => Self::Unknown(with(reason)),
+            Self::Fenced(reason) => Self::Fenced(with(reason)),
+            Self::Setup(reason) => Self::Setup(with(reason)),
+        }
+    }
+}
+
 /// A batched writer.
 ///
-/// `open` claims the next epoch for the claim and returns the positions; a
-/// process that claimed an earlier epoch can no longer commit. `commit` writes
-/// the rows and moves the positions in one transaction, and refuses with
-/// [`Error::Fenced`] when the epoch or a position is not the one left behind.
+/// The first `open` of a process claims the next epoch for the claim and returns
+/// the positions; a process that claimed an earlier epoch can neither commit nor
+/// open any more. `commit` writes the rows and moves the positions in one
+/// transaction, and refuses with [`Error::Fenced`] when the epoch or a position
+/// is not the one left behind.
 #[async_trait]
 pub trait Sink: Send {
-    /// Connects, creates what is missing, claims. The answer holds the position
-    /// of each partition that was ever advanced: none when the claim is new to
-    /// this sink. A new claim's first advance of a partition sets its position
-    /// whatever `from` says, so begin with an empty commit of `from == to` for
-    /// all partitions: from then on each has a position.
+    /// Connects, creates what is missing, claims. A new claim's first advance of a
+    /// partition sets its position whatever `from` says, so begin with an empty
+    /// commit of `from == to` for all partitions: from then on each has a position.
+    ///
+    /// `held` is the epoch that this process has of the claim. Without one the
+    /// claim is taken over from whoever has it, so only the start of a process
+    /// does without. With one it goes on, or is [`Error::Fenced`] where a higher
+    /// epoch was claimed meanwhile.
     /// Call it again after `Retry`, `Unknown` and `Setup`; after `TooMuch` and
     /// `Doubtful` the claim still stands.
-    async fn open(&mut self, claim: &Claim) -> Result<Vec<Position>, Error>;
+    async fn open(&mut self, claim: &Claim, held: Option<Epoch>) -> Result<Opened, Error>;
 
     /// `rows` may be empty: then only positions move. `advance` names a
     /// partition at most once; partitions that it does not name stay.
@@ -200,4 +237,60 @@ fn holder() -> String {
         .or_else(|_| std::env::var("HOSTNAME"))
         .unwrap_or_else(|_| "a host".to_owned());
     format!("{host} (process {})", std::process::id())
+}
+
+/// The claim that is there instead of ours.
+struct Usurper {
+    epoch: u64,
+    holder: String,
+    /// When it was claimed, where that is known.
+    at: Option<String>,
+}
+
+impl Claim {
+    /// For the one who is fenced by another process.
+    fn fenced_by(&self, usurper: &Usurper, ours: Epoch) -> String {
+        let at = usurper.at.as_deref().map(|at| format!(" at {at}")).unwrap_or_default();
+        format!(
+            "{} took the {} over{at} (epoch {} after our {}): two hosts must not write as the same pipeline of \
+             one log; stop one of the two hosts, then restart the other",
+            usurper.holder,
+            self.positions_text(),
+            usurper.epoch,
+            ours.0
+        )
+    }
+
+    /// For a host whose positions are not the ones it left.
+    fn moved(&self, partition: Partition, is: Option<u64>, left: Offset) -> String {
+        let is = is.map_or("nowhere".to_owned(), |next| format!("at offset {next}"));
+        format!(
+            "the {} are not where this host left them: partition {} is {is}, not at {}; \
+             were rows of headworks_positions edited? Restart the host to go on from them",
+            self.positions_text(),
+            partition.0,
+            left.0
+        )
+    }
+
+    /// For a host that finds a table with rows, and none of the positions that it left.
+    fn gone(&self) -> String {
+        format!(
+            "the {} are gone from headworks_positions while the table has rows: nothing is written, so that no \
+             row comes twice; put the rows of headworks_positions back",
+            self.positions_text()
+        )
+    }
+
+    fn unreadable(&self, partition: Partition) -> Error {
+        Error::Setup(format!(
+            "the {} have a column `openings` that cannot be read in partition {}: put back what it was, or NULL",
+            self.positions_text(),
+            partition.0
+        ))
+    }
+
+    fn positions_text(&self) -> String {
+        format!("positions of pipeline \"{}\" in sink \"{}\"", self.pipeline, self.sink)
+    }
 }

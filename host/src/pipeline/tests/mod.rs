@@ -1,5 +1,6 @@
 //! What a pipeline promises, on memory streams and sinks.
 
+mod copies;
 mod delivery;
 mod exactly_once;
 pub(crate) mod harness;

@@ -9,7 +9,7 @@ use crate::batch::{Batch, Entry, Offset, Span};
 use crate::pipeline::dead_letters::DeadLetters;
 use crate::pipeline::metrics::SinkMetrics;
 use crate::pipeline::writer::{Failed, Pace, Refusals, Writer};
-use crate::pipeline::{Letter, claim};
+use crate::pipeline::{Letter, claim_of};
 use crate::sinks::Rows;
 use crate::sinks::memory::{Fault, MemoryDatabase};
 use crate::stream::memory::MemoryStream;
@@ -17,6 +17,7 @@ use crate::stream::{Read, Stream};
 
 struct World {
     database: MemoryDatabase,
+    source: Arc<dyn Stream>,
     dead: Arc<dyn Stream>,
     letters: Arc<DeadLetters>,
     writer: Writer,
@@ -26,26 +27,28 @@ impl World {
     async fn new(share: u64) -> Self {
         let database = MemoryDatabase::default();
         let dead: Arc<dyn Stream> = MemoryStream::with_hooks("dead-letters", 1);
-        let source = MemoryStream::with_hooks("telemetry", 1).identity();
+        let source = MemoryStream::new("telemetry", 1);
         let sinks = vec!["w".to_owned()];
-        let letters =
-            DeadLetters::open(Arc::clone(&dead), "p", sinks, source, "telemetry", share, None).await;
+        let letters = DeadLetters::open(Arc::clone(&dead), "p", sinks, &*source, share, None).await;
         let letters = Arc::new(letters.unwrap());
         let mut writer = Writer {
             sink: Some(Box::new(database.sink())),
             number: 0,
-            claim: claim("p", "w", source),
+            claim: claim_of("p", "w", source.identity()),
+            held: None,
             letters: Arc::clone(&letters),
             metrics: SinkMetrics::new("p", "w"),
             failures: Default::default(),
             refusals: Refusals::new(1.0),
             pace: Pace::default(),
             positions: Vec::new(),
+            lineages: Vec::new(),
+            openings: Vec::new(),
             refused: 0,
         };
         writer.pace.hold_max = Duration::from_millis(1);
-        writer.open(Offset(0)).await.unwrap();
-        Self { database, dead, letters, writer }
+        writer.open(&*source).await.unwrap();
+        Self { database, source, dead, letters, writer }
     }
 
     /// Tries until all is written, as a delivery does. Returns the tries that failed.
@@ -61,7 +64,7 @@ impl World {
     }
 
     async fn reopen(&mut self) {
-        self.writer.open(Offset(0)).await.unwrap();
+        self.writer.open(&*self.source).await.unwrap();
         self.letters.forget_below(0, self.writer.positions[0]);
     }
 

@@ -4,7 +4,8 @@
 use tokio_postgres::{Client, Error, Row, Statement};
 
 use crate::batch::{Offset, Partition};
-use crate::sinks::{Advance, Claim, Position};
+use crate::sinks::{Advance, Claim, Epoch, Error as SinkError, Position, Usurper};
+use crate::stream::Lineage;
 
 /// `next_offset` is null until the first advance. `fillfactor` leaves room for
 /// updates in place: one per batch and partition.
@@ -17,7 +18,9 @@ CREATE TABLE headworks_positions (
     "partition" INTEGER     NOT NULL,
     epoch       BIGINT      NOT NULL,
     next_offset BIGINT,
+    openings    TEXT,
     holder      TEXT        NOT NULL,
+    claimed_at  TIMESTAMPTZ,
     updated_at  TIMESTAMPTZ NOT NULL DEFAULT now(),
     PRIMARY KEY (pipeline, sink, log, generation, "partition")
 ) WITH (fillfactor = 50);
@@ -25,56 +28,104 @@ COMMENT ON TABLE headworks_positions IS
     'Up to where Headworks has written each pipeline. Moves with the rows: do not edit while it runs.';
 "#;
 
+/// Columns that 0.1.0 did not have.
+const ADDED: [(&str, &str); 2] = [("openings", "TEXT"), ("claimed_at", "TIMESTAMPTZ")];
+
+const MISSING: &str = "SELECT name FROM unnest($1::text[]) AS name WHERE NOT EXISTS (
+    SELECT FROM pg_attribute WHERE attrelid = to_regclass('headworks_positions') AND attname = name AND NOT attisdropped)";
+
 /// Two hosts that open at the same moment take turns: held to the end of the transaction.
 pub const LOCK: &str = "SELECT pg_advisory_xact_lock(hashtext('headworks_positions'))";
 
-const NEXT_EPOCH: &str = "SELECT coalesce(max(epoch), 0) + 1 FROM headworks_positions
-    WHERE pipeline = $1 AND sink = $2 AND log = $3::text::uuid AND generation = $4";
+const HIGHEST: &str = "SELECT epoch, holder, claimed_at::text FROM headworks_positions
+    WHERE pipeline = $1 AND sink = $2 AND log = $3::text::uuid AND generation = $4 ORDER BY epoch DESC LIMIT 1";
 
 const CLAIM: &str = r#"
-INSERT INTO headworks_positions (pipeline, sink, log, generation, "partition", epoch, holder)
-SELECT $1, $2, $3::text::uuid, $4, number, $6, $7 FROM generate_series(0, $5::integer - 1) AS number
+INSERT INTO headworks_positions AS p (pipeline, sink, log, generation, "partition", epoch, holder, claimed_at)
+SELECT $1, $2, $3::text::uuid, $4, number, $6, $7, now() FROM generate_series(0, $5::integer - 1) AS number
 ON CONFLICT (pipeline, sink, log, generation, "partition")
-DO UPDATE SET epoch = EXCLUDED.epoch, holder = EXCLUDED.holder, updated_at = now()
-RETURNING "partition", next_offset"#;
+DO UPDATE SET epoch = EXCLUDED.epoch, holder = EXCLUDED.holder, updated_at = now(),
+    claimed_at = CASE p.epoch WHEN EXCLUDED.epoch THEN p.claimed_at ELSE now() END
+RETURNING "partition", next_offset, openings"#;
 
 /// Any number of partitions in one statement. The affected rows are as many as
 /// the advances, or somebody else was here.
 const ADVANCE: &str = r#"
-UPDATE headworks_positions AS p SET next_offset = a.until, updated_at = now()
-FROM unnest($6::integer[], $7::bigint[], $8::bigint[]) AS a (number, since, until)
+UPDATE headworks_positions AS p
+SET next_offset = a.until, openings = coalesce(a.openings, p.openings), updated_at = now()
+FROM unnest($6::integer[], $7::bigint[], $8::bigint[], $9::text[]) AS a (number, since, until, openings)
 WHERE p.pipeline = $1 AND p.sink = $2 AND p.log = $3::text::uuid AND p.generation = $4
   AND p."partition" = a.number AND p.epoch = $5
   AND (p.next_offset = a.since OR p.next_offset IS NULL)"#;
 
 const LOOK: &str = r#"
-SELECT "partition", epoch, next_offset, holder, updated_at::text FROM headworks_positions
-WHERE pipeline = $1 AND sink = $2 AND log = $3::text::uuid AND generation = $4
-ORDER BY epoch DESC, "partition""#;
+SELECT "partition", next_offset FROM headworks_positions
+WHERE pipeline = $1 AND sink = $2 AND log = $3::text::uuid AND generation = $4"#;
 
-/// A claim as the statements' parameters.
+/// A claim as the statements' parameters, and its epoch.
 pub struct Held {
-    pipeline: String,
-    sink: String,
+    claim: Claim,
     log: String,
     generation: i64,
-    pub epoch: i64,
+    pub epoch: Epoch,
     advance: Statement,
 }
 
+/// Why there is no claim.
+pub enum Refusal {
+    Server(Error),
+    /// Another process has it, or it cannot be read.
+    Sink(SinkError),
+}
+
+impl From<Error> for Refusal {
+    fn from(error: Error) -> Self {
+        Self::Server(error)
+    }
+}
+
+/// Returns what has to be added to the table of an earlier version, as SQL.
+pub async fn upgrade(client: &Client) -> Result<Option<String>, Error> {
+    let names: Vec<&str> = ADDED.iter().map(|(name, _)| *name).collect();
+    let missing: Vec<String> = client.query(MISSING, &[&names]).await?.iter().map(|row| row.get(0)).collect();
+    let add = ADDED
+        .iter()
+        .filter(|(name, _)| missing.iter().any(|missing| missing == name))
+        .map(|(name, kind)| format!("ADD COLUMN IF NOT EXISTS {name} {kind}"))
+        .collect::<Vec<_>>();
+    Ok((!add.is_empty()).then(|| format!("ALTER TABLE headworks_positions {}", add.join(", "))))
+}
+
 impl Held {
-    /// Within a transaction that holds [`LOCK`].
-    pub async fn claim(client: &Client, claim: &Claim, holder: &str) -> Result<(Self, Vec<Position>), Error> {
+    /// Within a transaction that holds [`LOCK`]. `has_rows`: of the sink's table.
+    pub async fn claim(
+        client: &Client,
+        claim: &Claim,
+        held: Option<Epoch>,
+        holder: &str,
+        has_rows: bool,
+    ) -> Result<(Self, Vec<Position>), Refusal> {
         let (log, generation) = (claim.log.to_string(), i64::from(claim.generation));
-        let (pipeline, sink) = (claim.pipeline.clone(), claim.sink.clone());
-        let epoch: i64 = client.query_one(NEXT_EPOCH, &[&pipeline, &sink, &log, &generation]).await?.get(0);
-        let partitions = i32::from(claim.partitions);
+        let Claim { pipeline, sink, .. } = claim;
+        let highest = highest(client, claim).await?;
+        let epoch = match (held, highest) {
+            (None, highest) => Epoch(highest.map_or(0, |highest| highest.epoch) + 1),
+            (Some(held), Some(highest)) if highest.epoch > held.0 => {
+                return Err(Refusal::Sink(SinkError::Fenced(claim.fenced_by(&highest, held))));
+            }
+            (Some(_), None) if has_rows => return Err(Refusal::Sink(SinkError::Setup(claim.gone()))),
+            (Some(held), _) => held,
+        };
+        let (partitions, number) = (i32::from(claim.partitions), epoch.0 as i64);
         let rows =
-            client.query(CLAIM, &[&pipeline, &sink, &log, &generation, &partitions, &epoch, &holder]).await?;
-        let mut positions: Vec<Position> = rows.iter().filter_map(position).collect();
+            client.query(CLAIM, &[pipeline, sink, &log, &generation, &partitions, &number, &holder]).await?;
+        let mut positions = Vec::new();
+        for row in &rows {
+            positions.extend(position(claim, row).map_err(Refusal::Sink)?);
+        }
         positions.sort_by_key(|position| position.partition);
         let advance = client.prepare(ADVANCE).await?;
-        Ok((Self { pipeline, sink, log, generation, epoch, advance }, positions))
+        Ok((Self { claim: claim.clone(), log, generation, epoch, advance }, positions))
     }
 
     /// Moves positions; how many were where `advance` says and are ours.
@@ -82,53 +133,62 @@ impl Held {
         let partitions: Vec<i32> = advance.iter().map(|step| i32::from(step.partition.0)).collect();
         let from: Vec<i64> = advance.iter().map(|step| step.from.0 as i64).collect();
         let to: Vec<i64> = advance.iter().map(|step| step.to.0 as i64).collect();
+        let openings: Vec<Option<String>> =
+            advance.iter().map(|step| step.lineage.as_ref().map(Lineage::to_string)).collect();
         client
             .execute(
                 &self.advance,
                 &[
-                    &self.pipeline,
-                    &self.sink,
+                    &self.claim.pipeline,
+                    &self.claim.sink,
                     &self.log,
                     &self.generation,
-                    &self.epoch,
+                    &(self.epoch.0 as i64),
                     &partitions,
                     &from,
                     &to,
+                    &openings,
                 ],
             )
             .await
     }
 
-    /// Who is there instead of us, for a person.
-    pub async fn usurper(&self, client: &Client, advance: &[Advance]) -> Result<String, Error> {
-        let rows = client.query(LOOK, &[&self.pipeline, &self.sink, &self.log, &self.generation]).await?;
-        let whose = format!("positions of pipeline \"{}\" in sink \"{}\"", self.pipeline, self.sink);
-        let Some(newest) = rows.first() else {
-            return Ok(format!("the {whose} were removed from headworks_positions: restart to begin again"));
-        };
-        let (epoch, holder, at): (i64, String, String) = (newest.get(1), newest.get(3), newest.get(4));
-        if epoch != self.epoch {
-            return Ok(format!(
-                "{holder} took the {whose} over (epoch {epoch} after our {}, {at}): \
-                 stop one of the two hosts, or give them pipelines of different names",
-                self.epoch
-            ));
+    /// Why positions were not ours to move.
+    pub async fn refusal(&self, client: &Client, advance: &[Advance]) -> Result<SinkError, Error> {
+        let claim = &self.claim;
+        match highest(client, claim).await? {
+            None => return Ok(SinkError::Retry(claim.gone())),
+            Some(highest) if highest.epoch > self.epoch.0 => {
+                return Ok(SinkError::Fenced(claim.fenced_by(&highest, self.epoch)));
+            }
+            Some(_) => {}
         }
-        let moved = advance.iter().find_map(|step| {
+        let rows = client.query(LOOK, &[&claim.pipeline, &claim.sink, &self.log, &self.generation]).await?;
+        let next = |step: &Advance| {
             let row = rows.iter().find(|row| row.get::<_, i32>(0) == i32::from(step.partition.0))?;
-            let next = row.get::<_, Option<i64>>(2)?;
-            (next != step.from.0 as i64).then(|| {
-                format!("partition {} is at offset {next}, not at {}", step.partition.0, step.from.0)
-            })
-        });
-        Ok(format!(
-            "the {whose} are not where this host left them: {}; were rows of headworks_positions edited?",
-            moved.unwrap_or_else(|| "a partition is missing".to_owned())
-        ))
+            row.get::<_, Option<i64>>(1)
+        };
+        let moved = advance.iter().find(|step| next(step) != Some(step.from.0 as i64));
+        Ok(match moved {
+            Some(step) if next(step).is_some() => {
+                let is = next(step).map(|next| next as u64);
+                SinkError::Fenced(claim.moved(step.partition, is, step.from))
+            }
+            _ => SinkError::Retry(claim.gone()),
+        })
     }
 }
 
-fn position(row: &Row) -> Option<Position> {
-    let (partition, next): (i32, Option<i64>) = (row.get(0), row.get(1));
-    Some(Position { partition: Partition(partition as u16), next: Offset(next? as u64) })
+/// The highest epoch of a claim, and who has it.
+async fn highest(client: &Client, claim: &Claim) -> Result<Option<Usurper>, Error> {
+    let (log, generation) = (claim.log.to_string(), i64::from(claim.generation));
+    let row = client.query_opt(HIGHEST, &[&claim.pipeline, &claim.sink, &log, &generation]).await?;
+    Ok(row.map(|row| Usurper { epoch: row.get::<_, i64>(0) as u64, holder: row.get(1), at: row.get(2) }))
+}
+
+fn position(claim: &Claim, row: &Row) -> Result<Option<Position>, SinkError> {
+    let partition = Partition(row.get::<_, i32>(0) as u16);
+    let Some(next) = row.get::<_, Option<i64>>(1) else { return Ok(None) };
+    let lineage = Lineage::read(row.get::<_, Option<&str>>(2)).ok_or_else(|| claim.unreadable(partition))?;
+    Ok(Some(Position { partition, next: Offset(next as u64), lineage }))
 }

@@ -27,6 +27,24 @@ LIMIT 1";
     Ok(client.query_opt(SQL, &[&name, &schema]).await?.map(|row| row.get(0)))
 }
 
+/// Whether the table is there and has rows, or may have where this user has no right to read them.
+pub async fn has_rows(client: &Client, table: &str) -> Result<bool, tokio_postgres::Error> {
+    const TABLE: &str =
+        "SELECT oid, has_table_privilege(oid, 'SELECT') FROM pg_class WHERE oid = to_regclass($1)";
+    // The table, and the partitions and chunks below it.
+    const SIZE: &str = "
+WITH RECURSIVE parts AS (
+    SELECT $1::oid AS part UNION SELECT inhrelid FROM pg_inherits JOIN parts ON inhparent = part)
+SELECT coalesce(sum(pg_relation_size(part)), 0) > 0 FROM parts";
+    let name = quoted_table(table);
+    let Some(row) = client.query_opt(TABLE, &[&name]).await? else { return Ok(false) };
+    let row = match (row.get::<_, u32>(0), row.get(1)) {
+        (_, true) => client.query_one(&format!("SELECT EXISTS (SELECT FROM {name})"), &[]).await?,
+        (oid, false) => client.query_one(SIZE, &[&oid]).await?,
+    };
+    Ok(row.get(0))
+}
+
 /// Why there is no table to write to.
 pub async fn no_table(
     client: &Client,

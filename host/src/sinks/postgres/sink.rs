@@ -21,13 +21,13 @@ use tokio_postgres::{Client, Statement};
 use super::config::Config;
 use super::connect::connect;
 use super::error::classify;
-use super::positions::{self, Held};
+use super::positions::{self, Held, Refusal};
 use super::schema::{self, no_table};
 use super::stage;
 use super::table::{self, Binding, Table, column_list};
 use super::transaction::{Tried, unknown};
 use crate::sinks::columns::Columns;
-use crate::sinks::{Advance, Claim, Error, Outcome, Position, RefusedRow, Rows, Sink, Written, holder};
+use crate::sinks::{Advance, Claim, Epoch, Error, Opened, Outcome, RefusedRow, Rows, Sink, Written, holder};
 use crate::topic::Namespace;
 
 /// Over the server's own timeouts, for one that does not answer at all.
@@ -116,15 +116,20 @@ impl PostgresSink {
         self.config.statement_timeout.0 + self.config.lock_timeout.0 + GRACE
     }
 
-    async fn try_open(&self, claim: &Claim) -> Result<(Session, Vec<Position>), Error> {
+    async fn try_open(&self, claim: &Claim, held: Option<Epoch>) -> Result<(Session, Opened), Error> {
         let (client, connection) =
             connect(&self.name, &self.config, &format!("sink \"{}\": ", self.name)).await?;
         let context = self.context();
         let server = |error: tokio_postgres::Error| classify(&context, &error);
         client.batch_execute("BEGIN").await.map_err(server)?;
         client.batch_execute(positions::LOCK).await.map_err(server)?;
-        self.create_positions(&client).await?;
-        let (held, positions) = Held::claim(&client, claim, &holder()).await.map_err(server)?;
+        let has_rows = schema::has_rows(&client, &self.config.table).await.map_err(server)?;
+        self.create_positions(&client, claim, held.is_some() && has_rows).await?;
+        let held = Held::claim(&client, claim, held, &holder(), has_rows).await;
+        let (held, positions) = held.map_err(|refusal| match refusal {
+            Refusal::Server(error) => server(error),
+            Refusal::Sink(error) => error.within(&context),
+        })?;
         // A table that this sink filled before and that is gone was taken away by somebody.
         if self.config.create && positions.is_empty() {
             self.create_table(&client).await?;
@@ -177,7 +182,8 @@ impl PostgresSink {
             stage,
             uncommitted: None,
         };
-        Ok((session, positions))
+        let epoch = session.held.epoch;
+        Ok((session, Opened { epoch, positions }))
     }
 
     /// The staging table and its statements.
@@ -192,18 +198,28 @@ impl PostgresSink {
         Ok(Stage { copy: client.prepare(stage::COPY).await?, isolate: client.prepare(stage::ISOLATE).await? })
     }
 
-    /// Within the transaction of `open`, under its lock.
-    async fn create_positions(&self, client: &Client) -> Result<(), Error> {
+    /// Within the transaction of `open`, under its lock. `is_gone` says that this
+    /// process has seen the table, and that it is not to be created again.
+    async fn create_positions(&self, client: &Client, claim: &Claim, is_gone: bool) -> Result<(), Error> {
         let context = self.context();
         let server = |error: tokio_postgres::Error| classify(&context, &error);
         let exists = "SELECT to_regclass($1) IS NOT NULL";
         let known: bool = client.query_one(exists, &[&"headworks_positions"]).await.map_err(server)?.get(0);
-        if !known {
-            client.batch_execute(positions::CREATE).await.map_err(|error| {
-                classify(&format!("{context}: cannot create the table headworks_positions"), &error)
-            })?;
-        }
-        Ok(())
+        let change = match known {
+            true => positions::upgrade(client).await.map_err(server)?,
+            false if is_gone => return Err(Error::Setup(format!("{context}: {}", claim.gone()))),
+            false => Some(positions::CREATE.to_owned()),
+        };
+        let Some(change) = change else { return Ok(()) };
+        client.batch_execute(&change).await.map_err(|error| {
+            let what = match known {
+                true => {
+                    format!("cannot bring headworks_positions to this version; let its owner run `{change}`")
+                }
+                false => "cannot create the table headworks_positions".to_owned(),
+            };
+            classify(&format!("{context}: {what}"), &error)
+        })
     }
 
     /// As `create_positions`: creates the table where there is none.
@@ -247,14 +263,14 @@ impl PostgresSink {
 
 #[async_trait]
 impl Sink for PostgresSink {
-    async fn open(&mut self, claim: &Claim) -> Result<Vec<Position>, Error> {
+    async fn open(&mut self, claim: &Claim, held: Option<Epoch>) -> Result<Opened, Error> {
         self.session = None;
         let limit = self.config.connect_timeout.0 + self.deadline();
-        let (session, positions) = timeout(limit, self.try_open(claim)).await.map_err(|_| {
+        let (session, opened) = timeout(limit, self.try_open(claim, held)).await.map_err(|_| {
             Error::Retry(format!("{}: no answer for {} s", self.context(), limit.as_secs()))
         })??;
         self.session = Some(session);
-        Ok(positions)
+        Ok(opened)
     }
 
     async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {

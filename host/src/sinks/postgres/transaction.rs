@@ -289,12 +289,12 @@ impl Session {
 
     /// Ends a transaction in which a position was not ours to move.
     async fn fenced(&self, context: &str, advance: &[Advance]) -> Error {
-        let usurper = async {
+        let refusal = async {
             self.client.batch_execute("ROLLBACK").await?;
-            self.held.usurper(&self.client, advance).await
+            self.held.refusal(&self.client, advance).await
         };
-        match usurper.await {
-            Ok(reason) => Error::Fenced(format!("{context}: {reason}")),
+        match refusal.await {
+            Ok(error) => error.within(context),
             Err(error) => classify(context, &error),
         }
     }

@@ -9,9 +9,9 @@ use rusqlite::{Connection, ErrorCode, Statement, TransactionBehavior};
 
 use super::config::Config;
 use super::positions::{self, Held};
-use super::table::{bind, create_table, insert};
+use super::table::{bind, create_table, has_rows, insert};
 use crate::sinks::columns::{Columns, Kind, Mismatch, TIME_BYTES, Value, write_time};
-use crate::sinks::{Advance, Claim, Error, Outcome, Position, RefusedRow, Rows, Written, holder};
+use crate::sinks::{Advance, Claim, Epoch, Error, Opened, Outcome, RefusedRow, Rows, Written, holder};
 
 /// Parameters of one INSERT of several rows: enough to share the cost of a
 /// statement, far below SQLite's own bound of 32,766.
@@ -39,8 +39,9 @@ impl Session {
         config: &Config,
         columns: &Columns,
         claim: &Claim,
+        held: Option<Epoch>,
         context: &str,
-    ) -> Result<(Self, Vec<Position>), Error> {
+    ) -> Result<(Self, Opened), Error> {
         let path = &config.path;
         let failed = |error: rusqlite::Error| classify(context, error);
         let setup = |reason: String| Error::Setup(format!("{context}: {reason}"));
@@ -57,7 +58,10 @@ impl Session {
         let transaction =
             connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(failed)?;
         positions::create(&transaction).map_err(failed)?;
-        let (held, positions) = Held::claim(&transaction, claim, &holder()).map_err(failed)?;
+        let is_filled = has_rows(&transaction, config).map_err(failed)?;
+        let (held, positions) = Held::claim(&transaction, claim, held, &holder(), is_filled)
+            .map_err(failed)?
+            .map_err(|error| error.within(context))?;
         // A table that this sink filled before and that is gone was taken away by somebody.
         if config.create && positions.is_empty() {
             transaction.execute_batch(&create_table(config, &columns)).map_err(failed)?;
@@ -77,7 +81,8 @@ impl Session {
             schema_version,
             uncommitted: None,
         };
-        Ok((session, positions))
+        let epoch = session.held.epoch;
+        Ok((session, Opened { epoch, positions }))
     }
 
     pub fn commit(
@@ -152,8 +157,7 @@ impl Session {
         }
         for step in advance {
             if !self.held.advance(&self.connection, step).map_err(failed)? {
-                let reason = self.held.usurper(&self.connection, step).map_err(failed)?;
-                return Err(Error::Fenced(format!("{context}: {reason}")));
+                return Err(self.held.refusal(&self.connection, step).map_err(failed)?.within(context));
             }
         }
         let todo: Vec<usize> = (0..rows.len()).filter(|row| !rejected.contains_key(row)).collect();

@@ -4,7 +4,8 @@
 use rusqlite::{Connection, OptionalExtension, Result, params};
 
 use crate::batch::{Offset, Partition};
-use crate::sinks::{Advance, Claim, Position};
+use crate::sinks::{Advance, Claim, Epoch, Error as SinkError, Position, Usurper};
+use crate::stream::Lineage;
 
 /// `next_offset` is null until the first advance.
 const CREATE: &str = r#"
@@ -16,104 +17,138 @@ CREATE TABLE IF NOT EXISTS headworks_positions (
     "partition" INTEGER NOT NULL,
     epoch       INTEGER NOT NULL,
     next_offset INTEGER,
+    openings    TEXT,
     holder      TEXT    NOT NULL,
+    claimed_at  TEXT,
     updated_at  TEXT    NOT NULL,
     PRIMARY KEY (pipeline, sink, log, generation, "partition")
 ) WITHOUT ROWID"#;
 
-const NEXT_EPOCH: &str = "SELECT coalesce(max(epoch), 0) + 1 FROM headworks_positions
-    WHERE pipeline = ?1 AND sink = ?2 AND log = ?3 AND generation = ?4";
+/// Columns that 0.1.0 did not have.
+const ADDED: [&str; 2] = ["openings", "claimed_at"];
+
+const HIGHEST: &str = "SELECT epoch, holder, claimed_at FROM headworks_positions
+    WHERE pipeline = ?1 AND sink = ?2 AND log = ?3 AND generation = ?4 ORDER BY epoch DESC LIMIT 1";
 
 const CLAIM: &str = r#"
-INSERT INTO headworks_positions (pipeline, sink, log, generation, "partition", epoch, holder, updated_at)
-VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, strftime('%Y-%m-%d %H:%M:%fZ', 'now'))
+INSERT INTO headworks_positions
+    (pipeline, sink, log, generation, "partition", epoch, holder, claimed_at, updated_at)
+SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, now, now FROM (SELECT strftime('%Y-%m-%d %H:%M:%fZ', 'now') AS now) WHERE true
 ON CONFLICT (pipeline, sink, log, generation, "partition")
-DO UPDATE SET epoch = excluded.epoch, holder = excluded.holder, updated_at = excluded.updated_at
-RETURNING next_offset"#;
+DO UPDATE SET holder = excluded.holder, updated_at = excluded.updated_at, epoch = excluded.epoch,
+    claimed_at = CASE epoch WHEN excluded.epoch THEN claimed_at ELSE excluded.claimed_at END
+RETURNING next_offset, openings"#;
 
 const ADVANCE: &str = r#"
-UPDATE headworks_positions SET next_offset = ?7, updated_at = strftime('%Y-%m-%d %H:%M:%fZ', 'now')
+UPDATE headworks_positions SET next_offset = ?7, openings = coalesce(?9, openings),
+    updated_at = strftime('%Y-%m-%d %H:%M:%fZ', 'now')
 WHERE pipeline = ?1 AND sink = ?2 AND log = ?3 AND generation = ?4 AND "partition" = ?5
   AND epoch = ?8 AND (next_offset = ?6 OR next_offset IS NULL)"#;
 
 const LOOK: &str = r#"
-SELECT epoch, next_offset, holder, updated_at FROM headworks_positions
+SELECT next_offset FROM headworks_positions
 WHERE pipeline = ?1 AND sink = ?2 AND log = ?3 AND generation = ?4 AND "partition" = ?5"#;
 
-/// A claim as the statements' parameters.
+/// A claim, and its epoch.
 pub struct Held {
-    pipeline: String,
-    sink: String,
+    claim: Claim,
     log: String,
-    generation: u32,
-    epoch: i64,
+    pub epoch: Epoch,
 }
 
+/// Creates the table, or adds what an earlier version's lacks.
 pub fn create(connection: &Connection) -> Result<()> {
-    connection.execute_batch(CREATE)
+    connection.execute_batch(CREATE)?;
+    for column in ADDED {
+        let sql = "SELECT count(*) FROM pragma_table_info('headworks_positions') WHERE name = ?1";
+        if connection.query_row(sql, [column], |row| row.get::<_, i64>(0))? == 0 {
+            connection.execute_batch(&format!("ALTER TABLE headworks_positions ADD COLUMN {column} TEXT"))?;
+        }
+    }
+    Ok(())
 }
 
 impl Held {
-    /// Within an immediate transaction.
-    pub fn claim(connection: &Connection, claim: &Claim, holder: &str) -> Result<(Self, Vec<Position>)> {
+    /// Within an immediate transaction. The inner error: the claim is not to be had.
+    /// `has_rows`: of the sink's table.
+    pub fn claim(
+        connection: &Connection,
+        claim: &Claim,
+        held: Option<Epoch>,
+        holder: &str,
+        has_rows: bool,
+    ) -> Result<std::result::Result<(Self, Vec<Position>), SinkError>> {
         let log = claim.log.to_string();
-        let epoch: i64 = connection.query_row(
-            NEXT_EPOCH,
-            params![claim.pipeline, claim.sink, log, claim.generation],
-            |row| row.get(0),
-        )?;
+        let epoch = match (held, highest(connection, claim)?) {
+            (None, None) => Epoch(1),
+            (None, Some(highest)) => Epoch(highest.epoch + 1),
+            (Some(held), Some(highest)) if highest.epoch > held.0 => {
+                return Ok(Err(SinkError::Fenced(claim.fenced_by(&highest, held))));
+            }
+            (Some(_), None) if has_rows => return Ok(Err(SinkError::Setup(claim.gone()))),
+            (Some(held), _) => held,
+        };
         let mut positions = Vec::new();
         let mut statement = connection.prepare(CLAIM)?;
         for partition in 0..claim.partitions {
-            let next: Option<i64> = statement.query_row(
-                params![claim.pipeline, claim.sink, log, claim.generation, partition, epoch, holder],
-                |row| row.get(0),
+            let (next, openings): (Option<i64>, Option<String>) = statement.query_row(
+                params![claim.pipeline, claim.sink, log, claim.generation, partition, epoch.0 as i64, holder],
+                |row| Ok((row.get(0)?, row.get(1)?)),
             )?;
-            if let Some(next) = next {
-                positions.push(Position { partition: Partition(partition), next: Offset(next as u64) });
+            let Some(next) = next else { continue };
+            let partition = Partition(partition);
+            match Lineage::read(openings.as_deref()) {
+                Some(lineage) => positions.push(Position { partition, next: Offset(next as u64), lineage }),
+                None => return Ok(Err(claim.unreadable(partition))),
             }
         }
-        let (pipeline, sink) = (claim.pipeline.clone(), claim.sink.clone());
-        Ok((Self { pipeline, sink, log, generation: claim.generation, epoch }, positions))
+        Ok(Ok((Self { claim: claim.clone(), log, epoch }, positions)))
     }
 
     /// Whether the position was where `step` says and is ours.
     pub fn advance(&self, connection: &Connection, step: &Advance) -> Result<bool> {
         let moved = connection.prepare_cached(ADVANCE)?.execute(params![
-            self.pipeline,
-            self.sink,
+            self.claim.pipeline,
+            self.claim.sink,
             self.log,
-            self.generation,
+            self.claim.generation,
             step.partition.0,
             step.from.0 as i64,
             step.to.0 as i64,
-            self.epoch
+            self.epoch.0 as i64,
+            step.lineage.as_ref().map(Lineage::to_string)
         ])?;
         Ok(moved == 1)
     }
 
-    /// Who is there instead of us, for a person.
-    pub fn usurper(&self, connection: &Connection, step: &Advance) -> Result<String> {
-        let whose = format!("positions of pipeline \"{}\" in sink \"{}\"", self.pipeline, self.sink);
-        let partition = step.partition.0;
-        let row: Option<(i64, Option<i64>, String, String)> = connection
-            .query_row(LOOK, params![self.pipeline, self.sink, self.log, self.generation, partition], |row| {
-                Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?))
-            })
+    /// Why a position was not ours to move.
+    pub fn refusal(&self, connection: &Connection, step: &Advance) -> Result<SinkError> {
+        let Self { claim, log, .. } = self;
+        let next: Option<Option<i64>> = connection
+            .query_row(
+                LOOK,
+                params![claim.pipeline, claim.sink, log, claim.generation, step.partition.0],
+                |row| row.get(0),
+            )
             .optional()?;
-        Ok(match row {
-            None => format!("the {whose} were removed from headworks_positions: restart to begin again"),
-            Some((epoch, _, holder, at)) if epoch != self.epoch => format!(
-                "{holder} took the {whose} over (epoch {epoch} after our {}, {at}): \
-                 stop one of the two hosts, or give them pipelines of different names",
-                self.epoch
-            ),
-            Some((_, next, _, _)) => format!(
-                "the {whose} are not where this host left them: partition {partition} is at offset {}, \
-                 not at {}; were rows of headworks_positions edited?",
-                next.unwrap_or_default(),
-                step.from.0
-            ),
+        Ok(match (highest(connection, claim)?, next) {
+            (Some(highest), _) if highest.epoch > self.epoch.0 => {
+                SinkError::Fenced(claim.fenced_by(&highest, self.epoch))
+            }
+            (Some(_), Some(next)) => {
+                SinkError::Fenced(claim.moved(step.partition, next.map(|next| next as u64), step.from))
+            }
+            _ => SinkError::Retry(claim.gone()),
         })
     }
+}
+
+/// The highest epoch of a claim, and who has it.
+fn highest(connection: &Connection, claim: &Claim) -> Result<Option<Usurper>> {
+    let log = claim.log.to_string();
+    connection
+        .query_row(HIGHEST, params![claim.pipeline, claim.sink, log, claim.generation], |row| {
+            Ok(Usurper { epoch: row.get::<_, i64>(0)? as u64, holder: row.get(1)?, at: row.get(2)? })
+        })
+        .optional()
 }

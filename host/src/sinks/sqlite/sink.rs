@@ -8,7 +8,7 @@ use tokio::sync::oneshot;
 use super::config::Config;
 use super::connection::Session;
 use crate::sinks::columns::Columns;
-use crate::sinks::{Advance, Claim, Error, Outcome, Position, Rows, Sink, Written};
+use crate::sinks::{Advance, Claim, Epoch, Error, Opened, Outcome, Rows, Sink, Written};
 use crate::threads;
 use crate::topic::Namespace;
 
@@ -23,7 +23,7 @@ pub struct SqliteSink {
 }
 
 enum Request {
-    Open(Claim, oneshot::Sender<Result<Vec<Position>, Error>>),
+    Open(Claim, Option<Epoch>, oneshot::Sender<Result<Opened, Error>>),
     Commit(Rows, Vec<Advance>, oneshot::Sender<Result<Outcome, Error>>),
     Finish(oneshot::Sender<Result<Written, Error>>),
 }
@@ -73,9 +73,9 @@ impl SqliteSink {
 
 #[async_trait]
 impl Sink for SqliteSink {
-    async fn open(&mut self, claim: &Claim) -> Result<Vec<Position>, Error> {
+    async fn open(&mut self, claim: &Claim, held: Option<Epoch>) -> Result<Opened, Error> {
         let (sender, answer) = oneshot::channel();
-        self.call(Request::Open(claim.clone(), sender), answer).await
+        self.call(Request::Open(claim.clone(), held, sender), answer).await
     }
 
     async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {
@@ -95,12 +95,12 @@ fn serve(requests: &mpsc::Receiver<Request>, config: &Config, columns: &Columns,
     for request in requests {
         // A caller that has gone does not want its answer.
         match request {
-            Request::Open(claim, answer) => {
+            Request::Open(claim, held, answer) => {
                 session = None;
-                let outcome = Session::open(config, columns, &claim, context);
-                let _ = answer.send(outcome.map(|(opened, positions)| {
+                let outcome = Session::open(config, columns, &claim, held, context);
+                let _ = answer.send(outcome.map(|(opened, answer)| {
                     session = Some(opened);
-                    positions
+                    answer
                 }));
             }
             Request::Commit(rows, advance, answer) => {

@@ -55,6 +55,17 @@ pub fn insert(config: &Config, columns: &Columns, rows: usize) -> String {
     format!("INSERT INTO {table} ({}) VALUES {}{conflict}", list.join(", "), vec![row; rows].join(", "))
 }
 
+/// Whether the table is there and has rows.
+pub fn has_rows(connection: &Connection, config: &Config) -> rusqlite::Result<bool> {
+    let name = table_name(config);
+    let is_there = "SELECT EXISTS (SELECT 1 FROM sqlite_master WHERE type IN ('table', 'view') AND lower(name) = lower(?1))";
+    if !connection.query_row(is_there, [&name], |row| row.get(0))? {
+        return Ok(false);
+    }
+    let sql = format!("SELECT EXISTS (SELECT 1 FROM {})", quoted(&name));
+    connection.query_row(&sql, [], |row| row.get(0))
+}
+
 /// Compares with the table that is there; takes over its NOT NULL.
 pub fn bind(
     connection: &Connection,

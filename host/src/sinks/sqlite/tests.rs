@@ -45,6 +45,10 @@ impl Database for File {
         let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?))).unwrap();
         rows.collect::<Result<_, _>>().unwrap()
     }
+
+    async fn lose_positions(&self) {
+        self.read().execute_batch("DELETE FROM headworks_positions").unwrap();
+    }
 }
 
 conformance_tests!(File::new());
@@ -87,13 +91,13 @@ async fn rows_that_a_trigger_rejects_leave_nothing_behind_however_it_raises() {
              CREATE TRIGGER t AFTER INSERT ON telemetry WHEN NEW.value > 100 BEGIN SELECT {raise}; END"
         ));
         let mut sink = file.sink();
-        sink.open(&claim()).await.unwrap();
+        sink.open(&claim(), None).await.unwrap();
         let many = rows((0..100).map(|i| ("a", if [3, 40, 99].contains(&i) { "500" } else { "5" })));
         let refused = rejected(sink.commit(&many, &[advance(0, 0, 100)]).await);
         assert_eq!(refused.iter().map(|row| row.row).collect::<Vec<_>>(), [3, 40, 99], "{raise}");
         assert_eq!(sink.finish().await.unwrap(), Written { written: 97, ignored: 0 }, "{raise}");
         assert_eq!(file.written().await.len(), 97, "{raise}");
-        assert_eq!(sink.open(&claim()).await.unwrap(), [position(0, 100)], "{raise}");
+        assert_eq!(sink.open(&claim(), None).await.unwrap().positions, [position(0, 100)], "{raise}");
     }
 }
 
@@ -104,7 +108,7 @@ async fn what_fails_for_every_row_is_not_taken_for_bad_rows() {
          CREATE TRIGGER t AFTER INSERT ON telemetry BEGIN SELECT json_extract('{{', '$.a'); END"
     ));
     let mut sink = file.sink();
-    sink.open(&claim()).await.unwrap();
+    sink.open(&claim(), None).await.unwrap();
     let error = sink.commit(&rows([("a", "1"), ("a", "2")]), &[advance(0, 0, 2)]).await.unwrap_err();
     assert!(matches!(error, Error::Doubtful { .. }), "{error:?}");
 }
@@ -113,7 +117,7 @@ async fn what_fails_for_every_row_is_not_taken_for_bad_rows() {
 async fn a_changed_schema_is_read_again_before_a_row_is_written() {
     let file = File::new();
     let mut sink = file.sink();
-    sink.open(&claim()).await.unwrap();
+    sink.open(&claim(), None).await.unwrap();
     sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.unwrap();
     file.read()
         .execute_batch(
@@ -124,13 +128,13 @@ async fn a_changed_schema_is_read_again_before_a_row_is_written() {
     let next = rows([message("a", "2")]);
     let error = sink.commit(&next, &[advance(0, 1, 2)]).await.unwrap_err();
     assert!(matches!(error, Error::Retry(_)), "{error:?}");
-    let error = sink.open(&claim()).await.unwrap_err();
+    let error = sink.open(&claim(), None).await.unwrap_err();
     assert!(matches!(&error, Error::Setup(text) if text.contains("column \"site\"")), "{error:?}");
     file.read().execute_batch("DROP TABLE telemetry").unwrap();
-    let error = sink.open(&claim()).await.unwrap_err();
+    let error = sink.open(&claim(), None).await.unwrap_err();
     assert!(matches!(&error, Error::Setup(text) if text.contains("was it dropped or renamed")), "{error:?}");
     file.read().execute_batch("ALTER TABLE before RENAME TO telemetry").unwrap();
-    sink.open(&claim()).await.unwrap();
+    sink.open(&claim(), None).await.unwrap();
     sink.commit(&next, &[advance(0, 1, 2)]).await.unwrap();
     assert_eq!(file.written().await.len(), 2);
 }
@@ -139,7 +143,7 @@ async fn a_changed_schema_is_read_again_before_a_row_is_written() {
 async fn times_compare_with_sqlites_own() {
     let file = File::new();
     let mut sink = file.sink();
-    sink.open(&claim()).await.unwrap();
+    sink.open(&claim(), None).await.unwrap();
     sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.unwrap();
     let (time, kind, same_day): (String, String, i64) = file
         .read()
@@ -163,7 +167,7 @@ async fn a_constraint_names_its_row_among_many() {
         )
         .unwrap();
     let mut sink = file.sink();
-    sink.open(&claim()).await.unwrap();
+    sink.open(&claim(), None).await.unwrap();
     let many = rows((0..200).map(|i| ("a", if i == 77 { "500" } else { "5" })));
     let refused = rejected(sink.commit(&many, &[advance(0, 0, 200)]).await);
     assert_eq!(refused.iter().map(|row| row.row).collect::<Vec<_>>(), [77]);
@@ -174,7 +178,7 @@ async fn a_constraint_names_its_row_among_many() {
 async fn a_table_without_a_column_is_an_error_that_names_it() {
     let file = File::new();
     file.read().execute_batch("CREATE TABLE telemetry (time TEXT, device_id TEXT, v REAL)").unwrap();
-    let error = file.sink().open(&claim()).await.unwrap_err();
+    let error = file.sink().open(&claim(), None).await.unwrap_err();
     assert!(matches!(error, Error::Setup(_)), "{error:?}");
     let text = error.to_string();
     assert!(text.contains("no column \"location\": it has time, device_id, v"), "{text}");
@@ -185,7 +189,7 @@ async fn a_locked_file_is_tried_again() {
     let file = File::new();
     let config = Config { busy_timeout: "1ms".parse().unwrap(), ..file.config() };
     let mut sink = SqliteSink::new("warehouse", config, Arc::default());
-    sink.open(&claim()).await.unwrap();
+    sink.open(&claim(), None).await.unwrap();
     let other = file.read();
     other.execute_batch("BEGIN IMMEDIATE").unwrap();
     let batch = rows([message("a", "1")]);
@@ -199,12 +203,31 @@ async fn a_locked_file_is_tried_again() {
 async fn a_removed_file_is_noticed_before_rows_are_lost_in_it() {
     let file = File::new();
     let mut sink = file.sink();
-    sink.open(&claim()).await.unwrap();
+    sink.open(&claim(), None).await.unwrap();
     sink.commit(&Rows::default(), &[advance(0, 0, 5)]).await.unwrap();
     std::fs::remove_file(file.config().path).unwrap();
     let error = sink.commit(&rows([message("a", "1")]), &[advance(0, 5, 6)]).await.unwrap_err();
     assert!(matches!(error, Error::Retry(_)), "{error:?}");
-    assert_eq!(sink.open(&claim()).await.unwrap(), [], "a new file knows nothing");
+    assert_eq!(sink.open(&claim(), None).await.unwrap().positions, [], "a new file knows nothing");
+}
+
+#[tokio::test]
+async fn positions_of_the_first_version_are_read_and_get_what_they_lack() {
+    let file = File::with(&format!(
+        "CREATE TABLE telemetry ({TABLE});
+         CREATE TABLE headworks_positions (
+             pipeline TEXT NOT NULL, sink TEXT NOT NULL, log TEXT NOT NULL, generation INTEGER NOT NULL,
+             \"partition\" INTEGER NOT NULL, epoch INTEGER NOT NULL, next_offset INTEGER, holder TEXT NOT NULL,
+             updated_at TEXT NOT NULL, PRIMARY KEY (pipeline, sink, log, generation, \"partition\")) WITHOUT ROWID;
+         INSERT INTO headworks_positions VALUES
+             ('telemetry', 'warehouse', '{}', 0, 0, 3, 41, 'edge-7 (process 1)', '2026-01-01 00:00:00Z')",
+        claim().log
+    ));
+    let mut sink = file.sink();
+    let opened = sink.open(&claim(), None).await.unwrap();
+    assert_eq!((opened.epoch.0, opened.positions), (4, vec![position(0, 41)]));
+    sink.commit(&rows([message("a", "1")]), &[advance(0, 41, 42)]).await.unwrap();
+    assert_eq!(file.sink().open(&claim(), None).await.unwrap().positions, [position(0, 42)]);
 }
 
 #[tokio::test]
@@ -212,7 +235,7 @@ async fn a_file_that_is_no_database_is_an_error_for_a_person() {
     let file = File::new();
     drop(file.read());
     std::fs::write(file.config().path, "this is not a database, but long enough to look at").unwrap();
-    let error = file.sink().open(&claim()).await.unwrap_err();
+    let error = file.sink().open(&claim(), None).await.unwrap_err();
     assert!(matches!(error, Error::Setup(_)), "{error:?}");
 }
 
@@ -246,7 +269,7 @@ async fn a_check_says_what_would_be_created_and_writes_nothing() {
     assert!(nothing.found.concat().contains("creates the file"), "{:?}", nothing.found);
 
     let mut sink = file.sink();
-    sink.open(&claim()).await.unwrap();
+    sink.open(&claim(), None).await.unwrap();
     sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.unwrap();
     // Beside the host, whose rows are still in the WAL.
     let before = state(&file);

@@ -53,7 +53,7 @@ async fn tls_and_passwords_are_as_sslmode_says() {
             password,
             ..Config::default()
         };
-        async move { sink(config).open(&claim()).await.map(|_| ()).map_err(|error| format!("{error:?}")) }
+        async move { sink(config).open(&claim(), None).await.map(|_| ()).map_err(|error| format!("{error:?}")) }
     };
     let by_ca = Some(ca.as_path());
     open("localhost", SslMode::VerifyFull, by_ca, password.clone()).await.expect("the name is in it");
@@ -98,7 +98,7 @@ async fn a_user_without_rights_is_told_which_table_cannot_be_made() {
         .await;
     let target = Url(fresh.url.clone()).target();
     let config = Config { url: Url(format!("postgres://{role}:x@{target}")), ..fresh.config() };
-    let error = sink(config).open(&claim()).await.unwrap_err();
+    let error = sink(config).open(&claim(), None).await.unwrap_err();
     fresh.execute(&format!("DROP ROLE {role}")).await;
     let text = error.to_string();
     assert!(matches!(error, Error::Setup(_)) && text.contains("headworks_positions"), "{text}");
@@ -122,14 +122,14 @@ async fn the_rights_that_the_docs_name_are_enough() {
     let url = fresh.url.replacen("postgres://postgres@", &format!("postgres://{role}:x@"), 1);
     let config = Config { url: Url(url), ..fresh.config() };
     let mut sink = self::sink(config.clone());
-    sink.open(&claim()).await.unwrap();
+    sink.open(&claim(), None).await.unwrap();
     sink.commit(&rows([("a", "1")]), &[advance(0, 0, 1)]).await.unwrap();
     rejected(sink.commit(&rows([("a", "2"), ("a", "500")]), &[advance(0, 1, 3)]).await);
     sink.finish().await.unwrap();
     fresh.execute("CREATE UNIQUE INDEX ON telemetry (device_id, value)").await;
     fresh.execute(&upsert).await;
     let mut upserts = self::sink(Config { on_conflict: OnConflict::Upsert, ..config });
-    upserts.open(&claim()).await.unwrap();
+    upserts.open(&claim(), None).await.unwrap();
     upserts.commit(&rows([("a", "2"), ("a", "3")]), &[advance(0, 3, 5)]).await.unwrap();
     assert_eq!(fresh.written().await.len(), 3);
     drop((sink, upserts));

@@ -59,7 +59,7 @@ async fn what_would_be_created_is_said_and_not_created() {
     assert!(found.contains("creates the table headworks_positions, creates the table telemetry"), "{found}");
     assert_eq!(tables(&fresh).await, [""; 0]);
 
-    fresh.sink().open(&claim()).await.unwrap();
+    fresh.sink().open(&claim(), None).await.unwrap();
     let before = tables(&fresh).await;
     let checked = check(fresh.config()).await;
     assert_eq!((checked.problems, checked.warnings), (vec![], vec![]));
@@ -71,7 +71,7 @@ async fn what_would_be_created_is_said_and_not_created() {
 async fn a_check_takes_no_claim_from_the_host_that_writes() {
     let fresh = Fresh::new().await;
     let mut sink = fresh.sink();
-    sink.open(&claim()).await.unwrap();
+    sink.open(&claim(), None).await.unwrap();
     assert_eq!(check(fresh.config()).await.problems, [""; 0]);
     let outcome = sink.commit(&rows([("a", "1")]), &[advance(0, 0, 1)]).await.unwrap();
     assert_eq!(outcome, Outcome::Committed(Written { written: 1, ignored: 0 }));
@@ -170,7 +170,7 @@ async fn each_right_that_is_missing_is_named_and_granting_it_is_enough() {
     }
     assert_eq!(check(upsert.clone()).await.problems, [""; 0]);
     let mut sink = self::sink(upsert.clone());
-    sink.open(&claim()).await.expect("it may do all it needs");
+    sink.open(&claim(), None).await.expect("it may do all it needs");
     sink.commit(&rows([("a", "1")]), &[advance(0, 0, 1)]).await.unwrap();
 
     fresh.execute("ALTER TABLE headworks_positions OWNER TO postgres").await;

@@ -6,8 +6,8 @@ use super::*;
 async fn the_one_who_is_fenced_learns_who_took_over_and_what_to_do() {
     let fresh = Fresh::new().await;
     let mut older = fresh.sink();
-    older.open(&claim()).await.unwrap();
-    fresh.sink().open(&claim()).await.unwrap();
+    older.open(&claim(), None).await.unwrap();
+    fresh.sink().open(&claim(), None).await.unwrap();
     let error = older.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.unwrap_err();
     let text = error.to_string();
     for part in ["(process ", "epoch 2 after our 1", "stop one of the two hosts"] {
@@ -21,7 +21,7 @@ async fn many_hosts_that_open_at_once_get_epochs_of_their_own() {
     let mut sinks: Vec<PostgresSink> = (0..8).map(|_| fresh.sink()).collect();
     let mut tasks = tokio::task::JoinSet::new();
     for mut sink in sinks.drain(..) {
-        tasks.spawn(async move { sink.open(&claim()).await.map(|_| sink) });
+        tasks.spawn(async move { sink.open(&claim(), None).await.map(|_| sink) });
     }
     let opened: Vec<PostgresSink> =
         tasks.join_all().await.into_iter().map(|sink| sink.expect("all may open")).collect();
@@ -118,7 +118,7 @@ async fn an_unknown_commit_is_resolved_by_open() {
     let through = fresh.url.replacen(&format!(":{}", port_of(&target)), &format!(":{}", cutter.port), 1);
     let config = Config { url: Url(through), sslmode: Some(SslMode::Disable), ..fresh.config() };
     let mut sink = sink(config);
-    sink.open(&claim()).await.unwrap();
+    sink.open(&claim(), None).await.unwrap();
     let mut next = 0;
     let mut rows_there = 0;
     sink.commit(&Rows::default(), &[advance(0, 0, 0)]).await.unwrap();
@@ -135,7 +135,7 @@ async fn an_unknown_commit_is_resolved_by_open() {
             next += 2;
             rows_there += 2;
         }
-        assert_eq!(sink.open(&claim()).await.unwrap(), [position(0, next)]);
+        assert_eq!(sink.open(&claim(), None).await.unwrap().positions, [position(0, next)]);
         assert_eq!(fresh.written().await.len(), rows_there);
     }
 }
@@ -148,7 +148,7 @@ fn port_of(target: &str) -> &str {
 async fn a_commit_that_was_dropped_midway_needs_another_open() {
     let fresh = Fresh::new().await;
     let mut sink = fresh.sink();
-    sink.open(&claim()).await.unwrap();
+    sink.open(&claim(), None).await.unwrap();
     sink.commit(&Rows::default(), &[advance(0, 0, 0)]).await.unwrap();
     let batch = rows((0..1_000).map(|_| ("a", "1")));
     {
@@ -158,7 +158,7 @@ async fn a_commit_that_was_dropped_midway_needs_another_open() {
     }
     let error = sink.commit(&batch, &[advance(0, 0, 1_000)]).await.unwrap_err();
     assert!(matches!(error, Error::Retry(_)), "{error:?}");
-    assert_eq!(sink.open(&claim()).await.unwrap(), [position(0, 0)]);
+    assert_eq!(sink.open(&claim(), None).await.unwrap().positions, [position(0, 0)]);
     sink.commit(&batch, &[advance(0, 0, 1_000)]).await.unwrap();
     assert_eq!(fresh.written().await.len(), 1_000);
 }
@@ -176,8 +176,8 @@ async fn a_server_that_is_killed_again_and_again_has_each_row_exactly_once() {
         // As a pipeline delivers: read the position, go on from there, open again after errors.
         let mut sink = sink(config);
         loop {
-            let mut next = match sink.open(&claim()).await {
-                Ok(positions) => positions.first().map_or(0, |position| position.next.0),
+            let mut next = match sink.open(&claim(), None).await {
+                Ok(opened) => opened.positions.first().map_or(0, |position| position.next.0),
                 Err(Error::Fenced(reason)) => panic!("{reason}"),
                 Err(_) => continue,
             };
@@ -233,7 +233,7 @@ async fn a_server_that_is_not_there_is_tried_again() {
     let port = listener.local_addr().unwrap().port();
     drop(listener);
     let config = Config { url: Url(format!("postgres://writer@127.0.0.1:{port}/iot")), ..Config::default() };
-    let error = sink(config).open(&claim()).await.unwrap_err();
+    let error = sink(config).open(&claim(), None).await.unwrap_err();
     let text = error.to_string();
     assert!(matches!(error, Error::Retry(_)), "{text}");
     assert!(text.contains(&format!("sink \"warehouse\": cannot connect to 127.0.0.1:{port}/iot")), "{text}");
@@ -245,7 +245,7 @@ async fn a_row_lock_that_lasts_is_tried_again_and_never_waits_for_ever() {
     let fresh = Fresh::new().await;
     let config = Config { lock_timeout: "1s".parse().unwrap(), ..fresh.config() };
     let mut sink = self::sink(config);
-    sink.open(&claim()).await.unwrap();
+    sink.open(&claim(), None).await.unwrap();
     sink.commit(&Rows::default(), &[advance(0, 0, 0)]).await.unwrap();
     let mut other = fresh.client().await;
     let transaction = other.transaction().await.unwrap();
@@ -253,5 +253,5 @@ async fn a_row_lock_that_lasts_is_tried_again_and_never_waits_for_ever() {
     let error = sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.unwrap_err();
     assert!(matches!(&error, Error::Retry(text) if text.contains("55P03")), "{error:?}");
     transaction.rollback().await.unwrap();
-    assert_eq!(sink.open(&claim()).await.unwrap(), [position(0, 0)]);
+    assert_eq!(sink.open(&claim(), None).await.unwrap().positions, [position(0, 0)]);
 }

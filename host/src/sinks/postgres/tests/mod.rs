@@ -4,6 +4,7 @@
 mod access;
 mod check;
 mod commits;
+mod positions;
 mod rejected;
 mod rows;
 mod schema;
@@ -100,6 +101,10 @@ impl Database for Fresh {
     async fn written(&self) -> Vec<(String, f64)> {
         let rows = self.client().await.query("SELECT device_id, value FROM telemetry", &[]).await.unwrap();
         rows.iter().map(|row| (row.get(0), row.get(1))).collect()
+    }
+
+    async fn lose_positions(&self) {
+        self.execute("TRUNCATE headworks_positions").await;
     }
 }
 

@@ -14,7 +14,7 @@ fn trigger(code: &str, when: &str) -> String {
 
 async fn opened(fresh: &Fresh) -> PostgresSink {
     let mut sink = fresh.sink();
-    sink.open(&claim()).await.unwrap();
+    sink.open(&claim(), None).await.unwrap();
     sink.commit(&Rows::default(), &[advance(0, 0, 0)]).await.unwrap();
     sink
 }
@@ -106,7 +106,7 @@ async fn what_every_row_runs_into_is_set_up_and_not_data() {
         let error = sink.commit(&rows([("a", "500"), ("a", "600")]), &[advance(0, 0, 2)]).await.unwrap_err();
         assert!(format!("{error:?}").starts_with(expected), "{error:?}");
         if expected == "Setup" {
-            assert_eq!(sink.open(&claim()).await.unwrap(), [position(0, 0)]);
+            assert_eq!(sink.open(&claim(), None).await.unwrap().positions, [position(0, 0)]);
         }
         sink.commit(&rows([("a", "5")]), &[advance(0, 0, 1)]).await.unwrap();
     }
@@ -125,7 +125,7 @@ async fn a_limit_of_time_or_size_asks_for_fewer_rows_and_leaves_the_sink_usable(
     )
     .await;
     let mut sink = self::sink(Config { statement_timeout: "1s".parse().unwrap(), ..fresh.config() });
-    sink.open(&claim()).await.unwrap();
+    sink.open(&claim(), None).await.unwrap();
     let many = rows((0..100).map(|_| ("a", "5")));
     let error = sink.commit(&many, &[advance(0, 0, 100)]).await.unwrap_err();
     assert!(matches!(&error, Error::TooMuch(text) if text.contains("57014")), "{error:?}");
@@ -174,7 +174,7 @@ async fn a_row_of_now_without_a_partition_is_set_up_and_one_of_a_wrong_clock_is_
     }))
     .unwrap();
     let mut sink = self::sink(Config { columns, ..fresh.config() });
-    sink.open(&claim()).await.unwrap();
+    sink.open(&claim(), None).await.unwrap();
     // Received in February 2026, which is not now.
     let refused = rejected(sink.commit(&rows([("a", r#"{"value": 1}"#)]), &[advance(0, 0, 1)]).await);
     assert!(refused[0].reason.contains("no partition of relation"), "{refused:?}");
@@ -190,7 +190,7 @@ async fn a_row_of_now_without_a_partition_is_set_up_and_one_of_a_wrong_clock_is_
 async fn reasons(sql: &str, config: Config, [good, bad]: [&str; 2]) -> Vec<String> {
     let fresh = Fresh::with(sql).await;
     let mut sink = self::sink(Config { url: Url(fresh.url.clone()), ..config });
-    sink.open(&claim()).await.unwrap();
+    sink.open(&claim(), None).await.unwrap();
     let mut reasons = Vec::new();
     for batch in 0..2 {
         let rows = rows([("a", good), ("a", bad), ("a", good)]);

@@ -33,7 +33,7 @@ async fn reads_back(more: &str) {
     pairs.push(("by", "$topic"));
     let config = Config { table: "public.readings".to_owned(), columns: columns(&pairs), ..fresh.config() };
     let mut sink = self::sink(config);
-    sink.open(&claim()).await.unwrap();
+    sink.open(&claim(), None).await.unwrap();
     let payload = r#"{"i2":-7,"i4":70000,"i8":9007199254740993,"f4":21.5,"f8":1e-3,"n":-12345.67890,"n2":1e20,
         "n3":0.00012,"n4":100000000,"b":true,"t":"caf\u00e9 \"x\"","v":12.50,"tz":1771840800123,
         "ts":"2026-02-23T12:00:00+02:00","d":"2026-02-23T23:00:00Z","j":{"a": [1]},"jb":[1, 2],
@@ -92,13 +92,13 @@ async fn a_table_that_does_not_fit_is_an_error_that_names_the_column() {
     ] {
         let fresh = Fresh::new().await;
         fresh.execute(&format!("CREATE TABLE telemetry ({table})")).await;
-        let error = fresh.sink().open(&claim()).await.unwrap_err();
+        let error = fresh.sink().open(&claim(), None).await.unwrap_err();
         assert!(matches!(error, Error::Setup(_)), "{error:?}");
         assert!(error.to_string().contains(expected), "{error}");
     }
     let fresh = Fresh::new().await;
     let config = Config { create: false, ..fresh.config() };
-    let error = sink(config).open(&claim()).await.unwrap_err();
+    let error = sink(config).open(&claim(), None).await.unwrap_err();
     assert!(matches!(&error, Error::Setup(text) if text.contains("no table telemetry")), "{error:?}");
 }
 
@@ -107,7 +107,7 @@ async fn a_batch_of_many_chunks_is_one_transaction() {
     let fresh = Fresh::new().await;
     let mut sink = fresh.sink();
     let claim = Claim { partitions: 4, ..claim() };
-    sink.open(&claim).await.unwrap();
+    sink.open(&claim, None).await.unwrap();
     let filler = "x".repeat(1_000);
     let payload = format!("{{\"value\": 1.5, \"location\": \"{filler}\"}}");
     let many = rows((0..5_000).map(|_| ("a", payload.as_str())));
@@ -134,7 +134,7 @@ async fn a_bigint_holds_times_in_the_unit_that_the_config_says() {
         "own": { "from": "/ts", "unit": "ms", "zone": "+02:00" },
     }));
     let mut sink = self::sink(Config { columns: columns.unwrap(), ..fresh.config() });
-    sink.open(&claim()).await.unwrap();
+    sink.open(&claim(), None).await.unwrap();
     let batch = rows([message("a", r#"{"ts": 1771840800}"#)]);
     sink.commit(&batch, &[advance(0, 0, 1)]).await.unwrap();
     let row = fresh

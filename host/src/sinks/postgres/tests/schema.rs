@@ -19,7 +19,7 @@ async fn a_table_that_changed_is_bound_again_before_a_row_is_written_or_rejected
         for warm in [0, 1] {
             let fresh = Fresh::with("CREATE TABLE telemetry ({TABLE})").await;
             let mut sink = fresh.sink();
-            sink.open(&claim()).await.unwrap();
+            sink.open(&claim(), None).await.unwrap();
             for n in 0..warm {
                 sink.commit(
                     &rows([message("a", r#"{"value": 21, "location": "x"}"#)]),
@@ -33,7 +33,7 @@ async fn a_table_that_changed_is_bound_again_before_a_row_is_written_or_rejected
             let steps = [advance(0, warm, warm + 50)];
             let error = sink.commit(&next, &steps).await.unwrap_err();
             assert!(matches!(error, Error::Retry(_)), "{change}: {error:?}");
-            sink.open(&claim()).await.unwrap();
+            sink.open(&claim(), None).await.unwrap();
             let outcome = sink.commit(&next, &steps).await.unwrap();
             assert_eq!(outcome, Outcome::Committed(Written { written: 50, ignored: 0 }), "{change}");
             let row = fresh
@@ -51,11 +51,11 @@ async fn a_table_that_changed_is_bound_again_before_a_row_is_written_or_rejected
 async fn what_the_table_wants_since_then_is_said_and_no_row_is_rejected_for_it() {
     let fresh = Fresh::with("CREATE TABLE telemetry ({TABLE})").await;
     let mut sink = fresh.sink();
-    sink.open(&claim()).await.unwrap();
+    sink.open(&claim(), None).await.unwrap();
     fresh.execute("ALTER TABLE telemetry ADD COLUMN site TEXT NOT NULL").await;
     let error = sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.unwrap_err();
     assert!(matches!(error, Error::Retry(_)), "{error:?}");
-    let error = sink.open(&claim()).await.unwrap_err();
+    let error = sink.open(&claim(), None).await.unwrap_err();
     assert!(matches!(&error, Error::Setup(text) if text.contains("column \"site\"")), "{error:?}");
 }
 
@@ -63,11 +63,11 @@ async fn what_the_table_wants_since_then_is_said_and_no_row_is_rejected_for_it()
 async fn a_table_that_was_filled_and_is_gone_is_not_created_again() {
     let fresh = Fresh::new().await;
     let mut sink = fresh.sink();
-    sink.open(&claim()).await.unwrap();
+    sink.open(&claim(), None).await.unwrap();
     sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.unwrap();
     fresh.execute("DROP TABLE telemetry").await;
     sink.commit(&rows([message("a", "2")]), &[advance(0, 1, 2)]).await.unwrap_err();
-    let error = sink.open(&claim()).await.unwrap_err();
+    let error = sink.open(&claim(), None).await.unwrap_err();
     assert!(matches!(&error, Error::Setup(text) if text.contains("was it dropped or renamed")), "{error:?}");
 }
 
@@ -75,10 +75,10 @@ async fn a_table_that_was_filled_and_is_gone_is_not_created_again() {
 async fn a_name_in_other_case_makes_no_second_table() {
     let fresh = Fresh::with("CREATE TABLE telemetry_x ({TABLE}); CREATE TABLE \"site.1\" ({TABLE})").await;
     let config = Config { table: "Telemetry_X".to_owned(), ..fresh.config() };
-    let error = sink(config).open(&claim()).await.unwrap_err();
+    let error = sink(config).open(&claim(), None).await.unwrap_err();
     assert!(matches!(&error, Error::Setup(text) if text.contains("there is telemetry_x")), "{error:?}");
     let config = Config { table: "public.\"site.1\"".to_owned(), create: false, ..fresh.config() };
-    sink(config).open(&claim()).await.unwrap();
+    sink(config).open(&claim(), None).await.unwrap();
 }
 
 #[tokio::test]
@@ -88,12 +88,12 @@ async fn a_key_that_the_table_fills_itself_does_not_slow_copy() {
             .await;
     let config = Config { on_conflict: OnConflict::Ignore, ..fresh.config() };
     let mut sink = sink(config);
-    sink.open(&claim()).await.unwrap();
+    sink.open(&claim(), None).await.unwrap();
     assert!(!sink.is_staged());
     fresh.execute("CREATE UNIQUE INDEX ON telemetry (device_id, value)").await;
     let batch = rows([message("a", "1"), message("a", "1")]);
     sink.commit(&batch, &[advance(0, 0, 2)]).await.unwrap_err();
-    sink.open(&claim()).await.unwrap();
+    sink.open(&claim(), None).await.unwrap();
     assert!(sink.is_staged());
     let outcome = sink.commit(&batch, &[advance(0, 0, 2)]).await.unwrap();
     assert_eq!(outcome, Outcome::Committed(Written { written: 1, ignored: 1 }));
@@ -116,7 +116,7 @@ async fn a_table_under_row_level_security_is_written() {
         ..fresh.config()
     };
     let mut sink = sink(config);
-    sink.open(&claim()).await.unwrap();
+    sink.open(&claim(), None).await.unwrap();
     let refused = rejected(sink.commit(&rows([("a", "1"), ("a", "500")]), &[advance(0, 0, 2)]).await);
     assert_eq!((refused.len(), refused[0].row), (1, 1));
     assert_eq!(sink.finish().await.unwrap().written, 1);

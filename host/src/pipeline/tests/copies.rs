@@ -1,0 +1,140 @@
+//! Copies of a data folder: restored, or alive beside the one that they are copies of.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::harness::{Act, World, chain, number, sorted, step, text};
+use crate::batch::Offset;
+use crate::pipeline::State;
+use crate::sinks::memory::Fault;
+use crate::stream::Stream;
+
+impl World {
+    /// Another process, on a copy of the folder as it was when the stream ended at `at`.
+    fn copied(&self, at: u64) -> Self {
+        let memory = self.memory.copied(Offset(at));
+        Self { stream: Arc::clone(&memory) as Arc<dyn Stream>, memory, ..self.clone() }
+    }
+
+    fn end(&self) -> u64 {
+        self.stream.bounds().end.0
+    }
+
+    /// Each of these messages is one row, and nothing else is.
+    fn has_rows(&self, ranges: &[std::ops::Range<u64>]) {
+        let expected = ranges.iter().cloned().flatten().map(|n| format!("d{}:{n}", n % 3)).collect();
+        assert_eq!(sorted(self.payloads("w")), sorted(expected));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restored_folder_skips_and_doubles_nothing_wherever_the_database_was_at_the_start() {
+    for is_away in [false, true] {
+        let world = World::new(2, &[("default", "w")]);
+        let process = world.start(chain(1, &[])).await;
+        world.publish_many(3, 0, 100);
+        process.drained().await;
+        process.stop().await;
+        let restored = world.copied(60);
+        if is_away {
+            world.database("w").block();
+        }
+        let process = restored.start(chain(1, &[])).await;
+        // Past the position that the lost folder left.
+        restored.publish_many(3, 1_000, 90);
+        world.database("w").unblock();
+        process.drained().await;
+        process.stop().await;
+        restored.has_rows(&[0..100, 1_000..1_090]);
+        // Once more, and it is known.
+        let again = restored.copied(restored.end());
+        let process = again.start(chain(1, &[])).await;
+        again.publish_many(3, 2_000, 10);
+        process.drained().await;
+        process.stop().await;
+        again.has_rows(&[0..100, 1_000..1_090, 2_000..2_010]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_two_hosts_on_copies_of_a_folder_the_one_that_started_last_writes_through_any_reconnect() {
+    let older = World::new(2, &[("default", "w")]);
+    let on_older = older.start(chain(1, &[])).await;
+    older.publish_many(3, 0, 50);
+    on_older.drained().await;
+    let newer = older.copied(older.end());
+    let on_newer = newer.start(chain(1, &[])).await;
+    on_newer.drained().await;
+    // Both lose their connection, the older one first.
+    older.database("w").fail_commits([Fault::Retry("connection reset".to_owned())]);
+    older.publish_many(3, 100, 30);
+    let status = on_older.until("fenced", |s| matches!(s.sinks[0].state, State::Stopped(_))).await;
+    let State::Stopped(reason) = &status.sinks[0].state else { unreachable!("just awaited") };
+    assert!(reason.contains("took the positions of pipeline \"p\" in sink \"w\" over"), "{reason}");
+    assert!(reason.contains("stop one of the two hosts"), "{reason}");
+    newer.database("w").fail_commits([Fault::Retry("connection reset".to_owned())]);
+    newer.publish_many(3, 200, 40);
+    on_newer.drained().await;
+    newer.has_rows(&[0..50, 200..240]);
+    on_newer.stop().await;
+    on_older.stop().await;
+    // The older one is what somebody decides for, then the newer one again.
+    let older = older.copied(older.end());
+    let process = older.start(chain(1, &[])).await;
+    older.publish_many(3, 300, 10);
+    process.drained().await;
+    process.stop().await;
+    older.has_rows(&[0..50, 200..240, 100..130, 300..310]);
+    let newer = newer.copied(newer.end());
+    let process = newer.start(chain(1, &[])).await;
+    newer.publish_many(3, 400, 10);
+    process.drained().await;
+    process.stop().await;
+    newer.has_rows(&[0..50, 200..240, 100..130, 300..310, 400..410]);
+}
+
+/// A dead letter of a lost message must not stand for the one that has its offset now.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_log_that_lost_its_end_does_not_take_its_new_messages_for_rejected_ones() {
+    let world = World::new(1, &[("default", "w")]);
+    let check = || {
+        step("check", |message, _| match number(&text(message)) {
+            60..100 => Act::Refuse("out of range".to_owned()),
+            _ => Act::Pass,
+        })
+    };
+    // The letters are durable, and the position is not past them when the log loses its end.
+    world.publish_many(3, 0, 50);
+    let process = world.start(chain(1, &[check()])).await;
+    process.drained().await;
+    world.database("w").block();
+    world.publish_many(3, 50, 50);
+    process.until("read", |status| status.read == Offset(100)).await;
+    while world.letters().await.len() < 40 {
+        process.looked_after().await;
+    }
+    process.handle.crash();
+    world.database("w").unblock();
+    process.handle.join().await;
+    let shortened = world.copied(60);
+    let process = shortened.start(chain(1, &[check()])).await;
+    shortened.publish_many(3, 1_000, 40);
+    process.drained().await;
+    process.stop().await;
+    shortened.has_rows(&[0..60, 1_000..1_040]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn positions_that_somebody_removes_under_a_host_stop_the_sink_and_fill_nothing_twice() {
+    let mut world = World::new(2, &[("default", "w")]);
+    world.config.sink_backoff.max = crate::units::Period(Duration::from_millis(5));
+    let process = world.start(chain(1, &[])).await;
+    world.publish_many(3, 0, 100);
+    process.drained().await;
+    world.database("w").lose_positions();
+    world.publish_many(3, 100, 10);
+    let gone = |state: &State| matches!(state, State::Retrying(why) if why.contains("are gone"));
+    process.until("said", |status| gone(&status.sinks[0].state)).await;
+    world.has_rows(&[0..100]);
+    process.stop().await;
+}
