@@ -2,15 +2,25 @@
 //!
 //! Rows go through it where COPY cannot say what should happen (`on_conflict`,
 //! views, types without a binary form), and where the table rejected some:
-//! `headworks_isolate` inserts the staged rows by sixteens, each in a
-//! subtransaction of its own, then those of a sixteen that fails one by one. It
-//! returns the rows that cannot be inserted and the count of those that were,
-//! all within the caller's transaction and in one round trip.
+//! `headworks_isolate` inserts the staged rows group by group, each group in a
+//! subtransaction of its own. A sequence counts the rows that reach INSERT, so
+//! that an error says which row it came at: sequences are not rolled back. The
+//! group is inserted again without that row, which is rejected once the others
+//! get past its place. Where the count does not tell (an error at the last row of
+//! a group, as from a trigger AFTER INSERT, or twice at one place, as from a
+//! foreign table, which takes rows in batches; upserts, which insert fewer rows
+//! than are staged) the group is inserted row by row. The function returns
+//! the rows that cannot be inserted and the count of those that were, all within
+//! the caller's transaction and in one round trip.
 
 use super::schema::{literal, quoted, quoted_table};
 use super::table::{Binding, Bound, column_list};
 use crate::sinks::columns::Columns;
 use crate::sinks::config::OnConflict;
+
+/// Staged rows that are inserted together at most, and at least where many are bad.
+const GROUP_MAX: usize = 32;
+const GROUP_MIN: usize = 8;
 
 /// One row of `headworks_isolate`: the place of a row among the staged, from 0,
 /// and why it cannot be inserted; the last one has no place, and the count.
@@ -23,14 +33,21 @@ pub const COPY: &str = "COPY headworks_stage FROM STDIN (FORMAT binary)";
 pub fn create(table: &str, columns: &Columns, binding: &Binding, on_conflict: OnConflict) -> String {
     let fields: Vec<String> =
         binding.columns.iter().enumerate().map(|(i, of)| format!("c{i} {}", of.stage_type)).collect();
-    let insert =
-        |only: &str| insert_of(table, columns, binding, on_conflict, &format!("headworks_stage {only}"));
+    let insert = |counted, only: &str| {
+        let from = format!("headworks_stage {only}");
+        insert_of(table, columns, binding, on_conflict, counted, &from)
+    };
     // Concerns every row, not this one: no connection, lock, room, time.
     let (probe_table, probe) = probe(columns, binding);
+    let diagnostics = "GET STACKED DIAGNOSTICS code = RETURNED_SQLSTATE, message = MESSAGE_TEXT,
+                        detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT,
+                        of_column = COLUMN_NAME, of_constraint = CONSTRAINT_NAME,
+                        context = PG_EXCEPTION_CONTEXT";
     let passing = "left(SQLSTATE, 2) IN ('08', '40', '53', '57', '58', 'HV') OR SQLSTATE = '55P03'";
     format!(
         "CREATE TEMPORARY TABLE headworks_stage (n INTEGER, {fields}) ON COMMIT DELETE ROWS;
-{probe_table}CREATE FUNCTION pg_temp.headworks_isolate(
+{probe_table}CREATE TEMPORARY SEQUENCE headworks_count CACHE 1000000;
+CREATE FUNCTION pg_temp.headworks_isolate(
     OUT place INTEGER, OUT written BIGINT, OUT code TEXT, OUT message TEXT, OUT detail TEXT, OUT hint TEXT,
     OUT of_column TEXT, OUT of_constraint TEXT, OUT context TEXT)
 RETURNS SETOF record LANGUAGE plpgsql AS $headworks$
@@ -39,37 +56,88 @@ DECLARE
     staged tid[];
     since INTEGER := 1;
     until INTEGER;
+    size INTEGER := {GROUP_MAX};
+    -- The group's rows that are not known to be bad, and their places in staged, from 1,
+    -- once they are asked for.
+    rows tid[];
+    places INTEGER[];
+    -- Of these the one that the last error came at, and how many were before it.
+    suspect INTEGER;
+    before_suspect INTEGER;
+    counted BIGINT;
+    before INTEGER;
+    -- The place in staged of the row that an error is about.
+    at INTEGER;
+    bad INTEGER;
     inserted BIGINT;
     total BIGINT := 0;
 BEGIN
     SET CONSTRAINTS ALL IMMEDIATE;
     SELECT array_agg(ctid ORDER BY n) INTO staged FROM headworks_stage;
     WHILE since <= coalesce(cardinality(staged), 0) LOOP
-        until := least(since + 15, cardinality(staged));
-        BEGIN
-            {some};
-            GET DIAGNOSTICS inserted = ROW_COUNT;
-            total := total + inserted;
-        EXCEPTION WHEN OTHERS OR ASSERT_FAILURE THEN
-            IF {passing} THEN RAISE; END IF;
-            FOR i IN since..until LOOP
+        until := least(since + size - 1, cardinality(staged));
+        rows := staged[since:until];
+        places := NULL;
+        suspect := NULL;
+        before_suspect := -1;
+        bad := 0;
+        WHILE cardinality(rows) > 0 LOOP
+            counted := nextval('pg_temp.headworks_count');
+            BEGIN
+                {some};
+                GET DIAGNOSTICS inserted = ROW_COUNT;
+                total := total + inserted;
+                EXIT;
+            EXCEPTION WHEN OTHERS OR ASSERT_FAILURE THEN
+                IF {passing} THEN RAISE; END IF;
+                before := currval('pg_temp.headworks_count') - counted - 1;
+                places := coalesce(places, ARRAY(SELECT generate_series(since, until)));
+                IF before > before_suspect AND before < cardinality(rows) - 1 THEN
+                    IF suspect IS NOT NULL THEN
+                        place := suspect - 1;
+                        RETURN NEXT;
+                    END IF;
+                    {diagnostics};
+                    at := places[before + 1];
+                    {probe}
+                    suspect := at;
+                    before_suspect := before;
+                    rows := rows[:before] || rows[before + 2:];
+                    places := places[:before] || places[before + 2:];
+                    bad := bad + 1;
+                    CONTINUE;
+                END IF;
+            END;
+            -- The count does not tell.
+            IF suspect IS NOT NULL THEN
+                places := places[:before_suspect] || suspect || places[before_suspect + 1:];
+                suspect := NULL;
+                bad := bad - 1;
+            END IF;
+            FOREACH at IN ARRAY places LOOP
                 BEGIN
                     {one};
                     GET DIAGNOSTICS inserted = ROW_COUNT;
                     total := total + inserted;
                 EXCEPTION WHEN OTHERS OR ASSERT_FAILURE THEN
                     IF {passing} THEN RAISE; END IF;
-                    GET STACKED DIAGNOSTICS code = RETURNED_SQLSTATE, message = MESSAGE_TEXT,
-                        detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT,
-                        of_column = COLUMN_NAME, of_constraint = CONSTRAINT_NAME,
-                        context = PG_EXCEPTION_CONTEXT;
+                    {diagnostics};
                     {probe}
-                    place := i - 1;
+                    place := at - 1;
                     RETURN NEXT;
+                    bad := bad + 1;
                 END;
             END LOOP;
-        END;
+            EXIT;
+        END LOOP;
+        IF suspect IS NOT NULL THEN
+            place := suspect - 1;
+            RETURN NEXT;
+        END IF;
         since := until + 1;
+        -- The more bad rows, the more of a large group is inserted in vain.
+        size := CASE bad WHEN 0 THEN least(2 * size, {GROUP_MAX}) WHEN 1 THEN size
+            ELSE greatest(size / 2, {GROUP_MIN}) END;
     END LOOP;
     place := NULL;
     written := total;
@@ -77,13 +145,13 @@ BEGIN
 END
 $headworks$",
         fields = fields.join(", "),
-        some = insert("WHERE ctid = ANY (staged[since:until])"),
-        one = insert("WHERE ctid = staged[i]"),
+        some = insert(true, "WHERE ctid = ANY (rows)"),
+        one = insert(false, "WHERE ctid = staged[at]"),
     )
 }
 
 /// A table of the columns whose values the server converts or measures, and what finds out
-/// which of them rejects the row `staged[i]`: errors of class 22 (data exception) name none.
+/// which of them rejects the row `staged[at]`: errors of class 22 (data exception) name none.
 fn probe(columns: &Columns, binding: &Binding) -> (String, String) {
     let (mut fields, mut probes) = (Vec::new(), String::new());
     for (i, (column, of)) in columns.columns.iter().zip(&binding.columns).enumerate() {
@@ -95,7 +163,7 @@ fn probe(columns: &Columns, binding: &Binding) -> (String, String) {
             "IF of_column = '' THEN
                         BEGIN
                             INSERT INTO headworks_probe (c{i})
-                            SELECT {} FROM headworks_stage WHERE ctid = staged[i];
+                            SELECT {} FROM headworks_stage WHERE ctid = staged[at];
                         EXCEPTION WHEN data_exception THEN
                             of_column := {};
                         END;
@@ -123,7 +191,7 @@ fn value(binding: &Binding, i: usize) -> String {
 
 /// Takes all staged rows on.
 pub fn insert(table: &str, columns: &Columns, binding: &Binding, on_conflict: OnConflict) -> String {
-    insert_of(table, columns, binding, on_conflict, "headworks_stage")
+    insert_of(table, columns, binding, on_conflict, false, "headworks_stage")
 }
 
 /// Has the server plan the INSERT of a row without values: it answers as it would
@@ -132,18 +200,24 @@ pub fn explain(table: &str, columns: &Columns, binding: &Binding, on_conflict: O
     let field = |(i, of): (usize, &Bound)| format!("NULL::{} AS c{i}", of.stage_type);
     let fields: Vec<String> = binding.columns.iter().enumerate().map(field).collect();
     let row = format!("(SELECT 0 AS n, {}) AS headworks_stage", fields.join(", "));
-    format!("EXPLAIN {}", insert_of(table, columns, binding, on_conflict, &row))
+    format!("EXPLAIN {}", insert_of(table, columns, binding, on_conflict, false, &row))
 }
 
+/// `counted`: by the sequence, each row just before it is inserted. Upserts are not.
 fn insert_of(
     table: &str,
     columns: &Columns,
     binding: &Binding,
     on_conflict: OnConflict,
+    counted: bool,
     from: &str,
 ) -> String {
     let value = |i: usize| value(binding, i);
-    let values: Vec<String> = (0..binding.columns.len()).map(value).collect();
+    let mut values: Vec<String> = (0..binding.columns.len()).map(value).collect();
+    if counted && on_conflict != OnConflict::Upsert {
+        // Being volatile it is called behind ORDER BY, as INSERT takes the row.
+        values[0] = format!("CASE WHEN nextval('pg_temp.headworks_count') > 0 THEN {} END", values[0]);
+    }
     let (table, list, values) = (quoted_table(table), column_list(columns), values.join(", "));
     let insert = format!("INSERT INTO {table} ({list}) SELECT {values} FROM");
     match on_conflict {

@@ -268,6 +268,7 @@ impl Session {
             let reason = first.reason.clone();
             return Err(if doubtful { Isolated::Doubtful(reason) } else { Isolated::Setup(reason) });
         }
+        by_server.sort_unstable_by_key(|rejected| rejected.row);
         rejected.extend(by_server);
         Ok((rejected, written))
     }

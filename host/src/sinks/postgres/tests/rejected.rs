@@ -80,6 +80,68 @@ async fn each_row_that_the_server_rejects_is_isolated_and_all_others_are_written
 }
 
 #[tokio::test]
+async fn exactly_the_bad_rows_are_rejected_however_they_lie() {
+    const ROWS: usize = 300;
+    // Takes rows in batches, and raises at another row than the bad one.
+    let foreign = "CREATE EXTENSION postgres_fdw;
+         CREATE TABLE readings ({TABLE}, CHECK (value < 100));
+         DO $$ BEGIN EXECUTE format(
+             'CREATE SERVER itself FOREIGN DATA WRAPPER postgres_fdw
+              OPTIONS (dbname %L, host %L, port %L, batch_size ''10'')', current_database(),
+             coalesce(host(inet_server_addr()), split_part(current_setting('unix_socket_directories'), ',', 1)),
+             current_setting('port')); END $$;
+         CREATE USER MAPPING FOR CURRENT_USER SERVER itself;
+         CREATE FOREIGN TABLE telemetry ({TABLE}) SERVER itself OPTIONS (table_name 'readings')";
+    let by_column = "CREATE TABLE telemetry ({TABLE}, CHECK (value < 100))".to_owned();
+    for sql in [by_column, trigger("P0001", "TRIGGER t AFTER"), foreign.to_owned()] {
+        let fresh = Fresh::with(&sql).await;
+        let mut sink = opened(&fresh).await;
+        let mut written = 0;
+        let is_bad: [fn(usize) -> bool; 8] = [
+            |n| n % 100 == 50,
+            |n| n % 10 == 3,
+            |n| n % 32 == 31,
+            |n| n % 8 < 2,
+            |n| (40..140).contains(&n),
+            |n| n < 9,
+            |n| n >= ROWS - 2,
+            |n| n * 7_919 % 10_007 % 5 == 0,
+        ];
+        for (number, is_bad) in is_bad.into_iter().enumerate() {
+            let payloads = (0..ROWS).map(|n| ("a", if is_bad(n) { "500" } else { "5" }));
+            let steps = [advance(0, (number * ROWS) as u64, ((number + 1) * ROWS) as u64)];
+            let refused = rejected(sink.commit(&rows(payloads), &steps).await);
+            let bad: Vec<usize> = (0..ROWS).filter(|n| is_bad(*n)).collect();
+            assert_eq!(refused.iter().map(|row| row.row).collect::<Vec<_>>(), bad, "{number}: {sql}");
+            let good = (ROWS - bad.len()) as u64;
+            assert_eq!(
+                sink.finish().await.unwrap(),
+                Written { written: good, ignored: 0 },
+                "{number}: {sql}"
+            );
+            written += good as usize;
+        }
+        assert_eq!(fresh.written().await.len(), written, "{sql}");
+    }
+}
+
+#[tokio::test]
+async fn a_bad_row_among_upserts_costs_no_good_one() {
+    let fresh =
+        Fresh::with("CREATE TABLE telemetry ({TABLE}, UNIQUE (device_id), CHECK (value < 100))").await;
+    let mut sink = self::sink(Config { on_conflict: OnConflict::Upsert, ..fresh.config() });
+    sink.open(&claim()).await.unwrap();
+    sink.commit(&Rows::default(), &[advance(0, 0, 0)]).await.unwrap();
+    let many = rows([("a", "1"), ("a", "2"), ("b", "500"), ("c", "3"), ("c", "4")]);
+    let refused = rejected(sink.commit(&many, &[advance(0, 0, 5)]).await);
+    assert_eq!(refused.iter().map(|row| row.row).collect::<Vec<_>>(), [2]);
+    sink.finish().await.unwrap();
+    let mut written = fresh.written().await;
+    written.sort_by(|a, b| a.0.cmp(&b.0));
+    assert_eq!(written, [("a".to_owned(), 2.0), ("c".to_owned(), 4.0)]);
+}
+
+#[tokio::test]
 async fn rows_stay_in_order_around_a_bad_one() {
     let fresh = Fresh::with("CREATE TABLE telemetry (id SERIAL, {TABLE}, CHECK (value <> 55))").await;
     let mut sink = opened(&fresh).await;
