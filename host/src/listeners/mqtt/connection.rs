@@ -383,9 +383,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
                 let may_see = may_see(self.inbound.rights(), &self.session);
                 let mut outbox = self.session.outbox();
                 if let Some(page) = page {
-                    // Both held: what replaces one of these messages comes after it.
-                    let retained = self.broker.retained();
-                    outbox.retained_found(page, |key, message| retained.is_current(key, message));
+                    outbox.retained_found(page, &self.broker.retained());
                 }
                 let gone = outbox.loaded(&messages, may_see);
                 drop(outbox);

@@ -14,6 +14,7 @@ use super::{Connection, End};
 use crate::access::{QUESTIONS_MAX, Verdict};
 use crate::listeners::mqtt::Broker;
 use crate::listeners::mqtt::fanout::{FILTERS_AT_ONCE, SendRetained, Subscription};
+use crate::listeners::mqtt::outbound::look_up;
 use crate::listeners::mqtt::session::{Change, KEPT_FILTER_BYTES_MAX, Session, subscription_key};
 use crate::listeners::mqtt::subscriptions::{FILTER_LEVELS_MAX, Filter, Options};
 use crate::listeners::mqtt::wire::{self, Fault, Packet};
@@ -186,12 +187,14 @@ impl<S> Connection<'_, S> {
         }
         let (broker, session) = (self.broker.clone(), self.session.clone());
         let subscribed = async move {
+            let retained_before = session.outbox().last_retained();
             for some in granted.chunks(FILTERS_AT_ONCE) {
                 broker.live.subscribe(&broker, &session, some);
                 if granted.len() > FILTERS_AT_ONCE {
                     yield_now().await;
                 }
             }
+            look_up(&broker, &session, retained_before).await;
             keep(&broker, &session, &changes).await
         };
         self.broker.in_background(subscribed).await?;

@@ -63,6 +63,19 @@ impl Loader {
     }
 }
 
+/// Looks up what is retained for the subscriptions behind number `behind` (see
+/// [`Outbox::last_retained`](super::Outbox::last_retained)) while it is little: the rest
+/// waits until the client takes it. Of these no read is under way.
+pub async fn look_up(broker: &Broker, session: &Session, mut behind: u64) {
+    loop {
+        let Some(mut page) = session.outbox().first_page(behind) else { return };
+        behind = page.number();
+        page.look(&broker.retained(), &broker.clock, LOOKED_AT_ONCE);
+        session.outbox().retained_found(page, &broker.retained());
+        yield_now().await;
+    }
+}
+
 async fn load(
     wanted: Vec<Place>,
     page: Option<RetainedPage>,

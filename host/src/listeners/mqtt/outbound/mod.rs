@@ -22,7 +22,7 @@ use super::session::Change;
 use crate::stream::{AppendError, Stream};
 
 pub use self::kept::{Found, Kept, NOTE, Restored, SENT, STEP, note_bytes_max};
-pub use self::load::{Body, LOADS_MAX, Loaded, Loader};
+pub use self::load::{Body, LOADS_MAX, Loaded, Loader, look_up};
 pub use self::message::Message;
 pub use self::queued::{Ids, InFlight, Offer, Place, QueueLimits, Queued, Source, Sums, WhenFull};
 pub use self::retained::{RetainedFrom, RetainedPage};

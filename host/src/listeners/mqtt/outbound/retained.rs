@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::{Message, Outbox, Queued, Source};
 use crate::listeners::mqtt::clock::Clock;
-use crate::listeners::mqtt::retained::{Kept, Lookup};
+use crate::listeners::mqtt::retained::{Kept, Lookup, Retained};
 use crate::listeners::mqtt::session::{Change, subscription_key};
 use crate::listeners::mqtt::subscriptions::{Filter, Options};
 
@@ -77,7 +77,20 @@ pub struct RetainedPage {
     bytes: usize,
 }
 
+impl Delivery {
+    /// What comes behind its last page, where that was taken.
+    fn next_page(&self) -> Option<RetainedPage> {
+        let lookup = self.lookup.clone().filter(|_| self.page.is_empty())?;
+        let (from, options) = (self.from.clone(), self.options);
+        Some(RetainedPage { number: self.number, lookup, from, options, found: Vec::new(), bytes: 0 })
+    }
+}
+
 impl RetainedPage {
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
     pub fn is_done(&self) -> bool {
         self.lookup.is_done() || self.is_full()
     }
@@ -87,12 +100,7 @@ impl RetainedPage {
     }
 
     /// Looks at no more than `steps_max` topics.
-    pub fn look(
-        &mut self,
-        retained: &crate::listeners::mqtt::retained::Retained,
-        clock: &Clock,
-        steps_max: usize,
-    ) {
+    pub fn look(&mut self, retained: &Retained, clock: &Clock, steps_max: usize) {
         let mut lookup = self.lookup.clone();
         retained.look(&mut lookup, steps_max, |key, kept| {
             if self.from.includes(kept, clock) {
@@ -159,23 +167,34 @@ impl Outbox {
 
     /// The page that is to be looked up next.
     pub(super) fn wants_page(&self) -> Option<RetainedPage> {
-        let delivery = self.retained.open.front().filter(|delivery| delivery.page.is_empty())?;
-        Some(RetainedPage {
-            number: delivery.number,
-            lookup: delivery.lookup.clone()?,
-            from: delivery.from.clone(),
-            options: delivery.options,
-            found: Vec::new(),
-            bytes: 0,
-        })
+        self.retained.open.front()?.next_page()
     }
 
-    /// Takes in what was looked up, but for what `is_current` says was replaced since.
-    pub fn retained_found(&mut self, page: RetainedPage, is_current: impl Fn(&str, &Arc<Message>) -> bool) {
-        let Some(delivery) = self.retained.open.front_mut().filter(|it| it.number == page.number) else {
+    /// Number of the newest subscription that is, or was, to be given what is retained.
+    pub fn last_retained(&self) -> u64 {
+        self.retained.last_number
+    }
+
+    /// The first page of the next subscription behind number `behind`, unless a page of
+    /// messages waits already.
+    pub(super) fn first_page(&self, behind: u64) -> Option<RetainedPage> {
+        let waiting = self.retained.heads();
+        let bytes: usize = waiting.map(|queued| queued.len as usize).sum();
+        if self.retained.len() >= PAGE_MESSAGES_MAX || bytes >= PAGE_BYTES_MAX {
+            return None;
+        }
+        let mut behind = self.retained.open.iter().filter(|delivery| delivery.number > behind);
+        behind.find_map(Delivery::next_page)
+    }
+
+    /// Takes in what was looked up, but for what was replaced since. With both locked, so
+    /// that what replaces one of these messages comes after it.
+    pub fn retained_found(&mut self, page: RetainedPage, retained: &Retained) {
+        let Some(delivery) = self.retained.open.iter_mut().find(|it| it.number == page.number) else {
             return;
         };
-        let is_current = |found: &Found| found.queued.message().is_some_and(|it| is_current(&found.key, it));
+        let is_current =
+            |found: &Found| found.queued.message().is_some_and(|it| retained.is_current(&found.key, it));
         delivery.page.extend(page.found.into_iter().filter(is_current));
         delivery.lookup = (!page.lookup.is_done()).then_some(page.lookup);
         self.end_given();
