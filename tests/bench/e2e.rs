@@ -6,22 +6,19 @@
 use std::fmt::Write;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use headworks_tests::folder::Folder;
 use headworks_tests::host::{Host, prebuilt};
 use headworks_tests::mqtt::{self, Version};
 use headworks_tests::postgres::{Database, Postgres};
-use headworks_tests::process::run as run_command;
 
 use crate::load::{open_loop, percentile, send_numbered};
+use crate::readings::{DEVICES, Reading, device};
 use crate::results::Results;
 use crate::rounds;
+use crate::server_copy::ServerCopy;
 
 const PUBLISHERS: usize = 8;
-/// Devices of one publisher, a gateway. Few devices, or one time for all
-/// messages, would make the index cheaper than a plant's does.
-const DEVICES_EACH: usize = 125;
-/// Between two readings of one device.
-const EVERY_US: u128 = 1_000_000;
+/// Devices of one publisher, a gateway.
+const DEVICES_EACH: u64 = DEVICES / PUBLISHERS as u64;
 /// Rows of one COPY, as many as the sink's transaction takes at most.
 const COPY_ROWS: u64 = 5_000;
 const WINDOW: u64 = 500;
@@ -41,12 +38,10 @@ struct Rounds {
 
 pub fn run(results: &mut Results) {
     let server = Postgres::start();
-    let folder = Folder::new("bench-e2e-copy");
-    // The server's user writes and reads files here.
-    run_command(std::process::Command::new("chmod").arg("777").arg(folder.path()));
+    let copy = ServerCopy::new("bench-e2e-copy", MESSAGES / COPY_ROWS, COPY_ROWS);
     let mut all = Rounds::default();
     for _ in 0..rounds() {
-        round(&server, &folder, &mut all);
+        round(&server, &copy, &mut all);
     }
     results.add("e2e_msgs_per_s", &all.msgs_per_s);
     results.add("e2e_rows_per_s_server_copy", &all.copy_rows_per_s);
@@ -57,7 +52,7 @@ pub fn run(results: &mut Results) {
     results.add("host_rss_mb", &all.rss_mb);
 }
 
-fn round(server: &Postgres, folder: &Folder, all: &mut Rounds) {
+fn round(server: &Postgres, copy: &ServerCopy, all: &mut Rounds) {
     let mut database = server.database();
     let mut host = start(database.url());
 
@@ -65,7 +60,7 @@ fn round(server: &Postgres, folder: &Folder, all: &mut Rounds) {
     let begin = Instant::now();
     let ts = micros(SystemTime::now());
     send_numbered(host.mqtt(), PUBLISHERS, WINDOW, PER_PUBLISHER, |publisher, n, out, id| {
-        encode(out, publisher, n, ts + u128::from(n) * EVERY_US / DEVICES_EACH as u128, id);
+        encode(out, &Reading::new(number(publisher, n), ts), id);
     });
     rows(&host, &mut database, MESSAGES);
     let took = begin.elapsed();
@@ -76,12 +71,12 @@ fn round(server: &Postgres, folder: &Folder, all: &mut Rounds) {
     let rate = MESSAGES as f64 / took.as_secs_f64();
     all.msgs_per_s.push(rate);
     all.cpu_us.push(cpu.as_micros() as f64 / MESSAGES as f64);
-    all.copy_rows_per_s.push(copy(&mut database, folder));
+    all.copy_rows_per_s.push(copy_rows_per_s(&mut database, copy));
 
     database.execute("TRUNCATE telemetry; CHECKPOINT");
     let mut delays =
         open_loop(host.mqtt(), PUBLISHERS, rate / 2.0, OPEN_LOOP, |publisher, n, due, out, id| {
-            encode(out, publisher, n, micros(due), id);
+            encode(out, &Reading { time_us: micros(due), ..Reading::new(number(publisher, n), 0) }, id);
         });
     rows(&host, &mut database, delays.len() as u64);
     all.ack_p99_ms.push(percentile(&mut delays, 0.99) / 1000.0);
@@ -95,29 +90,17 @@ fn round(server: &Postgres, folder: &Folder, all: &mut Rounds) {
     assert!(host.stop().success());
 }
 
-/// Rows a second of the server's own COPY, which writes the table's rows again
-/// in the order that they have, while the host and its devices are quiet.
-fn copy(database: &mut Database, folder: &Folder) -> f64 {
-    let file = |number: u64| folder.join(format!("{number}.copy")).display().to_string();
-    for number in 0..MESSAGES / COPY_ROWS {
-        database.execute(&format!(
-            "COPY (SELECT * FROM telemetry OFFSET {} LIMIT {COPY_ROWS}) TO '{}' (FORMAT binary)",
-            number * COPY_ROWS,
-            file(number)
-        ));
-    }
+/// Of the rows that the table has, while the host and its devices are quiet.
+fn copy_rows_per_s(database: &mut Database, copy: &ServerCopy) -> f64 {
+    copy.take(database);
     database.execute("TRUNCATE telemetry; CHECKPOINT");
-    let begin = Instant::now();
-    for number in 0..MESSAGES / COPY_ROWS {
-        database.execute(&format!("COPY telemetry FROM '{}' (FORMAT binary)", file(number)));
-    }
-    let rate = MESSAGES as f64 / begin.elapsed().as_secs_f64();
+    let took = copy.write(database);
     assert_eq!(database.count("telemetry").unsigned_abs(), MESSAGES, "COPY writes the same rows");
-    rate
+    MESSAGES as f64 / took.as_secs_f64()
 }
 
 fn start(url: &str) -> Host {
-    let devices: String = (0..PUBLISHERS * DEVICES_EACH).fold(String::new(), |mut text, number| {
+    let devices: String = (0..DEVICES).fold(String::new(), |mut text, number| {
         let _ = write!(
             text,
             " {}: {{ location: \"hall {}\", site: north, model: T100 }},",
@@ -143,20 +126,17 @@ fn start(url: &str) -> Host {
     host
 }
 
-fn micros(time: SystemTime) -> u128 {
-    time.duration_since(UNIX_EPOCH).expect("after 1970").as_micros()
+fn micros(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).expect("after 1970").as_micros() as u64
 }
 
-fn device(number: usize) -> String {
-    format!("sensor-{number:04}")
+/// Over all devices, of a gateway's reading number `n`: its devices take turns.
+fn number(publisher: usize, n: u64) -> u64 {
+    n / DEVICES_EACH * DEVICES + publisher as u64 * DEVICES_EACH + n % DEVICES_EACH
 }
 
-fn encode(out: &mut Vec<u8>, publisher: usize, n: u64, ts_us: u128, packet_id: u16) {
-    let device = device(publisher * DEVICES_EACH + n as usize % DEVICES_EACH);
-    let topic = format!("acme/site-01/temperature/{device}/reading");
-    let value = 15.0 + (n * 7_919 % 10_007) as f64 / 1_000.0;
-    let payload =
-        format!(r#"{{"device_id":"{device}","metric":"temperature_c","value":{value},"ts":{ts_us}}}"#);
+fn encode(out: &mut Vec<u8>, reading: &Reading, packet_id: u16) {
+    let (topic, payload) = (reading.topic(), reading.payload(""));
     mqtt::publish(out, Version::V311, 1, false, &topic, packet_id, payload.as_bytes());
 }
 

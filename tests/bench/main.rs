@@ -15,7 +15,9 @@ mod load;
 mod log;
 mod plugin;
 mod postgres;
+mod readings;
 mod results;
+mod server_copy;
 
 use results::Results;
 

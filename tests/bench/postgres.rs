@@ -15,21 +15,22 @@ use headworks_tests::postgres::{Database, Postgres};
 use headworks_tests::process::run as run_command;
 use headworks_tests::python;
 
+use crate::readings::{DEVICES, Reading};
 use crate::results::Results;
 use crate::rounds;
+use crate::server_copy::ServerCopy;
 
 const BATCH: usize = 5_000;
 const BATCHES: usize = 40;
 const ROWS: usize = BATCH * BATCHES;
-const DEVICES: usize = 500;
-const BEGIN_US: i64 = 1_767_225_600_000_000;
+/// 2026-01-01T00:00:00Z.
+const BEGIN_US: u64 = 1_767_225_600_000_000;
 
 pub fn run(results: &mut Results) {
     let server = Postgres::start();
     let mut database = server.database();
     let folder = Folder::new("bench-postgres");
-    // The server's user writes and reads files here.
-    run_command(std::process::Command::new("chmod").arg("777").arg(folder.path()));
+    let copy = ServerCopy::new("bench-postgres-copy", BATCHES as u64, BATCH as u64);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
@@ -40,7 +41,8 @@ pub fn run(results: &mut Results) {
 
     fresh_table(&mut database);
     runtime.block_on(sink(database.url(), &batches, 0));
-    copy_out(&mut database, &folder);
+    check(&mut database);
+    copy.take(&mut database);
     let records = folder.write("records.jsonl", records());
 
     let (mut ours, mut copies, mut inserts) = (Vec::new(), Vec::new(), Vec::new());
@@ -53,12 +55,7 @@ pub fn run(results: &mut Results) {
         check(&mut database);
 
         fresh_table(&mut database);
-        let begin = Instant::now();
-        for number in 0..BATCHES {
-            database
-                .execute(&format!("COPY telemetry FROM '{}' (FORMAT binary)", copy_file(&folder, number)));
-        }
-        copies.push(ROWS as f64 / begin.elapsed().as_secs_f64());
+        copies.push(ROWS as f64 / copy.write(&mut database).as_secs_f64());
         check(&mut database);
 
         fresh_table(&mut database);
@@ -108,7 +105,7 @@ fn fresh_table(database: &mut Database) {
 
 fn check(database: &mut Database) {
     let rows = database.query(
-        "SELECT count(*), count(DISTINCT value), count(location), count(DISTINCT device_id) FROM telemetry",
+        "SELECT count(*), count(DISTINCT (device_id, time)), count(location), count(DISTINCT device_id) FROM telemetry",
     );
     let counts: [i64; 4] = std::array::from_fn(|i| rows[0].get(i));
     assert_eq!(counts, [ROWS as i64, ROWS as i64, ROWS as i64, DEVICES as i64], "all rows, once");
@@ -154,69 +151,36 @@ fn batch(number: usize, bad_every: Option<usize>) -> Batch {
             bytes.extend_from_slice(part);
             Span::new(0, begin, part.len())
         };
-        let device = device(n);
-        let sign = if bad_every.is_some_and(|every| n % every == every / 2) { "-" } else { "" };
+        let mut reading = Reading::new(n as u64, BEGIN_US);
+        if bad_every.is_some_and(|every| n % every == every / 2) {
+            reading.value = -reading.value;
+        }
         entries.push(Entry {
             flags: flags::FITS_NAMESPACE | flags::EVENT_TIME,
             offset: i as u32,
-            received_us: BEGIN_US as u64,
-            event_us: time_us(n),
-            topic: span(format!("acme/site-01/temperature/{device}/reading").as_bytes()),
-            payload: span(
-                format!(
-                    r#"{{"device_id":"{device}","metric":"temperature_c","value":{sign}{n},"ts":{},"location":"north hall 3"}}"#,
-                    time_us(n)
-                )
-                .as_bytes(),
-            ),
-            device: span(device.as_bytes()),
+            received_us: BEGIN_US,
+            event_us: reading.time_us as i64,
+            topic: span(reading.topic().as_bytes()),
+            payload: span(reading.payload(r#","location":"north hall 3""#).as_bytes()),
+            device: span(reading.device.as_bytes()),
             ..Entry::default()
         });
     }
     Batch {
         base: Offset((number * BATCH) as u64),
-        now_us: BEGIN_US as u64,
+        now_us: BEGIN_US,
         segments: vec![Bytes::from(bytes)],
         entries: entries.into(),
         exclusive: true,
     }
 }
 
-fn device(n: usize) -> String {
-    format!("sensor-{:04}", n % DEVICES)
-}
-
-fn time_us(n: usize) -> i64 {
-    BEGIN_US + n as i64 * 1_000
-}
-
-/// The table as our sink filled it, in files of one batch each.
-fn copy_out(database: &mut Database, folder: &Folder) {
-    check(database);
-    for number in 0..BATCHES {
-        let (from, to) = (number * BATCH, (number + 1) * BATCH);
-        database.execute(&format!(
-            "COPY (SELECT * FROM telemetry WHERE value >= {from} AND value < {to}) TO '{}' (FORMAT binary)",
-            copy_file(folder, number)
-        ));
-    }
-}
-
-fn copy_file(folder: &Folder, number: usize) -> String {
-    folder.join(format!("{number}.copy")).display().to_string()
-}
-
 fn records() -> String {
-    (0..ROWS)
-        .map(|n| {
-            let seconds = time_us(n) / 1_000_000 - BEGIN_US / 1_000_000;
-            let time = format!(
-                "2026-01-01 00:{:02}:{:02}.{:06}+00",
-                seconds / 60,
-                seconds % 60,
-                time_us(n) % 1_000_000
-            );
-            format!("[\"{time}\",\"{}\",\"north hall 3\",\"temperature_c\",{n}]\n", device(n))
-        })
-        .collect()
+    let record = |n| {
+        let Reading { device, time_us, value } = Reading::new(n as u64, BEGIN_US);
+        let (seconds, micros) = ((time_us - BEGIN_US) / 1_000_000, time_us % 1_000_000);
+        let time = format!("2026-01-01 00:{:02}:{:02}.{micros:06}+00", seconds / 60, seconds % 60);
+        format!("[\"{time}\",\"{device}\",\"north hall 3\",\"temperature_c\",{value}]\n")
+    };
+    (0..ROWS).map(record).collect()
 }
