@@ -179,6 +179,11 @@ impl Column {
         self.sources.iter().any(|source| matches!(source, Source::Time | Source::Received))
     }
 
+    /// Whether what is written here are times: by what the column is filled from, or by its type.
+    pub fn is_time(&self) -> bool {
+        self.holds_time() || self.kind == Some(Kind::Timestamptz)
+    }
+
     /// Whether times become numbers here, and the config does not say in which unit.
     pub fn is_time_without_unit(&self) -> bool {
         self.holds_time() && self.unit.is_none() && self.kind == Some(Kind::Bigint)

@@ -20,9 +20,8 @@ use crate::topic::Namespace;
 
 /// Who we are, and what holds for the whole session.
 const SESSION: &str = "
-SELECT current_user::text, current_database()::text, current_schema()::text,
-       pg_is_in_recovery(), current_setting('default_transaction_read_only')::boolean,
-       has_database_privilege(current_database(), 'TEMPORARY')";
+SELECT current_user::text, current_schema()::text,
+       pg_is_in_recovery(), current_setting('default_transaction_read_only')::boolean";
 
 /// Rights on the table of positions that this user lacks; nothing where there is none.
 const POSITIONS: &str = "
@@ -86,10 +85,9 @@ struct Session {
 impl Check<'_> {
     async fn all(&mut self, namespace: Arc<Namespace>) -> Result<(), tokio_postgres::Error> {
         let row = self.client.query_one(SESSION, &[]).await?;
-        let (user, database): (String, String) = (row.get(0), row.get(1));
-        let session = Session { user: quoted(&user), schema: row.get(2) };
-        let (is_standby, is_read_only, has_temporary): (bool, bool, bool) =
-            (row.get(3), row.get(4), row.get(5));
+        let user: String = row.get(0);
+        let session = Session { user: quoted(&user), schema: row.get(1) };
+        let (is_standby, is_read_only): (bool, bool) = (row.get(2), row.get(3));
         self.checked.found.push(format!("user {user}"));
         if is_standby {
             self.problem(
@@ -105,13 +103,8 @@ impl Check<'_> {
         }
         self.client.batch_execute("BEGIN READ ONLY").await?;
         let has_written = self.positions(&session).await?;
-        if !has_temporary {
-            self.problem(format!(
-                "user {user} may not create temporary tables, through which rejected rows are isolated: \
-                 GRANT TEMPORARY ON DATABASE {} TO {}",
-                quoted(&database),
-                session.user
-            ));
+        if let Some(reason) = stage::lacks_right(&self.client).await? {
+            self.problem(reason);
         }
         let columns = Columns::new(&self.config.columns, namespace);
         // Its answer may end the transaction, so it comes last.

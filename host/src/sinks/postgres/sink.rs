@@ -130,6 +130,9 @@ impl PostgresSink {
             Refusal::Server(error) => server(error),
             Refusal::Sink(error) => error.within(&context),
         })?;
+        if let Some(reason) = stage::lacks_right(&client).await.map_err(server)? {
+            return Err(Error::Setup(format!("{context}: {reason}")));
+        }
         // A table that this sink filled before and that is gone was taken away by somebody.
         if self.config.create && positions.is_empty() {
             self.create_table(&client).await?;
@@ -265,6 +268,7 @@ impl PostgresSink {
 impl Sink for PostgresSink {
     async fn open(&mut self, claim: &Claim, held: Option<Epoch>) -> Result<Opened, Error> {
         self.session = None;
+        self.isolates = false;
         let limit = self.config.connect_timeout.0 + self.deadline();
         let (session, opened) = timeout(limit, self.try_open(claim, held)).await.map_err(|_| {
             Error::Retry(format!("{}: no answer for {} s", self.context(), limit.as_secs()))
@@ -301,7 +305,10 @@ impl Sink for PostgresSink {
         };
         self.buffer = buffer;
         if let (Ok(outcome), false) = (&outcome, rows.is_empty()) {
-            let by_server = |rejected: &Vec<RefusedRow>| rejected.iter().any(|row| row.code.is_some());
+            // Where nothing was written, the next batch is tried as it is: it shares nothing with this one.
+            let by_server = |rejected: &Vec<RefusedRow>| {
+                rejected.len() < rows.len() && rejected.iter().any(|row| row.code.is_some())
+            };
             self.isolates = matches!(outcome, Outcome::Rejected(rejected) if by_server(rejected));
         }
         // After these the connection is good, and there is no transaction but one that waits.

@@ -9,10 +9,13 @@
 //! get past its place. Where the count does not tell (an error at the last row of
 //! a group, as from a trigger AFTER INSERT, or twice at one place, as from a
 //! foreign table, which takes rows in batches; upserts, which insert fewer rows
-//! than are staged) the group is inserted row by row. The function returns
+//! than are staged; rules, which insert more) the group is inserted row by row. The function returns
 //! the rows that cannot be inserted and the count of those that were, all within
 //! the caller's transaction and in one round trip.
 
+use tokio_postgres::Client;
+
+use super::encode::Target;
 use super::schema::{literal, quoted, quoted_table};
 use super::table::{Binding, Bound, column_list};
 use crate::sinks::columns::Columns;
@@ -29,7 +32,27 @@ pub const ISOLATE: &str = "SELECT * FROM pg_temp.headworks_isolate()";
 /// Copies to the staging table, whose first column is the row's number.
 pub const COPY: &str = "COPY headworks_stage FROM STDIN (FORMAT binary)";
 
+/// Why this user cannot make the staging table, and the GRANT for it; `None` where nothing is missing.
+pub async fn lacks_right(client: &Client) -> Result<Option<String>, tokio_postgres::Error> {
+    const SQL: &str = "
+SELECT current_user::text, current_database()::text
+WHERE NOT has_database_privilege(current_database(), 'TEMPORARY')";
+    Ok(client.query_opt(SQL, &[]).await?.map(|row| {
+        let (user, database): (String, String) = (row.get(0), row.get(1));
+        format!(
+            "user {user} may not create temporary tables, through which rejected rows are isolated: \
+             GRANT TEMPORARY ON DATABASE {} TO {}",
+            quoted(&database),
+            quoted(&user)
+        )
+    }))
+}
+
 /// What makes the staging table and the function of this session.
+///
+/// The deferred constraints of each subtransaction are checked at its end, after the triggers
+/// that its rows fire, as COMMIT would check them. `of_time` is the column of times that
+/// decides about a row's partition, where the table has none for the row.
 pub fn create(table: &str, columns: &Columns, binding: &Binding, on_conflict: OnConflict) -> String {
     let fields: Vec<String> =
         binding.columns.iter().enumerate().map(|(i, of)| format!("c{i} {}", of.stage_type)).collect();
@@ -39,17 +62,24 @@ pub fn create(table: &str, columns: &Columns, binding: &Binding, on_conflict: On
     };
     // Concerns every row, not this one: no connection, lock, room, time.
     let (probe_table, probe) = probe(columns, binding);
-    let diagnostics = "GET STACKED DIAGNOSTICS code = RETURNED_SQLSTATE, message = MESSAGE_TEXT,
+    let diagnostics = format!(
+        "GET STACKED DIAGNOSTICS code = RETURNED_SQLSTATE, message = MESSAGE_TEXT,
                         detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT,
                         of_column = COLUMN_NAME, of_constraint = CONSTRAINT_NAME,
-                        context = PG_EXCEPTION_CONTEXT";
+                        of_schema = SCHEMA_NAME, of_table = TABLE_NAME, context = PG_EXCEPTION_CONTEXT;
+                    of_time := NULL;
+                    IF code = '23514' AND of_constraint = '' THEN
+                        {}
+                    END IF",
+        time_of_partition(columns)
+    );
     let passing = "left(SQLSTATE, 2) IN ('08', '40', '53', '57', '58', 'HV') OR SQLSTATE = '55P03'";
     format!(
         "CREATE TEMPORARY TABLE headworks_stage (n INTEGER, {fields}) ON COMMIT DELETE ROWS;
 {probe_table}CREATE TEMPORARY SEQUENCE headworks_count CACHE 1000000;
 CREATE FUNCTION pg_temp.headworks_isolate(
     OUT place INTEGER, OUT written BIGINT, OUT code TEXT, OUT message TEXT, OUT detail TEXT, OUT hint TEXT,
-    OUT of_column TEXT, OUT of_constraint TEXT, OUT context TEXT)
+    OUT of_column TEXT, OUT of_time TEXT, OUT context TEXT)
 RETURNS SETOF record LANGUAGE plpgsql AS $headworks$
 #variable_conflict use_column
 DECLARE
@@ -71,8 +101,10 @@ DECLARE
     bad INTEGER;
     inserted BIGINT;
     total BIGINT := 0;
+    of_schema TEXT;
+    of_table TEXT;
+    of_constraint TEXT;
 BEGIN
-    SET CONSTRAINTS ALL IMMEDIATE;
     SELECT array_agg(ctid ORDER BY n) INTO staged FROM headworks_stage;
     WHILE since <= coalesce(cardinality(staged), 0) LOOP
         until := least(since + size - 1, cardinality(staged));
@@ -86,6 +118,8 @@ BEGIN
             BEGIN
                 {some};
                 GET DIAGNOSTICS inserted = ROW_COUNT;
+                SET CONSTRAINTS ALL IMMEDIATE;
+                SET CONSTRAINTS ALL DEFERRED;
                 total := total + inserted;
                 EXIT;
             EXCEPTION WHEN OTHERS OR ASSERT_FAILURE THEN
@@ -118,6 +152,8 @@ BEGIN
                 BEGIN
                     {one};
                     GET DIAGNOSTICS inserted = ROW_COUNT;
+                    SET CONSTRAINTS ALL IMMEDIATE;
+                    SET CONSTRAINTS ALL DEFERRED;
                     total := total + inserted;
                 EXCEPTION WHEN OTHERS OR ASSERT_FAILURE THEN
                     IF {passing} THEN RAISE; END IF;
@@ -147,6 +183,27 @@ $headworks$",
         fields = fields.join(", "),
         some = insert(true, "WHERE ctid = ANY (rows)"),
         one = insert(false, "WHERE ctid = staged[at]"),
+    )
+}
+
+/// Finds the column of times in the partition key of the table `of_table`, which is the one
+/// that a row fits no partition of. Columns within an expression are in `pg_depend` alone.
+fn time_of_partition(columns: &Columns) -> String {
+    let times = columns.columns.iter().filter(|column| column.is_time());
+    let times: Vec<String> = times.map(|column| literal(&column.name)).collect();
+    format!(
+        "SELECT a.attname::text INTO of_time
+                        FROM pg_class AS c JOIN pg_namespace AS s ON s.oid = c.relnamespace
+                        JOIN pg_partitioned_table AS p ON p.partrelid = c.oid
+                        JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attname = ANY (ARRAY[{}]::text[])
+                        WHERE c.relname = of_table AND s.nspname = of_schema
+                          AND (a.attnum = ANY (p.partattrs) OR EXISTS (
+                            SELECT FROM pg_depend AS d
+                            WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.objsubid = a.attnum
+                              AND d.refclassid = d.classid AND d.refobjid = c.oid AND d.refobjsubid = 0
+                              AND d.deptype = 'i'))
+                        LIMIT 1;",
+        times.join(", ")
     )
 }
 
@@ -183,9 +240,14 @@ fn probe(columns: &Columns, binding: &Binding) -> (String, String) {
 
 /// The staged value of a column as the table takes it.
 fn value(binding: &Binding, i: usize) -> String {
-    match &binding.columns[i].cast {
-        Some(cast) => format!("c{i}::{cast}"),
-        None => format!("c{i}"),
+    let of = &binding.columns[i];
+    let staged = match of.stage_type.as_str() {
+        "bytea" if of.target != Target::Bytea => format!("convert_from(c{i}, 'UTF8')"),
+        _ => format!("c{i}"),
+    };
+    match &of.cast {
+        Some(cast) => format!("{staged}::{cast}"),
+        None => staged,
     }
 }
 
@@ -203,7 +265,8 @@ pub fn explain(table: &str, columns: &Columns, binding: &Binding, on_conflict: O
     format!("EXPLAIN {}", insert_of(table, columns, binding, on_conflict, false, &row))
 }
 
-/// `counted`: by the sequence, each row just before it is inserted. Upserts are not.
+/// `counted`: by the sequence, each row just before it is inserted. Upserts are not, nor rows that
+/// rules take further, which would be counted again.
 fn insert_of(
     table: &str,
     columns: &Columns,
@@ -214,7 +277,7 @@ fn insert_of(
 ) -> String {
     let value = |i: usize| value(binding, i);
     let mut values: Vec<String> = (0..binding.columns.len()).map(value).collect();
-    if counted && on_conflict != OnConflict::Upsert {
+    if counted && on_conflict != OnConflict::Upsert && !binding.has_rules {
         // Being volatile it is called behind ORDER BY, as INSERT takes the row.
         values[0] = format!("CASE WHEN nextval('pg_temp.headworks_count') > 0 THEN {} END", values[0]);
     }

@@ -1,6 +1,6 @@
 //! The table as the server has it, and how each column is written.
 
-use tokio_postgres::Client;
+use tokio_postgres::{Client, Row};
 
 use super::encode::{Length, Target};
 use super::schema::{quoted, quoted_table};
@@ -11,14 +11,28 @@ use crate::sinks::config::OnConflict;
 pub struct Table {
     columns: Vec<TableColumn>,
     keys: Vec<Key>,
-    /// COPY cannot write to it: a view, or row-level security applies to this user.
-    insert_only: bool,
+    writing: Writing,
     /// Equal as long as nothing changes that a binding relies on.
     pub fingerprint: String,
 }
 
+/// What the server says about how rows may be written.
+struct Writing {
+    /// COPY does not write as INSERT does: a view, row-level security that applies to
+    /// this user, a rule.
+    insert_only: bool,
+    /// Has rules for INSERT or UPDATE, beside which ON CONFLICT is not taken.
+    has_rules: bool,
+    /// The database's encoding lacks characters, so text is staged as bytes: what cannot be
+    /// converted is then one row's error, and not that of COPY.
+    text_as_bytes: bool,
+}
+
 /// A unique key, or an exclusion constraint.
 struct Key {
+    name: String,
+    /// Checked with each row, not at the end of a statement or transaction.
+    is_immediate: bool,
     /// An expression has no name.
     columns: Vec<Option<String>>,
     /// ON CONFLICT can name it by its columns.
@@ -58,6 +72,8 @@ pub struct Binding {
     pub columns: Vec<Bound>,
     /// Rows must pass through the staging table.
     pub staged: bool,
+    /// Rules of the table may make more of a row than one.
+    pub has_rules: bool,
     /// Of `on_conflict: upsert`.
     pub key: Vec<String>,
     pub fingerprint: String,
@@ -83,14 +99,23 @@ ORDER BY a.attnum";
 
 const KEYS: &str = "
 SELECT array_agg(a.attname::text),
-       i.indisunique AND i.indimmediate AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL
+       i.indisunique AND i.indimmediate AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL,
+       i.indexrelid::regclass::text, i.indimmediate
 FROM pg_index i CROSS JOIN LATERAL unnest(i.indkey[0:i.indnkeyatts - 1]) AS k (attnum)
 LEFT JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum AND k.attnum <> 0
 WHERE i.indrelid = to_regclass($1)::oid AND (i.indisunique OR i.indisexclusion)
 GROUP BY i.indexrelid ORDER BY i.indisprimary DESC, i.indexrelid";
 
-const INSERT_ONLY: &str = "
-SELECT relkind = 'v' OR row_security_active(oid) FROM pg_class WHERE oid = to_regclass($1)::oid";
+/// Rules by their event: 2 is UPDATE, 3 INSERT.
+const WRITING: &str = "
+SELECT c.relkind = 'v' OR row_security_active(c.oid) OR coalesce(rules.events LIKE '%3%', false),
+       rules.events IS NOT NULL,
+       current_setting('server_encoding') NOT IN ('UTF8', 'SQL_ASCII')
+FROM pg_class c CROSS JOIN LATERAL (
+    SELECT string_agg(r.ev_type::text, '') FROM pg_rewrite r
+    WHERE r.ev_class = c.oid AND r.ev_type IN ('2', '3') AND r.ev_enabled IN ('O', 'A')
+) AS rules (events)
+WHERE c.oid = to_regclass($1)::oid";
 
 /// One text for all that a binding relies on. A rename that puts another table
 /// in this one's place changes the oid.
@@ -100,7 +125,11 @@ SELECT concat_ws('|', c.oid, c.relkind, c.relrowsecurity,
                                  a.attidentity), ',' ORDER BY a.attnum)
      FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
     (SELECT string_agg(concat_ws(':', i.indkey, i.indimmediate, i.indisvalid), ',' ORDER BY i.indexrelid)
-     FROM pg_index i WHERE i.indrelid = c.oid AND (i.indisunique OR i.indisexclusion)))
+     FROM pg_index i WHERE i.indrelid = c.oid AND (i.indisunique OR i.indisexclusion)),
+    CASE WHEN c.relhasrules THEN
+        (SELECT string_agg(concat_ws(':', r.oid, r.ev_enabled), ',' ORDER BY r.oid)
+         FROM pg_rewrite r WHERE r.ev_class = c.oid AND r.ev_type IN ('2', '3'))
+    END)
 FROM pg_class c WHERE c.oid = to_regclass($1)::oid";
 
 /// Fails with a division by zero where the fingerprint ($2) is another one.
@@ -135,9 +164,16 @@ impl Table {
             })
             .collect();
         let keys = client.query(KEYS, &[&name]).await?;
-        let keys = keys.iter().map(|row| Key { columns: row.get(0), is_plain: row.get(1) }).collect();
-        let insert_only = client.query_one(INSERT_ONLY, &[&name]).await?.get(0);
-        Ok(Some(Self { columns, keys, insert_only, fingerprint }))
+        let key = |row: &Row| Key {
+            columns: row.get(0),
+            is_plain: row.get(1),
+            name: row.get(2),
+            is_immediate: row.get(3),
+        };
+        let keys = keys.iter().map(key).collect();
+        let row = client.query_one(WRITING, &[&name]).await?;
+        let writing = Writing { insert_only: row.get(0), has_rules: row.get(1), text_as_bytes: row.get(2) };
+        Ok(Some(Self { columns, keys, writing, fingerprint }))
     }
 
     /// Whether a row can meet another one at all.
@@ -163,7 +199,7 @@ impl Table {
                     names.join(", ")
                 ));
             };
-            let of = known.bound();
+            let of = known.bound(self.writing.text_as_bytes);
             column.kind = of.target.kind();
             if column.holds_time() && matches!(of.target, Target::Int2 | Target::Int4) {
                 return Err(format!(
@@ -185,6 +221,21 @@ impl Table {
                 known.name
             ));
         }
+        if on_conflict != OnConflict::Reject && self.writing.has_rules {
+            return Err(format!(
+                "`on_conflict` other than reject does not work on table {table}, which has a rule for INSERT or \
+                 UPDATE: PostgreSQL takes no ON CONFLICT there; drop the rule, or set `on_conflict: reject`"
+            ));
+        }
+        if on_conflict == OnConflict::Ignore
+            && let Some(key) = self.keys.iter().find(|key| !key.is_immediate)
+        {
+            return Err(format!(
+                "`on_conflict: ignore` does not work on table {table}, whose key {} is DEFERRABLE: make the key \
+                 NOT DEFERRABLE, or set `on_conflict: reject`",
+                key.name
+            ));
+        }
         let is_filled = |name: &String| columns.columns.iter().any(|column| column.name == *name);
         let key = self.keys.iter().find_map(|key| {
             let names: Option<Vec<String>> = key.columns.iter().cloned().collect();
@@ -198,16 +249,17 @@ impl Table {
         }
         // A key of columns that the table fills itself, such as an identity, never meets a row.
         let may_conflict = |key: &Key| key.columns.iter().any(|name| name.as_ref().is_none_or(is_filled));
-        let staged = self.insert_only
+        let staged = self.writing.insert_only
             || on_conflict != OnConflict::Reject && self.keys.iter().any(may_conflict)
             || bound.iter().any(|of| of.target == Target::Other);
         let key = key.unwrap_or_default();
-        Ok(Binding { columns: bound, staged, key, fingerprint: self.fingerprint.clone() })
+        let (has_rules, fingerprint) = (self.writing.has_rules, self.fingerprint.clone());
+        Ok(Binding { columns: bound, staged, has_rules, key, fingerprint })
     }
 }
 
 impl TableColumn {
-    fn bound(&self) -> Bound {
+    fn bound(&self, text_as_bytes: bool) -> Bound {
         let length = match self.base_name.as_str() {
             "character varying" | "bpchar" if self.modifier >= 4 => Length::Chars(self.modifier as u32 - 4),
             "numeric" if self.modifier >= 4 => {
@@ -219,7 +271,7 @@ impl TableColumn {
             _ => Length::Any,
         };
         let target = if self.is_enum { Target::Text(Length::Any) } else { Target::of(self.oid, length) };
-        let text = || "text".to_owned();
+        let text = || if text_as_bytes { "bytea" } else { "text" }.to_owned();
         let (stage_type, cast) = match target {
             Target::Text(_) if self.is_enum => (text(), Some(self.cast_name.clone())),
             Target::Text(_) => (text(), None),

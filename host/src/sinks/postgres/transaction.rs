@@ -1,5 +1,6 @@
 //! One transaction: positions, rows, the check of the table, COMMIT.
 
+use std::collections::BTreeMap;
 use std::pin::pin;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -17,8 +18,12 @@ use crate::sinks::{Advance, Error, Outcome, RefusedRow, Rows, Written};
 
 /// Bytes that are encoded before they go to the server.
 const CHUNK_BYTES: usize = 64 << 10;
-/// A row whose time is nearer to now than this lacks a partition that should be there.
-const NEAR_NOW: Duration = Duration::from_secs(86_400);
+/// A row that was received longer ago than this does not wait for its partition any more.
+const WAITS_MAX: Duration = Duration::from_secs(86_400);
+/// How far the time of a row may be from when it was received, for its partition to be one that
+/// should be there: further back it is what a device had stored, further ahead its clock is wrong.
+const BEHIND_MAX: Duration = Duration::from_secs(30 * 60);
+const AHEAD_MAX: Duration = Duration::from_secs(5 * 60);
 
 /// What one transaction came to.
 pub enum Tried {
@@ -243,7 +248,9 @@ impl Session {
         let is_encoded = |row: &usize| rejected.binary_search_by_key(row, |r| r.row).is_err();
         let sent: Vec<usize> = (0..rows.len()).filter(is_encoded).collect();
         let mut written = 0;
-        let mut by_server = Vec::new();
+        let mut by_server: Vec<RefusedRow> = Vec::new();
+        // Rows without a partition, each with the column of times that decides about its partition.
+        let mut unplaced = Vec::new();
         for row in isolated {
             let text = |i: usize| row.get::<_, Option<&str>>(i).filter(|text| !text.is_empty());
             let Some(place) = row.get::<_, Option<i32>>(0) else {
@@ -253,10 +260,26 @@ impl Session {
             let (code, message) = (text(2).unwrap_or_default(), text(3).unwrap_or_default());
             let reason = error::describe_parts(message, code, text(6), [text(4), text(5), text(8)]);
             let Some(row) = sent.get(place as usize).copied() else { continue };
-            if code == "23514" && text(7).is_none() && self.lacks_partition(rows, row, text(4)) {
-                return Err(Isolated::Setup(format!("{reason}: create the partition")));
-            }
+            let time = |name: &str| self.columns.columns.iter().position(|column| column.name == name);
+            unplaced.extend(text(7).and_then(time).map(|column| (row, column)));
             by_server.push(RefusedRow { row, reason, code: Some(code.to_owned()) });
+        }
+        by_server.sort_unstable_by_key(|rejected| rejected.row);
+        let at = |row: &usize| by_server.binary_search_by_key(row, |rejected| rejected.row);
+        let mut newest = BTreeMap::new();
+        for (row, column) in unplaced {
+            let newest = *newest.entry(column).or_insert_with(|| {
+                let is_written = |row: &&usize| at(row).is_err();
+                sent.iter().filter(is_written).map(|row| self.time_of(rows, *row, column)).max()
+            });
+            let time = self.time_of(rows, row, column);
+            // A row of this time or a later one was written: the partition of now is there.
+            if newest.is_none_or(|newest| newest < time)
+                && is_of_now(rows.get(row).entry.received_us, time)
+                && let Ok(at) = at(&row)
+            {
+                return Err(Isolated::Setup(format!("{}: create the partition", by_server[at].reason)));
+            }
         }
         let code = |row: &RefusedRow| row.code.clone().unwrap_or_default();
         let is_certain = |row: &RefusedRow| error::of_write(&code(row)) == Kind::Row { certain: true };
@@ -268,24 +291,22 @@ impl Session {
             let reason = first.reason.clone();
             return Err(if doubtful { Isolated::Doubtful(reason) } else { Isolated::Setup(reason) });
         }
-        by_server.sort_unstable_by_key(|rejected| rejected.row);
         rejected.extend(by_server);
         Ok((rejected, written))
     }
 
-    /// Whether a row without a partition should have one: it is for the table's
-    /// time, and its time is now. A device's wrong clock is the row's own fault.
-    fn lacks_partition(&self, rows: &Rows, row: usize, detail: Option<&str>) -> bool {
-        let by_time = match (self.columns.time(), detail.and_then(|detail| detail.split_once(" = ("))) {
-            (Some(time), Some((key, _))) => key.contains(&time.name),
-            // The server does not say it to users without the right to read.
-            (time, None) => time.is_some(),
-            (None, _) => false,
-        };
+    /// What a row has in a column of times, in microseconds since 1970.
+    fn time_of(&self, rows: &Rows, row: usize, column: usize) -> i64 {
         let message = rows.get(row);
-        let at = message.event_us().unwrap_or(message.entry.received_us as i64);
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_micros() as i64);
-        by_time && now.abs_diff(at) < NEAR_NOW.as_micros() as u64
+        let mut time = None;
+        let read = self.columns.reader().read(row, message, |i, value| {
+            if i == column {
+                time = value.time_us();
+            }
+            Ok(())
+        });
+        // Numbers in the column's own unit are of the message's time.
+        time.filter(|_| read.is_ok()).or(message.event_us()).unwrap_or(message.entry.received_us as i64)
     }
 
     /// Ends a transaction in which a position was not ours to move.
@@ -314,6 +335,15 @@ impl Isolated {
             Self::Doubtful(reason) => Error::Doubtful { context: context.to_owned(), reason },
         }
     }
+}
+
+/// Whether a row of this time, for which the table has no partition, should have one.
+fn is_of_now(received_us: u64, time: i64) -> bool {
+    let us = |period: Duration| period.as_micros() as i64;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, us);
+    let received = received_us as i64;
+    let around = received - us(BEHIND_MAX)..=received + us(AHEAD_MAX);
+    around.contains(&time) && now.abs_diff(received) < us(WAITS_MAX).unsigned_abs()
 }
 
 /// 57P: the server ended the connection, perhaps after the commit.

@@ -135,3 +135,25 @@ async fn the_rights_that_the_docs_name_are_enough() {
     drop((sink, upserts));
     fresh.execute(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
 }
+
+#[tokio::test]
+async fn a_sink_without_the_right_to_isolate_rows_says_so_before_the_first_bad_row() {
+    let fresh = Fresh::with("CREATE TABLE telemetry ({TABLE}, CHECK (value < 100))").await;
+    let writer = super::check::Writer::new(&fresh).await;
+    let database = fresh.url.rsplit('/').next().unwrap();
+    fresh
+        .execute(&format!(
+            "REVOKE TEMPORARY ON DATABASE {database} FROM PUBLIC; GRANT ALL ON SCHEMA public TO PUBLIC;
+             GRANT INSERT ON telemetry TO PUBLIC"
+        ))
+        .await;
+    let mut sink = sink(writer.config());
+    let error = sink.open(&claim(), None).await.unwrap_err();
+    assert!(matches!(error, Error::Setup(_)), "{error:?}");
+    writer.follow(&error.to_string()).await;
+    sink.open(&claim(), None).await.unwrap();
+    rejected(sink.commit(&rows([("a", "1"), ("a", "500")]), &[advance(0, 0, 2)]).await);
+    assert_eq!(sink.finish().await.unwrap().written, 1);
+    drop(sink);
+    writer.end().await;
+}

@@ -21,31 +21,31 @@ async fn tables(fresh: &Fresh) -> Vec<String> {
 }
 
 /// A role of its own with a password, and the database by that role.
-struct Writer<'f> {
+pub(super) struct Writer<'f> {
     fresh: &'f Fresh,
     role: String,
 }
 
 impl<'f> Writer<'f> {
-    async fn new(fresh: &'f Fresh) -> Self {
+    pub(super) async fn new(fresh: &'f Fresh) -> Self {
         let role = format!("r{}", uuid::Uuid::new_v4().simple());
         fresh.execute(&format!("CREATE ROLE {role} LOGIN PASSWORD 'x'")).await;
         Self { fresh, role }
     }
 
-    fn config(&self) -> Config {
+    pub(super) fn config(&self) -> Config {
         let target = Url(self.fresh.url.clone()).target();
         Config { url: Url(format!("postgres://{}:x@{target}", self.role)), ..self.fresh.config() }
     }
 
     /// Runs what a problem says to do.
-    async fn follow(&self, advice: &str) {
+    pub(super) async fn follow(&self, advice: &str) {
         let at = advice.find("GRANT ").unwrap_or_else(|| panic!("{advice}"));
         let sql = advice[at..].split(", or ").next().expect("a first part");
         self.fresh.execute(sql).await;
     }
 
-    async fn end(self) {
+    pub(super) async fn end(self) {
         self.fresh.execute(&format!("DROP OWNED BY {0}; DROP ROLE {0}", self.role)).await;
     }
 }
@@ -128,6 +128,17 @@ async fn a_table_that_does_not_fit_is_told_as_the_sink_would_tell_it() {
             "CREATE TABLE telemetry ({TABLE})",
             Config { on_conflict: OnConflict::Upsert, ..Config::default() },
             "add one, such as PRIMARY KEY",
+        ),
+        (
+            "CREATE TABLE telemetry ({TABLE}, CONSTRAINT once UNIQUE (device_id, time) DEFERRABLE)",
+            Config { on_conflict: OnConflict::Ignore, ..Config::default() },
+            "key once is DEFERRABLE",
+        ),
+        (
+            "CREATE TABLE telemetry ({TABLE}, PRIMARY KEY (device_id, time));
+             CREATE RULE r AS ON UPDATE TO telemetry DO ALSO NOTHING",
+            Config { on_conflict: OnConflict::Upsert, ..Config::default() },
+            "drop the rule, or set `on_conflict: reject`",
         ),
         (
             "CREATE TABLE readings ({TABLE}); CREATE VIEW telemetry AS SELECT DISTINCT * FROM readings",

@@ -50,6 +50,11 @@ async fn connect(url: &str) -> Client {
 
 impl Fresh {
     async fn new() -> Self {
+        Self::created("").await
+    }
+
+    /// `options` are those of CREATE DATABASE.
+    async fn created(options: &str) -> Self {
         let (server, base) = match std::env::var("HEADWORKS_TEST_POSTGRES") {
             Ok(url) => (None, url),
             Err(_) => {
@@ -59,7 +64,7 @@ impl Fresh {
             }
         };
         let name = format!("headworks_{}", uuid::Uuid::new_v4().simple());
-        connect(&base).await.batch_execute(&format!("CREATE DATABASE {name}")).await.unwrap();
+        connect(&base).await.batch_execute(&format!("CREATE DATABASE {name} {options}")).await.unwrap();
         let (base, query) = base.split_once('?').map_or((base.as_str(), None), |(b, q)| (b, Some(q)));
         let authority = &base[..base.rfind('/').filter(|at| *at > 12).unwrap_or(base.len())];
         let query = query.map(|query| format!("?{query}")).unwrap_or_default();

@@ -224,28 +224,179 @@ async fn what_does_not_fit_a_declared_length_is_named_with_its_column() {
 }
 
 #[tokio::test]
-async fn a_row_of_now_without_a_partition_is_set_up_and_one_of_a_wrong_clock_is_not() {
+async fn what_commits_alone_commits_beside_a_bad_row() {
+    // A deferred foreign key, because the parent comes later in the transaction.
     let fresh = Fresh::with(
-        "CREATE TABLE telemetry ({TABLE}) PARTITION BY RANGE (time);
-         CREATE TABLE telemetry_old PARTITION OF telemetry FOR VALUES FROM ('2020-01-01') TO ('2021-01-01')",
+        "CREATE TABLE devices (id TEXT PRIMARY KEY);
+         CREATE TABLE telemetry ({TABLE}, CHECK (value < 100),
+             FOREIGN KEY (device_id) REFERENCES devices DEFERRABLE INITIALLY DEFERRED);
+         CREATE FUNCTION register() RETURNS trigger LANGUAGE plpgsql AS $$
+         BEGIN
+             IF NEW.device_id <> 'unknown' THEN
+                 INSERT INTO devices VALUES (NEW.device_id) ON CONFLICT DO NOTHING;
+             END IF;
+             RETURN NULL;
+         END $$;
+         CREATE TRIGGER register AFTER INSERT ON telemetry FOR EACH ROW EXECUTE FUNCTION register()",
     )
     .await;
+    let mut sink = opened(&fresh).await;
+    let devices: Vec<String> = (0..40).map(|number| format!("d{number}")).collect();
+    for (batch, bad) in [vec![], vec![3], vec![0, 20, 39], vec![]].into_iter().enumerate() {
+        let at = batch as u64 * 40;
+        let device = |n: usize| if n == 20 && !bad.is_empty() { "unknown" } else { devices[n].as_str() };
+        let many = rows((0..40).map(|n| (device(n), if bad.contains(&n) { "500" } else { "5" })));
+        let mut expected = bad.clone();
+        if !bad.is_empty() && !bad.contains(&20) {
+            expected.push(20);
+        }
+        let outcome = sink.commit(&many, &[advance(0, at, at + 40)]).await;
+        if expected.is_empty() {
+            assert_eq!(outcome.unwrap(), Outcome::Committed(Written { written: 40, ignored: 0 }));
+            continue;
+        }
+        let refused = rejected(outcome);
+        assert_eq!(refused.iter().map(|row| row.row).collect::<Vec<_>>(), expected, "{refused:?}");
+        sink.finish().await.unwrap();
+        // The next batch is not judged by one of which nothing could be written.
+        rejected(sink.commit(&rows([("unknown", "5")]), &[advance(0, at + 40, at + 40)]).await);
+        sink.finish().await.unwrap();
+    }
+    assert_eq!(fresh.written().await.len(), 160 - 2 - 3);
+}
+
+#[tokio::test]
+async fn a_character_that_the_database_lacks_is_one_rows_error() {
+    let fresh = Fresh::created("ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0").await;
+    fresh
+        .execute(
+            "CREATE TYPE mood AS ENUM ('fähig');
+             CREATE TABLE telemetry (device VARCHAR(5), note TEXT, mood mood, doc JSONB, words TEXT[])",
+        )
+        .await;
+    let of = [("device", "$device"), ("note", "/n"), ("mood", "/m"), ("doc", "/d"), ("words", "/w")];
+    let mut sink = self::sink(Config { columns: columns(&of), ..fresh.config() });
+    sink.open(&claim(), None).await.unwrap();
+    let many = rows([
+        ("é", r#"{"n": "5 £", "m": "fähig", "d": {"å": 1}, "w": "{ü}"}"#),
+        ("a", r#"{"n": "5 €"}"#),
+        ("б", r#"{"n": "5"}"#),
+        ("a", r#"{"d": {"€": 1}}"#),
+        ("a", r#"{"w": "{€}"}"#),
+        ("a", r#"{"n": "5"}"#),
+    ]);
+    for batch in 0..2 {
+        let refused = rejected(sink.commit(&many, &[advance(0, 6 * batch, 6 * batch + 6)]).await);
+        let of: Vec<(usize, &str, &str)> = refused
+            .iter()
+            .map(|row| (row.row, row.code.as_deref().unwrap(), row.reason.split(':').next().unwrap()))
+            .collect();
+        let expected = [(1, "note"), (2, "device"), (3, "doc"), (4, "words")]
+            .map(|(n, of)| (n, format!("column \"{of}\"")));
+        assert!(of.iter().all(|(_, code, _)| *code == "22P05"), "{refused:?}");
+        assert_eq!(of.iter().map(|(n, _, of)| (*n, (*of).to_owned())).collect::<Vec<_>>(), expected);
+        assert_eq!(sink.finish().await.unwrap().written, 2);
+    }
+    let sql = "SELECT note || mood || doc::text || words::text FROM telemetry WHERE device = 'é' LIMIT 1";
+    let text: String = fresh.client().await.query_one(sql, &[]).await.unwrap().get(0);
+    assert_eq!(text, r#"5 £fähig{"å": 1}{ü}"#);
+}
+
+const HOUR_US: i64 = 3_600_000_000;
+
+fn now_us() -> i64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    i64::try_from(now.as_micros()).unwrap()
+}
+
+/// Rows that were received now, each of a site and of a time in hours from now.
+fn of_hours(of: &[(&'static str, f64)]) -> Rows {
+    let payloads: Vec<String> = of
+        .iter()
+        .map(|(_, hours)| format!(r#"{{"ts": {}, "value": 1}}"#, now_us() + (hours * HOUR_US as f64) as i64))
+        .collect();
+    let mut rows = rows(of.iter().zip(&payloads).map(|((site, _), payload)| (*site, payload.as_str())));
+    rows.set_received_us(now_us() as u64);
+    rows
+}
+
+/// A table that is partitioned by `key`, with one partition for `bounds` of `time` around now.
+async fn partitioned(key: &str, bounds: &str) -> (Fresh, Config) {
+    let fresh = Fresh::with(&format!(
+        "CREATE TABLE telemetry (time TIMESTAMPTZ, t TEXT, site TEXT, value FLOAT8) PARTITION BY {key};
+         DO $$ BEGIN EXECUTE format('CREATE TABLE part PARTITION OF telemetry {bounds}',
+             now() - interval '1 hour', now() + interval '1 hour'); END $$;
+         GRANT INSERT ON telemetry TO PUBLIC; GRANT ALL ON SCHEMA public TO PUBLIC"
+    ))
+    .await;
     let columns: ColumnsConfig = serde_json::from_value(serde_json::json!({
-        "time": { "from": ["$time"], "type": "timestamptz" }, "device_id": "$device",
-        "metric": "$last_level", "value": "/value"
+        "time": { "from": ["/ts", "$time"], "type": "timestamptz" }, "t": "$topic", "site": "$device",
+        "value": "/value"
     }))
     .unwrap();
-    let mut sink = self::sink(Config { columns, ..fresh.config() });
-    sink.open(&claim(), None).await.unwrap();
+    let config = Config { columns, ..fresh.config() };
+    (fresh, config)
+}
+
+#[tokio::test]
+async fn a_row_without_a_partition_waits_only_where_the_partition_of_now_is_missing() {
+    let by_time = ("RANGE (time)", "FOR VALUES FROM (%L) TO (%L)");
+    let by_expression = (
+        "RANGE (date_trunc(''hour'', time AT TIME ZONE ''UTC''))",
+        "FOR VALUES FROM (''2020-01-01'') TO (''2020-01-02'')",
+    );
+    let by_site = ("LIST (site)", "FOR VALUES IN (''a'')");
+    let by_both = (by_time.0, "FOR VALUES FROM (%L) TO (%L) PARTITION BY LIST (site)");
+    for ((key, bounds), prepare, of, expected) in [
+        // The column `t` is not a part of `site`.
+        (by_site, "", &[("a", 0.0), ("b", 0.0)][..], Ok(&[1][..])),
+        (by_site, "", &[("b", 0.0)], Ok(&[0])),
+        (by_time, "", &[("a", 0.0), ("a", -9.0), ("a", 18.0), ("a", 0.1)], Ok(&[1, 2])),
+        (by_time, "", &[("a", -9.0)], Ok(&[0])),
+        (by_time, "", &[("a", 18.0)], Ok(&[0])),
+        (by_time, "", &[("a", 1.2)], Ok(&[0])),
+        (by_time, "DROP TABLE part", &[("a", 0.0)], Err(())),
+        (by_time, "DROP TABLE part", &[("a", -9.0), ("a", 0.0)], Err(())),
+        (by_expression, "", &[("a", 0.0)], Err(())),
+        (by_both, "CREATE TABLE leaf PARTITION OF part FOR VALUES IN ('a')", &[("b", 0.0)], Ok(&[0])),
+        (by_both, "DROP TABLE part", &[("b", 0.0)], Err(())),
+    ] {
+        let key = key.replace("''", "'");
+        let (fresh, config) = partitioned(&key, bounds).await;
+        fresh.execute(prepare).await;
+        let writer = super::check::Writer::new(&fresh).await;
+        // The server tells the key's values only to users with the right to read.
+        for url in [config.url.clone(), writer.config().url] {
+            let mut sink = self::sink(Config { url, ..config.clone() });
+            sink.open(&claim(), None).await.unwrap();
+            fresh.execute("GRANT ALL ON headworks_positions TO PUBLIC").await;
+            let next = Claim { pipeline: uuid::Uuid::new_v4().to_string(), ..claim() };
+            sink.open(&next, None).await.unwrap();
+            let outcome = sink.commit(&of_hours(of), &[advance(0, 0, 9)]).await;
+            match expected {
+                Ok(expected) => {
+                    let refused = rejected(outcome);
+                    let refused: Vec<usize> = refused.iter().map(|row| row.row).collect();
+                    assert_eq!(refused, expected, "{key} {of:?}");
+                    sink.finish().await.unwrap();
+                }
+                Err(()) => {
+                    let error = outcome.unwrap_err();
+                    assert!(
+                        matches!(&error, Error::Setup(text) if text.contains("create the partition")),
+                        "{error:?}"
+                    );
+                }
+            }
+        }
+        writer.end().await;
+    }
     // Received in February 2026, which is not now.
+    let (_fresh, config) = partitioned(by_time.0, by_time.1).await;
+    let mut sink = self::sink(config);
+    sink.open(&claim(), None).await.unwrap();
     let refused = rejected(sink.commit(&rows([("a", r#"{"value": 1}"#)]), &[advance(0, 0, 1)]).await);
     assert!(refused[0].reason.contains("no partition of relation"), "{refused:?}");
-    sink.finish().await.unwrap();
-    let mut now = rows([("a", r#"{"value": 1}"#)]);
-    let micros = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_micros();
-    now.set_received_us(micros as u64);
-    let error = sink.commit(&now, &[advance(0, 1, 2)]).await.unwrap_err();
-    assert!(matches!(&error, Error::Setup(text) if text.contains("create the partition")), "{error:?}");
 }
 
 /// The only reason of a batch whose second row is bad, when it is tried at once and when isolated at once.

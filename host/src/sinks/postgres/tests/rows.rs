@@ -147,3 +147,30 @@ async fn a_bigint_holds_times_in_the_unit_that_the_config_says() {
         vec![1_771_840_800, 1_771_840_800_123, 1_771_840_800_123_456, 1_771_840_800, 1_771_840_800_000];
     assert_eq!(row.get::<_, Vec<i64>>(0), expected);
 }
+
+#[tokio::test]
+async fn rules_of_the_table_hold_for_every_row_whatever_its_neighbours() {
+    const ALARMS: &str = "CREATE RULE alarm AS ON INSERT TO telemetry WHERE NEW.value > 50
+                          DO ALSO INSERT INTO alarms VALUES (NEW.value)";
+    let fresh = Fresh::with(
+        "CREATE TABLE telemetry ({TABLE}, CHECK (value < 100)); CREATE TABLE alarms (value FLOAT8)",
+    )
+    .await;
+    let mut sink = fresh.sink();
+    sink.open(&claim(), None).await.unwrap();
+    sink.commit(&rows([("a", "60")]), &[advance(0, 0, 1)]).await.unwrap();
+    // One that is made or dropped meanwhile holds from then on.
+    for (change, alarms) in [(ALARMS, 2), ("DROP RULE alarm ON telemetry", 2)] {
+        fresh.execute(change).await;
+        let clean = rows([("a", "60"), ("a", "5")]);
+        let error = sink.commit(&clean, &[advance(0, 1, 3)]).await.unwrap_err();
+        assert!(matches!(error, Error::Retry(_)), "{error:?}");
+        sink.open(&claim(), None).await.unwrap();
+        sink.commit(&clean, &[advance(0, 1, 1)]).await.unwrap();
+        rejected(sink.commit(&rows([("a", "70"), ("a", "500")]), &[advance(0, 1, 1)]).await);
+        sink.finish().await.unwrap();
+        let row = fresh.client().await.query_one("SELECT count(*) FROM alarms", &[]).await.unwrap();
+        assert_eq!(row.get::<_, i64>(0), alarms, "{change}");
+    }
+    assert_eq!(fresh.written().await.len(), 7);
+}
