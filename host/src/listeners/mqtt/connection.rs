@@ -26,7 +26,7 @@ use tokio::task::yield_now;
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
 
 use self::ending::{End, Leaving, linger};
-use self::partial::{FREE_BYTES, Partial, Silent};
+use self::partial::{FREE_BYTES, Partial, TooSlow};
 use super::Broker;
 use super::aliases::Aliases;
 use super::auth::{self, Again};
@@ -241,9 +241,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
                 self.last_read = Instant::now();
                 Ok(())
             }
-            Event::Partial(Err(Silent)) => Err(End::Fault(Fault {
+            Event::Partial(Err(TooSlow)) => Err(End::Fault(Fault {
                 code: DisconnectReasonCode::QuotaExceeded,
-                what: "a large packet that does not come whole while others wait for its room",
+                what: "a large packet that comes too slowly while others wait for its room",
             })),
             Event::Durable(moved) => moved.map_err(|_| End::Stopped),
             Event::Writable => self.inbound.retry(self.broker).map_err(End::from),
@@ -279,7 +279,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             self.input = BytesMut::new();
         }
         let awaited = if self.stopped_at == Next::Bytes { wire::packet_len(&self.input) } else { None };
-        Partial::set(&mut self.partial, awaited, self.last_read, &self.broker.partial_room);
+        Partial::set(&mut self.partial, awaited, self.input.len(), &self.broker.partial_room);
         self.inbound.write_acks(self.broker, &mut self.out);
         if self.out.len() < WRITE_BYTES_MAX && self.drain_until.is_none() {
             let broker = self.broker;
@@ -326,6 +326,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
     }
 
     async fn next_event(&mut self, timer: Pin<&mut Sleep>) -> Event {
+        // Looked at first: a socket that always has something comes first below.
+        if self.is_called() {
+            return Event::Wake;
+        }
         let input_max = if self.stopped_at == Next::Room { STALLED_READ_BYTES_MAX } else { usize::MAX };
         let read =
             self.drain_until.is_none() && self.out.len() < WRITE_PAUSE_BYTES && self.input.len() < input_max;
@@ -348,7 +352,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         };
         let auth_until = auth::deadline(self.auth.as_deref(), self.inbound.rights());
         if auth_until.is_some_and(|until| until <= Instant::now()) {
-            // Also where the socket always has something: that is looked at first.
             return Event::AuthDeadline;
         }
         let auth_until = auth_until.map(|until| Box::pin(sleep_until(until)));
@@ -399,6 +402,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         Ok(())
     }
 
+    /// Whether [`Self::woken`] has something to say.
+    fn is_called(&self) -> bool {
+        self.session.kicked.load(Ordering::Acquire)
+            || self.session.is_wanted()
+            || self.session.overflow.load(Ordering::Acquire)
+            || self.drain_until.is_none() && self.broker.shutdown.is_cancelled()
+    }
+
     fn woken(&mut self, mut timer: Pin<&mut Sleep>) -> Result<(), End> {
         if self.session.kicked.load(Ordering::Acquire) {
             return Err(End::Kicked);
@@ -446,7 +457,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
 enum Event {
     Io(Io),
     /// There is room for a large packet, or it does not come.
-    Partial(Result<(), Silent>),
+    Partial(Result<(), TooSlow>),
     Durable(Result<(), super::acks::Stopped>),
     Writable,
     Outward(Moved),

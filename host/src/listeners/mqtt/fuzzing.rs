@@ -390,7 +390,8 @@ pub fn broker_state(data: &[u8]) {
     let again = broker(&config, stream.clone(), store.clone());
     assert_eq!((all(), again.sessions.len()), (left, sessions));
     for session in again.sessions.all() {
-        again.wills.client_is_back(&again, &session.client_id, &Owner::default(), false);
+        let client_id = &*session.client_id;
+        runtime.block_on(again.wills.client_is_back(&again, client_id, &Owner::default(), false));
     }
     again.sessions.sweep(&again);
     assert!(again.sessions.len() <= sessions);

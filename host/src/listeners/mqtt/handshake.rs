@@ -142,7 +142,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         let refused = Refused::new("stopped", "", "a stream has stopped");
         refused.told(asked.version, ConnectAckReason::ServerUnavailable, asked.packet_bytes_max)
     })?;
-    broker.wills.client_is_back(broker, &asked.client_id, &owner, resumed);
+    broker.wills.client_is_back(broker, &asked.client_id, &owner, resumed).await;
     if resumed {
         leave_forbidden(broker, &session, &mut rights);
     }

@@ -15,10 +15,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::sync::Notify;
+use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use crate::stream::Ticket;
 
-/// Of all clients, beside the first of each. 13 bytes of state each: with retained
+/// Of all clients, beside the first of each. 17 bytes of state each: with retained
 /// messages and wills they fit in a stream's state (`STATE_BYTES_MOST`).
 pub const OPEN_IDS_MAX: usize = if cfg!(test) { 50 } else { 1_000_000 };
 
@@ -28,6 +29,28 @@ pub struct Received {
     pub stream: usize,
     /// Of the append that opened it, or that releases it; `None` while that is still being gathered.
     pub ticket: Option<Ticket>,
+    /// `None` for an id that 0.1.0 opened.
+    pub content: Option<Content>,
+}
+
+/// Tells whether a publish with an open packet id is the message that opened it.
+/// A device that lost its store begins with ids that its session knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Content([u8; 4]);
+
+impl Content {
+    pub fn of(topic: &str, payload: &[u8]) -> Self {
+        let hash = xxh3_64_with_seed(payload, xxh3_64(topic.as_bytes()));
+        Self((hash as u32).to_le_bytes())
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    pub fn read(bytes: &[u8]) -> Option<Self> {
+        bytes.try_into().ok().map(Self)
+    }
 }
 
 /// Of one session.

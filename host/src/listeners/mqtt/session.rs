@@ -19,7 +19,7 @@ use super::acks::Stopped;
 use super::activity::Activity;
 use super::blobs::Id;
 use super::clients::Connection;
-use super::open_ids::{OpenIds, OpenIdsRoom, Received};
+use super::open_ids::{Content, OpenIds, OpenIdsRoom, Received};
 use super::outbound::{self, Ids, Kept, Message, Outbox};
 use super::owner::Owner;
 use super::subscriptions::{Filter, Options, is_shared};
@@ -349,13 +349,14 @@ impl Sessions {
             session.outbox().resume_retained(&filter, options, &retained);
         }
         for (number, stream) in streams.iter().enumerate() {
-            for (key, _) in stream.state(QOS2) {
+            for (key, value) in stream.state(QOS2) {
                 let parts = key[QOS2.len()..].split_first_chunk::<8>();
                 let id = parts.and_then(|(_, id)| <[u8; 2]>::try_from(id).ok());
                 let owner = parts.and_then(|(epoch, _)| by_epoch.get(&u64::from_be_bytes(*epoch)));
                 match (owner, id) {
                     (Some(session), Some(id)) => {
-                        let received = Received { stream: number, ticket: Some(Ticket(0)) };
+                        let content = Content::read(&value);
+                        let received = Received { stream: number, ticket: Some(Ticket(0)), content };
                         session.received().open(u16::from_be_bytes(id), received);
                     }
                     _ => remove(&**stream, &key),
@@ -503,16 +504,19 @@ impl Sessions {
         drop(turn);
     }
 
-    /// Ends a client's session and its connection, if it has one; false where there is no session.
+    /// Ends a client's session and its connection, if it has one; false where there is
+    /// no session. It keeps the turn until the end is appended: what the client's next
+    /// connection appends comes after it.
     pub async fn delete(&self, broker: &Broker, client_id: &str) -> bool {
         let Some(session) = self.get(client_id).filter(|session| session.is_alive()) else { return false };
         session.kicked.store(true, Ordering::Release);
         let Some((session, turn)) = self.claim(&session.client_id, usize::MAX).await else { return false };
         self.end(broker, &session);
-        drop(turn);
         // Durable with this, whatever the session left.
         let removed = (key(SESSION, client_id.as_bytes()), None);
-        broker.append_durable(&*broker.broker, &[removed]).await.is_ok()
+        let is_removed = broker.append_durable(&*broker.broker, &[removed]).await.is_ok();
+        drop(turn);
+        is_removed
     }
 
     /// A claim that comes to nothing: a session made for it ends.

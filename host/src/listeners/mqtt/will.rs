@@ -343,22 +343,39 @@ impl Wills {
     /// that waited for its delay is void where the session goes on (`resumed`), and is
     /// published now where that has ended (MQTT 5.0, 3.1.3.2.2), as is one that
     /// waited for room. A will of the last run is void, unless it is of another user.
-    pub fn client_is_back(&self, broker: &Broker, client_id: &str, owner: &Owner, resumed: bool) {
+    /// Waits until its stream has room: a will that came later could overwrite what the
+    /// new connection publishes. Safe to drop: the will then waits for room.
+    pub async fn client_is_back(&self, broker: &Broker, client_id: &str, owner: &Owner, resumed: bool) {
+        while let Err(stream) = self.settle(broker, client_id, owner, resumed) {
+            broker.streams[stream].writable().await;
+        }
+    }
+
+    /// Decides about the wills of a client that is back. `Err`: the stream that has no
+    /// room for one of them, which waits for it.
+    fn settle(&self, broker: &Broker, client_id: &str, owner: &Owner, resumed: bool) -> Result<(), usize> {
         let mut queue = lock(&self.waiting);
+        let mut full = Ok(());
         for Waiting { mut will, cause, due } in queue.take(client_id) {
             match cause {
-                Cause::Restart if !will.is_of(owner) => {
-                    queue.push(client_id, Waiting { will, cause, due });
-                    continue;
-                }
+                Cause::Restart if !will.is_of(owner) => queue.push(client_id, Waiting { will, cause, due }),
                 Cause::Restart => will.forget(broker),
                 Cause::Delay if resumed => will.forget(broker),
                 Cause::Delay | Cause::Room => match will.publish(broker, client_id) {
                     Ok(()) => {}
+                    Err(AppendError::Full | AppendError::NoSpace) => {
+                        full = Err(broker.route(&will.topic));
+                        let due = Instant::now() + RETRY_AFTER;
+                        queue.push(client_id, Waiting { will, cause: Cause::Room, due });
+                    }
                     Err(error) => will.give_up(broker, client_id, &error.to_string()),
                 },
             }
         }
+        if full.is_err() {
+            self.changed.notify_one();
+        }
+        full
     }
 
     fn wait(&self, client_id: &str, will: Will, cause: Cause, due: Instant) {

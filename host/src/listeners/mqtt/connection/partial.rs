@@ -2,7 +2,8 @@
 //!
 //! A connection reads on in a packet larger than [`FREE_BYTES`] once it has room for all of
 //! it in the budget, in the order of asking, so that those that have room can be completed.
-//! Who has it and sends nothing for [`SILENT_MAX`] while others wait is disconnected.
+//! A client that has room and sends less than [`PROGRESS_BYTES_MIN`] in [`PROGRESS_EVERY`]
+//! while others wait is disconnected.
 
 use std::future::pending;
 use std::pin::Pin;
@@ -17,7 +18,9 @@ use tokio::time::{Instant, sleep_until};
 pub const FREE_BYTES: usize = 4 << 10;
 /// The budget counts these.
 const UNIT_BYTES: usize = 1 << 10;
-const SILENT_MAX: Duration = Duration::from_secs(10);
+/// About 1 KiB/s: slower than GPRS.
+const PROGRESS_BYTES_MIN: usize = 10 << 10;
+const PROGRESS_EVERY: Duration = Duration::from_secs(10);
 
 /// The budget, of all connections.
 pub struct PartialRoom {
@@ -70,26 +73,31 @@ impl Drop for Waits<'_> {
 pub struct Partial {
     room: Arc<PartialRoom>,
     bytes: usize,
-    last_read: Instant,
+    /// Bytes of it that have come.
+    received: usize,
     state: State,
 }
 
 enum State {
     Waits(Pin<Box<dyn Future<Output = OwnedSemaphorePermit> + Send>>),
-    Has { _room: OwnedSemaphorePermit },
+    Has {
+        _room: OwnedSemaphorePermit,
+        /// When its progress was last looked at, and how many bytes had come.
+        looked: (Instant, usize),
+    },
 }
 
-/// It has room and does not use it.
+/// The client has room for a large packet and hardly sends it, while others wait.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Silent;
+pub struct TooSlow;
 
 impl Partial {
-    /// What a packet of `bytes` needs that is not whole, of which something came last at
-    /// `last_read`; one that has room keeps it.
+    /// Asks for what a packet of `bytes` needs of which `received` have come; `None`:
+    /// the packet is whole, or its length is not known yet. One that has room keeps it.
     pub fn set(
         partial: &mut Option<Box<Self>>,
         bytes: Option<usize>,
-        last_read: Instant,
+        received: usize,
         room: &Arc<PartialRoom>,
     ) {
         let Some(bytes) = bytes.filter(|bytes| *bytes > FREE_BYTES) else {
@@ -97,7 +105,7 @@ impl Partial {
             return;
         };
         if let Some(known) = partial.as_deref_mut().filter(|known| known.bytes >= bytes) {
-            known.last_read = last_read;
+            known.received = received;
             return;
         }
         // What a smaller one had is free for this one, too.
@@ -105,10 +113,10 @@ impl Partial {
         let units =
             u32::try_from(bytes.div_ceil(UNIT_BYTES)).map_or(room.units_max, |it| it.min(room.units_max));
         let state = match room.units.clone().try_acquire_many_owned(units) {
-            Ok(taken) => State::Has { _room: taken },
+            Ok(taken) => State::Has { _room: taken, looked: (Instant::now(), received) },
             Err(_) => State::Waits(Box::pin(room.clone().take(units))),
         };
-        *partial = Some(Box::new(Self { room: room.clone(), bytes, last_read, state }));
+        *partial = Some(Box::new(Self { room: room.clone(), bytes, received, state }));
     }
 
     /// Whether the connection may be read.
@@ -116,23 +124,26 @@ impl Partial {
         partial.is_none_or(|partial| matches!(partial.state, State::Has { .. }))
     }
 
-    /// Returns once it has room, or an error where nothing comes of it and others wait.
+    /// Returns once it has room, or an error where it comes too slowly and others wait.
     /// Pending where nothing is waited for. Safe to drop.
-    pub async fn changed(partial: Option<&mut Self>) -> Result<(), Silent> {
+    pub async fn changed(partial: Option<&mut Self>) -> Result<(), TooSlow> {
         let Some(partial) = partial else { return pending().await };
         // Boxed: a connection that waits for nothing does not carry it.
         Box::pin(async move {
-            if let State::Waits(taken) = &mut partial.state {
-                partial.state = State::Has { _room: taken.await };
-                return Ok(());
-            }
-            let mut look_at = partial.last_read + SILENT_MAX;
-            loop {
-                sleep_until(look_at).await;
-                if partial.room.is_wanted() {
-                    return Err(Silent);
+            let Self { room, received, state, .. } = partial;
+            let looked = match state {
+                State::Waits(taken) => {
+                    *state = State::Has { _room: taken.await, looked: (Instant::now(), *received) };
+                    return Ok(());
                 }
-                look_at = Instant::now() + SILENT_MAX;
+                State::Has { looked, .. } => looked,
+            };
+            loop {
+                sleep_until(looked.0 + PROGRESS_EVERY).await;
+                if room.is_wanted() && *received < looked.1 + PROGRESS_BYTES_MIN {
+                    return Err(TooSlow);
+                }
+                *looked = (Instant::now(), *received);
             }
         })
         .await
@@ -145,27 +156,41 @@ mod tests {
 
     use super::*;
 
+    impl Partial {
+        /// As if its progress had been looked at long ago.
+        fn age(&mut self) {
+            let State::Has { looked, .. } = &mut self.state else { panic!("it has no room") };
+            looked.0 = looked.0.checked_sub(2 * PROGRESS_EVERY).unwrap();
+        }
+    }
+
     #[tokio::test]
-    async fn a_large_packet_waits_for_room_and_one_that_does_not_come_gives_it_up() {
-        let room = &PartialRoom::new(8 << 10);
-        let now = Instant::now();
-        let long_ago = now.checked_sub(2 * SILENT_MAX).unwrap();
+    async fn a_large_packet_waits_for_room_and_one_that_hardly_comes_gives_it_up() {
+        let room = &PartialRoom::new(128 << 10);
+        let large = 100_000;
         let (mut small, mut one, mut two) = (None, None, None);
-        for (partial, bytes) in [(&mut small, FREE_BYTES), (&mut one, 8_000), (&mut two, 8_000)] {
-            Partial::set(partial, Some(bytes), now, room);
+        for (partial, bytes) in [(&mut small, FREE_BYTES), (&mut one, large), (&mut two, large)] {
+            Partial::set(partial, Some(bytes), 0, room);
         }
         assert!(small.is_none());
         let may_read = |partial: &Option<Box<Partial>>| Partial::may_read(partial.as_deref());
         assert!(may_read(&one) && !may_read(&two));
-        Partial::set(&mut one, Some(8_000), long_ago, room);
+        one.as_mut().unwrap().age();
         assert_eq!(Partial::changed(one.as_deref_mut()).now_or_never(), None, "nobody waits yet");
         let mut waits = Box::pin(Partial::changed(two.as_deref_mut()));
         assert_eq!(waits.as_mut().now_or_never(), None);
-        assert_eq!(Partial::changed(one.as_deref_mut()).now_or_never(), Some(Err(Silent)));
-        Partial::set(&mut one, Some(8_000), now, room);
-        assert_eq!(Partial::changed(one.as_deref_mut()).now_or_never(), None);
+        for (received, expected) in [
+            (PROGRESS_BYTES_MIN, None),
+            (3 * PROGRESS_BYTES_MIN, None),
+            // A byte now and then is no progress.
+            (3 * PROGRESS_BYTES_MIN + 1, Some(Err(TooSlow))),
+        ] {
+            Partial::set(&mut one, Some(large), received, room);
+            one.as_mut().unwrap().age();
+            assert_eq!(Partial::changed(one.as_deref_mut()).now_or_never(), expected, "{received}");
+        }
         // It is whole, or its connection has ended.
-        Partial::set(&mut one, None, now, room);
+        Partial::set(&mut one, None, 0, room);
         assert_eq!(waits.await, Ok(()));
         assert!(may_read(&two) && !room.is_wanted());
     }

@@ -124,7 +124,10 @@ impl Inbound {
             let mut changes: Vec<StateChange<'_>> = std::mem::take(spare);
             changes.extend(keys.iter().map(|(key, change)| StateChange {
                 key,
-                value: (*change == IdChange::Receive).then_some(&[][..]),
+                value: match change {
+                    IdChange::Receive(content) => Some(content.bytes()),
+                    IdChange::Release | IdChange::None => None,
+                },
             }));
             let retaining = retained::stage(broker, number, messages);
             let retained = retaining.as_ref().map_or(&[][..], Staged::changes);
@@ -173,11 +176,11 @@ pub fn undo<'o>(session: &Session, owed: impl DoubleEndedIterator<Item = &'o Owe
     for owed in owed.rev() {
         match owed.change {
             IdChange::None => {}
-            IdChange::Receive => {
+            IdChange::Receive(_) => {
                 received.close(owed.ack.packet_id);
             }
             IdChange::Release => {
-                let known = Received { stream: owed.stream, ticket: Some(owed.least) };
+                let known = Received { stream: owed.stream, ticket: Some(owed.least), content: None };
                 received.open(owed.ack.packet_id, known);
             }
         }

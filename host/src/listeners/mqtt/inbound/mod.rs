@@ -28,7 +28,7 @@ use self::stalled::{Stalled, room};
 use super::Broker;
 use super::acks::{Ack, Acks};
 use super::metrics::Few;
-use super::open_ids::Received;
+use super::open_ids::{Content, Received};
 use super::outbound::Acked;
 use super::session::Session;
 use super::wire::{self, Fault, Frame, Property, Publish, Version};
@@ -136,7 +136,7 @@ struct Owed {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum IdChange {
     None,
-    Receive,
+    Receive(Content),
     Release,
 }
 
@@ -441,7 +441,7 @@ impl Inbound {
         }
         let stream = broker.route(topic.as_str());
         if publish.qos > 0 {
-            let owed = self.owe(broker, stream, &publish)?;
+            let owed = self.owe(broker, stream, &publish, topic.as_str())?;
             let repeated = publish.qos == 2 && owed.change == IdChange::None;
             work.owed.push(owed);
             if repeated {
@@ -453,33 +453,48 @@ impl Inbound {
         Ok(None)
     }
 
-    /// The ack for a QoS 1 or 2 publish; a QoS 2 packet id that is in flight
-    /// already is only acknowledged again (MQTT 5.0, 4.3.3).
-    fn owe(&mut self, broker: &Broker, stream: usize, publish: &Publish<'_>) -> Result<Owed, Fault> {
+    /// Returns the ack for a QoS 1 or 2 publish. A QoS 2 message whose packet id is
+    /// open is only acknowledged again (MQTT 5.0, 4.3.3), unless it is another message
+    /// that is not marked as a duplicate: a message that is sent again is (3.3.1.1).
+    fn owe(
+        &mut self,
+        broker: &Broker,
+        stream: usize,
+        publish: &Publish<'_>,
+        topic: &str,
+    ) -> Result<Owed, Fault> {
         let first = if publish.qos == 1 { wire::PUBACK } else { wire::PUBREC };
         let ack = Ack { first, packet_id: publish.packet_id, code: 0 };
-        if publish.qos == 2 {
-            let received = self.session.received();
-            if let Some(known) = received.get(publish.packet_id) {
+        let content = (publish.qos == 2).then(|| Content::of(topic, publish.payload));
+        let known = content.and_then(|_| self.session.received().get(publish.packet_id));
+        match known {
+            Some(known) if publish.dup || known.content.is_none() || known.content == content => {
                 broker.counters.duplicates.increment(1);
                 let change = IdChange::None;
                 return Ok(Owed { stream: known.stream, ack, change, least: known.least() });
             }
+            Some(_) => {
+                let kind =
+                    "mqtt: a QoS 2 packet id that was not released came with another message, taken as new";
+                let client_id = &*self.session.client_id;
+                let detail = format!("client {client_id}, packet id {}", publish.packet_id);
+                broker.failures.report_by(kind, client_id, 1, &detail, "");
+            }
+            None => self.unfinished += 1,
         }
-        self.unfinished += 1;
         if self.version == Version::V5 && self.unfinished > u32::from(broker.config.receive_maximum) {
             return Err(Fault {
                 code: DisconnectReasonCode::ReceiveMaximumExceeded,
                 what: "more publishes in flight than Receive Maximum",
             });
         }
-        let mut change = IdChange::None;
-        if publish.qos == 2 {
-            change = IdChange::Receive;
-            // The ticket comes with the append.
-            self.session.received().open(publish.packet_id, Received { stream, ticket: None });
-        }
-        Ok(Owed { stream, ack, change, least: Ticket(0) })
+        let Some(content) = content else {
+            return Ok(Owed { stream, ack, change: IdChange::None, least: Ticket(0) });
+        };
+        // The ticket comes with the append.
+        let received = Received { stream, ticket: None, content: Some(content) };
+        self.session.received().open(publish.packet_id, received);
+        Ok(Owed { stream, ack, change: IdChange::Receive(content), least: Ticket(0) })
     }
 
     fn topic<'a>(

@@ -245,3 +245,40 @@ async fn a_change_of_subscriptions_is_durable_before_the_client_can_ask_for_it_a
     }
     host.stop().await;
 }
+
+#[tokio::test]
+async fn an_open_packet_id_with_another_message_that_is_no_duplicate_is_a_new_message() {
+    let (stream, store) = (MemoryStream::new("s", 1), MemoryStream::new("broker", 1));
+    let sent = |payload: &'static str, dup| Publish {
+        payload: payload.into(),
+        dup,
+        ..publish("a/b", QoS::ExactlyOnce, 1)
+    };
+    let start = || Host::start(Streams::new(vec![], stream.clone()), store.clone(), |_| {});
+    let mut host = start().await;
+    let expected = [
+        ("1", false, 1),
+        // Its store is lost: a message that it sends again would say so, or be the same.
+        ("2", false, 2),
+        ("2", false, 2),
+        ("3", true, 2),
+        ("3", false, 3),
+    ];
+    for (n, (payload, dup, messages)) in expected.into_iter().enumerate() {
+        if n % 2 == 1 {
+            // Known after a restart too.
+            host.stop().await;
+            host = start().await;
+        }
+        let mut client = host.client(resuming("c")).await.0;
+        client.send(sent(payload, dup)).await;
+        assert_eq!(client.receive().await, pubrec(1));
+        assert_eq!(stream.bounds().end, Offset(messages), "{n}");
+        assert_eq!(stream.state(b"q2").len(), 1);
+    }
+    let mut client = host.client(resuming("c")).await.0;
+    client.send(pubrel(1)).await;
+    assert_eq!(client.receive().await, pubcomp(1));
+    assert!(stream.state(b"q2").is_empty());
+    host.stop().await;
+}
