@@ -271,6 +271,9 @@ fn expected(kind: Option<Kind>) -> &'static str {
     }
 }
 
+/// UTF-8's, which some editors and programs put in front of a text.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
 /// `column "value": the payload has no number at /value: {"device_id"…`
 fn reason(
     column: &Column,
@@ -282,6 +285,12 @@ fn reason(
 ) -> String {
     let name = &column.name;
     let noun = expected.trim_start_matches("a ");
+    if matches!(source, None | Some(Source::Payload)) && payload.starts_with(BYTE_ORDER_MARK) {
+        let shown = excerpt(payload);
+        return format!(
+            "column \"{name}\": the payload is preceded by a byte order mark, which JSON does not have: {shown}"
+        );
+    }
     match (source, value) {
         (Some(source), Value::Json(raw)) => {
             format!("column \"{name}\": {} is not {expected}: {}", source.name(), excerpt(raw.as_bytes()))
@@ -324,7 +333,6 @@ fn reason(
 fn form(payload: &[u8]) -> Option<&'static str> {
     match payload.trim_ascii() {
         [] => Some("empty"),
-        [0xef, 0xbb, 0xbf, ..] => Some("preceded by a byte order mark, which JSON does not have"),
         [b'[', ..] => Some("an array (one message is one row)"),
         [b'{', ..] => None,
         other => json::parse(other).ok().map(|_| "a single value"),

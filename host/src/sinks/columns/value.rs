@@ -167,7 +167,8 @@ pub fn excerpt(bytes: &[u8]) -> String {
     const SHOWN_BYTES: usize = 80;
     let mut shown = String::new();
     for c in String::from_utf8_lossy(&bytes[..bytes.len().min(SHOWN_BYTES)]).chars() {
-        if c.is_control() {
+        // A byte order mark is seen nowhere, and is what is wrong.
+        if c.is_control() || c == '\u{feff}' {
             // Writing to a String cannot fail.
             let _ = write!(shown, "{}", c.escape_default());
         } else {
@@ -241,6 +242,7 @@ mod tests {
     #[test]
     fn an_excerpt_has_no_control_characters_and_an_end() {
         assert_eq!(excerpt(b"a\nb"), "a\\nb");
+        assert_eq!(excerpt("\u{feff}{".as_bytes()), "\\u{feff}{");
         assert!(excerpt(&[b'x'; 200]).len() < 90);
     }
 }
