@@ -310,6 +310,27 @@ fn validate_tries_certificates_and_password_files() {
 }
 
 #[test]
+fn passwd_leaves_a_file_to_the_group_that_may_read_it() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+
+    let host = Host::prepare("cli-passwd", "");
+    host.passwd("ann", "secret", &[]);
+    let file = host.folder.join("passwords");
+    // Another group than the one that new files get, where this user may give files to one.
+    let other = rustix::process::getgroups().expect("our groups").into_iter().map(|group| group.as_raw());
+    let other = other.chain(rustix::process::geteuid().is_root().then_some(1));
+    let group = other.last().unwrap_or(rustix::process::getegid().as_raw());
+    chown(&file, None, Some(group)).expect("one of our groups");
+    std::fs::set_permissions(&file, PermissionsExt::from_mode(0o640)).expect("our file");
+    host.passwd("bob", "secret", &[]);
+    run(&mut host.command(&["passwd", "passwords", "ann", "--delete"]));
+    let data = file.metadata().expect("it is there");
+    assert_eq!((data.gid(), data.mode() & 0o777), (group, 0o640));
+    let text = std::fs::read_to_string(&file).expect("text");
+    assert!(text.starts_with("bob:") && !text.contains("ann:"), "{text}");
+}
+
+#[test]
 fn validate_says_everything_at_once_and_each_problem_as_fields() {
     let config = "data_dir: ~/data
 mqtt:

@@ -108,6 +108,21 @@ fn who_proves_the_password_is_the_user_whom_the_rules_know() {
 }
 
 #[test]
+fn who_guesses_a_password_by_scram_is_told_to_wait_and_other_users_are_not() {
+    let host = start("mqtt-auth-guesses", "20s");
+    let guess = |_| {
+        let (mut client, answer) = challenged(&host, &Login::new("n,,", "ann", "wrong"));
+        client.send(auth(MORE, METHOD, &answer.message));
+        refused(&mut client)
+    };
+    let told: Vec<u8> = (0..16).map(guess).collect();
+    assert_eq!(told[..5], [0x87; 5], "the first ones cost no wait");
+    assert!(told.contains(&0x9f), "connection rate exceeded: {told:02x?}");
+    logged_in(&host, "bob");
+    assert!(host.metric("headworks_mqtt_refused_connects_total", &[("cause", "guessing")]) >= 1.0);
+}
+
+#[test]
 fn the_packets_of_an_exchange_are_counted() {
     let host = start("mqtt-auth-counted", "20s");
     let login = Login::new("n,,", "ann", "ann");
