@@ -6,7 +6,8 @@
 //! SHA-256 of the plugin file and of what compiles it: this program's version,
 //! the engine's settings and version.
 //!
-//! `KEY.native` is code and `KEY.json` says what it is; `KEY.killed` says that
+//! `KEY.native` is code, `KEY.lines` the files and lines of it, where there are, and
+//! `KEY.json` says what it is; `KEY.killed` says that
 //! the file ended its compiler, which then is not tried on these bytes again.
 
 use std::collections::HashMap;
@@ -25,6 +26,7 @@ use wasmtime::component::Component;
 
 use super::Description;
 use super::compile::ARTIFACT_BYTES_MAX;
+use super::lines::{LINES_BYTES_MAX, Lines};
 use super::load::Report;
 
 /// Compiled plugins kept; the ones used longest ago go first.
@@ -47,6 +49,7 @@ pub struct Cache {
 #[derive(Serialize, Deserialize)]
 pub(super) struct Note {
     artifact_sha256: String,
+    lines_sha256: String,
     pub report: Report,
     pub description: Description,
 }
@@ -115,7 +118,8 @@ impl Cache {
     /// its note, folders of compilers (of 0.1.0). For the one host of the folder, at its start.
     pub(super) fn clean_up(&self) {
         for (name, path) in self.files() {
-            let is_orphan = name.strip_suffix(".native").is_some_and(|key| !self.note(key).is_file());
+            let key = name.strip_suffix(".native").or_else(|| name.strip_suffix(".lines"));
+            let is_orphan = key.is_some_and(|key| !self.note(key).is_file());
             // What cannot be removed takes space, and harms nothing.
             if name.starts_with(".compile-") {
                 let _ = fs::remove_dir_all(&path);
@@ -131,8 +135,8 @@ impl Cache {
         serde_json::from_slice(&self.read(&self.note(key), NOTE_BYTES_MAX)?).ok()
     }
 
-    /// The compiled component and its note, where they are here and whole.
-    pub(super) fn load(&self, key: &str, engine: &Engine) -> Option<(Component, Note)> {
+    /// The compiled component, its note and its lines, where they are here and whole.
+    pub(super) fn load(&self, key: &str, engine: &Engine) -> Option<(Component, Note, Lines)> {
         let note = self.note_of(key)?;
         let artifact = self.read(&self.artifact(key), ARTIFACT_BYTES_MAX as u64)?;
         if hex(&Sha256::digest(&artifact)) != note.artifact_sha256 {
@@ -140,12 +144,16 @@ impl Cache {
             return None;
         }
         let component = deserialize(engine, &artifact).ok()?;
+        // Without them texts of traps say less.
+        let lines = self.read(&self.lines(key), LINES_BYTES_MAX as u64).unwrap_or_default();
+        let is_whole = hex(&Sha256::digest(&lines)) == note.lines_sha256;
+        let lines = Lines::read(if is_whole { lines } else { Vec::new() });
         // For the pruning by age; where it fails this one goes early.
         let _ = File::options()
             .append(true)
             .open(self.note(key))
             .and_then(|file| file.set_modified(SystemTime::now()));
-        Some((component, note))
+        Some((component, note, lines))
     }
 
     /// Keeps what a compiling child made, for the next start.
@@ -153,6 +161,7 @@ impl Cache {
         &self,
         key: &str,
         artifact: &[u8],
+        lines: &Lines,
         report: &Report,
         description: &Description,
     ) -> Result<(), CacheError> {
@@ -160,10 +169,15 @@ impl Cache {
             return Err(CacheError::TooLarge { bytes: artifact.len() as u64 });
         }
         let artifact_sha256 = hex(&Sha256::digest(artifact));
-        let note = Note { artifact_sha256, report: report.clone(), description: description.clone() };
+        let lines_sha256 = hex(&Sha256::digest(lines.bytes()));
+        let (report, description) = (report.clone(), description.clone());
+        let note = Note { artifact_sha256, lines_sha256, report, description };
         let note = serde_json::to_vec(&note).expect("a note is plain text");
         // The note last: code without one does not count.
         self.write(&self.artifact(key), artifact)?;
+        if !lines.bytes().is_empty() {
+            self.write(&self.lines(key), lines.bytes())?;
+        }
         self.write(&self.note(key), &note)?;
         self.prune();
         Ok(())
@@ -190,6 +204,10 @@ impl Cache {
 
     fn artifact(&self, key: &str) -> PathBuf {
         self.dir.join(format!("{key}.native"))
+    }
+
+    fn lines(&self, key: &str) -> PathBuf {
+        self.dir.join(format!("{key}.lines"))
     }
 
     fn note(&self, key: &str) -> PathBuf {
@@ -251,7 +269,8 @@ impl Cache {
         let (mut entries, mut bytes) = (0, 0);
         let mut versions: HashMap<String, usize> = HashMap::new();
         for key in with_suffix(".json") {
-            let size = fs::metadata(self.artifact(&key)).map_or(0, |file| file.len());
+            let bytes_of = |path: &Path| fs::metadata(path).map_or(0, |file| file.len());
+            let size = bytes_of(&self.artifact(&key)) + bytes_of(&self.lines(&key));
             // One that cannot be read is of another version of Headworks.
             let is_kept = self.note_of(&key).is_some_and(|note| {
                 let versions = versions.entry(note.description.name).or_default();
@@ -264,6 +283,7 @@ impl Cache {
             } else {
                 let _ = fs::remove_file(self.note(&key));
                 let _ = fs::remove_file(self.artifact(&key));
+                let _ = fs::remove_file(self.lines(&key));
             }
         }
         for key in with_suffix(".killed").skip(KILLED_MAX) {
@@ -285,7 +305,7 @@ pub(super) fn key(file_sha256: &[u8], engine: &Engine) -> String {
     }
     let mut hasher = Bytes(Sha256::new());
     hasher.write(file_sha256);
-    hasher.write(concat!("headworks ", env!("CARGO_PKG_VERSION"), " report 2").as_bytes());
+    hasher.write(concat!("headworks ", env!("CARGO_PKG_VERSION"), " report 3").as_bytes());
     engine.precompile_compatibility_hash().hash(&mut hasher);
     hex(&hasher.0.finalize())
 }
@@ -328,7 +348,7 @@ mod tests {
         let report = Report { form: None, imports: Vec::new(), exports: Vec::new(), kind: Ok(Kind::Batch) };
         let put = |key: &str, name: &str| {
             let description = Description { name: name.to_owned(), ..Description::default() };
-            cache.store(key, b"code", &report, &description).unwrap();
+            cache.store(key, b"code", &Lines::default(), &report, &description).unwrap();
         };
         put("other", "route");
         for key in ["v1", "v2", "v3", "v4", "v5", "v6"] {

@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use super::engine;
 use super::host::printable;
+use super::lines::{self, LINES_BYTES_MAX};
 use super::load::{LoadError, Report};
 use crate::units::ByteSize;
 
@@ -74,6 +75,8 @@ enum Way {
 #[derive(Debug)]
 pub(super) struct Compiled {
     pub report: Report,
+    /// Files and lines of its code, see [`super::lines`]; empty where the file has none.
+    pub lines: Vec<u8>,
     /// Native code; empty where the report refuses the file.
     pub artifact: Vec<u8>,
 }
@@ -249,7 +252,7 @@ impl Compiler {
                 Err(error) if is_wait(&error) => {}
                 Err(_) => return Ok(answer),
             }
-            if answer.len() > ARTIFACT_BYTES_MAX + REPORT_BYTES_MAX {
+            if answer.len() > ARTIFACT_BYTES_MAX + REPORT_BYTES_MAX + LINES_BYTES_MAX {
                 return Err(CompileError::Size);
             }
             self.check(deadline)?;
@@ -299,37 +302,40 @@ impl Drop for Running {
 }
 
 impl Compiled {
-    /// Length of the report, the report, native code.
+    /// Lengths of the report and of the lines, the report, the lines, native code.
     pub(super) fn encode(&self) -> Vec<u8> {
         let report = serde_json::to_vec(&self.report).expect("a report is plain text");
-        let length = u32::try_from(report.len()).expect("names are bounded");
-        [&length.to_le_bytes()[..], &report, &self.artifact].concat()
+        let length = |part: &[u8]| u32::try_from(part.len()).expect("both are bounded").to_le_bytes();
+        [&length(&report)[..], &length(&self.lines), &report, &self.lines, &self.artifact].concat()
     }
 
     pub(super) fn decode(mut answer: Vec<u8>) -> Option<Self> {
-        let length = u32::from_le_bytes(*answer.first_chunk()?) as usize;
-        if length > REPORT_BYTES_MAX {
+        let length = |at: usize| Some(u32::from_le_bytes(*answer.get(at..)?.first_chunk()?) as usize);
+        let (report_bytes, lines_bytes) = (length(0)?, length(4)?);
+        if report_bytes > REPORT_BYTES_MAX || lines_bytes > LINES_BYTES_MAX {
             return None;
         }
-        let report: Report = serde_json::from_slice(answer.get(4..4 + length)?).ok()?;
-        let artifact = answer.split_off(4 + length);
+        let lines_at = 8 + report_bytes;
+        let report: Report = serde_json::from_slice(answer.get(8..lines_at)?).ok()?;
+        let lines = answer.get(lines_at..lines_at + lines_bytes)?.to_vec();
+        let artifact = answer.split_off(lines_at + lines_bytes);
         let fits = report.kind.is_ok() != artifact.is_empty() && artifact.len() <= ARTIFACT_BYTES_MAX;
-        fits.then_some(Self { report, artifact })
+        fits.then_some(Self { report, lines, artifact })
     }
 }
 
 /// Parses and compiles a file in this process.
 pub(super) fn compile(file: &[u8]) -> Compiled {
     let (mut report, component) = Report::of(file);
-    let mut artifact = Vec::new();
+    let (mut artifact, mut lines) = (Vec::new(), Vec::new());
     if report.kind.is_ok() {
         let engine = engine::engine();
         match engine.and_then(|engine| engine.precompile_component(&component)) {
-            Ok(code) => artifact = code,
+            Ok(code) => (artifact, lines) = (code, lines::of(&component)),
             Err(error) => report.kind = Err(LoadError::Invalid(printable(&format!("{error:#}")))),
         }
     }
-    Compiled { report, artifact }
+    Compiled { report, lines, artifact }
 }
 
 #[cfg(test)]

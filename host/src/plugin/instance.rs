@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use wasmtime::{FrameInfo, FrameSymbol, Store, Trap, WasmBacktrace};
+use wasmtime::{FrameInfo, Store, Trap, WasmBacktrace};
 
 use super::arena::{self, COUNT_MAX, DATA_SEGMENT, LAYOUT, OUTPUT_HEADER_WORDS, STRIDE_WORDS, set, verdict};
 use super::bindings::base::exports::headworks::plugin::lifecycle::Context;
@@ -15,6 +15,7 @@ use super::bindings::message::exports::headworks::plugin::message::{Incoming, Ou
 use super::bindings::message::headworks::plugin::types::Property;
 use super::bindings::{access, batch, message};
 use super::host::{HostState, Phase, Telemetry, printable};
+use super::lines::Lines;
 use super::program::{self, INIT_ANSWER_BYTES_MAX, ProcessIndices, Program, TOPICS_MAX};
 use crate::batch::{Batch, MessageRef, SPAN_BYTES_MAX, flags};
 use crate::devices::Devices;
@@ -119,7 +120,7 @@ impl Instance {
         });
         drop(running);
         let (process, ready) = started.map_err(|error| {
-            let why = explain(&error, store.data(), INIT_CPU, memory_max);
+            let why = explain(&error, store.data(), &program.lines, INIT_CPU, memory_max);
             StartError::Fault(format!("did not start: {why}"))
         })?;
         let ready = ready.map_err(|problems| {
@@ -178,8 +179,12 @@ impl Instance {
         drop(running);
         match answer {
             Ok(answer) => Ok(answer),
-            Err(error) => Err(explain(&error, self.store.data(), limits.cpu, self.memory_max)),
+            Err(error) => Err(self.explain(&error, limits)),
         }
+    }
+
+    fn explain(&self, error: &wasmtime::Error, limits: CallLimits) -> String {
+        explain(error, self.store.data(), &self.program.lines, limits.cpu, self.memory_max)
     }
 
     pub fn is_access(&self) -> bool {
@@ -200,7 +205,7 @@ impl Instance {
         let running = self.program.runtime.start(&mut self.store, limits.cpu);
         let answer = call(exports, &mut self.store);
         drop(running);
-        answer.map_err(|error| explain(&error, self.store.data(), limits.cpu, self.memory_max))
+        answer.map_err(|error| self.explain(&error, limits))
     }
 
     /// The last call's answer was good: its metrics count.
@@ -363,6 +368,7 @@ impl Writer {
 pub(super) fn explain(
     error: &wasmtime::Error,
     state: &HostState,
+    lines: &Lines,
     cpu: Duration,
     memory_max: usize,
 ) -> String {
@@ -379,7 +385,7 @@ pub(super) fn explain(
     let memory = state
         .memory_denied
         .then(|| format!("; it asked for more than {} MiB of memory (limits.memory)", memory_max >> 20));
-    let place = place(error);
+    let place = place(error, lines);
     match trap {
         Some(Trap::UnreachableCodeReached) => {
             let why =
@@ -404,14 +410,16 @@ pub(super) fn explain(
 
 /// Where it was, as far as the plugin has names and debug information: the function,
 /// its file and line, and who called it.
-fn place(error: &wasmtime::Error) -> String {
+fn place(error: &wasmtime::Error, lines: &Lines) -> String {
     let frames = error.downcast_ref::<WasmBacktrace>().map(WasmBacktrace::frames).unwrap_or_default();
     let name = |frame: &FrameInfo| {
-        let symbol = frame.symbols().first();
-        let name = symbol.and_then(FrameSymbol::name).or(frame.func_name())?;
-        let name = format!("{:#}", rustc_demangle::demangle(name));
-        let place = symbol.and_then(|symbol| Some(format!(" ({}:{})", symbol.file()?, symbol.line()?)));
-        Some(name + &place.unwrap_or_default())
+        let place = frame.module_offset().and_then(|offset| lines.at(offset));
+        let place = place.map(|(file, line)| format!("{file}:{line}"));
+        match (frame.func_name(), place) {
+            (Some(name), Some(place)) => Some(format!("{:#} ({place})", rustc_demangle::demangle(name))),
+            (Some(name), None) => Some(format!("{:#}", rustc_demangle::demangle(name))),
+            (None, place) => place,
+        }
     };
     let names: Vec<_> = frames.iter().filter_map(name).take(FRAMES_MAX).collect();
     match names.split_first() {

@@ -28,6 +28,7 @@ pub(crate) mod fuzzing;
 mod gather;
 mod host;
 mod instance;
+mod lines;
 mod load;
 mod program;
 mod runner;

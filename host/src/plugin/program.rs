@@ -15,6 +15,7 @@ use super::cache::{self, Cache};
 use super::compile::{CompileError, Compiler};
 use super::engine::Runtime;
 use super::host::{HostState, Phase, printable};
+use super::lines::Lines;
 use super::load::{FILE_BYTES_MAX, Form, Kind, Report};
 use super::{Error, Limits, is_step_name};
 use crate::step::StepId;
@@ -78,8 +79,8 @@ struct Found {
 }
 
 enum Code {
-    Kept(Component, Description),
-    Fresh(Vec<u8>),
+    Kept(Component, Description, Lines),
+    Fresh(Vec<u8>, Lines),
 }
 
 /// A component, ready to be instantiated.
@@ -89,6 +90,7 @@ pub(super) struct Program {
     pub exports: Exports,
     pub imports: Vec<String>,
     pub description: Description,
+    pub lines: Arc<Lines>,
     pub filters: Vec<TopicFilter>,
     /// SHA-256 of the file.
     pub sha256: String,
@@ -134,8 +136,8 @@ impl Library {
         let key = cache::key(&sha256, self.runtime.engine());
         let sha256 = cache::hex(&sha256);
         if let Some(cache) = &self.cache {
-            if let Some((component, note)) = cache.load(&key, self.runtime.engine()) {
-                let code = Some(Code::Kept(component, note.description));
+            if let Some((component, note, lines)) = cache.load(&key, self.runtime.engine()) {
+                let code = Some(Code::Kept(component, note.description, lines));
                 return Ok(Found { sha256, key, report: note.report, code });
             }
             if let Some(reason) = cache.killed(&key, self.compiler.limits()) {
@@ -151,39 +153,46 @@ impl Library {
                 tracing::warn!(%error, "a plugin ended its compiler, which is not noted: the next start tries it again");
             }
         })?;
-        let code = (!compiled.artifact.is_empty()).then_some(Code::Fresh(compiled.artifact));
+        let lines = Lines::read(compiled.lines);
+        let code = (!compiled.artifact.is_empty()).then_some(Code::Fresh(compiled.artifact, lines));
         Ok(Found { sha256, key, report: compiled.report, code })
     }
 
     fn program(&self, found: Found) -> Result<Program, Error> {
         let Found { sha256, key, report, code } = found;
         let kind = report.kind.clone()?;
-        let (component, known, fresh) = match code {
-            Some(Code::Kept(component, description)) => (component, Some(description), None),
-            Some(Code::Fresh(artifact)) => {
+        let (component, known, fresh, lines) = match code {
+            Some(Code::Kept(component, description, lines)) => (component, Some(description), None, lines),
+            Some(Code::Fresh(artifact, lines)) => {
                 let component = cache::deserialize(self.runtime.engine(), &artifact).map_err(Error::wasm)?;
-                (component, None, Some(artifact))
+                (component, None, Some(artifact), lines)
             }
             None => return Err(CompileError::Answer.into()),
         };
+        let lines = Arc::new(lines);
         let pre = self.linker.instantiate_pre(&component).map_err(Error::wasm)?;
         let exports = exports(&pre, kind)?;
         let description = match known {
             Some(description) => description,
-            None => self.describe(&pre, &exports)?,
+            None => self.describe(&pre, &exports, &lines)?,
         };
         let filters = check(&description)?;
         if let (Some(cache), Some(artifact)) = (&self.cache, &fresh)
-            && let Err(error) = cache.store(&key, artifact, &report, &description)
+            && let Err(error) = cache.store(&key, artifact, &lines, &report, &description)
         {
             tracing::warn!(%error, "compiled plugin is not kept, the next start compiles it again");
         }
         let runtime = self.runtime.clone();
-        Ok(Program { runtime, pre, exports, imports: report.imports, description, filters, sha256 })
+        Ok(Program { runtime, pre, exports, imports: report.imports, description, lines, filters, sha256 })
     }
 
     /// Calls `describe` in an instance of its own whose imports trap.
-    fn describe(&self, pre: &InstancePre<HostState>, exports: &Exports) -> Result<Description, Error> {
+    fn describe(
+        &self,
+        pre: &InstancePre<HostState>,
+        exports: &Exports,
+        lines: &Lines,
+    ) -> Result<Description, Error> {
         let memory = Limits::default().memory.0 as usize;
         let step = StepId { pipeline: "-".into(), step: "describe".into() };
         let mut store =
@@ -197,7 +206,7 @@ impl Library {
         });
         drop(running);
         let raw = result.map_err(|error| {
-            let why = super::instance::explain(&error, store.data(), DESCRIBE_CPU, memory);
+            let why = super::instance::explain(&error, store.data(), lines, DESCRIBE_CPU, memory);
             Error::Describe(why)
         })?;
         Ok(Description {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
+use super::lines::tests::{trapping, with_line};
 use super::test_plugins::{
     answering, batch_plugin, guarded, guarded_with, in_data, message_plugin, narrowing, outputs, record,
     refusing, spying,
@@ -90,11 +91,19 @@ fn a_panics_text_becomes_the_reason() {
 
 #[test]
 fn a_trap_says_where_it_was_in_every_language_that_has_names() {
-    let body = "(if (local.get $index_len) (then (call $from_here)))";
-    let functions = "(func $from_here (call $blow_up)) (func $blow_up unreachable)";
-    let outcome = run(&mut runner(&batch_plugin("1.0.0", &[], body, functions)), batch(&["x"]));
+    let outcome = run(&mut runner(&trapping()), batch(&["x"]));
     let reason = &outcome.refused[0].reason;
     assert!(reason.contains("unreachable") && reason.contains("in blow_up, called by from_here"), "{reason}");
+}
+
+#[test]
+fn a_trap_says_its_file_and_line_where_the_file_has_debug_information() {
+    for version in [4, 5] {
+        let file = with_line(&trapping(), version, "src", "plugin.c", 7);
+        let outcome = run(&mut runner(&file), batch(&["x"]));
+        let reason = &outcome.refused[0].reason;
+        assert!(reason.contains("in blow_up (src/plugin.c:7), called by from_here"), "{reason}");
+    }
 }
 
 #[test]
