@@ -130,7 +130,7 @@ async fn a_bad_row_among_upserts_costs_no_good_one() {
     let fresh =
         Fresh::with("CREATE TABLE telemetry ({TABLE}, UNIQUE (device_id), CHECK (value < 100))").await;
     let mut sink = self::sink(Config { on_conflict: OnConflict::Upsert, ..fresh.config() });
-    sink.open(&claim()).await.unwrap();
+    sink.open(&claim(), None).await.unwrap();
     sink.commit(&Rows::default(), &[advance(0, 0, 0)]).await.unwrap();
     let many = rows([("a", "1"), ("a", "2"), ("b", "500"), ("c", "3"), ("c", "4")]);
     let refused = rejected(sink.commit(&many, &[advance(0, 0, 5)]).await);
