@@ -6,7 +6,7 @@
 //! message lost) is one for [`RECENT`], so that it is seen when nobody looked.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -123,7 +123,7 @@ impl Host {
         for stream in &self.streams {
             found.extend(self.stream_problem(stream.as_ref(), space));
         }
-        found.extend(space.filter(DiskSpace::is_low).map(|space| low_space(&self.data_dir, space)));
+        found.extend(space.filter(DiskSpace::is_low).map(|space| low_space(&self.data_folder(), space)));
         found.extend(self.recent_events());
         for status in self.pipelines.iter().map(|pipeline| pipeline.status()) {
             found.extend(self.pipeline_problems(&status));
@@ -131,6 +131,11 @@ impl Host {
         found.extend(self.plugin_problems());
         found.extend(certificate_problems(metrics));
         found
+    }
+
+    /// The data folder as a person in another folder can name it.
+    fn data_folder(&self) -> PathBuf {
+        std::path::absolute(&self.data_dir).unwrap_or_else(|_| self.data_dir.clone())
     }
 
     fn stream_problem(&self, stream: &dyn Stream, space: Option<DiskSpace>) -> Option<Found> {
@@ -141,20 +146,8 @@ impl Host {
             let advice = "look at the log and the disk, then start the host again".to_owned();
             return Some(Found { part, kind: "stopped", cause, at_stake, advice });
         }
-        if stream.has_room() {
-            return None;
-        }
-        let folder = self.data_dir.display();
-        let (cause, advice) = match space {
-            Some(space) if !space.is_low() => (
-                "retention.max_bytes is used up and a sink with `on_lag: block` still needs the messages",
-                "mend the sink that lags, or raise retention.max_bytes of the stream".to_owned(),
-            ),
-            _ => (
-                "no room on disk",
-                format!("free space on the disk of {folder}, or lower retention.max_bytes of the streams"),
-            ),
-        };
+        let lack = stream.lack()?;
+        let advice = lack.advice(&self.data_folder());
         let waits = match stream.name() {
             name if self.intake.iter().any(|intake| intake.name() == name) => {
                 "devices wait for their acknowledgements, QoS 0 messages are dropped"
@@ -162,7 +155,7 @@ impl Host {
             DEAD_LETTERS => "pipelines wait with what they reject",
             _ => "sessions, retained messages and wills wait",
         };
-        let cause = format!("{cause}: {waits}");
+        let cause = format!("{lack}: {waits}");
         Some(Found { part, kind: "no_space", cause, at_stake, advice })
     }
 
@@ -268,11 +261,7 @@ impl Host {
                     format!("{messages} lost within the last hour: damaged on disk, or removed by retention before they were read"),
                     "look at the log and the disk, or raise retention of the stream".to_owned(),
                 ),
-                "dropped" => (
-                    format!("subscribers ({name})"),
-                    format!("{messages} dropped within the last hour"),
-                    format!("`headworks clients list --sort missed{option}` shows whose they were"),
-                ),
+                "dropped" => dropped(&name, &messages, option),
                 _ => (
                     format!("pipeline {name}"),
                     format!("{messages} rejected within the last hour"),
@@ -319,6 +308,38 @@ impl Host {
         let (_, appended) = *lock(&self.watch.oldest).get(&key).filter(|_| sink.lag_messages > 0)?;
         SystemTime::now().duration_since(appended).ok()
     }
+}
+
+/// Part, cause and advice for messages that `headworks_mqtt_dropped_total` counts under `cause`.
+fn dropped(cause: &str, messages: &str, option: &str) -> (String, String, String) {
+    let (part, why, advice) = match cause {
+        "no_space" => (
+            "publishers",
+            "QoS 0, and their stream had no room",
+            format!(
+                "`headworks status{option}` says what a stream lacks now; publish with QoS 1 what must \
+                 not be lost"
+            ),
+        ),
+        "retained_full" => (
+            "retained messages",
+            "not kept for new subscribers, because there are too many",
+            "raise mqtt.retained_messages_max or mqtt.retained_bytes_max, or clear topics that nobody needs"
+                .to_owned(),
+        ),
+        "gap" => (
+            "subscribers",
+            "damaged on disk, or removed by retention while they waited in a queue",
+            "look at the log and the disk, or raise retention of the stream or mqtt.queue_copies_bytes_max"
+                .to_owned(),
+        ),
+        _ => (
+            "subscribers",
+            "their queue was full",
+            format!("`headworks clients list --sort missed{option}` shows whose they were"),
+        ),
+    };
+    (format!("{part} ({cause})"), format!("{messages} dropped within the last hour: {why}"), advice)
 }
 
 fn certificate_problems(metrics: &str) -> Vec<Found> {
@@ -377,6 +398,19 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_lost_messages_is_told_by_what_dropped_them() {
+        let part = |cause| dropped(cause, "7 messages were", "").0;
+        let found = DROPS.map(part);
+        let wanted = [
+            "publishers (no_space)",
+            "subscribers (queue_full)",
+            "subscribers (gap)",
+            "retained messages (retained_full)",
+        ];
+        assert_eq!(found, wanted);
+    }
 
     #[test]
     fn a_certificate_is_a_problem_a_month_before_it_ends() {

@@ -79,10 +79,12 @@ fn component(name: String, ready: bool, detail: &str) -> Component {
 
 fn stream_component(stream: &dyn Stream) -> Component {
     let name = format!("stream {}", stream.name());
-    match (is_stopped(stream), stream.has_room()) {
+    match (is_stopped(stream), stream.lack()) {
         (true, _) => component(name, false, "stopped"),
-        (false, false) => component(name, false, "no room: devices wait for their acknowledgements"),
-        (false, true) => component(name, true, ""),
+        (false, Some(lack)) => {
+            component(name, false, &format!("{lack}: devices wait for their acknowledgements"))
+        }
+        (false, None) => component(name, true, ""),
     }
 }
 

@@ -17,8 +17,8 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::{
-    AppendError, Appended, Attachment, Cursor, Delivered, GapCause, Identity, NewMessage, OnLag, Opening,
-    Read, ReadError, STATE_KEY_BYTES_MAX, STATE_VALUE_BYTES_MAX, StateChange, Stream, Ticket,
+    AppendError, Appended, Attachment, Cursor, Delivered, GapCause, Identity, Lack, NewMessage, OnLag,
+    Opening, Read, ReadError, STATE_KEY_BYTES_MAX, STATE_VALUE_BYTES_MAX, StateChange, Stream, Ticket,
 };
 use crate::batch::{Batch, Entry, Offset, Span};
 
@@ -51,6 +51,8 @@ struct Inner {
     clock_us: u64,
     full: bool,
     no_space: bool,
+    /// What was appended before is past its age.
+    kept_since_us: u64,
     state: BTreeMap<Vec<u8>, Vec<u8>>,
     state_room: usize,
     marks: BTreeMap<String, (u64, OnLag, watch::Sender<Offset>)>,
@@ -94,6 +96,7 @@ impl MemoryStream {
                 clock_us: 0,
                 full: false,
                 no_space: false,
+                kept_since_us: 0,
                 state: BTreeMap::new(),
                 state_room: usize::MAX,
                 marks: BTreeMap::new(),
@@ -153,6 +156,13 @@ impl MemoryStream {
         (new.frames, new.start, new.end, new.next) = (frames, inner.start, end, end);
         (new.state, new.advanced) = (inner.state.clone(), inner.advanced.clone());
         Arc::new(Self(Arc::new(shared)))
+    }
+
+    /// All that was appended until now is past its age.
+    pub fn pass_age(&self) {
+        let mut inner = self.lock();
+        inner.clock_us += 1;
+        inner.kept_since_us = inner.clock_us;
     }
 
     /// While `full`, appends are refused with `NoSpace`.
@@ -334,8 +344,8 @@ impl Stream for MemoryStream {
         self.0.openings.clone()
     }
 
-    fn is_past_age(&self, _: u64) -> bool {
-        false
+    fn is_past_age(&self, append_us: u64) -> bool {
+        append_us < self.lock().kept_since_us
     }
 
     fn cursor(&self, from: Offset) -> Box<dyn Cursor> {
@@ -354,8 +364,8 @@ impl Stream for MemoryStream {
         Box::new(Mark { stream: self.clone(), consumer: consumer.to_owned(), asked })
     }
 
-    fn has_room(&self) -> bool {
-        !self.lock().no_space
+    fn lack(&self) -> Option<Lack> {
+        self.lock().no_space.then_some(Lack::Disk)
     }
 
     fn state(&self, prefix: &[u8]) -> Vec<(Vec<u8>, Vec<u8>)> {

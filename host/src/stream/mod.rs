@@ -14,12 +14,14 @@ use crate::batch::{Batch, Offset, Partition};
 mod config;
 #[cfg(test)]
 pub mod conformance;
+mod lack;
 mod lineage;
 pub mod log;
 pub mod memory;
 mod set;
 
 pub use config::{Config, Key, Retention};
+pub use lack::Lack;
 pub use lineage::Lineage;
 pub use set::Streams;
 
@@ -107,7 +109,7 @@ pub enum AppendError {
     Full,
     /// The disk, or what retention allows, is full: withhold the ack; goes by
     /// itself, [`Stream::writable`] tells when.
-    #[error("the stream has no room on disk")]
+    #[error("the stream has no room")]
     NoSpace,
     #[error("a message or state change over its size limit: {0}")]
     TooLarge(&'static str),
@@ -209,9 +211,14 @@ pub trait Stream: Send + Sync + 'static {
     /// Registers a reader whose position retention respects. One per name.
     fn attach(&self, consumer: &str, from: Offset, on_lag: OnLag) -> Box<dyn Attachment>;
 
-    /// Whether there is room for what could also wait: false on a full disk, and
-    /// where the stream goes on in its reserve.
-    fn has_room(&self) -> bool;
+    /// Returns what the stream has too little of to take what could also wait. A stream
+    /// that goes on in its reserve lacks room on disk.
+    fn lack(&self) -> Option<Lack>;
+
+    /// Returns whether the stream lacks nothing.
+    fn has_room(&self) -> bool {
+        self.lack().is_none()
+    }
 
     /// The state map's live entries whose keys begin with `prefix`, in key order,
     /// as of the last append (durable or not).

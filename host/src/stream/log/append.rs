@@ -1,5 +1,8 @@
 //! The way in: appends are copied, once, into the buffer of the next commit.
 
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
 use bytes::BytesMut;
 
 use super::frame;
@@ -7,10 +10,9 @@ use super::state::{self, Change, STATE_BYTES_MAX, State, USERS};
 use super::{Inner, lock};
 use crate::batch::Offset;
 use crate::stream::{
-    AppendError, Appended, NewMessage, STATE_KEY_BYTES_MAX, STATE_VALUE_BYTES_MAX, StateChange, Ticket,
+    AppendError, Appended, Lack, NewMessage, STATE_KEY_BYTES_MAX, STATE_VALUE_BYTES_MAX, StateChange, Ticket,
 };
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use crate::telemetry::DiskSpace;
 
 /// What the next frame will hold.
 pub struct Pending {
@@ -188,7 +190,7 @@ impl Inner {
         if front.closing {
             return Err(AppendError::Stopped("closing".into()));
         }
-        if self.no_space.load(Ordering::Relaxed) {
+        if self.lack().is_some() {
             return Err(AppendError::NoSpace);
         }
         if !front.pending.is_empty() && front.pending.bytes() + bytes > self.buffer_bytes_max {
@@ -204,7 +206,7 @@ impl Inner {
             {
                 let front = lock(&self.front);
                 let refused = front.refused == Some(front.ticket);
-                if front.stopped.is_some() || !(refused || self.no_space.load(Ordering::Relaxed)) {
+                if front.stopped.is_some() || !(refused || self.lack().is_some()) {
                     return;
                 }
             }
@@ -214,23 +216,28 @@ impl Inner {
         }
     }
 
-    /// Appends are refused while something is lacking.
-    pub fn set_no_space(&self, lack: Option<&str>) {
-        let full = lack.is_some();
-        if self.no_space.swap(full, Ordering::Relaxed) != full {
-            self.metrics.no_space(full);
-            match lack {
-                Some(lack) => {
-                    tracing::warn!(
-                        stream = %self.name,
-                        dir = %self.dir.display(),
-                        show = "headworks status",
-                        "no {lack}: devices wait for their acks, and QoS 0 messages are dropped, until there is"
-                    );
-                }
-                None => tracing::info!(stream = %self.name, "appends go on"),
-            }
-            self.space.send_modify(|n| *n += 1);
+    /// Returns what appends wait for.
+    pub fn lack(&self) -> Option<Lack> {
+        Lack::of_code(self.lack.load(Ordering::Relaxed))
+    }
+
+    /// Refuses appends while something is lacking, and says so once.
+    pub fn set_lack(&self, lack: Option<Lack>) {
+        let before = Lack::of_code(self.lack.swap(lack.map_or(0, |lack| lack as u8), Ordering::Relaxed));
+        if before == lack {
+            return;
         }
+        self.metrics.no_space(lack.is_some());
+        let folder = std::path::absolute(&self.dir).unwrap_or_else(|_| self.dir.clone());
+        let free_bytes = DiskSpace::of(&folder).ok().map(|space| space.free);
+        let (stream, shown) = (&*self.name, folder.display());
+        match lack {
+            Some(lack) => {
+                let advice = lack.advice(&folder);
+                tracing::warn!(stream, folder = %shown, free_bytes, "{lack}: appends wait; {advice}");
+            }
+            None => tracing::info!(stream, folder = %shown, free_bytes, "appends are taken again"),
+        }
+        self.space.send_modify(|n| *n += 1);
     }
 }

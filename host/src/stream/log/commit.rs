@@ -15,7 +15,7 @@ use super::generations::{self, Closed, Metadata};
 use super::state::State;
 use super::tail::Frame;
 use super::{Inner, lock, write};
-use crate::stream::Ticket;
+use crate::stream::{Lack, Ticket};
 
 /// After so long without an append, a mark says that the last frame is durable.
 const IDLE_MARK_MS: u64 = 20;
@@ -52,7 +52,7 @@ pub struct Writer {
 #[derive(Debug)]
 pub enum CommitError {
     /// Nothing was written that counts, for want of what is named: passes by itself.
-    NoSpace(&'static str),
+    NoSpace(Lack),
     /// Nothing may be acknowledged any more.
     Failed(&'static str, io::Error),
 }
@@ -161,13 +161,13 @@ impl Inner {
         match self.write_frame(&mut writer, &pending) {
             Ok(append_us) => {
                 self.publish(&mut writer, pending, ticket, append_us);
-                self.set_no_space(None);
+                self.set_lack(None);
                 Ok(())
             }
             Err(error) => {
                 writer.in_hand = Some((pending, ticket));
-                self.set_no_space(match &error {
-                    CommitError::NoSpace(lack) => Some(lack),
+                self.set_lack(match &error {
+                    CommitError::NoSpace(lack) => Some(*lack),
                     CommitError::Failed(..) => None,
                 });
                 Err(error)

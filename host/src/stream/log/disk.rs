@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use crate::stream::Lack;
+
 /// Where a sync stands in the log's protocol. A test takes out each in turn
 /// and shows that something acknowledged is lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -108,11 +110,11 @@ pub fn is_full(error: &io::Error) -> bool {
 
 /// Returns what an error says is lacking, where that passes by itself: the call is worth
 /// another try later.
-pub fn lacking(error: &io::Error) -> Option<&'static str> {
+pub fn lacking(error: &io::Error) -> Option<Lack> {
     match error.raw_os_error() {
-        _ if is_full(error) => Some("room on disk"),
-        Some(libc::EMFILE | libc::ENFILE) => Some("file descriptor"),
-        Some(libc::ENOMEM) => Some("memory"),
+        _ if is_full(error) => Some(Lack::Disk),
+        Some(libc::EMFILE | libc::ENFILE) => Some(Lack::FileDescriptor),
+        Some(libc::ENOMEM) => Some(Lack::Memory),
         _ => None,
     }
 }

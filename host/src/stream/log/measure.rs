@@ -22,7 +22,11 @@ pub const METRICS: &[Metric] = &[
     metric("headworks_stream_disk_bytes", MetricKind::Gauge, "Size of all segment files."),
     metric("headworks_stream_segments", MetricKind::Gauge, "Number of segment files."),
     metric("headworks_stream_trimmed_bytes_total", MetricKind::Counter, "Bytes that retention removed."),
-    metric("headworks_stream_no_space", MetricKind::Gauge, "1 while devices wait for room on disk."),
+    metric(
+        "headworks_stream_no_space",
+        MetricKind::Gauge,
+        "1 while appends wait for room on disk, a file descriptor or memory.",
+    ),
     Metric {
         name: "headworks_stream_gap_messages_total",
         kind: MetricKind::Counter,

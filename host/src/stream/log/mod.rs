@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -52,7 +52,7 @@ pub use recover::{Damage, OpenError, Recovery};
 pub use state::STATE_BYTES_MAX;
 
 use super::{
-    AppendError, Appended, Attachment, Config, Cursor, Identity, NewMessage, OnLag, Opening, ReadError,
+    AppendError, Appended, Attachment, Config, Cursor, Identity, Lack, NewMessage, OnLag, Opening, ReadError,
     StateChange, Stream, Ticket,
 };
 use crate::batch::Offset;
@@ -92,7 +92,8 @@ pub(crate) struct Inner {
     wake: Condvar,
     writer: Mutex<commit::Writer>,
     back: RwLock<Back>,
-    no_space: AtomicBool,
+    /// The [`Lack`] that appends wait for, as its code; 0 while they are taken.
+    lack: AtomicU8,
     /// The reserve is used, or could not be made again.
     reserve_gone: AtomicBool,
 
@@ -237,9 +238,9 @@ impl Stream for Log {
         self.inner.attach(consumer, from, on_lag)
     }
 
-    fn has_room(&self) -> bool {
-        use std::sync::atomic::Ordering::Relaxed;
-        !self.inner.no_space.load(Relaxed) && !self.inner.reserve_gone.load(Relaxed)
+    fn lack(&self) -> Option<Lack> {
+        let is_in_reserve = self.inner.reserve_gone.load(Ordering::Relaxed);
+        self.inner.lack().or(is_in_reserve.then_some(Lack::Disk))
     }
 
     fn state(&self, prefix: &[u8]) -> Vec<(Vec<u8>, Vec<u8>)> {

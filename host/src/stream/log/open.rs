@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, RwLock};
 
 use tokio::sync::watch;
@@ -200,7 +200,7 @@ fn build(
             end: replayed.next_offset,
             marks: retain::marks(&replayed.state),
         }),
-        no_space: AtomicBool::new(false),
+        lack: AtomicU8::new(0),
         prepared: Mutex::new(None),
         prepare_asked: AtomicBool::new(false),
         trimming: Mutex::new(false),
@@ -231,7 +231,7 @@ impl Inner {
         match self.roll(&mut writer, 0, &replayed.unproven) {
             Ok(()) => {}
             Err(CommitError::Failed(_, error)) => return Err(error),
-            Err(CommitError::NoSpace(lack)) => return Err(io::Error::other(format!("no {lack}"))),
+            Err(CommitError::NoSpace(lack)) => return Err(io::Error::other(lack.to_string())),
         }
         drop(writer);
         self.remove_replaced()?;

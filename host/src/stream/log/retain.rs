@@ -18,7 +18,7 @@ use super::disk::{Create, File, SyncSite, is_full, lacking};
 use super::segment::{self, FRAMES_AT};
 use super::{Inner, lock, read, write};
 use crate::batch::Offset;
-use crate::stream::{Attachment, Delivered, OnLag};
+use crate::stream::{Attachment, Delivered, Lack, OnLag};
 use crate::threads::{SHORT_TURN, offer_core};
 
 /// The first segment of a fresh log; each next one is four times as large, up to `segment_bytes`.
@@ -149,7 +149,7 @@ impl Inner {
         if prepare {
             self.prepare();
         }
-        if !self.no_space.load(Ordering::Relaxed) {
+        if self.lack().is_none() {
             self.fill_reserve();
         }
         let (segments, bytes) = self.sizes();
@@ -223,7 +223,7 @@ impl Inner {
                 if let Some(prepared) = prepared {
                     self.put_prepared(prepared);
                 }
-                return Err(CommitError::NoSpace("room left in retention.max_bytes for another segment"));
+                return Err(CommitError::NoSpace(Lack::Retention));
             }
             // No more than is there already: readers must be able to drain it.
             len = least;
@@ -259,7 +259,7 @@ impl Inner {
 
     /// The reserve becomes the next segment: its blocks are there already.
     fn use_reserve(&self, least: u64, path: PathBuf) -> Result<(Arc<dyn File>, u64, PathBuf), CommitError> {
-        let full = CommitError::NoSpace("room on disk");
+        let full = CommitError::NoSpace(Lack::Disk);
         if !self.may_use_reserve.load(Ordering::Relaxed) {
             return Err(full);
         }

@@ -26,18 +26,18 @@ impl Stalled {
         self.messages.is_empty() && self.owed.is_empty()
     }
 
-    /// On a full disk QoS 0 is dropped, and counted; the others wait.
+    /// Drops, counts and reports the QoS 0 messages of a session; the others wait for room.
     pub fn drop_unacknowledged(&mut self, broker: &Broker, session: &Session) {
         let before = self.messages.len();
         self.messages.retain(|message| message.flags & flags::QOS_MASK != 0);
         let dropped = (before - self.messages.len()) as u64;
-        broker.counters.no_space.increment(dropped);
         if dropped > 0 {
+            broker.counters.no_space.increment(dropped);
             session.activity().no_space(dropped);
-            let client_id = &*session.client_id;
-            let kind = "mqtt: QoS 0 messages dropped for want of room on disk";
+            let (client_id, stream) = (&*session.client_id, broker.streams[self.stream].name());
+            let kind = format!("mqtt: QoS 0 messages dropped: stream {stream} has no room");
             let detail = format!("client {client_id}: it would get no ack to wait for; QoS 1 and 2 wait");
-            broker.failures.report_by(kind, client_id, dropped, &detail, "headworks status");
+            broker.failures.report_by(&kind, client_id, dropped, &detail, "headworks status");
         }
     }
 }

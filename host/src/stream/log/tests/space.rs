@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::stream::conformance::durable;
-use crate::stream::{OnLag, Read};
+use crate::stream::{Lack, OnLag, Read};
 
 /// Appends until there is no room; how many messages were made durable.
 async fn fill(log: &Log) -> u64 {
@@ -382,9 +382,9 @@ fn a_segment_that_cannot_be_removed_counts_and_goes_before_those_behind_it() {
 fn a_reader_that_could_not_be_written_down_is_so_once_there_is_room() {
     let (disk, clock) = (SimDisk::new(3), new_clock());
     let (log, _) = manual(&disk, &small(), &clock).unwrap();
-    log.inner.set_no_space(Some("room on disk"));
+    log.inner.set_lack(Some(Lack::Disk));
     log.attach("warehouse", Offset(0), OnLag::Block);
-    log.inner.set_no_space(None);
+    log.inner.set_lack(None);
     log.inner.keep(false);
     commit(&log).unwrap();
     drop(log);
