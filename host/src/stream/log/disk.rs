@@ -1,7 +1,8 @@
 //! What the log asks of a disk: files and folders, each sync by name.
 //!
 //! The real one is plain POSIX. The simulated one (`sim`) loses, reorders and
-//! tears whatever was not synced. [`SlowDisk`] adds time to every sync.
+//! tears whatever was not synced. [`Uninterrupted`] makes what a signal interrupts go
+//! on, and [`SlowDisk`] adds time to every sync.
 
 use std::collections::HashMap;
 use std::fs;
@@ -156,7 +157,6 @@ impl File for fs::File {
             match FileExt::read_at(self, &mut buf[done..], at + done as u64) {
                 Ok(0) => break,
                 Ok(n) => done += n,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
         }
@@ -174,7 +174,6 @@ impl File for fs::File {
                     at += n as u64;
                     IoSlice::advance_slices(&mut rest, n);
                 }
-                Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
         }
@@ -190,12 +189,12 @@ impl File for fs::File {
     }
 
     fn sync(&self, _: SyncSite) -> io::Result<()> {
-        uninterrupted(|| self.sync_data())
+        self.sync_data()
     }
 
     fn preallocate(&self, len: u64) -> io::Result<()> {
         let flags = rustix::fs::FallocateFlags::empty();
-        match rustix::io::retry_on_intr(|| rustix::fs::fallocate(self, flags, 0, len)) {
+        match rustix::fs::fallocate(self, flags, 0, len) {
             Ok(()) => Ok(()),
             // The file grows as it is written instead.
             Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => Ok(()),
@@ -204,11 +203,11 @@ impl File for fs::File {
     }
 
     fn truncate(&self, len: u64) -> io::Result<()> {
-        uninterrupted(|| self.set_len(len))
+        self.set_len(len)
     }
 
     fn len(&self) -> io::Result<u64> {
-        Ok(uninterrupted(|| self.metadata())?.len())
+        Ok(self.metadata()?.len())
     }
 }
 
@@ -221,19 +220,19 @@ impl Disk for RealDisk {
             Create::Existing => options.write(true),
             Create::ReadOnly => &mut options,
         };
-        Ok(Arc::new(uninterrupted(|| options.open(path))?))
+        Ok(Arc::new(options.open(path)?))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        uninterrupted(|| fs::rename(from, to))
+        fs::rename(from, to)
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
-        uninterrupted(|| fs::remove_file(path))
+        fs::remove_file(path)
     }
 
     fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
-        let entries = uninterrupted(|| fs::read_dir(dir))?;
+        let entries = fs::read_dir(dir)?;
         entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
     }
 
@@ -241,7 +240,7 @@ impl Disk for RealDisk {
         if dir.is_dir() {
             return Ok(false);
         }
-        uninterrupted(|| fs::create_dir_all(dir)).map(|()| true)
+        fs::create_dir_all(dir).map(|()| true)
     }
 
     fn sync_dir(&self, dir: &Path, _: SyncSite) -> io::Result<()> {
@@ -250,20 +249,74 @@ impl Disk for RealDisk {
             Some(folder) => folder,
             None => {
                 let path = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
-                let folder = Arc::new(uninterrupted(|| fs::File::open(path))?);
+                let folder = Arc::new(fs::File::open(path)?);
                 super::lock(&self.folders).insert(dir.to_path_buf(), Arc::clone(&folder));
                 folder
             }
         };
-        uninterrupted(|| folder.sync_all())
+        folder.sync_all()
     }
 
     fn lock(&self, path: &Path) -> io::Result<Box<dyn Send + Sync>> {
         let mut options = fs::OpenOptions::new();
         options.create(true).truncate(false).write(true);
-        let file = uninterrupted(|| options.open(path))?;
+        let file = options.open(path)?;
         file.try_lock().map_err(io::Error::from)?;
         Ok(Box::new(file))
+    }
+}
+
+/// A disk whose calls are made again where a signal interrupted them. Each may be: a write
+/// says its place.
+pub struct Uninterrupted(pub Arc<dyn Disk>);
+
+struct UninterruptedFile(Arc<dyn File>);
+
+impl File for UninterruptedFile {
+    fn read_at(&self, buf: &mut [u8], at: u64) -> io::Result<usize> {
+        uninterrupted(|| self.0.read_at(buf, at))
+    }
+    fn write_at(&self, parts: &[&[u8]], at: u64) -> io::Result<()> {
+        uninterrupted(|| self.0.write_at(parts, at))
+    }
+    fn start_sync(&self, at: u64, len: u64) {
+        self.0.start_sync(at, len);
+    }
+    fn sync(&self, site: SyncSite) -> io::Result<()> {
+        uninterrupted(|| self.0.sync(site))
+    }
+    fn preallocate(&self, len: u64) -> io::Result<()> {
+        uninterrupted(|| self.0.preallocate(len))
+    }
+    fn truncate(&self, len: u64) -> io::Result<()> {
+        uninterrupted(|| self.0.truncate(len))
+    }
+    fn len(&self) -> io::Result<u64> {
+        uninterrupted(|| self.0.len())
+    }
+}
+
+impl Disk for Uninterrupted {
+    fn open(&self, path: &Path, create: Create) -> io::Result<Arc<dyn File>> {
+        Ok(Arc::new(UninterruptedFile(uninterrupted(|| self.0.open(path, create))?)))
+    }
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        uninterrupted(|| self.0.rename(from, to))
+    }
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        uninterrupted(|| self.0.remove(path))
+    }
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+        uninterrupted(|| self.0.list(dir))
+    }
+    fn create_dir(&self, dir: &Path) -> io::Result<bool> {
+        uninterrupted(|| self.0.create_dir(dir))
+    }
+    fn sync_dir(&self, dir: &Path, site: SyncSite) -> io::Result<()> {
+        uninterrupted(|| self.0.sync_dir(dir, site))
+    }
+    fn lock(&self, path: &Path) -> io::Result<Box<dyn Send + Sync>> {
+        uninterrupted(|| self.0.lock(path))
     }
 }
 

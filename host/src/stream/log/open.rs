@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::append::Front;
 use super::clock::{Clock, Wall};
 use super::commit::{CommitError, Writer};
-use super::disk::{Create, Disk, File, SlowDisk, SyncSite, is_full, parent};
+use super::disk::{Create, Disk, File, SlowDisk, SyncSite, Uninterrupted, is_full, parent};
 use super::generations::{self, Metadata};
 use super::recover::{self, OpenError, Recovery, Replayed, Segment};
 use super::tail::Tail;
@@ -37,6 +37,7 @@ pub fn open(
         Some(extra) => Arc::new(SlowDisk { disk, extra: extra.0 }),
         None => disk,
     };
+    let disk: Arc<dyn Disk> = Arc::new(Uninterrupted(disk));
     let mut recovery = Recovery { created: disk.create_dir(dir).map_err(io_error)?, ..Recovery::default() };
     let held = disk.lock(&dir.join(LOCK)).map_err(|error| match error.kind() {
         io::ErrorKind::WouldBlock => OpenError::Locked(dir.display().to_string()),

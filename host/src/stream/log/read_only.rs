@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::clock;
-use super::disk::{Create, Disk, RealDisk};
+use super::disk::{Create, Disk, RealDisk, Uninterrupted};
 use super::frame::flags;
 use super::generations;
 use super::recover::{self, OpenError};
@@ -62,6 +62,7 @@ impl ReadOnly {
     }
 
     pub(super) fn open_on(disk: Box<dyn Disk>, dir: &Path, from: Offset) -> Self {
+        let disk = Box::new(Uninterrupted(disk.into()));
         Self { disk, dir: dir.to_path_buf(), at: from.0, since_us: 0, open: None }
     }
 

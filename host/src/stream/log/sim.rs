@@ -41,6 +41,8 @@ struct World {
     /// Every call that opens a file fails with this error.
     fail_opens: Option<i32>,
     fail_renames: Option<i32>,
+    /// A signal interrupts every other call that may fail; set to whether the next one is.
+    interrupts: Option<bool>,
     bytes_max: u64,
     /// Bytes given to writes, but for those that are all zeros.
     written: u64,
@@ -107,6 +109,7 @@ impl SimDisk {
             fail_removals: false,
             fail_opens: None,
             fail_renames: None,
+            interrupts: None,
             bytes_max: u64::MAX,
             written: 0,
             before: None,
@@ -171,6 +174,11 @@ impl SimDisk {
         self.world(|w| w.fail_renames = error);
     }
 
+    /// From now on a signal interrupts each call once, a write in the middle.
+    pub fn interrupt_calls(&self) {
+        self.world(|w| w.interrupts = Some(true));
+    }
+
     /// How much all files together may hold.
     pub fn set_bytes_max(&self, bytes: u64) {
         self.world(|w| w.bytes_max = bytes);
@@ -224,7 +232,19 @@ impl World {
         self.random.is_multiple_of(of)
     }
 
+    /// Fails where a signal interrupts this call.
+    fn signal(&mut self) -> io::Result<()> {
+        match &mut self.interrupts {
+            Some(is_next) => match std::mem::replace(is_next, !*is_next) {
+                true => Err(io::ErrorKind::Interrupted.into()),
+                false => Ok(()),
+            },
+            None => Ok(()),
+        }
+    }
+
     fn operation(&mut self) -> io::Result<()> {
+        self.signal()?;
         self.operations += 1;
         if let Some(left) = &mut self.crash_in {
             if *left == 0 {
@@ -320,6 +340,7 @@ struct SimFile {
 impl File for SimFile {
     fn read_at(&self, buf: &mut [u8], at: u64) -> io::Result<usize> {
         self.disk.world(|w| {
+            w.signal()?;
             let seen = &w.files[self.file].seen;
             let begin = (at as usize).min(seen.len());
             let len = buf.len().min(seen.len() - begin);
@@ -372,7 +393,10 @@ impl File for SimFile {
     }
 
     fn len(&self) -> io::Result<u64> {
-        self.disk.world(|w| Ok(w.files[self.file].seen.len() as u64))
+        self.disk.world(|w| {
+            w.signal()?;
+            Ok(w.files[self.file].seen.len() as u64)
+        })
     }
 }
 
@@ -381,6 +405,9 @@ impl Disk for SimDisk {
         self.call(|w| {
             if let Some(error) = w.fail_opens {
                 return Err(io::Error::from_raw_os_error(error));
+            }
+            if create != Create::Fresh {
+                w.signal()?;
             }
             if create == Create::Fresh {
                 w.operation()?;
@@ -425,6 +452,7 @@ impl Disk for SimDisk {
 
     fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
         self.call(|w| {
+            w.signal()?;
             let inside = w.names.keys().filter(|path| path.parent() == Some(dir));
             Ok(inside.filter_map(|path| Some(path.file_name()?.to_str()?.to_owned())).collect())
         })

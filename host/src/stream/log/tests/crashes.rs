@@ -254,3 +254,24 @@ mod model {
         }
     }
 }
+
+#[test]
+fn a_signal_in_the_midst_of_any_call_loses_nothing_and_stops_no_stream() {
+    let (disk, clock) = (SimDisk::new(3), new_clock());
+    disk.interrupt_calls();
+    let (log, _) = manual(&disk, &small(), &clock).unwrap();
+    // Several segments.
+    for n in 0..60 {
+        log.append(&[message("a/b", &payload(n, 900))], &[]).unwrap();
+        commit(&log).unwrap();
+        log.inner.keep(true);
+    }
+    assert!(log.inner.sizes().0 > 3, "{:?}", log.inner.sizes());
+    log.inner.seal();
+    drop(log);
+    disk.restart_process();
+    let (log, recovery) = manual(&disk, &small(), &clock).unwrap();
+    assert_eq!((recovery.torn_bytes, recovery.damaged.len()), (0, 0), "{recovery:?}");
+    assert_eq!(log.bounds(), Offset(0)..Offset(60));
+    assert_eq!(block_on(read_all(&*log, 0)).len(), 60);
+}

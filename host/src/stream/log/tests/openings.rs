@@ -161,3 +161,23 @@ fn a_closed_log_has_no_zeros_to_read_at_the_next_opening() {
     let file = disk.open(&Path::new(DIR).join(segment::name(1)), disk::Create::ReadOnly).unwrap();
     assert!(file.len().unwrap() < 4_096 + 4 * 1_100);
 }
+
+#[test]
+fn restarts_without_a_message_leave_no_more_segments_however_the_host_ended() {
+    for is_closed in [true, false] {
+        let (disk, clock) = (SimDisk::new(3), new_clock());
+        let (log, _) = opened(&disk, &clock);
+        append(&log, 3);
+        let mut counts = Vec::new();
+        let mut last = log;
+        for _ in 0..6 {
+            if is_closed {
+                last.inner.seal();
+            }
+            drop(last);
+            (last, _) = opened(&disk, &clock);
+            counts.push(last.inner.sizes().0);
+        }
+        assert_eq!(counts[1..], [counts[1]; 5], "closed: {is_closed}");
+    }
+}
