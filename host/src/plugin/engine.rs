@@ -43,12 +43,13 @@ struct Ticker {
 }
 
 /// What is left of a call's time; lives in the store's data.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Deadline {
     limit: Duration,
-    /// CPU and wall time at the first tick of the call: none before it, so
-    /// that a short call asks no clock.
-    first_tick: Option<(Duration, Instant)>,
+    began: Instant,
+    /// CPU time of the thread when the call began, known from the first look on. Reading
+    /// that clock costs half a microsecond, so a call that ends before a tick never does.
+    cpu_at_begin: Option<Duration>,
     exceeded: bool,
 }
 
@@ -77,7 +78,7 @@ impl Runtime {
     /// Installs the check of `deadline` in a new store.
     pub fn watch<T: HasDeadline + 'static>(store: &mut Store<T>) {
         store.epoch_deadline_callback(|mut store| {
-            if store.data_mut().deadline().tick() {
+            if store.data_mut().deadline().look() {
                 Ok(UpdateDeadline::Continue(1))
             } else {
                 Err(wasmtime::format_err!("out of time"))
@@ -91,7 +92,7 @@ impl Runtime {
         store: &mut Store<T>,
         limit: Duration,
     ) -> Running<'r> {
-        *store.data_mut().deadline() = Deadline { limit, first_tick: None, exceeded: false };
+        *store.data_mut().deadline() = Deadline::new(limit);
         store.set_epoch_deadline(1);
         self.0.ticker.running.fetch_add(1, Ordering::SeqCst);
         if self.0.ticker.sleeping.load(Ordering::SeqCst)
@@ -104,17 +105,31 @@ impl Runtime {
 }
 
 impl Deadline {
+    pub fn new(limit: Duration) -> Self {
+        Self { limit, began: Instant::now(), cpu_at_begin: None, exceeded: false }
+    }
+
     pub fn exceeded(&self) -> bool {
         self.exceeded
     }
 
-    /// Whether the call may go on.
-    fn tick(&mut self) -> bool {
-        let cpu = thread_cpu_time();
-        let (cpu_at_first, wall_at_first) = *self.first_tick.get_or_insert_with(|| (cpu, Instant::now()));
-        self.exceeded = cpu.saturating_sub(cpu_at_first) >= self.limit
-            || wall_at_first.elapsed() >= self.limit * WALL_FACTOR;
+    /// Returns whether the call may go on. Host calls that may take long ask too: no tick
+    /// interrupts them.
+    pub fn look(&mut self) -> bool {
+        let (cpu, wall) = (thread_cpu_time(), self.began.elapsed());
+        // Until the first look the call has used at most `wall`. A thread that had to wait for
+        // its core used less, so that no more than this is held against a call.
+        let first = || cpu.saturating_sub(wall.min(TICK).min(self.limit / 2));
+        let cpu_at_begin = *self.cpu_at_begin.get_or_insert_with(first);
+        self.exceeded =
+            cpu.saturating_sub(cpu_at_begin) >= self.limit || wall >= self.limit.saturating_mul(WALL_FACTOR);
         !self.exceeded
+    }
+}
+
+impl Default for Deadline {
+    fn default() -> Self {
+        Self::new(Duration::MAX)
     }
 }
 
@@ -172,4 +187,40 @@ pub fn engine() -> wasmtime::Result<Engine> {
 fn thread_cpu_time() -> Duration {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Keeps this thread's CPU busy for `time`.
+    fn work(time: Duration) {
+        let begun = thread_cpu_time();
+        while thread_cpu_time().saturating_sub(begun) < time {}
+    }
+
+    #[test]
+    fn a_calls_time_counts_from_its_start_however_late_it_is_looked_at() {
+        let limit = Duration::from_millis(1);
+        let mut deadline = Deadline::new(limit);
+        work(limit * WALL_FACTOR);
+        assert!(!deadline.look() && deadline.exceeded());
+
+        let limit = TICK;
+        let mut deadline = Deadline::new(limit);
+        work(limit / 2);
+        deadline.look();
+        work(limit / 2);
+        assert!(!deadline.look());
+    }
+
+    #[test]
+    fn a_call_that_only_waited_for_its_core_is_not_out_of_time() {
+        let mut deadline = Deadline::new(Duration::from_secs(3_600));
+        // It began a minute ago and used next to nothing.
+        deadline.began = deadline.began.checked_sub(Duration::from_secs(60)).unwrap_or(deadline.began);
+        assert!(deadline.look() && !deadline.exceeded());
+        let cpu_at_begin = deadline.cpu_at_begin.expect("it was looked at");
+        assert!(thread_cpu_time().saturating_sub(cpu_at_begin) < deadline.limit / 2);
+    }
 }

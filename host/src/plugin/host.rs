@@ -28,6 +28,10 @@ const MEMORIES_MAX: usize = 8;
 const INSTANCES_MAX: usize = 64;
 const TABLES_MAX: usize = 32;
 const TABLE_ELEMENTS_MAX: usize = 100_000;
+/// Bytes that `devices.lookup` goes through between two looks at the call's deadline, of
+/// which each id counts for [`LOOKUP_COST_BYTES`] more: some hundred microseconds.
+const LOOKED_UP_BYTES: usize = 256 << 10;
+const LOOKUP_COST_BYTES: usize = 256;
 
 /// What an instance is doing, which decides what it may call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -290,7 +294,7 @@ impl devices::Host for HostState {
         }
         let table = self.devices.table();
         let mut found = types::Packed { data: Vec::new(), ends: Vec::with_capacity(ids.ends.len()) };
-        let mut begin = 0;
+        let (mut begin, mut unlooked) = (0, 0);
         for word in words {
             let end = u32::from_le_bytes(*word) as usize;
             let Some(id) = ids.data.get(begin..end) else {
@@ -300,6 +304,11 @@ impl devices::Host for HostState {
             if found.data.len() + object.len() > self.memory_max {
                 return Ok(Err(types::Error { code: 3, reason: "more than the plugin's memory".into() }));
             }
+            unlooked += LOOKUP_COST_BYTES + id.len() + object.len();
+            if unlooked >= LOOKED_UP_BYTES && !self.deadline.look() {
+                bail!("out of time");
+            }
+            unlooked %= LOOKED_UP_BYTES;
             found.data.extend_from_slice(object.as_bytes());
             found.ends.extend_from_slice(&(found.data.len() as u32).to_le_bytes());
             begin = end;
@@ -336,6 +345,66 @@ fn cut(text: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn state() -> HostState {
+        let id = StepId { pipeline: "p".into(), step: "s".into() };
+        let mut state = HostState::new(id, Arc::default(), Arc::default(), 64 << 20);
+        state.phase = Phase::Run;
+        state
+    }
+
+    #[test]
+    fn a_lookup_of_any_number_of_devices_ends_with_its_calls_time() {
+        // Ids of no bytes: the cheapest way to ask for many.
+        let ids = || types::Packed { data: Vec::new(), ends: vec![0; 4 * 100_000] };
+        let mut state = state();
+        let found = devices::Host::lookup(&mut state, ids()).unwrap().unwrap();
+        assert_eq!(found.ends.len(), ids().ends.len());
+        *state.deadline() = Deadline::new(std::time::Duration::ZERO);
+        assert!(devices::Host::lookup(&mut state, ids()).is_err());
+        assert!(state.out_of_time());
+    }
+
+    #[test]
+    fn a_line_keeps_the_level_that_the_plugin_gave_it() {
+        use tracing_subscriber::layer::SubscriberExt;
+        #[derive(Clone, Default)]
+        struct Levels(Arc<Mutex<Vec<tracing::Level>>>);
+        impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for Levels {
+            fn on_event(&self, event: &tracing::Event<'_>, _: tracing_subscriber::layer::Context<'_, S>) {
+                self.0.lock().unwrap().push(*event.metadata().level());
+            }
+        }
+        let levels = Levels::default();
+        let logs = tracing_subscriber::registry().with(levels.clone());
+        tracing::subscriber::with_default(logs, || {
+            let mut state = state();
+            for level in 1..=5 {
+                log::Host::write(&mut state, level, "x".to_owned()).unwrap();
+            }
+        });
+        use tracing::Level;
+        let wanted = [Level::TRACE, Level::DEBUG, Level::INFO, Level::WARN, Level::ERROR];
+        assert_eq!(*levels.0.lock().unwrap(), wanted);
+    }
+
+    #[test]
+    fn instances_of_one_step_share_its_lines_and_bytes_a_second() {
+        let telemetry = Arc::<Telemetry>::default();
+        let begun = Instant::now();
+        let mut written = 0;
+        for number in 0..1_000 {
+            let mut state = HostState { telemetry: Arc::clone(&telemetry), ..state() };
+            let text = if number < 500 { "short".to_owned() } else { "x".repeat(TEXT_BYTES_MAX) };
+            let before = telemetry.lines.lock().unwrap().unwritten;
+            log::Host::write(&mut state, 0, text).unwrap();
+            let lines = telemetry.lines.lock().unwrap();
+            written += u32::from(lines.unwritten <= before);
+            assert!(lines.written <= LINES_PER_S_MAX && lines.written_bytes <= LINE_BYTES_PER_S_MAX);
+        }
+        let seconds = begun.elapsed().as_secs() as u32 + 1;
+        assert!(written <= seconds * LINES_PER_S_MAX, "{written} lines in {seconds} s");
+    }
 
     #[test]
     fn a_log_line_cannot_forge_another_or_steer_a_terminal() {
