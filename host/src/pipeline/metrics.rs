@@ -53,7 +53,7 @@ pub const METRICS: &[Metric] = &[
     metric(
         "headworks_pipeline_step_duration_seconds",
         MetricKind::Histogram,
-        "Time of one step over one batch",
+        "Time that a step took for a batch",
         &["pipeline", "step"],
     ),
     metric(

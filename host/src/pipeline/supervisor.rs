@@ -19,8 +19,8 @@ use super::outlet::{Outlet, outlet};
 use super::reader::LaneControl;
 use super::routes::SinkNumber;
 use super::status::{SinkShared, State};
-use super::swap::instantiate;
-use super::worker::Shared;
+use super::swap::{Made, Making};
+use super::worker::{Shared, Steps};
 use crate::batch::Offset;
 use crate::step::Chain;
 use crate::stream::Stream;
@@ -51,6 +51,12 @@ impl Member {
     }
 }
 
+/// What instances are made for.
+enum Purpose {
+    Swap(Chain),
+    Lane(Vec<SinkNumber>),
+}
+
 pub struct Supervisor {
     shared: Arc<Shared>,
     stream: Arc<dyn Stream>,
@@ -60,9 +66,11 @@ pub struct Supervisor {
     swap_refused: Option<String>,
     /// Why the last lane did not start; it is tried again.
     lane_refused: Option<String>,
-    /// The newest chain waits for room in a lane's orders.
+    /// The newest chain waits until what is being made is there.
     swap_due: bool,
-    /// The newest chain did not start, and is tried again then.
+    /// Instances of steps that are being made, for one purpose at a time.
+    making: Option<(Making, Purpose)>,
+    /// The newest chain did not start, or a lane had no room for the order: it is tried again then.
     swap_again: Option<Instant>,
     members: Vec<Member>,
     lanes: Vec<Lane>,
@@ -108,6 +116,7 @@ impl Supervisor {
             swap_refused: None,
             lane_refused: None,
             swap_due: false,
+            making: None,
             swap_again: None,
             members,
             lanes: Vec::new(),
@@ -138,10 +147,12 @@ impl Supervisor {
                 Some(ended) = self.lane_ends.1.recv() => self.lane_ended(ended),
                 changed = self.chain.changed(), if self.chain.has_changed().is_ok() => {
                     if changed.is_ok() {
-                        self.swap().await;
+                        self.swap_due = true;
+                        self.begin_swap();
                     }
                 }
-                _ = tick.tick() => self.look_after().await,
+                made = finished(&mut self.making) => self.made(made),
+                _ = tick.tick() => self.look_after(),
             }
             self.show();
         }
@@ -157,7 +168,7 @@ impl Supervisor {
                     self.fail(error.to_string());
                 }
                 self.members[sink].ready_from = Some(from);
-                self.place_all().await;
+                self.place_all();
             }
             Event::Joined { sink } => {
                 let main = self.main;
@@ -181,8 +192,8 @@ impl Supervisor {
 
     /// Puts every sink that waits into a lane: at the start all into one, later
     /// each into its own, from which it moves over when it has caught up.
-    async fn place_all(&mut self) {
-        if self.active.is_none() || self.failed.is_some() {
+    fn place_all(&mut self) {
+        if self.active.is_none() || self.failed.is_some() || self.making.is_some() || self.swap_due {
             return;
         }
         let waiting = |member: &Member| member.ready_from.is_some();
@@ -191,28 +202,66 @@ impl Supervisor {
             let late = self.started.elapsed() >= self.shared.config.lag_after.0;
             let ready: Vec<_> = (0..self.members.len()).filter(|i| waiting(&self.members[*i])).collect();
             if !ready.is_empty() && (all || late) {
-                self.main = self.open_lane(&ready).await;
+                self.begin_lane(ready);
             }
             return;
         }
-        for sink in 0..self.members.len() {
-            if waiting(&self.members[sink]) {
-                self.open_lane(&[sink]).await;
-            }
+        // The others follow once its lane is open.
+        if let Some(sink) = self.members.iter().position(waiting) {
+            self.begin_lane(vec![sink]);
         }
     }
 
-    async fn open_lane(&mut self, sinks: &[SinkNumber]) -> Option<LaneId> {
-        let chain = self.active.clone()?;
-        let workers = self.shared.config.worker_count();
-        let mut made = match instantiate(&chain, workers, 1).await {
-            Ok(made) => made,
-            Err(reason) => {
-                self.lane_refused = Some(reason);
-                return None;
+    fn begin_lane(&mut self, sinks: Vec<SinkNumber>) {
+        let Some(chain) = &self.active else { return };
+        let making = Making::start(chain.clone(), self.shared.config.worker_count(), 1);
+        self.making = Some((making, Purpose::Lane(sinks)));
+    }
+
+    /// Starts to make the newest chain's instances: for every worker of every lane, or nothing
+    /// changes. Lanes go on meanwhile.
+    fn begin_swap(&mut self) {
+        if self.making.is_some() || self.failed.is_some() {
+            return;
+        }
+        (self.swap_due, self.swap_again) = (false, None);
+        let next = self.chain.borrow_and_update().clone();
+        let lanes = if self.runs(&next) { 0 } else { self.lanes.len().max(1) };
+        let making = Making::start(next.clone(), self.shared.config.worker_count(), lanes);
+        self.making = Some((making, Purpose::Swap(next)));
+    }
+
+    /// Whether the steps that run are those of `chain`, which may hold them or let them go.
+    fn runs(&self, chain: &Chain) -> bool {
+        self.active.as_ref().is_some_and(|active| active.generation == chain.generation)
+    }
+
+    fn made(&mut self, (made, purpose): (Made, Purpose)) {
+        if self.failed.is_some() {
+            return;
+        }
+        match (purpose, made) {
+            (Purpose::Swap(next), Ok(made)) => self.swap(next, made),
+            (Purpose::Swap(_), Err(reason)) => self.refuse_swap(reason),
+            (Purpose::Lane(mut sinks), Ok(mut made)) => {
+                self.lane_refused = None;
+                // A sink may have gone meanwhile.
+                sinks.retain(|sink| self.members[*sink].ready_from.is_some());
+                let opened = made.pop().and_then(|steps| self.open_lane(&sinks, steps));
+                if self.main.is_none() {
+                    self.main = opened;
+                }
+                self.place_all();
             }
-        };
-        self.lane_refused = None;
+            (Purpose::Lane(_), Err(reason)) => self.lane_refused = Some(reason),
+        }
+        if self.swap_due {
+            self.begin_swap();
+        }
+    }
+
+    fn open_lane(&mut self, sinks: &[SinkNumber], steps: Vec<Steps>) -> Option<LaneId> {
+        let chain = self.active.as_ref()?;
         let from = sinks.iter().filter_map(|sink| self.members[*sink].ready_from).min()?;
         if self.running.is_empty() {
             self.shared.letters.check_redelivered();
@@ -222,7 +271,7 @@ impl Supervisor {
         let id = self.lanes_made;
         let (outlets, intakes): (Vec<_>, Vec<_>) =
             sinks.iter().map(|sink| outlet(*sink, self.shared.config.sink_queue_bytes_max.0)).unzip();
-        let steps = (made.pop()?, chain.hold.is_some());
+        let steps = (steps, chain.hold.is_some());
         let ends = self.lane_ends.0.clone();
         let lane = match Lane::start(id, &self.shared, &self.stream, from, steps, outlets, ends) {
             Ok(lane) => lane,
@@ -245,34 +294,28 @@ impl Supervisor {
         Some(id)
     }
 
-    /// New steps: instances for every worker of every lane, or nothing changes.
-    async fn swap(&mut self) {
-        let next = self.chain.borrow_and_update().clone();
-        self.swap_again = None;
-        let same = self.active.as_ref().is_some_and(|active| active.generation == next.generation);
-        let lanes = if same { 0 } else { self.lanes.len().max(1) };
-        let made = match instantiate(&next, self.shared.config.worker_count(), lanes).await {
-            Ok(made) => made,
-            Err(reason) => {
-                self.shared.metrics.flip_refused.increment(1);
-                self.shared.failures.report(
-                    &format!("pipeline \"{}\": new steps refused, the old ones go on", self.shared.name),
-                    1,
-                    &reason,
-                    "headworks plugin list",
-                );
-                self.swap_refused = Some(reason);
-                // The reason may pass.
-                self.swap_again = Some(Instant::now() + self.shared.config.sink_backoff.max.0);
-                return;
-            }
-        };
+    /// The chain before goes on; the reason may pass, so that the new one is tried again.
+    fn refuse_swap(&mut self, reason: String) {
+        self.shared.metrics.flip_refused.increment(1);
+        self.shared.failures.report(
+            &format!("pipeline \"{}\": new steps refused, the old ones go on", self.shared.name),
+            1,
+            &reason,
+            "headworks plugin list",
+        );
+        self.swap_refused = Some(reason);
+        self.swap_again = Some(Instant::now() + self.shared.config.sink_backoff.max.0);
+    }
+
+    /// Hands the new steps out. No lane was opened since they were begun; some may have ended.
+    fn swap(&mut self, next: Chain, made: Vec<Vec<Steps>>) {
+        let same = self.runs(&next);
         self.free_held_workers(&next);
         // Room for the order in every lane before any gets it: all or none.
         let rooms: Result<Vec<_>, _> =
             self.lanes.iter().map(|lane| lane.control.clone().try_reserve_owned()).collect();
         let Ok(rooms) = rooms else {
-            self.swap_due = true;
+            self.swap_again = Some(Instant::now());
             return;
         };
         let mut made = made.into_iter();
@@ -282,10 +325,9 @@ impl Supervisor {
         if !same {
             self.shared.metrics.flipped.increment(1);
         }
-        self.swap_due = false;
         self.swap_refused = None;
         self.active = Some(next);
-        self.place_all().await;
+        self.place_all();
     }
 
     /// Workers that wait for a held step never come to the new steps, which lie
@@ -310,15 +352,15 @@ impl Supervisor {
         self.started = Instant::now();
     }
 
-    async fn look_after(&mut self) {
+    fn look_after(&mut self) {
         if self.swap_due || self.swap_again.is_some_and(|at| Instant::now() >= at) {
-            self.swap().await;
+            self.begin_swap();
         }
         // One that came to its held step only after the new chain was there.
         if let Some(active) = self.active.clone() {
             self.free_held_workers(&active);
         }
-        self.place_all().await;
+        self.place_all();
         self.forget_letters();
         self.measure();
         if self.window.elapsed() >= self.shared.config.lag_after.0 {
@@ -511,6 +553,7 @@ impl Supervisor {
 
     /// Readers stop, what is in flight goes to the sinks, within bounds.
     async fn stop(mut self) {
+        self.making = None;
         for lane in self.lanes.drain(..) {
             lane.stop.cancel();
         }
@@ -538,4 +581,14 @@ impl Supervisor {
         self.shared.abort.cancel();
         self.forget_letters();
     }
+}
+
+/// Waits for the instances that are being made; for ever where none are.
+async fn finished(making: &mut Option<(Making, Purpose)>) -> (Made, Purpose) {
+    let made = match making {
+        Some((making, _)) => making.finished().await,
+        None => std::future::pending().await,
+    };
+    let (_, purpose) = making.take().expect("what has finished was being made");
+    (made, purpose)
 }

@@ -1,16 +1,48 @@
 //! Makes the instances of a chain: for all workers, or for none.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use tokio::task::JoinHandle;
+
 use super::worker::Steps;
 use crate::step::Chain;
 
-/// Instances for `lanes` times `workers`, off the async threads: compiling and
-/// initialising may take long. The first step that cannot start refuses all.
-pub async fn instantiate(chain: &Chain, workers: u16, lanes: usize) -> Result<Vec<Vec<Steps>>, String> {
-    let chain = chain.clone();
-    let make = move || (0..lanes).map(|_| (0..workers).map(|worker| one(&chain, worker)).collect()).collect();
-    match tokio::task::spawn_blocking(make).await {
-        Ok(made) => made,
-        Err(_) => Err("making the steps panicked: see the log".to_owned()),
+/// For each lane the steps of its workers, or why the first step that cannot start refuses all.
+pub type Made = Result<Vec<Vec<Steps>>, String>;
+
+/// Instances of a chain that are being made. Dropping it makes no more of them.
+pub struct Making {
+    task: JoinHandle<Made>,
+    given_up: Arc<AtomicBool>,
+}
+
+impl Making {
+    /// Begins instances for `lanes` times `workers`, off the async threads: initialising each may
+    /// take a plugin's whole limit.
+    pub fn start(chain: Chain, workers: u16, lanes: usize) -> Self {
+        let given_up = Arc::new(AtomicBool::new(false));
+        let ends = Arc::clone(&given_up);
+        let make_one = move |worker| match ends.load(Ordering::Relaxed) {
+            false => one(&chain, worker),
+            true => Err("given up".to_owned()),
+        };
+        let make = move || (0..lanes).map(|_| (0..workers).map(&make_one).collect()).collect();
+        Self { task: tokio::task::spawn_blocking(make), given_up }
+    }
+
+    /// Safe to drop; not to be called again once it has returned.
+    pub async fn finished(&mut self) -> Made {
+        match (&mut self.task).await {
+            Ok(made) => made,
+            Err(_) => Err("making the steps panicked: see the log".to_owned()),
+        }
+    }
+}
+
+impl Drop for Making {
+    fn drop(&mut self) {
+        self.given_up.store(true, Ordering::Relaxed);
     }
 }
 

@@ -337,3 +337,42 @@ async fn a_sink_that_rejects_more_than_its_share_pauses_once_the_letters_are_the
     assert_eq!(world.payloads("w").len(), 2_000);
     process.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sink_whose_commit_failed_is_not_told_to_work_while_it_commits_again() {
+    let world = World::new(1, &[("default", "w")]);
+    let process = world.start(chain(1, &[])).await;
+    world.publish_many(1, 0, 10);
+    process.drained().await;
+    world.database("w").fail_commits([Fault::Retry("down".to_owned())]);
+    let handle = process.into_handle();
+    let (state, seen) = std::sync::mpsc::channel();
+    let asked = Arc::clone(&handle);
+    // Asked of each row, in the commit that succeeds.
+    world.database("w").refuse(move |_| {
+        let _ = state.send(asked.status().sinks[0].state.clone());
+        None
+    });
+    world.publish_many(1, 10, 10);
+    world.database("w").rows_at_least(20).await;
+    assert!(matches!(seen.recv().unwrap(), State::Retrying(why) if why.contains("down")));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn steps_run_on_threads_that_give_way_to_those_that_acknowledge() {
+    let world = World::new(1, &[("default", "w")]);
+    let (nice, seen) = std::sync::mpsc::channel();
+    let look = step("look", move |_, _| {
+        let thread = Some(rustix::thread::gettid());
+        let _ = nice.send(rustix::process::getpriority_process(thread).ok());
+        Act::Pass
+    });
+    let process = world.start(chain(1, &[look])).await;
+    world.publish_many(1, 0, 1);
+    process.drained().await;
+    let nice = seen.recv().unwrap();
+    assert_eq!(nice, crate::threads::nice_of_workers());
+    let own = rustix::process::getpriority_process(Some(rustix::thread::gettid())).ok();
+    assert!(nice > own || own == Some(19), "{nice:?} is no nicer than {own:?}");
+    process.stop().await;
+}

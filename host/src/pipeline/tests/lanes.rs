@@ -97,3 +97,27 @@ async fn the_only_sink_down_stops_the_reader_within_its_bounds() {
     assert_eq!(sorted(world.payloads("w")), published(10, 50_000));
     process.stop().await;
 }
+
+/// On one thread, whose recorder it is.
+#[tokio::test]
+async fn a_message_that_two_readers_run_through_the_steps_counts_as_read_once() {
+    let recorder = crate::admin::metrics::builder().build_recorder();
+    let rendered = recorder.handle();
+    let _recorder = metrics::set_default_local_recorder(&recorder);
+    let world = world();
+    let process = world.start(chain(1, &[step("pass", |_, _| Act::Pass)])).await;
+    world.publish_many(10, 0, 100);
+    process.drained().await;
+    world.database("slow").block();
+    world.publish_many(10, 100, 20_000);
+    world.database("fast").rows_at_least(20_100).await;
+    world.database("slow").unblock();
+    process.drained().await;
+    assert_eq!(world.payloads("slow").len(), 20_100);
+    let text = rendered.render();
+    for outcome in ["read", "passed"] {
+        let count = format!("headworks_pipeline_messages_total{{pipeline=\"p\",outcome=\"{outcome}\"}} ");
+        assert_eq!(text.lines().find_map(|line| line.strip_prefix(&count)), Some("20100"), "{text}");
+    }
+    process.stop().await;
+}

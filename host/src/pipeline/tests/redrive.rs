@@ -238,3 +238,24 @@ async fn marks_of_letters_that_retention_removed_go_with_them() {
     assert_eq!(world.dead.state(b"rd").len(), 4);
     process.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_letter_past_its_age_is_neither_listed_nor_sent() {
+    let world = World::new(2, &[("default", "w")]);
+    let broken = Arc::new(AtomicBool::new(true));
+    let is_broken = Arc::clone(&broken);
+    world.database("w").refuse(move |_| is_broken.load(Ordering::Acquire).then(|| "no column".to_owned()));
+    let process = world.start(chain(1, &[])).await;
+    world.publish_many(5, 0, 10);
+    process.drained().await;
+    world.dead_memory.pass_age();
+    world.publish_many(5, 10, 3);
+    process.drained().await;
+    broken.store(false, Ordering::Release);
+    assert_eq!(list_open(&*world.dead, None).await.unwrap().len(), 3);
+    assert_eq!(process.handle.redrive(&Filter::default()).await.unwrap().sent, 3);
+    assert_eq!(world.payloads("w").len(), 3);
+    world.dead_memory.pass_age();
+    assert!(list_open(&*world.dead, None).await.unwrap().is_empty());
+    process.stop().await;
+}

@@ -63,6 +63,38 @@ async fn steps_that_could_not_start_are_tried_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn steps_that_take_long_to_start_hold_up_neither_the_pipeline_nor_its_end() {
+    let mut world = World::new(2, &[("default", "w")]);
+    world.config.drain_max = Period(std::time::Duration::from_secs(3_600));
+    let process = world.start(chain(1, &[tag("old")])).await;
+    process.until("running", |status| status.state == State::Running).await;
+    let (gate, closed) = std::sync::mpsc::channel::<()>();
+    let closed = std::sync::Mutex::new(closed);
+    let begun = tokio::sync::watch::Sender::new(false);
+    let begins = begun.clone();
+    let starts = move |_| {
+        begins.send_replace(true);
+        // Until the test lets it go.
+        let _ = closed.lock().unwrap().recv();
+        false
+    };
+    process.chain.send_replace(chain(2, &[broken_step("tag", starts)]));
+    begun.subscribe().wait_for(|begun| *begun).await.unwrap();
+    world.publish_many(3, 0, 50);
+    let mut looks = 0;
+    let is_at_work = |_: &crate::pipeline::PipelineStatus| {
+        looks += 1;
+        looks > 3
+    };
+    process.until("the supervisor is at work", is_at_work).await;
+    process.drained().await;
+    assert!(world.payloads("w").iter().all(|payload| payload.starts_with("old")));
+    let ended = tokio::time::timeout(std::time::Duration::from_secs(60), process.stop()).await;
+    ended.expect("a pipeline ends while new steps of it start");
+    drop(gate);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_is_read_before_the_first_steps_are_there() {
     let world = World::new(2, &[("default", "w")]);
     world.publish_many(5, 0, 50);
