@@ -15,7 +15,7 @@ use super::{admin_client, plugin_new};
 use crate::batch::{Batch, Entry, Offset, Partition, Span, flags};
 use crate::config::{self, Config};
 use crate::plugin::{self, FileState, Inspection, Listed, PluginState, PluginStatus, Runner};
-use crate::step::{Attempt, Step};
+use crate::step::{Attempt, Outcome, Refused, RefusedKind, Step};
 use crate::topic::Namespace;
 
 const BATCH_MESSAGES: u64 = 256;
@@ -246,6 +246,13 @@ fn bench(
         passed += outcome.passed.len() as u64;
         dropped += outcome.dropped;
         refused += outcome.refused.len() as u64;
+        if let (0, Some(fault)) = (passed + dropped, only_faults(&outcome)) {
+            anyhow::bail!(
+                "{}: nothing was measured, because the plugin failed on every message: {fault}; choose a \
+                 --topic, --payload and --plugin-config that it takes",
+                file.display()
+            );
+        }
         first_refusal =
             first_refusal.or_else(|| outcome.refused.first().map(|refused| refused.reason.clone()));
         if round % 64 == 0 {
@@ -272,6 +279,14 @@ fn bench(
         Some(reason) => out.line(format!("the first refusal: {reason}")),
         None => Ok(()),
     }
+}
+
+/// Returns the first fault of an outcome that has nothing else: time spent on faults says nothing
+/// about a plugin.
+fn only_faults(outcome: &Outcome) -> Option<&str> {
+    let is_fault = |refused: &Refused| refused.kind == RefusedKind::Fault;
+    let first = outcome.refused.first().filter(|_| outcome.refused.iter().all(is_fault))?;
+    Some(&first.reason)
 }
 
 /// One batch of the same message.

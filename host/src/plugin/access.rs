@@ -172,3 +172,26 @@ impl AccessPlugin {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::test_plugins::guarded;
+    use super::*;
+    use crate::units::ByteSize;
+
+    #[test]
+    fn an_access_plugin_that_ends_its_compiler_ends_nothing_else_and_is_remembered() {
+        let dir = tempfile::tempdir().unwrap();
+        let runs = dir.path().join("runs");
+        let script = format!("echo run >> {}; kill -SEGV $$", runs.display());
+        let compiler =
+            Compiler::child_of("/bin/sh".into(), vec!["-c".into(), script.into()], 60, ByteSize::gib(2));
+        let cache = Cache::open(&dir.path().join("cache")).unwrap();
+        let engine = AccessEngine(Library::new(compiler, Some(cache)).unwrap());
+        for _ in 0..2 {
+            let error = engine.load(&guarded(), &Value::Null, Limits::default(), 1).err().unwrap();
+            assert!(error.to_string().contains("ended the compiler"), "{error}");
+        }
+        assert_eq!(std::fs::read_to_string(&runs).unwrap().lines().count(), 1);
+    }
+}

@@ -379,4 +379,24 @@ mod tests {
         assert!(cache.killed("key", (31, 100)).is_none() && cache.killed("key", (30, 101)).is_none());
         assert!(cache.killed("other", (1, 1)).is_none());
     }
+
+    #[test]
+    fn native_code_past_the_bound_goes_oldest_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open(dir.path()).unwrap();
+        let report = Report { form: None, imports: Vec::new(), exports: Vec::new(), kind: Ok(Kind::Batch) };
+        let put = |name: &str| {
+            let description = Description { name: name.to_owned(), ..Description::default() };
+            cache.store(name, b"code", &report, &description).unwrap();
+        };
+        for name in ["first", "second"] {
+            put(name);
+            // Takes no room on disk: all of it is a hole.
+            let file = fs::File::options().write(true).open(cache.artifact(name)).unwrap();
+            file.set_len(BYTES_MAX / 2).unwrap();
+        }
+        put("third");
+        let kept: Vec<_> = names(dir.path()).into_iter().filter(|name| name.ends_with(".json")).collect();
+        assert_eq!(kept, ["second.json", "third.json"]);
+    }
 }

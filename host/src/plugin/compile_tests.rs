@@ -93,3 +93,43 @@ fn a_compiler_that_is_stopped_ends_its_child() {
     stopping.stop();
     assert!(matches!(compiling.join().unwrap(), Err(CompileError::Stopped)));
 }
+
+/// The children of a process that have given up their rights.
+fn confined_children(parent: u32) -> Vec<rustix::process::Pid> {
+    let tasks = std::fs::read_dir(format!("/proc/{parent}/task")).into_iter().flatten().flatten();
+    let children = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
+    let children: Vec<i32> = children
+        .flat_map(|list| list.split(' ').filter_map(|id| id.parse().ok()).collect::<Vec<_>>())
+        .collect();
+    let is_confined = |id: &i32| {
+        let status = std::fs::read_to_string(format!("/proc/{id}/status")).unwrap_or_default();
+        status.contains("NoNewPrivs:\t1")
+    };
+    children.into_iter().filter(is_confined).filter_map(rustix::process::Pid::from_raw).collect()
+}
+
+#[test]
+fn a_child_ends_with_a_host_that_is_killed() {
+    const HOST: &str = "HEADWORKS_TEST_COMPILES";
+    if std::env::var_os(HOST).is_some() {
+        let _ = compiler(600, ByteSize::gib(4)).compile(&bomb(100_000));
+        return;
+    }
+    // Else nobody could ask how a child ended whose parent is gone.
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid())).unwrap();
+    let test = ["--exact", "plugin::compile::tests::a_child_ends_with_a_host_that_is_killed"];
+    let mut host = std::process::Command::new(THIS_PROGRAM);
+    host.args(test).env(HOST, "1").stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
+    let mut host = host.spawn().unwrap();
+    let child = loop {
+        match confined_children(host.id()).first() {
+            Some(child) => break *child,
+            None => thread::yield_now(),
+        }
+    };
+    host.kill().unwrap();
+    host.wait().unwrap();
+    let ended = rustix::process::waitpid(Some(child), rustix::process::WaitOptions::empty()).unwrap();
+    let (_, status) = ended.expect("it waits");
+    assert_eq!(status.terminating_signal(), Some(Signal::KILL.as_raw()), "{status:?}");
+}

@@ -42,7 +42,7 @@ const ANSWER_BYTES_BASE: usize = 4 << 20;
 
 const NOTHING: &[u8] = &[];
 
-const NO_STEP: &str =
+pub(super) const NO_STEP: &str =
     "is an access plugin, no step: name its file in mqtt.access.authenticate (type: plugin)";
 
 /// A plugin's instance, initialised.

@@ -80,6 +80,8 @@ pub enum Error {
     Describe(String),
     #[error("config: {0}")]
     Config(String),
+    #[error("{}", instance::NO_STEP)]
+    NoStep,
     #[error("no plugin `{name}` in {}: {}", dir.display(), there_is(known))]
     Unknown { name: String, dir: PathBuf, known: String },
 }
@@ -114,12 +116,6 @@ pub const METRICS: &[Metric] = &[
         name: "headworks_step_faults_total",
         kind: MetricKind::Counter,
         help: "Calls of a plugin that trapped, passed a limit or answered nonsense.",
-        labels: &["pipeline", "step"],
-    },
-    Metric {
-        name: "headworks_step_run_duration_seconds",
-        kind: MetricKind::Histogram,
-        help: "Time that a step took for a batch.",
         labels: &["pipeline", "step"],
     },
     Metric {

@@ -110,6 +110,13 @@ pub(super) enum ProcessIndices {
     Access(access::OnlyAccessIndices),
 }
 
+impl Program {
+    /// Returns whether it decides about clients, and is given no messages.
+    pub fn is_access(&self) -> bool {
+        matches!(self.exports.process, ProcessIndices::Access(_))
+    }
+}
+
 impl Library {
     pub fn new(compiler: Compiler, cache: Option<Cache>) -> Result<Self, Error> {
         let runtime = Runtime::new().map_err(|error| Error::Engine(format!("{error:#}")))?;

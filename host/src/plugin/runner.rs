@@ -65,6 +65,9 @@ impl Runner {
         on_failure: OnFailure,
     ) -> Result<Self, Error> {
         let program = Arc::new(library.load(bytes)?);
+        if program.is_access() {
+            return Err(Error::NoStep);
+        }
         let description = program.description.clone();
         let id = StepId { pipeline: "runner".into(), step: description.name.as_str().into() };
         let version = Version::new(Shared {

@@ -471,3 +471,13 @@ fn what_init_says_is_bounded() {
     let said = load(&super::test_plugins::refusing_because(&"x".repeat(4 << 10), 64));
     assert!((4 << 10..32 << 10).contains(&said.len()), "{}", said.len());
 }
+
+#[test]
+fn a_plugin_is_told_which_attempt_it_is() {
+    // Traps on any but the first; the header's words are the first parameters.
+    let wants_first = "(if (i32.ne (local.get 3) (i32.const 1)) (then unreachable))";
+    let mut runner = runner(&super::test_plugins::answering_after(wants_first, &[0], &[], b""));
+    assert_eq!(payloads(&run(&mut runner, batch(&["x"])).passed), ["x"]);
+    let again = runner.run(batch(&["x"]), Partition(0), Attempt { number: 2, is_last: false });
+    assert_eq!(again.refused.len(), 1);
+}

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use metrics::{Counter, Histogram, counter, histogram};
+use metrics::{Counter, counter};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::arena::{self, COUNT_MAX, call};
@@ -16,7 +16,7 @@ use super::bindings::base::exports::headworks::plugin::lifecycle::Context;
 use super::collected::{BYTES_MAX, Collected, Target};
 use super::gather::gather;
 use super::host::Telemetry;
-use super::instance::{CallLimits, Instance, StartError};
+use super::instance::{CallLimits, Instance, NO_STEP, StartError};
 use super::program::{ProcessIndices, Program};
 use super::starts::{Started, Starts};
 use super::{Limits, OnFailure};
@@ -100,7 +100,6 @@ struct Meters {
     dropped: Counter,
     refused: Counter,
     faults: Counter,
-    seconds: Histogram,
 }
 
 impl Version {
@@ -142,6 +141,9 @@ impl StepFactory for Version {
 impl Shared {
     pub(super) fn start(&self) -> Result<Started, StartError> {
         let Self { program, id, devices, limits, context, telemetry, .. } = self;
+        if program.is_access() {
+            return Err(StartError::Fault(NO_STEP.to_owned()));
+        }
         Instance::start(program, id, devices, telemetry, limits.memory.0 as usize, context)
     }
 
@@ -205,7 +207,6 @@ impl PluginStep {
             dropped: messages("dropped"),
             refused: messages("refused"),
             faults: counter!("headworks_step_faults_total", &labels),
-            seconds: histogram!("headworks_step_run_duration_seconds", &labels),
         };
         // There at 0: an alert on an increase misses a series that begins at 1.
         counter!("headworks_plugin_log_lines_dropped_total", &labels).increment(0);
@@ -523,12 +524,10 @@ impl Step for PluginStep {
             return Outcome { retry: Some(self.shared.held_reason()), held: true, ..Outcome::default() };
         }
         attempt.is_last |= self.shared.limits.retries_max.is_some_and(|max| attempt.number > max);
-        let begin = Instant::now();
         let outcome = self.run_batch(batch, partition, attempt);
         self.meters.passed.increment(outcome.passed.len() as u64);
         self.meters.dropped.increment(outcome.dropped);
         self.meters.refused.increment(outcome.refused.len() as u64);
-        self.meters.seconds.record(begin.elapsed().as_secs_f64());
         outcome
     }
 }
