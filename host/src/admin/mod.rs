@@ -39,7 +39,7 @@ pub struct Deps {
     pub status: Arc<dyn Fn() -> serde_json::Value + Send + Sync>,
     /// `POST /api/dead-letters/redrive`.
     pub redrive: Arc<dyn Redrive>,
-    /// `POST /api/clients/list`, `show`, `kick` and `delete`.
+    /// `POST /api/clients/list`, `show`, `refused`, `kick` and `delete`.
     pub clients: Arc<dyn Clients>,
     /// Before `/metrics` is shown: sets the gauges that nobody keeps.
     pub measure: Arc<dyn Fn() + Send + Sync>,
@@ -71,6 +71,9 @@ pub trait Clients: Send + Sync {
     /// Everything about one, its filters too.
     fn show(&self, client_id: &str) -> Option<serde_json::Value>;
 
+    /// Those that were refused last, newest first, at most `max`.
+    fn refused(&self, max: usize) -> ClientList;
+
     /// False where it is not connected.
     fn kick(&self, client_id: &str) -> bool;
 
@@ -94,6 +97,13 @@ pub struct ClientListRequest {
     pub max: usize,
     #[serde(default)]
     pub order: ClientOrder,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RefusedClientsRequest {
+    /// At most 10,000.
+    pub max: usize,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

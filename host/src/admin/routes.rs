@@ -14,7 +14,9 @@ use axum::{Json, Router};
 use serde_json::json;
 use subtle::ConstantTimeEq;
 
-use super::{ClientListRequest, ClientRequest, Deps, INSTANCE, RedriveError, RedriveRequest};
+use super::{
+    ClientListRequest, ClientRequest, Deps, INSTANCE, RedriveError, RedriveRequest, RefusedClientsRequest,
+};
 use crate::plugin;
 
 const BODY_BYTES_MAX: usize = 64 << 10;
@@ -31,6 +33,7 @@ pub fn router(deps: Deps, names: &[String], body_max: Duration) -> Router {
         .route("/api/dead-letters/redrive", post(redrive))
         .route("/api/clients/list", post(list_clients))
         .route("/api/clients/show", post(show_client))
+        .route("/api/clients/refused", post(list_refused))
         .route("/api/clients/kick", post(kick_client))
         .route("/api/clients/delete", post(delete_client))
         .route_layer(middleware::from_fn_with_state(body_max, whole_body))
@@ -61,6 +64,7 @@ async fn index() -> &'static str {
      POST /api/dead-letters/redrive   send dead letters again\n\
      POST /api/clients/list           MQTT clients and sessions\n\
      POST /api/clients/show           one of them\n\
+     POST /api/clients/refused        clients that were refused, newest first\n\
      POST /api/clients/kick           end its connection\n\
      POST /api/clients/delete         end its session and all that waits for it\n"
 }
@@ -109,6 +113,10 @@ async fn redrive(State(deps): State<Deps>, Json(request): Json<RedriveRequest>) 
 async fn list_clients(State(deps): State<Deps>, Json(mut request): Json<ClientListRequest>) -> Response {
     request.max = request.max.min(CLIENTS_MAX);
     Json(deps.clients.list(&request)).into_response()
+}
+
+async fn list_refused(State(deps): State<Deps>, Json(request): Json<RefusedClientsRequest>) -> Response {
+    Json(deps.clients.refused(request.max.min(CLIENTS_MAX))).into_response()
 }
 
 async fn show_client(State(deps): State<Deps>, Json(request): Json<ClientRequest>) -> Response {

@@ -43,6 +43,10 @@ impl Clients for OneClient {
         (client_id == "pump-1").then(|| json!({ "client_id": "pump-1" }))
     }
 
+    fn refused(&self, _: usize) -> ClientList {
+        ClientList::default()
+    }
+
     fn kick(&self, client_id: &str) -> bool {
         client_id == "pump-1"
     }

@@ -18,6 +18,11 @@ impl Clients for MqttClients {
         self.0.show(client_id).as_ref().map(to_json)
     }
 
+    fn refused(&self, max: usize) -> ClientList {
+        let (found, clients) = self.0.refused(max);
+        ClientList { found, clients: clients.iter().map(to_json).collect() }
+    }
+
     fn kick(&self, client_id: &str) -> bool {
         self.0.kick(client_id)
     }
@@ -27,6 +32,6 @@ impl Clients for MqttClients {
     }
 }
 
-fn to_json(client: &mqtt::Client) -> serde_json::Value {
+fn to_json(client: &impl serde::Serialize) -> serde_json::Value {
     serde_json::to_value(client).expect("strings and numbers")
 }

@@ -57,7 +57,7 @@ pub enum Command {
     /// Refused messages: summary, list, show, send again
     #[command(subcommand)]
     DeadLetters(DeadLettersCommand),
-    /// MQTT clients: list, show, disconnect; the host must run
+    /// MQTT clients: list, show, refused ones, disconnect; the host must run
     #[command(subcommand)]
     Clients(ClientsCommand),
     /// Add or change a user of a password file, or take one out
@@ -244,6 +244,16 @@ pub enum ClientsCommand {
     /// Everything about one of them, its subscriptions too
     Show {
         client_id: String,
+        #[command(flatten)]
+        config: ConfigArgs,
+        #[command(flatten)]
+        format: FormatArgs,
+    },
+    /// Clients that were refused since the host started, newest first: which, from where, why
+    Refused {
+        /// At most this many
+        #[arg(long, default_value = "100", value_name = "N")]
+        max: NonZeroUsize,
         #[command(flatten)]
         config: ConfigArgs,
         #[command(flatten)]

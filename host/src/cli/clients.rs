@@ -6,9 +6,9 @@ use serde_json::json;
 use super::args::{ClientSort, ClientsCommand, Format};
 use super::output::{Out, one_line, time};
 use super::{admin_client, block_on};
-use crate::admin::{ClientList, ClientListRequest};
+use crate::admin::{ClientList, ClientListRequest, RefusedClientsRequest};
 use crate::config::{self, Config};
-use crate::listeners::mqtt::{Client, ClientOrder};
+use crate::listeners::mqtt::{Client, ClientOrder, RefusedClient};
 
 const USER_CHARS_MAX: usize = 60;
 
@@ -27,6 +27,10 @@ pub fn clients(command: ClientsCommand, out: &mut Out) -> anyhow::Result<()> {
         ClientsCommand::Show { client_id, config, format } => {
             let config = config::load(config.config.as_deref())?.config;
             show(&config, &client_id, format.format, out)
+        }
+        ClientsCommand::Refused { max, config, format } => {
+            let config = config::load(config.config.as_deref())?.config;
+            refused(&config, max.get(), format.format, out)
         }
         ClientsCommand::Kick { client_id, config } => {
             let config = config::load(config.config.as_deref())?.config;
@@ -103,6 +107,31 @@ fn parts(client: &Client) -> Vec<String> {
         parts.push(if count > 0 { format!("{what}: {count}") } else { String::new() });
     }
     parts
+}
+
+fn refused(config: &Config, max: usize, format: Format, out: &mut Out) -> anyhow::Result<()> {
+    let request = RefusedClientsRequest { max };
+    let list: ClientList = block_on(admin_client::post(config, "/api/clients/refused", &request))?;
+    if format == Format::Json {
+        return list.clients.iter().try_for_each(|client| out.json(client));
+    }
+    if list.clients.is_empty() {
+        return out.line("no client was refused since the host started");
+    }
+    let shown = list.clients.len();
+    for client in list.clients {
+        let RefusedClient { who, address, cause, detail, count, first_us: _, last_us } =
+            serde_json::from_value(client)?;
+        let who = who.map_or("no name".to_owned(), |who| one_line(&who, USER_CHARS_MAX));
+        let times = format!("{count} times");
+        let parts = [who, address.to_string(), cause, times, format!("last {}", time(last_us))];
+        out.flow(0, &parts)?;
+        out.paragraph(4, &one_line(&detail, usize::MAX))?;
+    }
+    if list.found > shown {
+        out.line(format!("\n{} more: --max {} shows all", list.found - shown, list.found))?;
+    }
+    Ok(())
 }
 
 fn show(config: &Config, client_id: &str, format: Format, out: &mut Out) -> anyhow::Result<()> {

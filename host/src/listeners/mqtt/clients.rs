@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::Broker;
 use super::activity::Counts;
 use super::clock::Clock;
+use super::refused_clients::RefusedClient;
 use super::session::Session;
 use super::wire::Version;
 
@@ -117,6 +118,11 @@ impl Clients {
     /// Brings the gauges up to date that count over all sessions.
     pub fn measure(&self) {
         self.0.measure();
+    }
+
+    /// Returns how many entries the list of refused clients has, and its newest `max`.
+    pub fn refused(&self, max: usize) -> (usize, Vec<RefusedClient>) {
+        self.0.refused_clients.newest(max)
     }
 
     /// Ends the client's connection; its session and its will follow their own

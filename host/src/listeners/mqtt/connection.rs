@@ -134,7 +134,7 @@ where
     let opened = match accepted {
         Ok(Ok(opened)) => opened,
         Ok(Err(refused)) => {
-            refused.report(broker);
+            refused.report(broker, &remote.address);
             place.handshake_ended();
             if let Some((version, mut answer)) = refused.answer() {
                 broker.counters.sending(version, &answer);

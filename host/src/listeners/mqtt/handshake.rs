@@ -94,9 +94,10 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         Ok(rights) => rights,
         Err((reason, cause)) => {
             let tried = asked.auth.as_ref().and_then(Method::tried);
-            let user = asked.username.as_deref().or(tried).unwrap_or("anonymous");
-            let detail = format!("user {user}, client {} at {remote}", asked.client_id);
-            let refused = Refused::new(cause, user, detail);
+            let user = asked.username.as_deref().or(tried);
+            let shown = user.unwrap_or("anonymous");
+            let detail = format!("user {shown}, client {:.600} at {remote}", asked.client_id);
+            let refused = Refused::new(cause, user.or_else(|| asked.own_id()), detail);
             return Err(match reason {
                 Some(reason) => refused.told(asked.version, reason, asked.packet_bytes_max),
                 None => refused,
@@ -139,7 +140,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         Ok::<_, Stopped>(resumed)
     };
     let resumed = opened.await.map_err(|_| {
-        let refused = Refused::new("stopped", "", "a stream has stopped");
+        let refused = Refused::new("stopped", None, "a stream has stopped");
         refused.told(asked.version, ConnectAckReason::ServerUnavailable, asked.packet_bytes_max)
     })?;
     broker.wills.client_is_back(broker, &asked.client_id, &owner, resumed).await;
@@ -287,12 +288,17 @@ impl Asked {
         Err(refused)
     }
 
+    /// Returns the client id, unless the host drew it.
+    fn own_id(&self) -> Option<&str> {
+        (!self.assigned).then_some(&*self.client_id)
+    }
+
     fn refused(&self, remote: &Remote, cause: &'static str, reason: ConnectAckReason) -> Refused {
         let detail = match self.assigned {
             true => format!("client without an id at {remote}"),
             false => format!("client {:.600} at {remote}", self.client_id),
         };
-        let refused = Refused::new(cause, &*self.client_id, detail);
+        let refused = Refused::new(cause, self.own_id(), detail);
         refused.told(self.version, reason, self.packet_bytes_max)
     }
 

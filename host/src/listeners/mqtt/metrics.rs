@@ -68,6 +68,10 @@ const REFUSED_CONNECTS: &[&str] = &[
     "handshakes_max",
     "sessions_max",
     "proxy",
+    "tls_no_certificate",
+    "tls_unknown_ca",
+    "tls_expired",
+    "tls_revoked",
     "tls",
     "websocket",
     "websocket_origin",
@@ -201,7 +205,7 @@ pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_mqtt_refused_connects_total",
         kind: MetricKind::Counter,
-        help: "Connections refused before or by CONNACK, by cause: bad_credentials, guessing (too many wrong passwords of the user from the address), bad_auth_method, not_authorized, client_id, session_owner (a client without credentials asks for the id of a user's session), access_unavailable, broker_state (no room to keep one more session), will_not_authorized, will_topic_levels, will_bytes_max, wills_bytes_max, connections_per_user, connect_rate, connections_max, handshakes_max, sessions_max, proxy, tls, websocket, websocket_origin (a browser shows a page of another site), timeout, lost, malformed, invalid, stopped.",
+        help: "Connections refused before or by CONNACK, by cause: bad_credentials, guessing (too many wrong passwords of the user from the address), bad_auth_method, not_authorized, client_id, session_owner (a client without credentials asks for the id of a user's session), access_unavailable, broker_state (no room to keep one more session), will_not_authorized, will_topic_levels, will_bytes_max, wills_bytes_max, connections_per_user, connect_rate, connections_max, handshakes_max, sessions_max, proxy, tls_no_certificate, tls_unknown_ca, tls_expired, tls_revoked, tls (any other failed handshake), websocket, websocket_origin (a browser shows a page of another site), timeout, lost, malformed, invalid, stopped.",
         labels: &["cause"],
     },
     Metric {

@@ -31,6 +31,7 @@ mod outbound;
 mod owner;
 mod picks;
 mod refused;
+mod refused_clients;
 mod retained;
 mod session;
 mod subscriptions;
@@ -63,6 +64,7 @@ use self::copies::Copies;
 use self::fanout::{Live, Subscription};
 use self::metrics::{Counters, Measured};
 use self::outbound::QueueLimits;
+use self::refused_clients::RefusedClients;
 use self::retained::Retained;
 use self::session::{Change, Sessions};
 use self::sys::Sys;
@@ -84,6 +86,7 @@ pub use self::clock::{Source as ClockSource, system as system_clock};
 pub use self::config::{Config, Endpoint, Tls};
 pub use self::copies::READER;
 pub use self::metrics::METRICS;
+pub use self::refused_clients::RefusedClient;
 pub use self::transport::Remote;
 pub use self::transport::network::Network;
 
@@ -277,6 +280,7 @@ struct Broker {
     retained: Mutex<Retained>,
     wills: Wills,
     clients: AtomicI64,
+    refused_clients: RefusedClients,
     /// The most at one time.
     clients_most: AtomicU64,
     totals: Totals,
@@ -333,6 +337,7 @@ impl Broker {
             retained: Mutex::new(retained),
             wills,
             clients: AtomicI64::new(0),
+            refused_clients: RefusedClients::default(),
             clients_most: AtomicU64::new(0),
             totals: Totals::default(),
             sys: Sys::new(),
@@ -406,10 +411,14 @@ impl Broker {
         self.retained.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counted, and said once in a while.
-    fn refused(&self, cause: &'static str, kind: &str, address: &Address) {
+    /// Counts a connection without a client for its cause, reports it, and lists it: `who` where
+    /// the client showed who it is.
+    fn refused(&self, cause: &'static str, kind: &str, who: Option<&str>, address: &Address, detail: &str) {
         self.counters.refused_connect(cause);
-        self.failures.report_by(kind, &address.ip().to_string(), 1, &address.to_string(), "");
+        let ip = address.ip();
+        let subject = who.map_or_else(|| ip.to_string(), str::to_owned);
+        self.failures.report_by(kind, &subject, 1, detail, "headworks clients refused");
+        self.refused_clients.add(cause, who, ip, detail);
     }
 
     fn client_connected(&self, change: i64) {

@@ -4,6 +4,7 @@ use bytes::BytesMut;
 use rmqtt_codec::v5::ConnectAckReason;
 
 use super::Broker;
+use super::transport::Address;
 use super::wire::{self, Version};
 
 #[derive(Debug)]
@@ -11,8 +12,8 @@ pub struct Refused {
     pub cause: &'static str,
     /// Which of the faults behind a cause; empty where that says it all.
     what: String,
-    /// The client, user or address that repeats are counted by.
-    subject: String,
+    /// The client or user that repeats are counted by, where one is known.
+    who: Option<String>,
     /// Who it was, for the log.
     detail: String,
     told: Option<Told>,
@@ -27,9 +28,8 @@ struct Told {
 }
 
 impl Refused {
-    pub fn new(cause: &'static str, subject: impl Into<String>, detail: impl Into<String>) -> Self {
-        let (subject, detail) = (subject.into(), detail.into());
-        Self { cause, what: String::new(), subject, detail, told: None }
+    pub fn new(cause: &'static str, who: Option<&str>, detail: impl Into<String>) -> Self {
+        Self { cause, what: String::new(), who: who.map(str::to_owned), detail: detail.into(), told: None }
     }
 
     pub fn what(self, what: impl Into<String>) -> Self {
@@ -40,17 +40,16 @@ impl Refused {
         Self { told: Some(Told { version, reason, packet_bytes_max }), ..self }
     }
 
-    /// Counts it, and says it. A client that only left is counted.
-    pub fn report(&self, broker: &Broker) {
-        broker.counters.refused_connect(self.cause);
+    /// Counts, reports and lists it. A client that only left is counted.
+    pub fn report(&self, broker: &Broker, address: &Address) {
         if self.cause == "lost" {
-            return;
+            return broker.counters.refused_connect(self.cause);
         }
         let kind = match &*self.what {
             "" => format!("mqtt: connect refused: {}", self.cause),
             what => format!("mqtt: connect refused: {}: {what}", self.cause),
         };
-        broker.failures.report_by(&kind, &self.subject, 1, &self.detail, "");
+        broker.refused(self.cause, &kind, self.who.as_deref(), address, &self.detail);
     }
 
     /// The version and its CONNACK; `None` where that cannot say no.

@@ -29,15 +29,14 @@ pub enum Unread {
 
 impl Unread {
     pub fn refused(self, remote: &Remote) -> Refused {
-        let address = remote.address.ip().to_string();
         match self {
-            Self::Lost => Refused::new("lost", address, format!("{remote} left before CONNECT")),
+            Self::Lost => Refused::new("lost", None, format!("{remote} left before CONNECT")),
             Self::Fault(fault, version, client_id) => {
                 let detail = match &client_id {
                     Some(client_id) => format!("client {client_id:.200} at {remote}"),
                     None => remote.to_string(),
                 };
-                let refused = Refused::new("malformed", client_id.unwrap_or(address), detail);
+                let refused = Refused::new("malformed", client_id.as_deref(), detail);
                 let refused = refused.what(fault.what);
                 let reason = ConnectAckReason::try_from(u8::from(fault.code));
                 let reason = reason.unwrap_or(ConnectAckReason::MalformedPacket);
@@ -48,7 +47,7 @@ impl Unread {
             }
             Self::Level(level) => {
                 let what = format!("protocol level {level}, not MQTT 3.1, 3.1.1 or 5.0");
-                let refused = Refused::new("malformed", address, remote.to_string()).what(what);
+                let refused = Refused::new("malformed", None, remote.to_string()).what(what);
                 refused.told(Version::V3, ConnectAckReason::UnsupportedProtocolVersion, usize::MAX)
             }
         }

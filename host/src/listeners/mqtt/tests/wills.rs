@@ -361,3 +361,20 @@ async fn a_will_that_waits_for_room_comes_before_the_next_connection_of_its_clie
     lost.stream.set_no_space(false);
     assert_eq!(lost.after(1), (1, 0));
 }
+
+#[tokio::test]
+async fn a_will_for_a_topic_of_60_000_bytes_is_kept_and_published() {
+    let host = Host::with(MemoryStream::new("s", 1)).await;
+    let mut watcher = host.clean("w").await;
+    watcher.subscribe("#", QOS1).await;
+    let topic: &'static str = "x".repeat(60_000).leak();
+    let connect = Connect {
+        last_will: Some(LastWill { retain: true, ..last_will(topic) }),
+        session_expiry_interval_secs: 60,
+        clean_start: false,
+        ..clean("lost")
+    };
+    drop(host.client(connect).await);
+    assert_eq!(&*watcher.received().await.topic, topic);
+    host.stop().await;
+}

@@ -206,7 +206,8 @@ pub async fn accept(broker: Arc<Broker>, entry: Entry, room: Arc<Semaphore>, tas
         };
         broker.counters.sockets.increment(1);
         let Ok(connection) = room.clone().try_acquire_owned() else {
-            broker.refused("connections_max", "mqtt: connections_max reached, connect refused", &address);
+            let kind = "mqtt: connections_max reached, connect refused";
+            broker.refused("connections_max", kind, None, &address, &address.to_string());
             continue;
         };
         let mut handshake = handshakes.enter(&address, Instant::now());
@@ -217,7 +218,7 @@ pub async fn accept(broker: Arc<Broker>, entry: Entry, room: Arc<Semaphore>, tas
         shedding = handshake.is_none();
         if shedding {
             let kind = "mqtt: handshakes_max reached, connect refused";
-            broker.refused("handshakes_max", kind, &address);
+            broker.refused("handshakes_max", kind, None, &address, &address.to_string());
             continue;
         }
         let place = Place { _connection: connection, handshake: handshake.map(Box::new) };
@@ -269,6 +270,8 @@ impl Layers {
 struct Failed {
     cause: &'static str,
     kind: String,
+    /// The subject of the client's certificate.
+    who: Option<String>,
     detail: String,
 }
 
@@ -303,12 +306,10 @@ async fn serve_layered(
         Ok(Ok(Opened::Unix(io))) => connection::serve(broker, io, remote, place).await,
         Ok(Ok(Opened::Tls(io))) => connection::serve(broker, io, remote, place).await,
         Ok(Ok(Opened::WebSocket(io))) => connection::serve(broker, io, remote, place).await,
-        Ok(Err(Failed { cause, kind, detail })) => {
-            broker.counters.refused_connect(cause);
-            if cause != "lost" {
-                let address = remote.address.ip().to_string();
-                broker.failures.report_by(&kind, &address, 1, &format!("{remote}: {detail}"), "");
-            }
+        Ok(Err(Failed { cause: cause @ "lost", .. })) => broker.counters.refused_connect(cause),
+        Ok(Err(Failed { cause, kind, who, detail })) => {
+            let detail = format!("{remote}: {detail}");
+            broker.refused(cause, &kind, who.as_deref(), &remote.address, &detail);
         }
         Err(_) => broker.counters.refused_connect("timeout"),
     }
@@ -317,7 +318,7 @@ async fn serve_layered(
 /// Counted, and said once in a while: the connection ended for another handshake.
 pub fn gave_way(broker: &Broker, remote: &Remote) {
     let kind = "mqtt: handshakes_max reached, the oldest connection without CONNECT closed";
-    broker.refused("handshakes_max", kind, &remote.address);
+    broker.refused("handshakes_max", kind, None, &remote.address, &remote.to_string());
 }
 
 impl Layers {
@@ -368,7 +369,7 @@ impl Layers {
 
 impl Failed {
     fn new(cause: &'static str, kind: impl Into<String>, detail: impl fmt::Display) -> Self {
-        Self { cause, kind: format!("mqtt: {}", kind.into()), detail: detail.to_string() }
+        Self { cause, kind: format!("mqtt: {}", kind.into()), who: None, detail: detail.to_string() }
     }
 
     /// The client went away, as a scanner or a health check does: counted, not said.

@@ -345,15 +345,45 @@ pub(super) fn cannot_use(path: &Path, error: &dyn std::fmt::Display) -> String {
 
 /// What failed and what to do.
 fn explain(error: &io::Error, seen: &Seen) -> Failed {
-    use rustls::Error as Tls;
-    let cause = error.get_ref().and_then(|cause| cause.downcast_ref::<Tls>());
-    let what = match cause {
-        Some(_) if seen.refusal.is_some() => seen.refusal.as_deref().unwrap_or_default(),
+    let cause = error.get_ref().and_then(|cause| cause.downcast_ref::<rustls::Error>());
+    let (counted, what) = match cause {
         None => return Failed::lost(error),
-        Some(Tls::NoCertificatesPresented) => {
+        Some(tls) => (counted(tls), seen.refusal.as_deref().unwrap_or_else(|| meant(tls))),
+    };
+    let kind = format!("TLS handshake: {what}");
+    match &seen.subject {
+        Some(subject) => {
+            let detail = format_args!("certificate of {subject}: {error}");
+            Failed { who: Some(subject.clone()), ..Failed::new(counted, kind, detail) }
+        }
+        None => Failed::new(counted, kind, error),
+    }
+}
+
+/// Returns the cause that a failed handshake counts for.
+fn counted(cause: &rustls::Error) -> &'static str {
+    use rustls::Error::{InvalidCertificate, NoCertificatesPresented};
+    match cause {
+        NoCertificatesPresented => "tls_no_certificate",
+        InvalidCertificate(CertificateError::Revoked) => "tls_revoked",
+        InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature) => {
+            "tls_unknown_ca"
+        }
+        InvalidCertificate(CertificateError::Expired | CertificateError::ExpiredContext { .. }) => {
+            "tls_expired"
+        }
+        _ => "tls",
+    }
+}
+
+/// Returns what a failed handshake means, and what to do.
+fn meant(cause: &rustls::Error) -> &'static str {
+    use rustls::Error as Tls;
+    match cause {
+        Tls::NoCertificatesPresented => {
             "the client showed no certificate: give it one that a CA of tls.client_ca has signed"
         }
-        Some(Tls::InvalidCertificate(reason)) => match reason {
+        Tls::InvalidCertificate(reason) => match reason {
             CertificateError::Revoked => "the client's certificate is revoked: give it a new one",
             // The signature is wrong where another CA has the same name.
             CertificateError::UnknownIssuer | CertificateError::BadSignature => {
@@ -370,7 +400,7 @@ fn explain(error: &io::Error, seen: &Seen) -> Failed {
             }
             _ => "the client's certificate cannot be used: give it another",
         },
-        Some(Tls::AlertReceived(alert)) => match alert {
+        Tls::AlertReceived(alert) => match alert {
             AlertDescription::UnknownCA
             | AlertDescription::DecryptError
             | AlertDescription::BadCertificate
@@ -382,10 +412,10 @@ fn explain(error: &io::Error, seen: &Seen) -> Failed {
             }
             _ => "the client ended the handshake",
         },
-        Some(Tls::InvalidMessage(_)) => {
+        Tls::InvalidMessage(_) => {
             "the client does not speak TLS: switch TLS on there, or use the port without"
         }
-        Some(Tls::PeerIncompatible(what)) => match what {
+        Tls::PeerIncompatible(what) => match what {
             PeerIncompatible::NoCipherSuitesInCommon => {
                 "no cipher suite in common: the client needs ECDHE with AES-GCM or ChaCha20-Poly1305"
             }
@@ -402,12 +432,7 @@ fn explain(error: &io::Error, seen: &Seen) -> Failed {
             | PeerIncompatible::Tls12NotOfferedOrEnabled => "the client is too old: TLS 1.2 or 1.3 is needed",
             _ => "the client and this host have no way of TLS in common",
         },
-        Some(_) => "failed",
-    };
-    let kind = format!("TLS handshake: {what}");
-    match &seen.subject {
-        Some(subject) => Failed::new("tls", kind, format_args!("certificate of {subject}: {error}")),
-        None => Failed::new("tls", kind, error),
+        _ => "failed",
     }
 }
 

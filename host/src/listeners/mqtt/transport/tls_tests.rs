@@ -354,3 +354,18 @@ async fn a_failed_handshake_says_what_to_do() {
     let (server, _) = listener.accept().await.unwrap();
     assert!(tls.accept(server).await.err().unwrap().kind.contains("does not speak TLS"));
 }
+
+#[test]
+fn a_failed_handshake_counts_for_what_is_wrong_with_the_clients_certificate() {
+    use rustls::Error as Tls;
+    let counted = |error: Tls| explain(&io::Error::other(error), &Seen::default()).cause;
+    let invalid = |why| counted(Tls::InvalidCertificate(why));
+    assert_eq!(counted(Tls::NoCertificatesPresented), "tls_no_certificate");
+    assert_eq!(invalid(CertificateError::UnknownIssuer), "tls_unknown_ca");
+    assert_eq!(invalid(CertificateError::Expired), "tls_expired");
+    assert_eq!(invalid(CertificateError::Revoked), "tls_revoked");
+    assert_eq!(invalid(CertificateError::BadEncoding), "tls");
+    assert_eq!(counted(Tls::PeerIncompatible(PeerIncompatible::Tls12NotOffered)), "tls");
+    let left = io::Error::from(io::ErrorKind::ConnectionReset);
+    assert_eq!(explain(&left, &Seen::default()).cause, "lost");
+}
