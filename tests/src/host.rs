@@ -100,13 +100,18 @@ impl Host {
 
     /// Starts the process; it may not come up.
     pub fn launch(&mut self) {
+        self.launch_as(&binary());
+    }
+
+    /// The same, of a copy of the binary.
+    pub fn launch_as(&mut self, binary: &Path) {
         let _ = std::fs::remove_file(self.folder.join("data/run.json"));
         let log = std::fs::File::options()
             .create(true)
             .append(true)
             .open(self.folder.join(LOG))
             .expect("our folder");
-        let mut command = self.command(&["run", "--config", "headworks.yaml"]);
+        let mut command = self.command_of(binary, &["run", "--config", "headworks.yaml"]);
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("our file")).stderr(log);
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         self.process = Some(Process::spawn("headworks", &mut command));
@@ -187,7 +192,11 @@ impl Host {
 
     /// `headworks ARGS` in the host's folder.
     pub fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(binary());
+        self.command_of(&binary(), args)
+    }
+
+    fn command_of(&self, binary: &Path, args: &[&str]) -> Command {
+        let mut command = Command::new(binary);
         command.args(args).current_dir(self.folder.path()).env_remove("RUST_LOG");
         command
     }

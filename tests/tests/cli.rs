@@ -1,12 +1,15 @@
 //! The command line against a running host.
 
 use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use headworks_tests::events::Events;
 use headworks_tests::folder::root;
-use headworks_tests::host::{Host, prebuilt};
+use headworks_tests::host::{Host, fresh, prebuilt};
+use headworks_tests::mqtt::Version;
+use headworks_tests::packets::{Client, Publish};
 use headworks_tests::process::{Lines, Process, interruptible, run};
 use headworks_tests::{http, mosquitto, postgres, telemetry};
 use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
@@ -168,6 +171,87 @@ fn plugins_are_listed_inspected_and_measured() {
     assert!(inspected.contains("normalize") && inspected.contains("headworks:plugin/log"), "{inspected}");
     let measured = run(&mut host.command(&["plugin", "bench", file]));
     assert!(measured.contains("ns"), "{measured}");
+
+    let bench = |name: &str, more: &[&str]| {
+        let file = fresh(name);
+        let file = file.to_str().expect("UTF-8");
+        failed(host.command(&[&["plugin", "bench", file], more].concat()))
+    };
+    let no_step = bench("hostile-access", &[]);
+    assert!(no_step.contains("is an access plugin, no step"), "{no_step}");
+    let faulty = bench("hostile", &["--payload", r#"{"do":"trap"}"#]);
+    assert!(faulty.contains("nothing was measured") && faulty.contains("a message asked for it"), "{faulty}");
+}
+
+#[test]
+fn an_access_plugin_in_the_plugins_folder_holds_its_pipeline_and_rejects_no_message() {
+    let mut host = Host::prepare("cli-access-as-step", "");
+    host.drop_plugin("10-door.wasm", fresh("hostile-access"));
+    host.launch();
+    host.wait_serving();
+    host.says("pipeline holds");
+    let (code, text, _) = status(&host);
+    assert_eq!(code, Some(1), "{text}");
+    let said = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(
+        said.contains("is an access plugin, no step: name its file in mqtt.access.authenticate"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_stream_without_room_is_named_with_its_folder_and_so_is_what_is_lost() {
+    let config = "streams: { telemetry: { segment_bytes: 1MiB, retention: { max_bytes: 4MiB } } }\n\
+                  sinks: { warehouse: { type: postgres, url: \"postgres://writer@127.0.0.1:1/iot\" } }\n";
+    let mut host = Host::prepare("cli-no-room", config);
+    host.launch();
+    host.wait_serving();
+    let mut meter = Client::clean(host.mqtt(), Version::V5, "meter-9");
+    let reading = Publish::new("acme/site/power/meter-9/reading", 0, 0, &"x".repeat(100_000));
+    // More than the stream takes; what waits to be committed counts too.
+    for _ in 0..300 {
+        meter.publish(&reading);
+    }
+    host.says("QoS 0 messages dropped: stream telemetry has no room: client meter-9");
+    let log = host.log();
+    let folder = host.folder.join("data/streams/telemetry").display().to_string();
+    let line = log.lines().find(|line| line.contains("no room left in retention.max_bytes"));
+    let line = line.unwrap_or_else(|| panic!("the log says it:\n{log}"));
+    for part in [&*folder, "free_bytes=", "mend the sink that lags", "appends wait"] {
+        assert!(line.contains(part), "{part} is not in {line}");
+    }
+    assert!(log.contains("headworks status --config headworks.yaml"), "{log}");
+
+    let (code, body) = http::get(host.admin(), "/readyz").expect("the host serves it");
+    assert!(code == 503 && body.contains("no room left in retention.max_bytes"), "{code} {body}");
+    let (_, text, json) = status(&host);
+    let problems = problems(&json);
+    let is_named = |kind: &str, part: &str, advice: &str| {
+        problems.iter().any(|problem| {
+            let has = |key: &str, text: &str| problem[key].as_str().is_some_and(|it| it.contains(text));
+            has("kind", kind) && has("part", part) && has("advice", advice)
+        })
+    };
+    assert!(is_named("no_space", "stream telemetry", "mend the sink that lags"), "{text}");
+    assert!(is_named("dropped", "publishers (no_space)", "QoS 1"), "{text}");
+}
+
+#[test]
+fn a_list_as_json_is_never_cut() {
+    let host = host("cli-letters-json");
+    let mut device = Client::clean(host.mqtt(), Version::V5, "sensor-4");
+    let count = 61;
+    for number in 1..=count {
+        let topic = "acme/site-01/temperature/sensor-4/reading";
+        device.publish_through(&Publish::new(topic, 1, number, "not json"));
+    }
+    host.writes("the dead letters", || {
+        let rejected = host.metric("headworks_dead_letters_total", &[]);
+        (rejected == f64::from(count)).then_some(())
+    });
+    assert_eq!(host.cli_json(&["dead-letters", "list"]).len(), usize::from(count));
+    let text = host.cli(&["dead-letters", "list"]);
+    assert!(text.contains("--max 61 shows all"), "{text}");
 }
 
 #[test]
@@ -533,6 +617,7 @@ fn a_first_config_makes_no_dead_letter_of_any_topic() {
     host.writes("a row", || (telemetry::sqlite_count(&path, "telemetry") == 1).then_some(()));
     assert_eq!(host.cli(&["dead-letters", "summary"]).trim(), "no dead letters");
     assert_eq!(host.metric("headworks_stream_messages_total", &[("stream", "default")]), 3.0);
+    assert_eq!(host.metric("headworks_mqtt_publishes_outside_namespace_total", &[]), 3.0);
     assert!(!host.log().contains("WARN"), "{}", host.log());
 }
 
@@ -640,6 +725,8 @@ fn health_is_told_over_http() {
         assert_eq!(http::get(host.admin(), path).expect("the host serves it").0, 200, "{path}");
     }
     assert_eq!(http::get(host.admin(), "/nothing-here").expect("the host serves it").0, 404);
+    let run = std::fs::metadata(host.folder.join("data/run.json")).expect("a running host has it");
+    assert_eq!(run.permissions().mode() & 0o777, 0o600, "it holds the token");
 }
 
 #[test]

@@ -97,3 +97,17 @@ fn devices(host: &Host) -> Vec<Publisher> {
         })
         .collect()
 }
+
+#[test]
+fn a_host_whose_binary_was_replaced_still_takes_new_plugins() {
+    let mut host = Host::prepare("upgraded", &telemetry::config(&telemetry::sqlite_sink()));
+    let binary = host.folder.join("headworks");
+    std::fs::copy(headworks_tests::host::binary(), &binary).expect("our folder");
+    host.launch_as(&binary);
+    host.wait_ready();
+    // As a package manager does: the next version takes the name, not the file.
+    let next = host.folder.write("headworks.new", "not the version that runs");
+    std::fs::rename(next, &binary).expect("our folder");
+    host.drop_plugin("10-normalize.wasm", prebuilt("normalize"));
+    host.says("plugin loaded file=\"10-normalize.wasm\"");
+}

@@ -150,7 +150,33 @@ fn mosquittos_clients_speak_over_tls_and_a_client_without_a_certificate_is_told_
         mosquitto::publish(at).args(["--cafile", setup.ca(), "-t", "tls/topic", "-m", "x"]).output();
     assert!(!refused.expect("mosquitto_pub is installed").status.success());
     setup.host.says("the client showed no certificate: give it one");
-    assert!(setup.host.metric("headworks_mqtt_refused_connects_total", &[("cause", "tls")]) >= 1.0);
+    let refused = |cause| setup.host.metric("headworks_mqtt_refused_connects_total", &[("cause", cause)]);
+    assert!(refused("tls_no_certificate") >= 1.0);
+
+    let old = ["--tls-version", "tlsv1.2", "--ciphers", "AES128-SHA256"];
+    let mut client = mosquitto::publish(at);
+    client.args(["--cafile", setup.ca(), "-t", "tls/topic", "-m", "x"]).args(certs).args(old);
+    assert!(!client.output().expect("mosquitto_pub is installed").status.success());
+    setup.host.says("no cipher suite in common: the client needs ECDHE");
+
+    // Another authority of the same name.
+    let elsewhere = Folder::new("transports-stranger");
+    let stranger = Authority::new(&elsewhere).sign(&elsewhere, "stranger", 9);
+    let certs = ["--cert", text(&stranger.cert), "--key", text(&stranger.key)];
+    let mut client = mosquitto::publish(at);
+    client.args(["--cafile", setup.ca(), "-t", "tls/topic", "-m", "x"]).args(certs);
+    assert!(!client.output().expect("mosquitto_pub is installed").status.success());
+    setup.host.says("no CA of tls.client_ca has signed the client's certificate");
+    assert!(refused("tls_unknown_ca") >= 1.0);
+    let listed = setup.host.cli_json(&["clients", "refused"]);
+    let of = |cause| listed.iter().find(|client| client["cause"] == cause);
+    let stranger = of("tls_unknown_ca").expect("it was refused");
+    assert!(stranger["who"].as_str().is_some_and(|who| who.contains("stranger")), "{stranger}");
+    assert_eq!(stranger["address"], "127.0.0.1");
+    assert!(of("tls_no_certificate").is_some_and(|nameless| nameless["who"].is_null()), "{listed:?}");
+    let shown = setup.host.cli(&["clients", "refused"]);
+    assert!(shown.contains("stranger") && shown.contains("tls_unknown_ca"), "{shown}");
+    assert!(shown.lines().all(|line| line.chars().count() <= 80), "{shown}");
 }
 
 #[test]
@@ -184,6 +210,13 @@ fn new_certificates_and_revocations_end_only_the_connections_of_the_revoked() {
     setup.host.says_past(said, taken);
     assert!(!setup.publish_as_device(1, "reload/revoked").status.success());
     setup.host.says("the client's certificate is revoked");
+    let log = setup.host.log();
+    let line = log.lines().find(|line| line.contains("the client's certificate is revoked"));
+    assert!(line.is_some_and(|line| line.contains("device-7")), "the line names the device:\n{log}");
+    let listed = setup.host.cli_json(&["clients", "refused"]);
+    let device = listed.iter().find(|client| client["cause"] == "tls_revoked").expect("it was refused");
+    assert!(device["who"].as_str().is_some_and(|who| who.contains("device-7")), "{device}");
+    assert!(device["count"].as_u64().is_some_and(|count| count >= 1), "{device}");
     assert!(!revoked.end().success(), "its connection ends with what let it in");
     setup.publish("reload/last", "still here");
     heard.find("still here");

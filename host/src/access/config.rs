@@ -84,6 +84,7 @@ pub enum Authenticator {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Passwords {
+    /// File of users and password hashes that `headworks passwd` writes.
     pub file: PathBuf,
 }
 
@@ -180,6 +181,7 @@ pub struct Plugin {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Rule {
+    /// Whether a client that the rule matches may do what the rule is about.
     pub effect: Effect,
     /// User names, `line-*`. A client without a user name has none that fits.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -190,6 +192,7 @@ pub struct Rule {
     /// true: only clients without a user name; false: only those with one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub anonymous: Option<bool>,
+    /// What the rule is about: publishing to its topics, subscribing to them, or both.
     #[serde(default)]
     pub action: Action,
     /// Topic filters. `%c` is the client id, `%u` the user name, `{field}` the

@@ -20,14 +20,18 @@ const TICK: Duration = Duration::from_secs(1);
 /// Ticks without a heartbeat after which a runtime counts as hung.
 const TICKS_MAX: u32 = 30;
 /// Time to say why the process ends; the hung threads may hold what the log needs.
-const SAY_MAX: Duration = Duration::from_secs(1);
+const SAY_MAX: Duration = if cfg!(test) { Duration::from_millis(50) } else { Duration::from_secs(1) };
 /// The exit status of a panic: both are bugs.
 const HUNG: i32 = 101;
 
 /// Watches `runtimes`, each with its name, until the process ends.
 pub fn start(runtimes: Vec<(&'static str, Handle)>) -> io::Result<()> {
+    start_with(runtimes, || thread::sleep(TICK))
+}
+
+fn start_with(runtimes: Vec<(&'static str, Handle)>, tick: impl Fn() + Send + 'static) -> io::Result<()> {
     threads::spawn("watchdog".to_owned(), move || {
-        let name = watch(&runtimes, || thread::sleep(TICK));
+        let name = watch(&runtimes, tick);
         let said = threads::spawn("watchdog-log".to_owned(), move || {
             let s = TICK.as_secs() * u64::from(TICKS_MAX);
             tracing::error!(
@@ -109,6 +113,38 @@ mod tests {
         assert_eq!(watch(&runtimes, tick), "hung");
         assert_eq!(ticks.get(), TICKS_MAX + 1);
         drop(release);
+    }
+
+    #[test]
+    fn a_process_that_hangs_ends_with_101_though_its_log_hangs_too() {
+        const HANGS: &str = "HEADWORKS_TEST_HANGS";
+        if std::env::var_os(HANGS).is_some() {
+            let hang = || -> Vec<u8> {
+                loop {
+                    thread::park();
+                }
+            };
+            tracing_subscriber::fmt().with_writer(hang).init();
+            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
+            runtime.spawn(async {
+                loop {
+                    thread::park();
+                }
+            });
+            println!("it hangs");
+            start_with(vec![("runtime", runtime.handle().clone())], thread::yield_now).unwrap();
+            loop {
+                thread::park();
+            }
+        }
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+        let test = "app::watchdog::tests::a_process_that_hangs_ends_with_101_though_its_log_hangs_too";
+        child.args(["--exact", test, "--nocapture"]).env(HANGS, "1");
+        let ended = child.output().unwrap();
+        let said = String::from_utf8_lossy(&ended.stdout);
+        // A test that fails ends with 101 too, and says so.
+        assert!(said.contains("it hangs") && !said.contains("FAILED"), "{said}");
+        assert_eq!(ended.status.code(), Some(HUNG));
     }
 
     #[test]

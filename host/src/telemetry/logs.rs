@@ -1,5 +1,6 @@
 //! Logs on stderr, and what a panic does.
 
+use std::ffi::OsStr;
 use std::fmt::{self, Debug};
 use std::io::{IsTerminal, Write as _};
 
@@ -54,7 +55,11 @@ pub fn init_logs(filter: Option<&str>, format: LogFormat) -> Result<(), InitErro
 
 /// Whether the user wants no colours (no-color.org).
 pub fn no_color() -> bool {
-    std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
+    forbids_color(std::env::var_os("NO_COLOR").as_deref())
+}
+
+fn forbids_color(no_color: Option<&OsStr>) -> bool {
+    no_color.is_some_and(|value| !value.is_empty())
 }
 
 /// A text whose control characters but line ends and tabs are escapes, so that what a
@@ -148,6 +153,13 @@ mod tests {
         fn make_writer(&'w self) -> Self {
             self.clone()
         }
+    }
+
+    #[test]
+    fn colours_are_off_where_the_variable_has_any_value() {
+        let forbids = |value: Option<&str>| forbids_color(value.map(OsStr::new));
+        assert!(forbids(Some("1")) && forbids(Some("0")));
+        assert!(!forbids(Some("")) && !forbids(None));
     }
 
     #[test]
