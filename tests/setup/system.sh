@@ -1,5 +1,5 @@
 #!/bin/sh
-# PostgreSQL, mosquitto (broker and clients), Python with venv, Node.js: Debian packages.
+# PostgreSQL, mosquitto (broker and clients), SQLite's shell, Python with venv, Node.js: Debian packages.
 # No service is started or needed: tests start private servers on random ports.
 set -eu
 
@@ -17,6 +17,7 @@ missing=
 postgres_bin || missing="$missing postgresql"
 mosquitto_broker || missing="$missing mosquitto"
 command -v mosquitto_pub >/dev/null || missing="$missing mosquitto-clients"
+command -v sqlite3 >/dev/null || missing="$missing sqlite3"
 python_venv || missing="$missing python3-venv"
 command -v node >/dev/null || missing="$missing nodejs"
 command -v npm >/dev/null || missing="$missing npm"

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use headworks_tests::events::Events;
 use headworks_tests::folder::root;
-use headworks_tests::host::{Host, fresh, prebuilt};
+use headworks_tests::host::{Host, binary, fresh, prebuilt};
 use headworks_tests::mqtt::Version;
 use headworks_tests::packets::{Client, Publish};
 use headworks_tests::process::{Lines, Process, interruptible, run};
@@ -36,6 +36,17 @@ fn a_host_may_open_as_many_files_as_its_hard_limit_lets_it() {
     let values: Vec<&str> = line.split_whitespace().collect();
     assert_eq!(values[0], values[1], "{line}");
     setrlimit(Resource::Nofile, limit).unwrap();
+}
+
+#[test]
+fn connections_that_open_files_leave_no_room_for_are_told_at_the_start() {
+    let mut host = Host::prepare("cli-few-files", "");
+    let script = format!("#!/bin/sh\nulimit -n 600\nexec {} \"$@\"\n", binary().display());
+    let script = host.folder.write("few-files", script);
+    std::fs::set_permissions(&script, PermissionsExt::from_mode(0o755)).expect("our file");
+    host.launch_as(&script);
+    host.wait_serving();
+    host.says("the limit on open files, 600, leaves room for");
 }
 
 #[test]

@@ -1,11 +1,12 @@
-//! What the pages say exists: links, files, commands, make targets, config keys, metrics.
+//! What the pages say exists: links, files, commands, make targets, config keys, metrics; and the first commands run.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use headworks_tests::folder::root;
-use headworks_tests::host::binary;
+use headworks_tests::host::{Host, binary, prebuilt};
+use headworks_tests::process::run;
 
 struct Page {
     /// Relative to the root.
@@ -299,4 +300,27 @@ fn metrics_exist() {
         }
     }
     assert_none("metrics that do not exist", &faults);
+}
+
+#[test]
+fn the_first_commands_of_the_readme_make_a_row() {
+    let readme = std::fs::read_to_string(root().join("README.md")).expect("README.md");
+    let mut blocks = readme.split("```sh\n").skip(1).filter_map(|rest| rest.split("```").next());
+    let block = blocks.find(|block| block.contains("mosquitto_pub")).expect("it publishes");
+    let mut host = Host::prepare("docs-readme", "");
+    for (name, file) in [("normalize", "10-normalize"), ("enrich", "20-enrich"), ("route", "30-route")] {
+        host.drop_plugin(&format!("{file}.wasm"), prebuilt(name));
+    }
+    host.run();
+    // The page has the default ports, the default config and another folder.
+    let script = format!(
+        "mosquitto_pub() {{ command mosquitto_pub -p {} \"$@\"; }}\n\
+         headworks() {{ {} \"$@\" --config headworks.yaml; }}\n{}",
+        host.mqtt().port(),
+        binary().display(),
+        block.replace("cd ~/headworks\n", "").replace("./headworks ", "headworks ")
+    );
+    let said = run(Command::new("sh").args(["-c", &script]).current_dir(host.folder.path()));
+    assert!(said.contains("sensor-001") && said.contains("21.5"), "{said}");
+    assert!(said.contains("no dead letters"), "{said}");
 }

@@ -153,10 +153,15 @@ fn mosquittos_clients_speak_over_tls_and_a_client_without_a_certificate_is_told_
     let refused = |cause| setup.host.metric("headworks_mqtt_refused_connects_total", &[("cause", cause)]);
     assert!(refused("tls_no_certificate") >= 1.0);
 
-    let old = ["--tls-version", "tlsv1.2", "--ciphers", "AES128-SHA256"];
-    let mut client = mosquitto::publish(at);
-    client.args(["--cafile", setup.ca(), "-t", "tls/topic", "-m", "x"]).args(certs).args(old);
-    assert!(!client.output().expect("mosquitto_pub is installed").status.success());
+    let old = "import socket, ssl, sys\n\
+               tls = ssl.create_default_context(cafile=sys.argv[2])\n\
+               tls.maximum_version = ssl.TLSVersion.TLSv1_2\n\
+               tls.set_ciphers('AES128-SHA256')\n\
+               to = socket.create_connection(('127.0.0.1', int(sys.argv[1])))\n\
+               tls.wrap_socket(to, server_hostname='127.0.0.1')\n";
+    let port = at.port().to_string();
+    let tried = python::command().args(["-c", old, &port, setup.ca()]).output();
+    assert!(!tried.expect("Python is installed").status.success());
     setup.host.says("no cipher suite in common: the client needs ECDHE");
 
     // Another authority of the same name.

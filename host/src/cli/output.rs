@@ -196,6 +196,23 @@ mod tests {
     }
 
     #[test]
+    fn no_way_to_print_a_text_lets_a_terminals_command_through() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let mut out = Out { to: Box::new(file.reopen().unwrap()), coloured: false, columns: COLUMNS };
+        let text = "a\x1b[2Jb\u{9b}c\x07";
+        let row = vec![text.to_owned(), text.to_owned()];
+        out.line(text).unwrap();
+        out.head(text).unwrap();
+        out.field(text, 3, text).unwrap();
+        out.paragraph(2, text).unwrap();
+        out.flow(0, &row).unwrap();
+        out.table(&[row.clone(), row]).unwrap();
+        let printed = std::fs::read_to_string(file.path()).unwrap();
+        assert!(printed.lines().count() >= 7, "{printed:?}");
+        assert!(printed.chars().all(|c| !c.is_control() || c == '\n'), "{printed:?}");
+    }
+
+    #[test]
     fn what_devices_send_cannot_drive_the_terminal() {
         assert_eq!(one_line("a\x1b[2Jb\nc", 20), "a [2Jb c");
         assert_eq!(one_line("abcdef", 4), "abc…");

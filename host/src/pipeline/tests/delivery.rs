@@ -376,3 +376,18 @@ async fn steps_run_on_threads_that_give_way_to_those_that_acknowledge() {
     assert!(nice > own || own == Some(19), "{nice:?} is no nicer than {own:?}");
     process.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_commit_without_rows_that_the_database_refuses_is_tried_again_and_rejects_nothing() {
+    let world = World::new(1, &[("default", "w")]);
+    let process = world.start(chain(1, &[step("drop", |_, _| Act::Drop)])).await;
+    process.until("open", |status| status.sinks[0].committed.is_some()).await;
+    let (doubtful, too_much) = (Fault::Doubtful("22003".to_owned()), Fault::TooMuch("57014".to_owned()));
+    world.database("w").fail_commits([doubtful.clone(), too_much.clone(), doubtful, too_much]);
+    let before = world.database("w").commits();
+    world.publish_many(1, 0, 10);
+    process.drained().await;
+    assert!(world.database("w").commits() > before + 4);
+    assert!(world.letters().await.is_empty());
+    process.stop().await;
+}
