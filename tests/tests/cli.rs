@@ -9,7 +9,7 @@ use headworks_tests::events::Events;
 use headworks_tests::folder::root;
 use headworks_tests::host::{Host, binary, fresh, prebuilt};
 use headworks_tests::mqtt::Version;
-use headworks_tests::packets::{Client, Publish};
+use headworks_tests::packets::{Client, Connect, Publish};
 use headworks_tests::process::{Lines, Process, interruptible, run};
 use headworks_tests::{http, mosquitto, postgres, telemetry};
 use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
@@ -245,6 +245,28 @@ fn a_stream_without_room_is_named_with_its_folder_and_so_is_what_is_lost() {
     };
     assert!(is_named("no_space", "stream telemetry", "mend the sink that lags"), "{text}");
     assert!(is_named("dropped", "publishers (no_space)", "QoS 1"), "{text}");
+}
+
+#[test]
+fn what_a_session_that_is_away_loses_is_told_with_its_client() {
+    let mqtt = "mqtt: { queue_messages_max: 10, listeners: [ { bind: 127.0.0.1:0 } ] }";
+    let mut host = Host::prepare_with("cli-away", mqtt, "");
+    host.run();
+    let connect = Connect::resuming(Version::V5, "lamp-1");
+    let mut lamp = Client::open(host.mqtt(), &connect);
+    lamp.subscribe("lamps/#", 1);
+    lamp.leave();
+    let mut switch = Client::clean(host.mqtt(), Version::V5, "switch");
+    for number in 1..=25 {
+        switch.publish_through(&Publish::new("lamps/1", 1, number, "on"));
+    }
+    host.says("messages dropped that waited for a session: client lamp-1: its queue is full");
+    assert!(host.log().contains("headworks clients show"), "{}", host.log());
+    host.stop();
+    // Said once at once, the others with their count at the end.
+    let log = host.log();
+    let lines: Vec<_> = log.lines().filter(|line| line.contains("client lamp-1")).collect();
+    assert!(lines.len() <= 2, "{log}");
 }
 
 #[test]

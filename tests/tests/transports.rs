@@ -156,7 +156,7 @@ fn mosquittos_clients_speak_over_tls_and_a_client_without_a_certificate_is_told_
     let old = "import socket, ssl, sys\n\
                tls = ssl.create_default_context(cafile=sys.argv[2])\n\
                tls.maximum_version = ssl.TLSVersion.TLSv1_2\n\
-               tls.set_ciphers('AES128-SHA256')\n\
+               tls.set_ciphers('ECDHE-ECDSA-AES128-SHA256:ECDHE-RSA-AES128-SHA256')\n\
                to = socket.create_connection(('127.0.0.1', int(sys.argv[1])))\n\
                tls.wrap_socket(to, server_hostname='127.0.0.1')\n";
     let port = at.port().to_string();

@@ -39,7 +39,9 @@ pub struct Config {
     /// QoS 1 and 2 publishes that an MQTT 5 client may have unacknowledged;
     /// one more is a protocol error (0x93).
     pub receive_maximum: u16,
-    /// The same bound for MQTT 3.1.1, where the connection is read no further.
+    /// QoS 1 and 2 messages in flight: publishes of an MQTT 3.1.1 client that are not
+    /// acknowledged, past which its connection is read no further, and messages sent to a client
+    /// of any version that it has not acknowledged, unless its Receive Maximum is less.
     pub inflight_max: u16,
     /// Topic aliases that an MQTT 5 client may set; 0 turns them off.
     pub topic_alias_maximum: u16,
@@ -479,6 +481,14 @@ impl Endpoint {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_client_may_have_as_many_subscriptions_as_a_home_or_fleet_controller_makes() {
+        let config = Config::default();
+        assert!(config.subscriptions_per_client_max >= 10_000);
+        // Of 200 bytes each.
+        assert!(config.subscription_bytes_per_client_max.0 >= 10_000 * 200);
+    }
 
     fn problems(config: &Config) -> Vec<String> {
         let mut problems = Problems::default();

@@ -635,3 +635,29 @@ async fn an_empty_user_name_is_nobodys() {
         host.stop().await;
     }
 }
+
+#[tokio::test]
+async fn the_credentials_of_a_client_that_has_left_are_looked_at_no_longer() {
+    let store = MemoryStream::with_hooks("broker", 1);
+    let broker = broker(&Config::default(), MemoryStream::with_hooks("s", 1), store);
+    let mut input = BytesMut::new();
+    let (client, mut server) = tokio::io::duplex(64);
+    drop(client);
+    let for_ever = std::future::pending::<()>();
+    let looked = auth::unless_gone(&broker, &mut server, &mut input, for_ever).await;
+    assert_eq!(looked.map_err(|(_, cause)| cause), Err("lost"));
+
+    // One that has said all that it has to say waits for the answer.
+    let (mut client, mut server) = tokio::io::duplex(64);
+    client.write_all(b"early").await.unwrap();
+    drop(client);
+    let work = async {
+        for _ in 0..9 {
+            tokio::task::yield_now().await;
+        }
+        7
+    };
+    let looked = auth::unless_gone(&broker, &mut server, &mut input, work).await;
+    assert_eq!(looked.map_err(|(_, cause)| cause), Ok(7));
+    assert_eq!(&input[..], b"early");
+}
