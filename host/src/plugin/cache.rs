@@ -387,7 +387,7 @@ mod tests {
         let report = Report { form: None, imports: Vec::new(), exports: Vec::new(), kind: Ok(Kind::Batch) };
         let put = |name: &str| {
             let description = Description { name: name.to_owned(), ..Description::default() };
-            cache.store(name, b"code", &report, &description).unwrap();
+            cache.store(name, b"code", &Lines::default(), &report, &description).unwrap();
         };
         for name in ["first", "second"] {
             put(name);

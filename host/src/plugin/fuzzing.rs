@@ -6,6 +6,7 @@ use super::bindings::batch::headworks::plugin::arena::Answer as Raw;
 use super::collected::{Collected, Target};
 use super::compile::Compiled;
 use super::config::Limits;
+use super::lines::{self, Lines};
 use super::load::Report;
 use crate::batch::{Batch, Entry, Span, flags};
 use crate::properties;
@@ -16,14 +17,16 @@ const MESSAGES: usize = 4;
 /// The custom section by which a core module is made a component.
 const METADATA: &[u8] = b"component-type";
 
-/// An answer of the compiling child, and a plugin file. Files with metadata are
-/// left out: they may overflow the parser's stack, which is why a child parses
+/// An answer of the compiling child, and a plugin file, its debug information too. Files with
+/// metadata are parsed no further: they may overflow the parser's stack, which is why a child parses
 /// them (see `compile_tests.rs`).
 pub fn load(bytes: &[u8]) {
     if let Some(compiled) = Compiled::decode(bytes.to_vec()) {
         assert!(compiled.report.kind.is_ok() != compiled.artifact.is_empty());
         assert!(Compiled::decode(compiled.encode()).is_some_and(|again| again.artifact == compiled.artifact));
+        find_lines(compiled.lines);
     }
+    find_lines(lines::of(bytes));
     if bytes.windows(METADATA.len()).any(|part| part == METADATA) {
         return;
     }
@@ -35,6 +38,14 @@ pub fn load(bytes: &[u8]) {
             .chain(&report.kind.err().map(|error| error.to_string()))
             .all(|text| !text.contains(char::is_control))
     );
+}
+
+/// Looks for what is at some places of a table.
+fn find_lines(table: Vec<u8>) {
+    let lines = Lines::read(table);
+    for offset in [0, 5, 100, 1_000, u32::MAX as usize, usize::MAX] {
+        assert!(lines.at(offset).is_none_or(|(file, _)| file.len() <= lines.bytes().len()));
+    }
 }
 
 /// First byte: how many verdicts follow it, and by bit 7 whether the input was

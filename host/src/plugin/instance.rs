@@ -32,6 +32,8 @@ const PROBLEMS_MAX: usize = 64;
 const PROBLEMS_BYTES_MAX: usize = 16 << 10;
 /// Functions that a reason names: where it was, and its callers.
 const FRAMES_MAX: usize = 3;
+/// Of these the ones without name and line are passed over: a recursion has tens of thousands.
+const FRAMES_LOOKED_AT: usize = 64;
 /// Bytes of a problem's path; what is over is cut off.
 const POINTER_BYTES_MAX: usize = 1 << 10;
 /// An instance may grow this much past what it had after init before its
@@ -421,7 +423,7 @@ fn place(error: &wasmtime::Error, lines: &Lines) -> String {
             (None, place) => place,
         }
     };
-    let names: Vec<_> = frames.iter().filter_map(name).take(FRAMES_MAX).collect();
+    let names: Vec<_> = frames.iter().take(FRAMES_LOOKED_AT).filter_map(name).take(FRAMES_MAX).collect();
     match names.split_first() {
         None => String::new(),
         Some((first, [])) => format!("; in {}", printable(first)),

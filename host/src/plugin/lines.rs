@@ -11,7 +11,7 @@
 use std::collections::{HashMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use gimli::{Dwarf, EndianSlice, LineRow, LittleEndian, Reader, SectionId, Unit};
+use gimli::{Dwarf, EndianSlice, LineRow, LittleEndian, SectionId, Unit};
 use wasmparser::{Parser, Payload};
 
 use super::host::printable;
@@ -29,8 +29,8 @@ const ROW_BYTES: usize = 12;
 type Slice<'a> = EndianSlice<'a, LittleEndian>;
 
 /// A table as the child made it: the count of rows, rows of (offset in the
-/// component, number of the file, line) by offset, and the files' names, each
-/// with its length in front. All numbers are u32, little-endian.
+/// component, place of the file's name in the table, line) by offset, and the names,
+/// each with its length in front. All numbers are u32, little-endian.
 #[derive(Debug, Default)]
 pub(super) struct Lines(Vec<u8>);
 
@@ -52,19 +52,17 @@ impl Lines {
         let after = rows.partition_point(|row| number(row, 0) <= Some(offset));
         let row = rows.get(after.checked_sub(1)?)?;
         let (file, line) = (number(row, 4)?, number(row, 8)?);
-        Some((self.file(file)?, line))
+        Some((self.name(file)?, line))
     }
 
     fn count(&self) -> Option<usize> {
         Some(number(&self.0, 0)? as usize)
     }
 
-    fn file(&self, wanted: u32) -> Option<&str> {
-        let mut rest = self.0.get(4 + self.count()?.checked_mul(ROW_BYTES)?..)?;
-        for _ in 0..wanted {
-            rest = rest.get(4..)?.get(number(rest, 0)? as usize..)?;
-        }
-        let name = rest.get(4..)?.get(..number(rest, 0)? as usize)?;
+    /// The name that lies at `at` of the table.
+    fn name(&self, at: u32) -> Option<&str> {
+        let at = usize::try_from(at).ok()?;
+        let name = self.0.get(at..)?.get(4..)?.get(..number(&self.0, at)? as usize)?;
         std::str::from_utf8(name).ok()
     }
 }
@@ -216,8 +214,15 @@ impl Made {
         {
             return Vec::new();
         }
+        let mut places = Vec::new();
+        let mut next = 4 + self.rows.len() * ROW_BYTES;
+        for name in &self.names {
+            places.push(next as u32);
+            next += 4 + name.len();
+        }
         let mut bytes = (self.rows.len() as u32).to_le_bytes().to_vec();
         for (offset, file, line) in self.rows {
+            let file = places.get(file as usize).copied().unwrap_or(NO_FILE);
             bytes.extend([offset, file, line].iter().flat_map(|number| number.to_le_bytes()));
         }
         for name in self.names {
