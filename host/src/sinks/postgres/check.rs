@@ -10,6 +10,7 @@ use tokio_postgres::Client;
 use super::config::Config;
 use super::connect::connect;
 use super::error::describe;
+use super::positions;
 use super::schema::{self, no_table, quoted, quoted_table};
 use super::stage;
 use super::table::Table;
@@ -31,6 +32,10 @@ WHERE NOT has_table_privilege(to_regclass('headworks_positions'), lacks)";
 /// Positions of this sink that have moved: it has written before.
 const WROTE: &str =
     "SELECT EXISTS (SELECT 1 FROM headworks_positions WHERE sink = $1 AND next_offset IS NOT NULL)";
+
+/// Whether this user may alter the table of positions.
+const OWNS: &str =
+    "SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = to_regclass('headworks_positions')::oid";
 
 /// Whether this user may create tables in a schema; no row where there is none.
 const CREATE: &str = "SELECT has_schema_privilege(oid, 'CREATE') FROM pg_namespace WHERE nspname = $1";
@@ -138,6 +143,14 @@ impl Check<'_> {
                 )),
             }
             return Ok(false);
+        }
+        if let Some(change) = positions::upgrade(&self.client).await? {
+            match self.client.query_one(OWNS, &[]).await?.get(0) {
+                true => self.checked.found.push("adds columns to the table headworks_positions".to_owned()),
+                false => self.problem(format!(
+                    "the table headworks_positions is of an earlier version: let its owner run `{change}`"
+                )),
+            }
         }
         let lacks: Option<String> = self.client.query_one(POSITIONS, &[]).await?.get(0);
         let Some(lacks) = lacks else {

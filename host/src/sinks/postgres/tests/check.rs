@@ -194,6 +194,28 @@ async fn each_right_that_is_missing_is_named_and_granting_it_is_enough() {
 }
 
 #[tokio::test]
+async fn positions_of_an_earlier_version_are_told_with_what_their_owner_has_to_run() {
+    let fresh = Fresh::with("CREATE TABLE telemetry ({TABLE})").await;
+    let writer = Writer::new(&fresh).await;
+    fresh.sink().open(&claim(), None).await.unwrap();
+    fresh
+        .execute(&format!(
+            "ALTER TABLE headworks_positions DROP COLUMN openings;
+             GRANT SELECT, INSERT, UPDATE ON headworks_positions TO {0}; GRANT INSERT ON telemetry TO {0}",
+            writer.role
+        ))
+        .await;
+    let said = problem(writer.config()).await;
+    let change = said.split('`').nth(1).unwrap_or_else(|| panic!("{said}"));
+    assert!(said.contains("of an earlier version") && change.starts_with("ALTER TABLE"), "{said}");
+    let of_owner = check(fresh.config()).await;
+    assert!(of_owner.problems.is_empty() && of_owner.found.concat().contains("adds columns"), "{of_owner:?}");
+    fresh.execute(change).await;
+    assert_eq!(check(writer.config()).await.problems, [""; 0]);
+    writer.end().await;
+}
+
+#[tokio::test]
 async fn a_schema_that_may_not_be_used_is_named() {
     let fresh = Fresh::with("CREATE SCHEMA iot; CREATE TABLE iot.telemetry ({TABLE})").await;
     let writer = Writer::new(&fresh).await;
