@@ -8,33 +8,20 @@
 //! so that what was stamped before a jump keeps its age after a restart too. Time during
 //! which the host did not run counts where the clock was set before and after.
 
-use std::sync::{Arc, PoisonError, RwLock};
-use std::time::{Duration, Instant, SystemTime};
+use std::sync::{PoisonError, RwLock};
+use std::time::Duration;
 
-use crate::stream::log::CLOCK_SET_US;
+use crate::stream::log::clock::{JUMP_LEAST, JUMP_MAX, SET_US as CLOCK_SET_US};
+pub use crate::stream::log::clock::{Source, system};
 
 /// Key of the broker stream's state.
 pub const KEY: &[u8] = b"ck";
-/// Smaller steps of the wall clock are how it is kept right.
-const JUMP_LEAST: Duration = Duration::from_secs(60);
 const JUMP_LEAST_US: u64 = JUMP_LEAST.as_micros() as u64;
 /// The host was not off for longer, if the clock is right.
-const OFF_MAX_US: u64 = 5 * 365 * 24 * 3_600 * 1_000_000;
+const OFF_MAX_US: u64 = JUMP_MAX.as_micros() as u64;
 /// Jumps that are remembered.
 const JUMPS_MAX: usize = 16;
 const FORMAT: u8 = 1;
-
-/// Microseconds of the wall clock since 1970 and of the monotonic clock since anything.
-pub type Source = Arc<dyn Fn() -> (u64, u64) + Send + Sync>;
-
-/// The machine's clocks.
-pub fn system() -> Source {
-    let begun = Instant::now();
-    Arc::new(move || {
-        let wall = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_micros() as u64);
-        (wall, begun.elapsed().as_micros() as u64)
-    })
-}
 
 pub struct Clock {
     source: Source,
@@ -190,47 +177,11 @@ fn from_bytes(bytes: &[u8]) -> Option<(u64, Vec<Span>)> {
 
 #[cfg(test)]
 pub mod tests {
-    use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
-
     use super::*;
+    pub use crate::stream::log::clock::tests::{Hands, NOW};
 
     const HOUR: u64 = 3_600_000_000;
     const YEAR: u64 = 365 * 24 * HOUR;
-    pub const NOW: u64 = CLOCK_SET_US + YEAR;
-
-    /// Clocks that a test sets.
-    #[derive(Default)]
-    pub struct Hands {
-        passed_us: AtomicU64,
-        wall_us: AtomicI64,
-    }
-
-    impl Hands {
-        pub fn at(wall_us: u64) -> Arc<Self> {
-            Arc::new(Self { passed_us: 0.into(), wall_us: (wall_us as i64).into() })
-        }
-
-        pub fn source(self: &Arc<Self>) -> Source {
-            let hands = self.clone();
-            Arc::new(move || {
-                let passed = hands.passed_us.load(Ordering::Relaxed);
-                (hands.wall_us.load(Ordering::Relaxed).saturating_add_unsigned(passed) as u64, passed)
-            })
-        }
-
-        pub fn pass(&self, us: u64) {
-            self.passed_us.fetch_add(us, Ordering::Relaxed);
-        }
-
-        /// The wall clock only.
-        pub fn jump(&self, by_us: i64) {
-            self.wall_us.fetch_add(by_us, Ordering::Relaxed);
-        }
-
-        fn wall(self: &Arc<Self>) -> u64 {
-            (self.source())().0
-        }
-    }
 
     #[test]
     fn what_was_stamped_before_or_after_a_jump_keeps_its_age() {

@@ -165,8 +165,8 @@ impl Inner {
     }
 
     /// A change of the log's own, such as where a reader is; false where there is no room for it.
-    pub fn append_own(&self, key: &[u8], value: Option<&[u8]>) -> bool {
-        let change: Change = (state::key(state::OWN, key), value.map(Into::into));
+    pub fn append_own(&self, space: u8, key: &[u8], value: Option<&[u8]>) -> bool {
+        let change: Change = (state::key(space, key), value.map(Into::into));
         let mut front = lock(&self.front);
         if self.may_append(&mut front, change.0.len() + value.map_or(0, <[u8]>::len)).is_err() {
             return false;

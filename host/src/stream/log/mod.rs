@@ -20,7 +20,7 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 
 mod append;
-mod clock;
+pub mod clock;
 mod commit;
 mod crc;
 mod cursor;

@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::append::Front;
-use super::clock::{Clock, Wall};
+use super::clock::{Clock, Source};
 use super::commit::{CommitError, Writer};
 use super::disk::{Create, Disk, File, SlowDisk, SyncSite, Uninterrupted, is_full, parent};
 use super::generations::{self, Metadata};
@@ -30,7 +30,7 @@ pub fn open(
     dir: &Path,
     name: &str,
     config: &Config,
-    wall: Wall,
+    clock: Source,
 ) -> Result<(Arc<Inner>, Recovery), OpenError> {
     let io_error = |error| OpenError::Io { dir: dir.display().to_string(), error };
     let disk: Arc<dyn Disk> = match config.sync_delay {
@@ -62,7 +62,7 @@ pub fn open(
         replayed.next_offset - segments.first().map_or(replayed.next_offset, |s| s.header.base);
 
     let inner = Arc::new(
-        build(disk, dir, name, config, wall, identity, segments, held, &replayed, metadata, openings)
+        build(disk, dir, name, config, clock, identity, segments, held, &replayed, metadata, openings)
             .map_err(io_error)?,
     );
     inner.begin(&replayed).map_err(io_error)?;
@@ -138,7 +138,7 @@ fn build(
     dir: &Path,
     name: &str,
     config: &Config,
-    wall: Wall,
+    clock: Source,
     identity: Identity,
     segments: Vec<Segment>,
     held: Box<dyn Send + Sync>,
@@ -187,7 +187,7 @@ fn build(
         may_use_reserve: AtomicBool::new(true),
         reserve_gone: AtomicBool::new(false),
         use_reserve_while_running: config.may_use_reserve,
-        clock: Mutex::new(Clock::new(wall, replayed.clock_us)),
+        clock: Mutex::new(Clock::new(clock, replayed.timeline(), replayed.clock_us)),
         metadata,
         openings,
         metrics: measure::Meters::new(name),

@@ -68,12 +68,22 @@ impl ReadOnly {
 
     /// Passes over what is older than `age_max`, as if retention had removed it already.
     pub fn newer_than(mut self, age_max: Option<Duration>) -> Self {
-        let now = clock::system()();
-        self.since_us = match age_max {
-            Some(age_max) if clock::is_set(now) => now.saturating_sub(age_max.as_micros() as u64),
-            _ => 0,
-        };
+        let (wall_us, _) = clock::system()();
+        self.since_us = age_max.map_or(0, |age_max| self.append_time(wall_us, age_max));
         self
+    }
+
+    /// Returns the append time of `ago`, 0 where it is not known. The host that writes the log
+    /// measures more exactly.
+    fn append_time(&self, wall_us: u64, ago: Duration) -> u64 {
+        let replay = |segments: Vec<_>| recover::replay(&*self.disk, &self.dir, &segments, None).ok();
+        let Some(replayed) = self.segments().ok().and_then(replay) else { return 0 };
+        let now_us = wall_us.max(replayed.clock_us);
+        if !clock::is_set(now_us) {
+            return 0;
+        }
+        let timeline = replayed.timeline();
+        timeline.append_at(timeline.elapsed_at(now_us).saturating_sub(ago.as_micros() as u64))
     }
 
     /// Reads from `from` on.

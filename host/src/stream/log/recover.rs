@@ -13,12 +13,13 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use super::clock::Timeline;
 use super::disk::{Create, Disk, File};
 use super::frame::{self, Changes, Kind, flags};
 use super::generations::{Closed, Metadata};
 use super::scan::{Landmarks, Scan, Step};
 use super::segment::{self, FRAMES_AT};
-use super::state::State;
+use super::state::{self, State};
 use super::tail::Frame;
 use crate::batch::Offset;
 use crate::stream::Opening;
@@ -159,6 +160,14 @@ pub struct Replayed {
     pub frames: u64,
     pub clock_us: u64,
     pub previous_crc: u32,
+}
+
+impl Replayed {
+    /// Returns how append time passed in the log.
+    pub fn timeline(&self) -> Timeline {
+        let saved = self.state.range(&[state::CLOCK]).next();
+        saved.and_then(|(_, value)| Timeline::decode(value)).unwrap_or_default()
+    }
 }
 
 /// State from the newest whole checkpoint on, and the end of the log. `closed` is where it

@@ -16,7 +16,7 @@ use super::clock;
 use super::commit::{CommitError, no_space_or};
 use super::disk::{Create, File, SyncSite, is_full, lacking};
 use super::segment::{self, FRAMES_AT};
-use super::{Inner, lock, read, write};
+use super::{Inner, lock, read, state, write};
 use crate::batch::Offset;
 use crate::stream::{Attachment, Delivered, Lack, OnLag};
 use crate::threads::{SHORT_TURN, offer_core};
@@ -27,7 +27,7 @@ const GROWTH: u64 = 4;
 const RESERVE: &str = "reserve";
 const ROLLED: &str = "next.tmp";
 /// A segment ends when it is so old, as a part of `max_age`: what is in it goes that much later.
-const AGE_PARTS: u64 = 8;
+const AGE_PARTS: u32 = 8;
 /// The keeper looks at least so often.
 const KEEP_EVERY_MS: u64 = 1_000;
 /// Retention by bytes waits so long for a reader that was asked and does not move on.
@@ -145,6 +145,7 @@ impl Inner {
         self.cut();
         self.end_by_age();
         self.save_marks();
+        self.save_clock();
         self.trim(0);
         if prepare {
             self.prepare();
@@ -166,13 +167,13 @@ impl Inner {
     /// Asks the committer for a new segment where the one in use has messages and is old.
     fn end_by_age(&self) {
         let Some(age_max) = self.max_age else { return };
-        let (now, part) = (lock(&self.clock).now(), age_max.as_micros() as u64 / AGE_PARTS);
+        let Some(since) = self.append_time(age_max / AGE_PARTS) else { return };
         let began = {
             let back = read(&self.back);
             let used = back.segments.back().filter(|segment| segment.header.base < back.end);
             used.map(|segment| segment.header.clock_us)
         };
-        if clock::is_set(now) && began.is_some_and(|began| now >= began + part) {
+        if began.is_some_and(|began| began <= since) {
             lock(&self.front).roll = true;
             self.wake.notify_all();
         }
@@ -180,9 +181,21 @@ impl Inner {
 
     /// The append time before which messages are past `max_age`, once the clock was set.
     pub fn kept_since_us(&self) -> Option<u64> {
-        let now = lock(&self.clock).now();
-        let age_max = self.max_age.filter(|_| clock::is_set(now))?;
-        Some(now.saturating_sub(age_max.as_micros() as u64))
+        self.append_time(self.max_age?)
+    }
+
+    /// The append time of `ago`, once the clock was set.
+    fn append_time(&self, ago: Duration) -> Option<u64> {
+        let mut clock = lock(&self.clock);
+        clock::is_set(clock.now()).then(|| clock.ago(ago))
+    }
+
+    /// Keeps what the clock has to remember.
+    fn save_clock(&self) {
+        let Some(changed) = lock(&self.clock).changed() else { return };
+        if !self.append_own(state::CLOCK, &[], Some(&changed)) {
+            lock(&self.clock).not_saved();
+        }
     }
 
     pub fn ask_keeper_to_cut(&self) {
@@ -433,7 +446,7 @@ impl Inner {
 
     /// Where there is no room it is tried again in the next round.
     fn save_mark(&self, consumer: &str, kept: Kept) {
-        if self.append_own(consumer.as_bytes(), Some(&kept.encode()))
+        if self.append_own(state::OWN, consumer.as_bytes(), Some(&kept.encode()))
             && let Some(mark) = write(&self.back).marks.get_mut(consumer)
         {
             mark.saved = Some((kept.next, kept.delivered));
@@ -467,7 +480,7 @@ impl Inner {
 
     pub fn detach(&self, consumer: &str) {
         if write(&self.back).marks.remove(consumer).is_some() {
-            self.append_own(consumer.as_bytes(), None);
+            self.append_own(state::OWN, consumer.as_bytes(), None);
         }
     }
 }
@@ -557,10 +570,9 @@ impl Kept {
 }
 
 /// The marks that the state map holds.
-pub fn marks(state: &super::state::State) -> BTreeMap<String, Mark> {
-    let own = [super::state::OWN];
-    state
-        .range(&own)
+pub fn marks(all: &state::State) -> BTreeMap<String, Mark> {
+    let own = [state::OWN];
+    all.range(&own)
         .filter_map(|(key, value)| {
             let name = String::from_utf8(key[1..].to_vec()).ok()?;
             let Kept { next, on_lag, delivered } = Kept::decode(value)?;

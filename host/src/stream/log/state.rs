@@ -11,6 +11,9 @@ use crate::stream::{STATE_KEY_BYTES_MAX, STATE_VALUE_BYTES_MAX};
 pub const OWN: u8 = 0;
 /// First byte of the keys of the stream's users.
 pub const USERS: u8 = 1;
+/// First byte of the key of what [`Timeline`](super::clock::Timeline) has of the log's past.
+/// Version 0.1.0 passes over it.
+pub const CLOCK: u8 = 2;
 /// All keys and values together: as many sessions as the broker takes by default, and what
 /// they note. Past it nothing is added until something was removed.
 pub const STATE_BYTES_MAX: usize = 128 << 20;

@@ -42,8 +42,16 @@ fn manual(
     clock: &Arc<AtomicU64>,
 ) -> Result<(Arc<Log>, Recovery), OpenError> {
     let clock = Arc::clone(clock);
-    let wall: clock::Wall = Arc::new(move || clock.load(Ordering::Relaxed));
-    let (inner, recovery) = open::open(Arc::new(disk.clone()), Path::new(DIR), "telemetry", config, wall)?;
+    let both = move || (clock.load(Ordering::Relaxed), clock.load(Ordering::Relaxed));
+    manual_at(disk, config, Arc::new(both))
+}
+
+fn manual_at(
+    disk: &SimDisk,
+    config: &Config,
+    clock: clock::Source,
+) -> Result<(Arc<Log>, Recovery), OpenError> {
+    let (inner, recovery) = open::open(Arc::new(disk.clone()), Path::new(DIR), "telemetry", config, clock)?;
     Ok((Arc::new(Log { inner, threads: Mutex::default() }), recovery))
 }
 

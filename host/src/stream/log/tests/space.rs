@@ -311,17 +311,19 @@ fn age_counts_only_once_the_clock_is_set_and_never_after_a_jump_by_decades() {
     };
     let hour = 3_600_000_000;
     fill();
-    clock.store(10 * hour, Ordering::Relaxed);
+    hands.pass(10 * hour);
     log.inner.keep(false);
     assert_eq!(log.bounds().start, Offset(0), "the clock was never set");
-    clock.store(SET_US + hour, Ordering::Relaxed);
+    hands.jump(SET_US as i64);
     fill();
     log.inner.keep(false);
     assert_eq!(log.bounds().start, Offset(0), "as young as the first with a clock");
-    clock.store(SET_US + 50 * 365 * 24 * hour, Ordering::Relaxed);
+    hands.jump(50 * 365 * 24 * hour as i64);
+    log.inner.keep(false);
+    hands.pass(hour / 2);
     log.inner.keep(false);
     assert_eq!(log.bounds().start, Offset(0), "a jump by decades");
-    clock.store(SET_US + 3 * hour, Ordering::Relaxed);
+    hands.pass(hour);
     log.inner.keep(false);
     assert!(log.bounds().start > Offset(0));
 }
@@ -513,27 +515,37 @@ fn a_slow_stream_ends_its_segments_by_age_and_readers_pass_over_what_is_too_old(
 }
 
 #[test]
-fn retention_by_age_goes_on_after_a_clock_that_jumped_ahead_and_came_back() {
-    let (disk, clock) = (SimDisk::new(3), new_clock());
-    let config = Config {
-        retention: Retention { max_age: Some(Period(Duration::from_micros(200))), ..small().retention },
-        ..small()
+fn a_clock_that_jumps_makes_no_message_older_also_after_a_restart() {
+    use super::clock::tests::{Hands, NOW};
+    let (disk, hands) = (SimDisk::new(3), Hands::at(NOW));
+    let (second, day) = (1_000_000, 24 * 3_600_000_000_i64);
+    let (log, _) = manual_at(&disk, &small(), hands.source()).unwrap();
+    let pass = |log: &Log, seconds: u64| {
+        for _ in 0..seconds {
+            hands.pass(second);
+            log.append(&[message("a/b", &payload(0, 100))], &[]).unwrap();
+            commit(log).unwrap();
+            log.inner.keep(false);
+            log.inner.roll_if_asked(&mut lock(&log.inner.writer)).unwrap();
+        }
     };
-    let (log, _) = manual(&disk, &config, &clock).unwrap();
-    let month = 30 * 24 * 3_600_000_000;
-    clock.fetch_add(month, Ordering::Relaxed);
-    for n in 0..20 {
-        log.append(&[message("a/b", &payload(n, 3_000))], &[]).unwrap();
-        commit(&log).unwrap();
+    // A wrong answer of a time server, then one that is believed, then the right time.
+    pass(&log, 60);
+    for (by, seconds) in [(60 * day, 5), (-60 * day, 30), (60 * day, 90), (-60 * day, 30)] {
+        hands.jump(by);
+        pass(&log, seconds);
     }
-    clock.fetch_sub(month, Ordering::Relaxed);
-    let start = log.bounds().start;
-    // Time passes as it elapses, whatever the clock says: this ends, or the clock stands still.
-    while log.bounds().end > log.bounds().start {
-        log.inner.keep(false);
-        log.inner.roll_if_asked(&mut lock(&log.inner.writer)).unwrap();
-    }
-    assert!(log.bounds().start > start);
+    assert_eq!(log.bounds().start, Offset(0));
+    assert!(!log.is_past_age(NOW + second), "of the first message");
+    drop(log);
+    disk.restart_process();
+    let (log, _) = manual_at(&disk, &small(), hands.source()).unwrap();
+    pass(&log, 3_300);
+    assert_eq!(log.bounds().start, Offset(0));
+    assert!(!log.is_past_age(NOW + second), "of the first message");
+    pass(&log, 600);
+    assert!(log.bounds().start > Offset(0), "it ages by what passes");
+    assert!(log.is_past_age(NOW + second));
 }
 
 #[test]
