@@ -215,7 +215,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
     let (mut interrupts, terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let told = if is_kept { String::new() } else { token };
     let running = RunFile::new(&instance, listener.addresses(), admin.address(), told);
-    run_file::write(&data_dir, &running)?;
+    run_file::write_or_retry(&data_dir, running, stop_admin.clone());
     let mut started = Started::of(&config, &source);
     for ((_, bound), address) in started.listeners.iter_mut().zip(listener.addresses()) {
         *bound = address.clone();

@@ -6,13 +6,17 @@ use std::io::Write;
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
 
 use crate::listeners::mqtt::Bind;
 
 const NAME: &str = "run.json";
+/// Between two tries to write it.
+const RETRY_EVERY: Duration = if cfg!(test) { Duration::from_millis(10) } else { Duration::from_secs(5) };
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunFile {
@@ -35,7 +39,7 @@ impl RunFile {
 }
 
 /// Written whole or not at all, once everything listens, and for its owner only to read.
-pub fn write(data_dir: &Path, file: &RunFile) -> anyhow::Result<()> {
+fn write(data_dir: &Path, file: &RunFile) -> anyhow::Result<()> {
     let text = serde_json::to_string_pretty(file)?;
     let temporary = data_dir.join("run.json.new");
     let put = || {
@@ -52,6 +56,26 @@ pub fn write(data_dir: &Path, file: &RunFile) -> anyhow::Result<()> {
     put().with_context(|| format!("cannot write {}", path(data_dir).display()))
 }
 
+/// Writes it as [`write`] does, now or, in a task, as soon as that can be: on a full disk
+/// the host serves all the same. Until then commands do not find the host.
+pub fn write_or_retry(data_dir: &Path, file: RunFile, stop: CancellationToken) {
+    let Err(error) = write(data_dir, &file) else { return };
+    tracing::warn!(
+        error = format!("{error:#}"),
+        "`headworks status` and other commands do not find this host until the file is written: \
+         free space in the data folder; it is tried again every {} s",
+        RETRY_EVERY.as_secs()
+    );
+    let data_dir = data_dir.to_owned();
+    tokio::spawn(async move {
+        while stop.run_until_cancelled(tokio::time::sleep(RETRY_EVERY)).await.is_some() {
+            if write(&data_dir, &file).is_ok() {
+                return;
+            }
+        }
+    });
+}
+
 /// Of the host that runs on this data folder, or ran and was killed.
 pub fn read(data_dir: &Path) -> Option<RunFile> {
     serde_json::from_slice(&std::fs::read(path(data_dir)).ok()?).ok()
@@ -64,4 +88,26 @@ pub fn remove(data_dir: &Path) {
 
 fn path(data_dir: &Path) -> PathBuf {
     data_dir.join(NAME)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, SocketAddr};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_host_that_cannot_write_it_at_once_writes_it_when_it_can() {
+        let folder = tempfile::tempdir().unwrap();
+        // A folder that is not there yet stands for a disk without room.
+        let data_dir = folder.path().join("data");
+        let running = RunFile::new("i", &[], SocketAddr::from((Ipv4Addr::LOCALHOST, 1)), String::new());
+        write_or_retry(&data_dir, running.clone(), CancellationToken::new());
+        assert_eq!(read(&data_dir), None);
+        std::fs::create_dir(&data_dir).unwrap();
+        while read(&data_dir).is_none() {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(read(&data_dir), Some(running));
+    }
 }

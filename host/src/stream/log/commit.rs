@@ -92,6 +92,7 @@ impl Inner {
         if writer.in_hand.is_some() {
             return Ok(true);
         }
+        self.finish_opening(&mut writer)?;
         let mut front = lock(&self.front);
         loop {
             if front.roll {

@@ -217,7 +217,8 @@ fn build(
 
 impl Inner {
     /// Metadata, then a segment of this opening with all that nothing proved,
-    /// both durable before anything is served.
+    /// both durable before anything is served. A log without room for the segment
+    /// is served all the same: readers drain it, and appends wait.
     fn begin(&self, replayed: &Replayed) -> io::Result<()> {
         // Each opening: a crash may have come between the folder and this.
         self.disk.sync_dir(&parent(&self.dir), SyncSite::Folder)?;
@@ -230,11 +231,54 @@ impl Inner {
         }
         let mut writer = lock(&self.writer);
         match self.roll(&mut writer, 0, &replayed.unproven) {
-            Ok(()) => {}
-            Err(CommitError::Failed(_, error)) => return Err(error),
-            Err(CommitError::NoSpace(lack)) => return Err(io::Error::other(lack.to_string())),
+            Ok(()) => self.opened(),
+            Err(CommitError::NoSpace(lack)) if !read(&self.back).segments.is_empty() => {
+                self.prove_in_place(&mut writer, replayed)?;
+                self.set_lack(Some(lack));
+                Ok(())
+            }
+            Err(CommitError::NoSpace(lack)) => Err(io::Error::other(lack.to_string())),
+            Err(CommitError::Failed(_, error)) => Err(error),
         }
-        drop(writer);
+    }
+
+    /// Makes durable where it lies what nothing proves, for want of room to repeat it. It is
+    /// written over with the same bytes: a crash meanwhile changes nothing that was durable, and
+    /// the sync is one for these pages, whatever an earlier one did with them.
+    fn prove_in_place(&self, writer: &mut Writer, replayed: &Replayed) -> io::Result<()> {
+        let (at, end) = (replayed.proven_at, replayed.whole_at);
+        if at < end {
+            let mut bytes = vec![0; (end - at) as usize];
+            if writer.file.read_at(&mut bytes, at)? < bytes.len() {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            writer.file.write_at(&[&bytes], at)?;
+            writer.file.sync(SyncSite::Frame)?;
+        }
+        writer.at = end;
+        writer.len = end;
+        writer.next_frame = replayed.end_frame.max(replayed.first_frame);
+        writer.durable_frames = writer.next_frame;
+        writer.durable_through = replayed.next_offset;
+        if let Some(last) = write(&self.back).segments.back_mut() {
+            last.limit = end;
+        }
+        Ok(())
+    }
+
+    /// Makes the segment of this opening, where there was no room for it before. Readers have
+    /// been served meanwhile, and nothing was appended.
+    pub fn finish_opening(&self, writer: &mut Writer) -> Result<(), CommitError> {
+        if self.opening.load(Ordering::Relaxed) {
+            self.roll(writer, 0, &[])?;
+            self.opened().map_err(|error| CommitError::Failed("remove a replaced segment", error))?;
+            self.set_lack(None);
+        }
+        Ok(())
+    }
+
+    /// The segment of this opening is there.
+    fn opened(&self) -> io::Result<()> {
         self.remove_replaced()?;
         self.opening.store(false, Ordering::Relaxed);
         self.may_use_reserve.store(self.use_reserve_while_running, Ordering::Relaxed);

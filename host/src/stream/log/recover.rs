@@ -153,8 +153,9 @@ pub struct Replayed {
     pub end_frame: u64,
     /// Messages of frames that nothing proves durable, in order.
     pub unproven: Vec<Frame>,
-    /// In the last segment: end of what is proven.
+    /// In the last segment: end of what is proven, and of the whole frames behind it.
     pub proven_at: u64,
+    pub whole_at: u64,
     pub torn_bytes: u64,
     pub damaged: Vec<Damage>,
     pub frames: u64,
@@ -185,6 +186,7 @@ pub fn replay(
         end_frame: 0,
         unproven: Vec::new(),
         proven_at: FRAMES_AT,
+        whole_at: FRAMES_AT,
         torn_bytes: 0,
         damaged: Vec::new(),
         frames: 0,
@@ -304,6 +306,7 @@ fn walk(
                             next_frame = header.sequence + 1;
                             if header.sequence >= proven {
                                 unproven.push((header.sequence, at, frame, state));
+                                replayed.whole_at = at + header.total_len();
                             }
                         } else {
                             next_frame = next_frame.max(header.sequence);
@@ -328,6 +331,7 @@ fn walk(
     replayed.next_offset = offset;
     replayed.first_frame = next_frame;
     replayed.proven_at = ends_at;
+    replayed.whole_at = if unproven.is_empty() { ends_at } else { replayed.whole_at };
     replayed.unproven = unproven.into_iter().map(|(.., frame, _)| frame).filter(|f| f.count > 0).collect();
     Ok(())
 }

@@ -25,6 +25,7 @@ use crate::threads::{SHORT_TURN, offer_core};
 const FIRST_SEGMENT_BYTES: u64 = 4 << 20;
 const GROWTH: u64 = 4;
 const RESERVE: &str = "reserve";
+const RESERVE_NEW: &str = "reserve.tmp";
 const ROLLED: &str = "next.tmp";
 /// A segment ends when it is so old, as a part of `max_age`: what is in it goes that much later.
 const AGE_PARTS: u32 = 8;
@@ -288,22 +289,27 @@ impl Inner {
         Ok((file, len, path))
     }
 
-    /// Makes the reserve where it is missing and there is room.
+    /// Makes the reserve where it is missing or too short and there is room. It gets its name
+    /// once it has its blocks.
     pub fn fill_reserve(&self) {
         let path = self.dir.join(RESERVE);
         if self.reserve_bytes == 0 {
             return;
         }
-        match self.disk.open(&path, Create::ReadOnly) {
-            Ok(_) => return self.reserve_gone.store(false, Ordering::Relaxed),
+        match self.disk.open(&path, Create::ReadOnly).and_then(|reserve| reserve.len()) {
+            Ok(len) if len >= self.reserve_bytes => return self.reserve_gone.store(false, Ordering::Relaxed),
             // Nothing says that it is gone.
             Err(error) if !is_full(&error) && lacking(&error).is_some() => return,
-            Err(_) => {}
+            _ => {}
         }
-        let made = self.disk.open(&path, Create::Fresh).and_then(|file| file.preallocate(self.reserve_bytes));
+        let temporary = self.dir.join(RESERVE_NEW);
+        let made = self.disk.open(&temporary, Create::Fresh).and_then(|file| {
+            file.preallocate(self.reserve_bytes)?;
+            self.disk.rename(&temporary, &path)
+        });
         self.reserve_gone.store(made.is_err(), Ordering::Relaxed);
         if made.is_err() {
-            let _ = self.disk.remove(&path);
+            let _ = self.disk.remove(&temporary);
         }
     }
 

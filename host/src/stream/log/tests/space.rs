@@ -299,10 +299,81 @@ fn a_log_opens_on_a_full_disk_with_its_reserve() {
     commit(&log).unwrap();
 }
 
+#[tokio::test]
+async fn a_log_opens_where_there_is_no_room_at_all_again_and_again_and_loses_nothing() {
+    for power in [false, true] {
+        let disk = SimDisk::new(7);
+        let open = || Log::open(Arc::new(disk.clone()), Path::new(DIR), "t", &small()).unwrap().0;
+        let (log, _) = manual(&disk, &small(), &new_clock()).unwrap();
+        for n in 0..10 {
+            log.append(&[message("a/b", &payload(n, 900))], &[StateChange { key: b"k", value: Some(b"v") }])
+                .unwrap();
+            commit(&log).unwrap();
+        }
+        // The last frame is durable, and nothing proves it.
+        drop(log);
+        disk.restart_process();
+        disk.set_bytes_max(disk.bytes());
+        for _ in 0..3 {
+            let log = open();
+            assert_eq!(log.bounds(), Offset(0)..Offset(10));
+            assert_eq!(log.state(b"k").len(), 1);
+            assert!(!log.has_room());
+            assert_eq!(log.append(&[message("a/b", b"x")], &[]), Err(AppendError::NoSpace));
+            assert!(read_all(&*log, 0).await.iter().all(|(_, payload)| payload.is_some()));
+            drop(log);
+            if power { disk.reboot() } else { disk.restart_process() }
+        }
+        let log = open();
+        disk.set_bytes_max(1 << 20);
+        log.writable().await;
+        let appended = log.append(&[message("a/b", b"x")], &[]).unwrap();
+        durable(&*log, appended.ticket).await;
+        drop(log);
+        disk.restart_process();
+        let log = open();
+        assert_eq!(log.bounds(), Offset(0)..Offset(11));
+        assert!(read_all(&*log, 0).await.iter().all(|(_, payload)| payload.is_some()));
+        assert_eq!(log.state(b"k").len(), 1);
+    }
+}
+
+#[test]
+fn a_reserve_that_is_empty_or_short_is_filled_again_and_no_crash_leaves_one() {
+    let clock = new_clock();
+    let config = Config { reserve_bytes: ByteSize(32 << 10), ..small() };
+    let path = Path::new(DIR).join("reserve");
+    for left in [0, 5_000] {
+        let disk = SimDisk::new(3);
+        let (log, _) = manual(&disk, &config, &clock).unwrap();
+        let len = || disk.open(&path, disk::Create::ReadOnly).unwrap().len().unwrap();
+        disk.open(&path, disk::Create::Existing).unwrap().truncate(left).unwrap();
+        log.inner.keep(false);
+        assert_eq!(len(), 32 << 10);
+        // As full as it may be: the short one stays, and that there is no whole one is told.
+        disk.open(&path, disk::Create::Existing).unwrap().truncate(left).unwrap();
+        disk.set_bytes_max(disk.bytes());
+        log.inner.keep(false);
+        assert_eq!((len(), log.has_room()), (left, false));
+        disk.set_bytes_max(u64::MAX);
+        log.inner.keep(false);
+        assert_eq!((len(), log.has_room()), (32 << 10, true));
+    }
+    for operations in 0..60 {
+        let disk = SimDisk::new(operations);
+        disk.crash_in(operations);
+        drop(manual(&disk, &config, &clock));
+        disk.restart_process();
+        let reserve = disk.open(&path, disk::Create::ReadOnly).and_then(|file| file.len());
+        assert!(reserve.is_err() || reserve.is_ok_and(|len| len == 32 << 10), "after {operations}");
+    }
+}
+
 #[test]
 fn age_counts_only_once_the_clock_is_set_and_never_after_a_jump_by_decades() {
-    let (disk, clock) = (SimDisk::new(3), Arc::new(AtomicU64::new(5)));
-    let (log, _) = manual(&disk, &small(), &clock).unwrap();
+    use super::clock::tests::Hands;
+    let (disk, hands) = (SimDisk::new(3), Hands::at(5));
+    let (log, _) = manual_at(&disk, &small(), hands.source()).unwrap();
     let fill = || {
         for n in 0..20 {
             log.append(&[message("a/b", &payload(n, 3_000))], &[]).unwrap();
