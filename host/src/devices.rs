@@ -13,6 +13,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::hints::Hint;
 use crate::problems::{KeyPath, Problems};
 use crate::telemetry::Failures;
 use crate::topic::DEVICE_ID_BYTES_MAX;
@@ -104,7 +105,7 @@ impl Devices {
                 Ok(None) => {}
                 Err(error) => {
                     let reason = format!("{error}; what was read before stays");
-                    failures.report("devices.file", 1, &reason, "headworks validate");
+                    failures.report("devices.file", 1, &reason, &failures.hint(Hint::Validate));
                 }
             }
         }

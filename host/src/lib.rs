@@ -11,6 +11,7 @@ pub mod devices;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
+mod hints;
 pub mod listeners;
 pub mod patience;
 pub mod pipeline;

@@ -23,6 +23,7 @@ use super::scram::Verifier;
 use super::standing::Proof;
 use super::watched::Watched;
 use super::{Denied, Identity};
+use crate::hints::{Hint, Hints};
 use crate::telemetry::Failures;
 
 const FILE_BYTES_MAX: u64 = 64 << 20;
@@ -97,11 +98,13 @@ impl Passwords {
         wait_max: Duration,
         failures: Failures,
     ) -> Result<Self, String> {
-        let load = |bytes: &[u8]| {
+        let path = config.file.clone();
+        let load = move |bytes: &[u8]| {
             let users = Users::parse(bytes)?;
             let costliest = users.0.values().max_by_key(|entry| cost(&entry.hash)).map(|entry| &*entry.hash);
             // Written by who had no room for it, or not written yet.
-            let costliest = costliest.ok_or("has no user: add one with `headworks passwd`")?.into();
+            let add = || Hints::default().command(Hint::Passwd(&path));
+            let costliest = costliest.ok_or_else(|| format!("has no user: add one with `{}`", add()))?.into();
             let scram = users.0.values().filter_map(|entry| entry.scram.as_ref());
             let iterations = scram.map(|scram| scram.iterations).collect::<BTreeSet<_>>();
             Ok(Loaded { iterations: iterations.into_iter().collect(), costliest, users })
@@ -365,7 +368,7 @@ fn cost(hash: &str) -> u64 {
 
 fn check_hash(hash: &str) -> Result<(), String> {
     let parsed = PasswordHash::new(hash).ok().filter(|hash| hash.algorithm.as_str() == "argon2id");
-    let wanted = "must be an argon2id hash, as `headworks passwd` makes it";
+    let wanted = "must be an argon2id hash, as the command `passwd` makes it";
     let parsed = parsed.filter(|hash| hash.hash.is_some() && hash.salt.is_some()).ok_or(wanted)?;
     let cost = Params::try_from(&parsed).map_err(|_| wanted)?;
     if cost.m_cost() > MEMORY_KIB_MAX || cost.t_cost() > PASSES_MAX || cost.p_cost() > LANES_MAX {

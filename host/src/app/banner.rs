@@ -4,17 +4,17 @@ use std::fmt::Write;
 use std::net::SocketAddr;
 
 use crate::config::{Config, Source};
+use crate::hints::{Hint, Hints, Letters};
 use crate::listeners::mqtt::Bind;
 use crate::topic::Namespace;
 
 /// What the start screen shows. [`Started::of`] fills it from the config; what
 /// is known only once it runs (bound addresses, plugins) is put over it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct Started {
     /// `headworks.yaml` or `embedded default`
     pub config: String,
-    /// With which the hints' commands find this host: ` --config headworks.yaml`.
-    pub option: String,
+    pub hints: Hints,
     pub data_dir: String,
     pub plugins_dir: String,
     /// In the order they run.
@@ -69,7 +69,7 @@ impl Started {
         };
         Self {
             config: source.to_string(),
-            option: source.option(),
+            hints: source.hints(),
             data_dir: config.data_dir.display().to_string(),
             plugins_dir: config.plugins.dir.display().to_string(),
             plugins: Vec::new(),
@@ -130,11 +130,11 @@ pub fn banner(started: &Started) -> String {
         )
     });
     let commands = [
-        ("headworks streams tail --follow", "what comes in"),
-        ("headworks status", "what is wrong, and what to do"),
-        ("headworks dead-letters summary", "what was refused, and why"),
+        (Hint::StreamsTail, "what comes in"),
+        (Hint::Status, "what is wrong, and what to do"),
+        (Hint::DeadLettersSummary(Letters::All), "what was refused, and why"),
     ]
-    .map(|(command, what)| (format!("{command}{}", started.option), what));
+    .map(|(hint, what)| (started.hints.command(hint), what));
     let width = commands.iter().map(|(command, _)| command.chars().count()).max().unwrap_or(0);
     let hints = next.into_iter().chain(commands.map(|(command, what)| format!("{command:width$}  {what}")));
     for (number, hint) in hints.enumerate() {
@@ -213,6 +213,8 @@ fn example_level(field: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     #[test]
@@ -257,7 +259,7 @@ next      mosquitto_pub -h 127.0.0.1 -q 1 \\
         let expected = expected.replace("VERSION", env!("CARGO_PKG_VERSION")).replace("SINK", &sink);
         assert_eq!(banner(&started), expected);
         assert!(expected.lines().all(|line| line.chars().count() <= 80), "{expected}");
-        started.option = " --config hw.yaml".to_owned();
+        started.hints = Hints::of(Some(Path::new("hw.yaml")));
         assert!(banner(&started).contains("headworks dead-letters summary --config hw.yaml   what was"));
         started.plugins.clear();
         let hint = "./plugins\n          no plugins yet: messages go to their table as they are; drop a .wasm file in\n";

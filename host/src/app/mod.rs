@@ -34,6 +34,7 @@ use crate::access::Authenticator;
 use crate::admin;
 use crate::config::{Config, DEAD_LETTERS, Source};
 use crate::devices::Devices;
+use crate::hints::Hints;
 use crate::listeners::mqtt;
 use crate::pipeline::{self, Batching, SinkPart};
 use crate::plugin::access::AccessEngine;
@@ -65,8 +66,7 @@ pub struct Host {
     pub plugins: Plugins,
     pub data_dir: PathBuf,
     pub plugins_dir: PathBuf,
-    /// With which a command finds this host: ` --config headworks.yaml`.
-    pub option: String,
+    pub hints: Hints,
     pub prometheus: PrometheusHandle,
     watch: problems::Watch,
 }
@@ -83,7 +83,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
     }
     let _lock = lock(&data_dir)?;
     let instance: Arc<str> = uuid::Uuid::new_v4().simple().to_string().into();
-    let failures = Failures::showing(&source.option());
+    let failures = Failures::showing(source.hints());
     tokio::spawn(failures.clone().flush_regularly());
     let namespace = Arc::new(Namespace::parse(&config.topics)?);
     let stop_listening = CancellationToken::new();
@@ -172,7 +172,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
         plugins,
         data_dir: data_dir.clone(),
         plugins_dir: config.plugins.dir.clone(),
-        option: source.option(),
+        hints: source.hints(),
         prometheus: prometheus.clone(),
         watch: problems::Watch::default(),
     });

@@ -18,6 +18,7 @@ use super::status::is_stopped;
 use crate::admin::{AtStake, PROBLEM_KINDS, Problem};
 use crate::batch::Offset;
 use crate::config::DEAD_LETTERS;
+use crate::hints::{Hint, Hints, Letters};
 use crate::pipeline::{PipelineStatus, SinkStatus, State};
 use crate::plugin::PluginState;
 use crate::stream::{Read, Stream};
@@ -165,10 +166,12 @@ impl Host {
             AtStake { messages: Some(status.end.0.saturating_sub(status.read.0)), ..AtStake::default() };
         if let Some((kind, cause)) = named(&status.state) {
             let advice = match kind {
-                "holding" => format!(
-                    "`headworks plugin list{}` shows the steps; mend the one that is named",
-                    self.option
-                ),
+                "holding" => {
+                    format!(
+                        "`{}` shows the steps; mend the one that is named",
+                        self.hints.command(Hint::PluginList)
+                    )
+                }
                 _ => "mend the cause, then start the host again".to_owned(),
             };
             let part = format!("pipeline {}", status.name);
@@ -208,13 +211,16 @@ impl Host {
                 PluginState::Active | PluginState::Loading => return None,
                 PluginState::Failed(reason) => {
                     let file = self.plugins_dir.join(&plugin.file);
-                    let advice = format!("mend the file or take it away; `headworks plugin inspect {}`", file.display());
+                    let advice = format!(
+                        "mend the file or take it away; `{}`",
+                        self.hints.command(Hint::PluginInspect(&file))
+                    );
                     ("plugin_failed", reason, advice)
                 }
                 PluginState::Removed(reason) => {
                     let advice = format!(
-                        "put the file back, or let pipelines go on without it: `headworks plugin remove {}{}`",
-                        plugin.name, self.option
+                        "put the file back, or let pipelines go on without it: `{}`",
+                        self.hints.command(Hint::PluginRemove(&plugin.name))
                     );
                     ("plugin_removed", reason, advice)
                 }
@@ -254,18 +260,24 @@ impl Host {
         let grown = sums.into_iter().filter(|(_, count)| *count > 0);
         let found = grown.map(|((kind, name), count)| {
             let messages = if count == 1 { "1 message was".to_owned() } else { format!("{count} messages were") };
-            let option = &self.option;
             let (part, cause, advice) = match kind {
                 "gap" => (
                     format!("stream {name}"),
                     format!("{messages} lost within the last hour: damaged on disk, or removed by retention before they were read"),
                     "look at the log and the disk, or raise retention of the stream".to_owned(),
                 ),
-                "dropped" => dropped(&name, &messages, option),
+                "dropped" => dropped(&name, &messages, &self.hints),
                 _ => (
                     format!("pipeline {name}"),
                     format!("{messages} rejected within the last hour"),
-                    format!("`headworks dead-letters summary{option}` shows the reasons, `redrive` sends them again"),
+                    {
+                        let letters = Letters::OfPipeline(&name);
+                        format!(
+                            "`{}` shows the reasons, `{}` sends them again once the cause is mended",
+                            self.hints.command(Hint::DeadLettersSummary(letters)),
+                            self.hints.command(Hint::Redrive(letters)),
+                        )
+                    },
                 ),
             };
             let at_stake = AtStake { messages: Some(count), ..AtStake::default() };
@@ -311,14 +323,14 @@ impl Host {
 }
 
 /// Part, cause and advice for messages that `headworks_mqtt_dropped_total` counts under `cause`.
-fn dropped(cause: &str, messages: &str, option: &str) -> (String, String, String) {
+fn dropped(cause: &str, messages: &str, hints: &Hints) -> (String, String, String) {
     let (part, why, advice) = match cause {
         "no_space" => (
             "publishers",
             "QoS 0, and their stream had no room",
             format!(
-                "`headworks status{option}` says what a stream lacks now; publish with QoS 1 what must \
-                 not be lost"
+                "`{}` says what a stream lacks now; publish with QoS 1 what must not be lost",
+                hints.command(Hint::Status)
             ),
         ),
         "retained_full" => (
@@ -336,7 +348,7 @@ fn dropped(cause: &str, messages: &str, option: &str) -> (String, String, String
         _ => (
             "subscribers",
             "their queue was full",
-            format!("`headworks clients list --sort missed{option}` shows whose they were"),
+            format!("`{}` shows whose they were", hints.command(Hint::ClientsMissed)),
         ),
     };
     (format!("{part} ({cause})"), format!("{messages} dropped within the last hour: {why}"), advice)
@@ -401,7 +413,7 @@ mod tests {
 
     #[test]
     fn who_lost_messages_is_told_by_what_dropped_them() {
-        let part = |cause| dropped(cause, "7 messages were", "").0;
+        let part = |cause| dropped(cause, "7 messages were", &Hints::default()).0;
         let found = DROPS.map(part);
         let wanted = [
             "publishers (no_space)",

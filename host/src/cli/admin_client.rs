@@ -15,6 +15,7 @@ use super::output::shown;
 use crate::admin::INSTANCE;
 use crate::app::run_file;
 use crate::config::Config;
+use crate::hints::{Hint, Hints};
 
 const ANSWER_BYTES_MAX: u64 = 16 << 20;
 const HEALTH_BYTES_MAX: u64 = 16 << 10;
@@ -48,7 +49,8 @@ async fn ask<T: DeserializeOwned>(config: &Config, head: &str, body: &str) -> an
     let folder = shown(&config.data_dir);
     let none = || {
         NotRunning(format!(
-            "no host runs on the data folder {folder}: name its config with --config, or start it with `headworks run`"
+            "no host runs on the data folder {folder}: name its config with --config, or start it with `{}`",
+            Hints::default().command(Hint::Run)
         ))
     };
     // What the running host wrote down, since its port may be any free one.

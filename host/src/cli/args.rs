@@ -57,7 +57,7 @@ pub enum Command {
     /// Refused messages: summary, list, show, send again
     #[command(subcommand)]
     DeadLetters(DeadLettersCommand),
-    /// MQTT clients: list, show, refused ones, disconnect; the host must run
+    /// MQTT clients: list, show, refused, kick, delete; the host must run
     #[command(subcommand)]
     Clients(ClientsCommand),
     /// Add or change a user of a password file, or take one out
@@ -351,9 +351,8 @@ pub enum DeadLettersCommand {
 }
 
 fn letter_id(text: &str) -> Result<u64, String> {
-    text.parse().map_err(|_| {
-        "an id is a whole number; `headworks dead-letters list` begins each line with one".to_owned()
-    })
+    text.parse()
+        .map_err(|_| "an id is a whole number; `dead-letters list` begins each line with one".to_owned())
 }
 
 #[derive(Clone, Debug, Default, Args)]
@@ -384,9 +383,93 @@ impl ValueEnum for LogFormat {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+    use std::process::Command as Process;
+
     use clap::CommandFactory;
+    use clap::error::ErrorKind;
 
     use super::*;
+    use crate::hints::{Hint, Hints};
+
+    /// The words of a command, as a shell reads it.
+    fn words(command: &str) -> Vec<String> {
+        let script = format!("printf '%s\\0' {command}");
+        let output = Process::new("bash").args(["-c", &script]).output().expect("bash");
+        assert!(output.status.success(), "{command}: {output:?}");
+        let text = String::from_utf8(output.stdout).expect("UTF-8");
+        text.strip_suffix('\0').expect("a word").split('\0').map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn every_hint_is_a_command_that_runs_as_it_is_shown() {
+        let config = Path::new("o'clock/$HOME hw.yaml");
+        for name in ["warehouse", "-x", "it's \"$(reboot)\" `x`; \\ &", "a\nb\u{202e}c"] {
+            for hint in Hint::samples(name) {
+                let command = Hints::of(Some(config)).command(hint);
+                let words = words(&command);
+                Cli::try_parse_from(&words).unwrap_or_else(|error| panic!("{command}: {error}"));
+                let takes_config = words.iter().any(|word| word == config.to_str().unwrap());
+                let has_option = Cli::try_parse_from(words.iter().chain([&"--config=x".to_owned()])).is_ok();
+                assert!(takes_config || !has_option, "{command}: --config is missing");
+                let is_of_name = format!("{hint:?}").contains(&format!("{name:?}"));
+                assert_eq!(words.iter().any(|word| word == name), is_of_name, "{command}: {words:?}");
+            }
+        }
+    }
+
+    /// Text and comments of a source file up to its tests, with the number of each line.
+    fn lines_of(source: &str) -> impl Iterator<Item = (usize, &str)> {
+        source.lines().enumerate().take_while(|(_, line)| !line.starts_with("#[cfg(test)]"))
+    }
+
+    /// What text calls a command must be one. Text that is shown takes it from `hints`, which adds the config.
+    #[test]
+    fn commands_in_the_sources_exist_and_those_that_are_shown_are_hints() {
+        let mut folders = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("src")];
+        let (mut faults, mut checked) = (Vec::new(), 0);
+        let made_elsewhere = ["hints.rs", "cli/args.rs", "config/reference.rs"];
+        while let Some(folder) = folders.pop() {
+            for entry in std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+                if entry.is_dir() {
+                    folders.push(entry);
+                    continue;
+                }
+                let is_test =
+                    entry.components().any(|part| part.as_os_str().to_string_lossy().contains("test"));
+                if is_test || made_elsewhere.iter().any(|file| entry.ends_with(file)) {
+                    continue;
+                }
+                let source = std::fs::read_to_string(&entry).unwrap();
+                for (number, line) in lines_of(&source) {
+                    for quote in ['`', '"'] {
+                        for (at, start) in line.match_indices(&format!("{quote}headworks ")) {
+                            let command = line[at + 1..].split(quote).next().unwrap_or_default();
+                            let second = line[at + start.len()..].split([' ', quote]).next();
+                            let is_command =
+                                Cli::command().find_subcommand(second.unwrap_or_default()).is_some();
+                            // `headworks version 0.1.0` of `$SYS`, and the compiler's child.
+                            if !is_command && (quote == '"' || command == "headworks plugin-compile") {
+                                continue;
+                            }
+                            checked += 1;
+                            let at = format!("{}:{}: {command}", entry.display(), number + 1);
+                            if !line.trim_start().starts_with("//") && !line.trim_start().starts_with("help:")
+                            {
+                                faults.push(format!("{at}: to be made by `hints`"));
+                            }
+                            let words = command.split(' ').chain(["--help"]);
+                            let parsed = Cli::try_parse_from(words).map_err(|error| error.kind());
+                            if !matches!(parsed, Err(ErrorKind::DisplayHelp)) {
+                                faults.push(format!("{at}: {parsed:?}"));
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        assert!(checked > 5 && faults.is_empty(), "{checked} commands\n{}", faults.join("\n"));
+    }
 
     #[test]
     fn every_help_fits_80_columns() {

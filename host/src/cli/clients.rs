@@ -7,7 +7,8 @@ use super::args::{ClientSort, ClientsCommand, Format};
 use super::output::{Out, one_line, time};
 use super::{admin_client, block_on};
 use crate::admin::{ClientList, ClientListRequest, RefusedClientsRequest};
-use crate::config::{self, Config};
+use crate::config::{self, Config, Loaded};
+use crate::hints::Hint;
 use crate::listeners::mqtt::{Client, ClientOrder, RefusedClient};
 
 const USER_CHARS_MAX: usize = 60;
@@ -33,16 +34,18 @@ pub fn clients(command: ClientsCommand, out: &mut Out) -> anyhow::Result<()> {
             refused(&config, max.get(), format.format, out)
         }
         ClientsCommand::Kick { client_id, config } => {
-            let config = config::load(config.config.as_deref())?.config;
+            let Loaded { config, source, .. } = config::load(config.config.as_deref())?;
             if !is_done(&config, &client_id, "/api/clients/kick", "kicked")? {
-                bail!("no client \"{client_id}\" is connected: `headworks clients list` shows who is");
+                let list = source.hints().command(Hint::ClientsList);
+                bail!("no client \"{client_id}\" is connected: `{list}` shows who is");
             }
             out.line(format!("{client_id} is disconnected"))
         }
         ClientsCommand::Delete { client_id, config } => {
-            let config = config::load(config.config.as_deref())?.config;
+            let Loaded { config, source, .. } = config::load(config.config.as_deref())?;
             if !is_done(&config, &client_id, "/api/clients/delete", "deleted")? {
-                bail!("no client \"{client_id}\" has a session: `headworks clients list` shows who has");
+                let list = source.hints().command(Hint::ClientsList);
+                bail!("no client \"{client_id}\" has a session: `{list}` shows who has");
             }
             out.line(format!("the session of {client_id} is deleted"))
         }

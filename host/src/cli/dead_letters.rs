@@ -13,7 +13,8 @@ use super::output::{Out, one_line, time};
 use super::{admin_client, block_on, message, streams};
 use crate::admin::{RedriveAnswer, RedriveRequest};
 use crate::batch::{Batch, MessageRef, Offset};
-use crate::config::{self, Config, DEAD_LETTERS};
+use crate::config::{self, Config, DEAD_LETTERS, Loaded};
+use crate::hints::{Hint, Hints};
 use crate::pipeline::{MARK_PREFIX, Mark, marks};
 use crate::plugin;
 use crate::properties::{self, Origin};
@@ -41,13 +42,13 @@ pub fn dead_letters(command: DeadLettersCommand, out: &mut Out) -> anyhow::Resul
             list(&config, max.map(NonZeroUsize::get), sent, &filter, format.format, out)
         }
         DeadLettersCommand::Show { id, config, format } => {
-            let config = config::load(config.config.as_deref())?.config;
-            show(open(&config, Offset(id))?, id, format.format, out)
+            let Loaded { config, source, .. } = config::load(config.config.as_deref())?;
+            show(open(&config, Offset(id))?, id, &source.hints(), format.format, out)
         }
         DeadLettersCommand::Redrive { ids, all: _, filter, config, format } => {
-            let config = config::load(config.config.as_deref())?.config;
+            let loaded = config::load(config.config.as_deref())?;
             let LetterFilter { pipeline, sink, step } = filter;
-            block_on(redrive(&config, RedriveRequest { ids, pipeline, sink, step }, format.format, out))
+            block_on(redrive(&loaded, RedriveRequest { ids, pipeline, sink, step }, format.format, out))
         }
     }
 }
@@ -247,8 +248,15 @@ fn summary(
 }
 
 /// `letters` reads from `id` on.
-fn show(mut letters: Option<ReadOnly>, id: u64, format: Format, out: &mut Out) -> anyhow::Result<()> {
-    let missing = || format!("no dead letter {id}: `headworks dead-letters list` shows what there is");
+fn show(
+    mut letters: Option<ReadOnly>,
+    id: u64,
+    hints: &Hints,
+    format: Format,
+    out: &mut Out,
+) -> anyhow::Result<()> {
+    let missing =
+        || format!("no dead letter {id}: `{}` shows what there is", hints.command(Hint::DeadLettersList));
     let batch = next_batch(letters.as_mut(), &mut false)?.with_context(missing)?;
     let any = LetterFilter::default();
     let mut letters_of = batch.messages().filter(|letter| is_wanted(letter, &any));
@@ -285,14 +293,13 @@ fn show(mut letters: Option<ReadOnly>, id: u64, format: Format, out: &mut Out) -
     }
     let width = fields.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
     for (name, value) in fields {
-        let value: String = value.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-        out.field(&name, width, &value)?;
+        out.field(&name, width, &one_line(&value, usize::MAX))?;
     }
     out.line(format!("\n{}", message::payload_whole(letter.payload())))
 }
 
 async fn redrive(
-    config: &Config,
+    loaded: &Loaded,
     request: RedriveRequest,
     format: Format,
     out: &mut Out,
@@ -300,7 +307,7 @@ async fn redrive(
     // Hidden where stderr is no terminal.
     let progress = ProgressBar::new_spinner().with_message("sending again");
     progress.enable_steady_tick(Duration::from_millis(120));
-    let answer = admin_client::post(config, "/api/dead-letters/redrive", &request).await;
+    let answer = admin_client::post(&loaded.config, "/api/dead-letters/redrive", &request).await;
     progress.finish_and_clear();
     let answer: RedriveAnswer = answer?;
     let is_nothing = answer.sent + answer.refused + answer.letters_pending == 0 && answer.failed.is_empty();
@@ -314,14 +321,15 @@ async fn redrive(
             "{letters_sent} dead letters sent, {sent} rows written; {letters_refused} refused again, {letters_pending} pending"
         ))?;
     }
+    let list = loaded.source.hints().command(Hint::DeadLettersList);
     if is_nothing && !request.ids.is_empty() {
-        bail!("nothing to send: no open dead letter has such an id, see `headworks dead-letters list`");
+        bail!("nothing to send: no open dead letter has such an id, see `{list}`");
     }
     if !answer.failed.is_empty() {
         bail!("not all could be sent, try again later: {}", answer.failed.join("; "));
     }
     if answer.sent == 0 && answer.refused > 0 {
-        bail!("all were refused again: `headworks dead-letters list` shows by whom and why");
+        bail!("all were refused again: `{list}` shows by whom and why");
     }
     Ok(())
 }

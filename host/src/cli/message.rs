@@ -77,9 +77,7 @@ pub fn payload_whole(payload: &[u8]) -> String {
         return serde_json::to_string_pretty(&value).unwrap_or_default();
     }
     match std::str::from_utf8(payload) {
-        Ok(text) => {
-            text.chars().map(|c| if c.is_control() && c != '\n' && c != '\t' { '�' } else { c }).collect()
-        }
+        Ok(text) => text.to_owned(),
         Err(_) => hex_dump(payload),
     }
 }

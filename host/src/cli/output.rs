@@ -7,7 +7,7 @@ use std::path::Path;
 use jiff::Timestamp;
 use serde::Serialize;
 
-use crate::telemetry::{self, escaped};
+use crate::telemetry::{self, escaped, is_printable, json_escaped};
 
 /// Width of what is not a terminal, and of one that does not say.
 const COLUMNS: usize = 80;
@@ -65,13 +65,11 @@ impl Out {
 
     /// One line.
     pub fn json(&mut self, value: &impl Serialize) -> anyhow::Result<()> {
-        serde_json::to_writer(&mut self.to, value)?;
-        Ok(writeln!(self.to)?)
+        Ok(writeln!(self.to, "{}", json_escaped(&serde_json::to_string(value)?))?)
     }
 
     pub fn json_pretty(&mut self, value: &impl Serialize) -> anyhow::Result<()> {
-        serde_json::to_writer_pretty(&mut self.to, value)?;
-        Ok(writeln!(self.to)?)
+        Ok(writeln!(self.to, "{}", json_escaped(&serde_json::to_string_pretty(value)?))?)
     }
 
     /// Columns aligned, the last one as long as it is; the first row is the head.
@@ -142,7 +140,7 @@ pub fn complain(text: &str) {
     let _ = writeln!(io::stderr(), "{}", escaped(text));
 }
 
-/// `headworks ... | head` ended early: no failure.
+/// Whether whoever read the output has enough of it, as `head` does: no failure.
 pub fn is_closed_pipe(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         let kind = cause
@@ -161,10 +159,10 @@ pub fn time(us: impl TryInto<i64> + Copy + Display) -> String {
     }
 }
 
-/// One line of at most `chars_max`; control characters cannot reach the terminal.
+/// One line of at most `chars_max`; what is not printable cannot reach the terminal.
 pub fn one_line(text: &str, chars_max: usize) -> String {
     let mut line: String =
-        text.chars().take(chars_max).map(|c| if c.is_control() { ' ' } else { c }).collect();
+        text.chars().take(chars_max).map(|c| if is_printable(c) { c } else { ' ' }).collect();
     if text.chars().nth(chars_max).is_some() {
         line.pop();
         line.push('…');
@@ -214,7 +212,7 @@ mod tests {
 
     #[test]
     fn what_devices_send_cannot_drive_the_terminal() {
-        assert_eq!(one_line("a\x1b[2Jb\nc", 20), "a [2Jb c");
+        assert_eq!(one_line("a\x1b[2Jb\nc\u{202e}d\u{2029}e", 20), "a [2Jb c d e");
         assert_eq!(one_line("abcdef", 4), "abc…");
     }
 

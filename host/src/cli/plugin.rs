@@ -13,7 +13,8 @@ use super::args::{Format, PluginCommand};
 use super::output::{self, Out};
 use super::{admin_client, plugin_new};
 use crate::batch::{Batch, Entry, Offset, Partition, Span, flags};
-use crate::config::{self, Config};
+use crate::config::{self, Config, Loaded};
+use crate::hints::Hint;
 use crate::plugin::{self, FileState, Inspection, Listed, PluginState, PluginStatus, Runner};
 use crate::step::{Attempt, Outcome, Refused, RefusedKind, Step};
 use crate::topic::Namespace;
@@ -24,8 +25,7 @@ pub fn plugin(command: PluginCommand, out: &mut Out) -> anyhow::Result<()> {
     match command {
         PluginCommand::New { name, sdk } => plugin_new::new(&name, &sdk, out),
         PluginCommand::List { config, format } => {
-            let config = config::load(config.config.as_deref())?.config;
-            list(&config, format.format, out)
+            list(&config::load(config.config.as_deref())?, format.format, out)
         }
         PluginCommand::Inspect { file, format } => {
             let inspection = plugin::inspect(&file, None)?;
@@ -100,16 +100,16 @@ struct RunningPipeline {
 }
 
 /// The files as the running host sees them; where none runs, as they lie there.
-fn list(config: &Config, format: Format, out: &mut Out) -> anyhow::Result<()> {
-    let dir = &config.plugins.dir;
-    let running = match super::block_on(admin_client::get::<Running>(config, "/api/status")) {
+fn list(loaded: &Loaded, format: Format, out: &mut Out) -> anyhow::Result<()> {
+    let dir = &loaded.config.plugins.dir;
+    let running = match super::block_on(admin_client::get::<Running>(&loaded.config, "/api/status")) {
         Ok(running) => Some(running),
         Err(error) => {
             output::complain(&format!("{error:#}; this is what lies in {}", output::shown(dir)));
             None
         }
     };
-    let lines = lines(config, running.as_ref())?;
+    let lines = lines(loaded, running.as_ref())?;
     if format == Format::Json {
         return lines.iter().try_for_each(|line| out.json(line));
     }
@@ -130,7 +130,8 @@ fn list(config: &Config, format: Format, out: &mut Out) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn lines(config: &Config, running: Option<&Running>) -> anyhow::Result<Vec<Line>> {
+fn lines(loaded: &Loaded, running: Option<&Running>) -> anyhow::Result<Vec<Line>> {
+    let config = &loaded.config;
     let cache = config.plugin_cache_dir();
     let listed = plugin::survey(&config.plugins.dir, &cache)?;
     let known = |name: &str| running?.plugins.iter().find(|plugin| plugin.name == name);
@@ -142,7 +143,7 @@ fn lines(config: &Config, running: Option<&Running>) -> anyhow::Result<Vec<Line>
         };
         let (state, inspection) = match (state, known(name).map(|plugin| &plugin.state)) {
             (FileState::Refused(reason), _) => ("failed", without_inspection(path, reason.clone())),
-            (FileState::Removed, _) => ("removed", without_inspection(path, removed(config, name))),
+            (FileState::Removed, _) => ("removed", without_inspection(path, removed(loaded, name))),
             (FileState::There, Some(PluginState::Loading)) => {
                 ("loading", without_inspection(path, "is being loaded".to_owned()))
             }
@@ -184,14 +185,15 @@ fn rows(line: &Line) -> Vec<Vec<String>> {
 }
 
 /// Who waits for a file that is gone, and what to do.
-fn removed(config: &Config, name: &str) -> String {
-    let in_folder_mode = config.pipelines.iter().filter(|(_, pipeline)| pipeline.steps.is_none());
+fn removed(loaded: &Loaded, name: &str) -> String {
+    let in_folder_mode = loaded.config.pipelines.iter().filter(|(_, pipeline)| pipeline.steps.is_none());
     let waiting: Vec<&str> = in_folder_mode.map(|(name, _)| name.as_str()).collect();
     let holds = match waiting.as_slice() {
         [] => String::new(),
         waiting => format!("{} waits for it; ", waiting.join(", ")),
     };
-    format!("{holds}put it back, or `headworks plugin remove {name}` to go on without it")
+    let remove = loaded.source.hints().command(Hint::PluginRemove(name));
+    format!("{holds}put it back, or `{remove}` to go on without it")
 }
 
 /// One file that cannot be read hides none of the others.

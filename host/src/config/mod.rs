@@ -26,6 +26,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::hints::Hints;
 use crate::listeners::mqtt;
 use crate::problems::{KeyPath, Places, Problem, Problems};
 use crate::topic::Namespace;
@@ -131,9 +132,9 @@ pub struct Source {
 }
 
 impl Source {
-    /// With which a command finds this config: ` --config headworks.yaml`; empty for the embedded default.
-    pub fn option(&self) -> String {
-        self.path.as_ref().map_or(String::new(), |path| format!(" --config {}", path.display()))
+    /// Makes commands about the host that runs with this config.
+    pub fn hints(&self) -> Hints {
+        Hints::of(self.path.as_deref())
     }
 }
 

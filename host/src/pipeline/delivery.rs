@@ -17,6 +17,7 @@ use super::routes::SinkNumber;
 use super::status::{SinkShared, State};
 use super::writer::{Failed, Writer};
 use crate::batch::Offset;
+use crate::hints::Hint;
 use crate::sinks::{Rows, Sink};
 use crate::stream::{Attachment, OnLag, Stream, Ticket};
 
@@ -382,7 +383,7 @@ impl Delivery {
         let Failed::Later { kind, reason } = failed else { return Err(failed.into()) };
         let sink = &self.writer.claim.sink;
         let say = format!("sink \"{sink}\" of pipeline \"{}\": {kind}", self.writer.claim.pipeline);
-        self.writer.failures.report(&say, 1, &reason, "headworks status");
+        self.writer.failures.report(&say, 1, &reason, &self.writer.failures.hint(Hint::Status));
         self.shared.set(State::Retrying(reason));
         let slow = matches!(kind, "setup" | "refusals");
         let wait = if slow { self.backoff.max.0 } else { self.backoff.delay(attempt) };

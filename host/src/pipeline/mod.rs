@@ -18,6 +18,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use crate::hints::Hint;
 use crate::sinks::{Claim, Epoch, Sink};
 use crate::step::Chain;
 use crate::stream::{Identity, OnLag, Stream};
@@ -160,7 +161,8 @@ impl Redriver {
 
     fn say_not_resumed(&self, reason: &str) {
         let kind = format!("pipeline \"{}\": the redrive of dead letters does not go on", self.shared.name);
-        self.shared.failures.report(&kind, 1, reason, "headworks dead-letters list");
+        let show = self.shared.failures.hint(Hint::DeadLettersList);
+        self.shared.failures.report(&kind, 1, reason, &show);
     }
 }
 

@@ -22,6 +22,7 @@ use super::status::{SinkShared, State};
 use super::swap::{Made, Making};
 use super::worker::{Shared, Steps};
 use crate::batch::Offset;
+use crate::hints::Hint;
 use crate::step::Chain;
 use crate::stream::Stream;
 
@@ -301,7 +302,7 @@ impl Supervisor {
             &format!("pipeline \"{}\": new steps refused, the old ones go on", self.shared.name),
             1,
             &reason,
-            "headworks plugin list",
+            &self.shared.failures.hint(Hint::PluginList),
         );
         self.swap_refused = Some(reason);
         self.swap_again = Some(Instant::now() + self.shared.config.sink_backoff.max.0);

@@ -21,6 +21,7 @@ use super::metrics::{PipelineMetrics, step_duration};
 use super::outlet::{Bundle, Outlet, OutletClosed};
 use super::routes::Routes;
 use crate::batch::{Batch, Entry, Offset, Partition};
+use crate::hints::{Hint, Letters};
 use crate::patience::Patience;
 use crate::step::{Attempt, Outcome, Refused, RefusedKind, Step};
 use crate::stream::Ticket;
@@ -412,7 +413,8 @@ fn run_step(
             let reason = format!("asked for a retry {} times, the last time: {reason}", attempt.number);
             break refuse_all(&batch, RefusedKind::Retries, &reason);
         }
-        shared.failures.report(&format!("{}/{name}: retry", shared.name), 1, reason, "headworks status");
+        let show = shared.failures.hint(Hint::Status);
+        shared.failures.report(&format!("{}/{name}: retry", shared.name), 1, reason, &show);
         let wait = backoff.delay(attempt.number - 1);
         let bound = if step.sees_all() { wait } else { patience.left(Instant::now()) };
         let aborted = runtime.block_on(async {
@@ -433,7 +435,7 @@ fn run_step(
         return Ok(Ran { passed: outcome.passed, letters: Ticket::default() });
     }
     shared.metrics.refused.increment(outcome.refused.len() as u64);
-    let show = format!("headworks dead-letters summary --pipeline {}", shared.name);
+    let show = shared.failures.hint(Hint::DeadLettersSummary(Letters::OfPipeline(&shared.name)));
     let rejected = outcome.refused.iter().map(|refused| (refused.kind.as_str(), &*refused.reason));
     shared.failures.report_rejected(&format!("{}/{name}", shared.name), rejected, &show);
     let batch = Stripped { batch: &batch, indexes, partition };
@@ -529,7 +531,7 @@ fn refuse_unknown(
     let refused = unknown_routes(&shared.routes, batch.batch, unknown);
     let refusals = batch.refusals(super::ROUTES_STEP, &refused);
     shared.metrics.refused.increment(refusals.len() as u64);
-    let show = format!("headworks dead-letters summary --pipeline {}", shared.name);
+    let show = shared.failures.hint(Hint::DeadLettersSummary(Letters::OfPipeline(&shared.name)));
     let rejected = refused.iter().map(|refused| ("unknown route", &*refused.reason));
     shared.failures.report_rejected(&shared.name, rejected, &show);
     appended(&refusals, readers, shared, runtime)

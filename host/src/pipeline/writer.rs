@@ -16,6 +16,7 @@ use super::known::{Reader, Seen, before_last, index_within_offset};
 use super::metrics::SinkMetrics;
 use super::routes::SinkNumber;
 use crate::batch::{Offset, Partition};
+use crate::hints::{Hint, Letters};
 use crate::sinks::{
     Advance, BATCH_ROWS_MAX, Claim, Epoch, Error, Outcome, Position, RefusedRow, Rows, Sink, Written,
 };
@@ -429,7 +430,7 @@ impl Writer {
         self.failures.report_rejected(
             &format!("sink \"{}\"", self.claim.sink),
             refused.iter().map(|r| ("rows refused", &*r.reason)),
-            &format!("headworks dead-letters summary --sink {}", self.claim.sink),
+            &self.failures.hint(Hint::DeadLettersSummary(Letters::OfSink(&self.claim.sink))),
         );
         let is_refused = |row: &usize| refused.binary_search_by_key(row, |r| r.row).is_ok();
         *rows = rows.select((0..rows.len()).filter(|row| !is_refused(row)));

@@ -14,6 +14,7 @@ use super::engine::{Deadline, HasDeadline};
 use super::series::{Kind, Series, StepSeries};
 use crate::devices::Devices;
 use crate::step::StepId;
+use crate::telemetry::is_printable;
 
 /// Of one log line or panic text.
 pub(super) const TEXT_BYTES_MAX: usize = 4 << 10;
@@ -322,16 +323,15 @@ impl devices::Host for HostState {
     }
 }
 
-/// At most [`TEXT_BYTES_MAX`] bytes, control characters escaped, so that a
+/// At most [`TEXT_BYTES_MAX`] bytes, what is not printable escaped, so that a
 /// plugin cannot forge lines or steer a terminal.
 pub(super) fn printable(text: &str) -> String {
     let mut out = String::with_capacity(text.len().min(TEXT_BYTES_MAX));
     for c in cut(text).chars() {
-        // U+202A.. and U+2066.. turn the direction of what follows.
-        if c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}') {
-            out.extend(c.escape_default());
-        } else {
+        if is_printable(c) {
             out.push(c);
+        } else {
+            out.extend(c.escape_default());
         }
     }
     out.truncate(out.floor_char_boundary(TEXT_BYTES_MAX));

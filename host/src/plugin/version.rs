@@ -22,6 +22,7 @@ use super::starts::{Started, Starts};
 use super::{Limits, OnFailure};
 use crate::batch::{Batch, Partition, SEGMENTS_MAX};
 use crate::devices::Devices;
+use crate::hints::{Hint, Letters};
 use crate::problems::{KeyPath, Problem};
 use crate::step::{Attempt, Outcome, Refused, RefusedKind, Step, StepFactory, StepId};
 use crate::telemetry::Failures;
@@ -460,7 +461,8 @@ impl PluginStep {
     fn guilty(&self, reason: &str) -> OnFailure {
         let Shared { id, failures, file, .. } = &*self.shared;
         let kind = format!("{}/{}: fault in {file}", id.pipeline, id.step);
-        failures.report(&kind, 1, reason, "headworks dead-letters list");
+        let show = failures.hint(Hint::DeadLettersSummary(Letters::OfPipeline(&id.pipeline)));
+        failures.report(&kind, 1, reason, &show);
         self.shared.fault()
     }
 
@@ -473,7 +475,8 @@ impl PluginStep {
             "{}/{}: {file} faults on messages together and on none of them alone, so it gets fewer at a time",
             id.pipeline, id.step
         );
-        failures.report(&kind, 1, &format!("{messages} messages: {reason}"), "headworks plugin list");
+        let show = failures.hint(Hint::PluginList);
+        failures.report(&kind, 1, &format!("{messages} messages: {reason}"), &show);
     }
 
     fn grow_back(&mut self) {
@@ -493,7 +496,8 @@ impl PluginStep {
         }
         let Shared { id, failures, file, on_failure, .. } = &*self.shared;
         let kind = format!("{}/{}: no instance of {file}", id.pipeline, id.step);
-        failures.report(&kind, numbers.len() as u64, why, "headworks dead-letters list");
+        let show = failures.hint(Hint::DeadLettersSummary(Letters::OfPipeline(&id.pipeline)));
+        failures.report(&kind, numbers.len() as u64, why, &show);
         match on_failure {
             OnFailure::DeadLetters => {
                 for index in numbers.iter().copied() {

@@ -6,6 +6,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::hints::{Hint, Hints};
+
 /// Time between two lines about the same failure.
 const REPEAT_AFTER: Duration = Duration::from_secs(60);
 /// Time between two looks for repeats that are due.
@@ -22,8 +24,7 @@ const OTHER_KINDS: &str = "other failures";
 #[derive(Clone, Debug, Default)]
 pub struct Failures {
     kinds: Arc<Mutex<HashMap<String, Kind>>>,
-    /// With which a command that a line shows finds this host.
-    option: Arc<str>,
+    hints: Hints,
 }
 
 #[derive(Debug, Default)]
@@ -54,9 +55,14 @@ struct Line {
 }
 
 impl Failures {
-    /// `option`: what the commands in lines need to find this host, ` --config headworks.yaml`.
-    pub fn showing(option: &str) -> Self {
-        Self { option: option.into(), ..Self::default() }
+    /// `hints` make the commands in lines.
+    pub fn showing(hints: Hints) -> Self {
+        Self { hints, ..Self::default() }
+    }
+
+    /// A command for a line, or for a text that says what to do.
+    pub fn hint(&self, hint: Hint<'_>) -> String {
+        self.hints.command(hint)
     }
 
     /// Reports failures of one kind that no client or device stands behind; see [`Self::report_by`].
@@ -68,11 +74,9 @@ impl Failures {
     ///
     /// `kind` names the fault (`mqtt: connect refused: a password without a user name`),
     /// `subject` the client, device or user that causes it, `detail` this one case, and
-    /// `show` a command that shows more (`""`: none).
+    /// `show` a command that shows more, of [`Self::hint`] (`""`: none).
     pub fn report_by(&self, kind: &str, subject: &str, count: u64, detail: &str, show: &str) {
-        let option = if show.starts_with("headworks ") { &*self.option } else { "" };
-        let show = format!("{show}{option}");
-        if let Some(line) = self.note(kind, subject, count, detail, &show, Instant::now()) {
+        if let Some(line) = self.note(kind, subject, count, detail, show, Instant::now()) {
             line.log();
         }
     }

@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fmt::{self, Debug};
-use std::io::{IsTerminal, Write as _};
+use std::io::{self, IsTerminal, Write as _};
 
 use jiff::Timestamp;
 use tracing::field::Field;
@@ -48,7 +48,7 @@ pub fn init_logs(filter: Option<&str>, format: LogFormat) -> Result<(), InitErro
             let coloured = std::io::stderr().is_terminal() && !no_color();
             logs.fmt_fields(escaped_fields()).compact().with_target(false).with_ansi(coloured).try_init()
         }
-        LogFormat::Json => logs.json().flatten_event(true).try_init(),
+        LogFormat::Json => logs.json().flatten_event(true).with_writer(|| JsonLines(io::stderr())).try_init(),
     };
     set.map_err(|_| InitError::Twice)
 }
@@ -62,8 +62,21 @@ fn forbids_color(no_color: Option<&OsStr>) -> bool {
     no_color.is_some_and(|value| !value.is_empty())
 }
 
-/// A text whose control characters but line ends and tabs are escapes, so that what a
-/// device, a file or a plugin says does not reach the terminal as a command.
+/// Whether a terminal and a reader get this character as it is. Control characters steer a terminal;
+/// format characters (Unicode's categories Cf, Zl and Zp) turn the direction of a text, break its line, or
+/// do not show at all.
+pub fn is_printable(c: char) -> bool {
+    let is_format = matches!(c,
+        '\u{ad}' | '\u{600}'..='\u{605}' | '\u{61c}' | '\u{6dd}' | '\u{70f}' | '\u{890}'..='\u{891}'
+        | '\u{8e2}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
+        | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{110bd}' | '\u{110cd}'
+        | '\u{13430}'..='\u{1343f}' | '\u{1bca0}'..='\u{1bca3}' | '\u{1d173}'..='\u{1d17a}'
+        | '\u{e0000}'..='\u{e007f}');
+    !(c.is_control() || is_format)
+}
+
+/// A text whose characters are escapes where they are not [printable](is_printable), but for line ends and
+/// tabs, so that what a device, a file or a plugin says does not reach the terminal as a command.
 pub fn escaped(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for part in text.split_inclusive(['\n', '\t']) {
@@ -75,10 +88,26 @@ pub fn escaped(text: &str) -> String {
     escaped
 }
 
-/// The same, and line ends and tabs too: one line stays one.
+/// The same JSON. What is not printable in its strings is an escape: serde_json leaves all but the ASCII
+/// control characters as they are.
+pub fn json_escaped(json: &str) -> String {
+    let mut escaped = String::with_capacity(json.len());
+    for c in json.chars() {
+        if is_printable(c) || c == '\n' {
+            escaped.push(c);
+        } else {
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                escaped += &format!("\\u{unit:04x}");
+            }
+        }
+    }
+    escaped
+}
+
+/// As [`escaped`], and line ends and tabs too: one line stays one.
 fn write_escaped(to: &mut impl fmt::Write, text: &str) -> fmt::Result {
     for c in text.chars() {
-        if c.is_control() { write!(to, "{}", c.escape_debug())? } else { to.write_char(c)? }
+        if is_printable(c) { to.write_char(c)? } else { write!(to, "{}", c.escape_debug())? }
     }
     Ok(())
 }
@@ -94,6 +123,20 @@ fn escaped_fields() -> impl for<'w> FormatFields<'w> + Send + Sync + 'static {
         }
         write_escaped(writer, &format!("{value:?}"))
     })
+}
+
+/// Writes whole JSON lines without what is not printable.
+struct JsonLines<W>(W);
+
+impl<W: io::Write> io::Write for JsonLines<W> {
+    fn write(&mut self, lines: &[u8]) -> io::Result<usize> {
+        self.0.write_all(json_escaped(&String::from_utf8_lossy(lines)).as_bytes())?;
+        Ok(lines.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
 }
 
 /// `2026-11-23T06:28:00.125Z`
@@ -165,6 +208,17 @@ mod tests {
     #[test]
     fn a_text_for_the_terminal_keeps_its_lines_only() {
         assert_eq!(escaped("a\x1b[2J\tb\u{9b}\n"), "a\\u{1b}[2J\tb\\u{9b}\n");
+        assert_eq!(escaped("\u{202e}b\u{2028}c\u{feff}"), "\\u{202e}b\\u{2028}c\\u{feff}");
+        let text = "na\u{ef}ve e\u{301} \u{5e9}\u{5dc}\u{5d5}\u{5dd} \u{2603}";
+        assert_eq!(escaped(text), text, "what is written in any language stays");
+    }
+
+    #[test]
+    fn json_says_the_same_without_what_is_not_printable() {
+        let text = "a\u{202e}b\u{2028}\u{e0041}\u{9b}\n";
+        let json = json_escaped(&serde_json::to_string_pretty(&[text]).unwrap());
+        assert_eq!(json, "[\n  \"a\\u202eb\\u2028\\udb40\\udc41\\u009b\\n\"\n]");
+        assert_eq!(serde_json::from_str::<[String; 1]>(&json).unwrap(), [text]);
     }
 
     #[test]

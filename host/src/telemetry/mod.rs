@@ -13,7 +13,9 @@ mod process;
 pub use disk::DiskSpace;
 pub use failures::{Failures, alike};
 pub use growth::Growth;
-pub use logs::{InitError, LogFormat, end_on_panic, escaped, init_logs, no_color};
+pub use logs::{
+    InitError, LogFormat, end_on_panic, escaped, init_logs, is_printable, json_escaped, no_color,
+};
 pub use process::Process;
 
 /// The process's own, see [`Process`].

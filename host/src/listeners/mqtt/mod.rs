@@ -72,6 +72,7 @@ use self::transport::{Address, Entry};
 use self::will::Wills;
 use self::wire::Version;
 use crate::access::{self, Access};
+use crate::hints::Hint;
 use crate::plugin::access::AccessEngine;
 use crate::stream::{AppendError, Identity, StateChange, Stream, Streams, Ticket};
 use crate::telemetry::Failures;
@@ -417,7 +418,7 @@ impl Broker {
         self.counters.refused_connect(cause);
         let ip = address.ip();
         let subject = who.map_or_else(|| ip.to_string(), str::to_owned);
-        self.failures.report_by(kind, &subject, 1, detail, "headworks clients refused");
+        self.failures.report_by(kind, &subject, 1, detail, &self.failures.hint(Hint::ClientsRefused));
         self.refused_clients.add(cause, who, ip, detail);
     }
 

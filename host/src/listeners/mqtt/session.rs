@@ -23,6 +23,7 @@ use super::open_ids::{Content, OpenIds, OpenIdsRoom, Received};
 use super::outbound::{self, Ids, Kept, Message, Outbox};
 use super::owner::Owner;
 use super::subscriptions::{Filter, Options, is_shared};
+use crate::hints::Hint;
 use crate::stream::{AppendError, Identity, StateChange, Stream, Ticket};
 
 /// Longer client ids are refused: they are keys of the durable state.
@@ -255,7 +256,13 @@ impl Session {
                  raise mqtt.queue_messages_max or mqtt.queue_bytes_max, or delete its session"
             );
             let kind = "mqtt: messages dropped that waited for a session";
-            broker.failures.report_by(kind, client_id, lost, &detail, "headworks clients show");
+            broker.failures.report_by(
+                kind,
+                client_id,
+                lost,
+                &detail,
+                &broker.failures.hint(Hint::ClientsShow(client_id)),
+            );
         }
     }
 

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use serde_json::Value;
 use tokio::sync::watch;
 
-use super::status::missing_reason;
 use super::{Known, Loaded, RefusedFile, Wake, Work, file_name};
+use crate::hints::Hint;
 use crate::plugin::config_file::located;
 use crate::plugin::version::{self, Faults, Shared, Version};
 use crate::plugin::{Limits, OnFailure, StepConfig};
@@ -119,7 +119,7 @@ impl Work {
                 None => {
                     let reason = match (&built.failed, known) {
                         (_, Some(known)) if known.missing && in_folder_mode => {
-                            missing_reason(&step.plugin, known)
+                            self.missing_reason(&step.plugin, known)
                         }
                         (Some((_, reason)), _) => reason.clone(),
                         (None, Some(Known { error: Some(error), .. })) => error.clone(),
@@ -132,21 +132,32 @@ impl Work {
                     if !in_folder_mode {
                         hold = hold.or(Some(format!("step {}: {reason}", step.step_name())));
                     } else if let Some(known) = known.filter(|known| is_missed(known)) {
-                        hold = hold.or_else(|| Some(not_running(&step.plugin, known, &reason)));
+                        hold = hold.or_else(|| Some(self.not_running(&step.plugin, known, &reason)));
                     }
                 }
             }
             let Some(known) = self.files.get_mut(&step.plugin) else { continue };
             known.was_step |= in_folder_mode && (built.good.is_some() || known.from_the_start);
+            let known = &self.files[&step.plugin];
             if known.missing && in_folder_mode {
-                hold = hold.or_else(|| Some(missing_reason(&step.plugin, known)));
+                hold = hold.or_else(|| Some(self.missing_reason(&step.plugin, known)));
             } else if known.missing {
                 let detail = "its file is gone, the last good version stays until the host ends";
-                self.failures.report(&format!("plugin {}", step.plugin), 1, detail, "headworks plugin list");
+                let show = self.failures.hint(Hint::PluginList);
+                self.failures.report(&format!("plugin {}", step.plugin), 1, detail, &show);
             }
         }
         pipeline.built.retain(|name, _| wanted.iter().any(|step| step.step_name() == name));
         (steps, hold)
+    }
+
+    /// Why a pipeline of the folder holds for a step, and what to do.
+    fn not_running(&self, name: &str, known: &Known, reason: &str) -> String {
+        if known.missing {
+            return reason.to_owned();
+        }
+        let (file, remove) = (file_name(&known.path), self.failures.hint(Hint::PluginRemove(name)));
+        format!("{file} does not run: {reason}; mend it, or `{remove}` to go on without it")
     }
 
     /// The folder's plugins as steps, in order.
@@ -226,21 +237,12 @@ impl Work {
                     &format!("{}: step {pipeline}/{} does not start", key.file, step.step_name()),
                     1,
                     &format!("{reason}{kept}"),
-                    "headworks plugin list",
+                    &self.failures.hint(Hint::PluginList),
                 );
                 built.failed = Some((key, reason));
             }
         }
     }
-}
-
-/// Why a pipeline of the folder holds for a step, and what to do.
-fn not_running(name: &str, known: &Known, reason: &str) -> String {
-    if known.missing {
-        return reason.to_owned();
-    }
-    let file = file_name(&known.path);
-    format!("{file} does not run: {reason}; mend it, or `headworks plugin remove {name}` to go on without it")
 }
 
 pub fn problem_text(problems: &[Problem]) -> String {

@@ -36,6 +36,7 @@ use super::folder::{self, Found, Listing, RefusedFile, Settling, Stamp, file_nam
 use super::program::{Library, Program};
 use super::{Config, Error, StepConfig};
 use crate::devices::Devices;
+use crate::hints::Hint;
 use crate::problems::Places;
 use crate::step::Chain;
 use crate::telemetry::Failures;
@@ -300,7 +301,8 @@ impl Work {
             Ok(listing) => listing,
             Err(error) => {
                 let detail = format!("{}: {error}", self.config.dir.display());
-                self.failures.report("cannot read the plugins folder", 1, &detail, "headworks plugin list");
+                let show = self.failures.hint(Hint::PluginList);
+                self.failures.report("cannot read the plugins folder", 1, &detail, &show);
                 return;
             }
         };
@@ -355,7 +357,7 @@ impl Work {
     fn note_refused(&mut self, refused: Vec<RefusedFile>, is_first: bool) {
         for RefusedFile { file, reason, .. } in refused.iter().filter(|it| !self.refused.contains(it)) {
             let kind = format!("plugin file {file} is not used");
-            self.failures.report(&kind, 1, reason, "headworks plugin list");
+            self.failures.report(&kind, 1, reason, &self.failures.hint(Hint::PluginList));
         }
         if is_first {
             self.missed = refused.iter().filter(|refused| refused.is_missed).cloned().collect();
@@ -405,7 +407,7 @@ impl Work {
             Err(error) => {
                 let kept = if known.loaded.is_some() { "; the last good version stays" } else { "" };
                 let reason = error.to_string();
-                let show = format!("headworks plugin inspect {}", found.path.display());
+                let show = failures.hint(Hint::PluginInspect(&found.path));
                 failures.report(
                     &format!("plugin file {file} is not used"),
                     1,

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Known, RefusedFile, Work, file_name};
+use crate::hints::Hint;
 
 /// A plugin as `plugin list` shows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,7 +64,7 @@ impl Work {
             Some(format!("{}/{step}: {reason}", pipeline.name))
         });
         let state = match (known.missing, known.error.clone().or(not_started)) {
-            (true, _) => PluginState::Removed(missing_reason(name, known)),
+            (true, _) => PluginState::Removed(self.missing_reason(name, known)),
             (false, _) if known.is_loading || known.stamp.is_none() => PluginState::Loading,
             (false, Some(reason)) => PluginState::Failed(reason),
             (false, None) => PluginState::Active,
@@ -83,11 +84,9 @@ impl Work {
         };
         (known.order, status)
     }
-}
 
-pub fn missing_reason(name: &str, known: &Known) -> String {
-    format!(
-        "{} was removed: put it back, or `headworks plugin remove {name}` to go on without it",
-        file_name(&known.path)
-    )
+    pub fn missing_reason(&self, name: &str, known: &Known) -> String {
+        let remove = self.failures.hint(Hint::PluginRemove(name));
+        format!("{} was removed: put it back, or `{remove}` to go on without it", file_name(&known.path))
+    }
 }

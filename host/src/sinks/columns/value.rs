@@ -4,10 +4,11 @@
 //! bigint. What does not convert is a reason for dead letters, never a guess.
 
 use std::borrow::Cow;
-use std::fmt::Write;
 
 use headworks_guest::json::{self, Kind as JsonKind, Raw};
 use headworks_guest::time;
+
+use crate::telemetry::is_printable;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Value<'m> {
@@ -167,12 +168,10 @@ pub fn excerpt(bytes: &[u8]) -> String {
     const SHOWN_BYTES: usize = 80;
     let mut shown = String::new();
     for c in String::from_utf8_lossy(&bytes[..bytes.len().min(SHOWN_BYTES)]).chars() {
-        // A byte order mark is seen nowhere, and is what is wrong.
-        if c.is_control() || c == '\u{feff}' {
-            // Writing to a String cannot fail.
-            let _ = write!(shown, "{}", c.escape_default());
-        } else {
+        if is_printable(c) {
             shown.push(c);
+        } else {
+            shown.extend(c.escape_default());
         }
     }
     if bytes.len() > SHOWN_BYTES {

@@ -2,6 +2,7 @@
 
 use super::Owed;
 use crate::batch::flags;
+use crate::hints::Hint;
 use crate::listeners::mqtt::Broker;
 use crate::listeners::mqtt::session::Session;
 use crate::stream::{NewMessage, partition_of};
@@ -37,7 +38,13 @@ impl Stalled {
             let (client_id, stream) = (&*session.client_id, broker.streams[self.stream].name());
             let kind = format!("mqtt: QoS 0 messages dropped: stream {stream} has no room");
             let detail = format!("client {client_id}: it would get no ack to wait for; QoS 1 and 2 wait");
-            broker.failures.report_by(&kind, client_id, dropped, &detail, "headworks status");
+            broker.failures.report_by(
+                &kind,
+                client_id,
+                dropped,
+                &detail,
+                &broker.failures.hint(Hint::Status),
+            );
         }
     }
 }
