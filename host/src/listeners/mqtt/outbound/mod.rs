@@ -31,6 +31,10 @@ pub use self::send::{Acked, Filled, Peer, Waits};
 /// A connected subscriber that keeps its session has so much of its queue in
 /// memory, the rest in the streams.
 const HELD_BYTES_MAX: usize = 256 << 10;
+/// A subscriber has at most so many bytes in memory of messages in flight, or one message.
+/// What was sent and lies in a stream is not in memory.
+const IN_FLIGHT_BYTES_MAX: usize = 1 << 20;
+
 #[derive(Default)]
 pub struct Outbox {
     connected: bool,
@@ -38,6 +42,8 @@ pub struct Outbox {
     /// Of the queue: it is long, and walked only for what it has.
     sums: Sums,
     inflight: VecDeque<InFlight>,
+    /// Bytes of these messages that are in memory.
+    inflight_held: usize,
     /// Packet ids of `inflight`.
     ids: HashSet<u16>,
     /// So many of `inflight`, from the front, this connection has been sent.
@@ -71,6 +77,7 @@ impl Outbox {
             ids: inflight.iter().map(|flight| flight.packet_id).collect(),
             last_id: inflight.last().map_or(0, |flight| flight.packet_id),
             sums: Sums::of(&queue),
+            inflight_held: inflight.iter().map(InFlight::held).sum(),
             inflight: inflight.into(),
             queue: queue.into(),
             from,
@@ -193,6 +200,10 @@ impl Outbox {
         Some(queued)
     }
 
+    fn count_inflight(&mut self) {
+        self.inflight_held = self.inflight.iter().map(InFlight::held).sum();
+    }
+
     fn retain(&mut self, stays: impl Fn(&Queued) -> bool) {
         let sums = &mut self.sums;
         self.queue.retain(|queued| {
@@ -236,6 +247,7 @@ impl Outbox {
             };
             let (back, own) = std::mem::take(&mut self.inflight).into_iter().partition::<Vec<_>, _>(is_given);
             self.inflight = own.into();
+            self.count_inflight();
             self.sent = 0;
             for flight in back {
                 self.ids.remove(&flight.packet_id);
@@ -286,13 +298,14 @@ impl Outbox {
         self.kept.is_some()
     }
 
-    /// Forgets what waits and is no more; how many. What is in memory stays.
+    /// Forgets what waits and is no more; how many. What is in memory stays, and what a
+    /// client that is connected was sent stays for it to acknowledge.
     pub fn forget(&mut self, is_gone: impl Fn(Place) -> bool) -> u64 {
         let stays = |queued: &Queued| queued.place().is_none_or(|place| !is_gone(place));
         let before = self.queue.len();
         self.retain(stays);
         let mut gone = (before - self.queue.len()) as u64;
-        let mut at = 0;
+        let mut at = if self.connected { self.sent } else { 0 };
         while let Some(flight) = self.inflight.get(at) {
             if flight.waiting.as_ref().is_none_or(stays) {
                 at += 1;
@@ -324,6 +337,7 @@ impl Outbox {
             }
             let waiting = self.inflight.iter_mut().filter_map(|flight| flight.waiting.as_mut());
             waiting.for_each(Queued::let_go);
+            self.count_inflight();
         }
         if self.queue.capacity() > 2 * self.queue.len() {
             self.queue.shrink_to_fit();
@@ -414,6 +428,7 @@ impl Outbox {
             at += 1;
             is_recorded
         });
+        self.count_inflight();
         (before - self.inflight.len()) as u64
     }
 

@@ -200,6 +200,13 @@ pub struct InFlight {
     pub record: u32,
 }
 
+impl InFlight {
+    /// Bytes of its message in memory.
+    pub fn held(&self) -> usize {
+        self.waiting.as_ref().filter(|queued| queued.message().is_some()).map_or(0, Queued::bytes)
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 pub struct QueueLimits {
     pub messages_max: usize,

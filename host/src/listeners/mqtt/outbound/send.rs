@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 
 use bytes::{BufMut, BytesMut};
 
-use super::{Body, Ids, InFlight, Message, Outbox, Place, Queued, RetainedPage};
+use super::{Body, IN_FLIGHT_BYTES_MAX, Ids, InFlight, Message, Outbox, Place, Queued, RetainedPage};
 use crate::access::{QUESTIONS_MAX, Verdict};
 use crate::listeners::mqtt::aliases::{Aliases, Name};
 use crate::listeners::mqtt::clock::Clock;
@@ -134,7 +134,12 @@ impl Outbox {
                     }
                 };
                 if is_sent {
-                    self.inflight[self.sent].dup = true;
+                    let flight = &mut self.inflight[self.sent];
+                    flight.dup = true;
+                    // Only another connection sends it again, and reads it anew.
+                    self.inflight_held -= flight.held();
+                    flight.waiting.iter_mut().for_each(Queued::let_go);
+                    self.inflight_held += flight.held();
                     self.sent += 1;
                 } else {
                     self.give_up(self.sent);
@@ -182,7 +187,9 @@ impl Outbox {
     }
 
     fn may_stage(&self, window: usize) -> bool {
-        self.inflight.len() < window && self.kept.as_ref().is_none_or(|kept| kept.has_room())
+        let bytes = self.head().map_or(0, Queued::bytes);
+        let has_bytes = self.inflight_held == 0 || self.inflight_held + bytes <= IN_FLIGHT_BYTES_MAX;
+        has_bytes && self.inflight.len() < window && self.kept.as_ref().is_none_or(|kept| kept.has_room())
     }
 
     /// Gives the head a packet id; where it needs a durable record first, all
@@ -197,7 +204,9 @@ impl Outbox {
                 _ => (0, 0),
             };
             let dup = queued.qos == 1 && queued.may_be_again;
-            self.inflight.push_back(InFlight { packet_id, waiting: Some(queued), after, dup, record });
+            let flight = InFlight { packet_id, waiting: Some(queued), after, dup, record };
+            self.inflight_held += flight.held();
+            self.inflight.push_back(flight);
             let is_next = |next: &&Queued| {
                 let message = next.message().filter(|_| next.qos == 2);
                 message.is_some_and(|it| receive.is_none_or(|may| may(it.topic()) == Verdict::Yes))
@@ -219,6 +228,7 @@ impl Outbox {
             self.remove(at);
             return false;
         }
+        self.inflight_held -= flight.held();
         flight.waiting = None;
         if let Some(kept) = &mut self.kept {
             kept.release(flight);
@@ -229,6 +239,7 @@ impl Outbox {
     fn remove(&mut self, at: usize) {
         if let Some(flight) = self.inflight.remove(at) {
             self.ids.remove(&flight.packet_id);
+            self.inflight_held -= flight.held();
             self.sent -= usize::from(at < self.sent);
             if let Some(kept) = &mut self.kept {
                 match &flight.waiting {
@@ -249,6 +260,10 @@ impl Outbox {
             return if is_received { Acked::Unknown } else { Acked::Nothing };
         };
         let flight = &mut self.inflight[at];
+        if is_received {
+            // PUBREL follows, whatever else comes of it.
+            self.inflight_held -= flight.held();
+        }
         match (&flight.waiting, &mut self.kept) {
             (Some(_), Some(kept)) if is_received => {
                 flight.waiting = None;
@@ -328,7 +343,10 @@ impl Outbox {
         };
         let mut at = self.sent;
         while let Some(flight) = self.inflight.get_mut(at) {
-            if flight.waiting.as_mut().is_none_or(&mut fill) || self.give_up(at) {
+            let held = flight.held();
+            let stays = flight.waiting.as_mut().is_none_or(&mut fill);
+            self.inflight_held += flight.held() - held;
+            if stays || self.give_up(at) {
                 at += 1;
             }
         }

@@ -76,6 +76,54 @@ fn sent(qos: u8, payloads: &[&str], properties: &[u8], share: Option<&str>) -> O
     outbox
 }
 
+/// A new connection, for which what was sent with these payloads has been read again.
+fn resume(outbox: &mut Outbox, payloads: &[&str], properties: &[u8]) {
+    outbox.disconnected();
+    outbox.resume();
+    let read = payloads.iter().enumerate().map(|(offset, payload)| {
+        let body = Body { message: message(payload, properties), ids: Ids::None };
+        (Place { stream: 0, offset: offset as u64 }, Some(body))
+    });
+    assert_eq!(outbox.loaded(&read.collect(), |_| true), 0);
+}
+
+#[test]
+fn what_is_in_flight_is_bounded_in_bytes_also_where_it_was_retained() {
+    let large = "x".repeat(300_000);
+    let held = |outbox: &Outbox| {
+        assert_eq!(outbox.inflight_held, outbox.inflight.iter().map(InFlight::held).sum::<usize>());
+        outbox.inflight_held
+    };
+    let mut outbox = sent(1, &["1", "2"], &[], None);
+    assert_eq!((outbox.sizes().2, held(&outbox)), (2, 0), "what lies in a stream is read again there");
+    resume(&mut outbox, &["1", "2"], &[]);
+    assert!(held(&outbox) > 0, "until it is sent again");
+
+    let mut outbox = Outbox { connected: true, ..Outbox::default() };
+    let options = Options { qos: 1, no_local: false, retain_as_published: false, id: 0 };
+    let huge = "x".repeat(2 * IN_FLIGHT_BYTES_MAX);
+    for payload in [&*large; 5].into_iter().chain([&*huge, &*large]) {
+        let retained = Source::Retained(message(payload, &[]));
+        let queued = Queued::whole(retained, 1, options, 0);
+        outbox.offer(queued, QueueLimits { bytes_max: usize::MAX, ..LIMITS }, || None);
+    }
+    let fill = |outbox: &mut Outbox| {
+        let peer = peer(10, usize::MAX);
+        let out = &mut BytesMut::new();
+        outbox.fill(peer, &mut Aliases::new(0), None, &clock(), usize::MAX, out).sent
+    };
+    assert_eq!(fill(&mut outbox), 3);
+    assert!(held(&outbox) <= IN_FLIGHT_BYTES_MAX);
+    outbox.acked(wire::PUBACK, 1, 0);
+    assert_eq!(fill(&mut outbox), 1, "each that is acknowledged makes room");
+    [2, 3].into_iter().for_each(|id| assert_eq!(outbox.acked(wire::PUBACK, id, 0), Acked::Nothing));
+    assert_eq!(fill(&mut outbox), 1, "the next is too large beside another");
+    [4, 5].into_iter().for_each(|id| assert_eq!(outbox.acked(wire::PUBACK, id, 0), Acked::Nothing));
+    assert_eq!((held(&outbox), fill(&mut outbox)), (0, 1), "and goes alone");
+    outbox.acked(wire::PUBACK, 6, 0);
+    assert_eq!(fill(&mut outbox), 1);
+}
+
 #[test]
 fn a_packet_id_in_flight_is_not_given_again() {
     let mut outbox = Outbox { connected: true, last_id: u16::MAX - 1, ..Outbox::default() };
@@ -102,7 +150,7 @@ fn a_packet_id_in_flight_is_not_given_again() {
 fn a_resumed_session_is_sent_again_within_what_its_client_takes_now() {
     let large = "x".repeat(100);
     let mut outbox = sent(1, &["1", &large, "3", "4"], &[], None);
-    outbox.resume();
+    resume(&mut outbox, &["1", &large, "3", "4"], &[]);
     let mut out = BytesMut::new();
     let filled = outbox.fill(peer(2, 50), &mut Aliases::new(0), None, &clock(), 1 << 20, &mut out);
     assert_eq!((filled.sent, filled.too_large), (2, 1), "1 and 3");
@@ -125,7 +173,7 @@ fn what_is_sent_again_tells_what_is_left_of_its_expiry() {
     let mut properties = Vec::new();
     properties::push(&mut properties, Origin::Listener, "expiry-s", b"1000");
     let mut outbox = sent(1, &["1"], &properties, None);
-    outbox.resume();
+    resume(&mut outbox, &["1"], &properties);
     let mut out = BytesMut::new();
     outbox.fill(peer(2, 50), &mut Aliases::new(0), None, &clock(), 1 << 20, &mut out);
     let at = out.windows(3).position(|bytes| bytes == [0x02, 0, 0]).expect("the property");
@@ -147,8 +195,9 @@ fn what_a_share_gave_with_qos_2_stays_with_its_member() {
 
 #[test]
 fn a_qos_2_message_that_cannot_be_sent_again_still_frees_its_packet_id() {
-    let mut outbox = sent(2, &[&"x".repeat(100)], &[], None);
-    outbox.resume();
+    let large = "x".repeat(100);
+    let mut outbox = sent(2, &[&large], &[], None);
+    resume(&mut outbox, &[&large], &[]);
     let mut out = BytesMut::new();
     outbox.fill(peer(10, 50), &mut Aliases::new(0), None, &clock(), 1 << 20, &mut out);
     assert_eq!(&out[..], [0x62, 2, 0, 1], "a PUBREL");
