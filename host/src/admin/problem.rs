@@ -20,6 +20,7 @@ pub const PROBLEM_KINDS: &[&str] = &[
     "plugin_failed",
     "plugin_removed",
     "retrying",
+    "stalled",
     "stopped",
     "swap_refused",
 ];

@@ -177,6 +177,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
         watch: problems::Watch::default(),
     });
     let watching = tokio::spawn(Arc::clone(&host).watch());
+    let watching_disks = tokio::spawn(Arc::clone(&host).look_at_disks());
     let of_file = config.admin.token().map_err(anyhow::Error::msg).context("admin.token_file")?;
     let is_kept = of_file.is_some();
     let token = of_file.unwrap_or_else(|| uuid::Uuid::new_v4().simple().to_string());
@@ -245,6 +246,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
     stop_admin.cancel();
     admin.closed().await;
     watching.abort();
+    watching_disks.abort();
     run_file::remove(&data_dir);
     failures.flush();
     ended

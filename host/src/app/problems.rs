@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use metrics::gauge;
 
 use super::Host;
@@ -21,7 +21,7 @@ use crate::config::DEAD_LETTERS;
 use crate::hints::{Hint, Hints, Letters};
 use crate::pipeline::{PipelineStatus, SinkStatus, State};
 use crate::plugin::PluginState;
-use crate::stream::{Read, Stream};
+use crate::stream::{Read, Stall, Stream};
 use crate::telemetry::{DiskSpace, Growth};
 
 /// Time for which an event stays in the list.
@@ -47,6 +47,8 @@ const DROPS: [&str; 4] = ["no_space", "queue_full", "gap", "retained_full"];
 pub struct Watch {
     /// By part and kind.
     since: Mutex<HashMap<(String, &'static str), Since>>,
+    /// Room on the disk of the data folder, when it was looked at last.
+    space: Mutex<Option<DiskSpace>>,
     /// By part, kind and all labels of the counter.
     growth: Mutex<BTreeMap<(String, &'static str, String), Growth>>,
     /// By pipeline and sink: the first message that is not committed, and when it was appended.
@@ -93,10 +95,11 @@ impl Host {
     /// Looks regularly, so that `since` is true and the gauges move.
     pub async fn watch(self: Arc<Self>) {
         let mut ticks = tokio::time::interval(LOOK_EVERY);
+        let mut stalled = HashMap::new();
         loop {
             ticks.tick().await;
-            self.find_oldest().await;
-            if let Ok(space) = DiskSpace::of(&self.data_dir) {
+            self.say_stalls(&mut stalled);
+            if let Some(space) = *lock(&self.watch.space) {
                 gauge!("headworks_data_free_bytes").set(space.free as f64);
                 gauge!("headworks_data_disk_bytes").set(space.total as f64);
             }
@@ -117,9 +120,48 @@ impl Host {
         }
     }
 
+    /// Reads regularly what problems are told with and only a disk knows, which may not answer.
+    pub async fn look_at_disks(self: Arc<Self>) {
+        let mut ticks = tokio::time::interval(LOOK_EVERY);
+        loop {
+            ticks.tick().await;
+            let folder = self.data_dir.clone();
+            let looked = tokio::task::spawn_blocking(move || DiskSpace::of(&folder).ok());
+            *lock(&self.watch.space) = looked.await.ok().flatten();
+            self.find_oldest().await;
+        }
+    }
+
+    /// Says which streams wait for a disk that does not answer, and when it has; `stalled` are
+    /// those of the last call.
+    fn say_stalls(&self, stalled: &mut HashMap<String, Instant>) {
+        for stream in &self.streams {
+            let (name, folder) = (stream.name(), self.data_folder());
+            match (stream.stall(), stalled.contains_key(name)) {
+                (Some(Stall { since, messages }), false) => {
+                    stalled.insert(name.to_owned(), since);
+                    let s = since.elapsed().as_secs();
+                    tracing::warn!(stream = name, messages, folder = %folder.display(),
+                        "the disk has not answered for {s} s: acknowledgements wait until it does");
+                }
+                (None, true) => {
+                    let s = stalled.remove(name).map_or(0, |since| since.elapsed().as_secs());
+                    tracing::info!(stream = name, "the disk answers again, after {s} s");
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// A problem began before it was looked for.
+    fn remember(&self, key: (String, &'static str), since: Instant) {
+        let began_at = Timestamp::now() - SignedDuration::from_secs(since.elapsed().as_secs() as i64);
+        lock(&self.watch.since).entry(key).or_insert((since, began_at));
+    }
+
     /// `metrics`: as they are served.
     fn find(&self, metrics: &str) -> Vec<Found> {
-        let space = DiskSpace::of(&self.data_dir).ok();
+        let space = *lock(&self.watch.space);
         let mut found = Vec::new();
         for stream in &self.streams {
             found.extend(self.stream_problem(stream.as_ref(), space));
@@ -147,8 +189,6 @@ impl Host {
             let advice = "look at the log and the disk, then start the host again".to_owned();
             return Some(Found { part, kind: "stopped", cause, at_stake, advice });
         }
-        let lack = stream.lack()?;
-        let advice = lack.advice(&self.data_folder());
         let waits = match stream.name() {
             name if self.intake.iter().any(|intake| intake.name() == name) => {
                 "devices wait for their acknowledgements, QoS 0 messages are dropped"
@@ -156,6 +196,18 @@ impl Host {
             DEAD_LETTERS => "pipelines wait with what they reject",
             _ => "sessions, retained messages and wills wait",
         };
+        if let Some(stall) = stream.stall() {
+            self.remember((part.clone(), "stalled"), stall.since);
+            let cause = format!("the disk does not answer: {waits}");
+            let advice = format!(
+                "look at the disk of {} and at the kernel's log; what waits goes on by itself once it answers",
+                self.data_folder().display()
+            );
+            let at_stake = AtStake { messages: Some(stall.messages), ..at_stake };
+            return Some(Found { part, kind: "stalled", cause, at_stake, advice });
+        }
+        let lack = stream.lack()?;
+        let advice = lack.advice(&self.data_folder());
         let cause = format!("{lack}: {waits}");
         Some(Found { part, kind: "no_space", cause, at_stake, advice })
     }

@@ -79,12 +79,15 @@ fn component(name: String, ready: bool, detail: &str) -> Component {
 
 fn stream_component(stream: &dyn Stream) -> Component {
     let name = format!("stream {}", stream.name());
-    match (is_stopped(stream), stream.lack()) {
-        (true, _) => component(name, false, "stopped"),
-        (false, Some(lack)) => {
-            component(name, false, &format!("{lack}: devices wait for their acknowledgements"))
-        }
-        (false, None) => component(name, true, ""),
+    let waits = |cause: &str| format!("{cause}: devices wait for their acknowledgements");
+    if is_stopped(stream) {
+        component(name, false, "stopped")
+    } else if stream.stall().is_some() {
+        component(name, false, &waits("the disk does not answer"))
+    } else if let Some(lack) = stream.lack() {
+        component(name, false, &waits(&lack.to_string()))
+    } else {
+        component(name, true, "")
     }
 }
 

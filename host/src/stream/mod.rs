@@ -4,6 +4,7 @@
 //! pass `conformance`. A Kafka topic will be a third.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use async_trait::async_trait;
 use tokio::sync::watch;
@@ -24,6 +25,14 @@ pub use config::{Config, Key, Retention};
 pub use lack::Lack;
 pub use lineage::Lineage;
 pub use set::Streams;
+
+/// A disk that does not answer, and who waits for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stall {
+    pub since: Instant,
+    /// Messages that were appended and are not durable.
+    pub messages: u64,
+}
 
 /// What a position is a position of. A wiped data folder has another `log`, a stream
 /// that was re-partitioned or moved another `generation`. A restored or copied folder
@@ -214,6 +223,11 @@ pub trait Stream: Send + Sync + 'static {
     /// Returns what the stream has too little of to take what could also wait. A stream
     /// that goes on in its reserve lacks room on disk.
     fn lack(&self) -> Option<Lack>;
+
+    /// Returns since when appends wait for a disk that does not answer, where that is long.
+    fn stall(&self) -> Option<Stall> {
+        None
+    }
 
     /// Returns whether the stream lacks nothing.
     fn has_room(&self) -> bool {

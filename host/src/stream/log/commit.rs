@@ -14,11 +14,13 @@ use super::frame::{self, Around, Header, Kind, flags};
 use super::generations::{self, Closed, Metadata};
 use super::state::State;
 use super::tail::Frame;
-use super::{Inner, lock, write};
-use crate::stream::{Lack, Ticket};
+use super::{Inner, lock, read, write};
+use crate::stream::{Lack, Stall, Ticket};
 
 /// After so long without an append, a mark says that the last frame is durable.
 const IDLE_MARK_MS: u64 = 20;
+/// One that takes longer to write, sync or roll waits for a disk that does not answer.
+const STALL_LEAST: Duration = if cfg!(test) { Duration::from_millis(20) } else { Duration::from_secs(5) };
 /// Between two tries while the disk is full.
 const NO_SPACE_RETRY_MS: u64 = 200;
 
@@ -92,12 +94,12 @@ impl Inner {
         if writer.in_hand.is_some() {
             return Ok(true);
         }
-        self.finish_opening(&mut writer)?;
+        self.at_work(|| self.finish_opening(&mut writer))?;
         let mut front = lock(&self.front);
         loop {
             if front.roll {
                 drop(front);
-                self.roll_if_asked(&mut writer)?;
+                self.at_work(|| self.roll_if_asked(&mut writer))?;
                 front = lock(&self.front);
             }
             if !front.pending.is_empty() {
@@ -116,7 +118,7 @@ impl Inner {
             (front, timeout) = self.wake.wait_timeout(front, pause).unwrap_or_else(PoisonError::into_inner);
             if timeout.timed_out() && front.pending.is_empty() {
                 drop(front);
-                self.mark(&mut writer);
+                self.at_work(|| self.mark(&mut writer));
                 front = lock(&self.front);
             }
         }
@@ -159,7 +161,7 @@ impl Inner {
     pub fn commit_in_hand(&self) -> Result<(), CommitError> {
         let mut writer = lock(&self.writer);
         let Some((pending, ticket)) = writer.in_hand.take() else { return Ok(()) };
-        match self.write_frame(&mut writer, &pending) {
+        match self.at_work(|| self.write_frame(&mut writer, &pending)) {
             Ok(append_us) => {
                 self.publish(&mut writer, pending, ticket, append_us);
                 self.set_lack(None);
@@ -174,6 +176,22 @@ impl Inner {
                 Err(error)
             }
         }
+    }
+
+    /// Notes since when the committer is at work on the disk.
+    fn at_work<T>(&self, call: impl FnOnce() -> T) -> T {
+        *lock(&self.at_work_since) = Some(Instant::now());
+        let done = call();
+        *lock(&self.at_work_since) = None;
+        done
+    }
+
+    /// The work that the committer has been at for long.
+    pub fn stall(&self) -> Option<Stall> {
+        let since = lock(&self.at_work_since).filter(|since| since.elapsed() >= STALL_LEAST)?;
+        let end = read(&self.back).end;
+        let messages = lock(&self.front).next_offset.saturating_sub(end);
+        Some(Stall { since, messages })
     }
 
     fn write_frame(&self, writer: &mut Writer, pending: &Pending) -> Result<u64, CommitError> {

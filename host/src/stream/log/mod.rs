@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use tokio::sync::watch;
@@ -52,7 +52,7 @@ pub use recover::{Damage, OpenError, Recovery};
 pub use state::STATE_BYTES_MAX;
 
 use super::{
-    AppendError, Appended, Attachment, Config, Cursor, Identity, Lack, NewMessage, OnLag, Opening, ReadError,
+    AppendError, Appended, Attachment, Config, Cursor, Identity, Lack, NewMessage, OnLag, Opening, ReadError, Stall,
     StateChange, Stream, Ticket,
 };
 use crate::batch::Offset;
@@ -97,6 +97,8 @@ pub(crate) struct Inner {
     /// The reserve is used, or could not be made again.
     reserve_gone: AtomicBool,
 
+    /// Since when the committer is at work on the disk.
+    at_work_since: Mutex<Option<Instant>>,
     prepared: Mutex<Option<retain::Prepared>>,
     prepare_asked: AtomicBool,
     /// One round at a time; whether a removal is still to be synced.
@@ -236,6 +238,10 @@ impl Stream for Log {
 
     fn attach(&self, consumer: &str, from: Offset, on_lag: OnLag) -> Box<dyn Attachment> {
         self.inner.attach(consumer, from, on_lag)
+    }
+
+    fn stall(&self) -> Option<Stall> {
+        self.inner.stall()
     }
 
     fn lack(&self) -> Option<Lack> {

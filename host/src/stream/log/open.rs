@@ -202,6 +202,7 @@ fn build(
             marks: retain::marks(&replayed.state),
         }),
         lack: AtomicU8::new(0),
+        at_work_since: Mutex::new(None),
         prepared: Mutex::new(None),
         prepare_asked: AtomicBool::new(false),
         trimming: Mutex::new(false),

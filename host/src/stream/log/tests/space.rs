@@ -338,6 +338,33 @@ async fn a_log_opens_where_there_is_no_room_at_all_again_and_again_and_loses_not
     }
 }
 
+#[tokio::test]
+async fn a_disk_that_does_not_answer_is_told_with_what_waits_until_it_does() {
+    let disk = SimDisk::new(3);
+    let (log, _) = Log::open(Arc::new(disk.clone()), Path::new(DIR), "t", &small()).unwrap();
+    let appended = log.append(&[message("a/b", b"x")], &[]).unwrap();
+    durable(&*log, appended.ticket).await;
+    let gate = Arc::new(Mutex::new(()));
+    let hung = gate.lock().unwrap();
+    let passes = Arc::clone(&gate);
+    disk.before_each(move || drop(lock(&passes)));
+    log.append(&[message("a/b", b"x"), message("a/b", b"y")], &[]).unwrap();
+    let stall = loop {
+        match log.stall() {
+            Some(stall) => break stall,
+            None => tokio::task::yield_now().await,
+        }
+    };
+    assert_eq!(stall.messages, 2);
+    let last = log.append(&[message("a/b", b"z")], &[]).unwrap();
+    assert_eq!(log.stall().map(|stall| (stall.since, stall.messages)), Some((stall.since, 3)));
+    drop(hung);
+    durable(&*log, last.ticket).await;
+    while log.stall().is_some() {
+        tokio::task::yield_now().await;
+    }
+}
+
 #[test]
 fn a_reserve_that_is_empty_or_short_is_filled_again_and_no_crash_leaves_one() {
     let clock = new_clock();
