@@ -45,6 +45,8 @@ use crate::telemetry::{self, Failures};
 use crate::topic::{Namespace, TopicFilter};
 use crate::units::{ByteSize, Period};
 
+/// In the data folder.
+const LOCK: &str = "LOCK";
 /// The start screen waits so long for plugins.
 const PLUGINS_SHOWN_AFTER: Duration = Duration::from_secs(3);
 /// As a shell shows a process that SIGINT ended.
@@ -370,7 +372,7 @@ fn lock(data_dir: &Path) -> anyhow::Result<File> {
     let folder = data_dir.display();
     std::fs::create_dir_all(data_dir).with_context(|| format!("cannot make the data folder {folder}"))?;
     make_private(data_dir);
-    let path = data_dir.join("LOCK");
+    let path = data_dir.join(LOCK);
     let file = File::options().create(true).truncate(false).write(true).open(&path).with_context(|| {
         format!("cannot write to the data folder {folder}: {}: let this user write there, or set another data_dir", path.display())
     })?;
@@ -381,6 +383,13 @@ fn lock(data_dir: &Path) -> anyhow::Result<File> {
         }
         Err(error) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
     }
+}
+
+/// Whether a host runs on this data folder, whatever it answers.
+pub fn is_held(data_dir: &Path) -> bool {
+    let Ok(file) = File::open(data_dir.join(LOCK)) else { return false };
+    let tried = rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockShared);
+    tried == Err(rustix::io::Errno::WOULDBLOCK)
 }
 
 async fn wait_for_end(
@@ -468,7 +477,10 @@ mod tests {
         let mode = || std::fs::metadata(folder.path()).unwrap().permissions().mode() & 0o7777;
         for (before, after) in [(0o755, 0o700), (0o2770, 0o2700), (0o700, 0o700), (0o1777, 0o1777)] {
             std::fs::set_permissions(folder.path(), Permissions::from_mode(before)).unwrap();
-            drop(lock(folder.path()).unwrap());
+            assert!(!is_held(folder.path()));
+            let held = lock(folder.path()).unwrap();
+            assert!(is_held(folder.path()));
+            drop(held);
             assert_eq!(mode(), after, "{before:o}");
         }
     }

@@ -13,19 +13,26 @@ use tokio::time::timeout;
 
 use super::output::shown;
 use crate::admin::INSTANCE;
-use crate::app::run_file;
+use crate::app::{is_held, run_file};
 use crate::config::Config;
 use crate::hints::{Hint, Hints};
 
 const ANSWER_BYTES_MAX: u64 = 16 << 20;
 const HEALTH_BYTES_MAX: u64 = 16 << 10;
 /// Whatever has the port may take a connection and say nothing.
-const ASK_MAX: Duration = Duration::from_secs(10);
+const ASK_MAX: Duration = if cfg!(test) { Duration::from_millis(50) } else { Duration::from_secs(10) };
+/// For an answer that reads nothing but memory.
+const ANSWER_MAX: Duration = Duration::from_secs(20);
 
 /// No host runs on the data folder of the config.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct NotRunning(String);
+
+/// A host runs on the data folder of the config, and does not answer.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct NoAnswer(String);
 
 /// `POST path` with a JSON body; the answer's JSON.
 pub async fn post<T: DeserializeOwned>(
@@ -41,7 +48,8 @@ pub async fn post<T: DeserializeOwned>(
 
 /// `GET path`; the answer's JSON.
 pub async fn get<T: DeserializeOwned>(config: &Config, path: &str) -> anyhow::Result<T> {
-    ask(config, &format!("GET {path} HTTP/1.1"), "").await
+    let asked = timeout(ASK_MAX + ANSWER_MAX, ask(config, &format!("GET {path} HTTP/1.1"), "")).await;
+    asked.unwrap_or_else(|_| bail!(no_answer(config)))
 }
 
 /// `head`: the request's first line and its own headers.
@@ -59,6 +67,9 @@ async fn ask<T: DeserializeOwned>(config: &Config, head: &str, body: &str) -> an
         (Some(running), _) => running.admin,
         // A host of another machine has its data folder there.
         (None, Some(address)) if !address.ip().is_loopback() && !address.ip().is_unspecified() => address,
+        // It has not written down yet where it listens, perhaps for want of room.
+        (None, Some(address)) if address.port() != 0 && is_held(&config.data_dir) => address,
+        (None, _) if is_held(&config.data_dir) => bail!(no_answer(config)),
         (None, _) => bail!(none()),
     };
     let gone = |why: String| NotRunning(format!("{}: {why}", none()));
@@ -69,6 +80,7 @@ async fn ask<T: DeserializeOwned>(config: &Config, head: &str, body: &str) -> an
     let instance = match (timeout(ASK_MAX, ask_instance(address)).await, &running) {
         (Ok(Ok(Some(instance))), None) => instance,
         (Ok(Ok(Some(instance))), Some(running)) if instance == running.instance => instance,
+        _ if is_held(&config.data_dir) => bail!(no_answer(config)),
         (Ok(Err(_)), Some(_)) => bail!(none()),
         (_, Some(_)) => bail!(gone(format!("another program has its port, {address}, now"))),
         (Ok(Err(error)), None) => bail!(NotRunning(format!("no host runs at {address}: {error}"))),
@@ -92,6 +104,16 @@ async fn ask<T: DeserializeOwned>(config: &Config, head: &str, body: &str) -> an
         Some(error) => bail!("{error}"),
         None => bail!("the host at {address} answered {code}: {body}"),
     }
+}
+
+fn no_answer(config: &Config) -> NoAnswer {
+    let folder = shown(&config.data_dir);
+    let process = run_file::read(&config.data_dir).map(|running| format!(", process {},", running.pid));
+    NoAnswer(format!(
+        "the host on the data folder {folder}{} does not answer: it starts, it ends, or it hangs; \
+         look at its log and at the load of its machine",
+        process.unwrap_or_default()
+    ))
 }
 
 /// Which host answers there; `None`: something that is no headworks.
@@ -121,4 +143,41 @@ fn reachable(address: SocketAddr) -> SocketAddr {
         ip => ip,
     };
     SocketAddr::new(ip, address.port())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use rustix::fs::{FlockOperation, flock};
+
+    use super::*;
+    use crate::app::run_file::RunFile;
+
+    #[tokio::test]
+    async fn a_host_that_does_not_answer_is_told_from_one_that_does_not_run() {
+        let folder = tempfile::tempdir().unwrap();
+        // Takes the connection, and says nothing.
+        let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let admin = silent.local_addr().unwrap();
+        let file = folder.path().join("headworks.yaml");
+        let data_dir = folder.path().join("data");
+        std::fs::write(&file, format!("data_dir: {}\nadmin: {{ bind: {admin} }}\n", data_dir.display()))
+            .unwrap();
+        std::fs::create_dir(&data_dir).unwrap();
+        let config = crate::config::load(Some(&file)).unwrap().config;
+        let asked = async || get::<serde_json::Value>(&config, "/api/status").await.unwrap_err();
+        assert!(asked().await.is::<NotRunning>(), "nobody was ever there");
+
+        let lock = File::create(data_dir.join("LOCK")).unwrap();
+        flock(&lock, FlockOperation::LockExclusive).unwrap();
+        assert!(asked().await.is::<NoAnswer>(), "it starts, and has not written where it listens");
+        let running = RunFile::new("this", &[], admin, String::new());
+        std::fs::write(data_dir.join("run.json"), serde_json::to_string(&running).unwrap()).unwrap();
+        assert!(asked().await.is::<NoAnswer>());
+        drop(silent);
+        assert!(asked().await.is::<NoAnswer>(), "it ends, and listens no more");
+        drop(lock);
+        assert!(asked().await.is::<NotRunning>());
+    }
 }

@@ -46,7 +46,7 @@ pub enum Command {
         headworks validate --config headworks.yaml --connect"
     )]
     Validate(ValidateArgs),
-    /// What is wrong with the running host and what to do; exit code 0 fine, 1 a problem, 3 not running
+    /// What is wrong with the running host and what to do; exit code 0 fine, 1 a problem or no answer, 3 not running
     Status(StatusArgs),
     /// Plugins: new, list, inspect, bench, remove
     #[command(subcommand)]

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::admin_client::{self, NotRunning};
+use super::admin_client::{self, NoAnswer, NotRunning};
 use super::args::{Format, StatusArgs};
 use super::block_on;
 use super::output::{Out, complain};
@@ -65,6 +65,15 @@ pub fn status(args: &StatusArgs, out: &mut Out) -> anyhow::Result<ExitCode> {
                 Format::Text => complain(&format!("headworks: {error}")),
             }
             return Ok(ExitCode::from(NOT_RUNNING));
+        }
+        Err(error) if error.is::<NoAnswer>() => {
+            match args.format.format {
+                Format::Json => {
+                    out.json(&json!({ "running": true, "answers": false, "reason": error.to_string() }))?;
+                }
+                Format::Text => complain(&format!("headworks: {error}")),
+            }
+            return Ok(ExitCode::from(PROBLEMS));
         }
         Err(error) => return Err(error),
     };
