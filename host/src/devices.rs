@@ -13,6 +13,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::files;
 use crate::hints::Hint;
 use crate::problems::{KeyPath, Problems};
 use crate::telemetry::Failures;
@@ -159,7 +160,7 @@ impl Table {
         if std::fs::metadata(path).map_err(io)?.len() > FILE_BYTES_MAX {
             return Err(content(format!("must be at most {} MiB", FILE_BYTES_MAX >> 20)));
         }
-        let text = std::fs::read_to_string(path).map_err(io)?;
+        let text = files::read_to_string(path).map_err(io)?;
         let is_json = path.extension().is_some_and(|extension| extension == "json");
         let value = if is_json {
             serde_json::from_str(&text).map_err(|error| content(error.to_string()))?

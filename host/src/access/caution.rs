@@ -35,7 +35,9 @@ impl Config {
     /// Rules and fields of users that the files do not have, where nothing else knows users.
     fn unknown_users(&self) -> Vec<String> {
         let file = |authenticator: &Authenticator| match authenticator {
-            Authenticator::Passwords(passwords) => Users::parse(&std::fs::read(&passwords.file).ok()?).ok(),
+            Authenticator::Passwords(passwords) => {
+                Users::parse(&crate::files::read(&passwords.file).ok()?).ok()
+            }
             _ => None,
         };
         let Some(files) = self.authenticate.iter().map(file).collect::<Option<Vec<_>>>() else {

@@ -1,43 +1,59 @@
 //! A file that is read again when it changes. A new version that cannot be used
 //! leaves the old one in place, and is reported.
 //!
-//! A file that is being written is left alone until it has been quiet for [`QUIET`].
-//! A small file then counts at once ([`Watched::get`]). One that takes long to read is
-//! read aside, and until that is done the old version answers ([`Watched::ready`]);
-//! its first version is waited for ([`Opening`]).
+//! One thread a file touches the disk, so that one that does not answer holds up nobody:
+//! who asks waits for a look of that thread at most [`LOOK_MAX`] ([`Watched::get`]) or not at
+//! all ([`Watched::ready`]), and takes the newest version. A file that is being written is left
+//! alone until it has been quiet for [`QUIET`]. The first version of one that takes long to
+//! read is waited for ([`Opening`]).
 
 use std::fmt;
 use std::fs::Metadata;
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::thread;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::watch;
 use tokio::time::timeout;
 
+use crate::files;
 use crate::telemetry::Failures;
 use crate::threads;
 
 /// Between the last write and the first look at what was written.
 const QUIET: Duration = Duration::from_millis(300);
+/// A look is waited for so long; while one takes longer nobody waits for it.
+const LOOK_MAX: Duration = if cfg!(test) { Duration::from_secs(10) } else { Duration::from_secs(1) };
 /// A version that could not be used is tried again when it is asked for then,
 /// although the file is the same: the reason may have passed.
 const RETRY_AFTER: Duration = Duration::from_secs(30);
 
 pub struct Watched<T> {
+    shared: Arc<Shared<T>>,
+    look_max: Duration,
+}
+
+/// What the thread and those who ask have in common.
+struct Shared<T> {
     path: PathBuf,
     bytes_max: u64,
     parse: Box<Parse<T>>,
     failures: Failures,
-    seen: Mutex<(Signature, Arc<T>)>,
-    retry_at: Mutex<Option<Instant>>,
-    /// Held by who reads a changed file; comes before `seen`.
-    reading: Mutex<()>,
-    is_read_aside: AtomicBool,
+    newest: Mutex<Arc<T>>,
+    looks: Mutex<Looks>,
+    /// With `looks`: one is asked for, or done.
+    moved: Condvar,
+}
+
+#[derive(Default)]
+struct Looks {
+    asked: u64,
+    done: u64,
+    begun: Option<Instant>,
+    ended: Option<Instant>,
+    is_over: bool,
 }
 
 type Parse<T> = dyn Fn(&[u8]) -> Result<T, String> + Send + Sync;
@@ -50,7 +66,7 @@ struct Signature {
     changed: (i64, i64),
 }
 
-impl<T> Watched<T> {
+impl<T: Send + Sync + 'static> Watched<T> {
     /// Reads the file; errors name it.
     pub fn open(
         path: &Path,
@@ -59,111 +75,155 @@ impl<T> Watched<T> {
         parse: impl Fn(&[u8]) -> Result<T, String> + Send + Sync + 'static,
     ) -> Result<Self, String> {
         let (signature, value) = read(path, bytes_max, &parse)?;
-        Ok(Self {
+        let shared = Arc::new(Shared {
             path: path.to_owned(),
             bytes_max,
             parse: Box::new(parse),
             failures,
-            seen: Mutex::new((signature, Arc::new(value))),
-            retry_at: Mutex::default(),
-            reading: Mutex::default(),
-            is_read_aside: AtomicBool::new(false),
-        })
+            newest: Mutex::new(Arc::new(value)),
+            looks: Mutex::default(),
+            moved: Condvar::new(),
+        });
+        let reader = Reader { shared: shared.clone(), signature, retry_at: None };
+        threads::spawn("access-file".to_owned(), move || reader.run())
+            .map_err(|error| format!("{}: no thread to read it: {error}", path.display()))?;
+        Ok(Self { shared, look_max: LOOK_MAX })
     }
+}
 
-    /// What the file says now. Blocks on the disk.
+impl<T> Watched<T> {
+    /// What the file says now, or said when a look at it last ended in time. Blocks for a look.
     pub fn get(&self) -> Arc<T> {
-        let renewed = self.renew();
-        self.tell(renewed);
+        let looks = self.shared.ask();
+        let number = looks.asked;
+        let waits_for =
+            self.look_max.saturating_sub(looks.begun.map_or(Duration::ZERO, |begun| begun.elapsed()));
+        let is_open = |looks: &mut Looks| looks.done < number;
+        drop(self.shared.moved.wait_timeout_while(looks, waits_for, is_open));
         self.newest()
     }
 
-    /// Whether the file says something else than `seen`, which becomes what it says. Blocks on the disk.
+    /// What it said when it was looked at last. Has it looked at again, at most once in [`QUIET`].
+    pub fn ready(&self) -> Arc<T> {
+        let is_due = {
+            let looks = lock(&self.shared.looks);
+            looks.asked == looks.done && looks.ended.is_none_or(|ended| ended.elapsed() >= QUIET)
+        };
+        if is_due {
+            drop(self.shared.ask());
+        }
+        self.newest()
+    }
+
+    /// What it said when it was looked at last.
+    pub fn newest(&self) -> Arc<T> {
+        lock(&self.shared.newest).clone()
+    }
+
+    /// Whether the file says something else than `seen`, which becomes what it says. Blocks for a look.
     pub fn refresh(&self, seen: &Mutex<Arc<T>>) -> bool {
         let now = self.get();
         let before = std::mem::replace(&mut *lock(seen), now.clone());
         !Arc::ptr_eq(&before, &now)
     }
+}
 
-    /// Reads it if it changed; whether it did.
-    fn renew(&self) -> Result<bool, String> {
-        if self.whole_change().is_none() {
-            return Ok(false);
-        }
-        let _one_at_a_time = lock(&self.reading);
-        let Some(change) = self.whole_change() else { return Ok(false) };
-        let version = read(&self.path, self.bytes_max, &self.parse);
-        *lock(&self.retry_at) = version.is_err().then(|| Instant::now() + RETRY_AFTER);
-        let mut seen = lock(&self.seen);
-        match (version, change) {
-            (Ok((signature, value)), _) => *seen = (signature, Arc::new(value)),
-            (Err(reason), Change::Gone) => return Err(reason),
-            (Err(reason), Change::To(signature)) => {
-                // Not looked into again until it changes once more, or the time for that has come.
-                seen.0 = signature;
-                return Err(reason);
-            }
-        }
-        Ok(true)
-    }
-
-    fn tell(&self, renewed: Result<bool, String>) {
-        match renewed {
-            Ok(false) => {}
-            Ok(true) => tracing::info!(file = %self.path.display(), "access: a changed file is in force"),
-            Err(reason) => {
-                let kind = format!("access: a changed file cannot be used: {reason}");
-                self.failures.report(&kind, 1, "what it said before stays in force", "");
-            }
-        }
-    }
-
-    /// What it said when it was looked at last.
-    pub fn newest(&self) -> Arc<T> {
-        lock(&self.seen).1.clone()
-    }
-
-    fn change(&self) -> Option<Change> {
-        match std::fs::metadata(&self.path) {
-            Ok(found) => {
-                let now = Signature::of(&found);
-                let is_due = lock(&self.retry_at).is_some_and(|at| Instant::now() >= at);
-                let is_changed = now != lock(&self.seen).0;
-                (is_due || is_changed).then_some(Change::To(now))
-            }
-            Err(_) => Some(Change::Gone),
-        }
-    }
-
-    /// A change that nobody is still writing.
-    fn whole_change(&self) -> Option<Change> {
-        self.change().filter(|change| match change {
-            Change::To(signature) => signature.is_whole(),
-            Change::Gone => true,
-        })
+impl<T> Drop for Watched<T> {
+    fn drop(&mut self) {
+        lock(&self.shared.looks).is_over = true;
+        self.shared.moved.notify_all();
     }
 }
 
-impl<T: Send + Sync + 'static> Watched<T> {
-    /// The newest version that was read. A change is read on a thread of its own, which
-    /// waits until nobody writes the file any more.
-    pub fn ready(self: &Arc<Self>) -> Arc<T> {
-        if self.change().is_some() && !self.is_read_aside.swap(true, Ordering::AcqRel) {
-            let watched = self.clone();
-            let read = move || {
-                while watched.change().is_some() && watched.whole_change().is_none() {
-                    thread::sleep(QUIET);
-                }
-                let renewed = watched.renew();
-                watched.is_read_aside.store(false, Ordering::Release);
-                watched.tell(renewed);
+impl<T> Shared<T> {
+    fn ask(&self) -> MutexGuard<'_, Looks> {
+        let mut looks = lock(&self.looks);
+        looks.asked += 1;
+        self.moved.notify_all();
+        looks
+    }
+}
+
+/// The thread that reads the file.
+struct Reader<T> {
+    shared: Arc<Shared<T>>,
+    signature: Signature,
+    retry_at: Option<Instant>,
+}
+
+impl<T> Reader<T> {
+    fn run(mut self) {
+        let shared = self.shared.clone();
+        let mut is_being_written = false;
+        loop {
+            let looks = lock(&shared.looks);
+            let is_idle = |looks: &mut Looks| !looks.is_over && looks.asked == looks.done;
+            let mut looks = if is_being_written {
+                let waited = shared.moved.wait_timeout_while(looks, QUIET, is_idle);
+                waited.unwrap_or_else(PoisonError::into_inner).0
+            } else {
+                shared.moved.wait_while(looks, is_idle).unwrap_or_else(PoisonError::into_inner)
             };
-            if let Err(error) = threads::spawn("access-file".to_owned(), read) {
-                self.is_read_aside.store(false, Ordering::Release);
-                self.tell(Err(format!("{}: no thread to read it: {error}", self.path.display())));
+            if looks.is_over {
+                return;
+            }
+            let number = looks.asked;
+            looks.begun = Some(Instant::now());
+            drop(looks);
+            is_being_written = self.look();
+            let mut looks = lock(&shared.looks);
+            looks.done = number;
+            looks.begun = None;
+            looks.ended = Some(Instant::now());
+            drop(looks);
+            shared.moved.notify_all();
+        }
+    }
+
+    /// Reads the file if it has changed. Returns whether it is still being written.
+    fn look(&mut self) -> bool {
+        let change = self.change();
+        if let Some(Change::To(signature)) = &change
+            && !signature.is_whole()
+        {
+            return true;
+        }
+        if let Some(change) = change {
+            self.renew(&change);
+        }
+        false
+    }
+
+    fn renew(&mut self, change: &Change) {
+        let shared = &self.shared;
+        let version = read(&shared.path, shared.bytes_max, &shared.parse);
+        self.retry_at = version.is_err().then(|| Instant::now() + RETRY_AFTER);
+        match version {
+            Ok((signature, value)) => {
+                self.signature = signature;
+                *lock(&shared.newest) = Arc::new(value);
+                tracing::info!(file = %shared.path.display(), "access: a changed file is in force");
+            }
+            Err(reason) => {
+                // Not looked into again until it changes once more, or the time for that has come.
+                if let Change::To(signature) = change {
+                    self.signature = *signature;
+                }
+                let kind = format!("access: a changed file cannot be used: {reason}");
+                shared.failures.report(&kind, 1, "what it said before stays in force", "");
             }
         }
-        self.newest()
+    }
+
+    fn change(&self) -> Option<Change> {
+        match std::fs::metadata(&self.shared.path) {
+            Ok(found) => {
+                let now = Signature::of(&found);
+                let is_due = self.retry_at.is_some_and(|at| Instant::now() >= at);
+                (is_due || now != self.signature).then_some(Change::To(now))
+            }
+            Err(_) => Some(Change::Gone),
+        }
     }
 }
 
@@ -259,7 +319,7 @@ impl Signature {
 
 impl<T> fmt::Debug for Watched<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Watched").field("path", &self.path).finish_non_exhaustive()
+        f.debug_struct("Watched").field("path", &self.shared.path).finish_non_exhaustive()
     }
 }
 
@@ -269,7 +329,7 @@ fn read<T>(
     parse: &dyn Fn(&[u8]) -> Result<T, String>,
 ) -> Result<(Signature, T), String> {
     let named = |reason: String| format!("{}: {reason}", path.display());
-    let file = std::fs::File::open(path).map_err(|error| named(error.to_string()))?;
+    let file = files::open(path).map_err(|error| named(error.to_string()))?;
     // Of the open file, before its bytes: a change meanwhile is seen as one.
     let signature = Signature::of(&file.metadata().map_err(|error| named(error.to_string()))?);
     let mut bytes = Vec::new();
@@ -320,6 +380,46 @@ mod tests {
         go_on.send(()).unwrap();
         assert_eq!(*watched.get(), b"newer", "once it was read");
         assert_eq!(*watched.ready(), b"newer");
+    }
+
+    #[test]
+    fn while_a_look_hangs_the_old_version_answers_and_nobody_else_waits() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        std::fs::write(&file, "old").unwrap();
+        let ((begun, begins), (go_on, goes_on)) = (channel(), channel::<()>());
+        let goes_on = Mutex::new(goes_on);
+        let parse = move |bytes: &[u8]| {
+            if bytes != b"old" {
+                begun.send(()).unwrap();
+                let _ = goes_on.lock().unwrap().recv();
+            }
+            Ok(bytes.to_vec())
+        };
+        let mut watched = Watched::open(&file, 100, Failures::default(), parse).unwrap();
+        watched.look_max = Duration::from_millis(1);
+        put(&file, "newer");
+        assert_eq!(*watched.get(), b"old");
+        begins.recv().unwrap();
+        for _ in 0..1_000 {
+            assert_eq!(*watched.get(), b"old", "it hangs");
+        }
+        go_on.send(()).unwrap();
+        watched.look_max = LOOK_MAX;
+        assert_eq!(*watched.get(), b"newer");
+    }
+
+    #[test]
+    fn a_file_that_a_fifo_replaces_stays_as_it_was() {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, fifo) = (folder.path().join("file"), folder.path().join("fifo"));
+        std::fs::write(&file, "old").unwrap();
+        let open = || Watched::open(&file, 100, Failures::default(), |bytes| Ok(bytes.to_vec()));
+        let watched = open().unwrap();
+        rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::RWXU).unwrap();
+        std::fs::rename(&fifo, &file).unwrap();
+        assert_eq!(*watched.get(), b"old");
+        assert!(open().unwrap_err().ends_with("not a regular file"));
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::files;
 use crate::problems::{KeyPath, Problems};
 
 /// Health, metrics and status over HTTP.
@@ -46,7 +47,7 @@ impl Config {
     pub fn token(&self) -> Result<Option<String>, String> {
         let Some(file) = &self.token_file else { return Ok(None) };
         let named = |reason: &str| format!("{}: {reason}", file.display());
-        let text = std::fs::read_to_string(file).map_err(|error| named(&error.to_string()))?;
+        let text = files::read_to_string(file).map_err(|error| named(&error.to_string()))?;
         let token = text.trim();
         if token.len() < TOKEN_BYTES_MIN || !token.bytes().all(|b| b.is_ascii_graphic()) {
             return Err(named("must hold a token of at least 32 characters: openssl rand -hex 32"));

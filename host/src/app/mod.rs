@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use futures_util::future::{Either, select};
+use futures_util::future::{Either, join_all, select};
 use metrics_exporter_prometheus::PrometheusHandle;
 use rustix::fs::Mode;
 use tokio::runtime::Handle;
@@ -49,6 +49,10 @@ use crate::units::{ByteSize, Period};
 const LOCK: &str = "LOCK";
 /// The start screen waits so long for plugins.
 const PLUGINS_SHOWN_AFTER: Duration = Duration::from_secs(3);
+/// A shutdown waits so long for each part, beside what pipelines have to drain.
+const END_MAX: Duration = Duration::from_secs(15);
+/// The exit status of a host that ended without one of its parts.
+const LATE: i32 = 1;
 /// As a shell shows a process that SIGINT ended.
 const INTERRUPTED: i32 = 130;
 
@@ -237,21 +241,46 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
 
     // Devices first, then what is in flight, then the log.
     stop_listening.cancel();
-    listener.join().await;
+    let mut ending = Ending::default();
+    ending.wait("mqtt", END_MAX, listener.join()).await;
     stop_delivering.cancel();
-    for pipeline in &pipelines {
-        pipeline.join().await;
-    }
-    for stream in &all_streams {
-        stream.close().await;
-    }
+    let drained = config.pipelines.values().map(|pipeline| pipeline.drain_max.0).max().unwrap_or_default();
+    ending.wait("pipelines", drained + END_MAX, join_all(pipelines.iter().map(|one| one.join()))).await;
+    ending.wait("streams", END_MAX, join_all(all_streams.iter().map(|stream| stream.close()))).await;
     stop_admin.cancel();
-    admin.closed().await;
+    ending.wait("admin", END_MAX, admin.closed()).await;
     watching.abort();
     watching_disks.abort();
     run_file::remove(&data_dir);
     failures.flush();
+    ending.leave_late_parts();
     ended
+}
+
+/// The end of the host's parts, each within its time: a disk that does not answer ends nothing.
+#[derive(Default)]
+struct Ending {
+    is_late: bool,
+}
+
+impl Ending {
+    async fn wait<T>(&mut self, part: &str, wait_max: Duration, end: impl Future<Output = T>) {
+        if tokio::time::timeout(wait_max, end).await.is_err() {
+            let s = wait_max.as_secs();
+            tracing::warn!(
+                part,
+                "has not ended for {s} s, going on without it: what was acknowledged is durable"
+            );
+            self.is_late = true;
+        }
+    }
+
+    /// Ends the process where a part did not end: to take it down would wait for it.
+    fn leave_late_parts(self) {
+        if self.is_late {
+            std::process::exit(LATE);
+        }
+    }
 }
 
 struct OpenStreams {
@@ -443,6 +472,16 @@ fn plugin_line(plugin: PluginStatus) -> PluginLine {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_part_that_does_not_end_is_left_after_its_time() {
+        let mut ending = Ending::default();
+        ending.wait("good", END_MAX, async {}).await;
+        assert!(!ending.is_late);
+        ending.wait("hung", Duration::ZERO, std::future::pending::<()>()).await;
+        ending.wait("good", END_MAX, async {}).await;
+        assert!(ending.is_late);
+    }
 
     /// Else its mark would hold retention back for ever, and devices with it.
     #[test]

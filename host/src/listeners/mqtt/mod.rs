@@ -103,6 +103,9 @@ const SWEEP_EVERY: Duration = Duration::from_secs(10);
 /// The clock is saved each time after so many of them.
 const SWEEPS_PER_SAVED_CLOCK: u64 = 360;
 
+/// A shutdown waits for connections so long: one that is left loses nothing that was acknowledged.
+const JOIN_MAX: Duration = Duration::from_secs(10);
+
 /// What the listener stands on.
 pub struct Deps {
     pub streams: Streams,
@@ -148,14 +151,22 @@ impl Handle {
         self.clients.clone()
     }
 
-    /// Returns when every connection has ended.
+    /// Returns when every connection has ended, or after [`JOIN_MAX`].
     pub async fn join(self) {
-        for task in self.accepting {
-            // A panic there is the process's to report; the others still end.
-            let _ = task.await;
+        let ended = async {
+            for task in self.accepting {
+                // A panic there is the process's to report; the others still end.
+                let _ = task.await;
+            }
+            self.tasks.close();
+            self.tasks.wait().await;
+        };
+        if tokio::time::timeout(JOIN_MAX, ended).await.is_err() {
+            tracing::warn!(
+                connections = self.tasks.len(),
+                "mqtt: some connections have not ended, going on without them"
+            );
         }
-        self.tasks.close();
-        self.tasks.wait().await;
         self.clients.0.sessions.note_all(&self.clients.0);
     }
 }
@@ -250,8 +261,9 @@ async fn keep_access(broker: Arc<Broker>) {
             () = broker.shutdown.cancelled() => return,
         }
         let looking = broker.clone();
+        let looked = tokio::task::spawn_blocking(move || looking.access.refresh());
         // A panic ends the process.
-        let _ = tokio::task::spawn_blocking(move || looking.access.refresh()).await;
+        let _ = broker.shutdown.run_until_cancelled(looked).await;
     }
 }
 

@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, Serializer};
 use tokio_postgres::config::Host;
 
+use crate::files;
 use crate::problems::{KeyPath, Problems};
 use crate::sinks::columns::ColumnsConfig;
 use crate::sinks::config::{BatchConfig, OnConflict, validate_table, within};
@@ -314,7 +315,7 @@ impl Password {
         match self {
             Self::Env(name) => std::env::var(name)
                 .map_err(|_| format!("the environment variable {name} for the password is not set")),
-            Self::File(path) => std::fs::read_to_string(path)
+            Self::File(path) => files::read_to_string(path)
                 .map(|text| text.trim_end_matches(['\r', '\n']).to_owned())
                 .map_err(|error| format!("cannot read the password from {}: {error}", path.display())),
         }

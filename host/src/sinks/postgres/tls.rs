@@ -12,6 +12,7 @@ use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, SignatureSch
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::config::{SslMode, Tls};
+use crate::files;
 use crate::trust;
 
 /// Reads the certificates now, so that a renewed one is used at the next connect.
@@ -52,7 +53,7 @@ fn chain_verifier(
     provider: &Arc<CryptoProvider>,
 ) -> Result<Arc<WebPkiServerVerifier>, String> {
     let ca = trust::ca_file(ca).map_err(|reason| format!("{reason} in tls.ca"))?;
-    let pem = std::fs::read(&ca).map_err(|error| error.to_string());
+    let pem = files::read(&ca).map_err(|error| error.to_string());
     let roots =
         pem.and_then(|pem| trust::roots(&pem)).map_err(|reason| format!("{}: {reason}", ca.display()))?;
     WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider.clone())

@@ -52,8 +52,8 @@ pub use recover::{Damage, OpenError, Recovery};
 pub use state::STATE_BYTES_MAX;
 
 use super::{
-    AppendError, Appended, Attachment, Config, Cursor, Identity, Lack, NewMessage, OnLag, Opening, ReadError, Stall,
-    StateChange, Stream, Ticket,
+    AppendError, Appended, Attachment, Config, Cursor, Identity, Lack, NewMessage, OnLag, Opening, ReadError,
+    Stall, StateChange, Stream, Ticket,
 };
 use crate::batch::Offset;
 use crate::telemetry::Failures;

@@ -57,7 +57,8 @@ pub(super) async fn run(broker: &Broker, all: &[Arc<Tls>], mut hangup: Option<Si
         }
         let mut has_changed = false;
         for tls in all {
-            has_changed |= look(broker, tls).await;
+            let Some(changed) = broker.shutdown.run_until_cancelled(look(broker, tls)).await else { return };
+            has_changed |= changed;
         }
         if has_changed {
             broker.access.recheck();

@@ -25,6 +25,7 @@ use super::super::config::{self, ClientCert};
 use super::authorities::{Authorities, Basis, Seen, observed};
 use super::{Failed, Shown, identity};
 use crate::access::Proof;
+use crate::files;
 
 /// A file of certificates that is larger is not one.
 const FILE_BYTES_MAX: u64 = 64 << 20;
@@ -315,7 +316,7 @@ fn read(path: &Path) -> Result<Vec<u8>, String> {
     if size > FILE_BYTES_MAX {
         return Err(cannot_use(path, &format!("it has {size} bytes, at most {FILE_BYTES_MAX} are read")));
     }
-    std::fs::read(path).map_err(|error| cannot_use(path, &error))
+    files::read(path).map_err(|error| cannot_use(path, &error))
 }
 
 fn certificates(path: &Path, bytes: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
