@@ -20,7 +20,7 @@ use crate::listeners::mqtt::ClientOrder;
 
 pub use config::Config;
 pub use problem::{AtStake, METRICS, PROBLEM_KINDS, Problem};
-pub use server::{Error, Handle, start};
+pub use server::{CONNECTIONS_MAX, Error, Handle, start};
 
 /// Header of every answer, and of requests that are meant for one host only.
 pub const INSTANCE: &str = "headworks-instance";

@@ -29,7 +29,7 @@ use super::{Config, Deps, routes};
 
 /// Connections at once. For one more the oldest that asks nothing is closed; while all are
 /// answered, it waits.
-const CONNECTIONS_MAX: usize = 64;
+pub const CONNECTIONS_MAX: usize = 64;
 /// From a connection's begin, or its last answer, to the end of a request's
 /// head; as long again for its body, and for taking the answer. Who is slower
 /// loses the connection, so that silent ones cannot keep `/healthz` from the others.

@@ -1,19 +1,41 @@
-//! File descriptors: the log, sinks and plugins keep theirs, connections get the rest.
+//! File descriptors: the log, sinks, plugins and what else the config asks for have theirs,
+//! connections get the rest.
 
+use anyhow::bail;
 use rustix::process::{Resource, getrlimit};
 
+use crate::access::Authenticator;
+use crate::admin;
+use crate::config::Config;
 use crate::listeners::mqtt;
 
-/// For the admin address, plugins, sinks and what libraries open.
-const RESERVED: u64 = 192;
-/// For one stream: its segments, folders and readers.
-const RESERVED_PER_STREAM: u64 = 16;
+/// For the runtimes, standard streams, watched folders, the compiling child, files that are read.
+const PROCESS: u64 = 48;
+/// For one stream: segments, folders, a segment that is made, readers.
+const PER_STREAM: u64 = 16;
+/// For a sink of a pipeline: its connection or its database's files, while it is opened again too,
+/// and the segment that its lane reads.
+const PER_SINK: u64 = 8;
+/// For one step: a version that runs and one that is loaded.
+const PER_STEP: u64 = 4;
+/// For one listener: its socket and the file that it reads certificates from.
+const PER_LISTENER: u64 = 2;
+/// Connections, of MQTT and of the admin address, that a host must have room for to start.
+const CONNECTIONS_LEAST: u64 = 16;
 
-/// Returns how many connections the limit on open files leaves room for, at most
-/// `wanted`, and says so where that is fewer: as a warning where a person asked for `wanted`.
-pub fn connections_max(wanted: u32, streams: usize) -> u32 {
-    let Some(limit) = getrlimit(Resource::Nofile).current else { return wanted };
-    let allowed = allowed(wanted, streams as u64, limit);
+/// Returns how many connections the limit on open files leaves room for, at most what the config
+/// has, and says so where that is fewer: as a warning where a person asked for more. Fails where
+/// the limit leaves the parts of the config too few.
+pub fn connections_max(config: &Config) -> anyhow::Result<u32> {
+    let wanted = config.mqtt.connections_max;
+    let Some(limit) = getrlimit(Resource::Nofile).current else { return Ok(wanted) };
+    let needed = needed(config);
+    let Some(allowed) = allowed(wanted, needed, limit) else {
+        bail!(
+            "the limit on open files is {limit}, and this config needs {}: raise it (ulimit -n, LimitNOFILE=)",
+            needed + CONNECTIONS_LEAST
+        );
+    };
     let is_default = wanted == mqtt::Config::default().connections_max;
     if allowed < wanted && is_default {
         tracing::info!("the limit on open files, {limit}, leaves room for {allowed} MQTT connections");
@@ -23,13 +45,34 @@ pub fn connections_max(wanted: u32, streams: usize) -> u32 {
              is {wanted}; raise the limit (ulimit -n, LimitNOFILE=), or lower mqtt.connections_max"
         );
     }
-    allowed
+    Ok(allowed)
 }
 
-fn allowed(wanted: u32, streams: u64, limit: u64) -> u32 {
-    // A limit so low that the reserve is most of it is shared by halves.
-    let reserved = (RESERVED + RESERVED_PER_STREAM * streams).min(limit / 2);
-    wanted.min(u32::try_from(limit - reserved).unwrap_or(u32::MAX))
+/// What all but connections need.
+fn needed(config: &Config) -> u64 {
+    // Dead letters and the broker's own are streams too.
+    let streams = config.streams.len() + 2;
+    let sinks: usize = config.pipelines.values().map(|pipeline| pipeline.sinks().len()).sum();
+    let steps = config.pipelines.values().filter_map(|pipeline| pipeline.steps.as_ref()).map(Vec::len);
+    let authenticators = config.mqtt.access.iter().flat_map(|access| &access.authenticate);
+    let requests = authenticators.map(|authenticator| match authenticator {
+        Authenticator::Http(http) => u64::from(http.requests_max),
+        _ => 1,
+    });
+    PROCESS
+        + PER_STREAM * streams as u64
+        + PER_SINK * sinks as u64
+        + PER_STEP * steps.sum::<usize>() as u64
+        + PER_LISTENER * config.mqtt.listeners.len() as u64
+        + requests.sum::<u64>()
+}
+
+/// `None` where not even the least number of connections has room.
+fn allowed(wanted: u32, needed: u64, limit: u64) -> Option<u32> {
+    let left = limit.checked_sub(needed)?;
+    // A limit so low that the admin address's are most of what is left is shared by halves.
+    let connections = left - (admin::CONNECTIONS_MAX as u64).min(left / 2);
+    (left >= CONNECTIONS_LEAST).then(|| wanted.min(u32::try_from(connections).unwrap_or(u32::MAX)))
 }
 
 #[cfg(test)]
@@ -37,12 +80,39 @@ mod tests {
     use super::*;
 
     #[test]
-    fn connections_leave_file_descriptors_for_the_log() {
-        assert_eq!(allowed(100_000, 4, 1 << 20), 100_000);
-        assert_eq!(allowed(100_000, 4, 65_536), 65_536 - 256);
-        assert_eq!(allowed(100, 4, 1_024), 100);
-        assert_eq!(allowed(100_000, 4, 256), 128);
-        assert_eq!(allowed(100_000, 1_000, 1_024), 512);
-        assert_eq!(allowed(1_000, 4, u64::MAX), 1_000);
+    fn connections_leave_file_descriptors_for_all_else() {
+        assert_eq!(allowed(100_000, 200, 1 << 20), Some(100_000));
+        assert_eq!(allowed(100_000, 200, 65_536), Some(65_536 - 264));
+        assert_eq!(allowed(100, 200, 1_024), Some(100));
+        assert_eq!(allowed(100_000, 200, 256), Some(28));
+        assert_eq!(allowed(100_000, 200, 216), Some(8));
+        assert_eq!(allowed(100_000, 200, 215), None);
+        assert_eq!(allowed(100_000, 200, 100), None);
+        assert_eq!(allowed(1_000, 200, u64::MAX), Some(1_000));
+    }
+
+    #[test]
+    fn each_part_of_a_config_has_its_file_descriptors() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("headworks.yaml");
+        let needs = |text: &str| {
+            std::fs::write(&file, text).unwrap();
+            needed(&crate::config::load(Some(&file)).unwrap().config)
+        };
+        let sinks = |count: usize| {
+            let names = (0..count).map(|n| format!("s{n}")).collect::<Vec<_>>();
+            let all = names.iter().map(|name| format!("{name}: {{ type: sqlite, path: {name}.db }}"));
+            format!(
+                "sinks: {{ {} }}\npipelines: {{ p: {{ from: telemetry, routes: {{ default: [{}] }} }} }}\n",
+                all.collect::<Vec<_>>().join(", "),
+                names.join(", ")
+            )
+        };
+        let one = needs(&sinks(1));
+        assert_eq!(needs(&sinks(40)), one + 39 * PER_SINK);
+        let more = sinks(1) + "streams: { a: { topics: [a/#] }, b: { topics: [b/#] }, telemetry: {} }\n";
+        assert_eq!(needs(&more), one + 2 * PER_STREAM);
+        let listeners = sinks(1) + "mqtt: { listeners: [ 127.0.0.1:0, 127.0.0.1:0 ] }\n";
+        assert_eq!(needs(&listeners), one + PER_LISTENER);
     }
 }

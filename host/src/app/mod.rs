@@ -95,9 +95,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
     let stop_listening = CancellationToken::new();
     let stop_delivering = CancellationToken::new();
 
-    // Dead letters and the broker's own are streams too.
-    let streams = config.streams.len() + 2;
-    config.mqtt.connections_max = descriptors::connections_max(config.mqtt.connections_max, streams);
+    config.mqtt.connections_max = descriptors::connections_max(&config)?;
 
     // Streams first: the log is what everything else stands on.
     let streams = open_streams(&config, &data_dir)?;

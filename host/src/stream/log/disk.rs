@@ -142,12 +142,16 @@ pub fn read_all(file: &dyn File, len_max: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// Spare file descriptors of a disk.
+const SPARES: usize = 3;
+
 /// The disk of this machine.
 #[derive(Clone, Debug, Default)]
 pub struct RealDisk {
     /// Folders that were synced, kept open: a name that is there already must not stay
     /// unsynced for want of a file descriptor.
     folders: Arc<Mutex<HashMap<PathBuf, Arc<fs::File>>>>,
+    spares: Arc<Spares>,
 }
 
 impl File for fs::File {
@@ -211,6 +215,31 @@ impl File for fs::File {
     }
 }
 
+/// File descriptors that are taken ahead, so that the log finds one where the process has no more.
+#[derive(Debug, Default)]
+struct Spares(Mutex<Vec<fs::File>>);
+
+impl Spares {
+    /// Opens a file, giving up spares as long as that is for want of a file descriptor, and
+    /// takes new ones where there are any.
+    fn open(&self, open: impl Fn() -> io::Result<fs::File>) -> io::Result<fs::File> {
+        let mut opened = open();
+        let mut spares = super::lock(&self.0);
+        while opened.as_ref().is_err_and(|error| lacking(error) == Some(Lack::FileDescriptor)) {
+            let Some(spare) = spares.pop() else { return opened };
+            drop(spare);
+            opened = open();
+        }
+        if spares.len() < SPARES
+            && opened.is_ok()
+            && let Ok(spare) = fs::File::open("/dev/null")
+        {
+            spares.push(spare);
+        }
+        opened
+    }
+}
+
 impl Disk for RealDisk {
     fn open(&self, path: &Path, create: Create) -> io::Result<Arc<dyn File>> {
         let mut options = fs::OpenOptions::new();
@@ -220,7 +249,7 @@ impl Disk for RealDisk {
             Create::Existing => options.write(true),
             Create::ReadOnly => &mut options,
         };
-        Ok(Arc::new(options.open(path)?))
+        Ok(Arc::new(self.spares.open(|| options.open(path))?))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -249,7 +278,7 @@ impl Disk for RealDisk {
             Some(folder) => folder,
             None => {
                 let path = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
-                let folder = Arc::new(fs::File::open(path)?);
+                let folder = Arc::new(self.spares.open(|| fs::File::open(path))?);
                 super::lock(&self.folders).insert(dir.to_path_buf(), Arc::clone(&folder));
                 folder
             }
@@ -385,4 +414,38 @@ impl Disk for SlowDisk {
 /// The folder that holds `dir`.
 pub fn parent(dir: &Path) -> PathBuf {
     dir.parent().map(Path::to_path_buf).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[test]
+    fn a_log_opens_files_where_others_have_taken_all_file_descriptors() {
+        let spares = Spares::default();
+        let open = || fs::File::open("/dev/null");
+        for _ in 0..SPARES {
+            spares.open(open).unwrap();
+        }
+        // No descriptor is free but those that are given up; another thread takes the first.
+        for (lacking, has_one) in [(0, true), (2, true), (SPARES, true), (SPARES + 1, false)] {
+            let left = Cell::new(lacking);
+            let opened = spares.open(|| {
+                if left.get() == 0 {
+                    return open();
+                }
+                left.set(left.get() - 1);
+                Err(io::Error::from_raw_os_error(libc::EMFILE))
+            });
+            assert_eq!(opened.is_ok(), has_one, "{lacking}");
+            for _ in 0..SPARES {
+                spares.open(open).unwrap();
+            }
+        }
+        let gone = spares.open(|| Err(io::ErrorKind::NotFound.into())).unwrap_err();
+        assert_eq!(gone.kind(), io::ErrorKind::NotFound);
+        assert_eq!(super::super::lock(&spares.0).len(), SPARES, "none is given up for another reason");
+    }
 }
