@@ -251,6 +251,10 @@ impl Host {
                 ..AtStake::default()
             };
             let part = format!("sink {}/{}", status.name, sink.name);
+            let since = SystemTime::now().duration_since(sink.since).unwrap_or_default();
+            if let Some(since) = Instant::now().checked_sub(since) {
+                self.remember((part.clone(), kind), since);
+            }
             found.push(Found { part, kind, cause: cause.to_owned(), at_stake, advice: advice.to_owned() });
         }
         found

@@ -25,6 +25,7 @@ use crate::stream::{Identity, OnLag, Stream};
 use crate::telemetry::Failures;
 
 mod again;
+mod answering;
 mod board;
 mod claim;
 mod config;
@@ -57,6 +58,7 @@ pub use metrics::METRICS;
 pub use redrive::{Filter, RedriveError, Summary, list_open};
 pub use status::{PipelineStatus, SinkStatus, State};
 
+use answering::Answering;
 use board::Board;
 use delivery::{Control, Delivery};
 use metrics::{PipelineMetrics, SinkMetrics};
@@ -245,7 +247,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
             number,
             attachment: stream.attach(&format!("{name}/{}", part.name), stream.bounds().start, part.on_lag),
             writer: Writer {
-                sink: Some(part.sink),
+                sink: Some(Box::new(Answering { sink: part.sink, shared: Arc::clone(&member.shared) })),
                 number,
                 claim: claim_of(name, &part.name, identity),
                 held: None,

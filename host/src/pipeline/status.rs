@@ -1,8 +1,11 @@
 //! What a pipeline shows of itself.
 
+use std::pin::pin;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
+
+use tokio::time::timeout;
 
 use crate::batch::Offset;
 
@@ -57,6 +60,9 @@ impl PipelineStatus {
     }
 }
 
+/// A call of a sink that takes longer is told as one without an answer.
+const ANSWER_MAX: Duration = Duration::from_secs(15);
+
 /// What a delivery tells at every commit.
 pub struct SinkShared {
     pub name: String,
@@ -64,6 +70,7 @@ pub struct SinkShared {
     pub committed: AtomicU64,
     /// Lowest offset that it has not got yet.
     pub received: AtomicU64,
+    answer_max: Duration,
     state: Mutex<SinkState>,
 }
 
@@ -81,6 +88,7 @@ impl SinkShared {
             name: name.to_owned(),
             committed: super::delivery::unknown(),
             received: AtomicU64::new(0),
+            answer_max: ANSWER_MAX,
             state: Mutex::new(SinkState {
                 state: State::Starting,
                 since: SystemTime::now(),
@@ -109,6 +117,38 @@ impl SinkShared {
     /// A write failed: until one succeeds the sink does not run, whatever opens.
     pub fn commit_failed(&self) {
         self.lock().commit_failed = true;
+    }
+
+    /// Awaits a call of the sink. One that takes longer than [`ANSWER_MAX`] is a failure from its
+    /// begin on, until it answers with success or another reason is known.
+    pub async fn answer<T, E>(&self, call: impl Future<Output = Result<T, E>>) -> Result<T, E> {
+        let begun = SystemTime::now();
+        let mut call = pin!(call);
+        if let Ok(done) = timeout(self.answer_max, &mut call).await {
+            return done;
+        }
+        let before = self.unanswered(begun);
+        let done = call.await;
+        if let (Ok(_), Some(before)) = (&done, before) {
+            self.set(before);
+        }
+        done
+    }
+
+    /// Returns the state before, where the sink was not known to fail.
+    fn unanswered(&self, begun: SystemTime) -> Option<State> {
+        let mut current = self.lock();
+        if !matches!(current.state, State::Running | State::Starting) {
+            return None;
+        }
+        let s = self.answer_max.as_secs();
+        tracing::warn!(
+            sink = self.name,
+            "no answer for {s} s: the call goes on until a limit of the sink ends it"
+        );
+        current.since = begun;
+        let unanswered = State::Retrying(format!("no answer for over {s} s"));
+        Some(std::mem::replace(&mut current.state, unanswered))
     }
 
     pub fn set(&self, state: State) {
@@ -155,7 +195,42 @@ impl SinkShared {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use tokio::sync::oneshot;
+
     use super::*;
+
+    #[tokio::test]
+    async fn a_call_without_an_answer_is_a_failure_from_its_begin_until_there_is_one() {
+        let sink = Arc::new(SinkShared { answer_max: Duration::from_millis(1), ..SinkShared::new("w") });
+        for (begins_as, done, ends_as) in [
+            (State::Running, Ok(()), State::Running),
+            (State::Starting, Ok(()), State::Starting),
+            (State::Running, Err(()), State::Retrying("no answer for over 0 s".to_owned())),
+        ] {
+            sink.set(begins_as);
+            let before = SystemTime::now();
+            let (answer, answered) = oneshot::channel();
+            let called = tokio::spawn({
+                let sink = sink.clone();
+                async move { sink.answer(async { answered.await.expect("an answer") }).await }
+            });
+            while !matches!(sink.state(), State::Retrying(_)) {
+                tokio::task::yield_now().await;
+            }
+            assert!(sink.since() >= before && sink.since() <= SystemTime::now());
+            answer.send(done).expect("it waits");
+            assert_eq!((called.await.expect("no panic"), sink.state()), (done, ends_as));
+        }
+        let known = State::Retrying("57014".to_owned());
+        sink.set(known.clone());
+        let slow = async {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            Ok::<_, ()>(())
+        };
+        assert_eq!((sink.answer(slow).await, sink.state()), (Ok(()), known), "what is known stays");
+    }
 
     #[test]
     fn a_sink_works_again_only_after_a_commit_where_a_commit_failed() {

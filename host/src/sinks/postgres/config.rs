@@ -48,7 +48,7 @@ pub struct Config {
     pub sslmode: Option<SslMode>,
     /// Certificates.
     pub tls: Tls,
-    /// How long to wait for a connection.
+    /// How long to connect to each host of the url and to log in may take.
     pub connect_timeout: Period,
     /// How long to wait for a lock (`lock_timeout`).
     pub lock_timeout: Period,

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use tokio::task::AbortHandle;
+use tokio::time::timeout;
 use tokio_postgres::Client;
 
 use super::config::{Config, SslMode};
@@ -10,9 +11,21 @@ use super::error::{cannot_connect, describe};
 use super::tls;
 use crate::sinks::Error;
 
-/// Connects and logs in. Errors begin with `prefix`. The connection ends with
-/// the task that is returned.
+/// Connects and logs in, each of the url's hosts within `connect_timeout`. Errors begin with
+/// `prefix`. The connection ends with the task that is returned.
 pub async fn connect(name: &str, config: &Config, prefix: &str) -> Result<(Client, AbortHandle), Error> {
+    let hosts = config.url.parse().map_or(1, |target| target.get_hosts().len().max(1));
+    let limit = config.connect_timeout.0 * hosts as u32;
+    timeout(limit, log_in(name, config, prefix)).await.unwrap_or_else(|_| {
+        let target = config.url.target();
+        Err(Error::Retry(format!(
+            "{prefix}cannot connect to {target}: no answer for {} s",
+            limit.as_secs_f64()
+        )))
+    })
+}
+
+async fn log_in(name: &str, config: &Config, prefix: &str) -> Result<(Client, AbortHandle), Error> {
     let context = format!("{prefix}cannot connect to {}", config.url.target());
     let setup = |reason: String| Error::Setup(format!("{prefix}{reason}"));
     let mut target = config.url.parse().map_err(setup)?;

@@ -2,6 +2,18 @@
 
 use super::*;
 
+#[tokio::test]
+async fn a_server_that_takes_the_connection_and_says_nothing_is_given_up_after_connect_timeout() {
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let config = Config {
+        url: Url(format!("postgres://writer@{}/iot", silent.local_addr().unwrap())),
+        connect_timeout: crate::units::Period(std::time::Duration::from_millis(50)),
+        ..Config::default()
+    };
+    let error = sink(config).open(&claim(), None).await.err().unwrap();
+    assert!(matches!(&error, Error::Retry(reason) if reason.ends_with("no answer for 0.05 s")), "{error}");
+}
+
 /// A server with a certificate for `localhost` from its own CA, and passwords.
 pub(super) fn guarded() -> (Server, std::path::PathBuf) {
     let mut server = Server::start(&[]);

@@ -1,0 +1,28 @@
+//! A sink whose status tells while it does not answer.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+
+use super::status::SinkShared;
+use crate::sinks::{Advance, Claim, Epoch, Error, Opened, Outcome, Rows, Sink, Written};
+
+pub struct Answering {
+    pub sink: Box<dyn Sink>,
+    pub shared: Arc<SinkShared>,
+}
+
+#[async_trait]
+impl Sink for Answering {
+    async fn open(&mut self, claim: &Claim, held: Option<Epoch>) -> Result<Opened, Error> {
+        self.shared.answer(self.sink.open(claim, held)).await
+    }
+
+    async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {
+        self.shared.answer(self.sink.commit(rows, advance)).await
+    }
+
+    async fn finish(&mut self) -> Result<Written, Error> {
+        self.shared.answer(self.sink.finish()).await
+    }
+}
