@@ -62,7 +62,7 @@ pub fn write_or_retry(data_dir: &Path, file: RunFile, stop: CancellationToken) {
     let Err(error) = write(data_dir, &file) else { return };
     tracing::warn!(
         error = format!("{error:#}"),
-        "`headworks status` and other commands do not find this host until the file is written: \
+        "commands do not find this host until the file is written: \
          free space in the data folder; it is tried again every {} s",
         RETRY_EVERY.as_secs()
     );
