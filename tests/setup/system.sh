@@ -1,5 +1,5 @@
 #!/bin/sh
-# PostgreSQL, mosquitto (broker and clients), SQLite's shell, Python with venv, Node.js: Debian packages.
+# PostgreSQL, PgBouncer, mosquitto (broker and clients), SQLite's shell, Python with venv, Node.js: Debian packages.
 # No service is started or needed: tests start private servers on random ports.
 set -eu
 
@@ -10,11 +10,13 @@ postgres_bin() {
     done
     return 1
 }
+pgbouncer() { command -v pgbouncer >/dev/null || [ -x /usr/sbin/pgbouncer ]; }
 mosquitto_broker() { command -v mosquitto >/dev/null || [ -x /usr/sbin/mosquitto ]; }
 python_venv() { command -v python3 >/dev/null && python3 -c 'import venv, ensurepip' 2>/dev/null; }
 
 missing=
 postgres_bin || missing="$missing postgresql"
+pgbouncer || missing="$missing pgbouncer"
 mosquitto_broker || missing="$missing mosquitto"
 command -v mosquitto_pub >/dev/null || missing="$missing mosquitto-clients"
 command -v sqlite3 >/dev/null || missing="$missing sqlite3"

@@ -8,7 +8,7 @@ use tokio::time::timeout;
 use tokio_postgres::Client;
 
 use super::config::Config;
-use super::connect::connect;
+use super::connect::{connect, settings};
 use super::error::describe;
 use super::positions;
 use super::schema::{self, no_table, quoted, quoted_table};
@@ -105,6 +105,7 @@ impl Check<'_> {
             ));
         }
         self.client.batch_execute("BEGIN READ ONLY").await?;
+        self.client.batch_execute(&settings(self.config)).await?;
         let has_written = self.positions(&session).await?;
         if let Some(reason) = stage::lacks_right(&self.client).await? {
             self.problem(reason);

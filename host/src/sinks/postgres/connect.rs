@@ -1,4 +1,4 @@
-//! A connection as a sink uses it: TLS, login, limits of time.
+//! A connection as a sink uses it: TLS and login, then limits of time.
 
 use std::time::Duration;
 
@@ -56,9 +56,14 @@ async fn log_in(name: &str, config: &Config, prefix: &str) -> Result<(Client, Ab
             tracing::debug!(sink, error = describe(&error), "connection ended");
         }
     });
-    let connection = task.abort_handle();
+    Ok((client, task.abort_handle()))
+}
+
+/// Limits of a session, as SQL. Sent within a transaction, so that a pooler that changes server
+/// connections between transactions does not set them for another client.
+pub fn settings(config: &Config) -> String {
     let ms = |period: crate::units::Period| period.0.as_millis();
-    let settings = format!(
+    format!(
         "SET lock_timeout = {}; SET statement_timeout = {}; \
          SET idle_in_transaction_session_timeout = {}; SET client_min_messages = warning; \
          SELECT set_config('synchronous_commit', 'on', false) \
@@ -66,7 +71,5 @@ async fn log_in(name: &str, config: &Config, prefix: &str) -> Result<(Client, Ab
         ms(config.lock_timeout),
         ms(config.statement_timeout),
         ms(config.dead_after),
-    );
-    client.batch_execute(&settings).await.map_err(failed)?;
-    Ok((client, connection))
+    )
 }

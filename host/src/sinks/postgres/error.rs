@@ -12,9 +12,26 @@ use crate::sinks::Error;
 const CONTEXT_LINES_MAX: usize = 3;
 const CONTEXT_CHARS_MAX: usize = 200;
 
+/// What to do about a pooler that gives each transaction another server connection.
+pub const POOLER: &str = "a pooler is in between that hands server connections out by transaction, such as PgBouncer \
+     with pool_mode = transaction; set pool_mode = session for this user and database, or connect to PostgreSQL directly";
+
+/// Whether only such a pooler brings this about: a prepared statement, or the staging table
+/// of this session, is there before it was made, or is not there after.
+fn is_by_pooler(error: &tokio_postgres::Error) -> bool {
+    error.as_db_error().is_some_and(|db| match db.code().code() {
+        "26000" | "42P05" => true,
+        "42P07" => db.message().contains("headworks_stage"),
+        _ => false,
+    })
+}
+
 /// While nothing of this transaction can have been committed, and outside of
 /// the write of rows.
 pub fn classify(context: &str, error: &tokio_postgres::Error) -> Error {
+    if is_by_pooler(error) {
+        return Error::Setup(format!("{context}: {}: {POOLER}", describe(error)));
+    }
     next(error)(format!("{context}: {}", describe(error)))
 }
 
@@ -54,10 +71,10 @@ pub fn of_write(code: &str) -> Kind {
         // A cancelled statement (`statement_timeout`), out of memory, a configured limit.
         (_, "57014" | "53200" | "53400") => Kind::TooMuch,
         // A standby, after a failover: the url's other host, or this one again, will do.
-        // A lock that was not there in time; a prepared statement that is gone.
-        (_, "25006" | "55P03" | "26000") => Kind::Retry,
+        // A lock that was not there in time.
+        (_, "25006" | "55P03") => Kind::Retry,
         // Connection, transaction rollback, resources, operator, system, foreign server.
-        ("08" | "40" | "53" | "57" | "58" | "HV" | "25", _) => Kind::Retry,
+        ("08" | "25" | "26" | "40" | "53" | "57" | "58" | "HV", _) => Kind::Retry,
         // Not supported, invalid authorization, names and syntax, the state of an object,
         // an internal error: of a trigger or an extension for this row, or of the table for all.
         ("0A" | "0L" | "0P" | "28" | "2B" | "3D" | "3F" | "42" | "55" | "F0" | "XX", _) => {

@@ -119,8 +119,57 @@ impl Server {
         self.process = Some(Running { process, log });
     }
 
+    /// A PgBouncer before the server, with these lines in its configuration. Ends with what is returned.
+    pub fn pooler(&self, settings: &str) -> Pooler {
+        const MISSING: &str = "these tests need PgBouncer: `apt-get install pgbouncer`";
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let program = std::env::split_paths(&path)
+            .chain(["/usr/sbin".into()])
+            .map(|folder| folder.join("pgbouncer"))
+            .find(|program| program.exists())
+            .expect(MISSING);
+        let port = free_port();
+        let users = self.write("users", "\"postgres\" \"\"\n");
+        let file = self.write(
+            "pgbouncer.ini",
+            &format!(
+                "[databases]\n* = host=127.0.0.1 port={}\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\n\
+                 auth_type = trust\nauth_file = {}\nunix_socket_dir =\n{settings}\n",
+                self.port,
+                users.display()
+            ),
+        );
+        let mut process = as_postgres(&program)
+            .arg(file)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("pgbouncer starts");
+        let mut lines = BufReader::new(process.stderr.take().expect("piped")).lines().map_while(Result::ok);
+        let is_up = lines.any(|line| line.contains("process up"));
+        assert!(is_up, "PgBouncer does not start");
+        // To its end: a full pipe would stop it.
+        let log = std::thread::spawn(move || lines.for_each(drop));
+        Pooler { port, process, log: Some(log) }
+    }
+
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.dir.join("log")).unwrap_or_default()
+    }
+}
+
+pub struct Pooler {
+    pub port: u16,
+    process: Child,
+    log: Option<JoinHandle<()>>,
+}
+
+impl Drop for Pooler {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        drop(self.log.take().map(JoinHandle::join));
     }
 }
 

@@ -1,6 +1,7 @@
 //! The connection and the transaction.
 //!
-//! One batch is two round trips: `BEGIN`, the advance of the positions and the
+//! One batch is two round trips: `BEGIN`, the check that the server's process is the
+//! one that the statements were prepared in, the advance of the positions and the
 //! head of COPY go out together; then the rows, and right behind them the check
 //! that the table is still the one that was bound, and `COMMIT`. The positions
 //! move first, so that a fenced host learns it before it sends rows. Encoding
@@ -19,13 +20,13 @@ use tokio::time::timeout;
 use tokio_postgres::{Client, Statement};
 
 use super::config::Config;
-use super::connect::connect;
+use super::connect::{connect, settings};
 use super::error::classify;
 use super::positions::{self, Held, Refusal};
 use super::schema::{self, no_table};
 use super::stage;
 use super::table::{self, Binding, Table, column_list};
-use super::transaction::{Tried, unknown};
+use super::transaction::{Tried, begin, unknown};
 use crate::sinks::columns::Columns;
 use crate::sinks::{Advance, Claim, Epoch, Error, Opened, Outcome, RefusedRow, Rows, Sink, Written, holder};
 use crate::topic::Namespace;
@@ -49,6 +50,8 @@ pub struct PostgresSink {
 pub struct Session {
     pub client: Client,
     pub connection: AbortHandle,
+    /// The server's process: the same for all transactions, as is what it prepared.
+    pub backend: i32,
     pub held: Held,
     /// To the table, or the staging table where all rows pass through that.
     pub copy: Statement,
@@ -121,7 +124,8 @@ impl PostgresSink {
             connect(&self.name, &self.config, &format!("sink \"{}\": ", self.name)).await?;
         let context = self.context();
         let server = |error: tokio_postgres::Error| classify(&context, &error);
-        client.batch_execute("BEGIN").await.map_err(server)?;
+        let backend = begin(&client).await.map_err(server)?;
+        client.batch_execute(&settings(&self.config)).await.map_err(server)?;
         client.batch_execute(positions::LOCK).await.map_err(server)?;
         let has_rows = schema::has_rows(&client, &self.config.table).await.map_err(server)?;
         self.create_positions(&client, claim, held.is_some() && has_rows).await?;
@@ -150,7 +154,7 @@ impl PostgresSink {
         let binding = table
             .bind(&self.config.table, &mut columns, self.config.on_conflict)
             .map_err(|reason| Error::Setup(format!("{context}: {reason}")))?;
-        client.batch_execute("COMMIT").await.map_err(server)?;
+        let name = schema::quoted_table(&self.config.table);
 
         for column in columns.columns.iter().filter(|column| column.is_time_without_unit()) {
             tracing::warn!(
@@ -161,7 +165,6 @@ impl PostgresSink {
             );
         }
         let check = client.prepare(&table::check()).await.map_err(server)?;
-        let name = schema::quoted_table(&self.config.table);
         let (stage, copy, insert) = if binding.staged {
             let stage = self.stage(&client, &columns, &binding).await.map_err(server)?;
             let insert = stage::insert(&self.config.table, &columns, &binding, self.config.on_conflict);
@@ -172,9 +175,12 @@ impl PostgresSink {
             let copy = format!("COPY {name} ({}) FROM STDIN (FORMAT binary)", column_list(&columns));
             (None, client.prepare(&copy).await.map_err(server)?, None)
         };
+        // After the statements: they are prepared where the transactions run.
+        client.batch_execute("COMMIT").await.map_err(server)?;
         let session = Session {
             client,
             connection,
+            backend,
             held,
             copy,
             insert,
@@ -292,8 +298,12 @@ impl Sink for PostgresSink {
         let outcome = loop {
             if isolates && session.stage.is_none() {
                 let made = async {
-                    let made = self.stage(&session.client, &session.columns, &session.binding).await;
-                    made.map_err(|error| classify(&context, &error))
+                    let server = |error: tokio_postgres::Error| classify(&context, &error);
+                    let Session { client, columns, binding, .. } = &session;
+                    session.check_backend(&context, begin(client).await.map_err(server)?)?;
+                    let stage = self.stage(client, columns, binding).await.map_err(server)?;
+                    client.batch_execute("COMMIT").await.map_err(server)?;
+                    Ok(stage)
                 };
                 session.stage = Some(self.within(made).await?);
             }

@@ -8,7 +8,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::SinkExt;
 use futures_util::future::{join, join3, join4};
 use tokio_postgres::types::ToSql;
-use tokio_postgres::{CopyInSink, Row};
+use tokio_postgres::{Client, CopyInSink, Row, SimpleQueryMessage};
 
 use super::encode::{HEADER, TRAILER, Target};
 use super::error::{self, Kind, classify, describe};
@@ -63,7 +63,7 @@ impl Session {
     ) -> Result<Tried, Error> {
         let server = |error: tokio_postgres::Error| classify(context, &error);
         let client = &self.client;
-        let begin = client.batch_execute("BEGIN");
+        let begun = begin(client);
         let moved = async {
             match advance {
                 [] => Ok(0),
@@ -71,8 +71,8 @@ impl Session {
             }
         };
         if rows.is_empty() {
-            let (begun, moved) = join(begin, moved).await;
-            begun.map_err(server)?;
+            let (begun, moved) = join(begun, moved).await;
+            self.check_backend(context, begun.map_err(server)?)?;
             if moved.map_err(server)? != advance.len() as u64 {
                 return Err(self.fenced(context, advance).await);
             }
@@ -84,8 +84,9 @@ impl Session {
             _ => &self.copy,
         };
         // Polled in this order, so sent in this order.
-        let (begun, moved, copy) = join3(begin, moved, client.copy_in(copy)).await;
-        begun.map_err(server)?;
+        let (begun, moved, copy) = join3(begun, moved, client.copy_in(copy)).await;
+        // Before any row: elsewhere, the statements of these names are another client's.
+        self.check_backend(context, begun.map_err(server)?)?;
         let moved = moved.map_err(server)?;
         if moved != advance.len() as u64 {
             // Ends COPY: what follows would wait behind it.
@@ -118,6 +119,17 @@ impl Session {
         }
         self.uncommitted = Some(written);
         Ok(Tried::Done(Outcome::Rejected(rejected)))
+    }
+
+    /// `backend` is the server's process in this transaction.
+    pub fn check_backend(&self, context: &str, backend: i32) -> Result<(), Error> {
+        if backend == self.backend {
+            return Ok(());
+        }
+        let (own, pooler) = (self.backend, error::POOLER);
+        Err(Error::Setup(format!(
+            "{context}: the server's process changes between transactions, from {own} to {backend}: {pooler}"
+        )))
     }
 
     /// Rows, what takes them on from the staging table, the check of the table
@@ -226,7 +238,7 @@ impl Session {
                 Err(Error::Doubtful { context: context.to_owned(), reason: describe(&error) })
             }
             Kind::TooMuch => Err(Error::TooMuch(reason())),
-            Kind::Retry => Err(Error::Retry(reason())),
+            Kind::Retry => Err(server(error)),
             Kind::Row { .. } => {
                 let now = table::fingerprint(&self.client, &self.table).await.map_err(server)?;
                 if now.as_ref() != Some(&self.binding.fingerprint) {
@@ -320,6 +332,17 @@ impl Session {
             Err(error) => classify(context, &error),
         }
     }
+}
+
+/// Begins a transaction; the server's process that has it. Without a prepared statement:
+/// their names may mean another client's.
+pub async fn begin(client: &Client) -> Result<i32, tokio_postgres::Error> {
+    let answers = client.simple_query("BEGIN; SELECT pg_backend_pid()").await?;
+    let backend = answers.iter().find_map(|answer| match answer {
+        SimpleQueryMessage::Row(row) => row.get(0)?.parse().ok(),
+        _ => None,
+    });
+    Ok(backend.unwrap_or_default())
 }
 
 /// Why isolating gives no rows to reject.

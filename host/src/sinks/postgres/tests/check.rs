@@ -188,6 +188,12 @@ async fn each_right_that_is_missing_is_named_and_granting_it_is_enough() {
     let problem = problem(upsert.clone()).await;
     assert!(problem.contains("GRANT SELECT, INSERT, UPDATE ON headworks_positions"), "{problem}");
     writer.follow(&problem).await;
+    assert_eq!(check(upsert.clone()).await.problems, [""; 0]);
+    // As an earlier version made it.
+    fresh.execute("ALTER TABLE headworks_positions DROP COLUMN openings").await;
+    let problem = self::problem(upsert.clone()).await;
+    let statement = problem.split('`').nth(1).unwrap_or_else(|| panic!("{problem}"));
+    fresh.execute(statement).await;
     assert_eq!(check(upsert).await.problems, [""; 0]);
     drop(sink);
     writer.end().await;

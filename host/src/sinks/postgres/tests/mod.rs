@@ -4,6 +4,7 @@
 mod access;
 mod check;
 mod commits;
+mod poolers;
 mod positions;
 mod rejected;
 mod rows;
