@@ -123,6 +123,7 @@ async fn sink(url: &str, batches: &[Batch], round: u32) -> f64 {
         log: uuid::Uuid::from_u128(u128::from(round) + 1),
         generation: 0,
         partitions: 1,
+        formerly: Vec::new(),
     };
     sink.open(&claim, None).await.expect("PostgreSQL runs");
     let begin = Instant::now();

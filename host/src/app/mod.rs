@@ -98,17 +98,13 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
     config.mqtt.connections_max = descriptors::connections_max(&config)?;
 
     // Streams first: the log is what everything else stands on.
-    let streams = open_streams(&config, &data_dir)?;
-    for log in &streams.logs {
-        forget_strangers(log, &config);
-    }
-    let streams = streams.set;
+    let OpenStreams { mut logs, set: streams } = open_streams(&config, &data_dir)?;
     let dead_letters = open_log(
         &data_dir.join(DEAD_LETTERS),
         DEAD_LETTERS,
         &config.dead_letters.stream(config.mqtt.max_packet_size),
     )?;
-    forget_strangers(&dead_letters, &config);
+    logs.push(Arc::clone(&dead_letters));
     let dead_letters: Arc<dyn Stream> = dead_letters;
     let broker: Arc<dyn Stream> = open_log(&data_dir.join("broker"), "broker", &broker_stream(&config.mqtt))?;
 
@@ -126,6 +122,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
         failures.clone(),
     )?;
     let mut pipelines = Vec::new();
+    let configured = Arc::new(config.claims());
     for (name, pipeline) in &config.pipelines {
         // It drops all: there is nothing to read the stream for.
         if pipeline.sinks().is_empty() {
@@ -139,10 +136,15 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
             sinks: sink_parts(&config, pipeline, &namespace),
             dead_letters: Arc::clone(&dead_letters),
             dead_letters_bytes_max: config.dead_letters.share_of(config.pipelines.len()),
+            configured: Arc::clone(&configured),
             failures: failures.clone(),
             shutdown: stop_delivering.clone(),
         };
         pipelines.push(Arc::new(pipeline::start(name, pipeline, deps).await?));
+    }
+    // After the pipelines are attached: one with a new name learns that there was another.
+    for log in &logs {
+        forget_strangers(log, &config);
     }
 
     let asks_plugins = config.mqtt.access.iter().flat_map(|access| &access.authenticate);
@@ -374,6 +376,8 @@ fn sink_parts(config: &Config, pipeline: &pipeline::Config, namespace: &Arc<Name
                 wait_max: batch.wait_max.0,
             },
             on_lag: sink.on_lag(),
+            renamed_from: sink.renamed_from().map(str::to_owned),
+            begin: sink.begin(),
         })
     };
     pipeline.sinks().into_iter().filter_map(part).collect()

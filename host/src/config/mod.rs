@@ -17,7 +17,7 @@ mod shell;
 mod suggest;
 mod validate;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -91,6 +91,15 @@ impl Config {
     pub fn default_stream(&self) -> &str {
         let rest = self.streams.iter().find(|(_, stream)| stream.topics.is_empty());
         rest.map_or(complete::REST_STREAM, |(name, _)| name)
+    }
+
+    /// Names of all pipelines, each with each sink that its routes lead to.
+    pub fn claims(&self) -> BTreeSet<sinks::Name> {
+        let of = |(pipeline, config): (&String, &pipeline::Config)| {
+            let sinks = config.sinks().into_iter();
+            sinks.map(|sink| (pipeline.clone(), sink.to_owned())).collect::<Vec<_>>()
+        };
+        self.pipelines.iter().flat_map(of).collect()
     }
 
     /// Name of the stream that a person means who names none: the only one that

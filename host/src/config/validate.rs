@@ -117,6 +117,7 @@ fn sinks(config: &Config, problems: &mut Problems) {
             problems.add(path.clone(), "`drop` is the route that drops, take another name");
         }
         sink.validate(&path, problems);
+        check_renamed(sink.renamed_from(), &path, config.sinks.keys(), problems);
         if let Ok(namespace) = &namespace {
             sink.validate_namespace(namespace, &path, problems);
         }
@@ -128,6 +129,7 @@ fn pipelines(config: &Config, problems: &mut Problems) {
         let path = KeyPath::root().key("pipelines").key(name);
         check_name(name, &path, problems);
         pipeline.validate(&path, problems);
+        check_renamed(pipeline.renamed_from.as_deref(), &path, config.pipelines.keys(), problems);
         if !pipeline.from.is_empty() && !config.streams.contains_key(&pipeline.from) {
             problems.add(path.key("from"), no_such("stream", &pipeline.from, config.streams.keys()));
         }
@@ -189,6 +191,21 @@ fn check_name(name: &str, path: &KeyPath, problems: &mut Problems) {
             path.clone(),
             format!("a name has 1 to {NAME_BYTES_MAX} letters, digits, `-` and `_`, a letter or digit first, is \"{name}\""),
         );
+    }
+}
+
+/// The old name is one that nothing has now: two parts cannot have one position.
+fn check_renamed<'c>(
+    renamed_from: Option<&str>,
+    path: &KeyPath,
+    mut known: impl Iterator<Item = &'c String>,
+    problems: &mut Problems,
+) {
+    let Some(old) = renamed_from else { return };
+    let path = path.key("renamed_from");
+    check_name(old, &path, problems);
+    if known.any(|name| name == old) {
+        problems.add(path, format!("`{old}` is still there: name the one that this one took the place of"));
     }
 }
 

@@ -1,7 +1,108 @@
-//! Where a claim goes on in the log.
+//! Where a claim begins in the log, and where it goes on.
 
-use crate::sinks::{Advance, Claim};
-use crate::stream::Stream;
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::batch::Offset;
+use crate::sinks::{Advance, Begin, Claim, Found, Name};
+use crate::stream::{Delivered, Identity, Stream};
+
+/// The claim of a pipeline on a sink; `pipelines` and `sinks`: the name that it has, then
+/// those that it had.
+pub fn claim_of(pipelines: &[String], sinks: &[String], identity: Identity) -> Claim {
+    let mut names = sinks.iter().flat_map(|sink| pipelines.iter().map(|of| (of.clone(), sink.clone())));
+    let (pipeline, sink) = names.next().expect("each has a name");
+    let formerly = names.collect();
+    let Identity { log, generation, partitions } = identity;
+    Claim { pipeline, sink, log, generation, partitions, formerly }
+}
+
+/// What a claim that is new to its sink needs to know where it begins.
+#[derive(Clone, Debug, Default)]
+pub struct Beginning {
+    pub begin: Option<Begin>,
+    /// Pipelines and sinks that the host has.
+    pub configured: Arc<BTreeSet<Name>>,
+}
+
+impl Beginning {
+    /// Returns where a new claim begins, or why a person must decide: the sink's table has rows
+    /// that this log may have written under another name, or under positions that are gone.
+    pub fn decide(
+        &self,
+        claim: &Claim,
+        found: &Found,
+        delivered: Delivered,
+        kept: &Range<Offset>,
+    ) -> Result<Offset, String> {
+        let choice = format!(
+            "set `begin: start` in sinks.{} to write what the stream still has (offsets {} to {}) again from the \
+             beginning, or `begin: now` to write only what comes from now on; then restart",
+            claim.sink, kept.start.0, kept.end.0
+        );
+        match self.begin {
+            Some(Begin::Now) => return Ok(kept.end),
+            Some(Begin::Start) => return Ok(kept.start),
+            None if !found.has_rows => return Ok(kept.start),
+            None => {}
+        }
+        if let Some((pipeline, sink)) = found.others.iter().find(|other| !self.configured.contains(*other)) {
+            let mut keys = Vec::new();
+            if *sink != claim.sink {
+                keys.push(format!("`renamed_from: {sink}` in sinks.{}", claim.sink));
+            }
+            if *pipeline != claim.pipeline {
+                keys.push(format!("`renamed_from: {pipeline}` in pipelines.{}", claim.pipeline));
+            }
+            return Err(format!(
+                "sink \"{}\" of pipeline \"{}\" has no position, and its table was filled from this stream by sink \
+                 \"{sink}\" of pipeline \"{pipeline}\", which this host does not have: set {} to go on where that \
+                 one was; or {choice}",
+                claim.sink,
+                claim.pipeline,
+                keys.join(" and ")
+            ));
+        }
+        let is_lost = match delivered {
+            Delivered::ToThis => true,
+            Delivered::ToOthers => found.others.is_empty(),
+            Delivered::ToNobody => false,
+        };
+        if is_lost {
+            return Err(format!(
+                "the {} are not in headworks_positions, the stream was delivered before, and the table has rows, \
+                 perhaps of this stream: put the rows of headworks_positions back, or set `renamed_from` where the \
+                 sink or its pipeline had another name; or {choice}",
+                claim.positions_text()
+            ));
+        }
+        Ok(kept.start)
+    }
+}
+
+/// Says where a claim that is new begins, where that is not the plain first start.
+pub fn say_begun(claim: &Claim, stream: &dyn Stream, start: Offset, delivered: Delivered) {
+    let kept = stream.bounds();
+    if start > kept.start {
+        tracing::warn!(
+            pipeline = claim.pipeline,
+            sink = claim.sink,
+            stream = stream.name(),
+            "the sink begins at offset {}: what the stream has before it is not written",
+            start.0
+        );
+    } else if delivered != Delivered::ToNobody && kept.start < kept.end {
+        tracing::warn!(
+            pipeline = claim.pipeline,
+            sink = claim.sink,
+            stream = stream.name(),
+            "the sink begins at offset {} and is written all that the stream still has, up to offset {}",
+            start.0,
+            kept.end.0
+        );
+    }
+}
 
 /// Says that positions were left in another copy of the log, and which messages that concerns.
 pub fn say_moved(claim: &Claim, stream: &dyn Stream, advance: &[Advance]) {
@@ -32,5 +133,91 @@ pub fn say_moved(claim: &Claim, stream: &dyn Stream, advance: &[Advance]) {
             "another copy of this data folder was delivered meanwhile; of this one the sink has all messages \
              below offset {to}, and goes on there"
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEPT: Range<Offset> = Offset(10)..Offset(99);
+
+    fn name(pipeline: &str, sink: &str) -> Name {
+        (pipeline.to_owned(), sink.to_owned())
+    }
+
+    fn claim() -> Claim {
+        let identity = Identity { log: uuid::Uuid::nil(), generation: 1, partitions: 1 };
+        claim_of(&["p".to_owned()], &["w".to_owned()], identity)
+    }
+
+    fn decide(
+        begin: Option<Begin>,
+        has_rows: bool,
+        others: &[Name],
+        delivered: Delivered,
+    ) -> Result<u64, String> {
+        let configured = Arc::new([name("p", "w"), name("q", "w")].into());
+        let found = Found { has_rows, others: others.to_vec() };
+        Beginning { begin, configured }.decide(&claim(), &found, delivered, &KEPT).map(|offset| offset.0)
+    }
+
+    #[test]
+    fn a_first_start_needs_no_key_whatever_its_table_has() {
+        for has_rows in [false, true] {
+            assert_eq!(decide(None, has_rows, &[], Delivered::ToNobody), Ok(10));
+            // Another pipeline of this host fills the same table.
+            for delivered in [Delivered::ToNobody, Delivered::ToOthers] {
+                assert_eq!(decide(None, has_rows, &[name("q", "w")], delivered), Ok(10));
+            }
+        }
+        // A new table is filled, whoever was delivered to before.
+        assert_eq!(decide(None, false, &[name("old", "w")], Delivered::ToThis), Ok(10));
+    }
+
+    #[test]
+    fn a_table_that_the_stream_filled_under_another_name_is_asked_about() {
+        for (other, wanted) in [
+            (name("p", "old"), "set `renamed_from: old` in sinks.w to go on"),
+            (name("old", "w"), "set `renamed_from: old` in pipelines.p to go on"),
+            (
+                name("a", "b"),
+                "set `renamed_from: b` in sinks.w and `renamed_from: a` in pipelines.p to go on",
+            ),
+        ] {
+            let reason =
+                decide(None, true, &[name("q", "w"), other.clone()], Delivered::ToOthers).unwrap_err();
+            assert!(reason.contains(wanted), "{reason}");
+            assert!(reason.contains("`begin: start`") && reason.contains("`begin: now`"), "{reason}");
+            assert_eq!(
+                decide(Some(Begin::Start), true, std::slice::from_ref(&other), Delivered::ToOthers),
+                Ok(10)
+            );
+            assert_eq!(decide(Some(Begin::Now), true, &[other], Delivered::ToOthers), Ok(99));
+        }
+    }
+
+    #[test]
+    fn a_table_whose_positions_are_gone_is_asked_about() {
+        for (others, delivered) in [
+            (vec![], Delivered::ToThis),
+            (vec![name("q", "w")], Delivered::ToThis),
+            (vec![], Delivered::ToOthers),
+        ] {
+            let reason = decide(None, true, &others, delivered).unwrap_err();
+            assert!(reason.contains("are not in headworks_positions"), "{reason}");
+            assert_eq!(decide(Some(Begin::Now), true, &others, delivered), Ok(99));
+        }
+    }
+
+    #[test]
+    fn a_claim_had_every_name_that_its_parts_had() {
+        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        let identity = Identity { log: uuid::Uuid::nil(), generation: 1, partitions: 1 };
+        let claim = claim_of(&names(&["p", "old"]), &names(&["w", "before"]), identity);
+        assert_eq!((claim.pipeline.as_str(), claim.sink.as_str()), ("p", "w"));
+        assert_eq!(claim.formerly, [name("old", "w"), name("p", "before"), name("old", "before")]);
+        let claim = claim_of(&names(&["p"]), &names(&["w"]), identity);
+        assert_eq!(claim.formerly, []);
     }
 }

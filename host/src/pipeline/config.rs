@@ -59,6 +59,10 @@ pub struct Config {
     /// What is in flight at a shutdown may take this long to reach the sinks.
     /// What does not is delivered after the next start.
     pub drain_max: Period,
+    /// The name that this pipeline had: its sinks go on where those of the pipeline of
+    /// that name were.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub renamed_from: Option<String>,
 }
 
 /// One sink, several, or `drop`.
@@ -118,6 +122,7 @@ impl Default for Config {
             progress_every: Period(Duration::from_secs(1)),
             refusals_max_share: 0.5,
             drain_max: Period(Duration::from_secs(10)),
+            renamed_from: None,
         }
     }
 }

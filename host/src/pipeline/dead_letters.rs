@@ -305,6 +305,11 @@ impl DeadLetters {
         self.forgotten.notify_waiters();
     }
 
+    /// Whether it is of a message that this pipeline reads from its stream.
+    pub fn is_of_source(&self, letter: &Letter<'_>) -> bool {
+        letter.is_from(&self.pipeline, &self.source, &self.openings)
+    }
+
     pub fn again(&self) -> Option<&Again> {
         self.again.as_ref()
     }

@@ -340,8 +340,9 @@ impl Delivery {
     async fn open(&mut self) -> Result<(), Leave> {
         let mut attempt = 0;
         loop {
+            let delivered = self.attachment.delivered();
             let opened = tokio::select! {
-                opened = self.writer.open(&*self.stream) => opened,
+                opened = self.writer.open(&*self.stream, delivered) => opened,
                 () = self.abort.cancelled() => return Err(Leave::Aborted),
             };
             match opened {

@@ -11,6 +11,7 @@
 //! doubles: `host/decisions/delivery-order.md`. Steps that import state are not
 //! for a pipeline that ends in a sink: lanes run a message's steps twice.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -19,9 +20,9 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::hints::Hint;
-use crate::sinks::{Claim, Epoch, Sink};
+use crate::sinks::{Begin, Epoch, Name, Sink};
 use crate::step::Chain;
-use crate::stream::{Identity, OnLag, Stream};
+use crate::stream::{OnLag, Stream};
 use crate::telemetry::Failures;
 
 mod again;
@@ -60,8 +61,10 @@ pub use status::{PipelineStatus, SinkStatus, State};
 
 use answering::Answering;
 use board::Board;
-use delivery::{Control, Delivery};
+use claim::{Beginning, claim_of};
+use delivery::Delivery;
 use metrics::{PipelineMetrics, SinkMetrics};
+use redrive::Lender;
 use routes::Routes;
 use status::SinkShared;
 use supervisor::{Member, Supervisor};
@@ -98,6 +101,9 @@ pub struct SinkPart {
     pub sink: Box<dyn Sink>,
     pub batching: Batching,
     pub on_lag: OnLag,
+    /// The name that it had.
+    pub renamed_from: Option<String>,
+    pub begin: Option<Begin>,
 }
 
 /// What a pipeline stands on.
@@ -109,6 +115,8 @@ pub struct Deps {
     pub dead_letters: Arc<dyn Stream>,
     /// Bytes of this pipeline's dead letters whose sinks are not past them yet.
     pub dead_letters_bytes_max: u64,
+    /// Names of all pipelines of the host and their sinks.
+    pub configured: Arc<BTreeSet<Name>>,
     pub failures: Failures,
     /// Cancelled: drain, commit, end.
     pub shutdown: CancellationToken,
@@ -125,7 +133,7 @@ pub struct Handle {
 /// Sends dead letters of a pipeline again.
 struct Redriver {
     board: Arc<Board>,
-    lenders: Vec<(String, mpsc::Sender<Control>)>,
+    lenders: Vec<Lender>,
     dead_letters: Arc<dyn Stream>,
     shared: Arc<Shared>,
     /// What this process has of the claims of its redrives, by sink. Held by the one that runs.
@@ -175,7 +183,7 @@ impl Handle {
 
     /// Names of the sinks that the routes lead to.
     pub fn sinks(&self) -> impl Iterator<Item = &str> {
-        self.redriver.lenders.iter().map(|(name, _)| name.as_str())
+        self.redriver.lenders.iter().map(|lender| lender.name.as_str())
     }
 
     pub fn status(&self) -> PipelineStatus {
@@ -214,8 +222,10 @@ impl Handle {
 /// Starts a pipeline. Fails only where the dead letters cannot be read; a sink
 /// that is down is waited for.
 pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, DeadLettersError> {
-    let Deps { stream, chain, sinks, dead_letters, dead_letters_bytes_max, failures, shutdown } = deps;
+    let Deps { stream, chain, sinks, dead_letters, dead_letters_bytes_max, configured, failures, shutdown } =
+        deps;
     let identity = stream.identity();
+    let pipelines = names_of(name, &config.renamed_from);
     let names: Vec<_> = sinks.iter().map(|part| part.name.clone()).collect();
     let letters = DeadLetters::open(
         Arc::clone(&dead_letters),
@@ -226,6 +236,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
         None,
     )
     .await?;
+    let formerly: Vec<_> = sinks.iter().map(|part| part.renamed_from.clone()).collect();
     metrics::register(name, &names);
     let shared = Arc::new(Shared {
         name: name.into(),
@@ -249,8 +260,10 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
             writer: Writer {
                 sink: Some(Box::new(Answering { sink: part.sink, shared: Arc::clone(&member.shared) })),
                 number,
-                claim: claim_of(name, &part.name, identity),
+                claim: claim_of(&pipelines, &names_of(&part.name, &part.renamed_from), identity),
                 held: None,
+                beginning: Some(Beginning { begin: part.begin, configured: Arc::clone(&configured) }),
+                has_begun: false,
                 letters: Arc::clone(&shared.letters),
                 metrics: SinkMetrics::new(name, &part.name),
                 failures: shared.failures.clone(),
@@ -278,7 +291,16 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
         members.push(member);
         tokio::spawn(delivery.run());
     }
-    let lenders = members.iter().map(|member| (member.name.clone(), member.control.clone())).collect();
+    let lenders = members
+        .iter()
+        .zip(&formerly)
+        .map(|(member, formerly)| Lender {
+            name: member.name.clone(),
+            formerly: formerly.clone(),
+            control: member.control.clone(),
+            shared: Arc::clone(&member.shared),
+        })
+        .collect();
     let shareds: Vec<Arc<SinkShared>> = members.iter().map(|member| Arc::clone(&member.shared)).collect();
     let board = Arc::new(Board::new(name, Arc::clone(&stream), shareds, Arc::clone(&shared.letters)));
     let redriver = Arc::new(Redriver {
@@ -303,14 +325,9 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
     })
 }
 
-fn claim_of(pipeline: &str, sink: &str, identity: Identity) -> Claim {
-    Claim {
-        pipeline: pipeline.to_owned(),
-        sink: sink.to_owned(),
-        log: identity.log,
-        generation: identity.generation,
-        partitions: identity.partitions,
-    }
+/// The name that a part has, then the one that it had.
+fn names_of(name: &str, renamed_from: &Option<String>) -> Vec<String> {
+    std::iter::once(name).chain(renamed_from.as_deref()).map(str::to_owned).collect()
 }
 
 /// A commit must be reached before the queue's room is used up.

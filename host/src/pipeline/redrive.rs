@@ -14,6 +14,7 @@
 
 use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use tokio::sync::{mpsc, oneshot};
 
@@ -24,12 +25,13 @@ use super::known::{Reader, index_within_offset};
 use super::letter::{self, Letter};
 use super::metrics::SinkMetrics;
 use super::routes::Sorted;
+use super::status::SinkShared;
 use super::worker::{Shared, Stripped, unknown_routes, without_letters};
 use super::writer::{Failed, Pace, Refusals, Writer};
 use crate::batch::{Batch, Offset, Partition, Span};
 use crate::sinks::{Epoch, Rows, Sink};
 use crate::step::{Attempt, Chain, Outcome, Refused, RefusedKind, Step};
-use crate::stream::{AppendError, Read, ReadError, StateChange, Stream, Ticket};
+use crate::stream::{self, AppendError, Read, ReadError, StateChange, Stream, Ticket};
 
 /// Runs of one message that asks for a retry.
 const ATTEMPTS_MAX: u32 = 3;
@@ -108,15 +110,17 @@ pub async fn run(
     chain: &Chain,
     shared: &Arc<Shared>,
     dead_letters: &Arc<dyn Stream>,
-    lenders: &[(String, mpsc::Sender<Control>)],
+    lenders: &[Lender],
     epochs: &mut [Option<Epoch>],
 ) -> Result<Summary, RedriveError> {
     forget_marks(dead_letters).await?;
-    let sinks: Vec<_> = lenders.iter().map(|(sink, _)| sink.clone()).collect();
+    let sinks: Vec<_> = lenders.iter().map(|lender| lender.name.clone()).collect();
     if let Some(filter) = filter {
         copy_wanted(filter, &sinks, shared, dead_letters).await?;
     }
-    let name = format!("{}/redrive", shared.name);
+    let names = |name: &str| format!("{name}/redrive");
+    let pipelines: Vec<_> =
+        super::names_of(&shared.name, &shared.config.renamed_from).iter().map(|name| names(name)).collect();
     let identity = dead_letters.identity();
     let again = Again::read(&**dead_letters, &shared.name, &sinks).await?;
     let letters = DeadLetters::open(
@@ -133,18 +137,22 @@ pub async fn run(
     let mut steps = instances(chain).await?;
     let mut summary = Summary::default();
     let mut reached = vec![Vec::new(); lenders.len()];
-    for (number, (sink, lender)) in lenders.iter().enumerate() {
-        let Some(borrowed) = Borrowed::take(lender).await else {
+    for (number, lender) in lenders.iter().enumerate() {
+        let sink = &lender.name;
+        let Some(borrowed) = Borrowed::take(&lender.control).await else {
             summary.failed.push(format!("sink \"{sink}\" has stopped"));
             continue;
         };
         let mut writer = Writer {
             sink: None,
             number,
-            claim: super::claim_of(&name, sink, identity),
+            claim: super::claim_of(&pipelines, &super::names_of(sink, &lender.formerly), identity),
             held: epochs[number],
+            // Letters that are sent or open are not delivered again, whatever the position.
+            beginning: None,
+            has_begun: false,
             letters: Arc::clone(&letters),
-            metrics: SinkMetrics::new(&name, sink),
+            metrics: SinkMetrics::new(&pipelines[0], sink),
             failures: shared.failures.clone(),
             refusals: Refusals::new(1.0),
             pace: Pace::default(),
@@ -154,7 +162,7 @@ pub async fn run(
             refused: 0,
         };
         let (sink_back, result) =
-            deliver(&mut writer, borrowed.sink, &mut steps, shared, dead_letters, &mut summary).await;
+            deliver(&mut writer, lender, borrowed.sink, &mut steps, shared, dead_letters, &mut summary).await;
         // Given back whatever happened: the delivery opens its own claim again.
         drop(borrowed.back.send(sink_back));
         summary.refused += writer.refused;
@@ -272,6 +280,7 @@ type Delivered = Result<Result<(), Failed>, RedriveError>;
 /// Delivers one sink's part of all copies that it has not got.
 async fn deliver(
     writer: &mut Writer,
+    lender: &Lender,
     sink: Box<dyn Sink>,
     steps: &mut Vec<Box<dyn Step>>,
     shared: &Arc<Shared>,
@@ -279,21 +288,29 @@ async fn deliver(
     summary: &mut Summary,
 ) -> (Box<dyn Sink>, Delivered) {
     writer.sink = Some(sink);
-    let result = deliver_with(writer, steps, shared, dead_letters, summary).await;
+    let result = deliver_with(writer, lender, steps, shared, dead_letters, summary).await;
     let sink = writer.sink.take().expect("nobody borrows from a redrive");
     (sink, result)
 }
 
 async fn deliver_with(
     writer: &mut Writer,
+    lender: &Lender,
     steps: &mut Vec<Box<dyn Step>>,
     shared: &Arc<Shared>,
     dead_letters: &Arc<dyn Stream>,
     summary: &mut Summary,
 ) -> Delivered {
-    if let Err(failed) = writer.open(&**dead_letters).await {
+    if let Err(failed) = writer.open(&**dead_letters, stream::Delivered::ToNobody).await {
         return Ok(Err(failed));
     }
+    let marks = marks(dead_letters.state(MARK_PREFIX));
+    let is_pending = |letter: &Letter<'_>| {
+        let mark = letter.redrive_of.and_then(|of| marks.get(&of));
+        // Without a mark retention has removed the letter, and not this copy.
+        !matches!(mark, Some(Mark::Sent | Mark::Open { .. }))
+    };
+    let committed = lender.shared.committed.load(Ordering::Acquire);
     let name = writer.claim.sink.clone();
     let end = dead_letters.bounds().end;
     let from = writer.positions.iter().copied().min().unwrap_or_default();
@@ -302,6 +319,21 @@ async fn deliver_with(
         && let Some(read) = cursor.try_next().await?
     {
         let Read::Batch(batch) = read else { continue };
+        let ahead = batch.messages().find_map(|message| {
+            let letter = Letter::of(&message).filter(|letter| letter.is_copy() && letter.names(&name))?;
+            let is_ahead = shared.letters.is_of_source(&letter)
+                && is_pending(&letter)
+                && message.offset() >= writer.positions[usize::from(message.entry.partition.0)]
+                && (committed == u64::MAX || letter.offset >= committed);
+            is_ahead.then_some(letter.redrive_of.unwrap_or_default())
+        });
+        if let Some(letter) = ahead {
+            // Should retention remove the letter, the message itself would become a row too.
+            let reason = format!(
+                "has not come to the message of dead letter {letter} yet: send the letters again later"
+            );
+            return Ok(Err(Failed::Later { kind: "retry", reason }));
+        }
         let mut rows = Rows::default();
         let mut refused_before = HashSet::new();
         for i in 0..batch.len() {
@@ -311,7 +343,7 @@ async fn deliver_with(
             if !letter.is_copy() || letter.pipeline != &*shared.name || message.offset() < position {
                 continue;
             }
-            if !letter.names(&name) {
+            if !letter.names(&name) || !is_pending(&letter) {
                 continue;
             }
             let out = match letter.source() {
@@ -493,6 +525,16 @@ async fn instances(chain: &Chain) -> Result<Vec<Box<dyn Step>>, RedriveError> {
         Ok(made) => made,
         Err(_) => Err(RedriveError::Stopping),
     }
+}
+
+/// A sink that redrives borrow from its delivery.
+pub struct Lender {
+    pub name: String,
+    /// The name that it had.
+    pub formerly: Option<String>,
+    pub control: mpsc::Sender<Control>,
+    /// Up to where the delivery itself is.
+    pub shared: Arc<SinkShared>,
 }
 
 struct Borrowed {

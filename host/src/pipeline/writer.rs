@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use tokio::time;
 
-use super::claim;
+use super::claim::{self, Beginning};
 use super::dead_letters::{self, DeadLetters, Refusal, Source};
 use super::known::{Reader, Seen, before_last, index_within_offset};
 use super::metrics::SinkMetrics;
@@ -21,7 +21,7 @@ use crate::sinks::{
     Advance, BATCH_ROWS_MAX, Claim, Epoch, Error, Outcome, Position, RefusedRow, Rows, Sink, Written,
 };
 use crate::step::RefusedKind;
-use crate::stream::{Lineage, Opening, Stream};
+use crate::stream::{Delivered, Lineage, Opening, Stream};
 use crate::telemetry::Failures;
 
 /// Rows before a share of rejected ones says anything.
@@ -48,6 +48,10 @@ pub struct Writer {
     pub claim: Claim,
     /// What this process has of the claim; `None` until it was opened once.
     pub held: Option<Epoch>,
+    /// `None`: a new claim begins at the start, whatever the table has.
+    pub beginning: Option<Beginning>,
+    /// This process has had positions of the claim.
+    pub has_begun: bool,
     pub letters: Arc<DeadLetters>,
     pub metrics: SinkMetrics,
     pub failures: Failures,
@@ -221,22 +225,32 @@ impl Refusals {
 
 impl Writer {
     /// Claims and learns the positions. A claim that is new to the sink begins at the
-    /// first kept message. A position that was left in another copy of the log comes
-    /// back to where the two part. Either is committed, so that it holds after a crash.
-    pub async fn open(&mut self, stream: &dyn Stream) -> Result<(), Failed> {
+    /// first kept message, unless [`Beginning`] says otherwise. A position that was left
+    /// in another copy of the log comes back to where the two part. Either is committed,
+    /// so that it holds after a crash. `delivered`: what the stream remembers.
+    pub async fn open(&mut self, stream: &dyn Stream, delivered: Delivered) -> Result<(), Failed> {
         let sink = self.sink.as_mut().expect("a lent sink is back before the next call");
         let opened = sink.open(&self.claim, self.held).await.map_err(|error| self.failed(error))?;
         self.held = Some(opened.epoch);
         self.openings = stream.openings();
-        let start = stream.bounds().start;
-        let is_new = opened.positions.is_empty();
+        let kept = stream.bounds();
+        let (is_new, mut start) = (opened.positions.is_empty(), kept.start);
+        if is_new && let Some(beginning) = self.beginning.clone() {
+            let decided = match self.has_begun && opened.found.has_rows {
+                true => Err(self.claim.gone()),
+                false => beginning.decide(&self.claim, &opened.found, delivered, &kept),
+            };
+            start = decided.map_err(|reason| {
+                self.failed(Error::Setup(format!("sink \"{}\": {reason}", self.claim.sink)))
+            })?;
+        }
         self.positions = vec![start; usize::from(self.claim.partitions)];
         self.lineages = vec![Lineage::default(); usize::from(self.claim.partitions)];
         let mut to = self.positions.clone();
         for Position { partition, next, lineage } in opened.positions {
             let p = usize::from(partition.0);
             if p < to.len() {
-                to[p] = lineage.locate(next, &self.openings, start);
+                to[p] = lineage.locate(next, &self.openings, kept.start);
                 (self.positions[p], self.lineages[p]) = (next, lineage);
             }
         }
@@ -244,15 +258,16 @@ impl Writer {
             .filter(|p| is_new || self.positions[*p] != to[*p])
             .map(|p| self.step(p, to[p]))
             .collect();
-        if advance.is_empty() {
-            return Ok(());
+        if !advance.is_empty() {
+            let sink = self.sink.as_mut().expect("still here");
+            sink.commit(&Rows::default(), &advance).await.map_err(|error| self.failed(error))?;
+            match is_new {
+                true => claim::say_begun(&self.claim, stream, start, delivered),
+                false => claim::say_moved(&self.claim, stream, &advance),
+            }
+            self.moved(advance);
         }
-        let sink = self.sink.as_mut().expect("still here");
-        sink.commit(&Rows::default(), &advance).await.map_err(|error| self.failed(error))?;
-        if !is_new {
-            claim::say_moved(&self.claim, stream, &advance);
-        }
-        self.moved(advance);
+        self.has_begun = true;
         Ok(())
     }
 

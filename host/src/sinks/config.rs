@@ -38,6 +38,16 @@ pub struct BatchConfig {
     pub wait_max: Period,
 }
 
+/// Where a sink begins that has no position.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Begin {
+    /// With the first message that the stream still has.
+    Start,
+    /// With what comes from now on.
+    Now,
+}
+
 /// What happens to a row that the table has already, by one of its unique keys.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
@@ -84,6 +94,20 @@ impl Config {
         match self {
             Self::Postgres(config) => config.on_lag,
             Self::Sqlite(config) => config.on_lag,
+        }
+    }
+
+    pub fn renamed_from(&self) -> Option<&str> {
+        match self {
+            Self::Postgres(config) => config.renamed_from.as_deref(),
+            Self::Sqlite(config) => config.renamed_from.as_deref(),
+        }
+    }
+
+    pub fn begin(&self) -> Option<Begin> {
+        match self {
+            Self::Postgres(config) => config.begin,
+            Self::Sqlite(config) => config.begin,
         }
     }
 

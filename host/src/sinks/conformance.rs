@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use uuid::Uuid;
 
-use super::{Advance, Claim, Error, OnConflict, Outcome, Position, RefusedRow, Rows, Sink, Written};
+use super::{Advance, Claim, Error, Found, OnConflict, Outcome, Position, RefusedRow, Rows, Sink, Written};
 use crate::batch::{Batch, Entry, Offset, Partition, Span, flags};
 use crate::stream::{Lineage, Opening};
 
@@ -49,6 +49,8 @@ macro_rules! conformance_tests {
             a_position_keeps_the_openings_that_it_was_given,
             a_position_goes_back_where_it_is_told_to,
             positions_that_are_gone_are_not_begun_again_by_a_running_host,
+            a_renamed_claim_takes_its_positions_over_and_the_old_name_has_none,
+            a_new_claim_is_told_whether_its_table_has_rows_and_who_wrote_them,
             an_empty_commit_moves_only_positions,
             partitions_move_apart_and_together,
             one_partition_left_behind_fences_the_whole_commit,
@@ -90,6 +92,7 @@ pub fn claim() -> Claim {
         log: Uuid::from_u128(0x5eed),
         generation: 0,
         partitions: 1,
+        formerly: Vec::new(),
     }
 }
 
@@ -287,6 +290,49 @@ pub async fn positions_that_are_gone_are_not_begun_again_by_a_running_host(datab
         assert!(matches!(&error, Error::Setup(text) if text.contains("are gone")), "{error:?}");
     }
     assert_eq!(database.written().await.len(), 1);
+}
+
+pub async fn a_renamed_claim_takes_its_positions_over_and_the_old_name_has_none(database: &dyn Database) {
+    let lineage = Lineage::default().moved(&[Opening { id: 7, first: Offset(0) }], Offset(0), Offset(5));
+    let (mut old, _) = opened(database, &claim()).await;
+    let step = Advance { lineage: lineage.clone(), ..advance(0, 0, 5) };
+    old.commit(&rows([message("a", "1")]), &[step]).await.expect("commits");
+    let names = |pipeline: &str, sink: &str| (pipeline.to_owned(), sink.to_owned());
+    let renamed = Claim {
+        pipeline: "readings".to_owned(),
+        sink: "lake".to_owned(),
+        formerly: vec![names("telemetry", "lake"), names("telemetry", "warehouse")],
+        ..claim()
+    };
+    let kept = vec![Position { lineage: lineage.unwrap_or_default(), ..position(0, 5) }];
+    // It may have been tried without the old name.
+    assert_eq!(opened(database, &Claim { formerly: Vec::new(), ..renamed.clone() }).await.1, []);
+    let (mut new, positions) = opened(database, &renamed).await;
+    assert_eq!(positions, kept);
+    let error = old.commit(&rows([message("a", "2")]), &[advance(0, 5, 6)]).await.expect_err("fenced");
+    assert!(matches!(error, Error::Fenced(_)), "{error:?}");
+    new.commit(&rows([message("a", "2")]), &[advance(0, 5, 6)]).await.expect("goes on");
+    // The name in the config may stay, and the old one is one of others.
+    assert_eq!(opened(database, &renamed).await.1[0].next, Offset(6));
+    let back = database.sink().await.open(&claim(), None).await.expect("opens");
+    assert_eq!((back.positions, back.found.others), (Vec::new(), vec![names("readings", "lake")]));
+    assert_eq!(database.written().await.len(), 2);
+}
+
+pub async fn a_new_claim_is_told_whether_its_table_has_rows_and_who_wrote_them(database: &dyn Database) {
+    let names = |pipeline: &str, sink: &str| (pipeline.to_owned(), sink.to_owned());
+    let other = Claim { pipeline: "alerts".to_owned(), ..claim() };
+    let found = database.sink().await.open(&other, None).await.expect("opens").found;
+    assert_eq!(found, Found::default());
+    let (mut sink, _) = opened(database, &claim()).await;
+    sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.expect("commits");
+    let found = database.sink().await.open(&other, None).await.expect("opens").found;
+    assert_eq!(found, Found { has_rows: true, others: vec![names("telemetry", "warehouse")] });
+    let of_another_log = Claim { log: Uuid::from_u128(0xbeef), ..claim() };
+    let found = database.sink().await.open(&of_another_log, None).await.expect("opens").found;
+    assert_eq!(found, Found { has_rows: true, others: Vec::new() });
+    let again = database.sink().await.open(&claim(), None).await.expect("opens");
+    assert_eq!((again.positions.len(), again.found), (1, Found::default()), "it is not new");
 }
 
 pub async fn an_empty_commit_moves_only_positions(database: &dyn Database) {

@@ -9,9 +9,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use tokio::sync::watch;
+use uuid::Uuid;
 
 use super::{
-    Advance, Claim, Epoch, Error, Opened, Outcome, Position, RefusedRow, Rows, Sink, Usurper, Written,
+    Advance, Claim, Epoch, Error, Found, Name, Opened, Outcome, Position, RefusedRow, Rows, Sink, Usurper,
+    Written,
 };
 use crate::batch::{MessageRef, Offset, Partition};
 use crate::stream::Lineage;
@@ -54,7 +56,7 @@ pub struct MemoryDatabase {
 #[derive(Default)]
 struct State {
     rows: Vec<MemoryRow>,
-    claims: HashMap<Claim, Claimed>,
+    claims: HashMap<Key, Claimed>,
     refuse: Option<Refuse>,
     open_faults: VecDeque<Fault>,
     commit_faults: VecDeque<Fault>,
@@ -62,6 +64,14 @@ struct State {
     commits: usize,
 }
 
+/// Name, log and generation.
+type Key = (Name, Uuid, u32);
+
+fn key(claim: &Claim) -> Key {
+    ((claim.pipeline.clone(), claim.sink.clone()), claim.log, claim.generation)
+}
+
+#[derive(Clone)]
 struct Claimed {
     epoch: u64,
     /// By partition; `None` until the first advance.
@@ -91,7 +101,7 @@ impl MemoryDatabase {
 
     /// Positions of a claim; empty when nobody opened or advanced it.
     pub fn positions(&self, claim: &Claim) -> Vec<Position> {
-        self.lock().claims.get(claim).map(Claimed::positions).unwrap_or_default()
+        self.lock().claims.get(&key(claim)).map(Claimed::positions).unwrap_or_default()
     }
 
     /// Removes all claims, as somebody does who drops the table of positions.
@@ -158,6 +168,22 @@ impl Claimed {
     }
 }
 
+/// Takes over the positions of the first name that the claim had and that has some.
+fn rename(claims: &mut HashMap<Key, Claimed>, claim: &Claim) {
+    if claims.get(&key(claim)).is_some_and(|claimed| !claimed.positions().is_empty()) {
+        return;
+    }
+    let formerly = |name: &Name| (name.clone(), claim.log, claim.generation);
+    for name in claim.formerly.iter().map(formerly) {
+        let Some(old) = claims.get_mut(&name).filter(|old| !old.positions().is_empty()) else { continue };
+        let next = std::mem::replace(&mut old.next, vec![None; usize::from(claim.partitions)]);
+        old.epoch += 1;
+        let epoch = claims.get(&key(claim)).map_or(0, |claimed| claimed.epoch);
+        claims.insert(key(claim), Claimed { epoch, next });
+        return;
+    }
+}
+
 pub struct MemorySink {
     database: MemoryDatabase,
     mine: Option<(Claim, Epoch)>,
@@ -176,11 +202,14 @@ impl Sink for MemorySink {
             return Err(fault.into_error());
         }
         let State { rows, claims, .. } = &mut *state;
-        if held.is_some() && !claims.contains_key(claim) && !rows.is_empty() {
+        if held.is_some() && !claims.contains_key(&key(claim)) && !rows.is_empty() {
             return Err(Error::Setup(claim.gone()));
         }
+        if held.is_none() {
+            rename(claims, claim);
+        }
         let claimed = claims
-            .entry(claim.clone())
+            .entry(key(claim))
             .or_insert_with(|| Claimed { epoch: 0, next: vec![None; usize::from(claim.partitions)] });
         claimed.epoch = match held {
             None => claimed.epoch + 1,
@@ -189,7 +218,19 @@ impl Sink for MemorySink {
         };
         let epoch = Epoch(claimed.epoch);
         self.mine = Some((claim.clone(), epoch));
-        Ok(Opened { epoch, positions: claimed.positions() })
+        let positions = claimed.positions();
+        let others = claims.iter().filter(|(other, claimed)| {
+            other.0 != key(claim).0
+                && (other.1, other.2) == (claim.log, claim.generation)
+                && !claimed.positions().is_empty()
+        });
+        let mut others: Vec<Name> = others.map(|(other, _)| other.0.clone()).collect();
+        others.sort();
+        let found = match positions.is_empty() {
+            true => Found { has_rows: !rows.is_empty(), others },
+            false => Found::default(),
+        };
+        Ok(Opened { epoch, positions, found })
     }
 
     async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {
@@ -238,7 +279,7 @@ impl MemorySink {
     fn check(&self, state: &State, advance: &[Advance]) -> Result<(), Error> {
         let (claim, epoch) =
             self.mine.as_ref().ok_or_else(|| Error::Retry("commit before open".to_owned()))?;
-        let claimed = state.claims.get(claim).ok_or_else(|| Error::Retry(claim.gone()))?;
+        let claimed = state.claims.get(&key(claim)).ok_or_else(|| Error::Retry(claim.gone()))?;
         if claimed.epoch != epoch.0 {
             return Err(claimed.fences(claim, *epoch));
         }
@@ -255,7 +296,7 @@ impl MemorySink {
 
     fn write(&self, state: &mut State, rows: &Rows, advance: &[Advance]) -> Written {
         let (claim, _) = self.mine.as_ref().expect("checked before");
-        let claimed = state.claims.get_mut(claim).expect("checked before");
+        let claimed = state.claims.get_mut(&key(claim)).expect("checked before");
         for step in advance {
             let known = &mut claimed.next[usize::from(step.partition.0)];
             let before = known.take().map(|(_, lineage)| lineage).unwrap_or_default();

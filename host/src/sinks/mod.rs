@@ -22,7 +22,7 @@ pub mod postgres;
 pub mod sqlite;
 
 pub use check::Checked;
-pub use config::{BATCH_BYTES_MAX, BATCH_ROWS_MAX, BatchConfig, Config, OnConflict};
+pub use config::{BATCH_BYTES_MAX, BATCH_ROWS_MAX, BatchConfig, Begin, Config, OnConflict};
 
 /// Whose positions: one pipeline's deliveries to one sink, from one log.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -32,7 +32,13 @@ pub struct Claim {
     pub log: Uuid,
     pub generation: u32,
     pub partitions: u16,
+    /// Names that the claim had before: where it has no positions, it takes over those of the
+    /// first of these that has.
+    pub formerly: Vec<Name>,
 }
+
+/// Pipeline and sink of a claim.
+pub type Name = (String, String);
 
 /// Counts the processes that took a claim over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -44,6 +50,17 @@ pub struct Opened {
     pub epoch: Epoch,
     /// Of each partition that was ever advanced; none when the claim is new to this sink.
     pub positions: Vec<Position>,
+    /// For a claim without positions.
+    pub found: Found,
+}
+
+/// What is there before a claim that is new to a sink.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Found {
+    /// The table has rows, or may have.
+    pub has_rows: bool,
+    /// Other claims from the same log with positions in this table, by name.
+    pub others: Vec<Name>,
 }
 
 /// Up to where a partition is done: `next` is the first offset that is not.
@@ -205,7 +222,8 @@ impl Error {
 /// is not the one left behind.
 #[async_trait]
 pub trait Sink: Send {
-    /// Connects, creates what is missing, claims. A new claim's first advance of a
+    /// Connects, creates what is missing, claims. The table of rows is created only for a claim
+    /// without positions. A new claim's first advance of a
     /// partition sets its position whatever `from` says, so begin with an empty
     /// commit of `from == to` for all partitions: from then on each has a position.
     ///
@@ -274,12 +292,20 @@ impl Claim {
     }
 
     /// For a host that finds a table with rows, and none of the positions that it left.
-    fn gone(&self) -> String {
+    pub fn gone(&self) -> String {
         format!(
             "the {} are gone from headworks_positions while the table has rows: nothing is written, so that no \
-             row comes twice; put the rows of headworks_positions back",
-            self.positions_text()
+             row comes twice; put the rows of headworks_positions back, or set `begin: start` in sinks.{} to write what \
+             the stream still has again from the beginning, or `begin: now` to write only what comes from now on, \
+             and restart",
+            self.positions_text(),
+            self.sink
         )
+    }
+
+    /// Who has the claim now that had this name.
+    fn renamed(&self, holder: &str) -> String {
+        format!("{holder} as pipeline \"{}\", sink \"{}\"", self.pipeline, self.sink)
     }
 
     fn unreadable(&self, partition: Partition) -> Error {
@@ -290,7 +316,7 @@ impl Claim {
         ))
     }
 
-    fn positions_text(&self) -> String {
+    pub fn positions_text(&self) -> String {
         format!("positions of pipeline \"{}\" in sink \"{}\"", self.pipeline, self.sink)
     }
 }

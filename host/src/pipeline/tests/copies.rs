@@ -6,8 +6,10 @@ use std::time::Duration;
 use super::harness::{Act, World, chain, number, sorted, step, text};
 use crate::batch::Offset;
 use crate::pipeline::State;
+use crate::sinks::Begin;
 use crate::sinks::memory::Fault;
 use crate::stream::Stream;
+use crate::units::Period;
 
 impl World {
     /// Another process, on a copy of the folder as it was when the stream ended at `at`.
@@ -124,10 +126,115 @@ async fn a_log_that_lost_its_end_does_not_take_its_new_messages_for_rejected_one
     shortened.has_rows(&[0..60, 1_000..1_040]);
 }
 
+impl World {
+    /// The next process has another config, and tries again soon.
+    fn changed(&self, change: impl FnOnce(&mut Self)) -> Self {
+        let mut world = self.clone();
+        change(&mut world);
+        world
+    }
+
+    fn with_sink_renamed(&self, to: &str, renamed_from: Option<&str>) -> Self {
+        self.changed(|world| {
+            let database = world.databases.pop_first().expect("it has one").1;
+            world.databases.insert(to.to_owned(), database);
+            let target = crate::pipeline::RouteTarget::One(to.to_owned());
+            world.config.routes.insert("default".to_owned(), target);
+            world.renamed_from =
+                renamed_from.map(|old| (to.to_owned(), old.to_owned())).into_iter().collect();
+        })
+    }
+}
+
+/// Until the sink says this and waits for a person.
+async fn refused(world: &World, text: &str) {
+    let process = world.start(chain(1, &[])).await;
+    let says = |state: &State| matches!(state, State::Retrying(why) if why.contains(text));
+    process.until("refused", |status| says(&status.sinks[0].state)).await;
+    process.stop().await;
+}
+
+async fn delivered(world: &World, from: u64, count: u64) {
+    let process = world.start(chain(1, &[])).await;
+    process.until("open", |status| status.sinks[0].committed.is_some()).await;
+    world.publish_many(3, from, count);
+    process.drained().await;
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sink_or_pipeline_with_a_new_name_fills_its_table_only_when_it_is_told_to() {
+    let mut world = World::new(2, &[("default", "w")]);
+    world.config.sink_backoff.max = Period(Duration::from_millis(5));
+    delivered(&world, 0, 100).await;
+    refused(&world.with_sink_renamed("lake", None), "`renamed_from: w` in sinks.lake").await;
+    let pipeline = world.changed(|world| world.pipeline = "q".to_owned());
+    refused(&pipeline, "`renamed_from: p` in pipelines.q").await;
+    let rows = |world: &World| world.databases.values().next().expect("one").rows().len();
+    assert_eq!(rows(&world), 100);
+    // Each is told its old name, one after the other.
+    let world = world.with_sink_renamed("lake", Some("w"));
+    delivered(&world, 100, 10).await;
+    let world = world.changed(|world| {
+        world.pipeline = "q".to_owned();
+        world.config.renamed_from = Some("p".to_owned());
+    });
+    delivered(&world, 110, 10).await;
+    assert_eq!(rows(&world), 120);
+    // The first names have no position any more.
+    refused(
+        &world.changed(|world| (world.pipeline, world.config.renamed_from) = ("p".to_owned(), None)),
+        "pipeline \"q\"",
+    )
+    .await;
+    let now = world.changed(|world| {
+        (world.pipeline, world.config.renamed_from) = ("new".to_owned(), None);
+        world.begin = Some(Begin::Now);
+    });
+    delivered(&now, 120, 10).await;
+    assert_eq!(rows(&world), 130);
+    let again = world.changed(|world| {
+        (world.pipeline, world.config.renamed_from) = ("again".to_owned(), None);
+        world.begin = Some(Begin::Start);
+    });
+    delivered(&again, 130, 10).await;
+    assert_eq!(rows(&world), 130 + 140);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_host_that_starts_without_its_positions_fills_its_table_only_when_it_is_told_to() {
+    for begin in [Begin::Now, Begin::Start] {
+        let mut world = World::new(2, &[("default", "w")]);
+        world.config.sink_backoff.max = Period(Duration::from_millis(5));
+        delivered(&world, 0, 100).await;
+        world.database("w").lose_positions();
+        refused(&world, "are not in headworks_positions").await;
+        refused(&world, "are not in headworks_positions").await;
+        assert_eq!(world.payloads("w").len(), 100);
+        world.begin = Some(begin);
+        delivered(&world, 100, 10).await;
+        assert_eq!(world.payloads("w").len(), if begin == Begin::Now { 110 } else { 210 });
+        // It is told once: from then on there is a position.
+        delivered(&world, 110, 10).await;
+        assert_eq!(world.payloads("w").len(), if begin == Begin::Now { 120 } else { 220 });
+    }
+}
+
+/// A first start, a second pipeline, another log: none is asked.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_table_that_somebody_else_filled_is_written_to_without_a_question() {
+    let world = World::new(2, &[("default", "w")]);
+    delivered(&world, 0, 10).await;
+    let memory = crate::stream::memory::MemoryStream::with_hooks("telemetry", 2);
+    let fresh = World { stream: memory.clone(), memory, ..world.clone() };
+    delivered(&fresh, 100, 10).await;
+    assert_eq!(world.payloads("w").len(), 20);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn positions_that_somebody_removes_under_a_host_stop_the_sink_and_fill_nothing_twice() {
     let mut world = World::new(2, &[("default", "w")]);
-    world.config.sink_backoff.max = crate::units::Period(Duration::from_millis(5));
+    world.config.sink_backoff.max = Period(Duration::from_millis(5));
     let process = world.start(chain(1, &[])).await;
     world.publish_many(3, 0, 100);
     process.drained().await;

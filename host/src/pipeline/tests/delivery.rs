@@ -123,6 +123,8 @@ async fn a_batch_that_runs_into_a_limit_is_halved_and_grows_again_and_nothing_go
         sink: Box::new(Narrow(world.database("w").sink(), limit.clone(), sizes.clone())),
         batching: world.batching,
         on_lag: OnLag::Block,
+        renamed_from: None,
+        begin: None,
     };
     let deps = crate::pipeline::Deps {
         stream: world.stream.clone(),
@@ -130,6 +132,7 @@ async fn a_batch_that_runs_into_a_limit_is_halved_and_grows_again_and_nothing_go
         sinks: vec![part],
         dead_letters: world.dead.clone(),
         dead_letters_bytes_max: world.dead_letters_bytes_max,
+        configured: Default::default(),
         failures: Default::default(),
         shutdown: shutdown.clone(),
     };
@@ -194,6 +197,7 @@ async fn a_position_beyond_the_stream_stops_the_sink() {
         log: world.id(),
         generation: world.stream.identity().generation,
         partitions: 1,
+        formerly: Vec::new(),
     };
     let mut sink = world.database("w").sink();
     use crate::sinks::Sink;

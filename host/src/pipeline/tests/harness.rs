@@ -1,6 +1,6 @@
 //! A pipeline on memory parts, and steps written as functions.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use crate::pipeline::{
     SinkPart, list_open, marks, start,
 };
 use crate::problems::{KeyPath, Problem};
+use crate::sinks::Begin;
 use crate::sinks::memory::MemoryDatabase;
 use crate::step::{Attempt, Chain, Outcome, Refused, RefusedKind, Step, StepFactory, StepId};
 use crate::stream::memory::MemoryStream;
@@ -180,6 +181,10 @@ pub struct World {
     pub batching: Batching,
     pub on_lag: OnLag,
     pub dead_letters_bytes_max: u64,
+    pub pipeline: String,
+    /// By sink.
+    pub renamed_from: BTreeMap<String, String>,
+    pub begin: Option<Begin>,
 }
 
 impl World {
@@ -214,6 +219,9 @@ impl World {
             batching: Batching { rows_max: 50, bytes_max: 1 << 20, wait_max: Duration::from_millis(2) },
             on_lag: OnLag::Block,
             dead_letters_bytes_max: u64::MAX,
+            pipeline: "p".to_owned(),
+            renamed_from: BTreeMap::new(),
+            begin: None,
         }
     }
 
@@ -262,6 +270,8 @@ impl World {
                 sink: Box::new(database.sink()),
                 batching: self.batching,
                 on_lag: self.on_lag,
+                renamed_from: self.renamed_from.get(name).cloned(),
+                begin: self.begin,
             })
             .collect();
         let deps = Deps {
@@ -270,10 +280,16 @@ impl World {
             sinks,
             dead_letters: Arc::clone(&self.dead),
             dead_letters_bytes_max: self.dead_letters_bytes_max,
+            configured: self
+                .databases
+                .keys()
+                .map(|sink| (self.pipeline.clone(), sink.clone()))
+                .collect::<BTreeSet<_>>()
+                .into(),
             failures: Failures::default(),
             shutdown: shutdown.clone(),
         };
-        let handle = start("p", &self.config, deps).await.unwrap();
+        let handle = start(&self.pipeline, &self.config, deps).await.unwrap();
         Process { handle, chain: chain_sender, shutdown }
     }
 

@@ -1,10 +1,14 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use super::harness::{Act, World, chain, published, sorted, step, text};
+use crate::batch::Offset;
 use crate::pipeline::again::is_pending;
 use crate::pipeline::{Ended, Filter, list_open};
+use crate::sinks::Begin;
 use crate::sinks::memory::Fault;
+use crate::units::Period;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_sink_refused_goes_to_that_sink_once() {
@@ -257,5 +261,67 @@ async fn a_letter_past_its_age_is_neither_listed_nor_sent() {
     assert_eq!(world.payloads("w").len(), 3);
     world.dead_memory.pass_age();
     assert!(list_open(&*world.dead, None).await.unwrap().is_empty());
+    process.stop().await;
+}
+
+/// Else retention may remove the letter, and the message becomes a row of its own beside it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_letter_is_sent_again_only_once_its_sink_is_past_the_message() {
+    let world = World::new(1, &[("default", "w")]);
+    let broken = Arc::new(AtomicBool::new(true));
+    let is_broken = Arc::clone(&broken);
+    let check = step("check", move |message, _| {
+        match is_broken.load(Ordering::Acquire) && text(message).ends_with('3') {
+            true => Act::Refuse("table not there".to_owned()),
+            false => Act::Pass,
+        }
+    });
+    // Its sink gathers, and commits nothing.
+    let mut slow = world.clone();
+    slow.batching.rows_max = 1_000_000;
+    slow.batching.wait_max = Duration::from_secs(3_600);
+    slow.config.progress_every = Period(Duration::from_secs(3_600));
+    let process = slow.start(chain(1, &[Arc::clone(&check)])).await;
+    world.publish_many(1, 0, 10);
+    while world.letters().await.is_empty() {
+        process.looked_after().await;
+    }
+    broken.store(false, Ordering::Release);
+    let summary = process.handle.redrive(&Filter::default()).await.unwrap();
+    assert_eq!((summary.sent, summary.letters.pending), (0, 1));
+    assert!(summary.failed[0].contains("has not come to the message of dead letter 0"), "{summary:?}");
+    process.handle.crash();
+    process.handle.join().await;
+    world.dead_memory.trim(Offset(2));
+    let process = world.start(chain(1, &[check])).await;
+    process.drained().await;
+    process.until("steps", |status| status.chain.is_some()).await;
+    process.handle.redrive(&Filter::default()).await.unwrap();
+    assert_eq!(sorted(world.payloads("w")), published(1, 10));
+    process.stop().await;
+}
+
+/// Its position is not all that knows.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_letter_that_was_sent_is_not_sent_again_where_the_positions_are_gone() {
+    let mut world = World::new(1, &[("default", "w")]);
+    let broken = Arc::new(AtomicBool::new(true));
+    let is_broken = Arc::clone(&broken);
+    world.database("w").refuse(move |message| {
+        (is_broken.load(Ordering::Acquire) && text(message).ends_with('3')).then(|| "no column".to_owned())
+    });
+    let process = world.start(chain(1, &[])).await;
+    world.publish_many(1, 0, 10);
+    process.drained().await;
+    broken.store(false, Ordering::Release);
+    assert_eq!(process.handle.redrive(&Filter::default()).await.unwrap().sent, 1);
+    process.stop().await;
+    world.database("w").lose_positions();
+    world.begin = Some(Begin::Now);
+    let process = world.start(chain(1, &[])).await;
+    process.until("steps", |status| status.chain.is_some()).await;
+    process.drained().await;
+    assert_eq!(process.handle.redrive(&Filter::default()).await.unwrap().sent, 0);
+    assert_eq!(sorted(world.payloads("w")), published(1, 10));
     process.stop().await;
 }

@@ -13,7 +13,7 @@ use crate::pipeline::{Letter, claim_of};
 use crate::sinks::Rows;
 use crate::sinks::memory::{Fault, MemoryDatabase};
 use crate::stream::memory::MemoryStream;
-use crate::stream::{Read, Stream};
+use crate::stream::{Delivered, Read, Stream};
 
 struct World {
     database: MemoryDatabase,
@@ -34,8 +34,10 @@ impl World {
         let mut writer = Writer {
             sink: Some(Box::new(database.sink())),
             number: 0,
-            claim: claim_of("p", "w", source.identity()),
+            claim: claim_of(&["p".to_owned()], &["w".to_owned()], source.identity()),
             held: None,
+            beginning: None,
+            has_begun: false,
             letters: Arc::clone(&letters),
             metrics: SinkMetrics::new("p", "w"),
             failures: Default::default(),
@@ -47,7 +49,7 @@ impl World {
             refused: 0,
         };
         writer.pace.hold_max = Duration::from_millis(1);
-        writer.open(&*source).await.unwrap();
+        writer.open(&*source, Delivered::ToNobody).await.unwrap();
         Self { database, source, dead, letters, writer }
     }
 
@@ -64,7 +66,7 @@ impl World {
     }
 
     async fn reopen(&mut self) {
-        self.writer.open(&*self.source).await.unwrap();
+        self.writer.open(&*self.source, Delivered::ToNobody).await.unwrap();
         self.letters.forget_below(0, self.writer.positions[0]);
     }
 

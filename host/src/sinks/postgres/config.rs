@@ -9,7 +9,7 @@ use tokio_postgres::config::Host;
 use crate::files;
 use crate::problems::{KeyPath, Problems};
 use crate::sinks::columns::ColumnsConfig;
-use crate::sinks::config::{BatchConfig, OnConflict, validate_table, within};
+use crate::sinks::config::{BatchConfig, Begin, OnConflict, validate_table, within};
 use crate::stream::OnLag;
 use crate::units::Period;
 
@@ -40,6 +40,14 @@ pub struct Config {
     pub batch: BatchConfig,
     /// What retention of the stream does while this sink lags.
     pub on_lag: OnLag,
+    /// The name that this sink had: it goes on where the sink of that name was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub renamed_from: Option<String>,
+    /// Where to begin without a position: `start`, with the first message that the
+    /// stream has, or `now`, with what comes from then on. Left out: at the start,
+    /// but not into a table that the stream was written to before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub begin: Option<Begin>,
     /// As in PostgreSQL. `disable`: plain. `prefer`: TLS where the server has it,
     /// nothing verified. `require`: TLS or nothing; verified as `verify-ca` only
     /// where `tls.ca` is given. `verify-ca`: the server's certificate must come
@@ -126,6 +134,8 @@ impl Default for Config {
             on_conflict: OnConflict::default(),
             batch: BatchConfig::default(),
             on_lag: OnLag::default(),
+            renamed_from: None,
+            begin: None,
             sslmode: None,
             tls: Tls::default(),
             connect_timeout: Period(10 * SECOND),

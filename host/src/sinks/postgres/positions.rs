@@ -4,7 +4,7 @@
 use tokio_postgres::{Client, Error, Row, Statement};
 
 use crate::batch::{Offset, Partition};
-use crate::sinks::{Advance, Claim, Epoch, Error as SinkError, Position, Usurper};
+use crate::sinks::{Advance, Claim, Epoch, Error as SinkError, Name, Position, Usurper};
 use crate::stream::Lineage;
 
 /// `next_offset` is null until the first advance. `fillfactor` leaves room for
@@ -19,6 +19,7 @@ CREATE TABLE headworks_positions (
     epoch       BIGINT      NOT NULL,
     next_offset BIGINT,
     openings    TEXT,
+    table_name  TEXT,
     holder      TEXT        NOT NULL,
     claimed_at  TIMESTAMPTZ,
     updated_at  TIMESTAMPTZ NOT NULL DEFAULT now(),
@@ -29,7 +30,8 @@ COMMENT ON TABLE headworks_positions IS
 "#;
 
 /// Columns that 0.1.0 did not have.
-const ADDED: [(&str, &str); 2] = [("openings", "TEXT"), ("claimed_at", "TIMESTAMPTZ")];
+const ADDED: [(&str, &str); 3] =
+    [("openings", "TEXT"), ("table_name", "TEXT"), ("claimed_at", "TIMESTAMPTZ")];
 
 const MISSING: &str = "SELECT name FROM unnest($1::text[]) AS name WHERE NOT EXISTS (
     SELECT FROM pg_attribute WHERE attrelid = to_regclass('headworks_positions') AND attname = name AND NOT attisdropped)";
@@ -47,6 +49,37 @@ ON CONFLICT (pipeline, sink, log, generation, "partition")
 DO UPDATE SET epoch = EXCLUDED.epoch, holder = EXCLUDED.holder, updated_at = now(),
     claimed_at = CASE p.epoch WHEN EXCLUDED.epoch THEN p.claimed_at ELSE now() END
 RETURNING "partition", next_offset, openings"#;
+
+const HAS_POSITIONS: &str = "SELECT EXISTS (SELECT FROM headworks_positions
+    WHERE pipeline = $1 AND sink = $2 AND log = $3::text::uuid AND generation = $4 AND next_offset IS NOT NULL)";
+
+/// Copies positions to a new name; the epoch is the claim's business.
+const RENAME: &str = r#"
+INSERT INTO headworks_positions (pipeline, sink, log, generation, "partition", epoch, next_offset, openings, holder)
+SELECT $1, $2, log, generation, "partition", 0, next_offset, openings, holder FROM headworks_positions
+WHERE pipeline = $5 AND sink = $6 AND log = $3::text::uuid AND generation = $4 AND next_offset IS NOT NULL
+ON CONFLICT (pipeline, sink, log, generation, "partition")
+DO UPDATE SET next_offset = EXCLUDED.next_offset, openings = EXCLUDED.openings"#;
+
+/// Takes them from the old one, so that nobody goes on there.
+const RETIRE: &str = "
+UPDATE headworks_positions SET next_offset = NULL, openings = NULL, epoch = epoch + 1, holder = $5, claimed_at = now()
+WHERE pipeline = $1 AND sink = $2 AND log = $3::text::uuid AND generation = $4";
+
+/// The name with its schema, however the search path was when it was claimed.
+const SET_TABLE: &str = "
+UPDATE headworks_positions SET table_name = name FROM (
+    SELECT format('%I.%I', nspname, relname) AS name FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = relnamespace
+    WHERE c.oid = to_regclass($5)) AS t
+WHERE pipeline = $1 AND sink = $2 AND log = $3::text::uuid AND generation = $4 AND table_name IS DISTINCT FROM name";
+
+const OTHERS: &str = "
+SELECT DISTINCT pipeline, sink FROM headworks_positions
+WHERE log = $3::text::uuid AND generation = $4 AND next_offset IS NOT NULL AND (pipeline <> $1 OR sink <> $2)
+  AND (table_name IS NULL OR table_name = (
+      SELECT format('%I.%I', nspname, relname) FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = relnamespace
+      WHERE c.oid = to_regclass($5)))
+ORDER BY pipeline, sink";
 
 /// Any number of partitions in one statement. The affected rows are as many as
 /// the advances, or somebody else was here.
@@ -107,6 +140,9 @@ impl Held {
     ) -> Result<(Self, Vec<Position>), Refusal> {
         let (log, generation) = (claim.log.to_string(), i64::from(claim.generation));
         let Claim { pipeline, sink, .. } = claim;
+        if held.is_none() {
+            rename(client, claim, holder).await?;
+        }
         let highest = highest(client, claim).await?;
         let epoch = match (held, highest) {
             (None, highest) => Epoch(highest.map_or(0, |highest| highest.epoch) + 1),
@@ -126,6 +162,20 @@ impl Held {
         positions.sort_by_key(|position| position.partition);
         let advance = client.prepare(ADVANCE).await?;
         Ok((Self { claim: claim.clone(), log, generation, epoch, advance }, positions))
+    }
+
+    /// Writes down which table the claim fills. `table` is its quoted name.
+    pub async fn set_table(&self, client: &Client, table: &str) -> Result<(), Error> {
+        let Claim { pipeline, sink, .. } = &self.claim;
+        client.execute(SET_TABLE, &[pipeline, sink, &self.log, &self.generation, &table]).await?;
+        Ok(())
+    }
+
+    /// Other claims that filled this table from the same log.
+    pub async fn others(&self, client: &Client, table: &str) -> Result<Vec<Name>, Error> {
+        let Claim { pipeline, sink, .. } = &self.claim;
+        let rows = client.query(OTHERS, &[pipeline, sink, &self.log, &self.generation, &table]).await?;
+        Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
     }
 
     /// Moves positions; how many were where `advance` says and are ours.
@@ -177,6 +227,34 @@ impl Held {
             _ => SinkError::Retry(claim.gone()),
         })
     }
+}
+
+/// Takes over the positions of the first name that the claim had and that has some.
+async fn rename(client: &Client, claim: &Claim, holder: &str) -> Result<(), Error> {
+    let (log, generation) = (claim.log.to_string(), i64::from(claim.generation));
+    let Claim { pipeline, sink, .. } = claim;
+    if claim.formerly.is_empty() || has_positions(client, claim, (pipeline, sink)).await? {
+        return Ok(());
+    }
+    for (old_pipeline, old_sink) in &claim.formerly {
+        if has_positions(client, claim, (old_pipeline, old_sink)).await? {
+            client.execute(RENAME, &[pipeline, sink, &log, &generation, old_pipeline, old_sink]).await?;
+            let holder = claim.renamed(holder);
+            client.execute(RETIRE, &[old_pipeline, old_sink, &log, &generation, &holder]).await?;
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+/// Whether a claim of this name has positions in the claim's log.
+async fn has_positions(
+    client: &Client,
+    claim: &Claim,
+    (pipeline, sink): (&String, &String),
+) -> Result<bool, Error> {
+    let (log, generation) = (claim.log.to_string(), i64::from(claim.generation));
+    Ok(client.query_one(HAS_POSITIONS, &[pipeline, sink, &log, &generation]).await?.get(0))
 }
 
 /// The highest epoch of a claim, and who has it.

@@ -28,7 +28,9 @@ use super::stage;
 use super::table::{self, Binding, Table, column_list};
 use super::transaction::{Tried, begin, unknown};
 use crate::sinks::columns::Columns;
-use crate::sinks::{Advance, Claim, Epoch, Error, Opened, Outcome, RefusedRow, Rows, Sink, Written, holder};
+use crate::sinks::{
+    Advance, Claim, Epoch, Error, Found, Opened, Outcome, RefusedRow, Rows, Sink, Written, holder,
+};
 use crate::topic::Namespace;
 
 /// Over the server's own timeouts, for one that does not answer at all.
@@ -155,6 +157,11 @@ impl PostgresSink {
             .bind(&self.config.table, &mut columns, self.config.on_conflict)
             .map_err(|reason| Error::Setup(format!("{context}: {reason}")))?;
         let name = schema::quoted_table(&self.config.table);
+        let mut found = Found::default();
+        if positions.is_empty() {
+            found = Found { has_rows, others: held.others(&client, &name).await.map_err(server)? };
+        }
+        held.set_table(&client, &name).await.map_err(server)?;
 
         for column in columns.columns.iter().filter(|column| column.is_time_without_unit()) {
             tracing::warn!(
@@ -192,7 +199,7 @@ impl PostgresSink {
             uncommitted: None,
         };
         let epoch = session.held.epoch;
-        Ok((session, Opened { epoch, positions }))
+        Ok((session, Opened { epoch, positions, found }))
     }
 
     /// The staging table and its statements.

@@ -59,14 +59,16 @@ impl Session {
             connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(failed)?;
         positions::create(&transaction).map_err(failed)?;
         let is_filled = has_rows(&transaction, config).map_err(failed)?;
-        let (held, positions) = Held::claim(&transaction, claim, held, &holder(), is_filled)
+        let (held, opened) = Held::claim(&transaction, claim, held, &holder(), (&config.table, is_filled))
             .map_err(failed)?
             .map_err(|error| error.within(context))?;
         // A table that this sink filled before and that is gone was taken away by somebody.
-        if config.create && positions.is_empty() {
+        if config.create && opened.positions.is_empty() {
             transaction.execute_batch(&create_table(config, &columns)).map_err(failed)?;
         }
-        bind(&transaction, config, &mut columns, !positions.is_empty()).map_err(failed)?.map_err(setup)?;
+        bind(&transaction, config, &mut columns, !opened.positions.is_empty())
+            .map_err(failed)?
+            .map_err(setup)?;
         let schema_version = schema_version(&transaction).map_err(failed)?;
         transaction.commit().map_err(failed)?;
         let many = (PARAMETERS / columns.columns.len().max(1)).max(1);
@@ -81,8 +83,7 @@ impl Session {
             schema_version,
             uncommitted: None,
         };
-        let epoch = session.held.epoch;
-        Ok((session, Opened { epoch, positions }))
+        Ok((session, opened))
     }
 
     pub fn commit(

@@ -4,7 +4,7 @@
 use rusqlite::{Connection, OptionalExtension, Result, params};
 
 use crate::batch::{Offset, Partition};
-use crate::sinks::{Advance, Claim, Epoch, Error as SinkError, Position, Usurper};
+use crate::sinks::{Advance, Claim, Epoch, Error as SinkError, Found, Opened, Position, Usurper};
 use crate::stream::Lineage;
 
 /// `next_offset` is null until the first advance.
@@ -18,6 +18,7 @@ CREATE TABLE IF NOT EXISTS headworks_positions (
     epoch       INTEGER NOT NULL,
     next_offset INTEGER,
     openings    TEXT,
+    table_name  TEXT,
     holder      TEXT    NOT NULL,
     claimed_at  TEXT,
     updated_at  TEXT    NOT NULL,
@@ -25,17 +26,17 @@ CREATE TABLE IF NOT EXISTS headworks_positions (
 ) WITHOUT ROWID"#;
 
 /// Columns that 0.1.0 did not have.
-const ADDED: [&str; 2] = ["openings", "claimed_at"];
+const ADDED: [&str; 3] = ["openings", "table_name", "claimed_at"];
 
 const HIGHEST: &str = "SELECT epoch, holder, claimed_at FROM headworks_positions
     WHERE pipeline = ?1 AND sink = ?2 AND log = ?3 AND generation = ?4 ORDER BY epoch DESC LIMIT 1";
 
 const CLAIM: &str = r#"
 INSERT INTO headworks_positions
-    (pipeline, sink, log, generation, "partition", epoch, holder, claimed_at, updated_at)
-SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, now, now FROM (SELECT strftime('%Y-%m-%d %H:%M:%fZ', 'now') AS now) WHERE true
+    (pipeline, sink, log, generation, "partition", epoch, holder, table_name, claimed_at, updated_at)
+SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, now, now FROM (SELECT strftime('%Y-%m-%d %H:%M:%fZ', 'now') AS now) WHERE true
 ON CONFLICT (pipeline, sink, log, generation, "partition")
-DO UPDATE SET holder = excluded.holder, updated_at = excluded.updated_at, epoch = excluded.epoch,
+DO UPDATE SET holder = excluded.holder, table_name = excluded.table_name, updated_at = excluded.updated_at, epoch = excluded.epoch,
     claimed_at = CASE epoch WHEN excluded.epoch THEN claimed_at ELSE excluded.claimed_at END
 RETURNING next_offset, openings"#;
 
@@ -49,11 +50,34 @@ const LOOK: &str = r#"
 SELECT next_offset FROM headworks_positions
 WHERE pipeline = ?1 AND sink = ?2 AND log = ?3 AND generation = ?4 AND "partition" = ?5"#;
 
+const HAS_POSITIONS: &str = "SELECT EXISTS (SELECT 1 FROM headworks_positions
+    WHERE pipeline = ?1 AND sink = ?2 AND log = ?3 AND generation = ?4 AND next_offset IS NOT NULL)";
+
+/// Copies positions to a new name; the epoch is the claim's business.
+const RENAME: &str = r#"
+INSERT INTO headworks_positions
+    (pipeline, sink, log, generation, "partition", epoch, next_offset, openings, holder, updated_at)
+SELECT ?1, ?2, log, generation, "partition", 0, next_offset, openings, holder, updated_at FROM headworks_positions
+WHERE pipeline = ?5 AND sink = ?6 AND log = ?3 AND generation = ?4 AND next_offset IS NOT NULL
+ON CONFLICT (pipeline, sink, log, generation, "partition")
+DO UPDATE SET next_offset = excluded.next_offset, openings = excluded.openings"#;
+
+/// Takes them from the old one, so that nobody goes on there.
+const RETIRE: &str = "
+UPDATE headworks_positions SET next_offset = NULL, openings = NULL, epoch = epoch + 1, holder = ?5,
+    claimed_at = strftime('%Y-%m-%d %H:%M:%fZ', 'now')
+WHERE pipeline = ?1 AND sink = ?2 AND log = ?3 AND generation = ?4";
+
+const OTHERS: &str = "
+SELECT DISTINCT pipeline, sink FROM headworks_positions
+WHERE log = ?3 AND generation = ?4 AND next_offset IS NOT NULL AND (pipeline <> ?1 OR sink <> ?2)
+  AND (table_name IS NULL OR lower(table_name) = lower(?5)) ORDER BY pipeline, sink";
+
 /// A claim, and its epoch.
 pub struct Held {
     claim: Claim,
     log: String,
-    pub epoch: Epoch,
+    epoch: Epoch,
 }
 
 /// Creates the table, or adds what an earlier version's lacks.
@@ -70,15 +94,18 @@ pub fn create(connection: &Connection) -> Result<()> {
 
 impl Held {
     /// Within an immediate transaction. The inner error: the claim is not to be had.
-    /// `has_rows`: of the sink's table.
+    /// `table`: the sink's, and whether it has rows.
     pub fn claim(
         connection: &Connection,
         claim: &Claim,
         held: Option<Epoch>,
         holder: &str,
-        has_rows: bool,
-    ) -> Result<std::result::Result<(Self, Vec<Position>), SinkError>> {
+        (table, has_rows): (&str, bool),
+    ) -> Result<std::result::Result<(Self, Opened), SinkError>> {
         let log = claim.log.to_string();
+        if held.is_none() {
+            rename(connection, claim, holder)?;
+        }
         let epoch = match (held, highest(connection, claim)?) {
             (None, None) => Epoch(1),
             (None, Some(highest)) => Epoch(highest.epoch + 1),
@@ -92,7 +119,16 @@ impl Held {
         let mut statement = connection.prepare(CLAIM)?;
         for partition in 0..claim.partitions {
             let (next, openings): (Option<i64>, Option<String>) = statement.query_row(
-                params![claim.pipeline, claim.sink, log, claim.generation, partition, epoch.0 as i64, holder],
+                params![
+                    claim.pipeline,
+                    claim.sink,
+                    log,
+                    claim.generation,
+                    partition,
+                    epoch.0 as i64,
+                    holder,
+                    table
+                ],
                 |row| Ok((row.get(0)?, row.get(1)?)),
             )?;
             let Some(next) = next else { continue };
@@ -102,7 +138,16 @@ impl Held {
                 None => return Ok(Err(claim.unreadable(partition))),
             }
         }
-        Ok(Ok((Self { claim: claim.clone(), log, epoch }, positions)))
+        let mut found = Found::default();
+        if positions.is_empty() {
+            let mut statement = connection.prepare(OTHERS)?;
+            let name = |row: &rusqlite::Row<'_>| Ok((row.get(0)?, row.get(1)?));
+            let others = statement
+                .query_map(params![claim.pipeline, claim.sink, log, claim.generation, table], name)?
+                .collect::<Result<_>>()?;
+            found = Found { has_rows, others };
+        }
+        Ok(Ok((Self { claim: claim.clone(), log, epoch }, Opened { epoch, positions, found })))
     }
 
     /// Whether the position was where `step` says and is ours.
@@ -151,4 +196,24 @@ fn highest(connection: &Connection, claim: &Claim) -> Result<Option<Usurper>> {
             Ok(Usurper { epoch: row.get::<_, i64>(0)? as u64, holder: row.get(1)?, at: row.get(2)? })
         })
         .optional()
+}
+
+/// Takes over the positions of the first name that the claim had and that has some.
+fn rename(connection: &Connection, claim: &Claim, holder: &str) -> Result<()> {
+    let (log, generation) = (claim.log.to_string(), claim.generation);
+    let has_positions = |pipeline: &str, sink: &str| {
+        connection.query_row(HAS_POSITIONS, params![pipeline, sink, log, generation], |row| row.get(0))
+    };
+    if has_positions(&claim.pipeline, &claim.sink)? {
+        return Ok(());
+    }
+    for (pipeline, sink) in &claim.formerly {
+        if has_positions(pipeline, sink)? {
+            connection
+                .execute(RENAME, params![claim.pipeline, claim.sink, log, generation, pipeline, sink])?;
+            connection.execute(RETIRE, params![pipeline, sink, log, generation, claim.renamed(holder)])?;
+            return Ok(());
+        }
+    }
+    Ok(())
 }
