@@ -258,7 +258,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
     /// waits until a persistent session's subscription is durable).
     async fn work(&mut self) -> Result<(), End> {
         while !self.input.is_empty() && self.drain_until.is_none() {
-            let (used, next) = self.inbound.take(self.broker, &self.input, &mut self.out)?;
+            let (used, next) = self
+                .inbound
+                .take(self.broker, &self.input, &mut self.out)
+                .map_err(|trouble| End::of(trouble, &self.input, self.broker.packet_bytes_max))?;
             self.input.advance(used);
             self.stopped_at = next;
             match self.stopped_at {
@@ -310,7 +313,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
     fn take_fresh(&mut self, fresh: &[u8]) -> Result<(), End> {
         let mut used = 0;
         if self.input.is_empty() {
-            (used, self.stopped_at) = self.inbound.take(self.broker, fresh, &mut self.out)?;
+            (used, self.stopped_at) = self
+                .inbound
+                .take(self.broker, fresh, &mut self.out)
+                .map_err(|trouble| End::of(trouble, fresh, self.broker.packet_bytes_max))?;
         }
         self.input.extend_from_slice(&fresh[used..]);
         Ok(())

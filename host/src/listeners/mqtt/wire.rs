@@ -136,6 +136,25 @@ pub fn packet_len(bytes: &[u8]) -> Option<usize> {
     Some(1 + used + len)
 }
 
+/// Describes the first packet of `bytes` that is larger than a client may send, with its topic
+/// where that has come: for a person who looks for the device's message.
+pub fn too_large(mut bytes: &[u8], packet_bytes_max: usize) -> Option<String> {
+    while let Ok(Some(frame)) = frame(bytes, packet_bytes_max) {
+        bytes = &bytes[frame.len..];
+    }
+    let len = packet_len(bytes).filter(|len| *len > packet_bytes_max)?;
+    if bytes[0] & 0xf0 != PUBLISH {
+        return Some(format!("a packet of {len} bytes"));
+    }
+    let (_, used) = var_int(&bytes[1..]).ok()??;
+    let topic = || {
+        let (head, rest) = bytes.get(1 + used..)?.split_at_checked(2)?;
+        std::str::from_utf8(rest.get(..usize::from(u16::from_be_bytes([head[0], head[1]])))?).ok()
+    };
+    let topic = topic().map(|topic| format!(" to topic \"{topic}\"")).unwrap_or_default();
+    Some(format!("a message of {len} bytes{topic}"))
+}
+
 /// A variable byte integer and its length; `None` while it is not whole.
 #[inline]
 fn var_int(bytes: &[u8]) -> Result<Option<(usize, usize)>, Fault> {
@@ -333,6 +352,18 @@ mod tests {
     use rmqtt_codec::{v3, v5};
 
     use super::*;
+
+    #[test]
+    fn a_packet_that_is_too_large_is_told_with_its_size_and_topic() {
+        let publish = [b"\x30\x80\x10\x00\x03a/b".as_slice(), &[0; 100]].concat();
+        let ping = b"\xc0\x00".as_slice();
+        let said = too_large(&[ping, ping, &publish].concat(), 1_024);
+        assert_eq!(said.as_deref(), Some("a message of 2051 bytes to topic \"a/b\""));
+        assert_eq!(too_large(&publish[..6], 1_024).as_deref(), Some("a message of 2051 bytes"));
+        assert_eq!(too_large(b"\x82\x80\x10", 1_024).as_deref(), Some("a packet of 2051 bytes"));
+        assert_eq!(too_large(&publish, 4_096), None);
+        assert_eq!(too_large(b"\x30\xff\xff\xff\xff", 1_024), None);
+    }
 
     /// What the codec reads, in our shape; `None` where it refuses.
     fn by_codec(version: Version, whole: &[u8]) -> Option<(u8, bool, bool, String, u16, Vec<u8>)> {

@@ -17,9 +17,14 @@ use crate::listeners::mqtt::wire::{self, Fault, Version};
 /// Why a connection ended.
 #[derive(Debug)]
 pub enum End {
-    Disconnect { keep_will: bool, expiry_s: Option<u32> },
+    Disconnect {
+        keep_will: bool,
+        expiry_s: Option<u32>,
+    },
     Lost,
     Fault(Fault),
+    /// A packet is larger than `max_packet_size`: its size, and topic.
+    TooLarge(Box<str>),
     TakenOver,
     KeepAlive,
     Slow,
@@ -33,6 +38,19 @@ impl From<Trouble> for End {
         match trouble {
             Trouble::Fault(fault) => Self::Fault(fault),
             Trouble::Stopped => Self::Stopped,
+        }
+    }
+}
+
+impl End {
+    /// After what was found in these bytes.
+    pub fn of(trouble: Trouble, bytes: &[u8], packet_bytes_max: usize) -> Self {
+        match Self::from(trouble) {
+            Self::Fault(fault) if fault.code == DisconnectReasonCode::PacketTooLarge => {
+                let large = wire::too_large(bytes, packet_bytes_max);
+                large.map_or(Self::Fault(fault), |large| Self::TooLarge(large.into()))
+            }
+            end => end,
         }
     }
 }
@@ -83,6 +101,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             End::Lost => ("lost", None, ""),
             End::Fault(fault) if fault.is_refusal() => ("refused", Some(fault.code), fault.what),
             End::Fault(fault) => ("malformed", Some(fault.code), fault.what),
+            End::TooLarge(_) => {
+                let why = "packet is larger than max_packet_size";
+                ("malformed", Some(DisconnectReasonCode::PacketTooLarge), why)
+            }
             End::TakenOver => {
                 let why = "another connection has the same client id";
                 ("taken_over", Some(DisconnectReasonCode::SessionTakenOver), why)
@@ -105,12 +127,20 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             End::Fault(fault) if !fault.is_refusal() => {
                 Some(format!("mqtt: client broke the protocol: {}", fault.what))
             }
+            End::TooLarge(_) => {
+                Some("mqtt: client sent a packet larger than mqtt.max_packet_size".to_owned())
+            }
             End::Slow => Some("mqtt: slow subscriber disconnected, its queue is full".to_owned()),
             End::KeepAlive => Some("mqtt: client was silent for longer than its keep alive".to_owned()),
             _ => None,
         };
         if let Some(kind) = kind {
-            let detail = format!("client {client_id} at {remote}");
+            let mut detail = format!("client {client_id} at {remote}");
+            if let End::TooLarge(large) = end {
+                let max = self.broker.config.max_packet_size;
+                detail +=
+                    &format!(": {large}, at most {max}: raise mqtt.max_packet_size, or send less at once");
+            }
             self.broker.failures.report_by(&kind, client_id, 1, &detail, "");
         }
         self.inbound.write_acks(self.broker, &mut self.out);

@@ -27,7 +27,7 @@ use x509_cert::der::{Decode, Encode};
 use x509_cert::ext::pkix::{BasicConstraints, ExtendedKeyUsage, KeyUsage};
 use x509_cert::{Certificate, TbsCertificate, Version};
 
-use super::tls::cannot_use;
+use super::tls::{VERSION_1, cannot_use};
 
 const CLIENT_AUTH: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.6.1.5.5.7.3.2");
 const ANY_USAGE: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.29.37.0");
@@ -313,6 +313,9 @@ impl Refusal {
     /// For a person, where the error alone would send them the wrong way.
     fn explained(&self) -> Option<String> {
         use webpki::Error as Cause;
+        if matches!(self.error, Cause::UnsupportedCertVersion) {
+            return Some(format!("the client's certificate cannot be used: {VERSION_1}"));
+        }
         let authority = self.authority.as_ref()?;
         match self.error {
             Cause::CertExpired { .. } => Some(format!(

@@ -17,9 +17,9 @@ use sha2::{Digest, Sha256};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
-use x509_cert::Certificate;
 use x509_cert::crl::CertificateList;
 use x509_cert::der::Decode;
+use x509_cert::{Certificate, Version};
 
 use super::super::config::{self, ClientCert};
 use super::authorities::{Authorities, Basis, Seen, observed};
@@ -299,8 +299,13 @@ impl Material {
         let (subject, dates) = (own.subject.to_string().into(), own.validity);
         let valid = (dates.not_before.to_system_time(), dates.not_after.to_system_time());
         let private = PrivateKeyDer::from_pem_slice(&self.key).map_err(|error| cannot_use(key, &error))?;
-        let mut config = builder.with_single_cert(chain, private).map_err(|error| {
-            format!("the key {} does not fit the certificate {}: {error}", key.display(), cert.display())
+        let is_version_1 = own.version == Version::V1;
+        let mut config = builder.with_single_cert(chain, private).map_err(|error| match error {
+            rustls::Error::InconsistentKeys(_) => {
+                format!("the key {} does not fit the certificate {}: {error}", key.display(), cert.display())
+            }
+            _ if is_version_1 => cannot_use(cert, &VERSION_1),
+            error => cannot_use(cert, &error),
         })?;
         if self.client_ca.is_some() {
             // A session that is resumed brings its certificate unchecked, expired perhaps.
@@ -339,6 +344,10 @@ fn next_update(list: &CertificateRevocationListDer<'_>) -> Option<SystemTime> {
     let list = CertificateList::from_der(list).ok()?;
     list.tbs_cert_list.next_update.map(|time| time.to_system_time())
 }
+
+/// Of a certificate that `openssl x509 -req` makes without an extension file.
+pub(super) const VERSION_1: &str = "it is of X.509 version 1, and TLS takes version 3 here: make it again with \
+     `openssl x509 -req … -extfile`, whose file holds subjectAltName";
 
 pub(super) fn cannot_use(path: &Path, error: &dyn std::fmt::Display) -> String {
     format!("cannot use {}: {error}", path.display())

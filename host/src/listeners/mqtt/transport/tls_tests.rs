@@ -369,3 +369,48 @@ fn a_failed_handshake_counts_for_what_is_wrong_with_the_clients_certificate() {
     let left = io::Error::from(io::ErrorKind::ConnectionReset);
     assert_eq!(explain(&left, &Seen::default()).cause, "lost");
 }
+
+#[tokio::test]
+async fn a_certificate_of_version_1_is_told_with_how_to_make_it_again() {
+    let pki = Pki::new();
+    let dir = pki.dir.path();
+    let openssl = |arguments: &str| {
+        let mut command = std::process::Command::new("openssl");
+        let output = command.args(arguments.split(' ')).current_dir(dir).output().unwrap();
+        assert!(output.status.success(), "openssl {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    const KEY: &str = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes";
+    openssl(&format!("req -x509 {KEY} -days 2 -subj /CN=CA -keyout ca.key -out ca.pem"));
+    openssl(&format!("req -new {KEY} -subj /CN=localhost -keyout v1.key -out v1.csr"));
+    openssl("x509 -req -days 2 -in v1.csr -CA ca.pem -CAkey ca.key -CAcreateserial -out v1.pem");
+    let tls = pki.load_with(|files| files.crl = None);
+    let read = |name: &str| std::fs::read(dir.join(name)).unwrap();
+    let chain = vec![CertificateDer::from_pem_slice(&read("v1.pem")).unwrap()];
+    let key = PrivateKeyDer::from_pem_slice(&read("v1.key")).unwrap();
+    let key = rustls::crypto::ring::sign::any_supported_type(&key).unwrap();
+    let shown = rustls::sign::SingleCertAndKey::from(rustls::sign::CertifiedKey::new(chain, key));
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_slice(pki.ca.pem.as_bytes()).unwrap()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_client_cert_resolver(Arc::new(shown));
+    let said = refusal(&tls, &TlsConnector::from(Arc::new(config))).await;
+    assert!(said.contains("version 1") && said.contains("-extfile"), "{said}");
+
+    for (cert, key, expected) in [("v1.pem", "v1.key", "version 1"), ("server.pem", "v1.key", "does not fit")]
+    {
+        let files = config::Tls {
+            cert: dir.join(cert),
+            key: dir.join(key),
+            client_ca: None,
+            client_cert: ClientCert::default(),
+            crl: None,
+            identity: Identity::Cn,
+        };
+        let said = Tls::load(files).err().unwrap();
+        assert!(said.contains(expected) && said.contains(cert), "{said}");
+    }
+}
