@@ -9,6 +9,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use headworks::batch::{Batch, Entry, Offset, Partition, Span, flags};
 use headworks::sinks::{self, Advance, Claim, Outcome, Rows};
+use headworks::telemetry::Failures;
 use headworks::topic::Namespace;
 use headworks_tests::folder::{Folder, root};
 use headworks_tests::postgres::{Database, Postgres};
@@ -116,7 +117,7 @@ async fn sink(url: &str, batches: &[Batch], round: u32) -> f64 {
         serde_json::from_value(serde_json::json!({ "type": "postgres", "url": url, "table": "telemetry" }))
             .expect("a sink's config");
     let namespace = Arc::new(Namespace::parse(Namespace::DEFAULT_PATTERN).expect("the default"));
-    let mut sink = config.build("bench", namespace);
+    let mut sink = config.build("bench", namespace, Failures::default());
     let claim = Claim {
         pipeline: "bench".into(),
         sink: "bench".into(),

@@ -133,7 +133,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
         let deps = pipeline::Deps {
             stream: Arc::clone(stream),
             chain: plugins.chain(name, pipeline.steps.as_deref()),
-            sinks: sink_parts(&config, pipeline, &namespace),
+            sinks: sink_parts(&config, pipeline, &namespace, &failures),
             dead_letters: Arc::clone(&dead_letters),
             dead_letters_bytes_max: config.dead_letters.share_of(config.pipelines.len()),
             configured: Arc::clone(&configured),
@@ -363,13 +363,18 @@ fn broker_stream(mqtt: &mqtt::Config) -> stream::Config {
 }
 
 /// Every sink that a route of the pipeline names, once.
-fn sink_parts(config: &Config, pipeline: &pipeline::Config, namespace: &Arc<Namespace>) -> Vec<SinkPart> {
+fn sink_parts(
+    config: &Config,
+    pipeline: &pipeline::Config,
+    namespace: &Arc<Namespace>,
+    failures: &Failures,
+) -> Vec<SinkPart> {
     let part = |name: &str| {
         let sink = config.sinks.get(name)?;
         let batch = sink.batch();
         Some(SinkPart {
             name: name.to_owned(),
-            sink: sink.build(name, Arc::clone(namespace)),
+            sink: sink.build(name, Arc::clone(namespace), failures.clone()),
             batching: Batching {
                 rows_max: batch.rows_max as usize,
                 bytes_max: batch.bytes_max.0,

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{Sink, columns::ColumnsConfig, columns::is_name, postgres, sqlite};
 use crate::problems::{KeyPath, Problems};
 use crate::stream::OnLag;
+use crate::telemetry::Failures;
 use crate::topic::Namespace;
 use crate::units::{ByteSize, Period};
 
@@ -154,10 +155,14 @@ impl Config {
     }
 
     /// Connects only in [`Sink::open`]. `name` is the sink's key in the config.
-    pub fn build(&self, name: &str, namespace: Arc<Namespace>) -> Box<dyn Sink> {
+    pub fn build(&self, name: &str, namespace: Arc<Namespace>, failures: Failures) -> Box<dyn Sink> {
         match self {
-            Self::Postgres(config) => Box::new(postgres::PostgresSink::new(name, config.clone(), namespace)),
-            Self::Sqlite(config) => Box::new(sqlite::SqliteSink::new(name, config.clone(), namespace)),
+            Self::Postgres(config) => {
+                Box::new(postgres::PostgresSink::new(name, config.clone(), namespace, failures))
+            }
+            Self::Sqlite(config) => {
+                Box::new(sqlite::SqliteSink::new(name, config.clone(), namespace, failures))
+            }
         }
     }
 

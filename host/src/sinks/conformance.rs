@@ -85,6 +85,17 @@ macro_rules! keyed_conformance_tests {
 }
 pub(crate) use keyed_conformance_tests;
 
+/// The promises of sinks whose table has a deferred foreign key of `device_id`: the devices
+/// `a` and `b` are known, and `new` is made known by a trigger after its row.
+macro_rules! deferred_conformance_tests {
+    ($database:expr) => {
+        $crate::sinks::conformance::conformance_tests!($database;
+            a_row_whose_deferred_foreign_key_fails_is_rejected_alone,
+        );
+    };
+}
+pub(crate) use deferred_conformance_tests;
+
 pub fn claim() -> Claim {
     Claim {
         pipeline: "telemetry".to_owned(),
@@ -470,6 +481,37 @@ pub async fn a_row_that_is_there_is_replaced_by_the_last_where_told_so(database:
     let outcome = sink.commit(&again, &[advance(0, 1, 4)]).await.expect("commits");
     assert!(matches!(outcome, Outcome::Committed(_)), "{outcome:?}");
     assert_eq!(by_value(database).await, [("a".to_owned(), 4.0), ("b".to_owned(), 5.0)]);
+}
+
+pub async fn a_row_whose_deferred_foreign_key_fails_is_rejected_alone(database: &dyn Database) {
+    let (mut sink, _) = opened(database, &claim()).await;
+    sink.commit(&Rows::default(), &[advance(0, 0, 0)]).await.expect("commits");
+    let all = |of: [(usize, (&'static str, &'static str)); 3]| {
+        let mut messages: Vec<_> = (0..100).map(|n| (if n % 2 == 0 { "a" } else { "b" }, "1")).collect();
+        of.into_iter().for_each(|(at, message)| messages[at] = message);
+        rows(messages)
+    };
+    let good = [(0, message("new", "1")), (7, message("new", "2")), (99, message("a", "3"))];
+    let bad = [(0, message("new", "1")), (7, message("unknown", "2")), (99, message("unknown", "3"))];
+    let both = [(0, message("new", "1")), (7, message("unknown", "2")), (60, message("a", "\"hot\""))];
+    for (batch, (of, expected)) in
+        [(bad, &[7, 99][..]), (both, &[7, 60]), (good, &[])].into_iter().enumerate()
+    {
+        let at = 100 * batch as u64;
+        match sink.commit(&all(of), &[advance(0, at, at + 100)]).await {
+            Ok(Outcome::Rejected(mut refused)) => {
+                refused.sort_by_key(|row| row.row);
+                assert_eq!(refused.iter().map(|row| row.row).collect::<Vec<_>>(), expected, "{refused:?}");
+                assert_eq!(sink.finish().await.expect("commits").written, 98);
+            }
+            outcome => {
+                let written = Outcome::Committed(Written { written: 100, ignored: 0 });
+                assert_eq!((outcome.expect("commits"), expected.len()), (written, 0));
+            }
+        }
+    }
+    assert_eq!(database.written().await.len(), 296);
+    assert_eq!(opened(database, &claim()).await.1, [position(0, 300)]);
 }
 
 async fn by_value(database: &dyn Keyed) -> Vec<(String, f64)> {

@@ -161,6 +161,14 @@ impl Failures {
         lines
     }
 
+    /// Kinds, and repeats that no line has counted yet.
+    #[cfg(test)]
+    pub(crate) fn unsaid(&self) -> Vec<(String, u64)> {
+        let unsaid =
+            |known: &Kind| known.subjects.values().chain(&known.others).map(|seen| seen.unsaid).sum();
+        self.lock().iter().map(|(kind, known)| (kind.clone(), unsaid(known))).collect()
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Kind>> {
         self.kinds.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -36,7 +36,7 @@ pub struct Column {
     pub kind: Option<Kind>,
     /// Must have a value.
     pub required: bool,
-    unit: Option<Unit>,
+    pub(super) unit: Option<Unit>,
     zone_minutes: Option<i32>,
     sources: Vec<Source>,
 }

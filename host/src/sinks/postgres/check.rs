@@ -17,6 +17,7 @@ use super::table::Table;
 use crate::sinks::columns::Columns;
 use crate::sinks::config::table_parts;
 use crate::sinks::{Checked, OnConflict};
+use crate::telemetry::Failures;
 use crate::topic::Namespace;
 
 /// Who we are, and what holds for the whole session.
@@ -56,7 +57,7 @@ pub async fn check(name: &str, config: &Config, namespace: Arc<Namespace>) -> Ch
     let limit = config.connect_timeout.0;
     let target = config.url.target();
     let silent = |limit: Duration| format!("{target}: no answer for {} s", limit.as_secs());
-    match connect(name, config, "").await {
+    match connect(name, config, "", &Failures::default()).await {
         Err(error) => checked.problems.push(error.to_string()),
         Ok((client, connection)) => {
             let mut check = Check { name, config, client, checked: &mut checked };

@@ -1,22 +1,31 @@
 //! A connection as a sink uses it: TLS and login, then limits of time.
 
+use std::future::poll_fn;
 use std::time::Duration;
 
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
-use tokio_postgres::Client;
+use tokio_postgres::error::DbError;
+use tokio_postgres::{AsyncMessage, Client};
 
 use super::config::{Config, SslMode};
 use super::error::{cannot_connect, describe};
 use super::tls;
 use crate::sinks::Error;
+use crate::telemetry::{Failures, alike};
 
 /// Connects and logs in, each of the url's hosts within `connect_timeout`. Errors begin with
-/// `prefix`. The connection ends with the task that is returned.
-pub async fn connect(name: &str, config: &Config, prefix: &str) -> Result<(Client, AbortHandle), Error> {
+/// `prefix`. The connection ends with the task that is returned, which reports the server's
+/// warnings.
+pub async fn connect(
+    name: &str,
+    config: &Config,
+    prefix: &str,
+    failures: &Failures,
+) -> Result<(Client, AbortHandle), Error> {
     let hosts = config.url.parse().map_or(1, |target| target.get_hosts().len().max(1));
     let limit = config.connect_timeout.0 * hosts as u32;
-    timeout(limit, log_in(name, config, prefix)).await.unwrap_or_else(|_| {
+    timeout(limit, log_in(name, config, prefix, failures)).await.unwrap_or_else(|_| {
         let target = config.url.target();
         Err(Error::Retry(format!(
             "{prefix}cannot connect to {target}: no answer for {} s",
@@ -25,7 +34,12 @@ pub async fn connect(name: &str, config: &Config, prefix: &str) -> Result<(Clien
     })
 }
 
-async fn log_in(name: &str, config: &Config, prefix: &str) -> Result<(Client, AbortHandle), Error> {
+async fn log_in(
+    name: &str,
+    config: &Config,
+    prefix: &str,
+    failures: &Failures,
+) -> Result<(Client, AbortHandle), Error> {
     let context = format!("{prefix}cannot connect to {}", config.url.target());
     let setup = |reason: String| Error::Setup(format!("{prefix}{reason}"));
     let mut target = config.url.parse().map_err(setup)?;
@@ -48,12 +62,19 @@ async fn log_in(name: &str, config: &Config, prefix: &str) -> Result<(Client, Ab
         .keepalives_retries(3);
     let tls = tls::connector(mode, &config.tls).map_err(setup)?;
     let failed = |error: tokio_postgres::Error| cannot_connect(&context, &error);
-    let (client, connection) = target.connect(tls).await.map_err(failed)?;
-    let sink = name.to_owned();
+    let (client, mut connection) = target.connect(tls).await.map_err(failed)?;
+    let (sink, failures) = (name.to_owned(), failures.clone());
     let task = tokio::spawn(async move {
-        if let Err(error) = connection.await {
-            // Whoever waits for an answer gets an error of its own.
-            tracing::debug!(sink, error = describe(&error), "connection ended");
+        while let Some(message) = poll_fn(|context| connection.poll_message(context)).await {
+            match message {
+                Ok(AsyncMessage::Notice(notice)) => report(&failures, &sink, &notice),
+                Ok(_) => {}
+                Err(error) => {
+                    // Whoever waits for an answer gets an error of its own.
+                    tracing::debug!(sink, error = describe(&error), "connection ended");
+                    break;
+                }
+            }
         }
     });
     Ok((client, task.abort_handle()))
@@ -72,4 +93,11 @@ pub fn settings(config: &Config) -> String {
         ms(config.statement_timeout),
         ms(config.dead_after),
     )
+}
+
+/// Reports a warning of the server, such as RAISE WARNING in a trigger: these come with each row.
+fn report(failures: &Failures, sink: &str, notice: &DbError) {
+    let (severity, message) = (notice.severity(), notice.message());
+    let kind = format!("sink \"{sink}\": the database says {severity}");
+    failures.report_by(&kind, &alike(message), 1, message, "");
 }

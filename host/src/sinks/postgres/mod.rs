@@ -4,6 +4,7 @@
 //! fastest way in. What COPY cannot do (`on_conflict`, views, types without a
 //! binary form, isolating a bad row) goes through a temporary table.
 
+mod blocked;
 mod check;
 mod config;
 mod connect;

@@ -19,6 +19,7 @@ use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use tokio_postgres::{Client, Statement};
 
+use super::blocked::Blocked;
 use super::config::Config;
 use super::connect::{connect, settings};
 use super::error::classify;
@@ -31,6 +32,7 @@ use crate::sinks::columns::Columns;
 use crate::sinks::{
     Advance, Claim, Epoch, Error, Found, Opened, Outcome, RefusedRow, Rows, Sink, Written, holder,
 };
+use crate::telemetry::Failures;
 use crate::topic::Namespace;
 
 /// Over the server's own timeouts, for one that does not answer at all.
@@ -40,6 +42,8 @@ pub struct PostgresSink {
     name: String,
     config: Config,
     columns: Columns,
+    failures: Failures,
+    blocked: Arc<Blocked>,
     /// Taken while a call runs: a call that was dropped midway leaves none.
     session: Option<Session>,
     /// The last batch had rows that the server rejected: the next one is
@@ -54,6 +58,7 @@ pub struct Session {
     pub connection: AbortHandle,
     /// The server's process: the same for all transactions, as is what it prepared.
     pub backend: i32,
+    pub blocked: Arc<Blocked>,
     pub held: Held,
     /// To the table, or the staging table where all rows pass through that.
     pub copy: Statement,
@@ -80,13 +85,16 @@ impl Drop for Session {
 }
 
 impl PostgresSink {
-    pub fn new(name: &str, mut config: Config, namespace: Arc<Namespace>) -> Self {
+    pub fn new(name: &str, mut config: Config, namespace: Arc<Namespace>, failures: Failures) -> Self {
         config.on_conflict = config.on_conflict.resolved();
         let columns = Columns::new(&config.columns, namespace);
+        let blocked = Arc::new(Blocked { name: name.to_owned(), config: config.clone() });
         Self {
             name: name.to_owned(),
             config,
             columns,
+            failures,
+            blocked,
             session: None,
             isolates: false,
             buffer: BytesMut::new(),
@@ -123,19 +131,24 @@ impl PostgresSink {
 
     async fn try_open(&self, claim: &Claim, held: Option<Epoch>) -> Result<(Session, Opened), Error> {
         let (client, connection) =
-            connect(&self.name, &self.config, &format!("sink \"{}\": ", self.name)).await?;
+            connect(&self.name, &self.config, &format!("sink \"{}\": ", self.name), &self.failures).await?;
         let context = self.context();
         let server = |error: tokio_postgres::Error| classify(&context, &error);
         let backend = begin(&client).await.map_err(server)?;
         client.batch_execute(&settings(&self.config)).await.map_err(server)?;
-        client.batch_execute(positions::LOCK).await.map_err(server)?;
+        if let Err(error) = client.batch_execute(positions::LOCK).await {
+            return Err(self.blocked.classify(&context, &error).await);
+        }
         let has_rows = schema::has_rows(&client, &self.config.table).await.map_err(server)?;
         self.create_positions(&client, claim, held.is_some() && has_rows).await?;
         let held = Held::claim(&client, claim, held, &holder(), has_rows).await;
-        let (held, positions) = held.map_err(|refusal| match refusal {
-            Refusal::Server(error) => server(error),
-            Refusal::Sink(error) => error.within(&context),
-        })?;
+        let (held, positions) = match held {
+            Ok(claimed) => claimed,
+            Err(Refusal::Server(error)) => {
+                return Err(self.blocked.classify(&context, &error).await);
+            }
+            Err(Refusal::Sink(error)) => return Err(error.within(&context)),
+        };
         if let Some(reason) = stage::lacks_right(&client).await.map_err(server)? {
             return Err(Error::Setup(format!("{context}: {reason}")));
         }
@@ -188,6 +201,7 @@ impl PostgresSink {
             client,
             connection,
             backend,
+            blocked: Arc::clone(&self.blocked),
             held,
             copy,
             insert,

@@ -73,7 +73,11 @@ impl Session {
         if rows.is_empty() {
             let (begun, moved) = join(begun, moved).await;
             self.check_backend(context, begun.map_err(server)?)?;
-            if moved.map_err(server)? != advance.len() as u64 {
+            let moved = match moved {
+                Ok(moved) => moved,
+                Err(error) => return Err(self.blocked.classify(context, &error).await),
+            };
+            if moved != advance.len() as u64 {
                 return Err(self.fenced(context, advance).await);
             }
             client.batch_execute("COMMIT").await.map_err(|error| unknown(context, &error))?;
@@ -87,13 +91,19 @@ impl Session {
         let (begun, moved, copy) = join3(begun, moved, client.copy_in(copy)).await;
         // Before any row: elsewhere, the statements of these names are another client's.
         self.check_backend(context, begun.map_err(server)?)?;
-        let moved = moved.map_err(server)?;
+        let moved = match moved {
+            Ok(moved) => moved,
+            Err(error) => return Err(self.blocked.classify(context, &error).await),
+        };
         if moved != advance.len() as u64 {
             // Ends COPY: what follows would wait behind it.
             drop(copy);
             return Err(self.fenced(context, advance).await);
         }
-        let copy = copy.map_err(server)?;
+        let copy = match copy {
+            Ok(copy) => copy,
+            Err(error) => return Err(self.blocked.classify(context, &error).await),
+        };
         let sent = match self.send(copy, rows, isolates, buffer).await {
             Ok(sent) => sent,
             Err(failure) => return self.failed(context, failure, rows, isolates).await,
@@ -238,7 +248,7 @@ impl Session {
                 Err(Error::Doubtful { context: context.to_owned(), reason: describe(&error) })
             }
             Kind::TooMuch => Err(Error::TooMuch(reason())),
-            Kind::Retry => Err(server(error)),
+            Kind::Retry => Err(self.blocked.classify(context, &error).await),
             Kind::Row { .. } => {
                 let now = table::fingerprint(&self.client, &self.table).await.map_err(server)?;
                 if now.as_ref() != Some(&self.binding.fingerprint) {

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rusqlite::types::Null;
-use rusqlite::{Connection, ErrorCode, Statement, TransactionBehavior};
+use rusqlite::{Connection, ErrorCode, Statement, TransactionBehavior, ffi};
 
 use super::config::Config;
 use super::positions::{self, Held};
@@ -16,6 +16,11 @@ use crate::sinks::{Advance, Claim, Epoch, Error, Opened, Outcome, RefusedRow, Ro
 /// Parameters of one INSERT of several rows: enough to share the cost of a
 /// statement, far below SQLite's own bound of 32,766.
 const PARAMETERS: usize = 160;
+/// The `-wal` file shrinks to this once its rows are in the database file and no reader needs it.
+const WAL_BYTES_KEPT: u64 = 8 << 20;
+/// From this size of the `-wal` file on it is said that a reader holds it: far over a checkpoint's
+/// 1,000 pages and a batch.
+const WAL_BYTES_SAID: u64 = 256 << 20;
 
 /// An open file with a claim.
 pub struct Session {
@@ -32,6 +37,8 @@ pub struct Session {
     schema_version: i64,
     /// A transaction that waits for `finish`.
     uncommitted: Option<Written>,
+    /// Where rows lie until a checkpoint.
+    wal: PathBuf,
 }
 
 impl Session {
@@ -52,7 +59,11 @@ impl Session {
         let mut connection = Connection::open(path).map_err(failed)?;
         connection.busy_timeout(config.busy_timeout.0).map_err(failed)?;
         // FULL: a commit is on the disk when it returns, as the log's position relies on it.
-        connection.execute_batch("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;").map_err(failed)?;
+        connection
+            .execute_batch(&format!(
+                "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA journal_size_limit = {WAL_BYTES_KEPT};"
+            ))
+            .map_err(failed)?;
         connection.set_prepared_statement_cache_capacity(8);
         let mut columns = columns.clone();
         let transaction =
@@ -82,6 +93,7 @@ impl Session {
             many,
             schema_version,
             uncommitted: None,
+            wal: beside(path, "-wal"),
         };
         Ok((session, opened))
     }
@@ -103,11 +115,17 @@ impl Session {
         }
         let mut rejected = BTreeMap::new();
         let mut many = self.many;
+        let mut check = Check::AtCommit;
         let written = loop {
-            match self.write(context, rows, advance, many, &mut rejected) {
+            match self.write(context, rows, advance, many, check, &mut rejected) {
                 Ok(Wrote::All(written)) => break written,
                 // A trigger's RAISE(ROLLBACK): again, and where it was not clear which row, one by one.
                 Ok(Wrote::RolledBack) => many = 1,
+                // COMMIT would fail, and not say for which rows.
+                Ok(Wrote::Unresolved) => {
+                    self.roll_back();
+                    check = Check::EachInsert;
+                }
                 Err(error) => {
                     self.roll_back();
                     return Err(error);
@@ -149,6 +167,7 @@ impl Session {
         rows: &Rows,
         advance: &[Advance],
         many: usize,
+        check: Check,
         rejected: &mut BTreeMap<usize, Rejected>,
     ) -> Result<Wrote, Error> {
         let failed = |error: rusqlite::Error| classify(context, error);
@@ -167,7 +186,7 @@ impl Session {
         let mut written = 0;
         for chunk in todo.chunks(many) {
             if chunk.len() == self.many && self.many > 1 {
-                match self.insert(&mut long, rows, chunk).map_err(failed)? {
+                match self.insert(&mut long, rows, chunk, check).map_err(failed)? {
                     Inserted::Rows(count) => {
                         written += count;
                         continue;
@@ -177,7 +196,7 @@ impl Session {
                 }
             }
             for row in chunk {
-                match self.insert(&mut short, rows, &[*row]).map_err(failed)? {
+                match self.insert(&mut short, rows, &[*row], check).map_err(failed)? {
                     Inserted::Rows(count) => written += count,
                     Inserted::Rejected(reason) => drop(rejected.insert(*row, reason)),
                     Inserted::RolledBack(reason) => {
@@ -186,6 +205,9 @@ impl Session {
                     }
                 }
             }
+        }
+        if check == Check::AtCommit && foreign_keys_unresolved(&self.connection).map_err(failed)? {
+            return Ok(Wrote::Unresolved);
         }
         let kept = (rows.len() - rejected.len()) as u64;
         Ok(Wrote::All(Written { written, ignored: kept.saturating_sub(written) }))
@@ -197,6 +219,7 @@ impl Session {
         statement: &mut Statement<'_>,
         rows: &Rows,
         chunk: &[usize],
+        check: Check,
     ) -> rusqlite::Result<Inserted> {
         let mut reader = self.columns.reader();
         let mut time = String::with_capacity(TIME_BYTES);
@@ -222,6 +245,15 @@ impl Session {
         // RAISE(FAIL) keeps what its statement did before: the savepoint does not.
         self.connection.prepare_cached("SAVEPOINT headworks_rows")?.execute([])?;
         let error = match statement.raw_execute() {
+            Ok(_) if check == Check::EachInsert && foreign_keys_unresolved(&self.connection)? => {
+                self.take_back()?;
+                let row = RefusedRow {
+                    row: chunk[0],
+                    reason: "FOREIGN KEY constraint failed".to_owned(),
+                    code: Some(ffi::SQLITE_CONSTRAINT_FOREIGNKEY.to_string()),
+                };
+                return Ok(Inserted::Rejected(Rejected { row, doubtful: false }));
+            }
             Ok(count) => {
                 self.connection.prepare_cached("RELEASE headworks_rows")?.execute([])?;
                 return Ok(Inserted::Rows(count as u64));
@@ -238,8 +270,20 @@ impl Session {
         if self.connection.is_autocommit() {
             return Ok(Inserted::RolledBack(rejected));
         }
-        self.connection.execute_batch("ROLLBACK TO headworks_rows; RELEASE headworks_rows")?;
+        self.take_back()?;
         Ok(Inserted::Rejected(rejected))
+    }
+
+    /// Takes back what was inserted since the savepoint.
+    fn take_back(&self) -> rusqlite::Result<()> {
+        self.connection.execute_batch("ROLLBACK TO headworks_rows; RELEASE headworks_rows")
+    }
+
+    /// Bytes of the `-wal` file, where they are so many that a reader must be holding it: SQLite
+    /// begins it anew as soon as nobody reads an older state of the file.
+    pub fn wal_held(&self) -> Option<u64> {
+        let size = std::fs::metadata(&self.wal).ok()?.len();
+        (size >= WAL_BYTES_SAID).then_some(size)
     }
 
     fn end(&self, context: &str) -> Result<(), Error> {
@@ -247,8 +291,6 @@ impl Session {
         self.connection.execute_batch("COMMIT").map_err(|error| {
             let outcome = match error.sqlite_error_code() {
                 Some(ErrorCode::DatabaseBusy) => classify(context, error),
-                // Deferred foreign keys.
-                _ if is_data(&error) => Error::Setup(format!("{context}: {error}")),
                 _ => Error::Unknown(format!("{context}: {error}")),
             };
             self.roll_back();
@@ -264,6 +306,35 @@ impl Session {
     }
 }
 
+/// When deferred foreign keys are looked at.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Check {
+    AtCommit,
+    /// After each INSERT, of which then all or none is kept: what commits alone is written.
+    EachInsert,
+}
+
+/// Whether a foreign key has no parent row yet, so that COMMIT would fail.
+fn foreign_keys_unresolved(connection: &Connection) -> rusqlite::Result<bool> {
+    let (mut current, mut highest) = (0, 0);
+    // SAFETY: the handle is that of an open connection, which is borrowed here and used by this
+    // thread alone; both pointers are to integers that live to the end of the call.
+    #[allow(unsafe_code)]
+    let code = unsafe {
+        ffi::sqlite3_db_status(
+            connection.handle(),
+            ffi::SQLITE_DBSTATUS_DEFERRED_FKS,
+            &raw mut current,
+            &raw mut highest,
+            0,
+        )
+    };
+    match code {
+        ffi::SQLITE_OK => Ok(current != 0),
+        code => Err(rusqlite::Error::SqliteFailure(ffi::Error::new(code), None)),
+    }
+}
+
 /// A row that cannot be written. `doubtful`: the error may also come for all rows.
 struct Rejected {
     row: RefusedRow,
@@ -274,6 +345,8 @@ enum Wrote {
     All(Written),
     /// A trigger ended the transaction.
     RolledBack,
+    /// A deferred foreign key has no parent row.
+    Unresolved,
 }
 
 enum Inserted {
@@ -329,6 +402,13 @@ fn bind_value(
         },
     }
     Ok(Ok(()))
+}
+
+/// The file of this name with an ending of SQLite's.
+fn beside(path: &Path, ending: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(ending);
+    name.into()
 }
 
 fn identity(path: &Path) -> Option<(u64, u64)> {

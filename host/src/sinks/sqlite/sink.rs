@@ -9,8 +9,10 @@ use super::config::Config;
 use super::connection::Session;
 use crate::sinks::columns::Columns;
 use crate::sinks::{Advance, Claim, Epoch, Error, Opened, Outcome, Rows, Sink, Written};
+use crate::telemetry::Failures;
 use crate::threads;
 use crate::topic::Namespace;
+use crate::units::ByteSize;
 
 /// One that runs and one that waits: a call that was dropped still ends first.
 const REQUESTS_MAX: usize = 2;
@@ -19,6 +21,7 @@ pub struct SqliteSink {
     name: String,
     config: Config,
     columns: Columns,
+    failures: Failures,
     thread: Option<mpsc::SyncSender<Request>>,
 }
 
@@ -29,10 +32,10 @@ enum Request {
 }
 
 impl SqliteSink {
-    pub fn new(name: &str, mut config: Config, namespace: Arc<Namespace>) -> Self {
+    pub fn new(name: &str, mut config: Config, namespace: Arc<Namespace>, failures: Failures) -> Self {
         config.on_conflict = config.on_conflict.resolved();
         let columns = Columns::new(&config.columns, namespace);
-        Self { name: name.to_owned(), config, columns, thread: None }
+        Self { name: name.to_owned(), config, columns, failures, thread: None }
     }
 
     fn context(&self) -> String {
@@ -44,7 +47,8 @@ impl SqliteSink {
         if self.thread.is_none() {
             let (sender, requests) = mpsc::sync_channel(REQUESTS_MAX);
             let (config, columns, context) = (self.config.clone(), self.columns.clone(), self.context());
-            let serving = move || serve(&requests, &config, &columns, &context);
+            let failures = self.failures.clone();
+            let serving = move || serve(&requests, &config, &columns, &context, &failures);
             threads::spawn(format!("sink-{}", self.name), serving)
                 .map_err(|error| Error::Retry(format!("{}: no thread: {error}", self.context())))?;
             self.thread = Some(sender);
@@ -90,7 +94,13 @@ impl Sink for SqliteSink {
 }
 
 /// The thread: one call after the other, until the sink is dropped.
-fn serve(requests: &mpsc::Receiver<Request>, config: &Config, columns: &Columns, context: &str) {
+fn serve(
+    requests: &mpsc::Receiver<Request>,
+    config: &Config,
+    columns: &Columns,
+    context: &str,
+    failures: &Failures,
+) {
     let mut session: Option<Session> = None;
     for request in requests {
         // A caller that has gone does not want its answer.
@@ -108,6 +118,14 @@ fn serve(requests: &mpsc::Receiver<Request>, config: &Config, columns: &Columns,
                     Some(session) => session.commit(&config.path, context, &rows, &advance),
                     None => Err(Error::Retry(format!("{context}: not open"))),
                 };
+                if let Some(bytes) = session.as_ref().and_then(Session::wal_held) {
+                    let kind = format!("{context}: a reader keeps an older state of the file in use");
+                    let detail = format!(
+                        "its -wal file has {} and grows until the reader ends its transaction",
+                        ByteSize(bytes)
+                    );
+                    failures.report(&kind, 1, &detail, "");
+                }
                 let _ = answer.send(outcome);
             }
             Request::Finish(answer) => {

@@ -66,7 +66,8 @@ pub fn has_rows(connection: &Connection, config: &Config) -> rusqlite::Result<bo
     connection.query_row(&sql, [], |row| row.get(0))
 }
 
-/// Compares with the table that is there; takes over its NOT NULL.
+/// Compares with the table that is there; takes over its NOT NULL, and that it holds times as
+/// numbers.
 pub fn bind(
     connection: &Connection,
     config: &Config,
@@ -74,10 +75,10 @@ pub fn bind(
     was_there: bool,
 ) -> rusqlite::Result<Result<(), String>> {
     let mut statement = connection.prepare(
-        "SELECT name, \"notnull\" <> 0 AND dflt_value IS NULL AND pk = 0 FROM pragma_table_info(?1)",
+        "SELECT name, \"notnull\" <> 0 AND dflt_value IS NULL AND pk = 0, type FROM pragma_table_info(?1)",
     )?;
-    let known: Vec<(String, bool)> = statement
-        .query_map([table_name(config)], |row| Ok((row.get(0)?, row.get(1)?)))?
+    let known: Vec<(String, bool, String)> = statement
+        .query_map([table_name(config)], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?
         .collect::<rusqlite::Result<_>>()?;
     let table = &config.table;
     if known.is_empty() {
@@ -91,9 +92,9 @@ pub fn bind(
         return Ok(Err(format!("there is no table {table}: {advice}")));
     }
     for column in &mut columns.columns {
-        let found = known.iter().find(|(name, _)| name.eq_ignore_ascii_case(&column.name));
-        let Some((_, not_null)) = found else {
-            let names: Vec<&str> = known.iter().map(|(name, _)| name.as_str()).collect();
+        let found = known.iter().find(|(name, ..)| name.eq_ignore_ascii_case(&column.name));
+        let Some((_, not_null, declared)) = found else {
+            let names: Vec<&str> = known.iter().map(|(name, ..)| name.as_str()).collect();
             return Ok(Err(format!(
                 "table {table} has no column \"{}\": it has {}; add it, or say in `columns` which to fill",
                 column.name,
@@ -101,8 +102,19 @@ pub fn bind(
             )));
         };
         column.required |= not_null;
+        if column.is_time() && column.kind != Some(Kind::Bigint) && is_numeric(declared) {
+            if column.unit.is_none() {
+                return Ok(Err(format!(
+                    "column \"{}\" of table {table} is {declared}, among whose numbers times would be text: say in \
+                     which unit since 1970 it holds them, {{ from: $time, type: bigint, unit: s }} (or ms, us, ns), \
+                     or make it TEXT",
+                    column.name
+                )));
+            }
+            column.kind = Some(Kind::Bigint);
+        }
     }
-    let missing = known.iter().find(|(name, not_null)| {
+    let missing = known.iter().find(|(name, not_null, _)| {
         *not_null && !columns.columns.iter().any(|column| column.name.eq_ignore_ascii_case(name))
     });
     if config.on_conflict == OnConflict::Upsert && !has_filled_key(connection, config, columns)? {
@@ -112,11 +124,20 @@ pub fn bind(
         )));
     }
     Ok(match missing {
-        Some((name, _)) => Err(format!(
+        Some((name, ..)) => Err(format!(
             "column \"{name}\" of table {table} is NOT NULL without a default, and `columns` does not fill it"
         )),
         None => Ok(()),
     })
+}
+
+/// Whether a column of this declared type holds numbers as such: affinity INTEGER or REAL
+/// (SQLite documentation, "Datatypes In SQLite", 3.1).
+fn is_numeric(declared: &str) -> bool {
+    let declared = declared.to_ascii_uppercase();
+    let has = |part: &&str| declared.contains(part);
+    let is_text = ["CHAR", "CLOB", "TEXT", "BLOB"].iter().any(has);
+    declared.contains("INT") || !is_text && ["REAL", "FLOA", "DOUB"].iter().any(has)
 }
 
 /// Whether there is the table, or a view of its name.

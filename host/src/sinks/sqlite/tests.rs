@@ -9,6 +9,7 @@ use crate::sinks::conformance::{
     rows,
 };
 use crate::sinks::{Checked, Error, OnConflict, Rows, Sink, Written};
+use crate::telemetry::Failures;
 
 struct File {
     folder: tempfile::TempDir,
@@ -29,7 +30,7 @@ impl File {
     }
 
     fn sink(&self) -> SqliteSink {
-        SqliteSink::new("warehouse", self.config(), Arc::default())
+        SqliteSink::new("warehouse", self.config(), Arc::default(), Failures::default())
     }
 }
 
@@ -64,13 +65,31 @@ impl File {
     }
 }
 
+mod with_a_deferred_foreign_key {
+    use super::*;
+    use crate::sinks::conformance::deferred_conformance_tests;
+
+    deferred_conformance_tests!(File::with(
+        "CREATE TABLE devices (id TEXT PRIMARY KEY); INSERT INTO devices VALUES ('a'), ('b');
+         CREATE TABLE telemetry (time TEXT, device_id TEXT REFERENCES devices (id) DEFERRABLE INITIALLY DEFERRED,
+                                 location TEXT, metric TEXT, value REAL NOT NULL);
+         CREATE TRIGGER register AFTER INSERT ON telemetry WHEN NEW.device_id = 'new'
+         BEGIN INSERT OR IGNORE INTO devices VALUES (NEW.device_id); END"
+    ));
+}
+
 mod with_a_unique_key {
     use super::*;
 
     #[async_trait]
     impl Keyed for File {
         async fn sink_on_conflict(&self, on_conflict: OnConflict) -> Box<dyn Sink> {
-            Box::new(SqliteSink::new("warehouse", Config { on_conflict, ..self.config() }, Arc::default()))
+            Box::new(SqliteSink::new(
+                "warehouse",
+                Config { on_conflict, ..self.config() },
+                Arc::default(),
+                Failures::default(),
+            ))
         }
     }
 
@@ -158,6 +177,71 @@ async fn times_compare_with_sqlites_own() {
 }
 
 #[tokio::test]
+async fn times_are_never_text_among_the_numbers_of_a_column() {
+    for declared in ["INTEGER NOT NULL", "bigint", "REAL", "DOUBLE PRECISION"] {
+        let file = File::with(&format!(
+            "CREATE TABLE telemetry (time {declared}, device_id TEXT, location TEXT, metric TEXT, value REAL)"
+        ));
+        let error = file.sink().open(&claim(), None).await.unwrap_err();
+        assert!(matches!(&error, Error::Setup(text) if text.contains("unit: s")), "{declared}: {error:?}");
+        assert!(checked(&file.config()).problems[0].contains("column \"time\""), "{declared}");
+        let columns = serde_json::from_value(serde_json::json!({
+            "time": { "from": "$time", "type": "bigint", "unit": "s" }, "device_id": "$device", "value": "$payload"
+        }))
+        .unwrap();
+        let mut sink = SqliteSink::new(
+            "warehouse",
+            Config { columns, ..file.config() },
+            Arc::default(),
+            Failures::default(),
+        );
+        sink.open(&claim(), None).await.unwrap();
+        sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.unwrap();
+        let sql = "SELECT CAST(time AS INTEGER), typeof(time) <> 'text' FROM telemetry";
+        let row: (i64, bool) = file.read().query_row(sql, [], |row| Ok((row.get(0)?, row.get(1)?))).unwrap();
+        assert_eq!(row, (1_771_840_800, true), "{declared}");
+    }
+    for declared in ["TEXT", "DATETIME", "TIMESTAMP", "", "VARCHAR(30)"] {
+        let file = File::with(&format!(
+            "CREATE TABLE telemetry (time {declared}, device_id TEXT, location TEXT, metric TEXT, value REAL)"
+        ));
+        file.sink().open(&claim(), None).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn the_wal_shrinks_once_no_reader_holds_it() {
+    const KEPT: u64 = 8 << 20;
+    let file = File::with(&format!("CREATE TABLE telemetry ({TABLE}, note TEXT)"));
+    let columns = serde_json::from_value(serde_json::json!({
+        "time": "$time", "device_id": "$device", "value": "/v", "note": "/n"
+    }))
+    .unwrap();
+    let mut sink = SqliteSink::new(
+        "warehouse",
+        Config { columns, ..file.config() },
+        Arc::default(),
+        Failures::default(),
+    );
+    sink.open(&claim(), None).await.unwrap();
+    let large = format!(r#"{{"v": 1, "n": "{}"}}"#, "x".repeat(1 << 20));
+    let many = rows((0..10).map(|_| ("a", large.as_str())));
+    let size = || file.config().path.with_extension("db-wal").metadata().unwrap().len();
+    let reader = file.read();
+    reader.execute_batch("BEGIN; SELECT count(*) FROM telemetry").unwrap();
+    for batch in 0..2 {
+        sink.commit(&many, &[advance(0, 10 * batch, 10 * batch + 10)]).await.unwrap();
+    }
+    assert!(size() > KEPT, "{}", size());
+    reader.execute_batch("COMMIT").unwrap();
+    // The next commit copies the file's pages into the database, the one after it begins it anew.
+    for next in 20..22 {
+        sink.commit(&rows([("a", r#"{"v": 1}"#)]), &[advance(0, next, next + 1)]).await.unwrap();
+    }
+    assert!(size() <= KEPT, "{}", size());
+}
+
+#[tokio::test]
 async fn a_constraint_names_its_row_among_many() {
     let file = File::new();
     file.read()
@@ -188,7 +272,7 @@ async fn a_table_without_a_column_is_an_error_that_names_it() {
 async fn a_locked_file_is_tried_again() {
     let file = File::new();
     let config = Config { busy_timeout: "1ms".parse().unwrap(), ..file.config() };
-    let mut sink = SqliteSink::new("warehouse", config, Arc::default());
+    let mut sink = SqliteSink::new("warehouse", config, Arc::default(), Failures::default());
     sink.open(&claim(), None).await.unwrap();
     let other = file.read();
     other.execute_batch("BEGIN IMMEDIATE").unwrap();

@@ -255,3 +255,66 @@ async fn a_row_lock_that_lasts_is_tried_again_and_never_waits_for_ever() {
     transaction.rollback().await.unwrap();
     assert_eq!(sink.open(&claim(), None).await.unwrap().positions, [position(0, 0)]);
 }
+
+#[tokio::test]
+async fn a_lock_timeout_is_told_with_what_is_locked_and_by_whom() {
+    let fresh = Fresh::with(
+        "CREATE TABLE devices (id TEXT PRIMARY KEY); INSERT INTO devices VALUES ('a');
+         CREATE TABLE telemetry ({TABLE}, FOREIGN KEY (device_id) REFERENCES devices)",
+    )
+    .await;
+    let other = fresh.client().await;
+    other.batch_execute("SET application_name = 'reports'").await.unwrap();
+    let pid: i32 = other.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
+    let config = Config { lock_timeout: "50ms".parse().unwrap(), ..fresh.config() };
+    let mut sink = self::sink(config);
+    sink.open(&claim(), None).await.unwrap();
+    sink.commit(&Rows::default(), &[advance(0, 0, 0)]).await.unwrap();
+    for (lock, there) in [
+        ("SELECT * FROM devices FOR UPDATE", "relation \"devices\""),
+        ("UPDATE headworks_positions SET holder = 'x'", "relation \"headworks_positions\""),
+        ("LOCK TABLE telemetry", "lock timeout"),
+    ] {
+        other.batch_execute(&format!("BEGIN; {lock}")).await.unwrap();
+        let error = sink.commit(&rows([("a", "1")]), &[advance(0, 0, 1)]).await.unwrap_err();
+        let text = error.to_string();
+        assert!(matches!(error, Error::Retry(_)) && text.contains(there), "{text}");
+        let who = format!("process {pid} (application reports, user postgres, idle in transaction");
+        assert!(text.contains(&who), "{text}");
+        other.batch_execute("ROLLBACK").await.unwrap();
+        sink.open(&claim(), None).await.unwrap();
+    }
+    other
+        .batch_execute("BEGIN; SELECT pg_advisory_xact_lock(hashtext('headworks_positions'))")
+        .await
+        .unwrap();
+    let error = sink.open(&claim(), None).await.unwrap_err();
+    assert!(error.to_string().contains(&format!("process {pid} (")), "{error:?}");
+    other.batch_execute("COMMIT").await.unwrap();
+    sink.open(&claim(), None).await.unwrap();
+    sink.commit(&rows([("a", "1")]), &[advance(0, 0, 1)]).await.unwrap();
+}
+
+#[tokio::test]
+async fn warnings_of_the_server_are_counted_by_sink() {
+    let fresh = Fresh::with(
+        "CREATE TABLE telemetry ({TABLE}, CHECK (value < 1000));
+         CREATE FUNCTION warn() RETURNS trigger LANGUAGE plpgsql AS $$
+         BEGIN RAISE WARNING 'odd: %', NEW.value; RETURN NEW; END $$;
+         CREATE TRIGGER warn BEFORE INSERT ON telemetry FOR EACH ROW EXECUTE FUNCTION warn()",
+    )
+    .await;
+    let failures = Failures::default();
+    let mut sink = PostgresSink::new("warehouse", fresh.config(), Arc::default(), failures.clone());
+    sink.open(&claim(), None).await.unwrap();
+    let values: Vec<String> = (0..100).map(|n| n.to_string()).collect();
+    let many = rows(values.iter().map(|value| ("a", value.as_str())));
+    sink.commit(&many, &[advance(0, 0, 100)]).await.unwrap();
+    let kind = "sink \"warehouse\": the database says WARNING".to_owned();
+    // The first one has a line.
+    assert_eq!(failures.unsaid(), [(kind.clone(), 99)]);
+    rejected(sink.commit(&rows([("a", "1"), ("a", "5000")]), &[advance(0, 100, 102)]).await);
+    sink.finish().await.unwrap();
+    let kinds: Vec<String> = failures.unsaid().into_iter().map(|(kind, _)| kind).collect();
+    assert_eq!(kinds, [kind]);
+}

@@ -24,6 +24,7 @@ use crate::sinks::conformance::{
     rows,
 };
 use crate::sinks::{Claim, Error, OnConflict, Outcome, Rows, Sink, Written};
+use crate::telemetry::Failures;
 
 /// A database of its own on the shared server.
 struct Fresh {
@@ -90,7 +91,7 @@ impl Fresh {
 }
 
 fn sink(config: Config) -> PostgresSink {
-    PostgresSink::new("warehouse", config, Arc::default())
+    PostgresSink::new("warehouse", config, Arc::default(), Failures::default())
 }
 
 fn columns(columns: &[(&str, &str)]) -> ColumnsConfig {
@@ -134,6 +135,23 @@ mod staged {
 
     conformance_tests!(
         Fresh::with("CREATE TABLE readings ({TABLE}); CREATE VIEW telemetry AS SELECT * FROM readings").await
+    );
+}
+
+mod with_a_deferred_foreign_key {
+    use super::*;
+    use crate::sinks::conformance::deferred_conformance_tests;
+
+    deferred_conformance_tests!(
+        Fresh::with(
+            "CREATE TABLE devices (id TEXT PRIMARY KEY); INSERT INTO devices VALUES ('a'), ('b');
+             CREATE TABLE telemetry ({TABLE}, FOREIGN KEY (device_id) REFERENCES devices DEFERRABLE INITIALLY DEFERRED);
+             CREATE FUNCTION register() RETURNS trigger LANGUAGE plpgsql AS $$
+             BEGIN INSERT INTO devices VALUES (NEW.device_id) ON CONFLICT DO NOTHING; RETURN NULL; END $$;
+             CREATE TRIGGER register AFTER INSERT ON telemetry FOR EACH ROW WHEN (NEW.device_id = 'new')
+             EXECUTE FUNCTION register()"
+        )
+        .await
     );
 }
 

@@ -29,7 +29,7 @@ impl Pooled {
 
     fn sink(&self, table: &str) -> PostgresSink {
         let config = Config { url: Url(self.url()), table: table.to_owned(), ..Config::default() };
-        PostgresSink::new(table, config, Arc::default())
+        PostgresSink::new(table, config, Arc::default(), Failures::default())
     }
 
     async fn rows(&self, table: &str) -> i64 {
