@@ -51,7 +51,9 @@ pub struct Config {
     /// As in PostgreSQL. `disable`: plain. `prefer`: TLS where the server has it,
     /// nothing verified. `require`: TLS or nothing; verified as `verify-ca` only
     /// where `tls.ca` is given. `verify-ca`: the server's certificate must come
-    /// from the CA. `verify-full`: and name the host. Also read from the url.
+    /// from the CA, or be listed in `tls.ca` itself. `verify-full`: and name the
+    /// host, in its common name where it has no alternative names. Also read from
+    /// the url.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sslmode: Option<SslMode>,
     /// Certificates.
@@ -96,7 +98,8 @@ pub enum SslMode {
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Tls {
-    /// PEM file of the CAs that are trusted; without it the system's.
+    /// PEM file of the CAs that are trusted, or of the server's own certificate;
+    /// without it the system's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ca: Option<PathBuf>,
     /// PEM file of the client's certificate.

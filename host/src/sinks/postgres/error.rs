@@ -132,6 +132,13 @@ fn advice(error: &tokio_postgres::Error) -> Option<&'static str> {
             "turn TLS on at the server (ssl = on), or set `sslmode: prefer`"
         }
         _ if text.contains("UnknownIssuer") => "name the server's CA in `tls.ca`",
+        _ if text.contains("CaUsedAsEndEntity") => {
+            "the server's certificate is a CA's own: name its file in `tls.ca`, or give the server one that a CA \
+             has signed"
+        }
+        _ if text.contains("certificate expired") => {
+            "renew the server's certificate, or set this machine's clock"
+        }
         _ if text.contains("not valid for name") || text.contains("NotValidForName") => {
             "write the name of the certificate in `url`, or set `sslmode: verify-ca`"
         }
@@ -166,7 +173,8 @@ fn describe_db(db: &DbError) -> String {
 pub fn describe_parts(message: &str, code: &str, column: Option<&str>, more: [Option<&str>; 3]) -> String {
     let [detail, hint, context] = more;
     let theirs = context.map(|context| {
-        let is_ours = |line: &&str| line.contains("headworks_stage") || line.contains("headworks_isolate");
+        let ours = ["headworks_stage", "headworks_isolate", "SET CONSTRAINTS ALL"];
+        let is_ours = |line: &&str| ours.iter().any(|ours| line.contains(ours));
         let lines = context.lines().take_while(|line| !is_ours(line)).take(CONTEXT_LINES_MAX);
         lines
             .map(|line| line.chars().take(CONTEXT_CHARS_MAX).collect::<String>())

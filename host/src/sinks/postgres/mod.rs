@@ -21,6 +21,7 @@ mod table;
 mod tests;
 mod tls;
 mod transaction;
+mod verify;
 
 pub use check::check;
 pub use config::{Config, Hypertable, Password, SslMode, Tls, Url};

@@ -3,32 +3,28 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use rustls::ClientConfig;
 use rustls::client::WebPkiServerVerifier;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
+use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, SignatureScheme};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::config::{SslMode, Tls};
-use crate::files;
-use crate::trust;
+use super::verify::{Trusted, Verifier};
+use crate::{files, trust};
 
 /// Reads the certificates now, so that a renewed one is used at the next connect.
 pub fn connector(mode: SslMode, tls: &Tls) -> Result<MakeRustlsConnect, String> {
     let provider = Arc::new(ring::default_provider());
-    let verifier: Arc<dyn ServerCertVerifier> = match (mode, &tls.ca) {
+    let trusted = match (mode, &tls.ca) {
         (SslMode::Disable | SslMode::Prefer | SslMode::Require, None)
-        | (SslMode::Disable | SslMode::Prefer, _) => {
-            Arc::new(Verifier { provider: provider.clone(), chain: None })
+        | (SslMode::Disable | SslMode::Prefer, _) => None,
+        (SslMode::Require | SslMode::VerifyCa | SslMode::VerifyFull, ca) => {
+            Some(trusted(ca.as_deref(), &provider, mode == SslMode::VerifyFull)?)
         }
-        (SslMode::Require | SslMode::VerifyCa, ca) => {
-            let chain = Some(chain_verifier(ca.as_deref(), &provider)?);
-            Arc::new(Verifier { provider: provider.clone(), chain })
-        }
-        (SslMode::VerifyFull, ca) => chain_verifier(ca.as_deref(), &provider)?,
     };
+    let verifier = Arc::new(Verifier { algorithms: provider.signature_verification_algorithms, trusted });
     let builder = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .map_err(|error| error.to_string())?
@@ -48,70 +44,24 @@ pub fn connector(mode: SslMode, tls: &Tls) -> Result<MakeRustlsConnect, String> 
     Ok(MakeRustlsConnect::new(config))
 }
 
-fn chain_verifier(
-    ca: Option<&Path>,
-    provider: &Arc<CryptoProvider>,
-) -> Result<Arc<WebPkiServerVerifier>, String> {
-    let ca = trust::ca_file(ca).map_err(|reason| format!("{reason} in tls.ca"))?;
-    let pem = files::read(&ca).map_err(|error| error.to_string());
-    let roots =
-        pem.and_then(|pem| trust::roots(&pem)).map_err(|reason| format!("{}: {reason}", ca.display()))?;
-    WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider.clone())
+fn trusted(ca: Option<&Path>, provider: &Arc<CryptoProvider>, names_host: bool) -> Result<Trusted, String> {
+    let file = trust::ca_file(ca).map_err(|reason| format!("{reason} in tls.ca"))?;
+    let named = |reason: String| format!("{}: {reason}", file.display());
+    let pem = files::read(&file).map_err(|error| named(error.to_string()))?;
+    let roots = trust::roots(&pem).map_err(named)?;
+    let listed = match ca {
+        Some(_) => CertificateDer::pem_slice_iter(&pem).collect::<Result<_, _>>(),
+        None => Ok(Vec::new()),
+    };
+    let listed = listed.map_err(|error| named(error.to_string()))?;
+    let chain = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider.clone())
         .build()
-        .map_err(|error| error.to_string())
+        .map_err(|error| error.to_string())?;
+    Ok(Trusted { chain, listed, names_host })
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     CertificateDer::pem_file_iter(path)
         .and_then(Iterator::collect)
         .map_err(|error| format!("cannot read certificates from {}: {error}", path.display()))
-}
-
-/// Checks the chain but not the name (`verify-ca`), or neither (`prefer`, `require`).
-#[derive(Debug)]
-struct Verifier {
-    provider: Arc<CryptoProvider>,
-    chain: Option<Arc<WebPkiServerVerifier>>,
-}
-
-impl ServerCertVerifier for Verifier {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        server_name: &ServerName<'_>,
-        ocsp_response: &[u8],
-        now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        let Some(chain) = &self.chain else { return Ok(ServerCertVerified::assertion()) };
-        match chain.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now) {
-            // The name is the last thing that is checked: the chain was good.
-            Err(rustls::Error::InvalidCertificate(
-                CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
-            )) => Ok(ServerCertVerified::assertion()),
-            outcome => outcome,
-        }
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
-    }
 }

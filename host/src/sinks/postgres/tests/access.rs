@@ -34,10 +34,7 @@ pub(super) fn guarded() -> (Server, std::path::PathBuf) {
     );
     server.write("ext", "subjectAltName=DNS:localhost\n");
     openssl("x509 -req -in s.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile ext -out s.pem");
-    for (from, to) in [("s.key", "data/server.key"), ("s.pem", "data/server.crt")] {
-        let text = std::fs::read_to_string(dir.join(from)).unwrap();
-        server.write(to, &text);
-    }
+    show(&server, "s");
     let psql = |sql: &str| {
         let url = server.url();
         let output = std::process::Command::new("psql").args([&url, "-qc", sql]).output().unwrap();
@@ -51,6 +48,89 @@ pub(super) fn guarded() -> (Server, std::path::PathBuf) {
     server.resume();
     let ca = dir.join("ca.pem");
     (server, ca)
+}
+
+/// Has the server show this certificate from its next start on.
+fn show(server: &Server, name: &str) {
+    for (from, to) in [("key", "data/server.key"), ("pem", "data/server.crt")] {
+        let text = std::fs::read_to_string(server.dir().join(name).with_extension(from)).unwrap();
+        server.write(to, &text);
+    }
+}
+
+#[tokio::test]
+async fn the_certificates_that_postgresql_documents_are_taken_as_libpq_takes_them() {
+    let (mut server, ca) = tokio::task::spawn_blocking(guarded).await.unwrap();
+    let dir = server.dir().to_owned();
+    let openssl = |arguments: &str| {
+        let mut command = std::process::Command::new("openssl");
+        let output = command.args(arguments.split(' ')).current_dir(&dir).output().unwrap();
+        assert!(output.status.success(), "openssl {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    const KEY: &str = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes";
+    // Signed by itself, and signed without extensions, which is version 1: 19.9.5.
+    openssl(&format!("req -new -x509 -days 2 {KEY} -subj /CN=localhost -keyout self.key -out self.pem"));
+    openssl(&format!("req -new {KEY} -subj /CN=localhost -keyout v1.key -out v1.csr"));
+    let sign = "x509 -req -days 2 -in v1.csr -CAcreateserial";
+    openssl(&format!("{sign} -CA ca.pem -CAkey ca.key -out v1.pem"));
+    // Version 3 without alternative names, and with those of another host.
+    for (name, extension) in
+        [("cn", "basicConstraints=CA:FALSE\n"), ("san", "subjectAltName=DNS:elsewhere\n")]
+    {
+        server.write("ext", extension);
+        openssl(&format!("{sign} -CA ca.pem -CAkey ca.key -extfile ext -out {name}.pem"));
+        std::fs::copy(dir.join("v1.key"), dir.join(name).with_extension("key")).unwrap();
+    }
+    // Of another CA with the same name.
+    openssl(&format!("req -x509 {KEY} -days 2 -subj /CN=ca -keyout other.key -out other.pem"));
+    let open = |port: u16, host: &str, mode: SslMode, ca: &str| {
+        let config = Config {
+            url: Url(format!("postgres://postgres@{host}:{port}/iot")),
+            sslmode: Some(mode),
+            tls: Tls { ca: (!ca.is_empty()).then(|| dir.join(ca)), ..Tls::default() },
+            ..Config::default()
+        };
+        async move { sink(config).open(&claim(), None).await.map(|_| ()).map_err(|error| format!("{error:?}")) }
+    };
+    assert_eq!(ca, dir.join("ca.pem"));
+    for (name, version, by, names_host) in [
+        ("self", "TLSv1.3", "self.pem", true),
+        ("v1", "TLSv1.3", "ca.pem", true),
+        ("v1", "TLSv1.2", "ca.pem", true),
+        ("v1", "TLSv1.2", "v1.pem", true),
+        ("cn", "TLSv1.3", "ca.pem", true),
+        ("san", "TLSv1.3", "ca.pem", false),
+    ] {
+        server = tokio::task::spawn_blocking(move || {
+            show(&server, name);
+            server.write(
+                "data/postgresql.auto.conf",
+                &format!("ssl = on\nssl_max_protocol_version = '{version}'\n"),
+            );
+            server.kill();
+            server.resume();
+            server
+        })
+        .await
+        .unwrap();
+        let port = server.port;
+        for mode in [SslMode::Require, SslMode::VerifyCa, SslMode::VerifyFull] {
+            let outcome = open(port, "localhost", mode, by).await;
+            assert_eq!(
+                outcome.is_ok(),
+                names_host || mode != SslMode::VerifyFull,
+                "{name} {mode:?} {outcome:?}"
+            );
+            let outcome = open(port, "127.0.0.1", mode, by).await;
+            assert_eq!(outcome.is_ok(), mode != SslMode::VerifyFull, "{name} {mode:?} {outcome:?}");
+            let stranger = open(port, "localhost", mode, "other.pem").await.unwrap_err();
+            assert!(stranger.starts_with("Setup"), "{name} {mode:?} {stranger}");
+        }
+        open(port, "localhost", SslMode::Require, "").await.expect("nothing is verified");
+        let system = open(port, "localhost", SslMode::VerifyFull, "").await.unwrap_err();
+        assert!(system.starts_with("Setup"), "{name} {system}");
+    }
+    tokio::task::spawn_blocking(move || drop(server)).await.unwrap();
 }
 
 #[tokio::test]
