@@ -3,7 +3,10 @@
 //! are their `*send` functions). By hand: `BinaryCopyInWriter` goes through
 //! `&dyn ToSql` and a boxed error for every field.
 
+use std::borrow::Cow;
+
 use bytes::{BufMut, BytesMut};
+use headworks_guest::json::{self, Kind as JsonKind, Raw};
 use tokio_postgres::types::Type;
 
 use crate::sinks::columns::{Mismatch, Value};
@@ -18,6 +21,8 @@ const DAY_US: i64 = 86_400_000_000;
 const TIMESTAMPS: std::ops::Range<i64> = -211_813_488_000_000_000..9_223_371_331_200_000_000;
 /// The largest field that PostgreSQL takes, MaxAllocSize, less room for headers.
 const FIELD_BYTES_MAX: usize = 1_000_000_000;
+/// MAXDIM of PostgreSQL's arrays.
+const ARRAY_DIMENSIONS_MAX: usize = 6;
 
 /// A column's type, of those that can be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +41,8 @@ pub enum Target {
     Jsonb,
     Bytea,
     Uuid,
+    /// An array, in its text form as the next.
+    Array,
     /// Any other: its text form, which the server reads as the row leaves the staging table.
     Other,
 }
@@ -103,6 +110,7 @@ impl Target {
                 put_bytes(text.as_bytes(), out)?;
             }
             Self::Other => put_bytes(text_of(value)?.as_bytes(), out)?,
+            Self::Array => put_bytes(array_of(value)?.as_bytes(), out)?,
             Self::Timestamp => {
                 let us = value.time_us().ok_or(Mismatch("a time"))?;
                 let since = us.checked_sub(EPOCH_US).filter(|since| TIMESTAMPS.contains(since));
@@ -168,12 +176,59 @@ impl Target {
     }
 }
 
-fn text_of<'m>(value: Value<'m>) -> Result<std::borrow::Cow<'m, str>, Mismatch> {
+fn text_of(value: Value<'_>) -> Result<Cow<'_, str>, Mismatch> {
     let text = value.text().ok_or(Mismatch("text"))?;
     if memchr(text.as_bytes()) {
         return Err(Mismatch("text without NUL, which PostgreSQL cannot hold"));
     }
     Ok(text)
+}
+
+/// A JSON array as PostgreSQL writes one (documentation, 8.15.2); what is none as it is.
+fn array_of(value: Value<'_>) -> Result<Cow<'_, str>, Mismatch> {
+    let json = value.json_text();
+    let array = json.as_deref().and_then(|text| json::parse(text.as_bytes()).ok());
+    let Some(array) = array.filter(|array| array.kind() == JsonKind::Array) else { return text_of(value) };
+    let mut text = String::new();
+    put_elements(array, ARRAY_DIMENSIONS_MAX, &mut text)?;
+    if memchr(text.as_bytes()) {
+        return Err(Mismatch("text without NUL, which PostgreSQL cannot hold"));
+    }
+    Ok(text.into())
+}
+
+fn put_elements(array: Raw<'_>, dimensions_max: usize, out: &mut String) -> Result<(), Mismatch> {
+    let Some(below) = dimensions_max.checked_sub(1) else {
+        return Err(Mismatch("an array of at most 6 dimensions"));
+    };
+    let written =
+        |raw: Raw<'_>| std::str::from_utf8(raw.as_bytes()).map(str::to_owned).map_err(|_| Mismatch("text"));
+    out.push('{');
+    for (i, element) in array.elements().enumerate() {
+        if i > 0 {
+            out.push(',');
+        }
+        match element.kind() {
+            JsonKind::Null => out.push_str("NULL"),
+            JsonKind::Bool | JsonKind::Number => out.push_str(&written(element)?),
+            JsonKind::String => put_quoted(&element.as_str().ok_or(Mismatch("text"))?, out),
+            JsonKind::Object => put_quoted(&written(element)?, out),
+            JsonKind::Array => put_elements(element, below, out)?,
+        }
+    }
+    out.push('}');
+    Ok(())
+}
+
+fn put_quoted(text: &str, out: &mut String) {
+    out.push('"');
+    for c in text.chars() {
+        if matches!(c, '"' | '\\') {
+            out.push('\\');
+        }
+        out.push(c);
+    }
+    out.push('"');
 }
 
 /// Whether there is a NUL.

@@ -251,7 +251,7 @@ impl Table {
         let may_conflict = |key: &Key| key.columns.iter().any(|name| name.as_ref().is_none_or(is_filled));
         let staged = self.writing.insert_only
             || on_conflict != OnConflict::Reject && self.keys.iter().any(may_conflict)
-            || bound.iter().any(|of| of.target == Target::Other);
+            || bound.iter().any(|of| matches!(of.target, Target::Array | Target::Other));
         let key = key.unwrap_or_default();
         let (has_rules, fingerprint) = (self.writing.has_rules, self.fingerprint.clone());
         Ok(Binding { columns: bound, staged, has_rules, key, fingerprint })
@@ -270,13 +270,19 @@ impl TableColumn {
             }
             _ => Length::Any,
         };
-        let target = if self.is_enum { Target::Text(Length::Any) } else { Target::of(self.oid, length) };
+        let target = match self.is_enum {
+            true => Target::Text(Length::Any),
+            false if self.base_name.ends_with("[]") => Target::Array,
+            false => Target::of(self.oid, length),
+        };
         let text = || if text_as_bytes { "bytea" } else { "text" }.to_owned();
         let (stage_type, cast) = match target {
             Target::Text(_) if self.is_enum => (text(), Some(self.cast_name.clone())),
             Target::Text(_) => (text(), None),
             // Their syntax is checked as the row is inserted, where a bad one is isolated.
-            Target::Json | Target::Jsonb | Target::Other => (text(), Some(self.cast_name.clone())),
+            Target::Json | Target::Jsonb | Target::Array | Target::Other => {
+                (text(), Some(self.cast_name.clone()))
+            }
             _ => (self.base_name.clone(), None),
         };
         Bound { target, stage_type, type_name: self.type_name.clone(), cast }
@@ -289,7 +295,7 @@ impl Target {
             Self::Bool => Kind::Bool,
             Self::Int2 | Self::Int4 | Self::Int8 => Kind::Bigint,
             Self::Float4 | Self::Float8 | Self::Numeric(_) => Kind::Double,
-            Self::Text(_) | Self::Uuid | Self::Other => Kind::Text,
+            Self::Text(_) | Self::Uuid | Self::Array | Self::Other => Kind::Text,
             Self::Timestamp | Self::Date => Kind::Timestamptz,
             Self::Json | Self::Jsonb => Kind::Jsonb,
             Self::Bytea => Kind::Bytes,

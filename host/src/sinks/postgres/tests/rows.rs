@@ -174,3 +174,39 @@ async fn rules_of_the_table_hold_for_every_row_whatever_its_neighbours() {
     }
     assert_eq!(fresh.written().await.len(), 7);
 }
+
+#[tokio::test]
+async fn a_json_array_is_an_array() {
+    let fresh = Fresh::with(
+        "CREATE TABLE telemetry (numbers FLOAT8[], words VARCHAR(10)[], grid INT[], docs JSONB[], note TEXT)",
+    )
+    .await;
+    let of = [("numbers", "/n"), ("words", "/w"), ("grid", "/g"), ("docs", "/d"), ("note", "/n")];
+    let mut sink = sink(Config { columns: columns(&of), ..fresh.config() });
+    sink.open(&claim(), None).await.unwrap();
+    let many = rows([
+        (
+            "a",
+            r#"{"n": [1.5, null, -2e3], "w": ["a \"b\" \\", "{x,y}", "NULL", "é", ""], "g": [[1, 2], [3, 4]], "d": [{"k": ["v"]}, true]}"#,
+        ),
+        ("a", r#"{"n": [], "w": "{x,y}", "g": "[0:1]={1,2}"}"#),
+        ("a", r#"{"n": ["x"]}"#),
+        ("a", r#"{"g": [[1], [2, 3]]}"#),
+        ("a", r#"{"g": [[[[[[[1]]]]]]]}"#),
+        ("a", r#"{"w": ["\u0000"]}"#),
+    ]);
+    let mut refused = rejected(sink.commit(&many, &[advance(0, 0, 6)]).await);
+    refused.sort_by_key(|row| row.row);
+    assert_eq!(refused.iter().map(|row| row.row).collect::<Vec<_>>(), [2, 3, 4, 5], "{refused:?}");
+    sink.finish().await.unwrap();
+    let sql = "SELECT row_to_json(t)::text FROM telemetry t ORDER BY numbers <> '{}' DESC";
+    let found = fresh.client().await.query(sql, &[]).await.unwrap();
+    let found: Vec<String> = found.iter().map(|row| row.get(0)).collect();
+    assert_eq!(
+        found,
+        [
+            r#"{"numbers":[1.5,null,-2000],"words":["a \"b\" \\","{x,y}","NULL","é",""],"grid":[[1,2],[3,4]],"docs":[{"k": ["v"]},true],"note":"[1.5, null, -2e3]"}"#,
+            r#"{"numbers":[],"words":["x","y"],"grid":[1,2],"docs":null,"note":"[]"}"#,
+        ]
+    );
+}
