@@ -88,6 +88,18 @@ impl Columns {
         self.columns.iter().find(|column| column.sources.first() == Some(&Source::Device))
     }
 
+    /// Warns of times that are written as numbers in a unit that the config does not name.
+    pub fn warn_of_times_without_unit(&self, sink: &str) {
+        for column in self.columns.iter().filter(|column| column.is_time_without_unit()) {
+            tracing::warn!(
+                sink,
+                "column \"{}\" is bigint: times are written as microseconds since 1970; \
+                 say `unit: us`, or s, ms, ns, in `columns`",
+                column.name
+            );
+        }
+    }
+
     pub fn reader<'m>(&self) -> Reader<'_, 'm> {
         Reader { columns: self, found: Vec::with_capacity(self.keys.len()) }
     }
@@ -185,7 +197,7 @@ impl Column {
     }
 
     /// Whether times become numbers here, and the config does not say in which unit.
-    pub fn is_time_without_unit(&self) -> bool {
+    fn is_time_without_unit(&self) -> bool {
         self.holds_time() && self.unit.is_none() && self.kind == Some(Kind::Bigint)
     }
 

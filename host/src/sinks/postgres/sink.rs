@@ -176,14 +176,7 @@ impl PostgresSink {
         }
         held.set_table(&client, &name).await.map_err(server)?;
 
-        for column in columns.columns.iter().filter(|column| column.is_time_without_unit()) {
-            tracing::warn!(
-                sink = self.name,
-                "column \"{}\" is bigint: times are written as microseconds since 1970; \
-                 say `unit: us`, or s, ms, ns, in `columns`",
-                column.name
-            );
-        }
+        columns.warn_of_times_without_unit(&self.name);
         let check = client.prepare(&table::check()).await.map_err(server)?;
         let (stage, copy, insert) = if binding.staged {
             let stage = self.stage(&client, &columns, &binding).await.map_err(server)?;

@@ -82,6 +82,7 @@ impl Session {
             .map_err(setup)?;
         let schema_version = schema_version(&transaction).map_err(failed)?;
         transaction.commit().map_err(failed)?;
+        columns.warn_of_times_without_unit(&claim.sink);
         let many = (PARAMETERS / columns.columns.len().max(1)).max(1);
         let session = Self {
             file: identity(path).ok_or_else(|| Error::Retry(format!("{context}: the file went away")))?,
