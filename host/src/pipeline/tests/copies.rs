@@ -242,6 +242,6 @@ async fn positions_that_somebody_removes_under_a_host_stop_the_sink_and_fill_not
     world.publish_many(3, 100, 10);
     let gone = |state: &State| matches!(state, State::Retrying(why) if why.contains("are gone"));
     process.until("said", |status| gone(&status.sinks[0].state)).await;
-    world.has_rows(&[0..100]);
+    world.has_rows(std::slice::from_ref(&(0..100)));
     process.stop().await;
 }

@@ -1,7 +1,7 @@
 //! A client's session against a model: legal and illegal packets over several
 //! connections, and restarts of the broker between them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 
@@ -89,8 +89,8 @@ struct Model {
 
 #[derive(Debug, Default)]
 struct Session {
-    /// QoS 2 packet ids that are not released.
-    open: BTreeSet<u16>,
+    /// QoS 2 packet ids that are not released, and the payload that each came with last.
+    open: BTreeMap<u16, Vec<u8>>,
     filters: BTreeSet<&'static str>,
 }
 
@@ -148,13 +148,24 @@ impl Model {
         let dup = if self.version == Version::V31 { of & 0x08 } else { 0 };
         match kind % 10 {
             qos @ 0..=2 => {
+                // An open id with the message that it came with is a repeat, marked or not; with
+                // another one only where it is marked.
+                let before = session.open.get(&id).filter(|_| qos == 2);
+                let is_same = before.is_some() && of & 0x10 != 0;
+                let is_marked = before.is_some() && of & 0x20 != 0;
                 self.sent += 1;
-                let payload = self.sent.to_string().into_bytes();
+                let payload = match before {
+                    Some(before) if is_same => before.clone(),
+                    _ => self.sent.to_string().into_bytes(),
+                };
                 let id_bytes: &[u8] = if qos == 0 { b"" } else { &id_bytes };
                 let body = [b"\0\x01t", id_bytes, no_properties, &payload].concat();
-                sent.extend(packet(wire::PUBLISH | qos << 1, &body));
-                if qos < 2 || session.open.insert(id) {
-                    self.messages.push(payload);
+                sent.extend(packet(wire::PUBLISH | u8::from(is_marked) << 3 | qos << 1, &body));
+                if !is_same && !is_marked {
+                    self.messages.push(payload.clone());
+                    if qos == 2 {
+                        session.open.insert(id, payload);
+                    }
                 }
                 match qos {
                     0 => {}

@@ -229,17 +229,19 @@ async fn large_packets_that_are_not_whole_share_one_budget() {
     host.stop().await;
 }
 
+/// A client that always sends something, until its connection ends.
+async fn flood(host: &Host) -> tokio::task::JoinHandle<()> {
+    let (_, mut io) = host.clean("c").await.io.into_split();
+    tokio::spawn(async move {
+        // PUBACKs of nothing.
+        let chunk = [0x40, 2, 0, 7].repeat(64 << 10);
+        while io.write_all(&chunk).await.is_ok() {}
+    })
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_that_always_sends_something_is_taken_over_deleted_and_does_not_hold_a_stop_up() {
     let host = Host::with(MemoryStream::new("s", 1)).await;
-    let flood = async |host: &Host| {
-        let (_, mut io) = host.clean("c").await.io.into_split();
-        tokio::spawn(async move {
-            // PUBACKs of nothing.
-            let chunk = [0x40, 2, 0, 7].repeat(64 << 10);
-            while io.write_all(&chunk).await.is_ok() {}
-        })
-    };
     let first = flood(&host).await;
     let second = flood(&host).await;
     first.await.unwrap();
