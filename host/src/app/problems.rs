@@ -214,10 +214,12 @@ impl Host {
 
     fn pipeline_problems(&self, status: &PipelineStatus) -> Vec<Found> {
         let mut found = Vec::new();
-        let behind =
-            AtStake { messages: Some(status.end.0.saturating_sub(status.read.0)), ..AtStake::default() };
+        let behind = AtStake { messages: Some(status.lag_messages()), ..AtStake::default() };
         if let Some((kind, cause)) = named(&status.state) {
             let advice = match kind {
+                "holding" if status.wants_room => {
+                    "mend what the cause names; what waits goes on by itself".to_owned()
+                }
                 "holding" => {
                     format!(
                         "`{}` shows the steps; mend the one that is named",

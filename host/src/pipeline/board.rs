@@ -5,7 +5,6 @@ use std::sync::atomic::Ordering;
 
 use tokio::sync::watch;
 
-use super::dead_letters::DeadLetters;
 use super::status::{PipelineStatus, SinkShared, SinkStatus, State};
 use crate::batch::Offset;
 use crate::step::Chain;
@@ -16,13 +15,13 @@ pub struct Board {
     name: String,
     stream: Arc<dyn Stream>,
     sinks: Vec<Arc<SinkShared>>,
-    letters: Arc<DeadLetters>,
     pub(super) shown: watch::Sender<Shown>,
 }
 
 /// Written by the supervisor.
 pub(super) struct Shown {
     pub state: State,
+    pub wants_room: bool,
     pub read: Offset,
     pub chain: Option<Chain>,
     pub swap_refused: Option<String>,
@@ -30,20 +29,16 @@ pub(super) struct Shown {
 }
 
 impl Board {
-    pub fn new(
-        name: &str,
-        stream: Arc<dyn Stream>,
-        sinks: Vec<Arc<SinkShared>>,
-        letters: Arc<DeadLetters>,
-    ) -> Self {
+    pub fn new(name: &str, stream: Arc<dyn Stream>, sinks: Vec<Arc<SinkShared>>) -> Self {
         let shown = Shown {
             state: State::Starting,
+            wants_room: false,
             read: Offset(0),
             chain: None,
             swap_refused: None,
             own_lane: vec![false; sinks.len()],
         };
-        Self { name: name.to_owned(), stream, sinks, letters, shown: watch::Sender::new(shown) }
+        Self { name: name.to_owned(), stream, sinks, shown: watch::Sender::new(shown) }
     }
 
     /// The steps that run.
@@ -74,14 +69,11 @@ impl Board {
                 own_lane: *own_lane,
             }
         };
-        let state = match (&shown.state, self.letters.waiting()) {
-            (State::Running, Some(reason)) => State::Holding(reason),
-            (state, _) => state.clone(),
-        };
         PipelineStatus {
             name: self.name.clone(),
             stream: self.stream.name().to_owned(),
-            state,
+            state: shown.state.clone(),
+            wants_room: shown.wants_room,
             chain: shown.chain.as_ref().map(|chain| chain.generation),
             swap_refused: shown.swap_refused.clone(),
             read: shown.read,

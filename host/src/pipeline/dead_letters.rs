@@ -7,6 +7,13 @@
 //! delivered again after a crash does not make a second letter, and a message
 //! that has a letter for a sink does not become a row there as well.
 //! Order of effects: `host/decisions/delivery-order.md`.
+//!
+//! Letters that a sink may still meet again have a bounded room, given back as the
+//! sinks commit. Nothing waits for room that only its own progress would bring: a
+//! worker hands out what it is done with before it waits, and waits only for what
+//! was handed out ([`Known::room_comes`]). A sink has the same room for itself, from
+//! one commit to the next: its letters are needed until it has committed the rows
+//! beside them, and for nobody else.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,9 +23,10 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::again::Again;
-use super::known::{Known, Piece, Reader, Remembered, Seen, Stale};
+use super::known::{Known, Piece, Reader, Remembered, Room, Seen, Stale};
 use super::letter::{self, Letter};
 use super::metrics;
+use super::outlet::HandedOut;
 use super::routes::SinkNumber;
 use crate::batch::{Batch, MessageRef, Offset, Partition};
 use crate::step::RefusedKind;
@@ -26,11 +34,10 @@ use crate::stream::{
     AppendError, Attachment, Identity, NewMessage, OnLag, Opening, Read, ReadError, StateChange, Stream,
     Ticket, partition_of,
 };
-use crate::units::ByteSize;
 
 /// Keys remembered at or above each sink's position, one a letter and sink it
-/// names, about 50 bytes each; past it refusals wait until a sink has moved.
-const KEYS_MAX: usize = 1_000_000;
+/// names, about 100 bytes each. Past it the steps' refusals wait until a sink has moved.
+pub const KEYS_MAX: usize = 1_000_000;
 /// Letters and bytes of one append; half of the smallest commit buffer.
 const APPEND_LETTERS_MAX: usize = 256;
 const APPEND_BYTES_MAX: usize = 512 << 10;
@@ -97,15 +104,33 @@ pub struct DeadLetters {
     source_name: String,
     scan_key: String,
     known: Mutex<Known>,
-    forgotten: Notify,
+    /// Room was given back, or a sink has another lane.
+    room_moved: Notify,
     /// Offsets below it may have letters already: redelivered, or read by two lanes.
     check_below: AtomicU64,
     attachment: Box<dyn Attachment>,
     /// Bytes of letters that a sink may still meet again: this pipeline's share.
     bytes_max: u64,
-    /// Set in a redrive: which letters are sent again.
+    /// Set in a redrive: which letters are sent again. It bounds its letters itself.
     again: Option<Again>,
-    waiting: Mutex<Option<String>>,
+    waiting: Mutex<Waiters>,
+}
+
+/// Calls that wait for room, and what the last of them saw.
+#[derive(Debug, Default)]
+struct Waiters {
+    count: usize,
+    waiting: Option<Waiting>,
+}
+
+/// What refusals wait for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Waiting {
+    /// Room in this pipeline's share, which these sinks hold, the one with most
+    /// letters first.
+    Sinks(Vec<SinkNumber>),
+    /// Room in the log of the dead letters, which is full for all pipelines.
+    Log,
 }
 
 impl DeadLetters {
@@ -146,7 +171,7 @@ impl DeadLetters {
             openings,
             source_name: source_name.to_owned(),
             scan_key,
-            forgotten: Notify::new(),
+            room_moved: Notify::new(),
             check_below: AtomicU64::new(0),
             attachment,
             waiting: Mutex::default(),
@@ -302,7 +327,18 @@ impl DeadLetters {
         known.forget_below(sink, offset);
         self.attachment.advance(known.oldest().unwrap_or_else(|| self.stream.bounds().end));
         drop(known);
-        self.forgotten.notify_waiters();
+        self.room_moved.notify_waiters();
+    }
+
+    /// A sink has committed: its positions are past the rows before its letters.
+    pub fn committed(&self, sink: SinkNumber) {
+        *self.lock().uncommitted_bytes(sink) = 0;
+    }
+
+    /// Names the lane that serves a sink, by how far it has handed out.
+    pub fn serve(&self, sink: SinkNumber, lane: Option<Arc<HandedOut>>) {
+        self.lock().serve(sink, lane);
+        self.room_moved.notify_waiters();
     }
 
     /// Whether it is of a message that this pipeline reads from its stream.
@@ -319,9 +355,14 @@ impl DeadLetters {
         self.attachment.detach();
     }
 
-    /// Why refusals wait, if they do.
-    pub fn waiting(&self) -> Option<String> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// What refusals wait for, if they do.
+    pub fn waiting(&self) -> Option<Waiting> {
+        self.waiters().waiting.clone()
+    }
+
+    /// Bytes of letters that the steps may write before their sinks are past them.
+    pub fn share_bytes(&self) -> u64 {
+        self.bytes_max
     }
 
     /// Returns `None` where there is no room until then.
@@ -338,41 +379,37 @@ impl DeadLetters {
             }
         };
         tokio::pin!(too_late);
+        let waits = Waits::new(self);
         loop {
-            let forgotten = self.forgotten.notified();
-            let is_full = match self.try_append(refusals, readers) {
-                Ok(Some(appended)) => {
-                    *self.waiting.lock().unwrap_or_else(PoisonError::into_inner) = None;
-                    return Ok(Some(appended));
+            let room_moved = self.room_moved.notified();
+            let waiting = match self.try_append(refusals, readers) {
+                Ok(Ok(appended)) => return Ok(Some(appended)),
+                // Only the commit that comes after this call gives room back.
+                Ok(Err(_)) if refusals.iter().any(|refusal| matches!(refusal.source, Source::Sink(_))) => {
+                    return Ok(None);
                 }
-                Ok(None) => {
-                    self.wait_because(&self.full_reason());
-                    true
-                }
-                Err(AppendError::NoSpace) => {
-                    self.wait_because(
-                        "dead letters are full: look at them, then raise their retention or free disk space",
-                    );
-                    false
-                }
-                Err(AppendError::Full) => false,
+                Ok(Err(holders)) => Some(Waiting::Sinks(holders)),
+                Err(AppendError::NoSpace) => Some(Waiting::Log),
+                Err(AppendError::Full) => None,
                 Err(error) => return Err(error.into()),
             };
+            let is_share = matches!(waiting, Some(Waiting::Sinks(_)));
+            waits.set(waiting);
             tokio::select! {
-                () = forgotten, if is_full => {}
-                () = self.stream.writable(), if !is_full => {}
+                () = room_moved, if is_share => {}
+                () = self.stream.writable(), if !is_share => {}
                 () = &mut too_late => return Ok(None),
             }
         }
     }
 
-    /// Returns `None` where the bound on pending letters is reached. Decides under
-    /// the lock which sinks each letter names.
+    /// Where the bound on pending letters is reached, returns the sinks that hold the
+    /// room. Decides under the lock which sinks each letter names.
     fn try_append(
         &self,
         refusals: &[Refusal<'_>],
         readers: &mut [Reader],
-    ) -> Result<Option<Refused>, AppendError> {
+    ) -> Result<Result<Refused, Vec<SinkNumber>>, AppendError> {
         let mut known = self.lock();
         let fresh: Vec<_> = refusals
             .iter()
@@ -380,15 +417,24 @@ impl DeadLetters {
             .filter(|(_, names)| !names.is_empty())
             .collect();
         if fresh.is_empty() {
-            return Ok(Some(Refused { ticket: known.ticket, letters: 0, done: refusals.len() }));
+            return Ok(Ok(Refused { ticket: known.ticket, letters: 0, done: refusals.len() }));
         }
-        let keys = fresh.iter().map(|(_, names)| names.len()).sum::<usize>();
-        if known.bytes() > self.bytes_max {
-            known.tidy();
-        }
-        // One letter is never too large for an empty share.
-        if known.len() + keys > KEYS_MAX || known.bytes() > self.bytes_max {
-            return Ok(None);
+        // All of one call come from one step or sink.
+        let by = match refusals.first().map(|refusal| refusal.source) {
+            Some(Source::Sink(by)) => self.sinks.iter().position(|sink| sink == by),
+            Some(Source::Step(_)) | None => None,
+        };
+        match by {
+            Some(sink) if self.is_full(Room { keys: 0, bytes: *known.uncommitted_bytes(sink) }) => {
+                return Ok(Err(vec![sink]));
+            }
+            None if self.is_full(known.held()) => {
+                known.tidy();
+                if self.is_full(known.held()) && known.room_comes() {
+                    return Ok(Err(known.holders()));
+                }
+            }
+            _ => {}
         }
         let (again, fresh): (Vec<_>, Vec<_>) = fresh
             .into_iter()
@@ -432,17 +478,22 @@ impl DeadLetters {
         for (refusal, names) in again.iter().chain(&fresh) {
             known.note(refusal, names, readers);
         }
+        let mut bytes = 0;
         let remembered = fresh.iter().zip(&messages).enumerate().map(|(i, ((refusal, names), message))| {
             let own = message.payload.len() + message.properties.len() + message.topic.len();
+            bytes += own as u64;
             Remembered {
                 at: appended.first.0 + i as u64,
                 from: refusal.message.offset().0,
                 names: Remembered::names_of(names),
+                by_step: by.is_none(),
                 bytes: own as u64,
             }
         });
         known.remember(remembered);
-        // All of one call come from one step or sink.
+        if let Some(sink) = by {
+            *known.uncommitted_bytes(sink) += bytes;
+        }
         if let Some((refusal, _)) = fresh.first() {
             let (Source::Step(source) | Source::Sink(source)) = refusal.source;
             metrics::dead_letters(&self.pipeline, source).increment(fresh.len() as u64);
@@ -450,22 +501,17 @@ impl DeadLetters {
         if trimmed > 0 {
             metrics::properties_dropped(&self.pipeline).increment(trimmed);
         }
-        Ok(Some(Refused {
+        Ok(Ok(Refused {
             ticket: known.ticket,
             letters: (fresh.len() + again.len()) as u64,
             done: refusals.len(),
         }))
     }
 
-    /// Why letters of this pipeline wait, for a person.
-    fn full_reason(&self) -> String {
-        let known = self.lock();
-        let sink = known.most_behind().map_or("", |sink| self.sinks[sink].as_str());
-        let share = ByteSize(self.bytes_max);
-        format!(
-            "dead letters are full for this pipeline: sink \"{sink}\" does not move past its letters, of which there may be \
-             {KEYS_MAX} and {share}; mend the sink, or raise dead_letters.max_bytes"
-        )
+    /// Whether no more may be added to what letters hold. An append is never too
+    /// large for a room that has some left.
+    fn is_full(&self, held: Room) -> bool {
+        self.again.is_none() && (held.keys >= KEYS_MAX || held.bytes > self.bytes_max)
     }
 
     async fn scan(&self, from: Offset) -> Result<(), Error> {
@@ -495,6 +541,7 @@ impl DeadLetters {
                     at: message.offset().0,
                     from: letter.offset,
                     names: Remembered::names_of(&named),
+                    by_step: letter.sink.is_none(),
                     bytes: own as u64,
                 });
             }
@@ -512,16 +559,36 @@ impl DeadLetters {
         Ok(())
     }
 
-    fn wait_because(&self, reason: &str) {
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        if waiting.is_none() {
-            tracing::warn!(pipeline = %self.pipeline, "{reason}");
-            *waiting = Some(reason.to_owned());
-        }
+    fn waiters(&self) -> MutexGuard<'_, Waiters> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A call that may wait: what it waits for is shown until it ends, however it ends.
+struct Waits<'a>(&'a DeadLetters);
+
+impl<'a> Waits<'a> {
+    fn new(letters: &'a DeadLetters) -> Self {
+        letters.waiters().count += 1;
+        Self(letters)
+    }
+
+    fn set(&self, waiting: Option<Waiting>) {
+        self.0.waiters().waiting = waiting;
+    }
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        let mut waiters = self.0.waiters();
+        waiters.count -= 1;
+        if waiters.count == 0 {
+            waiters.waiting = None;
+        }
     }
 }
 
@@ -635,11 +702,13 @@ mod tests {
         while refuse(&first, waits, &[1]).now_or_never().is_some() {
             waits += 1;
         }
-        let waiting = first.waiting().unwrap();
-        assert!(waiting.contains("full for this pipeline") && waiting.contains("\"c\""), "{waiting}");
+        let mut waiting = std::pin::pin!(refuse(&first, waits, &[1]));
+        assert_eq!(waiting.as_mut().now_or_never(), None);
+        assert_eq!(first.waiting(), Some(Waiting::Sinks(vec![1, 0])));
         assert_eq!(refuse(&second, 0, &[0, 1]).now_or_never(), Some(1));
         // `c` moves on, however far behind `a` is.
         first.forget_below(1, Offset(100));
+        assert_eq!((waiting.await, first.waiting()), (1, None));
         assert_eq!(refuse(&first, 99, &[0]).now_or_never(), Some(1));
     }
 }

@@ -98,6 +98,8 @@ struct Gathered {
     rooms: Vec<OwnedSemaphorePermit>,
     letters: Ticket,
     since: Option<Instant>,
+    /// A worker waits for the commit.
+    urgent: bool,
     /// The lane's queue is closed and empty.
     last: bool,
 }
@@ -129,6 +131,7 @@ impl Delivery {
             for intake in self.intake.take().iter().chain(&self.pending.take()) {
                 intake.cancel.cancel();
             }
+            self.writer.letters.serve(self.number, None);
             let left = match self.begin(open).await {
                 Ok(()) => match self.deliver_from_lane().await {
                     Ok(()) => Leave::Drained,
@@ -162,7 +165,7 @@ impl Delivery {
             match control {
                 // The pipeline is gone before it had a lane for us.
                 None => return Err(Leave::Drained),
-                Some(Control::Start(intake)) => self.intake = Some(intake),
+                Some(Control::Start(intake)) => self.take_from(intake),
                 Some(Control::Join(intake)) => intake.cancel.cancel(),
                 Some(Control::Lend(lend)) => {
                     self.lend(lend).await?;
@@ -172,6 +175,11 @@ impl Delivery {
             }
         }
         Ok(())
+    }
+
+    fn take_from(&mut self, intake: Intake) {
+        self.writer.letters.serve(self.number, Some(Arc::clone(&intake.handed_out)));
+        self.intake = Some(intake);
     }
 
     async fn deliver_from_lane(&mut self) -> Result<(), Leave> {
@@ -192,9 +200,9 @@ impl Delivery {
         let mut gathered = Gathered::default();
         loop {
             self.join_when_there().await;
-            if gathered.rows.len() >= self.batching.rows_max
-                || gathered.kib as u64 * 1_024 >= self.batching.bytes_max
-            {
+            let is_enough = gathered.rows.len() >= self.batching.rows_max
+                || gathered.kib as u64 * 1_024 >= self.batching.bytes_max;
+            if is_enough || gathered.urgent {
                 return Ok(gathered);
             }
             let due = match gathered.since {
@@ -265,6 +273,7 @@ impl Delivery {
             );
             return Err(Leave::Again);
         };
+        let has_rows = !batches.is_empty();
         let mut refused_before = refused_before.into_iter().peekable();
         for (b, batch) in batches.into_iter().enumerate() {
             let row = gathered.rows.len();
@@ -276,12 +285,14 @@ impl Delivery {
         for p in mine() {
             self.received[p] = self.received[p].max(bundle.upto);
         }
-        if !gathered.rows.is_empty() {
-            gathered.since.get_or_insert_with(Instant::now);
-        }
         gathered.letters = gathered.letters.max(bundle.letters);
-        gathered.kib += bundle.room.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
-        gathered.rooms.extend(bundle.room);
+        gathered.urgent |= bundle.urgent;
+        // Without rows of it nothing would be due, which gives the room back.
+        if has_rows {
+            gathered.since.get_or_insert_with(Instant::now);
+            gathered.kib += bundle.room.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+            gathered.rooms.extend(bundle.room);
+        }
         self.shared.received.store(self.received.iter().min().map_or(0, |o| o.0), Ordering::Release);
         Ok(())
     }
@@ -417,7 +428,9 @@ impl Delivery {
             self.pending = None;
         } else if self.received.iter().all(|received| received.0 >= pending.starts_at.load(Ordering::Acquire))
         {
-            self.intake = self.pending.take();
+            if let Some(intake) = self.pending.take() {
+                self.take_from(intake);
+            }
             drop(self.events.send(Event::Joined { sink: self.number }).await);
         }
     }
@@ -462,6 +475,8 @@ impl Delivery {
     fn publish(&self) {
         let lowest = self.lowest();
         self.attachment.advance(lowest);
+        // Below the sink's own position: one that lags keeps no letters of the others.
+        self.writer.letters.forget_below(self.number, lowest);
         self.shared.committed.store(lowest.0, Ordering::Release);
         self.shared.received.store(self.received.iter().min().map_or(0, |o| o.0), Ordering::Release);
     }

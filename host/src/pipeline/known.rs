@@ -9,10 +9,12 @@
 //! without knowing of a letter that another one wrote.
 
 use std::collections::{BTreeSet, VecDeque};
+use std::sync::Arc;
 
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::dead_letters::{Refusal, Source};
+use super::outlet::HandedOut;
 use super::routes::SinkNumber;
 use crate::batch::{Batch, Offset};
 use crate::stream::Ticket;
@@ -79,8 +81,8 @@ pub struct Known {
     /// Letters that some sink may still meet again, in the order of appends, among
     /// others that none will: see [`Known::tidy`].
     order: VecDeque<Remembered>,
-    /// Bytes of the letters in `order`.
-    bytes: u64,
+    /// What the letters of steps in `order` hold.
+    held: Room,
     /// Length of `order` when it was last tidied.
     tidied: usize,
     pub ticket: Ticket,
@@ -93,6 +95,18 @@ struct OfSink {
     received: Vec<Offset>,
     /// Letters of messages below it are not here.
     floor: u64,
+    /// How far the lane that serves the sink has handed out; `None`: no lane does.
+    served: Option<Arc<HandedOut>>,
+    /// Bytes of the letters that the sink itself wrote since its last commit.
+    uncommitted_bytes: u64,
+}
+
+/// What letters hold of the room for those that some sink may still meet again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Room {
+    /// One for each letter and sink that it names.
+    pub keys: usize,
+    pub bytes: u64,
 }
 
 /// A letter in the dead letters.
@@ -104,12 +118,22 @@ pub struct Remembered {
     pub from: u64,
     /// A bit for each sink that it names.
     pub names: u64,
+    /// Whether a step rejected the message, not a sink.
+    pub by_step: bool,
     pub bytes: u64,
 }
 
 impl Remembered {
     pub fn names_of(sinks: &[SinkNumber]) -> u64 {
         sinks.iter().fold(0, |names, sink| names | 1 << sink)
+    }
+
+    /// What it holds of the room for letters of steps.
+    fn room(&self) -> Room {
+        match self.by_step {
+            true => Room { keys: self.names.count_ones() as usize, bytes: self.bytes },
+            false => Room::default(),
+        }
     }
 }
 
@@ -119,7 +143,7 @@ impl Known {
         Self {
             sinks: vec![none; sinks],
             order: VecDeque::new(),
-            bytes: 0,
+            held: Room::default(),
             tidied: 0,
             ticket: Ticket::default(),
         }
@@ -129,9 +153,37 @@ impl Known {
         self.sinks[sink].letters.insert((offset.0, piece));
     }
 
-    /// Of keys: one or two for each sink that a letter names.
-    pub fn len(&self) -> usize {
-        self.sinks.iter().map(|of| of.letters.len()).sum()
+    /// Room that the letters of steps hold. Some of it may be needed no more: see
+    /// [`Self::tidy`].
+    pub fn held(&self) -> Room {
+        self.held
+    }
+
+    /// Bytes of the letters that a sink wrote since its last commit.
+    pub fn uncommitted_bytes(&mut self, sink: SinkNumber) -> &mut u64 {
+        &mut self.sinks[sink].uncommitted_bytes
+    }
+
+    /// Names the lane that serves a sink, by how far it has handed out.
+    pub fn serve(&mut self, sink: SinkNumber, lane: Option<Arc<HandedOut>>) {
+        self.sinks[sink].served = lane;
+    }
+
+    /// Whether room for the letters of steps comes back without a worker that waits
+    /// for it: some sink is not past a letter that its lane has handed out, or has a
+    /// letter and no lane. All other letters are of messages that a lane has still to
+    /// hand out; a worker that waited for those would wait for itself, or for
+    /// another worker that waits as well.
+    pub fn room_comes(&self) -> bool {
+        self.sinks.iter().any(OfSink::gives_room)
+    }
+
+    /// The sinks that [`Self::room_comes`] from, those with most letters first.
+    pub fn holders(&self) -> Vec<SinkNumber> {
+        let mut holders: Vec<_> =
+            (0..self.sinks.len()).filter(|sink| self.sinks[*sink].gives_room()).collect();
+        holders.sort_by_key(|sink| std::cmp::Reverse(self.sinks[*sink].letters.len()));
+        holders
     }
 
     /// The highest offset that has a letter.
@@ -233,7 +285,7 @@ impl Known {
         of.floor = offset.0;
         of.letters = of.letters.split_off(&(offset.0, Piece::WHOLE));
         while let Some(first) = self.order.front().filter(|letter| !is_needed(&self.sinks, letter)) {
-            self.bytes -= first.bytes;
+            self.held.give_back(first.room());
             self.order.pop_front();
         }
         if self.order.len() > 2 * self.tidied + ORDER_MIN {
@@ -243,10 +295,12 @@ impl Known {
 
     /// Takes the letters out of `order` that no sink meets again.
     pub fn tidy(&mut self) {
-        let Self { sinks, order, bytes, tidied, .. } = self;
+        let Self { sinks, order, held, tidied, .. } = self;
         order.retain(|letter| {
             let needed = is_needed(sinks, letter);
-            *bytes -= if needed { 0 } else { letter.bytes };
+            if !needed {
+                held.give_back(letter.room());
+            }
             needed
         });
         *tidied = order.len();
@@ -254,7 +308,7 @@ impl Known {
 
     pub fn remember(&mut self, letters: impl IntoIterator<Item = Remembered>) {
         for letter in letters {
-            self.bytes += letter.bytes;
+            self.held.take(letter.room());
             self.order.push_back(letter);
         }
     }
@@ -263,7 +317,7 @@ impl Known {
     /// up to `read_to`; what was appended behind it stays.
     pub fn remember_anew(&mut self, letters: VecDeque<Remembered>, read_to: u64) {
         let appended: Vec<_> = self.order.drain(..).filter(|letter| letter.at >= read_to).collect();
-        self.bytes = 0;
+        self.held = Room::default();
         self.remember(letters.into_iter().chain(appended));
     }
 
@@ -272,22 +326,28 @@ impl Known {
         self.order.front().map(|letter| Offset(letter.at))
     }
 
-    /// Bytes of the letters that are remembered; some may be needed no more.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
     pub fn floor(&self, sink: SinkNumber) -> u64 {
         self.sinks[sink].floor
     }
 
+    /// Forgets the letters of messages below `floor`, and that the sink ever was past
+    /// messages at or above it.
     pub fn set_floor(&mut self, sink: SinkNumber, floor: u64) {
-        self.sinks[sink].floor = floor;
+        let of = &mut self.sinks[sink];
+        of.floor = floor;
+        of.letters = of.letters.split_off(&(floor, Piece::WHOLE));
+    }
+}
+
+impl Room {
+    fn take(&mut self, room: Self) {
+        self.keys += room.keys;
+        self.bytes += room.bytes;
     }
 
-    /// The sink that keeps most letters from being forgotten.
-    pub fn most_behind(&self) -> Option<SinkNumber> {
-        (0..self.sinks.len()).max_by_key(|sink| self.sinks[*sink].letters.len())
+    fn give_back(&mut self, room: Self) {
+        self.keys -= room.keys;
+        self.bytes -= room.bytes;
     }
 }
 
@@ -297,6 +357,11 @@ fn is_needed(sinks: &[OfSink], letter: &Remembered) -> bool {
 }
 
 impl OfSink {
+    fn gives_room(&self) -> bool {
+        let handed_out = self.served.as_ref().map_or(u64::MAX, |lane| lane.all_below().0);
+        self.letters.first().is_some_and(|(offset, _)| *offset < handed_out)
+    }
+
     fn within(&self, first: Offset, last: Offset) -> impl Iterator<Item = &(u64, Piece)> {
         self.letters.range((first.0, Piece::WHOLE)..=(last.0.max(first.0), Piece(u64::MAX)))
     }
@@ -398,7 +463,7 @@ mod tests {
         known.note(&refusal(&batch, 1, true), &[1], &mut readers);
         assert!(readers[1].seen.has_whole(Offset(3)) && !readers[0].seen.has_whole(Offset(3)));
         known.forget_below(1, Offset(4));
-        assert_eq!((known.len(), known.highest()), (0, None));
+        assert_eq!(known.highest(), None);
     }
 
     #[test]
@@ -408,14 +473,32 @@ mod tests {
             at,
             from: at,
             names: Remembered::names_of(sinks),
+            by_step: true,
             bytes: 10,
         };
         known.remember([letter(0, &[0, 1]), letter(1, &[1]), letter(2, &[1]), letter(3, &[0])]);
         known.forget_below(1, Offset(4));
-        assert_eq!((known.oldest(), known.bytes()), (Some(Offset(0)), 40), "sink 0 needs the first");
+        let room = |keys, bytes| Room { keys, bytes };
+        assert_eq!((known.oldest(), known.held()), (Some(Offset(0)), room(5, 40)), "sink 0 needs the first");
         known.tidy();
-        assert_eq!((known.oldest(), known.bytes()), (Some(Offset(0)), 20));
+        assert_eq!((known.oldest(), known.held()), (Some(Offset(0)), room(3, 20)));
         known.forget_below(0, Offset(1));
-        assert_eq!((known.oldest(), known.bytes()), (Some(Offset(3)), 10));
+        assert_eq!((known.oldest(), known.held()), (Some(Offset(3)), room(1, 10)));
+    }
+
+    #[test]
+    fn room_comes_from_what_a_lane_has_handed_out_and_from_a_sink_without_a_lane() {
+        let mut known = Known::new(2, 1);
+        assert!(!known.room_comes());
+        known.insert(1, Offset(5), Piece::WHOLE);
+        assert_eq!(known.holders(), [1], "it has no lane: it will get one");
+        let lane = Arc::new(HandedOut::new(2));
+        known.serve(1, Some(Arc::clone(&lane)));
+        lane.set(0, Offset(9));
+        assert!(!known.room_comes(), "the other worker is at the letter, or before it");
+        lane.set(1, Offset(6));
+        assert_eq!((known.room_comes(), known.holders()), (true, vec![1]));
+        known.forget_below(1, Offset(6));
+        assert!(!known.room_comes());
     }
 }

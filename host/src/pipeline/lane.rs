@@ -65,7 +65,10 @@ impl Lane {
                 queue: works,
                 steps,
                 runtime: Handle::current(),
-                outlets: outlets.iter().map(|outlet| Served::new(outlet.clone(), from)).collect(),
+                outlets: outlets
+                    .iter()
+                    .map(|outlet| Served::new(outlet.clone(), number as u16, from))
+                    .collect(),
                 done: from,
                 letters: Ticket::default(),
                 stop: stop.clone(),
@@ -77,6 +80,7 @@ impl Lane {
         let reader = Reader {
             pipeline: Arc::clone(&shared.name),
             cursor: stream.cursor(from),
+            without: vec![0; queues.len()],
             workers: queues,
             control: controls,
             room: Arc::new(Semaphore::new(room_max as usize)),

@@ -302,7 +302,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
         })
         .collect();
     let shareds: Vec<Arc<SinkShared>> = members.iter().map(|member| Arc::clone(&member.shared)).collect();
-    let board = Arc::new(Board::new(name, Arc::clone(&stream), shareds, Arc::clone(&shared.letters)));
+    let board = Arc::new(Board::new(name, Arc::clone(&stream), shareds));
     let redriver = Arc::new(Redriver {
         board: Arc::clone(&board),
         epochs: tokio::sync::Mutex::new(vec![None; names.len()]),

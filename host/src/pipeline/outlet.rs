@@ -30,7 +30,9 @@ pub struct Bundle {
     pub seen: Seen,
     /// Must be durable before a position covers the bundle.
     pub letters: Ticket,
-    /// Freed when the rows are committed.
+    /// A worker waits for the sink's position to move past `upto`.
+    pub urgent: bool,
+    /// Freed when the rows are committed; `None` for a bundle without rows.
     pub room: Option<OwnedSemaphorePermit>,
 }
 
@@ -43,6 +45,7 @@ pub struct Outlet {
     room_max: u32,
     cancel: CancellationToken,
     blocked: Arc<Blocked>,
+    handed_out: Arc<HandedOut>,
 }
 
 /// A delivery's end.
@@ -52,6 +55,28 @@ pub struct Intake {
     pub cancel: CancellationToken,
     /// Where the lane began to send; `u64::MAX` until it does.
     pub starts_at: Arc<AtomicU64>,
+    pub handed_out: Arc<HandedOut>,
+}
+
+/// How far each worker of a lane has handed out to one sink.
+#[derive(Debug)]
+pub struct HandedOut(Vec<AtomicU64>);
+
+impl HandedOut {
+    pub fn new(workers: u16) -> Self {
+        Self((0..workers).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    pub fn set(&self, worker: u16, upto: Offset) {
+        if let Some(handed_out) = self.0.get(usize::from(worker)) {
+            handed_out.store(upto.0, Ordering::Release);
+        }
+    }
+
+    /// All below it was handed out by every worker.
+    pub fn all_below(&self) -> Offset {
+        Offset(self.0.iter().map(|upto| upto.load(Ordering::Acquire)).min().unwrap_or_default())
+    }
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -70,10 +95,11 @@ struct Blocked {
     since_us: AtomicU64,
 }
 
-pub fn outlet(sink: SinkNumber, bytes_max: u64) -> (Outlet, Intake) {
+pub fn outlet(sink: SinkNumber, bytes_max: u64, workers: u16) -> (Outlet, Intake) {
     let (sender, queue) = mpsc::channel(OUTLET_BUNDLES_MAX);
     let room_max = (bytes_max / ROOM_UNIT_BYTES).clamp(1, Semaphore::MAX_PERMITS.min(1 << 30) as u64) as u32;
     let cancel = CancellationToken::new();
+    let handed_out = Arc::new(HandedOut::new(workers));
     let outlet = Outlet {
         sink,
         queue: sender,
@@ -85,8 +111,9 @@ pub fn outlet(sink: SinkNumber, bytes_max: u64) -> (Outlet, Intake) {
             total_us: AtomicU64::new(0),
             since_us: AtomicU64::new(0),
         }),
+        handed_out: Arc::clone(&handed_out),
     };
-    (outlet, Intake { queue, cancel, starts_at: Arc::new(AtomicU64::new(u64::MAX)) })
+    (outlet, Intake { queue, cancel, starts_at: Arc::new(AtomicU64::new(u64::MAX)), handed_out })
 }
 
 impl Outlet {
@@ -100,6 +127,8 @@ impl Outlet {
         if self.detached() {
             return Err(OutletClosed::Detached);
         }
+        // Before the delivery can have it: from then on its letters give room back.
+        self.handed_out.set(bundle.worker, bundle.upto);
         let units = self.units(&bundle);
         let bundle = match self.try_send(bundle, units) {
             Ok(()) => return Ok(()),
@@ -116,6 +145,11 @@ impl Outlet {
         });
         self.blocked.end(begun);
         result
+    }
+
+    /// A worker begins to hand out at `from`.
+    pub fn begin(&self, worker: u16, from: Offset) {
+        self.handed_out.set(worker, from);
     }
 
     pub fn detach(&self) {
@@ -137,21 +171,29 @@ impl Outlet {
 
     fn try_send(&self, mut bundle: Bundle, units: u32) -> Result<(), Bundle> {
         let Ok(slot) = self.queue.try_reserve() else { return Err(bundle) };
-        let Ok(room) = Arc::clone(&self.room).try_acquire_many_owned(units) else { return Err(bundle) };
-        bundle.room = Some(room);
+        if units > 0 {
+            let Ok(room) = Arc::clone(&self.room).try_acquire_many_owned(units) else { return Err(bundle) };
+            bundle.room = Some(room);
+        }
         slot.send(bundle);
         Ok(())
     }
 
     async fn send_later(&self, mut bundle: Bundle, units: u32) -> Result<(), OutletClosed> {
-        let room = Arc::clone(&self.room).acquire_many_owned(units).await;
-        bundle.room = Some(room.map_err(|_| OutletClosed::Detached)?);
+        if units > 0 {
+            let room = Arc::clone(&self.room).acquire_many_owned(units).await;
+            bundle.room = Some(room.map_err(|_| OutletClosed::Detached)?);
+        }
         self.queue.send(bundle).await.map_err(|_| OutletClosed::Detached)
     }
 
     /// A row keeps the whole segment that it lies in, so that is what counts.
-    /// A bundle over the whole room takes all of it.
+    /// A bundle over the whole room takes all of it. One without rows takes none: no
+    /// commit would give it back.
     fn units(&self, bundle: &Bundle) -> u32 {
+        if bundle.batches.is_empty() {
+            return 0;
+        }
         let mut bytes = 0;
         let mut last: Option<*const u8> = None;
         for batch in &bundle.batches {

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::metrics;
 use super::outlet::Outlet;
-use super::worker::{Frame, Steps, Work};
+use super::worker::{Frame, Steps, WORK_FRAMES_MAX, Work};
 use crate::batch::{Batch, Offset};
 use crate::stream::{Cursor, GapCause, Read, ReadError};
 
@@ -32,6 +32,8 @@ pub struct Reader {
     pub pipeline: Arc<str>,
     pub cursor: Box<dyn Cursor>,
     pub workers: Vec<mpsc::Sender<Work>>,
+    /// By worker: frames since it heard of one.
+    pub without: Vec<usize>,
     pub control: mpsc::Receiver<LaneControl>,
     /// Bytes read and not through the steps.
     pub room: Arc<Semaphore>,
@@ -101,8 +103,20 @@ impl Reader {
         for entry in &batch.entries {
             wanted[usize::from(entry.partition.0) % count] = true;
         }
+        let from = batch.base;
         let frame = Arc::new(Frame { batch, upto, _room: room });
-        for (worker, _) in self.workers.iter().zip(wanted).filter(|(_, wanted)| *wanted) {
+        // First the others: a worker that is full may wait for sinks to move past
+        // letters, which they do once each worker has come so far.
+        for (number, worker) in self.workers.iter().enumerate().filter(|(number, _)| !wanted[*number]) {
+            self.without[number] += 1;
+            if self.without[number] >= WORK_FRAMES_MAX
+                && worker.try_send(Work::Progress { upto: from }).is_ok()
+            {
+                self.without[number] = 0;
+            }
+        }
+        for (number, worker) in self.workers.iter().enumerate().filter(|(number, _)| wanted[*number]) {
+            self.without[number] = 0;
             worker.send(Work::Frame(Arc::clone(&frame))).await.map_err(|_| WorkerGone)?;
         }
         self.position.store(upto.0, Ordering::Release);

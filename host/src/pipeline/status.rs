@@ -14,6 +14,8 @@ pub struct PipelineStatus {
     pub name: String,
     pub stream: String,
     pub state: State,
+    /// Whether it holds because rejected messages wait for room in the dead letters.
+    pub wants_room: bool,
     /// Generation of the steps that run.
     pub chain: Option<u64>,
     /// Why the newest steps are not the ones that run.
@@ -57,6 +59,12 @@ impl PipelineStatus {
     pub fn is_ready(&self) -> bool {
         let fine = |state: &State| matches!(state, State::Running | State::Retrying(_));
         self.state == State::Running && self.sinks.iter().all(|sink| fine(&sink.state))
+    }
+
+    /// Messages of the stream that some sink has not committed.
+    pub fn lag_messages(&self) -> u64 {
+        let unread = self.end.0.saturating_sub(self.read.0);
+        self.sinks.iter().map(|sink| sink.lag_messages).fold(unread, u64::max)
     }
 }
 

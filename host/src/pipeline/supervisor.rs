@@ -12,6 +12,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use super::board::Board;
+use super::dead_letters::{KEYS_MAX, Waiting};
 use super::delivery::{Control, Event};
 use super::lane::{Lane, LaneEnded, LaneId};
 use super::metrics::SinkMetrics;
@@ -25,6 +26,7 @@ use crate::batch::Offset;
 use crate::hints::Hint;
 use crate::step::Chain;
 use crate::stream::Stream;
+use crate::units::ByteSize;
 
 /// A sink this close behind the first lane's reader moves over to it.
 const MERGE_DISTANCE_MESSAGES: u64 = 16_384;
@@ -270,8 +272,11 @@ impl Supervisor {
             self.shared.letters.check_all();
         }
         let id = self.lanes_made;
-        let (outlets, intakes): (Vec<_>, Vec<_>) =
-            sinks.iter().map(|sink| outlet(*sink, self.shared.config.sink_queue_bytes_max.0)).unzip();
+        let workers = steps.len() as u16;
+        let (outlets, intakes): (Vec<_>, Vec<_>) = sinks
+            .iter()
+            .map(|sink| outlet(*sink, self.shared.config.sink_queue_bytes_max.0, workers))
+            .unzip();
         let steps = (steps, chain.hold.is_some());
         let ends = self.lane_ends.0.clone();
         let lane = match Lane::start(id, &self.shared, &self.stream, from, steps, outlets, ends) {
@@ -362,7 +367,6 @@ impl Supervisor {
             self.free_held_workers(&active);
         }
         self.place_all();
-        self.forget_letters();
         self.measure();
         if self.window.elapsed() >= self.shared.config.lag_after.0 {
             self.split_laggards();
@@ -413,7 +417,8 @@ impl Supervisor {
             if !elsewhere || member.joining || !near || member.shared.state() != State::Running {
                 continue;
             }
-            let (outlet, intake) = outlet(sink, self.shared.config.sink_queue_bytes_max.0);
+            let config = &self.shared.config;
+            let (outlet, intake) = outlet(sink, config.sink_queue_bytes_max.0, config.worker_count());
             let attach =
                 LaneControl::Attach { outlet: outlet.clone(), starts_at: Arc::clone(&intake.starts_at) };
             // The delivery first: it ignores a lane that never starts to send.
@@ -478,16 +483,6 @@ impl Supervisor {
         self.shared.abort.cancel();
     }
 
-    /// Below each sink's own position: one that lags keeps no letters of the others.
-    fn forget_letters(&self) {
-        for (sink, member) in self.members.iter().enumerate() {
-            let committed = member.shared.committed.load(Ordering::Acquire);
-            if committed != u64::MAX {
-                self.shared.letters.forget_below(sink, Offset(committed));
-            }
-        }
-    }
-
     fn measure(&self) {
         let end = self.stream.bounds().end.0;
         for (sink, (member, gauges)) in self.members.iter().zip(&self.gauges).enumerate() {
@@ -511,11 +506,13 @@ impl Supervisor {
 
     fn show(&self) {
         let main = self.lanes.iter().find(|lane| Some(lane.id) == self.main);
-        let mut has_begun = false;
+        let state = self.state();
+        let wants_room =
+            matches!(&state, State::Holding(reason) if self.wants_room().as_ref() == Some(reason));
+        let mut before = State::Starting;
         self.board.shown.send_modify(|shown| {
-            let state = self.state();
-            has_begun = state == State::Running && shown.state != State::Running;
-            shown.state = state;
+            before = std::mem::replace(&mut shown.state, state.clone());
+            shown.wants_room = wants_room;
             shown.chain.clone_from(&self.active);
             shown.swap_refused.clone_from(&self.swap_refused);
             if let Some(lane) = main {
@@ -525,8 +522,13 @@ impl Supervisor {
                 *own = member.lane.is_some() && member.lane != self.main;
             }
         });
-        if has_begun {
-            tracing::info!(pipeline = %self.shared.name, "the pipeline runs");
+        match (&before, &state) {
+            (State::Running, State::Running) => {}
+            (_, State::Running) => tracing::info!(pipeline = %self.shared.name, "the pipeline runs"),
+            (State::Running, State::Holding(reason)) if wants_room => {
+                tracing::warn!(pipeline = %self.shared.name, "{reason}");
+            }
+            _ => {}
         }
     }
 
@@ -544,12 +546,33 @@ impl Supervisor {
             return State::Retrying(reason.clone());
         }
         if self.main.is_some() {
-            return State::Running;
+            return self.wants_room().map_or(State::Running, State::Holding);
         }
         if self.members.iter().all(|member| member.ended) {
             return State::Stopped("none of its sinks goes on".to_owned());
         }
         State::Starting
+    }
+
+    /// Why rejected messages wait for room in the dead letters. `None` also where each
+    /// sink that holds the room runs: it gives it back as it commits.
+    fn wants_room(&self) -> Option<String> {
+        let holders = match self.shared.letters.waiting()? {
+            Waiting::Sinks(holders) => holders,
+            Waiting::Log => {
+                return Some(
+                    "dead letters are full: look at them, then raise their retention or free disk space"
+                        .to_owned(),
+                );
+            }
+        };
+        let down = |sink: &&SinkNumber| self.members[**sink].shared.state() != State::Running;
+        let sink = &self.members[*holders.iter().find(down)?].name;
+        let share = ByteSize(self.shared.letters.share_bytes());
+        Some(format!(
+            "dead letters are full for this pipeline: sink \"{sink}\" does not run, and {KEYS_MAX} letters or {share} of them \
+             wait until it is past their messages; mend the sink, or raise dead_letters.max_bytes"
+        ))
     }
 
     /// Readers stop, what is in flight goes to the sinks, within bounds.
@@ -580,7 +603,6 @@ impl Supervisor {
             }
         }
         self.shared.abort.cancel();
-        self.forget_letters();
     }
 }
 

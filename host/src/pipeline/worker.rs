@@ -3,7 +3,8 @@
 //!
 //! Takes frames, runs the chain over each partition's messages, sorts what
 //! comes out by route, hands each sink its part. Blocks where a sink's queue
-//! is full: that is what pushes back to the reader.
+//! is full: that is what pushes back to the reader. Before it waits for room for
+//! dead letters, it hands out what it is done with: the sinks give that room back.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -127,16 +128,25 @@ pub struct Worker {
 pub struct Served {
     pub outlet: Outlet,
     /// All below was sent to it.
-    pub sent: Offset,
-    /// Of the frame at hand.
-    pub batches: Vec<Batch>,
-    /// Letters for its sink that the steps knew of, or wrote.
-    pub seen: Seen,
+    sent: Offset,
+    /// What is to be sent, of messages below [`Worker::done`].
+    done: Made,
+    /// Of messages above it.
+    at_hand: Made,
+}
+
+/// What the steps made for one sink.
+#[derive(Default)]
+struct Made {
+    batches: Vec<Batch>,
+    /// Letters for the sink that the steps knew of, or wrote.
+    seen: Seen,
 }
 
 impl Served {
-    pub fn new(outlet: Outlet, from: Offset) -> Self {
-        Self { outlet, sent: from, batches: Vec::new(), seen: Seen::default() }
+    pub fn new(outlet: Outlet, worker: u16, from: Offset) -> Self {
+        outlet.begin(worker, from);
+        Self { outlet, sent: from, done: Made::default(), at_hand: Made::default() }
     }
 }
 
@@ -154,7 +164,7 @@ impl Worker {
                 Work::Attach { outlet, from } => {
                     // One a sink: an earlier one, which it left, may be here still.
                     self.outlets.retain(|served| !served.outlet.detached());
-                    self.outlets.push(Served::new(outlet, from));
+                    self.outlets.push(Served::new(outlet, self.number, from));
                 }
             }
         }
@@ -167,42 +177,63 @@ impl Worker {
             self.done = frame.upto;
             return Ok(());
         }
+        let letters = self.letters;
+        let batch_max = self.shared.config.batch_messages_max.max(1) as usize;
         let mut parts: Vec<(Partition, Vec<Entry>)> = Vec::new();
         for entry in &frame.batch.entries {
             if entry.partition.0 % self.workers != self.number {
                 continue;
             }
-            match parts.iter_mut().find(|(partition, _)| *partition == entry.partition) {
-                Some((_, entries)) => entries.push(*entry),
+            let part = match parts.iter().position(|(partition, _)| *partition == entry.partition) {
+                Some(part) => part,
                 None => {
-                    let mut entries = Vec::with_capacity(frame.batch.len().min(ENTRIES_AT_ONCE));
-                    entries.push(*entry);
+                    let entries = Vec::with_capacity(frame.batch.len().min(ENTRIES_AT_ONCE));
                     parts.push((entry.partition, entries));
+                    parts.len() - 1
                 }
+            };
+            let entries = &mut parts[part].1;
+            entries.push(*entry);
+            // All partitions come to the same offset, which they can be done with.
+            if entries.len() == batch_max {
+                self.run_parts(&mut parts, &frame.batch)?;
+                self.done_below(Offset(frame.batch.offset(entry).0 + 1));
             }
         }
-        let batch_max = self.shared.config.batch_messages_max.max(1) as usize;
-        for (partition, mut rest) in parts {
-            while !rest.is_empty() {
-                let later = if rest.len() > batch_max { rest.split_off(batch_max) } else { Vec::new() };
-                let entries = std::mem::replace(&mut rest, later);
-                let batch = Batch {
-                    base: frame.batch.base,
-                    now_us: frame.batch.now_us,
-                    segments: frame.batch.segments.clone(),
-                    exclusive: frame.batch.exclusive && entries.len() == frame.batch.len(),
-                    entries: entries.into(),
-                };
-                // Once, however many lanes and runs a message has.
-                self.counts = self.count(&batch, partition);
-                for readers in self.readers(&batch) {
-                    self.run_for(readers, batch.clone(), partition)?;
-                    self.counts = false;
-                }
+        self.run_parts(&mut parts, &frame.batch)?;
+        self.done_below(frame.upto);
+        // Letters give their room back once the sinks are past them.
+        self.hand_out(self.letters > letters)
+    }
+
+    /// Runs the messages of each partition, and leaves its list empty.
+    fn run_parts(&mut self, parts: &mut [(Partition, Vec<Entry>)], frame: &Batch) -> Result<(), Ended> {
+        for (partition, entries) in parts.iter_mut().filter(|(_, entries)| !entries.is_empty()) {
+            let entries = std::mem::take(entries);
+            let batch = Batch {
+                base: frame.base,
+                now_us: frame.now_us,
+                segments: frame.segments.clone(),
+                exclusive: frame.exclusive && entries.len() == frame.len(),
+                entries: entries.into(),
+            };
+            // Once, however many lanes and runs a message has.
+            self.counts = self.count(&batch, *partition);
+            for readers in self.readers(&batch) {
+                self.run_for(readers, batch.clone(), *partition)?;
+                self.counts = false;
             }
         }
-        self.done = frame.upto;
-        self.hand_out(false)
+        Ok(())
+    }
+
+    /// What was made of messages below `upto` can be handed out.
+    fn done_below(&mut self, upto: Offset) {
+        self.done = upto;
+        for served in &mut self.outlets {
+            served.done.batches.append(&mut served.at_hand.batches);
+            served.done.seen.add_all(std::mem::take(&mut served.at_hand.seen));
+        }
     }
 
     /// Counts messages of a partition that no lane ran before.
@@ -256,7 +287,7 @@ impl Worker {
         self.route(batch, partition, &mut readers)?;
         for reader in readers {
             if let Some(served) = self.outlets.iter_mut().find(|served| served.outlet.sink == reader.sink) {
-                served.seen.add_all(reader.seen);
+                served.at_hand.seen.add_all(reader.seen);
             }
         }
         Ok(())
@@ -264,29 +295,33 @@ impl Worker {
 
     fn chain(&mut self, batch: Batch, partition: Partition, readers: &mut [Reader]) -> Result<Batch, Ended> {
         let shared = Arc::clone(&self.shared);
-        let context = Context { generation: self.steps.generation, stop: &self.stop, counts: self.counts };
         let mut batch = match readers.first() {
             Some(reader) => without_whole(batch, &reader.seen),
             None => batch,
         };
-        for Timed { step, duration, patience } in &mut self.steps.steps {
+        for place in 0..self.steps.steps.len() {
+            let context =
+                Context { generation: self.steps.generation, stop: &self.stop, counts: self.counts };
+            let Timed { step, duration, patience } = &mut self.steps.steps[place];
+            let name = Arc::clone(&step.id().step);
+            let indexes;
+            (batch, indexes) = without_letters(batch, &name, readers);
             if batch.is_empty() {
                 break;
             }
             let begun = Instant::now();
-            let ran = run_step(
-                step.as_mut(),
-                batch,
-                partition,
-                readers,
-                &shared,
-                &self.runtime,
-                &context,
-                patience,
-            )?;
+            let outcome =
+                run_step(step.as_mut(), &batch, partition, &shared, &self.runtime, &context, patience)?;
             duration.record(begun.elapsed());
-            self.letters = self.letters.max(ran.letters);
-            batch = ran.passed;
+            if !outcome.refused.is_empty() {
+                let rejected =
+                    outcome.refused.iter().map(|refused| (refused.kind.as_str(), &*refused.reason));
+                let show = shared.failures.hint(Hint::DeadLettersSummary(Letters::OfPipeline(&shared.name)));
+                shared.failures.report_rejected(&format!("{}/{name}", shared.name), rejected, &show);
+                let batch = Stripped { batch: &batch, indexes, partition };
+                self.refuse(&batch.refusals(&name, &outcome.refused), readers)?;
+            }
+            batch = outcome.passed;
         }
         Ok(batch)
     }
@@ -301,25 +336,55 @@ impl Worker {
         let sorted = shared.routes.sort(batch);
         if !sorted.unknown.is_empty() {
             let batch = Stripped { batch: &sorted.batch, indexes, partition };
-            let refused = refuse_unknown(&batch, &sorted.unknown, readers, &shared, &self.runtime)?;
-            self.letters = self.letters.max(refused);
+            let refused = unknown_routes(&shared.routes, &sorted.batch, &sorted.unknown);
+            let rejected = refused.iter().map(|refused| ("unknown route", &*refused.reason));
+            let show = shared.failures.hint(Hint::DeadLettersSummary(Letters::OfPipeline(&shared.name)));
+            shared.failures.report_rejected(&shared.name, rejected, &show);
+            self.refuse(&batch.refusals(super::ROUTES_STEP, &refused), readers)?;
         }
         for reader in readers {
             if let Some(served) = self.outlets.iter_mut().find(|served| served.outlet.sink == reader.sink)
                 && let Some(batch) = sorted.for_sink(reader.sink)
             {
-                served.batches.push(batch);
+                served.at_hand.batches.push(batch);
             }
         }
         Ok(())
     }
 
+    /// Appends messages that a step rejected, or that found no route, to dead letters.
+    fn refuse(&mut self, refusals: &[Refusal<'_>], readers: &mut [Reader]) -> Result<(), Ended> {
+        let shared = Arc::clone(&self.shared);
+        shared.metrics.refused.increment(refusals.len() as u64);
+        let now = Some(tokio::time::Instant::now());
+        let at_once = self.runtime.block_on(shared.letters.refuse_until(now, refusals, readers))?;
+        self.letters = self.letters.max(at_once.ticket);
+        let rest = &refusals[at_once.done..];
+        if rest.is_empty() {
+            return Ok(());
+        }
+        // Only sinks that have all that lies before can give room back.
+        self.send(true, true)?;
+        let refused = self.runtime.block_on(async {
+            tokio::select! {
+                refused = shared.letters.refuse(rest, readers) => Ok(refused?),
+                () = shared.abort.cancelled() => Err(Ended::Aborted),
+            }
+        })?;
+        self.letters = self.letters.max(refused.ticket);
+        Ok(())
+    }
+
     /// Sends each sink what is there for it; with `progress` also where nothing is.
     fn hand_out(&mut self, progress: bool) -> Result<(), Ended> {
+        self.send(progress, false)
+    }
+
+    fn send(&mut self, progress: bool, urgent: bool) -> Result<(), Ended> {
         let mut lost = false;
         for served in &mut self.outlets {
-            if served.batches.is_empty() && !(progress && served.sent < self.done) {
-                served.seen = Seen::default();
+            let made = std::mem::take(&mut served.done);
+            if made.batches.is_empty() && !(progress && served.sent < self.done) {
                 continue;
             }
             let bundle = Bundle {
@@ -327,9 +392,10 @@ impl Worker {
                 workers: self.workers,
                 from: served.sent,
                 upto: self.done,
-                batches: std::mem::take(&mut served.batches),
-                seen: std::mem::take(&mut served.seen),
+                batches: made.batches,
+                seen: made.seen,
                 letters: self.letters,
+                urgent,
                 room: None,
             };
             served.sent = self.done;
@@ -344,11 +410,6 @@ impl Worker {
         }
         Ok(())
     }
-}
-
-struct Ran {
-    passed: Batch,
-    letters: Ticket,
 }
 
 /// What the run of a step belongs to.
@@ -381,23 +442,16 @@ impl Context<'_> {
 
 /// Runs one step, again where it asks for it, as often as `retries.max` lets it
 /// and, where others wait that do not concern the step, as long as `patience` lets
-/// it. What it refuses is appended to dead letters.
-#[allow(clippy::too_many_arguments)]
+/// it.
 fn run_step(
     step: &mut dyn Step,
-    batch: Batch,
+    batch: &Batch,
     partition: Partition,
-    readers: &mut [Reader],
     shared: &Shared,
     runtime: &Handle,
     context: &Context<'_>,
     patience: &mut Patience,
-) -> Result<Ran, Ended> {
-    let name = Arc::clone(&step.id().step);
-    let (batch, indexes) = without_letters(batch, &name, readers);
-    if batch.is_empty() {
-        return Ok(Ran { passed: batch, letters: Ticket::default() });
-    }
+) -> Result<Outcome, Ended> {
     let retries = &shared.config.retries;
     let backoff = Backoff { min: retries.backoff_min, max: retries.backoff_max };
     let mut attempt = Attempt { number: 1, is_last: retries.max == 0 };
@@ -411,10 +465,10 @@ fn run_step(
         if attempt.is_last {
             // Against the contract of a step; whatever it is, the batch must not come for ever.
             let reason = format!("asked for a retry {} times, the last time: {reason}", attempt.number);
-            break refuse_all(&batch, RefusedKind::Retries, &reason);
+            break refuse_all(batch, RefusedKind::Retries, &reason);
         }
-        let show = shared.failures.hint(Hint::Status);
-        shared.failures.report(&format!("{}/{name}: retry", shared.name), 1, reason, &show);
+        let kind = format!("{}/{}: retry", shared.name, step.id().step);
+        shared.failures.report(&kind, 1, reason, &shared.failures.hint(Hint::Status));
         let wait = backoff.delay(attempt.number - 1);
         let bound = if step.sees_all() { wait } else { patience.left(Instant::now()) };
         let aborted = runtime.block_on(async {
@@ -431,17 +485,7 @@ fn run_step(
         shared.metrics.dropped.increment(outcome.dropped);
     }
     outcome.refused.retain(|refused| (refused.index as usize) < batch.len());
-    if outcome.refused.is_empty() {
-        return Ok(Ran { passed: outcome.passed, letters: Ticket::default() });
-    }
-    shared.metrics.refused.increment(outcome.refused.len() as u64);
-    let show = shared.failures.hint(Hint::DeadLettersSummary(Letters::OfPipeline(&shared.name)));
-    let rejected = outcome.refused.iter().map(|refused| (refused.kind.as_str(), &*refused.reason));
-    shared.failures.report_rejected(&format!("{}/{name}", shared.name), rejected, &show);
-    let batch = Stripped { batch: &batch, indexes, partition };
-    let refusals = batch.refusals(&name, &outcome.refused);
-    let letters = appended(&refusals, readers, shared, runtime)?;
-    Ok(Ran { passed: outcome.passed, letters })
+    Ok(outcome)
 }
 
 /// Without the messages that are in letters for the sinks at hand, all of them:
@@ -519,34 +563,4 @@ pub(super) fn unknown_routes(routes: &Routes, batch: &Batch, unknown: &[usize]) 
         reason: routes.unknown_reason(batch.message(*i).route()),
     };
     unknown.iter().map(one).collect()
-}
-
-fn refuse_unknown(
-    batch: &Stripped<'_>,
-    unknown: &[usize],
-    readers: &mut [Reader],
-    shared: &Shared,
-    runtime: &Handle,
-) -> Result<Ticket, Ended> {
-    let refused = unknown_routes(&shared.routes, batch.batch, unknown);
-    let refusals = batch.refusals(super::ROUTES_STEP, &refused);
-    shared.metrics.refused.increment(refusals.len() as u64);
-    let show = shared.failures.hint(Hint::DeadLettersSummary(Letters::OfPipeline(&shared.name)));
-    let rejected = refused.iter().map(|refused| ("unknown route", &*refused.reason));
-    shared.failures.report_rejected(&shared.name, rejected, &show);
-    appended(&refusals, readers, shared, runtime)
-}
-
-fn appended(
-    refusals: &[Refusal<'_>],
-    readers: &mut [Reader],
-    shared: &Shared,
-    runtime: &Handle,
-) -> Result<Ticket, Ended> {
-    runtime.block_on(async {
-        tokio::select! {
-            refused = shared.letters.refuse(refusals, readers) => Ok(refused?.ticket),
-            () = shared.abort.cancelled() => Err(Ended::Aborted),
-        }
-    })
 }

@@ -365,6 +365,7 @@ impl Writer {
         self.metrics.ignored.increment(written.ignored);
         self.refusals.note_written(written);
         self.moved(advance);
+        self.letters.committed(self.number);
         Ok(())
     }
 

@@ -58,6 +58,7 @@ struct State {
     rows: Vec<MemoryRow>,
     claims: HashMap<Key, Claimed>,
     refuse: Option<Refuse>,
+    down: Option<String>,
     open_faults: VecDeque<Fault>,
     commit_faults: VecDeque<Fault>,
     opens: usize,
@@ -122,6 +123,11 @@ impl MemoryDatabase {
     /// The next calls of `commit` fail so, one each, then it works again.
     pub fn fail_commits(&self, faults: impl IntoIterator<Item = Fault>) {
         self.lock().commit_faults.extend(faults);
+    }
+
+    /// Calls fail for this reason until it is `None`.
+    pub fn set_down(&self, reason: Option<&str>) {
+        self.lock().down = reason.map(str::to_owned);
     }
 
     /// Calls wait until [`MemoryDatabase::unblock`].
@@ -198,6 +204,9 @@ impl Sink for MemorySink {
         self.uncommitted = None;
         let mut state = self.database.lock();
         state.opens += 1;
+        if let Some(reason) = &state.down {
+            return Err(Error::Retry(reason.clone()));
+        }
         if let Some(fault) = state.open_faults.pop_front() {
             return Err(fault.into_error());
         }
@@ -238,6 +247,9 @@ impl Sink for MemorySink {
         self.uncommitted = None;
         let mut state = self.database.lock();
         state.commits += 1;
+        if let Some(reason) = &state.down {
+            return Err(Error::Retry(reason.clone()));
+        }
         let fault = state.commit_faults.pop_front();
         match fault {
             None | Some(Fault::UnknownWritten) => {}

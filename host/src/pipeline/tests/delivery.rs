@@ -7,7 +7,7 @@ use crate::batch::Offset;
 use crate::pipeline::{Retries, State};
 use crate::sinks::memory::Fault;
 use crate::stream::OnLag;
-use crate::units::Period;
+use crate::units::{ByteSize, Period};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn messages_of_a_device_become_rows_in_order() {
@@ -393,5 +393,25 @@ async fn a_commit_without_rows_that_the_database_refuses_is_tried_again_and_reje
     process.drained().await;
     assert!(world.database("w").commits() > before + 4);
     assert!(world.letters().await.is_empty());
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_that_a_sink_has_already_hold_no_room_in_its_queue() {
+    let mut world = World::new(2, &[("default", "w")]);
+    // Each bundle takes the whole queue.
+    world.config.sink_queue_bytes_max = ByteSize(1 << 10);
+    world.config.progress_every = Period(Duration::from_secs(3_600));
+    let process = world.start(chain(1, &[])).await;
+    // One device: the position of the other partition stays behind.
+    world.publish_many(1, 0, 500);
+    world.database("w").rows_at_least(500).await;
+    process.handle.crash();
+    process.handle.join().await;
+    world.config.progress_every = Period(Duration::from_millis(5));
+    let process = world.start(chain(1, &[])).await;
+    world.publish_many(1, 500, 500);
+    process.drained().await;
+    assert_eq!(sorted(world.payloads("w")), published(1, 1_000));
     process.stop().await;
 }

@@ -2,7 +2,7 @@
 
 use super::harness::{Act, Process, World, chain, number, published, sorted, step, text};
 use crate::batch::Offset;
-use crate::pipeline::{Filter, Letter};
+use crate::pipeline::{Filter, Letter, State};
 use crate::properties::{self, Origin};
 use crate::step::Chain;
 use crate::stream::{NewMessage, Read};
@@ -183,5 +183,100 @@ async fn a_letter_for_sinks_that_are_gone_is_kept_and_not_marked() {
     process.until("running", |status| status.chain.is_some()).await;
     assert_eq!(process.handle.redrive(&Filter::default()).await.unwrap(), Default::default());
     assert_eq!(world.open_letters("slow").await.len(), 10);
+    process.stop().await;
+}
+
+/// Everything that was published is a row of `w`, or has a letter for it, once.
+async fn each_is_a_row_or_a_letter(world: &World, devices: u64, count: u64) {
+    let letters = world.open_letters("w").await.into_iter().map(|(payload, _)| payload).collect();
+    assert_eq!(sorted([world.payloads("w"), letters].concat()), published(devices, count));
+}
+
+/// A pipeline whose letters may take about a dozen of them.
+fn with_a_small_share(partitions: u16, sinks: &str) -> World {
+    let mut world = World::new(partitions, &[("default", sinks)]);
+    world.config.batch_messages_max = 16;
+    world.dead_letters_bytes_max = 2_000;
+    world
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pipeline_that_rejects_more_than_its_share_holds_goes_on() {
+    for (partitions, sinks, devices, frame) in
+        [(1, "w", 1, 10), (1, "w", 1, 500), (4, "w", 1, 500), (4, "w x", 10, 500)]
+    {
+        let world = with_a_small_share(partitions, sinks);
+        let process = world.start(chain(1, &[step("check", |_, _| Act::Refuse("no".to_owned()))])).await;
+        let messages: Vec<_> = (0..1_000).map(|n| (format!("d{}", n % devices), n)).collect();
+        for frame in messages.chunks(frame) {
+            world.publish(&frame.iter().map(|(device, n)| (device.as_str(), *n)).collect::<Vec<_>>());
+        }
+        process.drained().await;
+        assert_eq!(
+            world.letters().await.len(),
+            1_000,
+            "{partitions} partitions, {devices} devices, frames of {frame}"
+        );
+        process.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sink_that_rejects_rows_goes_on_where_the_letters_of_steps_take_their_share() {
+    let world = with_a_small_share(4, "w");
+    world.database("w").refuse(|message| (number(&text(message)) % 3 == 0).then(|| "no column".to_owned()));
+    let half = step("check", |message, _| match number(&text(message)) % 2 {
+        0 => Act::Refuse("even".to_owned()),
+        _ => Act::Pass,
+    });
+    let process = world.start(chain(1, &[half])).await;
+    world.publish_many(10, 0, 1_000);
+    process.drained().await;
+    assert_eq!(world.payloads("w").len(), 333);
+    each_is_a_row_or_a_letter(&world, 10, 1_000).await;
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pipeline_with_a_full_share_holds_for_its_sink_and_other_steps_go_on_after_a_restart() {
+    let world = with_a_small_share(4, "w");
+    let odd_or_even = |generation, rejected| {
+        let check = step("check", move |message, _| match number(&text(message)) % 2 == rejected {
+            true => Act::Refuse("no".to_owned()),
+            false => Act::Pass,
+        });
+        chain(generation, &[check])
+    };
+    let process = world.start(odd_or_even(1, 0)).await;
+    world.publish_many(10, 0, 10);
+    process.drained().await;
+    world.database("w").set_down(Some("connection refused"));
+    world.publish_many(10, 10, 990);
+    let status = process.until("holds", |status| matches!(status.state, State::Holding(_))).await;
+    assert!(status.wants_room && status.lag_messages() == 990, "{status:?}");
+    let State::Holding(reason) = status.state else { unreachable!("it holds") };
+    assert!(reason.contains("sink \"w\" does not run"), "{reason}");
+    process.handle.crash();
+    process.handle.join().await;
+    world.database("w").set_down(None);
+    let process = world.start(odd_or_even(1, 1)).await;
+    process.drained().await;
+    each_is_a_row_or_a_letter(&world, 10, 1_000).await;
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_share_gives_room_as_soon_as_the_sink_is_back() {
+    let world = with_a_small_share(4, "w");
+    let process = world.start(check(1, false)).await;
+    process.drained().await;
+    world.database("w").set_down(Some("connection refused"));
+    swap(&process, chain(2, &[step("check", |_, _| Act::Refuse("no".to_owned()))])).await;
+    world.publish_many(10, 0, 1_000);
+    process.until("holds", |status| status.wants_room).await;
+    world.database("w").set_down(None);
+    process.drained().await;
+    process.until("runs", |status| status.state == State::Running).await;
+    assert_eq!(world.letters().await.len(), 1_000);
     process.stop().await;
 }
