@@ -35,6 +35,9 @@ use crate::stream::{self, AppendError, Read, ReadError, StateChange, Stream, Tic
 
 /// Runs of one message that asks for a retry.
 const ATTEMPTS_MAX: u32 = 3;
+/// Messages refused again before the sink's position moves past them, so that what
+/// is remembered of them is forgotten.
+const REFUSED_AT_ONCE: u64 = 1_000;
 /// Marks removed in one append.
 const MARKS_MAX: usize = 4_096;
 /// Letters of one `ids` filter and of a listing.
@@ -73,6 +76,11 @@ pub enum RedriveError {
     Step(String, String),
     #[error("{0}")]
     Held(String),
+    #[error(
+        "the dead letters have no room, which a redrive needs: free disk space, or raise \
+         dead_letters.max_bytes; what has been taken is pending"
+    )]
+    NoRoom,
     #[error("the host stops")]
     Stopping,
 }
@@ -180,9 +188,6 @@ pub async fn run(
     let (changes, ended) = letters.again().map(|again| again.ended(&reached)).unwrap_or_default();
     set_marks(dead_letters, &changes).await?;
     summary.letters = ended;
-    if summary.failed.is_empty() {
-        letters.release();
-    }
     Ok(summary)
 }
 
@@ -262,7 +267,8 @@ async fn copy_wanted(
             last = loop {
                 match dead_letters.append(&[copy], &[mark]) {
                     Ok(appended) => break appended.ticket,
-                    Err(AppendError::Full | AppendError::NoSpace) => dead_letters.writable().await,
+                    Err(AppendError::Full) => dead_letters.writable().await,
+                    Err(AppendError::NoSpace) => return Err(RedriveError::NoRoom),
                     Err(error) => return Err(DeadLettersError::from(error).into()),
                 }
             };
@@ -315,6 +321,7 @@ async fn deliver_with(
     let end = dead_letters.bounds().end;
     let from = writer.positions.iter().copied().min().unwrap_or_default();
     let mut cursor = dead_letters.cursor(from);
+    let mut refused_since = 0;
     while cursor.position() < end
         && let Some(read) = cursor.try_next().await?
     {
@@ -360,6 +367,7 @@ async fn deliver_with(
                         through(original(&batch, i), step, steps, shared, &writer.letters, &mut reader)
                             .await?;
                     summary.refused += refused;
+                    refused_since += refused;
                     sorted.and_then(|sorted| sorted.for_sink(writer.number))
                 }
             };
@@ -383,14 +391,17 @@ async fn deliver_with(
         if let Err(error) = writer.letters.durable(writer.letters.ticket()).await {
             return Ok(Err(Failed::Stop(error.to_string())));
         }
-        if rows.is_empty() && cursor.position() < end {
+        if rows.is_empty() && refused_since < REFUSED_AT_ONCE && cursor.position() < end {
             continue;
         }
+        refused_since = 0;
         if let Err(failed) = writer.write(&mut rows, &upto).await {
             summary.sent += count - rows.len() as u64 - (writer.refused - refused);
             return Ok(Err(failed));
         }
         summary.sent += count - (writer.refused - refused);
+        let lowest = writer.positions.iter().copied().min().unwrap_or_default();
+        writer.letters.forget_below(writer.number, lowest);
     }
     Ok(Ok(()))
 }
@@ -505,7 +516,8 @@ async fn refuse(
     let partition = batch.entries.first().map(|entry| entry.partition).unwrap_or_default();
     let batch = Stripped { batch, indexes, partition };
     let refusals = batch.refusals(step, refused);
-    Ok(letters.refuse(&refusals, std::slice::from_mut(reader)).await?.letters)
+    let refused = letters.refuse(&refusals, std::slice::from_mut(reader)).await?;
+    if refused.done < refusals.len() { Err(RedriveError::NoRoom) } else { Ok(refused.letters) }
 }
 
 async fn instances(chain: &Chain) -> Result<Vec<Box<dyn Step>>, RedriveError> {

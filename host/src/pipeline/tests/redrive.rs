@@ -5,9 +5,11 @@ use std::time::Duration;
 use super::harness::{Act, World, chain, published, sorted, step, text};
 use crate::batch::Offset;
 use crate::pipeline::again::is_pending;
-use crate::pipeline::{Ended, Filter, list_open};
+use crate::pipeline::dead_letters::KEYS_MAX;
+use crate::pipeline::{Ended, Filter, RedriveError, list_open};
 use crate::sinks::Begin;
 use crate::sinks::memory::Fault;
+use crate::stream::OnLag;
 use crate::units::Period;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -323,5 +325,76 @@ async fn a_letter_that_was_sent_is_not_sent_again_where_the_positions_are_gone()
     process.drained().await;
     assert_eq!(process.handle.redrive(&Filter::default()).await.unwrap().sent, 0);
     assert_eq!(sorted(world.payloads("w")), published(1, 10));
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redrive_holds_no_letters_back_whether_it_ends_or_fails() {
+    let world = World::new(1, &[("default", "w")]);
+    world.database("w").refuse(|_| Some("no column".to_owned()));
+    let process = world.start(chain(1, &[])).await;
+    world.publish_many(2, 0, 10);
+    process.drained().await;
+    // What a version left whose redrives held them back.
+    drop(world.dead.attach("p/dead-letters/dead-letters", crate::batch::Offset(0), OnLag::Block));
+    world.database("w").set_down(Some("connection refused"));
+    let summary = process.handle.redrive(&Filter::default()).await.unwrap();
+    assert_eq!((summary.failed.len(), summary.letters.pending), (1, 10));
+    assert!(world.dead_memory.marks().values().all(|(_, on_lag)| *on_lag == OnLag::Detach));
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redrive_that_finds_no_room_gives_the_sink_back_and_the_next_one_goes_on() {
+    let world = World::new(1, &[("default", "w")]);
+    let mends = Arc::new(AtomicBool::new(false));
+    let is_mended = Arc::clone(&mends);
+    let check = step("check", move |_, _| match is_mended.load(Ordering::Acquire) {
+        true => Act::Pass,
+        false => Act::Refuse("no".to_owned()),
+    });
+    // It refuses what `check` lets through, which makes new letters, where there is no room.
+    let (full, dead) = (Arc::new(AtomicBool::new(true)), Arc::clone(&world.dead_memory));
+    let is_full = Arc::clone(&full);
+    let fill = step("fill", move |_, _| {
+        dead.set_no_space(is_full.load(Ordering::Acquire));
+        if is_full.load(Ordering::Acquire) { Act::Refuse("full".to_owned()) } else { Act::Pass }
+    });
+    let process = world.start(chain(1, &[check, fill])).await;
+    world.publish_many(2, 0, 10);
+    process.drained().await;
+    mends.store(true, Ordering::Release);
+    let summary = process.handle.redrive(&Filter::default()).await.unwrap();
+    assert!(summary.failed[0].contains("have no room"), "{summary:?}");
+    assert!(matches!(process.handle.redrive(&Filter::default()).await, Ok(_) | Err(RedriveError::NoRoom)));
+    world.dead_memory.set_no_space(false);
+    full.store(false, Ordering::Release);
+    // The sink is back with its pipeline.
+    world.publish_many(2, 10, 10);
+    process.drained().await;
+    process.handle.redrive(&Filter::default()).await.unwrap();
+    assert_eq!(sorted(world.payloads("w")), published(2, 20));
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redrive_of_more_letters_than_are_remembered_ends() {
+    let world = World::new(1, &[("default", "w")]);
+    let by = Arc::new(AtomicBool::new(true));
+    let check = |name, by: &Arc<AtomicBool>, when| {
+        let by = Arc::clone(by);
+        step(name, move |_, _| match by.load(Ordering::Acquire) == when {
+            true => Act::Refuse("no".to_owned()),
+            false => Act::Pass,
+        })
+    };
+    let process = world.start(chain(1, &[check("first", &by, true), check("second", &by, false)])).await;
+    let count = 2 * KEYS_MAX as u64;
+    world.publish_many(2, 0, count);
+    process.drained().await;
+    by.store(false, Ordering::Release);
+    let summary = process.handle.redrive(&Filter::default()).await.unwrap();
+    assert_eq!((summary.refused, summary.letters.sent, summary.failed), (count, count, Vec::new()));
+    assert_eq!(world.open_letters("w").await.len() as u64, count);
     process.stop().await;
 }
