@@ -353,10 +353,11 @@ impl Host {
             for sink in &status.sinks {
                 let key = (status.name.clone(), sink.name.clone());
                 let known = lock(&self.watch.oldest).get(&key).map(|(offset, _)| *offset);
-                let Some(next) = sink.committed.filter(|_| sink.lag_messages > 0) else {
+                let next = sink.next;
+                if sink.lag_messages == 0 {
                     lock(&self.watch.oldest).remove(&key);
                     continue;
-                };
+                }
                 if known == Some(next) {
                     continue;
                 }

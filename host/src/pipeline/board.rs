@@ -59,11 +59,13 @@ impl Board {
         let sink = |(shared, own_lane): (&Arc<SinkShared>, &bool)| {
             let committed = shared.committed.load(Ordering::Acquire);
             let committed = (committed != u64::MAX).then_some(Offset(committed));
+            let next = shared.next().max(kept.start);
             SinkStatus {
                 name: shared.name.clone(),
                 state: shared.state(),
                 committed,
-                lag_messages: end.0.saturating_sub(committed.unwrap_or(kept.start).0),
+                next,
+                lag_messages: end.0.saturating_sub(next.0),
                 since: shared.since(),
                 last_commit: shared.last_commit(),
                 own_lane: *own_lane,

@@ -17,7 +17,6 @@ use super::routes::SinkNumber;
 use super::status::{SinkShared, State};
 use super::writer::{Failed, Writer};
 use crate::batch::Offset;
-use crate::hints::Hint;
 use crate::sinks::{Rows, Sink};
 use crate::stream::{Attachment, OnLag, Stream, Ticket};
 
@@ -44,7 +43,14 @@ pub enum Control {
 /// A redrive borrows the sink; the delivery waits for it.
 pub struct Lend {
     pub give: oneshot::Sender<Box<dyn Sink>>,
-    pub back: oneshot::Receiver<Box<dyn Sink>>,
+    pub back: oneshot::Receiver<Returned>,
+}
+
+/// A sink that was lent.
+pub struct Returned {
+    pub sink: Box<dyn Sink>,
+    /// Rows were written with it.
+    pub has_written: bool,
 }
 
 pub struct Delivery {
@@ -310,6 +316,7 @@ impl Delivery {
         // Before any position covers what was refused: see `delivery-order.md`.
         self.writer.letters.durable(gathered.letters).await.map_err(stopped)?;
         let mut attempt = 0;
+        let written = self.writer.written;
         loop {
             let write = self.writer.write(&mut gathered.rows, &self.received);
             let failed = tokio::select! {
@@ -317,11 +324,11 @@ impl Delivery {
                 () = self.abort.cancelled() => return Err(Leave::Aborted),
             };
             let Err(failed) = failed else {
-                self.shared.committed();
+                self.shared.committed(self.writer.written > written);
                 self.publish();
                 return Ok(());
             };
-            self.shared.commit_failed();
+            self.shared.commit_failed(matches!(failed, Failed::Later { kind: "refusals", .. }));
             self.publish();
             self.back_off(failed, attempt).await?;
             attempt += 1;
@@ -393,10 +400,7 @@ impl Delivery {
     /// Says why, then waits; `Err` where waiting is over for another reason.
     async fn back_off(&mut self, failed: Failed, attempt: u32) -> Result<(), Leave> {
         let Failed::Later { kind, reason } = failed else { return Err(failed.into()) };
-        let sink = &self.writer.claim.sink;
-        let say = format!("sink \"{sink}\" of pipeline \"{}\": {kind}", self.writer.claim.pipeline);
-        self.writer.failures.report(&say, 1, &reason, &self.writer.failures.hint(Hint::Status));
-        self.shared.set(State::Retrying(reason));
+        self.shared.failed(kind, reason);
         let slow = matches!(kind, "setup" | "refusals");
         let wait = if slow { self.backoff.max.0 } else { self.backoff.delay(attempt) };
         let until = Instant::now() + wait;
@@ -450,7 +454,12 @@ impl Delivery {
         }
         tokio::select! {
             back = lend.back => match back {
-                Ok(sink) => self.writer.sink = Some(sink),
+                Ok(returned) => {
+                    self.writer.sink = Some(returned.sink);
+                    if returned.has_written {
+                        self.shared.has_written();
+                    }
+                }
                 Err(_) => {
                     let sink = &self.writer.claim.sink;
                     return Err(Leave::Stop(format!("sink \"{sink}\" was lost in a redrive: restart")));

@@ -13,7 +13,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
@@ -23,7 +23,7 @@ use crate::hints::Hint;
 use crate::sinks::{Begin, Epoch, Name, Sink};
 use crate::step::Chain;
 use crate::stream::{OnLag, Stream};
-use crate::telemetry::Failures;
+use crate::telemetry::{Failures, alike};
 
 mod again;
 mod answering;
@@ -172,7 +172,7 @@ impl Redriver {
     fn say_not_resumed(&self, reason: &str) {
         let kind = format!("pipeline \"{}\": the redrive of dead letters does not go on", self.shared.name);
         let show = self.shared.failures.hint(Hint::DeadLettersList);
-        self.shared.failures.report(&kind, 1, reason, &show);
+        self.shared.failures.report_by(&kind, &alike(reason), 1, reason, &show);
     }
 }
 
@@ -253,10 +253,13 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
     let mut members = Vec::new();
     for (number, part) in sinks.into_iter().enumerate() {
         let (control, controls) = mpsc::channel(CONTROLS_MAX);
-        let member = Member::new(part.name.clone(), control);
+        let sink_shared = Arc::new(SinkShared::new(name, &part.name, shared.failures.clone()));
+        let attachment = stream.attach(&format!("{name}/{}", part.name), stream.bounds().start, part.on_lag);
+        sink_shared.remembered.store(attachment.remembered().0, Ordering::Release);
+        let member = Member::new(part.name.clone(), control, sink_shared);
         let delivery = Delivery {
             number,
-            attachment: stream.attach(&format!("{name}/{}", part.name), stream.bounds().start, part.on_lag),
+            attachment,
             writer: Writer {
                 sink: Some(Box::new(Answering { sink: part.sink, shared: Arc::clone(&member.shared) })),
                 number,
@@ -272,6 +275,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
                 positions: Vec::new(),
                 lineages: Vec::new(),
                 openings: Vec::new(),
+                written: 0,
                 refused: 0,
             },
             stream: Arc::clone(&stream),

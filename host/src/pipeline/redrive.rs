@@ -20,7 +20,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::again::{Again, Ended, KeyValue, MARK_PREFIX, Mark, mark_key, marks};
 use super::dead_letters::{DeadLetters, Error as DeadLettersError, Source, new_message};
-use super::delivery::{Control, Lend};
+use super::delivery::{Control, Lend, Returned};
 use super::known::{Reader, index_within_offset};
 use super::letter::{self, Letter};
 use super::metrics::SinkMetrics;
@@ -167,12 +167,13 @@ pub async fn run(
             positions: Vec::new(),
             lineages: Vec::new(),
             openings: Vec::new(),
+            written: 0,
             refused: 0,
         };
         let (sink_back, result) =
             deliver(&mut writer, lender, borrowed.sink, &mut steps, shared, dead_letters, &mut summary).await;
         // Given back whatever happened: the delivery opens its own claim again.
-        drop(borrowed.back.send(sink_back));
+        drop(borrowed.back.send(Returned { sink: sink_back, has_written: writer.written > 0 }));
         summary.refused += writer.refused;
         epochs[number] = writer.held;
         reached[number] = writer.positions;
@@ -551,7 +552,7 @@ pub struct Lender {
 
 struct Borrowed {
     sink: Box<dyn Sink>,
-    back: oneshot::Sender<Box<dyn Sink>>,
+    back: oneshot::Sender<Returned>,
 }
 
 impl Borrowed {

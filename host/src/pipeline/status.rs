@@ -1,13 +1,15 @@
 //! What a pipeline shows of itself.
 
 use std::pin::pin;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use tokio::time::timeout;
 
 use crate::batch::Offset;
+use crate::hints::Hint;
+use crate::telemetry::{Failures, alike};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PipelineStatus {
@@ -32,7 +34,10 @@ pub struct SinkStatus {
     pub state: State,
     /// The lowest of its positions; `None` until it was opened.
     pub committed: Option<Offset>,
-    /// Messages that it has not committed; until it was opened all that are kept.
+    /// First message that it is not known to have: until it was opened, the place that
+    /// the stream remembers of it.
+    pub next: Offset,
+    /// Messages from `next` on.
     pub lag_messages: u64,
     /// Since when it is in this state.
     pub since: SystemTime,
@@ -74,6 +79,11 @@ const ANSWER_MAX: Duration = Duration::from_secs(15);
 /// What a delivery tells at every commit.
 pub struct SinkShared {
     pub name: String,
+    /// With which the kinds of its failures begin.
+    subject: String,
+    failures: Failures,
+    /// What the stream remembers of its position from earlier processes.
+    pub remembered: AtomicU64,
     /// Lowest position; `u64::MAX` until it is known.
     pub committed: AtomicU64,
     /// Lowest offset that it has not got yet.
@@ -86,14 +96,27 @@ struct SinkState {
     state: State,
     since: SystemTime,
     last_commit: Option<SystemTime>,
-    /// The last write failed: an open sink does not work again until one succeeds.
-    commit_failed: bool,
+    needs: Needs,
+}
+
+/// What shows that a sink works again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Needs {
+    /// It did not open: that it does is enough.
+    Open,
+    /// A write failed: a commit.
+    Commit,
+    /// It rejected too much: a commit that writes rows.
+    Rows,
 }
 
 impl SinkShared {
-    pub fn new(name: &str) -> Self {
+    pub fn new(pipeline: &str, name: &str, failures: Failures) -> Self {
         Self {
             name: name.to_owned(),
+            subject: format!("sink \"{name}\" of pipeline \"{pipeline}\": "),
+            failures,
+            remembered: AtomicU64::new(0),
             committed: super::delivery::unknown(),
             received: AtomicU64::new(0),
             answer_max: ANSWER_MAX,
@@ -101,30 +124,60 @@ impl SinkShared {
                 state: State::Starting,
                 since: SystemTime::now(),
                 last_commit: None,
-                commit_failed: false,
+                needs: Needs::Open,
             }),
+        }
+    }
+
+    /// First offset that it is not known to have.
+    pub fn next(&self) -> Offset {
+        match self.committed.load(Ordering::Acquire) {
+            u64::MAX => Offset(self.remembered.load(Ordering::Acquire)),
+            committed => Offset(committed),
         }
     }
 
     /// The sink is open. It runs, unless what failed before was a write.
     pub fn opened(&self) {
         let mut current = self.lock();
-        if !current.commit_failed {
+        if current.needs == Needs::Open {
             self.change(&mut current, State::Running);
         }
     }
 
-    /// All that was to be written is in the sink.
-    pub fn committed(&self) {
+    /// All that was to be written is in the sink, or in dead letters. A sink that
+    /// rejected too much runs again once it `has_written` some of it.
+    pub fn committed(&self, has_written: bool) {
         let mut current = self.lock();
-        current.commit_failed = false;
         current.last_commit = Some(SystemTime::now());
-        self.change(&mut current, State::Running);
+        if has_written || current.needs != Needs::Rows {
+            current.needs = Needs::Open;
+            self.change(&mut current, State::Running);
+        }
     }
 
     /// A write failed: until one succeeds the sink does not run, whatever opens.
-    pub fn commit_failed(&self) {
-        self.lock().commit_failed = true;
+    pub fn commit_failed(&self, rejected_too_much: bool) {
+        let needs = &mut self.lock().needs;
+        if rejected_too_much {
+            *needs = Needs::Rows;
+        } else if *needs == Needs::Open {
+            *needs = Needs::Commit;
+        }
+    }
+
+    /// Rows were written beside the deliveries of the pipeline: once the sink is open
+    /// again, it runs.
+    pub fn has_written(&self) {
+        self.lock().needs = Needs::Open;
+    }
+
+    /// A try failed that is repeated. Each cause has a log line of its own.
+    pub fn failed(&self, kind: &str, reason: String) {
+        let kind = format!("{}{kind}", self.subject);
+        let show = self.failures.hint(Hint::Status);
+        self.failures.report_by(&kind, &alike(&reason), 1, &reason, &show);
+        self.set(State::Retrying(reason));
     }
 
     /// Awaits a call of the sink. One that takes longer than [`ANSWER_MAX`] is a failure from its
@@ -178,6 +231,7 @@ impl SinkShared {
         match (before, &current.state) {
             (State::Starting, State::Running) => tracing::info!(sink = self.name, "the sink is open"),
             (_, State::Running) => {
+                self.failures.end(&self.subject);
                 tracing::info!(sink = self.name, after_s = lasted.as_secs(), "the sink works again");
             }
             _ => {}
@@ -211,7 +265,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_call_without_an_answer_is_a_failure_from_its_begin_until_there_is_one() {
-        let sink = Arc::new(SinkShared { answer_max: Duration::from_millis(1), ..SinkShared::new("w") });
+        let sink = Arc::new(SinkShared { answer_max: Duration::from_millis(1), ..SinkShared::new("p", "w", Failures::default()) });
         for (begins_as, done, ends_as) in [
             (State::Running, Ok(()), State::Running),
             (State::Starting, Ok(()), State::Starting),
@@ -242,7 +296,7 @@ mod tests {
 
     #[test]
     fn a_sink_works_again_only_after_a_commit_where_a_commit_failed() {
-        let sink = SinkShared::new("w");
+        let sink = SinkShared::new("p", "w", Failures::default());
         let retrying = || State::Retrying("57014".to_owned());
         sink.opened();
         assert_eq!(sink.state(), State::Running);
@@ -250,7 +304,7 @@ mod tests {
         sink.opened();
         assert_eq!(sink.state(), State::Running, "it was the open that failed");
         for _ in 0..2 {
-            sink.commit_failed();
+            sink.commit_failed(false);
             sink.set(retrying());
             sink.opened();
             assert_eq!((sink.state(), sink.last_commit()), (retrying(), None));
@@ -258,8 +312,31 @@ mod tests {
         let since = sink.since();
         sink.set(State::Retrying("another reason".to_owned()));
         assert_eq!(sink.since(), since);
-        sink.committed();
+        sink.committed(false);
         assert_eq!(sink.state(), State::Running);
         assert!(sink.last_commit().is_some());
+    }
+
+    #[test]
+    fn a_sink_that_rejected_too_much_works_again_only_once_it_wrote_rows() {
+        let rejected = || {
+            let sink = SinkShared::new("p", "w", Failures::default());
+            sink.opened();
+            sink.commit_failed(true);
+            sink.failed("refusals", "rejected the last 20 rows".to_owned());
+            sink.opened();
+            sink.committed(false);
+            sink.commit_failed(false);
+            sink.committed(false);
+            assert!(matches!(sink.state(), State::Retrying(_)));
+            sink
+        };
+        let sink = rejected();
+        sink.committed(true);
+        assert_eq!(sink.state(), State::Running);
+        let sink = rejected();
+        sink.has_written();
+        sink.opened();
+        assert_eq!(sink.state(), State::Running, "a redrive wrote what it had rejected");
     }
 }

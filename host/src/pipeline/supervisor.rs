@@ -26,6 +26,7 @@ use crate::batch::Offset;
 use crate::hints::Hint;
 use crate::step::Chain;
 use crate::stream::Stream;
+use crate::telemetry::alike;
 use crate::units::ByteSize;
 
 /// A sink this close behind the first lane's reader moves over to it.
@@ -48,8 +49,7 @@ pub struct Member {
 }
 
 impl Member {
-    pub fn new(name: String, control: mpsc::Sender<Control>) -> Self {
-        let shared = Arc::new(SinkShared::new(&name));
+    pub fn new(name: String, control: mpsc::Sender<Control>, shared: Arc<SinkShared>) -> Self {
         Self { name, control, shared, lane: None, ready_from: None, joining: false, ended: false }
     }
 }
@@ -303,8 +303,9 @@ impl Supervisor {
     /// The chain before goes on; the reason may pass, so that the new one is tried again.
     fn refuse_swap(&mut self, reason: String) {
         self.shared.metrics.flip_refused.increment(1);
-        self.shared.failures.report(
+        self.shared.failures.report_by(
             &format!("pipeline \"{}\": new steps refused, the old ones go on", self.shared.name),
+            &alike(&reason),
             1,
             &reason,
             &self.shared.failures.hint(Hint::PluginList),
@@ -484,12 +485,10 @@ impl Supervisor {
     }
 
     fn measure(&self) {
-        let end = self.stream.bounds().end.0;
+        let kept = self.stream.bounds();
+        let (start, end) = (kept.start, kept.end.0);
         for (sink, (member, gauges)) in self.members.iter().zip(&self.gauges).enumerate() {
-            let committed = member.shared.committed.load(Ordering::Acquire);
-            if committed != u64::MAX {
-                gauges.lag.set(end.saturating_sub(committed) as f64);
-            }
+            gauges.lag.set(end.saturating_sub(member.shared.next().max(start).0) as f64);
             let outlets = self.lanes.iter().flat_map(|lane| &lane.outlets).filter(|o| o.sink == sink);
             gauges.queue_bytes.set(outlets.map(Outlet::queued_bytes).sum::<u64>() as f64);
         }

@@ -26,7 +26,7 @@ use crate::hints::{Hint, Letters};
 use crate::patience::Patience;
 use crate::step::{Attempt, Outcome, Refused, RefusedKind, Step};
 use crate::stream::Ticket;
-use crate::telemetry::Failures;
+use crate::telemetry::{Failures, alike};
 
 /// A step that waits for a new version is asked again after this.
 const HELD_WAIT: Duration = Duration::from_millis(200);
@@ -468,7 +468,8 @@ fn run_step(
             break refuse_all(batch, RefusedKind::Retries, &reason);
         }
         let kind = format!("{}/{}: retry", shared.name, step.id().step);
-        shared.failures.report(&kind, 1, reason, &shared.failures.hint(Hint::Status));
+        let show = shared.failures.hint(Hint::Status);
+        shared.failures.report_by(&kind, &alike(reason), 1, reason, &show);
         let wait = backoff.delay(attempt.number - 1);
         let bound = if step.sees_all() { wait } else { patience.left(Instant::now()) };
         let aborted = runtime.block_on(async {

@@ -63,6 +63,8 @@ pub struct Writer {
     pub lineages: Vec<Lineage>,
     /// Of the stream that is delivered.
     pub openings: Vec<Opening>,
+    /// Rows that the sink took so far, those among them that it had already.
+    pub written: u64,
     /// Rows refused so far, for a redrive's summary.
     pub refused: u64,
 }
@@ -361,6 +363,7 @@ impl Writer {
         *rows = if left == rows.len() { Rows::default() } else { rows.select(left..rows.len()) };
         self.pace.committed(len);
         self.metrics.batches.increment(1);
+        self.written += written.written + written.ignored;
         self.metrics.written.increment(written.written);
         self.metrics.ignored.increment(written.ignored);
         self.refusals.note_written(written);

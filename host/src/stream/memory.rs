@@ -360,8 +360,9 @@ impl Stream for MemoryStream {
 
     fn attach(&self, consumer: &str, from: Offset, on_lag: OnLag) -> Box<dyn Attachment> {
         let asked = watch::channel(Offset(0)).0;
-        self.lock().marks.insert(consumer.to_owned(), (from.0, on_lag, asked.clone()));
-        Box::new(Mark { stream: self.clone(), consumer: consumer.to_owned(), asked })
+        let before = self.lock().marks.insert(consumer.to_owned(), (from.0, on_lag, asked.clone()));
+        let remembered = before.map_or(from, |(next, ..)| from.max(Offset(next)));
+        Box::new(Mark { stream: self.clone(), consumer: consumer.to_owned(), remembered, asked })
     }
 
     fn lack(&self) -> Option<Lack> {
@@ -452,6 +453,7 @@ impl Cursor for MemoryCursor {
 struct Mark {
     stream: MemoryStream,
     consumer: String,
+    remembered: Offset,
     asked: watch::Sender<Offset>,
 }
 
@@ -465,6 +467,10 @@ impl Attachment for Mark {
             inner.advanced.insert(self.consumer.clone());
         }
         self.stream.moved();
+    }
+
+    fn remembered(&self) -> Offset {
+        self.remembered
     }
 
     fn delivered(&self) -> Delivered {

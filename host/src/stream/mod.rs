@@ -279,6 +279,11 @@ pub trait Attachment: Send + Sync {
     /// All below `next` is done with; never goes back.
     fn advance(&self, next: Offset);
 
+    /// Where the stream remembers the reader from before it was attached: as of the
+    /// last clean end, else at or below where it was; never below the place that it
+    /// was attached at.
+    fn remembered(&self) -> Offset;
+
     /// What the stream remembers of deliveries, in this process and those before.
     fn delivered(&self) -> Delivered;
 

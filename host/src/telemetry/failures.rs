@@ -98,6 +98,12 @@ impl Failures {
         }
     }
 
+    /// Ends the failures whose kinds begin with `prefix`: logs the repeats that no line has
+    /// counted yet, and forgets them, so that the next such failure is said at once.
+    pub fn end(&self, prefix: &str) {
+        self.ended(prefix).iter().for_each(Line::log);
+    }
+
     /// Logs the repeats that are due, for as long as the host runs.
     pub async fn flush_regularly(self) {
         let mut ticks = tokio::time::interval(FLUSH_EVERY);
@@ -167,6 +173,22 @@ impl Failures {
         let unsaid =
             |known: &Kind| known.subjects.values().chain(&known.others).map(|seen| seen.unsaid).sum();
         self.lock().iter().map(|(kind, known)| (kind.clone(), unsaid(known))).collect()
+    }
+
+    /// Lines for the repeats of kinds that begin with `prefix`; forgets those kinds.
+    fn ended(&self, prefix: &str) -> Vec<Line> {
+        let mut lines = Vec::new();
+        self.lock().retain(|kind, known| {
+            let has_ended = kind.starts_with(prefix);
+            if has_ended {
+                let unsaid = |seen: &&Seen| seen.unsaid > 0;
+                lines.extend(known.subjects.values().filter(unsaid).map(|seen| seen.line(kind, "")));
+                lines.extend(known.others.iter().filter(unsaid).map(|seen| seen.line(kind, ", and others")));
+            }
+            !has_ended
+        });
+        lines.sort_by(|a, b| a.text.cmp(&b.text));
+        lines
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Kind>> {
@@ -250,6 +272,18 @@ mod tests {
             failures.note("a", "", 1, "three", "", start + 2 * REPEAT_AFTER).is_some(),
             "it is new again"
         );
+    }
+
+    #[test]
+    fn what_has_ended_says_its_repeats_and_is_new_when_it_comes_again() {
+        let failures = Failures::default();
+        let start = Instant::now();
+        let note = |kind, detail| failures.note(kind, detail, 1, detail, "", start).is_some();
+        assert!(note("w: retry", "refused") && note("w: setup", "no table") && note("other", "x"));
+        assert!(!note("w: retry", "refused") && !note("other", "x"));
+        assert_eq!(texts(&failures.ended("w: ")), [("w: retry: refused", Some(1))]);
+        assert_eq!(failures.ended("w: "), []);
+        assert!(note("w: retry", "refused") && !note("other", "x"));
     }
 
     #[test]

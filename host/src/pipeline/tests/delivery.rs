@@ -415,3 +415,53 @@ async fn rows_that_a_sink_has_already_hold_no_room_in_its_queue() {
     assert_eq!(sorted(world.payloads("w")), published(1, 1_000));
     process.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sink_that_rejects_everything_works_again_only_once_it_wrote_a_row() {
+    let world = World::new(1, &[("default", "w")]);
+    let process = world.start(chain(1, &[])).await;
+    world.database("w").refuse(|_| Some("check constraint".to_owned()));
+    world.publish_many(1, 0, 1_500);
+    let rejected = |state: &State| matches!(state, State::Retrying(reason) if reason.starts_with("rejected"));
+    process.until("it pauses", |status| rejected(&status.sinks[0].state)).await;
+    process.drained().await;
+    // It is open, and its position has moved on: nothing was written.
+    assert!(rejected(&process.handle.status().sinks[0].state));
+    world.database("w").refuse(|_| None);
+    world.publish_many(1, 1_500, 1);
+    process.until("it works", |status| status.sinks[0].state == State::Running).await;
+    assert_eq!(world.payloads("w").len(), 1);
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redrive_that_writes_what_a_sink_rejected_shows_that_it_works_again() {
+    let world = World::new(1, &[("default", "w")]);
+    let process = world.start(chain(1, &[])).await;
+    world.database("w").refuse(|_| Some("check constraint".to_owned()));
+    world.publish_many(1, 0, 1_500);
+    process.drained().await;
+    world.database("w").refuse(|_| None);
+    let summary = process.handle.redrive(&crate::pipeline::Filter::default()).await.unwrap();
+    assert_eq!((summary.sent, summary.failed), (1_500, Vec::new()));
+    process.until("it works", |status| status.sinks[0].state == State::Running).await;
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sink_that_is_down_at_a_start_lags_by_what_it_has_not_committed() {
+    let world = World::new(2, &[("default", "w")]);
+    let process = world.start(chain(1, &[])).await;
+    world.publish_many(5, 0, 1_000);
+    process.drained().await;
+    process.stop().await;
+    world.database("w").set_down(Some("connection refused"));
+    let process = world.start(chain(1, &[])).await;
+    let down = |state: &State| matches!(state, State::Retrying(_));
+    let status = process.until("it is down", |status| down(&status.sinks[0].state)).await;
+    assert_eq!((status.sinks[0].committed, status.sinks[0].lag_messages), (None, 0));
+    world.publish_many(5, 1_000, 10);
+    let sink = process.handle.status().sinks.remove(0);
+    assert_eq!((sink.next, sink.lag_messages), (Offset(1_000), 10));
+    process.stop().await;
+}

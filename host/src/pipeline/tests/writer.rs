@@ -46,6 +46,7 @@ impl World {
             positions: Vec::new(),
             lineages: Vec::new(),
             openings: Vec::new(),
+            written: 0,
             refused: 0,
         };
         writer.pace.hold_max = Duration::from_millis(1);

@@ -272,7 +272,7 @@ impl Stream for Log {
 impl Inner {
     /// No more appends; the committer writes what there is, then stops.
     fn start_closing(&self) {
-        self.save_marks();
+        self.save_marks(true);
         lock(&self.front).closing = true;
         self.wake.notify_all();
         lock(&self.wanted).stop = true;

@@ -46,6 +46,8 @@ static PREPARED: AtomicU64 = AtomicU64::new(0);
 pub struct Mark {
     pub next: Arc<AtomicU64>,
     pub on_lag: OnLag,
+    /// Where it was before it was attached; 0 once it says where it is.
+    remembered: Arc<AtomicU64>,
     delivered: Arc<Mutex<Delivered>>,
     /// `next` and `delivered` as a restart would find them; `None`: they could not be
     /// written down yet.
@@ -59,6 +61,7 @@ impl Mark {
     fn new(next: u64, on_lag: OnLag) -> Self {
         Self {
             next: Arc::new(AtomicU64::new(next)),
+            remembered: Arc::default(),
             delivered: Arc::default(),
             on_lag,
             saved: None,
@@ -69,7 +72,7 @@ impl Mark {
 
     fn kept(&self) -> Kept {
         Kept {
-            next: self.next.load(Ordering::Relaxed),
+            next: self.next.load(Ordering::Relaxed).max(self.remembered.load(Ordering::Relaxed)),
             on_lag: self.on_lag,
             delivered: *lock(&self.delivered),
         }
@@ -145,7 +148,7 @@ impl Inner {
     pub fn keep(&self, prepare: bool) {
         self.cut();
         self.end_by_age();
-        self.save_marks();
+        self.save_marks(false);
         self.save_clock();
         self.trim(0);
         if prepare {
@@ -427,15 +430,16 @@ impl Inner {
         back.segments.iter().take(older).take_while(is_over).count()
     }
 
-    /// Writes down where readers are, once a segment: a restart must not trim
-    /// before they are attached again.
-    pub fn save_marks(&self) {
+    /// Writes down where readers are, once a segment and at a clean end: a restart must
+    /// not trim before they are attached again, and says how far they lag.
+    pub fn save_marks(&self, is_end: bool) {
         let moved: Vec<(String, Kept)> = {
             let back = read(&self.back);
             let segment_of = |offset: u64| back.segments.partition_point(|s| s.header.base <= offset);
             let due = |mark: &Mark, kept: Kept| match mark.saved {
                 Some((next, delivered)) => {
-                    (segment_of(kept.next), kept.delivered) != (segment_of(next), delivered)
+                    is_end && kept.next != next
+                        || (segment_of(kept.next), kept.delivered) != (segment_of(next), delivered)
                 }
                 None => true,
             };
@@ -462,17 +466,19 @@ impl Inner {
     pub fn attach(self: &Arc<Self>, consumer: &str, from: Offset, on_lag: OnLag) -> Box<dyn Attachment> {
         let mut mark = Mark::new(from.0, on_lag);
         let (next, asked) = (Arc::clone(&mark.next), mark.asked.clone());
-        let (kept, delivered);
+        let (kept, remembered, delivered);
         let is_saved = {
             let marks = &mut write(&self.back).marks;
             let known = marks.get(consumer).filter(|known| known.on_lag == on_lag);
             if let Some(known) = marks.get(consumer) {
                 mark.delivered = Arc::clone(&known.delivered);
+                mark.remembered.store(known.kept().next.max(from.0), Ordering::Relaxed);
             } else if marks.values().any(|other| other.on_lag != OnLag::Ask && other.kept().has_delivered()) {
                 *lock(&mark.delivered) = Delivered::ToOthers;
             }
-            mark.saved = known.and_then(|known| known.saved).filter(|(saved, _)| *saved == from.0);
-            (kept, delivered) = (mark.kept(), Arc::clone(&mark.delivered));
+            kept = mark.kept();
+            mark.saved = known.and_then(|known| known.saved).filter(|(saved, _)| *saved == kept.next);
+            (remembered, delivered) = (Arc::clone(&mark.remembered), Arc::clone(&mark.delivered));
             let is_saved = mark.saved.is_some();
             marks.insert(consumer.to_owned(), mark);
             is_saved
@@ -481,7 +487,8 @@ impl Inner {
             self.save_mark(consumer, kept);
         }
         let (inner, consumer, detached) = (Arc::clone(self), consumer.to_owned(), AtomicBool::new(false));
-        Box::new(Attached { inner, consumer, next, delivered, asked, detached })
+        let before = Offset(kept.next);
+        Box::new(Attached { inner, consumer, next, before, remembered, delivered, asked, detached })
     }
 
     pub fn detach(&self, consumer: &str) {
@@ -503,6 +510,9 @@ struct Attached {
     inner: Arc<Inner>,
     consumer: String,
     next: Arc<AtomicU64>,
+    /// Where it was before it was attached.
+    before: Offset,
+    remembered: Arc<AtomicU64>,
     delivered: Arc<Mutex<Delivered>>,
     asked: watch::Sender<Offset>,
     detached: AtomicBool,
@@ -510,9 +520,14 @@ struct Attached {
 
 impl Attachment for Attached {
     fn advance(&self, next: Offset) {
+        self.remembered.store(0, Ordering::Relaxed);
         if self.next.fetch_max(next.0, Ordering::Relaxed) < next.0 {
             *lock(&self.delivered) = Delivered::ToThis;
         }
+    }
+
+    fn remembered(&self) -> Offset {
+        self.before
     }
 
     fn delivered(&self) -> Delivered {
