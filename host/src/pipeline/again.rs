@@ -127,7 +127,7 @@ impl Again {
         // By letter: the last of its copies is the one under way.
         let mut last = BTreeMap::new();
         let end = dead_letters.bounds().end;
-        let mut cursor = dead_letters.cursor(dead_letters.bounds().start);
+        let mut cursor = dead_letters.peek(dead_letters.bounds().start);
         while !pending.is_empty()
             && cursor.position() < end
             && let Some(read) = cursor.try_next().await?

@@ -214,6 +214,12 @@ pub trait Stream: Send + Sync + 'static {
     /// A cursor whose first message is the first at or after `from`.
     fn cursor(&self, from: Offset) -> Box<dyn Cursor>;
 
+    /// A cursor for a look that delivers to nobody: what it cannot have is not counted as
+    /// lost.
+    fn peek(&self, from: Offset) -> Box<dyn Cursor> {
+        self.cursor(from)
+    }
+
     /// First offset whose frame was appended at or after `append_us`; the end if none.
     async fn seek_time(&self, append_us: u64) -> Result<Offset, ReadError>;
 

@@ -31,6 +31,8 @@ const AHEAD_BYTES_LEAST: usize = 64 << 10;
 pub struct LogCursor {
     inner: Arc<Inner>,
     at: u64,
+    /// What it cannot have is lost to somebody.
+    counts: bool,
     moved: watch::Receiver<u64>,
     /// The frame that `at` is in.
     frame: Option<Arc<Frame>>,
@@ -54,9 +56,10 @@ enum Found {
 }
 
 impl LogCursor {
-    pub fn new(inner: Arc<Inner>, from: Offset) -> Self {
+    pub fn new(inner: Arc<Inner>, from: Offset, counts: bool) -> Self {
         let moved = inner.moved.subscribe();
-        Self { inner, at: from.0, moved, frame: None, ahead: VecDeque::new(), reader: None, reading: None }
+        let ahead = VecDeque::new();
+        Self { inner, at: from.0, counts, moved, frame: None, ahead, reader: None, reading: None }
     }
 
     /// What can be had without the disk.
@@ -119,8 +122,10 @@ impl LogCursor {
 
     fn gap(&mut self, to: u64, cause: GapCause) -> Read {
         let from = std::mem::replace(&mut self.at, to);
-        self.inner.metrics.gap(to - from, cause);
-        if cause == GapCause::Damaged {
+        if self.counts {
+            self.inner.metrics.gap(to - from, cause);
+        }
+        if self.counts && cause == GapCause::Damaged {
             tracing::error!(stream = %self.inner.name, from, to, "messages are damaged on disk and cannot be read");
         }
         Read::Gap { from: Offset(from), to: Offset(to), cause }

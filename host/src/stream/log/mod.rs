@@ -227,7 +227,11 @@ impl Stream for Log {
     }
 
     fn cursor(&self, from: Offset) -> Box<dyn Cursor> {
-        Box::new(cursor::LogCursor::new(Arc::clone(&self.inner), from))
+        Box::new(cursor::LogCursor::new(Arc::clone(&self.inner), from, true))
+    }
+
+    fn peek(&self, from: Offset) -> Box<dyn Cursor> {
+        Box::new(cursor::LogCursor::new(Arc::clone(&self.inner), from, false))
     }
 
     async fn seek_time(&self, append_us: u64) -> Result<Offset, ReadError> {

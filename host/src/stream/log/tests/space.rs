@@ -677,3 +677,38 @@ fn a_log_remembers_whom_it_was_delivered_to_through_restarts_and_new_names() {
     let log = open();
     assert_eq!(log.attach("q/w", Offset(0), OnLag::Block).delivered(), Delivered::ToOthers);
 }
+
+#[tokio::test]
+async fn a_clean_end_remembers_where_each_reader_was() {
+    let disk = SimDisk::new(3);
+    let open = || {
+        disk.restart_process();
+        Log::open(Arc::new(disk.clone()), Path::new(DIR), "t", &small()).unwrap().0
+    };
+    let log = open();
+    let reader = log.attach("warehouse", Offset(0), OnLag::Block);
+    assert_eq!(reader.remembered(), Offset(0));
+    for n in 0..10 {
+        let appended = log.append(&[message("a/b", &payload(n, 100))], &[]).unwrap();
+        durable(&*log, appended.ticket).await;
+    }
+    reader.advance(Offset(7));
+    log.close().await;
+    drop((reader, log));
+    // Attached at the first message again, which retention respects, and not at work yet.
+    for _ in 0..2 {
+        let log = open();
+        let reader = log.attach("warehouse", Offset(0), OnLag::Block);
+        assert_eq!(reader.remembered(), Offset(7));
+        log.close().await;
+        drop((reader, log));
+    }
+    // A sink that was restored says so.
+    let log = open();
+    let reader = log.attach("warehouse", Offset(0), OnLag::Block);
+    reader.advance(Offset(3));
+    log.close().await;
+    drop((reader, log));
+    let log = open();
+    assert_eq!(log.attach("warehouse", Offset(0), OnLag::Block).remembered(), Offset(3));
+}
