@@ -147,6 +147,9 @@ pub struct RedriveAnswer {
     /// Letters that the same step or sink refused again: they are listed as before.
     #[serde(default)]
     pub letters_refused: u64,
+    /// New letters, of messages that another step or sink refused than before.
+    #[serde(default)]
+    pub letters_new: u64,
     /// Letters that a sink could not take yet; the host sends them at its next start,
     /// or the next redrive does.
     #[serde(default)]

@@ -42,6 +42,7 @@ impl Redrive for Redrives {
                     answer.refused += summary.refused;
                     answer.letters_sent += summary.letters.sent;
                     answer.letters_refused += summary.letters.refused;
+                    answer.letters_new += summary.new;
                     answer.letters_pending += summary.letters.pending;
                     answer.failed.extend(summary.failed);
                     continue;

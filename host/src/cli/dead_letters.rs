@@ -310,16 +310,14 @@ async fn redrive(
     let answer = admin_client::post(&loaded.config, "/api/dead-letters/redrive", &request).await;
     progress.finish_and_clear();
     let answer: RedriveAnswer = answer?;
-    let is_nothing = answer.sent + answer.refused + answer.letters_pending == 0 && answer.failed.is_empty();
+    let is_nothing = answer.letters_sent + answer.letters_refused + answer.letters_pending == 0
+        && answer.failed.is_empty();
     if format == Format::Json {
         out.json(&answer)?;
     } else if is_nothing && request.ids.is_empty() {
         out.line("nothing to send: no open dead letter fits")?;
     } else if !is_nothing {
-        let RedriveAnswer { sent, letters_sent, letters_refused, letters_pending, .. } = &answer;
-        out.line(format!(
-            "{letters_sent} dead letters sent, {sent} rows written; {letters_refused} refused again, {letters_pending} pending"
-        ))?;
+        out.line(redriven(&answer))?;
     }
     let list = loaded.source.hints().command(Hint::DeadLettersList);
     if is_nothing && !request.ids.is_empty() {
@@ -328,10 +326,33 @@ async fn redrive(
     if !answer.failed.is_empty() {
         bail!("not all could be sent, try again later: {}", answer.failed.join("; "));
     }
-    if answer.sent == 0 && answer.refused > 0 {
+    if is_all_refused(&answer) {
         bail!("all were refused again: `{list}` shows by whom and why");
     }
     Ok(())
+}
+
+/// What became of the letters, by letter, and the rows beside it.
+fn redriven(answer: &RedriveAnswer) -> String {
+    let count = |n: u64, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
+    let mut line = format!(
+        "{} sent, {} written; {} refused again, {} pending",
+        count(answer.letters_sent, "dead letter"),
+        count(answer.sent, "row"),
+        answer.letters_refused,
+        answer.letters_pending
+    );
+    if answer.letters_new > 0 {
+        line += &format!("; {} of another step or sink", count(answer.letters_new, "new dead letter"));
+    }
+    line
+}
+
+/// Whether each letter is open again, or has become another one.
+fn is_all_refused(answer: &RedriveAnswer) -> bool {
+    answer.letters_refused + answer.letters_new > 0
+        && answer.sent == 0
+        && answer.letters_sent <= answer.letters_new
 }
 
 /// The next messages that are there; damaged or trimmed ones are passed over.
@@ -450,4 +471,33 @@ fn to_json(letter: &MessageRef<'_>, mark: Option<&Mark>) -> Map<String, Value> {
 fn property(letter: &MessageRef<'_>, name: &str) -> String {
     let value = properties::get(letter.properties(), Origin::Pipeline, &format!("dead-letter-{name}"));
     value.map(String::from_utf8_lossy).unwrap_or_default().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_redrive_says_what_became_of_letters_and_fails_where_all_are_letters_again() {
+        let answer = |letters_sent, sent, letters_refused, letters_new| RedriveAnswer {
+            letters_sent,
+            sent,
+            letters_refused,
+            letters_new,
+            ..RedriveAnswer::default()
+        };
+        for (answer, said, is_failure) in [
+            (answer(2, 4, 0, 0), "2 dead letters sent, 4 rows written; 0 refused again, 0 pending", false),
+            // A step dropped the message, or the table had its row.
+            (answer(1, 0, 8, 0), "1 dead letter sent, 0 rows written; 8 refused again, 0 pending", false),
+            (answer(0, 0, 8, 0), "0 dead letters sent, 0 rows written; 8 refused again, 0 pending", true),
+            (
+                answer(1, 0, 0, 1),
+                "1 dead letter sent, 0 rows written; 0 refused again, 0 pending; 1 new dead letter of another step or sink",
+                true,
+            ),
+        ] {
+            assert_eq!((redriven(&answer).as_str(), is_all_refused(&answer)), (said, is_failure));
+        }
+    }
 }

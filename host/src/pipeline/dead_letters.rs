@@ -113,6 +113,8 @@ pub struct DeadLetters {
     bytes_max: u64,
     /// Set in a redrive: which letters are sent again. It bounds its letters itself.
     again: Option<Again>,
+    /// New letters so far.
+    made: AtomicU64,
     waiting: Mutex<Waiters>,
 }
 
@@ -179,6 +181,7 @@ impl DeadLetters {
             room_moved: Notify::new(),
             check_below: AtomicU64::new(0),
             attachment,
+            made: AtomicU64::new(0),
             waiting: Mutex::default(),
         };
         letters.scan(from).await?;
@@ -352,6 +355,11 @@ impl DeadLetters {
         letter.is_from(&self.pipeline, &self.source, &self.openings)
     }
 
+    /// New letters so far.
+    pub fn made(&self) -> u64 {
+        self.made.load(Ordering::Relaxed)
+    }
+
     pub fn again(&self) -> Option<&Again> {
         self.again.as_ref()
     }
@@ -475,6 +483,7 @@ impl DeadLetters {
         let changes: Vec<_> = std::iter::once(scan).chain(marks).collect();
         let appended = self.stream.append(&messages, &changes)?;
         known.ticket = known.ticket.max(appended.ticket);
+        self.made.fetch_add(fresh.len() as u64, Ordering::Relaxed);
         if let Some(marks) = &self.again {
             marks.reject(&again);
         }
@@ -519,7 +528,7 @@ impl DeadLetters {
 
     async fn scan(&self, from: Offset) -> Result<(), Error> {
         let end = self.stream.bounds().end;
-        let mut cursor = self.stream.cursor(from);
+        let mut cursor = self.stream.peek(from);
         let mut keys = Vec::new();
         let mut order = VecDeque::new();
         while cursor.position() < end

@@ -62,6 +62,8 @@ pub struct Summary {
     pub refused: u64,
     /// What became of the letters themselves.
     pub letters: Ended,
+    /// New letters: of messages that another step or sink rejected.
+    pub new: u64,
     /// Sinks that could not take theirs, and why: ask again later.
     pub failed: Vec<String>,
 }
@@ -189,6 +191,7 @@ pub async fn run(
     let (changes, ended) = letters.again().map(|again| again.ended(&reached)).unwrap_or_default();
     set_marks(dead_letters, &changes).await?;
     summary.letters = ended;
+    summary.new = letters.made();
     Ok(summary)
 }
 
@@ -232,7 +235,7 @@ async fn copy_wanted(
     let marks = marks(dead_letters.state(MARK_PREFIX));
     let partitions = dead_letters.identity().partitions;
     let end = dead_letters.bounds().end;
-    let mut cursor = dead_letters.cursor(dead_letters.bounds().start);
+    let mut cursor = dead_letters.peek(dead_letters.bounds().start);
     let mut last = Ticket::default();
     while cursor.position() < end
         && let Some(read) = cursor.try_next().await?
@@ -570,7 +573,7 @@ async fn each(
     mut take: impl FnMut(&Batch) -> Result<(), ReadError>,
 ) -> Result<(), ReadError> {
     let end = dead_letters.bounds().end;
-    let mut cursor = dead_letters.cursor(dead_letters.bounds().start);
+    let mut cursor = dead_letters.peek(dead_letters.bounds().start);
     while cursor.position() < end
         && let Some(read) = cursor.try_next().await?
     {
