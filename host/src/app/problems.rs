@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use futures_util::FutureExt;
 use jiff::{SignedDuration, Timestamp};
 use metrics::gauge;
 
@@ -19,7 +20,7 @@ use crate::admin::{AtStake, PROBLEM_KINDS, Problem};
 use crate::batch::Offset;
 use crate::config::DEAD_LETTERS;
 use crate::hints::{Hint, Hints, Letters};
-use crate::pipeline::{PipelineStatus, SinkStatus, State};
+use crate::pipeline::{OpenLetters, PipelineStatus, SinkStatus, State};
 use crate::plugin::PluginState;
 use crate::stream::{Read, Stall, Stream};
 use crate::telemetry::{DiskSpace, Growth};
@@ -31,10 +32,14 @@ const LOOK_EVERY: Duration = Duration::from_secs(2);
 
 /// Counters whose growth is a problem: metric, the label that names the part, kind.
 const EVENTS: [(&str, &str, &str); 3] = [
-    ("headworks_stream_gap_messages_total", "stream", "gap"),
+    ("headworks_stream_gap_messages_total", "stream", DAMAGED),
+    ("headworks_pipeline_gap_messages_total", "pipeline", TRIMMED),
     ("headworks_mqtt_dropped_total", "cause", "dropped"),
-    ("headworks_dead_letters_total", "pipeline", "dead_letters"),
 ];
+/// Causes of gaps, and the labels of their counters: where the disk lost messages, and
+/// whose messages retention removed.
+const DAMAGED: &str = "damaged";
+const TRIMMED: &str = "trimmed";
 /// Gauge of the certificates of listeners, by file.
 const CERTIFICATES: &str = "headworks_mqtt_certificate_seconds_left";
 /// A certificate that ends within this is a problem.
@@ -53,6 +58,9 @@ pub struct Watch {
     growth: Mutex<BTreeMap<(String, &'static str, String), Growth>>,
     /// By pipeline and sink: the first message that is not committed, and when it was appended.
     oldest: Mutex<HashMap<(String, String), (Offset, SystemTime)>>,
+    /// By pipeline: dead letters that nobody sent again, as of the last look.
+    open_letters: Mutex<BTreeMap<String, u64>>,
+    letters: tokio::sync::Mutex<Option<OpenLetters>>,
 }
 
 /// When a problem was first seen, on a clock that nobody sets, and on the other.
@@ -71,6 +79,8 @@ impl Host {
     pub fn problems(&self) -> Vec<Problem> {
         let metrics = self.prometheus.render();
         self.count_events(&metrics);
+        // What is not read from the disk is up to date.
+        let _ = self.count_open_letters().now_or_never();
         let found = self.find(&metrics);
         let (now, time) = (Instant::now(), Timestamp::now());
         let mut since = lock(&self.watch.since);
@@ -129,6 +139,7 @@ impl Host {
             let looked = tokio::task::spawn_blocking(move || DiskSpace::of(&folder).ok());
             *lock(&self.watch.space) = looked.await.ok().flatten();
             self.find_oldest().await;
+            self.count_open_letters().await;
         }
     }
 
@@ -168,6 +179,8 @@ impl Host {
         }
         found.extend(space.filter(DiskSpace::is_low).map(|space| low_space(&self.data_folder(), space)));
         found.extend(self.recent_events());
+        let open = lock(&self.watch.open_letters).clone();
+        found.extend(open.into_iter().map(|(pipeline, count)| dead_letters(&pipeline, count, &self.hints)));
         for status in self.pipelines.iter().map(|pipeline| pipeline.status()) {
             found.extend(self.pipeline_problems(&status));
         }
@@ -300,7 +313,11 @@ impl Host {
                     continue;
                 };
                 let Some(name) = label_value(labels, label) else { continue };
-                if kind == "dropped" && !DROPS.contains(&name) {
+                let is_other = match kind {
+                    DAMAGED | TRIMMED => label_value(labels, "cause") != Some(kind),
+                    _ => !DROPS.contains(&name),
+                };
+                if is_other {
                     continue;
                 }
                 let key = (name.to_owned(), kind, labels.to_owned());
@@ -316,32 +333,19 @@ impl Host {
             *sums.entry((*kind, name.clone())).or_default() += growth.recent();
         }
         let grown = sums.into_iter().filter(|(_, count)| *count > 0);
-        let found = grown.map(|((kind, name), count)| {
-            let messages = if count == 1 { "1 message was".to_owned() } else { format!("{count} messages were") };
-            let (part, cause, advice) = match kind {
-                "gap" => (
-                    format!("stream {name}"),
-                    format!("{messages} lost within the last hour: damaged on disk, or removed by retention before they were read"),
-                    "look at the log and the disk, or raise retention of the stream".to_owned(),
-                ),
-                "dropped" => dropped(&name, &messages, &self.hints),
-                _ => (
-                    format!("pipeline {name}"),
-                    format!("{messages} rejected within the last hour"),
-                    {
-                        let letters = Letters::OfPipeline(&name);
-                        format!(
-                            "`{}` shows the reasons, `{}` sends them again once the cause is mended",
-                            self.hints.command(Hint::DeadLettersSummary(letters)),
-                            self.hints.command(Hint::Redrive(letters)),
-                        )
-                    },
-                ),
-            };
-            let at_stake = AtStake { messages: Some(count), ..AtStake::default() };
-            Found { part, kind, cause, at_stake, advice }
-        });
+        let found = grown.map(|((kind, name), count)| event(kind, &name, count, &self.hints));
         found.collect()
+    }
+
+    /// Counts the dead letters that are open, unless that is under way.
+    async fn count_open_letters(&self) {
+        let Ok(mut counted) = self.watch.letters.try_lock() else { return };
+        let Some(stream) = self.streams.iter().find(|stream| stream.name() == DEAD_LETTERS) else { return };
+        let letters = counted.get_or_insert_with(|| OpenLetters::new(Arc::clone(stream)));
+        match letters.look().await {
+            Ok(open) => *lock(&self.watch.open_letters) = open,
+            Err(error) => tracing::debug!(%error, "cannot count the dead letters, tries again"),
+        }
     }
 
     /// Reads when the first message that a sink lacks was appended.
@@ -361,7 +365,7 @@ impl Host {
                 if known == Some(next) {
                     continue;
                 }
-                let mut cursor = stream.cursor(next);
+                let mut cursor = stream.peek(next);
                 while let Ok(Some(read)) = cursor.try_next().await {
                     if let Read::Batch(batch) = read {
                         let appended = SystemTime::UNIX_EPOCH + Duration::from_micros(batch.now_us);
@@ -411,6 +415,50 @@ fn dropped(cause: &str, messages: &str, hints: &Hints) -> (String, String, Strin
         ),
     };
     (format!("{part} ({cause})"), format!("{messages} dropped within the last hour: {why}"), advice)
+}
+
+/// What happened within [`RECENT`], by the kind that [`EVENTS`] gives it.
+fn event(kind: &'static str, name: &str, count: u64, hints: &Hints) -> Found {
+    let messages = if count == 1 { "1 message was".to_owned() } else { format!("{count} messages were") };
+    let (part, kind, cause, advice) = match kind {
+        DAMAGED => (
+            format!("stream {name}"),
+            "gap",
+            format!("{messages} found damaged on disk within the last hour, and cannot be read"),
+            "look at the disk; the log names the offsets".to_owned(),
+        ),
+        TRIMMED => (
+            format!("pipeline {name}"),
+            "gap",
+            format!("{messages} removed by retention within the last hour before the pipeline read them"),
+            "mend the sink that lags, or raise retention of the stream; the log names the offsets".to_owned(),
+        ),
+        _ => {
+            let (part, cause, advice) = dropped(name, &messages, hints);
+            (part, "dropped", cause, advice)
+        }
+    };
+    let at_stake = AtStake { messages: Some(count), ..AtStake::default() };
+    Found { part, kind, cause, at_stake, advice }
+}
+
+fn dead_letters(pipeline: &str, count: u64, hints: &Hints) -> Found {
+    let letters = Letters::OfPipeline(pipeline);
+    let messages = match count {
+        1 => "1 message is a dead letter".to_owned(),
+        count => format!("{count} messages are dead letters"),
+    };
+    Found {
+        part: format!("pipeline {pipeline}"),
+        kind: "dead_letters",
+        cause: format!("{messages}: rejected, and not sent again"),
+        at_stake: AtStake { messages: Some(count), ..AtStake::default() },
+        advice: format!(
+            "`{}` shows the reasons, `{}` sends them again once the cause is mended",
+            hints.command(Hint::DeadLettersSummary(letters)),
+            hints.command(Hint::Redrive(letters)),
+        ),
+    }
 }
 
 fn certificate_problems(metrics: &str) -> Vec<Found> {
@@ -481,6 +529,18 @@ mod tests {
             "retained messages (retained_full)",
         ];
         assert_eq!(found, wanted);
+    }
+
+    #[test]
+    fn a_gap_says_whether_the_disk_or_retention_lost_the_messages_and_to_whom() {
+        let said = |kind| {
+            let found = event(kind, "telemetry", 2_000, &Hints::default());
+            assert_eq!(found.kind, "gap");
+            found.part + ": " + &found.cause
+        };
+        let damaged = "stream telemetry: 2000 messages were found damaged on disk";
+        let trimmed = "pipeline telemetry: 2000 messages were removed by retention";
+        assert!(said(DAMAGED).starts_with(damaged) && said(TRIMMED).starts_with(trimmed));
     }
 
     #[test]

@@ -37,6 +37,7 @@ mod known;
 mod lane;
 mod letter;
 mod metrics;
+mod open_letters;
 mod outlet;
 mod reader;
 mod redrive;
@@ -56,6 +57,7 @@ pub use dead_letters::{DeadLetters, Error as DeadLettersError};
 pub use dead_letters_config::DeadLettersConfig;
 pub use letter::Letter;
 pub use metrics::METRICS;
+pub use open_letters::OpenLetters;
 pub use redrive::{Filter, RedriveError, Summary, list_open};
 pub use status::{PipelineStatus, SinkStatus, State};
 

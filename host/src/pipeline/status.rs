@@ -265,7 +265,10 @@ mod tests {
 
     #[tokio::test]
     async fn a_call_without_an_answer_is_a_failure_from_its_begin_until_there_is_one() {
-        let sink = Arc::new(SinkShared { answer_max: Duration::from_millis(1), ..SinkShared::new("p", "w", Failures::default()) });
+        let sink = Arc::new(SinkShared {
+            answer_max: Duration::from_millis(1),
+            ..SinkShared::new("p", "w", Failures::default())
+        });
         for (begins_as, done, ends_as) in [
             (State::Running, Ok(()), State::Running),
             (State::Starting, Ok(()), State::Starting),

@@ -1,0 +1,193 @@
+//! Counts the dead letters that are open: rejected, and not sent again.
+//!
+//! The counts are of the letters that are there, whichever process wrote them. A look
+//! reads what is new, and the marks of redrives where the stream has changed.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+use super::again::{MARK_PREFIX, Mark, marks};
+use super::letter::Letter;
+use crate::batch::Offset;
+use crate::stream::{Read, ReadError, Stream, Ticket};
+
+/// Set in the letter's word where a redrive has sent it.
+const CLOSED: u16 = 1 << 15;
+/// Letters appended within this age together.
+const AGE_US: u64 = 1_000_000;
+
+/// Two bytes for each message in the dead letters.
+pub struct OpenLetters {
+    dead_letters: Arc<dyn Stream>,
+    pipelines: Vec<Pipeline>,
+    /// Offset of the first of `letters`.
+    first: u64,
+    /// By offset: 0 for what is no letter, else one more than the number of its pipeline.
+    letters: VecDeque<u16>,
+    /// Offsets where letters of one age end, and the append time of the last of them.
+    ages: VecDeque<(u64, u64)>,
+    /// As of the last look.
+    looked_at: Option<(Ticket, Offset)>,
+}
+
+struct Pipeline {
+    name: String,
+    open: u64,
+}
+
+impl OpenLetters {
+    pub fn new(dead_letters: Arc<dyn Stream>) -> Self {
+        let first = dead_letters.bounds().start.0;
+        Self {
+            dead_letters,
+            pipelines: Vec::new(),
+            first,
+            letters: VecDeque::new(),
+            ages: VecDeque::new(),
+            looked_at: None,
+        }
+    }
+
+    /// Returns the number of open letters of each pipeline that has some.
+    pub async fn look(&mut self) -> Result<BTreeMap<String, u64>, ReadError> {
+        let start = self.dead_letters.bounds().start;
+        let now = (*self.dead_letters.durable().borrow(), start);
+        if self.looked_at != Some(now) {
+            self.read_on().await?;
+            self.mark();
+            self.looked_at = Some(now);
+        }
+        self.forget_below(start.0);
+        while let Some((end, append_us)) = self.ages.front().copied()
+            && self.dead_letters.is_past_age(append_us)
+        {
+            self.forget_below(end);
+        }
+        let open = self.pipelines.iter().filter(|pipeline| pipeline.open > 0);
+        Ok(open.map(|pipeline| (pipeline.name.clone(), pipeline.open)).collect())
+    }
+
+    async fn read_on(&mut self) -> Result<(), ReadError> {
+        let end = self.dead_letters.bounds().end;
+        let mut cursor = self.dead_letters.peek(Offset(self.first + self.letters.len() as u64));
+        while cursor.position() < end
+            && let Some(read) = cursor.try_next().await?
+        {
+            let Read::Batch(batch) = read else { continue };
+            for message in batch.messages() {
+                let at = (message.offset().0 - self.first) as usize;
+                // What cannot be read is no letter.
+                self.letters.resize(at, 0);
+                let letter = Letter::of(&message).filter(|letter| !letter.is_copy());
+                let word = letter.map_or(0, |letter| self.number_of(letter.pipeline) + 1);
+                self.letters.push_back(word);
+                self.count(word, true);
+            }
+            let end = self.first + self.letters.len() as u64;
+            match self.ages.back_mut() {
+                Some((last, append_us))
+                    if append_us.div_euclid(AGE_US) == batch.now_us.div_euclid(AGE_US) =>
+                {
+                    (*last, *append_us) = (end, batch.now_us);
+                }
+                _ => self.ages.push_back((end, batch.now_us)),
+            }
+        }
+        // A gap at the end.
+        let read_to = cursor.position().0.max(self.first) - self.first;
+        self.letters.resize(self.letters.len().max(read_to as usize), 0);
+        Ok(())
+    }
+
+    /// Takes over what redrives made of the letters.
+    fn mark(&mut self) {
+        for (offset, mark) in marks(self.dead_letters.state(MARK_PREFIX)) {
+            let Some(word) = offset.checked_sub(self.first).and_then(|at| self.letters.get_mut(at as usize))
+            else {
+                continue;
+            };
+            let is_closed = mark == Mark::Sent;
+            let (before, was_closed) = (*word & !CLOSED, *word & CLOSED != 0);
+            if before != 0 && is_closed != was_closed {
+                *word ^= CLOSED;
+                self.count(before, was_closed);
+            }
+        }
+    }
+
+    fn forget_below(&mut self, start: u64) {
+        while self.first < start
+            && let Some(word) = self.letters.pop_front()
+        {
+            self.first += 1;
+            self.count(word, false);
+        }
+        self.first = self.first.max(start);
+        while self.ages.front().is_some_and(|(end, _)| *end <= start) {
+            self.ages.pop_front();
+        }
+    }
+
+    /// Counts a letter, or no longer, unless it is closed.
+    fn count(&mut self, word: u16, is_more: bool) {
+        if word == 0 || word & CLOSED != 0 {
+            return;
+        }
+        let open = &mut self.pipelines[usize::from(word) - 1].open;
+        *open = if is_more { *open + 1 } else { *open - 1 };
+    }
+
+    fn number_of(&mut self, name: &str) -> u16 {
+        let known = self.pipelines.iter().position(|pipeline| pipeline.name == name);
+        let number = known.unwrap_or_else(|| {
+            self.pipelines.push(Pipeline { name: name.to_owned(), open: 0 });
+            self.pipelines.len() - 1
+        });
+        // Those past the number that a word can hold are counted as one.
+        number.min(usize::from(CLOSED) - 2) as u16
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+    use crate::pipeline::Filter;
+    use crate::pipeline::tests::harness::{World, chain};
+
+    async fn count(letters: &mut OpenLetters) -> u64 {
+        letters.look().await.unwrap().get("p").copied().unwrap_or_default()
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn open_letters_are_counted_over_restarts_until_they_are_sent_or_gone() {
+        let world = World::new(2, &[("default", "w")]);
+        let broken = Arc::new(AtomicBool::new(true));
+        let is_broken = Arc::clone(&broken);
+        world
+            .database("w")
+            .refuse(move |_| is_broken.load(Ordering::Acquire).then(|| "no column".to_owned()));
+        let mut letters = OpenLetters::new(Arc::clone(&world.dead));
+        let process = world.start(chain(1, &[])).await;
+        assert_eq!(count(&mut letters).await, 0);
+        world.publish_many(5, 0, 10);
+        process.drained().await;
+        assert_eq!(count(&mut letters).await, 10);
+        // Rejected again: open as before, no second letter.
+        process.handle.redrive(&Filter::default()).await.unwrap();
+        assert_eq!(count(&mut letters).await, 10);
+        broken.store(false, Ordering::Release);
+        let ids = Some(crate::pipeline::list_open(&*world.dead, None).await.unwrap()[..4].to_vec());
+        process.handle.redrive(&Filter { ids, ..Filter::default() }).await.unwrap();
+        assert_eq!(count(&mut letters).await, 6);
+        process.stop().await;
+        // Of another process.
+        let mut letters = OpenLetters::new(Arc::clone(&world.dead));
+        assert_eq!(count(&mut letters).await, 6);
+        world.dead_memory.trim(Offset(9));
+        assert_eq!(count(&mut letters).await, 1);
+        world.dead_memory.pass_age();
+        assert_eq!(count(&mut letters).await, 0);
+    }
+}
