@@ -339,6 +339,7 @@ async fn a_log_opens_where_there_is_no_room_at_all_again_and_again_and_loses_not
 }
 
 #[tokio::test]
+#[expect(clippy::await_holding_lock, reason = "the disk hangs for as long as it is held")]
 async fn a_disk_that_does_not_answer_is_told_with_what_waits_until_it_does() {
     let disk = SimDisk::new(3);
     let (log, _) = Log::open(Arc::new(disk.clone()), Path::new(DIR), "t", &small()).unwrap();
