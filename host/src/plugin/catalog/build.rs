@@ -50,14 +50,20 @@ impl Work {
         let mut pipelines = std::mem::take(&mut self.pipelines);
         pipelines.append(&mut self.shared.joining());
         pipelines.retain(|pipeline| !pipeline.sender.is_closed());
-        for pipeline in pipelines.iter_mut().filter(|pipeline| is_meant(pipeline)) {
+        let mut built = Vec::new();
+        for (number, pipeline) in pipelines.iter_mut().enumerate() {
             let waits = pipeline.is_first() && self.is_awaited(pipeline);
-            if !waits && !self.shared.is_stopped() {
-                self.publish_one(pipeline);
+            if is_meant(pipeline) && !waits && !self.shared.is_stopped() {
+                built.push((number, self.build(pipeline)));
             }
         }
         self.pipelines = pipelines;
         self.remember_steps();
+        // First: the line that a pipeline holds leads people to the status.
+        self.shared.status.send_replace(self.status());
+        for (number, (steps, hold)) in built {
+            self.publish_one(number, steps, hold);
+        }
         self.show();
     }
 
@@ -70,8 +76,8 @@ impl Work {
         }
     }
 
-    fn publish_one(&mut self, pipeline: &mut Pipeline) {
-        let (steps, hold) = self.build(pipeline);
+    fn publish_one(&mut self, number: usize, steps: Vec<Arc<dyn StepFactory>>, hold: Option<String>) {
+        let pipeline = &self.pipelines[number];
         let current = pipeline.sender.borrow();
         let is_first = current.generation == 0;
         let same = !is_first
