@@ -112,7 +112,7 @@ mod tests {
         assert_eq!(needs(&sinks(40)), one + 39 * PER_SINK);
         let more = sinks(1) + "streams: { a: { topics: [a/#] }, b: { topics: [b/#] }, telemetry: {} }\n";
         assert_eq!(needs(&more), one + 2 * PER_STREAM);
-        let listeners = sinks(1) + "mqtt: { listeners: [ 127.0.0.1:0, 127.0.0.1:0 ] }\n";
+        let listeners = sinks(1) + "mqtt: { listeners: [ { bind: 127.0.0.1:0 }, { bind: 127.0.0.1:0 } ] }\n";
         assert_eq!(needs(&listeners), one + PER_LISTENER);
     }
 }
