@@ -12,7 +12,7 @@ use super::append::Pending;
 use super::disk::{File, SyncSite, lacking};
 use super::frame::{self, Around, Header, Kind, flags};
 use super::generations::{self, Closed, Metadata};
-use super::state::State;
+use super::state::{self, Change, State};
 use super::tail::Frame;
 use super::{Inner, lock, read, write};
 use crate::stream::{Lack, Stall, Ticket};
@@ -160,8 +160,8 @@ impl Inner {
     /// Writes and syncs what is in hand. After `NoSpace` it stays in hand.
     pub fn commit_in_hand(&self) -> Result<(), CommitError> {
         let mut writer = lock(&self.writer);
-        let Some((pending, ticket)) = writer.in_hand.take() else { return Ok(()) };
-        match self.at_work(|| self.write_frame(&mut writer, &pending)) {
+        let Some((mut pending, ticket)) = writer.in_hand.take() else { return Ok(()) };
+        match self.at_work(|| self.write_frame(&mut writer, &mut pending)) {
             Ok(append_us) => {
                 self.publish(&mut writer, pending, ticket, append_us);
                 self.set_lack(None);
@@ -176,6 +176,21 @@ impl Inner {
                 Err(error)
             }
         }
+    }
+
+    /// Returns the append time of what is written now, and what the log's state has to remember with
+    /// it: an append time that follows a jump is durable only together with the jump.
+    pub fn stamp(&self) -> (u64, Option<Change>) {
+        let (stamp_us, changed) = {
+            let mut clock = lock(&self.clock);
+            (clock.now(), clock.changed())
+        };
+        let change =
+            changed.map(|changed| -> Change { (state::key(state::CLOCK, &[]), Some(changed.into())) });
+        if let Some(change) = &change {
+            lock(&self.front).state.apply(change.clone());
+        }
+        (stamp_us, change)
     }
 
     /// Notes since when the committer is at work on the disk.
@@ -194,7 +209,9 @@ impl Inner {
         Some(Stall { since, messages })
     }
 
-    fn write_frame(&self, writer: &mut Writer, pending: &Pending) -> Result<u64, CommitError> {
+    fn write_frame(&self, writer: &mut Writer, pending: &mut Pending) -> Result<u64, CommitError> {
+        let (stamp_us, changed) = self.stamp();
+        pending.changes.extend(changed);
         writer.changes.clear();
         for (key, value) in &pending.changes {
             frame::push_change(&mut writer.changes, key, value.as_deref());
@@ -203,7 +220,7 @@ impl Inner {
         if writer.at + len > writer.len {
             self.roll(writer, len, &[])?;
         }
-        writer.clock_us = lock(&self.clock).now();
+        writer.clock_us = writer.clock_us.max(stamp_us);
         let mut header = Header {
             kind: if pending.count == 0 { Kind::Control } else { Kind::Data },
             base: pending.base,

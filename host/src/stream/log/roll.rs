@@ -27,8 +27,19 @@ struct Begun {
 impl Inner {
     /// Goes on in a new segment that begins with `again` and has room for a frame of `need` bytes.
     pub fn roll(&self, writer: &mut Writer, need: u64, again: &[Frame]) -> Result<(), CommitError> {
+        let (stamp_us, changed) = self.stamp();
+        writer.clock_us = stamp_us;
+        let is_changed = changed.is_some();
+        changed.into_iter().for_each(|change| writer.committed.apply(change));
+        let rolled = self.roll_stamped(writer, need, again);
+        if is_changed && rolled.is_err() {
+            lock(&self.clock).not_saved();
+        }
+        rolled
+    }
+
+    fn roll_stamped(&self, writer: &mut Writer, need: u64, again: &[Frame]) -> Result<(), CommitError> {
         let sequence = writer.segment + 1;
-        writer.clock_us = lock(&self.clock).now();
         let opening = self.openings.last().expect("an opening adds itself");
         let base = again.first().map_or(writer.durable_through, |frame| frame.base);
         let header = segment::Header {

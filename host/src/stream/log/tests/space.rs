@@ -648,6 +648,37 @@ fn a_clock_that_jumps_makes_no_message_older_also_after_a_restart() {
 }
 
 #[test]
+fn a_jump_is_durable_with_the_first_message_after_it() {
+    use super::clock::tests::{Hands, NOW};
+    let (disk, hands) = (SimDisk::new(3), Hands::at(NOW));
+    let open = || {
+        disk.restart_process();
+        manual_at(&disk, &small(), hands.source()).unwrap().0
+    };
+    let append = |log: &Log| {
+        log.append(&[message("a/b", b"x")], &[]).unwrap();
+        commit(log).unwrap();
+    };
+    let log = open();
+    append(&log);
+    hands.jump(60 * 24 * 3_600_000_000);
+    for _ in 0..3 {
+        hands.pass(31_000_000);
+        append(&log);
+    }
+    // The keeper has done nothing yet.
+    drop(log);
+    let log = open();
+    assert!(!log.is_past_age(NOW), "of the first message");
+    assert!(!log.is_past_age(hands.wall()), "followed");
+    drop(log);
+    // The clock is far ahead at a start, and the log ends before anything is appended.
+    hands.jump(60 * 24 * 3_600_000_000);
+    drop(open());
+    assert!(!open().is_past_age(NOW), "of the first message");
+}
+
+#[test]
 fn a_log_remembers_whom_it_was_delivered_to_through_restarts_and_new_names() {
     use crate::stream::Delivered;
     let (disk, clock) = (SimDisk::new(3), new_clock());
