@@ -378,7 +378,7 @@ impl Config {
             ];
             let mut all_there = true;
             for (key, file) in files.into_iter().filter_map(|(key, file)| Some((key, file?))) {
-                if let Err(error) = std::fs::File::open(file) {
+                if let Err(error) = crate::files::open(file) {
                     problems.add(at.key(key), format!("cannot read {}: {error}", file.display()));
                     all_there = false;
                 }
