@@ -42,8 +42,7 @@ impl Beginning {
             claim.sink, kept.start.0, kept.end.0
         );
         match self.begin {
-            Some(Begin::Now) => return Ok(kept.end),
-            Some(Begin::Start) => return Ok(kept.start),
+            Some(begin) => return Ok(first(begin, kept)),
             None if !found.has_rows => return Ok(kept.start),
             None => {}
         }
@@ -81,6 +80,14 @@ impl Beginning {
     }
 }
 
+/// Returns the first offset to be written.
+pub fn first(begin: Begin, kept: &Range<Offset>) -> Offset {
+    match begin {
+        Begin::Start => kept.start,
+        Begin::Now => kept.end,
+    }
+}
+
 /// Says where a claim that is new begins, where that is not the plain first start.
 pub fn say_begun(claim: &Claim, stream: &dyn Stream, start: Offset, delivered: Delivered) {
     let kept = stream.bounds();
@@ -106,7 +113,8 @@ pub fn say_begun(claim: &Claim, stream: &dyn Stream, start: Offset, delivered: D
 
 /// Says that positions were left in another copy of the log, and which messages that concerns.
 pub fn say_moved(claim: &Claim, stream: &dyn Stream, advance: &[Advance]) {
-    let (back, ahead): (Vec<&Advance>, Vec<&Advance>) = advance.iter().partition(|step| step.to < step.from);
+    let back: Vec<&Advance> = advance.iter().filter(|step| step.to < step.from).collect();
+    let ahead = advance.iter().filter(|step| step.to > step.from);
     if let (Some(from), Some(upto)) =
         (back.iter().map(|step| step.to.0).min(), back.iter().map(|step| step.from.0).max())
     {
@@ -125,7 +133,7 @@ pub fn say_moved(claim: &Claim, stream: &dyn Stream, advance: &[Advance]) {
             last = upto - 1
         );
     }
-    if let Some(to) = ahead.iter().map(|step| step.to.0).max() {
+    if let Some(to) = ahead.map(|step| step.to.0).max() {
         tracing::warn!(
             pipeline = claim.pipeline,
             sink = claim.sink,

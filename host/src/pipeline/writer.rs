@@ -246,18 +246,26 @@ impl Writer {
                 self.failed(Error::Setup(format!("sink \"{}\": {reason}", self.claim.sink)))
             })?;
         }
-        self.positions = vec![start; usize::from(self.claim.partitions)];
-        self.lineages = vec![Lineage::default(); usize::from(self.claim.partitions)];
+        let partitions = usize::from(self.claim.partitions);
+        // All of them got a position with the first commit.
+        let is_partly_gone = (1..partitions).contains(&opened.positions.len());
+        if is_partly_gone && let Some(begin) = self.beginning.as_ref().map(|beginning| beginning.begin) {
+            let Some(begin) = begin else { return Err(self.failed(Error::Setup(self.claim.gone()))) };
+            start = claim::first(begin, &kept);
+        }
+        self.positions = vec![start; partitions];
+        self.lineages = vec![Lineage::default(); partitions];
         let mut to = self.positions.clone();
+        let mut is_known = vec![false; partitions];
         for Position { partition, next, lineage } in opened.positions {
             let p = usize::from(partition.0);
-            if p < to.len() {
+            if p < partitions {
                 to[p] = lineage.locate(next, &self.openings, kept.start);
-                (self.positions[p], self.lineages[p]) = (next, lineage);
+                (self.positions[p], self.lineages[p], is_known[p]) = (next, lineage, true);
             }
         }
-        let advance: Vec<_> = (0..to.len())
-            .filter(|p| is_new || self.positions[*p] != to[*p])
+        let advance: Vec<_> = (0..partitions)
+            .filter(|p| !is_known[*p] || self.positions[*p] != to[*p])
             .map(|p| self.step(p, to[p]))
             .collect();
         if !advance.is_empty() {

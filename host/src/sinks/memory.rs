@@ -110,6 +110,11 @@ impl MemoryDatabase {
         self.lock().claims.clear();
     }
 
+    /// Removes the positions of one partition.
+    pub fn lose_position(&self, partition: u16) {
+        self.lock().claims.values_mut().for_each(|claimed| claimed.next[usize::from(partition)] = None);
+    }
+
     /// Rows for which `refuse` gives a reason can never be written.
     pub fn refuse(&self, refuse: impl Fn(&MessageRef<'_>) -> Option<String> + Send + 'static) {
         self.lock().refuse = Some(Box::new(refuse));

@@ -220,6 +220,19 @@ async fn a_host_that_starts_without_its_positions_fills_its_table_only_when_it_i
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_partition_without_its_position_fills_nothing_twice_either() {
+    let mut world = World::new(2, &[("default", "w")]);
+    world.config.sink_backoff.max = Period(Duration::from_millis(5));
+    delivered(&world, 0, 100).await;
+    world.database("w").lose_position(1);
+    refused(&world, "are gone").await;
+    world.has_rows(&[0..100]);
+    world.begin = Some(Begin::Now);
+    delivered(&world, 100, 10).await;
+    world.has_rows(&[0..110]);
+}
+
 /// A first start, a second pipeline, another log: none is asked.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_table_that_somebody_else_filled_is_written_to_without_a_question() {
