@@ -15,6 +15,7 @@
 use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
@@ -38,6 +39,11 @@ const ATTEMPTS_MAX: u32 = 3;
 /// Messages refused again before the sink's position moves past them, so that what
 /// is remembered of them is forgotten.
 const REFUSED_AT_ONCE: u64 = 1_000;
+/// Why a sink gets nothing yet: it has not come to the message of a letter.
+const AHEAD: &str = "ahead";
+/// How long a redrive waits for a sink that is not far from it, and between two tries.
+const AHEAD_WAIT_MAX: Duration = Duration::from_secs(5);
+const AHEAD_PAUSE: Duration = Duration::from_millis(200);
 /// Marks removed in one append.
 const MARKS_MAX: usize = 4_096;
 /// Letters of one `ids` filter and of a listing.
@@ -149,44 +155,54 @@ pub async fn run(
     let mut reached = vec![Vec::new(); lenders.len()];
     for (number, lender) in lenders.iter().enumerate() {
         let sink = &lender.name;
-        let Some(borrowed) = Borrowed::take(&lender.control).await else {
-            summary.failed.push(format!("sink \"{sink}\" has stopped"));
-            continue;
-        };
-        let mut writer = Writer {
-            sink: None,
-            number,
-            claim: super::claim_of(&pipelines, &super::names_of(sink, &lender.formerly), identity),
-            held: epochs[number],
-            // Letters that are sent or open are not delivered again, whatever the position.
-            beginning: None,
-            has_begun: false,
-            letters: Arc::clone(&letters),
-            metrics: SinkMetrics::new(&pipelines[0], sink),
-            failures: shared.failures.clone(),
-            refusals: Refusals::new(1.0),
-            pace: Pace::default(),
-            positions: Vec::new(),
-            lineages: Vec::new(),
-            openings: Vec::new(),
-            written: 0,
-            refused: 0,
-        };
-        let (sink_back, result) =
-            deliver(&mut writer, lender, borrowed.sink, &mut steps, shared, dead_letters, &mut summary).await;
-        // Given back whatever happened: the delivery opens its own claim again.
-        drop(borrowed.back.send(Returned { sink: sink_back, has_written: writer.written > 0 }));
-        summary.refused += writer.refused;
-        epochs[number] = writer.held;
-        reached[number] = writer.positions;
-        let reason = match result {
-            Ok(Ok(())) => continue,
-            Err(RedriveError::Stopping) => return Err(RedriveError::Stopping),
-            Ok(Err(Failed::Later { reason, .. } | Failed::Stop(reason))) => reason,
-            // What went to the sinks before counts all the same.
-            Err(error) => error.to_string(),
-        };
-        summary.failed.push(format!("sink \"{sink}\": {reason}"));
+        let patience = Instant::now() + AHEAD_WAIT_MAX;
+        loop {
+            let Some(borrowed) = Borrowed::take(&lender.control).await else {
+                summary.failed.push(format!("sink \"{sink}\" has stopped"));
+                break;
+            };
+            let mut writer = Writer {
+                sink: None,
+                number,
+                claim: super::claim_of(&pipelines, &super::names_of(sink, &lender.formerly), identity),
+                held: epochs[number],
+                // Letters that are sent or open are not delivered again, whatever the position.
+                beginning: None,
+                has_begun: false,
+                letters: Arc::clone(&letters),
+                metrics: SinkMetrics::new(&pipelines[0], sink),
+                failures: shared.failures.clone(),
+                refusals: Refusals::new(1.0),
+                pace: Pace::default(),
+                positions: Vec::new(),
+                lineages: Vec::new(),
+                openings: Vec::new(),
+                written: 0,
+                refused: 0,
+            };
+            let (sink_back, result) =
+                deliver(&mut writer, lender, borrowed.sink, &mut steps, shared, dead_letters, &mut summary)
+                    .await;
+            // Given back whatever happened: the delivery opens its own claim again.
+            drop(borrowed.back.send(Returned { sink: sink_back, has_written: writer.written > 0 }));
+            summary.refused += writer.refused;
+            epochs[number] = writer.held;
+            reached[number] = writer.positions;
+            let reason = match result {
+                Ok(Ok(())) => break,
+                Err(RedriveError::Stopping) => return Err(RedriveError::Stopping),
+                // Its delivery comes to the message meanwhile.
+                Ok(Err(Failed::Later { kind: AHEAD, .. })) if Instant::now() < patience => {
+                    tokio::time::sleep(AHEAD_PAUSE).await;
+                    continue;
+                }
+                Ok(Err(Failed::Later { reason, .. } | Failed::Stop(reason))) => reason,
+                // What went to the sinks before counts all the same.
+                Err(error) => error.to_string(),
+            };
+            summary.failed.push(format!("sink \"{sink}\": {reason}"));
+            break;
+        }
     }
     let (changes, ended) = letters.again().map(|again| again.ended(&reached)).unwrap_or_default();
     set_marks(dead_letters, &changes).await?;
@@ -343,7 +359,7 @@ async fn deliver_with(
             let reason = format!(
                 "has not come to the message of dead letter {letter} yet: send the letters again later"
             );
-            return Ok(Err(Failed::Later { kind: "retry", reason }));
+            return Ok(Err(Failed::Later { kind: AHEAD, reason }));
         }
         let mut rows = Rows::default();
         let mut refused_before = HashSet::new();

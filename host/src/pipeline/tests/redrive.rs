@@ -303,6 +303,28 @@ async fn a_letter_is_sent_again_only_once_its_sink_is_past_the_message() {
     process.stop().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redrive_waits_for_a_sink_that_is_about_to_pass_the_message() {
+    let mut world = World::new(1, &[("default", "w")]);
+    world.config.progress_every = Period(Duration::from_millis(300));
+    let broken = Arc::new(AtomicBool::new(true));
+    let is_broken = Arc::clone(&broken);
+    let check = step("check", move |_, _| match is_broken.load(Ordering::Acquire) {
+        true => Act::Refuse("table not there".to_owned()),
+        false => Act::Pass,
+    });
+    let process = world.start(chain(1, &[check])).await;
+    world.publish_many(1, 0, 10);
+    while world.letters().await.len() < 10 {
+        process.looked_after().await;
+    }
+    broken.store(false, Ordering::Release);
+    let summary = process.handle.redrive(&Filter::default()).await.unwrap();
+    assert_eq!((summary.sent, summary.failed.len()), (10, 0), "{summary:?}");
+    assert_eq!(sorted(world.payloads("w")), published(1, 10));
+    process.stop().await;
+}
+
 /// Its position is not all that knows.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_letter_that_was_sent_is_not_sent_again_where_the_positions_are_gone() {
