@@ -61,7 +61,8 @@ pub struct Config {
     /// Longest time that a session is kept without its client; MQTT 3.1.1
     /// sessions (clean session 0) are kept so long.
     pub session_expiry_max: Period,
-    /// Subscriptions of one client.
+    /// Subscriptions of one client. Its filters have at most ten times as many topic
+    /// levels together.
     pub subscriptions_per_client_max: u32,
     /// Bytes of the filters that one client is subscribed to; in memory up to about three times as much.
     pub subscription_bytes_per_client_max: ByteSize,

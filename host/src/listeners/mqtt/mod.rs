@@ -74,6 +74,7 @@ use self::wire::Version;
 use crate::access::{self, Access};
 use crate::hints::Hint;
 use crate::plugin::access::AccessEngine;
+use crate::stream::log::STATE_BYTES_MAX;
 use crate::stream::{AppendError, Identity, StateChange, Stream, Streams, Ticket};
 use crate::telemetry::Failures;
 use crate::threads::{LONG_TURN, SHORT_TURN, in_turns};
@@ -96,6 +97,8 @@ const ACCESS_SECRET: &[u8] = b"ac";
 /// Of the broker stream's state, kept free of new sessions and subscriptions: for
 /// what those that there are note of their deliveries.
 const STATE_ROOM_BYTES: usize = 8 << 20;
+/// Bytes of filters that one session may have in the second half of that state.
+const STATE_SHARE_BYTES: usize = 16 << 10;
 /// Between two looks at the files that clients are known by.
 const ACCESS_LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Between two looks for expired sessions.
@@ -373,6 +376,16 @@ impl Broker {
     /// Whether the broker's stream takes more sessions and subscriptions.
     fn has_state_room(&self) -> bool {
         self.broker.state_room() >= STATE_ROOM_BYTES
+    }
+
+    /// Bytes of filters that a session may have in the state. Few clients that take
+    /// all that they may cannot use up the half that is for the small ones.
+    fn state_share(&self) -> usize {
+        match self.broker.state_room() {
+            room if room < STATE_ROOM_BYTES => 0,
+            room if room < STATE_BYTES_MAX / 2 => STATE_SHARE_BYTES,
+            _ => usize::MAX,
+        }
     }
 
     /// To be called before times are looked at that were stamped just now.

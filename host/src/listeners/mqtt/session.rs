@@ -22,7 +22,7 @@ use super::clients::Connection;
 use super::open_ids::{Content, OpenIds, OpenIdsRoom, Received};
 use super::outbound::{self, Ids, Kept, Message, Outbox};
 use super::owner::Owner;
-use super::subscriptions::{Filter, Options, is_shared};
+use super::subscriptions::{Filter, Options, is_shared, levels};
 use crate::hints::Hint;
 use crate::stream::{AppendError, Identity, StateChange, Stream, Ticket};
 
@@ -157,6 +157,11 @@ impl Session {
 
     pub fn filters(&self) -> usize {
         lock(&self.state).filters.len()
+    }
+
+    /// Topic levels of all its filters.
+    pub fn filter_levels(&self) -> usize {
+        lock(&self.state).filters.keys().map(|filter| levels(filter)).sum()
     }
 
     pub fn filter_bytes(&self) -> usize {

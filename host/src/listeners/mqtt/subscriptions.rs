@@ -98,6 +98,11 @@ pub fn is_shared(text: &str) -> bool {
     split(text).0.is_some()
 }
 
+/// Number of topic levels of a filter.
+pub fn levels(text: &str) -> usize {
+    1 + text.bytes().filter(|byte| *byte == b'/').count()
+}
+
 /// Whether messages of streams can match: the broker's own topics lie in none.
 pub fn is_live(text: &str) -> bool {
     !topic::is_reserved(split(text).1)

@@ -16,7 +16,7 @@ use crate::listeners::mqtt::Broker;
 use crate::listeners::mqtt::fanout::{FILTERS_AT_ONCE, SendRetained, Subscription};
 use crate::listeners::mqtt::outbound::look_up;
 use crate::listeners::mqtt::session::{Change, KEPT_FILTER_BYTES_MAX, Session, subscription_key};
-use crate::listeners::mqtt::subscriptions::{FILTER_LEVELS_MAX, Filter, Options};
+use crate::listeners::mqtt::subscriptions::{FILTER_LEVELS_MAX, Filter, Options, levels};
 use crate::listeners::mqtt::wire::{self, Fault, Packet};
 
 impl<S> Connection<'_, S> {
@@ -279,33 +279,41 @@ async fn keep(broker: &Broker, session: &Session, changes: &[Change]) -> Result<
     session.note_durable(broker, changes).await.map_err(|_| End::Stopped)
 }
 
+/// Topic levels that a client may have for each of its filters, on average: each level
+/// that no other filter has takes about 120 bytes of memory.
+const LEVELS_PER_FILTER: usize = 10;
+
 /// What a client may still subscribe to.
 struct Room {
-    /// Its subscriptions are kept, and there is no room for more of that.
-    is_state_full: bool,
     filters: usize,
+    levels: usize,
     bytes: usize,
+    /// Bytes of filters that the broker's state takes of it.
+    state_bytes: usize,
 }
 
 impl Room {
     fn of(session: &Session, broker: &Broker) -> Self {
         let config = &broker.config;
+        let filters_max = config.subscriptions_per_client_max as usize;
         let bytes_max = config.subscription_bytes_per_client_max.0 as usize;
+        let is_kept = session.persistent_epoch().is_some();
+        let state_bytes_max = if is_kept { broker.state_share() } else { usize::MAX };
         Self {
-            is_state_full: session.persistent_epoch().is_some() && !broker.has_state_room(),
-            filters: (config.subscriptions_per_client_max as usize).saturating_sub(session.filters()),
+            filters: filters_max.saturating_sub(session.filters()),
+            levels: (LEVELS_PER_FILTER * filters_max).saturating_sub(session.filter_levels()),
             bytes: bytes_max.saturating_sub(session.filter_bytes()),
+            state_bytes: state_bytes_max.saturating_sub(session.filter_bytes()),
         }
     }
 
     /// An error is the bound that it would pass.
     fn take(&mut self, filter: &str) -> Result<(), &'static str> {
-        if self.is_state_full {
-            return Err("broker_state");
-        }
+        let state_bytes = self.state_bytes.checked_sub(filter.len()).ok_or("broker_state")?;
         let filters = self.filters.checked_sub(1).ok_or("subscriptions_per_client_max")?;
+        let levels = self.levels.checked_sub(levels(filter)).ok_or("subscriptions_per_client_max")?;
         let bytes = self.bytes.checked_sub(filter.len()).ok_or("subscription_bytes_per_client_max")?;
-        (self.filters, self.bytes) = (filters, bytes);
+        *self = Self { filters, levels, bytes, state_bytes };
         Ok(())
     }
 }

@@ -251,3 +251,17 @@ async fn a_client_that_always_sends_something_is_taken_over_deleted_and_does_not
     host.stop().await;
     third.await.unwrap();
 }
+
+#[tokio::test]
+async fn filters_of_many_levels_are_counted_by_their_levels() {
+    let streams = Streams::new(vec![], MemoryStream::new("s", 1));
+    let few = |config: &mut Config| config.subscriptions_per_client_max = 10;
+    let host = Host::start(streams, MemoryStream::new("broker", 1), few).await;
+    let mut client = host.clean("c").await;
+    let filter = |n: usize| -> &'static str { format!("{n}{}", "/x".repeat(19)).leak() };
+    for n in 0..5 {
+        assert_eq!(client.subscribe(filter(n), QOS1).await, SubscribeAckReason::GrantedQos1);
+    }
+    assert_eq!(client.subscribe("a", QOS1).await, SubscribeAckReason::QuotaExceeded);
+    host.stop().await;
+}

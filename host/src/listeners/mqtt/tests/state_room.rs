@@ -102,6 +102,28 @@ async fn without_room_for_its_record_a_new_session_or_subscription_is_refused_an
     host.stop().await;
 }
 
+#[tokio::test]
+async fn the_second_half_of_the_state_is_for_clients_with_few_subscriptions() {
+    let broker = MemoryStream::with_hooks("broker", 1);
+    let streams = Streams::new(vec![], MemoryStream::new("s", 1));
+    let host = Host::start(streams, broker.clone(), |_| {}).await;
+    let (granted, full) = (SubscribeAckReason::GrantedQos1, SubscribeAckReason::QuotaExceeded);
+    let filter = |n: usize| -> &'static str { format!("{n:01000}").leak() };
+    let share = STATE_SHARE_BYTES / 1_000;
+    let (mut large, mut small) =
+        (host.client(resuming("large")).await.0, host.client(resuming("small")).await.0);
+    for n in 0..=share {
+        assert_eq!(large.subscribe(filter(n), QOS1).await, granted);
+    }
+    broker.set_state_room(STATE_BYTES_MAX / 2 - 1);
+    assert_eq!(large.subscribe("d", QOS1).await, full);
+    for n in 0..=share {
+        assert_eq!(small.subscribe(filter(n), QOS1).await, if n < share { granted } else { full });
+    }
+    assert_eq!(host.client(resuming("new")).await.0.subscribe("d", QOS1).await, granted);
+    host.stop().await;
+}
+
 /// The default `sessions_max`, with ids and four filters of 64 bytes each, and notes as
 /// long as they may be.
 #[tokio::test]
@@ -121,7 +143,7 @@ async fn as_many_persistent_sessions_as_the_default_allows_fit_in_the_state() {
         .sum();
     let sessions = Config::default().sessions_max as usize;
     let all = sessions * (bytes + outbound::note_bytes_max(sessions));
-    let most = crate::stream::log::STATE_BYTES_MAX - STATE_ROOM_BYTES;
+    let most = STATE_BYTES_MAX - STATE_ROOM_BYTES;
     assert!(all <= most, "{bytes} bytes a session, {all} of {most}");
     host.stop().await;
 }
