@@ -115,3 +115,34 @@ fn after_a_failed_sync_nothing_is_acknowledged_and_the_next_opening_writes_it_ag
     let (log, _) = manual(&disk, &small(), &clock).unwrap();
     assert_eq!(all(&log).last(), Some(&(24, Some(payload(24, 40)))));
 }
+
+#[test]
+fn a_reader_counts_what_is_lost_to_it_and_a_look_does_not() {
+    let (disk, clock, path) = written();
+    let end = disk.fork().open(&path, disk::Create::ReadOnly).unwrap().len().unwrap() as usize;
+    let is_damaged = |at: &usize| {
+        let disk = disk.fork();
+        disk.flip(&path, *at);
+        manual(&disk, &small(), &clock).is_ok_and(|(_, recovery)| {
+            recovery.damaged.iter().any(|damaged| damaged.offsets.start < damaged.offsets.end)
+        })
+    };
+    let at = (0..end).step_by(5).find(is_damaged).unwrap();
+    disk.flip(&path, at);
+    let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+    let log = metrics::with_local_recorder(&recorder, || manual(&disk, &small(), &clock).unwrap().0);
+    let lost = || -> f64 {
+        let rendered = recorder.handle().render();
+        let lines = rendered.lines().filter(|line| line.starts_with("headworks_stream_gap_messages_total{"));
+        lines.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
+    };
+    let before = lost();
+    let mut look = log.peek(Offset(0));
+    let mut gaps = 0;
+    while let Some(read) = block_on(look.try_next()).unwrap() {
+        gaps += usize::from(matches!(read, crate::stream::Read::Gap { .. }));
+    }
+    assert_eq!((gaps, lost()), (1, before));
+    all(&log);
+    assert_eq!(lost(), before + 2.0);
+}
