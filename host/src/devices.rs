@@ -93,8 +93,10 @@ impl Devices {
 
     /// Takes what the file says whenever it changes, for as long as it is polled.
     pub async fn follow(self: Arc<Self>, config: Config, failures: Failures) {
+        let Some(file) = config.file.clone() else { return };
+        let file = file.as_path();
         let mut watch = Watch { config, seen: None, read: None };
-        while watch.config.file.is_some() {
+        loop {
             tokio::time::sleep(LOOK_EVERY).await;
             let devices = Arc::clone(&self);
             let looked = tokio::task::spawn_blocking(move || (devices.look(&mut watch), watch)).await;
@@ -102,18 +104,26 @@ impl Devices {
             let Ok((taken, same)) = looked else { return };
             watch = same;
             match taken {
-                Ok(Some(devices)) => tracing::info!(devices, "the table of devices has changed"),
                 Ok(None) => {}
+                Ok(Some(taken)) => {
+                    failures.reloaded(file);
+                    if let Some(devices) = taken {
+                        tracing::info!(devices, "the table of devices has changed");
+                    }
+                }
                 Err(error) => {
-                    let reason = format!("{error}; what was read before stays");
+                    let reason = error.to_string();
+                    failures.reload_refused(file, &reason);
+                    let reason = format!("{reason}; what was read before stays");
                     failures.report("devices.file", 1, &reason, &failures.hint(Hint::Validate));
                 }
             }
         }
     }
 
-    /// Returns the number of devices where another table was taken.
-    fn look(&self, watch: &mut Watch) -> Result<Option<usize>, Error> {
+    /// Reads the file where it has changed: `Some` where it could be read, with the number of devices
+    /// where another table was taken.
+    fn look(&self, watch: &mut Watch) -> Result<Option<Option<usize>>, Error> {
         let stamp = watch.config.file.as_deref().and_then(stamp);
         let has_settled = std::mem::replace(&mut watch.seen, stamp) == stamp;
         if !has_settled || watch.read == Some(stamp) {
@@ -122,11 +132,11 @@ impl Devices {
         watch.read = Some(stamp);
         let table = Table::load(&watch.config)?;
         if table == *self.table() {
-            return Ok(None);
+            return Ok(Some(None));
         }
         let devices = table.0.len();
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(table);
-        Ok(Some(devices))
+        Ok(Some(Some(devices)))
     }
 }
 
@@ -230,10 +240,10 @@ mod tests {
         let mut watch = Watch { config, seen: None, read: None };
         let site = |devices: &Devices, id: &str| devices.table().get(id).map(str::to_owned);
         let mut look = || devices.look(&mut watch);
-        assert!(matches!((look(), look(), look()), (Ok(None), Ok(None), Ok(None))));
+        assert!(matches!((look(), look(), look()), (Ok(None), Ok(Some(None)), Ok(None))));
         write("a: { site: one }\nnew: { site: two }\n");
         assert!(matches!(look(), Ok(None)), "it may not be whole yet");
-        assert!(matches!(look(), Ok(Some(2))));
+        assert!(matches!(look(), Ok(Some(Some(2)))));
         assert_eq!(site(&devices, "new").as_deref(), Some(r#"{"site":"two"}"#));
         for broken in ["", "a: [", "a: 3\n", "- a\n"] {
             write(broken);

@@ -24,6 +24,10 @@ pub enum Hint<'h> {
     ClientsList,
     /// Those that missed the most messages first.
     ClientsMissed,
+    /// Those with the longest queues first.
+    ClientsQueued,
+    /// Those whose publishes and subscriptions were refused most first.
+    ClientsDenied,
     ClientsShow(&'h str),
     /// Those that were refused, the newest first.
     ClientsRefused,
@@ -89,6 +93,8 @@ impl<'h> Hint<'h> {
             Self::StreamsTail => ("streams tail --follow", None),
             Self::ClientsList => ("clients list", None),
             Self::ClientsMissed => ("clients list --sort missed", None),
+            Self::ClientsQueued => ("clients list --sort queued", None),
+            Self::ClientsDenied => ("clients list --sort refused", None),
             Self::ClientsShow(client_id) => ("clients show", Some(client_id.to_owned())),
             Self::ClientsRefused => ("clients refused", None),
             Self::DeadLettersList => ("dead-letters list", None),
@@ -127,7 +133,10 @@ impl<'h> Hint<'h> {
                 Self::PluginRemove(_) => Some(Self::StreamsTail),
                 Self::StreamsTail => Some(Self::ClientsList),
                 Self::ClientsList => Some(Self::ClientsMissed),
-                Self::ClientsMissed => Some(Self::ClientsShow(name)),
+                Self::ClientsMissed => Some(Self::ClientsQueued),
+                Self::ClientsQueued => Some(Self::ClientsDenied),
+                Self::ClientsQueued => ("clients list --sort queued", None),
+                Self::ClientsDenied => Some(Self::ClientsShow(name)),
                 Self::ClientsShow(_) => Some(Self::ClientsRefused),
                 Self::ClientsRefused => Some(Self::DeadLettersList),
                 Self::DeadLettersList => Some(Self::DeadLettersSummary(Letters::All)),

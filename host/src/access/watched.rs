@@ -202,6 +202,7 @@ impl<T> Reader<T> {
             Ok((signature, value)) => {
                 self.signature = signature;
                 *lock(&shared.newest) = Arc::new(value);
+                shared.failures.reloaded(&shared.path);
                 tracing::info!(file = %shared.path.display(), "access: a changed file is in force");
             }
             Err(reason) => {
@@ -209,6 +210,7 @@ impl<T> Reader<T> {
                 if let Change::To(signature) = change {
                     self.signature = *signature;
                 }
+                shared.failures.reload_refused(&shared.path, &reason);
                 let kind = format!("access: a changed file cannot be used: {reason}");
                 shared.failures.report(&kind, 1, "what it said before stays in force", "");
             }

@@ -146,8 +146,19 @@ mod tests {
         assert!(
             rules.iter().all(|rule| rule["expr"].is_string() && rule["annotations"]["summary"].is_string())
         );
-        let lines = page.lines().filter_map(|line| line.strip_prefix("| Headworks")?.split_once(' '));
-        let explained: Vec<_> = lines.map(|(name, _)| format!("Headworks{name}")).collect();
+        let lines = page.lines().filter(|line| line.starts_with("| Headworks"));
+        let mut explained = Vec::new();
+        let mut twins = BTreeSet::new();
+        for cells in lines.map(|line| line.split('|').map(str::trim).collect::<Vec<_>>()) {
+            let [_, alert, problem, ..] = cells[..] else { panic!("{cells:?}") };
+            explained.push(alert.to_owned());
+            twins.extend(problem.split('`').skip(1).step_by(2));
+            // Of a host that does not run no problem can be told.
+            let has_twin =
+                problem.starts_with('`') || ["HeadworksDown", "HeadworksRestarts"].contains(&alert);
+            assert!(has_twin, "{alert}: {problem}");
+        }
+        assert_eq!(twins, super::super::PROBLEM_KINDS.iter().copied().collect(), "each kind has its alert");
         assert_eq!(BTreeSet::from_iter(explained.iter().map(String::as_str)), alerts);
     }
 

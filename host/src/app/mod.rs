@@ -6,12 +6,14 @@ mod background;
 pub mod banner;
 mod clients;
 mod descriptors;
+mod events;
 mod problems;
 mod redrive;
 pub mod run_file;
 mod status;
 mod watchdog;
 
+use std::collections::BTreeSet;
 use std::fs::{File, Permissions};
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
@@ -39,6 +41,7 @@ use crate::listeners::mqtt;
 use crate::pipeline::{self, Batching, SinkPart};
 use crate::plugin::access::AccessEngine;
 use crate::plugin::{PluginState, PluginStatus, Plugins};
+use crate::sinks;
 use crate::stream::log::{Disk, Log, RealDisk, STATE_BYTES_MAX};
 use crate::stream::{self, Stream, Streams};
 use crate::telemetry::{self, Failures};
@@ -73,6 +76,12 @@ pub struct Host {
     pub data_dir: PathBuf,
     pub plugins_dir: PathBuf,
     pub hints: Hints,
+    pub failures: Failures,
+    pub clients: mqtt::Clients,
+    /// Sinks, as `PIPELINE/SINK`, that are told to leave out rows that the table has.
+    pub ignoring: BTreeSet<String>,
+    /// As `mqtt.queue_copies_bytes_max`.
+    pub copies_bytes_max: u64,
     pub prometheus: PrometheusHandle,
     watch: problems::Watch,
 }
@@ -179,6 +188,10 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
         data_dir: data_dir.clone(),
         plugins_dir: config.plugins.dir.clone(),
         hints: source.hints(),
+        failures: failures.clone(),
+        clients: listener.clients(),
+        ignoring: ignoring_sinks(&config),
+        copies_bytes_max: config.mqtt.queue_copies_bytes_max.0,
         prometheus: prometheus.clone(),
         watch: problems::Watch::default(),
     });
@@ -386,6 +399,15 @@ fn sink_parts(
         })
     };
     pipeline.sinks().into_iter().filter_map(part).collect()
+}
+
+fn ignoring_sinks(config: &Config) -> BTreeSet<String> {
+    let of_pipeline = |(name, pipeline): (&String, &pipeline::Config)| {
+        let sinks = pipeline.sinks().into_iter();
+        let ignoring = sinks.filter(|sink| config.sinks.get(*sink).is_some_and(sinks::Config::ignores_rows));
+        ignoring.map(|sink| format!("{name}/{sink}")).collect::<Vec<_>>()
+    };
+    config.pipelines.iter().flat_map(of_pipeline).collect()
 }
 
 /// Takes from everybody else what they may do in the data folder; it may be from before this was so.

@@ -15,6 +15,7 @@ use jiff::{SignedDuration, Timestamp};
 use metrics::gauge;
 
 use super::Host;
+use super::events::{self, EVENTS};
 use super::status::is_stopped;
 use crate::admin::{AtStake, PROBLEM_KINDS, Problem};
 use crate::batch::Offset;
@@ -23,30 +24,24 @@ use crate::hints::{Hint, Hints, Letters};
 use crate::pipeline::{OpenLetters, PipelineStatus, SinkStatus, State};
 use crate::plugin::PluginState;
 use crate::stream::{Read, Stall, Stream};
-use crate::telemetry::{DiskSpace, Growth};
+use crate::telemetry::{DiskSpace, Growth, Standing};
+use crate::units::ByteSize;
 
 /// Time for which an event stays in the list.
 const RECENT: Duration = Duration::from_secs(3_600);
 /// Time between two looks, hence the resolution of `since`.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
-/// Counters whose growth is a problem: metric, the label that names the part, kind.
-const EVENTS: [(&str, &str, &str); 3] = [
-    ("headworks_stream_gap_messages_total", "stream", DAMAGED),
-    ("headworks_pipeline_gap_messages_total", "pipeline", TRIMMED),
-    ("headworks_mqtt_dropped_total", "cause", "dropped"),
-];
-/// Causes of gaps, and the labels of their counters: where the disk lost messages, and
-/// whose messages retention removed.
-const DAMAGED: &str = "damaged";
-const TRIMMED: &str = "trimmed";
+/// A sink that works is late where its oldest message waits longer.
+const LATE: Duration = Duration::from_secs(300);
+/// Messages that wait in the queues of all subscribers past which somebody should look.
+const QUEUED_MANY: u64 = 100_000;
+/// Looks between two that count what waits in all sessions.
+const MEASURED_EVERY: u32 = 15;
 /// Gauge of the certificates of listeners, by file.
 const CERTIFICATES: &str = "headworks_mqtt_certificate_seconds_left";
 /// A certificate that ends within this is a problem.
 const ENDS_SOON: Duration = Duration::from_secs(30 * 86_400);
-/// Causes of `headworks_mqtt_dropped_total` that an operator can do something about.
-const DROPS: [&str; 4] = ["no_space", "queue_full", "gap", "retained_full"];
-
 /// Remembers since when each problem is there, and how counters grew.
 #[derive(Default)]
 pub struct Watch {
@@ -106,8 +101,11 @@ impl Host {
     pub async fn watch(self: Arc<Self>) {
         let mut ticks = tokio::time::interval(LOOK_EVERY);
         let mut stalled = HashMap::new();
-        loop {
+        for number in (0..MEASURED_EVERY).cycle() {
             ticks.tick().await;
+            if number == 0 {
+                self.clients.measure();
+            }
             self.say_stalls(&mut stalled);
             if let Some(space) = *lock(&self.watch.space) {
                 gauge!("headworks_data_free_bytes").set(space.free as f64);
@@ -181,10 +179,12 @@ impl Host {
         found.extend(self.recent_events());
         let open = lock(&self.watch.open_letters).clone();
         found.extend(open.into_iter().map(|(pipeline, count)| dead_letters(&pipeline, count, &self.hints)));
+        found.extend(self.standing_problems());
         for status in self.pipelines.iter().map(|pipeline| pipeline.status()) {
             found.extend(self.pipeline_problems(&status));
         }
         found.extend(self.plugin_problems());
+        found.extend(self.gauge_problems(metrics));
         found.extend(certificate_problems(metrics));
         found
     }
@@ -307,22 +307,13 @@ impl Host {
         let now = Instant::now();
         let mut growth = lock(&self.watch.growth);
         for line in metrics.lines() {
-            for (metric, label, kind) in EVENTS {
-                let Some((labels, value)) = line.strip_prefix(metric).and_then(|rest| rest.rsplit_once(' '))
-                else {
-                    continue;
-                };
-                let Some(name) = label_value(labels, label) else { continue };
-                let is_other = match kind {
-                    DAMAGED | TRIMMED => label_value(labels, "cause") != Some(kind),
-                    _ => !DROPS.contains(&name),
-                };
-                if is_other {
+            for event in EVENTS {
+                let Some((name, labels, value)) = event.read(line) else { continue };
+                if event.kind == "ignored" && self.ignoring.contains(&name) {
                     continue;
                 }
-                let key = (name.to_owned(), kind, labels.to_owned());
-                let value: f64 = value.parse().unwrap_or_default();
-                growth.entry(key).or_insert_with(|| Growth::over(RECENT, now)).set(value as u64, now);
+                let key = (name, event.kind, labels.to_owned());
+                growth.entry(key).or_insert_with(|| Growth::over(RECENT, now)).set(value, now);
             }
         }
     }
@@ -332,8 +323,84 @@ impl Host {
         for ((name, kind, _), growth) in lock(&self.watch.growth).iter() {
             *sums.entry((*kind, name.clone())).or_default() += growth.recent();
         }
-        let grown = sums.into_iter().filter(|(_, count)| *count > 0);
-        let found = grown.map(|((kind, name), count)| event(kind, &name, count, &self.hints));
+        let grown = sums.into_iter().filter(|((kind, name), count)| events::is_problem(kind, name, *count));
+        let found = grown.map(|((kind, name), count)| {
+            let last = (kind == "refused").then(|| self.clients.last_refused(&name)).flatten();
+            let events::Told { part, cause, advice } =
+                events::told(kind, &name, count, last.as_ref(), &self.hints);
+            let messages = (!kind.starts_with("refused") && kind != "faults").then_some(count);
+            let kind = events::problem_kind(kind);
+            Found { part, kind, cause, at_stake: AtStake { messages, ..AtStake::default() }, advice }
+        });
+        found.collect()
+    }
+
+    /// Sinks that work and are late, and queues that grow: gauges that pass a bound.
+    fn gauge_problems(&self, metrics: &str) -> Vec<Found> {
+        let mut found = Vec::new();
+        for status in self.pipelines.iter().map(|pipeline| pipeline.status()) {
+            for sink in status.sinks.iter().filter(|sink| sink.state == State::Running) {
+                let age = self.oldest_age(&status, sink).filter(|age| *age > LATE);
+                found.extend(age.map(|age| Found {
+                    part: format!("sink {}/{}", status.name, sink.name),
+                    kind: "late",
+                    cause: "the sink works, and more comes than it writes, or its database is slow".to_owned(),
+                    at_stake: AtStake {
+                        messages: Some(sink.lag_messages),
+                        oldest_seconds: Some(age.as_secs()),
+                        ..AtStake::default()
+                    },
+                    advice: "look at the database: locks, indexes, its disk; or raise `partitions` of the stream \
+                             and `workers` of the pipeline"
+                        .to_owned(),
+                }));
+            }
+        }
+        let value = |name: &str| {
+            let line = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+            line.and_then(|value| value.parse::<f64>().ok()).unwrap_or_default() as u64
+        };
+        let queued = value("headworks_mqtt_queued_messages");
+        if queued > QUEUED_MANY {
+            found.push(Found {
+                part: "subscribers".to_owned(),
+                kind: "queues",
+                cause: "many messages wait in the queues of subscribers".to_owned(),
+                at_stake: AtStake { messages: Some(queued), ..AtStake::default() },
+                advice: format!("`{}` shows whose queues are long", self.hints.command(Hint::ClientsQueued)),
+            });
+        }
+        let copies = value("headworks_mqtt_copies_bytes");
+        if copies > self.copies_bytes_max / 5 * 4 {
+            found.push(Found {
+                part: "subscribers (copies)".to_owned(),
+                kind: "queues",
+                cause: format!(
+                    "{} wait for sessions beyond the retention of their stream; past {} they are lost",
+                    ByteSize(copies),
+                    ByteSize(self.copies_bytes_max)
+                ),
+                at_stake: AtStake::default(),
+                advice: format!(
+                    "raise mqtt.queue_copies_bytes_max or the stream's retention, or delete sessions of clients \
+                     that are gone: `{}`",
+                    self.hints.command(Hint::ClientsQueued)
+                ),
+            });
+        }
+        found
+    }
+
+    /// Faults that last until somebody mends them, as their parts tell.
+    fn standing_problems(&self) -> Vec<Found> {
+        let standing = self.failures.standing().into_iter();
+        let found = standing.map(|Standing { part, kind, cause, advice }| Found {
+            part,
+            kind,
+            cause,
+            at_stake: AtStake::default(),
+            advice,
+        });
         found.collect()
     }
 
@@ -383,63 +450,6 @@ impl Host {
         let (_, appended) = *lock(&self.watch.oldest).get(&key).filter(|_| sink.lag_messages > 0)?;
         SystemTime::now().duration_since(appended).ok()
     }
-}
-
-/// Part, cause and advice for messages that `headworks_mqtt_dropped_total` counts under `cause`.
-fn dropped(cause: &str, messages: &str, hints: &Hints) -> (String, String, String) {
-    let (part, why, advice) = match cause {
-        "no_space" => (
-            "publishers",
-            "QoS 0, and their stream had no room",
-            format!(
-                "`{}` says what a stream lacks now; publish with QoS 1 what must not be lost",
-                hints.command(Hint::Status)
-            ),
-        ),
-        "retained_full" => (
-            "retained messages",
-            "not kept for new subscribers, because there are too many",
-            "raise mqtt.retained_messages_max or mqtt.retained_bytes_max, or clear topics that nobody needs"
-                .to_owned(),
-        ),
-        "gap" => (
-            "subscribers",
-            "damaged on disk, or removed by retention while they waited in a queue",
-            "look at the log and the disk, or raise retention of the stream or mqtt.queue_copies_bytes_max"
-                .to_owned(),
-        ),
-        _ => (
-            "subscribers",
-            "their queue was full",
-            format!("`{}` shows whose they were", hints.command(Hint::ClientsMissed)),
-        ),
-    };
-    (format!("{part} ({cause})"), format!("{messages} dropped within the last hour: {why}"), advice)
-}
-
-/// What happened within [`RECENT`], by the kind that [`EVENTS`] gives it.
-fn event(kind: &'static str, name: &str, count: u64, hints: &Hints) -> Found {
-    let messages = if count == 1 { "1 message was".to_owned() } else { format!("{count} messages were") };
-    let (part, kind, cause, advice) = match kind {
-        DAMAGED => (
-            format!("stream {name}"),
-            "gap",
-            format!("{messages} found damaged on disk within the last hour, and cannot be read"),
-            "look at the disk; the log names the offsets".to_owned(),
-        ),
-        TRIMMED => (
-            format!("pipeline {name}"),
-            "gap",
-            format!("{messages} removed by retention within the last hour before the pipeline read them"),
-            "mend the sink that lags, or raise retention of the stream; the log names the offsets".to_owned(),
-        ),
-        _ => {
-            let (part, cause, advice) = dropped(name, &messages, hints);
-            (part, "dropped", cause, advice)
-        }
-    };
-    let at_stake = AtStake { messages: Some(count), ..AtStake::default() };
-    Found { part, kind, cause, at_stake, advice }
 }
 
 fn dead_letters(pipeline: &str, count: u64, hints: &Hints) -> Found {
@@ -504,10 +514,29 @@ fn named(state: &State) -> Option<(&'static str, &str)> {
     }
 }
 
-/// Of `{stream="telemetry",cause="damaged"}`; names hold no quotes.
-pub(super) fn label_value<'l>(labels: &'l str, name: &str) -> Option<&'l str> {
-    let pairs = labels.strip_prefix('{')?.strip_suffix('}')?;
-    pairs.split(',').find_map(|pair| pair.strip_prefix(name)?.strip_prefix("=\"")?.strip_suffix('"'))
+/// Of `{stream="telemetry",cause="damaged"}`, as the text format of Prometheus has it: in a value a
+/// backslash stands before a quote, another backslash, and the `n` of a line end.
+pub(super) fn label_value(labels: &str, name: &str) -> Option<String> {
+    let mut rest = labels.strip_prefix('{')?.strip_suffix('}')?;
+    while let Some((label, value)) = rest.split_once("=\"") {
+        let (mut text, mut chars) = (String::new(), value.char_indices());
+        let end = loop {
+            match chars.next()? {
+                (at, '"') => break at,
+                (_, '\\') => match chars.next()? {
+                    (_, 'n') => text.push('\n'),
+                    (_, c) => text.push(c),
+                },
+                (_, c) => text.push(c),
+            }
+        };
+        if label == name {
+            return Some(text);
+        }
+        let next = &value[end + 1..];
+        rest = next.strip_prefix(',').unwrap_or(next);
+    }
+    None
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -519,28 +548,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_lost_messages_is_told_by_what_dropped_them() {
-        let part = |cause| dropped(cause, "7 messages were", &Hints::default()).0;
-        let found = DROPS.map(part);
-        let wanted = [
-            "publishers (no_space)",
-            "subscribers (queue_full)",
-            "subscribers (gap)",
-            "retained messages (retained_full)",
-        ];
-        assert_eq!(found, wanted);
-    }
-
-    #[test]
-    fn a_gap_says_whether_the_disk_or_retention_lost_the_messages_and_to_whom() {
-        let said = |kind| {
-            let found = event(kind, "telemetry", 2_000, &Hints::default());
-            assert_eq!(found.kind, "gap");
-            found.part + ": " + &found.cause
-        };
-        let damaged = "stream telemetry: 2000 messages were found damaged on disk";
-        let trimmed = "pipeline telemetry: 2000 messages were removed by retention";
-        assert!(said(DAMAGED).starts_with(damaged) && said(TRIMMED).starts_with(trimmed));
+    fn a_label_is_read_whatever_its_value_holds() {
+        let labels = r#"{file="/a,b/\"s\".pem",other="x=\\",end=""}"#;
+        let read = |name| label_value(labels, name);
+        assert_eq!(read("file").as_deref(), Some(r#"/a,b/"s".pem"#));
+        assert_eq!(read("other").as_deref(), Some(r"x=\"));
+        assert_eq!(read("end").as_deref(), Some(""));
+        assert_eq!((read("b/"), label_value("", "file")), (None, None));
     }
 
     #[test]

@@ -134,7 +134,7 @@ fn rows(metrics: &str, pipeline: &str, sink: &str) -> Value {
         let mut lines = metrics.lines().filter_map(|line| line.strip_prefix("headworks_sink_rows_total"));
         let found = lines.find_map(|line| {
             let (labels, value) = line.rsplit_once(' ')?;
-            let is = |label, wanted| label_value(labels, label) == Some(wanted);
+            let is = |label, wanted| label_value(labels, label).as_deref() == Some(wanted);
             (is("pipeline", pipeline) && is("sink", sink) && is("outcome", outcome)).then_some(value)
         });
         found.and_then(|value| value.parse::<f64>().ok()).unwrap_or_default() as u64

@@ -109,7 +109,7 @@ pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_step_messages_total",
         kind: MetricKind::Counter,
-        help: "Messages that a step let pass (after it: one made of many counts as one), dropped or refused.",
+        help: "Messages that a step let pass (after it: one made of many counts as one), dropped or refused, by outcome: passed, dropped, refused, and skipped, which are those of the passed that the plugin failed on (`on_failure: pass`).",
         labels: &["pipeline", "step", "outcome"],
     },
     Metric {

@@ -98,6 +98,8 @@ struct Work<'a> {
 
 struct Meters {
     passed: Counter,
+    /// Of these, the ones that the plugin failed on.
+    skipped: Counter,
     dropped: Counter,
     refused: Counter,
     faults: Counter,
@@ -205,6 +207,7 @@ impl PluginStep {
         };
         let meters = Meters {
             passed: messages("passed"),
+            skipped: messages("skipped"),
             dropped: messages("dropped"),
             refused: messages("refused"),
             faults: counter!("headworks_step_faults_total", &labels),
@@ -445,7 +448,10 @@ impl PluginStep {
                         let refused = Refused { index: *number, kind: RefusedKind::Fault, reason };
                         collected.refuse_fault(work.batch, refused);
                     }
-                    OnFailure::Pass => collected.keep_until(work.batch, *number as usize + 1),
+                    OnFailure::Pass => {
+                        self.meters.skipped.increment(1);
+                        collected.keep_until(work.batch, *number as usize + 1);
+                    }
                     OnFailure::Hold => return collected.ask_again(self.shared.held_reason(), true),
                 }
             }
@@ -460,10 +466,16 @@ impl PluginStep {
 
     fn guilty(&self, reason: &str) -> OnFailure {
         let Shared { id, failures, file, .. } = &*self.shared;
-        let kind = format!("{}/{}: fault in {file}", id.pipeline, id.step);
+        let then = self.shared.fault();
+        let fate = match then {
+            OnFailure::DeadLetters => "",
+            OnFailure::Pass => ", the message goes on without the step (on_failure: pass)",
+            OnFailure::Hold => ", the pipeline holds (on_failure: hold)",
+        };
+        let kind = format!("{}/{}: fault in {file}{fate}", id.pipeline, id.step);
         let show = failures.hint(Hint::DeadLettersSummary(Letters::OfPipeline(&id.pipeline)));
         failures.report(&kind, 1, reason, &show);
-        self.shared.fault()
+        then
     }
 
     /// The plugin faulted on messages together and on none of them alone.
@@ -505,7 +517,7 @@ impl PluginStep {
                     collected.refuse_fault(work.batch, refused);
                 }
             }
-            OnFailure::Pass => {}
+            OnFailure::Pass => self.meters.skipped.increment(numbers.len() as u64),
             OnFailure::Hold => collected.ask_again(why.to_owned(), true),
         }
     }

@@ -112,6 +112,15 @@ impl Config {
         }
     }
 
+    /// Whether a row that the table has already is left out, as the config says.
+    pub fn ignores_rows(&self) -> bool {
+        let on_conflict = match self {
+            Self::Postgres(config) => config.on_conflict,
+            Self::Sqlite(config) => config.on_conflict,
+        };
+        on_conflict.resolved() == OnConflict::Ignore
+    }
+
     /// One line for the start screen: `PostgreSQL 127.0.0.1:5432/iot table telemetry`.
     pub fn describe(&self) -> String {
         match self {

@@ -3,6 +3,7 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,13 +19,28 @@ const KINDS_MAX: usize = 256;
 const SUBJECTS_MAX: usize = 16;
 const TEXT_CHARS_MAX: usize = 1_000;
 const OTHER_KINDS: &str = "other failures";
+const RELOAD_REFUSED: &str = "reload_refused";
 
 /// Logs each failure once and counts its repeats, so that a bad device cannot fill
 /// the log and nothing that repeats is hidden.
 #[derive(Clone, Debug, Default)]
 pub struct Failures {
     kinds: Arc<Mutex<HashMap<String, Kind>>>,
+    /// By part and kind.
+    standing: Arc<Mutex<BTreeMap<(String, &'static str), Standing>>>,
     hints: Hints,
+}
+
+/// A fault that lasts until somebody mends it: a problem for as long.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// `file devices.yaml`
+    pub part: String,
+    /// One of the kinds of problems.
+    pub kind: &'static str,
+    pub cause: String,
+    /// What to do.
+    pub advice: String,
 }
 
 #[derive(Debug, Default)]
@@ -102,6 +118,39 @@ impl Failures {
     /// counted yet, and forgets them, so that the next such failure is said at once.
     pub fn end(&self, prefix: &str) {
         self.ended(prefix).iter().for_each(Line::log);
+    }
+
+    /// Notes a fault that lasts, in place of one of the same part and kind. Parts are named by the
+    /// config, so that there is no number of them that grows.
+    pub fn stands(&self, fault: Standing) {
+        self.lock_standing().insert((fault.part.clone(), fault.kind), fault);
+    }
+
+    pub fn mended(&self, part: &str, kind: &'static str) {
+        self.lock_standing().remove(&(part.to_owned(), kind));
+    }
+
+    /// Faults that last now, by part.
+    pub fn standing(&self) -> Vec<Standing> {
+        self.lock_standing().values().cloned().collect()
+    }
+
+    /// Notes that a changed file is not used.
+    pub fn reload_refused(&self, file: &Path, reason: &str) {
+        self.stands(Standing {
+            part: file_part(file),
+            kind: RELOAD_REFUSED,
+            cause: format!("the changed file cannot be used: {reason}; what it said before stays in force"),
+            advice: format!(
+                "mend it before the host is started again, which it would refuse; `{}` says every mistake",
+                self.hint(Hint::Validate)
+            ),
+        });
+    }
+
+    /// Notes that a file is used as it is.
+    pub fn reloaded(&self, file: &Path) {
+        self.mended(&file_part(file), RELOAD_REFUSED);
     }
 
     /// Logs the repeats that are due, for as long as the host runs.
@@ -191,6 +240,10 @@ impl Failures {
         lines
     }
 
+    fn lock_standing(&self) -> MutexGuard<'_, BTreeMap<(String, &'static str), Standing>> {
+        self.standing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Kind>> {
         self.kinds.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -223,6 +276,10 @@ impl Line {
         let show = Some(show.as_str()).filter(|show| !show.is_empty());
         tracing::warn!(count, repeats, show, "{text}");
     }
+}
+
+fn file_part(file: &Path) -> String {
+    format!("file {}", file.display())
 }
 
 fn text(kind: &str, detail: &str) -> String {
@@ -329,6 +386,20 @@ mod tests {
         failures.report_rejected("p/s", batch.into_iter().map(|reason| ("failed", reason)), "");
         let lines = failures.due(Instant::now() + REPEAT_AFTER);
         assert_eq!(texts(&lines), [("p/s: failed: at byte 17", Some(3)), ("p/s: failed: no value", Some(2))]);
+    }
+
+    #[test]
+    fn a_fault_stands_until_it_is_mended() {
+        let failures = Failures::default();
+        let of = |failures: &Failures| failures.standing().into_iter().map(|it| it.part).collect::<Vec<_>>();
+        failures.reload_refused(Path::new("a"), "line 1: no");
+        failures.clone().reload_refused(Path::new("b"), "line 1: no");
+        failures.reload_refused(Path::new("a"), "line 2: no");
+        assert_eq!(of(&failures), ["file a", "file b"]);
+        assert!(failures.standing()[0].cause.contains("line 2: no"));
+        failures.reloaded(Path::new("a"));
+        failures.reloaded(Path::new("never broken"));
+        assert_eq!(of(&failures), ["file b"]);
     }
 
     #[test]

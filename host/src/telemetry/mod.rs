@@ -11,7 +11,7 @@ mod logs;
 mod process;
 
 pub use disk::DiskSpace;
-pub use failures::{Failures, alike};
+pub use failures::{Failures, Standing, alike};
 pub use growth::Growth;
 pub use logs::{
     InitError, LogFormat, end_on_panic, escaped, init_logs, is_printable, json_escaped, no_color,

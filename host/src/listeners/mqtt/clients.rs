@@ -120,6 +120,11 @@ impl Clients {
         self.0.measure();
     }
 
+    /// Returns the client that was refused last for this cause.
+    pub fn last_refused(&self, cause: &str) -> Option<RefusedClient> {
+        self.0.refused_clients.last_of(cause)
+    }
+
     /// Returns how many entries the list of refused clients has, and its newest `max`.
     pub fn refused(&self, max: usize) -> (usize, Vec<RefusedClient>) {
         self.0.refused_clients.newest(max)

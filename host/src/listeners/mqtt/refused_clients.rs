@@ -68,6 +68,13 @@ impl RefusedClients {
         (found, all)
     }
 
+    /// Returns the newest entry of a cause.
+    pub fn last_of(&self, cause: &str) -> Option<RefusedClient> {
+        let known = self.lock();
+        let all = known.by_address.values().flat_map(|of_address| of_address.by_client.values());
+        all.filter(|client| client.cause == cause).max_by_key(|client| client.last_us).cloned()
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Known> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -93,11 +93,13 @@ async fn look(broker: &Broker, tls: &Arc<Tls>) -> bool {
         Ok(Reloaded::Same) | Err(_) => false,
         Ok(Reloaded::Taken) => {
             broker.counters.tls_reload("taken");
+            broker.failures.reloaded(tls.cert());
             tracing::info!(cert = %tls.name(), "mqtt: new certificates, used for new connections");
             true
         }
         Ok(Reloaded::Broken(reason)) => {
             broker.counters.tls_reload("refused");
+            broker.failures.reload_refused(tls.cert(), &reason);
             tracing::error!("mqtt: the old certificates stay in use: {reason}");
             false
         }

@@ -179,7 +179,11 @@ impl Tls {
     }
 
     pub(super) fn name(&self) -> std::path::Display<'_> {
-        self.files.cert.display()
+        self.cert().display()
+    }
+
+    pub(super) fn cert(&self) -> &Path {
+        &self.files.cert
     }
 
     /// Where its files lie.
