@@ -135,7 +135,6 @@ impl<'h> Hint<'h> {
                 Self::ClientsList => Some(Self::ClientsMissed),
                 Self::ClientsMissed => Some(Self::ClientsQueued),
                 Self::ClientsQueued => Some(Self::ClientsDenied),
-                Self::ClientsQueued => ("clients list --sort queued", None),
                 Self::ClientsDenied => Some(Self::ClientsShow(name)),
                 Self::ClientsShow(_) => Some(Self::ClientsRefused),
                 Self::ClientsRefused => Some(Self::DeadLettersList),

@@ -281,12 +281,9 @@ impl Host {
             let (kind, cause, advice) = match plugin.state {
                 PluginState::Active | PluginState::Loading => return None,
                 PluginState::Failed(reason) => {
-                    let file = self.plugins_dir.join(&plugin.file);
-                    let advice = format!(
-                        "mend the file or take it away; `{}`",
-                        self.hints.command(Hint::PluginInspect(&file))
-                    );
-                    ("plugin_failed", reason, advice)
+                    let advice = self.plugin_advice(&plugin.name, plugin.wrong_file.as_deref(), plugin.runs);
+                    let runs = if plugin.runs { "; the last good version runs" } else { "" };
+                    ("plugin_failed", reason + runs, advice)
                 }
                 PluginState::Removed(reason) => {
                     let advice = format!(
@@ -300,6 +297,28 @@ impl Host {
             Some(Found { part, kind, cause, at_stake: AtStake::default(), advice })
         });
         found.collect()
+    }
+
+    /// What to do about a plugin whose newest file or config is not used.
+    fn plugin_advice(&self, name: &str, wrong_file: Option<&str>, runs: bool) -> String {
+        let mut advice = match wrong_file {
+            None => "mend its config in the host's, then start the host again".to_owned(),
+            Some(file) => {
+                let path = self.plugins_dir.join(file);
+                let inspect = Some(Hint::PluginInspect(&path)).filter(|_| file.ends_with(".wasm"));
+                let shown = inspect.unwrap_or(Hint::Validate);
+                format!("mend {}, which `{}` looks at", path.display(), self.hints.command(shown))
+            }
+        };
+        if !runs && name.is_empty() {
+            advice += ", or take the file away";
+        } else if !runs {
+            advice += &format!(
+                "; to let pipelines go on without it, `{}`",
+                self.hints.command(Hint::PluginRemove(name))
+            );
+        }
+        advice
     }
 
     /// Counters of [`EVENTS`] as they are now.

@@ -43,12 +43,16 @@ impl Host {
             std::iter::once(whole).chain(sinks)
         });
         let plugins = self.plugins.status().into_iter().map(|plugin| {
-            let (ready, detail) = match &plugin.state {
+            let name = format!("plugin {}", if plugin.name.is_empty() { &plugin.file } else { &plugin.name });
+            match &plugin.state {
                 // While one is being loaded the version before runs, or its pipelines say that they start.
-                PluginState::Active | PluginState::Loading => (true, ""),
-                PluginState::Failed(reason) | PluginState::Removed(reason) => (false, reason.as_str()),
-            };
-            component(format!("plugin {}", plugin.name), ready, detail)
+                PluginState::Active | PluginState::Loading => component(name, true, ""),
+                PluginState::Failed(reason) if plugin.runs => {
+                    component(name, false, &format!("the last good version runs: {reason}"))
+                }
+                PluginState::Failed(reason) => component(name, false, &format!("does not run: {reason}")),
+                PluginState::Removed(reason) => component(name, false, &format!("removed: {reason}")),
+            }
         });
         streams.chain(pipelines).chain(plugins).collect()
     }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::args::{Format, PluginCommand};
-use super::output::{self, Out};
+use super::output::{self, Out, one_line};
 use super::{admin_client, plugin_new};
 use crate::batch::{Batch, Entry, Offset, Partition, Span, flags};
 use crate::config::{self, Config, Loaded};
@@ -20,6 +20,9 @@ use crate::step::{Attempt, Outcome, Refused, RefusedKind, Step};
 use crate::topic::Namespace;
 
 const BATCH_MESSAGES: u64 = 256;
+/// What of a summary and of the topics fits 80 columns; `--format json` has all of it.
+const SUMMARY_CHARS_MAX: usize = 76;
+const TOPICS_CHARS_MAX: usize = 30;
 
 pub fn plugin(command: PluginCommand, out: &mut Out) -> anyhow::Result<()> {
     match command {
@@ -75,7 +78,10 @@ fn remove(config: &Config, name: &str, out: &mut Out) -> anyhow::Result<()> {
 /// With `--format json`.
 #[derive(Serialize)]
 struct Line {
-    /// `ready`, `loading`, `failed` or `removed`: see `problem`.
+    /// The step's, by which `plugin remove` knows it.
+    name: String,
+    /// `ready`, `loading`, `failed`, `removed`, or `not-used` where the last good version runs: see
+    /// `problem`.
     state: &'static str,
     #[serde(flatten)]
     inspection: Inspection,
@@ -116,7 +122,7 @@ fn list(loaded: &Loaded, format: Format, out: &mut Out) -> anyhow::Result<()> {
     if lines.is_empty() {
         out.line(format!("no plugins in {}: drop a .wasm file in", dir.display()))?;
     } else {
-        let head = ["FILE", "PLUGIN", "VERSION", "TOPICS", "SUMMARY"].map(str::to_owned).to_vec();
+        let head = ["FILE", "NAME", "VERSION", "TOPICS"].map(str::to_owned).to_vec();
         let table: Vec<_> = std::iter::once(head).chain(lines.iter().flat_map(rows)).collect();
         out.table(&table)?;
     }
@@ -148,38 +154,48 @@ fn lines(loaded: &Loaded, running: Option<&Running>) -> anyhow::Result<Vec<Line>
                 ("loading", without_inspection(path, "is being loaded".to_owned()))
             }
             (FileState::There, Some(PluginState::Failed(reason))) => {
-                ("failed", without_inspection(path, reason.clone()))
+                let runs = known(name).is_some_and(|plugin| plugin.runs);
+                let state = if runs { "not-used" } else { "failed" };
+                (state, without_inspection(path, reason.clone()))
             }
             (FileState::There, _) => {
                 let inspection = inspect();
                 (if inspection.problem.is_some() { "failed" } else { "ready" }, inspection)
             }
         };
-        lines.push(Line { state, inspection, note: note.clone() });
+        lines.push(Line { name: name.clone(), state, inspection, note: note.clone() });
     }
     // Steps that run on without their file.
     let is_listed = |name: &str| listed.iter().any(|listed| listed.name == name);
     for status in running.iter().flat_map(|running| &running.plugins).filter(|it| !is_listed(&it.name)) {
         if let PluginState::Removed(reason) = &status.state {
             let inspection = without_inspection(&config.plugins.dir.join(&status.file), reason.clone());
-            lines.push(Line { state: "removed", inspection, note: None });
+            lines.push(Line { name: status.name.clone(), state: "removed", inspection, note: None });
         }
     }
     Ok(lines)
 }
 
 fn rows(line: &Line) -> Vec<Vec<String>> {
-    let Line { state, inspection, note } = line;
+    let Line { name, state, inspection, note } = line;
     let file = Path::new(&inspection.file).file_name().unwrap_or_default().to_string_lossy().into_owned();
     let mut rows = vec![match (&inspection.description, &inspection.problem) {
         (_, Some(problem)) if *state == "failed" => vec![file, format!("cannot run: {problem}")],
+        (_, Some(problem)) if *state == "not-used" => {
+            vec![file, format!("not used, the last good version runs: {problem}")]
+        }
         (_, Some(problem)) => vec![file, format!("{state}: {problem}")],
         (Some(plugin), None) => {
             let topics = if plugin.topics.is_empty() { "all".to_owned() } else { plugin.topics.join(" ") };
-            vec![file, plugin.name.clone(), plugin.version.clone(), topics, plugin.summary.clone()]
+            vec![file, name.clone(), plugin.version.clone(), one_line(&topics, TOPICS_CHARS_MAX)]
         }
         (None, None) => vec![file],
     }];
+    if let (Some(plugin), None) = (&inspection.description, &inspection.problem) {
+        let own = if plugin.name == *name { String::new() } else { format!("{}: ", plugin.name) };
+        let summary = one_line(&format!("{own}{}", plugin.summary), SUMMARY_CHARS_MAX);
+        rows.extend((!summary.is_empty()).then(|| vec![format!("  {summary}")]));
+    }
     rows.extend(note.as_ref().map(|note| vec![format!("  {note}")]));
     rows
 }

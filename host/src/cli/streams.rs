@@ -156,6 +156,13 @@ async fn tail(config: &Config, name: &str, args: &TailArgs, out: &mut Out) -> an
         Some(From::End) => (reader.bounds()?.end, 0),
         None => (Offset(reader.bounds()?.end.0.saturating_sub(args.max.unwrap_or(LAST_MESSAGES))), 0),
     };
+    let end = reader.bounds()?.end;
+    if from > end || (from == end && matches!(wanted, Some(From::Offset(_)))) {
+        complain(&format!(
+            "headworks: stream {name} ends before offset {}, the next message has {}",
+            from.0, end.0
+        ));
+    }
     reader.seek(from);
     let mut left = args.max.unwrap_or(u64::MAX);
     let mut has_waited = false;

@@ -37,7 +37,23 @@ pub struct Key {
     on_failure: OnFailure,
 }
 
+impl Built {
+    pub fn runs(&self) -> bool {
+        self.good.is_some()
+    }
+}
+
 impl Pipeline {
+    /// The steps that a plugin was built for: the pipeline's name, the step's, and what came of it.
+    pub fn built_of<'p>(&'p self, plugin: &'p str) -> impl Iterator<Item = (&'p str, &'p str, &'p Built)> {
+        let is_of = move |step: &str| match &self.steps {
+            None => step == plugin,
+            Some(steps) => steps.iter().any(|s| s.step_name() == step && s.plugin == plugin),
+        };
+        let built = self.built.iter().filter(move |(step, _)| is_of(step));
+        built.map(|(step, built)| (&*self.name, &**step, built))
+    }
+
     /// It has no steps yet.
     pub fn is_first(&self) -> bool {
         self.sender.borrow().generation == 0

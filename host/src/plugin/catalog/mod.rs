@@ -105,8 +105,12 @@ struct Known {
     stamp: Option<Stamp>,
     loaded: Option<Loaded>,
     is_loading: bool,
+    /// The file beside it, if there is one.
+    config: Option<PathBuf>,
     /// Why the newest files are not used.
     error: Option<String>,
+    /// It is for the file beside it.
+    is_config_wrong: bool,
     /// They are looked into again then, although they have not changed.
     retry_at: Option<Instant>,
     /// The file is gone.
@@ -325,6 +329,7 @@ impl Work {
                 );
             }
             (known.path, known.order, known.note) = (found.path.clone(), found.order, found.note.clone());
+            known.config.clone_from(&found.config);
         }
         let mut due: Vec<_> =
             found.into_values().filter(|found| self.is_due(found, renamed, is_first)).collect();
@@ -407,7 +412,11 @@ impl Work {
             Err(error) => {
                 let kept = if known.loaded.is_some() { "; the last good version stays" } else { "" };
                 let reason = error.to_string();
-                let show = failures.hint(Hint::PluginInspect(&found.path));
+                known.is_config_wrong = matches!(error, Error::Config(_));
+                let show = match known.is_config_wrong {
+                    true => failures.hint(Hint::Validate),
+                    false => failures.hint(Hint::PluginInspect(&found.path)),
+                };
                 failures.report(
                     &format!("plugin file {file} is not used"),
                     1,
@@ -470,7 +479,8 @@ impl Work {
         let written =
             std::fs::write(&temporary, text).and_then(|()| std::fs::rename(&temporary, &self.known_steps));
         if let Err(error) = written {
-            tracing::warn!(%error, path = %self.known_steps.display(), "cannot note which steps run");
+            let detail = format!("{}: {error}", self.known_steps.display());
+            self.failures.report("cannot note which steps run", 1, &detail, "");
         }
     }
 }

@@ -21,6 +21,13 @@ pub struct PluginStatus {
     /// Used, but hardly as it was meant.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
+    /// Whether a version of it runs, the newest or the last good one.
+    #[serde(default)]
+    pub runs: bool,
+    /// Where it has failed: the file that is wrong, which is the plugin or its config beside it;
+    /// `None` where the host's own config is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wrong_file: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,25 +56,28 @@ impl Work {
             imports_granted: Vec::new(),
             topics: Vec::new(),
             note: None,
+            runs: false,
+            wrong_file: Some(file.clone()),
         });
         list.into_iter().map(|(_, status)| status).chain(refused).collect()
     }
 
     fn status_of(&self, name: &str, known: &Known) -> (u64, PluginStatus) {
-        let not_started = self.pipelines.iter().find_map(|pipeline| {
-            let uses = |step: &str| match &pipeline.steps {
-                None => step == name,
-                Some(steps) => steps.iter().any(|s| s.step_name() == step && s.plugin == name),
-            };
-            let (step, built) = pipeline.built.iter().find(|(step, b)| uses(step) && b.failed.is_some())?;
+        let built = || self.pipelines.iter().flat_map(|pipeline| pipeline.built_of(name));
+        let not_started = built().find_map(|(pipeline, step, built)| {
             let (_, reason) = built.failed.as_ref()?;
-            Some(format!("{}/{step}: {reason}", pipeline.name))
+            Some(format!("{pipeline}/{step}: {reason}"))
         });
         let state = match (known.missing, known.error.clone().or(not_started)) {
             (true, _) => PluginState::Removed(self.missing_reason(name, known)),
             (false, _) if known.is_loading || known.stamp.is_none() => PluginState::Loading,
             (false, Some(reason)) => PluginState::Failed(reason),
             (false, None) => PluginState::Active,
+        };
+        let wrong_file = match (&state, &known.error) {
+            (PluginState::Failed(_), Some(_)) if !known.is_config_wrong => Some(file_name(&known.path)),
+            (PluginState::Failed(_), _) => known.config.as_deref().map(file_name),
+            _ => None,
         };
         let program = known.loaded.as_ref().map(|loaded| &loaded.program);
         let description = program.map(|program| program.description.clone()).unwrap_or_default();
@@ -81,6 +91,8 @@ impl Work {
             imports_granted: program.map(|program| program.imports.clone()).unwrap_or_default(),
             topics: description.topics,
             note: known.note.clone(),
+            runs: built().any(|(_, _, built)| built.runs()),
+            wrong_file,
         };
         (known.order, status)
     }

@@ -1,0 +1,136 @@
+//! What `headworks status` tells a person of while the log alone would say it, or nothing would.
+
+use headworks_tests::host::{Host, fresh, prebuilt};
+use headworks_tests::mqtt::{Connection, Version};
+use headworks_tests::process::run;
+use headworks_tests::{mosquitto, telemetry};
+use serde_json::Value;
+
+/// Exit code and problems of `headworks status`.
+fn status(host: &Host) -> (Option<i32>, Vec<Value>) {
+    let args = ["status", "--config", "headworks.yaml", "--format", "json"];
+    let output = host.command(&args).output().expect("headworks runs");
+    let status: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    (output.status.code(), status["problems"].as_array().expect("a list").clone())
+}
+
+fn problem(host: &Host, kind: &str) -> Value {
+    let (code, problems) = status(host);
+    let found = problems.iter().find(|problem| problem["kind"] == kind);
+    let found = found.unwrap_or_else(|| panic!("no {kind} in {problems:?}"));
+    assert_eq!(code, Some(1), "{problems:?}");
+    found.clone()
+}
+
+fn publish(host: &Host, topic: &str, payload: &str) {
+    run(mosquitto::publish(host.mqtt()).args(["-q", "1", "-t", topic, "-m", payload]));
+}
+
+#[test]
+fn devices_that_are_turned_away_are_a_problem_with_its_cause_and_the_last_one() {
+    let mqtt = "mqtt: { listeners: [ { bind: 127.0.0.1:0 } ], sessions_max: 1 }";
+    let mut host = Host::prepare_with("problems-turned-away", mqtt, "");
+    host.run();
+    let open = |client: &str| Connection::open(host.mqtt(), Version::V3, client, false);
+    let _only = open("pump-1").expect("there is room for one");
+    for client in ["pump-2", "pump-3"] {
+        open(client).expect_err("there is none for another");
+    }
+    let refused = problem(&host, "refused");
+    assert_eq!(refused["part"], "connections (sessions_max)");
+    let cause = refused["cause"].as_str().expect("a text");
+    assert!(cause.starts_with("2 connections were refused") && cause.contains("client pump-3 at"), "{cause}");
+    let advice = refused["advice"].as_str().expect("a text");
+    let list = "`headworks clients refused --config headworks.yaml` lists the clients";
+    assert!(advice.contains("mqtt.sessions_max") && advice.contains(list), "{advice}");
+}
+
+#[test]
+fn a_changed_file_that_cannot_be_used_is_a_problem_until_it_can() {
+    let mut host = Host::prepare("problems-file", "devices: { file: devices.yaml }\n");
+    host.folder.write("devices.yaml", "a: { site: one }\n");
+    host.run();
+    host.folder.write("devices.yaml", "a: [\n");
+    host.says("devices.yaml: line");
+    let refused = problem(&host, "reload_refused");
+    assert_eq!(refused["part"], "file devices.yaml");
+    let advice = refused["advice"].as_str().expect("a text");
+    assert!(advice.contains("`headworks validate --config headworks.yaml`"), "{advice}");
+    host.folder.write("devices.yaml", "a: { site: two }\n");
+    host.says("the table of devices has changed");
+    let (_, problems) = status(&host);
+    assert!(problems.iter().all(|problem| problem["kind"] != "reload_refused"), "{problems:?}");
+}
+
+#[test]
+fn messages_that_go_on_without_a_step_are_told() {
+    let config = "pipelines: { telemetry: { steps: [ { plugin: hostile, on_failure: pass } ] } }\n";
+    let mut host = Host::prepare("problems-skipped", config);
+    host.drop_plugin("50-hostile.wasm", fresh("hostile"));
+    host.run();
+    // The first faults make dead letters.
+    for _ in 0..5 {
+        publish(&host, "acme/site-01/temperature/bad/reading", r#"{"do":"trap"}"#);
+    }
+    host.says("the message goes on without the step (on_failure: pass)");
+    let skipped = problem(&host, "skipped");
+    assert_eq!(skipped["part"], "step telemetry/hostile");
+    assert_eq!(problem(&host, "faults")["part"], "step telemetry/hostile");
+}
+
+#[test]
+fn rows_that_a_trigger_leaves_out_are_told() {
+    let mut host = Host::prepare("problems-trigger", "");
+    host.drop_plugin("10-normalize.wasm", prebuilt("normalize"));
+    host.run();
+    let file = host.folder.join("data/telemetry.db");
+    let send = |device: &str| {
+        let (topic, payload) = telemetry::message(device, 7);
+        publish(&host, &topic, &payload);
+        telemetry::written_to_sqlite(&host, &file);
+    };
+    send("sensor-1");
+    let trigger = "CREATE TRIGGER leaves_out BEFORE INSERT ON telemetry WHEN NEW.device_id = 'sensor-2' \
+                   BEGIN SELECT RAISE(IGNORE); END";
+    rusqlite::Connection::open(&file).expect("a file").execute_batch(trigger).expect("a trigger");
+    send("sensor-2");
+    // Once its row is there, what the commit before it left out is counted.
+    send("sensor-3");
+    let ignored = problem(&host, "ignored");
+    assert_eq!(ignored["part"], "sink telemetry/telemetry");
+    assert!(
+        ignored["cause"].as_str().is_some_and(|cause| cause.starts_with("1 row was not written")),
+        "{ignored}"
+    );
+}
+
+/// The last good version runs: whoever takes the file away makes its pipeline hold.
+#[test]
+fn the_advice_about_a_plugin_names_the_file_that_is_wrong() {
+    let mut host = Host::prepare("problems-plugin", "");
+    host.drop_plugin("10-normalize.wasm", prebuilt("normalize"));
+    host.drop_plugin("20-route.wasm", prebuilt("route"));
+    host.run();
+    host.drop_bytes("10-normalize.wasm", b"no plugin");
+    host.folder.write("plugins/20-route.yaml", "rulez: 3\n");
+    host.says("plugin file 10-normalize.wasm is not used");
+    host.says("20-route.yaml:1: rulez");
+    let (_, problems) = status(&host);
+    let of = |part: &str| {
+        let found = problems.iter().find(|problem| problem["part"] == part);
+        let found = found.unwrap_or_else(|| panic!("no {part} in {problems:?}"));
+        let text = |name: &str| found[name].as_str().expect("a text").to_owned();
+        (text("cause"), text("advice"))
+    };
+    for (part, file, inspected) in [
+        ("plugin 10-normalize.wasm", "10-normalize.wasm", true),
+        ("plugin 20-route.wasm", "20-route.yaml", false),
+    ] {
+        let (cause, advice) = of(part);
+        assert!(cause.ends_with("the last good version runs"), "{cause}");
+        assert!(advice.contains(file) && !advice.contains("plugin remove"), "{advice}");
+        assert_eq!(advice.contains("plugin inspect"), inspected, "{advice}");
+    }
+    let list = host.cli(&["plugin", "list"]);
+    assert!(list.contains("not used, the last good version runs: "), "{list}");
+}
