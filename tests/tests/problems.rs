@@ -31,7 +31,7 @@ fn devices_that_are_turned_away_are_a_problem_with_its_cause_and_the_last_one() 
     let mqtt = "mqtt: { listeners: [ { bind: 127.0.0.1:0 } ], sessions_max: 1 }";
     let mut host = Host::prepare_with("problems-turned-away", mqtt, "");
     host.run();
-    let open = |client: &str| Connection::open(host.mqtt(), Version::V3, client, false);
+    let open = |client: &str| Connection::open(host.mqtt(), Version::V311, client, false);
     let _only = open("pump-1").expect("there is room for one");
     for client in ["pump-2", "pump-3"] {
         open(client).expect_err("there is none for another");
