@@ -1,5 +1,6 @@
 //! Copies of a data folder: restored, or alive beside the one that they are copies of.
 
+use std::slice;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -227,10 +228,10 @@ async fn one_partition_without_its_position_fills_nothing_twice_either() {
     delivered(&world, 0, 100).await;
     world.database("w").lose_position(1);
     refused(&world, "are gone").await;
-    world.has_rows(&[0..100]);
+    world.has_rows(slice::from_ref(&(0..100)));
     world.begin = Some(Begin::Now);
     delivered(&world, 100, 10).await;
-    world.has_rows(&[0..110]);
+    world.has_rows(slice::from_ref(&(0..110)));
 }
 
 /// A first start, a second pipeline, another log: none is asked.
