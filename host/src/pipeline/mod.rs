@@ -65,13 +65,13 @@ use answering::Answering;
 use board::Board;
 use claim::{Beginning, claim_of};
 use delivery::Delivery;
-use metrics::{PipelineMetrics, SinkMetrics};
+use metrics::PipelineMetrics;
 use redrive::Lender;
 use routes::Routes;
 use status::SinkShared;
 use supervisor::{Member, Supervisor};
 use worker::Shared;
-use writer::{Pace, Refusals, Writer};
+use writer::{Refusals, Writer};
 
 /// The name in dead letters of what finds no route.
 pub const ROUTES_STEP: &str = "routes";
@@ -263,22 +263,15 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
             number,
             attachment,
             writer: Writer {
-                sink: Some(Box::new(Answering { sink: part.sink, shared: Arc::clone(&member.shared) })),
-                number,
-                claim: claim_of(&pipelines, &names_of(&part.name, &part.renamed_from), identity),
-                held: None,
                 beginning: Some(Beginning { begin: part.begin, configured: Arc::clone(&configured) }),
-                has_begun: false,
-                letters: Arc::clone(&shared.letters),
-                metrics: SinkMetrics::new(name, &part.name),
-                failures: shared.failures.clone(),
                 refusals: Refusals::new(config.refusals_max_share),
-                pace: Pace::default(),
-                positions: Vec::new(),
-                lineages: Vec::new(),
-                openings: Vec::new(),
-                written: 0,
-                refused: 0,
+                ..Writer::new(
+                    Some(Box::new(Answering { sink: part.sink, shared: Arc::clone(&member.shared) })),
+                    number,
+                    claim_of(&pipelines, &names_of(&part.name, &part.renamed_from), identity),
+                    &shared.letters,
+                    shared.failures.clone(),
+                )
             },
             stream: Arc::clone(&stream),
             on_lag: part.on_lag,

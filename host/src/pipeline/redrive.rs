@@ -24,11 +24,10 @@ use super::dead_letters::{DeadLetters, Error as DeadLettersError, Source, new_me
 use super::delivery::{Control, Lend, Returned};
 use super::known::{Reader, index_within_offset};
 use super::letter::{self, Letter};
-use super::metrics::SinkMetrics;
 use super::routes::Sorted;
 use super::status::SinkShared;
 use super::worker::{Shared, Stripped, unknown_routes, without_letters};
-use super::writer::{Failed, Pace, Refusals, Writer};
+use super::writer::{Failed, Writer};
 use crate::batch::{Batch, Offset, Partition, Span};
 use crate::sinks::{Epoch, Rows, Sink};
 use crate::step::{Attempt, Chain, Outcome, Refused, RefusedKind, Step};
@@ -161,25 +160,11 @@ pub async fn run(
                 summary.failed.push(format!("sink \"{sink}\" has stopped"));
                 break;
             };
-            let mut writer = Writer {
-                sink: None,
-                number,
-                claim: super::claim_of(&pipelines, &super::names_of(sink, &lender.formerly), identity),
-                held: epochs[number],
-                // Letters that are sent or open are not delivered again, whatever the position.
-                beginning: None,
-                has_begun: false,
-                letters: Arc::clone(&letters),
-                metrics: SinkMetrics::new(&pipelines[0], sink),
-                failures: shared.failures.clone(),
-                refusals: Refusals::new(1.0),
-                pace: Pace::default(),
-                positions: Vec::new(),
-                lineages: Vec::new(),
-                openings: Vec::new(),
-                written: 0,
-                refused: 0,
-            };
+            let claim = super::claim_of(&pipelines, &super::names_of(sink, &lender.formerly), identity);
+            let writer = Writer::new(None, number, claim, &letters, shared.failures.clone());
+            // Letters that are sent or open are not delivered again, whatever the position:
+            // a new claim begins at the start.
+            let mut writer = Writer { held: epochs[number], ..writer };
             let (sink_back, result) =
                 deliver(&mut writer, lender, borrowed.sink, &mut steps, shared, dead_letters, &mut summary)
                     .await;

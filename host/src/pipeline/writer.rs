@@ -226,6 +226,34 @@ impl Refusals {
 }
 
 impl Writer {
+    /// A writer that is not open yet, without the brake on rejections.
+    pub fn new(
+        sink: Option<Box<dyn Sink>>,
+        number: SinkNumber,
+        claim: Claim,
+        letters: &Arc<DeadLetters>,
+        failures: Failures,
+    ) -> Self {
+        Self {
+            sink,
+            number,
+            held: None,
+            beginning: None,
+            has_begun: false,
+            letters: Arc::clone(letters),
+            metrics: SinkMetrics::new(&claim.pipeline, &claim.sink),
+            failures,
+            refusals: Refusals::new(1.0),
+            pace: Pace::default(),
+            positions: Vec::new(),
+            lineages: Vec::new(),
+            openings: Vec::new(),
+            written: 0,
+            refused: 0,
+            claim,
+        }
+    }
+
     /// Claims and learns the positions. A claim that is new to the sink begins at the
     /// first kept message, unless [`Beginning`] says otherwise. A position that was left
     /// in another copy of the log comes back to where the two part. Either is committed,

@@ -7,8 +7,7 @@ use bytes::Bytes;
 
 use crate::batch::{Batch, Entry, Offset, Span};
 use crate::pipeline::dead_letters::DeadLetters;
-use crate::pipeline::metrics::SinkMetrics;
-use crate::pipeline::writer::{Failed, Pace, Refusals, Writer};
+use crate::pipeline::writer::{Failed, Writer};
 use crate::pipeline::{Letter, claim_of};
 use crate::sinks::Rows;
 use crate::sinks::memory::{Fault, MemoryDatabase};
@@ -31,24 +30,9 @@ impl World {
         let sinks = vec!["w".to_owned()];
         let letters = DeadLetters::open(Arc::clone(&dead), "p", sinks, &*source, share, None).await;
         let letters = Arc::new(letters.unwrap());
-        let mut writer = Writer {
-            sink: Some(Box::new(database.sink())),
-            number: 0,
-            claim: claim_of(&["p".to_owned()], &["w".to_owned()], source.identity()),
-            held: None,
-            beginning: None,
-            has_begun: false,
-            letters: Arc::clone(&letters),
-            metrics: SinkMetrics::new("p", "w"),
-            failures: Default::default(),
-            refusals: Refusals::new(1.0),
-            pace: Pace::default(),
-            positions: Vec::new(),
-            lineages: Vec::new(),
-            openings: Vec::new(),
-            written: 0,
-            refused: 0,
-        };
+        let claim = claim_of(&["p".to_owned()], &["w".to_owned()], source.identity());
+        let sink = Box::new(database.sink());
+        let mut writer = Writer::new(Some(sink), 0, claim, &letters, Failures::default());
         writer.pace.hold_max = Duration::from_millis(1);
         writer.open(&*source, Delivered::ToNobody).await.unwrap();
         Self { database, source, dead, letters, writer }
