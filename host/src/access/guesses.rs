@@ -104,6 +104,12 @@ impl Guesses {
         SOURCE_DELAY.saturating_mul(over).min(SOURCE_DELAY_MAX)
     }
 
+    /// Wrong passwords of a user at an address.
+    #[cfg(test)]
+    pub fn count(&self, source: Source, user: &str) -> u32 {
+        self.0.get(&self.user(source, user), Instant::now()).map_or(0, |wrong| wrong.count)
+    }
+
     fn user(&self, source: Source, user: &str) -> Fingerprint {
         self.0.fingerprint(&[&source.bytes(), user.as_bytes()])
     }
