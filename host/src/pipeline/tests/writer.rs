@@ -13,6 +13,7 @@ use crate::sinks::Rows;
 use crate::sinks::memory::{Fault, MemoryDatabase};
 use crate::stream::memory::MemoryStream;
 use crate::stream::{Delivered, Read, Stream};
+use crate::telemetry::Failures;
 
 struct World {
     database: MemoryDatabase,
