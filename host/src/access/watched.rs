@@ -53,6 +53,8 @@ struct Looks {
     done: u64,
     begun: Option<Instant>,
     ended: Option<Instant>,
+    /// Somebody asked too soon after the last look: another one follows once it is [`QUIET`].
+    again: bool,
     is_over: bool,
 }
 
@@ -105,13 +107,15 @@ impl<T> Watched<T> {
 
     /// What it said when it was looked at last. Has it looked at again, at most once in [`QUIET`].
     pub fn ready(&self) -> Arc<T> {
-        let is_due = {
-            let looks = lock(&self.shared.looks);
-            looks.asked == looks.done && looks.ended.is_none_or(|ended| ended.elapsed() >= QUIET)
-        };
-        if is_due {
-            drop(self.shared.ask());
+        let mut looks = lock(&self.shared.looks);
+        if looks.asked == looks.done {
+            match looks.ended.is_none_or(|ended| ended.elapsed() >= QUIET) {
+                true => looks.asked += 1,
+                false => looks.again = true,
+            }
+            self.shared.moved.notify_all();
         }
+        drop(looks);
         self.newest()
     }
 
@@ -156,14 +160,15 @@ impl<T> Reader<T> {
         let shared = self.shared.clone();
         let mut is_being_written = false;
         loop {
-            let looks = lock(&shared.looks);
+            let mut looks = lock(&shared.looks);
             let is_idle = |looks: &mut Looks| !looks.is_over && looks.asked == looks.done;
-            let mut looks = if is_being_written {
-                let waited = shared.moved.wait_timeout_while(looks, QUIET, is_idle);
-                waited.unwrap_or_else(PoisonError::into_inner).0
-            } else {
-                shared.moved.wait_while(looks, is_idle).unwrap_or_else(PoisonError::into_inner)
-            };
+            if !is_being_written {
+                let waits = |looks: &mut Looks| is_idle(looks) && !looks.again;
+                looks = shared.moved.wait_while(looks, waits).unwrap_or_else(PoisonError::into_inner);
+            }
+            let waited = shared.moved.wait_timeout_while(looks, QUIET, is_idle);
+            let mut looks = waited.unwrap_or_else(PoisonError::into_inner).0;
+            looks.again = false;
             if looks.is_over {
                 return;
             }
@@ -382,6 +387,11 @@ mod tests {
         go_on.send(()).unwrap();
         assert_eq!(*watched.get(), b"newer", "once it was read");
         assert_eq!(*watched.ready(), b"newer");
+        // Asked for right after a look, the next one comes without another request.
+        put(&file, "newest");
+        watched.ready();
+        begins.recv_timeout(Duration::from_secs(30)).unwrap();
+        go_on.send(()).unwrap();
     }
 
     #[test]
