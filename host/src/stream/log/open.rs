@@ -119,7 +119,10 @@ fn openings(stored: Vec<Opening>, segments: &[Segment], end: u64) -> Vec<Opening
             all.push(Opening { id: header.opening, first: Offset(header.opening_first) });
         }
     }
-    all.sort_by_key(|opening| opening.first);
+    // Of several that begin at one offset only the newest can have messages. It has the last
+    // segment of them; one without a segment appended nothing.
+    let place = |id| segments.iter().position(|segment| segment.header.opening == id);
+    all.sort_by_key(|opening| (opening.first, place(opening.id)));
     if start < end && all.first().is_none_or(|oldest| oldest.first.0 > start) {
         all.insert(0, Opening { id: Opening::UNKNOWN, first: Offset(start) });
     }

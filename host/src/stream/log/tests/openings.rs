@@ -85,6 +85,25 @@ fn what_nothing_proved_and_is_written_again_belongs_to_the_opening_that_acknowle
 }
 
 #[test]
+fn an_opening_that_appended_nothing_does_not_take_the_messages_of_the_next() {
+    let (disk, clock) = (SimDisk::new(3), new_clock());
+    let (log, _) = opened(&disk, &clock);
+    append(&log, 5);
+    drop(log);
+    for _ in 0..3 {
+        // Has a segment, with what nothing proved.
+        drop(opened(&disk, &clock));
+    }
+    let (log, _) = opened(&disk, &clock);
+    let known = log.openings();
+    append(&log, 3);
+    drop(log);
+    let (log, _) = opened(&disk, &clock);
+    assert_eq!(log.openings()[..known.len()], known[..]);
+    assert_eq!(firsts(&log), [0, 5, 8]);
+}
+
+#[test]
 fn a_folder_of_a_version_without_openings_has_one_of_unknown_id() {
     let (disk, clock) = (SimDisk::new(3), new_clock());
     let (log, _) = opened(&disk, &clock);
