@@ -43,7 +43,7 @@ struct Shared<T> {
     failures: Failures,
     newest: Mutex<Arc<T>>,
     looks: Mutex<Looks>,
-    /// With `looks`: one is asked for, or done.
+    /// Tells waiters on `looks` that a look is asked for, or done.
     moved: Condvar,
 }
 

@@ -153,7 +153,7 @@ mod tests {
             let [_, alert, problem, ..] = cells[..] else { panic!("{cells:?}") };
             explained.push(alert.to_owned());
             twins.extend(problem.split('`').skip(1).step_by(2));
-            // Of a host that does not run no problem can be told.
+            // A host that does not run tells no problems.
             let has_twin =
                 problem.starts_with('`') || ["HeadworksDown", "HeadworksRestarts"].contains(&alert);
             assert!(has_twin, "{alert}: {problem}");

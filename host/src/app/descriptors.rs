@@ -9,16 +9,17 @@ use crate::admin;
 use crate::config::Config;
 use crate::listeners::mqtt;
 
-/// For the runtimes, standard streams, watched folders, the compiling child, files that are read.
+/// File descriptors of the runtimes, standard streams, watched folders, the compiling child and
+/// files that are read.
 const PROCESS: u64 = 48;
-/// For one stream: segments, folders, a segment that is made, readers.
+/// File descriptors of one stream: segments, folders, a segment that is made, readers.
 const PER_STREAM: u64 = 16;
-/// For a sink of a pipeline: its connection or its database's files, while it is opened again too,
-/// and the segment that its lane reads.
+/// File descriptors of one sink of a pipeline: its connection or its database's files, twice while
+/// it is opened again, and the segment that its lane reads.
 const PER_SINK: u64 = 8;
-/// For one step: a version that runs and one that is loaded.
+/// File descriptors of one step: a version that runs and one that is loaded.
 const PER_STEP: u64 = 4;
-/// For one listener: its socket and the file that it reads certificates from.
+/// File descriptors of one listener: its socket and the file that it reads certificates from.
 const PER_LISTENER: u64 = 2;
 /// Connections, of MQTT and of the admin address, that a host must have room for to start.
 const CONNECTIONS_LEAST: u64 = 16;

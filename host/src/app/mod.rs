@@ -48,7 +48,7 @@ use crate::telemetry::{self, Failures};
 use crate::topic::{Namespace, TopicFilter};
 use crate::units::{ByteSize, Period};
 
-/// In the data folder.
+/// File in the data folder that the running host holds a lock on.
 const LOCK: &str = "LOCK";
 /// The start screen waits so long for plugins.
 const PLUGINS_SHOWN_AFTER: Duration = Duration::from_secs(3);

@@ -26,7 +26,7 @@ const LOG: &str = "dead-letter-log";
 const GENERATION: &str = "dead-letter-generation";
 const OFFSET: &str = "dead-letter-offset";
 const INDEX: &str = "dead-letter-index";
-/// Of the opening of the log that wrote the message, in hexadecimal.
+/// Id of the opening of the log that wrote the message, in hexadecimal.
 const OPENING: &str = "dead-letter-opening";
 /// Of a copy that a redrive made: the offset of the letter.
 const REDRIVE: &str = "dead-letter-redrive";

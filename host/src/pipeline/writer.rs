@@ -59,9 +59,9 @@ pub struct Writer {
     pub pace: Pace,
     /// By partition, as the sink last said or committed.
     pub positions: Vec<Offset>,
-    /// By partition, beside `positions`.
+    /// Lineage of each position, by partition.
     pub lineages: Vec<Lineage>,
-    /// Of the stream that is delivered.
+    /// Openings of the stream that is delivered.
     pub openings: Vec<Opening>,
     /// Rows that the sink took so far, those among them that it had already.
     pub written: u64,

@@ -48,9 +48,9 @@ pub struct Epoch(pub u64);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Opened {
     pub epoch: Epoch,
-    /// Of each partition that was ever advanced; none when the claim is new to this sink.
+    /// Position of each partition that was ever advanced; empty when the claim is new to this sink.
     pub positions: Vec<Position>,
-    /// For a claim without positions.
+    /// What the sink found where the claim has no positions.
     pub found: Found,
 }
 
@@ -68,7 +68,7 @@ pub struct Found {
 pub struct Position {
     pub partition: Partition,
     pub next: Offset,
-    /// In which copy of the log.
+    /// Tells which copy of the log the position is in.
     pub lineage: Lineage,
 }
 
@@ -266,7 +266,7 @@ struct Usurper {
 }
 
 impl Claim {
-    /// For the one who is fenced by another process.
+    /// Returns what to say where another process has taken the claim over.
     fn fenced_by(&self, usurper: &Usurper, ours: Epoch) -> String {
         let at = usurper.at.as_deref().map(|at| format!(" at {at}")).unwrap_or_default();
         format!(
@@ -279,7 +279,7 @@ impl Claim {
         )
     }
 
-    /// For a host whose positions are not the ones it left.
+    /// Returns what to say where a position is not the one that this host left.
     fn moved(&self, partition: Partition, is: Option<u64>, left: Offset) -> String {
         let is = is.map_or("nowhere".to_owned(), |next| format!("at offset {next}"));
         format!(
@@ -291,7 +291,7 @@ impl Claim {
         )
     }
 
-    /// For a host that finds a table with rows, and none of the positions that it left.
+    /// Returns what to say where the table has rows, and the positions that this host left are gone.
     pub fn gone(&self) -> String {
         format!(
             "the {} are gone from headworks_positions while the table has rows: nothing is written, so that no \
