@@ -30,7 +30,7 @@ const PAIRS: usize = 100;
 const PAIR_WINDOW: u64 = 10;
 const PAIR_MESSAGES: u64 = 2_000;
 
-/// Of one client.
+/// Filters of one client.
 const FILTERS_PER_CLIENT: usize = 1_000;
 const FILTER_CLIENTS: usize = 100;
 /// The two hosts take turns within a round, so that the machine's moods meet both.

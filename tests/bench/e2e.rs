@@ -90,7 +90,7 @@ fn round(server: &Postgres, copy: &ServerCopy, all: &mut Rounds) {
     assert!(host.stop().success());
 }
 
-/// Of the rows that the table has, while the host and its devices are quiet.
+/// Measures COPY of the rows that the table has, while the host and its devices are quiet.
 fn copy_rows_per_s(database: &mut Database, copy: &ServerCopy) -> f64 {
     copy.take(database);
     database.execute("TRUNCATE telemetry; CHECKPOINT");

@@ -17,7 +17,7 @@ pub struct Reading {
 }
 
 impl Reading {
-    /// Of a plant whose first reading is from `begin_us`.
+    /// Makes a plant whose first reading is from `begin_us`.
     pub fn new(number: u64, begin_us: u64) -> Self {
         Self {
             device: device(number % DEVICES),

@@ -104,10 +104,10 @@ pub struct Jwt {
     /// JSON Web Key Set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub jwks_file: Option<PathBuf>,
-    /// What `iss` must be.
+    /// The value that `iss` must have.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub issuer: Option<String>,
-    /// What `aud` must be or hold.
+    /// The value that `aud` must have or hold.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub audience: Option<String>,
     /// Clocks may differ by this much.
@@ -168,7 +168,7 @@ pub struct Plugin {
     /// The plugin's config.
     #[serde(default, skip_serializing_if = "serde_json::Value::is_null")]
     pub config: serde_json::Value,
-    /// Of one call.
+    /// Limits of one call.
     #[serde(default)]
     pub limits: plugin::Limits,
     /// Instances, and calls at a time; others wait.

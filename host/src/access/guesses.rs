@@ -12,11 +12,11 @@ use super::recent::{Fingerprint, Recent};
 const ENTRIES_MAX: usize = 100_000;
 /// Without another wrong password.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(600);
-/// Of a user at one address.
+/// Guesses that a user at one address has free.
 const FREE: u32 = 5;
 const WAIT_MIN: Duration = Duration::from_millis(500);
 const WAIT_MAX: Duration = Duration::from_secs(60);
-/// Of an address, whoever its users are: many people may share it, so that nobody is refused.
+/// Guesses that an address has free, whoever its users are: many people may share it, so that nobody is refused.
 const SOURCE_FREE: u32 = 20;
 const SOURCE_DELAY: Duration = Duration::from_millis(50);
 const SOURCE_DELAY_MAX: Duration = Duration::from_secs(2);

@@ -54,7 +54,7 @@ struct Answer {
     fields: BTreeMap<String, String>,
 }
 
-/// Of a URL.
+/// The parts of a URL that a request needs.
 pub struct Address {
     /// `host:port`
     authority: String,

@@ -51,7 +51,7 @@ struct Entry {
 #[derive(Debug)]
 struct Loaded {
     users: Users,
-    /// Of the users with a verifier: who does not exist is given one of these.
+    /// Iterations of the users with a verifier: who does not exist is given one of these.
     iterations: Vec<u32>,
     /// One that costs the most.
     costliest: Arc<str>,
@@ -68,7 +68,7 @@ pub struct Passwords {
     /// Passwords that are looked at now.
     trying: Trying,
     guesses: Arc<Guesses>,
-    /// Of verifications at a time.
+    /// Places for verifications at a time.
     places: Arc<Fair>,
     threads: usize,
     pace: Mutex<Pace>,

@@ -81,7 +81,7 @@ pub struct Problem {
     /// The same as seconds ago.
     pub seconds: u64,
     pub at_stake: AtStake,
-    /// What to do.
+    /// Says what to do.
     pub advice: String,
 }
 

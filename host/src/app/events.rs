@@ -99,7 +99,7 @@ pub fn is_problem(kind: &str, name: &str, count: u64) -> bool {
     count > least
 }
 
-/// What a person is told of a `count` within the last hour; `last` is the newest client of a
+/// Returns what a person is told of a `count` within the last hour; `last` is the newest client of a
 /// refused connection.
 pub fn told(kind: &str, name: &str, count: u64, last: Option<&RefusedClient>, hints: &Hints) -> Told {
     let counted = |one: &str, many: &str| match count {

@@ -32,7 +32,7 @@ pub struct RunFile {
 }
 
 impl RunFile {
-    /// Of this process.
+    /// Describes this process.
     pub fn new(instance: &str, mqtt: &[Bind], admin: SocketAddr, token: String) -> Self {
         Self { pid: std::process::id(), instance: instance.to_owned(), mqtt: mqtt.to_vec(), admin, token }
     }
@@ -76,7 +76,7 @@ pub fn write_or_retry(data_dir: &Path, file: RunFile, stop: CancellationToken) {
     });
 }
 
-/// Of the host that runs on this data folder, or ran and was killed.
+/// Reads the file of the host that runs on this data folder, or ran and was killed.
 pub fn read(data_dir: &Path) -> Option<RunFile> {
     serde_json::from_slice(&std::fs::read(path(data_dir)).ok()?).ok()
 }

@@ -7,7 +7,7 @@ use crate::batch::{MessageRef, flags};
 use crate::properties;
 
 const PAYLOAD_CHARS_MAX: usize = 160;
-/// Of a binary payload in one line.
+/// Bytes of a binary payload that one line shows.
 const HEX_BYTES_SHOWN: usize = 32;
 
 /// Everything, for scripts. `payload` is the value where the payload is JSON,

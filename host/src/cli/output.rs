@@ -13,7 +13,7 @@ use crate::telemetry::{self, escaped, is_printable, json_escaped};
 const COLUMNS: usize = 80;
 /// A narrower terminal breaks lines itself.
 const COLUMNS_MIN: usize = 40;
-/// Of the lines after the first one of a record.
+/// Indent of the lines after the first one of a record.
 const INDENT: usize = 4;
 
 /// Stdout, or a buffer in tests.

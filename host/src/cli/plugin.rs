@@ -90,7 +90,7 @@ struct Line {
     note: Option<String>,
 }
 
-/// Of `/api/status`.
+/// The part of `/api/status` that is read.
 #[derive(Deserialize)]
 struct Running {
     plugins: Vec<PluginStatus>,

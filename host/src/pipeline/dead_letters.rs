@@ -58,7 +58,7 @@ pub struct Refusal<'a> {
     pub source: Source<'a>,
     pub kind: RefusedKind,
     pub reason: &'a str,
-    /// Of the message in its source, whatever the steps made of it.
+    /// Partition of the message in its source, whatever the steps made of it.
     pub partition: Partition,
     /// Among the messages of the same offset that the step or sink saw.
     pub index: u32,
@@ -97,7 +97,7 @@ pub enum Error {
 pub struct DeadLetters {
     stream: Arc<dyn Stream>,
     pipeline: Arc<str>,
-    /// Of the pipeline, in its order.
+    /// Sinks of the pipeline, in its order.
     sinks: Vec<String>,
     source: Identity,
     openings: Vec<Opening>,

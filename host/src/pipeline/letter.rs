@@ -17,7 +17,7 @@ const KIND: &str = "dead-letter-kind";
 const PIPELINE: &str = "dead-letter-pipeline";
 const STEP: &str = "dead-letter-step";
 const SINK: &str = "dead-letter-sink";
-/// Of a step's letter: the sinks that have not had the message, `a,b`.
+/// Names the sinks that have not had the message of a step's letter: `a,b`.
 const SINKS: &str = "dead-letter-sinks";
 /// Set where nothing else was left of the message, but for earlier letters.
 const WHOLE: &str = "dead-letter-whole";
@@ -28,13 +28,13 @@ const OFFSET: &str = "dead-letter-offset";
 const INDEX: &str = "dead-letter-index";
 /// Id of the opening of the log that wrote the message, in hexadecimal.
 const OPENING: &str = "dead-letter-opening";
-/// Of a copy that a redrive made: the offset of the letter.
+/// Says the offset of the letter that a redrive made this copy of.
 const REDRIVE: &str = "dead-letter-redrive";
 
 const REASON_BYTES_MAX: usize = 4_096;
 /// Most properties of ours.
 const OURS_MAX: usize = 14;
-/// Of a letter in an append, beside the message's own bytes and the reason.
+/// Bytes that a letter takes in an append, beside the message's own bytes and the reason.
 const HEADERS_BYTES_ESTIMATE: usize = 1_024;
 
 /// A dead letter's own properties, borrowed.
@@ -46,7 +46,7 @@ pub struct Letter<'a> {
     pub pipeline: &'a str,
     pub step: Option<&'a str>,
     pub sink: Option<&'a str>,
-    /// Of a step's letter; `None`: all of the pipeline, as hosts wrote it that
+    /// Sinks of a step's letter; `None`: all of the pipeline, as hosts wrote it that
     /// did not name them.
     pub sinks: Option<&'a str>,
     /// Nothing else was left of the message, but for earlier letters.

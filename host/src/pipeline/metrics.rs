@@ -94,7 +94,7 @@ pub const METRICS: &[Metric] = &[
     ),
 ];
 
-/// Of the steps.
+/// The metrics of a pipeline and its steps.
 #[derive(Clone)]
 pub struct PipelineMetrics {
     pub read: Counter,
@@ -141,7 +141,7 @@ pub fn register(pipeline: &str, sinks: &[String]) {
     }
 }
 
-/// Of one step, for the workers.
+/// Returns the histogram of one step, for the workers.
 pub fn step_duration(pipeline: &str, step: &str) -> Histogram {
     dead_letters(pipeline, step).increment(0);
     histogram!("headworks_pipeline_step_duration_seconds", "pipeline" => pipeline.to_owned(), "step" => step.to_owned())
@@ -159,7 +159,7 @@ pub fn properties_dropped(pipeline: &str) -> Counter {
     counter!("headworks_dead_letters_properties_dropped_total", "pipeline" => pipeline.to_owned())
 }
 
-/// Of one sink.
+/// The metrics of one sink.
 #[derive(Clone)]
 pub struct SinkMetrics {
     pub written: Counter,

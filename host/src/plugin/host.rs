@@ -16,7 +16,7 @@ use crate::devices::Devices;
 use crate::step::StepId;
 use crate::telemetry::is_printable;
 
-/// Of one log line or panic text.
+/// Most bytes of one log line or panic text.
 pub(super) const TEXT_BYTES_MAX: usize = 4 << 10;
 /// Log lines a second of one step, and their bytes; what is over is counted.
 const LINES_PER_S_MAX: u32 = 100;

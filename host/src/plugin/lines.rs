@@ -16,7 +16,7 @@ use wasmparser::{Parser, Payload};
 
 use super::host::printable;
 
-/// Of a table; a larger one is left out.
+/// Most bytes of a table; a larger one is left out.
 pub(super) const LINES_BYTES_MAX: usize = 4 << 20;
 const ROWS_MAX: usize = LINES_BYTES_MAX / ROW_BYTES;
 /// Rows of DWARF that are read: most tell what the row before told.

@@ -15,7 +15,7 @@ use crate::access;
 use crate::problems::{KeyPath, Problems};
 use crate::units::{ByteSize, Period};
 
-/// Of retained messages and wills together. A stream's state holds 64 MiB: QoS 2
+/// Most bytes of retained messages and wills together. A stream's state holds 64 MiB: QoS 2
 /// packet ids need room beside.
 const STATE_BYTES_MOST: u64 = 48 << 20;
 

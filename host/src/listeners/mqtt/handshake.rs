@@ -43,7 +43,7 @@ pub struct Opened {
     /// Acks of its packets may say why it is refused.
     pub tells_reasons: bool,
     pub rights: Admitted,
-    /// Of `connections_per_user_max`.
+    /// Place that counts for `connections_per_user_max`.
     pub user_place: Option<UserPlace>,
     pub will: Option<Will>,
     /// Where CONNECT named one, with its user name: the client may authenticate again.

@@ -94,7 +94,7 @@ pub use self::transport::network::Network;
 
 /// Key of the broker stream's state.
 const ACCESS_SECRET: &[u8] = b"ac";
-/// Of the broker stream's state, kept free of new sessions and subscriptions: for
+/// Bytes of the broker stream's state that new sessions and subscriptions leave free, for
 /// what those that there are note of their deliveries.
 const STATE_ROOM_BYTES: usize = 8 << 20;
 /// Bytes of filters that one session may have in the second half of that state.

@@ -19,7 +19,7 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use crate::stream::Ticket;
 
-/// Of all clients, beside the first of each. 17 bytes of state each: with retained
+/// Most ids of all clients, beside the first of each. 17 bytes of state each: with retained
 /// messages and wills they fit in a stream's state (`STATE_BYTES_MOST`).
 pub const OPEN_IDS_MAX: usize = if cfg!(test) { 50 } else { 1_000_000 };
 
@@ -27,7 +27,7 @@ pub const OPEN_IDS_MAX: usize = if cfg!(test) { 50 } else { 1_000_000 };
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Received {
     pub stream: usize,
-    /// Of the append that opened it, or that releases it; `None` while that is still being gathered.
+    /// Ticket of the append that opened it, or that releases it; `None` while that is still being gathered.
     pub ticket: Option<Ticket>,
     /// `None` for an id that 0.1.0 opened.
     pub content: Option<Content>,
@@ -53,7 +53,7 @@ impl Content {
     }
 }
 
-/// Of one session.
+/// The open ids of one session.
 pub struct OpenIds {
     ids: HashMap<u16, Received>,
     /// Ids whose PUBCOMP waits for the release to be durable. Bounded by the commit

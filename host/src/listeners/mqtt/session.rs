@@ -41,7 +41,7 @@ const QOS2: &[u8] = b"q2";
 pub type Change = (Vec<u8>, Option<Vec<u8>>);
 
 pub struct Session {
-    /// Of this process; the subscription tree knows sessions by it.
+    /// Number within this process; the subscription tree knows sessions by it.
     pub number: u64,
     pub client_id: Arc<str>,
     /// Deliveries wait, somebody else wants the session, or the host stops.
@@ -57,7 +57,7 @@ pub struct Session {
     /// QoS 2 packet ids that are not released.
     received: Mutex<OpenIds>,
     outbox: Mutex<Outbox>,
-    /// Of a client that was there since the start: others have no use for the room.
+    /// Counts of a client that was there since the start: others have no use for the room.
     activity: OnceLock<Box<Activity>>,
     /// By stream, of a session that a restart found behind the live delivery: see
     /// [`Session::lane`].
@@ -648,7 +648,7 @@ fn forget_ids(broker: &Broker, epoch: u64, received: &HashMap<u16, Received>) {
 }
 
 impl State {
-    /// Of the durable record and the subscriptions.
+    /// Returns the keys of the durable record and the subscriptions.
     fn keys(&self, client_id: &str) -> Vec<Vec<u8>> {
         let filters = self.filters.keys().map(|filter| subscription_key(self.epoch, filter));
         [key(SESSION, client_id.as_bytes())].into_iter().chain(filters).collect()

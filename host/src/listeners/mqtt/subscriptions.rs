@@ -93,7 +93,7 @@ fn split(text: &str) -> (Option<&str>, &str) {
     }
 }
 
-/// Of a filter that was parsed.
+/// Returns whether a filter that was parsed is shared.
 pub fn is_shared(text: &str) -> bool {
     split(text).0.is_some()
 }

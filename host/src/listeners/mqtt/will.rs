@@ -47,7 +47,7 @@ pub struct Will {
     pub properties: Vec<u8>,
     pub flags: u16,
     pub delay_s: u32,
-    /// Of its client, where that is known to be one.
+    /// Device that its client is, where that is known to be one.
     pub device: Option<Box<str>>,
     /// Once it is durable.
     pub record: Option<Record>,

@@ -164,7 +164,7 @@ pub fn text(message: &MessageRef<'_>) -> String {
     String::from_utf8_lossy(message.payload()).into_owned()
 }
 
-/// Of a payload `d3:7`: 7.
+/// Returns the number of a payload: 7 of `d3:7`.
 pub fn number(text: &str) -> u64 {
     text.split(':').nth(1).and_then(|n| n.parse().ok()).expect("payloads are device:number")
 }

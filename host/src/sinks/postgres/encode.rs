@@ -51,7 +51,7 @@ pub enum Target {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Length {
     Any,
-    /// Of `varchar(n)` and `char(n)`.
+    /// Characters of `varchar(n)` and `char(n)`.
     Chars(u32),
     /// Digits before the point, of `numeric(p, s)`.
     Digits(i32),

@@ -103,7 +103,7 @@ fn is_setup(error: &tokio_postgres::Error) -> bool {
         || text.starts_with("error performing TLS handshake")
 }
 
-/// What a person can do.
+/// Returns what a person can do.
 fn advice(error: &tokio_postgres::Error) -> Option<&'static str> {
     if let Some(db) = error.as_db_error() {
         return Some(match db.code().code() {

@@ -74,7 +74,7 @@ pub struct Binding {
     pub staged: bool,
     /// Rules of the table may make more of a row than one.
     pub has_rules: bool,
-    /// Of `on_conflict: upsert`.
+    /// Columns of the key of `on_conflict: upsert`.
     pub key: Vec<String>,
     pub fingerprint: String,
 }

@@ -71,7 +71,7 @@ impl Pending {
 /// Everything behind the one lock of the append path; held for the copy only.
 pub struct Front {
     pub pending: Pending,
-    /// Of the pending frame.
+    /// Ticket of the pending frame.
     pub ticket: u64,
     pub next_offset: u64,
     /// As of the last append, durable or not.

@@ -47,7 +47,7 @@ pub struct Recovery {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Damage {
     pub segment: u64,
-    /// Of the segment's file.
+    /// Bytes of the segment's file.
     pub bytes: Range<u64>,
     /// Empty where only state changes were lost.
     pub offsets: Range<Offset>,

@@ -17,7 +17,7 @@ pub const CLOCK: u8 = 2;
 /// All keys and values together: as many sessions as the broker takes by default, and what
 /// they note. Past it nothing is added until something was removed.
 pub const STATE_BYTES_MAX: usize = 128 << 20;
-/// Of one checkpoint frame.
+/// Most bytes of one checkpoint frame.
 const CHECKPOINT_FRAME_BYTES: usize = 1 << 20;
 
 pub type Blob = Arc<[u8]>;

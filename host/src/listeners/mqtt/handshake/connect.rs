@@ -16,7 +16,7 @@ use crate::listeners::mqtt::will::Will;
 use crate::listeners::mqtt::wire::{self, Fault, Packet, Version};
 use crate::properties::{self, Origin};
 
-/// Of the protocol level (mosquitto.conf(5), `try_private`).
+/// Bit of the protocol level that a bridge sets (mosquitto.conf(5), `try_private`).
 const BRIDGE: u8 = 0x80;
 
 pub enum Unread {
@@ -91,7 +91,7 @@ pub async fn read_connect<S: AsyncRead + Unpin>(
     }
 }
 
-/// Of CONNECT, and of AUTH before CONNACK: nobody knows yet who sends them.
+/// Returns the most bytes of CONNECT, and of AUTH before CONNACK: nobody knows yet who sends them.
 pub fn first_packet_bytes_max(broker: &Broker) -> usize {
     let will_bytes_max = broker.config.will_bytes_max.0 as usize;
     broker.packet_bytes_max.min(wire::CONNECT_BYTES_MAX.max(will_bytes_max))

@@ -55,7 +55,7 @@ pub struct Inbound {
     /// The topic of the last publish that the rules allowed.
     allowed_topic: String,
     allowance: Option<Box<Allowance>>,
-    /// Of a session that outlives the connection: its QoS 2 ids are durable.
+    /// Epoch of a session that outlives the connection: its QoS 2 ids are durable.
     epoch: Option<u64>,
     aliases: Vec<Option<Arc<str>>>,
     acks: Acks,

@@ -39,7 +39,7 @@ const IN_FLIGHT_BYTES_MAX: usize = 1 << 20;
 pub struct Outbox {
     connected: bool,
     queue: VecDeque<Queued>,
-    /// Of the queue: it is long, and walked only for what it has.
+    /// Sums over the queue, which is long and is walked only for what it has.
     sums: Sums,
     inflight: VecDeque<InFlight>,
     /// Bytes of these messages that are in memory.

@@ -43,7 +43,7 @@ impl Source {
 #[derive(Clone)]
 pub struct Queued {
     pub source: Source,
-    /// Of a stream's message; `None`: to be read there.
+    /// Body of a stream's message; `None` where it is to be read there.
     pub body: Option<Arc<Message>>,
     /// Broker time since when it waits.
     pub since_us: u64,
@@ -99,7 +99,7 @@ impl FromIterator<u32> for Ids {
 }
 
 impl Queued {
-    /// Of one subscription, as a retained message; its bytes are held by others too.
+    /// Makes an entry of one subscription, as a retained message; its bytes are held by others too.
     pub fn whole(source: Source, qos: u8, options: Options, since_us: u64) -> Self {
         let len = match &source {
             Source::Retained(message) | Source::Broker(message) => message.len(),
@@ -153,12 +153,12 @@ impl Queued {
     }
 }
 
-/// Of the messages in a queue.
+/// Sums of the messages in a queue.
 #[derive(Clone, Copy, Default)]
 pub struct Sums {
     /// Wherever they are.
     pub bytes: usize,
-    /// Of these in memory.
+    /// Bytes of these messages that are in memory.
     pub held: usize,
     /// Messages with QoS 0.
     pub at_most_once: usize,

@@ -16,7 +16,7 @@ use crate::listeners::mqtt::subscriptions::{Filter, Options};
 /// Retained messages that are looked up at a time, and their bytes.
 const PAGE_MESSAGES_MAX: usize = 64;
 const PAGE_BYTES_MAX: usize = 256 << 10;
-/// Of the last topic that was taken, in the record: those that share so much with it come again.
+/// Bytes of the last topic that was taken, in the record: those that share so much with it come again.
 const TAKEN_BYTES_MAX: usize = 256;
 /// In a record: when it was subscribed.
 const SINCE_BYTES: usize = 8;

@@ -162,7 +162,7 @@ impl Outbox {
         filled
     }
 
-    /// Of the message that is next, if there is one in memory.
+    /// Returns the verdict on the message that is next, if there is one in memory.
     fn receives(&self, receive: Receive<'_>) -> Verdict {
         let next = match self.inflight.get(self.sent) {
             Some(flight) => flight.waiting.as_ref(),

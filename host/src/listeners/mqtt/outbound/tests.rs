@@ -567,7 +567,7 @@ enum Do {
     Publish(u8),
     Fill,
     Commit,
-    /// Of the oldest packet that the client has open.
+    /// Acknowledges the oldest packet that the client has open.
     Ack,
     Note(usize),
     Reconnect,

@@ -31,7 +31,7 @@ use super::tls::{VERSION_1, cannot_use};
 
 const CLIENT_AUTH: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.6.1.5.5.7.3.2");
 const ANY_USAGE: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.29.37.0");
-/// Of a certificate's subject, in a log line.
+/// Characters of a certificate's subject that a log line shows.
 const SUBJECT_CHARS_MAX: usize = 200;
 
 #[derive(Debug)]
@@ -266,7 +266,7 @@ impl Named {
     }
 }
 
-/// Of the client's certificate, and of those between it and the authority.
+/// Returns the names of the client's certificate, and of those between it and the authority.
 fn names_of(path: &VerifiedPath<'_>) -> Box<[Named]> {
     let own = Named::of(path.end_entity());
     std::iter::once(own).chain(path.intermediate_certificates().map(Named::of)).collect()

@@ -32,7 +32,7 @@ const FILE_BYTES_MAX: u64 = 64 << 20;
 
 /// Before a certificate's end, people are told of it.
 const ENDS_SOON: Duration = Duration::from_secs(30 * 24 * 3_600);
-/// Of a connection by a certificate that ends later.
+/// Longest life of a connection by a certificate that ends later.
 const LIVES_MAX: Duration = Duration::from_secs(365 * 24 * 3_600);
 
 /// The certificates in use, and the files that they came from.
@@ -48,8 +48,9 @@ pub struct Tls {
 #[derive(Clone)]
 struct Acceptor {
     tls: TlsAcceptor,
-    /// Of the server's own certificate, and its first and last moment.
+    /// Subject of the server's own certificate.
     subject: Arc<str>,
+    /// First and last moment of that certificate.
     valid: (SystemTime, SystemTime),
     /// Where clients show certificates.
     authorities: Option<Arc<Authorities>>,
@@ -349,7 +350,7 @@ fn next_update(list: &CertificateRevocationListDer<'_>) -> Option<SystemTime> {
     list.tbs_cert_list.next_update.map(|time| time.to_system_time())
 }
 
-/// Of a certificate that `openssl x509 -req` makes without an extension file.
+/// Says what is wrong with a certificate that `openssl x509 -req` makes without an extension file.
 pub(super) const VERSION_1: &str = "it is of X.509 version 1, and TLS takes version 3 here: make it again with \
      `openssl x509 -req … -extfile`, whose file holds subjectAltName";
 
@@ -357,7 +358,7 @@ pub(super) fn cannot_use(path: &Path, error: &dyn std::fmt::Display) -> String {
     format!("cannot use {}: {error}", path.display())
 }
 
-/// What failed and what to do.
+/// Says what failed and what to do.
 fn explain(error: &io::Error, seen: &Seen) -> Failed {
     let cause = error.get_ref().and_then(|cause| cause.downcast_ref::<rustls::Error>());
     let (counted, what) = match cause {
