@@ -60,16 +60,19 @@ impl Hints {
     pub fn command(&self, hint: Hint<'_>) -> String {
         let (words, argument) = hint.words();
         let mut command = format!("headworks {words}");
+        // Else a name that begins so is taken for an option: it stands last, behind `--`.
+        let (last, argument) = argument.into_iter().partition::<Vec<_>, _>(|name| name.starts_with('-'));
+        for argument in &argument {
+            command += &format!(" {}", quoted(argument));
+        }
         if let Some((option, value)) = hint.options() {
             command += &format!(" {option} {}", quoted(value));
         }
         if let Some(config) = self.config.as_deref().filter(|_| hint.takes_config()) {
             command += &format!(" --config {}", quoted(&config.to_string_lossy()));
         }
-        if let Some(argument) = argument {
-            // Else a name that begins so is taken for an option.
-            let end_of_options = if argument.starts_with('-') { " --" } else { "" };
-            command += &format!("{end_of_options} {}", quoted(&argument));
+        for argument in &last {
+            command += &format!(" -- {}", quoted(argument));
         }
         if matches!(hint, Hint::Passwd(_)) {
             command += " USER";
@@ -179,9 +182,10 @@ mod tests {
         let id = "it's $(reboot)";
         assert_eq!(
             shown(Hint::ClientsShow(id)),
-            r"headworks clients show --config 'my site/hw.yaml' 'it'\''s $(reboot)'"
+            r"headworks clients show 'it'\''s $(reboot)' --config 'my site/hw.yaml'"
         );
         assert_eq!(shown(Hint::PluginInspect(Path::new("a.wasm"))), "headworks plugin inspect a.wasm");
+        assert_eq!(shown(Hint::ClientsShow("-x")), "headworks clients show --config 'my site/hw.yaml' -- -x");
         let here = Hints::default();
         assert_eq!(here.command(Hint::ClientsShow("-x")), "headworks clients show -- -x");
         assert_eq!(

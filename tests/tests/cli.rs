@@ -322,7 +322,7 @@ fn a_plugin_whose_file_is_gone_is_listed_until_it_is_removed_by_its_name() {
     let host = host("cli-removed");
     std::fs::remove_file(host.folder.join("plugins/10-normalize.wasm")).expect("ours");
     let list = host.cli(&["plugin", "list"]);
-    let command = "`headworks plugin remove --config headworks.yaml normalize`";
+    let command = "`headworks plugin remove normalize --config headworks.yaml`";
     for part in ["10-normalize.wasm", "removed: telemetry waits for it", command] {
         assert!(list.contains(part), "{part} is not in\n{list}");
     }

@@ -56,7 +56,7 @@ fn removing_a_plugin_file_holds_the_pipeline_until_it_is_said() {
     host.writes("rows", || (telemetry::sqlite_count(&rows, "telemetry") > 100).then_some(()));
 
     std::fs::remove_file(host.folder.join("plugins/10-normalize.wasm")).expect("it was there");
-    host.says("plugin remove --config headworks.yaml normalize");
+    host.says("plugin remove normalize --config headworks.yaml");
     // Acks go on while the pipeline holds.
     for publisher in &publishers {
         publisher.await_acked(publisher.acked() + 25);
@@ -79,7 +79,7 @@ fn devices_are_acknowledged_while_a_plugin_of_the_start_does_not_run() {
     for publisher in &publishers {
         publisher.await_acked(25);
     }
-    host.says("plugin remove --config headworks.yaml normalize");
+    host.says("plugin remove normalize --config headworks.yaml");
     let sent: Vec<Sent> = publishers.into_iter().map(Publisher::finish).collect();
 
     host.drop_plugin("10-normalize.wasm", prebuilt("normalize"));
