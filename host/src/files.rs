@@ -1,6 +1,6 @@
 //! Files that a person names in the config, read whole.
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -29,9 +29,56 @@ pub fn read_to_string(path: &Path) -> io::Result<String> {
     Ok(text)
 }
 
+/// A lock on an open file (`flock`), given back when it is dropped.
+///
+/// Closing the file is not enough for that: a child that this process starts has every file of the
+/// process until it runs its program, and would keep the lock for so long.
+#[derive(Debug)]
+pub struct Locked(File);
+
+impl Locked {
+    /// Takes the lock for this owner alone; [`TryLockError::WouldBlock`] where another one has it.
+    pub fn exclusive(file: File) -> Result<Self, TryLockError> {
+        file.try_lock()?;
+        Ok(Self(file))
+    }
+
+    /// Takes the lock together with others that share it.
+    pub fn shared(file: File) -> Result<Self, TryLockError> {
+        file.try_lock_shared()?;
+        Ok(Self(file))
+    }
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        // Where this fails, closing does it.
+        let _ = self.0.unlock();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lock_is_given_back_while_a_child_still_has_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lock");
+        let open = || File::options().create(true).truncate(false).write(true).open(&path).unwrap();
+        let file = open();
+        // As a child that has not run its program yet has it.
+        let of_child = file.try_clone().unwrap();
+        let held = Locked::exclusive(file).unwrap();
+        assert!(matches!(Locked::shared(open()), Err(TryLockError::WouldBlock)));
+        drop(held);
+        let shared = Locked::shared(open()).unwrap();
+        Locked::shared(open()).unwrap();
+        assert!(matches!(Locked::exclusive(open()), Err(TryLockError::WouldBlock)));
+        drop(shared);
+        Locked::exclusive(open()).unwrap();
+        drop(of_child);
+    }
 
     #[test]
     fn what_is_no_regular_file_is_refused_at_once() {

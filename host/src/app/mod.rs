@@ -14,7 +14,7 @@ mod status;
 mod watchdog;
 
 use std::collections::BTreeSet;
-use std::fs::{File, Permissions};
+use std::fs::{File, Permissions, TryLockError};
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -38,6 +38,7 @@ use crate::config::{Config, DEAD_LETTERS, Source};
 use crate::devices::Devices;
 use crate::hints::Hints;
 use crate::listeners::mqtt;
+use crate::files::Locked;
 use crate::pipeline::{self, Batching, SinkPart};
 use crate::plugin::access::AccessEngine;
 use crate::plugin::{PluginState, PluginStatus, Plugins};
@@ -426,7 +427,7 @@ fn make_private(data_dir: &Path) {
 }
 
 /// One host a data folder: held until the process ends.
-fn lock(data_dir: &Path) -> anyhow::Result<File> {
+fn lock(data_dir: &Path) -> anyhow::Result<Locked> {
     let folder = data_dir.display();
     std::fs::create_dir_all(data_dir).with_context(|| format!("cannot make the data folder {folder}"))?;
     make_private(data_dir);
@@ -434,20 +435,21 @@ fn lock(data_dir: &Path) -> anyhow::Result<File> {
     let file = File::options().create(true).truncate(false).write(true).open(&path).with_context(|| {
         format!("cannot write to the data folder {folder}: {}: let this user write there, or set another data_dir", path.display())
     })?;
-    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => {
+    match Locked::exclusive(file) {
+        Ok(held) => Ok(held),
+        Err(TryLockError::WouldBlock) => {
             bail!("another headworks uses the data folder {folder}: stop it, or set another data_dir")
         }
-        Err(error) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
+        Err(TryLockError::Error(error)) => {
+            Err(error).with_context(|| format!("cannot lock {}", path.display()))
+        }
     }
 }
 
 /// Whether a host runs on this data folder, whatever it answers.
 pub fn is_held(data_dir: &Path) -> bool {
     let Ok(file) = File::open(data_dir.join(LOCK)) else { return false };
-    let tried = rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockShared);
-    tried == Err(rustix::io::Errno::WOULDBLOCK)
+    matches!(Locked::shared(file), Err(TryLockError::WouldBlock))
 }
 
 async fn wait_for_end(

@@ -149,10 +149,9 @@ fn reachable(address: SocketAddr) -> SocketAddr {
 mod tests {
     use std::fs::File;
 
-    use rustix::fs::{FlockOperation, flock};
-
     use super::*;
     use crate::app::run_file::RunFile;
+    use crate::files::Locked;
 
     #[tokio::test]
     async fn a_host_that_does_not_answer_is_told_from_one_that_does_not_run() {
@@ -169,8 +168,7 @@ mod tests {
         let asked = async || get::<serde_json::Value>(&config, "/api/status").await.unwrap_err();
         assert!(asked().await.is::<NotRunning>(), "nobody was ever there");
 
-        let lock = File::create(data_dir.join("LOCK")).unwrap();
-        flock(&lock, FlockOperation::LockExclusive).unwrap();
+        let lock = Locked::exclusive(File::create(data_dir.join("LOCK")).unwrap()).unwrap();
         assert!(asked().await.is::<NoAnswer>(), "it starts, and has not written where it listens");
         let running = RunFile::new("this", &[], admin, String::new());
         std::fs::write(data_dir.join("run.json"), serde_json::to_string(&running).unwrap()).unwrap();

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use crate::files::Locked;
 use crate::stream::Lack;
 
 /// Where a sync stands in the log's protocol. A test takes out each in turn
@@ -290,8 +291,7 @@ impl Disk for RealDisk {
         let mut options = fs::OpenOptions::new();
         options.create(true).truncate(false).write(true);
         let file = options.open(path)?;
-        file.try_lock().map_err(io::Error::from)?;
-        Ok(Box::new(file))
+        Ok(Box::new(Locked::exclusive(file).map_err(io::Error::from)?))
     }
 }
 
