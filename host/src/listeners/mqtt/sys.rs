@@ -142,6 +142,9 @@ fn values(broker: &Broker) -> Vec<(String, String)> {
     let mut values: Vec<(String, String)> = [
         ("clients/connected", connected),
         ("clients/disconnected", sessions - connected),
+        // The names of these two in older versions of Mosquitto, which still has them.
+        ("clients/active", connected),
+        ("clients/inactive", sessions - connected),
         ("clients/total", sessions),
         ("clients/maximum", broker.clients_most.load(Ordering::Relaxed).max(connected)),
         ("clients/expired", counters.sessions_expired.get()),

@@ -67,6 +67,8 @@ async fn sys_topics_count_what_happened() {
     ] {
         assert_eq!(value(name), wanted, "{name}");
     }
+    assert_eq!(value("clients/active"), value("clients/connected"));
+    assert_eq!(value("clients/inactive"), value("clients/disconnected"));
     assert!(value("version").starts_with("headworks version ") && value("uptime").ends_with(" seconds"));
     assert!(value("bytes/received").parse::<u64>().unwrap() > 50);
     assert_eq!(stream.bounds().end, Offset(2), "nothing of $SYS is in the log");
