@@ -58,6 +58,37 @@ fn a_bare_number_is_a_value_and_the_topic_its_metric() {
     assert_eq!((row[2].as_deref(), row[3].as_deref()), (None, Some("reading")));
 }
 
+/// The table of numbers in payloads.md is held to what columns take.
+#[test]
+fn numbers_are_those_that_the_page_on_payloads_names() {
+    let page = include_str!("../../../docs/payloads.md");
+    let (_, table) = page.split_once("| payload | in a column of type `double` |").expect("the table");
+    let mut checked = 0;
+    for row in table.lines().skip(2).take_while(|line| line.starts_with('|')) {
+        let cells: Vec<&str> = row.trim_matches('|').split(" | ").map(str::trim).collect();
+        let [payloads, double, bigint] = cells[..] else { panic!("{row}") };
+        for payload in payloads.split('`').skip(1).step_by(2) {
+            let in_object = format!("{{\"location\":\"x\",\"value\":{payload}}}");
+            for payload in [payload, &in_object] {
+                match double.parse::<f64>() {
+                    Ok(number) => assert_eq!(value_of(payload), Ok(number), "{payload}"),
+                    Err(_) => {
+                        let reason = value_of(payload).unwrap_err();
+                        assert!(reason.starts_with("column \"value\": "), "{payload}: {reason}");
+                    }
+                }
+            }
+            let whole = crate::sinks::columns::Value::Payload(payload.as_bytes()).i64();
+            assert_eq!(whole, bigint.parse().ok(), "{payload}");
+            checked += 1;
+        }
+    }
+    assert!(checked > 15, "{checked}");
+    // A column of text keeps each.
+    let text = columns(&[("raw", "$payload")]);
+    assert_eq!(read(&text, " +21,5 "), Ok(vec![Some(" +21,5 ".to_owned())]));
+}
+
 #[test]
 fn a_reason_names_column_and_payload() {
     for (payload, expected) in [
