@@ -125,10 +125,14 @@ impl Reader {
 
     async fn gap(&mut self, from: Offset, to: Offset, cause: GapCause) -> Result<(), WorkerGone> {
         let cause = match cause {
+            // Told by the stream, once for all who read it.
             GapCause::Damaged => "damaged",
-            GapCause::Trimmed => "trimmed",
+            GapCause::Trimmed => {
+                tracing::error!(pipeline = %self.pipeline, from = from.0, to = to.0,
+                    "retention removed messages before this pipeline read them");
+                "trimmed"
+            }
         };
-        tracing::error!(pipeline = %self.pipeline, from = from.0, to = to.0, cause, "messages are lost to this pipeline");
         metrics::gap(&self.pipeline, cause).increment(to.0 - from.0);
         self.progress(to).await
     }

@@ -474,12 +474,7 @@ impl Tail {
 
 /// Passes over what is no more; `count` of its messages are missed.
 fn missed(broker: &Broker, number: usize, lane: u8, count: u64, range: std::ops::Range<u64>) {
-    if count > 0 {
-        let name = broker.streams[number].name();
-        let detail = format!("messages {} to {} of stream {name}", range.start, range.end);
-        broker.counters.gap.increment(count);
-        broker.failures.report("mqtt: subscribers missed messages", 1, &detail, "");
-    }
+    broker.counters.gap.increment(count);
     let _index = broker.live.index.read().unwrap_or_else(PoisonError::into_inner);
     broker.live.streams[number].position(lane).store(range.end, Ordering::Release);
 }
@@ -505,6 +500,11 @@ async fn replay(
             wakes.send_due();
             tokio::task::yield_now().await;
         }
+    }
+    if lost > 0 {
+        let name = broker.streams[number].name();
+        let detail = format!("messages {} to {} of stream {name}", range.start, range.end);
+        broker.failures.report("mqtt: subscribers missed messages", 1, &detail, "");
     }
     missed(broker, number, lane, lost, range);
     Ok(())
@@ -542,6 +542,7 @@ async fn follow(broker: &Broker, number: usize, lane: u8) {
             }
             Ok(Some(Read::Gap { from, to, cause: GapCause::Trimmed })) => trimmed = Some(from.0..to.0),
             Ok(Some(Read::Gap { from, to, .. })) => {
+                // Damage, which the stream has told.
                 missed(broker, number, lane, to.0.saturating_sub(from.0), from.0..to.0);
             }
             Err(ReadError::Io(error)) => {

@@ -122,11 +122,15 @@ impl LogCursor {
 
     fn gap(&mut self, to: u64, cause: GapCause) -> Read {
         let from = std::mem::replace(&mut self.at, to);
-        if self.counts {
-            self.inner.metrics.gap(to - from, cause);
-        }
-        if self.counts && cause == GapCause::Damaged {
-            tracing::error!(stream = %self.inner.name, from, to, "messages are damaged on disk and cannot be read");
+        let (new, is_to_be_logged) = match cause {
+            _ if !self.counts => (0, false),
+            GapCause::Trimmed => (to - from, false),
+            GapCause::Damaged => lock(&self.inner.told).read(from..to),
+        };
+        self.inner.metrics.gap(new, cause);
+        if is_to_be_logged {
+            tracing::error!(stream = %self.inner.name, from, to,
+                "messages are damaged on disk, and nobody can read them");
         }
         Read::Gap { from: Offset(from), to: Offset(to), cause }
     }

@@ -30,7 +30,7 @@ pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_stream_gap_messages_total",
         kind: MetricKind::Counter,
-        help: "Messages that a reader could not have: `damaged` on disk, or `trimmed` by retention.",
+        help: "Messages that readers could not have: `damaged` on disk, counted once, or `trimmed` by retention, for each reader.",
         labels: &["stream", "cause"],
     },
 ];

@@ -43,6 +43,7 @@ mod state;
 mod tail;
 #[cfg(test)]
 mod tests;
+mod told;
 
 pub use clock::SET_US as CLOCK_SET_US;
 pub use disk::{Disk, RealDisk, SlowDisk, SyncSite};
@@ -85,6 +86,7 @@ pub(crate) struct Inner {
     metadata: generations::Metadata,
     openings: Vec<Opening>,
     metrics: measure::Meters,
+    told: Mutex<told::Told>,
     failures: Failures,
 
     front: Mutex<append::Front>,

@@ -194,6 +194,7 @@ fn build(
         metadata,
         openings,
         metrics: measure::Meters::new(name),
+        told: Mutex::default(),
         failures: Failures::default(),
         front: Mutex::new(Front::new(replayed.next_offset, replayed.state.clone())),
         wake: Condvar::new(),
@@ -318,6 +319,7 @@ impl Inner {
         for damage in &recovery.damaged {
             let Offset(from) = damage.offsets.start;
             let Offset(to) = damage.offsets.end;
+            lock(&self.told).log(from..to);
             let what = if from < to { "messages" } else { "state changes" };
             tracing::error!(stream = %self.name, segment = damage.segment, bytes = ?damage.bytes, from, to,
                 "{what} lost: their bytes on disk are damaged or missing");
