@@ -136,17 +136,22 @@ impl Config {
         }
     }
 
-    /// What still works but goes, at `path`.
+    /// What still works but goes, or has no effect, at `path`.
     pub fn warnings(&self, path: &str) -> Vec<String> {
         let on_conflict = match self {
             Self::Postgres(config) => config.on_conflict,
             Self::Sqlite(config) => config.on_conflict,
         };
-        match on_conflict {
-            OnConflict::Auto => vec![format!(
+        let mut warnings = match self {
+            Self::Postgres(config) => config.url.warnings(&format!("{path}.url")),
+            Self::Sqlite(_) => Vec::new(),
+        };
+        if on_conflict == OnConflict::Auto {
+            warnings.push(format!(
                 "{path}.on_conflict: auto is read as ignore and will go: write ignore, or reject, or upsert"
             )],
             _ => Vec::new(),
+        warnings
         }
     }
 

@@ -4,7 +4,7 @@ use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, Serializer};
-use tokio_postgres::config::Host;
+use tokio_postgres::config::{Host, SslNegotiation, TargetSessionAttrs};
 
 use crate::files;
 use crate::problems::{KeyPath, Problems};
@@ -18,7 +18,8 @@ use crate::units::Period;
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// Where: `postgres://writer@127.0.0.1:5432/iot`. Several hosts are tried in
-    /// order; `?target_session_attrs=read-write` finds the primary among them.
+    /// order; `?target_session_attrs=read-write` finds the primary among them. See the
+    /// options that it takes in docs/databases.md.
     pub url: Url,
     /// The user's password, read again at each connect.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -298,13 +299,59 @@ impl Url {
                 if config.get_user().is_none() {
                     problems.add(path.clone(), "must name a user, such as postgres://writer@127.0.0.1/iot");
                 }
+                if config.get_target_session_attrs() == TargetSessionAttrs::ReadOnly {
+                    problems.add(
+                        path.clone(),
+                        "a sink cannot write to a read-only server: write target_session_attrs=read-write",
+                    );
+                }
+                if config.get_ssl_negotiation() != SslNegotiation::Postgres {
+                    problems.add(path.clone(), "sslnegotiation=direct is not there: leave it out");
+                }
             }
             Err(error) => {
-                let certificates = ["sslrootcert", "sslcert", "sslkey"].iter().any(|key| error.contains(key));
-                let hint = if certificates { "; certificates go into `tls`: ca, cert, key" } else { "" };
-                problems.add(path.clone(), format!("cannot be read: {error}{hint}"));
+                let hint = hint(&error);
+                problems.add(path.clone(), format!("cannot be read: {error}; {hint}"));
             }
         }
+    }
+
+    /// Names of the options behind the question mark.
+    fn options(&self) -> impl Iterator<Item = &str> {
+        let query = self.0.split_once('?').map_or("", |(_, query)| query);
+        query.split('&').filter_map(|pair| Some(pair.split_once('=')?.0))
+    }
+
+    /// Says which options have no effect, because a key of the sink counts.
+    pub fn warnings(&self, path: &str) -> Vec<String> {
+        let key = |option| match option {
+            "connect_timeout" => Some("connect_timeout"),
+            "tcp_user_timeout" => Some("dead_after"),
+            "keepalives" | "keepalives_idle" | "keepalives_interval" | "keepalives_retries" => {
+                Some("dead_after")
+            }
+            _ => None,
+        };
+        let unused = self.options().filter_map(|option| Some((option, key(option)?)));
+        unused
+            .map(|(option, key)| format!("{path}: {option} has no effect here: set `{key}` of the sink"))
+            .collect()
+    }
+}
+
+/// Returns what to do about an option of a url that the library does not take.
+fn hint(error: &str) -> &'static str {
+    let is_about = |options: &[&str]| options.iter().any(|option| error.contains(&format!("`{option}`")));
+    if is_about(&["sslrootcert", "sslcert", "sslkey"]) {
+        "certificates go into `tls`: ca, cert, key"
+    } else if is_about(&["passfile", "service"]) {
+        "the password goes into `password`"
+    } else if is_about(&["keepalives_count"]) {
+        "leave it out, `dead_after` of the sink says it"
+    } else if is_about(&["target_session_attrs"]) {
+        "write read-write"
+    } else {
+        "leave it out; host/docs/databases.md lists the options that are understood"
     }
 }
 
@@ -425,11 +472,54 @@ mod tests {
         assert_eq!(url.shown(), "postgres://writer:***@db:5432/iot?application_name=a@b");
     }
 
-    #[test]
-    fn a_certificate_in_the_url_is_pointed_to_its_key() {
+    /// What `validate` says of a url with this option: problems and warnings.
+    fn said(option: &str) -> (String, String) {
+        let url = Url(format!("postgres://w@db/iot?{option}"));
         let mut problems = Problems::default();
-        Url("postgres://w@db/iot?sslrootcert=ca.pem".to_owned()).validate(&KeyPath::root(), &mut problems);
-        let problem = problems.into_vec().remove(0).message;
-        assert!(problem.ends_with("certificates go into `tls`: ca, cert, key"), "{problem}");
+        url.validate(&KeyPath::root(), &mut problems);
+        let problems: Vec<_> = problems.into_vec().into_iter().map(|problem| problem.message).collect();
+        (problems.join(", "), url.warnings("sinks.w.url").join(", "))
+    }
+
+    /// The table of options in databases.md is held to what the sink does.
+    #[test]
+    fn the_options_of_a_url_are_those_that_the_page_names() {
+        let page = include_str!("../../../docs/databases.md");
+        let (_, table) = page.split_once("| option of `url` |").expect("the table");
+        let rows = table.lines().skip(2).take_while(|line| line.starts_with('|'));
+        let mut checked = 0;
+        for row in rows {
+            let cells: Vec<&str> = row.trim_matches('|').split(" | ").map(str::trim).collect();
+            for option in cells[0].split('`').skip(1).step_by(2) {
+                let (problems, warnings) = said(option);
+                let (is_refused, has_no_effect) = (!problems.is_empty(), !warnings.is_empty());
+                let wanted = (cells[1].starts_with("refused"), cells[1].starts_with("no effect"));
+                assert_eq!((is_refused, has_no_effect), wanted, "{option}: {problems}{warnings}");
+                checked += 1;
+            }
+        }
+        assert!(checked > 30, "{checked}");
+    }
+
+    #[test]
+    fn an_option_that_is_not_taken_is_told_with_what_to_do() {
+        for (option, advice) in [
+            ("sslrootcert=ca.pem", "certificates go into `tls`: ca, cert, key"),
+            ("passfile=x", "the password goes into `password`"),
+            ("target_session_attrs=primary", "write read-write"),
+            ("target_session_attrs=read-only", "write target_session_attrs=read-write"),
+            (
+                "gssencmode=disable",
+                "leave it out; host/docs/databases.md lists the options that are understood",
+            ),
+        ] {
+            let (problem, _) = said(option);
+            assert!(problem.ends_with(advice), "{option}: {problem}");
+        }
+        let (_, warning) = said("connect_timeout=3");
+        assert_eq!(
+            warning,
+            "sinks.w.url: connect_timeout has no effect here: set `connect_timeout` of the sink"
+        );
     }
 }

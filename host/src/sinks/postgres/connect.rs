@@ -44,7 +44,11 @@ async fn log_in(
     let setup = |reason: String| Error::Setup(format!("{prefix}{reason}"));
     let mut target = config.url.parse().map_err(setup)?;
     if let Some(password) = &config.password {
-        target.password(password.read().map_err(setup)?);
+        target.password(password.read().map_err(Error::Setup)?);
+    }
+    if target.get_application_name().is_none() {
+        .keepalives(true)
+        target.application_name(format!("headworks/{name}"));
     }
     let mode = config.sslmode();
     let dead_after = config.dead_after.0;
@@ -54,7 +58,6 @@ async fn log_in(
             SslMode::Prefer => tokio_postgres::config::SslMode::Prefer,
             _ => tokio_postgres::config::SslMode::Require,
         })
-        .application_name(format!("headworks/{name}"))
         .connect_timeout(config.connect_timeout.0)
         .tcp_user_timeout(dead_after)
         .keepalives_idle(dead_after / 2)

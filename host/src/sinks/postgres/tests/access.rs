@@ -197,6 +197,29 @@ async fn a_user_without_rights_is_told_which_table_cannot_be_made() {
 }
 
 #[tokio::test]
+async fn options_of_the_url_reach_the_server() {
+    let fresh = Fresh::with("CREATE SCHEMA iot; CREATE TABLE iot.telemetry ({TABLE})").await;
+    let names = async || -> Vec<String> {
+        let sql = "SELECT application_name FROM pg_stat_activity
+                   WHERE datname = current_database() AND pid <> pg_backend_pid()";
+        fresh.client().await.query(sql, &[]).await.unwrap().iter().map(|row| row.get(0)).collect()
+    };
+    let written = async || -> i64 {
+        let sql = "SELECT count(*) FROM iot.telemetry";
+        fresh.client().await.query_one(sql, &[]).await.unwrap().get(0)
+    };
+    let with = |options: &str| Config { url: Url(format!("{}?{options}", fresh.url)), ..fresh.config() };
+    let mut named = sink(with("application_name=line-4&options=-c%20search_path%3Diot"));
+    named.open(&claim(), None).await.unwrap();
+    named.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.unwrap();
+    assert_eq!(written().await, 1, "the search path of the url counts");
+    assert!(names().await.contains(&"line-4".to_owned()));
+    let mut other = sink(with("sslmode=prefer"));
+    other.open(&Claim { pipeline: "other".to_owned(), ..claim() }, None).await.unwrap();
+    assert!(names().await.contains(&"headworks/warehouse".to_owned()));
+}
+
+#[tokio::test]
 async fn the_rights_that_the_docs_name_are_enough() {
     const DOCS: &str = include_str!("../../../../docs/databases.md");
     let role = format!("r{}", uuid::Uuid::new_v4().simple());
