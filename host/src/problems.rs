@@ -109,6 +109,15 @@ pub struct Problem {
     pub message: String,
 }
 
+/// Returns the problems of a step's config as one text; a problem of the whole step has no path.
+pub fn step_problems(problems: &[Problem]) -> String {
+    let line = |p: &Problem| match p.path.as_str() {
+        "" => p.message.clone(),
+        path => format!("config.{path}: {}", p.message),
+    };
+    problems.iter().map(line).collect::<Vec<_>>().join("; ")
+}
+
 /// Collects problems; a part's `validate` adds to it and never stops at the first.
 #[derive(Clone, Debug, Default)]
 pub struct Problems(Vec<Problem>);
@@ -130,6 +139,14 @@ impl Problems {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_problem_of_a_whole_step_is_told_without_a_path() {
+        let problem = |path, message: &str| Problem { path, message: message.to_owned() };
+        let root = KeyPath::root();
+        let problems = [problem(root.clone(), "trapped"), problem(root.key("a").index(1), "must be set")];
+        assert_eq!(step_problems(&problems), "trapped; config.a[1]: must be set");
+    }
 
     #[test]
     fn a_problem_has_the_place_of_the_nearest_key_around_it() {

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, HashMap};
 use saphyr_parser::{Event, Marker, Parser, ScalarStyle, Span, StrInput, Tag};
 use serde_json::{Map, Number, Value};
 
-use crate::problems::{KeyPath, Problem, Problems};
+use crate::problems::{KeyPath, Places, Problem, Problems};
 
 /// Deeper nesting is refused.
 const DEPTH_MAX: usize = 64;
@@ -39,7 +39,7 @@ pub struct SyntaxError {
 pub fn to_json(text: &str) -> Result<Value, String> {
     let document = read(text, false).map_err(|error| format!("line {}: {error}", error.line))?;
     match document.problems.first() {
-        Some(Problem { path, message }) => Err(format!("{}: {message}", path.as_str())),
+        Some(problem) => Err(Places::default().locate(problem)),
         None => Ok(document.value),
     }
 }

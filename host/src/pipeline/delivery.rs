@@ -375,11 +375,11 @@ impl Delivery {
 
     fn check_positions(&self) -> Result<(), Leave> {
         let kept = self.stream.bounds();
-        let (sink, stream) = (&self.writer.claim.sink, self.stream.name());
+        let stream = self.stream.name();
         for (partition, position) in self.writer.positions.iter().enumerate() {
             if *position > kept.end {
                 return Err(Leave::Stop(format!(
-                    "sink \"{sink}\": its position {} in partition {partition} is beyond the end {} of stream \"{stream}\", \
+                    "its position {} in partition {partition} is beyond the end {} of stream \"{stream}\", \
                      although this data folder was the last to move it: was the row in headworks_positions edited? \
                      Put next_offset back to at most {}, then restart",
                     position.0, kept.end.0, kept.end.0
@@ -387,8 +387,8 @@ impl Delivery {
             }
             if *position < kept.start && self.on_lag == OnLag::Block {
                 return Err(Leave::Stop(format!(
-                    "sink \"{sink}\": its position {} in partition {partition} is below the first kept message {} of stream \"{stream}\": \
-                     messages between them are gone; set `on_lag: detach` to go on without them",
+                    "its position {} in partition {partition} is below the first kept message {} of stream \"{stream}\": \
+                     the messages between them are gone; set `on_lag: detach` to go on without them, then restart",
                     position.0, kept.start.0
                 )));
             }
@@ -461,8 +461,7 @@ impl Delivery {
                     }
                 }
                 Err(_) => {
-                    let sink = &self.writer.claim.sink;
-                    return Err(Leave::Stop(format!("sink \"{sink}\" was lost in a redrive: restart")));
+                    return Err(Leave::Stop("it was lost in a redrive: restart".to_owned()));
                 }
             },
             () = self.abort.cancelled() => return Err(Leave::Aborted),

@@ -29,6 +29,7 @@ use super::status::SinkShared;
 use super::worker::{Shared, Stripped, unknown_routes, without_letters};
 use super::writer::{Failed, Writer};
 use crate::batch::{Batch, Offset, Partition, Span};
+use crate::problems::step_problems;
 use crate::sinks::{Epoch, Rows, Sink};
 use crate::step::{Attempt, Chain, Outcome, Refused, RefusedKind, Step};
 use crate::stream::{self, AppendError, Read, ReadError, StateChange, Stream, Ticket};
@@ -530,10 +531,9 @@ async fn instances(chain: &Chain) -> Result<Vec<Box<dyn Step>>, RedriveError> {
     let make = move || {
         let mut steps = Vec::new();
         for factory in chain.steps.iter() {
-            let made = factory.instantiate(0).map_err(|problems| {
-                let first = problems.first().map_or(String::new(), |problem| problem.message.clone());
-                RedriveError::Step(factory.describe(), first)
-            })?;
+            let made = factory
+                .instantiate(0)
+                .map_err(|problems| RedriveError::Step(factory.describe(), step_problems(&problems)))?;
             steps.push(made);
         }
         Ok(steps)

@@ -174,7 +174,7 @@ impl SinkShared {
 
     /// A try failed that is repeated. Each cause has a log line of its own.
     pub fn failed(&self, kind: &str, reason: String) {
-        let kind = format!("{}{kind}", self.subject);
+        let kind = format!("{}{}", self.subject, told(kind));
         let show = self.failures.hint(Hint::Status);
         self.failures.report_by(&kind, &alike(&reason), 1, &reason, &show);
         self.set(State::Retrying(reason));
@@ -252,6 +252,15 @@ impl SinkShared {
 
     fn lock(&self) -> MutexGuard<'_, SinkState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Returns what a sink does about a failure of this kind, as a log line says it.
+fn told(kind: &str) -> &'static str {
+    match kind {
+        "setup" => "cannot write until a person acts",
+        "refusals" => "pauses",
+        _ => "tries again",
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::task::JoinHandle;
 
 use super::worker::Steps;
+use crate::problems::step_problems;
 use crate::step::Chain;
 
 /// For each lane the steps of its workers, or why the first step that cannot start refuses all.
@@ -50,9 +51,7 @@ fn one(chain: &Chain, worker: u16) -> Result<Steps, String> {
     let mut steps = Vec::with_capacity(chain.steps.len());
     for factory in chain.steps.iter() {
         let made = factory.instantiate(u32::from(worker)).map_err(|problems| {
-            let list: Vec<_> =
-                problems.iter().map(|p| format!("{}: {}", p.path.as_str(), p.message)).collect();
-            format!("{} cannot start: {}", factory.describe(), list.join("; "))
+            format!("{} cannot start: {}", factory.describe(), step_problems(&problems))
         })?;
         steps.push(made);
     }

@@ -14,13 +14,13 @@ use wasmtime::Store;
 use super::bindings::access::OnlyAccess;
 use super::bindings::base::exports::headworks::plugin::lifecycle::Context;
 use super::cache::Cache;
-use super::catalog::problem_text;
 use super::compile::Compiler;
 use super::host::{HostState, Telemetry};
 use super::instance::{CallLimits, Instance, StartError};
 use super::program::{Library, Program};
 use super::{Config, Error, Limits, version};
 use crate::devices::Devices;
+use crate::problems::step_problems;
 use crate::step::StepId;
 use crate::topic::Namespace;
 
@@ -162,7 +162,7 @@ impl AccessPlugin {
             &self.context,
         );
         let (instance, _) = started.map_err(|error| match error {
-            StartError::Config(problems) => problem_text(&problems),
+            StartError::Config(problems) => step_problems(&problems),
             StartError::Fault(reason) => reason,
         })?;
         Ok(Seated { instance, number: self.started.fetch_add(1, Ordering::Relaxed) + 1 })

@@ -19,7 +19,7 @@ use super::lines::Lines;
 use super::program::{self, INIT_ANSWER_BYTES_MAX, ProcessIndices, Program, TOPICS_MAX};
 use crate::batch::{Batch, MessageRef, SPAN_BYTES_MAX, flags};
 use crate::devices::Devices;
-use crate::problems::{KeyPath, Problem};
+use crate::problems::{KeyPath, Problem, step_problems};
 use crate::properties::{self, Origin};
 use crate::step::StepId;
 use crate::topic::TopicFilter;
@@ -32,7 +32,7 @@ const PROBLEMS_MAX: usize = 64;
 const PROBLEMS_BYTES_MAX: usize = 16 << 10;
 /// Functions that a reason names: where it was, and its callers.
 const FRAMES_MAX: usize = 3;
-/// Of these the ones without name and line are passed over: a recursion has tens of thousands.
+/// Frames that are looked at. Those without name and line are passed over: a recursion has tens of thousands.
 const FRAMES_LOOKED_AT: usize = 64;
 /// Bytes of a problem's path; what is over is cut off.
 const POINTER_BYTES_MAX: usize = 1 << 10;
@@ -75,11 +75,7 @@ impl StartError {
     pub fn text(self) -> String {
         match self {
             Self::Fault(reason) => reason,
-            Self::Config(problems) => {
-                let line = |p: &Problem| format!("config.{}: {}", p.path.as_str(), p.message);
-                let lines: Vec<_> = problems.iter().map(line).collect();
-                format!("did not start: {}", lines.join("; "))
-            }
+            Self::Config(problems) => format!("did not start: {}", step_problems(&problems)),
         }
     }
 }
@@ -88,7 +84,7 @@ impl StartError {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct CallLimits {
     pub cpu: Duration,
-    /// Of the sum of all spans, and of `data`.
+    /// Most bytes of the sum of all spans, and of `data`.
     pub bytes: u64,
 }
 

@@ -7,13 +7,13 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use super::cache::Cache;
-use super::catalog::problem_text;
 use super::compile::Compiler;
 use super::program::{Description, Inspection, Library, read};
 use super::version::{self, Faults, PluginStep, Shared, Version};
 use super::{Error, Limits, OnFailure};
 use crate::batch::{Batch, Partition};
 use crate::devices::Devices;
+use crate::problems::step_problems;
 use crate::step::{Attempt, Outcome, Step, StepId};
 use crate::telemetry::Failures;
 use crate::topic::Namespace;
@@ -84,7 +84,7 @@ impl Runner {
             faults: Faults::default(),
             telemetry: Arc::default(),
         });
-        let step = version.step().map_err(|problems| Error::Config(problem_text(&problems)))?;
+        let step = version.step().map_err(|problems| Error::Config(step_problems(&problems)))?;
         Ok(Self { step, description })
     }
 

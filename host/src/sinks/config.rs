@@ -149,10 +149,9 @@ impl Config {
         if on_conflict == OnConflict::Auto {
             warnings.push(format!(
                 "{path}.on_conflict: auto is read as ignore and will go: write ignore, or reject, or upsert"
-            )],
-            _ => Vec::new(),
-        warnings
+            ));
         }
+        warnings
     }
 
     /// Tries the files that it names.
@@ -241,6 +240,18 @@ pub(super) fn table_parts(table: &str) -> Vec<String> {
     parts
 }
 
+/// Says that there is no table to write to, and what to do; `was_there`: the sink has filled it.
+pub(super) fn missing_table(table: &str, was_there: bool) -> String {
+    if was_there {
+        format!(
+            "there is no table {table}, which this sink has written to before: it was dropped or renamed, and \
+             Headworks does not create it again by itself; rename it back, restore it, or create it"
+        )
+    } else {
+        format!("there is no table {table}: create it, or set `create: true`")
+    }
+}
+
 /// Adds a problem unless `table` is a table's name, after a schema's where `parts_max` is 2.
 pub(super) fn validate_table(table: &str, parts_max: usize, path: &KeyPath, problems: &mut Problems) {
     let parts = table_parts(table);
@@ -303,6 +314,16 @@ mod tests {
             "sinks.w.url",
         ];
         assert_eq!(paths, expected);
+    }
+
+    #[test]
+    fn a_missing_table_is_told_in_a_sentence() {
+        assert_eq!(missing_table("t", false), "there is no table t: create it, or set `create: true`");
+        assert_eq!(
+            missing_table("t", true),
+            "there is no table t, which this sink has written to before: it was dropped or renamed, and Headworks \
+             does not create it again by itself; rename it back, restore it, or create it"
+        );
     }
 
     #[test]

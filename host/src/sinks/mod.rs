@@ -188,7 +188,7 @@ pub enum Error {
     #[error("{0}")]
     Retry(String),
     /// The connection went in COMMIT: `open` again and read the position.
-    #[error("outcome of the commit unknown: {0}")]
+    #[error("{0}: whether the last commit took place is not known, and is read from the positions")]
     Unknown(String),
     /// Another process claimed this position: stop delivering, say so.
     #[error("{0}")]
@@ -201,10 +201,21 @@ pub enum Error {
 impl Error {
     /// The same, with where it happened in front.
     fn within(self, context: &str) -> Self {
-        let with = |reason: String| format!("{context}: {reason}");
+        match self {
+            Self::Doubtful { reason, .. } => Self::Doubtful { context: context.to_owned(), reason },
+            error => error.map(|reason| format!("{context}: {reason}")),
+        }
+    }
+
+    /// The same, with what to do behind it.
+    fn and(self, advice: &str) -> Self {
+        self.map(|reason| format!("{reason}; {advice}"))
+    }
+
+    fn map(self, with: impl FnOnce(String) -> String) -> Self {
         match self {
             Self::TooMuch(reason) => Self::TooMuch(with(reason)),
-            Self::Doubtful { reason, .. } => Self::Doubtful { context: context.to_owned(), reason },
+            Self::Doubtful { context, reason } => Self::Doubtful { context, reason: with(reason) },
             Self::Retry(reason) => Self::Retry(with(reason)),
             Self::Unknown(reason) => Self::Unknown(with(reason)),
             Self::Fenced(reason) => Self::Fenced(with(reason)),
@@ -293,12 +304,23 @@ impl Claim {
 
     /// Returns what to say where the table has rows, and the positions that this host left are gone.
     pub fn gone(&self) -> String {
+        let positions = self.positions_text();
+        self.to_put_back(&format!(
+            "the {positions} are gone from headworks_positions while the table has rows"
+        ))
+    }
+
+    /// Returns what to say where the table of positions has rows of some partitions only.
+    pub fn partly_gone(&self) -> String {
+        let positions = self.positions_text();
+        self.to_put_back(&format!("the {positions} are gone from headworks_positions for some partitions"))
+    }
+
+    fn to_put_back(&self, what: &str) -> String {
         format!(
-            "the {} are gone from headworks_positions while the table has rows: nothing is written, so that no \
-             row comes twice; put the rows of headworks_positions back, or set `begin: start` in sinks.{} to write what \
-             the stream still has again from the beginning, or `begin: now` to write only what comes from now on, \
-             and restart",
-            self.positions_text(),
+            "{what}: nothing is written, so that no row comes twice; put the rows of headworks_positions back, or \
+             set `begin: start` in sinks.{} to write what the stream still has again from the beginning, or \
+             `begin: now` to write only what comes from now on, and restart",
             self.sink
         )
     }

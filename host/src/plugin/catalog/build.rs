@@ -266,11 +266,3 @@ impl Work {
         }
     }
 }
-
-pub fn problem_text(problems: &[Problem]) -> String {
-    let line = |p: &Problem| match p.path.as_str() {
-        "" => p.message.clone(),
-        path => format!("config.{path}: {}", p.message),
-    };
-    problems.iter().map(line).collect::<Vec<_>>().join("; ")
-}

@@ -27,7 +27,6 @@ use notify::{EventKind, RecursiveMode, Watcher, event::ModifyKind};
 use tokio::sync::watch;
 
 use self::build::Pipeline;
-pub use self::build::problem_text;
 pub use self::status::{PluginState, PluginStatus};
 use super::cache::Cache;
 use super::compile::{CompileError, Compiler};

@@ -57,7 +57,7 @@ pub async fn check(name: &str, config: &Config, namespace: Arc<Namespace>) -> Ch
     let limit = config.connect_timeout.0;
     let target = config.url.target();
     let silent = |limit: Duration| format!("{target}: no answer for {} s", limit.as_secs());
-    match connect(name, config, "", &Failures::default()).await {
+    match connect(name, config, &Failures::default()).await {
         Err(error) => checked.problems.push(error.to_string()),
         Ok((client, connection)) => {
             let mut check = Check { name, config, client, checked: &mut checked };
@@ -285,7 +285,9 @@ impl CannotCreate {
                     "user {user} may not create one in schema {schema}: GRANT CREATE ON SCHEMA {schema} TO {user}"
                 )
             }
-            Self::NoSchema(schema) => format!("no schema {schema}: CREATE SCHEMA {}", quoted(schema)),
+            Self::NoSchema(schema) => {
+                format!("there is no schema {schema}: CREATE SCHEMA {}", quoted(schema))
+            }
             Self::NoneSearched => {
                 format!(
                     "no schema of user {user}'s search_path exists: set it with ALTER ROLE, or create one"

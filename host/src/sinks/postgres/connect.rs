@@ -14,40 +14,28 @@ use super::tls;
 use crate::sinks::Error;
 use crate::telemetry::{Failures, alike};
 
-/// Connects and logs in, each of the url's hosts within `connect_timeout`. Errors begin with
-/// `prefix`. The connection ends with the task that is returned, which reports the server's
-/// warnings.
+/// Connects and logs in, each of the url's hosts within `connect_timeout`. The connection ends
+/// with the task that is returned, which reports the server's warnings.
 pub async fn connect(
     name: &str,
     config: &Config,
-    prefix: &str,
     failures: &Failures,
 ) -> Result<(Client, AbortHandle), Error> {
     let hosts = config.url.parse().map_or(1, |target| target.get_hosts().len().max(1));
     let limit = config.connect_timeout.0 * hosts as u32;
-    timeout(limit, log_in(name, config, prefix, failures)).await.unwrap_or_else(|_| {
+    timeout(limit, log_in(name, config, failures)).await.unwrap_or_else(|_| {
         let target = config.url.target();
-        Err(Error::Retry(format!(
-            "{prefix}cannot connect to {target}: no answer for {} s",
-            limit.as_secs_f64()
-        )))
+        Err(Error::Retry(format!("cannot connect to {target}: no answer for {} s", limit.as_secs_f64())))
     })
 }
 
-async fn log_in(
-    name: &str,
-    config: &Config,
-    prefix: &str,
-    failures: &Failures,
-) -> Result<(Client, AbortHandle), Error> {
-    let context = format!("{prefix}cannot connect to {}", config.url.target());
-    let setup = |reason: String| Error::Setup(format!("{prefix}{reason}"));
-    let mut target = config.url.parse().map_err(setup)?;
+async fn log_in(name: &str, config: &Config, failures: &Failures) -> Result<(Client, AbortHandle), Error> {
+    let context = format!("cannot connect to {}", config.url.target());
+    let mut target = config.url.parse().map_err(Error::Setup)?;
     if let Some(password) = &config.password {
         target.password(password.read().map_err(Error::Setup)?);
     }
     if target.get_application_name().is_none() {
-        .keepalives(true)
         target.application_name(format!("headworks/{name}"));
     }
     let mode = config.sslmode();
@@ -59,11 +47,12 @@ async fn log_in(
             _ => tokio_postgres::config::SslMode::Require,
         })
         .connect_timeout(config.connect_timeout.0)
+        .keepalives(true)
         .tcp_user_timeout(dead_after)
         .keepalives_idle(dead_after / 2)
         .keepalives_interval((dead_after / 6).max(Duration::from_secs(1)))
         .keepalives_retries(3);
-    let tls = tls::connector(mode, &config.tls).map_err(setup)?;
+    let tls = tls::connector(mode, &config.tls).map_err(Error::Setup)?;
     let failed = |error: tokio_postgres::Error| cannot_connect(&context, &error);
     let (client, mut connection) = target.connect(tls).await.map_err(failed)?;
     let (sink, failures) = (name.to_owned(), failures.clone());

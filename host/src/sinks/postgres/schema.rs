@@ -4,7 +4,7 @@ use tokio_postgres::Client;
 
 use super::config::{Config, Hypertable};
 use crate::sinks::columns::{Columns, Kind};
-use crate::sinks::config::table_parts;
+use crate::sinks::config::{missing_table, table_parts};
 
 /// `"iot"."telemetry"`
 pub fn quoted_table(table: &str) -> String {
@@ -51,14 +51,13 @@ pub async fn no_table(
     table: &str,
     was_there: bool,
 ) -> Result<String, tokio_postgres::Error> {
-    let advice = match (in_other_case(client, table).await?, was_there) {
-        (Some(similar), _) => format!("but there is {similar}: names are written exactly as in `table`"),
-        (None, true) => "which this sink has written to before: was it dropped or renamed? \
-             Headworks does not create it again by itself"
-            .to_owned(),
-        (None, false) => "create it, or set `create: true`".to_owned(),
-    };
-    Ok(format!("there is no table {table}: {advice}"))
+    Ok(match in_other_case(client, table).await? {
+        Some(similar) => format!(
+            "there is no table {table}, but there is {similar}: names are taken exactly as in `table`; \
+             write it there as the database has it"
+        ),
+        None => missing_table(table, was_there),
+    })
 }
 
 pub fn literal(text: &str) -> String {

@@ -101,8 +101,9 @@ impl PostgresSink {
         }
     }
 
+    /// Begins each reason; who shows the reason names the sink.
     fn context(&self) -> String {
-        format!("sink \"{}\": {}", self.name, self.config.url.target())
+        self.config.url.target()
     }
 
     #[cfg(test)]
@@ -112,7 +113,10 @@ impl PostgresSink {
 
     fn take(&mut self) -> Result<Session, Error> {
         self.session.take().ok_or_else(|| {
-            Error::Retry(format!("{}: not open: the last call did not end well", self.context()))
+            Error::Retry(format!(
+                "{}: the connection was given up, because the last call did not end well",
+                self.context()
+            ))
         })
     }
 
@@ -130,8 +134,7 @@ impl PostgresSink {
     }
 
     async fn try_open(&self, claim: &Claim, held: Option<Epoch>) -> Result<(Session, Opened), Error> {
-        let (client, connection) =
-            connect(&self.name, &self.config, &format!("sink \"{}\": ", self.name), &self.failures).await?;
+        let (client, connection) = connect(&self.name, &self.config, &self.failures).await?;
         let context = self.context();
         let server = |error: tokio_postgres::Error| classify(&context, &error);
         let backend = begin(&client).await.map_err(server)?;
@@ -234,14 +237,10 @@ impl PostgresSink {
             false => Some(positions::CREATE.to_owned()),
         };
         let Some(change) = change else { return Ok(()) };
-        client.batch_execute(&change).await.map_err(|error| {
-            let what = match known {
-                true => {
-                    format!("cannot bring headworks_positions to this version; let its owner run `{change}`")
-                }
-                false => "cannot create the table headworks_positions".to_owned(),
-            };
-            classify(&format!("{context}: {what}"), &error)
+        client.batch_execute(&change).await.map_err(|error| match known {
+            true => classify(&format!("{context}: cannot bring headworks_positions to this version"), &error)
+                .and(&format!("let its owner run `{change}`")),
+            false => classify(&format!("{context}: cannot create the table headworks_positions"), &error),
         })
     }
 

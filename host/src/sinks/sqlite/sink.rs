@@ -38,8 +38,9 @@ impl SqliteSink {
         Self { name: name.to_owned(), config, columns, failures, thread: None }
     }
 
+    /// Begins each reason; who shows the reason names the sink.
     fn context(&self) -> String {
-        format!("sink \"{}\": {}", self.name, self.config.path.display())
+        self.config.path.display().to_string()
     }
 
     /// Starts the thread where there is none. It ends when the sink is dropped.
@@ -47,10 +48,11 @@ impl SqliteSink {
         if self.thread.is_none() {
             let (sender, requests) = mpsc::sync_channel(REQUESTS_MAX);
             let (config, columns, context) = (self.config.clone(), self.columns.clone(), self.context());
-            let failures = self.failures.clone();
-            let serving = move || serve(&requests, &config, &columns, &context, &failures);
-            threads::spawn(format!("sink-{}", self.name), serving)
-                .map_err(|error| Error::Retry(format!("{}: no thread: {error}", self.context())))?;
+            let (name, failures) = (self.name.clone(), self.failures.clone());
+            let serving = move || serve(&requests, &name, &config, &columns, &context, &failures);
+            threads::spawn(format!("sink-{}", self.name), serving).map_err(|error| {
+                Error::Retry(format!("{}: cannot start a thread: {error}", self.context()))
+            })?;
             self.thread = Some(sender);
         }
         Ok(self.thread.as_ref().expect("started above"))
@@ -96,6 +98,7 @@ impl Sink for SqliteSink {
 /// The thread: one call after the other, until the sink is dropped.
 fn serve(
     requests: &mpsc::Receiver<Request>,
+    name: &str,
     config: &Config,
     columns: &Columns,
     context: &str,
@@ -116,10 +119,12 @@ fn serve(
             Request::Commit(rows, advance, answer) => {
                 let outcome = match &mut session {
                     Some(session) => session.commit(&config.path, context, &rows, &advance),
-                    None => Err(Error::Retry(format!("{context}: not open"))),
+                    None => Err(Error::Retry(format!("{context}: the file is not open"))),
                 };
                 if let Some(bytes) = session.as_ref().and_then(Session::wal_held) {
-                    let kind = format!("{context}: a reader keeps an older state of the file in use");
+                    let kind = format!(
+                        "sink \"{name}\": {context}: a reader keeps an older state of the file in use"
+                    );
                     let detail = format!(
                         "its -wal file has {} and grows until the reader ends its transaction",
                         ByteSize(bytes)
@@ -131,7 +136,7 @@ fn serve(
             Request::Finish(answer) => {
                 let outcome = match &mut session {
                     Some(session) => session.finish(context),
-                    None => Err(Error::Retry(format!("{context}: not open"))),
+                    None => Err(Error::Retry(format!("{context}: the file is not open"))),
                 };
                 let _ = answer.send(outcome);
             }

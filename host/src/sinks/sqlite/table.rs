@@ -4,7 +4,7 @@ use rusqlite::Connection;
 
 use super::config::Config;
 use crate::sinks::columns::{Columns, Kind};
-use crate::sinks::config::{OnConflict, table_parts};
+use crate::sinks::config::{OnConflict, missing_table, table_parts};
 
 fn table_name(config: &Config) -> String {
     table_parts(&config.table).concat()
@@ -82,14 +82,7 @@ pub fn bind(
         .collect::<rusqlite::Result<_>>()?;
     let table = &config.table;
     if known.is_empty() {
-        let advice = match was_there {
-            true => {
-                "which this sink has written to before: was it dropped or renamed? \
-                 Headworks does not create it again by itself"
-            }
-            false => "create it, or set `create: true`",
-        };
-        return Ok(Err(format!("there is no table {table}: {advice}")));
+        return Ok(Err(missing_table(table, was_there)));
     }
     for column in &mut columns.columns {
         let found = known.iter().find(|(name, ..)| name.eq_ignore_ascii_case(&column.name));

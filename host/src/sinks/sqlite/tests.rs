@@ -151,7 +151,7 @@ async fn a_changed_schema_is_read_again_before_a_row_is_written() {
     assert!(matches!(&error, Error::Setup(text) if text.contains("column \"site\"")), "{error:?}");
     file.read().execute_batch("DROP TABLE telemetry").unwrap();
     let error = sink.open(&claim(), None).await.unwrap_err();
-    assert!(matches!(&error, Error::Setup(text) if text.contains("was it dropped or renamed")), "{error:?}");
+    assert!(matches!(&error, Error::Setup(text) if text.contains("it was dropped or renamed")), "{error:?}");
     file.read().execute_batch("ALTER TABLE before RENAME TO telemetry").unwrap();
     sink.open(&claim(), None).await.unwrap();
     sink.commit(&next, &[advance(0, 1, 2)]).await.unwrap();
