@@ -576,6 +576,37 @@ fn validate_warns_of_a_step_without_a_file_and_names_the_one_that_was_meant() {
     let said = host.cli(&["validate"]);
     assert!(said.contains("no file normalise.wasm in ./plugins"), "{said}");
     assert!(said.contains("did you mean `normalize`?"), "{said}");
+#[test]
+fn validate_connect_says_that_a_sink_would_hold_in_the_words_of_the_host() {
+    let mut host = host("cli-validate-begin");
+    let (topic, payload) = telemetry::message("sensor-1", 7);
+    publish(&host, &topic, &payload);
+    let rows = host.folder.join("data/telemetry.db");
+    telemetry::written_to_sqlite(&host, &rows);
+    let check = ["validate", "--connect"];
+    assert!(host.cli(&check).contains("sinks.telemetry: works: "), "beside the host");
+    host.stop();
+    assert!(host.cli(&check).contains("sinks.telemetry: works: "), "before a start that goes on");
+
+    let lose = "DELETE FROM headworks_positions";
+    rusqlite::Connection::open(&rows).expect("a file").execute_batch(lose).expect("they are there");
+    let mut command = host.command(&[&check[..], &["--config", "headworks.yaml"]].concat());
+    let output = command.output().expect("headworks runs");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    let reason = said.lines().find_map(|line| line.strip_prefix("sinks.telemetry: does not work: "));
+    let reason = reason.unwrap_or_else(|| panic!("{said}")).to_owned();
+    assert!(reason.contains("are not in headworks_positions"), "{reason}");
+    host.launch();
+    host.wait_serving();
+    host.says(&reason);
+    host.stop();
+
+    let config = std::fs::read_to_string(host.folder.join("headworks.yaml")).expect("ours");
+    host.folder.write("headworks.yaml", config + "sinks: { telemetry: { type: sqlite, begin: now } }\n");
+    assert!(host.cli(&check).contains("sinks.telemetry: works: "), "it was asked for");
+}
+
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! `headworks validate`: all problems, or what would run; with `--connect` also whether each sink
 //! would write.
 
+use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -12,8 +13,11 @@ use super::args::{Format, ValidateArgs};
 use super::output::Out;
 use super::{FAILED, block_on};
 use crate::app::banner::{Started, summary};
+use crate::batch::Offset;
 use crate::config::{self, Config};
-use crate::sinks::Checked;
+use crate::pipeline::{self, Beginning, claim_of, names_of};
+use crate::sinks::{Checked, Claim, Looked};
+use crate::stream::log::{ReadOnly, Remembered};
 use crate::topic::Namespace;
 
 pub fn validate(args: &ValidateArgs, out: &mut Out) -> anyhow::Result<ExitCode> {
@@ -51,21 +55,74 @@ pub fn validate(args: &ValidateArgs, out: &mut Out) -> anyhow::Result<ExitCode> 
 /// All at the same time; in the order of their names.
 async fn check_sinks(config: &Config) -> anyhow::Result<Vec<(&str, Checked)>> {
     let namespace = Arc::new(Namespace::parse(&config.topics).context("topics")?);
+    let streams: BTreeMap<&str, _> = config
+        .pipelines
+        .values()
+        .map(|pipeline| (&*pipeline.from, remembered(config, &pipeline.from)))
+        .collect();
     let checks = config.sinks.iter().map(|(name, sink)| {
-        let namespace = namespace.clone();
-        async move { (name.as_str(), sink.check(name, namespace).await) }
+        let (namespace, streams) = (namespace.clone(), &streams);
+        async move {
+            let claims = claims(config, name, streams);
+            let mut checked = sink.check(name, namespace, claims).await;
+            decide(config, name, streams, &mut checked);
+            (name.as_str(), checked)
+        }
     });
     Ok(join_all(checks).await)
 }
 
+/// What a stream remembers of its readers; `None` where there is no stream yet.
+type Stream = Result<Option<Remembered>, String>;
+
+fn remembered(config: &Config, stream: &str) -> Stream {
+    let dir = config.stream_dir(stream);
+    if !dir.is_dir() {
+        return Ok(None);
+    }
+    ReadOnly::open(&dir, Offset(0)).remembered().map_err(|error| error.to_string())
+}
+
+/// The claims that a host with this data folder would take on a sink.
+fn claims(config: &Config, sink: &str, streams: &BTreeMap<&str, Stream>) -> Vec<Claim> {
+    let renamed_from = config.sinks[sink].renamed_from().map(str::to_owned);
+    let pipelines = config.pipelines.iter().filter(|(_, pipeline)| pipeline.sinks().contains(sink));
+    let claim = |(name, pipeline): (&String, &pipeline::Config)| {
+        let Some(Ok(Some(stream))) = streams.get(&*pipeline.from) else { return None };
+        let pipelines = names_of(name, &pipeline.renamed_from);
+        Some(claim_of(&pipelines, &names_of(sink, &renamed_from), stream.identity))
+    };
+    pipelines.filter_map(claim).collect()
+}
+
+/// Adds why the sink would hold: a table is filled twice only when somebody asks for it.
+fn decide(config: &Config, sink: &str, streams: &BTreeMap<&str, Stream>, checked: &mut Checked) {
+    let configured = Arc::new(config.claims());
+    let beginning = Beginning { begin: config.sinks[sink].begin(), configured };
+    for Looked { claim, positions, found } in &checked.claims {
+        let Some(Ok(Some(stream))) = streams.get(&*config.pipelines[&claim.pipeline].from) else { continue };
+        let delivered = stream.delivered(&format!("{}/{}", claim.pipeline, claim.sink));
+        let start = beginning.start(claim, positions.len(), found, delivered, &stream.bounds);
+        checked.problems.extend(start.err());
+    }
+    for (name, pipeline) in &config.pipelines {
+        if let Some(Err(error)) = streams.get(&*pipeline.from).filter(|_| pipeline.sinks().contains(sink)) {
+            checked.warnings.push(format!(
+                "stream {} cannot be read, so that where pipeline {name} begins is not known: {error}",
+                pipeline.from
+            ));
+        }
+    }
+}
+
 fn to_json(checked: &Checked) -> Value {
-    let Checked { found, problems, warnings } = checked;
+    let Checked { found, problems, warnings, .. } = checked;
     json!({ "works": problems.is_empty(), "found": found, "problems": problems, "warnings": warnings })
 }
 
 /// One line for a sink that would write, and one for each problem of another.
 fn print(config: &Config, sinks: &[(&str, Checked)], out: &mut Out) -> anyhow::Result<()> {
-    for (name, Checked { found, problems, warnings }) in sinks {
+    for (name, Checked { found, problems, warnings, .. }) in sinks {
         let target = config.sinks.get(*name).map(|sink| sink.describe()).unwrap_or_default();
         let name = format!("sinks.{name}");
         for problem in problems {

@@ -27,9 +27,29 @@ pub struct Beginning {
 }
 
 impl Beginning {
+    /// Returns where the partitions of a claim begin that have no position, or why a person must
+    /// decide. `positions`: how many partitions have one.
+    pub fn start(
+        &self,
+        claim: &Claim,
+        positions: usize,
+        found: &Found,
+        delivered: Delivered,
+        kept: &Range<Offset>,
+    ) -> Result<Offset, String> {
+        match (positions, self.begin) {
+            (0, _) => self.decide(claim, found, delivered, kept),
+            // All of them got a position with the first commit.
+            (some, begin) if some < usize::from(claim.partitions) => {
+                begin.map(|begin| first(begin, kept)).ok_or_else(|| claim.partly_gone())
+            }
+            _ => Ok(kept.start),
+        }
+    }
+
     /// Returns where a new claim begins, or why a person must decide: the sink's table has rows
     /// that this log may have written under another name, or under positions that are gone.
-    pub fn decide(
+    fn decide(
         &self,
         claim: &Claim,
         found: &Found,
@@ -81,7 +101,7 @@ impl Beginning {
 }
 
 /// Returns the first offset to be written.
-pub fn first(begin: Begin, kept: &Range<Offset>) -> Offset {
+fn first(begin: Begin, kept: &Range<Offset>) -> Offset {
     match begin {
         Begin::Start => kept.start,
         Begin::Now => kept.end,

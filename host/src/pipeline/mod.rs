@@ -52,6 +52,7 @@ mod writer;
 pub(crate) mod tests;
 
 pub use again::{Ended, MARK_PREFIX, Mark, marks};
+pub use claim::{Beginning, claim_of};
 pub use config::{Backoff, Config, DEFAULT_ROUTE, DROP, Retries, RouteTarget};
 pub use dead_letters::{DeadLetters, Error as DeadLettersError};
 pub use dead_letters_config::DeadLettersConfig;
@@ -63,7 +64,6 @@ pub use status::{PipelineStatus, SinkStatus, State};
 
 use answering::Answering;
 use board::Board;
-use claim::{Beginning, claim_of};
 use delivery::Delivery;
 use metrics::PipelineMetrics;
 use redrive::Lender;
@@ -85,7 +85,7 @@ const EVENTS_PER_SINK_MAX: usize = 16;
 pub struct Batching {
     /// A commit ends with the batch that reaches it.
     pub rows_max: usize,
-    /// Of memory that the rows keep.
+    /// Bytes of memory that the rows keep.
     pub bytes_max: u64,
     /// For the first of them.
     pub wait_max: Duration,
@@ -113,7 +113,7 @@ pub struct Deps {
     pub stream: Arc<dyn Stream>,
     pub chain: watch::Receiver<Chain>,
     pub sinks: Vec<SinkPart>,
-    /// Of the whole host.
+    /// The dead letters of the whole host.
     pub dead_letters: Arc<dyn Stream>,
     /// Bytes of this pipeline's dead letters whose sinks are not past them yet.
     pub dead_letters_bytes_max: u64,
@@ -325,7 +325,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
 }
 
 /// The name that a part has, then the one that it had.
-fn names_of(name: &str, renamed_from: &Option<String>) -> Vec<String> {
+pub fn names_of(name: &str, renamed_from: &Option<String>) -> Vec<String> {
     std::iter::once(name).chain(renamed_from.as_deref()).map(str::to_owned).collect()
 }
 

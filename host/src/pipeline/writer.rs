@@ -18,7 +18,7 @@ use super::routes::SinkNumber;
 use crate::batch::{Offset, Partition};
 use crate::hints::{Hint, Letters};
 use crate::sinks::{
-    Advance, BATCH_ROWS_MAX, Claim, Epoch, Error, Outcome, Position, RefusedRow, Rows, Sink, Written,
+    Advance, BATCH_ROWS_MAX, Claim, Epoch, Error, Opened, Outcome, Position, RefusedRow, Rows, Sink, Written,
 };
 use crate::step::RefusedKind;
 use crate::stream::{Delivered, Lineage, Opening, Stream};
@@ -265,22 +265,15 @@ impl Writer {
         self.openings = stream.openings();
         let kept = stream.bounds();
         let (is_new, mut start) = (opened.positions.is_empty(), kept.start);
-        if is_new && let Some(beginning) = self.beginning.clone() {
-            let decided = match self.has_begun && opened.found.has_rows {
+        if let Some(beginning) = &self.beginning {
+            let Opened { positions, found, .. } = &opened;
+            let decided = match is_new && self.has_begun && found.has_rows {
                 true => Err(self.claim.gone()),
-                false => beginning.decide(&self.claim, &opened.found, delivered, &kept),
+                false => beginning.start(&self.claim, positions.len(), found, delivered, &kept),
             };
-            start = decided.map_err(|reason| {
-                self.failed(Error::Setup(format!("sink \"{}\": {reason}", self.claim.sink)))
-            })?;
+            start = decided.map_err(|reason| self.failed(Error::Setup(reason)))?;
         }
         let partitions = usize::from(self.claim.partitions);
-        // All of them got a position with the first commit.
-        let is_partly_gone = (1..partitions).contains(&opened.positions.len());
-        if is_partly_gone && let Some(begin) = self.beginning.as_ref().map(|beginning| beginning.begin) {
-            let Some(begin) = begin else { return Err(self.failed(Error::Setup(self.claim.gone()))) };
-            start = claim::first(begin, &kept);
-        }
         self.positions = vec![start; partitions];
         self.lineages = vec![Lineage::default(); partitions];
         let mut to = self.positions.clone();

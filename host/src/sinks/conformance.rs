@@ -8,7 +8,9 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use uuid::Uuid;
 
-use super::{Advance, Claim, Error, Found, OnConflict, Outcome, Position, RefusedRow, Rows, Sink, Written};
+use super::{
+    Advance, Claim, Error, Found, Looked, OnConflict, Outcome, Position, RefusedRow, Rows, Sink, Written,
+};
 use crate::batch::{Batch, Entry, Offset, Partition, Span, flags};
 use crate::stream::{Lineage, Opening};
 
@@ -23,6 +25,11 @@ pub trait Database: Send + Sync {
 
     /// Somebody removes what Headworks keeps beside the rows.
     async fn lose_positions(&self);
+
+    /// Looks a claim up as `validate --connect` does; `None` where there is no such check.
+    async fn look(&self, _claim: &Claim) -> Option<Looked> {
+        None
+    }
 
     /// From now on this payload cannot be written. Sinks with typed columns
     /// refuse `"hot"` by themselves.
@@ -51,6 +58,7 @@ macro_rules! conformance_tests {
             positions_that_are_gone_are_not_begun_again_by_a_running_host,
             a_renamed_claim_takes_its_positions_over_and_the_old_name_has_none,
             a_new_claim_is_told_whether_its_table_has_rows_and_who_wrote_them,
+            a_claim_that_is_looked_up_is_told_what_it_would_find_and_is_not_taken,
             an_empty_commit_moves_only_positions,
             partitions_move_apart_and_together,
             one_partition_left_behind_fences_the_whole_commit,
@@ -344,6 +352,29 @@ pub async fn a_new_claim_is_told_whether_its_table_has_rows_and_who_wrote_them(d
     assert_eq!(found, Found { has_rows: true, others: Vec::new() });
     let again = database.sink().await.open(&claim(), None).await.expect("opens");
     assert_eq!((again.positions.len(), again.found), (1, Found::default()), "it is not new");
+}
+
+pub async fn a_claim_that_is_looked_up_is_told_what_it_would_find_and_is_not_taken(database: &dyn Database) {
+    let Some(nothing) = database.look(&claim()).await else { return };
+    assert_eq!((nothing.positions, nothing.found), (Vec::new(), Found::default()));
+    let (mut sink, _) = opened(database, &claim()).await;
+    sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.expect("commits");
+    let names = |pipeline: &str, sink: &str| (pipeline.to_owned(), sink.to_owned());
+    let claims = [
+        Claim { pipeline: "alerts".to_owned(), ..claim() },
+        Claim { log: Uuid::from_u128(0xbeef), ..claim() },
+        Claim { partitions: 3, ..claim() },
+        Claim { sink: "lake".to_owned(), formerly: vec![names("telemetry", "warehouse")], ..claim() },
+    ];
+    let mut looked = Vec::new();
+    for claim in &claims {
+        looked.push(database.look(claim).await.expect("it is checked"));
+    }
+    sink.commit(&rows([message("a", "2")]), &[advance(0, 1, 1)]).await.expect("nobody took its claim");
+    for (claim, looked) in claims.iter().zip(looked) {
+        let opened = database.sink().await.open(claim, None).await.expect("opens");
+        assert_eq!((looked.positions, looked.found), (opened.positions, opened.found), "{claim:?}");
+    }
 }
 
 pub async fn an_empty_commit_moves_only_positions(database: &dyn Database) {

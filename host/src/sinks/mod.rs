@@ -21,7 +21,7 @@ pub mod memory;
 pub mod postgres;
 pub mod sqlite;
 
-pub use check::Checked;
+pub use check::{Checked, Looked};
 pub use config::{BATCH_BYTES_MAX, BATCH_ROWS_MAX, BatchConfig, Begin, Config, OnConflict};
 
 /// Whose positions: one pipeline's deliveries to one sink, from one log.

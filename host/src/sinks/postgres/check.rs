@@ -10,13 +10,13 @@ use tokio_postgres::Client;
 use super::config::Config;
 use super::connect::{connect, settings};
 use super::error::describe;
-use super::positions;
+use super::positions::{self, Refusal};
 use super::schema::{self, no_table, quoted, quoted_table};
 use super::stage;
 use super::table::Table;
 use crate::sinks::columns::Columns;
 use crate::sinks::config::table_parts;
-use crate::sinks::{Checked, OnConflict};
+use crate::sinks::{Checked, Claim, Found, Looked, OnConflict};
 use crate::telemetry::Failures;
 use crate::topic::Namespace;
 
@@ -29,10 +29,6 @@ SELECT current_user::text, current_schema()::text,
 const POSITIONS: &str = "
 SELECT string_agg(lacks, ', ') FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE']) AS lacks
 WHERE NOT has_table_privilege(to_regclass('headworks_positions'), lacks)";
-
-/// Positions of this sink that have moved: it has written before.
-const WROTE: &str =
-    "SELECT EXISTS (SELECT 1 FROM headworks_positions WHERE sink = $1 AND next_offset IS NOT NULL)";
 
 /// Whether this user may alter the table of positions.
 const OWNS: &str =
@@ -52,7 +48,7 @@ WHERE d.adrelid = to_regclass($1)::oid AND NOT a.attname = ANY ($2)
 ORDER BY 1";
 
 /// See [`crate::sinks::Config::check`].
-pub async fn check(name: &str, config: &Config, namespace: Arc<Namespace>) -> Checked {
+pub async fn check(name: &str, config: &Config, namespace: Arc<Namespace>, claims: Vec<Claim>) -> Checked {
     let mut checked = Checked::default();
     let limit = config.connect_timeout.0;
     let target = config.url.target();
@@ -60,8 +56,8 @@ pub async fn check(name: &str, config: &Config, namespace: Arc<Namespace>) -> Ch
     match connect(name, config, &Failures::default()).await {
         Err(error) => checked.problems.push(error.to_string()),
         Ok((client, connection)) => {
-            let mut check = Check { name, config, client, checked: &mut checked };
-            let ended = timeout(limit, check.all(namespace)).await;
+            let mut check = Check { config, client, checked: &mut checked };
+            let ended = timeout(limit, check.all(namespace, claims)).await;
             connection.abort();
             match ended {
                 Err(_) => checked.problems.push(silent(limit)),
@@ -74,7 +70,6 @@ pub async fn check(name: &str, config: &Config, namespace: Arc<Namespace>) -> Ch
 }
 
 struct Check<'c> {
-    name: &'c str,
     config: &'c Config,
     client: Client,
     checked: &'c mut Checked,
@@ -87,7 +82,11 @@ struct Session {
 }
 
 impl Check<'_> {
-    async fn all(&mut self, namespace: Arc<Namespace>) -> Result<(), tokio_postgres::Error> {
+    async fn all(
+        &mut self,
+        namespace: Arc<Namespace>,
+        claims: Vec<Claim>,
+    ) -> Result<(), tokio_postgres::Error> {
         let row = self.client.query_one(SESSION, &[]).await?;
         let user: String = row.get(0);
         let session = Session { user: quoted(&user), schema: row.get(1) };
@@ -107,7 +106,8 @@ impl Check<'_> {
         }
         self.client.batch_execute("BEGIN READ ONLY").await?;
         self.client.batch_execute(&settings(self.config)).await?;
-        let has_written = self.positions(&session).await?;
+        let may_be_read = self.positions(&session).await?;
+        let was_there = self.claims(claims, may_be_read).await?;
         if let Some(reason) = stage::lacks_right(&self.client).await? {
             self.problem(reason);
         }
@@ -115,7 +115,7 @@ impl Check<'_> {
         // Its answer may end the transaction, so it comes last.
         match Table::read(&self.client, &self.config.table).await {
             Ok(Some(table)) => self.table(&table, columns, &session).await,
-            Ok(None) => self.missing(&columns, &session, has_written).await,
+            Ok(None) => self.missing(&columns, &session, was_there).await,
             Err(error) if is_denied(&error) => {
                 let schema = table_parts(&self.config.table).swap_remove(0);
                 let reason = describe(&error);
@@ -130,7 +130,7 @@ impl Check<'_> {
         }
     }
 
-    /// The table of positions; whether this sink has one that has moved.
+    /// The table of positions; whether it is there and may be read.
     async fn positions(&mut self, session: &Session) -> Result<bool, tokio_postgres::Error> {
         let exists = "SELECT to_regclass('headworks_positions') IS NOT NULL";
         if !self.client.query_one(exists, &[]).await?.get::<_, bool>(0) {
@@ -153,9 +153,7 @@ impl Check<'_> {
             }
         }
         let lacks: Option<String> = self.client.query_one(POSITIONS, &[]).await?.get(0);
-        let Some(lacks) = lacks else {
-            return Ok(self.client.query_one(WROTE, &[&self.name]).await?.get(0));
-        };
+        let Some(lacks) = lacks else { return Ok(true) };
         self.problem(format!(
             "permission denied for table headworks_positions: GRANT {lacks} ON headworks_positions TO {}",
             session.user
@@ -163,16 +161,46 @@ impl Check<'_> {
         Ok(false)
     }
 
+    /// Looks up what each claim would find; returns whether one of them has positions.
+    async fn claims(&mut self, claims: Vec<Claim>, may_be_read: bool) -> Result<bool, tokio_postgres::Error> {
+        let mut was_there = false;
+        let table = quoted_table(&self.config.table);
+        for claim in claims {
+            let mut positions = Vec::new();
+            if may_be_read {
+                positions = match positions::look(&self.client, &claim).await {
+                    Ok(positions) => positions,
+                    Err(Refusal::Server(error)) => return Err(error),
+                    Err(Refusal::Sink(error)) => {
+                        self.problem(error.to_string());
+                        continue;
+                    }
+                };
+            }
+            let mut found = Found::default();
+            if positions.is_empty() {
+                found.has_rows = schema::has_rows(&self.client, &self.config.table).await?;
+                if may_be_read {
+                    found.others = positions::others(&self.client, &claim, &table).await?;
+                }
+            }
+            was_there |= !positions.is_empty();
+            self.checked.claims.push(Looked { claim, positions, found });
+        }
+        Ok(was_there)
+    }
+
     /// No such table: what the sink would do about it.
     async fn missing(
         &mut self,
         columns: &Columns,
         session: &Session,
-        has_written: bool,
+        was_there: bool,
     ) -> Result<(), tokio_postgres::Error> {
         let table = &self.config.table;
-        if !self.config.create || schema::in_other_case(&self.client, table).await?.is_some() {
-            let reason = no_table(&self.client, table, false).await?;
+        let creates = self.config.create && !was_there;
+        if !creates || schema::in_other_case(&self.client, table).await?.is_some() {
+            let reason = no_table(&self.client, table, was_there).await?;
             self.problem(reason);
             return Ok(());
         }
@@ -187,13 +215,6 @@ impl Check<'_> {
                 let reason = reason.with_grant(session);
                 self.problem(format!("there is no table {table}, and {reason}, or create the table"));
             }
-        }
-        if has_written {
-            self.checked.warnings.push(format!(
-                "there is no table {table}, and sink \"{}\" has written from some data folder before: if from this \
-                 one, it does not create the table again",
-                self.name
-            ));
         }
         Ok(())
     }

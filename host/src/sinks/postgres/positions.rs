@@ -74,9 +74,9 @@ UPDATE headworks_positions SET table_name = name FROM (
 WHERE pipeline = $1 AND sink = $2 AND log = $3::text::uuid AND generation = $4 AND table_name IS DISTINCT FROM name";
 
 const OTHERS: &str = "
-SELECT DISTINCT pipeline, sink FROM headworks_positions
+SELECT DISTINCT pipeline, sink FROM headworks_positions AS p
 WHERE log = $3::text::uuid AND generation = $4 AND next_offset IS NOT NULL AND (pipeline <> $1 OR sink <> $2)
-  AND (table_name IS NULL OR table_name = (
+  AND coalesce(to_jsonb(p) ->> 'table_name', '') IN ('', (
       SELECT format('%I.%I', nspname, relname) FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = relnamespace
       WHERE c.oid = to_regclass($5)))
 ORDER BY pipeline, sink";
@@ -94,6 +94,12 @@ WHERE p.pipeline = $1 AND p.sink = $2 AND p.log = $3::text::uuid AND p.generatio
 const LOOK: &str = r#"
 SELECT "partition", next_offset FROM headworks_positions
 WHERE pipeline = $1 AND sink = $2 AND log = $3::text::uuid AND generation = $4"#;
+
+/// Positions of a name, also in a table of 0.1.0.
+const POSITIONS: &str = r#"
+SELECT "partition", next_offset, to_jsonb(p) ->> 'openings' FROM headworks_positions AS p
+WHERE pipeline = $1 AND sink = $2 AND log = $3::text::uuid AND generation = $4 AND "partition" < $5
+  AND next_offset IS NOT NULL ORDER BY "partition""#;
 
 /// A claim as the statements' parameters, and its epoch.
 pub struct Held {
@@ -171,13 +177,6 @@ impl Held {
         Ok(())
     }
 
-    /// Other claims that filled this table from the same log.
-    pub async fn others(&self, client: &Client, table: &str) -> Result<Vec<Name>, Error> {
-        let Claim { pipeline, sink, .. } = &self.claim;
-        let rows = client.query(OTHERS, &[pipeline, sink, &self.log, &self.generation, &table]).await?;
-        Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
-    }
-
     /// Moves positions; how many were where `advance` says and are ours.
     pub async fn advance(&self, client: &Client, advance: &[Advance]) -> Result<u64, Error> {
         let partitions: Vec<i32> = advance.iter().map(|step| i32::from(step.partition.0)).collect();
@@ -227,6 +226,28 @@ impl Held {
             _ => SinkError::Retry(claim.gone()),
         })
     }
+}
+
+/// Returns the other claims that filled this table from the same log. `table` is its quoted name.
+pub async fn others(client: &Client, claim: &Claim, table: &str) -> Result<Vec<Name>, Error> {
+    let (log, generation) = (claim.log.to_string(), i64::from(claim.generation));
+    let rows = client.query(OTHERS, &[&claim.pipeline, &claim.sink, &log, &generation, &table]).await?;
+    Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+}
+
+/// Returns the positions that a claim would find, as [`Held::claim`] does, and takes nothing.
+pub async fn look(client: &Client, claim: &Claim) -> Result<Vec<Position>, Refusal> {
+    let (log, generation) = (claim.log.to_string(), i64::from(claim.generation));
+    let own = (claim.pipeline.clone(), claim.sink.clone());
+    for (pipeline, sink) in std::iter::once(&own).chain(&claim.formerly) {
+        let partitions = i32::from(claim.partitions);
+        let rows = client.query(POSITIONS, &[pipeline, sink, &log, &generation, &partitions]).await?;
+        if !rows.is_empty() {
+            let positions: Result<Vec<_>, _> = rows.iter().map(|row| position(claim, row)).collect();
+            return Ok(positions.map_err(Refusal::Sink)?.into_iter().flatten().collect());
+        }
+    }
+    Ok(Vec::new())
 }
 
 /// Takes over the positions of the first name that the claim had and that has some.

@@ -175,7 +175,8 @@ impl PostgresSink {
         let name = schema::quoted_table(&self.config.table);
         let mut found = Found::default();
         if positions.is_empty() {
-            found = Found { has_rows, others: held.others(&client, &name).await.map_err(server)? };
+            found =
+                Found { has_rows, others: positions::others(&client, claim, &name).await.map_err(server)? };
         }
         held.set_table(&client, &name).await.map_err(server)?;
 

@@ -9,23 +9,24 @@ use rusqlite::{Connection, ErrorCode, OpenFlags};
 use rustix::fs::{Access, access};
 
 use super::config::Config;
-use super::table::{bind, has_keys, insert, is_there};
+use super::positions;
+use super::table::{bind, has_keys, has_rows, insert, is_there};
 use crate::sinks::columns::Columns;
-use crate::sinks::{Checked, OnConflict};
+use crate::sinks::{Checked, Claim, Found, Looked, OnConflict};
 use crate::topic::Namespace;
 
 /// See [`crate::sinks::Config::check`].
-pub fn check(name: &str, config: &Config, namespace: Arc<Namespace>) -> Checked {
+pub fn check(config: &Config, namespace: Arc<Namespace>, claims: Vec<Claim>) -> Checked {
     let mut checked = Checked::default();
     let mut config = config.clone();
     config.on_conflict = config.on_conflict.resolved();
-    if let Err(reason) = look(name, &config, &Columns::new(&config.columns, namespace), &mut checked) {
+    if let Err(reason) = look(&config, &Columns::new(&config.columns, namespace), claims, &mut checked) {
         checked.problems.push(reason);
     }
     checked
 }
 
-fn look(name: &str, config: &Config, columns: &Columns, checked: &mut Checked) -> Result<(), String> {
+fn look(config: &Config, columns: &Columns, claims: Vec<Claim>, checked: &mut Checked) -> Result<(), String> {
     let path = &config.path;
     let shown = path.display();
     folder(path)?;
@@ -40,6 +41,8 @@ fn look(name: &str, config: &Config, columns: &Columns, checked: &mut Checked) -
                 ));
             }
             creates(checked);
+            let nothing = |claim| Looked { claim, positions: Vec::new(), found: Found::default() };
+            checked.claims = claims.into_iter().map(nothing).collect();
             return Ok(());
         }
         Err(error) => return Err(format!("cannot read {shown}: {error}")),
@@ -58,19 +61,19 @@ fn look(name: &str, config: &Config, columns: &Columns, checked: &mut Checked) -
     };
     let connection = open(path).map_err(failed)?;
     connection.busy_timeout(config.busy_timeout.0).map_err(failed)?;
-    if !is_there(&connection, config).map_err(failed)? && config.create {
+    for claim in claims {
+        let has_rows = has_rows(&connection, config).map_err(failed)?;
+        let (positions, found) =
+            positions::look(&connection, &claim, (&config.table, has_rows)).map_err(failed)??;
+        checked.claims.push(Looked { claim, positions, found });
+    }
+    let was_there = checked.claims.iter().any(|looked| !looked.positions.is_empty());
+    if !is_there(&connection, config).map_err(failed)? && config.create && !was_there {
         creates(checked);
-        if has_written(&connection, name) {
-            checked.warnings.push(format!(
-                "there is no table {}, and sink \"{name}\" has written from some data folder before: if from this \
-                 one, it does not create the table again",
-                config.table
-            ));
-        }
         return Ok(());
     }
     let mut columns = columns.clone();
-    bind(&connection, config, &mut columns, false).map_err(failed)??;
+    bind(&connection, config, &mut columns, was_there).map_err(failed)??;
     // Compiled and not run: SQLite answers as it would to the real one.
     connection.prepare(&insert(config, &columns, 1)).map_err(|error| format!("{shown}: {error}"))?;
     if config.on_conflict == OnConflict::Ignore && !has_keys(&connection, config).map_err(failed)? {
@@ -113,10 +116,4 @@ fn open(path: &Path) -> rusqlite::Result<Connection> {
     }
     url += if is_whole { "?immutable=1" } else { "?mode=ro" };
     Connection::open_with_flags(url, OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI)
-}
-
-/// Whether the sink has a position that has moved. A file without the table has none.
-fn has_written(connection: &Connection, name: &str) -> bool {
-    let sql = "SELECT EXISTS (SELECT 1 FROM headworks_positions WHERE sink = ?1 AND next_offset IS NOT NULL)";
-    connection.query_row(sql, [name], |row| row.get(0)).unwrap_or(false)
 }

@@ -188,6 +188,51 @@ impl Held {
     }
 }
 
+/// Looks up what a claim would find, as [`Held::claim`] does, and writes nothing. The table of
+/// positions may be of an earlier version, or not there. `table`: the sink's, and whether it has
+/// rows. The inner error: a position that cannot be read.
+pub fn look(
+    connection: &Connection,
+    claim: &Claim,
+    (table, has_rows): (&str, bool),
+) -> Result<std::result::Result<(Vec<Position>, Found), String>> {
+    let mut statement = connection.prepare("SELECT name FROM pragma_table_info('headworks_positions')")?;
+    let columns = statement.query_map([], |row| row.get(0))?.collect::<Result<Vec<String>>>()?;
+    if columns.is_empty() {
+        return Ok(Ok((Vec::new(), Found { has_rows, others: Vec::new() })));
+    }
+    let column = |name: &'static str| if columns.iter().any(|known| known == name) { name } else { "NULL" };
+    let sql = format!(
+        "SELECT \"partition\", next_offset, {} FROM headworks_positions
+         WHERE pipeline = ?1 AND sink = ?2 AND log = ?3 AND generation = ?4 AND \"partition\" < ?5
+           AND next_offset IS NOT NULL ORDER BY \"partition\"",
+        column("openings")
+    );
+    let mut statement = connection.prepare(&sql)?;
+    let log = claim.log.to_string();
+    let own = (claim.pipeline.clone(), claim.sink.clone());
+    for (pipeline, sink) in std::iter::once(&own).chain(&claim.formerly) {
+        let mut rows = statement.query(params![pipeline, sink, log, claim.generation, claim.partitions])?;
+        let mut positions = Vec::new();
+        while let Some(row) = rows.next()? {
+            let (partition, next) = (Partition(row.get(0)?), Offset(row.get::<_, i64>(1)? as u64));
+            let openings: Option<String> = row.get(2)?;
+            match Lineage::read(openings.as_deref()) {
+                Some(lineage) => positions.push(Position { partition, next, lineage }),
+                None => return Ok(Err(claim.unreadable(partition).to_string())),
+            }
+        }
+        if !positions.is_empty() {
+            return Ok(Ok((positions, Found::default())));
+        }
+    }
+    let mut statement = connection.prepare(&OTHERS.replace("table_name", column("table_name")))?;
+    let name = |row: &rusqlite::Row<'_>| Ok((row.get(0)?, row.get(1)?));
+    let of = params![claim.pipeline, claim.sink, log, claim.generation, table];
+    let others = statement.query_map(of, name)?.collect::<Result<_>>()?;
+    Ok(Ok((Vec::new(), Found { has_rows, others })))
+}
+
 /// The highest epoch of a claim, and who has it.
 fn highest(connection: &Connection, claim: &Claim) -> Result<Option<Usurper>> {
     let log = claim.log.to_string();

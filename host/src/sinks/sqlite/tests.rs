@@ -8,7 +8,7 @@ use crate::sinks::conformance::{
     Database, Keyed, advance, claim, conformance_tests, keyed_conformance_tests, message, position, rejected,
     rows,
 };
-use crate::sinks::{Checked, Error, OnConflict, Rows, Sink, Written};
+use crate::sinks::{Checked, Claim, Error, Looked, OnConflict, Rows, Sink, Written};
 use crate::telemetry::Failures;
 
 struct File {
@@ -49,6 +49,12 @@ impl Database for File {
 
     async fn lose_positions(&self) {
         self.read().execute_batch("DELETE FROM headworks_positions").unwrap();
+    }
+
+    async fn look(&self, claim: &Claim) -> Option<Looked> {
+        let checked = checked_for(&self.config(), vec![claim.clone()]);
+        assert_eq!(checked.problems, [""; 0]);
+        checked.claims.into_iter().next()
     }
 }
 
@@ -324,7 +330,11 @@ async fn a_file_that_is_no_database_is_an_error_for_a_person() {
 }
 
 fn checked(config: &Config) -> Checked {
-    check("warehouse", config, Arc::default())
+    checked_for(config, Vec::new())
+}
+
+fn checked_for(config: &Config, claims: Vec<Claim>) -> Checked {
+    check(config, Arc::default(), claims)
 }
 
 /// Names, sizes and times of change below the folder.
@@ -362,7 +372,19 @@ async fn a_check_says_what_would_be_created_and_writes_nothing() {
     assert_eq!(state(&file), before);
     drop(sink);
     let other = Config { table: "readings".to_owned(), ..file.config() };
-    assert!(checked(&other).warnings[0].contains("has written from some data folder before"));
+    assert!(checked(&other).found.concat().contains("creates the table readings"));
+    let gone = checked_for(&other, vec![claim()]).problems;
+    assert!(gone[0].contains("no table readings, which this sink has written to before"), "{gone:?}");
+    // As 0.1.0 made it.
+    for column in ["openings", "table_name", "claimed_at"] {
+        file.read().execute_batch(&format!("ALTER TABLE headworks_positions DROP COLUMN {column}")).unwrap();
+    }
+    let looked = |pipeline: &str| {
+        let claim = Claim { pipeline: pipeline.to_owned(), ..claim() };
+        checked_for(&file.config(), vec![claim]).claims.remove(0)
+    };
+    assert_eq!(looked("telemetry").positions.len(), 1);
+    assert_eq!(looked("alerts").found.others, [("telemetry".to_owned(), "warehouse".to_owned())]);
 }
 
 #[tokio::test]

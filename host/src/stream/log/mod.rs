@@ -48,7 +48,7 @@ mod told;
 pub use clock::SET_US as CLOCK_SET_US;
 pub use disk::{Disk, RealDisk, SlowDisk, SyncSite};
 pub use measure::METRICS;
-pub use read_only::ReadOnly;
+pub use read_only::{ReadOnly, Remembered};
 pub use recover::{Damage, OpenError, Recovery};
 pub use state::STATE_BYTES_MAX;
 
@@ -82,7 +82,7 @@ pub(crate) struct Inner {
     may_use_reserve: AtomicBool,
     use_reserve_while_running: bool,
     clock: Mutex<clock::Clock>,
-    /// Of this opening.
+    /// Metadata of this opening.
     metadata: generations::Metadata,
     openings: Vec<Opening>,
     metrics: measure::Meters,

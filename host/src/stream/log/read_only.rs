@@ -5,7 +5,9 @@
 //! A whole frame that is proven is final. That there is nothing, or damage, is
 //! believed only after the file was read again.
 
+use std::collections::BTreeMap;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -14,12 +16,13 @@ use super::disk::{Create, Disk, RealDisk, Uninterrupted};
 use super::frame::flags;
 use super::generations;
 use super::recover::{self, OpenError};
+use super::retain::{Mark, delivered_to, marks};
 use super::scan::{Place, Scan, Step};
 use super::segment;
 use super::state::{self, USERS};
 use super::tail::Frame;
 use crate::batch::Offset;
-use crate::stream::{GapCause, Read, StateEntries};
+use crate::stream::{Delivered, GapCause, Identity, Read, StateEntries};
 
 /// Looks at a folder whose oldest segments go while it is looked at.
 const LOOKS_MAX: usize = 8;
@@ -32,6 +35,21 @@ pub struct ReadOnly {
     /// Frames that were appended before are passed over.
     since_us: u64,
     open: Option<Open>,
+}
+
+/// What a log remembers of its readers, for who asks what a host would do with it.
+pub struct Remembered {
+    pub identity: Identity,
+    /// First offset kept and one past the last that is proven durable.
+    pub bounds: Range<Offset>,
+    marks: BTreeMap<String, Mark>,
+}
+
+impl Remembered {
+    /// Returns what a reader of this name would be told of earlier deliveries.
+    pub fn delivered(&self, consumer: &str) -> Delivered {
+        delivered_to(&self.marks, consumer)
+    }
 }
 
 /// The segment that is read.
@@ -97,8 +115,22 @@ impl ReadOnly {
         Offset(self.at)
     }
 
+    /// Returns what the log remembers of its readers; `None` where it was never opened for writing.
+    pub fn remembered(&self) -> Result<Option<Remembered>, OpenError> {
+        let failed = |error| self.io_error(error);
+        let Some(metadata) = generations::read(&*self.disk, &self.dir).map_err(failed)? else {
+            return Ok(None);
+        };
+        let Some(current) = metadata.current() else { return Ok(None) };
+        let identity =
+            Identity { log: metadata.log, generation: current.generation, partitions: current.partitions };
+        let replayed = recover::replay(&*self.disk, &self.dir, &self.segments()?, None).map_err(failed)?;
+        let marks = marks(&replayed.state);
+        Ok(Some(Remembered { identity, bounds: self.bounds()?, marks }))
+    }
+
     /// First offset kept and one past the last that is proven durable.
-    pub fn bounds(&self) -> Result<std::ops::Range<Offset>, OpenError> {
+    pub fn bounds(&self) -> Result<Range<Offset>, OpenError> {
         let segments = self.segments()?;
         let start = segments.first().map_or(0, |s| s.header.base);
         let newest = segments.last().map_or(0, |s| s.header.base);

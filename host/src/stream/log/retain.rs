@@ -473,8 +473,8 @@ impl Inner {
             if let Some(known) = marks.get(consumer) {
                 mark.delivered = Arc::clone(&known.delivered);
                 mark.remembered.store(known.kept().next.max(from.0), Ordering::Relaxed);
-            } else if marks.values().any(|other| other.on_lag != OnLag::Ask && other.kept().has_delivered()) {
-                *lock(&mark.delivered) = Delivered::ToOthers;
+            } else {
+                *lock(&mark.delivered) = delivered_to(marks, consumer);
             }
             kept = mark.kept();
             mark.saved = known.and_then(|known| known.saved).filter(|(saved, _)| *saved == kept.next);
@@ -587,6 +587,16 @@ impl Kept {
             _ => Delivered::ToNobody,
         };
         Some(Self { next: u64::from_le_bytes(*next), on_lag, delivered })
+    }
+}
+
+/// Returns what a reader of this name is told of earlier deliveries.
+pub fn delivered_to(marks: &BTreeMap<String, Mark>, consumer: &str) -> Delivered {
+    let other = |mark: &Mark| mark.on_lag != OnLag::Ask && mark.kept().has_delivered();
+    match marks.get(consumer) {
+        Some(known) => known.kept().delivered,
+        None if marks.values().any(other) => Delivered::ToOthers,
+        None => Delivered::ToNobody,
     }
 }
 

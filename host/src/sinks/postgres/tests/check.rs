@@ -4,7 +4,11 @@ use super::*;
 use crate::sinks::Checked;
 
 async fn check(config: Config) -> Checked {
-    super::super::check("warehouse", &config, Arc::default()).await
+    check_for(config, Vec::new()).await
+}
+
+async fn check_for(config: Config, claims: Vec<Claim>) -> Checked {
+    super::super::check("warehouse", &config, Arc::default(), claims).await
 }
 
 /// The only problem.
@@ -214,11 +218,28 @@ async fn positions_of_an_earlier_version_are_told_with_what_their_owner_has_to_r
     let said = problem(writer.config()).await;
     let change = said.split('`').nth(1).unwrap_or_else(|| panic!("{said}"));
     assert!(said.contains("of an earlier version") && change.starts_with("ALTER TABLE"), "{said}");
-    let of_owner = check(fresh.config()).await;
+    let of_owner = check_for(fresh.config(), vec![claim()]).await;
     assert!(of_owner.problems.is_empty() && of_owner.found.concat().contains("adds columns"), "{of_owner:?}");
+    assert_eq!(of_owner.claims.len(), 1, "positions of that version are read");
     fresh.execute(change).await;
     assert_eq!(check(writer.config()).await.problems, [""; 0]);
     writer.end().await;
+}
+
+#[tokio::test]
+async fn a_table_that_was_filled_and_is_gone_is_told_as_the_sink_would() {
+    let fresh = Fresh::new().await;
+    let mut sink = fresh.sink();
+    sink.open(&claim(), None).await.unwrap();
+    sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.unwrap();
+    fresh.execute("DROP TABLE telemetry").await;
+    let problems = check_for(fresh.config(), vec![claim()]).await.problems;
+    let said = sink.open(&claim(), None).await.unwrap_err().to_string();
+    assert!(said.ends_with(&problems[0]) && said.contains("written to before"), "{said}\n{problems:?}");
+    // Of another data folder: it makes a table of its own.
+    let other = Claim { log: uuid::Uuid::from_u128(1), ..claim() };
+    let checked = check_for(fresh.config(), vec![other]).await;
+    assert!(checked.problems.is_empty() && checked.found.concat().contains("creates"), "{checked:?}");
 }
 
 #[tokio::test]

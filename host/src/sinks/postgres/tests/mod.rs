@@ -23,7 +23,7 @@ use crate::sinks::conformance::{
     Database, Keyed, advance, claim, conformance_tests, keyed_conformance_tests, message, position, rejected,
     rows,
 };
-use crate::sinks::{Claim, Error, OnConflict, Outcome, Rows, Sink, Written};
+use crate::sinks::{Claim, Error, Looked, OnConflict, Outcome, Rows, Sink, Written};
 use crate::telemetry::Failures;
 
 /// A database of its own on the shared server.
@@ -112,6 +112,12 @@ impl Database for Fresh {
 
     async fn lose_positions(&self) {
         self.execute("TRUNCATE headworks_positions").await;
+    }
+
+    async fn look(&self, claim: &Claim) -> Option<Looked> {
+        let checked = check("warehouse", &self.config(), Arc::default(), vec![claim.clone()]).await;
+        assert_eq!(checked.problems, [""; 0]);
+        checked.claims.into_iter().next()
     }
 }
 
