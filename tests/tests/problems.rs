@@ -102,6 +102,80 @@ fn rows_that_a_trigger_leaves_out_are_told() {
         ignored["cause"].as_str().is_some_and(|cause| cause.starts_with("1 row was not written")),
         "{ignored}"
     );
+/// Lines of the log that warn and name this.
+fn warnings(host: &Host, name: &str) -> Vec<String> {
+    let log = host.log();
+    log.lines().filter(|line| line.contains("WARN") && line.contains(name)).map(str::to_owned).collect()
+}
+
+#[test]
+fn a_plugin_that_does_not_run_is_told_in_one_line_with_what_it_holds() {
+    let pipelines =
+        "pipelines: { telemetry: {}, again: { from: telemetry, routes: { default: telemetry } } }\n";
+    for (number, name) in ["10-normalize.wasm", "normalize!.wasm"].into_iter().enumerate() {
+        let mut host = Host::prepare(&format!("problems-line-{number}"), pipelines);
+        host.drop_bytes(name, b"half a copy");
+        host.launch();
+        host.wait_serving();
+        host.says("pipeline holds");
+        let listed = host.cli(&["plugin", "list"]);
+        assert!(listed.contains(name), "{listed}");
+        host.stop();
+        let lines = warnings(&host, name);
+        assert_eq!(lines.len(), 1, "{lines:?}");
+        assert!(lines[0].contains("pipeline holds") && lines[0].contains("again, telemetry"), "{lines:?}");
+    }
+}
+
+#[test]
+fn a_version_that_is_not_used_is_told_in_one_line() {
+    let mut host = Host::prepare("problems-version", "");
+    host.drop_plugin("10-normalize.wasm", prebuilt("normalize"));
+    host.run();
+    host.drop_bytes("10-normalize.wasm", b"half a copy");
+    host.says("plugin file 10-normalize.wasm is not used");
+    host.stop();
+    let lines = warnings(&host, "10-normalize.wasm");
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    assert!(lines[0].contains("the last good version stays"), "{lines:?}");
+}
+
+#[test]
+fn a_fault_of_a_plugin_is_told_in_one_line_with_its_file() {
+    let mut host =
+        Host::prepare("problems-fault", "pipelines: { telemetry: { steps: [ { plugin: hostile } ] } }\n");
+    host.drop_plugin("50-hostile.wasm", fresh("hostile"));
+    host.run();
+    publish(&host, "acme/site-01/temperature/bad/reading", r#"{"do":"trap"}"#);
+    host.says("fault in 50-hostile.wasm");
+    let summary = || host.cli(&["dead-letters", "summary"]);
+    host.writes("a dead letter", || (!summary().contains("no dead letters")).then_some(()));
+    host.stop();
+    let lines = warnings(&host, "telemetry/hostile");
+    assert_eq!(lines.len(), 1, "{lines:?}");
+}
+
+#[test]
+fn a_sink_that_does_not_work_is_told_in_one_line() {
+    let sinks = "sinks: { warehouse: { type: sqlite, path: headworks.yaml } }\n\
+                 pipelines: { telemetry: { routes: { default: warehouse } } }\n";
+    let mut host = Host::prepare("problems-sink", sinks);
+    host.launch();
+    host.wait_serving();
+    host.says(
+        "sink \"warehouse\" of pipeline \"telemetry\": cannot write until a person acts: headworks.yaml: ",
+    );
+    let retrying = problem(&host, "retrying");
+    assert_eq!(retrying["part"], "sink telemetry/warehouse");
+    assert!(
+        retrying["cause"].as_str().is_some_and(|cause| cause.starts_with("headworks.yaml: ")),
+        "{retrying}"
+    );
+    host.stop();
+    let lines = warnings(&host, "warehouse");
+    assert_eq!(lines.len(), 1, "{lines:?}");
+}
+
 }
 
 /// The last good version runs: whoever takes the file away makes its pipeline hold.

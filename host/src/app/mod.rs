@@ -156,6 +156,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
     for log in &logs {
         forget_strangers(log, &config);
     }
+    plugins.all_joined();
 
     let asks_plugins = config.mqtt.access.iter().flat_map(|access| &access.authenticate);
     let access_plugins = asks_plugins

@@ -256,7 +256,12 @@ impl Supervisor {
                 }
                 self.place_all();
             }
-            (Purpose::Lane(_), Err(reason)) => self.lane_refused = Some(reason),
+            (Purpose::Lane(_), Err(reason)) => {
+                let kind = format!("pipeline \"{}\": steps do not start, it tries again", self.shared.name);
+                let show = self.shared.failures.hint(Hint::PluginList);
+                self.shared.failures.report_by(&kind, &alike(&reason), 1, &reason, &show);
+                self.lane_refused = Some(reason);
+            }
         }
         if self.swap_due {
             self.begin_swap();
@@ -304,7 +309,12 @@ impl Supervisor {
     fn refuse_swap(&mut self, reason: String) {
         self.shared.metrics.flip_refused.increment(1);
         self.shared.failures.report_by(
-            &format!("pipeline \"{}\": new steps refused, the old ones go on", self.shared.name),
+            &match self.active {
+                Some(_) => {
+                    format!("pipeline \"{}\": new steps refused, the old ones go on", self.shared.name)
+                }
+                None => format!("pipeline \"{}\": its steps do not start, it tries again", self.shared.name),
+            },
             &alike(&reason),
             1,
             &reason,
@@ -390,11 +400,13 @@ impl Supervisor {
             }
         }
         for (id, sink) in laggards {
-            tracing::warn!(
-                pipeline = %self.shared.name,
-                sink = self.members[sink].name,
-                "the sink holds the others up: it goes on by itself from its position"
-            );
+            let (pipeline, name) = (&self.shared.name, &self.members[sink].name);
+            const TEXT: &str = "the sink holds the others up: it goes on by itself from its position";
+            // Of one that fails, its failure has been told.
+            match self.members[sink].shared.state() {
+                State::Running => tracing::warn!(%pipeline, sink = name, "{TEXT}"),
+                _ => tracing::info!(%pipeline, sink = name, "{TEXT}"),
+            }
             if let Some(lane) = self.lanes.iter_mut().find(|lane| lane.id == id) {
                 lane.detach(sink);
             }

@@ -59,7 +59,7 @@ pub struct Frame {
 #[derive(Default)]
 pub struct Steps {
     steps: Vec<Timed>,
-    /// Of the chain.
+    /// Generation of the chain.
     generation: u64,
 }
 
@@ -131,7 +131,7 @@ pub struct Served {
     sent: Offset,
     /// What is to be sent, of messages below [`Worker::done`].
     done: Made,
-    /// Of messages above it.
+    /// What is made of messages above it.
     at_hand: Made,
 }
 
@@ -314,8 +314,9 @@ impl Worker {
                 run_step(step.as_mut(), &batch, partition, &shared, &self.runtime, &context, patience)?;
             duration.record(begun.elapsed());
             if !outcome.refused.is_empty() {
-                let rejected =
-                    outcome.refused.iter().map(|refused| (refused.kind.as_str(), &*refused.reason));
+                // A step reports its faults itself.
+                let rejected = outcome.refused.iter().filter(|refused| refused.kind != RefusedKind::Fault);
+                let rejected = rejected.map(|refused| (refused.kind.as_str(), &*refused.reason));
                 let show = shared.failures.hint(Hint::DeadLettersSummary(Letters::OfPipeline(&shared.name)));
                 shared.failures.report_rejected(&format!("{}/{name}", shared.name), rejected, &show);
                 let batch = Stripped { batch: &batch, indexes, partition };
@@ -414,7 +415,7 @@ impl Worker {
 
 /// What the run of a step belongs to.
 struct Context<'a> {
-    /// Of the chain.
+    /// Generation of the chain.
     generation: u64,
     /// The lane ends.
     stop: &'a CancellationToken,

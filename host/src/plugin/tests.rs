@@ -151,7 +151,8 @@ fn after_three_faults_the_step_does_as_its_config_says() {
         (payloads(&pass.passed), pass.refused.len()),
         (vec!["P3".into(), "P4".into(), "five".into()], 2)
     );
-    assert!(run_with(OnFailure::Hold).retry.unwrap().contains("on_failure: hold"));
+    let held = run_with(OnFailure::Hold).retry.unwrap();
+    assert!(held.contains("on_failure: hold, the last time: ") && held.contains("unreachable"), "{held}");
     assert_eq!(run_with(OnFailure::DeadLetters).refused.len(), 4);
 }
 

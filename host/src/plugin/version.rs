@@ -4,8 +4,7 @@
 //! where it can; it is gathered into one segment where the plugin may not see
 //! all of it or where most of its bytes are nobody's any more.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use metrics::{Counter, counter};
@@ -25,7 +24,7 @@ use crate::devices::Devices;
 use crate::hints::{Hint, Letters};
 use crate::problems::{KeyPath, Problem};
 use crate::step::{Attempt, Outcome, Refused, RefusedKind, Step, StepFactory, StepId};
-use crate::telemetry::Failures;
+use crate::telemetry::{Failures, alike};
 use crate::topic::{Namespace, TopicFilter};
 
 /// Faults within [`FAULT_WINDOW`] after which `on_failure` decides.
@@ -64,7 +63,8 @@ pub(super) struct Shared {
 #[derive(Default)]
 pub(super) struct Faults {
     recent: Mutex<Vec<Instant>>,
-    held: AtomicBool,
+    /// Why the step holds, where it does.
+    held: OnceLock<String>,
 }
 
 /// One worker's instance of a plugin.
@@ -92,13 +92,13 @@ struct Work<'a> {
     numbers: Option<&'a [u32]>,
     partition: Partition,
     attempt: Attempt,
-    /// Of [`call`].
+    /// Flags of [`call`].
     flags: u32,
 }
 
 struct Meters {
     passed: Counter,
-    /// Of these, the ones that the plugin failed on.
+    /// Counts those among the passed messages that the plugin failed on.
     skipped: Counter,
     dropped: Counter,
     refused: Counter,
@@ -111,7 +111,7 @@ impl Version {
     }
 
     pub fn held(&self) -> Option<String> {
-        self.0.faults.held.load(Ordering::Acquire).then(|| self.0.held_reason())
+        self.0.faults.held.get().cloned()
     }
 
     /// Starts an instance with the config and runs it on no message.
@@ -150,16 +150,8 @@ impl Shared {
         Instance::start(program, id, devices, telemetry, limits.memory.0 as usize, context)
     }
 
-    fn held_reason(&self) -> String {
-        let Self { id, file, .. } = self;
-        format!(
-            "step {}/{} faulted {FAULTS_MAX} times within a minute and has on_failure: hold; change {file} or its config",
-            id.pipeline, id.step
-        )
-    }
-
     /// Counts a fault; what to do with its message.
-    fn fault(&self) -> OnFailure {
+    fn fault(&self, reason: &str) -> OnFailure {
         let mut recent = self.faults.recent.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
         recent.retain(|at| now.duration_since(*at) < FAULT_WINDOW);
@@ -169,7 +161,15 @@ impl Shared {
         if recent.len() < FAULTS_MAX {
             return OnFailure::DeadLetters;
         }
-        if self.on_failure == OnFailure::Hold && !self.faults.held.swap(true, Ordering::AcqRel) {
+        let Self { id, file, .. } = self;
+        let why = || {
+            format!(
+                "step {}/{} faulted {FAULTS_MAX} times within a minute and has on_failure: hold, the last time: {reason}; \
+                 change {file} or its config",
+                id.pipeline, id.step
+            )
+        };
+        if self.on_failure == OnFailure::Hold && self.faults.held.set(why()).is_ok() {
             (self.on_hold)();
         }
         self.on_failure
@@ -452,7 +452,10 @@ impl PluginStep {
                         self.meters.skipped.increment(1);
                         collected.keep_until(work.batch, *number as usize + 1);
                     }
-                    OnFailure::Hold => return collected.ask_again(self.shared.held_reason(), true),
+                    OnFailure::Hold => {
+                        let why = self.shared.faults.held.get().cloned().unwrap_or(reason);
+                        return collected.ask_again(why, true);
+                    }
                 }
             }
             if collected.asks_again() {
@@ -466,15 +469,15 @@ impl PluginStep {
 
     fn guilty(&self, reason: &str) -> OnFailure {
         let Shared { id, failures, file, .. } = &*self.shared;
-        let then = self.shared.fault();
-        let fate = match then {
-            OnFailure::DeadLetters => "",
-            OnFailure::Pass => ", the message goes on without the step (on_failure: pass)",
-            OnFailure::Hold => ", the pipeline holds (on_failure: hold)",
+        let then = self.shared.fault(reason);
+        let (fate, shown) = match then {
+            OnFailure::DeadLetters => ("", Hint::DeadLettersSummary(Letters::OfPipeline(&id.pipeline))),
+            OnFailure::Pass => (", the message goes on without the step (on_failure: pass)", Hint::Status),
+            // The line that the pipeline holds has the reason.
+            OnFailure::Hold => return then,
         };
         let kind = format!("{}/{}: fault in {file}{fate}", id.pipeline, id.step);
-        let show = failures.hint(Hint::DeadLettersSummary(Letters::OfPipeline(&id.pipeline)));
-        failures.report(&kind, 1, reason, &show);
+        failures.report_by(&kind, &alike(reason), 1, reason, &failures.hint(shown));
         then
     }
 
@@ -536,8 +539,8 @@ impl Step for PluginStep {
         if batch.is_empty() {
             return Outcome { passed: batch, ..Outcome::default() };
         }
-        if self.shared.faults.held.load(Ordering::Acquire) {
-            return Outcome { retry: Some(self.shared.held_reason()), held: true, ..Outcome::default() };
+        if let Some(why) = self.shared.faults.held.get() {
+            return Outcome { retry: Some(why.clone()), held: true, ..Outcome::default() };
         }
         attempt.is_last |= self.shared.limits.retries_max.is_some_and(|max| attempt.number > max);
         let outcome = self.run_batch(batch, partition, attempt);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde_json::Value;
 use tokio::sync::watch;
 
-use super::{Known, Loaded, RefusedFile, Wake, Work, file_name};
+use super::{Known, Loaded, RefusedFile, Untold, Wake, Work, file_name};
 use crate::hints::Hint;
 use crate::plugin::config_file::located;
 use crate::plugin::version::{self, Faults, Shared, Version};
@@ -18,6 +18,8 @@ pub struct Pipeline {
     pub name: String,
     pub steps: Option<Vec<StepConfig>>,
     pub built: BTreeMap<String, Built>,
+    /// File of the plugin that it holds for.
+    pub holds_for: Option<String>,
     pub sender: watch::Sender<Chain>,
 }
 
@@ -78,9 +80,33 @@ impl Work {
         // First: the line that a pipeline holds leads people to the status.
         self.shared.status.send_replace(self.status());
         for (number, (steps, hold)) in built {
-            self.publish_one(number, steps, hold);
+            if let Some(why) = self.publish_one(number, steps, hold) {
+                self.holds.entry(why).or_default().insert(self.pipelines[number].name.clone());
+            }
         }
+        self.tell();
         self.show();
+    }
+
+    /// Logs which pipelines hold: one line for all that a fault holds. Then reports what is wrong
+    /// with files, once every pipeline has its first steps: one that holds for a file has told so,
+    /// with the reason.
+    fn tell(&mut self) {
+        if !self.shared.has_all_joined() {
+            return;
+        }
+        for (why, names) in std::mem::take(&mut self.holds) {
+            let names: Vec<_> = names.into_iter().collect();
+            tracing::warn!(pipeline = names.join(", "), "pipeline holds: {why}");
+        }
+        if self.pipelines.iter().any(Pipeline::is_first) {
+            return;
+        }
+        for Untold { file, kind, detail, show } in std::mem::take(&mut self.untold) {
+            if !self.pipelines.iter().any(|pipeline| pipeline.holds_for.as_deref() == Some(&*file)) {
+                self.failures.report(&kind, 1, &detail, &show);
+            }
+        }
     }
 
     /// Whether a plugin that it runs was not looked into yet.
@@ -92,7 +118,13 @@ impl Work {
         }
     }
 
-    fn publish_one(&mut self, number: usize, steps: Vec<Arc<dyn StepFactory>>, hold: Option<String>) {
+    /// Returns the reason where the pipeline begins to hold for it.
+    fn publish_one(
+        &mut self,
+        number: usize,
+        steps: Vec<Arc<dyn StepFactory>>,
+        hold: Option<String>,
+    ) -> Option<String> {
         let pipeline = &self.pipelines[number];
         let current = pipeline.sender.borrow();
         let is_first = current.generation == 0;
@@ -100,42 +132,43 @@ impl Work {
             && current.hold.as_deref() == hold.as_deref()
             && current.steps.len() == steps.len()
             && current.steps.iter().zip(&steps).all(|(a, b)| Arc::ptr_eq(a, b));
-        let before = current.hold.clone().filter(|_| !is_first);
+        let before = current.hold.as_deref().map(str::to_owned).filter(|_| !is_first);
         drop(current);
-        match (&before, &hold) {
-            (before, Some(why)) if before.as_deref() != Some(why) => {
-                tracing::warn!(pipeline = pipeline.name, "pipeline holds: {why}");
-            }
-            (Some(_), None) => tracing::info!(pipeline = pipeline.name, "pipeline goes on"),
-            _ => {}
+        if before.is_some() && hold.is_none() {
+            tracing::info!(pipeline = pipeline.name, "pipeline goes on");
         }
+        let holds_now = hold.clone().filter(|_| before != hold);
         if !same {
             self.generation += 1;
             let hold = hold.map(Into::into);
             pipeline.sender.send_replace(Chain { generation: self.generation, steps: steps.into(), hold });
         }
+        holds_now
     }
 
     fn build(&mut self, pipeline: &mut Pipeline) -> (Vec<Arc<dyn StepFactory>>, Option<String>) {
         let in_folder_mode = pipeline.steps.is_none();
         let wanted = pipeline.steps.clone().unwrap_or_else(|| self.folder_steps());
         let mut steps: Vec<Arc<dyn StepFactory>> = Vec::new();
-        let mut hold = None;
+        // The first reason, and the file that it is about.
+        let mut hold: Option<(String, Option<String>)> = None;
         if in_folder_mode && let Some(RefusedFile { file, reason, .. }) = self.missed.first() {
-            hold = Some(format!("plugins folder: {file}: {reason}"));
+            hold = Some((format!("plugins folder: {file}: {reason}"), Some(file.clone())));
         }
         for (number, step) in wanted.iter().enumerate() {
             let built = pipeline.built.entry(step.step_name().to_owned()).or_default();
             let known = self.files.get(&step.plugin);
             if let Some(loaded) = known.and_then(|known| known.loaded.clone()) {
                 let (config, places, base) = self.config_of(&pipeline.name, number, step, &loaded);
-                self.build_step(&pipeline.name, step, &loaded, config, built, |problems| {
+                let failed = self.build_step(&pipeline.name, step, &loaded, config, built, |problems| {
                     located(problems, places, &base).join("; ")
                 });
+                self.untold.extend(failed);
             }
+            let known = self.files.get(&step.plugin);
             match &built.good {
                 Some((_, version)) => {
-                    hold = hold.or_else(|| version.held());
+                    hold = hold.or_else(|| Some((version.held()?, None)));
                     steps.push(Arc::clone(version) as Arc<dyn StepFactory>);
                 }
                 None => {
@@ -151,10 +184,11 @@ impl Work {
                     // A new file that never worked is no step yet. A step is missed that is named, has run, or
                     // lay there at the start.
                     let is_missed = |known: &Known| known.was_step || known.from_the_start;
+                    let file = known.map(|known| file_name(&known.path));
                     if !in_folder_mode {
-                        hold = hold.or(Some(format!("step {}: {reason}", step.step_name())));
+                        hold = hold.or(Some((format!("step {}: {reason}", step.step_name()), file)));
                     } else if let Some(known) = known.filter(|known| is_missed(known)) {
-                        hold = hold.or_else(|| Some(self.not_running(&step.plugin, known, &reason)));
+                        hold = hold.or_else(|| Some((self.not_running(&step.plugin, known, &reason), file)));
                     }
                 }
             }
@@ -162,7 +196,7 @@ impl Work {
             known.was_step |= in_folder_mode && (built.good.is_some() || known.from_the_start);
             let known = &self.files[&step.plugin];
             if known.missing && in_folder_mode {
-                hold = hold.or_else(|| Some(self.missing_reason(&step.plugin, known)));
+                hold = hold.or_else(|| Some((self.missing_reason(&step.plugin, known), None)));
             } else if known.missing {
                 let detail = "its file is gone, the last good version stays until the host ends";
                 let show = self.failures.hint(Hint::PluginList);
@@ -170,7 +204,9 @@ impl Work {
             }
         }
         pipeline.built.retain(|name, _| wanted.iter().any(|step| step.step_name() == name));
-        (steps, hold)
+        let (why, file) = hold.map_or((None, None), |(why, file)| (Some(why), file));
+        pipeline.holds_for = file;
+        (steps, why)
     }
 
     /// Why a pipeline of the folder holds for a step, and what to do.
@@ -209,6 +245,7 @@ impl Work {
         (config, &self.places, root.key("plugins").key("config").key(&step.plugin))
     }
 
+    /// Returns what to tell of a step that does not start, the first time.
     fn build_step(
         &self,
         pipeline: &str,
@@ -217,8 +254,8 @@ impl Work {
         config: Value,
         built: &mut Built,
         text: impl Fn(&[Problem]) -> String,
-    ) {
-        let Some(known) = self.files.get(&step.plugin) else { return };
+    ) -> Option<Untold> {
+        let known = self.files.get(&step.plugin)?;
         let key = Key {
             sha256: loaded.program.sha256.clone(),
             file: file_name(&known.path),
@@ -229,10 +266,10 @@ impl Work {
         let is = |other: &Key| *other == key;
         if built.good.as_ref().is_some_and(|(good, _)| is(good)) {
             built.failed = None;
-            return;
+            return None;
         }
         if built.failed.as_ref().is_some_and(|(failed, _)| is(failed)) {
-            return;
+            return None;
         }
         let id = StepId { pipeline: pipeline.into(), step: step.step_name().into() };
         let wake = self.shared.wake.clone();
@@ -251,17 +288,21 @@ impl Work {
             telemetry: Arc::default(),
         });
         match version.trial() {
-            Ok(()) => *built = Built { good: Some((key, Arc::new(version))), failed: None },
+            Ok(()) => {
+                *built = Built { good: Some((key, Arc::new(version))), failed: None };
+                None
+            }
             Err(problems) => {
                 let reason = text(&problems);
                 let kept = if built.good.is_some() { "; the last good version stays" } else { "" };
-                self.failures.report(
-                    &format!("{}: step {pipeline}/{} does not start", key.file, step.step_name()),
-                    1,
-                    &format!("{reason}{kept}"),
-                    &self.failures.hint(Hint::PluginList),
-                );
+                let untold = Untold {
+                    file: key.file.clone(),
+                    kind: format!("{}: step {pipeline}/{} does not start", key.file, step.step_name()),
+                    detail: format!("{reason}{kept}"),
+                    show: self.failures.hint(Hint::PluginList),
+                };
                 built.failed = Some((key, reason));
+                Some(untold)
             }
         }
     }

@@ -63,6 +63,8 @@ struct Inner {
     status: watch::Sender<Vec<PluginStatus>>,
     /// Whether everything that lay in the folder at the start was looked into.
     is_loaded: watch::Sender<bool>,
+    /// Whether no pipeline joins any more.
+    all_joined: AtomicBool,
     wake: SyncSender<Wake>,
     stopped: AtomicBool,
 }
@@ -78,7 +80,7 @@ struct Work {
     shared: Arc<Inner>,
     config: Config,
     library: Library,
-    /// Of the host's own config.
+    /// Places of the keys in the host's own config.
     places: Places,
     devices: Arc<Devices>,
     namespace: Arc<Namespace>,
@@ -93,6 +95,17 @@ struct Work {
     pipelines: Vec<Pipeline>,
     generation: u64,
     has_looked: bool,
+    /// Pipelines that began to hold, by the reason, until it is logged.
+    holds: BTreeMap<String, BTreeSet<String>>,
+    untold: Vec<Untold>,
+}
+
+/// What is wrong with a file, as a line that is still to be logged.
+struct Untold {
+    file: String,
+    kind: String,
+    detail: String,
+    show: String,
 }
 
 #[derive(Default)]
@@ -100,7 +113,7 @@ struct Known {
     path: PathBuf,
     order: u64,
     note: Option<String>,
-    /// Of the files that were last looked into.
+    /// Stamp of the files that were last looked into.
     stamp: Option<Stamp>,
     loaded: Option<Loaded>,
     is_loading: bool,
@@ -123,7 +136,7 @@ struct Known {
 #[derive(Clone)]
 struct Loaded {
     program: Arc<Program>,
-    /// Of the file beside it.
+    /// Config of the file beside it.
     config: Option<ConfigFile>,
 }
 
@@ -165,6 +178,7 @@ impl Plugins {
             joining: Mutex::default(),
             status: watch::Sender::default(),
             is_loaded: watch::Sender::default(),
+            all_joined: AtomicBool::new(false),
             wake,
             stopped: AtomicBool::new(false),
         });
@@ -184,6 +198,8 @@ impl Plugins {
             pipelines: Vec::new(),
             generation: 0,
             has_looked: false,
+            holds: BTreeMap::new(),
+            untold: Vec::new(),
         };
         work.recall_steps();
         let thread = threads::spawn("plugin-folder".to_owned(), move || work.run(&events))
@@ -201,11 +217,19 @@ impl Plugins {
             name: pipeline.to_owned(),
             steps: steps.map(<[_]>::to_vec),
             built: BTreeMap::new(),
+            holds_for: None,
             sender,
         });
         // Full: a look is due already.
         let _ = self.shared.wake.try_send(Wake::Look);
         receiver
+    }
+
+    /// Says that every pipeline has its chain: from now on it is logged which of them hold, and what
+    /// is wrong with files that none of them holds for.
+    pub fn all_joined(&self) {
+        self.shared.all_joined.store(true, Ordering::Release);
+        let _ = self.shared.wake.try_send(Wake::Look);
     }
 
     pub fn status(&self) -> Vec<PluginStatus> {
@@ -239,6 +263,10 @@ impl Drop for Plugins {
 impl Inner {
     fn joining(&self) -> std::sync::MutexGuard<'_, Vec<Pipeline>> {
         self.joining.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn has_all_joined(&self) -> bool {
+        self.all_joined.load(Ordering::Acquire)
     }
 
     fn is_stopped(&self) -> bool {
@@ -360,8 +388,12 @@ impl Work {
 
     fn note_refused(&mut self, refused: Vec<RefusedFile>, is_first: bool) {
         for RefusedFile { file, reason, .. } in refused.iter().filter(|it| !self.refused.contains(it)) {
-            let kind = format!("plugin file {file} is not used");
-            self.failures.report(&kind, 1, reason, &self.failures.hint(Hint::PluginList));
+            self.untold.push(Untold {
+                file: file.clone(),
+                kind: format!("plugin file {file} is not used"),
+                detail: reason.clone(),
+                show: self.failures.hint(Hint::PluginList),
+            });
         }
         if is_first {
             self.missed = refused.iter().filter(|refused| refused.is_missed).cloned().collect();
@@ -398,7 +430,7 @@ impl Work {
         let retry_after = self.config.poll.0 * RETRY_AFTER_POLLS;
         let known = self.known(&found.name);
         known.is_loading = false;
-        let file = file_name(&found.path);
+        let (file, mut untold) = (file_name(&found.path), None);
         match result {
             Ok(Some(loaded)) => {
                 let description = &loaded.program.description;
@@ -416,17 +448,15 @@ impl Work {
                     true => failures.hint(Hint::Validate),
                     false => failures.hint(Hint::PluginInspect(&found.path)),
                 };
-                failures.report(
-                    &format!("plugin file {file} is not used"),
-                    1,
-                    &format!("{reason}{kept}"),
-                    &show,
-                );
+                let kind = format!("plugin file {file} is not used");
+                let detail = format!("{reason}{kept}");
                 known.error = Some(reason);
                 known.retry_at = error.is_passing().then(|| Instant::now() + retry_after);
+                untold = Some(Untold { file, kind, detail, show });
             }
         }
         known.stamp = Some(found.stamp);
+        self.untold.extend(untold);
     }
 
     fn known(&mut self, name: &str) -> &mut Known {
