@@ -2,11 +2,13 @@
 //! hands on finds the next one ready, and taken down in the order that a
 //! message travels, so that what is in flight arrives.
 
+mod advice;
 mod background;
 pub mod banner;
 mod clients;
 mod descriptors;
 mod events;
+mod oldest;
 mod problems;
 mod redrive;
 pub mod run_file;
@@ -36,15 +38,15 @@ use crate::access::Authenticator;
 use crate::admin;
 use crate::config::{Config, DEAD_LETTERS, Source};
 use crate::devices::Devices;
+use crate::files::Locked;
 use crate::hints::Hints;
 use crate::listeners::mqtt;
-use crate::files::Locked;
 use crate::pipeline::{self, Batching, SinkPart};
 use crate::plugin::access::AccessEngine;
 use crate::plugin::{PluginState, PluginStatus, Plugins};
 use crate::sinks;
 use crate::stream::log::{Disk, Log, RealDisk, STATE_BYTES_MAX};
-use crate::stream::{self, Stream, Streams};
+use crate::stream::{self, OnLag, Stream, Streams};
 use crate::telemetry::{self, Failures};
 use crate::topic::{Namespace, TopicFilter};
 use crate::units::{ByteSize, Period};
@@ -81,6 +83,8 @@ pub struct Host {
     pub clients: mqtt::Clients,
     /// Sinks, as `PIPELINE/SINK`, that are told to leave out rows that the table has.
     pub ignoring: BTreeSet<String>,
+    /// Sinks, as `PIPELINE/SINK`, for whose messages retention does not wait.
+    pub detaching: BTreeSet<String>,
     /// As `mqtt.queue_copies_bytes_max`.
     pub copies_bytes_max: u64,
     pub prometheus: PrometheusHandle,
@@ -152,11 +156,11 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
         };
         pipelines.push(Arc::new(pipeline::start(name, pipeline, deps).await?));
     }
+    plugins.all_joined();
     // After the pipelines are attached: one with a new name learns that there was another.
     for log in &logs {
         forget_strangers(log, &config);
     }
-    plugins.all_joined();
 
     let asks_plugins = config.mqtt.access.iter().flat_map(|access| &access.authenticate);
     let access_plugins = asks_plugins
@@ -192,7 +196,8 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
         hints: source.hints(),
         failures: failures.clone(),
         clients: listener.clients(),
-        ignoring: ignoring_sinks(&config),
+        ignoring: sinks_that(&config, sinks::Config::ignores_rows),
+        detaching: sinks_that(&config, |sink| sink.on_lag() == OnLag::Detach),
         copies_bytes_max: config.mqtt.queue_copies_bytes_max.0,
         prometheus: prometheus.clone(),
         watch: problems::Watch::default(),
@@ -403,11 +408,12 @@ fn sink_parts(
     pipeline.sinks().into_iter().filter_map(part).collect()
 }
 
-fn ignoring_sinks(config: &Config) -> BTreeSet<String> {
+/// Returns the sinks of each pipeline for which this holds, as `PIPELINE/SINK`.
+fn sinks_that(config: &Config, holds: impl Fn(&sinks::Config) -> bool) -> BTreeSet<String> {
     let of_pipeline = |(name, pipeline): (&String, &pipeline::Config)| {
         let sinks = pipeline.sinks().into_iter();
-        let ignoring = sinks.filter(|sink| config.sinks.get(*sink).is_some_and(sinks::Config::ignores_rows));
-        ignoring.map(|sink| format!("{name}/{sink}")).collect::<Vec<_>>()
+        let those = sinks.filter(|sink| config.sinks.get(*sink).is_some_and(&holds));
+        those.map(|sink| format!("{name}/{sink}")).collect::<Vec<_>>()
     };
     config.pipelines.iter().flat_map(of_pipeline).collect()
 }
@@ -415,7 +421,7 @@ fn ignoring_sinks(config: &Config) -> BTreeSet<String> {
 /// Takes from everybody else what they may do in the data folder; it may be from before this was so.
 fn make_private(data_dir: &Path) {
     const OTHERS: u32 = 0o077;
-    /// Of a folder for everybody, such as /tmp.
+    /// The mode bit of a folder for everybody, such as /tmp.
     const STICKY: u32 = 0o1000;
     let Ok(found) = std::fs::metadata(data_dir) else { return };
     let mode = found.permissions().mode();

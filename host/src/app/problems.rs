@@ -15,15 +15,16 @@ use jiff::{SignedDuration, Timestamp};
 use metrics::gauge;
 
 use super::Host;
+use super::advice;
 use super::events::{self, EVENTS};
+use super::oldest::Oldest;
 use super::status::is_stopped;
 use crate::admin::{AtStake, PROBLEM_KINDS, Problem};
-use crate::batch::Offset;
 use crate::config::DEAD_LETTERS;
 use crate::hints::{Hint, Hints, Letters};
 use crate::pipeline::{OpenLetters, PipelineStatus, SinkStatus, State};
 use crate::plugin::PluginState;
-use crate::stream::{Read, Stall, Stream};
+use crate::stream::{Stall, Stream};
 use crate::telemetry::{DiskSpace, Growth, Standing};
 use crate::units::ByteSize;
 
@@ -51,8 +52,7 @@ pub struct Watch {
     space: Mutex<Option<DiskSpace>>,
     /// By part, kind and all labels of the counter.
     growth: Mutex<BTreeMap<(String, &'static str, String), Growth>>,
-    /// By pipeline and sink: the first message that is not committed, and when it was appended.
-    oldest: Mutex<HashMap<(String, String), (Offset, SystemTime)>>,
+    oldest: Oldest,
     /// By pipeline: dead letters that nobody sent again, as of the last look.
     open_letters: Mutex<BTreeMap<String, u64>>,
     letters: tokio::sync::Mutex<Option<OpenLetters>>,
@@ -228,23 +228,14 @@ impl Host {
     fn pipeline_problems(&self, status: &PipelineStatus) -> Vec<Found> {
         let mut found = Vec::new();
         let behind = AtStake { messages: Some(status.lag_messages()), ..AtStake::default() };
+        let detaches = |sink: &SinkStatus| self.detaching.contains(&format!("{}/{}", status.name, sink.name));
         if let Some((kind, cause)) = named(&status.state) {
-            let advice = match kind {
-                "holding" if status.wants_room => {
-                    "mend what the cause names; what waits goes on by itself".to_owned()
-                }
-                "holding" => {
-                    format!(
-                        "`{}` shows the steps; mend the one that is named",
-                        self.hints.command(Hint::PluginList)
-                    )
-                }
-                _ => "mend the cause, then start the host again".to_owned(),
-            };
+            let advice = advice::of_pipeline(kind, status, status.sinks.iter().any(detaches), &self.hints);
             let part = format!("pipeline {}", status.name);
             found.push(Found { part, kind, cause: cause.to_owned(), at_stake: behind, advice });
         }
-        if let Some(reason) = &status.swap_refused {
+        // Without steps before them the pipeline holds, and its state has the reason.
+        if let Some(reason) = status.swap_refused.as_ref().filter(|_| status.chain.is_some()) {
             found.push(Found {
                 part: format!("pipeline {}", status.name),
                 kind: "swap_refused",
@@ -256,10 +247,7 @@ impl Host {
         }
         for sink in &status.sinks {
             let Some((kind, cause)) = named(&sink.state) else { continue };
-            let advice = match kind {
-                "retrying" => "mend what the cause names; the sink goes on by itself and loses nothing",
-                _ => "mend what the cause names, then start the host again",
-            };
+            let advice = advice::of_sink(kind, detaches(sink));
             let at_stake = AtStake {
                 messages: Some(sink.lag_messages),
                 oldest_seconds: self.oldest_age(status, sink).map(|age| age.as_secs()),
@@ -270,7 +258,7 @@ impl Host {
             if let Some(since) = Instant::now().checked_sub(since) {
                 self.remember((part.clone(), kind), since);
             }
-            found.push(Found { part, kind, cause: cause.to_owned(), at_stake, advice: advice.to_owned() });
+            found.push(Found { part, kind, cause: cause.to_owned(), at_stake, advice });
         }
         found
     }
@@ -299,7 +287,7 @@ impl Host {
         found.collect()
     }
 
-    /// What to do about a plugin whose newest file or config is not used.
+    /// Returns what to do about a plugin whose newest file or config is not used.
     fn plugin_advice(&self, name: &str, wrong_file: Option<&str>, runs: bool) -> String {
         let mut advice = match wrong_file {
             None => "mend its config in the host's, then start the host again".to_owned(),
@@ -357,7 +345,9 @@ impl Host {
     /// Sinks that work and are late, and queues that grow: gauges that pass a bound.
     fn gauge_problems(&self, metrics: &str) -> Vec<Found> {
         let mut found = Vec::new();
-        for status in self.pipelines.iter().map(|pipeline| pipeline.status()) {
+        let statuses = self.pipelines.iter().map(|pipeline| pipeline.status());
+        // Where a pipeline holds, nothing comes to its sinks.
+        for status in statuses.filter(|status| status.state == State::Running) {
             for sink in status.sinks.iter().filter(|sink| sink.state == State::Running) {
                 let age = self.oldest_age(&status, sink).filter(|age| *age > LATE);
                 found.extend(age.map(|age| Found {
@@ -434,40 +424,18 @@ impl Host {
         }
     }
 
-    /// Reads when the first message that a sink lacks was appended.
+    /// Reads when the first message that each sink lacks was appended.
     async fn find_oldest(&self) {
         for status in self.pipelines.iter().map(|pipeline| pipeline.status()) {
-            let Some(stream) = self.streams.iter().find(|stream| stream.name() == status.stream) else {
-                continue;
-            };
-            for sink in &status.sinks {
-                let key = (status.name.clone(), sink.name.clone());
-                let known = lock(&self.watch.oldest).get(&key).map(|(offset, _)| *offset);
-                let next = sink.next;
-                if sink.lag_messages == 0 {
-                    lock(&self.watch.oldest).remove(&key);
-                    continue;
-                }
-                if known == Some(next) {
-                    continue;
-                }
-                let mut cursor = stream.peek(next);
-                while let Ok(Some(read)) = cursor.try_next().await {
-                    if let Read::Batch(batch) = read {
-                        let appended = SystemTime::UNIX_EPOCH + Duration::from_micros(batch.now_us);
-                        lock(&self.watch.oldest).insert(key, (next, appended));
-                        break;
-                    }
-                }
+            if let Some(stream) = self.streams.iter().find(|stream| stream.name() == status.stream) {
+                self.watch.oldest.find(&status, stream.as_ref()).await;
             }
         }
     }
 
     /// How long the oldest message waits that the sink has not committed.
     pub(super) fn oldest_age(&self, status: &PipelineStatus, sink: &SinkStatus) -> Option<Duration> {
-        let key = (status.name.clone(), sink.name.clone());
-        let (_, appended) = *lock(&self.watch.oldest).get(&key).filter(|_| sink.lag_messages > 0)?;
-        SystemTime::now().duration_since(appended).ok()
+        self.watch.oldest.age(status, sink)
     }
 }
 
@@ -496,9 +464,9 @@ fn certificate_problems(metrics: &str) -> Vec<Found> {
         let (file, seconds) = (label_value(labels, "file")?, seconds.parse::<f64>().ok()?);
         let days = (seconds / 86_400.0).floor();
         let cause = if seconds <= 0.0 {
-            "the certificate has ended: clients are turned away".to_owned()
+            "a certificate in it has ended: clients that need it cannot connect".to_owned()
         } else if seconds < ENDS_SOON.as_secs_f64() {
-            format!("the certificate ends within {} days", days + 1.0)
+            format!("a certificate in it ends within {} days", days + 1.0)
         } else {
             return None;
         };
@@ -533,7 +501,7 @@ fn named(state: &State) -> Option<(&'static str, &str)> {
     }
 }
 
-/// Of `{stream="telemetry",cause="damaged"}`, as the text format of Prometheus has it: in a value a
+/// Returns a label's value of `{stream="telemetry",cause="damaged"}`, in Prometheus' text format: in a value a
 /// backslash stands before a quote, another backslash, and the `n` of a line end.
 pub(super) fn label_value(labels: &str, name: &str) -> Option<String> {
     let mut rest = labels.strip_prefix('{')?.strip_suffix('}')?;
@@ -583,8 +551,8 @@ mod tests {
         let found = certificate_problems(&format!("# TYPE {CERTIFICATES} gauge\n{metrics}"));
         let said: Vec<_> = found.iter().map(|found| (&*found.part, &*found.cause)).collect();
         let wanted = [
-            ("certificate server.pem", "the certificate ends within 7 days"),
-            ("certificate old.pem", "the certificate has ended: clients are turned away"),
+            ("certificate server.pem", "a certificate in it ends within 7 days"),
+            ("certificate old.pem", "a certificate in it has ended: clients that need it cannot connect"),
         ];
         assert_eq!(said, wanted);
     }

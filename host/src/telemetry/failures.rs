@@ -39,7 +39,7 @@ pub struct Standing {
     /// One of the kinds of problems.
     pub kind: &'static str,
     pub cause: String,
-    /// What to do.
+    /// Says what to do.
     pub advice: String,
 }
 
@@ -142,7 +142,7 @@ impl Failures {
             kind: RELOAD_REFUSED,
             cause: format!("the changed file cannot be used: {reason}; what it said before stays in force"),
             advice: format!(
-                "mend it before the host is started again, which it would refuse; `{}` says every mistake",
+                "mend it before the host is started again, which forgets what it said before; `{}` says every mistake",
                 self.hint(Hint::Validate)
             ),
         });

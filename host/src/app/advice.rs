@@ -1,0 +1,69 @@
+//! What a person is told to do about a pipeline or a sink that does not work, and what that costs
+//! meanwhile. With `on_lag: block` the stream keeps what a sink lacks; with `on_lag: detach`
+//! retention removes it.
+
+use crate::hints::{Hint, Hints};
+use crate::pipeline::PipelineStatus;
+
+/// Returns what to do about a pipeline with a problem of this kind; `detaches`: so do some of its sinks.
+pub fn of_pipeline(kind: &str, status: &PipelineStatus, detaches: bool, hints: &Hints) -> String {
+    let advice = match kind {
+        "holding" if status.wants_room => {
+            "mend what the cause names; what waits goes on by itself".to_owned()
+        }
+        "holding" => {
+            format!("`{}` shows the steps; mend the one that is named", hints.command(Hint::PluginList))
+        }
+        "retrying" => "mend the step that the cause names; it is started again by itself".to_owned(),
+        _ => "mend the cause, then start the host again".to_owned(),
+    };
+    let lost = "; meanwhile retention may remove what sinks with on_lag: detach do not have yet";
+    advice + if detaches { lost } else { "" }
+}
+
+/// Returns what to do about a sink with a problem of this kind.
+pub fn of_sink(kind: &str, detaches: bool) -> String {
+    let advice = match kind {
+        "retrying" => "mend what the cause names; the sink goes on by itself",
+        _ => "mend what the cause names, then start the host again",
+    };
+    let meanwhile = match detaches {
+        true => "; meanwhile retention may remove what the sink does not have yet (on_lag: detach)",
+        false => {
+            ", and its messages stay in the stream until it has them; once the stream is full, devices wait"
+        }
+    };
+    advice.to_owned() + meanwhile
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::Offset;
+    use crate::pipeline::State;
+
+    #[test]
+    fn a_sink_that_may_lose_messages_is_never_told_to_keep_them() {
+        let status = PipelineStatus {
+            name: "p".to_owned(),
+            stream: "s".to_owned(),
+            state: State::Running,
+            wants_room: false,
+            chain: None,
+            swap_refused: None,
+            read: Offset(0),
+            end: Offset(0),
+            sinks: Vec::new(),
+        };
+        for kind in ["holding", "retrying", "stopped"] {
+            let of_pipeline = |detaches| of_pipeline(kind, &status, detaches, &Hints::default());
+            for told in [of_sink(kind, true), of_pipeline(true)] {
+                assert!(told.contains("retention may remove") && told.contains("on_lag: detach"), "{told}");
+                assert!(!told.contains("stay in the stream"), "{told}");
+            }
+            assert!(!of_sink(kind, false).contains("remove") && !of_pipeline(false).contains("remove"));
+        }
+        assert!(of_sink("retrying", false).contains("goes on by itself"));
+        assert!(of_sink("stopped", true).contains("start the host again"));
+    }
+}
