@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use headworks_test_certificates::Settings;
+
 use crate::folder::Folder;
 
 /// Where a certificate and its key are.
@@ -28,6 +30,16 @@ impl Authority {
     /// `NAME.pem` and `NAME.key` for this machine's loopback names, and NAME.
     pub fn sign(&self, folder: &Folder, name: &str, serial: u64) -> Files {
         let signed = self.signs.sign(name, &[name, "localhost", "127.0.0.1"], serial);
+        Files {
+            cert: folder.write(&format!("{name}.pem"), signed.cert),
+            key: folder.write(&format!("{name}.key"), signed.key),
+        }
+    }
+
+    /// The same, valid until the first day of `year`.
+    pub fn sign_until(&self, folder: &Folder, name: &str, serial: u64, year: i32) -> Files {
+        let signed =
+            self.signs.sign_with(name, serial, Settings { until: Some(year), ..Settings::default() });
         Files {
             cert: folder.write(&format!("{name}.pem"), signed.cert),
             key: folder.write(&format!("{name}.key"), signed.key),

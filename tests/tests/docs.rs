@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use headworks_tests::folder::root;
-use headworks_tests::host::{Host, binary, prebuilt};
+use headworks_tests::host::{Host, binary, fresh, prebuilt};
 use headworks_tests::process::run;
+use headworks_tests::{mosquitto, telemetry};
 
 struct Page {
     /// Relative to the root.
@@ -323,4 +324,41 @@ fn the_first_commands_of_the_readme_make_a_row() {
     let said = run(Command::new("sh").args(["-c", &script]).current_dir(host.folder.path()));
     assert!(said.contains("sensor-001") && said.contains("21.5"), "{said}");
     assert!(said.contains("no dead letters"), "{said}");
+}
+
+/// What `headworks run` without a configuration has written goes on in place.
+#[test]
+fn the_second_config_of_the_readme_routes_alerts_and_writes_no_row_again() {
+    let readme = std::fs::read_to_string(root().join("README.md")).expect("README.md");
+    let mut blocks = readme.split("```yaml\n").skip(1).filter_map(|rest| rest.split("```").next());
+    let second = blocks.find(|block| block.contains("alerts")).expect("it has routes");
+    let mut host = Host::prepare("docs-second", "");
+    host.drop_plugin("10-normalize.wasm", prebuilt("normalize"));
+    host.run();
+    let rows = host.folder.join("data/telemetry.db");
+    let publish = |host: &Host, topic: &str, payload: &str| {
+        run(mosquitto::publish(host.mqtt()).args(["-q", "1", "-t", topic, "-m", payload]));
+    };
+    let send = |host: &Host, device: &str, value: u64| {
+        let (topic, payload) = telemetry::message(device, value);
+        publish(host, &topic, &payload);
+    };
+    // Above the plugin's limit, and from before there was one.
+    send(&host, "sensor-1", 40);
+    telemetry::written_to_sqlite(&host, &rows);
+    host.stop();
+
+    let first = std::fs::read_to_string(host.folder.join("headworks.yaml")).expect("ours");
+    host.folder.write("headworks.yaml", first + second);
+    host.drop_plugin("40-threshold.wasm", fresh("plugin-threshold"));
+    host.run();
+    publish(&host, "house/kitchen", "other topics make no row");
+    send(&host, "sensor-2", 50);
+    send(&host, "sensor-3", 20);
+    let alerts = host.folder.join("data/alerts.db");
+    telemetry::written_to_sqlite(&host, &rows);
+    telemetry::written_to_sqlite(&host, &alerts);
+    assert_eq!(telemetry::sqlite_count(&rows, "telemetry"), 2, "sensors 1 and 3, once each");
+    assert_eq!(telemetry::sqlite_count(&alerts, "telemetry"), 1, "sensor 2, and nothing from before");
+    assert!(host.cli(&["dead-letters", "summary"]).contains("no dead letters"));
 }

@@ -1,5 +1,6 @@
 //! What `headworks status` tells a person of while the log alone would say it, or nothing would.
 
+use headworks_tests::certificates::Authority;
 use headworks_tests::host::{Host, fresh, prebuilt};
 use headworks_tests::mqtt::{Connection, Version};
 use headworks_tests::process::run;
@@ -63,6 +64,29 @@ fn a_changed_file_that_cannot_be_used_is_a_problem_until_it_can() {
 }
 
 #[test]
+fn a_certificate_that_is_refused_is_a_problem_until_a_good_one_comes() {
+    let mqtt = "mqtt: { listeners: [ { bind: 127.0.0.1:0 }, \
+                { bind: 127.0.0.1:0, tls: { cert: server.pem, key: server.key } } ] }";
+    let mut host = Host::prepare_with("problems-certificate", mqtt, "");
+    let ca = Authority::new(&host.folder);
+    ca.sign(&host.folder, "server", 1);
+    host.run();
+    ca.sign_until(&host.folder, "server", 2, 2021);
+    host.says("has expired at 2021-01-01");
+    let refused = problem(&host, "reload_refused");
+    assert_eq!(refused["part"], "file server.pem");
+    let text = |name: &str| refused[name].as_str().expect("a text").to_owned();
+    assert!(text("cause").contains("has expired at 2021-01-01"), "{refused}");
+    assert!(text("cause").contains("what it said before stays in force"), "{refused}");
+    assert!(text("advice").contains("`headworks validate --config headworks.yaml`"), "{refused}");
+    let said = host.log().len();
+    ca.sign(&host.folder, "server", 3);
+    host.says_past(said, "new certificates, used for new connections");
+    let (_, problems) = status(&host);
+    assert!(problems.iter().all(|problem| problem["kind"] != "reload_refused"), "{problems:?}");
+}
+
+#[test]
 fn messages_that_go_on_without_a_step_are_told() {
     let config = "pipelines: { telemetry: { steps: [ { plugin: hostile, on_failure: pass } ] } }\n";
     let mut host = Host::prepare("problems-skipped", config);
@@ -78,30 +102,6 @@ fn messages_that_go_on_without_a_step_are_told() {
     assert_eq!(problem(&host, "faults")["part"], "step telemetry/hostile");
 }
 
-#[test]
-fn rows_that_a_trigger_leaves_out_are_told() {
-    let mut host = Host::prepare("problems-trigger", "");
-    host.drop_plugin("10-normalize.wasm", prebuilt("normalize"));
-    host.run();
-    let file = host.folder.join("data/telemetry.db");
-    let send = |device: &str| {
-        let (topic, payload) = telemetry::message(device, 7);
-        publish(&host, &topic, &payload);
-        telemetry::written_to_sqlite(&host, &file);
-    };
-    send("sensor-1");
-    let trigger = "CREATE TRIGGER leaves_out BEFORE INSERT ON telemetry WHEN NEW.device_id = 'sensor-2' \
-                   BEGIN SELECT RAISE(IGNORE); END";
-    rusqlite::Connection::open(&file).expect("a file").execute_batch(trigger).expect("a trigger");
-    send("sensor-2");
-    // Once its row is there, what the commit before it left out is counted.
-    send("sensor-3");
-    let ignored = problem(&host, "ignored");
-    assert_eq!(ignored["part"], "sink telemetry/telemetry");
-    assert!(
-        ignored["cause"].as_str().is_some_and(|cause| cause.starts_with("1 row was not written")),
-        "{ignored}"
-    );
 /// Lines of the log that warn and name this.
 fn warnings(host: &Host, name: &str) -> Vec<String> {
     let log = host.log();
@@ -176,6 +176,30 @@ fn a_sink_that_does_not_work_is_told_in_one_line() {
     assert_eq!(lines.len(), 1, "{lines:?}");
 }
 
+#[test]
+fn rows_that_a_trigger_leaves_out_are_told() {
+    let mut host = Host::prepare("problems-trigger", "");
+    host.drop_plugin("10-normalize.wasm", prebuilt("normalize"));
+    host.run();
+    let file = host.folder.join("data/telemetry.db");
+    let send = |device: &str| {
+        let (topic, payload) = telemetry::message(device, 7);
+        publish(&host, &topic, &payload);
+        telemetry::written_to_sqlite(&host, &file);
+    };
+    send("sensor-1");
+    let trigger = "CREATE TRIGGER leaves_out BEFORE INSERT ON telemetry WHEN NEW.device_id = 'sensor-2' \
+                   BEGIN SELECT RAISE(IGNORE); END";
+    rusqlite::Connection::open(&file).expect("a file").execute_batch(trigger).expect("a trigger");
+    send("sensor-2");
+    // Once its row is there, what the commit before it left out is counted.
+    send("sensor-3");
+    let ignored = problem(&host, "ignored");
+    assert_eq!(ignored["part"], "sink telemetry/telemetry");
+    assert!(
+        ignored["cause"].as_str().is_some_and(|cause| cause.starts_with("1 row was not written")),
+        "{ignored}"
+    );
 }
 
 /// The last good version runs: whoever takes the file away makes its pipeline hold.
