@@ -18,6 +18,7 @@ pub struct Event {
 pub const EVENTS: &[Event] = &[
     event("headworks_stream_gap_messages_total", DAMAGED, &["stream"]).only("cause", &[DAMAGED]),
     event("headworks_pipeline_gap_messages_total", TRIMMED, &["pipeline"]).only("cause", &[TRIMMED]),
+    event("headworks_dead_letters_gone_total", GONE, &["pipeline"]),
     event("headworks_mqtt_dropped_total", "dropped", &["cause"]).only("cause", DROPS),
     event("headworks_mqtt_refused_connects_total", "refused", &["cause"]),
     event("headworks_mqtt_refused_publishes_total", "refused_publishes", &["cause"]),
@@ -31,6 +32,8 @@ pub const EVENTS: &[Event] = &[
 /// retention removed.
 const DAMAGED: &str = "damaged";
 const TRIMMED: &str = "trimmed";
+/// The kind of a gap in the dead letters.
+const GONE: &str = "letters_gone";
 /// Causes of `headworks_mqtt_dropped_total` that an operator can do something about.
 const DROPS: &[&str] = &["no_space", "queue_full", "queue_age", "gap", "retained_full"];
 /// Causes of a refused connection that the host or its config is at fault for: one is a problem.
@@ -85,7 +88,7 @@ impl Event {
 
 /// Returns the kind of the problem that events of a kind are.
 pub fn problem_kind(kind: &'static str) -> &'static str {
-    if kind == DAMAGED || kind == TRIMMED { "gap" } else { kind }
+    if [DAMAGED, TRIMMED, GONE].contains(&kind) { "gap" } else { kind }
 }
 
 /// Whether the count of an hour is a problem.
@@ -110,7 +113,7 @@ pub fn told(kind: &str, name: &str, count: u64, last: Option<&RefusedClient>, hi
     match kind {
         DAMAGED => Told {
             part: format!("stream {name}"),
-            cause: messages("found damaged on disk") + ", and cannot be read",
+            cause: messages("found damaged or missing on disk") + ", and cannot be read",
             advice: "look at the disk; the log names the offsets".to_owned(),
         },
         TRIMMED => Told {
@@ -118,6 +121,18 @@ pub fn told(kind: &str, name: &str, count: u64, last: Option<&RefusedClient>, hi
             cause: messages("removed by retention") + ", before the pipeline read them",
             advice: "mend the sink that lags, or raise retention of the stream; the log names the offsets"
                 .to_owned(),
+        },
+        GONE => Told {
+            part: if name.is_empty() { "dead letters".to_owned() } else { format!("pipeline {name}") },
+            cause: counted(
+                "dead letter is gone that nobody sent again",
+                "dead letters are gone that nobody sent again",
+            ) + ": retention removed them",
+            advice: format!(
+                "send dead letters again soon after the cause is mended: `{}`; or raise max_bytes and max_age of \
+                 dead_letters",
+                hints.command(Hint::Redrive(letters_of(name)))
+            ),
         },
         "dropped" => dropped(name, &messages("dropped"), hints),
         "refused" => {
@@ -175,6 +190,10 @@ pub fn told(kind: &str, name: &str, count: u64, last: Option<&RefusedClient>, hi
                 .to_owned(),
         },
     }
+}
+
+fn letters_of(pipeline: &str) -> Letters<'_> {
+    if pipeline.is_empty() { Letters::All } else { Letters::OfPipeline(pipeline) }
 }
 
 /// Messages that `headworks_mqtt_dropped_total` counts under `cause`.
@@ -298,9 +317,13 @@ mod tests {
             let Told { part, cause, .. } = told(kind, "telemetry", 2_000, None, &Hints::default());
             part + ": " + &cause
         };
-        let damaged = "stream telemetry: 2000 messages were found damaged on disk";
+        let damaged = "stream telemetry: 2000 messages were found damaged or missing on disk";
         let trimmed = "pipeline telemetry: 2000 messages were removed by retention";
         assert!(said(DAMAGED).starts_with(damaged) && said(TRIMMED).starts_with(trimmed));
+        assert!(
+            said(GONE).starts_with("pipeline telemetry: 2000 dead letters are gone that nobody sent again")
+        );
+        assert_eq!(part(GONE, ""), "dead letters");
     }
 
     #[test]

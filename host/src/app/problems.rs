@@ -22,7 +22,7 @@ use super::status::is_stopped;
 use crate::admin::{AtStake, PROBLEM_KINDS, Problem};
 use crate::config::DEAD_LETTERS;
 use crate::hints::{Hint, Hints, Letters};
-use crate::pipeline::{OpenLetters, PipelineStatus, SinkStatus, State};
+use crate::pipeline::{OpenCount, OpenLetters, PipelineStatus, SinkStatus, State, letters_gone};
 use crate::plugin::PluginState;
 use crate::stream::{Stall, Stream};
 use crate::telemetry::{DiskSpace, Growth, Standing};
@@ -54,7 +54,7 @@ pub struct Watch {
     growth: Mutex<BTreeMap<(String, &'static str, String), Growth>>,
     oldest: Oldest,
     /// By pipeline: dead letters that nobody sent again, as of the last look.
-    open_letters: Mutex<BTreeMap<String, u64>>,
+    open_letters: Mutex<BTreeMap<String, OpenCount>>,
     letters: tokio::sync::Mutex<Option<OpenLetters>>,
 }
 
@@ -81,7 +81,6 @@ impl Host {
         let mut since = lock(&self.watch.since);
         since.retain(|(part, kind), _| found.iter().any(|found| found.part == *part && found.kind == *kind));
         let named = found.into_iter().map(|found| {
-            debug_assert!(PROBLEM_KINDS.contains(&found.kind), "{}", found.kind);
             let key = (found.part.clone(), found.kind);
             let (began, began_at) = *since.entry(key).or_insert((now, time));
             Problem {
@@ -168,6 +167,15 @@ impl Host {
         lock(&self.watch.since).entry(key).or_insert((since, began_at));
     }
 
+    /// A problem began when something was appended: microseconds since 1970, UTC.
+    fn began(&self, problem: &Found, append_us: u64) {
+        let appended = SystemTime::UNIX_EPOCH + Duration::from_micros(append_us);
+        let ago = SystemTime::now().duration_since(appended).unwrap_or_default();
+        let Some(since) = Instant::now().checked_sub(ago) else { return };
+        let began_at = Timestamp::try_from(appended).unwrap_or_default();
+        lock(&self.watch.since).insert((problem.part.clone(), problem.kind), (since, began_at));
+    }
+
     /// `metrics`: as they are served.
     fn find(&self, metrics: &str) -> Vec<Found> {
         let space = *lock(&self.watch.space);
@@ -178,7 +186,11 @@ impl Host {
         found.extend(space.filter(DiskSpace::is_low).map(|space| low_space(&self.data_folder(), space)));
         found.extend(self.recent_events());
         let open = lock(&self.watch.open_letters).clone();
-        found.extend(open.into_iter().map(|(pipeline, count)| dead_letters(&pipeline, count, &self.hints)));
+        for (pipeline, OpenCount { letters, oldest_us }) in open {
+            let problem = dead_letters(&pipeline, letters, &self.hints);
+            self.began(&problem, oldest_us);
+            found.push(problem);
+        }
         found.extend(self.standing_problems());
         for status in self.pipelines.iter().map(|pipeline| pipeline.status()) {
             found.extend(self.pipeline_problems(&status));
@@ -421,6 +433,16 @@ impl Host {
         match letters.look().await {
             Ok(open) => *lock(&self.watch.open_letters) = open,
             Err(error) => tracing::debug!(%error, "cannot count the dead letters, tries again"),
+        }
+        for (pipeline, count) in letters.take_gone() {
+            letters_gone(&pipeline).increment(count);
+            self.failures.report_by(
+                "dead letters that nobody sent again are gone",
+                &pipeline,
+                count,
+                &format!("retention removed those of pipeline \"{pipeline}\": raise max_bytes or max_age of dead_letters"),
+                "",
+            );
         }
     }
 

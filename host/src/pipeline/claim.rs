@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::batch::Offset;
 use crate::sinks::{Advance, Begin, Claim, Found, Name};
-use crate::stream::{Delivered, Identity, Stream};
+use crate::stream::{Delivered, GapCause, Identity, OnLag, Stream};
 
 /// The claim of a pipeline on a sink; `pipelines` and `sinks`: the name that it has, then
 /// those that it had.
@@ -131,6 +131,44 @@ pub fn say_begun(claim: &Claim, stream: &dyn Stream, start: Offset, delivered: D
     }
 }
 
+/// Where the stream remembers a reader whose sink was not opened yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Waiting {
+    pub from: Offset,
+    pub on_lag: OnLag,
+}
+
+impl Waiting {
+    /// Returns which messages a claim that begins at `start` can never have, and why not.
+    pub fn lost(self, start: Offset) -> Option<(Range<Offset>, GapCause)> {
+        let cause = match self.on_lag {
+            // Retention waits for such a reader: the disk lost what it lacks.
+            OnLag::Block | OnLag::Ask => GapCause::Damaged,
+            OnLag::Detach => GapCause::Trimmed,
+        };
+        (self.from < start).then_some((self.from..start, cause))
+    }
+}
+
+/// Counts and says messages that a claim can never have.
+pub fn tell_lost(claim: &Claim, stream: &dyn Stream, lost: Range<Offset>, cause: GapCause) {
+    let (from, to) = (lost.start.0, lost.end.0);
+    stream.lose(lost, cause);
+    super::metrics::gap(&claim.pipeline, cause.as_str()).increment(to - from);
+    tracing::error!(
+        pipeline = claim.pipeline,
+        sink = claim.sink,
+        stream = stream.name(),
+        from,
+        to,
+        "the sink was opened for the first time, and does not get messages that are gone meanwhile: {}",
+        match cause {
+            GapCause::Damaged => "they are damaged or missing on disk",
+            GapCause::Trimmed => "retention removed them (on_lag: detach)",
+        }
+    );
+}
+
 /// Says that positions were left in another copy of the log, and which messages that concerns.
 pub fn say_moved(claim: &Claim, stream: &dyn Stream, advance: &[Advance]) {
     let back: Vec<&Advance> = advance.iter().filter(|step| step.to < step.from).collect();
@@ -235,6 +273,16 @@ mod tests {
             let reason = decide(None, true, &others, delivered).unwrap_err();
             assert!(reason.contains("are not in headworks_positions"), "{reason}");
             assert_eq!(decide(Some(Begin::Now), true, &others, delivered), Ok(99));
+        }
+    }
+
+    #[test]
+    fn what_is_gone_before_a_sink_was_ever_open_is_lost_to_it_and_the_disk_lost_it_where_retention_waits() {
+        let lost = |on_lag, start| Waiting { from: Offset(3), on_lag }.lost(Offset(start));
+        assert_eq!(lost(OnLag::Detach, 9), Some((Offset(3)..Offset(9), GapCause::Trimmed)));
+        assert_eq!(lost(OnLag::Block, 9), Some((Offset(3)..Offset(9), GapCause::Damaged)));
+        for start in [0, 3] {
+            assert_eq!((lost(OnLag::Detach, start), lost(OnLag::Block, start)), (None, None));
         }
     }
 

@@ -87,6 +87,12 @@ pub const METRICS: &[Metric] = &[
         &["pipeline", "source"],
     ),
     metric(
+        "headworks_dead_letters_gone_total",
+        MetricKind::Counter,
+        "Dead letters that retention removed before a redrive sent them: their messages are lost. Letters that went before they were counted have an empty `pipeline`",
+        &["pipeline"],
+    ),
+    metric(
         "headworks_dead_letters_properties_dropped_total",
         MetricKind::Counter,
         "Dead letters that lost their device's properties for want of room",
@@ -132,6 +138,7 @@ pub fn register(pipeline: &str, sinks: &[String]) {
         gap(pipeline, cause).increment(0);
     }
     properties_dropped(pipeline).increment(0);
+    letters_gone(pipeline).increment(0);
     dead_letters(pipeline, super::ROUTES_STEP).increment(0);
     for sink in sinks {
         dead_letters(pipeline, sink).increment(0);
@@ -153,6 +160,11 @@ pub fn gap(pipeline: &str, cause: &'static str) -> Counter {
 
 pub fn dead_letters(pipeline: &str, source: &str) -> Counter {
     counter!("headworks_dead_letters_total", "pipeline" => pipeline.to_owned(), "source" => source.to_owned())
+}
+
+/// Returns the counter of dead letters that are gone and were not sent again.
+pub fn letters_gone(pipeline: &str) -> Counter {
+    counter!("headworks_dead_letters_gone_total", "pipeline" => pipeline.to_owned())
 }
 
 pub fn properties_dropped(pipeline: &str) -> Counter {

@@ -57,13 +57,14 @@ pub use config::{Backoff, Config, DEFAULT_ROUTE, DROP, Retries, RouteTarget};
 pub use dead_letters::{DeadLetters, Error as DeadLettersError};
 pub use dead_letters_config::DeadLettersConfig;
 pub use letter::Letter;
-pub use metrics::METRICS;
-pub use open_letters::OpenLetters;
+pub use metrics::{METRICS, letters_gone};
+pub use open_letters::{Open as OpenCount, OpenLetters};
 pub use redrive::{Filter, RedriveError, Summary, list_open};
 pub use status::{PipelineStatus, SinkStatus, State};
 
 use answering::Answering;
 use board::Board;
+use claim::Waiting;
 use delivery::Delivery;
 use metrics::PipelineMetrics;
 use redrive::Lender;
@@ -258,12 +259,14 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
         let sink_shared = Arc::new(SinkShared::new(name, &part.name, shared.failures.clone()));
         let attachment = stream.attach(&format!("{name}/{}", part.name), stream.bounds().start, part.on_lag);
         sink_shared.remembered.store(attachment.remembered().0, Ordering::Release);
+        let waiting = Waiting { from: attachment.remembered(), on_lag: part.on_lag };
         let member = Member::new(part.name.clone(), control, sink_shared);
         let delivery = Delivery {
             number,
             attachment,
             writer: Writer {
                 beginning: Some(Beginning { begin: part.begin, configured: Arc::clone(&configured) }),
+                waiting: Some(waiting),
                 refusals: Refusals::new(config.refusals_max_share),
                 ..Writer::new(
                     Some(Box::new(Answering { sink: part.sink, shared: Arc::clone(&member.shared) })),

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::again::{MARK_PREFIX, Mark, marks};
 use super::letter::Letter;
 use crate::batch::Offset;
-use crate::stream::{Read, ReadError, Stream, Ticket};
+use crate::stream::{GapCause, Read, ReadError, Stream, Ticket};
 
 /// Set in the letter's word where a redrive has sent it.
 const CLOSED: u16 = 1 << 15;
@@ -26,6 +26,8 @@ pub struct OpenLetters {
     letters: VecDeque<u16>,
     /// Offsets where letters of one age end, and the append time of the last of them.
     ages: VecDeque<(u64, u64)>,
+    /// Open letters that retention removed and nobody has asked for yet, by pipeline.
+    gone: BTreeMap<String, u64>,
     /// As of the last look.
     looked_at: Option<(Ticket, Offset)>,
 }
@@ -33,6 +35,16 @@ pub struct OpenLetters {
 struct Pipeline {
     name: String,
     open: u64,
+    /// No letter below this offset is open.
+    oldest: u64,
+}
+
+/// The open letters of a pipeline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Open {
+    pub letters: u64,
+    /// When the oldest of them was appended, to the second: microseconds since 1970, UTC.
+    pub oldest_us: u64,
 }
 
 impl OpenLetters {
@@ -44,12 +56,13 @@ impl OpenLetters {
             first,
             letters: VecDeque::new(),
             ages: VecDeque::new(),
+            gone: BTreeMap::new(),
             looked_at: None,
         }
     }
 
-    /// Returns the number of open letters of each pipeline that has some.
-    pub async fn look(&mut self) -> Result<BTreeMap<String, u64>, ReadError> {
+    /// Returns the open letters of each pipeline that has some.
+    pub async fn look(&mut self) -> Result<BTreeMap<String, Open>, ReadError> {
         let start = self.dead_letters.bounds().start;
         let now = (*self.dead_letters.durable().borrow(), start);
         if self.looked_at != Some(now) {
@@ -63,8 +76,31 @@ impl OpenLetters {
         {
             self.forget_below(end);
         }
+        self.find_oldest();
         let open = self.pipelines.iter().filter(|pipeline| pipeline.open > 0);
-        Ok(open.map(|pipeline| (pipeline.name.clone(), pipeline.open)).collect())
+        Ok(open.map(|pipeline| (pipeline.name.clone(), self.open_of(pipeline))).collect())
+    }
+
+    /// Returns how many open letters retention removed since the last call, by pipeline: their
+    /// messages are lost. Those that it removed before they were read, copies of redrives among
+    /// them, have no pipeline (`""`).
+    pub fn take_gone(&mut self) -> BTreeMap<String, u64> {
+        std::mem::take(&mut self.gone)
+    }
+
+    fn open_of(&self, pipeline: &Pipeline) -> Open {
+        let age = self.ages.partition_point(|(end, _)| *end <= pipeline.oldest);
+        let oldest_us = self.ages.get(age).map_or(0, |(_, append_us)| *append_us);
+        Open { letters: pipeline.open, oldest_us }
+    }
+
+    fn find_oldest(&mut self) {
+        for (number, pipeline) in self.pipelines.iter_mut().enumerate().filter(|(_, one)| one.open > 0) {
+            let from = pipeline.oldest.max(self.first);
+            let rest = self.letters.range((from - self.first) as usize..);
+            let passed = rest.take_while(|word| usize::from(**word) != number + 1).count();
+            pipeline.oldest = from + passed as u64;
+        }
     }
 
     async fn read_on(&mut self) -> Result<(), ReadError> {
@@ -73,7 +109,17 @@ impl OpenLetters {
         while cursor.position() < end
             && let Some(read) = cursor.try_next().await?
         {
-            let Read::Batch(batch) = read else { continue };
+            let batch = match read {
+                Read::Batch(batch) => batch,
+                // Passed over at once: a look that is dropped at its next wait counts it no second time.
+                Read::Gap { from, to, cause } => {
+                    self.letters.resize((to.0 - self.first) as usize, 0);
+                    if cause == GapCause::Trimmed {
+                        *self.gone.entry(String::new()).or_default() += to.0 - from.0;
+                    }
+                    continue;
+                }
+            };
             for message in batch.messages() {
                 let at = (message.offset().0 - self.first) as usize;
                 // What cannot be read is no letter.
@@ -111,6 +157,10 @@ impl OpenLetters {
             if before != 0 && is_closed != was_closed {
                 *word ^= CLOSED;
                 self.count(before, was_closed);
+                if was_closed {
+                    let oldest = &mut self.pipelines[usize::from(before) - 1].oldest;
+                    *oldest = offset.min(*oldest);
+                }
             }
         }
     }
@@ -121,6 +171,13 @@ impl OpenLetters {
         {
             self.first += 1;
             self.count(word, false);
+            if word != 0 && word & CLOSED == 0 {
+                let name = &self.pipelines[usize::from(word) - 1].name;
+                match self.gone.get_mut(name) {
+                    Some(gone) => *gone += 1,
+                    None => drop(self.gone.insert(name.clone(), 1)),
+                }
+            }
         }
         self.first = self.first.max(start);
         while self.ages.front().is_some_and(|(end, _)| *end <= start) {
@@ -140,7 +197,7 @@ impl OpenLetters {
     fn number_of(&mut self, name: &str) -> u16 {
         let known = self.pipelines.iter().position(|pipeline| pipeline.name == name);
         let number = known.unwrap_or_else(|| {
-            self.pipelines.push(Pipeline { name: name.to_owned(), open: 0 });
+            self.pipelines.push(Pipeline { name: name.to_owned(), open: 0, oldest: 0 });
             self.pipelines.len() - 1
         });
         // Those past the number that a word can hold are counted as one.
@@ -157,7 +214,11 @@ mod tests {
     use crate::pipeline::tests::harness::{World, chain};
 
     async fn count(letters: &mut OpenLetters) -> u64 {
-        letters.look().await.unwrap().get("p").copied().unwrap_or_default()
+        letters.look().await.unwrap().get("p").map_or(0, |open| open.letters)
+    }
+
+    fn gone(letters: &mut OpenLetters) -> u64 {
+        letters.take_gone().get("p").copied().unwrap_or_default()
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -185,9 +246,29 @@ mod tests {
         // Of another process.
         let mut letters = OpenLetters::new(Arc::clone(&world.dead));
         assert_eq!(count(&mut letters).await, 6);
+        assert_eq!(gone(&mut letters), 0);
         world.dead_memory.trim(Offset(9));
-        assert_eq!(count(&mut letters).await, 1);
+        assert_eq!((count(&mut letters).await, gone(&mut letters)), (1, 5));
         world.dead_memory.pass_age();
-        assert_eq!(count(&mut letters).await, 0);
+        assert_eq!((count(&mut letters).await, gone(&mut letters)), (0, 1));
+        assert_eq!((count(&mut letters).await, gone(&mut letters)), (0, 0));
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn letters_that_go_before_they_are_read_are_counted_and_the_oldest_open_one_is_known() {
+        let world = World::new(1, &[("default", "w")]);
+        world.database("w").refuse(|_| Some("no column".to_owned()));
+        let process = world.start(chain(1, &[])).await;
+        let mut letters = OpenLetters::new(Arc::clone(&world.dead));
+        world.publish_many(1, 0, 20);
+        process.drained().await;
+        world.dead_memory.trim(Offset(8));
+        let oldest = |letters: &BTreeMap<String, Open>| letters["p"].oldest_us;
+        let first = letters.look().await.unwrap();
+        assert_eq!(first["p"].letters, 12);
+        assert_eq!(letters.take_gone(), BTreeMap::from([(String::new(), 8)]));
+        let appended = world.dead_memory.append_time(Offset(8));
+        assert_eq!(oldest(&first).div_euclid(AGE_US), appended.div_euclid(AGE_US));
+        process.stop().await;
     }
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use tokio::time;
 
-use super::claim::{self, Beginning};
+use super::claim::{self, Beginning, Waiting};
 use super::dead_letters::{self, DeadLetters, Refusal, Source};
 use super::known::{Reader, Seen, before_last, index_within_offset};
 use super::metrics::SinkMetrics;
@@ -18,7 +18,8 @@ use super::routes::SinkNumber;
 use crate::batch::{Offset, Partition};
 use crate::hints::{Hint, Letters};
 use crate::sinks::{
-    Advance, BATCH_ROWS_MAX, Claim, Epoch, Error, Opened, Outcome, Position, RefusedRow, Rows, Sink, Written,
+    Advance, BATCH_ROWS_MAX, Begin, Claim, Epoch, Error, Opened, Outcome, Position, RefusedRow, Rows, Sink,
+    Written,
 };
 use crate::step::RefusedKind;
 use crate::stream::{Delivered, Lineage, Opening, Stream};
@@ -50,6 +51,8 @@ pub struct Writer {
     pub held: Option<Epoch>,
     /// `None`: a new claim begins at the start, whatever the table has.
     pub beginning: Option<Beginning>,
+    /// Set until the sink was opened once: what it waits for.
+    pub waiting: Option<Waiting>,
     /// This process has had positions of the claim.
     pub has_begun: bool,
     pub letters: Arc<DeadLetters>,
@@ -239,6 +242,7 @@ impl Writer {
             number,
             held: None,
             beginning: None,
+            waiting: None,
             has_begun: false,
             letters: Arc::clone(letters),
             metrics: SinkMetrics::new(&claim.pipeline, &claim.sink),
@@ -289,6 +293,9 @@ impl Writer {
             .filter(|p| !is_known[*p] || self.positions[*p] != to[*p])
             .map(|p| self.step(p, to[p]))
             .collect();
+        if is_known.contains(&false) {
+            self.tell_lost(stream, kept.start);
+        }
         if !advance.is_empty() {
             let sink = self.sink.as_mut().expect("still here");
             sink.commit(&Rows::default(), &advance).await.map_err(|error| self.failed(error))?;
@@ -298,8 +305,21 @@ impl Writer {
             }
             self.moved(advance);
         }
-        self.has_begun = true;
+        (self.has_begun, self.waiting) = (true, None);
         Ok(())
+    }
+
+    /// Tells what was lost to a claim that begins with the first kept message, `start`. Comes before
+    /// the commit of its positions: a crash in between tells it twice.
+    fn tell_lost(&mut self, stream: &dyn Stream, start: Offset) {
+        let Some(waiting) = &mut self.waiting else { return };
+        let lost = waiting.lost(start);
+        waiting.from = waiting.from.max(start);
+        // Somebody has decided what such a claim is to have.
+        let begins_now = self.beginning.as_ref().is_some_and(|beginning| beginning.begin == Some(Begin::Now));
+        if let Some((lost, cause)) = lost.filter(|_| !begins_now) {
+            claim::tell_lost(&self.claim, stream, lost, cause);
+        }
     }
 
     /// Writes all of `rows` and moves the positions to `upto`. On a failure

@@ -53,6 +53,22 @@ pub async fn all(fresh: impl Fn() -> Arc<dyn Stream>) {
     what_is_too_large_is_refused_whole(fresh()).await;
     close_commits_and_stops(fresh()).await;
     many_writers_lose_nothing(fresh()).await;
+    a_reader_is_remembered_where_it_was_until_it_says_where_it_is(fresh());
+}
+
+/// What it can never have is known then.
+fn a_reader_is_remembered_where_it_was_until_it_says_where_it_is(stream: Arc<dyn Stream>) {
+    for _ in 0..3 {
+        stream.append(&[message("a/b", b"x")], &[]).expect("room for it");
+    }
+    let attach = |from| stream.attach("p/w", Offset(from), OnLag::Detach);
+    for from in [0, 2, 3] {
+        assert_eq!(attach(from).remembered(), Offset(0), "attached at {from}");
+    }
+    attach(2).advance(Offset(3));
+    assert_eq!(attach(0).remembered(), Offset(3));
+    attach(0).advance(Offset(1));
+    assert_eq!(attach(0).remembered(), Offset(1), "it was restored, and said so");
 }
 
 async fn a_message_comes_back_as_it_was(stream: Arc<dyn Stream>) {

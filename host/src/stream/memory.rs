@@ -56,6 +56,10 @@ struct Inner {
     state: BTreeMap<Vec<u8>, Vec<u8>>,
     state_room: usize,
     marks: BTreeMap<String, (u64, OnLag, watch::Sender<Offset>)>,
+    /// Where readers were before they were attached, until they say where they are.
+    remembered: BTreeMap<String, Offset>,
+    /// See [`Stream::lose`].
+    lost: Vec<(Range<Offset>, GapCause)>,
     advanced: BTreeSet<String>,
     stopped: Option<Arc<str>>,
     /// Gone once stopped.
@@ -100,6 +104,8 @@ impl MemoryStream {
                 state: BTreeMap::new(),
                 state_room: usize::MAX,
                 marks: BTreeMap::new(),
+                remembered: BTreeMap::new(),
+                lost: Vec::new(),
                 advanced: BTreeSet::new(),
                 stopped: None,
                 durable: Some(watch::channel(Ticket::default()).0),
@@ -196,6 +202,18 @@ impl MemoryStream {
         };
         // The sender lives as long as `self`.
         let _ = moved.wait_for(|_| is_free(&self.lock())).await;
+    }
+
+    /// Returns when the frame that holds an offset was appended, microseconds since 1970.
+    pub fn append_time(&self, offset: Offset) -> u64 {
+        let inner = self.lock();
+        let frame = inner.frames.partition_point(|frame| frame.base.0 + frame.len() as u64 <= offset.0);
+        inner.frames[frame].now_us
+    }
+
+    /// Returns what readers lost without a cursor.
+    pub fn lost(&self) -> Vec<(Range<Offset>, GapCause)> {
+        self.lock().lost.clone()
     }
 
     /// Where each attached reader is.
@@ -352,6 +370,10 @@ impl Stream for MemoryStream {
         Box::new(MemoryCursor { stream: self.clone(), at: from.0, moved: self.0.moved.subscribe() })
     }
 
+    fn lose(&self, lost: Range<Offset>, cause: GapCause) {
+        self.lock().lost.push((lost, cause));
+    }
+
     async fn seek_time(&self, append_us: u64) -> Result<Offset, ReadError> {
         let inner = self.lock();
         let frame = inner.frames.iter().find(|frame| frame.now_us >= append_us);
@@ -360,8 +382,10 @@ impl Stream for MemoryStream {
 
     fn attach(&self, consumer: &str, from: Offset, on_lag: OnLag) -> Box<dyn Attachment> {
         let asked = watch::channel(Offset(0)).0;
-        let before = self.lock().marks.insert(consumer.to_owned(), (from.0, on_lag, asked.clone()));
-        let remembered = before.map_or(from, |(next, ..)| from.max(Offset(next)));
+        let inner = &mut *self.lock();
+        let before = inner.marks.insert(consumer.to_owned(), (from.0, on_lag, asked.clone()));
+        let before = before.map_or(from, |(next, ..)| Offset(next));
+        let remembered = *inner.remembered.entry(consumer.to_owned()).or_insert(before);
         Box::new(Mark { stream: self.clone(), consumer: consumer.to_owned(), remembered, asked })
     }
 
@@ -460,6 +484,7 @@ struct Mark {
 impl Attachment for Mark {
     fn advance(&self, next: Offset) {
         let inner = &mut *self.stream.lock();
+        inner.remembered.remove(&self.consumer);
         if let Some((at, ..)) = inner.marks.get_mut(&self.consumer)
             && *at < next.0
         {
@@ -487,6 +512,8 @@ impl Attachment for Mark {
     }
 
     fn detach(&self) {
-        self.stream.lock().marks.remove(&self.consumer);
+        let inner = &mut *self.stream.lock();
+        inner.marks.remove(&self.consumer);
+        inner.remembered.remove(&self.consumer);
     }
 }

@@ -3,6 +3,7 @@
 //! `log` is the embedded one, `memory` keeps nothing and serves tests; both
 //! pass `conformance`. A Kafka topic will be a third.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -144,6 +145,16 @@ pub enum GapCause {
     Trimmed,
 }
 
+impl GapCause {
+    /// Returns the name of the cause, as labels of metrics and log lines have it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Damaged => "damaged",
+            Self::Trimmed => "trimmed",
+        }
+    }
+}
+
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum ReadError {
     #[error("offset {wanted} is past the stream's end {end}")]
@@ -201,7 +212,7 @@ pub trait Stream: Send + Sync + 'static {
     fn durable(&self) -> watch::Receiver<Ticket>;
 
     /// Offsets that can be read: first kept, and one past the last durable.
-    fn bounds(&self) -> std::ops::Range<Offset>;
+    fn bounds(&self) -> Range<Offset>;
 
     /// Returns the openings that wrote what the stream holds, oldest first. The last
     /// one is that of this process.
@@ -219,6 +230,10 @@ pub trait Stream: Send + Sync + 'static {
     fn peek(&self, from: Offset) -> Box<dyn Cursor> {
         self.cursor(from)
     }
+
+    /// Counts messages that a reader lost without a cursor, which counts those that it comes
+    /// upon itself.
+    fn lose(&self, lost: Range<Offset>, cause: GapCause);
 
     /// First offset whose frame was appended at or after `append_us`; the end if none.
     async fn seek_time(&self, append_us: u64) -> Result<Offset, ReadError>;
@@ -285,9 +300,9 @@ pub trait Attachment: Send + Sync {
     /// All below `next` is done with; never goes back.
     fn advance(&self, next: Offset);
 
-    /// Where the stream remembers the reader from before it was attached: as of the
-    /// last clean end, else at or below where it was; never below the place that it
-    /// was attached at.
+    /// Returns where the stream remembers the reader from before it was attached: as of the
+    /// last clean end, else at or below where it was. A reader that never advanced is remembered
+    /// where it was attached first, also once the stream does not have that message any more.
     fn remembered(&self) -> Offset;
 
     /// What the stream remembers of deliveries, in this process and those before.

@@ -6,7 +6,7 @@ use super::harness::{Act, World, chain, number, published, selective_step, sorte
 use crate::batch::Offset;
 use crate::pipeline::{Retries, State};
 use crate::sinks::memory::Fault;
-use crate::stream::OnLag;
+use crate::stream::{GapCause, OnLag};
 use crate::units::{ByteSize, Period};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -248,6 +248,36 @@ async fn what_retention_took_from_a_sink_is_counted_once_however_often_it_is_ope
     let gap = "headworks_pipeline_gap_messages_total{pipeline=\"p\",cause=\"trimmed\"} ";
     let text = rendered.render();
     assert_eq!(text.lines().find_map(|line| line.strip_prefix(gap)), Some("20"), "{text}");
+}
+
+/// On one thread, whose recorder it is.
+#[tokio::test]
+async fn a_sink_that_was_never_open_is_told_what_it_can_never_have_once_and_over_restarts() {
+    let recorder = crate::admin::metrics::builder().build_recorder();
+    let rendered = recorder.handle();
+    let _recorder = metrics::set_default_local_recorder(&recorder);
+    let mut world = World::new(2, &[("default", "w")]);
+    world.on_lag = OnLag::Detach;
+    world.database("w").set_down(Some("no route to host"));
+    for _ in 0..2 {
+        let process = world.start(chain(1, &[])).await;
+        process.until("tried", |s| matches!(s.sinks[0].state, State::Retrying(_))).await;
+        process.stop().await;
+        world.publish_many(5, 0, 20);
+        world.memory.trim(Offset(30));
+    }
+    assert_eq!(world.memory.lost(), []);
+    world.database("w").set_down(None);
+    for _ in 0..2 {
+        let process = world.start(chain(1, &[])).await;
+        process.drained().await;
+        process.stop().await;
+        assert_eq!(world.memory.lost(), [(Offset(0)..Offset(30), GapCause::Trimmed)]);
+        assert_eq!(world.payloads("w").len(), 10);
+    }
+    let gap = "headworks_pipeline_gap_messages_total{pipeline=\"p\",cause=\"trimmed\"} ";
+    let text = rendered.render();
+    assert_eq!(text.lines().find_map(|line| line.strip_prefix(gap)), Some("30"), "{text}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

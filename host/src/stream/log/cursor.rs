@@ -3,6 +3,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -122,15 +123,8 @@ impl LogCursor {
 
     fn gap(&mut self, to: u64, cause: GapCause) -> Read {
         let from = std::mem::replace(&mut self.at, to);
-        let (new, is_to_be_logged) = match cause {
-            _ if !self.counts => (0, false),
-            GapCause::Trimmed => (to - from, false),
-            GapCause::Damaged => lock(&self.inner.told).read(from..to),
-        };
-        self.inner.metrics.gap(new, cause);
-        if is_to_be_logged {
-            tracing::error!(stream = %self.inner.name, from, to,
-                "messages are damaged on disk, and nobody can read them");
+        if self.counts {
+            self.inner.lose(from..to, cause);
         }
         Read::Gap { from: Offset(from), to: Offset(to), cause }
     }
@@ -264,6 +258,19 @@ impl DiskReader {
 }
 
 impl Inner {
+    /// Counts messages that a reader cannot have: damaged ones once, however many read them.
+    pub fn lose(&self, lost: Range<u64>, cause: GapCause) {
+        let (new, is_to_be_logged) = match cause {
+            GapCause::Trimmed => (lost.end - lost.start, false),
+            GapCause::Damaged => lock(&self.told).read(lost.clone()),
+        };
+        self.metrics.gap(new, cause);
+        if is_to_be_logged {
+            tracing::error!(stream = %self.name, from = lost.start, to = lost.end,
+                "messages are damaged or missing on disk, and nobody can read them");
+        }
+    }
+
     /// The segment that holds `offset`, and its end offset.
     fn segment_of(&self, offset: u64) -> Option<(Segment, u64)> {
         let back = read(&self.back);

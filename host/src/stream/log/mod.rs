@@ -53,8 +53,8 @@ pub use recover::{Damage, OpenError, Recovery};
 pub use state::STATE_BYTES_MAX;
 
 use super::{
-    AppendError, Appended, Attachment, Config, Cursor, Identity, Lack, NewMessage, OnLag, Opening, ReadError,
-    Stall, StateChange, Stream, Ticket,
+    AppendError, Appended, Attachment, Config, Cursor, GapCause, Identity, Lack, NewMessage, OnLag, Opening,
+    ReadError, Stall, StateChange, Stream, Ticket,
 };
 use crate::batch::Offset;
 use crate::telemetry::Failures;
@@ -222,6 +222,10 @@ impl Stream for Log {
 
     fn openings(&self) -> Vec<Opening> {
         self.inner.openings.clone()
+    }
+
+    fn lose(&self, lost: Range<Offset>, cause: GapCause) {
+        self.inner.lose(lost.start.0..lost.end.0, cause);
     }
 
     fn is_past_age(&self, append_us: u64) -> bool {

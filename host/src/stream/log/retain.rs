@@ -35,6 +35,8 @@ const KEEP_EVERY_MS: u64 = 1_000;
 const ASKED_MAX: Duration = if cfg!(test) { Duration::from_millis(200) } else { Duration::from_secs(10) };
 /// It is asked so many segments before they must go.
 const ASKED_SEGMENTS: u64 = 2;
+/// In [`Mark::remembered`]: the reader has said where it is.
+const SAID: u64 = u64::MAX;
 const ZEROS: &[u8] = &[0; 1 << 20];
 
 /// In the names of prepared files: one that the committer took keeps its own
@@ -46,7 +48,7 @@ static PREPARED: AtomicU64 = AtomicU64::new(0);
 pub struct Mark {
     pub next: Arc<AtomicU64>,
     pub on_lag: OnLag,
-    /// Where it was before it was attached; 0 once it says where it is.
+    /// Where it was before it was attached; [`SAID`] once it says where it is.
     remembered: Arc<AtomicU64>,
     delivered: Arc<Mutex<Delivered>>,
     /// `next` and `delivered` as a restart would find them; `None`: they could not be
@@ -61,7 +63,7 @@ impl Mark {
     fn new(next: u64, on_lag: OnLag) -> Self {
         Self {
             next: Arc::new(AtomicU64::new(next)),
-            remembered: Arc::default(),
+            remembered: Arc::new(AtomicU64::new(SAID)),
             delivered: Arc::default(),
             on_lag,
             saved: None,
@@ -70,9 +72,12 @@ impl Mark {
         }
     }
 
+    /// As it is to be written down. A reader that has not said where it is stays where it was, so
+    /// that what it can never have is known when it does.
     fn kept(&self) -> Kept {
+        let remembered = self.remembered.load(Ordering::Relaxed);
         Kept {
-            next: self.next.load(Ordering::Relaxed).max(self.remembered.load(Ordering::Relaxed)),
+            next: if remembered == SAID { self.next.load(Ordering::Relaxed) } else { remembered },
             on_lag: self.on_lag,
             delivered: *lock(&self.delivered),
         }
@@ -472,7 +477,7 @@ impl Inner {
             let known = marks.get(consumer).filter(|known| known.on_lag == on_lag);
             if let Some(known) = marks.get(consumer) {
                 mark.delivered = Arc::clone(&known.delivered);
-                mark.remembered.store(known.kept().next.max(from.0), Ordering::Relaxed);
+                mark.remembered.store(known.kept().next, Ordering::Relaxed);
             } else {
                 *lock(&mark.delivered) = delivered_to(marks, consumer);
             }
@@ -520,7 +525,7 @@ struct Attached {
 
 impl Attachment for Attached {
     fn advance(&self, next: Offset) {
-        self.remembered.store(0, Ordering::Relaxed);
+        self.remembered.store(SAID, Ordering::Relaxed);
         if self.next.fetch_max(next.0, Ordering::Relaxed) < next.0 {
             *lock(&self.delivered) = Delivered::ToThis;
         }
