@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::listeners::mqtt::ClientOrder;
 
 pub use config::Config;
-pub use problem::{AtStake, METRICS, PROBLEM_KINDS, Problem};
+pub use problem::{AtStake, METRICS, PROBLEM_KINDS, Problem, problem_rank};
 pub use server::{CONNECTIONS_MAX, Error, Handle, start};
 
 /// Header of every answer, and of requests that are meant for one host only.

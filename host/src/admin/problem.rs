@@ -8,32 +8,40 @@ use serde::{Deserialize, Serialize};
 use crate::telemetry::{Metric, MetricKind};
 use crate::units::{ByteSize, Period};
 
-/// Every [`Problem::kind`].
+/// Every [`Problem::kind`], the worst first: what stops devices or loses messages, what waits for a
+/// person, what goes on by itself, then what has happened. A list of problems has this order.
 pub const PROBLEM_KINDS: &[&str] = &[
-    "certificate",
-    "dead_letters",
-    "dropped",
-    "faults",
+    "stopped",
+    "stalled",
+    "no_space",
     "gap",
     "holding",
-    "ignored",
-    "late",
-    "low_space",
-    "no_space",
-    "plugin_failed",
     "plugin_removed",
+    "plugin_failed",
+    "retrying",
+    "low_space",
+    "late",
     "queues",
+    "dead_letters",
+    "certificate",
+    "reload_refused",
+    "swap_refused",
+    "dropped",
+    "skipped",
+    "ignored",
+    "faults",
+    "withheld",
     "refused",
     "refused_publishes",
     "refused_subscribes",
-    "reload_refused",
-    "retrying",
-    "skipped",
-    "stalled",
-    "stopped",
-    "swap_refused",
-    "withheld",
 ];
+
+/// Returns the place of a kind among [`PROBLEM_KINDS`], by which problems are sorted.
+pub fn problem_rank(kind: &str) -> usize {
+    let rank = PROBLEM_KINDS.iter().position(|known| *known == kind);
+    debug_assert!(rank.is_some(), "{kind} has no rank");
+    rank.unwrap_or(PROBLEM_KINDS.len())
+}
 
 pub const METRICS: &[Metric] = &[
     Metric {
@@ -76,7 +84,7 @@ pub struct Problem {
     /// One of [`PROBLEM_KINDS`].
     pub kind: String,
     pub cause: String,
-    /// When this run of the host first saw it: `2026-11-23T06:28:00.125Z`.
+    /// When it began, or when this run of the host first saw it: `2026-11-23T06:28:00.125Z`.
     pub since: String,
     /// The same as seconds ago.
     pub seconds: u64,

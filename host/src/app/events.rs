@@ -288,7 +288,7 @@ fn refused(cause: &str, connections: &str, last: Option<&RefusedClient>, hints: 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::admin::PROBLEM_KINDS;
+    use crate::admin::{PROBLEM_KINDS, problem_rank};
     use crate::listeners::mqtt::METRICS;
 
     fn part(kind: &str, name: &str) -> String {
@@ -308,6 +308,16 @@ mod tests {
         for event in EVENTS {
             assert!(PROBLEM_KINDS.contains(&problem_kind(event.kind)), "{}", event.kind);
         }
+    }
+
+    #[test]
+    fn what_happened_comes_below_what_is_wrong_now_unless_messages_are_lost() {
+        let of_events: Vec<_> = EVENTS.iter().map(|event| problem_kind(event.kind)).collect();
+        let is_event = |kind: &&&str| **kind != "gap" && of_events.contains(*kind);
+        let states = PROBLEM_KINDS.iter().position(|kind| is_event(&kind)).expect("some are events");
+        assert!(PROBLEM_KINDS[states..].iter().all(|kind| is_event(&kind)), "{:?}", &PROBLEM_KINDS[states..]);
+        let order = ["stopped", "stalled", "no_space", "gap", "holding", "retrying", "late", "ignored"];
+        assert!(order.is_sorted_by_key(|kind| problem_rank(kind)));
     }
 
     #[test]

@@ -19,7 +19,7 @@ use super::advice;
 use super::events::{self, EVENTS};
 use super::oldest::Oldest;
 use super::status::is_stopped;
-use crate::admin::{AtStake, PROBLEM_KINDS, Problem};
+use crate::admin::{AtStake, PROBLEM_KINDS, Problem, problem_rank};
 use crate::config::DEAD_LETTERS;
 use crate::hints::{Hint, Hints, Letters};
 use crate::pipeline::{OpenCount, OpenLetters, PipelineStatus, SinkStatus, State, letters_gone};
@@ -198,6 +198,7 @@ impl Host {
         found.extend(self.plugin_problems());
         found.extend(self.gauge_problems(metrics));
         found.extend(certificate_problems(metrics));
+        found.sort_by_key(|found| problem_rank(found.kind));
         found
     }
 
