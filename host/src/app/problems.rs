@@ -332,10 +332,22 @@ impl Host {
                 if event.kind == "ignored" && self.ignoring.contains(&name) {
                     continue;
                 }
-                let key = (name, event.kind, labels.to_owned());
-                growth.entry(key).or_insert_with(|| Growth::over(RECENT, now)).set(value, now);
+                let key = (name.clone(), event.kind, labels.to_owned());
+                let growth = growth.entry(key).or_insert_with(|| Growth::over(RECENT, now));
+                let more = growth.set(value, now);
+                if event.kind == "ignored" && more > 0 {
+                    self.say_left_out(&name, more);
+                }
             }
         }
+    }
+
+    /// Says that a table took rows of a sink and did not keep them. Nothing else would: the database
+    /// tells it as a success.
+    fn say_left_out(&self, sink: &str, rows: u64) {
+        let kind = format!("sink {sink}: a trigger or a rule of the table left rows out");
+        let detail = "the messages stay in the stream for as long as its retention says";
+        self.failures.report(&kind, rows, detail, &self.hints.command(Hint::Status));
     }
 
     fn recent_events(&self) -> Vec<Found> {

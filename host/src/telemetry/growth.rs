@@ -21,7 +21,9 @@ impl Growth {
         Self { window, samples: [(now, 0)].into(), now: 0 }
     }
 
-    pub fn set(&mut self, value: u64, now: Instant) {
+    /// Takes a value in. Returns how much more it is than the last one.
+    pub fn set(&mut self, value: u64, now: Instant) -> u64 {
+        let more = value.saturating_sub(self.now);
         self.now = value;
         let is_due = |(at, _): &(Instant, u64)| now.duration_since(*at) >= self.window / SAMPLES;
         if self.samples.back().is_none_or(is_due) {
@@ -30,6 +32,7 @@ impl Growth {
         while self.samples.get(1).is_some_and(|(at, _)| now.duration_since(*at) >= self.window) {
             self.samples.pop_front();
         }
+        more
     }
 
     /// How much it grew within the window.
@@ -46,7 +49,7 @@ mod tests {
     fn growth_is_forgotten_after_the_window_and_a_first_event_counts() {
         let (start, hour) = (Instant::now(), Duration::from_secs(3_600));
         let mut growth = Growth::over(hour, start);
-        growth.set(1, start);
+        assert_eq!((growth.set(1, start), growth.set(1, start)), (1, 0));
         assert_eq!(growth.recent(), 1, "a counter that begins with its first event");
         for minute in 1..=59 {
             growth.set(5, start + minute * hour / 60);
