@@ -2,34 +2,38 @@
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use crate::batch::Offset;
 use crate::pipeline::{PipelineStatus, SinkStatus};
 use crate::stream::{Read, Stream};
 
-/// By pipeline and sink: the first message that is not committed, and when it was appended.
+/// By pipeline and sink: the first message that is not committed, and since when it waits, on a clock
+/// that nobody sets.
 #[derive(Default)]
-pub struct Oldest(Mutex<HashMap<(String, String), (Offset, SystemTime)>>);
+pub struct Oldest(Mutex<HashMap<(String, String), (Offset, Instant)>>);
 
 impl Oldest {
     /// Reads from the stream when the first message that each sink lacks was appended.
     pub async fn find(&self, status: &PipelineStatus, stream: &dyn Stream) {
         for sink in &status.sinks {
             let key = (status.name.clone(), sink.name.clone());
-            let known = self.lock().get(&key).map(|(offset, _)| *offset);
+            let known = self.lock().get(&key).copied();
             if sink.lag_messages == 0 {
                 self.lock().remove(&key);
                 continue;
             }
-            if known == Some(sink.next) {
+            if known.is_some_and(|(offset, _)| offset == sink.next) {
                 continue;
             }
             let mut cursor = stream.peek(sink.next);
             while let Ok(Some(read)) = cursor.try_next().await {
                 if let Read::Batch(batch) = read {
                     let appended = SystemTime::UNIX_EPOCH + Duration::from_micros(batch.now_us);
-                    self.lock().insert(key, (sink.next, appended));
+                    // One that came later does not wait for longer.
+                    let before = known.filter(|(offset, _)| *offset < sink.next).map(|(_, since)| since);
+                    let since = since(appended, SystemTime::now(), Instant::now(), before);
+                    self.lock().insert(key, (sink.next, since));
                     break;
                 }
             }
@@ -39,13 +43,21 @@ impl Oldest {
     /// Returns the age of the oldest message that the sink has not committed, as of the last look.
     pub fn age(&self, status: &PipelineStatus, sink: &SinkStatus) -> Option<Duration> {
         let key = (status.name.clone(), sink.name.clone());
-        let (_, appended) = *self.lock().get(&key).filter(|_| sink.lag_messages > 0)?;
-        SystemTime::now().duration_since(appended).ok()
+        let (_, since) = *self.lock().get(&key).filter(|_| sink.lag_messages > 0)?;
+        Some(since.elapsed())
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<(String, String), (Offset, SystemTime)>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<(String, String), (Offset, Instant)>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Returns since when a message waits that was appended at a time of a clock that may have been set
+/// since; `before`: since when an older message waited.
+fn since(appended: SystemTime, time: SystemTime, now: Instant, before: Option<Instant>) -> Instant {
+    let age = time.duration_since(appended).unwrap_or_default();
+    let since = now.checked_sub(age).unwrap_or(now);
+    before.map_or(since, |before| before.max(since))
 }
 
 #[cfg(test)]
@@ -104,5 +116,16 @@ mod tests {
         assert_eq!(age(&has_all), None);
         oldest.find(&has_all, &*stream).await;
         assert_eq!(age(&lacks_both), None, "what it was is forgotten");
+    }
+
+    #[test]
+    fn a_clock_that_is_set_makes_no_message_wait_longer_than_an_older_one_or_since_later_than_now() {
+        let (time, now) = (SystemTime::now(), Instant::now());
+        let (second, hours) = (Duration::from_secs(1), Duration::from_secs(7_200));
+        assert_eq!(since(time - second, time, now, None), now - second);
+        assert_eq!(since(time + hours, time, now, None), now, "set back");
+        let older = now - 2 * second;
+        assert_eq!(since(time - hours, time, now, Some(older)), older, "set ahead");
+        assert_eq!(since(time - second, time, now, Some(older)), now - second);
     }
 }
