@@ -22,8 +22,10 @@ pub fn of_pipeline(kind: &str, status: &PipelineStatus, detaches: bool, hints: &
 }
 
 /// Returns what to do about a sink with a problem of this kind.
-pub fn of_sink(kind: &str, detaches: bool) -> String {
+pub fn of_sink(kind: &str, cause: &str, detaches: bool) -> String {
     let advice = match kind {
+        // Of the ways that the cause names, some are settings.
+        "retrying" if cause.contains("restart") => "choose one of the ways that the cause names",
         "retrying" => "mend what the cause names; the sink goes on by itself",
         _ => "mend what the cause names, then start the host again",
     };
@@ -57,13 +59,15 @@ mod tests {
         };
         for kind in ["holding", "retrying", "stopped"] {
             let of_pipeline = |detaches| of_pipeline(kind, &status, detaches, &Hints::default());
-            for told in [of_sink(kind, true), of_pipeline(true)] {
+            for told in [of_sink(kind, "", true), of_pipeline(true)] {
                 assert!(told.contains("retention may remove") && told.contains("on_lag: detach"), "{told}");
                 assert!(!told.contains("stay in the stream"), "{told}");
             }
-            assert!(!of_sink(kind, false).contains("remove") && !of_pipeline(false).contains("remove"));
+            assert!(!of_sink(kind, "", false).contains("remove") && !of_pipeline(false).contains("remove"));
         }
-        assert!(of_sink("retrying", false).contains("goes on by itself"));
-        assert!(of_sink("stopped", true).contains("start the host again"));
+        assert!(of_sink("retrying", "", false).contains("goes on by itself"));
+        let to_choose = "put the rows back, or set `begin: start`, and restart";
+        assert!(of_sink("retrying", to_choose, false).starts_with("choose one of the ways"));
+        assert!(of_sink("stopped", "", true).contains("start the host again"));
     }
 }

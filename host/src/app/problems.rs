@@ -260,7 +260,7 @@ impl Host {
         }
         for sink in &status.sinks {
             let Some((kind, cause)) = named(&sink.state) else { continue };
-            let advice = advice::of_sink(kind, detaches(sink));
+            let advice = advice::of_sink(kind, cause, detaches(sink));
             let at_stake = AtStake {
                 messages: Some(sink.lag_messages),
                 oldest_seconds: self.oldest_age(status, sink).map(|age| age.as_secs()),

@@ -318,7 +318,7 @@ impl Claim {
 
     fn to_put_back(&self, what: &str) -> String {
         format!(
-            "{what}: nothing is written, so that no row comes twice; put the rows of headworks_positions back, or \
+            "{what}: nothing is written, so that no row comes twice; put the rows of headworks_positions back (and the table, where it is gone), or \
              set `begin: start` in sinks.{} to write what the stream still has again from the beginning, or \
              `begin: now` to write only what comes from now on, and restart",
             self.sink

@@ -113,7 +113,10 @@ fn advice(error: &tokio_postgres::Error) -> Option<&'static str> {
             }
             "3D000" => "create the database, or name another one in `url`",
             "42501" => "GRANT CONNECT ON DATABASE to the user, or name another one in `url`",
-            "53300" => "raise the server's max_connections, or end other connections",
+            "53300" => {
+                "raise the limit that the message names (the server's max_connections, or CONNECTION LIMIT of the role \
+                 or the database), or end other connections"
+            }
             _ => return None,
         });
     }
