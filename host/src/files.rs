@@ -29,6 +29,17 @@ pub fn read_to_string(path: &Path) -> io::Result<String> {
     Ok(text)
 }
 
+/// Tells a file that is not there from one that this user may not look at.
+pub fn found<T>(opened: io::Result<T>) -> io::Result<Option<T>> {
+    match opened {
+        Ok(it) => Ok(Some(it)),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
 /// A lock on an open file (`flock`), given back when it is dropped.
 ///
 /// Closing the file is not enough for that: a child that this process starts has every file of the

@@ -17,7 +17,7 @@ mod watchdog;
 
 use std::collections::BTreeSet;
 use std::fs::{File, Permissions, TryLockError};
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -38,7 +38,7 @@ use crate::access::Authenticator;
 use crate::admin;
 use crate::config::{Config, DEAD_LETTERS, Source};
 use crate::devices::Devices;
-use crate::files::Locked;
+use crate::files::{Locked, found};
 use crate::hints::Hints;
 use crate::listeners::mqtt;
 use crate::pipeline::{self, Batching, SinkPart};
@@ -454,9 +454,13 @@ fn lock(data_dir: &Path) -> anyhow::Result<Locked> {
 }
 
 /// Whether a host runs on this data folder, whatever it answers.
-pub fn is_held(data_dir: &Path) -> bool {
-    let Ok(file) = File::open(data_dir.join(LOCK)) else { return false };
-    matches!(Locked::shared(file), Err(TryLockError::WouldBlock))
+pub fn is_held(data_dir: &Path) -> io::Result<bool> {
+    let Some(file) = found(File::open(data_dir.join(LOCK)))? else { return Ok(false) };
+    match Locked::shared(file) {
+        Ok(_) => Ok(false),
+        Err(TryLockError::WouldBlock) => Ok(true),
+        Err(TryLockError::Error(error)) => Err(error),
+    }
 }
 
 async fn wait_for_end(
@@ -554,9 +558,9 @@ mod tests {
         let mode = || std::fs::metadata(folder.path()).unwrap().permissions().mode() & 0o7777;
         for (before, after) in [(0o755, 0o700), (0o2770, 0o2700), (0o700, 0o700), (0o1777, 0o1777)] {
             std::fs::set_permissions(folder.path(), Permissions::from_mode(before)).unwrap();
-            assert!(!is_held(folder.path()));
+            assert!(!is_held(folder.path()).unwrap());
             let held = lock(folder.path()).unwrap();
-            assert!(is_held(folder.path()));
+            assert!(is_held(folder.path()).unwrap());
             drop(held);
             assert_eq!(mode(), after, "{before:o}");
         }

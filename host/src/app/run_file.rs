@@ -2,7 +2,7 @@
 //! to it and for whoever started it with port 0.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -12,6 +12,7 @@ use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
+use crate::files::found;
 use crate::listeners::mqtt::Bind;
 
 const NAME: &str = "run.json";
@@ -76,9 +77,11 @@ pub fn write_or_retry(data_dir: &Path, file: RunFile, stop: CancellationToken) {
     });
 }
 
-/// Reads the file of the host that runs on this data folder, or ran and was killed.
-pub fn read(data_dir: &Path) -> Option<RunFile> {
-    serde_json::from_slice(&std::fs::read(path(data_dir)).ok()?).ok()
+/// Reads the file of the host that runs on this data folder, or ran and was killed. Fails where this
+/// user may not read it.
+pub fn read(data_dir: &Path) -> io::Result<Option<RunFile>> {
+    let text = found(std::fs::read(path(data_dir)))?;
+    Ok(text.and_then(|text| serde_json::from_slice(&text).ok()))
 }
 
 pub fn remove(data_dir: &Path) {
@@ -103,11 +106,11 @@ mod tests {
         let data_dir = folder.path().join("data");
         let running = RunFile::new("i", &[], SocketAddr::from((Ipv4Addr::LOCALHOST, 1)), String::new());
         write_or_retry(&data_dir, running.clone(), CancellationToken::new());
-        assert_eq!(read(&data_dir), None);
+        assert_eq!(read(&data_dir).unwrap(), None);
         std::fs::create_dir(&data_dir).unwrap();
-        while read(&data_dir).is_none() {
+        while read(&data_dir).unwrap().is_none() {
             tokio::task::yield_now().await;
         }
-        assert_eq!(read(&data_dir), Some(running));
+        assert_eq!(read(&data_dir).unwrap(), Some(running));
     }
 }

@@ -11,6 +11,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+use super::data_folder;
 use super::output::shown;
 use crate::admin::INSTANCE;
 use crate::app::{is_held, run_file};
@@ -62,14 +63,17 @@ async fn ask<T: DeserializeOwned>(config: &Config, head: &str, body: &str) -> an
         ))
     };
     // What the running host wrote down, since its port may be any free one.
-    let running = run_file::read(&config.data_dir);
+    data_folder::look(config)?;
+    let may_not = |error| data_folder::refused(config, &error);
+    let running = run_file::read(&config.data_dir).map_err(may_not)?;
+    let held = is_held(&config.data_dir).map_err(may_not)?;
     let address = match (&running, config.admin.address()) {
         (Some(running), _) => running.admin,
         // A host of another machine has its data folder there.
         (None, Some(address)) if !address.ip().is_loopback() && !address.ip().is_unspecified() => address,
         // It has not written down yet where it listens, perhaps for want of room.
-        (None, Some(address)) if address.port() != 0 && is_held(&config.data_dir) => address,
-        (None, _) if is_held(&config.data_dir) => bail!(no_answer(config)),
+        (None, Some(address)) if address.port() != 0 && held => address,
+        (None, _) if held => bail!(no_answer(config)),
         (None, _) => bail!(none()),
     };
     let gone = |why: String| NotRunning(format!("{}: {why}", none()));
@@ -77,10 +81,12 @@ async fn ask<T: DeserializeOwned>(config: &Config, head: &str, body: &str) -> an
     let of_run = || running.as_ref().map(|running| running.token.clone()).filter(|token| !token.is_empty());
     let token = config.admin.token().map_err(anyhow::Error::msg)?.or_else(of_run);
     let authorization = token.map(|token| format!("authorization: Bearer {token}\r\n")).unwrap_or_default();
-    let instance = match (timeout(ASK_MAX, ask_instance(address)).await, &running) {
+    let asked = timeout(ASK_MAX, ask_instance(address)).await;
+    let held = is_held(&config.data_dir).map_err(may_not)?;
+    let instance = match (asked, &running) {
         (Ok(Ok(Some(instance))), None) => instance,
         (Ok(Ok(Some(instance))), Some(running)) if instance == running.instance => instance,
-        _ if is_held(&config.data_dir) => bail!(no_answer(config)),
+        _ if held => bail!(no_answer(config)),
         (Ok(Err(_)), Some(_)) => bail!(none()),
         (_, Some(_)) => bail!(gone(format!("another program has its port, {address}, now"))),
         (Ok(Err(error)), None) => bail!(NotRunning(format!("no host runs at {address}: {error}"))),
@@ -108,7 +114,8 @@ async fn ask<T: DeserializeOwned>(config: &Config, head: &str, body: &str) -> an
 
 fn no_answer(config: &Config) -> NoAnswer {
     let folder = shown(&config.data_dir);
-    let process = run_file::read(&config.data_dir).map(|running| format!(", process {},", running.pid));
+    let running = run_file::read(&config.data_dir).ok().flatten();
+    let process = running.map(|running| format!(", process {},", running.pid));
     NoAnswer(format!(
         "the host on the data folder {folder}{} does not answer: it starts, it ends, or it hangs; \
          look at its log and at the load of its machine",

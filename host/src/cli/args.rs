@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use super::streams::From;
 use crate::access::{ITERATIONS_MAX, ITERATIONS_MIN};
 use crate::telemetry::LogFormat;
 
@@ -210,8 +211,8 @@ pub struct TailArgs {
     /// The stream [default: the only one that pipelines read, else the one that takes all other topics]
     pub name: Option<String>,
     /// Where to begin: an offset, `start`, `end`, a time, or how long ago such as 10m
-    #[arg(long, value_name = "OFFSET|TIME")]
-    pub from: Option<String>,
+    #[arg(long, value_name = "OFFSET|TIME", value_parser = From::parse)]
+    pub from: Option<From>,
     /// Go on with what comes
     #[arg(long, short)]
     pub follow: bool,
@@ -231,7 +232,7 @@ pub enum ClientsCommand {
         /// Only ids that begin with this
         prefix: Option<String>,
         /// At most this many
-        #[arg(long, default_value = "100", value_name = "N")]
+        #[arg(long, default_value = "100", value_name = "N", value_parser = count)]
         max: NonZeroUsize,
         /// Which come first: by id, or those with the most of it
         #[arg(long, value_enum, default_value = "id")]
@@ -252,7 +253,7 @@ pub enum ClientsCommand {
     /// Clients that were refused since the host started, newest first: which, from where, why
     Refused {
         /// At most this many
-        #[arg(long, default_value = "100", value_name = "N")]
+        #[arg(long, default_value = "100", value_name = "N", value_parser = count)]
         max: NonZeroUsize,
         #[command(flatten)]
         config: ConfigArgs,
@@ -305,7 +306,7 @@ pub enum DeadLettersCommand {
     /// Each refused message, newest last
     List {
         /// At most this many, the newest [default: 50 as text, all as JSON]
-        #[arg(long, value_name = "N")]
+        #[arg(long, value_name = "N", value_parser = count)]
         max: Option<NonZeroUsize>,
         /// Also those that were sent again
         #[arg(long)]
@@ -348,6 +349,10 @@ pub enum DeadLettersCommand {
         #[command(flatten)]
         format: FormatArgs,
     },
+}
+
+fn count(text: &str) -> Result<NonZeroUsize, String> {
+    text.parse().map_err(|_| "must be a whole number of at least 1".to_owned())
 }
 
 fn letter_id(text: &str) -> Result<u64, String> {
@@ -486,6 +491,24 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_wrong_value_is_told_with_what_is_right() {
+        for (line, wanted) in [
+            ("streams tail --from yesterday", "must be an offset, `start`, `end`, a time"),
+            ("clients list --max 0", "at least 1"),
+            ("clients refused --max 0", "at least 1"),
+            ("dead-letters list --max 0", "at least 1"),
+            ("dead-letters show x", "an id is a whole number"),
+        ] {
+            let words = std::iter::once("headworks").chain(line.split(' '));
+            let error = Cli::try_parse_from(words).unwrap_err();
+            assert!(
+                error.kind() == ErrorKind::ValueValidation && error.to_string().contains(wanted),
+                "{error}"
+            );
+        }
     }
 
     #[test]

@@ -9,7 +9,7 @@ use indicatif::ProgressBar;
 use serde_json::{Map, Value, json};
 
 use super::args::{DeadLettersCommand, Format, LetterFilter};
-use super::output::{Out, one_line, time};
+use super::output::{Out, one_line, time, unless_closed};
 use super::{admin_client, block_on, message, streams};
 use crate::admin::{RedriveAnswer, RedriveRequest};
 use crate::batch::{Batch, MessageRef, Offset};
@@ -312,13 +312,12 @@ async fn redrive(
     let answer: RedriveAnswer = answer?;
     let is_nothing = answer.letters_sent + answer.letters_refused + answer.letters_pending == 0
         && answer.failed.is_empty();
-    if format == Format::Json {
-        out.json(&answer)?;
-    } else if is_nothing && request.ids.is_empty() {
-        out.line("nothing to send: no open dead letter fits")?;
-    } else if !is_nothing {
-        out.line(redriven(&answer))?;
-    }
+    unless_closed(match format {
+        Format::Json => out.json(&answer),
+        Format::Text if !is_nothing => out.line(redriven(&answer)),
+        Format::Text if request.ids.is_empty() => out.line("nothing to send: no open dead letter fits"),
+        Format::Text => Ok(()),
+    })?;
     let list = loaded.source.hints().command(Hint::DeadLettersList);
     if is_nothing && !request.ids.is_empty() {
         bail!("nothing to send: no open dead letter has such an id, see `{list}`");

@@ -7,6 +7,7 @@
 mod admin_client;
 mod args;
 mod clients;
+mod data_folder;
 mod dead_letters;
 mod message;
 mod output;
@@ -26,6 +27,7 @@ use args::{Cli, Command};
 use output::Out;
 
 use crate::config;
+use crate::telemetry::InitError;
 
 const FAILED: u8 = 1;
 const WRONG: u8 = 2;
@@ -53,8 +55,8 @@ pub fn main() -> ExitCode {
                 return ExitCode::from(WRONG);
             }
             output::complain(&format!("headworks: {error:#}"));
-            let is_config = error.downcast_ref::<config::Error>().is_some();
-            ExitCode::from(if is_config { WRONG } else { FAILED })
+            let is_wrong = error.is::<config::Error>() || error.is::<InitError>();
+            ExitCode::from(if is_wrong { WRONG } else { FAILED })
         }
     }
 }

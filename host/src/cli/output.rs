@@ -151,6 +151,12 @@ pub fn is_closed_pipe(error: &anyhow::Error) -> bool {
     })
 }
 
+/// Lets a command go on to its exit code where the reader of stdout has gone: what it found does not
+/// depend on who reads it.
+pub fn unless_closed(printed: anyhow::Result<()>) -> anyhow::Result<()> {
+    printed.or_else(|error| if is_closed_pipe(&error) { Ok(()) } else { Err(error) })
+}
+
 /// `2026-11-23T06:28:00.125Z`, from microseconds since 1970.
 pub fn time(us: impl TryInto<i64> + Copy + Display) -> String {
     match us.try_into().map(Timestamp::from_microsecond) {
@@ -173,6 +179,13 @@ pub fn one_line(text: &str, chars_max: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_reader_that_has_gone_changes_nothing_of_how_a_command_ends() {
+        let failed = |kind: io::ErrorKind| Err(io::Error::from(kind).into());
+        assert!(unless_closed(failed(io::ErrorKind::BrokenPipe)).is_ok());
+        assert!(unless_closed(failed(io::ErrorKind::StorageFull)).is_err());
+    }
 
     #[test]
     fn times_are_utc_to_the_millisecond() {

@@ -31,7 +31,8 @@ pub fn new(dir: &Path, sdk: &Path, out: &mut Out) -> anyhow::Result<()> {
     let shown = dir.display();
     let wasm = wasm(name);
     out.line(format!("made {shown}; once: rustup target add {TARGET}; then:"))?;
-    out.line(format!("  cd {shown} && cargo build --release && headworks plugin inspect {wasm}"))?;
+    out.line(format!("  cd {shown} && cargo build --release"))?;
+    out.line(format!("  headworks plugin inspect {wasm}"))?;
     out.line(format!("copy it as NN-{name}.wasm into the plugins folder, NN for its place among the steps"))
 }
 

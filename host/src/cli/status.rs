@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::admin_client::{self, NoAnswer, NotRunning};
 use super::args::{Format, StatusArgs};
 use super::block_on;
-use super::output::{Out, complain};
+use super::output::{Out, complain, unless_closed};
 use crate::admin::{Component, Problem};
 use crate::config;
 use crate::units::Period;
@@ -61,7 +61,9 @@ pub fn status(args: &StatusArgs, out: &mut Out) -> anyhow::Result<ExitCode> {
         Ok(status) => status,
         Err(error) if error.is::<NotRunning>() => {
             match args.format.format {
-                Format::Json => out.json(&json!({ "running": false, "reason": error.to_string() }))?,
+                Format::Json => {
+                    unless_closed(out.json(&json!({ "running": false, "reason": error.to_string() })))?;
+                }
                 Format::Text => complain(&format!("headworks: {error}")),
             }
             return Ok(ExitCode::from(NOT_RUNNING));
@@ -69,7 +71,8 @@ pub fn status(args: &StatusArgs, out: &mut Out) -> anyhow::Result<ExitCode> {
         Err(error) if error.is::<NoAnswer>() => {
             match args.format.format {
                 Format::Json => {
-                    out.json(&json!({ "running": true, "answers": false, "reason": error.to_string() }))?;
+                    let reason = error.to_string();
+                    unless_closed(out.json(&json!({ "running": true, "answers": false, "reason": reason })))?;
                 }
                 Format::Text => complain(&format!("headworks: {error}")),
             }
@@ -77,16 +80,17 @@ pub fn status(args: &StatusArgs, out: &mut Out) -> anyhow::Result<ExitCode> {
         }
         Err(error) => return Err(error),
     };
-    match args.format.format {
+    let printed = match args.format.format {
         Format::Json => {
             let Status { problems, version, components, pipelines } = &status;
             out.json(&json!({
                 "running": true, "version": version, "problems": problems, "components": components,
                 "pipelines": pipelines,
-            }))?;
+            }))
         }
-        Format::Text => print(&status, out)?,
-    }
+        Format::Text => print(&status, out),
+    };
+    unless_closed(printed)?;
     Ok(if status.problems.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(PROBLEMS) })
 }
 

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::args::{Format, StreamsCommand, TailArgs};
 use super::output::{Out, complain, shown, time};
-use super::{block_on, message};
+use super::{block_on, data_folder, message};
 use crate::batch::Offset;
 use crate::config::{self, Config, DEAD_LETTERS};
 use crate::stream::log::ReadOnly;
@@ -48,13 +48,14 @@ pub fn open(config: &Config, name: &str, from: Offset) -> anyhow::Result<Option<
         Some(stream) => stream.retention.max_age,
         None => config.dead_letters.max_age,
     };
-    Ok(dir.is_dir().then(|| ReadOnly::open(&dir, from).newer_than(age_max.map(|age| age.0))))
+    let is_there = data_folder::is_there(&dir).map_err(|error| data_folder::refused(config, &error))?;
+    Ok(is_there.then(|| ReadOnly::open(&dir, from).newer_than(age_max.map(|age| age.0))))
 }
 
 /// A data folder that is not there is most often that of another config.
 pub fn must_be_there(config: &Config) -> anyhow::Result<()> {
     let folder = shown(&config.data_dir);
-    if !config.data_dir.is_dir() {
+    if !data_folder::look(config)? {
         bail!("there is no data folder {folder}: name the host's config with --config, or start a host");
     }
     Ok(())
@@ -138,7 +139,7 @@ impl Held {
 }
 
 async fn tail(config: &Config, name: &str, args: &TailArgs, out: &mut Out) -> anyhow::Result<()> {
-    let wanted = args.from.as_deref().map(From::parse).transpose()?;
+    let wanted = args.from;
     if !args.follow {
         must_be_there(config)?;
     }
@@ -198,7 +199,7 @@ async fn tail(config: &Config, name: &str, args: &TailArgs, out: &mut Out) -> an
 
 /// Where a tail begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum From {
+pub enum From {
     Offset(Offset),
     Start,
     End,
@@ -207,11 +208,12 @@ enum From {
 }
 
 impl From {
-    fn parse(text: &str) -> anyhow::Result<Self> {
+    /// Reads an argument of the command line.
+    pub fn parse(text: &str) -> Result<Self, String> {
         Self::parse_at(text, Timestamp::now())
     }
 
-    fn parse_at(text: &str, now: Timestamp) -> anyhow::Result<Self> {
+    fn parse_at(text: &str, now: Timestamp) -> Result<Self, String> {
         if let Ok(offset) = text.parse() {
             return Ok(Self::Offset(Offset(offset)));
         }
@@ -219,12 +221,14 @@ impl From {
             ("start", ..) => return Ok(Self::Start),
             ("end", ..) => return Ok(Self::End),
             (_, Ok(ago), _) => {
-                now.checked_sub(ago.0).with_context(|| format!("{text} ago is before all time"))?
+                now.checked_sub(ago.0).map_err(|_| format!("{text} ago is before all time"))?
             }
             (_, _, Ok(time)) => time,
-            _ => bail!(
-                "--from must be an offset, `start`, `end`, a time such as 2026-11-23T06:00:00Z, or 10m, is \"{text}\""
-            ),
+            _ => {
+                return Err(
+                    "must be an offset, `start`, `end`, a time such as 2026-11-23T06:00:00Z, or 10m".into()
+                );
+            }
         };
         Ok(Self::Time(u64::try_from(time.as_microsecond()).unwrap_or(0)))
     }

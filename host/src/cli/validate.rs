@@ -10,11 +10,11 @@ use futures_util::future::join_all;
 use serde_json::{Value, json};
 
 use super::args::{Format, ValidateArgs};
-use super::output::Out;
-use super::{FAILED, block_on};
+use super::output::{Out, unless_closed};
+use super::{FAILED, block_on, data_folder};
 use crate::app::banner::{Started, summary};
 use crate::batch::Offset;
-use crate::config::{self, Config};
+use crate::config::{self, Config, Loaded};
 use crate::pipeline::{self, Beginning, claim_of, names_of};
 use crate::sinks::{Checked, Claim, Looked};
 use crate::stream::log::{ReadOnly, Remembered};
@@ -23,33 +23,42 @@ use crate::topic::Namespace;
 pub fn validate(args: &ValidateArgs, out: &mut Out) -> anyhow::Result<ExitCode> {
     let loaded = match config::load_with_files(args.config.config.as_deref()) {
         Err(config::Error::Invalid(problems)) if args.format.format == Format::Json => {
-            out.json(&json!({ "valid": false, "problems": problems }))?;
+            unless_closed(out.json(&json!({ "valid": false, "problems": problems })))?;
             return Err(config::Error::Invalid(problems).into());
         }
         loaded => loaded?,
     };
     let sinks = args.connect.then(|| block_on(check_sinks(&loaded.config))).transpose()?;
+    unless_closed(show(args, &loaded, sinks.as_deref(), out))?;
+    let all_work = sinks.iter().flatten().all(|(_, checked)| checked.problems.is_empty());
+    Ok(if all_work { ExitCode::SUCCESS } else { ExitCode::from(FAILED) })
+}
+
+fn show(
+    args: &ValidateArgs,
+    loaded: &Loaded,
+    sinks: Option<&[(&str, Checked)]>,
+    out: &mut Out,
+) -> anyhow::Result<()> {
     if args.format.format == Format::Json {
         let mut said = json!({ "valid": true, "warnings": loaded.warnings, "config": loaded.config });
-        if let Some(sinks) = &sinks {
+        if let Some(sinks) = sinks {
             said["sinks"] =
                 sinks.iter().map(|(name, checked)| ((*name).to_owned(), to_json(checked))).collect();
         }
-        out.json(&said)?;
-    } else {
-        out.line(format!("{}: valid", loaded.source))?;
-        out.line("")?;
-        out.line(summary(&Started::of(&loaded.config, &loaded.source)).trim_end())?;
-        for warning in &loaded.warnings {
-            out.line(format!("\nwarning: {warning}"))?;
-        }
-        if let Some(sinks) = &sinks {
-            out.line("")?;
-            print(&loaded.config, sinks, out)?;
-        }
+        return out.json(&said);
     }
-    let all_work = sinks.iter().flatten().all(|(_, checked)| checked.problems.is_empty());
-    Ok(if all_work { ExitCode::SUCCESS } else { ExitCode::from(FAILED) })
+    out.line(format!("{}: valid", loaded.source))?;
+    out.line("")?;
+    out.line(summary(&Started::of(&loaded.config, &loaded.source)).trim_end())?;
+    for warning in &loaded.warnings {
+        out.line(format!("\nwarning: {warning}"))?;
+    }
+    if let Some(sinks) = sinks {
+        out.line("")?;
+        print(&loaded.config, sinks, out)?;
+    }
+    Ok(())
 }
 
 /// All at the same time; in the order of their names.
@@ -77,7 +86,7 @@ type Stream = Result<Option<Remembered>, String>;
 
 fn remembered(config: &Config, stream: &str) -> Stream {
     let dir = config.stream_dir(stream);
-    if !dir.is_dir() {
+    if !data_folder::is_there(&dir).map_err(|error| error.to_string())? {
         return Ok(None);
     }
     ReadOnly::open(&dir, Offset(0)).remembered().map_err(|error| error.to_string())
