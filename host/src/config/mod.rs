@@ -26,9 +26,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::batch::Offset;
 use crate::hints::Hints;
 use crate::listeners::mqtt;
 use crate::problems::{KeyPath, Places, Problem, Problems};
+use crate::stream::log::ReadOnly;
 use crate::topic::Namespace;
 use crate::{admin, devices, pipeline, plugin, sinks, stream, threads};
 
@@ -217,12 +219,52 @@ pub fn load_with_files(path: Option<&Path>) -> Result<Loaded, Error> {
     for (name, sink) in &config.sinks {
         sink.look(&root.key("sinks").key(name), &mut problems);
     }
+    look_at_streams(config, &root.key("streams"), &mut problems);
     parsed.add(problems.into_vec());
     let mut loaded = parsed.into_loaded(path, &files)?;
     loaded.warnings.extend(loaded.config.mqtt.warnings());
     loaded.warnings.extend(missing_plugins(&loaded.config));
+    loaded.warnings.extend(missing_folder(&loaded.config, &files));
     try_plugins(&mut loaded, &files)?;
     Ok(loaded)
+}
+
+/// Adds what a host with this config would refuse of streams that are there. One that cannot be read is
+/// the host's to tell of: this may be another user.
+fn look_at_streams(config: &Config, streams: &KeyPath, problems: &mut Problems) {
+    for (name, stream) in &config.streams {
+        let made = ReadOnly::open(&config.stream_dir(name), Offset(0)).partitions();
+        if let Ok(Some(made)) = made
+            && made != stream.partitions
+        {
+            problems.add(
+                streams.key(name).key("partitions"),
+                format!(
+                    "the stream was made with {made}, is {}: set {made}, or use another stream name",
+                    stream.partitions
+                ),
+            );
+        }
+    }
+}
+
+/// Warns of a plugins folder that the config names and that is not there: legal, it may come yet.
+fn missing_folder(config: &Config, files: &files::Files) -> Option<String> {
+    let is_named = files.value.pointer("/plugins/dir").is_some();
+    let of_folder: Vec<&str> = config
+        .pipelines
+        .iter()
+        .filter(|(_, pipeline)| pipeline.steps.is_none())
+        .map(|(name, _)| name.as_str())
+        .collect();
+    if !is_named || of_folder.is_empty() || config.plugins.dir.exists() {
+        return None;
+    }
+    Some(format!(
+        "plugins.dir: there is no folder {}: until there is one, messages pass without a step through {}",
+        config.plugins.dir.display(),
+        of_folder.join(", ")
+    ))
 }
 
 /// Starts each step's plugin with its config; adds what is not used in the folder to the warnings.

@@ -280,3 +280,43 @@ fn the_schema_allows_what_the_host_writes_itself() {
     let checked = check::check(&schema(), &config);
     assert_eq!(checked.problems, []);
 }
+
+#[test]
+fn a_stream_that_was_made_with_other_partitions_is_refused_before_a_host_is_started() {
+    let folder = tempfile::tempdir().unwrap();
+    let (file, data_dir) = (folder.path().join("headworks.yaml"), folder.path().join("data"));
+    let load = |partitions: u16| {
+        let text = format!(
+            "data_dir: {}\nplugins: {{ dir: {} }}\nstreams:\n  telemetry: {{ partitions: {partitions} }}\n",
+            data_dir.display(),
+            folder.path().display()
+        );
+        std::fs::write(&file, text).unwrap();
+        load_with_files(Some(&file)).map(|loaded| loaded.config)
+    };
+    let config = load(2).unwrap();
+    let disk = Arc::new(stream::log::RealDisk::default());
+    let dir = config.stream_dir("telemetry");
+    drop(stream::log::Log::open(disk, &dir, "telemetry", &config.streams["telemetry"]).unwrap());
+    load(2).unwrap();
+    let error = load(3).unwrap_err().to_string();
+    assert!(error.contains(":4: streams.telemetry.partitions: the stream was made with 2, is 3"), "{error}");
+}
+
+#[test]
+fn a_plugins_folder_that_is_named_and_not_there_is_warned_of() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("headworks.yaml");
+    let warnings = |text: &str| {
+        std::fs::write(&file, format!("data_dir: {}\n{text}", folder.path().join("data").display())).unwrap();
+        load_with_files(Some(&file)).unwrap().warnings
+    };
+    let (missing, there) = (folder.path().join("plugin"), folder.path().join("plugins"));
+    std::fs::create_dir(&there).unwrap();
+    let named = |dir: &Path| format!("plugins: {{ dir: {} }}\n", dir.display());
+    let said = warnings(&named(&missing));
+    assert!(said.len() == 1 && said[0].starts_with("plugins.dir: there is no folder"), "{said:?}");
+    assert_eq!(warnings(&named(&there)), [""; 0]);
+    let steps = "pipelines: { telemetry: { steps: [] } }\n";
+    assert_eq!(warnings(&(named(&missing) + steps)), [""; 0], "no step is missing");
+}

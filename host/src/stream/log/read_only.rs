@@ -115,6 +115,13 @@ impl ReadOnly {
         Offset(self.at)
     }
 
+    /// Returns the number of partitions that the log was made with; `None` where it was never opened
+    /// for writing.
+    pub fn partitions(&self) -> io::Result<Option<u16>> {
+        let metadata = generations::read(&*self.disk, &self.dir)?;
+        Ok(metadata.and_then(|metadata| metadata.current().map(|generation| generation.partitions)))
+    }
+
     /// Returns what the log remembers of its readers; `None` where it was never opened for writing.
     pub fn remembered(&self) -> Result<Option<Remembered>, OpenError> {
         let failed = |error| self.io_error(error);
