@@ -22,6 +22,8 @@ pub enum Hint<'h> {
     PluginRemove(&'h str),
     StreamsTail,
     ClientsList,
+    /// Those that published the most messages first.
+    ClientsPublished,
     /// Those that missed the most messages first.
     ClientsMissed,
     /// Those with the longest queues first.
@@ -95,6 +97,7 @@ impl<'h> Hint<'h> {
             Self::PluginRemove(name) => ("plugin remove", Some(name.to_owned())),
             Self::StreamsTail => ("streams tail --follow", None),
             Self::ClientsList => ("clients list", None),
+            Self::ClientsPublished => ("clients list --sort published", None),
             Self::ClientsMissed => ("clients list --sort missed", None),
             Self::ClientsQueued => ("clients list --sort queued", None),
             Self::ClientsDenied => ("clients list --sort refused", None),
@@ -135,7 +138,8 @@ impl<'h> Hint<'h> {
                 Self::PluginInspect(_) => Some(Self::PluginRemove(name)),
                 Self::PluginRemove(_) => Some(Self::StreamsTail),
                 Self::StreamsTail => Some(Self::ClientsList),
-                Self::ClientsList => Some(Self::ClientsMissed),
+                Self::ClientsList => Some(Self::ClientsPublished),
+                Self::ClientsPublished => Some(Self::ClientsMissed),
                 Self::ClientsMissed => Some(Self::ClientsQueued),
                 Self::ClientsQueued => Some(Self::ClientsDenied),
                 Self::ClientsDenied => Some(Self::ClientsShow(name)),

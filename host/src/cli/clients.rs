@@ -188,6 +188,10 @@ fn show(config: &Config, client_id: &str, format: Format, out: &mut Out) -> anyh
         ("QoS 0 publishes, disk full", counts.no_space),
     ];
     fields.push(("refused", causes(&refused)));
+    if counts.throttled > 0 {
+        let why = "it, or all clients together, publish more than mqtt.limits allows";
+        fields.push(("read slower", format!("{} times: {why}", counts.throttled)));
+    }
     let width = fields.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     for (name, value) in fields {
         out.field(name, width, &value)?;

@@ -21,6 +21,10 @@ pub struct Counts {
     pub refused_subscribes: u64,
     /// QoS 0 messages of the client that were dropped because the disk was full.
     pub no_space: u64,
+    /// Times that the client was read no further for a while, because it or all clients together
+    /// publish more than `mqtt.limits` allows.
+    #[serde(default)]
+    pub throttled: u64,
     /// Messages that were sent to the client; a message that is sent again counts again.
     pub delivered: u64,
     /// Messages for the client that its queue had no room for, or that waited in it for longer
@@ -53,6 +57,7 @@ pub struct Activity {
     refused_publishes: AtomicU64,
     refused_subscribes: AtomicU64,
     no_space: AtomicU64,
+    throttled: AtomicU64,
     delivered: AtomicU64,
     expired: AtomicU64,
     too_large: AtomicU64,
@@ -82,6 +87,10 @@ impl Activity {
         add(&self.no_space, messages);
     }
 
+    pub fn throttled(&self) {
+        add(&self.throttled, 1);
+    }
+
     pub fn filled(&self, filled: &Filled) {
         add(&self.delivered, filled.sent);
         add(&self.expired, filled.expired);
@@ -97,6 +106,7 @@ impl Activity {
             refused_publishes,
             refused_subscribes,
             no_space,
+            throttled,
             delivered,
             expired,
             too_large,
@@ -106,7 +116,7 @@ impl Activity {
         for count in [published, published_bytes, refused_publishes, refused_subscribes, no_space] {
             count.store(0, Ordering::Relaxed);
         }
-        for count in [delivered, expired, too_large, withheld, read_us] {
+        for count in [throttled, delivered, expired, too_large, withheld, read_us] {
             count.store(0, Ordering::Relaxed);
         }
     }
@@ -132,6 +142,7 @@ impl Activity {
             refused_publishes: get(&self.refused_publishes),
             refused_subscribes: get(&self.refused_subscribes),
             no_space: get(&self.no_space),
+            throttled: get(&self.throttled),
             delivered: get(&self.delivered),
             dropped: 0,
             expired: get(&self.expired),

@@ -34,6 +34,7 @@ use super::session::Session;
 use super::wire::{self, Fault, Frame, Property, Publish, Version};
 use crate::access::{Admitted, Allowance};
 use crate::batch::flags;
+use crate::hints::Hint;
 use crate::properties::{self, Origin, PROPERTIES_BYTES_MAX};
 use crate::stream::{NewMessage, StateChange, Ticket};
 use crate::topic::DEVICE_ID_BYTES_MAX;
@@ -327,6 +328,24 @@ impl Inbound {
         });
         if own || all {
             broker.counters.throttles.increment(1);
+            self.session.activity().throttled();
+        }
+        if own {
+            let client_id = &*self.session.client_id;
+            broker.failures.report_by(
+                "mqtt: a client publishes more than mqtt.limits.client_messages_per_s, and is read slower",
+                client_id,
+                1,
+                &format!("client {client_id}"),
+                &broker.failures.hint(Hint::ClientsShow(client_id)),
+            );
+        } else if all {
+            broker.failures.report(
+                "mqtt: all clients together publish more than mqtt.limits.messages_per_s, and are read slower",
+                1,
+                "",
+                &broker.failures.hint(Hint::ClientsPublished),
+            );
         }
         own || all
     }

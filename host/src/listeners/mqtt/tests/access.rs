@@ -379,6 +379,7 @@ async fn a_client_over_its_rate_is_read_slower_and_nothing_is_refused() {
         }
     }
     assert!(pinged_after < Some(30), "PINGREQ was answered while publishes waited");
+    assert!(host.handle.clients().show("c").unwrap().counts.throttled > 0, "and who looks is told");
     host.stop().await;
 }
 
