@@ -162,6 +162,16 @@ mod tests {
         assert_eq!(BTreeSet::from_iter(explained.iter().map(String::as_str)), alerts);
     }
 
+    /// A counter that is more than 0 when it is first asked for has no increase.
+    #[test]
+    fn what_happens_before_the_first_scrape_is_an_alert_too() {
+        let rules = include_str!("../../docs/alerts.yml");
+        for kind in ["gap", "dead_letters", "faults", "skipped", "ignored", "withheld"] {
+            let wanted = format!("expr: headworks_problems{{kind=\"{kind}\"}} > 0\n");
+            assert!(rules.contains(&wanted), "{kind}");
+        }
+    }
+
     #[test]
     fn a_metric_that_no_list_has_is_found() {
         let recorder = builder().build_recorder();
