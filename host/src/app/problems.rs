@@ -345,7 +345,8 @@ impl Host {
     /// Says that a table took rows of a sink and did not keep them. Nothing else would: the database
     /// tells it as a success.
     fn say_left_out(&self, sink: &str, rows: u64) {
-        let kind = format!("sink {sink}: a trigger or a rule of the table left rows out");
+        let kind =
+            format!("sink {sink}: rows were not written, a trigger or a rule of the table left them out");
         let detail = "the messages stay in the stream for as long as its retention says";
         self.failures.report(&kind, rows, detail, &self.hints.command(Hint::Status));
     }

@@ -217,7 +217,7 @@ pub struct TailArgs {
     #[arg(long, short)]
     pub follow: bool,
     /// End after this many messages
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub max: Option<u64>,
     #[command(flatten)]
     pub config: ConfigArgs,
@@ -497,6 +497,7 @@ mod tests {
     fn a_wrong_value_is_told_with_what_is_right() {
         for (line, wanted) in [
             ("streams tail --from yesterday", "must be an offset, `start`, `end`, a time"),
+            ("streams tail --max 0", "0 is not in 1.."),
             ("clients list --max 0", "at least 1"),
             ("clients refused --max 0", "at least 1"),
             ("dead-letters list --max 0", "at least 1"),

@@ -189,8 +189,8 @@ fn show(config: &Config, client_id: &str, format: Format, out: &mut Out) -> anyh
     ];
     fields.push(("refused", causes(&refused)));
     if counts.throttled > 0 {
-        let why = "it, or all clients together, publish more than mqtt.limits allows";
-        fields.push(("read slower", format!("{} times: {why}", counts.throttled)));
+        let why = "for the rates of mqtt.limits";
+        fields.push(("read slower", format!("{} times, {why}", counts.throttled)));
     }
     let width = fields.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     for (name, value) in fields {
