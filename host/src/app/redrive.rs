@@ -14,8 +14,10 @@ pub struct Redrives(pub Vec<Arc<Handle>>);
 #[async_trait]
 impl Redrive for Redrives {
     async fn redrive(&self, request: RedriveRequest) -> Result<RedriveAnswer, RedriveError> {
-        let wanted =
-            |pipeline: &&Arc<Handle>| request.pipeline.as_deref().is_none_or(|name| name == pipeline.name());
+        let wanted = |pipeline: &&Arc<Handle>| {
+            let is_its = |name| pipeline.names().iter().any(|own| own == name);
+            request.pipeline.as_deref().is_none_or(is_its)
+        };
         let pipelines: Vec<_> = self.0.iter().filter(wanted).collect();
         if pipelines.is_empty() {
             let name = request.pipeline.as_deref().unwrap_or_default();

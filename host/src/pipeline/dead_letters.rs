@@ -24,7 +24,7 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::again::Again;
 use super::known::{Known, Piece, Reader, Remembered, Room, Seen, Stale};
-use super::letter::{self, Letter};
+use super::letter::{self, Letter, Names};
 use super::metrics;
 use super::outlet::HandedOut;
 use super::routes::SinkNumber;
@@ -43,6 +43,8 @@ const APPEND_LETTERS_MAX: usize = 256;
 const APPEND_BYTES_MAX: usize = 512 << 10;
 /// State key of the place in the dead letters from which a start reads its keys.
 const SCAN_KEY: &str = "dead-letters/scan/";
+/// State key of where a sink of a pipeline began, if not at the beginning.
+const BEGUN_KEY: &str = "dead-letters/begun/";
 
 /// Who refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,9 +98,9 @@ pub enum Error {
 /// The dead letters of one pipeline, of messages from one stream.
 pub struct DeadLetters {
     stream: Arc<dyn Stream>,
-    pipeline: Arc<str>,
-    /// Sinks of the pipeline, in its order.
-    sinks: Vec<String>,
+    names: Names,
+    /// By sink, where it began in the source; 0: not known, or at the beginning.
+    begun: Vec<AtomicU64>,
     source: Identity,
     openings: Vec<Opening>,
     source_name: String,
@@ -139,28 +141,38 @@ impl DeadLetters {
     /// Reads the keys of letters that may still be redelivered from `source`.
     pub async fn open(
         stream: Arc<dyn Stream>,
-        pipeline: &str,
-        sinks: Vec<String>,
+        names: Names,
         source: &dyn Stream,
         bytes_max: u64,
         again: Option<Again>,
     ) -> Result<Self, Error> {
         let (source_name, openings) = (source.name(), source.openings());
         let source = source.identity();
-        let scan_key = format!("{SCAN_KEY}{pipeline}/{}/{}", source.log, source.generation);
-        // A redrive's copies may be any.
-        let saved = stream
-            .state(scan_key.as_bytes())
-            .into_iter()
-            .find(|(key, _)| key == scan_key.as_bytes())
-            .filter(|_| again.is_none())
-            .and_then(|(_, value)| Scan::read(&value, &sinks))
+        let pipeline = names.pipeline().to_owned();
+        let sinks = names.sinks.len();
+        let scan_key = |pipeline: &str| format!("{SCAN_KEY}{pipeline}/{}/{}", source.log, source.generation);
+        let kept =
+            |key: &str| stream.state(key.as_bytes()).into_iter().find(|(found, _)| found == key.as_bytes());
+        // A redrive takes any letter.
+        let mut keys = names.pipelines.iter().filter(|_| again.is_none());
+        let saved = keys
+            .find_map(|name| kept(&scan_key(name)))
+            .and_then(|(_, value)| Scan::read(&value, &names))
             .unwrap_or_default();
+        let begun = (0..sinks)
+            .map(|sink| {
+                let keys = names.pipelines.iter().flat_map(|pipeline| {
+                    names.sinks[sink].iter().map(|name| begun_key(pipeline, name, &source))
+                });
+                let value = keys.into_iter().find_map(|key| kept(&key)).map(|(_, value)| value);
+                let at = value.and_then(|value| value.try_into().ok()).map_or(0, u64::from_le_bytes);
+                AtomicU64::new(at)
+            })
+            .collect();
         let from = Offset(saved.from).max(stream.bounds().start);
         // A pipeline whose letters wait must not hold back those of another: where
         // retention takes them before their sinks are past them, their messages are
-        // decided anew after a restart. The copies of a redrive are younger than
-        // their letters, so retention takes them last.
+        // decided anew after a restart.
         let attachment =
             stream.attach(&format!("{pipeline}/{source_name}/dead-letters"), from, OnLag::Detach);
         if again.is_some() {
@@ -169,22 +181,22 @@ impl DeadLetters {
         }
         let letters = Self {
             stream,
-            pipeline: pipeline.into(),
-            known: Mutex::new(Known::new(sinks.len(), source.partitions)),
+            known: Mutex::new(Known::new(sinks, source.partitions)),
             bytes_max,
             again,
-            sinks,
+            begun,
             source,
             openings,
             source_name: source_name.to_owned(),
-            scan_key,
+            scan_key: scan_key(&pipeline),
+            names,
             room_moved: Notify::new(),
             check_below: AtomicU64::new(0),
             attachment,
             made: AtomicU64::new(0),
             waiting: Mutex::default(),
         };
-        letters.scan(from).await?;
+        letters.scan(from, None).await?;
         for (sink, floor) in saved.floors.into_iter().enumerate() {
             letters.lock().set_floor(sink, floor);
         }
@@ -224,7 +236,7 @@ impl DeadLetters {
     /// The refusals after the first `done` that go into one append.
     fn next_chunk<'a, 'b>(&self, refusals: &'a [Refusal<'b>], done: usize) -> Option<&'a [Refusal<'b>]> {
         let rest = &refusals[done..];
-        let names_bytes = self.sinks.iter().map(|name| name.len() + 1).sum::<usize>();
+        let names_bytes = self.names.sinks.iter().map(|names| names[0].len() + 1).sum::<usize>();
         let mut bytes = 0;
         let fits = rest
             .iter()
@@ -275,7 +287,7 @@ impl DeadLetters {
 
     /// Whether a sink refused this row before.
     pub fn has_row(&self, sink: SinkNumber, offset: Offset, index: u32) -> bool {
-        let own = Piece::of(Source::Sink(&self.sinks[sink]), index);
+        let own = Piece::of(Source::Sink(self.names.sink(sink)), index);
         let seen = self.lock().seen(sink, offset, offset);
         seen.has_whole(offset) || seen.has(offset, own)
     }
@@ -289,7 +301,7 @@ impl DeadLetters {
         partitions: impl Iterator<Item = usize>,
         upto: Offset,
     ) -> Result<Vec<(usize, usize)>, Stale> {
-        self.lock().take((sink, &self.sinks[sink]), batches, seen, partitions, upto)
+        self.lock().take((sink, self.names.sink(sink)), batches, seen, partitions, upto)
     }
 
     /// As [`Known::set_received`].
@@ -321,7 +333,7 @@ impl DeadLetters {
     /// A sink starts at `from`: makes sure that its keys from there on are known.
     pub async fn remember_from(&self, sink: SinkNumber, from: Offset) -> Result<(), Error> {
         if from.0 < self.lock().floor(sink) {
-            self.scan(self.stream.bounds().start).await?;
+            self.scan(self.stream.bounds().start, Some((sink, from.0))).await?;
             self.lock().set_floor(sink, from.0);
         }
         Ok(())
@@ -350,9 +362,40 @@ impl DeadLetters {
         self.room_moved.notify_waiters();
     }
 
+    /// A sink that is new to the source begins at `at`: it does not get the messages before
+    /// from there, but may be sent their letters. Returns once this survives a crash; where
+    /// there is no room it is not remembered.
+    pub async fn begins(&self, sink: SinkNumber, at: Offset) -> Result<(), Error> {
+        let key = begun_key(self.names.pipeline(), self.names.sink(sink), &self.source);
+        let change = StateChange { key: key.as_bytes(), value: Some(&at.0.to_le_bytes()) };
+        let appended = loop {
+            match self.stream.append(&[], &[change]) {
+                Ok(appended) => break appended,
+                Err(AppendError::Full) => self.stream.writable().await,
+                Err(AppendError::NoSpace) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+        };
+        self.durable(appended.ticket).await?;
+        self.begun[sink].store(at.0, Ordering::Release);
+        Ok(())
+    }
+
+    /// Whether a sink that a step's letter does not name began behind its message, and did not
+    /// get it therefore.
+    pub fn began_behind(&self, letter: &Letter<'_>, sink: SinkNumber) -> bool {
+        letter.sink.is_none()
+            && letter.offset < self.begun[sink].load(Ordering::Acquire)
+            && self.is_of_source(letter)
+    }
+
+    pub fn names(&self) -> &Names {
+        &self.names
+    }
+
     /// Whether it is of a message that this pipeline reads from its stream.
     pub fn is_of_source(&self, letter: &Letter<'_>) -> bool {
-        letter.is_from(&self.pipeline, &self.source, &self.openings)
+        letter.is_from(&self.names, &self.source, &self.openings)
     }
 
     /// New letters so far.
@@ -432,7 +475,7 @@ impl DeadLetters {
         }
         // All of one call come from one step or sink.
         let by = match refusals.first().map(|refusal| refusal.source) {
-            Some(Source::Sink(by)) => self.sinks.iter().position(|sink| sink == by),
+            Some(Source::Sink(by)) => self.names.number(by),
             Some(Source::Step(_)) | None => None,
         };
         match by {
@@ -454,11 +497,11 @@ impl DeadLetters {
         let properties: Vec<Vec<u8>> = fresh
             .iter()
             .map(|(refusal, names)| {
-                let names: Vec<_> = names.iter().map(|sink| &*self.sinks[*sink]).collect();
+                let names: Vec<_> = names.iter().map(|sink| self.names.sink(*sink)).collect();
                 let (bytes, whole) = letter::properties(
                     refusal,
                     &names,
-                    &self.pipeline,
+                    self.names.pipeline(),
                     &self.source_name,
                     &self.source,
                     &self.openings,
@@ -475,8 +518,8 @@ impl DeadLetters {
             .collect();
         // Where a start begins to read keys: rides in the same frame.
         let from = known.oldest().unwrap_or_else(|| self.stream.bounds().end).0;
-        let floors = (0..self.sinks.len()).map(|sink| known.floor(sink)).collect();
-        let scan = Scan { from, floors }.bytes(&self.sinks);
+        let floors = (0..self.names.sinks.len()).map(|sink| known.floor(sink)).collect();
+        let scan = Scan { from, floors }.bytes(&self.names);
         let scan = StateChange { key: self.scan_key.as_bytes(), value: Some(&scan) };
         let marks = self.again.as_ref().map(|marks| marks.with_rejected(&again)).unwrap_or_default();
         let marks = marks.iter().map(|(key, value)| StateChange { key, value: Some(value) });
@@ -508,10 +551,10 @@ impl DeadLetters {
         }
         if let Some((refusal, _)) = fresh.first() {
             let (Source::Step(source) | Source::Sink(source)) = refusal.source;
-            metrics::dead_letters(&self.pipeline, source).increment(fresh.len() as u64);
+            metrics::dead_letters(self.names.pipeline(), source).increment(fresh.len() as u64);
         }
         if trimmed > 0 {
-            metrics::properties_dropped(&self.pipeline).increment(trimmed);
+            metrics::properties_dropped(self.names.pipeline()).increment(trimmed);
         }
         Ok(Ok(Refused {
             ticket: known.ticket,
@@ -526,7 +569,9 @@ impl DeadLetters {
         self.again.is_none() && (held.keys >= KEYS_MAX || held.bytes > self.bytes_max)
     }
 
-    async fn scan(&self, from: Offset) -> Result<(), Error> {
+    /// Reads the keys of letters from `from` on, but those of messages that a sink is past;
+    /// `again`: the sink that begins again, and where.
+    async fn scan(&self, from: Offset, again: Option<(SinkNumber, u64)>) -> Result<(), Error> {
         let end = self.stream.bounds().end;
         let mut cursor = self.stream.peek(from);
         let mut keys = Vec::new();
@@ -537,13 +582,13 @@ impl DeadLetters {
             let Read::Batch(batch) = read else { continue };
             for message in batch.messages() {
                 let Some(letter) = Letter::of(&message) else { continue };
-                if letter.is_copy() || !letter.is_from(&self.pipeline, &self.source, &self.openings) {
+                if letter.is_copy() || !letter.is_from(&self.names, &self.source, &self.openings) {
                     continue;
                 }
                 let named: Vec<_> =
-                    (0..self.sinks.len()).filter(|sink| letter.names(&self.sinks[*sink])).collect();
+                    (0..self.names.sinks.len()).filter(|sink| self.names.names(&letter, *sink)).collect();
                 for sink in &named {
-                    keys.push((*sink, Offset(letter.offset), letter.piece()));
+                    keys.push((*sink, Offset(letter.offset), letter.piece(&self.names)));
                     if letter.whole {
                         keys.push((*sink, Offset(letter.offset), Piece::WHOLE));
                     }
@@ -558,12 +603,18 @@ impl DeadLetters {
                 });
             }
         }
-        for (offset, sink) in self.again.iter().flat_map(|again| again.rejected(&self.sinks)) {
+        for (offset, sink) in self.again.iter().flat_map(|again| again.rejected(&self.names)) {
             keys.push((sink, offset, Piece::WHOLE));
         }
         let mut known = self.lock();
         for (sink, offset, piece) in keys {
-            known.insert(sink, offset, piece);
+            let floor = match again {
+                Some((of, floor)) if of == sink => floor,
+                _ => known.floor(sink),
+            };
+            if offset.0 >= floor {
+                known.insert(sink, offset, piece);
+            }
         }
         // Appended meanwhile, and not read.
         let read_to = order.back().map_or(end.0, |letter| end.0.max(letter.at + 1));
@@ -604,6 +655,10 @@ impl Drop for Waits<'_> {
     }
 }
 
+fn begun_key(pipeline: &str, sink: &str, source: &Identity) -> String {
+    format!("{BEGUN_KEY}{pipeline}/{sink}/{}/{}", source.log, source.generation)
+}
+
 /// What a start needs to read the keys of letters again.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Scan {
@@ -615,9 +670,9 @@ struct Scan {
 
 impl Scan {
     /// `from`, then for each sink its floor, the length of its name and the name.
-    fn bytes(&self, sinks: &[String]) -> Vec<u8> {
+    fn bytes(&self, names: &Names) -> Vec<u8> {
         let mut bytes = self.from.to_le_bytes().to_vec();
-        for (floor, name) in self.floors.iter().zip(sinks) {
+        for (floor, name) in self.floors.iter().zip(names.sinks.iter().map(|names| &names[0])) {
             bytes.extend(floor.to_le_bytes());
             bytes.extend((name.len() as u16).to_le_bytes());
             bytes.extend(name.as_bytes());
@@ -626,18 +681,18 @@ impl Scan {
     }
 
     /// Also what 0.1.0 wrote: one floor for all sinks.
-    fn read(bytes: &[u8], sinks: &[String]) -> Option<Self> {
+    fn read(bytes: &[u8], names: &Names) -> Option<Self> {
         let (from, mut rest) = bytes.split_first_chunk::<8>()?;
         let from = u64::from_le_bytes(*from);
         if let Ok(floor) = rest.try_into() {
-            return Some(Self { from, floors: vec![u64::from_le_bytes(floor); sinks.len()] });
+            return Some(Self { from, floors: vec![u64::from_le_bytes(floor); names.sinks.len()] });
         }
         // A sink that is new to the pipeline has letters of none of its messages.
-        let mut floors = vec![0; sinks.len()];
+        let mut floors = vec![0; names.sinks.len()];
         while let Some((floor, after)) = rest.split_first_chunk::<8>() {
             let (length, after) = after.split_first_chunk::<2>()?;
             let (name, after) = after.split_at_checked(usize::from(u16::from_le_bytes(*length)))?;
-            if let Some(sink) = sinks.iter().position(|sink| sink.as_bytes() == name) {
+            if let Some(sink) = std::str::from_utf8(name).ok().and_then(|name| names.number(name)) {
                 floors[sink] = u64::from_le_bytes(*floor);
             }
             rest = after;
@@ -647,7 +702,7 @@ impl Scan {
 }
 
 /// A message of a batch as a new one, with other properties.
-pub fn new_message<'a>(message: &MessageRef<'a>, properties: &'a [u8], partitions: u16) -> NewMessage<'a> {
+fn new_message<'a>(message: &MessageRef<'a>, properties: &'a [u8], partitions: u16) -> NewMessage<'a> {
     NewMessage {
         topic: message.topic(),
         payload: message.payload(),
@@ -671,21 +726,28 @@ mod tests {
 
     #[test]
     fn the_place_of_a_scan_is_read_as_it_was_written_by_this_version_and_the_first() {
-        let sinks = ["a".to_owned(), "warehouse".to_owned()];
+        let names = |sinks: &[&str]| Names {
+            pipelines: vec!["p".to_owned()],
+            sinks: sinks.iter().map(|name| vec![(*name).to_owned()]).collect(),
+        };
+        let sinks = names(&["a", "warehouse"]);
         let scan = Scan { from: 7, floors: vec![3, 9] };
         assert_eq!(Scan::read(&scan.bytes(&sinks), &sinks), Some(scan));
         let first = [7_u64.to_le_bytes(), 5_u64.to_le_bytes()].concat();
         assert_eq!(Scan::read(&first, &sinks), Some(Scan { from: 7, floors: vec![5, 5] }));
-        let other = Scan { from: 7, floors: vec![3] }.bytes(&sinks[1..]);
+        let other = Scan { from: 7, floors: vec![3] }.bytes(&names(&["warehouse"]));
         assert_eq!(Scan::read(&other, &sinks), Some(Scan { from: 7, floors: vec![0, 3] }));
     }
     #[tokio::test]
     async fn a_pipeline_whose_share_is_used_up_waits_and_says_for_which_sink_and_another_does_not() {
         let dead: Arc<dyn Stream> = MemoryStream::with_hooks("dead-letters", 1);
         let source = MemoryStream::with_hooks("telemetry", 1);
-        let sinks = || vec!["a".to_owned(), "c".to_owned()];
-        let open = |name, share| DeadLetters::open(Arc::clone(&dead), name, sinks(), &*source, share, None);
-        let (first, second) = (open("p1", 2_000).await.unwrap(), open("p2", 2_000).await.unwrap());
+        let open = async |name: &str, share| {
+            let sinks = vec![vec!["a".to_owned()], vec!["c".to_owned()]];
+            let names = Names { pipelines: vec![name.to_owned()], sinks };
+            DeadLetters::open(Arc::clone(&dead), names, &*source, share, None).await.unwrap()
+        };
+        let (first, second) = (open("p1", 2_000).await, open("p2", 2_000).await);
         let batch = Batch {
             segments: vec![bytes::Bytes::from_static(b"a/b")],
             entries: (0..100)

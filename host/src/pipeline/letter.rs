@@ -1,12 +1,11 @@
 //! What happened to a dead letter's message, in its properties: UTF-8 text,
 //! origin `Pipeline`, names that begin with `dead-letter`.
 
-use std::collections::BTreeSet;
-
 use uuid::Uuid;
 
 use super::dead_letters::{Refusal, Source};
 use super::known::Piece;
+use super::routes::SinkNumber;
 use crate::batch::{MessageRef, Offset};
 use crate::properties::{self, Origin, PROPERTIES_BYTES_MAX, PROPERTIES_MAX};
 use crate::stream::{Identity, Opening};
@@ -28,7 +27,7 @@ const OFFSET: &str = "dead-letter-offset";
 const INDEX: &str = "dead-letter-index";
 /// Id of the opening of the log that wrote the message, in hexadecimal.
 const OPENING: &str = "dead-letter-opening";
-/// Says the offset of the letter that a redrive made this copy of.
+/// Says the offset of the letter that a redrive of 0.1.0 made this copy of.
 const REDRIVE: &str = "dead-letter-redrive";
 
 const REASON_BYTES_MAX: usize = 4_096;
@@ -58,7 +57,7 @@ pub struct Letter<'a> {
     pub index: u32,
     /// Opening of the log that wrote the message. `None`: 0.1.0 did not say.
     pub opening: Option<u64>,
-    /// Set: a redrive's copy of the letter with this offset; not to be listed.
+    /// Set: a copy of the letter with this offset, of a redrive of 0.1.0; not to be listed.
     pub redrive_of: Option<u64>,
 }
 
@@ -117,9 +116,9 @@ impl<'a> Letter<'a> {
 
     /// Whether it is of a message that this log has. A copy of the log has others at the same
     /// offsets where another opening wrote them.
-    pub fn is_from(&self, pipeline: &str, source: &Identity, openings: &[Opening]) -> bool {
+    pub fn is_from(&self, names: &Names, source: &Identity, openings: &[Opening]) -> bool {
         let is_same = |opening| opening_of(openings, Offset(self.offset)).is_none_or(|own| own == opening);
-        self.pipeline == pipeline
+        names.has(self)
             && self.log == source.log
             && self.generation == source.generation
             && self.opening.is_none_or(is_same)
@@ -134,15 +133,53 @@ impl<'a> Letter<'a> {
         }
     }
 
-    pub fn piece(&self) -> Piece {
-        Piece::of(self.source(), self.index)
-    }
-
-    pub fn source(&self) -> Source<'a> {
+    /// Who refused it, by the name that it has in `names`.
+    pub fn source<'n>(&self, names: &'n Names) -> Source<'n>
+    where
+        'a: 'n,
+    {
         match self.sink {
-            Some(sink) => Source::Sink(sink),
+            Some(sink) => Source::Sink(names.number(sink).map_or(sink, |number| names.sink(number))),
             None => Source::Step(self.step.unwrap_or_default()),
         }
+    }
+
+    pub fn piece(&self, names: &Names) -> Piece {
+        Piece::of(self.source(names), self.index)
+    }
+}
+
+/// The names of a pipeline and its sinks, which letters may have: of each the name that it
+/// has, then those that it had.
+#[derive(Clone, Debug)]
+pub struct Names {
+    pub pipelines: Vec<String>,
+    pub sinks: Vec<Vec<String>>,
+}
+
+impl Names {
+    pub fn pipeline(&self) -> &str {
+        &self.pipelines[0]
+    }
+
+    pub fn sink(&self, sink: SinkNumber) -> &str {
+        &self.sinks[sink][0]
+    }
+
+    pub fn has(&self, letter: &Letter<'_>) -> bool {
+        self.pipelines.iter().any(|name| name == letter.pipeline)
+    }
+
+    /// The sink that has this name, or had it where no other has it now.
+    pub fn number(&self, name: &str) -> Option<SinkNumber> {
+        let has = self.sinks.iter().position(|names| names[0] == name);
+        has.or_else(|| self.sinks.iter().position(|names| names.iter().any(|had| had == name)))
+    }
+
+    /// Whether this sink is to have the message when it is sent again.
+    pub fn names(&self, letter: &Letter<'_>, sink: SinkNumber) -> bool {
+        let is_it = |name: &String| letter.names(name) && self.number(name) == Some(sink);
+        self.sinks[sink].iter().any(is_it)
     }
 }
 
@@ -199,37 +236,13 @@ fn opening_of(openings: &[Opening], offset: Offset) -> Option<u64> {
     (opening.id != Opening::UNKNOWN).then_some(opening.id)
 }
 
-/// A redrive's copy: all properties of the letter, and which letter it is of; `only`:
-/// the sinks that it names are these.
-pub fn copy_properties(letter: &MessageRef<'_>, only: Option<&BTreeSet<String>>) -> Vec<u8> {
-    let mut bytes = match only {
-        None => letter.properties().to_vec(),
-        Some(only) => {
-            let names = only.iter().map(String::as_str).collect::<Vec<_>>().join(",");
-            let mut bytes = Vec::with_capacity(letter.properties().len() + names.len());
-            for property in properties::iter(letter.properties()) {
-                let origin = Origin::of(property.origin);
-                match (origin, property.name) {
-                    (Origin::Pipeline, SINKS) => {}
-                    _ => properties::push(&mut bytes, origin, property.name, property.value),
-                }
-            }
-            properties::push(&mut bytes, Origin::Pipeline, SINKS, names.as_bytes());
-            bytes
-        }
-    };
-    properties::push(&mut bytes, Origin::Pipeline, REDRIVE, letter.offset().0.to_string().as_bytes());
-    bytes
-}
-
 /// The properties that the message had before it was refused.
 pub fn without_letter(bytes: &[u8]) -> Vec<u8> {
     kept(bytes, |_| true)
 }
 
 fn beside(theirs: &[u8], ours: &[u8]) -> (Vec<u8>, bool) {
-    // Room for the mark of a redrive's copy.
-    let room = PROPERTIES_BYTES_MAX - ours.len() - 64;
+    let room = PROPERTIES_BYTES_MAX - ours.len();
     let fits =
         |bytes: &[u8]| bytes.len() <= room && properties::iter(bytes).count() + OURS_MAX <= PROPERTIES_MAX;
     let all = kept(theirs, |_| true);
@@ -303,11 +316,20 @@ mod tests {
         assert_eq!((letter.sink, letter.offset, letter.index), (Some("warehouse"), 3, 1));
         assert_eq!((letter.kind, letter.pipeline, letter.generation), ("sink", "telemetry", 2));
         assert!(!letter.is_copy());
+        let names = |pipelines: &[&str], sinks: &[&[&str]]| Names {
+            pipelines: pipelines.iter().map(|name| (*name).to_owned()).collect(),
+            sinks: sinks.iter().map(|names| names.iter().map(|name| (*name).to_owned()).collect()).collect(),
+        };
+        let taken = names(&["telemetry"], &[&["warehouse"], &["store", "warehouse"]]);
+        assert!(taken.names(&letter, 0) && !taken.names(&letter, 1), "another sink has the name now");
+        let names = names(&["readings", "telemetry"], &[&["lake"], &["store", "warehouse"]]);
+        assert!(names.names(&letter, 1) && !names.names(&letter, 0));
+        assert_eq!(letter.source(&names), Source::Sink("store"));
         let source = Identity { log: Uuid::nil(), generation: 2, partitions: 1 };
-        assert!(letter.is_from("telemetry", &source, &openings(7)), "the opening that wrote it");
-        assert!(!letter.is_from("telemetry", &source, &openings(8)), "a copy of the log has another message");
+        assert!(letter.is_from(&names, &source, &openings(7)), "the opening that wrote it");
+        assert!(!letter.is_from(&names, &source, &openings(8)), "a copy of the log has another message");
         let newer = [Opening { id: 8, first: Offset(9) }];
-        assert!(letter.is_from("telemetry", &source, &newer), "the log does not remember");
+        assert!(letter.is_from(&names, &source, &newer), "the log does not remember");
     }
 
     #[test]

@@ -20,7 +20,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::hints::Hint;
-use crate::sinks::{Begin, Epoch, Name, Sink};
+use crate::sinks::{Begin, Name, Sink};
 use crate::step::Chain;
 use crate::stream::{OnLag, Stream};
 use crate::telemetry::{Failures, alike};
@@ -139,8 +139,8 @@ struct Redriver {
     lenders: Vec<Lender>,
     dead_letters: Arc<dyn Stream>,
     shared: Arc<Shared>,
-    /// What this process has of the claims of its redrives, by sink. Held by the one that runs.
-    epochs: tokio::sync::Mutex<Vec<Option<Epoch>>>,
+    /// Held by the redrive that runs.
+    epochs: tokio::sync::Mutex<redrive::Epochs>,
 }
 
 impl Redriver {
@@ -154,8 +154,9 @@ impl Redriver {
     /// Goes on with a redrive that ended with the last process, until all is sent.
     async fn resume(self: Arc<Self>) {
         let name = &self.shared.name;
+        let names = &self.shared.letters.names().pipelines;
         let mut attempt = 0;
-        while again::is_pending(&*self.dead_letters, name) {
+        while again::is_pending(&*self.dead_letters, names) {
             self.board.has_chain().await;
             match self.redrive(None).await {
                 // What is pending now waits for a sink that the pipeline does not have.
@@ -184,9 +185,14 @@ impl Handle {
         &self.redriver.shared.name
     }
 
-    /// Names of the sinks that the routes lead to.
+    /// The name that it has, then those that it had.
+    pub fn names(&self) -> &[String] {
+        &self.redriver.shared.letters.names().pipelines
+    }
+
+    /// Names of the sinks that the routes lead to, with those that they had.
     pub fn sinks(&self) -> impl Iterator<Item = &str> {
-        self.redriver.lenders.iter().map(|lender| lender.name.as_str())
+        self.redriver.shared.letters.names().sinks.iter().flatten().map(String::as_str)
     }
 
     pub fn status(&self) -> PipelineStatus {
@@ -232,14 +238,15 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
     let names: Vec<_> = sinks.iter().map(|part| part.name.clone()).collect();
     let letters = DeadLetters::open(
         Arc::clone(&dead_letters),
-        name,
-        names.clone(),
+        letter::Names {
+            pipelines: pipelines.clone(),
+            sinks: sinks.iter().map(|part| names_of(&part.name, &part.renamed_from)).collect(),
+        },
         &*stream,
         dead_letters_bytes_max,
         None,
     )
     .await?;
-    let formerly: Vec<_> = sinks.iter().map(|part| part.renamed_from.clone()).collect();
     metrics::register(name, &names);
     let shared = Arc::new(Shared {
         name: name.into(),
@@ -295,10 +302,8 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
     }
     let lenders = members
         .iter()
-        .zip(&formerly)
-        .map(|(member, formerly)| Lender {
+        .map(|member| Lender {
             name: member.name.clone(),
-            formerly: formerly.clone(),
             control: member.control.clone(),
             shared: Arc::clone(&member.shared),
         })
@@ -307,7 +312,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
     let board = Arc::new(Board::new(name, Arc::clone(&stream), shareds));
     let redriver = Arc::new(Redriver {
         board: Arc::clone(&board),
-        epochs: tokio::sync::Mutex::new(vec![None; names.len()]),
+        epochs: tokio::sync::Mutex::default(),
         lenders,
         dead_letters,
         shared: Arc::clone(&shared),

@@ -1,38 +1,43 @@
 //! Sends dead letters again, each once however often it is asked for.
 //!
-//! A redrive first copies the letters it is asked for to the end of the dead
-//! letters and marks them, in one append: a letter is copied once or not at
-//! all. Then it delivers copies, in order, with positions of its own in each
-//! sink (pipeline `NAME/redrive`, the log of the dead letters), so that a copy
-//! becomes a row once even where a redrive died half-way: the next start goes on
-//! with what is left. A copy goes to the sinks that its letter names. A letter is
-//! sent once each of them is past its copy; until then it is pending ([`again`]).
-//! What the same step or sink refuses again is open again; what another one
-//! refuses is a new letter, which names the sink that it was for.
+//! A redrive is a pass over the dead letters. It takes the letters that it is asked
+//! for in parts, the oldest first: it marks those of a part as pending, and delivers
+//! them from where they lie, with positions of its own in each sink (pipeline
+//! `NAME/redrive`, a log that only this pass has), so that a letter becomes a row once
+//! even where a redrive died half-way: the next start goes on with what is pending. A
+//! letter goes to the sinks that it names, and is sent once each of them is past it
+//! ([`again`]). What the same step or sink refuses again is open again; what another
+//! one refuses is a new letter, which names the sink that it was for.
+//!
+//! What a pass has taken and not sent keeps retention by size waiting for as long as
+//! the pass moves on; a pass that ends or stands holds nothing back.
 //!
 //! [`again`]: super::again
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::again::{Again, Ended, KeyValue, MARK_PREFIX, Mark, mark_key, marks};
-use super::dead_letters::{DeadLetters, Error as DeadLettersError, Source, new_message};
+use uuid::Uuid;
+
+use super::again::{Again, Ended, KeyValue, MARK_PREFIX, Mark, Pending, Sending, mark_key, marks};
+use super::dead_letters::{DeadLetters, Error as DeadLettersError, Source};
 use super::delivery::{Control, Lend, Returned};
 use super::known::{Reader, index_within_offset};
-use super::letter::{self, Letter};
-use super::routes::Sorted;
+use super::letter::{self, Letter, Names};
+use super::routes::{SinkNumber, Sorted};
 use super::status::SinkShared;
 use super::worker::{Shared, Stripped, unknown_routes, without_letters};
 use super::writer::{Failed, Writer};
-use crate::batch::{Batch, Offset, Partition, Span};
+use crate::batch::{Batch, MessageRef, Offset, Partition, Span};
 use crate::problems::step_problems;
 use crate::sinks::{Epoch, Rows, Sink};
 use crate::step::{Attempt, Chain, Outcome, Refused, RefusedKind, Step};
-use crate::stream::{self, AppendError, Read, ReadError, StateChange, Stream, Ticket};
+use crate::stream::{self, AppendError, Attachment, OnLag, Read, ReadError, StateChange, Stream, Ticket};
 
 /// Runs of one message that asks for a retry.
 const ATTEMPTS_MAX: u32 = 3;
@@ -44,7 +49,9 @@ const AHEAD: &str = "ahead";
 /// How long a redrive waits for a sink that is not far from it, and between two tries.
 const AHEAD_WAIT_MAX: Duration = Duration::from_secs(5);
 const AHEAD_PAUSE: Duration = Duration::from_millis(200);
-/// Marks removed in one append.
+/// Letters of one part of a pass.
+const PART: usize = if cfg!(test) { 64 } else { 8_192 };
+/// Marks in one append.
 const MARKS_MAX: usize = 4_096;
 /// Letters of one `ids` filter and of a listing.
 const LIST_MAX: usize = 100_000;
@@ -119,93 +126,65 @@ pub async fn list_open(dead_letters: &dyn Stream, pipeline: Option<&str>) -> Res
     Ok(open)
 }
 
-/// Sends the letters that `filter` names, and those that an earlier run left; with no
-/// filter only the latter. `epochs`: by sink, what this process has of the claims.
+/// What this process has of the claims of its redrives.
+pub type Epochs = BTreeMap<(SinkNumber, Option<Uuid>), Epoch>;
+
+/// Sends what earlier redrives left, and the letters that `filter` names.
 pub async fn run(
     filter: Option<&Filter>,
     chain: &Chain,
     shared: &Arc<Shared>,
     dead_letters: &Arc<dyn Stream>,
     lenders: &[Lender],
-    epochs: &mut [Option<Epoch>],
+    epochs: &mut Epochs,
 ) -> Result<Summary, RedriveError> {
-    forget_marks(dead_letters).await?;
-    let sinks: Vec<_> = lenders.iter().map(|lender| lender.name.clone()).collect();
-    if let Some(filter) = filter {
-        copy_wanted(filter, &sinks, shared, dead_letters).await?;
-    }
-    let names = |name: &str| format!("{name}/redrive");
-    let pipelines: Vec<_> =
-        super::names_of(&shared.name, &shared.config.renamed_from).iter().map(|name| names(name)).collect();
-    let identity = dead_letters.identity();
-    let again = Again::read(&**dead_letters, &shared.name, &sinks).await?;
-    let letters = DeadLetters::open(
-        Arc::clone(dead_letters),
-        &shared.name,
-        sinks,
-        &**dead_letters,
-        u64::MAX,
-        Some(again),
-    )
-    .await?;
-    let letters = Arc::new(letters);
-    letters.check_all();
-    let mut steps = instances(chain).await?;
     let mut summary = Summary::default();
-    let mut reached = vec![Vec::new(); lenders.len()];
-    for (number, lender) in lenders.iter().enumerate() {
-        let sink = &lender.name;
-        let patience = Instant::now() + AHEAD_WAIT_MAX;
-        loop {
-            let Some(borrowed) = Borrowed::take(&lender.control).await else {
-                summary.failed.push(format!("sink \"{sink}\" has stopped"));
-                break;
-            };
-            let claim = super::claim_of(&pipelines, &super::names_of(sink, &lender.formerly), identity);
-            let writer = Writer::new(None, number, claim, &letters, shared.failures.clone());
-            // Letters that are sent or open are not delivered again, whatever the position:
-            // a new claim begins at the start.
-            let mut writer = Writer { held: epochs[number], ..writer };
-            let (sink_back, result) =
-                deliver(&mut writer, lender, borrowed.sink, &mut steps, shared, dead_letters, &mut summary)
-                    .await;
-            // Given back whatever happened: the delivery opens its own claim again.
-            drop(borrowed.back.send(Returned { sink: sink_back, has_written: writer.written > 0 }));
-            summary.refused += writer.refused;
-            epochs[number] = writer.held;
-            reached[number] = writer.positions;
-            let reason = match result {
-                Ok(Ok(())) => break,
-                Err(RedriveError::Stopping) => return Err(RedriveError::Stopping),
-                // Its delivery comes to the message meanwhile.
-                Ok(Err(Failed::Later { kind: AHEAD, .. })) if Instant::now() < patience => {
-                    tokio::time::sleep(AHEAD_PAUSE).await;
-                    continue;
-                }
-                Ok(Err(Failed::Later { reason, .. } | Failed::Stop(reason))) => reason,
-                // What went to the sinks before counts all the same.
-                Err(error) => error.to_string(),
-            };
-            summary.failed.push(format!("sink \"{sink}\": {reason}"));
-            break;
-        }
+    let names = shared.letters.names().clone();
+    let gone = forget_marks(dead_letters, &names.pipelines).await?;
+    if gone > 0 {
+        summary.failed.push(cannot_be_read(gone));
     }
-    let (changes, ended) = letters.again().map(|again| again.ended(&reached)).unwrap_or_default();
-    set_marks(dead_letters, &changes).await?;
-    summary.letters = ended;
-    summary.new = letters.made();
-    Ok(summary)
+    let left = Again::left(&**dead_letters, &shared.letters).await?;
+    let steps = instances(chain).await?;
+    let mut redrive = Redrive { names, steps, shared, dead_letters, lenders, epochs, summary };
+    for again in left {
+        let from = again.start().unwrap_or_default();
+        let mut pass = redrive.begin(again, from).await?;
+        redrive.send_part(&mut pass).await?;
+    }
+    if let Some(filter) = filter {
+        redrive.take_and_send(filter).await?;
+    }
+    Ok(redrive.summary)
 }
 
-/// Takes away the marks of letters that retention has removed.
-async fn forget_marks(dead_letters: &Arc<dyn Stream>) -> Result<(), RedriveError> {
+/// Of letters that were taken.
+fn cannot_be_read(letters: u64) -> String {
+    format!("{letters} dead letters could not be sent: retention has removed them, or they cannot be read")
+}
+
+/// Takes away the marks of letters that retention has removed. Returns how many of them
+/// a redrive of the pipeline with these names had taken, and not sent.
+async fn forget_marks(dead_letters: &Arc<dyn Stream>, pipelines: &[String]) -> Result<u64, RedriveError> {
     let start = dead_letters.bounds().start;
-    let gone = marks(dead_letters.state(MARK_PREFIX)).into_keys().filter(|offset| *offset < start.0);
-    let keys: Vec<_> = gone.map(|offset| mark_key(Offset(offset))).collect();
+    let mut lost = 0;
+    let mut keys = Vec::new();
+    for (offset, mark) in marks(dead_letters.state(MARK_PREFIX)) {
+        match mark {
+            _ if offset >= start.0 => continue,
+            // Its copy may be there.
+            Mark::Pending(Pending { pass: None, .. }) => continue,
+            // Its own pipeline tells of it.
+            Mark::Pending(pending) if !pipelines.contains(&pending.pipeline) => continue,
+            Mark::Pending(_) => lost += 1,
+            Mark::Sent | Mark::Open { .. } => {}
+        }
+        keys.push(mark_key(Offset(offset)));
+    }
     for keys in keys.chunks(MARKS_MAX) {
         change(dead_letters, keys.iter().map(|key| StateChange { key, value: None }).collect()).await?;
     }
-    Ok(())
+    Ok(lost)
 }
 
 async fn set_marks<'m>(dead_letters: &Arc<dyn Stream>, marks: &'m [KeyValue]) -> Result<(), RedriveError> {
@@ -227,192 +206,373 @@ async fn change(dead_letters: &Arc<dyn Stream>, changes: Vec<StateChange<'_>>) -
     }
 }
 
-/// Copies and marks, one append a letter, so that each is copied once.
-async fn copy_wanted(
-    filter: &Filter,
-    sinks: &[String],
-    shared: &Shared,
-    dead_letters: &Arc<dyn Stream>,
-) -> Result<(), RedriveError> {
-    let marks = marks(dead_letters.state(MARK_PREFIX));
-    let partitions = dead_letters.identity().partitions;
-    let end = dead_letters.bounds().end;
-    let mut cursor = dead_letters.peek(dead_letters.bounds().start);
-    let mut last = Ticket::default();
-    while cursor.position() < end
-        && let Some(read) = cursor.try_next().await?
-    {
-        let Read::Batch(batch) = read else { continue };
-        if dead_letters.is_past_age(batch.now_us) {
-            continue;
-        }
-        for message in batch.messages().filter(|message| message.offset() < end) {
-            let Some(letter) = Letter::of(&message) else { continue };
-            let only = match marks.get(&message.offset().0) {
-                None => None,
-                Some(Mark::Open { sinks }) => Some(sinks),
-                Some(Mark::Sent | Mark::Pending { .. }) => continue,
+/// One run of the redrives of a pipeline.
+struct Redrive<'a> {
+    names: Names,
+    /// After [`RedriveError::Stopping`] there are none any more.
+    steps: Vec<Box<dyn Step>>,
+    shared: &'a Arc<Shared>,
+    dead_letters: &'a Arc<dyn Stream>,
+    lenders: &'a [Lender],
+    epochs: &'a mut Epochs,
+    summary: Summary,
+}
+
+/// One pass, and the letters that are made of what it sends.
+struct Pass {
+    letters: Arc<DeadLetters>,
+    hold: Hold,
+    /// By sink, its positions by partition, once they are known.
+    reached: Vec<Vec<Offset>>,
+}
+
+impl Pass {
+    fn again(&self) -> &Again {
+        self.letters.again().expect("of a redrive")
+    }
+}
+
+/// Keeps retention by size waiting, until it is dropped.
+struct Hold(Box<dyn Attachment>);
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.0.detach();
+    }
+}
+
+impl Redrive<'_> {
+    /// `from`: where the first of its letters lies.
+    async fn begin(&mut self, again: Again, from: Offset) -> Result<Pass, RedriveError> {
+        let dead_letters = self.dead_letters;
+        let hold = dead_letters.attach(&format!("{}/redrive", self.shared.name), from, OnLag::Hold);
+        let letters = DeadLetters::open(
+            Arc::clone(dead_letters),
+            self.names.clone(),
+            &**dead_letters,
+            u64::MAX,
+            Some(again),
+        )
+        .await?;
+        letters.check_all();
+        let reached = vec![Vec::new(); self.names.sinks.len()];
+        Ok(Pass { letters: Arc::new(letters), hold: Hold(hold), reached })
+    }
+
+    /// A new pass, part by part. A sink that cannot take its letters ends it: what is not
+    /// taken then is listed as before.
+    async fn take_and_send(&mut self, filter: &Filter) -> Result<(), RedriveError> {
+        let bounds = self.dead_letters.bounds();
+        let marks = marks(self.dead_letters.state(MARK_PREFIX));
+        let mut pass: Option<Pass> = None;
+        let mut from = Some(bounds.start);
+        while let Some(begin) = from {
+            let part = self.next_part(filter, &marks, begin..bounds.end).await?;
+            let Some((first, _, _)) = part.letters.first() else { break };
+            let first = *first;
+            let pass = match &mut pass {
+                Some(pass) => pass,
+                None => pass.insert(self.begin(Again::begin(&self.names), first).await?),
             };
-            let names = |sink: &String| letter.names(sink) && only.is_none_or(|only| only.contains(sink));
-            let wanted = !letter.is_copy()
-                && letter.pipeline == &*shared.name
-                // Else it would be marked as sent, and had gone nowhere.
-                && sinks.iter().any(names)
-                && filter.sink.as_deref().is_none_or(|sink| letter.sink == Some(sink))
-                && filter.step.as_deref().is_none_or(|step| letter.step == Some(step))
-                && filter.ids.as_ref().is_none_or(|ids| ids.contains(&message.offset()));
-            if !wanted {
+            pass.hold.0.advance(first);
+            from = self.take(pass.again(), part).await?;
+            self.send_part(pass).await?;
+            if !self.summary.failed.is_empty() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// The first letters that are wanted, and not taken by another redrive.
+    async fn next_part(
+        &mut self,
+        filter: &Filter,
+        marks: &BTreeMap<u64, Mark>,
+        range: Range<Offset>,
+    ) -> Result<Part, RedriveError> {
+        let mut part = Part::default();
+        let mut cursor = self.dead_letters.peek(range.start);
+        while cursor.position() < range.end
+            && let Some(read) = cursor.try_next().await?
+        {
+            let Read::Batch(batch) = read else { continue };
+            if self.dead_letters.is_past_age(batch.now_us) {
                 continue;
             }
-            let properties = letter::copy_properties(&message, only);
-            let copy = new_message(&message, &properties, partitions);
-            let key = mark_key(message.offset());
-            let pending =
-                Mark::Pending { pipeline: shared.name.to_string(), rejected: BTreeSet::new() }.bytes();
-            let mark = StateChange { key: &key, value: Some(&pending) };
+            for message in batch.messages().filter(|message| range.contains(&message.offset())) {
+                let Some(letter) = Letter::of(&message).filter(|letter| self.is_wanted(filter, letter))
+                else {
+                    continue;
+                };
+                let offset = message.offset();
+                let only = match marks.get(&offset.0) {
+                    None => None,
+                    Some(Mark::Open { sinks }) => Some(sinks),
+                    Some(Mark::Sent | Mark::Pending(_)) => continue,
+                };
+                let sending = Sending::of(&message, &letter, &self.shared.letters, only, &BTreeSet::new());
+                // Else it would be marked as sent, and had gone nowhere.
+                if !sending.goes_anywhere() || filter.ids.as_ref().is_some_and(|ids| !ids.contains(&offset)) {
+                    continue;
+                }
+                if part.letters.len() == PART {
+                    part.next = Some(offset);
+                    return Ok(part);
+                }
+                part.letters.push((offset, only.cloned(), sending));
+            }
+        }
+        Ok(part)
+    }
+
+    fn is_wanted(&self, filter: &Filter, letter: &Letter<'_>) -> bool {
+        let is_by = |sink| {
+            letter.sink.is_some_and(|by| by == sink || self.names.number(by) == self.names.number(sink))
+        };
+        !letter.is_copy()
+            && self.names.has(letter)
+            && filter.sink.as_deref().is_none_or(is_by)
+            && filter.step.as_deref().is_none_or(|step| letter.step == Some(step))
+    }
+
+    /// Marks the letters of a part, durably. Where there is no room for all of them it takes
+    /// the first ones. Returns where the next part begins, if there is one.
+    async fn take(&mut self, again: &Again, mut part: Part) -> Result<Option<Offset>, RedriveError> {
+        let mut last = Ticket::default();
+        let mut is_first = true;
+        while !part.letters.is_empty() {
+            let rest = part.letters.split_off(part.letters.len().min(MARKS_MAX));
+            let letters = std::mem::replace(&mut part.letters, rest);
+            let marks: Vec<KeyValue> = letters
+                .iter()
+                .map(|(offset, only, _)| (mark_key(*offset), again.mark(only.as_ref()).bytes()))
+                .collect();
+            let changes: Vec<_> =
+                marks.iter().map(|(key, value)| StateChange { key, value: Some(value) }).collect();
             last = loop {
-                match dead_letters.append(&[copy], &[mark]) {
+                match self.dead_letters.append(&[], &changes) {
                     Ok(appended) => break appended.ticket,
-                    Err(AppendError::Full) => dead_letters.writable().await,
-                    Err(AppendError::NoSpace) => return Err(RedriveError::NoRoom),
+                    Err(AppendError::Full) => self.dead_letters.writable().await,
+                    Err(AppendError::NoSpace) if is_first => return Err(RedriveError::NoRoom),
+                    Err(AppendError::NoSpace) => {
+                        part.next = letters.first().map(|(offset, _, _)| *offset);
+                        self.durable(last).await?;
+                        return Ok(part.next);
+                    }
                     Err(error) => return Err(DeadLettersError::from(error).into()),
                 }
             };
+            is_first = false;
+            again.take(letters.into_iter().map(|(offset, _, sending)| (offset, sending)));
         }
+        self.durable(last).await?;
+        Ok(part.next)
     }
-    if last != Ticket::default() && dead_letters.durable().wait_for(|ticket| *ticket >= last).await.is_err() {
-        let reason = dead_letters.stopped().await;
-        return Err(DeadLettersError::from(AppendError::Stopped(reason)).into());
-    }
-    Ok(())
-}
 
-type Delivered = Result<Result<(), Failed>, RedriveError>;
-
-/// Delivers one sink's part of all copies that it has not got.
-async fn deliver(
-    writer: &mut Writer,
-    lender: &Lender,
-    sink: Box<dyn Sink>,
-    steps: &mut Vec<Box<dyn Step>>,
-    shared: &Arc<Shared>,
-    dead_letters: &Arc<dyn Stream>,
-    summary: &mut Summary,
-) -> (Box<dyn Sink>, Delivered) {
-    writer.sink = Some(sink);
-    let result = deliver_with(writer, lender, steps, shared, dead_letters, summary).await;
-    let sink = writer.sink.take().expect("nobody borrows from a redrive");
-    (sink, result)
-}
-
-async fn deliver_with(
-    writer: &mut Writer,
-    lender: &Lender,
-    steps: &mut Vec<Box<dyn Step>>,
-    shared: &Arc<Shared>,
-    dead_letters: &Arc<dyn Stream>,
-    summary: &mut Summary,
-) -> Delivered {
-    if let Err(failed) = writer.open(&**dead_letters, stream::Delivered::ToNobody).await {
-        return Ok(Err(failed));
-    }
-    let marks = marks(dead_letters.state(MARK_PREFIX));
-    let is_pending = |letter: &Letter<'_>| {
-        let mark = letter.redrive_of.and_then(|of| marks.get(&of));
-        // Without a mark retention has removed the letter, and not this copy.
-        !matches!(mark, Some(Mark::Sent | Mark::Open { .. }))
-    };
-    let committed = lender.shared.committed.load(Ordering::Acquire);
-    let name = writer.claim.sink.clone();
-    let end = dead_letters.bounds().end;
-    let from = writer.positions.iter().copied().min().unwrap_or_default();
-    let mut cursor = dead_letters.cursor(from);
-    let mut refused_since = 0;
-    while cursor.position() < end
-        && let Some(read) = cursor.try_next().await?
-    {
-        let Read::Batch(batch) = read else { continue };
-        let ahead = batch.messages().find_map(|message| {
-            let letter = Letter::of(&message).filter(|letter| letter.is_copy() && letter.names(&name))?;
-            let is_ahead = shared.letters.is_of_source(&letter)
-                && is_pending(&letter)
-                && message.offset() >= writer.positions[usize::from(message.entry.partition.0)]
-                && (committed == u64::MAX || letter.offset >= committed);
-            is_ahead.then_some(letter.redrive_of.unwrap_or_default())
-        });
-        if let Some(letter) = ahead {
-            // Should retention remove the letter, the message itself would become a row too.
-            let reason = format!(
-                "has not come to the message of dead letter {letter} yet: send the letters again later"
-            );
-            return Ok(Err(Failed::Later { kind: AHEAD, reason }));
+    async fn durable(&mut self, ticket: Ticket) -> Result<(), RedriveError> {
+        if self.dead_letters.durable().wait_for(|reached| *reached >= ticket).await.is_err() {
+            let reason = self.dead_letters.stopped().await;
+            return Err(DeadLettersError::from(AppendError::Stopped(reason)).into());
         }
-        let mut rows = Rows::default();
-        let mut refused_before = HashSet::new();
-        for i in 0..batch.len() {
-            let message = batch.message(i);
-            let position = writer.positions[usize::from(message.entry.partition.0)];
-            let Some(letter) = Letter::of(&message) else { continue };
-            if !letter.is_copy() || letter.pipeline != &*shared.name || message.offset() < position {
-                continue;
+        Ok(())
+    }
+
+    /// Sends what a pass has taken.
+    async fn send_part(&mut self, pass: &mut Pass) -> Result<(), RedriveError> {
+        let made = pass.letters.made();
+        for number in 0..self.lenders.len() {
+            if pass.again().range(number).is_some()
+                && let Some(reason) = self.send_to(number, pass).await?
+            {
+                self.summary.failed.push(format!("sink \"{}\"{reason}", self.names.sink(number)));
             }
-            if !letter.names(&name) || !is_pending(&letter) {
-                continue;
+        }
+        let gone = pass.again().lose(Offset(0)..self.dead_letters.bounds().start);
+        if gone > 0 {
+            self.summary.failed.push(cannot_be_read(gone));
+        }
+        let (changes, ended) = pass.again().ended(&pass.reached);
+        set_marks(self.dead_letters, &changes).await?;
+        if ended.pending == 0 {
+            let of_pass = pass.again().pass();
+            self.epochs.retain(|(_, pass), _| *pass != of_pass || of_pass.is_none());
+        }
+        let summary = &mut self.summary;
+        summary.letters.sent += ended.sent;
+        summary.letters.refused += ended.refused;
+        summary.letters.pending += ended.pending;
+        summary.new += pass.letters.made() - made;
+        Ok(())
+    }
+
+    /// Delivers to one sink. Returns why not all of it, if so; what went there before counts
+    /// all the same.
+    async fn send_to(&mut self, number: SinkNumber, pass: &mut Pass) -> Result<Option<String>, RedriveError> {
+        let (lenders, shared) = (self.lenders, self.shared);
+        let lender = &lenders[number];
+        let of_pass = pass.again().pass();
+        let identity = pass.again().identity(self.dead_letters.identity());
+        let pipelines: Vec<_> = self.names.pipelines.iter().map(|name| format!("{name}/redrive")).collect();
+        let patience = Instant::now() + AHEAD_WAIT_MAX;
+        loop {
+            let Some(borrowed) = Borrowed::take(&lender.control).await else {
+                return Ok(Some(" has stopped".to_owned()));
+            };
+            let claim = super::claim_of(&pipelines, &self.names.sinks[number], identity);
+            let writer = Writer::new(None, number, claim, &pass.letters, shared.failures.clone());
+            let held = self.epochs.get(&(number, of_pass)).copied();
+            let mut writer = Writer { sink: Some(borrowed.sink), held, ..writer };
+            let result = self.deliver(&mut writer, lender).await;
+            // Given back whatever happened: the delivery opens its own claim again.
+            let sink = writer.sink.take().expect("nobody borrows from a redrive");
+            drop(borrowed.back.send(Returned { sink, has_written: writer.written > 0 }));
+            self.summary.refused += writer.refused;
+            if let Some(held) = writer.held {
+                self.epochs.insert((number, of_pass), held);
             }
-            let out = match letter.source() {
-                Source::Sink(_) => Some(original(&batch, i)),
-                Source::Step(step) => {
-                    let offset = message.offset();
-                    let known = writer.letters.seen(std::iter::once(writer.number), offset, offset);
-                    let known = known.and_then(|mut known| known.pop());
-                    let mut reader = known.unwrap_or(Reader { sink: writer.number, ..Reader::default() });
-                    if reader.seen.has_whole(offset) {
-                        continue;
-                    }
-                    let (sorted, refused) =
-                        through(original(&batch, i), step, steps, shared, &writer.letters, &mut reader)
-                            .await?;
-                    summary.refused += refused;
-                    refused_since += refused;
-                    sorted.and_then(|sorted| sorted.for_sink(writer.number))
+            pass.reached[number] = writer.positions;
+            let reason = match result {
+                Ok(Ok(())) => return Ok(None),
+                Err(RedriveError::Stopping) => return Err(RedriveError::Stopping),
+                // Its delivery comes to the message meanwhile.
+                Ok(Err(Failed::Later { kind: AHEAD, .. })) if Instant::now() < patience => {
+                    tokio::time::sleep(AHEAD_PAUSE).await;
+                    continue;
                 }
+                Ok(Err(Failed::Later { reason, .. } | Failed::Stop(reason))) => reason,
+                Err(error) => error.to_string(),
             };
-            let Some(mut out) = out else { continue };
-            for entry in out.entries.to_mut() {
-                entry.partition = message.entry.partition;
-            }
-            let known = |j: &usize| {
-                let offset = out.offset(&out.entries[*j]);
-                writer.letters.has_row(writer.number, offset, index_within_offset(&out, *j))
-            };
-            refused_before.extend((0..out.len()).filter(known).map(|j| rows.len() + j));
-            rows.push_batch(out);
+            return Ok(Some(format!(": {reason}")));
         }
-        if !refused_before.is_empty() {
-            rows = rows.select((0..rows.len()).filter(|row| !refused_before.contains(row)));
-        }
-        let count = rows.len() as u64;
-        let refused = writer.refused;
-        let upto = vec![cursor.position(); writer.positions.len()];
-        if let Err(error) = writer.letters.durable(writer.letters.ticket()).await {
-            return Ok(Err(Failed::Stop(error.to_string())));
-        }
-        if rows.is_empty() && refused_since < REFUSED_AT_ONCE && cursor.position() < end {
-            continue;
-        }
-        refused_since = 0;
-        if let Err(failed) = writer.write(&mut rows, &upto).await {
-            summary.sent += count - rows.len() as u64 - (writer.refused - refused);
+    }
+
+    /// Delivers one sink's part of what a pass has taken, where the sink has not got it.
+    async fn deliver(
+        &mut self,
+        writer: &mut Writer,
+        lender: &Lender,
+    ) -> Result<Result<(), Failed>, RedriveError> {
+        let (shared, number) = (self.shared, writer.number);
+        let letters = Arc::clone(&writer.letters);
+        let again = letters.again().expect("of a redrive");
+        let Some(range) = again.range(number) else { return Ok(Ok(())) };
+        // The letters that are sent or open are not taken, whatever the position: a new claim
+        // begins at the start.
+        if let Err(failed) = writer.open(&**self.dead_letters, stream::Delivered::ToNobody).await {
             return Ok(Err(failed));
         }
-        summary.sent += count - (writer.refused - refused);
-        let lowest = writer.positions.iter().copied().min().unwrap_or_default();
-        writer.letters.forget_below(writer.number, lowest);
+        let committed = lender.shared.committed.load(Ordering::Acquire);
+        let from = writer.positions.iter().copied().min().unwrap_or_default().max(range.start);
+        let mut cursor = self.dead_letters.cursor(from);
+        let mut refused_since = 0;
+        while cursor.position() < range.end
+            && let Some(read) = cursor.try_next().await?
+        {
+            let batch = match read {
+                Read::Batch(batch) => batch,
+                Read::Gap { from, to, .. } => {
+                    let gone = again.lose(from..to.min(range.end));
+                    if gone > 0 {
+                        self.summary.failed.push(cannot_be_read(gone));
+                    }
+                    continue;
+                }
+            };
+            let is_due = |message: &MessageRef<'_>| {
+                message.offset() >= writer.positions[usize::from(message.entry.partition.0)]
+                    && again.goes_to(message.offset(), number)
+            };
+            let ahead = batch.messages().filter(is_due).find_map(|message| {
+                let letter = Letter::of(&message)?;
+                let is_ahead = shared.letters.is_of_source(&letter)
+                    && (committed == u64::MAX || letter.offset >= committed);
+                is_ahead.then_some(letter.redrive_of.unwrap_or(message.offset().0))
+            });
+            if let Some(letter) = ahead {
+                // Should retention remove the letter, the message itself would become a row too.
+                let reason = format!(
+                    "has not come to the message of dead letter {letter} yet: send the letters again later"
+                );
+                return Ok(Err(Failed::Later { kind: AHEAD, reason }));
+            }
+            let mut rows = Rows::default();
+            let mut refused_before = HashSet::new();
+            for i in 0..batch.len() {
+                let message = batch.message(i);
+                let Some(letter) = Letter::of(&message).filter(|_| is_due(&message)) else { continue };
+                let out = match letter.source(&self.names) {
+                    Source::Sink(_) => Some(original(&batch, i)),
+                    Source::Step(step) => {
+                        let offset = message.offset();
+                        let known = letters.seen(std::iter::once(number), offset, offset);
+                        let known = known.and_then(|mut known| known.pop());
+                        let mut reader = known.unwrap_or(Reader { sink: number, ..Reader::default() });
+                        if reader.seen.has_whole(offset) {
+                            continue;
+                        }
+                        let (sorted, refused) = through(
+                            original(&batch, i),
+                            step,
+                            &mut self.steps,
+                            shared,
+                            &letters,
+                            &mut reader,
+                        )
+                        .await?;
+                        self.summary.refused += refused;
+                        refused_since += refused;
+                        sorted.and_then(|sorted| sorted.for_sink(number))
+                    }
+                };
+                let Some(mut out) = out else { continue };
+                for entry in out.entries.to_mut() {
+                    entry.partition = message.entry.partition;
+                }
+                let known = |j: &usize| {
+                    let offset = out.offset(&out.entries[*j]);
+                    letters.has_row(number, offset, index_within_offset(&out, *j))
+                };
+                refused_before.extend((0..out.len()).filter(known).map(|j| rows.len() + j));
+                rows.push_batch(out);
+            }
+            if !refused_before.is_empty() {
+                rows = rows.select((0..rows.len()).filter(|row| !refused_before.contains(row)));
+            }
+            let count = rows.len() as u64;
+            let refused = writer.refused;
+            // No further than what is taken: the letters behind it may be in the next part.
+            let next = cursor.position().min(range.end);
+            let upto = vec![next; writer.positions.len()];
+            if let Err(error) = letters.durable(letters.ticket()).await {
+                return Ok(Err(Failed::Stop(error.to_string())));
+            }
+            if rows.is_empty() && refused_since < REFUSED_AT_ONCE && next < range.end {
+                continue;
+            }
+            refused_since = 0;
+            if let Err(failed) = writer.write(&mut rows, &upto).await {
+                self.summary.sent += count - rows.len() as u64 - (writer.refused - refused);
+                return Ok(Err(failed));
+            }
+            self.summary.sent += count - (writer.refused - refused);
+            let lowest = writer.positions.iter().copied().min().unwrap_or_default();
+            letters.forget_below(number, lowest);
+        }
+        Ok(Ok(()))
     }
-    Ok(Ok(()))
 }
 
-/// A copy as the message that was refused.
+/// Letters that are taken together.
+#[derive(Default)]
+struct Part {
+    /// Each with the sinks that it goes to, where these are not all that it names.
+    letters: Vec<(Offset, Option<BTreeSet<String>>, Sending)>,
+    /// Where the next part begins.
+    next: Option<Offset>,
+}
+
+/// A letter as the message that was refused.
 fn original(batch: &Batch, i: usize) -> Batch {
     let message = batch.message(i);
     let properties = letter::without_letter(message.properties());
@@ -547,8 +707,6 @@ async fn instances(chain: &Chain) -> Result<Vec<Box<dyn Step>>, RedriveError> {
 /// A sink that redrives borrow from its delivery.
 pub struct Lender {
     pub name: String,
-    /// The name that it had.
-    pub formerly: Option<String>,
     pub control: mpsc::Sender<Control>,
     /// Up to where the delivery itself is.
     pub shared: Arc<SinkShared>,

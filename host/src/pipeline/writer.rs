@@ -276,6 +276,10 @@ impl Writer {
                 false => beginning.start(&self.claim, positions.len(), found, delivered, &kept),
             };
             start = decided.map_err(|reason| self.failed(Error::Setup(reason)))?;
+            if is_new && start > Offset::default() {
+                // Before it has a position: afterwards it is not new any more.
+                self.letters.begins(self.number, start).await.map_err(stopped)?;
+            }
         }
         let partitions = usize::from(self.claim.partitions);
         self.positions = vec![start; partitions];

@@ -32,6 +32,8 @@ pub struct MemoryRow {
 /// What the next call does instead of its work.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fault {
+    /// None: the call goes through.
+    Passes,
     TooMuch(String),
     Doubtful(String),
     Retry(String),
@@ -213,7 +215,7 @@ impl Sink for MemorySink {
             return Err(Error::Retry(reason.clone()));
         }
         if let Some(fault) = state.open_faults.pop_front() {
-            return Err(fault.into_error());
+            fault.strike()?;
         }
         let State { rows, claims, .. } = &mut *state;
         if held.is_some() && !claims.contains_key(&key(claim)) && !rows.is_empty() {
@@ -256,10 +258,10 @@ impl Sink for MemorySink {
             return Err(Error::Retry(reason.clone()));
         }
         let fault = state.commit_faults.pop_front();
-        match fault {
-            None | Some(Fault::UnknownWritten) => {}
-            Some(fault) => return Err(fault.into_error()),
-        }
+        let fault = match fault {
+            None | Some(Fault::UnknownWritten) => fault,
+            Some(fault) => fault.strike().map(|()| None)?,
+        };
         let rejected: Vec<RefusedRow> = match &state.refuse {
             Some(refuse) => rows
                 .iter()
@@ -277,7 +279,8 @@ impl Sink for MemorySink {
             return Ok(Outcome::Rejected(rejected));
         }
         let written = self.write(&mut state, rows, advance);
-        fault.map_or(Ok(Outcome::Committed(written)), |fault| Err(fault.into_error()))
+        fault.map_or(Ok(()), Fault::strike)?;
+        Ok(Outcome::Committed(written))
     }
 
     async fn finish(&mut self) -> Result<Written, Error> {
@@ -287,7 +290,8 @@ impl Sink for MemorySink {
         let mut state = self.database.lock();
         self.check(&state, &advance)?;
         let written = self.write(&mut state, &rows, &advance);
-        fault.map_or(Ok(written), |fault| Err(fault.into_error()))
+        fault.map_or(Ok(()), Fault::strike)?;
+        Ok(written)
     }
 }
 
@@ -333,15 +337,16 @@ impl MemorySink {
 }
 
 impl Fault {
-    fn into_error(self) -> Error {
-        match self {
+    fn strike(self) -> Result<(), Error> {
+        Err(match self {
+            Self::Passes => return Ok(()),
             Self::TooMuch(reason) => Error::TooMuch(reason),
             Self::Doubtful(reason) => Error::Doubtful { context: "memory".to_owned(), reason },
             Self::Retry(reason) => Error::Retry(reason),
             Self::UnknownWritten | Self::UnknownLost => Error::Unknown("connection lost".to_owned()),
             Self::Fenced(reason) => Error::Fenced(reason),
             Self::Setup(reason) => Error::Setup(reason),
-        }
+        })
     }
 }
 

@@ -181,6 +181,10 @@ pub enum OnLag {
     /// age waits for it, retention by bytes for as long as it moves on.
     #[serde(skip)]
     Ask,
+    /// Retention by bytes waits for it for as long as it moves on. It ends with the process,
+    /// and is not remembered.
+    #[serde(skip)]
+    Hold,
 }
 
 /// A durable, ordered sequence of messages.

@@ -138,7 +138,7 @@ async fn a_letter_is_pending_for_a_sink_that_the_pipeline_does_not_have_any_more
     process.stop().await;
     // Back again, it gets what it has not had.
     let process = world.start(chain(1, &[step("check", |_, _| Act::Pass)])).await;
-    process.until("resumed", |_| !is_pending(&*world.dead, "p")).await;
+    process.until("resumed", |_| !is_pending(&*world.dead, &["p".to_owned()])).await;
     assert_eq!(sorted(world.payloads("other")), published(1, 3));
     assert_eq!(sorted(world.payloads("w")), published(1, 3));
     process.stop().await;
@@ -162,7 +162,7 @@ async fn a_redrive_that_ends_with_its_process_goes_on_at_the_next_start() {
     assert!(list_open(&*world.dead, None).await.unwrap().is_empty());
     process.stop().await;
     let process = world.start(chain(1, &[])).await;
-    process.until("resumed", |_| !is_pending(&*world.dead, "p")).await;
+    process.until("resumed", |_| !is_pending(&*world.dead, &["p".to_owned()])).await;
     assert_eq!(world.payloads("w").len(), 19);
     assert_eq!(world.open_letters("w").await, [("d1:4".to_owned(), "w".to_owned())]);
     world.database("w").refuse(|_| None);
@@ -184,9 +184,8 @@ async fn a_redrive_that_fails_half_way_is_finished_by_the_next() {
         world.publish_many(2, 0, 10);
         process.drained().await;
         broken.store(false, Ordering::Release);
-        // The first commit of a new claim only sets its positions.
-        process.handle.redrive(&Filter { sink: Some("none".to_owned()), ..Filter::default() }).await.unwrap();
-        world.database("w").fail_commits([fault]);
+        // The first commit of a pass only sets its positions.
+        world.database("w").fail_commits([Fault::Passes, fault]);
         let summary = process.handle.redrive(&Filter::default()).await.unwrap();
         assert_eq!(summary.failed.len(), 1, "{summary:?}");
         process.handle.redrive(&Filter::default()).await.unwrap();
@@ -214,8 +213,7 @@ async fn what_is_refused_again_before_a_sink_fails_is_not_written_by_the_next_re
     let marks = world.dead_memory.marks().len();
     // Nine are refused again, then the sink fails.
     world.database("w").refuse(|_| None);
-    process.handle.redrive(&Filter { sink: Some("none".to_owned()), ..Filter::default() }).await.unwrap();
-    world.database("w").fail_commits([Fault::Retry("down".to_owned())]);
+    world.database("w").fail_commits([Fault::Passes, Fault::Retry("down".to_owned())]);
     let summary = process.handle.redrive(&Filter::default()).await.unwrap();
     assert_eq!((summary.refused, summary.failed.len()), (9, 1));
     broken.store(false, Ordering::Release);
@@ -419,4 +417,136 @@ async fn a_redrive_of_more_letters_than_are_remembered_ends() {
     assert_eq!((summary.refused, summary.letters.sent, summary.failed), (count, count, Vec::new()));
     assert_eq!(world.open_letters("w").await.len() as u64, count);
     process.stop().await;
+}
+
+/// Nothing that a redrive does may cost a letter: not its own, and no other pipeline's.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redrive_adds_no_messages_to_the_dead_letters_however_often_it_is_asked_for() {
+    let world = World::new(1, &[("default", "w")]);
+    let broken = Arc::new(AtomicBool::new(true));
+    let is_broken = Arc::clone(&broken);
+    world.database("w").refuse(move |_| is_broken.load(Ordering::Acquire).then(|| "no column".to_owned()));
+    let process = world.start(chain(1, &[])).await;
+    world.publish_many(3, 0, 200);
+    process.drained().await;
+    let end = world.dead.bounds().end;
+    for _ in 0..3 {
+        let summary = process.handle.redrive(&Filter::default()).await.unwrap();
+        assert_eq!(summary.letters, Ended { refused: 200, ..Ended::default() });
+        assert_eq!(list_open(&*world.dead, None).await.unwrap().len(), 200);
+    }
+    broken.store(false, Ordering::Release);
+    assert_eq!(process.handle.redrive(&Filter::default()).await.unwrap().letters.sent, 200);
+    assert_eq!(sorted(world.payloads("w")), published(3, 200));
+    assert_eq!(world.dead.bounds().end, end);
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_retention_takes_of_letters_that_are_pending_is_told() {
+    let world = World::new(1, &[("default", "w")]);
+    world.database("w").refuse(|_| Some("no column".to_owned()));
+    let process = world.start(chain(1, &[])).await;
+    world.publish_many(2, 0, 10);
+    process.drained().await;
+    world.database("w").refuse(|_| None);
+    world.database("w").set_down(Some("connection refused"));
+    let summary = process.handle.redrive(&Filter::default()).await.unwrap();
+    assert_eq!(summary.letters.pending, 10);
+    world.database("w").set_down(None);
+    world.dead_memory.trim(Offset(4));
+    let summary = process.handle.redrive(&Filter::default()).await.unwrap();
+    assert_eq!((summary.sent, summary.letters.sent), (6, 6));
+    assert!(summary.failed[0].starts_with("4 dead letters could not be sent"), "{summary:?}");
+    let summary = process.handle.redrive(&Filter::default()).await.unwrap();
+    assert_eq!((summary.sent, summary.failed), (0, Vec::new()), "told once");
+    process.stop().await;
+}
+
+/// The route had no sink when it was rejected; the sink that it has now began behind it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_goes_to_the_sink_of_its_route_that_began_after_it_was_rejected() {
+    for (begin, sent) in [(Some(Begin::Now), 1), (Some(Begin::Start), 0)] {
+        let world = World::new(1, &[("default", "w")]);
+        let alert = || {
+            step("alert", |message, _| match text(message).ends_with('3') {
+                true => Act::Route("alert"),
+                false => Act::Pass,
+            })
+        };
+        let process = world.start(chain(1, &[alert()])).await;
+        world.publish_many(1, 0, 10);
+        process.drained().await;
+        process.stop().await;
+        assert_eq!(world.letters().await.len(), 1);
+        let both = World::new(1, &[("default", "w"), ("alert", "alerts")]);
+        let mut databases = world.databases.clone();
+        databases.insert("alerts".to_owned(), both.database("alerts").clone());
+        let both = World { config: both.config, databases, begin, ..world.clone() };
+        let process = both.start(chain(1, &[alert()])).await;
+        both.publish_many(1, 10, 10);
+        process.drained().await;
+        process.until("steps", |status| status.chain.is_some()).await;
+        let summary = process.handle.redrive(&Filter::default()).await.unwrap();
+        assert_eq!((summary.sent, summary.letters.sent), (sent, 1), "{begin:?}");
+        process.stop().await;
+        assert_eq!(sorted(both.payloads("alerts")), ["d0:13", "d0:3"], "{begin:?}");
+        assert_eq!(both.payloads("w").len(), 18);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn letters_of_the_names_that_a_pipeline_and_its_sinks_had_are_sent_once() {
+    let world = World::new(1, &[("default", "w")]);
+    world.database("w").refuse(|message| text(message).ends_with('3').then(|| "no column".to_owned()));
+    let check = || {
+        step("check", |message, _| match text(message).ends_with('4') {
+            true => Act::Refuse("no".to_owned()),
+            false => Act::Pass,
+        })
+    };
+    // Killed between the letters and the position past them.
+    world.database("w").fail_commits([Fault::Passes, Fault::UnknownLost]);
+    let process = world.start(chain(1, &[check()])).await;
+    world.publish_many(1, 0, 10);
+    while world.letters().await.is_empty() {
+        process.looked_after().await;
+    }
+    process.handle.crash();
+    process.handle.join().await;
+    let renamed = World::new(1, &[("default", "lake")]);
+    let mut renamed = World { config: renamed.config, pipeline: "q".to_owned(), ..world.clone() };
+    renamed.databases = [("lake".to_owned(), world.database("w").clone())].into();
+    renamed.renamed_from = [("lake".to_owned(), "w".to_owned())].into();
+    renamed.config.renamed_from = Some("p".to_owned());
+    let process = renamed.start(chain(1, &[check()])).await;
+    process.drained().await;
+    assert_eq!(renamed.letters().await.len(), 2, "one for each message that was rejected");
+    renamed.database("lake").refuse(|_| None);
+    process.until("steps", |status| status.chain.is_some()).await;
+    let old = Filter { sink: Some("w".to_owned()), ..Filter::default() };
+    assert_eq!(process.handle.redrive(&old).await.unwrap().letters.sent, 1);
+    process.chain.send_replace(chain(2, &[step("check", |_, _| Act::Pass)]));
+    process.until("flipped", |status| status.chain == Some(2)).await;
+    assert_eq!(process.handle.redrive(&Filter::default()).await.unwrap().letters.sent, 1);
+    assert!(list_open(&*world.dead, None).await.unwrap().is_empty());
+    assert_eq!(sorted(renamed.payloads("lake")), published(1, 10));
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sink_that_begins_again_does_not_stop_another_whose_letters_are_behind_it() {
+    let mut world = World::new(1, &[("default", "w other")]);
+    world.dead_letters_bytes_max = 2_000;
+    let process = world.start(chain(1, &[step("check", |_, _| Act::Refuse("no".to_owned()))])).await;
+    world.publish_many(1, 0, 100);
+    process.drained().await;
+    process.stop().await;
+    world.database("w").lose_positions();
+    world.begin = Some(Begin::Start);
+    let process = world.start(chain(1, &[step("check", |_, _| Act::Refuse("no".to_owned()))])).await;
+    world.publish_many(1, 100, 100);
+    process.drained().await;
+    process.stop().await;
+    assert_eq!(world.letters().await.len(), 200);
 }

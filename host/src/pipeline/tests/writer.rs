@@ -7,6 +7,7 @@ use bytes::Bytes;
 
 use crate::batch::{Batch, Entry, Offset, Span};
 use crate::pipeline::dead_letters::DeadLetters;
+use crate::pipeline::letter::Names;
 use crate::pipeline::writer::{Failed, Writer};
 use crate::pipeline::{Letter, claim_of};
 use crate::sinks::Rows;
@@ -28,8 +29,8 @@ impl World {
         let database = MemoryDatabase::default();
         let dead: Arc<dyn Stream> = MemoryStream::with_hooks("dead-letters", 1);
         let source = MemoryStream::new("telemetry", 1);
-        let sinks = vec!["w".to_owned()];
-        let letters = DeadLetters::open(Arc::clone(&dead), "p", sinks, &*source, share, None).await;
+        let names = Names { pipelines: vec!["p".to_owned()], sinks: vec![vec!["w".to_owned()]] };
+        let letters = DeadLetters::open(Arc::clone(&dead), names, &*source, share, None).await;
         let letters = Arc::new(letters.unwrap());
         let claim = claim_of(&["p".to_owned()], &["w".to_owned()], source.identity());
         let sink = Box::new(database.sink());

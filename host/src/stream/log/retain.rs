@@ -86,7 +86,7 @@ impl Mark {
     /// Asks for all below `upto`; it gets a while for each step.
     fn ask(&mut self, upto: u64) {
         let next = self.next.load(Ordering::Relaxed);
-        if self.on_lag != OnLag::Ask || next >= upto {
+        if !matches!(self.on_lag, OnLag::Ask | OnLag::Hold) || next >= upto {
             self.held = None;
             return;
         }
@@ -112,6 +112,7 @@ impl Mark {
             OnLag::Block => true,
             OnLag::Detach => false,
             OnLag::Ask => !(for_bytes && is_attached && is_over()),
+            OnLag::Hold => for_bytes && !is_over(),
         }
     }
 }
@@ -448,7 +449,8 @@ impl Inner {
                 }
                 None => true,
             };
-            let marks = back.marks.iter().map(|(name, mark)| (name, mark, mark.kept()));
+            let lasting = back.marks.iter().filter(|(_, mark)| mark.on_lag != OnLag::Hold);
+            let marks = lasting.map(|(name, mark)| (name, mark, mark.kept()));
             marks
                 .filter(|(_, mark, kept)| due(mark, *kept))
                 .map(|(name, _, kept)| (name.clone(), kept))
@@ -484,7 +486,7 @@ impl Inner {
             kept = mark.kept();
             mark.saved = known.and_then(|known| known.saved).filter(|(saved, _)| *saved == kept.next);
             (remembered, delivered) = (Arc::clone(&mark.remembered), Arc::clone(&mark.delivered));
-            let is_saved = mark.saved.is_some();
+            let is_saved = mark.saved.is_some() || on_lag == OnLag::Hold;
             marks.insert(consumer.to_owned(), mark);
             is_saved
         };
@@ -497,7 +499,8 @@ impl Inner {
     }
 
     pub fn detach(&self, consumer: &str) {
-        if write(&self.back).marks.remove(consumer).is_some() {
+        let removed = write(&self.back).marks.remove(consumer);
+        if removed.is_some_and(|mark| mark.on_lag != OnLag::Hold) {
             self.append_own(state::OWN, consumer.as_bytes(), None);
         }
     }
@@ -568,7 +571,7 @@ impl Kept {
         value.push(match self.on_lag {
             OnLag::Block => 0,
             OnLag::Detach => 1,
-            OnLag::Ask => 2,
+            OnLag::Ask | OnLag::Hold => 2,
         });
         value.push(match self.delivered {
             Delivered::ToNobody => 0,
@@ -597,7 +600,8 @@ impl Kept {
 
 /// Returns what a reader of this name is told of earlier deliveries.
 pub fn delivered_to(marks: &BTreeMap<String, Mark>, consumer: &str) -> Delivered {
-    let other = |mark: &Mark| mark.on_lag != OnLag::Ask && mark.kept().has_delivered();
+    let delivers = |mark: &Mark| matches!(mark.on_lag, OnLag::Block | OnLag::Detach);
+    let other = |mark: &Mark| delivers(mark) && mark.kept().has_delivered();
     match marks.get(consumer) {
         Some(known) => known.kept().delivered,
         None if marks.values().any(other) => Delivered::ToOthers,

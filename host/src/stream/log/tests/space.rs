@@ -527,6 +527,38 @@ async fn a_reader_that_is_asked_keeps_its_messages_until_it_has_saved_them_and_w
 }
 
 #[tokio::test]
+async fn a_hold_keeps_messages_for_as_long_as_it_moves_on() {
+    let disk = SimDisk::new(3);
+    let mut config = small();
+    config.retention.max_bytes = ByteSize(64 << 10);
+    let (log, _) = Log::open(Arc::new(disk), Path::new(DIR), "t", &config).unwrap();
+    let hold = log.attach("redrive", Offset(0), OnLag::Hold);
+    let upto = until_asked(&log, &mut hold.asked()).await;
+    assert_eq!(log.bounds().start, Offset(0), "nothing has gone yet");
+    hold.advance(upto);
+    while log.bounds().start < upto {
+        let appended = log.append(&[message("a/b", &payload(0, 3_000))], &[]).unwrap();
+        durable(&*log, appended.ticket).await;
+    }
+}
+
+#[test]
+fn a_hold_that_a_kill_left_holds_nothing() {
+    let (disk, clock) = (SimDisk::new(3), new_clock());
+    let (log, _) = manual(&disk, &small(), &clock).unwrap();
+    let hold = log.attach("redrive", Offset(0), OnLag::Hold);
+    for n in 0..20 {
+        log.append(&[message("a/b", &payload(n, 3_000))], &[]).unwrap();
+        commit(&log).unwrap();
+        log.inner.keep(false);
+    }
+    drop((hold, log));
+    disk.restart_process();
+    let (log, _) = manual(&disk, &small(), &clock).unwrap();
+    assert!(read(&log.inner.back).marks.is_empty());
+}
+
+#[tokio::test]
 async fn retention_by_bytes_does_not_wait_for_ever_for_a_reader_that_was_asked() {
     let disk = SimDisk::new(3);
     let mut config = small();
