@@ -210,7 +210,10 @@ fn more_publishes_than_may_be_in_flight_are_read_later_and_all_acknowledged() {
 
 #[test]
 fn the_log_names_who_is_refused_or_sent_away_and_why() {
-    let host = Host::start("mqtt-named", "");
+    let proxied = "{ bind: 127.0.0.1:0, allow_anonymous: true, proxy_protocol: { from: [127.0.0.0/8] } }";
+    let mqtt = format!("mqtt: {{ listeners: [ {{ bind: 127.0.0.1:0 }}, {proxied} ] }}");
+    let mut host = Host::prepare_with("mqtt-named", &mqtt, "");
+    host.run();
     let plain = |client_id: &str| Connect::new(V311, client_id);
     let refused = |connect: Connect| {
         let mut client = Client::raw(host.mqtt(), V311);
@@ -227,9 +230,20 @@ fn the_log_names_who_is_refused_or_sent_away_and_why() {
     refused(Connect { clean: false, ..plain("") });
     refused(plain(&"x".repeat(513)));
     refused(Connect { will: Some(Will::new("a/+", 1)), ..plain("plc-8") });
-    let mut first = Client::open(host.mqtt(), &plain("twin"));
-    let _second = Client::open(host.mqtt(), &plain("twin"));
-    first.closed();
+    // One id at two addresses; a device that comes back from where it was is nothing to tell.
+    let at = |address: u8, client_id: &str| {
+        let mut client = Client::raw(host.listener(1), V311);
+        let addresses = [192, 0, 2, address, 127, 0, 0, 1, 0xc3, 0x50, 0x07, 0x5b];
+        client.send([&b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c"[..], &addresses].concat());
+        client.send(plain(client_id).bytes());
+        assert_eq!(client.receive().first, 0x20, "CONNACK");
+        client
+    };
+    for (first, second, client_id) in [(7, 7, "back"), (7, 9, "twin")] {
+        let mut first = at(first, client_id);
+        let _second = at(second, client_id);
+        first.closed();
+    }
     Client::open(host.mqtt(), &Connect { keep_alive: 1, ..plain("quiet") }).closed();
     for said in [
         "malformed: the first packet is not CONNECT: 127.0.0.1:",
@@ -237,9 +251,10 @@ fn the_log_names_who_is_refused_or_sent_away_and_why() {
         "invalid: no client id with clean session 0: set a client id, or clean session 1: client without an id",
         "invalid: a client id of 513 bytes, 512 are allowed: client xxx",
         "invalid: a will whose topic is empty or has a wildcard: client plc-8 at 127.0.0.1:",
-        "one client id, two connections: client twin at 127.0.0.1:",
+        "one client id, two connections: client twin at 192.0.2.7:50000: taken over from 192.0.2.9:50000",
         "client was silent for longer than its keep alive: client quiet at 127.0.0.1:",
     ] {
         host.says(said);
     }
+    assert!(!host.log().contains("client back at"), "{}", host.log());
 }

@@ -1,5 +1,6 @@
 //! The clients as an operator sees them, and how one is sent away.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -10,6 +11,7 @@ use super::activity::Counts;
 use super::clock::Clock;
 use super::refused_clients::RefusedClient;
 use super::session::Session;
+use super::transport::Address;
 use super::wire::Version;
 
 /// What is known of a client that is connected, or whose session waits for it.
@@ -49,9 +51,18 @@ pub struct Connection {
     pub since_us: u64,
     /// 0: off.
     pub keep_alive_s: u16,
+    /// Of `address`.
+    #[serde(skip)]
+    pub(super) ip: Option<IpAddr>,
 }
 
 impl Connection {
+    /// Whether `address` is another host than that of the connection. A client that comes back
+    /// from where it was has lost its connection.
+    pub(super) fn is_elsewhere(&self, address: &Address) -> bool {
+        self.ip != Some(address.ip())
+    }
+
     pub(super) fn version_text(version: Version) -> &'static str {
         match version {
             Version::V31 => "3.1",

@@ -159,6 +159,7 @@ where
         address: remote.address.to_string(),
         user: rights.identity.name.as_deref().map(Into::into),
         since_us: super::now_us(),
+        ip: Some(remote.address.ip()),
         keep_alive_s,
     });
     session.outbox().resume();

@@ -262,7 +262,10 @@ impl Asked {
             if is_anothers(&session) {
                 return Err(self.refused(remote, "session_owner", invalid));
             }
-            if let (Some(connection), ..) = session.presence() {
+            // A device whose old connection was lost comes back from where it was.
+            if let (Some(connection), ..) = session.presence()
+                && connection.is_elsewhere(&remote.address)
+            {
                 let detail =
                     format!("client {} at {}: taken over from {remote}", self.client_id, connection.address);
                 broker.failures.report_by(
