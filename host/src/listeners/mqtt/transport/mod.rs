@@ -7,6 +7,7 @@
 //! its listener until CONNECT is answered ([`handshakes`]).
 
 mod authorities;
+mod chunks;
 pub mod closing;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;

@@ -16,6 +16,7 @@ use tokio_tungstenite::tungstenite::{Error, Message};
 
 use super::super::config::Paths;
 use super::Failed;
+use super::chunks::{CHUNK_BYTES, Chunks};
 use super::origin::Origins;
 
 /// The HTTP request in front, with all headers that proxies add.
@@ -32,7 +33,7 @@ const SUBPROTOCOLS: [&str; 2] = ["mqtt", "mqttv3.1"];
 
 /// The payloads of binary frames, one after the other.
 pub(super) struct Bytes<S> {
-    io: WebSocketStream<S>,
+    io: WebSocketStream<Chunks<S>>,
     rest: bytes::Bytes,
     /// A frame that is not on its way yet; its length was told to the writer.
     unsent: bool,
@@ -96,9 +97,10 @@ pub(super) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         .read_buffer_size(READ_BUFFER_BYTES)
         .write_buffer_size(0)
         .max_write_buffer_size(UNSENT_BYTES_MAX)
-        .max_frame_size(Some(frame_bytes_max))
-        .max_message_size(Some(frame_bytes_max));
-    let io = WebSocketStream::from_partially_read(io, input.into(), Role::Server, Some(limits)).await;
+        .max_frame_size(Some(CHUNK_BYTES))
+        .max_message_size(Some(CHUNK_BYTES));
+    let io = Chunks::new(io, &input, frame_bytes_max);
+    let io = WebSocketStream::from_raw_socket(io, Role::Server, Some(limits)).await;
     Ok(Bytes { io, rest: bytes::Bytes::new(), unsent: false })
 }
 

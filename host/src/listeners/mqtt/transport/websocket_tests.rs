@@ -11,13 +11,17 @@ const PIPE_BYTES: usize = 64 << 10;
 const NO_PAGES: Origins<'_> = Origins { listed: &[], tls: false };
 
 async fn open() -> (WebSocketStream<DuplexStream>, Bytes<DuplexStream>) {
+    open_with(FRAME_BYTES_MAX).await
+}
+
+async fn open_with(frame_bytes_max: usize) -> (WebSocketStream<DuplexStream>, Bytes<DuplexStream>) {
     let (client, server) = tokio::io::duplex(PIPE_BYTES);
     let mut request = "ws://localhost/mqtt".into_client_request().unwrap();
     request.headers_mut().insert("sec-websocket-protocol", "chat, mqtt".parse().unwrap());
     let paths = Paths::default();
     let (client, server) = tokio::join!(
         tokio_tungstenite::client_async(request, client),
-        accept(server, &paths, NO_PAGES, FRAME_BYTES_MAX)
+        accept(server, &paths, NO_PAGES, frame_bytes_max)
     );
     let (client, response) = client.unwrap();
     assert_eq!(response.headers()["sec-websocket-protocol"], "mqtt");
@@ -46,6 +50,18 @@ async fn frames_and_packets_need_not_begin_together() {
     }
     assert!(answers.contains(&Message::Pong("still there".into())), "{answers:?}");
     assert!(answers.contains(&Message::Binary("back".into())), "{answers:?}");
+}
+
+/// So nothing of it is kept for its end, which may come slowly or never.
+#[tokio::test]
+async fn a_large_frame_is_heard_before_it_is_whole() {
+    let (mut client, mut server) = open_with(1 << 20).await;
+    let header = [0x82, 0xff, 0, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0];
+    client.get_mut().write_all(&header).await.unwrap();
+    client.get_mut().write_all(&[b'x'; 50_000]).await.unwrap();
+    let mut heard = vec![0; 50_000 / CHUNK_BYTES * CHUNK_BYTES];
+    server.read_exact(&mut heard).await.unwrap();
+    assert!(heard.iter().all(|byte| *byte == b'x'));
 }
 
 #[tokio::test]
