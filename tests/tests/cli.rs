@@ -25,6 +25,34 @@ fn publish(host: &Host, topic: &str, payload: &str) {
     run(mosquitto::publish(host.mqtt()).args(["-q", "1", "-t", topic, "-m", payload]));
 }
 
+/// More than are listed, and than the host lists at a time.
+#[test]
+fn a_list_of_clients_says_how_to_see_those_that_it_leaves_out() {
+    let host = host("cli-many-clients");
+    let name = |n: usize| format!("{}-{n:04}", if n < 3 { "pump" } else { "edge" });
+    for n in 0..1_003 {
+        // Its session stays.
+        Client::open(host.mqtt(), &Connect { clean: false, ..Connect::new(Version::V311, &name(n)) });
+    }
+    let ids = |list: &[serde_json::Value]| -> Vec<String> {
+        list.iter().map(|client| client["client_id"].as_str().unwrap().to_owned()).collect()
+    };
+    let mut all: Vec<String> = (0..1_003).map(name).collect();
+    all.sort_unstable();
+    let text = host.cli(&["clients", "list"]);
+    assert_eq!(text.matches("edge-").count(), 100);
+    assert!(text.contains("\n903 more: --max 1003 shows all, a PREFIX"), "{text}");
+    let text = host.cli(&["clients", "list", "--max", "1003"]);
+    assert!(!text.contains(" more: ") && text.matches("edge-").count() == 1_000, "{text}");
+    assert!(!host.cli(&["clients", "list", "pump"]).contains(" more: "));
+    assert_eq!(ids(&host.cli_json(&["clients", "list"])), all, "JSON is not cut");
+    assert_eq!(ids(&host.cli_json(&["clients", "list", "--max", "1002"])), all[..1_002]);
+    let mut by_delivered = ids(&host.cli_json(&["clients", "list", "--sort", "delivered"]));
+    by_delivered.sort_unstable();
+    assert_eq!(by_delivered, all);
+    assert_eq!(host.cli_json(&["clients", "list", "--sort", "missed", "--max", "3"]).len(), 3);
+}
+
 #[test]
 fn a_host_may_open_as_many_files_as_its_hard_limit_lets_it() {
     let limit = getrlimit(Resource::Nofile);

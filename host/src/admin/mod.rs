@@ -97,6 +97,9 @@ pub struct ClientListRequest {
     pub max: usize,
     #[serde(default)]
     pub order: ClientOrder,
+    /// Only ids behind this one: where the list before ended.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub after: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

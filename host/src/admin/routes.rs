@@ -1,18 +1,23 @@
 //! The endpoints.
 
+use std::convert::Infallible;
 use std::net::IpAddr;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use axum::body::{Body, to_bytes};
+use axum::body::{Body, Bytes, HttpBody, to_bytes};
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use hyper::body::{Frame, SizeHint};
 use serde_json::json;
 use subtle::ConstantTimeEq;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::{
     ClientListRequest, ClientRequest, Deps, INSTANCE, RedriveError, RedriveRequest, RefusedClientsRequest,
@@ -22,6 +27,11 @@ use crate::plugin;
 const BODY_BYTES_MAX: usize = 64 << 10;
 const REDRIVE_IDS_MAX: usize = 1_000;
 const CLIENTS_MAX: usize = 10_000;
+/// Answers about clients that are made, or that their askers have not taken: each has the whole
+/// list in memory.
+pub(super) const LISTS_MAX: usize = 4;
+/// Such an answer is handed to its connection in pieces, as the socket takes them.
+const PIECE_BYTES: usize = 64 << 10;
 /// Prometheus text exposition format, version 0.0.4.
 const EXPOSITION: &str = "text/plain; version=0.0.4; charset=utf-8";
 
@@ -29,11 +39,13 @@ const EXPOSITION: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// request's body must be there within `body_max`.
 pub fn router(deps: Deps, names: &[String], body_max: Duration) -> Router {
     let (instance, token) = (Arc::clone(&deps.instance), Arc::clone(&deps.token));
-    let acting = Router::new()
-        .route("/api/dead-letters/redrive", post(redrive))
+    let listing = Router::new()
         .route("/api/clients/list", post(list_clients))
         .route("/api/clients/show", post(show_client))
         .route("/api/clients/refused", post(list_refused))
+        .route_layer(middleware::from_fn_with_state(Arc::new(Semaphore::new(LISTS_MAX)), one_of_few));
+    let acting = listing
+        .route("/api/dead-letters/redrive", post(redrive))
         .route("/api/clients/kick", post(kick_client))
         .route("/api/clients/delete", post(delete_client))
         .route_layer(middleware::from_fn_with_state(body_max, whole_body))
@@ -144,6 +156,51 @@ async fn whole_body(State(within): State<Duration>, request: Request, next: Next
             &format!("the body must come whole and have at most {BODY_BYTES_MAX} bytes"),
         ),
         Err(_) => problem(StatusCode::REQUEST_TIMEOUT, "the body took too long"),
+    }
+}
+
+/// A request past [`LISTS_MAX`] does not wait: it would keep its connection from `/healthz`.
+async fn one_of_few(State(places): State<Arc<Semaphore>>, request: Request, next: Next) -> Response {
+    let Ok(place) = places.try_acquire_owned() else {
+        let told = "other lists are not yet taken by those who asked for them; ask again";
+        return problem(StatusCode::SERVICE_UNAVAILABLE, told);
+    };
+    let (head, body) = next.run(request).await.into_parts();
+    match to_bytes(body, usize::MAX).await {
+        Ok(rest) => Response::from_parts(head, Body::new(Placed { rest, _place: place })),
+        Err(error) => problem(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
+    }
+}
+
+/// An answer that has its place until it is taken, or its connection has ended. It goes out in
+/// copies of pieces: the whole of it is not kept for those that are on their way.
+struct Placed {
+    rest: Bytes,
+    _place: OwnedSemaphorePermit,
+}
+
+impl HttpBody for Placed {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        if self.rest.is_empty() {
+            return Poll::Ready(None);
+        }
+        let len = self.rest.len().min(PIECE_BYTES);
+        let piece = self.rest.split_to(len);
+        Poll::Ready(Some(Ok(Frame::data(Bytes::copy_from_slice(&piece)))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.rest.is_empty()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.rest.len() as u64)
     }
 }
 

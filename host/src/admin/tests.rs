@@ -24,6 +24,10 @@ impl Redrive for Redriven {
     }
 }
 
+/// Asks for a list that no socket takes at once.
+const LARGE: &str = "large";
+const LARGE_BYTES: usize = 16 << 20;
+
 /// `pump-1`, connected.
 struct OneClient;
 
@@ -31,6 +35,9 @@ struct OneClient;
 impl Clients for OneClient {
     fn list(&self, request: &ClientListRequest) -> ClientList {
         let ClientListRequest { prefix, max, .. } = request;
+        if prefix == LARGE {
+            return ClientList { found: 1, clients: vec![" ".repeat(LARGE_BYTES).into()] };
+        }
         let clients: Vec<_> = "pump-1"
             .starts_with(prefix.as_str())
             .then(|| json!({ "client_id": "pump-1" }))
@@ -296,4 +303,38 @@ async fn a_body_past_the_bound_is_refused() {
     let answer = running.post(&" ".repeat((64 << 10) + 1), "application/json").await;
     assert!(answer.starts_with("HTTP/1.1 413"), "{answer}");
     assert!(running.redriven.0.lock().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn few_lists_of_clients_are_in_memory_at_a_time_and_a_further_one_is_told_to_ask_again() {
+    let running = run().await;
+    let request = |prefix: &str| {
+        let body = json!({ "prefix": prefix, "max": 1 }).to_string();
+        format!(
+            "POST /api/clients/list HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\
+             authorization: Bearer {TOKEN}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        )
+    };
+    let mut askers = Vec::new();
+    for _ in 0..routes::LISTS_MAX {
+        let mut asker = TcpStream::connect(running.handle.address()).await.unwrap();
+        asker.write_all(request(LARGE).as_bytes()).await.unwrap();
+        let mut begin = [0; 12];
+        asker.read_exact(&mut begin).await.unwrap();
+        assert_eq!(&begin, b"HTTP/1.1 200");
+        askers.push(asker);
+    }
+    assert!(running.ask(&request("")).await.starts_with("HTTP/1.1 503"));
+    assert!(running.get("/healthz").await.starts_with("HTTP/1.1 200"));
+    let mut taken = Vec::new();
+    askers.remove(0).read_to_end(&mut taken).await.unwrap();
+    assert!(taken.len() > LARGE_BYTES);
+    while running.ask(&request("")).await.starts_with("HTTP/1.1 503") {
+        // Its end is told to the host a moment later.
+        tokio::task::yield_now().await;
+    }
+    drop(askers);
+    running.shutdown.cancel();
+    running.handle.closed().await;
 }

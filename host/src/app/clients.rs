@@ -10,7 +10,7 @@ pub struct MqttClients(pub mqtt::Clients);
 #[async_trait]
 impl Clients for MqttClients {
     fn list(&self, request: &ClientListRequest) -> ClientList {
-        let (found, clients) = self.0.list(&request.prefix, request.max, request.order);
+        let (found, clients) = self.0.list(&request.prefix, &request.after, request.max, request.order);
         ClientList { found, clients: clients.iter().map(to_json).collect() }
     }
 

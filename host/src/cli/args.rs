@@ -231,9 +231,9 @@ pub enum ClientsCommand {
     List {
         /// Only ids that begin with this
         prefix: Option<String>,
-        /// At most this many
-        #[arg(long, default_value = "100", value_name = "N", value_parser = count)]
-        max: NonZeroUsize,
+        /// At most this many [default: 100 as text, all as JSON]
+        #[arg(long, value_name = "N", value_parser = count)]
+        max: Option<NonZeroUsize>,
         /// Which come first: by id, or those with the most of it
         #[arg(long, value_enum, default_value = "id")]
         sort: ClientSort,
@@ -252,9 +252,9 @@ pub enum ClientsCommand {
     },
     /// Clients that were refused since the host started, newest first: which, from where, why
     Refused {
-        /// At most this many
-        #[arg(long, default_value = "100", value_name = "N", value_parser = count)]
-        max: NonZeroUsize,
+        /// At most this many [default: 100 as text, all as JSON]
+        #[arg(long, value_name = "N", value_parser = count)]
+        max: Option<NonZeroUsize>,
         #[command(flatten)]
         config: ConfigArgs,
         #[command(flatten)]

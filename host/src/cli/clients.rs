@@ -1,5 +1,7 @@
 //! `headworks clients`: who is connected, whose session waits, and how to send one away.
 
+use std::num::NonZeroUsize;
+
 use anyhow::bail;
 use serde_json::json;
 
@@ -12,18 +14,19 @@ use crate::hints::Hint;
 use crate::listeners::mqtt::{Client, ClientOrder, RefusedClient};
 
 const USER_CHARS_MAX: usize = 60;
+/// Clients that are listed as text, unless more are asked for.
+const LISTED_MAX: usize = 100;
+/// Clients of one answer of the host.
+const PAGE_MAX: usize = 1_000;
+/// The most that the host lists in another order than by id.
+const ORDERED_MAX: usize = 10_000;
 
 pub fn clients(command: ClientsCommand, out: &mut Out) -> anyhow::Result<()> {
     match command {
         ClientsCommand::List { prefix, max, sort, config, format } => {
             let config = config::load(config.config.as_deref())?.config;
-            let prefix = prefix.unwrap_or_default();
-            list(
-                &config,
-                ClientListRequest { prefix, max: max.get(), order: order(sort) },
-                format.format,
-                out,
-            )
+            let max = listed_max(max, format.format);
+            list(&config, &prefix.unwrap_or_default(), max, order(sort), format.format, out)
         }
         ClientsCommand::Show { client_id, config, format } => {
             let config = config::load(config.config.as_deref())?.config;
@@ -31,7 +34,7 @@ pub fn clients(command: ClientsCommand, out: &mut Out) -> anyhow::Result<()> {
         }
         ClientsCommand::Refused { max, config, format } => {
             let config = config::load(config.config.as_deref())?.config;
-            refused(&config, max.get(), format.format, out)
+            refused(&config, listed_max(max, format.format), format.format, out)
         }
         ClientsCommand::Kick { client_id, config } => {
             let Loaded { config, source, .. } = config::load(config.config.as_deref())?;
@@ -70,22 +73,73 @@ fn order(sort: ClientSort) -> ClientOrder {
     }
 }
 
-fn list(config: &Config, request: ClientListRequest, format: Format, out: &mut Out) -> anyhow::Result<()> {
-    let list: ClientList = block_on(admin_client::post(config, "/api/clients/list", &request))?;
+/// What a script reads is never cut, unless it says where.
+fn listed_max(max: Option<NonZeroUsize>, format: Format) -> usize {
+    let default = if format == Format::Json { usize::MAX } else { LISTED_MAX };
+    max.map_or(default, NonZeroUsize::get)
+}
+
+fn list(
+    config: &Config,
+    prefix: &str,
+    max: usize,
+    order: ClientOrder,
+    format: Format,
+    out: &mut Out,
+) -> anyhow::Result<()> {
+    let ClientList { found, clients } = ask_for(config, prefix, max, order)?;
     if format == Format::Json {
-        return list.clients.iter().try_for_each(|client| out.json(client));
+        return clients.iter().try_for_each(|client| out.json(client));
     }
-    if list.clients.is_empty() {
+    if clients.is_empty() {
         return out.line("no clients");
     }
-    let shown = list.clients.len();
-    for client in list.clients {
+    let shown = clients.len();
+    for client in clients {
         out.flow(0, &parts(&serde_json::from_value(client)?))?;
     }
-    if list.found > shown {
-        out.line(format!("\n{} more: --max {} shows all", list.found - shown, list.found))?;
+    say_more(found, shown, ", a PREFIX only the ids that begin with it", out)
+}
+
+/// Says that a list was cut, and how to see all of it.
+fn say_more(found: usize, shown: usize, also: &str, out: &mut Out) -> anyhow::Result<()> {
+    if found <= shown {
+        return Ok(());
     }
-    Ok(())
+    out.line(format!("\n{} more: --max {found} shows all{also}", found - shown))
+}
+
+/// The first `max` clients: by id page by page, however many there are. In another order the host
+/// lists the first [`ORDERED_MAX`]; for more, all are asked for and put in order here.
+fn ask_for(config: &Config, prefix: &str, max: usize, order: ClientOrder) -> anyhow::Result<ClientList> {
+    let ask = |after: String, max: usize, order: ClientOrder| -> anyhow::Result<ClientList> {
+        let request = ClientListRequest { prefix: prefix.to_owned(), max, order, after };
+        block_on(admin_client::post(config, "/api/clients/list", &request))
+    };
+    if order != ClientOrder::Id && max <= ORDERED_MAX {
+        return ask(String::new(), max, order);
+    }
+    let wanted = if order == ClientOrder::Id { max } else { usize::MAX };
+    let mut all = ask(String::new(), wanted.min(PAGE_MAX), ClientOrder::Id)?;
+    while all.clients.len() < wanted.min(all.found) {
+        let last = all.clients.last().and_then(|client| client["client_id"].as_str()).unwrap_or_default();
+        let page = ask(last.to_owned(), (wanted - all.clients.len()).min(PAGE_MAX), ClientOrder::Id)?;
+        if page.clients.is_empty() {
+            // They left meanwhile.
+            break;
+        }
+        all.found = all.clients.len() + page.found;
+        all.clients.extend(page.clients);
+    }
+    if order != ClientOrder::Id {
+        let key = |client: &serde_json::Value| -> u64 {
+            let client = serde_json::from_value(client.clone());
+            client.map_or(0, |client: Client| order.key(&client))
+        };
+        all.clients.sort_by_cached_key(|client| std::cmp::Reverse(key(client)));
+        all.clients.truncate(max);
+    }
+    Ok(all)
 }
 
 fn parts(client: &Client) -> Vec<String> {
@@ -131,10 +185,7 @@ fn refused(config: &Config, max: usize, format: Format, out: &mut Out) -> anyhow
         out.flow(0, &parts)?;
         out.paragraph(4, &one_line(&detail, usize::MAX))?;
     }
-    if list.found > shown {
-        out.line(format!("\n{} more: --max {} shows all", list.found - shown, list.found))?;
-    }
-    Ok(())
+    say_more(list.found, shown, "", out)
 }
 
 fn show(config: &Config, client_id: &str, format: Format, out: &mut Out) -> anyhow::Result<()> {

@@ -88,7 +88,8 @@ pub enum ClientOrder {
 }
 
 impl ClientOrder {
-    fn key(self, client: &Client) -> u64 {
+    /// What the greatest of comes first.
+    pub fn key(self, client: &Client) -> u64 {
         match self {
             Self::Id => 0,
             Self::Published => client.counts.published,
@@ -105,14 +106,18 @@ impl ClientOrder {
 pub struct Clients(pub(super) Arc<Broker>);
 
 impl Clients {
-    /// Clients whose id begins with `prefix`: how many there are, and the first `max`.
-    pub fn list(&self, prefix: &str, max: usize, order: ClientOrder) -> (usize, Vec<Client>) {
+    /// Clients whose id begins with `prefix` and comes behind `after`: how many there are, and the
+    /// first `max`.
+    pub fn list(&self, prefix: &str, after: &str, max: usize, order: ClientOrder) -> (usize, Vec<Client>) {
         let mut sessions = self.0.sessions.all();
-        sessions.retain(|session| session.client_id.starts_with(prefix) && session.is_alive());
+        let is_asked_for = |id: &str| id.starts_with(prefix) && (after.is_empty() || id > after);
+        sessions.retain(|session| is_asked_for(&session.client_id) && session.is_alive());
         sessions.sort_unstable_by(|a, b| a.client_id.cmp(&b.client_id));
         let found = sessions.len();
-        if order == ClientOrder::Id {
-            sessions.truncate(max);
+        if order != ClientOrder::Id {
+            // Not all that is known of each is kept meanwhile.
+            let key = |session: &Arc<Session>| std::cmp::Reverse(order.key(&session.describe(&self.0.clock)));
+            sessions.sort_by_cached_key(key);
         }
         let mut clients: Vec<_> = sessions.iter().map(|session| session.describe(&self.0.clock)).collect();
         clients.sort_by_key(|client| std::cmp::Reverse(order.key(client)));

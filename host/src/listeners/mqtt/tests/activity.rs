@@ -46,7 +46,7 @@ async fn each_client_shows_what_it_published_what_it_got_and_what_it_missed() {
     assert!(to.session_bytes > "t".len() && to.last_seen_us.unwrap() >= 1_000_000, "{to:?}");
     assert!(from.last_seen_us.unwrap() >= to.last_seen_us.unwrap());
 
-    let first = |order| clients.list("", 1, order).1.remove(0).client_id;
+    let first = |order| clients.list("", "", 1, order).1.remove(0).client_id;
     for (order, expected) in [
         (ClientOrder::Id, "publisher"),
         (ClientOrder::Published, "publisher"),
@@ -55,7 +55,7 @@ async fn each_client_shows_what_it_published_what_it_got_and_what_it_missed() {
     ] {
         assert_eq!(first(order), expected, "{order:?}");
     }
-    assert_eq!(clients.list("", 1, ClientOrder::Missed).0, 2, "found, though one is listed");
+    assert_eq!(clients.list("", "", 1, ClientOrder::Missed).0, 2, "found, though one is listed");
     host.stop().await;
 }
 
