@@ -15,7 +15,7 @@ mod sent;
 mod wakes;
 
 use std::cell::OnceCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -63,7 +63,7 @@ pub struct Live {
     /// Lanes that have not caught up, of all streams.
     lanes: AtomicUsize,
     /// While somebody looks at all sessions: what moved from one to another.
-    passed: RwLock<Option<Mutex<Vec<Place>>>>,
+    passed: RwLock<Option<Mutex<BTreeSet<Place>>>>,
 }
 
 #[derive(Default)]
@@ -275,10 +275,12 @@ impl Live {
         *self.passed.write().unwrap_or_else(PoisonError::into_inner) = Some(Mutex::default());
     }
 
-    /// What moved since [`Live::note_passed`], the last of which has arrived.
-    pub fn passed(&self) -> Vec<Place> {
+    /// What moved since [`Live::note_passed`], the last of which has arrived. Each once, however
+    /// often it moved.
+    pub fn passed(&self) -> BTreeSet<Place> {
         let passed = self.passed.write().unwrap_or_else(PoisonError::into_inner).take();
-        passed.map_or_else(Vec::new, |passed| passed.into_inner().unwrap_or_else(PoisonError::into_inner))
+        passed
+            .map_or_else(BTreeSet::new, |passed| passed.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn take_out(&self, index: &mut Index, session: &Session, filter: &str) -> bool {
