@@ -34,6 +34,10 @@ pub const KEPT_FILTER_BYTES_MAX: usize = 1_000;
 pub const NEVER: u32 = u32::MAX;
 
 const SESSION: &[u8] = b"se";
+/// With so many keys of ended sessions that are not removed yet, a client's next session adds no
+/// more: what it left, if anything, is removed at the next start.
+const STALE_KEYS_MAX: usize = 256;
+
 const SUBSCRIPTION: &[u8] = b"sf";
 const QOS2: &[u8] = b"q2";
 
@@ -162,6 +166,11 @@ impl Session {
     /// Topic levels of all its filters.
     pub fn filter_levels(&self) -> usize {
         lock(&self.state).filters.keys().map(|filter| levels(filter)).sum()
+    #[cfg(test)]
+    pub fn stale_keys(&self) -> usize {
+        lock(&self.state).stale.len()
+    }
+
     }
 
     pub fn filter_bytes(&self) -> usize {
@@ -615,7 +624,8 @@ fn discard(broker: &Broker, session: &Session) {
         let mut state = lock(&session.state);
         let epoch = state.epoch;
         let mut stale = std::mem::take(&mut state.stale);
-        if state.kept {
+        // While nothing can be appended, connects that are given up would add theirs for ever.
+        if state.kept && stale.len() < STALE_KEYS_MAX {
             stale.extend(state.keys(&session.client_id));
             stale.extend(queue_keys);
         }

@@ -1,8 +1,11 @@
 //! Durable state is bounded: who finds no room for more of it waits, or is
 //! refused, and nobody else notices.
 
+use futures_util::FutureExt;
+
 use super::*;
 use crate::listeners::mqtt::open_ids::OPEN_IDS_MAX;
+use crate::listeners::mqtt::owner::Owner;
 
 const FIRST_NEW_ID: u16 = OPEN_IDS_MAX as u16 + 1;
 
@@ -146,4 +149,20 @@ async fn as_many_persistent_sessions_as_the_default_allows_fit_in_the_state() {
     let most = STATE_BYTES_MAX - STATE_ROOM_BYTES;
     assert!(all <= most, "{bytes} bytes a session, {all} of {most}");
     host.stop().await;
+}
+
+#[tokio::test]
+async fn connects_that_are_given_up_while_nothing_can_be_appended_leave_few_keys() {
+    let store = MemoryStream::with_hooks("broker", 1);
+    let broker = broker(&Config::default(), MemoryStream::new("s", 1), store.clone());
+    let (session, _turn) = broker.sessions.claim("c", 9).await.unwrap();
+    let open = || broker.sessions.open(&broker, &session, Owner::default(), true, 600);
+    store.set_no_space(true);
+    for _ in 0..1_000 {
+        assert!(open().now_or_never().is_none(), "it waits for room");
+    }
+    assert!(session.stale_keys() < 300, "{}", session.stale_keys());
+    store.set_no_space(false);
+    open().await.unwrap();
+    assert_eq!((session.stale_keys(), store.state(b"se").len(), store.state(b"qr").len()), (0, 1, 1));
 }
