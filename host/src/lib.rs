@@ -19,6 +19,7 @@ pub mod pipeline;
 pub mod plugin;
 pub mod problems;
 pub mod properties;
+mod room;
 pub mod sinks;
 pub mod step;
 pub mod stream;

@@ -3,6 +3,7 @@
 use headworks_tests::certificates::Authority;
 use headworks_tests::host::{Host, fresh, prebuilt};
 use headworks_tests::mqtt::{Connection, Version};
+use headworks_tests::packets::{Client, Connect, Publish};
 use headworks_tests::process::run;
 use headworks_tests::{mosquitto, telemetry};
 use serde_json::Value;
@@ -44,6 +45,27 @@ fn devices_that_are_turned_away_are_a_problem_with_its_cause_and_the_last_one() 
     let advice = refused["advice"].as_str().expect("a text");
     let list = "`headworks clients refused --config headworks.yaml` lists the clients";
     assert!(advice.contains("mqtt.sessions_max") && advice.contains(list), "{advice}");
+}
+
+#[test]
+fn messages_dropped_for_want_of_memory_of_all_queues_are_a_problem_of_their_own() {
+    let mqtt = "mqtt: { listeners: [ { bind: 127.0.0.1:0 } ], queues_bytes_max: 64KiB }";
+    let mut host = Host::prepare_with("problems-queues", mqtt, "");
+    host.run();
+    let mut lamp = Client::open(host.mqtt(), &Connect::resuming(Version::V5, "lamp-1"));
+    lamp.subscribe("lamps/#", 1);
+    lamp.leave();
+    let mut switch = Client::clean(host.mqtt(), Version::V5, "switch");
+    for number in 1..=900 {
+        switch.publish_through(&Publish::new("lamps/1", 1, number, "on"));
+    }
+    host.says("messages dropped that waited for a session: client lamp-1: its queue is full, or");
+    let dropped = problem(&host, "dropped");
+    assert_eq!(dropped["part"], "subscribers (queues_full)");
+    let advice = dropped["advice"].as_str().expect("a text");
+    let list = "`headworks clients list --sort queued --config headworks.yaml` shows who holds the most";
+    assert!(advice.contains("mqtt.queues_bytes_max") && advice.starts_with(list), "{advice}");
+    assert_eq!(host.metric("headworks_mqtt_dropped_total", &[("cause", "queue_full")]), 0.0);
 }
 
 #[test]

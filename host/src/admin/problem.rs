@@ -22,6 +22,7 @@ pub const PROBLEM_KINDS: &[&str] = &[
     "low_space",
     "late",
     "queues",
+    "memory",
     "dead_letters",
     "certificate",
     "reload_refused",

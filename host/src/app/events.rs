@@ -35,7 +35,7 @@ const TRIMMED: &str = "trimmed";
 /// The kind of a gap in the dead letters.
 const GONE: &str = "letters_gone";
 /// Causes of `headworks_mqtt_dropped_total` that an operator can do something about.
-const DROPS: &[&str] = &["no_space", "queue_full", "queue_age", "gap", "retained_full"];
+const DROPS: &[&str] = &["no_space", "queue_full", "queues_full", "queue_age", "gap", "retained_full"];
 /// Causes of a refused connection that the host or its config is at fault for: one is a problem.
 const TURNED_AWAY: &[&str] = &[
     "access_unavailable",
@@ -47,6 +47,8 @@ const TURNED_AWAY: &[&str] = &[
     "sessions_max",
     "wills_bytes_max",
 ];
+/// The same of a refused subscription.
+const NO_ROOM: &[&str] = &["broker_state", "subscriptions_bytes_max"];
 /// Clients that left, which no one refused.
 const LEFT: &[&str] = &["lost", "stopped"];
 /// What a client itself causes, such as a wrong password, is a problem past so many within the hour.
@@ -96,6 +98,7 @@ pub fn is_problem(kind: &str, name: &str, count: u64) -> bool {
     let least = match kind {
         "refused" if LEFT.contains(&name) => return false,
         "refused" if TURNED_AWAY.contains(&name) => 0,
+        "refused_subscribes" if NO_ROOM.contains(&name) => 0,
         "refused" | "refused_publishes" | "refused_subscribes" => OFTEN,
         _ => 0,
     };
@@ -144,13 +147,17 @@ pub fn told(kind: &str, name: &str, count: u64, last: Option<&RefusedClient>, hi
             } else {
                 counted("subscription was refused", "subscriptions were refused")
             };
+            let what_to_do = match name {
+                "subscriptions_bytes_max" => {
+                    "subscribe with fewer filters and a wildcard, or raise mqtt.subscriptions_bytes_max"
+                }
+                "broker_state" => "delete sessions of clients that are gone, or subscribe with fewer filters",
+                _ => "mend the client, or mqtt.access.rules and the limits of mqtt",
+            };
             Told {
                 part: format!("clients ({name})"),
                 cause: what,
-                advice: format!(
-                    "`{}` shows whose: mend the client, or mqtt.access.rules and the limits of mqtt",
-                    hints.command(Hint::ClientsDenied)
-                ),
+                advice: format!("`{}` shows whose: {what_to_do}", hints.command(Hint::ClientsDenied)),
             }
         }
         "withheld" => Told {
@@ -223,6 +230,15 @@ fn dropped(cause: &str, messages: &str, hints: &Hints) -> Told {
             "subscribers",
             "they waited longer than mqtt.queue_age_max",
             format!("`{}` shows whose they were", hints.command(Hint::ClientsMissed)),
+        ),
+        "queues_full" => (
+            "subscribers",
+            "the queues of all subscribers together had no memory left for more",
+            format!(
+                "`{}` shows who holds the most: delete sessions of clients that are gone, or raise \
+                 mqtt.queues_bytes_max",
+                hints.command(Hint::ClientsQueued)
+            ),
         ),
         _ => (
             "subscribers",
@@ -342,6 +358,7 @@ mod tests {
         let wanted = [
             "publishers (no_space)",
             "subscribers (queue_full)",
+            "subscribers (queues_full)",
             "subscribers (queue_age)",
             "subscribers (gap)",
             "retained messages (retained_full)",
@@ -366,6 +383,11 @@ mod tests {
             );
         }
         assert!(!is_problem("refused", "lost", u64::MAX));
+        let metric = METRICS.iter().find(|metric| metric.name.contains("refused_subscribes")).unwrap();
+        for cause in NO_ROOM {
+            assert!(metric.help.contains(cause) && is_problem("refused_subscribes", cause, 1), "{cause}");
+        }
+        assert!(!is_problem("refused_subscribes", "not_authorized", OFTEN));
     }
 
     #[test]

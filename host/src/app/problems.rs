@@ -405,6 +405,7 @@ impl Host {
                 advice: format!("`{}` shows whose queues are long", self.hints.command(Hint::ClientsQueued)),
             });
         }
+        found.extend(memory_problems(value, &self.hints));
         let copies = value("headworks_mqtt_copies_bytes");
         if copies > self.copies_bytes_max / 5 * 4 {
             found.push(Found {
@@ -494,6 +495,45 @@ fn dead_letters(pipeline: &str, count: u64, hints: &Hints) -> Found {
     }
 }
 
+/// Memory of clients past what they take without regard to each other; `value` reads a gauge.
+fn memory_problems(value: impl Fn(&str) -> u64, hints: &Hints) -> Vec<Found> {
+    let of = |name: &str| {
+        let read = |metric: &str| value(&format!("headworks_mqtt_memory{metric}{{of=\"{name}\"}}"));
+        (read("_bytes"), read("_max_bytes"))
+    };
+    let rooms = [
+        (
+            "queues",
+            "messages wait for subscribers, and are dropped of those that have the most",
+            Hint::ClientsQueued,
+        ),
+        (
+            "subscriptions",
+            "clients have subscriptions, and more are refused of those that have the most",
+            Hint::ClientsList,
+        ),
+        (
+            "connections",
+            "connections hold aliases and packets, and are read and written in smaller pieces",
+            Hint::ClientsList,
+        ),
+    ];
+    let full = rooms.into_iter().filter_map(|(name, what, hint)| {
+        let (taken, max) = of(name);
+        (taken > max / 4 * 3).then(|| Found {
+            part: format!("clients ({name})"),
+            kind: "memory",
+            cause: format!("{} of {} of memory are taken: {what}", ByteSize(taken), ByteSize(max)),
+            at_stake: AtStake::default(),
+            advice: format!(
+                "raise mqtt.{name}_bytes_max, or send away clients that nobody needs: `{}`",
+                hints.command(hint)
+            ),
+        })
+    });
+    full.collect()
+}
+
 fn certificate_problems(metrics: &str) -> Vec<Found> {
     let lines = metrics.lines().filter_map(|line| line.strip_prefix(CERTIFICATES)?.rsplit_once(' '));
     let ending = lines.filter_map(|(labels, seconds)| {
@@ -578,6 +618,23 @@ mod tests {
         assert_eq!(read("other").as_deref(), Some(r"x=\"));
         assert_eq!(read("end").as_deref(), Some(""));
         assert_eq!((read("b/"), label_value("", "file")), (None, None));
+    }
+
+    #[test]
+    fn memory_of_clients_is_a_problem_once_its_last_quarter_is_begun() {
+        let problems = |taken: u64| {
+            let value = move |name: &str| match name {
+                "headworks_mqtt_memory_bytes{of=\"queues\"}" => taken,
+                "headworks_mqtt_memory_max_bytes{of=\"queues\"}" => 4 << 20,
+                _ => 0,
+            };
+            memory_problems(value, &Hints::default())
+        };
+        assert!(problems(3 << 20).is_empty());
+        let found = problems((3 << 20) + 1);
+        let said: Vec<_> = found.iter().map(|it| (&*it.part, it.kind)).collect();
+        assert_eq!(said, [("clients (queues)", "memory")]);
+        assert!(found[0].advice.contains("mqtt.queues_bytes_max"), "{}", found[0].advice);
     }
 
     #[test]

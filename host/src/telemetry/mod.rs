@@ -8,6 +8,7 @@ mod disk;
 mod failures;
 mod growth;
 mod logs;
+mod memory;
 mod process;
 
 pub use disk::DiskSpace;
@@ -16,6 +17,7 @@ pub use growth::Growth;
 pub use logs::{
     InitError, LogFormat, end_on_panic, escaped, init_logs, is_printable, json_escaped, no_color,
 };
+pub use memory::memory_bytes;
 pub use process::Process;
 
 /// The process's own, see [`Process`].

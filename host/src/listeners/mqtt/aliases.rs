@@ -2,14 +2,28 @@
 //! sent first get one each, for as long as its connection lasts.
 
 use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::room::{Holding, Room};
 
 /// An alias takes as much on its first use, and stands for the topic from then on.
 const PROPERTY_BYTES: usize = 3;
+/// About what an alias takes beside its topic.
+const ALIAS_BYTES: usize = 48;
 
 pub struct Aliases {
     max: u16,
-    #[expect(clippy::box_collection, reason = "most connections use none, and carry a pointer then")]
-    known: Option<Box<HashMap<Box<str>, u16>>>,
+    /// Boxed: most connections use none.
+    known: Option<Box<Known>>,
+    room: Option<Arc<Room>>,
+}
+
+#[derive(Default)]
+struct Known {
+    aliases: HashMap<Box<str>, u16>,
+    bytes: usize,
+    /// Of the memory of all connections.
+    memory: Holding,
 }
 
 /// How a PUBLISH names its topic.
@@ -35,18 +49,25 @@ impl<'t> Name<'t> {
 impl Aliases {
     /// At most `max`, which the client takes; 0: none.
     pub fn new(max: u16) -> Self {
-        Self { max, known: None }
+        Self { max, known: None, room: None }
+    }
+
+    /// The same, while there is memory for them.
+    pub fn within(max: u16, room: &Arc<Room>) -> Self {
+        Self { room: Some(room.clone()), ..Self::new(max) }
     }
 
     pub fn name<'t>(&self, topic: &'t str) -> Name<'t> {
         if self.max == 0 || topic.len() <= PROPERTY_BYTES {
             return Name::plain(topic);
         }
-        let known = self.known.as_deref();
-        let count = known.map_or(0, HashMap::len);
-        match known.and_then(|known| known.get(topic)) {
+        let Some(known) = &self.known else { return Name { topic, alias: 1 } };
+        let count = known.aliases.len();
+        match known.aliases.get(topic) {
             Some(alias) => Name { topic: "", alias: *alias },
-            None if count < usize::from(self.max) => Name { topic, alias: count as u16 + 1 },
+            None if count < usize::from(self.max) && known.memory.has_room(known.bytes_with(topic)) => {
+                Name { topic, alias: count as u16 + 1 }
+            }
             None => Name::plain(topic),
         }
     }
@@ -54,8 +75,21 @@ impl Aliases {
     /// A PUBLISH with this name is on its way.
     pub fn sent(&mut self, name: Name<'_>) {
         if name.is_new() {
-            self.known.get_or_insert_default().insert(name.topic.into(), name.alias);
+            let new = || Known {
+                memory: self.room.as_ref().map(Holding::of).unwrap_or_default(),
+                ..Known::default()
+            };
+            let known = self.known.get_or_insert_with(|| new().into());
+            known.bytes = known.bytes_with(name.topic);
+            known.memory.hold(known.bytes);
+            known.aliases.insert(name.topic.into(), name.alias);
         }
+    }
+}
+
+impl Known {
+    fn bytes_with(&self, topic: &str) -> usize {
+        self.bytes + ALIAS_BYTES + topic.len()
     }
 }
 
@@ -64,6 +98,23 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn a_topic_for_whose_alias_there_is_no_memory_is_written_out() {
+        let room = Room::new(12 << 10);
+        let topics = ["a", "b", "c"].map(|name| name.repeat(4 << 10));
+        let mut aliases = Aliases::within(3, &room);
+        for topic in &topics[..2] {
+            let name = aliases.name(topic);
+            assert!(name.is_new() && name.topic == topic);
+            aliases.sent(name);
+        }
+        assert_eq!(aliases.name(&topics[2]), Name::plain(&topics[2]));
+        assert_eq!(aliases.name("short"), Name { topic: "short", alias: 3 }, "within its part");
+        assert_eq!(aliases.name(&topics[0]), Name { topic: "", alias: 1 });
+        drop(aliases);
+        assert_eq!(room.taken(), 0);
+    }
 
     proptest! {
         #[test]

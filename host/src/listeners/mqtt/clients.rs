@@ -24,7 +24,7 @@ pub struct Client {
     /// When the last connection ended, microseconds since 1970, UTC; `None` while there is one.
     pub disconnected_us: Option<u64>,
     pub subscriptions: usize,
-    /// Messages that wait to be sent, and their bytes in memory.
+    /// Messages that wait to be sent, and their bytes, in memory or in their streams.
     pub queued: usize,
     pub queued_bytes: usize,
     /// Sent and not acknowledged.
@@ -119,10 +119,8 @@ impl Clients {
             let key = |session: &Arc<Session>| std::cmp::Reverse(order.key(&session.describe(&self.0.clock)));
             sessions.sort_by_cached_key(key);
         }
-        let mut clients: Vec<_> = sessions.iter().map(|session| session.describe(&self.0.clock)).collect();
-        clients.sort_by_key(|client| std::cmp::Reverse(order.key(client)));
-        clients.truncate(max);
-        (found, clients)
+        sessions.truncate(max);
+        (found, sessions.iter().map(|session| session.describe(&self.0.clock)).collect())
     }
 
     pub fn show(&self, client_id: &str) -> Option<Client> {
@@ -167,6 +165,7 @@ impl Session {
     fn describe(&self, clock: &Clock) -> Client {
         let outbox = self.outbox();
         let ((queued, queued_bytes, in_flight), dropped) = (outbox.sizes(), outbox.dropped());
+        let session_bytes = outbox.size() + self.filters_memory();
         drop(outbox);
         let activity = self.known_activity();
         let silent_for = activity.and_then(|activity| activity.silent_for());
@@ -182,7 +181,7 @@ impl Session {
             queued,
             queued_bytes,
             in_flight,
-            session_bytes: self.filter_bytes() + queued_bytes,
+            session_bytes,
             last_seen_us: seen_us,
             counts: Counts { dropped, ..counts },
             filters: Vec::new(),

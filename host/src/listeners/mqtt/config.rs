@@ -79,6 +79,25 @@ pub struct Config {
     /// Bytes of messages that are copied for sessions before retention takes them from
     /// their streams; past it they are dropped and counted. On disk up to about twice as much.
     pub queue_copies_bytes_max: ByteSize,
+    /// Memory that the queues of all subscribers take together: 64 bytes for each message that
+    /// waits or is in flight, and the messages that are held in memory. Past three quarters of it
+    /// a subscriber gets more only while it has less than its part of the last quarter, which is
+    /// divided evenly among all sessions; one that has more meets a full queue. Beside it each
+    /// session has 1 KiB. Unset: a quarter of the memory that the host may use.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queues_bytes_max: Option<ByteSize>,
+    /// Memory that the subscriptions of all clients take together, shared as `queues_bytes_max`
+    /// is; one more is refused in SUBACK (0x97). Unset: an eighth of the memory that the host may
+    /// use.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub subscriptions_bytes_max: Option<ByteSize>,
+    /// Memory that topic aliases, messages that wait for room in their stream and packets that
+    /// are not yet written take for all connections together, shared as `queues_bytes_max` is. A
+    /// client that sets an alias for which there is no room is disconnected (0x97); packets are
+    /// then read and written in smaller pieces. Unset: an eighth of the memory that the host may
+    /// use.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub connections_bytes_max: Option<ByteSize>,
     /// Retained messages.
     pub retained_messages_max: u32,
     /// Bytes of retained messages. They are part of their stream's state, of
@@ -282,6 +301,9 @@ impl Default for Config {
             queue_age_max: Period(Duration::from_secs(7 * 24 * 3_600)),
             queue_when_full: WhenFull::DropOldest,
             queue_copies_bytes_max: ByteSize::mib(512),
+            queues_bytes_max: None,
+            subscriptions_bytes_max: None,
+            connections_bytes_max: None,
             retained_messages_max: 100_000,
             retained_bytes_max: ByteSize::mib(32),
             will_bytes_max: ByteSize::kib(64),
@@ -340,6 +362,15 @@ impl Config {
         size("queue_messages_max", self.queue_messages_max.into(), 1, 10_000_000, problems);
         size("queue_bytes_max", self.queue_bytes_max.0, 1_024, 1 << 40, problems);
         size("queue_copies_bytes_max", self.queue_copies_bytes_max.0, 0, 1 << 40, problems);
+        for (key, bytes) in [
+            ("queues_bytes_max", self.queues_bytes_max),
+            ("subscriptions_bytes_max", self.subscriptions_bytes_max),
+            ("connections_bytes_max", self.connections_bytes_max),
+        ] {
+            if let Some(bytes) = bytes {
+                size(key, bytes.0, 64 << 10, 1 << 40, problems);
+            }
+        }
         let (retained, wills) = (self.retained_bytes_max.0, self.wills_bytes_max.0);
         size("retained_bytes_max", retained, 0, STATE_BYTES_MOST, problems);
         if retained.saturating_add(wills) > STATE_BYTES_MOST {

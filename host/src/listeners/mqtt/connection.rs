@@ -50,6 +50,8 @@ const READ_BYTES_MAX: usize = 64 << 10;
 const STALLED_READ_BYTES_MAX: usize = 16 << 10;
 /// Deliveries are added to the write buffer up to this size.
 const WRITE_BYTES_MAX: usize = 64 << 10;
+/// The same where the memory of all connections is used up.
+const WRITE_BYTES_LEAST: usize = 4 << 10;
 /// With this much unwritten the client is not read: it does not read us.
 const WRITE_PAUSE_BYTES: usize = 256 << 10;
 /// Where there is no keep alive the timer sleeps so long.
@@ -157,9 +159,9 @@ where
     session.connected(clients::Connection {
         version: clients::Connection::version_text(peer.version).into(),
         address: remote.address.to_string(),
+        ip: Some(remote.address.ip()),
         user: rights.identity.name.as_deref().map(Into::into),
         since_us: super::now_us(),
-        ip: Some(remote.address.ip()),
         keep_alive_s,
     });
     session.outbox().resume();
@@ -285,7 +287,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         let awaited = if self.stopped_at == Next::Bytes { wire::packet_len(&self.input) } else { None };
         Partial::set(&mut self.partial, awaited, self.input.len(), &self.broker.partial_room);
         self.inbound.write_acks(self.broker, &mut self.out);
-        if self.out.len() < WRITE_BYTES_MAX && self.drain_until.is_none() {
+        let has_room = self.inbound.memory.has_room(WRITE_BYTES_MAX);
+        let write_max = if has_room { WRITE_BYTES_MAX } else { WRITE_BYTES_LEAST };
+        if self.out.len() < write_max && self.drain_until.is_none() {
             let broker = self.broker;
             let mut outbox = self.session.outbox();
             outbox.settle(&*broker.broker);
@@ -293,7 +297,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             let receive = |topic: &str| rights.receive(topic);
             let receive = rights.limits_receive().then_some(&receive as &dyn Fn(&str) -> Verdict);
             let (clock, out) = (&broker.clock, &mut self.out);
-            let mut filled = outbox.fill(self.peer, &mut self.aliases, receive, clock, WRITE_BYTES_MAX, out);
+            let mut filled = outbox.fill(self.peer, &mut self.aliases, receive, clock, write_max, out);
             let note = || (broker.live.positions_of(broker, &self.session), broker.note_bytes_max());
             filled.too_large += outbox.record(&*broker.broker, note);
             let waits = outbox.waits(self.peer);
@@ -307,7 +311,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         self.broker.counters.sending(self.peer.version, &self.out[self.counted..]);
         self.counted = self.out.len();
         self.acks_waiting.set(self.inbound.acks_waiting());
+        self.count_memory();
         Ok(())
+    }
+
+    /// A packet that has not come whole has its room in the budget of those.
+    fn count_memory(&mut self) {
+        let input = if self.partial.is_none() { self.input.capacity() } else { 0 };
+        self.inbound.memory.set_buffers(input + self.out.capacity());
     }
 
     /// Bytes straight from the read buffer: only what is left over is copied.
@@ -342,7 +353,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             self.drain_until.is_none() && self.out.len() < WRITE_PAUSE_BYTES && self.input.len() < input_max;
         let read = read && Partial::may_read(self.partial.as_deref());
         let room = &self.broker.partial_room;
-        let read_max = match (read, room.is_wanted() && self.partial.is_none()) {
+        let is_scarce = room.is_wanted() || !self.inbound.memory.has_room(READ_BYTES_MAX);
+        let read_max = match (read, is_scarce && self.partial.is_none()) {
             (false, _) => 0,
             (true, false) => READ_BYTES_MAX,
             (true, true) => FREE_BYTES,

@@ -155,7 +155,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         session,
         turn,
         peer,
-        aliases: Aliases::new(asked.aliases_max),
+        aliases: Aliases::within(asked.aliases_max, &broker.rooms.connections),
         keep_alive_s: asked.server_keep_alive_s(broker).unwrap_or(asked.keep_alive_s),
         is_bridge: asked.is_bridge,
         tells_reasons: asked.tells_reasons,

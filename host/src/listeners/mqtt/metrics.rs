@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
 use metrics::{Counter, Gauge, counter, gauge};
 
-use super::outbound::Filled;
+use super::outbound::{Filled, Full};
 use super::wire::{self, Version};
+use crate::room::Room;
 use crate::telemetry::{Metric, MetricKind};
 
 /// Packet types by number (MQTT 5.0, 2.1.2).
@@ -87,6 +88,7 @@ const REFUSED_SUBSCRIBES: &[&str] = &[
     "questions_max",
     "subscriptions_per_client_max",
     "subscription_bytes_per_client_max",
+    "subscriptions_bytes_max",
     "broker_state",
 ];
 const TLS_RELOADS: &[&str] = &["taken", "refused"];
@@ -147,6 +149,18 @@ pub const METRICS: &[Metric] = &[
         kind: MetricKind::Gauge,
         help: "Their bytes; a message that waits in several queues counts in each.",
         labels: &[],
+    },
+    Metric {
+        name: "headworks_mqtt_memory_bytes",
+        kind: MetricKind::Gauge,
+        help: "Bytes of memory that all clients together take, by what takes them: queues, subscriptions, connections. Up to 1 KiB of each client is not counted.",
+        labels: &["of"],
+    },
+    Metric {
+        name: "headworks_mqtt_memory_max_bytes",
+        kind: MetricKind::Gauge,
+        help: "Bound of headworks_mqtt_memory_bytes: mqtt.queues_bytes_max, mqtt.subscriptions_bytes_max, mqtt.connections_bytes_max.",
+        labels: &["of"],
     },
     Metric {
         name: "headworks_mqtt_in_flight_messages",
@@ -259,7 +273,7 @@ pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_mqtt_refused_subscribes_total",
         kind: MetricKind::Counter,
-        help: "Topic filters refused in SUBACK, by cause: invalid, not_authorized, questions_max (too many in one SUBSCRIBE that an access plugin must be asked for), subscriptions_per_client_max, subscription_bytes_per_client_max, broker_state (no room to keep it).",
+        help: "Topic filters refused in SUBACK, by cause: invalid, not_authorized, questions_max (too many in one SUBSCRIBE that an access plugin must be asked for), subscriptions_per_client_max, subscription_bytes_per_client_max, subscriptions_bytes_max (no memory for it), broker_state (no room to keep it).",
         labels: &["cause"],
     },
     Metric {
@@ -271,7 +285,7 @@ pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_mqtt_dropped_total",
         kind: MetricKind::Counter,
-        help: "Messages dropped, by cause: no_space (QoS 0 on a full disk), queue_full, queue_age, packet_too_large, expired, not_authorized (the access rules or an access plugin do not let this subscriber have it), retained_full, gap (damage took them, or retention before they could be copied).",
+        help: "Messages dropped, by cause: no_space (QoS 0 on a full disk), queue_full, queues_full (mqtt.queues_bytes_max of all subscribers together is reached), queue_age, packet_too_large, expired, not_authorized (the access rules or an access plugin do not let this subscriber have it), retained_full, gap (damage took them, or retention before they could be copied).",
         labels: &["cause"],
     },
     Metric {
@@ -426,6 +440,7 @@ pub(super) struct Counters {
     pub throttles: Counter,
     pub no_space: Count,
     pub queue_full: Count,
+    pub queues_full: Count,
     pub queue_age: Count,
     pub packet_too_large: Count,
     pub expired: Counter,
@@ -522,6 +537,7 @@ impl Counters {
             throttles: counter!("headworks_mqtt_throttles_total"),
             no_space: Count::new(dropped("no_space")),
             queue_full: Count::new(dropped("queue_full")),
+            queues_full: Count::new(dropped("queues_full")),
             queue_age: Count::new(dropped("queue_age")),
             packet_too_large: Count::new(dropped("packet_too_large")),
             expired: dropped("expired"),
@@ -534,8 +550,17 @@ impl Counters {
 
     /// Messages that a subscriber, or with QoS 0 the stream, did not get.
     pub fn dropped(&self) -> u64 {
-        let causes = [&self.no_space, &self.queue_full, &self.queue_age, &self.packet_too_large, &self.gap];
-        causes.map(Count::get).iter().sum()
+        let full = [&self.no_space, &self.queue_full, &self.queues_full];
+        let causes = full.into_iter().chain([&self.queue_age, &self.packet_too_large, &self.gap]);
+        causes.map(Count::get).sum()
+    }
+
+    /// Messages for which a subscriber had no room.
+    pub fn dropped_at(&self, full: Full) -> &Count {
+        match full {
+            Full::Queue => &self.queue_full,
+            Full::Queues => &self.queues_full,
+        }
     }
 
     pub fn filled(&self, filled: &Filled) {
@@ -616,6 +641,14 @@ impl Counters {
 
     pub fn tls_reload(&self, outcome: &'static str) {
         counter!("headworks_mqtt_tls_reloads_total", "outcome" => outcome).increment(1);
+    }
+}
+
+/// `rooms`: by what takes them.
+pub fn set_memory(rooms: [(&'static str, &Room); 3]) {
+    for (of, room) in rooms {
+        gauge!("headworks_mqtt_memory_bytes", "of" => of).set(room.taken() as f64);
+        gauge!("headworks_mqtt_memory_max_bytes", "of" => of).set(room.bytes_max() as f64);
     }
 }
 

@@ -74,12 +74,13 @@ use self::wire::Version;
 use crate::access::{self, Access};
 use crate::hints::Hint;
 use crate::plugin::access::AccessEngine;
+use crate::room::Room;
 use crate::stream::log::STATE_BYTES_MAX;
 use crate::stream::{AppendError, Identity, StateChange, Stream, Streams, Ticket};
-use crate::telemetry::Failures;
+use crate::telemetry::{Failures, memory_bytes};
 use crate::threads::{LONG_TURN, SHORT_TURN, in_turns};
 use crate::topic::Namespace;
-use crate::units::Period;
+use crate::units::{ByteSize, Period};
 
 pub use self::activity::Counts;
 pub use self::bind::{Bind, SocketMode};
@@ -99,6 +100,8 @@ const ACCESS_SECRET: &[u8] = b"ac";
 const STATE_ROOM_BYTES: usize = 8 << 20;
 /// Bytes of filters that one session may have in the second half of that state.
 const STATE_SHARE_BYTES: usize = 16 << 10;
+/// What the host may use is taken for this where the system does not say.
+const UNKNOWN_MEMORY_BYTES: u64 = 1 << 30;
 /// Between two looks at the files that clients are known by.
 const ACCESS_LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Between two looks for expired sessions.
@@ -293,6 +296,7 @@ struct Broker {
     /// Turns to read for subscribers what waits in the streams.
     loads: Arc<Semaphore>,
     partial_room: Arc<PartialRoom>,
+    rooms: Rooms,
     retained: Mutex<Retained>,
     wills: Wills,
     clients: AtomicI64,
@@ -302,6 +306,33 @@ struct Broker {
     totals: Totals,
     sys: Sys,
     counters: Counters,
+}
+
+/// Memory of all clients together, by what takes it.
+#[derive(Clone)]
+struct Rooms {
+    queues: Arc<Room>,
+    subscriptions: Arc<Room>,
+    connections: Arc<Room>,
+}
+
+impl Rooms {
+    fn new(config: &Config, memory_bytes: u64) -> Self {
+        let room = |bytes_max: Option<ByteSize>, part: u64| {
+            let bytes = bytes_max.map_or(memory_bytes / part, |bytes| bytes.0);
+            Room::new(usize::try_from(bytes).unwrap_or(usize::MAX))
+        };
+        Self {
+            queues: room(config.queues_bytes_max, 4),
+            subscriptions: room(config.subscriptions_bytes_max, 8),
+            connections: room(config.connections_bytes_max, 8),
+        }
+    }
+
+    /// With the names that the metrics give them.
+    fn named(&self) -> [(&'static str, &Room); 3] {
+        [("queues", &self.queues), ("subscriptions", &self.subscriptions), ("connections", &self.connections)]
+    }
 }
 
 /// Over all sessions, when it was last looked.
@@ -327,8 +358,9 @@ impl Broker {
         let saved = saved.as_ref().map(|(_, value)| &**value);
         let (clock, jump) = Clock::new(deps.clock, saved, session::newest_us(&*deps.broker));
         let by_id = retained.by_id();
+        let rooms = Rooms::new(config, memory_bytes().unwrap_or(UNKNOWN_MEMORY_BYTES));
         let (sessions, subscriptions) =
-            Sessions::load(&*deps.broker, &streams, &identities, &by_id, clock.now_us());
+            Sessions::load(&*deps.broker, &streams, &identities, &by_id, clock.now_us(), &rooms);
         let wills_bytes_max = config.wills_bytes_max.0 as usize;
         let delay_least = config.will_delay_after_restart.0;
         let wills = Wills::load(&streams, wills_bytes_max, delay_least, &deps.failures);
@@ -338,6 +370,7 @@ impl Broker {
             copies,
             loads: Arc::new(Semaphore::new(outbound::LOADS_MAX)),
             partial_room: PartialRoom::new(config.partial_packets_bytes_max.0),
+            rooms,
             identities,
             streams,
             routes: deps.streams,
@@ -480,6 +513,7 @@ impl Broker {
         totals.queued_bytes.store(measured.queued_bytes as u64, Ordering::Relaxed);
         totals.in_flight.store(measured.in_flight as u64, Ordering::Relaxed);
         self.counters.set_gauges(&measured);
+        metrics::set_memory(self.rooms.named());
     }
 
     /// Runs on the threads in the background, which give way to those that serve the

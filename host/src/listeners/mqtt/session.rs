@@ -14,7 +14,6 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use tokio::sync::{Notify, OwnedMutexGuard};
 
-use super::Broker;
 use super::acks::Stopped;
 use super::activity::Activity;
 use super::blobs::Id;
@@ -22,8 +21,10 @@ use super::clients::Connection;
 use super::open_ids::{Content, OpenIds, OpenIdsRoom, Received};
 use super::outbound::{self, Ids, Kept, Message, Outbox};
 use super::owner::Owner;
-use super::subscriptions::{Filter, Options, is_shared, levels};
+use super::subscriptions::{Filter, Options, is_shared, levels, memory_of};
+use super::{Broker, Rooms, borrowed};
 use crate::hints::Hint;
+use crate::room::Holding;
 use crate::stream::{AppendError, Identity, StateChange, Stream, Ticket};
 
 /// Longer client ids are refused: they are keys of the durable state.
@@ -33,11 +34,11 @@ pub const KEPT_FILTER_BYTES_MAX: usize = 1_000;
 /// A session that never expires (MQTT 5.0, 3.1.2.11.2).
 pub const NEVER: u32 = u32::MAX;
 
-const SESSION: &[u8] = b"se";
 /// With so many keys of ended sessions that are not removed yet, a client's next session adds no
 /// more: what it left, if anything, is removed at the next start.
 const STALE_KEYS_MAX: usize = 256;
 
+const SESSION: &[u8] = b"se";
 const SUBSCRIPTION: &[u8] = b"sf";
 const QOS2: &[u8] = b"q2";
 
@@ -82,6 +83,10 @@ struct State {
     /// Broker time.
     disconnected_us: u64,
     filters: BTreeMap<Box<str>, Options>,
+    /// Bytes of memory that these take, as far as they can be counted.
+    filters_memory: usize,
+    /// Of the memory of all subscriptions.
+    memory: Holding,
     /// Keys of the broker stream that are no longer wanted: they go in the
     /// next append, whichever connect gets so far.
     stale: Vec<Vec<u8>>,
@@ -94,10 +99,12 @@ pub struct Sessions {
     by_client: Mutex<HashMap<Arc<str>, Arc<Session>>>,
     next_number: AtomicU64,
     pub open_ids: Arc<OpenIdsRoom>,
+    rooms: Rooms,
 }
 
 impl Session {
-    fn new(number: u64, client_id: Arc<str>, open_ids: Arc<OpenIdsRoom>) -> Self {
+    fn new(number: u64, client_id: Arc<str>, open_ids: Arc<OpenIdsRoom>, rooms: &Rooms) -> Self {
+        let memory = Holding::of(&rooms.subscriptions);
         Self {
             number,
             client_id,
@@ -106,9 +113,9 @@ impl Session {
             kicked: AtomicBool::new(false),
             claims: AtomicU32::new(0),
             turn: Arc::default(),
-            state: Mutex::new(State { epoch: new_epoch(), ..State::default() }),
+            state: Mutex::new(State { epoch: new_epoch(), memory, ..State::default() }),
             received: Mutex::new(OpenIds::new(open_ids)),
-            outbox: Mutex::default(),
+            outbox: Mutex::new(Outbox::within(&rooms.queues)),
             activity: OnceLock::new(),
             lanes: OnceLock::new(),
         }
@@ -159,6 +166,11 @@ impl Session {
         lock(&self.state).expiry_s
     }
 
+    #[cfg(test)]
+    pub fn stale_keys(&self) -> usize {
+        lock(&self.state).stale.len()
+    }
+
     pub fn filters(&self) -> usize {
         lock(&self.state).filters.len()
     }
@@ -166,11 +178,11 @@ impl Session {
     /// Topic levels of all its filters.
     pub fn filter_levels(&self) -> usize {
         lock(&self.state).filters.keys().map(|filter| levels(filter)).sum()
-    #[cfg(test)]
-    pub fn stale_keys(&self) -> usize {
-        lock(&self.state).stale.len()
     }
 
+    /// Bytes of memory that its filters take, as far as they can be counted.
+    pub fn filters_memory(&self) -> usize {
+        lock(&self.state).filters_memory
     }
 
     pub fn filter_bytes(&self) -> usize {
@@ -217,7 +229,24 @@ impl Session {
 
     /// Adds a filter, or changes its options.
     pub fn add_filter(&self, filter: &str, options: Options) {
-        lock(&self.state).filters.insert(filter.into(), options);
+        let mut state = lock(&self.state);
+        if state.filters.insert(filter.into(), options).is_none() {
+            state.filters_memory += memory_of(filter);
+            state.count();
+        }
+    }
+
+    /// Takes memory for filters of `bytes` beside those that it has, until
+    /// [`Session::filters_added`]; false where there is no room.
+    pub fn take_memory(&self, bytes: usize) -> bool {
+        let mut state = lock(&self.state);
+        let all = state.filters_memory + bytes;
+        state.memory.try_hold(all)
+    }
+
+    /// The filters for which memory was taken are there, or are not to come.
+    pub fn filters_added(&self) {
+        lock(&self.state).count();
     }
 
     /// The identifiers of its subscriptions, but for shared ones, that match a topic.
@@ -253,7 +282,7 @@ impl Session {
         if changes.is_empty() {
             return Ok(Ticket::default());
         }
-        let appended = broker.broker.append(&[], &super::borrowed(&changes));
+        let appended = broker.broker.append(&[], &borrowed(&changes));
         match appended {
             Ok(_) => outbox.noted(),
             Err(_) => outbox.note_failed(),
@@ -266,8 +295,9 @@ impl Session {
         if lost > 0 {
             let client_id = &*self.client_id;
             let detail = format!(
-                "client {client_id}: its queue is full, or they waited longer than mqtt.queue_age_max; \
-                 raise mqtt.queue_messages_max or mqtt.queue_bytes_max, or delete its session"
+                "client {client_id}: its queue is full, or they waited longer than mqtt.queue_age_max, or \
+                 the queues of all clients together are full; raise mqtt.queue_messages_max, \
+                 mqtt.queue_bytes_max or mqtt.queues_bytes_max, or delete its session"
             );
             let kind = "mqtt: messages dropped that waited for a session";
             broker.failures.report_by(
@@ -281,7 +311,11 @@ impl Session {
     }
 
     pub fn remove_filter(&self, filter: &str) {
-        lock(&self.state).filters.remove(filter);
+        let mut state = lock(&self.state);
+        if state.filters.remove(filter).is_some() {
+            state.filters_memory -= memory_of(filter);
+            state.count();
+        }
     }
 }
 
@@ -302,9 +336,14 @@ impl Sessions {
         identities: &Arc<[Identity]>,
         retained: &HashMap<Id, Arc<Message>>,
         now_us: u64,
+        rooms: &Rooms,
     ) -> (Self, Vec<(Arc<Session>, String, Options)>) {
-        let sessions =
-            Self { by_client: Mutex::default(), next_number: AtomicU64::new(1), open_ids: Arc::default() };
+        let sessions = Self {
+            by_client: Mutex::default(),
+            next_number: AtomicU64::new(1),
+            open_ids: Arc::default(),
+            rooms: rooms.clone(),
+        };
         let mut by_epoch: HashMap<u64, Arc<Session>> = HashMap::new();
         for (key, value) in broker.state(SESSION) {
             let client_id = std::str::from_utf8(&key[SESSION.len()..]);
@@ -317,7 +356,9 @@ impl Sessions {
             }
             let session = sessions.insert(client_id.into());
             by_epoch.insert(state.epoch, session.clone());
-            *lock(&session.state) = state;
+            let mut known = lock(&session.state);
+            state.memory = std::mem::take(&mut known.memory);
+            *known = state;
         }
         let (mut subscriptions, mut to_be_given) = (Vec::new(), Vec::new());
         for (key, value) in broker.state(SUBSCRIPTION) {
@@ -387,9 +428,13 @@ impl Sessions {
         (sessions, subscriptions)
     }
 
+    fn new_session(&self, number: u64, client_id: Arc<str>) -> Session {
+        Session::new(number, client_id, self.open_ids.clone(), &self.rooms)
+    }
+
     fn insert(&self, client_id: Arc<str>) -> Arc<Session> {
         let number = self.next_number.fetch_add(1, Ordering::Relaxed);
-        let session = Arc::new(Session::new(number, client_id.clone(), self.open_ids.clone()));
+        let session = Arc::new(self.new_session(number, client_id.clone()));
         lock(&self.by_client).insert(client_id, session.clone());
         session
     }
@@ -421,7 +466,7 @@ impl Sessions {
                 None if by_client.len() >= sessions_max => return None,
                 None => {
                     let number = self.next_number.fetch_add(1, Ordering::Relaxed);
-                    let session = Arc::new(Session::new(number, client_id.into(), self.open_ids.clone()));
+                    let session = Arc::new(self.new_session(number, client_id.into()));
                     by_client.insert(session.client_id.clone(), session.clone());
                     session
                 }
@@ -630,7 +675,9 @@ fn discard(broker: &Broker, session: &Session) {
             stale.extend(queue_keys);
         }
         let filters = std::mem::take(&mut state.filters);
-        *state = State { epoch: new_epoch(), stale, ..State::default() };
+        let memory = std::mem::take(&mut state.memory);
+        *state = State { epoch: new_epoch(), stale, memory, ..State::default() };
+        state.count();
         (epoch, filters)
     };
     let filters: Vec<Box<str>> = filters.into_keys().collect();
@@ -662,6 +709,10 @@ impl State {
     fn keys(&self, client_id: &str) -> Vec<Vec<u8>> {
         let filters = self.filters.keys().map(|filter| subscription_key(self.epoch, filter));
         [key(SESSION, client_id.as_bytes())].into_iter().chain(filters).collect()
+    }
+
+    fn count(&mut self) {
+        self.memory.hold(self.filters_memory);
     }
 
     fn stale_removed(&self) -> Vec<Change> {
@@ -701,8 +752,7 @@ impl State {
             expiry_s: u32::from_be_bytes(*expiry_s),
             kept: true,
             disconnected_us: u64::from_be_bytes(*disconnected_us),
-            filters: BTreeMap::new(),
-            stale: Vec::new(),
+            ..Self::default()
         })
     }
 }

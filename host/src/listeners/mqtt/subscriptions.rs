@@ -10,6 +10,7 @@ use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use super::outbound::ShareFilter;
 use super::session::Session;
 use crate::topic::{self, TopicFilter};
 
@@ -103,6 +104,14 @@ pub fn levels(text: &str) -> usize {
     1 + text.bytes().filter(|byte| *byte == b'/').count()
 }
 
+/// About the memory that a subscription takes: in its session, and in the tree where no other
+/// filter has its levels.
+pub fn memory_of(filter: &str) -> usize {
+    const OF_FILTER: usize = 256;
+    const OF_LEVEL: usize = 160;
+    OF_FILTER + OF_LEVEL * levels(filter) + 3 * filter.len()
+}
+
 /// Whether messages of streams can match: the broker's own topics lie in none.
 pub fn is_live(text: &str) -> bool {
     !topic::is_reserved(split(text).1)
@@ -138,8 +147,7 @@ struct Node<S> {
 
 /// The subscribers of one `$share/NAME/FILTER`: each message goes to one.
 pub struct Share<S> {
-    /// As a client wrote it.
-    pub filter: Arc<str>,
+    pub filter: ShareFilter,
     /// At least one.
     pub members: Vec<Subscriber<S>>,
     turn: AtomicUsize,
@@ -290,9 +298,9 @@ impl<S> Tree<S> {
         let subscribers = match (share, multi) {
             (Some(_), multi) => {
                 let shares = &mut node.shares.get_or_insert_default()[usize::from(multi)];
-                let at = shares.iter().position(|share| &*share.filter == text).unwrap_or_else(|| {
+                let at = shares.iter().position(|share| **share.filter == *text).unwrap_or_else(|| {
                     let turn = AtomicUsize::new(0);
-                    shares.push(Share { filter: text.into(), members: Vec::new(), turn });
+                    shares.push(Share { filter: Arc::new(text.into()), members: Vec::new(), turn });
                     shares.len() - 1
                 });
                 &mut shares[at].members
@@ -325,7 +333,7 @@ impl<S> Tree<S> {
                 _ => node = node.children.get(&self.levels.number(level)?)?,
             }
         }
-        node.shares.as_ref()?[usize::from(multi)].iter().find(|share| &*share.filter == text)
+        node.shares.as_ref()?[usize::from(multi)].iter().find(|share| **share.filter == *text)
     }
 
     /// Gives each subscription that matches; a subscriber may come more than once.
@@ -418,7 +426,7 @@ impl<S> Node<S> {
             return take(if multi == 1 { &mut self.rest } else { &mut self.here });
         };
         let both = self.shares.as_mut()?;
-        let at = both[multi].iter().position(|share| &*share.filter == text)?;
+        let at = both[multi].iter().position(|share| **share.filter == *text)?;
         let taken = take(&mut both[multi][at].members);
         if both[multi][at].members.is_empty() {
             both[multi].swap_remove(at);

@@ -1,5 +1,7 @@
 //! The packets that are not on the hot path: SUBSCRIBE, UNSUBSCRIBE, DISCONNECT, AUTH.
 
+use std::sync::Arc;
+
 use bytes::Buf;
 use rmqtt_codec::v5::{
     DisconnectReasonCode, RetainHandling, SubscribeAck, SubscribeAckReason, SubscriptionOptions,
@@ -16,7 +18,7 @@ use crate::listeners::mqtt::Broker;
 use crate::listeners::mqtt::fanout::{FILTERS_AT_ONCE, SendRetained, Subscription};
 use crate::listeners::mqtt::outbound::look_up;
 use crate::listeners::mqtt::session::{Change, KEPT_FILTER_BYTES_MAX, Session, subscription_key};
-use crate::listeners::mqtt::subscriptions::{FILTER_LEVELS_MAX, Filter, Options, levels};
+use crate::listeners::mqtt::subscriptions::{FILTER_LEVELS_MAX, Filter, Options, levels, memory_of};
 use crate::listeners::mqtt::wire::{self, Fault, Packet};
 
 impl<S> Connection<'_, S> {
@@ -290,10 +292,13 @@ struct Room {
     bytes: usize,
     /// Bytes of filters that the broker's state takes of it.
     state_bytes: usize,
+    /// Whose memory is taken.
+    session: Arc<Session>,
+    memory: usize,
 }
 
 impl Room {
-    fn of(session: &Session, broker: &Broker) -> Self {
+    fn of(session: &Arc<Session>, broker: &Broker) -> Self {
         let config = &broker.config;
         let filters_max = config.subscriptions_per_client_max as usize;
         let bytes_max = config.subscription_bytes_per_client_max.0 as usize;
@@ -304,6 +309,8 @@ impl Room {
             levels: (LEVELS_PER_FILTER * filters_max).saturating_sub(session.filter_levels()),
             bytes: bytes_max.saturating_sub(session.filter_bytes()),
             state_bytes: state_bytes_max.saturating_sub(session.filter_bytes()),
+            session: session.clone(),
+            memory: 0,
         }
     }
 
@@ -313,7 +320,19 @@ impl Room {
         let filters = self.filters.checked_sub(1).ok_or("subscriptions_per_client_max")?;
         let levels = self.levels.checked_sub(levels(filter)).ok_or("subscriptions_per_client_max")?;
         let bytes = self.bytes.checked_sub(filter.len()).ok_or("subscription_bytes_per_client_max")?;
-        *self = Self { filters, levels, bytes, state_bytes };
+        let memory = self.memory + memory_of(filter);
+        if !self.session.take_memory(memory) {
+            return Err("subscriptions_bytes_max");
+        }
+        (self.filters, self.levels, self.bytes) = (filters, levels, bytes);
+        (self.state_bytes, self.memory) = (state_bytes, memory);
         Ok(())
+    }
+}
+
+/// What was taken for filters that were not added after all is given back.
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.session.filters_added();
     }
 }

@@ -4,7 +4,7 @@ use std::cell::OnceCell;
 use std::sync::Arc;
 
 use crate::batch::{MessageRef, flags};
-use crate::listeners::mqtt::outbound::{Ids, Message, Place, Queued, Source};
+use crate::listeners::mqtt::outbound::{Ids, Message, Place, Queued, ShareFilter, Source};
 use crate::listeners::mqtt::session::Session;
 use crate::listeners::mqtt::subscriptions::{Found, Options, Share, Subscriber};
 
@@ -68,7 +68,7 @@ impl Sent<'_> {
         qos: u8,
         as_published: bool,
         ids: Ids,
-        share: Option<Arc<str>>,
+        share: Option<ShareFilter>,
     ) -> Option<Queued> {
         match self {
             Self::Live { place, message, since_us, may_be_again, .. } => {

@@ -35,14 +35,14 @@ impl<'b> Wakes<'b> {
     /// Counts what came of a delivery, and gathers the session's connection where that is
     /// to be woken.
     pub(super) fn offered(&mut self, session: &Arc<Session>, offer: Offer) {
-        let queue_full = &self.broker.counters.queue_full;
+        let dropped = |full, count| self.broker.counters.dropped_at(full).increment(count);
         match offer {
             Offer::Queued | Offer::Away | Offer::Before => {}
-            Offer::QueuedInsteadOf(dropped) => queue_full.increment(dropped.into()),
+            Offer::QueuedInsteadOf(count, full) => dropped(full, count.into()),
             Offer::QueuedFirst => self.add(session),
-            Offer::Dropped => queue_full.increment(1),
-            Offer::Overflow => {
-                queue_full.increment(1);
+            Offer::Dropped(full) => dropped(full, 1),
+            Offer::Overflow(full) => {
+                dropped(full, 1);
                 session.overflow.store(true, Ordering::Release);
                 self.add(session);
             }
@@ -93,6 +93,7 @@ mod tests {
     use super::*;
     use crate::listeners::mqtt::config::Config;
     use crate::listeners::mqtt::fuzzing;
+    use crate::listeners::mqtt::outbound::Full;
     use crate::stream::memory::MemoryStream;
 
     fn broker() -> Arc<Broker> {
@@ -137,12 +138,14 @@ mod tests {
         let sessions = sessions(&broker, 1).await;
         let session = &sessions[0];
         let mut wakes = Wakes::new(&broker);
-        for offer in [Offer::Queued, Offer::QueuedInsteadOf(1), Offer::Away, Offer::Before, Offer::Dropped] {
+        let full = Full::Queue;
+        for offer in [Offer::QueuedInsteadOf(1, full), Offer::Away, Offer::Before, Offer::Dropped(full)] {
             wakes.offered(session, offer);
         }
+        wakes.offered(session, Offer::Queued);
         drop(wakes);
         assert!(!is_woken(session));
-        Wakes::new(&broker).offered(session, Offer::Overflow);
+        Wakes::new(&broker).offered(session, Offer::Overflow(full));
         assert!(is_woken(session));
         assert!(session.overflow.load(Ordering::Acquire), "it is to be disconnected");
     }

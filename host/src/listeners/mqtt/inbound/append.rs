@@ -87,6 +87,7 @@ impl Inbound {
                 }
                 if !stalled.is_empty() {
                     self.stalled.push(stalled);
+                    self.count_stalled();
                 }
                 Ok(())
             }
@@ -166,6 +167,7 @@ impl Inbound {
                 self.append_one(broker, stalled.stream, &messages, owed, &mut Vec::new(), &mut Vec::new());
             result = result.and(appended);
         }
+        self.count_stalled();
         result
     }
 }

@@ -10,6 +10,7 @@
 
 mod allowed;
 mod append;
+mod memory;
 mod stalled;
 mod withheld;
 
@@ -24,6 +25,7 @@ use rmqtt_codec::v5::DisconnectReasonCode;
 use self::allowed::Refusal;
 use self::append::undo;
 pub use self::append::{push_sender, taken_in};
+use self::memory::Memory;
 use self::stalled::{Stalled, room};
 use super::Broker;
 use super::acks::{Ack, Acks};
@@ -58,7 +60,7 @@ pub struct Inbound {
     allowance: Option<Box<Allowance>>,
     /// Epoch of a session that outlives the connection: its QoS 2 ids are durable.
     epoch: Option<u64>,
-    aliases: Vec<Option<Arc<str>>>,
+    pub memory: Box<Memory>,
     acks: Acks,
     /// QoS 1 and 2 publishes that are not finished, for Receive Maximum.
     unfinished: u32,
@@ -173,7 +175,7 @@ impl Inbound {
             asks: false,
             allowed_topic: String::new(),
             allowance: broker.access.allowance(),
-            aliases: Vec::new(),
+            memory: Memory::of(&broker.rooms.connections).into(),
             acks: Acks::new(tells_reasons),
             unfinished: 0,
             stalled: Vec::new(),
@@ -534,16 +536,16 @@ impl Inbound {
                 what: "topic alias out of range",
             });
         }
-        let index = usize::from(alias) - 1;
         if publish.topic.is_empty() {
-            let known = self.aliases.get(index).cloned().flatten();
+            let known = self.memory.alias(alias).cloned();
             return known.map(Topic::Alias).ok_or(Fault::protocol("a topic alias that was not set"));
         }
-        if self.aliases.len() <= index {
-            self.aliases.resize(index + 1, None);
-        }
-        self.aliases[index] = Some(publish.topic.into());
+        self.memory.set_alias(alias, publish.topic)?;
         Ok(Topic::Sent(publish.topic))
+    }
+
+    fn count_stalled(&mut self) {
+        self.memory.set_stalled(self.stalled.iter().map(Stalled::bytes).sum());
     }
 
     fn spend(&mut self, broker: &Broker, bytes: u64) {

@@ -27,6 +27,12 @@ impl Stalled {
         self.messages.is_empty() && self.owed.is_empty()
     }
 
+    /// Bytes of memory.
+    pub fn bytes(&self) -> usize {
+        let messages = self.messages.iter().map(|message| size_of::<Owned>() + message.bytes());
+        messages.sum::<usize>() + size_of_val(&*self.owed)
+    }
+
     /// Drops, counts and reports the QoS 0 messages of a session; the others wait for room.
     pub fn drop_unacknowledged(&mut self, broker: &Broker, session: &Session) {
         let before = self.messages.len();
@@ -59,6 +65,10 @@ impl Owned {
             flags: message.flags,
             received_us: message.received_us,
         }
+    }
+
+    fn bytes(&self) -> usize {
+        self.topic.len() + self.payload.len() + self.properties.len() + self.device.len()
     }
 
     pub fn message(&self, partitions: u16) -> NewMessage<'_> {

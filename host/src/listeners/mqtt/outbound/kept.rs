@@ -12,10 +12,10 @@
 //! - `os` + epoch + stream: QoS 2 messages below this offset have such a
 //!   record, or had one and are done. In the same append as the record.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::Arc;
 
-use super::{Ids, InFlight, Queued, Source};
+use super::{Ids, InFlight, Queued, ShareFilter, Source};
 use crate::listeners::mqtt::blobs::Id;
 use crate::listeners::mqtt::outbound::Message;
 use crate::listeners::mqtt::retained;
@@ -439,9 +439,17 @@ impl Restored {
         }
         self.from = from;
         let mut before = Before::default();
+        let mut shares: HashSet<ShareFilter> = HashSet::new();
         while !note.0.is_empty() {
             let (queued, packet_id) = note.entry(format, &mut before, &numbers, retained)?;
-            let Some(queued) = queued else { continue };
+            let Some(mut queued) = queued else { continue };
+            // Each text once, however many messages came by it.
+            if let Some(share) = &mut queued.share {
+                match shares.get(&**share) {
+                    Some(known) => *share = known.clone(),
+                    None => drop(shares.insert(share.clone())),
+                }
+            }
             let is_sent = queued.qos == 2
                 && !queued.apart
                 && matches!(queued.source, Source::Stream { stream, offset } if self.kept.was_sent(stream, offset));
@@ -602,7 +610,7 @@ impl<'a> Reader<'a> {
                 own_id = self.number()? as u32;
             }
         }
-        let share: Option<Arc<str>> = if flags & SHARE != 0 { Some(self.text()?.into()) } else { None };
+        let share = if flags & SHARE != 0 { Some(Arc::new(self.text()?.into())) } else { None };
         // Those of a stream's message are found again when it is read.
         let is_own = share.is_some() || flags & RETAINED != 0;
         let queued = source.map(|source| Queued {

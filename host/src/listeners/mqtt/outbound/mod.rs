@@ -19,12 +19,16 @@ use std::sync::Arc;
 
 use self::retained::Deliveries;
 use super::session::Change;
+use crate::room::{Holding, Room};
 use crate::stream::{AppendError, Stream};
 
 pub use self::kept::{Found, Kept, NOTE, Restored, SENT, STEP, note_bytes_max};
 pub use self::load::{Body, LOADS_MAX, Loaded, Loader, look_up};
 pub use self::message::Message;
-pub use self::queued::{Ids, InFlight, Offer, Place, QueueLimits, Queued, Source, Sums, WhenFull};
+pub use self::queued::{
+    Full, Ids, InFlight, Offer, Place, QueueLimits, Queued, REFERENCE_BYTES, ShareFilter, Source, Sums,
+    WhenFull,
+};
 pub use self::retained::{RetainedFrom, RetainedPage};
 pub use self::send::{Acked, Filled, Peer, Waits};
 
@@ -34,6 +38,9 @@ const HELD_BYTES_MAX: usize = 256 << 10;
 /// A subscriber has at most so many bytes in memory of messages in flight, or one message.
 /// What was sent and lies in a stream is not in memory.
 const IN_FLIGHT_BYTES_MAX: usize = 1 << 20;
+/// Places that a queue keeps for what comes next; with more of them than messages it gives
+/// some back.
+const SPARE_PLACES: usize = 64;
 
 #[derive(Default)]
 pub struct Outbox {
@@ -54,7 +61,7 @@ pub struct Outbox {
     /// What its new subscriptions are given beside the queue.
     retained: Deliveries,
     /// The identifiers of the last message that had several.
-    last_ids: Option<Arc<[u32]>>,
+    last_ids: Option<Arc<Box<[u32]>>>,
     /// Messages of a session that outlives its connection that found no room, or waited too
     /// long, and were not told of yet.
     lost: u64,
@@ -62,12 +69,21 @@ pub struct Outbox {
     dropped: u64,
     /// Of a session that outlives its connection.
     kept: Option<Box<Kept>>,
+    /// Of the memory of all outboxes.
+    memory: Holding,
 }
 
 impl Outbox {
+    /// `room`: for the memory of all outboxes.
+    pub fn within(room: &Arc<Room>) -> Self {
+        Self { memory: Holding::of(room), ..Self::default() }
+    }
+
     /// A new session: messages before `from` are not for it.
     pub fn begin(&mut self, from: Box<[u64]>, kept: Option<Kept>) {
-        *self = Self { from, kept: kept.map(Box::new), ..Self::default() };
+        let memory = std::mem::take(&mut self.memory);
+        *self = Self { from, kept: kept.map(Box::new), memory, ..Self::default() };
+        self.count();
     }
 
     /// A session that a restart found.
@@ -82,8 +98,10 @@ impl Outbox {
             queue: queue.into(),
             from,
             kept: Some(Box::new(kept)),
+            memory: std::mem::take(&mut self.memory),
             ..Self::default()
         };
+        self.count();
     }
 
     /// The session ends with its connection from now on.
@@ -116,36 +134,99 @@ impl Outbox {
         if !self.connected && queued.qos == 0 {
             return Offer::Away;
         }
-        let is_held =
+        let may_hold =
             self.connected && (self.kept.is_none() || self.sums.held + queued.bytes() <= HELD_BYTES_MAX);
-        if is_held {
+        if may_hold {
             self.share_ids(&mut queued);
         } else if queued.source.place().is_some() {
             queued.let_go();
         }
-        let len = queued.bytes();
-        let mut dropped = 0;
-        while self.queue.len() >= limits.messages_max || self.sums.bytes + len > limits.bytes_max {
+        let mut is_held = may_hold && queued.source.place().is_some();
+        let (mut dropped, mut full) = (0, None);
+        while let Some(bound) = self.bound_met(&mut queued, &mut is_held, limits) {
+            full.get_or_insert(bound);
             self.dropped += 1;
             if self.kept.is_none() || queued.qos == 0 {
                 let slow = self.connected && queued.qos > 0;
-                return if slow { Offer::Overflow } else { Offer::Dropped };
+                return if slow { Offer::Overflow(bound) } else { Offer::Dropped(bound) };
             }
             self.lost += 1;
             match limits.when_full {
-                WhenFull::DropOldest if len <= limits.bytes_max && self.pop().is_some() => dropped += 1,
-                _ => return Offer::Dropped,
+                WhenFull::DropOldest if queued.bytes() <= limits.bytes_max && self.pop().is_some() => {
+                    dropped += 1;
+                }
+                _ => return Offer::Dropped(bound),
             }
         }
-        if is_held && queued.source.place().is_some() {
+        if is_held {
             queued.body = queued.body.or_else(body);
         }
         self.push(queued);
-        match (dropped, self.queue.len()) {
-            (0, 1) => Offer::QueuedFirst,
-            (0, _) => Offer::Queued,
-            _ => Offer::QueuedInsteadOf(dropped),
+        // Two for one, so that it shrinks.
+        let may_shrink = self.kept.is_some() && limits.when_full == WhenFull::DropOldest;
+        while may_shrink && dropped < 2 && self.gives_way() {
+            (self.dropped, self.lost, dropped) = (self.dropped + 1, self.lost + 1, dropped + 1);
+            full.get_or_insert(Full::Queues);
         }
+        self.count();
+        match (full, self.queue.len()) {
+            (None, 1) => Offer::QueuedFirst,
+            (None, _) => Offer::Queued,
+            (Some(full), _) => Offer::QueuedInsteadOf(dropped, full),
+        }
+    }
+
+    /// The bound that one message more would pass; none where it has its room. Where there is
+    /// none for the message itself, it waits in its stream.
+    fn bound_met(&mut self, queued: &mut Queued, is_held: &mut bool, limits: QueueLimits) -> Option<Full> {
+        let is_full = self.queue.len() >= limits.messages_max;
+        if is_full || self.sums.bytes + queued.bytes() > limits.bytes_max {
+            return Some(Full::Queue);
+        }
+        let place = self.size() + self.more_places() * REFERENCE_BYTES;
+        if *is_held && !self.memory.try_hold(place + queued.bytes()) {
+            queued.let_go();
+            *is_held = false;
+        }
+        (!*is_held && !self.memory.try_hold(place)).then_some(Full::Queues)
+    }
+
+    /// Drops its oldest message where others need the memory that it has beyond its part.
+    fn gives_way(&mut self) -> bool {
+        let gives_way = self.queue.len() > 1 && self.memory.gives_way() && self.pop().is_some();
+        if gives_way && self.queue.capacity() > self.queue.len() / 8 * 9 {
+            self.queue.shrink_to_fit();
+        }
+        gives_way
+    }
+
+    /// Bytes of memory that grow with what waits and with what is in flight.
+    pub fn size(&self) -> usize {
+        self.queue.capacity() * REFERENCE_BYTES
+            + self.inflight.capacity() * size_of::<InFlight>()
+            + self.sums.held
+            + self.inflight_held
+            + self.retained.bytes()
+    }
+
+    /// Places by which the queue grows for one message more. Doubling would make a long one
+    /// take twice what it needs.
+    fn more_places(&self) -> usize {
+        match (self.queue.len(), self.queue.capacity()) {
+            (_, 0) => 4,
+            (len, capacity) if len == capacity => (capacity / 4).max(capacity.min(16)),
+            _ => 0,
+        }
+    }
+
+    /// Counts what it takes of the memory of all outboxes, after any change.
+    fn count(&mut self) {
+        give_back_places(&mut self.queue);
+        give_back_places(&mut self.inflight);
+        if self.ids.capacity() > 2 * self.ids.len() + SPARE_PLACES {
+            self.ids.shrink_to_fit();
+        }
+        self.memory.hold(self.size());
     }
 
     /// Whether the message is news to this session.
@@ -191,6 +272,7 @@ impl Outbox {
 
     fn push(&mut self, queued: Queued) {
         self.sums.add(&queued);
+        self.queue.reserve_exact(self.more_places());
         self.queue.push_back(queued);
     }
 
@@ -216,7 +298,8 @@ impl Outbox {
     }
 
     pub fn clear(&mut self) {
-        *self = Self::default();
+        *self = Self { memory: std::mem::take(&mut self.memory), ..Self::default() };
+        self.count();
     }
 
     /// Messages that wait, their bytes, and messages sent and not acknowledged.
@@ -229,6 +312,7 @@ impl Outbox {
         self.connected
             && self.queue.len() < limits.messages_max
             && self.sums.bytes < limits.bytes_max
+            && self.memory.has_room(self.size() + self.more_places() * REFERENCE_BYTES)
             && self.takes(queued)
     }
 
@@ -238,7 +322,7 @@ impl Outbox {
     /// was sent with QoS 2 stays its own (MQTT 5.0, 4.8.2).
     pub fn give_back(&mut self, filter: Option<&str>, ended: bool) -> Vec<Queued> {
         let is_shared = |queued: &Queued| {
-            queued.share.as_deref().is_some_and(|share| filter.is_none_or(|filter| filter == share))
+            queued.share.as_deref().is_some_and(|share| filter.is_none_or(|filter| *filter == **share))
         };
         let mut given = Vec::new();
         if ended {
@@ -263,6 +347,7 @@ impl Outbox {
         if let Some(kept) = &mut self.kept {
             kept.changed |= !given.is_empty();
         }
+        self.count();
         given
     }
 
@@ -279,6 +364,7 @@ impl Outbox {
                 at += 1;
             }
         }
+        self.count();
     }
 
     /// Calls `see` with the place of each message that it waits for and keeps for its
@@ -316,6 +402,7 @@ impl Outbox {
         }
         if gone > 0 {
             self.kept.iter_mut().for_each(|kept| kept.changed = true);
+            self.count();
         }
         gone
     }
@@ -342,6 +429,7 @@ impl Outbox {
         if self.queue.capacity() > 2 * self.queue.len() {
             self.queue.shrink_to_fit();
         }
+        self.count();
     }
 
     /// A new connection: what the last one left unacknowledged is sent again
@@ -364,6 +452,9 @@ impl Outbox {
         self.dropped += dropped;
         if self.kept.is_some() {
             self.lost += dropped;
+        }
+        if dropped > 0 {
+            self.count();
         }
         dropped
     }
@@ -429,6 +520,7 @@ impl Outbox {
             is_recorded
         });
         self.count_inflight();
+        self.count();
         (before - self.inflight.len()) as u64
     }
 
@@ -468,5 +560,12 @@ impl Outbox {
     pub fn keys(&self) -> Vec<Vec<u8>> {
         let ids = self.inflight.iter().map(|flight| flight.packet_id);
         self.kept.as_ref().map_or_else(Vec::new, |kept| kept.keys(ids))
+    }
+}
+
+/// Once there are few: each place that is given back was filled since the last time.
+fn give_back_places<T>(queue: &mut VecDeque<T>) {
+    if queue.capacity() > 2 * queue.len() + SPARE_PLACES {
+        queue.shrink_to(queue.len() + queue.len() / 4);
     }
 }

@@ -59,8 +59,15 @@ pub struct Queued {
     /// and are found again when that is read.
     pub ids: Ids,
     /// The shared subscription that it came by.
-    pub share: Option<Arc<str>>,
+    pub share: Option<ShareFilter>,
 }
+
+/// The most messages that wait by far are references: one that does not lie in memory takes this.
+pub const REFERENCE_BYTES: usize = size_of::<Queued>();
+const _: () = assert!(REFERENCE_BYTES <= 64);
+
+/// Filter of a shared subscription, as a client wrote it. A thin pointer: a queue is long.
+pub type ShareFilter = Arc<Box<str>>;
 
 /// The identifiers of the subscriptions that a message matches.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -68,8 +75,9 @@ pub enum Ids {
     #[default]
     None,
     One(u32),
-    /// The messages of a queue share them where they are the same.
-    Many(Arc<[u32]>),
+    /// The messages of a queue share them where they are the same. Behind a thin pointer:
+    /// a queue is long.
+    Many(Arc<Box<[u32]>>),
 }
 
 impl Ids {
@@ -93,7 +101,10 @@ impl FromIterator<u32> for Ids {
         match (ids.next(), ids.next()) {
             (None, _) => Self::None,
             (Some(one), None) => Self::One(one),
-            (Some(one), Some(two)) => Self::Many([one, two].into_iter().chain(ids).collect()),
+            (Some(one), Some(two)) => {
+                let all: Box<[u32]> = [one, two].into_iter().chain(ids).collect();
+                Self::Many(all.into())
+            }
         }
     }
 }
@@ -225,20 +236,29 @@ pub enum WhenFull {
     Refuse,
 }
 
+/// The bound that is met where a message finds no room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Full {
+    /// One of the subscriber's own queue.
+    Queue,
+    /// Memory of the queues of all subscribers, as far as this one may have it.
+    Queues,
+}
+
 #[derive(Debug, PartialEq, Eq)]
 pub enum Offer {
     Queued,
     /// Queued into an empty queue: wake the connection.
     QueuedFirst,
     /// Queued, and so many older ones dropped.
-    QueuedInsteadOf(u32),
+    QueuedInsteadOf(u32, Full),
     /// It has had this message, or came after it.
     Before,
     /// QoS 0 with nobody connected: not kept (MQTT 5.0, 3.1.2.4).
     Away,
     /// No room.
-    Dropped,
+    Dropped(Full),
     /// QoS 1 or 2 with no room, and a session that ends with its connection:
     /// the subscriber is too slow.
-    Overflow,
+    Overflow(Full),
 }

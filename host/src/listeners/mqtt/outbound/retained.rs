@@ -27,6 +27,8 @@ pub(super) struct Deliveries {
     /// Those that ended since their record was written.
     ended: Vec<(Box<str>, Options)>,
     last_number: u64,
+    /// Bytes of the messages in pages.
+    bytes: usize,
 }
 
 /// What one subscription is still to be given.
@@ -73,6 +75,7 @@ pub struct RetainedPage {
     lookup: Lookup,
     from: RetainedFrom,
     options: Options,
+    messages_max: usize,
     found: Vec<Found>,
     bytes: usize,
 }
@@ -81,8 +84,21 @@ impl Delivery {
     /// What comes behind its last page, where that was taken.
     fn next_page(&self) -> Option<RetainedPage> {
         let lookup = self.lookup.clone().filter(|_| self.page.is_empty())?;
-        let (from, options) = (self.from.clone(), self.options);
-        Some(RetainedPage { number: self.number, lookup, from, options, found: Vec::new(), bytes: 0 })
+        Some(RetainedPage {
+            number: self.number,
+            lookup,
+            from: self.from.clone(),
+            options: self.options,
+            messages_max: PAGE_MESSAGES_MAX,
+            found: Vec::new(),
+            bytes: 0,
+        })
+    }
+}
+
+impl Found {
+    fn bytes(&self) -> usize {
+        size_of::<Self>() + self.key.len() + self.queued.bytes()
     }
 }
 
@@ -95,8 +111,13 @@ impl RetainedPage {
         self.lookup.is_done() || self.is_full()
     }
 
+    #[cfg(test)]
+    pub fn messages_max(&self) -> usize {
+        self.messages_max
+    }
+
     fn is_full(&self) -> bool {
-        self.found.len() >= PAGE_MESSAGES_MAX || self.bytes >= PAGE_BYTES_MAX
+        self.found.len() >= self.messages_max || self.bytes >= PAGE_BYTES_MAX
     }
 
     /// Looks at no more than `steps_max` topics.
@@ -134,6 +155,7 @@ impl Outbox {
         });
         let from = RetainedFrom { since_us, upto: Box::default() };
         self.retained.push(filter, options, from, None, None, page.collect());
+        self.count_retained();
     }
 
     /// As a restart found it: see [`Outbox::note`].
@@ -157,6 +179,7 @@ impl Outbox {
     pub fn end_retained(&mut self, filter: &str) {
         self.retained.open.retain(|delivery| delivery.filter.as_str() != filter);
         self.retained.ended.retain(|(ended, _)| &**ended != filter);
+        self.count_retained();
     }
 
     fn changed(&mut self) {
@@ -167,7 +190,18 @@ impl Outbox {
 
     /// The page that is to be looked up next.
     pub(super) fn wants_page(&self) -> Option<RetainedPage> {
-        self.retained.open.front()?.next_page()
+        self.retained.open.front()?.next_page().map(|page| self.within_memory(page))
+    }
+
+    /// Where there is no room for a page it is a message.
+    fn within_memory(&self, page: RetainedPage) -> RetainedPage {
+        let has_room = self.memory.has_room(self.size() + PAGE_BYTES_MAX);
+        RetainedPage { messages_max: if has_room { PAGE_MESSAGES_MAX } else { 1 }, ..page }
+    }
+
+    fn count_retained(&mut self) {
+        self.retained.count();
+        self.count();
     }
 
     /// Number of the newest subscription that is, or was, to be given what is retained.
@@ -184,7 +218,7 @@ impl Outbox {
             return None;
         }
         let mut behind = self.retained.open.iter().filter(|delivery| delivery.number > behind);
-        behind.find_map(Delivery::next_page)
+        behind.find_map(Delivery::next_page).map(|page| self.within_memory(page))
     }
 
     /// Takes in what was looked up, but for what was replaced since. With both locked, so
@@ -198,6 +232,7 @@ impl Outbox {
         delivery.page.extend(page.found.into_iter().filter(is_current));
         delivery.lookup = (!page.lookup.is_done()).then_some(page.lookup);
         self.end_given();
+        self.count_retained();
     }
 
     /// The next retained message in memory.
@@ -207,7 +242,9 @@ impl Outbox {
 
     pub(super) fn take_retained(&mut self) -> Option<Queued> {
         let delivery = self.retained.open.front_mut()?;
-        let Found { key, queued } = delivery.page.pop_front()?;
+        let found = delivery.page.pop_front()?;
+        self.retained.bytes -= found.bytes();
+        let Found { key, queued } = found;
         (delivery.taken, delivery.changed) = (Some(key), true);
         self.changed();
         self.end_given();
@@ -228,6 +265,7 @@ impl Outbox {
         for delivery in &mut self.retained.open {
             delivery.page.retain(|it| it.queued.message().is_none_or(|it| may_see(it.topic())));
         }
+        self.retained.count();
         self.end_given();
     }
 }
@@ -248,6 +286,15 @@ impl Deliveries {
         self.open.push_back(Delivery { number, filter, options, from, taken, lookup, page, changed });
     }
 
+    /// Bytes of messages that were looked up and wait.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    fn count(&mut self) {
+        self.bytes = self.open.iter().flat_map(|delivery| &delivery.page).map(Found::bytes).sum();
+    }
+
     /// Messages that were looked up and wait.
     pub fn len(&self) -> usize {
         self.open.iter().map(|delivery| delivery.page.len()).sum()
@@ -262,9 +309,10 @@ impl Deliveries {
         // What was made for the moment has no key.
         self.open.retain(|delivery| delivery.page.front().is_none_or(|found| !found.key.is_empty()));
         for delivery in self.open.iter_mut().filter(|delivery| !delivery.page.is_empty()) {
-            delivery.page.clear();
+            delivery.page = VecDeque::new();
             delivery.lookup = Some(Lookup::new(delivery.filter.topics(), delivery.taken.as_deref()));
         }
+        self.count();
     }
 
     /// The records of subscriptions that do not show how far they are.

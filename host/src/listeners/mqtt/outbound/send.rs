@@ -1,6 +1,6 @@
 //! What goes to a connected subscriber, and what its acknowledgements do.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap};
 
 use bytes::{BufMut, BytesMut};
 
@@ -156,9 +156,7 @@ impl Outbox {
                 _ => break,
             }
         }
-        if self.queue.is_empty() && self.queue.capacity() > 64 {
-            self.queue = VecDeque::new();
-        }
+        self.count();
         filled
     }
 
@@ -264,7 +262,7 @@ impl Outbox {
             // PUBREL follows, whatever else comes of it.
             self.inflight_held -= flight.held();
         }
-        match (&flight.waiting, &mut self.kept) {
+        let acked = match (&flight.waiting, &mut self.kept) {
             (Some(_), Some(kept)) if is_received => {
                 flight.waiting = None;
                 kept.release(flight);
@@ -282,7 +280,9 @@ impl Outbox {
                 self.remove(at);
                 Acked::Nothing
             }
-        }
+        };
+        self.count();
+        acked
     }
 
     /// Each id in flight is passed over once a round of all ids.
@@ -312,6 +312,9 @@ impl Outbox {
             return waits;
         }
         let window = usize::from(peer.window);
+        // Without room for more, one message at a time.
+        let has_room = self.memory.has_room(self.size() + LOAD_BYTES_MAX);
+        let bytes_max = if has_room { LOAD_BYTES_MAX } else { 1 };
         let again = self.inflight.iter().skip(self.sent).take(window.saturating_sub(self.sent));
         let again = again.filter_map(|flight| flight.waiting.as_ref());
         let room = window.saturating_sub(self.inflight.len());
@@ -319,7 +322,7 @@ impl Outbox {
         for queued in again.chain(self.queue.iter().take(room)).take(LOAD_MESSAGES_MAX) {
             waits.load.extend(queued.place());
             bytes += queued.len as usize;
-            if bytes >= LOAD_BYTES_MAX {
+            if bytes >= bytes_max {
                 break;
             }
         }
@@ -327,14 +330,21 @@ impl Outbox {
     }
 
     /// Messages that were read. Those that are no more, or that the client may
-    /// not see, are given up; how many are no more.
+    /// not see, are given up; how many are no more. Where there is no room for all of them
+    /// the first is kept, and the others are read again when it is their turn.
     pub fn loaded(&mut self, loaded: &HashMap<Place, Option<Body>>, may_see: impl Fn(&str) -> bool) -> u64 {
+        let bytes: usize = loaded.values().flatten().map(|found| found.message.len()).sum();
+        let (has_room, mut held) = (self.memory.try_hold(self.size() + bytes), 0);
         let mut gone = 0;
         // Fills in the body; false: there is none.
         let mut fill = |queued: &mut Queued| {
             let Some(found) = queued.place().and_then(|place| loaded.get(&place)) else { return true };
             gone += u64::from(found.is_none());
             let Some(found) = found.as_ref().filter(|it| may_see(it.message.topic())) else { return false };
+            held += 1;
+            if held > 1 && !has_room {
+                return true;
+            }
             queued.body = Some(found.message.clone());
             if queued.share.is_none() {
                 queued.ids = found.ids.clone();
@@ -362,6 +372,7 @@ impl Outbox {
                 self.queue.remove(at);
             }
         }
+        self.count();
         gone
     }
 }

@@ -12,6 +12,7 @@ use crate::listeners::mqtt::clock::{self, Clock};
 use crate::listeners::mqtt::subscriptions::{Filter, Options};
 use crate::listeners::mqtt::wire::{self, Version};
 use crate::properties::{self, Origin};
+use crate::room::{Holding, Room};
 use crate::stream::memory::MemoryStream;
 use crate::stream::{Identity, StateChange, StateEntries};
 
@@ -33,7 +34,7 @@ fn queued(offset: u64, qos: u8, share: Option<&str>) -> Queued {
         apart: false,
         may_be_again: false,
         ids: Ids::None,
-        share: share.map(Into::into),
+        share: share.map(|share| Arc::new(share.into())),
     }
 }
 
@@ -430,15 +431,188 @@ fn a_full_queue_drops_its_oldest_or_refuses_as_it_is_told() {
     for offset in 0..10 {
         offer(&mut session.outbox, queued(offset, 1, None));
     }
-    assert_eq!(offer(&mut session.outbox, queued(10, 1, None)), Offer::QueuedInsteadOf(1));
+    assert_eq!(offer(&mut session.outbox, queued(10, 1, None)), Offer::QueuedInsteadOf(1, Full::Queue));
     let refuse = QueueLimits { when_full: WhenFull::Refuse, ..LIMITS };
-    assert_eq!(session.outbox.offer(queued(11, 1, None), refuse, || None), Offer::Dropped);
+    assert_eq!(session.outbox.offer(queued(11, 1, None), refuse, || None), Offer::Dropped(Full::Queue));
     let small = QueueLimits { bytes_max: 50, ..LIMITS };
-    assert_eq!(session.outbox.offer(queued(12, 1, None), small, || None), Offer::Dropped);
+    assert_eq!(session.outbox.offer(queued(12, 1, None), small, || None), Offer::Dropped(Full::Queue));
     assert_eq!(session.offsets(), (1..=10).collect::<Vec<_>>());
     assert_eq!(session.outbox.drop_older(5_000_000), 4);
     assert_eq!(session.offsets(), (5..=10).collect::<Vec<_>>());
     assert_eq!((session.outbox.take_lost(), session.outbox.take_lost()), (7, 0), "told once");
+}
+
+/// An outbox of a room, of a client that is away where it is `kept`, else of one that is connected.
+fn within(room: &Arc<Room>, kept: bool) -> Outbox {
+    let identity = Identity { log: Uuid::from_u128(1), generation: 1, partitions: 1 };
+    let mut outbox = Outbox::within(room);
+    outbox.begin(Box::new([0]), kept.then(|| Kept::new(EPOCH, [identity].into())));
+    if !kept {
+        outbox.resume();
+    }
+    outbox
+}
+
+const UNBOUNDED: QueueLimits = QueueLimits { messages_max: usize::MAX, bytes_max: usize::MAX, ..LIMITS };
+
+#[test]
+fn the_queues_of_all_share_their_memory_and_who_has_little_gets_its_part() {
+    const REFUSE: QueueLimits = QueueLimits { when_full: WhenFull::Refuse, ..UNBOUNDED };
+    let room = Room::new(256 << 10);
+    let mut queues: Vec<Outbox> = (0..8).map(|_| within(&room, true)).collect();
+    let fill = |outbox: &mut Outbox, limits| {
+        let offered = (0..100_000).map(|offset| outbox.offer(queued(offset, 1, None), limits, || None));
+        let last = offered.last().unwrap();
+        (outbox.sizes().0, last)
+    };
+    let (first, last) = fill(&mut queues[0], REFUSE);
+    assert!((2_000..=192 << 4).contains(&first), "three quarters, or a step of growth less: {first}");
+    assert_eq!(last, Offer::Dropped(Full::Queues));
+    let mut rest = Holding::of(&room);
+    rest.hold((192 << 10) - room.taken() + crate::room::FREE_BYTES);
+    for queue in &mut queues[1..] {
+        // 7 KiB each, and what each has beside.
+        let (count, last) = fill(queue, UNBOUNDED);
+        assert!((96..=8 << 4).contains(&count), "{count}");
+        assert_eq!(last, Offer::QueuedInsteadOf(1, Full::Queues), "its oldest goes");
+        assert_eq!(queue.queue.back().unwrap().source.place().map(|it| it.offset), Some(99_999));
+        assert_eq!(queue.take_lost(), 100_000 - count as u64);
+    }
+    assert!(room.taken() <= room.bytes_max());
+    assert!(fill(&mut within(&room, true), UNBOUNDED).0 >= 16, "who comes late has a little");
+    queues[0].clear();
+    let more = fill(&mut queues[1], UNBOUNDED).0;
+    assert!(more > 1_000, "what one gives back is there for the others: {more}");
+    drop((queues, rest));
+    assert_eq!(room.taken(), 0);
+}
+
+#[test]
+fn a_queue_with_more_than_its_part_shrinks_with_each_message_while_others_find_no_room() {
+    let room = Room::new(256 << 10);
+    let mut large = within(&room, true);
+    let offer = |outbox: &mut Outbox, offset| outbox.offer(queued(offset, 1, None), UNBOUNDED, || None);
+    for offset in 0..3_000 {
+        offer(&mut large, offset);
+    }
+    let before = large.sizes().0;
+    let mut others: Vec<Outbox> = (0..7).map(|_| within(&room, true)).collect();
+    for outbox in &mut others {
+        for offset in 0..1_000 {
+            offer(outbox, offset);
+        }
+    }
+    let late = within(&room, true);
+    let mut rest = Holding::of(&room);
+    rest.hold(room.bytes_max() - room.taken() + crate::room::FREE_BYTES);
+    for offset in 3_000..3_100 {
+        assert_eq!(offer(&mut large, offset), Offer::QueuedInsteadOf(2, Full::Queues));
+    }
+    assert_eq!(large.sizes().0, before - 100);
+    assert_eq!(large.queue.back().unwrap().source.place().map(|it| it.offset), Some(3_099));
+    drop((late, rest));
+    assert_eq!(offer(&mut large, 3_100), Offer::Queued, "nobody needs it now");
+}
+
+#[test]
+fn without_memory_for_a_message_it_waits_in_its_stream_and_is_read_one_at_a_time() {
+    let room = Room::new(64 << 10);
+    let mut outbox = within(&room, false);
+    let large = "x".repeat(20 << 10);
+    let offer = |outbox: &mut Outbox, offset: u64| {
+        let queued = Queued { len: large.len() as u32, ..queued(offset, 1, None) };
+        outbox.offer(queued, UNBOUNDED, || Some(message(&large, b"")))
+    };
+    (0..5)
+        .for_each(|offset| assert!(matches!(offer(&mut outbox, offset), Offer::Queued | Offer::QueuedFirst)));
+    assert_eq!(outbox.queue.iter().filter(|queued| queued.body.is_some()).count(), 2, "of 48 KiB");
+    let (mut sent, mut out) = (0, BytesMut::new());
+    while outbox.sizes().0 > 0 {
+        let fill = |outbox: &mut Outbox, out: &mut BytesMut| {
+            let aliases = &mut Aliases::new(0);
+            outbox.fill(peer(100, usize::MAX), aliases, None, &clock(), usize::MAX, out).sent
+        };
+        sent += fill(&mut outbox, &mut out);
+        let places = outbox.waits(peer(100, usize::MAX)).load;
+        assert!(places.len() <= 1 || room.taken() < 32 << 10, "no more than there is room for");
+        let found = places.into_iter().map(|place| (place, Some(body(&large))));
+        assert_eq!(outbox.loaded(&found.collect(), |_| true), 0);
+        assert!(room.taken() <= room.bytes_max());
+    }
+    assert_eq!(sent, 5);
+}
+
+#[test]
+fn of_what_was_read_and_has_no_room_any_more_the_first_is_kept() {
+    let room = Room::new(1 << 20);
+    let mut outbox = within(&room, true);
+    let large = "x".repeat(10 << 10);
+    for offset in 0..4 {
+        outbox.offer(queued(offset, 1, None), UNBOUNDED, || None);
+    }
+    outbox.resume();
+    let places = outbox.waits(peer(10, usize::MAX)).load;
+    assert_eq!(places.len(), 4);
+    let mut other = Holding::of(&room);
+    other.hold(1 << 20);
+    let found = places.into_iter().map(|place| (place, Some(body(&large))));
+    assert_eq!(outbox.loaded(&found.collect(), |_| true), 0);
+    let held: Vec<bool> = outbox.queue.iter().map(|queued| queued.body.is_some()).collect();
+    assert_eq!(held, [true, false, false, false]);
+}
+
+#[test]
+fn what_waits_and_is_in_flight_is_counted_through_all_that_becomes_of_it() {
+    let room = Room::new(1 << 30);
+    let mut outbox = within(&room, true);
+    outbox.resume();
+    let check = |outbox: &Outbox| {
+        let taken = outbox.size().saturating_sub(crate::room::FREE_BYTES);
+        assert!(room.taken() >= taken && room.taken() <= taken + (2 << 10), "{} {taken}", room.taken());
+        assert!(outbox.queue.capacity() <= 2 * outbox.queue.len() + SPARE_PLACES);
+        assert!(outbox.inflight.capacity() <= 2 * outbox.inflight.len() + SPARE_PLACES);
+    };
+    for offset in 0..5_000 {
+        offer_large(&mut outbox, offset);
+        check(&outbox);
+    }
+    for _ in 0..5 {
+        let out = &mut BytesMut::new();
+        outbox.fill(peer(1_000, usize::MAX), &mut Aliases::new(0), None, &clock(), usize::MAX, out);
+        check(&outbox);
+        for id in outbox.ids.clone() {
+            outbox.acked(wire::PUBACK, id, 0);
+            check(&outbox);
+        }
+        let places = outbox.waits(peer(1_000, usize::MAX)).load;
+        let found = places.into_iter().map(|place| (place, Some(body("x"))));
+        outbox.loaded(&found.collect(), |_| true);
+        check(&outbox);
+    }
+    outbox.drop_older(4_900_000_000);
+    check(&outbox);
+    outbox.disconnected();
+    check(&outbox);
+    outbox.forget(|_| true);
+    check(&outbox);
+    outbox.clear();
+    assert_eq!(room.taken(), 0);
+}
+
+fn offer_large(outbox: &mut Outbox, offset: u64) {
+    outbox.offer(queued(offset, 1, None), UNBOUNDED, || Some(message(&offset.to_string(), b"")));
+}
+
+#[test]
+fn a_page_of_retained_messages_is_one_message_where_there_is_no_memory() {
+    let room = Room::new(64 << 10);
+    let page = |outbox: &mut Outbox| {
+        let (filter, from) = (Filter::parse("t").unwrap(), RetainedFrom { since_us: 0, upto: Box::new([0]) });
+        outbox.give_retained(&filter, Options::default(), from);
+        outbox.wants_page().unwrap().messages_max()
+    };
+    assert_eq!(page(&mut within(&room, false)), 1);
+    assert!(page(&mut within(&Room::new(1 << 20), false)) > 1);
 }
 
 #[test]
@@ -526,7 +700,7 @@ fn what_a_new_subscription_is_given_counts_in_no_bound_and_does_not_age() {
     outbox.give_whole(&filter, Options::default(), 0, messages());
     assert_eq!(outbox.drop_older(u64::MAX), 0);
     for offset in 0..10 {
-        assert_ne!(offer(&mut outbox, queued(offset, 0, None)), Offer::Dropped);
+        assert_ne!(offer(&mut outbox, queued(offset, 0, None)), Offer::Dropped(Full::Queue));
     }
     let filled =
         outbox.fill(peer(10, 1 << 20), &mut Aliases::new(0), None, &clock(), 1 << 20, &mut BytesMut::new());

@@ -6,6 +6,7 @@ mod acks;
 mod activity;
 mod copies;
 mod limits;
+mod memory;
 mod sessions;
 mod state_room;
 mod subscribers;

@@ -1,0 +1,102 @@
+//! What one connection takes of the memory of all connections: the topic aliases that its client
+//! set, what its streams had no room for, and its buffers.
+
+use std::sync::Arc;
+
+use rmqtt_codec::v5::DisconnectReasonCode;
+
+use crate::listeners::mqtt::wire::Fault;
+use crate::room::{Holding, Room};
+
+/// About what an alias takes beside its topic.
+const ALIAS_BYTES: usize = 32;
+
+pub struct Memory {
+    /// By number, from 1 on.
+    aliases: Vec<Option<Arc<str>>>,
+    aliases_bytes: usize,
+    stalled_bytes: usize,
+    buffers_bytes: usize,
+    holding: Holding,
+}
+
+impl Memory {
+    pub fn of(room: &Arc<Room>) -> Self {
+        let holding = Holding::of(room);
+        Self { aliases: Vec::new(), aliases_bytes: 0, stalled_bytes: 0, buffers_bytes: 0, holding }
+    }
+
+    /// Whether a buffer may grow by `bytes`. Where it may not, it is filled in small pieces.
+    pub fn has_room(&self, bytes: usize) -> bool {
+        self.holding.has_room(self.bytes() + bytes)
+    }
+
+    /// Messages that wait for room in their streams are there already.
+    pub fn set_stalled(&mut self, bytes: usize) {
+        self.stalled_bytes = bytes;
+        self.holding.hold(self.bytes());
+    }
+
+    /// So are the bytes that came in and that are to go out.
+    pub fn set_buffers(&mut self, bytes: usize) {
+        self.buffers_bytes = bytes;
+        self.holding.hold(self.bytes());
+    }
+
+    pub fn alias(&self, alias: u16) -> Option<&Arc<str>> {
+        self.aliases.get(usize::from(alias).checked_sub(1)?)?.as_ref()
+    }
+
+    /// A client is told how many aliases it may set, and nothing of their size: one for which
+    /// there is no room ends its connection. `alias` is not 0.
+    pub fn set_alias(&mut self, alias: u16, topic: &str) -> Result<(), Fault> {
+        let known = self.alias(alias);
+        if known.is_some_and(|known| **known == *topic) {
+            return Ok(());
+        }
+        let before = known.map_or(0, |known| ALIAS_BYTES + known.len());
+        let aliases_bytes = self.aliases_bytes - before + ALIAS_BYTES + topic.len();
+        if !self.holding.try_hold(aliases_bytes + self.stalled_bytes + self.buffers_bytes) {
+            return Err(Fault {
+                code: DisconnectReasonCode::QuotaExceeded,
+                what: "a topic alias for which mqtt.connections_bytes_max has no room",
+            });
+        }
+        self.aliases_bytes = aliases_bytes;
+        let index = usize::from(alias) - 1;
+        if self.aliases.len() <= index {
+            self.aliases.resize(index + 1, None);
+        }
+        self.aliases[index] = Some(topic.into());
+        Ok(())
+    }
+
+    fn bytes(&self) -> usize {
+        self.aliases_bytes + self.stalled_bytes + self.buffers_bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn aliases_are_counted_by_their_topics_and_one_without_room_changes_nothing() {
+        let room = Room::new(64 << 10);
+        let (mut one, mut other) = (Memory::of(&room), Memory::of(&room));
+        let long = "x".repeat(30 << 10);
+        one.set_alias(2, &long).unwrap();
+        one.set_alias(2, &long).unwrap();
+        let taken = room.taken();
+        assert!((30 << 10..33 << 10).contains(&taken), "once, however often it is set: {taken}");
+        assert!(one.set_alias(1, &long).is_err());
+        assert_eq!((one.alias(1), one.alias(2).map(|it| it.len())), (None, Some(30 << 10)));
+        assert_eq!(room.taken(), taken);
+        assert!(other.set_alias(1, &"y".repeat(7 << 10)).is_ok(), "its own part");
+        one.set_alias(2, "short").unwrap();
+        assert!(one.has_room(30 << 10));
+        one.set_alias(1, &long).unwrap();
+        drop((one, other));
+        assert_eq!(room.taken(), 0);
+    }
+}

@@ -1,0 +1,234 @@
+//! Memory that clients take together, and the part of each in it.
+//!
+//! Three quarters of a [`Room`] are for whoever comes first. A holder takes of the last quarter
+//! only while it has no more than its part, which is that quarter divided by the number of
+//! holders: a few that take all that they can get leave the others their parts. Beside the room
+//! each holder has [`FREE_BYTES`], whatever others hold, so that one that comes late and asks for
+//! little is served.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Bytes that a holder has beside the room.
+pub const FREE_BYTES: usize = 1 << 10;
+/// A holder takes from the room, and gives back to it, so many bytes at a time.
+const UNIT_BYTES: usize = 1 << 10;
+
+/// A bound on what all holders take together.
+#[derive(Debug)]
+pub struct Room {
+    bytes_max: usize,
+    taken: AtomicUsize,
+    holders: AtomicUsize,
+}
+
+/// What one holder takes of a room; given back when it is dropped. The default takes of no
+/// room and has no bound.
+#[derive(Debug, Default)]
+pub struct Holding {
+    room: Option<Arc<Room>>,
+    /// Bytes of the room, in units.
+    taken: usize,
+}
+
+impl Room {
+    pub fn new(bytes_max: usize) -> Arc<Self> {
+        Arc::new(Self { bytes_max, taken: AtomicUsize::new(0), holders: AtomicUsize::new(0) })
+    }
+
+    pub fn bytes_max(&self) -> usize {
+        self.bytes_max
+    }
+
+    /// Bytes that all holders have taken.
+    pub fn taken(&self) -> usize {
+        self.taken.load(Ordering::Relaxed)
+    }
+
+    /// Bytes for whoever comes first.
+    fn common(&self) -> usize {
+        self.bytes_max - self.bytes_max / 4
+    }
+
+    /// Bytes that each holder may have while less than the last quarter is left.
+    fn part(&self) -> usize {
+        self.bytes_max / 4 / self.holders.load(Ordering::Relaxed).max(1)
+    }
+
+    /// Whether `taken` bytes may be taken where one that takes more has `holds` of them.
+    fn admits(&self, taken: usize, holds: usize) -> bool {
+        taken <= self.common() || (taken <= self.bytes_max && holds <= self.part())
+    }
+
+    /// Takes `more` bytes for a holder that has `holds` with them; false where there is no room.
+    fn try_take(&self, more: usize, holds: usize) -> bool {
+        let more = |taken: usize| Some(taken + more).filter(|taken| self.admits(*taken, holds));
+        self.taken.fetch_update(Ordering::AcqRel, Ordering::Relaxed, more).is_ok()
+    }
+}
+
+impl Holding {
+    pub fn of(room: &Arc<Room>) -> Self {
+        room.holders.fetch_add(1, Ordering::Relaxed);
+        Self { room: Some(room.clone()), taken: 0 }
+    }
+
+    /// Has `bytes` from now on; false, and as before, where there is no room for more than before.
+    #[inline]
+    pub fn try_hold(&mut self, bytes: usize) -> bool {
+        let wanted = units(bytes);
+        if wanted <= self.taken {
+            self.give_back(wanted);
+            return true;
+        }
+        let Some(room) = &self.room else { return true };
+        let has_room = room.try_take(wanted - self.taken, wanted);
+        if has_room {
+            self.taken = wanted;
+        }
+        has_room
+    }
+
+    /// Has `bytes` from now on, whether there is room or not: for what is there already, and
+    /// for the one message or packet without which a client would not get on.
+    #[inline]
+    pub fn hold(&mut self, bytes: usize) {
+        let wanted = units(bytes);
+        if wanted <= self.taken {
+            return self.give_back(wanted);
+        }
+        if let Some(room) = &self.room {
+            room.taken.fetch_add(wanted - self.taken, Ordering::AcqRel);
+            self.taken = wanted;
+        }
+    }
+
+    /// Whether the holder might have `bytes` now.
+    pub fn has_room(&self, bytes: usize) -> bool {
+        let Some(room) = &self.room else { return true };
+        let wanted = units(bytes);
+        wanted <= self.taken || room.admits(room.taken() + wanted - self.taken, wanted)
+    }
+
+    /// Whether the holder has more than its part while less than one part is left for all: it is
+    /// then to take less than it gives back.
+    pub fn gives_way(&self) -> bool {
+        let Some(room) = &self.room else { return false };
+        let part = room.part().max(UNIT_BYTES);
+        self.taken > part && room.taken() + part > room.bytes_max
+    }
+
+    /// One unit more than `wanted` is kept, so that one message that comes and goes does not
+    /// move the counter that all holding.
+    fn give_back(&mut self, wanted: usize) {
+        let kept = if wanted == 0 { 0 } else { wanted + UNIT_BYTES };
+        if let Some(room) = &self.room
+            && kept < self.taken
+        {
+            room.taken.fetch_sub(self.taken - kept, Ordering::AcqRel);
+            self.taken = kept;
+        }
+    }
+}
+
+impl Drop for Holding {
+    fn drop(&mut self) {
+        if let Some(room) = &self.room {
+            room.taken.fetch_sub(self.taken, Ordering::AcqRel);
+            room.holders.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Bytes to take of a room for a holder that has `bytes`.
+fn units(bytes: usize) -> usize {
+    bytes.saturating_sub(FREE_BYTES).next_multiple_of(UNIT_BYTES)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const KIB: usize = 1 << 10;
+
+    /// Takes a unit at a time until there is no room; the bytes that it has then.
+    fn fill(holding: &mut Holding) -> usize {
+        let mut bytes = FREE_BYTES + holding.taken;
+        while holding.try_hold(bytes + UNIT_BYTES) {
+            bytes += UNIT_BYTES;
+        }
+        bytes
+    }
+
+    #[test]
+    fn those_who_come_first_leave_each_other_its_part_of_the_last_quarter() {
+        let room = Room::new(80 * KIB);
+        let mut holdings: Vec<Holding> = (0..10).map(|_| Holding::of(&room)).collect();
+        assert_eq!(fill(&mut holdings[0]), FREE_BYTES + 60 * KIB);
+        for holding in &mut holdings[1..] {
+            assert_eq!(fill(holding), FREE_BYTES + 2 * KIB, "whoever came before it");
+        }
+        assert_eq!(room.taken(), 78 * KIB, "the first has more than its part already");
+        let mut late = Holding::of(&room);
+        assert!(late.try_hold(FREE_BYTES), "beside the room");
+        drop(holdings);
+        assert_eq!((room.taken(), room.holders.load(Ordering::Relaxed)), (0, 1));
+        assert_eq!(fill(&mut late), FREE_BYTES + 60 * KIB);
+    }
+
+    #[test]
+    fn a_holder_with_more_than_its_part_gives_way_once_others_come_that_find_no_room() {
+        let room = Room::new(80 * KIB);
+        let mut holdings: Vec<Holding> = (0..4).map(|_| Holding::of(&room)).collect();
+        holdings.iter_mut().for_each(|holding| holding.hold(FREE_BYTES + 15 * KIB));
+        assert!(!holdings.iter().any(Holding::gives_way), "there is room for the others");
+        holdings.iter_mut().for_each(|holding| holding.hold(FREE_BYTES + 20 * KIB));
+        holdings.extend((0..6).map(|_| Holding::of(&room)));
+        assert!(!holdings[9].try_hold(FREE_BYTES + 2 * KIB), "the room is full");
+        let give_way: Vec<bool> = holdings.iter().map(Holding::gives_way).collect();
+        assert_eq!(give_way, [[true; 4].as_slice(), &[false; 6]].concat());
+        holdings[0].hold(FREE_BYTES);
+        assert!(holdings[9].try_hold(FREE_BYTES + 2 * KIB) && !holdings[1].gives_way());
+    }
+
+    #[test]
+    fn what_has_no_room_changes_nothing_and_what_is_there_already_is_counted() {
+        let room = Room::new(8 * KIB);
+        let (mut one, mut other) = (Holding::of(&room), Holding::of(&room));
+        one.hold(FREE_BYTES + 20 * KIB);
+        assert_eq!(room.taken(), 20 * KIB, "past the bound");
+        assert!(!other.try_hold(FREE_BYTES + 1) && other.try_hold(FREE_BYTES));
+        assert!(!other.has_room(FREE_BYTES + 1) && other.has_room(FREE_BYTES));
+        assert!(one.try_hold(FREE_BYTES + 10 * KIB), "less than before");
+        one.hold(0);
+        assert_eq!(room.taken(), 0);
+        assert!(Holding::default().try_hold(usize::MAX / 2), "of no room");
+    }
+
+    proptest! {
+        #[test]
+        fn the_bound_holds_and_nothing_is_given_back_twice(
+            steps in prop::collection::vec((0..5_usize, 0..40 * KIB), 1..200),
+        ) {
+            let room = Room::new(64 * KIB);
+            let mut holdings: Vec<Holding> = (0..5).map(|_| Holding::of(&room)).collect();
+            let mut holds = [0; 5];
+            for (at, bytes) in steps {
+                if holdings[at].try_hold(bytes) {
+                    holds[at] = bytes;
+                } else {
+                    prop_assert!(bytes > holds[at] && bytes > FREE_BYTES + 3 * KIB, "its part is its own");
+                }
+                prop_assert!(room.taken() <= room.bytes_max());
+                prop_assert_eq!(room.taken(), holdings.iter().map(|holding| holding.taken).sum::<usize>());
+                for (holding, bytes) in holdings.iter().zip(holds) {
+                    prop_assert!(holding.taken + FREE_BYTES >= bytes, "all that it has is counted");
+                }
+            }
+            drop(holdings);
+            prop_assert_eq!(room.taken(), 0);
+        }
+    }
+}
