@@ -33,11 +33,12 @@ use async_trait::async_trait;
 use self::exchange::Begun;
 use self::fair::Source;
 use self::limits::{Connects, Users};
-use self::questions::{Authorize, Questions};
+use self::questions::{ANSWERS_OF_ALL_BYTES_MAX, Authorize, Questions};
 use self::rules::{Policy, Who};
 use self::standing::{Standing, Standings};
 use crate::plugin::access::AccessEngine;
 use crate::problems::{KeyPath, Problems};
+use crate::room::Room;
 use crate::telemetry::Failures;
 use crate::topic::TopicFilter;
 
@@ -189,6 +190,8 @@ pub struct Access {
     limits: Limits,
     users: Users,
     standings: Standings,
+    /// For what access plugins answered about clients.
+    answers: Arc<Room>,
     connects: Option<Mutex<Connects>>,
     publishes: Option<Mutex<Allowance>>,
     wait_max: Duration,
@@ -291,6 +294,7 @@ impl Access {
             authenticators: authenticators.map(|one| open(one, deps)).collect::<Result<_, _>>()?,
             users: Users::default(),
             standings: Standings::default(),
+            answers: Room::new(ANSWERS_OF_ALL_BYTES_MAX),
             connects: limits.connects_per_s.map(|per_s| Mutex::new(Connects::new(per_s, now))),
             publishes: Allowance::of_all(limits, now).map(Mutex::new),
             wait_max: deps.wait_max,
@@ -333,9 +337,10 @@ impl Access {
             Policy::compile(identity.rules.iter().chain(&config.rules), &compiled_for, config.overlap)
         };
         let authorizer = identity.authorizer.take().filter(|_| policy.asks());
-        let questions = authorizer
-            .zip(identity.name.as_ref())
-            .map(|(authorizer, name)| Box::new(Questions::new(authorizer, name, client_id, self.wait_max)));
+        let questions = authorizer.zip(identity.name.as_ref()).map(|(authorizer, name)| {
+            Questions::new(authorizer, name, client_id, self.wait_max, &self.answers)
+        });
+        let questions = questions.map(Box::new);
         Admitted { identity: Box::new(identity), policy, questions, standing: None }
     }
 

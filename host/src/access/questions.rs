@@ -16,11 +16,14 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::Denied;
 use super::rules::Verdict;
+use crate::room::{Holding, Room};
 
 /// Of one call; a listener asks for no more at a time.
 pub const QUESTIONS_MAX: usize = 1_024;
 /// Answers of one client that are kept. The last call's are, whatever their size.
 const ANSWERS_BYTES_MAX: usize = 256 << 10;
+/// The same of all clients together. A client that has no room keeps only its last call's.
+pub const ANSWERS_OF_ALL_BYTES_MAX: usize = 128 << 20;
 /// About what an answer takes beside its topic.
 const ANSWER_BYTES: usize = 64;
 /// A call that failed refuses for so long; then the plugin is asked again.
@@ -54,6 +57,8 @@ pub struct Questions {
     /// By topic.
     answers: HashMap<Box<str>, Answer>,
     bytes: usize,
+    /// Of the memory of all answers.
+    memory: Holding,
     running: Option<AbortOnDropHandle<Answered>>,
     /// Not all that the session was subscribed to was allowed.
     pub narrowed: bool,
@@ -86,9 +91,17 @@ struct Answered {
 }
 
 impl Questions {
-    pub fn new(authorizer: Arc<dyn Authorize>, name: &Arc<str>, client_id: &str, wait_max: Duration) -> Self {
+    /// `room`: for the answers of all clients.
+    pub fn new(
+        authorizer: Arc<dyn Authorize>,
+        name: &Arc<str>,
+        client_id: &str,
+        wait_max: Duration,
+        room: &Arc<Room>,
+    ) -> Self {
         let asker = Asker { authorizer, name: name.clone(), client_id: client_id.into(), wait_max };
-        Self { asker, answers: HashMap::new(), bytes: 0, running: None, narrowed: false }
+        let memory = Holding::of(room);
+        Self { asker, answers: HashMap::new(), bytes: 0, memory, running: None, narrowed: false }
     }
 
     /// `Verdict::Ask`: not known. Allocates nothing.
@@ -158,16 +171,19 @@ impl Questions {
                 answer.allowed |= act;
             }
         }
+        self.memory.hold(self.bytes);
     }
 
     /// Any others are forgotten.
     fn make_room(&mut self, wanted: usize) {
         let mut bytes = self.bytes;
-        if bytes + wanted <= ANSWERS_BYTES_MAX {
+        let is_there = bytes + wanted <= ANSWERS_BYTES_MAX;
+        if is_there && self.memory.try_hold(bytes + wanted) {
             return;
         }
+        let bytes_max = if is_there { 0 } else { ANSWERS_BYTES_MAX };
         self.answers.retain(|topic, _| {
-            let stays = bytes + wanted <= ANSWERS_BYTES_MAX;
+            let stays = bytes + wanted <= bytes_max;
             if !stays {
                 bytes -= topic.len() + ANSWER_BYTES;
             }
@@ -243,8 +259,30 @@ mod tests {
 
     fn questions() -> (Arc<Fake>, Questions) {
         let fake = Arc::new(Fake::default());
-        let questions = Questions::new(fake.clone(), &"ann".into(), "c", Duration::from_secs(10));
-        (fake, questions)
+        (fake.clone(), questions_of(fake, &Room::new(ANSWERS_OF_ALL_BYTES_MAX)))
+    }
+
+    fn questions_of(fake: Arc<Fake>, room: &Arc<Room>) -> Questions {
+        Questions::new(fake, &"ann".into(), "c", Duration::from_secs(10), room)
+    }
+
+    #[tokio::test]
+    async fn without_room_among_all_clients_only_the_last_calls_answers_are_kept() {
+        let room = Room::new(64 << 10);
+        let mut questions: Vec<_> = (0..2).map(|_| questions_of(Arc::default(), &room)).collect();
+        let many =
+            |head: &str| -> Vec<Box<str>> { (0..200).map(|n| format!("{head}/{n:0100}").into()).collect() };
+        let mut ask = async |of: usize, head: &str| {
+            questions[of].ask(Act::Receive, many(head));
+            questions[of].answered().await;
+            questions[of].answers.len()
+        };
+        assert_eq!(ask(0, "y1").await, 200);
+        assert_eq!(ask(1, "y1").await, 200);
+        assert_eq!(ask(0, "y2").await, 200, "the others are asked for again");
+        assert!(many("y2").iter().all(|topic| questions[0].known(Act::Receive, topic) == Verdict::Yes));
+        drop(questions);
+        assert_eq!(room.taken(), 0);
     }
 
     fn topics(topics: &[&str]) -> Vec<Box<str>> {
