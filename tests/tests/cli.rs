@@ -267,8 +267,8 @@ fn a_stream_without_room_is_named_with_its_folder_and_so_is_what_is_lost() {
     host.wait_serving();
     let mut meter = Client::clean(host.mqtt(), Version::V5, "meter-9");
     let reading = Publish::new("acme/site/power/meter-9/reading", 0, 0, &"x".repeat(100_000));
-    // More than the stream takes; what waits to be committed counts too.
-    for _ in 0..300 {
+    // More than the stream takes, and than waits for two commits.
+    for _ in 0..600 {
         meter.publish(&reading);
     }
     host.says("QoS 0 messages dropped: stream telemetry has no room: client meter-9");
