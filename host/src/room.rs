@@ -9,7 +9,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Bytes that a holder has beside the room.
+/// Number of bytes that a holder has beside the room.
 pub const FREE_BYTES: usize = 1 << 10;
 /// A holder takes from the room, and gives back to it, so many bytes at a time.
 const UNIT_BYTES: usize = 1 << 10;
@@ -22,12 +22,12 @@ pub struct Room {
     holders: AtomicUsize,
 }
 
-/// What one holder takes of a room; given back when it is dropped. The default takes of no
-/// room and has no bound.
+/// What one holder takes of a room, which dropping it gives back. The default belongs to no room
+/// and has no bound.
 #[derive(Debug, Default)]
 pub struct Holding {
     room: Option<Arc<Room>>,
-    /// Bytes of the room, in units.
+    /// Number of bytes that the holder has taken of the room, in whole units.
     taken: usize,
 }
 
@@ -40,27 +40,27 @@ impl Room {
         self.bytes_max
     }
 
-    /// Bytes that all holders have taken.
+    /// Returns the number of bytes that all holders have taken.
     pub fn taken(&self) -> usize {
         self.taken.load(Ordering::Relaxed)
     }
 
-    /// Bytes for whoever comes first.
+    /// Returns the number of bytes for whoever comes first.
     fn common(&self) -> usize {
         self.bytes_max - self.bytes_max / 4
     }
 
-    /// Bytes that each holder may have while less than the last quarter is left.
+    /// Returns the number of bytes up to which a holder may take of the last quarter.
     fn part(&self) -> usize {
         self.bytes_max / 4 / self.holders.load(Ordering::Relaxed).max(1)
     }
 
-    /// Whether `taken` bytes may be taken where one that takes more has `holds` of them.
+    /// Returns whether a holder that has `holds` bytes may bring the sum of all to `taken`.
     fn admits(&self, taken: usize, holds: usize) -> bool {
         taken <= self.common() || (taken <= self.bytes_max && holds <= self.part())
     }
 
-    /// Takes `more` bytes for a holder that has `holds` with them; false where there is no room.
+    /// Takes `more` bytes for a holder that has `holds` with them. Returns false where there is no room.
     fn try_take(&self, more: usize, holds: usize) -> bool {
         let more = |taken: usize| Some(taken + more).filter(|taken| self.admits(*taken, holds));
         self.taken.fetch_update(Ordering::AcqRel, Ordering::Relaxed, more).is_ok()
@@ -73,7 +73,8 @@ impl Holding {
         Self { room: Some(room.clone()), taken: 0 }
     }
 
-    /// Has `bytes` from now on; false, and as before, where there is no room for more than before.
+    /// Sets what the holder has to `bytes`. Returns false and changes nothing where the room has none
+    /// for the difference.
     #[inline]
     pub fn try_hold(&mut self, bytes: usize) -> bool {
         let wanted = units(bytes);
@@ -89,8 +90,8 @@ impl Holding {
         has_room
     }
 
-    /// Has `bytes` from now on, whether there is room or not: for what is there already, and
-    /// for the one message or packet without which a client would not get on.
+    /// Sets what the holder has to `bytes`, whether there is room or not. This is for what is in
+    /// memory already, and for the one message or packet that a client needs to make progress.
     #[inline]
     pub fn hold(&mut self, bytes: usize) {
         let wanted = units(bytes);
@@ -103,23 +104,23 @@ impl Holding {
         }
     }
 
-    /// Whether the holder might have `bytes` now.
+    /// Returns whether [`Holding::try_hold`] would succeed now.
     pub fn has_room(&self, bytes: usize) -> bool {
         let Some(room) = &self.room else { return true };
         let wanted = units(bytes);
         wanted <= self.taken || room.admits(room.taken() + wanted - self.taken, wanted)
     }
 
-    /// Whether the holder has more than its part while less than one part is left for all: it is
-    /// then to take less than it gives back.
+    /// Returns whether the holder has more than its part while less than one part is left for all.
+    /// It should then give back more than it takes.
     pub fn gives_way(&self) -> bool {
         let Some(room) = &self.room else { return false };
         let part = room.part().max(UNIT_BYTES);
         self.taken > part && room.taken() + part > room.bytes_max
     }
 
-    /// One unit more than `wanted` is kept, so that one message that comes and goes does not
-    /// move the counter that all holding.
+    /// One unit more than `wanted` is kept, so that a message that comes and goes does not
+    /// touch the counter that all holders share.
     fn give_back(&mut self, wanted: usize) {
         let kept = if wanted == 0 { 0 } else { wanted + UNIT_BYTES };
         if let Some(room) = &self.room
@@ -140,7 +141,7 @@ impl Drop for Holding {
     }
 }
 
-/// Bytes to take of a room for a holder that has `bytes`.
+/// Returns the number of bytes that a holder of `bytes` takes of its room.
 fn units(bytes: usize) -> usize {
     bytes.saturating_sub(FREE_BYTES).next_multiple_of(UNIT_BYTES)
 }

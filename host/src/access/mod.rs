@@ -190,7 +190,7 @@ pub struct Access {
     limits: Limits,
     users: Users,
     standings: Standings,
-    /// For what access plugins answered about clients.
+    /// Room for what access plugins answered about all clients.
     answers: Arc<Room>,
     connects: Option<Mutex<Connects>>,
     publishes: Option<Mutex<Allowance>>,

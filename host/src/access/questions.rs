@@ -22,7 +22,7 @@ use crate::room::{Holding, Room};
 pub const QUESTIONS_MAX: usize = 1_024;
 /// Answers of one client that are kept. The last call's are, whatever their size.
 const ANSWERS_BYTES_MAX: usize = 256 << 10;
-/// The same of all clients together. A client that has no room keeps only its last call's.
+/// Answers of all clients together. A client without room keeps those of its last call only.
 pub const ANSWERS_OF_ALL_BYTES_MAX: usize = 128 << 20;
 /// About what an answer takes beside its topic.
 const ANSWER_BYTES: usize = 64;
@@ -57,7 +57,7 @@ pub struct Questions {
     /// By topic.
     answers: HashMap<Box<str>, Answer>,
     bytes: usize,
-    /// Of the memory of all answers.
+    /// What the answers take of the memory of all clients' answers.
     memory: Holding,
     running: Option<AbortOnDropHandle<Answered>>,
     /// Not all that the session was subscribed to was allowed.
@@ -91,7 +91,7 @@ struct Answered {
 }
 
 impl Questions {
-    /// `room`: for the answers of all clients.
+    /// The answers count in `room`, with those of all clients.
     pub fn new(
         authorizer: Arc<dyn Authorize>,
         name: &Arc<str>,

@@ -97,7 +97,7 @@ pub struct ClientListRequest {
     pub max: usize,
     #[serde(default)]
     pub order: ClientOrder,
-    /// Only ids behind this one: where the list before ended.
+    /// Lists only ids behind this one, the last of the list before.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub after: String,
 }

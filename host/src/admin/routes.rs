@@ -27,8 +27,8 @@ use crate::plugin;
 const BODY_BYTES_MAX: usize = 64 << 10;
 const REDRIVE_IDS_MAX: usize = 1_000;
 const CLIENTS_MAX: usize = 10_000;
-/// Answers about clients that are made, or that their askers have not taken: each has the whole
-/// list in memory.
+/// Number of answers about clients that are made or not yet taken. Each has its whole list in
+/// memory.
 pub(super) const LISTS_MAX: usize = 4;
 /// Such an answer is handed to its connection in pieces, as the socket takes them.
 const PIECE_BYTES: usize = 64 << 10;

@@ -47,7 +47,7 @@ const TURNED_AWAY: &[&str] = &[
     "sessions_max",
     "wills_bytes_max",
 ];
-/// The same of a refused subscription.
+/// Causes of a refused subscription of which one is a problem.
 const NO_ROOM: &[&str] = &["broker_state", "subscriptions_bytes_max"];
 /// Clients that left, which no one refused.
 const LEFT: &[&str] = &["lost", "stopped"];

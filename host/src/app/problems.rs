@@ -495,7 +495,7 @@ fn dead_letters(pipeline: &str, count: u64, hints: &Hints) -> Found {
     }
 }
 
-/// Memory of clients past what they take without regard to each other; `value` reads a gauge.
+/// Returns the rooms of clients' memory whose last quarter is begun; `value` reads a gauge.
 fn memory_problems(value: impl Fn(&str) -> u64, hints: &Hints) -> Vec<Found> {
     let of = |name: &str| {
         let read = |metric: &str| value(&format!("headworks_mqtt_memory{metric}{{of=\"{name}\"}}"));

@@ -73,7 +73,7 @@ fn order(sort: ClientSort) -> ClientOrder {
     }
 }
 
-/// What a script reads is never cut, unless it says where.
+/// Returns how many clients to list. What a script reads is cut only where the script asks for it.
 fn listed_max(max: Option<NonZeroUsize>, format: Format) -> usize {
     let default = if format == Format::Json { usize::MAX } else { LISTED_MAX };
     max.map_or(default, NonZeroUsize::get)
@@ -109,8 +109,8 @@ fn say_more(found: usize, shown: usize, also: &str, out: &mut Out) -> anyhow::Re
     out.line(format!("\n{} more: --max {found} shows all{also}", found - shown))
 }
 
-/// The first `max` clients: by id page by page, however many there are. In another order the host
-/// lists the first [`ORDERED_MAX`]; for more, all are asked for and put in order here.
+/// Asks for the first `max` clients, page by page. In another order than by id the host lists at
+/// most [`ORDERED_MAX`]; for more, this asks for all by id and puts them in order.
 fn ask_for(config: &Config, prefix: &str, max: usize, order: ClientOrder) -> anyhow::Result<ClientList> {
     let ask = |after: String, max: usize, order: ClientOrder| -> anyhow::Result<ClientList> {
         let request = ClientListRequest { prefix: prefix.to_owned(), max, order, after };

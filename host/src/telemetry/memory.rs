@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-/// Returns bytes; `None` where the system does not say.
+/// Returns the number of bytes, `None` where the system does not say.
 pub fn memory_bytes() -> Option<u64> {
     let read = |path: &Path| std::fs::read_to_string(path).ok();
     let of_machine = read(Path::new("/proc/meminfo")).and_then(|text| total(&text));
@@ -12,7 +12,7 @@ pub fn memory_bytes() -> Option<u64> {
     of_machine.into_iter().chain(of_groups).min()
 }
 
-/// `MemTotal` of `/proc/meminfo`.
+/// Returns `MemTotal` of `/proc/meminfo`.
 fn total(meminfo: &str) -> Option<u64> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
     let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
@@ -24,8 +24,8 @@ fn limit(text: &str) -> Option<u64> {
     text.trim().parse().ok()
 }
 
-/// Files with the limits of the groups in `/proc/self/cgroup`, and of those above them. A group
-/// of a container is often seen as the root.
+/// Returns the files with the limits of the groups in `/proc/self/cgroup` and of the groups above
+/// them. In a container its own group often looks like the root.
 fn limit_files(groups: &str) -> Vec<PathBuf> {
     let mut files = Vec::new();
     for line in groups.lines() {

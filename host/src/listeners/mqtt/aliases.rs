@@ -8,12 +8,12 @@ use crate::room::{Holding, Room};
 
 /// An alias takes as much on its first use, and stands for the topic from then on.
 const PROPERTY_BYTES: usize = 3;
-/// About what an alias takes beside its topic.
+/// About the number of bytes that an alias takes beside its topic.
 const ALIAS_BYTES: usize = 48;
 
 pub struct Aliases {
     max: u16,
-    /// Boxed: most connections use none.
+    /// The aliases, boxed because most connections have none.
     known: Option<Box<Known>>,
     room: Option<Arc<Room>>,
 }
@@ -22,7 +22,7 @@ pub struct Aliases {
 struct Known {
     aliases: HashMap<Box<str>, u16>,
     bytes: usize,
-    /// Of the memory of all connections.
+    /// What the aliases take of the memory of all connections.
     memory: Holding,
 }
 
@@ -52,7 +52,7 @@ impl Aliases {
         Self { max, known: None, room: None }
     }
 
-    /// The same, while there is memory for them.
+    /// At most `max`, and no more than `room` has memory for.
     pub fn within(max: u16, room: &Arc<Room>) -> Self {
         Self { room: Some(room.clone()), ..Self::new(max) }
     }

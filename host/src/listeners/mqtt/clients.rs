@@ -51,7 +51,7 @@ pub struct Connection {
     pub since_us: u64,
     /// 0: off.
     pub keep_alive_s: u16,
-    /// Of `address`.
+    /// The host in `address`.
     #[serde(skip)]
     pub(super) ip: Option<IpAddr>,
 }
@@ -88,7 +88,7 @@ pub enum ClientOrder {
 }
 
 impl ClientOrder {
-    /// What the greatest of comes first.
+    /// Returns the number by which clients are put in order, the greatest first.
     pub fn key(self, client: &Client) -> u64 {
         match self {
             Self::Id => 0,

@@ -50,7 +50,7 @@ const READ_BYTES_MAX: usize = 64 << 10;
 const STALLED_READ_BYTES_MAX: usize = 16 << 10;
 /// Deliveries are added to the write buffer up to this size.
 const WRITE_BYTES_MAX: usize = 64 << 10;
-/// The same where the memory of all connections is used up.
+/// Size up to which deliveries are added where the memory of all connections is used up.
 const WRITE_BYTES_LEAST: usize = 4 << 10;
 /// With this much unwritten the client is not read: it does not read us.
 const WRITE_PAUSE_BYTES: usize = 256 << 10;
@@ -315,7 +315,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         Ok(())
     }
 
-    /// A packet that has not come whole has its room in the budget of those.
+    /// Counts the buffers. A packet that has not come whole has its own budget.
     fn count_memory(&mut self) {
         let input = if self.partial.is_none() { self.input.capacity() } else { 0 };
         self.inbound.memory.set_buffers(input + self.out.capacity());

@@ -555,7 +555,7 @@ impl Counters {
         causes.map(Count::get).sum()
     }
 
-    /// Messages for which a subscriber had no room.
+    /// Returns the counter of messages that met this bound.
     pub fn dropped_at(&self, full: Full) -> &Count {
         match full {
             Full::Queue => &self.queue_full,
@@ -644,7 +644,7 @@ impl Counters {
     }
 }
 
-/// `rooms`: by what takes them.
+/// Sets the gauges of the rooms, each with the name of what takes it.
 pub fn set_memory(rooms: [(&'static str, &Room); 3]) {
     for (of, room) in rooms {
         gauge!("headworks_mqtt_memory_bytes", "of" => of).set(room.taken() as f64);

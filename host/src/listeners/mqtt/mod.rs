@@ -100,7 +100,7 @@ const ACCESS_SECRET: &[u8] = b"ac";
 const STATE_ROOM_BYTES: usize = 8 << 20;
 /// Bytes of filters that one session may have in the second half of that state.
 const STATE_SHARE_BYTES: usize = 16 << 10;
-/// What the host may use is taken for this where the system does not say.
+/// Memory that the host is taken to have where the system does not say.
 const UNKNOWN_MEMORY_BYTES: u64 = 1 << 30;
 /// Between two looks at the files that clients are known by.
 const ACCESS_LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -329,7 +329,7 @@ impl Rooms {
         }
     }
 
-    /// With the names that the metrics give them.
+    /// Returns the rooms with the names that the metrics give them.
     fn named(&self) -> [(&'static str, &Room); 3] {
         [("queues", &self.queues), ("subscriptions", &self.subscriptions), ("connections", &self.connections)]
     }

@@ -34,8 +34,8 @@ pub const KEPT_FILTER_BYTES_MAX: usize = 1_000;
 /// A session that never expires (MQTT 5.0, 3.1.2.11.2).
 pub const NEVER: u32 = u32::MAX;
 
-/// With so many keys of ended sessions that are not removed yet, a client's next session adds no
-/// more: what it left, if anything, is removed at the next start.
+/// Number of keys of a client's ended sessions that wait to be removed, past which its next session
+/// adds none. The next start removes what that session left, if anything.
 const STALE_KEYS_MAX: usize = 256;
 
 const SESSION: &[u8] = b"se";
@@ -83,9 +83,9 @@ struct State {
     /// Broker time.
     disconnected_us: u64,
     filters: BTreeMap<Box<str>, Options>,
-    /// Bytes of memory that these take, as far as they can be counted.
+    /// Number of bytes of memory that the filters take, as far as they can be counted.
     filters_memory: usize,
-    /// Of the memory of all subscriptions.
+    /// What the filters take of the memory of all subscriptions.
     memory: Holding,
     /// Keys of the broker stream that are no longer wanted: they go in the
     /// next append, whichever connect gets so far.
@@ -180,7 +180,7 @@ impl Session {
         lock(&self.state).filters.keys().map(|filter| levels(filter)).sum()
     }
 
-    /// Bytes of memory that its filters take, as far as they can be counted.
+    /// Returns the number of bytes of memory that the filters take, as far as they can be counted.
     pub fn filters_memory(&self) -> usize {
         lock(&self.state).filters_memory
     }
@@ -236,15 +236,15 @@ impl Session {
         }
     }
 
-    /// Takes memory for filters of `bytes` beside those that it has, until
-    /// [`Session::filters_added`]; false where there is no room.
+    /// Takes memory of `bytes` for filters that are to come, until [`Session::filters_added`].
+    /// Returns false where there is no room.
     pub fn take_memory(&self, bytes: usize) -> bool {
         let mut state = lock(&self.state);
         let all = state.filters_memory + bytes;
         state.memory.try_hold(all)
     }
 
-    /// The filters for which memory was taken are there, or are not to come.
+    /// Gives back memory that was taken for filters that have not come.
     pub fn filters_added(&self) {
         lock(&self.state).count();
     }

@@ -104,8 +104,8 @@ pub fn levels(text: &str) -> usize {
     1 + text.bytes().filter(|byte| *byte == b'/').count()
 }
 
-/// About the memory that a subscription takes: in its session, and in the tree where no other
-/// filter has its levels.
+/// Returns about the number of bytes that a subscription takes in its session, and in the tree
+/// where no other filter has its levels.
 pub fn memory_of(filter: &str) -> usize {
     const OF_FILTER: usize = 256;
     const OF_LEVEL: usize = 160;

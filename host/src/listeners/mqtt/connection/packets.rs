@@ -292,7 +292,7 @@ struct Room {
     bytes: usize,
     /// Bytes of filters that the broker's state takes of it.
     state_bytes: usize,
-    /// Whose memory is taken.
+    /// The session that takes memory for what it is granted.
     session: Arc<Session>,
     memory: usize,
 }
@@ -330,7 +330,7 @@ impl Room {
     }
 }
 
-/// What was taken for filters that were not added after all is given back.
+/// Gives back the memory of filters that were granted and not added.
 impl Drop for Room {
     fn drop(&mut self) {
         self.session.filters_added();

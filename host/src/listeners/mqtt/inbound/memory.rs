@@ -8,11 +8,11 @@ use rmqtt_codec::v5::DisconnectReasonCode;
 use crate::listeners::mqtt::wire::Fault;
 use crate::room::{Holding, Room};
 
-/// About what an alias takes beside its topic.
+/// About the number of bytes that an alias takes beside its topic.
 const ALIAS_BYTES: usize = 32;
 
 pub struct Memory {
-    /// By number, from 1 on.
+    /// The topics by the number of their alias, from 1 on.
     aliases: Vec<Option<Arc<str>>>,
     aliases_bytes: usize,
     stalled_bytes: usize,
@@ -26,18 +26,18 @@ impl Memory {
         Self { aliases: Vec::new(), aliases_bytes: 0, stalled_bytes: 0, buffers_bytes: 0, holding }
     }
 
-    /// Whether a buffer may grow by `bytes`. Where it may not, it is filled in small pieces.
+    /// Returns whether a buffer may grow by `bytes`. One that may not is filled in small pieces.
     pub fn has_room(&self, bytes: usize) -> bool {
         self.holding.has_room(self.bytes() + bytes)
     }
 
-    /// Messages that wait for room in their streams are there already.
+    /// Counts messages that wait for room in their streams. They are in memory already.
     pub fn set_stalled(&mut self, bytes: usize) {
         self.stalled_bytes = bytes;
         self.holding.hold(self.bytes());
     }
 
-    /// So are the bytes that came in and that are to go out.
+    /// Counts bytes that came in and bytes that are to go out. They are in memory already.
     pub fn set_buffers(&mut self, bytes: usize) {
         self.buffers_bytes = bytes;
         self.holding.hold(self.bytes());
@@ -47,8 +47,8 @@ impl Memory {
         self.aliases.get(usize::from(alias).checked_sub(1)?)?.as_ref()
     }
 
-    /// A client is told how many aliases it may set, and nothing of their size: one for which
-    /// there is no room ends its connection. `alias` is not 0.
+    /// Sets an alias, which is not 0. A client is told how many it may set, and cannot be told of
+    /// their size: an alias without room is a fault that ends its connection.
     pub fn set_alias(&mut self, alias: u16, topic: &str) -> Result<(), Fault> {
         let known = self.alias(alias);
         if known.is_some_and(|known| **known == *topic) {

@@ -27,7 +27,7 @@ impl Stalled {
         self.messages.is_empty() && self.owed.is_empty()
     }
 
-    /// Bytes of memory.
+    /// Returns the number of bytes that it takes in memory.
     pub fn bytes(&self) -> usize {
         let messages = self.messages.iter().map(|message| size_of::<Owned>() + message.bytes());
         messages.sum::<usize>() + size_of_val(&*self.owed)

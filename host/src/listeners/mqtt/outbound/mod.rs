@@ -38,8 +38,7 @@ const HELD_BYTES_MAX: usize = 256 << 10;
 /// A subscriber has at most so many bytes in memory of messages in flight, or one message.
 /// What was sent and lies in a stream is not in memory.
 const IN_FLIGHT_BYTES_MAX: usize = 1 << 20;
-/// Places that a queue keeps for what comes next; with more of them than messages it gives
-/// some back.
+/// Number of places that a queue keeps beside twice its messages; it gives back any more.
 const SPARE_PLACES: usize = 64;
 
 #[derive(Default)]
@@ -69,12 +68,12 @@ pub struct Outbox {
     dropped: u64,
     /// Of a session that outlives its connection.
     kept: Option<Box<Kept>>,
-    /// Of the memory of all outboxes.
+    /// What this outbox takes of the memory of all outboxes.
     memory: Holding,
 }
 
 impl Outbox {
-    /// `room`: for the memory of all outboxes.
+    /// An outbox whose memory counts in `room`.
     pub fn within(room: &Arc<Room>) -> Self {
         Self { memory: Holding::of(room), ..Self::default() }
     }
@@ -176,8 +175,8 @@ impl Outbox {
         }
     }
 
-    /// The bound that one message more would pass; none where it has its room. Where there is
-    /// none for the message itself, it waits in its stream.
+    /// Returns the bound that one more message would pass, `None` where there is room for it. Where
+    /// there is memory only for its place in the queue, the message waits in its stream.
     fn bound_met(&mut self, queued: &mut Queued, is_held: &mut bool, limits: QueueLimits) -> Option<Full> {
         let is_full = self.queue.len() >= limits.messages_max;
         if is_full || self.sums.bytes + queued.bytes() > limits.bytes_max {
@@ -191,7 +190,8 @@ impl Outbox {
         (!*is_held && !self.memory.try_hold(place)).then_some(Full::Queues)
     }
 
-    /// Drops its oldest message where others need the memory that it has beyond its part.
+    /// Drops the oldest message where others need the memory that the queue has beyond its part.
+    /// Returns whether it did.
     fn gives_way(&mut self) -> bool {
         let gives_way = self.queue.len() > 1 && self.memory.gives_way() && self.pop().is_some();
         if gives_way && self.queue.capacity() > self.queue.len() / 8 * 9 {
@@ -200,7 +200,7 @@ impl Outbox {
         gives_way
     }
 
-    /// Bytes of memory that grow with what waits and with what is in flight.
+    /// Returns the number of bytes of memory for what waits and what is in flight.
     pub fn size(&self) -> usize {
         self.queue.capacity() * REFERENCE_BYTES
             + self.inflight.capacity() * size_of::<InFlight>()
@@ -209,8 +209,8 @@ impl Outbox {
             + self.retained.bytes()
     }
 
-    /// Places by which the queue grows for one message more. Doubling would make a long one
-    /// take twice what it needs.
+    /// Returns the number of places by which the queue grows for one more message. A queue that
+    /// doubles would take up to twice the memory that its messages need.
     fn more_places(&self) -> usize {
         match (self.queue.len(), self.queue.capacity()) {
             (_, 0) => 4,
@@ -219,7 +219,7 @@ impl Outbox {
         }
     }
 
-    /// Counts what it takes of the memory of all outboxes, after any change.
+    /// Counts the outbox in the memory of all outboxes; called after each change.
     fn count(&mut self) {
         give_back_places(&mut self.queue);
         give_back_places(&mut self.inflight);
@@ -563,7 +563,8 @@ impl Outbox {
     }
 }
 
-/// Once there are few: each place that is given back was filled since the last time.
+/// Shrinks a queue that has become short. Each place that is given back was filled since the last
+/// time, so that this costs no more than filling them did.
 fn give_back_places<T>(queue: &mut VecDeque<T>) {
     if queue.capacity() > 2 * queue.len() + SPARE_PLACES {
         queue.shrink_to(queue.len() + queue.len() / 4);

@@ -62,11 +62,13 @@ pub struct Queued {
     pub share: Option<ShareFilter>,
 }
 
-/// The most messages that wait by far are references: one that does not lie in memory takes this.
+/// Number of bytes that a message takes in a queue beside its content. Most messages that wait
+/// lie in their streams and take no more than this.
 pub const REFERENCE_BYTES: usize = size_of::<Queued>();
 const _: () = assert!(REFERENCE_BYTES <= 64);
 
-/// Filter of a shared subscription, as a client wrote it. A thin pointer: a queue is long.
+/// Filter of a shared subscription, as a client wrote it. The pointer is thin because a queue has
+/// many.
 pub type ShareFilter = Arc<Box<str>>;
 
 /// The identifiers of the subscriptions that a message matches.
@@ -75,8 +77,8 @@ pub enum Ids {
     #[default]
     None,
     One(u32),
-    /// The messages of a queue share them where they are the same. Behind a thin pointer:
-    /// a queue is long.
+    /// The messages of a queue share them where they are the same. The pointer is thin because a
+    /// queue has many.
     Many(Arc<Box<[u32]>>),
 }
 
@@ -239,9 +241,9 @@ pub enum WhenFull {
 /// The bound that is met where a message finds no room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Full {
-    /// One of the subscriber's own queue.
+    /// The subscriber's own queue is full.
     Queue,
-    /// Memory of the queues of all subscribers, as far as this one may have it.
+    /// The queues of all subscribers together leave this one no more memory.
     Queues,
 }
 

@@ -27,7 +27,7 @@ pub(super) struct Deliveries {
     /// Those that ended since their record was written.
     ended: Vec<(Box<str>, Options)>,
     last_number: u64,
-    /// Bytes of the messages in pages.
+    /// Number of bytes of the messages in pages.
     bytes: usize,
 }
 
@@ -193,7 +193,7 @@ impl Outbox {
         self.retained.open.front()?.next_page().map(|page| self.within_memory(page))
     }
 
-    /// Where there is no room for a page it is a message.
+    /// Makes the page one message where there is no memory for a whole page.
     fn within_memory(&self, page: RetainedPage) -> RetainedPage {
         let has_room = self.memory.has_room(self.size() + PAGE_BYTES_MAX);
         RetainedPage { messages_max: if has_room { PAGE_MESSAGES_MAX } else { 1 }, ..page }
@@ -286,7 +286,7 @@ impl Deliveries {
         self.open.push_back(Delivery { number, filter, options, from, taken, lookup, page, changed });
     }
 
-    /// Bytes of messages that were looked up and wait.
+    /// Returns the number of bytes of messages that were looked up and wait.
     pub fn bytes(&self) -> usize {
         self.bytes
     }

@@ -10,12 +10,12 @@ use std::task::{Context, Poll, ready};
 use bytes::{Buf, BufMut, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// Most bytes of a message after it. A multiple of the mask's length: each chunk is masked as
-/// its frame was.
+/// Most bytes of a rewritten message. This is a multiple of the mask's length, so that the bytes of
+/// each chunk stay masked as they were.
 pub(super) const CHUNK_BYTES: usize = 4 << 10;
-/// Bytes that are read and rewritten at a time.
+/// Number of bytes that are read and rewritten at a time.
 const READ_BYTES: usize = 4 << 10;
-/// RFC 6455, 5.2: opcodes, and bits beside them.
+/// Opcodes and flags of RFC 6455, 5.2.
 const CONTINUATION: u8 = 0;
 const BINARY: u8 = 2;
 const CONTROL: u8 = 8;
@@ -26,24 +26,24 @@ const MASKED: u8 = 0x80;
 pub(super) struct Chunks<S> {
     io: S,
     frames: Frames,
-    /// Rewritten, and not read.
+    /// Bytes that are rewritten and not read.
     ready: BytesMut,
-    /// Once that is read.
+    /// The error that follows once `ready` is read.
     failed: Option<&'static str>,
 }
 
 #[derive(Default)]
 struct Frames {
     message_bytes_max: u64,
-    /// As far as it has come.
+    /// The header of the next frame, as far as it has come.
     header: Vec<u8>,
-    /// Of the frame that comes in.
+    /// Number of bytes of the current frame that have not come.
     frame_left: u64,
-    /// `None`: it is passed on as it is.
+    /// The mask of the current frame, `None` where it is passed on as it is.
     mask: Option<[u8; 4]>,
-    /// Of the chunk that was begun.
+    /// Number of bytes of the current chunk that have not come.
     chunk_left: usize,
-    /// Bytes of the frames of a message whose last has not come.
+    /// Number of bytes of the frames of a message whose last frame has not come.
     message: Option<u64>,
 }
 
@@ -86,7 +86,7 @@ impl Frames {
         Ok(())
     }
 
-    /// The header of a frame is there.
+    /// Begins the frame whose whole header is there.
     fn begin(&mut self, out: &mut BytesMut) -> Result<(), &'static str> {
         let (first, second) = (self.header[0], self.header[1]);
         let len = payload_len(&self.header);
@@ -133,7 +133,7 @@ impl Frames {
     }
 }
 
-/// Bytes of a header, once that is known.
+/// Returns the length of a header, once enough of it is there.
 fn header_len(header: &[u8]) -> Option<usize> {
     let second = header.get(1)?;
     let extended = match second & !MASKED {
