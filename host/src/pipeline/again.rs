@@ -269,10 +269,10 @@ impl Again {
 
     /// The mark of a letter that this pass takes.
     pub fn mark(&self, only: Option<&BTreeSet<String>>) -> Mark {
-        self.pending(only.cloned(), BTreeSet::new())
+        self.pending_mark(only.cloned(), BTreeSet::new())
     }
 
-    fn pending(&self, only: Option<BTreeSet<String>>, rejected: BTreeSet<String>) -> Mark {
+    fn pending_mark(&self, only: Option<BTreeSet<String>>, rejected: BTreeSet<String>) -> Mark {
         Mark::Pending(Pending { pipeline: self.names.pipeline().to_owned(), pass: self.pass, only, rejected })
     }
 
@@ -326,7 +326,10 @@ impl Again {
             let sending = sendings.get(&refusal.message.offset().0)?;
             let names = names.iter().map(|sink| self.names.sink(*sink).to_owned());
             let rejected = sending.rejected.iter().cloned().chain(names).collect();
-            Some((mark_key(Offset(sending.letter)), self.pending(sending.only.clone(), rejected).bytes()))
+            Some((
+                mark_key(Offset(sending.letter)),
+                self.pending_mark(sending.only.clone(), rejected).bytes(),
+            ))
         };
         refusals.iter().filter_map(mark).collect()
     }
@@ -377,8 +380,11 @@ impl Again {
             changes.push((mark_key(Offset(sending.letter)), mark.bytes()));
             false
         });
-        ended.pending = sendings.len() as u64;
         (changes, ended)
+    }
+
+    pub fn pending(&self) -> u64 {
+        self.lock().len() as u64
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Sending>> {

@@ -51,8 +51,9 @@ const AHEAD_WAIT_MAX: Duration = Duration::from_secs(5);
 const AHEAD_PAUSE: Duration = Duration::from_millis(200);
 /// Letters of one part of a pass.
 const PART: usize = if cfg!(test) { 64 } else { 8_192 };
-/// Marks in one append.
+/// Marks in one append, and their bytes.
 const MARKS_MAX: usize = 4_096;
+const MARKS_BYTES_MAX: usize = 256 << 10;
 /// Letters of one `ids` filter and of a listing.
 const LIST_MAX: usize = 100_000;
 
@@ -93,7 +94,7 @@ pub enum RedriveError {
     Held(String),
     #[error(
         "the dead letters have no room, which a redrive needs: free disk space, or raise \
-         dead_letters.max_bytes; what has been taken is pending"
+         dead_letters.max_bytes; what is not sent is pending, or listed as before"
     )]
     NoRoom,
     #[error("the host stops")]
@@ -151,6 +152,7 @@ pub async fn run(
         let from = again.start().unwrap_or_default();
         let mut pass = redrive.begin(again, from).await?;
         redrive.send_part(&mut pass).await?;
+        redrive.end(&pass);
     }
     if let Some(filter) = filter {
         redrive.take_and_send(filter).await?;
@@ -188,11 +190,25 @@ async fn forget_marks(dead_letters: &Arc<dyn Stream>, pipelines: &[String]) -> R
 }
 
 async fn set_marks<'m>(dead_letters: &Arc<dyn Stream>, marks: &'m [KeyValue]) -> Result<(), RedriveError> {
-    for marks in marks.chunks(MARKS_MAX) {
+    for marks in marks.chunk_by(together()) {
         let set = |(key, value): &'m KeyValue| StateChange { key, value: Some(value) };
         change(dead_letters, marks.iter().map(set).collect()).await?;
     }
     Ok(())
+}
+
+/// Whether a mark goes into one append with those before it: for `chunk_by`.
+fn together() -> impl FnMut(&KeyValue, &KeyValue) -> bool {
+    let (mut count, mut bytes) = (1, 0);
+    move |_, (key, value)| {
+        count += 1;
+        bytes += key.len() + value.len();
+        let fits = count <= MARKS_MAX && bytes <= MARKS_BYTES_MAX;
+        if !fits {
+            (count, bytes) = (1, key.len() + value.len());
+        }
+        fits
+    }
 }
 
 /// Changes marks; where there is no room, not now: a later run does.
@@ -245,7 +261,7 @@ impl Redrive<'_> {
     /// `from`: where the first of its letters lies.
     async fn begin(&mut self, again: Again, from: Offset) -> Result<Pass, RedriveError> {
         let dead_letters = self.dead_letters;
-        let hold = dead_letters.attach(&format!("{}/redrive", self.shared.name), from, OnLag::Hold);
+        let hold = Hold(dead_letters.attach(&format!("{}/redrive", self.shared.name), from, OnLag::Hold));
         let letters = DeadLetters::open(
             Arc::clone(dead_letters),
             self.names.clone(),
@@ -256,7 +272,7 @@ impl Redrive<'_> {
         .await?;
         letters.check_all();
         let reached = vec![Vec::new(); self.names.sinks.len()];
-        Ok(Pass { letters: Arc::new(letters), hold: Hold(hold), reached })
+        Ok(Pass { letters: Arc::new(letters), hold, reached })
     }
 
     /// A new pass, part by part. A sink that cannot take its letters ends it: what is not
@@ -275,13 +291,34 @@ impl Redrive<'_> {
                 None => pass.insert(self.begin(Again::begin(&self.names), first).await?),
             };
             pass.hold.0.advance(first);
-            from = self.take(pass.again(), part).await?;
+            from = match self.take(pass.again(), part).await {
+                Ok(next) => next,
+                // What went before counts all the same.
+                Err(error @ RedriveError::NoRoom) if self.summary.letters != Ended::default() => {
+                    self.summary.failed.push(error.to_string());
+                    break;
+                }
+                Err(error) => return Err(error),
+            };
             self.send_part(pass).await?;
             if !self.summary.failed.is_empty() {
                 break;
             }
         }
+        if let Some(pass) = pass {
+            self.end(&pass);
+        }
         Ok(())
+    }
+
+    /// What is pending now waits for another redrive.
+    fn end(&mut self, pass: &Pass) {
+        let pending = pass.again().pending();
+        self.summary.letters.pending += pending;
+        if pending == 0 {
+            let of_pass = pass.again().pass();
+            self.epochs.retain(|(_, pass), _| *pass != of_pass || of_pass.is_none());
+        }
     }
 
     /// The first letters that are wanted, and not taken by another redrive.
@@ -328,7 +365,8 @@ impl Redrive<'_> {
 
     fn is_wanted(&self, filter: &Filter, letter: &Letter<'_>) -> bool {
         let is_by = |sink| {
-            letter.sink.is_some_and(|by| by == sink || self.names.number(by) == self.names.number(sink))
+            let is_same = |by| self.names.number(by).is_some_and(|by| self.names.number(sink) == Some(by));
+            letter.sink.is_some_and(|by| by == sink || is_same(by))
         };
         !letter.is_copy()
             && self.names.has(letter)
@@ -342,12 +380,13 @@ impl Redrive<'_> {
         let mut last = Ticket::default();
         let mut is_first = true;
         while !part.letters.is_empty() {
-            let rest = part.letters.split_off(part.letters.len().min(MARKS_MAX));
+            let mark = |(offset, only, _): &(Offset, Option<BTreeSet<String>>, Sending)| {
+                (mark_key(*offset), again.mark(only.as_ref()).bytes())
+            };
+            let mut marks: Vec<KeyValue> = part.letters.iter().take(MARKS_MAX).map(mark).collect();
+            marks.truncate(marks.chunk_by(together()).next().map_or(0, <[_]>::len));
+            let rest = part.letters.split_off(marks.len());
             let letters = std::mem::replace(&mut part.letters, rest);
-            let marks: Vec<KeyValue> = letters
-                .iter()
-                .map(|(offset, only, _)| (mark_key(*offset), again.mark(only.as_ref()).bytes()))
-                .collect();
             let changes: Vec<_> =
                 marks.iter().map(|(key, value)| StateChange { key, value: Some(value) }).collect();
             last = loop {
@@ -394,14 +433,9 @@ impl Redrive<'_> {
         }
         let (changes, ended) = pass.again().ended(&pass.reached);
         set_marks(self.dead_letters, &changes).await?;
-        if ended.pending == 0 {
-            let of_pass = pass.again().pass();
-            self.epochs.retain(|(_, pass), _| *pass != of_pass || of_pass.is_none());
-        }
         let summary = &mut self.summary;
         summary.letters.sent += ended.sent;
         summary.letters.refused += ended.refused;
-        summary.letters.pending += ended.pending;
         summary.new += pass.letters.made() - made;
         Ok(())
     }
