@@ -144,7 +144,7 @@ impl Waiting {
         let cause = match self.on_lag {
             // Retention waits for such a reader: the disk lost what it lacks.
             OnLag::Block | OnLag::Ask => GapCause::Damaged,
-            OnLag::Detach => GapCause::Trimmed,
+            OnLag::Detach | OnLag::Hold => GapCause::Trimmed,
         };
         (self.from < start).then_some((self.from..start, cause))
     }
