@@ -10,6 +10,7 @@ mod config;
 mod exchange;
 mod fair;
 mod guesses;
+mod hash_memory;
 mod http;
 mod jwt;
 mod limits;

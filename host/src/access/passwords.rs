@@ -9,14 +9,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use argon2::password_hash::phc::PasswordHash;
-use argon2::password_hash::{PasswordHasher, PasswordVerifier};
-use argon2::{Argon2, Params};
+use argon2::password_hash::PasswordHasher;
+use argon2::password_hash::phc::{Output, PasswordHash};
+use argon2::{Algorithm, Argon2, Params, Version};
 use sha2::{Digest, Sha256};
 
 use super::config;
 use super::fair::{Fair, Place, Source};
 use super::guesses::{Guesses, Trying};
+use super::hash_memory::HashMemory;
 use super::pace::Pace;
 use super::recent::{Fingerprint, Recent};
 use super::scram::Verifier;
@@ -71,6 +72,7 @@ pub struct Passwords {
     /// Places for verifications at a time.
     places: Arc<Fair>,
     threads: usize,
+    memory: Arc<HashMemory>,
     pace: Mutex<Pace>,
     /// A client that waits longer has gone.
     wait_max: Duration,
@@ -112,7 +114,8 @@ impl Passwords {
         let file = Arc::new(Watched::open(&config.file, FILE_BYTES_MAX, failures, load)?);
         let costliest = &file.newest().costliest;
         let (begun, mut pace) = (Instant::now(), Pace::default());
-        is_password_of(costliest, b"nobody's");
+        let memory = HashMemory::new();
+        is_password_of(&memory, costliest, b"nobody's");
         pace.note(cost(costliest), begun.elapsed(), Instant::now());
         let threads = std::thread::available_parallelism().map_or(1, |cores| cores.get().div_ceil(2));
         Ok(Self {
@@ -125,6 +128,7 @@ impl Passwords {
             guesses: Arc::new(Guesses::new()),
             places: Fair::new(threads),
             threads,
+            memory: Arc::new(memory),
             pace: Mutex::new(pace),
             wait_max,
         })
@@ -236,8 +240,10 @@ impl Passwords {
         &self.guesses
     }
 
-    /// Whether the file says something else than at the last call. Blocks on the disk.
+    /// Whether the file says something else than at the last call. Blocks on the disk. Gives back
+    /// memory that no verification uses.
     pub fn refresh(&self) -> bool {
+        self.memory.give_back_unused(Instant::now());
         self.file.refresh(&self.seen)
     }
 
@@ -255,14 +261,15 @@ impl Passwords {
     }
 
     async fn verify(&self, place: Place, hash: Arc<str>, password: &[u8]) -> Result<bool, Denied> {
-        let (password, verified) = (password.to_owned(), hash.clone());
+        let (password, verified, memory) = (password.to_owned(), hash.clone(), self.memory.clone());
         // The place goes with the work: it runs on when its client has gone.
         let work = move || {
             let _held = place;
             let begun = Instant::now();
-            (is_password_of(&verified, &password), begun.elapsed())
+            (is_password_of(&memory, &verified, &password), begun.elapsed())
         };
         let (is_right, took) = super::off_the_reactor(work).await?;
+        let is_right = is_right.ok_or(Denied::Unavailable("passwords"))?;
         self.pace().note(cost(&hash), took, Instant::now());
         Ok(is_right)
     }
@@ -354,10 +361,24 @@ fn check_user(user: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// Takes long.
-fn is_password_of(hash: &str, password: &[u8]) -> bool {
-    let hash = PasswordHash::new(hash);
-    hash.is_ok_and(|hash| Argon2::default().verify_password(password, &hash).is_ok())
+/// Takes long. Returns `None` where there is no memory to compute the hash in.
+fn is_password_of(memory: &HashMemory, hash: &str, password: &[u8]) -> Option<bool> {
+    let Some((argon2, hash)) = parsed(hash) else { return Some(false) };
+    let (Some(salt), Some(expected)) = (hash.salt, hash.hash) else { return Some(false) };
+    let mut output = [0; Output::MAX_LENGTH];
+    let output = &mut output[..expected.len()];
+    let computed = memory.with(argon2.params().block_count(), |blocks| {
+        argon2.hash_password_into_with_memory(password, &salt, output, blocks)
+    })?;
+    // Outputs are compared in constant time.
+    Some(computed.is_ok() && Output::new(output).is_ok_and(|output| output == expected))
+}
+
+fn parsed(hash: &str) -> Option<(Argon2<'static>, PasswordHash)> {
+    let hash = PasswordHash::new(hash).ok()?;
+    let algorithm = Algorithm::try_from(hash.algorithm.as_str()).ok()?;
+    let version = hash.version.map_or(Ok(Version::default()), Version::try_from).ok()?;
+    Some((Argon2::new(algorithm, version, Params::try_from(&hash).ok()?), hash))
 }
 
 /// What verifying it takes, to compare; 0 of what is no hash.
