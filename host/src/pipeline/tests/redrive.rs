@@ -484,6 +484,8 @@ async fn a_message_goes_to_the_sink_of_its_route_that_began_after_it_was_rejecte
         databases.insert("alerts".to_owned(), both.database("alerts").clone());
         let both = World { config: both.config, databases, begin, ..world.clone() };
         let process = both.start(chain(1, &[alert()])).await;
+        // The new sink begins here, or gets all.
+        process.drained().await;
         both.publish_many(1, 10, 10);
         process.drained().await;
         process.until("steps", |status| status.chain.is_some()).await;
