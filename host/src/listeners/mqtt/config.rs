@@ -34,7 +34,7 @@ pub struct Config {
     pub max_packet_size: ByteSize,
     /// Bytes of packets of all clients together that have not come whole. Past it a packet of
     /// more than 4 KiB waits for room before it is read on, and a client that has room and
-    /// sends nothing for 10 s is disconnected (0x97).
+    /// sends less than 10 KiB in 10 s while others wait is disconnected (0x97).
     pub partial_packets_bytes_max: ByteSize,
     /// QoS 1 and 2 publishes that an MQTT 5 client may have unacknowledged;
     /// one more is a protocol error (0x93).

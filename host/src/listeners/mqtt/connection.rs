@@ -227,6 +227,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
                 self.last_read = Instant::now();
                 self.session.activity().read(self.last_read.into_std());
                 self.broker.counters.bytes[RECEIVED].increment(len as u64);
+                if let Some(partial) = &mut self.partial {
+                    partial.add(len);
+                }
                 READ.with_borrow(|read| self.take_fresh(&read[..len]))
             }
             Event::Io(Io::Wrote(len)) => {
@@ -285,7 +288,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             self.input = BytesMut::new();
         }
         let awaited = if self.stopped_at == Next::Bytes { wire::packet_len(&self.input) } else { None };
-        Partial::set(&mut self.partial, awaited, self.input.len(), &self.broker.partial_room);
+        Partial::set(&mut self.partial, awaited, &self.broker.partial_room);
         self.inbound.write_acks(self.broker, &mut self.out);
         let has_room = self.inbound.memory.has_room(WRITE_BYTES_MAX);
         let write_max = if has_room { WRITE_BYTES_MAX } else { WRITE_BYTES_LEAST };

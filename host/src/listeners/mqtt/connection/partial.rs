@@ -3,7 +3,7 @@
 //! A connection reads on in a packet larger than [`FREE_BYTES`] once it has room for all of
 //! it in the budget, in the order of asking, so that those that have room can be completed.
 //! A client that has room and sends less than [`PROGRESS_BYTES_MIN`] in [`PROGRESS_EVERY`]
-//! while others wait is disconnected.
+//! while others wait is disconnected. What counts is what it sends, whichever packets that are of.
 
 use std::future::pending;
 use std::pin::Pin;
@@ -19,7 +19,7 @@ pub const FREE_BYTES: usize = 4 << 10;
 /// The budget counts these.
 const UNIT_BYTES: usize = 1 << 10;
 /// About 1 KiB/s: slower than GPRS.
-const PROGRESS_BYTES_MIN: usize = 10 << 10;
+const PROGRESS_BYTES_MIN: u64 = 10 << 10;
 const PROGRESS_EVERY: Duration = Duration::from_secs(10);
 
 /// The budget, of all connections.
@@ -73,8 +73,8 @@ impl Drop for Waits<'_> {
 pub struct Partial {
     room: Arc<PartialRoom>,
     bytes: usize,
-    /// Bytes of it that have come.
-    received: usize,
+    /// Bytes that have come since it was made, of this packet and of those that kept its room.
+    came: u64,
     state: State,
 }
 
@@ -83,29 +83,23 @@ enum State {
     Has {
         _room: OwnedSemaphorePermit,
         /// When its progress was last looked at, and how many bytes had come.
-        looked: (Instant, usize),
+        looked: (Instant, u64),
     },
 }
 
-/// The client has room for a large packet and hardly sends it, while others wait.
+/// The client has room for a large packet and hardly sends anything, while others wait.
 #[derive(Debug, PartialEq, Eq)]
 pub struct TooSlow;
 
 impl Partial {
-    /// Asks for what a packet of `bytes` needs of which `received` have come; `None`:
-    /// the packet is whole, or its length is not known yet. One that has room keeps it.
-    pub fn set(
-        partial: &mut Option<Box<Self>>,
-        bytes: Option<usize>,
-        received: usize,
-        room: &Arc<PartialRoom>,
-    ) {
+    /// Asks for what a packet of `bytes` needs; `None`: the packet is whole, or its length is not
+    /// known yet. One that has room keeps it, also for the next packet where that is no larger.
+    pub fn set(partial: &mut Option<Box<Self>>, bytes: Option<usize>, room: &Arc<PartialRoom>) {
         let Some(bytes) = bytes.filter(|bytes| *bytes > FREE_BYTES) else {
             *partial = None;
             return;
         };
-        if let Some(known) = partial.as_deref_mut().filter(|known| known.bytes >= bytes) {
-            known.received = received;
+        if partial.as_deref().is_some_and(|known| known.bytes >= bytes) {
             return;
         }
         // What a smaller one had is free for this one, too.
@@ -113,10 +107,15 @@ impl Partial {
         let units =
             u32::try_from(bytes.div_ceil(UNIT_BYTES)).map_or(room.units_max, |it| it.min(room.units_max));
         let state = match room.units.clone().try_acquire_many_owned(units) {
-            Ok(taken) => State::Has { _room: taken, looked: (Instant::now(), received) },
+            Ok(taken) => State::Has { _room: taken, looked: (Instant::now(), 0) },
             Err(_) => State::Waits(Box::pin(room.clone().take(units))),
         };
-        *partial = Some(Box::new(Self { room: room.clone(), bytes, received, state }));
+        *partial = Some(Box::new(Self { room: room.clone(), bytes, came: 0, state }));
+    }
+
+    /// Counts bytes that have come.
+    pub fn add(&mut self, bytes: usize) {
+        self.came += bytes as u64;
     }
 
     /// Whether the connection may be read.
@@ -130,20 +129,20 @@ impl Partial {
         let Some(partial) = partial else { return pending().await };
         // Boxed: a connection that waits for nothing does not carry it.
         Box::pin(async move {
-            let Self { room, received, state, .. } = partial;
+            let Self { room, came, state, .. } = partial;
             let looked = match state {
                 State::Waits(taken) => {
-                    *state = State::Has { _room: taken.await, looked: (Instant::now(), *received) };
+                    *state = State::Has { _room: taken.await, looked: (Instant::now(), *came) };
                     return Ok(());
                 }
                 State::Has { looked, .. } => looked,
             };
             loop {
                 sleep_until(looked.0 + PROGRESS_EVERY).await;
-                if room.is_wanted() && *received < looked.1 + PROGRESS_BYTES_MIN {
+                if room.is_wanted() && *came < looked.1 + PROGRESS_BYTES_MIN {
                     return Err(TooSlow);
                 }
-                *looked = (Instant::now(), *received);
+                *looked = (Instant::now(), *came);
             }
         })
         .await
@@ -170,7 +169,7 @@ mod tests {
         let large = 100_000;
         let (mut small, mut one, mut two) = (None, None, None);
         for (partial, bytes) in [(&mut small, FREE_BYTES), (&mut one, large), (&mut two, large)] {
-            Partial::set(partial, Some(bytes), 0, room);
+            Partial::set(partial, Some(bytes), room);
         }
         assert!(small.is_none());
         let may_read = |partial: &Option<Box<Partial>>| Partial::may_read(partial.as_deref());
@@ -179,18 +178,22 @@ mod tests {
         assert_eq!(Partial::changed(one.as_deref_mut()).now_or_never(), None, "nobody waits yet");
         let mut waits = Box::pin(Partial::changed(two.as_deref_mut()));
         assert_eq!(waits.as_mut().now_or_never(), None);
-        for (received, expected) in [
-            (PROGRESS_BYTES_MIN, None),
-            (3 * PROGRESS_BYTES_MIN, None),
-            // A byte now and then is no progress.
-            (3 * PROGRESS_BYTES_MIN + 1, Some(Err(TooSlow))),
+        for (came, next, expected) in [
+            (PROGRESS_BYTES_MIN as usize, large, None),
+            // The packet is whole, and the read that ended it brought a part of the next one.
+            (90_000, large, None),
+            (60_000, large - 1, None),
+            // A byte now and then is no progress, nor is another packet.
+            (1, large, Some(Err(TooSlow))),
+            (1, large - 1, Some(Err(TooSlow))),
         ] {
-            Partial::set(&mut one, Some(large), received, room);
+            one.as_mut().unwrap().add(came);
+            Partial::set(&mut one, Some(next), room);
             one.as_mut().unwrap().age();
-            assert_eq!(Partial::changed(one.as_deref_mut()).now_or_never(), expected, "{received}");
+            assert_eq!(Partial::changed(one.as_deref_mut()).now_or_never(), expected, "{came} bytes");
         }
         // It is whole, or its connection has ended.
-        Partial::set(&mut one, None, 0, room);
+        Partial::set(&mut one, None, room);
         assert_eq!(waits.await, Ok(()));
         assert!(may_read(&two) && !room.is_wanted());
     }
