@@ -445,6 +445,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         if self.broker.shutdown.is_cancelled() && self.drain_until.is_none() {
             let until = Instant::now() + self.broker.config.drain_timeout.0;
             self.drain_until = Some(until);
+            self.inbound.drain();
             timer.as_mut().reset(until);
         }
         Ok(())

@@ -208,7 +208,7 @@ fn messages(stream: &dyn Stream) -> Vec<(String, Vec<u8>, u16)> {
     messages
 }
 
-fn kinds(streams: [&dyn Stream; 2]) -> BTreeMap<Vec<u8>, usize> {
+fn kinds<const N: usize>(streams: [&dyn Stream; N]) -> BTreeMap<Vec<u8>, usize> {
     let mut kinds = BTreeMap::new();
     for (key, _) in streams.iter().flat_map(|stream| stream.state(b"")) {
         *kinds.entry(key[..key.len().min(2)].to_vec()).or_default() += 1;
@@ -227,8 +227,17 @@ pub(super) fn broker_at(
     store: Arc<dyn Stream>,
     clock: super::ClockSource,
 ) -> Arc<Broker> {
+    broker_of(config, Streams::new(vec![], stream), store, clock)
+}
+
+fn broker_of(
+    config: &Config,
+    streams: Streams,
+    store: Arc<dyn Stream>,
+    clock: super::ClockSource,
+) -> Arc<Broker> {
     let deps = Deps {
-        streams: Streams::new(vec![], stream),
+        streams,
         broker: store,
         namespace: Arc::default(),
         access_plugins: None,

@@ -33,8 +33,9 @@ pub struct Received {
     pub content: Option<Content>,
 }
 
-/// Tells whether a publish with an open packet id is the message that opened it.
-/// A device that lost its store begins with ids that its session knows.
+/// Tells whether a publish with an open packet id is the message that opened it, whatever DUP
+/// says. A device that lost its store begins with ids that its session knows, and marks a message
+/// as sent before that never arrived. Two different messages are taken for the same once in 2^32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Content([u8; 4]);
 
@@ -53,12 +54,22 @@ impl Content {
     }
 }
 
-/// The open ids of one session.
+/// What a session knows of a packet id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Known {
+    /// The client has not released it.
+    Open(Received),
+    /// The removal of its record is not known to be durable. PUBCOMP waits for it, and so does a
+    /// message of another stream that uses the id. The number of these is bounded by the commit
+    /// buffers that the removals wait in, and by the acks that may wait.
+    Releasing(Received),
+}
+
+/// The packet ids of one session.
 pub struct OpenIds {
-    ids: HashMap<u16, Received>,
-    /// Ids whose PUBCOMP waits for the release to be durable. Bounded by the commit
-    /// buffers that the releases wait in, and by the acks that may wait.
-    releasing: HashMap<u16, Received>,
+    ids: HashMap<u16, Known>,
+    /// Number of ids that are open.
+    open: usize,
     room: Arc<OpenIdsRoom>,
 }
 
@@ -76,79 +87,126 @@ impl Received {
         self.ticket.unwrap_or_default()
     }
 
-    fn is_durable(self, stream: usize, durable: Ticket) -> bool {
-        self.stream == stream && self.ticket.is_some_and(|ticket| ticket <= durable)
+    /// Whether its append is durable where `durable` is the ticket of its stream.
+    pub fn is_durable(self, durable: Ticket) -> bool {
+        self.ticket.is_some_and(|ticket| ticket <= durable)
+    }
+}
+
+impl Known {
+    fn received(&mut self) -> &mut Received {
+        match self {
+            Self::Open(received) | Self::Releasing(received) => received,
+        }
     }
 }
 
 impl OpenIds {
     pub fn new(room: Arc<OpenIdsRoom>) -> Self {
-        Self { ids: HashMap::new(), releasing: HashMap::new(), room }
+        Self { ids: HashMap::new(), open: 0, room }
     }
 
     /// Whether one more may be opened.
     pub fn has_room(&self) -> bool {
-        self.ids.is_empty() || self.room.is_there()
+        self.open == 0 || self.room.is_there()
     }
 
-    pub fn get(&self, id: u16) -> Option<Received> {
+    pub fn known(&self, id: u16) -> Option<Known> {
         self.ids.get(&id).copied()
     }
 
-    pub fn all(&self) -> &HashMap<u16, Received> {
-        &self.ids
-    }
-
-    pub fn open(&mut self, id: u16, received: Received) {
-        self.releasing.remove(&id);
-        if self.ids.insert(id, received).is_none() {
-            self.room.open.fetch_add(1, Ordering::AcqRel);
+    /// Returns where the message of an open id went.
+    pub fn get(&self, id: u16) -> Option<Received> {
+        match self.known(id) {
+            Some(Known::Open(received)) => Some(received),
+            _ => None,
         }
-    }
-
-    /// The append that opens or releases it was taken.
-    pub fn appended(&mut self, id: u16, ticket: Ticket) {
-        if let Some(received) = self.ids.get_mut(&id).or_else(|| self.releasing.get_mut(&id)) {
-            received.ticket = Some(ticket);
-        }
-    }
-
-    /// Returns what was known of the id while it was open.
-    pub fn release(&mut self, id: u16) -> Option<Received> {
-        let released = self.close(id)?;
-        // The ticket comes with the append.
-        self.releasing.insert(id, Received { ticket: None, ..released });
-        Some(released)
-    }
-
-    /// Closes an id whose publish no stream took.
-    pub fn close(&mut self, id: u16) -> Option<Received> {
-        let closed = self.ids.remove(&id)?;
-        self.room.free(1);
-        Some(closed)
     }
 
     /// Returns where the release of an id went that may not be durable yet.
     pub fn releasing(&self, id: u16) -> Option<Received> {
-        self.releasing.get(&id).copied()
+        match self.known(id) {
+            Some(Known::Releasing(received)) => Some(received),
+            _ => None,
+        }
+    }
+
+    /// Returns the ids that are open.
+    pub fn all(&self) -> Vec<(u16, Received)> {
+        let open = self.ids.iter().filter_map(|(id, known)| match known {
+            Known::Open(received) => Some((*id, *received)),
+            Known::Releasing(_) => None,
+        });
+        open.collect()
+    }
+
+    /// Opens an id; returns what was known of it, for [`OpenIds::put_back`].
+    pub fn open(&mut self, id: u16, received: Received) -> Option<Known> {
+        self.set(id, Some(Known::Open(received)))
+    }
+
+    /// Notes the ticket of the append that opens or releases an id.
+    pub fn appended(&mut self, id: u16, ticket: Ticket) {
+        if let Some(known) = self.ids.get_mut(&id) {
+            known.received().ticket = Some(ticket);
+        }
+    }
+
+    /// Releases an id; returns what was known of it while it was open. The ticket comes with
+    /// the append.
+    pub fn release(&mut self, id: u16) -> Option<Received> {
+        let released = self.get(id)?;
+        self.set(id, Some(Known::Releasing(Received { ticket: None, ..released })));
+        Some(released)
+    }
+
+    /// Takes back a change of an id whose append no stream took: what was known before it is
+    /// known again.
+    pub fn put_back(&mut self, id: u16, before: Option<Known>) {
+        self.set(id, before);
     }
 
     /// Forgets the release of an id if it is durable where `durable` is the stream's ticket.
     pub fn released(&mut self, id: u16, stream: usize, durable: Ticket) {
-        if self.releasing.get(&id).is_some_and(|it| it.is_durable(stream, durable)) {
-            self.releasing.remove(&id);
+        if self.releasing(id).is_some_and(|it| it.stream == stream && it.is_durable(durable)) {
+            self.ids.remove(&id);
         }
     }
 
     /// Forgets the releases that are durable; `durable` has the ticket of each stream.
     pub fn settle(&mut self, durable: &[Ticket]) {
-        self.releasing.retain(|_, it| !it.is_durable(it.stream, durable[it.stream]));
+        self.ids.retain(|_, known| match known {
+            Known::Open(_) => true,
+            Known::Releasing(it) => !it.is_durable(durable[it.stream]),
+        });
     }
 
-    pub fn release_all(&mut self) -> HashMap<u16, Received> {
-        self.room.free(self.ids.len());
-        self.releasing = HashMap::new();
-        std::mem::take(&mut self.ids)
+    /// Forgets all ids; returns those that were open.
+    pub fn release_all(&mut self) -> Vec<(u16, Received)> {
+        let open = self.all();
+        self.room.free(std::mem::take(&mut self.open));
+        self.ids = HashMap::new();
+        open
+    }
+
+    fn set(&mut self, id: u16, known: Option<Known>) -> Option<Known> {
+        let is_open = |known| matches!(known, Some(Known::Open(_)));
+        let before = match known {
+            Some(known) => self.ids.insert(id, known),
+            None => self.ids.remove(&id),
+        };
+        match (is_open(before), is_open(known)) {
+            (false, true) => {
+                self.open += 1;
+                self.room.open.fetch_add(1, Ordering::AcqRel);
+            }
+            (true, false) => {
+                self.open -= 1;
+                self.room.free(1);
+            }
+            _ => {}
+        }
+        before
     }
 }
 

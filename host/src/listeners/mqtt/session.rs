@@ -3,7 +3,8 @@
 //! A persistent session has a small durable record in the broker stream
 //! (`se` + client id), written before CONNACK, and a key for each subscription
 //! (`sf` + epoch + filter), written before SUBACK. Its QoS 2 packet ids lie in
-//! the stream of their message (`q2` + epoch + packet id), in the same append.
+//! the stream of their message (`q2` + epoch + packet id), in the same append. An id
+//! has a record in one stream at most: see `inbound`.
 //! The epoch is new with every clean start, so that what an old session left
 //! behind can never be taken for the new one's; orphans are removed at start.
 //! What waits for the client is [`outbound`]'s, with keys of the same epoch.
@@ -18,7 +19,7 @@ use super::acks::Stopped;
 use super::activity::Activity;
 use super::blobs::Id;
 use super::clients::Connection;
-use super::open_ids::{Content, OpenIds, OpenIdsRoom, Received};
+use super::open_ids::{Content, Known, OpenIds, OpenIdsRoom, Received};
 use super::outbound::{self, Ids, Kept, Message, Outbox};
 use super::owner::Owner;
 use super::subscriptions::{Filter, Options, is_shared, levels, memory_of};
@@ -410,6 +411,7 @@ impl Sessions {
         for (session, filter, options, retained) in to_be_given {
             session.outbox().resume_retained(&filter, options, &retained);
         }
+        let mut doubtful = Vec::new();
         for (number, stream) in streams.iter().enumerate() {
             for (key, value) in stream.state(QOS2) {
                 let parts = key[QOS2.len()..].split_first_chunk::<8>();
@@ -419,11 +421,29 @@ impl Sessions {
                     (Some(session), Some(id)) => {
                         let content = Content::read(&value);
                         let received = Received { stream: number, ticket: Some(Ticket(0)), content };
-                        session.received().open(u16::from_be_bytes(id), received);
+                        let id = u16::from_be_bytes(id);
+                        if let Some(Known::Open(other)) = session.received().open(id, received) {
+                            remove(&*streams[other.stream], &key);
+                            doubtful.push((session, id, key));
+                        }
                     }
                     _ => remove(&**stream, &key),
                 }
             }
+        }
+        // Which of two records is the newer one is not known, and a message that equals the one of
+        // an old record would be lost. So the id is not open: a message that is sent again is a new one.
+        for (session, id, key) in doubtful {
+            if let Some(received) = session.received().get(id) {
+                remove(&*streams[received.stream], &key);
+            }
+            session.received().put_back(id, None);
+            tracing::warn!(
+                client = &*session.client_id,
+                packet_id = id,
+                "two streams have a record of this QoS 2 packet id, as parts of a data folder do that are older \
+                 than the others; it counts as released, and its message is taken again where the client repeats it"
+            );
         }
         (sessions, subscriptions)
     }
@@ -543,7 +563,7 @@ impl Sessions {
         lock(&session.state).stale.clear();
         if let Some(epoch) = kept_no_more {
             lock(&session.state).kept = false;
-            let received = session.received().all().clone();
+            let received = session.received().all();
             forget_ids(broker, epoch, &received);
         }
         Ok(resumed)
@@ -695,7 +715,7 @@ fn removed(keys: Vec<Vec<u8>>) -> Vec<Change> {
 }
 
 /// Packet ids of an epoch that is no longer kept.
-fn forget_ids(broker: &Broker, epoch: u64, received: &HashMap<u16, Received>) {
+fn forget_ids(broker: &Broker, epoch: u64, received: &[(u16, Received)]) {
     for (number, stream) in broker.streams.iter().enumerate() {
         let ids = received.iter().filter(|(_, received)| received.stream == number);
         let removed: Vec<Change> = ids.map(|(id, _)| (qos2_key(epoch, *id).to_vec(), None)).collect();

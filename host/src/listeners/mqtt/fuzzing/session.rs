@@ -5,16 +5,21 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 
-use super::{RUNTIME, broker, converse, kinds, messages, pieces};
+use super::{RUNTIME, broker_of, converse, kinds, messages, pieces};
 use crate::listeners::mqtt::config::Config;
+use crate::listeners::mqtt::system_clock;
 use crate::listeners::mqtt::wire::{self, Version};
+use crate::stream::Streams;
 use crate::stream::memory::MemoryStream;
+use crate::topic::TopicFilter;
 
 const CONNECTIONS_MAX: usize = 16;
 const PACKETS_MAX: usize = 64;
 const VERSIONS: [Version; 3] = [Version::V31, Version::V3, Version::V5];
 /// The last is not valid.
 const FILTERS: [&str; 4] = ["a", "b/+", "$share/g/a", "a/#/b"];
+/// Each is routed to a stream of its own.
+const TOPICS: [&[u8]; 2] = [b"t", b"o"];
 
 /// Packets that end a connection, whatever came before, in all versions.
 const ILLEGAL: [&[u8]; 12] = [
@@ -38,15 +43,21 @@ pub fn session(data: &[u8]) {
 }
 
 async fn play(data: &[u8]) {
-    let (stream, store) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let streams = ["s", "other"].map(|name| MemoryStream::with_hooks(name, 1));
+    let store = MemoryStream::with_hooks("broker", 1);
     let config = Config::default();
-    let mut served = broker(&config, stream.clone(), store.clone());
+    let start = || {
+        let filter = TopicFilter::new("o").expect("a filter");
+        let routed = Streams::new(vec![(vec![filter], streams[1].clone())], streams[0].clone());
+        broker_of(&config, routed, store.clone(), system_clock())
+    };
+    let mut served = start();
     let mut model = Model::default();
     let mut steps = data.chunks_exact(2).map(|step| (step[0], step[1]));
     for _ in 0..CONNECTIONS_MAX {
         let Some((how, cut)) = steps.next() else { return };
         if how & 0x40 != 0 {
-            served = broker(&config, stream.clone(), store.clone());
+            served = start();
         }
         let mut sent = model.connect(how);
         let packets = steps.by_ref().take(PACKETS_MAX);
@@ -64,9 +75,11 @@ async fn play(data: &[u8]) {
         model.told.sort();
         assert_eq!(told, model.told, "{model:?}");
         model.told.clear();
-        let taken: Vec<_> = messages(&*stream).into_iter().map(|(_, payload, _)| payload).collect();
-        assert_eq!(taken, model.messages, "each message once, in order");
-        let kinds = kinds([&*stream, &*store]);
+        for (stream, expected) in streams.iter().zip(&model.messages) {
+            let taken: Vec<_> = messages(&**stream).into_iter().map(|(_, payload, _)| payload).collect();
+            assert_eq!(&taken, expected, "each message once, in order");
+        }
+        let kinds = kinds([&*streams[0], &*streams[1], &*store]);
         let kept = [&b"se"[..], b"sf", b"q2"].map(|kind| kinds.get(kind).copied().unwrap_or(0));
         let session = model.session.as_ref();
         let expected = [1, session.map_or(0, |it| it.filters.len()), session.map_or(0, |it| it.open.len())];
@@ -82,15 +95,16 @@ struct Model {
     /// The session outlives its connection.
     is_kept: bool,
     session: Option<Session>,
-    messages: Vec<Vec<u8>>,
+    /// By stream.
+    messages: [Vec<Vec<u8>>; 2],
     told: Vec<Answer>,
     sent: u32,
 }
 
 #[derive(Debug, Default)]
 struct Session {
-    /// QoS 2 packet ids that are not released, and the payload that each came with last.
-    open: BTreeMap<u16, Vec<u8>>,
+    /// QoS 2 packet ids that are not released, and the topic and payload that each came with last.
+    open: BTreeMap<u16, (usize, Vec<u8>)>,
     filters: BTreeSet<&'static str>,
 }
 
@@ -101,7 +115,7 @@ impl Default for Model {
             is_open: false,
             is_kept: false,
             session: None,
-            messages: Vec::new(),
+            messages: Default::default(),
             told: Vec::new(),
             sent: 0,
         }
@@ -148,23 +162,21 @@ impl Model {
         let dup = if self.version == Version::V31 { of & 0x08 } else { 0 };
         match kind % 10 {
             qos @ 0..=2 => {
-                // An open id with the message that it came with is a repeat, marked or not; with
-                // another one only where it is marked.
-                let before = session.open.get(&id).filter(|_| qos == 2);
-                let is_same = before.is_some() && of & 0x10 != 0;
-                let is_marked = before.is_some() && of & 0x20 != 0;
+                // An open id with the message that it came with is a repeat, and with another one a new
+                // message, marked or not.
+                let before = session.open.get(&id).filter(|_| qos == 2 && of & 0x10 != 0);
+                let is_same = before.is_some();
+                let is_marked = qos > 0 && of & 0x20 != 0;
                 self.sent += 1;
-                let payload = match before {
-                    Some(before) if is_same => before.clone(),
-                    _ => self.sent.to_string().into_bytes(),
-                };
+                let other = || (usize::from(of & 0x40 != 0), self.sent.to_string().into_bytes());
+                let (topic, payload) = before.cloned().unwrap_or_else(other);
                 let id_bytes: &[u8] = if qos == 0 { b"" } else { &id_bytes };
-                let body = [b"\0\x01t", id_bytes, no_properties, &payload].concat();
+                let body = [b"\0\x01", TOPICS[topic], id_bytes, no_properties, &payload].concat();
                 sent.extend(packet(wire::PUBLISH | u8::from(is_marked) << 3 | qos << 1, &body));
-                if !is_same && !is_marked {
-                    self.messages.push(payload.clone());
+                if !is_same {
+                    self.messages[topic].push(payload.clone());
                     if qos == 2 {
-                        session.open.insert(id, payload);
+                        session.open.insert(id, (topic, payload));
                     }
                 }
                 match qos {

@@ -88,9 +88,10 @@ impl Inbound {
         if publish.qos > 0 {
             // In its turn: acks keep the order of their publishes (MQTT 5.0, 4.6).
             let code = if self.version == Version::V5 { code } else { 0 };
-            let ack = Ack { first, packet_id: publish.packet_id, code };
+            let packet_id = publish.packet_id;
+            let ack = Some(Ack { first, packet_id, code });
             let (stream, least) = (broker.route(topic), Ticket::default());
-            work.owed.push(Owed { stream, ack, change: IdChange::None, least });
+            work.owed.push(Owed { stream, packet_id, ack, change: IdChange::None, least });
         }
         Ok(())
     }

@@ -8,7 +8,6 @@ use super::{IdChange, Inbound, Owed, Scratch, Trouble, Work, cut_device, recycle
 use crate::access::Identity;
 use crate::batch::flags;
 use crate::listeners::mqtt::Broker;
-use crate::listeners::mqtt::open_ids::Received;
 use crate::listeners::mqtt::retained::{self, Staged};
 use crate::listeners::mqtt::session::{Session, qos2_key};
 use crate::listeners::mqtt::wire::Fault;
@@ -116,7 +115,7 @@ impl Inbound {
         let stream = &*broker.streams[number];
         if let Some(epoch) = self.epoch {
             let changed = owed.clone().filter(|owed| owed.change != IdChange::None);
-            keys.extend(changed.map(|owed| (qos2_key(epoch, owed.ack.packet_id), owed.change)));
+            keys.extend(changed.map(|owed| (qos2_key(epoch, owed.packet_id), owed.change)));
         }
         let least = owed.clone().map(|owed| owed.least).max().unwrap_or_default();
         let ticket = if messages.is_empty() && keys.is_empty() {
@@ -126,8 +125,8 @@ impl Inbound {
             changes.extend(keys.iter().map(|(key, change)| StateChange {
                 key,
                 value: match change {
-                    IdChange::Receive(content) => Some(content.bytes()),
-                    IdChange::Release | IdChange::None => None,
+                    IdChange::Receive { content, .. } => Some(content.bytes()),
+                    IdChange::Release(_) | IdChange::None => None,
                 },
             }));
             let retaining = retained::stage(broker, number, messages);
@@ -146,10 +145,10 @@ impl Inbound {
         if owed.clone().any(|owed| owed.change != IdChange::None) {
             let mut received = self.session.received();
             for owed in owed.clone().filter(|owed| owed.change != IdChange::None) {
-                received.appended(owed.ack.packet_id, ticket);
+                received.appended(owed.packet_id, ticket);
             }
         }
-        self.acks.queue(number, stream, ticket, owed.map(|owed| owed.ack));
+        self.acks.queue(number, stream, ticket, owed.filter_map(|owed| owed.ack));
         Ok(())
     }
 
@@ -172,19 +171,15 @@ impl Inbound {
     }
 }
 
-/// The last first: an id may have been received, released and received again.
+/// Puts back what was known of each id, the last change first: an id may have been received,
+/// released and received again.
 pub fn undo<'o>(session: &Session, owed: impl DoubleEndedIterator<Item = &'o Owed>) {
     let mut received = session.received();
     for owed in owed.rev() {
         match owed.change {
             IdChange::None => {}
-            IdChange::Receive(_) => {
-                received.close(owed.ack.packet_id);
-            }
-            IdChange::Release => {
-                let known = Received { stream: owed.stream, ticket: Some(owed.least), content: None };
-                received.open(owed.ack.packet_id, known);
-            }
+            IdChange::Receive { before, .. } => received.put_back(owed.packet_id, before),
+            IdChange::Release(before) => received.put_back(owed.packet_id, Some(before)),
         }
     }
 }

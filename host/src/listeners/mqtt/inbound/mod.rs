@@ -6,7 +6,7 @@
 //! A stream with no room stalls the connection: what it did not take is kept
 //! ([`stalled`]), nothing more is taken in, and only PINGREQ is still answered.
 //! So it is while a packet waits for an answer of the access plugin ([`allowed`]),
-//! or a QoS 2 publish for room for its packet id ([`withheld`]).
+//! or a QoS 2 publish for its packet id ([`withheld`]).
 
 mod allowed;
 mod append;
@@ -27,10 +27,11 @@ use self::append::undo;
 pub use self::append::{push_sender, taken_in};
 use self::memory::Memory;
 use self::stalled::{Stalled, room};
+use self::withheld::Withheld;
 use super::Broker;
 use super::acks::{Ack, Acks};
 use super::metrics::Few;
-use super::open_ids::{Content, Received};
+use super::open_ids::{Content, Known, Received};
 use super::outbound::Acked;
 use super::session::Session;
 use super::wire::{self, Fault, Frame, Property, Publish, Version};
@@ -65,8 +66,8 @@ pub struct Inbound {
     /// QoS 1 and 2 publishes that are not finished, for Receive Maximum.
     unfinished: u32,
     stalled: Vec<Stalled>,
-    /// The QoS 2 publish at the front waits for room for its packet id.
-    withheld: bool,
+    /// What the QoS 2 publish at the front waits for.
+    withheld: Withheld,
     /// So far into the read buffer PUBRELs were taken in ahead of it.
     released_to: usize,
     /// While stalled: bytes of the read buffer in which PINGREQ was answered, and how many.
@@ -112,6 +113,15 @@ struct Decoded<'a> {
     flags: u16,
 }
 
+/// What became of a publish.
+enum Published<'a> {
+    Taken,
+    /// Nothing of it is taken in before there is an answer for its topic.
+    Unanswered(Topic<'a>),
+    /// Nothing of it is taken in before a release of its packet id is durable.
+    Withheld,
+}
+
 enum Topic<'a> {
     Sent(&'a str),
     Alias(Arc<str>),
@@ -130,7 +140,9 @@ impl Topic<'_> {
 #[derive(Clone, Copy)]
 struct Owed {
     stream: usize,
-    ack: Ack,
+    packet_id: u16,
+    /// `None` where only the packet id changes.
+    ack: Option<Ack>,
     change: IdChange,
     /// Durable no earlier than this, whatever the append.
     least: Ticket,
@@ -139,8 +151,13 @@ struct Owed {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum IdChange {
     None,
-    Receive(Content),
-    Release,
+    /// Opens the id. `before` is what was known of it.
+    Receive {
+        content: Content,
+        before: Option<Known>,
+    },
+    /// Releases the id, of which this was known.
+    Release(Known),
 }
 
 /// Reused by all connections of a thread, so that an idle one holds nothing.
@@ -179,7 +196,7 @@ impl Inbound {
             acks: Acks::new(tells_reasons),
             unfinished: 0,
             stalled: Vec::new(),
-            withheld: false,
+            withheld: Withheld::Nothing,
             released_to: 0,
             scanned: 0,
             pings_answered: 0,
@@ -193,7 +210,7 @@ impl Inbound {
         &'a mut self,
         broker: &'a Broker,
     ) -> (&'a mut Acks, impl Future<Output = ()> + 'a, impl Future<Output = ()> + 'a) {
-        (&mut self.acks, room(&self.stalled, self.withheld, broker), self.rights.answered())
+        (&mut self.acks, room(&self.stalled, self.withheld, &self.session, broker), self.rights.answered())
     }
 
     pub fn rights(&self) -> &Admitted {
@@ -220,7 +237,12 @@ impl Inbound {
     }
 
     pub fn is_stalled(&self) -> bool {
-        !self.stalled.is_empty() || self.withheld
+        !self.stalled.is_empty() || self.withheld != Withheld::Nothing
+    }
+
+    /// Nothing more is taken in: what is withheld waits for nothing.
+    pub fn drain(&mut self) {
+        self.withheld = Withheld::Nothing;
     }
 
     /// Whether anything taken in is still to be acknowledged.
@@ -255,8 +277,12 @@ impl Inbound {
         bytes: &[u8],
         out: &mut BytesMut,
     ) -> Result<(usize, Next), Trouble> {
-        if self.withheld && self.stalled.is_empty() {
-            self.release_ahead(broker, bytes, out)?;
+        match self.withheld {
+            Withheld::Room if self.stalled.is_empty() => self.release_ahead(broker, bytes, out)?,
+            Withheld::Release(packet_id) if self.is_released(broker, packet_id)? => {
+                self.withheld = Withheld::Nothing;
+            }
+            _ => {}
         }
         if self.is_full(broker) || self.is_over_rate(broker) {
             self.answer_pings(broker, bytes, out);
@@ -380,9 +406,14 @@ impl Inbound {
                     if self.withholds(broker, &frame)? {
                         return Ok((used, Next::Room));
                     }
-                    if let Some(unanswered) = self.publish(broker, &frame, work)? {
-                        self.ask_to_publish(broker, unanswered.as_str(), &bytes[used + frame.len..]);
-                        return Ok((used, Next::Room));
+                    match self.publish(broker, &frame, work)? {
+                        Published::Taken => {}
+                        Published::Unanswered(topic) => {
+                            self.ask_to_publish(broker, topic.as_str(), &bytes[used + frame.len..]);
+                            return Ok((used, Next::Room));
+                        }
+                        // Looked at again once what is gathered is appended.
+                        Published::Withheld => return Ok((used, Next::Turn)),
                     }
                     self.spend(broker, frame.len as u64);
                 }
@@ -411,13 +442,13 @@ impl Inbound {
         }
     }
 
-    /// `Some`: nothing of it is taken in before there is an answer for its topic.
+    /// Takes in a publish, or says what it waits for.
     fn publish<'a>(
         &mut self,
         broker: &Broker,
         frame: &Frame<'a>,
         work: &mut Work<'a>,
-    ) -> Result<Option<Topic<'a>>, Fault> {
+    ) -> Result<Published<'a>, Fault> {
         let publish = wire::publish(self.version, frame)?;
         let mut alias = None;
         let begin = work.properties.len();
@@ -433,10 +464,10 @@ impl Inbound {
         if let Some(refusal) = self.refusal(broker, topic.as_str()) {
             work.properties.truncate(begin);
             if refusal == Refusal::Unanswered {
-                return Ok(Some(topic));
+                return Ok(Published::Unanswered(topic));
             }
             self.refuse(broker, &publish, topic.as_str(), refusal, work)?;
-            return Ok(None);
+            return Ok(Published::Taken);
         }
         if publish.retain {
             flags |= flags::RETAIN;
@@ -462,46 +493,67 @@ impl Inbound {
         }
         let stream = broker.route(topic.as_str());
         if publish.qos > 0 {
-            let owed = self.owe(broker, stream, &publish, topic.as_str())?;
+            let Some(owed) = self.owe(broker, stream, &publish, topic.as_str(), work)? else {
+                work.properties.truncate(begin);
+                return Ok(Published::Withheld);
+            };
             let repeated = publish.qos == 2 && owed.change == IdChange::None;
             work.owed.push(owed);
             if repeated {
                 work.properties.truncate(begin);
-                return Ok(None);
+                return Ok(Published::Taken);
             }
         }
         work.decoded.push(Decoded { topic, payload: publish.payload, properties, device, stream, flags });
-        Ok(None)
+        Ok(Published::Taken)
     }
 
-    /// Returns the ack for a QoS 1 or 2 publish. A QoS 2 message whose packet id is
-    /// open is only acknowledged again (MQTT 5.0, 4.3.3), unless it is another message
-    /// that is not marked as a duplicate: a message that is sent again is (3.3.1.1).
+    /// Returns the ack for a QoS 1 or 2 publish. A QoS 2 message whose packet id is open is only
+    /// acknowledged again (MQTT 5.0, 4.3.3), unless it is another message: that of a device that lost
+    /// its store. DUP does not tell them apart: it says that the client sent the message before, not
+    /// that it arrived. `None`: the publish waits until a release of its packet id is durable in
+    /// another stream. A crash would open the id again there, with a message that the client no
+    /// longer has, and what equals that message would be taken for it.
     fn owe(
         &mut self,
         broker: &Broker,
         stream: usize,
         publish: &Publish<'_>,
         topic: &str,
-    ) -> Result<Owed, Fault> {
+        work: &mut Work<'_>,
+    ) -> Result<Option<Owed>, Fault> {
         let first = if publish.qos == 1 { wire::PUBACK } else { wire::PUBREC };
-        let ack = Ack { first, packet_id: publish.packet_id, code: 0 };
+        let packet_id = publish.packet_id;
+        let ack = Some(Ack { first, packet_id, code: 0 });
         let content = (publish.qos == 2).then(|| Content::of(topic, publish.payload));
-        let known = content.and_then(|_| self.session.received().get(publish.packet_id));
+        let known = content.and_then(|_| self.session.received().known(packet_id));
+        // Only a session that outlives its connection has records.
+        let is_elsewhere = |known: &Received| known.stream != stream && self.epoch.is_some();
         match known {
-            Some(known) if publish.dup || known.content.is_none() || known.content == content => {
+            Some(Known::Open(known)) if known.content.is_none() || known.content == content => {
                 broker.counters.duplicates.increment(1);
                 let change = IdChange::None;
-                return Ok(Owed { stream: known.stream, ack, change, least: known.least() });
+                return Ok(Some(Owed { stream: known.stream, packet_id, ack, change, least: known.least() }));
             }
-            Some(_) => {
+            Some(Known::Open(known)) => {
                 let kind =
                     "mqtt: a QoS 2 packet id that was not released came with another message, taken as new";
                 let client_id = &*self.session.client_id;
-                let detail = format!("client {client_id}, packet id {}", publish.packet_id);
+                let detail = format!("client {client_id}, packet id {packet_id}");
                 broker.failures.report_by(kind, client_id, 1, &detail, "");
+                if is_elsewhere(&known) {
+                    self.give_up(packet_id, known, work);
+                    return Ok(None);
+                }
             }
-            None => self.unfinished += 1,
+            Some(Known::Releasing(known))
+                if is_elsewhere(&known)
+                    && !known.is_durable(*broker.streams[known.stream].durable().borrow()) =>
+            {
+                self.withheld = Withheld::Release(packet_id);
+                return Ok(None);
+            }
+            Some(Known::Releasing(_)) | None => self.unfinished += 1,
         }
         if self.version == Version::V5 && self.unfinished > u32::from(broker.config.receive_maximum) {
             return Err(Fault {
@@ -510,12 +562,18 @@ impl Inbound {
             });
         }
         let Some(content) = content else {
-            return Ok(Owed { stream, ack, change: IdChange::None, least: Ticket(0) });
+            return Ok(Some(Owed { stream, packet_id, ack, change: IdChange::None, least: Ticket(0) }));
         };
         // The ticket comes with the append.
         let received = Received { stream, ticket: None, content: Some(content) };
-        self.session.received().open(publish.packet_id, received);
-        Ok(Owed { stream, ack, change: IdChange::Receive(content), least: Ticket(0) })
+        let before = self.session.received().open(packet_id, received);
+        Ok(Some(Owed {
+            stream,
+            packet_id,
+            ack,
+            change: IdChange::Receive { content, before },
+            least: Ticket(0),
+        }))
     }
 
     fn topic<'a>(
@@ -560,18 +618,23 @@ impl Inbound {
     fn release(&mut self, frame: &Frame<'_>, out: &mut BytesMut, work: &mut Work<'_>) -> Result<(), Fault> {
         let (packet_id, _) = wire::ack(self.version, frame)?;
         let mut received = self.session.received();
-        let (open, releasing) = (received.release(packet_id), received.releasing(packet_id));
-        let (change, code) = match open {
-            Some(_) => (IdChange::Release, 0),
-            None if self.version == Version::V5 => (IdChange::None, wire::NOT_FOUND),
-            None => (IdChange::None, 0),
-        };
-        let ack = Ack { first: wire::PUBCOMP, packet_id, code };
-        match open.or(releasing) {
+        let (known, change, code) = match received.known(packet_id) {
+            Some(Known::Open(known)) => {
+                received.release(packet_id);
+                (known, IdChange::Release(Known::Open(known)), 0)
+            }
             // One that is sent again is answered no sooner than the first.
-            Some(known) => work.owed.push(Owed { stream: known.stream, ack, change, least: known.least() }),
-            None => wire::put_ack_with(out, self.version, wire::PUBCOMP, packet_id, wire::NOT_FOUND),
-        }
+            Some(Known::Releasing(known)) => {
+                let code = if self.version == Version::V5 { wire::NOT_FOUND } else { 0 };
+                (known, IdChange::None, code)
+            }
+            None => {
+                wire::put_ack_with(out, self.version, wire::PUBCOMP, packet_id, wire::NOT_FOUND);
+                return Ok(());
+            }
+        };
+        let ack = Some(Ack { first: wire::PUBCOMP, packet_id, code });
+        work.owed.push(Owed { stream: known.stream, packet_id, ack, change, least: known.least() });
         Ok(())
     }
 

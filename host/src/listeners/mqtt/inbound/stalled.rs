@@ -1,9 +1,11 @@
 //! What a stream had no room for, kept until it has.
 
 use super::Owed;
+use super::withheld::Withheld;
 use crate::batch::flags;
 use crate::hints::Hint;
 use crate::listeners::mqtt::Broker;
+use crate::listeners::mqtt::open_ids::Received;
 use crate::listeners::mqtt::session::Session;
 use crate::stream::{NewMessage, partition_of};
 
@@ -86,11 +88,24 @@ impl Owned {
     }
 }
 
-/// When there may be room for what stalled or is withheld; pending while nothing is.
-pub async fn room(stalled: &[Stalled], withheld: bool, broker: &Broker) {
+/// Returns when there may be room for what stalled, or what is withheld may be looked at again;
+/// pending while nothing is.
+pub async fn room(stalled: &[Stalled], withheld: Withheld, session: &Session, broker: &Broker) {
     let mut waits: Vec<_> = stalled.iter().map(|stalled| broker.streams[stalled.stream].writable()).collect();
-    if withheld {
-        waits.push(Box::pin(broker.sessions.open_ids.freed()));
+    match withheld {
+        Withheld::Nothing => {}
+        Withheld::Room => waits.push(Box::pin(broker.sessions.open_ids.freed())),
+        Withheld::Release(packet_id) => {
+            let releasing = session.received().releasing(packet_id);
+            let Some(Received { stream, ticket, .. }) = releasing else { return };
+            // Without a ticket its append is one of those that stalled.
+            if let Some(ticket) = ticket {
+                waits.push(Box::pin(async move {
+                    // A stream that stopped is met by the next look.
+                    let _ = broker.streams[stream].durable().wait_for(|durable| *durable >= ticket).await;
+                }));
+            }
+        }
     }
     if waits.is_empty() {
         return std::future::pending().await;

@@ -1,14 +1,27 @@
-//! A QoS 2 publish whose packet id finds no room ([`open_ids`]): it stays at the
-//! front of what was read, and what lies behind it waits, except for the client's
-//! PUBRELs, which make room.
+//! A QoS 2 publish that cannot be taken in yet stays at the front of what was read, and
+//! what lies behind it waits. Either its packet id finds no room ([`open_ids`]): then the
+//! client's PUBRELs behind it are taken in, because they make room. Or another stream has a
+//! record of the id: then the publish waits until the removal of that record is durable, so that
+//! no id has two records at a restart.
 //!
 //! [`open_ids`]: crate::listeners::mqtt::open_ids
 
 use bytes::BytesMut;
 
-use super::{Inbound, Trouble};
+use super::{IdChange, Inbound, Owed, Trouble, Work};
 use crate::listeners::mqtt::Broker;
+use crate::listeners::mqtt::open_ids::{Known, Received};
 use crate::listeners::mqtt::wire::{self, Fault, Frame};
+
+/// What the publish at the front waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Withheld {
+    Nothing,
+    /// Room for its packet id.
+    Room,
+    /// The release of this packet id, its own, is durable.
+    Release(u16),
+}
 
 const QOS_MASK: u8 = 0b0110;
 const QOS_2: u8 = 0b0100;
@@ -21,9 +34,33 @@ impl Inbound {
         }
         let packet_id = wire::publish(self.version, frame)?.packet_id;
         // One that is open already takes no more.
-        self.withheld = self.session.received().get(packet_id).is_none();
-        broker.counters.withheld.increment(self.withheld.into());
-        Ok(self.withheld)
+        let waits = self.session.received().get(packet_id).is_none();
+        if waits {
+            self.withheld = Withheld::Room;
+            broker.counters.withheld.increment(1);
+        }
+        Ok(waits)
+    }
+
+    /// Removes the record of an open packet id from its stream: another message takes the id, which
+    /// goes to another stream. There is no ack for it.
+    pub(super) fn give_up(&mut self, packet_id: u16, known: Received, work: &mut Work<'_>) {
+        self.session.received().release(packet_id);
+        // Its PUBCOMP will never be written.
+        self.unfinished = self.unfinished.saturating_sub(1);
+        let change = IdChange::Release(Known::Open(known));
+        work.owed.push(Owed { stream: known.stream, packet_id, ack: None, change, least: known.least() });
+        self.withheld = Withheld::Release(packet_id);
+    }
+
+    /// Whether the release of a packet id is durable.
+    pub(super) fn is_released(&self, broker: &Broker, packet_id: u16) -> Result<bool, Trouble> {
+        let Some(releasing) = self.session.received().releasing(packet_id) else { return Ok(true) };
+        let durable = broker.streams[releasing.stream].durable();
+        if releasing.is_durable(*durable.borrow()) {
+            return Ok(true);
+        }
+        durable.has_changed().map(|_| false).map_err(|_| Trouble::Stopped)
     }
 
     /// The PUBRELs behind a publish that is withheld; then there may be room for it.
@@ -44,7 +81,9 @@ impl Inbound {
                 inbound.released_to += frame.len;
             }
         });
-        self.withheld = !self.session.received().has_room();
+        if self.session.received().has_room() {
+            self.withheld = Withheld::Nothing;
+        }
         appended
     }
 }
