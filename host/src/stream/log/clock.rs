@@ -59,6 +59,8 @@ pub struct Clock {
     jump: Option<(i64, u64)>,
     /// A long time off that does not count yet, and the elapsed time at which it does.
     off: Option<(u64, u64)>,
+    /// Changes of the timeline since it was opened.
+    changes: u64,
     is_changed: bool,
 }
 
@@ -75,6 +77,7 @@ impl Clock {
             was_set: is_set(wall_us),
             jump: None,
             off: None,
+            changes: 0,
             is_changed: false,
         };
         let off_us = wall_us.saturating_sub(last_us);
@@ -126,9 +129,15 @@ impl Clock {
         self.timeline.append_at(self.elapsed_us().saturating_sub(micros(ago)))
     }
 
-    /// Returns what the next opening needs, where that is not what was returned last.
+    /// Returns what the next opening needs, where that is not what was returned last: for the
+    /// keeper, which has it noted while nothing is appended.
     pub fn changed(&mut self) -> Option<Vec<u8>> {
         std::mem::take(&mut self.is_changed).then(|| self.timeline.encode())
+    }
+
+    /// Returns what the next opening needs, and which change of it that is.
+    pub fn timeline(&self) -> (u64, &Timeline) {
+        (self.changes, &self.timeline)
     }
 
     /// The last answer of `changed` could not be kept: it is given again.
@@ -165,15 +174,20 @@ impl Clock {
         self.timeline.push(Span { from_us, elapsed_us, is_slow });
         self.jump = None;
         self.off = None;
-        self.is_changed = true;
+        self.change();
     }
 
     fn count_time_off(&mut self, elapsed_us: u64) {
         if let Some((off_us, _)) = self.off.take_if(|(_, at_us)| elapsed_us >= *at_us) {
             self.timeline.0.last_mut().expect("never empty").elapsed_us += off_us;
             self.began_us.0 += off_us;
-            self.is_changed = true;
+            self.change();
         }
+    }
+
+    fn change(&mut self) {
+        self.changes += 1;
+        self.is_changed = true;
     }
 }
 
@@ -231,7 +245,7 @@ impl Timeline {
         }
     }
 
-    fn encode(&self) -> Vec<u8> {
+    pub fn encode(&self) -> Vec<u8> {
         let mut bytes = vec![FORMAT];
         for Span { from_us, elapsed_us, is_slow } in &self.0 {
             bytes.extend(from_us.to_le_bytes());

@@ -39,6 +39,8 @@ pub struct Writer {
     pub durable_through: u64,
     pub previous_crc: u32,
     pub clock_us: u64,
+    /// Which change of the clock's timeline is in the frames.
+    pub clock_changes: u64,
     /// The state map as of the last frame that is durable.
     pub committed: State,
     /// Taken, not yet durable.
@@ -178,19 +180,27 @@ impl Inner {
         }
     }
 
-    /// Returns the append time of what is written now, and what the log's state has to remember with
-    /// it: an append time that follows a jump is durable only together with the jump.
-    pub fn stamp(&self) -> (u64, Option<Change>) {
-        let (stamp_us, changed) = {
-            let mut clock = lock(&self.clock);
-            (clock.now(), clock.changed())
-        };
-        let change =
-            changed.map(|changed| -> Change { (state::key(state::CLOCK, &[]), Some(changed.into())) });
-        if let Some(change) = &change {
-            lock(&self.front).state.apply(change.clone());
+    /// Returns the append time of a frame that is written now, and what it notes of the clock: the
+    /// jumps before that time, unless an earlier frame has them. What the keeper had noted
+    /// of them is replaced: an earlier frame may have had later ones.
+    fn stamp(&self, writer: &mut Writer, pending: &mut Pending) -> (u64, Option<Change>) {
+        let is_noted = |(key, _): &Change| key.first() == Some(&state::CLOCK);
+        let has_noted = pending.changes.iter().any(is_noted);
+        let mut clock = lock(&self.clock);
+        let stamp_us = clock.now();
+        let (changes, timeline) = clock.timeline();
+        if !has_noted && changes == writer.clock_changes {
+            return (stamp_us, None);
         }
-        (stamp_us, change)
+        let change = state::of_clock(timeline);
+        // The keeper needs not have it noted.
+        clock.changed();
+        drop(clock);
+        pending.changes.retain(|change| !is_noted(change));
+        pending.changes.push(change.clone());
+        writer.clock_changes = changes;
+        lock(&self.front).state.apply(change.clone());
+        (stamp_us, Some(change))
     }
 
     /// Notes since when the committer is at work on the disk.
@@ -210,15 +220,15 @@ impl Inner {
     }
 
     fn write_frame(&self, writer: &mut Writer, pending: &mut Pending) -> Result<u64, CommitError> {
-        let (stamp_us, changed) = self.stamp();
-        pending.changes.extend(changed);
+        let stamp = self.stamp(writer, pending);
+        let stamp_us = stamp.0;
         writer.changes.clear();
         for (key, value) in &pending.changes {
             frame::push_change(&mut writer.changes, key, value.as_deref());
         }
         let len = frame::frame_len(pending.entries.len(), pending.data.len(), writer.changes.len()) as u64;
         if writer.at + len > writer.len {
-            self.roll(writer, len, &[])?;
+            self.roll_at(writer, stamp, len, &[])?;
         }
         writer.clock_us = writer.clock_us.max(stamp_us);
         let mut header = Header {

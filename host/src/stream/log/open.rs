@@ -167,6 +167,7 @@ fn build(
         durable_through: base,
         previous_crc: replayed.previous_crc,
         clock_us: replayed.clock_us,
+        clock_changes: 0,
         committed: replayed.state.clone(),
         in_hand: None,
         spare: None,

@@ -8,12 +8,14 @@
 
 use std::io;
 
+use super::clock::Timeline;
 use super::commit::{CommitError, Writer, no_space_or};
 use super::disk::{File, SyncSite};
 use super::frame::{self, Around, Header, Kind, flags};
 use super::recover::Segment;
 use super::scan::Landmarks;
 use super::segment::{self, FRAMES_AT};
+use super::state::{self, Change};
 use super::tail::Frame;
 use super::{Inner, lock, write};
 
@@ -27,13 +29,39 @@ struct Begun {
 impl Inner {
     /// Goes on in a new segment that begins with `again` and has room for a frame of `need` bytes.
     pub fn roll(&self, writer: &mut Writer, need: u64, again: &[Frame]) -> Result<(), CommitError> {
-        let (stamp_us, changed) = self.stamp();
-        writer.clock_us = stamp_us;
-        let is_changed = changed.is_some();
-        changed.into_iter().for_each(|change| writer.committed.apply(change));
+        // What was noted of the clock may wait in a frame that is not durable yet.
+        let (stamp_us, changes, noted, is_news) = {
+            let mut clock = lock(&self.clock);
+            let stamp_us = clock.now();
+            let is_news = clock.changed().is_some();
+            let (changes, timeline) = clock.timeline();
+            let noted = (*timeline != Timeline::default()).then(|| state::of_clock(timeline));
+            (stamp_us, changes, noted, is_news)
+        };
+        let rolled = self.roll_at(writer, (stamp_us, noted), need, again);
+        match rolled {
+            Ok(()) => writer.clock_changes = changes,
+            Err(_) if is_news => lock(&self.clock).not_saved(),
+            Err(_) => {}
+        }
+        rolled
+    }
+
+    /// The same at an append time. An append time that follows a jump of the clock is durable only
+    /// together with the jump, so `noted` is what has to be noted of the clock.
+    pub fn roll_at(
+        &self,
+        writer: &mut Writer,
+        (stamp_us, noted): (u64, Option<Change>),
+        need: u64,
+        again: &[Frame],
+    ) -> Result<(), CommitError> {
+        noted.into_iter().for_each(|change| writer.committed.apply(change));
+        let before_us = std::mem::replace(&mut writer.clock_us, stamp_us);
         let rolled = self.roll_stamped(writer, need, again);
-        if is_changed && rolled.is_err() {
-            lock(&self.clock).not_saved();
+        if rolled.is_err() {
+            // What is written to the old segment does not have the jump.
+            writer.clock_us = before_us;
         }
         rolled
     }

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use super::clock::Timeline;
 use super::frame::{self, change_len, push_change};
 use crate::stream::{STATE_KEY_BYTES_MAX, STATE_VALUE_BYTES_MAX};
 
@@ -11,7 +12,7 @@ use crate::stream::{STATE_KEY_BYTES_MAX, STATE_VALUE_BYTES_MAX};
 pub const OWN: u8 = 0;
 /// First byte of the keys of the stream's users.
 pub const USERS: u8 = 1;
-/// First byte of the key of what [`Timeline`](super::clock::Timeline) has of the log's past.
+/// First byte of the key of what [`Timeline`] has of the log's past.
 /// Version 0.1.0 passes over it.
 pub const CLOCK: u8 = 2;
 /// All keys and values together: as many sessions as the broker takes by default, and what
@@ -27,6 +28,11 @@ pub type Change = (Blob, Option<Blob>);
 /// `space`, then `key`.
 pub fn key(space: u8, key: &[u8]) -> Blob {
     [&[space], key].concat().into()
+}
+
+/// Returns the change that notes how append time passed.
+pub fn of_clock(timeline: &Timeline) -> Change {
+    (key(CLOCK, &[]), Some(timeline.encode().into()))
 }
 
 #[derive(Clone, Default)]

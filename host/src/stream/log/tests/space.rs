@@ -710,6 +710,110 @@ fn a_jump_is_durable_with_the_first_message_after_it() {
     assert!(!open().is_past_age(NOW), "of the first message");
 }
 
+/// Crashes before each operation of `act` in turn; a crash must not make the first message older.
+fn crash_after_a_jump(prepare: impl Fn(&Log, &dyn Fn(u64)), act: impl Fn(&Log)) {
+    use super::clock::tests::{Hands, NOW};
+    let mut crashed = 0;
+    for crash_in in 0..40 {
+        let (disk, hands) = (SimDisk::new(3), Hands::at(NOW));
+        let open = || {
+            disk.restart_process_unless_off();
+            manual_at(&disk, &small(), hands.source()).unwrap().0
+        };
+        let log = open();
+        log.append(&[message("a/b", &[b'x'; 6_000])], &[]).unwrap();
+        commit(&log).unwrap();
+        hands.jump(60 * 24 * 3_600_000_000);
+        prepare(&log, &|us| hands.pass(us));
+        disk.crash_in(crash_in);
+        act(&log);
+        drop(log);
+        let has_crashed = disk.has_crashed();
+        disk.crash_in(u64::MAX);
+        if has_crashed {
+            crashed += 1;
+            disk.reboot();
+        }
+        assert!(!open().is_past_age(NOW), "a crash before operation {crash_in}");
+    }
+    assert!((1..40).contains(&crashed), "it crashed at {crashed} operations");
+}
+
+/// Passes half of the time after which a jump is believed.
+const HALF_US: u64 = 31_000_000;
+
+#[test]
+fn a_jump_is_durable_with_the_segment_that_a_frame_needs() {
+    let append = |log: &Log, len: usize| {
+        log.append(&[message("a/b", &vec![b'x'; len])], &[]).unwrap();
+        commit(log)
+    };
+    let prepare = |log: &Log, pass: &dyn Fn(u64)| {
+        for _ in 0..2 {
+            pass(HALF_US);
+            append(log, 1).unwrap();
+        }
+        pass(HALF_US);
+    };
+    crash_after_a_jump(prepare, |log| drop(append(log, 9_000)));
+}
+
+#[test]
+fn a_jump_that_the_keeper_has_noted_is_durable_with_a_segment_that_ends_by_age() {
+    let prepare = |log: &Log, pass: &dyn Fn(u64)| {
+        for _ in 0..3 {
+            pass(HALF_US);
+            log.inner.keep(false);
+        }
+        lock(&log.inner.front).roll = true;
+    };
+    crash_after_a_jump(prepare, |log| {
+        drop(log.inner.roll_if_asked(&mut lock(&log.inner.writer)));
+    });
+}
+
+#[test]
+fn a_jump_that_the_keeper_has_noted_is_durable_with_the_frame_in_hand() {
+    let prepare = |log: &Log, pass: &dyn Fn(u64)| {
+        pass(HALF_US);
+        log.inner.keep(false);
+        log.append(&[message("a/b", b"x")], &[]).unwrap();
+        assert!(log.inner.take_in_hand(&mut lock(&log.inner.writer)));
+        pass(2 * HALF_US);
+        // Noted in the next frame, and the one in hand is stamped after it.
+        log.inner.keep(false);
+    };
+    crash_after_a_jump(prepare, |log| drop(log.inner.commit_in_hand()));
+}
+
+#[test]
+fn what_the_keeper_noted_of_the_clock_does_not_undo_what_an_earlier_frame_has() {
+    use super::clock::tests::{Hands, NOW};
+    let (disk, hands) = (SimDisk::new(3), Hands::at(NOW));
+    let log = manual_at(&disk, &small(), hands.source()).unwrap().0;
+    let append = |payload: &[u8]| log.append(&[message("a/b", payload)], &[]).unwrap();
+    append(b"first");
+    commit(&log).unwrap();
+    let follow_jump = |note: &dyn Fn()| {
+        hands.jump(60 * 24 * 3_600_000_000);
+        for _ in 0..3 {
+            hands.pass(HALF_US);
+            note();
+        }
+    };
+    append(b"in hand");
+    assert!(log.inner.take_in_hand(&mut lock(&log.inner.writer)));
+    follow_jump(&|| log.inner.keep(false));
+    follow_jump(&|| assert!(lock(&log.inner.clock).now() > NOW));
+    log.inner.commit_in_hand().unwrap();
+    // With what the keeper noted of the first jump only.
+    commit(&log).unwrap();
+    drop(log);
+    disk.restart_process();
+    let log = manual_at(&disk, &small(), hands.source()).unwrap().0;
+    assert!(!log.is_past_age(NOW), "of the first message");
+}
+
 #[test]
 fn a_log_remembers_whom_it_was_delivered_to_through_restarts_and_new_names() {
     use crate::stream::Delivered;
