@@ -91,7 +91,7 @@ impl Beginning {
         if is_lost {
             return Err(format!(
                 "the {} are not in headworks_positions, the stream was delivered before, and the table has rows, \
-                 perhaps of this stream: put the rows of headworks_positions back, or set `renamed_from` where the \
+                 or may have rows that the sink does not see, perhaps of this stream: put the rows of headworks_positions back, or set `renamed_from` where the \
                  sink or its pipeline had another name; or {choice}",
                 claim.positions_text()
             ));

@@ -57,7 +57,8 @@ pub struct Opened {
 /// What is there before a claim that is new to a sink.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Found {
-    /// The table has rows, or may have.
+    /// The table has rows, or it is not certain that it has none: the sink may not see them, or the
+    /// table puts them elsewhere.
     pub has_rows: bool,
     /// Other claims from the same log with positions in this table, by name.
     pub others: Vec<Name>,
@@ -302,11 +303,13 @@ impl Claim {
         )
     }
 
-    /// Returns what to say where the table has rows, and the positions that this host left are gone.
+    /// Returns what to say where the table has rows, or may have some that the sink does not see, and
+    /// the positions that this host left are gone.
     pub fn gone(&self) -> String {
         let positions = self.positions_text();
         self.to_put_back(&format!(
-            "the {positions} are gone from headworks_positions while the table has rows"
+            "the {positions} are gone from headworks_positions while the table has rows, or may have rows that the sink \
+             does not see"
         ))
     }
 

@@ -3,6 +3,7 @@
 
 use tokio_postgres::{Client, Error, Row, Statement};
 
+use super::schema;
 use crate::batch::{Offset, Partition};
 use crate::sinks::{Advance, Claim, Epoch, Error as SinkError, Name, Position, Usurper};
 use crate::stream::Lineage;
@@ -136,13 +137,13 @@ pub async fn upgrade(client: &Client) -> Result<Option<String>, Error> {
 }
 
 impl Held {
-    /// Within a transaction that holds [`LOCK`]. `has_rows`: of the sink's table.
+    /// Within a transaction that holds [`LOCK`]. `table`: the sink's.
     pub async fn claim(
         client: &Client,
         claim: &Claim,
         held: Option<Epoch>,
         holder: &str,
-        has_rows: bool,
+        table: &str,
     ) -> Result<(Self, Vec<Position>), Refusal> {
         let (log, generation) = (claim.log.to_string(), i64::from(claim.generation));
         let Claim { pipeline, sink, .. } = claim;
@@ -155,8 +156,11 @@ impl Held {
             (Some(held), Some(highest)) if highest.epoch > held.0 => {
                 return Err(Refusal::Sink(SinkError::Fenced(claim.fenced_by(&highest, held))));
             }
-            (Some(_), None) if has_rows => return Err(Refusal::Sink(SinkError::Setup(claim.gone()))),
-            (Some(held), _) => held,
+            (Some(held), None) => match schema::has_rows(client, table).await? {
+                true => return Err(Refusal::Sink(SinkError::Setup(claim.gone()))),
+                false => held,
+            },
+            (Some(held), Some(_)) => held,
         };
         let (partitions, number) = (i32::from(claim.partitions), epoch.0 as i64);
         let rows =

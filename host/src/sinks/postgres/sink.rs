@@ -142,9 +142,8 @@ impl PostgresSink {
         if let Err(error) = client.batch_execute(positions::LOCK).await {
             return Err(self.blocked.classify(&context, &error).await);
         }
-        let has_rows = schema::has_rows(&client, &self.config.table).await.map_err(server)?;
-        self.create_positions(&client, claim, held.is_some() && has_rows).await?;
-        let held = Held::claim(&client, claim, held, &holder(), has_rows).await;
+        self.create_positions(&client, claim, held).await?;
+        let held = Held::claim(&client, claim, held, &holder(), &self.config.table).await;
         let (held, positions) = match held {
             Ok(claimed) => claimed,
             Err(Refusal::Server(error)) => {
@@ -175,6 +174,7 @@ impl PostgresSink {
         let name = schema::quoted_table(&self.config.table);
         let mut found = Found::default();
         if positions.is_empty() {
+            let has_rows = schema::has_rows(&client, &self.config.table).await.map_err(server)?;
             found =
                 Found { has_rows, others: positions::others(&client, claim, &name).await.map_err(server)? };
         }
@@ -225,17 +225,27 @@ impl PostgresSink {
         Ok(Stage { copy: client.prepare(stage::COPY).await?, isolate: client.prepare(stage::ISOLATE).await? })
     }
 
-    /// Within the transaction of `open`, under its lock. `is_gone` says that this
-    /// process has seen the table, and that it is not to be created again.
-    async fn create_positions(&self, client: &Client, claim: &Claim, is_gone: bool) -> Result<(), Error> {
+    /// Within the transaction of `open`, under its lock. A table of positions that this process has
+    /// seen (`held`) is not created again, unless the sink's own table is empty.
+    async fn create_positions(
+        &self,
+        client: &Client,
+        claim: &Claim,
+        held: Option<Epoch>,
+    ) -> Result<(), Error> {
         let context = self.context();
         let server = |error: tokio_postgres::Error| classify(&context, &error);
         let exists = "SELECT to_regclass($1) IS NOT NULL";
         let known: bool = client.query_one(exists, &[&"headworks_positions"]).await.map_err(server)?.get(0);
         let change = match known {
             true => positions::upgrade(client).await.map_err(server)?,
-            false if is_gone => return Err(Error::Setup(format!("{context}: {}", claim.gone()))),
-            false => Some(positions::CREATE.to_owned()),
+            false => {
+                let table = &self.config.table;
+                if held.is_some() && schema::has_rows(client, table).await.map_err(server)? {
+                    return Err(Error::Setup(format!("{context}: {}", claim.gone())));
+                }
+                Some(positions::CREATE.to_owned())
+            }
         };
         let Some(change) = change else { return Ok(()) };
         client.batch_execute(&change).await.map_err(|error| match known {

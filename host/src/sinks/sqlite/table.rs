@@ -55,12 +55,19 @@ pub fn insert(config: &Config, columns: &Columns, rows: usize) -> String {
     format!("INSERT INTO {table} ({}) VALUES {}{conflict}", list.join(", "), vec![row; rows].join(", "))
 }
 
-/// Whether the table is there and has rows.
+/// Whether the table is there and has rows, or may have rows elsewhere: a view, whose triggers put
+/// them into tables, or a table with a trigger.
 pub fn has_rows(connection: &Connection, config: &Config) -> rusqlite::Result<bool> {
+    const KINDS: &str = "
+SELECT EXISTS (SELECT 1 FROM sqlite_master WHERE type IN ('table', 'view') AND lower(name) = lower(?1)),
+       EXISTS (SELECT 1 FROM sqlite_master WHERE type = 'view' AND lower(name) = lower(?1)
+               OR type = 'trigger' AND lower(tbl_name) = lower(?1))";
     let name = table_name(config);
-    let is_there = "SELECT EXISTS (SELECT 1 FROM sqlite_master WHERE type IN ('table', 'view') AND lower(name) = lower(?1))";
-    if !connection.query_row(is_there, [&name], |row| row.get(0))? {
-        return Ok(false);
+    let kinds = connection.query_row(KINDS, [&name], |row| Ok((row.get(0)?, row.get(1)?)))?;
+    match kinds {
+        (false, _) => return Ok(false),
+        (true, true) => return Ok(true),
+        (true, false) => {}
     }
     let sql = format!("SELECT EXISTS (SELECT 1 FROM {})", quoted(&name));
     connection.query_row(&sql, [], |row| row.get(0))

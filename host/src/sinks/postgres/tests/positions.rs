@@ -83,3 +83,103 @@ async fn a_user_that_may_not_read_the_table_does_not_fill_it_again_either() {
     drop(sink);
     fresh.execute(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
 }
+
+/// A trigger function that inserts its row into `readings`, and what it returns.
+fn moves(returned: &str) -> String {
+    format!(
+        "CREATE TABLE readings ({{TABLE}});
+         CREATE FUNCTION move() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
+         BEGIN INSERT INTO readings VALUES (NEW.*); RETURN {returned}; END $$;"
+    )
+}
+
+#[tokio::test]
+async fn a_table_counts_as_filled_unless_it_is_certain_that_it_has_no_rows() {
+    let (before, instead) = (moves("NULL"), moves("NEW"));
+    // The last: whether it is certain before anything was written.
+    for (sql, is_certain) in [
+        (
+            "CREATE TABLE telemetry ({TABLE}); ALTER TABLE telemetry ENABLE ROW LEVEL SECURITY;
+             CREATE POLICY p ON telemetry FOR INSERT WITH CHECK (true)"
+                .to_owned(),
+            true,
+        ),
+        // Reading it fails.
+        (
+            "CREATE TABLE telemetry ({TABLE}); ALTER TABLE telemetry ENABLE ROW LEVEL SECURITY;
+             CREATE POLICY r ON telemetry FOR SELECT USING (location = current_setting('app.tenant'));
+             CREATE POLICY i ON telemetry FOR INSERT WITH CHECK (true)"
+                .to_owned(),
+            true,
+        ),
+        (
+            "CREATE TABLE readings ({TABLE});
+             CREATE VIEW telemetry AS SELECT * FROM readings WHERE value < 0"
+                .to_owned(),
+            true,
+        ),
+        (
+            instead
+                + "CREATE VIEW telemetry AS SELECT * FROM readings WHERE false;
+                   CREATE TRIGGER t INSTEAD OF INSERT ON telemetry FOR EACH ROW EXECUTE FUNCTION move()",
+            false,
+        ),
+        (
+            before.clone()
+                + "CREATE TABLE telemetry ({TABLE});
+                   CREATE TRIGGER t BEFORE INSERT ON telemetry FOR EACH ROW EXECUTE FUNCTION move()",
+            false,
+        ),
+        (
+            before
+                + "CREATE TABLE telemetry ({TABLE}) PARTITION BY RANGE (time);
+                   CREATE TABLE part PARTITION OF telemetry DEFAULT;
+                   CREATE TRIGGER t BEFORE INSERT ON part FOR EACH ROW EXECUTE FUNCTION move()",
+            false,
+        ),
+        (
+            "CREATE TABLE readings ({TABLE}); CREATE TABLE telemetry ({TABLE});
+             CREATE FUNCTION move() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
+             BEGIN INSERT INTO readings SELECT * FROM telemetry; DELETE FROM telemetry; RETURN NULL; END $$;
+             CREATE TRIGGER t AFTER INSERT ON telemetry EXECUTE FUNCTION move()"
+                .to_owned(),
+            false,
+        ),
+        (
+            "CREATE TABLE readings ({TABLE}); CREATE TABLE telemetry ({TABLE});
+             CREATE RULE r AS ON INSERT TO telemetry DO INSTEAD INSERT INTO readings VALUES (NEW.*)"
+                .to_owned(),
+            false,
+        ),
+        // What says nothing about where rows are.
+        (
+            "CREATE TABLE devices (id TEXT PRIMARY KEY); INSERT INTO devices VALUES ('a');
+             CREATE TABLE telemetry ({TABLE}, FOREIGN KEY (device_id) REFERENCES devices);
+             INSERT INTO telemetry VALUES (now(), 'a', NULL, 'm', 1); DELETE FROM telemetry;
+             CREATE FUNCTION stay() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+             CREATE TRIGGER t BEFORE UPDATE ON telemetry FOR EACH ROW EXECUTE FUNCTION stay()"
+                .to_owned(),
+            true,
+        ),
+    ] {
+        let fresh = Fresh::with(&sql).await;
+        let role = format!("r{}", uuid::Uuid::new_v4().simple());
+        fresh
+            .execute(&format!(
+                "CREATE ROLE {role} LOGIN PASSWORD 'x'; GRANT INSERT, SELECT ON telemetry TO {role};
+                 GRANT CREATE ON SCHEMA public TO {role}"
+            ))
+            .await;
+        let url = fresh.url.replacen("postgres://postgres@", &format!("postgres://{role}:x@"), 1);
+        let mut sink = sink(Config { url: Url(url), ..fresh.config() });
+        let opened = sink.open(&claim(), None).await.unwrap();
+        assert_eq!(opened.found.has_rows, !is_certain, "{sql}");
+        sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.unwrap();
+        fresh.execute("TRUNCATE headworks_positions").await;
+        let error = sink.open(&claim(), Some(opened.epoch)).await.unwrap_err();
+        assert!(matches!(&error, Error::Setup(text) if text.contains("are gone")), "{sql}: {error:?}");
+        assert!(sink.open(&claim(), None).await.unwrap().found.has_rows, "{sql}");
+        drop(sink);
+        fresh.execute(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
+    }
+}
