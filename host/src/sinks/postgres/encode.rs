@@ -42,7 +42,10 @@ pub enum Target {
     Bytea,
     Uuid,
     /// An array, in its text form as the next.
-    Array,
+    Array {
+        /// Its elements are JSON, so that a string is one with its quotes.
+        of_json: bool,
+    },
     /// Any other: its text form, which the server reads as the row leaves the staging table.
     Other,
 }
@@ -110,7 +113,7 @@ impl Target {
                 put_bytes(text.as_bytes(), out)?;
             }
             Self::Other => put_bytes(text_of(value)?.as_bytes(), out)?,
-            Self::Array => put_bytes(array_of(value)?.as_bytes(), out)?,
+            Self::Array { of_json } => put_bytes(array_of(value, of_json)?.as_bytes(), out)?,
             Self::Timestamp => {
                 let us = value.time_us().ok_or(Mismatch("a time"))?;
                 let since = us.checked_sub(EPOCH_US).filter(|since| TIMESTAMPS.contains(since));
@@ -185,19 +188,24 @@ fn text_of(value: Value<'_>) -> Result<Cow<'_, str>, Mismatch> {
 }
 
 /// A JSON array as PostgreSQL writes one (documentation, 8.15.2); what is none as it is.
-fn array_of(value: Value<'_>) -> Result<Cow<'_, str>, Mismatch> {
+fn array_of(value: Value<'_>, of_json: bool) -> Result<Cow<'_, str>, Mismatch> {
     let json = value.json_text();
     let array = json.as_deref().and_then(|text| json::parse(text.as_bytes()).ok());
     let Some(array) = array.filter(|array| array.kind() == JsonKind::Array) else { return text_of(value) };
     let mut text = String::new();
-    put_elements(array, ARRAY_DIMENSIONS_MAX, &mut text)?;
+    put_elements(array, of_json, ARRAY_DIMENSIONS_MAX, &mut text)?;
     if memchr(text.as_bytes()) {
         return Err(Mismatch("text without NUL, which PostgreSQL cannot hold"));
     }
     Ok(text.into())
 }
 
-fn put_elements(array: Raw<'_>, dimensions_max: usize, out: &mut String) -> Result<(), Mismatch> {
+fn put_elements(
+    array: Raw<'_>,
+    of_json: bool,
+    dimensions_max: usize,
+    out: &mut String,
+) -> Result<(), Mismatch> {
     let Some(below) = dimensions_max.checked_sub(1) else {
         return Err(Mismatch("an array of at most 6 dimensions"));
     };
@@ -211,9 +219,10 @@ fn put_elements(array: Raw<'_>, dimensions_max: usize, out: &mut String) -> Resu
         match element.kind() {
             JsonKind::Null => out.push_str("NULL"),
             JsonKind::Bool | JsonKind::Number => out.push_str(&written(element)?),
+            JsonKind::String if of_json => put_quoted(&written(element)?, out),
             JsonKind::String => put_quoted(&element.as_str().ok_or(Mismatch("text"))?, out),
             JsonKind::Object => put_quoted(&written(element)?, out),
-            JsonKind::Array => put_elements(element, below, out)?,
+            JsonKind::Array => put_elements(element, of_json, below, out)?,
         }
     }
     out.push('}');

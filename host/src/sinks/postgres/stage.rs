@@ -18,7 +18,7 @@ use tokio_postgres::Client;
 use super::encode::Target;
 use super::schema::{literal, quoted, quoted_table};
 use super::table::{Binding, Bound, column_list};
-use crate::sinks::columns::Columns;
+use crate::sinks::columns::{Column, Columns};
 use crate::sinks::config::OnConflict;
 
 /// Staged rows that are inserted together at most, and at least where many are bad.
@@ -282,7 +282,10 @@ fn insert_of(
         values[0] = format!("CASE WHEN nextval('pg_temp.headworks_count') > 0 THEN {} END", values[0]);
     }
     let (table, list, values) = (quoted_table(table), column_list(columns), values.join(", "));
-    let insert = format!("INSERT INTO {table} ({list}) SELECT {values} FROM");
+    // As COPY does in any case.
+    let overrides = binding.columns.iter().any(|of| of.is_always_identity);
+    let overriding = if overrides { " OVERRIDING SYSTEM VALUE" } else { "" };
+    let insert = format!("INSERT INTO {table} ({list}){overriding} SELECT {values} FROM");
     match on_conflict {
         OnConflict::Reject => format!("{insert} {from} ORDER BY n"),
         OnConflict::Ignore | OnConflict::Auto => {
@@ -292,22 +295,31 @@ fn insert_of(
             let at = |name: &String| columns.columns.iter().position(|column| column.name == *name);
             let key: Vec<String> = binding.key.iter().filter_map(at).map(value).collect();
             let nulls: Vec<String> = key.iter().map(|part| format!("{part} IS NULL")).collect();
+            // Of a key an identity is the same, and no UPDATE may name it.
+            let is_set = |(column, of): &(&Column, &Bound)| {
+                !(of.is_always_identity && binding.key.contains(&column.name))
+            };
             let set: Vec<String> = columns
                 .columns
                 .iter()
-                .map(|column| quoted(&column.name))
+                .zip(&binding.columns)
+                .filter(is_set)
+                .map(|(column, _)| quoted(&column.name))
                 .map(|name| format!("{name} = EXCLUDED.{name}"))
                 .collect();
+            let update = match set.is_empty() {
+                true => "NOTHING".to_owned(),
+                false => format!("UPDATE SET {}", set.join(", ")),
+            };
             let named: Vec<String> = binding.key.iter().map(|name| quoted(name)).collect();
             // One statement cannot write a row twice: the last of a batch is the one that stays.
             format!(
                 "{insert} (SELECT *, row_number() OVER (PARTITION BY {key} ORDER BY n DESC) AS newest \
                  FROM {from}) AS s WHERE newest = 1 OR {nulls} ORDER BY n \
-                 ON CONFLICT ({named}) DO UPDATE SET {set}",
+                 ON CONFLICT ({named}) DO {update}",
                 key = key.join(", "),
                 nulls = nulls.join(" OR "),
                 named = named.join(", "),
-                set = set.join(", "),
             )
         }
     }

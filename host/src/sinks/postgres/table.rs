@@ -52,6 +52,8 @@ struct TableColumn {
     modifier: i32,
     not_null: bool,
     has_default: bool,
+    /// GENERATED ALWAYS AS IDENTITY: COPY writes it, INSERT only where it says so.
+    is_always_identity: bool,
 }
 
 /// How one column is written.
@@ -64,6 +66,8 @@ pub struct Bound {
     pub type_name: String,
     /// What the staged value is cast to, where assignment does not convert it.
     pub cast: Option<String>,
+    /// The column is GENERATED ALWAYS AS IDENTITY.
+    pub is_always_identity: bool,
 }
 
 /// How a table is written.
@@ -84,7 +88,7 @@ SELECT a.attname::text, base.oid, base.typtype = 'e', format_type(base.oid, -1),
        format_type(a.atttypid, a.atttypmod),
        CASE WHEN declared.typtype = 'd' THEN declared.typtypmod ELSE a.atttypmod END,
        a.attnotnull OR declared.typnotnull,
-       a.atthasdef OR a.attidentity <> ''
+       a.atthasdef OR a.attidentity <> '', a.attidentity = 'a'
 FROM pg_attribute a JOIN pg_type declared ON declared.oid = a.atttypid
 CROSS JOIN LATERAL (
     WITH RECURSIVE below AS (
@@ -161,6 +165,7 @@ impl Table {
                 modifier: row.get(6),
                 not_null: row.get(7),
                 has_default: row.get(8),
+                is_always_identity: row.get(9),
             })
             .collect();
         let keys = client.query(KEYS, &[&name]).await?;
@@ -251,7 +256,7 @@ impl Table {
         let may_conflict = |key: &Key| key.columns.iter().any(|name| name.as_ref().is_none_or(is_filled));
         let staged = self.writing.insert_only
             || on_conflict != OnConflict::Reject && self.keys.iter().any(may_conflict)
-            || bound.iter().any(|of| matches!(of.target, Target::Array | Target::Other));
+            || bound.iter().any(|of| matches!(of.target, Target::Array { .. } | Target::Other));
         let key = key.unwrap_or_default();
         let (has_rules, fingerprint) = (self.writing.has_rules, self.fingerprint.clone());
         Ok(Binding { columns: bound, staged, has_rules, key, fingerprint })
@@ -272,7 +277,9 @@ impl TableColumn {
         };
         let target = match self.is_enum {
             true => Target::Text(Length::Any),
-            false if self.base_name.ends_with("[]") => Target::Array,
+            false if self.base_name.ends_with("[]") => {
+                Target::Array { of_json: matches!(self.base_name.as_str(), "json[]" | "jsonb[]") }
+            }
             false => Target::of(self.oid, length),
         };
         let text = || if text_as_bytes { "bytea" } else { "text" }.to_owned();
@@ -280,12 +287,13 @@ impl TableColumn {
             Target::Text(_) if self.is_enum => (text(), Some(self.cast_name.clone())),
             Target::Text(_) => (text(), None),
             // Their syntax is checked as the row is inserted, where a bad one is isolated.
-            Target::Json | Target::Jsonb | Target::Array | Target::Other => {
+            Target::Json | Target::Jsonb | Target::Array { .. } | Target::Other => {
                 (text(), Some(self.cast_name.clone()))
             }
             _ => (self.base_name.clone(), None),
         };
-        Bound { target, stage_type, type_name: self.type_name.clone(), cast }
+        let (type_name, is_always_identity) = (self.type_name.clone(), self.is_always_identity);
+        Bound { target, stage_type, type_name, cast, is_always_identity }
     }
 }
 
@@ -295,7 +303,7 @@ impl Target {
             Self::Bool => Kind::Bool,
             Self::Int2 | Self::Int4 | Self::Int8 => Kind::Bigint,
             Self::Float4 | Self::Float8 | Self::Numeric(_) => Kind::Double,
-            Self::Text(_) | Self::Uuid | Self::Array | Self::Other => Kind::Text,
+            Self::Text(_) | Self::Uuid | Self::Array { .. } | Self::Other => Kind::Text,
             Self::Timestamp | Self::Date => Kind::Timestamptz,
             Self::Json | Self::Jsonb => Kind::Jsonb,
             Self::Bytea => Kind::Bytes,

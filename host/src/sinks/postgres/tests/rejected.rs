@@ -142,6 +142,40 @@ async fn a_bad_row_among_upserts_costs_no_good_one() {
 }
 
 #[tokio::test]
+async fn an_identity_that_is_always_generated_is_written_beside_a_bad_row_as_without_one() {
+    let columns = columns(&[("id", "/id"), ("value", "/value")]);
+    for on_conflict in [OnConflict::Reject, OnConflict::Ignore, OnConflict::Upsert] {
+        let fresh = Fresh::with(
+            "CREATE TABLE telemetry (id BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+                                     value DOUBLE PRECISION CHECK (value < 100))",
+        )
+        .await;
+        let config = Config { on_conflict, columns: columns.clone(), ..fresh.config() };
+        let checked = super::super::check("warehouse", &config, Arc::default(), Vec::new()).await;
+        assert_eq!(checked.problems, [""; 0], "{on_conflict:?}");
+        let mut sink = self::sink(config);
+        sink.open(&claim(), None).await.unwrap();
+        let numbered = |values: &[(u32, u32)]| {
+            let payload = |(id, value): &(u32, u32)| format!("{{\"id\":{id},\"value\":{value}}}");
+            let payloads: Vec<String> = values.iter().map(payload).collect();
+            rows(payloads.iter().map(|payload| ("a", payload.as_str())))
+        };
+        sink.commit(&numbered(&[(7, 1)]), &[advance(0, 0, 1)]).await.unwrap();
+        let many = numbered(&[(8, 2), (9, 500), (10, 4)]);
+        let refused = rejected(sink.commit(&many, &[advance(0, 1, 4)]).await);
+        assert_eq!(refused.iter().map(|row| row.row).collect::<Vec<_>>(), [1], "{on_conflict:?}");
+        sink.finish().await.unwrap();
+        if on_conflict == OnConflict::Upsert {
+            sink.commit(&numbered(&[(8, 3)]), &[advance(0, 4, 5)]).await.unwrap();
+        }
+        let written = fresh.client().await.query("SELECT id, value FROM telemetry ORDER BY id", &[]).await;
+        let written: Vec<(i64, f64)> = written.unwrap().iter().map(|row| (row.get(0), row.get(1))).collect();
+        let second = if on_conflict == OnConflict::Upsert { 3.0 } else { 2.0 };
+        assert_eq!(written, [(7, 1.0), (8, second), (10, 4.0)], "{on_conflict:?}");
+    }
+}
+
+#[tokio::test]
 async fn rows_stay_in_order_around_a_bad_one() {
     let fresh = Fresh::with("CREATE TABLE telemetry (id SERIAL, {TABLE}, CHECK (value <> 55))").await;
     let mut sink = opened(&fresh).await;

@@ -187,7 +187,7 @@ async fn a_json_array_is_an_array() {
     let many = rows([
         (
             "a",
-            r#"{"n": [1.5, null, -2e3], "w": ["a \"b\" \\", "{x,y}", "NULL", "é", ""], "g": [[1, 2], [3, 4]], "d": [{"k": ["v"]}, true]}"#,
+            r#"{"n": [1.5, null, -2e3], "w": ["a \"b\" \\", "{x,y}", "NULL", "é", ""], "g": [[1, 2], [3, 4]], "d": [{"k": ["v"]}, true, "a \"b\"", null]}"#,
         ),
         ("a", r#"{"n": [], "w": "{x,y}", "g": "[0:1]={1,2}"}"#),
         ("a", r#"{"n": ["x"]}"#),
@@ -205,7 +205,7 @@ async fn a_json_array_is_an_array() {
     assert_eq!(
         found,
         [
-            r#"{"numbers":[1.5,null,-2000],"words":["a \"b\" \\","{x,y}","NULL","é",""],"grid":[[1,2],[3,4]],"docs":[{"k": ["v"]},true],"note":"[1.5, null, -2e3]"}"#,
+            r#"{"numbers":[1.5,null,-2000],"words":["a \"b\" \\","{x,y}","NULL","é",""],"grid":[[1,2],[3,4]],"docs":[{"k": ["v"]},true,"a \"b\"",null],"note":"[1.5, null, -2e3]"}"#,
             r#"{"numbers":[],"words":["x","y"],"grid":[1,2],"docs":null,"note":"[]"}"#,
         ]
     );
