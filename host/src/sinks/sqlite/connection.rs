@@ -9,7 +9,7 @@ use rusqlite::{Connection, ErrorCode, Statement, TransactionBehavior, ffi};
 
 use super::config::Config;
 use super::positions::{self, Held};
-use super::table::{bind, create_table, has_rows, insert};
+use super::table::{bind, create_table, has_rows, insert, is_there};
 use crate::sinks::columns::{Columns, Kind, Mismatch, TIME_BYTES, Value, write_time};
 use crate::sinks::{Advance, Claim, Epoch, Error, Opened, Outcome, RefusedRow, Rows, Written, holder};
 
@@ -74,7 +74,9 @@ impl Session {
             .map_err(failed)?
             .map_err(|error| error.within(context))?;
         // A table that this sink filled before and that is gone was taken away by somebody.
-        if config.create && opened.positions.is_empty() {
+        // Beside one that is there nothing is made, no index either.
+        let creates = config.create && opened.positions.is_empty();
+        if creates && !is_there(&transaction, config).map_err(failed)? {
             transaction.execute_batch(&create_table(config, &columns)).map_err(failed)?;
         }
         bind(&transaction, config, &mut columns, !opened.positions.is_empty())

@@ -105,6 +105,42 @@ mod with_a_unique_key {
 }
 
 #[tokio::test]
+async fn a_table_that_is_there_gets_no_index() {
+    let file = File::with(&format!("CREATE TABLE telemetry ({TABLE})"));
+    file.sink().open(&claim(), None).await.unwrap();
+    let count = "SELECT count(*) FROM sqlite_master WHERE type = 'index' AND tbl_name = 'telemetry'";
+    assert_eq!(file.read().query_row(count, [], |row| row.get::<_, u32>(0)).unwrap(), 0);
+}
+
+#[tokio::test]
+async fn rows_that_a_view_or_a_trigger_puts_elsewhere_count_as_rows() {
+    for (sql, is_certain) in [
+        (
+            "CREATE VIEW telemetry AS SELECT * FROM readings WHERE false;
+             CREATE TRIGGER t INSTEAD OF INSERT ON telemetry BEGIN INSERT INTO readings SELECT NEW.time,
+             NEW.device_id, NEW.location, NEW.metric, NEW.value; END",
+            false,
+        ),
+        (
+            "CREATE TABLE Telemetry ({TABLE});
+             CREATE TRIGGER t AFTER INSERT ON telemetry BEGIN INSERT INTO readings SELECT * FROM telemetry;
+             DELETE FROM telemetry; END",
+            false,
+        ),
+        ("CREATE TABLE telemetry ({TABLE})", true),
+    ] {
+        let file = File::with(&format!("CREATE TABLE readings ({{TABLE}}); {sql}").replace("{TABLE}", TABLE));
+        let mut sink = file.sink();
+        let opened = sink.open(&claim(), None).await.unwrap();
+        assert_eq!(opened.found.has_rows, !is_certain, "{sql}");
+        sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.unwrap();
+        file.lose_positions().await;
+        let error = sink.open(&claim(), Some(opened.epoch)).await.unwrap_err();
+        assert!(matches!(&error, Error::Setup(text) if text.contains("are gone")), "{sql}: {error:?}");
+    }
+}
+
+#[tokio::test]
 async fn rows_that_a_trigger_rejects_leave_nothing_behind_however_it_raises() {
     // Whatever RAISE takes back: the statement, nothing, or the whole transaction; and an
     // error of a function, which SQLite does not call a constraint.
