@@ -36,6 +36,7 @@ pub enum Hint<'h> {
     DeadLettersList,
     DeadLettersSummary(Letters<'h>),
     Redrive(Letters<'h>),
+    Discard(Letters<'h>),
 }
 
 /// Which dead letters.
@@ -106,11 +107,15 @@ impl<'h> Hint<'h> {
             Self::DeadLettersList => ("dead-letters list", None),
             Self::DeadLettersSummary(_) => ("dead-letters summary", None),
             Self::Redrive(_) => ("dead-letters redrive --all", None),
+            Self::Discard(_) => ("dead-letters discard --all", None),
         }
     }
 
     fn options(self) -> Option<(&'static str, &'h str)> {
-        let (Self::DeadLettersSummary(letters) | Self::Redrive(letters)) = self else { return None };
+        let (Self::DeadLettersSummary(letters) | Self::Redrive(letters) | Self::Discard(letters)) = self
+        else {
+            return None;
+        };
         match letters {
             Letters::All => None,
             Letters::OfPipeline(name) => Some(("--pipeline", name)),
@@ -150,7 +155,8 @@ impl<'h> Hint<'h> {
                     Some(Self::DeadLettersSummary(Letters::OfPipeline("telemetry")))
                 }
                 Self::DeadLettersSummary(_) => Some(Self::Redrive(Letters::OfSink("warehouse"))),
-                Self::Redrive(_) => None,
+                Self::Redrive(_) => Some(Self::Discard(Letters::OfPipeline("telemetry"))),
+                Self::Discard(_) => None,
             };
         }
         samples

@@ -120,6 +120,15 @@ pub struct ClientRequest {
 pub trait Redrive: Send + Sync {
     /// Returns once each letter was written, refused again, or its sink failed.
     async fn redrive(&self, request: RedriveRequest) -> Result<RedriveAnswer, RedriveError>;
+
+    /// Closes letters that nobody will send again. Returns once that is durable.
+    async fn discard(&self, request: RedriveRequest) -> Result<DiscardAnswer, RedriveError>;
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiscardAnswer {
+    /// Letters that were open.
+    pub discarded: u64,
 }
 
 /// Which dead letters; conditions add up.

@@ -15,6 +15,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use hyper::body::{Frame, SizeHint};
+use serde::Serialize;
 use serde_json::json;
 use subtle::ConstantTimeEq;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -46,6 +47,7 @@ pub fn router(deps: Deps, names: &[String], body_max: Duration) -> Router {
         .route_layer(middleware::from_fn_with_state(Arc::new(Semaphore::new(LISTS_MAX)), one_of_few));
     let acting = listing
         .route("/api/dead-letters/redrive", post(redrive))
+        .route("/api/dead-letters/discard", post(discard))
         .route("/api/clients/kick", post(kick_client))
         .route("/api/clients/delete", post(delete_client))
         .route_layer(middleware::from_fn_with_state(body_max, whole_body))
@@ -74,6 +76,7 @@ async fn index() -> &'static str {
      \n\
      With the token of run.json (Authorization: Bearer TOKEN):\n\
      POST /api/dead-letters/redrive   send dead letters again\n\
+     POST /api/dead-letters/discard   close them without\n\
      POST /api/clients/list           MQTT clients and sessions\n\
      POST /api/clients/show           one of them\n\
      POST /api/clients/refused        clients that were refused, newest first\n\
@@ -113,7 +116,18 @@ async fn redrive(State(deps): State<Deps>, Json(request): Json<RedriveRequest>) 
     if request.ids.len() > REDRIVE_IDS_MAX {
         return problem(StatusCode::BAD_REQUEST, &format!("at most {REDRIVE_IDS_MAX} ids at once"));
     }
-    match deps.redrive.redrive(request).await {
+    answered(deps.redrive.redrive(request).await)
+}
+
+async fn discard(State(deps): State<Deps>, Json(request): Json<RedriveRequest>) -> Response {
+    if request.ids.len() > REDRIVE_IDS_MAX {
+        return problem(StatusCode::BAD_REQUEST, &format!("at most {REDRIVE_IDS_MAX} ids at once"));
+    }
+    answered(deps.redrive.discard(request).await)
+}
+
+fn answered(done: Result<impl Serialize, RedriveError>) -> Response {
+    match done {
         Ok(answer) => Json(answer).into_response(),
         Err(error @ RedriveError::NotFound(_)) => problem(StatusCode::NOT_FOUND, &error.to_string()),
         Err(error @ RedriveError::Unavailable(_)) => {

@@ -22,6 +22,12 @@ impl Redrive for Redriven {
         self.0.lock().unwrap().push(request);
         Ok(RedriveAnswer { sent: 3, refused: 1, ..RedriveAnswer::default() })
     }
+
+    async fn discard(&self, request: RedriveRequest) -> Result<DiscardAnswer, RedriveError> {
+        let discarded = request.ids.len() as u64;
+        self.0.lock().unwrap().push(request);
+        Ok(DiscardAnswer { discarded })
+    }
 }
 
 /// Asks for a list that no socket takes at once.
@@ -200,7 +206,9 @@ async fn a_web_page_in_the_browser_cannot_use_it() {
 #[tokio::test]
 async fn what_acts_takes_the_token_and_looking_does_not() {
     let running = run().await;
-    for path in ["dead-letters/redrive", "clients/list", "clients/show", "clients/kick"] {
+    for path in
+        ["dead-letters/redrive", "dead-letters/discard", "clients/list", "clients/show", "clients/kick"]
+    {
         for shown in ["", "authorization: Bearer x\r\n", "authorization: Bearer \r\n"] {
             let request = format!(
                 "POST /api/{path} HTTP/1.1\r\nhost: localhost\r\n{shown}content-type: application/json\r\n\

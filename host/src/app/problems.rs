@@ -488,9 +488,11 @@ fn dead_letters(pipeline: &str, count: u64, hints: &Hints) -> Found {
         cause: format!("{messages}: rejected, and not sent again"),
         at_stake: AtStake { messages: Some(count), ..AtStake::default() },
         advice: format!(
-            "`{}` shows the reasons, `{}` sends them again once the cause is mended",
+            "`{}` shows the reasons, `{}` sends them again once the cause is mended, `{}` closes those that \
+             nobody will send",
             hints.command(Hint::DeadLettersSummary(letters)),
             hints.command(Hint::Redrive(letters)),
+            hints.command(Hint::Discard(letters)),
         ),
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use crate::admin::{Redrive, RedriveAnswer, RedriveError, RedriveRequest};
+use crate::admin::{DiscardAnswer, Redrive, RedriveAnswer, RedriveError, RedriveRequest};
 use crate::batch::Offset;
 use crate::pipeline::{Filter, Handle};
 
@@ -60,6 +60,21 @@ impl Redrive for Redrives {
         // What the others sent counts all the same.
         answer.failed.extend(unavailable);
         Ok(answer)
+    }
+
+    /// Of any pipeline: letters of one that the host has no more are those that nobody can send.
+    async fn discard(&self, request: RedriveRequest) -> Result<DiscardAnswer, RedriveError> {
+        let Some((first, others)) = self.0.split_first() else {
+            return Err(RedriveError::NotFound("no pipeline runs here".to_owned()));
+        };
+        let ids = (!request.ids.is_empty()).then(|| request.ids.iter().copied().map(Offset).collect());
+        let filter = Filter { sink: request.sink, step: request.step, ids };
+        let busy = || RedriveError::Unavailable("a redrive runs: try again once it has ended".to_owned());
+        let held: Option<Vec<_>> = others.iter().map(|pipeline| pipeline.without_redrives()).collect();
+        let _held = held.ok_or_else(busy)?;
+        let discarded = first.discard(&filter, request.pipeline.as_deref()).await;
+        let discarded = discarded.map_err(|error| RedriveError::Unavailable(error.to_string()))?;
+        Ok(DiscardAnswer { discarded: discarded.ok_or_else(busy)? })
     }
 }
 

@@ -55,7 +55,7 @@ pub enum Command {
     /// Look into streams; works while the host runs
     #[command(subcommand)]
     Streams(StreamsCommand),
-    /// Refused messages: summary, list, show, send again
+    /// Refused messages: summary, list, show, send again, discard
     #[command(subcommand)]
     DeadLetters(DeadLettersCommand),
     /// MQTT clients: list, show, refused, kick, delete; the host must run
@@ -349,6 +349,24 @@ pub enum DeadLettersCommand {
         #[command(flatten)]
         format: FormatArgs,
     },
+    /// Close those that nobody will send again: they are no problem any more; the host must run
+    #[command(
+        override_usage = "headworks dead-letters discard <IDS>...\n       headworks dead-letters discard --all [OPTIONS]",
+        after_help = "Their messages stay until retention removes them; `list --sent` shows them.\n\nExamples:\n  \
+        headworks dead-letters discard 17 18\n  headworks dead-letters discard --all --step normalize"
+    )]
+    Discard {
+        /// Ids from `dead-letters list`
+        #[arg(required_unless_present = "all", conflicts_with = "all", num_args = 1.., value_parser = letter_id)]
+        ids: Vec<u64>,
+        /// All that the other options leave
+        #[arg(long)]
+        all: bool,
+        #[command(flatten)]
+        filter: LetterFilter,
+        #[command(flatten)]
+        config: ConfigArgs,
+    },
 }
 
 fn count(text: &str) -> Result<NonZeroUsize, String> {
@@ -532,6 +550,8 @@ mod tests {
             "dead-letters show 17",
             "dead-letters redrive 17 18",
             "dead-letters redrive --all --pipeline telemetry",
+            "dead-letters discard 17 18",
+            "dead-letters discard --all --step normalize",
             "schema",
             "passwd passwords ann",
             "passwd passwords ann --delete",

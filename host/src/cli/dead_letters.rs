@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use super::args::{DeadLettersCommand, Format, LetterFilter};
 use super::output::{Out, one_line, time, unless_closed};
 use super::{admin_client, block_on, message, streams};
-use crate::admin::{RedriveAnswer, RedriveRequest};
+use crate::admin::{DiscardAnswer, RedriveAnswer, RedriveRequest};
 use crate::batch::{Batch, MessageRef, Offset};
 use crate::config::{self, Config, DEAD_LETTERS, Loaded};
 use crate::hints::{Hint, Hints};
@@ -50,7 +50,22 @@ pub fn dead_letters(command: DeadLettersCommand, out: &mut Out) -> anyhow::Resul
             let LetterFilter { pipeline, sink, step } = filter;
             block_on(redrive(&loaded, RedriveRequest { ids, pipeline, sink, step }, format.format, out))
         }
+        DeadLettersCommand::Discard { ids, all: _, filter, config } => {
+            let loaded = config::load(config.config.as_deref())?;
+            let LetterFilter { pipeline, sink, step } = filter;
+            discard(&loaded, &RedriveRequest { ids, pipeline, sink, step }, out)
+        }
     }
+}
+
+fn discard(loaded: &Loaded, request: &RedriveRequest, out: &mut Out) -> anyhow::Result<()> {
+    let posted = admin_client::post(&loaded.config, "/api/dead-letters/discard", request);
+    let DiscardAnswer { discarded } = block_on(posted)?;
+    if discarded == 0 {
+        let list = loaded.source.hints().command(Hint::DeadLettersList);
+        bail!("nothing to discard: no open dead letter fits, see `{list}`");
+    }
+    out.line(format!("{discarded} dead letter{} discarded", if discarded == 1 { "" } else { "s" }))
 }
 
 fn open(config: &Config, from: Offset) -> anyhow::Result<Option<ReadOnly>> {
@@ -191,9 +206,11 @@ struct Lines {
 fn say_hidden(shown: u64, hidden: u64, out: &mut Out) -> anyhow::Result<()> {
     match (shown, hidden) {
         (0, 0) => out.line("no dead letters"),
-        (0, _) => out.line(format!("no dead letters but {hidden} that were sent again: --sent shows them")),
+        (0, _) => out.line(format!(
+            "no dead letters but {hidden} that were sent again or discarded: --sent shows them"
+        )),
         (_, 0) => Ok(()),
-        _ => out.line(format!("\n{hidden} more were sent again: --sent shows them")),
+        _ => out.line(format!("\n{hidden} more were sent again or discarded: --sent shows them")),
     }
 }
 
@@ -391,7 +408,7 @@ fn marks_of(letters: Option<&ReadOnly>) -> anyhow::Result<BTreeMap<u64, Mark>> {
 
 fn sent_again(mark: Option<&Mark>) -> &'static str {
     match mark {
-        Some(Mark::Sent) => "yes",
+        Some(Mark::Sent) => "yes, or discarded",
         Some(Mark::Pending { .. }) => "pending",
         Some(Mark::Open { .. }) => "refused again",
         None => "no",
@@ -404,7 +421,7 @@ fn lines(letter: &MessageRef<'_>, mark: Option<&Mark>) -> Lines {
     Lines {
         head: vec![
             match mark {
-                Some(Mark::Sent) => format!("{id} (sent)"),
+                Some(Mark::Sent) => format!("{id} (closed)"),
                 Some(Mark::Pending { .. }) => format!("{id} (pending)"),
                 Some(Mark::Open { .. }) | None => id.to_string(),
             },

@@ -33,6 +33,7 @@ mod config;
 mod dead_letters;
 mod dead_letters_config;
 mod delivery;
+mod discard;
 mod known;
 mod lane;
 mod letter;
@@ -203,6 +204,22 @@ impl Handle {
     /// on. A letter goes once, however often this is called.
     pub async fn redrive(&self, filter: &Filter) -> Result<Summary, RedriveError> {
         self.redriver.redrive(Some(filter)).await
+    }
+
+    /// Closes dead letters without sending them, those of any pipeline where none is named, and
+    /// returns their number; `None` while a redrive of this pipeline runs.
+    pub async fn discard(
+        &self,
+        filter: &Filter,
+        pipeline: Option<&str>,
+    ) -> Result<Option<u64>, DeadLettersError> {
+        let Some(_held) = self.without_redrives() else { return Ok(None) };
+        discard::discard(&self.redriver.dead_letters, filter, pipeline).await.map(Some)
+    }
+
+    /// Keeps redrives of this pipeline from running while the result is held; `None` while one runs.
+    pub fn without_redrives(&self) -> Option<impl Sized + Send + '_> {
+        self.redriver.epochs.try_lock().ok()
     }
 
     /// Ends at once, in whatever it is in the midst of, as a kill would.

@@ -1,0 +1,105 @@
+//! Closes dead letters that nobody will send again: of a device that sends nonsense, of a part that
+//! the host has no more. They are no problem from then on, and no redrive takes them.
+
+use std::sync::Arc;
+
+use super::again::{MARK_PREFIX, Mark, mark_key, marks};
+use super::letter::Letter;
+use super::{DeadLettersError, Filter};
+use crate::batch::{MessageRef, Offset};
+use crate::stream::{AppendError, Read, StateChange, Stream, Ticket};
+
+/// Letters that are marked in one append.
+const MARKS_MAX: usize = 4_096;
+/// The mark. Every version takes what it does not know for a letter that is closed.
+const DISCARDED: &[u8] = b"discarded";
+
+/// Marks open letters, of any pipeline where none is named, and returns their number once the
+/// marks are durable. No redrive may run meanwhile; letters of one that is not finished stay.
+pub async fn discard(
+    dead_letters: &Arc<dyn Stream>,
+    filter: &Filter,
+    pipeline: Option<&str>,
+) -> Result<u64, DeadLettersError> {
+    let marks = marks(dead_letters.state(MARK_PREFIX));
+    let is_wanted = |message: &MessageRef<'_>| {
+        let is_open = matches!(marks.get(&message.offset().0), None | Some(Mark::Open { .. }));
+        is_open && Letter::of(message).is_some_and(|letter| fits(filter, pipeline, message.offset(), &letter))
+    };
+    let mut keys = Vec::new();
+    let end = dead_letters.bounds().end;
+    let mut cursor = dead_letters.peek(dead_letters.bounds().start);
+    while cursor.position() < end
+        && let Some(read) = cursor.try_next().await?
+    {
+        let Read::Batch(batch) = read else { continue };
+        keys.extend(batch.messages().filter(is_wanted).map(|message| mark_key(message.offset())));
+    }
+    let mut last = Ticket::default();
+    for keys in keys.chunks(MARKS_MAX) {
+        let marks: Vec<_> = keys.iter().map(|key| StateChange { key, value: Some(DISCARDED) }).collect();
+        last = loop {
+            match dead_letters.append(&[], &marks) {
+                Ok(appended) => break appended.ticket,
+                Err(AppendError::Full) => dead_letters.writable().await,
+                Err(error) => return Err(error.into()),
+            }
+        };
+    }
+    if last > Ticket::default() && dead_letters.durable().wait_for(|ticket| *ticket >= last).await.is_err() {
+        return Err(AppendError::Stopped(dead_letters.stopped().await).into());
+    }
+    Ok(keys.len() as u64)
+}
+
+fn fits(filter: &Filter, pipeline: Option<&str>, offset: Offset, letter: &Letter<'_>) -> bool {
+    !letter.is_copy()
+        && pipeline.is_none_or(|pipeline| letter.pipeline == pipeline)
+        && filter.sink.as_deref().is_none_or(|sink| letter.sink == Some(sink))
+        && filter.step.as_deref().is_none_or(|step| letter.step == Some(step))
+        && filter.ids.as_ref().is_none_or(|ids| ids.contains(&offset))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pipeline::OpenLetters;
+    use crate::pipeline::tests::harness::{World, chain};
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_letter_that_is_discarded_is_no_problem_and_is_not_sent_also_after_a_restart() {
+        let world = World::new(2, &[("default", "w")]);
+        world.database("w").refuse(|_| Some("not JSON".to_owned()));
+        let process = world.start(chain(1, &[])).await;
+        world.publish_many(5, 0, 10);
+        process.drained().await;
+        let mut letters = OpenLetters::new(Arc::clone(&world.dead));
+        assert_eq!(letters.look().await.unwrap()["p"].letters, 10);
+        let ids = |ids: &[u64]| Filter {
+            ids: Some(ids.iter().copied().map(Offset).collect()),
+            ..Filter::default()
+        };
+        let other = Filter { sink: Some("x".to_owned()), ..Filter::default() };
+        assert_eq!(process.handle.discard(&other, None).await.unwrap(), Some(0));
+        assert_eq!(process.handle.discard(&ids(&[3, 4, 99]), Some("q")).await.unwrap(), Some(0));
+        assert_eq!(process.handle.discard(&ids(&[3, 4, 99]), Some("p")).await.unwrap(), Some(2));
+        assert_eq!(process.handle.discard(&ids(&[3, 4]), None).await.unwrap(), Some(0), "they are closed");
+        assert_eq!(letters.look().await.unwrap()["p"].letters, 8);
+        process.stop().await;
+
+        world.database("w").refuse(|_| None);
+        let process = world.start(chain(1, &[])).await;
+        process.drained().await;
+        assert_eq!(OpenLetters::new(Arc::clone(&world.dead)).look().await.unwrap()["p"].letters, 8);
+        process.handle.redrive(&Filter::default()).await.unwrap();
+        assert_eq!(world.payloads("w").len(), 8);
+        let held = process.handle.without_redrives().unwrap();
+        assert_eq!(
+            process.handle.discard(&Filter::default(), None).await.unwrap(),
+            None,
+            "not beside a redrive"
+        );
+        drop(held);
+        process.stop().await;
+    }
+}
