@@ -256,6 +256,7 @@ fn an_access_plugin_in_the_plugins_folder_holds_its_pipeline_and_rejects_no_mess
         said.contains("is an access plugin, no step: name its file in mqtt.access.authenticate"),
         "{text}"
     );
+    assert!(said.contains("mend or replace ") && said.contains("/10-door.wasm, which "), "{text}");
 }
 
 #[test]

@@ -16,6 +16,7 @@ pub const PROBLEM_KINDS: &[&str] = &[
     "no_space",
     "gap",
     "holding",
+    "starting",
     "plugin_removed",
     "plugin_failed",
     "retrying",

@@ -82,6 +82,7 @@ mod tests {
             name: "p".to_owned(),
             stream: "s".to_owned(),
             state: State::Running,
+            since: std::time::Instant::now(),
             wants_room: false,
             chain: None,
             swap_refused: None,

@@ -33,6 +33,8 @@ const RECENT: Duration = Duration::from_secs(3_600);
 /// Time between two looks, hence the resolution of `since`.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
+/// A pipeline that has not begun within this is a problem.
+const STARTS_WITHIN: Duration = Duration::from_secs(30);
 /// A sink that works is late where its oldest message waits longer.
 const LATE: Duration = Duration::from_secs(300);
 /// Messages that wait in the queues of all subscribers past which somebody should look.
@@ -247,6 +249,7 @@ impl Host {
             let part = format!("pipeline {}", status.name);
             found.push(Found { part, kind, cause: cause.to_owned(), at_stake: behind, advice });
         }
+        found.extend(not_started(status, Instant::now(), &self.hints));
         // Without steps before them the pipeline holds, and its state has the reason.
         if let Some(reason) = status.swap_refused.as_ref().filter(|_| status.chain.is_some()) {
             found.push(Found {
@@ -308,7 +311,7 @@ impl Host {
                 let path = self.plugins_dir.join(file);
                 let inspect = Some(Hint::PluginInspect(&path)).filter(|_| file.ends_with(".wasm"));
                 let shown = inspect.unwrap_or(Hint::Validate);
-                format!("mend {}, which `{}` looks at", path.display(), self.hints.command(shown))
+                format!("mend or replace {}, which `{}` looks at", path.display(), self.hints.command(shown))
             }
         };
         if !runs && name.is_empty() {
@@ -569,6 +572,33 @@ fn low_space(data_dir: &Path, space: DiskSpace) -> Found {
     }
 }
 
+/// A pipeline that has been starting for over [`STARTS_WITHIN`], unless the problem of one of its
+/// sinks says why.
+fn not_started(status: &PipelineStatus, now: Instant, hints: &Hints) -> Option<Found> {
+    let waits = now.saturating_duration_since(status.since);
+    let is_told = status.sinks.iter().any(|sink| named(&sink.state).is_some());
+    if status.state != State::Starting || waits < STARTS_WITHIN || is_told {
+        return None;
+    }
+    let (what, advice) = match status.chain {
+        None => (
+            "its plugins are still being loaded",
+            format!("`{}` shows which; it goes on by itself once they are", hints.command(Hint::PluginList)),
+        ),
+        Some(_) => (
+            "none of its sinks has opened yet",
+            "look at the databases of its sinks; it goes on by itself once one answers".to_owned(),
+        ),
+    };
+    Some(Found {
+        part: format!("pipeline {}", status.name),
+        kind: "starting",
+        cause: format!("it has not begun for over {} s: {what}", STARTS_WITHIN.as_secs()),
+        at_stake: AtStake { messages: Some(status.lag_messages()), ..AtStake::default() },
+        advice,
+    })
+}
+
 /// Kind and cause of a state that a person should act on.
 fn named(state: &State) -> Option<(&'static str, &str)> {
     match state {
@@ -611,6 +641,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::batch::Offset;
 
     #[test]
     fn a_label_is_read_whatever_its_value_holds() {
@@ -637,6 +668,44 @@ mod tests {
         let said: Vec<_> = found.iter().map(|it| (&*it.part, it.kind)).collect();
         assert_eq!(said, [("clients (queues)", "memory")]);
         assert!(found[0].advice.contains("mqtt.queues_bytes_max"), "{}", found[0].advice);
+    }
+
+    #[test]
+    fn a_pipeline_that_does_not_begin_is_a_problem_unless_a_sink_says_why() {
+        let now = Instant::now();
+        let sink = |state| SinkStatus {
+            name: "w".to_owned(),
+            state,
+            committed: None,
+            next: Offset(0),
+            lag_messages: 5,
+            since: SystemTime::now(),
+            last_commit: None,
+            own_lane: false,
+        };
+        let starting = PipelineStatus {
+            name: "p".to_owned(),
+            stream: "s".to_owned(),
+            state: State::Starting,
+            since: now,
+            wants_room: false,
+            chain: None,
+            swap_refused: None,
+            read: Offset(0),
+            end: Offset(5),
+            sinks: vec![sink(State::Starting)],
+        };
+        let found = |status: &PipelineStatus, after: Duration| {
+            not_started(status, now + after, &Hints::default()).map(|found| found.cause)
+        };
+        let second = Duration::from_secs(1);
+        assert_eq!(found(&starting, STARTS_WITHIN - second), None);
+        assert!(found(&starting, STARTS_WITHIN).unwrap().contains("plugins"));
+        let loaded = PipelineStatus { chain: Some(1), ..starting.clone() };
+        assert!(found(&loaded, STARTS_WITHIN).unwrap().contains("sinks"));
+        let retrying = vec![sink(State::Retrying("refused".to_owned()))];
+        assert_eq!(found(&PipelineStatus { sinks: retrying, ..loaded.clone() }, STARTS_WITHIN), None);
+        assert_eq!(found(&PipelineStatus { state: State::Running, ..loaded }, STARTS_WITHIN), None);
     }
 
     #[test]

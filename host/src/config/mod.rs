@@ -298,7 +298,10 @@ fn try_plugins(loaded: &mut Loaded, files: &files::Files) -> Result<(), Error> {
 /// Steps whose file is not in the folder: legal, it may come yet.
 fn missing_plugins(config: &Config) -> Vec<String> {
     let folder = &config.plugins.dir;
-    let listed = plugin::survey(folder, &config.plugin_cache_dir()).unwrap_or_default();
+    let listed = match plugin::survey(folder, &config.plugin_cache_dir()) {
+        Ok(listed) => listed,
+        Err(error) => return vec![format!("{error}: until it can be read nothing goes through its plugins")],
+    };
     let there = || {
         listed.iter().filter(|listed| listed.state == plugin::FileState::There).map(|listed| &*listed.name)
     };

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use tokio::sync::watch;
 
@@ -21,6 +22,8 @@ pub struct Board {
 /// Written by the supervisor.
 pub(super) struct Shown {
     pub state: State,
+    /// Since when the state is of this kind.
+    pub since: Instant,
     pub wants_room: bool,
     pub read: Offset,
     pub chain: Option<Chain>,
@@ -32,6 +35,7 @@ impl Board {
     pub fn new(name: &str, stream: Arc<dyn Stream>, sinks: Vec<Arc<SinkShared>>) -> Self {
         let shown = Shown {
             state: State::Starting,
+            since: Instant::now(),
             wants_room: false,
             read: Offset(0),
             chain: None,
@@ -75,6 +79,7 @@ impl Board {
             name: self.name.clone(),
             stream: self.stream.name().to_owned(),
             state: shown.state.clone(),
+            since: shown.since,
             wants_room: shown.wants_room,
             chain: shown.chain.as_ref().map(|chain| chain.generation),
             swap_refused: shown.swap_refused.clone(),

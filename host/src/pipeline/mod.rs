@@ -149,6 +149,10 @@ impl Redriver {
     async fn redrive(&self, filter: Option<&Filter>) -> Result<Summary, RedriveError> {
         let mut epochs = self.epochs.lock().await;
         let chain = self.board.chain().ok_or(RedriveError::NoSteps)?;
+        // Steps may be missing in it.
+        if let Some(reason) = &chain.hold {
+            return Err(RedriveError::Held(format!("the pipeline holds: {reason}")));
+        }
         redrive::run(filter, &chain, &self.shared, &self.dead_letters, &self.lenders, &mut epochs).await
     }
 

@@ -3,7 +3,7 @@
 use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use tokio::time::timeout;
 
@@ -16,6 +16,8 @@ pub struct PipelineStatus {
     pub name: String,
     pub stream: String,
     pub state: State,
+    /// When it came into this kind of state.
+    pub since: Instant,
     /// Whether it holds because rejected messages wait for room in the dead letters.
     pub wants_room: bool,
     /// Generation of the steps that run.

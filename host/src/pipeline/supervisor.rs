@@ -523,6 +523,9 @@ impl Supervisor {
         let mut before = State::Starting;
         self.board.shown.send_modify(|shown| {
             before = std::mem::replace(&mut shown.state, state.clone());
+            if std::mem::discriminant(&before) != std::mem::discriminant(&state) {
+                shown.since = std::time::Instant::now();
+            }
             shown.wants_room = wants_room;
             shown.chain.clone_from(&self.active);
             shown.swap_refused.clone_from(&self.swap_refused);

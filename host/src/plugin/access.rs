@@ -71,6 +71,9 @@ impl AccessEngine {
         instances: usize,
     ) -> Result<AccessPlugin, Error> {
         let program = Arc::new(self.0.load(bytes)?);
+        if !program.is_access() {
+            return Err(Error::NoAccess);
+        }
         let step = StepId { pipeline: "access".into(), step: program.description.name.as_str().into() };
         let plugin = AccessPlugin {
             context: version::context(&step, config, &Namespace::default(), 0),
@@ -82,9 +85,6 @@ impl AccessEngine {
             started: AtomicU64::new(0),
         };
         let first = plugin.start().map_err(Error::Config)?;
-        if !first.instance.is_access() {
-            return Err(Error::Config("is no access plugin: it exports no access".to_owned()));
-        }
         *lock(&plugin.slots[0]) = Some(first);
         Ok(plugin)
     }

@@ -12,6 +12,7 @@ use super::cache::Cache;
 use super::compile::Compiler;
 use super::config_file::ConfigFile;
 use super::folder::{self, Found, Listing, file_name};
+use super::instance::StartError;
 use super::program::{Library, Program};
 use super::version::{self, Faults, Shared, Version};
 use super::{Config, Error, StepConfig};
@@ -50,7 +51,7 @@ impl Check<'_> {
     ) -> Result<Findings, Error> {
         let mut findings = Findings::default();
         let dir = &self.config.dir;
-        let Listing { found, refused } =
+        let Listing { found, refused, .. } =
             folder::list(dir).map_err(|error| Error::Read { path: dir.clone(), error })?;
         let shown = |file: &str| dir.join(file).display().to_string();
         findings.warnings.extend(refused.iter().map(|it| format!("{}: {}", shown(&it.file), it.reason)));
@@ -79,7 +80,11 @@ impl Check<'_> {
             let config = found.config.as_deref().zip(files.config);
             let config =
                 config.map(|(path, text)| ConfigFile::parse(&path.display().to_string(), &text)).transpose();
-            Ok((Arc::new(library.load(&files.wasm)?), config.map_err(Error::Config)?))
+            let program = library.load(&files.wasm)?;
+            if program.is_access() {
+                return Err(Error::NoStep);
+            }
+            Ok((Arc::new(program), config.map_err(Error::Config)?))
         });
         loaded.map_err(|error| error.to_string())
     }
@@ -95,18 +100,16 @@ impl Check<'_> {
         findings: &mut Findings,
     ) {
         let file = || Place { file: found.path.display().to_string(), line: None };
+        let mut cannot_run = |reason: &str| match &path {
+            Some(path) => {
+                let message = format!("{} cannot run: {reason}", found.path.display());
+                findings.problems.push(Problem { path: path.key("plugin"), message });
+            }
+            None => drop(findings.elsewhere.insert((file(), KeyPath::root(), reason.to_owned()))),
+        };
         let (program, beside) = match plugin {
             Ok((program, config)) => (program, config.as_ref()),
-            Err(reason) => {
-                match path {
-                    Some(path) => {
-                        let message = format!("{} cannot run: {reason}", found.path.display());
-                        findings.problems.push(Problem { path: path.key("plugin"), message });
-                    }
-                    None => drop(findings.elsewhere.insert((file(), KeyPath::root(), reason.clone()))),
-                }
-                return;
-            }
+            Err(reason) => return cannot_run(reason),
         };
         let here = self.config.config.get(&step.plugin);
         let config = match (&step.config, beside, here) {
@@ -114,7 +117,12 @@ impl Check<'_> {
             (_, Some(beside), _) => beside.value.clone(),
             (_, None, config) => config.cloned().unwrap_or_default(),
         };
-        for Problem { path: inner, message } in self.start(pipeline, step, found, program, &config) {
+        let problems = match self.start(pipeline, step, found, program, &config) {
+            Ok(()) => return,
+            Err(StartError::Fault(reason)) => return cannot_run(&reason),
+            Err(StartError::Config(problems)) => problems,
+        };
+        for Problem { path: inner, message } in problems {
             if let Some(path) = path.as_ref().filter(|_| !step.config.is_null()) {
                 findings.problems.push(Problem { path: path.key("config").join(&inner), message });
             } else if let Some(beside) = beside {
@@ -136,7 +144,7 @@ impl Check<'_> {
         found: &Found,
         program: &Arc<Program>,
         config: &serde_json::Value,
-    ) -> Vec<Problem> {
+    ) -> Result<(), StartError> {
         let id = StepId { pipeline: pipeline.into(), step: step.step_name().into() };
         let mut context = version::context(&id, config, &self.namespace, 0);
         context.dry_run = true;
@@ -154,6 +162,6 @@ impl Check<'_> {
             faults: Faults::default(),
             telemetry: Arc::default(),
         });
-        version.trial().err().unwrap_or_default()
+        version.trial()
     }
 }

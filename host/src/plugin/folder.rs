@@ -76,6 +76,8 @@ pub(super) struct Files {
 /// What one look at the folder found.
 #[derive(Debug, Default)]
 pub(super) struct Listing {
+    /// The folder is there.
+    pub is_there: bool,
     pub found: BTreeMap<String, Found>,
     pub refused: Vec<RefusedFile>,
 }
@@ -111,13 +113,13 @@ pub enum FileState {
 
 /// The folder in the order it runs, as a host with this cache sees it.
 pub fn survey(dir: &Path, cache_dir: &Path) -> Result<Vec<Listed>, Error> {
-    let Listing { found, refused } =
+    let Listing { found, refused, .. } =
         list(dir).map_err(|error| Error::Read { path: dir.to_owned(), error })?;
     let is_removed = |(_, file): &(u64, String)| {
         let name = split_file(file).1;
         !found.contains_key(name) && !dir.join(REMOVED_DIR).join(name).exists()
     };
-    let removed = known_steps(&known_steps_file(cache_dir)).into_iter().filter(is_removed);
+    let removed = known_steps(&known_steps_file(cache_dir))?.into_iter().filter(is_removed);
     let listed = |file: String, state, note| Listed {
         name: split_file(&file).1.to_owned(),
         path: dir.join(file),
@@ -143,11 +145,16 @@ pub(super) fn known_steps_file(cache_dir: &Path) -> PathBuf {
     cache_dir.join(KNOWN_STEPS_FILE)
 }
 
-/// Order and file of the steps that ran in folder mode; none where nothing was noted.
-pub(super) fn known_steps(path: &Path) -> Vec<(u64, String)> {
-    let text = fs::read_to_string(path).unwrap_or_default();
+/// Returns order and file of the steps that ran in folder mode; none where nothing was noted. Notes
+/// that cannot be read are an error: a step that they name would be skipped.
+pub(super) fn known_steps(path: &Path) -> Result<Vec<(u64, String)>, Error> {
+    let text = match fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+        Err(error) => return Err(Error::Read { path: path.to_owned(), error }),
+    };
     let known = text.lines().filter_map(|line| line.split_once(' '));
-    known.map(|(order, file)| (order.parse().unwrap_or(u64::MAX), file.to_owned())).collect()
+    Ok(known.map(|(order, file)| (order.parse().unwrap_or(u64::MAX), file.to_owned())).collect())
 }
 
 /// Files that wait to be quiet, and since when they are; `None`: whole, by a rename.
@@ -236,15 +243,19 @@ impl FileStamp {
     }
 }
 
-/// Looks at the folder; a folder that is not there is empty.
+/// Looks at the folder. A folder that is not there is empty; one that cannot be read whole is an
+/// error, since a file that is not seen may be a step. So is a link that leads nowhere: what it led
+/// to may be a volume that is not mounted.
 pub(super) fn list(dir: &Path) -> io::Result<Listing> {
     let mut listing = Listing::default();
     let root = match open_dir(dir) {
         Ok(root) => root,
-        Err(Errno::NOENT) => return Ok(listing),
+        Err(Errno::NOENT) if fs::symlink_metadata(dir).is_err() => return Ok(listing),
         Err(error) => return Err(error.into()),
     };
-    let mut names: Vec<_> = fs::read_dir(dir)?.flatten().map(|file| file.file_name()).collect();
+    let names = fs::read_dir(dir)?.map(|file| file.map(|file| file.file_name()));
+    let mut names = names.collect::<io::Result<Vec<_>>>()?;
+    listing.is_there = true;
     names.retain(|name| !name.as_bytes().starts_with(b"."));
     names.sort();
     let mut configs = BTreeSet::new();
@@ -436,10 +447,14 @@ pub fn remove(dir: &Path, name: &str, missed: &[String]) -> Result<Vec<PathBuf>,
         let path = path.to_owned();
         move |error| Error::Read { path, error }
     };
-    let files: Vec<String> = match fs::read_dir(dir) {
-        Ok(files) => files
-            .flatten()
-            .filter_map(|file| file.file_name().into_string().ok())
+    let names = |files: fs::ReadDir| {
+        let names = files.map(|file| file.map(|file| file.file_name()));
+        names.collect::<io::Result<Vec<_>>>()
+    };
+    let files: Vec<String> = match fs::read_dir(dir).and_then(names) {
+        Ok(names) => names
+            .into_iter()
+            .filter_map(|name| name.into_string().ok())
             .filter(|file| !file.starts_with('.') && stem(file).is_some())
             .collect(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),

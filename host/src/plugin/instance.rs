@@ -71,6 +71,14 @@ pub(super) enum StartError {
 }
 
 impl StartError {
+    /// Returns what is wrong as problems of the config; a fault is one of all of it.
+    pub fn problems(self) -> Vec<Problem> {
+        match self {
+            Self::Config(problems) => problems,
+            Self::Fault(reason) => vec![Problem { path: KeyPath::root(), message: reason }],
+        }
+    }
+
     /// Returns the reason as one text, for a message or a log line.
     pub fn text(self) -> String {
         match self {
@@ -183,10 +191,6 @@ impl Instance {
 
     fn explain(&self, error: &wasmtime::Error, limits: CallLimits) -> String {
         explain(error, self.store.data(), &self.program.lines, limits.cpu, self.memory_max)
-    }
-
-    pub fn is_access(&self) -> bool {
-        matches!(self.process, Process::Access(_))
     }
 
     /// One call of an access plugin, at `now_us`. After an error the instance

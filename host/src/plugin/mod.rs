@@ -82,6 +82,10 @@ pub enum Error {
     Config(String),
     #[error("{}", instance::NO_STEP)]
     NoStep,
+    #[error(
+        "is a step, no access plugin: put it into the plugins folder, and name one that exports `access` here"
+    )]
+    NoAccess,
     #[error("no plugin `{name}` in {}: {}", dir.display(), there_is(known))]
     Unknown { name: String, dir: PathBuf, known: String },
 }

@@ -15,14 +15,14 @@ use super::bindings::base::exports::headworks::plugin::lifecycle::Context;
 use super::collected::{BYTES_MAX, Collected, Target};
 use super::gather::gather;
 use super::host::Telemetry;
-use super::instance::{CallLimits, Instance, NO_STEP, StartError};
+use super::instance::{CallLimits, Instance, StartError};
 use super::program::{ProcessIndices, Program};
 use super::starts::{Started, Starts};
 use super::{Limits, OnFailure};
 use crate::batch::{Batch, Partition, SEGMENTS_MAX};
 use crate::devices::Devices;
 use crate::hints::{Hint, Letters};
-use crate::problems::{KeyPath, Problem};
+use crate::problems::Problem;
 use crate::step::{Attempt, Outcome, Refused, RefusedKind, Step, StepFactory, StepId};
 use crate::telemetry::{Failures, alike};
 use crate::topic::{Namespace, TopicFilter};
@@ -115,13 +115,13 @@ impl Version {
     }
 
     /// Starts an instance with the config and runs it on no message.
-    pub fn trial(&self) -> Result<(), Vec<Problem>> {
+    pub fn trial(&self) -> Result<(), StartError> {
         let mut step = PluginStep::new(&self.0)?;
-        step.on_nothing().map_err(|reason| vec![Problem { path: KeyPath::root(), message: reason }])
+        step.on_nothing().map_err(StartError::Fault)
     }
 
     pub fn step(&self) -> Result<PluginStep, Vec<Problem>> {
-        PluginStep::new(&self.0)
+        PluginStep::new(&self.0).map_err(StartError::problems)
     }
 }
 
@@ -144,9 +144,6 @@ impl StepFactory for Version {
 impl Shared {
     pub(super) fn start(&self) -> Result<Started, StartError> {
         let Self { program, id, devices, limits, context, telemetry, .. } = self;
-        if program.is_access() {
-            return Err(StartError::Fault(NO_STEP.to_owned()));
-        }
         Instance::start(program, id, devices, telemetry, limits.memory.0 as usize, context)
     }
 
@@ -199,7 +196,7 @@ pub(super) fn context(
 }
 
 impl PluginStep {
-    fn new(shared: &Arc<Shared>) -> Result<Self, Vec<Problem>> {
+    fn new(shared: &Arc<Shared>) -> Result<Self, StartError> {
         let labels = [("pipeline", shared.id.pipeline.to_string()), ("step", shared.id.step.to_string())];
         let messages = |outcome: &'static str| {
             counter!("headworks_step_messages_total", "pipeline" => labels[0].1.clone(),
@@ -214,10 +211,7 @@ impl PluginStep {
         };
         // There at 0: an alert on an increase misses a series that begins at 1.
         counter!("headworks_plugin_log_lines_dropped_total", &labels).increment(0);
-        let started = shared.start().map_err(|error| match error {
-            StartError::Config(problems) => problems,
-            StartError::Fault(reason) => vec![Problem { path: KeyPath::root(), message: reason }],
-        })?;
+        let started = shared.start()?;
         let mut step = Self {
             shared: Arc::clone(shared),
             instance: None,

@@ -6,7 +6,7 @@ use super::harness::{Act, World, chain, published, sorted, step, text};
 use crate::batch::Offset;
 use crate::pipeline::again::is_pending;
 use crate::pipeline::dead_letters::KEYS_MAX;
-use crate::pipeline::{Ended, Filter, RedriveError, list_open};
+use crate::pipeline::{Ended, Filter, RedriveError, State, list_open};
 use crate::sinks::Begin;
 use crate::sinks::memory::Fault;
 use crate::stream::OnLag;
@@ -45,6 +45,33 @@ async fn what_a_sink_refused_goes_to_that_sink_once() {
     world.publish_many(5, 100, 100);
     process.drained().await;
     assert_eq!(world.payloads("w").len(), 200);
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pipeline_that_holds_sends_no_letter_past_a_step_that_is_missing() {
+    let world = World::new(2, &[("default", "w")]);
+    let broken = Arc::new(AtomicBool::new(true));
+    let is_broken = Arc::clone(&broken);
+    world.database("w").refuse(move |_| is_broken.load(Ordering::Acquire).then(|| "no column".to_owned()));
+    let redact = || step("redact", |_, _| Act::Payload("redacted".to_owned()));
+    let process = world.start(chain(1, &[redact()])).await;
+    world.publish_many(1, 0, 3);
+    process.drained().await;
+    broken.store(false, Ordering::Release);
+
+    let mut held = chain(2, &[]);
+    held.hold = Some("1-redact.wasm was removed".into());
+    process.chain.send_replace(held);
+    process.until("holding", |status| matches!(status.state, State::Holding(_))).await;
+    let error = process.handle.redrive(&Filter::default()).await.unwrap_err();
+    assert!(matches!(&error, RedriveError::Held(why) if why.contains("1-redact.wasm")), "{error}");
+    assert_eq!((list_open(&*world.dead, Some("p")).await.unwrap().len(), world.payloads("w").len()), (3, 0));
+
+    process.chain.send_replace(chain(3, &[redact()]));
+    process.until("running", |status| status.state == State::Running).await;
+    assert_eq!(process.handle.redrive(&Filter::default()).await.unwrap().sent, 3);
+    assert_eq!(world.payloads("w"), ["redacted"; 3]);
     process.stop().await;
 }
 

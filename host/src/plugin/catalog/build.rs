@@ -9,6 +9,7 @@ use tokio::sync::watch;
 use super::{Known, Loaded, RefusedFile, Untold, Wake, Work, file_name};
 use crate::hints::Hint;
 use crate::plugin::config_file::located;
+use crate::plugin::instance::StartError;
 use crate::plugin::version::{self, Faults, Shared, Version};
 use crate::plugin::{Limits, OnFailure, StepConfig};
 use crate::problems::{KeyPath, Places, Problem};
@@ -26,7 +27,14 @@ pub struct Pipeline {
 #[derive(Default)]
 pub struct Built {
     good: Option<(Key, Arc<Version>)>,
-    pub failed: Option<(Key, String)>,
+    failed: Option<(Key, NotStarted)>,
+}
+
+/// Why a version did not start.
+pub struct NotStarted {
+    pub reason: String,
+    /// The program is at fault, and not its config.
+    pub is_fault: bool,
 }
 
 /// What a version is made of: another key, another version.
@@ -42,6 +50,10 @@ pub struct Key {
 impl Built {
     pub fn runs(&self) -> bool {
         self.good.is_some()
+    }
+
+    pub fn not_started(&self) -> Option<&NotStarted> {
+        self.failed.as_ref().map(|(_, why)| why)
     }
 }
 
@@ -70,7 +82,8 @@ impl Work {
         pipelines.retain(|pipeline| !pipeline.sender.is_closed());
         let mut built = Vec::new();
         for (number, pipeline) in pipelines.iter_mut().enumerate() {
-            let waits = pipeline.is_first() && self.is_awaited(pipeline);
+            // What a folder that cannot be read has is not waited for: the pipeline holds.
+            let waits = pipeline.is_first() && self.unreadable.is_none() && self.is_awaited(pipeline);
             if is_meant(pipeline) && !waits && !self.shared.is_stopped() {
                 built.push((number, self.build(pipeline)));
             }
@@ -150,10 +163,12 @@ impl Work {
         let in_folder_mode = pipeline.steps.is_none();
         let wanted = pipeline.steps.clone().unwrap_or_else(|| self.folder_steps());
         let mut steps: Vec<Arc<dyn StepFactory>> = Vec::new();
+        let has_steps = in_folder_mode || !wanted.is_empty();
         // The first reason, and the file that it is about.
-        let mut hold: Option<(String, Option<String>)> = None;
+        let unreadable = self.unreadable.clone().filter(|_| has_steps && !self.has_looked);
+        let mut hold: Option<(String, Option<String>)> = unreadable.map(|why| (why, None));
         if in_folder_mode && let Some(RefusedFile { file, reason, .. }) = self.missed.first() {
-            hold = Some((format!("plugins folder: {file}: {reason}"), Some(file.clone())));
+            hold = hold.or_else(|| Some((format!("plugins folder: {file}: {reason}"), Some(file.clone()))));
         }
         for (number, step) in wanted.iter().enumerate() {
             let built = pipeline.built.entry(step.step_name().to_owned()).or_default();
@@ -176,10 +191,14 @@ impl Work {
                         (_, Some(known)) if known.missing && in_folder_mode => {
                             self.missing_reason(&step.plugin, known)
                         }
-                        (Some((_, reason)), _) => reason.clone(),
+                        (Some((_, why)), _) => why.reason.clone(),
                         (None, Some(Known { error: Some(error), .. })) => error.clone(),
-                        (None, Some(known)) if !known.is_looked_into() => "is being loaded".to_owned(),
-                        _ => format!("no file {}.wasm in {}", step.plugin, self.config.dir.display()),
+                        (None, Some(known)) if !known.is_looked_into() => {
+                            self.unreadable.clone().unwrap_or_else(|| "is being loaded".to_owned())
+                        }
+                        _ => self.unreadable.clone().unwrap_or_else(|| {
+                            format!("no file {}.wasm in {}", step.plugin, self.config.dir.display())
+                        }),
                     };
                     // A new file that never worked is no step yet. A step is missed that is named, has run, or
                     // lay there at the start.
@@ -292,8 +311,12 @@ impl Work {
                 *built = Built { good: Some((key, Arc::new(version))), failed: None };
                 None
             }
-            Err(problems) => {
-                let reason = text(&problems);
+            Err(error) => {
+                let is_fault = matches!(error, StartError::Fault(_));
+                let reason = match error {
+                    StartError::Fault(reason) => reason,
+                    StartError::Config(problems) => text(&problems),
+                };
                 let kept = if built.good.is_some() { "; the last good version stays" } else { "" };
                 let untold = Untold {
                     file: key.file.clone(),
@@ -301,7 +324,7 @@ impl Work {
                     detail: format!("{reason}{kept}"),
                     show: self.failures.hint(Hint::PluginList),
                 };
-                built.failed = Some((key, reason));
+                built.failed = Some((key, NotStarted { reason, is_fault }));
                 Some(untold)
             }
         }

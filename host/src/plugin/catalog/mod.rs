@@ -8,7 +8,8 @@
 //! Nobody waits for the thread: a pipeline's chain has the generation 0 until
 //! everything that it runs was looked into. In folder mode that is what lies in
 //! the folder at the start, and all of it must run: a file that does not load
-//! holds the pipeline, since a filter that is missing would leak.
+//! holds the pipeline, since a filter that is missing would leak. A folder that
+//! cannot be read holds every pipeline that has no steps yet; what runs goes on.
 
 mod build;
 mod status;
@@ -16,6 +17,7 @@ mod status;
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
@@ -38,7 +40,7 @@ use crate::devices::Devices;
 use crate::hints::Hint;
 use crate::problems::Places;
 use crate::step::Chain;
-use crate::telemetry::Failures;
+use crate::telemetry::{Failures, Standing};
 use crate::threads;
 use crate::topic::Namespace;
 
@@ -48,6 +50,10 @@ const EVENTS_MAX: usize = 256;
 const RETRY_AFTER_POLLS: u32 = 10;
 /// A plugin's `init` cannot be cut short: the end of the host waits for it so long.
 const JOIN_MAX: Duration = Duration::from_secs(1);
+/// Kind of the failure, and the part and kind of the problem, of a folder that cannot be read.
+const UNREADABLE: &str = "cannot read the plugins folder";
+const FOLDER_PART: &str = "plugins folder";
+const FOLDER_PROBLEM: &str = "plugin_failed";
 
 /// The plugins of a host. Dropping it ends the watch; chains stay as they are.
 pub struct Plugins {
@@ -94,7 +100,10 @@ struct Work {
     settling: Settling,
     pipelines: Vec<Pipeline>,
     generation: u64,
+    /// The folder was read whole at least once.
     has_looked: bool,
+    /// Why the folder could not be read at the last look.
+    unreadable: Option<String>,
     /// Pipelines that began to hold, by the reason, until it is logged.
     holds: BTreeMap<String, BTreeSet<String>>,
     untold: Vec<Untold>,
@@ -169,8 +178,15 @@ impl Plugins {
         let cache = Cache::open(cache_dir)?;
         cache.clean_up();
         let library = Library::new(compiler.clone(), Some(cache))?;
-        if let Err(error) = std::fs::create_dir_all(&config.dir) {
-            tracing::warn!(dir = %config.dir.display(), %error, "cannot make the plugins folder");
+        let is_there = config.dir.exists();
+        match std::fs::create_dir_all(&config.dir) {
+            Ok(()) if !is_there => {
+                tracing::info!(dir = %config.dir.display(), "made the plugins folder, which was not there");
+            }
+            Ok(()) => {}
+            Err(error) => {
+                tracing::warn!(dir = %config.dir.display(), %error, "cannot make the plugins folder");
+            }
         }
         let (wake, events) = mpsc::sync_channel(EVENTS_MAX);
         let watcher = watch(&config.dir, wake.clone());
@@ -198,10 +214,11 @@ impl Plugins {
             pipelines: Vec::new(),
             generation: 0,
             has_looked: false,
+            unreadable: None,
             holds: BTreeMap::new(),
             untold: Vec::new(),
         };
-        work.recall_steps();
+        work.recall_steps()?;
         let thread = threads::spawn("plugin-folder".to_owned(), move || work.run(&events))
             .map_err(|error| Error::Engine(format!("cannot start the folder's thread: {error}")))?;
         Ok(Self { shared, compiler, thread: Some(thread), _watcher: watcher })
@@ -328,15 +345,15 @@ impl Work {
 
     /// Looks at the folder and loads what is new and whole.
     fn look(&mut self, renamed: &HashSet<PathBuf>) {
-        let Listing { found, refused } = match folder::list(&self.config.dir) {
-            Ok(listing) => listing,
-            Err(error) => {
-                let detail = format!("{}: {error}", self.config.dir.display());
-                let show = self.failures.hint(Hint::PluginList);
-                self.failures.report("cannot read the plugins folder", 1, &detail, &show);
-                return;
+        let Listing { found, refused, .. } = match folder::list(&self.config.dir) {
+            // What could not be read yet has not become empty because it is gone, or is being replaced.
+            Ok(listing) if !listing.is_there && !self.has_looked && self.unreadable.is_some() => {
+                return self.note_unreadable(&io::ErrorKind::NotFound.into());
             }
+            Ok(listing) => listing,
+            Err(error) => return self.note_unreadable(&error),
         };
+        self.note_readable();
         let is_first = !self.has_looked;
         self.has_looked = true;
         // What comes in the place of a missed file is missed until it runs.
@@ -370,6 +387,30 @@ impl Work {
             }
             self.load(found);
             self.publish(Pipeline::is_first);
+        }
+    }
+
+    fn note_unreadable(&mut self, error: &io::Error) {
+        let detail = format!("{}: {error}", self.config.dir.display());
+        self.failures.report(UNREADABLE, 1, &detail, &self.failures.hint(Hint::PluginList));
+        let cause = format!("{UNREADABLE} {detail}");
+        self.failures.stands(Standing {
+            part: FOLDER_PART.to_owned(),
+            kind: FOLDER_PROBLEM,
+            cause: format!("{cause}; what runs goes on, and no change of a file is seen"),
+            advice: format!(
+                "let the host's user read {}; the host looks again by itself",
+                self.config.dir.display()
+            ),
+        });
+        self.unreadable = Some(cause);
+    }
+
+    fn note_readable(&mut self) {
+        if self.unreadable.take().is_some() {
+            self.failures.end(UNREADABLE);
+            self.failures.mended(FOLDER_PART, FOLDER_PROBLEM);
+            tracing::info!(dir = %self.config.dir.display(), "the plugins folder can be read again");
         }
     }
 
@@ -473,6 +514,9 @@ impl Work {
         let config = config.map(|(file, text)| ConfigFile::parse(&file, &text)).transpose();
         let config = config.map_err(Error::Config)?;
         let program = Arc::new(self.library.load(&files.wasm)?);
+        if program.is_access() {
+            return Err(Error::NoStep);
+        }
         Ok(Some(Loaded { program, config }))
     }
 
@@ -483,13 +527,14 @@ impl Work {
     }
 
     /// Steps of an earlier start: one whose file is gone holds its pipeline.
-    fn recall_steps(&mut self) {
-        for (order, file) in folder::known_steps(&self.known_steps) {
+    fn recall_steps(&mut self) -> Result<(), Error> {
+        for (order, file) in folder::known_steps(&self.known_steps)? {
             let known = self.files.entry(folder::split_file(&file).1.to_owned()).or_default();
             known.path = self.config.dir.join(file);
             known.order = order;
             known.was_step = true;
         }
+        Ok(())
     }
 
     fn remember_steps(&self) {

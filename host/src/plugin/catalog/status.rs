@@ -64,19 +64,22 @@ impl Work {
 
     fn status_of(&self, name: &str, known: &Known) -> (u64, PluginStatus) {
         let built = || self.pipelines.iter().flat_map(|pipeline| pipeline.built_of(name));
-        let not_started = built().find_map(|(pipeline, step, built)| {
-            let (_, reason) = built.failed.as_ref()?;
-            Some(format!("{pipeline}/{step}: {reason}"))
-        });
-        let state = match (known.missing, known.error.clone().or(not_started)) {
+        let not_started =
+            built().find_map(|(pipeline, step, built)| Some((pipeline, step, built.not_started()?)));
+        let reason = not_started.map(|(pipeline, step, why)| format!("{pipeline}/{step}: {}", why.reason));
+        let state = match (known.missing, known.error.clone().or(reason)) {
             (true, _) => PluginState::Removed(self.missing_reason(name, known)),
             (false, _) if known.is_loading || known.stamp.is_none() => PluginState::Loading,
             (false, Some(reason)) => PluginState::Failed(reason),
             (false, None) => PluginState::Active,
         };
-        let wrong_file = match (&state, &known.error) {
-            (PluginState::Failed(_), Some(_)) if !known.is_config_wrong => Some(file_name(&known.path)),
-            (PluginState::Failed(_), _) => known.config.as_deref().map(file_name),
+        let is_program_wrong = match &known.error {
+            Some(_) => !known.is_config_wrong,
+            None => not_started.is_some_and(|(.., why)| why.is_fault),
+        };
+        let wrong_file = match &state {
+            PluginState::Failed(_) if is_program_wrong => Some(file_name(&known.path)),
+            PluginState::Failed(_) => known.config.as_deref().map(file_name),
             _ => None,
         };
         let program = known.loaded.as_ref().map(|loaded| &loaded.program);

@@ -38,16 +38,33 @@ impl Folder {
     }
 
     fn start_with(&self, compiler: Compiler) -> Plugins {
-        Plugins::start_with(
+        self.start_reporting(compiler, Failures::default())
+    }
+
+    fn start_reporting(&self, compiler: Compiler, failures: Failures) -> Plugins {
+        let (config, cache) = (&self.config, self.cache());
+        let started = Plugins::start_with(
             compiler,
-            &self.config,
-            &self.cache(),
+            config,
+            &cache,
             Places::default(),
             Arc::default(),
             Arc::default(),
-            Failures::default(),
-        )
-        .unwrap()
+            failures,
+        );
+        started.unwrap()
+    }
+
+    /// Puts what is no folder into the place of the folder, which is kept.
+    fn take_away(&self, put_instead: impl FnOnce(&Path)) {
+        std::fs::rename(&self.config.dir, self.dir.path().join("away")).unwrap();
+        put_instead(&self.config.dir);
+    }
+
+    fn put_back(&self) {
+        // It may be gone already.
+        let _ = std::fs::remove_file(&self.config.dir);
+        std::fs::rename(self.dir.path().join("away"), &self.config.dir).unwrap();
     }
 
     fn start(&self) -> Plugins {
@@ -166,6 +183,66 @@ fn a_removed_file_holds_its_pipeline_until_it_is_removed_for_good() {
     super::super::remove(&folder.config.dir, "redact", &["redact".to_owned()]).unwrap();
     let chain = wait(&mut receiver, |chain| chain.hold.is_none());
     assert_eq!(chain.steps.len(), 1);
+}
+
+#[test]
+fn a_folder_that_cannot_be_read_holds_what_has_no_steps_and_is_a_problem() {
+    let a_file = |place: &Path| std::fs::write(place, b"").unwrap();
+    let a_link_to_nowhere = |place: &Path| std::os::unix::fs::symlink("nowhere", place).unwrap();
+    let a_loop = |place: &Path| std::os::unix::fs::symlink(place, place).unwrap();
+    let in_place: [&dyn Fn(&Path); 3] = [&a_file, &a_link_to_nowhere, &a_loop];
+    for put_instead in in_place {
+        let folder = Folder::new();
+        folder.put("1-redact.wasm", &guarded());
+        folder.take_away(put_instead);
+        // The second start knows the step of the first.
+        for ran_before in [false, true] {
+            let failures = Failures::default();
+            let plugins = folder.start_reporting(Compiler::in_process(), failures.clone());
+            let mut all = chain(&plugins, "telemetry", None);
+            let named = chain(&plugins, "named", Some(&[StepConfig::new("redact")]));
+            for held in [&all, &named] {
+                let held = held.borrow();
+                let hold = held.hold.as_deref().unwrap();
+                assert!(hold.contains("cannot read the plugins folder"), "{ran_before}: {hold}");
+                assert!(held.steps.is_empty());
+            }
+            let without = chain(&plugins, "without", Some(&[]));
+            assert_eq!(without.borrow().hold, None, "it runs no plugin");
+            let standing = failures.standing();
+            assert_eq!((&*standing[0].part, standing[0].kind), ("plugins folder", "plugin_failed"));
+
+            std::fs::remove_file(&folder.config.dir).unwrap();
+            wait_status(&plugins, |_| failures.standing()[0].cause.contains("not found"));
+            assert!(all.borrow().hold.is_some(), "a folder that is gone has not become empty");
+            folder.put_back();
+            let goes_on = wait(&mut all, |chain| chain.hold.is_none());
+            assert_eq!((goes_on.steps.len(), failures.standing()), (1, vec![]));
+
+            folder.take_away(put_instead);
+            wait_status(&plugins, |_| !failures.standing().is_empty());
+            let now = all.borrow().clone();
+            assert!(now.hold.is_none() && Arc::ptr_eq(&now.steps[0], &goes_on.steps[0]), "what runs goes on");
+        }
+    }
+}
+
+#[test]
+fn a_host_that_cannot_read_which_steps_ran_does_not_start() {
+    let folder = Folder::new();
+    drop(Cache::open(&folder.cache()).unwrap());
+    std::fs::create_dir(folder::known_steps_file(&folder.cache())).unwrap();
+    let started = Plugins::start_with(
+        Compiler::in_process(),
+        &folder.config,
+        &folder.cache(),
+        Places::default(),
+        Arc::default(),
+        Arc::default(),
+        Failures::default(),
+    );
+    let error = started.err().unwrap().to_string();
+    assert!(error.contains("folder-steps"), "{error}");
 }
 
 #[test]
