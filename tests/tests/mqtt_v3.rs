@@ -249,7 +249,7 @@ fn the_log_names_who_is_refused_or_sent_away_and_why() {
         "malformed: the first packet is not CONNECT: 127.0.0.1:",
         "malformed: a password without a user name: client plc-7 at 127.0.0.1:",
         "invalid: no client id with clean session 0: set a client id, or clean session 1: client without an id",
-        "invalid: a client id of 513 bytes, 512 are allowed: client xxx",
+        "invalid: a client id of more than 512 bytes: client xxx",
         "invalid: a will whose topic is empty or has a wildcard: client plc-8 at 127.0.0.1:",
         "one client id, two connections: client twin at 192.0.2.7:50000: taken over from 192.0.2.9:50000",
         "client was silent for longer than its keep alive: client quiet at 127.0.0.1:",

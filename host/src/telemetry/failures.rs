@@ -13,19 +13,19 @@ use crate::hints::{Hint, Hints};
 const REPEAT_AFTER: Duration = Duration::from_secs(60);
 /// Time between two looks for repeats that are due.
 const FLUSH_EVERY: Duration = Duration::from_secs(5);
-/// Kinds remembered; failures of further kinds share [`OTHER_KINDS`].
+/// Kinds remembered of each [`Source`]; failures of further kinds share one.
 const KINDS_MAX: usize = 256;
 /// Subjects of one kind that have a line of their own; further ones share a line.
 const SUBJECTS_MAX: usize = 16;
 const TEXT_CHARS_MAX: usize = 1_000;
-const OTHER_KINDS: &str = "other failures";
+const SUBJECT_CHARS_MAX: usize = 200;
 const RELOAD_REFUSED: &str = "reload_refused";
 
 /// Logs each failure once and counts its repeats, so that a bad device cannot fill
 /// the log and nothing that repeats is hidden.
 #[derive(Clone, Debug, Default)]
 pub struct Failures {
-    kinds: Arc<Mutex<HashMap<String, Kind>>>,
+    kinds: Arc<Mutex<Kinds>>,
     /// By part and kind.
     standing: Arc<Mutex<BTreeMap<(String, &'static str), Standing>>>,
     hints: Hints,
@@ -41,6 +41,22 @@ pub struct Standing {
     pub cause: String,
     /// Says what to do.
     pub advice: String,
+}
+
+/// What stands behind a failure.
+#[derive(Clone, Copy, Debug)]
+enum Source {
+    Host,
+    /// A client, perhaps one that nobody knows.
+    Client,
+}
+
+/// What is remembered of each source. Clients have a table of their own, so that no number of
+/// their failures takes the lines of the host's.
+#[derive(Debug, Default)]
+struct Kinds {
+    of_host: HashMap<String, Kind>,
+    of_clients: HashMap<String, Kind>,
 }
 
 #[derive(Debug, Default)]
@@ -92,7 +108,17 @@ impl Failures {
     /// `subject` the client, device or user that causes it, `detail` this one case, and
     /// `show` a command that shows more, of [`Self::hint`] (`""`: none).
     pub fn report_by(&self, kind: &str, subject: &str, count: u64, detail: &str, show: &str) {
-        if let Some(line) = self.note(kind, subject, count, detail, show, Instant::now()) {
+        self.report_of(Source::Host, kind, subject, count, detail, show);
+    }
+
+    /// As [`Self::report_by`], for failures that a client can cause as it likes. `kind` holds
+    /// nothing that the client has sent: numbers and names belong into `detail`.
+    pub fn report_client(&self, kind: &str, client: &str, count: u64, detail: &str, show: &str) {
+        self.report_of(Source::Client, kind, client, count, detail, show);
+    }
+
+    fn report_of(&self, source: Source, kind: &str, subject: &str, count: u64, detail: &str, show: &str) {
+        if let Some(line) = self.note(source, kind, subject, count, detail, show, Instant::now()) {
             line.log();
         }
     }
@@ -168,8 +194,10 @@ impl Failures {
     }
 
     /// The line that is to be logged now, `None` where the report is a repeat.
+    #[expect(clippy::too_many_arguments, reason = "a report, its source and its time")]
     fn note(
         &self,
+        source: Source,
         kind: &str,
         subject: &str,
         count: u64,
@@ -177,21 +205,26 @@ impl Failures {
         show: &str,
         now: Instant,
     ) -> Option<Line> {
-        let (mut kind, mut detail) = (shortened(kind), shortened(detail));
-        let mut kinds = self.lock();
+        let subject = shortened(subject, SUBJECT_CHARS_MAX);
+        let (mut kind, mut detail) = (shortened(kind, TEXT_CHARS_MAX), shortened(detail, TEXT_CHARS_MAX));
+        let mut all = self.lock();
+        let (kinds, others) = match source {
+            Source::Host => (&mut all.of_host, "other failures"),
+            Source::Client => (&mut all.of_clients, "other failures of clients"),
+        };
         if kinds.len() >= KINDS_MAX && !kinds.contains_key(&*kind) {
             detail = format!("{kind}: {detail}").into();
-            kind = OTHER_KINDS.into();
+            kind = others.into();
         }
         let known = kinds.entry(kind.clone().into_owned()).or_default();
-        let is_new = !known.subjects.contains_key(subject) && known.subjects.len() < SUBJECTS_MAX;
+        let is_new = !known.subjects.contains_key(&*subject) && known.subjects.len() < SUBJECTS_MAX;
         let new = || Seen { said_at: now, unsaid: 0, detail: detail.to_string(), show: show.to_owned() };
         if is_new {
-            known.subjects.insert(subject.to_owned(), new());
+            known.subjects.insert(subject.into_owned(), new());
             let count = (count > 1).then_some(count);
             return Some(Line { text: text(&kind, &detail), count, repeats: None, show: show.to_owned() });
         }
-        let seen = match known.subjects.get_mut(subject) {
+        let seen = match known.subjects.get_mut(&*subject) {
             Some(seen) => seen,
             None => known.others.get_or_insert_with(new),
         };
@@ -221,7 +254,9 @@ impl Failures {
     pub(crate) fn unsaid(&self) -> Vec<(String, u64)> {
         let unsaid =
             |known: &Kind| known.subjects.values().chain(&known.others).map(|seen| seen.unsaid).sum();
-        self.lock().iter().map(|(kind, known)| (kind.clone(), unsaid(known))).collect()
+        let kinds = self.lock();
+        let all = kinds.of_host.iter().chain(&kinds.of_clients);
+        all.map(|(kind, known)| (kind.clone(), unsaid(known))).collect()
     }
 
     /// Lines for the repeats of kinds that begin with `prefix`; forgets those kinds.
@@ -244,8 +279,15 @@ impl Failures {
         self.standing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Kind>> {
+    fn lock(&self) -> MutexGuard<'_, Kinds> {
         self.kinds.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Kinds {
+    fn retain(&mut self, mut stays: impl FnMut(&String, &mut Kind) -> bool) {
+        self.of_host.retain(&mut stays);
+        self.of_clients.retain(stays);
     }
 }
 
@@ -299,8 +341,8 @@ pub fn alike(text: &str) -> String {
     alike
 }
 
-fn shortened(text: &str) -> Cow<'_, str> {
-    match text.char_indices().nth(TEXT_CHARS_MAX) {
+fn shortened(text: &str, chars_max: usize) -> Cow<'_, str> {
+    match text.char_indices().nth(chars_max) {
         Some((end, _)) => format!("{}…", &text[..end]).into(),
         None => text.into(),
     }
@@ -318,7 +360,7 @@ mod tests {
     fn repeats_are_logged_with_their_count_even_when_the_failure_has_stopped() {
         let failures = Failures::default();
         let start = Instant::now();
-        let note = |detail, count| failures.note("a", "", count, detail, "", start);
+        let note = |detail, count| failures.note(Source::Host, "a", "", count, detail, "", start);
         let first = note("one", 3).unwrap();
         assert_eq!((&*first.text, first.count, first.repeats), ("a: one", Some(3), None));
         assert_eq!(note("two", 193), None);
@@ -326,7 +368,7 @@ mod tests {
         assert_eq!(texts(&failures.due(start + REPEAT_AFTER)), [("a: two", Some(193))]);
         assert_eq!(failures.due(start + 2 * REPEAT_AFTER), []);
         assert!(
-            failures.note("a", "", 1, "three", "", start + 2 * REPEAT_AFTER).is_some(),
+            failures.note(Source::Host, "a", "", 1, "three", "", start + 2 * REPEAT_AFTER).is_some(),
             "it is new again"
         );
     }
@@ -335,7 +377,7 @@ mod tests {
     fn what_has_ended_says_its_repeats_and_is_new_when_it_comes_again() {
         let failures = Failures::default();
         let start = Instant::now();
-        let note = |kind, detail| failures.note(kind, detail, 1, detail, "", start).is_some();
+        let note = |kind, detail| failures.note(Source::Host, kind, detail, 1, detail, "", start).is_some();
         assert!(note("w: retry", "refused") && note("w: setup", "no table") && note("other", "x"));
         assert!(!note("w: retry", "refused") && !note("other", "x"));
         assert_eq!(texts(&failures.ended("w: ")), [("w: retry: refused", Some(1))]);
@@ -348,8 +390,8 @@ mod tests {
         let failures = Failures::default();
         let start = Instant::now();
         for user in ["ann", "bob"] {
-            let said =
-                (0..3).filter_map(|_| failures.note("wrong password", user, 1, user, "", start)).count();
+            let note = || failures.note(Source::Client, "wrong password", user, 1, user, "", start);
+            let said = (0..3).filter_map(|_| note()).count();
             assert_eq!(said, 1, "{user}");
         }
         let lines = failures.due(start + REPEAT_AFTER);
@@ -364,7 +406,8 @@ mod tests {
         for number in 0..10_000 {
             for (kind, subject) in [("a".to_owned(), number.to_string()), (number.to_string(), String::new())]
             {
-                said += u64::from(failures.note(&kind, &subject, 1, "x", "", start).is_some());
+                let line = failures.note(Source::Host, &kind, &subject, 1, "x", "", start);
+                said += u64::from(line.is_some());
                 reported += 1;
             }
         }
@@ -405,7 +448,25 @@ mod tests {
     #[test]
     fn a_long_text_is_cut() {
         let failures = Failures::default();
-        let line = failures.note("a", "", 1, &"ä".repeat(2 << 20), "", Instant::now()).unwrap();
+        let long = "ä".repeat(2 << 20);
+        let line = failures.note(Source::Client, "a", &long, 1, &long, "", Instant::now()).unwrap();
         assert_eq!(line.text.chars().count(), "a: ".len() + TEXT_CHARS_MAX + 1);
+        let subjects = failures.lock().of_clients["a"].subjects.keys().map(String::len).collect::<Vec<_>>();
+        assert_eq!(subjects, [2 * SUBJECT_CHARS_MAX + '…'.len_utf8()]);
+    }
+
+    #[test]
+    fn no_number_of_failures_of_clients_takes_the_lines_of_the_hosts() {
+        let failures = Failures::default();
+        let start = Instant::now();
+        for number in 0..10 * KINDS_MAX {
+            failures.note(Source::Client, &number.to_string(), "c", 1, "x", "", start);
+        }
+        let line = failures.note(Source::Host, "sink w: setup", "", 1, "no table", "", start).unwrap();
+        assert_eq!(line.text, "sink w: setup: no table");
+        assert_eq!(failures.note(Source::Host, "sink w: setup", "", 1, "no table", "", start), None);
+        assert_eq!(texts(&failures.ended("sink w: ")), [("sink w: setup: no table", Some(1))]);
+        let kinds = failures.unsaid();
+        assert!(kinds.len() == KINDS_MAX + 1 && kinds.iter().any(|(kind, _)| kind.contains("of clients")));
     }
 }

@@ -31,6 +31,11 @@ use crate::topic;
 
 pub use self::connect::first_packet_bytes_max;
 
+/// Without the length of the one at hand: what a client sends is no part of a kind of failures.
+const CLIENT_ID_TOO_LONG: &str = "a client id of more than 512 bytes";
+const USER_NAME_TOO_LONG: &str = "a user name of more than 1024 bytes";
+const _: () = assert!(CLIENT_ID_BYTES_MAX == 512 && USER_NAME_BYTES_MAX == 1_024);
+
 /// A client whose CONNACK is in `answer`, not yet sent.
 pub struct Opened {
     pub session: Arc<Session>,
@@ -115,7 +120,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     if let Some(other) = &other {
         let detail = format!("client {} at {remote}: of {other} before, of {owner} now", asked.client_id);
         let kind = "mqtt: a session ended because another user took its client id";
-        broker.failures.report_by(kind, &asked.client_id, 1, &detail, "");
+        broker.failures.report_client(kind, &asked.client_id, 1, &detail, "");
     }
     // Present is a session of which nothing was taken away: else the client would not
     // subscribe again, and never hear why.
@@ -123,7 +128,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     if narrowed && !asked.clean {
         let detail = format!("client {} at {remote}, {owner}", asked.client_id);
         let kind = "mqtt: a session ended because its user may not have all of its subscriptions any more";
-        broker.failures.report_by(kind, &asked.client_id, 1, &detail, "");
+        broker.failures.report_client(kind, &asked.client_id, 1, &detail, "");
     }
     // It has the turn: where this connect is given up, the next one waits for its end.
     let open = {
@@ -207,30 +212,25 @@ impl Asked {
     }
 
     /// What is wrong with what it asks for, in itself.
-    fn check(&self) -> Result<(), (ConnectAckReason, String)> {
+    fn check(&self) -> Result<(), (ConnectAckReason, &'static str)> {
         let id = ConnectAckReason::ClientIdentifierNotValid;
         if self.client_id.len() > CLIENT_ID_BYTES_MAX {
-            let len = self.client_id.len();
-            return Err((id, format!("a client id of {len} bytes, {CLIENT_ID_BYTES_MAX} are allowed")));
+            return Err((id, CLIENT_ID_TOO_LONG));
         }
         if self.client_id.contains('\0') {
-            return Err((id, "a NUL character in the client id".to_owned()));
+            return Err((id, "a NUL character in the client id"));
         }
         // MQTT 5 allows it (3.1.3.1): a fresh id has no session to resume.
         if self.assigned && !self.clean && self.version != Version::V5 {
-            return Err((
-                id,
-                "no client id with clean session 0: set a client id, or clean session 1".to_owned(),
-            ));
+            return Err((id, "no client id with clean session 0: set a client id, or clean session 1"));
         }
         if self.username.as_ref().is_some_and(|name| name.len() > USER_NAME_BYTES_MAX) {
-            let what = format!("a user name of more than {USER_NAME_BYTES_MAX} bytes");
-            return Err((ConnectAckReason::BadUserNameOrPassword, what));
+            return Err((ConnectAckReason::BadUserNameOrPassword, USER_NAME_TOO_LONG));
         }
         match &self.will {
             Some(will) if !topic::is_valid_name(&will.topic) => {
                 let what = "a will whose topic is empty or has a wildcard";
-                Err((ConnectAckReason::TopicNameInvalid, what.to_owned()))
+                Err((ConnectAckReason::TopicNameInvalid, what))
             }
             _ => Ok(()),
         }
@@ -243,7 +243,7 @@ impl Asked {
             broker.counters.dollar_topics.increment(1);
             let detail = format!("client {} at {remote}: {}", self.client_id, will.topic);
             let kind = "mqtt: a will for a topic of the broker's is not kept";
-            broker.failures.report_by(kind, &self.client_id, 1, &detail, "");
+            broker.failures.report_client(kind, &self.client_id, 1, &detail, "");
         }
     }
 
@@ -268,7 +268,7 @@ impl Asked {
             {
                 let detail =
                     format!("client {} at {}: taken over from {remote}", self.client_id, connection.address);
-                broker.failures.report_by(
+                broker.failures.report_client(
                     "mqtt: one client id, two connections",
                     &self.client_id,
                     1,
@@ -332,6 +332,7 @@ impl Asked {
             proof: remote.proof(),
             certificates: &remote.certificates,
             ip: remote.address.ip(),
+            is_connected: false,
             entrance: &remote.entrance,
             allow_anonymous: remote.entrance.allow_anonymous,
         };

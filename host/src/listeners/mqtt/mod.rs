@@ -476,7 +476,7 @@ impl Broker {
         self.counters.refused_connect(cause);
         let ip = address.ip();
         let subject = who.map_or_else(|| ip.to_string(), str::to_owned);
-        self.failures.report_by(kind, &subject, 1, detail, &self.failures.hint(Hint::ClientsRefused));
+        self.failures.report_client(kind, &subject, 1, detail, &self.failures.hint(Hint::ClientsRefused));
         self.refused_clients.add(cause, who, ip, detail);
     }
 

@@ -11,7 +11,7 @@ use super::wire::{self, Version};
 pub struct Refused {
     pub cause: &'static str,
     /// Which of the faults behind a cause; empty where that says it all.
-    what: String,
+    what: &'static str,
     /// The client or user that repeats are counted by, where one is known.
     who: Option<String>,
     /// Who it was, for the log.
@@ -29,11 +29,11 @@ struct Told {
 
 impl Refused {
     pub fn new(cause: &'static str, who: Option<&str>, detail: impl Into<String>) -> Self {
-        Self { cause, what: String::new(), who: who.map(str::to_owned), detail: detail.into(), told: None }
+        Self { cause, what: "", who: who.map(str::to_owned), detail: detail.into(), told: None }
     }
 
-    pub fn what(self, what: impl Into<String>) -> Self {
-        Self { what: what.into(), ..self }
+    pub fn what(self, what: &'static str) -> Self {
+        Self { what, ..self }
     }
 
     pub fn told(self, version: Version, reason: ConnectAckReason, packet_bytes_max: usize) -> Self {
@@ -45,7 +45,7 @@ impl Refused {
         if self.cause == "lost" {
             return broker.counters.refused_connect(self.cause);
         }
-        let kind = match &*self.what {
+        let kind = match self.what {
             "" => format!("mqtt: connect refused: {}", self.cause),
             what => format!("mqtt: connect refused: {}: {what}", self.cause),
         };
@@ -57,7 +57,7 @@ impl Refused {
         let Told { version, reason, packet_bytes_max } = self.told.as_ref()?;
         let mut out = BytesMut::new();
         if *version == Version::V5 {
-            let what = if self.what.is_empty() { explained(self.cause) } else { &self.what };
+            let what = if self.what.is_empty() { explained(self.cause) } else { self.what };
             let head = [0, (*reason).into()];
             wire::put_with_reason(&mut out, wire::CONNACK, &head, what);
             if out.len() > *packet_bytes_max {

@@ -209,7 +209,7 @@ impl Staged<'_> {
         for topic in &self.refused {
             broker.counters.retained_full.increment(1);
             let detail = format!("topic {topic}");
-            broker.failures.report("mqtt: no room for a retained message", 1, &detail, "");
+            broker.failures.report_client("mqtt: no room for a retained message", "", 1, &detail, "");
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::listeners::mqtt::inbound::Trouble;
 use crate::listeners::mqtt::metrics::SENT;
 use crate::listeners::mqtt::session::Turn;
 use crate::listeners::mqtt::transport::{Place, Remote, closing};
-use crate::listeners::mqtt::will::{self, Will};
+use crate::listeners::mqtt::will;
 use crate::listeners::mqtt::wire::{self, Fault, Version};
 
 /// Why a connection ended.
@@ -59,21 +59,20 @@ impl End {
 pub struct Leaving {
     pub turn: Turn,
     pub user_place: Option<UserPlace>,
-    pub will: Option<Box<Will>>,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
     /// Says goodbye, gives back what the connection held, and sees to its will.
     pub(super) async fn leave(mut self, end: End, remote: &Remote, place: Place, leaving: Leaving) {
         self.say_goodbye(&end, remote).await;
-        let Connection { broker, session, mut io, inbound, acks_waiting, partial, .. } = self;
+        let Connection { broker, session, mut io, inbound, will, acks_waiting, partial, .. } = self;
         // What it holds of the session is given back before the session.
         drop((inbound, acks_waiting, partial));
         let expiry_s = if let End::Disconnect { expiry_s, .. } = end { expiry_s } else { None };
         let keep_will = !matches!(end, End::Disconnect { keep_will: false, .. });
         drop(leaving.user_place);
         // Before the session may be taken over: see `will::lost`.
-        match leaving.will {
+        match will {
             Some(will) if keep_will => {
                 let expiry_s = expiry_s.unwrap_or(session.expiry_s());
                 will::lost(broker, &session.client_id, expiry_s, *will).await;
@@ -141,7 +140,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
                 detail +=
                     &format!(": {large}, at most {max}: raise mqtt.max_packet_size, or send less at once");
             }
-            self.broker.failures.report_by(&kind, client_id, 1, &detail, "");
+            self.broker.failures.report_client(&kind, client_id, 1, &detail, "");
         }
         self.inbound.write_acks(self.broker, &mut self.out);
         if let Some(code) = code

@@ -46,8 +46,9 @@ impl Unread {
                 }
             }
             Self::Level(level) => {
-                let what = format!("protocol level {level}, not MQTT 3.1, 3.1.1 or 5.0");
-                let refused = Refused::new("malformed", None, remote.to_string()).what(what);
+                let detail = format!("level {level} from {remote}");
+                let what = "a protocol level that is not that of MQTT 3.1, 3.1.1 or 5.0";
+                let refused = Refused::new("malformed", None, detail).what(what);
                 refused.told(Version::V3, ConnectAckReason::UnsupportedProtocolVersion, usize::MAX)
             }
         }

@@ -80,7 +80,7 @@ impl Inbound {
         counter.increment(1);
         self.session.activity().refused_publish();
         let client_id = &self.session.client_id;
-        broker.failures.report_by(kind, client_id, 1, &format!("client {client_id} to {topic}"), "");
+        broker.failures.report_client(kind, client_id, 1, &format!("client {client_id} to {topic}"), "");
         if self.version != Version::V5 && refusal == Refusal::NotAuthorized && !broker.access.drops_denied() {
             return Err(Fault { code: DisconnectReasonCode::NotAuthorized, what: "publish not allowed" });
         }

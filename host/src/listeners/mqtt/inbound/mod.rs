@@ -540,7 +540,7 @@ impl Inbound {
                     "mqtt: a QoS 2 packet id that was not released came with another message, taken as new";
                 let client_id = &*self.session.client_id;
                 let detail = format!("client {client_id}, packet id {packet_id}");
-                broker.failures.report_by(kind, client_id, 1, &detail, "");
+                broker.failures.report_client(kind, client_id, 1, &detail, "");
                 if is_elsewhere(&known) {
                     self.give_up(packet_id, known, work);
                     return Ok(None);
