@@ -235,6 +235,12 @@ pub const METRICS: &[Metric] = &[
         labels: &["file"],
     },
     Metric {
+        name: "headworks_mqtt_revocation_list_seconds_left",
+        kind: MetricKind::Gauge,
+        help: "Seconds until the first revocation list of the file (tls.crl) is to be replaced; negative once it was to be, infinite where no list says when.",
+        labels: &["file"],
+    },
+    Metric {
         name: "headworks_mqtt_publishes_total",
         kind: MetricKind::Counter,
         help: "Messages taken into a stream, by QoS.",
@@ -654,6 +660,10 @@ pub fn set_memory(rooms: [(&'static str, &Room); 3]) {
 
 pub fn certificate_seconds_left(file: &Path, seconds: f64) {
     gauge!("headworks_mqtt_certificate_seconds_left", "file" => file.display().to_string()).set(seconds);
+}
+
+pub fn revocation_list_seconds_left(file: &Path, seconds: f64) {
+    gauge!("headworks_mqtt_revocation_list_seconds_left", "file" => file.display().to_string()).set(seconds);
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Certificates that change while the host runs: their folders are watched, and
 //! looked at now and then where watching does not reach (NFS); SIGHUP looks at once.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -14,10 +14,13 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::super::Broker;
 use super::tls::{Reloaded, Tls};
+use crate::telemetry::{Failures, Standing};
 
 const LOOK_EVERY: Duration = Duration::from_secs(30);
-/// Between two warnings of a certificate that ends, while nothing changes.
+/// Between two lines of the same warning, while nothing changes.
 const TELL_EVERY: Duration = Duration::from_secs(24 * 3_600);
+/// A certificate is looked at so long after its end, which the clock has then passed.
+const PAST_THE_END: Duration = Duration::from_millis(10);
 /// Certificate and key are two files: read once both have been written.
 const QUIET: Duration = Duration::from_millis(300);
 /// However busy the folder.
@@ -44,11 +47,12 @@ pub(super) async fn run(broker: &Broker, all: &[Arc<Tls>], mut hangup: Option<Si
     if let Err(error) = &watched {
         tracing::warn!(%error, "mqtt: cannot watch the certificates' folders, will look every 30 s");
     }
-    let mut told_at = tell_of_ends(all);
+    let mut told = Told::default();
     loop {
+        tell_of_ends(all, &broker.failures, &mut told);
         tokio::select! {
             () = broker.shutdown.cancelled() => return,
-            () = sleep(LOOK_EVERY) => {}
+            () = sleep(until_next_end(all).min(LOOK_EVERY)) => {}
             Some(()) = changes.recv() => {
                 let until = Instant::now() + QUIET_WAIT_MAX;
                 while timeout(QUIET, changes.recv()).await == Ok(Some(())) && Instant::now() < until {}
@@ -62,27 +66,71 @@ pub(super) async fn run(broker: &Broker, all: &[Arc<Tls>], mut hangup: Option<Si
         }
         if has_changed {
             broker.access.recheck();
+            told = Told::default();
         }
-        if has_changed || told_at.elapsed() > TELL_EVERY {
-            told_at = tell_of_ends(all);
-        }
-        show_what_is_left(all);
     }
 }
 
-/// Says which certificates and lists have ended or end soon; returns when.
-fn tell_of_ends(all: &[Arc<Tls>]) -> Instant {
-    for warning in all.iter().flat_map(|tls| tls.warnings(SystemTime::now())) {
+/// Warnings, and when each was last said.
+#[derive(Default)]
+pub(super) struct Told(HashMap<String, Instant>);
+
+impl Told {
+    /// Returns those of the warnings of this moment that were not said within [`TELL_EVERY`].
+    pub(super) fn news(&mut self, warnings: Vec<String>, now: Instant) -> Vec<String> {
+        let said = std::mem::take(&mut self.0);
+        let mut news = Vec::new();
+        for warning in warnings {
+            let said_at = said.get(&warning).filter(|at| now.duration_since(**at) < TELL_EVERY);
+            if said_at.is_none() && !self.0.contains_key(&warning) {
+                news.push(warning.clone());
+            }
+            self.0.insert(warning, said_at.copied().unwrap_or(now));
+        }
+        news
+    }
+}
+
+/// Says which certificates and lists have ended or end soon, once when that begins and then daily.
+fn tell_of_ends(all: &[Arc<Tls>], failures: &Failures, told: &mut Told) {
+    let now = SystemTime::now();
+    let warnings = all.iter().flat_map(|tls| tls.warnings(now)).collect();
+    for warning in told.news(warnings, Instant::now()) {
         tracing::warn!("mqtt: {warning}");
     }
-    show_what_is_left(all);
-    Instant::now()
-}
-
-fn show_what_is_left(all: &[Arc<Tls>]) {
-    for (file, seconds) in all.iter().flat_map(|tls| tls.seconds_left(SystemTime::now())) {
+    for (file, seconds) in all.iter().flat_map(|tls| tls.seconds_left(now)) {
         super::super::metrics::certificate_seconds_left(file, seconds);
     }
+    note_lists(all, failures, now);
+}
+
+/// A revocation list that is past its next update is a problem for as long.
+pub(super) fn note_lists(all: &[Arc<Tls>], failures: &Failures, now: SystemTime) {
+    let mut overdue: BTreeMap<&Path, Option<String>> = BTreeMap::new();
+    for lists in all.iter().filter_map(|tls| tls.lists()) {
+        super::super::metrics::revocation_list_seconds_left(lists.file, lists.seconds_left(now));
+        let known = overdue.entry(lists.file).or_default();
+        *known = known.take().or(lists.overdue(now));
+    }
+    for (file, overdue) in overdue {
+        let (part, kind) = (format!("revocation list {}", file.display()), "certificate");
+        let Some(overdue) = overdue else {
+            failures.mended(&part, kind);
+            continue;
+        };
+        let advice = format!(
+            "get a new list from the CA and put it into {}; it is taken while the host runs",
+            file.display()
+        );
+        failures.stands(Standing { part, kind, cause: format!("the list {overdue}"), advice });
+    }
+}
+
+fn until_next_end(all: &[Arc<Tls>]) -> Duration {
+    let now = SystemTime::now();
+    let next = all.iter().filter_map(|tls| tls.next_end(now)).min();
+    let left = next.and_then(|next| next.duration_since(now).ok());
+    left.map_or(LOOK_EVERY, |left| left.saturating_add(PAST_THE_END))
 }
 
 /// Whether there are new certificates in use.

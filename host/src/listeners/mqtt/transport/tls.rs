@@ -58,6 +58,13 @@ struct Acceptor {
     lists_until: Option<SystemTime>,
 }
 
+/// The revocation lists of one file.
+pub(super) struct Lists<'t> {
+    pub file: &'t Path,
+    /// `None`: no list says when it is to be replaced.
+    until: Option<SystemTime>,
+}
+
 /// Holds until the first certificate of the client's path ends, and while none of them is revoked and
 /// `tls.client_ca` lists the authority.
 struct CertificateProof {
@@ -150,8 +157,7 @@ impl Tls {
     pub(super) fn seconds_left(&self, now: SystemTime) -> BTreeMap<&Path, f64> {
         let mut left = BTreeMap::new();
         for (file, _, until) in self.ends(&self.current()) {
-            let passed = |error: SystemTimeError| -error.duration().as_secs_f64();
-            let seconds = until.duration_since(now).map_or_else(passed, |left| left.as_secs_f64());
+            let seconds = seconds_until(until, now);
             left.entry(file).and_modify(|least: &mut f64| *least = least.min(seconds)).or_insert(seconds);
         }
         left
@@ -168,15 +174,21 @@ impl Tls {
 
     /// A revocation list in use is past its next update: what to tell a person.
     fn outdated_lists(&self, now: SystemTime) -> Option<String> {
-        let until = self.current.read().unwrap_or_else(PoisonError::into_inner).lists_until?;
-        let crl = self.files.crl.as_ref()?;
-        let due = humantime::format_rfc3339_seconds(until);
-        (until < now).then(|| {
-            format!(
-                "{} was to be replaced by {due}: clients revoked since then still get in; get a new list from the CA",
-                crl.display()
-            )
-        })
+        let lists = self.lists()?;
+        let overdue = lists.overdue(now)?;
+        Some(format!("{} {overdue}; get a new list from the CA", lists.file.display()))
+    }
+
+    /// The file of revocation lists, and when the first of them is to be replaced.
+    pub(super) fn lists(&self) -> Option<Lists<'_>> {
+        Some(Lists { file: self.files.crl.as_deref()?, until: self.current().lists_until })
+    }
+
+    /// The next moment at which a certificate in use ends or a list is to be replaced.
+    pub(super) fn next_end(&self, now: SystemTime) -> Option<SystemTime> {
+        let current = self.current();
+        let ends = self.ends(&current).into_iter().map(|(_, _, until)| until);
+        ends.chain(current.lists_until).filter(|until| *until > now).min()
     }
 
     pub(super) fn name(&self) -> std::path::Display<'_> {
@@ -213,6 +225,26 @@ impl Tls {
         });
         Ok((io, shown))
     }
+}
+
+impl Lists<'_> {
+    /// Seconds until the first list is to be replaced, negative afterwards; infinite where none
+    /// says when.
+    pub fn seconds_left(&self, now: SystemTime) -> f64 {
+        self.until.map_or(f64::INFINITY, |until| seconds_until(until, now))
+    }
+
+    /// What is wrong with a list that was not replaced in time.
+    pub fn overdue(&self, now: SystemTime) -> Option<String> {
+        let until = self.until.filter(|until| *until < now)?;
+        let due = humantime::format_rfc3339_seconds(until);
+        Some(format!("was to be replaced by {due}: clients revoked since then still get in"))
+    }
+}
+
+fn seconds_until(until: SystemTime, now: SystemTime) -> f64 {
+    let passed = |error: SystemTimeError| -error.duration().as_secs_f64();
+    until.duration_since(now).map_or_else(passed, |left| left.as_secs_f64())
 }
 
 impl Proof for CertificateProof {

@@ -7,7 +7,9 @@ use tokio::net::TcpListener;
 use tokio_rustls::TlsConnector;
 
 use super::super::super::config::Identity;
+use super::super::reload::{Told, note_lists};
 use super::*;
+use crate::telemetry::Failures;
 
 struct Pki {
     dir: tempfile::TempDir,
@@ -297,18 +299,49 @@ async fn a_server_certificate_out_of_its_dates_never_replaces_one_that_works() {
 
 #[tokio::test]
 async fn a_list_past_its_next_update_stays_in_force_and_is_told_of() {
-    let pki = Pki::new();
+    let (pki, failures) = (Pki::new(), Failures::default());
     let tls = pki.load(Identity::Cn);
     assert_eq!(tls.warnings(SystemTime::now()), [""; 0]);
     pki.revoke_until(&[7], 2021);
     assert!(matches!(tls.reload(), Reloaded::Taken));
     let told = tls.warnings(SystemTime::now()).concat();
     assert!(told.contains("crl.pem was to be replaced by 2021-01-01"), "{told}");
+    let problems = |tls: &Arc<Tls>| {
+        note_lists(std::slice::from_ref(tls), &failures, SystemTime::now());
+        failures.standing()
+    };
+    let problem = problems(&tls).remove(0);
+    assert!(problem.part.starts_with("revocation list ") && problem.part.ends_with("crl.pem"));
+    assert!(problem.kind == "certificate" && problem.cause.contains("still get in"), "{problem:?}");
+    assert!(tls.lists().unwrap().seconds_left(SystemTime::now()) < 0.0);
     assert!(refusal(&tls, &pki.connector(Some(pki.device(7)))).await.contains("is revoked"));
     assert!(shake(&tls, &pki.connector(Some(pki.device(8)))).await.0.is_ok());
     pki.revoke(&[7]);
     assert!(matches!(tls.reload(), Reloaded::Taken));
     assert_eq!(tls.warnings(SystemTime::now()), [""; 0]);
+    assert_eq!(problems(&tls), []);
+}
+
+#[test]
+fn a_list_is_told_of_in_the_moment_that_it_is_due_and_then_daily() {
+    let pki = Pki::new();
+    pki.revoke_until(&[7], 2080);
+    let tls = pki.load(Identity::Cn);
+    let due = tls.next_end(SystemTime::now()).unwrap();
+    let lists = tls.lists().unwrap();
+    assert!((lists.overdue(due), lists.seconds_left(due)) == (None, 0.0), "the list ends first");
+    let soon = due + Duration::from_millis(10);
+    assert!(tls.warnings(soon).iter().any(|told| told.contains("crl.pem was to be replaced by 2080")));
+    assert!(tls.next_end(soon).unwrap() > soon);
+
+    let (mut told, start, hour) = (Told::default(), tokio::time::Instant::now(), Duration::from_secs(3_600));
+    let mut news = |warnings: &[&str], after| {
+        told.news(warnings.iter().map(|warning| (*warning).to_owned()).collect(), start + after)
+    };
+    assert_eq!(news(&["a", "a"], 0 * hour), ["a"]);
+    assert_eq!(news(&["a", "b"], hour), ["b"]);
+    assert_eq!(news(&["a"], 24 * hour), ["a"]);
+    assert_eq!(news(&["a", "b"], 24 * hour), ["b"], "it had ended");
 }
 
 #[tokio::test]
