@@ -171,7 +171,7 @@ pub struct Plugin {
     /// Limits of one call.
     #[serde(default)]
     pub limits: plugin::Limits,
-    /// Instances, and calls at a time; others wait.
+    /// Instances, and calls at a time; others wait by turns: those of connected clients first, then among the addresses that clients come from.
     #[serde(default = "default_instances_max")]
     pub instances_max: u32,
 }

@@ -1,22 +1,36 @@
 //! A few places that many want: who waits is served by turns, first among the addresses
 //! that clients come from, then among the users of one address. Nobody who asks often, or for
-//! many users, keeps the others from their turn.
+//! many users, keeps the others from their turn. Those who ask with [`Fair::enter_first`] come
+//! before the others, but for one turn in a few.
 
 use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::oneshot;
+use xxhash_rust::xxh3::xxh3_128;
 
-/// Whoever shares an address: one of IPv4, or the /64 that a party has of IPv6.
+/// Turns in a row of those who come first while others wait.
+const FIRST_IN_A_ROW: u32 = 8;
+
+/// Whoever shares an address: one of IPv4, or the /64 that a party has of IPv6. Or a user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Source(IpAddr);
 
 /// Places, and who waits for one.
 pub struct Fair(Mutex<State>);
 
+#[derive(Default)]
 struct State {
     free: usize,
+    first: Queue,
+    others: Queue,
+    /// Turns that those of `first` have had since one of the others had its own.
+    first_in_a_row: u32,
+}
+
+#[derive(Default)]
+struct Queue {
     waiting: usize,
     /// In the order of their turns; each has somebody who waits.
     sources: VecDeque<(Source, VecDeque<User>)>,
@@ -42,6 +56,11 @@ impl Source {
         })
     }
 
+    /// The source of those who are known as `name`, wherever they come from.
+    pub fn of_user(name: &str) -> Self {
+        Self(Ipv6Addr::from_bits(xxh3_128(name.as_bytes())).into())
+    }
+
     pub fn bytes(self) -> [u8; 16] {
         match self.0 {
             IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
@@ -52,7 +71,7 @@ impl Source {
 
 impl Fair {
     pub fn new(places: usize) -> Arc<Self> {
-        Arc::new(Self(Mutex::new(State { free: places, waiting: 0, sources: VecDeque::new() })))
+        Arc::new(Self(Mutex::new(State { free: places, ..State::default() })))
     }
 
     /// A place, once it is its turn. Where `waiting_max` wait, the source with the most of them gives
@@ -69,11 +88,24 @@ impl Fair {
                 state.free -= 1;
                 return Ok(Place(Some(self.clone())));
             }
-            state.make_room(source, waiting_max)?;
-            state.wait(source, user)
+            state.others.make_room(source, waiting_max)?;
+            state.others.wait(source, user)
         };
         // Its turn is given up where there is no room for it any more.
         turn.await.map_err(|_| Crowded)
+    }
+
+    /// As [`Self::enter`], before those who enter by that. How many wait is bounded by who calls.
+    pub async fn enter_first(self: &Arc<Self>, source: Source, user: &str) -> Place {
+        let turn = {
+            let mut state = self.lock();
+            if state.free > 0 {
+                state.free -= 1;
+                return Place(Some(self.clone()));
+            }
+            state.first.wait(source, user)
+        };
+        turn.await.expect("nobody who comes first gives a turn up for others")
     }
 
     /// Turns that come before that of somebody new.
@@ -82,8 +114,9 @@ impl Fair {
         if state.free > 0 {
             return 0;
         }
-        let mine = state.sources.iter().find(|(of, _)| *of == source).map_or(0, |(_, users)| users.len());
-        1 + state.waiting.min((mine + 1) * state.sources.len())
+        let Queue { waiting, sources } = &state.others;
+        let mine = sources.iter().find(|(of, _)| *of == source).map_or(0, |(_, users)| users.len());
+        1 + (*waiting).min((mine + 1) * sources.len())
     }
 
     fn leave(self: &Arc<Self>) {
@@ -108,6 +141,18 @@ impl Fair {
 }
 
 impl State {
+    fn next(&mut self) -> Option<oneshot::Sender<Place>> {
+        let is_others_turn = self.first_in_a_row >= FIRST_IN_A_ROW && self.others.waiting > 0;
+        if !is_others_turn && let Some(next) = self.first.next() {
+            self.first_in_a_row = self.first_in_a_row.saturating_add(1);
+            return Some(next);
+        }
+        self.first_in_a_row = 0;
+        self.others.next()
+    }
+}
+
+impl Queue {
     fn wait(&mut self, source: Source, user: &str) -> oneshot::Receiver<Place> {
         let (turn, wait) = oneshot::channel();
         let at = self.sources.iter().position(|(of, _)| *of == source).unwrap_or_else(|| {
@@ -231,12 +276,38 @@ mod tests {
         // The first has gone: the other address is next.
         drop(wait.remove(0));
         drop(place);
-        assert_eq!(fair.lock().waiting, 1);
+        assert_eq!(fair.lock().others.waiting, 1);
         let mut last = pin!(wait.pop().unwrap());
         let (.., given) = other.await;
         assert!((&mut last).now_or_never().is_none());
         drop(given);
         assert!(last.await.2.is_ok());
+    }
+
+    #[tokio::test]
+    async fn those_who_come_first_are_served_before_others_who_still_have_a_turn_now_and_then() {
+        let fair = Fair::new(1);
+        let mut place = fair.enter(source(9), "x", 9).await.unwrap();
+        let mut wait = waiting(&fair, &[(1, "a"), (2, "b")], 9);
+        for n in 0..2 * FIRST_IN_A_ROW as u8 {
+            let fair = fair.clone();
+            // Half of them as one user: users take turns as well.
+            let of = Source::of_user(if n % 2 == 0 { "ann" } else { "bob" });
+            let mut first = async move { (n, "first", Ok(fair.enter_first(of, "c").await)) }.boxed();
+            assert!((&mut first).now_or_never().is_none());
+            wait.push(first);
+        }
+        let mut served = Vec::new();
+        while !wait.is_empty() {
+            drop(place);
+            let ((_, user, given), _, rest) = select_all(wait).await;
+            served.push(user);
+            (place, wait) = (given.unwrap(), rest);
+        }
+        let first = ["first"; FIRST_IN_A_ROW as usize];
+        assert_eq!(served, [&first[..], &["a"], &first, &["b"]].concat());
+        drop(place);
+        assert_eq!(fair.lock().free, 1);
     }
 
     #[test]

@@ -339,6 +339,7 @@ mod tests {
             proof: None,
             certificates: &[],
             ip: IpAddr::V4(Ipv4Addr::LOCALHOST),
+            is_connected: false,
             entrance,
             allow_anonymous: false,
         }

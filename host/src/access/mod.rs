@@ -74,6 +74,8 @@ pub struct Credentials<'a> {
     /// authenticator looks at it: see [`Access::looks_at_certificates`].
     pub certificates: &'a [Box<[u8]>],
     pub ip: IpAddr,
+    /// The client is connected, and authenticates again.
+    pub is_connected: bool,
     pub entrance: &'a Entrance,
     /// The listener serves clients that show nothing.
     pub allow_anonymous: bool,

@@ -1,15 +1,16 @@
 //! An access plugin as authenticator: called off the reactor, few at a time. Its
 //! answer is checked; a fault refuses the client, and never lets one in.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use tokio::sync::Semaphore;
 
 use super::config::{self, RULES_MAX, Rule};
 use super::exchange::{Begun, Exchange, Step};
+use super::fair::{Crowded, Fair, Place, Source};
 use super::questions::{Act, Authorize};
 use super::rules::{self, Action, Effect};
 use super::watched::{Opening, Watched};
@@ -18,10 +19,12 @@ use crate::plugin::access::{
     self, AccessEngine, AccessPlugin, Connecting, Decision, Property, Question, Seat,
 };
 use crate::properties::{self, Origin};
-use crate::telemetry::Failures;
+use crate::telemetry::{Failures, Standing};
 use crate::topic::DEVICE_ID_BYTES_MAX;
 
 const FILE_BYTES_MAX: u64 = 128 << 20;
+/// Calls for clients that connect that wait; a client leaves when `mqtt.connect_timeout` is over.
+const WAITING_MAX: usize = 8_192;
 const NAME_BYTES_MAX: usize = 1_024;
 /// Of all of a client's: they go with each of its messages.
 const ATTRIBUTES_BYTES_MAX: usize = 4 << 10;
@@ -46,7 +49,7 @@ struct Inner {
     /// How long a client waits for the first version.
     wait_max: Duration,
     /// As many as instances.
-    turns: Arc<Semaphore>,
+    turns: Arc<Fair>,
     exchanges: AtomicU64,
     failures: Failures,
 }
@@ -59,8 +62,18 @@ enum Answer {
     More(Vec<u8>, Seat),
 }
 
+/// The client that a call is for.
+#[derive(Clone)]
+struct Caller {
+    source: Source,
+    client_id: Box<str>,
+    /// It is connected: its calls come before those of clients that connect.
+    is_connected: bool,
+}
+
 struct Running {
     inner: Arc<Inner>,
+    caller: Caller,
     plugin: Arc<AccessPlugin>,
     seat: Seat,
     number: u64,
@@ -76,12 +89,16 @@ impl Plugin {
         failures: Failures,
     ) -> Self {
         let (engine, settings, said) = (engine.clone(), config.clone(), failures.clone());
-        let plugin = Opening::begin(failures.clone(), move || watch(&settings, &engine, said.clone()));
+        let plugin = Opening::begin(failures.clone(), move || {
+            let opened = watch(&settings, &engine, said.clone());
+            note_opened(&settings.file, opened.as_ref().err(), &said);
+            opened
+        });
         Self(Arc::new(Inner {
             file: config.file.display().to_string(),
             plugin,
             wait_max: wait_max / 2,
-            turns: Arc::new(Semaphore::new(config.instances_max as usize)),
+            turns: Fair::new(config.instances_max as usize),
             exchanges: AtomicU64::new(0),
             failures,
         }))
@@ -95,7 +112,8 @@ impl Plugin {
         let number = self.0.exchanges.fetch_add(1, Ordering::Relaxed);
         let connecting = connecting(number, who, method);
         let watched = self.0.watched().await?;
-        let called = self.0.off_the_reactor(move || {
+        let caller = Caller::of(who);
+        let called = self.0.off_the_reactor(&caller, move || {
             let plugin = watched.ready();
             (plugin.authenticate(&connecting), plugin)
         });
@@ -108,6 +126,18 @@ impl Plugin {
 /// Loads the plugin; what is wrong with the file or its config.
 pub fn look(config: &config::Plugin, engine: &AccessEngine) -> Result<(), String> {
     watch(config, engine, Failures::default()).map(drop)
+}
+
+/// A first version that cannot be used is a problem until there is one.
+fn note_opened(file: &Path, wrong: Option<&String>, failures: &Failures) {
+    let (part, kind) = (format!("access plugin {}", file.display()), "plugin_failed");
+    let Some(reason) = wrong else { return failures.mended(&part, kind) };
+    failures.stands(Standing {
+        part,
+        kind,
+        cause: format!("{reason}; clients that it is asked about are refused"),
+        advice: format!("mend or replace {}; it is looked into again when a client connects", file.display()),
+    });
 }
 
 fn watch(
@@ -123,6 +153,13 @@ fn watch(
     Watched::open(&config.file, FILE_BYTES_MAX, failures, load)
 }
 
+impl Caller {
+    fn of(who: &Credentials<'_>) -> Self {
+        let source = Source::of(who.ip);
+        Self { source, client_id: who.client_id.into(), is_connected: who.is_connected }
+    }
+}
+
 impl Inner {
     async fn watched(&self) -> Result<Arc<Watched<AccessPlugin>>, Denied> {
         self.plugin.opened(self.wait_max).await.ok_or(Denied::Unavailable("plugin"))
@@ -131,14 +168,24 @@ impl Inner {
     /// When it has its turn; runs on when its client has gone.
     async fn off_the_reactor<T: Send + 'static>(
         &self,
+        caller: &Caller,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, Denied> {
-        let turn = self.turns.clone().acquire_owned().await.expect("the semaphore is never closed");
+        let turn = self.turn(caller).await?;
         super::off_the_reactor(move || {
             let _held = turn;
             work()
         })
         .await
+    }
+
+    async fn turn(&self, caller: &Caller) -> Result<Place, Denied> {
+        let Caller { source, client_id, is_connected } = caller;
+        if *is_connected {
+            return Ok(self.turns.enter_first(*source, client_id).await);
+        }
+        let turn = self.turns.enter(*source, client_id, WAITING_MAX).await;
+        turn.map_err(|Crowded| Denied::Unavailable("plugin"))
     }
 
     fn checked(self: &Arc<Self>, decision: Decision, seat: Seat, may_ask: bool) -> Result<Answer, String> {
@@ -189,7 +236,9 @@ impl Authorize for Arc<Inner> {
         };
         let questions: Vec<_> = topics.iter().map(|topic| question(topic)).collect();
         let watched = self.watched().await?;
-        let called = self.off_the_reactor(move || watched.ready().authorize(&questions)).await?;
+        let caller =
+            Caller { source: Source::of_user(name), client_id: client_id.into(), is_connected: true };
+        let called = self.off_the_reactor(&caller, move || watched.ready().authorize(&questions)).await?;
         match called.and_then(|raw| answers(&raw, topics.len())) {
             Ok(answers) => {
                 count("answered");
@@ -228,7 +277,7 @@ impl Authenticate for Plugin {
 
     async fn begin(&self, method: &str, data: &[u8], who: &Credentials<'_>) -> Result<Option<Begun>, Denied> {
         let (answer, plugin, number) = self.ask(who, Some((method, data))).await?;
-        let running = |seat| Running { inner: self.0.clone(), plugin, seat, number };
+        let running = |seat| Running { inner: self.0.clone(), caller: Caller::of(who), plugin, seat, number };
         match answer {
             Answer::Pass | Answer::Refuse(Denied::BadMethod) => Ok(None),
             Answer::Refuse(denied) => Err(denied),
@@ -247,14 +296,15 @@ impl Authenticate for Plugin {
 #[async_trait]
 impl Exchange for Running {
     async fn answer(self: Box<Self>, data: &[u8]) -> Result<Step, Denied> {
-        let Running { inner, plugin, seat, number } = *self;
+        let Running { inner, caller, plugin, seat, number } = *self;
         let (data, called) = (data.to_vec(), plugin.clone());
-        let decision = inner.off_the_reactor(move || called.go_on(seat, number, &data)).await?;
+        let decision = inner.off_the_reactor(&caller, move || called.go_on(seat, number, &data)).await?;
         let answer = decision.and_then(|decision| inner.checked(decision, seat, true));
         match inner.counted(answer)? {
             Answer::Accept(identity) => Ok(Step::Done { data: Vec::new(), identity: *identity }),
             Answer::More(data, seat) => {
-                Ok(Step::Ask { data, exchange: Box::new(Running { inner, plugin, seat, number }) })
+                let exchange = Box::new(Running { inner, caller, plugin, seat, number });
+                Ok(Step::Ask { data, exchange })
             }
             Answer::Refuse(denied) => Err(denied),
             // It was its client a round ago.
