@@ -1,6 +1,7 @@
 //! Access plugins in the real host: what they decide, and what a bad one does.
 
 use std::io::Write;
+use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -390,6 +391,94 @@ fn all_rounds_of_an_exchange_go_to_the_instance_that_asked() {
     assert_eq!(answer(&host, &unknown).0, 0x87);
 }
 
+/// A client that has proved itself to [`hostile`] by a method, with what CONNECT says beside.
+fn by_method(host: &Host, connect: Connect) -> Client {
+    let mut client = Client::raw(host.mqtt(), V5);
+    client.send(Connect { properties: auth_properties("badge", "first"), ..connect }.bytes());
+    expect_auth(&mut client, 0x18);
+    client.send(auth(0x18, "badge", "done"));
+    let connack = client.receive();
+    assert_eq!((connack.first, connack.body[1]), (0x20, 0));
+    client
+}
+
+fn expect_auth(client: &mut Client, code: u8) {
+    let packet = client.receive();
+    assert_eq!((packet.first, packet.body.first().copied().unwrap_or(0)), (0xf0, code), "{packet:?}");
+}
+
+#[test]
+fn while_a_client_authenticates_again_the_rest_of_its_connection_goes_on() {
+    let host = start("access-again", "hostile-access", "{}", "");
+    let mut client = by_method(&host, Connect::new(V5, "again"));
+    let publish = Publish::new("x", 0, 0, "between").bytes(V5);
+    // What stands behind an AUTH is answered before it.
+    client.send([auth(0x19, "badge", "again"), publish, PINGREQ.to_vec()].concat());
+    client.expect([0xd0, 0]);
+    expect_auth(&mut client, 0x18);
+    client.send([auth(0x18, "badge", "done"), PINGREQ.to_vec()].concat());
+    client.expect([0xd0, 0]);
+    expect_auth(&mut client, 0);
+    client.send(auth(0x19, "badge", "again"));
+    expect_auth(&mut client, 0x18);
+    client.send([auth(0x18, "badge", "loop"), PINGREQ.to_vec()].concat());
+    client.expect([0xd0, 0]);
+    assert_eq!(client.disconnected(), 0x87, "a fault lets nobody stay");
+
+    let mut hasty = by_method(&host, Connect::new(V5, "hasty"));
+    hasty.send([auth(0x19, "badge", "again"), auth(0x18, "badge", "done")].concat());
+    assert_eq!(hasty.disconnected(), 0x82, "it answers what it was not asked yet");
+}
+
+#[test]
+fn a_will_that_the_rights_of_authenticating_again_forbid_is_forgotten() {
+    let host = start("access-will", "hostile-access", "{}", "");
+    let root = unique("will");
+    let topic = |last: &str| format!("{root}/{last}");
+    let mut witness = Client::clean(host.mqtt(), V5, "asks-will");
+    assert_eq!(witness.subscribe(&topic("#"), 0), 0);
+    for (data, will) in [("done", topic("allowed")), ("less", topic("forbidden"))] {
+        let connect = Connect { will: Some(Will::new(&will, 0)), ..Connect::new(V5, "leaves") };
+        let mut client = by_method(&host, connect);
+        client.send(auth(0x19, "badge", "again"));
+        expect_auth(&mut client, 0x18);
+        client.send(auth(0x18, "badge", data));
+        expect_auth(&mut client, 0);
+        client.cut();
+        // A will comes before what its client publishes on its next connection.
+        let mut back = by_method(&host, Connect::new(V5, "leaves"));
+        back.publish(&Publish::new(&topic("after"), 0, 0, "x"));
+        if data == "done" {
+            assert_eq!(witness.delivered().topic, will);
+        }
+        assert_eq!(witness.delivered().topic, topic("after"));
+    }
+    host.says(&format!("client leaves, topic {}", topic("forbidden")));
+}
+
+#[test]
+fn one_address_that_keeps_the_plugin_busy_keeps_no_other_out() {
+    const STRANGERS: usize = 200;
+    let listener = "    - { bind: 127.0.0.1:0, proxy_protocol: { from: [127.0.0.0/8] } }";
+    let mut host = prepare("access-turns", "hostile-access", listener, "{}", 50, "");
+    host.run();
+    assert_eq!(reason(&host, "first"), 0);
+    // PROXY protocol, version 2: from 192.0.2.7.
+    let header = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\xc0\0\x02\x07\x7f\0\0\x01\x30\x39\x07\x5b";
+    let connect = [&header[..], &Connect::new(V5, "loop").bytes()].concat();
+    let strangers: Vec<_> = (0..STRANGERS)
+        .map(|_| {
+            let mut socket = TcpStream::connect(host.listener(1)).expect("the host listens");
+            socket.write_all(&connect).expect("the host reads");
+            socket
+        })
+        .collect();
+    assert_eq!(reason(&host, "honest"), 0);
+    let served = calls(&host, "fault");
+    assert!(served < STRANGERS as f64 * 0.75, "{served} of those who came first were served first");
+    drop(strangers);
+}
+
 #[test]
 fn a_changed_file_counts_once_it_is_ready_and_a_broken_one_changes_nothing() {
     let host = start("access-reload", "hostile-access", "{}", "");
@@ -400,7 +489,7 @@ fn a_changed_file_counts_once_it_is_ready_and_a_broken_one_changes_nothing() {
     // A plugin that is one for messages.
     replace(&host, "hostile");
     assert_eq!(reason(&host, "anybody"), 0);
-    host.says("is no access plugin: it exports no access");
+    host.says("is a step, no access plugin: put it into the plugins folder");
     replace(&host, "plugin-network-gate");
     assert_eq!(reason(&host, "anybody"), 0, "the old one answers while the new one is compiled");
     host.says("a changed file is in force");

@@ -7,17 +7,21 @@ use std::sync::{Arc, OnceLock};
 use bytes::{Bytes, BytesMut};
 use rmqtt_codec::v5::{self, Auth, AuthReasonCode, ConnectAckReason, DisconnectReasonCode};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 use tokio_util::codec::Encoder;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::Broker;
+use super::acks::Stopped;
 use super::handshake::{ask_for_filters, first_packet_bytes_max, leave_forbidden};
-use super::inbound::Inbound;
+use super::inbound::{Inbound, Trouble};
 use super::metrics::{RECEIVED, SENT};
 use super::session::Session;
+use super::subscriptions::Filter;
 use super::transport::Remote;
+use super::will::Will;
 use super::wire::{self, Fault, Packet, Version};
-use crate::access::{Admitted, Credentials, Denied, Exchange, ROUNDS_MAX, Step};
+use crate::access::{Act, Admitted, Credentials, Denied, Exchange, ROUNDS_MAX, Step, Verdict};
 
 /// What CONNECT named; it stays for the connection.
 #[derive(Clone, Debug)]
@@ -177,82 +181,248 @@ pub fn denial(denied: Denied) -> Denial {
     }
 }
 
-/// For authenticating again (4.12.1), while everything else goes on.
-pub struct Again<'b> {
-    pub method: Method,
-    pub remote: &'b Remote,
+/// Authenticates a connected client again (4.12.1). Everything else of the connection goes on
+/// meanwhile, by the rights that the client has.
+pub struct Again {
+    method: Method,
+    remote: Arc<Remote>,
     /// Of CONNECT.
-    pub username: Option<Box<str>>,
-    pub running: Option<Running>,
+    username: Option<Box<str>>,
+    running: Option<Running>,
 }
 
-pub struct Running {
-    exchange: Box<dyn Exchange>,
+/// An exchange that is under way.
+struct Running {
     rounds: u32,
+    /// When it must be over.
     until: Instant,
+    turn: Turn,
 }
 
-impl Again<'_> {
-    /// Takes an AUTH, puts the answer into `out`, changes the client's rights
-    /// where it is over. A failure ends the connection.
-    pub async fn take(
+enum Turn {
+    /// The client is to answer.
+    Clients(Box<dyn Exchange>),
+    /// What the client has said is looked at, on a task of its own: a connection that is at
+    /// something else meanwhile keeps nobody's turn.
+    Hosts(AbortOnDropHandle<Looked>),
+}
+
+/// What came of a look.
+pub enum Looked {
+    /// The client is to answer this.
+    Ask {
+        data: Vec<u8>,
+        exchange: Box<dyn Exchange>,
+    },
+    /// The client is known. What its session is subscribed to was asked for with the new rights.
+    Done {
+        data: Vec<u8>,
+        rights: Box<Admitted>,
+        may_leave_will: bool,
+    },
+    Failed,
+    /// A stream has stopped.
+    Stopped,
+}
+
+/// What a look needs of a connection.
+struct Looking {
+    broker: Arc<Broker>,
+    session: Arc<Session>,
+    remote: Arc<Remote>,
+    method: Box<str>,
+    username: Option<Box<str>>,
+    /// Who the client is now, and must stay.
+    name: Option<Arc<str>>,
+    will_topic: Option<Box<str>>,
+}
+
+impl Again {
+    pub fn new(method: Method, username: Option<Box<str>>, remote: Arc<Remote>) -> Self {
+        Self { method, remote, username, running: None }
+    }
+
+    /// Takes an AUTH, and begins to look at it: see [`Self::looked`].
+    pub fn take(
         &mut self,
-        broker: &Broker,
+        broker: &Arc<Broker>,
         auth: Auth,
+        inbound: &Inbound,
+        will: Option<&Will>,
+    ) -> Result<(), Fault> {
+        let code = auth.reason_code;
+        let data = self.method.data_of(auth)?;
+        let looking = self.looking(broker, inbound, will);
+        let (rounds, until, look) = match (self.running.take(), code) {
+            (None, AuthReasonCode::ReAuth) => {
+                let until = Instant::now() + broker.config.connect_timeout.0;
+                (1, until, tokio::spawn(looking.begin(data)))
+            }
+            (
+                Some(Running { turn: Turn::Clients(exchange), rounds, until }),
+                AuthReasonCode::ContinueAuth,
+            ) => (rounds + 1, until, tokio::spawn(looking.go_on(exchange, data))),
+            _ => return Err(OUT_OF_TURN),
+        };
+        self.running = Some(Running { rounds, until, turn: Turn::Hosts(AbortOnDropHandle::new(look)) });
+        Ok(())
+    }
+
+    fn looking(&self, broker: &Arc<Broker>, inbound: &Inbound, will: Option<&Will>) -> Looking {
+        Looking {
+            broker: broker.clone(),
+            session: inbound.session().clone(),
+            remote: self.remote.clone(),
+            method: self.method.name.clone(),
+            username: self.username.clone(),
+            name: inbound.rights().identity.name.clone(),
+            will_topic: will.map(|will| will.topic.clone()),
+        }
+    }
+
+    /// Returns what came of a look; pending while there is none. Safe to drop.
+    async fn look(&mut self) -> Looked {
+        let Some(Running { turn: Turn::Hosts(look), .. }) = &mut self.running else { return pending().await };
+        // Fails only while the runtime ends.
+        let Ok(looked) = look.await else { return pending().await };
+        looked
+    }
+
+    /// Tells the client what came of a look: puts an AUTH into `out`, changes the client's rights
+    /// where it is over, and forgets its `will` where the new ones forbid it. A failure ends the
+    /// connection.
+    pub fn looked(
+        &mut self,
+        broker: &Arc<Broker>,
+        looked: Looked,
         inbound: &mut Inbound,
+        will: &mut Option<Box<Will>>,
         packet_bytes_max: usize,
         out: &mut BytesMut,
-    ) -> Result<(), Fault> {
+    ) -> Result<(), Trouble> {
         let session = inbound.session().clone();
-        let (running, code) = (self.running.take(), auth.reason_code);
-        let data = self.method.data_of(auth)?;
-        let rounds = running.as_ref().map_or(0, |running| running.rounds) + 1;
-        let until = running.as_ref().map_or(Instant::now() + broker.config.connect_timeout.0, |it| it.until);
-        let who = Credentials {
-            client_id: &session.client_id,
+        let failed = || failed(broker, &session.client_id);
+        let Some(Running { rounds, until, .. }) = self.running.take() else { return Ok(()) };
+        let too_large =
+            Fault { code: DisconnectReasonCode::PacketTooLarge, what: "AUTH is more than the client takes" };
+        let mut put = |code, data| self.method.put(code, data, packet_bytes_max, out).ok_or(too_large);
+        let next = match looked {
+            Looked::Failed => return Err(failed().into()),
+            Looked::Stopped => return Err(Trouble::Stopped),
+            Looked::Ask { .. } if rounds > ROUNDS_MAX => return Err(failed().into()),
+            Looked::Ask { data, exchange } => {
+                put(AuthReasonCode::ContinueAuth, data)?;
+                Turn::Clients(exchange)
+            }
+            // It was subscribed to more meanwhile.
+            Looked::Done { data, rights, .. } if is_unanswered(&rights, &session) => {
+                let looking = self.looking(broker, inbound, will.as_deref());
+                Turn::Hosts(AbortOnDropHandle::new(tokio::spawn(looking.ask(data, rights))))
+            }
+            // The client is told once its will is gone for good.
+            Looked::Done { data, rights, may_leave_will: false } if will.is_some() => {
+                let will = will.take().expect("it is there");
+                report_forgotten(broker, &session, &will);
+                let broker = broker.clone();
+                let gone = async move {
+                    match will.forget_durably(&broker).await {
+                        Ok(()) => Looked::Done { data, rights, may_leave_will: true },
+                        Err(Stopped) => Looked::Stopped,
+                    }
+                };
+                Turn::Hosts(AbortOnDropHandle::new(tokio::spawn(gone)))
+            }
+            Looked::Done { data, mut rights, .. } => {
+                put(AuthReasonCode::Success, data)?;
+                leave_forbidden(broker, &session, &mut rights);
+                watch(broker, &mut rights, &session);
+                inbound.renew(*rights);
+                return Ok(());
+            }
+        };
+        self.running = Some(Running { rounds, until, turn: next });
+        Ok(())
+    }
+}
+
+/// Returns what came of a look at what the client has said. Pending while there is none, and for a
+/// client that does not authenticate again. Safe to drop.
+pub async fn look(again: Option<&mut Again>) -> Looked {
+    match again {
+        Some(again) => again.look().await,
+        None => pending().await,
+    }
+}
+
+impl Looking {
+    async fn begin(self, data: Bytes) -> Looked {
+        let begun = self.broker.access.begin(&self.method, &data, &self.who()).await;
+        self.after(begun).await
+    }
+
+    async fn go_on(self, exchange: Box<dyn Exchange>, data: Bytes) -> Looked {
+        let answered = exchange.answer(&data).await;
+        self.after(answered).await
+    }
+
+    fn who(&self) -> Credentials<'_> {
+        Credentials {
+            client_id: &self.session.client_id,
             username: self.username.as_deref(),
             password: None,
             certificate: self.remote.identity(),
             proof: self.remote.proof(),
             certificates: &self.remote.certificates,
             ip: self.remote.address.ip(),
+            is_connected: true,
             entrance: &self.remote.entrance,
             allow_anonymous: false,
-        };
-        let step = async {
-            match (running, code) {
-                (None, AuthReasonCode::ReAuth) => {
-                    Ok(broker.access.begin(&self.method.name, &data, &who).await)
-                }
-                (Some(running), AuthReasonCode::ContinueAuth) => Ok(running.exchange.answer(&data).await),
-                _ => Err(OUT_OF_TURN),
-            }
-        };
-        let step = timeout_at(until, step).await.unwrap_or(Ok(Err(Denied::NotAuthorized)))?;
-        let failed = || failed(broker, &session.client_id);
-        let step = step.map_err(|_| failed())?;
-        let too_large =
-            Fault { code: DisconnectReasonCode::PacketTooLarge, what: "AUTH is more than the client takes" };
-        let mut put = |code, data| self.method.put(code, data, packet_bytes_max, out).ok_or(too_large);
-        match step {
-            Step::Ask { .. } if rounds > ROUNDS_MAX => Err(failed()),
-            Step::Ask { data, exchange } => {
-                put(AuthReasonCode::ContinueAuth, data)?;
-                self.running = Some(Running { exchange, rounds, until });
-                Ok(())
-            }
-            Step::Done { identity, .. } if identity.name != inbound.rights().identity.name => Err(failed()),
-            Step::Done { data, identity } => {
-                let mut rights = broker.access.rights(identity, who.client_id, who.proof);
-                ask_for_filters(&mut rights, &session).await.map_err(|_| failed())?;
-                put(AuthReasonCode::Success, data)?;
-                leave_forbidden(broker, &session, &mut rights);
-                watch(broker, &mut rights, &session);
-                inbound.renew(rights);
-                Ok(())
-            }
         }
     }
+
+    async fn after(self, step: Result<Step, Denied>) -> Looked {
+        match step {
+            Ok(Step::Ask { data, exchange }) => Looked::Ask { data, exchange },
+            Ok(Step::Done { data, identity }) if identity.name == self.name => {
+                let client_id = &self.session.client_id;
+                let rights = self.broker.access.rights(identity, client_id, self.remote.proof());
+                self.ask(data, Box::new(rights)).await
+            }
+            Ok(Step::Done { .. }) | Err(_) => Looked::Failed,
+        }
+    }
+
+    /// Has the plugin asked, where the rules say so, for what the client has left and is subscribed to.
+    async fn ask(self, data: Vec<u8>, mut rights: Box<Admitted>) -> Looked {
+        let mut may_leave_will = true;
+        if let Some(topic) = self.will_topic {
+            if rights.publish(&topic) == Verdict::Ask
+                && rights.ask_now(Act::Publish, vec![topic.clone()]).await.is_err()
+            {
+                return Looked::Failed;
+            }
+            may_leave_will = rights.publish(&topic) == Verdict::Yes;
+        }
+        // Last: the answers of the last call are all kept.
+        match ask_for_filters(&mut rights, &self.session).await {
+            Ok(()) => Looked::Done { data, rights, may_leave_will },
+            Err(_) => Looked::Failed,
+        }
+    }
+}
+
+/// Whether a filter of the session is one that the plugin was not asked for.
+fn is_unanswered(rights: &Admitted, session: &Session) -> bool {
+    let filters = if rights.is_everything() { Vec::new() } else { session.filter_list() };
+    let mut filters = filters.iter().filter_map(|filter| Filter::parse(filter));
+    filters.any(|filter| rights.subscribe(filter.topics()) == Verdict::Ask)
+}
+
+fn report_forgotten(broker: &Broker, session: &Session, will: &Will) {
+    let detail = format!("client {}, topic {}", session.client_id, will.topic);
+    let kind =
+        "mqtt: a will is forgotten because its client authenticated again and may not publish it any more";
+    broker.failures.report_client(kind, &session.client_id, 1, &detail, "");
 }
 
 /// Has the connection look at its deadline when its rights are taken back.
@@ -262,7 +432,7 @@ pub fn watch(broker: &Broker, rights: &mut Admitted, session: &Arc<Session>) {
 }
 
 /// When what runs must be over, or the client is known no longer.
-pub fn deadline(again: Option<&Again<'_>>, rights: &Admitted) -> Option<Instant> {
+pub fn deadline(again: Option<&Again>, rights: &Admitted) -> Option<Instant> {
     if rights.is_revoked() {
         return Some(Instant::now());
     }
@@ -274,8 +444,9 @@ pub fn deadline(again: Option<&Again<'_>>, rights: &Admitted) -> Option<Instant>
 /// Counted and said to a person; the client is not told whether it was the
 /// proof, the user or the time.
 pub fn failed(broker: &Broker, client_id: &str) -> Fault {
-    broker.failures.report(
+    broker.failures.report_client(
         "mqtt: authentication of a connected client failed, ran out or was taken back",
+        "",
         1,
         &format!("client {client_id}"),
         "",

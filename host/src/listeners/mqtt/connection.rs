@@ -29,7 +29,7 @@ use self::ending::{End, Leaving, linger};
 use self::partial::{FREE_BYTES, Partial, TooSlow};
 use super::Broker;
 use super::aliases::Aliases;
-use super::auth::{self, Again};
+use super::auth::{self, Again, Looked};
 use super::clients;
 use super::handshake::{self, Opened, may_see};
 use super::inbound::{Inbound, Next};
@@ -37,6 +37,7 @@ use super::metrics::{Part, RECEIVED, SENT};
 use super::outbound::{Loaded, Loader, Peer, Waits};
 use super::session::Session;
 use super::transport::{self, Place, Remote, closing};
+use super::will::Will;
 use super::wire::{self, Fault};
 use crate::access::Verdict;
 use crate::stream::Ticket;
@@ -68,9 +69,11 @@ struct Connection<'b, S> {
     session: Arc<Session>,
     peer: Peer,
     /// Where CONNECT named an authentication method.
-    auth: Option<Box<Again<'b>>>,
+    auth: Option<Box<Again>>,
     aliases: Aliases,
     inbound: Inbound,
+    /// What the client leaves behind.
+    will: Option<Box<Will>>,
     is_bridge: bool,
     tells_reasons: bool,
     /// A packet that is not whole, or what waits for room.
@@ -103,6 +106,7 @@ pub async fn serve<S>(broker: Arc<Broker>, io: S, remote: Remote, mut place: Pla
 where
     S: AsyncRead + AsyncWrite + Unpin + Send,
 {
+    let remote = Arc::new(remote);
     let Some((mut connection, leaving)) = Box::pin(open(&broker, io, &remote, &mut place)).await else {
         return;
     };
@@ -114,7 +118,7 @@ where
 async fn open<'b, S>(
     broker: &'b Arc<Broker>,
     mut io: S,
-    remote: &'b Remote,
+    remote: &Arc<Remote>,
     place: &mut Place,
 ) -> Option<(Connection<'b, S>, Leaving)>
 where
@@ -171,8 +175,9 @@ where
         session: session.clone(),
         peer,
         aliases,
-        auth: auth.map(|(method, username)| Box::new(Again { method, username, remote, running: None })),
+        auth: auth.map(|(method, username)| Box::new(Again::new(method, username, remote.clone()))),
         inbound: Inbound::new(broker, peer.version, session, rights, opened.tells_reasons),
+        will: will.map(Box::new),
         is_bridge: opened.is_bridge,
         tells_reasons: opened.tells_reasons,
         input,
@@ -186,7 +191,7 @@ where
         outward: None,
         drain_until: None,
     };
-    Some((connection, Leaving { turn, user_place, will: will.map(Box::new) }))
+    Some((connection, Leaving { turn, user_place }))
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
@@ -254,6 +259,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             Event::Durable(moved) => moved.map_err(|_| End::Stopped),
             Event::Writable => self.inbound.retry(self.broker).map_err(End::from),
             Event::Outward(moved) => self.moved(moved),
+            Event::Looked(looked) => {
+                let Some(again) = &mut self.auth else { return Ok(()) };
+                let (inbound, will, out) = (&mut self.inbound, &mut self.will, &mut self.out);
+                let max = self.peer.packet_bytes_max;
+                again.looked(self.broker, *looked, inbound, will, max, out).map_err(End::from)
+            }
             Event::AuthDeadline => Err(End::Fault(auth::failed(self.broker, &self.session.client_id))),
             Event::Wake => self.woken(timer),
             Event::Timer => self.timer_fired(timer),
@@ -387,6 +398,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         tokio::select! {
             biased;
             () = answered => Event::Answered,
+            looked = auth::look(self.auth.as_deref_mut()) => Event::Looked(Box::new(looked)),
             event = poll_fn(|cx| poll_io(io, out, read_max, cx)) => Event::Io(event),
             moved = acks.moved() => Event::Durable(moved),
             () = writable, if stalled => Event::Writable,
@@ -488,6 +500,8 @@ enum Event {
     Paid,
     /// The access plugin has answered.
     Answered,
+    /// What the client says to authenticate again was looked at.
+    Looked(Box<Looked>),
     AuthDeadline,
     Wake,
     Timer,

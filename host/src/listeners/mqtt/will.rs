@@ -145,6 +145,19 @@ impl Will {
         }
     }
 
+    /// As [`Self::forget`], durable when it returns: it is never published, whatever happens then.
+    pub async fn forget_durably(self, broker: &Broker) -> Result<(), Stopped> {
+        let Some(record) = self.record else { return Ok(()) };
+        let stream = &broker.streams[record.stream];
+        let mut removal = Vec::new();
+        record.blob.remove(&mut removal);
+        // Dropped before it is done: removed as any other.
+        let mut given_up = GivenUp { broker, record: Some(record) };
+        broker.append_durable(&**stream, &removal).await?;
+        drop(given_up.record.take());
+        Ok(())
+    }
+
     /// Appends the will and removes its record in one; never waits.
     fn publish(&mut self, broker: &Broker, client_id: &str) -> Result<(), AppendError> {
         let number = broker.route(&self.topic);

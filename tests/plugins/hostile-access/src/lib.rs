@@ -79,6 +79,12 @@ impl Access for Hostile {
         match data {
             b"more" => Decision::More(exchange.to_string().into_bytes()),
             b"trap" => panic!("a client asked for it"),
+            b"loop" => loop {
+                std::hint::black_box(());
+            },
+            b"less" => {
+                Decision::Accept(Identity { rules: vec![rule(PUBLISH, "ok/#", true)], ..named("known") })
+            }
             _ => Decision::Accept(Identity { rules: vec![rule(PUBLISH, "#", true)], ..named("known") }),
         }
     }

@@ -101,9 +101,8 @@ impl<S> Connection<'_, S> {
             Packet::V5(v5::Packet::Auth(packet)) => {
                 let forbidden = Fault::protocol("AUTH without a method in CONNECT");
                 let again = self.auth.as_mut().ok_or(End::Fault(forbidden))?;
-                let max = self.peer.packet_bytes_max;
-                let taken = again.take(self.broker, packet, &mut self.inbound, max, &mut self.out);
-                taken.await.map_err(End::Fault)
+                let taken = again.take(self.broker, packet, &self.inbound, self.will.as_deref());
+                taken.map_err(End::Fault)
             }
             _ => Err(End::Fault(Fault::protocol("a packet that a client must not send now"))),
         }
@@ -156,7 +155,7 @@ impl<S> Connection<'_, S> {
                     let kind = format!("mqtt: subscribe refused: {cause}");
                     let client_id = &*self.session.client_id;
                     let detail = format!("client {client_id}, filter {text:.200}");
-                    self.broker.failures.report_by(&kind, client_id, 1, &detail, "");
+                    self.broker.failures.report_client(&kind, client_id, 1, &detail, "");
                     refused.get_or_insert(cause);
                     status.push(reason);
                     continue;

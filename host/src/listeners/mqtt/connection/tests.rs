@@ -24,6 +24,7 @@ async fn a_slow_reader_is_not_silent_while_it_is_not_read() {
             session: session.clone(),
             peer: Peer { version, window: 1, packet_bytes_max: usize::MAX },
             auth: None,
+            will: None,
             aliases: Aliases::new(0),
             inbound: Inbound::new(broker, version, session, rights, false),
             is_bridge: false,

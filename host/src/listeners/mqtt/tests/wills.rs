@@ -144,6 +144,25 @@ async fn a_will_counts_until_it_is_published_or_forgotten() {
 }
 
 #[tokio::test]
+async fn a_will_that_is_forgotten_for_good_has_no_record_when_that_is_told() {
+    let stream = MemoryStream::with_hooks("s", 1);
+    let broker = broker(&Config::default(), stream.clone(), MemoryStream::new("broker", 1));
+    for has_room in [true, false] {
+        let mut will = will(0);
+        let place = broker.wills.enter(&broker, will.state_bytes("c")).unwrap();
+        will.keep(&broker, "c", place).await.unwrap();
+        stream.set_no_space(!has_room);
+        let forgotten = will.forget_durably(&broker).now_or_never();
+        assert_eq!(forgotten, has_room.then_some(Ok(())));
+        assert_eq!(stream.state(b"wi").is_empty(), has_room);
+        stream.set_no_space(false);
+        // What was given up for want of room is removed once there is some.
+        drop(broker.wills.enter(&broker, 1));
+        assert_eq!((stream.state(b"wi").len(), broker.wills.bytes()), (0, 0));
+    }
+}
+
+#[tokio::test]
 async fn wills_of_the_last_run_count_also_past_the_bound_until_their_clients_are_back() {
     let lost = Lost::new(600, 600).await;
     let config = Config { wills_bytes_max: ByteSize(1), ..Config::default() };
