@@ -21,7 +21,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use futures_util::future::{Either, join_all, select};
@@ -53,6 +53,9 @@ use crate::units::{ByteSize, Period};
 
 /// File in the data folder that the running host holds a lock on.
 const LOCK: &str = "LOCK";
+/// A start waits so long for commands that look whether a host runs, and tries again so often.
+const ASKED_MAX: Duration = Duration::from_secs(10);
+const ASKED_EVERY: Duration = Duration::from_millis(10);
 /// The start screen waits so long for plugins.
 const PLUGINS_SHOWN_AFTER: Duration = Duration::from_secs(3);
 /// A shutdown waits so long for each part, beside what pipelines have to drain.
@@ -442,14 +445,40 @@ fn lock(data_dir: &Path) -> anyhow::Result<Locked> {
     let file = File::options().create(true).truncate(false).write(true).open(&path).with_context(|| {
         format!("cannot write to the data folder {folder}: {}: let this user write there, or set another data_dir", path.display())
     })?;
-    match Locked::exclusive(file) {
-        Ok(held) => Ok(held),
-        Err(TryLockError::WouldBlock) => {
-            bail!("another headworks uses the data folder {folder}: stop it, or set another data_dir")
+    let until = Instant::now() + ASKED_MAX;
+    loop {
+        match try_lock(&file).with_context(|| format!("cannot lock {}", path.display()))? {
+            Tried::Locked(held) => return Ok(held),
+            Tried::HostHolds => {
+                bail!("another headworks uses the data folder {folder}: stop it, or set another data_dir")
+            }
+            Tried::CommandHolds if Instant::now() >= until => {
+                bail!("a command keeps {} locked: end it, then start the host again", path.display())
+            }
+            Tried::CommandHolds => std::thread::sleep(ASKED_EVERY),
         }
-        Err(TryLockError::Error(error)) => {
-            Err(error).with_context(|| format!("cannot lock {}", path.display()))
-        }
+    }
+}
+
+/// What came of a try to lock a data folder.
+enum Tried {
+    Locked(Locked),
+    HostHolds,
+    /// A command looks whether a host runs: see [`is_held`].
+    CommandHolds,
+}
+
+fn try_lock(file: &File) -> std::io::Result<Tried> {
+    match Locked::exclusive(file.try_clone()?) {
+        Ok(held) => return Ok(Tried::Locked(held)),
+        Err(TryLockError::WouldBlock) => {}
+        Err(TryLockError::Error(error)) => return Err(error),
+    }
+    // Only a host keeps out those who share the lock.
+    match Locked::shared(file.try_clone()?) {
+        Ok(_) => Ok(Tried::CommandHolds),
+        Err(TryLockError::WouldBlock) => Ok(Tried::HostHolds),
+        Err(TryLockError::Error(error)) => Err(error),
     }
 }
 
@@ -564,6 +593,21 @@ mod tests {
             drop(held);
             assert_eq!(mode(), after, "{before:o}");
         }
+    }
+
+    #[test]
+    fn a_command_that_looks_whether_a_host_runs_is_not_taken_for_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(LOCK);
+        let open = || File::options().create(true).truncate(false).write(true).open(&path).unwrap();
+        let command = Locked::shared(open()).unwrap();
+        let starting = open();
+        assert!(matches!(try_lock(&starting), Ok(Tried::CommandHolds)));
+        drop(command);
+        let held = try_lock(&starting);
+        assert!(matches!(held, Ok(Tried::Locked(_))));
+        assert!(matches!(try_lock(&open()), Ok(Tried::HostHolds)));
+        assert!(is_held(folder.path()).unwrap());
     }
 
     #[test]
