@@ -13,7 +13,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::Broker;
 use super::acks::Stopped;
-use super::handshake::{ask_for_filters, first_packet_bytes_max, leave_forbidden};
+use super::handshake::{ask_for_filters, first_packet_bytes_max, has_forbidden, leave_forbidden};
 use super::inbound::{Inbound, Trouble};
 use super::metrics::{RECEIVED, SENT};
 use super::session::Session;
@@ -219,6 +219,8 @@ pub enum Looked {
         data: Vec<u8>,
         rights: Box<Admitted>,
         may_leave_will: bool,
+        /// It is unsubscribed from what the new rights forbid.
+        has_left: bool,
     },
     Failed,
     /// A stream has stopped.
@@ -326,15 +328,25 @@ impl Again {
                 let broker = broker.clone();
                 let gone = async move {
                     match will.forget_durably(&broker).await {
-                        Ok(()) => Looked::Done { data, rights, may_leave_will: true },
+                        Ok(()) => Looked::Done { data, rights, may_leave_will: true, has_left: false },
                         Err(Stopped) => Looked::Stopped,
                     }
                 };
                 Turn::Hosts(AbortOnDropHandle::new(tokio::spawn(gone)))
             }
+            // Also what it was subscribed to while it left the others.
+            Looked::Done { data, mut rights, has_left, may_leave_will }
+                if !has_left || has_forbidden(&rights, &session) =>
+            {
+                let (broker, session) = (broker.clone(), session.clone());
+                let left = async move {
+                    leave_forbidden(&broker, &session, &mut rights).await;
+                    Looked::Done { data, rights, may_leave_will, has_left: true }
+                };
+                Turn::Hosts(AbortOnDropHandle::new(tokio::spawn(left)))
+            }
             Looked::Done { data, mut rights, .. } => {
                 put(AuthReasonCode::Success, data)?;
-                leave_forbidden(broker, &session, &mut rights);
                 watch(broker, &mut rights, &session);
                 inbound.renew(*rights);
                 return Ok(());
@@ -405,7 +417,7 @@ impl Looking {
         }
         // Last: the answers of the last call are all kept.
         match ask_for_filters(&mut rights, &self.session).await {
-            Ok(()) => Looked::Done { data, rights, may_leave_will },
+            Ok(()) => Looked::Done { data, rights, may_leave_will, has_left: false },
             Err(_) => Looked::Failed,
         }
     }

@@ -168,7 +168,7 @@ where
         since_us: super::now_us(),
         keep_alive_s,
     });
-    session.outbox().resume();
+    broker.live.resume(&session);
     let connection = Connection {
         broker,
         io,

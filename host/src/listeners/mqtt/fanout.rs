@@ -11,11 +11,12 @@
 //! else's messages.
 
 mod lanes;
+mod pass_on;
 mod sent;
 mod wakes;
 
 use std::cell::OnceCell;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -34,6 +35,7 @@ use crate::properties::{self, Origin};
 use crate::stream::{GapCause, Read, ReadError, Stream};
 
 pub use self::lanes::catch_up;
+pub use self::pass_on::Departure;
 pub use self::wakes::Wakes;
 
 /// No message of this stream is delivered now.
@@ -62,6 +64,8 @@ pub struct Live {
     limits: QueueLimits,
     /// Lanes that have not caught up, of all streams.
     lanes: AtomicUsize,
+    /// Number of clients that have connected, and one: see [`Share::is_deserted`].
+    arrivals: AtomicU64,
     /// While somebody looks at all sessions: what moved from one to another.
     passed: RwLock<Option<Mutex<BTreeSet<Place>>>>,
 }
@@ -120,6 +124,7 @@ impl Live {
             dollar: AtomicUsize::new(0),
             no_local: AtomicUsize::new(0),
             limits,
+            arrivals: AtomicU64::new(1),
             passed: RwLock::default(),
         }
     }
@@ -217,8 +222,14 @@ impl Live {
         true
     }
 
+    /// The client of a session is there: its outbox may be sent.
+    pub fn resume(&self, session: &Session) {
+        session.outbox().resume();
+        self.arrivals.fetch_add(1, Ordering::AcqRel);
+    }
+
     /// True when the session had this filter.
-    pub fn unsubscribe(&self, broker: &Broker, session: &Session, filter: &str) -> bool {
+    pub async fn unsubscribe(&self, broker: &Broker, session: &Session, filter: &str) -> bool {
         let had = {
             let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
             session.remove_filter(filter);
@@ -226,7 +237,7 @@ impl Live {
             self.take_out(&mut index, session, filter)
         };
         if is_shared(filter) {
-            self.pass_on(broker, session, Some(filter), false);
+            self.pass_on(broker, session, Departure::Share(filter)).await;
         }
         had
     }
@@ -240,47 +251,6 @@ impl Live {
                 self.take_out(&mut index, session, filter);
             }
         }
-    }
-
-    /// Gives what a member of shared subscriptions held to the others: see
-    /// [`Outbox::give_back`](super::outbound::Outbox::give_back).
-    pub fn pass_on(&self, broker: &Broker, session: &Session, filter: Option<&str>, ended: bool) {
-        let passed = self.passed.read().unwrap_or_else(PoisonError::into_inner);
-        let given = session.outbox().give_back(filter, ended);
-        if given.is_empty() {
-            return;
-        }
-        if let Some(passed) = &*passed {
-            let places = given.iter().filter_map(|queued| queued.source.place());
-            passed.lock().unwrap_or_else(PoisonError::into_inner).extend(places);
-        }
-        let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
-        let mut takers = BTreeMap::new();
-        let mut wakes = Wakes::new(broker);
-        for queued in given {
-            let share = queued.share.as_ref().and_then(|filter| index.tree.share(filter));
-            // Out of turn for whoever gets it now.
-            let taker = share.and_then(|share| self.deliver_to_one(share, &Sent::Again(queued), &mut wakes));
-            takers.extend(taker.map(|taker| (taker.number, taker.clone())));
-        }
-        drop((index, passed));
-        // Before the caller writes that `session` has it no more: a crash between the two
-        // repeats, never loses.
-        takers.values().for_each(|taker| taker.note(broker, Vec::new()));
-    }
-
-    /// From now on what moves from one session to another is noted.
-    pub fn note_passed(&self) {
-        // Waits for moves that nobody noted.
-        *self.passed.write().unwrap_or_else(PoisonError::into_inner) = Some(Mutex::default());
-    }
-
-    /// What moved since [`Live::note_passed`], the last of which has arrived. Each once, however
-    /// often it moved.
-    pub fn passed(&self) -> BTreeSet<Place> {
-        let passed = self.passed.write().unwrap_or_else(PoisonError::into_inner).take();
-        passed
-            .map_or_else(BTreeSet::new, |passed| passed.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn take_out(&self, index: &mut Index, session: &Session, filter: &str) -> bool {
@@ -391,16 +361,17 @@ impl Live {
             }
         }
         for share in shares.drain(..) {
-            self.deliver_to_one(share, sent, wakes);
+            self.deliver_to_one(share, share.next_turn(), sent, wakes);
         }
         ones.clear();
     }
 
-    /// To the member whose turn it is, of those that are there and keep up;
-    /// where there is none, to one that will come back. Whose it is now.
+    /// To the member whose turn it is, of those that are there and keep up, the one at the place
+    /// `first` before the others; where there is none, to one that will come back. Whose it is now.
     fn deliver_to_one<'s>(
         &self,
         share: &'s Share<Arc<Session>>,
+        first: usize,
         sent: &Sent<'_>,
         wakes: &mut Wakes<'_>,
     ) -> Option<&'s Arc<Session>> {
@@ -410,14 +381,22 @@ impl Live {
         };
         let mut away = None;
         let mut behind = None;
-        for member in share.in_turn() {
+        let arrivals = self.arrivals.load(Ordering::Acquire);
+        let is_deserted = share.is_deserted(arrivals);
+        let mut all_are_away = true;
+        for member in share.beginning_with(first) {
             if !sent.is_for(&member.session) {
                 behind = behind.or(Some(member));
+                all_are_away = false;
                 continue;
             }
-            let Some(queued) = queued(member.options) else { continue };
+            let Some(queued) = queued(member.options) else {
+                all_are_away = false;
+                continue;
+            };
             let mut outbox = member.session.outbox();
-            if outbox.is_ready(&queued, self.limits) {
+            all_are_away &= !outbox.is_connected();
+            if !is_deserted && outbox.is_ready(&queued, self.limits) {
                 // Under the lock: a member that leaves now gives it on.
                 let offered = outbox.offer(queued, self.limits, || sent.whole());
                 drop(outbox);
@@ -427,6 +406,12 @@ impl Live {
             if away.is_none() && outbox.takes(&queued) {
                 away = Some((member, queued));
             }
+            if is_deserted && away.is_some() {
+                break;
+            }
+        }
+        if all_are_away && !is_deserted {
+            share.set_deserted(arrivals);
         }
         // One that is behind gets it beside what it catches up with.
         let out_of_turn = || {

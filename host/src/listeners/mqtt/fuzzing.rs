@@ -402,6 +402,6 @@ pub fn broker_state(data: &[u8]) {
         let client_id = &*session.client_id;
         runtime.block_on(again.wills.client_is_back(&again, client_id, &Owner::default(), false));
     }
-    again.sessions.sweep(&again);
+    runtime.block_on(again.sessions.sweep(&again));
     assert!(again.sessions.len() <= sessions);
 }

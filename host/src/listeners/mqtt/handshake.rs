@@ -114,7 +114,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     // While nobody else has the session, and before anything of it changes.
     let other = session.other_owner(&owner);
     if !asked.clean && other.is_none() && ask_for_filters(&mut rights, &session).await.is_err() {
-        broker.sessions.give_back(broker, &session, turn);
+        broker.sessions.give_back(broker, &session, turn).await;
         return Err(asked.refused(remote, "access_unavailable", ConnectAckReason::ServerUnavailable));
     }
     if let Some(other) = &other {
@@ -150,7 +150,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     })?;
     broker.wills.client_is_back(broker, &asked.client_id, &owner, resumed).await;
     if resumed {
-        leave_forbidden(broker, &session, &mut rights);
+        leave_forbidden(broker, &session, &mut rights).await;
     }
     auth::watch(broker, &mut rights, &session);
     let answer = asked.connack(broker, resumed);
@@ -287,7 +287,7 @@ impl Asked {
             false if is_full => self.refused(remote, "broker_state", quota),
             false => return Ok((session, turn)),
         };
-        broker.sessions.give_back(broker, &session, turn);
+        broker.sessions.give_back(broker, &session, turn).await;
         Err(refused)
     }
 
@@ -440,13 +440,14 @@ pub async fn ask_for_filters(rights: &mut Admitted, session: &Session) -> Result
 
 /// A session outlives its client's rights: what it may not see any more is
 /// unsubscribed, and what waits of it is dropped.
-pub fn leave_forbidden(broker: &Broker, session: &Arc<Session>, rights: &mut Admitted) {
+pub async fn leave_forbidden(broker: &Broker, session: &Arc<Session>, rights: &mut Admitted) {
     if rights.is_everything() {
         return;
     }
     let mut changes = Vec::new();
-    for filter in session.filter_list().iter().filter(|filter| is_forbidden(rights, filter)) {
-        broker.live.unsubscribe(broker, session, filter);
+    let forbidden = session.filter_list().into_iter().filter(|filter| is_forbidden(rights, filter));
+    for filter in &forbidden.collect::<Vec<_>>() {
+        broker.live.unsubscribe(broker, session, filter).await;
         if let Some(epoch) = session.persistent_epoch() {
             changes.push((subscription_key(epoch, filter), None));
         }
@@ -457,6 +458,11 @@ pub fn leave_forbidden(broker: &Broker, session: &Arc<Session>, rights: &mut Adm
     session.outbox().keep_only(may_see);
     // Not awaited: what a crash brings back is removed at the next connect.
     super::append_unawaited(&*broker.broker, &changes);
+}
+
+/// Whether a session has a filter that [`leave_forbidden`] leaves.
+pub fn has_forbidden(rights: &Admitted, session: &Session) -> bool {
+    !rights.is_everything() && session.filter_list().iter().any(|filter| is_forbidden(rights, filter))
 }
 
 fn is_forbidden(rights: &Admitted, filter: &str) -> bool {

@@ -249,7 +249,7 @@ async fn keep_house(broker: Arc<Broker>) {
                 if sweep % SWEEPS_PER_SAVED_CLOCK == 0 {
                     broker.save_clock();
                 }
-                broker.sessions.sweep(&broker);
+                broker.sessions.sweep(&broker).await;
             }
             () = broker.shutdown.cancelled() => {
                 broker.sessions.wake_all();

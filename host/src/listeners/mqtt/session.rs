@@ -19,6 +19,7 @@ use super::acks::Stopped;
 use super::activity::Activity;
 use super::blobs::Id;
 use super::clients::Connection;
+use super::fanout::Departure;
 use super::open_ids::{Content, Known, OpenIds, OpenIdsRoom, Received};
 use super::outbound::{self, Ids, Kept, Message, Outbox};
 use super::owner::Owner;
@@ -34,6 +35,8 @@ pub const CLIENT_ID_BYTES_MAX: usize = 512;
 pub const KEPT_FILTER_BYTES_MAX: usize = 1_000;
 /// A session that never expires (MQTT 5.0, 3.1.2.11.2).
 pub const NEVER: u32 = u32::MAX;
+/// Sessions that expired are ended so many together; their clients wait meanwhile.
+const ENDED_AT_ONCE: usize = 10_000;
 
 /// Number of keys of a client's ended sessions that wait to be removed, past which its next session
 /// adds none. The next start removes what that session left, if anything.
@@ -267,6 +270,11 @@ impl Session {
     /// waits to be appended. Not awaited: an older note serves as well.
     pub fn note(&self, broker: &Broker, changes: Vec<Change>) {
         let _ = self.append_note(broker, changes);
+    }
+
+    /// The same; false where it was not appended.
+    pub fn try_note(&self, broker: &Broker) -> bool {
+        self.append_note(broker, Vec::new()).is_ok()
     }
 
     /// The same, durable when it returns.
@@ -521,7 +529,7 @@ impl Sessions {
             let resumed = lock(&session.state).alive && goes_on;
             broker.counters.sessions_expired.increment(expired.into());
             if !resumed {
-                discard(broker, session);
+                discard(broker, session).await;
                 if let Some(activity) = session.known_activity() {
                     activity.reset();
                 }
@@ -570,9 +578,9 @@ impl Sessions {
     }
 
     /// The connection ended; `expiry_s` where DISCONNECT changed it.
-    pub fn close(&self, broker: &Broker, session: &Arc<Session>, turn: Turn, expiry_s: Option<u32>) {
+    pub async fn close(&self, broker: &Broker, session: &Arc<Session>, turn: Turn, expiry_s: Option<u32>) {
         session.outbox().disconnected();
-        broker.live.pass_on(broker, session, None, false);
+        broker.live.pass_on(broker, session, Departure::Client).await;
         let changes = {
             let mut state = lock(&session.state);
             state.connected = false;
@@ -585,7 +593,7 @@ impl Sessions {
         // Not awaited: lost in a crash, the session only lives longer.
         match changes {
             Some(changes) => session.note(broker, changes),
-            None => self.end(broker, session),
+            None => self.end(broker, session).await,
         }
         drop(turn);
     }
@@ -597,7 +605,7 @@ impl Sessions {
         let Some(session) = self.get(client_id).filter(|session| session.is_alive()) else { return false };
         session.kicked.store(true, Ordering::Release);
         let Some((session, turn)) = self.claim(&session.client_id, usize::MAX).await else { return false };
-        self.end(broker, &session);
+        self.end(broker, &session).await;
         // Durable with this, whatever the session left.
         let removed = (key(SESSION, client_id.as_bytes()), None);
         let is_removed = broker.append_durable(&*broker.broker, &[removed]).await.is_ok();
@@ -606,16 +614,16 @@ impl Sessions {
     }
 
     /// A claim that comes to nothing: a session made for it ends.
-    pub fn give_back(&self, broker: &Broker, session: &Arc<Session>, turn: Turn) {
-        if !lock(&session.state).alive {
-            self.end(broker, session);
+    pub async fn give_back(&self, broker: &Broker, session: &Arc<Session>, turn: Turn) {
+        if !session.is_alive() {
+            self.end(broker, session).await;
         }
         drop(turn);
     }
 
     /// Removes a session and all that it left behind.
-    fn end(&self, broker: &Broker, session: &Arc<Session>) {
-        discard(broker, session);
+    async fn end(&self, broker: &Broker, session: &Arc<Session>) {
+        discard(broker, session).await;
         let changes = lock(&session.state).stale_removed();
         super::append_unawaited(&*broker.broker, &changes);
         let mut by_client = lock(&self.by_client);
@@ -627,7 +635,7 @@ impl Sessions {
 
     /// Ends the sessions whose clients stayed away too long, drops what waited
     /// too long, and notes where the others stand.
-    pub fn sweep(&self, broker: &Broker) {
+    pub async fn sweep(&self, broker: &Broker) {
         let now_us = broker.clock.now_us();
         let age_us = u64::try_from(broker.config.queue_age_max.0.as_micros()).unwrap_or(u64::MAX);
         let durable: Vec<_> = broker.streams.iter().map(|stream| *stream.durable().borrow()).collect();
@@ -649,7 +657,15 @@ impl Sessions {
         }
         let gone = |session: &&Arc<Session>| lock(&session.state).is_over(now_us);
         let gone: Vec<_> = lock(&self.by_client).values().filter(gone).cloned().collect();
-        for session in gone {
+        for some in gone.chunks(ENDED_AT_ONCE) {
+            self.end_those_over(broker, some, now_us).await;
+        }
+    }
+
+    /// Ends those of the sessions that are over.
+    async fn end_those_over(&self, broker: &Broker, sessions: &[Arc<Session>], now_us: u64) {
+        let mut over = Vec::new();
+        for session in sessions {
             // Taken by a client in this moment: it decides.
             let Ok(turn) = session.turn.clone().try_lock_owned() else { continue };
             let (is_over, is_expired) = {
@@ -658,8 +674,16 @@ impl Sessions {
             };
             if is_over {
                 broker.counters.sessions_expired.increment(is_expired.into());
-                self.end(broker, &session);
+                over.push((session, turn));
             }
+        }
+        // Of all of them first: what one of them held of a share is not for another.
+        for (session, _) in &over {
+            broker.live.forget(session, &session.filter_list());
+            tokio::task::yield_now().await;
+        }
+        for (session, turn) in over {
+            self.end(broker, session).await;
             drop(turn);
         }
     }
@@ -683,7 +707,7 @@ impl Drop for Claimed<'_> {
 }
 
 /// Forgets everything of a session; its keys of the broker stream are stale then.
-fn discard(broker: &Broker, session: &Session) {
+async fn discard(broker: &Broker, session: &Session) {
     let queue_keys = session.outbox().keys();
     let (epoch, filters) = {
         let mut state = lock(&session.state);
@@ -702,7 +726,7 @@ fn discard(broker: &Broker, session: &Session) {
     };
     let filters: Vec<Box<str>> = filters.into_keys().collect();
     broker.live.forget(session, &filters);
-    broker.live.pass_on(broker, session, None, true);
+    broker.live.pass_on(broker, session, Departure::Session).await;
     let lost = session.outbox().take_lost();
     session.report_lost(broker, lost);
     session.outbox().clear();

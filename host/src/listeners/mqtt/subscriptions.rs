@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use super::outbound::ShareFilter;
 use super::session::Session;
@@ -151,13 +151,30 @@ pub struct Share<S> {
     /// At least one.
     pub members: Vec<Subscriber<S>>,
     turn: AtomicUsize,
+    /// Number of clients that had arrived when none of its members was connected; 0: not known.
+    deserted: AtomicU64,
 }
 
 impl<S> Share<S> {
-    /// The members, beginning with the one whose turn it is; passes the turn on.
-    pub fn in_turn(&self) -> impl Iterator<Item = &Subscriber<S>> {
-        let first = self.turn.fetch_add(1, Ordering::Relaxed) % self.members.len();
+    /// Returns the member whose turn it is, by its place among the members, and passes the turn on.
+    pub fn next_turn(&self) -> usize {
+        self.turn.fetch_add(1, Ordering::Relaxed) % self.members.len()
+    }
+
+    /// The members, beginning with the one at this place.
+    pub fn beginning_with(&self, first: usize) -> impl Iterator<Item = &Subscriber<S>> {
         self.members[first..].iter().chain(&self.members[..first])
+    }
+
+    /// Whether no member was connected when this many clients had arrived, so that none is unless
+    /// another arrived since.
+    pub fn is_deserted(&self, arrivals: u64) -> bool {
+        self.deserted.load(Ordering::Relaxed) == arrivals
+    }
+
+    /// No member was connected, all seen after `arrivals` was read.
+    pub fn set_deserted(&self, arrivals: u64) {
+        self.deserted.store(arrivals, Ordering::Relaxed);
     }
 }
 
@@ -299,10 +316,13 @@ impl<S> Tree<S> {
             (Some(_), multi) => {
                 let shares = &mut node.shares.get_or_insert_default()[usize::from(multi)];
                 let at = shares.iter().position(|share| **share.filter == *text).unwrap_or_else(|| {
-                    let turn = AtomicUsize::new(0);
-                    shares.push(Share { filter: Arc::new(text.into()), members: Vec::new(), turn });
+                    let (turn, deserted) = (AtomicUsize::new(0), AtomicU64::new(0));
+                    let filter = Arc::new(text.into());
+                    shares.push(Share { filter, members: Vec::new(), turn, deserted });
                     shares.len() - 1
                 });
+                // A client that subscribes is connected.
+                *shares[at].deserted.get_mut() = 0;
                 &mut shares[at].members
             }
             (None, true) => &mut node.rest,
@@ -483,7 +503,8 @@ mod tests {
             tree.insert("$share/g/a", number, (), OPTIONS);
         }
         let share = tree.share("$share/g/a").unwrap();
-        let first: Vec<_> = (0..6).map(|_| share.in_turn().next().unwrap().number).collect();
+        let first = || share.beginning_with(share.next_turn()).next().unwrap().number;
+        let first: Vec<_> = (0..6).map(|_| first()).collect();
         assert_eq!(first, [0, 1, 2, 0, 1, 2]);
     }
 

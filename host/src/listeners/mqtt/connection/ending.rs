@@ -64,6 +64,8 @@ pub struct Leaving {
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
     /// Says goodbye, gives back what the connection held, and sees to its will.
     pub(super) async fn leave(mut self, end: End, remote: &Remote, place: Place, leaving: Leaving) {
+        // From now on, so that members of a share that leave together give each other nothing.
+        self.session.outbox().disconnected();
         self.say_goodbye(&end, remote).await;
         let Connection { broker, session, mut io, inbound, will, acks_waiting, partial, .. } = self;
         // What it holds of the session is given back before the session.
@@ -82,7 +84,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         }
         let closed = {
             let (broker, session) = (broker.clone(), session.clone());
-            async move { broker.sessions.close(&broker, &session, leaving.turn, expiry_s) }
+            async move { broker.sessions.close(&broker, &session, leaving.turn, expiry_s).await }
         };
         broker.in_background(closed).await;
         broker.client_connected(-1);

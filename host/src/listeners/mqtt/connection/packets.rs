@@ -237,7 +237,8 @@ impl<S> Connection<'_, S> {
             for filter in &filters {
                 consume_budget().await;
                 // Of a filter that it does not have, no lock is taken.
-                let had = session.has_filter(filter) && broker.live.unsubscribe(&broker, &session, filter);
+                let had =
+                    session.has_filter(filter) && broker.live.unsubscribe(&broker, &session, filter).await;
                 if let (true, Some(epoch)) = (had, epoch) {
                     changes.push((subscription_key(epoch, filter), None));
                 }

@@ -216,12 +216,15 @@ impl Kept {
 
     /// The note: `positions` is where the live delivery is at least, read
     /// before the outbox was locked; changes up to `with` go in the same append. Of
-    /// `queue`, what can be found again in its stream comes last.
+    /// `queue`, what can be found again in its stream comes last. `passing_on`: what other members
+    /// of a share have now, without a note of theirs that lists it.
+    #[expect(clippy::too_many_arguments, reason = "each is one part of the outbox, or a bound")]
     pub fn note<'q>(
         &mut self,
         positions: &[u64],
         from: &[u64],
         inflight: impl Iterator<Item = &'q InFlight>,
+        passing_on: impl Iterator<Item = &'q Queued>,
         queue: impl Iterator<Item = &'q Queued>,
         bytes_max: usize,
         with: u64,
@@ -231,42 +234,42 @@ impl Kept {
         let mut upto: Box<[u64]> =
             positions.iter().zip(from).map(|(position, from)| *position.max(from)).collect();
         let mut left_out: Box<[Option<u64>]> = vec![None; upto.len()].into();
-        // True once nothing that follows can be listed.
         let mut add = |queued: &Queued, packet_id: u16| {
             let place = match queued.source {
                 Source::Stream { stream, offset } if !queued.apart => Some((usize::from(stream), offset)),
                 _ => None,
             };
+            // Once one of a stream is left out, so are all that follow it. They may lie before it:
+            // what is passed on comes first here.
+            if let Some((stream, offset)) = place
+                && let Some(first) = &mut left_out[stream]
+            {
+                *first = offset.min(*first);
+                return;
+            }
             let mark = (entries.len(), before);
             put_entry(&mut entries, &mut before, queued, packet_id);
-            // Once one of a stream is left out, so are all that follow it there.
-            let is_cut = place.is_some_and(|(stream, _)| left_out[stream].is_some());
-            let is_listed = entries.len() <= bytes_max && !is_cut;
+            let is_listed = entries.len() <= bytes_max;
             if !is_listed {
                 entries.truncate(mark.0);
                 before = mark.1;
             }
             match place {
                 Some((stream, offset)) if is_listed => upto[stream] = upto[stream].max(offset + 1),
-                Some((stream, offset)) => {
-                    left_out[stream].get_or_insert(offset);
-                }
+                Some((stream, offset)) => left_out[stream] = Some(offset),
                 None => {}
             }
-            !is_listed && left_out.iter().all(Option::is_some)
         };
         for flight in inflight {
             match &flight.waiting {
                 Some(queued) if queued.qos == 1 => add(queued, flight.packet_id),
                 // It has no record yet, also not by the append that this note goes with.
                 Some(queued) if flight.after > with && !self.is_appended(flight.after) => add(queued, 0),
-                _ => false,
-            };
-        }
-        for queued in queue.filter(|queued| queued.qos > 0) {
-            if add(queued, 0) && !queued.apart {
-                break;
+                _ => {}
             }
+        }
+        for queued in passing_on.chain(queue.filter(|queued| queued.qos > 0)) {
+            add(queued, 0);
         }
         for (upto, left_out) in upto.iter_mut().zip(&left_out) {
             *upto = left_out.unwrap_or(*upto);

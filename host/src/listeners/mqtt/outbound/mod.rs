@@ -14,7 +14,7 @@ mod send;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{BTreeSet, HashSet, VecDeque};
 use std::sync::Arc;
 
 use self::retained::Deliveries;
@@ -59,6 +59,9 @@ pub struct Outbox {
     from: Box<[u64]>,
     /// What its new subscriptions are given beside the queue.
     retained: Deliveries,
+    /// What it gave to other members of a share, until [`Outbox::passed_on`]: its notes list that
+    /// too, since those of the members do not yet.
+    passing_on: Vec<Queued>,
     /// The identifiers of the last message that had several.
     last_ids: Option<Arc<Box<[u32]>>>,
     /// Messages of a session that outlives its connection that found no room, or waited too
@@ -207,6 +210,7 @@ impl Outbox {
             + self.sums.held
             + self.inflight_held
             + self.retained.bytes()
+            + self.passing_on.capacity() * REFERENCE_BYTES
     }
 
     /// Returns the number of places by which the queue grows for one more message. A queue that
@@ -307,48 +311,95 @@ impl Outbox {
         (self.queue.len() + self.retained.len(), self.sums.bytes, self.inflight.len())
     }
 
-    /// Whether it would be sent soon: a shared subscription prefers such a member.
-    pub fn is_ready(&self, queued: &Queued, limits: QueueLimits) -> bool {
+    /// Whether its client is there.
+    pub fn is_connected(&self) -> bool {
+        self.connected
+    }
+
+    /// Whether its client is there and there is room in the queue.
+    pub fn has_room(&self, limits: QueueLimits) -> bool {
         self.connected
             && self.queue.len() < limits.messages_max
             && self.sums.bytes < limits.bytes_max
             && self.memory.has_room(self.size() + self.more_places() * REFERENCE_BYTES)
-            && self.takes(queued)
     }
 
-    /// Takes out what came by shared subscriptions (by `filter`, or by any) and
-    /// was not sent yet, for another member. `ended`: the client will not come
-    /// back, so also what it was sent with QoS 1 and has not acknowledged. What
-    /// was sent with QoS 2 stays its own (MQTT 5.0, 4.8.2).
-    pub fn give_back(&mut self, filter: Option<&str>, ended: bool) -> Vec<Queued> {
-        let is_shared = |queued: &Queued| {
-            queued.share.as_deref().is_some_and(|share| filter.is_none_or(|filter| *filter == **share))
-        };
+    /// Whether it would be sent soon: a shared subscription prefers such a member.
+    pub fn is_ready(&self, queued: &Queued, limits: QueueLimits) -> bool {
+        self.has_room(limits) && self.takes(queued)
+    }
+
+    /// The shared subscriptions by which messages came that [`Outbox::give_back`] gives, and the
+    /// number of these messages.
+    pub fn shares(&self, ended: bool) -> (BTreeSet<Box<str>>, usize) {
+        let (mut shares, mut count) = (BTreeSet::new(), 0);
+        let mut last: Option<&ShareFilter> = None;
+        let inflight = self.inflight.iter().filter(|flight| ended && is_unacknowledged_by_share(flight));
+        let inflight = inflight.filter_map(|flight| flight.waiting.as_ref());
+        for share in inflight.chain(&self.queue).filter_map(|queued| queued.share.as_ref()) {
+            if last.is_none_or(|last| !Arc::ptr_eq(last, share)) {
+                shares.insert((**share).clone());
+                last = Some(share);
+            }
+            count += 1;
+        }
+        (shares, count)
+    }
+
+    /// Takes out the first messages, at most `max`, that came by those shared subscriptions that
+    /// `is_given` is true of and were not sent yet, for another member. `ended`: the client will
+    /// not come back, so also what it was sent with QoS 1 and has not acknowledged. What was sent
+    /// with QoS 2 stays its own (MQTT 5.0, 4.8.2). The caller says when the notes of those who
+    /// have them now are appended: [`Outbox::passed_on`].
+    pub fn give_back(&mut self, is_given: impl Fn(&str) -> bool, ended: bool, max: usize) -> Vec<Queued> {
+        let is_given = |queued: &Queued| queued.share.as_ref().is_some_and(|share| is_given(share));
         let mut given = Vec::new();
         if ended {
-            let is_given = |flight: &InFlight| {
-                flight.waiting.as_ref().is_some_and(|queued| queued.qos == 1 && is_shared(queued))
+            let is_back = |flight: &InFlight| {
+                is_unacknowledged_by_share(flight) && flight.waiting.as_ref().is_some_and(is_given)
             };
-            let (back, own) = std::mem::take(&mut self.inflight).into_iter().partition::<Vec<_>, _>(is_given);
-            self.inflight = own.into();
+            let mut at = 0;
+            while given.len() < max && at < self.inflight.len() {
+                if !is_back(&self.inflight[at]) {
+                    at += 1;
+                } else if let Some(flight) = self.inflight.remove(at) {
+                    self.ids.remove(&flight.packet_id);
+                    given.extend(flight.waiting);
+                }
+            }
             self.count_inflight();
             self.sent = 0;
-            for flight in back {
-                self.ids.remove(&flight.packet_id);
-                given.extend(flight.waiting);
+        }
+        if given.len() < max && self.queue.iter().any(is_given) {
+            let mut own = Vec::new();
+            while given.len() < max
+                && let Some(queued) = self.queue.pop_front()
+            {
+                if is_given(&queued) {
+                    self.sums.subtract(&queued);
+                    given.push(queued);
+                } else {
+                    own.push(queued);
+                }
             }
+            own.into_iter().rev().for_each(|queued| self.queue.push_front(queued));
         }
-        if self.queue.iter().any(is_shared) {
-            let (shared, own) = std::mem::take(&mut self.queue).into_iter().partition::<Vec<_>, _>(is_shared);
-            self.queue = own.into();
-            self.sums = Sums::of(&self.queue);
-            given.extend(shared);
-        }
-        if let Some(kept) = &mut self.kept {
-            kept.changed |= !given.is_empty();
+        if let Some(kept) = self.kept.as_mut().filter(|_| !given.is_empty()) {
+            kept.changed = true;
+            let listed = given.iter().filter(|queued| queued.qos > 0);
+            self.passing_on.extend(listed.map(|queued| Queued { body: None, ..queued.clone() }));
         }
         self.count();
         given
+    }
+
+    /// The notes of those who were given its messages are appended: its own list them no more.
+    pub fn passed_on(&mut self) {
+        if let Some(kept) = self.kept.as_mut().filter(|_| !self.passing_on.is_empty()) {
+            kept.changed = true;
+        }
+        self.passing_on = Vec::new();
+        self.count();
     }
 
     /// Forgets what waits of topics that the client may not see any more. What
@@ -437,6 +488,8 @@ impl Outbox {
     pub fn resume(&mut self) {
         self.connected = true;
         self.sent = 0;
+        // Where their notes were refused then, house-keeping has appended them since.
+        self.passed_on();
         if let Some(kept) = &mut self.kept {
             kept.releases.clear();
         }
@@ -536,7 +589,8 @@ impl Outbox {
         let apart = self.queue.iter().filter(|queued| queued.apart).take(self.sums.apart);
         let queue = apart.chain(self.queue.iter().filter(|queued| !queued.apart));
         let mut changes = self.retained.changes(kept.epoch());
-        changes.push(kept.note(positions, &self.from, self.inflight.iter(), queue, bytes_max, with));
+        let (inflight, passing_on) = (self.inflight.iter(), self.passing_on.iter());
+        changes.push(kept.note(positions, &self.from, inflight, passing_on, queue, bytes_max, with));
         changes
     }
 
@@ -569,4 +623,9 @@ fn give_back_places<T>(queue: &mut VecDeque<T>) {
     if queue.capacity() > 2 * queue.len() + SPARE_PLACES {
         queue.shrink_to(queue.len() + queue.len() / 4);
     }
+}
+
+/// Whether another member of its share may be sent it, once its client does not come back.
+fn is_unacknowledged_by_share(flight: &InFlight) -> bool {
+    flight.waiting.as_ref().is_some_and(|queued| queued.qos == 1 && queued.share.is_some())
 }

@@ -185,13 +185,16 @@ fn what_is_sent_again_tells_what_is_left_of_its_expiry() {
 #[test]
 fn what_a_share_gave_with_qos_2_stays_with_its_member() {
     let mut outbox = sent(2, &["1", "2"], &[], Some("$share/g/t"));
-    assert!(outbox.give_back(None, true).is_empty(), "sent, and not acknowledged");
+    let any = |_: &str| true;
+    assert!(outbox.give_back(any, true, 9).is_empty(), "sent, and not acknowledged");
     outbox.acked(wire::PUBREC, 1, 0x83);
-    assert!(outbox.give_back(None, true).is_empty(), "refused by the member");
+    assert!(outbox.give_back(any, true, 9).is_empty(), "refused by the member");
     let mut outbox = sent(1, &["1", "2"], &[], Some("$share/g/t"));
-    assert!(outbox.give_back(None, false).is_empty(), "the member may come back");
-    assert_eq!(outbox.give_back(Some("$share/h/t"), true).len(), 0);
-    assert_eq!(outbox.give_back(None, true).len(), 2);
+    assert!(outbox.give_back(any, false, 9).is_empty(), "the member may come back");
+    assert_eq!(outbox.give_back(|filter| filter == "$share/h/t", true, 9).len(), 0);
+    assert_eq!(outbox.shares(true).1, 2);
+    assert_eq!(outbox.give_back(any, true, 1).len(), 1);
+    assert_eq!(outbox.give_back(any, true, 9).len(), 1);
 }
 
 #[test]
@@ -865,5 +868,35 @@ proptest! {
             prop_assert_eq!(firsts, sent.collect::<Vec<_>>(), "QoS {}", qos);
         }
         prop_assert_eq!(session.outbox.sizes(), (0, 0, 0));
+    }
+}
+
+#[test]
+fn a_note_made_while_a_member_passes_messages_on_lists_them_until_the_others_have_noted_them() {
+    // With room for all entries, and for few.
+    for bytes_max in [1 << 10, 24] {
+        let mut session = Durable::new();
+        for offset in 1..=9 {
+            let share = (offset % 3 > 0).then_some("$share/g/t");
+            offer(&mut session.outbox, queued(offset, 1, share));
+        }
+        let given = session.outbox.give_back(|_| true, false, 4);
+        assert_eq!(given.len(), 4);
+        // A crash before the notes of those who have them now: each is listed, or comes again from the stream.
+        session.note(10, bytes_max);
+        session.commit();
+        let (saved, outbox) = (session.saved.clone(), std::mem::take(&mut session.outbox));
+        session.crash();
+        let from = session.outbox.from(0);
+        let listed = session.offsets();
+        for offset in 1..=9 {
+            assert!(listed.contains(&offset) || offset >= from, "{offset} is lost: {listed:?}, {from}");
+        }
+        (session.saved, session.outbox) = (saved, outbox);
+        session.outbox.passed_on();
+        session.note(10, 1 << 10);
+        session.commit();
+        session.crash();
+        assert_eq!(session.offsets(), [3, 6, 7, 8, 9]);
     }
 }

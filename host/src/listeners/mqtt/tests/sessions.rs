@@ -138,7 +138,7 @@ async fn a_clean_start_given_up_before_it_is_durable_still_ends_the_old_session(
         let sessions = &broker.sessions;
         let (session, turn) = sessions.claim("c", 1).await.unwrap();
         assert_eq!(sessions.open(&broker, &session, Default::default(), false, 600).await, Ok(false));
-        sessions.close(&broker, &session, turn, None);
+        sessions.close(&broker, &session, turn, None).await;
         assert_eq!(store.state(b"se").len(), 1);
 
         let (session, turn) = sessions.claim("c", 1).await.unwrap();
@@ -151,7 +151,7 @@ async fn a_clean_start_given_up_before_it_is_durable_still_ends_the_old_session(
         store.set_no_space(false);
         drop(turn);
         if swept {
-            sessions.sweep(&broker);
+            sessions.sweep(&broker).await;
         } else {
             let (session, _turn) = sessions.claim("c", 1).await.unwrap();
             assert_eq!(sessions.open(&broker, &session, Default::default(), true, 0).await, Ok(false));
@@ -336,7 +336,7 @@ async fn the_sweep_ends_sessions_whose_time_is_over_with_all_that_they_left_and_
     let sessions = &broker.sessions;
     let (_connected, _turn) = sessions.claim("connected", 9).await.unwrap();
     assert_eq!(sessions.open(&broker, &_connected, Default::default(), true, 0).await, Ok(false));
-    sessions.sweep(&broker);
+    sessions.sweep(&broker).await;
     let mut left: Vec<_> = sessions.all().iter().map(|session| session.client_id.to_string()).collect();
     left.sort();
     assert_eq!(left, ["connected", "stays", "waits"]);
@@ -541,7 +541,7 @@ async fn a_jump_of_the_clock_ends_no_session_and_nothing_that_waits() {
         let options = subscriptions::Options { qos: 1, ..Default::default() };
         let retained = fanout::SendRetained::Never;
         broker.live.subscribe(&broker, &session, &[Subscription { filter, options, retained }]);
-        sessions.close(&broker, &session, turn, None);
+        sessions.close(&broker, &session, turn, None).await;
         let mut expires_in_10_minutes = Vec::new();
         properties::push(&mut expires_in_10_minutes, Origin::Listener, "expiry-s", b"600");
         let wall = || (hands.source())().0;
@@ -574,7 +574,7 @@ async fn a_jump_of_the_clock_ends_no_session_and_nothing_that_waits() {
         hands.pass(hour / 12);
         hands.jump(jump);
         publish().await;
-        sessions.sweep(&broker);
+        sessions.sweep(&broker).await;
         let left = |broker: &Broker| broker.sessions.get("c").map(|session| session.outbox().sizes().0);
         assert_eq!(left(&broker), Some(2));
         let old = outbound::Message::of(batch(&*stream, 0).await.message(0));
@@ -585,7 +585,7 @@ async fn a_jump_of_the_clock_ends_no_session_and_nothing_that_waits() {
         hands.pass(hour / 12 + 1);
         assert_eq!(old.lifetime(&broker.clock), None, "and then it ends");
         hands.pass(hour / 12);
-        again.sessions.sweep(&again);
+        again.sessions.sweep(&again).await;
         assert_eq!(left(&again), None, "600 s without its client");
     }
 }

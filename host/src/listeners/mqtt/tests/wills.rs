@@ -49,7 +49,7 @@ impl Lost {
         will.keep(&broker, "c", place).await.unwrap();
         stream.set_no_space(!has_room);
         will::lost(&broker, "c", expiry_s, will).await;
-        broker.sessions.close(&broker, &session, turn, None);
+        broker.sessions.close(&broker, &session, turn, None).await;
         Self { broker, stream, store }
     }
 
@@ -123,7 +123,7 @@ async fn a_connect_that_is_given_up_over_its_will_leaves_no_session() {
         () = given_up => {}
     }
     assert_eq!(broker.sessions.len(), 1);
-    broker.sessions.sweep(&broker);
+    broker.sessions.sweep(&broker).await;
     assert_eq!(broker.sessions.len(), 0);
     assert!(broker.wills.bytes() > 0, "its removal waits for room, too");
     stream.set_no_space(false);

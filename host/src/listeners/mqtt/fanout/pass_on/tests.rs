@@ -1,0 +1,185 @@
+//! Members of one share that come and go.
+
+use futures_util::FutureExt;
+
+use super::*;
+use crate::batch::{Offset, Partition};
+use crate::listeners::mqtt::config::Config;
+use crate::listeners::mqtt::fanout::{SendRetained, Subscription};
+use crate::listeners::mqtt::fuzzing::broker;
+use crate::listeners::mqtt::session::Turn;
+use crate::listeners::mqtt::subscriptions::{Filter, Options};
+use crate::stream::memory::MemoryStream;
+use crate::stream::{NewMessage, Read, Stream};
+
+const SHARE: &str = "$share/g/a";
+
+struct World {
+    broker: Arc<Broker>,
+    stream: Arc<MemoryStream>,
+    store: Arc<MemoryStream>,
+}
+
+struct Member {
+    session: Arc<Session>,
+    turn: Turn,
+}
+
+impl World {
+    fn new() -> Self {
+        let (stream, store) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+        Self { broker: broker(&Config::default(), stream.clone(), store.clone()), stream, store }
+    }
+
+    /// A member whose client is away.
+    async fn member(&self, client_id: &str) -> Member {
+        let sessions = &self.broker.sessions;
+        let (session, turn) = sessions.claim(client_id, usize::MAX).await.unwrap();
+        sessions.open(&self.broker, &session, Default::default(), false, 600).await.unwrap();
+        let options = Options { qos: 1, no_local: false, retain_as_published: false, id: 0 };
+        let filter = Filter::parse(SHARE).unwrap();
+        let plain = Subscription { filter, options, retained: SendRetained::Never };
+        self.broker.live.subscribe(&self.broker, &session, &[plain]);
+        Member { session, turn }
+    }
+
+    /// One whose client is there.
+    async fn connected(&self, client_id: &str) -> Member {
+        let member = self.member(client_id).await;
+        self.broker.live.resume(&member.session);
+        member
+    }
+
+    /// Publishes and delivers.
+    async fn publish(&self, count: usize) {
+        let message = NewMessage {
+            topic: "a",
+            payload: b"x",
+            properties: b"",
+            route: "",
+            device: "",
+            partition: Partition(0),
+            flags: 1,
+            received_us: crate::listeners::mqtt::now_us(),
+            event_us: 0,
+        };
+        let appended = self.stream.append(&vec![message; count], &[]).unwrap();
+        let mut cursor = self.stream.cursor(appended.first);
+        let end = Offset(appended.first.0 + count as u64);
+        while cursor.position() < end {
+            let Read::Batch(batch) = cursor.next().await.unwrap() else { panic!("a gap") };
+            let (mut next, mut wakes) = (0, Wakes::new(&self.broker));
+            while next < batch.len() {
+                next = self.broker.live.deliver_some(&self.broker, 0, 0, &batch, next, &mut wakes);
+            }
+        }
+    }
+
+    async fn close(&self, member: Member) -> Arc<Session> {
+        self.broker.sessions.close(&self.broker, &member.session, member.turn, None).await;
+        member.session
+    }
+}
+
+fn waiting(session: &Session) -> usize {
+    session.outbox().sizes().0
+}
+
+#[tokio::test]
+async fn a_member_that_leaves_passes_its_messages_on_in_parts_and_holds_up_nobody_between_them() {
+    let world = World::new();
+    let one = world.connected("one").await;
+    world.publish(4 * PASSED_ON_AT_ONCE).await;
+    let two = world.connected("two").await;
+    let all = 4 * PASSED_ON_AT_ONCE;
+    assert_eq!((waiting(&one.session), waiting(&two.session)), (all, 0));
+    let session = one.session.clone();
+    let mut closing = std::pin::pin!(world.close(one));
+    for parts in 1..4 {
+        assert!((&mut closing).now_or_never().is_none(), "after {parts} parts it is the turn of others");
+        assert_eq!(waiting(&two.session), parts * PASSED_ON_AT_ONCE);
+        assert!(world.broker.live.index.try_write().is_ok() && world.broker.live.passed.try_write().is_ok());
+    }
+    closing.await;
+    assert_eq!((waiting(&session), waiting(&two.session)), (0, all));
+}
+
+#[tokio::test]
+async fn what_a_member_holds_stays_where_no_other_is_there_and_moves_once_its_session_ends() {
+    let world = World::new();
+    let one = world.connected("one").await;
+    world.publish(10).await;
+    let two = world.member("two").await.session;
+    let one = world.close(one).await;
+    assert_eq!((waiting(&one), waiting(&two)), (10, 0));
+    assert!(world.broker.sessions.delete(&world.broker, "one").await);
+    assert_eq!(waiting(&two), 10);
+}
+
+#[tokio::test]
+async fn members_that_leave_together_give_each_other_nothing() {
+    let world = World::new();
+    let mut members = Vec::new();
+    for number in 0..5 {
+        members.push(world.connected(&format!("m{number}")).await);
+    }
+    world.publish(50).await;
+    // As each connection does when it ends.
+    members.iter().for_each(|member| member.session.outbox().disconnected());
+    let before: Vec<usize> = members.iter().map(|member| waiting(&member.session)).collect();
+    let mut after = Vec::new();
+    for member in members {
+        let session = world.close(member).await;
+        after.push(waiting(&session));
+    }
+    assert_eq!((before, after), (vec![10; 5], vec![10; 5]));
+}
+
+#[tokio::test]
+async fn a_share_without_a_connected_member_is_not_walked_until_a_client_connects() {
+    let world = World::new();
+    let (one, two) = (world.member("one").await.session, world.member("two").await.session);
+    world.publish(2).await;
+    assert_eq!(waiting(&one) + waiting(&two), 2);
+    let is_deserted = || {
+        let index = world.broker.live.index.read().unwrap();
+        index.tree.share(SHARE).unwrap().is_deserted(world.broker.live.arrivals.load(Ordering::Acquire))
+    };
+    assert!(is_deserted());
+    let away = waiting(&one);
+    world.broker.live.resume(&two);
+    assert!(!is_deserted());
+    world.publish(6).await;
+    assert_eq!((waiting(&one), waiting(&two)), (away, 8 - away), "all for the one that is there");
+    two.outbox().disconnected();
+    world.publish(2).await;
+    let three = world.connected("three").await.session;
+    assert!(!is_deserted(), "a client that subscribes is there");
+    world.publish(3).await;
+    assert_eq!(waiting(&three), 3);
+}
+
+#[tokio::test]
+async fn a_crash_while_a_member_passes_messages_on_loses_none() {
+    let world = World::new();
+    let one = world.connected("one").await;
+    world.publish(2 * PASSED_ON_AT_ONCE).await;
+    let two = world.connected("two").await;
+    {
+        let mut closing = std::pin::pin!(world.close(one));
+        assert!((&mut closing).now_or_never().is_none(), "half of them have moved");
+        // House-keeping notes where all stand.
+        for session in world.broker.sessions.all().iter().filter(|session| &*session.client_id == "one") {
+            session.note(&world.broker, Vec::new());
+        }
+    }
+    drop(two);
+    let again = broker(&Config::default(), world.stream.clone(), world.store.clone());
+    let mut left = BTreeSet::new();
+    for session in again.sessions.all() {
+        session.outbox().references(|place, _| _ = left.insert(place.offset));
+        let from = session.outbox().from(0);
+        left.extend(from..world.stream.bounds().end.0);
+    }
+    assert_eq!(left.len(), 2 * PASSED_ON_AT_ONCE);
+}
