@@ -23,7 +23,7 @@ use super::refused::Refused;
 use super::session::{CLIENT_ID_BYTES_MAX, Session, Turn, subscription_key};
 use super::subscriptions::Filter;
 use super::transport::{Place, Remote};
-use super::will::{self, Will};
+use super::will::{self, Unaccepted, Will};
 use super::wire::Version;
 use crate::access::{Act, Admitted, Credentials, Denied, UserPlace, Verdict};
 use crate::properties;
@@ -136,22 +136,30 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         let (owner, clean, expiry_s) = (owner.clone(), asked.clean || narrowed, asked.expiry_s);
         async move { (broker.sessions.open(&broker, &session, owner, clean, expiry_s).await, turn) }
     };
-    let (resumed, turn) = broker.in_background(open).await;
+    let (resumed, mut turn) = broker.in_background(open).await;
+    let mut will = Unaccepted::new(broker, asked.will.take());
     let opened = async {
         let resumed = resumed?;
-        if let (Some(will), Some(place)) = (&mut asked.will, asked.will_place.take()) {
-            will.keep(broker, &asked.client_id, place).await?;
-        }
+        will.keep(&asked.client_id, asked.will_place.take()).await?;
         Ok::<_, Stopped>(resumed)
     };
     let resumed = opened.await.map_err(|_| {
         let refused = Refused::new("stopped", None, "a stream has stopped");
         refused.told(asked.version, ConnectAckReason::ServerUnavailable, asked.packet_bytes_max)
     })?;
-    broker.wills.client_is_back(broker, &asked.client_id, &owner, resumed).await;
-    if resumed {
-        leave_forbidden(broker, &session, &mut rights).await;
+    if resumed && !rights.is_everything() {
+        // It has the turn, for the same reason.
+        let left = {
+            let (broker, session) = (broker.clone(), session.clone());
+            async move {
+                leave_forbidden(&broker, &session, &mut rights).await;
+                (rights, turn)
+            }
+        };
+        (rights, turn) = broker.in_background(left).await;
     }
+    // Last: until it returns, the client is not back, and a connect that is given up changes no will.
+    broker.wills.client_is_back(broker, &asked.client_id, &owner, resumed).await;
     auth::watch(broker, &mut rights, &session);
     let answer = asked.connack(broker, resumed);
     let peer =
@@ -166,7 +174,7 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         tells_reasons: asked.tells_reasons,
         rights,
         user_place: asked.user_place,
-        will: asked.will,
+        will: will.accepted(),
         auth: asked.auth.map(|method| (method, asked.username)),
         answer,
     })

@@ -49,7 +49,7 @@ pub struct Will {
     pub delay_s: u32,
     /// Device that its client is, where that is known to be one.
     pub device: Option<Box<str>>,
-    /// Once it is durable.
+    /// Once it is appended, or is about to be.
     pub record: Option<Record>,
 }
 
@@ -73,16 +73,36 @@ impl Drop for Place {
     }
 }
 
-/// Removes the record of a connect that ended before its CONNACK.
-struct GivenUp<'b> {
+/// The will of a connect that is yet to be accepted: of a network connection that never comes to
+/// be none is published (MQTT 5.0, 3.1.2.5). Forgets the will when it is dropped before.
+pub struct Unaccepted<'b> {
     broker: &'b Broker,
-    record: Option<Record>,
+    will: Option<Will>,
 }
 
-impl Drop for GivenUp<'_> {
+impl<'b> Unaccepted<'b> {
+    pub fn new(broker: &'b Broker, will: Option<Will>) -> Self {
+        Self { broker, will }
+    }
+
+    /// Keeps the will, if there is one: as [`Will::keep`].
+    pub async fn keep(&mut self, client_id: &str, place: Option<Place>) -> Result<(), Stopped> {
+        match (&mut self.will, place) {
+            (Some(will), Some(place)) => will.keep(self.broker, client_id, place).await,
+            _ => Ok(()),
+        }
+    }
+
+    /// The connect ends with CONNACK: the will is its connection's.
+    pub fn accepted(mut self) -> Option<Will> {
+        self.will.take()
+    }
+}
+
+impl Drop for Unaccepted<'_> {
     fn drop(&mut self) {
-        if let Some(record) = self.record.take() {
-            self.broker.wills.remove(self.broker, record);
+        if let Some(will) = self.will.take() {
+            will.forget(self.broker);
         }
     }
 }
@@ -124,17 +144,15 @@ pub struct Wills {
 }
 
 impl Will {
-    /// Durable when it returns; dropped before that, as if it had not been called.
+    /// Durable when it returns. A caller that gives up before forgets the will.
     pub async fn keep(&mut self, broker: &Broker, client_id: &str, place: Place) -> Result<(), Stopped> {
         let stream = broker.route(&self.topic);
         let bytes = self.encode(client_id);
         let blob = Blob::new(KIND, *uuid::Uuid::new_v4().as_bytes(), &bytes);
         let mut changes = Vec::new();
         blob.write(&bytes, None, &mut changes);
-        let mut given_up = GivenUp { broker, record: Some(Record { stream, blob, _place: place }) };
-        broker.append_durable(&*broker.streams[stream], &changes).await?;
-        self.record = given_up.record.take();
-        Ok(())
+        self.record = Some(Record { stream, blob, _place: place });
+        broker.append_durable(&*broker.streams[stream], &changes).await
     }
 
     /// The client does not want it published any more.
@@ -357,7 +375,8 @@ impl Wills {
     /// published now where that has ended (MQTT 5.0, 3.1.3.2.2), as is one that
     /// waited for room. A will of the last run is void, unless it is of another user.
     /// Waits until its stream has room: a will that came later could overwrite what the
-    /// new connection publishes. Safe to drop: the will then waits for room.
+    /// new connection publishes. Safe to drop: that will then waits for room, and those that would
+    /// be void wait as before, for the client is not back.
     pub async fn client_is_back(&self, broker: &Broker, client_id: &str, owner: &Owner, resumed: bool) {
         while let Err(stream) = self.settle(broker, client_id, owner, resumed) {
             broker.streams[stream].writable().await;
@@ -368,12 +387,12 @@ impl Wills {
     /// room for one of them, which waits for it.
     fn settle(&self, broker: &Broker, client_id: &str, owner: &Owner, resumed: bool) -> Result<(), usize> {
         let mut queue = lock(&self.waiting);
-        let mut full = Ok(());
+        let (mut void, mut full) = (Vec::new(), Ok(()));
         for Waiting { mut will, cause, due } in queue.take(client_id) {
             match cause {
                 Cause::Restart if !will.is_of(owner) => queue.push(client_id, Waiting { will, cause, due }),
-                Cause::Restart => will.forget(broker),
-                Cause::Delay if resumed => will.forget(broker),
+                Cause::Restart => void.push(Waiting { will, cause, due }),
+                Cause::Delay if resumed => void.push(Waiting { will, cause, due }),
                 Cause::Delay | Cause::Room => match will.publish(broker, client_id) {
                     Ok(()) => {}
                     Err(AppendError::Full | AppendError::NoSpace) => {
@@ -385,7 +404,10 @@ impl Wills {
                 },
             }
         }
-        if full.is_err() {
+        if full.is_ok() {
+            void.into_iter().for_each(|waiting| waiting.will.forget(broker));
+        } else {
+            void.into_iter().for_each(|waiting| queue.push(client_id, waiting));
             self.changed.notify_one();
         }
         full

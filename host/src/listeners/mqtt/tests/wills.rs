@@ -382,6 +382,57 @@ async fn a_will_that_waits_for_room_comes_before_the_next_connection_of_its_clie
 }
 
 #[tokio::test]
+async fn a_connect_that_is_given_up_while_an_older_will_waits_for_room_leaves_no_will_and_voids_none() {
+    let (full, free) = (MemoryStream::with_hooks("full", 1), MemoryStream::with_hooks("free", 1));
+    let routed: (Vec<TopicFilter>, Arc<dyn Stream>) =
+        (vec![TopicFilter::new("full/#").unwrap()], full.clone());
+    let streams = Streams::new(vec![routed], free.clone());
+    let host = Host::start(streams, MemoryStream::new("broker", 1), |_| {}).await;
+    let broker = host.handle.clients().0.clone();
+    let (session, turn) = broker.sessions.claim("c", 9).await.unwrap();
+    broker.sessions.open(&broker, &session, Owner::default(), false, 600).await.unwrap();
+    full.set_no_space(true);
+    for (topic, delay_s) in [("full/old", 0), ("free/old", 600)] {
+        let mut will = Will { topic: topic.into(), ..will(delay_s) };
+        if delay_s > 0 {
+            let place = broker.wills.enter(&broker, will.state_bytes("c")).unwrap();
+            will.keep(&broker, "c", place).await.unwrap();
+        }
+        will::lost(&broker, "c", 600, will).await;
+    }
+    broker.sessions.close(&broker, &session, turn, None).await;
+    let before = broker.wills.bytes();
+    for _ in 0..3 {
+        let (mut client, mut io) = tokio::io::duplex(1_024);
+        let connect = Connect { last_will: Some(last_will("free/new")), ..resuming("c") };
+        let mut sent = BytesMut::new();
+        Codec::default().encode(connect.into(), &mut sent).unwrap();
+        client.write_all(&sent).await.unwrap();
+        let ((remote, place), mut input) = (somebody(), BytesMut::new());
+        let given_up = async {
+            while free.state(b"wi").len() < 2 {
+                tokio::task::yield_now().await;
+            }
+            // It is durable at once, and its connect waits for the older one.
+            for _ in 0..10 {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::select! {
+            biased;
+            _ = handshake::accept(&broker, &mut io, &mut input, &remote, &place) => panic!("it waits for room"),
+            () = timeout(HUNG_AFTER, given_up).map(|kept| kept.expect("the new will is kept")) => {}
+        }
+        assert_eq!((free.state(b"wi").len(), broker.wills.bytes()), (1, before), "the older one's only");
+    }
+    full.set_no_space(false);
+    broker.wills.client_is_back(&broker, "c", &Owner::default(), true).await;
+    assert_eq!((full.bounds().end, free.bounds().end), (Offset(1), Offset(0)));
+    assert_eq!((free.state(b"wi").len(), broker.wills.bytes()), (0, 0), "void, once the client is back");
+    host.stop().await;
+}
+
+#[tokio::test]
 async fn a_will_for_a_topic_of_60_000_bytes_is_kept_and_published() {
     let host = Host::with(MemoryStream::new("s", 1)).await;
     let mut watcher = host.clean("w").await;
