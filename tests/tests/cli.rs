@@ -634,6 +634,17 @@ fn validate_connect_says_that_a_sink_would_hold_in_the_words_of_the_host() {
     let config = std::fs::read_to_string(host.folder.join("headworks.yaml")).expect("ours");
     host.folder.write("headworks.yaml", config + "sinks: { telemetry: { type: sqlite, begin: now } }\n");
     assert!(host.cli(&check).contains("sinks.telemetry: works: "), "it was asked for");
+    host.launch();
+    host.wait_serving();
+    let (topic, payload) = telemetry::message("sensor-1", 8);
+    publish(&host, &topic, &payload);
+    telemetry::written_to_sqlite(&host, &rows);
+    host.stop();
+    rusqlite::Connection::open(&rows).expect("a file").execute_batch(lose).expect("they are there");
+    let mut command = host.command(&[&check[..], &["--config", "headworks.yaml"]].concat());
+    let output = command.output().expect("headworks runs");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(said.contains("does not work: ") && said.contains("the sink has begun before"), "{said}");
 }
 
 #[test]

@@ -15,7 +15,7 @@ use super::{FAILED, block_on, data_folder};
 use crate::app::banner::{Started, summary};
 use crate::batch::Offset;
 use crate::config::{self, Config, Loaded};
-use crate::pipeline::{self, Beginning, claim_of, names_of};
+use crate::pipeline::{self, Beginning, FirstStart, claim_of, names_of};
 use crate::sinks::{Checked, Claim, Looked};
 use crate::stream::log::{ReadOnly, Remembered};
 use crate::topic::Namespace;
@@ -107,10 +107,12 @@ fn claims(config: &Config, sink: &str, streams: &BTreeMap<&str, Stream>) -> Vec<
 /// Adds why the sink would hold: a table is filled twice only when somebody asks for it.
 fn decide(config: &Config, sink: &str, streams: &BTreeMap<&str, Stream>, checked: &mut Checked) {
     let configured = Arc::new(config.claims());
-    let beginning = Beginning { begin: config.sinks[sink].begin(), configured };
     for Looked { claim, positions, found } in &checked.claims {
         let Some(Ok(Some(stream))) = streams.get(&*config.pipelines[&claim.pipeline].from) else { continue };
-        let delivered = stream.delivered(&format!("{}/{}", claim.pipeline, claim.sink));
+        let consumer = format!("{}/{}", claim.pipeline, claim.sink);
+        let begin = FirstStart::new(config.sinks[sink].begin(), stream.begin_now(&consumer));
+        let beginning = Beginning { begin, configured: Arc::clone(&configured) };
+        let delivered = stream.delivered(&consumer);
         let start = beginning.start(claim, positions.len(), found, delivered, &stream.bounds);
         checked.problems.extend(start.err());
     }

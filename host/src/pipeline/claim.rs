@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::batch::Offset;
 use crate::sinks::{Advance, Begin, Claim, Found, Name};
-use crate::stream::{Delivered, GapCause, Identity, OnLag, Stream};
+use crate::stream::{BeginNow, Delivered, GapCause, Identity, OnLag, Stream};
 
 /// The claim of a pipeline on a sink; `pipelines` and `sinks`: the name that it has, then
 /// those that it had.
@@ -18,10 +18,27 @@ pub fn claim_of(pipelines: &[String], sinks: &[String], identity: Identity) -> C
     Claim { pipeline, sink, log, generation, partitions, formerly }
 }
 
+/// What the key `begin` of a sink means at this start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FirstStart {
+    Start,
+    Now(BeginNow),
+}
+
+impl FirstStart {
+    /// `now`: what the stream says that `begin: now` means.
+    pub fn new(begin: Option<Begin>, now: Option<BeginNow>) -> Option<Self> {
+        match begin? {
+            Begin::Start => Some(Self::Start),
+            Begin::Now => now.map(Self::Now),
+        }
+    }
+}
+
 /// What a claim that is new to its sink needs to know where it begins.
 #[derive(Clone, Debug, Default)]
 pub struct Beginning {
-    pub begin: Option<Begin>,
+    pub begin: Option<FirstStart>,
     /// Pipelines and sinks that the host has.
     pub configured: Arc<BTreeSet<Name>>,
 }
@@ -37,14 +54,29 @@ impl Beginning {
         delivered: Delivered,
         kept: &Range<Offset>,
     ) -> Result<Offset, String> {
-        match (positions, self.begin) {
-            (0, _) => self.decide(claim, found, delivered, kept),
-            // All of them got a position with the first commit.
-            (some, begin) if some < usize::from(claim.partitions) => {
-                begin.map(|begin| first(begin, kept)).ok_or_else(|| claim.partly_gone())
-            }
-            _ => Ok(kept.start),
+        // All partitions got a position with the first commit.
+        let is_partly_gone = (1..usize::from(claim.partitions)).contains(&positions);
+        match self.begin {
+            _ if positions > 0 && !is_partly_gone => Ok(kept.start),
+            Some(FirstStart::Start) => Ok(kept.start),
+            Some(FirstStart::Now(BeginNow::At(offset))) => Ok(offset.clamp(kept.start, kept.end)),
+            _ if is_partly_gone => Err(claim.partly_gone()),
+            Some(FirstStart::Now(BeginNow::Followed)) => Err(claim.begun(kept)),
+            None => self.decide(claim, found, delivered, kept),
         }
+    }
+
+    /// The claim has positions: from now on `begin: now` is followed.
+    pub fn follow(&mut self) {
+        if let Some(FirstStart::Now(now)) = &mut self.begin {
+            *now = BeginNow::Followed;
+        }
+    }
+
+    /// Whether a sink whose positions are gone, and its table with them, goes on where this process
+    /// knows that it was: what came before `begin: now` is not wanted in the new table either.
+    pub fn goes_on(&self) -> bool {
+        matches!(self.begin, Some(FirstStart::Now(_)))
     }
 
     /// Returns where a new claim begins, or why a person must decide: the sink's table has rows
@@ -61,10 +93,8 @@ impl Beginning {
              beginning, or `begin: now` to write only what comes from now on; then restart",
             claim.sink, kept.start.0, kept.end.0
         );
-        match self.begin {
-            Some(begin) => return Ok(first(begin, kept)),
-            None if !found.has_rows => return Ok(kept.start),
-            None => {}
+        if !found.has_rows {
+            return Ok(kept.start);
         }
         if let Some((pipeline, sink)) = found.others.iter().find(|other| !self.configured.contains(*other)) {
             let mut keys = Vec::new();
@@ -100,14 +130,6 @@ impl Beginning {
     }
 }
 
-/// Returns the first offset to be written.
-fn first(begin: Begin, kept: &Range<Offset>) -> Offset {
-    match begin {
-        Begin::Start => kept.start,
-        Begin::Now => kept.end,
-    }
-}
-
 /// Says where a claim that is new begins, where that is not the plain first start.
 pub fn say_begun(claim: &Claim, stream: &dyn Stream, start: Offset, delivered: Delivered) {
     let kept = stream.bounds();
@@ -129,6 +151,18 @@ pub fn say_begun(claim: &Claim, stream: &dyn Stream, start: Offset, delivered: D
             kept.end.0
         );
     }
+}
+
+/// Says that a new table takes the place of the one before.
+pub fn say_goes_on(claim: &Claim, stream: &dyn Stream, positions: &[Offset]) {
+    tracing::warn!(
+        pipeline = claim.pipeline,
+        sink = claim.sink,
+        stream = stream.name(),
+        "the table and its positions are gone, and a new table takes their place: the sink goes on at offset {}, \
+         where it was",
+        positions.iter().map(|position| position.0).min().unwrap_or_default()
+    );
 }
 
 /// Where the stream remembers a reader whose sink was not opened yet.
@@ -207,6 +241,7 @@ mod tests {
     use super::*;
 
     const KEPT: Range<Offset> = Offset(10)..Offset(99);
+    const NOW: Option<FirstStart> = Some(FirstStart::Now(BeginNow::At(Offset(42))));
 
     fn name(pipeline: &str, sink: &str) -> Name {
         (pipeline.to_owned(), sink.to_owned())
@@ -218,14 +253,14 @@ mod tests {
     }
 
     fn decide(
-        begin: Option<Begin>,
+        begin: Option<FirstStart>,
         has_rows: bool,
         others: &[Name],
         delivered: Delivered,
     ) -> Result<u64, String> {
         let configured = Arc::new([name("p", "w"), name("q", "w")].into());
         let found = Found { has_rows, others: others.to_vec() };
-        Beginning { begin, configured }.decide(&claim(), &found, delivered, &KEPT).map(|offset| offset.0)
+        Beginning { begin, configured }.start(&claim(), 0, &found, delivered, &KEPT).map(|offset| offset.0)
     }
 
     #[test]
@@ -256,10 +291,10 @@ mod tests {
             assert!(reason.contains(wanted), "{reason}");
             assert!(reason.contains("`begin: start`") && reason.contains("`begin: now`"), "{reason}");
             assert_eq!(
-                decide(Some(Begin::Start), true, std::slice::from_ref(&other), Delivered::ToOthers),
+                decide(Some(FirstStart::Start), true, std::slice::from_ref(&other), Delivered::ToOthers),
                 Ok(10)
             );
-            assert_eq!(decide(Some(Begin::Now), true, &[other], Delivered::ToOthers), Ok(99));
+            assert_eq!(decide(NOW, true, &[other], Delivered::ToOthers), Ok(42));
         }
     }
 
@@ -272,7 +307,23 @@ mod tests {
         ] {
             let reason = decide(None, true, &others, delivered).unwrap_err();
             assert!(reason.contains("are not in headworks_positions"), "{reason}");
-            assert_eq!(decide(Some(Begin::Now), true, &others, delivered), Ok(99));
+            assert_eq!(decide(NOW, true, &others, delivered), Ok(42));
+        }
+    }
+
+    #[test]
+    fn begin_now_is_an_offset_until_the_sink_has_begun_and_a_question_from_then_on() {
+        for has_rows in [false, true] {
+            for delivered in [Delivered::ToNobody, Delivered::ToOthers, Delivered::ToThis] {
+                assert_eq!(decide(NOW, has_rows, &[], delivered), Ok(42), "whatever came since");
+                let followed = Some(FirstStart::Now(BeginNow::Followed));
+                let reason = decide(followed, has_rows, &[], delivered).unwrap_err();
+                assert!(reason.contains("are not in headworks_positions"), "{reason}");
+                assert!(
+                    reason.contains("`begin: start` in sinks.w") && reason.contains("10 to 98"),
+                    "{reason}"
+                );
+            }
         }
     }
 

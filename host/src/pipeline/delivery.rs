@@ -57,7 +57,7 @@ pub struct Delivery {
     pub number: SinkNumber,
     pub writer: Writer,
     pub stream: Arc<dyn Stream>,
-    pub attachment: Box<dyn Attachment>,
+    pub attachment: Arc<dyn Attachment>,
     pub on_lag: OnLag,
     pub batching: Batching,
     pub backoff: Backoff,
@@ -363,6 +363,10 @@ impl Delivery {
                 opened = self.writer.open(&*self.stream, delivered) => opened,
                 () = self.abort.cancelled() => return Err(Leave::Aborted),
             };
+            if !self.writer.positions.is_empty() {
+                // Also where they make no sense: a person is told of all that is at stake.
+                self.shared.committed.store(self.lowest().0, Ordering::Release);
+            }
             match opened {
                 Ok(()) => break,
                 Err(failed) => self.back_off(failed, attempt).await?,
@@ -376,6 +380,18 @@ impl Delivery {
     fn check_positions(&self) -> Result<(), Leave> {
         let kept = self.stream.bounds();
         let stream = self.stream.name();
+        let lowest = self.lowest();
+        if lowest < kept.start && self.on_lag == OnLag::Block {
+            return Err(Leave::Stop(format!(
+                "its position {} is below the first kept message {} of stream \"{stream}\": retention has taken the \
+                 messages at offsets {} to {}, and the sink has not got them. What the stream has from there on is kept for \
+                 the sink; set `on_lag: detach` to go on without the messages that are gone, then restart",
+                lowest.0,
+                kept.start.0,
+                lowest.0,
+                kept.start.0 - 1
+            )));
+        }
         for (partition, position) in self.writer.positions.iter().enumerate() {
             if *position > kept.end {
                 return Err(Leave::Stop(format!(
@@ -383,13 +399,6 @@ impl Delivery {
                      although this data folder was the last to move it: was the row in headworks_positions edited? \
                      Put next_offset back to at most {}, then restart",
                     position.0, kept.end.0, kept.end.0
-                )));
-            }
-            if *position < kept.start && self.on_lag == OnLag::Block {
-                return Err(Leave::Stop(format!(
-                    "its position {} in partition {partition} is below the first kept message {} of stream \"{stream}\": \
-                     the messages between them are gone; set `on_lag: detach` to go on without them, then restart",
-                    position.0, kept.start.0
                 )));
             }
         }

@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use crate::hints::Hint;
 use crate::sinks::{Begin, Name, Sink};
 use crate::step::Chain;
-use crate::stream::{OnLag, Stream};
+use crate::stream::{Attachment, BeginNow, OnLag, Stream};
 use crate::telemetry::{Failures, alike};
 
 mod again;
@@ -53,7 +53,7 @@ mod writer;
 pub(crate) mod tests;
 
 pub use again::{Ended, MARK_PREFIX, Mark, marks};
-pub use claim::{Beginning, claim_of};
+pub use claim::{Beginning, FirstStart, claim_of};
 pub use config::{Backoff, Config, DEFAULT_ROUTE, DROP, Retries, RouteTarget};
 pub use dead_letters::{DeadLetters, Error as DeadLettersError};
 pub use dead_letters_config::DeadLettersConfig;
@@ -285,15 +285,27 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
     for (number, part) in sinks.into_iter().enumerate() {
         let (control, controls) = mpsc::channel(CONTROLS_MAX);
         let sink_shared = Arc::new(SinkShared::new(name, &part.name, shared.failures.clone()));
-        let attachment = stream.attach(&format!("{name}/{}", part.name), stream.bounds().start, part.on_lag);
-        sink_shared.remembered.store(attachment.remembered().0, Ordering::Release);
-        let waiting = Waiting { from: attachment.remembered(), on_lag: part.on_lag };
+        let consumer = format!("{name}/{}", part.name);
+        let attachment: Arc<dyn Attachment> =
+            stream.attach(&consumer, stream.bounds().start, part.on_lag).into();
+        // Now, however long the database is away.
+        let now = attachment.begin_now(part.begin == Some(Begin::Now));
+        let remembered = match now {
+            Some(BeginNow::At(offset)) => offset.max(attachment.remembered()),
+            _ => attachment.remembered(),
+        };
+        sink_shared.remembered.store(remembered.0, Ordering::Release);
+        let waiting = Waiting { from: remembered, on_lag: part.on_lag };
         let member = Member::new(part.name.clone(), control, sink_shared);
         let delivery = Delivery {
             number,
-            attachment,
+            attachment: Arc::clone(&attachment),
             writer: Writer {
-                beginning: Some(Beginning { begin: part.begin, configured: Arc::clone(&configured) }),
+                beginning: Some(Beginning {
+                    begin: FirstStart::new(part.begin, now),
+                    configured: Arc::clone(&configured),
+                }),
+                attachment: Some(attachment),
                 waiting: Some(waiting),
                 refusals: Refusals::new(config.refusals_max_share),
                 ..Writer::new(

@@ -18,11 +18,10 @@ use super::routes::SinkNumber;
 use crate::batch::{Offset, Partition};
 use crate::hints::{Hint, Letters};
 use crate::sinks::{
-    Advance, BATCH_ROWS_MAX, Begin, Claim, Epoch, Error, Opened, Outcome, Position, RefusedRow, Rows, Sink,
-    Written,
+    Advance, BATCH_ROWS_MAX, Claim, Epoch, Error, Opened, Outcome, Position, RefusedRow, Rows, Sink, Written,
 };
 use crate::step::RefusedKind;
-use crate::stream::{Delivered, Lineage, Opening, Stream};
+use crate::stream::{Attachment, Delivered, Lineage, Opening, Stream};
 use crate::telemetry::Failures;
 
 /// Rows before a share of rejected ones says anything.
@@ -55,6 +54,8 @@ pub struct Writer {
     pub waiting: Option<Waiting>,
     /// This process has had positions of the claim.
     pub has_begun: bool,
+    /// Keeps from retention what the claim needs; a redrive has none.
+    pub attachment: Option<Arc<dyn Attachment>>,
     pub letters: Arc<DeadLetters>,
     pub metrics: SinkMetrics,
     pub failures: Failures,
@@ -244,6 +245,7 @@ impl Writer {
             beginning: None,
             waiting: None,
             has_begun: false,
+            attachment: None,
             letters: Arc::clone(letters),
             metrics: SinkMetrics::new(&claim.pipeline, &claim.sink),
             failures,
@@ -267,11 +269,22 @@ impl Writer {
         let opened = sink.open(&self.claim, self.held).await.map_err(|error| self.failed(error))?;
         self.held = Some(opened.epoch);
         self.openings = stream.openings();
+        let partitions = usize::from(self.claim.partitions);
+        let is_new = opened.positions.is_empty();
+        let is_gone = is_new && self.has_begun;
+        let goes_on = is_gone
+            && !opened.found.has_rows
+            && self.beginning.as_ref().is_some_and(|beginning| beginning.goes_on());
+        // Before anything else, which may fail or take long: what the sink needs again stays. Only then
+        // is it known what retention has taken already.
+        if !goes_on && let Some(needed) = self.needed(&opened.positions, stream.bounds().start) {
+            self.attachment.iter().for_each(|attachment| attachment.go_back(needed));
+        }
         let kept = stream.bounds();
-        let (is_new, mut start) = (opened.positions.is_empty(), kept.start);
-        if let Some(beginning) = &self.beginning {
+        let mut start = kept.start;
+        if let Some(beginning) = self.beginning.as_ref().filter(|_| !goes_on) {
             let Opened { positions, found, .. } = &opened;
-            let decided = match is_new && self.has_begun && found.has_rows {
+            let decided = match is_gone && found.has_rows {
                 true => Err(self.claim.gone()),
                 false => beginning.start(&self.claim, positions.len(), found, delivered, &kept),
             };
@@ -281,8 +294,9 @@ impl Writer {
                 self.letters.begins(self.number, start).await.map_err(stopped)?;
             }
         }
-        let partitions = usize::from(self.claim.partitions);
-        self.positions = vec![start; partitions];
+        if !goes_on {
+            self.positions = vec![start; partitions];
+        }
         self.lineages = vec![Lineage::default(); partitions];
         let mut to = self.positions.clone();
         let mut is_known = vec![false; partitions];
@@ -304,12 +318,14 @@ impl Writer {
             let sink = self.sink.as_mut().expect("still here");
             sink.commit(&Rows::default(), &advance).await.map_err(|error| self.failed(error))?;
             match is_new {
+                true if goes_on => claim::say_goes_on(&self.claim, stream, &self.positions),
                 true => claim::say_begun(&self.claim, stream, start, delivered),
                 false => claim::say_moved(&self.claim, stream, &advance),
             }
             self.moved(advance);
         }
         (self.has_begun, self.waiting) = (true, None);
+        self.beginning.iter_mut().for_each(Beginning::follow);
         Ok(())
     }
 
@@ -319,11 +335,20 @@ impl Writer {
         let Some(waiting) = &mut self.waiting else { return };
         let lost = waiting.lost(start);
         waiting.from = waiting.from.max(start);
-        // Somebody has decided what such a claim is to have.
-        let begins_now = self.beginning.as_ref().is_some_and(|beginning| beginning.begin == Some(Begin::Now));
-        if let Some((lost, cause)) = lost.filter(|_| !begins_now) {
+        if let Some((lost, cause)) = lost {
             claim::tell_lost(&self.claim, stream, lost, cause);
         }
+    }
+
+    /// Returns the lowest offset that a sink with these positions may need; `None` where that is where
+    /// the stream has its reader already. `start`: the first kept offset.
+    fn needed(&self, positions: &[Position], start: Offset) -> Option<Offset> {
+        if positions.len() < usize::from(self.claim.partitions) {
+            // Positions that are gone may come back older, or a person may say `begin: start`.
+            return (self.has_begun || !positions.is_empty()).then_some(Offset(0));
+        }
+        let lowest = |at: &Position| at.next.min(at.lineage.locate(at.next, &self.openings, start));
+        positions.iter().map(lowest).min()
     }
 
     /// Writes all of `rows` and moves the positions to `upto`. On a failure

@@ -45,7 +45,7 @@ pub struct BatchConfig {
 pub enum Begin {
     /// With the first message that the stream still has.
     Start,
-    /// With what comes from now on.
+    /// With what comes after the first start of the host that has it in its config.
     Now,
 }
 

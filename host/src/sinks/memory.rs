@@ -112,6 +112,24 @@ impl MemoryDatabase {
         self.lock().claims.clear();
     }
 
+    /// Brings back the positions, and the rows, as they were when the stream had these offsets: somebody
+    /// restored a backup, or another server took over that was behind.
+    pub fn go_back(&self, to: Offset) {
+        let state = &mut *self.lock();
+        state.rows.retain(|row| row.offset < to);
+        for (next, _) in state.claims.values_mut().flat_map(|claimed| claimed.next.iter_mut().flatten()) {
+            *next = to.min(*next);
+        }
+    }
+
+    /// Takes rows and positions away, as somebody does who puts another database into the place of this one.
+    /// Returns the rows.
+    pub fn replace(&self) -> Vec<MemoryRow> {
+        let state = &mut *self.lock();
+        state.claims.clear();
+        std::mem::take(&mut state.rows)
+    }
+
     /// Removes the positions of one partition.
     pub fn lose_position(&self, partition: u16) {
         self.lock().claims.values_mut().for_each(|claimed| claimed.next[usize::from(partition)] = None);
@@ -130,6 +148,13 @@ impl MemoryDatabase {
     /// The next calls of `commit` fail so, one each, then it works again.
     pub fn fail_commits(&self, faults: impl IntoIterator<Item = Fault>) {
         self.lock().commit_faults.extend(faults);
+    }
+
+    /// No call fails any more that was to fail once.
+    pub fn fail_no_more(&self) {
+        let state = &mut *self.lock();
+        state.open_faults.clear();
+        state.commit_faults.clear();
     }
 
     /// Calls fail for this reason until it is `None`.

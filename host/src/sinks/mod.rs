@@ -6,6 +6,8 @@
 //! (the connection and the transaction), `tests`; `columns` turns messages into
 //! values for all of them, `conformance` holds all of them to their promises.
 
+use std::ops::Range;
+
 use async_trait::async_trait;
 use uuid::Uuid;
 
@@ -317,6 +319,20 @@ impl Claim {
     pub fn partly_gone(&self) -> String {
         let positions = self.positions_text();
         self.to_put_back(&format!("the {positions} are gone from headworks_positions for some partitions"))
+    }
+
+    /// Returns what to say where a sink that began as `begin: now` says has no positions any more.
+    pub fn begun(&self, kept: &Range<Offset>) -> String {
+        format!(
+            "the {} are not in headworks_positions, and the sink has begun before, as `begin: now` in sinks.{sink} \
+             said: nothing is written, so that no message is skipped; put the rows of headworks_positions back, or set \
+             `begin: start` in sinks.{sink} to write what the stream still has (offsets {} to {}), and restart; or, to \
+             write only what comes from now on, take `begin` out, restart, set `begin: now` again and restart",
+            self.positions_text(),
+            kept.start.0,
+            kept.end.0.saturating_sub(1),
+            sink = self.sink,
+        )
     }
 
     fn to_put_back(&self, what: &str) -> String {

@@ -17,8 +17,8 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::{
-    AppendError, Appended, Attachment, Cursor, Delivered, GapCause, Identity, Lack, NewMessage, OnLag,
-    Opening, Read, ReadError, STATE_KEY_BYTES_MAX, STATE_VALUE_BYTES_MAX, StateChange, Stream, Ticket,
+    AppendError, Appended, Attachment, BeginNow, Cursor, Delivered, GapCause, Identity, Lack, NewMessage,
+    OnLag, Opening, Read, ReadError, STATE_KEY_BYTES_MAX, STATE_VALUE_BYTES_MAX, StateChange, Stream, Ticket,
 };
 use crate::batch::{Batch, Entry, Offset, Span};
 
@@ -61,6 +61,7 @@ struct Inner {
     /// See [`Stream::lose`].
     lost: Vec<(Range<Offset>, GapCause)>,
     advanced: BTreeSet<String>,
+    told: BTreeMap<String, BeginNow>,
     stopped: Option<Arc<str>>,
     /// Gone once stopped.
     durable: Option<watch::Sender<Ticket>>,
@@ -107,6 +108,7 @@ impl MemoryStream {
                 remembered: BTreeMap::new(),
                 lost: Vec::new(),
                 advanced: BTreeSet::new(),
+                told: BTreeMap::new(),
                 stopped: None,
                 durable: Some(watch::channel(Ticket::default()).0),
             }),
@@ -161,6 +163,7 @@ impl MemoryStream {
         let new = shared.inner.get_mut().unwrap_or_else(PoisonError::into_inner);
         (new.frames, new.start, new.end, new.next) = (frames, inner.start, end, end);
         (new.state, new.advanced) = (inner.state.clone(), inner.advanced.clone());
+        new.told = inner.told.clone();
         Arc::new(Self(Arc::new(shared)))
     }
 
@@ -491,7 +494,27 @@ impl Attachment for Mark {
             *at = next.0;
             inner.advanced.insert(self.consumer.clone());
         }
+        if let Some(told) = inner.told.get_mut(&self.consumer) {
+            *told = BeginNow::Followed;
+        }
         self.stream.moved();
+    }
+
+    fn go_back(&self, next: Offset) {
+        let inner = &mut *self.stream.lock();
+        if let Some((at, ..)) = inner.marks.get_mut(&self.consumer) {
+            *at = next.0.max(inner.start).min(*at);
+        }
+        self.stream.moved();
+    }
+
+    fn begin_now(&self, is_told: bool) -> Option<BeginNow> {
+        let inner = &mut *self.stream.lock();
+        if !is_told {
+            inner.told.remove(&self.consumer);
+            return None;
+        }
+        Some(*inner.told.entry(self.consumer.clone()).or_insert(BeginNow::At(Offset(inner.end))))
     }
 
     fn remembered(&self) -> Offset {

@@ -298,11 +298,30 @@ pub enum Delivered {
     ToThis,
 }
 
+/// What it means for a reader to begin "now".
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BeginNow {
+    /// The reader begins here: where the stream ended when that was said first.
+    At(Offset),
+    /// The reader has begun since.
+    Followed,
+}
+
 /// A reader that retention knows of. Dropping it leaves the mark until restart;
 /// [`Attachment::detach`] removes it.
 pub trait Attachment: Send + Sync {
-    /// All below `next` is done with; never goes back.
+    /// All below `next` is done with; never goes back. The reader has begun.
     fn advance(&self, next: Offset);
+
+    /// The reader needs all from `next` on again, as far as it is still there. When this returns,
+    /// retention takes nothing more of that, and the stream's bounds show what it has taken before.
+    /// Remembered as the place is.
+    fn go_back(&self, next: Offset);
+
+    /// Takes down whether the reader is told to begin at the end of the stream, as of this start,
+    /// and returns what that means. Remembered from the first start at which it is said until one
+    /// at which it is not.
+    fn begin_now(&self, is_told: bool) -> Option<BeginNow>;
 
     /// Returns where the stream remembers the reader from before it was attached: as of the
     /// last clean end, else at or below where it was. A reader that never advanced is remembered

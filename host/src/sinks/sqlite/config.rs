@@ -37,8 +37,9 @@ pub struct Config {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub renamed_from: Option<String>,
     /// Where to begin without a position: `start`, with the first message that the
-    /// stream has, or `now`, with what comes from then on. Left out: at the start,
-    /// but not into a table that the stream was written to before.
+    /// stream has, or `now`, with what came after the first start of the host that
+    /// had this key. Left out: at the start, but not into a table that the stream
+    /// was written to before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub begin: Option<Begin>,
     /// How long to wait for another program that writes to the file.

@@ -16,13 +16,13 @@ use super::disk::{Create, Disk, RealDisk, Uninterrupted};
 use super::frame::flags;
 use super::generations;
 use super::recover::{self, OpenError};
-use super::retain::{Mark, delivered_to, marks};
+use super::retain::{Mark, begin_now, delivered_to, marks};
 use super::scan::{Place, Scan, Step};
 use super::segment;
 use super::state::{self, USERS};
 use super::tail::Frame;
 use crate::batch::Offset;
-use crate::stream::{Delivered, GapCause, Identity, Read, StateEntries};
+use crate::stream::{BeginNow, Delivered, GapCause, Identity, Read, StateEntries};
 
 /// Looks at a folder whose oldest segments go while it is looked at.
 const LOOKS_MAX: usize = 8;
@@ -49,6 +49,11 @@ impl Remembered {
     /// Returns what a reader of this name would be told of earlier deliveries.
     pub fn delivered(&self, consumer: &str) -> Delivered {
         delivered_to(&self.marks, consumer)
+    }
+
+    /// Returns what `begin: now` would mean for a reader of this name.
+    pub fn begin_now(&self, consumer: &str) -> Option<BeginNow> {
+        begin_now(&self.marks, consumer, self.bounds.end)
     }
 }
 

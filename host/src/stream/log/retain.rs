@@ -15,10 +15,11 @@ use tokio::sync::watch;
 use super::clock;
 use super::commit::{CommitError, no_space_or};
 use super::disk::{Create, File, SyncSite, is_full, lacking};
+use super::recover::Segment;
 use super::segment::{self, FRAMES_AT};
 use super::{Inner, lock, read, state, write};
 use crate::batch::Offset;
-use crate::stream::{Attachment, Delivered, Lack, OnLag};
+use crate::stream::{Attachment, BeginNow, Delivered, Lack, OnLag};
 use crate::threads::{SHORT_TURN, offer_core};
 
 /// The first segment of a fresh log; each next one is four times as large, up to `segment_bytes`.
@@ -51,9 +52,11 @@ pub struct Mark {
     /// Where it was before it was attached; [`SAID`] once it says where it is.
     remembered: Arc<AtomicU64>,
     delivered: Arc<Mutex<Delivered>>,
-    /// `next` and `delivered` as a restart would find them; `None`: they could not be
-    /// written down yet.
-    saved: Option<(u64, Delivered)>,
+    told: Arc<Mutex<Told>>,
+    /// The mark as a restart would find it; `None`: it could not be written down yet.
+    saved: Option<Kept>,
+    /// The mark is one that an earlier process wrote down, and its reader is not attached.
+    is_left: bool,
     asked: watch::Sender<Offset>,
     /// Where it was when it was last seen to hold a segment back, and since when.
     held: Option<(u64, Instant)>,
@@ -65,8 +68,10 @@ impl Mark {
             next: Arc::new(AtomicU64::new(next)),
             remembered: Arc::new(AtomicU64::new(SAID)),
             delivered: Arc::default(),
+            told: Arc::default(),
             on_lag,
             saved: None,
+            is_left: false,
             asked: watch::channel(Offset(0)).0,
             held: None,
         }
@@ -80,6 +85,7 @@ impl Mark {
             next: if remembered == SAID { self.next.load(Ordering::Relaxed) } else { remembered },
             on_lag: self.on_lag,
             delivered: *lock(&self.delivered),
+            told: *lock(&self.told),
         }
     }
 
@@ -102,7 +108,10 @@ impl Mark {
 
     /// Whether it keeps what lies below `end` from going.
     fn pins(&self, end: u64, for_bytes: bool) -> bool {
-        if self.next.load(Ordering::Relaxed) >= end {
+        // A reader whose database was restored while no host ran may need what lies below the mark: its
+        // place is known once it is attached.
+        let waits_for_reader = self.is_left && self.on_lag == OnLag::Block;
+        if self.next.load(Ordering::Relaxed) >= end && !waits_for_reader {
             return false;
         }
         // Who is not there yet after a restart cannot be asked.
@@ -379,8 +388,8 @@ impl Inner {
                     self.disk.sync_dir(&self.dir, SyncSite::Removal)?;
                     *is_removed = false;
                 }
-                let Some(sequence) = self.expired(room) else { return Ok(()) };
-                self.remove_oldest(sequence)?;
+                let Some(oldest) = self.take_expired(room) else { return Ok(()) };
+                self.remove(oldest)?;
                 *is_removed = true;
             }
         };
@@ -390,11 +399,10 @@ impl Inner {
         }
     }
 
-    /// One that cannot be removed stays in the list: it counts, and is tried again.
-    fn remove_oldest(&self, sequence: u64) -> io::Result<()> {
-        // Out of the list first: a reader that comes now gets a gap, not an error.
-        let Some(oldest) = write(&self.back).segments.pop_front() else { return Ok(()) };
-        match self.disk.remove(&self.dir.join(segment::name(sequence))) {
+    /// Removes the file of a segment that was taken out of the list. One that cannot be removed goes
+    /// back into the list: it counts, and is tried again.
+    fn remove(&self, oldest: Segment) -> io::Result<()> {
+        match self.disk.remove(&self.dir.join(segment::name(oldest.header.sequence))) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 write(&self.back).segments.push_front(oldest);
                 Err(error)
@@ -406,8 +414,10 @@ impl Inner {
         }
     }
 
-    /// The oldest segment, if it may go. Asks readers for what is next.
-    fn expired(&self, room: u64) -> Option<u64> {
+    /// Takes the oldest segment out of the list, if it may go: a reader that comes now gets a gap, not
+    /// an error. Asks readers for what is next. Holds one lock throughout, so that a reader that goes
+    /// back either keeps the segment or finds that it is gone.
+    fn take_expired(&self, room: u64) -> Option<Segment> {
         let ahead = ASKED_SEGMENTS * self.next_len();
         let kept_since = self.kept_since_us();
         let back = &mut *write(&self.back);
@@ -417,17 +427,16 @@ impl Inner {
         if let Some(first_kept) = back.segments.get(soon).filter(|_| soon > 0) {
             back.marks.values_mut().for_each(|mark| mark.ask(first_kept.header.base));
         }
-        let oldest = back.segments.front()?;
         let end = back.segments.get(1)?.header.base;
         let pinned = back.marks.values().any(|mark| mark.pins(end, by_bytes > 0));
-        (due > 0 && !pinned).then_some(oldest.header.sequence)
+        if due == 0 || pinned { None } else { back.segments.pop_front() }
     }
 
     /// How many segments must go that all together take no more than `max_bytes`
     /// with `room` more; never the last.
     fn over(&self, back: &super::Back, room: u64) -> usize {
         let mut bytes = room + back.segments.iter().map(|segment| segment.file_len).sum::<u64>();
-        let is_over = |segment: &&super::recover::Segment| {
+        let is_over = |segment: &&Segment| {
             let is_over = bytes > self.max_bytes;
             bytes -= segment.file_len;
             is_over
@@ -443,9 +452,9 @@ impl Inner {
             let back = read(&self.back);
             let segment_of = |offset: u64| back.segments.partition_point(|s| s.header.base <= offset);
             let due = |mark: &Mark, kept: Kept| match mark.saved {
-                Some((next, delivered)) => {
-                    is_end && kept.next != next
-                        || (segment_of(kept.next), kept.delivered) != (segment_of(next), delivered)
+                Some(saved) => {
+                    let with_segment = |kept: Kept| Kept { next: segment_of(kept.next) as u64, ..kept };
+                    is_end && kept.next != saved.next || with_segment(kept) != with_segment(saved)
                 }
                 None => true,
             };
@@ -466,26 +475,28 @@ impl Inner {
         if self.append_own(state::OWN, consumer.as_bytes(), Some(&kept.encode()))
             && let Some(mark) = write(&self.back).marks.get_mut(consumer)
         {
-            mark.saved = Some((kept.next, kept.delivered));
+            mark.saved = Some(kept);
         }
     }
 
     pub fn attach(self: &Arc<Self>, consumer: &str, from: Offset, on_lag: OnLag) -> Box<dyn Attachment> {
         let mut mark = Mark::new(from.0, on_lag);
         let (next, asked) = (Arc::clone(&mark.next), mark.asked.clone());
-        let (kept, remembered, delivered);
+        let (kept, remembered, delivered, told);
         let is_saved = {
             let marks = &mut write(&self.back).marks;
             let known = marks.get(consumer).filter(|known| known.on_lag == on_lag);
             if let Some(known) = marks.get(consumer) {
                 mark.delivered = Arc::clone(&known.delivered);
+                mark.told = Arc::clone(&known.told);
                 mark.remembered.store(known.kept().next, Ordering::Relaxed);
             } else {
                 *lock(&mark.delivered) = delivered_to(marks, consumer);
             }
             kept = mark.kept();
-            mark.saved = known.and_then(|known| known.saved).filter(|(saved, _)| *saved == kept.next);
+            mark.saved = known.and_then(|known| known.saved).filter(|saved| saved.next == kept.next);
             (remembered, delivered) = (Arc::clone(&mark.remembered), Arc::clone(&mark.delivered));
+            told = Arc::clone(&mark.told);
             let is_saved = mark.saved.is_some() || on_lag == OnLag::Hold;
             marks.insert(consumer.to_owned(), mark);
             is_saved
@@ -495,7 +506,7 @@ impl Inner {
         }
         let (inner, consumer, detached) = (Arc::clone(self), consumer.to_owned(), AtomicBool::new(false));
         let before = Offset(kept.next);
-        Box::new(Attached { inner, consumer, next, before, remembered, delivered, asked, detached })
+        Box::new(Attached { inner, consumer, next, before, remembered, delivered, told, asked, detached })
     }
 
     pub fn detach(&self, consumer: &str) {
@@ -522,6 +533,7 @@ struct Attached {
     before: Offset,
     remembered: Arc<AtomicU64>,
     delivered: Arc<Mutex<Delivered>>,
+    told: Arc<Mutex<Told>>,
     asked: watch::Sender<Offset>,
     detached: AtomicBool,
 }
@@ -532,6 +544,33 @@ impl Attachment for Attached {
         if self.next.fetch_max(next.0, Ordering::Relaxed) < next.0 {
             *lock(&self.delivered) = Delivered::ToThis;
         }
+        lock(&self.told).follow();
+    }
+
+    fn go_back(&self, next: Offset) {
+        let is_lower = {
+            // Under the lock that retention takes segments with: what is there now stays.
+            let back = write(&self.inner.back);
+            let next = next.0.max(back.start());
+            let lower = |remembered| (remembered != SAID && next < remembered).then_some(next);
+            let remembered = self.remembered.fetch_update(Ordering::Relaxed, Ordering::Relaxed, lower);
+            self.next.fetch_min(next, Ordering::Relaxed) > next || remembered.is_ok()
+        };
+        if is_lower {
+            self.inner.save_marks(false);
+        }
+    }
+
+    fn begin_now(&self, is_told: bool) -> Option<BeginNow> {
+        let (kept, begin) = {
+            let back = write(&self.inner.back);
+            let mark = back.marks.get(&self.consumer)?;
+            let told = Told::now(is_told, Some(mark.kept()), back.end);
+            *lock(&self.told) = told;
+            (mark.kept(), told.begin_now())
+        };
+        self.inner.save_mark(&self.consumer, kept);
+        begin
     }
 
     fn remembered(&self) -> Offset {
@@ -553,12 +592,54 @@ impl Attachment for Attached {
     }
 }
 
+/// What a reader was told at its last start of where to begin.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Told {
+    /// A version that did not write it down had the reader last.
+    Unknown,
+    #[default]
+    Nothing,
+    /// To begin at this offset, the end of the stream when that was said first.
+    Now(u64),
+    /// To begin at the end, and it has begun since.
+    Followed,
+}
+
+impl Told {
+    /// Returns what a reader with this mark is told, where the stream ends at `end`. To begin "now" means
+    /// the start of the host at which it was said first, until it is said no more.
+    fn now(is_told: bool, mark: Option<Kept>, end: u64) -> Self {
+        match mark {
+            _ if !is_told => Self::Nothing,
+            None | Some(Kept { told: Self::Nothing, .. }) => Self::Now(end),
+            Some(Kept { told: Self::Unknown, delivered: Delivered::ToThis, .. }) => Self::Followed,
+            Some(Kept { told: Self::Unknown, next, .. }) => Self::Now(next),
+            Some(Kept { told, .. }) => told,
+        }
+    }
+
+    fn follow(&mut self) {
+        if matches!(self, Self::Now(_)) {
+            *self = Self::Followed;
+        }
+    }
+
+    fn begin_now(self) -> Option<BeginNow> {
+        match self {
+            Self::Now(at) => Some(BeginNow::At(Offset(at))),
+            Self::Followed => Some(BeginNow::Followed),
+            Self::Unknown | Self::Nothing => None,
+        }
+    }
+}
+
 /// A mark as it is written down.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 struct Kept {
     next: u64,
     on_lag: OnLag,
     delivered: Delivered,
+    told: Told,
 }
 
 impl Kept {
@@ -578,10 +659,19 @@ impl Kept {
             Delivered::ToThis => 1,
             Delivered::ToOthers => 2,
         });
+        match self.told {
+            Told::Unknown => {}
+            Told::Nothing => value.push(0),
+            Told::Now(at) => {
+                value.push(1);
+                value.extend(at.to_le_bytes());
+            }
+            Told::Followed => value.push(2),
+        }
         value
     }
 
-    /// Version 0.1.0 wrote no `delivered`.
+    /// Version 0.1.0 wrote no `delivered` and no `told`.
     fn decode(value: &[u8]) -> Option<Self> {
         let (next, rest) = value.split_first_chunk::<8>()?;
         let on_lag = match rest.first()? {
@@ -594,7 +684,13 @@ impl Kept {
             Some(2) => Delivered::ToOthers,
             _ => Delivered::ToNobody,
         };
-        Some(Self { next: u64::from_le_bytes(*next), on_lag, delivered })
+        let told = match rest.get(2..).and_then(<[u8]>::split_first) {
+            Some((0, _)) => Told::Nothing,
+            Some((1, at)) => at.first_chunk().map_or(Told::Unknown, |at| Told::Now(u64::from_le_bytes(*at))),
+            Some((2, _)) => Told::Followed,
+            _ => Told::Unknown,
+        };
+        Some(Self { next: u64::from_le_bytes(*next), on_lag, delivered, told })
     }
 }
 
@@ -609,16 +705,22 @@ pub fn delivered_to(marks: &BTreeMap<String, Mark>, consumer: &str) -> Delivered
     }
 }
 
+/// Returns what `begin: now` means for a reader of this name in a host that starts now.
+pub fn begin_now(marks: &BTreeMap<String, Mark>, consumer: &str, end: Offset) -> Option<BeginNow> {
+    Told::now(true, marks.get(consumer).map(Mark::kept), end.0).begin_now()
+}
+
 /// The marks that the state map holds.
 pub fn marks(all: &state::State) -> BTreeMap<String, Mark> {
     let own = [state::OWN];
     all.range(&own)
         .filter_map(|(key, value)| {
             let name = String::from_utf8(key[1..].to_vec()).ok()?;
-            let Kept { next, on_lag, delivered } = Kept::decode(value)?;
-            let mark = Mark::new(next, on_lag);
-            *lock(&mark.delivered) = delivered;
-            Some((name, Mark { saved: Some((next, delivered)), ..mark }))
+            let kept = Kept::decode(value)?;
+            let mark = Mark::new(kept.next, kept.on_lag);
+            *lock(&mark.delivered) = kept.delivered;
+            *lock(&mark.told) = kept.told;
+            Some((name, Mark { saved: Some(kept), is_left: true, ..mark }))
         })
         .collect()
 }

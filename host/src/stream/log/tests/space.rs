@@ -880,3 +880,109 @@ async fn a_clean_end_remembers_where_each_reader_was() {
     let log = open();
     assert_eq!(log.attach("warehouse", Offset(0), OnLag::Block).remembered(), Offset(3));
 }
+
+/// Appends and commits until retention takes a segment, and returns the first offset that is kept then.
+fn until_trimmed(log: &Log, reader: &dyn crate::stream::Attachment) -> Offset {
+    let start = log.bounds().start;
+    while log.bounds().start == start {
+        log.append(&[message("a/b", &payload(0, 3_000))], &[]).unwrap();
+        commit(log).unwrap();
+        reader.advance(log.bounds().end);
+        log.inner.keep(false);
+    }
+    log.bounds().start
+}
+
+#[test]
+fn a_reader_that_goes_back_keeps_what_is_still_there_also_through_a_crash() {
+    let (disk, clock) = (SimDisk::new(3), new_clock());
+    let mut config = small();
+    config.retention.max_bytes = ByteSize(64 << 10);
+    let (log, _) = manual(&disk, &config, &clock).unwrap();
+    let reader = log.attach("p/w", Offset(0), OnLag::Block);
+    let start = until_trimmed(&log, &*reader);
+    log.inner.save_marks(true);
+    commit(&log).unwrap();
+    let end = log.bounds().end;
+    // Its database is one of before what retention has taken already.
+    reader.go_back(Offset(1));
+    reader.advance(Offset(1));
+    while log.append(&[message("a/b", &payload(0, 3_000))], &[]).is_ok() && commit(&log).is_ok() {
+        log.inner.keep(false);
+    }
+    assert_eq!(log.bounds().start, start);
+    assert!(log.bounds().end > end);
+    drop((reader, log));
+    disk.restart_process();
+    let (log, _) = manual(&disk, &config, &clock).unwrap();
+    assert_eq!(log.remembered(), [("p/w".to_owned(), start)]);
+    assert_eq!(log.bounds().start, start);
+}
+
+#[test]
+fn what_a_reader_was_past_before_a_restart_stays_until_it_says_where_it_is() {
+    let (disk, clock) = (SimDisk::new(3), new_clock());
+    let (log, _) = manual(&disk, &small(), &clock).unwrap();
+    let reader = log.attach("p/w", Offset(0), OnLag::Block);
+    for n in 0..20 {
+        log.append(&[message("a/b", &payload(n, 3_000))], &[]).unwrap();
+        commit(&log).unwrap();
+    }
+    reader.advance(Offset(20));
+    log.inner.start_closing();
+    commit(&log).unwrap();
+    drop((reader, log));
+    clock.fetch_add(2 * 3_600_000_000, Ordering::Relaxed);
+    disk.restart_process();
+    let (log, _) = manual(&disk, &small(), &clock).unwrap();
+    log.inner.keep(false);
+    assert_eq!(log.bounds().start, Offset(0), "its database may have been restored meanwhile");
+    let reader = log.attach("p/w", Offset(0), OnLag::Block);
+    log.inner.keep(false);
+    assert_eq!(log.bounds().start, Offset(0));
+    reader.advance(Offset(20));
+    log.inner.keep(false);
+    assert!(log.bounds().start > Offset(0));
+}
+
+#[test]
+fn a_log_remembers_what_begin_now_means_for_a_reader_until_it_has_begun() {
+    use crate::stream::BeginNow;
+    let (disk, clock) = (SimDisk::new(3), new_clock());
+    let crash = |log: Option<Arc<Log>>| {
+        log.iter().for_each(|log| commit(log).unwrap());
+        drop(log);
+        disk.restart_process();
+        manual(&disk, &small(), &clock).unwrap().0
+    };
+    let append = |log: &Log| {
+        log.append(&[message("a/b", b"x")], &[]).unwrap();
+        commit(log).unwrap();
+    };
+    let attach = |log: &Arc<Log>| log.attach("p/w", log.bounds().start, OnLag::Block);
+    let log = crash(None);
+    append(&log);
+    assert_eq!(attach(&log).begin_now(true), Some(BeginNow::At(Offset(1))));
+    append(&log);
+    let log = crash(Some(log));
+    let reader = attach(&log);
+    assert_eq!(reader.begin_now(true), Some(BeginNow::At(Offset(1))), "of the first start");
+    reader.advance(Offset(1));
+    log.inner.keep(false);
+    drop(reader);
+    let log = crash(Some(log));
+    assert_eq!(attach(&log).begin_now(true), Some(BeginNow::Followed));
+    append(&log);
+    let log = crash(Some(log));
+    assert_eq!(attach(&log).begin_now(false), None);
+    let mut log = crash(Some(log));
+    assert_eq!(attach(&log).begin_now(true), Some(BeginNow::At(Offset(3))), "said anew");
+    // As an earlier version wrote it: of a reader that has begun, and of one that has not.
+    for (delivered, expected) in [(1, BeginNow::Followed), (0, BeginNow::At(Offset(2)))] {
+        let mut earlier = 2_u64.to_le_bytes().to_vec();
+        earlier.extend([0, delivered]);
+        assert!(log.inner.append_own(super::super::state::OWN, b"p/w", Some(&earlier)));
+        log = crash(Some(log));
+        assert_eq!(attach(&log).begin_now(true), Some(expected));
+    }
+}
