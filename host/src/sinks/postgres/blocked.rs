@@ -50,10 +50,8 @@ impl Blocked {
 
     /// `None` where it cannot be found out.
     async fn oldest(&self, names: &[&str]) -> Option<String> {
-        let (client, connection) = connect(&self.name, &self.config, &Failures::default()).await.ok()?;
-        let who = oldest(&client, &quoted_table(&self.config.table), names).await;
-        connection.abort();
-        who.ok()?
+        let (client, _connection) = connect(&self.name, &self.config, &Failures::default()).await.ok()?;
+        oldest(&client, &quoted_table(&self.config.table), names).await.ok()?
     }
 }
 

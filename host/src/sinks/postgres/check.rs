@@ -1,5 +1,6 @@
 //! `validate --connect`: what the sink would meet, looked at in a transaction
-//! that is read-only, so that the server itself lets nothing be written.
+//! that is read-only, so that the server itself lets nothing be written; what isolates
+//! rejected rows is made and rolled back.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +14,7 @@ use super::error::describe;
 use super::positions::{self, Refusal};
 use super::schema::{self, no_table, quoted, quoted_table};
 use super::stage;
-use super::table::Table;
+use super::table::{Binding, Table};
 use crate::sinks::columns::Columns;
 use crate::sinks::config::table_parts;
 use crate::sinks::{Checked, Claim, Found, Looked, OnConflict};
@@ -55,11 +56,9 @@ pub async fn check(name: &str, config: &Config, namespace: Arc<Namespace>, claim
     let silent = |limit: Duration| format!("{target}: no answer for {} s", limit.as_secs());
     match connect(name, config, &Failures::default()).await {
         Err(error) => checked.problems.push(error.to_string()),
-        Ok((client, connection)) => {
+        Ok((client, _connection)) => {
             let mut check = Check { config, client, checked: &mut checked };
-            let ended = timeout(limit, check.all(namespace, claims)).await;
-            connection.abort();
-            match ended {
+            match timeout(limit, check.all(namespace, claims)).await {
                 Err(_) => checked.problems.push(silent(limit)),
                 Ok(Err(error)) => checked.problems.push(format!("{target}: {}", describe(&error))),
                 Ok(Ok(())) => {}
@@ -108,13 +107,13 @@ impl Check<'_> {
         self.client.batch_execute(&settings(self.config)).await?;
         let may_be_read = self.positions(&session).await?;
         let was_there = self.claims(claims, may_be_read).await?;
-        if let Some(reason) = stage::lacks_right(&self.client).await? {
-            self.problem(reason);
-        }
+        let lacks = stage::lacks_right(&self.client).await?;
+        let tries_stage = lacks.is_empty() && !is_read_only;
+        self.checked.problems.extend(lacks);
         let columns = Columns::new(&self.config.columns, namespace);
         // Its answer may end the transaction, so it comes last.
         match Table::read(&self.client, &self.config.table).await {
-            Ok(Some(table)) => self.table(&table, columns, &session).await,
+            Ok(Some(table)) => self.table(&table, columns, &session, tries_stage).await,
             Ok(None) => self.missing(&columns, &session, was_there).await,
             Err(error) if is_denied(&error) => {
                 let schema = table_parts(&self.config.table).swap_remove(0);
@@ -225,6 +224,7 @@ impl Check<'_> {
         table: &Table,
         mut columns: Columns,
         session: &Session,
+        tries_stage: bool,
     ) -> Result<(), tokio_postgres::Error> {
         let name = &self.config.table;
         let on_conflict = self.config.on_conflict.resolved();
@@ -252,7 +252,12 @@ impl Check<'_> {
         }
         let explain = stage::explain(name, &columns, &binding, on_conflict);
         match self.client.batch_execute(&explain).await {
-            Ok(()) => self.checked.found.push(format!("table {name} is there")),
+            Ok(()) => {
+                self.checked.found.push(format!("table {name} is there"));
+                if tries_stage {
+                    self.stage(&columns, &binding).await?;
+                }
+            }
             Err(error) if is_denied(&error) => {
                 let rights = match on_conflict {
                     OnConflict::Reject => "INSERT",
@@ -269,6 +274,25 @@ impl Check<'_> {
             Err(error) => return Err(error),
         }
         Ok(())
+    }
+
+    /// Makes what isolates rejected rows, and rolls it back: whatever is in the way says so. It is the
+    /// one thing that a read-only transaction does not let be tried.
+    async fn stage(&mut self, columns: &Columns, binding: &Binding) -> Result<(), tokio_postgres::Error> {
+        let begin = format!("ROLLBACK; BEGIN; {}", settings(self.config));
+        self.client.batch_execute(&begin).await?;
+        let path = super::table::search_path(&self.client).await?;
+        let sql =
+            stage::create(&self.config.table, columns, binding, self.config.on_conflict.resolved(), &path);
+        let made = self.client.batch_execute(&sql).await;
+        self.client.batch_execute("ROLLBACK").await?;
+        match made {
+            Err(error) if error.as_db_error().is_some() => {
+                self.problem(format!("{}: {}", stage::CANNOT, describe(&error)));
+                Ok(())
+            }
+            made => made,
+        }
     }
 
     async fn may_create(

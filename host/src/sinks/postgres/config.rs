@@ -45,8 +45,9 @@ pub struct Config {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub renamed_from: Option<String>,
     /// Where to begin without a position: `start`, with the first message that the
-    /// stream has, or `now`, with what comes from then on. Left out: at the start,
-    /// but not into a table that the stream was written to before.
+    /// stream has, or `now`, with what came after the first start of the host that
+    /// had this key. Left out: at the start, but not into a table that the stream
+    /// was written to before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub begin: Option<Begin>,
     /// As in PostgreSQL. `disable`: plain. `prefer`: TLS where the server has it,
@@ -59,7 +60,8 @@ pub struct Config {
     pub sslmode: Option<SslMode>,
     /// Certificates.
     pub tls: Tls,
-    /// How long to connect to each host of the url and to log in may take.
+    /// How long to connect and to log in may take, for each address of each host of
+    /// the url. A host that does not answer in time is passed over for the next.
     pub connect_timeout: Period,
     /// How long to wait for a lock (`lock_timeout`).
     pub lock_timeout: Period,

@@ -36,9 +36,9 @@ pub fn classify(context: &str, error: &tokio_postgres::Error) -> Error {
 }
 
 /// The same for a connection that did not come about, and what to do about it.
-pub fn cannot_connect(context: &str, error: &tokio_postgres::Error) -> Error {
+pub fn cannot_connect(error: &tokio_postgres::Error) -> Error {
     let advice = advice(error).map(|advice| format!("; {advice}")).unwrap_or_default();
-    next(error)(format!("{context}: {}{advice}", describe(error)))
+    next(error)(format!("{}{advice}", describe(error)))
 }
 
 fn next(error: &tokio_postgres::Error) -> fn(String) -> Error {

@@ -15,13 +15,12 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::BytesMut;
-use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use tokio_postgres::{Client, Statement};
 
 use super::blocked::Blocked;
 use super::config::Config;
-use super::connect::{connect, settings};
+use super::connect::{Connection, connect, settings};
 use super::error::classify;
 use super::positions::{self, Held, Refusal};
 use super::schema::{self, no_table};
@@ -30,7 +29,7 @@ use super::table::{self, Binding, Table, column_list};
 use super::transaction::{Tried, begin, unknown};
 use crate::sinks::columns::Columns;
 use crate::sinks::{
-    Advance, Claim, Epoch, Error, Found, Opened, Outcome, RefusedRow, Rows, Sink, Written, holder,
+    Advance, Claim, Epoch, Error, Found, OnConflict, Opened, Outcome, RefusedRow, Rows, Sink, Written, holder,
 };
 use crate::telemetry::Failures;
 use crate::topic::Namespace;
@@ -55,7 +54,8 @@ pub struct PostgresSink {
 /// A connection with a claim.
 pub struct Session {
     pub client: Client,
-    pub connection: AbortHandle,
+    /// Ends with the session.
+    pub _connection: Connection,
     /// The server's process: the same for all transactions, as is what it prepared.
     pub backend: i32,
     pub blocked: Arc<Blocked>,
@@ -63,8 +63,13 @@ pub struct Session {
     /// To the table, or the staging table where all rows pass through that.
     pub copy: Statement,
     pub insert: Option<Statement>,
+    /// Counts the staged rows that later ones of the batch replace.
+    pub replaced: Option<Statement>,
     pub check: Statement,
+    /// Quoted, with its schema.
     pub table: String,
+    /// The `search_path` of the session, as it was when it was opened.
+    pub path: String,
     pub columns: Columns,
     pub binding: Binding,
     /// Made with the first rows that need it.
@@ -76,12 +81,6 @@ pub struct Session {
 pub struct Stage {
     pub copy: Statement,
     pub isolate: Statement,
-}
-
-impl Drop for Session {
-    fn drop(&mut self) {
-        self.connection.abort();
-    }
 }
 
 impl PostgresSink {
@@ -133,11 +132,15 @@ impl PostgresSink {
         self.config.statement_timeout.0 + self.config.lock_timeout.0 + GRACE
     }
 
-    async fn try_open(&self, claim: &Claim, held: Option<Epoch>) -> Result<(Session, Opened), Error> {
-        let (client, connection) = connect(&self.name, &self.config, &self.failures).await?;
+    async fn try_open(
+        &self,
+        (client, connection): (Client, Connection),
+        claim: &Claim,
+        held: Option<Epoch>,
+    ) -> Result<(Session, Opened), Error> {
         let context = self.context();
         let server = |error: tokio_postgres::Error| classify(&context, &error);
-        let backend = begin(&client).await.map_err(server)?;
+        let backend = begin(&client, None).await.map_err(server)?;
         client.batch_execute(&settings(&self.config)).await.map_err(server)?;
         if let Err(error) = client.batch_execute(positions::LOCK).await {
             return Err(self.blocked.classify(&context, &error).await);
@@ -151,8 +154,9 @@ impl PostgresSink {
             }
             Err(Refusal::Sink(error)) => return Err(error.within(&context)),
         };
-        if let Some(reason) = stage::lacks_right(&client).await.map_err(server)? {
-            return Err(Error::Setup(format!("{context}: {reason}")));
+        let lacks = stage::lacks_right(&client).await.map_err(server)?;
+        if !lacks.is_empty() {
+            return Err(Error::Setup(format!("{context}: {}", lacks.join("; "))));
         }
         // A table that this sink filled before and that is gone was taken away by somebody.
         if self.config.create && positions.is_empty() {
@@ -179,16 +183,26 @@ impl PostgresSink {
                 Found { has_rows, others: positions::others(&client, claim, &name).await.map_err(server)? };
         }
         held.set_table(&client, &name).await.map_err(server)?;
+        let path = table::search_path(&client).await.map_err(server)?;
+        let qualified = table::qualified(&client, &name).await.map_err(server)?;
 
         columns.warn_of_times_without_unit(&self.name);
         let check = client.prepare(&table::check()).await.map_err(server)?;
+        let mut replaced = None;
         let (stage, copy, insert) = if binding.staged {
-            let stage = self.stage(&client, &columns, &binding).await.map_err(server)?;
+            let stage = self.stage(&client, &columns, &binding, &path).await?;
             let insert = stage::insert(&self.config.table, &columns, &binding, self.config.on_conflict);
             let insert = client.prepare(&insert).await.map_err(server)?;
+            if self.config.on_conflict == OnConflict::Upsert {
+                let sql = stage::replaced(&columns, &binding, "headworks_stage");
+                replaced = Some(client.prepare(&sql).await.map_err(server)?);
+            }
             let copy = stage.copy.clone();
             (Some(stage), copy, Some(insert))
         } else {
+            let create =
+                stage::create(&self.config.table, &columns, &binding, self.config.on_conflict, &path);
+            stage::attempt(&client, &create).await.map_err(|error| self.cannot_stage(&error))?;
             let copy = format!("COPY {name} ({}) FROM STDIN (FORMAT binary)", column_list(&columns));
             (None, client.prepare(&copy).await.map_err(server)?, None)
         };
@@ -196,14 +210,16 @@ impl PostgresSink {
         client.batch_execute("COMMIT").await.map_err(server)?;
         let session = Session {
             client,
-            connection,
+            _connection: connection,
             backend,
             blocked: Arc::clone(&self.blocked),
             held,
             copy,
             insert,
+            replaced,
             check,
-            table: name,
+            table: qualified,
+            path,
             columns,
             binding,
             stage,
@@ -219,10 +235,17 @@ impl PostgresSink {
         client: &Client,
         columns: &Columns,
         binding: &Binding,
-    ) -> Result<Stage, tokio_postgres::Error> {
-        let sql = stage::create(&self.config.table, columns, binding, self.config.on_conflict);
-        client.batch_execute(&sql).await?;
-        Ok(Stage { copy: client.prepare(stage::COPY).await?, isolate: client.prepare(stage::ISOLATE).await? })
+        path: &str,
+    ) -> Result<Stage, Error> {
+        let sql = stage::create(&self.config.table, columns, binding, self.config.on_conflict, path);
+        client.batch_execute(&sql).await.map_err(|error| self.cannot_stage(&error))?;
+        let server = |error: tokio_postgres::Error| classify(&self.context(), &error);
+        let copy = client.prepare(stage::COPY).await.map_err(server)?;
+        Ok(Stage { copy, isolate: client.prepare(stage::ISOLATE).await.map_err(server)? })
+    }
+
+    fn cannot_stage(&self, error: &tokio_postgres::Error) -> Error {
+        classify(&format!("{}: {}", self.context(), stage::CANNOT), error)
     }
 
     /// Within the transaction of `open`, under its lock. A table of positions that this process has
@@ -299,10 +322,12 @@ impl Sink for PostgresSink {
     async fn open(&mut self, claim: &Claim, held: Option<Epoch>) -> Result<Opened, Error> {
         self.session = None;
         self.isolates = false;
-        let limit = self.config.connect_timeout.0 + self.deadline();
-        let (session, opened) = timeout(limit, self.try_open(claim, held)).await.map_err(|_| {
-            Error::Retry(format!("{}: no answer for {} s", self.context(), limit.as_secs()))
-        })??;
+        let connected = connect(&self.name, &self.config, &self.failures).await?;
+        let limit = self.deadline();
+        let (session, opened) =
+            timeout(limit, self.try_open(connected, claim, held)).await.map_err(|_| {
+                Error::Retry(format!("{}: no answer for {} s", self.context(), limit.as_secs()))
+            })??;
         self.session = Some(session);
         Ok(opened)
     }
@@ -323,9 +348,10 @@ impl Sink for PostgresSink {
             if isolates && session.stage.is_none() {
                 let made = async {
                     let server = |error: tokio_postgres::Error| classify(&context, &error);
-                    let Session { client, columns, binding, .. } = &session;
-                    session.check_backend(&context, begin(client).await.map_err(server)?)?;
-                    let stage = self.stage(client, columns, binding).await.map_err(server)?;
+                    let Session { client, columns, binding, path, .. } = &session;
+                    let begun = begin(client, Some(path)).await.map_err(server)?;
+                    session.check_backend(&context, begun)?;
+                    let stage = self.stage(client, columns, binding, path).await?;
                     client.batch_execute("COMMIT").await.map_err(server)?;
                     Ok(stage)
                 };

@@ -32,20 +32,48 @@ pub const ISOLATE: &str = "SELECT * FROM pg_temp.headworks_isolate()";
 /// Copies to the staging table, whose first column is the row's number.
 pub const COPY: &str = "COPY headworks_stage FROM STDIN (FORMAT binary)";
 
-/// Why this user cannot make the staging table, and the GRANT for it; `None` where nothing is missing.
-pub async fn lacks_right(client: &Client) -> Result<Option<String>, tokio_postgres::Error> {
+/// Begins the reason where the server does not let the staging table and its function be made.
+pub const CANNOT: &str =
+    "cannot make the temporary table and the PL/pgSQL function that isolate rejected rows";
+
+/// Why this user cannot make the staging table and its function, and the statement for each right that
+/// is missing.
+pub async fn lacks_right(client: &Client) -> Result<Vec<String>, tokio_postgres::Error> {
     const SQL: &str = "
-SELECT current_user::text, current_database()::text
-WHERE NOT has_database_privilege(current_database(), 'TEMPORARY')";
-    Ok(client.query_opt(SQL, &[]).await?.map(|row| {
-        let (user, database): (String, String) = (row.get(0), row.get(1));
-        format!(
+SELECT current_user::text, current_database()::text,
+       NOT has_database_privilege(current_database(), 'TEMPORARY'),
+       (SELECT NOT has_language_privilege(oid, 'USAGE') FROM pg_language WHERE lanname = 'plpgsql')";
+    let row = client.query_one(SQL, &[]).await?;
+    let (user, database): (String, String) = (row.get(0), row.get(1));
+    let to = quoted(&user);
+    let mut lacks = Vec::new();
+    if row.get(2) {
+        lacks.push(format!(
             "user {user} may not create temporary tables, through which rejected rows are isolated: \
-             GRANT TEMPORARY ON DATABASE {} TO {}",
+             GRANT TEMPORARY ON DATABASE {} TO {to}",
             quoted(&database),
-            quoted(&user)
-        )
-    }))
+        ));
+    }
+    let language = match row.get(3) {
+        Some(true) => format!("user {user} may not use PL/pgSQL"),
+        None => format!("database {database} does not have PL/pgSQL"),
+        Some(false) => return Ok(lacks),
+    };
+    let mend = match row.get::<_, Option<bool>>(3) {
+        Some(_) => format!("GRANT USAGE ON LANGUAGE plpgsql TO {to}"),
+        None => "CREATE EXTENSION plpgsql".to_owned(),
+    };
+    lacks.push(format!("{language}, in which a function isolates rejected rows: {mend}"));
+    Ok(lacks)
+}
+
+/// Makes what [`create`] makes, and takes it back, within a transaction: that it can be made is known
+/// before the first row is rejected. It does not stay, because the server cannot vacuum the temporary
+/// table of a session, which would hold back the age of the database's transactions for as long as the
+/// connection lasts.
+pub async fn attempt(client: &Client, create: &str) -> Result<(), tokio_postgres::Error> {
+    let sql = format!("SAVEPOINT headworks_stage; {create}; ROLLBACK TO SAVEPOINT headworks_stage");
+    client.batch_execute(&sql).await
 }
 
 /// What makes the staging table and the function of this session.
@@ -53,12 +81,27 @@ WHERE NOT has_database_privilege(current_database(), 'TEMPORARY')";
 /// The deferred constraints of each subtransaction are checked at its end, after the triggers
 /// that its rows fire, as COMMIT would check them. `of_time` is the column of times that
 /// decides about a row's partition, where the table has none for the row.
-pub fn create(table: &str, columns: &Columns, binding: &Binding, on_conflict: OnConflict) -> String {
+///
+/// A trigger may set `search_path`, which then holds for the rows after it: it is put back to `path`.
+pub fn create(
+    table: &str,
+    columns: &Columns,
+    binding: &Binding,
+    on_conflict: OnConflict,
+    path: &str,
+) -> String {
+    let restore = format!("PERFORM set_config('search_path', {}, true)", literal(path));
     let fields: Vec<String> =
         binding.columns.iter().enumerate().map(|(i, of)| format!("c{i} {}", of.stage_type)).collect();
     let insert = |counted, only: &str| {
         let from = format!("headworks_stage {only}");
         insert_of(table, columns, binding, on_conflict, counted, &from)
+    };
+    let replaced = match on_conflict {
+        OnConflict::Upsert => {
+            format!("({})", replaced(columns, binding, "headworks_stage WHERE ctid = ANY (rows)"))
+        }
+        OnConflict::Reject | OnConflict::Ignore | OnConflict::Auto => "0".to_owned(),
     };
     // Concerns every row, not this one: no connection, lock, room, time.
     let (probe_table, probe) = probe(columns, binding);
@@ -120,7 +163,8 @@ BEGIN
                 GET DIAGNOSTICS inserted = ROW_COUNT;
                 SET CONSTRAINTS ALL IMMEDIATE;
                 SET CONSTRAINTS ALL DEFERRED;
-                total := total + inserted;
+                {restore};
+                total := total + inserted + {replaced};
                 EXIT;
             EXCEPTION WHEN OTHERS OR ASSERT_FAILURE THEN
                 IF {passing} THEN RAISE; END IF;
@@ -154,6 +198,7 @@ BEGIN
                     GET DIAGNOSTICS inserted = ROW_COUNT;
                     SET CONSTRAINTS ALL IMMEDIATE;
                     SET CONSTRAINTS ALL DEFERRED;
+                    {restore};
                     total := total + inserted;
                 EXCEPTION WHEN OTHERS OR ASSERT_FAILURE THEN
                     IF {passing} THEN RAISE; END IF;
@@ -256,6 +301,24 @@ pub fn insert(table: &str, columns: &Columns, binding: &Binding, on_conflict: On
     insert_of(table, columns, binding, on_conflict, false, "headworks_stage")
 }
 
+/// Counts the rows of `from` that [`insert`] passes over with `on_conflict: upsert`, because a later one of
+/// the batch has their key.
+pub fn replaced(columns: &Columns, binding: &Binding, from: &str) -> String {
+    let (key, nulls) = key(columns, binding);
+    format!(
+        "SELECT count(*) FROM (SELECT *, row_number() OVER (PARTITION BY {key} ORDER BY n DESC) AS newest \
+         FROM {from}) AS s WHERE newest > 1 AND NOT ({nulls})"
+    )
+}
+
+/// The key of `on_conflict: upsert` as it is staged, and whether a part of it is null.
+fn key(columns: &Columns, binding: &Binding) -> (String, String) {
+    let at = |name: &String| columns.columns.iter().position(|column| column.name == *name);
+    let key: Vec<String> = binding.key.iter().filter_map(at).map(|i| value(binding, i)).collect();
+    let nulls: Vec<String> = key.iter().map(|part| format!("{part} IS NULL")).collect();
+    (key.join(", "), nulls.join(" OR "))
+}
+
 /// Has the server plan the INSERT of a row without values: it answers as it would
 /// to the real one to names, types, rights and keys. Writes nothing.
 pub fn explain(table: &str, columns: &Columns, binding: &Binding, on_conflict: OnConflict) -> String {
@@ -292,9 +355,7 @@ fn insert_of(
             format!("{insert} {from} ORDER BY n ON CONFLICT DO NOTHING")
         }
         OnConflict::Upsert => {
-            let at = |name: &String| columns.columns.iter().position(|column| column.name == *name);
-            let key: Vec<String> = binding.key.iter().filter_map(at).map(value).collect();
-            let nulls: Vec<String> = key.iter().map(|part| format!("{part} IS NULL")).collect();
+            let (key, nulls) = key(columns, binding);
             // Of a key an identity is the same, and no UPDATE may name it.
             let is_set = |(column, of): &(&Column, &Bound)| {
                 !(of.is_always_identity && binding.key.contains(&column.name))
@@ -317,8 +378,6 @@ fn insert_of(
                 "{insert} (SELECT *, row_number() OVER (PARTITION BY {key} ORDER BY n DESC) AS newest \
                  FROM {from}) AS s WHERE newest = 1 OR {nulls} ORDER BY n \
                  ON CONFLICT ({named}) DO {update}",
-                key = key.join(", "),
-                nulls = nulls.join(" OR "),
                 named = named.join(", "),
             )
         }

@@ -141,6 +141,20 @@ pub fn check() -> String {
     format!("SELECT 1 / (CASE WHEN ({FINGERPRINT}) IS NOT DISTINCT FROM $2::text THEN 1 ELSE 0 END)")
 }
 
+/// Returns the schemas that names without one are looked up in.
+pub async fn search_path(client: &Client) -> Result<String, tokio_postgres::Error> {
+    Ok(client.query_one("SELECT current_setting('search_path')", &[]).await?.get(0))
+}
+
+/// Returns a table's quoted name with its schema, which holds whatever a trigger sets `search_path` to.
+pub async fn qualified(client: &Client, name: &str) -> Result<String, tokio_postgres::Error> {
+    const SQL: &str = "
+SELECT format('%I.%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE c.oid = to_regclass($1)::oid";
+    let row = client.query_opt(SQL, &[&name]).await?;
+    Ok(row.map_or_else(|| name.to_owned(), |row| row.get(0)))
+}
+
 /// `None` where there is no table of this quoted name.
 pub async fn fingerprint(client: &Client, name: &str) -> Result<Option<String>, tokio_postgres::Error> {
     let row = client.query_opt(FINGERPRINT, &[&name]).await?;

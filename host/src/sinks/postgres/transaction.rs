@@ -12,6 +12,7 @@ use tokio_postgres::{Client, CopyInSink, Row, SimpleQueryMessage};
 
 use super::encode::{HEADER, TRAILER, Target};
 use super::error::{self, Kind, classify, describe};
+use super::schema::literal;
 use super::sink::Session;
 use super::table;
 use crate::sinks::{Advance, Error, Outcome, RefusedRow, Rows, Written};
@@ -63,7 +64,7 @@ impl Session {
     ) -> Result<Tried, Error> {
         let server = |error: tokio_postgres::Error| classify(context, &error);
         let client = &self.client;
-        let begun = begin(client);
+        let begun = begin(client, Some(&self.path));
         let moved = async {
             match advance {
                 [] => Ok(0),
@@ -192,6 +193,14 @@ impl Session {
                 _ => Ok(None),
             }
         };
+        let replaced = async {
+            match &self.replaced {
+                Some(replaced) if !isolates => {
+                    client.query_one(replaced, &[]).await.map(|row| row.get::<_, i64>(0) as u64)
+                }
+                _ => Ok(0),
+            }
+        };
         // After the rows: what wrote them holds the table against changes until COMMIT.
         let bound: [&(dyn ToSql + Sync); 2] = [&self.table, &self.binding.fingerprint];
         let check = client.execute(&self.check, &bound);
@@ -203,19 +212,20 @@ impl Session {
                 false => Ok(()),
             }
         };
-        let write = async { join(insert, isolate).await };
-        let (copied, (inserted, isolated), checked, committed) =
+        let write = async { join3(insert, isolate, replaced).await };
+        let (copied, (inserted, isolated, replaced), checked, committed) =
             join4(copy.finish(), write, check, commit).await;
         let failure = if commits { Failure::Commit } else { Failure::Write };
         let copied = copied.map_err(failure)?;
         let inserted = inserted.map_err(failure)?;
         let isolated = isolated.map_err(failure)?;
+        let replaced = replaced.map_err(failure)?;
         checked.map_err(|error| match error.as_db_error() {
             Some(_) => Failure::Changed,
             None => Failure::Commit(error),
         })?;
         committed.map_err(Failure::Commit)?;
-        Ok(Sent { rejected, written: inserted.unwrap_or(copied), isolated })
+        Ok(Sent { rejected, written: inserted.unwrap_or(copied) + replaced, isolated })
     }
 
     /// After a transaction that did not end well: what to do about it.
@@ -335,7 +345,10 @@ impl Session {
     async fn fenced(&self, context: &str, advance: &[Advance]) -> Error {
         let refusal = async {
             self.client.batch_execute("ROLLBACK").await?;
-            self.held.refusal(&self.client, advance).await
+            begin(&self.client, Some(&self.path)).await?;
+            let refusal = self.held.refusal(&self.client, advance).await?;
+            self.client.batch_execute("ROLLBACK").await?;
+            Ok::<_, tokio_postgres::Error>(refusal)
         };
         match refusal.await {
             Ok(error) => error.within(context),
@@ -345,9 +358,14 @@ impl Session {
 }
 
 /// Begins a transaction; the server's process that has it. Without a prepared statement:
-/// their names may mean another client's.
-pub async fn begin(client: &Client) -> Result<i32, tokio_postgres::Error> {
-    let answers = client.simple_query("BEGIN; SELECT pg_backend_pid()").await?;
+/// their names may mean another client's. `path`: the `search_path` of the sink's own statements, which
+/// triggers of earlier transactions may have set to another.
+pub async fn begin(client: &Client, path: Option<&str>) -> Result<i32, tokio_postgres::Error> {
+    let mut sql = "BEGIN; SELECT pg_backend_pid()".to_owned();
+    if let Some(path) = path {
+        sql += &format!("; SELECT set_config('search_path', {}, true)", literal(path));
+    }
+    let answers = client.simple_query(&sql).await?;
     let backend = answers.iter().find_map(|answer| match answer {
         SimpleQueryMessage::Row(row) => row.get(0)?.parse().ok(),
         _ => None,

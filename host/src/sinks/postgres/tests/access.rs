@@ -14,6 +14,29 @@ async fn a_server_that_takes_the_connection_and_says_nothing_is_given_up_after_c
     assert!(matches!(&error, Error::Retry(reason) if reason.ends_with("no answer for 0.05 s")), "{error}");
 }
 
+#[tokio::test]
+async fn a_host_that_takes_the_connection_and_says_nothing_is_passed_over_for_the_next() {
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let silent = silent.local_addr().unwrap();
+    let fresh = Fresh::new().await;
+    let with = |first: &str, url: &str, ms| Config {
+        url: Url(url.replacen('@', &format!("@{first},"), 1)),
+        connect_timeout: crate::units::Period(std::time::Duration::from_millis(ms)),
+        ..Config::default()
+    };
+    let url = format!("{}?target_session_attrs=read-write", fresh.url);
+    let config = with(&silent.to_string(), &url, 3_000);
+    sink(config.clone()).open(&claim(), None).await.unwrap();
+    let checked = super::super::check("warehouse", &config, Arc::default(), Vec::new()).await;
+    assert_eq!(checked.problems, [""; 0]);
+    let config = with(&silent.to_string(), &format!("postgres://w@{silent}/iot"), 50);
+    let error = sink(config).open(&claim(), None).await.unwrap_err().to_string();
+    assert!(
+        error.ends_with(&format!("{silent}: no answer for 0.05 s; {silent}: no answer for 0.05 s")),
+        "{error}"
+    );
+}
+
 /// A server with a certificate for `localhost` from its own CA, and passwords.
 pub(super) fn guarded() -> (Server, std::path::PathBuf) {
     let mut server = Server::start(&[]);
@@ -266,6 +289,30 @@ async fn a_sink_without_the_right_to_isolate_rows_says_so_before_the_first_bad_r
     let error = sink.open(&claim(), None).await.unwrap_err();
     assert!(matches!(error, Error::Setup(_)), "{error:?}");
     writer.follow(&error.to_string()).await;
+    sink.open(&claim(), None).await.unwrap();
+    fresh.execute("REVOKE USAGE ON LANGUAGE plpgsql FROM PUBLIC").await;
+    let error = sink.open(&claim(), None).await.unwrap_err();
+    assert!(matches!(error, Error::Setup(_)), "{error:?}");
+    let said = super::check::problem(writer.config()).await;
+    assert!(error.to_string().ends_with(&said), "{error}: {said}");
+    writer.follow(&said).await;
+    // What no right says.
+    fresh
+        .execute(
+            "CREATE FUNCTION no() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN
+                 IF NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) THEN
+                     RAISE 'no DDL for applications'; END IF; END $$;
+             CREATE EVENT TRIGGER no ON ddl_command_start EXECUTE FUNCTION no()",
+        )
+        .await;
+    let error = sink.open(&claim(), None).await.unwrap_err();
+    let is_told =
+        |text: &str| text.contains("no DDL for applications") && text.contains("isolate rejected rows");
+    assert!(matches!(&error, Error::Setup(text) if is_told(text)), "{error:?}");
+    let said = super::check::problem(writer.config()).await;
+    assert!(is_told(&said), "{said}");
+    fresh.execute("DROP EVENT TRIGGER no").await;
+    assert_eq!(super::check::check(writer.config()).await.problems, [""; 0]);
     sink.open(&claim(), None).await.unwrap();
     rejected(sink.commit(&rows([("a", "1"), ("a", "500")]), &[advance(0, 0, 2)]).await);
     assert_eq!(sink.finish().await.unwrap().written, 1);

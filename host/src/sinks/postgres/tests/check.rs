@@ -3,7 +3,7 @@
 use super::*;
 use crate::sinks::Checked;
 
-async fn check(config: Config) -> Checked {
+pub(super) async fn check(config: Config) -> Checked {
     check_for(config, Vec::new()).await
 }
 
@@ -12,7 +12,7 @@ async fn check_for(config: Config, claims: Vec<Claim>) -> Checked {
 }
 
 /// The only problem.
-async fn problem(config: Config) -> String {
+pub(super) async fn problem(config: Config) -> String {
     let checked = check(config).await;
     assert_eq!(checked.problems.len(), 1, "{checked:?}");
     checked.problems.into_iter().next().expect("one")

@@ -119,3 +119,52 @@ async fn a_pooler_that_keeps_a_connection_for_a_session_is_fine() {
     drop((a, b));
     tokio::task::spawn_blocking(move || drop(pooled)).await.unwrap();
 }
+
+/// Passes everything on but one question, as Pgpool-II does.
+async fn fake_pgpool(server: String) -> u16 {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            let server = tokio::net::TcpStream::connect(&server).await.unwrap();
+            let ((mut from_client, to_client), (mut from_server, mut to_server)) =
+                (client.into_split(), server.into_split());
+            let to_client = Arc::new(tokio::sync::Mutex::new(to_client));
+            let back = Arc::clone(&to_client);
+            tokio::spawn(async move {
+                let mut buffer = vec![0; 64 << 10];
+                while let Ok(n @ 1..) = from_server.read(&mut buffer).await {
+                    let _ = back.lock().await.write_all(&buffer[..n]).await;
+                }
+            });
+            tokio::spawn(async move {
+                let mut buffer = vec![0; 64 << 10];
+                while let Ok(n @ 1..) = from_client.read(&mut buffer).await {
+                    if buffer[..n].ends_with(b"SHOW pool_version\0") {
+                        let column = b"T\0\0\0\x25\0\x01pool_version\0\0\0\0\0\0\0\0\0\0\x19\xff\xff\xff\xff\xff\xff\0\0";
+                        let row = b"D\0\0\0\x0f\0\x01\0\0\0\x054.3.5";
+                        let end = b"C\0\0\0\x09SHOW\0Z\0\0\0\x05I";
+                        let answer = [&column[..], row, end].concat();
+                        let _ = to_client.lock().await.write_all(&answer).await;
+                    } else {
+                        let _ = to_server.write_all(&buffer[..n]).await;
+                    }
+                }
+            });
+        }
+    });
+    port
+}
+
+#[tokio::test]
+async fn pgpool_is_refused_by_name_before_a_row_is_written_and_other_proxies_are_not() {
+    let fresh = Fresh::new().await;
+    let (head, rest) = fresh.url.split_once('@').unwrap();
+    let (server, database) = rest.split_once('/').unwrap();
+    let port = fake_pgpool(server.to_owned()).await;
+    let config = Config { url: Url(format!("{head}@127.0.0.1:{port}/{database}")), ..fresh.config() };
+    let error = super::sink(config.clone()).open(&claim(), None).await.unwrap_err();
+    assert!(matches!(&error, Error::Setup(text) if text.contains("Pgpool-II")), "{error:?}");
+    let problems = super::super::check("warehouse", &config, Arc::default(), Vec::new()).await.problems;
+    assert!(problems.len() == 1 && problems[0].contains("Pgpool-II"), "{problems:?}");
+}

@@ -135,10 +135,24 @@ async fn a_bad_row_among_upserts_costs_no_good_one() {
     let many = rows([("a", "1"), ("a", "2"), ("b", "500"), ("c", "3"), ("c", "4")]);
     let refused = rejected(sink.commit(&many, &[advance(0, 0, 5)]).await);
     assert_eq!(refused.iter().map(|row| row.row).collect::<Vec<_>>(), [2]);
-    sink.finish().await.unwrap();
+    assert_eq!(sink.finish().await.unwrap(), Written { written: 4, ignored: 0 });
     let mut written = fresh.written().await;
     written.sort_by(|a, b| a.0.cmp(&b.0));
     assert_eq!(written, [("a".to_owned(), 2.0), ("c".to_owned(), 4.0)]);
+    // Isolated at once, without a bad row.
+    let outcome =
+        sink.commit(&rows([("a", "5"), ("a", "6"), ("c", "7")]), &[advance(0, 5, 8)]).await.unwrap();
+    assert_eq!(outcome, Outcome::Committed(Written { written: 3, ignored: 0 }));
+    // What a trigger leaves out is told beside them.
+    fresh
+        .execute(
+            "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                 IF NEW.device_id = 'left out' THEN RETURN NULL; END IF; RETURN NEW; END $$;
+             CREATE TRIGGER t BEFORE INSERT ON telemetry FOR EACH ROW EXECUTE FUNCTION f()",
+        )
+        .await;
+    let outcome = sink.commit(&rows([("a", "8"), ("a", "9"), ("left out", "1")]), &[advance(0, 8, 11)]).await;
+    assert_eq!(outcome.unwrap(), Outcome::Committed(Written { written: 2, ignored: 1 }));
 }
 
 #[tokio::test]
@@ -491,5 +505,39 @@ async fn what_a_trigger_raises_is_told_with_its_function_and_line() {
         assert!(reason.contains("implausible (SQLSTATE P0001)"), "{reason}");
         assert!(reason.contains("PL/pgSQL function plausible() line 2 at RAISE"), "{reason}");
         assert!(!reason.contains("headworks_"), "{reason}");
+    }
+}
+
+#[tokio::test]
+async fn a_trigger_that_sets_the_search_path_keeps_no_row_from_its_table() {
+    for is_local in [false, true] {
+        let fresh = Fresh::with(&format!(
+            "CREATE TYPE mood AS ENUM ('fine');
+             CREATE TABLE telemetry (device_id TEXT, value DOUBLE PRECISION CHECK (value < 100), mood mood);
+             CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                 PERFORM set_config('search_path', '', {is_local}); RETURN NEW; END $$;
+             CREATE TRIGGER t BEFORE INSERT ON telemetry FOR EACH ROW EXECUTE FUNCTION f()"
+        ))
+        .await;
+        let columns = columns(&[("device_id", "$device"), ("value", "/value"), ("mood", "/mood")]);
+        let mut sink = sink(Config { columns, ..fresh.config() });
+        sink.open(&claim(), None).await.unwrap();
+        let of = |values: &[u32]| {
+            let payload = |value| format!("{{\"value\":{value},\"mood\":\"fine\"}}");
+            let payloads: Vec<String> = values.iter().map(payload).collect();
+            rows(payloads.iter().map(|payload| ("a", payload.as_str())))
+        };
+        sink.commit(&of(&[1, 2]), &[advance(0, 0, 2)]).await.unwrap();
+        sink.commit(&of(&[3]), &[advance(0, 2, 3)]).await.unwrap();
+        for from in [3, 6] {
+            let refused = rejected(sink.commit(&of(&[4, 500, 6]), &[advance(0, from, from + 3)]).await);
+            assert_eq!(refused.iter().map(|row| row.row).collect::<Vec<_>>(), [1]);
+            sink.finish().await.unwrap();
+        }
+        sink.commit(&of(&[7]), &[advance(0, 9, 10)]).await.unwrap();
+        assert_eq!(fresh.written().await.len(), 8);
+        fresh.lose_positions().await;
+        let error = sink.commit(&of(&[8]), &[advance(0, 10, 11)]).await.unwrap_err();
+        assert!(error.to_string().contains("are gone from headworks_positions"), "{error}");
     }
 }
