@@ -88,6 +88,14 @@ impl Event {
     }
 }
 
+/// Whether a line of `/metrics` counts rows that were written, and of which sink. The database counts no
+/// row at all where a view or a trigger writes each of them elsewhere.
+pub fn written(line: &str) -> Option<String> {
+    const WRITTEN: Event =
+        event("headworks_sink_rows_total", "written", &["pipeline", "sink"]).only("outcome", &["written"]);
+    WRITTEN.read(line).filter(|(_, _, rows)| *rows > 0).map(|(sink, ..)| sink)
+}
+
 /// Returns the kind of the problem that events of a kind are.
 pub fn problem_kind(kind: &'static str) -> &'static str {
     if [DAMAGED, TRIMMED, GONE].contains(&kind) { "gap" } else { kind }
@@ -190,8 +198,9 @@ pub fn told(kind: &str, name: &str, count: u64, last: Option<&RefusedClient>, hi
         },
         _ => Told {
             part: format!("sink {name}"),
-            cause: counted("row was not written", "rows were not written")
-                + ": a trigger or a rule of the table left them out",
+            cause: counted("row was sent that", "rows were sent that")
+                + " the database did not count as written: a trigger or a rule of the table left them out, \
+                   or wrote them elsewhere",
             advice: "look at the triggers and rules of the table; the messages are still in the stream for \
                      as long as its retention says"
                 .to_owned(),
@@ -334,6 +343,14 @@ mod tests {
         assert!(PROBLEM_KINDS[states..].iter().all(|kind| is_event(&kind)), "{:?}", &PROBLEM_KINDS[states..]);
         let order = ["stopped", "stalled", "no_space", "gap", "holding", "retrying", "late", "ignored"];
         assert!(order.is_sorted_by_key(|kind| problem_rank(kind)));
+    }
+
+    #[test]
+    fn a_sink_has_written_once_a_row_of_it_is_counted() {
+        let line = r#"headworks_sink_rows_total{pipeline="p",sink="w",outcome="written"} "#;
+        assert_eq!(written(&format!("{line}3")), Some("p/w".to_owned()));
+        assert_eq!(written(&format!("{line}0")), None);
+        assert_eq!(written(&line.replace("written", "ignored")), None);
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! A state (a sink that retries) is a problem for as long as it lasts. An event (a
 //! message lost) is one for [`RECENT`], so that it is seen when nobody looked.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -329,10 +329,12 @@ impl Host {
     fn count_events(&self, metrics: &str) {
         let now = Instant::now();
         let mut growth = lock(&self.watch.growth);
+        let writing: BTreeSet<String> = metrics.lines().filter_map(events::written).collect();
         for line in metrics.lines() {
             for event in EVENTS {
                 let Some((name, labels, value)) = event.read(line) else { continue };
-                if event.kind == "ignored" && self.ignoring.contains(&name) {
+                // As its config says; or the database counts none of its rows, wherever they are.
+                if event.kind == "ignored" && (self.ignoring.contains(&name) || !writing.contains(&name)) {
                     continue;
                 }
                 let key = (name.clone(), event.kind, labels.to_owned());
