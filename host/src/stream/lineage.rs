@@ -55,6 +55,18 @@ impl Lineage {
         next.min(limit)
     }
 
+    /// Returns the lineage of a reader that has all that a log with these openings holds, now and
+    /// for as long as the last of them writes.
+    pub fn of_all(openings: &[Opening]) -> Self {
+        Self::default().moved(openings, Offset(0), Offset(u64::MAX)).unwrap_or_default()
+    }
+
+    /// Returns how far the log with these `openings`, whose first kept message is `start`, is the
+    /// log that [`Lineage::of_all`] was asked of: the messages at lower offsets are the same.
+    pub fn common(&self, openings: &[Opening], start: Offset) -> Offset {
+        self.locate(Offset(u64::MAX), openings, start)
+    }
+
     /// Returns the lineage of a position that moves from `from` to `to` in a log with these
     /// openings; `None` where it stays as it is.
     pub fn moved(&self, openings: &[Opening], from: Offset, to: Offset) -> Option<Self> {

@@ -20,6 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::acks::Stopped;
+use super::lineages::Lineages;
 use super::outbound::{Message, Place};
 use super::picks::Picks;
 use super::session::Change;
@@ -32,6 +33,11 @@ pub const READER: &str = "mqtt-queues";
 /// Of the broker stream's state: `co` + stream, what was waited for below the
 /// offset has been copied, or counted as lost.
 const HANDLED: &[u8] = b"co";
+/// The same: `cv` + stream, which copies are of messages that the stream does not have any more,
+/// 16 bytes each: from which offset in the stream, and below which in the broker's.
+const VOID: &[u8] = b"cv";
+/// Each is from a start on a stream that had lost messages, and goes with a segment of the broker's.
+const VOID_MAX: usize = 1_024;
 /// Copied in one append, whose sync is awaited.
 const CHUNK_BYTES: usize = 256 << 10;
 const CHUNK_BATCHES: usize = 64;
@@ -97,13 +103,18 @@ pub struct Page {
 pub type Found = (Batch, usize);
 
 impl Copies {
-    pub fn new(deps: &Deps, bytes_max: u64) -> Self {
+    pub fn new(deps: &Deps, bytes_max: u64, lineages: &mut Lineages) -> Self {
         let (streams, stream) = (Vec::from_iter(deps.streams.iter().cloned()), deps.broker.clone());
         let identities: Arc<[Identity]> = streams.iter().map(|stream| stream.identity()).collect();
         let mut handled: Box<[u64]> = vec![0; streams.len()].into();
-        for (handled, identity) in handled.iter_mut().zip(&*identities) {
+        for (number, (handled, identity)) in handled.iter_mut().zip(&*identities).enumerate() {
             let known = stream.state(&handled_key(identity)).pop();
             *handled = known.and_then(|(_, value)| value.try_into().ok()).map_or(0, u64::from_be_bytes);
+            let valid = lineages.valid()[number];
+            if *handled > valid {
+                *handled = valid;
+                lineages.change((handled_key(identity), Some(valid.to_be_bytes().into())));
+            }
         }
         let attach = |stream: &Arc<dyn Stream>| stream.attach(READER, stream.bounds().start, OnLag::Ask);
         Self {
@@ -117,8 +128,11 @@ impl Copies {
     }
 
     /// Finds the copies that the last run left. Before anybody is served.
-    pub async fn load(&self) -> Result<(), Arc<str>> {
+    pub async fn load(&self, lineages: &mut Lineages) -> Result<(), Arc<str>> {
         let bounds = self.stream.bounds();
+        let known: Vec<Void> =
+            self.identities.iter().map(|identity| Void::read(&*self.stream, identity)).collect();
+        let mut is_new = vec![false; known.len()];
         let mut cursor = self.stream.cursor(bounds.start);
         // All that is not a message is skipped where there is none.
         while cursor.position() < bounds.end {
@@ -126,9 +140,16 @@ impl Copies {
                 Ok(Some(Read::Batch(batch))) => {
                     let mut index = self.index();
                     for message in batch.messages() {
-                        if let Some(place) = self.place(message.device()) {
-                            index.insert(place, message.offset().0, len_of(message));
+                        let Some(place) = self.place(message.device()) else { continue };
+                        let number = usize::from(place.stream);
+                        if known[number].has(place.offset, message.offset().0) {
+                            continue;
                         }
+                        if place.offset >= lineages.valid()[number] {
+                            is_new[number] = true;
+                            continue;
+                        }
+                        index.insert(place, message.offset().0, len_of(message));
                     }
                 }
                 Ok(Some(Read::Gap { .. })) => {}
@@ -136,6 +157,10 @@ impl Copies {
                 Err(ReadError::Stopped(reason)) => return Err(reason),
                 Err(error) => return Err(error.to_string().into()),
             }
+        }
+        for (number, mut void) in known.into_iter().enumerate().filter(|(number, _)| is_new[*number]) {
+            void.add(lineages.valid()[number], &bounds);
+            lineages.change((void_key(&self.identities[number]), Some(void.bytes())));
         }
         Ok(())
     }
@@ -263,6 +288,36 @@ impl Copies {
             }
         }
         Ok(Page { found: found.into_iter().collect(), lost, next })
+    }
+}
+
+/// Copies of messages that a stream has lost: of offsets in the stream from the first number on,
+/// below the second in the broker's stream.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Void(Vec<(u64, u64)>);
+
+impl Void {
+    fn read(broker: &dyn Stream, identity: &Identity) -> Self {
+        let value = broker.state(&void_key(identity)).pop().map(|(_, value)| value).unwrap_or_default();
+        let number = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_be_bytes);
+        Self(value.chunks_exact(16).map(|pair| (number(&pair[..8]), number(&pair[8..]))).collect())
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        self.0.iter().flat_map(|(from, below)| [from.to_be_bytes(), below.to_be_bytes()].concat()).collect()
+    }
+
+    fn has(&self, offset: u64, copy: u64) -> bool {
+        self.0.iter().any(|(from, below)| offset >= *from && copy < *below)
+    }
+
+    /// All copies that the broker's stream has within `bounds` are void from this offset on.
+    fn add(&mut self, from: u64, bounds: &Range<Offset>) {
+        // What they say is gone with its segment, or is in what is said now.
+        self.0.retain(|(known, below)| *below > bounds.start.0 && *known < from);
+        self.0.push((from, bounds.end.0));
+        let more = self.0.len().saturating_sub(VOID_MAX);
+        self.0.drain(..more);
     }
 }
 
@@ -577,6 +632,10 @@ fn len_of(message: MessageRef<'_>) -> u32 {
 
 fn handled_key(identity: &Identity) -> Vec<u8> {
     [HANDLED, identity.log.as_bytes(), &identity.generation.to_be_bytes()].concat()
+}
+
+fn void_key(identity: &Identity) -> Vec<u8> {
+    [VOID, identity.log.as_bytes(), &identity.generation.to_be_bytes()].concat()
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {

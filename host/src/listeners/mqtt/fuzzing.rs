@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::config::Config;
 use super::copies::Copies;
+use super::lineages::Lineages;
 use super::outbound::Message;
 use super::owner::Owner;
 use super::session::Change;
@@ -252,7 +253,13 @@ fn broker_of(
         &access::Deps { secret: &[0; 32], plugins: None, wait_max: Duration::ZERO, failures: &deps.failures },
     )
     .expect("there are no rules");
-    Broker::new(config, access, Copies::new(&deps, 1 << 20), deps)
+    let streams: Vec<_> = deps.streams.iter().cloned().collect();
+    let mut lineages = Lineages::read(&*deps.broker, &streams);
+    let copies = Copies::new(&deps, 1 << 20, &mut lineages);
+    let broker = Broker::new(config, access, copies, lineages, deps);
+    // A store without room has it done later.
+    let _ = broker.renew_records();
+    broker
 }
 
 /// A client that sends pieces, each after a wait, then leaves; it reads everything.

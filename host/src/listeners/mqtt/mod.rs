@@ -25,6 +25,7 @@ mod fanout;
 pub(crate) mod fuzzing;
 mod handshake;
 mod inbound;
+mod lineages;
 mod metrics;
 mod open_ids;
 mod outbound;
@@ -62,6 +63,7 @@ use self::clock::Clock;
 use self::connection::PartialRoom;
 use self::copies::Copies;
 use self::fanout::{Live, Subscription};
+use self::lineages::Lineages;
 use self::metrics::{Counters, Measured};
 use self::outbound::QueueLimits;
 use self::refused_clients::RefusedClients;
@@ -190,8 +192,10 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
     let addresses = entries.iter().map(Entry::address).collect();
 
     // Before anything that may need room in the broker's stream.
-    let copies = Copies::new(&deps, config.queue_copies_bytes_max.0);
-    copies.load().await.map_err(Error::Copies)?;
+    let streams: Vec<_> = deps.streams.iter().cloned().collect();
+    let mut lineages = Lineages::read(&*deps.broker, &streams);
+    let copies = Copies::new(&deps, config.queue_copies_bytes_max.0, &mut lineages);
+    copies.load(&mut lineages).await.map_err(Error::Copies)?;
     let secret = match &config.access {
         Some(_) => access_secret(&*deps.broker).await?,
         None => Default::default(),
@@ -204,7 +208,11 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
     };
     let access = Access::open(config.access.as_ref(), &config.limits, &access_deps);
     let access = access.map_err(Error::Access)?;
-    let broker = Broker::new(config, access, copies, deps);
+    let broker = Broker::new(config, access, copies, lineages, deps);
+    // Before the streams grow past what the records say of them.
+    while let Err(AppendError::Full) = broker.renew_records() {
+        broker.broker.writable().await;
+    }
     let tasks = TaskTracker::new();
     for number in 0..broker.streams.len() {
         tasks.spawn_on(in_turns(LONG_TURN, fanout::run(broker.clone(), number)), &broker.background);
@@ -249,6 +257,8 @@ async fn keep_house(broker: Arc<Broker>) {
                 if sweep % SWEEPS_PER_SAVED_CLOCK == 0 {
                     broker.save_clock();
                 }
+                // Refused again: tried at the next sweep.
+                let _ = broker.renew_records();
                 broker.sessions.sweep(&broker).await;
             }
             () = broker.shutdown.cancelled() => {
@@ -293,6 +303,8 @@ struct Broker {
     sessions: Sessions,
     live: Live,
     copies: Copies,
+    /// Until the records are true of the streams: see [`Broker::renew_records`].
+    lineages: Mutex<Option<Lineages>>,
     /// Turns to read for subscribers what waits in the streams.
     loads: Arc<Semaphore>,
     partial_room: Arc<PartialRoom>,
@@ -344,7 +356,7 @@ struct Totals {
 }
 
 impl Broker {
-    fn new(config: &Config, access: Access, copies: Copies, deps: Deps) -> Arc<Self> {
+    fn new(config: &Config, access: Access, copies: Copies, lineages: Lineages, deps: Deps) -> Arc<Self> {
         let streams: Vec<_> = deps.streams.iter().cloned().collect();
         let identities: Arc<[_]> = streams.iter().map(|stream| stream.identity()).collect();
         let limits = QueueLimits {
@@ -359,8 +371,15 @@ impl Broker {
         let (clock, jump) = Clock::new(deps.clock, saved, session::newest_us(&*deps.broker));
         let by_id = retained.by_id();
         let rooms = Rooms::new(config, memory_bytes().unwrap_or(UNKNOWN_MEMORY_BYTES));
-        let (sessions, subscriptions) =
-            Sessions::load(&*deps.broker, &streams, &identities, &by_id, clock.now_us(), &rooms);
+        let (sessions, subscriptions) = Sessions::load(
+            &*deps.broker,
+            &streams,
+            &identities,
+            lineages.valid(),
+            &by_id,
+            clock.now_us(),
+            &rooms,
+        );
         let wills_bytes_max = config.wills_bytes_max.0 as usize;
         let delay_least = config.will_delay_after_restart.0;
         let wills = Wills::load(&streams, wills_bytes_max, delay_least, &deps.failures);
@@ -368,6 +387,7 @@ impl Broker {
             packet_bytes_max: config.max_packet_size.0 as usize,
             live: Live::new(&streams, limits, &sessions.all()),
             copies,
+            lineages: Mutex::new(Some(lineages)),
             loads: Arc::new(Semaphore::new(outbound::LOADS_MAX)),
             partial_room: PartialRoom::new(config.partial_packets_bytes_max.0),
             rooms,
@@ -404,6 +424,26 @@ impl Broker {
             }
         }
         broker
+    }
+
+    /// Writes anew what the records say that is not true of the streams any more, and then which
+    /// openings they speak of. Where there is no room it is done later: until then a restart
+    /// compares with the openings of before, so that messages come again and none is skipped.
+    fn renew_records(&self) -> Result<(), AppendError> {
+        let mut lineages = self.lineages.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(found) = &*lineages else { return Ok(()) };
+        for session in self.sessions.all() {
+            if session.outbox().is_stale() {
+                let positions = self.live.positions_of(self, &session);
+                session.outbox().renew(&*self.broker, &positions, self.note_bytes_max())?;
+            }
+        }
+        // Last: a crash before it compares with the openings of before, and does all this again.
+        if !found.changes().is_empty() {
+            append(&*self.broker, found.changes())?;
+        }
+        *lineages = None;
+        Ok(())
     }
 
     /// Whether the broker's stream takes more sessions and subscriptions.

@@ -337,12 +337,13 @@ pub fn newest_us(broker: &dyn Stream) -> u64 {
 
 impl Sessions {
     /// Reads the durable sessions, their subscriptions and the packet ids in
-    /// flight; removes what has no owner.
+    /// flight; removes what has no owner. `valid`: see [`Lineages`](super::lineages::Lineages).
     /// `retained`: all retained messages by their ids.
     pub fn load(
         broker: &dyn Stream,
         streams: &[Arc<dyn Stream>],
         identities: &Arc<[Identity]>,
+        valid: &[u64],
         retained: &HashMap<Id, Arc<Message>>,
         now_us: u64,
         rooms: &Rooms,
@@ -402,20 +403,15 @@ impl Sessions {
             retained.get(id).filter(|message| message.received_us() == received_us).cloned()
         };
         let ends: Box<[u64]> = streams.iter().map(|stream| stream.bounds().end.0).collect();
-        let mut lost = 0;
+        let (mut stale, mut lost) = (0, 0);
         for (epoch, session) in &by_epoch {
             let found = outboxes.remove(epoch).unwrap_or_default();
-            let restored = found.restore(*epoch, identities.clone(), &ends, &retained);
+            let restored = found.restore(*epoch, identities.clone(), &ends, valid, &retained);
+            stale += usize::from(restored.kept.is_stale);
             lost += restored.lost;
             session.outbox().restore(restored);
         }
-        if lost > 0 {
-            tracing::error!(
-                messages = lost,
-                "messages that waited for sessions are gone: their streams end before them, as parts of a \
-                 data folder do that are older than the others"
-            );
-        }
+        say_gone_back(streams, valid, stale, lost);
         for (session, filter, options, retained) in to_be_given {
             session.outbox().resume_retained(&filter, options, &retained);
         }
@@ -694,6 +690,32 @@ impl Sessions {
     pub fn note_all(&self, broker: &Broker) {
         broker.save_clock();
         self.all().iter().for_each(|session| session.note(broker, Vec::new()));
+    }
+}
+
+/// Says that sessions had come further than their streams, of which they waited for `lost` messages.
+fn say_gone_back(streams: &[Arc<dyn Stream>], valid: &[u64], sessions: usize, lost: usize) {
+    if sessions == 0 {
+        return;
+    }
+    let from: Vec<String> =
+        streams.iter().zip(valid).map(|(stream, valid)| format!("{}: {valid}", stream.name())).collect();
+    let from = from.join(", ");
+    if lost > 0 {
+        tracing::error!(
+            sessions,
+            messages = lost,
+            from,
+            "messages that waited for sessions are not in their streams any more: a stream lost its end, or is older \
+             than the rest of the data folder. The sessions go on at most at these offsets"
+        );
+    } else {
+        tracing::warn!(
+            sessions,
+            from,
+            "sessions were given messages that are not in their streams any more: a stream lost its end, or is \
+             older than the rest of the data folder. The sessions go on at most at these offsets"
+        );
     }
 }
 

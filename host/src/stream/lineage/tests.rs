@@ -164,8 +164,24 @@ fn play(ops: Vec<Op>) {
             assert!(world.database.rows.contains_key(message), "message {message} was skipped: {folder:?}");
         }
     }
+    for (a, b) in hosts.iter().flat_map(|a| hosts.iter().map(move |b| (a, b))) {
+        check_common(a, b);
+    }
     let twice: Vec<_> = world.database.rows.iter().filter(|(_, rows)| **rows > 1).collect();
     assert!(twice.is_empty(), "(message, rows): {twice:?}");
+}
+
+/// A record of all of `a`, compared with `b`.
+fn check_common(a: &Folder, b: &Folder) {
+    let same = a.messages.iter().zip(&b.messages).take_while(|(a, b)| a == b).count() as u64;
+    let record = Lineage::of_all(&a.openings).to_string();
+    let common = Lineage::parse(&record).unwrap().common(&b.openings, Offset(b.start)).0;
+    let common = common.min(a.end()).min(b.end());
+    // Below the first kept message nobody can look.
+    assert!(common <= same.max(b.start), "{common}, {same}: {a:?} {b:?}");
+    if a.start == 0 && b.start == 0 {
+        assert_eq!(common, same, "{a:?} {b:?}");
+    }
 }
 
 proptest! {
@@ -222,6 +238,22 @@ fn a_position_of_the_first_version_is_believed_up_to_what_the_folder_had_at_the_
     let moved =
         Lineage::default().moved(&openings(&[(0xa, 0), (0xb, 50), (0xc, 100)]), Offset(100), Offset(110));
     assert_eq!(moved, Lineage::parse("a:50 b:100 c"));
+}
+
+#[test]
+fn a_record_of_a_whole_log_is_believed_as_far_as_the_log_is_the_same() {
+    let common = |before: &[(u64, u64)], now: &[(u64, u64)]| {
+        Lineage::of_all(&openings(before)).common(&openings(now), Offset(0)).0
+    };
+    let before = [(0xa, 0), (0xb, 100)];
+    assert_eq!(common(&before, &[(0xa, 0), (0xb, 100), (0xc, 140)]), 140, "it goes on");
+    assert_eq!(common(&before, &[(0xa, 0), (0xb, 100), (0xc, 120), (0xd, 300)]), 120, "its end is lost");
+    assert_eq!(common(&before, &[(0xa, 0), (0xc, 80), (0xd, 300)]), 80, "an older copy");
+    assert_eq!(common(&before, &[(0xc, 0), (0xd, 50)]), 0, "an empty copy");
+    // Of 0.1.0, which drew no openings, then upgraded.
+    assert_eq!(common(&[(0, 0), (0xb, 100)], &[(0, 0), (0xc, 60), (0xd, 200)]), 60);
+    // Before there was a record: as much as the folder had at the start.
+    assert_eq!(locate("", u64::MAX, &[(0xa, 0), (0xb, 100)], 0), 100);
 }
 
 #[test]

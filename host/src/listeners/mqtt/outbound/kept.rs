@@ -75,6 +75,8 @@ pub struct Kept {
     pub refused: bool,
     /// Of the records of packets in flight, in the broker stream's state.
     steps_bytes: usize,
+    /// The records say more than is true of the streams: see [`Outbox::renew`](super::Outbox::renew).
+    pub is_stale: bool,
 }
 
 impl Kept {
@@ -93,6 +95,7 @@ impl Kept {
             note_due: false,
             refused: false,
             steps_bytes: 0,
+            is_stale: false,
             streams,
         }
     }
@@ -108,6 +111,17 @@ impl Kept {
     /// Whether this QoS 2 message was taken from the queue before a restart.
     pub fn was_sent(&self, stream: u16, offset: u64) -> bool {
         self.sent.get(usize::from(stream)).is_some_and(|sent| offset < *sent)
+    }
+
+    /// Takes over the mark of a stream in which only messages below `valid` are those that it
+    /// speaks of.
+    fn restore_sent(&mut self, stream: usize, sent: u64, valid: u64) {
+        self.sent[stream] = sent.min(valid);
+        if sent > valid {
+            let key = key(SENT, self.epoch, &identity_bytes(&self.streams[stream]));
+            self.set(key, Some(valid.to_be_bytes().into()));
+            self.is_stale = true;
+        }
     }
 
     /// Whether one more QoS 2 message may get a packet id.
@@ -320,7 +334,7 @@ pub struct Restored {
     pub from: Box<[u64]>,
     pub inflight: Vec<InFlight>,
     pub queue: Vec<Queued>,
-    /// Messages that were noted and that their streams have lost at their ends.
+    /// Messages that were noted and that their streams do not have.
     pub lost: usize,
 }
 
@@ -339,12 +353,14 @@ impl Found {
         true
     }
 
-    /// `ends`: of the streams.
+    /// `ends`: of the streams; `valid`: up to where they have the messages that the records
+    /// speak of.
     pub fn restore(
         self,
         epoch: u64,
         streams: Arc<[Identity]>,
         ends: &[u64],
+        valid: &[u64],
         retained: FindRetained<'_>,
     ) -> Restored {
         let number = |identity: &[u8]| {
@@ -353,9 +369,7 @@ impl Found {
         let mut kept = Kept::new(epoch, streams.clone());
         for (identity, sent) in &self.sent {
             if let Some(number) = number(identity) {
-                let number = usize::from(number);
-                // What comes under these offsets now is another message.
-                kept.sent[number] = (*sent).min(ends[number]);
+                kept.restore_sent(number.into(), *sent, valid[usize::from(number)]);
             }
         }
         let mut steps: Vec<(u64, InFlight)> = Vec::new();
@@ -389,23 +403,30 @@ impl Found {
         };
         if let Some(note) = &self.note {
             let _ = restored.read_note(&mut Reader(note), &number, retained);
+            restored.go_back(valid);
         }
-        restored.leave_out_lost(ends);
+        restored.leave_out_lost(valid);
         restored.kept.noted = restored.from.clone();
+        restored.kept.changed = restored.kept.is_stale;
         restored
     }
 }
 
 impl Restored {
-    /// A stream that is shorter than what was noted of it: of a data folder that was put back in
-    /// parts, or that lost its end.
-    fn leave_out_lost(&mut self, ends: &[u64]) {
-        for (from, end) in self.from.iter_mut().zip(ends) {
-            *from = (*from).min(*end);
+    /// Comes back to where the streams have other messages than those that were noted, or none: of a
+    /// data folder that was put back in parts, or that lost the end of a stream.
+    fn go_back(&mut self, valid: &[u64]) {
+        for (from, valid) in self.from.iter_mut().zip(valid) {
+            self.kept.is_stale |= *from > *valid;
+            *from = (*from).min(*valid);
         }
+    }
+
+    /// Leaves out the messages that are gone with them.
+    fn leave_out_lost(&mut self, valid: &[u64]) {
         let is_lost = |queued: &Queued| match queued.source {
             Source::Stream { stream, offset } => {
-                ends.get(usize::from(stream)).is_some_and(|end| offset >= *end)
+                valid.get(usize::from(stream)).is_some_and(|valid| offset >= *valid)
             }
             Source::Retained(_) | Source::Broker(_) => false,
         };
@@ -416,9 +437,13 @@ impl Restored {
         });
         self.lost = before - self.queue.len() - self.inflight.len();
         for flight in &mut self.inflight {
-            // Ended with a PUBREL, that its id gets free at the client too.
-            self.lost += usize::from(flight.waiting.take_if(|queued| is_lost(queued)).is_some());
+            if flight.waiting.take_if(|queued| is_lost(queued)).is_some() {
+                self.lost += 1;
+                // Ended with a PUBREL, that its id gets free at the client too.
+                self.kept.release(flight);
+            }
         }
+        self.kept.is_stale |= self.lost > 0;
     }
 
     /// Ends where the note does not go on.

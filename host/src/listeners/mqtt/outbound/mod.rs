@@ -557,6 +557,40 @@ impl Outbox {
         0
     }
 
+    /// Whether what its records say of the streams is to be written anew.
+    pub fn is_stale(&self) -> bool {
+        self.kept.as_ref().is_some_and(|kept| kept.is_stale)
+    }
+
+    /// Writes what its records say of the streams anew, where that is not true any more.
+    /// `positions`: as for [`Outbox::note`].
+    pub fn renew(
+        &mut self,
+        stream: &dyn Stream,
+        positions: &[u64],
+        bytes_max: usize,
+    ) -> Result<(), AppendError> {
+        let Some(kept) = self.kept.as_ref().filter(|kept| kept.is_stale) else { return Ok(()) };
+        let made = kept.made();
+        let mut changes: Vec<Change> =
+            kept.changes().iter().map(|(key, value)| (key.clone(), value.clone())).collect();
+        changes.extend(self.note_with(positions, bytes_max, made));
+        let appended = stream.append(&[], &super::borrowed(&changes));
+        let Some(kept) = &mut self.kept else { return Ok(()) };
+        match appended {
+            Ok(appended) => {
+                kept.appended(appended.ticket);
+                kept.is_stale = false;
+                self.noted();
+                Ok(())
+            }
+            Err(error) => {
+                kept.changed = true;
+                Err(error)
+            }
+        }
+    }
+
     /// Ends the QoS 2 deliveries whose records were not appended; how many.
     fn give_up_unrecorded(&mut self) -> u64 {
         let Some(kept) = &mut self.kept else { return 0 };

@@ -324,6 +324,11 @@ impl Durable {
 
     /// The same, with a stream that ends there; how many messages are lost.
     fn crash_with(&mut self, end: u64) -> usize {
+        self.crash_on(end, end)
+    }
+
+    /// The same, with a stream that has other messages from `valid` on.
+    fn crash_on(&mut self, end: u64, valid: u64) -> usize {
         self.broker = MemoryStream::with_manual_commit("broker", 1);
         for (key, value) in &self.saved {
             self.broker.append(&[], &[StateChange { key, value: Some(value) }]).unwrap();
@@ -335,9 +340,9 @@ impl Durable {
                 assert!(found.add(kind, &key[kind.len() + 8..], &value));
             }
         }
-        let restored = found.restore(EPOCH, self.identities.clone(), &[end], &|_, _| None);
+        let restored = found.restore(EPOCH, self.identities.clone(), &[end], &[valid], &|_, _| None);
         let lost = restored.lost;
-        assert!(restored.from[0] <= end, "it would miss what comes now");
+        assert!(restored.from[0] <= valid, "it would miss what comes now");
         self.outbox.restore(restored);
         self.outbox.resume();
         lost
@@ -366,6 +371,38 @@ fn what_a_session_noted_past_the_end_of_a_shortened_stream_is_left_out_and_count
     let mut left = session.offsets();
     left.sort_unstable();
     assert_eq!(left, [3, 4]);
+}
+
+#[test]
+fn what_a_session_noted_of_lost_messages_is_never_taken_for_what_has_their_offsets_later() {
+    let mut session = Durable::new();
+    for (offset, qos) in [(3, 1), (4, 2), (5, 1), (6, 2), (7, 1)] {
+        offer(&mut session.outbox, queued(offset, qos, None));
+    }
+    for _ in 0..3 {
+        session.fill();
+        session.commit();
+    }
+    assert_eq!(session.outbox.sizes(), (0, 0, 5), "all are sent");
+    session.note(8, 1 << 10);
+    session.commit();
+    // The stream is longer than the notes say, with other messages from 5 on: 5, 6 and 7 are gone.
+    assert_eq!(session.crash_on(20, 5), 3);
+    assert_eq!((session.outbox.from(0), session.outbox.is_stale()), (5, true));
+    session.outbox.renew(&*session.broker, &[0], 1 << 10).unwrap();
+    session.commit();
+    // Nothing was acknowledged since. What was written anew says all that a start needs.
+    assert_eq!((session.crash_on(30, 30), session.outbox.is_stale()), (0, false));
+    assert_eq!(session.outbox.from(0), 5);
+    let mut left = session.offsets();
+    left.sort_unstable();
+    assert_eq!(left, [3, 4]);
+    for (offset, qos) in [(5, 1), (6, 2), (7, 2)] {
+        assert!(session.outbox.takes(&queued(offset, qos, None)), "{offset} is another message");
+    }
+    assert!(!session.outbox.takes(&queued(4, 2, None)));
+    let steps = session.broker.state(STEP);
+    assert_eq!(steps.len(), 2, "the packet id of 6 stays in use until its PUBREL is answered");
 }
 
 #[test]
@@ -730,7 +767,7 @@ fn the_records_of_0_1_0_are_read() {
         let is_it = *id == crate::listeners::mqtt::retained::id("a/b") && received_us == 300;
         is_it.then(|| message.clone())
     };
-    let restored = found.restore(EPOCH, [identity].into(), &[100], &retained);
+    let restored = found.restore(EPOCH, [identity].into(), &[100], &[100], &retained);
     assert_eq!(&*restored.from, [50]);
     assert_eq!(restored.queue[0].source.place(), Some(Place { stream: 0, offset: 7 }));
     assert!(matches!(&restored.queue[1].source, Source::Retained(it) if Arc::ptr_eq(it, &message)));

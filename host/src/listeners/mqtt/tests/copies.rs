@@ -100,6 +100,29 @@ async fn copies_are_found_again_after_a_restart_also_by_a_session_whose_note_is_
 }
 
 #[tokio::test]
+async fn a_copy_of_a_lost_message_is_never_taken_for_the_one_that_has_its_offset_now() {
+    let (stream, broker) = streams();
+    let first = host(&stream, &broker, |_| {}).await;
+    away(&first, QoS::AtLeastOnce).await;
+    let older = stream.copied(Offset(1));
+    stream.ask_and_trim(Offset(3)).await;
+    assert_eq!(broker.bounds().end, Offset(3), "copies of 0, 1 and 2");
+    first.stop().await;
+    // An older stream beside the broker's own. Twice, for the second start has nothing to compare.
+    let second = host(&older, &broker, |_| {}).await;
+    publish_numbers(&second, "a", 10..13).await;
+    second.stop().await;
+    let older = older.copied(Offset(4));
+    let third = host(&older, &broker, |_| {}).await;
+    // What is copied from now on counts.
+    older.ask_and_trim(Offset(3)).await;
+    let (mut client, _) = third.client(resuming("c")).await;
+    assert_eq!(client.numbers(4).await, [0, 10, 11, 12]);
+    client.nothing_but_ping().await;
+    third.stop().await;
+}
+
+#[tokio::test]
 async fn copies_outlive_the_segments_of_the_brokers_stream_for_as_long_as_somebody_waits() {
     let (stream, broker) = streams();
     let host = host(&stream, &broker, |_| {}).await;

@@ -3,7 +3,7 @@
 use super::*;
 use crate::batch::Partition;
 use crate::listeners::mqtt::fanout::Wakes;
-use crate::stream::NewMessage;
+use crate::stream::{NewMessage, StateChange};
 
 #[tokio::test]
 async fn a_qos_2_message_is_appended_once_over_reconnect_and_restart() {
@@ -190,6 +190,61 @@ impl Client {
         }
         numbers
     }
+}
+
+#[tokio::test]
+async fn a_session_gets_each_message_of_a_stream_that_lost_its_end_and_grew_past_the_sessions_note() {
+    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let first = host(&stream, &broker, |_| {}).await;
+    let (mut client, _) = first.client(resuming("c")).await;
+    client.subscribe("a", QOS1).await;
+    client.send(Disconnect { reason_code: Reason::NormalDisconnection, ..Disconnect::default() }).await;
+    assert_eq!(client.try_receive().await, None);
+    publish_numbers(&first, "a", 0..5).await;
+    first.stop().await;
+
+    let shortened = stream.copied(Offset(2));
+    let second = host(&shortened, &broker, |_| {}).await;
+    let kinds = [b"qr", b"os", b"oi"];
+    let notes: Vec<_> = kinds.iter().flat_map(|kind| broker.state(*kind)).collect();
+    publish_numbers(&second, "a", 10..18).await;
+    second.stop().await;
+    // As a crash would leave it: the notes of the start, and a stream that is longer than they were.
+    let notes = notes.iter().map(|(key, value)| StateChange { key, value: Some(value) });
+    broker.append(&[], &notes.collect::<Vec<_>>()).unwrap();
+
+    let third = host(&shortened.copied(Offset(10)), &broker, |_| {}).await;
+    let (mut client, ack) = third.client(resuming("c")).await;
+    assert!(ack.session_present);
+    assert_eq!(client.numbers(10).await, [0, 1, 10, 11, 12, 13, 14, 15, 16, 17]);
+    client.nothing_but_ping().await;
+    third.stop().await;
+}
+
+/// What the host of a full disk could not write anew is compared once more.
+#[tokio::test]
+async fn a_session_skips_nothing_though_its_note_could_not_be_written_anew() {
+    let (stream, broker) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
+    let first = host(&stream, &broker, |_| {}).await;
+    let (mut client, _) = first.client(resuming("c")).await;
+    client.subscribe("a", QOS1).await;
+    publish_numbers(&first, "a", 0..5).await;
+    assert_eq!(client.numbers(5).await, [0, 1, 2, 3, 4]);
+    client.send(Disconnect { reason_code: Reason::NormalDisconnection, ..Disconnect::default() }).await;
+    assert_eq!(client.try_receive().await, None);
+    first.stop().await;
+
+    let shortened = stream.copied(Offset(2));
+    broker.set_no_space(true);
+    let second = host(&shortened, &broker, |_| {}).await;
+    publish_numbers(&second, "a", 10..14).await;
+    second.stop().await;
+    broker.set_no_space(false);
+    let third = host(&shortened.copied(Offset(6)), &broker, |_| {}).await;
+    let (mut client, _) = third.client(resuming("c")).await;
+    assert_eq!(client.numbers(4).await, [10, 11, 12, 13]);
+    client.nothing_but_ping().await;
+    third.stop().await;
 }
 
 #[tokio::test]
