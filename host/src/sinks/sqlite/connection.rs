@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rusqlite::types::Null;
-use rusqlite::{Connection, ErrorCode, Statement, TransactionBehavior, ffi};
+use rusqlite::{Connection, ErrorCode, OpenFlags, Statement, TransactionBehavior, ffi};
 
 use super::config::Config;
 use super::positions::{self, Held};
@@ -31,8 +31,8 @@ pub struct Session {
     many: usize,
     insert_many: String,
     insert_one: String,
-    /// (device, inode): another one means that somebody replaced the file.
-    file: (u64, u64),
+    path: PathBuf,
+    files: Files,
     /// Another one means that somebody changed the schema.
     schema_version: i64,
     /// A transaction that waits for `finish`.
@@ -47,16 +47,30 @@ impl Session {
         columns: &Columns,
         claim: &Claim,
         held: Option<Epoch>,
+        before: Option<Files>,
         context: &str,
     ) -> Result<(Self, Opened), Error> {
         let path = &config.path;
         let failed = |error: rusqlite::Error| classify(context, error);
         let setup = |reason: String| Error::Setup(format!("{context}: {reason}"));
-        if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+        let mut flags = OpenFlags::default();
+        let wal = wal_of(path);
+        let mut is_replaced = false;
+        if let Some(before) = before {
+            // A new file would take the place of the one that is gone.
+            flags.remove(OpenFlags::SQLITE_OPEN_CREATE);
+            is_replaced = match identity(path) {
+                None => return Err(setup(gone(&wal))),
+                now => now != Some(before.file),
+            };
+            if is_replaced && identity(&wal).is_some_and(|now| before.wal == Some(now)) {
+                return Err(setup(mixed(&wal)));
+            }
+        } else if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
             std::fs::create_dir_all(folder)
                 .map_err(|error| setup(format!("cannot make the folder {}: {error}", folder.display())))?;
         }
-        let mut connection = Connection::open(path).map_err(failed)?;
+        let mut connection = Connection::open_with_flags(path, flags).map_err(failed)?;
         connection.busy_timeout(config.busy_timeout.0).map_err(failed)?;
         // FULL: a commit is on the disk when it returns, as the log's position relies on it.
         connection
@@ -73,6 +87,15 @@ impl Session {
         let (held, opened) = Held::claim(&transaction, claim, held, &holder(), (&config.table, is_filled))
             .map_err(failed)?
             .map_err(|error| error.within(context))?;
+        if is_replaced && opened.positions.is_empty() {
+            return Err(setup(format!(
+                "another file was put into its place while the host runs, and the {} are not in it: nothing is \
+                 written. Put the file back, together with {}; or restart the host to go on in this one, into \
+                 which it writes what the stream still has",
+                claim.positions_text(),
+                wal.display()
+            )));
+        }
         // A table that this sink filled before and that is gone was taken away by somebody.
         // Beside one that is there nothing is made, no index either.
         let creates = config.create && opened.positions.is_empty();
@@ -86,8 +109,15 @@ impl Session {
         transaction.commit().map_err(failed)?;
         columns.warn_of_times_without_unit(&claim.sink);
         let many = (PARAMETERS / columns.columns.len().max(1)).max(1);
+        let wal = wal_of(path);
+        // Once it is certain that the path is that of the file that was opened.
+        let files = Files::of(path, &wal)
+            .filter(|_| !has_moved(&connection))
+            .filter(|files| identity(path) == Some(files.file))
+            .ok_or_else(|| Error::Retry(format!("{context}: the file was moved or removed just now")))?;
         let session = Self {
-            file: identity(path).ok_or_else(|| Error::Retry(format!("{context}: the file went away")))?,
+            path: path.clone(),
+            files,
             insert_many: insert(config, &columns, many),
             insert_one: insert(config, &columns, 1),
             connection,
@@ -96,22 +126,18 @@ impl Session {
             many,
             schema_version,
             uncommitted: None,
-            wal: beside(path, "-wal"),
+            wal,
         };
         Ok((session, opened))
     }
 
-    pub fn commit(
-        &mut self,
-        path: &Path,
-        context: &str,
-        rows: &Rows,
-        advance: &[Advance],
-    ) -> Result<Outcome, Error> {
-        if identity(path) != Some(self.file) {
-            // What is written to a removed file is lost when it is closed.
-            return Err(Error::Retry(format!("{context}: the file was removed or replaced")));
-        }
+    /// The files that hold the rows.
+    pub fn files(&self) -> Files {
+        self.files
+    }
+
+    pub fn commit(&mut self, context: &str, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {
+        self.check_files().map_err(|reason| Error::Retry(format!("{context}: {reason}")))?;
         if self.uncommitted.take().is_some() {
             self.roll_back();
             return Err(Error::Retry(format!("{context}: the last commit was not finished")));
@@ -298,7 +324,22 @@ impl Session {
             };
             self.roll_back();
             outcome
-        })
+        })?;
+        // Believed only where the rows are under their path: what is written to a file that somebody
+        // removed is gone with the connection.
+        self.check_files().map_err(|reason| Error::Unknown(format!("{context}: {reason}")))
+    }
+
+    /// Whether what is committed is under the path of the file.
+    fn check_files(&self) -> Result<(), &'static str> {
+        match Files::of(&self.path, &self.wal) {
+            Some(files) if files == self.files => Ok(()),
+            // To open it anew brings what lies in that file into the database.
+            Some(files) if files.file == self.files.file => {
+                Err("its -wal file was moved or removed while the host wrote to it: opening the file again")
+            }
+            _ => Err("the file was moved, removed or replaced while the host wrote to it"),
+        }
     }
 
     fn roll_back(&self) {
@@ -407,16 +448,73 @@ fn bind_value(
     Ok(Ok(()))
 }
 
-/// The file of this name with an ending of SQLite's.
-fn beside(path: &Path, ending: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(ending);
+/// The `-wal` file of a database: SQLite has it beside the file that a link leads to.
+fn wal_of(path: &Path) -> PathBuf {
+    let mut name = path.canonicalize().unwrap_or_else(|_| path.to_owned()).into_os_string();
+    name.push("-wal");
     name.into()
 }
 
-fn identity(path: &Path) -> Option<(u64, u64)> {
+/// The files that hold a database's rows. Others mean that somebody moved, removed or replaced them; SQLite
+/// goes on with the open ones wherever they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Files {
+    file: Identity,
+    /// `None`: there is none.
+    wal: Option<Identity>,
+}
+
+/// Device and inode.
+type Identity = (u64, u64);
+
+impl Files {
+    /// `None`: there is no database.
+    fn of(path: &Path, wal: &Path) -> Option<Self> {
+        Some(Self { file: identity(path)?, wal: identity(wal) })
+    }
+}
+
+fn identity(path: &Path) -> Option<Identity> {
     let data = std::fs::metadata(path).ok()?;
     Some((data.dev(), data.ino()))
+}
+
+/// Whether the path that was opened is that of another file now, or of none.
+fn has_moved(connection: &Connection) -> bool {
+    let mut has_moved = 0_i32;
+    // SAFETY: the handle is that of an open connection, which is borrowed here and used by this
+    // thread alone; the name is a C string, and the pointer is to the integer that this operation
+    // writes, which lives to the end of the call.
+    #[allow(unsafe_code)]
+    let code = unsafe {
+        ffi::sqlite3_file_control(
+            connection.handle(),
+            c"main".as_ptr(),
+            ffi::SQLITE_FCNTL_HAS_MOVED,
+            (&raw mut has_moved).cast(),
+        )
+    };
+    code != ffi::SQLITE_OK || has_moved != 0
+}
+
+/// What to say where there is no file any more.
+fn gone(wal: &Path) -> String {
+    format!(
+        "the file is gone: it was moved or removed while the host runs, and nothing is written. Put it back, \
+         together with {}, and the sink goes on; or restart the host to begin a new file, into which it writes \
+         what the stream still has",
+        wal.display()
+    )
+}
+
+/// What to say where SQLite would read rows of the file before into the one that is there.
+fn mixed(wal: &Path) -> String {
+    let wal = wal.display();
+    format!(
+        "another file was put into its place while the host runs, and {wal} belongs to the file before, whose last \
+         rows it has: nothing is written, for SQLite would mix the two. Put the file before back; or move {wal} away \
+         with it, under the name of that file"
+    )
 }
 
 fn is_data(error: &rusqlite::Error) -> bool {

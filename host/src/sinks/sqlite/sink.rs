@@ -105,20 +105,23 @@ fn serve(
     failures: &Failures,
 ) {
     let mut session: Option<Session> = None;
+    // Which files the sink wrote to last: those of another inode are other ones.
+    let mut files = None;
     for request in requests {
         // A caller that has gone does not want its answer.
         match request {
             Request::Open(claim, held, answer) => {
                 session = None;
-                let outcome = Session::open(config, columns, &claim, held, context);
+                let outcome = Session::open(config, columns, &claim, held, files, context);
                 let _ = answer.send(outcome.map(|(opened, answer)| {
+                    files = Some(opened.files());
                     session = Some(opened);
                     answer
                 }));
             }
             Request::Commit(rows, advance, answer) => {
                 let outcome = match &mut session {
-                    Some(session) => session.commit(&config.path, context, &rows, &advance),
+                    Some(session) => session.commit(context, &rows, &advance),
                     None => Err(Error::Retry(format!("{context}: the file is not open"))),
                 };
                 if let Some(bytes) = session.as_ref().and_then(Session::wal_held) {

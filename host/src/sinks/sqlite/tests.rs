@@ -1,3 +1,4 @@
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -8,7 +9,7 @@ use crate::sinks::conformance::{
     Database, Keyed, advance, claim, conformance_tests, keyed_conformance_tests, message, position, rejected,
     rows,
 };
-use crate::sinks::{Checked, Claim, Error, Looked, OnConflict, Rows, Sink, Written};
+use crate::sinks::{Checked, Claim, Epoch, Error, Looked, OnConflict, Rows, Sink, Written};
 use crate::telemetry::Failures;
 
 struct File {
@@ -325,16 +326,132 @@ async fn a_locked_file_is_tried_again() {
     sink.commit(&batch, &[advance(0, 0, 1)]).await.unwrap();
 }
 
+/// A sink that has written a row, and what it does next.
+struct Writing {
+    file: File,
+    sink: SqliteSink,
+    held: Option<Epoch>,
+}
+
+impl Writing {
+    async fn begin() -> Self {
+        let file = File::new();
+        let mut sink = file.sink();
+        let held = Some(sink.open(&claim(), None).await.unwrap().epoch);
+        sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.unwrap();
+        Self { file, sink, held }
+    }
+
+    /// The file, or one that SQLite has beside it, and one of that name plus `.old`.
+    fn paths(&self, ending: &str) -> [PathBuf; 2] {
+        [ending.to_owned(), format!("{ending}.old")]
+            .map(|ending| PathBuf::from(format!("{}{ending}", self.file.config().path.display())))
+    }
+
+    fn away(&self, endings: &[&str]) {
+        for ending in endings {
+            let [path, old] = self.paths(ending);
+            std::fs::rename(path, old).unwrap();
+        }
+    }
+
+    fn back(&self, endings: &[&str]) {
+        for ending in endings {
+            let [path, old] = self.paths(ending);
+            std::fs::rename(old, path).unwrap();
+        }
+    }
+
+    /// Nothing is written, and a person is told this.
+    async fn holds(&mut self, said: &str) {
+        let error = self.sink.commit(&rows([message("a", "9")]), &[advance(0, 1, 2)]).await.unwrap_err();
+        assert!(matches!(error, Error::Retry(_)), "{error:?}");
+        for _ in 0..2 {
+            let error = self.sink.open(&claim(), self.held).await.unwrap_err();
+            assert!(matches!(&error, Error::Setup(text) if text.contains(said)), "{error:?}");
+        }
+    }
+
+    async fn goes_on(&mut self) {
+        assert_eq!(self.sink.open(&claim(), self.held).await.unwrap().positions, [position(0, 1)]);
+        self.sink.commit(&rows([message("a", "2")]), &[advance(0, 1, 2)]).await.unwrap();
+        let mut written = self.file.written().await;
+        written.sort_by(|a, b| a.1.total_cmp(&b.1));
+        assert_eq!(written, [("a".to_owned(), 1.0), ("a".to_owned(), 2.0)]);
+    }
+}
+
 #[tokio::test]
-async fn a_removed_file_is_noticed_before_rows_are_lost_in_it() {
-    let file = File::new();
-    let mut sink = file.sink();
-    sink.open(&claim(), None).await.unwrap();
-    sink.commit(&Rows::default(), &[advance(0, 0, 5)]).await.unwrap();
-    std::fs::remove_file(file.config().path).unwrap();
-    let error = sink.commit(&rows([message("a", "1")]), &[advance(0, 5, 6)]).await.unwrap_err();
-    assert!(matches!(error, Error::Retry(_)), "{error:?}");
-    assert_eq!(sink.open(&claim(), None).await.unwrap().positions, [], "a new file knows nothing");
+async fn a_file_that_is_moved_away_holds_the_sink_until_it_is_back() {
+    for endings in [&[""][..], &["", "-wal", "-shm"]] {
+        let mut writing = Writing::begin().await;
+        writing.away(endings);
+        writing.holds("moved or removed while the host runs").await;
+        assert!(!writing.paths("")[0].exists(), "none is made in its place");
+        writing.back(endings);
+        writing.goes_on().await;
+    }
+    let mut writing = Writing::begin().await;
+    std::fs::remove_file(&writing.paths("")[0]).unwrap();
+    writing.holds("restart the host to begin a new file").await;
+    std::fs::remove_file(&writing.paths("-wal")[0]).unwrap();
+    assert_eq!(writing.file.sink().open(&claim(), None).await.unwrap().positions, [], "another process");
+}
+
+#[tokio::test]
+async fn another_file_in_its_place_is_not_written_to_unless_it_has_the_positions() {
+    let mut writing = Writing::begin().await;
+    let backup = writing.file.folder.path().join("backup.db");
+    writing.file.read().execute("VACUUM INTO ?1", [backup.to_str().unwrap()]).unwrap();
+    writing.away(&["", "-wal", "-shm"]);
+    writing.file.read().execute_batch("CREATE TABLE other (a)").unwrap();
+    writing.holds("are not in it").await;
+    assert_eq!(
+        writing.file.read().query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0)),
+        Ok(1)
+    );
+    for ending in ["", "-wal", "-shm"] {
+        // SQLite takes its own away with the last connection.
+        let _ = std::fs::remove_file(&writing.paths(ending)[0]);
+    }
+    std::fs::rename(backup, &writing.paths("")[0]).unwrap();
+    writing.goes_on().await;
+}
+
+#[tokio::test]
+async fn rows_of_one_file_are_never_read_into_another_that_takes_its_place() {
+    let mut writing = Writing::begin().await;
+    let backup = writing.file.folder.path().join("backup.db");
+    writing.file.read().execute("VACUUM INTO ?1", [backup.to_str().unwrap()]).unwrap();
+    writing.away(&[""]);
+    std::fs::rename(backup, &writing.paths("")[0]).unwrap();
+    writing.holds("SQLite would mix the two").await;
+    writing.away(&["-wal"]);
+    writing.goes_on().await;
+}
+
+#[tokio::test]
+async fn a_wal_file_that_is_removed_loses_no_row() {
+    let mut writing = Writing::begin().await;
+    std::fs::remove_file(&writing.paths("-wal")[0]).unwrap();
+    let error = writing.sink.commit(&rows([message("a", "2")]), &[advance(0, 1, 2)]).await.unwrap_err();
+    assert!(matches!(&error, Error::Retry(text) if text.contains("-wal")), "{error:?}");
+    writing.goes_on().await;
+}
+
+/// As where it is moved between the look at the file and COMMIT.
+#[tokio::test]
+async fn a_commit_to_a_file_that_is_moved_meanwhile_is_not_believed() {
+    let mut writing = Writing::begin().await;
+    // A bad row leaves the transaction open.
+    let bad = rows([message("a", "2"), message("b", "\"hot\"")]);
+    rejected(writing.sink.commit(&bad, &[advance(0, 1, 3)]).await);
+    writing.away(&[""]);
+    let error = writing.sink.finish().await.unwrap_err();
+    assert!(matches!(&error, Error::Unknown(text) if text.contains("moved")), "{error:?}");
+    writing.back(&[""]);
+    let opened = writing.sink.open(&claim(), writing.held).await.unwrap();
+    assert_eq!(opened.positions, [position(0, 3)], "and is known once the file is back");
 }
 
 #[tokio::test]
