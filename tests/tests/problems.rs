@@ -280,3 +280,48 @@ fn the_advice_about_a_plugin_names_the_file_that_is_wrong() {
     let list = host.cli(&["plugin", "list"]);
     assert!(list.contains("not used, the last good version runs: "), "{list}");
 }
+
+#[test]
+fn a_data_folder_that_is_moved_under_the_host_is_told_by_host_and_commands_until_it_is_back() {
+    let host = Host::start("problems-moved-folder", "");
+    let [data, away] = ["data", "away"].map(|name| host.folder.join(name));
+    std::fs::rename(&data, &away).expect("our folder");
+    host.says("the data folder was moved, removed or replaced");
+    let moved = problem(&host, "data_folder");
+    assert_eq!(moved["part"], format!("data folder {}", data.display()));
+    let list = host.command(&["clients", "list", "--config", "headworks.yaml"]).output().expect("it runs");
+    let said = String::from_utf8_lossy(&list.stderr);
+    assert!(!list.status.success() && said.contains("was moved or removed meanwhile"), "{said}");
+    std::fs::rename(&away, &data).expect("our folder");
+    host.says("the data folder is back");
+    let (code, problems) = status(&host);
+    assert_eq!((code, problems), (Some(0), vec![]));
+    host.cli(&["clients", "list"]);
+}
+
+#[test]
+fn a_sqlite_file_that_is_moved_under_the_host_holds_its_sink_until_it_is_back() {
+    let backoff = "pipelines: { telemetry: { sink_backoff: { max: 100ms } } }\n";
+    let mut host = Host::prepare("problems-moved-file", backoff);
+    host.drop_plugin("10-normalize.wasm", prebuilt("normalize"));
+    host.run();
+    let [file, away] = ["data/telemetry.db", "data/old.db"].map(|name| host.folder.join(name));
+    let send = |device: &str| {
+        let (topic, payload) = telemetry::message(device, 7);
+        publish(&host, &topic, &payload);
+    };
+    send("sensor-1");
+    telemetry::written_to_sqlite(&host, &file);
+    std::fs::rename(&file, &away).expect("our folder");
+    send("sensor-2");
+    host.says("the file is gone: it was moved or removed while the host runs");
+    let retrying = problem(&host, "retrying");
+    assert_eq!(retrying["part"], "sink telemetry/telemetry");
+    assert!(retrying["cause"].as_str().is_some_and(|cause| cause.contains("Put it back")), "{retrying}");
+    assert!(!file.exists(), "no new file hides it");
+    std::fs::rename(&away, &file).expect("our folder");
+    host.says("the sink works again");
+    telemetry::written_to_sqlite(&host, &file);
+    let rows = telemetry::sqlite_rows(&file, "telemetry");
+    assert_eq!(rows.len(), 2, "{rows:?}");
+}

@@ -12,6 +12,7 @@ use crate::units::{ByteSize, Period};
 /// person, what goes on by itself, then what has happened. A list of problems has this order.
 pub const PROBLEM_KINDS: &[&str] = &[
     "stopped",
+    "data_folder",
     "stalled",
     "no_space",
     "gap",

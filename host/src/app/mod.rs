@@ -8,6 +8,7 @@ pub mod banner;
 mod clients;
 mod descriptors;
 mod events;
+pub mod held_folder;
 mod oldest;
 mod problems;
 mod redrive;
@@ -33,6 +34,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::background::Background;
 use self::banner::{PluginLine, Started, banner};
+use self::held_folder::HeldFolder;
 use self::run_file::RunFile;
 use crate::access::Authenticator;
 use crate::admin;
@@ -80,6 +82,7 @@ pub struct Host {
     pub pipelines: Vec<Arc<pipeline::Handle>>,
     pub plugins: Plugins,
     pub data_dir: PathBuf,
+    held: HeldFolder,
     pub plugins_dir: PathBuf,
     pub hints: Hints,
     pub failures: Failures,
@@ -104,7 +107,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
     if !data_dir.exists() {
         mqtt::try_addresses(&config.mqtt)?;
     }
-    let _lock = lock(&data_dir)?;
+    let held = HeldFolder::new(&data_dir, lock(&data_dir)?);
     let instance: Arc<str> = uuid::Uuid::new_v4().simple().to_string().into();
     let failures = Failures::showing(source.hints());
     tokio::spawn(failures.clone().flush_regularly());
@@ -195,6 +198,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
         pipelines: pipelines.clone(),
         plugins,
         data_dir: data_dir.clone(),
+        held,
         plugins_dir: config.plugins.dir.clone(),
         hints: source.hints(),
         failures: failures.clone(),

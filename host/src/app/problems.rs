@@ -134,8 +134,11 @@ impl Host {
         let mut ticks = tokio::time::interval(LOOK_EVERY);
         loop {
             ticks.tick().await;
-            let folder = self.data_dir.clone();
-            let looked = tokio::task::spawn_blocking(move || DiskSpace::of(&folder).ok());
+            let host = Arc::clone(&self);
+            let looked = tokio::task::spawn_blocking(move || {
+                host.held.look(&host.failures);
+                DiskSpace::of(&host.data_dir).ok()
+            });
             *lock(&self.watch.space) = looked.await.ok().flatten();
             self.find_oldest().await;
             self.count_open_letters().await;

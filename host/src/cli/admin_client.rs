@@ -5,16 +5,16 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::data_folder;
 use super::output::shown;
-use crate::admin::INSTANCE;
-use crate::app::{is_held, run_file};
+use crate::admin::{INSTANCE, Problem};
+use crate::app::{held_folder, is_held, run_file};
 use crate::config::Config;
 use crate::hints::{Hint, Hints};
 
@@ -57,8 +57,13 @@ pub async fn get<T: DeserializeOwned>(config: &Config, path: &str) -> anyhow::Re
 async fn ask<T: DeserializeOwned>(config: &Config, head: &str, body: &str) -> anyhow::Result<T> {
     let folder = shown(&config.data_dir);
     let none = || {
+        // A host whose folder was taken away, and whose address nobody knows, looks the same.
+        let missing = match config.data_dir.exists() {
+            true => "",
+            false => ", which is not there (put it back where it was moved away from a host that runs)",
+        };
         NotRunning(format!(
-            "no host runs on the data folder {folder}: name its config with --config, or start it with `{}`",
+            "no host runs on the data folder {folder}{missing}: name its config with --config, or start it with `{}`",
             Hints::default().command(Hint::Run)
         ))
     };
@@ -74,6 +79,17 @@ async fn ask<T: DeserializeOwned>(config: &Config, head: &str, body: &str) -> an
         // It has not written down yet where it listens, perhaps for want of room.
         (None, Some(address)) if address.port() != 0 && held => address,
         (None, _) if held => bail!(no_answer(config)),
+        // Its data folder was moved or removed, and what it wrote down with it.
+        (None, Some(address)) if address.port() != 0 && has_lost(reachable(address), config).await => {
+            if !head.starts_with("GET ") && config.admin.token_file.is_none() {
+                bail!(
+                    "the host at {address} runs, and its data folder {folder} was moved or removed meanwhile, with \
+                     the token that this takes: put the folder back; `{}` says more",
+                    Hints::default().command(Hint::Status)
+                );
+            }
+            address
+        }
         (None, _) => bail!(none()),
     };
     let gone = |why: String| NotRunning(format!("{}: {why}", none()));
@@ -125,21 +141,39 @@ fn no_answer(config: &Config) -> NoAnswer {
 
 /// Which host answers there; `None`: something that is no headworks.
 async fn ask_instance(address: SocketAddr) -> io::Result<Option<String>> {
-    let mut stream = TcpStream::connect(address).await?;
-    let request = format!("GET /healthz HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
-    let mut answer = Vec::new();
-    let asked = async {
-        stream.write_all(request.as_bytes()).await?;
-        (&mut stream).take(HEALTH_BYTES_MAX).read_to_end(&mut answer).await
-    };
-    if asked.await.is_err() {
-        return Ok(None);
-    }
-    let answer = String::from_utf8_lossy(&answer);
+    let Some(answer) = page(address, "/healthz", HEALTH_BYTES_MAX).await? else { return Ok(None) };
     let headers = answer.lines().skip(1).take_while(|line| !line.is_empty());
     let mut headers = headers.filter_map(|line| line.split_once(':'));
     let instance = headers.find(|(name, _)| name.eq_ignore_ascii_case(INSTANCE));
     Ok(instance.map(|(_, value)| value.trim().to_owned()))
+}
+
+/// Whether the host at an address says that the data folder of the config is the one that it has lost.
+async fn has_lost(address: SocketAddr, config: &Config) -> bool {
+    let asked = timeout(ASK_MAX, page(address, "/api/problems", ANSWER_BYTES_MAX)).await;
+    let Ok(Ok(Some(answer))) = asked else { return false };
+    let folder = std::path::absolute(&config.data_dir).unwrap_or_else(|_| config.data_dir.clone());
+    let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+    let problems = serde_json::from_str::<Problems>(body).map_or_else(|_| Vec::new(), |all| all.problems);
+    problems.iter().any(|problem| problem.part == held_folder::part(&folder))
+}
+
+#[derive(Deserialize)]
+struct Problems {
+    problems: Vec<Problem>,
+}
+
+/// The whole answer of a page, with its head. `None`: something else has the port.
+async fn page(address: SocketAddr, path: &str, bytes_max: u64) -> io::Result<Option<String>> {
+    let mut stream = TcpStream::connect(address).await?;
+    let request = format!("GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
+    let mut answer = Vec::new();
+    let asked = async {
+        stream.write_all(request.as_bytes()).await?;
+        (&mut stream).take(bytes_max).read_to_end(&mut answer).await
+    };
+    let is_answered = asked.await.is_ok();
+    Ok(is_answered.then(|| String::from_utf8_lossy(&answer).into_owned()))
 }
 
 /// An address to connect to for one that listens everywhere.
