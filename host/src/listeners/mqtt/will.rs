@@ -165,14 +165,13 @@ impl Will {
 
     /// As [`Self::forget`], durable when it returns: it is never published, whatever happens then.
     pub async fn forget_durably(self, broker: &Broker) -> Result<(), Stopped> {
-        let Some(record) = self.record else { return Ok(()) };
-        let stream = &broker.streams[record.stream];
-        let mut removal = Vec::new();
+        let Some(record) = &self.record else { return Ok(()) };
+        let (stream, mut removal) = (record.stream, Vec::new());
         record.blob.remove(&mut removal);
-        // Dropped before it is done: removed as any other.
-        let mut given_up = GivenUp { broker, record: Some(record) };
-        broker.append_durable(&**stream, &removal).await?;
-        drop(given_up.record.take());
+        // Dropped before it is done, the will is forgotten as any other.
+        let unforgotten = Unaccepted::new(broker, Some(self));
+        broker.append_durable(&*broker.streams[stream], &removal).await?;
+        drop(unforgotten.accepted());
         Ok(())
     }
 
