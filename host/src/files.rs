@@ -1,6 +1,6 @@
 //! Files that a person names in the config, read whole.
 
-use std::fs::{File, TryLockError};
+use std::fs::{File, Metadata, TryLockError};
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -58,6 +58,10 @@ impl Locked {
     pub fn shared(file: File) -> Result<Self, TryLockError> {
         file.try_lock_shared()?;
         Ok(Self(file))
+    }
+
+    pub fn metadata(&self) -> io::Result<Metadata> {
+        self.0.metadata()
     }
 }
 

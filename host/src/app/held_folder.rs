@@ -2,12 +2,13 @@
 //! removed or replaced takes its open files along: the host goes on writing where no path leads, or
 //! another one, and the next start finds none of it.
 
-use std::fs::{File, Metadata};
+use std::fs::Metadata;
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::LOCK;
+use crate::files::Locked;
 use crate::telemetry::{Failures, Standing};
 
 /// Kind of the problem.
@@ -16,11 +17,11 @@ const KIND: &str = "data_folder";
 /// Keeps the lock for as long as it lives.
 pub struct HeldFolder {
     folder: PathBuf,
-    lock: File,
+    lock: Locked,
 }
 
 impl HeldFolder {
-    pub fn new(folder: &Path, lock: File) -> Self {
+    pub fn new(folder: &Path, lock: Locked) -> Self {
         Self { folder: std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned()), lock }
     }
 
