@@ -322,7 +322,7 @@ impl Again {
                 Turn::Hosts(AbortOnDropHandle::new(tokio::spawn(looking.ask(data, rights))))
             }
             // The client is told once its will is gone for good.
-            Looked::Done { data, rights, may_leave_will: false } if will.is_some() => {
+            Looked::Done { data, rights, may_leave_will: false, .. } if will.is_some() => {
                 let will = will.take().expect("it is there");
                 report_forgotten(broker, &session, &will);
                 let broker = broker.clone();

@@ -9,7 +9,7 @@ use crate::sinks::conformance::{
     Database, Keyed, advance, claim, conformance_tests, keyed_conformance_tests, message, position, rejected,
     rows,
 };
-use crate::sinks::{Checked, Claim, Epoch, Error, Looked, OnConflict, Rows, Sink, Written};
+use crate::sinks::{Checked, Claim, Epoch, Error, Looked, OnConflict, Sink, Written};
 use crate::telemetry::Failures;
 
 struct File {
