@@ -336,7 +336,6 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
     let lenders = members
         .iter()
         .map(|member| Lender {
-            name: member.name.clone(),
             control: member.control.clone(),
             shared: Arc::clone(&member.shared),
         })

@@ -740,7 +740,6 @@ async fn instances(chain: &Chain) -> Result<Vec<Box<dyn Step>>, RedriveError> {
 
 /// A sink that redrives borrow from its delivery.
 pub struct Lender {
-    pub name: String,
     pub control: mpsc::Sender<Control>,
     /// Up to where the delivery itself is.
     pub shared: Arc<SinkShared>,
