@@ -335,10 +335,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
     }
     let lenders = members
         .iter()
-        .map(|member| Lender {
-            control: member.control.clone(),
-            shared: Arc::clone(&member.shared),
-        })
+        .map(|member| Lender { control: member.control.clone(), shared: Arc::clone(&member.shared) })
         .collect();
     let shareds: Vec<Arc<SinkShared>> = members.iter().map(|member| Arc::clone(&member.shared)).collect();
     let board = Arc::new(Board::new(name, Arc::clone(&stream), shareds));
