@@ -338,7 +338,7 @@ fn a_list_is_told_of_in_the_moment_that_it_is_due_and_then_daily() {
     let mut news = |warnings: &[&str], after| {
         told.news(warnings.iter().map(|warning| (*warning).to_owned()).collect(), start + after)
     };
-    assert_eq!(news(&["a", "a"], 0 * hour), ["a"]);
+    assert_eq!(news(&["a", "a"], Duration::ZERO), ["a"]);
     assert_eq!(news(&["a", "b"], hour), ["b"]);
     assert_eq!(news(&["a"], 24 * hour), ["a"]);
     assert_eq!(news(&["a", "b"], 24 * hour), ["b"], "it had ended");
