@@ -198,9 +198,10 @@ pub fn told(kind: &str, name: &str, count: u64, last: Option<&RefusedClient>, hi
         },
         _ => Told {
             part: format!("sink {name}"),
-            cause: counted("row was sent that", "rows were sent that")
-                + " the database did not count as written: a trigger or a rule of the table left them out, \
-                   or wrote them elsewhere",
+            cause: counted(
+                "row was sent that the database did not count as written",
+                "rows were sent that the database did not count as written",
+            ) + ": a trigger or a rule of the table left them out, or wrote them elsewhere",
             advice: "look at the triggers and rules of the table; the messages are still in the stream for \
                      as long as its retention says"
                 .to_owned(),

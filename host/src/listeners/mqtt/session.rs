@@ -573,15 +573,22 @@ impl Sessions {
         Ok(resumed)
     }
 
-    /// The connection ended; `expiry_s` where DISCONNECT changed it.
-    pub async fn close(&self, broker: &Broker, session: &Arc<Session>, turn: Turn, expiry_s: Option<u32>) {
+    /// The connection ended at `ended_us`, broker time; `expiry_s` where DISCONNECT changed it.
+    pub async fn close(
+        &self,
+        broker: &Broker,
+        session: &Arc<Session>,
+        turn: Turn,
+        expiry_s: Option<u32>,
+        ended_us: u64,
+    ) {
         session.outbox().disconnected();
         broker.live.pass_on(broker, session, Departure::Client).await;
         let changes = {
             let mut state = lock(&session.state);
             state.connected = false;
             state.connection = None;
-            state.disconnected_us = broker.clock.now_us();
+            state.disconnected_us = ended_us;
             state.expiry_s = expiry_s.unwrap_or(state.expiry_s);
             (state.expiry_s > 0)
                 .then(|| vec![(key(SESSION, session.client_id.as_bytes()), Some(state.to_bytes()))])

@@ -73,6 +73,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         let expiry_s = if let End::Disconnect { expiry_s, .. } = end { expiry_s } else { None };
         let keep_will = !matches!(end, End::Disconnect { keep_will: false, .. });
         drop(leaving.user_place);
+        // The session does not outlive the will that tells of its end.
+        let ended_us = broker.clock.now_us();
         // Before the session may be taken over: see `will::lost`.
         match will {
             Some(will) if keep_will => {
@@ -84,7 +86,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         }
         let closed = {
             let (broker, session) = (broker.clone(), session.clone());
-            async move { broker.sessions.close(&broker, &session, leaving.turn, expiry_s).await }
+            async move { broker.sessions.close(&broker, &session, leaving.turn, expiry_s, ended_us).await }
         };
         broker.in_background(closed).await;
         broker.client_connected(-1);

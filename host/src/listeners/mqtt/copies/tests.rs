@@ -97,10 +97,22 @@ fn waits(session: &Session) -> Vec<Place> {
 const MOVES: [fn(&World, [Member; 3]); 5] = [
     |world, [first, ..]| world.leave(&first),
     |world, [first, ..]| {
-        now(world.broker.sessions.close(&world.broker, &first.session, first.turn, None));
+        now(world.broker.sessions.close(
+            &world.broker,
+            &first.session,
+            first.turn,
+            None,
+            world.broker.clock.now_us(),
+        ));
     },
     |world, [first, ..]| {
-        now(world.broker.sessions.close(&world.broker, &first.session, first.turn, Some(0)));
+        now(world.broker.sessions.close(
+            &world.broker,
+            &first.session,
+            first.turn,
+            Some(0),
+            world.broker.clock.now_us(),
+        ));
     },
     // Out, back in, and what it held comes back to it.
     |world, [first, second, third]| {
@@ -176,7 +188,13 @@ async fn what_a_member_holds_whose_session_ends_with_its_connection_is_copied_fo
     world.publish(&["a"; 3]).await;
     save(&world.broker, 0, 0..3).await.unwrap();
     world.stream.trim(Offset(3));
-    now(world.broker.sessions.close(&world.broker, &first.session, first.turn, None));
+    now(world.broker.sessions.close(
+        &world.broker,
+        &first.session,
+        first.turn,
+        None,
+        world.broker.clock.now_us(),
+    ));
     let waiting = waits(&second.session);
     assert_eq!(waiting.len(), 3);
     assert!(waiting.iter().all(|place| world.broker.copies.find(*place).is_some()));

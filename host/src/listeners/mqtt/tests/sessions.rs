@@ -138,7 +138,7 @@ async fn a_clean_start_given_up_before_it_is_durable_still_ends_the_old_session(
         let sessions = &broker.sessions;
         let (session, turn) = sessions.claim("c", 1).await.unwrap();
         assert_eq!(sessions.open(&broker, &session, Default::default(), false, 600).await, Ok(false));
-        sessions.close(&broker, &session, turn, None).await;
+        sessions.close(&broker, &session, turn, None, broker.clock.now_us()).await;
         assert_eq!(store.state(b"se").len(), 1);
 
         let (session, turn) = sessions.claim("c", 1).await.unwrap();
@@ -596,7 +596,7 @@ async fn a_jump_of_the_clock_ends_no_session_and_nothing_that_waits() {
         let options = subscriptions::Options { qos: 1, ..Default::default() };
         let retained = fanout::SendRetained::Never;
         broker.live.subscribe(&broker, &session, &[Subscription { filter, options, retained }]);
-        sessions.close(&broker, &session, turn, None).await;
+        sessions.close(&broker, &session, turn, None, broker.clock.now_us()).await;
         let mut expires_in_10_minutes = Vec::new();
         properties::push(&mut expires_in_10_minutes, Origin::Listener, "expiry-s", b"600");
         let wall = || (hands.source())().0;

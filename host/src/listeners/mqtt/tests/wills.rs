@@ -49,7 +49,7 @@ impl Lost {
         will.keep(&broker, "c", place).await.unwrap();
         stream.set_no_space(!has_room);
         will::lost(&broker, "c", expiry_s, will).await;
-        broker.sessions.close(&broker, &session, turn, None).await;
+        broker.sessions.close(&broker, &session, turn, None, broker.clock.now_us()).await;
         Self { broker, stream, store }
     }
 
@@ -400,7 +400,7 @@ async fn a_connect_that_is_given_up_while_an_older_will_waits_for_room_leaves_no
         }
         will::lost(&broker, "c", 600, will).await;
     }
-    broker.sessions.close(&broker, &session, turn, None).await;
+    broker.sessions.close(&broker, &session, turn, None, broker.clock.now_us()).await;
     let before = broker.wills.bytes();
     for _ in 0..3 {
         let (mut client, mut io) = tokio::io::duplex(1_024);

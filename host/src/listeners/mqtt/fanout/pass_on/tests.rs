@@ -76,7 +76,10 @@ impl World {
     }
 
     async fn close(&self, member: Member) -> Arc<Session> {
-        self.broker.sessions.close(&self.broker, &member.session, member.turn, None).await;
+        self.broker
+            .sessions
+            .close(&self.broker, &member.session, member.turn, None, self.broker.clock.now_us())
+            .await;
         member.session
     }
 }
