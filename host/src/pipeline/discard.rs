@@ -89,7 +89,7 @@ mod tests {
 
         world.database("w").refuse(|_| None);
         let process = world.start(chain(1, &[])).await;
-        process.drained().await;
+        process.until("steps", |status| status.chain.is_some()).await;
         assert_eq!(OpenLetters::new(Arc::clone(&world.dead)).look().await.unwrap()["p"].letters, 8);
         process.handle.redrive(&Filter::default()).await.unwrap();
         assert_eq!(world.payloads("w").len(), 8);
