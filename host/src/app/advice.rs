@@ -24,7 +24,7 @@ pub fn of_pipeline(kind: &str, status: &PipelineStatus, detaches: bool, hints: &
 /// Returns what to do about a sink with a problem of this kind.
 pub fn of_sink(kind: &str, cause: &str, detaches: bool) -> String {
     let advice = match kind {
-        // Of the ways that the cause names, some are settings.
+        // Some of the ways that the cause names are settings.
         "retrying" if cause.contains("restart") => "choose one of the ways that the cause names",
         "retrying" => "mend what the cause names; the sink goes on by itself",
         _ => "mend what the cause names, then start the host again",

@@ -8,8 +8,8 @@ use crate::batch::Offset;
 use crate::pipeline::{PipelineStatus, SinkStatus};
 use crate::stream::{Read, Stream};
 
-/// By pipeline and sink: the first message that is not committed, and since when it waits, on a clock
-/// that nobody sets.
+/// Holds the first message that is not committed, by pipeline and sink, and since when it waits, on
+/// a clock that nobody sets.
 #[derive(Default)]
 pub struct Oldest(Mutex<HashMap<(String, String), (Offset, Instant)>>);
 

@@ -62,7 +62,7 @@ impl Redrive for Redrives {
         Ok(answer)
     }
 
-    /// Of any pipeline: letters of one that the host has no more are those that nobody can send.
+    /// Discards letters of any pipeline: nobody can send those of one that the host has no more.
     async fn discard(&self, request: RedriveRequest) -> Result<DiscardAnswer, RedriveError> {
         let Some((first, others)) = self.0.split_first() else {
             return Err(RedriveError::NotFound("no pipeline runs here".to_owned()));

@@ -99,7 +99,7 @@ pub enum Error {
 pub struct DeadLetters {
     stream: Arc<dyn Stream>,
     names: Names,
-    /// By sink, where it began in the source; 0: not known, or at the beginning.
+    /// Where each sink began in the source; 0: not known, or at the beginning.
     begun: Vec<AtomicU64>,
     source: Identity,
     openings: Vec<Opening>,

@@ -160,7 +160,7 @@ pub async fn run(
     Ok(redrive.summary)
 }
 
-/// Of letters that were taken.
+/// Says that letters which a pass had taken are gone.
 fn cannot_be_read(letters: u64) -> String {
     format!("{letters} dead letters could not be sent: retention has removed them, or they cannot be read")
 }
@@ -238,7 +238,7 @@ struct Redrive<'a> {
 struct Pass {
     letters: Arc<DeadLetters>,
     hold: Hold,
-    /// By sink, its positions by partition, once they are known.
+    /// Positions of each sink by partition, once they are known.
     reached: Vec<Vec<Offset>>,
 }
 

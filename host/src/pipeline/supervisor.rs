@@ -402,7 +402,7 @@ impl Supervisor {
         for (id, sink) in laggards {
             let (pipeline, name) = (&self.shared.name, &self.members[sink].name);
             const TEXT: &str = "the sink holds the others up: it goes on by itself from its position";
-            // Of one that fails, its failure has been told.
+            // The failure of one that fails has been told.
             match self.members[sink].shared.state() {
                 State::Running => tracing::warn!(%pipeline, sink = name, "{TEXT}"),
                 _ => tracing::info!(%pipeline, sink = name, "{TEXT}"),

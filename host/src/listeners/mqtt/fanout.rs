@@ -366,8 +366,9 @@ impl Live {
         ones.clear();
     }
 
-    /// To the member whose turn it is, of those that are there and keep up, the one at the place
-    /// `first` before the others; where there is none, to one that will come back. Whose it is now.
+    /// Delivers to the member whose turn it is, of those that are there and keep up, the one at the
+    /// place `first` before the others; where there is none, to one that will come back. Returns
+    /// whose the message is now.
     fn deliver_to_one<'s>(
         &self,
         share: &'s Share<Arc<Session>>,

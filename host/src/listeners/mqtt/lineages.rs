@@ -12,7 +12,7 @@ use std::sync::Arc;
 use super::session::Change;
 use crate::stream::{Identity, Lineage, Stream};
 
-/// Of the broker stream's state: `ol` + stream.
+/// Begins a key of the broker stream's state; the name of a stream follows.
 const OPENINGS: &[u8] = b"ol";
 
 /// What a start found, until the records are true again.
@@ -29,7 +29,7 @@ impl Lineages {
             let key = key(&stream.identity());
             let (openings, kept) = (stream.openings(), stream.bounds());
             let text = broker.state(&key).pop().and_then(|(_, value)| String::from_utf8(value).ok());
-            // Of 0.1.0, or unreadable: the records are believed up to the end of the stream.
+            // 0.1.0 wrote none: the records are believed up to the end of the stream, as if it cannot be read.
             let known = Lineage::read(text.as_deref()).unwrap_or_default();
             let now = Lineage::of_all(&openings).to_string();
             if text.as_deref() != Some(&*now) {

@@ -680,7 +680,7 @@ impl Sessions {
                 over.push((session, turn));
             }
         }
-        // Of all of them first: what one of them held of a share is not for another.
+        // All of them leave their shares first: what one of them held is not for another.
         for (session, _) in &over {
             broker.live.forget(session, &session.filter_list());
             tokio::task::yield_now().await;

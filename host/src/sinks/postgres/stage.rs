@@ -356,7 +356,7 @@ fn insert_of(
         }
         OnConflict::Upsert => {
             let (key, nulls) = key(columns, binding);
-            // Of a key an identity is the same, and no UPDATE may name it.
+            // An identity in the key is the same, and no UPDATE may name it.
             let is_set = |(column, of): &(&Column, &Bound)| {
                 !(of.is_always_identity && binding.key.contains(&column.name))
             };

@@ -250,7 +250,7 @@ fn a_record_of_a_whole_log_is_believed_as_far_as_the_log_is_the_same() {
     assert_eq!(common(&before, &[(0xa, 0), (0xb, 100), (0xc, 120), (0xd, 300)]), 120, "its end is lost");
     assert_eq!(common(&before, &[(0xa, 0), (0xc, 80), (0xd, 300)]), 80, "an older copy");
     assert_eq!(common(&before, &[(0xc, 0), (0xd, 50)]), 0, "an empty copy");
-    // Of 0.1.0, which drew no openings, then upgraded.
+    // 0.1.0 drew no openings; this one was upgraded from it.
     assert_eq!(common(&[(0, 0), (0xb, 100)], &[(0, 0), (0xc, 60), (0xd, 200)]), 60);
     // Before there was a record: as much as the folder had at the start.
     assert_eq!(locate("", u64::MAX, &[(0xa, 0), (0xb, 100)], 0), 100);

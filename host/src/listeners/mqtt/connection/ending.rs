@@ -64,7 +64,7 @@ pub struct Leaving {
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
     /// Says goodbye, gives back what the connection held, and sees to its will.
     pub(super) async fn leave(mut self, end: End, remote: &Remote, place: Place, leaving: Leaving) {
-        // From now on, so that members of a share that leave together give each other nothing.
+        // It counts as away from now on: members of a share that leave together give each other nothing.
         self.session.outbox().disconnected();
         self.say_goodbye(&end, remote).await;
         let Connection { broker, session, mut io, inbound, will, acks_waiting, partial, .. } = self;

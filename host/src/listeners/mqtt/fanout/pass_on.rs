@@ -126,7 +126,7 @@ impl Live {
         false
     }
 
-    /// From now on what moves from one session to another is noted.
+    /// Begins to note what moves from one session to another.
     pub fn note_passed(&self) {
         // Waits for moves that nobody noted.
         *self.passed.write().unwrap_or_else(PoisonError::into_inner) = Some(Mutex::default());

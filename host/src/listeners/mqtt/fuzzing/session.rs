@@ -95,7 +95,7 @@ struct Model {
     /// The session outlives its connection.
     is_kept: bool,
     session: Option<Session>,
-    /// By stream.
+    /// What each stream has.
     messages: [Vec<Vec<u8>>; 2],
     told: Vec<Answer>,
     sent: u32,

@@ -236,7 +236,7 @@ async fn a_table_that_was_filled_and_is_gone_is_told_as_the_sink_would() {
     let problems = check_for(fresh.config(), vec![claim()]).await.problems;
     let said = sink.open(&claim(), None).await.unwrap_err().to_string();
     assert!(said.ends_with(&problems[0]) && said.contains("written to before"), "{said}\n{problems:?}");
-    // Of another data folder: it makes a table of its own.
+    // A claim of another data folder makes a table of its own.
     let other = Claim { log: uuid::Uuid::from_u128(1), ..claim() };
     let checked = check_for(fresh.config(), vec![other]).await;
     assert!(checked.problems.is_empty() && checked.found.concat().contains("creates"), "{checked:?}");
