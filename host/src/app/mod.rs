@@ -119,11 +119,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
 
     // Streams first: the log is what everything else stands on.
     let OpenStreams { mut logs, set: streams } = open_streams(&config, &data_dir)?;
-    let dead_letters = open_log(
-        &data_dir.join(DEAD_LETTERS),
-        DEAD_LETTERS,
-        &config.dead_letters.stream(config.mqtt.max_packet_size),
-    )?;
+    let dead_letters = open_log(&data_dir.join(DEAD_LETTERS), DEAD_LETTERS, &config.dead_letters.stream())?;
     logs.push(Arc::clone(&dead_letters));
     let dead_letters: Arc<dyn Stream> = dead_letters;
     let broker: Arc<dyn Stream> = open_log(&data_dir.join("broker"), "broker", &broker_stream(&config.mqtt))?;

@@ -63,7 +63,7 @@ pub fn must_be_there(config: &Config) -> anyhow::Result<()> {
 
 fn list(config: &Config, format: Format, out: &mut Out) -> anyhow::Result<()> {
     must_be_there(config)?;
-    let dead_letters = config.dead_letters.stream(config.mqtt.max_packet_size);
+    let dead_letters = config.dead_letters.stream();
     let streams = config.streams.iter().map(|(name, stream)| (name.as_str(), stream));
     for (name, stream) in streams.chain([(DEAD_LETTERS, &dead_letters)]) {
         let held = Held::of(config, name).with_context(|| format!("stream {name}"))?;

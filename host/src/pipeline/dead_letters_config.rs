@@ -5,7 +5,6 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::plugin::MADE_PAYLOAD_BYTES_MAX;
 use crate::problems::{KeyPath, Problems};
 use crate::stream::{self, Retention};
 use crate::units::{ByteSize, Period};
@@ -20,9 +19,6 @@ pub struct DeadLettersConfig {
     /// The oldest go when all together would take more than this. Half of it is shared out among the pipelines, for letters whose sinks are not past them: a pipeline whose share is used up waits, the others do not.
     pub max_bytes: ByteSize,
 }
-
-/// Topic, properties, reason and the keys of one letter.
-const BESIDE_PAYLOAD_BYTES_MAX: u64 = 1 << 20;
 
 impl Default for DeadLettersConfig {
     fn default() -> Self {
@@ -42,15 +38,10 @@ impl DeadLettersConfig {
         self.max_bytes.0 / 2 / pipelines.max(1) as u64
     }
 
-    /// The stream that keeps them: small, and it may use its reserve on a full
-    /// disk. `payload_max`: of the messages that may come; each letter is one append.
-    pub fn stream(&self, payload_max: ByteSize) -> stream::Config {
-        let default = stream::Config::dead_letters();
-        let letter_max = payload_max.0.max(MADE_PAYLOAD_BYTES_MAX as u64) + BESIDE_PAYLOAD_BYTES_MAX;
-        stream::Config {
-            retention: Retention { max_age: self.max_age, max_bytes: self.max_bytes },
-            commit_buffer_bytes_max: default.commit_buffer_bytes_max.max(ByteSize(letter_max)),
-            ..default
-        }
+    /// The stream that keeps them: small, it may use its reserve on a full disk, and takes letters of
+    /// any size.
+    pub fn stream(&self) -> stream::Config {
+        let retention = Retention { max_age: self.max_age, max_bytes: self.max_bytes };
+        stream::Config { retention, ..stream::Config::dead_letters() }
     }
 }

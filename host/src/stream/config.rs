@@ -36,6 +36,10 @@ pub struct Config {
     /// Set by the host, not by a config: may use the reserve while it runs.
     #[serde(skip)]
     pub may_use_reserve: bool,
+    /// Set by the host, not by a config: a message that is larger than the commit buffer goes into
+    /// a commit of its own. It was in the buffer of another stream, which may have had more room.
+    #[serde(skip)]
+    pub takes_any_message: bool,
 }
 
 /// What keeps its order.
@@ -72,6 +76,7 @@ impl Default for Config {
             reserve_bytes: ByteSize::mib(16),
             sync_delay: None,
             may_use_reserve: false,
+            takes_any_message: false,
         }
     }
 }
@@ -83,7 +88,8 @@ impl Default for Retention {
 }
 
 impl Config {
-    /// What the stream of dead letters uses: small, and it may use the reserve.
+    /// What the stream of dead letters uses: small, it may use the reserve, and takes what other
+    /// streams took.
     pub fn dead_letters() -> Self {
         Self {
             partitions: 1,
@@ -93,6 +99,7 @@ impl Config {
             },
             segment_bytes: ByteSize::mib(16),
             may_use_reserve: true,
+            takes_any_message: true,
             ..Self::default()
         }
     }

@@ -129,7 +129,8 @@ impl Inner {
             }
             changes_bytes += frame::change_len(change.key, change.value) + 1;
         }
-        if bytes + changes_bytes > self.buffer_bytes_max {
+        let goes_alone = self.takes_any_message && messages.len() == 1;
+        if bytes + changes_bytes > self.buffer_bytes_max && !goes_alone {
             return Err(AppendError::TooLarge("append"));
         }
         // Copied outside the lock: state changes are rare and need an allocation anyway.

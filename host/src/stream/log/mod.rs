@@ -73,6 +73,7 @@ pub(crate) struct Inner {
     disk: Arc<dyn Disk>,
     identity: Identity,
     buffer_bytes_max: usize,
+    takes_any_message: bool,
     segment_bytes: u64,
     reserve_bytes: u64,
     max_bytes: u64,

@@ -182,6 +182,7 @@ fn build(
         disk,
         identity,
         buffer_bytes_max: config.commit_buffer_bytes_max.0 as usize,
+        takes_any_message: config.takes_any_message,
         segment_bytes: config.segment_bytes.0,
         reserve_bytes: config.reserve_bytes.0,
         max_bytes: config.retention.max_bytes.0,

@@ -35,6 +35,35 @@ fn encoded(payloads: &[Vec<u8>], key: &[u8]) -> Vec<u8> {
 }
 
 #[test]
+fn a_stream_that_takes_any_message_takes_one_larger_than_its_buffer_and_than_all_it_keeps() {
+    let retention = Retention { max_age: None, max_bytes: ByteSize(64 << 10) };
+    let large = payload(1, small().commit_buffer_bytes_max.0 as usize);
+    for takes_any_message in [false, true] {
+        let (disk, clock) = (SimDisk::new(3), new_clock());
+        let config = Config { retention, takes_any_message, ..small() };
+        let (log, _) = manual(&disk, &config, &clock).unwrap();
+        log.append(&[message("a/b", b"before")], &[]).unwrap();
+        let one = [message("a/b", &large)];
+        let two = [one[0], one[0]];
+        assert!(matches!(log.append(&two, &[]), Err(AppendError::TooLarge(_))));
+        if !takes_any_message {
+            assert!(matches!(log.append(&one, &[]), Err(AppendError::TooLarge(_))));
+            continue;
+        }
+        assert_eq!(log.append(&one, &[]), Err(AppendError::Full), "not beside others");
+        commit(&log).unwrap();
+        log.append(&one, &[StateChange { key: b"k", value: Some(b"v") }]).unwrap();
+        commit(&log).unwrap();
+        log.append(&[message("a/b", b"after")], &[]).unwrap();
+        commit(&log).unwrap();
+        disk.restart_process();
+        let (log, _) = manual(&disk, &config, &clock).unwrap();
+        let read = block_on(read_all(&*log, log.bounds().start.0));
+        assert!(read.ends_with(&[(1, Some(large.clone())), (2, Some(b"after".to_vec()))]));
+    }
+}
+
+#[test]
 fn every_flipped_byte_of_a_frame_is_seen() {
     let bytes = encoded(&[b"one".to_vec(), b"second".to_vec()], b"key");
     assert!(decode(&bytes, 4).is_ok());
