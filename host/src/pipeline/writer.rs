@@ -364,10 +364,15 @@ impl Writer {
                 self.letters.durable(self.letters.ticket()).await.map_err(stopped)?;
             }
             if len == 0 && advance.is_empty() {
-                if std::mem::take(&mut self.pace.settle) {
-                    continue;
+                if !std::mem::take(&mut self.pace.settle) {
+                    return Ok(());
                 }
-                return Ok(());
+                // Nothing before it can be committed, and it cannot be halved: all its letters are
+                // written, whatever room they take.
+                if part(rows, self.pace.rows) == part(rows, 1) {
+                    self.letters.committed(self.number);
+                }
+                continue;
             }
             match self.commit(rows, len, advance).await {
                 Ok(()) => wrote |= len > 0,

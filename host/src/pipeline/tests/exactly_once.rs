@@ -65,7 +65,7 @@ fn steps(generation: u64, version: u64) -> Chain {
     });
     let shape = step("shape", |message, _| match number(&text(message)) % 20 {
         2 => Act::Drop,
-        3 => Act::Twice,
+        3 => Act::Times(2),
         _ => Act::Pass,
     });
     let check = step("check", move |message, _| match number(&text(message)) {

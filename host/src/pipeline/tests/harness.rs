@@ -30,8 +30,8 @@ pub enum Act {
     Drop,
     Route(&'static str),
     Payload(String),
-    /// That many times.
-    Twice,
+    /// So many messages in its place.
+    Times(usize),
     Refuse(String),
     Retry(&'static str),
     Hold(&'static str),
@@ -73,7 +73,7 @@ impl Step for TestStep {
                 }
                 Act::Route(route) => entry.route = put(route.as_bytes()),
                 Act::Payload(payload) => entry.payload = put(payload.as_bytes()),
-                Act::Twice => entries.push(entry),
+                Act::Times(n) => entries.extend(std::iter::repeat_n(entry, n - 1)),
                 Act::Refuse(reason) => {
                     outcome.refused.push(Refused { index: i as u32, kind: RefusedKind::Failed, reason });
                     continue;

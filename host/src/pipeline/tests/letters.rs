@@ -240,6 +240,18 @@ async fn a_sink_that_rejects_rows_goes_on_where_the_letters_of_steps_take_their_
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_whose_rejected_rows_exceed_the_share_stops_no_sink() {
+    let world = with_a_small_share(1, "w");
+    world.database("w").refuse(|message| (number(&text(message)) == 3).then(|| "no column".to_owned()));
+    let process = world.start(chain(1, &[step("many", |_, _| Act::Times(100))])).await;
+    world.publish_many(1, 0, 10);
+    process.drained().await;
+    assert_eq!(world.open_letters("w").await, vec![("d0:3".to_owned(), "w".to_owned()); 100]);
+    assert_eq!(world.payloads("w").len(), 900);
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pipeline_with_a_full_share_holds_for_its_sink_and_other_steps_go_on_after_a_restart() {
     let world = with_a_small_share(4, "w");
     let odd_or_even = |generation, rejected| {

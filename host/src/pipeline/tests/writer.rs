@@ -118,6 +118,16 @@ async fn a_row_whose_transaction_was_given_up_for_want_of_room_is_a_row_or_a_let
     }
 }
 
+/// No position lies between the rows of a message: its letters find room together, or never.
+#[tokio::test]
+async fn a_message_whose_rejected_rows_exceed_the_share_becomes_letters_all_the_same() {
+    let mut world = World::new(2_000).await;
+    world.database.refuse(|message| (message.offset().0 == 1).then(|| "no".to_owned()));
+    world.write(&mut rows(3, 100), 3).await;
+    assert_eq!(world.rejected().await, [1; 100]);
+    assert_eq!(world.written(), [vec![0; 100], vec![2; 100]].concat());
+}
+
 #[tokio::test]
 async fn a_message_that_is_too_much_by_itself_is_tried_again_slowly() {
     for of_each in [1, 2, 5] {
