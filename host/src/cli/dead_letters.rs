@@ -1,6 +1,6 @@
 //! `headworks dead-letters`: refused messages, each with who refused it and why.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use crate::admin::{DiscardAnswer, RedriveAnswer, RedriveRequest};
 use crate::batch::{Batch, MessageRef, Offset};
 use crate::config::{self, Config, DEAD_LETTERS, Loaded};
 use crate::hints::{Hint, Hints};
-use crate::pipeline::{MARK_PREFIX, Mark, marks};
+use crate::pipeline::{MARK_PREFIX, Mark, Marks};
 use crate::plugin;
 use crate::properties::{self, Origin};
 use crate::stream::Read;
@@ -91,7 +91,7 @@ fn each(
             if !is_wanted(&letter, filter) {
                 continue;
             }
-            match marks.get(&letter.offset().0) {
+            match marks.get(letter.offset().0) {
                 Some(Mark::Sent) if !with_sent => hidden += 1,
                 mark => take(&letter, mark)?,
             }
@@ -279,7 +279,7 @@ fn show(
     let mut letters_of = batch.messages().filter(|letter| is_wanted(letter, &any));
     let letter = letters_of.find(|letter| letter.offset() == Offset(id)).with_context(missing)?;
     let marks = marks_of(letters.as_ref())?;
-    let mark = marks.get(&id);
+    let mark = marks.get(id);
     if format == Format::Json {
         return out.json(&to_json(&letter, mark));
     }
@@ -401,16 +401,17 @@ fn is_wanted(letter: &MessageRef<'_>, filter: &LetterFilter) -> bool {
 }
 
 /// What became of the letters that a redrive took.
-fn marks_of(letters: Option<&ReadOnly>) -> anyhow::Result<BTreeMap<u64, Mark>> {
+fn marks_of(letters: Option<&ReadOnly>) -> anyhow::Result<Marks> {
     let state = letters.map(|letters| letters.state(MARK_PREFIX)).transpose()?;
-    Ok(marks(state.unwrap_or_default()))
+    Ok(Marks::read(&state.unwrap_or_default()))
 }
 
 fn sent_again(mark: Option<&Mark>) -> &'static str {
     match mark {
         Some(Mark::Sent) => "yes, or discarded",
         Some(Mark::Pending { .. }) => "pending",
-        Some(Mark::Open { .. }) => "refused again",
+        Some(Mark::Open { was_sent: true, .. }) => "yes, and a database has lost it",
+        Some(Mark::Open { was_sent: false, .. }) => "refused again",
         None => "no",
     }
 }
@@ -443,7 +444,7 @@ fn refused_by(letter: &MessageRef<'_>) -> String {
 
 /// The sinks that have not had the message: where a redrive sends it.
 fn for_sinks(letter: &MessageRef<'_>, mark: Option<&Mark>) -> String {
-    if let Some(Mark::Open { sinks }) = mark {
+    if let Some(Mark::Open { sinks, .. }) = mark {
         return sinks.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
     }
     match (property(letter, "sinks"), property(letter, "sink")) {

@@ -1,9 +1,8 @@
-//! What became of letters that a redrive took: a mark on each, in the state of
-//! the dead letters.
+//! The letters that one pass of a redrive sends.
 //!
-//! A letter is pending from the append of its mark on, until each sink that it
-//! names is past it in the pass that the mark names. It is sent then, or open again
-//! for the sinks that rejected it as before: no second letter is made of it. A
+//! A letter is pending from the append of its mark ([`marks`](super::marks)) on, until
+//! each sink that it names is past it in the pass that the mark names. It is sent then, or
+//! open again for the sinks that rejected it as before: no second letter is made of it. A
 //! rejection is in the mark before the sink's position covers the letter, as a letter
 //! would be.
 //!
@@ -18,118 +17,15 @@ use uuid::Uuid;
 
 use super::dead_letters::{DeadLetters, Refusal, Source};
 use super::letter::{Letter, Names};
+use super::marks::{Change, MARK_PREFIX, Mark, Marks, Pending, Sent, mark_key};
 use super::routes::SinkNumber;
 use crate::batch::{MessageRef, Offset, Partition};
-use crate::stream::{Identity, Read, ReadError, StateEntries, Stream};
-
-/// State key of a letter that a redrive took: then its offset, big-endian.
-pub const MARK_PREFIX: &[u8] = b"rd";
-
-/// A mark as the state has it.
-pub type KeyValue = (Vec<u8>, Vec<u8>);
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Mark {
-    /// Each sink that it names has it, or another letter has what is left of it.
-    Sent,
-    Pending(Pending),
-    /// These sinks rejected it again, as before.
-    Open {
-        sinks: BTreeSet<String>,
-    },
-}
-
-/// A redrive of this pipeline is under way.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Pending {
-    pub pipeline: String,
-    /// `None`: a redrive of 0.1.0, which sends a copy.
-    pub pass: Option<Uuid>,
-    /// The sinks that it is sent to, where these are not all that the letter names.
-    pub only: Option<BTreeSet<String>>,
-    /// Sinks that rejected it so far.
-    pub rejected: BTreeSet<String>,
-}
-
-/// First byte of the mark of a letter that a pass sends: no text begins with it.
-const OF_PASS: u8 = 1;
-
-impl Mark {
-    /// Empty for a letter that is sent. `pending` and the pipeline, or `open`, and the
-    /// sinks, a line each. For a pass: a byte, its UUID, then lines: the pipeline, the
-    /// sinks that it is sent to, those that rejected it.
-    pub fn bytes(&self) -> Vec<u8> {
-        let lines = |first: [&str; 2], names: &BTreeSet<String>| {
-            first
-                .into_iter()
-                .chain(names.iter().map(String::as_str))
-                .collect::<Vec<_>>()
-                .join("\n")
-                .into_bytes()
-        };
-        match self {
-            Self::Sent => Vec::new(),
-            Self::Open { sinks } => lines(["open", ""], sinks),
-            Self::Pending(Pending { pipeline, pass: None, rejected, .. }) => {
-                lines(["pending", pipeline], rejected)
-            }
-            Self::Pending(Pending { pipeline, pass: Some(pass), only, rejected }) => {
-                let only = only.as_ref().map(joined).unwrap_or_default();
-                let text = format!("{pipeline}\n{only}\n{}", joined(rejected));
-                [&[OF_PASS], &pass.as_bytes()[..], text.as_bytes()].concat()
-            }
-        }
-    }
-
-    fn read(bytes: &[u8]) -> Self {
-        if let Some((&OF_PASS, rest)) = bytes.split_first()
-            && let Some((pass, text)) = rest.split_first_chunk()
-        {
-            let text = String::from_utf8_lossy(text);
-            let mut lines = text.split('\n');
-            let mut line = || lines.next().unwrap_or_default();
-            let (pipeline, only, rejected) = (line().to_owned(), split(line()), split(line()));
-            let only = (!only.is_empty()).then_some(only);
-            return Self::Pending(Pending { pipeline, pass: Some(Uuid::from_bytes(*pass)), only, rejected });
-        }
-        let text = String::from_utf8_lossy(bytes);
-        let mut lines = text.split('\n');
-        let (kind, pipeline) = (lines.next(), lines.next().unwrap_or_default().to_owned());
-        let names = lines.map(str::to_owned).collect();
-        match kind {
-            Some("pending") => Self::Pending(Pending { pipeline, pass: None, only: None, rejected: names }),
-            Some("open") => Self::Open { sinks: names },
-            _ => Self::Sent,
-        }
-    }
-}
-
-/// Names of sinks have no commas.
-fn joined(names: &BTreeSet<String>) -> String {
-    names.iter().map(String::as_str).collect::<Vec<_>>().join(",")
-}
-
-fn split(names: &str) -> BTreeSet<String> {
-    names.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect()
-}
-
-/// Marks by their letter's offset, from the dead letters' state below [`MARK_PREFIX`].
-pub fn marks(state: StateEntries) -> BTreeMap<u64, Mark> {
-    let mark = |(key, value): (Vec<u8>, Vec<u8>)| {
-        let offset = key.strip_prefix(MARK_PREFIX)?.try_into().ok().map(u64::from_be_bytes)?;
-        Some((offset, Mark::read(&value)))
-    };
-    state.into_iter().filter_map(mark).collect()
-}
-
-pub fn mark_key(offset: Offset) -> Vec<u8> {
-    [MARK_PREFIX, &offset.0.to_be_bytes()].concat()
-}
+use crate::stream::{Identity, Read, ReadError, Stream};
 
 /// Whether a redrive of the pipeline with these names ended before all it took was sent.
 pub fn is_pending(dead_letters: &dyn Stream, pipelines: &[String]) -> bool {
     let of_it = |mark: &Mark| matches!(mark, Mark::Pending(pending) if pipelines.contains(&pending.pipeline));
-    marks(dead_letters.state(MARK_PREFIX)).values().any(of_it)
+    Marks::read(&dead_letters.state(MARK_PREFIX)).own().any(|(_, mark)| of_it(mark))
 }
 
 /// The letters that one pass sends and that are pending, by the offset of what is sent:
@@ -210,9 +106,9 @@ impl Again {
     /// The passes that earlier redrives of a pipeline left.
     pub async fn left(dead_letters: &dyn Stream, pipeline: &DeadLetters) -> Result<Vec<Self>, ReadError> {
         let names = pipeline.names();
-        let marks = marks(dead_letters.state(MARK_PREFIX));
-        let pending: BTreeMap<u64, Pending> = marks
-            .into_iter()
+        let marks = Marks::read(&dead_letters.state(MARK_PREFIX));
+        let pending: BTreeMap<u64, &Pending> = marks
+            .own()
             .filter_map(|(letter, mark)| match mark {
                 Mark::Pending(pending) if names.pipelines.contains(&pending.pipeline) => {
                     Some((letter, pending))
@@ -320,7 +216,7 @@ impl Again {
     }
 
     /// Keys and values of the marks that say that these sinks rejected these letters.
-    pub fn with_rejected(&self, refusals: &[(&Refusal<'_>, Vec<SinkNumber>)]) -> Vec<KeyValue> {
+    pub fn with_rejected(&self, refusals: &[(&Refusal<'_>, Vec<SinkNumber>)]) -> Vec<Change> {
         let sendings = self.lock();
         let mark = |(refusal, names): &(&Refusal<'_>, Vec<SinkNumber>)| {
             let sending = sendings.get(&refusal.message.offset().0)?;
@@ -328,7 +224,7 @@ impl Again {
             let rejected = sending.rejected.iter().cloned().chain(names).collect();
             Some((
                 mark_key(Offset(sending.letter)),
-                self.pending_mark(sending.only.clone(), rejected).bytes(),
+                Some(self.pending_mark(sending.only.clone(), rejected).bytes()),
             ))
         };
         refusals.iter().filter_map(mark).collect()
@@ -356,13 +252,14 @@ impl Again {
         self.lock().iter().flat_map(of).collect()
     }
 
-    /// What is to be written of the letters whose sinks are all past them; they are
-    /// pending no more. `reached`: by sink, its positions by partition, where they are known.
-    pub fn ended(&self, reached: &[Vec<Offset>]) -> (Vec<KeyValue>, Ended) {
+    /// What is to be written of the letters whose sinks are all past them, the records of what
+    /// is sent first; they are pending no more. `reached`: by sink, its positions by partition,
+    /// where they are known.
+    pub fn ended(&self, reached: &[Vec<Offset>]) -> (Vec<Change>, Ended) {
         let mut ended = Ended::default();
-        let mut changes = Vec::new();
-        let mut sendings = self.lock();
-        sendings.retain(|at, sending| {
+        let mut marks = Vec::new();
+        let mut sent: BTreeMap<BTreeSet<String>, Vec<u64>> = BTreeMap::new();
+        self.lock().retain(|at, sending| {
             let is_past = |sink: &SinkNumber| {
                 let positions = reached.get(*sink).map_or(&[][..], Vec::as_slice);
                 positions.get(usize::from(sending.partition.0)).is_some_and(|position| position.0 > *at)
@@ -370,16 +267,31 @@ impl Again {
             if !sending.names.iter().all(is_past) || (sending.is_kept && sending.rejected.is_empty()) {
                 return true;
             }
-            let mark = if sending.rejected.is_empty() {
-                ended.sent += 1;
-                Mark::Sent
-            } else {
+            let taken = sending.names.iter().map(|sink| self.names.sink(*sink));
+            let taken: BTreeSet<_> =
+                taken.filter(|name| !sending.rejected.contains(*name)).map(str::to_owned).collect();
+            if !taken.is_empty() {
+                sent.entry(taken).or_default().push(sending.letter);
+            }
+            let mark = if !sending.rejected.is_empty() {
                 ended.refused += 1;
-                Mark::Open { sinks: sending.rejected.clone() }
+                Some(Mark::Open { sinks: sending.rejected.clone(), was_sent: false })
+            } else {
+                ended.sent += 1;
+                // No record has the letters of a redrive without a pass.
+                self.pass.is_none().then_some(Mark::Sent)
             };
-            changes.push((mark_key(Offset(sending.letter)), mark.bytes()));
+            marks.push((mark_key(Offset(sending.letter)), mark.map(|mark| mark.bytes())));
             false
         });
+        let records = |pass: Uuid| {
+            let of = move |(sinks, letters): (&BTreeSet<String>, &Vec<u64>)| {
+                Sent::records(pass, self.names.pipeline(), sinks, letters)
+            };
+            sent.iter().flat_map(of).collect::<Vec<_>>()
+        };
+        let mut changes = self.pass.map(records).unwrap_or_default();
+        changes.append(&mut marks);
         (changes, ended)
     }
 
@@ -389,29 +301,5 @@ impl Again {
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Sending>> {
         self.sendings.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_mark_reads_as_it_was_written_and_an_empty_one_of_the_first_version_is_sent() {
-        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>();
-        let pending =
-            |pass, only, rejected| Mark::Pending(Pending { pipeline: "p".into(), pass, only, rejected });
-        for mark in [
-            Mark::Sent,
-            pending(None, None, names(&[])),
-            pending(None, None, names(&["a", "b"])),
-            pending(Some(Uuid::from_bytes([b'\n'; 16])), None, names(&[])),
-            pending(Some(Uuid::max()), Some(names(&["a", "b"])), names(&["b"])),
-            Mark::Open { sinks: names(&["a"]) },
-        ] {
-            assert_eq!(Mark::read(&mark.bytes()), mark);
-        }
-        let old = vec![(mark_key(Offset(7)), Vec::new())];
-        assert_eq!(marks(old), BTreeMap::from([(7, Mark::Sent)]));
     }
 }

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use uuid::Uuid;
 
 use super::status::SinkShared;
-use crate::sinks::{Advance, Claim, Epoch, Error, Opened, Outcome, Rows, Sink, Written};
+use crate::sinks::{Advance, Claim, Epoch, Error, LogPosition, Name, Opened, Outcome, Rows, Sink, Written};
 
 pub struct Answering {
     pub sink: Box<dyn Sink>,
@@ -16,6 +17,10 @@ pub struct Answering {
 impl Sink for Answering {
     async fn open(&mut self, claim: &Claim, held: Option<Epoch>) -> Result<Opened, Error> {
         self.shared.answer(self.sink.open(claim, held)).await
+    }
+
+    async fn positions_of(&mut self, claims: &[Name], logs: &[Uuid]) -> Result<Vec<LogPosition>, Error> {
+        self.shared.answer(self.sink.positions_of(claims, logs)).await
     }
 
     async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {

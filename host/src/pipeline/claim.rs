@@ -79,6 +79,12 @@ impl Beginning {
         matches!(self.begin, Some(FirstStart::Now(_)))
     }
 
+    /// Whether a table without positions is believed to have the rows of dead letters that were
+    /// sent to it: it has rows, and nobody has said that all is to be written again.
+    pub fn believes_sent(&self, found: &Found) -> bool {
+        found.has_rows && self.begin != Some(FirstStart::Start)
+    }
+
     /// Returns where a new claim begins, or why a person must decide: the sink's table has rows
     /// that this log may have written under another name, or under positions that are gone.
     fn decide(

@@ -26,6 +26,7 @@ use super::again::Again;
 use super::known::{Known, Piece, Reader, Remembered, Room, Seen, Stale};
 use super::letter::{self, Letter, Names};
 use super::metrics;
+use super::missing::SentLetters;
 use super::outlet::HandedOut;
 use super::routes::SinkNumber;
 use crate::batch::{Batch, MessageRef, Offset, Partition};
@@ -117,6 +118,7 @@ pub struct DeadLetters {
     again: Option<Again>,
     /// New letters so far.
     made: AtomicU64,
+    sent: SentLetters,
     waiting: Mutex<Waiters>,
 }
 
@@ -180,6 +182,7 @@ impl DeadLetters {
             attachment.detach();
         }
         let letters = Self {
+            sent: SentLetters::new(Arc::clone(&stream), names.clone()),
             stream,
             known: Mutex::new(Known::new(sinks, source.partitions)),
             bytes_max,
@@ -407,6 +410,11 @@ impl DeadLetters {
         self.again.as_ref()
     }
 
+    /// What redrives have sent.
+    pub fn sent(&self) -> &SentLetters {
+        &self.sent
+    }
+
     /// What refusals wait for, if they do.
     pub fn waiting(&self) -> Option<Waiting> {
         self.waiters().waiting.clone()
@@ -522,7 +530,7 @@ impl DeadLetters {
         let scan = Scan { from, floors }.bytes(&self.names);
         let scan = StateChange { key: self.scan_key.as_bytes(), value: Some(&scan) };
         let marks = self.again.as_ref().map(|marks| marks.with_rejected(&again)).unwrap_or_default();
-        let marks = marks.iter().map(|(key, value)| StateChange { key, value: Some(value) });
+        let marks = marks.iter().map(|(key, value)| StateChange { key, value: value.as_deref() });
         let changes: Vec<_> = std::iter::once(scan).chain(marks).collect();
         let appended = self.stream.append(&messages, &changes)?;
         known.ticket = known.ticket.max(appended.ticket);

@@ -3,8 +3,8 @@
 
 use std::sync::Arc;
 
-use super::again::{MARK_PREFIX, Mark, mark_key, marks};
 use super::letter::Letter;
+use super::marks::{MARK_PREFIX, Marks, mark_key};
 use super::{DeadLettersError, Filter};
 use crate::batch::{MessageRef, Offset};
 use crate::stream::{AppendError, Read, StateChange, Stream, Ticket};
@@ -21,9 +21,9 @@ pub async fn discard(
     filter: &Filter,
     pipeline: Option<&str>,
 ) -> Result<u64, DeadLettersError> {
-    let marks = marks(dead_letters.state(MARK_PREFIX));
+    let marks = Marks::read(&dead_letters.state(MARK_PREFIX));
     let is_wanted = |message: &MessageRef<'_>| {
-        let is_open = matches!(marks.get(&message.offset().0), None | Some(Mark::Open { .. }));
+        let is_open = marks.is_open(message.offset().0);
         is_open && Letter::of(message).is_some_and(|letter| fits(filter, pipeline, message.offset(), &letter))
     };
     let mut keys = Vec::new();

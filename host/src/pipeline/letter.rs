@@ -166,6 +166,11 @@ impl Names {
         &self.sinks[sink][0]
     }
 
+    /// Names under which the pipeline's redrives have positions.
+    pub fn redrives(&self) -> Vec<String> {
+        self.pipelines.iter().map(|name| format!("{name}/redrive")).collect()
+    }
+
     pub fn has(&self, letter: &Letter<'_>) -> bool {
         self.pipelines.iter().any(|name| name == letter.pipeline)
     }

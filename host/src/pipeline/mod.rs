@@ -37,7 +37,9 @@ mod discard;
 mod known;
 mod lane;
 mod letter;
+mod marks;
 mod metrics;
+mod missing;
 mod open_letters;
 mod outlet;
 mod reader;
@@ -52,12 +54,13 @@ mod writer;
 #[cfg(test)]
 pub(crate) mod tests;
 
-pub use again::{Ended, MARK_PREFIX, Mark, marks};
+pub use again::Ended;
 pub use claim::{Beginning, FirstStart, claim_of};
 pub use config::{Backoff, Config, DEFAULT_ROUTE, DROP, Retries, RouteTarget};
 pub use dead_letters::{DeadLetters, Error as DeadLettersError};
 pub use dead_letters_config::DeadLettersConfig;
 pub use letter::Letter;
+pub use marks::{MARK_PREFIX, Mark, Marks};
 pub use metrics::{METRICS, letters_gone};
 pub use open_letters::{Open as OpenCount, OpenLetters};
 pub use redrive::{Filter, RedriveError, Summary, list_open};
@@ -153,7 +156,34 @@ impl Redriver {
         if let Some(reason) = &chain.hold {
             return Err(RedriveError::Held(format!("the pipeline holds: {reason}")));
         }
+        self.open_missing().await?;
         redrive::run(filter, &chain, &self.shared, &self.dead_letters, &self.lenders, &mut epochs).await
+    }
+
+    /// Opens the letters that databases are found to have lost, between redrives.
+    async fn watch_missing(self: Arc<Self>) {
+        loop {
+            self.shared.letters.sent().is_found().await;
+            let _between = self.epochs.lock().await;
+            if let Err(error) = self.open_missing().await {
+                self.say(&error.to_string(), "dead letters that a sink's database has lost stay closed");
+            }
+        }
+    }
+
+    async fn open_missing(&self) -> Result<(), DeadLettersError> {
+        let letters = &self.shared.letters;
+        for (sink, count) in letters.sent().put_back().await? {
+            tracing::error!(
+                pipeline = &*self.shared.name,
+                sink = letters.names().sink(sink),
+                letters = count,
+                "the sink's database does not have dead letters that were sent to it: it was restored from before \
+                 they were sent, or another database is in its place. They are open again for this sink{}",
+                self.shared.failures.hint(Hint::DeadLettersList)
+            );
+        }
+        Ok(())
     }
 
     /// Goes on with a redrive that ended with the last process, until all is sent.
@@ -179,7 +209,11 @@ impl Redriver {
     }
 
     fn say_not_resumed(&self, reason: &str) {
-        let kind = format!("pipeline \"{}\": the redrive of dead letters does not go on", self.shared.name);
+        self.say(reason, "the redrive of dead letters does not go on");
+    }
+
+    fn say(&self, reason: &str, what: &str) {
+        let kind = format!("pipeline \"{}\": {what}", self.shared.name);
         let show = self.shared.failures.hint(Hint::DeadLettersList);
         self.shared.failures.report_by(&kind, &alike(reason), 1, reason, &show);
     }
@@ -346,6 +380,8 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
         dead_letters,
         shared: Arc::clone(&shared),
     });
+    let watching = Arc::clone(&redriver).watch_missing();
+    tokio::spawn(shutdown.clone().run_until_cancelled_owned(watching));
     let resuming = Arc::clone(&redriver).resume();
     tokio::spawn(shutdown.clone().run_until_cancelled_owned(resuming));
     #[cfg(test)]

@@ -4,10 +4,11 @@
 //! reads what is new, and the marks of redrives where the stream has changed.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
 
-use super::again::{MARK_PREFIX, Mark, marks};
 use super::letter::Letter;
+use super::marks::{MARK_PREFIX, Marks};
 use crate::batch::Offset;
 use crate::stream::{GapCause, Read, ReadError, Stream, Ticket};
 
@@ -147,12 +148,22 @@ impl OpenLetters {
 
     /// Takes over what redrives made of the letters.
     fn mark(&mut self) {
-        for (offset, mark) in marks(self.dead_letters.state(MARK_PREFIX)) {
-            let Some(word) = offset.checked_sub(self.first).and_then(|at| self.letters.get_mut(at as usize))
-            else {
-                continue;
-            };
-            let is_closed = mark == Mark::Sent;
+        let sent = Marks::read(&self.dead_letters.state(MARK_PREFIX)).all_sent();
+        let end = self.first + self.letters.len() as u64;
+        let mut from = self.first;
+        for run in sent.ranges() {
+            let run = run.start.clamp(from, end)..run.end.clamp(from, end);
+            self.close(from..run.start, false);
+            self.close(run.clone(), true);
+            from = run.end;
+        }
+        self.close(from..end, false);
+    }
+
+    /// Closes the letters of a range, or opens them.
+    fn close(&mut self, range: Range<u64>, is_closed: bool) {
+        for offset in range {
+            let word = &mut self.letters[(offset - self.first) as usize];
             let (before, was_closed) = (*word & !CLOSED, *word & CLOSED != 0);
             if before != 0 && is_closed != was_closed {
                 *word ^= CLOSED;

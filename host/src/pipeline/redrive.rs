@@ -24,11 +24,12 @@ use tokio::sync::{mpsc, oneshot};
 
 use uuid::Uuid;
 
-use super::again::{Again, Ended, KeyValue, MARK_PREFIX, Mark, Pending, Sending, mark_key, marks};
+use super::again::{Again, Ended, Sending};
 use super::dead_letters::{DeadLetters, Error as DeadLettersError, Source};
 use super::delivery::{Control, Lend, Returned};
 use super::known::{Reader, index_within_offset};
 use super::letter::{self, Letter, Names};
+use super::marks::{Change, MARK_PREFIX, Mark, Marks, Pending, mark_key, records};
 use super::routes::{SinkNumber, Sorted};
 use super::status::SinkShared;
 use super::worker::{Shared, Stripped, unknown_routes, without_letters};
@@ -109,15 +110,14 @@ impl From<ReadError> for RedriveError {
 
 /// Offsets of the letters that no redrive sent or sends, oldest first, at most 100,000.
 pub async fn list_open(dead_letters: &dyn Stream, pipeline: Option<&str>) -> Result<Vec<Offset>, ReadError> {
-    let marks = marks(dead_letters.state(MARK_PREFIX));
+    let marks = Marks::read(&dead_letters.state(MARK_PREFIX));
     let mut open = Vec::new();
     each(dead_letters, |batch| {
         for message in batch.messages().filter(|_| !dead_letters.is_past_age(batch.now_us)) {
             let wanted = Letter::of(&message).is_some_and(|letter| {
                 !letter.is_copy() && pipeline.is_none_or(|pipeline| letter.pipeline == pipeline)
             });
-            let is_open = matches!(marks.get(&message.offset().0), None | Some(Mark::Open { .. }));
-            if wanted && is_open && open.len() < LIST_MAX {
+            if wanted && marks.is_open(message.offset().0) && open.len() < LIST_MAX {
                 open.push(message.offset());
             }
         }
@@ -171,7 +171,8 @@ async fn forget_marks(dead_letters: &Arc<dyn Stream>, pipelines: &[String]) -> R
     let start = dead_letters.bounds().start;
     let mut lost = 0;
     let mut keys = Vec::new();
-    for (offset, mark) in marks(dead_letters.state(MARK_PREFIX)) {
+    let state = dead_letters.state(MARK_PREFIX);
+    for (offset, mark) in Marks::read(&state).own() {
         match mark {
             _ if offset >= start.0 => continue,
             // Its copy may be there.
@@ -183,39 +184,46 @@ async fn forget_marks(dead_letters: &Arc<dyn Stream>, pipelines: &[String]) -> R
         }
         keys.push(mark_key(Offset(offset)));
     }
+    keys.extend(records(&state).filter(|sent| sent.letters.bounds().end <= start.0).map(|sent| sent.key()));
     for keys in keys.chunks(MARKS_MAX) {
         change(dead_letters, keys.iter().map(|key| StateChange { key, value: None }).collect()).await?;
     }
     Ok(lost)
 }
 
-async fn set_marks<'m>(dead_letters: &Arc<dyn Stream>, marks: &'m [KeyValue]) -> Result<(), RedriveError> {
+/// Sets marks and records, those first that come first. Where there is no room for all of them, a
+/// later run sets the others.
+async fn set_marks<'m>(dead_letters: &Arc<dyn Stream>, marks: &'m [Change]) -> Result<(), RedriveError> {
     for marks in marks.chunk_by(together()) {
-        let set = |(key, value): &'m KeyValue| StateChange { key, value: Some(value) };
-        change(dead_letters, marks.iter().map(set).collect()).await?;
+        let set = |(key, value): &'m Change| StateChange { key, value: value.as_deref() };
+        if !change(dead_letters, marks.iter().map(set).collect()).await? {
+            break;
+        }
     }
     Ok(())
 }
 
 /// Whether a mark goes into one append with those before it: for `chunk_by`.
-fn together() -> impl FnMut(&KeyValue, &KeyValue) -> bool {
+fn together() -> impl FnMut(&Change, &Change) -> bool {
+    let bytes_of = |(key, value): &Change| key.len() + value.as_ref().map_or(0, Vec::len);
     let (mut count, mut bytes) = (1, 0);
-    move |_, (key, value)| {
+    move |_, mark| {
         count += 1;
-        bytes += key.len() + value.len();
+        bytes += bytes_of(mark);
         let fits = count <= MARKS_MAX && bytes <= MARKS_BYTES_MAX;
         if !fits {
-            (count, bytes) = (1, key.len() + value.len());
+            (count, bytes) = (1, bytes_of(mark));
         }
         fits
     }
 }
 
-/// Changes marks; where there is no room, not now: a later run does.
-async fn change(dead_letters: &Arc<dyn Stream>, changes: Vec<StateChange<'_>>) -> Result<(), RedriveError> {
+/// Changes marks, and returns whether there was room.
+async fn change(dead_letters: &Arc<dyn Stream>, changes: Vec<StateChange<'_>>) -> Result<bool, RedriveError> {
     loop {
         match dead_letters.append(&[], &changes) {
-            Ok(_) | Err(AppendError::NoSpace) => return Ok(()),
+            Ok(_) => return Ok(true),
+            Err(AppendError::NoSpace) => return Ok(false),
             Err(AppendError::Full) => dead_letters.writable().await,
             Err(error) => return Err(DeadLettersError::from(error).into()),
         }
@@ -279,7 +287,7 @@ impl Redrive<'_> {
     /// taken then is listed as before.
     async fn take_and_send(&mut self, filter: &Filter) -> Result<(), RedriveError> {
         let bounds = self.dead_letters.bounds();
-        let marks = marks(self.dead_letters.state(MARK_PREFIX));
+        let marks = Marks::read(&self.dead_letters.state(MARK_PREFIX));
         let mut pass: Option<Pass> = None;
         let mut from = Some(bounds.start);
         while let Some(begin) = from {
@@ -325,7 +333,7 @@ impl Redrive<'_> {
     async fn next_part(
         &mut self,
         filter: &Filter,
-        marks: &BTreeMap<u64, Mark>,
+        marks: &Marks,
         range: Range<Offset>,
     ) -> Result<Part, RedriveError> {
         let mut part = Part::default();
@@ -343,9 +351,9 @@ impl Redrive<'_> {
                     continue;
                 };
                 let offset = message.offset();
-                let only = match marks.get(&offset.0) {
+                let only = match marks.get(offset.0) {
                     None => None,
-                    Some(Mark::Open { sinks }) => Some(sinks),
+                    Some(Mark::Open { sinks, .. }) => Some(sinks),
                     Some(Mark::Sent | Mark::Pending(_)) => continue,
                 };
                 let sending = Sending::of(&message, &letter, &self.shared.letters, only, &BTreeSet::new());
@@ -381,14 +389,14 @@ impl Redrive<'_> {
         let mut is_first = true;
         while !part.letters.is_empty() {
             let mark = |(offset, only, _): &(Offset, Option<BTreeSet<String>>, Sending)| {
-                (mark_key(*offset), again.mark(only.as_ref()).bytes())
+                (mark_key(*offset), Some(again.mark(only.as_ref()).bytes()))
             };
-            let mut marks: Vec<KeyValue> = part.letters.iter().take(MARKS_MAX).map(mark).collect();
+            let mut marks: Vec<Change> = part.letters.iter().take(MARKS_MAX).map(mark).collect();
             marks.truncate(marks.chunk_by(together()).next().map_or(0, <[_]>::len));
             let rest = part.letters.split_off(marks.len());
             let letters = std::mem::replace(&mut part.letters, rest);
             let changes: Vec<_> =
-                marks.iter().map(|(key, value)| StateChange { key, value: Some(value) }).collect();
+                marks.iter().map(|(key, value)| StateChange { key, value: value.as_deref() }).collect();
             last = loop {
                 match self.dead_letters.append(&[], &changes) {
                     Ok(appended) => break appended.ticket,
@@ -447,7 +455,7 @@ impl Redrive<'_> {
         let lender = &lenders[number];
         let of_pass = pass.again().pass();
         let identity = pass.again().identity(self.dead_letters.identity());
-        let pipelines: Vec<_> = self.names.pipelines.iter().map(|name| format!("{name}/redrive")).collect();
+        let pipelines = self.names.redrives();
         let patience = Instant::now() + AHEAD_WAIT_MAX;
         loop {
             let Some(borrowed) = Borrowed::take(&lender.control).await else {

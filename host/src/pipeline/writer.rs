@@ -5,10 +5,12 @@
 //! what is refused is durable in dead letters before a position covers it, and
 //! a position moves in the transaction of its rows.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::time;
+use uuid::Uuid;
 
 use super::claim::{self, Beginning, Waiting};
 use super::dead_letters::{self, DeadLetters, Refusal, Source};
@@ -294,6 +296,12 @@ impl Writer {
                 self.letters.begins(self.number, start).await.map_err(stopped)?;
             }
         }
+        let believes = |beginning: &Beginning| is_new && (goes_on || beginning.believes_sent(&opened.found));
+        if self.beginning.as_ref().is_some_and(believes) {
+            // Before it has a position, as above.
+            let believed = self.letters.sent().believe(self.number).await.map_err(stopped)?;
+            self.letters.durable(believed).await.map_err(stopped)?;
+        }
         if !goes_on {
             self.positions = vec![start; partitions];
         }
@@ -326,6 +334,22 @@ impl Writer {
         }
         (self.has_begun, self.waiting) = (true, None);
         self.beginning.iter_mut().for_each(Beginning::follow);
+        // Not in a redrive, which sends by the pass's own position.
+        if self.beginning.is_some() { self.compare_sent().await } else { Ok(()) }
+    }
+
+    /// Asks the sink for the positions of the passes that sent dead letters to it, and compares.
+    async fn compare_sent(&mut self) -> Result<(), Failed> {
+        let sent = self.letters.sent();
+        let expected = sent.expected(self.number);
+        if expected.is_empty() {
+            return Ok(());
+        }
+        let passes: BTreeSet<Uuid> = expected.iter().map(|record| record.pass).collect();
+        let sink = self.sink.as_mut().expect("still here");
+        let positions = sink.positions_of(&sent.claims(self.number), &Vec::from_iter(passes)).await;
+        let positions = positions.map_err(|error| self.failed(error))?;
+        self.letters.sent().compare(self.number, expected, &positions);
         Ok(())
     }
 

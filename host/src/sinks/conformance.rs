@@ -63,6 +63,7 @@ macro_rules! conformance_tests {
             partitions_move_apart_and_together,
             one_partition_left_behind_fences_the_whole_commit,
             another_log_or_generation_is_another_claim,
+            positions_in_other_logs_are_told_and_not_taken,
             two_pipelines_share_one_table,
             a_bad_row_is_named_and_the_others_wait_for_finish,
             what_is_not_finished_is_not_written,
@@ -419,6 +420,34 @@ pub async fn another_log_or_generation_is_another_claim(database: &dyn Database)
     }
     sink.commit(&rows([message("a", "3")]), &[advance(0, 1, 2)]).await.expect("the first goes on");
     assert_eq!(database.written().await.len(), 4);
+}
+
+pub async fn positions_in_other_logs_are_told_and_not_taken(database: &dyn Database) {
+    let of = |log: u128, sink: &str| Claim {
+        log: Uuid::from_u128(log),
+        sink: sink.to_owned(),
+        partitions: 2,
+        ..claim()
+    };
+    let mut sinks = Vec::new();
+    for (log, sink, next) in [(1, "warehouse", 7), (2, "former", 9), (3, "other", 5)] {
+        let (mut opened, _) = opened(database, &of(log, sink)).await;
+        let moved = [advance(0, 0, next), advance(1, 0, next + 1)];
+        opened.commit(&Rows::default(), &moved).await.expect("commits");
+        sinks.push(opened);
+    }
+    // A claim that moved nothing has no positions.
+    drop(opened(database, &of(4, "warehouse")).await);
+    let (mut sink, _) = opened(database, &claim()).await;
+    let claims = ["warehouse", "former"].map(|sink| ("telemetry".to_owned(), sink.to_owned()));
+    let logs = [1, 2, 3, 4, 5].map(Uuid::from_u128);
+    let mut told = sink.positions_of(&claims, &logs).await.expect("answers");
+    told.sort();
+    let at = |log, partition, next| (Uuid::from_u128(log), Partition(partition), Offset(next));
+    assert_eq!(told, [at(1, 0, 7), at(1, 1, 8), at(2, 0, 9), at(2, 1, 10)]);
+    assert_eq!(sink.positions_of(&claims, &logs[2..]).await.expect("answers"), []);
+    sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.expect("the claim stands");
+    sinks[0].commit(&Rows::default(), &[advance(0, 7, 8)]).await.expect("nothing was taken");
 }
 
 pub async fn two_pipelines_share_one_table(database: &dyn Database) {

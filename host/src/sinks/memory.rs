@@ -12,8 +12,8 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::{
-    Advance, Claim, Epoch, Error, Found, Name, Opened, Outcome, Position, RefusedRow, Rows, Sink, Usurper,
-    Written,
+    Advance, Claim, Epoch, Error, Found, LogPosition, Name, Opened, Outcome, Position, RefusedRow, Rows,
+    Sink, Usurper, Written,
 };
 use crate::batch::{MessageRef, Offset, Partition};
 use crate::stream::Lineage;
@@ -65,6 +65,12 @@ struct State {
     commit_faults: VecDeque<Fault>,
     opens: usize,
     commits: usize,
+}
+
+/// Rows and positions of a [`MemoryDatabase`] at one moment.
+pub struct Backup {
+    rows: Vec<MemoryRow>,
+    claims: HashMap<Key, Claimed>,
 }
 
 /// Name, log and generation.
@@ -128,6 +134,18 @@ impl MemoryDatabase {
         let state = &mut *self.lock();
         state.claims.clear();
         std::mem::take(&mut state.rows)
+    }
+
+    /// Returns rows and positions as they are: what somebody puts into a backup.
+    pub fn backup(&self) -> Backup {
+        let state = self.lock();
+        Backup { rows: state.rows.clone(), claims: state.claims.clone() }
+    }
+
+    /// Brings back what was in a backup, and nothing else.
+    pub fn restore(&self, backup: &Backup) {
+        let state = &mut *self.lock();
+        (state.rows, state.claims) = (backup.rows.clone(), backup.claims.clone());
     }
 
     /// Removes the positions of one partition.
@@ -272,6 +290,17 @@ impl Sink for MemorySink {
             false => Found::default(),
         };
         Ok(Opened { epoch, positions, found })
+    }
+
+    async fn positions_of(&mut self, claims: &[Name], logs: &[Uuid]) -> Result<Vec<LogPosition>, Error> {
+        let state = self.database.lock();
+        let is_asked = |(name, log, _): &Key| claims.contains(name) && logs.contains(log);
+        let asked = state.claims.iter().filter(|(key, _)| is_asked(key));
+        let of = |(key, claimed): (&Key, &Claimed)| {
+            let log = key.1;
+            claimed.positions().into_iter().map(move |at| (log, at.partition, at.next)).collect::<Vec<_>>()
+        };
+        Ok(asked.flat_map(of).collect())
     }
 
     async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {

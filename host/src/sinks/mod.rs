@@ -42,6 +42,9 @@ pub struct Claim {
 /// Pipeline and sink of a claim.
 pub type Name = (String, String);
 
+/// A position, with the log and the partition that it is in.
+pub type LogPosition = (Uuid, Partition, Offset);
+
 /// Counts the processes that took a claim over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Epoch(pub u64);
@@ -248,6 +251,10 @@ pub trait Sink: Send {
     /// Call it again after `Retry`, `Unknown` and `Setup`; after `TooMuch` and
     /// `Doubtful` the claim still stands.
     async fn open(&mut self, claim: &Claim, held: Option<Epoch>) -> Result<Opened, Error>;
+
+    /// Returns the positions, by log and partition, that claims of these names have in these logs,
+    /// and takes none. To be called after `open` and before the next `commit`.
+    async fn positions_of(&mut self, claims: &[Name], logs: &[Uuid]) -> Result<Vec<LogPosition>, Error>;
 
     /// `rows` may be empty: then only positions move. `advance` names a
     /// partition at most once; partitions that it does not name stay.

@@ -92,7 +92,11 @@ async fn the_refused_are_durable_in_dead_letters_before_a_position_covers_them()
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_batch_that_runs_into_a_limit_is_halved_and_grows_again_and_nothing_goes_to_dead_letters() {
-    use crate::sinks::{Advance, Claim, Epoch, Error, Opened, Outcome, Rows, Sink, Written};
+    use uuid::Uuid;
+
+    use crate::sinks::{
+        Advance, Claim, Epoch, Error, LogPosition, Name, Opened, Outcome, Rows, Sink, Written,
+    };
 
     /// Takes so many rows at once.
     struct Narrow(crate::sinks::memory::MemorySink, Arc<AtomicUsize>, Arc<Mutex<Vec<usize>>>);
@@ -100,6 +104,9 @@ async fn a_batch_that_runs_into_a_limit_is_halved_and_grows_again_and_nothing_go
     impl Sink for Narrow {
         async fn open(&mut self, claim: &Claim, held: Option<Epoch>) -> Result<Opened, Error> {
             self.0.open(claim, held).await
+        }
+        async fn positions_of(&mut self, claims: &[Name], logs: &[Uuid]) -> Result<Vec<LogPosition>, Error> {
+            self.0.positions_of(claims, logs).await
         }
         async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {
             if rows.len() > self.1.load(Ordering::Relaxed) {

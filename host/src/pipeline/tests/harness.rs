@@ -11,8 +11,8 @@ use uuid::Uuid;
 
 use crate::batch::{Batch, Entry, MessageRef, Offset, Partition, Span};
 use crate::pipeline::{
-    Backoff, Batching, Config, Deps, Handle, Letter, MARK_PREFIX, Mark, PipelineStatus, Retries, RouteTarget,
-    SinkPart, list_open, marks, start,
+    Backoff, Batching, Config, Deps, Handle, Letter, MARK_PREFIX, Mark, Marks, PipelineStatus, Retries,
+    RouteTarget, SinkPart, list_open, start,
 };
 use crate::problems::{KeyPath, Problem};
 use crate::sinks::Begin;
@@ -313,15 +313,15 @@ impl World {
     /// sent again.
     pub async fn open_letters(&self, sink: &str) -> Vec<(String, String)> {
         let open = list_open(&*self.dead, None).await.unwrap();
-        let marks = marks(self.dead.state(MARK_PREFIX));
+        let marks = Marks::read(&self.dead.state(MARK_PREFIX));
         let mut cursor = self.dead.cursor(Offset(0));
         let mut letters = Vec::new();
         while let Some(read) = cursor.try_next().await.unwrap() {
             let Read::Batch(batch) = read else { continue };
             for message in batch.messages().filter(|message| open.contains(&message.offset())) {
                 let letter = Letter::of(&message).expect("only letters are here");
-                let only = match marks.get(&message.offset().0) {
-                    Some(Mark::Open { sinks }) => Some(sinks),
+                let only = match marks.get(message.offset().0) {
+                    Some(Mark::Open { sinks, .. }) => Some(sinks),
                     _ => None,
                 };
                 if letter.names(sink) && only.is_none_or(|only| only.contains(sink)) {

@@ -8,5 +8,6 @@ mod lanes;
 mod letters;
 mod positions;
 mod redrive;
+mod restored;
 mod swap;
 mod writer;

@@ -2,10 +2,11 @@
 //! in the transaction of the rows.
 
 use tokio_postgres::{Client, Error, Row, Statement};
+use uuid::Uuid;
 
 use super::schema;
 use crate::batch::{Offset, Partition};
-use crate::sinks::{Advance, Claim, Epoch, Error as SinkError, Name, Position, Usurper};
+use crate::sinks::{Advance, Claim, Epoch, Error as SinkError, LogPosition, Name, Position, Usurper};
 use crate::stream::Lineage;
 
 /// `next_offset` is null until the first advance. `fillfactor` leaves room for
@@ -101,6 +102,12 @@ const POSITIONS: &str = r#"
 SELECT "partition", next_offset, to_jsonb(p) ->> 'openings' FROM headworks_positions AS p
 WHERE pipeline = $1 AND sink = $2 AND log = $3::text::uuid AND generation = $4 AND "partition" < $5
   AND next_offset IS NOT NULL ORDER BY "partition""#;
+
+/// Positions of some names in some logs.
+const POSITIONS_OF: &str = r#"
+SELECT log::text, "partition", max(next_offset) FROM headworks_positions
+WHERE (pipeline, sink) IN (SELECT * FROM unnest($1::text[], $2::text[])) AND log = ANY ($3::text[]::uuid[])
+  AND next_offset IS NOT NULL GROUP BY log, "partition""#;
 
 /// A claim as the statements' parameters, and its epoch.
 pub struct Held {
@@ -252,6 +259,23 @@ pub async fn look(client: &Client, claim: &Claim) -> Result<Vec<Position>, Refus
         }
     }
     Ok(Vec::new())
+}
+
+/// Returns the positions, by log and partition, that claims of these names have in these logs.
+pub async fn positions_of(
+    client: &Client,
+    claims: &[Name],
+    logs: &[Uuid],
+) -> Result<Vec<LogPosition>, Error> {
+    let (pipelines, sinks): (Vec<&str>, Vec<&str>) =
+        claims.iter().map(|(pipeline, sink)| (pipeline.as_str(), sink.as_str())).unzip();
+    let logs: Vec<String> = logs.iter().map(Uuid::to_string).collect();
+    let rows = client.query(POSITIONS_OF, &[&pipelines, &sinks, &logs]).await?;
+    let position = |row: &Row| {
+        let log = row.get::<_, &str>(0).parse().ok()?;
+        Some((log, Partition(row.get::<_, i32>(1) as u16), Offset(row.get::<_, i64>(2) as u64)))
+    };
+    Ok(rows.iter().filter_map(position).collect())
 }
 
 /// Takes over the positions of the first name that the claim had and that has some.

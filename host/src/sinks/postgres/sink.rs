@@ -17,6 +17,7 @@ use async_trait::async_trait;
 use bytes::BytesMut;
 use tokio::time::timeout;
 use tokio_postgres::{Client, Statement};
+use uuid::Uuid;
 
 use super::blocked::Blocked;
 use super::config::Config;
@@ -29,7 +30,8 @@ use super::table::{self, Binding, Table, column_list};
 use super::transaction::{Tried, begin, unknown};
 use crate::sinks::columns::Columns;
 use crate::sinks::{
-    Advance, Claim, Epoch, Error, Found, OnConflict, Opened, Outcome, RefusedRow, Rows, Sink, Written, holder,
+    Advance, Claim, Epoch, Error, Found, LogPosition, Name, OnConflict, Opened, Outcome, RefusedRow, Rows,
+    Sink, Written, holder,
 };
 use crate::telemetry::Failures;
 use crate::topic::Namespace;
@@ -330,6 +332,18 @@ impl Sink for PostgresSink {
             })??;
         self.session = Some(session);
         Ok(opened)
+    }
+
+    async fn positions_of(&mut self, claims: &[Name], logs: &[Uuid]) -> Result<Vec<LogPosition>, Error> {
+        let session = self.take()?;
+        let context = self.context();
+        let asked = async {
+            let positions = positions::positions_of(&session.client, claims, logs).await;
+            positions.map_err(|error| classify(&context, &error))
+        };
+        let positions = self.within(asked).await?;
+        self.session = Some(session);
+        Ok(positions)
     }
 
     async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {

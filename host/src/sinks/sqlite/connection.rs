@@ -6,12 +6,15 @@ use std::path::{Path, PathBuf};
 
 use rusqlite::types::Null;
 use rusqlite::{Connection, ErrorCode, OpenFlags, Statement, TransactionBehavior, ffi};
+use uuid::Uuid;
 
 use super::config::Config;
 use super::positions::{self, Held};
 use super::table::{bind, create_table, has_rows, insert, is_there};
 use crate::sinks::columns::{Columns, Kind, Mismatch, TIME_BYTES, Value, write_time};
-use crate::sinks::{Advance, Claim, Epoch, Error, Opened, Outcome, RefusedRow, Rows, Written, holder};
+use crate::sinks::{
+    Advance, Claim, Epoch, Error, LogPosition, Name, Opened, Outcome, RefusedRow, Rows, Written, holder,
+};
 
 /// Parameters of one INSERT of several rows: enough to share the cost of a
 /// statement, far below SQLite's own bound of 32,766.
@@ -179,6 +182,15 @@ impl Session {
     }
 
     /// Commits what a commit that rejected rows left open.
+    pub fn positions_of(
+        &self,
+        context: &str,
+        claims: &[Name],
+        logs: &[Uuid],
+    ) -> Result<Vec<LogPosition>, Error> {
+        positions::positions_of(&self.connection, claims, logs).map_err(|error| classify(context, error))
+    }
+
     pub fn finish(&mut self, context: &str) -> Result<Written, Error> {
         let written = self
             .uncommitted

@@ -2,9 +2,12 @@
 //! the transaction of the rows.
 
 use rusqlite::{Connection, OptionalExtension, Result, params};
+use uuid::Uuid;
 
 use crate::batch::{Offset, Partition};
-use crate::sinks::{Advance, Claim, Epoch, Error as SinkError, Found, Opened, Position, Usurper};
+use crate::sinks::{
+    Advance, Claim, Epoch, Error as SinkError, Found, LogPosition, Name, Opened, Position, Usurper,
+};
 use crate::stream::Lineage;
 
 /// `next_offset` is null until the first advance.
@@ -72,6 +75,10 @@ const OTHERS: &str = "
 SELECT DISTINCT pipeline, sink FROM headworks_positions
 WHERE log = ?3 AND generation = ?4 AND next_offset IS NOT NULL AND (pipeline <> ?1 OR sink <> ?2)
   AND (table_name IS NULL OR lower(table_name) = lower(?5)) ORDER BY pipeline, sink";
+
+const POSITIONS_OF: &str = r#"
+SELECT "partition", max(next_offset) FROM headworks_positions
+WHERE pipeline = ?1 AND sink = ?2 AND log = ?3 AND next_offset IS NOT NULL GROUP BY "partition""#;
 
 /// A claim, and its epoch.
 pub struct Held {
@@ -231,6 +238,23 @@ pub fn look(
     let of = params![claim.pipeline, claim.sink, log, claim.generation, table];
     let others = statement.query_map(of, name)?.collect::<Result<_>>()?;
     Ok(Ok((Vec::new(), Found { has_rows, others })))
+}
+
+/// Returns the positions, by log and partition, that claims of these names have in these logs.
+pub fn positions_of(connection: &Connection, claims: &[Name], logs: &[Uuid]) -> Result<Vec<LogPosition>> {
+    let mut statement = connection.prepare(POSITIONS_OF)?;
+    let mut positions = Vec::new();
+    for log in logs {
+        for (pipeline, sink) in claims {
+            let position = |row: &rusqlite::Row<'_>| {
+                Ok((*log, Partition(row.get(0)?), Offset(row.get::<_, i64>(1)? as u64)))
+            };
+            for position in statement.query_map(params![pipeline, sink, log.to_string()], position)? {
+                positions.push(position?);
+            }
+        }
+    }
+    Ok(positions)
 }
 
 /// The highest epoch of a claim, and who has it.

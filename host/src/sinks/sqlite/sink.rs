@@ -4,11 +4,12 @@ use std::sync::{Arc, mpsc};
 
 use async_trait::async_trait;
 use tokio::sync::oneshot;
+use uuid::Uuid;
 
 use super::config::Config;
 use super::connection::Session;
 use crate::sinks::columns::Columns;
-use crate::sinks::{Advance, Claim, Epoch, Error, Opened, Outcome, Rows, Sink, Written};
+use crate::sinks::{Advance, Claim, Epoch, Error, LogPosition, Name, Opened, Outcome, Rows, Sink, Written};
 use crate::telemetry::Failures;
 use crate::threads;
 use crate::topic::Namespace;
@@ -27,6 +28,7 @@ pub struct SqliteSink {
 
 enum Request {
     Open(Claim, Option<Epoch>, oneshot::Sender<Result<Opened, Error>>),
+    PositionsOf(Vec<Name>, Vec<Uuid>, oneshot::Sender<Result<Vec<LogPosition>, Error>>),
     Commit(Rows, Vec<Advance>, oneshot::Sender<Result<Outcome, Error>>),
     Finish(oneshot::Sender<Result<Written, Error>>),
 }
@@ -84,6 +86,11 @@ impl Sink for SqliteSink {
         self.call(Request::Open(claim.clone(), held, sender), answer).await
     }
 
+    async fn positions_of(&mut self, claims: &[Name], logs: &[Uuid]) -> Result<Vec<LogPosition>, Error> {
+        let (sender, answer) = oneshot::channel();
+        self.call(Request::PositionsOf(claims.to_vec(), logs.to_vec(), sender), answer).await
+    }
+
     async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {
         let (sender, answer) = oneshot::channel();
         self.call(Request::Commit(rows.clone(), advance.to_vec(), sender), answer).await
@@ -118,6 +125,13 @@ fn serve(
                     session = Some(opened);
                     answer
                 }));
+            }
+            Request::PositionsOf(claims, logs, answer) => {
+                let outcome = match &session {
+                    Some(session) => session.positions_of(context, &claims, &logs),
+                    None => Err(Error::Retry(format!("{context}: the file is not open"))),
+                };
+                let _ = answer.send(outcome);
             }
             Request::Commit(rows, advance, answer) => {
                 let outcome = match &mut session {

@@ -1,0 +1,375 @@
+//! What the state of the dead letters says of letters that redrives took.
+//!
+//! A letter that a redrive has taken has a mark of its own: it is pending, or open again for
+//! the sinks that rejected it. Letters that a pass has sent have none: a record names them by
+//! their offsets, with the pass and the sinks that they went to. A record takes a few bytes for
+//! thousands of letters that lie together, and tells what a database must have:
+//! [`missing`](super::missing) compares it with the pass's position there. A letter's own mark
+//! says more than a record that names the letter.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+
+use uuid::Uuid;
+
+use crate::batch::Offset;
+use crate::stream::StateEntries;
+
+/// Begins the state keys of marks and of records.
+pub const MARK_PREFIX: &[u8] = b"r";
+/// State key of a letter's own mark: then its offset, big-endian.
+const LETTER_PREFIX: &[u8] = b"rd";
+/// State key of a record: then the pass's UUID, and the offset of its first letter, big-endian.
+pub const SENT_PREFIX: &[u8] = b"rs";
+/// Letters of one record: it fits into a value of the state however far apart they lie.
+const RECORD_LETTERS_MAX: usize = 4_096;
+
+/// A change of the state: a key, and its value or its removal.
+pub type Change = (Vec<u8>, Option<Vec<u8>>);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Mark {
+    /// Each sink that it names has it, or another letter has what is left of it.
+    Sent,
+    Pending(Pending),
+    Open {
+        sinks: BTreeSet<String>,
+        /// A sink among them had it, and its database lost it; else they rejected it again.
+        was_sent: bool,
+    },
+}
+
+/// A redrive of this pipeline is under way.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pending {
+    pub pipeline: String,
+    /// `None`: a redrive of 0.1.0, which sends a copy.
+    pub pass: Option<Uuid>,
+    /// The sinks that it is sent to, where these are not all that the letter names.
+    pub only: Option<BTreeSet<String>>,
+    /// Sinks that rejected it so far.
+    pub rejected: BTreeSet<String>,
+}
+
+/// First byte of the mark of a letter that a pass sends: no text begins with it.
+const OF_PASS: u8 = 1;
+/// Second line of the mark of a letter that a database has lost.
+const WAS_SENT: &str = "was sent";
+
+impl Mark {
+    /// Empty for a letter that is sent. `pending` and the pipeline, or `open` and whether it was
+    /// sent, and the sinks, a line each. For a pass: a byte, its UUID, then lines: the pipeline,
+    /// the sinks that it is sent to, those that rejected it.
+    pub fn bytes(&self) -> Vec<u8> {
+        let lines = |first: [&str; 2], names: &BTreeSet<String>| {
+            first
+                .into_iter()
+                .chain(names.iter().map(String::as_str))
+                .collect::<Vec<_>>()
+                .join("\n")
+                .into_bytes()
+        };
+        match self {
+            Self::Sent => Vec::new(),
+            Self::Open { sinks, was_sent } => lines(["open", if *was_sent { WAS_SENT } else { "" }], sinks),
+            Self::Pending(Pending { pipeline, pass: None, rejected, .. }) => {
+                lines(["pending", pipeline], rejected)
+            }
+            Self::Pending(Pending { pipeline, pass: Some(pass), only, rejected }) => {
+                let only = only.as_ref().map(joined).unwrap_or_default();
+                let text = format!("{pipeline}\n{only}\n{}", joined(rejected));
+                [&[OF_PASS], &pass.as_bytes()[..], text.as_bytes()].concat()
+            }
+        }
+    }
+
+    fn read(bytes: &[u8]) -> Self {
+        if let Some((&OF_PASS, rest)) = bytes.split_first()
+            && let Some((pass, text)) = rest.split_first_chunk()
+        {
+            let text = String::from_utf8_lossy(text);
+            let mut lines = text.split('\n');
+            let mut line = || lines.next().unwrap_or_default();
+            let (pipeline, only, rejected) = (line().to_owned(), split(line()), split(line()));
+            let only = (!only.is_empty()).then_some(only);
+            return Self::Pending(Pending { pipeline, pass: Some(Uuid::from_bytes(*pass)), only, rejected });
+        }
+        let text = String::from_utf8_lossy(bytes);
+        let mut lines = text.split('\n');
+        let (kind, second) = (lines.next(), lines.next().unwrap_or_default());
+        let names = lines.map(str::to_owned).collect();
+        match kind {
+            Some("pending") => {
+                let pipeline = second.to_owned();
+                Self::Pending(Pending { pipeline, pass: None, only: None, rejected: names })
+            }
+            Some("open") => Self::Open { sinks: names, was_sent: second == WAS_SENT },
+            _ => Self::Sent,
+        }
+    }
+}
+
+/// Names of sinks have no commas.
+fn joined(names: &BTreeSet<String>) -> String {
+    names.iter().map(String::as_str).collect::<Vec<_>>().join(",")
+}
+
+fn split(names: &str) -> BTreeSet<String> {
+    names.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect()
+}
+
+pub fn mark_key(letter: Offset) -> Vec<u8> {
+    [LETTER_PREFIX, &letter.0.to_be_bytes()].concat()
+}
+
+/// Offsets of letters, as ranges in order that do not touch.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Runs(Vec<Range<u64>>);
+
+impl Runs {
+    fn of(mut ranges: Vec<Range<u64>>) -> Self {
+        ranges.sort_unstable_by_key(|range| range.start);
+        let mut runs: Vec<Range<u64>> = Vec::new();
+        for range in ranges {
+            match runs.last_mut() {
+                Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+                _ => runs.push(range),
+            }
+        }
+        Self(runs)
+    }
+
+    pub fn contains(&self, letter: u64) -> bool {
+        let after = self.0.partition_point(|run| run.start <= letter);
+        after > 0 && letter < self.0[after - 1].end
+    }
+
+    /// From the first letter to behind the last.
+    pub fn bounds(&self) -> Range<u64> {
+        self.0.first().map_or(0, |run| run.start)..self.0.last().map_or(0, |run| run.end)
+    }
+
+    pub fn letters(&self) -> impl Iterator<Item = u64> {
+        self.0.iter().cloned().flatten()
+    }
+
+    pub fn without(&self, others: &BTreeSet<u64>) -> Self {
+        self.letters().filter(|letter| !others.contains(letter)).collect()
+    }
+
+    pub fn ranges(&self) -> &[Range<u64>] {
+        &self.0
+    }
+
+    /// For each run how far it begins behind the one before, and its length.
+    fn write(&self, bytes: &mut Vec<u8>) {
+        let mut at = 0;
+        for run in &self.0 {
+            push_number(bytes, run.start - at);
+            push_number(bytes, run.end - run.start);
+            at = run.end;
+        }
+    }
+
+    fn read(mut bytes: &[u8]) -> Option<Self> {
+        let mut runs = Vec::new();
+        let mut at = 0_u64;
+        while !bytes.is_empty() {
+            let start = at.checked_add(take_number(&mut bytes)?)?;
+            at = start.checked_add(take_number(&mut bytes)?)?;
+            runs.push(start..at);
+        }
+        Some(Self::of(runs))
+    }
+}
+
+impl FromIterator<u64> for Runs {
+    fn from_iter<I: IntoIterator<Item = u64>>(letters: I) -> Self {
+        Self::of(letters.into_iter().map(|letter| letter..letter + 1).collect())
+    }
+}
+
+/// Seven bits a byte, the lowest first; the eighth says that more follow.
+fn push_number(bytes: &mut Vec<u8>, mut number: u64) {
+    while number >= 0x80 {
+        bytes.push(number as u8 | 0x80);
+        number >>= 7;
+    }
+    bytes.push(number as u8);
+}
+
+fn take_number(bytes: &mut &[u8]) -> Option<u64> {
+    let mut number = 0;
+    for shift in (0..64).step_by(7) {
+        let (byte, rest) = bytes.split_first()?;
+        *bytes = rest;
+        number |= u64::from(byte & 0x7f) << shift;
+        if byte & 0x80 == 0 {
+            return Some(number);
+        }
+    }
+    None
+}
+
+/// A record: letters that one pass sent to the same sinks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sent {
+    pub pass: Uuid,
+    pub pipeline: String,
+    /// The sinks whose databases must have them. Not those of which it is not known any more.
+    pub sinks: BTreeSet<String>,
+    pub letters: Runs,
+}
+
+impl Sent {
+    /// As many records as their bounds need.
+    pub fn records(pass: Uuid, pipeline: &str, sinks: &BTreeSet<String>, letters: &[u64]) -> Vec<Change> {
+        let record = |letters: &[u64]| Self {
+            pass,
+            pipeline: pipeline.to_owned(),
+            sinks: sinks.clone(),
+            letters: letters.iter().copied().collect(),
+        };
+        letters.chunks(RECORD_LETTERS_MAX).map(|letters| record(letters).change()).collect()
+    }
+
+    pub fn key(&self) -> Vec<u8> {
+        [SENT_PREFIX, self.pass.as_bytes(), &self.letters.bounds().start.to_be_bytes()].concat()
+    }
+
+    /// The pipeline and the sinks, a line each, then the runs.
+    pub fn change(&self) -> Change {
+        let mut bytes = format!("{}\n{}\n", self.pipeline, joined(&self.sinks)).into_bytes();
+        self.letters.write(&mut bytes);
+        (self.key(), Some(bytes))
+    }
+
+    /// `None`: no record, or one that this version cannot read.
+    pub fn read(key: &[u8], value: &[u8]) -> Option<Self> {
+        let (pass, _) = key.strip_prefix(SENT_PREFIX)?.split_first_chunk()?;
+        let mut parts = value.splitn(3, |byte| *byte == b'\n');
+        let mut text = || std::str::from_utf8(parts.next()?).ok();
+        let (pipeline, sinks) = (text()?.to_owned(), split(text()?));
+        let letters = Runs::read(parts.next()?)?;
+        Some(Self { pass: Uuid::from_bytes(*pass), pipeline, sinks, letters })
+    }
+}
+
+/// The records in the dead letters' state below [`MARK_PREFIX`].
+pub fn records(state: &StateEntries) -> impl Iterator<Item = Sent> {
+    state.iter().filter_map(|(key, value)| Sent::read(key, value))
+}
+
+/// What became of the letters that redrives took.
+#[derive(Debug, Default)]
+pub struct Marks {
+    own: BTreeMap<u64, Mark>,
+    sent: Runs,
+}
+
+impl Marks {
+    /// From the dead letters' state below [`MARK_PREFIX`].
+    pub fn read(state: &StateEntries) -> Self {
+        let own = |(key, value): &(Vec<u8>, Vec<u8>)| {
+            let offset = key.strip_prefix(LETTER_PREFIX)?.try_into().ok().map(u64::from_be_bytes)?;
+            Some((offset, Mark::read(value)))
+        };
+        Self {
+            own: state.iter().filter_map(own).collect(),
+            sent: Runs::of(records(state).flat_map(|record| record.letters.0).collect()),
+        }
+    }
+
+    /// `None`: no redrive took the letter.
+    pub fn get(&self, letter: u64) -> Option<&Mark> {
+        self.own.get(&letter).or_else(|| self.sent.contains(letter).then_some(&Mark::Sent))
+    }
+
+    /// Whether no redrive sent the letter to all that it names, and none sends it.
+    pub fn is_open(&self, letter: u64) -> bool {
+        matches!(self.get(letter), None | Some(Mark::Open { .. }))
+    }
+
+    /// The letters' own marks.
+    pub fn own(&self) -> impl Iterator<Item = (u64, &Mark)> {
+        self.own.iter().map(|(letter, mark)| (*letter, mark))
+    }
+
+    /// The letters that are sent.
+    pub fn all_sent(&self) -> Runs {
+        let is_sent = |letter: &u64| matches!(self.own.get(letter), None | Some(Mark::Sent));
+        let own =
+            self.own.iter().filter(|(_, mark)| **mark == Mark::Sent).map(|(letter, _)| *letter..letter + 1);
+        let mut ranges: Vec<_> = own.collect();
+        for run in &self.sent.0 {
+            match self.own.range(run.clone()).next() {
+                None => ranges.push(run.clone()),
+                Some(_) => ranges.extend(run.clone().filter(is_sent).map(|letter| letter..letter + 1)),
+            }
+        }
+        Runs::of(ranges)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(names: &[&str]) -> BTreeSet<String> {
+        names.iter().map(|name| (*name).to_owned()).collect()
+    }
+
+    fn state(changes: impl IntoIterator<Item = Change>) -> StateEntries {
+        changes.into_iter().filter_map(|(key, value)| Some((key, value?))).collect()
+    }
+
+    #[test]
+    fn a_mark_reads_as_it_was_written_and_an_empty_one_of_the_first_version_is_sent() {
+        let pending =
+            |pass, only, rejected| Mark::Pending(Pending { pipeline: "p".into(), pass, only, rejected });
+        for mark in [
+            Mark::Sent,
+            pending(None, None, names(&[])),
+            pending(None, None, names(&["a", "b"])),
+            pending(Some(Uuid::from_bytes([b'\n'; 16])), None, names(&[])),
+            pending(Some(Uuid::max()), Some(names(&["a", "b"])), names(&["b"])),
+            Mark::Open { sinks: names(&["a"]), was_sent: false },
+            Mark::Open { sinks: names(&["a", "b"]), was_sent: true },
+        ] {
+            assert_eq!(Mark::read(&mark.bytes()), mark);
+        }
+        let marks = Marks::read(&state([(mark_key(Offset(7)), Some(Vec::new()))]));
+        assert_eq!(marks.get(7), Some(&Mark::Sent));
+    }
+
+    #[test]
+    fn records_read_as_they_were_written_and_say_which_letters_are_sent() {
+        let (near, far) = (Vec::from_iter(10..5_000), vec![0, 7, 1 << 40, u64::MAX >> 1]);
+        for letters in [&near, &far, &vec![3]] {
+            let pass = Uuid::from_bytes([b'\n'; 16]);
+            let changes = state(Sent::records(pass, "p", &names(&["a", "b"]), letters));
+            let read: Vec<_> = records(&changes).collect();
+            assert_eq!(read.iter().flat_map(|sent| sent.letters.letters()).collect::<Vec<_>>(), *letters);
+            assert!(read.iter().all(|sent| sent.pass == pass && sent.sinks == names(&["a", "b"])));
+            let marks = Marks::read(&changes);
+            assert!(letters.iter().all(|letter| marks.get(*letter) == Some(&Mark::Sent)));
+            assert!(marks.is_open(5) && marks.is_open(6_000));
+            assert_eq!(marks.all_sent().letters().collect::<Vec<_>>(), *letters);
+        }
+        let one =
+            state(Sent::records(Uuid::nil(), "p", &names(&["warehouse"]), &Vec::from_iter(1_000..5_000)));
+        assert_eq!(one.len(), 1);
+        assert!(one[0].1.len() < 32, "letters that lie together take no room");
+    }
+
+    #[test]
+    fn a_letter_whose_own_mark_says_more_than_a_record_is_what_the_mark_says() {
+        let mut changes = Sent::records(Uuid::nil(), "p", &names(&["a"]), &[1, 2, 3]);
+        changes
+            .push((mark_key(Offset(2)), Some(Mark::Open { sinks: names(&["b"]), was_sent: false }.bytes())));
+        changes.push((mark_key(Offset(9)), Some(Vec::new())));
+        let marks = Marks::read(&state(changes));
+        assert!(marks.is_open(2) && !marks.is_open(1));
+        assert_eq!(marks.all_sent().letters().collect::<Vec<_>>(), [1, 3, 9]);
+    }
+}

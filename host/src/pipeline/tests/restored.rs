@@ -1,0 +1,231 @@
+//! Dead letters that were sent, and a database that does not have them any more.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::harness::{Act, Process, World, chain, number, published, sorted, step, text};
+use crate::batch::Offset;
+use crate::pipeline::{Filter, MARK_PREFIX, Mark, Marks, list_open};
+use crate::sinks::Begin;
+use crate::sinks::memory::Fault;
+
+/// A world whose databases reject messages below `rejected`, until the result is `false`.
+fn rejecting(partitions: u16, sinks: &str, rejected: u64) -> (World, Arc<AtomicBool>) {
+    let world = World::new(partitions, &[("default", sinks)]);
+    let broken = Arc::new(AtomicBool::new(true));
+    for database in world.databases.values() {
+        let is_broken = Arc::clone(&broken);
+        database.refuse(move |message| {
+            let is_rejected = number(&text(message)) < rejected && is_broken.load(Ordering::Acquire);
+            is_rejected.then(|| "no column".to_owned())
+        });
+    }
+    (world, broken)
+}
+
+async fn started(world: &World) -> Process {
+    let process = world.start(chain(1, &[])).await;
+    process.until("steps", |status| status.chain.is_some()).await;
+    process.drained().await;
+    process
+}
+
+async fn redrive(process: &Process, ids: Option<&[Offset]>) -> u64 {
+    let filter = Filter { ids: ids.map(<[_]>::to_vec), ..Filter::default() };
+    let summary = process.handle.redrive(&filter).await.unwrap();
+    assert_eq!(summary.failed, Vec::<String>::new());
+    summary.sent
+}
+
+fn marks(world: &World) -> Marks {
+    Marks::read(&world.dead.state(MARK_PREFIX))
+}
+
+/// Letters that a database has lost, and the sinks that they are open for.
+fn lost(world: &World) -> Vec<(u64, BTreeSet<String>)> {
+    let lost = |(letter, mark): (u64, &Mark)| match mark {
+        Mark::Open { sinks, was_sent: true } => Some((letter, sinks.clone())),
+        _ => None,
+    };
+    marks(world).own().filter_map(lost).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn letters_that_a_restored_database_does_not_have_are_open_again_and_sent_once() {
+    let (world, broken) = rejecting(2, "w", 20);
+    let process = started(&world).await;
+    world.publish_many(3, 0, 30);
+    process.drained().await;
+    let all = list_open(&*world.dead, None).await.unwrap();
+    broken.store(false, Ordering::Release);
+    assert_eq!(redrive(&process, Some(&all[..8])).await, 8);
+    let backup = world.database("w").backup();
+    assert_eq!(redrive(&process, None).await, 12);
+    world.publish_many(3, 30, 10);
+    process.drained().await;
+    process.stop().await;
+    assert!(list_open(&*world.dead, None).await.unwrap().is_empty());
+
+    world.database("w").restore(&backup);
+    let process = world.start(chain(1, &[])).await;
+    process.until("open again", |_| lost(&world).len() == 12).await;
+    assert_eq!(list_open(&*world.dead, None).await.unwrap(), all[8..]);
+    process.until("steps", |status| status.chain.is_some()).await;
+    process.drained().await;
+    assert_eq!(redrive(&process, None).await, 12);
+    assert_eq!(sorted(world.payloads("w")), published(3, 40));
+    process.stop().await;
+
+    // What the database has is not missed.
+    let process = started(&world).await;
+    assert_eq!(redrive(&process, None).await, 0);
+    assert_eq!(sorted(world.payloads("w")), published(3, 40));
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_database_that_is_restored_under_the_running_host_is_compared_when_the_sink_opens_again() {
+    let (world, broken) = rejecting(1, "w", 10);
+    let process = started(&world).await;
+    world.publish_many(2, 0, 10);
+    process.drained().await;
+    let backup = world.database("w").backup();
+    broken.store(false, Ordering::Release);
+    assert_eq!(redrive(&process, None).await, 10);
+    world.database("w").restore(&backup);
+    world.database("w").fail_commits([Fault::Retry("terminating connection".to_owned())]);
+    world.publish_many(2, 10, 10);
+    process.until("open again", |_| lost(&world).len() == 10).await;
+    process.drained().await;
+    assert_eq!(redrive(&process, None).await, 10);
+    assert_eq!(sorted(world.payloads("w")), published(2, 20));
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_letter_that_one_of_its_databases_lost_goes_to_that_one_only() {
+    let world = World::new(2, &[("default", "w other")]);
+    let refusing = |generation, refuses: bool| {
+        let check = step("check", move |message, _| match refuses && text(message).ends_with('3') {
+            true => Act::Refuse("no".to_owned()),
+            false => Act::Pass,
+        });
+        chain(generation, &[check])
+    };
+    let process = world.start(refusing(1, true)).await;
+    world.publish_many(3, 0, 50);
+    process.drained().await;
+    process.chain.send_replace(refusing(2, false));
+    process.until("flipped", |status| status.chain == Some(2)).await;
+    let backup = world.database("other").backup();
+    // One of the letters is refused again by one of the sinks.
+    world.database("w").refuse(|message| (text(message) == "d2:23").then(|| "no column".to_owned()));
+    assert_eq!(redrive(&process, None).await, 9);
+    process.stop().await;
+    world.database("other").restore(&backup);
+    world.database("w").refuse(|_| None);
+    let process = world.start(refusing(2, false)).await;
+    process.until("open again", |_| lost(&world).len() == 5).await;
+    process.until("steps", |status| status.chain.is_some()).await;
+    process.drained().await;
+    // Those of `other`, and the one that `w` refused.
+    assert_eq!(redrive(&process, None).await, 6);
+    for sink in ["w", "other"] {
+        assert_eq!(sorted(world.payloads(sink)), published(3, 50), "{sink}");
+    }
+    assert!(list_open(&*world.dead, None).await.unwrap().is_empty());
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_database_gets_the_letters_that_the_one_before_had() {
+    let (world, broken) = rejecting(1, "w", 5);
+    let process = started(&world).await;
+    world.publish_many(2, 0, 10);
+    process.drained().await;
+    broken.store(false, Ordering::Release);
+    assert_eq!(redrive(&process, None).await, 5);
+    process.stop().await;
+    world.database("w").replace();
+    let process = started(&world).await;
+    assert_eq!(redrive(&process, None).await, 5);
+    assert_eq!(sorted(world.payloads("w")), published(2, 10));
+    process.stop().await;
+}
+
+/// The rows are there: only the table of positions is not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn letters_stay_sent_where_only_the_positions_are_gone_unless_all_is_to_be_written_again() {
+    for (begin, sent) in [(Begin::Now, 0), (Begin::Start, 5)] {
+        let (mut world, broken) = rejecting(1, "w", 5);
+        let process = started(&world).await;
+        world.publish_many(2, 0, 10);
+        process.drained().await;
+        broken.store(false, Ordering::Release);
+        assert_eq!(redrive(&process, None).await, 5);
+        process.stop().await;
+        world.database("w").lose_positions();
+        world.begin = Some(begin);
+        let process = started(&world).await;
+        assert_eq!(redrive(&process, None).await, sent, "{begin:?}");
+        process.stop().await;
+        let rows = world.payloads("w").len();
+        let process = started(&world).await;
+        assert_eq!((redrive(&process, None).await, world.payloads("w").len()), (0, rows), "{begin:?}");
+        process.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn letters_that_were_sent_under_a_former_name_are_compared_as_well() {
+    let (world, broken) = rejecting(1, "w", 5);
+    let process = started(&world).await;
+    world.publish_many(2, 0, 10);
+    process.drained().await;
+    let backup = world.database("w").backup();
+    broken.store(false, Ordering::Release);
+    assert_eq!(redrive(&process, None).await, 5);
+    process.stop().await;
+    let renamed = World::new(1, &[("default", "lake")]);
+    let mut renamed = World { config: renamed.config, pipeline: "q".to_owned(), ..world.clone() };
+    renamed.databases = [("lake".to_owned(), world.database("w").clone())].into();
+    renamed.renamed_from = [("lake".to_owned(), "w".to_owned())].into();
+    renamed.config.renamed_from = Some("p".to_owned());
+    for (is_restored, sent) in [(false, 0), (true, 5)] {
+        if is_restored {
+            world.database("w").restore(&backup);
+        }
+        let process = started(&renamed).await;
+        assert_eq!(redrive(&process, None).await, sent);
+        assert_eq!(sorted(renamed.payloads("lake")), published(2, 10));
+        process.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pass_that_was_not_finished_sends_all_that_it_has_taken_to_a_database_that_went_back() {
+    let world = World::new(1, &[("default", "w other")]);
+    let refusing = step("check", |_, _| Act::Refuse("no".to_owned()));
+    let process = world.start(chain(1, &[refusing])).await;
+    world.publish_many(1, 0, 6);
+    process.drained().await;
+    let backup = world.database("w").backup();
+    process.chain.send_replace(chain(2, &[step("check", |_, _| Act::Pass)]));
+    process.until("flipped", |status| status.chain == Some(2)).await;
+    // `other` is away: all is pending, though `w` has it.
+    world.database("other").set_down(Some("connection refused"));
+    let filter = Filter::default();
+    let summary = process.handle.redrive(&filter).await.unwrap();
+    assert_eq!((summary.sent, summary.letters.pending), (6, 6));
+    process.stop().await;
+    world.database("w").restore(&backup);
+    world.database("other").set_down(None);
+    let process = world.start(chain(2, &[step("check", |_, _| Act::Pass)])).await;
+    process.until("resumed", |_| marks(&world).own().next().is_none()).await;
+    assert_eq!(redrive(&process, None).await, 0);
+    for sink in ["w", "other"] {
+        assert_eq!(sorted(world.payloads(sink)), published(1, 6), "{sink}");
+    }
+    process.stop().await;
+}
