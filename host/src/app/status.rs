@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::Host;
 use super::problems::label_value;
 use crate::admin::Component;
-use crate::pipeline::{PipelineStatus, SinkStatus, State};
+use crate::pipeline::{PipelineStatus, RedriveStatus, SinkStatus, State};
 use crate::plugin::{PluginState, PluginStatus};
 use crate::stream::Stream;
 
@@ -59,13 +59,16 @@ impl Host {
 
     pub fn status(&self) -> Value {
         let streams: Vec<_> = self.streams.iter().map(|stream| stream_status(stream.as_ref())).collect();
-        let statuses: Vec<_> = self.pipelines.iter().map(|pipeline| pipeline.status()).collect();
         let metrics = self.prometheus.render();
-        let of = |status: &PipelineStatus| {
-            let rows = |sink: &SinkStatus| rows(&metrics, &status.name, &sink.name);
-            pipeline_status(status, |sink| self.oldest_age(status, sink), rows)
-        };
-        let pipelines: Vec<_> = statuses.iter().map(of).collect();
+        let pipelines = self.pipelines.iter().map(|pipeline| {
+            let status = pipeline.status();
+            let rows = |metric, sink: &SinkStatus| rows(&metrics, metric, &status.name, &sink.name);
+            let lag = |sink: &SinkStatus| self.oldest_age(&status, sink);
+            let mut shown = pipeline_status(&status, lag, rows);
+            shown["redrive"] = pipeline.last_redrive().map_or(Value::Null, redrive_status);
+            shown
+        });
+        let pipelines: Vec<_> = pipelines.collect();
         let plugins: Vec<PluginStatus> = self.plugins.status();
         json!({
             "version": env!("CARGO_PKG_VERSION"),
@@ -133,9 +136,9 @@ fn seconds(at: SystemTime) -> f64 {
 }
 
 /// Rows of a sink by outcome since the host started, as `/metrics` has them.
-fn rows(metrics: &str, pipeline: &str, sink: &str) -> Value {
+fn rows(metrics: &str, metric: &str, pipeline: &str, sink: &str) -> Value {
     let count = |outcome: &str| -> u64 {
-        let mut lines = metrics.lines().filter_map(|line| line.strip_prefix("headworks_sink_rows_total"));
+        let mut lines = metrics.lines().filter_map(|line| line.strip_prefix(metric));
         let found = lines.find_map(|line| {
             let (labels, value) = line.rsplit_once(' ')?;
             let is = |label, wanted| label_value(labels, label).as_deref() == Some(wanted);
@@ -149,7 +152,7 @@ fn rows(metrics: &str, pipeline: &str, sink: &str) -> Value {
 fn pipeline_status(
     status: &PipelineStatus,
     lag: impl Fn(&SinkStatus) -> Option<Duration>,
-    rows: impl Fn(&SinkStatus) -> Value,
+    rows: impl Fn(&'static str, &SinkStatus) -> Value,
 ) -> Value {
     let sink = |sink: &SinkStatus| {
         json!({
@@ -157,7 +160,8 @@ fn pipeline_status(
             "state": state_text(&sink.state),
             "committed": sink.committed.map(|offset| offset.0),
             "lag_messages": sink.lag_messages,
-            "rows": rows(sink),
+            "rows": rows("headworks_sink_rows_total", sink),
+            "redriven": rows("headworks_redrive_rows_total", sink),
             "lag_seconds": lag(sink).map(|lag| lag.as_secs_f64()),
             "since": seconds(sink.since),
             "last_commit": sink.last_commit.map(seconds),
@@ -173,5 +177,17 @@ fn pipeline_status(
         "read": status.read.0,
         "end": status.end.0,
         "sinks": status.sinks.iter().map(sink).collect::<Vec<_>>(),
+    })
+}
+
+/// The redrive of a pipeline's dead letters that runs, or the last one.
+fn redrive_status(redrive: RedriveStatus) -> Value {
+    json!({
+        "running": redrive.ended.is_none(),
+        "since": seconds(redrive.since),
+        "ended": redrive.ended.map(seconds),
+        "letters_sent": redrive.letters.sent,
+        "letters_refused": redrive.letters.refused,
+        "letters_pending": redrive.letters.pending,
     })
 }

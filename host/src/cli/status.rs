@@ -2,7 +2,7 @@
 //! stake, and what to do.
 
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -31,6 +31,19 @@ struct Status {
 struct Pipeline {
     name: String,
     sinks: Vec<Sink>,
+    redrive: Option<Redrive>,
+}
+
+/// The redrive of a pipeline's dead letters that runs, or the last one since the host started.
+#[derive(Deserialize, Serialize)]
+struct Redrive {
+    running: bool,
+    /// Seconds since 1970.
+    since: f64,
+    ended: Option<f64>,
+    letters_sent: u64,
+    letters_refused: u64,
+    letters_pending: u64,
 }
 
 #[derive(Deserialize, Serialize)]
@@ -38,10 +51,13 @@ struct Sink {
     name: String,
     lag_messages: u64,
     rows: Rows,
+    /// Of dead letters that were sent again. A host of an older binary does not say.
+    #[serde(default)]
+    redriven: Rows,
 }
 
 /// Rows by outcome since the host started.
-#[derive(Deserialize, Serialize)]
+#[derive(Default, Deserialize, Serialize)]
 struct Rows {
     written: u64,
     /// The table had them already, or a trigger left them out.
@@ -119,8 +135,9 @@ fn print(status: &Status, out: &mut Out) -> anyhow::Result<()> {
     for Component { name, ready, detail } in &status.components {
         // The whole reason stands above.
         let state = if *ready { "works" } else { detail.split(':').next().unwrap_or_default() };
-        let rows = rows(status, name).map(|rows| format!(", {rows}")).unwrap_or_default();
-        out.line(format!("{name:width$}  {state}{rows}"))?;
+        let more = rows(status, name).or_else(|| redrive(status, name));
+        let more = more.map(|more| format!(", {more}")).unwrap_or_default();
+        out.line(format!("{name:width$}  {state}{more}"))?;
     }
     Ok(())
 }
@@ -129,9 +146,39 @@ fn print(status: &Status, out: &mut Out) -> anyhow::Result<()> {
 fn rows(status: &Status, component: &str) -> Option<String> {
     let (pipeline, sink) = component.strip_prefix("sink ")?.split_once('/')?;
     let pipeline = status.pipelines.iter().find(|known| known.name == pipeline)?;
-    let Rows { written, ignored, rejected } = pipeline.sinks.iter().find(|known| known.name == sink)?.rows;
-    let mut text = format!("{written} rows written");
-    for (count, what) in [(ignored, "ignored"), (rejected, "rejected")] {
+    let sink = pipeline.sinks.iter().find(|known| known.name == sink)?;
+    let mut text = counted(&sink.rows);
+    let Rows { written, ignored, rejected } = sink.redriven;
+    if written + ignored + rejected > 0 {
+        text += &format!("; of dead letters {}", counted(&sink.redriven));
+    }
+    Some(text)
+}
+
+fn counted(rows: &Rows) -> String {
+    let mut text = format!("{} rows written", rows.written);
+    for (count, what) in [(rows.ignored, "ignored"), (rows.rejected, "rejected")] {
+        if count > 0 {
+            text += &format!(", {count} {what}");
+        }
+    }
+    text
+}
+
+/// What the redrive of `pipeline PIPELINE` does, or did.
+fn redrive(status: &Status, component: &str) -> Option<String> {
+    let pipeline = component.strip_prefix("pipeline ")?;
+    let redrive = status.pipelines.iter().find(|known| known.name == pipeline)?.redrive.as_ref()?;
+    let ago = |seconds: f64| {
+        let at = UNIX_EPOCH + Duration::from_secs_f64(seconds.max(0.0));
+        Period(Duration::from_secs(at.elapsed().unwrap_or_default().as_secs()))
+    };
+    let mut text = match redrive.ended {
+        None => format!("a redrive runs since {}", ago(redrive.since)),
+        Some(ended) => format!("the last redrive ended {} ago", ago(ended)),
+    };
+    text += &format!(": {} dead letters sent", redrive.letters_sent);
+    for (count, what) in [(redrive.letters_refused, "refused again"), (redrive.letters_pending, "pending")] {
         if count > 0 {
             text += &format!(", {count} {what}");
         }

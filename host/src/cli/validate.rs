@@ -16,7 +16,7 @@ use crate::app::banner::{Started, summary};
 use crate::batch::Offset;
 use crate::config::{self, Config, Loaded};
 use crate::pipeline::{self, Beginning, FirstStart, claim_of, names_of};
-use crate::sinks::{Checked, Claim, Looked};
+use crate::sinks::{Checked, Claim, Looked, Name};
 use crate::stream::log::{ReadOnly, Remembered};
 use crate::topic::Namespace;
 
@@ -109,7 +109,9 @@ fn decide(config: &Config, sink: &str, streams: &BTreeMap<&str, Stream>, checked
     let configured = Arc::new(config.claims());
     for Looked { claim, positions, found } in &checked.claims {
         let Some(Ok(Some(stream))) = streams.get(&*config.pipelines[&claim.pipeline].from) else { continue };
-        let consumer = format!("{}/{}", claim.pipeline, claim.sink);
+        let consumer_of = |(pipeline, sink): &Name| format!("{pipeline}/{sink}");
+        let own = format!("{}/{}", claim.pipeline, claim.sink);
+        let consumer = stream.reader(own, claim.formerly.iter().map(consumer_of));
         let begin = FirstStart::new(config.sinks[sink].begin(), stream.begin_now(&consumer));
         let beginning = Beginning { begin, configured: Arc::clone(&configured) };
         let delivered = stream.delivered(&consumer);

@@ -81,6 +81,24 @@ pub const METRICS: &[Metric] = &[
         &["pipeline", "sink", "kind"],
     ),
     metric(
+        "headworks_redrive_running",
+        MetricKind::Gauge,
+        "1 while a redrive of the pipeline's dead letters runs",
+        &["pipeline"],
+    ),
+    metric(
+        "headworks_redrive_letters_total",
+        MetricKind::Counter,
+        "Dead letters that redrives sent, by outcome: sent, refused (rejected again as before, and open again)",
+        &["pipeline", "outcome"],
+    ),
+    metric(
+        "headworks_redrive_rows_total",
+        MetricKind::Counter,
+        "Rows of dead letters that redrives delivered to the sink, by outcome: written, ignored (the table had the row already, or a trigger left it out), refused (rejected again)",
+        &["pipeline", "sink", "outcome"],
+    ),
+    metric(
         "headworks_dead_letters_total",
         MetricKind::Counter,
         "Messages put into dead letters, by the step or sink that refused them",
@@ -128,6 +146,23 @@ impl PipelineMetrics {
     }
 }
 
+/// The metrics of a pipeline's redrives.
+#[derive(Clone)]
+pub struct RedriveMetrics {
+    pub running: Gauge,
+    pub sent: Counter,
+    pub refused: Counter,
+}
+
+impl RedriveMetrics {
+    pub fn new(pipeline: &str) -> Self {
+        let letters = |outcome: &'static str| counter!("headworks_redrive_letters_total", "pipeline" => pipeline.to_owned(), "outcome" => outcome);
+        let running = gauge!("headworks_redrive_running", "pipeline" => pipeline.to_owned());
+        running.set(0.0);
+        Self { running, sent: letters("sent"), refused: letters("refused") }
+    }
+}
+
 /// Kinds of `headworks_sink_retries_total`.
 const RETRY_KINDS: [&str; 5] = ["retry", "unknown", "setup", "too_much", "refusals"];
 
@@ -141,6 +176,7 @@ pub fn register(pipeline: &str, sinks: &[String]) {
     letters_gone(pipeline).increment(0);
     dead_letters(pipeline, super::ROUTES_STEP).increment(0);
     for sink in sinks {
+        SinkMetrics::of_redrive(pipeline, sink).written.increment(0);
         dead_letters(pipeline, sink).increment(0);
         for kind in RETRY_KINDS {
             retries(pipeline, sink, kind).increment(0);
@@ -199,6 +235,13 @@ impl SinkMetrics {
             pipeline: pipeline.to_owned(),
             sink: sink.to_owned(),
         }
+    }
+
+    /// Counts the rows of a redrive apart.
+    pub fn of_redrive(pipeline: &str, sink: &str) -> Self {
+        let rows = |outcome: &'static str| counter!("headworks_redrive_rows_total", "pipeline" => pipeline.to_owned(), "sink" => sink.to_owned(), "outcome" => outcome);
+        let (written, ignored, refused) = (rows("written"), rows("ignored"), rows("refused"));
+        Self { written, ignored, refused, ..Self::new(pipeline, sink) }
     }
 
     /// `kind`: retry, unknown, setup, too_much, refusals.

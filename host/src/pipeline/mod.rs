@@ -44,6 +44,7 @@ mod open_letters;
 mod outlet;
 mod reader;
 mod redrive;
+mod redrive_status;
 mod routes;
 mod status;
 mod supervisor;
@@ -64,6 +65,7 @@ pub use marks::{MARK_PREFIX, Mark, Marks};
 pub use metrics::{METRICS, letters_gone};
 pub use open_letters::{Open as OpenCount, OpenLetters};
 pub use redrive::{Filter, RedriveError, Summary, list_open};
+pub use redrive_status::RedriveStatus;
 pub use status::{PipelineStatus, SinkStatus, State};
 
 use answering::Answering;
@@ -72,6 +74,7 @@ use claim::Waiting;
 use delivery::Delivery;
 use metrics::PipelineMetrics;
 use redrive::Lender;
+use redrive_status::Redrives;
 use routes::Routes;
 use status::SinkShared;
 use supervisor::{Member, Supervisor};
@@ -156,6 +159,7 @@ impl Redriver {
         if let Some(reason) = &chain.hold {
             return Err(RedriveError::Held(format!("the pipeline holds: {reason}")));
         }
+        let _running = self.shared.redrives.begin();
         self.open_missing().await?;
         redrive::run(filter, &chain, &self.shared, &self.dead_letters, &self.lenders, &mut epochs).await
     }
@@ -238,6 +242,11 @@ impl Handle {
         self.redriver.board.status()
     }
 
+    /// The redrive that runs, or the last one of this process.
+    pub fn last_redrive(&self) -> Option<RedriveStatus> {
+        self.redriver.shared.redrives.status()
+    }
+
     /// Sends dead letters again: a sink's to that sink, a step's from that step
     /// on. A letter goes once, however often this is called.
     pub async fn redrive(&self, filter: &Filter) -> Result<Summary, RedriveError> {
@@ -310,6 +319,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
         letters: Arc::new(letters),
         failures,
         metrics: PipelineMetrics::new(name),
+        redrives: Redrives::new(name),
         counted: (0..identity.partitions).map(|_| AtomicU64::new(0)).collect(),
         held_in: AtomicU64::new(0),
         abort: CancellationToken::new(),
@@ -319,7 +329,11 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
     for (number, part) in sinks.into_iter().enumerate() {
         let (control, controls) = mpsc::channel(CONTROLS_MAX);
         let sink_shared = Arc::new(SinkShared::new(name, &part.name, shared.failures.clone()));
+        let claim = claim_of(&pipelines, &names_of(&part.name, &part.renamed_from), identity);
         let consumer = format!("{name}/{}", part.name);
+        for (pipeline, sink) in &claim.formerly {
+            stream.rename_reader(&format!("{pipeline}/{sink}"), &consumer);
+        }
         let attachment: Arc<dyn Attachment> =
             stream.attach(&consumer, stream.bounds().start, part.on_lag).into();
         // Now, however long the database is away.
@@ -345,7 +359,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
                 ..Writer::new(
                     Some(Box::new(Answering { sink: part.sink, shared: Arc::clone(&member.shared) })),
                     number,
-                    claim_of(&pipelines, &names_of(&part.name, &part.renamed_from), identity),
+                    claim,
                     &shared.letters,
                     shared.failures.clone(),
                 )

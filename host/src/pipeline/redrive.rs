@@ -30,6 +30,7 @@ use super::delivery::{Control, Lend, Returned};
 use super::known::{Reader, index_within_offset};
 use super::letter::{self, Letter, Names};
 use super::marks::{Change, MARK_PREFIX, Mark, Marks, Pending, mark_key, records};
+use super::metrics::SinkMetrics;
 use super::routes::{SinkNumber, Sorted};
 use super::status::SinkShared;
 use super::worker::{Shared, Stripped, unknown_routes, without_letters};
@@ -323,6 +324,7 @@ impl Redrive<'_> {
     fn end(&mut self, pass: &Pass) {
         let pending = pass.again().pending();
         self.summary.letters.pending += pending;
+        self.shared.redrives.add(Ended { pending, ..Ended::default() });
         if pending == 0 {
             let of_pass = pass.again().pass();
             self.epochs.retain(|(_, pass), _| *pass != of_pass || of_pass.is_none());
@@ -444,6 +446,7 @@ impl Redrive<'_> {
         let summary = &mut self.summary;
         summary.letters.sent += ended.sent;
         summary.letters.refused += ended.refused;
+        self.shared.redrives.add(ended);
         summary.new += pass.letters.made() - made;
         Ok(())
     }
@@ -464,7 +467,8 @@ impl Redrive<'_> {
             let claim = super::claim_of(&pipelines, &self.names.sinks[number], identity);
             let writer = Writer::new(None, number, claim, &pass.letters, shared.failures.clone());
             let held = self.epochs.get(&(number, of_pass)).copied();
-            let mut writer = Writer { sink: Some(borrowed.sink), held, ..writer };
+            let metrics = SinkMetrics::of_redrive(&shared.name, self.names.sink(number));
+            let mut writer = Writer { sink: Some(borrowed.sink), held, metrics, ..writer };
             let result = self.deliver(&mut writer, lender).await;
             // Given back whatever happened: the delivery opens its own claim again.
             let sink = writer.sink.take().expect("nobody borrows from a redrive");

@@ -20,6 +20,7 @@ use super::dead_letters::{self, DeadLetters, Refusal, Source};
 use super::known::{Piece, Reader, Seen, before_last, index_within_offset};
 use super::metrics::{PipelineMetrics, step_duration};
 use super::outlet::{Bundle, Outlet, OutletClosed};
+use super::redrive_status::Redrives;
 use super::routes::Routes;
 use crate::batch::{Batch, Entry, Offset, Partition};
 use crate::hints::{Hint, Letters};
@@ -88,6 +89,7 @@ pub struct Shared {
     pub letters: Arc<DeadLetters>,
     pub failures: Failures,
     pub metrics: PipelineMetrics,
+    pub redrives: Redrives,
     /// By partition: all below was counted as read.
     pub counted: Vec<AtomicU64>,
     /// Generation of a chain in which a worker waits for a held step; 0: none does.

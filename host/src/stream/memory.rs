@@ -392,6 +392,26 @@ impl Stream for MemoryStream {
         Box::new(Mark { stream: self.clone(), consumer: consumer.to_owned(), remembered, asked })
     }
 
+    fn rename_reader(&self, former: &str, consumer: &str) {
+        let inner = &mut *self.lock();
+        if inner.marks.contains_key(consumer) {
+            return;
+        }
+        let consumer = || consumer.to_owned();
+        if let Some(mark) = inner.marks.remove(former) {
+            inner.marks.insert(consumer(), mark);
+        }
+        if let Some(place) = inner.remembered.remove(former) {
+            inner.remembered.insert(consumer(), place);
+        }
+        if let Some(told) = inner.told.remove(former) {
+            inner.told.insert(consumer(), told);
+        }
+        if inner.advanced.remove(former) {
+            inner.advanced.insert(consumer());
+        }
+    }
+
     fn lack(&self) -> Option<Lack> {
         self.lock().no_space.then_some(Lack::Disk)
     }

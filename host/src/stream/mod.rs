@@ -245,6 +245,10 @@ pub trait Stream: Send + Sync + 'static {
     /// Registers a reader whose position retention respects. One per name.
     fn attach(&self, consumer: &str, from: Offset, on_lag: OnLag) -> Box<dyn Attachment>;
 
+    /// Gives a reader that is not attached another name, unless one has that name already: its place,
+    /// and all that is remembered of it.
+    fn rename_reader(&self, former: &str, consumer: &str);
+
     /// Returns what the stream has too little of to take what could also wait. A stream
     /// that goes on in its reserve lacks room on disk.
     fn lack(&self) -> Option<Lack>;

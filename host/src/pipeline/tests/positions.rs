@@ -7,6 +7,7 @@ use crate::batch::Offset;
 use crate::pipeline::{PipelineStatus, State};
 use crate::sinks::Begin;
 use crate::sinks::memory::Fault;
+use crate::stream::{GapCause, OnLag};
 use crate::units::Period;
 
 /// What retention keeps for the sink.
@@ -174,4 +175,42 @@ async fn what_a_sink_without_a_position_may_need_is_kept_until_a_person_decides(
     process.until("asked", |status| says(status, "are gone")).await;
     assert_eq!(kept_from(&world), 0);
     process.stop().await;
+}
+
+/// The same database under another name of the sink and its pipeline.
+fn renamed(world: &World) -> World {
+    let config = World::new(2, &[("default", "lake")]).config;
+    let mut renamed = World { config, pipeline: "q".to_owned(), ..world.clone() };
+    renamed.databases = [("lake".to_owned(), world.database("w").clone())].into();
+    renamed.renamed_from = [("lake".to_owned(), "w".to_owned())].into();
+    renamed.config.renamed_from = Some("p".to_owned());
+    renamed
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sink_that_was_never_open_keeps_its_place_under_another_name() {
+    for begin in [None, Some(Begin::Now)] {
+        let mut world = world();
+        (world.begin, world.on_lag) = (begin, OnLag::Detach);
+        world.publish_many(3, 0, 10);
+        world.database("w").set_down(Some("connection refused"));
+        let process = world.start(chain(1, &[])).await;
+        process.until("down", |status| says(status, "connection refused")).await;
+        world.publish_many(3, 10, 10);
+        process.stop().await;
+        world.database("w").set_down(None);
+        let (gone, lost) = match begin {
+            // What came after the first start is written, though the name is new.
+            Some(_) => (10, vec![]),
+            None => (15, vec![(Offset(0)..Offset(15), GapCause::Trimmed)]),
+        };
+        world.memory.trim(Offset(gone));
+        let renamed = renamed(&world);
+        let process = renamed.start(chain(1, &[])).await;
+        process.drained().await;
+        process.stop().await;
+        has_rows(&world, gone..20);
+        assert_eq!(world.memory.lost(), lost, "{begin:?}");
+        assert_eq!(world.memory.marks().keys().collect::<Vec<_>>(), ["q/lake"]);
+    }
 }

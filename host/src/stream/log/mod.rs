@@ -251,6 +251,10 @@ impl Stream for Log {
         self.inner.attach(consumer, from, on_lag)
     }
 
+    fn rename_reader(&self, former: &str, consumer: &str) {
+        self.inner.rename(former, consumer);
+    }
+
     fn stall(&self) -> Option<Stall> {
         self.inner.stall()
     }

@@ -51,6 +51,15 @@ impl Remembered {
         delivered_to(&self.marks, consumer)
     }
 
+    /// Returns the first of these names that a reader has, else the first of them: the one whose place a
+    /// reader with the others as former names would take.
+    pub fn reader(&self, consumer: String, mut formerly: impl Iterator<Item = String>) -> String {
+        match self.marks.contains_key(&consumer) {
+            true => consumer,
+            false => formerly.find(|name| self.marks.contains_key(name)).unwrap_or(consumer),
+        }
+    }
+
     /// Returns what `begin: now` would mean for a reader of this name.
     pub fn begin_now(&self, consumer: &str) -> Option<BeginNow> {
         begin_now(&self.marks, consumer, self.bounds.end)

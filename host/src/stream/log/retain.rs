@@ -509,6 +509,22 @@ impl Inner {
         Box::new(Attached { inner, consumer, next, before, remembered, delivered, told, asked, detached })
     }
 
+    pub fn rename(&self, former: &str, consumer: &str) {
+        let kept = {
+            let marks = &mut write(&self.back).marks;
+            if marks.contains_key(consumer) {
+                return;
+            }
+            let Some(mark) = marks.remove(former) else { return };
+            let kept = mark.kept();
+            marks.insert(consumer.to_owned(), Mark { saved: None, ..mark });
+            kept
+        };
+        // In this order: a crash in between leaves the place under both names.
+        self.save_mark(consumer, kept);
+        self.append_own(state::OWN, former.as_bytes(), None);
+    }
+
     pub fn detach(&self, consumer: &str) {
         let removed = write(&self.back).marks.remove(consumer);
         if removed.is_some_and(|mark| mark.on_lag != OnLag::Hold) {

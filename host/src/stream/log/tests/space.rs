@@ -846,6 +846,43 @@ fn a_log_remembers_whom_it_was_delivered_to_through_restarts_and_new_names() {
     assert_eq!(log.attach("q/w", Offset(0), OnLag::Block).delivered(), Delivered::ToOthers);
 }
 
+#[test]
+fn a_reader_with_another_name_has_its_place_and_what_is_remembered_of_it_through_restarts() {
+    use crate::stream::{BeginNow, Delivered};
+    let (disk, clock) = (SimDisk::new(3), new_clock());
+    let open = || {
+        disk.restart_process();
+        manual(&disk, &small(), &clock).unwrap().0
+    };
+    let log = open();
+    for _ in 0..3 {
+        log.append(&[message("a/b", b"x")], &[]).unwrap();
+        commit(&log).unwrap();
+    }
+    // One that was never open, one that has begun.
+    let waiting = log.attach("p/w", Offset(1), OnLag::Detach);
+    assert_eq!(waiting.begin_now(true), Some(BeginNow::At(Offset(3))));
+    log.attach("p/begun", Offset(0), OnLag::Block).advance(Offset(2));
+    log.inner.start_closing();
+    commit(&log).unwrap();
+    for _ in 0..2 {
+        let log = open();
+        for (former, name) in [("p/w", "q/lake"), ("p/begun", "q/begun"), ("p/none", "q/none")] {
+            log.rename_reader(former, name);
+            // That name is taken now, or nobody has the former one.
+            log.rename_reader("p/none", name);
+        }
+        let lake = log.attach("q/lake", Offset(2), OnLag::Detach);
+        assert_eq!((lake.remembered(), lake.begin_now(true)), (Offset(1), Some(BeginNow::At(Offset(3)))));
+        let begun = log.attach("q/begun", Offset(0), OnLag::Block);
+        assert_eq!((begun.remembered(), begun.delivered()), (Offset(2), Delivered::ToThis));
+        let left: Vec<_> = log.remembered().into_iter().map(|(name, _)| name).collect();
+        assert_eq!(left, Vec::<String>::new());
+        log.inner.start_closing();
+        commit(&log).unwrap();
+    }
+}
+
 #[tokio::test]
 async fn a_clean_end_remembers_where_each_reader_was() {
     let disk = SimDisk::new(3);
