@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use super::letter::Letter;
-use super::marks::{MARK_PREFIX, Marks, mark_key};
+use super::marks::{MARK_PREFIX, Mark, Marks, mark_key};
 use super::{DeadLettersError, Filter};
 use crate::batch::{MessageRef, Offset};
 use crate::stream::{AppendError, Read, StateChange, Stream, Ticket};
@@ -14,8 +14,9 @@ const MARKS_MAX: usize = 4_096;
 /// The mark. Every version takes what it does not know for a letter that is closed.
 const DISCARDED: &[u8] = b"discarded";
 
-/// Marks open letters, of any pipeline where none is named, and returns their number once the
-/// marks are durable. No redrive may run meanwhile; letters of one that is not finished stay.
+/// Marks letters that are open, and those that a redrive has taken and not sent (their sink may be
+/// gone for good), of any pipeline where none is named. Returns their number once the marks are
+/// durable. No redrive may run meanwhile.
 pub async fn discard(
     dead_letters: &Arc<dyn Stream>,
     filter: &Filter,
@@ -23,8 +24,9 @@ pub async fn discard(
 ) -> Result<u64, DeadLettersError> {
     let marks = Marks::read(&dead_letters.state(MARK_PREFIX));
     let is_wanted = |message: &MessageRef<'_>| {
-        let is_open = marks.is_open(message.offset().0);
-        is_open && Letter::of(message).is_some_and(|letter| fits(filter, pipeline, message.offset(), &letter))
+        let is_closed = marks.get(message.offset().0) == Some(&Mark::Sent);
+        !is_closed
+            && Letter::of(message).is_some_and(|letter| fits(filter, pipeline, message.offset(), &letter))
     };
     let mut keys = Vec::new();
     let end = dead_letters.bounds().end;
@@ -64,7 +66,7 @@ fn fits(filter: &Filter, pipeline: Option<&str>, offset: Offset, letter: &Letter
 mod tests {
     use super::*;
     use crate::pipeline::OpenLetters;
-    use crate::pipeline::tests::harness::{World, chain};
+    use crate::pipeline::tests::harness::{Act, World, chain, step};
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_letter_that_is_discarded_is_no_problem_and_is_not_sent_also_after_a_restart() {
@@ -100,6 +102,31 @@ mod tests {
             "not beside a redrive"
         );
         drop(held);
+        process.stop().await;
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_letter_that_waits_for_a_sink_that_is_gone_can_be_discarded() {
+        let world = World::new(1, &[("default", "w other")]);
+        let process = world.start(chain(1, &[step("check", |_, _| Act::Refuse("no".to_owned()))])).await;
+        world.publish_many(1, 0, 3);
+        process.drained().await;
+        process.stop().await;
+        let mut fewer = World { config: World::new(1, &[("default", "w")]).config, ..world.clone() };
+        fewer.databases.remove("other");
+        let process = fewer.start(chain(1, &[step("check", |_, _| Act::Pass)])).await;
+        process.until("steps", |status| status.chain.is_some()).await;
+        let summary = process.handle.redrive(&Filter::default()).await.unwrap();
+        assert_eq!((summary.sent, summary.letters.pending), (3, 3));
+        assert_eq!(process.handle.discard(&Filter::default(), None).await.unwrap(), Some(3));
+        assert_eq!(OpenLetters::new(Arc::clone(&world.dead)).look().await.unwrap().len(), 0);
+        process.stop().await;
+        // The sink that is back gets none of them.
+        let process = world.start(chain(1, &[step("check", |_, _| Act::Pass)])).await;
+        process.drained().await;
+        process.until("steps", |status| status.chain.is_some()).await;
+        assert_eq!(process.handle.redrive(&Filter::default()).await.unwrap().sent, 0);
+        assert_eq!((world.payloads("w").len(), world.payloads("other").len()), (3, 0));
         process.stop().await;
     }
 }
