@@ -313,6 +313,7 @@ impl Client {
     pub fn raw(addr: SocketAddr, version: Version) -> Self {
         let connection = Connection::raw(addr).expect("the host listens");
         connection.stream.set_read_timeout(Some(HUNG_AFTER)).expect("a socket");
+        connection.stream.set_write_timeout(Some(HUNG_AFTER)).expect("a socket");
         let received = std::collections::VecDeque::new();
         Self { version, connection, received, session_present: false, properties: Vec::new() }
     }
@@ -348,7 +349,9 @@ impl Client {
 
     /// The host may have closed already: then reading shows it.
     pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
-        let _ = self.connection.stream.write_all(bytes.as_ref());
+        let sent = self.connection.stream.write_all(bytes.as_ref());
+        let is_hung = sent.is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock);
+        assert!(!is_hung, "nothing is read within {HUNG_AFTER:?}");
     }
 
     /// `None`: the connection is closed.

@@ -189,6 +189,7 @@ async fn close_commits_and_stops(stream: Arc<dyn Stream>) {
     assert!(matches!(stream.append(&[message("a/b", b"y")], &[]), Err(AppendError::Stopped(_))));
     assert!(stream.durable().changed().await.is_err());
     stream.writable().await;
+    stream.out_of_space().await;
     let mut cursor = stream.cursor(Offset(0));
     assert!(matches!(cursor.next().await, Ok(Read::Batch(_))));
     assert!(matches!(cursor.next().await, Err(ReadError::Stopped(_))));

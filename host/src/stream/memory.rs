@@ -272,6 +272,24 @@ impl Inner {
     }
 }
 
+impl MemoryStream {
+    /// Waits until it is as asked, or the stream has stopped.
+    async fn inner_is(&self, as_asked: impl Fn(&Inner) -> bool + Send) {
+        let mut moved = self.0.moved.subscribe();
+        loop {
+            {
+                let inner = self.lock();
+                if inner.stopped.is_some() || as_asked(&inner) {
+                    return;
+                }
+            }
+            if moved.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
 #[async_trait]
 impl Stream for MemoryStream {
     fn name(&self) -> &str {
@@ -333,18 +351,11 @@ impl Stream for MemoryStream {
     }
 
     async fn writable(&self) {
-        let mut moved = self.0.moved.subscribe();
-        loop {
-            {
-                let inner = self.lock();
-                if inner.stopped.is_some() || !(inner.full || inner.no_space) {
-                    return;
-                }
-            }
-            if moved.changed().await.is_err() {
-                return;
-            }
-        }
+        self.inner_is(|inner| !(inner.full || inner.no_space)).await;
+    }
+
+    async fn out_of_space(&self) {
+        self.inner_is(|inner| inner.no_space).await;
     }
 
     fn durable(&self) -> watch::Receiver<Ticket> {

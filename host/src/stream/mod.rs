@@ -212,6 +212,9 @@ pub trait Stream: Send + Sync + 'static {
     /// tried again, or the stream has stopped. Safe to drop.
     async fn writable(&self);
 
+    /// Ready while appends are refused with `NoSpace`, or the stream has stopped. Safe to drop.
+    async fn out_of_space(&self);
+
     /// The highest durable ticket, now and as it moves. Closed when the stream stops.
     fn durable(&self) -> watch::Receiver<Ticket>;
 

@@ -202,12 +202,24 @@ impl Inner {
     }
 
     pub async fn writable(&self) {
+        self.space_is(|front| {
+            let refused = front.refused == Some(front.ticket);
+            !(refused || self.lack().is_some())
+        })
+        .await;
+    }
+
+    pub async fn out_of_space(&self) {
+        self.space_is(|_| self.lack().is_some()).await;
+    }
+
+    /// Waits until it is as asked, or the log has stopped.
+    async fn space_is(&self, as_asked: impl Fn(&Front) -> bool) {
         let mut space = self.space.subscribe();
         loop {
             {
                 let front = lock(&self.front);
-                let refused = front.refused == Some(front.ticket);
-                if front.stopped.is_some() || !(refused || self.lack().is_some()) {
+                if front.stopped.is_some() || as_asked(&front) {
                     return;
                 }
             }

@@ -209,6 +209,10 @@ impl Stream for Log {
         self.inner.writable().await;
     }
 
+    async fn out_of_space(&self) {
+        self.inner.out_of_space().await;
+    }
+
     fn durable(&self) -> watch::Receiver<Ticket> {
         match &*lock(&self.inner.durable) {
             Some(durable) => durable.subscribe(),

@@ -29,6 +29,10 @@ impl Stalled {
         self.messages.is_empty() && self.owed.is_empty()
     }
 
+    fn has_unacknowledged(&self) -> bool {
+        self.messages.iter().any(|message| message.flags & flags::QOS_MASK == 0)
+    }
+
     /// Returns the number of bytes that it takes in memory.
     pub fn bytes(&self) -> usize {
         let messages = self.messages.iter().map(|message| size_of::<Owned>() + message.bytes());
@@ -88,10 +92,19 @@ impl Owned {
     }
 }
 
-/// Returns when there may be room for what stalled, or what is withheld may be looked at again;
-/// pending while nothing is.
+/// Returns when there may be room for what stalled, when QoS 0 messages of it are to be
+/// dropped, or what is withheld may be looked at again; pending while nothing is.
 pub async fn room(stalled: &[Stalled], withheld: Withheld, session: &Session, broker: &Broker) {
-    let mut waits: Vec<_> = stalled.iter().map(|stalled| broker.streams[stalled.stream].writable()).collect();
+    let mut waits = Vec::new();
+    for stalled in stalled {
+        let stream = &broker.streams[stalled.stream];
+        waits.push(stream.writable());
+        // They wait for a full buffer, and not for a stream without room: what found
+        // the one may meet the other.
+        if stalled.has_unacknowledged() {
+            waits.push(stream.out_of_space());
+        }
+    }
     match withheld {
         Withheld::Nothing => {}
         Withheld::Room => waits.push(Box::pin(broker.sessions.open_ids.freed())),

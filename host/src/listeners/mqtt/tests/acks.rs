@@ -119,6 +119,38 @@ async fn a_full_commit_buffer_holds_acks_and_loses_nothing_once_there_is_room() 
 }
 
 #[tokio::test]
+async fn a_full_commit_buffer_whose_commit_finds_no_room_drops_qos_0_and_holds_acks() {
+    let stream = MemoryStream::with_manual_commit("s", 1);
+    let streams = Streams::new(vec![], stream.clone());
+    let change = |config: &mut Config| config.max_packet_size = ByteSize::mib(10);
+    let host = Host::start(streams, MemoryStream::new("broker", 1), change).await;
+    let mut client = host.clean("c").await;
+    let large = |topic, qos, packet_id| {
+        let payload = Bytes::from(vec![b'x'; 9 << 20]);
+        Publish { payload, ..publish(topic, qos, packet_id) }
+    };
+    client.send(large("one", QoS::AtLeastOnce, 1)).await;
+    client.send(large("two", QoS::AtMostOnce, 0)).await;
+    client.nothing_but_ping().await;
+    stream.set_no_space(true);
+    // More than is read of a client that waits.
+    for _ in 0..3 {
+        client.send(large("three", QoS::AtMostOnce, 0)).await;
+    }
+    client.send(publish("four", QoS::AtLeastOnce, 4)).await;
+    client.nothing_but_ping().await;
+    let no_space = || host.handle.clients().show("c").unwrap().counts.no_space;
+    assert_eq!(no_space(), 4);
+    stream.set_no_space(false);
+    stream.commit();
+    assert_eq!(client.receive().await, puback(1));
+    stream.commit();
+    assert_eq!(client.receive().await, puback(4));
+    assert_eq!((stream.bounds().end, no_space()), (Offset(2), 4));
+    host.stop().await;
+}
+
+#[tokio::test]
 async fn a_stream_that_stops_ends_its_connections_without_acks() {
     let stream = MemoryStream::with_manual_commit("s", 1);
     let host = Host::with(stream.clone()).await;
