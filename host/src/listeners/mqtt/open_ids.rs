@@ -17,6 +17,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::sync::Notify;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
+use crate::batch::flags;
+use crate::properties::{self, Origin};
 use crate::stream::Ticket;
 
 /// Most ids of all clients, beside the first of each. 17 bytes of state each: with retained
@@ -36,12 +38,22 @@ pub struct Received {
 /// Tells whether a publish with an open packet id is the message that opened it, whatever DUP
 /// says. A device that lost its store begins with ids that its session knows, and marks a message
 /// as sent before that never arrived. Two different messages are taken for the same once in 2^32.
+/// Topic, payload, RETAIN and properties make a message, but not its expiry, which a device may
+/// count down before it sends a message again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Content([u8; 4]);
 
 impl Content {
-    pub fn of(topic: &str, payload: &[u8]) -> Self {
-        let hash = xxh3_64_with_seed(payload, xxh3_64(topic.as_bytes()));
+    pub fn of(topic: &str, payload: &[u8], properties: &[u8], flags: u16) -> Self {
+        let mut hash = xxh3_64_with_seed(payload, xxh3_64(topic.as_bytes()));
+        for property in properties::iter(properties) {
+            if (property.origin, property.name) == (Origin::Listener as u8, "expiry-s") {
+                continue;
+            }
+            hash = xxh3_64_with_seed(property.name.as_bytes(), hash);
+            hash = xxh3_64_with_seed(property.value, hash);
+        }
+        hash = hash.wrapping_add(u64::from(flags & (flags::RETAIN | flags::UTF8)));
         Self((hash as u32).to_le_bytes())
     }
 

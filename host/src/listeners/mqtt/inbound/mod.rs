@@ -482,6 +482,9 @@ impl Inbound {
         if self.rights.identity.device.is_some() {
             device = None;
         }
+        // What the client itself says of the message.
+        let content = (publish.qos == 2)
+            .then(|| Content::of(topic.as_str(), publish.payload, &work.properties[begin..], flags));
         let client_id = &self.session.client_id;
         push_sender(&mut work.properties, broker, client_id, device.is_some(), &self.rights.identity);
         let properties = begin..work.properties.len();
@@ -493,7 +496,7 @@ impl Inbound {
         }
         let stream = broker.route(topic.as_str());
         if publish.qos > 0 {
-            let Some(owed) = self.owe(broker, stream, &publish, topic.as_str(), work)? else {
+            let Some(owed) = self.owe(broker, stream, &publish, content, work)? else {
                 work.properties.truncate(begin);
                 return Ok(Published::Withheld);
             };
@@ -519,13 +522,12 @@ impl Inbound {
         broker: &Broker,
         stream: usize,
         publish: &Publish<'_>,
-        topic: &str,
+        content: Option<Content>,
         work: &mut Work<'_>,
     ) -> Result<Option<Owed>, Fault> {
         let first = if publish.qos == 1 { wire::PUBACK } else { wire::PUBREC };
         let packet_id = publish.packet_id;
         let ack = Some(Ack { first, packet_id, code: 0 });
-        let content = (publish.qos == 2).then(|| Content::of(topic, publish.payload));
         let known = content.and_then(|_| self.session.received().known(packet_id));
         // Only a session that outlives its connection has records.
         let is_elsewhere = |known: &Received| known.stream != stream && self.epoch.is_some();

@@ -330,6 +330,30 @@ async fn an_open_packet_id_with_another_message_is_a_new_message_whatever_dup_sa
 }
 
 #[tokio::test]
+async fn a_message_that_differs_in_its_properties_alone_is_another_but_for_its_expiry() {
+    let stream = MemoryStream::new("s", 1);
+    let host = Host::with(stream.clone()).await;
+    let mut client = host.client(resuming("c")).await.0;
+    let call = |correlation: &'static str, expiry_s| {
+        let properties = PublishProperties {
+            correlation_data: Some(correlation.into()),
+            message_expiry_interval: std::num::NonZeroU32::new(expiry_s),
+            ..PublishProperties::default()
+        };
+        Publish { properties: Some(properties), ..qos2("a", "{}", 1, false) }
+    };
+    let retained = Publish { retain: true, ..call("B", 60) };
+    for (publish, messages) in
+        [(call("A", 60), 1), (call("A", 50), 1), (call("B", 60), 2), (call("B", 60), 2), (retained, 3)]
+    {
+        client.send(publish).await;
+        assert_eq!(client.receive().await, pubrec(1));
+        assert_eq!(stream.bounds().end, Offset(messages));
+    }
+    host.stop().await;
+}
+
+#[tokio::test]
 async fn a_change_of_a_packet_id_that_no_stream_took_leaves_what_was_known_of_it() {
     // Each is what the first connection sends to a full disk, before it is lost.
     let cases: [&[Packet]; 4] = [
