@@ -7,6 +7,11 @@ use std::sync::Arc;
 use crate::batch::{Batch, Partition};
 use crate::problems::Problem;
 
+/// Versions of the steps of a pipeline that are kept for sinks that lag, the newest among them: each
+/// is compiled code, and one instance of every step for each worker that has still to run messages
+/// with it. The cache keeps as many versions of a plugin.
+pub const VERSIONS_MAX: usize = 8;
+
 /// Identity of one use of a plugin: `telemetry/normalize`. State, metrics and
 /// logs belong to it, not to the file.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -108,7 +113,18 @@ pub trait StepFactory: Send + Sync {
     /// A fresh, initialised instance for one worker. Errors carry paths below
     /// the step's config.
     fn instantiate(&self, worker: u32) -> Result<Box<dyn Step>, Vec<Problem>>;
+
+    /// Returns a text that another process can make the step from again: see [`Recall`].
+    fn recipe(&self) -> String;
+
+    /// A newer version takes over, and only messages that a sink has already are still run by this
+    /// one, for other sinks: it holds the pipeline no more, and what it faults on is rejected.
+    fn let_go(&self) {}
 }
+
+/// Makes a step of an earlier process again from its recipe, let go from the beginning. Errors name
+/// the step.
+pub type Recall = Arc<dyn Fn(&str) -> Result<Arc<dyn StepFactory>, String> + Send + Sync>;
 
 /// The steps of a pipeline, in order. A new chain replaces the old one for all
 /// partitions at one offset, or for none.

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use headworks_tests::host::{Host, prebuilt};
+use headworks_tests::http;
 use headworks_tests::publisher::{Address, Plan, Publisher, Sent};
 use headworks_tests::telemetry::{self, Repeats};
 
@@ -44,6 +45,58 @@ fn a_changed_plugin_changes_the_next_messages_and_loses_none() {
     // Two tables: the order across them is not known.
     all.sort();
     telemetry::assert_rows(&all, &sent, Repeats::None);
+}
+
+#[test]
+fn each_message_has_one_table_though_a_sink_lags_through_changes_and_a_crash() {
+    let mut host = Host::prepare("swap-lag", CONFIG);
+    host.drop_plugin("10-normalize.wasm", prebuilt("normalize"));
+    host.folder.write("plugins/30-route.yaml", threshold(1_000_000_000));
+    host.drop_plugin("30-route.wasm", prebuilt("route"));
+    host.run();
+    let (rows, alerts) = (host.folder.join("data/telemetry.db"), host.folder.join("data/alerts.db"));
+    let publishers = devices(&host);
+    host.writes("rows", || (telemetry::sqlite_count(&rows, "telemetry") > 200).then_some(()));
+
+    let away = rusqlite::Connection::open(&alerts).expect("the sink's");
+    away.busy_timeout(Duration::from_secs(20)).expect("a timeout");
+    away.execute_batch("BEGIN IMMEDIATE").expect("the host does not write now");
+    // Everything is an alert, then nothing is.
+    change_route(&host, threshold(0));
+    for publisher in &publishers {
+        publisher.await_acked(publisher.acked() + 50);
+    }
+    change_route(&host, threshold(1_000_000_000));
+    let before = telemetry::sqlite_count(&rows, "telemetry");
+    host.writes("rows again", || (telemetry::sqlite_count(&rows, "telemetry") > before + 100).then_some(()));
+    let sent: Vec<Sent> = publishers.into_iter().map(Publisher::finish).collect();
+    telemetry::written_to_sqlite(&host, &rows);
+    host.kill();
+    host.folder.write("plugins/30-route.yaml", threshold(0));
+    drop(away);
+
+    host.run();
+    for path in [&rows, &alerts] {
+        telemetry::written_to_sqlite(&host, path);
+    }
+    let mut all = telemetry::sqlite_rows(&rows, "telemetry");
+    let of_alerts = telemetry::sqlite_rows(&alerts, "alerts");
+    assert!(!of_alerts.is_empty());
+    all.extend(of_alerts);
+    all.sort();
+    telemetry::assert_rows(&all, &sent, Repeats::None);
+}
+
+/// Writes another config for the step, and waits until it runs.
+fn change_route(host: &Host, config: String) {
+    let generation = || {
+        let (_, status) = http::get(host.admin(), "/api/status").expect("it answers");
+        let status: serde_json::Value = serde_json::from_str(&status).expect("JSON");
+        status["pipelines"][0]["steps_generation"].as_u64()
+    };
+    let before = generation();
+    host.folder.write("plugins/30-route.yaml", config);
+    host.writes("the new steps run", || (generation() > before).then_some(()));
 }
 
 #[test]

@@ -29,6 +29,7 @@ pub const PROBLEM_KINDS: &[&str] = &[
     "certificate",
     "reload_refused",
     "swap_refused",
+    "swap_waits",
     "dropped",
     "skipped",
     "ignored",

@@ -54,6 +54,7 @@ mod tests {
             wants_room: false,
             chain: None,
             swap_refused: None,
+            swap_waits: None,
             read: Offset(0),
             end: Offset(0),
             sinks: Vec::new(),

@@ -149,6 +149,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
         let deps = pipeline::Deps {
             stream: Arc::clone(stream),
             chain: plugins.chain(name, pipeline.steps.as_deref()),
+            recall: plugins.recall(name),
             sinks: sink_parts(&config, pipeline, &namespace, &failures),
             dead_letters: Arc::clone(&dead_letters),
             dead_letters_bytes_max: config.dead_letters.share_of(config.pipelines.len()),

@@ -86,6 +86,7 @@ mod tests {
             wants_room: false,
             chain: None,
             swap_refused: None,
+            swap_waits: None,
             read: Offset(0),
             end: Offset(end),
             sinks: vec![sink],

@@ -264,6 +264,15 @@ impl Host {
                     .to_owned(),
             });
         }
+        if let Some(reason) = &status.swap_waits {
+            found.push(Found {
+                part: format!("pipeline {}", status.name),
+                kind: "swap_waits",
+                cause: format!("its new steps wait, the ones before them run: {reason}"),
+                at_stake: AtStake::default(),
+                advice: "mend the sink; the new steps begin by themselves once it has caught up".to_owned(),
+            });
+        }
         for sink in &status.sinks {
             let Some((kind, cause)) = named(&sink.state) else { continue };
             let advice = advice::of_sink(kind, cause, detaches(sink));
@@ -696,6 +705,7 @@ mod tests {
             wants_room: false,
             chain: None,
             swap_refused: None,
+            swap_waits: None,
             read: Offset(0),
             end: Offset(5),
             sinks: vec![sink(State::Starting)],

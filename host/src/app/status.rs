@@ -174,6 +174,7 @@ fn pipeline_status(
         "state": state_text(&status.state),
         "steps_generation": status.chain,
         "swap_refused": status.swap_refused,
+        "swap_waits": status.swap_waits,
         "read": status.read.0,
         "end": status.end.0,
         "sinks": status.sinks.iter().map(sink).collect::<Vec<_>>(),

@@ -103,6 +103,8 @@ struct RunningPipeline {
     state: String,
     steps_generation: Option<u64>,
     swap_refused: Option<String>,
+    #[serde(default)]
+    swap_waits: Option<String>,
 }
 
 /// The files as the running host sees them; where none runs, as they lie there.
@@ -129,7 +131,7 @@ fn list(loaded: &Loaded, format: Format, out: &mut Out) -> anyhow::Result<()> {
     for pipeline in running.iter().flat_map(|running| &running.pipelines) {
         let steps = pipeline.steps_generation.map_or("none yet".to_owned(), |number| number.to_string());
         out.line(format!("pipeline {}: steps of generation {steps}, {}", pipeline.name, pipeline.state))?;
-        if let Some(reason) = &pipeline.swap_refused {
+        if let Some(reason) = pipeline.swap_refused.as_ref().or(pipeline.swap_waits.as_ref()) {
             out.line(format!("  its newest steps are not used: {reason}"))?;
         }
     }

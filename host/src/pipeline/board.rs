@@ -28,6 +28,7 @@ pub(super) struct Shown {
     pub read: Offset,
     pub chain: Option<Chain>,
     pub swap_refused: Option<String>,
+    pub swap_waits: Option<String>,
     pub own_lane: Vec<bool>,
 }
 
@@ -40,6 +41,7 @@ impl Board {
             read: Offset(0),
             chain: None,
             swap_refused: None,
+            swap_waits: None,
             own_lane: vec![false; sinks.len()],
         };
         Self { name: name.to_owned(), stream, sinks, shown: watch::Sender::new(shown) }
@@ -83,6 +85,7 @@ impl Board {
             wants_room: shown.wants_room,
             chain: shown.chain.as_ref().map(|chain| chain.generation),
             swap_refused: shown.swap_refused.clone(),
+            swap_waits: shown.swap_waits.clone(),
             read: shown.read,
             end,
             sinks: self.sinks.iter().zip(&shown.own_lane).map(sink).collect(),

@@ -365,6 +365,29 @@ impl DeadLetters {
         self.room_moved.notify_waiters();
     }
 
+    /// An append beside the letters must be durable before any position covers what follows.
+    pub fn cover(&self, ticket: Ticket) {
+        let mut known = self.lock();
+        known.ticket = known.ticket.max(ticket);
+    }
+
+    /// As [`Known::received`].
+    pub fn received(&self) -> Vec<Offset> {
+        self.lock().received()
+    }
+
+    /// As [`Known::received_by_all`].
+    pub fn received_by_all(&self, sinks: &[SinkNumber]) -> Vec<Offset> {
+        self.lock().received_by_all(sinks)
+    }
+
+    /// As [`Known::cut`]; returns what the sinks have, as [`Known::received`].
+    pub fn cut(&self) -> Vec<Offset> {
+        let mut known = self.lock();
+        known.cut();
+        known.received()
+    }
+
     /// A sink that is new to the source begins at `at`: it does not get the messages before
     /// from there, but may be sent their letters. Returns once this survives a crash; where
     /// there is no room it is not remembered.

@@ -72,7 +72,7 @@ pub struct Reader {
 }
 
 /// Another run put a message into a letter for the sink meanwhile: what this
-/// one made of it must not become a row.
+/// one made of it must not become a row. Or the sink is cut from its lane.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Stale;
 
@@ -97,6 +97,8 @@ struct OfSink {
     floor: u64,
     /// How far the lane that serves the sink has handed out; `None`: no lane does.
     served: Option<Arc<HandedOut>>,
+    /// Takes nothing before another lane serves it.
+    is_cut: bool,
     /// Bytes of the letters that the sink itself wrote since its last commit.
     uncommitted_bytes: u64,
 }
@@ -166,7 +168,34 @@ impl Known {
 
     /// Names the lane that serves a sink, by how far it has handed out.
     pub fn serve(&mut self, sink: SinkNumber, lane: Option<Arc<HandedOut>>) {
-        self.sinks[sink].served = lane;
+        let of = &mut self.sinks[sink];
+        of.is_cut &= lane.is_none();
+        of.served = lane;
+    }
+
+    /// Lets no sink take anything more of what the lanes made so far.
+    pub fn cut(&mut self) {
+        self.sinks.iter_mut().for_each(|of| of.is_cut = true);
+    }
+
+    /// Returns by partition the highest offset below which some sink has received everything.
+    pub fn received(&self) -> Vec<Offset> {
+        self.fold_received(0..self.sinks.len(), Offset::max)
+    }
+
+    /// Returns by partition the offset below which each of these sinks has received everything.
+    pub fn received_by_all(&self, sinks: &[SinkNumber]) -> Vec<Offset> {
+        self.fold_received(sinks.iter().copied(), Offset::min)
+    }
+
+    fn fold_received(
+        &self,
+        sinks: impl Iterator<Item = SinkNumber>,
+        of_two: impl Fn(Offset, Offset) -> Offset,
+    ) -> Vec<Offset> {
+        let received = sinks.map(|sink| self.sinks[sink].received.clone());
+        let both = |a: Vec<Offset>, b: Vec<Offset>| a.into_iter().zip(b).map(|(a, b)| of_two(a, b)).collect();
+        received.reduce(both).unwrap_or_default()
     }
 
     /// Whether room for the letters of steps comes back without a worker that waits
@@ -249,6 +278,9 @@ impl Known {
     ) -> Result<Vec<(usize, usize)>, Stale> {
         let (number, name) = sink;
         let of = &mut self.sinks[number];
+        if of.is_cut {
+            return Err(Stale);
+        }
         let mut refused = Vec::new();
         for (b, batch) in batches.iter().enumerate() {
             let Some(first) = batch.entries.first().map(|entry| batch.offset(entry)) else { continue };

@@ -2,21 +2,22 @@
 //!
 //! A pipeline has one lane, and one more for each sink that lags behind the
 //! others. Steps that stand before a sink are pure, so that two lanes may run
-//! the same message.
+//! the same message, each with the version of the steps that its offset has.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::outlet::Outlet;
-use super::reader::{LaneControl, Reader, room_units};
-use super::worker::{Ended, Served, Shared, Steps, WORK_FRAMES_MAX, Worker};
+use super::reader::{Attach, Reader, room_units};
+use super::versions::{Flip, OfWorker};
+use super::worker::{Ended, Served, Shared, WORK_FRAMES_MAX, Worker};
 use crate::batch::Offset;
-use crate::stream::{Stream, Ticket};
+use crate::stream::Stream;
 use crate::threads;
 
 /// Orders to a lane that it did not get to yet.
@@ -27,7 +28,7 @@ pub type LaneId = u64;
 /// A running lane, as its pipeline holds it.
 pub struct Lane {
     pub id: LaneId,
-    pub control: mpsc::Sender<LaneControl>,
+    pub control: mpsc::Sender<Attach>,
     pub stop: CancellationToken,
     pub position: Arc<AtomicU64>,
     pub outlets: Vec<Outlet>,
@@ -39,13 +40,14 @@ pub struct LaneEnded {
 }
 
 impl Lane {
-    /// Starts the threads and the reader; `ended` hears when all are gone.
+    /// Starts the threads and the reader; `ended` hears when all are gone. `versions` are the
+    /// steps of all messages from `from` on, oldest first.
     pub fn start(
         id: LaneId,
         shared: &Arc<Shared>,
         stream: &Arc<dyn Stream>,
         from: Offset,
-        (steps, hold): (Vec<Steps>, bool),
+        (versions, hold): (Vec<Flip>, watch::Receiver<bool>),
         outlets: Vec<Outlet>,
         ended: mpsc::Sender<LaneEnded>,
     ) -> std::io::Result<Self> {
@@ -54,8 +56,15 @@ impl Lane {
         let position = Arc::new(AtomicU64::new(from.0));
         let mut queues = Vec::new();
         let mut threads = Vec::new();
-        let workers = steps.len() as u16;
-        for (number, steps) in steps.into_iter().enumerate() {
+        let workers = shared.config.worker_count();
+        let mut of_workers: Vec<_> = (0..workers).map(|_| OfWorker(Vec::new())).collect();
+        let letters = versions.iter().map(|version| version.ticket).max().unwrap_or_default();
+        for Flip { begins, steps, .. } in versions {
+            for (of_worker, steps) in of_workers.iter_mut().zip(steps) {
+                of_worker.push(Arc::clone(&begins), steps);
+            }
+        }
+        for (number, versions) in of_workers.into_iter().enumerate() {
             let (queue, works) = mpsc::channel(WORK_FRAMES_MAX);
             queues.push(queue);
             let worker = Worker {
@@ -63,14 +72,15 @@ impl Lane {
                 workers,
                 shared: Arc::clone(shared),
                 queue: works,
-                steps,
+                versions,
+                version: 0,
                 runtime: Handle::current(),
                 outlets: outlets
                     .iter()
                     .map(|outlet| Served::new(outlet.clone(), number as u16, from))
                     .collect(),
                 done: from,
-                letters: Ticket::default(),
+                letters,
                 stop: stop.clone(),
                 counts: true,
             };
@@ -78,7 +88,8 @@ impl Lane {
         }
         let room_max = room_units(shared.config.read_ahead_bytes_max.0);
         let reader = Reader {
-            pipeline: Arc::clone(&shared.name),
+            lane: id,
+            shared: Arc::clone(shared),
             cursor: stream.cursor(from),
             without: vec![0; queues.len()],
             workers: queues,

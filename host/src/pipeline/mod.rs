@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::hints::Hint;
 use crate::sinks::{Begin, Name, Sink};
-use crate::step::Chain;
+use crate::step::{Chain, Recall};
 use crate::stream::{Attachment, BeginNow, OnLag, Stream};
 use crate::telemetry::{Failures, alike};
 
@@ -43,12 +43,14 @@ mod missing;
 mod open_letters;
 mod outlet;
 mod reader;
+mod records;
 mod redrive;
 mod redrive_status;
 mod routes;
 mod status;
 mod supervisor;
 mod swap;
+mod versions;
 mod worker;
 mod writer;
 
@@ -73,11 +75,13 @@ use board::Board;
 use claim::Waiting;
 use delivery::Delivery;
 use metrics::PipelineMetrics;
+use records::Records;
 use redrive::Lender;
 use redrive_status::Redrives;
 use routes::Routes;
 use status::SinkShared;
 use supervisor::{Member, Supervisor};
+use versions::{Schedule, Versions};
 use worker::Shared;
 use writer::{Refusals, Writer};
 
@@ -120,6 +124,8 @@ pub struct SinkPart {
 pub struct Deps {
     pub stream: Arc<dyn Stream>,
     pub chain: watch::Receiver<Chain>,
+    /// Makes the steps of earlier processes again.
+    pub recall: Recall,
     pub sinks: Vec<SinkPart>,
     /// The dead letters of the whole host.
     pub dead_letters: Arc<dyn Stream>,
@@ -295,8 +301,17 @@ impl Handle {
 /// Starts a pipeline. Fails only where the dead letters cannot be read; a sink
 /// that is down is waited for.
 pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, DeadLettersError> {
-    let Deps { stream, chain, sinks, dead_letters, dead_letters_bytes_max, configured, failures, shutdown } =
-        deps;
+    let Deps {
+        stream,
+        chain,
+        recall,
+        sinks,
+        dead_letters,
+        dead_letters_bytes_max,
+        configured,
+        failures,
+        shutdown,
+    } = deps;
     let identity = stream.identity();
     let pipelines = names_of(name, &config.renamed_from);
     let names: Vec<_> = sinks.iter().map(|part| part.name.clone()).collect();
@@ -322,6 +337,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
         redrives: Redrives::new(name),
         counted: (0..identity.partitions).map(|_| AtomicU64::new(0)).collect(),
         held_in: AtomicU64::new(0),
+        schedule: Schedule::default(),
         abort: CancellationToken::new(),
     });
     let (events, inbox) = mpsc::channel(EVENTS_PER_SINK_MAX * sinks.len().max(1));
@@ -387,6 +403,10 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
         .collect();
     let shareds: Vec<Arc<SinkShared>> = members.iter().map(|member| Arc::clone(&member.shared)).collect();
     let board = Arc::new(Board::new(name, Arc::clone(&stream), shareds));
+    let letters = Arc::clone(&shared.letters);
+    let (records, remembered) =
+        Records::open(Arc::clone(&dead_letters), letters, shared.letters.names(), identity);
+    let versions = Versions::new(records, remembered, stream.bounds().end, recall);
     let redriver = Arc::new(Redriver {
         board: Arc::clone(&board),
         epochs: tokio::sync::Mutex::default(),
@@ -400,8 +420,9 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
     tokio::spawn(shutdown.clone().run_until_cancelled_owned(resuming));
     #[cfg(test)]
     let shutdown_of_test = shutdown.clone();
+    let steps = (chain, versions);
     let supervisor =
-        Supervisor::new(Arc::clone(&shared), stream, chain, members, inbox, shutdown, Arc::clone(&board));
+        Supervisor::new(Arc::clone(&shared), stream, steps, members, inbox, shutdown, Arc::clone(&board));
     let task = tokio::spawn(supervisor.run());
     Ok(Handle {
         #[cfg(test)]

@@ -3,44 +3,47 @@
 //! Everything that must happen at one offset for all partitions (new steps,
 //! one more sink) goes through the same queues as the frames. The task ends
 //! when it is told to stop, when a worker is gone, or when the stream ends.
+//! A frame is claimed before it is handed out, so that new steps begin at one
+//! offset for all lanes: see [`super::versions`].
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
+use super::lane::LaneId;
 use super::metrics;
 use super::outlet::Outlet;
-use super::worker::{Frame, Steps, WORK_FRAMES_MAX, Work};
+use super::worker::{Frame, Shared, WORK_FRAMES_MAX, Work};
 use crate::batch::{Batch, Offset};
 use crate::stream::{Cursor, GapCause, Read, ReadError};
 
 const ROOM_UNIT_BYTES: usize = 1_024;
 
-/// What a pipeline tells a lane.
-pub enum LaneControl {
-    /// New steps, one set a worker, where there are some; and whether to wait.
-    Chain { steps: Option<Vec<Steps>>, hold: bool },
-    /// One more sink; where it begins is stored in `starts_at`.
-    Attach { outlet: Outlet, starts_at: Arc<AtomicU64> },
+/// One more sink for a lane; where it begins is stored in `starts_at`.
+pub struct Attach {
+    pub outlet: Outlet,
+    pub starts_at: Arc<AtomicU64>,
 }
 
 pub struct Reader {
-    pub pipeline: Arc<str>,
+    pub lane: LaneId,
+    pub shared: Arc<Shared>,
     pub cursor: Box<dyn Cursor>,
     pub workers: Vec<mpsc::Sender<Work>>,
     /// By worker: frames since it heard of one.
     pub without: Vec<usize>,
-    pub control: mpsc::Receiver<LaneControl>,
+    pub control: mpsc::Receiver<Attach>,
     /// Bytes read and not through the steps.
     pub room: Arc<Semaphore>,
     pub room_max: u32,
     pub position: Arc<AtomicU64>,
     pub progress_every: Duration,
-    pub hold: bool,
+    /// Whether the pipeline waits.
+    pub hold: watch::Receiver<bool>,
     pub stop: CancellationToken,
 }
 
@@ -71,18 +74,25 @@ impl Reader {
             let done = tokio::select! {
                 biased;
                 control = self.control.recv() => match control {
-                    Some(control) => self.obey(control).await,
+                    Some(attach) => self.attach(attach).await,
                     None => return Ok(()),
+                },
+                held = self.hold.changed() => match held {
+                    Ok(()) => continue,
+                    Err(_) => return Ok(()),
                 },
                 _ = tick.tick() => {
                     let upto = self.cursor.position();
+                    if self.flip(upto).await.is_err() {
+                        return Ok(());
+                    }
                     if upto == told {
                         continue;
                     }
                     told = upto;
                     self.progress(upto).await
                 }
-                read = self.cursor.next(), if !self.hold => match read? {
+                read = self.cursor.next(), if !*self.hold.borrow() => match read? {
                     Read::Batch(batch) => self.frame(batch).await,
                     Read::Gap { from, to, cause } => self.gap(from, to, cause).await,
                 },
@@ -95,6 +105,7 @@ impl Reader {
 
     async fn frame(&mut self, batch: Batch) -> Result<(), WorkerGone> {
         let upto = self.cursor.position();
+        self.flip(upto).await?;
         let bytes: usize = batch.segments.iter().map(bytes::Bytes::len).sum();
         let units = room_units(bytes as u64).min(self.room_max);
         let room = Arc::clone(&self.room).acquire_many_owned(units).await.map_err(|_| WorkerGone)?;
@@ -128,12 +139,12 @@ impl Reader {
             // Told by the stream, once for all who read it.
             GapCause::Damaged => "damaged",
             GapCause::Trimmed => {
-                tracing::error!(pipeline = %self.pipeline, from = from.0, to = to.0,
+                tracing::error!(pipeline = %self.shared.name, from = from.0, to = to.0,
                     "retention removed messages before this pipeline read them");
                 "trimmed"
             }
         };
-        metrics::gap(&self.pipeline, cause).increment(to.0 - from.0);
+        metrics::gap(&self.shared.name, cause).increment(to.0 - from.0);
         self.progress(to).await
     }
 
@@ -145,25 +156,28 @@ impl Reader {
         Ok(())
     }
 
-    async fn obey(&mut self, control: LaneControl) -> Result<(), WorkerGone> {
-        match control {
-            LaneControl::Chain { steps, hold } => {
-                for (worker, steps) in self.workers.iter().zip(steps.into_iter().flatten()) {
-                    worker.send(Work::Flip(steps)).await.map_err(|_| WorkerGone)?;
-                }
-                self.hold = hold;
-            }
-            LaneControl::Attach { outlet, starts_at } => {
-                let from = self.cursor.position();
-                // Each worker's own progress comes up to the place first.
-                self.progress(from).await?;
-                for worker in &self.workers {
-                    let outlet = outlet.clone();
-                    worker.send(Work::Attach { outlet, from }).await.map_err(|_| WorkerGone)?;
-                }
-                starts_at.store(from.0, Ordering::Release);
+    /// Claims the messages below `upto`, and gives the workers the versions of the steps that begin
+    /// with any of them.
+    async fn flip(&mut self, upto: Offset) -> Result<(), WorkerGone> {
+        for flip in self.shared.schedule.claim(self.lane, upto) {
+            for (worker, steps) in self.workers.iter().zip(flip.steps) {
+                let begins = Arc::clone(&flip.begins);
+                let flip = Work::Flip { begins, steps, ticket: flip.ticket };
+                worker.send(flip).await.map_err(|_| WorkerGone)?;
             }
         }
+        Ok(())
+    }
+
+    async fn attach(&mut self, Attach { outlet, starts_at }: Attach) -> Result<(), WorkerGone> {
+        let from = self.cursor.position();
+        // Each worker's own progress comes up to the place first.
+        self.progress(from).await?;
+        for worker in &self.workers {
+            let outlet = outlet.clone();
+            worker.send(Work::Attach { outlet, from }).await.map_err(|_| WorkerGone)?;
+        }
+        starts_at.store(from.0, Ordering::Release);
         Ok(())
     }
 }

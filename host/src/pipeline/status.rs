@@ -24,6 +24,8 @@ pub struct PipelineStatus {
     pub chain: Option<u64>,
     /// Why the newest steps are not the ones that run.
     pub swap_refused: Option<String>,
+    /// Why the newest steps wait for a sink that needs the older ones.
+    pub swap_waits: Option<String>,
     /// Offset of the next message to be read by the first reader.
     pub read: Offset,
     pub end: Offset,

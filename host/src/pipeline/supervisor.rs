@@ -2,6 +2,8 @@
 //! off the sink that holds the others up and takes it back when it has caught
 //! up. The task ends when every lane and delivery has, which `shutdown` starts.
 
+mod steps;
+
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -17,11 +19,12 @@ use super::delivery::{Control, Event};
 use super::lane::{Lane, LaneEnded, LaneId};
 use super::metrics::SinkMetrics;
 use super::outlet::{Outlet, outlet};
-use super::reader::LaneControl;
+use super::reader::Attach;
 use super::routes::SinkNumber;
 use super::status::{SinkShared, State};
 use super::swap::{Made, Making};
-use super::worker::{Shared, Steps};
+use super::versions::{Begins, Flip, Versions};
+use super::worker::Shared;
 use crate::batch::Offset;
 use crate::hints::Hint;
 use crate::step::Chain;
@@ -46,34 +49,53 @@ pub struct Member {
     ready_from: Option<Offset>,
     joining: bool,
     ended: bool,
+    /// Its positions were read in this process.
+    was_open: bool,
 }
 
 impl Member {
     pub fn new(name: String, control: mpsc::Sender<Control>, shared: Arc<SinkShared>) -> Self {
-        Self { name, control, shared, lane: None, ready_from: None, joining: false, ended: false }
+        Self {
+            name,
+            control,
+            shared,
+            lane: None,
+            ready_from: None,
+            joining: false,
+            ended: false,
+            was_open: false,
+        }
     }
 }
 
 /// What instances are made for.
 enum Purpose {
     Swap(Chain),
-    Lane(Vec<SinkNumber>),
+    /// With where the versions begin that they are of.
+    Lane(Vec<SinkNumber>, Vec<Begins>),
 }
 
 pub struct Supervisor {
     shared: Arc<Shared>,
     stream: Arc<dyn Stream>,
     chain: watch::Receiver<Chain>,
-    /// The chain that runs.
+    /// The newest chain that was taken.
     active: Option<Chain>,
+    versions: Versions,
+    /// Whether the lanes wait.
+    hold: watch::Sender<bool>,
+    /// Where the stream ended at the start.
+    end_at_start: Offset,
     swap_refused: Option<String>,
+    /// Why the newest chain waits for a sink.
+    swap_waits: Option<String>,
     /// Why the last lane did not start; it is tried again.
     lane_refused: Option<String>,
     /// The newest chain waits until what is being made is there.
     swap_due: bool,
     /// Instances of steps that are being made, for one purpose at a time.
     making: Option<(Making, Purpose)>,
-    /// The newest chain did not start, or a lane had no room for the order: it is tried again then.
+    /// The newest chain did not start, or waits for a sink: it is tried again then.
     swap_again: Option<Instant>,
     members: Vec<Member>,
     lanes: Vec<Lane>,
@@ -98,7 +120,7 @@ impl Supervisor {
     pub fn new(
         shared: Arc<Shared>,
         stream: Arc<dyn Stream>,
-        mut chain: watch::Receiver<Chain>,
+        (mut chain, versions): (watch::Receiver<Chain>, Versions),
         members: Vec<Member>,
         inbox: mpsc::Receiver<Event>,
         shutdown: CancellationToken,
@@ -112,11 +134,15 @@ impl Supervisor {
         Self {
             blocked_us: vec![0; members.len()],
             gauges,
+            end_at_start: stream.bounds().end,
             shared,
             stream,
             chain,
             active: None,
+            versions,
+            hold: watch::Sender::new(false),
             swap_refused: None,
+            swap_waits: None,
             lane_refused: None,
             swap_due: false,
             making: None,
@@ -154,8 +180,8 @@ impl Supervisor {
                         self.begin_swap();
                     }
                 }
-                made = finished(&mut self.making) => self.made(made),
-                _ = tick.tick() => self.look_after(),
+                made = finished(&mut self.making) => self.made(made).await,
+                _ = tick.tick() => self.look_after().await,
             }
             self.show();
         }
@@ -171,7 +197,8 @@ impl Supervisor {
                     self.fail(error.to_string());
                 }
                 self.members[sink].ready_from = Some(from);
-                self.place_all();
+                self.members[sink].was_open = true;
+                self.place_all().await;
             }
             Event::Joined { sink } => {
                 let main = self.main;
@@ -195,8 +222,8 @@ impl Supervisor {
 
     /// Puts every sink that waits into a lane: at the start all into one, later
     /// each into its own, from which it moves over when it has caught up.
-    fn place_all(&mut self) {
-        if self.active.is_none() || self.failed.is_some() || self.making.is_some() || self.swap_due {
+    async fn place_all(&mut self) {
+        if self.failed.is_some() || self.making.is_some() || self.swap_due {
             return;
         }
         let waiting = |member: &Member| member.ready_from.is_some();
@@ -204,7 +231,7 @@ impl Supervisor {
             let all = self.members.iter().all(|member| member.ended || waiting(member));
             let late = self.started.elapsed() >= self.shared.config.lag_after.0;
             let ready: Vec<_> = (0..self.members.len()).filter(|i| waiting(&self.members[*i])).collect();
-            if !ready.is_empty() && (all || late) {
+            if !ready.is_empty() && (all || late) && self.begin_steps().await {
                 self.begin_lane(ready);
             }
             return;
@@ -216,47 +243,36 @@ impl Supervisor {
     }
 
     fn begin_lane(&mut self, sinks: Vec<SinkNumber>) {
-        let Some(chain) = &self.active else { return };
-        let making = Making::start(chain.clone(), self.shared.config.worker_count(), 1);
-        self.making = Some((making, Purpose::Lane(sinks)));
+        let from = self.shared.letters.received_by_all(&sinks);
+        let mut lost = Vec::new();
+        let (begins, chains) = self.versions.needed_from(&from, |why| lost.push(why)).into_iter().unzip();
+        lost.iter().for_each(|why| self.say_lost(why));
+        let making = Making::start(chains, self.shared.config.worker_count());
+        self.making = Some((making, Purpose::Lane(sinks, begins)));
     }
 
-    /// Starts to make the newest chain's instances: for every worker of every lane, or nothing
-    /// changes. Lanes go on meanwhile.
-    fn begin_swap(&mut self) {
-        if self.making.is_some() || self.failed.is_some() {
-            return;
-        }
-        (self.swap_due, self.swap_again) = (false, None);
-        let next = self.chain.borrow_and_update().clone();
-        let lanes = if self.runs(&next) { 0 } else { self.lanes.len().max(1) };
-        let making = Making::start(next.clone(), self.shared.config.worker_count(), lanes);
-        self.making = Some((making, Purpose::Swap(next)));
-    }
-
-    /// Whether the steps that run are those of `chain`, which may hold them or let them go.
-    fn runs(&self, chain: &Chain) -> bool {
-        self.active.as_ref().is_some_and(|active| active.generation == chain.generation)
-    }
-
-    fn made(&mut self, (made, purpose): (Made, Purpose)) {
+    async fn made(&mut self, (made, purpose): (Made, Purpose)) {
         if self.failed.is_some() {
             return;
         }
         match (purpose, made) {
-            (Purpose::Swap(next), Ok(made)) => self.swap(next, made),
+            (Purpose::Swap(next), Ok(made)) => self.swap(next, made).await,
             (Purpose::Swap(_), Err(reason)) => self.refuse_swap(reason),
-            (Purpose::Lane(mut sinks), Ok(mut made)) => {
+            (Purpose::Lane(mut sinks, begins), Ok(made)) => {
                 self.lane_refused = None;
                 // A sink may have gone meanwhile.
                 sinks.retain(|sink| self.members[*sink].ready_from.is_some());
-                let opened = made.pop().and_then(|steps| self.open_lane(&sinks, steps));
+                // Of the records of all these versions.
+                let ticket = self.shared.letters.ticket();
+                let flips = begins.into_iter().zip(made);
+                let flips = flips.map(|(begins, steps)| Flip { begins, steps, ticket }).collect();
+                let opened = self.open_lane(&sinks, flips);
                 if self.main.is_none() {
                     self.main = opened;
                 }
-                self.place_all();
+                self.place_all().await;
             }
-            (Purpose::Lane(_), Err(reason)) => {
+            (Purpose::Lane(..), Err(reason)) => {
                 let kind = format!("pipeline \"{}\": steps do not start, it tries again", self.shared.name);
                 let show = self.shared.failures.hint(Hint::PluginList);
                 self.shared.failures.report_by(&kind, &alike(&reason), 1, &reason, &show);
@@ -268,8 +284,7 @@ impl Supervisor {
         }
     }
 
-    fn open_lane(&mut self, sinks: &[SinkNumber], steps: Vec<Steps>) -> Option<LaneId> {
-        let chain = self.active.as_ref()?;
+    fn open_lane(&mut self, sinks: &[SinkNumber], versions: Vec<Flip>) -> Option<LaneId> {
         let from = sinks.iter().filter_map(|sink| self.members[*sink].ready_from).min()?;
         if self.running.is_empty() {
             self.shared.letters.check_redelivered();
@@ -277,13 +292,13 @@ impl Supervisor {
             self.shared.letters.check_all();
         }
         let id = self.lanes_made;
-        let workers = steps.len() as u16;
+        let workers = self.shared.config.worker_count();
         let (outlets, intakes): (Vec<_>, Vec<_>) = sinks
             .iter()
             .map(|sink| outlet(*sink, self.shared.config.sink_queue_bytes_max.0, workers))
             .unzip();
-        let steps = (steps, chain.hold.is_some());
-        let ends = self.lane_ends.0.clone();
+        let (hold, ends) = (self.hold.subscribe(), self.lane_ends.0.clone());
+        let steps = (versions, hold);
         let lane = match Lane::start(id, &self.shared, &self.stream, from, steps, outlets, ends) {
             Ok(lane) => lane,
             Err(error) => {
@@ -305,79 +320,14 @@ impl Supervisor {
         Some(id)
     }
 
-    /// The chain before goes on; the reason may pass, so that the new one is tried again.
-    fn refuse_swap(&mut self, reason: String) {
-        self.shared.metrics.flip_refused.increment(1);
-        self.shared.failures.report_by(
-            &match self.active {
-                Some(_) => {
-                    format!("pipeline \"{}\": new steps refused, the old ones go on", self.shared.name)
-                }
-                None => format!("pipeline \"{}\": its steps do not start, it tries again", self.shared.name),
-            },
-            &alike(&reason),
-            1,
-            &reason,
-            &self.shared.failures.hint(Hint::PluginList),
-        );
-        self.swap_refused = Some(reason);
-        self.swap_again = Some(Instant::now() + self.shared.config.sink_backoff.max.0);
-    }
-
-    /// Hands the new steps out. No lane was opened since they were begun; some may have ended.
-    fn swap(&mut self, next: Chain, made: Vec<Vec<Steps>>) {
-        let same = self.runs(&next);
-        self.free_held_workers(&next);
-        // Room for the order in every lane before any gets it: all or none.
-        let rooms: Result<Vec<_>, _> =
-            self.lanes.iter().map(|lane| lane.control.clone().try_reserve_owned()).collect();
-        let Ok(rooms) = rooms else {
-            self.swap_again = Some(Instant::now());
-            return;
-        };
-        let mut made = made.into_iter();
-        for room in rooms {
-            room.send(LaneControl::Chain { steps: made.next(), hold: next.hold.is_some() });
-        }
-        if !same {
-            self.shared.metrics.flipped.increment(1);
-        }
-        self.swap_refused = None;
-        self.active = Some(next);
-        self.place_all();
-    }
-
-    /// Workers that wait for a held step never come to the new steps, which lie
-    /// behind their messages: their lanes end, and the sinks begin again from
-    /// their positions with the new ones.
-    fn free_held_workers(&mut self, chain: &Chain) {
-        let held_in = self.shared.held_in.load(Ordering::Acquire);
-        if held_in == 0 || held_in >= chain.generation || chain.hold.is_some() {
-            return;
-        }
-        tracing::info!(pipeline = %self.shared.name, "a held step has a new version: reading again from the sinks' positions");
-        self.shared.held_in.store(0, Ordering::Release);
-        for sink in 0..self.members.len() {
-            for lane in &mut self.lanes {
-                lane.detach(sink);
-            }
-            self.members[sink].lane = None;
-            self.members[sink].joining = false;
-        }
-        self.drop_empty_lanes();
-        // As at the start: all sinks into one lane, as soon as they are ready.
-        self.started = Instant::now();
-    }
-
-    fn look_after(&mut self) {
+    async fn look_after(&mut self) {
         if self.swap_due || self.swap_again.is_some_and(|at| Instant::now() >= at) {
             self.begin_swap();
         }
         // One that came to its held step only after the new chain was there.
-        if let Some(active) = self.active.clone() {
-            self.free_held_workers(&active);
-        }
-        self.place_all();
+        self.free_held_workers().await;
+        self.versions.tidy(self.lowest());
+        self.place_all().await;
         self.measure();
         if self.window.elapsed() >= self.shared.config.lag_after.0 {
             self.split_laggards();
@@ -432,8 +382,7 @@ impl Supervisor {
             }
             let config = &self.shared.config;
             let (outlet, intake) = outlet(sink, config.sink_queue_bytes_max.0, config.worker_count());
-            let attach =
-                LaneControl::Attach { outlet: outlet.clone(), starts_at: Arc::clone(&intake.starts_at) };
+            let attach = Attach { outlet: outlet.clone(), starts_at: Arc::clone(&intake.starts_at) };
             // The delivery first: it ignores a lane that never starts to send.
             if member.control.try_send(Control::Join(intake)).is_err() {
                 continue;
@@ -462,6 +411,7 @@ impl Supervisor {
         self.lanes.retain(|lane| {
             if lane.outlets.is_empty() {
                 lane.stop.cancel();
+                self.shared.schedule.forget(lane.id);
             }
             !lane.outlets.is_empty()
         });
@@ -494,6 +444,13 @@ impl Supervisor {
         }
         self.main = None;
         self.shared.abort.cancel();
+    }
+
+    /// First message that some sink is not known to have.
+    fn lowest(&self) -> Offset {
+        let kept = self.stream.bounds().start;
+        let next = |member: &Member| member.shared.next().max(kept);
+        self.members.iter().map(next).min().unwrap_or_default()
     }
 
     fn measure(&self) {
@@ -529,8 +486,11 @@ impl Supervisor {
             shown.wants_room = wants_room;
             shown.chain.clone_from(&self.active);
             shown.swap_refused.clone_from(&self.swap_refused);
+            shown.swap_waits.clone_from(&self.swap_waits);
             if let Some(lane) = main {
                 shown.read = Offset(lane.position.load(Ordering::Acquire));
+            } else if self.lanes_made == 0 {
+                shown.read = self.lowest();
             }
             for (own, member) in shown.own_lane.iter_mut().zip(&self.members) {
                 *own = member.lane.is_some() && member.lane != self.main;

@@ -1,4 +1,4 @@
-//! Makes the instances of a chain: for all workers, or for none.
+//! Makes instances of chains: for all workers, or for none.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,26 +9,27 @@ use super::worker::Steps;
 use crate::problems::step_problems;
 use crate::step::Chain;
 
-/// For each lane the steps of its workers, or why the first step that cannot start refuses all.
+/// For each chain the steps of a lane's workers, or why the first step that cannot start refuses all.
 pub type Made = Result<Vec<Vec<Steps>>, String>;
 
-/// Instances of a chain that are being made. Dropping it makes no more of them.
+/// Instances of chains that are being made. Dropping it makes no more of them.
 pub struct Making {
     task: JoinHandle<Made>,
     given_up: Arc<AtomicBool>,
 }
 
 impl Making {
-    /// Begins instances for `lanes` times `workers`, off the async threads: initialising each may
-    /// take a plugin's whole limit.
-    pub fn start(chain: Chain, workers: u16, lanes: usize) -> Self {
+    /// Begins instances of each chain for all `workers` of a lane, off the async threads:
+    /// initialising each may take a plugin's whole limit.
+    pub fn start(chains: Vec<Chain>, workers: u16) -> Self {
         let given_up = Arc::new(AtomicBool::new(false));
         let ends = Arc::clone(&given_up);
-        let make_one = move |worker| match ends.load(Ordering::Relaxed) {
-            false => one(&chain, worker),
+        let make_one = move |chain: &Chain, worker| match ends.load(Ordering::Relaxed) {
+            false => one(chain, worker),
             true => Err("given up".to_owned()),
         };
-        let make = move || (0..lanes).map(|_| (0..workers).map(&make_one).collect()).collect();
+        let of_lane = move |chain: &Chain| (0..workers).map(|worker| make_one(chain, worker)).collect();
+        let make = move || chains.iter().map(of_lane).collect();
         Self { task: tokio::task::spawn_blocking(make), given_up }
     }
 

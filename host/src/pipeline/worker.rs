@@ -22,6 +22,7 @@ use super::metrics::{PipelineMetrics, step_duration};
 use super::outlet::{Bundle, Outlet, OutletClosed};
 use super::redrive_status::Redrives;
 use super::routes::Routes;
+use super::versions::{Begins, OfWorker, Schedule};
 use crate::batch::{Batch, Entry, Offset, Partition};
 use crate::hints::{Hint, Letters};
 use crate::patience::Patience;
@@ -42,8 +43,8 @@ pub enum Work {
     Frame(Arc<Frame>),
     /// Nothing for this worker below `upto`: the sinks' positions may move there.
     Progress { upto: Offset },
-    /// The new steps, from here on.
-    Flip(Steps),
+    /// New steps, and the messages that they begin with.
+    Flip { begins: Begins, steps: Steps, ticket: Ticket },
     /// One more sink, from `from` on.
     Attach { outlet: Outlet, from: Offset },
 }
@@ -94,6 +95,7 @@ pub struct Shared {
     pub counted: Vec<AtomicU64>,
     /// Generation of a chain in which a worker waits for a held step; 0: none does.
     pub held_in: AtomicU64,
+    pub schedule: Schedule,
     /// The end of the process's patience: stop at once.
     pub abort: CancellationToken,
 }
@@ -113,12 +115,14 @@ pub struct Worker {
     pub workers: u16,
     pub shared: Arc<Shared>,
     pub queue: mpsc::Receiver<Work>,
-    pub steps: Steps,
+    pub versions: OfWorker,
+    /// Place of the version that runs the batch at hand.
+    pub version: usize,
     pub runtime: Handle,
     pub outlets: Vec<Served>,
     /// All below is through the steps.
     pub done: Offset,
-    /// Covers every letter that this worker wrote or found.
+    /// Covers every letter that this worker wrote or found, and the records of its steps.
     pub letters: Ticket,
     /// The lane ends: a held step is waited for no longer.
     pub stop: CancellationToken,
@@ -160,9 +164,14 @@ impl Worker {
                 Work::Frame(frame) => self.frame(&frame)?,
                 Work::Progress { upto } => {
                     self.done = self.done.max(upto);
+                    self.versions.drop_below(self.done);
                     self.hand_out(true)?;
                 }
-                Work::Flip(steps) => self.steps = steps,
+                Work::Flip { begins, steps, ticket } => {
+                    self.letters = self.letters.max(ticket);
+                    self.versions.push(begins, steps);
+                    self.versions.drop_below(self.done);
+                }
                 Work::Attach { outlet, from } => {
                     // One a sink: an earlier one, which it left, may be here still.
                     self.outlets.retain(|served| !served.outlet.detached());
@@ -174,7 +183,7 @@ impl Worker {
     }
 
     fn frame(&mut self, frame: &Frame) -> Result<(), Ended> {
-        if self.outlets.is_empty() {
+        if self.outlets.iter().all(|served| served.outlet.detached()) {
             // The lane ends: what it would make goes to nobody.
             self.done = frame.upto;
             return Ok(());
@@ -210,20 +219,26 @@ impl Worker {
 
     /// Runs the messages of each partition, and leaves its list empty.
     fn run_parts(&mut self, parts: &mut [(Partition, Vec<Entry>)], frame: &Batch) -> Result<(), Ended> {
-        for (partition, entries) in parts.iter_mut().filter(|(_, entries)| !entries.is_empty()) {
-            let entries = std::mem::take(entries);
-            let batch = Batch {
-                base: frame.base,
-                now_us: frame.now_us,
-                segments: frame.segments.clone(),
-                exclusive: frame.exclusive && entries.len() == frame.len(),
-                entries: entries.into(),
-            };
-            // Once, however many lanes and runs a message has.
-            self.counts = self.count(&batch, *partition);
-            for readers in self.readers(&batch) {
-                self.run_for(readers, batch.clone(), *partition)?;
-                self.counts = false;
+        for (partition, entries) in parts {
+            let mut entries = std::mem::take(entries);
+            while let Some(first) = entries.first() {
+                let (version, end) = self.versions.of(*partition, frame.offset(first));
+                self.version = version;
+                let is_before = |entry: &Entry| end.is_none_or(|end| frame.offset(entry) < end);
+                let later = entries.split_off(entries.partition_point(is_before));
+                let batch = Batch {
+                    base: frame.base,
+                    now_us: frame.now_us,
+                    segments: frame.segments.clone(),
+                    exclusive: frame.exclusive && entries.len() == frame.len(),
+                    entries: std::mem::replace(&mut entries, later).into(),
+                };
+                // Once, however many lanes and runs a message has.
+                self.counts = self.count(&batch, *partition);
+                for readers in self.readers(&batch) {
+                    self.run_for(readers, batch.clone(), *partition)?;
+                    self.counts = false;
+                }
             }
         }
         Ok(())
@@ -232,6 +247,7 @@ impl Worker {
     /// What was made of messages below `upto` can be handed out.
     fn done_below(&mut self, upto: Offset) {
         self.done = upto;
+        self.versions.drop_below(upto);
         for served in &mut self.outlets {
             served.done.batches.append(&mut served.at_hand.batches);
             served.done.seen.add_all(std::mem::take(&mut served.at_hand.seen));
@@ -301,10 +317,10 @@ impl Worker {
             Some(reader) => without_whole(batch, &reader.seen),
             None => batch,
         };
-        for place in 0..self.steps.steps.len() {
-            let context =
-                Context { generation: self.steps.generation, stop: &self.stop, counts: self.counts };
-            let Timed { step, duration, patience } = &mut self.steps.steps[place];
+        for place in 0..self.versions.0[self.version].1.steps.len() {
+            let steps = &mut self.versions.0[self.version].1;
+            let context = Context { generation: steps.generation, stop: &self.stop, counts: self.counts };
+            let Timed { step, duration, patience } = &mut steps.steps[place];
             let name = Arc::clone(&step.id().step);
             let indexes;
             (batch, indexes) = without_letters(batch, &name, readers);
@@ -458,11 +474,17 @@ fn run_step(
     let retries = &shared.config.retries;
     let backoff = Backoff { min: retries.backoff_min, max: retries.backoff_max };
     let mut attempt = Attempt { number: 1, is_last: retries.max == 0 };
+    let mut has_waited = false;
     let mut outcome = loop {
         let outcome = step.run(batch.clone(), partition, attempt);
+        // The step may have been let go for messages of other lanes.
+        if has_waited && context.stop.is_cancelled() {
+            return Err(Ended::Aborted);
+        }
         let Some(reason) = &outcome.retry else { break outcome };
         if outcome.held {
             context.wait(shared, runtime)?;
+            has_waited = true;
             continue;
         }
         if attempt.is_last {

@@ -28,11 +28,10 @@ use super::Description;
 use super::compile::ARTIFACT_BYTES_MAX;
 use super::lines::{LINES_BYTES_MAX, Lines};
 use super::load::Report;
+use crate::step::VERSIONS_MAX;
 
 /// Compiled plugins kept; the ones used longest ago go first.
 const ENTRIES_MAX: usize = 64;
-/// Versions kept of one plugin (of the name that it describes itself by).
-const VERSIONS_MAX: usize = 4;
 /// Native code kept, all together; larger code is not kept at all.
 const BYTES_MAX: u64 = 512 << 20;
 const NOTE_BYTES_MAX: u64 = 4 << 20;
@@ -314,6 +313,12 @@ pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// The bytes that [`hex`] makes such a text of.
+pub(super) fn unhex(text: &str) -> Option<Vec<u8>> {
+    let byte = |at| u8::from_str_radix(text.get(at..at + 2)?, 16).ok();
+    (0..text.len()).step_by(2).map(byte).collect()
+}
+
 /// Native code from the cache, or fresh from the compiler.
 pub(super) fn deserialize(engine: &Engine, artifact: &[u8]) -> wasmtime::Result<Component> {
     // SAFETY: `deserialize` runs what it is given, so it must be what
@@ -342,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn four_versions_of_a_plugin_are_kept_and_nothing_of_a_host_that_was_killed() {
+    fn the_last_versions_of_a_plugin_are_kept_and_nothing_of_a_host_that_was_killed() {
         let dir = tempfile::tempdir().unwrap();
         let cache = Cache::open(dir.path()).unwrap();
         let report = Report { form: None, imports: Vec::new(), exports: Vec::new(), kind: Ok(Kind::Batch) };
@@ -351,12 +356,13 @@ mod tests {
             cache.store(key, b"code", &Lines::default(), &report, &description).unwrap();
         };
         put("other", "route");
-        for key in ["v1", "v2", "v3", "v4", "v5", "v6"] {
-            put(key, "enrich");
+        for version in 1..=VERSIONS_MAX + 2 {
+            put(&format!("v{version}"), "enrich");
         }
         let kept: Vec<_> = names(dir.path()).into_iter().filter(|name| name.ends_with(".json")).collect();
-        assert!(kept.len() == 5 && kept.contains(&"other.json".to_owned()), "{kept:?}");
-        assert!(kept.contains(&"v6.json".to_owned()) && !kept.contains(&"v1.json".to_owned()), "{kept:?}");
+        assert!(kept.len() == VERSIONS_MAX + 1 && kept.contains(&"other.json".to_owned()), "{kept:?}");
+        let last = format!("v{}.json", VERSIONS_MAX + 2);
+        assert!(kept.contains(&last) && !kept.contains(&"v1.json".to_owned()), "{kept:?}");
         let whole = names(dir.path());
         for left in [".x.tmp", "orphan.native", "folder-steps.tmp"] {
             fs::write(dir.path().join(left), b"x").unwrap();

@@ -151,6 +151,7 @@ impl Check<'_> {
         let version = Version::new(Shared {
             context,
             id,
+            recipe: String::new(),
             file: file_name(&found.path),
             program: Arc::clone(program),
             limits: step.limits.unwrap_or(self.config.limits),

@@ -129,6 +129,14 @@ impl Library {
         self.find(file).and_then(|found| self.program(found))
     }
 
+    /// Returns the program of a file, by its SHA-256 in hexadecimal, where the cache has it.
+    pub fn kept(&self, sha256: &str) -> Option<Program> {
+        let key = cache::key(&cache::unhex(sha256)?, self.runtime.engine());
+        let (component, note, lines) = self.cache.as_ref()?.load(&key, self.runtime.engine())?;
+        let code = Some(Code::Kept(component, note.description, lines));
+        self.program(Found { sha256: sha256.to_owned(), key, report: note.report, code }).ok()
+    }
+
     /// Whether the cache knows a file, so that nothing is compiled for it.
     pub fn knows(&self, file: &[u8]) -> bool {
         let key = cache::key(&Sha256::digest(file), self.runtime.engine());

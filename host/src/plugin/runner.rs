@@ -73,6 +73,7 @@ impl Runner {
         let version = Version::new(Shared {
             context: version::context(&id, config, &namespace, 0),
             file: format!("{}.wasm", description.name),
+            recipe: String::new(),
             id,
             program,
             limits,

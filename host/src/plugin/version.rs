@@ -4,6 +4,7 @@
 //! where it can; it is gathered into one segment where the plugin may not see
 //! all of it or where most of its bytes are nobody's any more.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -46,6 +47,8 @@ pub(super) struct Version(Arc<Shared>);
 pub(super) struct Shared {
     pub id: StepId,
     pub file: String,
+    /// See [`StepFactory::recipe`].
+    pub recipe: String,
     pub program: Arc<Program>,
     pub context: Context,
     pub limits: Limits,
@@ -65,6 +68,8 @@ pub(super) struct Faults {
     recent: Mutex<Vec<Instant>>,
     /// Why the step holds, where it does.
     held: OnceLock<String>,
+    /// It holds no more: see [`StepFactory::let_go`].
+    is_let_go: AtomicBool,
 }
 
 /// One worker's instance of a plugin.
@@ -111,7 +116,7 @@ impl Version {
     }
 
     pub fn held(&self) -> Option<String> {
-        self.0.faults.held.get().cloned()
+        self.0.held().cloned()
     }
 
     /// Starts an instance with the config and runs it on no message.
@@ -138,6 +143,14 @@ impl StepFactory for Version {
 
     fn instantiate(&self, _worker: u32) -> Result<Box<dyn Step>, Vec<Problem>> {
         Ok(Box::new(self.step()?))
+    }
+
+    fn recipe(&self) -> String {
+        self.0.recipe.clone()
+    }
+
+    fn let_go(&self) {
+        self.0.faults.is_let_go.store(true, Ordering::Release);
     }
 }
 
@@ -166,10 +179,23 @@ impl Shared {
                 id.pipeline, id.step
             )
         };
-        if self.on_failure == OnFailure::Hold && self.faults.held.set(why()).is_ok() {
+        let on_failure = self.on_failure();
+        if on_failure == OnFailure::Hold && self.faults.held.set(why()).is_ok() {
             (self.on_hold)();
         }
-        self.on_failure
+        on_failure
+    }
+
+    fn on_failure(&self) -> OnFailure {
+        match self.on_failure {
+            OnFailure::Hold if self.faults.is_let_go.load(Ordering::Acquire) => OnFailure::DeadLetters,
+            on_failure => on_failure,
+        }
+    }
+
+    /// Why the step holds, where it does.
+    fn held(&self) -> Option<&String> {
+        self.faults.held.get().filter(|_| self.on_failure() == OnFailure::Hold)
     }
 }
 
@@ -503,11 +529,11 @@ impl PluginStep {
         if self.sees_all && !work.attempt.is_last {
             return collected.ask_again(why.to_owned(), false);
         }
-        let Shared { id, failures, file, on_failure, .. } = &*self.shared;
+        let Shared { id, failures, file, .. } = &*self.shared;
         let kind = format!("{}/{}: no instance of {file}", id.pipeline, id.step);
         let show = failures.hint(Hint::DeadLettersSummary(Letters::OfPipeline(&id.pipeline)));
         failures.report(&kind, numbers.len() as u64, why, &show);
-        match on_failure {
+        match self.shared.on_failure() {
             OnFailure::DeadLetters => {
                 for index in numbers.iter().copied() {
                     let refused = Refused { index, kind: RefusedKind::Fault, reason: why.to_owned() };
@@ -533,7 +559,7 @@ impl Step for PluginStep {
         if batch.is_empty() {
             return Outcome { passed: batch, ..Outcome::default() };
         }
-        if let Some(why) = self.shared.faults.held.get() {
+        if let Some(why) = self.shared.held() {
             return Outcome { retry: Some(why.clone()), held: true, ..Outcome::default() };
         }
         attempt.is_last |= self.shared.limits.retries_max.is_some_and(|max| attempt.number > max);

@@ -1,13 +1,16 @@
 //! The model: whatever a sink answers, whichever version of a plugin runs,
 //! however far a sink lags and whenever the process dies, each message is in
-//! each sink once, or in one letter that names that sink, never both.
+//! each sink once, or in one letter that names that sink, never both. A message
+//! that the versions send to different sinks is in one of them.
+
+use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 
 use super::harness::{Act, Process, World, chain, number, step, text};
 use crate::pipeline::{Filter, ROUTES_STEP};
 use crate::sinks::memory::Fault;
-use crate::step::Chain;
+use crate::step::{Chain, VERSIONS_MAX};
 use crate::units::{ByteSize, Period};
 
 #[derive(Clone, Debug)]
@@ -54,11 +57,17 @@ fn fault(number: u8) -> Fault {
 const SINKS: [&str; 2] = ["a", "b"];
 const DEVICES: u64 = 7;
 
+/// Of these every version makes one row, in a sink of its own.
+fn is_routed(n: u64) -> bool {
+    n % 20 == 5
+}
+
 /// Each version refuses other messages, in two places, and routes others to
 /// nowhere. Version 0 takes all.
 fn steps(generation: u64, version: u64) -> Chain {
-    let refuses =
-        move |n: u64, by: u64, of: u64| version > 0 && (n / of + n).wrapping_mul(by) % of == version;
+    let refuses = move |n: u64, by: u64, of: u64| {
+        version > 0 && !is_routed(n) && (n / of + n).wrapping_mul(by) % of == version
+    };
     let parse = step("parse", move |message, _| match refuses(number(&text(message)), 5, 13) {
         true => Act::Refuse("not JSON".to_owned()),
         false => Act::Pass,
@@ -69,6 +78,7 @@ fn steps(generation: u64, version: u64) -> Chain {
         _ => Act::Pass,
     });
     let check = step("check", move |message, _| match number(&text(message)) {
+        n if is_routed(n) => Act::Route(SINKS[version as usize % 2]),
         n if refuses(n, 3, 11) => Act::Refuse("out of range".to_owned()),
         n if refuses(n, 7, 17) => Act::Route("nowhere"),
         _ => Act::Pass,
@@ -89,21 +99,34 @@ struct Host {
     world: World,
     generation: u64,
     version: u64,
+    /// By version: the same steps again are the same version.
+    chains: BTreeMap<u64, Chain>,
+    /// Since every sink had caught up: one that lags needs each of them.
+    swaps: usize,
     process: Process,
 }
 
+/// More, and a change waits for the sink that lags, or a restart leaves messages to newer steps.
+const SWAPS_MAX: usize = VERSIONS_MAX - 2;
+
 impl Host {
     async fn new() -> Self {
-        let mut world = World::new(3, &[("default", "a b")]);
+        let mut world = World::new(3, &[("default", "a b"), ("a", "a"), ("b", "b")]);
         world.config.lag_after = Period(std::time::Duration::from_millis(10));
         world.config.sink_queue_bytes_max = ByteSize(8 << 10);
         world.config.read_ahead_bytes_max = ByteSize(8 << 10);
         world.database("b").refuse(|message| text(message).ends_with('9').then(|| "nine".to_owned()));
-        let process = world.start(steps(1, 1)).await;
-        Self { world, generation: 1, version: 1, process }
+        let chains: BTreeMap<_, _> = (0..5).map(|version| (version, steps(0, version))).collect();
+        let process = world.start(Chain { generation: 1, ..chains[&1].clone() }).await;
+        Self { world, generation: 1, version: 1, chains, swaps: 0, process }
+    }
+
+    fn chain(&self) -> Chain {
+        Chain { generation: self.generation, ..self.chains[&self.version].clone() }
     }
 
     async fn restarted(mut self, crash: bool) -> Self {
+        let chain = self.chain();
         if crash {
             self.process.handle.crash();
             self.process.handle.join().await;
@@ -111,13 +134,14 @@ impl Host {
             self.unblock();
             self.process.stop().await;
         }
-        self.process = self.world.start(steps(self.generation, self.version)).await;
+        self.process = self.world.start(chain).await;
         self
     }
 
     /// For each sink a message's rows, and what its letters for it stand for,
     /// are what the message makes.
     async fn each_once(&self, published: u64) {
+        let mut routed = vec![0; published as usize];
         for sink in SINKS {
             let (mut rows, mut letters) = (vec![0; published as usize], vec![0; published as usize]);
             for payload in self.world.payloads(sink) {
@@ -128,11 +152,17 @@ impl Host {
                 // What the first step refused is all of what would have become of it.
                 letters[n as usize] += if by == "parse" { rows_of(n) } else { 1 };
             }
+            for n in (0..published as usize).filter(|n| is_routed(*n as u64)) {
+                routed[n] += rows[n] + letters[n];
+            }
             let all = (0..published as usize).map(|n| (n, rows[n], letters[n]));
+            let all = all.filter(|(n, ..)| !is_routed(*n as u64));
             let wrong: Vec<_> =
                 all.filter(|(n, rows, letters)| rows + letters != rows_of(*n as u64)).collect();
             assert!(wrong.is_empty(), "{sink}: (message, rows, letters) {wrong:?}");
         }
+        let wrong: Vec<_> = (0..published).filter(|n| is_routed(*n) && routed[*n as usize] != 1).collect();
+        assert!(wrong.is_empty(), "in neither sink, or in both: {wrong:?}");
     }
 
     async fn has_letters_to_repair(&self) -> bool {
@@ -148,9 +178,15 @@ impl Host {
         SINKS.iter().for_each(|sink| self.world.database(sink).unblock());
     }
 
-    fn swap(&mut self, version: u64) {
+    async fn swap(&mut self, version: u64) {
+        if self.swaps == SWAPS_MAX {
+            self.unblock();
+            self.process.drained().await;
+            self.swaps = 0;
+        }
+        self.swaps += 1;
         (self.generation, self.version) = (self.generation + 1, version);
-        self.process.chain.send_replace(steps(self.generation, version));
+        self.process.chain.send_replace(self.chain());
     }
 
     /// Sends these again, and what an earlier redrive left.
@@ -184,7 +220,7 @@ async fn play(ops: Vec<Op>) {
             Op::Unblock => host.unblock(),
             Op::Crash => host = host.restarted(true).await,
             Op::Restart => host = host.restarted(false).await,
-            Op::Swap(version) => host.swap(version),
+            Op::Swap(version) => host.swap(version).await,
             Op::Redrive => {
                 host.unblock();
                 host.redrive(&Filter::default()).await;
@@ -198,7 +234,7 @@ async fn play(ops: Vec<Op>) {
     host.each_once(published).await;
     // All that is repaired becomes rows, once; nobody repaired the route.
     host.world.database("b").refuse(|_| None);
-    host.swap(0);
+    host.swap(0).await;
     let generation = host.generation;
     host.process.until("repaired", |status| status.chain == Some(generation)).await;
     // Once more where a fault that is left refuses one again.

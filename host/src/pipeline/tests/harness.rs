@@ -1,7 +1,7 @@
 //! A pipeline on memory parts, and steps written as functions.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -17,7 +17,7 @@ use crate::pipeline::{
 use crate::problems::{KeyPath, Problem};
 use crate::sinks::Begin;
 use crate::sinks::memory::MemoryDatabase;
-use crate::step::{Attempt, Chain, Outcome, Refused, RefusedKind, Step, StepFactory, StepId};
+use crate::step::{Attempt, Chain, Outcome, Recall, Refused, RefusedKind, Step, StepFactory, StepId};
 use crate::stream::memory::MemoryStream;
 use crate::stream::{NewMessage, OnLag, Read, Stream, partition_of};
 use crate::telemetry::Failures;
@@ -36,6 +36,8 @@ pub enum Act {
     Retry(&'static str),
     Hold(&'static str),
 }
+
+type Broken = Box<dyn Fn(u32) -> bool + Send + Sync>;
 
 pub type StepFn = Arc<dyn Fn(&MessageRef<'_>, u32) -> Act + Send + Sync>;
 
@@ -100,12 +102,16 @@ impl Step for TestStep {
     }
 }
 
+/// All that were made, each by its place: what a host keeps on disk.
+static MADE: LazyLock<Mutex<Vec<Arc<dyn StepFactory>>>> = LazyLock::new(Mutex::default);
+
 pub struct TestFactory {
     id: StepId,
+    number: usize,
     act: StepFn,
     sees_all: bool,
     /// Whether an instance for this worker cannot start.
-    broken: Box<dyn Fn(u32) -> bool + Send + Sync>,
+    broken: Broken,
 }
 
 impl StepFactory for TestFactory {
@@ -115,6 +121,10 @@ impl StepFactory for TestFactory {
 
     fn describe(&self) -> String {
         self.id.step.to_string()
+    }
+
+    fn recipe(&self) -> String {
+        self.number.to_string()
     }
 
     fn instantiate(&self, worker: u32) -> Result<Box<dyn Step>, Vec<Problem>> {
@@ -130,7 +140,7 @@ pub fn step(
     name: &str,
     act: impl Fn(&MessageRef<'_>, u32) -> Act + Send + Sync + 'static,
 ) -> Arc<dyn StepFactory> {
-    Arc::new(TestFactory { id: id(name), act: Arc::new(act), sees_all: true, broken: Box::new(|_| false) })
+    made(name, Arc::new(act), true, Box::new(|_| false))
 }
 
 /// A step that the other messages of the pipeline do not concern.
@@ -138,21 +148,26 @@ pub fn selective_step(
     name: &str,
     act: impl Fn(&MessageRef<'_>, u32) -> Act + Send + Sync + 'static,
 ) -> Arc<dyn StepFactory> {
-    Arc::new(TestFactory { id: id(name), act: Arc::new(act), sees_all: false, broken: Box::new(|_| false) })
+    made(name, Arc::new(act), false, Box::new(|_| false))
 }
 
 /// Cannot start where `broken` says so of a worker.
 pub fn broken_step(name: &str, broken: impl Fn(u32) -> bool + Send + Sync + 'static) -> Arc<dyn StepFactory> {
-    Arc::new(TestFactory {
-        id: id(name),
-        act: Arc::new(|_, _| Act::Pass),
-        sees_all: true,
-        broken: Box::new(broken),
-    })
+    made(name, Arc::new(|_, _| Act::Pass), true, Box::new(broken))
 }
 
-fn id(name: &str) -> StepId {
-    StepId { pipeline: "p".into(), step: name.into() }
+fn made(name: &str, act: StepFn, sees_all: bool, broken: Broken) -> Arc<dyn StepFactory> {
+    let id = StepId { pipeline: "p".into(), step: name.into() };
+    let mut made = MADE.lock().unwrap();
+    let factory = Arc::new(TestFactory { id, number: made.len(), act, sees_all, broken });
+    made.push(Arc::clone(&factory) as Arc<dyn StepFactory>);
+    factory
+}
+
+/// As [`crate::step::Recall`].
+fn recall(recipe: &str) -> Result<Arc<dyn StepFactory>, String> {
+    let number: usize = recipe.parse().unwrap();
+    Ok(Arc::clone(&MADE.lock().unwrap()[number]))
 }
 
 pub fn chain(generation: u64, steps: &[Arc<dyn StepFactory>]) -> Chain {
@@ -185,6 +200,8 @@ pub struct World {
     /// By sink.
     pub renamed_from: BTreeMap<String, String>,
     pub begin: Option<Begin>,
+    /// In place of one that finds all steps that were made.
+    pub recall: Option<Recall>,
 }
 
 impl World {
@@ -222,6 +239,7 @@ impl World {
             pipeline: "p".to_owned(),
             renamed_from: BTreeMap::new(),
             begin: None,
+            recall: None,
         }
     }
 
@@ -277,6 +295,7 @@ impl World {
         let deps = Deps {
             stream: Arc::clone(&self.stream),
             chain,
+            recall: self.recall.clone().unwrap_or_else(|| Arc::new(recall)),
             sinks,
             dead_letters: Arc::clone(&self.dead),
             dead_letters_bytes_max: self.dead_letters_bytes_max,

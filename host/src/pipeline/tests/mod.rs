@@ -10,4 +10,5 @@ mod positions;
 mod redrive;
 mod restored;
 mod swap;
+mod versions;
 mod writer;

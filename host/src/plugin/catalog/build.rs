@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::watch;
 
+use super::recall::Recipe;
 use super::{Known, Loaded, RefusedFile, Untold, Wake, Work, file_name};
 use crate::hints::Hint;
 use crate::plugin::config_file::located;
@@ -38,13 +40,13 @@ pub struct NotStarted {
 }
 
 /// What a version is made of: another key, another version.
-#[derive(Clone, PartialEq)]
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
 pub struct Key {
-    sha256: String,
-    file: String,
-    config: Value,
-    limits: Limits,
-    on_failure: OnFailure,
+    pub sha256: String,
+    pub file: String,
+    pub config: Value,
+    pub limits: Limits,
+    pub on_failure: OnFailure,
 }
 
 impl Built {
@@ -296,6 +298,7 @@ impl Work {
             context: version::context(&id, &key.config, &self.namespace, self.generation + 1),
             id,
             file: key.file.clone(),
+            recipe: Recipe { step: step.step_name().to_owned(), key: key.clone() }.text(),
             program: Arc::clone(&loaded.program),
             limits: key.limits,
             on_failure: key.on_failure,

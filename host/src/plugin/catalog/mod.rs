@@ -12,6 +12,7 @@
 //! cannot be read holds every pipeline that has no steps yet; what runs goes on.
 
 mod build;
+mod recall;
 mod status;
 #[cfg(test)]
 mod tests;
@@ -29,6 +30,7 @@ use notify::{EventKind, RecursiveMode, Watcher, event::ModifyKind};
 use tokio::sync::watch;
 
 use self::build::Pipeline;
+use self::recall::Recaller;
 pub use self::status::{PluginState, PluginStatus};
 use super::cache::Cache;
 use super::compile::{CompileError, Compiler};
@@ -39,7 +41,7 @@ use super::{Config, Error, StepConfig};
 use crate::devices::Devices;
 use crate::hints::Hint;
 use crate::problems::Places;
-use crate::step::Chain;
+use crate::step::{Chain, Recall};
 use crate::telemetry::{Failures, Standing};
 use crate::threads;
 use crate::topic::Namespace;
@@ -59,6 +61,7 @@ const FOLDER_PROBLEM: &str = "plugin_failed";
 pub struct Plugins {
     shared: Arc<Inner>,
     compiler: Compiler,
+    recaller: Recaller,
     thread: Option<JoinHandle<()>>,
     _watcher: Option<notify::RecommendedWatcher>,
 }
@@ -198,6 +201,12 @@ impl Plugins {
             wake,
             stopped: AtomicBool::new(false),
         });
+        let recaller = Recaller {
+            library: library.clone(),
+            devices: Arc::clone(&devices),
+            namespace: Arc::clone(&namespace),
+            failures: failures.clone(),
+        };
         let mut work = Work {
             shared: Arc::clone(&shared),
             config: config.clone(),
@@ -221,7 +230,7 @@ impl Plugins {
         work.recall_steps()?;
         let thread = threads::spawn("plugin-folder".to_owned(), move || work.run(&events))
             .map_err(|error| Error::Engine(format!("cannot start the folder's thread: {error}")))?;
-        Ok(Self { shared, compiler, thread: Some(thread), _watcher: watcher })
+        Ok(Self { shared, compiler, recaller, thread: Some(thread), _watcher: watcher })
     }
 
     /// The chain of a pipeline, now and after every change; of the generation 0
@@ -240,6 +249,12 @@ impl Plugins {
         // Full: a look is due already.
         let _ = self.shared.wake.try_send(Wake::Look);
         receiver
+    }
+
+    /// Makes the steps again that an earlier process ran in a pipeline, while the cache has them.
+    pub fn recall(&self, pipeline: &str) -> Recall {
+        let (recaller, pipeline) = (self.recaller.clone(), pipeline.to_owned());
+        Arc::new(move |recipe| recaller.recall(&pipeline, recipe))
     }
 
     /// Says that every pipeline has its chain: from now on it is logged which of them hold, and what

@@ -1,5 +1,6 @@
 use std::time::Duration;
 
+use super::super::OnFailure;
 use super::super::compile::tests::child_args;
 use super::super::test_plugins::{guarded, guarded_with, refusing};
 use super::super::tests::batch;
@@ -452,4 +453,43 @@ fn a_refused_config_is_named_by_file_and_line() {
     assert!(hold("all", None).contains("10-a.yaml:2: max: too big"));
     let named = hold("named", Some(&[step][..]));
     assert!(named.ends_with("headworks.yaml:14: pipelines.named.steps[0].config.max: too big"), "{named}");
+}
+
+#[test]
+fn a_step_is_made_again_by_another_process_while_the_cache_has_it() {
+    let folder = Folder::new();
+    folder.put("10-guarded.wasm", &guarded());
+    let steps = [StepConfig { on_failure: OnFailure::Hold, ..StepConfig::new("guarded") }];
+    let recipe = {
+        let plugins = folder.start();
+        let chain = chain(&plugins, "telemetry", Some(&steps)).borrow().clone();
+        chain.steps[0].recipe()
+    };
+    std::fs::remove_file(folder.config.dir.join("10-guarded.wasm")).unwrap();
+    let plugins = folder.start();
+    let recalled = plugins.recall("telemetry")(&recipe).unwrap();
+    assert_eq!((&*recalled.id().step, recalled.recipe()), ("guarded", recipe.clone()));
+    // It holds no pipeline for what it faults on.
+    let mut step = recalled.instantiate(0).unwrap();
+    let outcome = step.run(batch(&["P1", "P2", "P3", "P4", "five"]), Partition(0), Attempt::FIRST);
+    assert_eq!((outcome.passed.len(), outcome.refused.len(), outcome.retry), (1, 4, None));
+    drop(plugins);
+    std::fs::remove_dir_all(folder.cache()).unwrap();
+    let said = folder.start().recall("telemetry")(&recipe).err().unwrap();
+    assert!(said.contains("step guarded") && said.contains("not in the plugin cache"), "{said}");
+}
+
+#[test]
+fn a_step_that_is_let_go_holds_no_more_and_rejects_what_it_faults_on() {
+    let folder = Folder::new();
+    folder.put("10-guarded.wasm", &guarded());
+    let plugins = folder.start();
+    let steps = [StepConfig { on_failure: OnFailure::Hold, ..StepConfig::new("guarded") }];
+    let chain = chain(&plugins, "telemetry", Some(&steps)).borrow().clone();
+    let mut step = chain.steps[0].instantiate(0).unwrap();
+    let mut run = || step.run(batch(&["P1", "P2", "P3", "P4", "five"]), Partition(0), Attempt::FIRST);
+    assert!(run().held && run().held);
+    chain.steps[0].let_go();
+    let outcome = run();
+    assert_eq!((outcome.passed.len(), outcome.refused.len(), outcome.held), (1, 4, false));
 }

@@ -1,0 +1,227 @@
+//! New steps begin at one message for all sinks, wherever the sinks are: a message whose route
+//! changes is in one of them.
+
+use std::sync::Arc;
+
+use super::harness::{Act, Process, World, chain, number, published, sorted, step, text};
+use crate::pipeline::State;
+use crate::step::{StepFactory, VERSIONS_MAX};
+use crate::units::ByteSize;
+
+const DEVICES: u64 = 10;
+
+fn world() -> World {
+    let mut world = World::new(4, &[("default", "left"), ("other", "right")]);
+    // A few frames fill a queue.
+    world.config.sink_queue_bytes_max = ByteSize(64 << 10);
+    world.config.read_ahead_bytes_max = ByteSize(64 << 10);
+    world
+}
+
+/// Every second message goes to each sink, and every version sends it to the other one.
+fn route(version: u64) -> Arc<dyn StepFactory> {
+    step("route", move |message, _| match (number(&text(message)) + version).is_multiple_of(2) {
+        true => Act::Pass,
+        false => Act::Route("other"),
+    })
+}
+
+async fn swapped(process: &Process, generation: u64, steps: &[Arc<dyn StepFactory>]) {
+    process.chain.send_replace(chain(generation, steps));
+    process.until("swapped", |status| status.chain == Some(generation)).await;
+}
+
+async fn all_read(process: &Process) {
+    process.until("all read", |status| status.read == status.end).await;
+}
+
+fn assert_each_in_one_sink(world: &World, count: u64) {
+    let rows = sorted([world.payloads("left"), world.payloads("right")].concat());
+    let missing = |of: &[String], in_: &[String]| of.iter().filter(|it| !in_.contains(it)).count();
+    let all = published(DEVICES, count);
+    assert!(rows == all, "{} rows of {count} messages, {} in neither sink", rows.len(), missing(&all, &rows));
+}
+
+/// The sink to the right is away, and the one to the left has gone on without it.
+async fn apart(world: &World) -> Process {
+    let process = world.start(chain(1, &[route(0)])).await;
+    world.publish_many(DEVICES, 0, 100);
+    process.drained().await;
+    world.database("right").block();
+    world.publish_many(DEVICES, 100, 10_000);
+    world.database("left").rows_at_least(5_050).await;
+    process
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn new_steps_begin_at_one_message_for_a_sink_that_lags_and_for_one_that_does_not() {
+    let world = world();
+    let process = apart(&world).await;
+    swapped(&process, 2, &[route(1)]).await;
+    world.publish_many(DEVICES, 10_100, 1_000);
+    world.database("left").rows_at_least(5_550).await;
+    world.database("right").unblock();
+    process.drained().await;
+    assert_each_in_one_sink(&world, 11_100);
+    let mut rows: Vec<_> = ["left", "right"]
+        .into_iter()
+        .flat_map(|sink| world.database(sink).rows().into_iter().map(move |row| (row.offset, sink)))
+        .collect();
+    rows.sort();
+    let versions: Vec<_> =
+        rows.iter().map(|(offset, sink)| (offset.0 % 2 == 0) == (*sink == "left")).collect();
+    assert!(versions.is_sorted_by(|a, b| a >= b), "the first version runs no message after the second");
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn several_changes_while_a_sink_lags_lose_and_double_nothing() {
+    let world = world();
+    let process = apart(&world).await;
+    let pass = || step("pass", |_, _| Act::Pass);
+    let chains = [vec![pass(), route(1)], vec![route(0)], vec![], vec![route(0), pass()], vec![route(1)]];
+    let mut count = 10_100;
+    for (generation, steps) in (2..).zip(&chains) {
+        swapped(&process, generation, steps).await;
+        world.publish_many(DEVICES, count, 500);
+        count += 500;
+        all_read(&process).await;
+    }
+    world.database("right").unblock();
+    process.drained().await;
+    assert_each_in_one_sink(&world, count);
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sinks_that_part_and_join_around_changes_lose_and_double_nothing() {
+    let world = world();
+    let process = world.start(chain(1, &[route(0)])).await;
+    let (mut count, mut generation) = (0, 1);
+    for _ in 0..3 {
+        for (lags, other) in [("right", "left"), ("left", "right")] {
+            let before = world.payloads(other).len();
+            world.database(lags).block();
+            world.publish_many(DEVICES, count, 3_000);
+            count += 3_000;
+            world.database(other).rows_at_least(before + 1_000).await;
+            swapped(&process, generation + 1, &[route(generation)]).await;
+            world.database(lags).unblock();
+            world.publish_many(DEVICES, count, 300);
+            count += 300;
+            // While the sink catches up, or joins.
+            swapped(&process, generation + 2, &[route(generation + 1)]).await;
+            generation += 2;
+        }
+        process.drained().await;
+        process.until("together", |s| s.sinks.iter().all(|sink| !sink.own_lane)).await;
+    }
+    assert_each_in_one_sink(&world, count);
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_change_waits_once_a_sink_needs_every_version_that_is_kept() {
+    let world = world();
+    let process = world.start(chain(1, &[route(0)])).await;
+    world.publish_many(DEVICES, 0, 100);
+    process.drained().await;
+    world.database("right").block();
+    let mut count = 100;
+    let mut publish = || {
+        world.publish_many(DEVICES, count, 20);
+        count += 20;
+    };
+    publish();
+    let mut last = 1;
+    // A version that has run nothing is not kept beside the one that takes its place.
+    for changes in [3, 1].into_iter().chain([1; VERSIONS_MAX - 3]) {
+        all_read(&process).await;
+        for _ in 0..changes {
+            last += 1;
+            swapped(&process, last, &[route(last)]).await;
+        }
+        publish();
+    }
+    all_read(&process).await;
+    process.chain.send_replace(chain(last + 1, &[route(last + 1)]));
+    let status = process.until("waits", |status| status.swap_waits.is_some()).await;
+    assert!(status.swap_waits.unwrap().contains("sink \"right\""));
+    assert_eq!((status.chain, status.state), (Some(last), State::Running));
+    publish();
+    world.database("right").unblock();
+    process.until("swapped", |s| s.chain == Some(last + 1) && s.swap_waits.is_none()).await;
+    publish();
+    process.drained().await;
+    assert_each_in_one_sink(&world, count);
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_held_step_gives_way_at_one_message_for_sinks_that_are_apart() {
+    let world = world();
+    let asked = tokio::sync::watch::Sender::new(false);
+    let asks = asked.clone();
+    let holding = step("route", move |message, _| match number(&text(message)) {
+        5_000 => {
+            asks.send_replace(true);
+            Act::Hold("faulted")
+        }
+        n if n.is_multiple_of(2) => Act::Pass,
+        _ => Act::Route("other"),
+    });
+    let process = world.start(chain(1, &[holding])).await;
+    world.publish_many(DEVICES, 0, 100);
+    process.drained().await;
+    world.database("right").block();
+    world.publish_many(DEVICES, 100, 10_000);
+    asked.subscribe().wait_for(|asked| *asked).await.unwrap();
+    process.chain.send_replace(chain(2, &[route(1)]));
+    // Of the messages behind the held one no sink had those of its device.
+    world.database("left").rows_at_least(4_000).await;
+    world.database("right").unblock();
+    process.drained().await;
+    assert!(world.letters().await.is_empty());
+    assert_each_in_one_sink(&world, 10_100);
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_a_crash_each_message_has_the_steps_that_it_had_for_the_other_sink() {
+    // The same steps again, or others by then; the sink that lags is back at the start, or later.
+    for (is_changed, is_back) in [(false, true), (true, true), (false, false), (true, false)] {
+        let world = world();
+        let process = apart(&world).await;
+        let newest = route(1);
+        swapped(&process, 2, &[Arc::clone(&newest)]).await;
+        world.publish_many(DEVICES, 10_100, 1_000);
+        world.database("left").rows_at_least(5_550).await;
+        process.handle.crash();
+        process.handle.join().await;
+        if is_back {
+            world.database("right").unblock();
+        }
+        let process = world.start(chain(1, &[if is_changed { route(2) } else { newest }])).await;
+        world.publish_many(DEVICES, 11_100, 500);
+        world.database("right").unblock();
+        process.drained().await;
+        assert_each_in_one_sink(&world, 11_600);
+        process.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pipeline_whose_earlier_steps_are_gone_goes_on_with_the_newest() {
+    let mut world = world();
+    let process = apart(&world).await;
+    swapped(&process, 2, &[route(1)]).await;
+    world.publish_many(DEVICES, 10_100, 1_000);
+    world.database("left").rows_at_least(5_550).await;
+    process.handle.crash();
+    process.handle.join().await;
+    world.database("right").unblock();
+    world.recall = Some(Arc::new(|recipe| Err(format!("step {recipe} is gone"))));
+    let process = world.start(chain(1, &[route(1)])).await;
+    process.drained().await;
+    process.stop().await;
+}
