@@ -1,20 +1,21 @@
 //! Closes dead letters that nobody will send again: of a device that sends nonsense, of a part that
 //! the host has no more. They are no problem from then on, and no redrive takes them.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use uuid::Uuid;
+
 use super::letter::Letter;
-use super::marks::{MARK_PREFIX, Mark, Marks, mark_key};
+use super::marks::{MARK_PREFIX, Mark, Marks, Sent, mark_key};
 use super::{DeadLettersError, Filter};
 use crate::batch::{MessageRef, Offset};
 use crate::stream::{AppendError, Read, StateChange, Stream, Ticket};
 
-/// Letters that are marked in one append.
-const MARKS_MAX: usize = 4_096;
-/// The mark. Every version takes what it does not know for a letter that is closed.
-const DISCARDED: &[u8] = b"discarded";
+/// Letters that are closed in one append.
+const CLOSED_MAX: usize = 4_096;
 
-/// Marks letters that are open, and those that a redrive has taken and not sent (their sink may be
+/// Closes letters that are open, and those that a redrive has taken and not sent (their sink may be
 /// gone for good), of any pipeline where none is named. Returns their number once the marks are
 /// durable. No redrive may run meanwhile.
 pub async fn discard(
@@ -28,20 +29,25 @@ pub async fn discard(
         !is_closed
             && Letter::of(message).is_some_and(|letter| fits(filter, pipeline, message.offset(), &letter))
     };
-    let mut keys = Vec::new();
+    let mut letters = Vec::new();
     let end = dead_letters.bounds().end;
     let mut cursor = dead_letters.peek(dead_letters.bounds().start);
     while cursor.position() < end
         && let Some(read) = cursor.try_next().await?
     {
         let Read::Batch(batch) = read else { continue };
-        keys.extend(batch.messages().filter(is_wanted).map(|message| mark_key(message.offset())));
+        letters.extend(batch.messages().filter(is_wanted).map(|message| message.offset().0));
     }
     let mut last = Ticket::default();
-    for keys in keys.chunks(MARKS_MAX) {
-        let marks: Vec<_> = keys.iter().map(|key| StateChange { key, value: Some(DISCARDED) }).collect();
+    for letters in letters.chunks(CLOSED_MAX) {
+        // No pass sent them, and no database must have them.
+        let mut changes = Sent::records(Uuid::nil(), "", &BTreeSet::new(), letters);
+        let own = letters.iter().filter(|letter| marks.get(**letter).is_some());
+        changes.extend(own.map(|letter| (mark_key(Offset(*letter)), None)));
+        let changes: Vec<_> =
+            changes.iter().map(|(key, value)| StateChange { key, value: value.as_deref() }).collect();
         last = loop {
-            match dead_letters.append(&[], &marks) {
+            match dead_letters.append(&[], &changes) {
                 Ok(appended) => break appended.ticket,
                 Err(AppendError::Full) => dead_letters.writable().await,
                 Err(error) => return Err(error.into()),
@@ -51,7 +57,7 @@ pub async fn discard(
     if last > Ticket::default() && dead_letters.durable().wait_for(|ticket| *ticket >= last).await.is_err() {
         return Err(AppendError::Stopped(dead_letters.stopped().await).into());
     }
-    Ok(keys.len() as u64)
+    Ok(letters.len() as u64)
 }
 
 fn fits(filter: &Filter, pipeline: Option<&str>, offset: Offset, letter: &Letter<'_>) -> bool {
@@ -87,6 +93,7 @@ mod tests {
         assert_eq!(process.handle.discard(&ids(&[3, 4, 99]), Some("p")).await.unwrap(), Some(2));
         assert_eq!(process.handle.discard(&ids(&[3, 4]), None).await.unwrap(), Some(0), "they are closed");
         assert_eq!(letters.look().await.unwrap()["p"].letters, 8);
+        assert_eq!(world.dead.state(MARK_PREFIX).len(), 1, "one record for all");
         process.stop().await;
 
         world.database("w").refuse(|_| None);

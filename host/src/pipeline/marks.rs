@@ -211,9 +211,10 @@ fn take_number(bytes: &mut &[u8]) -> Option<u64> {
     None
 }
 
-/// A record: letters that one pass sent to the same sinks.
+/// A record: letters that one pass sent to the same sinks, or that somebody discarded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sent {
+    /// The nil UUID, and no pipeline and no sinks: they are discarded.
     pub pass: Uuid,
     pub pipeline: String,
     /// The sinks whose databases must have them. Not those of which it is not known any more.
