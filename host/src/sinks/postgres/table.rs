@@ -101,14 +101,25 @@ CROSS JOIN LATERAL (
 WHERE a.attrelid = to_regclass($1)::oid AND a.attnum > 0 AND NOT a.attisdropped
 ORDER BY a.attnum";
 
+/// Keys of the table, and those that a partition has for itself: rows meet them, but ON CONFLICT
+/// cannot name them.
 const KEYS: &str = "
+WITH RECURSIVE tables AS (
+    SELECT to_regclass($1)::oid AS oid, true AS is_root
+    UNION ALL
+    SELECT c.oid, false FROM tables t
+    JOIN pg_inherits h ON h.inhparent = t.oid JOIN pg_class c ON c.oid = h.inhrelid AND c.relispartition
+)
 SELECT array_agg(a.attname::text),
-       i.indisunique AND i.indimmediate AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL,
+       t.is_root AND i.indisunique AND i.indimmediate AND i.indisvalid
+           AND i.indpred IS NULL AND i.indexprs IS NULL,
        i.indexrelid::regclass::text, i.indimmediate
-FROM pg_index i CROSS JOIN LATERAL unnest(i.indkey[0:i.indnkeyatts - 1]) AS k (attnum)
+FROM tables t JOIN pg_index i ON i.indrelid = t.oid
+CROSS JOIN LATERAL unnest(i.indkey[0:i.indnkeyatts - 1]) AS k (attnum)
 LEFT JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum AND k.attnum <> 0
-WHERE i.indrelid = to_regclass($1)::oid AND (i.indisunique OR i.indisexclusion)
-GROUP BY i.indexrelid ORDER BY i.indisprimary DESC, i.indexrelid";
+WHERE (i.indisunique OR i.indisexclusion)
+  AND (t.is_root OR NOT EXISTS (SELECT FROM pg_inherits h WHERE h.inhrelid = i.indexrelid))
+GROUP BY t.is_root, i.indexrelid ORDER BY t.is_root DESC, i.indisprimary DESC, i.indexrelid";
 
 /// Rules by their event: 2 is UPDATE, 3 INSERT.
 const WRITING: &str = "

@@ -270,6 +270,29 @@ async fn ignore_on_a_table_without_a_unique_key_is_warned_of() {
 }
 
 #[tokio::test]
+async fn ignore_is_not_warned_of_where_only_partitions_have_a_unique_key_and_ignores_rows_there() {
+    let parts = "CREATE TABLE telemetry ({TABLE}) PARTITION BY RANGE (time);
+        CREATE TABLE old PARTITION OF telemetry FOR VALUES FROM (MINVALUE) TO ('2020-01-01');
+        CREATE TABLE new PARTITION OF telemetry FOR VALUES FROM ('2020-01-01') TO (MAXVALUE)
+            PARTITION BY LIST (device_id);
+        CREATE TABLE one PARTITION OF new FOR VALUES IN ('a'); CREATE TABLE others PARTITION OF new DEFAULT";
+    let fresh = Fresh::with(parts).await;
+    let ignore = Config { on_conflict: OnConflict::Ignore, ..fresh.config() };
+    assert!(check(ignore.clone()).await.warnings[0].contains("has no unique key"));
+    fresh.execute("CREATE UNIQUE INDEX ON one (device_id)").await;
+    let checked = check(ignore.clone()).await;
+    assert_eq!((checked.problems, checked.warnings), (vec![], vec![]));
+    let mut sink = super::sink(ignore);
+    sink.open(&claim(), None).await.unwrap();
+    let messages = rows([message("a", "1"), message("a", "2"), message("b", "3")]);
+    let outcome = sink.commit(&messages, &[advance(0, 0, 3)]).await.unwrap();
+    assert_eq!(outcome, Outcome::Committed(Written { written: 2, ignored: 1 }));
+    // It has no name that ON CONFLICT takes.
+    let upsert = Config { on_conflict: OnConflict::Upsert, ..fresh.config() };
+    assert!(check(upsert).await.problems[0].contains("needs a unique key"));
+}
+
+#[tokio::test]
 async fn a_wrong_password_and_a_server_without_tls_are_told_with_what_to_do() {
     let (server, ca) = tokio::task::spawn_blocking(super::access::guarded).await.unwrap();
     let config = |mode: SslMode, password: &str| Config {
