@@ -23,6 +23,7 @@ use super::fair::{Crowded, Fair, Source};
 use super::recent::Recent;
 use super::watched::Watched;
 use super::{Credentials, Denied, Identity, jwt};
+use crate::hints::Hint;
 use crate::telemetry::Failures;
 use crate::trust;
 
@@ -135,9 +136,10 @@ impl Http {
         if let Some(identity) = self.answers.get(&fingerprint, Instant::now()) {
             return Ok(Some(identity));
         }
-        let unavailable = |kind: &str, reason: &str| {
-            self.failures.report(kind, 1, &format!("{}: {reason}", self.service), "");
-            Denied::Unavailable("http")
+        let failed = |kind: &str, reason: &str| {
+            let show = self.failures.hint(Hint::ClientsRefused);
+            self.failures.report(kind, 1, &format!("{}: {reason}", self.service), &show);
+            Denied::Failed("http")
         };
         let user = who.username.unwrap_or(who.client_id);
         let place = self.requests.enter(Source::of(who.ip), user, WAITING_MAX).await;
@@ -145,7 +147,7 @@ impl Http {
         let asked = timeout(self.config.timeout.0, self.ask(who)).await;
         drop(place);
         let answer = asked.unwrap_or_else(|_| Err("no answer in time".to_owned())).map_err(|reason| {
-            unavailable("access: the HTTP check did not answer, clients are refused", &reason)
+            failed("access: the HTTP check did not answer, clients are refused", &reason)
         })?;
         match answer.allow {
             None => Ok(None),
@@ -155,10 +157,7 @@ impl Http {
                 let rules = rules.ok_or_else(|| {
                     let kind =
                         "access: the HTTP check answered with rules that cannot be used, clients are refused";
-                    unavailable(
-                        kind,
-                        "each is as in access.rules of the config, its topics filters, at most 1000",
-                    )
+                    failed(kind, "each is as in access.rules of the config, its topics filters, at most 1000")
                 })?;
                 let name = who.username.map(Into::into);
                 let identity = Identity {
@@ -294,7 +293,7 @@ mod tests {
         put(&file, "no certificate");
         assert!(check.check(&who).await.is_ok());
         put(&file, other_pem);
-        assert_eq!(check.check(&who).await.err(), Some(Denied::Unavailable("http")));
+        assert_eq!(check.check(&who).await.err(), Some(Denied::Failed("http")));
         serving.abort();
     }
 
@@ -430,7 +429,7 @@ mod tests {
         let http = answering(answers.clone()).await;
         for answer in &answers[..count] {
             let outcome = http.check(&who(Some("ann"), b"x", &Entrance::default())).await;
-            assert_eq!(outcome.err(), Some(Denied::Unavailable("http")), "{answer:.200}");
+            assert_eq!(outcome.err(), Some(Denied::Failed("http")), "{answer:.200}");
         }
     }
 

@@ -133,6 +133,8 @@ pub enum Denied {
     BadMethod,
     /// Who would know cannot be asked now.
     Unavailable(&'static str),
+    /// The same, after a failure that is reported by itself, with its cause.
+    Failed(&'static str),
 }
 
 /// One way to know clients.

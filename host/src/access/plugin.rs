@@ -211,7 +211,7 @@ impl Inner {
     fn failed(&self, what: &str, reason: &str) -> Denied {
         let kind = format!("access: plugin {} failed, {what}", self.file);
         self.failures.report(&kind, 1, reason, "");
-        Denied::Unavailable("plugin")
+        Denied::Failed("plugin")
     }
 }
 

@@ -88,6 +88,8 @@ struct Answered {
     topics: Vec<Box<str>>,
     /// `None`: the call failed.
     answers: Vec<Option<bool>>,
+    /// Why the first call failed of which that is so.
+    denied: Option<Denied>,
 }
 
 impl Questions {
@@ -141,17 +143,18 @@ impl Questions {
     pub async fn ask_now(&mut self, act: Act, topics: Vec<Box<str>>) -> Result<(), Denied> {
         let mut answers = Vec::new();
         for some in topics.chunks(QUESTIONS_MAX) {
-            answers.extend(self.asker.clone().ask(act, some.to_vec()).await.answers);
-            if answers.contains(&None) {
-                return Err(Denied::Unavailable("plugin"));
+            let answered = self.asker.clone().ask(act, some.to_vec()).await;
+            if answered.answers.contains(&None) {
+                return Err(answered.denied.unwrap_or(Denied::Unavailable("plugin")));
             }
+            answers.extend(answered.answers);
         }
-        self.learn(Answered { act, topics, answers });
+        self.learn(Answered { act, topics, answers, denied: None });
         Ok(())
     }
 
     fn learn(&mut self, answered: Answered) {
-        let Answered { act, topics, answers } = answered;
+        let Answered { act, topics, answers, denied: _ } = answered;
         self.make_room(topics.iter().map(|topic| topic.len() + ANSWER_BYTES).sum());
         let act = act as u8;
         for (topic, said) in topics.into_iter().zip(answers) {
@@ -198,23 +201,30 @@ impl Asker {
     async fn ask(self, act: Act, topics: Vec<Box<str>>) -> Answered {
         let until = tokio::time::Instant::now() + self.wait_max;
         let mut answers: Vec<Option<bool>> = Vec::new();
-        match self.call(act, &topics, until).await {
-            Some(all) => answers.extend(all.into_iter().map(Some)),
-            None if topics.len() == 1 => {}
-            None => {
+        let called = self.call(act, &topics, until).await;
+        let denied = called.as_ref().err().copied();
+        match called {
+            Ok(all) => answers.extend(all.into_iter().map(Some)),
+            Err(_) if topics.len() == 1 => {}
+            Err(_) => {
                 for topic in &topics {
                     let one = self.call(act, std::slice::from_ref(topic), until).await;
-                    answers.push(one.and_then(|one| one.first().copied()));
+                    answers.push(one.ok().and_then(|one| one.first().copied()));
                 }
             }
         }
         answers.resize(topics.len(), None);
-        Answered { act, topics, answers }
+        Answered { act, topics, answers, denied }
     }
 
-    async fn call(&self, act: Act, topics: &[Box<str>], until: tokio::time::Instant) -> Option<Vec<bool>> {
+    async fn call(
+        &self,
+        act: Act,
+        topics: &[Box<str>],
+        until: tokio::time::Instant,
+    ) -> Result<Vec<bool>, Denied> {
         let call = self.authorizer.authorize(&self.name, &self.client_id, act, topics);
-        tokio::time::timeout_at(until, call).await.ok()?.ok()
+        tokio::time::timeout_at(until, call).await.unwrap_or(Err(Denied::Unavailable("plugin")))
     }
 }
 

@@ -33,8 +33,25 @@ pub struct Method {
     tried: OnceLock<Box<str>>,
 }
 
-/// Why a client is not served: what CONNACK says, if anything, and the cause that is counted.
-pub type Denial = (Option<ConnectAckReason>, &'static str);
+/// Why a client is not served.
+#[derive(Clone, Copy, Debug)]
+pub struct Denial {
+    /// What CONNACK says; `None`: nothing.
+    pub reason: Option<ConnectAckReason>,
+    /// What is counted.
+    pub cause: &'static str,
+    /// What is behind it has a line of its own, which counts these clients.
+    pub is_reported: bool,
+}
+
+impl Denial {
+    /// The client has left.
+    const LOST: Self = Self { reason: None, cause: "lost", is_reported: false };
+
+    pub fn new(reason: ConnectAckReason, cause: &'static str) -> Self {
+        Self { reason: Some(reason), cause, is_reported: false }
+    }
+}
 
 /// Bytes of a client that are read while its credentials are looked at.
 const EARLY_BYTES_MAX: usize = 16 << 10;
@@ -60,7 +77,7 @@ pub async fn unless_gone<S: AsyncRead + Unpin, T>(
     tokio::select! {
         biased;
         done = work => Ok(done),
-        () = gone => Err((None, "lost")),
+        () = gone => Err(Denial::LOST),
     }
 }
 
@@ -97,15 +114,15 @@ impl Method {
             }
             let mut out = BytesMut::new();
             self.put(AuthReasonCode::ContinueAuth, data, packet_bytes_max, &mut out)
-                .ok_or((Some(ConnectAckReason::PacketTooLarge), "invalid"))?;
+                .ok_or(Denial::new(ConnectAckReason::PacketTooLarge, "invalid"))?;
             broker.counters.sending(Version::V5, &out);
-            io.write_all(&out).await.map_err(|_| (None, "lost"))?;
+            io.write_all(&out).await.map_err(|_| Denial::LOST)?;
             broker.counters.bytes[SENT].increment(out.len() as u64);
             let answer = self.read_answer(broker, io, input).await?;
             let answered = unless_gone(broker, io, input, exchange.answer(&answer)).await?;
             step = answered.map_err(denial)?;
         }
-        Err((Some(ConnectAckReason::NotAuthorized), "bad_credentials"))
+        Err(Denial::new(ConnectAckReason::NotAuthorized, "bad_credentials"))
     }
 
     /// Until CONNACK a client sends nothing but AUTH and DISCONNECT (3.1.2-30).
@@ -117,7 +134,7 @@ impl Method {
     ) -> Result<Bytes, Denial> {
         let fault = |fault: Fault| {
             let reason = ConnectAckReason::try_from(u8::from(fault.code));
-            (Some(reason.unwrap_or(ConnectAckReason::MalformedPacket)), "malformed")
+            Denial::new(reason.unwrap_or(ConnectAckReason::MalformedPacket), "malformed")
         };
         loop {
             if let Some(frame) = wire::frame(input, first_packet_bytes_max(broker)).map_err(fault)? {
@@ -130,13 +147,13 @@ impl Method {
                     {
                         self.data_of(auth).map_err(fault)
                     }
-                    Packet::V5(v5::Packet::Disconnect(_)) => Err((None, "lost")),
+                    Packet::V5(v5::Packet::Disconnect(_)) => Err(Denial::LOST),
                     _ => Err(fault(OUT_OF_TURN)),
                 };
             }
             match io.read_buf(input).await {
                 Ok(len @ 1..) => broker.counters.bytes[RECEIVED].increment(len as u64),
-                _ => return Err((None, "lost")),
+                _ => return Err(Denial::LOST),
             }
         }
     }
@@ -173,11 +190,14 @@ const OUT_OF_TURN: Fault = Fault::protocol("AUTH out of turn");
 pub fn denial(denied: Denied) -> Denial {
     match denied {
         // By this way a wrong password is no other thing than a wrong right (4.12).
-        Denied::BadCredentials => (Some(ConnectAckReason::NotAuthorized), "bad_credentials"),
-        Denied::NotAuthorized => (Some(ConnectAckReason::NotAuthorized), "not_authorized"),
-        Denied::TooMany => (Some(ConnectAckReason::ConnectionRateExceeded), "guessing"),
-        Denied::BadMethod => (Some(ConnectAckReason::BadAuthenticationMethod), "bad_auth_method"),
-        Denied::Unavailable(_) => (Some(ConnectAckReason::ServerUnavailable), "access_unavailable"),
+        Denied::BadCredentials => Denial::new(ConnectAckReason::NotAuthorized, "bad_credentials"),
+        Denied::NotAuthorized => Denial::new(ConnectAckReason::NotAuthorized, "not_authorized"),
+        Denied::TooMany => Denial::new(ConnectAckReason::ConnectionRateExceeded, "guessing"),
+        Denied::BadMethod => Denial::new(ConnectAckReason::BadAuthenticationMethod, "bad_auth_method"),
+        Denied::Unavailable(_) | Denied::Failed(_) => Denial {
+            is_reported: matches!(denied, Denied::Failed(_)),
+            ..Denial::new(ConnectAckReason::ServerUnavailable, "access_unavailable")
+        },
     }
 }
 

@@ -97,25 +97,18 @@ pub async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     asked.leave_reserved_will(broker, remote);
     let mut rights = match asked.admit(broker, io, input, remote).await {
         Ok(rights) => rights,
-        Err((reason, cause)) => {
-            let tried = asked.auth.as_ref().and_then(Method::tried);
-            let user = asked.username.as_deref().or(tried);
-            let shown = user.unwrap_or("anonymous");
-            let detail = format!("user {shown}, client {:.600} at {remote}", asked.client_id);
-            let refused = Refused::new(cause, user.or_else(|| asked.own_id()), detail);
-            return Err(match reason {
-                Some(reason) => refused.told(asked.version, reason, asked.packet_bytes_max),
-                None => refused,
-            });
-        }
+        Err(denial) => return Err(asked.denied(remote, denial)),
     };
     let owner = Owner::of(&broker.access, &rights.identity);
     let (session, turn) = asked.claim(broker, remote, &owner).await?;
     // While nobody else has the session, and before anything of it changes.
     let other = session.other_owner(&owner);
-    if !asked.clean && other.is_none() && ask_for_filters(&mut rights, &session).await.is_err() {
+    if !asked.clean
+        && other.is_none()
+        && let Err(denied) = ask_for_filters(&mut rights, &session).await
+    {
         broker.sessions.give_back(broker, &session, turn).await;
-        return Err(asked.refused(remote, "access_unavailable", ConnectAckReason::ServerUnavailable));
+        return Err(asked.denied(remote, auth::denial(denied)));
     }
     if let Some(other) = &other {
         let detail = format!("client {} at {remote}: of {other} before, of {owner} now", asked.client_id);
@@ -313,6 +306,20 @@ impl Asked {
         refused.told(self.version, reason, self.packet_bytes_max)
     }
 
+    /// Returns why the client is not served: said with the user that it names.
+    fn denied(&self, remote: &Remote, denial: Denial) -> Refused {
+        let tried = self.auth.as_ref().and_then(Method::tried);
+        let user = self.username.as_deref().or(tried);
+        let shown = user.unwrap_or("anonymous");
+        let detail = format!("user {shown}, client {:.600} at {remote}", self.client_id);
+        let refused = Refused::new(denial.cause, user.or_else(|| self.own_id()), detail);
+        let refused = if denial.is_reported { refused.reported() } else { refused };
+        match denial.reason {
+            Some(reason) => refused.told(self.version, reason, self.packet_bytes_max),
+            None => refused,
+        }
+    }
+
     /// MQTT 5.0, 3.2.2.3.14; clients of older versions cannot be told, and keep to their own.
     fn server_keep_alive_s(&self, broker: &Broker) -> Option<u16> {
         let max = broker.config.keep_alive_max.as_ref()?.0.as_secs().try_into().unwrap_or(u16::MAX);
@@ -330,7 +337,7 @@ impl Asked {
     ) -> Result<Admitted, Denial> {
         self.check_size(broker)?;
         if !broker.access.may_connect(remote.address.ip()) {
-            return Err((Some(ConnectAckReason::ConnectionRateExceeded), "connect_rate"));
+            return Err(Denial::new(ConnectAckReason::ConnectionRateExceeded, "connect_rate"));
         }
         let who = Credentials {
             client_id: &self.client_id,
@@ -349,7 +356,7 @@ impl Asked {
                 auth::unless_gone(broker, io, input, broker.access.admit(&who)).await?.map_err(|denied| {
                     match denied {
                         Denied::BadCredentials => {
-                            (Some(ConnectAckReason::BadUserNameOrPassword), "bad_credentials")
+                            Denial::new(ConnectAckReason::BadUserNameOrPassword, "bad_credentials")
                         }
                         other => auth::denial(other),
                     }
@@ -363,10 +370,11 @@ impl Asked {
             }
         };
         if !self.assigned && !broker.access.may_have_id(&rights.identity, &self.client_id) {
-            return Err((Some(ConnectAckReason::ClientIdentifierNotValid), "client_id"));
+            return Err(Denial::new(ConnectAckReason::ClientIdentifierNotValid, "client_id"));
         }
         let place = broker.access.enter(&rights.identity, &self.client_id);
-        self.user_place = place.ok_or((Some(ConnectAckReason::QuotaExceeded), "connections_per_user"))?;
+        self.user_place =
+            place.ok_or(Denial::new(ConnectAckReason::QuotaExceeded, "connections_per_user"))?;
         if let Some(will) = &mut self.will {
             self.will_place = Some(admit_will(broker, &mut rights, &self.client_id, will).await?);
         }
@@ -376,7 +384,7 @@ impl Asked {
     /// Whether the client takes a CONNACK of ours.
     fn check_size(&self, broker: &Broker) -> Result<(), Denial> {
         if self.connack(broker, false).len() > self.packet_bytes_max {
-            return Err((Some(ConnectAckReason::PacketTooLarge), "invalid"));
+            return Err(Denial::new(ConnectAckReason::PacketTooLarge, "invalid"));
         }
         Ok(())
     }
@@ -412,25 +420,25 @@ async fn admit_will(
     will: &mut Will,
 ) -> Result<will::Place, Denial> {
     if broker.access.is_too_deep(&will.topic) {
-        return Err((Some(ConnectAckReason::TopicNameInvalid), "will_topic_levels"));
+        return Err(Denial::new(ConnectAckReason::TopicNameInvalid, "will_topic_levels"));
     }
     if rights.publish(&will.topic) == Verdict::Ask {
         rights.ask_now(Act::Publish, vec![will.topic.clone()]).await.map_err(auth::denial)?;
     }
     if rights.publish(&will.topic) != Verdict::Yes {
-        return Err((Some(ConnectAckReason::NotAuthorized), "will_not_authorized"));
+        return Err(Denial::new(ConnectAckReason::NotAuthorized, "will_not_authorized"));
     }
     will.device.clone_from(&rights.identity.device);
     let names_device = will.device.is_none() && broker.namespace.device_span(&will.topic).is_some();
     push_sender(&mut will.properties, broker, client_id, names_device, &rights.identity);
     if will.properties.len() > properties::PROPERTIES_BYTES_MAX {
-        return Err((Some(ConnectAckReason::PacketTooLarge), "invalid"));
+        return Err(Denial::new(ConnectAckReason::PacketTooLarge, "invalid"));
     }
     let bytes = will.state_bytes(client_id);
     if bytes as u64 > broker.config.will_bytes_max.0 {
-        return Err((Some(ConnectAckReason::PacketTooLarge), "will_bytes_max"));
+        return Err(Denial::new(ConnectAckReason::PacketTooLarge, "will_bytes_max"));
     }
-    broker.wills.enter(broker, bytes).ok_or((Some(ConnectAckReason::QuotaExceeded), "wills_bytes_max"))
+    broker.wills.enter(broker, bytes).ok_or(Denial::new(ConnectAckReason::QuotaExceeded, "wills_bytes_max"))
 }
 
 /// Has the plugin asked for what a session is subscribed to, where the rules

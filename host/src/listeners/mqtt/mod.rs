@@ -510,13 +510,22 @@ impl Broker {
         self.retained.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts a connection without a client for its cause, reports it, and lists it: `who` where
-    /// the client showed who it is.
-    fn refused(&self, cause: &'static str, kind: &str, who: Option<&str>, address: &Address, detail: &str) {
+    /// Counts a connection without a client for its cause, reports it as `kind`, and lists it: `who`
+    /// where the client showed who it is.
+    fn refused(
+        &self,
+        cause: &'static str,
+        kind: Option<&str>,
+        who: Option<&str>,
+        address: &Address,
+        detail: &str,
+    ) {
         self.counters.refused_connect(cause);
         let ip = address.ip();
-        let subject = who.map_or_else(|| ip.to_string(), str::to_owned);
-        self.failures.report_client(kind, &subject, 1, detail, &self.failures.hint(Hint::ClientsRefused));
+        if let Some(kind) = kind {
+            let subject = who.map_or_else(|| ip.to_string(), str::to_owned);
+            self.failures.report_client(kind, &subject, 1, detail, &self.failures.hint(Hint::ClientsRefused));
+        }
         self.refused_clients.add(cause, who, ip, detail);
     }
 

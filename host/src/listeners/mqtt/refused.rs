@@ -16,6 +16,8 @@ pub struct Refused {
     who: Option<String>,
     /// Who it was, for the log.
     detail: String,
+    /// What is behind it has a line of its own in the log.
+    is_reported: bool,
     told: Option<Told>,
 }
 
@@ -29,11 +31,22 @@ struct Told {
 
 impl Refused {
     pub fn new(cause: &'static str, who: Option<&str>, detail: impl Into<String>) -> Self {
-        Self { cause, what: "", who: who.map(str::to_owned), detail: detail.into(), told: None }
+        Self {
+            cause,
+            what: "",
+            who: who.map(str::to_owned),
+            detail: detail.into(),
+            is_reported: false,
+            told: None,
+        }
     }
 
     pub fn what(self, what: &'static str) -> Self {
         Self { what, ..self }
+    }
+
+    pub fn reported(self) -> Self {
+        Self { is_reported: true, ..self }
     }
 
     pub fn told(self, version: Version, reason: ConnectAckReason, packet_bytes_max: usize) -> Self {
@@ -49,7 +62,8 @@ impl Refused {
             "" => format!("mqtt: connect refused: {}", self.cause),
             what => format!("mqtt: connect refused: {}: {what}", self.cause),
         };
-        broker.refused(self.cause, &kind, self.who.as_deref(), address, &self.detail);
+        let kind = (!self.is_reported).then_some(&*kind);
+        broker.refused(self.cause, kind, self.who.as_deref(), address, &self.detail);
     }
 
     /// The version and its CONNACK; `None` where that cannot say no.

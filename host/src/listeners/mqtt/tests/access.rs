@@ -537,6 +537,14 @@ async fn an_http_check_decides_once_for_a_while_and_refuses_when_it_does_not_ans
     serving.abort();
     assert!(serving.await.unwrap_err().is_cancelled());
     assert_eq!(refused(&host, signed_in("c", "eve", "x")).await, ConnectAckReason::ServerUnavailable);
+    // One line, which counts both; each client is in the list.
+    let said = host.handle.clients.0.failures.unsaid().into_iter();
+    let said = said.filter(|(kind, _)| kind.contains("HTTP check") || kind.contains("access_unavailable"));
+    let line = "access: the HTTP check did not answer, clients are refused".to_owned();
+    assert_eq!(said.collect::<Vec<_>>(), [(line, 1)]);
+    let listed = host.handle.clients().refused(9).1;
+    let listed = listed.iter().filter(|client| client.cause == "access_unavailable");
+    assert_eq!(listed.filter_map(|client| client.who.as_deref()).collect::<Vec<_>>(), ["eve", "odd"]);
     host.stop().await;
 }
 
@@ -646,7 +654,7 @@ async fn the_credentials_of_a_client_that_has_left_are_looked_at_no_longer() {
     drop(client);
     let for_ever = std::future::pending::<()>();
     let looked = auth::unless_gone(&broker, &mut server, &mut input, for_ever).await;
-    assert_eq!(looked.map_err(|(_, cause)| cause), Err("lost"));
+    assert_eq!(looked.map_err(|denial| denial.cause), Err("lost"));
 
     // One that has said all that it has to say waits for the answer.
     let (mut client, mut server) = tokio::io::duplex(64);
@@ -659,6 +667,6 @@ async fn the_credentials_of_a_client_that_has_left_are_looked_at_no_longer() {
         7
     };
     let looked = auth::unless_gone(&broker, &mut server, &mut input, work).await;
-    assert_eq!(looked.map_err(|(_, cause)| cause), Ok(7));
+    assert_eq!(looked.map_err(|denial| denial.cause), Ok(7));
     assert_eq!(&input[..], b"early");
 }

@@ -208,7 +208,7 @@ pub async fn accept(broker: Arc<Broker>, entry: Entry, room: Arc<Semaphore>, tas
         broker.counters.sockets.increment(1);
         let Ok(connection) = room.clone().try_acquire_owned() else {
             let kind = "mqtt: connections_max reached, connect refused";
-            broker.refused("connections_max", kind, None, &address, &address.to_string());
+            broker.refused("connections_max", Some(kind), None, &address, &address.to_string());
             continue;
         };
         let mut handshake = handshakes.enter(&address, Instant::now());
@@ -219,7 +219,7 @@ pub async fn accept(broker: Arc<Broker>, entry: Entry, room: Arc<Semaphore>, tas
         shedding = handshake.is_none();
         if shedding {
             let kind = "mqtt: handshakes_max reached, connect refused";
-            broker.refused("handshakes_max", kind, None, &address, &address.to_string());
+            broker.refused("handshakes_max", Some(kind), None, &address, &address.to_string());
             continue;
         }
         let place = Place { _connection: connection, handshake: handshake.map(Box::new) };
@@ -310,7 +310,7 @@ async fn serve_layered(
         Ok(Err(Failed { cause: cause @ "lost", .. })) => broker.counters.refused_connect(cause),
         Ok(Err(Failed { cause, kind, who, detail })) => {
             let detail = format!("{remote}: {detail}");
-            broker.refused(cause, &kind, who.as_deref(), &remote.address, &detail);
+            broker.refused(cause, Some(&kind), who.as_deref(), &remote.address, &detail);
         }
         Err(_) => broker.counters.refused_connect("timeout"),
     }
@@ -319,7 +319,7 @@ async fn serve_layered(
 /// Counted, and said once in a while: the connection ended for another handshake.
 pub fn gave_way(broker: &Broker, remote: &Remote) {
     let kind = "mqtt: handshakes_max reached, the oldest connection without CONNECT closed";
-    broker.refused("handshakes_max", kind, None, &remote.address, &remote.to_string());
+    broker.refused("handshakes_max", Some(kind), None, &remote.address, &remote.to_string());
 }
 
 impl Layers {
