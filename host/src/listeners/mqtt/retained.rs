@@ -67,38 +67,44 @@ impl Retained {
         failures: &Failures,
     ) -> Self {
         let (messages_max, bytes_max) = limits;
-        let mut retained = Self { messages_max, bytes_max, ..Self::default() };
+        let mut removed: Vec<Vec<Change>> = vec![Vec::new(); streams.len()];
+        let mut found = Vec::new();
         for (number, stream) in streams.iter().enumerate() {
-            let mut removed = Vec::new();
             for (blob, bytes) in blobs::load(&**stream, KIND) {
                 let Some(message) = decode(&bytes).filter(|message| id(message.topic()) == blob.id()) else {
                     failures.report("mqtt: a retained message cannot be read, removed", 1, stream.name(), "");
-                    blob.remove(&mut removed);
+                    blob.remove(&mut removed[number]);
                     continue;
                 };
                 let topic = lookup::key(message.topic());
-                let is_here = Arc::ptr_eq(routes.route(message.topic()), stream);
-                if retained.topics.contains_key(&topic) && !is_here {
-                    // The topic moved to another stream, and has a newer one there.
-                    blob.remove(&mut removed);
-                    continue;
-                }
-                let message = Arc::new(message);
-                let kept = Kept { message: message.clone(), stream: number, offset: Offset(0), blob };
-                if let Some(old) = retained.take(&topic) {
-                    let mut changes = Vec::new();
-                    old.blob.remove(&mut changes);
-                    super::append_unawaited(&*streams[old.stream], &changes);
-                }
-                if !retained.insert(topic, kept) {
-                    let what = "mqtt: no room for a retained message";
-                    failures.report(what, 1, &format!("topic {}", message.topic()), "");
-                    blob.remove(&mut removed);
-                }
+                found
+                    .push((topic, Kept { message: message.into(), stream: number, offset: Offset(0), blob }));
             }
-            super::append_unawaited(&**stream, &removed);
         }
-        retained
+        // Put into the map in its order: one by one, each would be searched for among all.
+        found.sort_by(|(a, _), (b, _)| a.cmp(b));
+        let (mut topics, mut sum): (Vec<(Box<str>, Kept)>, usize) = (Vec::new(), 0);
+        for (topic, mut kept) in found {
+            if let Some((_, known)) = topics.last_mut().filter(|(known, _)| *known == topic) {
+                // The topic moved to another stream, and has a newer one there.
+                if Arc::ptr_eq(routes.route(kept.message.topic()), &streams[kept.stream]) {
+                    sum = sum - known.message.len() + kept.message.len();
+                    std::mem::swap(known, &mut kept);
+                }
+                kept.blob.remove(&mut removed[kept.stream]);
+            } else if topics.len() >= messages_max || sum + kept.message.len() > bytes_max {
+                let topic = format!("topic {}", kept.message.topic());
+                failures.report("mqtt: no room for a retained message", 1, &topic, "");
+                kept.blob.remove(&mut removed[kept.stream]);
+            } else {
+                sum += kept.message.len();
+                topics.push((topic, kept));
+            }
+        }
+        for (stream, removed) in streams.iter().zip(&removed) {
+            super::append_unawaited(&**stream, removed);
+        }
+        Self { topics: topics.into_iter().collect(), bytes: sum, messages_max, bytes_max }
     }
 
     fn take(&mut self, topic: &str) -> Option<Kept> {
