@@ -35,7 +35,7 @@ pub async fn catch_up(broker: Arc<Broker>, number: usize) {
 pub(super) fn lanes(sessions: &[Arc<Session>], streams: usize, number: usize, end: u64) -> Box<[Lane]> {
     let sessions = sessions.iter().filter(|session| session.filters() > 0);
     let behind =
-        |session: &Arc<Session>| (end.saturating_sub(session.outbox().from(number)), session.clone());
+        |session: &Arc<Session>| (end.saturating_sub(session.outbox().begins_at(number)), session.clone());
     let mut sessions: Vec<_> = sessions.map(behind).filter(|(behind, _)| *behind > 0).collect();
     sessions.sort_unstable_by_key(|(behind, _)| *behind);
     let mut lanes: Vec<Lane> = Vec::new();

@@ -13,8 +13,10 @@
 //!   record, or had one and are done. In the same append as the record.
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
 
+use super::again::Unlisted;
 use super::{Ids, InFlight, Queued, ShareFilter, Source};
 use crate::listeners::mqtt::blobs::Id;
 use crate::listeners::mqtt::outbound::Message;
@@ -35,9 +37,11 @@ pub const NOTE_EVERY_MESSAGES: u64 = 1 << 18;
 /// it they wait for what the client acknowledges.
 pub const SESSION_STEPS_BYTES_MAX: usize = 256 << 10;
 
-const FORMAT: u8 = 2;
+const FORMAT: u8 = 3;
 const PHASE_SENT: u8 = 3;
 const PHASE_RELEASED: u8 = 2;
+/// A note that names no part of a stream with messages that it does not list.
+const FORMAT_2: u8 = 2;
 /// A retained message by its topic, and all subscription identifiers with each entry:
 /// as 0.1.0 wrote them.
 const FORMAT_1: u8 = 1;
@@ -237,6 +241,7 @@ impl Kept {
         &mut self,
         positions: &[u64],
         from: &[u64],
+        mut unlisted: Unlisted,
         inflight: impl Iterator<Item = &'q InFlight>,
         passing_on: impl Iterator<Item = &'q Queued>,
         queue: impl Iterator<Item = &'q Queued>,
@@ -271,7 +276,8 @@ impl Kept {
             match place {
                 Some((stream, offset)) if is_listed => upto[stream] = upto[stream].max(offset + 1),
                 Some((stream, offset)) => left_out[stream] = Some(offset),
-                None => {}
+                None if is_listed => {}
+                None => unlisted.add(queued),
             }
         };
         for flight in inflight {
@@ -290,9 +296,14 @@ impl Kept {
         }
         let mut value = vec![FORMAT];
         put_number(&mut value, self.streams.len() as u64);
-        for (identity, upto) in self.streams.iter().zip(&upto) {
+        for (stream, (identity, upto)) in self.streams.iter().zip(&upto).enumerate() {
             value.extend(identity_bytes(identity));
             put_number(&mut value, *upto);
+            let part = unlisted.part(stream);
+            put_number(&mut value, part.end.saturating_sub(part.start));
+            if !part.is_empty() {
+                put_number(&mut value, part.start);
+            }
         }
         value.extend(entries);
         self.noted = upto;
@@ -332,6 +343,8 @@ pub struct Restored {
     pub kept: Kept,
     /// By stream: messages below are listed, or done. Ends where nothing is known.
     pub from: Box<[u64]>,
+    /// By stream: where other messages lie that members of a share gave it.
+    pub unlisted: Box<[Range<u64>]>,
     pub inflight: Vec<InFlight>,
     pub queue: Vec<Queued>,
     /// Messages that were noted and that their streams do not have.
@@ -396,6 +409,7 @@ impl Found {
         kept.durable = kept.made;
         let mut restored = Restored {
             from: ends.into(),
+            unlisted: ends.iter().map(|_| 0..0).collect(),
             inflight: steps.into_iter().map(|(_, flight)| flight).collect(),
             queue: Vec::new(),
             kept,
@@ -419,6 +433,9 @@ impl Restored {
         for (from, valid) in self.from.iter_mut().zip(valid) {
             self.kept.is_stale |= *from > *valid;
             *from = (*from).min(*valid);
+        }
+        for (part, valid) in self.unlisted.iter_mut().zip(valid) {
+            part.end = part.end.min(*valid);
         }
     }
 
@@ -453,19 +470,23 @@ impl Restored {
         number: &dyn Fn(&[u8]) -> Option<u16>,
         retained: FindRetained<'_>,
     ) -> Option<()> {
-        let format = note.byte().filter(|format| [FORMAT, FORMAT_1].contains(format))?;
+        let format = note.byte().filter(|format| [FORMAT, FORMAT_2, FORMAT_1].contains(format))?;
         // A stream that the note does not know is newer: all of it.
         let mut from: Box<[u64]> = vec![0; self.from.len()].into();
+        let mut unlisted = self.unlisted.clone();
         let mut numbers = Vec::new();
         for _ in 0..note.number()? {
             let known = number(note.bytes(IDENTITY_BYTES)?);
             let upto = note.number()?;
-            if let Some(known) = known {
-                from[usize::from(known)] = upto;
+            let len = if format == FORMAT { note.number()? } else { 0 };
+            let start = if len > 0 { note.number()? } else { 0 };
+            if let Some(known) = known.map(usize::from) {
+                from[known] = upto;
+                unlisted[known] = start..start.saturating_add(len);
             }
             numbers.push(known);
         }
-        self.from = from;
+        (self.from, self.unlisted) = (from, unlisted);
         let mut before = Before::default();
         let mut shares: HashSet<ShareFilter> = HashSet::new();
         while !note.0.is_empty() {

@@ -5,6 +5,7 @@
 //! While the client is away its queue is references: the messages stay in
 //! their streams, and are read ([`load`]) when it is their turn.
 
+mod again;
 mod kept;
 mod load;
 mod message;
@@ -17,6 +18,7 @@ mod tests;
 use std::collections::{BTreeSet, HashSet, VecDeque};
 use std::sync::Arc;
 
+use self::again::{Again, Unlisted};
 use self::retained::Deliveries;
 use super::session::Change;
 use crate::room::{Holding, Room};
@@ -57,6 +59,8 @@ pub struct Outbox {
     last_id: u16,
     /// By stream: what lies below is not for it, or done.
     from: Box<[u64]>,
+    /// What a restart offers it beside that.
+    again: Option<Box<Again>>,
     /// What its new subscriptions are given beside the queue.
     retained: Deliveries,
     /// What it gave to other members of a share, until [`Outbox::passed_on`]: its notes list that
@@ -90,7 +94,9 @@ impl Outbox {
 
     /// A session that a restart found.
     pub fn restore(&mut self, restored: Restored) {
-        let Restored { kept, from, inflight, queue, lost: _ } = restored;
+        let Restored { kept, from, unlisted, inflight, queue, lost: _ } = restored;
+        let known = inflight.iter().filter_map(|flight| flight.waiting.as_ref()).chain(&queue);
+        let again = Again::new(unlisted, known);
         *self = Self {
             ids: inflight.iter().map(|flight| flight.packet_id).collect(),
             last_id: inflight.last().map_or(0, |flight| flight.packet_id),
@@ -99,6 +105,7 @@ impl Outbox {
             inflight: inflight.into(),
             queue: queue.into(),
             from,
+            again,
             kept: Some(Box::new(kept)),
             memory: std::mem::take(&mut self.memory),
             ..Self::default()
@@ -116,8 +123,16 @@ impl Outbox {
         self.from.get(stream).copied().unwrap_or(0)
     }
 
+    /// Offset of a stream at which a restart begins to offer it messages.
+    pub fn begins_at(&self, stream: usize) -> u64 {
+        let again = self.again.as_ref().and_then(|again| again.first(stream));
+        again.map_or(self.from(stream), |first| first.min(self.from(stream)))
+    }
+
     /// It has been offered all of a stream below `upto`.
     pub fn pass(&mut self, stream: usize, upto: u64) {
+        self.again.iter_mut().for_each(|again| again.pass(stream, upto));
+        self.again.take_if(|again| again.is_over());
         if let Some(from) = self.from.get_mut(stream) {
             *from = upto.max(*from);
         }
@@ -133,6 +148,7 @@ impl Outbox {
         if !self.takes(&queued) {
             return Offer::Before;
         }
+        queued.apart |= self.again.as_ref().is_some_and(|again| again.takes(&queued));
         if !self.connected && queued.qos == 0 {
             return Offer::Away;
         }
@@ -236,6 +252,7 @@ impl Outbox {
     /// Whether the message is news to this session.
     pub fn takes(&self, queued: &Queued) -> bool {
         match queued.source {
+            _ if self.again.as_ref().is_some_and(|again| again.takes(queued)) => true,
             Source::Stream { stream, offset } if !queued.apart => {
                 let is_sent =
                     || queued.qos == 2 && self.kept.as_ref().is_some_and(|it| it.was_sent(stream, offset));
@@ -624,7 +641,9 @@ impl Outbox {
         let queue = apart.chain(self.queue.iter().filter(|queued| !queued.apart));
         let mut changes = self.retained.changes(kept.epoch());
         let (inflight, passing_on) = (self.inflight.iter(), self.passing_on.iter());
-        changes.push(kept.note(positions, &self.from, inflight, passing_on, queue, bytes_max, with));
+        let unlisted = Unlisted::new(self.again.as_deref(), positions);
+        changes
+            .push(kept.note(positions, &self.from, unlisted, inflight, passing_on, queue, bytes_max, with));
         changes
     }
 

@@ -1,5 +1,7 @@
 //! The outbox alone: its windows, bounds and what it makes durable.
 
+mod again;
+
 use proptest::prelude::*;
 use uuid::Uuid;
 

@@ -186,3 +186,22 @@ async fn a_crash_while_a_member_passes_messages_on_loses_none() {
     }
     assert_eq!(left.len(), 2 * PASSED_ON_AT_ONCE);
 }
+
+#[tokio::test]
+async fn a_crash_after_a_member_passed_on_more_than_a_note_lists_loses_none() {
+    let world = World::new();
+    let one = world.connected("one").await;
+    let count = 4_000;
+    world.publish(count).await;
+    let two = world.connected("two").await.session;
+    let one = world.close(one).await;
+    assert_eq!((waiting(&one), waiting(&two)), (0, count));
+    let again = broker(&Config::default(), world.stream.clone(), world.store.clone());
+    crate::listeners::mqtt::fanout::catch_up(again.clone(), 0).await;
+    let mut left = Vec::new();
+    for session in again.sessions.all() {
+        session.outbox().references(|place, _| left.push(place.offset));
+    }
+    left.sort_unstable();
+    assert_eq!(left, (0..count as u64).collect::<Vec<_>>());
+}
