@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use headworks_tests::folder::root;
 use headworks_tests::host::{Host, Shared};
+use headworks_tests::misbehaving::raise_open_files;
 use headworks_tests::mqtt::Version::V5;
 use headworks_tests::node;
 use headworks_tests::packets::{
@@ -279,4 +280,43 @@ fn mqtt_js_logs_in_by_scram() {
     };
     assert_eq!(login("ann").trim(), "the server proved itself; published");
     assert_eq!(login("wrong").trim(), "refused 135");
+}
+
+/// What a hash of `headworks passwd` is computed in.
+const VERIFICATION_BYTES: u64 = 19 << 20;
+/// What a client that logs in takes beside it, with room to spare.
+const LOGIN_BYTES: u64 = 12 << 10;
+
+#[test]
+fn a_thousand_logins_at_once_take_the_memory_of_as_many_verifications_as_run_at_a_time() {
+    const LOGINS: u64 = 1_000;
+    raise_open_files();
+    let mut host = start("mqtt-auth-memory", "5s");
+    // Each has a line of its own, and is verified by itself.
+    let file = host.folder.join("passwords");
+    let line = std::fs::read_to_string(&file).expect("written by the host");
+    let hash = line.lines().find_map(|line| line.strip_prefix("old:")).expect("a user").to_owned();
+    let users: String = (0..LOGINS).map(|n| format!("u{n}:{hash}\n")).collect();
+    std::fs::write(&file, users).expect("our file");
+    host.stop();
+    host.run();
+    let before = host.process().peak_bytes();
+    let mut clients: Vec<Client> = (0..LOGINS)
+        .map(|n| {
+            let mut login = Connect::new(V5, &unique("many"));
+            (login.username, login.password) = (Some(format!("u{n}").into()), Some("old".into()));
+            let mut client = Client::raw(host.mqtt(), V5);
+            client.send(login.bytes());
+            client
+        })
+        .collect();
+    let codes: Vec<u8> = clients.iter_mut().map(|client| client.receive().body[1]).collect();
+    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
+    let at_a_time = cores.div_ceil(2);
+    let accepted = codes.iter().filter(|code| **code == 0).count() as u64;
+    assert!(accepted > at_a_time, "{accepted} accepted");
+    assert!(codes.iter().all(|code| [0, 0x88].contains(code)), "the others are told to try again");
+    let took = host.process().peak_bytes().saturating_sub(before);
+    println!("{accepted} of {LOGINS} accepted, {} KiB", took >> 10);
+    assert!(took <= at_a_time * VERIFICATION_BYTES + LOGINS * LOGIN_BYTES, "{took} bytes");
 }
