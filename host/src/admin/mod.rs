@@ -62,7 +62,8 @@ pub struct Component {
     pub detail: String,
 }
 
-/// Clients of the listeners. Cheap calls; only one of them waits.
+/// Clients of the listeners. Cheap calls; those that end something wait until it has ended, and
+/// end it also where their caller waits no longer.
 #[async_trait]
 pub trait Clients: Send + Sync {
     /// Those that are asked for.
@@ -74,8 +75,8 @@ pub trait Clients: Send + Sync {
     /// Those that were refused last, newest first, at most `max`.
     fn refused(&self, max: usize) -> ClientList;
 
-    /// False where it is not connected.
-    fn kick(&self, client_id: &str) -> bool;
+    /// Ends the client's connection; false where it has none.
+    async fn kick(&self, client_id: &str) -> bool;
 
     /// Ends the client's session; false where it has none. Waits until that is durable.
     async fn delete(&self, client_id: &str) -> bool;

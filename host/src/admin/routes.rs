@@ -19,6 +19,7 @@ use serde::Serialize;
 use serde_json::json;
 use subtle::ConstantTimeEq;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout;
 
 use super::{
     ClientListRequest, ClientRequest, Deps, INSTANCE, RedriveError, RedriveRequest, RefusedClientsRequest,
@@ -28,6 +29,9 @@ use crate::plugin;
 const BODY_BYTES_MAX: usize = 64 << 10;
 const REDRIVE_IDS_MAX: usize = 1_000;
 const CLIENTS_MAX: usize = 10_000;
+/// For a connection or a session of a client to end, before it is said that it has not yet.
+const CLIENT_ENDS_MAX: Duration =
+    if cfg!(test) { Duration::from_millis(50) } else { Duration::from_secs(10) };
 /// Number of answers about clients that are made or not yet taken. Each has its whole list in
 /// memory.
 pub(super) const LISTS_MAX: usize = 4;
@@ -153,11 +157,25 @@ async fn show_client(State(deps): State<Deps>, Json(request): Json<ClientRequest
 }
 
 async fn kick_client(State(deps): State<Deps>, Json(request): Json<ClientRequest>) -> Response {
-    Json(json!({ "kicked": deps.clients.kick(&request.client_id) })).into_response()
+    match timeout(CLIENT_ENDS_MAX, deps.clients.kick(&request.client_id)).await {
+        Ok(kicked) => Json(json!({ "kicked": kicked })).into_response(),
+        Err(_) => not_yet(&format!("the connection of client \"{}\" is told to end", request.client_id)),
+    }
 }
 
 async fn delete_client(State(deps): State<Deps>, Json(request): Json<ClientRequest>) -> Response {
-    Json(json!({ "deleted": deps.clients.delete(&request.client_id).await })).into_response()
+    match timeout(CLIENT_ENDS_MAX, deps.clients.delete(&request.client_id)).await {
+        Ok(deleted) => Json(json!({ "deleted": deleted })).into_response(),
+        Err(_) => not_yet(&format!("the session of client \"{}\" is being deleted", request.client_id)),
+    }
+}
+
+/// `begun` goes on, and is not done within [`CLIENT_ENDS_MAX`].
+fn not_yet(begun: &str) -> Response {
+    let within = CLIENT_ENDS_MAX.as_secs();
+    let why = "the disk has no room, or it or the machine is slow";
+    let message = format!("{begun}, which is not done after {within} s: {why}; look at `headworks status`");
+    problem(StatusCode::GATEWAY_TIMEOUT, &message)
 }
 
 /// Reads the body before a handler is called: bounded in bytes and in time.

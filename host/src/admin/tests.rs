@@ -1,3 +1,4 @@
+use std::future::pending;
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -34,8 +35,11 @@ impl Redrive for Redriven {
 const LARGE: &str = "large";
 const LARGE_BYTES: usize = 16 << 20;
 
-/// `pump-1`, connected.
+/// `pump-1`, connected, and [`STUCK`].
 struct OneClient;
+
+/// A client whose connection does not end.
+const STUCK: &str = "stuck";
 
 #[async_trait]
 impl Clients for OneClient {
@@ -60,12 +64,15 @@ impl Clients for OneClient {
         ClientList::default()
     }
 
-    fn kick(&self, client_id: &str) -> bool {
+    async fn kick(&self, client_id: &str) -> bool {
+        if client_id == STUCK {
+            return pending().await;
+        }
         client_id == "pump-1"
     }
 
     async fn delete(&self, client_id: &str) -> bool {
-        client_id == "pump-1"
+        self.kick(client_id).await
     }
 }
 
@@ -303,6 +310,23 @@ async fn a_request_for_another_host_is_not_done() {
         "{answer}"
     );
     assert!(running.ask(&kick("this-one")).await.ends_with(r#"{"kicked":true}"#));
+}
+
+#[tokio::test]
+async fn a_client_whose_connection_or_session_does_not_end_is_not_said_to_have_ended() {
+    let running = run().await;
+    let body = json!({ "client_id": STUCK }).to_string();
+    for what in ["kick", "delete"] {
+        let answer = running
+            .ask(&format!(
+                "POST /api/clients/{what} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\
+                 authorization: Bearer {TOKEN}\r\ncontent-type: application/json\r\n\
+                 content-length: {}\r\n\r\n{body}",
+                body.len()
+            ))
+            .await;
+        assert!(answer.starts_with("HTTP/1.1 504") && answer.contains("is not done after"), "{answer}");
+    }
 }
 
 #[tokio::test]

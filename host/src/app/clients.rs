@@ -23,8 +23,8 @@ impl Clients for MqttClients {
         ClientList { found, clients: clients.iter().map(to_json).collect() }
     }
 
-    fn kick(&self, client_id: &str) -> bool {
-        self.0.kick(client_id)
+    async fn kick(&self, client_id: &str) -> bool {
+        self.0.kick(client_id).await
     }
 
     async fn delete(&self, client_id: &str) -> bool {

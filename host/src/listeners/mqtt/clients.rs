@@ -145,19 +145,29 @@ impl Clients {
     }
 
     /// Ends the client's connection; its session and its will follow their own
-    /// rules. False where it is not connected.
-    pub fn kick(&self, client_id: &str) -> bool {
+    /// rules. Returns once it has ended, false where it is not connected. Dropped before, it
+    /// ends all the same.
+    pub async fn kick(&self, client_id: &str) -> bool {
         let session = self.0.sessions.get(client_id).filter(|session| session.presence().0.is_some());
         let Some(session) = session else { return false };
         session.kicked.store(true, Ordering::Release);
         session.wake.notify_one();
-        true
+        loop {
+            let ended = self.0.connection_ended.notified();
+            // The client's next connection takes the kick back.
+            if session.presence().0.is_none() || !session.kicked.load(Ordering::Acquire) {
+                return true;
+            }
+            ended.await;
+        }
     }
 
     /// Ends the client's session, with its connection if it has one: its subscriptions and
-    /// what waits for it are gone. False where there is no session.
+    /// what waits for it are gone. Returns once that is durable, false where there is no session.
+    /// Dropped before, it goes on.
     pub async fn delete(&self, client_id: &str) -> bool {
-        self.0.sessions.delete(&self.0, client_id).await
+        let (broker, client_id) = (self.0.clone(), client_id.to_owned());
+        self.0.in_background(async move { broker.sessions.delete(&broker, &client_id).await }).await
     }
 }
 

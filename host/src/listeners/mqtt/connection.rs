@@ -4,6 +4,7 @@
 //! packet that is not whole is kept. There is one timer, for keep alive, and it
 //! is not touched by traffic.
 
+mod changing;
 mod ending;
 mod packets;
 mod partial;
@@ -25,9 +26,11 @@ use tokio::task::coop::consume_budget;
 use tokio::task::yield_now;
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
 
+use self::changing::{Changing, changed};
 use self::ending::{End, Leaving, linger};
 use self::partial::{FREE_BYTES, Partial, TooSlow};
 use super::Broker;
+use super::acks::Stopped;
 use super::aliases::Aliases;
 use super::auth::{self, Again, Looked};
 use super::clients;
@@ -38,7 +41,7 @@ use super::outbound::{Loaded, Loader, Peer, Waits};
 use super::session::Session;
 use super::transport::{self, Place, Remote, closing};
 use super::will::Will;
-use super::wire::{self, Fault};
+use super::wire::{self, Fault, Packet};
 use crate::access::Verdict;
 use crate::stream::Ticket;
 use crate::threads::{SHORT_TURN, offer_core};
@@ -47,7 +50,7 @@ pub use self::partial::PartialRoom;
 
 /// One read takes at most this much.
 const READ_BYTES_MAX: usize = 64 << 10;
-/// While a stream has no room, this much is read on, for PINGREQ.
+/// While what was read waits, this much is read on, for PINGREQ.
 const STALLED_READ_BYTES_MAX: usize = 16 << 10;
 /// Deliveries are added to the write buffer up to this size.
 const WRITE_BYTES_MAX: usize = 64 << 10;
@@ -72,6 +75,8 @@ struct Connection<'b, S> {
     auth: Option<Box<Again>>,
     aliases: Aliases,
     inbound: Inbound,
+    /// The SUBSCRIBE or UNSUBSCRIBE that is under way.
+    changing: Option<Box<Changing>>,
     /// What the client leaves behind.
     will: Option<Box<Will>>,
     is_bridge: bool,
@@ -91,6 +96,8 @@ struct Connection<'b, S> {
     outward: Option<Box<Outward>>,
     /// The host stops: nothing more is read, waiting acks may go out until then.
     drain_until: Option<Instant>,
+    /// The client has left. What it sent before is still taken in.
+    has_left: bool,
 }
 
 enum Io {
@@ -177,6 +184,7 @@ where
         aliases,
         auth: auth.map(|(method, username)| Box::new(Again::new(method, username, remote.clone()))),
         inbound: Inbound::new(broker, peer.version, session, rights, opened.tells_reasons),
+        changing: None,
         will: will.map(Box::new),
         is_bridge: opened.is_bridge,
         tells_reasons: opened.tells_reasons,
@@ -190,6 +198,7 @@ where
         keep_alive: (keep_alive_s > 0).then(|| Duration::from_millis(u64::from(keep_alive_s) * 1_500)),
         outward: None,
         drain_until: None,
+        has_left: false,
     };
     Some((connection, Leaving { turn, user_place }))
 }
@@ -246,6 +255,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
                 self.inbound.go_on();
                 Ok(())
             }
+            Event::Changed(answer) => self.changed(answer),
+            Event::Io(Io::Lost) if self.waits_briefly() => {
+                self.has_left = true;
+                Ok(())
+            }
             Event::Io(Io::Lost) => Err(End::Lost),
             Event::Partial(Ok(())) => {
                 // From now on it may send.
@@ -271,9 +285,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         }
     }
 
-    /// Everything that can be done without waiting (but for SUBSCRIBE, which
-    /// waits until a persistent session's subscription is durable).
+    /// Everything that can be done without waiting.
     async fn work(&mut self) -> Result<(), End> {
+        if self.changing.is_some() {
+            self.inbound.hold(!self.answers_first());
+        }
         while !self.input.is_empty() && self.drain_until.is_none() {
             let (used, next) = self
                 .inbound
@@ -303,7 +319,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         self.inbound.write_acks(self.broker, &mut self.out);
         let has_room = self.inbound.memory.has_room(WRITE_BYTES_MAX);
         let write_max = if has_room { WRITE_BYTES_MAX } else { WRITE_BYTES_LEAST };
-        if self.out.len() < write_max && self.drain_until.is_none() {
+        if self.out.len() < write_max && self.drain_until.is_none() && !self.answers_first() {
             let broker = self.broker;
             let mut outbox = self.session.outbox();
             outbox.settle(&*broker.broker);
@@ -327,6 +343,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         self.acks_waiting.set(self.inbound.acks_waiting());
         self.count_memory();
         Ok(())
+    }
+
+    /// Whether what waits to be taken in will be soon.
+    fn waits_briefly(&self) -> bool {
+        self.answers_first() || self.inbound.is_asking()
+    }
+
+    /// Whether deliveries wait for a SUBACK, as most clients expect. Not while the broker's stream
+    /// has no room for the change: that may take hours.
+    fn answers_first(&self) -> bool {
+        self.changing.is_some() && !self.session.outbox().is_note_refused()
     }
 
     /// Counts the buffers. A packet that has not come whole has its own budget.
@@ -362,10 +389,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         if self.is_called() {
             return Event::Wake;
         }
-        let input_max = if self.stopped_at == Next::Room { STALLED_READ_BYTES_MAX } else { usize::MAX };
-        let read =
-            self.drain_until.is_none() && self.out.len() < WRITE_PAUSE_BYTES && self.input.len() < input_max;
-        let read = read && Partial::may_read(self.partial.as_deref());
+        let read = self.drain_until.is_none() && self.out.len() < WRITE_PAUSE_BYTES && self.has_room();
         let room = &self.broker.partial_room;
         let is_scarce = room.is_wanted() || !self.inbound.memory.has_room(READ_BYTES_MAX);
         let read_max = match (read, is_scarce && self.partial.is_none()) {
@@ -398,8 +422,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         tokio::select! {
             biased;
             () = answered => Event::Answered,
+            answer = changed(self.changing.as_deref_mut()) => Event::Changed(answer),
             looked = auth::look(self.auth.as_deref_mut()) => Event::Looked(Box::new(looked)),
-            event = poll_fn(|cx| poll_io(io, out, read_max, cx)) => Event::Io(event),
+            event = poll_fn(|cx| poll_io(io, out, read_max, cx)), if !self.has_left => Event::Io(event),
             moved = acks.moved() => Event::Durable(moved),
             () = writable, if stalled => Event::Writable,
             has_room = Partial::changed(self.partial.as_deref_mut()) => Event::Partial(has_room),
@@ -475,16 +500,25 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         };
         let due = self.last_read + keep_alive;
         let now = Instant::now();
-        let is_read = self.stopped_at != Next::Room && Partial::may_read(self.partial.as_deref());
-        if due <= now && is_read {
+        if due <= now && self.has_room() {
             return Err(End::KeepAlive);
         }
         timer.as_mut().reset(due.max(now + Duration::from_millis(100)));
         Ok(())
     }
 
+    /// Whether there is room for what the client sends.
+    fn has_room(&self) -> bool {
+        let is_full = self.stopped_at == Next::Room && self.input.len() >= STALLED_READ_BYTES_MAX;
+        !is_full && Partial::may_read(self.partial.as_deref())
+    }
+
     fn has_ended(&self) -> Option<End> {
-        let drained = self.drain_until.is_some() && !self.inbound.is_waiting() && self.out.is_empty();
+        if self.has_left && !self.waits_briefly() {
+            return Some(End::Lost);
+        }
+        let is_waiting = self.inbound.is_waiting() || self.changing.is_some();
+        let drained = self.drain_until.is_some() && !is_waiting && self.out.is_empty();
         drained.then_some(End::Shutdown)
     }
 }
@@ -500,6 +534,8 @@ enum Event {
     Paid,
     /// The access plugin has answered.
     Answered,
+    /// A SUBSCRIBE or UNSUBSCRIBE is done.
+    Changed(Result<Box<Packet>, Stopped>),
     /// What the client says to authenticate again was looked at.
     Looked(Box<Looked>),
     AuthDeadline,

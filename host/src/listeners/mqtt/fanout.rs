@@ -187,7 +187,9 @@ impl Live {
     ) -> bool {
         // Off and on again, so that the counts follow changed options.
         let is_new = !self.take_out(index, session, filter.as_str());
-        session.add_filter(filter.as_str(), options);
+        if session.add_filter(filter.as_str(), options) {
+            session.outbox().change_filter(filter.as_str(), Some(options));
+        }
         index.tree.insert(filter.as_str(), session.number, session.clone(), options);
         self.subscriptions.fetch_add(1, Ordering::Relaxed);
         self.no_local.fetch_add(usize::from(options.no_local), Ordering::Relaxed);
@@ -233,8 +235,13 @@ impl Live {
         let had = {
             let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
             session.remove_filter(filter);
-            session.outbox().end_retained(filter);
-            self.take_out(&mut index, session, filter)
+            let had = self.take_out(&mut index, session, filter);
+            let mut outbox = session.outbox();
+            outbox.end_retained(filter);
+            if had {
+                outbox.change_filter(filter, None);
+            }
+            had
         };
         if is_shared(filter) {
             self.pass_on(broker, session, Departure::Share(filter)).await;

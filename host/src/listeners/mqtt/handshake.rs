@@ -20,7 +20,7 @@ use super::inbound::push_sender;
 use super::outbound::Peer;
 use super::owner::{Owner, USER_NAME_BYTES_MAX};
 use super::refused::Refused;
-use super::session::{CLIENT_ID_BYTES_MAX, Session, Turn, subscription_key};
+use super::session::{CLIENT_ID_BYTES_MAX, Session, Turn};
 use super::subscriptions::Filter;
 use super::transport::{Place, Remote};
 use super::will::{self, Unaccepted, Will};
@@ -460,20 +460,19 @@ pub async fn leave_forbidden(broker: &Broker, session: &Arc<Session>, rights: &m
     if rights.is_everything() {
         return;
     }
-    let mut changes = Vec::new();
     let forbidden = session.filter_list().into_iter().filter(|filter| is_forbidden(rights, filter));
-    for filter in &forbidden.collect::<Vec<_>>() {
+    let forbidden: Vec<_> = forbidden.collect();
+    for filter in &forbidden {
         broker.live.unsubscribe(broker, session, filter).await;
-        if let Some(epoch) = session.persistent_epoch() {
-            changes.push((subscription_key(epoch, filter), None));
-        }
     }
     rights.narrow();
     // Also where all filters stay: what waits may be of one that is gone.
     let may_see = may_see(rights, session);
     session.outbox().keep_only(may_see);
-    // Not awaited: what a crash brings back is removed at the next connect.
-    super::append_unawaited(&*broker.broker, &changes);
+    if !forbidden.is_empty() {
+        // Not awaited: what a crash brings back is removed at the next connect.
+        session.note(broker, Vec::new());
+    }
 }
 
 /// Whether a session has a filter that [`leave_forbidden`] leaves.

@@ -53,7 +53,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use ring::rand::SecureRandom;
 use tokio::runtime;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -312,6 +312,8 @@ struct Broker {
     retained: Mutex<Retained>,
     wills: Wills,
     clients: AtomicI64,
+    /// A connection has ended.
+    connection_ended: Notify,
     refused_clients: RefusedClients,
     /// The most at one time.
     clients_most: AtomicU64,
@@ -406,6 +408,7 @@ impl Broker {
             retained: Mutex::new(retained),
             wills,
             clients: AtomicI64::new(0),
+            connection_ended: Notify::new(),
             refused_clients: RefusedClients::default(),
             clients_most: AtomicU64::new(0),
             totals: Totals::default(),

@@ -231,13 +231,15 @@ impl Session {
         lock(&self.state).filters.contains_key(filter)
     }
 
-    /// Adds a filter, or changes its options.
-    pub fn add_filter(&self, filter: &str, options: Options) {
+    /// Adds a filter, or changes its options. Returns whether it was not there with these.
+    pub fn add_filter(&self, filter: &str, options: Options) -> bool {
         let mut state = lock(&self.state);
-        if state.filters.insert(filter.into(), options).is_none() {
+        let before = state.filters.insert(filter.into(), options);
+        if before.is_none() {
             state.filters_memory += memory_of(filter);
             state.count();
         }
+        before != Some(options)
     }
 
     /// Takes memory of `bytes` for filters that are to come, until [`Session::filters_added`].
@@ -277,26 +279,50 @@ impl Session {
         self.append_note(broker, Vec::new()).is_ok()
     }
 
-    /// The same, durable when it returns.
-    pub async fn note_durable(&self, broker: &Broker, changes: &[Change]) -> Result<(), Stopped> {
-        broker.durable(&*broker.broker, || self.append_note(broker, changes.to_vec())).await
+    /// The same, durable when it returns, and with it how its subscriptions changed. Safe to drop:
+    /// what is not appended then goes with a later note.
+    pub async fn note_durable(&self, broker: &Broker) -> Result<(), Stopped> {
+        let append = || {
+            let appended = self.append_note(broker, Vec::new());
+            if appended.is_err() {
+                // Its connection looks whether the note found no room.
+                self.wake.notify_one();
+            }
+            appended
+        };
+        broker.durable(&*broker.broker, append).await
     }
 
-    /// In one with the look at the outbox: no later note comes before it, which would
-    /// list what another member of a share has handed over meanwhile.
+    /// Appends while it holds the outbox, so that notes reach the log in the order in which they
+    /// were made: an older one would list what another member of a share has taken over meanwhile.
     fn append_note(&self, broker: &Broker, mut changes: Vec<Change>) -> Result<Ticket, AppendError> {
         let positions = broker.live.positions_of(broker, self);
         let mut outbox = self.outbox();
-        changes.extend(outbox.note(&positions, broker.note_bytes_max()));
-        if changes.is_empty() {
-            return Ok(Ticket::default());
+        loop {
+            let (filters, is_all) = outbox.filter_changes();
+            let count = filters.len();
+            changes.extend(filters);
+            if is_all {
+                changes.extend(outbox.note(&positions, broker.note_bytes_max()));
+            }
+            if changes.is_empty() {
+                return Ok(Ticket::default());
+            }
+            match broker.broker.append(&[], &borrowed(&changes)) {
+                Ok(appended) => {
+                    outbox.filters_appended(count);
+                    if is_all {
+                        outbox.noted();
+                        return Ok(appended.ticket);
+                    }
+                    changes.clear();
+                }
+                Err(error) => {
+                    outbox.note_failed();
+                    return Err(error);
+                }
+            }
         }
-        let appended = broker.broker.append(&[], &borrowed(&changes));
-        match appended {
-            Ok(_) => outbox.noted(),
-            Err(_) => outbox.note_failed(),
-        }
-        appended.map(|appended| appended.ticket)
     }
 
     /// Says what a session that outlives its connection has lost, by its client.

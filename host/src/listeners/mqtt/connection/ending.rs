@@ -64,9 +64,17 @@ pub struct Leaving {
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
     /// Says goodbye, gives back what the connection held, and sees to its will.
     pub(super) async fn leave(mut self, end: End, remote: &Remote, place: Place, leaving: Leaving) {
+        let end = match end {
+            End::Fault(_) | End::TooLarge(_) | End::Disconnect { .. } => end,
+            // What else the client sent may hold up its DISCONNECT.
+            end => self.last_words().unwrap_or(end),
+        };
         // It counts as away from now on: members of a share that leave together give each other nothing.
         self.session.outbox().disconnected();
         self.say_goodbye(&end, remote).await;
+        if let Some(changing) = self.changing.take() {
+            changing.give_up().await;
+        }
         let Connection { broker, session, mut io, inbound, will, acks_waiting, partial, .. } = self;
         // What it holds of the session is given back before the session.
         drop((inbound, acks_waiting, partial));
@@ -90,6 +98,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         };
         broker.in_background(closed).await;
         broker.client_connected(-1);
+        broker.connection_ended.notify_waiters();
         // A client that has said goodbye waits for nothing.
         if !matches!(end, End::Lost | End::Disconnect { .. }) {
             linger(broker, &mut io).await;
@@ -156,7 +165,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             wire::put_with_reason(&mut self.out, wire::DISCONNECT, &[code.into()], why);
         }
         self.broker.counters.sending(self.peer.version, &self.out[self.counted..]);
-        if !matches!(end, End::Lost) {
+        // One that sends no more may read the answers to what it has sent.
+        if self.has_left || !matches!(end, End::Lost) {
             let sent = closing::say_last(&mut self.io, &mut self.out).await;
             self.broker.counters.bytes[SENT].increment(sent as u64);
         }

@@ -12,12 +12,14 @@ use tokio::task::coop::consume_budget;
 use tokio::task::yield_now;
 use tokio_util::codec::Encoder;
 
+use super::changing::{Changed, Changing};
 use super::{Connection, End};
 use crate::access::{QUESTIONS_MAX, Verdict};
 use crate::listeners::mqtt::Broker;
+use crate::listeners::mqtt::acks::Stopped;
 use crate::listeners::mqtt::fanout::{FILTERS_AT_ONCE, SendRetained, Subscription};
 use crate::listeners::mqtt::outbound::look_up;
-use crate::listeners::mqtt::session::{Change, KEPT_FILTER_BYTES_MAX, Session, subscription_key};
+use crate::listeners::mqtt::session::{KEPT_FILTER_BYTES_MAX, Session};
 use crate::listeners::mqtt::subscriptions::{FILTER_LEVELS_MAX, Filter, Options, levels, memory_of};
 use crate::listeners::mqtt::wire::{self, Fault, Packet};
 
@@ -49,54 +51,50 @@ impl<S> Connection<'_, S> {
                     };
                     (&**filter, options)
                 });
-                let (status, _) = self.subscribe(filters, 0).await?;
+                let Asked { granted, status, .. } = self.check(filters, 0).await?;
                 let status = status.into_iter().map(|reason| match u8::from(reason) {
                     qos @ 0..=2 => v3::SubscribeReturnCode::Success(
                         v3::QoS::try_from(qos).expect("0, 1 and 2 are QoS levels"),
                     ),
                     _ => v3::SubscribeReturnCode::Failure,
                 });
-                self.send_v3(v3::Packet::SubscribeAck { packet_id, status: status.collect() })
+                let status = status.collect();
+                self.subscribe(granted, Packet::V3(v3::Packet::SubscribeAck { packet_id, status }))
             }
             Packet::V5(v5::Packet::Subscribe(subscribe)) => {
                 let id = subscribe.id.map_or(0, |id| id.get());
                 let filters = subscribe.topic_filters.iter().map(|(filter, options)| (&**filter, *options));
-                let (status, refused) = self.subscribe(filters, id).await?;
+                let Asked { granted, status, refused } = self.check(filters, id).await?;
                 let has_room = status.len() + wire::ACK_BYTES_MAX <= self.peer.packet_bytes_max;
                 let refused = refused.filter(|_| self.tells_reasons && has_room);
-                self.send_v5(v5::Packet::SubscribeAck(SubscribeAck {
+                let answer = v5::Packet::SubscribeAck(SubscribeAck {
                     packet_id: subscribe.packet_id,
                     properties: Vec::new(),
                     reason_string: refused.map(Into::into),
                     status,
-                }))
+                });
+                self.subscribe(granted, Packet::V5(answer))
             }
             Packet::V3(v3::Packet::Unsubscribe { packet_id, topic_filters }) => {
-                self.unsubscribe(topic_filters.iter().map(|filter| &**filter)).await?;
-                self.send_v3(v3::Packet::UnsubscribeAck { packet_id })
+                let filters = topic_filters.iter().map(|filter| (&**filter).into());
+                self.unsubscribe(filters.collect(), move |_| {
+                    Packet::V3(v3::Packet::UnsubscribeAck { packet_id })
+                })
             }
             Packet::V5(v5::Packet::Unsubscribe(unsubscribe)) => {
-                let status =
-                    self.unsubscribe(unsubscribe.topic_filters.iter().map(|filter| &**filter)).await?;
-                self.send_v5(v5::Packet::UnsubscribeAck(UnsubscribeAck {
-                    packet_id: unsubscribe.packet_id,
-                    properties: Vec::new(),
-                    reason_string: None,
-                    status,
-                }))
+                let packet_id = unsubscribe.packet_id;
+                let filters = unsubscribe.topic_filters.iter().map(|filter| (&**filter).into());
+                self.unsubscribe(filters.collect(), move |status| {
+                    Packet::V5(v5::Packet::UnsubscribeAck(UnsubscribeAck {
+                        packet_id,
+                        properties: Vec::new(),
+                        reason_string: None,
+                        status,
+                    }))
+                })
             }
-            Packet::V3(v3::Packet::Disconnect) => Err(End::Disconnect { keep_will: false, expiry_s: None }),
-            Packet::V5(v5::Packet::Disconnect(disconnect)) => {
-                let max =
-                    u32::try_from(self.broker.config.session_expiry_max.0.as_secs()).unwrap_or(u32::MAX);
-                let expiry_s = disconnect.session_expiry_interval_secs.map(|seconds| seconds.min(max));
-                if expiry_s.is_some_and(|seconds| seconds > 0) && self.session.expiry_s() == 0 {
-                    return Err(End::Fault(Fault::protocol(
-                        "DISCONNECT must not revive a session that ends",
-                    )));
-                }
-                let keep_will = disconnect.reason_code != DisconnectReasonCode::NormalDisconnection;
-                Err(End::Disconnect { keep_will, expiry_s })
+            Packet::V3(v3::Packet::Disconnect) | Packet::V5(v5::Packet::Disconnect(_)) => {
+                Err(self.disconnect(&packet))
             }
             Packet::V5(v5::Packet::Auth(packet)) => {
                 let forbidden = Fault::protocol("AUTH without a method in CONNECT");
@@ -106,6 +104,33 @@ impl<S> Connection<'_, S> {
             }
             _ => Err(End::Fault(Fault::protocol("a packet that a client must not send now"))),
         }
+    }
+
+    /// Returns how the connection ends after a DISCONNECT.
+    fn disconnect(&self, packet: &Packet) -> End {
+        let Packet::V5(v5::Packet::Disconnect(disconnect)) = packet else {
+            return End::Disconnect { keep_will: false, expiry_s: None };
+        };
+        let max = u32::try_from(self.broker.config.session_expiry_max.0.as_secs()).unwrap_or(u32::MAX);
+        let expiry_s = disconnect.session_expiry_interval_secs.map(|seconds| seconds.min(max));
+        if expiry_s.is_some_and(|seconds| seconds > 0) && self.session.expiry_s() == 0 {
+            return End::Fault(Fault::protocol("DISCONNECT must not revive a session that ends"));
+        }
+        let keep_will = disconnect.reason_code != DisconnectReasonCode::NormalDisconnection;
+        End::Disconnect { keep_will, expiry_s }
+    }
+
+    /// Returns how the connection ends by a DISCONNECT that waits behind other packets, if there is one.
+    pub(super) fn last_words(&self) -> Option<End> {
+        let mut rest = &self.input[..];
+        while let Ok(Some(frame)) = wire::frame(rest, self.broker.packet_bytes_max) {
+            let (packet, behind) = rest.split_at(frame.len);
+            if frame.first == wire::DISCONNECT {
+                return wire::decode(self.peer.version, packet).ok().map(|packet| self.disconnect(&packet));
+            }
+            rest = behind;
+        }
+        None
     }
 
     /// What the access plugin is to be asked for a SUBSCRIBE: where any answer
@@ -133,73 +158,76 @@ impl<S> Connection<'_, S> {
         filters.iter().map(|filter| filter.topics().as_str().into()).collect()
     }
 
-    /// Returns with the reason codes why the first filter is refused of which that is so.
-    async fn subscribe(
+    /// Checks what a SUBSCRIBE asks for.
+    async fn check(
         &mut self,
         filters: impl Iterator<Item = (&str, SubscriptionOptions)>,
         id: u32,
-    ) -> Result<(Vec<SubscribeAckReason>, Option<&'static str>), End> {
-        let epoch = self.session.persistent_epoch();
-        let mut changes: Vec<Change> = Vec::new();
-        let mut granted = Vec::new();
-        let mut status = Vec::new();
-        let mut refused = None;
-        let mut room = Room::of(&self.session, self.broker);
-        for (text, asked) in filters {
+    ) -> Result<Asked, End> {
+        let kept = self.session.persistent_epoch().is_some();
+        let room = Room::of(&self.session, self.broker);
+        let mut asked =
+            Asked { granted: Granted { subscriptions: Vec::new(), room }, status: Vec::new(), refused: None };
+        for (text, wanted) in filters {
             consume_budget().await;
-            let filter = match self.check_filter(text, epoch.is_some(), &mut room) {
+            let filter = match self.check_filter(text, kept, &mut asked.granted.room) {
                 Ok(filter) => filter,
                 Err((reason, cause)) => {
-                    self.broker.counters.refused_subscribe(cause);
-                    self.session.activity().refused_subscribe();
-                    let kind = format!("mqtt: subscribe refused: {cause}");
-                    let client_id = &*self.session.client_id;
-                    let detail = format!("client {client_id}, filter {text:.200}");
-                    self.broker.failures.report_client(&kind, client_id, 1, &detail, "");
-                    refused.get_or_insert(cause);
-                    status.push(reason);
+                    self.report_refused(text, cause);
+                    asked.refused.get_or_insert(cause);
+                    asked.status.push(reason);
                     continue;
                 }
             };
-            if filter.is_shared() && asked.no_local {
+            if filter.is_shared() && wanted.no_local {
                 // MQTT 5.0, 3.8.3.1.
                 return Err(End::Fault(Fault::protocol("no local on a shared subscription")));
             }
             let options = Options {
-                qos: asked.qos.value(),
-                no_local: asked.no_local,
-                retain_as_published: asked.retain_as_published,
+                qos: wanted.qos.value(),
+                no_local: wanted.no_local,
+                retain_as_published: wanted.retain_as_published,
                 id,
             };
-            if let Some(epoch) = epoch {
-                changes.push((subscription_key(epoch, text), Some(options.to_bytes().into())));
-            }
-            let retained = match asked.retain_handling {
+            let retained = match wanted.retain_handling {
                 RetainHandling::AtSubscribe => SendRetained::Always,
                 RetainHandling::AtSubscribeNew => SendRetained::IfNew,
                 RetainHandling::NoAtSubscribe => SendRetained::Never,
             };
-            granted.push(Subscription { filter, options, retained });
-            status.push(match options.qos {
+            asked.granted.subscriptions.push(Subscription { filter, options, retained });
+            asked.status.push(match options.qos {
                 0 => SubscribeAckReason::GrantedQos0,
                 1 => SubscribeAckReason::GrantedQos1,
                 _ => SubscribeAckReason::GrantedQos2,
             });
         }
+        Ok(asked)
+    }
+
+    fn report_refused(&self, filter: &str, cause: &'static str) {
+        self.broker.counters.refused_subscribe(cause);
+        self.session.activity().refused_subscribe();
+        let kind = format!("mqtt: subscribe refused: {cause}");
+        let client_id = &*self.session.client_id;
+        let detail = format!("client {client_id}, filter {filter:.200}");
+        self.broker.failures.report_client(&kind, client_id, 1, &detail, "");
+    }
+
+    /// Subscribes, and then sends `answer`.
+    fn subscribe(&mut self, granted: Granted, answer: Packet) -> Result<(), End> {
         let (broker, session) = (self.broker.clone(), self.session.clone());
-        let subscribed = async move {
+        self.begin(async move {
+            let Granted { subscriptions, room: _room } = granted;
             let retained_before = session.outbox().last_retained();
-            for some in granted.chunks(FILTERS_AT_ONCE) {
+            for some in subscriptions.chunks(FILTERS_AT_ONCE) {
                 broker.live.subscribe(&broker, &session, some);
-                if granted.len() > FILTERS_AT_ONCE {
+                if subscriptions.len() > FILTERS_AT_ONCE {
                     yield_now().await;
                 }
             }
             look_up(&broker, &session, retained_before).await;
-            keep(&broker, &session, &changes).await
-        };
-        self.broker.in_background(subscribed).await?;
-        Ok((status, refused))
+            Changed { answer, is_noted: !subscriptions.is_empty() }
+        })
     }
 
     /// Refused with the cause that is counted.
@@ -224,33 +252,46 @@ impl<S> Connection<'_, S> {
         Ok(filter)
     }
 
-    async fn unsubscribe(
+    fn unsubscribe(
         &mut self,
-        filters: impl Iterator<Item = &str>,
-    ) -> Result<Vec<UnsubscribeAckReason>, End> {
-        let filters: Vec<Box<str>> = filters.map(Into::into).collect();
+        filters: Vec<Box<str>>,
+        answer: impl FnOnce(Vec<UnsubscribeAckReason>) -> Packet + Send + 'static,
+    ) -> Result<(), End> {
         let (broker, session) = (self.broker.clone(), self.session.clone());
-        let unsubscribed = async move {
-            let epoch = session.persistent_epoch();
-            let mut changes: Vec<Change> = Vec::new();
+        self.begin(async move {
             let mut status = Vec::new();
             for filter in &filters {
                 consume_budget().await;
                 // Of a filter that it does not have, no lock is taken.
                 let had =
                     session.has_filter(filter) && broker.live.unsubscribe(&broker, &session, filter).await;
-                if let (true, Some(epoch)) = (had, epoch) {
-                    changes.push((subscription_key(epoch, filter), None));
-                }
                 status.push(match had {
                     true => UnsubscribeAckReason::Success,
                     false => UnsubscribeAckReason::NoSubscriptionExisted,
                 });
             }
-            keep(&broker, &session, &changes).await?;
-            Ok(status)
-        };
-        self.broker.in_background(unsubscribed).await
+            // Also of filters that it does not have: an earlier UNSUBSCRIBE of them, which was not
+            // answered, may not be durable yet.
+            Changed { answer: answer(status), is_noted: true }
+        })
+    }
+
+    /// Begins to change the session's subscriptions. What the client sent behind it waits until
+    /// [`Self::changed`].
+    fn begin(&mut self, change: impl Future<Output = Changed> + Send + 'static) -> Result<(), End> {
+        self.inbound.hold(false);
+        self.changing = Some(Box::new(Changing::new(self.broker, &self.session, change)));
+        Ok(())
+    }
+
+    /// Answers a SUBSCRIBE or UNSUBSCRIBE.
+    pub(super) fn changed(&mut self, answer: Result<Box<Packet>, Stopped>) -> Result<(), End> {
+        self.changing = None;
+        self.inbound.hold_no_more();
+        match *answer.map_err(|Stopped| End::Stopped)? {
+            Packet::V3(packet) => self.send_v3(packet),
+            Packet::V5(packet) => self.send_v5(packet),
+        }
     }
 
     fn send_v3(&mut self, packet: v3::Packet) -> Result<(), End> {
@@ -272,13 +313,18 @@ impl<S> Connection<'_, S> {
     }
 }
 
-/// Changed subscriptions of a persistent session are durable before they are
-/// acknowledged, and with them what they are not meant for: the past.
-async fn keep(broker: &Broker, session: &Session, changes: &[Change]) -> Result<(), End> {
-    if changes.is_empty() {
-        return Ok(());
-    }
-    session.note_durable(broker, changes).await.map_err(|_| End::Stopped)
+/// What a SUBSCRIBE asks for, and gets.
+struct Asked {
+    granted: Granted,
+    status: Vec<SubscribeAckReason>,
+    /// Why the first filter is refused of which that is so.
+    refused: Option<&'static str>,
+}
+
+/// Filters that are to be subscribed to, and the memory that was taken for them.
+struct Granted {
+    subscriptions: Vec<Subscription>,
+    room: Room,
 }
 
 /// Topic levels that a client may have for each of its filters, on average: each level

@@ -27,6 +27,7 @@ async fn a_slow_reader_is_not_silent_while_it_is_not_read() {
             will: None,
             aliases: Aliases::new(0),
             inbound: Inbound::new(broker, version, session, rights, false),
+            changing: None,
             is_bridge: false,
             tells_reasons: false,
             input: BytesMut::new(),
@@ -39,6 +40,7 @@ async fn a_slow_reader_is_not_silent_while_it_is_not_read() {
             keep_alive: Some(Duration::ZERO),
             outward: None,
             drain_until: None,
+            has_left: false,
         };
         let silent_since = connection.last_read;
         connection.out.advance(1);

@@ -6,7 +6,7 @@
 //! A stream with no room stalls the connection: what it did not take is kept
 //! ([`stalled`]), nothing more is taken in, and only PINGREQ is still answered.
 //! So it is while a packet waits for an answer of the access plugin ([`allowed`]),
-//! or a QoS 2 publish for its packet id ([`withheld`]).
+//! a QoS 2 publish for its packet id ([`withheld`]), or a SUBSCRIBE for its end.
 
 mod allowed;
 mod append;
@@ -56,6 +56,8 @@ pub struct Inbound {
     rights: Admitted,
     /// The packet at the front waits for an answer to what it asks.
     asks: bool,
+    /// A SUBSCRIBE or UNSUBSCRIBE is under way; whether PINGREQ is answered meanwhile.
+    held: Option<bool>,
     /// The topic of the last publish that the rules allowed.
     allowed_topic: String,
     allowance: Option<Box<Allowance>>,
@@ -84,8 +86,8 @@ pub enum Next {
     Packet,
     /// It is the turn of others: the rest is taken in on the next.
     Turn,
-    /// Acks must go out, a stream take what it refused, or a question be
-    /// answered, before more is taken in.
+    /// Acks must go out, a stream take what it refused, a question be
+    /// answered, or a SUBSCRIBE be done, before more is taken in.
     Room,
 }
 
@@ -190,6 +192,7 @@ impl Inbound {
             session,
             rights,
             asks: false,
+            held: None,
             allowed_topic: String::new(),
             allowance: broker.access.allowance(),
             memory: Memory::of(&broker.rooms.connections).into(),
@@ -240,6 +243,20 @@ impl Inbound {
         !self.stalled.is_empty() || self.withheld != Withheld::Nothing
     }
 
+    /// Whether the packet at the front waits for an answer of the access plugin.
+    pub fn is_asking(&self) -> bool {
+        self.asks
+    }
+
+    /// Nothing is taken in until [`Self::hold_no_more`], but for PINGREQ where that may take long.
+    pub fn hold(&mut self, takes_long: bool) {
+        self.held = Some(takes_long);
+    }
+
+    pub fn hold_no_more(&mut self) {
+        self.held = None;
+    }
+
     /// Nothing more is taken in: what is withheld waits for nothing.
     pub fn drain(&mut self) {
         self.withheld = Withheld::Nothing;
@@ -285,7 +302,9 @@ impl Inbound {
             _ => {}
         }
         if self.is_full(broker) || self.is_over_rate(broker) {
-            self.answer_pings(broker, bytes, out);
+            if self.held != Some(false) {
+                self.answer_pings(broker, bytes, out);
+            }
             return Ok((0, Next::Room));
         }
         if bytes.is_empty() {
@@ -335,7 +354,10 @@ impl Inbound {
     }
 
     fn is_full(&self, broker: &Broker) -> bool {
-        self.asks || self.is_stalled() || self.acks.waiting() >= broker.waiting_acks_max(self.version)
+        self.asks
+            || self.held.is_some()
+            || self.is_stalled()
+            || self.acks.waiting() >= broker.waiting_acks_max(self.version)
     }
 
     /// Rates are looked at once a read for all clients, and here for the one: no

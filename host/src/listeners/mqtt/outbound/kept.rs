@@ -17,11 +17,12 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::again::Unlisted;
+use super::filters::FilterChanges;
 use super::{Ids, InFlight, Queued, ShareFilter, Source};
 use crate::listeners::mqtt::blobs::Id;
 use crate::listeners::mqtt::outbound::Message;
 use crate::listeners::mqtt::retained;
-use crate::listeners::mqtt::session::Change;
+use crate::listeners::mqtt::session::{Change, subscription_key};
 use crate::stream::{Identity, STATE_VALUE_BYTES_MAX, Ticket};
 
 pub const NOTE: &[u8] = b"qr";
@@ -77,6 +78,10 @@ pub struct Kept {
     pub note_due: bool,
     /// The changes found no room.
     pub refused: bool,
+    /// Changes of subscriptions that are not appended yet: see [`filters`](super::filters).
+    pub filters: FilterChanges,
+    /// The last note found no room.
+    pub note_refused: bool,
     /// Of the records of packets in flight, in the broker stream's state.
     steps_bytes: usize,
     /// The records say more than is true of the streams: see [`Outbox::renew`](super::Outbox::renew).
@@ -98,6 +103,8 @@ impl Kept {
             noted: none,
             note_due: false,
             refused: false,
+            filters: FilterChanges::new(),
+            note_refused: false,
             steps_bytes: 0,
             is_stale: false,
             streams,
@@ -229,7 +236,10 @@ impl Kept {
     /// Whether a restart would have much to read, or to send again.
     pub fn wants_note(&self, positions: &[u64]) -> bool {
         let far = |(at, noted): (&u64, &u64)| at.saturating_sub(*noted) >= NOTE_EVERY_MESSAGES;
-        self.changed || self.note_due || positions.iter().zip(&self.noted).any(far)
+        self.changed
+            || self.note_due
+            || !self.filters.is_empty()
+            || positions.iter().zip(&self.noted).any(far)
     }
 
     /// The note: `positions` is where the live delivery is at least, read
@@ -318,6 +328,8 @@ impl Kept {
         let steps = inflight.map(|id| key(STEP, self.epoch, &id.to_be_bytes()));
         // Removals that were not appended yet.
         let open = self.changes.iter().filter(|(_, value)| value.is_none()).map(|(key, _)| key.clone());
+        let filters = self.filters.iter().filter(|(_, options)| options.is_none());
+        let open = open.chain(filters.map(|(filter, _)| subscription_key(self.epoch, filter)));
         [key(NOTE, self.epoch, &[])].into_iter().chain(sent).chain(steps).chain(open).collect()
     }
 }

@@ -6,6 +6,7 @@
 //! their streams, and are read ([`load`]) when it is their turn.
 
 mod again;
+mod filters;
 mod kept;
 mod load;
 mod message;
@@ -650,6 +651,7 @@ impl Outbox {
     /// The note was taken.
     pub fn noted(&mut self) {
         self.retained.noted();
+        self.kept.iter_mut().for_each(|kept| kept.note_refused = false);
     }
 
     pub fn wants_note(&self, positions: &[u64]) -> bool {
@@ -659,8 +661,13 @@ impl Outbox {
     /// The note was not taken.
     pub fn note_failed(&mut self) {
         if let Some(kept) = &mut self.kept {
-            kept.changed = true;
+            (kept.changed, kept.note_refused) = (true, true);
         }
+    }
+
+    /// Whether the last note found no room.
+    pub fn is_note_refused(&self) -> bool {
+        self.kept.as_ref().is_some_and(|kept| kept.note_refused)
     }
 
     /// All keys that it may have in the broker stream.

@@ -4,7 +4,7 @@
 //! not age. For a session that outlives its connection how far it is goes with the
 //! subscription's record, so that it goes on there after a reconnect or a restart.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use super::{Message, Outbox, Queued, Source};
@@ -32,7 +32,7 @@ pub(super) struct Deliveries {
 }
 
 /// What one subscription is still to be given.
-struct Delivery {
+pub(super) struct Delivery {
     number: u64,
     filter: Filter,
     options: Options,
@@ -81,6 +81,14 @@ pub struct RetainedPage {
 }
 
 impl Delivery {
+    /// Returns the record of its subscription: its options, and how far it is.
+    pub fn record(&self) -> Vec<u8> {
+        let taken = self.taken.as_deref().unwrap_or_default();
+        let taken = &taken[..taken.floor_char_boundary(TAKEN_BYTES_MAX)];
+        let since = self.from.since_us.to_be_bytes();
+        [&self.options.to_bytes()[..], &since, taken.as_bytes()].concat()
+    }
+
     /// What comes behind its last page, where that was taken.
     fn next_page(&self) -> Option<RetainedPage> {
         let lookup = self.lookup.clone().filter(|_| self.page.is_empty())?;
@@ -321,14 +329,18 @@ impl Deliveries {
             .ended
             .iter()
             .map(|(filter, options)| (subscription_key(epoch, filter), Some(options.to_bytes().to_vec())));
-        let open = self.open.iter().filter(|delivery| delivery.changed).map(|delivery| {
-            let taken = delivery.taken.as_deref().unwrap_or_default();
-            let taken = &taken[..taken.floor_char_boundary(TAKEN_BYTES_MAX)];
-            let since = delivery.from.since_us.to_be_bytes();
-            let value = [&delivery.options.to_bytes()[..], &since, taken.as_bytes()].concat();
-            (subscription_key(epoch, delivery.filter.as_str()), Some(value))
-        });
+        let open = self
+            .open
+            .iter()
+            .filter(|delivery| delivery.changed)
+            .map(|delivery| (subscription_key(epoch, delivery.filter.as_str()), Some(delivery.record())));
         ended.chain(open).collect()
+    }
+
+    /// Returns what is still to be given by filter, but for what the broker made for the moment.
+    pub fn by_filter(&self) -> HashMap<&str, &Delivery> {
+        let open = self.open.iter().filter(|delivery| delivery.filter.is_live());
+        open.map(|delivery| (delivery.filter.as_str(), delivery)).collect()
     }
 
     /// Their changes were appended.

@@ -10,6 +10,7 @@ mod memory;
 mod sessions;
 mod state_room;
 mod subscribers;
+mod subscribing;
 mod sys;
 mod versions;
 mod wills;
@@ -23,7 +24,7 @@ use rmqtt_codec::types::{Publish, QoS};
 use rmqtt_codec::v5::{
     Codec, Connect, ConnectAck, ConnectAckReason, Disconnect, DisconnectReasonCode as Reason, LastWill,
     Packet, PublishAck, PublishAck2, PublishAck2Reason, PublishAckReason, PublishProperties, RetainHandling,
-    Subscribe, SubscribeAckReason, SubscriptionOptions, Unsubscribe,
+    Subscribe, SubscribeAckReason, SubscriptionOptions, Unsubscribe, UnsubscribeAckReason,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;

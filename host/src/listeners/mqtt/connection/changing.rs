@@ -1,0 +1,66 @@
+//! A SUBSCRIBE or UNSUBSCRIBE that is under way, on a task of its own: it is answered once a
+//! persistent session's change is durable, which takes as long as the broker's stream has no room.
+//! What the client sent behind it waits; its connection goes on.
+
+use std::future::pending;
+use std::sync::Arc;
+
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::listeners::mqtt::Broker;
+use crate::listeners::mqtt::acks::Stopped;
+use crate::listeners::mqtt::session::Session;
+use crate::listeners::mqtt::wire::Packet;
+use crate::threads::{SHORT_TURN, in_turns};
+
+pub struct Changing {
+    task: JoinHandle<Result<Box<Packet>, Stopped>>,
+    given_up: CancellationToken,
+}
+
+/// What a change of subscriptions in memory comes to.
+pub struct Changed {
+    pub answer: Packet,
+    /// Whether the answer waits until all changes of the session are durable.
+    pub is_noted: bool,
+}
+
+impl Changing {
+    /// Begins `change`.
+    pub fn new(
+        broker: &Arc<Broker>,
+        session: &Arc<Session>,
+        change: impl Future<Output = Changed> + Send + 'static,
+    ) -> Self {
+        let given_up = CancellationToken::new();
+        let (until, broker_, session) = (given_up.clone(), broker.clone(), session.clone());
+        let work = async move {
+            let Changed { answer, is_noted } = change.await;
+            if is_noted {
+                let noted = until.run_until_cancelled(session.note_durable(&broker_));
+                noted.await.unwrap_or(Err(Stopped))?;
+            }
+            Ok(Box::new(answer))
+        };
+        Self { task: broker.background.spawn(in_turns(SHORT_TURN, work)), given_up }
+    }
+
+    /// The connection ends, and nobody is answered. The change is whole in memory when this returns:
+    /// the next connection finds it, and a later note has what was not appended.
+    pub async fn give_up(self) {
+        self.given_up.cancel();
+        // A panic ends the process.
+        let _ = self.task.await;
+    }
+}
+
+/// Returns the answer once it may go; pending while nothing is under way. Safe to drop.
+pub async fn changed(changing: Option<&mut Changing>) -> Result<Box<Packet>, Stopped> {
+    let Some(changing) = changing else { return pending().await };
+    match (&mut changing.task).await {
+        Ok(answered) => answered,
+        // The runtime ends: these threads do first.
+        Err(_) => pending().await,
+    }
+}
