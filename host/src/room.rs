@@ -2,9 +2,11 @@
 //!
 //! Three quarters of a [`Room`] are for whoever comes first. A holder takes of the last quarter
 //! only while it has no more than its part, which is that quarter divided by the number of
-//! holders: a few that take all that they can get leave the others their parts. Beside the room
-//! each holder has [`FREE_BYTES`], whatever others hold, so that one that comes late and asks for
-//! little is served.
+//! holders: a few that take all that they can get leave the others their parts. Where clients of
+//! some holders are away, these share the first half of the last quarter, and the others the second
+//! half: however many are away, they take no part from those that are there. Beside the room each
+//! holder has [`FREE_BYTES`], whatever others hold, so that one that comes late and asks for little
+//! is served.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -20,6 +22,8 @@ pub struct Room {
     bytes_max: usize,
     taken: AtomicUsize,
     holders: AtomicUsize,
+    /// Number of these holders whose clients are away.
+    away: AtomicUsize,
 }
 
 /// What one holder takes of a room, which dropping it gives back. The default belongs to no room
@@ -29,11 +33,13 @@ pub struct Holding {
     room: Option<Arc<Room>>,
     /// Number of bytes that the holder has taken of the room, in whole units.
     taken: usize,
+    is_away: bool,
 }
 
 impl Room {
     pub fn new(bytes_max: usize) -> Arc<Self> {
-        Arc::new(Self { bytes_max, taken: AtomicUsize::new(0), holders: AtomicUsize::new(0) })
+        let (taken, holders, away) = Default::default();
+        Arc::new(Self { bytes_max, taken, holders, away })
     }
 
     pub fn bytes_max(&self) -> usize {
@@ -50,19 +56,31 @@ impl Room {
         self.bytes_max - self.bytes_max / 4
     }
 
-    /// Returns the number of bytes up to which a holder may take of the last quarter.
-    fn part(&self) -> usize {
-        self.bytes_max / 4 / self.holders.load(Ordering::Relaxed).max(1)
+    /// Returns the number of bytes up to which all may come while a holder takes of the last quarter,
+    /// and the number up to which the holder may have then.
+    fn last(&self, is_away: bool) -> (usize, usize) {
+        let quarter = self.bytes_max / 4;
+        let away = self.away.load(Ordering::Relaxed);
+        let others = self.holders.load(Ordering::Relaxed).saturating_sub(away);
+        match (is_away, away) {
+            (true, _) => (self.bytes_max - quarter / 2, quarter / 2 / away.max(1)),
+            (false, 0) => (self.bytes_max, quarter / others.max(1)),
+            (false, _) => (self.bytes_max, quarter / 2 / others.max(1)),
+        }
     }
 
     /// Returns whether a holder that has `holds` bytes may bring the sum of all to `taken`.
-    fn admits(&self, taken: usize, holds: usize) -> bool {
-        taken <= self.common() || (taken <= self.bytes_max && holds <= self.part())
+    fn admits(&self, taken: usize, holds: usize, is_away: bool) -> bool {
+        let is_last = || {
+            let (upto, part) = self.last(is_away);
+            taken <= upto && holds <= part
+        };
+        taken <= self.common() || is_last()
     }
 
     /// Takes `more` bytes for a holder that has `holds` with them. Returns false where there is no room.
-    fn try_take(&self, more: usize, holds: usize) -> bool {
-        let more = |taken: usize| Some(taken + more).filter(|taken| self.admits(*taken, holds));
+    fn try_take(&self, more: usize, holds: usize, is_away: bool) -> bool {
+        let more = |taken: usize| Some(taken + more).filter(|taken| self.admits(*taken, holds, is_away));
         self.taken.fetch_update(Ordering::AcqRel, Ordering::Relaxed, more).is_ok()
     }
 }
@@ -70,7 +88,23 @@ impl Room {
 impl Holding {
     pub fn of(room: &Arc<Room>) -> Self {
         room.holders.fetch_add(1, Ordering::Relaxed);
-        Self { room: Some(room.clone()), taken: 0 }
+        Self { room: Some(room.clone()), ..Self::default() }
+    }
+
+    /// Says whether the client for which it holds is away.
+    #[inline]
+    pub fn set_away(&mut self, is_away: bool) {
+        if self.is_away == is_away {
+            return;
+        }
+        self.is_away = is_away;
+        if let Some(room) = &self.room {
+            if is_away {
+                room.away.fetch_add(1, Ordering::Relaxed);
+            } else {
+                room.away.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
     }
 
     /// Sets what the holder has to `bytes`. Returns false and changes nothing where the room has none
@@ -83,7 +117,7 @@ impl Holding {
             return true;
         }
         let Some(room) = &self.room else { return true };
-        let has_room = room.try_take(wanted - self.taken, wanted);
+        let has_room = room.try_take(wanted - self.taken, wanted, self.is_away);
         if has_room {
             self.taken = wanted;
         }
@@ -108,15 +142,16 @@ impl Holding {
     pub fn has_room(&self, bytes: usize) -> bool {
         let Some(room) = &self.room else { return true };
         let wanted = units(bytes);
-        wanted <= self.taken || room.admits(room.taken() + wanted - self.taken, wanted)
+        wanted <= self.taken || room.admits(room.taken() + wanted - self.taken, wanted, self.is_away)
     }
 
     /// Returns whether the holder has more than its part while less than one part is left for all.
     /// It should then give back more than it takes.
     pub fn gives_way(&self) -> bool {
         let Some(room) = &self.room else { return false };
-        let part = room.part().max(UNIT_BYTES);
-        self.taken > part && room.taken() + part > room.bytes_max
+        let (upto, part) = room.last(self.is_away);
+        let part = part.max(UNIT_BYTES);
+        self.taken > part && room.taken() + part > upto
     }
 
     /// One unit more than `wanted` is kept, so that a message that comes and goes does not
@@ -134,6 +169,7 @@ impl Holding {
 
 impl Drop for Holding {
     fn drop(&mut self) {
+        self.set_away(false);
         if let Some(room) = &self.room {
             room.taken.fetch_sub(self.taken, Ordering::AcqRel);
             room.holders.fetch_sub(1, Ordering::Relaxed);
@@ -177,6 +213,30 @@ mod tests {
         drop(holdings);
         assert_eq!((room.taken(), room.holders.load(Ordering::Relaxed)), (0, 1));
         assert_eq!(fill(&mut late), FREE_BYTES + 60 * KIB);
+    }
+
+    #[test]
+    fn however_many_are_away_they_take_no_part_of_those_that_are_there() {
+        let room = Room::new(80 * KIB);
+        let mut holdings: Vec<Holding> = (0..100).map(|_| Holding::of(&room)).collect();
+        holdings.iter_mut().for_each(|holding| holding.set_away(true));
+        for holding in &mut holdings[..90] {
+            fill(holding);
+        }
+        assert_eq!(room.taken(), 60 * KIB);
+        let (mut one, mut other) = (Holding::of(&room), Holding::of(&room));
+        assert_eq!(fill(&mut one), FREE_BYTES + 5 * KIB);
+        drop(holdings.split_off(10));
+        // Of ten that are away.
+        assert_eq!(fill(&mut holdings[1]), FREE_BYTES + KIB);
+        assert_eq!(fill(&mut other), FREE_BYTES + 5 * KIB);
+        assert!(holdings[0].gives_way() && !one.gives_way());
+        one.set_away(true);
+        assert!(one.gives_way(), "its part is that of those who are away");
+        drop((holdings, one));
+        assert_eq!(fill(&mut other), FREE_BYTES + 60 * KIB);
+        drop(other);
+        assert_eq!((room.taken(), room.away.load(Ordering::Relaxed)), (0, 0));
     }
 
     #[test]

@@ -81,9 +81,11 @@ pub struct Config {
     pub queue_copies_bytes_max: ByteSize,
     /// Memory that the queues of all subscribers take together: 64 bytes for each message that
     /// waits or is in flight, and the messages that are held in memory. Past three quarters of it
-    /// a subscriber gets more only while it has less than its part of the last quarter, which is
-    /// divided evenly among all sessions; one that has more meets a full queue. Beside it each
-    /// session has 1 KiB. Unset: a quarter of the memory that the host may use.
+    /// a subscriber gets more only while it has less than its part of the last quarter; one that
+    /// has more meets a full queue. One half of that quarter is divided evenly among the sessions
+    /// whose clients are away, the other half, or all of it where none is away, among those whose
+    /// clients are connected. Beside it each session has 1 KiB. Unset: a quarter of the memory that
+    /// the host may use.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub queues_bytes_max: Option<ByteSize>,
     /// Memory that the subscriptions of all clients take together, shared as `queues_bytes_max`

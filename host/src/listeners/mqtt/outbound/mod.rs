@@ -83,7 +83,9 @@ pub struct Outbox {
 impl Outbox {
     /// An outbox whose memory counts in `room`.
     pub fn within(room: &Arc<Room>) -> Self {
-        Self { memory: Holding::of(room), ..Self::default() }
+        let mut outbox = Self { memory: Holding::of(room), ..Self::default() };
+        outbox.count();
+        outbox
     }
 
     /// A new session: messages before `from` are not for it.
@@ -247,6 +249,7 @@ impl Outbox {
         if self.ids.capacity() > 2 * self.ids.len() + SPARE_PLACES {
             self.ids.shrink_to_fit();
         }
+        self.memory.set_away(!self.connected);
         self.memory.hold(self.size());
     }
 

@@ -513,9 +513,9 @@ fn the_queues_of_all_share_their_memory_and_who_has_little_gets_its_part() {
     let mut rest = Holding::of(&room);
     rest.hold((192 << 10) - room.taken() + crate::room::FREE_BYTES);
     for queue in &mut queues[1..] {
-        // 7 KiB each, and what each has beside.
+        // 4 KiB each, and what each has beside.
         let (count, last) = fill(queue, UNBOUNDED);
-        assert!((96..=8 << 4).contains(&count), "{count}");
+        assert!((64..=5 << 4).contains(&count), "{count}");
         assert_eq!(last, Offer::QueuedInsteadOf(1, Full::Queues), "its oldest goes");
         assert_eq!(queue.queue.back().unwrap().source.place().map(|it| it.offset), Some(99_999));
         assert_eq!(queue.take_lost(), 100_000 - count as u64);

@@ -155,6 +155,39 @@ async fn waiting_messages_of_all_sessions_share_their_memory_and_who_has_few_kee
 }
 
 #[tokio::test]
+async fn sessions_that_are_away_take_no_room_from_a_subscriber_that_is_there() {
+    let host = host_with(MemoryStream::new("s", 1), ByteSize::kib(256)).await;
+    let (room, clients) = (rooms(&host).queues, host.handle.clients());
+    for n in 0..50 {
+        let mut client = host.client(resuming(format!("away-{n}").leak())).await.0;
+        client.subscribe("#", QOS1).await;
+        client.send(Disconnect { reason_code: Reason::NormalDisconnection, ..Disconnect::default() }).await;
+        assert_eq!(client.try_receive().await, None);
+    }
+    let mut publisher = host.clean("publisher").await;
+    let mut send = async || {
+        publisher.send_all((1..=100).map(|id| publish("t", QoS::AtLeastOnce, id).into())).await;
+        for id in 1..=100 {
+            assert_eq!(publisher.receive().await, puback(id));
+        }
+    };
+    for _ in 0..5 {
+        send().await;
+    }
+    until("the others fill what they may", || clients.0.counters.queues_full.get() > 10_000).await;
+    assert!(room.taken() > room.bytes_max() / 2, "{}", room.taken());
+    let mut there = host.client(Connect { receive_max: Some(id(10)), ..clean("there") }).await.0;
+    there.subscribe("#", QOS1).await;
+    send().await;
+    for _ in 0..100 {
+        let packet_id = there.received().await.packet_id.unwrap().get();
+        there.send(puback(packet_id)).await;
+    }
+    assert_eq!(clients.show("there").unwrap().counts.dropped, 0);
+    host.stop().await;
+}
+
+#[tokio::test]
 async fn without_memory_for_their_buffers_connections_go_on_in_small_pieces() {
     let host = host_with(MemoryStream::new("s", 1), ByteSize::kib(64)).await;
     let mut all = Holding::of(&rooms(&host).connections);
