@@ -3,6 +3,7 @@
 //! The host listens on ports that the OS gives out and writes them to
 //! `data/run.json` once it serves.
 
+use std::fs::File;
 use std::io::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -105,14 +106,24 @@ impl Host {
 
     /// The same, of a copy of the binary.
     pub fn launch_as(&mut self, binary: &Path) {
+        let log = self.log_file();
+        self.launch_with(binary, log);
+    }
+
+    /// The same with its log in another place than the file that is waited on.
+    pub fn launch_logging_to(&mut self, stderr: impl Into<Stdio>) {
+        self.launch_with(&binary(), stderr);
+    }
+
+    fn log_file(&self) -> File {
+        let file = File::options().create(true).append(true).open(self.folder.join(LOG));
+        file.expect("our folder")
+    }
+
+    fn launch_with(&mut self, binary: &Path, stderr: impl Into<Stdio>) {
         let _ = std::fs::remove_file(self.folder.join("data/run.json"));
-        let log = std::fs::File::options()
-            .create(true)
-            .append(true)
-            .open(self.folder.join(LOG))
-            .expect("our folder");
         let mut command = self.command_of(binary, &["run", "--config", "headworks.yaml"]);
-        command.stdin(Stdio::null()).stdout(log.try_clone().expect("our file")).stderr(log);
+        command.stdin(Stdio::null()).stdout(self.log_file()).stderr(stderr);
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         self.process = Some(Process::spawn("headworks", &mut command));
         self.bound = None;

@@ -262,6 +262,20 @@ fn an_access_plugin_in_the_plugins_folder_holds_its_pipeline_and_rejects_no_mess
 }
 
 #[test]
+fn a_log_level_that_is_none_is_refused_and_nothing_is_started() {
+    let host = Host::prepare("cli-log-level", "");
+    let run = |level: &str| host.command(&["run", "--config", "headworks.yaml", "--log", level]).output();
+    let output = run("warning").expect("headworks runs");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        said.contains("log filter \"warning\"") && said.contains("write a level, or target=level"),
+        "{said}"
+    );
+    assert_eq!(output.status.code(), Some(2));
+    assert!(!host.folder.join("data").exists());
+}
+
+#[test]
 fn a_stream_without_room_is_named_with_its_folder_and_so_is_what_is_lost() {
     let config = "streams: { telemetry: { segment_bytes: 1MiB, retention: { max_bytes: 4MiB } } }\n\
                   sinks: { warehouse: { type: postgres, url: \"postgres://writer@127.0.0.1:1/iot\" } }\n";

@@ -302,7 +302,7 @@ impl Ending {
     /// Ends the process where a part did not end: to take it down would wait for it.
     fn leave_late_parts(self) {
         if self.is_late {
-            std::process::exit(LATE);
+            telemetry::exit(LATE);
         }
     }
 }
@@ -519,7 +519,7 @@ async fn wait_for_end(
 async fn end_when_interrupted(mut interrupts: Signal) {
     interrupts.recv().await;
     tracing::warn!("interrupted again: ending at once");
-    std::process::exit(INTERRUPTED);
+    telemetry::exit(INTERRUPTED);
 }
 
 /// The start screen, for a person: logs go to stderr, this to stdout. With the

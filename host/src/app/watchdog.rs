@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 
-use crate::threads;
+use crate::{telemetry, threads};
 
 const TICK: Duration = Duration::from_secs(1);
 /// Ticks without a heartbeat after which a runtime counts as hung.
@@ -44,7 +44,7 @@ fn start_with(runtimes: Vec<(&'static str, Handle)>, tick: impl Fn() + Send + 's
             thread::sleep(wait);
             waits = waits.saturating_sub(wait);
         }
-        std::process::exit(HUNG);
+        telemetry::exit(HUNG);
     })?;
     Ok(())
 }

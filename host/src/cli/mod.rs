@@ -27,13 +27,19 @@ use args::{Cli, Command};
 use output::Out;
 
 use crate::config;
-use crate::telemetry::InitError;
+use crate::telemetry::{self, InitError};
 
 const FAILED: u8 = 1;
 const WRONG: u8 = 2;
 
 /// The whole program but for the compile child.
 pub fn main() -> ExitCode {
+    let code = run_command();
+    telemetry::flush_logs();
+    code
+}
+
+fn run_command() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {

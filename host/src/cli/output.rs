@@ -135,9 +135,9 @@ pub fn shown(path: &Path) -> String {
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned()).display().to_string()
 }
 
-/// To stderr. Where that takes nothing the exit code says it alone.
+/// Writes a line to stderr, behind the log's.
 pub fn complain(text: &str) {
-    let _ = writeln!(io::stderr(), "{}", escaped(text));
+    telemetry::say(&format!("{}\n", escaped(text)));
 }
 
 /// Whether whoever read the output has enough of it, as `head` does: no failure.

@@ -1,14 +1,17 @@
-//! Logs on stderr, and what a panic does.
+//! Format of the log lines, and what a panic does.
 
 use std::ffi::OsStr;
 use std::fmt::{self, Debug};
-use std::io::{self, IsTerminal, Write as _};
+use std::io::{self, IsTerminal};
 
 use jiff::Timestamp;
 use tracing::field::Field;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::format::{FormatFields, Writer, debug_fn};
 use tracing_subscriber::fmt::time::FormatTime;
+
+use super::log_queue;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LogFormat {
@@ -23,6 +26,8 @@ pub enum LogFormat {
 pub enum InitError {
     #[error("log filter \"{filter}\": {error}: write a level, or target=level, such as info,headworks=debug")]
     Filter { filter: String, error: String },
+    #[error("cannot start the thread that writes the log: {0}")]
+    Thread(io::Error),
     #[error("logs were set up already")]
     Twice,
 }
@@ -35,22 +40,35 @@ pub fn init_logs(filter: Option<&str>, format: LogFormat) -> Result<(), InitErro
             std::env::var("RUST_LOG").ok().filter(|filter| !filter.is_empty()).unwrap_or("info".to_owned())
         }
     };
-    let parsed = EnvFilter::try_new(&filter)
-        .map_err(|error| InitError::Filter { filter, error: error.to_string() })?;
+    let parsed = parse_filter(&filter)?;
+    let queue = log_queue::to_stderr().map_err(InitError::Thread)?;
     let logs = tracing_subscriber::fmt()
         .with_env_filter(parsed)
-        .with_writer(std::io::stderr)
+        .with_writer(move || queue)
         .with_timer(Milliseconds)
-        // Else a line that a full disk does not take is a panic.
+        // Else the subscriber writes to stderr itself, and panics where it takes nothing.
         .log_internal_errors(false);
     let set = match format {
         LogFormat::Compact => {
             let coloured = std::io::stderr().is_terminal() && !no_color();
             logs.fmt_fields(escaped_fields()).compact().with_target(false).with_ansi(coloured).try_init()
         }
-        LogFormat::Json => logs.json().flatten_event(true).with_writer(|| JsonLines(io::stderr())).try_init(),
+        LogFormat::Json => logs.json().flatten_event(true).with_writer(move || JsonLines(queue)).try_init(),
     };
     set.map_err(|_| InitError::Twice)
+}
+
+/// Parses a list of levels and `target=level`. `EnvFilter` takes a word alone that is no level as
+/// a target, and would turn off the lines of all others.
+fn parse_filter(filter: &str) -> Result<EnvFilter, InitError> {
+    let refused = |error: String| InitError::Filter { filter: filter.to_owned(), error };
+    let mut words = filter.split(',').map(str::trim).filter(|word| !word.is_empty() && !word.contains('='));
+    if let Some(word) = words.find(|word| word.parse::<LevelFilter>().is_err()) {
+        return Err(refused(format!(
+            "\"{word}\" is no level: those are error, warn, info, debug, trace, off"
+        )));
+    }
+    EnvFilter::try_new(filter).map_err(|error| refused(error.to_string()))
 }
 
 /// Whether the user wants no colours (no-color.org).
@@ -163,9 +181,9 @@ pub fn end_on_panic() {
         let thread = std::thread::current().name().unwrap_or("?").to_owned();
         let backtrace = std::backtrace::Backtrace::capture();
         tracing::error!(at, thread, "{message}: this is a bug in headworks, the process ends");
-        // Many lines of our own; where stderr takes nothing the exit code says it alone.
-        let _ = writeln!(std::io::stderr(), "{backtrace}");
-        std::process::exit(101);
+        // Many lines of our own.
+        log_queue::say(&format!("{backtrace}\n"));
+        log_queue::exit(101);
     }));
 }
 
@@ -196,6 +214,37 @@ mod tests {
         fn make_writer(&'w self) -> Self {
             self.clone()
         }
+    }
+
+    #[test]
+    fn a_log_filter_with_a_word_that_is_no_level_is_refused() {
+        for filter in ["warning", "inf", "verbose", "info,headworks", "headworks=warning"] {
+            let refused = parse_filter(filter).unwrap_err().to_string();
+            assert!(refused.starts_with(&format!("log filter \"{filter}\": ")), "{refused}");
+        }
+        for filter in ["warn", "INFO", "off", "info,headworks=debug", "warn, headworks::stream=trace,", "3"] {
+            parse_filter(filter).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_panic_ends_the_process_with_101_once_all_log_lines_are_out() {
+        const PANICS: &str = "HEADWORKS_TEST_PANICS";
+        if std::env::var_os(PANICS).is_some() {
+            init_logs(Some("info"), LogFormat::Compact).unwrap();
+            end_on_panic();
+            (0..1_000).for_each(|number| tracing::info!(number, "before"));
+            panic!("lost its way");
+        }
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+        let test = "telemetry::logs::tests::a_panic_ends_the_process_with_101_once_all_log_lines_are_out";
+        child.args(["--exact", test, "--nocapture"]).env(PANICS, "1");
+        let ended = child.output().unwrap();
+        let log = String::from_utf8_lossy(&ended.stderr);
+        let (before, panic) = log.split_once("ERROR lost its way: this is a bug in headworks").unwrap();
+        assert_eq!(before.lines().filter(|line| line.contains(" before number=")).count(), 1_000);
+        assert!(panic.contains("backtrace"), "{panic}");
+        assert_eq!(ended.status.code(), Some(101));
     }
 
     #[test]

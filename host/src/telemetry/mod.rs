@@ -7,6 +7,7 @@
 mod disk;
 mod failures;
 mod growth;
+mod log_queue;
 mod logs;
 mod memory;
 mod process;
@@ -14,6 +15,7 @@ mod process;
 pub use disk::DiskSpace;
 pub use failures::{Failures, Standing, alike};
 pub use growth::Growth;
+pub use log_queue::{exit, flush_logs, say};
 pub use logs::{
     InitError, LogFormat, end_on_panic, escaped, init_logs, is_printable, json_escaped, no_color,
 };

@@ -1,11 +1,11 @@
 //! The process itself, under the names that Prometheus client libraries use:
-//! memory, CPU time, open files, start. Read from /proc at each scrape; where
+//! memory, CPU time, open files, start; and its log. Read from /proc at each scrape; where
 //! there is no /proc, only what needs none.
 
 use std::fmt::Write;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use super::{Metric, MetricKind};
+use super::{Metric, MetricKind, log_queue};
 
 pub const METRICS: &[Metric] = &[
     gauge("process_resident_memory_bytes", "Memory that the process holds in RAM"),
@@ -19,6 +19,12 @@ pub const METRICS: &[Metric] = &[
     gauge("process_threads", "Threads of the process"),
     gauge("process_start_time_seconds", "Start of the process, seconds since 1970, UTC"),
     gauge("headworks_uptime_seconds", "Time since the start of the process"),
+    Metric {
+        name: "headworks_log_dropped_lines_total",
+        kind: MetricKind::Counter,
+        help: "Log lines dropped because the reader of stderr did not keep up, or stderr could not be written",
+        labels: &[],
+    },
     Metric {
         name: "headworks_build_info",
         kind: MetricKind::Gauge,
@@ -62,6 +68,7 @@ impl Process {
             field("Threads:"),
             Some(start.as_secs_f64()),
             Some(self.uptime().as_secs_f64()),
+            Some(log_queue::dropped_lines() as f64),
             Some(1.0),
         ];
         let mut text = String::new();
