@@ -45,6 +45,7 @@ pub struct Deps {
     pub measure: Arc<dyn Fn() + Send + Sync>,
     pub prometheus: PrometheusHandle,
     pub process: crate::telemetry::Process,
+    pub failures: crate::telemetry::Failures,
     /// Identifies this run of the host.
     pub instance: Arc<str>,
     /// What requests that act show: `Authorization: Bearer TOKEN`.

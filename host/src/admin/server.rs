@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::{Config, Deps, routes};
+use crate::telemetry::Failures;
 
 /// Connections at once. For one more the oldest that asks nothing is closed; while all are
 /// answered, it waits.
@@ -92,6 +93,7 @@ pub(super) async fn start_with(
     let listener = TcpListener::bind(address).await.map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
     let prometheus = deps.prometheus.clone();
+    let failures = deps.failures.clone();
     let router = routes::router(deps, &config.names, limits.request_max);
     let task = tokio::spawn(async move {
         let upkeep = async {
@@ -106,7 +108,7 @@ pub(super) async fn start_with(
             sleep(CLOSE_MAX).await;
         };
         tokio::select! {
-            () = serve(listener, router, limits, &shutdown) => {}
+            () = serve(listener, router, limits, &failures, &shutdown) => {}
             () = upkeep => {}
             () = closed => {}
         }
@@ -115,44 +117,57 @@ pub(super) async fn start_with(
 }
 
 /// Returns once the last connection is closed after the shutdown.
-async fn serve(listener: TcpListener, router: Router, limits: Limits, shutdown: &CancellationToken) {
+async fn serve(
+    listener: TcpListener,
+    router: Router,
+    limits: Limits,
+    failures: &Failures,
+    shutdown: &CancellationToken,
+) {
     let slots = Arc::new(Semaphore::new(limits.connections_max));
     let connections = TaskTracker::new();
     let mut open: VecDeque<Weak<Client>> = VecDeque::new();
-    let accept = async {
+    let accepting = async {
         loop {
-            match listener.accept().await {
-                Ok((stream, _)) => {
-                    open.retain(|client| client.strong_count() > 0);
-                    if slots.available_permits() == 0 {
-                        let mut idle =
-                            open.iter().filter_map(Weak::upgrade).filter(|client| client.is_idle());
-                        idle.next().inspect(|oldest| oldest.closed.cancel());
-                    }
-                    let slot =
-                        Arc::clone(&slots).acquire_owned().await.expect("the semaphore is never closed");
-                    let client = Arc::new(Client::default());
-                    open.push_back(Arc::downgrade(&client));
-                    let serving =
-                        connection(stream, router.clone(), client, limits.request_max, shutdown.clone());
-                    connections.spawn(async move {
-                        serving.await;
-                        drop(slot);
-                    });
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "the admin server cannot accept a connection");
-                    sleep(ACCEPT_AGAIN_AFTER).await;
-                }
+            let (stream, _) = accept(|| listener.accept(), ACCEPT_AGAIN_AFTER, failures).await;
+            open.retain(|client| client.strong_count() > 0);
+            if slots.available_permits() == 0 {
+                let mut idle = open.iter().filter_map(Weak::upgrade).filter(|client| client.is_idle());
+                idle.next().inspect(|oldest| oldest.closed.cancel());
             }
+            let slot = Arc::clone(&slots).acquire_owned().await.expect("the semaphore is never closed");
+            let client = Arc::new(Client::default());
+            open.push_back(Arc::downgrade(&client));
+            let serving = connection(stream, router.clone(), client, limits.request_max, shutdown.clone());
+            connections.spawn(async move {
+                serving.await;
+                drop(slot);
+            });
         }
     };
     tokio::select! {
         () = shutdown.cancelled() => {}
-        () = accept => {}
+        () = accepting => {}
     }
     connections.close();
     connections.wait().await;
+}
+
+/// Returns the next connection; what fails meanwhile is reported, and tried again after a pause.
+pub(super) async fn accept<T, F: Future<Output = io::Result<T>>>(
+    mut accepted: impl FnMut() -> F,
+    again_after: Duration,
+    failures: &Failures,
+) -> T {
+    loop {
+        match accepted().await {
+            Ok(stream) => return stream,
+            Err(error) => {
+                failures.report("the admin server cannot accept connections", 1, &error.to_string(), "");
+                sleep(again_after).await;
+            }
+        }
+    }
 }
 
 /// Who has a connection.

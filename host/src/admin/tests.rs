@@ -8,6 +8,7 @@ use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
+use crate::telemetry::Failures;
 
 const TOKEN: &str = "0123456789abcdef0123456789abcdef";
 
@@ -76,6 +77,41 @@ impl Clients for OneClient {
     }
 }
 
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl std::io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn an_accept_that_fails_again_and_again_is_logged_once() {
+    let log = Log::default();
+    let writer = log.clone();
+    let subscriber = tracing_subscriber::fmt().with_writer(move || writer.clone()).finish();
+    let mut left = 5;
+    let accepted = || {
+        left -= 1;
+        let error = std::io::Error::from_raw_os_error(libc::EMFILE);
+        std::future::ready(if left > 0 { Err(error) } else { Ok("a connection") })
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    let failures = Failures::default();
+    let accepting = server::accept(accepted, Duration::ZERO, &failures);
+    let accepted = tracing::subscriber::with_default(subscriber, || runtime.block_on(accepting));
+    assert_eq!(accepted, "a connection");
+    let log = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+    assert_eq!(log.lines().count(), 1, "{log}");
+    assert!(log.contains("cannot accept connections: Too many open files"), "{log}");
+}
+
 struct Running {
     handle: Handle,
     shutdown: CancellationToken,
@@ -111,6 +147,7 @@ async fn run_with(limits: server::Limits) -> Running {
         measure: Arc::new(|| ()),
         prometheus: recorder.handle(),
         process: crate::telemetry::Process::default(),
+        failures: Failures::default(),
         instance: "this-one".into(),
         token: TOKEN.into(),
     };
@@ -247,6 +284,7 @@ async fn it_ends_with_the_shutdown_and_a_taken_port_is_named() {
             measure: Arc::new(|| ()),
             prometheus,
             process: crate::telemetry::Process::default(),
+            failures: Failures::default(),
             instance: "other".into(),
             token: TOKEN.into(),
         },

@@ -236,6 +236,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
         }),
         prometheus,
         process,
+        failures: failures.clone(),
         instance: Arc::clone(&instance),
         token: token.as_str().into(),
     };
