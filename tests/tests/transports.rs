@@ -201,7 +201,7 @@ fn new_certificates_and_revocations_end_only_the_connections_of_the_revoked() {
     let taken = "new certificates, used for new connections";
 
     folder.write("server.pem", "not a certificate");
-    setup.host.says("server.pem holds no certificate");
+    setup.host.says("server.pem: it holds no certificate");
     assert!(reloads("refused") >= 1.0);
     assert!(setup.publish_as_device(1, "reload/broken").status.success());
 

@@ -417,8 +417,8 @@ impl Config {
                     all_there = false;
                 }
             }
-            if all_there && let Err(reason) = super::transport::tls::Tls::load(tls.clone()) {
-                problems.add(at, reason);
+            if all_there && let Err(unusable) = super::transport::tls::Tls::load(tls.clone()) {
+                problems.add(at, unusable.reason);
             }
         }
         if let Some(access) = &self.access {

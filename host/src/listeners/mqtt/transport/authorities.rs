@@ -27,7 +27,7 @@ use x509_cert::der::{Decode, Encode};
 use x509_cert::ext::pkix::{BasicConstraints, ExtendedKeyUsage, KeyUsage};
 use x509_cert::{Certificate, TbsCertificate, Version};
 
-use super::tls::{VERSION_1, cannot_use};
+use super::tls::{Unusable, VERSION_1, cannot_use};
 
 const CLIENT_AUTH: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.6.1.5.5.7.3.2");
 const ANY_USAGE: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.29.37.0");
@@ -100,13 +100,12 @@ pub(super) async fn observed<T>(handshake: impl Future<Output = T>) -> (T, Seen)
 }
 
 impl Authorities {
-    /// Errors name the file.
     pub fn new(
         (path, listed): (&Path, Vec<CertificateDer<'static>>),
         lists: Option<(&Path, Vec<CertificateRevocationListDer<'static>>)>,
         algorithms: WebPkiSupportedAlgorithms,
         is_mandatory: bool,
-    ) -> Result<Self, String> {
+    ) -> Result<Self, Unusable> {
         let mut authorities = Self {
             anchors: Vec::new(),
             certificates: Vec::new(),

@@ -165,7 +165,7 @@ impl Entry {
     pub async fn bind(endpoint: &Endpoint) -> Result<Self, Error> {
         let bind = || endpoint.bind.clone();
         let tls = endpoint.tls.clone().map(Tls::load).transpose();
-        let tls = tls.map_err(|reason| Error::Tls { bind: bind(), reason })?;
+        let tls = tls.map_err(|unusable| Error::Tls { bind: bind(), reason: unusable.reason })?;
         let listener = Listener::bind(endpoint).await.map_err(|error| Error::Bind { bind: bind(), error })?;
         Ok(Self { endpoint: endpoint.clone(), listener, tls: tls.map(Arc::new) })
     }

@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::super::Broker;
-use super::tls::{Reloaded, Tls};
+use super::tls::{Reloaded, Tls, Unusable};
 use crate::telemetry::{Failures, Standing};
 
 const LOOK_EVERY: Duration = Duration::from_secs(30);
@@ -137,19 +137,32 @@ fn until_next_end(all: &[Arc<Tls>]) -> Duration {
 async fn look(broker: &Broker, tls: &Arc<Tls>) -> bool {
     let looked = tls.clone();
     // A task that panics ends the process, so that there is always an answer.
-    match tokio::task::spawn_blocking(move || looked.reload()).await {
-        Ok(Reloaded::Same) | Err(_) => false,
-        Ok(Reloaded::Taken) => {
+    let reloaded = tokio::task::spawn_blocking(move || looked.reload()).await.unwrap_or(Reloaded::Same);
+    note_reload(tls, &broker.failures, &reloaded);
+    match reloaded {
+        Reloaded::Same => false,
+        Reloaded::Taken => {
             broker.counters.tls_reload("taken");
-            broker.failures.reloaded(tls.cert());
             tracing::info!(cert = %tls.name(), "mqtt: new certificates, used for new connections");
             true
         }
-        Ok(Reloaded::Broken(reason)) => {
+        Reloaded::Broken(unusable) => {
             broker.counters.tls_reload("refused");
-            broker.failures.reload_refused(tls.cert(), &reason);
-            tracing::error!("mqtt: the old certificates stay in use: {reason}");
+            tracing::error!("mqtt: the old certificates stay in use: {unusable}");
             false
         }
+    }
+}
+
+/// The file that cannot be used is a problem until the listener's files are taken, or another is at fault.
+pub(super) fn note_reload(tls: &Tls, failures: &Failures, reloaded: &Reloaded) {
+    let unusable = match reloaded {
+        Reloaded::Same => return,
+        Reloaded::Taken => None,
+        Reloaded::Broken(unusable) => Some(unusable),
+    };
+    tls.files().for_each(|file| failures.reloaded(file));
+    if let Some(Unusable { file, reason }) = unusable {
+        failures.reload_refused(file, reason);
     }
 }

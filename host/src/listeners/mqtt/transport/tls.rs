@@ -40,7 +40,7 @@ pub struct Tls {
     files: config::Tls,
     current: RwLock<Acceptor>,
     /// What the last look found, good or not: a broken file is said once.
-    seen: Mutex<Result<[u8; 32], String>>,
+    seen: Mutex<Result<[u8; 32], Unusable>>,
     /// It was a certificate that is not valid yet: tried again.
     is_early: AtomicBool,
 }
@@ -76,8 +76,15 @@ struct CertificateProof {
 pub(super) enum Reloaded {
     Same,
     Taken,
-    /// File and reason.
-    Broken(String),
+    Broken(Unusable),
+}
+
+/// A file that cannot be used. The reason names it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{reason}")]
+pub struct Unusable {
+    pub file: PathBuf,
+    pub reason: String,
 }
 
 /// The files' bytes, read together.
@@ -89,8 +96,8 @@ struct Material {
 }
 
 impl Tls {
-    /// Reads the files; errors name the file.
-    pub fn load(files: config::Tls) -> Result<Self, String> {
+    /// Reads the files.
+    pub fn load(files: config::Tls) -> Result<Self, Unusable> {
         let material = Material::read(&files)?;
         let current = RwLock::new(material.acceptor(&files)?);
         Ok(Self { files, current, seen: Mutex::new(Ok(material.digest())), is_early: AtomicBool::new(false) })
@@ -110,7 +117,7 @@ impl Tls {
         self.is_early.store(false, Ordering::Relaxed);
         let acceptor = match material.and_then(|material| material.acceptor(&self.files)) {
             Ok(acceptor) => acceptor,
-            Err(reason) => return Reloaded::Broken(reason),
+            Err(unusable) => return Reloaded::Broken(unusable),
         };
         let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
         let now = SystemTime::now();
@@ -199,11 +206,14 @@ impl Tls {
         &self.files.cert
     }
 
+    pub(super) fn files(&self) -> impl Iterator<Item = &Path> {
+        let config::Tls { cert, key, client_ca, crl, .. } = &self.files;
+        [Some(cert), Some(key), client_ca.as_ref(), crl.as_ref()].into_iter().flatten().map(PathBuf::as_path)
+    }
+
     /// Where its files lie.
     pub(super) fn folders(&self) -> impl Iterator<Item = &Path> {
-        let config::Tls { cert, key, client_ca, crl, .. } = &self.files;
-        let files = [Some(cert), Some(key), client_ca.as_ref(), crl.as_ref()];
-        files.into_iter().flatten().map(|file| match file.parent() {
+        self.files().map(|file| match file.parent() {
             Some(folder) if !folder.as_os_str().is_empty() => folder,
             _ => Path::new("."),
         })
@@ -283,9 +293,9 @@ pub(super) fn shown(io: &TlsStream<TcpStream>) -> Box<[Box<[u8]>]> {
 }
 
 impl Material {
-    fn read(files: &config::Tls) -> Result<Self, String> {
+    fn read(files: &config::Tls) -> Result<Self, Unusable> {
         let named = |path: &Option<PathBuf>| match path {
-            Some(path) => Ok::<_, String>(Some((path.clone(), read(path)?))),
+            Some(path) => Ok(Some((path.clone(), read(path)?))),
             None => Ok(None),
         };
         Ok(Self {
@@ -307,13 +317,13 @@ impl Material {
         hash.finalize().into()
     }
 
-    fn acceptor(&self, files: &config::Tls) -> Result<Acceptor, String> {
+    fn acceptor(&self, files: &config::Tls) -> Result<Acceptor, Unusable> {
         let mut lists_until = None;
         let config::Tls { cert, key, .. } = files;
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let builder = ServerConfig::builder_with_provider(provider.clone())
             .with_safe_default_protocol_versions()
-            .map_err(|error| error.to_string())?;
+            .map_err(|error| cannot_use(cert, &error))?;
         let mut authorities = None;
         if let Some((path, bytes)) = &self.client_ca {
             let lists = match &self.crl {
@@ -339,7 +349,10 @@ impl Material {
         let is_version_1 = own.version == Version::V1;
         let mut config = builder.with_single_cert(chain, private).map_err(|error| match error {
             rustls::Error::InconsistentKeys(_) => {
-                format!("the key {} does not fit the certificate {}: {error}", key.display(), cert.display())
+                let (file, cert) = (key.clone(), cert.display());
+                let reason =
+                    format!("the key {} does not fit the certificate {cert}: {error}", key.display());
+                Unusable { file, reason }
             }
             _ if is_version_1 => cannot_use(cert, &VERSION_1),
             error => cannot_use(cert, &error),
@@ -353,7 +366,7 @@ impl Material {
     }
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, String> {
+fn read(path: &Path) -> Result<Vec<u8>, Unusable> {
     let size = std::fs::metadata(path).map_err(|error| cannot_use(path, &error))?.len();
     if size > FILE_BYTES_MAX {
         return Err(cannot_use(path, &format!("it has {size} bytes, at most {FILE_BYTES_MAX} are read")));
@@ -361,18 +374,18 @@ fn read(path: &Path) -> Result<Vec<u8>, String> {
     files::read(path).map_err(|error| cannot_use(path, &error))
 }
 
-fn certificates(path: &Path, bytes: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
+fn certificates(path: &Path, bytes: &[u8]) -> Result<Vec<CertificateDer<'static>>, Unusable> {
     let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(bytes).collect();
     match found {
-        Ok(found) if found.is_empty() => Err(format!("{} holds no certificate (PEM)", path.display())),
+        Ok(found) if found.is_empty() => Err(cannot_use(path, &"it holds no certificate (PEM)")),
         found => found.map_err(|error| cannot_use(path, &error)),
     }
 }
 
-fn revoked(path: &Path, bytes: &[u8]) -> Result<Vec<CertificateRevocationListDer<'static>>, String> {
+fn revoked(path: &Path, bytes: &[u8]) -> Result<Vec<CertificateRevocationListDer<'static>>, Unusable> {
     let found: Result<Vec<_>, _> = CertificateRevocationListDer::pem_slice_iter(bytes).collect();
     match found {
-        Ok(found) if found.is_empty() => Err(format!("{} holds no revocation list (PEM)", path.display())),
+        Ok(found) if found.is_empty() => Err(cannot_use(path, &"it holds no revocation list (PEM)")),
         found => found.map_err(|error| cannot_use(path, &error)),
     }
 }
@@ -386,8 +399,8 @@ fn next_update(list: &CertificateRevocationListDer<'_>) -> Option<SystemTime> {
 pub(super) const VERSION_1: &str = "it is of X.509 version 1, and TLS takes version 3 here: make it again with \
      `openssl x509 -req … -extfile`, whose file holds subjectAltName";
 
-pub(super) fn cannot_use(path: &Path, error: &dyn std::fmt::Display) -> String {
-    format!("cannot use {}: {error}", path.display())
+pub(super) fn cannot_use(path: &Path, error: &dyn std::fmt::Display) -> Unusable {
+    Unusable { file: path.to_owned(), reason: format!("cannot use {}: {error}", path.display()) }
 }
 
 /// Says what failed and what to do.

@@ -7,7 +7,7 @@ use tokio::net::TcpListener;
 use tokio_rustls::TlsConnector;
 
 use super::super::super::config::Identity;
-use super::super::reload::{Told, note_lists};
+use super::super::reload::{Told, note_lists, note_reload};
 use super::*;
 use crate::telemetry::Failures;
 
@@ -288,8 +288,8 @@ async fn a_server_certificate_out_of_its_dates_never_replaces_one_that_works() {
         let expired = pki.ca.sign_with("server", 1, settings);
         pki.write("server.pem", &expired.cert);
         pki.write("server.key", &expired.key);
-        let Reloaded::Broken(reason) = tls.reload() else { panic!("taken") };
-        assert!(reason.contains(said), "{reason}");
+        let Reloaded::Broken(unusable) = tls.reload() else { panic!("taken") };
+        assert!(unusable.reason.contains(said), "{unusable}");
         assert!(matches!(tls.reload(), Reloaded::Same));
         assert!(shake(&tls, &device).await.1.is_ok());
         let fresh = pki.load(Identity::Cn);
@@ -346,9 +346,13 @@ fn a_list_is_told_of_in_the_moment_that_it_is_due_and_then_daily() {
 
 #[tokio::test]
 async fn a_broken_file_is_named_once_and_the_old_certificates_stay() {
-    let pki = Pki::new();
+    let (pki, failures) = (Pki::new(), Failures::default());
     let tls = pki.load(Identity::Cn);
     let device = pki.connector(Some(pki.device(7)));
+    let told = |reloaded: &Reloaded| {
+        note_reload(&tls, &failures, reloaded);
+        failures.standing().into_iter().map(|fault| fault.part).collect::<Vec<_>>()
+    };
     let key = std::fs::read_to_string(pki.dir.path().join("server.key")).unwrap();
     for (file, content) in [
         ("server.pem", "nothing"),
@@ -358,12 +362,17 @@ async fn a_broken_file_is_named_once_and_the_old_certificates_stay() {
     ] {
         let before = std::fs::read_to_string(pki.dir.path().join(file)).unwrap();
         pki.write(file, content);
-        let Reloaded::Broken(reason) = tls.reload() else { panic!("{file} was taken") };
-        assert!(reason.contains(file), "{reason}");
+        let reloaded = tls.reload();
+        let Reloaded::Broken(unusable) = &reloaded else { panic!("{file} was taken") };
+        assert!(unusable.reason.contains(file), "{unusable}");
+        let path = pki.dir.path().join(file);
+        assert_eq!(told(&reloaded), [format!("file {}", path.display())]);
         assert!(matches!(tls.reload(), Reloaded::Same));
         assert!(shake(&tls, &device).await.0.is_ok());
         pki.write(file, &before);
-        assert!(matches!(tls.reload(), Reloaded::Taken));
+        let reloaded = tls.reload();
+        assert!(matches!(reloaded, Reloaded::Taken));
+        assert_eq!(told(&reloaded), [""; 0]);
     }
     std::fs::remove_file(pki.dir.path().join("server.key")).unwrap();
     assert!(matches!(tls.reload(), Reloaded::Broken(_)));
@@ -443,7 +452,7 @@ async fn a_certificate_of_version_1_is_told_with_how_to_make_it_again() {
             crl: None,
             identity: Identity::Cn,
         };
-        let said = Tls::load(files).err().unwrap();
+        let said = Tls::load(files).err().unwrap().reason;
         assert!(said.contains(expected) && said.contains(cert), "{said}");
     }
 }
