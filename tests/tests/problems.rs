@@ -1,5 +1,7 @@
 //! What `headworks status` tells a person of while the log alone would say it, or nothing would.
 
+use std::io::{BufRead, BufReader};
+
 use headworks_tests::certificates::Authority;
 use headworks_tests::host::{Host, fresh, prebuilt};
 use headworks_tests::mqtt::{Connection, Version};
@@ -297,6 +299,23 @@ fn a_data_folder_that_is_moved_under_the_host_is_told_by_host_and_commands_until
     let (code, problems) = status(&host);
     assert_eq!((code, problems), (Some(0), vec![]));
     host.cli(&["clients", "list"]);
+}
+
+#[test]
+fn a_reader_of_the_log_that_stops_holds_up_nobody_and_is_told_that_it_missed_lines() {
+    let mut host = Host::prepare("problems-log-reader", "").env("RUST_LOG", "trace");
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    host.launch_logging_to(writer);
+    host.wait_serving();
+    // Each answer is some lines of this log.
+    while host.metric("headworks_log_dropped_lines_total", &[]) == 0.0 {}
+    publish(&host, "acme/site/power/pump-1/reading", "{}");
+    let mut lines = BufReader::new(reader).lines().map(|line| line.expect("text"));
+    let told = lines.find(|line| line.contains("WARN log lines were dropped"));
+    assert!(told.is_some_and(|line| line.contains(" lines=")), "the host goes on and tells it");
+    // Nobody reads now; nor is the end held up.
+    drop(lines);
+    assert!(host.stop().success());
 }
 
 #[test]

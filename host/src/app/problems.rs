@@ -24,7 +24,7 @@ use crate::config::DEAD_LETTERS;
 use crate::hints::{Hint, Hints, Letters};
 use crate::pipeline::{OpenCount, OpenLetters, PipelineStatus, SinkStatus, State, letters_gone};
 use crate::plugin::PluginState;
-use crate::stream::{Stall, Stream};
+use crate::stream::{Lack, Stall, Stream};
 use crate::telemetry::{DiskSpace, Growth, Standing};
 use crate::units::ByteSize;
 
@@ -237,10 +237,8 @@ impl Host {
             let at_stake = AtStake { messages: Some(stall.messages), ..at_stake };
             return Some(Found { part, kind: "stalled", cause, at_stake, advice });
         }
-        let lack = stream.lack()?;
-        let advice = lack.advice(&self.data_folder());
-        let cause = format!("{lack}: {waits}");
-        Some(Found { part, kind: "no_space", cause, at_stake, advice })
+        let (kind, cause, advice) = lack_problem(stream, waits, &self.data_folder())?;
+        Some(Found { part, kind, cause, at_stake, advice })
     }
 
     fn pipeline_problems(&self, status: &PipelineStatus) -> Vec<Found> {
@@ -576,6 +574,20 @@ fn certificate_problems(metrics: &str) -> Vec<Found> {
     ending.collect()
 }
 
+/// Returns kind, cause and advice where a stream has no room for appends, or for its reserve alone.
+/// `waits` says what waits for appends.
+fn lack_problem(stream: &dyn Stream, waits: &str, folder: &Path) -> Option<(&'static str, String, String)> {
+    match stream.lack() {
+        Some(lack) => Some(("no_space", format!("{lack}: {waits}"), lack.advice(folder))),
+        None if stream.has_room() => None,
+        None => Some((
+            "low_space",
+            "the disk has no room for the reserve of the stream, which still takes messages".to_owned(),
+            Lack::Disk.advice(folder),
+        )),
+    }
+}
+
 fn low_space(data_dir: &Path, space: DiskSpace) -> Found {
     Found {
         part: format!("disk of {}", data_dir.display()),
@@ -656,6 +668,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use super::*;
     use crate::batch::Offset;
+    use crate::stream::Config;
+    use crate::stream::conformance::message;
+    use crate::stream::log::Log;
+    use crate::stream::log::sim::SimDisk;
+    use crate::stream::memory::MemoryStream;
 
     #[test]
     fn a_label_is_read_whatever_its_value_holds() {
@@ -665,6 +682,26 @@ mod tests {
         assert_eq!(read("other").as_deref(), Some(r"x=\"));
         assert_eq!(read("end").as_deref(), Some(""));
         assert_eq!((read("b/"), label_value("", "file")), (None, None));
+    }
+
+    #[test]
+    fn a_disk_without_room_for_a_reserve_is_told_apart_from_one_that_devices_wait_for() {
+        let kind = |bytes_max| {
+            let disk = SimDisk::new(3);
+            disk.set_bytes_max(bytes_max);
+            let config = Config {
+                segment_bytes: ByteSize(64 << 10),
+                reserve_bytes: ByteSize(4 << 20),
+                ..Config::default()
+            };
+            let (log, _) = Log::open(Arc::new(disk), Path::new("/streams/t"), "t", &config).unwrap();
+            log.append(&[message("a/b", b"x")], &[]).unwrap();
+            lack_problem(&*log, "devices wait", Path::new("/")).map(|(kind, ..)| kind)
+        };
+        assert_eq!((kind(8 << 20), kind(2 << 20)), (None, Some("low_space")));
+        let full = MemoryStream::with_hooks("t", 1);
+        full.set_no_space(true);
+        assert_eq!(lack_problem(&*full, "devices wait", Path::new("/")).unwrap().0, "no_space");
     }
 
     #[test]

@@ -252,8 +252,7 @@ pub trait Stream: Send + Sync + 'static {
     /// and all that is remembered of it.
     fn rename_reader(&self, former: &str, consumer: &str);
 
-    /// Returns what the stream has too little of to take what could also wait. A stream
-    /// that goes on in its reserve lacks room on disk.
+    /// Returns what appends wait for.
     fn lack(&self) -> Option<Lack>;
 
     /// Returns since when appends wait for a disk that does not answer, where that is long.
@@ -261,7 +260,8 @@ pub trait Stream: Send + Sync + 'static {
         None
     }
 
-    /// Returns whether the stream lacks nothing.
+    /// Returns whether there is room for appends that could also wait. A stream that lacks nothing has
+    /// none while the disk has no room for its reserve.
     fn has_room(&self) -> bool {
         self.lack().is_none()
     }

@@ -97,8 +97,8 @@ pub(crate) struct Inner {
     back: RwLock<Back>,
     /// The [`Lack`] that appends wait for, as its code; 0 while they are taken.
     lack: AtomicU8,
-    /// The reserve is used, or could not be made again.
-    reserve_gone: AtomicBool,
+    /// Set while the disk has no room for the reserve: it was used, or could not be made.
+    reserve_lacks_room: AtomicBool,
 
     /// Since when the committer is at work on the disk.
     at_work_since: Mutex<Option<Instant>>,
@@ -264,8 +264,11 @@ impl Stream for Log {
     }
 
     fn lack(&self) -> Option<Lack> {
-        let is_in_reserve = self.inner.reserve_gone.load(Ordering::Relaxed);
-        self.inner.lack().or(is_in_reserve.then_some(Lack::Disk))
+        self.inner.lack()
+    }
+
+    fn has_room(&self) -> bool {
+        self.inner.lack().is_none() && !self.inner.reserve_lacks_room.load(Ordering::Relaxed)
     }
 
     fn state(&self, prefix: &[u8]) -> Vec<(Vec<u8>, Vec<u8>)> {

@@ -190,7 +190,7 @@ fn build(
         opening: AtomicBool::new(true),
         // Opening may: a full disk must not keep the host from draining it.
         may_use_reserve: AtomicBool::new(true),
-        reserve_gone: AtomicBool::new(false),
+        reserve_lacks_room: AtomicBool::new(false),
         use_reserve_while_running: config.may_use_reserve,
         clock: Mutex::new(Clock::new(clock, replayed.timeline(), replayed.clock_us)),
         metadata,

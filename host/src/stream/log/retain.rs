@@ -302,7 +302,7 @@ impl Inner {
             return Err(full);
         }
         self.disk.rename(&reserve, &path).map_err(no_space_or("rename the reserve"))?;
-        self.reserve_gone.store(true, Ordering::Relaxed);
+        self.reserve_lacks_room.store(true, Ordering::Relaxed);
         tracing::warn!(stream = %self.name, "the disk is full, going on in the reserve");
         Ok((file, len, path))
     }
@@ -315,7 +315,9 @@ impl Inner {
             return;
         }
         match self.disk.open(&path, Create::ReadOnly).and_then(|reserve| reserve.len()) {
-            Ok(len) if len >= self.reserve_bytes => return self.reserve_gone.store(false, Ordering::Relaxed),
+            Ok(len) if len >= self.reserve_bytes => {
+                return self.reserve_lacks_room.store(false, Ordering::Relaxed);
+            }
             // Nothing says that it is gone.
             Err(error) if !is_full(&error) && lacking(&error).is_some() => return,
             _ => {}
@@ -325,7 +327,7 @@ impl Inner {
             file.preallocate(self.reserve_bytes)?;
             self.disk.rename(&temporary, &path)
         });
-        self.reserve_gone.store(made.is_err(), Ordering::Relaxed);
+        self.reserve_lacks_room.store(made.as_ref().is_err_and(is_full), Ordering::Relaxed);
         if made.is_err() {
             let _ = self.disk.remove(&temporary);
         }

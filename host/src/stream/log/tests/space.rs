@@ -366,6 +366,19 @@ async fn a_disk_that_does_not_answer_is_told_with_what_waits_until_it_does() {
     }
 }
 
+#[tokio::test]
+async fn a_log_whose_folder_is_moved_lacks_nothing_while_it_takes_messages() {
+    let parent = tempfile::tempdir().unwrap();
+    let [folder, away] = ["log", "away"].map(|name| parent.path().join(name));
+    let config = Config { reserve_bytes: ByteSize(32 << 10), ..small() };
+    let (log, _) = Log::open(Arc::new(RealDisk::default()), &folder, "t", &config).unwrap();
+    std::fs::rename(&folder, &away).unwrap();
+    log.inner.keep(false);
+    let appended = log.append(&[message("a/b", b"x")], &[]).unwrap();
+    durable(&*log, appended.ticket).await;
+    assert_eq!((log.lack(), log.has_room()), (None, true));
+}
+
 #[test]
 fn a_reserve_that_is_empty_or_short_is_filled_again_and_no_crash_leaves_one() {
     let clock = new_clock();
