@@ -319,6 +319,30 @@ fn a_reader_of_the_log_that_stops_holds_up_nobody_and_is_told_that_it_missed_lin
 }
 
 #[test]
+fn what_retention_takes_from_a_sink_that_is_down_is_told_at_once() {
+    let config = "streams: { telemetry: { segment_bytes: 1MiB, retention: { max_bytes: 4MiB } } }\n\
+                  sinks: { warehouse: { type: postgres, url: \"postgres://writer@127.0.0.1:1/iot\", \
+                  on_lag: detach } }\n";
+    let mut host = Host::prepare("problems-detached", config);
+    host.launch();
+    host.wait_serving();
+    let payload = "x".repeat(100_000);
+    let mut meter = Client::clean(host.mqtt(), Version::V5, "meter-9");
+    for id in 1..=100 {
+        meter.publish_through(&Publish::new("acme/site/power/meter-9/reading", 1, id, &payload));
+    }
+    host.says(
+        "sink \"warehouse\" of pipeline \"telemetry\": retention removed messages before the sink had them",
+    );
+    let gap = problem(&host, "gap");
+    assert_eq!(gap["part"], "pipeline telemetry");
+    assert!(gap["cause"].as_str().is_some_and(|cause| cause.contains("removed by retention")), "{gap}");
+    let at_stake = &problem(&host, "retrying")["at_stake"];
+    let gone = at_stake["gone_messages"].as_u64().expect("a number");
+    assert_eq!((gone > 0, at_stake["messages"].as_u64()), (true, Some(100 - gone)), "{at_stake}");
+}
+
+#[test]
 fn a_sqlite_file_that_is_moved_under_the_host_holds_its_sink_until_it_is_back() {
     let backoff = "pipelines: { telemetry: { sink_backoff: { max: 100ms } } }\n";
     let mut host = Host::prepare("problems-moved-file", backoff);

@@ -103,6 +103,9 @@ pub struct Problem {
 pub struct AtStake {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub messages: Option<u64>,
+    /// Messages that retention removed before a sink had them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gone_messages: Option<u64>,
     /// How long the oldest of them waits.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub oldest_seconds: Option<u64>,
@@ -117,6 +120,11 @@ impl fmt::Display for AtStake {
             1 => "1 message".to_owned(),
             count => format!("{count} messages"),
         });
+        let messages = match (messages, self.gone_messages) {
+            (Some(waiting), Some(1)) => Some(format!("{waiting} wait, 1 is gone")),
+            (Some(waiting), Some(gone)) => Some(format!("{waiting} wait, {gone} are gone")),
+            (messages, _) => messages,
+        };
         let oldest = self
             .oldest_seconds
             .map(|seconds| format!("the oldest waits {}", Period(Duration::from_secs(seconds))));

@@ -74,6 +74,7 @@ mod tests {
             committed: Some(Offset(next)),
             next: Offset(next),
             lag_messages: end - next,
+            gone_messages: 0,
             since: SystemTime::now(),
             last_commit: None,
             own_lane: false,

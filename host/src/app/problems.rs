@@ -276,6 +276,7 @@ impl Host {
             let advice = advice::of_sink(kind, cause, detaches(sink));
             let at_stake = AtStake {
                 messages: Some(sink.lag_messages),
+                gone_messages: Some(sink.gone_messages).filter(|gone| *gone > 0),
                 oldest_seconds: self.oldest_age(status, sink).map(|age| age.as_secs()),
                 ..AtStake::default()
             };
@@ -397,6 +398,7 @@ impl Host {
                     cause: "the sink works, and more comes than it writes, or its database is slow".to_owned(),
                     at_stake: AtStake {
                         messages: Some(sink.lag_messages),
+                        gone_messages: Some(sink.gone_messages).filter(|gone| *gone > 0),
                         oldest_seconds: Some(age.as_secs()),
                         ..AtStake::default()
                     },
@@ -730,6 +732,7 @@ mod tests {
             committed: None,
             next: Offset(0),
             lag_messages: 5,
+            gone_messages: 0,
             since: SystemTime::now(),
             last_commit: None,
             own_lane: false,

@@ -160,6 +160,7 @@ fn pipeline_status(
             "state": state_text(&sink.state),
             "committed": sink.committed.map(|offset| offset.0),
             "lag_messages": sink.lag_messages,
+            "gone_messages": sink.gone_messages,
             "rows": rows("headworks_sink_rows_total", sink),
             "redriven": rows("headworks_redrive_rows_total", sink),
             "lag_seconds": lag(sink).map(|lag| lag.as_secs_f64()),

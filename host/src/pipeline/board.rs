@@ -65,13 +65,14 @@ impl Board {
         let sink = |(shared, own_lane): (&Arc<SinkShared>, &bool)| {
             let committed = shared.committed.load(Ordering::Acquire);
             let committed = (committed != u64::MAX).then_some(Offset(committed));
-            let next = shared.next().max(kept.start);
+            let next = shared.next();
             SinkStatus {
                 name: shared.name.clone(),
                 state: shared.state(),
                 committed,
                 next,
-                lag_messages: end.0.saturating_sub(next.0),
+                lag_messages: end.0.saturating_sub(next.max(kept.start).0),
+                gone_messages: shared.gone.load(Ordering::Acquire),
                 since: shared.since(),
                 last_commit: shared.last_commit(),
                 own_lane: *own_lane,

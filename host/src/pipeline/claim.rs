@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::gone::Gone;
 use crate::batch::Offset;
 use crate::sinks::{Advance, Begin, Claim, Found, Name};
 use crate::stream::{BeginNow, Delivered, GapCause, Identity, OnLag, Stream};
@@ -172,15 +173,16 @@ pub fn say_goes_on(claim: &Claim, stream: &dyn Stream, positions: &[Offset]) {
 }
 
 /// Where the stream remembers a reader whose sink was not opened yet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct Waiting {
     pub from: Offset,
     pub on_lag: OnLag,
+    pub gone: Arc<Gone>,
 }
 
 impl Waiting {
     /// Returns which messages a claim that begins at `start` can never have, and why not.
-    pub fn lost(self, start: Offset) -> Option<(Range<Offset>, GapCause)> {
+    pub fn lost(&self, start: Offset) -> Option<(Range<Offset>, GapCause)> {
         let cause = match self.on_lag {
             // Retention waits for such a reader: the disk lost what it lacks.
             OnLag::Block | OnLag::Ask => GapCause::Damaged,
@@ -190,11 +192,14 @@ impl Waiting {
     }
 }
 
-/// Counts and says messages that a claim can never have.
-pub fn tell_lost(claim: &Claim, stream: &dyn Stream, lost: Range<Offset>, cause: GapCause) {
+/// Counts and says messages that a claim can never have; `gone` counts for the claim's pipeline.
+pub fn tell_lost(claim: &Claim, stream: &dyn Stream, gone: &Gone, lost: Range<Offset>, cause: GapCause) {
     let (from, to) = (lost.start.0, lost.end.0);
     stream.lose(lost, cause);
-    super::metrics::gap(&claim.pipeline, cause.as_str()).increment(to - from);
+    match cause {
+        GapCause::Damaged => super::metrics::gap(&claim.pipeline, cause.as_str()).increment(to - from),
+        GapCause::Trimmed => gone.count(from..to),
+    }
     tracing::error!(
         pipeline = claim.pipeline,
         sink = claim.sink,
@@ -335,7 +340,9 @@ mod tests {
 
     #[test]
     fn what_is_gone_before_a_sink_was_ever_open_is_lost_to_it_and_the_disk_lost_it_where_retention_waits() {
-        let lost = |on_lag, start| Waiting { from: Offset(3), on_lag }.lost(Offset(start));
+        let gone = Arc::new(Gone::new("p"));
+        let lost =
+            |on_lag, start| Waiting { from: Offset(3), on_lag, gone: Arc::clone(&gone) }.lost(Offset(start));
         assert_eq!(lost(OnLag::Detach, 9), Some((Offset(3)..Offset(9), GapCause::Trimmed)));
         assert_eq!(lost(OnLag::Block, 9), Some((Offset(3)..Offset(9), GapCause::Damaged)));
         for start in [0, 3] {

@@ -23,7 +23,7 @@ pub const METRICS: &[Metric] = &[
     metric(
         "headworks_pipeline_gap_messages_total",
         MetricKind::Counter,
-        "Offsets that could not be read any more: damaged or trimmed",
+        "Messages that sinks of the pipeline can never have: damaged on disk, or trimmed, which retention removed; those count once, as soon as they are gone",
         &["pipeline", "cause"],
     ),
     metric(

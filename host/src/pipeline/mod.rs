@@ -34,6 +34,7 @@ mod dead_letters;
 mod dead_letters_config;
 mod delivery;
 mod discard;
+mod gone;
 mod known;
 mod lane;
 mod letter;
@@ -74,6 +75,7 @@ use answering::Answering;
 use board::Board;
 use claim::Waiting;
 use delivery::Delivery;
+use gone::Gone;
 use metrics::PipelineMetrics;
 use records::Records;
 use redrive::Lender;
@@ -335,6 +337,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
         failures,
         metrics: PipelineMetrics::new(name),
         redrives: Redrives::new(name),
+        gone: Arc::new(Gone::new(name)),
         counted: (0..identity.partitions).map(|_| AtomicU64::new(0)).collect(),
         held_in: AtomicU64::new(0),
         schedule: Schedule::default(),
@@ -359,8 +362,8 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
             _ => attachment.remembered(),
         };
         sink_shared.remembered.store(remembered.0, Ordering::Release);
-        let waiting = Waiting { from: remembered, on_lag: part.on_lag };
-        let member = Member::new(part.name.clone(), control, sink_shared);
+        let waiting = Waiting { from: remembered, on_lag: part.on_lag, gone: Arc::clone(&shared.gone) };
+        let member = Member::new(part.name.clone(), control, sink_shared, part.on_lag);
         let delivery = Delivery {
             number,
             attachment: Arc::clone(&attachment),

@@ -40,6 +40,7 @@ pub struct Reader {
     /// Bytes read and not through the steps.
     pub room: Arc<Semaphore>,
     pub room_max: u32,
+    /// Offset of the next message that the reader has not in memory.
     pub position: Arc<AtomicU64>,
     pub progress_every: Duration,
     /// Whether the pipeline waits.
@@ -106,6 +107,7 @@ impl Reader {
     async fn frame(&mut self, batch: Batch) -> Result<(), WorkerGone> {
         let upto = self.cursor.position();
         self.flip(upto).await?;
+        self.position.store(upto.0, Ordering::Release);
         let bytes: usize = batch.segments.iter().map(bytes::Bytes::len).sum();
         let units = room_units(bytes as u64).min(self.room_max);
         let room = Arc::clone(&self.room).acquire_many_owned(units).await.map_err(|_| WorkerGone)?;
@@ -130,21 +132,19 @@ impl Reader {
             self.without[number] = 0;
             worker.send(Work::Frame(Arc::clone(&frame))).await.map_err(|_| WorkerGone)?;
         }
-        self.position.store(upto.0, Ordering::Release);
         Ok(())
     }
 
     async fn gap(&mut self, from: Offset, to: Offset, cause: GapCause) -> Result<(), WorkerGone> {
-        let cause = match cause {
+        match cause {
             // Told by the stream, once for all who read it.
-            GapCause::Damaged => "damaged",
+            GapCause::Damaged => metrics::gap(&self.shared.name, cause.as_str()).increment(to.0 - from.0),
             GapCause::Trimmed => {
                 tracing::error!(pipeline = %self.shared.name, from = from.0, to = to.0,
                     "retention removed messages before this pipeline read them");
-                "trimmed"
+                self.shared.gone.count(from.0..to.0);
             }
-        };
-        metrics::gap(&self.shared.name, cause).increment(to.0 - from.0);
+        }
         self.progress(to).await
     }
 

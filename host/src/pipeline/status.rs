@@ -41,8 +41,10 @@ pub struct SinkStatus {
     /// First message that it is not known to have: until it was opened, the place that
     /// the stream remembers of it.
     pub next: Offset,
-    /// Messages from `next` on.
+    /// Messages from `next` on that the stream still has.
     pub lag_messages: u64,
+    /// Messages from `next` on that retention has removed.
+    pub gone_messages: u64,
     /// Since when it is in this state.
     pub since: SystemTime,
     /// Its last commit in this process.
@@ -92,6 +94,8 @@ pub struct SinkShared {
     pub committed: AtomicU64,
     /// Lowest offset that it has not got yet.
     pub received: AtomicU64,
+    /// Messages that it lacks and that retention has removed.
+    pub gone: AtomicU64,
     answer_max: Duration,
     state: Mutex<SinkState>,
 }
@@ -123,6 +127,7 @@ impl SinkShared {
             remembered: AtomicU64::new(0),
             committed: super::delivery::unknown(),
             received: AtomicU64::new(0),
+            gone: AtomicU64::new(0),
             answer_max: ANSWER_MAX,
             state: Mutex::new(SinkState {
                 state: State::Starting,

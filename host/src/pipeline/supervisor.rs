@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::board::Board;
 use super::dead_letters::{KEYS_MAX, Waiting};
 use super::delivery::{Control, Event};
+use super::gone::Counted;
 use super::lane::{Lane, LaneEnded, LaneId};
 use super::metrics::SinkMetrics;
 use super::outlet::{Outlet, outlet};
@@ -28,7 +29,7 @@ use super::worker::Shared;
 use crate::batch::Offset;
 use crate::hints::Hint;
 use crate::step::Chain;
-use crate::stream::Stream;
+use crate::stream::{OnLag, Stream};
 use crate::telemetry::alike;
 use crate::units::ByteSize;
 
@@ -51,10 +52,13 @@ pub struct Member {
     ended: bool,
     /// Its positions were read in this process.
     was_open: bool,
+    on_lag: OnLag,
+    /// What the log has told as gone.
+    told_gone: Counted,
 }
 
 impl Member {
-    pub fn new(name: String, control: mpsc::Sender<Control>, shared: Arc<SinkShared>) -> Self {
+    pub fn new(name: String, control: mpsc::Sender<Control>, shared: Arc<SinkShared>, on_lag: OnLag) -> Self {
         Self {
             name,
             control,
@@ -64,6 +68,8 @@ impl Member {
             joining: false,
             ended: false,
             was_open: false,
+            on_lag,
+            told_gone: Counted::default(),
         }
     }
 }
@@ -329,6 +335,7 @@ impl Supervisor {
         self.versions.tidy(self.lowest());
         self.place_all().await;
         self.measure();
+        self.tell_gone();
         if self.window.elapsed() >= self.shared.config.lag_after.0 {
             self.split_laggards();
             self.new_window();
@@ -462,6 +469,28 @@ impl Supervisor {
             gauges.queue_bytes.set(outlets.map(Outlet::queued_bytes).sum::<u64>() as f64);
         }
         self.shared.metrics.lanes.set(self.lanes.len() as f64);
+    }
+
+    /// Tells what retention removed before sinks had it, though they may not come over the hole for long.
+    fn tell_gone(&mut self) {
+        let start = self.stream.bounds().start.0;
+        for member in self.members.iter_mut().filter(|member| member.on_lag == OnLag::Detach) {
+            let lane = self.lanes.iter().find(|lane| Some(lane.id) == member.lane);
+            // What its lane has read is in memory, and may still be written.
+            let lacks = lane.map_or(member.shared.next().0, |lane| lane.position.load(Ordering::Acquire));
+            member.shared.gone.store(start.saturating_sub(lacks), Ordering::Release);
+            self.shared.gone.count(lacks..start);
+            let more = member.told_gone.add(lacks..start);
+            if more > 0 {
+                let kind = format!(
+                    "sink \"{}\" of pipeline \"{}\": retention removed messages before the sink had them \
+                     (on_lag: detach)",
+                    member.name, self.shared.name
+                );
+                let offsets = format!("offsets {lacks} to {}", start - 1);
+                self.shared.failures.report(&kind, more, &offsets, &self.shared.failures.hint(Hint::Status));
+            }
+        }
     }
 
     fn new_window(&mut self) {

@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::config::{Backoff, Config};
 use super::dead_letters::{self, DeadLetters, Refusal, Source};
+use super::gone::Gone;
 use super::known::{Piece, Reader, Seen, before_last, index_within_offset};
 use super::metrics::{PipelineMetrics, step_duration};
 use super::outlet::{Bundle, Outlet, OutletClosed};
@@ -91,6 +92,7 @@ pub struct Shared {
     pub failures: Failures,
     pub metrics: PipelineMetrics,
     pub redrives: Redrives,
+    pub gone: Arc<Gone>,
     /// By partition: all below was counted as read.
     pub counted: Vec<AtomicU64>,
     /// Generation of a chain in which a worker waits for a held step; 0: none does.

@@ -360,7 +360,7 @@ impl Writer {
         let lost = waiting.lost(start);
         waiting.from = waiting.from.max(start);
         if let Some((lost, cause)) = lost {
-            claim::tell_lost(&self.claim, stream, lost, cause);
+            claim::tell_lost(&self.claim, stream, &waiting.gone, lost, cause);
         }
     }
 
