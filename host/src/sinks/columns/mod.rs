@@ -137,14 +137,27 @@ impl<'m> Reader<'_, 'm> {
                 return Err(RefusedRow { row, reason, code: None });
             }
         }
-        Ok(())
+        match broken {
+            None => Ok(()),
+            // Also where no column is required: the fields that the device sent would be NULL in silence.
+            Some(error) => {
+                let has_field = |column: &&Column| {
+                    column.sources.iter().any(|source| matches!(source, Source::Field { .. }))
+                };
+                let column = self.columns.columns.iter().find(has_field).expect("only fields are looked for");
+                let reason = reason(column, None, Value::Null, "", Some(error), message.payload());
+                Err(RefusedRow { row, reason, code: None })
+            }
+        }
     }
 
-    /// Finds all fields in one walk; a payload that is no object has none.
+    /// Finds all fields in one walk. A payload that is no object has none; one that begins as an object
+    /// does, perhaps behind a byte order mark, and is not JSON, is an error.
     fn find(&mut self, payload: &'m [u8]) -> Result<(), json::Error> {
         self.found.clear();
         self.found.resize(self.columns.keys.len(), None);
-        let is_object = payload.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'{');
+        let text = payload.strip_prefix(BYTE_ORDER_MARK).unwrap_or(payload);
+        let is_object = text.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'{');
         if is_object && !self.columns.keys.is_empty() {
             let outcome = json::get_each(payload, &self.columns.keys, &mut self.found);
             if outcome.is_err() {

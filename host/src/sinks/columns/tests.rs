@@ -161,3 +161,38 @@ fn a_config_keeps_the_order_and_says_all_that_is_wrong() {
     assert!(problems[3].message.contains("$site"), "{}", problems[3].message);
     assert!(serde_json::from_str::<ColumnsConfig>(r#"{"a": "/a", "a": "/b"}"#).is_err());
 }
+
+#[test]
+fn a_document_that_is_broken_is_rejected_also_where_no_column_is_required() {
+    let optional = columns(&[("device", "$device"), ("temperature", "/t"), ("raw", "$payload")]);
+    for payload in [
+        "{\"t\":nan,\"h\":40.5}",
+        "{\"t\":NaN}",
+        "{\"t\":+21.5}",
+        "{\"t\":.5}",
+        "{\"t\":21.5}\0",
+        "{\"t\":21.5",
+        "{\"t\":21.5,}",
+        "{\"t\":21.5}{\"t\":21.5}",
+        " {",
+    ] {
+        let reason = read(&optional, payload).unwrap_err();
+        assert!(
+            reason.starts_with("column \"temperature\": the payload is not JSON: "),
+            "{payload}: {reason}"
+        );
+    }
+    let reason = read(&optional, "\u{feff}{\"t\":21.5}").unwrap_err();
+    assert!(
+        reason.starts_with("column \"temperature\": the payload is preceded by a byte order mark"),
+        "{reason}"
+    );
+    // What is no object has no fields, and is kept whole.
+    for payload in ["21.5", "[{\"t\":1}]", "[INFO] ready", "ping", "", "\u{feff}21.5"] {
+        let row = read(&optional, payload).unwrap();
+        assert_eq!((row[1].as_deref(), row[2].as_deref()), (None, Some(payload)));
+    }
+    // A table without fields takes any bytes.
+    let whole = columns(&[("device", "$device"), ("raw", "$payload")]);
+    assert_eq!(read(&whole, "{\"t\":nan").unwrap()[1].as_deref(), Some("{\"t\":nan"));
+}
