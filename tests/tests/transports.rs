@@ -401,6 +401,27 @@ fn stalled_handshakes_past_the_bound_are_shed_and_harm_no_other_listener() {
     assert_eq!(host.metric("headworks_mqtt_refused_connects_total", &[("cause", "lost")]), 2.0);
 }
 
+/// mosquitto_pub sends the host that it connects to as server name, an IP address too, of which rustls warns.
+#[test]
+fn a_client_that_names_an_address_as_server_name_is_no_line_in_the_log() {
+    let mut setup = setup("server-name", "    - { TLS, bind: 127.0.0.1:0 }\n");
+    for _ in 0..3 {
+        run(mosquitto::publish(setup.host.listener(1)).args([
+            "--cafile",
+            setup.ca(),
+            "-q",
+            "1",
+            "-t",
+            "name/topic",
+            "-m",
+            "x",
+        ]));
+    }
+    setup.host.stop();
+    let log = setup.host.log();
+    assert!(!log.contains("SNI"), "{log}");
+}
+
 fn text(path: &std::path::Path) -> &str {
     path.to_str().expect("our paths are UTF-8")
 }

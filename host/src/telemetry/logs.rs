@@ -32,6 +32,10 @@ pub enum InitError {
     Twice,
 }
 
+/// What comes before the filter, which may name the same target again. rustls warns of each server name that
+/// is an IP address, as libmosquitto and mbedTLS send it, with nothing that tells who sent it.
+const LIBRARIES: &str = "rustls=error";
+
 /// Once, at start. `filter` beats `RUST_LOG`; with neither, `info`.
 pub fn init_logs(filter: Option<&str>, format: LogFormat) -> Result<(), InitError> {
     let filter = match filter {
@@ -68,7 +72,7 @@ fn parse_filter(filter: &str) -> Result<EnvFilter, InitError> {
             "\"{word}\" is no level: those are error, warn, info, debug, trace, off"
         )));
     }
-    EnvFilter::try_new(filter).map_err(|error| refused(error.to_string()))
+    EnvFilter::try_new(format!("{LIBRARIES},{filter}")).map_err(|error| refused(error.to_string()))
 }
 
 /// Whether the user wants no colours (no-color.org).
