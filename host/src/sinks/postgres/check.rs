@@ -15,6 +15,7 @@ use super::positions::{self, Refusal};
 use super::schema::{self, no_table, quoted, quoted_table};
 use super::stage;
 use super::table::{Binding, Table};
+use super::transaction::BEGIN;
 use crate::sinks::columns::Columns;
 use crate::sinks::config::table_parts;
 use crate::sinks::{Checked, Claim, Found, Looked, OnConflict};
@@ -103,7 +104,7 @@ impl Check<'_> {
                 "default_transaction_read_only is on for user {user}: turn it off with ALTER ROLE or ALTER DATABASE"
             ));
         }
-        self.client.batch_execute("BEGIN READ ONLY").await?;
+        self.client.batch_execute(&format!("{BEGIN} READ ONLY")).await?;
         self.client.batch_execute(&settings(self.config)).await?;
         let may_be_read = self.positions(&session).await?;
         let was_there = self.claims(claims, may_be_read).await?;
@@ -279,7 +280,7 @@ impl Check<'_> {
     /// Makes what isolates rejected rows, and rolls it back: whatever is in the way says so. It is the
     /// one thing that a read-only transaction does not let be tried.
     async fn stage(&mut self, columns: &Columns, binding: &Binding) -> Result<(), tokio_postgres::Error> {
-        let begin = format!("ROLLBACK; BEGIN; {}", settings(self.config));
+        let begin = format!("ROLLBACK; {BEGIN}; {}", settings(self.config));
         self.client.batch_execute(&begin).await?;
         let path = super::table::search_path(&self.client).await?;
         let sql =

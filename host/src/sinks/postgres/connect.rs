@@ -249,12 +249,16 @@ async fn is_pgpool(client: &Client, target: &tokio_postgres::Config) -> Result<b
 }
 
 /// Limits of a session, as SQL. Sent within a transaction, so that a pooler that changes server
-/// connections between transactions does not set them for another client.
+/// connections between transactions does not set them for another client. The last two limits are of
+/// PostgreSQL 14 and 17: an idle connection is no fault, and a whole transaction has the limits of its statements.
 pub fn settings(config: &Config) -> String {
     let ms = |period: crate::units::Period| period.0.as_millis();
     format!(
         "SET lock_timeout = {}; SET statement_timeout = {}; \
          SET idle_in_transaction_session_timeout = {}; SET client_min_messages = warning; \
+         SET array_nulls = on; \
+         SELECT set_config(name, '0', false) FROM pg_settings \
+         WHERE name IN ('idle_session_timeout', 'transaction_timeout'); \
          SELECT set_config('synchronous_commit', 'on', false) \
          WHERE current_setting('synchronous_commit') IN ('off', 'local')",
         ms(config.lock_timeout),

@@ -26,6 +26,12 @@ const WAITS_MAX: Duration = Duration::from_secs(86_400);
 const BEHIND_MAX: Duration = Duration::from_secs(30 * 60);
 const AHEAD_MAX: Duration = Duration::from_secs(5 * 60);
 
+/// Begins a transaction whose statements each see the catalog as it is when they run, whatever
+/// `default_transaction_isolation` says. A snapshot that is older than the lock of the table would let the
+/// check of the table find it as it was before another session changed it. `default_transaction_read_only`
+/// stays as it is: providers set it where the disk is nearly full.
+pub const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED";
+
 /// What one transaction came to.
 pub enum Tried {
     Done(Outcome),
@@ -361,7 +367,7 @@ impl Session {
 /// their names may mean another client's. `path`: the `search_path` of the sink's own statements, which
 /// triggers of earlier transactions may have set to another.
 pub async fn begin(client: &Client, path: Option<&str>) -> Result<i32, tokio_postgres::Error> {
-    let mut sql = "BEGIN; SELECT pg_backend_pid()".to_owned();
+    let mut sql = format!("{BEGIN}; SELECT pg_backend_pid()");
     if let Some(path) = path {
         sql += &format!("; SELECT set_config('search_path', {}, true)", literal(path));
     }

@@ -9,6 +9,7 @@ mod positions;
 mod rejected;
 mod rows;
 mod schema;
+mod settings;
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
