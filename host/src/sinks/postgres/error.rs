@@ -75,6 +75,8 @@ pub fn of_write(code: &str) -> Kind {
         (_, "25006" | "55P03") => Kind::Retry,
         // Connection, transaction rollback, resources, operator, system, foreign server.
         ("08" | "25" | "26" | "40" | "53" | "57" | "58" | "HV", _) => Kind::Retry,
+        // A sequence at its end, a trigger's function that does not return what it must.
+        (_, "2200H" | "2F005" | "39P01") => Kind::Row { certain: false },
         // Not supported, invalid authorization, names and syntax, the state of an object,
         // an internal error: of a trigger or an extension for this row, or of the table for all.
         ("0A" | "0L" | "0P" | "28" | "2B" | "3D" | "3F" | "42" | "55" | "F0" | "XX", _) => {
@@ -204,7 +206,7 @@ mod tests {
         for code in ["22003", "23505", "44000", "54000", "P0001", "P0002", "IOT42", "45000"] {
             assert_eq!(of_write(code), Kind::Row { certain: true }, "{code}");
         }
-        for code in ["0A000", "XX000", "42501", "55000"] {
+        for code in ["0A000", "XX000", "42501", "55000", "2200H", "2F005", "39P01"] {
             assert_eq!(of_write(code), Kind::Row { certain: false }, "{code}");
         }
         for code in ["57014", "53200", "53400"] {

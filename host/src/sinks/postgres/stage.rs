@@ -111,10 +111,11 @@ pub fn create(
                         of_column = COLUMN_NAME, of_constraint = CONSTRAINT_NAME,
                         of_schema = SCHEMA_NAME, of_table = TABLE_NAME, context = PG_EXCEPTION_CONTEXT;
                     of_time := NULL;
+                    of_default := NULL;
                     IF code = '23514' AND of_constraint = '' THEN
                         {}
                     END IF",
-        time_of_partition(columns)
+        partition_key(table, columns)
     );
     let passing = "left(SQLSTATE, 2) IN ('08', '40', '53', '57', '58', 'HV') OR SQLSTATE = '55P03'";
     format!(
@@ -122,7 +123,7 @@ pub fn create(
 {probe_table}CREATE TEMPORARY SEQUENCE headworks_count CACHE 1000000;
 CREATE FUNCTION pg_temp.headworks_isolate(
     OUT place INTEGER, OUT written BIGINT, OUT code TEXT, OUT message TEXT, OUT detail TEXT, OUT hint TEXT,
-    OUT of_column TEXT, OUT of_time TEXT, OUT context TEXT)
+    OUT of_column TEXT, OUT of_time TEXT, OUT context TEXT, OUT of_default BOOLEAN)
 RETURNS SETOF record LANGUAGE plpgsql AS $headworks$
 #variable_conflict use_column
 DECLARE
@@ -232,23 +233,35 @@ $headworks$",
 }
 
 /// Finds the column of times in the partition key of the table `of_table`, which is the one
-/// that a row fits no partition of. Columns within an expression are in `pg_depend` alone.
-fn time_of_partition(columns: &Columns) -> String {
-    let times = columns.columns.iter().filter(|column| column.is_time());
-    let times: Vec<String> = times.map(|column| literal(&column.name)).collect();
+/// that a row fits no partition of, and whether the sink's table fills that key by itself, as
+/// `created_at TIMESTAMPTZ DEFAULT now()`. Columns within an expression are in `pg_depend` alone.
+fn partition_key(table: &str, columns: &Columns) -> String {
+    let names = |of: &mut dyn Iterator<Item = &Column>| {
+        let names: Vec<String> = of.map(|column| literal(&column.name)).collect();
+        format!("ARRAY[{}]::text[]", names.join(", "))
+    };
     format!(
-        "SELECT a.attname::text INTO of_time
+        "SELECT min(a.attname::text) FILTER (WHERE a.attname = ANY ({times})),
+                               bool_and(a.attname <> ALL ({filled}) AND c.oid IN (
+                                   WITH RECURSIVE below AS (
+                                       SELECT to_regclass({table})::oid AS oid
+                                       UNION ALL
+                                       SELECT i.inhrelid FROM below AS b JOIN pg_inherits AS i ON i.inhparent = b.oid
+                                   )
+                                   SELECT oid FROM below))
+                        INTO of_time, of_default
                         FROM pg_class AS c JOIN pg_namespace AS s ON s.oid = c.relnamespace
                         JOIN pg_partitioned_table AS p ON p.partrelid = c.oid
-                        JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attname = ANY (ARRAY[{}]::text[])
+                        JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum > 0
                         WHERE c.relname = of_table AND s.nspname = of_schema
                           AND (a.attnum = ANY (p.partattrs) OR EXISTS (
                             SELECT FROM pg_depend AS d
                             WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.objsubid = a.attnum
                               AND d.refclassid = d.classid AND d.refobjid = c.oid AND d.refobjsubid = 0
-                              AND d.deptype = 'i'))
-                        LIMIT 1;",
-        times.join(", ")
+                              AND d.deptype = 'i'));",
+        times = names(&mut columns.columns.iter().filter(|column| column.is_time())),
+        filled = names(&mut columns.columns.iter()),
+        table = literal(&quoted_table(table)),
     )
 }
 

@@ -297,6 +297,9 @@ impl Session {
             };
             let (code, message) = (text(2).unwrap_or_default(), text(3).unwrap_or_default());
             let reason = error::describe_parts(message, code, text(6), [text(4), text(5), text(8)]);
+            if row.get::<_, Option<bool>>(9) == Some(true) {
+                return Err(Isolated::Setup(format!("{reason}: create the partition")));
+            }
             let Some(row) = sent.get(place as usize).copied() else { continue };
             let time = |name: &str| self.columns.columns.iter().position(|column| column.name == name);
             unplaced.extend(text(7).and_then(time).map(|column| (row, column)));

@@ -4,6 +4,7 @@
 mod access;
 mod check;
 mod commits;
+mod every_row;
 mod poolers;
 mod positions;
 mod rejected;

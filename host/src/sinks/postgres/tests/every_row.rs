@@ -1,0 +1,114 @@
+//! What concerns every row of a table is set-up, and no row is rejected for it.
+
+use super::*;
+
+fn is_setup(outcome: &Result<Outcome, Error>, expected: &str) -> bool {
+    matches!(outcome, Err(Error::Setup(text)) if text.contains(expected))
+}
+
+#[tokio::test]
+async fn a_missing_partition_of_a_key_that_the_table_fills_itself_is_no_bad_row() {
+    const FILLED: &str = "{TABLE}, id BIGSERIAL, created_at TIMESTAMPTZ NOT NULL DEFAULT now()";
+    const ALL: &str = "CREATE TABLE rest PARTITION OF telemetry DEFAULT";
+    for (key, prepare, mend) in [
+        ("RANGE (created_at)", "", ALL),
+        ("RANGE (id)", "", ALL),
+        ("RANGE (created_at, id)", "", ALL),
+        ("RANGE (date_trunc('day', created_at AT TIME ZONE 'UTC'))", "", ALL),
+        (
+            "LIST (device_id)",
+            "CREATE TABLE a PARTITION OF telemetry FOR VALUES IN ('a');
+             CREATE TABLE b PARTITION OF telemetry FOR VALUES IN ('b') PARTITION BY RANGE (created_at)",
+            "CREATE TABLE rest PARTITION OF b DEFAULT",
+        ),
+    ] {
+        let fresh =
+            Fresh::with(&format!("CREATE TABLE telemetry ({FILLED}) PARTITION BY {key}; {prepare}")).await;
+        let mut sink = fresh.sink();
+        let batch = rows([("a", "1"), ("b", "2"), ("a", "3")]);
+        sink.open(&claim(), None).await.unwrap();
+        let outcome = sink.commit(&batch, &[advance(0, 0, 3)]).await;
+        assert!(is_setup(&outcome, "create the partition"), "{key}: {outcome:?}");
+        fresh.execute(mend).await;
+        sink.open(&claim(), None).await.unwrap();
+        let outcome = sink.commit(&batch, &[advance(0, 0, 3)]).await.unwrap();
+        assert_eq!(outcome, Outcome::Committed(Written { written: 3, ignored: 0 }), "{key}");
+    }
+}
+
+#[tokio::test]
+async fn a_row_that_decides_about_its_partition_is_rejected_alone() {
+    for (table, prepare) in [
+        // A part of the key is of the row.
+        (
+            "CREATE TABLE telemetry ({TABLE}, created_at TIMESTAMPTZ DEFAULT now()) PARTITION BY RANGE (device_id, created_at)",
+            "CREATE TABLE a PARTITION OF telemetry FOR VALUES FROM ('a', MINVALUE) TO ('b', MINVALUE)",
+        ),
+        // Another table than the sink's, which a trigger fills with what it finds in the row.
+        (
+            "CREATE TABLE telemetry ({TABLE}); CREATE TABLE daily (name TEXT) PARTITION BY LIST (name);
+             CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS $$
+             BEGIN INSERT INTO daily VALUES (NEW.device_id); RETURN NEW; END $$;
+             CREATE TRIGGER t BEFORE INSERT ON telemetry FOR EACH ROW EXECUTE FUNCTION f()",
+            "CREATE TABLE a PARTITION OF daily FOR VALUES IN ('a')",
+        ),
+    ] {
+        let fresh = Fresh::with(table).await;
+        fresh.execute(prepare).await;
+        let mut sink = fresh.sink();
+        sink.open(&claim(), None).await.unwrap();
+        let refused = rejected(sink.commit(&rows([("a", "1"), ("z", "2")]), &[advance(0, 0, 2)]).await);
+        assert_eq!(refused.iter().map(|row| row.row).collect::<Vec<_>>(), [1], "{table}: {refused:?}");
+        assert_eq!(sink.finish().await.unwrap().written, 1);
+    }
+}
+
+#[tokio::test]
+async fn a_default_or_a_trigger_that_fails_for_every_row_is_set_up_until_it_is_mended() {
+    for (sql, code, mend) in [
+        (
+            "CREATE TABLE telemetry (id SMALLSERIAL, {TABLE}); SELECT setval('telemetry_id_seq', 32766)",
+            "2200H",
+            "ALTER TABLE telemetry ALTER id TYPE bigint; ALTER SEQUENCE telemetry_id_seq AS bigint",
+        ),
+        (
+            "CREATE TABLE telemetry ({TABLE});
+             CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN NULL; END $$;
+             CREATE TRIGGER t BEFORE INSERT ON telemetry FOR EACH ROW EXECUTE FUNCTION f()",
+            "2F005",
+            "DROP TRIGGER t ON telemetry",
+        ),
+    ] {
+        let fresh = Fresh::with(sql).await;
+        let mut sink = fresh.sink();
+        let batch = rows([("a", "1"), ("b", "2"), ("a", "3")]);
+        sink.open(&claim(), None).await.unwrap();
+        let outcome = sink.commit(&batch, &[advance(0, 0, 3)]).await;
+        assert!(is_setup(&outcome, code), "{outcome:?}");
+        fresh.execute(mend).await;
+        sink.open(&claim(), None).await.unwrap();
+        let outcome = sink.commit(&batch, &[advance(0, 0, 3)]).await.unwrap();
+        assert_eq!(outcome, Outcome::Committed(Written { written: 3, ignored: 0 }), "{code}");
+    }
+}
+
+/// Partitions as they were made before PostgreSQL 10, by a trigger.
+#[tokio::test]
+async fn a_table_that_a_trigger_misses_is_of_the_row_where_others_are_written_and_else_set_up() {
+    let fresh = Fresh::with(
+        "CREATE TABLE telemetry ({TABLE}); CREATE TABLE telemetry_a () INHERITS (telemetry);
+         CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS $$
+         BEGIN EXECUTE 'INSERT INTO telemetry_' || NEW.device_id || ' VALUES ($1.*)' USING NEW; RETURN NULL; END $$;
+         CREATE TRIGGER t BEFORE INSERT ON telemetry FOR EACH ROW EXECUTE FUNCTION f()",
+    )
+    .await;
+    let mut sink = fresh.sink();
+    sink.open(&claim(), None).await.unwrap();
+    let refused = rejected(sink.commit(&rows([("a", "1"), ("b", "2")]), &[advance(0, 0, 2)]).await);
+    let of: Vec<_> = refused.iter().map(|row| (row.row, row.code.as_deref())).collect();
+    assert_eq!(of, [(1, Some("42P01"))]);
+    sink.finish().await.unwrap();
+    let outcome = sink.commit(&rows([("b", "3"), ("b", "4")]), &[advance(0, 2, 4)]).await;
+    assert!(is_setup(&outcome, "telemetry_b"), "{outcome:?}");
+    assert_eq!(fresh.written().await, [("a".to_owned(), 1.0)]);
+}
