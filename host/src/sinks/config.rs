@@ -31,9 +31,10 @@ pub enum Config {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct BatchConfig {
-    /// Rows of one transaction.
+    /// Rows of one transaction. A transaction ends with the batch of the steps that reaches this number, so it may
+    /// have as many more as that batch has.
     pub rows_max: u32,
-    /// Bytes of payload in one transaction.
+    /// Bytes of payload in one transaction, which ends with the batch of the steps that reaches them.
     pub bytes_max: ByteSize,
     /// How long a message waits for others.
     pub wait_max: Period,
