@@ -35,8 +35,6 @@ mod with_other_defaults {
                 "DateStyle = 'SQL, DMY'",
                 "TimeZone = 'Asia/Kolkata'",
                 "IntervalStyle = 'sql_standard'",
-                "lock_timeout = '1ms'",
-                "statement_timeout = '1ms'",
                 "plpgsql.extra_errors = 'all'",
                 "plpgsql.variable_conflict = 'error'",
             ]
