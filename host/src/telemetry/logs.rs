@@ -226,7 +226,7 @@ mod tests {
             let refused = parse_filter(filter).unwrap_err().to_string();
             assert!(refused.starts_with(&format!("log filter \"{filter}\": ")), "{refused}");
         }
-        for filter in ["warn", "INFO", "off", "info,headworks=debug", "warn, headworks::stream=trace,", "3"] {
+        for filter in ["warn", "INFO", "off", "info,headworks=debug", "warn,headworks::stream=trace", "3"] {
             parse_filter(filter).unwrap();
         }
     }
