@@ -260,38 +260,6 @@ async fn what_retention_took_from_a_sink_is_counted_once_however_often_it_is_ope
 
 /// On one thread, whose recorder it is.
 #[tokio::test]
-async fn what_retention_takes_from_a_sink_that_is_down_is_told_while_it_is_down_and_counted_once() {
-    let recorder = crate::admin::metrics::builder().build_recorder();
-    let rendered = recorder.handle();
-    let _recorder = metrics::set_default_local_recorder(&recorder);
-    let counted = || {
-        let gap = "headworks_pipeline_gap_messages_total{pipeline=\"p\",cause=\"trimmed\"} ";
-        let text = rendered.render();
-        text.lines().find_map(|line| line.strip_prefix(gap)).unwrap().to_owned()
-    };
-    let mut world = World::new(1, &[("default", "w")]);
-    world.on_lag = OnLag::Detach;
-    let process = world.start(chain(1, &[])).await;
-    world.publish_many(1, 0, 10);
-    process.drained().await;
-    world.database("w").set_down(Some("connection refused"));
-    world.publish_many(1, 10, 30);
-    process.until("it is down", |status| matches!(status.sinks[0].state, State::Retrying(_))).await;
-    for (start, gone) in [(25, 15), (30, 20)] {
-        world.memory.trim(Offset(start));
-        let status = process.until("told", |status| status.sinks[0].gone_messages == gone).await;
-        assert_eq!((status.sinks[0].next, status.sinks[0].lag_messages), (Offset(10), 40 - start));
-        assert_eq!(counted(), gone.to_string());
-    }
-    world.database("w").set_down(None);
-    process.until("it has the rest", |status| status.sinks[0].next == Offset(40)).await;
-    process.until("it lacks nothing", |status| status.sinks[0].gone_messages == 0).await;
-    assert_eq!((world.payloads("w").len(), counted()), (20, "20".to_owned()));
-    process.stop().await;
-}
-
-/// On one thread, whose recorder it is.
-#[tokio::test]
 async fn a_sink_that_was_never_open_is_told_what_it_can_never_have_once_and_over_restarts() {
     let mut world = World::new(2, &[("default", "w")]);
     world.on_lag = OnLag::Detach;
