@@ -10,13 +10,13 @@ postgres_bin() {
     done
     return 1
 }
-pgbouncer() { command -v pgbouncer >/dev/null || [ -x /usr/sbin/pgbouncer ]; }
+pooler() { command -v pgbouncer >/dev/null || [ -x /usr/sbin/pgbouncer ]; }
 mosquitto_broker() { command -v mosquitto >/dev/null || [ -x /usr/sbin/mosquitto ]; }
 python_venv() { command -v python3 >/dev/null && python3 -c 'import venv, ensurepip' 2>/dev/null; }
 
 missing=
 postgres_bin || missing="$missing postgresql"
-pgbouncer || missing="$missing pgbouncer"
+pooler || missing="$missing pgbouncer"
 mosquitto_broker || missing="$missing mosquitto"
 command -v mosquitto_pub >/dev/null || missing="$missing mosquitto-clients"
 command -v sqlite3 >/dev/null || missing="$missing sqlite3"
