@@ -174,7 +174,7 @@ async fn delete_client(State(deps): State<Deps>, Json(request): Json<ClientReque
 fn not_yet(begun: &str) -> Response {
     let within = CLIENT_ENDS_MAX.as_secs();
     let why = "the disk has no room, or it or the machine is slow";
-    let message = format!("{begun}, which is not done after {within} s: {why}; look at `headworks status`");
+    let message = format!("{begun}, which is not done after {within} s: {why} (/api/problems tells)");
     problem(StatusCode::GATEWAY_TIMEOUT, &message)
 }
 

@@ -256,6 +256,13 @@ async fn a_row_lock_that_lasts_is_tried_again_and_never_waits_for_ever() {
     assert_eq!(sink.open(&claim(), None).await.unwrap().positions, [position(0, 0)]);
 }
 
+/// The server may not have noticed yet that a sink gave a connection up.
+async fn until_no_sink_is_in_a_transaction(client: &tokio_postgres::Client) {
+    let busy = "SELECT count(*) FROM pg_stat_activity \
+                WHERE application_name LIKE 'headworks/%' AND state LIKE 'idle in transaction%'";
+    while client.query_one(busy, &[]).await.unwrap().get::<_, i64>(0) > 0 {}
+}
+
 #[tokio::test]
 async fn a_lock_timeout_is_told_with_what_is_locked_and_by_whom() {
     let fresh = Fresh::with(
@@ -275,6 +282,7 @@ async fn a_lock_timeout_is_told_with_what_is_locked_and_by_whom() {
         ("UPDATE headworks_positions SET holder = 'x'", "relation \"headworks_positions\""),
         ("LOCK TABLE telemetry", "lock timeout"),
     ] {
+        until_no_sink_is_in_a_transaction(&other).await;
         other.batch_execute(&format!("BEGIN; {lock}")).await.unwrap();
         let error = sink.commit(&rows([("a", "1")]), &[advance(0, 0, 1)]).await.unwrap_err();
         let text = error.to_string();
