@@ -437,12 +437,13 @@ impl Redrive<'_> {
                 self.summary.failed.push(format!("sink \"{}\"{reason}", self.names.sink(number)));
             }
         }
+        let (changes, ended) = pass.again().ended(&pass.reached);
+        set_marks(self.dead_letters, &changes).await?;
+        // What was sent is not lost, though retention may have taken it since.
         let gone = pass.again().lose(Offset(0)..self.dead_letters.bounds().start);
         if gone > 0 {
             self.summary.failed.push(cannot_be_read(gone));
         }
-        let (changes, ended) = pass.again().ended(&pass.reached);
-        set_marks(self.dead_letters, &changes).await?;
         let summary = &mut self.summary;
         summary.letters.sent += ended.sent;
         summary.letters.refused += ended.refused;
@@ -469,7 +470,7 @@ impl Redrive<'_> {
             let held = self.epochs.get(&(number, of_pass)).copied();
             let metrics = SinkMetrics::of_redrive(&shared.name, self.names.sink(number));
             let mut writer = Writer { sink: Some(borrowed.sink), held, metrics, ..writer };
-            let result = self.deliver(&mut writer, lender).await;
+            let result = self.deliver(&mut writer, lender, &pass.hold).await;
             // Given back whatever happened: the delivery opens its own claim again.
             let sink = writer.sink.take().expect("nobody borrows from a redrive");
             drop(borrowed.back.send(Returned { sink, has_written: writer.written > 0 }));
@@ -498,6 +499,7 @@ impl Redrive<'_> {
         &mut self,
         writer: &mut Writer,
         lender: &Lender,
+        hold: &Hold,
     ) -> Result<Result<(), Failed>, RedriveError> {
         let (shared, number) = (self.shared, writer.number);
         let letters = Arc::clone(&writer.letters);
@@ -602,6 +604,7 @@ impl Redrive<'_> {
                 return Ok(Err(failed));
             }
             self.summary.sent += count - (writer.refused - refused);
+            hold.0.moves_on();
             let lowest = writer.positions.iter().copied().min().unwrap_or_default();
             letters.forget_below(number, lowest);
         }

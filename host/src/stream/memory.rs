@@ -531,6 +531,8 @@ impl Attachment for Mark {
         self.stream.moved();
     }
 
+    fn moves_on(&self) {}
+
     fn go_back(&self, next: Offset) {
         let inner = &mut *self.stream.lock();
         if let Some((at, ..)) = inner.marks.get_mut(&self.consumer) {

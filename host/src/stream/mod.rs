@@ -342,6 +342,9 @@ pub trait Attachment: Send + Sync {
     /// advanced so far. Asked early enough that writers need not wait for it.
     fn asked(&self) -> watch::Receiver<Offset>;
 
+    /// With [`OnLag::Hold`]: the reader moves on, though its first message stays needed.
+    fn moves_on(&self);
+
     fn detach(&self);
 }
 

@@ -48,6 +48,8 @@ static PREPARED: AtomicU64 = AtomicU64::new(0);
 #[derive(Clone)]
 pub struct Mark {
     pub next: Arc<AtomicU64>,
+    /// How often it has said that it moves on.
+    moves: Arc<AtomicU64>,
     pub on_lag: OnLag,
     /// Where it was before it was attached; [`SAID`] once it says where it is.
     remembered: Arc<AtomicU64>,
@@ -58,14 +60,15 @@ pub struct Mark {
     /// The mark is one that an earlier process wrote down, and its reader is not attached.
     is_left: bool,
     asked: watch::Sender<Offset>,
-    /// Where it was when it was last seen to hold a segment back, and since when.
-    held: Option<(u64, Instant)>,
+    /// Where it was when it was last seen to hold a segment back, its moves, and since when.
+    held: Option<((u64, u64), Instant)>,
 }
 
 impl Mark {
     fn new(next: u64, on_lag: OnLag) -> Self {
         Self {
             next: Arc::new(AtomicU64::new(next)),
+            moves: Arc::default(),
             remembered: Arc::new(AtomicU64::new(SAID)),
             delivered: Arc::default(),
             told: Arc::default(),
@@ -96,14 +99,23 @@ impl Mark {
             self.held = None;
             return;
         }
-        if self.held.is_none_or(|(at, _)| at != next) {
-            self.held = Some((next, Instant::now()));
+        let at = (next, self.moves.load(Ordering::Relaxed));
+        if self.held.is_none_or(|(before, _)| before != at) {
+            self.held = Some((at, Instant::now()));
         }
         self.asked.send_if_modified(|asked| {
             let is_more = asked.0 < upto;
             asked.0 = asked.0.max(upto);
             is_more
         });
+    }
+
+    /// As if it had held a segment back for so much longer.
+    #[cfg(test)]
+    pub fn age(&mut self, by: Duration) {
+        if let Some((_, since)) = &mut self.held {
+            *since -= by;
+        }
     }
 
     /// Whether it keeps what lies below `end` from going.
@@ -483,7 +495,7 @@ impl Inner {
 
     pub fn attach(self: &Arc<Self>, consumer: &str, from: Offset, on_lag: OnLag) -> Box<dyn Attachment> {
         let mut mark = Mark::new(from.0, on_lag);
-        let (next, asked) = (Arc::clone(&mark.next), mark.asked.clone());
+        let (next, moves, asked) = (Arc::clone(&mark.next), Arc::clone(&mark.moves), mark.asked.clone());
         let (kept, remembered, delivered, told);
         let is_saved = {
             let marks = &mut write(&self.back).marks;
@@ -508,7 +520,18 @@ impl Inner {
         }
         let (inner, consumer, detached) = (Arc::clone(self), consumer.to_owned(), AtomicBool::new(false));
         let before = Offset(kept.next);
-        Box::new(Attached { inner, consumer, next, before, remembered, delivered, told, asked, detached })
+        Box::new(Attached {
+            inner,
+            consumer,
+            next,
+            moves,
+            before,
+            remembered,
+            delivered,
+            told,
+            asked,
+            detached,
+        })
     }
 
     pub fn rename(&self, former: &str, consumer: &str) {
@@ -547,6 +570,7 @@ struct Attached {
     inner: Arc<Inner>,
     consumer: String,
     next: Arc<AtomicU64>,
+    moves: Arc<AtomicU64>,
     /// Where it was before it was attached.
     before: Offset,
     remembered: Arc<AtomicU64>,
@@ -563,6 +587,10 @@ impl Attachment for Attached {
             *lock(&self.delivered) = Delivered::ToThis;
         }
         lock(&self.told).follow();
+    }
+
+    fn moves_on(&self) {
+        self.moves.fetch_add(1, Ordering::Relaxed);
     }
 
     fn go_back(&self, next: Offset) {

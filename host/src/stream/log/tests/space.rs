@@ -556,6 +556,27 @@ async fn a_hold_keeps_messages_for_as_long_as_it_moves_on() {
 }
 
 #[test]
+fn a_hold_that_moves_on_holds_however_long_its_first_message_is_needed() {
+    let mut config = small();
+    config.retention.max_bytes = ByteSize(64 << 10);
+    let (log, _) = manual(&SimDisk::new(3), &config, &new_clock()).unwrap();
+    let hold = log.attach("redrive", Offset(0), OnLag::Hold);
+    let mut count = 0;
+    while commit(&log).is_ok() {
+        log.append(&[message("a/b", &payload(count, 3_000))], &[]).unwrap();
+        count += 1;
+    }
+    for _ in 0..5 {
+        hold.moves_on();
+        assert!(commit(&log).is_err(), "there is no room");
+        let marks = &mut write(&log.inner.back).marks;
+        marks.get_mut("redrive").unwrap().age(Duration::from_secs(30));
+    }
+    commit(&log).unwrap();
+    assert!(log.bounds().start > Offset(0), "one that stands is not waited for");
+}
+
+#[test]
 fn a_hold_that_a_kill_left_holds_nothing() {
     let (disk, clock) = (SimDisk::new(3), new_clock());
     let (log, _) = manual(&disk, &small(), &clock).unwrap();
