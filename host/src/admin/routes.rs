@@ -29,7 +29,7 @@ use crate::plugin;
 const BODY_BYTES_MAX: usize = 64 << 10;
 const REDRIVE_IDS_MAX: usize = 1_000;
 const CLIENTS_MAX: usize = 10_000;
-/// For a connection or a session of a client to end, before it is said that it has not yet.
+/// How long an answer waits for a client's connection or session to end.
 const CLIENT_ENDS_MAX: Duration =
     if cfg!(test) { Duration::from_millis(50) } else { Duration::from_secs(10) };
 /// Number of answers about clients that are made or not yet taken. Each has its whole list in

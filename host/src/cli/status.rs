@@ -51,7 +51,7 @@ struct Sink {
     name: String,
     lag_messages: u64,
     rows: Rows,
-    /// Of dead letters that were sent again. A host of an older binary does not say.
+    /// Counts the rows of dead letters that were sent again. A host of an older binary does not say.
     #[serde(default)]
     redriven: Rows,
 }

@@ -144,7 +144,7 @@ impl Runs {
         after > 0 && letter < self.0[after - 1].end
     }
 
-    /// From the first letter to behind the last.
+    /// Returns the range from the first letter to behind the last.
     pub fn bounds(&self) -> Range<u64> {
         self.0.first().map_or(0, |run| run.start)..self.0.last().map_or(0, |run| run.end)
     }
@@ -161,7 +161,7 @@ impl Runs {
         &self.0
     }
 
-    /// For each run how far it begins behind the one before, and its length.
+    /// Tells for each run how far it begins behind the one before, and how long it is.
     fn write(&self, bytes: &mut Vec<u8>) {
         let mut at = 0;
         for run in &self.0 {

@@ -11,7 +11,7 @@ use super::{Place, Queued, ShareFilter, Source};
 /// What a restart offers a session again.
 #[derive(Default)]
 pub struct Again {
-    /// By stream.
+    /// The parts of its streams that are offered again, by stream.
     parts: Box<[Range<u64>]>,
     /// What the session has of them.
     known: HashSet<(Place, ShareFilter)>,
@@ -52,7 +52,7 @@ impl Again {
     }
 }
 
-/// By stream, the parts that a note names.
+/// The parts that a note names, by stream.
 pub struct Unlisted(Box<[Range<u64>]>);
 
 impl Unlisted {

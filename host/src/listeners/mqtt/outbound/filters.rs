@@ -46,7 +46,7 @@ impl Outbox {
         (some, true)
     }
 
-    /// So many of the changes, from the first on, were appended.
+    /// Forgets so many of the changes, from the first on: they were appended.
     pub fn filters_appended(&mut self, count: usize) {
         if let Some(kept) = &mut self.kept {
             for _ in 0..count {

@@ -355,7 +355,7 @@ pub struct Restored {
     pub kept: Kept,
     /// By stream: messages below are listed, or done. Ends where nothing is known.
     pub from: Box<[u64]>,
-    /// By stream: where other messages lie that members of a share gave it.
+    /// Tells by stream where other messages lie that members of a share gave it.
     pub unlisted: Box<[Range<u64>]>,
     pub inflight: Vec<InFlight>,
     pub queue: Vec<Queued>,
