@@ -1,8 +1,8 @@
 //! What each client did and what became of it, for an operator who looks for the one that
 //! floods, is refused, or loses messages. Counted once a read or a write, not once a message.
 
-use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{LazyLock, OnceLock};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -49,9 +49,17 @@ impl Counts {
     }
 }
 
-/// The counters of one session. Its connection writes them; anybody reads them.
+/// What the client of one session did. Its connection writes this; anybody reads it.
 #[derive(Debug, Default)]
 pub struct Activity {
+    /// Made with the first count: a client that only listens has none.
+    counters: OnceLock<Box<Counters>>,
+    /// Microseconds from [`BEGUN`]; 0: not yet.
+    read_us: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
     published: AtomicU64,
     published_bytes: AtomicU64,
     refused_publishes: AtomicU64,
@@ -62,8 +70,6 @@ pub struct Activity {
     expired: AtomicU64,
     too_large: AtomicU64,
     withheld: AtomicU64,
-    /// Microseconds from [`BEGUN`]; 0: not yet.
-    read_us: AtomicU64,
 }
 
 /// Times of reads count from here, so that a read asks no second clock.
@@ -71,36 +77,44 @@ static BEGUN: LazyLock<Instant> = LazyLock::new(Instant::now);
 
 impl Activity {
     pub fn published(&self, messages: usize, bytes: u64) {
-        add(&self.published, messages as u64);
-        add(&self.published_bytes, bytes);
+        self.add(|counters| &counters.published, messages as u64);
+        self.add(|counters| &counters.published_bytes, bytes);
     }
 
     pub fn refused_publish(&self) {
-        add(&self.refused_publishes, 1);
+        self.add(|counters| &counters.refused_publishes, 1);
     }
 
     pub fn refused_subscribe(&self) {
-        add(&self.refused_subscribes, 1);
+        self.add(|counters| &counters.refused_subscribes, 1);
     }
 
     pub fn no_space(&self, messages: u64) {
-        add(&self.no_space, messages);
+        self.add(|counters| &counters.no_space, messages);
     }
 
     pub fn throttled(&self) {
-        add(&self.throttled, 1);
+        self.add(|counters| &counters.throttled, 1);
     }
 
     pub fn filled(&self, filled: &Filled) {
-        add(&self.delivered, filled.sent);
-        add(&self.expired, filled.expired);
-        add(&self.too_large, filled.too_large);
-        add(&self.withheld, filled.denied);
+        self.add(|counters| &counters.delivered, filled.sent);
+        self.add(|counters| &counters.expired, filled.expired);
+        self.add(|counters| &counters.too_large, filled.too_large);
+        self.add(|counters| &counters.withheld, filled.denied);
+    }
+
+    fn add(&self, counter: impl FnOnce(&Counters) -> &AtomicU64, more: u64) {
+        if more > 0 {
+            counter(self.counters.get_or_init(Box::default)).fetch_add(more, Ordering::Relaxed);
+        }
     }
 
     /// A new session begins.
     pub fn reset(&self) {
-        let Self {
+        self.read_us.store(0, Ordering::Relaxed);
+        let Some(counters) = self.counters.get() else { return };
+        let Counters {
             published,
             published_bytes,
             refused_publishes,
@@ -111,12 +125,11 @@ impl Activity {
             expired,
             too_large,
             withheld,
-            read_us,
-        } = self;
+        } = &**counters;
         for count in [published, published_bytes, refused_publishes, refused_subscribes, no_space] {
             count.store(0, Ordering::Relaxed);
         }
-        for count in [throttled, delivered, expired, too_large, withheld, read_us] {
+        for count in [throttled, delivered, expired, too_large, withheld] {
             count.store(0, Ordering::Relaxed);
         }
     }
@@ -135,25 +148,20 @@ impl Activity {
 
     /// Without `dropped`, which the session's queue counts.
     pub fn counts(&self) -> Counts {
+        let Some(counters) = self.counters.get() else { return Counts::default() };
         let get = |count: &AtomicU64| count.load(Ordering::Relaxed);
         Counts {
-            published: get(&self.published),
-            published_bytes: get(&self.published_bytes),
-            refused_publishes: get(&self.refused_publishes),
-            refused_subscribes: get(&self.refused_subscribes),
-            no_space: get(&self.no_space),
-            throttled: get(&self.throttled),
-            delivered: get(&self.delivered),
+            published: get(&counters.published),
+            published_bytes: get(&counters.published_bytes),
+            refused_publishes: get(&counters.refused_publishes),
+            refused_subscribes: get(&counters.refused_subscribes),
+            no_space: get(&counters.no_space),
+            throttled: get(&counters.throttled),
+            delivered: get(&counters.delivered),
             dropped: 0,
-            expired: get(&self.expired),
-            too_large: get(&self.too_large),
-            withheld: get(&self.withheld),
+            expired: get(&counters.expired),
+            too_large: get(&counters.too_large),
+            withheld: get(&counters.withheld),
         }
-    }
-}
-
-fn add(count: &AtomicU64, more: u64) {
-    if more > 0 {
-        count.fetch_add(more, Ordering::Relaxed);
     }
 }

@@ -1,6 +1,5 @@
 //! The clients as an operator sees them, and how one is sent away.
 
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -51,23 +50,39 @@ pub struct Connection {
     pub since_us: u64,
     /// 0: off.
     pub keep_alive_s: u16,
-    /// The host in `address`.
-    #[serde(skip)]
-    pub(super) ip: Option<IpAddr>,
 }
 
-impl Connection {
+/// What a session knows of its connection. Each connected client has one, so it holds no text of
+/// its own.
+#[derive(Clone)]
+pub(super) struct Connected {
+    pub version: Version,
+    pub address: Address,
+    pub user: Option<Arc<str>>,
+    /// Microseconds since 1970, UTC.
+    pub since_us: u64,
+    pub keep_alive_s: u16,
+}
+
+impl Connected {
     /// Whether `address` is another host than that of the connection. A client that comes back
     /// from where it was has lost its connection.
-    pub(super) fn is_elsewhere(&self, address: &Address) -> bool {
-        self.ip != Some(address.ip())
+    pub fn is_elsewhere(&self, address: &Address) -> bool {
+        self.address.ip() != address.ip()
     }
 
-    pub(super) fn version_text(version: Version) -> &'static str {
-        match version {
+    fn describe(&self) -> Connection {
+        let version = match self.version {
             Version::V31 => "3.1",
             Version::V3 => "3.1.1",
             Version::V5 => "5.0",
+        };
+        Connection {
+            version: version.into(),
+            address: self.address.to_string(),
+            user: self.user.as_deref().map(Into::into),
+            since_us: self.since_us,
+            keep_alive_s: self.keep_alive_s,
         }
     }
 }
@@ -177,15 +192,13 @@ impl Session {
         let ((queued, queued_bytes, in_flight), dropped) = (outbox.sizes(), outbox.dropped());
         let session_bytes = outbox.size() + self.filters_memory();
         drop(outbox);
-        let activity = self.known_activity();
-        let silent_for = activity.and_then(|activity| activity.silent_for());
-        let seen_us = silent_for.map(|ago| super::now_us().saturating_sub(ago.as_micros() as u64));
-        let counts = activity.map(|activity| activity.counts()).unwrap_or_default();
+        let seen_us =
+            self.activity().silent_for().map(|ago| super::now_us().saturating_sub(ago.as_micros() as u64));
         let (connection, expiry_s, disconnected_us) = self.presence();
         Client {
             client_id: self.client_id.to_string(),
             disconnected_us: connection.is_none().then(|| clock.to_wall(disconnected_us)),
-            connection,
+            connection: connection.map(|connection| connection.describe()),
             session_expiry_s: (expiry_s != super::session::NEVER).then_some(expiry_s),
             subscriptions: self.filters(),
             queued,
@@ -193,7 +206,7 @@ impl Session {
             in_flight,
             session_bytes,
             last_seen_us: seen_us,
-            counts: Counts { dropped, ..counts },
+            counts: Counts { dropped, ..self.activity().counts() },
             filters: Vec::new(),
         }
     }

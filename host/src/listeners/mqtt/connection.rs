@@ -33,7 +33,7 @@ use super::Broker;
 use super::acks::Stopped;
 use super::aliases::Aliases;
 use super::auth::{self, Again, Looked};
-use super::clients;
+use super::clients::Connected;
 use super::handshake::{self, Opened, may_see};
 use super::inbound::{Inbound, Next};
 use super::metrics::{Part, RECEIVED, SENT};
@@ -167,11 +167,10 @@ where
         opened;
     tracing::debug!(client = &*session.client_id, %remote, version = ?peer.version, "client connected");
     broker.client_connected(1);
-    session.connected(clients::Connection {
-        version: clients::Connection::version_text(peer.version).into(),
-        address: remote.address.to_string(),
-        ip: Some(remote.address.ip()),
-        user: rights.identity.name.as_deref().map(Into::into),
+    session.connected(Connected {
+        version: peer.version,
+        address: remote.address,
+        user: rights.identity.name.clone(),
         since_us: super::now_us(),
         keep_alive_s,
     });

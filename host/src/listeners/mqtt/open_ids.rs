@@ -10,6 +10,7 @@
 //! sooner than the first time.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, DefaultHasher};
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -79,7 +80,9 @@ pub enum Known {
 
 /// The packet ids of one session.
 pub struct OpenIds {
-    ids: HashMap<u16, Known>,
+    /// Without a hash key of its own, which each session would hold: a packet id has too few values for
+    /// a client to choose many that collide.
+    ids: HashMap<u16, Known, BuildHasherDefault<DefaultHasher>>,
     /// Number of ids that are open.
     open: usize,
     room: Arc<OpenIdsRoom>,
@@ -115,7 +118,7 @@ impl Known {
 
 impl OpenIds {
     pub fn new(room: Arc<OpenIdsRoom>) -> Self {
-        Self { ids: HashMap::new(), open: 0, room }
+        Self { ids: HashMap::default(), open: 0, room }
     }
 
     /// Whether one more may be opened.
@@ -197,7 +200,7 @@ impl OpenIds {
     pub fn release_all(&mut self) -> Vec<(u16, Received)> {
         let open = self.all();
         self.room.free(std::mem::take(&mut self.open));
-        self.ids = HashMap::new();
+        self.ids = HashMap::default();
         open
     }
 

@@ -18,7 +18,7 @@ use tokio::sync::{Notify, OwnedMutexGuard};
 use super::acks::Stopped;
 use super::activity::Activity;
 use super::blobs::Id;
-use super::clients::Connection;
+use super::clients::Connected;
 use super::fanout::Departure;
 use super::open_ids::{Content, Known, OpenIds, OpenIdsRoom, Received};
 use super::outbound::{self, Ids, Kept, Message, Outbox};
@@ -66,8 +66,7 @@ pub struct Session {
     /// QoS 2 packet ids that are not released.
     received: Mutex<OpenIds>,
     outbox: Mutex<Outbox>,
-    /// Counts of a client that was there since the start: others have no use for the room.
-    activity: OnceLock<Box<Activity>>,
+    activity: Activity,
     /// By stream, of a session that a restart found behind the live delivery: see
     /// [`Session::lane`].
     lanes: OnceLock<Box<[AtomicU8]>>,
@@ -80,7 +79,7 @@ struct State {
     /// There is something to resume.
     alive: bool,
     connected: bool,
-    connection: Option<Box<Connection>>,
+    connection: Option<Box<Connected>>,
     expiry_s: u32,
     /// The broker stream has a record.
     kept: bool,
@@ -120,7 +119,7 @@ impl Session {
             state: Mutex::new(State { epoch: new_epoch(), memory, ..State::default() }),
             received: Mutex::new(OpenIds::new(open_ids)),
             outbox: Mutex::new(Outbox::within(&rooms.queues)),
-            activity: OnceLock::new(),
+            activity: Activity::default(),
             lanes: OnceLock::new(),
         }
     }
@@ -138,13 +137,9 @@ impl Session {
         lanes[stream].store(lane, Ordering::Release);
     }
 
-    /// What its client did, `None` where it was not there since the start.
-    pub fn known_activity(&self) -> Option<&Activity> {
-        self.activity.get().map(|activity| &**activity)
-    }
-
+    /// Returns what its client did since the host started.
     pub fn activity(&self) -> &Activity {
-        self.activity.get_or_init(Box::default)
+        &self.activity
     }
 
     pub fn outbox(&self) -> MutexGuard<'_, Outbox> {
@@ -211,14 +206,14 @@ impl Session {
 
     /// Its client is there. Not before all that CONNACK promises is durable: a
     /// connect that is given up is none.
-    pub fn connected(&self, connection: Connection) {
+    pub(super) fn connected(&self, connection: Connected) {
         let mut state = lock(&self.state);
         state.connected = true;
         state.connection = Some(Box::new(connection));
     }
 
     /// The connection, the session's expiry, and when the last connection ended.
-    pub fn presence(&self) -> (Option<Connection>, u32, u64) {
+    pub(super) fn presence(&self) -> (Option<Connected>, u32, u64) {
         let state = lock(&self.state);
         (state.connection.as_deref().cloned(), state.expiry_s, state.disconnected_us)
     }
@@ -552,9 +547,7 @@ impl Sessions {
             broker.counters.sessions_expired.increment(expired.into());
             if !resumed {
                 discard(broker, session).await;
-                if let Some(activity) = session.known_activity() {
-                    activity.reset();
-                }
+                session.activity().reset();
             }
             let mut state = lock(&session.state);
             let mut changes = state.stale_removed();

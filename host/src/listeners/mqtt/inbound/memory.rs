@@ -12,18 +12,24 @@ use crate::room::{Holding, Room};
 const ALIAS_BYTES: usize = 32;
 
 pub struct Memory {
-    /// The topics by the number of their alias, from 1 on.
-    aliases: Vec<Option<Arc<str>>>,
-    aliases_bytes: usize,
+    /// The aliases, boxed because most connections have none.
+    aliases: Option<Box<Aliases>>,
     stalled_bytes: usize,
     buffers_bytes: usize,
     holding: Holding,
 }
 
+#[derive(Default)]
+struct Aliases {
+    /// The topics by the number of their alias, from 1 on.
+    topics: Vec<Option<Arc<str>>>,
+    bytes: usize,
+}
+
 impl Memory {
     pub fn of(room: &Arc<Room>) -> Self {
         let holding = Holding::of(room);
-        Self { aliases: Vec::new(), aliases_bytes: 0, stalled_bytes: 0, buffers_bytes: 0, holding }
+        Self { aliases: None, stalled_bytes: 0, buffers_bytes: 0, holding }
     }
 
     /// Returns whether a buffer may grow by `bytes`. One that may not is filled in small pieces.
@@ -44,7 +50,7 @@ impl Memory {
     }
 
     pub fn alias(&self, alias: u16) -> Option<&Arc<str>> {
-        self.aliases.get(usize::from(alias).checked_sub(1)?)?.as_ref()
+        self.aliases.as_ref()?.topics.get(usize::from(alias).checked_sub(1)?)?.as_ref()
     }
 
     /// Sets an alias, which is not 0. A client is told how many it may set, and cannot be told of
@@ -55,24 +61,29 @@ impl Memory {
             return Ok(());
         }
         let before = known.map_or(0, |known| ALIAS_BYTES + known.len());
-        let aliases_bytes = self.aliases_bytes - before + ALIAS_BYTES + topic.len();
+        let aliases_bytes = self.aliases_bytes() - before + ALIAS_BYTES + topic.len();
         if !self.holding.try_hold(aliases_bytes + self.stalled_bytes + self.buffers_bytes) {
             return Err(Fault {
                 code: DisconnectReasonCode::QuotaExceeded,
                 what: "a topic alias for which mqtt.connections_bytes_max has no room",
             });
         }
-        self.aliases_bytes = aliases_bytes;
+        let aliases = self.aliases.get_or_insert_default();
+        aliases.bytes = aliases_bytes;
         let index = usize::from(alias) - 1;
-        if self.aliases.len() <= index {
-            self.aliases.resize(index + 1, None);
+        if aliases.topics.len() <= index {
+            aliases.topics.resize(index + 1, None);
         }
-        self.aliases[index] = Some(topic.into());
+        aliases.topics[index] = Some(topic.into());
         Ok(())
     }
 
+    fn aliases_bytes(&self) -> usize {
+        self.aliases.as_ref().map_or(0, |aliases| aliases.bytes)
+    }
+
     fn bytes(&self) -> usize {
-        self.aliases_bytes + self.stalled_bytes + self.buffers_bytes
+        self.aliases_bytes() + self.stalled_bytes + self.buffers_bytes
     }
 }
 

@@ -63,7 +63,7 @@ pub struct Inbound {
     allowance: Option<Box<Allowance>>,
     /// Epoch of a session that outlives the connection: its QoS 2 ids are durable.
     epoch: Option<u64>,
-    pub memory: Box<Memory>,
+    pub memory: Memory,
     acks: Acks,
     /// QoS 1 and 2 publishes that are not finished, for Receive Maximum.
     unfinished: u32,
@@ -195,7 +195,7 @@ impl Inbound {
             held: None,
             allowed_topic: String::new(),
             allowance: broker.access.allowance(),
-            memory: Memory::of(&broker.rooms.connections).into(),
+            memory: Memory::of(&broker.rooms.connections),
             acks: Acks::new(tells_reasons),
             unfinished: 0,
             stalled: Vec::new(),

@@ -29,7 +29,7 @@ impl Outbox {
             return (Vec::new(), true);
         };
         // A record also says how far the subscription is among the retained messages.
-        let deliveries = self.retained.by_filter();
+        let deliveries = self.retained.as_ref().map(|retained| retained.by_filter()).unwrap_or_default();
         let (mut some, mut bytes) = (Vec::new(), 0);
         for (filter, options) in &kept.filters {
             if bytes >= AT_ONCE_BYTES {

@@ -86,6 +86,9 @@ pub struct Kept {
     steps_bytes: usize,
     /// The records say more than is true of the streams: see [`Outbox::renew`](super::Outbox::renew).
     pub is_stale: bool,
+    /// What the session gave to other members of a share, until [`Outbox::passed_on`](super::Outbox::passed_on):
+    /// its notes list that too, since those of the members do not yet.
+    pub passing_on: Vec<Queued>,
 }
 
 impl Kept {
@@ -107,6 +110,7 @@ impl Kept {
             note_refused: false,
             steps_bytes: 0,
             is_stale: false,
+            passing_on: Vec::new(),
             streams,
         }
     }
@@ -244,8 +248,7 @@ impl Kept {
 
     /// The note: `positions` is where the live delivery is at least, read
     /// before the outbox was locked; changes up to `with` go in the same append. Of
-    /// `queue`, what can be found again in its stream comes last. `passing_on`: what other members
-    /// of a share have now, without a note of theirs that lists it.
+    /// `queue`, what can be found again in its stream comes last.
     #[expect(clippy::too_many_arguments, reason = "each is one part of the outbox, or a bound")]
     pub fn note<'q>(
         &mut self,
@@ -253,7 +256,6 @@ impl Kept {
         from: &[u64],
         mut unlisted: Unlisted,
         inflight: impl Iterator<Item = &'q InFlight>,
-        passing_on: impl Iterator<Item = &'q Queued>,
         queue: impl Iterator<Item = &'q Queued>,
         bytes_max: usize,
         with: u64,
@@ -298,7 +300,10 @@ impl Kept {
                 _ => {}
             }
         }
-        for queued in passing_on.chain(queue.filter(|queued| queued.qos > 0)) {
+        for queued in &self.passing_on {
+            add(queued, 0);
+        }
+        for queued in queue.filter(|queued| queued.qos > 0) {
             add(queued, 0);
         }
         for (upto, left_out) in upto.iter_mut().zip(&left_out) {

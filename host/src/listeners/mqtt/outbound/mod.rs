@@ -17,6 +17,7 @@ mod send;
 mod tests;
 
 use std::collections::{BTreeSet, HashSet, VecDeque};
+use std::hash::{BuildHasherDefault, DefaultHasher};
 use std::sync::Arc;
 
 use self::again::{Again, Unlisted};
@@ -54,7 +55,7 @@ pub struct Outbox {
     /// Bytes of these messages that are in memory.
     inflight_held: usize,
     /// Packet ids of `inflight`.
-    ids: HashSet<u16>,
+    ids: HashSet<u16, BuildHasherDefault<DefaultHasher>>,
     /// So many of `inflight`, from the front, this connection has been sent.
     sent: usize,
     last_id: u16,
@@ -62,11 +63,9 @@ pub struct Outbox {
     from: Box<[u64]>,
     /// What a restart offers it beside that.
     again: Option<Box<Again>>,
-    /// What its new subscriptions are given beside the queue.
-    retained: Deliveries,
-    /// What it gave to other members of a share, until [`Outbox::passed_on`]: its notes list that
-    /// too, since those of the members do not yet.
-    passing_on: Vec<Queued>,
+    /// What its new subscriptions are given beside the queue. Boxed, because many clients subscribe
+    /// to nothing.
+    retained: Option<Box<Deliveries>>,
     /// The identifiers of the last message that had several.
     last_ids: Option<Arc<Box<[u32]>>>,
     /// Messages of a session that outlives its connection that found no room, or waited too
@@ -228,8 +227,8 @@ impl Outbox {
             + self.inflight.capacity() * size_of::<InFlight>()
             + self.sums.held
             + self.inflight_held
-            + self.retained.bytes()
-            + self.passing_on.capacity() * REFERENCE_BYTES
+            + self.retained.as_ref().map_or(0, |retained| retained.bytes())
+            + self.kept.as_ref().map_or(0, |kept| kept.passing_on.capacity() * REFERENCE_BYTES)
     }
 
     /// Returns the number of places by which the queue grows for one more message. A queue that
@@ -329,7 +328,8 @@ impl Outbox {
 
     /// Messages that wait, their bytes, and messages sent and not acknowledged.
     pub fn sizes(&self) -> (usize, usize, usize) {
-        (self.queue.len() + self.retained.len(), self.sums.bytes, self.inflight.len())
+        let retained = self.retained.as_ref().map_or(0, |retained| retained.len());
+        (self.queue.len() + retained, self.sums.bytes, self.inflight.len())
     }
 
     /// Whether its client is there.
@@ -408,7 +408,7 @@ impl Outbox {
         if let Some(kept) = self.kept.as_mut().filter(|_| !given.is_empty()) {
             kept.changed = true;
             let listed = given.iter().filter(|queued| queued.qos > 0);
-            self.passing_on.extend(listed.map(|queued| Queued { body: None, ..queued.clone() }));
+            kept.passing_on.extend(listed.map(|queued| Queued { body: None, ..queued.clone() }));
         }
         self.count();
         given
@@ -416,10 +416,10 @@ impl Outbox {
 
     /// The notes of those who were given its messages are appended: its own list them no more.
     pub fn passed_on(&mut self) {
-        if let Some(kept) = self.kept.as_mut().filter(|_| !self.passing_on.is_empty()) {
-            kept.changed = true;
+        if let Some(kept) = &mut self.kept {
+            kept.changed |= !kept.passing_on.is_empty();
+            kept.passing_on = Vec::new();
         }
-        self.passing_on = Vec::new();
         self.count();
     }
 
@@ -485,7 +485,7 @@ impl Outbox {
         if self.sums.at_most_once > 0 {
             self.retain(|queued| queued.qos > 0);
         }
-        self.retained.disconnected();
+        self.retained.iter_mut().for_each(|retained| retained.disconnected());
         self.last_ids = None;
         if self.kept.is_some() {
             let mut queue = self.queue.iter_mut();
@@ -643,17 +643,24 @@ impl Outbox {
         let Some(kept) = self.kept.as_mut() else { return Vec::new() };
         let apart = self.queue.iter().filter(|queued| queued.apart).take(self.sums.apart);
         let queue = apart.chain(self.queue.iter().filter(|queued| !queued.apart));
-        let mut changes = self.retained.changes(kept.epoch());
-        let (inflight, passing_on) = (self.inflight.iter(), self.passing_on.iter());
+        let mut changes =
+            self.retained.as_ref().map(|retained| retained.changes(kept.epoch())).unwrap_or_default();
         let unlisted = Unlisted::new(self.again.as_deref(), positions);
-        changes
-            .push(kept.note(positions, &self.from, unlisted, inflight, passing_on, queue, bytes_max, with));
+        changes.push(kept.note(
+            positions,
+            &self.from,
+            unlisted,
+            self.inflight.iter(),
+            queue,
+            bytes_max,
+            with,
+        ));
         changes
     }
 
     /// The note was taken.
     pub fn noted(&mut self) {
-        self.retained.noted();
+        self.retained.iter_mut().for_each(|retained| retained.noted());
         self.kept.iter_mut().for_each(|kept| kept.note_refused = false);
     }
 

@@ -150,7 +150,7 @@ impl Outbox {
     pub fn give_retained(&mut self, filter: &Filter, options: Options, from: RetainedFrom) {
         self.end_retained(filter.as_str());
         let lookup = Some(Lookup::new(filter.topics(), None));
-        self.retained.push(filter, options, from, None, lookup, VecDeque::new());
+        self.deliveries().push(filter, options, from, None, lookup, VecDeque::new());
         self.changed();
     }
 
@@ -162,7 +162,7 @@ impl Outbox {
             Found { key: Box::default(), queued: Queued::whole(source, 0, options, since_us) }
         });
         let from = RetainedFrom { since_us, upto: Box::default() };
-        self.retained.push(filter, options, from, None, None, page.collect());
+        self.deliveries().push(filter, options, from, None, None, page.collect());
         self.count_retained();
     }
 
@@ -172,21 +172,27 @@ impl Outbox {
         let from = RetainedFrom { since_us: u64::from_be_bytes(*since), upto: Box::default() };
         let taken = std::str::from_utf8(taken).ok().filter(|taken| !taken.is_empty());
         let lookup = Some(Lookup::new(filter.topics(), taken));
-        self.retained.push(filter, options, from, taken.map(Into::into), lookup, VecDeque::new());
+        self.deliveries().push(filter, options, from, taken.map(Into::into), lookup, VecDeque::new());
+    }
+
+    fn deliveries(&mut self) -> &mut Deliveries {
+        self.retained.get_or_insert_default()
     }
 
     /// It was subscribed to again, and is not to be given more than before.
     pub fn change_retained(&mut self, filter: &str, options: Options) {
-        for delivery in self.retained.open.iter_mut().filter(|it| it.filter.as_str() == filter) {
+        let Some(retained) = &mut self.retained else { return };
+        for delivery in retained.open.iter_mut().filter(|it| it.filter.as_str() == filter) {
             (delivery.options, delivery.changed) = (options, true);
         }
-        self.retained.ended.retain(|(ended, _)| &**ended != filter);
+        retained.ended.retain(|(ended, _)| &**ended != filter);
     }
 
     /// It is subscribed to no more.
     pub fn end_retained(&mut self, filter: &str) {
-        self.retained.open.retain(|delivery| delivery.filter.as_str() != filter);
-        self.retained.ended.retain(|(ended, _)| &**ended != filter);
+        let Some(retained) = &mut self.retained else { return };
+        retained.open.retain(|delivery| delivery.filter.as_str() != filter);
+        retained.ended.retain(|(ended, _)| &**ended != filter);
         self.count_retained();
     }
 
@@ -198,7 +204,7 @@ impl Outbox {
 
     /// The page that is to be looked up next.
     pub(super) fn wants_page(&self) -> Option<RetainedPage> {
-        self.retained.open.front()?.next_page().map(|page| self.within_memory(page))
+        self.retained.as_ref()?.open.front()?.next_page().map(|page| self.within_memory(page))
     }
 
     /// Makes the page one message where there is no memory for a whole page.
@@ -208,33 +214,32 @@ impl Outbox {
     }
 
     fn count_retained(&mut self) {
-        self.retained.count();
+        self.retained.iter_mut().for_each(|retained| retained.count());
         self.count();
     }
 
     /// Number of the newest subscription that is, or was, to be given what is retained.
     pub fn last_retained(&self) -> u64 {
-        self.retained.last_number
+        self.retained.as_ref().map_or(0, |retained| retained.last_number)
     }
 
     /// The first page of the next subscription behind number `behind`, unless a page of
     /// messages waits already.
     pub(super) fn first_page(&self, behind: u64) -> Option<RetainedPage> {
-        let waiting = self.retained.heads();
-        let bytes: usize = waiting.map(|queued| queued.len as usize).sum();
-        if self.retained.len() >= PAGE_MESSAGES_MAX || bytes >= PAGE_BYTES_MAX {
+        let retained = self.retained.as_ref()?;
+        let bytes: usize = retained.heads().map(|queued| queued.len as usize).sum();
+        if retained.len() >= PAGE_MESSAGES_MAX || bytes >= PAGE_BYTES_MAX {
             return None;
         }
-        let mut behind = self.retained.open.iter().filter(|delivery| delivery.number > behind);
+        let mut behind = retained.open.iter().filter(|delivery| delivery.number > behind);
         behind.find_map(Delivery::next_page).map(|page| self.within_memory(page))
     }
 
     /// Takes in what was looked up, but for what was replaced since. With both locked, so
     /// that what replaces one of these messages comes after it.
     pub fn retained_found(&mut self, page: RetainedPage, retained: &Retained) {
-        let Some(delivery) = self.retained.open.iter_mut().find(|it| it.number == page.number) else {
-            return;
-        };
+        let mut open = self.retained.iter_mut().flat_map(|retained| &mut retained.open);
+        let Some(delivery) = open.find(|it| it.number == page.number) else { return };
         let is_current =
             |found: &Found| found.queued.message().is_some_and(|it| retained.is_current(&found.key, it));
         delivery.page.extend(page.found.into_iter().filter(is_current));
@@ -245,13 +250,14 @@ impl Outbox {
 
     /// The next retained message in memory.
     pub(super) fn retained_head(&self) -> Option<&Queued> {
-        self.retained.open.front()?.page.front().map(|found| &found.queued)
+        self.retained.as_ref()?.open.front()?.page.front().map(|found| &found.queued)
     }
 
     pub(super) fn take_retained(&mut self) -> Option<Queued> {
-        let delivery = self.retained.open.front_mut()?;
+        let retained = self.retained.as_mut()?;
+        let delivery = retained.open.front_mut()?;
         let found = delivery.page.pop_front()?;
-        self.retained.bytes -= found.bytes();
+        retained.bytes -= found.bytes();
         let Found { key, queued } = found;
         (delivery.taken, delivery.changed) = (Some(key), true);
         self.changed();
@@ -261,19 +267,21 @@ impl Outbox {
 
     fn end_given(&mut self) {
         let is_given = |delivery: &Delivery| delivery.page.is_empty() && delivery.lookup.is_none();
-        while let Some(delivery) = self.retained.open.pop_front_if(|delivery| is_given(delivery)) {
-            if self.kept.is_some() {
-                self.retained.ended.push((delivery.filter.as_str().into(), delivery.options));
-                self.changed();
+        let Some(retained) = &mut self.retained else { return };
+        while let Some(delivery) = retained.open.pop_front_if(|delivery| is_given(delivery)) {
+            if let Some(kept) = &mut self.kept {
+                retained.ended.push((delivery.filter.as_str().into(), delivery.options));
+                kept.changed = true;
             }
         }
     }
 
     pub(super) fn keep_only_retained(&mut self, may_see: impl Fn(&str) -> bool) {
-        for delivery in &mut self.retained.open {
+        let Some(retained) = &mut self.retained else { return };
+        for delivery in &mut retained.open {
             delivery.page.retain(|it| it.queued.message().is_none_or(|it| may_see(it.topic())));
         }
-        self.retained.count();
+        retained.count();
         self.end_given();
     }
 }

@@ -174,7 +174,7 @@ impl Outbox {
     pub fn unanswered(&self, receive: Receive<'_>) -> Vec<Box<str>> {
         let again = self.inflight.iter().skip(self.sent).filter_map(|flight| flight.waiting.as_ref());
         let next = again
-            .chain(self.retained.heads())
+            .chain(self.retained.iter().flat_map(|retained| retained.heads()))
             .chain(&self.queue)
             .take(QUESTIONS_MAX)
             .filter_map(Queued::message);
