@@ -190,7 +190,7 @@ impl Session {
     fn describe(&self, clock: &Clock) -> Client {
         let outbox = self.outbox();
         let ((queued, queued_bytes, in_flight), dropped) = (outbox.sizes(), outbox.dropped());
-        let session_bytes = outbox.size() + self.filters_memory();
+        let session_bytes = outbox.size() + self.filter_sums().memory;
         drop(outbox);
         let seen_us =
             self.activity().silent_for().map(|ago| super::now_us().saturating_sub(ago.as_micros() as u64));

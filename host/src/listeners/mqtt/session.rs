@@ -86,13 +86,37 @@ struct State {
     /// Broker time.
     disconnected_us: u64,
     filters: BTreeMap<Box<str>, Options>,
-    /// Number of bytes of memory that the filters take, as far as they can be counted.
-    filters_memory: usize,
+    filter_sums: FilterSums,
     /// What the filters take of the memory of all subscriptions.
     memory: Holding,
     /// Keys of the broker stream that are no longer wanted: they go in the
     /// next append, whichever connect gets so far.
     stale: Vec<Vec<u8>>,
+}
+
+/// Sums over the filters of a session. A SUBSCRIBE is held against them, and may not cost the more the
+/// more filters its client has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FilterSums {
+    /// Number of bytes of memory that the filters take, as far as they can be counted.
+    pub memory: usize,
+    pub bytes: usize,
+    /// Number of topic levels.
+    pub levels: usize,
+}
+
+impl FilterSums {
+    fn add(&mut self, filter: &str) {
+        self.memory += memory_of(filter);
+        self.bytes += filter.len();
+        self.levels += levels(filter);
+    }
+
+    fn subtract(&mut self, filter: &str) {
+        self.memory -= memory_of(filter);
+        self.bytes -= filter.len();
+        self.levels -= levels(filter);
+    }
 }
 
 /// The right to use a session: one connection at a time.
@@ -174,18 +198,9 @@ impl Session {
         lock(&self.state).filters.len()
     }
 
-    /// Topic levels of all its filters.
-    pub fn filter_levels(&self) -> usize {
-        lock(&self.state).filters.keys().map(|filter| levels(filter)).sum()
-    }
-
-    /// Returns the number of bytes of memory that the filters take, as far as they can be counted.
-    pub fn filters_memory(&self) -> usize {
-        lock(&self.state).filters_memory
-    }
-
-    pub fn filter_bytes(&self) -> usize {
-        lock(&self.state).filters.keys().map(|filter| filter.len()).sum()
+    /// Returns the sums over its filters.
+    pub fn filter_sums(&self) -> FilterSums {
+        lock(&self.state).filter_sums
     }
 
     /// The broker stream has a record of it.
@@ -231,7 +246,7 @@ impl Session {
         let mut state = lock(&self.state);
         let before = state.filters.insert(filter.into(), options);
         if before.is_none() {
-            state.filters_memory += memory_of(filter);
+            state.filter_sums.add(filter);
             state.count();
         }
         before != Some(options)
@@ -241,7 +256,7 @@ impl Session {
     /// Returns false where there is no room.
     pub fn take_memory(&self, bytes: usize) -> bool {
         let mut state = lock(&self.state);
-        let all = state.filters_memory + bytes;
+        let all = state.filter_sums.memory + bytes;
         state.memory.try_hold(all)
     }
 
@@ -343,7 +358,7 @@ impl Session {
     pub fn remove_filter(&self, filter: &str) {
         let mut state = lock(&self.state);
         if state.filters.remove(filter).is_some() {
-            state.filters_memory -= memory_of(filter);
+            state.filter_sums.subtract(filter);
             state.count();
         }
     }
@@ -804,7 +819,7 @@ impl State {
     }
 
     fn count(&mut self) {
-        self.memory.hold(self.filters_memory);
+        self.memory.hold(self.filter_sums.memory);
     }
 
     fn stale_removed(&self) -> Vec<Change> {
@@ -877,4 +892,34 @@ fn remove(stream: &dyn Stream, key: &[u8]) {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::listeners::mqtt::config::Config;
+    use crate::listeners::mqtt::fuzzing;
+    use crate::stream::memory::MemoryStream;
+
+    #[tokio::test]
+    async fn the_sums_over_the_filters_follow_each_change() {
+        let stream = |name| MemoryStream::new(name, 1);
+        let broker = fuzzing::broker(&Config::default(), stream("s"), stream("broker"));
+        let (session, _turn) = broker.sessions.claim("c", 9).await.expect("there is room");
+        let of = |filters: &[&str]| {
+            let mut sums = FilterSums::default();
+            filters.iter().for_each(|filter| sums.add(filter));
+            sums
+        };
+        session.add_filter("a/+/b", Options::default());
+        session.add_filter("c/#", Options::default());
+        session.add_filter("c/#", Options { qos: 1, ..Options::default() });
+        assert_eq!(session.filter_sums(), of(&["a/+/b", "c/#"]), "one that comes again counts once");
+        assert_eq!((session.filter_sums().bytes, session.filter_sums().levels), (8, 5));
+        session.remove_filter("a/+/b");
+        session.remove_filter("none");
+        assert_eq!(session.filter_sums(), of(&["c/#"]));
+        session.remove_filter("c/#");
+        assert_eq!(session.filter_sums(), FilterSums::default());
+    }
 }

@@ -349,12 +349,13 @@ impl Room {
         let filters_max = config.subscriptions_per_client_max as usize;
         let bytes_max = config.subscription_bytes_per_client_max.0 as usize;
         let is_kept = session.persistent_epoch().is_some();
+        let sums = session.filter_sums();
         let state_bytes_max = if is_kept { broker.state_share() } else { usize::MAX };
         Self {
             filters: filters_max.saturating_sub(session.filters()),
-            levels: (LEVELS_PER_FILTER * filters_max).saturating_sub(session.filter_levels()),
-            bytes: bytes_max.saturating_sub(session.filter_bytes()),
-            state_bytes: state_bytes_max.saturating_sub(session.filter_bytes()),
+            levels: (LEVELS_PER_FILTER * filters_max).saturating_sub(sums.levels),
+            bytes: bytes_max.saturating_sub(sums.bytes),
+            state_bytes: state_bytes_max.saturating_sub(sums.bytes),
             session: session.clone(),
             memory: 0,
         }
