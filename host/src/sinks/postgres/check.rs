@@ -18,7 +18,7 @@ use super::table::{Binding, Table};
 use super::transaction::BEGIN;
 use crate::sinks::columns::Columns;
 use crate::sinks::config::table_parts;
-use crate::sinks::{Checked, Claim, Found, Looked, OnConflict};
+use crate::sinks::{Checked, Claim, Error, Found, Looked, OnConflict};
 use crate::telemetry::Failures;
 use crate::topic::Namespace;
 
@@ -57,11 +57,17 @@ pub async fn check(name: &str, config: &Config, namespace: Arc<Namespace>, claim
     let silent = |limit: Duration| format!("{target}: no answer for {} s", limit.as_secs());
     match connect(name, config, &Failures::default()).await {
         Err(error) => checked.problems.push(error.to_string()),
-        Ok((client, _connection)) => {
+        Ok((client, connection)) => {
             let mut check = Check { config, client, checked: &mut checked };
-            match timeout(limit, check.all(namespace, claims)).await {
+            let outcome = timeout(limit, check.all(namespace, claims)).await;
+            let end = connection.end();
+            drop(connection);
+            match outcome {
                 Err(_) => checked.problems.push(silent(limit)),
-                Ok(Err(error)) => checked.problems.push(format!("{target}: {}", describe(&error))),
+                Ok(Err(error)) => {
+                    let error = Error::Retry(format!("{target}: {}", describe(&error)));
+                    checked.problems.push(end.explain(error).await.to_string());
+                }
                 Ok(Ok(())) => {}
             }
         }

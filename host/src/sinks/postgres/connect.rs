@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use tokio::net::lookup_host;
+use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use tokio_postgres::config::{Host, LoadBalanceHosts};
@@ -14,7 +15,7 @@ use tokio_postgres::{AsyncMessage, Client, SimpleQueryMessage};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::config::{Config, SslMode};
-use super::error::{cannot_connect, describe};
+use super::error::{cannot_connect, describe, describe_db, is_end};
 use super::tls;
 use crate::sinks::Error;
 use crate::telemetry::{Failures, alike};
@@ -32,13 +33,46 @@ const PGPOOL: &str = "Pgpool-II is in between, through which rows cannot be writ
      process); connect to PostgreSQL directly, and name all servers in `url` with target_session_attrs=read-write";
 
 /// The task of a connection. It ends with what uses the connection, whatever the server does.
-pub struct Connection(AbortHandle);
+pub struct Connection {
+    task: AbortHandle,
+    end: End,
+}
+
+impl Connection {
+    pub fn end(&self) -> End {
+        self.end.clone()
+    }
+}
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        self.0.abort();
+        self.task.abort();
     }
 }
+
+/// How a connection ended. A server that ends a connection between two requests says why to no
+/// request: the next one learns only that the connection is closed.
+#[derive(Clone)]
+pub struct End(watch::Receiver<Option<String>>);
+
+impl End {
+    /// Adds to an error what ended the connection, in the words of the server where it said so. To be
+    /// called once the connection is closed or dropped.
+    pub async fn explain(mut self, error: Error) -> Error {
+        // The task has said all once it is gone.
+        while self.0.changed().await.is_ok() {}
+        let words = self.0.borrow();
+        let add = |reason: String| match &*words {
+            Some(words) if !reason.contains(words) => format!("{reason}: {words}"),
+            None if reason.ends_with(CLOSED) => format!("{reason}; the server's log may say why"),
+            _ => reason,
+        };
+        error.map(add)
+    }
+}
+
+/// What the client says of a request to a connection that has ended.
+const CLOSED: &str = "connection closed";
 
 /// Connects and logs in: each address of each of the url's hosts gets `connect_timeout`, one after
 /// the other. The task that is returned reports the server's warnings.
@@ -207,24 +241,38 @@ async fn log_in(
     let failed = |error: tokio_postgres::Error| cannot_connect(&error);
     let (client, mut connection) = target.connect(tls).await.map_err(failed)?;
     let (sink, failures) = (name.to_owned(), failures.clone());
+    let (words, end) = watch::channel(None);
     let task = tokio::spawn(async move {
         while let Some(message) = poll_fn(|context| connection.poll_message(context)).await {
             match message {
-                Ok(AsyncMessage::Notice(notice)) => report(&failures, &sink, &notice),
+                Ok(AsyncMessage::Notice(notice)) => {
+                    // An immediate shutdown says so in a warning.
+                    if is_end(notice.code().code()) {
+                        words.send_replace(Some(describe_db(&notice)));
+                    }
+                    report(&failures, &sink, &notice);
+                }
                 Ok(_) => {}
                 Err(error) => {
-                    // Whoever waits for an answer gets an error of its own.
                     tracing::debug!(sink, error = describe(&error), "connection ended");
+                    if !error.is_closed() {
+                        words.send_replace(Some(describe(&error)));
+                    }
                     break;
                 }
             }
         }
     });
-    let connection = Connection(task.abort_handle());
-    if is_pgpool(&client, target).await.map_err(failed)? {
-        return Err(Error::Setup(PGPOOL.to_owned()));
+    let connection = Connection { task: task.abort_handle(), end: End(end) };
+    match is_pgpool(&client, target).await {
+        Ok(false) => Ok((client, connection)),
+        Ok(true) => Err(Error::Setup(PGPOOL.to_owned())),
+        Err(error) => {
+            let end = connection.end();
+            drop(connection);
+            Err(end.explain(failed(error)).await)
+        }
     }
-    Ok((client, connection))
 }
 
 /// Whether Pgpool-II answers. A server, whose log has a line of each statement that it does not know,

@@ -92,6 +92,11 @@ pub fn is_doubtful(code: &str) -> bool {
     code.starts_with("0A") || code.starts_with("XX") || code == "53400"
 }
 
+/// 57P: the server ended the connection, perhaps after the commit.
+pub fn is_end(code: &str) -> bool {
+    code.starts_with("57P")
+}
+
 /// Names, rights, what is not there: nothing but a person mends it.
 fn is_setup_code(code: &str) -> bool {
     !code.starts_with("XX") && !code.starts_with("55")
@@ -167,7 +172,7 @@ pub fn describe(error: &tokio_postgres::Error) -> String {
     text
 }
 
-fn describe_db(db: &DbError) -> String {
+pub fn describe_db(db: &DbError) -> String {
     describe_parts(db.message(), db.code().code(), db.column(), [db.detail(), db.hint(), db.where_()])
 }
 

@@ -86,6 +86,13 @@ impl Server {
         let _ = std::fs::remove_file(pid_file);
     }
 
+    /// Shuts it down in one of the modes of pg_ctl.
+    pub fn stop(&self, mode: &str) {
+        run(as_postgres(&self.bin.join("pg_ctl"))
+            .args(["stop", "-m", mode, "-D"])
+            .arg(self.dir.join("data")));
+    }
+
     /// Starts it, again after `kill`, and waits until it is ready.
     pub fn resume(&mut self) {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.dir.join("log"));

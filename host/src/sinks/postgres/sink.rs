@@ -57,7 +57,7 @@ pub struct PostgresSink {
 pub struct Session {
     pub client: Client,
     /// Ends with the session.
-    pub _connection: Connection,
+    pub connection: Connection,
     /// The server's process: the same for all transactions, as is what it prepared.
     pub backend: i32,
     pub blocked: Arc<Blocked>,
@@ -212,7 +212,7 @@ impl PostgresSink {
         client.batch_execute("COMMIT").await.map_err(server)?;
         let session = Session {
             client,
-            _connection: connection,
+            connection,
             backend,
             blocked: Arc::clone(&self.blocked),
             held,
@@ -324,14 +324,18 @@ impl Sink for PostgresSink {
     async fn open(&mut self, claim: &Claim, held: Option<Epoch>) -> Result<Opened, Error> {
         self.session = None;
         self.isolates = false;
-        let connected = connect(&self.name, &self.config, &self.failures).await?;
-        let limit = self.deadline();
-        let (session, opened) =
-            timeout(limit, self.try_open(connected, claim, held)).await.map_err(|_| {
-                Error::Retry(format!("{}: no answer for {} s", self.context(), limit.as_secs()))
-            })??;
-        self.session = Some(session);
-        Ok(opened)
+        let (client, connection) = connect(&self.name, &self.config, &self.failures).await?;
+        let (limit, end) = (self.deadline(), connection.end());
+        let silent =
+            |_| Err(Error::Retry(format!("{}: no answer for {} s", self.context(), limit.as_secs())));
+        let opened = timeout(limit, self.try_open((client, connection), claim, held)).await;
+        match opened.unwrap_or_else(silent) {
+            Ok((session, opened)) => {
+                self.session = Some(session);
+                Ok(opened)
+            }
+            Err(error) => Err(end.explain(error).await),
+        }
     }
 
     async fn positions_of(&mut self, claims: &[Name], logs: &[Uuid]) -> Result<Vec<LogPosition>, Error> {
@@ -341,9 +345,12 @@ impl Sink for PostgresSink {
             let positions = positions::positions_of(&session.client, claims, logs).await;
             positions.map_err(|error| classify(&context, &error))
         };
-        let positions = self.within(asked).await?;
-        self.session = Some(session);
-        Ok(positions)
+        let positions = self.within(asked).await;
+        match positions {
+            Ok(_) => self.session = Some(session),
+            Err(error) => return Err(session.explain(error).await),
+        }
+        positions
     }
 
     async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {
@@ -369,12 +376,15 @@ impl Sink for PostgresSink {
                     client.batch_execute("COMMIT").await.map_err(server)?;
                     Ok(stage)
                 };
-                session.stage = Some(self.within(made).await?);
+                session.stage = match self.within(made).await {
+                    Ok(stage) => Some(stage),
+                    Err(error) => return Err(session.explain(error).await),
+                };
             }
             match self.within(session.commit(&context, rows, advance, isolates, &mut buffer)).await {
                 Ok(Tried::Done(outcome)) => break Ok(outcome),
                 Ok(Tried::Isolate) => isolates = true,
-                Err(error) => break Err(error),
+                Err(error) => break Err(session.explain(error).await),
             }
         };
         self.buffer = buffer;
@@ -401,7 +411,9 @@ impl Sink for PostgresSink {
             .ok_or_else(|| Error::Retry(format!("{context}: there is no transaction to finish")))?;
         let commit =
             async { session.client.batch_execute("COMMIT").await.map_err(|error| unknown(&context, &error)) };
-        self.within(commit).await?;
+        if let Err(error) = self.within(commit).await {
+            return Err(session.explain(error).await);
+        }
         self.session = Some(session);
         Ok(written)
     }

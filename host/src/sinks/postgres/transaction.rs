@@ -7,11 +7,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::SinkExt;
 use futures_util::future::{join, join3, join4};
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, CopyInSink, Row, SimpleQueryMessage};
 
 use super::encode::{HEADER, TRAILER, Target};
-use super::error::{self, Kind, classify, describe};
+use super::error::{self, Kind, classify, describe, is_end};
 use super::schema::literal;
 use super::sink::Session;
 use super::table;
@@ -138,6 +139,14 @@ impl Session {
         Ok(Tried::Done(Outcome::Rejected(rejected)))
     }
 
+    /// Adds to the error of a call why the connection has ended, where it has.
+    pub async fn explain(&self, error: Error) -> Error {
+        match self.client.is_closed() {
+            true => self.connection.end().explain(error).await,
+            false => error,
+        }
+    }
+
     /// `backend` is the server's process in this transaction.
     pub fn check_backend(&self, context: &str, backend: i32) -> Result<(), Error> {
         if backend == self.backend {
@@ -226,9 +235,9 @@ impl Session {
         let inserted = inserted.map_err(failure)?;
         let isolated = isolated.map_err(failure)?;
         let replaced = replaced.map_err(failure)?;
-        checked.map_err(|error| match error.as_db_error() {
-            Some(_) => Failure::Changed,
-            None => Failure::Commit(error),
+        checked.map_err(|error| match error.code() {
+            Some(&SqlState::DIVISION_BY_ZERO) => Failure::Changed,
+            _ => failure(error),
         })?;
         committed.map_err(Failure::Commit)?;
         Ok(Sent { rejected, written: inserted.unwrap_or(copied) + replaced, isolated })
@@ -249,11 +258,11 @@ impl Session {
             // COMMIT of a failed transaction has rolled it back.
             Failure::Commit(error) => (error, true),
         };
-        let Some(db) = error.as_db_error() else { return Err(unknown(context, &error)) };
-        let code = db.code().code();
-        if is_end(code) {
-            return Err(unknown(context, &error));
-        }
+        let code = error.as_db_error().map(|db| db.code().code()).filter(|code| !is_end(code));
+        let Some(code) = code else {
+            // The connection ended.
+            return Err(if is_over { unknown(context, &error) } else { classify(context, &error) });
+        };
         let server = |error: tokio_postgres::Error| classify(context, &error);
         if !is_over {
             self.client.batch_execute("ROLLBACK").await.map_err(server)?;
@@ -404,11 +413,6 @@ fn is_of_now(received_us: u64, time: i64) -> bool {
     let received = received_us as i64;
     let around = received - us(BEHIND_MAX)..=received + us(AHEAD_MAX);
     around.contains(&time) && now.abs_diff(received) < us(WAITS_MAX).unsigned_abs()
-}
-
-/// 57P: the server ended the connection, perhaps after the commit.
-fn is_end(code: &str) -> bool {
-    code.starts_with("57P")
 }
 
 /// COMMIT was sent. An answer from the server says that it did not happen

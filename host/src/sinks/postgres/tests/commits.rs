@@ -110,6 +110,77 @@ impl Cutter {
     }
 }
 
+/// Waits until no process of the server has a connection of the sink.
+async fn connection_ends(client: &Client) {
+    let there = "SELECT EXISTS (SELECT FROM pg_stat_activity
+                 WHERE application_name = 'headworks/warehouse' AND datname = current_database())";
+    while client.query_one(there, &[]).await.unwrap().get::<_, bool>(0) {}
+}
+
+const END: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                   WHERE application_name = 'headworks/warehouse' AND datname = current_database()";
+
+#[tokio::test]
+async fn what_a_server_says_as_it_ends_an_idle_connection_is_the_reason_of_the_next_failure() {
+    let fresh = Fresh::new().await;
+    let client = fresh.client().await;
+    let mut sink = fresh.sink();
+    let held = Some(sink.open(&claim(), None).await.unwrap().epoch);
+    client.batch_execute(END).await.unwrap();
+    connection_ends(&client).await;
+    let error = sink.commit(&rows([("a", "1")]), &[advance(0, 0, 1)]).await.unwrap_err();
+    let words = "terminating connection due to administrator command (SQLSTATE 57P01)";
+    assert!(matches!(&error, Error::Retry(reason) if reason.contains(words)), "{error:?}");
+
+    sink.open(&claim(), held).await.unwrap();
+    client.batch_execute(END).await.unwrap();
+    connection_ends(&client).await;
+    let error = sink.positions_of(&[("p".to_owned(), "w".to_owned())], &[claim().log]).await.unwrap_err();
+    assert!(matches!(&error, Error::Retry(reason) if reason.contains(words)), "{error:?}");
+}
+
+#[tokio::test]
+async fn what_a_server_says_as_it_ends_a_transaction_is_the_reason_of_the_failure() {
+    let fresh = Fresh::with(
+        "CREATE TABLE telemetry ({TABLE}, CHECK (value > 0));
+         CREATE FUNCTION ends() RETURNS trigger LANGUAGE plpgsql AS $$
+         BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NEW; END $$;
+         CREATE TRIGGER ends BEFORE INSERT ON telemetry FOR EACH ROW WHEN (NEW.device_id = 'end')
+         EXECUTE FUNCTION ends()",
+    )
+    .await;
+    let client = fresh.client().await;
+    let mut sink = fresh.sink();
+    let held = Some(sink.open(&claim(), None).await.unwrap().epoch);
+    let error = sink.commit(&rows([("end", "1")]), &[advance(0, 0, 1)]).await.unwrap_err();
+    assert!(error.to_string().contains("administrator command (SQLSTATE 57P01)"), "{error:?}");
+
+    // Between the rejected rows and COMMIT.
+    let mut sink = super::sink(Config { dead_after: "2s".parse().unwrap(), ..fresh.config() });
+    sink.open(&claim(), held).await.unwrap();
+    rejected(sink.commit(&rows([("a", "1"), ("a", "-1")]), &[advance(0, 0, 2)]).await);
+    connection_ends(&client).await;
+    let error = sink.finish().await.unwrap_err();
+    let words = "terminating connection due to idle-in-transaction timeout (SQLSTATE 25P03)";
+    assert!(error.to_string().contains(words), "{error:?}");
+}
+
+#[tokio::test]
+async fn what_a_server_says_as_it_is_shut_down_is_the_reason_of_the_next_failure() {
+    for (mode, words) in [
+        ("fast", "terminating connection due to administrator command (SQLSTATE 57P01)"),
+        ("immediate", "terminating connection due to immediate shutdown command (SQLSTATE 57P01)"),
+    ] {
+        let server = Arc::new(Server::start(&["fsync = off"]));
+        let mut sink = sink(Config { url: Url(server.url()), ..Config::default() });
+        sink.open(&claim(), None).await.unwrap();
+        let stopped = Arc::clone(&server);
+        tokio::task::spawn_blocking(move || stopped.stop(mode)).await.unwrap();
+        let error = sink.commit(&rows([("a", "1")]), &[advance(0, 0, 1)]).await.unwrap_err();
+        assert!(matches!(&error, Error::Retry(reason) if reason.contains(words)), "{mode}: {error:?}");
+    }
+}
+
 #[tokio::test]
 async fn an_unknown_commit_is_resolved_by_open() {
     let fresh = Fresh::new().await;
