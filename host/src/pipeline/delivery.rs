@@ -16,7 +16,7 @@ use super::outlet::{Bundle, Intake};
 use super::routes::SinkNumber;
 use super::status::{SinkShared, State};
 use super::writer::{Failed, Writer};
-use crate::batch::Offset;
+use crate::batch::{Batch, Offset};
 use crate::sinks::{Rows, Sink};
 use crate::stream::{Attachment, OnLag, Stream, Ticket};
 
@@ -108,6 +108,21 @@ struct Gathered {
     urgent: bool,
     /// The lane's queue is closed and empty.
     last: bool,
+}
+
+impl Gathered {
+    fn is_enough(&self, batching: Batching) -> bool {
+        self.rows.len() >= batching.rows_max || self.kib as u64 * 1_024 >= batching.bytes_max
+    }
+
+    /// Whether one transaction can have the bundle too. Alone each bundle has room: the writer cuts it.
+    fn has_room_for(&self, bundle: &Bundle, batching: Batching) -> bool {
+        let rows: usize = bundle.batches.iter().map(Batch::len).sum();
+        let kib = bundle.room.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        let fits = self.rows.len() + rows <= batching.rows_max
+            && (self.kib + kib) as u64 * 1_024 <= batching.bytes_max;
+        self.rows.is_empty() || rows == 0 || fits
+    }
 }
 
 impl Delivery {
@@ -206,9 +221,7 @@ impl Delivery {
         let mut gathered = Gathered::default();
         loop {
             self.join_when_there().await;
-            let is_enough = gathered.rows.len() >= self.batching.rows_max
-                || gathered.kib as u64 * 1_024 >= self.batching.bytes_max;
-            if is_enough || gathered.urgent {
+            if gathered.is_enough(self.batching) || gathered.urgent {
                 return Ok(gathered);
             }
             let due = match gathered.since {
@@ -223,14 +236,18 @@ impl Delivery {
             tokio::select! {
                 biased;
                 () = self.abort.cancelled() => return Err(Leave::Aborted),
-                () = intake.cancel.cancelled() => return Err(Leave::Again),
+                () = intake.cancel.clone().cancelled_owned() => return Err(Leave::Again),
                 control = self.control.recv(), if !self.control.is_closed() => match control {
                     Some(Control::Join(intake)) => self.pending = Some(intake),
                     Some(Control::Start(intake)) => intake.cancel.cancel(),
                     Some(Control::Lend(lend)) => self.lend_between_commits(lend).await?,
                     None => {}
                 },
-                bundle = intake.queue.recv() => match bundle {
+                bundle = intake.recv() => match bundle {
+                    Some(bundle) if !gathered.has_room_for(&bundle, self.batching) => {
+                        intake.put_back(bundle);
+                        return Ok(gathered);
+                    }
                     Some(bundle) => self.take(bundle, &mut gathered)?,
                     None => {
                         // Closed by `cancel` in the meantime, or drained.

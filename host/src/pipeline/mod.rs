@@ -85,7 +85,7 @@ use status::SinkShared;
 use supervisor::{Member, Supervisor};
 use versions::{Schedule, Versions};
 use worker::Shared;
-use writer::{Refusals, Writer};
+use writer::{Pace, Refusals, Writer};
 
 /// The name in dead letters of what finds no route.
 pub const ROUTES_STEP: &str = "routes";
@@ -94,12 +94,11 @@ const CONTROLS_MAX: usize = 8;
 /// Events that a pipeline did not get to yet, by sink.
 const EVENTS_PER_SINK_MAX: usize = 16;
 
-/// When a sink's rows are enough for a commit.
+/// What a sink's transaction has at most.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Batching {
-    /// A commit ends with the batch that reaches it.
     pub rows_max: usize,
-    /// Bytes of memory that the rows keep.
+    /// Bytes of payload. Rows are gathered until they keep so many bytes of memory, which are more.
     pub bytes_max: u64,
     /// For the first of them.
     pub wait_max: Duration,
@@ -344,7 +343,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
         abort: CancellationToken::new(),
     });
     let (events, inbox) = mpsc::channel(EVENTS_PER_SINK_MAX * sinks.len().max(1));
-    let mut members = Vec::new();
+    let (mut members, mut lenders) = (Vec::new(), Vec::new());
     for (number, part) in sinks.into_iter().enumerate() {
         let (control, controls) = mpsc::channel(CONTROLS_MAX);
         let sink_shared = Arc::new(SinkShared::new(name, &part.name, shared.failures.clone()));
@@ -363,7 +362,13 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
         };
         sink_shared.remembered.store(remembered.0, Ordering::Release);
         let waiting = Waiting { from: remembered, on_lag: part.on_lag, gone: Arc::clone(&shared.gone) };
+        let batching = bounded(part.batching, config);
         let member = Member::new(part.name.clone(), control, sink_shared, part.on_lag);
+        lenders.push(Lender {
+            control: member.control.clone(),
+            shared: Arc::clone(&member.shared),
+            batching,
+        });
         let delivery = Delivery {
             number,
             attachment: Arc::clone(&attachment),
@@ -375,6 +380,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
                 attachment: Some(attachment),
                 waiting: Some(waiting),
                 refusals: Refusals::new(config.refusals_max_share),
+                pace: Pace::new(&batching),
                 ..Writer::new(
                     Some(Box::new(Answering { sink: part.sink, shared: Arc::clone(&member.shared) })),
                     number,
@@ -385,7 +391,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
             },
             stream: Arc::clone(&stream),
             on_lag: part.on_lag,
-            batching: bounded(part.batching, config),
+            batching,
             backoff: config.sink_backoff,
             progress_every: config.progress_every.0,
             shared: Arc::clone(&member.shared),
@@ -400,10 +406,6 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
         members.push(member);
         tokio::spawn(delivery.run());
     }
-    let lenders = members
-        .iter()
-        .map(|member| Lender { control: member.control.clone(), shared: Arc::clone(&member.shared) })
-        .collect();
     let shareds: Vec<Arc<SinkShared>> = members.iter().map(|member| Arc::clone(&member.shared)).collect();
     let board = Arc::new(Board::new(name, Arc::clone(&stream), shareds));
     let letters = Arc::clone(&shared.letters);

@@ -50,7 +50,8 @@ pub struct Outlet {
 
 /// A delivery's end.
 pub struct Intake {
-    pub queue: mpsc::Receiver<Bundle>,
+    queue: mpsc::Receiver<Bundle>,
+    put_back: Option<Bundle>,
     /// The pipeline took the sink out of the lane.
     pub cancel: CancellationToken,
     /// Where the lane began to send; `u64::MAX` until it does.
@@ -113,7 +114,23 @@ pub fn outlet(sink: SinkNumber, bytes_max: u64, workers: u16) -> (Outlet, Intake
         }),
         handed_out: Arc::clone(&handed_out),
     };
-    (outlet, Intake { queue, cancel, starts_at: Arc::new(AtomicU64::new(u64::MAX)), handed_out })
+    let starts_at = Arc::new(AtomicU64::new(u64::MAX));
+    (outlet, Intake { queue, put_back: None, cancel, starts_at, handed_out })
+}
+
+impl Intake {
+    /// Returns the next bundle; `None` once the workers have ended and nothing is left. Cancel safe.
+    pub async fn recv(&mut self) -> Option<Bundle> {
+        match self.put_back.take() {
+            Some(bundle) => Some(bundle),
+            None => self.queue.recv().await,
+        }
+    }
+
+    /// Makes the bundle that was received last the next one again.
+    pub fn put_back(&mut self, bundle: Bundle) {
+        self.put_back = Some(bundle);
+    }
 }
 
 impl Outlet {

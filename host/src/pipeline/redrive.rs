@@ -24,6 +24,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use uuid::Uuid;
 
+use super::Batching;
 use super::again::{Again, Ended, Sending};
 use super::dead_letters::{DeadLetters, Error as DeadLettersError, Source};
 use super::delivery::{Control, Lend, Returned};
@@ -34,7 +35,7 @@ use super::metrics::SinkMetrics;
 use super::routes::{SinkNumber, Sorted};
 use super::status::SinkShared;
 use super::worker::{Shared, Stripped, unknown_routes, without_letters};
-use super::writer::{Failed, Writer};
+use super::writer::{Failed, Pace, Writer};
 use crate::batch::{Batch, MessageRef, Offset, Partition, Span};
 use crate::problems::step_problems;
 use crate::sinks::{Epoch, Rows, Sink};
@@ -469,7 +470,8 @@ impl Redrive<'_> {
             let writer = Writer::new(None, number, claim, &pass.letters, shared.failures.clone());
             let held = self.epochs.get(&(number, of_pass)).copied();
             let metrics = SinkMetrics::of_redrive(&shared.name, self.names.sink(number));
-            let mut writer = Writer { sink: Some(borrowed.sink), held, metrics, ..writer };
+            let pace = Pace::new(&lender.batching);
+            let mut writer = Writer { sink: Some(borrowed.sink), held, metrics, pace, ..writer };
             let result = self.deliver(&mut writer, lender, &pass.hold).await;
             // Given back whatever happened: the delivery opens its own claim again.
             let sink = writer.sink.take().expect("nobody borrows from a redrive");
@@ -758,6 +760,7 @@ pub struct Lender {
     pub control: mpsc::Sender<Control>,
     /// Up to where the delivery itself is.
     pub shared: Arc<SinkShared>,
+    pub batching: Batching,
 }
 
 struct Borrowed {

@@ -12,12 +12,13 @@ use std::time::{Duration, Instant};
 use tokio::time;
 use uuid::Uuid;
 
+use super::Batching;
 use super::claim::{self, Beginning, Waiting};
 use super::dead_letters::{self, DeadLetters, Refusal, Source};
 use super::known::{Reader, Seen, before_last, index_within_offset};
 use super::metrics::SinkMetrics;
 use super::routes::SinkNumber;
-use crate::batch::{Offset, Partition};
+use crate::batch::{MessageRef, Offset, Partition};
 use crate::hints::{Hint, Letters};
 use crate::sinks::{
     Advance, BATCH_ROWS_MAX, Claim, Epoch, Error, Opened, Outcome, Position, RefusedRow, Rows, Sink, Written,
@@ -85,10 +86,13 @@ pub enum Failed {
     Stop(String),
 }
 
-/// Limits of one transaction. Its rows are halved where a batch runs into a limit
-/// of time or memory, and grow by an eighth with each one that does not.
+/// Limits of one transaction: those of the sink's `batch`, and of its rows one that is halved where a
+/// batch runs into a limit of time or memory, and that grows by an eighth with each one that does not.
 #[derive(Debug)]
 pub struct Pace {
+    rows_max: usize,
+    /// Bytes of payload.
+    bytes_max: u64,
     rows: usize,
     /// Longest wait of an open transaction, which holds locks in the database,
     /// for room in the dead letters and for their sync.
@@ -103,11 +107,38 @@ pub struct Pace {
 
 impl Default for Pace {
     fn default() -> Self {
-        Self { rows: usize::MAX, hold_max: HOLD_MAX, doubts: 0, settle: false }
+        Self::new(&Batching::default())
     }
 }
 
 impl Pace {
+    pub fn new(batching: &Batching) -> Self {
+        let Batching { rows_max, bytes_max, .. } = *batching;
+        Self { rows_max, bytes_max, rows: usize::MAX, hold_max: HOLD_MAX, doubts: 0, settle: false }
+    }
+
+    /// Returns how many of the first rows are one transaction: as many as the limits and `most` let, and
+    /// all of one offset together, however many these are: a position cannot lie between them.
+    fn part(&self, rows: &Rows, most: usize) -> usize {
+        let most = most.min(self.rows_max).min(rows.len());
+        let mut bytes = 0;
+        let is_too_much = |message: MessageRef<'_>| {
+            bytes += message.payload().len() as u64;
+            bytes > self.bytes_max
+        };
+        let most = rows.iter().take(most).position(is_too_much).unwrap_or(most);
+        if rows.len() <= most {
+            return rows.len();
+        }
+        let of = |row: usize| {
+            let message = rows.get(row);
+            (message.entry.partition, message.offset())
+        };
+        let ends = |row: &usize| of(*row) != of(*row - 1);
+        let end = (1..=most).rev().find(ends).or_else(|| (most.max(1)..rows.len()).find(ends));
+        end.unwrap_or(rows.len())
+    }
+
     /// Halves the next transaction after one of `len` rows.
     fn halve(&mut self, len: usize) {
         if len > 0 {
@@ -382,7 +413,7 @@ impl Writer {
         loop {
             let alone = self.pace.doubts >= DOUBTS_MAX;
             let most = if alone { 1 } else { self.pace.rows.min(self.refusals.leak()) };
-            let len = if self.pace.settle { 0 } else { part(rows, most) };
+            let len = if self.pace.settle { 0 } else { self.pace.part(rows, most) };
             let advance = self.advance(rows, len, upto);
             if self.pace.settle {
                 self.letters.durable(self.letters.ticket()).await.map_err(stopped)?;
@@ -393,7 +424,7 @@ impl Writer {
                 }
                 // Nothing before it can be committed, and it cannot be halved: all its letters are
                 // written, whatever room they take.
-                if part(rows, self.pace.rows) == part(rows, 1) {
+                if self.pace.part(rows, self.pace.rows) == self.pace.part(rows, 1) {
                     self.letters.committed(self.number);
                 }
                 continue;
@@ -403,7 +434,7 @@ impl Writer {
                 Err(Stopped::Sink(error @ Error::TooMuch(_))) => {
                     self.pace.halve(len);
                     // Rows of one message stay together.
-                    if part(rows, self.pace.rows) >= len {
+                    if self.pace.part(rows, self.pace.rows) >= len {
                         return Err(self.failed(error));
                     }
                     self.metrics.retry("too_much");
@@ -414,7 +445,7 @@ impl Writer {
                 // way, and the brake on a streak of them holds a sink of which
                 // nothing works.
                 Err(Stopped::Sink(Error::Doubtful { reason, .. }))
-                    if len > 0 && (alone || wrote && len == part(rows, 1)) =>
+                    if len > 0 && (alone || wrote && len == self.pace.part(rows, 1)) =>
                 {
                     let code = Some(DOUBTFUL_CODE.to_owned());
                     let reject = |row| RefusedRow { row, reason: reason.clone(), code: code.clone() };
@@ -598,21 +629,6 @@ fn stopped(error: dead_letters::Error) -> Failed {
 enum Stopped {
     Sink(Error),
     Letters(Failed),
-}
-
-/// How many of the first rows, about `most`, end where an offset's rows end; a
-/// position cannot lie between rows of one offset.
-fn part(rows: &Rows, most: usize) -> usize {
-    if rows.len() <= most {
-        return rows.len();
-    }
-    let of = |row: usize| {
-        let message = rows.get(row);
-        (message.entry.partition, message.offset())
-    };
-    let ends = |row: &usize| of(*row) != of(*row - 1);
-    let end = (1..=most).rev().find(ends).or_else(|| (most.max(1)..rows.len()).find(ends));
-    end.unwrap_or(rows.len())
 }
 
 #[cfg(test)]

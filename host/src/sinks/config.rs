@@ -31,10 +31,10 @@ pub enum Config {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct BatchConfig {
-    /// Rows of one transaction. A transaction ends with the batch of the steps that reaches this number, so it may
-    /// have as many more as that batch has.
+    /// Rows of one transaction, at most. All rows that were made of one message are in one transaction: a message with
+    /// more rows than this has a transaction of its own.
     pub rows_max: u32,
-    /// Bytes of payload in one transaction, which ends with the batch of the steps that reaches them.
+    /// Bytes of payload in one transaction, at most. A message whose rows have more has a transaction of its own.
     pub bytes_max: ByteSize,
     /// How long a message waits for others.
     pub wait_max: Period,

@@ -65,6 +65,8 @@ struct State {
     commit_faults: VecDeque<Fault>,
     opens: usize,
     commits: usize,
+    /// Rows of each transaction that wrote some, in order.
+    transactions: Vec<usize>,
 }
 
 /// Rows and positions of a [`MemoryDatabase`] at one moment.
@@ -100,6 +102,13 @@ impl MemoryDatabase {
 
     pub fn rows(&self) -> Vec<MemoryRow> {
         self.lock().rows.clone()
+    }
+
+    /// Returns the rows of each transaction that wrote some, in order.
+    pub fn transactions(&self) -> Vec<Vec<MemoryRow>> {
+        let state = self.lock();
+        let mut rows = state.rows.iter().cloned();
+        state.transactions.iter().map(|count| rows.by_ref().take(*count).collect()).collect()
     }
 
     /// Waits until at least this many rows are written.
@@ -385,6 +394,9 @@ impl MemorySink {
             route: message.route().to_owned(),
             payload: message.payload().to_vec(),
         }));
+        if !rows.is_empty() {
+            state.transactions.push(rows.len());
+        }
         self.database.written.send_replace(state.rows.len());
         Written { written: rows.len() as u64, ignored: 0 }
     }

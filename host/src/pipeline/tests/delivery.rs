@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use super::harness::{Act, World, chain, number, published, selective_step, sorted, step, text};
 use crate::batch::Offset;
-use crate::pipeline::{Retries, State};
-use crate::sinks::memory::Fault;
+use crate::pipeline::{Batching, Retries, State};
+use crate::sinks::memory::{Fault, MemoryRow};
 use crate::stream::{GapCause, OnLag};
 use crate::units::{ByteSize, Period};
 
@@ -46,6 +46,43 @@ async fn each_route_leads_to_its_sinks_and_an_unknown_one_to_dead_letters() {
     assert_eq!(letters.len(), 10);
     assert_eq!(letters[0].1, "route \"fast\" is not one of this pipeline's routes: alert, default, noise");
     process.stop().await;
+}
+
+/// Two hundred messages of five devices, every tenth of which becomes a dozen rows.
+async fn written_within(batching: Batching) -> Vec<Vec<MemoryRow>> {
+    let mut world = World::new(4, &[("default", "w")]);
+    world.batching = batching;
+    let times = step("times", |message, _| match number(&text(message)) % 10 {
+        0 => Act::Times(12),
+        _ => Act::Pass,
+    });
+    world.publish_many(5, 0, 200);
+    let process = world.start(chain(1, &[times])).await;
+    process.drained().await;
+    process.stop().await;
+    assert_eq!(world.payloads("w").len(), 180 + 20 * 12);
+    world.database("w").transactions()
+}
+
+fn is_of_one_message(rows: &[MemoryRow]) -> bool {
+    rows.iter().all(|row| row.offset == rows[0].offset)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_transaction_has_more_rows_than_rows_max_but_one_of_a_single_message() {
+    let batching = Batching { rows_max: 7, ..Batching::default() };
+    for rows in written_within(batching).await {
+        assert!(rows.len() <= 7 || rows.len() == 12 && is_of_one_message(&rows), "{}", rows.len());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_transaction_has_more_bytes_than_bytes_max_but_one_of_a_single_message() {
+    let batching = Batching { bytes_max: 30, ..Batching::default() };
+    for rows in written_within(batching).await {
+        let bytes: usize = rows.iter().map(|row| row.payload.len()).sum();
+        assert!(bytes <= 30 || is_of_one_message(&rows), "{bytes}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
