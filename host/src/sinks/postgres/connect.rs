@@ -304,7 +304,7 @@ pub fn settings(config: &Config) -> String {
     format!(
         "SET lock_timeout = {}; SET statement_timeout = {}; \
          SET idle_in_transaction_session_timeout = {}; SET client_min_messages = warning; \
-         SET array_nulls = on; \
+         SET array_nulls = on; SET quote_all_identifiers = off; \
          SELECT set_config(name, '0', false) FROM pg_settings \
          WHERE name IN ('idle_session_timeout', 'transaction_timeout'); \
          SELECT set_config('synchronous_commit', 'on', false) \

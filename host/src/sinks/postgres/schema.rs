@@ -96,8 +96,13 @@ pub async fn no_table(
     })
 }
 
+/// A string constant that is the same whatever `standard_conforming_strings` says.
 pub fn literal(text: &str) -> String {
-    format!("'{}'", text.replace('\'', "''"))
+    let quoted = text.replace('\'', "''");
+    match quoted.contains('\\') {
+        true => format!("E'{}'", quoted.replace('\\', "\\\\")),
+        false => format!("'{quoted}'"),
+    }
 }
 
 /// Table and index; or which column needs a type.

@@ -93,6 +93,54 @@ async fn a_null_in_an_array_is_null_whatever_array_nulls_says() {
     assert_eq!(tags, [Some("x"), None, Some("NULL")]);
 }
 
+#[tokio::test]
+async fn names_that_the_server_writes_are_the_same_whatever_quote_all_identifiers_says() {
+    let fresh = Fresh::set(
+        "CREATE TABLE telemetry (device_id TEXT, code CHAR(3), docs JSON[], more JSONB[])",
+        &["quote_all_identifiers = on"],
+    )
+    .await;
+    let columns =
+        columns(&[("device_id", "$device"), ("code", "/code"), ("docs", "/docs"), ("more", "/docs")]);
+    let config = Config { columns, ..fresh.config() };
+    let mut sink = sink(config.clone());
+    sink.open(&claim(), None).await.unwrap();
+    let good = ("a", r#"{"code": "abc", "docs": ["x", 1, {"y": "z"}]}"#);
+    let refused =
+        rejected(sink.commit(&rows([good, ("a", r#"{"code": "abcd"}"#)]), &[advance(0, 0, 2)]).await);
+    assert!(refused[0].code.is_none() && refused[0].reason.contains("column's length"), "{refused:?}");
+    sink.finish().await.unwrap();
+    let client = fresh.client().await;
+    let row = client.query_one("SELECT docs::text, more::text FROM telemetry", &[]).await.unwrap();
+    let (docs, more): (&str, &str) = (row.get(0), row.get(1));
+    assert_eq!(docs, r#"{"\"x\"",1,"{\"y\": \"z\"}"}"#);
+    assert_eq!(more, docs);
+    // What filled the table before is recognized, whatever the setting was then.
+    let database: String = client.query_one("SELECT current_database()::text", &[]).await.unwrap().get(0);
+    client.batch_execute(&format!("ALTER DATABASE {database} RESET quote_all_identifiers")).await.unwrap();
+    let renamed = Claim { sink: "other".to_owned(), ..claim() };
+    let opened = super::sink(config).open(&renamed, None).await.unwrap();
+    assert_eq!(opened.found.others, [(claim().pipeline, claim().sink)]);
+}
+
+#[tokio::test]
+async fn a_name_with_a_backslash_is_the_same_whatever_standard_conforming_strings_says() {
+    for setting in ["on", "off"] {
+        let setting = format!("standard_conforming_strings = {setting}");
+        let fresh = Fresh::set(r#"SELECT"#, &[&setting]).await;
+        let columns = columns(&[(r"level\n", "/v"), ("device", "$device")]);
+        let table = r"read\nings".to_owned();
+        let sql = format!(r#"CREATE TABLE "{table}" ("level\n" interval, device TEXT)"#);
+        fresh.execute(&sql).await;
+        let mut sink = sink(Config { columns, table, ..fresh.config() });
+        sink.open(&claim(), None).await.unwrap();
+        let values = [("a", r#"{"v":"1 day"}"#), ("a", r#"{"v":"5 parsecs"}"#)];
+        let refused = rejected(sink.commit(&rows(values), &[advance(0, 0, 2)]).await);
+        assert!(refused[0].reason.starts_with(r#"column "level\n": "#), "{setting}: {refused:?}");
+        sink.finish().await.unwrap();
+    }
+}
+
 /// The table's defaults read what the session of the sink has.
 #[tokio::test]
 async fn a_session_has_no_limit_of_idleness_or_of_a_whole_transaction() {
