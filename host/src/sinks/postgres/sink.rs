@@ -10,6 +10,7 @@
 //! Where the server rejects a row, the batch goes through the staging table
 //! (`stage`), which isolates it, and the transaction waits for `finish`.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -76,6 +77,8 @@ pub struct Session {
     pub binding: Binding,
     /// Made with the first rows that need it.
     pub stage: Option<Stage>,
+    /// Column, schema, table and constraint of errors that are about what a row holds.
+    pub of_rows: BTreeSet<[String; 4]>,
     /// A transaction that waits for `finish`.
     pub uncommitted: Option<Written>,
 }
@@ -225,6 +228,7 @@ impl PostgresSink {
             columns,
             binding,
             stage,
+            of_rows: BTreeSet::new(),
             uncommitted: None,
         };
         let epoch = session.held.epoch;

@@ -103,7 +103,7 @@ pub fn create(
         }
         OnConflict::Reject | OnConflict::Ignore | OnConflict::Auto => "0".to_owned(),
     };
-    // Concerns every row, not this one: no connection, lock, room, time.
+    // Concerns every row, not this one: no connection, lock, room, time, a sequence at its end.
     let (probe_table, probe) = probe(columns, binding);
     let diagnostics = format!(
         "GET STACKED DIAGNOSTICS code = RETURNED_SQLSTATE, message = MESSAGE_TEXT,
@@ -117,13 +117,15 @@ pub fn create(
                     END IF",
         partition_key(table, columns)
     );
-    let passing = "left(SQLSTATE, 2) IN ('08', '40', '53', '57', '58', 'HV') OR SQLSTATE = '55P03'";
+    let passing =
+        "left(SQLSTATE, 2) IN ('08', '40', '53', '57', '58', 'HV') OR SQLSTATE IN ('55P03', '2200H')";
     format!(
         "CREATE TEMPORARY TABLE headworks_stage (n INTEGER, {fields}) ON COMMIT DELETE ROWS;
 {probe_table}CREATE TEMPORARY SEQUENCE headworks_count CACHE 1000000;
 CREATE FUNCTION pg_temp.headworks_isolate(
     OUT place INTEGER, OUT written BIGINT, OUT code TEXT, OUT message TEXT, OUT detail TEXT, OUT hint TEXT,
-    OUT of_column TEXT, OUT of_time TEXT, OUT context TEXT, OUT of_default BOOLEAN)
+    OUT of_column TEXT, OUT of_time TEXT, OUT context TEXT, OUT of_default BOOLEAN,
+    OUT of_schema TEXT, OUT of_table TEXT, OUT of_constraint TEXT)
 RETURNS SETOF record LANGUAGE plpgsql AS $headworks$
 #variable_conflict use_column
 DECLARE
@@ -145,9 +147,6 @@ DECLARE
     bad INTEGER;
     inserted BIGINT;
     total BIGINT := 0;
-    of_schema TEXT;
-    of_table TEXT;
-    of_constraint TEXT;
 BEGIN
     SELECT array_agg(ctid ORDER BY n) INTO staged FROM headworks_stage;
     WHILE since <= coalesce(cardinality(staged), 0) LOOP
@@ -265,8 +264,9 @@ fn partition_key(table: &str, columns: &Columns) -> String {
     )
 }
 
-/// A table of the columns whose values the server converts or measures, and what finds out
-/// which of them rejects the row `staged[at]`: errors of class 22 (data exception) name none.
+/// A table of the columns whose values the server converts or measures, and of those that the table
+/// fills itself, and what finds out which of them rejects the row `staged[at]`: errors of class 22 (data
+/// exception) name none.
 fn probe(columns: &Columns, binding: &Binding) -> (String, String) {
     let (mut fields, mut probes) = (Vec::new(), String::new());
     for (i, (column, of)) in columns.columns.iter().zip(&binding.columns).enumerate() {
@@ -286,6 +286,24 @@ fn probe(columns: &Columns, binding: &Binding) -> (String, String) {
                         ",
             value(binding, i),
             literal(&column.name),
+        );
+    }
+    for (i, default) in binding.defaults.iter().enumerate() {
+        fields.push(format!("d{i} {}", default.type_name));
+        probes += &format!(
+            "IF of_column = '' THEN
+                        BEGIN
+                            INSERT INTO headworks_probe (d{i}) VALUES ({});
+                        EXCEPTION WHEN data_exception THEN
+                            IF SQLSTATE = code THEN
+                                of_column := {};
+                                of_default := TRUE;
+                            END IF;
+                        END;
+                        END IF;
+                        ",
+            default.expression,
+            literal(&default.name),
         );
     }
     if fields.is_empty() {

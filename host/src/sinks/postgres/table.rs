@@ -52,6 +52,8 @@ struct TableColumn {
     modifier: i32,
     not_null: bool,
     has_default: bool,
+    /// Expression of its default, where it has one and is not computed of other columns.
+    default: Option<String>,
     /// GENERATED ALWAYS AS IDENTITY: COPY writes it, INSERT only where it says so.
     is_always_identity: bool,
 }
@@ -80,7 +82,17 @@ pub struct Binding {
     pub has_rules: bool,
     /// Columns of the key of `on_conflict: upsert`.
     pub key: Vec<String>,
+    /// Columns that the table fills itself, by their defaults.
+    pub defaults: Vec<DefaultColumn>,
     pub fingerprint: String,
+}
+
+/// A column that `columns` does not fill and that has a default.
+#[derive(Clone, Debug)]
+pub struct DefaultColumn {
+    pub name: String,
+    pub type_name: String,
+    pub expression: String,
 }
 
 const COLUMNS: &str = "
@@ -88,8 +100,10 @@ SELECT a.attname::text, base.oid, base.typtype = 'e', format_type(base.oid, -1),
        format_type(a.atttypid, a.atttypmod),
        CASE WHEN declared.typtype = 'd' THEN declared.typtypmod ELSE a.atttypmod END,
        a.attnotnull OR declared.typnotnull,
-       a.atthasdef OR a.attidentity <> '', a.attidentity = 'a'
+       a.atthasdef OR a.attidentity <> '', a.attidentity = 'a',
+       CASE WHEN a.attgenerated = '' THEN pg_get_expr(d.adbin, d.adrelid) END
 FROM pg_attribute a JOIN pg_type declared ON declared.oid = a.atttypid
+LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
 CROSS JOIN LATERAL (
     WITH RECURSIVE below AS (
         SELECT declared.oid, declared.typtype, declared.typbasetype
@@ -147,6 +161,32 @@ SELECT concat_ws('|', c.oid, c.relkind, c.relrowsecurity,
     END)
 FROM pg_class c WHERE c.oid = to_regclass($1)::oid";
 
+/// Whether a constraint ($4), else NOT NULL of a column ($5), of a table ($2, $3) concerns only columns that
+/// the sink's table ($1) fills itself, because they are not among $6: none is computed of others, and no
+/// trigger can set them from what the row holds.
+pub const FILLED_BY_TABLE: &str = "
+WITH RECURSIVE tables AS (
+    SELECT to_regclass($1)::oid AS oid
+    UNION ALL
+    SELECT h.inhrelid FROM tables t JOIN pg_inherits h ON h.inhparent = t.oid
+),
+of_error AS (
+    SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE n.nspname = $2 AND c.relname = $3 AND c.oid IN (SELECT oid FROM tables)
+),
+keys AS (
+    SELECT unnest(k.conkey) AS attnum FROM pg_constraint k JOIN of_error e ON e.oid = k.conrelid WHERE k.conname = $4
+    UNION
+    SELECT unnest(i.indkey) FROM pg_index i JOIN of_error e ON e.oid = i.indrelid
+    JOIN pg_class c ON c.oid = i.indexrelid WHERE c.relname = $4
+    UNION
+    SELECT a.attnum FROM pg_attribute a JOIN of_error e ON e.oid = a.attrelid WHERE $4 = '' AND a.attname = $5
+)
+SELECT coalesce(bool_and(coalesce(a.attname <> ALL ($6) AND a.attgenerated = '', false)), false)
+       AND NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid IN (SELECT oid FROM tables)
+                       AND t.tgtype & 7 = 7 AND t.tgenabled <> 'D' AND NOT t.tgisinternal)
+FROM keys k CROSS JOIN of_error e LEFT JOIN pg_attribute a ON a.attrelid = e.oid AND a.attnum = k.attnum";
+
 /// Fails with a division by zero where the fingerprint ($2) is another one.
 pub fn check() -> String {
     format!("SELECT 1 / (CASE WHEN ({FINGERPRINT}) IS NOT DISTINCT FROM $2::text THEN 1 ELSE 0 END)")
@@ -191,6 +231,7 @@ impl Table {
                 not_null: row.get(7),
                 has_default: row.get(8),
                 is_always_identity: row.get(9),
+                default: row.get(10),
             })
             .collect();
         let keys = client.query(KEYS, &[&name]).await?;
@@ -283,8 +324,14 @@ impl Table {
             || on_conflict != OnConflict::Reject && self.keys.iter().any(may_conflict)
             || bound.iter().any(|of| matches!(of.target, Target::Array { .. } | Target::Other));
         let key = key.unwrap_or_default();
+        let unfilled = self.columns.iter().filter(|known| !is_filled(&known.name));
+        let default = |known: &TableColumn| {
+            let (name, type_name) = (known.name.clone(), known.type_name.clone());
+            known.default.clone().map(|expression| DefaultColumn { name, type_name, expression })
+        };
+        let defaults = unfilled.filter_map(default).collect();
         let (has_rules, fingerprint) = (self.writing.has_rules, self.fingerprint.clone());
-        Ok(Binding { columns: bound, staged, has_rules, key, fingerprint })
+        Ok(Binding { columns: bound, staged, has_rules, key, defaults, fingerprint })
     }
 }
 

@@ -118,13 +118,19 @@ impl Session {
         };
         let (rejected, total) = match sent.isolated {
             None => (sent.rejected, sent.written),
-            Some(isolated) => match self.isolated(rows, sent.rejected, &isolated) {
-                Ok(outcome) => outcome,
-                Err(error) => {
-                    self.client.batch_execute("ROLLBACK").await.map_err(server)?;
-                    return Err(error.within(context));
+            Some(isolated) => {
+                let outcome = match self.of_the_table(&isolated).await.map_err(server)? {
+                    Some(reason) => Err(Isolated::Setup(reason)),
+                    None => self.isolated(rows, sent.rejected, &isolated),
+                };
+                match outcome {
+                    Ok(outcome) => outcome,
+                    Err(error) => {
+                        self.client.batch_execute("ROLLBACK").await.map_err(server)?;
+                        return Err(error.within(context));
+                    }
                 }
-            },
+            }
         };
         let kept = (rows.len() - rejected.len()) as u64;
         let written = Written { written: total, ignored: kept.saturating_sub(total) };
@@ -285,6 +291,28 @@ impl Session {
         }
     }
 
+    /// Returns why all rows wait, where a row was rejected for a column that the table fills itself, by a
+    /// constraint on such columns alone: no row would do better.
+    async fn of_the_table(&mut self, isolated: &[Row]) -> Result<Option<String>, tokio_postgres::Error> {
+        let filled: Vec<&str> = self.columns.columns.iter().map(|column| column.name.as_str()).collect();
+        for row in isolated {
+            let text = |i: usize| row.get::<_, Option<&str>>(i).unwrap_or_default();
+            let of = [6, 10, 11, 12].map(|i| text(i).to_owned());
+            let [column, schema, table, constraint] = &of;
+            let is_of_constraint = text(2).starts_with("23") && !(column.is_empty() && constraint.is_empty());
+            if self.binding.has_rules || !is_of_constraint || self.of_rows.contains(&of) {
+                continue;
+            }
+            let parameters: [&(dyn ToSql + Sync); 6] =
+                [&self.table, schema, table, constraint, column, &filled];
+            if self.client.query_one(table::FILLED_BY_TABLE, &parameters).await?.get(0) {
+                return Ok(Some(format!("{}: {MEND_DEFAULT}", reason(row))));
+            }
+            self.of_rows.insert(of);
+        }
+        Ok(None)
+    }
+
     /// Rejected rows, and how many were written, of what `headworks_isolate` returned.
     fn isolated(
         &self,
@@ -304,10 +332,10 @@ impl Session {
                 written = row.get::<_, i64>(1) as u64;
                 continue;
             };
-            let (code, message) = (text(2).unwrap_or_default(), text(3).unwrap_or_default());
-            let reason = error::describe_parts(message, code, text(6), [text(4), text(5), text(8)]);
+            let (code, reason) = (text(2).unwrap_or_default(), reason(row));
             if row.get::<_, Option<bool>>(9) == Some(true) {
-                return Err(Isolated::Setup(format!("{reason}: create the partition")));
+                let advice = if code == "23514" { "create the partition" } else { MEND_DEFAULT };
+                return Err(Isolated::Setup(format!("{reason}: {advice}")));
             }
             let Some(row) = sent.get(place as usize).copied() else { continue };
             let time = |name: &str| self.columns.columns.iter().position(|column| column.name == name);
@@ -373,6 +401,17 @@ impl Session {
             Err(error) => classify(context, &error),
         }
     }
+}
+
+/// What to do where a default of the table fails.
+const MEND_DEFAULT: &str =
+    "the table fills this by itself, alike for every row: mend the default, or its sequence";
+
+/// Why a row that `headworks_isolate` returned cannot be inserted.
+fn reason(row: &Row) -> String {
+    let text = |i: usize| row.get::<_, Option<&str>>(i).filter(|text| !text.is_empty());
+    let (code, message) = (text(2).unwrap_or_default(), text(3).unwrap_or_default());
+    error::describe_parts(message, code, text(6), [text(4), text(5), text(8)])
 }
 
 /// Begins a transaction; the server's process that has it. Without a prepared statement:

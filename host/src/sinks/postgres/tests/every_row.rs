@@ -72,6 +72,40 @@ async fn a_default_or_a_trigger_that_fails_for_every_row_is_set_up_until_it_is_m
             "ALTER TABLE telemetry ALTER id TYPE bigint; ALTER SEQUENCE telemetry_id_seq AS bigint",
         ),
         (
+            "CREATE SEQUENCE numbers START 2147483646;
+             CREATE TABLE telemetry (id INTEGER DEFAULT nextval('numbers'), {TABLE})",
+            "22003",
+            "ALTER TABLE telemetry ALTER id TYPE bigint",
+        ),
+        (
+            "CREATE TABLE telemetry (site VARCHAR(3) DEFAULT current_setting('application_name'), {TABLE})",
+            "22001",
+            "ALTER TABLE telemetry ALTER site TYPE text",
+        ),
+        // As after a restore without the sequence.
+        (
+            "CREATE TABLE telemetry (id SERIAL PRIMARY KEY, {TABLE});
+             INSERT INTO telemetry SELECT n, now(), 'a', '', '', 0 FROM generate_series(1, 1000) AS n",
+            "23505",
+            "SELECT setval('telemetry_id_seq', 1000)",
+        ),
+        (
+            "CREATE TABLE sites (id INTEGER PRIMARY KEY);
+             CREATE TABLE telemetry ({TABLE}, site INTEGER DEFAULT 7 REFERENCES sites)",
+            "23503",
+            "INSERT INTO sites VALUES (7)",
+        ),
+        (
+            "CREATE TABLE telemetry ({TABLE}, site INTEGER DEFAULT 7 CHECK (site < 5))",
+            "23514",
+            "ALTER TABLE telemetry ALTER site SET DEFAULT 3",
+        ),
+        (
+            "CREATE TABLE telemetry ({TABLE}, site TEXT NOT NULL DEFAULT current_setting('app.site', true))",
+            "23502",
+            "ALTER TABLE telemetry ALTER site SET DEFAULT 'x'",
+        ),
+        (
             "CREATE TABLE telemetry ({TABLE});
              CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN NULL; END $$;
              CREATE TRIGGER t BEFORE INSERT ON telemetry FOR EACH ROW EXECUTE FUNCTION f()",
@@ -89,6 +123,55 @@ async fn a_default_or_a_trigger_that_fails_for_every_row_is_set_up_until_it_is_m
         sink.open(&claim(), None).await.unwrap();
         let outcome = sink.commit(&batch, &[advance(0, 0, 3)]).await.unwrap();
         assert_eq!(outcome, Outcome::Committed(Written { written: 3, ignored: 0 }), "{code}");
+    }
+}
+
+#[tokio::test]
+async fn a_sequence_that_ends_amid_the_rows_beside_a_bad_one_rejects_none_of_them() {
+    for (id, mend) in [
+        ("SMALLINT", "ALTER SEQUENCE numbers AS bigint; ALTER TABLE telemetry ALTER id TYPE bigint"),
+        ("BIGINT", "ALTER TABLE telemetry ALTER id TYPE bigint"),
+    ] {
+        let fresh = Fresh::with(&format!(
+            "CREATE SEQUENCE numbers AS {id} START 32764;
+             CREATE TABLE telemetry (id SMALLINT DEFAULT nextval('numbers'), {{TABLE}}, CHECK (value > 0))"
+        ))
+        .await;
+        let mut sink = fresh.sink();
+        sink.open(&claim(), None).await.unwrap();
+        // The bad row alone takes two of the four numbers that are left.
+        let batch = rows(["-1", "1", "2", "3", "4", "5"].map(|value| ("a", value)));
+        let outcome = sink.commit(&batch, &[advance(0, 0, 6)]).await;
+        assert!(matches!(outcome, Err(Error::Setup(_))), "{id}: {outcome:?}");
+        fresh.execute(mend).await;
+        sink.open(&claim(), None).await.unwrap();
+        let refused = rejected(sink.commit(&batch, &[advance(0, 0, 6)]).await);
+        assert_eq!(refused.iter().map(|row| row.row).collect::<Vec<_>>(), [0], "{id}");
+        assert_eq!(sink.finish().await.unwrap().written, 5);
+    }
+}
+
+#[tokio::test]
+async fn a_column_that_the_table_fills_of_what_the_row_holds_rejects_that_row_alone() {
+    let trigger = "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS $$
+         BEGIN NEW.site := NEW.device_id; RETURN NEW; END $$;
+         CREATE TRIGGER t BEFORE INSERT ON telemetry FOR EACH ROW EXECUTE FUNCTION f()";
+    for sql in [
+        "CREATE TABLE telemetry ({TABLE}, twice FLOAT8 GENERATED ALWAYS AS (2 * value) STORED CHECK (twice < 100))",
+        "CREATE TABLE telemetry ({TABLE}, twice SMALLINT GENERATED ALWAYS AS (1000 * value) STORED)",
+        "CREATE TABLE telemetry ({TABLE}, site TEXT DEFAULT 'x', UNIQUE (value, site))",
+        &format!("CREATE TABLE telemetry ({{TABLE}}, site TEXT DEFAULT 'x' CHECK (site <> 'b')); {trigger}"),
+        &format!("CREATE TABLE telemetry ({{TABLE}}, site VARCHAR(3) DEFAULT 'x'); {trigger}"),
+    ] {
+        let fresh = Fresh::with(sql).await;
+        let mut sink = fresh.sink();
+        sink.open(&claim(), None).await.unwrap();
+        let taken = if sql.contains("UNIQUE") { "70" } else { "1" };
+        sink.commit(&rows([("c", taken)]), &[advance(0, 0, 1)]).await.unwrap();
+        let device = if sql.contains("VARCHAR") { "long" } else { "b" };
+        let refused = rejected(sink.commit(&rows([("a", "1"), (device, "70")]), &[advance(0, 1, 3)]).await);
+        assert_eq!(refused.iter().map(|row| row.row).collect::<Vec<_>>(), [1], "{sql}: {refused:?}");
+        assert_eq!(sink.finish().await.unwrap().written, 1);
     }
 }
 
