@@ -9,8 +9,9 @@ use crate::batch::{Offset, Partition};
 use crate::sinks::{Advance, Claim, Epoch, Error as SinkError, LogPosition, Name, Position, Usurper};
 use crate::stream::Lineage;
 
-/// `next_offset` is null until the first advance. `fillfactor` leaves room for
-/// updates in place: one per batch and partition.
+/// `next_offset` is null until the first advance. `fillfactor` leaves room for updates in place, one per
+/// batch and partition. While somebody holds a snapshot, no version of a row can be removed, and one on
+/// another page costs a look at each of its entries in the index.
 pub const CREATE: &str = r#"
 CREATE TABLE headworks_positions (
     pipeline    TEXT        NOT NULL,
@@ -26,7 +27,7 @@ CREATE TABLE headworks_positions (
     claimed_at  TIMESTAMPTZ,
     updated_at  TIMESTAMPTZ NOT NULL DEFAULT now(),
     PRIMARY KEY (pipeline, sink, log, generation, "partition")
-) WITH (fillfactor = 50);
+) WITH (fillfactor = 10);
 COMMENT ON TABLE headworks_positions IS
     'Up to where Headworks has written each pipeline. Moves with the rows: do not edit while it runs.';
 "#;

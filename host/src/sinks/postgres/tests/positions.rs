@@ -183,3 +183,35 @@ async fn a_table_counts_as_filled_unless_it_is_certain_that_it_has_no_rows() {
         fresh.execute(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
     }
 }
+
+/// Each version on another page is one more entry of the index for each later move to look at.
+#[tokio::test]
+async fn most_moves_of_a_position_stay_on_their_page_while_a_snapshot_is_held() {
+    const MOVES: u64 = 300;
+    let fresh = Fresh::new().await;
+    let mut sink = fresh.sink();
+    let all = |from, to| (0..16).map(|partition| advance(partition, from, to)).collect::<Vec<_>>();
+    sink.open(&Claim { partitions: 16, ..claim() }, None).await.unwrap();
+    sink.commit(&Rows::default(), &all(0, 0)).await.unwrap();
+    let reader = fresh.client().await;
+    reader
+        .batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT FROM headworks_positions")
+        .await
+        .unwrap();
+    for n in 0..MOVES {
+        sink.commit(&Rows::default(), &all(n, n + 1)).await.unwrap();
+    }
+    // The server's process tells what it counted as it ends.
+    drop(sink);
+    let client = fresh.client().await;
+    let counted =
+        "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'headworks_positions'";
+    let (moves, in_place) = loop {
+        let row = client.query_one(counted, &[]).await.unwrap();
+        let (moves, in_place): (i64, i64) = (row.get(0), row.get(1));
+        if moves >= (MOVES * 16) as i64 {
+            break (moves, in_place);
+        }
+    };
+    assert!(in_place * 10 >= moves * 8, "{in_place} of {moves}");
+}
