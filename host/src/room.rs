@@ -6,7 +6,7 @@
 //! some holders are away, these share the first half of the last quarter, and the others the second
 //! half: however many are away, they take no part from those that are there. Beside the room each
 //! holder has [`FREE_BYTES`], whatever others hold, so that one that comes late and asks for little
-//! is served.
+//! is served. A part of a room may be reserved: whoever hands it out says what is held of it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -20,6 +20,8 @@ const UNIT_BYTES: usize = 1 << 10;
 #[derive(Debug)]
 pub struct Room {
     bytes_max: usize,
+    /// Bytes of these that no holder gets here: others hand them out.
+    reserved: usize,
     taken: AtomicUsize,
     holders: AtomicUsize,
     /// Number of these holders whose clients are away.
@@ -38,12 +40,22 @@ pub struct Holding {
 
 impl Room {
     pub fn new(bytes_max: usize) -> Arc<Self> {
+        Self::with_reserve(bytes_max, 0)
+    }
+
+    /// A room of `bytes_max`, less what is `reserved` for holdings that are made without asking.
+    pub fn with_reserve(bytes_max: usize, reserved: usize) -> Arc<Self> {
         let (taken, holders, away) = Default::default();
-        Arc::new(Self { bytes_max, taken, holders, away })
+        Arc::new(Self { bytes_max, reserved, taken, holders, away })
     }
 
     pub fn bytes_max(&self) -> usize {
         self.bytes_max
+    }
+
+    /// Returns the number of bytes that no holder gets here.
+    pub fn reserved(&self) -> usize {
+        self.reserved
     }
 
     /// Returns the number of bytes that all holders have taken.
@@ -51,21 +63,26 @@ impl Room {
         self.taken.load(Ordering::Relaxed)
     }
 
+    /// Returns the number of bytes that holders share.
+    fn shared(&self) -> usize {
+        self.bytes_max - self.reserved
+    }
+
     /// Returns the number of bytes for whoever comes first.
     fn common(&self) -> usize {
-        self.bytes_max - self.bytes_max / 4
+        self.shared() - self.shared() / 4
     }
 
     /// Returns the number of bytes up to which all may come while a holder takes of the last quarter,
     /// and the number up to which the holder may have then.
     fn last(&self, is_away: bool) -> (usize, usize) {
-        let quarter = self.bytes_max / 4;
+        let (shared, quarter) = (self.shared(), self.shared() / 4);
         let away = self.away.load(Ordering::Relaxed);
         let others = self.holders.load(Ordering::Relaxed).saturating_sub(away);
         match (is_away, away) {
-            (true, _) => (self.bytes_max - quarter / 2, quarter / 2 / away.max(1)),
-            (false, 0) => (self.bytes_max, quarter / others.max(1)),
-            (false, _) => (self.bytes_max, quarter / 2 / others.max(1)),
+            (true, _) => (shared - quarter / 2, quarter / 2 / away.max(1)),
+            (false, 0) => (shared, quarter / others.max(1)),
+            (false, _) => (shared, quarter / 2 / others.max(1)),
         }
     }
 
@@ -213,6 +230,18 @@ mod tests {
         drop(holdings);
         assert_eq!((room.taken(), room.holders.load(Ordering::Relaxed)), (0, 1));
         assert_eq!(fill(&mut late), FREE_BYTES + 60 * KIB);
+    }
+
+    #[test]
+    fn what_is_reserved_is_of_the_room_and_no_holder_gets_it_by_asking() {
+        let room = Room::with_reserve(80 * KIB, 20 * KIB);
+        assert_eq!((room.bytes_max(), room.reserved()), (80 * KIB, 20 * KIB));
+        let (mut one, mut other) = (Holding::of(&room), Holding::of(&room));
+        assert_eq!(fill(&mut one), FREE_BYTES + 45 * KIB);
+        assert_eq!(fill(&mut other), FREE_BYTES + 7 * KIB, "half of a quarter of 60 KiB");
+        other.hold(FREE_BYTES + 27 * KIB);
+        assert_eq!(room.taken(), 72 * KIB, "under a permit");
+        assert!(!one.try_hold(FREE_BYTES + 46 * KIB));
     }
 
     #[test]

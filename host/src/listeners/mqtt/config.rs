@@ -80,12 +80,14 @@ pub struct Config {
     /// their streams; past it they are dropped and counted. On disk up to about twice as much.
     pub queue_copies_bytes_max: ByteSize,
     /// Memory that the queues of all subscribers take together: 64 bytes for each message that
-    /// waits or is in flight, and the messages that are held in memory. Past three quarters of it
-    /// a subscriber gets more only while it has less than its part of the last quarter; one that
-    /// has more meets a full queue. One half of that quarter is divided evenly among the sessions
-    /// whose clients are away, the other half, or all of it where none is away, among those whose
-    /// clients are connected. Beside it each session has 1 KiB. Unset: a quarter of the memory that
-    /// the host may use.
+    /// waits or is in flight, and the messages that are held in memory. One eighth of it is for
+    /// messages of more than 4 KiB that find no room otherwise, of subscribers that read slowly,
+    /// in turn; a client that takes less than 10 KiB of its one in 10 s while others wait is
+    /// disconnected (0x97). Past three quarters of the rest a subscriber gets more only while it
+    /// has less than its part of the last quarter; one that has more meets a full queue. One half
+    /// of that quarter is divided evenly among the sessions whose clients are away, the other half,
+    /// or all of it where none is away, among those whose clients are connected. Beside it each
+    /// session has 1 KiB. Unset: a quarter of the memory that the host may use.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub queues_bytes_max: Option<ByteSize>,
     /// Memory that the subscriptions of all clients take together, shared as `queues_bytes_max`

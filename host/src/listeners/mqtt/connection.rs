@@ -5,9 +5,10 @@
 //! is not touched by traffic.
 
 mod changing;
+mod delivering;
 mod ending;
 mod packets;
-mod partial;
+mod permits;
 #[cfg(test)]
 mod tests;
 
@@ -27,26 +28,25 @@ use tokio::task::yield_now;
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
 
 use self::changing::{Changing, changed};
+use self::delivering::{Moved, Outward, outward};
 use self::ending::{End, Leaving, linger};
-use self::partial::{FREE_BYTES, Partial, TooSlow};
+use self::permits::{FREE_BYTES, Permit, TooSlow};
 use super::Broker;
 use super::acks::Stopped;
 use super::aliases::Aliases;
 use super::auth::{self, Again, Looked};
 use super::clients::Connected;
-use super::handshake::{self, Opened, may_see};
+use super::handshake::{self, Opened};
 use super::inbound::{Inbound, Next};
 use super::metrics::{Part, RECEIVED, SENT};
-use super::outbound::{Loaded, Loader, Peer, Waits};
+use super::outbound::Peer;
 use super::session::Session;
 use super::transport::{self, Place, Remote, closing};
 use super::will::Will;
 use super::wire::{self, Fault, Packet};
-use crate::access::Verdict;
-use crate::stream::Ticket;
 use crate::threads::{SHORT_TURN, offer_core};
 
-pub use self::partial::PartialRoom;
+pub use self::permits::Permits;
 
 /// One read takes at most this much.
 const READ_BYTES_MAX: usize = 64 << 10;
@@ -85,7 +85,7 @@ struct Connection<'b, S> {
     input: BytesMut,
     stopped_at: Next,
     /// Where the packet at the front of the input has not come whole, and is large.
-    partial: Option<Box<Partial>>,
+    partial: Option<Box<Permit>>,
     out: BytesMut,
     /// So much of `out`, from its front, is in the metrics.
     counted: usize,
@@ -314,29 +314,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             self.input = BytesMut::new();
         }
         let awaited = if self.stopped_at == Next::Bytes { wire::packet_len(&self.input) } else { None };
-        Partial::set(&mut self.partial, awaited, &self.broker.partial_room);
+        Permit::set(&mut self.partial, awaited, &self.broker.incoming_permits);
         self.inbound.write_acks(self.broker, &mut self.out);
-        let has_room = self.inbound.memory.has_room(WRITE_BYTES_MAX);
-        let write_max = if has_room { WRITE_BYTES_MAX } else { WRITE_BYTES_LEAST };
-        if self.out.len() < write_max && self.drain_until.is_none() && !self.answers_first() {
-            let broker = self.broker;
-            let mut outbox = self.session.outbox();
-            outbox.settle(&*broker.broker);
-            let rights = self.inbound.rights();
-            let receive = |topic: &str| rights.receive(topic);
-            let receive = rights.limits_receive().then_some(&receive as &dyn Fn(&str) -> Verdict);
-            let (clock, out) = (&broker.clock, &mut self.out);
-            let mut filled = outbox.fill(self.peer, &mut self.aliases, receive, clock, write_max, out);
-            let note = || (broker.live.positions_of(broker, &self.session), broker.note_bytes_max());
-            filled.too_large += outbox.record(&*broker.broker, note);
-            let waits = outbox.waits(self.peer);
-            let unanswered = if filled.unanswered { outbox.unanswered(receive) } else { Vec::new() };
-            drop(outbox);
-            self.inbound.ask_to_receive(unanswered);
-            Outward::set(&mut self.outward, waits, broker, &self.session);
-            broker.counters.filled(&filled);
-            self.session.activity().filled(&filled);
-        }
+        self.deliver();
         self.broker.counters.sending(self.peer.version, &self.out[self.counted..]);
         self.counted = self.out.len();
         self.acks_waiting.set(self.inbound.acks_waiting());
@@ -376,6 +356,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
 
     fn wrote(&mut self, len: usize) {
         self.counted -= len;
+        self.outward.iter_mut().for_each(|outward| outward.wrote(len));
         self.broker.counters.bytes[SENT].increment(len as u64);
         if self.out.len() + len >= WRITE_PAUSE_BYTES {
             // It is not read meanwhile, and shows by what it takes that it is there.
@@ -389,7 +370,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             return Event::Wake;
         }
         let read = self.drain_until.is_none() && self.out.len() < WRITE_PAUSE_BYTES && self.has_room();
-        let room = &self.broker.partial_room;
+        let room = &self.broker.incoming_permits;
         let is_scarce = room.is_wanted() || !self.inbound.memory.has_room(READ_BYTES_MAX);
         let read_max = match (read, is_scarce && self.partial.is_none()) {
             (false, _) => 0,
@@ -426,38 +407,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             event = poll_fn(|cx| poll_io(io, out, read_max, cx)), if !self.has_left => Event::Io(event),
             moved = acks.moved() => Event::Durable(moved),
             () = writable, if stalled => Event::Writable,
-            has_room = Partial::changed(self.partial.as_deref_mut()) => Event::Partial(has_room),
+            progress = Permit::changed(self.partial.as_deref_mut()) => Event::Partial(progress),
             () = paid => Event::Paid,
             moved = outward(self.broker, &mut self.outward) => Event::Outward(moved),
             () = auth_over => Event::AuthDeadline,
             () = self.session.wake.notified() => Event::Wake,
             () = timer => Event::Timer,
         }
-    }
-
-    /// Deliveries may go on.
-    fn moved(&mut self, moved: Moved) -> Result<(), End> {
-        match moved {
-            Moved::Again => {}
-            Moved::Loaded(Loaded { messages, page }) => {
-                self.outward = None;
-                let may_see = may_see(self.inbound.rights(), &self.session);
-                let mut outbox = self.session.outbox();
-                if let Some(page) = page {
-                    outbox.retained_found(page, &self.broker.retained());
-                }
-                let gone = outbox.loaded(&messages, may_see);
-                drop(outbox);
-                if gone > 0 {
-                    self.broker.counters.gap.increment(gone);
-                    let client_id = &*self.session.client_id;
-                    let kind = "mqtt: messages went from their stream before their subscriber came";
-                    self.broker.failures.report_by(kind, client_id, gone, &format!("client {client_id}"), "");
-                }
-            }
-            Moved::Stopped => return Err(End::Stopped),
-        }
-        Ok(())
     }
 
     /// Whether [`Self::woken`] has something to say.
@@ -509,7 +465,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
     /// Whether there is room for what the client sends.
     fn has_room(&self) -> bool {
         let is_full = self.stopped_at == Next::Room && self.input.len() >= STALLED_READ_BYTES_MAX;
-        !is_full && Partial::may_read(self.partial.as_deref())
+        !is_full && self.partial.as_ref().is_none_or(|permit| permit.is_given())
     }
 
     fn has_ended(&self) -> Option<End> {
@@ -524,7 +480,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
 
 enum Event {
     Io(Io),
-    /// There is room for a large packet, or it does not come.
+    /// There is a permit for a large packet, or it does not come.
     Partial(Result<(), TooSlow>),
     Durable(Result<(), super::acks::Stopped>),
     Writable,
@@ -540,63 +496,6 @@ enum Event {
     AuthDeadline,
     Wake,
     Timer,
-}
-
-/// What an outbox waits for.
-struct Outward {
-    durable: Option<Ticket>,
-    room: bool,
-    loader: Option<Loader>,
-}
-
-enum Moved {
-    Again,
-    Loaded(Loaded),
-    /// The broker stream or the messages' has stopped.
-    Stopped,
-}
-
-impl Outward {
-    /// A read that is under way goes on.
-    fn set(outward: &mut Option<Box<Self>>, mut waits: Waits, broker: &Arc<Broker>, session: &Arc<Session>) {
-        if waits.is_none() {
-            *outward = None;
-            return;
-        }
-        let Waits { durable, room, .. } = waits;
-        let under_way = outward.take().and_then(|outward| outward.loader);
-        let reads = waits.reads();
-        let loader = reads.then(|| under_way.unwrap_or_else(|| Loader::new(&mut waits, broker, session)));
-        *outward = Some(Box::new(Self { durable, room, loader }));
-    }
-}
-
-/// Pending where nothing is waited for. Safe to drop.
-async fn outward(broker: &Broker, waiting: &mut Option<Box<Outward>>) -> Moved {
-    let Some(waiting) = waiting else { return pending().await };
-    let Outward { durable, room, loader } = &mut **waiting;
-    let (durable, room) = (*durable, *room);
-    // Boxed: a connection that waits for nothing does not carry it.
-    Box::pin(async move {
-        let durable = async {
-            let Some(ticket) = durable else { return pending().await };
-            match broker.broker.durable().wait_for(|durable| *durable >= ticket).await {
-                Ok(_) => Moved::Again,
-                Err(_) => Moved::Stopped,
-            }
-        };
-        let load = async {
-            let Some(loader) = loader else { return pending().await };
-            loader.loaded().await.map_or(Moved::Stopped, Moved::Loaded)
-        };
-        tokio::select! {
-            biased;
-            moved = durable => moved,
-            moved = load => moved,
-            () = broker.broker.writable(), if room => Moved::Again,
-        }
-    })
-    .await
 }
 
 /// Writes what there is, and reads at most `read_max` into the thread's buffer.

@@ -60,7 +60,7 @@ use tokio_util::task::TaskTracker;
 
 use self::acks::Stopped;
 use self::clock::Clock;
-use self::connection::PartialRoom;
+use self::connection::Permits;
 use self::copies::Copies;
 use self::fanout::{Live, Subscription};
 use self::lineages::Lineages;
@@ -104,6 +104,9 @@ const STATE_ROOM_BYTES: usize = 8 << 20;
 const STATE_SHARE_BYTES: usize = 16 << 10;
 /// Memory that the host is taken to have where the system does not say.
 const UNKNOWN_MEMORY_BYTES: u64 = 1 << 30;
+/// The part of the memory of all queues that messages take in turn, each of which its client needs to
+/// get on and for which there is no memory otherwise.
+const PERMITS_PART: usize = 8;
 /// Between two looks at the files that clients are known by.
 const ACCESS_LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Between two looks for expired sessions.
@@ -307,7 +310,10 @@ struct Broker {
     lineages: Mutex<Option<Lineages>>,
     /// Turns to read for subscribers what waits in the streams.
     loads: Arc<Semaphore>,
-    partial_room: Arc<PartialRoom>,
+    /// For packets that have not come whole.
+    incoming_permits: Arc<Permits>,
+    /// For messages that find no memory on their way to a client.
+    outgoing_permits: Arc<Permits>,
     rooms: Rooms,
     retained: Mutex<Retained>,
     wills: Wills,
@@ -332,14 +338,15 @@ struct Rooms {
 
 impl Rooms {
     fn new(config: &Config, memory_bytes: u64) -> Self {
-        let room = |bytes_max: Option<ByteSize>, part: u64| {
+        let bytes = |bytes_max: Option<ByteSize>, part: u64| {
             let bytes = bytes_max.map_or(memory_bytes / part, |bytes| bytes.0);
-            Room::new(usize::try_from(bytes).unwrap_or(usize::MAX))
+            usize::try_from(bytes).unwrap_or(usize::MAX)
         };
+        let queues = bytes(config.queues_bytes_max, 4);
         Self {
-            queues: room(config.queues_bytes_max, 4),
-            subscriptions: room(config.subscriptions_bytes_max, 8),
-            connections: room(config.connections_bytes_max, 8),
+            queues: Room::with_reserve(queues, queues / PERMITS_PART),
+            subscriptions: Room::new(bytes(config.subscriptions_bytes_max, 8)),
+            connections: Room::new(bytes(config.connections_bytes_max, 8)),
         }
     }
 
@@ -391,7 +398,8 @@ impl Broker {
             copies,
             lineages: Mutex::new(Some(lineages)),
             loads: Arc::new(Semaphore::new(outbound::LOADS_MAX)),
-            partial_room: PartialRoom::new(config.partial_packets_bytes_max.0),
+            incoming_permits: Permits::new(config.partial_packets_bytes_max.0),
+            outgoing_permits: Permits::new(rooms.queues.reserved() as u64),
             rooms,
             identities,
             streams,

@@ -75,9 +75,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         if let Some(changing) = self.changing.take() {
             changing.give_up().await;
         }
-        let Connection { broker, session, mut io, inbound, will, acks_waiting, partial, .. } = self;
+        let Connection {
+            broker, session, mut io, inbound, will, acks_waiting, partial, out, outward, ..
+        } = self;
         // What it holds of the session is given back before the session.
-        drop((inbound, acks_waiting, partial));
+        drop((inbound, acks_waiting, partial, out, outward));
         let expiry_s = if let End::Disconnect { expiry_s, .. } = end { expiry_s } else { None };
         let keep_will = !matches!(end, End::Disconnect { keep_will: false, .. });
         drop(leaving.user_place);

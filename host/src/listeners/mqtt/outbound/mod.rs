@@ -8,6 +8,7 @@
 mod again;
 mod filters;
 mod kept;
+mod lent;
 mod load;
 mod message;
 mod queued;
@@ -21,6 +22,7 @@ use std::hash::{BuildHasherDefault, DefaultHasher};
 use std::sync::Arc;
 
 use self::again::{Again, Unlisted};
+use self::lent::Lent;
 use self::retained::Deliveries;
 use super::session::Change;
 use crate::room::{Holding, Room};
@@ -34,7 +36,7 @@ pub use self::queued::{
     WhenFull,
 };
 pub use self::retained::{RetainedFrom, RetainedPage};
-pub use self::send::{Acked, Filled, Peer, Waits};
+pub use self::send::{Acked, Filled, Peer, Space, Waits};
 
 /// A connected subscriber that keeps its session has so much of its queue in
 /// memory, the rest in the streams.
@@ -75,6 +77,8 @@ pub struct Outbox {
     dropped: u64,
     /// Of a session that outlives its connection.
     kept: Option<Box<Kept>>,
+    /// The permit for a large message that finds no memory.
+    lent: Option<Box<Lent>>,
     /// What this outbox takes of the memory of all outboxes.
     memory: Holding,
 }
@@ -248,6 +252,7 @@ impl Outbox {
         if self.ids.capacity() > 2 * self.ids.len() + SPARE_PLACES {
             self.ids.shrink_to_fit();
         }
+        self.lent.take_if(|lent| lent.is_spent());
         self.memory.set_away(!self.connected);
         self.memory.hold(self.size());
     }
@@ -482,6 +487,7 @@ impl Outbox {
     /// The connection ended: what waits is references again.
     pub fn disconnected(&mut self) {
         self.connected = false;
+        self.return_lent();
         if self.sums.at_most_once > 0 {
             self.retain(|queued| queued.qos > 0);
         }

@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use bytes::{BufMut, BytesMut};
 
+use super::lent::SMALL_BYTES_MAX;
 use super::{Body, IN_FLIGHT_BYTES_MAX, Ids, InFlight, Message, Outbox, Place, Queued, RetainedPage};
 use crate::access::{QUESTIONS_MAX, Verdict};
 use crate::listeners::mqtt::aliases::{Aliases, Name};
@@ -45,11 +46,13 @@ pub struct Waits {
     pub load: Vec<Place>,
     /// For these retained messages.
     pub page: Option<RetainedPage>,
+    /// For a permit to read a message of so many bytes, or to go on with one; 0: for none.
+    pub permit: usize,
 }
 
 impl Waits {
     pub fn is_none(&self) -> bool {
-        self.durable.is_none() && !self.room && !self.reads()
+        self.durable.is_none() && !self.room && !self.reads() && self.permit == 0
     }
 
     pub fn reads(&self) -> bool {
@@ -67,24 +70,38 @@ pub struct Filled {
     pub denied: u64,
     /// It is not known whether the next message is for this client.
     pub unanswered: bool,
+    /// Size of the message that waits for memory, or for a permit, to be written; 0: none does.
+    pub blocked: usize,
+    /// A message was written under the permit.
+    pub used_permit: bool,
+}
+
+/// Where packets are written to.
+#[derive(Clone, Copy)]
+pub struct Space<'a> {
+    /// Messages are added up to about this size of the buffer.
+    pub bytes_max: usize,
+    /// Whether there is memory for a message of so many bytes, which is larger than that.
+    pub has_room: &'a dyn Fn(usize) -> bool,
 }
 
 /// What the access rules say of a message's topic; `None`: nothing.
 pub type Receive<'a> = Option<&'a dyn Fn(&str) -> Verdict>;
 
 impl Outbox {
-    /// Writes what may go, up to about `bytes_max` in `out`. In order: what is
-    /// behind a message of which `receive` does not know yet waits too.
+    /// Writes what may go, up to about `bytes_max` in `out`. In order: what is behind a message of
+    /// which `receive` does not know yet, or for which there is no room in `space`, waits too.
     pub fn fill(
         &mut self,
         peer: Peer,
         aliases: &mut Aliases,
         receive: Receive<'_>,
         clock: &Clock,
-        bytes_max: usize,
+        space: Space<'_>,
         out: &mut BytesMut,
     ) -> Filled {
         let mut filled = Filled::default();
+        let bytes_max = space.bytes_max;
         let durable = self.kept.as_ref().map_or(u64::MAX, |kept| kept.durable());
         if let Some(kept) = &mut self.kept {
             while let Some((packet_id, after)) = kept.releases.front()
@@ -123,6 +140,9 @@ impl Outbox {
                 if self.sent >= window || flight.after > durable {
                     break;
                 }
+                if !self.fits(flight.waiting.as_ref(), space, &mut filled) {
+                    break;
+                }
                 let is_sent = match &flight.waiting {
                     Some(queued) if queued.message().is_none() => break,
                     Some(queued) => {
@@ -149,6 +169,9 @@ impl Outbox {
             match self.head() {
                 Some(head) if head.message().is_none() => break,
                 Some(head) if head.qos == 0 => {
+                    if !self.fits(Some(head), space, &mut filled) {
+                        break;
+                    }
                     let queued = self.take().expect("it has a head");
                     filled.put(&queued, 0, false, clock, peer, aliases, out);
                 }
@@ -156,8 +179,27 @@ impl Outbox {
                 _ => break,
             }
         }
+        if filled.used_permit {
+            self.lent = None;
+        }
         self.count();
         filled
+    }
+
+    /// Returns whether a message may be written. One that is larger than the buffer needs memory of
+    /// its own, or the permit, which is for one message.
+    fn fits(&self, queued: Option<&Queued>, space: Space<'_>, filled: &mut Filled) -> bool {
+        let Some(message) = queued.and_then(Queued::message) else { return true };
+        let bytes = message.len();
+        if bytes <= space.bytes_max || (space.has_room)(bytes) {
+            return true;
+        }
+        if filled.used_permit || !self.is_lent_to(message) {
+            filled.blocked = bytes;
+            return false;
+        }
+        filled.used_permit = true;
+        true
     }
 
     /// Returns the verdict on the message that is next, if there is one in memory.
@@ -312,12 +354,20 @@ impl Outbox {
             return waits;
         }
         let window = usize::from(peer.window);
-        // Without room for more, one message at a time.
-        let has_room = self.memory.has_room(self.size() + LOAD_BYTES_MAX);
-        let bytes_max = if has_room { LOAD_BYTES_MAX } else { 1 };
         let again = self.inflight.iter().skip(self.sent).take(window.saturating_sub(self.sent));
         let again = again.filter_map(|flight| flight.waiting.as_ref());
         let room = window.saturating_sub(self.inflight.len());
+        let mut first = again.clone().chain(self.queue.iter().take(room));
+        let Some(first) = first.next().map(|queued| queued.len as usize) else { return waits };
+        let has_room = |bytes: usize| self.memory.has_room(self.size() + bytes);
+        // Without room for more, one message at a time.
+        let bytes_max = if has_room(LOAD_BYTES_MAX.max(first)) { LOAD_BYTES_MAX } else { 1 };
+        if bytes_max == 1 && first > SMALL_BYTES_MAX && !has_room(first) {
+            waits.permit = first;
+            if self.lent_bytes() < first {
+                return waits;
+            }
+        }
         let mut bytes = 0;
         for queued in again.chain(self.queue.iter().take(room)).take(LOAD_MESSAGES_MAX) {
             waits.load.extend(queued.place());
@@ -330,11 +380,24 @@ impl Outbox {
     }
 
     /// Messages that were read. Those that are no more, or that the client may
-    /// not see, are given up; how many are no more. Where there is no room for all of them
-    /// the first is kept, and the others are read again when it is their turn.
+    /// not see, are given up; how many are no more. Where there is no room for all of them the first
+    /// is kept, if it is small or there is a permit for it, and the others are read again when it is
+    /// their turn.
     pub fn loaded(&mut self, loaded: &HashMap<Place, Option<Body>>, may_see: impl Fn(&str) -> bool) -> u64 {
         let bytes: usize = loaded.values().flatten().map(|found| found.message.len()).sum();
-        let (has_room, mut held) = (self.memory.try_hold(self.size() + bytes), 0);
+        let size = self.size();
+        let (has_room, mut held) = (self.memory.try_hold(size + bytes), 0);
+        let found = |queued: &Queued| {
+            let found = queued.place().and_then(|place| loaded.get(&place)?.as_ref());
+            found.filter(|found| may_see(found.message.topic())).map(|found| &found.message)
+        };
+        let again = self.inflight.iter().skip(self.sent).filter_map(|flight| flight.waiting.as_ref());
+        let first = again.chain(self.queue.iter().take(LOAD_MESSAGES_MAX)).find_map(found);
+        let first = first.filter(|_| !has_room);
+        let fits =
+            first.is_none_or(|it| it.len() <= SMALL_BYTES_MAX || self.memory.try_hold(size + it.len()));
+        let lent = first.filter(|it| !fits && it.len() <= self.lent_bytes());
+        let keeps_first = fits || lent.is_some();
         let mut gone = 0;
         // Fills in the body; false: there is none.
         let mut fill = |queued: &mut Queued| {
@@ -342,7 +405,11 @@ impl Outbox {
             gone += u64::from(found.is_none());
             let Some(found) = found.as_ref().filter(|it| may_see(it.message.topic())) else { return false };
             held += 1;
-            if held > 1 && !has_room {
+            if !has_room && (held > 1 || !keeps_first) {
+                if held == 1 {
+                    // What is asked for next is its size in memory.
+                    queued.len = found.message.len() as u32;
+                }
                 return true;
             }
             queued.body = Some(found.message.clone());
@@ -371,6 +438,9 @@ impl Outbox {
             } else {
                 self.queue.remove(at);
             }
+        }
+        if let Some(message) = lent {
+            self.read_under_permit(message);
         }
         self.count();
         gone

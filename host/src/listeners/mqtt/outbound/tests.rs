@@ -1,6 +1,7 @@
 //! The outbox alone: its windows, bounds and what it makes durable.
 
 mod again;
+mod lent;
 
 use proptest::prelude::*;
 use uuid::Uuid;
@@ -60,6 +61,11 @@ fn offer(outbox: &mut Outbox, queued: Queued) -> Offer {
     outbox.offer(queued, LIMITS, || Some(message(&text, b"")))
 }
 
+/// A write buffer beside which there is memory for any message.
+fn space(bytes_max: usize) -> Space<'static> {
+    Space { bytes_max, has_room: &|_| true }
+}
+
 /// An outbox that was sent these payloads, by a share where there is one.
 fn sent(qos: u8, payloads: &[&str], properties: &[u8], share: Option<&str>) -> Outbox {
     let mut outbox = Outbox { connected: true, ..Outbox::default() };
@@ -72,7 +78,7 @@ fn sent(qos: u8, payloads: &[&str], properties: &[u8], share: Option<&str>) -> O
         &mut Aliases::new(0),
         None,
         &clock(),
-        1 << 20,
+        space(1 << 20),
         &mut BytesMut::new(),
     );
     assert_eq!(filled.sent, payloads.len() as u64);
@@ -113,7 +119,7 @@ fn what_is_in_flight_is_bounded_in_bytes_also_where_it_was_retained() {
     let fill = |outbox: &mut Outbox| {
         let peer = peer(10, usize::MAX);
         let out = &mut BytesMut::new();
-        outbox.fill(peer, &mut Aliases::new(0), None, &clock(), usize::MAX, out).sent
+        outbox.fill(peer, &mut Aliases::new(0), None, &clock(), space(usize::MAX), out).sent
     };
     assert_eq!(fill(&mut outbox), 3);
     assert!(held(&outbox) <= IN_FLIGHT_BYTES_MAX);
@@ -137,7 +143,7 @@ fn a_packet_id_in_flight_is_not_given_again() {
             &mut Aliases::new(0),
             None,
             &clock(),
-            usize::MAX,
+            space(usize::MAX),
             &mut BytesMut::new(),
         );
         outbox.last_id
@@ -155,17 +161,17 @@ fn a_resumed_session_is_sent_again_within_what_its_client_takes_now() {
     let mut outbox = sent(1, &["1", &large, "3", "4"], &[], None);
     resume(&mut outbox, &["1", &large, "3", "4"], &[]);
     let mut out = BytesMut::new();
-    let filled = outbox.fill(peer(2, 50), &mut Aliases::new(0), None, &clock(), 1 << 20, &mut out);
+    let filled = outbox.fill(peer(2, 50), &mut Aliases::new(0), None, &clock(), space(1 << 20), &mut out);
     assert_eq!((filled.sent, filled.too_large), (2, 1), "1 and 3");
     assert!(out.iter().filter(|byte| **byte == 0x3a).count() == 2, "with DUP: {out:x?}");
     assert_eq!(
-        outbox.fill(peer(2, 50), &mut Aliases::new(0), None, &clock(), 1 << 20, &mut out).sent,
+        outbox.fill(peer(2, 50), &mut Aliases::new(0), None, &clock(), space(1 << 20), &mut out).sent,
         0,
         "its window is full"
     );
     outbox.acked(0x40, 1, 0);
     assert_eq!(
-        outbox.fill(peer(2, 50), &mut Aliases::new(0), None, &clock(), 1 << 20, &mut out).sent,
+        outbox.fill(peer(2, 50), &mut Aliases::new(0), None, &clock(), space(1 << 20), &mut out).sent,
         1,
         "4"
     );
@@ -178,7 +184,7 @@ fn what_is_sent_again_tells_what_is_left_of_its_expiry() {
     let mut outbox = sent(1, &["1"], &properties, None);
     resume(&mut outbox, &["1"], &properties);
     let mut out = BytesMut::new();
-    outbox.fill(peer(2, 50), &mut Aliases::new(0), None, &clock(), 1 << 20, &mut out);
+    outbox.fill(peer(2, 50), &mut Aliases::new(0), None, &clock(), space(1 << 20), &mut out);
     let at = out.windows(3).position(|bytes| bytes == [0x02, 0, 0]).expect("the property");
     let left = u16::from_be_bytes([out[at + 3], out[at + 4]]);
     assert!((990..=1_000).contains(&left), "{left}");
@@ -205,7 +211,7 @@ fn a_qos_2_message_that_cannot_be_sent_again_still_frees_its_packet_id() {
     let mut outbox = sent(2, &[&large], &[], None);
     resume(&mut outbox, &[&large], &[]);
     let mut out = BytesMut::new();
-    outbox.fill(peer(10, 50), &mut Aliases::new(0), None, &clock(), 1 << 20, &mut out);
+    outbox.fill(peer(10, 50), &mut Aliases::new(0), None, &clock(), space(1 << 20), &mut out);
     assert_eq!(&out[..], [0x62, 2, 0, 1], "a PUBREL");
     assert_eq!(outbox.sizes().2, 1, "its id is not given again");
     outbox.acked(wire::PUBCOMP, 1, 0);
@@ -220,7 +226,7 @@ fn who_is_connected_is_sent_nothing_again_when_its_rights_change() {
         outbox.keep_only(|_| may_see);
         let mut out = BytesMut::new();
         let filled =
-            outbox.fill(peer(10, usize::MAX), &mut Aliases::new(0), None, &clock(), 1 << 20, &mut out);
+            outbox.fill(peer(10, usize::MAX), &mut Aliases::new(0), None, &clock(), space(1 << 20), &mut out);
         assert_eq!(filled.sent, more);
         for packet_id in 1..=2 + more as u16 {
             outbox.acked(wire::PUBACK, packet_id, 0);
@@ -239,7 +245,8 @@ fn a_packet_that_its_new_alias_would_make_too_large_goes_without() {
         }
         let mut out = BytesMut::new();
         let aliases = &mut Aliases::new(1);
-        let filled = outbox.fill(peer(10, packet_bytes_max), aliases, None, &clock(), 1 << 20, &mut out);
+        let filled =
+            outbox.fill(peer(10, packet_bytes_max), aliases, None, &clock(), space(1 << 20), &mut out);
         (filled.sent, filled.too_large, out.len())
     };
     // Header 2, topic 7, length of properties 1, payload 5; the alias 3, its topic then 2.
@@ -263,7 +270,8 @@ fn a_message_that_must_be_asked_for_holds_what_is_behind_it_and_a_denied_one_goe
             _ => Verdict::Yes,
         };
         let (aliases, out) = (&mut Aliases::new(0), &mut BytesMut::new());
-        let filled = outbox.fill(peer(10, usize::MAX), aliases, Some(&receive), &clock(), 1 << 20, out);
+        let filled =
+            outbox.fill(peer(10, usize::MAX), aliases, Some(&receive), &clock(), space(1 << 20), out);
         let unanswered = outbox.unanswered(Some(&receive));
         assert_eq!(filled.unanswered, !unanswered.is_empty());
         (filled.sent, filled.denied, unanswered.join(" "))
@@ -308,7 +316,7 @@ impl Durable {
     fn fill(&mut self) -> Vec<u8> {
         let mut out = BytesMut::new();
         self.outbox.settle(&*self.broker);
-        self.outbox.fill(peer(10, 1 << 20), &mut Aliases::new(0), None, &clock(), 1 << 20, &mut out);
+        self.outbox.fill(peer(10, 1 << 20), &mut Aliases::new(0), None, &clock(), space(1 << 20), &mut out);
         self.given_up += self.outbox.record(&*self.broker, || (Box::new([0]), 1 << 10));
         out.to_vec()
     }
@@ -572,7 +580,7 @@ fn without_memory_for_a_message_it_waits_in_its_stream_and_is_read_one_at_a_time
     while outbox.sizes().0 > 0 {
         let fill = |outbox: &mut Outbox, out: &mut BytesMut| {
             let aliases = &mut Aliases::new(0);
-            outbox.fill(peer(100, usize::MAX), aliases, None, &clock(), usize::MAX, out).sent
+            outbox.fill(peer(100, usize::MAX), aliases, None, &clock(), space(usize::MAX), out).sent
         };
         sent += fill(&mut outbox, &mut out);
         let places = outbox.waits(peer(100, usize::MAX)).load;
@@ -585,10 +593,10 @@ fn without_memory_for_a_message_it_waits_in_its_stream_and_is_read_one_at_a_time
 }
 
 #[test]
-fn of_what_was_read_and_has_no_room_any_more_the_first_is_kept() {
+fn of_small_messages_that_were_read_and_have_no_room_any_more_the_first_is_kept() {
     let room = Room::new(1 << 20);
     let mut outbox = within(&room, true);
-    let large = "x".repeat(10 << 10);
+    let small = "x".repeat(3 << 10);
     for offset in 0..4 {
         outbox.offer(queued(offset, 1, None), UNBOUNDED, || None);
     }
@@ -597,7 +605,7 @@ fn of_what_was_read_and_has_no_room_any_more_the_first_is_kept() {
     assert_eq!(places.len(), 4);
     let mut other = Holding::of(&room);
     other.hold(1 << 20);
-    let found = places.into_iter().map(|place| (place, Some(body(&large))));
+    let found = places.into_iter().map(|place| (place, Some(body(&small))));
     assert_eq!(outbox.loaded(&found.collect(), |_| true), 0);
     let held: Vec<bool> = outbox.queue.iter().map(|queued| queued.body.is_some()).collect();
     assert_eq!(held, [true, false, false, false]);
@@ -620,7 +628,7 @@ fn what_waits_and_is_in_flight_is_counted_through_all_that_becomes_of_it() {
     }
     for _ in 0..5 {
         let out = &mut BytesMut::new();
-        outbox.fill(peer(1_000, usize::MAX), &mut Aliases::new(0), None, &clock(), usize::MAX, out);
+        outbox.fill(peer(1_000, usize::MAX), &mut Aliases::new(0), None, &clock(), space(usize::MAX), out);
         check(&outbox);
         for id in outbox.ids.clone() {
             outbox.acked(wire::PUBACK, id, 0);
@@ -689,7 +697,7 @@ fn a_session_waits_with_its_share_of_the_state_and_goes_on_once_its_client_ackno
         session.outbox.loaded(&found.collect(), |_| true);
         session.outbox.settle(&*session.broker);
         let out = &mut BytesMut::new();
-        session.outbox.fill(window, &mut Aliases::new(0), None, &clock(), 1 << 20, out);
+        session.outbox.fill(window, &mut Aliases::new(0), None, &clock(), space(1 << 20), out);
         session.outbox.record(&*session.broker, || (Box::new([0]), 1 << 10));
         session.commit();
         if out.is_empty() && session.outbox.sizes().2 == before {
@@ -744,8 +752,14 @@ fn what_a_new_subscription_is_given_counts_in_no_bound_and_does_not_age() {
     for offset in 0..10 {
         assert_ne!(offer(&mut outbox, queued(offset, 0, None)), Offer::Dropped(Full::Queue));
     }
-    let filled =
-        outbox.fill(peer(10, 1 << 20), &mut Aliases::new(0), None, &clock(), 1 << 20, &mut BytesMut::new());
+    let filled = outbox.fill(
+        peer(10, 1 << 20),
+        &mut Aliases::new(0),
+        None,
+        &clock(),
+        space(1 << 20),
+        &mut BytesMut::new(),
+    );
     assert_eq!(filled.sent, 40);
     outbox.give_whole(&filter, Options::default(), 0, messages());
     outbox.end_retained("t");

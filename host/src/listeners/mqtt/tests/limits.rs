@@ -210,7 +210,7 @@ async fn large_packets_that_are_not_whole_share_one_budget() {
     Codec::default().encode(Packet::from(large()), &mut bytes).unwrap();
     let (mut first, mut second) = (host.clean("first").await, host.clean("second").await);
     first.io.write_all(&bytes[..10_000]).await.unwrap();
-    let room = host.handle.clients().0.partial_room.clone();
+    let room = host.handle.clients().0.incoming_permits.clone();
     while !room.is_taken() {
         tokio::task::yield_now().await;
     }

@@ -1,7 +1,10 @@
 //! Memory that all clients take together has bounds, and whoever takes little of it is served.
 
+use tokio::io::{DuplexStream, duplex};
+
 use super::*;
-use crate::room::Holding;
+use crate::listeners::mqtt::transport::fuzzing::somebody;
+use crate::room::{FREE_BYTES, Holding};
 
 /// A host with so much memory for each: queues, subscriptions, connections.
 async fn host_with(stream: Arc<dyn Stream>, memory: ByteSize) -> Host {
@@ -204,6 +207,54 @@ async fn without_memory_for_their_buffers_connections_go_on_in_small_pieces() {
         assert_eq!(received.payload.len(), 3_000);
         subscriber.send(puback(received.packet_id.unwrap().get())).await;
     }
+    host.stop().await;
+}
+
+/// A client whose socket takes no more than 4 KiB that it has not read.
+async fn slow_reader(host: &Host, client_id: &'static str) -> Client<DuplexStream> {
+    let (io, served) = duplex(4 << 10);
+    let (remote, place) = somebody();
+    tokio::spawn(connection::serve(host.handle.clients().0.clone(), served, remote, place));
+    let mut client = Client::over(io);
+    client.send(clean(client_id)).await;
+    assert!(matches!(client.receive().await, Packet::ConnectAck(_)));
+    client
+}
+
+#[tokio::test]
+async fn without_memory_large_messages_go_to_slow_readers_in_turn_and_reach_all_of_them() {
+    const LARGE: usize = 20 << 10;
+    let host = host_with(MemoryStream::new("s", 1), ByteSize::kib(256)).await;
+    let (rooms, broker) = (rooms(&host), host.handle.clients().0.clone());
+    let mut all = [&rooms.queues, &rooms.connections].map(Holding::of);
+    all.iter_mut().for_each(|all| all.hold((256 << 10) + FREE_BYTES));
+    let mut readers = Vec::new();
+    for name in ["a", "b", "c", "d", "e", "f"] {
+        let mut reader = slow_reader(&host, name).await;
+        reader.subscribe("large", QOS1).await;
+        readers.push(reader);
+    }
+    let mut publisher = host.clean("publisher").await;
+    let taken = || rooms.queues.taken() + rooms.connections.taken();
+    let before = taken();
+    for id in 1..=3 {
+        let payload = vec![b'x'; LARGE].into();
+        publisher.send(Publish { payload, ..publish("large", QoS::AtLeastOnce, id) }).await;
+        assert_eq!(publisher.receive().await, puback(id));
+    }
+    // There are permits for 32 KiB, so that one has its message.
+    until("all but one wait", || broker.outgoing_permits.waiting() == readers.len() - 1).await;
+    assert!(taken() < before + (32 << 10) + (8 << 10), "{before} {}", taken());
+    let read = readers.iter_mut().map(async |reader| {
+        for _ in 0..3 {
+            let received = reader.received().await;
+            assert_eq!(received.payload.len(), LARGE);
+            reader.send(puback(received.packet_id.unwrap().get())).await;
+        }
+        reader.nothing_but_ping().await;
+    });
+    futures_util::future::join_all(read).await;
+    assert!(!broker.outgoing_permits.is_taken() && !broker.outgoing_permits.is_wanted());
     host.stop().await;
 }
 

@@ -26,7 +26,7 @@ use rmqtt_codec::v5::{
     Packet, PublishAck, PublishAck2, PublishAck2Reason, PublishAckReason, PublishProperties, RetainHandling,
     Subscribe, SubscribeAckReason, SubscriptionOptions, Unsubscribe, UnsubscribeAckReason,
 };
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_util::codec::{Decoder, Encoder};
@@ -108,15 +108,20 @@ impl Host {
     }
 }
 
-struct Client {
-    io: TcpStream,
+struct Client<S = TcpStream> {
+    io: S,
     input: BytesMut,
     codec: Codec,
 }
 
 impl Client {
     async fn open(host: &Host) -> Self {
-        let io = TcpStream::connect(host.address).await.unwrap();
+        Self::over(TcpStream::connect(host.address).await.unwrap())
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
+    fn over(io: S) -> Self {
         Self { io, input: BytesMut::new(), codec: Codec::default() }
     }
 

@@ -1,9 +1,10 @@
-//! Packets that have not come whole: one budget for those of all connections.
+//! Permits for large packets: one budget for those of all connections that have not come whole, and
+//! one for messages on their way out for which there is no memory otherwise.
 //!
-//! A connection reads on in a packet larger than [`FREE_BYTES`] once it has room for all of
-//! it in the budget, in the order of asking, so that those that have room can be completed.
-//! A client that has room and sends less than [`PROGRESS_BYTES_MIN`] in [`PROGRESS_EVERY`]
-//! while others wait is disconnected. What counts is what it sends, whichever packets that are of.
+//! A connection goes on with a packet larger than [`FREE_BYTES`] once it has a permit for all of
+//! it, in the order of asking, so that those that have permits can be completed. A client that has
+//! one and sends, or takes, less than [`PROGRESS_BYTES_MIN`] in [`PROGRESS_EVERY`] while others wait
+//! is disconnected. What counts is what passes, whichever packets that is of.
 
 use std::future::pending;
 use std::pin::Pin;
@@ -14,7 +15,7 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep_until};
 
-/// A smaller packet needs no room: it is what a connection may keep in any case.
+/// A smaller packet needs no permit: it is what a connection may keep in any case.
 pub const FREE_BYTES: usize = 4 << 10;
 /// The budget counts these.
 const UNIT_BYTES: usize = 1 << 10;
@@ -23,13 +24,13 @@ const PROGRESS_BYTES_MIN: u64 = 10 << 10;
 const PROGRESS_EVERY: Duration = Duration::from_secs(10);
 
 /// The budget, of all connections.
-pub struct PartialRoom {
+pub struct Permits {
     units: Arc<Semaphore>,
     units_max: u32,
     waiting: AtomicUsize,
 }
 
-impl PartialRoom {
+impl Permits {
     pub fn new(bytes_max: u64) -> Arc<Self> {
         let units_max = u32::try_from(bytes_max / UNIT_BYTES as u64).unwrap_or(u32::MAX).max(1);
         let units = Arc::new(Semaphore::new(units_max as usize));
@@ -39,6 +40,12 @@ impl PartialRoom {
     /// Whether connections wait for it: then less is read of each that has not asked yet.
     pub fn is_wanted(&self) -> bool {
         self.waiting.load(Ordering::Relaxed) > 0
+    }
+
+    /// Number of connections that wait for it.
+    #[cfg(test)]
+    pub fn waiting(&self) -> usize {
+        self.waiting.load(Ordering::Relaxed)
     }
 
     /// Whether any packet has room.
@@ -54,10 +61,10 @@ impl PartialRoom {
     }
 }
 
-struct Waits<'r>(&'r PartialRoom);
+struct Waits<'r>(&'r Permits);
 
 impl<'r> Waits<'r> {
-    fn new(room: &'r PartialRoom) -> Self {
+    fn new(room: &'r Permits) -> Self {
         room.waiting.fetch_add(1, Ordering::Relaxed);
         Self(room)
     }
@@ -69,12 +76,12 @@ impl Drop for Waits<'_> {
     }
 }
 
-/// The packet at the front of what one connection has read.
-pub struct Partial {
-    room: Arc<PartialRoom>,
+/// The permit of one connection for a large packet, or its place among those that wait for one.
+pub struct Permit {
+    room: Arc<Permits>,
     bytes: usize,
-    /// Bytes that have come since it was made, of this packet and of those that kept its room.
-    came: u64,
+    /// Number of bytes that have passed since it was made, of this packet and of those that kept its permit.
+    passed: u64,
     state: State,
 }
 
@@ -82,67 +89,72 @@ enum State {
     Waits(Pin<Box<dyn Future<Output = OwnedSemaphorePermit> + Send>>),
     Has {
         _room: OwnedSemaphorePermit,
-        /// When its progress was last looked at, and how many bytes had come.
+        /// When its progress was last looked at, and how many bytes had passed.
         looked: (Instant, u64),
     },
 }
 
-/// The client has room for a large packet and hardly sends anything, while others wait.
+/// The client has a permit for a large packet and hardly sends or takes anything, while others wait.
 #[derive(Debug, PartialEq, Eq)]
 pub struct TooSlow;
 
-impl Partial {
-    /// Asks for what a packet of `bytes` needs; `None`: the packet is whole, or its length is not
-    /// known yet. One that has room keeps it, also for the next packet where that is no larger.
-    pub fn set(partial: &mut Option<Box<Self>>, bytes: Option<usize>, room: &Arc<PartialRoom>) {
+impl Permit {
+    /// Asks for what a packet of `bytes` needs; `None`: there is none, or its length is not known yet. A
+    /// permit is kept, also for the next packet where that is no larger.
+    pub fn set(permit: &mut Option<Box<Self>>, bytes: Option<usize>, room: &Arc<Permits>) {
         let Some(bytes) = bytes.filter(|bytes| *bytes > FREE_BYTES) else {
-            *partial = None;
+            *permit = None;
             return;
         };
-        if partial.as_deref().is_some_and(|known| known.bytes >= bytes) {
+        if permit.as_deref().is_some_and(|known| known.bytes >= bytes) {
             return;
         }
         // What a smaller one had is free for this one, too.
-        *partial = None;
+        *permit = None;
         let units =
             u32::try_from(bytes.div_ceil(UNIT_BYTES)).map_or(room.units_max, |it| it.min(room.units_max));
         let state = match room.units.clone().try_acquire_many_owned(units) {
             Ok(taken) => State::Has { _room: taken, looked: (Instant::now(), 0) },
             Err(_) => State::Waits(Box::pin(room.clone().take(units))),
         };
-        *partial = Some(Box::new(Self { room: room.clone(), bytes, came: 0, state }));
+        *permit = Some(Box::new(Self { room: room.clone(), bytes, passed: 0, state }));
     }
 
-    /// Counts bytes that have come.
+    /// Counts bytes that have passed.
     pub fn add(&mut self, bytes: usize) {
-        self.came += bytes as u64;
+        self.passed += bytes as u64;
     }
 
-    /// Whether the connection may be read.
-    pub fn may_read(partial: Option<&Self>) -> bool {
-        partial.is_none_or(|partial| matches!(partial.state, State::Has { .. }))
+    /// Returns whether it was given.
+    pub fn is_given(&self) -> bool {
+        matches!(self.state, State::Has { .. })
     }
 
-    /// Returns once it has room, or an error where it comes too slowly and others wait.
+    /// Returns the size of the packet that it is for.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Returns once it is given, or an error where its packet passes too slowly and others wait.
     /// Pending where nothing is waited for. Safe to drop.
-    pub async fn changed(partial: Option<&mut Self>) -> Result<(), TooSlow> {
-        let Some(partial) = partial else { return pending().await };
+    pub async fn changed(permit: Option<&mut Self>) -> Result<(), TooSlow> {
+        let Some(permit) = permit else { return pending().await };
         // Boxed: a connection that waits for nothing does not carry it.
         Box::pin(async move {
-            let Self { room, came, state, .. } = partial;
+            let Self { room, passed, state, .. } = permit;
             let looked = match state {
                 State::Waits(taken) => {
-                    *state = State::Has { _room: taken.await, looked: (Instant::now(), *came) };
+                    *state = State::Has { _room: taken.await, looked: (Instant::now(), *passed) };
                     return Ok(());
                 }
                 State::Has { looked, .. } => looked,
             };
             loop {
                 sleep_until(looked.0 + PROGRESS_EVERY).await;
-                if room.is_wanted() && *came < looked.1 + PROGRESS_BYTES_MIN {
+                if room.is_wanted() && *passed < looked.1 + PROGRESS_BYTES_MIN {
                     return Err(TooSlow);
                 }
-                *looked = (Instant::now(), *came);
+                *looked = (Instant::now(), *passed);
             }
         })
         .await
@@ -155,7 +167,7 @@ mod tests {
 
     use super::*;
 
-    impl Partial {
+    impl Permit {
         /// As if its progress had been looked at long ago.
         fn age(&mut self) {
             let State::Has { looked, .. } = &mut self.state else { panic!("it has no room") };
@@ -165,18 +177,18 @@ mod tests {
 
     #[tokio::test]
     async fn a_large_packet_waits_for_room_and_one_that_hardly_comes_gives_it_up() {
-        let room = &PartialRoom::new(128 << 10);
+        let room = &Permits::new(128 << 10);
         let large = 100_000;
         let (mut small, mut one, mut two) = (None, None, None);
-        for (partial, bytes) in [(&mut small, FREE_BYTES), (&mut one, large), (&mut two, large)] {
-            Partial::set(partial, Some(bytes), room);
+        for (permit, bytes) in [(&mut small, FREE_BYTES), (&mut one, large), (&mut two, large)] {
+            Permit::set(permit, Some(bytes), room);
         }
         assert!(small.is_none());
-        let may_read = |partial: &Option<Box<Partial>>| Partial::may_read(partial.as_deref());
+        let may_read = |permit: &Option<Box<Permit>>| permit.as_ref().is_none_or(|it| it.is_given());
         assert!(may_read(&one) && !may_read(&two));
         one.as_mut().unwrap().age();
-        assert_eq!(Partial::changed(one.as_deref_mut()).now_or_never(), None, "nobody waits yet");
-        let mut waits = Box::pin(Partial::changed(two.as_deref_mut()));
+        assert_eq!(Permit::changed(one.as_deref_mut()).now_or_never(), None, "nobody waits yet");
+        let mut waits = Box::pin(Permit::changed(two.as_deref_mut()));
         assert_eq!(waits.as_mut().now_or_never(), None);
         for (came, next, expected) in [
             (PROGRESS_BYTES_MIN as usize, large, None),
@@ -188,12 +200,12 @@ mod tests {
             (1, large - 1, Some(Err(TooSlow))),
         ] {
             one.as_mut().unwrap().add(came);
-            Partial::set(&mut one, Some(next), room);
+            Permit::set(&mut one, Some(next), room);
             one.as_mut().unwrap().age();
-            assert_eq!(Partial::changed(one.as_deref_mut()).now_or_never(), expected, "{came} bytes");
+            assert_eq!(Permit::changed(one.as_deref_mut()).now_or_never(), expected, "{came} bytes");
         }
         // It is whole, or its connection has ended.
-        Partial::set(&mut one, None, room);
+        Permit::set(&mut one, None, room);
         assert_eq!(waits.await, Ok(()));
         assert!(may_read(&two) && !room.is_wanted());
     }

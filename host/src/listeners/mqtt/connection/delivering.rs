@@ -1,0 +1,248 @@
+//! What goes out to a client: what its queue has, as far as there is memory for it, and what that
+//! waits for.
+
+use std::future::pending;
+use std::sync::Arc;
+
+use rmqtt_codec::v5::DisconnectReasonCode;
+use tokio::io::{AsyncRead, AsyncWrite};
+
+use super::permits::{Permit, Permits, TooSlow};
+use super::{Connection, End, WRITE_BYTES_LEAST, WRITE_BYTES_MAX};
+use crate::access::Verdict;
+use crate::listeners::mqtt::Broker;
+use crate::listeners::mqtt::handshake::may_see;
+use crate::listeners::mqtt::outbound::{Loaded, Loader, Outbox, Space, Waits};
+use crate::listeners::mqtt::session::Session;
+use crate::listeners::mqtt::wire::Fault;
+use crate::stream::Ticket;
+
+/// The permit of a large message that finds no memory, from when it is to be read until its packet is
+/// written.
+pub struct Outgoing {
+    permit: Option<Box<Permit>>,
+    /// Its packet is in the write buffer.
+    is_in_buffer: bool,
+}
+
+impl Outgoing {
+    /// Asks for a permit for a message of `bytes`. One for a smaller message is given back.
+    fn ask(outgoing: &mut Option<Self>, bytes: usize, permits: &Arc<Permits>) {
+        let outgoing = outgoing.get_or_insert(Self { permit: None, is_in_buffer: false });
+        Permit::set(&mut outgoing.permit, Some(bytes), permits);
+    }
+
+    /// Returns the size of the message that it lets through; 0: it was not given.
+    fn given(&self) -> usize {
+        self.permit.as_ref().filter(|permit| permit.is_given()).map_or(0, |permit| permit.bytes())
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
+    /// Adds to the write buffer what may go, and asks for what the rest waits for.
+    pub(super) fn deliver(&mut self) {
+        let has_room = self.inbound.memory.has_room(WRITE_BYTES_MAX);
+        let bytes_max = if has_room { WRITE_BYTES_MAX } else { WRITE_BYTES_LEAST };
+        if self.out.len() >= bytes_max || self.drain_until.is_some() || self.answers_first() {
+            return;
+        }
+        // Its packet is written: the next one waits for its turn.
+        let written = self.outward.as_mut().filter(|outward| outward.has_permit_in_buffer());
+        written.into_iter().for_each(|outward| outward.outgoing = None);
+        while self.fill(bytes_max) && self.out.len() < bytes_max {}
+    }
+
+    /// Returns whether more may go at once, under a permit that was just given.
+    fn fill(&mut self, bytes_max: usize) -> bool {
+        let broker = self.broker;
+        let mut outbox = self.session.outbox();
+        outbox.settle(&*broker.broker);
+        let (rights, memory) = (self.inbound.rights(), &self.inbound.memory);
+        let receive = |topic: &str| rights.receive(topic);
+        let receive = rights.limits_receive().then_some(&receive as &dyn Fn(&str) -> Verdict);
+        let space = Space { bytes_max, has_room: &|bytes| memory.has_room(bytes) };
+        let (clock, out) = (&broker.clock, &mut self.out);
+        let mut filled = outbox.fill(self.peer, &mut self.aliases, receive, clock, space, out);
+        let note = || (broker.live.positions_of(broker, &self.session), broker.note_bytes_max());
+        filled.too_large += outbox.record(&*broker.broker, note);
+        let mut waits = outbox.waits(self.peer);
+        waits.permit = waits.permit.max(filled.blocked);
+        let unanswered = if filled.unanswered { outbox.unanswered(receive) } else { Vec::new() };
+        drop(outbox);
+        self.inbound.ask_to_receive(unanswered);
+        broker.counters.filled(&filled);
+        self.session.activity().filled(&filled);
+        let wanted = waits.permit;
+        Outward::set(&mut self.outward, waits, broker, &self.session);
+        let Some(outward) = self.outward.as_mut().filter(|it| wanted > 0 || it.outgoing.is_some()) else {
+            return false;
+        };
+        let is_full = self.out.len() >= bytes_max;
+        let outbox = &mut self.session.outbox();
+        outward.set_permit(wanted, filled.used_permit, is_full, outbox, &broker.outgoing_permits)
+    }
+
+    /// Deliveries may go on.
+    pub(super) fn moved(&mut self, moved: Moved) -> Result<(), End> {
+        match moved {
+            Moved::Again => {}
+            Moved::Loaded(Loaded { messages, page }) => {
+                self.outward.iter_mut().for_each(|outward| outward.loader = None);
+                let may_see = may_see(self.inbound.rights(), &self.session);
+                let mut outbox = self.session.outbox();
+                if let Some(page) = page {
+                    outbox.retained_found(page, &self.broker.retained());
+                }
+                let gone = outbox.loaded(&messages, may_see);
+                drop(outbox);
+                if gone > 0 {
+                    self.broker.counters.gap.increment(gone);
+                    let client_id = &*self.session.client_id;
+                    let kind = "mqtt: messages went from their stream before their subscriber came";
+                    self.broker.failures.report_by(kind, client_id, gone, &format!("client {client_id}"), "");
+                }
+            }
+            Moved::Permitted(progress) => {
+                let Some(outward) = &mut self.outward else { return Ok(()) };
+                return outward.permitted(progress, &mut self.session.outbox());
+            }
+            Moved::Stopped => return Err(End::Stopped),
+        }
+        Ok(())
+    }
+}
+
+/// What an outbox waits for, and the permit of its connection.
+#[derive(Default)]
+pub struct Outward {
+    durable: Option<Ticket>,
+    room: bool,
+    loader: Option<Loader>,
+    outgoing: Option<Outgoing>,
+}
+
+/// What came of it.
+pub enum Moved {
+    Again,
+    Loaded(Loaded),
+    /// There is a permit for a large message, or its packet does not go on.
+    Permitted(Result<(), TooSlow>),
+    /// The broker stream or the messages' has stopped.
+    Stopped,
+}
+
+impl Outward {
+    /// A read that is under way goes on, and a permit is kept.
+    fn set(outward: &mut Option<Box<Self>>, mut waits: Waits, broker: &Arc<Broker>, session: &Arc<Session>) {
+        let Self { loader, outgoing, .. } = outward.take().map(|outward| *outward).unwrap_or_default();
+        if waits.is_none() && outgoing.is_none() {
+            return;
+        }
+        let Waits { durable, room, .. } = waits;
+        let reads = waits.reads();
+        let loader = reads.then(|| loader.unwrap_or_else(|| Loader::new(&mut waits, broker, session)));
+        *outward = Some(Box::new(Self { durable, room, loader, outgoing }));
+    }
+
+    /// Returns whether the packet of its permit is in the write buffer.
+    fn has_permit_in_buffer(&self) -> bool {
+        self.outgoing.as_ref().is_some_and(|outgoing| outgoing.is_in_buffer)
+    }
+
+    /// The client has taken so many bytes.
+    pub fn wrote(&mut self, bytes: usize) {
+        let permit = self.outgoing.as_mut().and_then(|outgoing| outgoing.permit.as_mut());
+        permit.into_iter().for_each(|permit| permit.add(bytes));
+    }
+
+    /// Asks for a permit for a message of `wanted` bytes, 0: for none, and gives back one that is not
+    /// needed. Returns whether it was given at once.
+    pub fn set_permit(
+        &mut self,
+        wanted: usize,
+        is_used: bool,
+        is_full: bool,
+        outbox: &mut Outbox,
+        permits: &Arc<Permits>,
+    ) -> bool {
+        if let Some(outgoing) = self.outgoing.as_mut().filter(|_| is_used && is_full) {
+            outgoing.is_in_buffer = true;
+            return false;
+        }
+        let is_held = self.outgoing.as_ref().is_some_and(|outgoing| outgoing.given() > 0);
+        // Its message went without it, or waits behind another that needs one.
+        let is_spent = is_held && !outbox.is_lent();
+        if is_spent || outbox.holds_lent() && wanted > 0 {
+            outbox.return_lent();
+            self.outgoing = None;
+        }
+        if outbox.holds_lent() || is_full && wanted > 0 {
+            return false;
+        }
+        if wanted == 0 {
+            outbox.return_lent();
+            self.outgoing = None;
+            return false;
+        }
+        Outgoing::ask(&mut self.outgoing, wanted, permits);
+        let given = self.outgoing.as_ref().map_or(0, |outgoing| outgoing.given());
+        if given > 0 && outbox.is_lent_for(given) {
+            return false;
+        }
+        outbox.return_lent();
+        if given > 0 {
+            outbox.lend(given);
+        }
+        given > 0
+    }
+
+    /// A permit was given, or its packet does not go on while others wait for theirs.
+    pub fn permitted(&mut self, progress: Result<(), TooSlow>, outbox: &mut Outbox) -> Result<(), End> {
+        let Some(outgoing) = &self.outgoing else { return Ok(()) };
+        match progress {
+            Ok(()) => outbox.lend(outgoing.given()),
+            Err(TooSlow) if outgoing.is_in_buffer => {
+                return Err(End::Fault(Fault {
+                    code: DisconnectReasonCode::QuotaExceeded,
+                    what: "a large packet that it takes too slowly while others wait for its room",
+                }));
+            }
+            // What it waits for is not its client: it asks again behind the others.
+            Err(TooSlow) => {
+                outbox.return_lent();
+                self.outgoing = None;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Pending where nothing is waited for. Safe to drop.
+pub async fn outward(broker: &Broker, waiting: &mut Option<Box<Outward>>) -> Moved {
+    let Some(waiting) = waiting else { return pending().await };
+    let Outward { durable, room, loader, outgoing } = &mut **waiting;
+    let permit = outgoing.as_mut().and_then(|outgoing| outgoing.permit.as_deref_mut());
+    let (durable, room) = (*durable, *room);
+    // Boxed: a connection that waits for nothing does not carry it.
+    Box::pin(async move {
+        let durable = async {
+            let Some(ticket) = durable else { return pending().await };
+            match broker.broker.durable().wait_for(|durable| *durable >= ticket).await {
+                Ok(_) => Moved::Again,
+                Err(_) => Moved::Stopped,
+            }
+        };
+        let load = async {
+            let Some(loader) = loader else { return pending().await };
+            loader.loaded().await.map_or(Moved::Stopped, Moved::Loaded)
+        };
+        tokio::select! {
+            biased;
+            moved = durable => moved,
+            moved = load => moved,
+            progress = Permit::changed(permit) => Moved::Permitted(progress),
+            () = broker.broker.writable(), if room => Moved::Again,
+        }
+    })
+    .await
+}
