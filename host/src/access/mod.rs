@@ -266,7 +266,8 @@ impl Admitted {
     /// Returns when there are answers. Pending while nothing is asked. Safe to drop.
     pub async fn answered(&mut self) {
         match &mut self.questions {
-            Some(questions) => questions.answered().await,
+            // Boxed: a connection that asks nothing does not carry it.
+            Some(questions) => Box::pin(questions.answered()).await,
             None => std::future::pending().await,
         }
     }

@@ -381,7 +381,8 @@ impl Again {
 /// client that does not authenticate again. Safe to drop.
 pub async fn look(again: Option<&mut Again>) -> Looked {
     match again {
-        Some(again) => again.look().await,
+        // Boxed: a connection that has nothing looked at does not carry it.
+        Some(again) => Box::pin(again.look()).await,
         None => pending().await,
     }
 }

@@ -10,7 +10,7 @@ use super::activity::Counts;
 use super::clock::Clock;
 use super::refused_clients::RefusedClient;
 use super::session::Session;
-use super::transport::Address;
+use super::transport::{Address, Remote};
 use super::wire::Version;
 
 /// What is known of a client that is connected, or whose session waits for it.
@@ -57,7 +57,7 @@ pub struct Connection {
 #[derive(Clone)]
 pub(super) struct Connected {
     pub version: Version,
-    pub address: Address,
+    pub remote: Arc<Remote>,
     pub user: Option<Arc<str>>,
     /// Microseconds since 1970, UTC.
     pub since_us: u64,
@@ -68,7 +68,7 @@ impl Connected {
     /// Whether `address` is another host than that of the connection. A client that comes back
     /// from where it was has lost its connection.
     pub fn is_elsewhere(&self, address: &Address) -> bool {
-        self.address.ip() != address.ip()
+        self.remote.address.ip() != address.ip()
     }
 
     fn describe(&self) -> Connection {
@@ -79,7 +79,7 @@ impl Connected {
         };
         Connection {
             version: version.into(),
-            address: self.address.to_string(),
+            address: self.remote.address.to_string(),
             user: self.user.as_deref().map(Into::into),
             since_us: self.since_us,
             keep_alive_s: self.keep_alive_s,
@@ -190,7 +190,7 @@ impl Session {
     fn describe(&self, clock: &Clock) -> Client {
         let outbox = self.outbox();
         let ((queued, queued_bytes, in_flight), dropped) = (outbox.sizes(), outbox.dropped());
-        let session_bytes = outbox.size() + self.filter_sums().memory;
+        let session_bytes = outbox.size() + self.filters_memory();
         drop(outbox);
         let seen_us =
             self.activity().silent_for().map(|ago| super::now_us().saturating_sub(ago.as_micros() as u64));

@@ -169,7 +169,7 @@ where
     broker.client_connected(1);
     session.connected(Connected {
         version: peer.version,
-        address: remote.address,
+        remote: remote.clone(),
         user: rights.identity.name.clone(),
         since_us: super::now_us(),
         keep_alive_s,

@@ -267,8 +267,10 @@ impl Asked {
             if let (Some(connection), ..) = session.presence()
                 && connection.is_elsewhere(&remote.address)
             {
-                let detail =
-                    format!("client {} at {}: taken over from {remote}", self.client_id, connection.address);
+                let detail = format!(
+                    "client {} at {}: taken over from {remote}",
+                    self.client_id, connection.remote.address
+                );
                 broker.failures.report_client(
                     "mqtt: one client id, two connections",
                     &self.client_id,

@@ -23,7 +23,7 @@ use super::fanout::Departure;
 use super::open_ids::{Content, Known, OpenIds, OpenIdsRoom, Received};
 use super::outbound::{self, Ids, Kept, Message, Outbox};
 use super::owner::Owner;
-use super::subscriptions::{Filter, Options, is_shared, levels, memory_of};
+use super::subscriptions::{self, Filter, Options, is_shared, levels};
 use super::{Broker, Rooms, borrowed};
 use crate::hints::Hint;
 use crate::room::Holding;
@@ -98,8 +98,6 @@ struct State {
 /// more filters its client has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FilterSums {
-    /// Number of bytes of memory that the filters take, as far as they can be counted.
-    pub memory: usize,
     pub bytes: usize,
     /// Number of topic levels.
     pub levels: usize,
@@ -107,13 +105,11 @@ pub struct FilterSums {
 
 impl FilterSums {
     fn add(&mut self, filter: &str) {
-        self.memory += memory_of(filter);
         self.bytes += filter.len();
         self.levels += levels(filter);
     }
 
     fn subtract(&mut self, filter: &str) {
-        self.memory -= memory_of(filter);
         self.bytes -= filter.len();
         self.levels -= levels(filter);
     }
@@ -198,6 +194,11 @@ impl Session {
         lock(&self.state).filters.len()
     }
 
+    /// Returns the number of bytes of memory that the filters take, as far as they can be counted.
+    pub fn filters_memory(&self) -> usize {
+        lock(&self.state).filters_memory()
+    }
+
     /// Returns the sums over its filters.
     pub fn filter_sums(&self) -> FilterSums {
         lock(&self.state).filter_sums
@@ -256,7 +257,7 @@ impl Session {
     /// Returns false where there is no room.
     pub fn take_memory(&self, bytes: usize) -> bool {
         let mut state = lock(&self.state);
-        let all = state.filter_sums.memory + bytes;
+        let all = state.filters_memory() + bytes;
         state.memory.try_hold(all)
     }
 
@@ -818,8 +819,13 @@ impl State {
         [key(SESSION, client_id.as_bytes())].into_iter().chain(filters).collect()
     }
 
+    /// Returns the number of bytes of memory that the filters take, as far as they can be counted.
+    fn filters_memory(&self) -> usize {
+        subscriptions::memory(self.filters.len(), self.filter_sums.levels, self.filter_sums.bytes)
+    }
+
     fn count(&mut self) {
-        self.memory.hold(self.filter_sums.memory);
+        self.memory.hold(self.filters_memory());
     }
 
     fn stale_removed(&self) -> Vec<Change> {

@@ -107,9 +107,14 @@ pub fn levels(text: &str) -> usize {
 /// Returns about the number of bytes that a subscription takes in its session, and in the tree
 /// where no other filter has its levels.
 pub fn memory_of(filter: &str) -> usize {
+    memory(1, levels(filter), filter.len())
+}
+
+/// The same of several filters, of their levels and bytes together.
+pub fn memory(filters: usize, levels: usize, bytes: usize) -> usize {
     const OF_FILTER: usize = 256;
     const OF_LEVEL: usize = 160;
-    OF_FILTER + OF_LEVEL * levels(filter) + 3 * filter.len()
+    OF_FILTER * filters + OF_LEVEL * levels + 3 * bytes
 }
 
 /// Whether messages of streams can match: the broker's own topics lie in none.

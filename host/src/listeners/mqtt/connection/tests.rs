@@ -96,9 +96,10 @@ fn size_of_future<A, B, C, D, F: Future>(_: fn(A, B, C, D) -> F) -> usize {
     size_of::<F>()
 }
 
-/// Its future is most of what an idle connection costs: what grows it grows each of them.
+/// Its future is most of what an idle connection costs: what grows it grows each of them. With its
+/// task's header, 112 bytes, it is allocated in steps of 128 bytes.
 #[test]
 fn an_idle_connection_takes_little_memory() {
     let size = size_of_future(serve::<TcpStream>);
-    assert!(size <= 1_424, "{size} bytes: is something kept that could be boxed?");
+    assert!(size <= 1_296, "{size} bytes: is something kept that could be boxed?");
 }

@@ -1,5 +1,10 @@
 //! What a stream had no room for, kept until it has.
 
+use std::future::{pending, ready};
+use std::pin::Pin;
+
+use futures_util::future::select_all;
+
 use super::Owed;
 use super::withheld::Withheld;
 use crate::batch::flags;
@@ -94,8 +99,13 @@ impl Owned {
 
 /// Returns when there may be room for what stalled, when QoS 0 messages of it are to be
 /// dropped, or what is withheld may be looked at again; pending while nothing is.
-pub async fn room(stalled: &[Stalled], withheld: Withheld, session: &Session, broker: &Broker) {
-    let mut waits = Vec::new();
+pub fn room<'a>(
+    stalled: &[Stalled],
+    withheld: Withheld,
+    session: &Session,
+    broker: &'a Broker,
+) -> impl Future<Output = ()> + use<'a> {
+    let mut waits: Vec<Pin<Box<dyn Future<Output = ()> + Send + 'a>>> = Vec::new();
     for stalled in stalled {
         let stream = &broker.streams[stalled.stream];
         waits.push(stream.writable());
@@ -110,18 +120,23 @@ pub async fn room(stalled: &[Stalled], withheld: Withheld, session: &Session, br
         Withheld::Room => waits.push(Box::pin(broker.sessions.open_ids.freed())),
         Withheld::Release(packet_id) => {
             let releasing = session.received().releasing(packet_id);
-            let Some(Received { stream, ticket, .. }) = releasing else { return };
-            // Without a ticket its append is one of those that stalled.
-            if let Some(ticket) = ticket {
-                waits.push(Box::pin(async move {
+            match releasing {
+                None => waits.push(Box::pin(ready(()))),
+                Some(Received { stream, ticket: Some(ticket), .. }) => waits.push(Box::pin(async move {
                     // A stream that stopped is met by the next look.
                     let _ = broker.streams[stream].durable().wait_for(|durable| *durable >= ticket).await;
-                }));
+                })),
+                // Its append is one of those that stalled.
+                Some(Received { ticket: None, .. }) => {}
             }
         }
     }
-    if waits.is_empty() {
-        return std::future::pending().await;
+    // Boxed: a connection that waits for nothing does not carry it.
+    let any = (!waits.is_empty()).then(|| Box::new(select_all(waits)));
+    async {
+        match any {
+            Some(any) => drop(any.await),
+            None => pending().await,
+        }
     }
-    futures_util::future::select_all(waits).await;
 }
