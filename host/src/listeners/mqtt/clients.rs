@@ -188,9 +188,10 @@ impl Clients {
 
 impl Session {
     fn describe(&self, clock: &Clock) -> Client {
+        let filters_bytes = self.filters_memory();
         let outbox = self.outbox();
         let ((queued, queued_bytes, in_flight), dropped) = (outbox.sizes(), outbox.dropped());
-        let session_bytes = outbox.size() + self.filters_memory();
+        let session_bytes = outbox.size() + filters_bytes;
         drop(outbox);
         let seen_us =
             self.activity().silent_for().map(|ago| super::now_us().saturating_sub(ago.as_micros() as u64));

@@ -21,6 +21,7 @@ use std::time::Duration;
 
 use super::acks::Stopped;
 use super::lineages::Lineages;
+use super::lock_order::{Locked, Rank, in_order};
 use super::outbound::{Message, Place};
 use super::picks::Picks;
 use super::session::Change;
@@ -175,8 +176,8 @@ impl Copies {
         self.index().copies.get(&place).map(|copy| copy.offset)
     }
 
-    fn index(&self) -> MutexGuard<'_, Index> {
-        lock(&self.index)
+    fn index(&self) -> Locked<MutexGuard<'_, Index>> {
+        in_order(Rank::Last, || lock(&self.index))
     }
 
     /// As which device a copy is written.
@@ -556,7 +557,7 @@ impl Copies {
     /// What sessions wait for in a range of a stream and has no copy; and
     /// whether there is a session that could.
     fn wanted(&self, broker: &Broker, number: usize, range: Range<u64>) -> (bool, BTreeMap<u64, Wanted>) {
-        let _one_at_a_time = lock(&self.looking);
+        let _one_at_a_time = in_order(Rank::Looking, || lock(&self.looking));
         let mut wanted = BTreeMap::new();
         let any = look(broker, |places| {
             for (place, is_begun) in places {
@@ -575,7 +576,7 @@ impl Copies {
 
     /// Forgets copies that nobody waits for any more.
     fn free(&self, broker: &Broker) {
-        let _one_at_a_time = lock(&self.looking);
+        let _one_at_a_time = in_order(Rank::Looking, || lock(&self.looking));
         let positions = broker.live.positions(&broker.streams);
         for (place, copy) in &mut self.index().copies {
             // After a restart: not offered to the sessions yet.

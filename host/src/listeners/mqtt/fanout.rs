@@ -18,7 +18,7 @@ mod wakes;
 use std::cell::OnceCell;
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
@@ -26,6 +26,7 @@ use tokio::sync::Notify;
 use self::lanes::{Lane, lanes};
 use self::sent::{Met, Sent};
 use super::Broker;
+use super::lock_order::{Locked, Rank, in_order};
 use super::outbound::{Ids, Message, Place, QueueLimits, Queued, RetainedFrom};
 use super::session::Session;
 use super::subscriptions::{Filter, Options, Path, Share, Tree, is_live, is_shared};
@@ -129,6 +130,15 @@ impl Live {
         }
     }
 
+    #[inline]
+    fn index(&self) -> Locked<RwLockReadGuard<'_, Index>> {
+        in_order(Rank::Subscriptions, || self.index.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn index_to_change(&self) -> Locked<RwLockWriteGuard<'_, Index>> {
+        in_order(Rank::Subscriptions, || self.index.write().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// Whether messages need to name their publisher.
     #[inline]
     pub fn wants_publisher(&self) -> bool {
@@ -167,7 +177,7 @@ impl Live {
     /// Subscribes, and queues the retained messages that match. The more at once, the
     /// less often it waits for the live delivery, and the longer that waits for it.
     pub fn subscribe(&self, broker: &Broker, session: &Arc<Session>, subscriptions: &[Subscription]) {
-        let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
+        let mut index = self.index_to_change();
         let wanted = subscriptions.iter().filter(|one| self.put_in(broker, &mut index, session, one));
         let wanted: Vec<&Subscription> = wanted.collect();
         drop(index);
@@ -233,7 +243,7 @@ impl Live {
     /// True when the session had this filter.
     pub async fn unsubscribe(&self, broker: &Broker, session: &Session, filter: &str) -> bool {
         let had = {
-            let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
+            let mut index = self.index_to_change();
             session.remove_filter(filter);
             let had = self.take_out(&mut index, session, filter);
             let mut outbox = session.outbox();
@@ -253,7 +263,7 @@ impl Live {
     /// shares is still to be passed on.
     pub fn forget(&self, session: &Session, filters: &[Box<str>]) {
         for some in filters.chunks(FILTERS_AT_ONCE) {
-            let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
+            let mut index = self.index_to_change();
             for filter in some {
                 self.take_out(&mut index, session, filter);
             }
@@ -274,7 +284,7 @@ impl Live {
 
     /// A message that lies in no stream: `$SYS`.
     pub fn publish(&self, broker: &Broker, message: &Arc<Message>) {
-        let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
+        let index = self.index();
         let (mut found, mut path) = (Met::default(), Path::default());
         index.tree.matches(message.topic(), &mut path, &mut |one| found.push(one));
         let sent = Sent::Broker(message, broker.clock.now_us());
@@ -309,7 +319,7 @@ impl Live {
         broker.check_clock();
         let tail = &self.streams[stream];
         let has_lanes = self.lanes.load(Ordering::Acquire) > 0;
-        let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
+        let index = self.index();
         let (mut found, mut path) = (Met::default(), Path::default());
         let (mut count, mut handed_out) = (0, 0);
         let begun = Instant::now();
@@ -470,7 +480,7 @@ impl Tail {
 /// Passes over what is no more; `count` of its messages are missed.
 fn missed(broker: &Broker, number: usize, lane: u8, count: u64, range: std::ops::Range<u64>) {
     broker.counters.gap.increment(count);
-    let _index = broker.live.index.read().unwrap_or_else(PoisonError::into_inner);
+    let _index = broker.live.index();
     broker.live.streams[number].position(lane).store(range.end, Ordering::Release);
 }
 
@@ -554,9 +564,9 @@ async fn follow(broker: &Broker, number: usize, lane: u8) {
         if lane > 0 {
             continue;
         }
-        let idle = broker.live.index.read().unwrap_or_else(PoisonError::into_inner).live == 0;
+        let idle = broker.live.index().live == 0;
         if idle {
-            let index = broker.live.index.write().unwrap_or_else(PoisonError::into_inner);
+            let index = broker.live.index_to_change();
             if index.live == 0 {
                 tail.position.store(IDLE, Ordering::Relaxed);
                 return;

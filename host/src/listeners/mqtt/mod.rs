@@ -26,6 +26,7 @@ pub(crate) mod fuzzing;
 mod handshake;
 mod inbound;
 mod lineages;
+mod lock_order;
 mod metrics;
 mod open_ids;
 mod outbound;
@@ -64,6 +65,7 @@ use self::connection::Permits;
 use self::copies::Copies;
 use self::fanout::{Live, Subscription};
 use self::lineages::Lineages;
+use self::lock_order::{Locked, Rank, in_order};
 use self::metrics::{Counters, Measured};
 use self::outbound::QueueLimits;
 use self::refused_clients::RefusedClients;
@@ -517,8 +519,8 @@ impl Broker {
         }
     }
 
-    fn retained(&self) -> MutexGuard<'_, Retained> {
-        self.retained.lock().unwrap_or_else(PoisonError::into_inner)
+    fn retained(&self) -> Locked<MutexGuard<'_, Retained>> {
+        in_order(Rank::Retained, || self.retained.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Counts a connection without a client for its cause, reports it as `kind`, and lists it: `who`

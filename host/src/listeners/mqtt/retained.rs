@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::Broker;
 use super::blobs::{self, Blob, Id, Kind};
+use super::lock_order::Locked;
 use super::outbound::Message;
 use super::session::Change;
 use crate::batch::{Offset, flags};
@@ -48,7 +49,7 @@ pub struct Retained {
 /// [`Staged::done`], as if they had never been. Nobody else sees or changes
 /// retained messages meanwhile, so that what is appended last is what stays.
 pub struct Staged<'b> {
-    retained: MutexGuard<'b, Retained>,
+    retained: Locked<MutexGuard<'b, Retained>>,
     /// The topic's key, number of the message in the append, what was kept before.
     before: Vec<(Box<str>, usize, Option<Kept>)>,
     changes: Vec<Change>,

@@ -10,7 +10,7 @@
 //! What waits for the client is [`outbound`]'s, with keys of the same epoch.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use tokio::sync::{Notify, OwnedMutexGuard};
@@ -20,6 +20,7 @@ use super::activity::Activity;
 use super::blobs::Id;
 use super::clients::Connected;
 use super::fanout::Departure;
+use super::lock_order::{Locked, Rank, in_order};
 use super::open_ids::{Content, Known, OpenIds, OpenIdsRoom, Received};
 use super::outbound::{self, Ids, Kept, Message, Outbox};
 use super::owner::Owner;
@@ -120,6 +121,8 @@ pub struct Turn(#[allow(dead_code, reason = "held, not read")] OwnedMutexGuard<(
 
 pub struct Sessions {
     by_client: Mutex<HashMap<Arc<str>, Arc<Session>>>,
+    /// Number of sessions in `by_client`, for callers that hold another lock.
+    count: AtomicUsize,
     next_number: AtomicU64,
     pub open_ids: Arc<OpenIdsRoom>,
     rooms: Rooms,
@@ -162,12 +165,16 @@ impl Session {
         &self.activity
     }
 
-    pub fn outbox(&self) -> MutexGuard<'_, Outbox> {
-        lock(&self.outbox)
+    fn state(&self) -> Locked<MutexGuard<'_, State>> {
+        in_order(Rank::State, || lock(&self.state))
     }
 
-    pub fn received(&self) -> MutexGuard<'_, OpenIds> {
-        lock(&self.received)
+    pub fn outbox(&self) -> Locked<MutexGuard<'_, Outbox>> {
+        in_order(Rank::Outbox, || lock(&self.outbox))
+    }
+
+    pub fn received(&self) -> Locked<MutexGuard<'_, OpenIds>> {
+        in_order(Rank::Last, || lock(&self.received))
     }
 
     /// Whether another connection waits for this session.
@@ -177,74 +184,74 @@ impl Session {
 
     /// The epoch of a session that outlives its connection.
     pub fn persistent_epoch(&self) -> Option<u64> {
-        let state = lock(&self.state);
+        let state = self.state();
         (state.expiry_s > 0).then_some(state.epoch)
     }
 
     pub fn expiry_s(&self) -> u32 {
-        lock(&self.state).expiry_s
+        self.state().expiry_s
     }
 
     #[cfg(test)]
     pub fn stale_keys(&self) -> usize {
-        lock(&self.state).stale.len()
+        self.state().stale.len()
     }
 
     pub fn filters(&self) -> usize {
-        lock(&self.state).filters.len()
+        self.state().filters.len()
     }
 
     /// Returns the number of bytes of memory that the filters take, as far as they can be counted.
     pub fn filters_memory(&self) -> usize {
-        lock(&self.state).filters_memory()
+        self.state().filters_memory()
     }
 
     /// Returns the sums over its filters.
     pub fn filter_sums(&self) -> FilterSums {
-        lock(&self.state).filter_sums
+        self.state().filter_sums
     }
 
     /// The broker stream has a record of it.
     pub fn is_kept(&self) -> bool {
-        lock(&self.state).kept
+        self.state().kept
     }
 
     /// Connected, or waiting for its client.
     pub fn is_alive(&self) -> bool {
-        lock(&self.state).alive
+        self.state().alive
     }
 
     /// Returns the owner where there is a session that `client` is not to go on with.
     pub fn other_owner(&self, client: &Owner) -> Option<Owner> {
-        let state = lock(&self.state);
+        let state = self.state();
         (state.alive && !state.owner.is(client)).then(|| state.owner.clone())
     }
 
     /// Its client is there. Not before all that CONNACK promises is durable: a
     /// connect that is given up is none.
     pub(super) fn connected(&self, connection: Connected) {
-        let mut state = lock(&self.state);
+        let mut state = self.state();
         state.connected = true;
         state.connection = Some(Box::new(connection));
     }
 
     /// The connection, the session's expiry, and when the last connection ended.
     pub(super) fn presence(&self) -> (Option<Connected>, u32, u64) {
-        let state = lock(&self.state);
+        let state = self.state();
         (state.connection.as_deref().cloned(), state.expiry_s, state.disconnected_us)
     }
 
     pub fn filter_list(&self) -> Vec<Box<str>> {
-        lock(&self.state).filters.keys().cloned().collect()
+        self.state().filters.keys().cloned().collect()
     }
 
     pub fn has_filter(&self, filter: &str) -> bool {
-        lock(&self.state).filters.contains_key(filter)
+        self.state().filters.contains_key(filter)
     }
 
     /// Adds a filter, or changes its options. Returns whether it was not there with these.
     pub fn add_filter(&self, filter: &str, options: Options) -> bool {
-        let mut state = lock(&self.state);
+        let mut state = self.state();
         let before = state.filters.insert(filter.into(), options);
         if before.is_none() {
             state.filter_sums.add(filter);
@@ -256,19 +263,19 @@ impl Session {
     /// Takes memory of `bytes` for filters that are to come, until [`Session::filters_added`].
     /// Returns false where there is no room.
     pub fn take_memory(&self, bytes: usize) -> bool {
-        let mut state = lock(&self.state);
+        let mut state = self.state();
         let all = state.filters_memory() + bytes;
         state.memory.try_hold(all)
     }
 
     /// Gives back memory that was taken for filters that have not come.
     pub fn filters_added(&self) {
-        lock(&self.state).count();
+        self.state().count();
     }
 
     /// The identifiers of its subscriptions, but for shared ones, that match a topic.
     pub fn subscription_ids(&self, topic: &str, publisher: Option<&[u8]>) -> Ids {
-        let state = lock(&self.state);
+        let state = self.state();
         let is_own = publisher == Some(self.client_id.as_bytes());
         let matching = state.filters.iter().filter(|(filter, options)| {
             options.id != 0
@@ -357,7 +364,7 @@ impl Session {
     }
 
     pub fn remove_filter(&self, filter: &str) {
-        let mut state = lock(&self.state);
+        let mut state = self.state();
         if state.filters.remove(filter).is_some() {
             state.filter_sums.subtract(filter);
             state.count();
@@ -387,6 +394,7 @@ impl Sessions {
     ) -> (Self, Vec<(Arc<Session>, String, Options)>) {
         let sessions = Self {
             by_client: Mutex::default(),
+            count: AtomicUsize::new(0),
             next_number: AtomicU64::new(1),
             open_ids: Arc::default(),
             rooms: rooms.clone(),
@@ -403,7 +411,7 @@ impl Sessions {
             }
             let session = sessions.insert(client_id.into());
             by_epoch.insert(state.epoch, session.clone());
-            let mut known = lock(&session.state);
+            let mut known = session.state();
             state.memory = std::mem::take(&mut known.memory);
             *known = state;
         }
@@ -496,32 +504,40 @@ impl Sessions {
     fn insert(&self, client_id: Arc<str>) -> Arc<Session> {
         let number = self.next_number.fetch_add(1, Ordering::Relaxed);
         let session = Arc::new(self.new_session(number, client_id.clone()));
-        lock(&self.by_client).insert(client_id, session.clone());
+        let mut by_client = self.by_client();
+        by_client.insert(client_id, session.clone());
+        self.count.store(by_client.len(), Ordering::Relaxed);
+        drop(by_client);
         session
     }
 
+    fn by_client(&self) -> Locked<MutexGuard<'_, HashMap<Arc<str>, Arc<Session>>>> {
+        in_order(Rank::Last, || lock(&self.by_client))
+    }
+
     pub fn all(&self) -> Vec<Arc<Session>> {
-        lock(&self.by_client).values().cloned().collect()
+        self.by_client().values().cloned().collect()
     }
 
     pub fn get(&self, client_id: &str) -> Option<Arc<Session>> {
-        lock(&self.by_client).get(client_id).cloned()
+        self.by_client().get(client_id).cloned()
     }
 
+    /// Returns the number of sessions. Takes no lock: callers hold an outbox.
     pub fn len(&self) -> usize {
-        lock(&self.by_client).len()
+        self.count.load(Ordering::Relaxed)
     }
 
     /// Wakes every connection, to look at what changed for all.
     pub fn wake_all(&self) {
-        lock(&self.by_client).values().for_each(|session| session.wake.notify_one());
+        self.by_client().values().for_each(|session| session.wake.notify_one());
     }
 
     /// The client's session, once the connection that has it gives way.
     /// `None` when there are `sessions_max` already.
     pub async fn claim(&self, client_id: &str, sessions_max: usize) -> Option<(Arc<Session>, Turn)> {
         let session = {
-            let mut by_client = lock(&self.by_client);
+            let mut by_client = self.by_client();
             let session = match by_client.get(client_id) {
                 Some(session) => session.clone(),
                 None if by_client.len() >= sessions_max => return None,
@@ -529,6 +545,7 @@ impl Sessions {
                     let number = self.next_number.fetch_add(1, Ordering::Relaxed);
                     let session = Arc::new(self.new_session(number, client_id.into()));
                     by_client.insert(session.client_id.clone(), session.clone());
+                    self.count.store(by_client.len(), Ordering::Relaxed);
                     session
                 }
             };
@@ -557,15 +574,15 @@ impl Sessions {
         expiry_s: u32,
     ) -> Result<bool, Stopped> {
         let (changes, resumed, kept_no_more) = {
-            let expired = lock(&session.state).is_expired(broker.clock.now_us());
+            let expired = session.state().is_expired(broker.clock.now_us());
             let goes_on = session.other_owner(&owner).is_none() && !clean && !expired;
-            let resumed = lock(&session.state).alive && goes_on;
+            let resumed = session.state().alive && goes_on;
             broker.counters.sessions_expired.increment(expired.into());
             if !resumed {
                 discard(broker, session).await;
                 session.activity().reset();
             }
-            let mut state = lock(&session.state);
+            let mut state = session.state();
             let mut changes = state.stale_removed();
             (state.alive, state.disconnected_us) = (true, 0);
             state.expiry_s = expiry_s;
@@ -599,9 +616,9 @@ impl Sessions {
         if !changes.is_empty() {
             broker.append_durable(&*broker.broker, &changes).await?;
         }
-        lock(&session.state).stale.clear();
+        session.state().stale.clear();
         if let Some(epoch) = kept_no_more {
-            lock(&session.state).kept = false;
+            session.state().kept = false;
             let received = session.received().all();
             forget_ids(broker, epoch, &received);
         }
@@ -620,7 +637,7 @@ impl Sessions {
         session.outbox().disconnected();
         broker.live.pass_on(broker, session, Departure::Client).await;
         let changes = {
-            let mut state = lock(&session.state);
+            let mut state = session.state();
             state.connected = false;
             state.connection = None;
             state.disconnected_us = ended_us;
@@ -662,12 +679,13 @@ impl Sessions {
     /// Removes a session and all that it left behind.
     async fn end(&self, broker: &Broker, session: &Arc<Session>) {
         discard(broker, session).await;
-        let changes = lock(&session.state).stale_removed();
+        let changes = session.state().stale_removed();
         super::append_unawaited(&*broker.broker, &changes);
-        let mut by_client = lock(&self.by_client);
+        let mut by_client = self.by_client();
         let is_this = by_client.get(&session.client_id).is_some_and(|known| Arc::ptr_eq(known, session));
         if is_this && !session.is_wanted() {
             by_client.remove(&session.client_id);
+            self.count.store(by_client.len(), Ordering::Relaxed);
         }
     }
 
@@ -693,8 +711,9 @@ impl Sessions {
                 session.note(broker, Vec::new());
             }
         }
-        let gone = |session: &&Arc<Session>| lock(&session.state).is_over(now_us);
-        let gone: Vec<_> = lock(&self.by_client).values().filter(gone).cloned().collect();
+        // The map is not locked while a session's state is.
+        let mut gone = self.all();
+        gone.retain(|session| session.state().is_over(now_us));
         for some in gone.chunks(ENDED_AT_ONCE) {
             self.end_those_over(broker, some, now_us).await;
         }
@@ -707,7 +726,7 @@ impl Sessions {
             // Taken by a client in this moment: it decides.
             let Ok(turn) = session.turn.clone().try_lock_owned() else { continue };
             let (is_over, is_expired) = {
-                let state = lock(&session.state);
+                let state = session.state();
                 (state.is_over(now_us), state.is_expired(now_us))
             };
             if is_over {
@@ -774,7 +793,7 @@ impl Drop for Claimed<'_> {
 async fn discard(broker: &Broker, session: &Session) {
     let queue_keys = session.outbox().keys();
     let (epoch, filters) = {
-        let mut state = lock(&session.state);
+        let mut state = session.state();
         let epoch = state.epoch;
         let mut stale = std::mem::take(&mut state.stale);
         // While nothing can be appended, connects that are given up would add theirs for ever.

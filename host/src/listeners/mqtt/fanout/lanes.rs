@@ -2,8 +2,8 @@
 //! it, those that are about as far behind together, the nearest first. No lane reads more
 //! than [`LANE_SPREAD`] times what its nearest session needs.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError};
 
 use super::{IDLE, Live, follow};
 use crate::listeners::mqtt::Broker;
@@ -69,7 +69,7 @@ impl Live {
             return false;
         }
         // Nothing is delivered meanwhile.
-        let _index = self.index.write().unwrap_or_else(PoisonError::into_inner);
+        let _index = self.index_to_change();
         if !has_caught_up() {
             return false;
         }

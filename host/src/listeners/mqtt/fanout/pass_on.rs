@@ -10,13 +10,14 @@ mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLockWriteGuard};
 
 use tokio::task::yield_now;
 
 use super::sent::Sent;
 use super::{Index, Live, Wakes};
 use crate::listeners::mqtt::Broker;
+use crate::listeners::mqtt::lock_order::{Locked, Rank, in_order};
 use crate::listeners::mqtt::outbound::{Place, ShareFilter};
 use crate::listeners::mqtt::session::Session;
 use crate::listeners::mqtt::subscriptions::Share;
@@ -76,8 +77,9 @@ impl Live {
         shares: &mut BTreeSet<Box<str>>,
         takers: &mut BTreeMap<u64, Arc<Session>>,
     ) -> usize {
-        let passed = self.passed.read().unwrap_or_else(PoisonError::into_inner);
-        let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
+        let read = || self.passed.read().unwrap_or_else(PoisonError::into_inner);
+        let passed = in_order(Rank::Passed, read);
+        let index = self.index();
         if matches!(departure, Departure::Client) {
             shares.retain(|share| self.is_anyone_ready(&index, share));
         }
@@ -129,14 +131,18 @@ impl Live {
     /// Begins to note what moves from one session to another.
     pub fn note_passed(&self) {
         // Waits for moves that nobody noted.
-        *self.passed.write().unwrap_or_else(PoisonError::into_inner) = Some(Mutex::default());
+        *self.passed_to_change() = Some(Mutex::default());
     }
 
     /// What moved since [`Live::note_passed`], the last of which has arrived. Each once, however
     /// often it moved.
     pub fn passed(&self) -> BTreeSet<Place> {
-        let passed = self.passed.write().unwrap_or_else(PoisonError::into_inner).take();
+        let passed = self.passed_to_change().take();
         passed
             .map_or_else(BTreeSet::new, |passed| passed.into_inner().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn passed_to_change(&self) -> Locked<RwLockWriteGuard<'_, Option<Mutex<BTreeSet<Place>>>>> {
+        in_order(Rank::Passed, || self.passed.write().unwrap_or_else(PoisonError::into_inner))
     }
 }

@@ -110,6 +110,41 @@ async fn each_of_several_connections_that_wait_for_a_session_gets_its_turn() {
     assert!(!session.is_wanted());
 }
 
+/// Each thread takes the locks that [`lock_order`](super::lock_order) lists, which panics where one
+/// of them takes two in the wrong order.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn sessions_begin_and_end_while_others_are_swept_listed_and_deleted() {
+    const ROUNDS: usize = 1_000;
+    async fn connect(broker: Arc<Broker>, client_id: String) {
+        for round in 0..ROUNDS {
+            let (session, turn) = broker.sessions.claim(&client_id, 9).await.unwrap();
+            let expiry_s = [0, 600, 600, 1][round % 4];
+            let owner = Default::default();
+            broker.sessions.open(&broker, &session, owner, round % 4 < 2, expiry_s).await.unwrap();
+            // One that has expired, and one that waits.
+            let ended_us = if expiry_s == 1 { 1 } else { broker.clock.now_us() };
+            broker.sessions.close(&broker, &session, turn, None, ended_us).await;
+        }
+    }
+    async fn look(broker: Arc<Broker>) {
+        let clients = Clients(broker.clone());
+        for _ in 0..ROUNDS {
+            broker.sessions.sweep(&broker).await;
+            clients.list("", "", 9, ClientOrder::Queued);
+            clients.measure();
+            assert!(!clients.kick("c0").await, "nobody is connected");
+            clients.delete("c1").await;
+        }
+    }
+    let broker = broker(&Config::default(), MemoryStream::new("s", 1), MemoryStream::new("broker", 1));
+    let connects = (0..3).map(|number| tokio::spawn(connect(broker.clone(), format!("c{number}"))));
+    let all = connects.chain([tokio::spawn(look(broker.clone()))]).collect::<Vec<_>>();
+    for done in all {
+        done.await.unwrap();
+    }
+    assert_eq!(broker.sessions.len(), broker.sessions.all().len());
+}
+
 #[tokio::test]
 async fn a_packet_id_past_receive_maximum_is_not_remembered() {
     let stream = MemoryStream::new("s", 1);
