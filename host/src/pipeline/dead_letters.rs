@@ -389,8 +389,7 @@ impl DeadLetters {
     }
 
     /// A sink that is new to the source begins at `at`: it does not get the messages before
-    /// from there, but may be sent their letters. Returns once this survives a crash; where
-    /// there is no room it is not remembered.
+    /// from there, but may be sent their letters. Returns once this survives a crash.
     pub async fn begins(&self, sink: SinkNumber, at: Offset) -> Result<(), Error> {
         let key = begun_key(self.names.pipeline(), self.names.sink(sink), &self.source);
         let change = StateChange { key: key.as_bytes(), value: Some(&at.0.to_le_bytes()) };
@@ -398,7 +397,6 @@ impl DeadLetters {
             match self.stream.append(&[], &[change]) {
                 Ok(appended) => break appended,
                 Err(AppendError::Full) => self.stream.writable().await,
-                Err(AppendError::NoSpace) => return Ok(()),
                 Err(error) => return Err(error.into()),
             }
         };

@@ -98,8 +98,7 @@ impl SentLetters {
     }
 
     /// Forgets that a sink's database must have what was sent to it: the positions of its passes
-    /// are gone, and not the rows. The letters stay closed. Returns the append to wait for; where
-    /// there is no room it is not remembered.
+    /// are gone, and not the rows. The letters stay closed. Returns the append to wait for.
     pub async fn believe(&self, sink: SinkNumber) -> Result<Ticket, Error> {
         let mut last = Ticket::default();
         for record in self.expected(sink) {
@@ -107,7 +106,8 @@ impl SentLetters {
                 let record = self.record(&record.key()).filter(|record| self.is_of(record, sink))?;
                 Some(vec![Sent { sinks: self.others(&record, sink), ..record }.change()])
             };
-            last = self.change(believed).await?.map_or(last, |ticket| ticket.max(last));
+            let ticket = self.change(believed).await?.ok_or(AppendError::NoSpace)?;
+            last = last.max(ticket);
         }
         Ok(last)
     }

@@ -24,7 +24,7 @@ use crate::sinks::{
     Advance, BATCH_ROWS_MAX, Claim, Epoch, Error, Opened, Outcome, Position, RefusedRow, Rows, Sink, Written,
 };
 use crate::step::RefusedKind;
-use crate::stream::{Attachment, Delivered, Lineage, Opening, Stream};
+use crate::stream::{AppendError, Attachment, Delivered, Lineage, Opening, Stream};
 use crate::telemetry::Failures;
 
 /// Rows before a share of rejected ones says anything.
@@ -324,13 +324,15 @@ impl Writer {
             start = decided.map_err(|reason| self.failed(Error::Setup(reason)))?;
             if is_new && start > Offset::default() {
                 // Before it has a position: afterwards it is not new any more.
-                self.letters.begins(self.number, start).await.map_err(stopped)?;
+                let begins = self.letters.begins(self.number, start).await;
+                begins.map_err(|error| self.needed_first(error))?;
             }
         }
         let believes = |beginning: &Beginning| is_new && (goes_on || beginning.believes_sent(&opened.found));
         if self.beginning.as_ref().is_some_and(believes) {
             // Before it has a position, as above.
-            let believed = self.letters.sent().believe(self.number).await.map_err(stopped)?;
+            let believed = self.letters.sent().believe(self.number).await;
+            let believed = believed.map_err(|error| self.needed_first(error))?;
             self.letters.durable(believed).await.map_err(stopped)?;
         }
         if !goes_on {
@@ -602,6 +604,18 @@ impl Writer {
             return Err(Failed::Later { kind: "retry", reason });
         }
         Ok(refused.len())
+    }
+
+    /// What an append to the dead letters came to that must be durable before the sink has a
+    /// position: it waits for room.
+    fn needed_first(&self, error: dead_letters::Error) -> Failed {
+        match error {
+            dead_letters::Error::Append(AppendError::NoSpace) => {
+                self.metrics.retry("retry");
+                Failed::Later { kind: "retry", reason: error.to_string() }
+            }
+            error => stopped(error),
+        }
     }
 
     fn failed(&mut self, error: Error) -> Failed {

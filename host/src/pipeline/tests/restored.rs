@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::harness::{Act, Process, World, chain, number, published, sorted, step, text};
 use crate::batch::Offset;
-use crate::pipeline::{Filter, MARK_PREFIX, Mark, Marks, list_open};
+use crate::pipeline::{Filter, MARK_PREFIX, Mark, Marks, PipelineStatus, State, list_open};
 use crate::sinks::Begin;
 use crate::sinks::memory::Fault;
 
@@ -175,6 +175,57 @@ async fn letters_stay_sent_where_only_the_positions_are_gone_unless_all_is_to_be
         assert_eq!((redrive(&process, None).await, world.payloads("w").len()), (0, rows), "{begin:?}");
         process.stop().await;
     }
+}
+
+/// Where that is noted nowhere, a later start finds the positions of the passes missing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_table_whose_positions_are_gone_gets_new_ones_once_there_is_room_to_note_what_it_has() {
+    let (mut world, broken) = rejecting(1, "w", 5);
+    let process = started(&world).await;
+    world.publish_many(2, 0, 10);
+    process.drained().await;
+    broken.store(false, Ordering::Release);
+    assert_eq!(redrive(&process, None).await, 5);
+    process.stop().await;
+    world.database("w").lose_positions();
+    world.begin = Some(Begin::Now);
+    world.dead_memory.set_no_space(true);
+    let process = world.start(chain(1, &[])).await;
+    process.until("waits for room", waits_for_room).await;
+    world.dead_memory.set_no_space(false);
+    process.until("steps", |status| status.chain.is_some()).await;
+    process.drained().await;
+    assert_eq!(redrive(&process, None).await, 0);
+    process.stop().await;
+    let process = started(&world).await;
+    assert_eq!(redrive(&process, None).await, 0);
+    process.stop().await;
+    assert_eq!(sorted(world.payloads("w")), published(2, 10));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_table_under_the_running_host_gets_positions_once_there_is_room_to_note_what_is_not_missed() {
+    let (mut world, broken) = rejecting(1, "w", 5);
+    world.begin = Some(Begin::Now);
+    let process = started(&world).await;
+    world.publish_many(2, 0, 10);
+    process.drained().await;
+    broken.store(false, Ordering::Release);
+    assert_eq!(redrive(&process, None).await, 5);
+    world.dead_memory.set_no_space(true);
+    world.database("w").replace();
+    world.database("w").fail_commits([Fault::Retry("terminating connection".to_owned())]);
+    world.publish_many(2, 10, 10);
+    process.until("waits for room", waits_for_room).await;
+    world.dead_memory.set_no_space(false);
+    process.drained().await;
+    assert_eq!(redrive(&process, None).await, 0);
+    assert_eq!(world.payloads("w").len(), 10);
+    process.stop().await;
+}
+
+fn waits_for_room(status: &PipelineStatus) -> bool {
+    matches!(&status.sinks[0].state, State::Retrying(reason) if reason.ends_with("the stream has no room"))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
