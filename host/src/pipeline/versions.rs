@@ -175,12 +175,24 @@ impl Versions {
                 Ok(()) => i += 1,
                 Err(why) => {
                     lost(why);
-                    self.gone.extend(self.list.remove(i).key);
+                    self.give_to_next(i);
                 }
             }
         }
         let made = |version: &Version| Some((Arc::clone(&version.begins), version.chain.clone()?));
         self.list[first..].iter().filter_map(made).collect()
+    }
+
+    /// Drops a version whose messages the next one has from now on, for whichever reader.
+    fn give_to_next(&mut self, i: usize) {
+        let gone = self.list.remove(i);
+        let next = &mut self.list[i];
+        next.begins = next.begins.iter().zip(&*gone.begins).map(|(a, b)| *a.min(b)).collect();
+        let recorded = next.key.as_ref().map(|key| self.records.set(key, &next.begins, &next.recipes));
+        // Else the record stays, and the next start gives the messages to the next version again.
+        if matches!(recorded, Some(Ok(_))) {
+            self.gone.extend(gone.key);
+        }
     }
 
     /// Drops the oldest version, whose messages the next one has.
@@ -404,6 +416,24 @@ mod tests {
         assert_eq!(lost, ["a is not there"]);
         after.tidy(Offset(0));
         assert_eq!(versions(&dead, &[]).await.len(), 2);
+    }
+
+    #[tokio::test]
+    async fn a_version_that_cannot_be_made_again_leaves_its_messages_to_the_next_for_every_reader() {
+        let dead = MemoryStream::new("dead-letters", 1);
+        versions(&dead, &[[0, 0], [10, 10], [20, 20]]).await;
+        for from in [[15, 15], [0, 0]] {
+            let mut after = versions(&dead, &[]).await;
+            after.begin(&[Offset(500); 2], &chain(7)).unwrap();
+            if after.len() == 3 {
+                after.list[1].recipes = vec!["a".to_owned()];
+            }
+            after.needed_from(&begins(from), drop);
+            let all: Vec<_> = after.list.iter().map(|version| Arc::clone(&version.begins)).collect();
+            assert_eq!(all, [begins([0, 0]), begins([10, 10])], "message 15 is the last version's");
+            // The next reader comes after a restart.
+            after.tidy(Offset(0));
+        }
     }
 
     #[tokio::test]
