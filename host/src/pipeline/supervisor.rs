@@ -34,7 +34,7 @@ use crate::telemetry::alike;
 use crate::units::ByteSize;
 
 /// A sink this close behind the first lane's reader moves over to it.
-const MERGE_DISTANCE_MESSAGES: u64 = 16_384;
+pub const MERGE_DISTANCE_MESSAGES: u64 = 16_384;
 /// After the patience for draining: for tasks to see that it is over.
 const ABORT_WAIT: Duration = Duration::from_secs(5);
 /// Ends of lanes not looked at.
@@ -380,8 +380,11 @@ impl Supervisor {
     fn take_back(&mut self) {
         let Some(main) = self.main else { return };
         let Some(main) = self.lanes.iter_mut().find(|lane| lane.id == main) else { return };
+        // A delivery that is busy with a failure gives up a lane that it was to join.
+        main.outlets.retain(|outlet| !outlet.detached());
         let read = main.position.load(Ordering::Acquire);
         for (sink, member) in self.members.iter_mut().enumerate() {
+            member.joining &= main.outlets.iter().any(|outlet| outlet.sink == sink);
             let elsewhere = member.lane.is_some_and(|lane| lane != main.id);
             let near = member.shared.received.load(Ordering::Acquire) + MERGE_DISTANCE_MESSAGES >= read;
             if !elsewhere || member.joining || !near || member.shared.state() != State::Running {
@@ -401,6 +404,7 @@ impl Supervisor {
             main.outlets.push(outlet);
             member.joining = true;
         }
+        self.drop_empty_lanes();
     }
 
     fn take_out(&mut self, sink: SinkNumber) {

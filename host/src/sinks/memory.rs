@@ -53,6 +53,7 @@ pub struct MemoryDatabase {
     /// Rows written so far, for those who wait for them.
     written: watch::Sender<usize>,
     blocked: watch::Sender<bool>,
+    commits_blocked: watch::Sender<bool>,
 }
 
 #[derive(Default)]
@@ -91,7 +92,12 @@ struct Claimed {
 
 impl Default for MemoryDatabase {
     fn default() -> Self {
-        Self { state: Arc::default(), written: watch::Sender::new(0), blocked: watch::Sender::new(false) }
+        Self {
+            state: Arc::default(),
+            written: watch::Sender::new(0),
+            blocked: watch::Sender::new(false),
+            commits_blocked: watch::Sender::new(false),
+        }
     }
 }
 
@@ -196,6 +202,16 @@ impl MemoryDatabase {
 
     pub fn unblock(&self) {
         self.blocked.send_replace(false);
+    }
+
+    /// Commits of rows wait until they are unblocked, and nothing else does.
+    pub fn set_commits_blocked(&self, blocked: bool) {
+        self.commits_blocked.send_replace(blocked);
+    }
+
+    /// Commits that wait so.
+    pub fn commits_waiting(&self) -> usize {
+        self.commits_blocked.receiver_count()
     }
 
     /// Calls of `open` that came through, faults included.
@@ -314,6 +330,9 @@ impl Sink for MemorySink {
 
     async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {
         self.database.unblocked().await;
+        if !rows.is_empty() {
+            let _ = self.database.commits_blocked.subscribe().wait_for(|blocked| !blocked).await;
+        }
         self.uncommitted = None;
         let mut state = self.database.lock();
         state.commits += 1;

@@ -1,6 +1,8 @@
 use super::harness::{Act, World, chain, published, sorted, step, text};
 use crate::batch::Offset;
 use crate::pipeline::State;
+use crate::pipeline::supervisor::MERGE_DISTANCE_MESSAGES;
+use crate::sinks::memory::Fault;
 use crate::units::ByteSize;
 
 fn world() -> World {
@@ -29,6 +31,30 @@ async fn one_sink_down_delays_only_itself_and_catches_up() {
     for sink in ["fast", "slow"] {
         assert_eq!(sorted(world.payloads(sink)), published(10, 21_100), "{sink}");
     }
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sink_whose_write_fails_as_it_is_to_join_the_others_joins_them_later() {
+    let mut world = world();
+    world.config.workers = Some(1);
+    let slow = world.database("slow");
+    slow.set_down(Some("connection refused"));
+    slow.set_commits_blocked(true);
+    // As far from the others as a sink that joins them may be, and the rows of its first commit.
+    world.publish_many(10, 0, MERGE_DISTANCE_MESSAGES + 40);
+    let process = world.start(chain(1, &[])).await;
+    world.database("fast").rows_at_least(MERGE_DISTANCE_MESSAGES as usize + 40).await;
+    slow.set_down(None);
+    process.until("a commit from a lane of its own", |s| slow.commits_waiting() > 0 && s.sinks[1].own_lane).await;
+    // Now it is near enough, and asked to join.
+    process.looked_after().await;
+    process.looked_after().await;
+    slow.fail_commits([Fault::Retry("terminating connection".to_owned())]);
+    slow.set_commits_blocked(false);
+    process.drained().await;
+    process.until("together", |s| s.sinks.iter().all(|sink| !sink.own_lane)).await;
+    assert_eq!(sorted(world.payloads("slow")), published(10, MERGE_DISTANCE_MESSAGES + 40));
     process.stop().await;
 }
 
