@@ -337,7 +337,6 @@ impl DeadLetters {
     pub async fn remember_from(&self, sink: SinkNumber, from: Offset) -> Result<(), Error> {
         if from.0 < self.lock().floor(sink) {
             self.scan(self.stream.bounds().start, Some((sink, from.0))).await?;
-            self.lock().set_floor(sink, from.0);
         }
         Ok(())
     }
@@ -644,6 +643,11 @@ impl DeadLetters {
             if offset.0 >= floor {
                 known.insert(sink, offset, piece);
             }
+        }
+        // Under the same lock as the letters: where another sink commits, those that are needed by
+        // this one only stay.
+        if let Some((sink, floor)) = again {
+            known.set_floor(sink, floor);
         }
         // Appended meanwhile, and not read.
         let read_to = order.back().map_or(end.0, |letter| end.0.max(letter.at + 1));
