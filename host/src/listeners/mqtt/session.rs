@@ -84,6 +84,9 @@ struct State {
     expiry_s: u32,
     /// The broker stream has a record.
     kept: bool,
+    /// The record is older than the end of the last connection: its append failed, and a later note
+    /// appends it.
+    record_due: bool,
     /// Broker time.
     disconnected_us: u64,
     filters: BTreeMap<Box<str>, Options>,
@@ -273,7 +276,7 @@ impl Session {
         self.state().count();
     }
 
-    /// The identifiers of its subscriptions, but for shared ones, that match a topic.
+    /// Returns the identifiers of the subscriptions that match a topic, shared ones excepted.
     pub fn subscription_ids(&self, topic: &str, publisher: Option<&[u8]>) -> Ids {
         let state = self.state();
         let is_own = publisher == Some(self.client_id.as_bytes());
@@ -286,19 +289,20 @@ impl Session {
         matching.map(|(_, options)| options.id).collect()
     }
 
-    /// Where its outbox stands, into the broker stream, with `changes` and what
-    /// waits to be appended. Not awaited: an older note serves as well.
+    /// Appends a note of where the outbox stands to the broker's stream, with `changes` and the
+    /// changes of filters that were not appended yet. Does not wait: where it fails an older note
+    /// serves as well.
     pub fn note(&self, broker: &Broker, changes: Vec<Change>) {
         let _ = self.append_note(broker, changes);
     }
 
-    /// The same; false where it was not appended.
+    /// Appends a note as [`Self::note`] does; returns false where it was not appended.
     pub fn try_note(&self, broker: &Broker) -> bool {
         self.append_note(broker, Vec::new()).is_ok()
     }
 
-    /// The same, durable when it returns, and with it how its subscriptions changed. Safe to drop:
-    /// what is not appended then goes with a later note.
+    /// Appends a note with the changes of the subscriptions, and returns once it is durable. Safe to
+    /// drop: what is not appended then goes with a later note.
     pub async fn note_durable(&self, broker: &Broker) -> Result<(), Stopped> {
         let append = || {
             let appended = self.append_note(broker, Vec::new());
@@ -341,6 +345,25 @@ impl Session {
                 }
             }
         }
+    }
+
+    /// Appends a note, and with it the record that [`State::record_due`] says is due. Not while a
+    /// connection has the session: that has appended a newer record, or is about to.
+    fn note_with_record(&self, broker: &Broker) {
+        let turn = self.turn.clone().try_lock_owned();
+        let record = {
+            let state = self.state();
+            let is_due = turn.is_ok() && state.record_due && state.expiry_s > 0;
+            is_due.then(|| state.record(&self.client_id))
+        };
+        let is_due = record.is_some();
+        if self.append_note(broker, record.into_iter().collect()).is_ok() && is_due {
+            self.state().record_due = false;
+        }
+    }
+
+    fn is_record_due(&self) -> bool {
+        self.state().record_due
     }
 
     /// Says what a session that outlives its connection has lost, by its client.
@@ -590,7 +613,7 @@ impl Sessions {
                 state.owner = owner;
             }
             if expiry_s > 0 {
-                changes.push((key(SESSION, session.client_id.as_bytes()), Some(state.to_bytes())));
+                changes.push(state.record(&session.client_id));
                 state.kept = true;
             } else if state.kept {
                 changes.extend(removed(state.keys(&session.client_id)));
@@ -616,7 +639,11 @@ impl Sessions {
         if !changes.is_empty() {
             broker.append_durable(&*broker.broker, &changes).await?;
         }
-        session.state().stale.clear();
+        {
+            let mut state = session.state();
+            state.stale.clear();
+            state.record_due = false;
+        }
         if let Some(epoch) = kept_no_more {
             session.state().kept = false;
             let received = session.received().all();
@@ -642,12 +669,15 @@ impl Sessions {
             state.connection = None;
             state.disconnected_us = ended_us;
             state.expiry_s = expiry_s.unwrap_or(state.expiry_s);
-            (state.expiry_s > 0)
-                .then(|| vec![(key(SESSION, session.client_id.as_bytes()), Some(state.to_bytes()))])
+            (state.expiry_s > 0).then(|| vec![state.record(&session.client_id)])
         };
-        // Not awaited: lost in a crash, the session only lives longer.
         match changes {
-            Some(changes) => session.note(broker, changes),
+            // Not awaited: lost in a crash, the session lives by the expiry of its CONNECT, from the
+            // restart on.
+            Some(changes) => {
+                let appended = session.append_note(broker, changes);
+                session.state().record_due = appended.is_err();
+            }
             None => self.end(broker, session).await,
         }
         drop(turn);
@@ -707,8 +737,8 @@ impl Sessions {
                 broker.counters.queue_age.increment(dropped);
             }
             session.report_lost(broker, lost);
-            if wants_note {
-                session.note(broker, Vec::new());
+            if wants_note || session.is_record_due() {
+                session.note_with_record(broker);
             }
         }
         // The map is not locked while a session's state is.
@@ -750,7 +780,7 @@ impl Sessions {
     /// At the end, so that the next start has nothing to look for.
     pub fn note_all(&self, broker: &Broker) {
         broker.save_clock();
-        self.all().iter().for_each(|session| session.note(broker, Vec::new()));
+        self.all().iter().for_each(|session| session.note_with_record(broker));
     }
 }
 
@@ -859,6 +889,11 @@ impl State {
     /// Expired, or left behind by a connect that was given up.
     fn is_over(&self, now_us: u64) -> bool {
         self.is_expired(now_us) || (!self.alive && !self.connected)
+    }
+
+    /// Returns the change that appends the durable record.
+    fn record(&self, client_id: &str) -> Change {
+        (key(SESSION, client_id.as_bytes()), Some(self.to_bytes()))
     }
 
     fn to_bytes(&self) -> Vec<u8> {

@@ -1,5 +1,7 @@
 //! What a session keeps over connections and restarts.
 
+use futures_util::FutureExt;
+
 use super::*;
 use crate::batch::Partition;
 use crate::listeners::mqtt::fanout::Wakes;
@@ -95,7 +97,6 @@ async fn a_second_connection_takes_the_session_over() {
 
 #[tokio::test]
 async fn each_of_several_connections_that_wait_for_a_session_gets_its_turn() {
-    use futures_util::FutureExt;
     let broker = broker(&Config::default(), MemoryStream::new("s", 1), MemoryStream::new("broker", 1));
     let claim = || Box::pin(broker.sessions.claim("c", 9));
     let (session, mut turn) = claim().await.unwrap();
@@ -146,6 +147,37 @@ async fn sessions_begin_and_end_while_others_are_swept_listed_and_deleted() {
 }
 
 #[tokio::test]
+async fn a_session_that_disconnect_lengthened_on_a_full_disk_survives_a_restart() {
+    let (stream, store) = (MemoryStream::new("s", 1), MemoryStream::with_hooks("broker", 1));
+    let start = || broker(&Config::default(), stream.clone(), store.clone());
+    // What comes before the restart, and the expiry that the session then has.
+    let befores: [(fn(&Broker), u32); 3] = [
+        (|broker| broker.sessions.sweep(broker).now_or_never().unwrap(), 600),
+        (|broker| broker.sessions.note_all(broker), 600),
+        // The next connection decides.
+        (
+            |broker| {
+                let (session, _turn) = broker.sessions.claim("c", 9).now_or_never().flatten().unwrap();
+                let opened = broker.sessions.open(broker, &session, Default::default(), false, 5);
+                assert_eq!(opened.now_or_never(), Some(Ok(true)));
+                broker.sessions.sweep(broker).now_or_never().unwrap();
+            },
+            5,
+        ),
+    ];
+    for (before, expiry_s) in befores {
+        let broker = start();
+        let (session, turn) = broker.sessions.claim("c", 9).await.unwrap();
+        broker.sessions.open(&broker, &session, Default::default(), true, 60).await.unwrap();
+        store.set_no_space(true);
+        broker.sessions.close(&broker, &session, turn, Some(600), broker.clock.now_us()).await;
+        store.set_no_space(false);
+        before(&broker);
+        assert_eq!(start().sessions.get("c").unwrap().expiry_s(), expiry_s);
+    }
+}
+
+#[tokio::test]
 async fn a_packet_id_past_receive_maximum_is_not_remembered() {
     let stream = MemoryStream::new("s", 1);
     let streams = Streams::new(vec![], stream.clone());
@@ -166,7 +198,6 @@ async fn a_packet_id_past_receive_maximum_is_not_remembered() {
 
 #[tokio::test]
 async fn a_clean_start_given_up_before_it_is_durable_still_ends_the_old_session() {
-    use futures_util::FutureExt;
     for swept in [true, false] {
         let store = MemoryStream::with_hooks("broker", 1);
         let broker = broker(&Config::default(), MemoryStream::new("s", 1), store.clone());
