@@ -51,6 +51,7 @@ struct Inner {
     clock_us: u64,
     full: bool,
     no_space: bool,
+    append_bytes_max: usize,
     /// What was appended before is past its age.
     kept_since_us: u64,
     state: BTreeMap<Vec<u8>, Vec<u8>>,
@@ -101,6 +102,7 @@ impl MemoryStream {
                 clock_us: 0,
                 full: false,
                 no_space: false,
+                append_bytes_max: COMMIT_BUFFER_BYTES_MAX,
                 kept_since_us: 0,
                 state: BTreeMap::new(),
                 state_room: usize::MAX,
@@ -175,6 +177,12 @@ impl MemoryStream {
     }
 
     /// While `full`, appends are refused with `NoSpace`.
+    /// Appends of more bytes are refused as too large, as those are that a log's commit buffer cannot
+    /// hold.
+    pub fn set_append_bytes_max(&self, bytes: usize) {
+        self.lock().append_bytes_max = bytes;
+    }
+
     pub fn set_no_space(&self, full: bool) {
         self.lock().no_space = full;
         self.moved();
@@ -320,7 +328,7 @@ impl Stream for MemoryStream {
         }
         let bytes: usize =
             messages.iter().map(|m| m.topic.len() + m.payload.len() + m.properties.len()).sum();
-        if bytes > COMMIT_BUFFER_BYTES_MAX {
+        if bytes > inner.append_bytes_max {
             return Err(AppendError::TooLarge("append"));
         }
         if inner.pending_bytes + bytes > COMMIT_BUFFER_BYTES_MAX {

@@ -478,14 +478,7 @@ async fn copy(broker: &Arc<Broker>, number: usize, wanted: BTreeMap<u64, Wanted>
             broker.counters.copied.increment((count - too_large.len()) as u64);
             lost.extend(too_large);
             broker.counters.expired.increment(forget(broker, std::mem::take(&mut expired)).await);
-            let lost = forget(broker, std::mem::take(&mut lost)).await;
-            if lost > 0 {
-                broker.counters.gap.increment(lost);
-                let detail = format!("stream {}", stream.name());
-                let kind =
-                    "mqtt: retention took messages that wait for sessions, and they could not be copied";
-                broker.failures.report(kind, lost, &detail, "");
-            }
+            give_up(broker, stream.name(), std::mem::take(&mut lost)).await;
             // Retention goes on meanwhile.
             copies.index().handled[number] = done;
             copies.readers[number].advance(Offset(done));
@@ -493,6 +486,18 @@ async fn copy(broker: &Arc<Broker>, number: usize, wanted: BTreeMap<u64, Wanted>
         }
     }
     Ok(())
+}
+
+/// Makes the sessions forget messages that retention takes from a stream and that have no copy.
+/// Counts and reports them.
+async fn give_up(broker: &Arc<Broker>, stream: &str, lost: BTreeSet<Place>) {
+    let lost = forget(broker, lost).await;
+    if lost > 0 {
+        broker.counters.gap.increment(lost);
+        let detail = format!("stream {stream}");
+        let kind = "mqtt: retention took messages that wait for sessions, and they could not be copied";
+        broker.failures.report(kind, lost, &detail, "");
+    }
 }
 
 /// Makes the sessions forget what is no more; how many deliveries that were.
@@ -542,8 +547,9 @@ async fn renew(broker: &Arc<Broker>, upto: u64) -> Result<(), Stopped> {
         }
         batches += 1;
         if bytes >= CHUNK_BYTES || batches >= CHUNK_BATCHES || picks.is_empty() {
-            copies.append(&mut chunk, None).await?;
-            expired.iter().for_each(|place| copies.index().remove(*place));
+            let too_large = copies.append(&mut chunk, None).await?;
+            too_large.iter().chain(&expired).for_each(|place| copies.index().remove(*place));
+            give_up(broker, copies.stream.name(), too_large.into_iter().collect()).await;
             broker.counters.expired.increment(forget(broker, std::mem::take(&mut expired)).await);
             reader.advance(Offset(done));
             (bytes, batches) = (0, 0);

@@ -141,6 +141,24 @@ async fn copies_outlive_the_segments_of_the_brokers_stream_for_as_long_as_somebo
     host.stop().await;
 }
 
+/// As after the bound of a packet was lowered, and that of an append with it.
+#[tokio::test]
+async fn a_copy_that_is_too_large_to_be_appended_again_is_counted_and_waits_no_more() {
+    let (stream, broker) = streams();
+    let host = host(&stream, &broker, |_| {}).await;
+    away(&host, QoS::AtLeastOnce).await;
+    append(&stream, &[&"x".repeat(1_000)], b"", Duration::ZERO);
+    stream.ask_and_trim(Offset(6)).await;
+    broker.set_append_bytes_max(900);
+    broker.ask_and_trim(Offset(6)).await;
+    assert_eq!(broker.bounds(), Offset(6)..Offset(11));
+    assert_eq!((waiting(&host, "c"), host.handle.clients.0.counters.gap.get()), (5, 1));
+    let (mut client, _) = host.client(resuming("c")).await;
+    assert_eq!(client.numbers(5).await, [0, 1, 2, 3, 4]);
+    client.nothing_but_ping().await;
+    host.stop().await;
+}
+
 #[tokio::test]
 async fn what_is_over_a_bound_is_not_copied() {
     let (stream, broker) = streams();
