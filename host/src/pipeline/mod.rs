@@ -100,7 +100,7 @@ pub struct Batching {
     pub rows_max: usize,
     /// Bytes of payload. Rows are gathered until they keep so many bytes of memory, which are more.
     pub bytes_max: u64,
-    /// For the first of them.
+    /// Longest wait of the first row for its commit.
     pub wait_max: Duration,
 }
 
@@ -155,6 +155,7 @@ struct Redriver {
     shared: Arc<Shared>,
     /// Held by the redrive that runs.
     epochs: tokio::sync::Mutex<redrive::Epochs>,
+    stopping: CancellationToken,
 }
 
 impl Redriver {
@@ -168,7 +169,8 @@ impl Redriver {
         }
         let _running = self.shared.redrives.begin();
         self.open_missing().await?;
-        redrive::run(filter, &chain, &self.shared, &self.dead_letters, &self.lenders, &mut epochs).await
+        let Self { shared, dead_letters, lenders, stopping, .. } = self;
+        redrive::run(filter, &chain, shared, dead_letters, lenders, &mut epochs, stopping).await
     }
 
     /// Opens the letters that databases are found to have lost, between redrives.
@@ -197,13 +199,16 @@ impl Redriver {
         Ok(())
     }
 
-    /// Goes on with a redrive that ended with the last process, until all is sent.
+    /// Goes on with a redrive that ended with the last process, until all is sent or the pipeline
+    /// stops. Not to be dropped while it has borrowed a sink: the sink's delivery drains with it.
     async fn resume(self: Arc<Self>) {
         let name = &self.shared.name;
         let names = &self.shared.letters.names().pipelines;
         let mut attempt = 0;
         while again::is_pending(&*self.dead_letters, names) {
-            self.board.has_chain().await;
+            if self.stopping.run_until_cancelled(self.board.has_chain()).await.is_none() {
+                return;
+            }
             match self.redrive(None).await {
                 // What is pending now waits for a sink that the pipeline does not have.
                 Ok(summary) if summary.failed.is_empty() => {
@@ -212,9 +217,13 @@ impl Redriver {
                     return;
                 }
                 Ok(summary) => self.say_not_resumed(&summary.failed.join("; ")),
+                Err(RedriveError::Stopping) => return,
                 Err(error) => self.say_not_resumed(&error.to_string()),
             }
-            tokio::time::sleep(self.shared.config.sink_backoff.delay(attempt)).await;
+            let pause = tokio::time::sleep(self.shared.config.sink_backoff.delay(attempt));
+            if self.stopping.run_until_cancelled(pause).await.is_none() {
+                return;
+            }
             attempt += 1;
         }
     }
@@ -418,11 +427,11 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
         lenders,
         dead_letters,
         shared: Arc::clone(&shared),
+        stopping: shutdown.clone(),
     });
     let watching = Arc::clone(&redriver).watch_missing();
     tokio::spawn(shutdown.clone().run_until_cancelled_owned(watching));
-    let resuming = Arc::clone(&redriver).resume();
-    tokio::spawn(shutdown.clone().run_until_cancelled_owned(resuming));
+    tokio::spawn(Arc::clone(&redriver).resume());
     #[cfg(test)]
     let shutdown_of_test = shutdown.clone();
     let steps = (chain, versions);

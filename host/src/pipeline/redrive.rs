@@ -21,7 +21,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
-
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::Batching;
@@ -140,6 +140,7 @@ pub async fn run(
     dead_letters: &Arc<dyn Stream>,
     lenders: &[Lender],
     epochs: &mut Epochs,
+    stopping: &CancellationToken,
 ) -> Result<Summary, RedriveError> {
     let mut summary = Summary::default();
     let names = shared.letters.names().clone();
@@ -149,7 +150,7 @@ pub async fn run(
     }
     let left = Again::left(&**dead_letters, &shared.letters).await?;
     let steps = instances(chain).await?;
-    let mut redrive = Redrive { names, steps, shared, dead_letters, lenders, epochs, summary };
+    let mut redrive = Redrive { names, steps, shared, dead_letters, lenders, epochs, stopping, summary };
     for again in left {
         let from = again.start().unwrap_or_default();
         let mut pass = redrive.begin(again, from).await?;
@@ -241,6 +242,8 @@ struct Redrive<'a> {
     dead_letters: &'a Arc<dyn Stream>,
     lenders: &'a [Lender],
     epochs: &'a mut Epochs,
+    /// Ends it between two batches: the delivery whose sink it has borrowed is to drain.
+    stopping: &'a CancellationToken,
     summary: Summary,
 }
 
@@ -519,6 +522,9 @@ impl Redrive<'_> {
         while cursor.position() < range.end
             && let Some(read) = cursor.try_next().await?
         {
+            if self.stopping.is_cancelled() {
+                return Err(RedriveError::Stopping);
+            }
             let batch = match read {
                 Read::Batch(batch) => batch,
                 Read::Gap { from, to, .. } => {

@@ -199,6 +199,30 @@ async fn a_redrive_that_ends_with_its_process_goes_on_at_the_next_start() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pipeline_that_stops_while_it_goes_on_with_a_redrive_drains_all_the_same() {
+    let world = World::new(2, &[("default", "w")]);
+    let database = world.database("w");
+    database.refuse(|message| (super::harness::number(&text(message)) < 10).then(|| "no column".to_owned()));
+    let process = world.start(chain(1, &[])).await;
+    world.publish_many(3, 0, 20);
+    process.drained().await;
+    database.refuse(|_| None);
+    database.fail_commits([Fault::Retry("down".to_owned())]);
+    let summary = process.handle.redrive(&Filter::default()).await.unwrap();
+    assert_eq!(summary.letters.pending, 10);
+    process.stop().await;
+    database.set_commits_blocked(true);
+    let process = world.start(chain(1, &[])).await;
+    process.until("a commit of the redrive", |_| database.commits_waiting() > 0).await;
+    world.publish_many(3, 20, 10);
+    process.until("all is read", |status| status.read == status.end).await;
+    process.shutdown.cancel();
+    database.set_commits_blocked(false);
+    process.stop().await;
+    assert_eq!(sorted(world.payloads("w")), published(3, 30), "what was read, and what the redrive wrote");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_redrive_that_fails_half_way_is_finished_by_the_next() {
     for fault in [Fault::UnknownWritten, Fault::UnknownLost, Fault::Retry("down".to_owned())] {
         let world = World::new(1, &[("default", "w")]);
