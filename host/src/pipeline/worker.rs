@@ -93,7 +93,7 @@ pub struct Shared {
     pub metrics: PipelineMetrics,
     pub redrives: Redrives,
     pub gone: Arc<Gone>,
-    /// By partition: all below was counted as read.
+    /// Offset, by partition, below which each message was counted as read.
     pub counted: Vec<AtomicU64>,
     /// Generation of a chain in which a worker waits for a held step; 0: none does.
     pub held_in: AtomicU64,
@@ -159,7 +159,7 @@ impl Served {
 }
 
 impl Worker {
-    /// Until the reader is gone and the queue is empty.
+    /// Runs the work of the queue until the reader is gone and the queue is empty.
     pub fn run(mut self) -> Result<(), Ended> {
         while let Some(work) = self.queue.blocking_recv() {
             match work {
@@ -376,7 +376,9 @@ impl Worker {
     /// Appends messages that a step rejected, or that found no route, to dead letters.
     fn refuse(&mut self, refusals: &[Refusal<'_>], readers: &mut [Reader]) -> Result<(), Ended> {
         let shared = Arc::clone(&self.shared);
-        shared.metrics.refused.increment(refusals.len() as u64);
+        if self.counts {
+            shared.metrics.refused.increment(refusals.len() as u64);
+        }
         let now = Some(tokio::time::Instant::now());
         let at_once = self.runtime.block_on(shared.letters.refuse_until(now, refusals, readers))?;
         self.letters = self.letters.max(at_once.ticket);

@@ -46,7 +46,9 @@ async fn a_sink_whose_write_fails_as_it_is_to_join_the_others_joins_them_later()
     let process = world.start(chain(1, &[])).await;
     world.database("fast").rows_at_least(MERGE_DISTANCE_MESSAGES as usize + 40).await;
     slow.set_down(None);
-    process.until("a commit from a lane of its own", |s| slow.commits_waiting() > 0 && s.sinks[1].own_lane).await;
+    process
+        .until("a commit from a lane of its own", |s| slow.commits_waiting() > 0 && s.sinks[1].own_lane)
+        .await;
     // Now it is near enough, and asked to join.
     process.looked_after().await;
     process.looked_after().await;
@@ -131,19 +133,23 @@ async fn a_message_that_two_readers_run_through_the_steps_counts_as_read_once() 
     let rendered = recorder.handle();
     let _recorder = metrics::set_default_local_recorder(&recorder);
     let world = world();
-    let process = world.start(chain(1, &[step("pass", |_, _| Act::Pass)])).await;
+    let check = step("check", |message, _| match text(message).ends_with("77") {
+        true => Act::Refuse("seven".to_owned()),
+        false => Act::Pass,
+    });
+    let process = world.start(chain(1, &[check])).await;
     world.publish_many(10, 0, 100);
     process.drained().await;
     world.database("slow").block();
     world.publish_many(10, 100, 20_000);
-    world.database("fast").rows_at_least(20_100).await;
+    world.database("fast").rows_at_least(19_899).await;
     world.database("slow").unblock();
     process.drained().await;
-    assert_eq!(world.payloads("slow").len(), 20_100);
+    assert_eq!(world.payloads("slow").len(), 19_899);
     let text = rendered.render();
-    for outcome in ["read", "passed"] {
-        let count = format!("headworks_pipeline_messages_total{{pipeline=\"p\",outcome=\"{outcome}\"}} ");
-        assert_eq!(text.lines().find_map(|line| line.strip_prefix(&count)), Some("20100"), "{text}");
+    for (outcome, count) in [("read", "20100"), ("passed", "19899"), ("refused", "201")] {
+        let series = format!("headworks_pipeline_messages_total{{pipeline=\"p\",outcome=\"{outcome}\"}} ");
+        assert_eq!(text.lines().find_map(|line| line.strip_prefix(&series)), Some(count), "{text}");
     }
     process.stop().await;
 }
