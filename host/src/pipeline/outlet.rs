@@ -1,8 +1,8 @@
 //! The bounded queue between the workers of a lane and one sink's delivery.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -44,7 +44,7 @@ pub struct Outlet {
     room: Arc<Semaphore>,
     room_max: u32,
     cancel: CancellationToken,
-    blocked: Arc<Blocked>,
+    waits: Arc<Mutex<Waits>>,
     handed_out: Arc<HandedOut>,
 }
 
@@ -88,12 +88,15 @@ pub enum OutletClosed {
     Aborted,
 }
 
-/// How long workers have waited, in all.
-struct Blocked {
-    epoch: Instant,
-    total_us: AtomicU64,
-    /// Since when one waits now; 0: none does.
-    since_us: AtomicU64,
+/// Time in which at least one worker has waited for the sink.
+#[derive(Default)]
+struct Waits {
+    /// Number of workers that wait now.
+    waiting: usize,
+    /// Since when some worker has waited.
+    since: Option<Instant>,
+    /// Time of the waits before.
+    ended: Duration,
 }
 
 pub fn outlet(sink: SinkNumber, bytes_max: u64, workers: u16) -> (Outlet, Intake) {
@@ -107,11 +110,7 @@ pub fn outlet(sink: SinkNumber, bytes_max: u64, workers: u16) -> (Outlet, Intake
         room: Arc::new(Semaphore::new(room_max as usize)),
         room_max,
         cancel: cancel.clone(),
-        blocked: Arc::new(Blocked {
-            epoch: Instant::now(),
-            total_us: AtomicU64::new(0),
-            since_us: AtomicU64::new(0),
-        }),
+        waits: Arc::default(),
         handed_out: Arc::clone(&handed_out),
     };
     let starts_at = Arc::new(AtomicU64::new(u64::MAX));
@@ -151,7 +150,7 @@ impl Outlet {
             Ok(()) => return Ok(()),
             Err(bundle) => bundle,
         };
-        let begun = self.blocked.begin();
+        self.waits().begin(Instant::now());
         let result = runtime.block_on(async {
             tokio::select! {
                 biased;
@@ -160,7 +159,7 @@ impl Outlet {
                 sent = self.send_later(bundle, units) => sent,
             }
         });
-        self.blocked.end(begun);
+        self.waits().end(Instant::now());
         result
     }
 
@@ -177,9 +176,13 @@ impl Outlet {
         self.cancel.is_cancelled()
     }
 
-    /// Microseconds that workers have waited for room, in all.
+    /// Microseconds in which at least one worker has waited for room.
     pub fn blocked_us(&self) -> u64 {
-        self.blocked.so_far_us()
+        self.waits().so_far(Instant::now()).as_micros() as u64
+    }
+
+    fn waits(&self) -> MutexGuard<'_, Waits> {
+        self.waits.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn queued_bytes(&self) -> u64 {
@@ -229,26 +232,41 @@ impl Outlet {
     }
 }
 
-impl Blocked {
-    fn now_us(&self) -> u64 {
-        (self.epoch.elapsed().as_micros() as u64).max(1)
+impl Waits {
+    fn begin(&mut self, now: Instant) {
+        self.waiting += 1;
+        self.since.get_or_insert(now);
     }
 
-    fn begin(&self) -> u64 {
-        let now = self.now_us();
-        // Another worker that waits already has set it.
-        let _ = self.since_us.compare_exchange(0, now, Ordering::AcqRel, Ordering::Acquire);
-        now
+    fn end(&mut self, now: Instant) {
+        self.waiting -= 1;
+        if self.waiting == 0 {
+            self.ended = self.so_far(now);
+            self.since = None;
+        }
     }
 
-    fn end(&self, begun: u64) {
-        self.total_us.fetch_add(self.now_us() - begun, Ordering::AcqRel);
-        self.since_us.store(0, Ordering::Release);
+    fn so_far(&self, now: Instant) -> Duration {
+        self.ended + self.since.map_or(Duration::ZERO, |since| now.duration_since(since))
     }
+}
 
-    fn so_far_us(&self) -> u64 {
-        let since = self.since_us.load(Ordering::Acquire);
-        let open = if since == 0 { 0 } else { self.now_us().saturating_sub(since) };
-        self.total_us.load(Ordering::Acquire) + open
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_in_which_several_workers_wait_counts_once_until_the_last_of_them_goes_on() {
+        let begun = Instant::now();
+        let at = |ms| begun + Duration::from_millis(ms);
+        let mut waits = Waits::default();
+        waits.begin(at(0));
+        waits.begin(at(10));
+        waits.end(at(20));
+        assert_eq!(waits.so_far(at(30)), Duration::from_millis(30), "one still waits");
+        waits.end(at(40));
+        assert_eq!(waits.so_far(at(50)), Duration::from_millis(40));
+        waits.begin(at(60));
+        assert_eq!(waits.so_far(at(65)), Duration::from_millis(45));
     }
 }
