@@ -1,6 +1,6 @@
 //! What the pages say exists: links, files, commands, make targets, config keys, metrics; and the first commands run.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -132,6 +132,47 @@ fn named_source_files_exist() {
         }
     }
     assert_none("files that do not exist", &faults);
+}
+
+/// `ARCHITECTURE.md` has a table of floors: a file uses modules of its own floor and of lower ones.
+#[test]
+fn a_file_uses_no_module_of_a_higher_floor() {
+    let page = std::fs::read_to_string(root().join("host/ARCHITECTURE.md")).expect("the page");
+    let mut floors = BTreeMap::new();
+    for line in page.lines().filter(|line| line.starts_with("| ")) {
+        let mut cells = line.split('|').skip(1).map(str::trim);
+        let (Some(Ok(floor)), Some(modules)) = (cells.next().map(str::parse::<u8>), cells.next()) else {
+            continue;
+        };
+        floors.extend(modules.split('`').skip(1).step_by(2).map(|module| (module, floor)));
+    }
+    assert!(floors.len() > 20, "{floors:?}");
+    let listed =
+        Command::new("git").args(["ls-files", "host/src"]).current_dir(root()).output().expect("git");
+    let files = String::from_utf8(listed.stdout).expect("names of files");
+    let is_code = |file: &&str| file.ends_with(".rs") && !file.contains("tests") && !file.contains("fuzzing");
+    let mut faults = Vec::new();
+    for file in files.lines().filter(is_code) {
+        let Ok(text) = std::fs::read_to_string(root().join(file)) else { continue };
+        let module = file["host/src/".len()..].split(['/', '.']).next().unwrap_or_default();
+        let Some(own) = floors.get(module) else {
+            assert!(matches!(module, "lib" | "main"), "{module} is on no floor");
+            continue;
+        };
+        let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
+        for used in code.split("crate::").skip(1) {
+            let several = used.strip_prefix('{').and_then(|rest| rest.split('}').next());
+            for used in
+                several.unwrap_or(used).split(", ").take(if several.is_some() { usize::MAX } else { 1 })
+            {
+                let end = used.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(used.len());
+                if floors.get(&used[..end]).is_none_or(|floor| floor > own) {
+                    faults.push(format!("{file}: {}", &used[..end]));
+                }
+            }
+        }
+    }
+    assert_none("uses of a higher floor, or of a module on no floor", &faults);
 }
 
 #[test]

@@ -98,7 +98,7 @@ pub fn docs() -> String {
     for Metric { name, kind, help, labels } in metrics {
         let _ = writeln!(page, "| `{name}` | {} | {} | {help} |", kind.as_str(), labels.join(", "));
     }
-    page += crate::config::reference::MADE_FROM;
+    page += crate::telemetry::MADE_FROM;
     page
 }
 

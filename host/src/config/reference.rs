@@ -4,12 +4,10 @@ use std::fmt::Write;
 
 use serde_json::{Map, Value};
 
+use crate::telemetry::MADE_FROM;
+
 /// Nested deeper than this is left to the schema.
 const DEPTH_MAX: usize = 8;
-
-/// The end of a page that is not written by hand.
-pub const MADE_FROM: &str =
-    "\nThis page is made from the code: `BLESS=1 cargo test --release --workspace --lib reference`.\n";
 
 /// Every key with type, default and meaning.
 pub fn docs() -> String {

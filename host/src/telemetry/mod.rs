@@ -22,6 +22,10 @@ pub use logs::{
 pub use memory::memory_bytes;
 pub use process::Process;
 
+/// The end of a page of the docs that is made from the code.
+pub const MADE_FROM: &str =
+    "\nThis page is made from the code: `BLESS=1 cargo test --release --workspace --lib reference`.\n";
+
 /// The process's own, see [`Process`].
 pub const METRICS: &[Metric] = process::METRICS;
 
