@@ -198,8 +198,8 @@ pub struct Rule {
     /// Topic filters. `%c` is the client id, `%u` the user name, `{field}` the
     /// client's value of that field, from `users`, the token's claims or the
     /// HTTP answer. Where a client has no such value, or one that is not a single
-    /// level, an allowing filter fits nothing and a denying one the whole level. At a
-    /// topic's front a value that begins with `$` is none that allows.
+    /// level, an allowing filter fits nothing and a denying one the whole level. An
+    /// allow rule never matches when a substituted value puts `$` at the start of the topic.
     pub topics: Vec<String>,
 }
 

@@ -332,7 +332,7 @@ fn open_streams(config: &Config, data_dir: &Path) -> anyhow::Result<OpenStreams>
     Ok(OpenStreams { logs, set: Streams::new(routed, rest) })
 }
 
-/// Lets go of readers whose pipeline or sink is no longer configured: their
+/// Releases the retention holds of readers whose pipeline or sink is no longer configured: their
 /// positions would hold retention back for ever.
 fn forget_strangers(log: &Log, config: &Config) {
     for (consumer, next) in log.remembered() {
@@ -341,7 +341,7 @@ fn forget_strangers(log: &Log, config: &Config) {
                 stream = log.name(),
                 consumer,
                 next = next.0,
-                "no longer configured: its messages are let go"
+                "reader no longer configured; its retention hold is released"
             );
             log.forget(&consumer);
         }

@@ -52,7 +52,7 @@ impl Board {
         self.shown.borrow().chain.clone()
     }
 
-    /// Until there are steps that run.
+    /// Returns once there are steps that run.
     pub async fn has_chain(&self) {
         // The sender lives as long as `self`.
         let _ = self.shown.subscribe().wait_for(|shown| shown.chain.is_some()).await;

@@ -216,7 +216,7 @@ impl Delivery {
         }
     }
 
-    /// Until there is enough for a commit, or it has waited long enough.
+    /// Gathers rows until there are enough for a commit, or the first has waited long enough.
     async fn gather(&mut self, committed_at: Instant) -> Result<Gathered, Leave> {
         let mut gathered = Gathered::default();
         loop {
@@ -451,7 +451,7 @@ impl Delivery {
         }
     }
 
-    /// Over to the lane we are to join, once nothing before it is missing.
+    /// Moves over to the pending lane once nothing before it is missing.
     async fn join_when_there(&mut self) {
         let Some(pending) = &self.pending else { return };
         if pending.cancel.is_cancelled() {

@@ -91,7 +91,7 @@ pub struct Known {
 #[derive(Clone, Default)]
 struct OfSink {
     letters: BTreeSet<(u64, Piece)>,
-    /// By partition: all below is the sink's, or was.
+    /// Offset, by partition, below which the sink has taken everything.
     received: Vec<Offset>,
     /// Letters of messages below it are not here.
     floor: u64,

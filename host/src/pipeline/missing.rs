@@ -92,7 +92,7 @@ impl SentLetters {
         }
     }
 
-    /// Until something was found to be missing.
+    /// Returns once letters were found to be missing.
     pub async fn is_found(&self) {
         self.is_found.notified().await;
     }

@@ -77,7 +77,7 @@ impl Member {
 /// What instances are made for.
 enum Purpose {
     Swap(Chain),
-    /// With where the versions begin that they are of.
+    /// Sinks of the lane, and where the versions begin whose instances are made.
     Lane(Vec<SinkNumber>, Vec<Begins>),
 }
 
@@ -475,7 +475,7 @@ impl Supervisor {
         self.shared.metrics.lanes.set(self.lanes.len() as f64);
     }
 
-    /// Tells what retention removed before sinks had it, though they may not come over the hole for long.
+    /// Tells what retention removed before sinks had it, at once: a sink may come to the gap much later.
     fn tell_gone(&mut self) {
         let start = self.stream.bounds().start.0;
         for member in self.members.iter_mut().filter(|member| member.on_lag == OnLag::Detach) {
@@ -604,7 +604,7 @@ impl Supervisor {
                     self.shared.abort.cancel();
                 }
                 () = tokio::time::sleep_until(end) => {
-                    tracing::error!(pipeline = %self.shared.name, "a step or sink does not return: left behind");
+                    tracing::error!(pipeline = %self.shared.name, "a step, a sink or the disk of the dead letters did not return in time; the pipeline ends without it, and what it held is delivered after the next start");
                     break;
                 }
             }

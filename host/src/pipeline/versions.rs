@@ -33,7 +33,7 @@ struct Version {
     /// `None`: of an earlier process, and not made again yet.
     chain: Option<Chain>,
     recipes: Vec<String>,
-    /// Of its record.
+    /// Key of the version's record.
     key: Option<Key>,
     /// The record is there, and says where it begins.
     is_noted: bool,

@@ -29,7 +29,7 @@ use crate::telemetry::Failures;
 
 /// Rows before a share of rejected ones says anything.
 const REFUSALS_ROWS_MIN: u64 = 1_000;
-/// Over which the share is taken.
+/// Length of the window in which the share of rejected rows is taken.
 const REFUSALS_WINDOW: Duration = Duration::from_secs(60);
 /// Rows in a row that the database rejected with one code, none written between.
 const STREAK_MAX: u64 = 20;
@@ -70,7 +70,7 @@ pub struct Writer {
     pub lineages: Vec<Lineage>,
     /// Openings of the stream that is delivered.
     pub openings: Vec<Opening>,
-    /// Rows that the sink took so far, those among them that it had already.
+    /// Number of rows that the sink took so far, those that it ignored included.
     pub written: u64,
     /// Rows refused so far, for a redrive's summary.
     pub refused: u64,

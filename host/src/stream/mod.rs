@@ -27,7 +27,7 @@ pub use lack::Lack;
 pub use lineage::Lineage;
 pub use set::Streams;
 
-/// A disk that does not answer, and who waits for it.
+/// A write or sync that the disk has not answered, and how much waits for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stall {
     pub since: Instant,

@@ -477,7 +477,7 @@ impl Tail {
     }
 }
 
-/// Passes over what is no more; `count` of its messages are missed.
+/// Moves a lane past messages that cannot be delivered, of which `count` are counted as a gap.
 fn missed(broker: &Broker, number: usize, lane: u8, count: u64, range: std::ops::Range<u64>) {
     broker.counters.gap.increment(count);
     let _index = broker.live.index();

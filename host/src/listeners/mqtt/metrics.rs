@@ -123,7 +123,7 @@ pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_mqtt_refusals_total",
         kind: MetricKind::Counter,
-        help: "Packets to clients that say no or why they are sent away, by packet (connack, puback, pubrec, pubcomp, suback, unsuback, disconnect) and reason code, such as 0x87 (MQTT 5.0, 2.4; a CONNACK of MQTT 3.1.1 has 0x01 to 0x05).",
+        help: "Negative acknowledgements and DISCONNECT packets sent, by packet type (connack, puback, pubrec, pubcomp, suback, unsuback, disconnect) and reason code, such as 0x87 (MQTT 5.0, 2.4; a CONNACK of MQTT 3.1.1 has 0x01 to 0x05).",
         labels: &["packet", "code"],
     },
     Metric {
@@ -147,7 +147,7 @@ pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_mqtt_queued_bytes",
         kind: MetricKind::Gauge,
-        help: "Their bytes; a message that waits in several queues counts in each.",
+        help: "Bytes of messages queued for subscribers. A message queued for several subscribers counts once per queue.",
         labels: &[],
     },
     Metric {

@@ -181,7 +181,8 @@ impl Session {
         Ok(Outcome::Rejected(rejected))
     }
 
-    /// Commits what a commit that rejected rows left open.
+    /// Returns the positions that claims of these names have in these logs; see
+    /// [`crate::sinks::Sink::positions_of`].
     pub fn positions_of(
         &self,
         context: &str,
@@ -191,6 +192,7 @@ impl Session {
         positions::positions_of(&self.connection, claims, logs).map_err(|error| classify(context, error))
     }
 
+    /// Commits what a commit that rejected rows left open.
     pub fn finish(&mut self, context: &str) -> Result<Written, Error> {
         let written = self
             .uncommitted

@@ -19,7 +19,7 @@ use crate::stream::{Lack, Stall, Ticket};
 
 /// After so long without an append, a mark says that the last frame is durable.
 const IDLE_MARK_MS: u64 = 20;
-/// One that takes longer to write, sync or roll waits for a disk that does not answer.
+/// A write, sync or roll that takes longer than this counts as a disk that does not answer.
 const STALL_LEAST: Duration = if cfg!(test) { Duration::from_millis(20) } else { Duration::from_secs(5) };
 /// Between two tries while the disk is full.
 const NO_SPACE_RETRY_MS: u64 = 200;

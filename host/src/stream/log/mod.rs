@@ -154,7 +154,7 @@ impl Log {
     }
 
     /// Readers that retention respects and that are not attached in this
-    /// process: of a pipeline that was removed, say. [`Log::forget`] lets them go.
+    /// process: of a pipeline that was removed, say. [`Log::forget`] releases them.
     pub fn remembered(&self) -> Vec<(String, Offset)> {
         let back = read(&self.inner.back);
         let mark = |(name, mark): (&String, &retain::Mark)| {

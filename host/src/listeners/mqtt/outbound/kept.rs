@@ -82,7 +82,7 @@ pub struct Kept {
     pub filters: FilterChanges,
     /// The last note found no room.
     pub note_refused: bool,
-    /// Of the records of packets in flight, in the broker stream's state.
+    /// Bytes of the records of packets in flight in the broker stream's state.
     steps_bytes: usize,
     /// The records say more than is true of the streams: see [`Outbox::renew`](super::Outbox::renew).
     pub is_stale: bool,

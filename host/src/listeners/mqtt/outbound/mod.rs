@@ -58,10 +58,10 @@ pub struct Outbox {
     inflight_held: usize,
     /// Packet ids of `inflight`.
     ids: HashSet<u16, BuildHasherDefault<DefaultHasher>>,
-    /// So many of `inflight`, from the front, this connection has been sent.
+    /// Number of messages in flight, from the front, that this connection has been sent.
     sent: usize,
     last_id: u16,
-    /// By stream: what lies below is not for it, or done.
+    /// First offset, per stream, that this session still needs.
     from: Box<[u64]>,
     /// What a restart offers it beside that.
     again: Option<Box<Again>>,
