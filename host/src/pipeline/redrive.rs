@@ -410,7 +410,7 @@ impl Redrive<'_> {
                     Err(AppendError::NoSpace) if is_first => return Err(RedriveError::NoRoom),
                     Err(AppendError::NoSpace) => {
                         part.next = letters.first().map(|(offset, _, _)| *offset);
-                        self.durable(last).await?;
+                        self.shared.letters.durable(last).await?;
                         return Ok(part.next);
                     }
                     Err(error) => return Err(DeadLettersError::from(error).into()),
@@ -419,16 +419,8 @@ impl Redrive<'_> {
             is_first = false;
             again.take(letters.into_iter().map(|(offset, _, sending)| (offset, sending)));
         }
-        self.durable(last).await?;
+        self.shared.letters.durable(last).await?;
         Ok(part.next)
-    }
-
-    async fn durable(&mut self, ticket: Ticket) -> Result<(), RedriveError> {
-        if self.dead_letters.durable().wait_for(|reached| *reached >= ticket).await.is_err() {
-            let reason = self.dead_letters.stopped().await;
-            return Err(DeadLettersError::from(AppendError::Stopped(reason)).into());
-        }
-        Ok(())
     }
 
     /// Sends what a pass has taken.

@@ -169,8 +169,7 @@ impl Session {
             return Ok(Outcome::Committed(written));
         }
         // What no function or trigger could run for any row is hardly about the row.
-        let doubted = rejected.values().filter(|of| of.doubtful).count();
-        let alone = rejected.len() - doubted == 0 && doubted == rows.len();
+        let alone = rejected.len() == rows.len() && rejected.values().all(|of| of.doubtful);
         let mut rejected: Vec<RefusedRow> = rejected.into_values().map(|of| of.row).collect();
         if alone {
             self.roll_back();
