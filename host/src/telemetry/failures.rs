@@ -184,8 +184,13 @@ impl Failures {
         let mut ticks = tokio::time::interval(FLUSH_EVERY);
         loop {
             ticks.tick().await;
-            self.due(Instant::now()).iter().for_each(Line::log);
+            self.flush_due();
         }
+    }
+
+    /// Logs the repeats that are due, for an owner that has a loop of its own.
+    pub fn flush_due(&self) {
+        self.due(Instant::now()).iter().for_each(Line::log);
     }
 
     /// Logs all repeats that no line has counted yet.
@@ -247,6 +252,16 @@ impl Failures {
         });
         lines.sort_by(|a, b| a.text.cmp(&b.text));
         lines
+    }
+
+    /// Lets so much time pass that what was said until now may be said again.
+    #[cfg(test)]
+    pub(crate) fn pass_time(&self) {
+        self.lock().retain(|_, known| {
+            let all = known.subjects.values_mut().chain(&mut known.others);
+            all.for_each(|seen| seen.said_at -= REPEAT_AFTER);
+            true
+        });
     }
 
     /// Kinds, and repeats that no line has counted yet.

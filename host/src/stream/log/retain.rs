@@ -168,6 +168,7 @@ pub fn run(inner: &Inner) {
         drop(wanted);
         inner.keep(prepare);
     }
+    inner.failures.flush();
 }
 
 impl Inner {
@@ -186,6 +187,11 @@ impl Inner {
         }
         let (segments, bytes) = self.sizes();
         self.metrics.kept(bytes, segments);
+        self.failures.flush_due();
+    }
+
+    fn report(&self, kind: &str, error: &io::Error) {
+        self.failures.report(&format!("stream {}: {kind}", self.name), 1, &error.to_string(), "");
     }
 
     pub fn ask_keeper_to_prepare(&self) {
@@ -245,9 +251,15 @@ impl Inner {
         for (sequence, limit) in cuts {
             let path = self.dir.join(segment::name(sequence));
             let cut = self.disk.open(&path, Create::Existing).and_then(|file| file.truncate(limit));
+            if let Err(error) = cut {
+                // Retention has removed it meanwhile.
+                if error.kind() != io::ErrorKind::NotFound {
+                    self.report("cannot give back the unused room of a full segment, will try again", &error);
+                }
+                continue;
+            }
             let segments = &mut write(&self.back).segments;
-            let segment = segments.iter_mut().find(|segment| segment.header.sequence == sequence);
-            if let (Ok(()), Some(segment)) = (cut, segment) {
+            if let Some(segment) = segments.iter_mut().find(|segment| segment.header.sequence == sequence) {
                 segment.file_len = limit;
             }
         }
@@ -340,8 +352,11 @@ impl Inner {
             self.disk.rename(&temporary, &path)
         });
         self.reserve_lacks_room.store(made.as_ref().is_err_and(is_full), Ordering::Relaxed);
-        if made.is_err() {
+        if let Err(error) = made {
             let _ = self.disk.remove(&temporary);
+            if !is_full(&error) {
+                self.report("cannot make the reserve for a full disk, will try again", &error);
+            }
         }
     }
 
@@ -408,8 +423,7 @@ impl Inner {
             }
         };
         if let Err(error) = trim() {
-            let kind = format!("stream {}: cannot remove an old segment, will try again", self.name);
-            self.failures.report(&kind, 1, &error.to_string(), "");
+            self.report("cannot remove an old segment, will try again", &error);
         }
     }
 

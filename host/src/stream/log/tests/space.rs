@@ -493,6 +493,65 @@ fn a_segment_that_cannot_be_removed_counts_and_goes_before_those_behind_it() {
 }
 
 #[test]
+fn what_housekeeping_cannot_do_is_said_for_as_long_as_it_lasts() {
+    let (disk, clock) = (SimDisk::new(3), new_clock());
+    let retention = Retention { max_age: None, max_bytes: ByteSize(64 << 10) };
+    let config = Config { retention, ..small() };
+    let (log, _) = manual(&disk, &config, &clock).unwrap();
+    let append = || {
+        log.append(&[message("a/b", &payload(0, 3_000))], &[]).unwrap();
+        commit(&log)
+    };
+    let failures = &log.inner.failures;
+    disk.fail_removals(true);
+    while append().is_ok() {}
+    commit(&log).unwrap_err();
+    assert!(matches!(&failures.unsaid()[..], [(kind, 1..)] if kind.contains("cannot remove an old segment")));
+    failures.pass_time();
+    log.inner.keep(false);
+    assert_eq!(failures.unsaid()[0].1, 0, "said again");
+    // Once it has worked for as long, the next failure is said at once.
+    disk.fail_removals(false);
+    commit(&log).unwrap();
+    failures.pass_time();
+    log.inner.keep(false);
+    assert_eq!(failures.unsaid(), []);
+    disk.fail_removals(true);
+    while append().is_ok() {}
+    commit(&log).unwrap_err();
+    lock(&log.inner.wanted).stop = true;
+    retain::run(&log.inner);
+    assert_eq!(failures.unsaid()[0].1, 0, "said at the end");
+}
+
+#[test]
+fn a_disk_that_does_not_give_or_take_back_room_is_said() {
+    let (disk, clock) = (SimDisk::new(3), new_clock());
+    let config = Config { reserve_bytes: ByteSize(32 << 10), ..small() };
+    let (log, _) = manual(&disk, &config, &clock).unwrap();
+    while log.inner.sizes().0 < 2 {
+        log.append(&[message("a/b", &payload(0, 3_000))], &[]).unwrap();
+        commit(&log).unwrap();
+    }
+    // EIO.
+    disk.fail_opens(Some(5));
+    log.inner.keep(false);
+    let mut kinds: Vec<_> = log.inner.failures.unsaid().into_iter().map(|(kind, _)| kind).collect();
+    kinds.sort();
+    assert_eq!(
+        kinds,
+        [
+            "stream telemetry: cannot give back the unused room of a full segment, will try again",
+            "stream telemetry: cannot make the reserve for a full disk, will try again"
+        ]
+    );
+    disk.fail_opens(None);
+    log.inner.keep(false);
+    let back = read(&log.inner.back);
+    assert!(back.segments.iter().rev().skip(1).all(|segment| segment.file_len == segment.limit));
+}
+
+#[test]
 fn a_reader_that_could_not_be_written_down_is_so_once_there_is_room() {
     let (disk, clock) = (SimDisk::new(3), new_clock());
     let (log, _) = manual(&disk, &small(), &clock).unwrap();
