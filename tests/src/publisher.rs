@@ -66,8 +66,11 @@ pub struct Plan {
     pub qos: u8,
     /// Unacknowledged at once.
     pub window: usize,
-    /// Pause after each full window, so that a test may last without filling disks.
+    /// Pause once a window is acknowledged, before the next one, so that a test may last without filling
+    /// disks. Without one, each ack makes room for the next message.
     pub pause: Duration,
+    /// Bytes of each payload that become no part of a row.
+    pub padding: usize,
 }
 
 impl Plan {
@@ -79,6 +82,7 @@ impl Plan {
             qos,
             window: 20,
             pause: Duration::ZERO,
+            padding: 0,
         }
     }
 }
@@ -196,14 +200,16 @@ impl Session {
     }
 
     fn talk(&mut self, connection: &mut Connection, known: &mut bool) -> std::io::Result<()> {
+        let is_paced = !self.plan.pause.is_zero();
         let mut out = Vec::new();
         self.resend(&mut out);
         loop {
-            let full = self.window.len() >= self.plan.window;
-            while !self.is_stopped() && self.window.len() < self.plan.window {
-                self.window.push_back(Phase::Published);
-                self.next += 1;
-                self.encode(&mut out, self.next - 1, false);
+            if !is_paced || self.window.is_empty() {
+                while !self.is_stopped() && self.window.len() < self.plan.window {
+                    self.window.push_back(Phase::Published);
+                    self.next += 1;
+                    self.encode(&mut out, self.next - 1, false);
+                }
             }
             connection.stream.write_all(&out)?;
             out.clear();
@@ -223,8 +229,8 @@ impl Session {
                 other => other?,
             }
             *known |= self.plan.qos == 2 && *self.acked.get() > 0;
-            if full {
-                // Its pace; being told to stop ends it.
+            if is_paced && self.window.is_empty() {
+                // Being told to stop ends it.
                 self.address.0.wait(self.plan.pause, |_| self.is_stopped());
             }
         }
@@ -243,7 +249,12 @@ impl Session {
     }
 
     fn encode(&self, out: &mut Vec<u8>, value: u64, dup: bool) {
-        let (topic, payload) = crate::telemetry::message(&self.plan.device, value);
+        let (topic, mut payload) = crate::telemetry::message(&self.plan.device, value);
+        if self.plan.padding > 0 {
+            let end = payload.pop().expect("the end of an object");
+            payload.extend([r#","padding":""#, &"x".repeat(self.plan.padding), "\""]);
+            payload.push(end);
+        }
         mqtt::publish(
             out,
             self.plan.version,
