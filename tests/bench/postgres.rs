@@ -38,7 +38,8 @@ pub fn run(results: &mut Results) {
         .build()
         .expect("a runtime");
     let batches: Vec<Batch> = (0..BATCHES).map(|number| batch(number, None)).collect();
-    let flawed: Vec<Batch> = (0..BATCHES).map(|number| batch(number, Some(100))).collect();
+    let flawed = |every| (0..BATCHES).map(|number| batch(number, Some(every))).collect::<Vec<Batch>>();
+    let (one_in_hundred, one_in_ten) = (flawed(100), flawed(10));
 
     fresh_table(&mut database);
     runtime.block_on(sink(database.url(), &batches, 0));
@@ -47,7 +48,7 @@ pub fn run(results: &mut Results) {
     let records = folder.write("records.jsonl", records());
 
     let (mut ours, mut copies, mut inserts) = (Vec::new(), Vec::new(), Vec::new());
-    let (mut clean, mut rejecting) = (Vec::new(), Vec::new());
+    let (mut clean, mut rejecting_1pct, mut rejecting_10pct) = (Vec::new(), Vec::new(), Vec::new());
     // A log of its own for each claim.
     let mut log = rounds() as u32;
     for round in 1..=rounds() {
@@ -71,8 +72,12 @@ pub fn run(results: &mut Results) {
         inserts.push(ROWS as f64 / seconds.trim().parse::<f64>().expect("seconds"));
         check(&mut database);
 
-        // The same table and constraint, with no bad row and with one in a hundred.
-        for (batches, seconds, bad) in [(&batches, &mut clean, 0), (&flawed, &mut rejecting, ROWS / 100)] {
+        // The same table and constraint, with no bad row, with one in a hundred and with one in ten.
+        for (batches, seconds, bad) in [
+            (&batches, &mut clean, 0),
+            (&one_in_hundred, &mut rejecting_1pct, ROWS / 100),
+            (&one_in_ten, &mut rejecting_10pct, ROWS / 10),
+        ] {
             fresh_table(&mut database);
             database.execute("ALTER TABLE telemetry ADD CHECK (value >= 0)");
             log += 1;
@@ -86,7 +91,8 @@ pub fn run(results: &mut Results) {
     results.add("postgres_rows_per_s_psycopg2", &inserts);
     results.add_ratio("postgres_rows_ratio_vs_server_copy", &ours, &copies);
     results.add_ratio("postgres_rows_ratio_vs_psycopg2", &ours, &inserts);
-    results.add_ratio("reject_cost_ratio_1pct", &rejecting, &clean);
+    results.add_ratio("reject_cost_ratio_1pct", &rejecting_1pct, &clean);
+    results.add_ratio("reject_cost_ratio_10pct", &rejecting_10pct, &clean);
 }
 
 fn fresh_table(database: &mut Database) {

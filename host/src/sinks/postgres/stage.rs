@@ -133,11 +133,11 @@ DECLARE
     since INTEGER := 1;
     until INTEGER;
     size INTEGER := {GROUP_MAX};
-    -- The group's rows that are not known to be bad, and their places in staged, from 1,
-    -- once they are asked for.
+    -- The group's rows without those that errors came at.
     rows tid[];
-    places INTEGER[];
-    -- Of these the one that the last error came at, and how many were before it.
+    -- Places in staged, from 1: of the group's rows that are bad for certain, and of the one that the last
+    -- error came at, and how many of the others were before that.
+    certain INTEGER[];
     suspect INTEGER;
     before_suspect INTEGER;
     counted BIGINT;
@@ -152,7 +152,7 @@ BEGIN
     WHILE since <= coalesce(cardinality(staged), 0) LOOP
         until := least(since + size - 1, cardinality(staged));
         rows := staged[since:until];
-        places := NULL;
+        certain := '{{}}';
         suspect := NULL;
         before_suspect := -1;
         bad := 0;
@@ -169,30 +169,30 @@ BEGIN
             EXCEPTION WHEN OTHERS OR ASSERT_FAILURE THEN
                 IF {passing} THEN RAISE; END IF;
                 before := currval('pg_temp.headworks_count') - counted - 1;
-                places := coalesce(places, ARRAY(SELECT generate_series(since, until)));
                 IF before > before_suspect AND before < cardinality(rows) - 1 THEN
                     IF suspect IS NOT NULL THEN
                         place := suspect - 1;
                         RETURN NEXT;
+                        certain := certain || suspect;
                     END IF;
                     {diagnostics};
-                    at := places[before + 1];
+                    -- All that are not in rows any more were before it.
+                    at := since + before + bad;
                     {probe}
                     suspect := at;
                     before_suspect := before;
                     rows := rows[:before] || rows[before + 2:];
-                    places := places[:before] || places[before + 2:];
                     bad := bad + 1;
                     CONTINUE;
                 END IF;
             END;
             -- The count does not tell.
             IF suspect IS NOT NULL THEN
-                places := places[:before_suspect] || suspect || places[before_suspect + 1:];
                 suspect := NULL;
                 bad := bad - 1;
             END IF;
-            FOREACH at IN ARRAY places LOOP
+            FOR at IN since..until LOOP
+                CONTINUE WHEN at = ANY (certain);
                 BEGIN
                     {one};
                     GET DIAGNOSTICS inserted = ROW_COUNT;
@@ -226,6 +226,7 @@ BEGIN
 END
 $headworks$",
         fields = fields.join(", "),
+        // In the order of their places, as TIDs are looked up.
         some = insert(true, "WHERE ctid = ANY (rows)"),
         one = insert(false, "WHERE ctid = staged[at]"),
     )
@@ -329,7 +330,11 @@ fn value(binding: &Binding, i: usize) -> String {
 
 /// Takes all staged rows on.
 pub fn insert(table: &str, columns: &Columns, binding: &Binding, on_conflict: OnConflict) -> String {
-    insert_of(table, columns, binding, on_conflict, false, "headworks_stage")
+    let from = match on_conflict {
+        OnConflict::Upsert => "headworks_stage",
+        OnConflict::Reject | OnConflict::Ignore | OnConflict::Auto => "headworks_stage ORDER BY n",
+    };
+    insert_of(table, columns, binding, on_conflict, false, from)
 }
 
 /// Counts the rows of `from` that [`insert`] passes over with `on_conflict: upsert`, because a later one of
@@ -381,10 +386,8 @@ fn insert_of(
     let overriding = if overrides { " OVERRIDING SYSTEM VALUE" } else { "" };
     let insert = format!("INSERT INTO {table} ({list}){overriding} SELECT {values} FROM");
     match on_conflict {
-        OnConflict::Reject => format!("{insert} {from} ORDER BY n"),
-        OnConflict::Ignore | OnConflict::Auto => {
-            format!("{insert} {from} ORDER BY n ON CONFLICT DO NOTHING")
-        }
+        OnConflict::Reject => format!("{insert} {from}"),
+        OnConflict::Ignore | OnConflict::Auto => format!("{insert} {from} ON CONFLICT DO NOTHING"),
         OnConflict::Upsert => {
             let (key, nulls) = key(columns, binding);
             // An identity in the key is the same, and no UPDATE may name it.
