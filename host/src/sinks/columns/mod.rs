@@ -116,57 +116,64 @@ pub struct Reader<'c, 'm> {
 }
 
 impl<'m> Reader<'_, 'm> {
-    /// Gives `write` each column's value in order. What `write` cannot take,
-    /// and a required value that is not there, refuse the row with a reason.
+    /// Gives `write` each column's value in order. What `write` cannot take, a required value that is
+    /// not there, and a payload of which the row would have nothing though columns are filled from it,
+    /// refuse the row with a reason.
     pub fn read(
         &mut self,
         row: usize,
         message: MessageRef<'m>,
         mut write: impl FnMut(usize, Value<'m>) -> Result<(), Mismatch>,
     ) -> Result<(), RefusedRow> {
-        let broken = self.find(message.payload()).err();
+        let payload = message.payload();
+        let found = self.find(payload);
+        let broken = found.err();
+        let mut is_taken = matches!(found, Ok(true));
         for (i, column) in self.columns.columns.iter().enumerate() {
             let (value, source) = self.first(column, &message);
+            is_taken |= source == Some(&Source::Payload);
             let outcome = match value {
                 Value::Null if column.required => Err(Mismatch(expected(column.kind))),
                 Value::Null => write(i, Value::Null),
                 value => column.as_time(value).and_then(|value| write(i, value)),
             };
             if let Err(Mismatch(expected)) = outcome {
-                let reason = reason(column, source, value, expected, broken, message.payload());
+                let reason = reason(column, source, value, expected, broken, payload);
                 return Err(RefusedRow { row, reason, code: None });
             }
         }
-        match broken {
+        // Also where no column is required: what the device sent would be NULLs in silence.
+        let lost = match broken {
+            Some(_) => self.columns.columns.iter().find(|column| column.has_field()),
+            None if is_taken => None,
+            None => self.columns.columns.iter().find(|column| column.wants_payload()),
+        };
+        match lost {
             None => Ok(()),
-            // Also where no column is required: the fields that the device sent would be NULL in silence.
-            Some(error) => {
-                let has_field = |column: &&Column| {
-                    column.sources.iter().any(|source| matches!(source, Source::Field { .. }))
-                };
-                let column = self.columns.columns.iter().find(has_field).expect("only fields are looked for");
-                let reason = reason(column, None, Value::Null, "", Some(error), message.payload());
+            Some(column) => {
+                let reason = reason(column, None, Value::Null, expected(column.kind), broken, payload);
                 Err(RefusedRow { row, reason, code: None })
             }
         }
     }
 
-    /// Finds all fields in one walk. A payload that is no object has none; one that begins as an object
-    /// does, perhaps behind a byte order mark, and is not JSON, is an error.
-    fn find(&mut self, payload: &'m [u8]) -> Result<(), json::Error> {
+    /// Finds all fields in one walk, and returns whether the payload may have fields: whether it is an
+    /// object. One that begins as an object does, perhaps behind a byte order mark, and is not JSON, is an
+    /// error.
+    fn find(&mut self, payload: &'m [u8]) -> Result<bool, json::Error> {
         self.found.clear();
         self.found.resize(self.columns.keys.len(), None);
         let text = payload.strip_prefix(BYTE_ORDER_MARK).unwrap_or(payload);
         let is_object = text.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'{');
-        if is_object && !self.columns.keys.is_empty() {
-            let outcome = json::get_each(payload, &self.columns.keys, &mut self.found);
-            if outcome.is_err() {
-                // Fields found before the damage do not count.
-                self.found.fill(None);
-            }
-            return outcome;
+        if !is_object || self.columns.keys.is_empty() {
+            return Ok(false);
         }
-        Ok(())
+        let outcome = json::get_each(payload, &self.columns.keys, &mut self.found);
+        if outcome.is_err() {
+            // Fields found before the damage do not count.
+            self.found.fill(None);
+        }
+        outcome.map(|()| true)
     }
 
     /// The first source that is there and not null, and which one.
@@ -227,6 +234,15 @@ impl Column {
             }
             _ => Ok(value),
         }
+    }
+
+    fn has_field(&self) -> bool {
+        self.sources.iter().any(|source| matches!(source, Source::Field { .. }))
+    }
+
+    /// Whether it is filled from the payload or a field of it.
+    fn wants_payload(&self) -> bool {
+        self.has_field() || self.sources.contains(&Source::Payload)
     }
 
     /// A payload that is an object or an array is not this column's value.
@@ -339,7 +355,12 @@ fn reason(
             let first = column.sources.iter().find(|source| **source != Source::Payload);
             let missing = match first {
                 Some(Source::Field { pointer, .. }) => match form(payload) {
-                    Some(form) => format!("the payload is {form}, it has no {noun} at {pointer}: {shown}"),
+                    Some(form) => {
+                        return format!(
+                            "column \"{name}\": the payload is {form}, it has no {noun} at {pointer}: {shown}; a \
+                             column can hold it whole (`$payload`, host/docs/payloads.md)"
+                        );
+                    }
                     None => format!("the payload has no {noun} at {pointer}: {shown}"),
                 },
                 Some(Source::Level(field)) => {
@@ -360,7 +381,7 @@ fn form(payload: &[u8]) -> Option<&'static str> {
         [] => Some("empty"),
         [b'[', ..] => Some("an array (one message is one row)"),
         [b'{', ..] => None,
-        other => json::parse(other).ok().map(|_| "a single value"),
+        other => Some(json::parse(other).map_or("not JSON", |_| "a single value")),
     }
 }
 

@@ -104,11 +104,11 @@ fn a_reason_names_column_and_payload() {
         ("ping", "column \"value\": the payload is not a number: ping"),
         (
             "",
-            "column \"value\": the payload is empty, it has no number at /value: ; fill it from another field with `columns:` (host/docs/payloads.md)",
+            "column \"value\": the payload is empty, it has no number at /value: ; a column can hold it whole (`$payload`, host/docs/payloads.md)",
         ),
         (
             "[1]",
-            "column \"value\": the payload is an array (one message is one row), it has no number at /value: [1]; fill it from another field with `columns:` (host/docs/payloads.md)",
+            "column \"value\": the payload is an array (one message is one row), it has no number at /value: [1]; a column can hold it whole (`$payload`, host/docs/payloads.md)",
         ),
     ] {
         assert_eq!(value_of(payload).unwrap_err(), expected);
@@ -187,7 +187,7 @@ fn a_document_that_is_broken_is_rejected_also_where_no_column_is_required() {
         reason.starts_with("column \"temperature\": the payload is preceded by a byte order mark"),
         "{reason}"
     );
-    // What is no object has no fields, and is kept whole.
+    // What is no object has no fields, and is kept whole where a column holds it.
     for payload in ["21.5", "[{\"t\":1}]", "[INFO] ready", "ping", "", "\u{feff}21.5"] {
         let row = read(&optional, payload).unwrap();
         assert_eq!((row[1].as_deref(), row[2].as_deref()), (None, Some(payload)));
@@ -195,4 +195,39 @@ fn a_document_that_is_broken_is_rejected_also_where_no_column_is_required() {
     // A table without fields takes any bytes.
     let whole = columns(&[("device", "$device"), ("raw", "$payload")]);
     assert_eq!(read(&whole, "{\"t\":nan").unwrap()[1].as_deref(), Some("{\"t\":nan"));
+}
+
+#[test]
+fn a_payload_of_which_a_row_would_have_nothing_is_rejected() {
+    let fields = columns(&[("device", "$device"), ("state", "/state"), ("level", "/battery/level")]);
+    for (payload, form) in [
+        ("", "empty"),
+        (" \n", "empty"),
+        ("offline", "not JSON"),
+        ("null", "a single value"),
+        ("21.5", "a single value"),
+        ("\"ON\"", "a single value"),
+        ("[{\"state\":\"ON\"}]", "an array (one message is one row)"),
+    ] {
+        let reason = read(&fields, payload).unwrap_err();
+        let expected = format!("column \"state\": the payload is {form}, it has no value at /state: ");
+        assert!(reason.starts_with(&expected) && reason.contains("host/docs/payloads.md"), "{reason}");
+    }
+    let marked = read(&fields, "\u{feff}21.5").unwrap_err();
+    assert!(marked.contains("preceded by a byte order mark"), "{marked}");
+    // An object may have other fields than those that are asked for.
+    for payload in ["{}", " {\"linkquality\":87}", "{\"state\":null}"] {
+        assert_eq!(read(&fields, payload).unwrap()[1..], [None, None], "{payload}");
+    }
+    // A column of numbers holds no document, and none is asked of a table that takes nothing of payloads.
+    let config = r#"{"device": "$device", "value": {"from": ["/value", "$payload"], "type": "double"}}"#;
+    let number = Columns::new(&serde_json::from_str(config).unwrap(), Arc::default());
+    for payload in ["", "[21.5]"] {
+        assert!(read(&number, payload).is_err(), "{payload}");
+    }
+    assert_eq!(read(&number, "21.5").unwrap()[1].as_deref(), Some("21.5"));
+    let topics = columns(&[("device", "$device"), ("topic", "$topic")]);
+    for payload in ["", "offline", "[1]", "{}", "{"] {
+        read(&topics, payload).unwrap();
+    }
 }
