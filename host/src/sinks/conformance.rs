@@ -8,11 +8,13 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use uuid::Uuid;
 
-use super::{
-    Advance, Claim, Error, Found, Looked, OnConflict, Outcome, Position, RefusedRow, Rows, Sink, Written,
-};
+use super::{Advance, Claim, Error, Found, Looked, Outcome, Position, RefusedRow, Rows, Sink, Written};
 use crate::batch::{Batch, Entry, Offset, Partition, Span, flags};
 use crate::stream::{Lineage, Opening};
+
+mod keys;
+
+pub(crate) use keys::*;
 
 /// A fresh database, and what it holds.
 #[async_trait]
@@ -34,12 +36,6 @@ pub trait Database: Send + Sync {
     /// From now on this payload cannot be written. Sinks with typed columns
     /// refuse `"hot"` by themselves.
     fn refuses(&self, _payload: &str) {}
-}
-
-/// A database whose table has the unique key (device_id, metric).
-#[async_trait]
-pub trait Keyed: Database {
-    async fn sink_on_conflict(&self, on_conflict: OnConflict) -> Box<dyn Sink>;
 }
 
 /// One `#[tokio::test]` for each promise; the argument makes a [`Database`], `.await` allowed.
@@ -81,18 +77,6 @@ macro_rules! conformance_tests {
     };
 }
 pub(crate) use conformance_tests;
-
-/// The promises of sinks whose table may have a row already.
-macro_rules! keyed_conformance_tests {
-    ($database:expr) => {
-        $crate::sinks::conformance::conformance_tests!($database;
-            a_row_that_is_there_is_rejected_unless_told_otherwise,
-            a_row_that_is_there_is_counted_as_ignored_where_told_so,
-            a_row_that_is_there_is_replaced_by_the_last_where_told_so,
-        );
-    };
-}
-pub(crate) use keyed_conformance_tests;
 
 /// The promises of sinks whose table has a deferred foreign key of `device_id`: the devices
 /// `a` and `b` are known, and `new` is made known by a trigger after its row.
@@ -510,40 +494,6 @@ async fn rejected_again(sink: &mut dyn Sink, bad: &Rows) {
     rejected(sink.commit(bad, &[advance(0, 0, 2)]).await);
 }
 
-pub async fn a_row_that_is_there_is_rejected_unless_told_otherwise(database: &dyn Keyed) {
-    let mut sink = database.sink().await;
-    sink.open(&claim(), None).await.expect("opens");
-    let first = sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.expect("commits");
-    assert_eq!(first, Outcome::Committed(Written { written: 1, ignored: 0 }));
-    let again = rows([message("a", "2"), message("b", "3")]);
-    let refused = rejected(sink.commit(&again, &[advance(0, 1, 3)]).await);
-    assert_eq!(refused.iter().map(|row| row.row).collect::<Vec<_>>(), [0]);
-    assert!(refused[0].code.is_some(), "{refused:?}");
-    sink.finish().await.expect("commits");
-    assert_eq!(by_value(database).await, [("a".to_owned(), 1.0), ("b".to_owned(), 3.0)]);
-}
-
-pub async fn a_row_that_is_there_is_counted_as_ignored_where_told_so(database: &dyn Keyed) {
-    let mut sink = database.sink_on_conflict(OnConflict::Ignore).await;
-    sink.open(&claim(), None).await.expect("opens");
-    sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.expect("commits");
-    let again = rows([message("a", "2"), message("b", "3")]);
-    let outcome = sink.commit(&again, &[advance(0, 1, 3)]).await.expect("commits");
-    assert_eq!(outcome, Outcome::Committed(Written { written: 1, ignored: 1 }));
-    assert_eq!(by_value(database).await, [("a".to_owned(), 1.0), ("b".to_owned(), 3.0)]);
-}
-
-pub async fn a_row_that_is_there_is_replaced_by_the_last_where_told_so(database: &dyn Keyed) {
-    let mut sink = database.sink_on_conflict(OnConflict::Upsert).await;
-    sink.open(&claim(), None).await.expect("opens");
-    sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.expect("commits");
-    let again = rows([message("a", "2"), message("b", "5"), message("a", "4")]);
-    let outcome = sink.commit(&again, &[advance(0, 1, 4)]).await.expect("commits");
-    let all = Written { written: 3, ignored: 0 };
-    assert_eq!(outcome, Outcome::Committed(all), "one that a newer one of the batch replaces is written too");
-    assert_eq!(by_value(database).await, [("a".to_owned(), 4.0), ("b".to_owned(), 5.0)]);
-}
-
 pub async fn a_row_whose_deferred_foreign_key_fails_is_rejected_alone(database: &dyn Database) {
     let (mut sink, _) = opened(database, &claim()).await;
     sink.commit(&Rows::default(), &[advance(0, 0, 0)]).await.expect("commits");
@@ -573,12 +523,6 @@ pub async fn a_row_whose_deferred_foreign_key_fails_is_rejected_alone(database: 
     }
     assert_eq!(database.written().await.len(), 296);
     assert_eq!(opened(database, &claim()).await.1, [position(0, 300)]);
-}
-
-async fn by_value(database: &dyn Keyed) -> Vec<(String, f64)> {
-    let mut written = database.written().await;
-    written.sort_by(|a, b| a.1.total_cmp(&b.1));
-    written
 }
 
 pub async fn rows_of_several_batches_keep_their_numbers(database: &dyn Database) {

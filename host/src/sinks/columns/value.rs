@@ -32,6 +32,11 @@ impl<'m> Value<'m> {
         }
     }
 
+    /// Whether it is a number of JSON.
+    pub fn is_number(&self) -> bool {
+        self.json().is_some_and(|raw| raw.kind() == JsonKind::Number)
+    }
+
     /// A finite number.
     pub fn f64(&self) -> Option<f64> {
         self.json()?.as_f64().filter(|number| number.is_finite())

@@ -73,9 +73,10 @@ fn look(config: &Config, columns: &Columns, claims: Vec<Claim>, checked: &mut Ch
         return Ok(());
     }
     let mut columns = columns.clone();
-    bind(&connection, config, &mut columns, was_there).map_err(failed)??;
+    let bound = bind(&connection, config, &mut columns, was_there).map_err(failed)??;
     // Compiled and not run: SQLite answers as it would to the real one.
-    connection.prepare(&insert(config, &columns, 1)).map_err(|error| format!("{shown}: {error}"))?;
+    connection.prepare(&insert(config, &columns, &bound, 1)).map_err(|error| format!("{shown}: {error}"))?;
+    checked.warnings.extend(bound.warnings);
     if config.on_conflict == OnConflict::Ignore && !has_keys(&connection, config).map_err(failed)? {
         checked.warnings.push(format!(
             "on_conflict: ignore has no effect: table {} has no unique key, so no row meets another",

@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use rusqlite::types::Null;
 use rusqlite::{Connection, ErrorCode, OpenFlags, Statement, TransactionBehavior, ffi};
 use uuid::Uuid;
 
 use super::config::Config;
 use super::positions::{self, Held};
 use super::table::{bind, create_table, has_rows, insert, is_there};
-use crate::sinks::columns::{Columns, Kind, Mismatch, TIME_BYTES, Value, write_time};
+use super::values::{Affinity, bind_value};
+use crate::sinks::columns::{Columns, TIME_BYTES};
 use crate::sinks::{
     Advance, Claim, Epoch, Error, LogPosition, Name, Opened, Outcome, RefusedRow, Rows, Written, holder,
 };
@@ -30,6 +30,8 @@ pub struct Session {
     connection: Connection,
     held: Held,
     columns: Columns,
+    /// Of the columns.
+    affinities: Vec<Affinity>,
     /// Rows of the long INSERT.
     many: usize,
     insert_many: String,
@@ -105,12 +107,15 @@ impl Session {
         if creates && !is_there(&transaction, config).map_err(failed)? {
             transaction.execute_batch(&create_table(config, &columns)).map_err(failed)?;
         }
-        bind(&transaction, config, &mut columns, !opened.positions.is_empty())
+        let bound = bind(&transaction, config, &mut columns, !opened.positions.is_empty())
             .map_err(failed)?
             .map_err(setup)?;
         let schema_version = schema_version(&transaction).map_err(failed)?;
         transaction.commit().map_err(failed)?;
         columns.warn_of_times_without_unit(&claim.sink);
+        for warning in &bound.warnings {
+            tracing::warn!(sink = claim.sink, "{warning}");
+        }
         let many = (PARAMETERS / columns.columns.len().max(1)).max(1);
         let wal = wal_of(path);
         // Once it is certain that the path is that of the file that was opened.
@@ -121,11 +126,12 @@ impl Session {
         let session = Self {
             path: path.clone(),
             files,
-            insert_many: insert(config, &columns, many),
-            insert_one: insert(config, &columns, 1),
+            insert_many: insert(config, &columns, &bound, many),
+            insert_one: insert(config, &columns, &bound, 1),
             connection,
             held,
             columns,
+            affinities: bound.affinities,
             many,
             schema_version,
             uncommitted: None,
@@ -269,7 +275,8 @@ impl Session {
         for (place, row) in chunk.iter().enumerate() {
             let base = place * self.columns.columns.len();
             let outcome = reader.read(*row, rows.get(*row), |i, value| {
-                match bind_value(statement, base + i + 1, self.columns.columns[i].kind, value, &mut time) {
+                let declared = (self.columns.columns[i].kind, self.affinities[i]);
+                match bind_value(statement, base + i + 1, declared, value, &mut time) {
                     Ok(outcome) => outcome,
                     Err(error) => {
                         failure.get_or_insert(error);
@@ -416,49 +423,6 @@ enum Inserted {
 /// Rises with each change of the schema.
 fn schema_version(connection: &Connection) -> rusqlite::Result<i64> {
     connection.prepare_cached("PRAGMA schema_version")?.query_row([], |row| row.get(0))
-}
-
-fn bind_value(
-    statement: &mut Statement<'_>,
-    at: usize,
-    kind: Option<Kind>,
-    value: Value<'_>,
-    time: &mut String,
-) -> rusqlite::Result<Result<(), Mismatch>> {
-    macro_rules! bind {
-        ($value:expr, $expected:literal) => {
-            match $value {
-                Some(value) => statement.raw_bind_parameter(at, value)?,
-                None => return Ok(Err(Mismatch($expected))),
-            }
-        };
-    }
-    if value == Value::Null {
-        return statement.raw_bind_parameter(at, Null).map(Ok);
-    }
-    match kind {
-        Some(Kind::Timestamptz) => {
-            time.clear();
-            if value.time_us().and_then(|us| write_time(us, time)).is_none() {
-                return Ok(Err(Mismatch("a time")));
-            }
-            statement.raw_bind_parameter(at, time.as_str())?;
-        }
-        Some(Kind::Double) => bind!(value.f64(), "a number"),
-        Some(Kind::Bigint) => bind!(value.i64(), "a whole number"),
-        Some(Kind::Bool) => bind!(value.bool(), "true or false"),
-        Some(Kind::Text) => bind!(value.text().as_deref(), "text"),
-        Some(Kind::Jsonb) => bind!(value.json_text().as_deref(), "JSON"),
-        Some(Kind::Bytes) => bind!(value.bytes().as_deref(), "bytes"),
-        // As it is: a number as a number, the rest as text.
-        None => match (value.i64(), value.f64(), value.bool()) {
-            (Some(whole), ..) => statement.raw_bind_parameter(at, whole)?,
-            (_, Some(number), _) => statement.raw_bind_parameter(at, number)?,
-            (.., Some(yes)) => statement.raw_bind_parameter(at, yes)?,
-            _ => bind!(value.text().as_deref(), "text"),
-        },
-    }
-    Ok(Ok(()))
 }
 
 /// The `-wal` file of a database: SQLite has it beside the file that a link leads to.

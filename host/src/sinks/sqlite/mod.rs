@@ -12,6 +12,7 @@ mod sink;
 mod table;
 #[cfg(test)]
 mod tests;
+mod values;
 
 pub use check::check;
 pub use config::Config;

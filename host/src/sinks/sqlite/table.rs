@@ -1,8 +1,9 @@
 //! The table in the file: its statements, and how it is compared with the config.
 
-use rusqlite::Connection;
+use rusqlite::{Connection, OptionalExtension};
 
 use super::config::Config;
+use super::values::Affinity;
 use crate::sinks::columns::{Columns, Kind};
 use crate::sinks::config::{OnConflict, missing_table, table_parts};
 
@@ -40,19 +41,34 @@ pub fn create_table(config: &Config, columns: &Columns) -> String {
     sql
 }
 
-pub fn insert(config: &Config, columns: &Columns, rows: usize) -> String {
+/// How the table is written.
+pub struct Bound {
+    /// Of the columns of the config.
+    pub affinities: Vec<Affinity>,
+    /// For a person, as the sink opens.
+    pub warnings: Vec<String>,
+    /// Columns of the key of `on_conflict: upsert`.
+    key: Vec<String>,
+    /// The table says itself what happens to a row that meets a constraint.
+    has_clause: bool,
+}
+
+pub fn insert(config: &Config, columns: &Columns, bound: &Bound, rows: usize) -> String {
     let list: Vec<String> = columns.columns.iter().map(|column| quoted(&column.name)).collect();
     let row = format!("({})", vec!["?"; list.len()].join(", "));
+    // Only where it is needed: it also counts within the triggers, in place of what their statements say.
+    let or = if bound.has_clause { " OR ABORT" } else { "" };
     let conflict = match config.on_conflict {
         OnConflict::Reject => String::new(),
         OnConflict::Ignore | OnConflict::Auto => " ON CONFLICT DO NOTHING".to_owned(),
         OnConflict::Upsert => {
             let set: Vec<String> = list.iter().map(|name| format!("{name} = excluded.{name}")).collect();
-            format!(" ON CONFLICT DO UPDATE SET {}", set.join(", "))
+            let key: Vec<String> = bound.key.iter().map(|name| quoted(name)).collect();
+            format!(" ON CONFLICT ({}) DO UPDATE SET {}", key.join(", "), set.join(", "))
         }
     };
     let table = quoted(&table_name(config));
-    format!("INSERT INTO {table} ({}) VALUES {}{conflict}", list.join(", "), vec![row; rows].join(", "))
+    format!("INSERT{or} INTO {table} ({}) VALUES {}{conflict}", list.join(", "), vec![row; rows].join(", "))
 }
 
 /// Whether the table is there and has rows, or may have rows elsewhere: a view, whose triggers put
@@ -73,14 +89,14 @@ SELECT EXISTS (SELECT 1 FROM sqlite_master WHERE type IN ('table', 'view') AND l
     connection.query_row(&sql, [], |row| row.get(0))
 }
 
-/// Compares with the table that is there; takes over its NOT NULL, and that it holds times as
-/// numbers.
+/// Compares with the table that is there; takes over its NOT NULL, that it holds times as numbers, and
+/// that it holds text.
 pub fn bind(
     connection: &Connection,
     config: &Config,
     columns: &mut Columns,
     was_there: bool,
-) -> rusqlite::Result<Result<(), String>> {
+) -> rusqlite::Result<Result<Bound, String>> {
     let mut statement = connection.prepare(
         "SELECT name, \"notnull\" <> 0 AND dflt_value IS NULL AND pk = 0, type FROM pragma_table_info(?1)",
     )?;
@@ -91,6 +107,8 @@ pub fn bind(
     if known.is_empty() {
         return Ok(Err(missing_table(table, was_there)));
     }
+    let is_strict = is_strict(connection, config)?;
+    let (mut affinities, mut warnings) = (Vec::new(), Vec::new());
     for column in &mut columns.columns {
         let found = known.iter().find(|(name, ..)| name.eq_ignore_ascii_case(&column.name));
         let Some((_, not_null, declared)) = found else {
@@ -102,7 +120,9 @@ pub fn bind(
             )));
         };
         column.required |= not_null;
-        if column.is_time() && column.kind != Some(Kind::Bigint) && is_numeric(declared) {
+        let affinity = Affinity::of(declared, is_strict);
+        let holds_numbers = matches!(affinity, Affinity::Integer | Affinity::Real);
+        if column.is_time() && column.kind != Some(Kind::Bigint) && holds_numbers {
             if column.unit.is_none() {
                 return Ok(Err(format!(
                     "column \"{}\" of table {table} is {declared}, among whose numbers times would be text: say in \
@@ -113,31 +133,71 @@ pub fn bind(
             }
             column.kind = Some(Kind::Bigint);
         }
+        if column.kind.is_none() && affinity == Affinity::Text {
+            column.kind = Some(Kind::Text);
+        }
+        if column.kind == Some(Kind::Text) && affinity.is_of_numbers() {
+            warnings.push(format!(
+                "column \"{}\" of table {table} is {declared}, which SQLite takes for numbers: text that it would \
+                 change, as 007 to 7, becomes dead letters; declare the column TEXT",
+                column.name
+            ));
+        }
+        affinities.push(affinity);
     }
     let missing = known.iter().find(|(name, not_null, _)| {
         *not_null && !columns.columns.iter().any(|column| column.name.eq_ignore_ascii_case(name))
     });
-    if config.on_conflict == OnConflict::Upsert && !has_filled_key(connection, config, columns)? {
+    let key = filled_key(connection, config, columns)?;
+    if config.on_conflict == OnConflict::Upsert && key.is_none() {
         return Ok(Err(format!(
             "`on_conflict: upsert` needs a unique key of table {table} whose columns are all in `columns`: \
              add one, such as PRIMARY KEY (device_id, time)"
         )));
     }
-    Ok(match missing {
-        Some((name, ..)) => Err(format!(
+    if let Some((name, ..)) = missing {
+        return Ok(Err(format!(
             "column \"{name}\" of table {table} is NOT NULL without a default, and `columns` does not fill it"
-        )),
-        None => Ok(()),
-    })
+        )));
+    }
+    let has_clause = has_clause(connection, config)?;
+    if has_clause && let Some(trigger) = trigger_with_clause(connection)? {
+        return Ok(Err(format!(
+            "table {table} has an ON CONFLICT clause, which `on_conflict` of the sink overrides, and SQLite would \
+             override the one of trigger {trigger} with it: take the clause out of the table or of the trigger"
+        )));
+    }
+    Ok(Ok(Bound { affinities, warnings, key: key.unwrap_or_default(), has_clause }))
 }
 
-/// Whether a column of this declared type holds numbers as such: affinity INTEGER or REAL
-/// (SQLite documentation, "Datatypes In SQLite", 3.1).
-fn is_numeric(declared: &str) -> bool {
-    let declared = declared.to_ascii_uppercase();
-    let has = |part: &&str| declared.contains(part);
-    let is_text = ["CHAR", "CLOB", "TEXT", "BLOB"].iter().any(has);
-    declared.contains("INT") || !is_text && ["REAL", "FLOA", "DOUB"].iter().any(has)
+fn is_strict(connection: &Connection, config: &Config) -> rusqlite::Result<bool> {
+    let sql = "SELECT EXISTS (SELECT 1 FROM pragma_table_list(?1) WHERE schema = 'main' AND strict)";
+    connection.query_row(sql, [table_name(config)], |row| row.get(0))
+}
+
+/// Whether the table was made with an ON CONFLICT clause.
+fn has_clause(connection: &Connection, config: &Config) -> rusqlite::Result<bool> {
+    let sql = "SELECT sql FROM sqlite_master WHERE type = 'table' AND lower(name) = lower(?1)";
+    let made: Option<String> =
+        connection.query_row(sql, [table_name(config)], |row| row.get(0)).optional()?;
+    Ok(made.is_some_and(|made| one_spaced(&made).contains("ON CONFLICT ")))
+}
+
+/// A trigger, of any table, whose statements say what happens to a row that meets a constraint.
+fn trigger_with_clause(connection: &Connection) -> rusqlite::Result<Option<String>> {
+    let mut statement = connection.prepare("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'")?;
+    let triggers: Vec<(String, String)> =
+        statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?.collect::<rusqlite::Result<_>>()?;
+    let has_clause = |sql: &str| {
+        let sql = one_spaced(sql);
+        ["INSERT OR ", "UPDATE OR ", "REPLACE INTO "].iter().any(|clause| sql.contains(clause))
+    };
+    Ok(triggers.into_iter().find(|(_, sql)| has_clause(sql)).map(|(name, _)| name))
+}
+
+/// SQL in upper case, each white space one blank.
+fn one_spaced(sql: &str) -> String {
+    sql.to_ascii_uppercase().split_ascii_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// Whether there is the table, or a view of its name.
@@ -153,15 +213,21 @@ pub fn has_keys(connection: &Connection, config: &Config) -> rusqlite::Result<bo
     connection.query_row(sql, [table_name(config)], |row| row.get(0))
 }
 
-/// Whether there is a unique key all of whose columns are filled.
-fn has_filled_key(connection: &Connection, config: &Config, columns: &Columns) -> rusqlite::Result<bool> {
+/// The primary key, else the first unique key, all of whose columns are filled.
+fn filled_key(
+    connection: &Connection,
+    config: &Config,
+    columns: &Columns,
+) -> rusqlite::Result<Option<Vec<String>>> {
     let mut statement = connection.prepare(
-        "SELECT group_concat(i.name, char(10)) FROM pragma_index_list(?1) AS l, pragma_index_info(l.name) AS i
-         WHERE l.\"unique\" AND NOT l.partial GROUP BY l.name HAVING count(*) = count(i.name)
-         UNION ALL SELECT group_concat(name, char(10)) FROM pragma_table_info(?1) WHERE pk > 0",
+        "SELECT group_concat(name, char(10)) FROM pragma_table_info(?1) WHERE pk > 0
+         UNION ALL
+         SELECT group_concat(i.name, char(10)) FROM pragma_index_list(?1) AS l, pragma_index_info(l.name) AS i
+         WHERE l.\"unique\" AND NOT l.partial GROUP BY l.name HAVING count(*) = count(i.name)",
     )?;
     let keys: Vec<Option<String>> =
         statement.query_map([table_name(config)], |row| row.get(0))?.collect::<rusqlite::Result<_>>()?;
     let is_filled = |name: &str| columns.columns.iter().any(|column| column.name.eq_ignore_ascii_case(name));
-    Ok(keys.iter().flatten().any(|key| key.split('\n').all(is_filled)))
+    let key = keys.iter().flatten().find(|key| key.split('\n').all(is_filled));
+    Ok(key.map(|key| key.split('\n').map(str::to_owned).collect()))
 }

@@ -1,3 +1,6 @@
+mod keys;
+mod values;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -6,8 +9,7 @@ use rusqlite::Connection;
 
 use super::*;
 use crate::sinks::conformance::{
-    Database, Keyed, advance, claim, conformance_tests, keyed_conformance_tests, message, position, rejected,
-    rows,
+    Database, advance, claim, conformance_tests, message, position, rejected, rows,
 };
 use crate::sinks::{Checked, Claim, Epoch, Error, Looked, OnConflict, Sink, Written};
 use crate::telemetry::Failures;
@@ -83,26 +85,6 @@ mod with_a_deferred_foreign_key {
          CREATE TRIGGER register AFTER INSERT ON telemetry WHEN NEW.device_id = 'new'
          BEGIN INSERT OR IGNORE INTO devices VALUES (NEW.device_id); END"
     ));
-}
-
-mod with_a_unique_key {
-    use super::*;
-
-    #[async_trait]
-    impl Keyed for File {
-        async fn sink_on_conflict(&self, on_conflict: OnConflict) -> Box<dyn Sink> {
-            Box::new(SqliteSink::new(
-                "warehouse",
-                Config { on_conflict, ..self.config() },
-                Arc::default(),
-                Failures::default(),
-            ))
-        }
-    }
-
-    keyed_conformance_tests!(File::with(&format!(
-        "CREATE TABLE telemetry ({TABLE}, PRIMARY KEY (device_id, metric))"
-    )));
 }
 
 #[tokio::test]
@@ -581,13 +563,4 @@ fn what_keeps_a_file_from_being_written_is_named() {
         let problems = checked(&config).problems;
         assert!(problems.len() == 1 && problems[0].contains(said), "{said}: {problems:?}");
     }
-}
-
-#[test]
-fn ignore_without_a_unique_key_is_warned_of() {
-    let ignore = |file: &File| Config { on_conflict: OnConflict::Ignore, ..file.config() };
-    let file = File::with(&format!("CREATE TABLE telemetry ({TABLE})"));
-    assert!(checked(&ignore(&file)).warnings[0].contains("has no unique key"));
-    let file = File::with(&format!("CREATE TABLE telemetry ({TABLE}, UNIQUE (device_id, time))"));
-    assert_eq!(checked(&ignore(&file)).warnings, [""; 0]);
 }

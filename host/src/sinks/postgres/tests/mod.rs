@@ -174,6 +174,7 @@ mod with_a_unique_key {
     }
 
     keyed_conformance_tests!(
-        Fresh::with("CREATE TABLE telemetry ({TABLE}, PRIMARY KEY (device_id, metric))").await
+        Fresh::with("CREATE TABLE telemetry ({TABLE}, UNIQUE (value), PRIMARY KEY (device_id, metric))")
+            .await
     );
 }
