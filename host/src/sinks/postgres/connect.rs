@@ -304,7 +304,7 @@ pub fn settings(config: &Config) -> String {
     format!(
         "SET lock_timeout = {}; SET statement_timeout = {}; \
          SET idle_in_transaction_session_timeout = {}; SET client_min_messages = warning; \
-         SET array_nulls = on; SET quote_all_identifiers = off; \
+         {}; SET quote_all_identifiers = off; \
          SELECT set_config(name, '0', false) FROM pg_settings \
          WHERE name IN ('idle_session_timeout', 'transaction_timeout'); \
          SELECT set_config('synchronous_commit', 'on', false) \
@@ -312,6 +312,30 @@ pub fn settings(config: &Config) -> String {
         ms(config.lock_timeout),
         ms(config.statement_timeout),
         ms(config.dead_after),
+        TEXT_FORMS.map(|(name, value)| format!("SET {name} = '{value}'")).join("; "),
+    )
+}
+
+/// Settings by which the server reads values that are written in their text form. Of dates it takes those
+/// that begin with the year: `02/03/2026` is refused, and not guessed.
+const TEXT_FORMS: [(&str, &str); 8] = [
+    ("client_encoding", "UTF8"),
+    ("TimeZone", "UTC"),
+    ("timezone_abbreviations", "Default"),
+    ("DateStyle", "ISO, YMD"),
+    ("IntervalStyle", "postgres"),
+    ("lc_monetary", "C"),
+    ("xmloption", "content"),
+    ("array_nulls", "on"),
+];
+
+/// Returns what sets them for the rest of a transaction, behind `SELECT` or `PERFORM`: a trigger may have
+/// set them for the session.
+pub fn text_forms() -> String {
+    let rows = TEXT_FORMS.map(|(name, value)| format!("('{name}', '{value}')")).join(", ");
+    format!(
+        "set_config(form.name, form.value, true) FROM (VALUES {rows}) AS form (name, value) \
+         WHERE current_setting(form.name) <> form.value"
     )
 }
 

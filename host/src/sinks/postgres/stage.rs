@@ -15,6 +15,7 @@
 
 use tokio_postgres::Client;
 
+use super::connect::text_forms;
 use super::encode::Target;
 use super::schema::{literal, quoted, quoted_table};
 use super::table::{Binding, Bound, column_list};
@@ -82,7 +83,8 @@ pub async fn attempt(client: &Client, create: &str) -> Result<(), tokio_postgres
 /// that its rows fire, as COMMIT would check them. `of_time` is the column of times that
 /// decides about a row's partition, where the table has none for the row.
 ///
-/// A trigger may set `search_path`, which then holds for the rows after it: it is put back to `path`.
+/// A trigger may set `search_path` and what text is read by, which then hold for the rows after it: the
+/// first is put back to `path`, the others to what the sink's session has.
 pub fn create(
     table: &str,
     columns: &Columns,
@@ -90,7 +92,8 @@ pub fn create(
     on_conflict: OnConflict,
     path: &str,
 ) -> String {
-    let restore = format!("PERFORM set_config('search_path', {}, true)", literal(path));
+    let restore =
+        format!("PERFORM set_config('search_path', {}, true); PERFORM {}", literal(path), text_forms());
     let fields: Vec<String> =
         binding.columns.iter().enumerate().map(|(i, of)| format!("c{i} {}", of.stage_type)).collect();
     let insert = |counted, only: &str| {
@@ -376,9 +379,14 @@ fn insert_of(
 ) -> String {
     let value = |i: usize| value(binding, i);
     let mut values: Vec<String> = (0..binding.columns.len()).map(value).collect();
+    let mut from = from.to_owned();
     if counted && on_conflict != OnConflict::Upsert && !binding.has_rules {
-        // Being volatile it is called behind ORDER BY, as INSERT takes the row.
-        values[0] = format!("CASE WHEN nextval('pg_temp.headworks_count') > 0 THEN {} END", values[0]);
+        // Values are converted below ORDER BY, all of them before the first row is inserted: its triggers may
+        // set what text is read by. The count, being volatile, is called above it, as INSERT takes the row.
+        let named = values.iter().enumerate().map(|(i, value)| format!("{value} AS v{i}"));
+        from = format!("(SELECT n, {} FROM {from} ORDER BY n) AS s", named.collect::<Vec<_>>().join(", "));
+        values = (0..values.len()).map(|i| format!("v{i}")).collect();
+        values[0] = "CASE WHEN nextval('pg_temp.headworks_count') > 0 THEN v0 END".to_owned();
     }
     let (table, list, values) = (quoted_table(table), column_list(columns), values.join(", "));
     // As COPY does in any case.

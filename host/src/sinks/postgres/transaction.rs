@@ -11,6 +11,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, CopyInSink, Row, SimpleQueryMessage};
 
+use super::connect::text_forms;
 use super::encode::{HEADER, TRAILER, Target};
 use super::error::{self, Kind, classify, describe, is_end};
 use super::schema::literal;
@@ -416,9 +417,9 @@ fn reason(row: &Row) -> String {
 
 /// Begins a transaction; the server's process that has it. Without a prepared statement:
 /// their names may mean another client's. `path`: the `search_path` of the sink's own statements, which
-/// triggers of earlier transactions may have set to another.
+/// triggers of earlier transactions may have set to another, as they may have what text is read by.
 pub async fn begin(client: &Client, path: Option<&str>) -> Result<i32, tokio_postgres::Error> {
-    let mut sql = format!("{BEGIN}; SELECT pg_backend_pid()");
+    let mut sql = format!("{BEGIN}; SELECT pg_backend_pid(); SELECT {}", text_forms());
     if let Some(path) = path {
         sql += &format!("; SELECT set_config('search_path', {}, true)", literal(path));
     }

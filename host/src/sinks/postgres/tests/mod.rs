@@ -11,6 +11,7 @@ mod rejected;
 mod rows;
 mod schema;
 mod settings;
+mod text_forms;
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
