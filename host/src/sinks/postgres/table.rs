@@ -99,16 +99,17 @@ const COLUMNS: &str = "
 SELECT a.attname::text, base.oid, base.typtype = 'e', format_type(base.oid, -1), format_type(a.atttypid, -1),
        format_type(a.atttypid, a.atttypmod),
        CASE WHEN declared.typtype = 'd' THEN declared.typtypmod ELSE a.atttypmod END,
-       a.attnotnull OR declared.typnotnull,
-       a.atthasdef OR a.attidentity <> '', a.attidentity = 'a',
-       CASE WHEN a.attgenerated = '' THEN pg_get_expr(d.adbin, d.adrelid) END
+       a.attnotnull OR base.not_null,
+       a.atthasdef OR a.attidentity <> '' OR declared.typdefault IS NOT NULL, a.attidentity = 'a',
+       CASE WHEN a.attgenerated = '' THEN coalesce(pg_get_expr(d.adbin, d.adrelid), pg_get_expr(declared.typdefaultbin, 0)) END
 FROM pg_attribute a JOIN pg_type declared ON declared.oid = a.atttypid
 LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
 CROSS JOIN LATERAL (
     WITH RECURSIVE below AS (
-        SELECT declared.oid, declared.typtype, declared.typbasetype
+        SELECT declared.oid, declared.typtype, declared.typbasetype, declared.typnotnull AS not_null
         UNION ALL
-        SELECT t.oid, t.typtype, t.typbasetype FROM below b JOIN pg_type t ON t.oid = b.typbasetype
+        SELECT t.oid, t.typtype, t.typbasetype, b.not_null OR t.typnotnull
+        FROM below b JOIN pg_type t ON t.oid = b.typbasetype
     )
     SELECT * FROM below WHERE typtype <> 'd'
 ) AS base

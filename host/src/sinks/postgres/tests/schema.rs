@@ -126,3 +126,25 @@ async fn a_table_under_row_level_security_is_written() {
     drop(sink);
     fresh.execute(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
 }
+
+#[tokio::test]
+async fn the_default_of_a_domain_fills_its_column() {
+    let fresh = Fresh::with(
+        "CREATE DOMAIN source AS TEXT NOT NULL DEFAULT 'mqtt'; CREATE DOMAIN origin AS source;
+         CREATE TABLE telemetry ({TABLE}, source source, origin origin)",
+    )
+    .await;
+    let mut sink = fresh.sink();
+    sink.open(&claim(), None).await.unwrap();
+    sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.unwrap();
+    let row = fresh.client().await.query_one("SELECT source, origin FROM telemetry", &[]).await.unwrap();
+    assert_eq!((row.get(0), row.get(1)), ("mqtt", "mqtt"));
+    // NOT NULL counts wherever it is said.
+    let fresh = Fresh::with(
+        "CREATE DOMAIN known AS TEXT NOT NULL; CREATE DOMAIN place AS known;
+         CREATE TABLE telemetry ({TABLE}, place place)",
+    )
+    .await;
+    let error = fresh.sink().open(&claim(), None).await.unwrap_err();
+    assert!(matches!(&error, Error::Setup(text) if text.contains("column \"place\"")), "{error:?}");
+}
