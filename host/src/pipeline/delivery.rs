@@ -322,16 +322,7 @@ impl Delivery {
 
     /// Writes until it is written, or cannot be.
     async fn commit(&mut self, gathered: &mut Gathered) -> Result<(), Leave> {
-        let stopped = |error: super::dead_letters::Error| Leave::Stop(error.to_string());
-        if !gathered.refused_before.is_empty() {
-            let mut refused = gathered.refused_before.iter().copied().peekable();
-            gathered.rows = gathered
-                .rows
-                .select((0..gathered.rows.len()).filter(|row| refused.next_if_eq(row).is_none()));
-            gathered.letters = gathered.letters.max(self.writer.letters.ticket());
-        }
-        // Before any position covers what was refused: see `delivery-order.md`.
-        self.writer.letters.durable(gathered.letters).await.map_err(stopped)?;
+        self.leave_out_refused(gathered).await?;
         let mut attempt = 0;
         let written = self.writer.written;
         loop {
@@ -347,6 +338,7 @@ impl Delivery {
             };
             self.shared.commit_failed(matches!(failed, Failed::Later { kind: "refusals", .. }));
             self.publish();
+            let is_setup = matches!(failed, Failed::Later { kind: "setup", .. });
             self.back_off(failed, attempt).await?;
             attempt += 1;
             let before = self.writer.positions.clone();
@@ -368,7 +360,36 @@ impl Delivery {
             if left.len() < gathered.rows.len() {
                 gathered.rows = gathered.rows.select(left);
             }
+            if is_setup {
+                self.gather_more(gathered)?;
+                self.leave_out_refused(gathered).await?;
+            }
         }
+    }
+
+    /// Takes what has come since. Where none of some rows can be written, others beside them show whether
+    /// that is due to these rows or to the table.
+    fn gather_more(&mut self, gathered: &mut Gathered) -> Result<(), Leave> {
+        while !gathered.is_enough(self.batching) {
+            let Some(bundle) = self.intake.as_mut().and_then(Intake::try_recv) else { break };
+            self.take(bundle, gathered)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the rows out that have a letter already, once their letters are durable.
+    async fn leave_out_refused(&mut self, gathered: &mut Gathered) -> Result<(), Leave> {
+        let refused = std::mem::take(&mut gathered.refused_before);
+        if !refused.is_empty() {
+            let mut refused = refused.into_iter().peekable();
+            gathered.rows = gathered
+                .rows
+                .select((0..gathered.rows.len()).filter(|row| refused.next_if_eq(row).is_none()));
+            gathered.letters = gathered.letters.max(self.writer.letters.ticket());
+        }
+        // Before any position covers what was refused: see `delivery-order.md`.
+        let stopped = |error: super::dead_letters::Error| Leave::Stop(error.to_string());
+        self.writer.letters.durable(gathered.letters).await.map_err(stopped)
     }
 
     /// Opens the sink, however long it takes, and checks what it says.

@@ -126,6 +126,11 @@ impl Intake {
         }
     }
 
+    /// Returns the next bundle where it is there already.
+    pub fn try_recv(&mut self) -> Option<Bundle> {
+        self.put_back.take().or_else(|| self.queue.try_recv().ok())
+    }
+
     /// Makes the bundle that was received last the next one again.
     pub fn put_back(&mut self, bundle: Bundle) {
         self.put_back = Some(bundle);

@@ -99,6 +99,9 @@ pub struct Pace {
     pub(super) hold_max: Duration,
     /// Tries in a row of which nothing could be written, for no clear reason.
     doubts: u32,
+    /// The next transaction has at least so many rows, whatever `rows` says: after a set-up error twice as
+    /// many as those of which none could be written. Rows beside them show whether it is these or the table.
+    rows_min: usize,
     /// The last transaction was given up while some of its rows had a letter
     /// already: positions move past these before more rows are tried, which
     /// gives back the room that their letters hold.
@@ -114,7 +117,15 @@ impl Default for Pace {
 impl Pace {
     pub fn new(batching: &Batching) -> Self {
         let Batching { rows_max, bytes_max, .. } = *batching;
-        Self { rows_max, bytes_max, rows: usize::MAX, hold_max: HOLD_MAX, doubts: 0, settle: false }
+        Self {
+            rows_max,
+            bytes_max,
+            rows: usize::MAX,
+            hold_max: HOLD_MAX,
+            doubts: 0,
+            rows_min: 0,
+            settle: false,
+        }
     }
 
     /// Returns how many of the first rows are one transaction: as many as the limits and `most` let, and
@@ -151,7 +162,7 @@ impl Pace {
         if len == 0 {
             return;
         }
-        self.doubts = 0;
+        (self.doubts, self.rows_min) = (0, 0);
         if len >= self.rows {
             self.rows = self.rows.saturating_add((self.rows / 8).max(1));
         }
@@ -413,8 +424,9 @@ impl Writer {
     pub async fn write(&mut self, rows: &mut Rows, upto: &[Offset]) -> Result<(), Failed> {
         let mut wrote = false;
         loop {
-            let alone = self.pace.doubts >= DOUBTS_MAX;
+            let alone = self.pace.doubts >= DOUBTS_MAX && self.pace.rows_min == 0;
             let most = if alone { 1 } else { self.pace.rows.min(self.refusals.leak()) };
+            let most = most.max(self.pace.rows_min);
             let len = if self.pace.settle { 0 } else { self.pace.part(rows, most) };
             let advance = self.advance(rows, len, upto);
             if self.pace.settle {
@@ -435,6 +447,7 @@ impl Writer {
                 Ok(()) => wrote |= len > 0,
                 Err(Stopped::Sink(error @ Error::TooMuch(_))) => {
                     self.pace.halve(len);
+                    self.pace.rows_min = 0;
                     // Rows of one message stay together.
                     if self.pace.part(rows, self.pace.rows) >= len {
                         return Err(self.failed(error));
@@ -454,6 +467,7 @@ impl Writer {
                     self.refuse(rows, (0..len).map(reject).collect()).await?;
                 }
                 Err(Stopped::Sink(error)) => {
+                    self.pace.rows_min = if matches!(error, Error::Setup(_)) { 2 * len } else { 0 };
                     if matches!(error, Error::Unknown(_)) {
                         // No answer in time may be a limit too.
                         self.pace.halve(len);

@@ -61,6 +61,7 @@ struct State {
     rows: Vec<MemoryRow>,
     claims: HashMap<Key, Claimed>,
     refuse: Option<Refuse>,
+    suspect: Option<Refuse>,
     down: Option<String>,
     open_faults: VecDeque<Fault>,
     commit_faults: VecDeque<Fault>,
@@ -171,6 +172,12 @@ impl MemoryDatabase {
     /// Rows for which `refuse` gives a reason can never be written.
     pub fn refuse(&self, refuse: impl Fn(&MessageRef<'_>) -> Option<String> + Send + 'static) {
         self.lock().refuse = Some(Box::new(refuse));
+    }
+
+    /// Rows for which `suspect` gives a reason cannot be written. Where a commit has other rows too, these
+    /// are rejected; where it has none, the reason may be the table's: a set-up error.
+    pub fn suspect(&self, suspect: impl Fn(&MessageRef<'_>) -> Option<String> + Send + 'static) {
+        self.lock().suspect = Some(Box::new(suspect));
     }
 
     /// The next calls of `open` fail so, one each, then it works again.
@@ -344,15 +351,21 @@ impl Sink for MemorySink {
             None | Some(Fault::UnknownWritten) => fault,
             Some(fault) => fault.strike().map(|()| None)?,
         };
-        let rejected: Vec<RefusedRow> = match &state.refuse {
-            Some(refuse) => rows
-                .iter()
-                .enumerate()
-                .filter_map(|(row, message)| Some(RefusedRow { row, reason: refuse(&message)?, code: None }))
-                .collect(),
-            None => Vec::new(),
+        let reasons = |refuse: &Option<Refuse>| -> Vec<RefusedRow> {
+            let reason = |message: &MessageRef<'_>| refuse.as_ref().and_then(|refuse| refuse(message));
+            let rejected = rows.iter().enumerate();
+            rejected
+                .filter_map(|(row, message)| Some(RefusedRow { row, reason: reason(&message)?, code: None }))
+                .collect()
         };
+        let mut rejected = reasons(&state.refuse);
+        let suspected = reasons(&state.suspect);
         self.check(&state, advance)?;
+        if let Some(first) = suspected.first().filter(|_| suspected.len() == rows.len()) {
+            return Err(Error::Setup(first.reason.clone()));
+        }
+        rejected.extend(suspected);
+        rejected.sort_by_key(|rejected| rejected.row);
         if !rejected.is_empty() {
             let is_rejected = |row: &usize| rejected.binary_search_by_key(row, |r| r.row).is_ok();
             let kept = rows.select((0..rows.len()).filter(|row| !is_rejected(row)));

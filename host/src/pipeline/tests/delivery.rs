@@ -213,6 +213,29 @@ async fn a_batch_that_is_doubted_again_and_again_gives_up_its_first_row_only() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_that_cannot_be_written_and_comes_alone_does_not_stop_the_rows_after_it() {
+    let world = World::new(1, &[("default", "w")]);
+    let process = world.start(chain(1, &[])).await;
+    process.drained().await;
+    world.database("w").suspect(|message| text(message).starts_with("bad").then(|| "no policy".to_owned()));
+    world.publish(&[("bad", 0)]);
+    // Alone it may be the table.
+    process
+        .until(
+            "waiting",
+            |s| matches!(&s.sinks[0].state, State::Retrying(text) if text.contains("no policy")),
+        )
+        .await;
+    assert!(world.letters().await.is_empty());
+    world.publish_many(1, 1, 50);
+    process.drained().await;
+    process.stop().await;
+    let expected: Vec<_> = (1..51).map(|n| format!("d0:{n}")).collect();
+    assert_eq!(world.payloads("w"), expected);
+    assert_eq!(world.letters().await, [("bad:0".to_owned(), "no policy".to_owned())]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_fenced_sink_stops_and_says_why() {
     let world = World::new(1, &[("default", "w")]);
     let process = world.start(chain(1, &[])).await;

@@ -150,3 +150,24 @@ async fn rows_in_doubt_one_after_the_other_wait_for_one_row_of_pauses() {
     assert_eq!(world.rejected().await, (0..8).collect::<Vec<_>>());
     assert_eq!(world.written(), (8..12).collect::<Vec<_>>());
 }
+
+/// Whatever made transactions small before: a limit of time, or the brake on rejections.
+#[tokio::test]
+async fn rows_that_cannot_be_written_alone_are_tried_with_ever_more_others() {
+    let mut world = World::new(1 << 20).await;
+    let faults = || Fault::TooMuch("statement timeout".to_owned());
+    world.database.fail_commits(std::iter::repeat_with(faults).take(7));
+    let failed = world.writer.write(&mut rows(100, 1), &[Offset(100)]).await.unwrap_err();
+    assert!(matches!(failed, Failed::Later { kind: "setup", .. }), "{failed:?}");
+    world.reopen().await;
+    world.database.suspect(|message| (message.offset().0 < 10).then(|| "no policy".to_owned()));
+    // 1, 2, 4 and 8 rows.
+    assert_eq!(world.write(&mut rows(100, 1), 100).await, 4);
+    assert_eq!(world.rejected().await, (0..10).collect::<Vec<_>>());
+    assert_eq!(world.written(), (10..100).collect::<Vec<_>>());
+    let mut world = World::new(1 << 20).await;
+    world.database.suspect(|_| Some("no such table".to_owned()));
+    let failed = world.writer.write(&mut rows(100, 1), &[Offset(100)]).await.unwrap_err();
+    assert!(matches!(failed, Failed::Later { kind: "setup", .. }), "{failed:?}");
+    assert_eq!(world.rejected().await, [0; 0]);
+}
