@@ -244,6 +244,12 @@ fn the_log_names_who_is_refused_or_sent_away_and_why() {
         let _second = at(second, client_id);
         first.closed();
     }
+    // Two devices behind one router.
+    let mut routed = at(8, "routed");
+    for _ in 0..3 {
+        let other = at(8, "routed");
+        std::mem::replace(&mut routed, other).closed();
+    }
     Client::open(host.mqtt(), &Connect { keep_alive: 1, ..plain("quiet") }).closed();
     for said in [
         "malformed: the first packet is not CONNECT: 127.0.0.1:",
@@ -252,6 +258,8 @@ fn the_log_names_who_is_refused_or_sent_away_and_why() {
         "invalid: a client id of more than 512 bytes: client xxx",
         "invalid: a will whose topic is empty or has a wildcard: client plc-8 at 127.0.0.1:",
         "one client id, two connections: client twin at 192.0.2.7:50000: taken over from 192.0.2.9:50000",
+        "one client id, two connections: client routed at 192.0.2.8:50000: taken over from 192.0.2.8:50000, \
+         3 times within a minute",
         "client was silent for longer than its keep alive: client quiet at 127.0.0.1:",
     ] {
         host.says(said);

@@ -50,6 +50,30 @@ fn devices_that_are_turned_away_are_a_problem_with_its_cause_and_the_last_one() 
 }
 
 #[test]
+fn two_devices_with_one_client_id_are_a_problem_that_names_it_and_a_device_that_reconnects_is_none() {
+    let mut host = Host::prepare("problems-takeovers", "");
+    host.run();
+    let open = |client: &str| Client::clean(host.mqtt(), Version::V311, client);
+    let take_over = |client: &str, times: u32| {
+        let mut older = open(client);
+        for _ in 0..times {
+            let newer = open(client);
+            std::mem::replace(&mut older, newer).closed();
+        }
+    };
+    take_over("pump-1", 2);
+    let (_, problems) = status(&host);
+    assert!(problems.iter().all(|problem| problem["kind"] != "takeovers"), "{problems:?}");
+    take_over("meter-7", 4);
+    let takeovers = problem(&host, "takeovers");
+    let cause = takeovers["cause"].as_str().expect("a text");
+    let begin = "connections with client id \"meter-7\" ended each other 4 times";
+    assert!(cause.starts_with(begin) && cause.contains("client meter-7 at 127.0.0.1:"), "{cause}");
+    let advice = takeovers["advice"].as_str().expect("a text");
+    assert!(advice.contains("`headworks clients show meter-7 --config headworks.yaml`"), "{advice}");
+}
+
+#[test]
 fn messages_dropped_for_want_of_memory_of_all_queues_are_a_problem_of_their_own() {
     let mqtt = "mqtt: { listeners: [ { bind: 127.0.0.1:0 } ], queues_bytes_max: 64KiB }";
     let mut host = Host::prepare_with("problems-queues", mqtt, "");

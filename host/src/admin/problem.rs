@@ -30,6 +30,7 @@ pub const PROBLEM_KINDS: &[&str] = &[
     "reload_refused",
     "swap_refused",
     "swap_waits",
+    "takeovers",
     "dropped",
     "skipped",
     "ignored",

@@ -22,6 +22,7 @@ use super::status::is_stopped;
 use crate::admin::{AtStake, PROBLEM_KINDS, Problem, problem_rank};
 use crate::config::DEAD_LETTERS;
 use crate::hints::{Hint, Hints, Letters};
+use crate::listeners::mqtt::ContendedId;
 use crate::pipeline::{OpenCount, OpenLetters, PipelineStatus, SinkStatus, State, letters_gone};
 use crate::plugin::PluginState;
 use crate::stream::{Lack, Stall, Stream};
@@ -201,6 +202,7 @@ impl Host {
             found.extend(self.pipeline_problems(&status));
         }
         found.extend(self.plugin_problems());
+        found.extend(takeovers(&self.clients.contended(), &self.hints));
         found.extend(self.gauge_problems(metrics));
         found.extend(certificate_problems(metrics));
         found.sort_by_key(|found| problem_rank(found.kind));
@@ -598,6 +600,34 @@ fn low_space(data_dir: &Path, space: DiskSpace) -> Found {
         at_stake: AtStake { free_bytes: Some(space.free), ..AtStake::default() },
         advice: "free space, or lower retention.max_bytes of the streams".to_owned(),
     }
+}
+
+fn room(space: DiskSpace) -> AtStake {
+    AtStake { free_bytes: Some(space.free), free_inodes: space.low_inodes(), ..AtStake::default() }
+}
+
+/// Devices with one client id that end each other's connections.
+fn takeovers(contended: &[ContendedId], hints: &Hints) -> Option<Found> {
+    let [worst, others @ ..] = contended else { return None };
+    let ContendedId { client_id, takeovers, newest } = worst;
+    let others = match others.len() {
+        0 => String::new(),
+        1 => "; so do those with 1 other client id".to_owned(),
+        count => format!("; so do those with {count} other client ids"),
+    };
+    Some(Found {
+        part: "clients".to_owned(),
+        kind: "takeovers",
+        cause: format!(
+            "connections with client id \"{client_id}\" ended each other {takeovers} times, as those of two \
+             devices with one client id do; the last time: {newest}{others}"
+        ),
+        at_stake: AtStake::default(),
+        advice: format!(
+            "give each device a client id of its own, and a client one connection at a time; `{}` shows the client",
+            hints.command(Hint::ClientsShow(client_id))
+        ),
+    })
 }
 
 /// A pipeline that has been starting for over [`STARTS_WITHIN`], unless the problem of one of its

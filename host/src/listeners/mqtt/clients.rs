@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
@@ -10,6 +11,7 @@ use super::activity::Counts;
 use super::clock::Clock;
 use super::refused_clients::RefusedClient;
 use super::session::Session;
+use super::takeovers::ContendedId;
 use super::transport::{Address, Remote};
 use super::wire::Version;
 
@@ -152,6 +154,11 @@ impl Clients {
     /// Returns the client that was refused last for this cause.
     pub fn last_refused(&self, cause: &str) -> Option<RefusedClient> {
         self.0.refused_clients.last_of(cause)
+    }
+
+    /// Returns the client ids that several devices seem to have, the most contended first.
+    pub fn contended(&self) -> Vec<ContendedId> {
+        self.0.takeovers.contended(Instant::now())
     }
 
     /// Returns how many entries the list of refused clients has, and its newest `max`.

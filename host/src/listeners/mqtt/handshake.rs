@@ -5,6 +5,7 @@
 mod connect;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
 use rmqtt_codec::v5::{self, ConnectAckReason};
@@ -16,6 +17,7 @@ use super::Broker;
 use super::acks::Stopped;
 use super::aliases::Aliases;
 use super::auth::{self, Denial, Method};
+use super::clients;
 use super::inbound::push_sender;
 use super::outbound::Peer;
 use super::owner::{Owner, USER_NAME_BYTES_MAX};
@@ -263,21 +265,8 @@ impl Asked {
             if is_anothers(&session) {
                 return Err(self.refused(remote, "session_owner", invalid));
             }
-            // A device whose old connection was lost comes back from where it was.
-            if let (Some(connection), ..) = session.presence()
-                && connection.is_elsewhere(&remote.address)
-            {
-                let detail = format!(
-                    "client {} at {}: taken over from {remote}",
-                    self.client_id, connection.remote.address
-                );
-                broker.failures.report_client(
-                    "mqtt: one client id, two connections",
-                    &self.client_id,
-                    1,
-                    &detail,
-                    "",
-                );
+            if let (Some(connection), ..) = session.presence() {
+                self.say_taken_over(broker, remote, &connection);
             }
         }
         let sessions_max = broker.config.sessions_max as usize;
@@ -292,6 +281,20 @@ impl Asked {
         };
         broker.sessions.give_back(broker, &session, turn).await;
         Err(refused)
+    }
+
+    /// Says that an older connection with the client's id is ended for this one. A device whose
+    /// connection was lost comes back from where it was: that is said once it is often.
+    fn say_taken_over(&self, broker: &Broker, remote: &Remote, older: &clients::Connected) {
+        let mut detail =
+            format!("client {} at {}: taken over from {remote}", self.client_id, older.remote.address);
+        match broker.takeovers.note(&self.client_id, &detail, Instant::now()) {
+            Some(takeovers) => detail += &format!(", {takeovers} times within a minute"),
+            None if older.is_elsewhere(&remote.address) => {}
+            None => return,
+        }
+        let kind = "mqtt: one client id, two connections";
+        broker.failures.report_client(kind, &self.client_id, 1, &detail, "");
     }
 
     /// Returns the client id, unless the host drew it.

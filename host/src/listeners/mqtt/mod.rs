@@ -38,6 +38,7 @@ mod retained;
 mod session;
 mod subscriptions;
 mod sys;
+mod takeovers;
 #[cfg(test)]
 mod tests;
 mod transport;
@@ -72,6 +73,7 @@ use self::refused_clients::RefusedClients;
 use self::retained::Retained;
 use self::session::{Change, Sessions};
 use self::sys::Sys;
+use self::takeovers::Takeovers;
 use self::transport::{Address, Entry};
 use self::will::Wills;
 use self::wire::Version;
@@ -94,6 +96,7 @@ pub use self::config::{Config, Endpoint, Tls};
 pub use self::copies::READER;
 pub use self::metrics::METRICS;
 pub use self::refused_clients::RefusedClient;
+pub use self::takeovers::ContendedId;
 pub use self::transport::Remote;
 pub use self::transport::network::Network;
 
@@ -323,6 +326,7 @@ struct Broker {
     /// A connection has ended.
     connection_ended: Notify,
     refused_clients: RefusedClients,
+    takeovers: Takeovers,
     /// The most at one time.
     clients_most: AtomicU64,
     totals: Totals,
@@ -420,6 +424,7 @@ impl Broker {
             clients: AtomicI64::new(0),
             connection_ended: Notify::new(),
             refused_clients: RefusedClients::default(),
+            takeovers: Takeovers::default(),
             clients_most: AtomicU64::new(0),
             totals: Totals::default(),
             sys: Sys::new(),
