@@ -157,6 +157,17 @@ fn after_three_faults_the_step_does_as_its_config_says() {
 }
 
 #[test]
+fn every_call_that_faults_is_counted() {
+    let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+    let mut runner = metrics::with_local_recorder(&recorder, || runner(&guarded()));
+    assert_eq!(run(&mut runner, batch(&["P", "one", "P", "P"])).refused.len(), 3);
+    let rendered = recorder.handle().render();
+    let counted = rendered.lines().find(|line| line.starts_with("headworks_step_faults_total{"));
+    let counted = counted.and_then(|line| line.rsplit_once(' ')).map(|(_, count)| count);
+    assert_eq!(counted, Some("4"), "one with all messages, and one with each guilty one");
+}
+
+#[test]
 fn messages_that_no_filter_matches_pass_unseen_in_order() {
     let plugin = guarded_with("1.0.0", &["a/+/+/d1/#", "a/+/+/d3/#"]);
     let outcome = run(&mut runner(&plugin), batch(&["P", "one", "P", "P", "P"]));

@@ -441,7 +441,7 @@ impl PluginStep {
     /// After a fault: each message by itself, so that only the guilty are refused.
     fn run_alone(&mut self, work: &Work<'_>, of_batch: CallLimits, first: &str, collected: &mut Collected) {
         let numbers = work.numbers.unwrap_or_default();
-        self.meters.faults.increment(1);
+        self.meters.faults.increment(1); // the call with all of them
         let id = &self.shared.id;
         tracing::debug!(pipeline = %id.pipeline, step = %id.step, messages = numbers.len(), first,
             "plugin faulted, running the batch message by message");
@@ -458,6 +458,7 @@ impl PluginStep {
             let limits = self.alone_limits(of_batch, &view, bytes);
             if let Err(reason) = self.call(&alone, &view, used, limits, collected) {
                 guilty += 1;
+                self.meters.faults.increment(1);
                 let reason = match (reason == first, guilty) {
                     (true, _) => reason,
                     (false, 1) => format!("{first}; alone, with an eighth of the limits: {reason}"),
