@@ -3,7 +3,7 @@
 //! retention removes it.
 
 use crate::hints::{Hint, Hints};
-use crate::pipeline::PipelineStatus;
+use crate::pipeline::{NO_ANSWER, PipelineStatus};
 
 /// Returns what to do about a pipeline with a problem of this kind; `detaches`: so do some of its sinks.
 pub fn of_pipeline(kind: &str, status: &PipelineStatus, detaches: bool, hints: &Hints) -> String {
@@ -26,6 +26,9 @@ pub fn of_sink(kind: &str, cause: &str, detaches: bool) -> String {
     let advice = match kind {
         // Some of the ways that the cause names are settings.
         "retrying" if cause.contains("restart") => "choose one of the ways that the cause names",
+        "retrying" if cause.starts_with(NO_ANSWER) => {
+            "look at the database for locks, for triggers of the table and for a slow disk; the sink goes on by itself"
+        }
         "retrying" => "mend what the cause names; the sink goes on by itself",
         _ => "mend what the cause names, then start the host again",
     };
@@ -68,6 +71,8 @@ mod tests {
             assert!(!of_sink(kind, "", false).contains("remove") && !of_pipeline(false).contains("remove"));
         }
         assert!(of_sink("retrying", "", false).contains("goes on by itself"));
+        let slow = format!("{NO_ANSWER} 15 s from db:5432/iot table t");
+        assert!(of_sink("retrying", &slow, false).contains("locks"));
         let to_choose = "put the rows back, or set `begin: start`, and restart";
         assert!(of_sink("retrying", to_choose, false).starts_with("choose one of the ways"));
         assert!(of_sink("stopped", "", true).contains("start the host again"));

@@ -399,6 +399,7 @@ fn sink_parts(
         Some(SinkPart {
             name: name.to_owned(),
             sink: sink.build(name, Arc::clone(namespace), failures.clone()),
+            target: sink.describe(),
             batching: Batching {
                 rows_max: batch.rows_max as usize,
                 bytes_max: batch.bytes_max.0,

@@ -75,7 +75,7 @@ mod tests {
             next: Offset(next),
             lag_messages: end - next,
             gone_messages: 0,
-            since: SystemTime::now(),
+            since: Instant::now(),
             last_commit: None,
             own_lane: false,
         };

@@ -283,10 +283,7 @@ impl Host {
                 ..AtStake::default()
             };
             let part = format!("sink {}/{}", status.name, sink.name);
-            let since = SystemTime::now().duration_since(sink.since).unwrap_or_default();
-            if let Some(since) = Instant::now().checked_sub(since) {
-                self.remember((part.clone(), kind), since);
-            }
+            self.remember((part.clone(), kind), sink.since);
             found.push(Found { part, kind, cause: cause.to_owned(), at_stake, advice });
         }
         found
@@ -763,7 +760,7 @@ mod tests {
             next: Offset(0),
             lag_messages: 5,
             gone_messages: 0,
-            since: SystemTime::now(),
+            since: now,
             last_commit: None,
             own_lane: false,
         };

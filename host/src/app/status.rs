@@ -1,7 +1,7 @@
 //! What the running host says of itself: `/healthz`, `/readyz`, `/api/status`.
 //! What a person should act on is in `problems`.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
@@ -130,9 +130,10 @@ fn stream_status(stream: &dyn Stream) -> Value {
     })
 }
 
-/// Seconds since 1970, UTC.
-fn seconds(at: SystemTime) -> f64 {
-    at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+/// Seconds since 1970, UTC, by the time that passed: a clock that was set meanwhile changes no age.
+fn seconds(at: Instant) -> f64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    now.saturating_sub(at.elapsed()).as_secs_f64()
 }
 
 /// Rows of a sink by outcome since the host started, as `/metrics` has them.

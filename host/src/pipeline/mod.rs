@@ -69,7 +69,7 @@ pub use metrics::{METRICS, letters_gone};
 pub use open_letters::{Open as OpenCount, OpenLetters};
 pub use redrive::{Filter, RedriveError, Summary, list_open};
 pub use redrive_status::RedriveStatus;
-pub use status::{PipelineStatus, SinkStatus, State};
+pub use status::{NO_ANSWER, PipelineStatus, SinkStatus, State};
 
 use answering::Answering;
 use board::Board;
@@ -114,6 +114,8 @@ pub struct SinkPart {
     /// As the routes name it.
     pub name: String,
     pub sink: Box<dyn Sink>,
+    /// Names its database and table for a person.
+    pub target: String,
     pub batching: Batching,
     pub on_lag: OnLag,
     /// The name that it had.
@@ -355,7 +357,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
     let (mut members, mut lenders) = (Vec::new(), Vec::new());
     for (number, part) in sinks.into_iter().enumerate() {
         let (control, controls) = mpsc::channel(CONTROLS_MAX);
-        let sink_shared = Arc::new(SinkShared::new(name, &part.name, shared.failures.clone()));
+        let sink_shared = Arc::new(SinkShared::new(name, &part.name, &part.target, shared.failures.clone()));
         let claim = claim_of(&pipelines, &names_of(&part.name, &part.renamed_from), identity);
         let consumer = format!("{name}/{}", part.name);
         for (pipeline, sink) in &claim.formerly {

@@ -1,7 +1,7 @@
 //! What a pipeline shows of its redrives.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::Instant;
 
 use super::again::Ended;
 use super::metrics::RedriveMetrics;
@@ -9,9 +9,9 @@ use super::metrics::RedriveMetrics;
 /// The redrive that runs, or the last one of this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RedriveStatus {
-    pub since: SystemTime,
+    pub since: Instant,
     /// `None`: it runs.
-    pub ended: Option<SystemTime>,
+    pub ended: Option<Instant>,
     /// What became of its letters so far.
     pub letters: Ended,
 }
@@ -32,7 +32,7 @@ impl Redrives {
 
     /// A redrive begins.
     pub fn begin(&self) -> Running<'_> {
-        let since = SystemTime::now();
+        let since = Instant::now();
         *self.lock() = Some(RedriveStatus { since, ended: None, letters: Ended::default() });
         self.metrics.running.set(1.0);
         Running(self)
@@ -62,7 +62,7 @@ impl Redrives {
 impl Drop for Running<'_> {
     fn drop(&mut self) {
         if let Some(status) = &mut *self.0.lock() {
-            status.ended = Some(SystemTime::now());
+            status.ended = Some(Instant::now());
         }
         self.0.metrics.running.set(0.0);
     }

@@ -3,7 +3,7 @@
 use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use tokio::time::timeout;
 
@@ -46,9 +46,9 @@ pub struct SinkStatus {
     /// Messages from `next` on that retention has removed.
     pub gone_messages: u64,
     /// Since when it is in this state.
-    pub since: SystemTime,
+    pub since: Instant,
     /// Its last commit in this process.
-    pub last_commit: Option<SystemTime>,
+    pub last_commit: Option<Instant>,
     /// Lags behind the others, with a reader of its own.
     pub own_lane: bool,
 }
@@ -81,10 +81,17 @@ impl PipelineStatus {
 
 /// A call of a sink that takes longer is told as one without an answer.
 const ANSWER_MAX: Duration = Duration::from_secs(15);
+/// A sink is slow until no call has taken longer than that for this time.
+const SLOW_FOR: Duration = Duration::from_secs(60);
+/// Begins the cause of a call without an answer.
+pub const NO_ANSWER: &str = "no answer for over";
 
 /// What a delivery tells at every commit.
 pub struct SinkShared {
     pub name: String,
+    pipeline: String,
+    /// Names its database and table for a person.
+    target: String,
     /// With which the kinds of its failures begin.
     subject: String,
     failures: Failures,
@@ -102,9 +109,19 @@ pub struct SinkShared {
 
 struct SinkState {
     state: State,
-    since: SystemTime,
-    last_commit: Option<SystemTime>,
+    since: Instant,
+    last_commit: Option<Instant>,
     needs: Needs,
+    slow: Option<Slow>,
+}
+
+/// Calls that took longer than [`ANSWER_MAX`], and were answered.
+#[derive(Clone, Copy)]
+struct Slow {
+    /// When the first of them began.
+    since: Instant,
+    /// When the last of them ended.
+    last: Instant,
 }
 
 /// What shows that a sink works again.
@@ -119,9 +136,11 @@ enum Needs {
 }
 
 impl SinkShared {
-    pub fn new(pipeline: &str, name: &str, failures: Failures) -> Self {
+    pub fn new(pipeline: &str, name: &str, target: &str, failures: Failures) -> Self {
         Self {
             name: name.to_owned(),
+            pipeline: pipeline.to_owned(),
+            target: target.to_owned(),
             subject: format!("sink \"{name}\" of pipeline \"{pipeline}\": "),
             failures,
             remembered: AtomicU64::new(0),
@@ -131,9 +150,10 @@ impl SinkShared {
             answer_max: ANSWER_MAX,
             state: Mutex::new(SinkState {
                 state: State::Starting,
-                since: SystemTime::now(),
+                since: Instant::now(),
                 last_commit: None,
                 needs: Needs::Open,
+                slow: None,
             }),
         }
     }
@@ -158,7 +178,7 @@ impl SinkShared {
     /// rejected too much runs again once it `has_written` some of it.
     pub fn committed(&self, has_written: bool) {
         let mut current = self.lock();
-        current.last_commit = Some(SystemTime::now());
+        current.last_commit = Some(Instant::now());
         if has_written || current.needs != Needs::Rows {
             current.needs = Needs::Open;
             self.change(&mut current, State::Running);
@@ -192,33 +212,63 @@ impl SinkShared {
     /// Awaits a call of the sink. One that takes longer than [`ANSWER_MAX`] is a failure from its
     /// begin on, until it answers with success or another reason is known.
     pub async fn answer<T, E>(&self, call: impl Future<Output = Result<T, E>>) -> Result<T, E> {
-        let begun = SystemTime::now();
+        let begun = Instant::now();
         let mut call = pin!(call);
         if let Ok(done) = timeout(self.answer_max, &mut call).await {
+            if done.is_ok() {
+                self.answered_in_time(Instant::now());
+            }
             return done;
         }
         let before = self.unanswered(begun);
         let done = call.await;
         if let (Ok(_), Some(before)) = (&done, before) {
-            self.set(before);
+            self.answered_late(before, begun, Instant::now());
         }
         done
     }
 
     /// Returns the state before, where the sink was not known to fail.
-    fn unanswered(&self, begun: SystemTime) -> Option<State> {
+    fn unanswered(&self, begun: Instant) -> Option<State> {
         let mut current = self.lock();
         if !matches!(current.state, State::Running | State::Starting) {
             return None;
         }
-        let s = self.answer_max.as_secs();
-        tracing::warn!(
-            sink = self.name,
-            "no answer for {s} s: the call goes on until a limit of the sink ends it"
-        );
+        let kind = format!("{}{}", self.subject, self.no_answer());
+        let detail = format!("{}; the call goes on until a limit of the sink ends it", self.target);
+        self.failures.report(&kind, 1, &detail, &self.failures.hint(Hint::Status));
         current.since = begun;
-        let unanswered = State::Retrying(format!("no answer for over {s} s"));
+        let unanswered = State::Retrying(format!("{} from {}", self.no_answer(), self.target));
         Some(std::mem::replace(&mut current.state, unanswered))
+    }
+
+    /// The sink is as `before`. That it works again is said once it is not slow any more: each
+    /// batch of a slow database would have a line.
+    fn answered_late(&self, before: State, begun: Instant, now: Instant) {
+        let mut current = self.lock();
+        if matches!(&current.state, State::Retrying(cause) if cause.starts_with(NO_ANSWER)) {
+            let since = current.slow.map_or(begun, |slow| slow.since);
+            current.slow = Some(Slow { since, last: now });
+            (current.state, current.since) = (before, now);
+        }
+    }
+
+    fn answered_in_time(&self, now: Instant) {
+        let mut current = self.lock();
+        let is_over = |slow: &mut Slow| now.saturating_duration_since(slow.last) >= SLOW_FOR;
+        if let Some(Slow { since, last }) = current.slow.take_if(is_over) {
+            let (pipeline, sink) = (&self.pipeline, &self.name);
+            tracing::info!(
+                pipeline,
+                sink,
+                after_s = (last - since).as_secs(),
+                "the sink answers in time again"
+            );
+        }
+    }
+
+    fn no_answer(&self) -> String {
+        format!("{NO_ANSWER} {} s", self.answer_max.as_secs())
     }
 
     pub fn set(&self, state: State) {
@@ -234,14 +284,16 @@ impl SinkShared {
         if is_same_kind {
             return;
         }
-        let now = SystemTime::now();
-        let lasted = now.duration_since(current.since).unwrap_or_default();
+        let now = Instant::now();
+        let after_s = now.saturating_duration_since(current.since).as_secs();
         current.since = now;
+        let (pipeline, sink) = (&self.pipeline, &self.name);
         match (before, &current.state) {
-            (State::Starting, State::Running) => tracing::info!(sink = self.name, "the sink is open"),
+            (State::Starting, State::Running) => tracing::info!(pipeline, sink, "the sink is open"),
             (_, State::Running) => {
+                current.slow = None;
                 self.failures.end(&self.subject);
-                tracing::info!(sink = self.name, after_s = lasted.as_secs(), "the sink works again");
+                tracing::info!(pipeline, sink, after_s, "the sink works again");
             }
             _ => {}
         }
@@ -251,11 +303,11 @@ impl SinkShared {
         self.lock().state.clone()
     }
 
-    pub fn since(&self) -> SystemTime {
+    pub fn since(&self) -> Instant {
         self.lock().since
     }
 
-    pub fn last_commit(&self) -> Option<SystemTime> {
+    pub fn last_commit(&self) -> Option<Instant> {
         self.lock().last_commit
     }
 
@@ -285,15 +337,19 @@ mod tests {
     async fn a_call_without_an_answer_is_a_failure_from_its_begin_until_there_is_one() {
         let sink = Arc::new(SinkShared {
             answer_max: Duration::from_millis(1),
-            ..SinkShared::new("p", "w", Failures::default())
+            ..SinkShared::new("p", "w", "db:5432/iot table t", Failures::default())
         });
         for (begins_as, done, ends_as) in [
             (State::Running, Ok(()), State::Running),
             (State::Starting, Ok(()), State::Starting),
-            (State::Running, Err(()), State::Retrying("no answer for over 0 s".to_owned())),
+            (
+                State::Running,
+                Err(()),
+                State::Retrying("no answer for over 0 s from db:5432/iot table t".to_owned()),
+            ),
         ] {
             sink.set(begins_as);
-            let before = SystemTime::now();
+            let before = Instant::now();
             let (answer, answered) = oneshot::channel();
             let called = tokio::spawn({
                 let sink = sink.clone();
@@ -302,18 +358,41 @@ mod tests {
             while !matches!(sink.state(), State::Retrying(_)) {
                 tokio::task::yield_now().await;
             }
-            assert!(sink.since() >= before && sink.since() <= SystemTime::now());
+            assert!(sink.since() >= before && sink.since() <= Instant::now());
             answer.send(done).expect("it waits");
             assert_eq!((called.await.expect("no panic"), sink.state()), (done, ends_as));
         }
         let known = State::Retrying("57014".to_owned());
         sink.set(known.clone());
-        assert_eq!((sink.unanswered(SystemTime::now()), sink.state()), (None, known), "what is known stays");
+        assert_eq!((sink.unanswered(Instant::now()), sink.state()), (None, known), "what is known stays");
+    }
+
+    /// Its lines are folded, whatever it answers meanwhile.
+    #[test]
+    fn a_slow_sink_is_told_with_its_database_and_not_at_each_call() {
+        let failures = Failures::default();
+        let sink = SinkShared::new("p", "w", "db:5432/iot table t", failures.clone());
+        sink.opened();
+        let begin = Instant::now();
+        for call in 0..3 {
+            let begun = begin + ANSWER_MAX * call;
+            let before = sink.unanswered(begun).expect("it is not known to fail");
+            assert_eq!(sink.since(), begun);
+            sink.answered_late(before, begun, begun + ANSWER_MAX);
+            sink.answered_in_time(begun + ANSWER_MAX);
+            assert_eq!(sink.state(), State::Running);
+        }
+        let kind = "sink \"w\" of pipeline \"p\": no answer for over 15 s";
+        assert_eq!(failures.unsaid(), [(kind.to_owned(), 2)]);
+        let slow = || sink.lock().slow.map(|slow| (slow.since - begin, slow.last - begin));
+        assert_eq!(slow(), Some((Duration::ZERO, ANSWER_MAX * 3)));
+        sink.answered_in_time(begin + ANSWER_MAX * 3 + SLOW_FOR);
+        assert_eq!(slow(), None);
     }
 
     #[test]
     fn a_sink_works_again_only_after_a_commit_where_a_commit_failed() {
-        let sink = SinkShared::new("p", "w", Failures::default());
+        let sink = SinkShared::new("p", "w", "db:5432/iot table t", Failures::default());
         let retrying = || State::Retrying("57014".to_owned());
         sink.opened();
         assert_eq!(sink.state(), State::Running);
@@ -337,7 +416,7 @@ mod tests {
     #[test]
     fn a_sink_that_rejected_too_much_works_again_only_once_it_wrote_rows() {
         let rejected = || {
-            let sink = SinkShared::new("p", "w", Failures::default());
+            let sink = SinkShared::new("p", "w", "db:5432/iot table t", Failures::default());
             sink.opened();
             sink.commit_failed(true);
             sink.failed("refusals", "rejected the last 20 rows".to_owned());

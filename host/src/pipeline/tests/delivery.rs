@@ -165,6 +165,7 @@ async fn a_batch_that_runs_into_a_limit_is_halved_and_grows_again_and_nothing_go
     let part = crate::pipeline::SinkPart {
         name: "w".to_owned(),
         sink: Box::new(Narrow(world.database("w").sink(), limit.clone(), sizes.clone())),
+        target: "w".to_owned(),
         batching: world.batching,
         on_lag: OnLag::Block,
         renamed_from: None,

@@ -286,6 +286,7 @@ impl World {
             .map(|(name, database)| SinkPart {
                 name: name.clone(),
                 sink: Box::new(database.sink()),
+                target: name.clone(),
                 batching: self.batching,
                 on_lag: self.on_lag,
                 renamed_from: self.renamed_from.get(name).cloned(),
