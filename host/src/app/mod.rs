@@ -13,6 +13,7 @@ mod oldest;
 mod problems;
 mod redrive;
 pub mod run_file;
+mod said;
 mod status;
 mod watchdog;
 

@@ -18,6 +18,7 @@ use super::Host;
 use super::advice;
 use super::events::{self, EVENTS};
 use super::oldest::Oldest;
+use super::said::Said;
 use super::status::is_stopped;
 use crate::admin::{AtStake, PROBLEM_KINDS, Problem, problem_rank};
 use crate::config::DEAD_LETTERS;
@@ -102,7 +103,7 @@ impl Host {
     /// Looks regularly, so that `since` is true and the gauges move.
     pub async fn watch(self: Arc<Self>) {
         let mut ticks = tokio::time::interval(LOOK_EVERY);
-        let mut stalled = HashMap::new();
+        let (mut stalled, mut said) = (HashMap::new(), Said::default());
         for number in (0..MEASURED_EVERY).cycle() {
             ticks.tick().await;
             if number == 0 {
@@ -114,6 +115,7 @@ impl Host {
                 gauge!("headworks_data_disk_bytes").set(space.total as f64);
             }
             let problems = self.problems();
+            said.say(&problems);
             for kind in PROBLEM_KINDS {
                 let count = problems.iter().filter(|problem| problem.kind == *kind).count();
                 gauge!("headworks_problems", "kind" => *kind).set(count as f64);
