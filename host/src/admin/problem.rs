@@ -110,9 +110,12 @@ pub struct AtStake {
     /// How long the oldest of them waits.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub oldest_seconds: Option<u64>,
-    /// Room on the disk of the data folder.
+    /// Room on the disk of the stream or the folder.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub free_bytes: Option<u64>,
+    /// Files that the disk can still have, where these are few.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub free_inodes: Option<u64>,
 }
 
 impl fmt::Display for AtStake {
@@ -130,7 +133,11 @@ impl fmt::Display for AtStake {
             .oldest_seconds
             .map(|seconds| format!("the oldest waits {}", Period(Duration::from_secs(seconds))));
         let free = self.free_bytes.map(|bytes| format!("{} free on disk", ByteSize(bytes)));
-        let parts: Vec<String> = [messages, oldest, free].into_iter().flatten().collect();
+        let inodes = self.free_inodes.map(|inodes| match inodes {
+            1 => "1 inode free".to_owned(),
+            count => format!("{count} inodes free"),
+        });
+        let parts: Vec<String> = [messages, oldest, free, inodes].into_iter().flatten().collect();
         f.write_str(&parts.join(", "))
     }
 }

@@ -7,6 +7,7 @@ mod background;
 pub mod banner;
 mod clients;
 mod descriptors;
+mod disks;
 mod events;
 pub mod held_folder;
 mod oldest;

@@ -16,6 +16,7 @@ use metrics::gauge;
 
 use super::Host;
 use super::advice;
+use super::disks::{self, Disk, Disks};
 use super::events::{self, EVENTS};
 use super::oldest::Oldest;
 use super::said::Said;
@@ -52,8 +53,8 @@ const ENDS_SOON: Duration = Duration::from_secs(30 * 86_400);
 pub struct Watch {
     /// By part and kind.
     since: Mutex<HashMap<(String, &'static str), Since>>,
-    /// Room on the disk of the data folder, when it was looked at last.
-    space: Mutex<Option<DiskSpace>>,
+    /// As they were when they were looked at last.
+    disks: Mutex<Disks>,
     /// By part, kind and all labels of the counter.
     growth: Mutex<BTreeMap<(String, &'static str, String), Growth>>,
     oldest: Oldest,
@@ -110,7 +111,7 @@ impl Host {
                 self.clients.measure();
             }
             self.say_stalls(&mut stalled);
-            if let Some(space) = *lock(&self.watch.space) {
+            if let Some(space) = lock(&self.watch.disks).data() {
                 gauge!("headworks_data_free_bytes").set(space.free as f64);
                 gauge!("headworks_data_disk_bytes").set(space.total as f64);
             }
@@ -140,9 +141,12 @@ impl Host {
             let host = Arc::clone(&self);
             let looked = tokio::task::spawn_blocking(move || {
                 host.held.look(&host.failures);
-                DiskSpace::of(&host.data_dir).ok()
+                host.forget_removed_streams();
+                let streams = host.streams.iter().map(|stream| stream.name().to_owned());
+                let folders = streams.map(|name| (name.clone(), host.stream_folder(&name)));
+                Disks::look(host.data_folder(), folders)
             });
-            *lock(&self.watch.space) = looked.await.ok().flatten();
+            *lock(&self.watch.disks) = looked.await.unwrap_or_default();
             self.find_oldest().await;
             self.count_open_letters().await;
         }
@@ -152,7 +156,7 @@ impl Host {
     /// those of the last call.
     fn say_stalls(&self, stalled: &mut HashMap<String, Instant>) {
         for stream in &self.streams {
-            let (name, folder) = (stream.name(), self.data_folder());
+            let (name, folder) = (stream.name(), self.stream_folder(stream.name()));
             match (stream.stall(), stalled.contains_key(name)) {
                 (Some(Stall { since, messages }), false) => {
                     stalled.insert(name.to_owned(), since);
@@ -186,12 +190,12 @@ impl Host {
 
     /// `metrics`: as they are served.
     fn find(&self, metrics: &str) -> Vec<Found> {
-        let space = *lock(&self.watch.space);
+        let disks = lock(&self.watch.disks).clone();
         let mut found = Vec::new();
         for stream in &self.streams {
-            found.extend(self.stream_problem(stream.as_ref(), space));
+            found.extend(self.stream_problem(stream.as_ref(), disks.of_stream(stream.name())));
         }
-        found.extend(space.filter(DiskSpace::is_low).map(|space| low_space(&self.data_folder(), space)));
+        found.extend(disks.low().into_iter().map(low_space));
         found.extend(self.recent_events());
         let open = lock(&self.watch.open_letters).clone();
         for (pipeline, OpenCount { letters, oldest_us }) in open {
@@ -216,16 +220,25 @@ impl Host {
         std::path::absolute(&self.data_dir).unwrap_or_else(|_| self.data_dir.clone())
     }
 
+    fn stream_folder(&self, name: &str) -> PathBuf {
+        disks::stream_folder(&self.data_dir, name, self.takes_messages(name))
+    }
+
+    /// Whether devices' messages come into the stream of this name.
+    fn takes_messages(&self, name: &str) -> bool {
+        self.intake.iter().any(|intake| intake.name() == name)
+    }
+
     fn stream_problem(&self, stream: &dyn Stream, space: Option<DiskSpace>) -> Option<Found> {
         let part = format!("stream {}", stream.name());
-        let at_stake = AtStake { free_bytes: space.map(|space| space.free), ..AtStake::default() };
+        let at_stake = space.map(room).unwrap_or_default();
         if is_stopped(stream) {
             let cause = "the stream has stopped: the disk refused a write or a sync".to_owned();
             let advice = "look at the log and the disk, then start the host again".to_owned();
             return Some(Found { part, kind: "stopped", cause, at_stake, advice });
         }
         let waits = match stream.name() {
-            name if self.intake.iter().any(|intake| intake.name() == name) => {
+            name if self.takes_messages(name) => {
                 "devices wait for their acknowledgements, QoS 0 messages are dropped"
             }
             DEAD_LETTERS => "pipelines wait with what they reject",
@@ -236,12 +249,12 @@ impl Host {
             let cause = format!("the disk does not answer: {waits}");
             let advice = format!(
                 "look at the disk of {} and at the kernel's log; what waits goes on by itself once it answers",
-                self.data_folder().display()
+                self.stream_folder(stream.name()).display()
             );
             let at_stake = AtStake { messages: Some(stall.messages), ..at_stake };
             return Some(Found { part, kind: "stalled", cause, at_stake, advice });
         }
-        let (kind, cause, advice) = lack_problem(stream, waits, &self.data_folder())?;
+        let (kind, cause, advice) = lack_problem(stream, waits, &self.stream_folder(stream.name()), space)?;
         Some(Found { part, kind, cause, at_stake, advice })
     }
 
@@ -579,25 +592,56 @@ fn certificate_problems(metrics: &str) -> Vec<Found> {
 
 /// Returns kind, cause and advice where a stream has no room for appends, or for its reserve alone.
 /// `waits` says what waits for appends.
-fn lack_problem(stream: &dyn Stream, waits: &str, folder: &Path) -> Option<(&'static str, String, String)> {
+fn lack_problem(
+    stream: &dyn Stream,
+    waits: &str,
+    folder: &Path,
+    space: Option<DiskSpace>,
+) -> Option<(&'static str, String, String)> {
     match stream.lack() {
-        Some(lack) => Some(("no_space", format!("{lack}: {waits}"), lack.advice(folder))),
+        Some(lack) => {
+            Some(("no_space", format!("{}: {waits}", lack.cause(space)), lack.advice(folder, space)))
+        }
         None if stream.has_room() => None,
         None => Some((
             "low_space",
             "the disk has no room for the reserve of the stream, which still takes messages".to_owned(),
-            Lack::Disk.advice(folder),
+            Lack::Disk.advice(folder, space),
         )),
     }
 }
 
-fn low_space(data_dir: &Path, space: DiskSpace) -> Found {
+fn low_space(Disk { folder, space }: &Disk) -> Found {
+    let (cause, advice) = match space.low_inodes() {
+        None => ("little room is left", "free space, or lower retention.max_bytes of the streams"),
+        Some(_) => ("few inodes are left", "remove files, or make its file system with more inodes"),
+    };
     Found {
-        part: format!("disk of {}", data_dir.display()),
+        part: format!("disk of {}", folder.display()),
         kind: "low_space",
-        cause: "little room is left: where none is left, devices wait for their acknowledgements".to_owned(),
-        at_stake: AtStake { free_bytes: Some(space.free), ..AtStake::default() },
-        advice: "free space, or lower retention.max_bytes of the streams".to_owned(),
+        cause: format!("{cause}: where none is left, devices wait for their acknowledgements"),
+        at_stake: room(*space),
+        advice: advice.to_owned(),
+    }
+}
+
+/// Whose dead letters retention removed. Some are gone before the host has read whose they are.
+fn gone_letters(pipeline: &str) -> String {
+    let whose = match pipeline {
+        "" => "some before the host had read of which pipeline they are".to_owned(),
+        name => format!("those of pipeline \"{name}\""),
+    };
+    format!("retention removed {whose}: raise max_bytes or max_age of dead_letters")
+}
+
+fn unconfigured_stream(stream: &Unconfigured) -> Found {
+    let messages = stream.holds.as_ref().ok().map(|holds| holds.messages);
+    Found {
+        part: format!("stream {}", stream.name),
+        kind: "unconfigured",
+        cause: stream.cause(),
+        at_stake: AtStake { messages, ..AtStake::default() },
+        advice: stream.advice(),
     }
 }
 
@@ -727,12 +771,12 @@ mod tests {
             };
             let (log, _) = Log::open(Arc::new(disk), Path::new("/streams/t"), "t", &config).unwrap();
             log.append(&[message("a/b", b"x")], &[]).unwrap();
-            lack_problem(&*log, "devices wait", Path::new("/")).map(|(kind, ..)| kind)
+            lack_problem(&*log, "devices wait", Path::new("/"), None).map(|(kind, ..)| kind)
         };
         assert_eq!((kind(8 << 20), kind(2 << 20)), (None, Some("low_space")));
         let full = MemoryStream::with_hooks("t", 1);
         full.set_no_space(true);
-        assert_eq!(lack_problem(&*full, "devices wait", Path::new("/")).unwrap().0, "no_space");
+        assert_eq!(lack_problem(&*full, "devices wait", Path::new("/"), None).unwrap().0, "no_space");
     }
 
     #[test]

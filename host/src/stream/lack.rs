@@ -3,6 +3,8 @@
 use std::fmt;
 use std::path::Path;
 
+use crate::telemetry::DiskSpace;
+
 /// Something that a stream waits for before it takes appends again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -22,10 +24,23 @@ impl Lack {
         Self::ALL.into_iter().find(|lack| *lack as u8 == code)
     }
 
-    /// Returns what a person can do about it, for a stream in `folder`.
-    pub fn advice(self, folder: &Path) -> String {
+    /// Returns what is lacking on a disk with this room. Both bytes and inodes are room on disk to
+    /// the system, which refuses with one error.
+    pub fn cause(self, space: Option<DiskSpace>) -> String {
+        match self {
+            Self::Disk if lacks_inodes(space) => "no inodes left on disk".to_owned(),
+            lack => lack.to_string(),
+        }
+    }
+
+    /// Returns what a person can do about it, for a stream in `folder`, on a disk with this room.
+    pub fn advice(self, folder: &Path, space: Option<DiskSpace>) -> String {
         let folder = folder.display();
         match self {
+            Self::Disk if lacks_inodes(space) => format!(
+                "remove files from the disk of {folder}, or make its file system with more inodes: it can have \
+                 no further file, however many bytes are free"
+            ),
             Self::Disk => {
                 format!("free space on the disk of {folder}, or lower retention.max_bytes of the streams")
             }
@@ -42,6 +57,10 @@ impl Lack {
     }
 }
 
+fn lacks_inodes(space: Option<DiskSpace>) -> bool {
+    space.is_some_and(|space| space.lacks_inodes())
+}
+
 impl fmt::Display for Lack {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -56,14 +75,34 @@ impl fmt::Display for Lack {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::telemetry::Inodes;
 
     #[test]
     fn every_lack_is_told_by_its_code_and_says_what_to_do() {
         for lack in Lack::ALL {
             assert_eq!(Lack::of_code(lack as u8), Some(lack));
-            assert!(!lack.advice(Path::new("/data")).is_empty());
+            assert!(!lack.advice(Path::new("/data"), None).is_empty());
         }
         assert_eq!(Lack::of_code(0), None);
-        assert!(Lack::Disk.advice(Path::new("/data")).contains("/data"));
+        assert!(Lack::Disk.advice(Path::new("/data"), None).contains("/data"));
+    }
+
+    #[test]
+    fn a_disk_without_inodes_is_told_apart_from_one_without_bytes() {
+        let space = |free, inodes| DiskSpace {
+            free,
+            total: 1 << 40,
+            inodes: Some(Inodes { free: inodes, total: 80 }),
+            device: 1,
+        };
+        let told = |space| (Lack::Disk.cause(space), Lack::Disk.advice(Path::new("/data"), space));
+        let (cause, advice) = told(Some(space(1 << 30, 0)));
+        assert!(
+            cause.contains("inodes") && advice.contains("inodes") && advice.contains("/data"),
+            "{advice}"
+        );
+        let (cause, advice) = told(Some(space(0, 40)));
+        assert!(cause == "no room on disk" && !advice.contains("inodes"), "{advice}");
+        assert!(!Lack::Retention.cause(Some(space(1 << 30, 0))).contains("inodes"));
     }
 }

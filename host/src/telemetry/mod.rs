@@ -12,7 +12,7 @@ mod logs;
 mod memory;
 mod process;
 
-pub use disk::DiskSpace;
+pub use disk::{DiskSpace, Inodes};
 pub use failures::{Failures, Standing, alike};
 pub use growth::Growth;
 pub use log_queue::{exit, flush_logs, say};

@@ -242,12 +242,13 @@ impl Inner {
         }
         self.metrics.no_space(lack.is_some());
         let folder = std::path::absolute(&self.dir).unwrap_or_else(|_| self.dir.clone());
-        let free_bytes = DiskSpace::of(&folder).ok().map(|space| space.free);
+        let space = DiskSpace::of(&folder).ok();
+        let free_bytes = space.map(|space| space.free);
         let (stream, shown) = (&*self.name, folder.display());
         match lack {
             Some(lack) => {
-                let advice = lack.advice(&folder);
-                tracing::warn!(stream, folder = %shown, free_bytes, "{lack}: appends wait; {advice}");
+                let (cause, advice) = (lack.cause(space), lack.advice(&folder, space));
+                tracing::warn!(stream, folder = %shown, free_bytes, "{cause}: appends wait; {advice}");
             }
             None => tracing::info!(stream, folder = %shown, free_bytes, "appends are taken again"),
         }
