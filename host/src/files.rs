@@ -40,6 +40,11 @@ pub fn found<T>(opened: io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
+/// Returns the size of the files that lie in a folder itself.
+pub fn folder_bytes(folder: &Path) -> io::Result<u64> {
+    Ok(std::fs::read_dir(folder)?.flatten().filter_map(|file| Some(file.metadata().ok()?.len())).sum())
+}
+
 /// A lock on an open file (`flock`), given back when it is dropped.
 ///
 /// Closing the file is not enough for that: a child that this process starts has every file of the

@@ -392,3 +392,40 @@ fn a_sqlite_file_that_is_moved_under_the_host_holds_its_sink_until_it_is_back() 
     let rows = telemetry::sqlite_rows(&file, "telemetry");
     assert_eq!(rows.len(), 2, "{rows:?}");
 }
+
+#[test]
+fn a_stream_that_the_config_does_not_have_any_more_is_told_until_its_folder_is_removed() {
+    let config = "streams: { telemetry: { topics: [ 'acme/#' ] }, alarms: { topics: [ 'alarms/#' ] } }\n\
+                  pipelines: { telemetry: { routes: { default: telemetry } }, alarms: { routes: { default: down } } }\n\
+                  sinks: { telemetry: { type: sqlite }, \
+                  down: { type: postgres, url: \"postgres://writer@127.0.0.1:1/iot\" } }\n";
+    let mut host = Host::prepare("problems-unconfigured", config);
+    host.launch();
+    host.wait_serving();
+    for number in 1..=3 {
+        publish(&host, "alarms/site-01/door/north/opened", &format!("{number}"));
+    }
+    host.stop();
+    let with = std::fs::read_to_string(host.folder.join("headworks.yaml")).expect("a config");
+    host.folder
+        .write("headworks.yaml", with.replace(config, "streams: { telemetry: { topics: [ 'acme/#' ] } }\n"));
+    let said = host.log().len();
+    host.run();
+    let folder = host.folder.join("data/streams/alarms");
+    host.says_past(said, "the config has no stream \"alarms\"");
+    let unconfigured = problem(&host, "unconfigured");
+    assert_eq!(unconfigured["part"], "stream alarms");
+    assert_eq!(unconfigured["at_stake"]["messages"], 3);
+    let text = |name: &str| unconfigured[name].as_str().expect("a text").to_owned();
+    let holds = format!("{} holds 3 messages, of which sinks lacked 3", folder.display());
+    assert!(text("cause").contains(&holds), "{unconfigured}");
+    assert!(text("advice").contains("put streams.alarms and its pipeline back"), "{unconfigured}");
+    let list = host.cli(&["streams", "list"]);
+    assert!(
+        list.contains("alarms") && list.contains("messages: 3") && list.contains("not in the config"),
+        "{list}"
+    );
+    std::fs::remove_dir_all(&folder).expect("our folder");
+    while status(&host).1.iter().any(|problem| problem["kind"] == "unconfigured") {}
+    assert!(!host.cli(&["streams", "list"]).contains("alarms"));
+}

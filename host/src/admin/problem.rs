@@ -26,6 +26,7 @@ pub const PROBLEM_KINDS: &[&str] = &[
     "queues",
     "memory",
     "dead_letters",
+    "unconfigured",
     "certificate",
     "reload_refused",
     "swap_refused",

@@ -16,6 +16,7 @@ mod redrive;
 pub mod run_file;
 mod said;
 mod status;
+mod unconfigured;
 mod watchdog;
 
 use std::collections::BTreeSet;
@@ -209,6 +210,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
         watch: problems::Watch::default(),
     });
     let watching = tokio::spawn(Arc::clone(&host).watch());
+    tokio::spawn(Arc::clone(&host).look_for_unconfigured());
     let watching_disks = tokio::spawn(Arc::clone(&host).look_at_disks());
     let of_file = config.admin.token().map_err(anyhow::Error::msg).context("admin.token_file")?;
     let is_kept = of_file.is_some();

@@ -21,6 +21,7 @@ use super::events::{self, EVENTS};
 use super::oldest::Oldest;
 use super::said::Said;
 use super::status::is_stopped;
+use super::unconfigured::{self, Unconfigured};
 use crate::admin::{AtStake, PROBLEM_KINDS, Problem, problem_rank};
 use crate::config::DEAD_LETTERS;
 use crate::hints::{Hint, Hints, Letters};
@@ -57,6 +58,7 @@ pub struct Watch {
     disks: Mutex<Disks>,
     /// By part, kind and all labels of the counter.
     growth: Mutex<BTreeMap<(String, &'static str, String), Growth>>,
+    unconfigured: Mutex<Vec<Unconfigured>>,
     oldest: Oldest,
     /// By pipeline: dead letters that nobody sent again, as of the last look.
     open_letters: Mutex<BTreeMap<String, OpenCount>>,
@@ -152,6 +154,31 @@ impl Host {
         }
     }
 
+    /// Says which streams are in the data folder and not in the config.
+    pub async fn look_for_unconfigured(self: Arc<Self>) {
+        let host = Arc::clone(&self);
+        let found = tokio::task::spawn_blocking(move || {
+            unconfigured::find(&host.data_folder(), |name| host.takes_messages(name))
+        });
+        match found.await {
+            Ok(Ok(found)) => {
+                for stream in &found {
+                    tracing::warn!(stream = stream.name, "{}; {}", stream.cause(), stream.advice());
+                }
+                *lock(&self.watch.unconfigured) = found;
+            }
+            Ok(Err(error)) => tracing::warn!(%error, "cannot list the folders of streams"),
+            Err(_) => {}
+        }
+    }
+
+    /// Asks the disk while no lock is held that others wait for.
+    fn forget_removed_streams(&self) {
+        let mut gone = lock(&self.watch.unconfigured).clone();
+        gone.retain(|stream| !stream.folder.exists());
+        lock(&self.watch.unconfigured).retain(|stream| !gone.contains(stream));
+    }
+
     /// Says which streams wait for a disk that does not answer, and when it has; `stalled` are
     /// those of the last call.
     fn say_stalls(&self, stalled: &mut HashMap<String, Instant>) {
@@ -207,6 +234,7 @@ impl Host {
         for status in self.pipelines.iter().map(|pipeline| pipeline.status()) {
             found.extend(self.pipeline_problems(&status));
         }
+        found.extend(lock(&self.watch.unconfigured).iter().map(unconfigured_stream));
         found.extend(self.plugin_problems());
         found.extend(takeovers(&self.clients.contended(), &self.hints));
         found.extend(self.gauge_problems(metrics));

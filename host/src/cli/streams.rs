@@ -2,6 +2,7 @@
 //! running host, writes nothing.
 
 use std::ops::Range;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -13,6 +14,7 @@ use super::output::{Out, complain, shown, time};
 use super::{block_on, data_folder, message};
 use crate::batch::Offset;
 use crate::config::{self, Config, DEAD_LETTERS};
+use crate::files::folder_bytes;
 use crate::stream::log::ReadOnly;
 use crate::stream::{GapCause, Read};
 use crate::units::{ByteSize, Period};
@@ -65,18 +67,24 @@ fn list(config: &Config, format: Format, out: &mut Out) -> anyhow::Result<()> {
     must_be_there(config)?;
     let dead_letters = config.dead_letters.stream();
     let streams = config.streams.iter().map(|(name, stream)| (name.as_str(), stream));
-    for (name, stream) in streams.chain([(DEAD_LETTERS, &dead_letters)]) {
-        let held = Held::of(config, name).with_context(|| format!("stream {name}"))?;
+    let streams = streams.chain([(DEAD_LETTERS, &dead_letters)]).map(|(name, stream)| (name, Some(stream)));
+    let mut others = ReadOnly::streams_in(&config.data_dir.join("streams"))?;
+    others.retain(|name| !config.streams.contains_key(name));
+    for (name, stream) in streams.chain(others.iter().map(|name| (name.as_str(), None))) {
+        let held = Held::of(&config.stream_dir(name)).with_context(|| format!("stream {name}"))?;
         let Range { start: Offset(first), end: Offset(next) } = held.offsets;
+        let partitions = stream.map_or(held.partitions, |stream| Some(stream.partitions));
+        let topics = stream.map_or(&[][..], |stream| stream.topics.as_slice());
         if format == Format::Json {
             out.json(&json!({
                 "stream": name, "first": first, "next": next, "bytes": held.bytes,
                 "oldest": held.oldest_us.map(time), "newest": held.newest_us.map(time),
-                "partitions": stream.partitions, "topics": stream.topics,
+                "partitions": partitions, "topics": topics, "configured": stream.is_some(),
             }))?;
             continue;
         }
-        let topics = match stream.topics.join(" ") {
+        let topics = match topics.join(" ") {
+            _ if stream.is_none() => "not in the config: no pipeline reads it".to_owned(),
             none if none.is_empty() && name == DEAD_LETTERS => "refused messages".to_owned(),
             none if none.is_empty() => "all topics that no other stream takes".to_owned(),
             some => some,
@@ -93,7 +101,7 @@ fn list(config: &Config, format: Format, out: &mut Out) -> anyhow::Result<()> {
                 format!("offsets {first} to {next}"),
                 format!("{} on disk", ByteSize(held.bytes)),
                 times,
-                format!("partitions: {}", stream.partitions),
+                partitions.map(|count| format!("partitions: {count}")).unwrap_or_default(),
                 topics,
             ],
         )?;
@@ -111,15 +119,19 @@ struct Held {
     /// When the first and the last message were appended, microseconds since 1970, UTC.
     oldest_us: Option<u64>,
     newest_us: Option<u64>,
+    /// As the log was made.
+    partitions: Option<u16>,
 }
 
 impl Held {
-    fn of(config: &Config, name: &str) -> anyhow::Result<Self> {
-        let Some(reader) = open(config, name, Offset(0))? else { return Ok(Self::default()) };
-        let dir = config.stream_dir(name);
+    fn of(dir: &Path) -> anyhow::Result<Self> {
+        if !data_folder::is_there(dir)? {
+            return Ok(Self::default());
+        }
+        let reader = ReadOnly::open(dir, Offset(0));
         let offsets = reader.bounds()?;
         let appended = |offset| {
-            let mut reader = ReadOnly::open(&dir, offset);
+            let mut reader = ReadOnly::open(dir, offset);
             while let Ok(Some(read)) = reader.read() {
                 if let Read::Batch(batch) = read {
                     return Some(batch.now_us);
@@ -128,11 +140,11 @@ impl Held {
             None
         };
         let last = Offset(offsets.end.0.saturating_sub(1));
-        let files = std::fs::read_dir(&dir)?.flatten();
         Ok(Self {
-            bytes: files.filter_map(|file| Some(file.metadata().ok()?.len())).sum(),
+            bytes: folder_bytes(dir)?,
             oldest_us: appended(offsets.start),
             newest_us: appended(last),
+            partitions: reader.partitions()?,
             offsets,
         })
     }

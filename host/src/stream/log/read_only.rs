@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::clock;
@@ -22,6 +23,7 @@ use super::segment;
 use super::state::{self, USERS};
 use super::tail::Frame;
 use crate::batch::Offset;
+use crate::files::found;
 use crate::stream::{BeginNow, Delivered, GapCause, Identity, Read, StateEntries};
 
 /// Looks at a folder whose oldest segments go while it is looked at.
@@ -58,6 +60,13 @@ impl Remembered {
             true => consumer,
             false => formerly.find(|name| self.marks.contains_key(name)).unwrap_or(consumer),
         }
+    }
+
+    /// Returns how many messages the reader that is farthest behind lacks, of those for which this holds.
+    pub fn lacked(&self, is_meant: impl Fn(&str) -> bool) -> u64 {
+        let readers = self.marks.iter().filter(|(name, _)| is_meant(name));
+        let next = readers.map(|(_, mark)| mark.next.load(Ordering::Relaxed).max(self.bounds.start.0));
+        next.map(|next| self.bounds.end.0.saturating_sub(next)).max().unwrap_or(0)
     }
 
     /// Returns what `begin: now` would mean for a reader of this name.
@@ -127,6 +136,17 @@ impl ReadOnly {
     /// Offset of the next message to be read.
     pub fn position(&self) -> Offset {
         Offset(self.at)
+    }
+
+    /// Returns the names of the folders in `dir` that hold a log, in order.
+    pub fn streams_in(dir: &Path) -> io::Result<Vec<String>> {
+        let Some(folders) = found(std::fs::read_dir(dir))? else { return Ok(Vec::new()) };
+        let has_log = |folder: &Path| !matches!(Self::open(folder, Offset(0)).partitions(), Ok(None));
+        let folders = folders.flatten().filter(|folder| folder.path().is_dir() && has_log(&folder.path()));
+        let mut names: Vec<_> =
+            folders.map(|folder| folder.file_name().to_string_lossy().into_owned()).collect();
+        names.sort();
+        Ok(names)
     }
 
     /// Returns the number of partitions that the log was made with; `None` where it was never opened
