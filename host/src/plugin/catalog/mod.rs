@@ -361,8 +361,8 @@ impl Work {
     /// Looks at the folder and loads what is new and whole.
     fn look(&mut self, renamed: &HashSet<PathBuf>) {
         let Listing { found, refused, .. } = match folder::list(&self.config.dir) {
-            // What could not be read yet has not become empty because it is gone, or is being replaced.
-            Ok(listing) if !listing.is_there && !self.has_looked && self.unreadable.is_some() => {
+            // A folder that is gone has not become empty: it was moved, or is being replaced.
+            Ok(listing) if !listing.is_there && (self.unreadable.is_some() || !self.files.is_empty()) => {
                 return self.note_unreadable(&io::ErrorKind::NotFound.into());
             }
             Ok(listing) => listing,
@@ -406,17 +406,21 @@ impl Work {
     }
 
     fn note_unreadable(&mut self, error: &io::Error) {
-        let detail = format!("{}: {error}", self.config.dir.display());
+        let dir = self.config.dir.display();
+        let detail = format!("{dir}: {error}");
+        let what_to_do = match error.kind() {
+            io::ErrorKind::NotFound => {
+                format!("put {dir} back, or make an empty one where no plugin is to run")
+            }
+            _ => format!("let the host's user read {dir}"),
+        };
         self.failures.report(UNREADABLE, 1, &detail, &self.failures.hint(Hint::PluginList));
         let cause = format!("{UNREADABLE} {detail}");
         self.failures.stands(Standing {
             part: FOLDER_PART.to_owned(),
             kind: FOLDER_PROBLEM,
             cause: format!("{cause}; what runs goes on, and no change of a file is seen"),
-            advice: format!(
-                "let the host's user read {}; the host looks again by itself",
-                self.config.dir.display()
-            ),
+            advice: format!("{what_to_do}; the host looks again by itself"),
         });
         self.unreadable = Some(cause);
     }

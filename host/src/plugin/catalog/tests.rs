@@ -229,6 +229,26 @@ fn a_folder_that_cannot_be_read_holds_what_has_no_steps_and_is_a_problem() {
 }
 
 #[test]
+fn a_plugins_folder_that_is_moved_away_is_one_problem_and_what_runs_goes_on() {
+    let folder = Folder::new();
+    folder.put("1-redact.wasm", &guarded());
+    let failures = Failures::default();
+    let plugins = folder.start_reporting(Compiler::in_process(), failures.clone());
+    let mut all = chain(&plugins, "telemetry", None);
+    let before = wait(&mut all, |chain| chain.steps.len() == 1);
+    folder.take_away(|_| {});
+    wait_status(&plugins, |_| !failures.standing().is_empty());
+    let standing = failures.standing();
+    assert_eq!((standing.len(), &*standing[0].part), (1, "plugins folder"));
+    assert!(standing[0].advice.starts_with("put "), "{}", standing[0].advice);
+    let now = all.borrow().clone();
+    assert!(now.hold.is_none() && Arc::ptr_eq(&now.steps[0], &before.steps[0]));
+    wait_status(&plugins, |status| status.iter().all(|plugin| matches!(plugin.state, PluginState::Active)));
+    folder.put_back();
+    wait_status(&plugins, |_| failures.standing().is_empty());
+}
+
+#[test]
 fn a_host_that_cannot_read_which_steps_ran_does_not_start() {
     let folder = Folder::new();
     drop(Cache::open(&folder.cache()).unwrap());
