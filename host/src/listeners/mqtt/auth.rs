@@ -185,6 +185,7 @@ impl Method {
     }
 }
 
+const FAILED_AGAIN: &str = "mqtt: a connected client did not authenticate again with success";
 const OUT_OF_TURN: Fault = Fault::protocol("AUTH out of turn");
 
 pub fn denial(denied: Denied) -> Denial {
@@ -323,7 +324,7 @@ impl Again {
         out: &mut BytesMut,
     ) -> Result<(), Trouble> {
         let session = inbound.session().clone();
-        let failed = || failed(broker, &session.client_id);
+        let failed = || failed(broker, &session.client_id, FAILED_AGAIN);
         let Some(Running { rounds, until, .. }) = self.running.take() else { return Ok(()) };
         let too_large =
             Fault { code: DisconnectReasonCode::PacketTooLarge, what: "AUTH is more than the client takes" };
@@ -474,15 +475,20 @@ pub fn deadline(again: Option<&Again>, rights: &Admitted) -> Option<Instant> {
     [until, known_until].into_iter().flatten().min()
 }
 
+/// Says why [`deadline`] is over.
+pub fn over(again: Option<&Again>, rights: &Admitted) -> &'static str {
+    let is_running = again.is_some_and(|again| again.running.is_some());
+    let is_known = rights.identity.valid_until.is_none_or(|until| Instant::from_std(until) > Instant::now());
+    match (rights.is_revoked(), is_known) {
+        (true, _) => "mqtt: the credentials of a connected client were taken back",
+        (false, true) if is_running => "mqtt: a connected client did not authenticate again in time",
+        (false, _) => "mqtt: the credentials of a connected client ran out",
+    }
+}
+
 /// Counted and said to a person; the client is not told whether it was the
 /// proof, the user or the time.
-pub fn failed(broker: &Broker, client_id: &str) -> Fault {
-    broker.failures.report_client(
-        "mqtt: authentication of a connected client failed, ran out or was taken back",
-        "",
-        1,
-        &format!("client {client_id}"),
-        "",
-    );
+pub fn failed(broker: &Broker, client_id: &str, why: &'static str) -> Fault {
+    broker.failures.report_client(why, client_id, 1, &format!("client {client_id}"), "");
     Fault { code: DisconnectReasonCode::NotAuthorized, what: "authentication failed or ran out" }
 }

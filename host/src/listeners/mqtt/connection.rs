@@ -278,7 +278,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
                 let max = self.peer.packet_bytes_max;
                 again.looked(self.broker, *looked, inbound, will, max, out).map_err(End::from)
             }
-            Event::AuthDeadline => Err(End::Fault(auth::failed(self.broker, &self.session.client_id))),
+            Event::AuthDeadline => {
+                let why = auth::over(self.auth.as_deref(), self.inbound.rights());
+                Err(End::Fault(auth::failed(self.broker, &self.session.client_id, why)))
+            }
             Event::Wake => self.woken(timer),
             Event::Timer => self.timer_fired(timer),
         }

@@ -98,6 +98,10 @@ async fn a_client_says_the_right_password_or_is_told_no() {
     users.set("ann", "other", None).unwrap();
     access::put_file(&file, users.to_text());
     assert_eq!(ann.disconnected().await, Reason::NotAuthorized);
+    let said = host.handle.clients.0.failures.unsaid();
+    let why =
+        |(kind, _): &(String, u64)| kind == "mqtt: the credentials of a connected client were taken back";
+    assert!(said.iter().any(why), "{said:?}");
     bob.nothing_but_ping().await;
     host.stop().await;
 }
