@@ -112,11 +112,21 @@ async fn ask<T: DeserializeOwned>(config: &Config, head: &str, body: &str) -> an
         "{head}\r\nhost: {address}\r\n{INSTANCE}: {instance}\r\n{authorization}connection: close\r\n\r\n{body}"
     );
     let mut stream = TcpStream::connect(address).await.map_err(|_| none())?;
-    stream.write_all(request.as_bytes()).await?;
     let mut answer = Vec::new();
-    stream.take(ANSWER_BYTES_MAX).read_to_end(&mut answer).await?;
+    let asked = async {
+        stream.write_all(request.as_bytes()).await?;
+        (&mut stream).take(ANSWER_BYTES_MAX).read_to_end(&mut answer).await
+    };
+    let is_answered = asked.await.is_ok();
     let answer = String::from_utf8_lossy(&answer);
-    let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(none)?;
+    let (head, body) = match answer.split_once("\r\n\r\n") {
+        Some(answer) if is_answered => answer,
+        _ => bail!(NotRunning(format!(
+            "the host on the data folder {folder} ended before it answered: what it had done by then stays done, and \
+             the rest is not; start it with `{}`",
+            Hints::default().command(Hint::Run)
+        ))),
+    };
     let code = head.split(' ').nth(1).unwrap_or_default();
     if code == "200" {
         return serde_json::from_str(body).with_context(|| format!("cannot read the answer of {address}"));
@@ -193,6 +203,33 @@ mod tests {
     use super::*;
     use crate::app::run_file::RunFile;
     use crate::files::Locked;
+
+    #[tokio::test]
+    async fn a_host_that_ends_while_it_is_asked_is_not_looked_for_under_another_config() {
+        let folder = tempfile::tempdir().unwrap();
+        let dying = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let admin = dying.local_addr().unwrap();
+        let (file, data_dir) = (folder.path().join("headworks.yaml"), folder.path().join("data"));
+        std::fs::write(&file, format!("data_dir: {}\n", data_dir.display())).unwrap();
+        std::fs::create_dir(&data_dir).unwrap();
+        let running = RunFile::new("this", &[], admin, String::new());
+        std::fs::write(data_dir.join("run.json"), serde_json::to_string(&running).unwrap()).unwrap();
+        let config = crate::config::load(Some(&file)).unwrap().config;
+        let serving = tokio::spawn(async move {
+            let (mut first, _) = dying.accept().await.unwrap();
+            // Else the answer is lost with the request that nobody read.
+            let _ = first.read(&mut [0; 1_024]).await;
+            first.write_all(format!("HTTP/1.1 200 OK\r\n{INSTANCE}: this\r\n\r\n").as_bytes()).await.unwrap();
+            drop(first);
+            let (mut second, _) = dying.accept().await.unwrap();
+            let _ = second.read(&mut [0; 4]).await;
+        });
+        let error = post::<serde_json::Value>(&config, "/api/dead-letters/redrive", &()).await.unwrap_err();
+        serving.abort();
+        let said = error.to_string();
+        assert!(error.is::<NotRunning>() && said.contains("ended before it answered"), "{said}");
+        assert!(!said.contains("--config"), "{said}");
+    }
 
     #[tokio::test]
     async fn a_host_that_does_not_answer_is_told_from_one_that_does_not_run() {
