@@ -1,5 +1,7 @@
 //! Counters whose growth within the last hour is a problem, and what a person is told of it.
 
+use jiff::Timestamp;
+
 use super::problems::label_value;
 use crate::hints::{Hint, Hints, Letters};
 use crate::listeners::mqtt::RefusedClient;
@@ -263,34 +265,34 @@ fn dropped(cause: &str, messages: &str, hints: &Hints) -> Told {
 fn refused(cause: &str, connections: &str, last: Option<&RefusedClient>, hints: &Hints) -> Told {
     let (why, advice) = match cause {
         "access_unavailable" => (
-            "what checks credentials does not answer",
+            "what checks credentials did not answer",
             "mend the service, file or plugin of mqtt.access.authenticate; the log has its error",
         ),
         "connections_max" => (
-            "as many connections as mqtt.connections_max are there",
+            "as many connections as mqtt.connections_max were there",
             "raise mqtt.connections_max and the limit of open files, or disconnect clients that nobody needs",
         ),
         "handshakes_max" => (
-            "as many connections as mqtt.handshakes_max are there without a CONNECT",
+            "as many connections as mqtt.handshakes_max were there without a CONNECT",
             "raise mqtt.handshakes_max, or keep out who connects and says nothing",
         ),
         "sessions_max" | "broker_state" => (
-            "there is no room for another session",
+            "there was no room for another session",
             "lower mqtt.session_expiry_max, delete sessions of clients that are gone, or raise mqtt.sessions_max",
         ),
         "wills_bytes_max" => (
-            "the wills of all clients take up mqtt.wills_bytes_max",
+            "the wills of all clients took up mqtt.wills_bytes_max",
             "raise mqtt.wills_bytes_max, or let clients send smaller wills",
         ),
         "connect_rate" | "connections_per_user" => (
-            "a limit of mqtt.limits is reached",
+            "a limit of mqtt.limits was reached",
             "raise the limit, or mend the clients that connect so often",
         ),
         "bad_credentials" | "guessing" => {
             ("wrong user names or passwords", "give the clients the right ones, or keep out who guesses")
         }
         "not_authorized" | "client_id" | "session_owner" | "bad_auth_method" => (
-            "the access rules do not let these clients in",
+            "the access rules did not let these clients in",
             "give the clients credentials, or change mqtt.access",
         ),
         "proxy" => ("no valid PROXY header", "hold the load balancer's configuration against the listener's"),
@@ -299,11 +301,14 @@ fn refused(cause: &str, connections: &str, last: Option<&RefusedClient>, hints: 
             ("the TLS handshake failed", "hold the client's certificate and CA against tls of the listener")
         }
         _ => (
-            "what the clients sent is not what MQTT allows here",
+            "what the clients sent was not what MQTT allows here",
             "mend the clients; the log has what is wrong",
         ),
     };
-    let last = last.map_or(String::new(), |last| format!("; the last one: {}", last.detail));
+    let last = last.map_or(String::new(), |last| {
+        let at = Timestamp::from_microsecond(last.last_us as i64).unwrap_or_default();
+        format!("; the last one, at {at:.0}: {}", last.detail)
+    });
     Told {
         part: format!("connections ({cause})"),
         cause: format!("{connections}: {why}{last}"),
@@ -417,14 +422,14 @@ mod tests {
             detail: "client pump-1 at 192.0.2.7:50112".to_owned(),
             count: 3,
             first_us: 0,
-            last_us: 0,
+            last_us: 1_795_415_280_000_000,
         };
         let Told { part, cause, advice } = told("refused", "sessions_max", 3, Some(&last), &Hints::default());
         assert_eq!(part, "connections (sessions_max)");
         assert_eq!(
             cause,
-            "3 connections were refused within the last hour: there is no room for another session; \
-             the last one: client pump-1 at 192.0.2.7:50112"
+            "3 connections were refused within the last hour: there was no room for another session; \
+             the last one, at 2026-11-23T06:28:00Z: client pump-1 at 192.0.2.7:50112"
         );
         assert!(advice.contains("mqtt.sessions_max") && advice.contains("`headworks clients refused`"));
         let one = told("refused", "sessions_max", 1, None, &Hints::default()).cause;

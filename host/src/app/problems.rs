@@ -514,7 +514,7 @@ impl Host {
                 "dead letters that nobody sent again are gone",
                 &pipeline,
                 count,
-                &format!("retention removed those of pipeline \"{pipeline}\": raise max_bytes or max_age of dead_letters"),
+                &gone_letters(&pipeline),
                 "",
             );
         }
@@ -862,6 +862,12 @@ mod tests {
         let retrying = vec![sink(State::Retrying("refused".to_owned()))];
         assert_eq!(found(&PipelineStatus { sinks: retrying, ..loaded.clone() }, STARTS_WITHIN), None);
         assert_eq!(found(&PipelineStatus { state: State::Running, ..loaded }, STARTS_WITHIN), None);
+    }
+
+    #[test]
+    fn dead_letters_that_are_gone_are_told_of_their_pipeline_or_of_none() {
+        assert!(gone_letters("telemetry").contains("pipeline \"telemetry\""));
+        assert!(!gone_letters("").contains("\"\""), "{}", gone_letters(""));
     }
 
     #[test]
