@@ -36,6 +36,8 @@ pub enum Hint<'h> {
     DeadLettersList,
     DeadLettersSummary(Letters<'h>),
     Redrive(Letters<'h>),
+    /// Sends also those that another copy of the data folder may have sent.
+    RedrivePossibleDuplicates,
     Discard(Letters<'h>),
 }
 
@@ -107,6 +109,7 @@ impl<'h> Hint<'h> {
             Self::DeadLettersList => ("dead-letters list", None),
             Self::DeadLettersSummary(_) => ("dead-letters summary", None),
             Self::Redrive(_) => ("dead-letters redrive --all", None),
+            Self::RedrivePossibleDuplicates => ("dead-letters redrive --all --possible-duplicates", None),
             Self::Discard(_) => ("dead-letters discard --all", None),
         }
     }
@@ -155,7 +158,8 @@ impl<'h> Hint<'h> {
                     Some(Self::DeadLettersSummary(Letters::OfPipeline("telemetry")))
                 }
                 Self::DeadLettersSummary(_) => Some(Self::Redrive(Letters::OfSink("warehouse"))),
-                Self::Redrive(_) => Some(Self::Discard(Letters::OfPipeline("telemetry"))),
+                Self::Redrive(_) => Some(Self::RedrivePossibleDuplicates),
+                Self::RedrivePossibleDuplicates => Some(Self::Discard(Letters::OfPipeline("telemetry"))),
                 Self::Discard(_) => None,
             };
         }

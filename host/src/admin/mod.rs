@@ -147,6 +147,9 @@ pub struct RedriveRequest {
     /// Only those that this step refused.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub step: Option<String>,
+    /// Also those that another copy of the data folder may have sent: their rows may come twice.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub possible_duplicates: bool,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -168,6 +171,13 @@ pub struct RedriveAnswer {
     /// or the next redrive does.
     #[serde(default)]
     pub letters_pending: u64,
+    /// Letters that another copy of the data folder had sent: nothing was written, and they are closed.
+    #[serde(default)]
+    pub letters_sent_before: u64,
+    /// Letters that another copy of the data folder may have sent, all or in part: they are not sent
+    /// unless `possible_duplicates` is set.
+    #[serde(default)]
+    pub letters_possible_duplicates: u64,
     /// Sinks that could not take theirs, and why: ask again later.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub failed: Vec<String>,

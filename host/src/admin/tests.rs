@@ -219,7 +219,7 @@ async fn a_redrive_reaches_the_host() {
         "{answer}"
     );
     let asked =
-        RedriveRequest { ids: vec![7], pipeline: None, sink: Some("warehouse".to_owned()), step: None };
+        RedriveRequest { ids: vec![7], sink: Some("warehouse".to_owned()), ..RedriveRequest::default() };
     assert_eq!(*running.redriven.0.lock().unwrap(), [asked]);
     let answer = running.post(r#"{"sink":"none"}"#, "application/json").await;
     assert!(answer.starts_with("HTTP/1.1 404") && answer.contains("no sink `none`"), "{answer}");

@@ -225,9 +225,9 @@ impl Host {
         found.extend(disks.low().into_iter().map(low_space));
         found.extend(self.recent_events());
         let open = lock(&self.watch.open_letters).clone();
-        for (pipeline, OpenCount { letters, oldest_us }) in open {
-            let problem = dead_letters(&pipeline, letters, &self.hints);
-            self.began(&problem, oldest_us);
+        for (pipeline, open) in open {
+            let problem = dead_letters(&pipeline, open, &self.hints);
+            self.began(&problem, open.oldest_us);
             found.push(problem);
         }
         found.extend(self.standing_problems());
@@ -535,8 +535,13 @@ impl Host {
     }
 }
 
-fn dead_letters(pipeline: &str, count: u64, hints: &Hints) -> Found {
+fn dead_letters(pipeline: &str, open: OpenCount, hints: &Hints) -> Found {
     let letters = Letters::OfPipeline(pipeline);
+    let count = open.letters;
+    let perhaps = match open.possible_duplicates {
+        0 => String::new(),
+        some => format!("; {some} of them may be rows already, by another copy of this data folder"),
+    };
     let messages = match count {
         1 => "1 message is a dead letter".to_owned(),
         count => format!("{count} messages are dead letters"),
@@ -544,7 +549,7 @@ fn dead_letters(pipeline: &str, count: u64, hints: &Hints) -> Found {
     Found {
         part: format!("pipeline {pipeline}"),
         kind: "dead_letters",
-        cause: format!("{messages}: rejected, and not sent again"),
+        cause: format!("{messages}: rejected, and not sent again{perhaps}"),
         at_stake: AtStake { messages: Some(count), ..AtStake::default() },
         advice: format!(
             "`{}` shows the reasons, `{}` sends them again once the cause is mended, `{}` closes those that \

@@ -31,7 +31,8 @@ impl Redrive for Redrives {
             }
         }
         let ids = (!request.ids.is_empty()).then(|| request.ids.iter().copied().map(Offset).collect());
-        let filter = Filter { sink: request.sink, step: request.step, ids };
+        let possible_duplicates = request.possible_duplicates;
+        let filter = Filter { sink: request.sink, step: request.step, ids, possible_duplicates };
         let mut answer = RedriveAnswer::default();
         let mut unavailable = Vec::new();
         for pipeline in &pipelines {
@@ -46,6 +47,8 @@ impl Redrive for Redrives {
                     answer.letters_refused += summary.letters.refused;
                     answer.letters_new += summary.new;
                     answer.letters_pending += summary.letters.pending;
+                    answer.letters_sent_before += summary.letters.sent_before;
+                    answer.letters_possible_duplicates += summary.letters.possible_duplicates;
                     answer.failed.extend(summary.failed);
                     continue;
                 }
@@ -68,7 +71,7 @@ impl Redrive for Redrives {
             return Err(RedriveError::NotFound("no pipeline runs here".to_owned()));
         };
         let ids = (!request.ids.is_empty()).then(|| request.ids.iter().copied().map(Offset).collect());
-        let filter = Filter { sink: request.sink, step: request.step, ids };
+        let filter = Filter { sink: request.sink, step: request.step, ids, ..Filter::default() };
         let busy = || RedriveError::Unavailable("a redrive runs: try again once it has ended".to_owned());
         let held: Option<Vec<_>> = others.iter().map(|pipeline| pipeline.without_redrives()).collect();
         let _held = held.ok_or_else(busy)?;

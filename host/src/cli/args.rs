@@ -342,6 +342,9 @@ pub enum DeadLettersCommand {
         /// All that the other options leave
         #[arg(long)]
         all: bool,
+        /// Also those that another copy of the data folder may have sent: rows may come twice
+        #[arg(long)]
+        possible_duplicates: bool,
         #[command(flatten)]
         filter: LetterFilter,
         #[command(flatten)]

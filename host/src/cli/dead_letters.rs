@@ -14,8 +14,8 @@ use super::{admin_client, block_on, message, streams};
 use crate::admin::{DiscardAnswer, RedriveAnswer, RedriveRequest};
 use crate::batch::{Batch, MessageRef, Offset};
 use crate::config::{self, Config, DEAD_LETTERS, Loaded};
-use crate::hints::{Hint, Hints};
-use crate::pipeline::{MARK_PREFIX, Mark, Marks};
+use crate::hints::{Hint, Hints, Letters};
+use crate::pipeline::{MARK_PREFIX, Mark, Marks, Reopened};
 use crate::plugin;
 use crate::properties::{self, Origin};
 use crate::stream::Read;
@@ -45,15 +45,17 @@ pub fn dead_letters(command: DeadLettersCommand, out: &mut Out) -> anyhow::Resul
             let Loaded { config, source, .. } = config::load(config.config.as_deref())?;
             show(open(&config, Offset(id))?, id, &source.hints(), format.format, out)
         }
-        DeadLettersCommand::Redrive { ids, all: _, filter, config, format } => {
+        DeadLettersCommand::Redrive { ids, all: _, possible_duplicates, filter, config, format } => {
             let loaded = config::load(config.config.as_deref())?;
             let LetterFilter { pipeline, sink, step } = filter;
-            block_on(redrive(&loaded, RedriveRequest { ids, pipeline, sink, step }, format.format, out))
+            let request = RedriveRequest { ids, pipeline, sink, step, possible_duplicates };
+            block_on(redrive(&loaded, request, format.format, out))
         }
         DeadLettersCommand::Discard { ids, all: _, filter, config } => {
             let loaded = config::load(config.config.as_deref())?;
             let LetterFilter { pipeline, sink, step } = filter;
-            discard(&loaded, &RedriveRequest { ids, pipeline, sink, step }, out)
+            let request = RedriveRequest { ids, pipeline, sink, step, ..RedriveRequest::default() };
+            discard(&loaded, &request, out)
         }
     }
 }
@@ -327,8 +329,7 @@ async fn redrive(
     let answer = admin_client::post(&loaded.config, "/api/dead-letters/redrive", &request).await;
     progress.finish_and_clear();
     let answer: RedriveAnswer = answer?;
-    let is_nothing = answer.letters_sent + answer.letters_refused + answer.letters_pending == 0
-        && answer.failed.is_empty();
+    let is_nothing = is_nothing(&answer);
     unless_closed(match format {
         Format::Json => out.json(&answer),
         Format::Text if !is_nothing => out.line(redriven(&answer)),
@@ -339,6 +340,9 @@ async fn redrive(
     if is_nothing && !request.ids.is_empty() {
         bail!("nothing to send: no open dead letter has such an id, see `{list}`");
     }
+    if answer.letters_possible_duplicates > 0 {
+        bail!("{}", possible_duplicates(answer.letters_possible_duplicates, &loaded.source.hints()));
+    }
     if !answer.failed.is_empty() {
         bail!("not all could be sent, try again later: {}", answer.failed.join("; "));
     }
@@ -346,6 +350,27 @@ async fn redrive(
         bail!("all were refused again: `{list}` shows by whom and why");
     }
     Ok(())
+}
+
+fn is_nothing(answer: &RedriveAnswer) -> bool {
+    let became_something = answer.letters_sent
+        + answer.letters_refused
+        + answer.letters_pending
+        + answer.letters_sent_before
+        + answer.letters_possible_duplicates;
+    became_something == 0 && answer.failed.is_empty()
+}
+
+/// What to say of letters that are not sent unasked.
+fn possible_duplicates(count: u64, hints: &Hints) -> String {
+    let (letters, are) = if count == 1 { ("dead letter", "is") } else { ("dead letters", "are") };
+    format!(
+        "{count} {letters} {are} not sent, because another copy of this data folder may have sent them, all or in \
+         part: `{}` marks them; look for their rows, then send them all the same with `{}`, or close them with `{}`",
+        hints.command(Hint::DeadLettersList),
+        hints.command(Hint::RedrivePossibleDuplicates),
+        hints.command(Hint::Discard(Letters::All)),
+    )
 }
 
 /// What became of the letters, by letter, and the rows beside it.
@@ -358,6 +383,10 @@ fn redriven(answer: &RedriveAnswer) -> String {
         answer.letters_refused,
         answer.letters_pending
     );
+    if answer.letters_sent_before > 0 {
+        let letters = count(answer.letters_sent_before, "dead letter");
+        line += &format!("; {letters} sent before by another copy of this data folder, and closed");
+    }
     if answer.letters_new > 0 {
         line += &format!("; {} of another step or sink", count(answer.letters_new, "new dead letter"));
     }
@@ -410,8 +439,11 @@ fn sent_again(mark: Option<&Mark>) -> &'static str {
     match mark {
         Some(Mark::Sent) => "yes, or discarded",
         Some(Mark::Pending { .. }) => "pending",
-        Some(Mark::Open { was_sent: true, .. }) => "yes, and a database has lost it",
-        Some(Mark::Open { was_sent: false, .. }) => "refused again",
+        Some(Mark::Open { why: Reopened::Lost, .. }) => "yes, and a database has lost it",
+        Some(Mark::Open { why: Reopened::Rejected, .. }) => "refused again",
+        Some(Mark::Open { why: Reopened::PossibleDuplicate, .. }) => {
+            "perhaps, all or in part, by another copy of this data folder"
+        }
         None => "no",
     }
 }
@@ -424,6 +456,7 @@ fn lines(letter: &MessageRef<'_>, mark: Option<&Mark>) -> Lines {
             match mark {
                 Some(Mark::Sent) => format!("{id} (closed)"),
                 Some(Mark::Pending { .. }) => format!("{id} (pending)"),
+                mark if is_possible_duplicate(mark) => format!("{id} (possible duplicate)"),
                 Some(Mark::Open { .. }) | None => id.to_string(),
             },
             time(letter.entry.received_us),
@@ -433,6 +466,10 @@ fn lines(letter: &MessageRef<'_>, mark: Option<&Mark>) -> Lines {
         what: vec![format!("device {}", letter.device()), letter.topic().to_owned()],
         reason: property(letter, "reason"),
     }
+}
+
+fn is_possible_duplicate(mark: Option<&Mark>) -> bool {
+    matches!(mark, Some(Mark::Open { why: Reopened::PossibleDuplicate, .. }))
 }
 
 fn refused_by(letter: &MessageRef<'_>) -> String {
@@ -459,6 +496,7 @@ fn to_json(letter: &MessageRef<'_>, mark: Option<&Mark>) -> Map<String, Value> {
     let mut all = message::to_json(letter);
     all.insert("sent_again".into(), (mark == Some(&Mark::Sent)).into());
     all.insert("pending".into(), matches!(mark, Some(Mark::Pending { .. })).into());
+    all.insert("possible_duplicate".into(), is_possible_duplicate(mark).into());
     if let Some(id) = all.remove("offset") {
         all.insert("id".into(), id);
     }
@@ -516,5 +554,22 @@ mod tests {
         ] {
             assert_eq!((redriven(&answer).as_str(), is_all_refused(&answer)), (said, is_failure));
         }
+    }
+
+    #[test]
+    fn letters_that_another_copy_of_the_folder_sent_or_may_have_sent_are_told() {
+        let sent = RedriveAnswer { letters_sent_before: 2, ..RedriveAnswer::default() };
+        assert!(
+            redriven(&sent)
+                .ends_with("; 2 dead letters sent before by another copy of this data folder, and closed")
+        );
+        assert!(!is_nothing(&sent) && !is_all_refused(&sent));
+        let perhaps = RedriveAnswer { letters_possible_duplicates: 1, ..RedriveAnswer::default() };
+        assert!(!is_nothing(&perhaps));
+        let said = possible_duplicates(1, &Hints::default());
+        assert!(said.contains("1 dead letter is not sent"), "{said}");
+        assert!(said.contains("`headworks dead-letters redrive --all --possible-duplicates`"), "{said}");
+        let mark = Mark::Open { sinks: BTreeSet::new(), why: Reopened::PossibleDuplicate };
+        assert!(is_possible_duplicate(Some(&mark)) && sent_again(Some(&mark)).starts_with("perhaps"));
     }
 }

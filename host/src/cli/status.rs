@@ -44,6 +44,11 @@ struct Redrive {
     letters_sent: u64,
     letters_refused: u64,
     letters_pending: u64,
+    /// A host of an older binary says neither.
+    #[serde(default)]
+    letters_sent_before: u64,
+    #[serde(default)]
+    letters_possible_duplicates: u64,
 }
 
 #[derive(Deserialize, Serialize)]
@@ -178,10 +183,62 @@ fn redrive(status: &Status, component: &str) -> Option<String> {
         Some(ended) => format!("the last redrive ended {} ago", ago(ended)),
     };
     text += &format!(": {} dead letters sent", redrive.letters_sent);
-    for (count, what) in [(redrive.letters_refused, "refused again"), (redrive.letters_pending, "pending")] {
+    for (count, what) in [
+        (redrive.letters_sent_before, "sent before by another copy of the data folder"),
+        (redrive.letters_refused, "refused again"),
+        (redrive.letters_pending, "pending"),
+        (redrive.letters_possible_duplicates, "that may be rows already"),
+    ] {
         if count > 0 {
             text += &format!(", {count} {what}");
         }
     }
     Some(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// What the line of `pipeline telemetry` says beside its state.
+    fn shown(redrive: serde_json::Value) -> Option<String> {
+        let status = json!({
+            "problems": [], "version": "0", "components": [],
+            "pipelines": [{ "name": "telemetry", "sinks": [], "redrive": redrive }],
+        });
+        let status: Status = serde_json::from_value(status).unwrap();
+        assert_eq!(super::redrive(&status, "sink telemetry/w"), None);
+        super::redrive(&status, "pipeline telemetry")
+    }
+
+    #[test]
+    fn a_redrive_is_shown_with_since_when_and_what_became_of_its_letters() {
+        let now = UNIX_EPOCH.elapsed().unwrap().as_secs_f64();
+        let mut redrive = json!({
+            "running": true, "since": now - 7_200.5, "ended": null,
+            "letters_sent": 3, "letters_refused": 0, "letters_pending": 0,
+        });
+        assert_eq!(shown(json!(null)), None);
+        let said = shown(redrive.clone()).unwrap();
+        assert!(
+            said.starts_with("a redrive runs since 2h") && said.ends_with(": 3 dead letters sent"),
+            "{said}"
+        );
+        redrive["running"] = false.into();
+        redrive["ended"] = (now - 60.5).into();
+        for (key, count) in [
+            ("letters_refused", 2),
+            ("letters_pending", 1),
+            ("letters_sent_before", 4),
+            ("letters_possible_duplicates", 5),
+        ] {
+            redrive[key] = count.into();
+        }
+        let said = shown(redrive).unwrap();
+        let letters = ": 3 dead letters sent, 4 sent before by another copy of the data folder, 2 refused again, \
+                       1 pending, 5 that may be rows already";
+        assert!(said.starts_with("the last redrive ended 1m") && said.ends_with(letters), "{said}");
+    }
 }

@@ -10,14 +10,15 @@
 //! it in the dead letters. What such a redrive left is sent from the copies.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ops::Range;
+use std::ops::{AddAssign, Range};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use uuid::Uuid;
 
 use super::dead_letters::{DeadLetters, Refusal, Source};
 use super::letter::{Letter, Names};
-use super::marks::{Change, MARK_PREFIX, Mark, Marks, Pending, Sent, mark_key};
+use super::marks::{Change, MARK_PREFIX, Mark, Marks, Pending, Reopened, Sent, mark_key};
+use super::pass_letters::{Fate, Part, Told};
 use super::routes::SinkNumber;
 use crate::batch::{MessageRef, Offset, Partition};
 use crate::stream::{Identity, Read, ReadError, Stream};
@@ -32,7 +33,7 @@ pub fn is_pending(dead_letters: &dyn Stream, pipelines: &[String]) -> bool {
 /// the letter itself, or its copy where a redrive of 0.1.0 left one.
 pub struct Again {
     names: Names,
-    pass: Option<Uuid>,
+    pass: Mutex<Option<Uuid>>,
     sendings: Mutex<BTreeMap<u64, Sending>>,
 }
 
@@ -44,10 +45,15 @@ pub struct Sending {
     by: String,
     /// The pipeline's sinks that it goes to.
     names: Vec<SinkNumber>,
-    /// It names a sink that the pipeline does not have any more, and waits for it.
-    is_kept: bool,
+    /// Names of sinks that the pipeline does not have any more: it waits for them.
+    kept: BTreeSet<String>,
     only: Option<BTreeSet<String>>,
     rejected: BTreeSet<String>,
+    /// Sinks that have it from other passes, of which this folder did not know.
+    sent_by: BTreeMap<SinkNumber, Uuid>,
+    /// Sinks that may have it, all or some of what is made of it.
+    doubtful: BTreeSet<SinkNumber>,
+    may_repeat: bool,
 }
 
 impl Sending {
@@ -74,10 +80,26 @@ impl Sending {
                 .filter(|sink| names.names(letter, *sink) || pipeline.began_behind(letter, *sink))
                 .filter(|sink| names.sinks[*sink].iter().any(|name| is_wanted(name)))
                 .collect(),
-            is_kept: named.filter(|name| is_wanted(name)).any(|name| names.number(name).is_none()),
+            kept: named
+                .filter(|name| is_wanted(name) && names.number(name).is_none())
+                .map(str::to_owned)
+                .collect(),
             only: only.cloned(),
             rejected: rejected.clone(),
+            sent_by: BTreeMap::new(),
+            doubtful: BTreeSet::new(),
+            may_repeat: false,
         }
+    }
+
+    /// The same, sent though it may be rows already.
+    pub fn repeating(self, may_repeat: bool) -> Self {
+        Self { may_repeat, ..self }
+    }
+
+    /// Whether the pass delivers it to a sink.
+    fn goes_to(&self, sink: SinkNumber) -> bool {
+        self.names.contains(&sink) && !self.sent_by.contains_key(&sink) && !self.doubtful.contains(&sink)
     }
 
     pub fn goes_anywhere(&self) -> bool {
@@ -91,6 +113,20 @@ pub struct Ended {
     pub sent: u64,
     pub refused: u64,
     pub pending: u64,
+    /// Another copy of the data folder had sent them.
+    pub sent_before: u64,
+    /// Another copy of the data folder may have sent them: open, and sent only where that is asked for.
+    pub possible_duplicates: u64,
+}
+
+impl AddAssign for Ended {
+    fn add_assign(&mut self, other: Self) {
+        self.sent += other.sent;
+        self.refused += other.refused;
+        self.pending += other.pending;
+        self.sent_before += other.sent_before;
+        self.possible_duplicates += other.possible_duplicates;
+    }
 }
 
 impl Again {
@@ -100,7 +136,14 @@ impl Again {
     }
 
     fn of(names: &Names, pass: Option<Uuid>, sendings: BTreeMap<u64, Sending>) -> Self {
-        Self { names: names.clone(), pass, sendings: Mutex::new(sendings) }
+        Self { names: names.clone(), pass: Mutex::new(pass), sendings: Mutex::new(sendings) }
+    }
+
+    /// Begins another pass, with the letters that come after those of this one. What is pending of
+    /// this one is left to another redrive.
+    pub fn renew(&self) {
+        *self.pass.lock().unwrap_or_else(PoisonError::into_inner) = Some(Uuid::new_v4());
+        self.lock().clear();
     }
 
     /// The passes that earlier redrives of a pipeline left.
@@ -140,7 +183,8 @@ impl Again {
                     continue;
                 }
                 let sending =
-                    Sending::of(&message, &letter, pipeline, pending.only.as_ref(), &pending.rejected);
+                    Sending::of(&message, &letter, pipeline, pending.only.as_ref(), &pending.rejected)
+                        .repeating(pending.may_repeat);
                 // The last of a letter's copies is the one under way.
                 passes.entry(pending.pass).or_default().insert(sending.letter, (at, sending));
             }
@@ -152,24 +196,26 @@ impl Again {
     }
 
     pub fn pass(&self) -> Option<Uuid> {
-        self.pass
+        *self.pass.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The log of a pass, as the sinks' positions name it: each pass begins anew.
     pub fn identity(&self, dead_letters: Identity) -> Identity {
-        match self.pass {
+        match self.pass() {
             Some(pass) => Identity { log: pass, generation: 0, partitions: dead_letters.partitions },
             None => dead_letters,
         }
     }
 
-    /// The mark of a letter that this pass takes.
-    pub fn mark(&self, only: Option<&BTreeSet<String>>) -> Mark {
-        self.pending_mark(only.cloned(), BTreeSet::new())
-    }
-
-    fn pending_mark(&self, only: Option<BTreeSet<String>>, rejected: BTreeSet<String>) -> Mark {
-        Mark::Pending(Pending { pipeline: self.names.pipeline().to_owned(), pass: self.pass, only, rejected })
+    /// The mark of a letter that this pass takes, or has.
+    pub fn mark(&self, sending: &Sending, rejected: BTreeSet<String>) -> Mark {
+        Mark::Pending(Pending {
+            pipeline: self.names.pipeline().to_owned(),
+            pass: self.pass(),
+            only: sending.only.clone(),
+            rejected,
+            may_repeat: sending.may_repeat,
+        })
     }
 
     /// Their marks are appended.
@@ -191,7 +237,50 @@ impl Again {
     }
 
     pub fn goes_to(&self, offset: Offset, sink: SinkNumber) -> bool {
-        self.lock().get(&offset.0).is_some_and(|sending| sending.names.contains(&sink))
+        self.lock().get(&offset.0).is_some_and(|sending| sending.goes_to(sink))
+    }
+
+    /// Returns what this pass delivers to a sink of a partition: where it lies, and its letter.
+    pub fn letters_to(
+        &self,
+        sink: SinkNumber,
+        partition: Partition,
+        range: Range<Offset>,
+    ) -> Vec<(Offset, u64)> {
+        let sendings = self.lock();
+        let own = sendings.range(range.start.0..range.end.0);
+        let own = own.filter(|(_, sending)| sending.partition == partition && sending.goes_to(sink));
+        own.map(|(at, sending)| (Offset(*at), sending.letter)).collect()
+    }
+
+    /// Compares what goes to a sink with what its database tells. `positions`: those of this pass;
+    /// `has_new`: whether this folder has a new letter of what a letter there became.
+    pub fn compare(
+        &self,
+        sink: SinkNumber,
+        told: &Told,
+        positions: &[Offset],
+        has_new: impl Fn(Offset) -> bool,
+    ) {
+        let name = self.names.sink(sink);
+        for (at, sending) in self.lock().iter_mut().filter(|(_, sending)| sending.names.contains(&sink)) {
+            let partition = usize::from(sending.partition.0);
+            let is_past = positions.get(partition).is_some_and(|position| *at < position.0);
+            let own = told.own(partition).filter(|_| is_past).map(|own| own.has(sending.letter));
+            if own == Some(Some(Part::All)) {
+                continue;
+            }
+            match told.of_letter(sending.letter) {
+                Fate::SentBy(pass) => drop(sending.sent_by.insert(sink, pass)),
+                Fate::PossibleDuplicate if !sending.may_repeat => drop(sending.doubtful.insert(sink)),
+                // Another copy of the folder has got this pass so far, and has the letters of what it
+                // rejected.
+                _ if sending.rejected.contains(name) || has_new(Offset(*at)) => {}
+                _ if own == Some(Some(Part::Some)) => drop(sending.doubtful.insert(sink)),
+                _ if own == Some(None) => drop(sending.rejected.insert(name.to_owned())),
+                _ => {}
+            }
+        }
     }
 
     /// What lies there cannot be read any more; returns how many that are.
@@ -222,10 +311,7 @@ impl Again {
             let sending = sendings.get(&refusal.message.offset().0)?;
             let names = names.iter().map(|sink| self.names.sink(*sink).to_owned());
             let rejected = sending.rejected.iter().cloned().chain(names).collect();
-            Some((
-                mark_key(Offset(sending.letter)),
-                Some(self.pending_mark(sending.only.clone(), rejected).bytes()),
-            ))
+            Some((mark_key(Offset(sending.letter)), Some(self.mark(sending, rejected).bytes())))
         };
         refusals.iter().filter_map(mark).collect()
     }
@@ -258,39 +344,54 @@ impl Again {
     pub fn ended(&self, reached: &[Vec<Offset>]) -> (Vec<Change>, Ended) {
         let mut ended = Ended::default();
         let mut marks = Vec::new();
-        let mut sent: BTreeMap<BTreeSet<String>, Vec<u64>> = BTreeMap::new();
+        let mut sent: BTreeMap<(Uuid, BTreeSet<String>), Vec<u64>> = BTreeMap::new();
+        let pass = self.pass();
+        let name = |sink: &SinkNumber| self.names.sink(*sink).to_owned();
         self.lock().retain(|at, sending| {
             let is_past = |sink: &SinkNumber| {
                 let positions = reached.get(*sink).map_or(&[][..], Vec::as_slice);
                 positions.get(usize::from(sending.partition.0)).is_some_and(|position| position.0 > *at)
             };
-            if !sending.names.iter().all(is_past) || (sending.is_kept && sending.rejected.is_empty()) {
+            let mut open: BTreeSet<_> = sending.doubtful.iter().map(name).collect();
+            open.extend(sending.rejected.iter().cloned());
+            if !sending.names.iter().all(is_past) || (open.is_empty() && !sending.kept.is_empty()) {
                 return true;
             }
-            let taken = sending.names.iter().map(|sink| self.names.sink(*sink));
-            let taken: BTreeSet<_> =
-                taken.filter(|name| !sending.rejected.contains(*name)).map(str::to_owned).collect();
-            if !taken.is_empty() {
-                sent.entry(taken).or_default().push(sending.letter);
+            let taken = sending.names.iter().filter(|sink| sending.goes_to(**sink)).map(name);
+            let taken: BTreeSet<_> = taken.filter(|name| !sending.rejected.contains(name)).collect();
+            let is_taken = !taken.is_empty();
+            let mut by_pass: BTreeMap<Uuid, BTreeSet<String>> = BTreeMap::new();
+            by_pass.extend(pass.filter(|_| is_taken).map(|pass| (pass, taken)));
+            for (sink, by) in &sending.sent_by {
+                by_pass.entry(*by).or_default().insert(name(sink));
             }
-            let mark = if !sending.rejected.is_empty() {
-                ended.refused += 1;
-                Some(Mark::Open { sinks: sending.rejected.clone(), was_sent: false })
+            by_pass.into_iter().for_each(|by| sent.entry(by).or_default().push(sending.letter));
+            let mark = if !open.is_empty() {
+                let why = match sending.doubtful.is_empty() {
+                    true => Reopened::Rejected,
+                    false => Reopened::PossibleDuplicate,
+                };
+                match why {
+                    Reopened::PossibleDuplicate => ended.possible_duplicates += 1,
+                    Reopened::Rejected | Reopened::Lost => ended.refused += 1,
+                }
+                open.extend(sending.kept.iter().cloned());
+                Some(Mark::Open { sinks: open, why })
             } else {
-                ended.sent += 1;
+                match is_taken || sending.sent_by.is_empty() {
+                    true => ended.sent += 1,
+                    false => ended.sent_before += 1,
+                }
                 // No record has the letters of a redrive without a pass.
-                self.pass.is_none().then_some(Mark::Sent)
+                pass.is_none().then_some(Mark::Sent)
             };
             marks.push((mark_key(Offset(sending.letter)), mark.map(|mark| mark.bytes())));
             false
         });
-        let records = |pass: Uuid| {
-            let of = move |(sinks, letters): (&BTreeSet<String>, &Vec<u64>)| {
-                Sent::records(pass, self.names.pipeline(), sinks, letters)
-            };
-            sent.iter().flat_map(of).collect::<Vec<_>>()
+        let records = |((pass, sinks), letters): (&(Uuid, BTreeSet<String>), &Vec<u64>)| {
+            Sent::records(*pass, self.names.pipeline(), sinks, letters)
         };
-        let mut changes = self.pass.map(records).unwrap_or_default();
+        let mut changes: Vec<_> = sent.iter().flat_map(records).collect();
         changes.append(&mut marks);
         (changes, ended)
     }

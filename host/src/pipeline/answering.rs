@@ -6,7 +6,10 @@ use async_trait::async_trait;
 use uuid::Uuid;
 
 use super::status::SinkShared;
-use crate::sinks::{Advance, Claim, Epoch, Error, LogPosition, Name, Opened, Outcome, Rows, Sink, Written};
+use crate::batch::{Offset, Partition};
+use crate::sinks::{
+    Advance, Claim, Epoch, Error, LogPosition, Name, Opened, Outcome, PassPosition, Rows, Sink, Written,
+};
 
 pub struct Answering {
     pub sink: Box<dyn Sink>,
@@ -23,8 +26,21 @@ impl Sink for Answering {
         self.shared.answer(self.sink.positions_of(claims, logs)).await
     }
 
+    async fn passes_of(
+        &mut self,
+        claims: &[Name],
+        log: Uuid,
+        above: Offset,
+    ) -> Result<Vec<PassPosition>, Error> {
+        self.shared.answer(self.sink.passes_of(claims, log, above)).await
+    }
+
     async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {
         self.shared.answer(self.sink.commit(rows, advance)).await
+    }
+
+    async fn set_letters(&mut self, letters: &[(Partition, String)]) -> Result<(), Error> {
+        self.shared.answer(self.sink.set_letters(letters)).await
     }
 
     async fn finish(&mut self) -> Result<Written, Error> {

@@ -16,6 +16,7 @@
 //! beside them, and for nobody else.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -28,6 +29,7 @@ use super::letter::{self, Letter, Names};
 use super::metrics;
 use super::missing::SentLetters;
 use super::outlet::HandedOut;
+use super::pass_letters::Told;
 use super::routes::SinkNumber;
 use crate::batch::{Batch, MessageRef, Offset, Partition};
 use crate::step::RefusedKind;
@@ -428,6 +430,36 @@ impl DeadLetters {
 
     pub fn again(&self) -> Option<&Again> {
         self.again.as_ref()
+    }
+
+    /// Compares what a pass sends to a sink with what its database tells of letters.
+    pub fn compare(&self, sink: SinkNumber, told: &Told, positions: &[Offset]) {
+        let known = self.lock();
+        let has_new = |at| !known.seen(sink, at, at).is_empty();
+        self.again.iter().for_each(|again| again.compare(sink, told, positions, has_new));
+    }
+
+    /// Returns the letters of a partition that a pass sends to a sink from a range, as far as it is
+    /// known by now what is rejected: those of which all is sent, and those of which some is.
+    pub fn sent_from(
+        &self,
+        sink: SinkNumber,
+        partition: Partition,
+        range: Range<Offset>,
+    ) -> (Vec<u64>, Vec<u64>) {
+        let known = self.lock();
+        let (mut sent, mut partly) = (Vec::new(), Vec::new());
+        for (at, letter) in
+            self.again.iter().flat_map(|again| again.letters_to(sink, partition, range.clone()))
+        {
+            let rejected = known.seen(sink, at, at);
+            if rejected.is_empty() {
+                sent.push(letter);
+            } else if !rejected.has_whole(at) {
+                partly.push(letter);
+            }
+        }
+        (sent, partly)
     }
 
     /// What redrives have sent.

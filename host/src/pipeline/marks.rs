@@ -8,7 +8,10 @@
 //! says more than a record that names the letter.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::num::ParseIntError;
 use std::ops::Range;
+use std::str::FromStr;
 
 use uuid::Uuid;
 
@@ -32,11 +35,23 @@ pub enum Mark {
     /// Each sink that it names has it, or another letter has what is left of it.
     Sent,
     Pending(Pending),
+    /// For these sinks.
     Open {
         sinks: BTreeSet<String>,
-        /// A sink among them had it, and its database lost it; else they rejected it again.
-        was_sent: bool,
+        why: Reopened,
     },
+}
+
+/// Why a letter is open that a redrive took.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reopened {
+    /// The sinks rejected it again.
+    Rejected,
+    /// A sink among them had it, and its database lost it.
+    Lost,
+    /// A redrive of another copy of the data folder may have made rows of it, all or some: it is
+    /// sent only where that is asked for.
+    PossibleDuplicate,
 }
 
 /// A redrive of this pipeline is under way.
@@ -49,17 +64,37 @@ pub struct Pending {
     pub only: Option<BTreeSet<String>>,
     /// Sinks that rejected it so far.
     pub rejected: BTreeSet<String>,
+    /// It is sent though it may be rows already.
+    pub may_repeat: bool,
 }
 
 /// First byte of the mark of a letter that a pass sends: no text begins with it.
 const OF_PASS: u8 = 1;
 /// Second line of the mark of a letter that a database has lost.
 const WAS_SENT: &str = "was sent";
+/// Second line of the mark of a letter that may be rows already, and last line of one that is sent
+/// all the same.
+const POSSIBLE_DUPLICATE: &str = "possible duplicate";
+
+impl Reopened {
+    fn text(self) -> &'static str {
+        match self {
+            Self::Rejected => "",
+            Self::Lost => WAS_SENT,
+            Self::PossibleDuplicate => POSSIBLE_DUPLICATE,
+        }
+    }
+
+    fn read(text: &str) -> Self {
+        let all = [Self::Lost, Self::PossibleDuplicate];
+        all.into_iter().find(|why| why.text() == text).unwrap_or(Self::Rejected)
+    }
+}
 
 impl Mark {
-    /// Empty for a letter that is sent. `pending` and the pipeline, or `open` and whether it was
-    /// sent, and the sinks, a line each. For a pass: a byte, its UUID, then lines: the pipeline,
-    /// the sinks that it is sent to, those that rejected it.
+    /// Empty for a letter that is sent. `pending` and the pipeline, or `open` and why, and the
+    /// sinks, a line each. For a pass: a byte, its UUID, then lines: the pipeline, the sinks that it
+    /// is sent to, those that rejected it, and whether it may repeat rows.
     pub fn bytes(&self) -> Vec<u8> {
         let lines = |first: [&str; 2], names: &BTreeSet<String>| {
             first
@@ -71,13 +106,14 @@ impl Mark {
         };
         match self {
             Self::Sent => Vec::new(),
-            Self::Open { sinks, was_sent } => lines(["open", if *was_sent { WAS_SENT } else { "" }], sinks),
+            Self::Open { sinks, why } => lines(["open", why.text()], sinks),
             Self::Pending(Pending { pipeline, pass: None, rejected, .. }) => {
                 lines(["pending", pipeline], rejected)
             }
-            Self::Pending(Pending { pipeline, pass: Some(pass), only, rejected }) => {
+            Self::Pending(Pending { pipeline, pass: Some(pass), only, rejected, may_repeat }) => {
                 let only = only.as_ref().map(joined).unwrap_or_default();
-                let text = format!("{pipeline}\n{only}\n{}", joined(rejected));
+                let repeats = if *may_repeat { format!("\n{POSSIBLE_DUPLICATE}") } else { String::new() };
+                let text = format!("{pipeline}\n{only}\n{}{repeats}", joined(rejected));
                 [&[OF_PASS], &pass.as_bytes()[..], text.as_bytes()].concat()
             }
         }
@@ -92,7 +128,8 @@ impl Mark {
             let mut line = || lines.next().unwrap_or_default();
             let (pipeline, only, rejected) = (line().to_owned(), split(line()), split(line()));
             let only = (!only.is_empty()).then_some(only);
-            return Self::Pending(Pending { pipeline, pass: Some(Uuid::from_bytes(*pass)), only, rejected });
+            let (pass, may_repeat) = (Some(Uuid::from_bytes(*pass)), line() == POSSIBLE_DUPLICATE);
+            return Self::Pending(Pending { pipeline, pass, only, rejected, may_repeat });
         }
         let text = String::from_utf8_lossy(bytes);
         let mut lines = text.split('\n');
@@ -101,9 +138,10 @@ impl Mark {
         match kind {
             Some("pending") => {
                 let pipeline = second.to_owned();
-                Self::Pending(Pending { pipeline, pass: None, only: None, rejected: names })
+                let pass = None;
+                Self::Pending(Pending { pipeline, pass, only: None, rejected: names, may_repeat: false })
             }
-            Some("open") => Self::Open { sinks: names, was_sent: second == WAS_SENT },
+            Some("open") => Self::Open { sinks: names, why: Reopened::read(second) },
             _ => Self::Sent,
         }
     }
@@ -161,6 +199,12 @@ impl Runs {
         &self.0
     }
 
+    /// Returns the runs with those of others.
+    pub fn with(&self, letters: impl IntoIterator<Item = u64>) -> Self {
+        let more = letters.into_iter().map(|letter| letter..letter + 1);
+        Self::of(self.0.iter().cloned().chain(more).collect())
+    }
+
     /// Tells for each run how far it begins behind the one before, and how long it is.
     fn write(&self, bytes: &mut Vec<u8>) {
         let mut at = 0;
@@ -180,6 +224,34 @@ impl Runs {
             runs.push(start..at);
         }
         Some(Self::of(runs))
+    }
+}
+
+/// `3-17,20`: the first letter of each run, and its last.
+impl fmt::Display for Runs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, run) in self.0.iter().enumerate() {
+            let comma = if i == 0 { "" } else { "," };
+            write!(f, "{comma}{}", run.start)?;
+            if run.end - run.start > 1 {
+                write!(f, "-{}", run.end - 1)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl FromStr for Runs {
+    type Err = ParseIntError;
+
+    /// Reads what [`fmt::Display`] wrote.
+    fn from_str(text: &str) -> Result<Self, ParseIntError> {
+        let run = |run: &str| {
+            let (first, last) = run.split_once('-').unwrap_or((run, run));
+            Ok(first.parse()?..last.parse::<u64>()?.saturating_add(1))
+        };
+        let runs = text.split(',').filter(|run| !run.is_empty()).map(run);
+        Ok(Self::of(runs.collect::<Result<_, _>>()?))
     }
 }
 
@@ -326,16 +398,19 @@ mod tests {
 
     #[test]
     fn a_mark_reads_as_it_was_written_and_an_empty_one_of_the_first_version_is_sent() {
-        let pending =
-            |pass, only, rejected| Mark::Pending(Pending { pipeline: "p".into(), pass, only, rejected });
+        let pending = |pass: Option<Uuid>, only, rejected| {
+            let may_repeat = pass.is_some_and(|pass| pass.is_max());
+            Mark::Pending(Pending { pipeline: "p".into(), pass, only, rejected, may_repeat })
+        };
         for mark in [
             Mark::Sent,
             pending(None, None, names(&[])),
             pending(None, None, names(&["a", "b"])),
             pending(Some(Uuid::from_bytes([b'\n'; 16])), None, names(&[])),
             pending(Some(Uuid::max()), Some(names(&["a", "b"])), names(&["b"])),
-            Mark::Open { sinks: names(&["a"]), was_sent: false },
-            Mark::Open { sinks: names(&["a", "b"]), was_sent: true },
+            Mark::Open { sinks: names(&["a"]), why: Reopened::Rejected },
+            Mark::Open { sinks: names(&["a", "b"]), why: Reopened::Lost },
+            Mark::Open { sinks: names(&["a", "b"]), why: Reopened::PossibleDuplicate },
         ] {
             assert_eq!(Mark::read(&mark.bytes()), mark);
         }
@@ -366,8 +441,8 @@ mod tests {
     #[test]
     fn a_letter_whose_own_mark_says_more_than_a_record_is_what_the_mark_says() {
         let mut changes = Sent::records(Uuid::nil(), "p", &names(&["a"]), &[1, 2, 3]);
-        changes
-            .push((mark_key(Offset(2)), Some(Mark::Open { sinks: names(&["b"]), was_sent: false }.bytes())));
+        let open = Mark::Open { sinks: names(&["b"]), why: Reopened::Rejected };
+        changes.push((mark_key(Offset(2)), Some(open.bytes())));
         changes.push((mark_key(Offset(9)), Some(Vec::new())));
         let marks = Marks::read(&state(changes));
         assert!(marks.is_open(2) && !marks.is_open(1));

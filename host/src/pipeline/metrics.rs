@@ -89,7 +89,7 @@ pub const METRICS: &[Metric] = &[
     metric(
         "headworks_redrive_letters_total",
         MetricKind::Counter,
-        "Dead letters that redrives sent, by outcome: sent, refused (rejected again as before, and open again)",
+        "Dead letters that redrives sent, by outcome: sent, sent_before (another copy of the data folder had sent them), refused (rejected again as before, and open again)",
         &["pipeline", "outcome"],
     ),
     metric(
@@ -151,6 +151,7 @@ impl PipelineMetrics {
 pub struct RedriveMetrics {
     pub running: Gauge,
     pub sent: Counter,
+    pub sent_before: Counter,
     pub refused: Counter,
 }
 
@@ -159,7 +160,8 @@ impl RedriveMetrics {
         let letters = |outcome: &'static str| counter!("headworks_redrive_letters_total", "pipeline" => pipeline.to_owned(), "outcome" => outcome);
         let running = gauge!("headworks_redrive_running", "pipeline" => pipeline.to_owned());
         running.set(0.0);
-        Self { running, sent: letters("sent"), refused: letters("refused") }
+        let (sent, sent_before) = (letters("sent"), letters("sent_before"));
+        Self { running, sent, sent_before, refused: letters("refused") }
     }
 }
 

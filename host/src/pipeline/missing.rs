@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use super::dead_letters::Error;
 use super::letter::Names;
-use super::marks::{Change, Mark, Marks, Pending, SENT_PREFIX, Sent, mark_key, records};
+use super::marks::{Change, Mark, Marks, Pending, Reopened, SENT_PREFIX, Sent, mark_key, records};
 use super::routes::SinkNumber;
 use crate::batch::Offset;
 use crate::sinks::{LogPosition, Name};
@@ -174,10 +174,14 @@ impl SentLetters {
         let name = || self.names.sink(sink).to_owned();
         let state = self.dead_letters.state(&mark_key(Offset(letter)));
         match Marks::read(&state).get(letter) {
-            None => Some(Mark::Open { sinks: [name()].into(), was_sent: true }),
-            Some(Mark::Open { sinks, .. }) => {
+            None => Some(Mark::Open { sinks: [name()].into(), why: Reopened::Lost }),
+            Some(Mark::Open { sinks, why }) => {
                 let sinks = sinks.iter().cloned().chain([name()]).collect();
-                Some(Mark::Open { sinks, was_sent: true })
+                let why = match why {
+                    Reopened::PossibleDuplicate => *why,
+                    Reopened::Rejected | Reopened::Lost => Reopened::Lost,
+                };
+                Some(Mark::Open { sinks, why })
             }
             // Once its redrive is at its end it is open for that sink.
             Some(Mark::Pending(pending)) => {

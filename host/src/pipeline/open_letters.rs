@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::letter::Letter;
-use super::marks::{MARK_PREFIX, Marks};
+use super::marks::{MARK_PREFIX, Mark, Marks, Reopened};
 use crate::batch::Offset;
 use crate::stream::{GapCause, Read, ReadError, Stream, Ticket};
 
@@ -36,6 +36,7 @@ pub struct OpenLetters {
 struct Pipeline {
     name: String,
     open: u64,
+    possible_duplicates: u64,
     /// No letter below this offset is open.
     oldest: u64,
 }
@@ -44,6 +45,8 @@ struct Pipeline {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Open {
     pub letters: u64,
+    /// Those among them that another copy of the data folder may have sent.
+    pub possible_duplicates: u64,
     /// When the oldest of them was appended, to the second: microseconds since 1970, UTC.
     pub oldest_us: u64,
 }
@@ -92,7 +95,9 @@ impl OpenLetters {
     fn open_of(&self, pipeline: &Pipeline) -> Open {
         let age = self.ages.partition_point(|(end, _)| *end <= pipeline.oldest);
         let oldest_us = self.ages.get(age).map_or(0, |(_, append_us)| *append_us);
-        Open { letters: pipeline.open, oldest_us }
+        // Some of them may have gone since the marks were read.
+        let possible_duplicates = pipeline.possible_duplicates.min(pipeline.open);
+        Open { letters: pipeline.open, possible_duplicates, oldest_us }
     }
 
     fn find_oldest(&mut self) {
@@ -148,7 +153,9 @@ impl OpenLetters {
 
     /// Takes over what redrives made of the letters.
     fn mark(&mut self) {
-        let sent = Marks::read(&self.dead_letters.state(MARK_PREFIX)).all_sent();
+        let marks = Marks::read(&self.dead_letters.state(MARK_PREFIX));
+        self.count_possible_duplicates(&marks);
+        let sent = marks.all_sent();
         let end = self.first + self.letters.len() as u64;
         let mut from = self.first;
         for run in sent.ranges() {
@@ -158,6 +165,17 @@ impl OpenLetters {
             from = run.end;
         }
         self.close(from..end, false);
+    }
+
+    fn count_possible_duplicates(&mut self, marks: &Marks) {
+        self.pipelines.iter_mut().for_each(|pipeline| pipeline.possible_duplicates = 0);
+        for (letter, mark) in marks.own() {
+            let at = letter.checked_sub(self.first).and_then(|at| self.letters.get(at as usize));
+            let number = at.map_or(0, |word| usize::from(*word & !CLOSED));
+            if matches!(mark, Mark::Open { why: Reopened::PossibleDuplicate, .. }) && number > 0 {
+                self.pipelines[number - 1].possible_duplicates += 1;
+            }
+        }
     }
 
     /// Closes the letters of a range, or opens them.
@@ -208,7 +226,12 @@ impl OpenLetters {
     fn number_of(&mut self, name: &str) -> u16 {
         let known = self.pipelines.iter().position(|pipeline| pipeline.name == name);
         let number = known.unwrap_or_else(|| {
-            self.pipelines.push(Pipeline { name: name.to_owned(), open: 0, oldest: 0 });
+            self.pipelines.push(Pipeline {
+                name: name.to_owned(),
+                open: 0,
+                possible_duplicates: 0,
+                oldest: 0,
+            });
             self.pipelines.len() - 1
         });
         // Those past the number that a word can hold are counted as one.

@@ -30,7 +30,7 @@ use super::dead_letters::{DeadLetters, Error as DeadLettersError, Source};
 use super::delivery::{Control, Lend, Returned};
 use super::known::{Reader, index_within_offset};
 use super::letter::{self, Letter, Names};
-use super::marks::{Change, MARK_PREFIX, Mark, Marks, Pending, mark_key, records};
+use super::marks::{Change, MARK_PREFIX, Mark, Marks, Pending, Reopened, mark_key, records};
 use super::metrics::SinkMetrics;
 use super::routes::{SinkNumber, Sorted};
 use super::status::SinkShared;
@@ -54,6 +54,8 @@ const AHEAD_WAIT_MAX: Duration = Duration::from_secs(5);
 const AHEAD_PAUSE: Duration = Duration::from_millis(200);
 /// Letters of one part of a pass.
 const PART: usize = if cfg!(test) { 64 } else { 8_192 };
+/// Letters of one pass: a sink's database lists those that the pass has sent.
+const PASS_LETTERS_MAX: usize = 8 * PART;
 /// Marks in one append, and their bytes.
 const MARKS_MAX: usize = 4_096;
 const MARKS_BYTES_MAX: usize = 256 << 10;
@@ -69,6 +71,8 @@ pub struct Filter {
     pub step: Option<String>,
     /// Only these, by their offset in the dead letters.
     pub ids: Option<Vec<Offset>>,
+    /// Also those that another copy of the data folder may have sent: their rows may come twice.
+    pub possible_duplicates: bool,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -253,6 +257,8 @@ struct Pass {
     hold: Hold,
     /// Positions of each sink by partition, once they are known.
     reached: Vec<Vec<Offset>>,
+    /// Letters that it has taken, and parts of it.
+    taken: usize,
 }
 
 impl Pass {
@@ -285,7 +291,7 @@ impl Redrive<'_> {
         .await?;
         letters.check_all();
         let reached = vec![Vec::new(); self.names.sinks.len()];
-        Ok(Pass { letters: Arc::new(letters), hold, reached })
+        Ok(Pass { letters: Arc::new(letters), hold, reached, taken: 0 })
     }
 
     /// A new pass, part by part. A sink that cannot take its letters ends it: what is not
@@ -297,12 +303,18 @@ impl Redrive<'_> {
         let mut from = Some(bounds.start);
         while let Some(begin) = from {
             let part = self.next_part(filter, &marks, begin..bounds.end).await?;
-            let Some((first, _, _)) = part.letters.first() else { break };
+            let Some((first, _)) = part.letters.first() else { break };
             let first = *first;
             let pass = match &mut pass {
                 Some(pass) => pass,
                 None => pass.insert(self.begin(Again::begin(&self.names), first).await?),
             };
+            if pass.taken + part.letters.len() > PASS_LETTERS_MAX {
+                self.end(pass);
+                pass.again().renew();
+                (pass.reached, pass.taken) = (vec![Vec::new(); self.names.sinks.len()], 0);
+            }
+            pass.taken += part.letters.len();
             pass.hold.0.advance(first);
             from = match self.take(pass.again(), part).await {
                 Ok(next) => next,
@@ -357,12 +369,13 @@ impl Redrive<'_> {
                     continue;
                 };
                 let offset = message.offset();
-                let only = match marks.get(offset.0) {
-                    None => None,
-                    Some(Mark::Open { sinks, .. }) => Some(sinks),
+                let (only, is_doubtful) = match marks.get(offset.0) {
+                    None => (None, false),
+                    Some(Mark::Open { sinks, why }) => (Some(sinks), *why == Reopened::PossibleDuplicate),
                     Some(Mark::Sent | Mark::Pending(_)) => continue,
                 };
                 let sending = Sending::of(&message, &letter, &self.shared.letters, only, &BTreeSet::new());
+                let sending = sending.repeating(filter.possible_duplicates);
                 // Else it would be marked as sent, and had gone nowhere.
                 if !sending.goes_anywhere() || filter.ids.as_ref().is_some_and(|ids| !ids.contains(&offset)) {
                     continue;
@@ -371,7 +384,11 @@ impl Redrive<'_> {
                     part.next = Some(offset);
                     return Ok(part);
                 }
-                part.letters.push((offset, only.cloned(), sending));
+                if is_doubtful && !filter.possible_duplicates {
+                    self.summary.letters.possible_duplicates += 1;
+                    continue;
+                }
+                part.letters.push((offset, sending));
             }
         }
         Ok(part)
@@ -394,8 +411,8 @@ impl Redrive<'_> {
         let mut last = Ticket::default();
         let mut is_first = true;
         while !part.letters.is_empty() {
-            let mark = |(offset, only, _): &(Offset, Option<BTreeSet<String>>, Sending)| {
-                (mark_key(*offset), Some(again.mark(only.as_ref()).bytes()))
+            let mark = |(offset, sending): &(Offset, Sending)| {
+                (mark_key(*offset), Some(again.mark(sending, BTreeSet::new()).bytes()))
             };
             let mut marks: Vec<Change> = part.letters.iter().take(MARKS_MAX).map(mark).collect();
             marks.truncate(marks.chunk_by(together()).next().map_or(0, <[_]>::len));
@@ -409,7 +426,7 @@ impl Redrive<'_> {
                     Err(AppendError::Full) => self.dead_letters.writable().await,
                     Err(AppendError::NoSpace) if is_first => return Err(RedriveError::NoRoom),
                     Err(AppendError::NoSpace) => {
-                        part.next = letters.first().map(|(offset, _, _)| *offset);
+                        part.next = letters.first().map(|(offset, _)| *offset);
                         self.shared.letters.durable(last).await?;
                         return Ok(part.next);
                     }
@@ -417,7 +434,7 @@ impl Redrive<'_> {
                 }
             };
             is_first = false;
-            again.take(letters.into_iter().map(|(offset, _, sending)| (offset, sending)));
+            again.take(letters);
         }
         self.shared.letters.durable(last).await?;
         Ok(part.next)
@@ -441,8 +458,7 @@ impl Redrive<'_> {
             self.summary.failed.push(cannot_be_read(gone));
         }
         let summary = &mut self.summary;
-        summary.letters.sent += ended.sent;
-        summary.letters.refused += ended.refused;
+        summary.letters += ended;
         self.shared.redrives.add(ended);
         summary.new += pass.letters.made() - made;
         Ok(())
@@ -505,6 +521,11 @@ impl Redrive<'_> {
         // The letters that are sent or open are not taken, whatever the position: a new claim
         // begins at the start.
         if let Err(failed) = writer.open(&**self.dead_letters, stream::Delivered::ToNobody).await {
+            return Ok(Err(failed));
+        }
+        if let Some(pass) = again.pass()
+            && let Err(failed) = writer.learn(pass, &**self.dead_letters).await
+        {
             return Ok(Err(failed));
         }
         let committed = lender.shared.committed.load(Ordering::Acquire);
@@ -615,8 +636,7 @@ impl Redrive<'_> {
 /// Letters that are taken together.
 #[derive(Default)]
 struct Part {
-    /// Each with the sinks that it goes to, where these are not all that it names.
-    letters: Vec<(Offset, Option<BTreeSet<String>>, Sending)>,
+    letters: Vec<(Offset, Sending)>,
     /// Where the next part begins.
     next: Option<Offset>,
 }

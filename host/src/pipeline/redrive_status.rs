@@ -41,11 +41,10 @@ impl Redrives {
     /// Adds letters to those of the redrive that runs.
     pub fn add(&self, letters: Ended) {
         if let Some(status) = &mut *self.lock() {
-            status.letters.sent += letters.sent;
-            status.letters.refused += letters.refused;
-            status.letters.pending += letters.pending;
+            status.letters += letters;
         }
         self.metrics.sent.increment(letters.sent);
+        self.metrics.sent_before.increment(letters.sent_before);
         self.metrics.refused.increment(letters.refused);
     }
 

@@ -17,6 +17,7 @@ use super::claim::{self, Beginning, Waiting};
 use super::dead_letters::{self, DeadLetters, Refusal, Source};
 use super::known::{Reader, Seen, before_last, index_within_offset};
 use super::metrics::SinkMetrics;
+use super::pass_letters::{PassLetters, Told};
 use super::routes::SinkNumber;
 use crate::batch::{MessageRef, Offset, Partition};
 use crate::hints::{Hint, Letters};
@@ -74,6 +75,8 @@ pub struct Writer {
     pub written: u64,
     /// Rows refused so far, for a redrive's summary.
     pub refused: u64,
+    /// By partition, what a redrive's pass has done with letters; empty for other claims.
+    pub pass_letters: Vec<PassLetters>,
 }
 
 /// Why a write did not finish; the rows it did not get to are still in the
@@ -300,6 +303,7 @@ impl Writer {
             openings: Vec::new(),
             written: 0,
             refused: 0,
+            pass_letters: Vec::new(),
             claim,
         }
     }
@@ -397,6 +401,19 @@ impl Writer {
         Ok(())
     }
 
+    /// Learns what the pass whose claim this is, and others, did with letters in the sink's database.
+    pub async fn learn(&mut self, pass: Uuid, dead_letters: &dyn Stream) -> Result<(), Failed> {
+        let claims = self.letters.sent().claims(self.number);
+        let sink = self.sink.as_mut().expect("still here");
+        let told = Told::ask(&mut **sink, &claims, pass, dead_letters).await;
+        let told = told.map_err(|error| self.failed(error))?;
+        let none = PassLetters::none_of(dead_letters.identity().log);
+        let own = |partition| told.own(partition).cloned().unwrap_or_else(|| none.clone());
+        self.pass_letters = (0..self.positions.len()).map(own).collect();
+        self.letters.compare(self.number, &told, &self.positions);
+        Ok(())
+    }
+
     /// Tells what was lost to a claim that begins with the first kept message, `start`. Comes before
     /// the commit of its positions: a crash in between tells it twice.
     fn tell_lost(&mut self, stream: &dyn Stream, start: Offset) {
@@ -489,7 +506,12 @@ impl Writer {
 
     /// Commits the first `len` rows and takes them out of `rows`; those that
     /// the sink rejects are durable in dead letters before the commit.
-    async fn commit(&mut self, rows: &mut Rows, len: usize, advance: Vec<Advance>) -> Result<(), Stopped> {
+    async fn commit(
+        &mut self,
+        rows: &mut Rows,
+        len: usize,
+        mut advance: Vec<Advance>,
+    ) -> Result<(), Stopped> {
         let begun = Instant::now();
         let sink = self.sink.as_mut().expect("a lent sink is back before the next call");
         let part = if len == rows.len() { rows.clone() } else { rows.select(0..len) };
@@ -499,6 +521,9 @@ impl Writer {
             Ok(Outcome::Rejected(rejected)) => {
                 drop(part);
                 let refused = self.refuse(rows, rejected).await;
+                for step in &mut advance {
+                    step.letters = self.letters_done(step.partition, step.from, step.to);
+                }
                 let sink = self.sink.as_mut().expect("still here");
                 match refused {
                     Ok(refused) => left -= refused,
@@ -508,7 +533,16 @@ impl Writer {
                         return Err(Stopped::Letters(failed));
                     }
                 }
-                sink.finish().await
+                let letters = advance.iter().filter_map(|step| Some((step.partition, step.letters.clone()?)));
+                let letters: Vec<_> = letters.collect();
+                let set = match letters.is_empty() {
+                    true => Ok(()),
+                    false => sink.set_letters(&letters).await,
+                };
+                match set {
+                    Ok(()) => sink.finish().await,
+                    Err(error) => Err(error),
+                }
             }
             Err(error) => Err(error),
         };
@@ -528,9 +562,12 @@ impl Writer {
 
     /// These are committed.
     fn moved(&mut self, advance: Vec<Advance>) {
-        for Advance { partition, to, lineage, .. } in advance {
+        for Advance { partition, to, lineage, letters, .. } in advance {
             let p = usize::from(partition.0);
             self.positions[p] = to;
+            if let Some(letters) = letters.as_deref().and_then(PassLetters::read) {
+                self.pass_letters[p] = letters;
+            }
             if let Some(lineage) = lineage {
                 self.lineages[p] = lineage;
             }
@@ -540,7 +577,15 @@ impl Writer {
     fn step(&self, partition: usize, to: Offset) -> Advance {
         let from = self.positions[partition];
         let lineage = self.lineages[partition].moved(&self.openings, from, to);
-        Advance { partition: Partition(partition as u16), from, to, lineage }
+        let partition = Partition(partition as u16);
+        Advance { partition, from, to, lineage, letters: self.letters_done(partition, from, to) }
+    }
+
+    /// Returns what a pass will have done with a partition's letters once it is at `to`.
+    fn letters_done(&self, partition: Partition, from: Offset, to: Offset) -> Option<String> {
+        let before = self.pass_letters.get(usize::from(partition.0)).filter(|_| from < to)?;
+        let (sent, partly) = self.letters.sent_from(self.number, partition, from..to);
+        Some(before.with(&sent, &partly).to_string())
     }
 
     /// How far the positions may move once the first `len` rows are written:

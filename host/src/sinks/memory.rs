@@ -12,8 +12,8 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::{
-    Advance, Claim, Epoch, Error, Found, LogPosition, Name, Opened, Outcome, Position, RefusedRow, Rows,
-    Sink, Usurper, Written,
+    Advance, Claim, Epoch, Error, Found, LogPosition, Name, Opened, Outcome, PassPosition, Position,
+    RefusedRow, Rows, Sink, Usurper, Written,
 };
 use crate::batch::{MessageRef, Offset, Partition};
 use crate::stream::Lineage;
@@ -89,6 +89,8 @@ struct Claimed {
     epoch: u64,
     /// By partition; `None` until the first advance.
     next: Vec<Option<(Offset, Lineage)>>,
+    /// By partition, as [`Advance::letters`].
+    letters: Vec<Option<String>>,
 }
 
 impl Default for MemoryDatabase {
@@ -242,6 +244,10 @@ impl MemoryDatabase {
 }
 
 impl Claimed {
+    fn new(partitions: usize) -> Self {
+        Self { epoch: 0, next: vec![None; partitions], letters: vec![None; partitions] }
+    }
+
     fn fences(&self, claim: &Claim, ours: Epoch) -> Error {
         let usurper = Usurper { epoch: self.epoch, holder: "another process".to_owned(), at: None };
         Error::Fenced(claim.fenced_by(&usurper, ours))
@@ -266,8 +272,9 @@ fn rename(claims: &mut HashMap<Key, Claimed>, claim: &Claim) {
         let Some(old) = claims.get_mut(&name).filter(|old| !old.positions().is_empty()) else { continue };
         let next = std::mem::replace(&mut old.next, vec![None; usize::from(claim.partitions)]);
         old.epoch += 1;
+        let letters = old.letters.clone();
         let epoch = claims.get(&key(claim)).map_or(0, |claimed| claimed.epoch);
-        claims.insert(key(claim), Claimed { epoch, next });
+        claims.insert(key(claim), Claimed { epoch, next, letters });
         return;
     }
 }
@@ -299,9 +306,7 @@ impl Sink for MemorySink {
         if held.is_none() {
             rename(claims, claim);
         }
-        let claimed = claims
-            .entry(key(claim))
-            .or_insert_with(|| Claimed { epoch: 0, next: vec![None; usize::from(claim.partitions)] });
+        let claimed = claims.entry(key(claim)).or_insert_with(|| Claimed::new(usize::from(claim.partitions)));
         claimed.epoch = match held {
             None => claimed.epoch + 1,
             Some(held) if claimed.epoch > held.0 => return Err(claimed.fences(claim, held)),
@@ -333,6 +338,26 @@ impl Sink for MemorySink {
             claimed.positions().into_iter().map(move |at| (log, at.partition, at.next)).collect::<Vec<_>>()
         };
         Ok(asked.flat_map(of).collect())
+    }
+
+    async fn passes_of(
+        &mut self,
+        claims: &[Name],
+        log: Uuid,
+        above: Offset,
+    ) -> Result<Vec<PassPosition>, Error> {
+        let state = self.database.lock();
+        let log = log.to_string();
+        let of = |((name, pass, _), claimed): (&Key, &Claimed)| {
+            let is_asked = claims.contains(name);
+            let positions = claimed.positions().into_iter().filter(|at| is_asked && at.next > above);
+            let told = positions.filter_map(|position| {
+                let letters = claimed.letters[usize::from(position.partition.0)].clone()?;
+                letters.starts_with(&log).then_some(PassPosition { pass: *pass, position, letters })
+            });
+            told.collect::<Vec<_>>()
+        };
+        Ok(state.claims.iter().flat_map(of).collect())
     }
 
     async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {
@@ -378,6 +403,16 @@ impl Sink for MemorySink {
         Ok(Outcome::Committed(written))
     }
 
+    async fn set_letters(&mut self, letters: &[(Partition, String)]) -> Result<(), Error> {
+        let (_, advance, _) =
+            self.uncommitted.as_mut().ok_or_else(|| Error::Retry("nothing to finish".to_owned()))?;
+        for (partition, letters) in letters {
+            let own = advance.iter_mut().filter(|step| step.partition == *partition);
+            own.for_each(|step| step.letters = Some(letters.clone()));
+        }
+        Ok(())
+    }
+
     async fn finish(&mut self) -> Result<Written, Error> {
         self.database.unblocked().await;
         let (rows, advance, fault) =
@@ -417,6 +452,9 @@ impl MemorySink {
             let known = &mut claimed.next[usize::from(step.partition.0)];
             let before = known.take().map(|(_, lineage)| lineage).unwrap_or_default();
             *known = Some((step.to, step.lineage.clone().unwrap_or(before)));
+            if step.letters.is_some() {
+                claimed.letters[usize::from(step.partition.0)].clone_from(&step.letters);
+            }
         }
         state.rows.extend(rows.iter().map(|message| MemoryRow {
             partition: message.entry.partition,

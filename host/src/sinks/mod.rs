@@ -88,6 +88,18 @@ pub struct Advance {
     pub to: Offset,
     /// `None`: stays as it is.
     pub lineage: Option<Lineage>,
+    /// What the pass of a redrive did with dead letters up to `to`, beginning with the UUID of the
+    /// dead letters' log. `None`: stays as it is.
+    pub letters: Option<String>,
+}
+
+/// A position of a redrive's pass, with what the pass did with dead letters.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PassPosition {
+    pub pass: Uuid,
+    pub position: Position,
+    /// As [`Advance::letters`].
+    pub letters: String,
 }
 
 /// Messages to be written, in order, borrowed from shared batches.
@@ -256,6 +268,15 @@ pub trait Sink: Send {
     /// and takes none. To be called after `open` and before the next `commit`.
     async fn positions_of(&mut self, claims: &[Name], logs: &[Uuid]) -> Result<Vec<LogPosition>, Error>;
 
+    /// Returns the positions of redrives' passes with these names, past `above`, that sent dead
+    /// letters of this log, and takes none. To be called as [`Sink::positions_of`].
+    async fn passes_of(
+        &mut self,
+        claims: &[Name],
+        log: Uuid,
+        above: Offset,
+    ) -> Result<Vec<PassPosition>, Error>;
+
     /// `rows` may be empty: then only positions move. `advance` names a
     /// partition at most once; partitions that it does not name stay.
     /// A row that cannot be written is isolated: the others are written without
@@ -264,8 +285,12 @@ pub trait Sink: Send {
     /// Not safe to drop midway: `open` again before the next call.
     async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error>;
 
+    /// Replaces what positions say of dead letters, in the transaction that a `commit` which rejected
+    /// rows left open: what is rejected was not known when it began.
+    async fn set_letters(&mut self, letters: &[(Partition, String)]) -> Result<(), Error>;
+
     /// Commits what a `commit` that rejected rows left open. Any other call
-    /// after it gives that transaction up.
+    /// after that one, but for [`Sink::set_letters`], gives that transaction up.
     async fn finish(&mut self) -> Result<Written, Error>;
 }
 

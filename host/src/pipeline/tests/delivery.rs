@@ -3,7 +3,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::harness::{Act, World, chain, number, published, selective_step, sorted, step, text};
-use crate::batch::Offset;
+use crate::batch::{Offset, Partition};
 use crate::pipeline::{Batching, Retries, State};
 use crate::sinks::memory::{Fault, MemoryRow};
 use crate::stream::{GapCause, OnLag};
@@ -132,7 +132,7 @@ async fn a_batch_that_runs_into_a_limit_is_halved_and_grows_again_and_nothing_go
     use uuid::Uuid;
 
     use crate::sinks::{
-        Advance, Claim, Epoch, Error, LogPosition, Name, Opened, Outcome, Rows, Sink, Written,
+        Advance, Claim, Epoch, Error, LogPosition, Name, Opened, Outcome, PassPosition, Rows, Sink, Written,
     };
 
     /// Takes so many rows at once.
@@ -145,12 +145,23 @@ async fn a_batch_that_runs_into_a_limit_is_halved_and_grows_again_and_nothing_go
         async fn positions_of(&mut self, claims: &[Name], logs: &[Uuid]) -> Result<Vec<LogPosition>, Error> {
             self.0.positions_of(claims, logs).await
         }
+        async fn passes_of(
+            &mut self,
+            claims: &[Name],
+            log: Uuid,
+            above: Offset,
+        ) -> Result<Vec<PassPosition>, Error> {
+            self.0.passes_of(claims, log, above).await
+        }
         async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {
             if rows.len() > self.1.load(Ordering::Relaxed) {
                 return Err(Error::TooMuch("statement timeout".to_owned()));
             }
             self.2.lock().unwrap().push(rows.len());
             self.0.commit(rows, advance).await
+        }
+        async fn set_letters(&mut self, letters: &[(Partition, String)]) -> Result<(), Error> {
+            self.0.set_letters(letters).await
         }
         async fn finish(&mut self) -> Result<Written, Error> {
             self.0.finish().await

@@ -1,4 +1,5 @@
-//! Dead letters that were sent, and a database that does not have them any more.
+//! Dead letters that were sent, and a database that does not have them any more; and a data folder
+//! from before they were sent.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -6,9 +7,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::harness::{Act, Process, World, chain, number, published, sorted, step, text};
 use crate::batch::Offset;
-use crate::pipeline::{Filter, MARK_PREFIX, Mark, Marks, PipelineStatus, State, list_open};
+use crate::pipeline::again::is_pending;
+use crate::pipeline::{
+    Ended, Filter, MARK_PREFIX, Mark, Marks, OpenLetters, PipelineStatus, Reopened, State, list_open,
+};
 use crate::sinks::Begin;
 use crate::sinks::memory::Fault;
+use crate::stream::Stream;
 
 /// A world whose databases reject messages below `rejected`, until the result is `false`.
 fn rejecting(partitions: u16, sinks: &str, rejected: u64) -> (World, Arc<AtomicBool>) {
@@ -45,7 +50,7 @@ fn marks(world: &World) -> Marks {
 /// Letters that a database has lost, and the sinks that they are open for.
 fn lost(world: &World) -> Vec<(u64, BTreeSet<String>)> {
     let lost = |(letter, mark): (u64, &Mark)| match mark {
-        Mark::Open { sinks, was_sent: true } => Some((letter, sinks.clone())),
+        Mark::Open { sinks, why: Reopened::Lost } => Some((letter, sinks.clone())),
         _ => None,
     };
     marks(world).own().filter_map(lost).collect()
@@ -279,4 +284,236 @@ async fn a_pass_that_was_not_finished_sends_all_that_it_has_taken_to_a_database_
         assert_eq!(sorted(world.payloads(sink)), published(1, 6), "{sink}");
     }
     process.stop().await;
+}
+
+/// A data folder as it is now, as a backup of it has it: another process goes on from it.
+fn copied(world: &World) -> World {
+    let dead_memory = world.dead_memory.copied(world.dead.bounds().end);
+    let dead = Arc::clone(&dead_memory) as Arc<dyn Stream>;
+    World { dead, dead_memory, ..world.clone() }
+}
+
+async fn redriven(process: &Process, possible_duplicates: bool) -> (u64, Ended) {
+    let filter = Filter { possible_duplicates, ..Filter::default() };
+    let summary = process.handle.redrive(&filter).await.unwrap();
+    assert_eq!(summary.failed, Vec::<String>::new());
+    (summary.sent, summary.letters)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn copies_of_a_folder_send_each_letter_once_whichever_of_them_sent_it_before() {
+    let (world, broken) = rejecting(2, "w", 300);
+    let process = started(&world).await;
+    world.publish_many(3, 0, 310);
+    process.drained().await;
+    let all = list_open(&*world.dead, None).await.unwrap();
+    let (first, second) = (copied(&world), copied(&world));
+    broken.store(false, Ordering::Release);
+    // Every third letter, in several parts.
+    let some: Vec<_> = all.iter().copied().step_by(3).collect();
+    assert_eq!(redrive(&process, Some(&some)).await, 100);
+    process.stop().await;
+    assert_eq!(sorted(world.payloads("w")).len(), 110);
+
+    let process = started(&first).await;
+    let ended = Ended { sent: 200, sent_before: 100, ..Ended::default() };
+    assert_eq!(redriven(&process, false).await, (200, ended));
+    assert!(list_open(&*first.dead, None).await.unwrap().is_empty());
+    assert_eq!(redriven(&process, true).await, (0, Ended::default()));
+    process.stop().await;
+    // In turn, and from the same backup once more.
+    for (world, before) in [(&world, 200), (&second, 300), (&copied(&second), 300)] {
+        let process = started(world).await;
+        let ended = Ended { sent_before: before, ..Ended::default() };
+        assert_eq!(redriven(&process, false).await, (0, ended));
+        assert!(list_open(&*world.dead, None).await.unwrap().is_empty());
+        process.stop().await;
+    }
+    assert_eq!(sorted(world.payloads("w")), published(3, 310));
+}
+
+/// What the other copy wrote behind the place where the two part lies at the same offsets.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_sends_its_own_letters_that_lie_where_another_copy_had_others() {
+    let (world, broken) = rejecting(1, "w", 20);
+    let process = started(&world).await;
+    world.publish_many(1, 0, 5);
+    process.drained().await;
+    let copy = copied(&world);
+    world.publish_many(1, 5, 5);
+    process.drained().await;
+    broken.store(false, Ordering::Release);
+    assert_eq!(redrive(&process, None).await, 10);
+    process.stop().await;
+    broken.store(true, Ordering::Release);
+    let process = started(&copy).await;
+    copy.publish_many(1, 10, 5);
+    process.drained().await;
+    broken.store(false, Ordering::Release);
+    let ended = Ended { sent: 5, sent_before: 5, ..Ended::default() };
+    assert_eq!(redriven(&process, false).await, (5, ended));
+    process.stop().await;
+    assert_eq!(sorted(world.payloads("w")), published(1, 15));
+}
+
+/// The database that is behind, too: the letters that it lost are sent to it by any copy.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn letters_that_a_copy_found_to_be_sent_are_open_again_once_the_database_has_lost_them() {
+    let (world, broken) = rejecting(1, "w", 5);
+    let process = started(&world).await;
+    world.publish_many(2, 0, 10);
+    process.drained().await;
+    let (backup, copy) = (world.database("w").backup(), copied(&world));
+    broken.store(false, Ordering::Release);
+    assert_eq!(redrive(&process, None).await, 5);
+    process.stop().await;
+    let process = started(&copy).await;
+    assert_eq!(redriven(&process, false).await.0, 0);
+    process.stop().await;
+    world.database("w").restore(&backup);
+    let process = started(&copy).await;
+    assert_eq!(redriven(&process, false).await.0, 5);
+    process.stop().await;
+    assert_eq!(sorted(world.payloads("w")), published(2, 10));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_letter_that_another_copy_sent_to_one_of_its_sinks_goes_to_the_other_one_only() {
+    let world = World::new(2, &[("default", "w other")]);
+    let refusing = |refuses: bool| {
+        let check = step("check", move |message, _| match refuses && text(message).ends_with('3') {
+            true => Act::Refuse("no".to_owned()),
+            false => Act::Pass,
+        });
+        chain(1, &[check])
+    };
+    let process = world.start(refusing(true)).await;
+    world.publish_many(3, 0, 50);
+    process.drained().await;
+    let backup = world.database("other").backup();
+    process.stop().await;
+    let copy = copied(&world);
+    let process = world.start(refusing(false)).await;
+    process.until("steps", |status| status.chain.is_some()).await;
+    process.drained().await;
+    assert_eq!(redrive(&process, None).await, 10);
+    process.stop().await;
+    // One of the databases went back as well.
+    world.database("other").restore(&backup);
+    let process = copy.start(refusing(false)).await;
+    process.until("steps", |status| status.chain.is_some()).await;
+    process.drained().await;
+    let ended = Ended { sent: 5, ..Ended::default() };
+    assert_eq!(redriven(&process, false).await, (5, ended));
+    for sink in ["w", "other"] {
+        assert_eq!(sorted(world.payloads(sink)), published(3, 50), "{sink}");
+    }
+    process.stop().await;
+}
+
+/// The backup has the letters as taken; the other copy sent one, and rejected another again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pass_that_was_under_way_at_the_backup_neither_doubles_nor_loses_what_another_copy_ended() {
+    let (world, broken) = rejecting(1, "w", 6);
+    let process = started(&world).await;
+    world.publish_many(1, 0, 6);
+    process.drained().await;
+    world.database("w").set_down(Some("connection refused"));
+    let summary = process.handle.redrive(&Filter::default()).await.unwrap();
+    assert_eq!(summary.letters.pending, 6);
+    process.stop().await;
+    let copy = copied(&world);
+    broken.store(false, Ordering::Release);
+    world.database("w").set_down(None);
+    world.database("w").refuse(|message| (number(&text(message)) == 4).then(|| "no column".to_owned()));
+    let process = started(&world).await;
+    process.until("resumed", |_| !is_pending(&*world.dead, &["p".to_owned()])).await;
+    assert_eq!(world.open_letters("w").await, [("d0:4".to_owned(), "w".to_owned())]);
+    process.stop().await;
+
+    let process = started(&copy).await;
+    process.until("resumed", |_| !is_pending(&*copy.dead, &["p".to_owned()])).await;
+    assert_eq!(copy.open_letters("w").await, [("d0:4".to_owned(), "w".to_owned())]);
+    world.database("w").refuse(|_| None);
+    assert_eq!(redriven(&process, false).await.0, 1);
+    process.stop().await;
+    let process = started(&world).await;
+    assert_eq!(redriven(&process, false).await, (0, Ended { sent_before: 1, ..Ended::default() }));
+    process.stop().await;
+    assert_eq!(sorted(world.payloads("w")), published(1, 6));
+}
+
+/// Of three messages that a step makes of one the other copy wrote two, and has a letter of the third.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_letter_that_another_copy_sent_in_part_is_sent_only_where_that_is_asked_for() {
+    let world = World::new(1, &[("default", "w")]);
+    let parts = Arc::new(AtomicBool::new(false));
+    let chain = |parts: &Arc<AtomicBool>| {
+        let parts = Arc::clone(parts);
+        let split = step("split", move |_, _| match parts.load(Ordering::Acquire) {
+            true => Act::Times(3),
+            false => Act::Refuse("no".to_owned()),
+        });
+        chain(1, &[split])
+    };
+    let process = world.start(chain(&parts)).await;
+    world.publish_many(1, 0, 2);
+    process.drained().await;
+    process.stop().await;
+    let copy = copied(&world);
+    parts.store(true, Ordering::Release);
+    let seen = std::sync::atomic::AtomicUsize::new(0);
+    world.database("w").refuse(move |message| {
+        let is_first = number(&text(message)) == 1 && seen.fetch_add(1, Ordering::AcqRel) == 0;
+        is_first.then(|| "no column".to_owned())
+    });
+    let process = world.start(chain(&parts)).await;
+    process.until("steps", |status| status.chain.is_some()).await;
+    process.drained().await;
+    assert_eq!(redrive(&process, None).await, 5);
+    process.stop().await;
+    world.database("w").refuse(|_| None);
+
+    let mut counted = OpenLetters::new(Arc::clone(&copy.dead));
+    let process = copy.start(chain(&parts)).await;
+    process.until("steps", |status| status.chain.is_some()).await;
+    process.drained().await;
+    let ended = Ended { sent_before: 1, possible_duplicates: 1, ..Ended::default() };
+    assert_eq!(redriven(&process, false).await, (0, ended));
+    assert_eq!(list_open(&*copy.dead, None).await.unwrap().len(), 1);
+    let open = counted.look().await.unwrap()["p"];
+    assert_eq!((open.letters, open.possible_duplicates), (1, 1));
+    // However often it is asked for, and after a restart.
+    assert_eq!(redriven(&process, false).await, (0, Ended { possible_duplicates: 1, ..Ended::default() }));
+    process.stop().await;
+    let process = copy.start(chain(&parts)).await;
+    process.until("steps", |status| status.chain.is_some()).await;
+    process.drained().await;
+    assert_eq!(redriven(&process, true).await, (3, Ended { sent: 1, ..Ended::default() }));
+    assert!(list_open(&*copy.dead, None).await.unwrap().is_empty());
+    assert!(counted.look().await.unwrap().is_empty());
+    process.stop().await;
+    assert_eq!(world.payloads("w").len(), 8);
+}
+
+/// Two pipelines of one host, and two installations: one database, the same names.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_others_sent_to_the_same_database_is_not_taken_for_what_a_copy_sent() {
+    let (world, broken) = rejecting(1, "w", 5);
+    let other = World { databases: world.databases.clone(), ..World::new(1, &[("default", "w")]) };
+    let beside = World { pipeline: "q".to_owned(), ..world.clone() };
+    for world in [&world, &other, &beside] {
+        let process = started(world).await;
+        world.publish_many(1, 0, 5);
+        process.drained().await;
+        process.stop().await;
+    }
+    broken.store(false, Ordering::Release);
+    // The second pipeline reads the stream of the first, which has the messages of both by then.
+    for (world, letters) in [(&world, 5), (&other, 5), (&beside, 10)] {
+        let process = started(world).await;
+        let ended = Ended { sent: letters, ..Ended::default() };
+        assert_eq!(redriven(&process, false).await, (letters, ended));
+        process.stop().await;
+    }
 }

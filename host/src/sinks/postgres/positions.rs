@@ -6,7 +6,9 @@ use uuid::Uuid;
 
 use super::schema;
 use crate::batch::{Offset, Partition};
-use crate::sinks::{Advance, Claim, Epoch, Error as SinkError, LogPosition, Name, Position, Usurper};
+use crate::sinks::{
+    Advance, Claim, Epoch, Error as SinkError, LogPosition, Name, PassPosition, Position, Usurper,
+};
 use crate::stream::Lineage;
 
 /// `next_offset` is null until the first advance. `fillfactor` leaves room for updates in place, one per
@@ -25,6 +27,7 @@ CREATE TABLE headworks_positions (
     table_name  TEXT,
     holder      TEXT        NOT NULL,
     claimed_at  TIMESTAMPTZ,
+    letters     TEXT,
     updated_at  TIMESTAMPTZ NOT NULL DEFAULT now(),
     PRIMARY KEY (pipeline, sink, log, generation, "partition")
 ) WITH (fillfactor = 10);
@@ -33,8 +36,8 @@ COMMENT ON TABLE headworks_positions IS
 "#;
 
 /// Columns that 0.1.0 did not have.
-const ADDED: [(&str, &str); 3] =
-    [("openings", "TEXT"), ("table_name", "TEXT"), ("claimed_at", "TIMESTAMPTZ")];
+const ADDED: [(&str, &str); 4] =
+    [("openings", "TEXT"), ("table_name", "TEXT"), ("claimed_at", "TIMESTAMPTZ"), ("letters", "TEXT")];
 
 const MISSING: &str = "SELECT name FROM unnest($1::text[]) AS name WHERE NOT EXISTS (
     SELECT FROM pg_attribute WHERE attrelid = to_regclass('headworks_positions') AND attname = name AND NOT attisdropped)";
@@ -58,11 +61,12 @@ const HAS_POSITIONS: &str = "SELECT EXISTS (SELECT FROM headworks_positions
 
 /// Copies positions to a new name; the epoch is the claim's business.
 const RENAME: &str = r#"
-INSERT INTO headworks_positions (pipeline, sink, log, generation, "partition", epoch, next_offset, openings, holder)
-SELECT $1, $2, log, generation, "partition", 0, next_offset, openings, holder FROM headworks_positions
+INSERT INTO headworks_positions
+    (pipeline, sink, log, generation, "partition", epoch, next_offset, openings, letters, holder)
+SELECT $1, $2, log, generation, "partition", 0, next_offset, openings, letters, holder FROM headworks_positions
 WHERE pipeline = $5 AND sink = $6 AND log = $3::text::uuid AND generation = $4 AND next_offset IS NOT NULL
 ON CONFLICT (pipeline, sink, log, generation, "partition")
-DO UPDATE SET next_offset = EXCLUDED.next_offset, openings = EXCLUDED.openings"#;
+DO UPDATE SET next_offset = EXCLUDED.next_offset, openings = EXCLUDED.openings, letters = EXCLUDED.letters"#;
 
 /// Takes them from the old one, so that nobody goes on there.
 const RETIRE: &str = "
@@ -88,11 +92,18 @@ ORDER BY pipeline, sink";
 /// the advances, or somebody else was here.
 const ADVANCE: &str = r#"
 UPDATE headworks_positions AS p
-SET next_offset = a.until, openings = coalesce(a.openings, p.openings), updated_at = now()
-FROM unnest($6::integer[], $7::bigint[], $8::bigint[], $9::text[]) AS a (number, since, until, openings)
+SET next_offset = a.until, openings = coalesce(a.openings, p.openings), letters = coalesce(a.letters, p.letters),
+    updated_at = now()
+FROM unnest($6::integer[], $7::bigint[], $8::bigint[], $9::text[], $10::text[])
+    AS a (number, since, until, openings, letters)
 WHERE p.pipeline = $1 AND p.sink = $2 AND p.log = $3::text::uuid AND p.generation = $4
   AND p."partition" = a.number AND p.epoch = $5
   AND (p.next_offset = a.since OR p.next_offset IS NULL)"#;
+
+const SET_LETTERS: &str = r#"
+UPDATE headworks_positions AS p SET letters = a.letters
+FROM unnest($5::integer[], $6::text[]) AS a (number, letters)
+WHERE p.pipeline = $1 AND p.sink = $2 AND p.log = $3::text::uuid AND p.generation = $4 AND p."partition" = a.number"#;
 
 const LOOK: &str = r#"
 SELECT "partition", next_offset FROM headworks_positions
@@ -109,6 +120,12 @@ const POSITIONS_OF: &str = r#"
 SELECT log::text, "partition", max(next_offset) FROM headworks_positions
 WHERE (pipeline, sink) IN (SELECT * FROM unnest($1::text[], $2::text[])) AND log = ANY ($3::text[]::uuid[])
   AND next_offset IS NOT NULL GROUP BY log, "partition""#;
+
+/// Positions of redrives' passes with some names, past an offset, that sent letters of a log.
+const PASSES_OF: &str = r#"
+SELECT log::text, "partition", next_offset, openings, letters FROM headworks_positions
+WHERE (pipeline, sink) IN (SELECT * FROM unnest($1::text[], $2::text[])) AND next_offset > $4
+  AND left(letters, length($3)) = $3"#;
 
 /// A claim as the statements' parameters, and its epoch.
 pub struct Held {
@@ -196,6 +213,7 @@ impl Held {
         let to: Vec<i64> = advance.iter().map(|step| step.to.0 as i64).collect();
         let openings: Vec<Option<String>> =
             advance.iter().map(|step| step.lineage.as_ref().map(Lineage::to_string)).collect();
+        let letters: Vec<Option<&str>> = advance.iter().map(|step| step.letters.as_deref()).collect();
         client
             .execute(
                 &self.advance,
@@ -209,9 +227,27 @@ impl Held {
                     &from,
                     &to,
                     &openings,
+                    &letters,
                 ],
             )
             .await
+    }
+
+    /// Replaces what positions say of dead letters. `path`: the `search_path` of the sink's own
+    /// statements; triggers of the rows before may have set another.
+    pub async fn set_letters(
+        &self,
+        client: &Client,
+        path: &str,
+        letters: &[(Partition, String)],
+    ) -> Result<(), Error> {
+        let Claim { pipeline, sink, .. } = &self.claim;
+        let (partitions, letters): (Vec<i32>, Vec<&str>) =
+            letters.iter().map(|(partition, letters)| (i32::from(partition.0), letters.as_str())).unzip();
+        client.execute("SELECT set_config('search_path', $1, true)", &[&path]).await?;
+        let of = (&self.log, &self.generation);
+        client.execute(SET_LETTERS, &[pipeline, sink, of.0, of.1, &partitions, &letters]).await?;
+        Ok(())
     }
 
     /// Why positions were not ours to move.
@@ -277,6 +313,28 @@ pub async fn positions_of(
         Some((log, Partition(row.get::<_, i32>(1) as u16), Offset(row.get::<_, i64>(2) as u64)))
     };
     Ok(rows.iter().filter_map(position).collect())
+}
+
+/// Returns the positions of redrives' passes with these names, past `above`, that sent letters of
+/// this log.
+pub async fn passes_of(
+    client: &Client,
+    claims: &[Name],
+    log: Uuid,
+    above: Offset,
+) -> Result<Vec<PassPosition>, Error> {
+    let (pipelines, sinks): (Vec<&str>, Vec<&str>) =
+        claims.iter().map(|(pipeline, sink)| (pipeline.as_str(), sink.as_str())).unzip();
+    let rows = client.query(PASSES_OF, &[&pipelines, &sinks, &log.to_string(), &(above.0 as i64)]).await?;
+    let told = |row: &Row| {
+        let position = Position {
+            partition: Partition(row.get::<_, i32>(1) as u16),
+            next: Offset(row.get::<_, i64>(2) as u64),
+            lineage: Lineage::read(row.get::<_, Option<&str>>(3))?,
+        };
+        Some(PassPosition { pass: row.get::<_, &str>(0).parse().ok()?, position, letters: row.get(4) })
+    };
+    Ok(rows.iter().filter_map(told).collect())
 }
 
 /// Takes over the positions of the first name that the claim had and that has some.

@@ -29,10 +29,11 @@ use super::schema::{self, no_table};
 use super::stage;
 use super::table::{self, Binding, Table, column_list};
 use super::transaction::{Tried, begin, unknown};
+use crate::batch::{Offset, Partition};
 use crate::sinks::columns::Columns;
 use crate::sinks::{
-    Advance, Claim, Epoch, Error, Found, LogPosition, Name, OnConflict, Opened, Outcome, RefusedRow, Rows,
-    Sink, Written, holder,
+    Advance, Claim, Epoch, Error, Found, LogPosition, Name, OnConflict, Opened, Outcome, PassPosition,
+    RefusedRow, Rows, Sink, Written, holder,
 };
 use crate::telemetry::Failures;
 use crate::topic::Namespace;
@@ -357,6 +358,23 @@ impl Sink for PostgresSink {
         positions
     }
 
+    async fn passes_of(
+        &mut self,
+        claims: &[Name],
+        log: Uuid,
+        above: Offset,
+    ) -> Result<Vec<PassPosition>, Error> {
+        let session = self.take()?;
+        let context = self.context();
+        let asked = async {
+            let passes = positions::passes_of(&session.client, claims, log, above).await;
+            passes.map_err(|error| classify(&context, &error))
+        };
+        let passes = self.within(asked).await?;
+        self.session = Some(session);
+        Ok(passes)
+    }
+
     async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {
         let waits = self.session.as_ref().is_some_and(|session| session.uncommitted.is_some());
         if rows.is_empty() && advance.is_empty() && !waits {
@@ -404,6 +422,18 @@ impl Sink for PostgresSink {
             self.session = Some(session);
         }
         outcome
+    }
+
+    async fn set_letters(&mut self, letters: &[(Partition, String)]) -> Result<(), Error> {
+        let session = self.take()?;
+        let context = self.context();
+        let set = async {
+            let set = session.held.set_letters(&session.client, &session.path, letters).await;
+            set.map_err(|error| classify(&context, &error))
+        };
+        self.within(set).await?;
+        self.session = Some(session);
+        Ok(())
     }
 
     async fn finish(&mut self) -> Result<Written, Error> {

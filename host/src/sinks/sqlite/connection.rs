@@ -11,9 +11,11 @@ use super::config::Config;
 use super::positions::{self, Held};
 use super::table::{bind, create_table, has_rows, insert, is_there};
 use super::values::{Affinity, bind_value};
+use crate::batch::{Offset, Partition};
 use crate::sinks::columns::{Columns, TIME_BYTES};
 use crate::sinks::{
-    Advance, Claim, Epoch, Error, LogPosition, Name, Opened, Outcome, RefusedRow, Rows, Written, holder,
+    Advance, Claim, Epoch, Error, LogPosition, Name, Opened, Outcome, PassPosition, RefusedRow, Rows,
+    Written, holder,
 };
 
 /// Parameters of one INSERT of several rows: enough to share the cost of a
@@ -195,6 +197,25 @@ impl Session {
         logs: &[Uuid],
     ) -> Result<Vec<LogPosition>, Error> {
         positions::positions_of(&self.connection, claims, logs).map_err(|error| classify(context, error))
+    }
+
+    pub fn passes_of(
+        &self,
+        context: &str,
+        claims: &[Name],
+        log: Uuid,
+        above: Offset,
+    ) -> Result<Vec<PassPosition>, Error> {
+        positions::passes_of(&self.connection, claims, log, above).map_err(|error| classify(context, error))
+    }
+
+    /// Replaces what positions say of dead letters, in the transaction that waits for its end.
+    pub fn set_letters(&mut self, context: &str, letters: &[(Partition, String)]) -> Result<(), Error> {
+        for (partition, letters) in letters {
+            let set = self.held.set_letters(&self.connection, *partition, letters);
+            set.map_err(|error| classify(context, error))?;
+        }
+        Ok(())
     }
 
     /// Commits what a commit that rejected rows left open.

@@ -6,7 +6,8 @@ use uuid::Uuid;
 
 use crate::batch::{Offset, Partition};
 use crate::sinks::{
-    Advance, Claim, Epoch, Error as SinkError, Found, LogPosition, Name, Opened, Position, Usurper,
+    Advance, Claim, Epoch, Error as SinkError, Found, LogPosition, Name, Opened, PassPosition, Position,
+    Usurper,
 };
 use crate::stream::Lineage;
 
@@ -24,12 +25,13 @@ CREATE TABLE IF NOT EXISTS headworks_positions (
     table_name  TEXT,
     holder      TEXT    NOT NULL,
     claimed_at  TEXT,
+    letters     TEXT,
     updated_at  TEXT    NOT NULL,
     PRIMARY KEY (pipeline, sink, log, generation, "partition")
 ) WITHOUT ROWID"#;
 
 /// Columns that 0.1.0 did not have.
-const ADDED: [&str; 3] = ["openings", "table_name", "claimed_at"];
+const ADDED: [&str; 4] = ["openings", "table_name", "claimed_at", "letters"];
 
 const HIGHEST: &str = "SELECT epoch, holder, claimed_at FROM headworks_positions
     WHERE pipeline = ?1 AND sink = ?2 AND log = ?3 AND generation = ?4 ORDER BY epoch DESC LIMIT 1";
@@ -45,9 +47,13 @@ RETURNING next_offset, openings"#;
 
 const ADVANCE: &str = r#"
 UPDATE headworks_positions SET next_offset = ?7, openings = coalesce(?9, openings),
-    updated_at = strftime('%Y-%m-%d %H:%M:%fZ', 'now')
+    letters = coalesce(?10, letters), updated_at = strftime('%Y-%m-%d %H:%M:%fZ', 'now')
 WHERE pipeline = ?1 AND sink = ?2 AND log = ?3 AND generation = ?4 AND "partition" = ?5
   AND epoch = ?8 AND (next_offset = ?6 OR next_offset IS NULL)"#;
+
+const SET_LETTERS: &str = r#"
+UPDATE headworks_positions SET letters = ?6
+WHERE pipeline = ?1 AND sink = ?2 AND log = ?3 AND generation = ?4 AND "partition" = ?5"#;
 
 const LOOK: &str = r#"
 SELECT next_offset FROM headworks_positions
@@ -59,11 +65,12 @@ const HAS_POSITIONS: &str = "SELECT EXISTS (SELECT 1 FROM headworks_positions
 /// Copies positions to a new name; the epoch is the claim's business.
 const RENAME: &str = r#"
 INSERT INTO headworks_positions
-    (pipeline, sink, log, generation, "partition", epoch, next_offset, openings, holder, updated_at)
-SELECT ?1, ?2, log, generation, "partition", 0, next_offset, openings, holder, updated_at FROM headworks_positions
+    (pipeline, sink, log, generation, "partition", epoch, next_offset, openings, letters, holder, updated_at)
+SELECT ?1, ?2, log, generation, "partition", 0, next_offset, openings, letters, holder, updated_at
+FROM headworks_positions
 WHERE pipeline = ?5 AND sink = ?6 AND log = ?3 AND generation = ?4 AND next_offset IS NOT NULL
 ON CONFLICT (pipeline, sink, log, generation, "partition")
-DO UPDATE SET next_offset = excluded.next_offset, openings = excluded.openings"#;
+DO UPDATE SET next_offset = excluded.next_offset, openings = excluded.openings, letters = excluded.letters"#;
 
 /// Takes them from the old one, so that nobody goes on there.
 const RETIRE: &str = "
@@ -79,6 +86,10 @@ WHERE log = ?3 AND generation = ?4 AND next_offset IS NOT NULL AND (pipeline <> 
 const POSITIONS_OF: &str = r#"
 SELECT "partition", max(next_offset) FROM headworks_positions
 WHERE pipeline = ?1 AND sink = ?2 AND log = ?3 AND next_offset IS NOT NULL GROUP BY "partition""#;
+
+const PASSES_OF: &str = r#"
+SELECT log, "partition", next_offset, openings, letters FROM headworks_positions
+WHERE pipeline = ?1 AND sink = ?2 AND next_offset > ?4 AND substr(letters, 1, length(?3)) = ?3"#;
 
 /// A claim, and its epoch.
 pub struct Held {
@@ -168,9 +179,18 @@ impl Held {
             step.from.0 as i64,
             step.to.0 as i64,
             self.epoch.0 as i64,
-            step.lineage.as_ref().map(Lineage::to_string)
+            step.lineage.as_ref().map(Lineage::to_string),
+            step.letters
         ])?;
         Ok(moved == 1)
+    }
+
+    /// Replaces what a position says of dead letters.
+    pub fn set_letters(&self, connection: &Connection, partition: Partition, letters: &str) -> Result<()> {
+        let Self { claim, log, .. } = self;
+        let of = params![claim.pipeline, claim.sink, log, claim.generation, partition.0, letters];
+        connection.execute(SET_LETTERS, of)?;
+        Ok(())
     }
 
     /// Why a position was not ours to move.
@@ -255,6 +275,31 @@ pub fn positions_of(connection: &Connection, claims: &[Name], logs: &[Uuid]) -> 
         }
     }
     Ok(positions)
+}
+
+/// Returns the positions of redrives' passes with these names, past `above`, that sent letters of
+/// this log.
+pub fn passes_of(
+    connection: &Connection,
+    claims: &[Name],
+    log: Uuid,
+    above: Offset,
+) -> Result<Vec<PassPosition>> {
+    let mut statement = connection.prepare(PASSES_OF)?;
+    let mut passes = Vec::new();
+    for (pipeline, sink) in claims {
+        let mut rows = statement.query(params![pipeline, sink, log.to_string(), above.0 as i64])?;
+        while let Some(row) = rows.next()? {
+            let (pass, openings): (String, Option<String>) = (row.get(0)?, row.get(3)?);
+            let (Ok(pass), Some(lineage)) = (pass.parse(), Lineage::read(openings.as_deref())) else {
+                continue;
+            };
+            let (partition, next) = (Partition(row.get(1)?), Offset(row.get::<_, i64>(2)? as u64));
+            let position = Position { partition, next, lineage };
+            passes.push(PassPosition { pass, position, letters: row.get(4)? });
+        }
+    }
+    Ok(passes)
 }
 
 /// The highest epoch of a claim, and who has it.

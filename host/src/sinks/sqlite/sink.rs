@@ -8,8 +8,11 @@ use uuid::Uuid;
 
 use super::config::Config;
 use super::connection::Session;
+use crate::batch::{Offset, Partition};
 use crate::sinks::columns::Columns;
-use crate::sinks::{Advance, Claim, Epoch, Error, LogPosition, Name, Opened, Outcome, Rows, Sink, Written};
+use crate::sinks::{
+    Advance, Claim, Epoch, Error, LogPosition, Name, Opened, Outcome, PassPosition, Rows, Sink, Written,
+};
 use crate::telemetry::Failures;
 use crate::threads;
 use crate::topic::Namespace;
@@ -29,6 +32,8 @@ pub struct SqliteSink {
 enum Request {
     Open(Claim, Option<Epoch>, oneshot::Sender<Result<Opened, Error>>),
     PositionsOf(Vec<Name>, Vec<Uuid>, oneshot::Sender<Result<Vec<LogPosition>, Error>>),
+    SetLetters(Vec<(Partition, String)>, oneshot::Sender<Result<(), Error>>),
+    PassesOf(Vec<Name>, Uuid, Offset, oneshot::Sender<Result<Vec<PassPosition>, Error>>),
     Commit(Rows, Vec<Advance>, oneshot::Sender<Result<Outcome, Error>>),
     Finish(oneshot::Sender<Result<Written, Error>>),
 }
@@ -91,9 +96,24 @@ impl Sink for SqliteSink {
         self.call(Request::PositionsOf(claims.to_vec(), logs.to_vec(), sender), answer).await
     }
 
+    async fn passes_of(
+        &mut self,
+        claims: &[Name],
+        log: Uuid,
+        above: Offset,
+    ) -> Result<Vec<PassPosition>, Error> {
+        let (sender, answer) = oneshot::channel();
+        self.call(Request::PassesOf(claims.to_vec(), log, above, sender), answer).await
+    }
+
     async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {
         let (sender, answer) = oneshot::channel();
         self.call(Request::Commit(rows.clone(), advance.to_vec(), sender), answer).await
+    }
+
+    async fn set_letters(&mut self, letters: &[(Partition, String)]) -> Result<(), Error> {
+        let (sender, answer) = oneshot::channel();
+        self.call(Request::SetLetters(letters.to_vec(), sender), answer).await
     }
 
     async fn finish(&mut self) -> Result<Written, Error> {
@@ -129,6 +149,20 @@ fn serve(
             Request::PositionsOf(claims, logs, answer) => {
                 let outcome = match &session {
                     Some(session) => session.positions_of(context, &claims, &logs),
+                    None => Err(Error::Retry(format!("{context}: the file is not open"))),
+                };
+                let _ = answer.send(outcome);
+            }
+            Request::SetLetters(letters, answer) => {
+                let outcome = match &mut session {
+                    Some(session) => session.set_letters(context, &letters),
+                    None => Err(Error::Retry(format!("{context}: the file is not open"))),
+                };
+                let _ = answer.send(outcome);
+            }
+            Request::PassesOf(claims, log, above, answer) => {
+                let outcome = match &session {
+                    Some(session) => session.passes_of(context, &claims, log, above),
                     None => Err(Error::Retry(format!("{context}: the file is not open"))),
                 };
                 let _ = answer.send(outcome);

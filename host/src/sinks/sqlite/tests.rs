@@ -511,7 +511,7 @@ async fn a_check_says_what_would_be_created_and_writes_nothing() {
     let gone = checked_for(&other, vec![claim()]).problems;
     assert!(gone[0].contains("no table readings, which this sink has written to before"), "{gone:?}");
     // As 0.1.0 made it.
-    for column in ["openings", "table_name", "claimed_at"] {
+    for column in ["openings", "table_name", "claimed_at", "letters"] {
         file.read().execute_batch(&format!("ALTER TABLE headworks_positions DROP COLUMN {column}")).unwrap();
     }
     let looked = |pipeline: &str| {
