@@ -138,8 +138,13 @@ async fn sink(url: &str, batches: &[Batch], round: u32) -> f64 {
         let mut rows = Rows::default();
         rows.push_batch(batch.clone());
         let from = Offset((number * BATCH) as u64);
-        let advance =
-            Advance { partition: Partition(0), from, to: Offset(from.0 + BATCH as u64), lineage: None };
+        let advance = Advance {
+            partition: Partition(0),
+            from,
+            to: Offset(from.0 + BATCH as u64),
+            lineage: None,
+            letters: None,
+        };
         if let Outcome::Rejected(_) = sink.commit(&rows, &[advance]).await.expect("PostgreSQL answers") {
             // A pipeline writes its dead letters here.
             sink.finish().await.expect("PostgreSQL takes the others");
