@@ -142,6 +142,9 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
     )?;
     let mut pipelines = Vec::new();
     let configured = Arc::new(config.claims());
+    let named =
+        |(name, sink): (&String, &sinks::Config)| (name.clone(), sink.renamed_from().map(str::to_owned));
+    let sink_names = pipeline::name_sinks(&dead_letters, &config.sinks.iter().map(named).collect::<Vec<_>>());
     for (name, pipeline) in &config.pipelines {
         // It drops all: there is nothing to read the stream for.
         if pipeline.sinks().is_empty() {
@@ -155,6 +158,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
             recall: plugins.recall(name),
             sinks: sink_parts(&config, pipeline, &namespace, &failures),
             dead_letters: Arc::clone(&dead_letters),
+            sink_names: Arc::clone(&sink_names),
             dead_letters_bytes_max: config.dead_letters.share_of(config.pipelines.len()),
             configured: Arc::clone(&configured),
             failures: failures.clone(),

@@ -24,9 +24,9 @@ impl Redrive for Redrives {
             return Err(RedriveError::NotFound(format!("no pipeline \"{name}\" runs here")));
         }
         if let Some(sink) = &request.sink {
-            let known: BTreeSet<_> = pipelines.iter().flat_map(|pipeline| pipeline.sinks()).collect();
-            if !known.contains(sink.as_str()) {
-                let known = known.into_iter().collect::<Vec<_>>().join(", ");
+            if !pipelines.iter().any(|pipeline| pipeline.knows_sink(sink)) {
+                let known: BTreeSet<_> = pipelines.iter().flat_map(|pipeline| pipeline.sinks()).collect();
+                let known = known.into_iter().map(String::as_str).collect::<Vec<_>>().join(", ");
                 return Err(RedriveError::NotFound(format!("no sink \"{sink}\", known are {known}")));
             }
         }

@@ -15,7 +15,7 @@ use crate::admin::{DiscardAnswer, RedriveAnswer, RedriveRequest};
 use crate::batch::{Batch, MessageRef, Offset};
 use crate::config::{self, Config, DEAD_LETTERS, Loaded};
 use crate::hints::{Hint, Hints, Letters};
-use crate::pipeline::{MARK_PREFIX, Mark, Marks, Reopened};
+use crate::pipeline::{MARK_PREFIX, Mark, Marks, NAMES_PREFIX, Reopened, SinkNames};
 use crate::plugin;
 use crate::properties::{self, Origin};
 use crate::stream::Read;
@@ -81,21 +81,22 @@ fn each(
     config: &Config,
     with_sent: bool,
     filter: &LetterFilter,
-    mut take: impl FnMut(&MessageRef<'_>, Option<&Mark>) -> anyhow::Result<()>,
+    mut take: impl FnMut(&MessageRef<'_>, Option<&Mark>, &SinkNames) -> anyhow::Result<()>,
 ) -> anyhow::Result<u64> {
     let mut letters = open(config, Offset(0))?;
     let marks = marks_of(letters.as_ref())?;
+    let sinks = sink_names(letters.as_ref())?;
     let (mut hidden, mut has_waited) = (0, false);
     let mut names = Names::default();
     while let Some(batch) = next_batch(letters.as_mut(), &mut has_waited)? {
         for letter in batch.messages() {
             names.add(&letter);
-            if !is_wanted(&letter, filter) {
+            if !is_wanted(&letter, filter, &sinks) {
                 continue;
             }
             match marks.get(letter.offset().0) {
                 Some(Mark::Sent) if !with_sent => hidden += 1,
-                mark => take(&letter, mark)?,
+                mark => take(&letter, mark, &sinks)?,
             }
         }
     }
@@ -161,12 +162,12 @@ fn list(
     let mut found = 0_u64;
     let mut kept: VecDeque<Listed> = VecDeque::new();
     let max = max.or((format == Format::Text).then_some(LISTED_MAX));
-    let hidden = each(config, with_sent, filter, |letter, mark| {
+    let hidden = each(config, with_sent, filter, |letter, mark, sinks| {
         found += 1;
         match (format, max) {
             (Format::Json, None) => out.json(&to_json(letter, mark))?,
             (Format::Json, Some(_)) => kept.push_back(Listed::Json(to_json(letter, mark))),
-            (Format::Text, _) => kept.push_back(Listed::Text(lines(letter, mark))),
+            (Format::Text, _) => kept.push_back(Listed::Text(lines(letter, mark, sinks))),
         }
         if max.is_some_and(|max| kept.len() > max) {
             kept.pop_front();
@@ -232,7 +233,7 @@ fn summary(
 ) -> anyhow::Result<()> {
     let mut reasons: HashMap<[String; 3], Reason> = HashMap::new();
     let mut found = 0;
-    let hidden = each(config, with_sent, filter, |letter, mark| {
+    let hidden = each(config, with_sent, filter, |letter, mark, _| {
         found += 1;
         let pipeline = property(letter, "pipeline");
         let mut key = [pipeline.clone(), refused_by(letter), telemetry::alike(&property(letter, "reason"))];
@@ -278,7 +279,8 @@ fn show(
         || format!("no dead letter {id}: `{}` shows what there is", hints.command(Hint::DeadLettersList));
     let batch = next_batch(letters.as_mut(), &mut false)?.with_context(missing)?;
     let any = LetterFilter::default();
-    let mut letters_of = batch.messages().filter(|letter| is_wanted(letter, &any));
+    let sinks = sink_names(letters.as_ref())?;
+    let mut letters_of = batch.messages().filter(|letter| is_wanted(letter, &any, &sinks));
     let letter = letters_of.find(|letter| letter.offset() == Offset(id)).with_context(missing)?;
     let marks = marks_of(letters.as_ref())?;
     let mark = marks.get(id);
@@ -290,7 +292,7 @@ fn show(
         ("sent again".into(), sent_again(mark).into()),
         ("reason".into(), property(&letter, "reason")),
         ("refused by".into(), refused_by(&letter)),
-        ("for sinks".into(), for_sinks(&letter, mark)),
+        ("for sinks".into(), for_sinks(&letter, mark, &sinks)),
         ("kind".into(), property(&letter, "kind")),
         ("pipeline".into(), property(&letter, "pipeline")),
         (
@@ -419,13 +421,17 @@ fn next_batch(letters: Option<&mut ReadOnly>, has_waited: &mut bool) -> anyhow::
     }
 }
 
-fn is_wanted(letter: &MessageRef<'_>, filter: &LetterFilter) -> bool {
+fn is_wanted(letter: &MessageRef<'_>, filter: &LetterFilter, sinks: &SinkNames) -> bool {
     let fits = |wanted: &Option<String>, name: &str| {
         wanted.as_ref().is_none_or(|wanted| property(letter, name) == *wanted)
     };
+    let is_by = |wanted: &String| {
+        let by = property(letter, "sink");
+        !by.is_empty() && sinks.is_same(wanted, &by, letter.offset().0)
+    };
     properties::get(letter.properties(), Origin::Pipeline, REDRIVE).is_none()
         && fits(&filter.pipeline, "pipeline")
-        && fits(&filter.sink, "sink")
+        && filter.sink.as_ref().is_none_or(is_by)
         && fits(&filter.step, "step")
 }
 
@@ -433,6 +439,12 @@ fn is_wanted(letter: &MessageRef<'_>, filter: &LetterFilter) -> bool {
 fn marks_of(letters: Option<&ReadOnly>) -> anyhow::Result<Marks> {
     let state = letters.map(|letters| letters.state(MARK_PREFIX)).transpose()?;
     Ok(Marks::read(&state.unwrap_or_default()))
+}
+
+/// What names of sinks mean in letters.
+fn sink_names(letters: Option<&ReadOnly>) -> anyhow::Result<SinkNames> {
+    let state = letters.map(|letters| letters.state(NAMES_PREFIX)).transpose()?;
+    Ok(SinkNames::read(&state.unwrap_or_default()))
 }
 
 fn sent_again(mark: Option<&Mark>) -> &'static str {
@@ -449,7 +461,7 @@ fn sent_again(mark: Option<&Mark>) -> &'static str {
 }
 
 /// Who refused it, what it is, and why.
-fn lines(letter: &MessageRef<'_>, mark: Option<&Mark>) -> Lines {
+fn lines(letter: &MessageRef<'_>, mark: Option<&Mark>, sinks: &SinkNames) -> Lines {
     let id = letter.offset().0;
     Lines {
         head: vec![
@@ -461,7 +473,7 @@ fn lines(letter: &MessageRef<'_>, mark: Option<&Mark>) -> Lines {
             },
             time(letter.entry.received_us),
             format!("{} of pipeline {}", refused_by(letter), property(letter, "pipeline")),
-            format!("for {}", for_sinks(letter, mark)),
+            format!("for {}", for_sinks(letter, mark, sinks)),
         ],
         what: vec![format!("device {}", letter.device()), letter.topic().to_owned()],
         reason: property(letter, "reason"),
@@ -479,17 +491,23 @@ fn refused_by(letter: &MessageRef<'_>) -> String {
     }
 }
 
-/// The sinks that have not had the message: where a redrive sends it.
-fn for_sinks(letter: &MessageRef<'_>, mark: Option<&Mark>) -> String {
-    if let Some(Mark::Open { sinks, .. }) = mark {
-        return sinks.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
-    }
-    match (property(letter, "sinks"), property(letter, "sink")) {
-        (names, _) if !names.is_empty() => names.replace(',', ", "),
-        (_, sink) if !sink.is_empty() => sink,
+/// The sinks that have not had the message, where a redrive sends it, by the names that they have
+/// now.
+fn for_sinks(letter: &MessageRef<'_>, mark: Option<&Mark>, names: &SinkNames) -> String {
+    let ids: Vec<String> = match mark {
+        Some(Mark::Open { sinks, .. }) => sinks.iter().cloned().collect(),
+        _ => {
+            let named = [property(letter, "sinks"), property(letter, "sink")].join(",");
+            let named = named.split(',').filter(|name| !name.is_empty());
+            named.flat_map(|name| names.ids(name, letter.offset().0)).collect()
+        }
+    };
+    if ids.is_empty() {
         // Written by a host that did not name them.
-        _ => "all".to_owned(),
+        return "all".to_owned();
     }
+    let now: BTreeSet<&str> = ids.iter().map(|id| names.name_of(id)).collect();
+    now.into_iter().collect::<Vec<_>>().join(", ")
 }
 
 fn to_json(letter: &MessageRef<'_>, mark: Option<&Mark>) -> Map<String, Value> {

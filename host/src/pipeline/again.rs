@@ -45,7 +45,7 @@ pub struct Sending {
     by: String,
     /// The pipeline's sinks that it goes to.
     names: Vec<SinkNumber>,
-    /// Names of sinks that the pipeline does not have any more: it waits for them.
+    /// Ids of sinks that the pipeline does not have any more: it waits for them.
     kept: BTreeSet<String>,
     only: Option<BTreeSet<String>>,
     rejected: BTreeSet<String>,
@@ -69,8 +69,9 @@ impl Sending {
             Source::Sink(by) => (true, by),
             Source::Step(by) => (false, by),
         };
-        let is_wanted = |name: &str| only.is_none_or(|only| only.contains(name));
-        let named = letter.sink.or(letter.sinks).into_iter().flat_map(|names| names.split(','));
+        let is_wanted = |id: &str| only.is_none_or(|only| only.contains(id));
+        let named = letter.sink_names().into_iter().flatten().flat_map(|name| names.named(name, letter.at));
+        let own = |id: &String| names.number(id).map_or(id, |sink| &names.sinks[sink][0]).clone();
         Self {
             letter: letter.redrive_of.unwrap_or(message.offset().0),
             partition: message.entry.partition,
@@ -78,14 +79,11 @@ impl Sending {
             by: by.to_owned(),
             names: (0..names.sinks.len())
                 .filter(|sink| names.names(letter, *sink) || pipeline.began_behind(letter, *sink))
-                .filter(|sink| names.sinks[*sink].iter().any(|name| is_wanted(name)))
+                .filter(|sink| names.sinks[*sink].iter().any(|id| is_wanted(id)))
                 .collect(),
-            kept: named
-                .filter(|name| is_wanted(name) && names.number(name).is_none())
-                .map(str::to_owned)
-                .collect(),
+            kept: named.filter(|id| is_wanted(id) && names.number(id).is_none()).collect(),
             only: only.cloned(),
-            rejected: rejected.clone(),
+            rejected: rejected.iter().map(own).collect(),
             sent_by: BTreeMap::new(),
             doubtful: BTreeSet::new(),
             may_repeat: false,
@@ -262,7 +260,7 @@ impl Again {
         positions: &[Offset],
         has_new: impl Fn(Offset) -> bool,
     ) {
-        let name = self.names.sink(sink);
+        let name = self.names.id(sink);
         for (at, sending) in self.lock().iter_mut().filter(|(_, sending)| sending.names.contains(&sink)) {
             let partition = usize::from(sending.partition.0);
             let is_past = positions.get(partition).is_some_and(|position| *at < position.0);
@@ -309,7 +307,7 @@ impl Again {
         let sendings = self.lock();
         let mark = |(refusal, names): &(&Refusal<'_>, Vec<SinkNumber>)| {
             let sending = sendings.get(&refusal.message.offset().0)?;
-            let names = names.iter().map(|sink| self.names.sink(*sink).to_owned());
+            let names = names.iter().map(|sink| self.names.id(*sink).to_owned());
             let rejected = sending.rejected.iter().cloned().chain(names).collect();
             Some((mark_key(Offset(sending.letter)), Some(self.mark(sending, rejected).bytes())))
         };
@@ -321,7 +319,7 @@ impl Again {
         let mut sendings = self.lock();
         for (refusal, names) in refusals {
             if let Some(sending) = sendings.get_mut(&refusal.message.offset().0) {
-                sending.rejected.extend(names.iter().map(|sink| self.names.sink(*sink).to_owned()));
+                sending.rejected.extend(names.iter().map(|sink| self.names.id(*sink).to_owned()));
             }
         }
     }
@@ -346,7 +344,7 @@ impl Again {
         let mut marks = Vec::new();
         let mut sent: BTreeMap<(Uuid, BTreeSet<String>), Vec<u64>> = BTreeMap::new();
         let pass = self.pass();
-        let name = |sink: &SinkNumber| self.names.sink(*sink).to_owned();
+        let name = |sink: &SinkNumber| self.names.id(*sink).to_owned();
         self.lock().retain(|at, sending| {
             let is_past = |sink: &SinkNumber| {
                 let positions = reached.get(*sink).map_or(&[][..], Vec::as_slice);

@@ -241,7 +241,8 @@ impl DeadLetters {
     /// The refusals after the first `done` that go into one append.
     fn next_chunk<'a, 'b>(&self, refusals: &'a [Refusal<'b>], done: usize) -> Option<&'a [Refusal<'b>]> {
         let rest = &refusals[done..];
-        let names_bytes = self.names.sinks.iter().map(|names| names[0].len() + 1).sum::<usize>();
+        let sinks = 0..self.names.sinks.len();
+        let names_bytes = sinks.map(|sink| self.names.sink(sink).len() + 1).sum::<usize>();
         let mut bytes = 0;
         let fits = rest
             .iter()
@@ -392,7 +393,7 @@ impl DeadLetters {
     /// A sink that is new to the source begins at `at`: it does not get the messages before
     /// from there, but may be sent their letters. Returns once this survives a crash.
     pub async fn begins(&self, sink: SinkNumber, at: Offset) -> Result<(), Error> {
-        let key = begun_key(self.names.pipeline(), self.names.sink(sink), &self.source);
+        let key = begun_key(self.names.pipeline(), self.names.id(sink), &self.source);
         let change = StateChange { key: key.as_bytes(), value: Some(&at.0.to_le_bytes()) };
         let appended = loop {
             match self.stream.append(&[], &[change]) {
@@ -535,7 +536,7 @@ impl DeadLetters {
         }
         // All of one call come from one step or sink.
         let by = match refusals.first().map(|refusal| refusal.source) {
-            Some(Source::Sink(by)) => self.names.number(by),
+            Some(Source::Sink(by)) => self.names.with_name(by),
             Some(Source::Step(_)) | None => None,
         };
         match by {
@@ -729,7 +730,7 @@ fn begun_key(pipeline: &str, sink: &str, source: &Identity) -> String {
 struct Scan {
     /// In the dead letters; no letter before it is needed.
     from: u64,
-    /// By sink: see [`Known::floor`].
+    /// By sink, as its first id names it: see [`Known::floor`].
     floors: Vec<u64>,
 }
 
@@ -791,9 +792,9 @@ mod tests {
 
     #[test]
     fn the_place_of_a_scan_is_read_as_it_was_written_by_this_version_and_the_first() {
-        let names = |sinks: &[&str]| Names {
-            pipelines: vec!["p".to_owned()],
-            sinks: sinks.iter().map(|name| vec![(*name).to_owned()]).collect(),
+        let names = |sinks: &[&str]| {
+            let sinks = sinks.iter().map(|name| (*name).to_owned()).collect();
+            Names::new(vec!["p".to_owned()], sinks, Arc::default())
         };
         let sinks = names(&["a", "warehouse"]);
         let scan = Scan { from: 7, floors: vec![3, 9] };
@@ -808,8 +809,8 @@ mod tests {
         let dead: Arc<dyn Stream> = MemoryStream::with_hooks("dead-letters", 1);
         let source = MemoryStream::with_hooks("telemetry", 1);
         let open = async |name: &str, share| {
-            let sinks = vec![vec!["a".to_owned()], vec!["c".to_owned()]];
-            let names = Names { pipelines: vec![name.to_owned()], sinks };
+            let sinks = vec!["a".to_owned(), "c".to_owned()];
+            let names = Names::new(vec![name.to_owned()], sinks, Arc::default());
             DeadLetters::open(Arc::clone(&dead), names, &*source, share, None).await.unwrap()
         };
         let (first, second) = (open("p1", 2_000).await, open("p2", 2_000).await);

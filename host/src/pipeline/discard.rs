@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use super::letter::Letter;
 use super::marks::{MARK_PREFIX, Mark, Marks, Sent, mark_key};
+use super::sink_names::{NAMES_PREFIX, SinkNames};
 use super::{DeadLettersError, Filter};
 use crate::batch::{MessageRef, Offset};
 use crate::stream::{AppendError, Read, StateChange, Stream, Ticket};
@@ -24,10 +25,10 @@ pub async fn discard(
     pipeline: Option<&str>,
 ) -> Result<u64, DeadLettersError> {
     let marks = Marks::read(&dead_letters.state(MARK_PREFIX));
+    let names = SinkNames::read(&dead_letters.state(NAMES_PREFIX));
     let is_wanted = |message: &MessageRef<'_>| {
         let is_closed = marks.get(message.offset().0) == Some(&Mark::Sent);
-        !is_closed
-            && Letter::of(message).is_some_and(|letter| fits(filter, pipeline, message.offset(), &letter))
+        !is_closed && Letter::of(message).is_some_and(|letter| fits(filter, pipeline, &names, &letter))
     };
     let mut letters = Vec::new();
     let end = dead_letters.bounds().end;
@@ -60,12 +61,15 @@ pub async fn discard(
     Ok(letters.len() as u64)
 }
 
-fn fits(filter: &Filter, pipeline: Option<&str>, offset: Offset, letter: &Letter<'_>) -> bool {
+fn fits(filter: &Filter, pipeline: Option<&str>, names: &SinkNames, letter: &Letter<'_>) -> bool {
     !letter.is_copy()
         && pipeline.is_none_or(|pipeline| letter.pipeline == pipeline)
-        && filter.sink.as_deref().is_none_or(|sink| letter.sink == Some(sink))
+        && filter
+            .sink
+            .as_deref()
+            .is_none_or(|sink| letter.sink.is_some_and(|by| names.is_same(sink, by, letter.at)))
         && filter.step.as_deref().is_none_or(|step| letter.step == Some(step))
-        && filter.ids.as_ref().is_none_or(|ids| ids.contains(&offset))
+        && filter.ids.as_ref().is_none_or(|ids| ids.contains(&Offset(letter.at)))
 }
 
 #[cfg(test)]

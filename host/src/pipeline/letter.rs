@@ -1,11 +1,14 @@
 //! What happened to a dead letter's message, in its properties: UTF-8 text,
 //! origin `Pipeline`, names that begin with `dead-letter`.
 
+use std::sync::Arc;
+
 use uuid::Uuid;
 
 use super::dead_letters::{Refusal, Source};
 use super::known::Piece;
 use super::routes::SinkNumber;
+use super::sink_names::SinkNames;
 use crate::batch::{MessageRef, Offset};
 use crate::properties::{self, Origin, PROPERTIES_BYTES_MAX, PROPERTIES_MAX};
 use crate::stream::{Identity, Opening};
@@ -59,6 +62,8 @@ pub struct Letter<'a> {
     pub opening: Option<u64>,
     /// Set: a copy of the letter with this offset, of a redrive of 0.1.0; not to be listed.
     pub redrive_of: Option<u64>,
+    /// Its own offset, or that of the letter that it is a copy of.
+    pub at: u64,
 }
 
 impl<'a> Letter<'a> {
@@ -107,6 +112,7 @@ impl<'a> Letter<'a> {
             index: index?.parse().ok()?,
             opening: opening.and_then(|opening| u64::from_str_radix(opening, 16).ok()),
             redrive_of: redrive.and_then(|offset| offset.parse().ok()),
+            at: redrive.and_then(|offset| offset.parse().ok()).unwrap_or(message.offset().0),
         })
     }
 
@@ -124,13 +130,10 @@ impl<'a> Letter<'a> {
             && self.opening.is_none_or(is_same)
     }
 
-    /// Whether this sink is to have the message when it is sent again.
-    pub fn names(&self, sink: &str) -> bool {
-        match (self.sink, self.sinks) {
-            (Some(refused_by), _) => refused_by == sink,
-            (None, Some(names)) => names.split(',').any(|name| name == sink),
-            (None, None) => true,
-        }
+    /// Names of the sinks that are to have the message when it is sent again; `None`: all of the
+    /// pipeline.
+    pub fn sink_names(&self) -> Option<impl Iterator<Item = &'a str>> {
+        self.sink.or(self.sinks).map(|names| names.split(','))
     }
 
     /// Who refused it, by the name that it has in `names`.
@@ -139,7 +142,10 @@ impl<'a> Letter<'a> {
         'a: 'n,
     {
         match self.sink {
-            Some(sink) => Source::Sink(names.number(sink).map_or(sink, |number| names.sink(number))),
+            Some(sink) => {
+                let number = names.named(sink, self.at).find_map(|id| names.number(&id));
+                Source::Sink(number.map_or(sink, |number| names.sink(number)))
+            }
             None => Source::Step(self.step.unwrap_or_default()),
         }
     }
@@ -149,21 +155,62 @@ impl<'a> Letter<'a> {
     }
 }
 
-/// The names of a pipeline and its sinks, which letters may have: of each the name that it
-/// has, then those that it had.
+/// The names of a pipeline and its sinks.
 #[derive(Clone, Debug)]
 pub struct Names {
+    /// The name that it has, then those that it had.
     pub pipelines: Vec<String>,
+    /// By sink: its ids, the first one for what is written ([`sink_names`](super::sink_names)).
     pub sinks: Vec<Vec<String>>,
+    /// By sink, as the config names it.
+    shown: Vec<String>,
+    meanings: Arc<SinkNames>,
 }
 
 impl Names {
+    /// `sinks`: as the config names them.
+    pub fn new(pipelines: Vec<String>, sinks: Vec<String>, meanings: Arc<SinkNames>) -> Self {
+        let ids = sinks.iter().map(|name| meanings.ids(name, u64::MAX)).collect();
+        Self { pipelines, sinks: ids, shown: sinks, meanings }
+    }
+
     pub fn pipeline(&self) -> &str {
         &self.pipelines[0]
     }
 
+    /// The sink's name, which letters get.
     pub fn sink(&self, sink: SinkNumber) -> &str {
+        &self.shown[sink]
+    }
+
+    /// The sink's id, which marks and records get.
+    pub fn id(&self, sink: SinkNumber) -> &str {
         &self.sinks[sink][0]
+    }
+
+    /// The sink that has this name.
+    pub fn with_name(&self, name: &str) -> Option<SinkNumber> {
+        self.shown.iter().position(|shown| shown == name)
+    }
+
+    /// The ids that a letter at this offset means by a name.
+    pub fn named(&self, name: &str, letter: u64) -> impl Iterator<Item = String> {
+        self.meanings.ids(name, letter).into_iter()
+    }
+
+    /// As [`SinkNames::is_same`].
+    pub fn is_same(&self, sink: &str, by: &str, letter: u64) -> bool {
+        self.meanings.is_same(sink, by, letter)
+    }
+
+    /// Whether a person can mean one of the sinks by this name.
+    pub fn is_known(&self, name: &str) -> bool {
+        self.meanings.meant(name).iter().any(|id| self.number(id).is_some())
+    }
+
+    /// As the config names them.
+    pub fn shown(&self) -> &[String] {
+        &self.shown
     }
 
     /// Names under which the pipeline's redrives have positions.
@@ -175,16 +222,15 @@ impl Names {
         self.pipelines.iter().any(|name| name == letter.pipeline)
     }
 
-    /// The sink that has this name, or had it where no other has it now.
-    pub fn number(&self, name: &str) -> Option<SinkNumber> {
-        let has = self.sinks.iter().position(|names| names[0] == name);
-        has.or_else(|| self.sinks.iter().position(|names| names.iter().any(|had| had == name)))
+    /// The sink with this id.
+    pub fn number(&self, id: &str) -> Option<SinkNumber> {
+        self.sinks.iter().position(|ids| ids.iter().any(|own| own == id))
     }
 
     /// Whether this sink is to have the message when it is sent again.
     pub fn names(&self, letter: &Letter<'_>, sink: SinkNumber) -> bool {
-        let is_it = |name: &String| letter.names(name) && self.number(name) == Some(sink);
-        self.sinks[sink].iter().any(is_it)
+        let is_it = |name| self.named(name, letter.at).any(|id| self.number(&id) == Some(sink));
+        letter.sink_names().is_none_or(|mut names| names.any(is_it))
     }
 }
 
@@ -281,6 +327,7 @@ fn shortened(reason: &str) -> &str {
 mod tests {
     use super::*;
     use crate::batch::{Batch, Entry, Partition, Span};
+    use crate::pipeline::sink_names::NAMES_PREFIX;
     use crate::step::RefusedKind;
 
     fn batch(properties: Vec<u8>) -> Batch {
@@ -321,13 +368,16 @@ mod tests {
         assert_eq!((letter.sink, letter.offset, letter.index), (Some("warehouse"), 3, 1));
         assert_eq!((letter.kind, letter.pipeline, letter.generation), ("sink", "telemetry", 2));
         assert!(!letter.is_copy());
-        let names = |pipelines: &[&str], sinks: &[&[&str]]| Names {
-            pipelines: pipelines.iter().map(|name| (*name).to_owned()).collect(),
-            sinks: sinks.iter().map(|names| names.iter().map(|name| (*name).to_owned()).collect()).collect(),
+        let names = |pipelines: &[&str], sinks: &[&str], state: &str| {
+            let owned = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+            let meanings = [("warehouse", state), ("store", "2 warehouse,store")]
+                .map(|(name, state)| ([NAMES_PREFIX, name.as_bytes()].concat(), state.into()));
+            Names::new(owned(pipelines), owned(sinks), Arc::new(SinkNames::read(&meanings.into())))
         };
-        let taken = names(&["telemetry"], &[&["warehouse"], &["store", "warehouse"]]);
-        assert!(taken.names(&letter, 0) && !taken.names(&letter, 1), "another sink has the name now");
-        let names = names(&["readings", "telemetry"], &[&["lake"], &["store", "warehouse"]]);
+        let taken = names(&["telemetry"], &["warehouse", "store"], "2 \n4 warehouse@4");
+        assert_eq!(letter.at, 3, "the name was nobody's");
+        assert!(!taken.names(&letter, 0) && !taken.names(&letter, 1));
+        let names = names(&["readings", "telemetry"], &["lake", "store"], "9 ");
         assert!(names.names(&letter, 1) && !names.names(&letter, 0));
         assert_eq!(letter.source(&names), Source::Sink("store"));
         let source = Identity { log: Uuid::nil(), generation: 2, partitions: 1 };

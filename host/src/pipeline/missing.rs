@@ -59,7 +59,7 @@ impl SentLetters {
         records(&state).filter(|record| self.is_of(record, sink)).collect()
     }
 
-    /// The names under which the passes of a sink have positions.
+    /// The names under which the passes of a sink have positions: its ids.
     pub fn claims(&self, sink: SinkNumber) -> Vec<Name> {
         let pipelines = self.names.redrives();
         let names = pipelines
@@ -171,7 +171,7 @@ impl SentLetters {
 
     /// The mark of a letter that a sink's database has lost; `None`: it stays as it is.
     fn opened(&self, letter: u64, sink: SinkNumber) -> Option<Mark> {
-        let name = || self.names.sink(sink).to_owned();
+        let name = || self.names.id(sink).to_owned();
         let state = self.dead_letters.state(&mark_key(Offset(letter)));
         match Marks::read(&state).get(letter) {
             None => Some(Mark::Open { sinks: [name()].into(), why: Reopened::Lost }),

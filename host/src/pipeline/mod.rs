@@ -49,6 +49,7 @@ mod records;
 mod redrive;
 mod redrive_status;
 mod routes;
+mod sink_names;
 mod status;
 mod supervisor;
 mod swap;
@@ -70,6 +71,7 @@ pub use metrics::{METRICS, letters_gone};
 pub use open_letters::{Open as OpenCount, OpenLetters};
 pub use redrive::{Filter, RedriveError, Summary, list_open};
 pub use redrive_status::RedriveStatus;
+pub use sink_names::{NAMES_PREFIX, SinkNames, name_sinks};
 pub use status::{NO_ANSWER, PipelineStatus, SinkStatus, State};
 
 use answering::Answering;
@@ -133,6 +135,8 @@ pub struct Deps {
     pub sinks: Vec<SinkPart>,
     /// The dead letters of the whole host.
     pub dead_letters: Arc<dyn Stream>,
+    /// What names of sinks mean in them.
+    pub sink_names: Arc<SinkNames>,
     /// Bytes of this pipeline's dead letters whose sinks are not past them yet.
     pub dead_letters_bytes_max: u64,
     /// Names of all pipelines of the host and their sinks.
@@ -252,9 +256,14 @@ impl Handle {
         &self.redriver.shared.letters.names().pipelines
     }
 
-    /// Names of the sinks that the routes lead to, with those that they had.
-    pub fn sinks(&self) -> impl Iterator<Item = &str> {
-        self.redriver.shared.letters.names().sinks.iter().flatten().map(String::as_str)
+    /// Names of the sinks that the routes lead to.
+    pub fn sinks(&self) -> &[String] {
+        self.redriver.shared.letters.names().shown()
+    }
+
+    /// Whether one of the sinks has this name, or had it.
+    pub fn knows_sink(&self, name: &str) -> bool {
+        self.redriver.shared.letters.names().is_known(name)
     }
 
     pub fn status(&self) -> PipelineStatus {
@@ -320,6 +329,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
         recall,
         sinks,
         dead_letters,
+        sink_names,
         dead_letters_bytes_max,
         configured,
         failures,
@@ -330,10 +340,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
     let names: Vec<_> = sinks.iter().map(|part| part.name.clone()).collect();
     let letters = DeadLetters::open(
         Arc::clone(&dead_letters),
-        letter::Names {
-            pipelines: pipelines.clone(),
-            sinks: sinks.iter().map(|part| names_of(&part.name, &part.renamed_from)).collect(),
-        },
+        letter::Names::new(pipelines.clone(), names.clone(), sink_names),
         &*stream,
         dead_letters_bytes_max,
         None,

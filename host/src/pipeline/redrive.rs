@@ -395,10 +395,7 @@ impl Redrive<'_> {
     }
 
     fn is_wanted(&self, filter: &Filter, letter: &Letter<'_>) -> bool {
-        let is_by = |sink| {
-            let is_same = |by| self.names.number(by).is_some_and(|by| self.names.number(sink) == Some(by));
-            letter.sink.is_some_and(|by| by == sink || is_same(by))
-        };
+        let is_by = |sink| letter.sink.is_some_and(|by| self.names.is_same(sink, by, letter.at));
         !letter.is_copy()
             && self.names.has(letter)
             && filter.sink.as_deref().is_none_or(is_by)

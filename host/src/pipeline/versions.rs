@@ -353,7 +353,7 @@ mod tests {
     /// With the versions that begin there, of the generations from 1 on.
     async fn versions(dead: &Arc<dyn Stream>, all: &[[u64; 2]]) -> Versions {
         let source = MemoryStream::new("telemetry", 2);
-        let names = || Names { pipelines: vec!["p".to_owned()], sinks: vec![vec!["w".to_owned()]] };
+        let names = || Names::new(vec!["p".to_owned()], vec!["w".to_owned()], Arc::default());
         let letters = DeadLetters::open(Arc::clone(dead), names(), &*source, u64::MAX, None).await.unwrap();
         let identity = crate::stream::Identity { log: uuid::Uuid::nil(), ..source.identity() };
         let (records, remembered) = Records::open(Arc::clone(dead), Arc::new(letters), &names(), identity);

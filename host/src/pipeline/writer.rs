@@ -627,7 +627,7 @@ impl Writer {
                 };
                 Refusal {
                     message,
-                    source: Source::Sink(&self.claim.sink),
+                    source: Source::Sink(self.letters.names().sink(self.number)),
                     kind: RefusedKind::Sink,
                     reason: &r.reason,
                     partition: message.entry.partition,
@@ -646,9 +646,11 @@ impl Writer {
         self.refused += refused.len() as u64;
         self.refusals.note_refused(&refused);
         self.failures.report_rejected(
-            &format!("sink \"{}\"", self.claim.sink),
+            &format!("sink \"{}\"", self.letters.names().sink(self.number)),
             refused.iter().map(|r| ("rows refused", &*r.reason)),
-            &self.failures.hint(Hint::DeadLettersSummary(Letters::OfSink(&self.claim.sink))),
+            &self
+                .failures
+                .hint(Hint::DeadLettersSummary(Letters::OfSink(self.letters.names().sink(self.number)))),
         );
         let is_refused = |row: &usize| refused.binary_search_by_key(row, |r| r.row).is_ok();
         *rows = rows.select((0..rows.len()).filter(|row| !is_refused(row)));

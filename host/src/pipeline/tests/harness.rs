@@ -12,7 +12,7 @@ use uuid::Uuid;
 use crate::batch::{Batch, Entry, MessageRef, Offset, Partition, Span};
 use crate::pipeline::{
     Backoff, Batching, Config, Deps, Handle, Letter, MARK_PREFIX, Mark, Marks, PipelineStatus, Retries,
-    RouteTarget, SinkPart, list_open, start,
+    RouteTarget, SinkPart, list_open, name_sinks, start,
 };
 use crate::problems::{KeyPath, Problem};
 use crate::sinks::Begin;
@@ -293,7 +293,10 @@ impl World {
                 begin: self.begin,
             })
             .collect();
+        let named: Vec<_> =
+            self.databases.keys().map(|name| (name.clone(), self.renamed_from.get(name).cloned())).collect();
         let deps = Deps {
+            sink_names: name_sinks(&self.dead, &named),
             stream: Arc::clone(&self.stream),
             chain,
             recall: self.recall.clone().unwrap_or_else(|| Arc::new(recall)),
@@ -344,7 +347,8 @@ impl World {
                     Some(Mark::Open { sinks, .. }) => Some(sinks),
                     _ => None,
                 };
-                if letter.names(sink) && only.is_none_or(|only| only.contains(sink)) {
+                let is_named = letter.sink_names().is_none_or(|mut names| names.any(|name| name == sink));
+                if is_named && only.is_none_or(|only| only.contains(sink)) {
                     let by = letter.step.or(letter.sink).unwrap_or_default();
                     letters.push((text(&message), by.to_owned()));
                 }

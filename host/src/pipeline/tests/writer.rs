@@ -29,7 +29,7 @@ impl World {
         let database = MemoryDatabase::default();
         let dead: Arc<dyn Stream> = MemoryStream::with_hooks("dead-letters", 1);
         let source = MemoryStream::new("telemetry", 1);
-        let names = Names { pipelines: vec!["p".to_owned()], sinks: vec![vec!["w".to_owned()]] };
+        let names = Names::new(vec!["p".to_owned()], vec!["w".to_owned()], Arc::default());
         let letters = DeadLetters::open(Arc::clone(&dead), names, &*source, share, None).await;
         let letters = Arc::new(letters.unwrap());
         let claim = claim_of(&["p".to_owned()], &["w".to_owned()], source.identity());
