@@ -121,6 +121,11 @@ impl Told {
         self.own.get(partition)?.as_ref()
     }
 
+    /// Another pass begins.
+    pub fn begin_pass(&mut self) {
+        self.own.fill(None);
+    }
+
     pub fn of_letter(&self, letter: u64) -> Fate {
         let by = |sent: fn(&PassLetters) -> &Runs| {
             let has = |other: &&Other| letter < other.common.0 && sent(&other.letters).contains(letter);

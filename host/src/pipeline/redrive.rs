@@ -32,6 +32,7 @@ use super::known::{Reader, index_within_offset};
 use super::letter::{self, Letter, Names};
 use super::marks::{Change, MARK_PREFIX, Mark, Marks, Pending, Reopened, mark_key, records};
 use super::metrics::SinkMetrics;
+use super::pass_letters::{PassLetters, Told};
 use super::routes::{SinkNumber, Sorted};
 use super::status::SinkShared;
 use super::worker::{Shared, Stripped, unknown_routes, without_letters};
@@ -257,13 +258,26 @@ struct Pass {
     hold: Hold,
     /// Positions of each sink by partition, once they are known.
     reached: Vec<Vec<Offset>>,
-    /// Letters that it has taken, and parts of it.
+    /// By sink, what its database told of letters, and what the pass has done with them since.
+    told: Vec<(Option<Told>, Vec<PassLetters>)>,
+    /// Letters that it has taken.
     taken: usize,
 }
 
 impl Pass {
     fn again(&self) -> &Again {
         self.letters.again().expect("of a redrive")
+    }
+
+    /// Another pass takes its place, for the letters that come after those of this one.
+    fn renew(&mut self) {
+        self.again().renew();
+        self.reached.iter_mut().for_each(Vec::clear);
+        for (told, letters) in &mut self.told {
+            told.iter_mut().for_each(Told::begin_pass);
+            letters.clear();
+        }
+        self.taken = 0;
     }
 }
 
@@ -291,7 +305,8 @@ impl Redrive<'_> {
         .await?;
         letters.check_all();
         let reached = vec![Vec::new(); self.names.sinks.len()];
-        Ok(Pass { letters: Arc::new(letters), hold, reached, taken: 0 })
+        let told = reached.iter().map(|_| (None, Vec::new())).collect();
+        Ok(Pass { letters: Arc::new(letters), hold, reached, told, taken: 0 })
     }
 
     /// A new pass, part by part. A sink that cannot take its letters ends it: what is not
@@ -311,8 +326,7 @@ impl Redrive<'_> {
             };
             if pass.taken + part.letters.len() > PASS_LETTERS_MAX {
                 self.end(pass);
-                pass.again().renew();
-                (pass.reached, pass.taken) = (vec![Vec::new(); self.names.sinks.len()], 0);
+                pass.renew();
             }
             pass.taken += part.letters.len();
             pass.hold.0.advance(first);
@@ -470,6 +484,7 @@ impl Redrive<'_> {
         let identity = pass.again().identity(self.dead_letters.identity());
         let pipelines = self.names.redrives();
         let patience = Instant::now() + AHEAD_WAIT_MAX;
+        let mut has_learned = false;
         loop {
             let Some(borrowed) = Borrowed::take(&lender.control).await else {
                 return Ok(Some(" has stopped".to_owned()));
@@ -479,8 +494,11 @@ impl Redrive<'_> {
             let held = self.epochs.get(&(number, of_pass)).copied();
             let metrics = SinkMetrics::of_redrive(&shared.name, self.names.sink(number));
             let pace = Pace::new(&lender.batching);
-            let mut writer = Writer { sink: Some(borrowed.sink), held, metrics, pace, ..writer };
-            let result = self.deliver(&mut writer, lender, &pass.hold).await;
+            let (told, pass_letters) = std::mem::take(&mut pass.told[number]);
+            let sink = Some(borrowed.sink);
+            let mut writer = Writer { sink, held, metrics, pace, told, pass_letters, ..writer };
+            let result = self.deliver(&mut writer, lender, &pass.hold, has_learned).await;
+            has_learned = true;
             // Given back whatever happened: the delivery opens its own claim again.
             let sink = writer.sink.take().expect("nobody borrows from a redrive");
             drop(borrowed.back.send(Returned { sink, has_written: writer.written > 0 }));
@@ -489,6 +507,7 @@ impl Redrive<'_> {
                 self.epochs.insert((number, of_pass), held);
             }
             pass.reached[number] = writer.positions;
+            pass.told[number] = (writer.told, writer.pass_letters);
             let reason = match result {
                 Ok(Ok(())) => return Ok(None),
                 Err(RedriveError::Stopping) => return Err(RedriveError::Stopping),
@@ -510,6 +529,7 @@ impl Redrive<'_> {
         writer: &mut Writer,
         lender: &Lender,
         hold: &Hold,
+        has_learned: bool,
     ) -> Result<Result<(), Failed>, RedriveError> {
         let (shared, number) = (self.shared, writer.number);
         let letters = Arc::clone(&writer.letters);
@@ -520,7 +540,9 @@ impl Redrive<'_> {
         if let Err(failed) = writer.open(&**self.dead_letters, stream::Delivered::ToNobody).await {
             return Ok(Err(failed));
         }
-        if let Some(pass) = again.pass()
+        // Not once more in one part: what it has sent since would look as if it came from elsewhere.
+        if !has_learned
+            && let Some(pass) = again.pass()
             && let Err(failed) = writer.learn(pass, &**self.dead_letters).await
         {
             return Ok(Err(failed));

@@ -75,6 +75,8 @@ pub struct Writer {
     pub written: u64,
     /// Rows refused so far, for a redrive's summary.
     pub refused: u64,
+    /// What a redrive knows of letters in the sink's database, once it has asked for that.
+    pub told: Option<Told>,
     /// By partition, what a redrive's pass has done with letters; empty for other claims.
     pub pass_letters: Vec<PassLetters>,
 }
@@ -303,6 +305,7 @@ impl Writer {
             openings: Vec::new(),
             written: 0,
             refused: 0,
+            told: None,
             pass_letters: Vec::new(),
             claim,
         }
@@ -402,15 +405,21 @@ impl Writer {
     }
 
     /// Learns what the pass whose claim this is, and others, did with letters in the sink's database.
+    /// It is asked once in a run: what this run writes it knows.
     pub async fn learn(&mut self, pass: Uuid, dead_letters: &dyn Stream) -> Result<(), Failed> {
-        let claims = self.letters.sent().claims(self.number);
-        let sink = self.sink.as_mut().expect("still here");
-        let told = Told::ask(&mut **sink, &claims, pass, dead_letters).await;
-        let told = told.map_err(|error| self.failed(error))?;
-        let none = PassLetters::none_of(dead_letters.identity().log);
-        let own = |partition| told.own(partition).cloned().unwrap_or_else(|| none.clone());
-        self.pass_letters = (0..self.positions.len()).map(own).collect();
-        self.letters.compare(self.number, &told, &self.positions);
+        if self.told.is_none() {
+            let claims = self.letters.sent().claims(self.number);
+            let sink = self.sink.as_mut().expect("still here");
+            let told = Told::ask(&mut **sink, &claims, pass, dead_letters).await;
+            self.told = Some(told.map_err(|error| self.failed(error))?);
+        }
+        let told = self.told.as_ref().expect("just asked");
+        if self.pass_letters.is_empty() {
+            let none = PassLetters::none_of(dead_letters.identity().log);
+            let own = |partition| told.own(partition).cloned().unwrap_or_else(|| none.clone());
+            self.pass_letters = (0..self.positions.len()).map(own).collect();
+        }
+        self.letters.compare(self.number, told, &self.positions);
         Ok(())
     }
 
