@@ -160,6 +160,11 @@ pub fn mark_key(letter: Offset) -> Vec<u8> {
     [LETTER_PREFIX, &letter.0.to_be_bytes()].concat()
 }
 
+/// Begin of the state keys of the records of a pass.
+pub fn of_pass(pass: Uuid) -> Vec<u8> {
+    [SENT_PREFIX, pass.as_bytes()].concat()
+}
+
 /// Offsets of letters, as ranges in order that do not touch.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Runs(Vec<Range<u64>>);
@@ -175,6 +180,11 @@ impl Runs {
             }
         }
         Self(runs)
+    }
+
+    /// Returns the letters of all records.
+    pub fn of_records(records: impl Iterator<Item = Sent>) -> Self {
+        Self::of(records.flat_map(|record| record.letters.0).collect())
     }
 
     pub fn contains(&self, letter: u64) -> bool {
@@ -307,7 +317,7 @@ impl Sent {
     }
 
     pub fn key(&self) -> Vec<u8> {
-        [SENT_PREFIX, self.pass.as_bytes(), &self.letters.bounds().start.to_be_bytes()].concat()
+        [&of_pass(self.pass)[..], &self.letters.bounds().start.to_be_bytes()].concat()
     }
 
     /// The pipeline and the sinks, a line each, then the runs.
@@ -347,10 +357,7 @@ impl Marks {
             let offset = key.strip_prefix(LETTER_PREFIX)?.try_into().ok().map(u64::from_be_bytes)?;
             Some((offset, Mark::read(value)))
         };
-        Self {
-            own: state.iter().filter_map(own).collect(),
-            sent: Runs::of(records(state).flat_map(|record| record.letters.0).collect()),
-        }
+        Self { own: state.iter().filter_map(own).collect(), sent: Runs::of_records(records(state)) }
     }
 
     /// `None`: no redrive took the letter.

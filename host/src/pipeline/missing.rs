@@ -6,6 +6,7 @@
 //! letter's row. A delivery compares the two whenever its sink opens. The letters that are missing
 //! are open again for that sink, once no redrive runs: listed, and sent by the next redrive.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -14,7 +15,9 @@ use uuid::Uuid;
 
 use super::dead_letters::Error;
 use super::letter::Names;
-use super::marks::{Change, Mark, Marks, Pending, Reopened, SENT_PREFIX, Sent, mark_key, records};
+use super::marks::{
+    Change, Mark, Marks, Pending, Reopened, Runs, SENT_PREFIX, Sent, mark_key, of_pass, records,
+};
 use super::routes::SinkNumber;
 use crate::batch::Offset;
 use crate::sinks::{LogPosition, Name};
@@ -121,10 +124,14 @@ impl SentLetters {
             for (record, reached) in records {
                 let letters: Vec<u64> = self.above(&record, &reached).await?.into_iter().collect();
                 for letters in letters.chunks(OPENED_MAX) {
-                    let key = record.key();
-                    let open = || self.open(sink, &key, letters.iter().copied().collect());
+                    let count = Cell::new(0);
+                    let open = || {
+                        let (had, changes) = self.open(sink, record.pass, letters);
+                        count.set(had);
+                        changes
+                    };
                     let Some(_) = self.change(open).await? else { return Ok(opened) };
-                    *opened.entry(sink).or_default() += letters.len() as u64;
+                    *opened.entry(sink).or_default() += count.get();
                 }
             }
         }
@@ -150,23 +157,33 @@ impl SentLetters {
         Ok(letters)
     }
 
-    /// Opens letters of a record for a sink, in one change with the record: whether a crash comes
-    /// before or after it, a letter that is sent again later is not found to be missing again.
-    fn open(&self, sink: SinkNumber, key: &[u8], letters: BTreeSet<u64>) -> Option<Vec<Change>> {
-        let record = self.record(key).filter(|record| self.is_of(record, sink))?;
-        let had: Vec<u64> =
-            letters.iter().copied().filter(|letter| record.letters.contains(*letter)).collect();
-        let mut changes = vec![(key.to_vec(), None)];
-        let kept = Sent { letters: record.letters.without(&letters), ..record.clone() };
-        let others = self.others(&record, sink);
-        let left = Sent { sinks: others, letters: had.iter().copied().collect(), ..record };
-        let is_needed = |record: &&Sent| !record.letters.ranges().is_empty() && !record.sinks.is_empty();
-        changes.extend([&kept, &left].into_iter().filter(is_needed).map(Sent::change));
-        changes.extend(had.into_iter().filter_map(|letter| {
-            let mark = self.opened(letter, sink)?;
-            Some((mark_key(Offset(letter)), Some(mark.bytes())))
-        }));
-        Some(changes)
+    /// Returns how many of the letters that a pass sent to a sink are to be opened, and the changes
+    /// that open them. They are one append with the records: whether a crash comes before or after
+    /// it, a letter that is sent again later is not found to be missing again.
+    fn open(&self, sink: SinkNumber, pass: Uuid, letters: &[u64]) -> (u64, Option<Vec<Change>>) {
+        let state = self.dead_letters.state(&of_pass(pass));
+        let discarded = Runs::of_records(records(&self.dead_letters.state(&of_pass(Uuid::nil()))));
+        let (mut changes, mut opened) = (Vec::new(), 0);
+        for record in records(&state).filter(|record| self.is_of(record, sink)) {
+            let had: BTreeSet<u64> =
+                letters.iter().copied().filter(|letter| record.letters.contains(*letter)).collect();
+            if had.is_empty() {
+                continue;
+            }
+            changes.push((record.key(), None));
+            let kept = Sent { letters: record.letters.without(&had), ..record.clone() };
+            let others = self.others(&record, sink);
+            let left = Sent { sinks: others, letters: had.iter().copied().collect(), ..record };
+            let is_needed = |record: &&Sent| !record.letters.ranges().is_empty() && !record.sinks.is_empty();
+            changes.extend([&kept, &left].into_iter().filter(is_needed).map(Sent::change));
+            for letter in had.into_iter().filter(|letter| !discarded.contains(*letter)) {
+                if let Some(mark) = self.opened(letter, sink) {
+                    changes.push((mark_key(Offset(letter)), Some(mark.bytes())));
+                    opened += 1;
+                }
+            }
+        }
+        (opened, Some(changes))
     }
 
     /// The mark of a letter that a sink's database has lost; `None`: it stays as it is.

@@ -198,9 +198,9 @@ impl Redriver {
                 pipeline = &*self.shared.name,
                 sink = letters.names().sink(sink),
                 letters = count,
+                show = self.shared.failures.hint(Hint::DeadLettersList),
                 "the sink's database does not have dead letters that were sent to it: it was restored from before \
-                 they were sent, or another database is in its place. They are open again for this sink{}",
-                self.shared.failures.hint(Hint::DeadLettersList)
+                 they were sent, or another database is in its place. They are open again for this sink"
             );
         }
         Ok(())

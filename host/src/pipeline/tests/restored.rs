@@ -143,6 +143,61 @@ async fn a_letter_that_one_of_its_databases_lost_goes_to_that_one_only() {
     process.stop().await;
 }
 
+/// A world whose first steps refuse all messages, and second steps none.
+fn refusing(generation: u64) -> crate::step::Chain {
+    let check = step("check", move |_, _| match generation {
+        1 => Act::Refuse("no".to_owned()),
+        _ => Act::Pass,
+    });
+    chain(generation, &[check])
+}
+
+/// Lets a world's steps refuse `count` messages, and then sends all letters.
+async fn refused_and_sent(world: &World, count: usize) {
+    let process = world.start(refusing(1)).await;
+    world.publish_many(3, 0, count);
+    process.drained().await;
+    process.chain.send_replace(refusing(2));
+    process.until("flipped", |status| status.chain == Some(2)).await;
+    assert_eq!(redrive(&process, None).await, count as u64);
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restored_database_gets_back_all_letters_that_it_lost_however_many_these_are() {
+    const LETTERS: usize = 2_500;
+    let world = World::new(2, &[("default", "w")]);
+    let backup = world.database("w").backup();
+    refused_and_sent(&world, LETTERS).await;
+    world.database("w").restore(&backup);
+    let process = world.start(refusing(2)).await;
+    process.until("open again", |_| lost(&world).len() == LETTERS).await;
+    process.until("steps", |status| status.chain.is_some()).await;
+    process.drained().await;
+    assert_eq!(redrive(&process, None).await, LETTERS as u64);
+    assert_eq!(sorted(world.payloads("w")), published(3, LETTERS));
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_letter_that_was_discarded_stays_closed_whichever_database_loses_it_later() {
+    let world = World::new(2, &[("default", "w other")]);
+    let backups = ["w", "other"].map(|sink| (sink, world.database(sink).backup()));
+    refused_and_sent(&world, 20).await;
+    for (sink, backup) in &backups {
+        world.database(sink).restore(backup);
+        let process = world.start(refusing(2)).await;
+        process.until("steps", |status| status.chain.is_some()).await;
+        process.drained().await;
+        // Those of the first sink are open again, and are discarded.
+        let open = if *sink == "w" { 20 } else { 0 };
+        process.until("open again", |_| lost(&world).len() == open).await;
+        assert_eq!(process.handle.discard(&Filter::default(), None).await.unwrap(), Some(open as u64));
+        assert!(list_open(&*world.dead, None).await.unwrap().is_empty(), "{sink}");
+        process.stop().await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_new_database_gets_the_letters_that_the_one_before_had() {
     let (world, broken) = rejecting(1, "w", 5);
