@@ -26,7 +26,7 @@ mod watched;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -122,6 +122,24 @@ pub struct Identity {
     authorizer: Option<Arc<dyn Authorize>>,
 }
 
+/// What is known of clients of which nothing is known. All of them share it: many hosts have no others.
+static NOBODY: LazyLock<Arc<Identity>> = LazyLock::new(Arc::default);
+
+impl Identity {
+    fn shared(self) -> Arc<Self> {
+        if self.is_nobody() { NOBODY.clone() } else { Arc::new(self) }
+    }
+
+    fn is_nobody(&self) -> bool {
+        let Self { name, fields, rules, superuser, attributes, device, valid_until, proofs, authorizer } =
+            self;
+        let has_name = name.is_some() || device.is_some() || *superuser;
+        let has_lists =
+            !(fields.is_empty() && rules.is_empty() && attributes.is_empty() && proofs.is_empty());
+        !has_name && !has_lists && valid_until.is_none() && authorizer.is_none()
+    }
+}
+
 /// Why a client is not served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Denied {
@@ -180,7 +198,7 @@ pub struct Deps<'a> {
 
 /// A client that is served.
 pub struct Admitted {
-    pub identity: Box<Identity>,
+    pub identity: Arc<Identity>,
     policy: Policy,
     /// Where the rules ask.
     questions: Option<Box<Questions>>,
@@ -329,7 +347,7 @@ impl Access {
             identity.proofs.push(proof.clone());
         }
         let Some(config) = &self.config else {
-            let (identity, policy) = (Box::new(identity), Policy::everything());
+            let (identity, policy) = (identity.shared(), Policy::everything());
             return Admitted { identity, policy, questions: None, standing: None };
         };
         if let Some(known) = identity.name.as_deref().and_then(|name| config.users.get(name)) {
@@ -347,13 +365,16 @@ impl Access {
             Questions::new(authorizer, name, client_id, self.wait_max, &self.answers)
         });
         let questions = questions.map(Box::new);
-        Admitted { identity: Box::new(identity), policy, questions, standing: None }
+        Admitted { identity: identity.shared(), policy, questions, standing: None }
     }
 
     /// From now on `wake` is called when what let the client in does so no longer.
     pub fn watch(&self, rights: &mut Admitted, wake: impl Fn() + Send + Sync + 'static) {
-        let proofs = std::mem::take(&mut rights.identity.proofs);
-        rights.standing = (!proofs.is_empty()).then(|| Box::new(self.standings.enter(proofs, wake)));
+        rights.standing = None;
+        if !rights.identity.proofs.is_empty() {
+            let proofs = std::mem::take(&mut Arc::make_mut(&mut rights.identity).proofs);
+            rights.standing = Some(Box::new(self.standings.enter(proofs, wake)));
+        }
     }
 
     /// Looks at what let the connected clients in, and ends those that it lets in no longer.
