@@ -6,8 +6,8 @@
 //! letter's row. A delivery compares the two whenever its sink opens. The letters that are missing
 //! are open again for that sink, once no redrive runs: listed, and sent by the next redrive.
 
-use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
@@ -124,14 +124,14 @@ impl SentLetters {
             for (record, reached) in records {
                 let letters: Vec<u64> = self.above(&record, &reached).await?.into_iter().collect();
                 for letters in letters.chunks(OPENED_MAX) {
-                    let count = Cell::new(0);
+                    let count = AtomicU64::new(0);
                     let open = || {
                         let (had, changes) = self.open(sink, record.pass, letters);
-                        count.set(had);
+                        count.store(had, Ordering::Relaxed);
                         changes
                     };
                     let Some(_) = self.change(open).await? else { return Ok(opened) };
-                    *opened.entry(sink).or_default() += count.get();
+                    *opened.entry(sink).or_default() += count.into_inner();
                 }
             }
         }

@@ -9,8 +9,7 @@ use bytes::Bytes;
 use uuid::Uuid;
 
 use super::{
-    Advance, Claim, Error, Found, Looked, OnConflict, Outcome, PassPosition, Position, RefusedRow, Rows,
-    Sink, Written,
+    Advance, Claim, Error, Found, Looked, Outcome, PassPosition, Position, RefusedRow, Rows, Sink, Written,
 };
 use crate::batch::{Batch, Entry, Offset, Partition, Span, flags};
 use crate::stream::{Lineage, Opening};

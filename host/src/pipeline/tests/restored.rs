@@ -153,28 +153,28 @@ fn refusing(generation: u64) -> crate::step::Chain {
 }
 
 /// Lets a world's steps refuse `count` messages, and then sends all letters.
-async fn refused_and_sent(world: &World, count: usize) {
+async fn refused_and_sent(world: &World, count: u64) {
     let process = world.start(refusing(1)).await;
     world.publish_many(3, 0, count);
     process.drained().await;
     process.chain.send_replace(refusing(2));
     process.until("flipped", |status| status.chain == Some(2)).await;
-    assert_eq!(redrive(&process, None).await, count as u64);
+    assert_eq!(redrive(&process, None).await, count);
     process.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restored_database_gets_back_all_letters_that_it_lost_however_many_these_are() {
-    const LETTERS: usize = 2_500;
+    const LETTERS: u64 = 2_500;
     let world = World::new(2, &[("default", "w")]);
     let backup = world.database("w").backup();
     refused_and_sent(&world, LETTERS).await;
     world.database("w").restore(&backup);
     let process = world.start(refusing(2)).await;
-    process.until("open again", |_| lost(&world).len() == LETTERS).await;
+    process.until("open again", |_| lost(&world).len() as u64 == LETTERS).await;
     process.until("steps", |status| status.chain.is_some()).await;
     process.drained().await;
-    assert_eq!(redrive(&process, None).await, LETTERS as u64);
+    assert_eq!(redrive(&process, None).await, LETTERS);
     assert_eq!(sorted(world.payloads("w")), published(3, LETTERS));
     process.stop().await;
 }

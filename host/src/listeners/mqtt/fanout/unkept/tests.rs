@@ -12,7 +12,7 @@ use crate::listeners::mqtt::aliases::Aliases;
 use crate::listeners::mqtt::config::Config;
 use crate::listeners::mqtt::fanout::catch_up;
 use crate::listeners::mqtt::fuzzing::broker;
-use crate::listeners::mqtt::outbound::Peer;
+use crate::listeners::mqtt::outbound::{Peer, Space};
 use crate::listeners::mqtt::wire::{PUBACK, Version};
 use crate::stream::Stream;
 
@@ -28,7 +28,8 @@ fn held(session: &Session) -> Offsets {
 fn send(world: &World, session: &Session) {
     let peer = Peer { version: Version::V5, window: 10, packet_bytes_max: 1 << 20 };
     let (mut aliases, mut out) = (Aliases::new(0), BytesMut::new());
-    session.outbox().fill(peer, &mut aliases, None, &world.broker.clock, 1 << 20, &mut out);
+    let space = Space { bytes_max: 1 << 20, has_room: &|_| true };
+    session.outbox().fill(peer, &mut aliases, None, &world.broker.clock, space, &mut out);
 }
 
 /// What the sessions have that a host finds which starts where this one is killed, once they have
