@@ -23,12 +23,12 @@ impl Redrive for Redrives {
             let name = request.pipeline.as_deref().unwrap_or_default();
             return Err(RedriveError::NotFound(format!("no pipeline \"{name}\" runs here")));
         }
-        if let Some(sink) = &request.sink {
-            if !pipelines.iter().any(|pipeline| pipeline.knows_sink(sink)) {
-                let known: BTreeSet<_> = pipelines.iter().flat_map(|pipeline| pipeline.sinks()).collect();
-                let known = known.into_iter().map(String::as_str).collect::<Vec<_>>().join(", ");
-                return Err(RedriveError::NotFound(format!("no sink \"{sink}\", known are {known}")));
-            }
+        if let Some(sink) = &request.sink
+            && !pipelines.iter().any(|pipeline| pipeline.knows_sink(sink))
+        {
+            let known: BTreeSet<_> = pipelines.iter().flat_map(|pipeline| pipeline.sinks()).collect();
+            let known = known.into_iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+            return Err(RedriveError::NotFound(format!("no sink \"{sink}\", known are {known}")));
         }
         let ids = (!request.ids.is_empty()).then(|| request.ids.iter().copied().map(Offset).collect());
         let possible_duplicates = request.possible_duplicates;

@@ -44,8 +44,8 @@ impl SinkNames {
 
     /// Returns the ids of the sinks that a letter at this offset means by a name.
     pub fn ids(&self, name: &str, letter: u64) -> Vec<String> {
-        let meanings = self.0.get(name).into_iter().flatten();
-        match meanings.filter(|meaning| meaning.from <= letter).last() {
+        let mut meanings = self.0.get(name).into_iter().flatten();
+        match meanings.rfind(|meaning| meaning.from <= letter) {
             Some(meaning) => meaning.ids.clone(),
             None => vec![name.to_owned()],
         }

@@ -151,7 +151,8 @@ async fn a_session_that_disconnect_lengthened_on_a_full_disk_survives_a_restart(
     let (stream, store) = (MemoryStream::new("s", 1), MemoryStream::with_hooks("broker", 1));
     let start = || broker(&Config::default(), stream.clone(), store.clone());
     // What comes before the restart, and the expiry that the session then has.
-    let befores: [(fn(&Broker), u32); 3] = [
+    type Before = (fn(&Broker), u32);
+    let befores: [Before; 3] = [
         (|broker| broker.sessions.sweep(broker).now_or_never().unwrap(), 600),
         (|broker| broker.sessions.note_all(broker), 600),
         // The next connection decides.

@@ -158,7 +158,6 @@ async fn numbers_are_stored_as_they_were_sent_or_rejected() {
         ("-9223372036854775809", None, Some(Real(-9_223_372_036_854_775_808.0))),
         ("21.50", Some(Real(21.5)), Some(Real(21.5))),
         ("0.30000000000000004", Some(Real(0.1 + 0.2)), Some(Real(0.1 + 0.2))),
-        ("1e999", None, None),
     ] {
         for (declared, expected) in [
             ("TEXT", Some(Text(number.to_owned()))),
