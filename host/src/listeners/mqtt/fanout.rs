@@ -13,7 +13,6 @@
 mod lanes;
 mod pass_on;
 mod sent;
-mod unkept;
 mod wakes;
 
 use std::cell::OnceCell;
@@ -38,7 +37,6 @@ use crate::stream::{GapCause, Read, ReadError, Stream};
 
 pub use self::lanes::catch_up;
 pub use self::pass_on::Departure;
-pub use self::unkept::Noting;
 pub use self::wakes::Wakes;
 
 /// No message of this stream is delivered now.
@@ -70,12 +68,8 @@ pub struct Live {
     /// Number of clients that have connected, and one: see [`Share::is_deserted`].
     arrivals: AtomicU64,
     /// While somebody looks at all sessions: what moved from one to another.
-    passed: RwLock<Passed>,
+    passed: RwLock<Option<Mutex<BTreeSet<Place>>>>,
 }
-
-/// What moved from one session to another, where that is asked for. Messages move between the members
-/// of a share, and members come and leave, while it is read, and while it is written none do.
-type Passed = Option<Mutex<BTreeSet<Place>>>;
 
 #[derive(Default)]
 struct Index {
@@ -183,16 +177,10 @@ impl Live {
     /// Subscribes, and queues the retained messages that match. The more at once, the
     /// less often it waits for the live delivery, and the longer that waits for it.
     pub fn subscribe(&self, broker: &Broker, session: &Arc<Session>, subscriptions: &[Subscription]) {
-        for Subscription { filter, options, .. } in subscriptions {
-            if filter.is_shared() && options.qos == 0 && session.outbox().is_kept() {
-                self.hand_over_notes(broker, session, &[filter.as_str().into()]);
-            }
-        }
-        let transfers = self.transfers(subscriptions.iter().any(|one| one.filter.is_shared()));
         let mut index = self.index_to_change();
         let wanted = subscriptions.iter().filter(|one| self.put_in(broker, &mut index, session, one));
         let wanted: Vec<&Subscription> = wanted.collect();
-        drop((index, transfers));
+        drop(index);
         for Subscription { filter, options, .. } in wanted.into_iter().filter(|one| !one.filter.is_live()) {
             let messages = sys::matching(broker, filter.topics());
             session.outbox().give_whole(filter, *options, broker.clock.now_us(), messages);
@@ -254,11 +242,7 @@ impl Live {
 
     /// True when the session had this filter.
     pub async fn unsubscribe(&self, broker: &Broker, session: &Session, filter: &str) -> bool {
-        if is_shared(filter) && session.outbox().is_kept() {
-            self.hand_over_notes(broker, session, &[filter.into()]);
-        }
         let had = {
-            let _transfers = self.transfers(is_shared(filter));
             let mut index = self.index_to_change();
             session.remove_filter(filter);
             let had = self.take_out(&mut index, session, filter);
@@ -279,7 +263,6 @@ impl Live {
     /// shares is still to be passed on.
     pub fn forget(&self, session: &Session, filters: &[Box<str>]) {
         for some in filters.chunks(FILTERS_AT_ONCE) {
-            let _transfers = self.transfers(some.iter().any(|filter| is_shared(filter)));
             let mut index = self.index_to_change();
             for filter in some {
                 self.take_out(&mut index, session, filter);
@@ -287,20 +270,7 @@ impl Live {
         }
     }
 
-    /// Allows messages to move between the members of shares, and members to come and leave, where
-    /// `is_shared`.
-    fn transfers(&self, is_shared: bool) -> Option<Locked<RwLockReadGuard<'_, Passed>>> {
-        let read = || self.passed.read().unwrap_or_else(PoisonError::into_inner);
-        is_shared.then(|| in_order(Rank::Passed, read))
-    }
-
     fn take_out(&self, index: &mut Index, session: &Session, filter: &str) -> bool {
-        if is_shared(filter)
-            && let Some(share) = index.tree.share(filter)
-            && share.noted_by.get().is_some_and(|by| by.number == session.number)
-        {
-            share.noted_by.set(None);
-        }
         let Some(options) = index.tree.remove(filter, session.number) else { return false };
         self.subscriptions.fetch_sub(1, Ordering::Relaxed);
         self.no_local.fetch_sub(usize::from(options.no_local), Ordering::Relaxed);

@@ -452,8 +452,8 @@ impl Broker {
         let Some(found) = &*lineages else { return Ok(()) };
         for session in self.sessions.all() {
             if session.outbox().is_stale() {
-                let noting = self.live.noting(self, &session);
-                session.outbox().renew(&*self.broker, &noting.scope)?;
+                let positions = self.live.positions_of(self, &session);
+                session.outbox().renew(&*self.broker, &positions, self.note_bytes_max())?;
             }
         }
         // Last: a crash before it compares with the openings of before, and does all this again.

@@ -19,10 +19,10 @@ use super::acks::Stopped;
 use super::activity::Activity;
 use super::blobs::Id;
 use super::clients::Connected;
-use super::fanout::{Departure, Noting};
+use super::fanout::Departure;
 use super::lock_order::{Locked, Rank, in_order};
 use super::open_ids::{Content, Known, OpenIds, OpenIdsRoom, Received};
-use super::outbound::{self, Ids, Kept, Message, NoteScope, Outbox};
+use super::outbound::{self, Ids, Kept, Message, Outbox};
 use super::owner::Owner;
 use super::subscriptions::{self, Filter, Options, is_shared, levels};
 use super::{Broker, Rooms, borrowed};
@@ -248,12 +248,6 @@ impl Session {
         self.state().filters.keys().cloned().collect()
     }
 
-    /// The filters of its shared subscriptions.
-    pub fn shares(&self) -> Vec<Box<str>> {
-        let state = self.state();
-        state.filters.keys().filter(|filter| is_shared(filter)).cloned().collect()
-    }
-
     pub fn has_filter(&self, filter: &str) -> bool {
         self.state().filters.contains_key(filter)
     }
@@ -323,29 +317,15 @@ impl Session {
 
     /// Appends while it holds the outbox, so that notes reach the log in the order in which they
     /// were made: an older one would list what another member of a share has taken over meanwhile.
-    fn append_note(&self, broker: &Broker, changes: Vec<Change>) -> Result<Ticket, AppendError> {
-        self.append_note_of(broker, changes, broker.live.noting(broker, self))
-    }
-
-    /// Writes a note that also lists what other members of its shares hold whose sessions end with their
-    /// connections, whichever member's note did so before.
-    pub fn take_over_notes(&self, broker: &Broker) {
-        let _ = self.append_note_of(broker, Vec::new(), broker.live.noting_for_all(broker, self));
-    }
-
-    fn append_note_of(
-        &self,
-        broker: &Broker,
-        mut changes: Vec<Change>,
-        noting: Noting<'_>,
-    ) -> Result<Ticket, AppendError> {
+    fn append_note(&self, broker: &Broker, mut changes: Vec<Change>) -> Result<Ticket, AppendError> {
+        let positions = broker.live.positions_of(broker, self);
         let mut outbox = self.outbox();
         loop {
             let (filters, is_all) = outbox.filter_changes();
             let count = filters.len();
             changes.extend(filters);
             if is_all {
-                changes.extend(outbox.note(&noting.scope));
+                changes.extend(outbox.note(&positions, broker.note_bytes_max()));
             }
             if changes.is_empty() {
                 return Ok(Ticket::default());
@@ -355,7 +335,6 @@ impl Session {
                     outbox.filters_appended(count);
                     if is_all {
                         outbox.noted();
-                        noting.noted();
                         return Ok(appended.ticket);
                     }
                     changes.clear();
@@ -645,7 +624,7 @@ impl Sessions {
                 let from: Box<[u64]> = broker.streams.iter().map(|stream| stream.bounds().end.0).collect();
                 let kept = (expiry_s > 0).then(|| Kept::new(state.epoch, broker.identities.clone()));
                 outbox.begin(from.clone(), kept);
-                changes.extend(outbox.note(&NoteScope::new(from, broker.note_bytes_max())));
+                changes.extend(outbox.note(&from, broker.note_bytes_max()));
             } else if expiry_s == 0 {
                 changes.extend(removed(outbox.keys()));
                 outbox.keep_no_more();
@@ -657,9 +636,6 @@ impl Sessions {
         };
         session.overflow.store(false, Ordering::Relaxed);
         session.kicked.store(false, Ordering::Relaxed);
-        if kept_no_more.is_some() {
-            broker.live.note_kept_no_more(broker, session);
-        }
         if !changes.is_empty() {
             broker.append_durable(&*broker.broker, &changes).await?;
         }
@@ -845,9 +821,6 @@ impl Drop for Claimed<'_> {
 
 /// Forgets everything of a session; its keys of the broker stream are stale then.
 async fn discard(broker: &Broker, session: &Session) {
-    if session.outbox().is_kept() {
-        broker.live.hand_over_notes(broker, session, &session.shares());
-    }
     let queue_keys = session.outbox().keys();
     let (epoch, filters) = {
         let mut state = session.state();

@@ -7,8 +7,8 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::outbound::ShareFilter;
 use super::session::Session;
@@ -158,32 +158,6 @@ pub struct Share<S> {
     turn: AtomicUsize,
     /// Number of clients that had arrived when none of its members was connected; 0: not known.
     deserted: AtomicU64,
-    pub noted_by: NotedBy<S>,
-}
-
-/// The member of a share whose notes list what the members without a kept session hold, if one's do.
-pub struct NotedBy<S>(Arc<Mutex<Option<S>>>);
-
-impl<S: Clone> NotedBy<S> {
-    pub fn get(&self) -> Option<S> {
-        self.lock().clone()
-    }
-}
-
-impl<S> NotedBy<S> {
-    pub fn set(&self, member: Option<S>) {
-        *self.lock() = member;
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Option<S>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl<S> Clone for NotedBy<S> {
-    fn clone(&self) -> Self {
-        Self(self.0.clone())
-    }
 }
 
 impl<S> Share<S> {
@@ -348,8 +322,8 @@ impl<S> Tree<S> {
                 let shares = &mut node.shares.get_or_insert_default()[usize::from(multi)];
                 let at = shares.iter().position(|share| **share.filter == *text).unwrap_or_else(|| {
                     let (turn, deserted) = (AtomicUsize::new(0), AtomicU64::new(0));
-                    let (filter, noted_by) = (Arc::new(text.into()), NotedBy(Arc::default()));
-                    shares.push(Share { filter, members: Vec::new(), turn, deserted, noted_by });
+                    let filter = Arc::new(text.into());
+                    shares.push(Share { filter, members: Vec::new(), turn, deserted });
                     shares.len() - 1
                 });
                 // A client that subscribes is connected.

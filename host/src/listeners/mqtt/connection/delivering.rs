@@ -63,16 +63,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         let space = Space { bytes_max, has_room: &|bytes| memory.has_room(bytes) };
         let (clock, out) = (&broker.clock, &mut self.out);
         let mut filled = outbox.fill(self.peer, &mut self.aliases, receive, clock, space, out);
-        let noting = if outbox.is_note_due() {
-            drop(outbox);
-            let noting = broker.live.noting(broker, &self.session);
-            outbox = self.session.outbox();
-            Some(noting)
-        } else {
-            None
-        };
-        filled.too_large += outbox.record(&*broker.broker, noting.as_ref().map(|noting| &noting.scope));
-        drop(noting);
+        let note = || (broker.live.positions_of(broker, &self.session), broker.note_bytes_max());
+        filled.too_large += outbox.record(&*broker.broker, note);
         let mut waits = outbox.waits(self.peer);
         waits.permit = waits.permit.max(filled.blocked);
         let unanswered = if filled.unanswered { outbox.unanswered(receive) } else { Vec::new() };

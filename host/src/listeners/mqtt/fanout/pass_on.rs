@@ -6,7 +6,7 @@
 //! they stay.
 
 #[cfg(test)]
-pub(super) mod tests;
+mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
@@ -45,7 +45,6 @@ impl Live {
         if let Departure::Share(filter) = departure {
             shares.retain(|share| &**share == filter);
         }
-        let given_by = shares.clone();
         let mut takers = BTreeMap::new();
         while left > 0 && !shares.is_empty() {
             let moved = self.pass_some(broker, session, departure, &mut shares, &mut takers);
@@ -54,10 +53,6 @@ impl Live {
             if left > 0 {
                 yield_now().await;
             }
-        }
-        if session.outbox().is_kept() && takers.values().any(|taker| !taker.outbox().is_kept()) {
-            let noting = given_by.iter().filter_map(|share| self.notes_for(session, share));
-            takers.extend(noting.map(|member| (member.number, member)));
         }
         // Before a note of `session` without them: a crash between the two repeats, never loses.
         let mut all_noted = true;
@@ -147,7 +142,7 @@ impl Live {
             .map_or_else(BTreeSet::new, |passed| passed.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
 
-    pub(super) fn passed_to_change(&self) -> Locked<RwLockWriteGuard<'_, Option<Mutex<BTreeSet<Place>>>>> {
+    fn passed_to_change(&self) -> Locked<RwLockWriteGuard<'_, Option<Mutex<BTreeSet<Place>>>>> {
         in_order(Rank::Passed, || self.passed.write().unwrap_or_else(PoisonError::into_inner))
     }
 }

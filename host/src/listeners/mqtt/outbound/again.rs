@@ -6,7 +6,6 @@
 use std::collections::HashSet;
 use std::ops::Range;
 
-use super::unkept::union;
 use super::{Place, Queued, ShareFilter, Source};
 
 /// What a restart offers a session again.
@@ -69,12 +68,11 @@ impl Unlisted {
     /// A message that is not listed.
     pub fn add(&mut self, queued: &Queued) {
         let Source::Stream { stream, offset } = queued.source else { return };
-        self.cover(stream.into(), offset..offset + 1);
-    }
-
-    /// A part of a stream with messages that are not listed.
-    pub fn cover(&mut self, stream: usize, part: Range<u64>) {
-        self.0[stream] = union(self.0[stream].clone(), part);
+        let part = &mut self.0[usize::from(stream)];
+        *part = match part.is_empty() {
+            true => offset..offset + 1,
+            false => part.start.min(offset)..part.end.max(offset + 1),
+        };
     }
 
     pub fn part(&self, stream: usize) -> &Range<u64> {

@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use super::again::Unlisted;
 use super::filters::FilterChanges;
-use super::{Ids, InFlight, NoteScope, Queued, ShareFilter, Source};
+use super::{Ids, InFlight, Queued, ShareFilter, Source};
 use crate::listeners::mqtt::blobs::Id;
 use crate::listeners::mqtt::outbound::Message;
 use crate::listeners::mqtt::retained;
@@ -246,22 +246,24 @@ impl Kept {
             || positions.iter().zip(&self.noted).any(far)
     }
 
-    /// The note; changes up to `with` go in the same append. Of `queue`, what can be found again in its
-    /// stream comes last.
+    /// The note: `positions` is where the live delivery is at least, read
+    /// before the outbox was locked; changes up to `with` go in the same append. Of
+    /// `queue`, what can be found again in its stream comes last.
+    #[expect(clippy::too_many_arguments, reason = "each is one part of the outbox, or a bound")]
     pub fn note<'q>(
         &mut self,
-        scope: &'q NoteScope,
+        positions: &[u64],
         from: &[u64],
         mut unlisted: Unlisted,
         inflight: impl Iterator<Item = &'q InFlight>,
         queue: impl Iterator<Item = &'q Queued>,
+        bytes_max: usize,
         with: u64,
     ) -> Change {
-        scope.add_unlisted(&mut unlisted);
         let mut entries = Vec::new();
         let mut before = Before::default();
         let mut upto: Box<[u64]> =
-            scope.positions.iter().zip(from).map(|(position, from)| *position.max(from)).collect();
+            positions.iter().zip(from).map(|(position, from)| *position.max(from)).collect();
         let mut left_out: Box<[Option<u64>]> = vec![None; upto.len()].into();
         let mut add = |queued: &Queued, packet_id: u16| {
             let place = match queued.source {
@@ -278,7 +280,7 @@ impl Kept {
             }
             let mark = (entries.len(), before);
             put_entry(&mut entries, &mut before, queued, packet_id);
-            let is_listed = entries.len() <= scope.bytes_max;
+            let is_listed = entries.len() <= bytes_max;
             if !is_listed {
                 entries.truncate(mark.0);
                 before = mark.1;
@@ -301,7 +303,7 @@ impl Kept {
         for queued in &self.passing_on {
             add(queued, 0);
         }
-        for queued in queue.filter(|queued| queued.qos > 0).chain(scope.listed()) {
+        for queued in queue.filter(|queued| queued.qos > 0) {
             add(queued, 0);
         }
         for (upto, left_out) in upto.iter_mut().zip(&left_out) {
@@ -312,7 +314,6 @@ impl Kept {
         for (stream, (identity, upto)) in self.streams.iter().zip(&upto).enumerate() {
             value.extend(identity_bytes(identity));
             put_number(&mut value, *upto);
-            unlisted.cover(stream, scope.since(stream, *upto));
             let part = unlisted.part(stream);
             put_number(&mut value, part.end.saturating_sub(part.start));
             if !part.is_empty() {
@@ -321,8 +322,7 @@ impl Kept {
         }
         value.extend(entries);
         self.noted = upto;
-        // What others hold is noted again soon, and then without what has been acknowledged.
-        (self.changed, self.note_due) = (scope.listed().next().is_some(), false);
+        (self.changed, self.note_due) = (false, false);
         (key(NOTE, self.epoch, &[]), Some(value))
     }
 

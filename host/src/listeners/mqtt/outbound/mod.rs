@@ -16,7 +16,6 @@ mod retained;
 mod send;
 #[cfg(test)]
 mod tests;
-mod unkept;
 
 use std::collections::{BTreeSet, HashSet, VecDeque};
 use std::hash::{BuildHasherDefault, DefaultHasher};
@@ -38,7 +37,6 @@ pub use self::queued::{
 };
 pub use self::retained::{RetainedFrom, RetainedPage};
 pub use self::send::{Acked, Filled, Peer, Space, Waits};
-pub use self::unkept::{NoteScope, Unkept};
 
 /// A connected subscriber that keeps its session has so much of its queue in
 /// memory, the rest in the streams.
@@ -339,11 +337,6 @@ impl Outbox {
         (self.queue.len() + retained, self.sums.bytes, self.inflight.len())
     }
 
-    /// Whether the session outlives its connection.
-    pub fn is_kept(&self) -> bool {
-        self.kept.is_some()
-    }
-
     /// Whether its client is there.
     pub fn is_connected(&self) -> bool {
         self.connected
@@ -554,32 +547,29 @@ impl Outbox {
         }
     }
 
-    /// Whether the next [`Outbox::record`] needs the scope of a note.
-    pub fn is_note_due(&self) -> bool {
-        self.kept.as_ref().is_some_and(|kept| kept.note_due)
-    }
-
-    /// Appends what must be durable, with a note where there is a `scope`. Where there is no room it
-    /// stays to be appended.
+    /// Appends what must be durable, and a note where one is due, for which `note`
+    /// gives what [`Outbox::note`] takes. Where there is no room it stays to be appended.
     /// Returns how many deliveries ended because their records cannot be appended.
-    pub fn record(&mut self, stream: &dyn Stream, scope: Option<&NoteScope>) -> u64 {
+    pub fn record(&mut self, stream: &dyn Stream, note: impl FnOnce() -> (Box<[u64]>, usize)) -> u64 {
         let Some(kept) = &mut self.kept else { return 0 };
         if kept.changes().is_empty() {
             return 0;
         }
         let mut changes: Vec<Change> =
             kept.changes().iter().map(|(key, value)| (key.clone(), value.clone())).collect();
-        if let Some(scope) = scope {
+        let is_noted = kept.note_due;
+        if is_noted {
             // What is sent now is not to be in it.
             let sent = kept.made();
-            changes.extend(self.note_with(scope, sent));
+            let (positions, bytes_max) = note();
+            changes.extend(self.note_with(&positions, bytes_max, sent));
         }
         let appended = stream.append(&[], &super::borrowed(&changes));
         let Some(kept) = &mut self.kept else { return 0 };
         match appended {
             Ok(appended) => {
                 kept.appended(appended.ticket);
-                if scope.is_some() {
+                if is_noted {
                     self.noted();
                 }
                 return 0;
@@ -590,7 +580,7 @@ impl Outbox {
             // The connection ends with its stream.
             Err(AppendError::Stopped(_)) => {}
         }
-        kept.note_due |= scope.is_some();
+        kept.note_due |= is_noted;
         0
     }
 
@@ -600,12 +590,18 @@ impl Outbox {
     }
 
     /// Writes what its records say of the streams anew, where that is not true any more.
-    pub fn renew(&mut self, stream: &dyn Stream, scope: &NoteScope) -> Result<(), AppendError> {
+    /// `positions`: as for [`Outbox::note`].
+    pub fn renew(
+        &mut self,
+        stream: &dyn Stream,
+        positions: &[u64],
+        bytes_max: usize,
+    ) -> Result<(), AppendError> {
         let Some(kept) = self.kept.as_ref().filter(|kept| kept.is_stale) else { return Ok(()) };
         let made = kept.made();
         let mut changes: Vec<Change> =
             kept.changes().iter().map(|(key, value)| (key.clone(), value.clone())).collect();
-        changes.extend(self.note_with(scope, made));
+        changes.extend(self.note_with(positions, bytes_max, made));
         let appended = stream.append(&[], &super::borrowed(&changes));
         let Some(kept) = &mut self.kept else { return Ok(()) };
         match appended {
@@ -643,19 +639,28 @@ impl Outbox {
     }
 
     /// Where the session stands, for the broker stream; nothing where nothing of it is
-    /// kept. Its caller says what came of it: [`Outbox::noted`], [`Outbox::note_failed`].
-    pub fn note(&mut self, scope: &NoteScope) -> Vec<Change> {
-        self.note_with(scope, 0)
+    /// kept. `positions`: of the live delivery, read before the outbox was locked. Its
+    /// caller says what came of it: [`Outbox::noted`], [`Outbox::note_failed`].
+    pub fn note(&mut self, positions: &[u64], bytes_max: usize) -> Vec<Change> {
+        self.note_with(positions, bytes_max, 0)
     }
 
-    fn note_with(&mut self, scope: &NoteScope, with: u64) -> Vec<Change> {
+    fn note_with(&mut self, positions: &[u64], bytes_max: usize, with: u64) -> Vec<Change> {
         let Some(kept) = self.kept.as_mut() else { return Vec::new() };
         let apart = self.queue.iter().filter(|queued| queued.apart).take(self.sums.apart);
         let queue = apart.chain(self.queue.iter().filter(|queued| !queued.apart));
         let mut changes =
             self.retained.as_ref().map(|retained| retained.changes(kept.epoch())).unwrap_or_default();
-        let unlisted = Unlisted::new(self.again.as_deref(), &scope.positions);
-        changes.push(kept.note(scope, &self.from, unlisted, self.inflight.iter(), queue, with));
+        let unlisted = Unlisted::new(self.again.as_deref(), positions);
+        changes.push(kept.note(
+            positions,
+            &self.from,
+            unlisted,
+            self.inflight.iter(),
+            queue,
+            bytes_max,
+            with,
+        ));
         changes
     }
 

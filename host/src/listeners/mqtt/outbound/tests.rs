@@ -281,10 +281,6 @@ fn a_message_that_must_be_asked_for_holds_what_is_behind_it_and_a_denied_one_goe
     assert_eq!(fill(true), (3, 1, String::new()));
 }
 
-fn scope() -> NoteScope {
-    NoteScope::new(Box::new([0]), 1 << 10)
-}
-
 /// A session that outlives its connection, over a stream in memory.
 struct Durable {
     outbox: Outbox,
@@ -321,12 +317,12 @@ impl Durable {
         let mut out = BytesMut::new();
         self.outbox.settle(&*self.broker);
         self.outbox.fill(peer(10, 1 << 20), &mut Aliases::new(0), None, &clock(), space(1 << 20), &mut out);
-        self.given_up += self.outbox.record(&*self.broker, self.outbox.is_note_due().then(scope).as_ref());
+        self.given_up += self.outbox.record(&*self.broker, || (Box::new([0]), 1 << 10));
         out.to_vec()
     }
 
     fn note(&mut self, position: u64, bytes_max: usize) {
-        let changes = self.outbox.note(&NoteScope::new(Box::new([position]), bytes_max));
+        let changes = self.outbox.note(&[position], bytes_max);
         self.broker.append(&[], &crate::listeners::mqtt::borrowed(&changes)).unwrap();
         self.outbox.noted();
     }
@@ -403,7 +399,7 @@ fn what_a_session_noted_of_lost_messages_is_never_taken_for_what_has_their_offse
     // The stream is longer than the notes say, with other messages from 5 on: 5, 6 and 7 are gone.
     assert_eq!(session.crash_on(20, 5), 3);
     assert_eq!((session.outbox.from(0), session.outbox.is_stale()), (5, true));
-    session.outbox.renew(&*session.broker, &scope()).unwrap();
+    session.outbox.renew(&*session.broker, &[0], 1 << 10).unwrap();
     session.commit();
     // Nothing was acknowledged since. What was written anew says all that a start needs.
     assert_eq!((session.crash_on(30, 30), session.outbox.is_stale()), (0, false));
@@ -702,7 +698,7 @@ fn a_session_waits_with_its_share_of_the_state_and_goes_on_once_its_client_ackno
         session.outbox.settle(&*session.broker);
         let out = &mut BytesMut::new();
         session.outbox.fill(window, &mut Aliases::new(0), None, &clock(), space(1 << 20), out);
-        session.outbox.record(&*session.broker, session.outbox.is_note_due().then(scope).as_ref());
+        session.outbox.record(&*session.broker, || (Box::new([0]), 1 << 10));
         session.commit();
         if out.is_empty() && session.outbox.sizes().2 == before {
             return before;

@@ -12,57 +12,46 @@ use crate::listeners::mqtt::subscriptions::{Filter, Options};
 use crate::stream::memory::MemoryStream;
 use crate::stream::{NewMessage, Read, Stream};
 
-pub(in super::super) const SHARE: &str = "$share/g/a";
+const SHARE: &str = "$share/g/a";
 
-pub(in super::super) struct World {
-    pub broker: Arc<Broker>,
-    pub stream: Arc<MemoryStream>,
-    pub store: Arc<MemoryStream>,
+struct World {
+    broker: Arc<Broker>,
+    stream: Arc<MemoryStream>,
+    store: Arc<MemoryStream>,
 }
 
-pub(in super::super) struct Member {
-    pub session: Arc<Session>,
-    pub turn: Turn,
+struct Member {
+    session: Arc<Session>,
+    turn: Turn,
 }
 
 impl World {
-    pub fn new() -> Self {
+    fn new() -> Self {
         let (stream, store) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
         Self { broker: broker(&Config::default(), stream.clone(), store.clone()), stream, store }
     }
 
     /// A member whose client is away.
-    pub async fn member(&self, client_id: &str) -> Member {
-        self.member_for(client_id, 600).await
-    }
-
-    /// A member whose session outlives its connection by `expiry_s`. It resumes its session if it has one.
-    pub async fn member_for(&self, client_id: &str, expiry_s: u32) -> Member {
+    async fn member(&self, client_id: &str) -> Member {
         let sessions = &self.broker.sessions;
         let (session, turn) = sessions.claim(client_id, usize::MAX).await.unwrap();
-        sessions.open(&self.broker, &session, Default::default(), false, expiry_s).await.unwrap();
-        self.subscribe(&session, 1);
+        sessions.open(&self.broker, &session, Default::default(), false, 600).await.unwrap();
+        let options = Options { qos: 1, no_local: false, retain_as_published: false, id: 0 };
+        let filter = Filter::parse(SHARE).unwrap();
+        let plain = Subscription { filter, options, retained: SendRetained::Never };
+        self.broker.live.subscribe(&self.broker, &session, &[plain]);
         Member { session, turn }
     }
 
-    /// Subscribes to the share, as a connection does before it answers.
-    pub fn subscribe(&self, session: &Arc<Session>, qos: u8) {
-        let options = Options { qos, no_local: false, retain_as_published: false, id: 0 };
-        let filter = Filter::parse(SHARE).unwrap();
-        let plain = Subscription { filter, options, retained: SendRetained::Never };
-        self.broker.live.subscribe(&self.broker, session, &[plain]);
-        session.note(&self.broker, Vec::new());
-    }
-
     /// One whose client is there.
-    pub async fn connected(&self, client_id: &str) -> Member {
+    async fn connected(&self, client_id: &str) -> Member {
         let member = self.member(client_id).await;
         self.broker.live.resume(&member.session);
         member
     }
 
     /// Publishes and delivers.
-    pub async fn publish(&self, count: usize) {
+    async fn publish(&self, count: usize) {
         let message = NewMessage {
             topic: "a",
             payload: b"x",
@@ -86,7 +75,7 @@ impl World {
         }
     }
 
-    pub async fn close(&self, member: Member) -> Arc<Session> {
+    async fn close(&self, member: Member) -> Arc<Session> {
         self.broker
             .sessions
             .close(&self.broker, &member.session, member.turn, None, self.broker.clock.now_us())
