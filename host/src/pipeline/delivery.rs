@@ -179,7 +179,10 @@ impl Delivery {
             return Err(Leave::Aborted);
         }
         while self.intake.is_none() {
+            // What a lane has read for it already is drained too: the lane may have come while the
+            // sink was lent.
             let control = tokio::select! {
+                biased;
                 control = self.control.recv() => control,
                 () = self.stopping.cancelled() => return Err(Leave::Drained),
             };
