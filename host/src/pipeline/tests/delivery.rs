@@ -2,7 +2,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use super::harness::{Act, World, chain, number, published, selective_step, sorted, step, text};
+use super::harness::{Act, World, chain, counting, number, published, selective_step, sorted, step, text};
 use crate::batch::{Offset, Partition};
 use crate::pipeline::{Batching, Retries, State};
 use crate::sinks::memory::{Fault, MemoryRow};
@@ -367,9 +367,10 @@ async fn a_shutdown_commits_what_is_in_flight() {
     let mut world = World::new(4, &[("default", "w")]);
     world.batching.wait_max = Duration::from_secs(3600);
     world.batching.rows_max = 1_000_000;
-    let process = world.start(chain(1, &[])).await;
+    let (ran, steps) = counting();
+    let process = world.start(steps).await;
     world.publish_many(5, 0, 100);
-    process.until("read", |status| status.read == Offset(100)).await;
+    process.until("the steps", |_| ran.load(Ordering::Acquire) == 100).await;
     process.stop().await;
     assert_eq!(sorted(world.payloads("w")), published(5, 100));
 }

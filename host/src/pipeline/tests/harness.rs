@@ -1,6 +1,7 @@
 //! A pipeline on memory parts, and steps written as functions.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 
@@ -172,6 +173,17 @@ fn recall(recipe: &str) -> Result<Arc<dyn StepFactory>, String> {
 
 pub fn chain(generation: u64, steps: &[Arc<dyn StepFactory>]) -> Chain {
     Chain { generation, steps: steps.iter().cloned().collect(), hold: None }
+}
+
+/// Steps that pass every message on, with the number of messages that they have run.
+pub fn counting() -> (Arc<AtomicUsize>, Chain) {
+    let ran = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&ran);
+    let counter = step("count", move |_, _| {
+        count.fetch_add(1, Ordering::Release);
+        Act::Pass
+    });
+    (ran, chain(1, &[counter]))
 }
 
 /// Payload as text.

@@ -237,7 +237,7 @@ async fn letters_stay_sent_where_only_the_positions_are_gone_unless_all_is_to_be
     }
 }
 
-/// Where that is noted nowhere, a later start finds the positions of the passes missing.
+/// A later start finds the positions of the passes missing where the first one did not note what the table has.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_table_whose_positions_are_gone_gets_new_ones_once_there_is_room_to_note_what_it_has() {
     let (mut world, broken) = rejecting(1, "w", 5);
