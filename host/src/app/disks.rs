@@ -9,7 +9,7 @@ use crate::telemetry::DiskSpace;
 #[derive(Clone, Debug, Default)]
 pub struct Disks {
     data: Option<Disk>,
-    /// By stream.
+    /// Disk of each stream, by the stream's name.
     streams: BTreeMap<String, Disk>,
 }
 

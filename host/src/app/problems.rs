@@ -54,7 +54,7 @@ const ENDS_SOON: Duration = Duration::from_secs(30 * 86_400);
 pub struct Watch {
     /// By part and kind.
     since: Mutex<HashMap<(String, &'static str), Since>>,
-    /// As they were when they were looked at last.
+    /// The disks as the last look found them.
     disks: Mutex<Disks>,
     /// By part, kind and all labels of the counter.
     growth: Mutex<BTreeMap<(String, &'static str, String), Growth>>,
@@ -658,7 +658,8 @@ fn low_space(Disk { folder, space }: &Disk) -> Found {
     }
 }
 
-/// Whose dead letters retention removed. Some are gone before the host has read whose they are.
+/// Says that retention removed dead letters of a pipeline; "": of letters that went before the host had
+/// read whose they are.
 fn gone_letters(pipeline: &str) -> String {
     let whose = match pipeline {
         "" => "some before the host had read of which pipeline they are".to_owned(),

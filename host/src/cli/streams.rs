@@ -119,7 +119,7 @@ struct Held {
     /// When the first and the last message were appended, microseconds since 1970, UTC.
     oldest_us: Option<u64>,
     newest_us: Option<u64>,
-    /// As the log was made.
+    /// Number of partitions that the log was made with.
     partitions: Option<u16>,
 }
 

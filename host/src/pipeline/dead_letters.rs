@@ -730,7 +730,7 @@ fn begun_key(pipeline: &str, sink: &str, source: &Identity) -> String {
 struct Scan {
     /// In the dead letters; no letter before it is needed.
     from: u64,
-    /// By sink, as its first id names it: see [`Known::floor`].
+    /// Floor of each sink, in the order of the sinks: see [`Known::floor`].
     floors: Vec<u64>,
 }
 

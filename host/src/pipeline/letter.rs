@@ -160,9 +160,9 @@ impl<'a> Letter<'a> {
 pub struct Names {
     /// The name that it has, then those that it had.
     pub pipelines: Vec<String>,
-    /// By sink: its ids, the first one for what is written ([`sink_names`](super::sink_names)).
+    /// Ids of each sink ([`sink_names`](super::sink_names)); new records carry the first.
     pub sinks: Vec<Vec<String>>,
-    /// By sink, as the config names it.
+    /// Name of each sink in the config.
     shown: Vec<String>,
     meanings: Arc<SinkNames>,
 }
@@ -198,7 +198,7 @@ impl Names {
         self.meanings.ids(name, letter).into_iter()
     }
 
-    /// As [`SinkNames::is_same`].
+    /// Returns what [`SinkNames::is_same`] does.
     pub fn is_same(&self, sink: &str, by: &str, letter: u64) -> bool {
         self.meanings.is_same(sink, by, letter)
     }
@@ -208,7 +208,7 @@ impl Names {
         self.meanings.meant(name).iter().any(|id| self.number(id).is_some())
     }
 
-    /// As the config names them.
+    /// Returns the names of the sinks in the config.
     pub fn shown(&self) -> &[String] {
         &self.shown
     }

@@ -35,7 +35,7 @@ pub enum Mark {
     /// Each sink that it names has it, or another letter has what is left of it.
     Sent,
     Pending(Pending),
-    /// For these sinks.
+    /// It is open for these sinks.
     Open {
         sinks: BTreeSet<String>,
         why: Reopened,

@@ -69,7 +69,7 @@ pub struct Told {
 /// What another pass did with letters that this folder has.
 struct Other {
     pass: Uuid,
-    /// At and above it the letters of this folder are not those of that pass.
+    /// End of the letters that this folder has in common with that pass.
     common: Offset,
     letters: PassLetters,
 }

@@ -258,7 +258,7 @@ struct Pass {
     hold: Hold,
     /// Positions of each sink by partition, once they are known.
     reached: Vec<Vec<Offset>>,
-    /// By sink, what its database told of letters, and what the pass has done with them since.
+    /// What the database of each sink told of letters, and what the pass has done with them since.
     told: Vec<(Option<Told>, Vec<PassLetters>)>,
     /// Letters that it has taken.
     taken: usize,

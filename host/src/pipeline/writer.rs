@@ -77,7 +77,7 @@ pub struct Writer {
     pub refused: u64,
     /// What a redrive knows of letters in the sink's database, once it has asked for that.
     pub told: Option<Told>,
-    /// By partition, what a redrive's pass has done with letters; empty for other claims.
+    /// What a redrive's pass has done with the letters of each partition; empty for other claims.
     pub pass_letters: Vec<PassLetters>,
 }
 

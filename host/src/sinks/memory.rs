@@ -89,7 +89,7 @@ struct Claimed {
     epoch: u64,
     /// By partition; `None` until the first advance.
     next: Vec<Option<(Offset, Lineage)>>,
-    /// By partition, as [`Advance::letters`].
+    /// [`Advance::letters`] of each partition.
     letters: Vec<Option<String>>,
 }
 

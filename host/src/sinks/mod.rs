@@ -98,7 +98,7 @@ pub struct Advance {
 pub struct PassPosition {
     pub pass: Uuid,
     pub position: Position,
-    /// As [`Advance::letters`].
+    /// What [`Advance::letters`] said last.
     pub letters: String,
 }
 

@@ -315,9 +315,9 @@ struct Broker {
     lineages: Mutex<Option<Lineages>>,
     /// Turns to read for subscribers what waits in the streams.
     loads: Arc<Semaphore>,
-    /// For packets that have not come whole.
+    /// Permits to hold packets that have come in part.
     incoming_permits: Arc<Permits>,
-    /// For messages that find no memory on their way to a client.
+    /// Permits to hold messages that find no memory on their way to a client.
     outgoing_permits: Arc<Permits>,
     rooms: Rooms,
     retained: Mutex<Retained>,

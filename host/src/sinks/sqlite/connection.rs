@@ -32,7 +32,7 @@ pub struct Session {
     connection: Connection,
     held: Held,
     columns: Columns,
-    /// Of the columns.
+    /// Affinity of each column.
     affinities: Vec<Affinity>,
     /// Rows of the long INSERT.
     many: usize,

@@ -43,9 +43,9 @@ pub fn create_table(config: &Config, columns: &Columns) -> String {
 
 /// How the table is written.
 pub struct Bound {
-    /// Of the columns of the config.
+    /// Affinity of each column of the config.
     pub affinities: Vec<Affinity>,
-    /// For a person, as the sink opens.
+    /// What the sink says to a person when it opens.
     pub warnings: Vec<String>,
     /// Columns of the key of `on_conflict: upsert`.
     key: Vec<String>,

@@ -20,7 +20,7 @@ pub enum Affinity {
     Integer,
     /// Makes doubles of text and of whole numbers.
     Real,
-    /// As `Integer`, of every type that SQLite does not know, such as STRING, DATETIME and JSON.
+    /// Like `Integer`; columns of types that SQLite does not know have it, such as STRING, DATETIME and JSON.
     Numeric,
 }
 

@@ -46,7 +46,7 @@ pub struct Waits {
     pub load: Vec<Place>,
     /// For these retained messages.
     pub page: Option<RetainedPage>,
-    /// For a permit to read a message of so many bytes, or to go on with one; 0: for none.
+    /// Bytes of the message for which the client waits for a permit; 0: it waits for none.
     pub permit: usize,
 }
 
@@ -76,7 +76,7 @@ pub struct Filled {
     pub used_permit: bool,
 }
 
-/// Where packets are written to.
+/// The room in a buffer that packets are written to.
 #[derive(Clone, Copy)]
 pub struct Space<'a> {
     /// Messages are added up to about this size of the buffer.
