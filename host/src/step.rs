@@ -117,14 +117,27 @@ pub trait StepFactory: Send + Sync {
     /// Returns a text that another process can make the step from again: see [`Recall`].
     fn recipe(&self) -> String;
 
+    /// Returns whether what the recipe names is stored, so that it outlives the process.
+    fn is_stored(&self) -> bool {
+        true
+    }
+
     /// A newer version takes over, and only messages that a sink has already are still run by this
     /// one, for other sinks: it holds the pipeline no more, and what it faults on is rejected.
     fn let_go(&self) {}
 }
 
-/// Makes a step of an earlier process again from its recipe, let go from the beginning. Errors name
-/// the step.
-pub type Recall = Arc<dyn Fn(&str) -> Result<Arc<dyn StepFactory>, String> + Send + Sync>;
+/// Makes a step of an earlier version again from its recipe, let go from the beginning. May compile.
+pub type Recall = Arc<dyn Fn(&str) -> Result<Arc<dyn StepFactory>, RecallError> + Send + Sync>;
+
+/// Why a step cannot be made again; each names the step.
+#[derive(Debug)]
+pub enum RecallError {
+    /// What it is made of is gone, or is of no use to this version of Headworks.
+    Gone(String),
+    /// It may be made later.
+    Later(String),
+}
 
 /// The steps of a pipeline, in order. A new chain replaces the old one for all
 /// partitions at one offset, or for none.

@@ -16,6 +16,7 @@ pub const PROBLEM_KINDS: &[&str] = &[
     "stalled",
     "no_space",
     "gap",
+    "steps_gone",
     "holding",
     "starting",
     "plugin_removed",

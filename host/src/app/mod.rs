@@ -48,7 +48,7 @@ use crate::hints::Hints;
 use crate::listeners::mqtt;
 use crate::pipeline::{self, Batching, SinkPart};
 use crate::plugin::access::AccessEngine;
-use crate::plugin::{PluginState, PluginStatus, Plugins};
+use crate::plugin::{Folders, PluginState, PluginStatus, Plugins};
 use crate::sinks;
 use crate::stream::log::{Disk, Log, RealDisk, STATE_BYTES_MAX};
 use crate::stream::{self, OnLag, Stream, Streams};
@@ -132,9 +132,15 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
     let following = Arc::clone(&devices).follow(config.devices.clone(), failures.clone());
     tokio::spawn(stop_delivering.clone().run_until_cancelled_owned(following));
     let cache = config.plugin_cache_dir();
+    let of_records = Arc::clone(&dead_letters);
+    let folders = Folders {
+        cache: cache.clone(),
+        kept: config.plugin_files_dir(),
+        recorded: Box::new(move || pipeline::recorded_recipes(&*of_records)),
+    };
     let plugins = Plugins::start(
         &config.plugins,
-        &cache,
+        folders,
         source.places.clone(),
         devices,
         Arc::clone(&namespace),

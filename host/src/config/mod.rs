@@ -120,6 +120,11 @@ impl Config {
         self.data_dir.join("plugin-cache")
     }
 
+    /// Plugin files of recorded versions of steps.
+    pub fn plugin_files_dir(&self) -> PathBuf {
+        self.data_dir.join("plugin-files")
+    }
+
     /// Folder of a stream, or of the dead letters.
     pub fn stream_dir(&self, name: &str) -> PathBuf {
         match name {

@@ -69,6 +69,7 @@ pub use letter::Letter;
 pub use marks::{MARK_PREFIX, Mark, Marks, Reopened};
 pub use metrics::{METRICS, letters_gone};
 pub use open_letters::{Open as OpenCount, OpenLetters};
+pub use records::recorded_recipes;
 pub use redrive::{Filter, RedriveError, Summary, list_open};
 pub use redrive_status::RedriveStatus;
 pub use sink_names::{NAMES_PREFIX, SinkNames, name_sinks};
@@ -428,9 +429,9 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
     let shareds: Vec<Arc<SinkShared>> = members.iter().map(|member| Arc::clone(&member.shared)).collect();
     let board = Arc::new(Board::new(name, Arc::clone(&stream), shareds));
     let letters = Arc::clone(&shared.letters);
-    let (records, remembered) =
+    let (records, recorded) =
         Records::open(Arc::clone(&dead_letters), letters, shared.letters.names(), identity);
-    let versions = Versions::new(records, remembered, stream.bounds().end, recall);
+    let versions = Versions::new(records, recorded, stream.bounds().end);
     let redriver = Arc::new(Redriver {
         board: Arc::clone(&board),
         epochs: tokio::sync::Mutex::default(),
@@ -444,7 +445,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
     tokio::spawn(Arc::clone(&redriver).resume());
     #[cfg(test)]
     let shutdown_of_test = shutdown.clone();
-    let steps = (chain, versions);
+    let steps = (chain, versions, recall);
     let supervisor =
         Supervisor::new(Arc::clone(&shared), stream, steps, members, inbox, shutdown, Arc::clone(&board));
     let task = tokio::spawn(supervisor.run());

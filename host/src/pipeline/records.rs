@@ -37,13 +37,17 @@ struct Record {
     /// By partition; one where all are the same.
     begins: Vec<u64>,
     recipes: Vec<String>,
+    #[serde(default)]
+    holds: bool,
 }
 
-/// A version as an earlier process remembered it.
-pub struct Remembered {
+/// A version as an earlier process recorded it.
+pub struct Recorded {
     pub key: Key,
     pub begins: Begins,
     pub recipes: Vec<String>,
+    /// Whether it waits at a message for the next version.
+    pub holds: bool,
 }
 
 impl Records {
@@ -53,16 +57,19 @@ impl Records {
         letters: Arc<DeadLetters>,
         names: &Names,
         source: Identity,
-    ) -> (Self, Vec<Remembered>) {
+    ) -> (Self, Vec<Recorded>) {
         let prefix = |name: &str| format!("{KEY}{name}/{}/{}/", source.log, source.generation).into_bytes();
         let partitions = usize::from(source.partitions);
-        let mut found: Vec<(u64, Remembered)> = Vec::new();
+        let mut found: Vec<(u64, Recorded)> = Vec::new();
         for prefix in names.pipelines.iter().map(|name| prefix(name)) {
             let of_key = |key: &[u8]| key.get(prefix.len()..)?.try_into().ok().map(u64::from_be_bytes);
             found.extend(stream.state(&prefix).into_iter().filter_map(|(key, value)| {
                 let record: Record = serde_json::from_slice(&value).ok()?;
                 let begins = record.begins(partitions)?;
-                Some((of_key(&key)?, Remembered { key: Key(key), begins, recipes: record.recipes }))
+                Some((
+                    of_key(&key)?,
+                    Recorded { key: Key(key), begins, recipes: record.recipes, holds: record.holds },
+                ))
             }));
         }
         found.sort_by_key(|(number, _)| *number);
@@ -75,22 +82,27 @@ impl Records {
         self.partitions
     }
 
-    /// Remembers a version that is newer than all others. It is durable with the ticket, which
-    /// [`DeadLetters::ticket`] covers from now on.
-    pub fn add(&mut self, begins: &Begins, recipes: &[String]) -> Result<(Key, Ticket), AppendError> {
+    /// Returns the key of a version that is newer than all others.
+    pub fn next_key(&mut self) -> Key {
         let key = Key([&*self.prefix, &self.number.to_be_bytes()].concat());
-        let ticket = self.set(&key, begins, recipes)?;
         self.number += 1;
-        Ok((key, ticket))
+        key
     }
 
-    /// Remembers that a version begins elsewhere.
-    pub fn set(&self, key: &Key, begins: &Begins, recipes: &[String]) -> Result<Ticket, AppendError> {
+    /// Records a version, or that it begins elsewhere. The record is durable with the ticket, which
+    /// [`DeadLetters::ticket`] covers from now on.
+    pub fn set(
+        &self,
+        key: &Key,
+        begins: &Begins,
+        recipes: &[String],
+        holds: bool,
+    ) -> Result<Ticket, AppendError> {
         let mut begins: Vec<_> = begins.iter().map(|begin| begin.0).collect();
         if begins.windows(2).all(|two| two[0] == two[1]) {
             begins.truncate(1);
         }
-        let record = Record { begins, recipes: recipes.to_vec() };
+        let record = Record { begins, recipes: recipes.to_vec(), holds };
         let value = serde_json::to_vec(&record).expect("a record is plain text");
         let appended = self.stream.append(&[], &[StateChange { key: &key.0, value: Some(&value) }])?;
         self.letters.cover(appended.ticket);
@@ -107,11 +119,14 @@ impl Records {
             keys.clear();
         }
     }
+}
 
-    /// Returns once an append that found no buffer may be tried again.
-    pub async fn writable(&self) {
-        self.stream.writable().await;
-    }
+/// Returns the recipes of all steps that records of any pipeline name; `None` where a record cannot
+/// be read, so that what it names is not known.
+pub fn recorded_recipes(dead_letters: &dyn Stream) -> Option<Vec<String>> {
+    let records = dead_letters.state(KEY.as_bytes()).into_iter();
+    let recipes = records.map(|(_, value)| Some(serde_json::from_slice::<Record>(&value).ok()?.recipes));
+    recipes.collect::<Option<Vec<_>>>().map(|recipes| recipes.concat())
 }
 
 impl Record {

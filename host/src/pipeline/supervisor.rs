@@ -23,12 +23,12 @@ use super::outlet::{Outlet, outlet};
 use super::reader::Attach;
 use super::routes::SinkNumber;
 use super::status::{SinkShared, State};
-use super::swap::{Made, Making};
+use super::swap::{Made, Making, NotMade};
 use super::versions::{Begins, Flip, Versions};
 use super::worker::Shared;
 use crate::batch::Offset;
 use crate::hints::Hint;
-use crate::step::Chain;
+use crate::step::{Chain, Recall};
 use crate::stream::{OnLag, Stream};
 use crate::telemetry::alike;
 use crate::units::ByteSize;
@@ -52,6 +52,8 @@ pub struct Member {
     ended: bool,
     /// Its positions were read in this process.
     was_open: bool,
+    /// First message that it was not known to have when its pipeline looked last.
+    reached: Offset,
     on_lag: OnLag,
     /// What the log has told as gone.
     told_gone: Counted,
@@ -59,6 +61,7 @@ pub struct Member {
 
 impl Member {
     pub fn new(name: String, control: mpsc::Sender<Control>, shared: Arc<SinkShared>, on_lag: OnLag) -> Self {
+        let reached = shared.next();
         Self {
             name,
             control,
@@ -68,6 +71,7 @@ impl Member {
             joining: false,
             ended: false,
             was_open: false,
+            reached,
             on_lag,
             told_gone: Counted::default(),
         }
@@ -88,6 +92,7 @@ pub struct Supervisor {
     /// The newest chain that was taken.
     active: Option<Chain>,
     versions: Versions,
+    recall: Recall,
     /// Whether the lanes wait.
     hold: watch::Sender<bool>,
     /// Where the stream ended at the start.
@@ -95,6 +100,10 @@ pub struct Supervisor {
     swap_refused: Option<String>,
     /// Why the newest chain waits for a sink.
     swap_waits: Option<String>,
+    /// When it was last said that newer steps run messages of steps before them.
+    steps_gone: Option<Instant>,
+    /// Why new steps wait that a held step waits for.
+    waits_for_sink: Option<String>,
     /// Why the last lane did not start; it is tried again.
     lane_refused: Option<String>,
     /// The newest chain waits until what is being made is there.
@@ -126,7 +135,7 @@ impl Supervisor {
     pub fn new(
         shared: Arc<Shared>,
         stream: Arc<dyn Stream>,
-        (mut chain, versions): (watch::Receiver<Chain>, Versions),
+        (mut chain, versions, recall): (watch::Receiver<Chain>, Versions, Recall),
         members: Vec<Member>,
         inbox: mpsc::Receiver<Event>,
         shutdown: CancellationToken,
@@ -146,9 +155,12 @@ impl Supervisor {
             chain,
             active: None,
             versions,
+            recall,
             hold: watch::Sender::new(false),
             swap_refused: None,
             swap_waits: None,
+            steps_gone: None,
+            waits_for_sink: None,
             lane_refused: None,
             swap_due: false,
             making: None,
@@ -186,8 +198,8 @@ impl Supervisor {
                         self.begin_swap();
                     }
                 }
-                made = finished(&mut self.making) => self.made(made).await,
-                _ = tick.tick() => self.look_after().await,
+                made = finished(&mut self.making) => self.made(made),
+                _ = tick.tick() => self.look_after(),
             }
             self.show();
         }
@@ -204,7 +216,8 @@ impl Supervisor {
                 }
                 self.members[sink].ready_from = Some(from);
                 self.members[sink].was_open = true;
-                self.place_all().await;
+                self.tell_went_back(sink, from);
+                self.place_all();
             }
             Event::Joined { sink } => {
                 let main = self.main;
@@ -228,7 +241,7 @@ impl Supervisor {
 
     /// Puts every sink that waits into a lane: at the start all into one, later
     /// each into its own, from which it moves over when it has caught up.
-    async fn place_all(&mut self) {
+    fn place_all(&mut self) {
         if self.failed.is_some() || self.making.is_some() || self.swap_due {
             return;
         }
@@ -237,48 +250,57 @@ impl Supervisor {
             let all = self.members.iter().all(|member| member.ended || waiting(member));
             let late = self.started.elapsed() >= self.shared.config.lag_after.0;
             let ready: Vec<_> = (0..self.members.len()).filter(|i| waiting(&self.members[*i])).collect();
-            if !ready.is_empty() && (all || late) && self.begin_steps().await {
+            if !ready.is_empty() && (all || late) && self.begin_steps() && self.record_versions() {
                 self.begin_lane(ready);
             }
             return;
         }
         // The others follow once its lane is open.
-        if let Some(sink) = self.members.iter().position(waiting) {
+        if let Some(sink) = self.members.iter().position(waiting)
+            && self.record_versions()
+        {
             self.begin_lane(vec![sink]);
         }
     }
 
     fn begin_lane(&mut self, sinks: Vec<SinkNumber>) {
         let from = self.shared.letters.received_by_all(&sinks);
-        let mut lost = Vec::new();
-        let (begins, chains) = self.versions.needed_from(&from, |why| lost.push(why)).into_iter().unzip();
-        lost.iter().for_each(|why| self.say_lost(why));
-        let making = Making::start(chains, self.shared.config.worker_count());
+        let (begins, wanted) = self.versions.needed_from(&from).into_iter().unzip();
+        let making = Making::start(wanted, self.shared.config.worker_count(), Arc::clone(&self.recall));
         self.making = Some((making, Purpose::Lane(sinks, begins)));
     }
 
-    async fn made(&mut self, (made, purpose): (Made, Purpose)) {
+    fn made(&mut self, (made, purpose): (Made, Purpose)) {
         if self.failed.is_some() {
             return;
         }
         match (purpose, made) {
-            (Purpose::Swap(next), Ok(made)) => self.swap(next, made).await,
-            (Purpose::Swap(_), Err(reason)) => self.refuse_swap(reason),
+            (Purpose::Swap(next), Ok(made)) => self.swap(next, made),
+            (Purpose::Swap(_), Err(NotMade::Start(reason) | NotMade::Gone(_, reason))) => {
+                self.refuse_swap(reason);
+            }
             (Purpose::Lane(mut sinks, begins), Ok(made)) => {
                 self.lane_refused = None;
                 // A sink may have gone meanwhile.
                 sinks.retain(|sink| self.members[*sink].ready_from.is_some());
                 // Of the records of all these versions.
                 let ticket = self.shared.letters.ticket();
-                let flips = begins.into_iter().zip(made);
-                let flips = flips.map(|(begins, steps)| Flip { begins, steps, ticket }).collect();
+                let flip = |(begins, (chain, steps))| {
+                    self.versions.made_again(&begins, chain);
+                    Flip { begins, steps, ticket }
+                };
+                let flips = begins.into_iter().zip(made).map(flip).collect();
                 let opened = self.open_lane(&sinks, flips);
                 if self.main.is_none() {
                     self.main = opened;
                 }
-                self.place_all().await;
+                self.place_all();
             }
-            (Purpose::Lane(..), Err(reason)) => {
+            (Purpose::Lane(_, begins), Err(NotMade::Gone(place, why))) => {
+                self.give_to_next(&begins[place], &why);
+                self.place_all();
+            }
+            (Purpose::Lane(..), Err(NotMade::Start(reason))) => {
                 let kind = format!("pipeline \"{}\": steps do not start, it tries again", self.shared.name);
                 let show = self.shared.failures.hint(Hint::PluginList);
                 self.shared.failures.report_by(&kind, &alike(&reason), 1, &reason, &show);
@@ -326,14 +348,17 @@ impl Supervisor {
         Some(id)
     }
 
-    async fn look_after(&mut self) {
+    fn look_after(&mut self) {
         if self.swap_due || self.swap_again.is_some_and(|at| Instant::now() >= at) {
             self.begin_swap();
         }
+        self.note_held();
         // One that came to its held step only after the new chain was there.
-        self.free_held_workers().await;
-        self.versions.tidy(self.lowest());
-        self.place_all().await;
+        self.free_held_workers();
+        self.versions.tidy(self.stream.bounds().start, self.lowest());
+        self.members.iter_mut().for_each(|member| member.reached = member.reached.max(member.shared.next()));
+        self.forget_lost();
+        self.place_all();
         self.measure();
         self.tell_gone();
         if self.window.elapsed() >= self.shared.config.lag_after.0 {
@@ -548,6 +573,9 @@ impl Supervisor {
         };
         if let Some(reason) = &active.hold {
             return State::Holding(reason.to_string());
+        }
+        if let Some(reason) = &self.waits_for_sink {
+            return State::Holding(reason.clone());
         }
         if let Some(reason) = &self.lane_refused {
             return State::Retrying(reason.clone());

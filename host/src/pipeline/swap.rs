@@ -7,10 +7,25 @@ use tokio::task::JoinHandle;
 
 use super::worker::Steps;
 use crate::problems::step_problems;
-use crate::step::Chain;
+use crate::step::{Chain, Recall, RecallError};
 
-/// For each chain the steps of a lane's workers, or why the first step that cannot start refuses all.
-pub type Made = Result<Vec<Vec<Steps>>, String>;
+/// What instances are made of.
+pub enum Wanted {
+    Chain(Chain),
+    /// Of a version whose steps are to be made again first.
+    Recipes(Vec<String>),
+}
+
+/// Each chain that was wanted, with its steps for a lane's workers.
+pub type Made = Result<Vec<(Chain, Vec<Steps>)>, NotMade>;
+
+/// Why no instances were made.
+pub enum NotMade {
+    /// Why the first step that cannot start refuses all; this may pass.
+    Start(String),
+    /// The place of a version that cannot be made again by whatever process, and why.
+    Gone(usize, String),
+}
 
 /// Instances of chains that are being made. Dropping it makes no more of them.
 pub struct Making {
@@ -20,16 +35,29 @@ pub struct Making {
 
 impl Making {
     /// Begins instances of each chain for all `workers` of a lane, off the async threads:
-    /// initialising each may take a plugin's whole limit.
-    pub fn start(chains: Vec<Chain>, workers: u16) -> Self {
+    /// initialising each may take a plugin's whole limit, and one that is made again may have to be
+    /// compiled.
+    pub fn start(wanted: Vec<Wanted>, workers: u16, recall: Recall) -> Self {
         let given_up = Arc::new(AtomicBool::new(false));
         let ends = Arc::clone(&given_up);
         let make_one = move |chain: &Chain, worker| match ends.load(Ordering::Relaxed) {
             false => one(chain, worker),
-            true => Err("given up".to_owned()),
+            true => Err(NotMade::Start("given up".to_owned())),
         };
-        let of_lane = move |chain: &Chain| (0..workers).map(|worker| make_one(chain, worker)).collect();
-        let make = move || chains.iter().map(of_lane).collect();
+        let make = move || {
+            let made = wanted.into_iter().enumerate().map(|(place, wanted)| {
+                let chain = match wanted {
+                    Wanted::Chain(chain) => chain,
+                    Wanted::Recipes(recipes) => again(&recipes, &recall).map_err(|error| match error {
+                        RecallError::Gone(why) => NotMade::Gone(place, why),
+                        RecallError::Later(why) => NotMade::Start(why),
+                    })?,
+                };
+                let steps = (0..workers).map(|worker| make_one(&chain, worker)).collect::<Result<_, _>>()?;
+                Ok((chain, steps))
+            });
+            made.collect()
+        };
         Self { task: tokio::task::spawn_blocking(make), given_up }
     }
 
@@ -37,7 +65,7 @@ impl Making {
     pub async fn finished(&mut self) -> Made {
         match (&mut self.task).await {
             Ok(made) => made,
-            Err(_) => Err("making the steps panicked: see the log".to_owned()),
+            Err(_) => Err(NotMade::Start("making the steps panicked: see the log".to_owned())),
         }
     }
 }
@@ -48,11 +76,18 @@ impl Drop for Making {
     }
 }
 
-fn one(chain: &Chain, worker: u16) -> Result<Steps, String> {
+/// Makes the steps of an earlier version again.
+fn again(recipes: &[String], recall: &Recall) -> Result<Chain, RecallError> {
+    let steps = recipes.iter().map(|recipe| recall(recipe)).collect::<Result<_, _>>()?;
+    Ok(Chain { generation: 0, steps, hold: None })
+}
+
+fn one(chain: &Chain, worker: u16) -> Result<Steps, NotMade> {
     let mut steps = Vec::with_capacity(chain.steps.len());
     for factory in chain.steps.iter() {
         let made = factory.instantiate(u32::from(worker)).map_err(|problems| {
-            format!("{} cannot start: {}", factory.describe(), step_problems(&problems))
+            let why = format!("{} cannot start: {}", factory.describe(), step_problems(&problems));
+            NotMade::Start(why)
         })?;
         steps.push(made);
     }

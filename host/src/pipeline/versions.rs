@@ -9,35 +9,38 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::lane::LaneId;
-use super::records::{Key, Records, Remembered};
+use super::records::{Key, Recorded, Records};
+use super::swap::Wanted;
 use super::worker::Steps;
 use crate::batch::{Offset, Partition};
-use crate::step::{Chain, Recall, StepFactory};
+use crate::step::{Chain, StepFactory, VERSIONS_MAX};
 use crate::stream::{AppendError, Ticket};
 
 /// The first offset of a version, by partition.
 pub type Begins = Arc<[Offset]>;
 
-/// The versions of a pipeline's steps that some sink still needs, oldest first. A message belongs
-/// to the last version that begins at or before it; the first one has all that lies before.
+/// The versions of a pipeline's steps, oldest first: those that run messages that the stream still
+/// has, at most [`VERSIONS_MAX`] of them and those that a sink needs. A message belongs to the last
+/// version that begins at or before it; the first one has all that lies before.
 pub struct Versions {
     list: Vec<Version>,
     records: Records,
-    recall: Recall,
     /// Records to be removed.
     gone: Vec<Key>,
 }
 
 struct Version {
     begins: Begins,
-    /// `None`: of an earlier process, and not made again yet.
+    /// `None`: to be made again from the recipes by the lane that needs it.
     chain: Option<Chain>,
     recipes: Vec<String>,
-    /// Key of the version's record.
-    key: Option<Key>,
-    /// The record is there, and says where it begins.
-    is_noted: bool,
-    /// Of this process.
+    /// Key of its record.
+    key: Key,
+    /// Whether the record is there and says the same.
+    is_recorded: bool,
+    /// Whether it waits at a message for the next version.
+    holds: bool,
+    /// Whether it began in this process.
     is_new: bool,
 }
 
@@ -63,15 +66,16 @@ struct Claims {
 }
 
 impl Versions {
-    /// `remembered` by earlier processes, of a stream that ends at `end`.
-    pub fn new(records: Records, remembered: Vec<Remembered>, end: Offset, recall: Recall) -> Self {
-        let version = |Remembered { key, begins, recipes }| {
-            // A stream that lost its end goes on there.
-            let begins = (*begins).iter().map(|begin: &Offset| *begin.min(&end)).collect();
-            Version { begins, chain: None, recipes, key: Some(key), is_noted: true, is_new: false }
+    /// Returns the versions that earlier processes recorded, of a stream that ends at `end`.
+    pub fn new(records: Records, recorded: Vec<Recorded>, end: Offset) -> Self {
+        let version = |Recorded { key, begins: before, recipes, holds }| {
+            // Behind the end of a stream that lost it other messages come, which are the version's.
+            let begins: Begins = (*before).iter().map(|begin: &Offset| *begin.min(&end)).collect();
+            let is_recorded = begins == before;
+            Version { begins, chain: None, recipes, key, is_recorded, holds, is_new: false }
         };
-        let list = remembered.into_iter().map(version).collect();
-        let mut versions = Self { list, records, recall, gone: Vec::new() };
+        let list = recorded.into_iter().map(version).collect();
+        let mut versions = Self { list, records, gone: Vec::new() };
         versions.drop_idle();
         versions
     }
@@ -117,109 +121,150 @@ impl Versions {
     /// Adds the newest version, and drops those that run no message because of it. The ticket is
     /// that of its record.
     pub fn add(&mut self, begins: Begins, chain: &Chain) -> Result<Ticket, AppendError> {
-        let recipes = recipes(chain);
+        let (recipes, key) = (recipes(chain), self.records.next_key());
         let chain = Some(chain.clone());
-        self.list.push(Version { begins, chain, recipes, key: None, is_noted: false, is_new: true });
-        match self.note() {
-            Ok(ticket) => {
-                self.drop_idle();
-                Ok(ticket)
-            }
-            Err(error) => {
-                self.list.pop();
-                Err(error)
-            }
+        self.list.push(Version {
+            begins,
+            chain,
+            recipes,
+            key,
+            is_recorded: false,
+            holds: false,
+            is_new: true,
+        });
+        let recorded = self.record();
+        match recorded {
+            Ok(_) => self.drop_idle(),
+            Err(_) => drop(self.list.pop()),
+        }
+        recorded
+    }
+
+    /// Lets the newest version begin at `begins` where that is earlier: see [`Self::record`].
+    fn begin_newest_at(&mut self, begins: &[Offset]) {
+        if let Some(newest) = self.list.last_mut() {
+            newest.begin_at(begins);
+            self.drop_idle();
         }
     }
 
-    /// Lets the newest version begin at `begins` where that is earlier.
-    pub fn begin_newest_at(&mut self, begins: &[Offset]) -> Result<(), AppendError> {
-        let Some(newest) = self.list.last_mut() else { return Ok(()) };
-        newest.begins = newest.begins.iter().zip(begins).map(|(a, b)| *a.min(b)).collect();
-        let noted = self.note();
-        self.drop_idle();
-        noted.map(drop)
-    }
-
-    /// Records where the newest version begins. It goes on without a record where there is no room
-    /// for one: see [`Self::is_noted`].
-    fn note(&mut self) -> Result<Ticket, AppendError> {
-        let Some(newest) = self.list.last_mut() else { return Ok(Ticket::default()) };
-        let noted = match &newest.key {
-            Some(key) => self.records.set(key, &newest.begins, &newest.recipes),
-            None => self.records.add(&newest.begins, &newest.recipes).map(|(key, ticket)| {
-                newest.key = Some(key);
-                ticket
-            }),
-        };
-        newest.is_noted = noted.is_ok();
-        match noted {
-            Err(AppendError::NoSpace | AppendError::TooLarge(_)) => Ok(Ticket::default()),
-            noted => noted,
+    /// Says that a version of this process waits at a message for the next one.
+    pub fn hold(&mut self, generation: u64) {
+        let is_it =
+            |version: &&mut Version| version.chain.as_ref().is_some_and(|it| it.generation == generation);
+        if let Some(version) = self.list.iter_mut().find(is_it) {
+            version.is_recorded &= version.holds;
+            version.holds = true;
         }
     }
 
-    /// Returns whether a restart can tell where the newest version began.
-    pub fn is_noted(&self) -> bool {
-        self.list.last().is_none_or(|version| version.is_noted)
+    /// Returns whether other steps wait at a message for these.
+    pub fn holds_for(&self, chain: &Chain) -> bool {
+        let recipes = recipes(chain);
+        self.list.iter().any(|version| version.holds && version.recipes != recipes)
     }
 
-    /// Returns the versions of messages at or above `from`, by partition, oldest first. One of an
-    /// earlier process that cannot be made again is dropped, and the next one has its messages:
-    /// `lost` is told why.
-    pub fn needed_from(&mut self, from: &[Offset], mut lost: impl FnMut(String)) -> Vec<(Begins, Chain)> {
-        let mut i = self.first_above(from);
-        let first = i;
-        while i + 1 < self.list.len() {
-            match self.make(i) {
-                Ok(()) => i += 1,
-                Err(why) => {
-                    lost(why);
-                    self.give_to_next(i);
+    /// Lets the newest version begin at `begins` where that is earlier: no version before it waits.
+    pub fn give_way(&mut self, begins: &[Offset]) {
+        self.begin_newest_at(begins);
+        self.release();
+    }
+
+    /// Says that no version before the newest one waits for it.
+    pub fn release(&mut self) {
+        let older = self.list.iter_mut().rev().skip(1);
+        for version in older.filter(|version| version.holds) {
+            (version.holds, version.is_recorded) = (false, false);
+        }
+    }
+
+    /// Records each version whose record does not say what it is: before a lane runs messages with
+    /// it. A version goes on without a record where there is no room for one, and while a plugin
+    /// file of it is not stored: see [`Self::are_recorded`].
+    pub fn record(&mut self) -> Result<Ticket, AppendError> {
+        let mut last = Ticket::default();
+        for version in self.list.iter_mut().filter(|version| !version.is_recorded && version.is_stored()) {
+            match self.records.set(&version.key, &version.begins, &version.recipes, version.holds) {
+                Ok(ticket) => {
+                    version.is_recorded = true;
+                    last = last.max(ticket);
                 }
+                Err(AppendError::NoSpace | AppendError::TooLarge(_)) => {}
+                Err(error) => return Err(error),
             }
         }
-        let made = |version: &Version| Some((Arc::clone(&version.begins), version.chain.clone()?));
-        self.list[first..].iter().filter_map(made).collect()
+        Ok(last)
     }
 
-    /// Drops a version whose messages the next one has from now on, for whichever reader.
-    fn give_to_next(&mut self, i: usize) {
-        let gone = self.list.remove(i);
-        let next = &mut self.list[i];
-        next.begins = next.begins.iter().zip(&*gone.begins).map(|(a, b)| *a.min(b)).collect();
-        let recorded = next.key.as_ref().map(|key| self.records.set(key, &next.begins, &next.recipes));
-        // Else the record stays, and the next start gives the messages to the next version again.
-        if matches!(recorded, Some(Ok(_))) {
-            self.gone.extend(gone.key);
+    /// Returns whether a restart can tell which version has which message.
+    pub fn are_recorded(&self) -> bool {
+        self.list.iter().all(|version| version.is_recorded)
+    }
+
+    /// Returns the versions of messages at or above `from`, by partition, oldest first.
+    pub fn needed_from(&self, from: &[Offset]) -> Vec<(Begins, Wanted)> {
+        let wanted = |version: &Version| match &version.chain {
+            Some(chain) => Wanted::Chain(chain.clone()),
+            None => Wanted::Recipes(version.recipes.clone()),
+        };
+        let needed = &self.list[self.first_above(from)..];
+        needed.iter().map(|version| (Arc::clone(&version.begins), wanted(version))).collect()
+    }
+
+    /// Keeps the chain of the version that begins at `begins`, which was made again.
+    pub fn made_again(&mut self, begins: &Begins, chain: Chain) {
+        if let Some(i) = self.place_of(begins) {
+            self.list[i].chain.get_or_insert(chain);
         }
     }
 
-    /// Drops the oldest version, whose messages the next one has.
-    pub fn drop_oldest(&mut self) {
-        self.gone.extend(self.list.remove(0).key);
+    /// Drops a version that cannot be made again: the next one has its messages, in every lane.
+    /// Returns the first of them and the end of the last one.
+    pub fn give_to_next(&mut self, begins: &Begins) -> Option<(Offset, Offset)> {
+        let i = self.place_of(begins)?;
+        let (begin, end) = (begins.iter().min()?, *self.ends(i).iter().max()?);
+        self.list.get_mut(i + 1)?.begin_at(begins);
+        self.gone.push(self.list.remove(i).key);
+        Some((*begin, end))
     }
 
-    fn make(&mut self, i: usize) -> Result<(), String> {
-        let version = &mut self.list[i];
-        if version.chain.is_none() {
-            let steps =
-                version.recipes.iter().map(|recipe| (self.recall)(recipe)).collect::<Result<_, _>>()?;
-            version.chain = Some(Chain { generation: 0, steps, hold: None });
-        }
-        Ok(())
+    /// Returns the place of the version that was handed out with these `begins`.
+    fn place_of(&self, begins: &Begins) -> Option<usize> {
+        self.list.iter().position(|version| Arc::ptr_eq(&version.begins, begins))
     }
 
-    /// Drops the versions that only run messages below `upto`, and records what found no room.
-    pub fn tidy(&mut self, upto: Offset) {
-        if !self.is_noted() {
-            // Where it fails again, it is tried again.
-            let _ = self.note();
-        }
-        if self.list.len() > 1 {
-            let first = self.first_above(&vec![upto; self.partitions()]);
-            self.gone.extend(self.list.drain(..first).filter_map(|version| version.key));
-        }
+    /// Drops the oldest version, whose messages the next one has. Returns the end of the last one.
+    pub fn drop_oldest(&mut self) -> Offset {
+        let end = self.ends(0).into_iter().max().unwrap_or_default();
+        self.gone.push(self.list.remove(0).key);
+        end
+    }
+
+    /// Returns the number of versions that a sink needs, where each has all below `had`.
+    pub fn needed(&self, had: Offset) -> usize {
+        self.list.len() - self.first_of(had)
+    }
+
+    /// Returns the first and the end of the messages at or above `from`, by partition, that were of a
+    /// version which is not kept any more.
+    pub fn not_kept(&self, from: &[Offset]) -> Option<(Offset, Offset)> {
+        let begins = ends(self.list.iter().map(|version| &version.begins));
+        let below: Vec<_> = from.iter().zip(&begins).filter(|(from, begin)| from < begin).collect();
+        Some((*below.iter().map(|(from, _)| *from).min()?, *below.iter().map(|(_, begin)| *begin).max()?))
+    }
+
+    /// Drops the versions of which the stream, which begins at `start`, has no message any more, and
+    /// past [`VERSIONS_MAX`] the oldest of those that no sink needs: each has all below `had`, and only
+    /// one whose database goes back gets it again. Records what found no room.
+    pub fn tidy(&mut self, start: Offset, had: Offset) {
+        let over = self.list.len().saturating_sub(VERSIONS_MAX);
+        let first = self.first_of(start).max(over.min(self.first_of(had)));
+        self.gone.extend(self.list.drain(..first).map(|version| version.key));
+        // Where it fails it is tried again.
+        let _ = self.record();
+        let needed = self.first_of(had);
+        // The code of versions that nobody may ever need is not kept in memory.
+        self.list[..needed].iter_mut().filter(|version| version.is_recorded).for_each(|it| it.chain = None);
         self.records.remove(&mut self.gone);
     }
 
@@ -232,13 +277,12 @@ impl Versions {
         older.filter(move |step| !newest.iter().any(|other| Arc::ptr_eq(other, step)))
     }
 
-    /// Returns once an append that found no buffer may be tried again.
-    pub fn writable(&self) -> impl Future<Output = ()> {
-        self.records.writable()
-    }
-
     fn ends(&self, i: usize) -> Vec<Offset> {
         ends(self.list[i + 1..].iter().map(|version| &version.begins))
+    }
+
+    fn first_of(&self, from: Offset) -> usize {
+        self.first_above(&vec![from; self.partitions()])
     }
 
     fn first_above(&self, from: &[Offset]) -> usize {
@@ -250,9 +294,22 @@ impl Versions {
     fn drop_idle(&mut self) {
         for i in (0..self.list.len().saturating_sub(1)).rev() {
             if self.list[i].begins.iter().zip(self.ends(i)).all(|(begin, end)| end <= *begin) {
-                self.gone.extend(self.list.remove(i).key);
+                self.gone.push(self.list.remove(i).key);
             }
         }
+    }
+}
+
+impl Version {
+    fn begin_at(&mut self, begins: &[Offset]) {
+        let earlier: Begins = self.begins.iter().zip(begins).map(|(a, b)| *a.min(b)).collect();
+        self.is_recorded &= earlier == self.begins;
+        self.begins = earlier;
+    }
+
+    /// Returns whether it can be made again from its recipes.
+    fn is_stored(&self) -> bool {
+        self.chain.as_ref().is_none_or(|chain| chain.steps.iter().all(|step| step.is_stored()))
     }
 }
 
@@ -336,9 +393,13 @@ impl OfWorker {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use super::*;
     use crate::pipeline::dead_letters::DeadLetters;
     use crate::pipeline::letter::Names;
+    use crate::problems::Problem;
+    use crate::step::{Step, StepId};
     use crate::stream::Stream;
     use crate::stream::memory::MemoryStream;
 
@@ -350,40 +411,90 @@ mod tests {
         Chain { generation, steps: Arc::new([]), hold: None }
     }
 
-    /// With the versions that begin there, of the generations from 1 on.
-    async fn versions(dead: &Arc<dyn Stream>, all: &[[u64; 2]]) -> Versions {
+    /// A step whose plugin file may not be stored yet.
+    struct Stored(StepId, AtomicBool);
+
+    impl StepFactory for Stored {
+        fn id(&self) -> &StepId {
+            &self.0
+        }
+
+        fn describe(&self) -> String {
+            String::new()
+        }
+
+        fn instantiate(&self, _: u32) -> Result<Box<dyn Step>, Vec<Problem>> {
+            Err(Vec::new())
+        }
+
+        fn recipe(&self) -> String {
+            "stored".to_owned()
+        }
+
+        fn is_stored(&self) -> bool {
+            self.1.load(Ordering::Acquire)
+        }
+    }
+
+    /// The versions that are recorded, of a stream that ends at `end`.
+    async fn recorded(dead: &Arc<dyn Stream>, end: u64) -> Versions {
         let source = MemoryStream::new("telemetry", 2);
         let names = || Names::new(vec!["p".to_owned()], vec!["w".to_owned()], Arc::default());
         let letters = DeadLetters::open(Arc::clone(dead), names(), &*source, u64::MAX, None).await.unwrap();
         let identity = crate::stream::Identity { log: uuid::Uuid::nil(), ..source.identity() };
-        let (records, remembered) = Records::open(Arc::clone(dead), Arc::new(letters), &names(), identity);
-        let recall: Recall = Arc::new(|recipe| Err(format!("{recipe} is not there")));
-        let mut versions = Versions::new(records, remembered, Offset(1_000), recall);
+        let (records, recorded) = Records::open(Arc::clone(dead), Arc::new(letters), &names(), identity);
+        Versions::new(records, recorded, Offset(end))
+    }
+
+    /// With the versions that begin there, of the generations from 1 on.
+    async fn versions(dead: &Arc<dyn Stream>, all: &[[u64; 2]]) -> Versions {
+        let mut versions = recorded(dead, 1_000).await;
         for (generation, at) in (1..).zip(all) {
             versions.add(begins(*at), &chain(generation)).unwrap();
         }
         versions
     }
 
+    async fn recorded_begins(dead: &Arc<dyn Stream>, end: u64) -> Vec<Begins> {
+        recorded(dead, end).await.list.into_iter().map(|version| version.begins).collect()
+    }
+
     fn generations(versions: &Versions) -> Vec<u64> {
         versions.list.iter().map(|version| version.chain.as_ref().unwrap().generation).collect()
     }
 
-    fn from(versions: &mut Versions, from: [u64; 2]) -> Vec<u64> {
-        let of_all = versions.needed_from(&begins(from), |why| panic!("{why}"));
-        of_all.into_iter().map(|(_, chain)| chain.generation).collect()
+    fn from(versions: &Versions, from: [u64; 2]) -> Vec<u64> {
+        let of_all = versions.needed_from(&begins(from)).into_iter();
+        let generation = |(_, wanted)| match wanted {
+            Wanted::Chain(chain) => chain.generation,
+            Wanted::Recipes(_) => 0,
+        };
+        of_all.map(generation).collect()
     }
 
     #[tokio::test]
-    async fn a_version_stays_until_every_sink_is_past_what_it_runs() {
+    async fn a_version_stays_while_the_stream_has_its_messages() {
         let mut versions =
             versions(&MemoryStream::new("dead-letters", 1), &[[0, 0], [10, 10], [20, 20]]).await;
-        assert_eq!(from(&mut versions, [9, 30]), [1, 2, 3]);
-        assert_eq!(from(&mut versions, [10, 10]), [2, 3]);
-        versions.tidy(Offset(19));
-        assert_eq!(generations(&versions), [2, 3]);
-        versions.tidy(Offset(1_000));
+        assert_eq!(from(&versions, [9, 30]), [1, 2, 3]);
+        assert_eq!(from(&versions, [10, 10]), [2, 3]);
+        assert_eq!((versions.needed(Offset(9)), versions.needed(Offset(19))), (3, 2));
+        versions.tidy(Offset(10), Offset(1_000));
+        assert_eq!(from(&versions, [0, 0]), [0, 3], "a database that goes back needs the second one again");
+        assert_eq!(versions.not_kept(&begins([10, 12])), None);
+        assert_eq!(versions.not_kept(&begins([7, 12])), Some((Offset(7), Offset(10))));
+        versions.tidy(Offset(1_000), Offset(1_000));
         assert_eq!(generations(&versions), [3]);
+    }
+
+    #[tokio::test]
+    async fn past_the_bound_the_oldest_version_that_no_sink_needs_goes_first() {
+        let all: Vec<_> = (0..VERSIONS_MAX as u64 + 2).map(|n| [10 * n, 10 * n]).collect();
+        let mut versions = versions(&MemoryStream::new("dead-letters", 1), &all).await;
+        versions.tidy(Offset(0), Offset(10));
+        assert_eq!((versions.len(), versions.needed(Offset(10))), (VERSIONS_MAX + 1, VERSIONS_MAX + 1));
+        versions.tidy(Offset(0), Offset(1_000));
+        assert_eq!((versions.len(), versions.needed(Offset(1_000))), (VERSIONS_MAX, 1));
     }
 
     #[tokio::test]
@@ -391,9 +502,9 @@ mod tests {
         let all = [[0, 0], [10, 10], [10, 10], [20, 20]];
         let mut versions = versions(&MemoryStream::new("dead-letters", 1), &all).await;
         assert_eq!(generations(&versions), [1, 3, 4]);
-        versions.begin_newest_at(&[Offset(5), Offset(15)]).unwrap();
+        versions.begin_newest_at(&[Offset(5), Offset(15)]);
         assert_eq!(generations(&versions), [1, 3, 4], "of the second partition 10 to 15");
-        versions.begin_newest_at(&[Offset(30), Offset(10)]).unwrap();
+        versions.begin_newest_at(&[Offset(30), Offset(10)]);
         assert_eq!(generations(&versions), [1, 4]);
         assert_eq!(versions.list[1].begins, begins([5, 10]));
     }
@@ -401,52 +512,78 @@ mod tests {
     #[tokio::test]
     async fn versions_are_remembered_while_they_are_needed() {
         let dead = MemoryStream::new("dead-letters", 1);
-        let mut before = versions(&dead, &[[0, 0], [10, 10], [20, 20], [5_000, 5_000]]).await;
-        before.tidy(Offset(10));
-        before.begin_newest_at(&[Offset(30), Offset(2_000)]).unwrap();
-        let mut after = versions(&dead, &[]).await;
+        let mut before = versions(&dead, &[[0, 0], [10, 10], [20, 20], [900, 900]]).await;
+        before.tidy(Offset(10), Offset(10));
+        before.begin_newest_at(&[Offset(30), Offset(800)]);
+        before.record().unwrap();
+        let mut after = recorded(&dead, 1_000).await;
         let all: Vec<_> = after.list.iter().map(|version| Arc::clone(&version.begins)).collect();
-        assert_eq!(all, [begins([10, 10]), begins([20, 20]), begins([30, 1_000])], "the stream ends at 1000");
+        assert_eq!(all, [begins([10, 10]), begins([20, 20]), begins([30, 800])]);
         after.begin(&[Offset(500); 2], &chain(7)).unwrap();
-        assert_eq!(after.generation(), Some(7));
-        // One that is not to be had any more leaves its messages to the next.
-        after.list[0].recipes = vec!["a".to_owned()];
-        let mut lost = Vec::new();
-        assert_eq!(after.needed_from(&begins([0, 0]), |why| lost.push(why)).len(), 2);
-        assert_eq!(lost, ["a is not there"]);
-        after.tidy(Offset(0));
-        assert_eq!(versions(&dead, &[]).await.len(), 2);
+        assert_eq!((after.generation(), from(&after, [0, 0])), (Some(7), vec![0, 0, 7]));
+        after.tidy(Offset(20), Offset(20));
+        assert_eq!(recorded_begins(&dead, 1_000).await, [begins([20, 20]), begins([30, 800])]);
     }
 
     #[tokio::test]
-    async fn a_version_that_cannot_be_made_again_leaves_its_messages_to_the_next_for_every_reader() {
+    async fn a_version_that_begins_where_the_stream_lost_its_end_begins_there_after_each_start() {
         let dead = MemoryStream::new("dead-letters", 1);
-        versions(&dead, &[[0, 0], [10, 10], [20, 20]]).await;
-        for from in [[15, 15], [0, 0]] {
-            let mut after = versions(&dead, &[]).await;
-            after.begin(&[Offset(500); 2], &chain(7)).unwrap();
-            if after.len() == 3 {
-                after.list[1].recipes = vec!["a".to_owned()];
-            }
-            after.needed_from(&begins(from), drop);
-            let all: Vec<_> = after.list.iter().map(|version| Arc::clone(&version.begins)).collect();
-            assert_eq!(all, [begins([0, 0]), begins([10, 10])], "message 15 is the last version's");
-            // The next reader comes after a restart.
-            after.tidy(Offset(0));
-        }
+        versions(&dead, &[[0, 0], [120, 120]]).await;
+        let mut after = recorded(&dead, 20).await;
+        assert!(!after.are_recorded());
+        assert!(after.record().unwrap() > Ticket::default() && after.are_recorded());
+        assert_eq!(recorded_begins(&dead, 80).await, [begins([0, 0]), begins([20, 20])]);
     }
 
     #[tokio::test]
-    async fn steps_begin_without_room_for_a_record_and_are_noted_once_there_is() {
+    async fn messages_of_a_version_that_is_gone_are_the_next_ones_wherever_a_lane_begins() {
+        let dead = MemoryStream::new("dead-letters", 1);
+        let mut versions = versions(&dead, &[[0, 0], [10, 10], [20, 20]]).await;
+        let second = Arc::clone(&versions.list[1].begins);
+        assert_eq!(versions.give_to_next(&second), Some((Offset(10), Offset(20))));
+        let of_all = |versions: &Versions| {
+            versions.list.iter().map(|version| Arc::clone(&version.begins)).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            (of_all(&versions), generations(&versions)),
+            (vec![begins([0, 0]), begins([10, 10])], vec![1, 3])
+        );
+        assert_eq!((from(&versions, [15, 15]), from(&versions, [0, 0])), (vec![3], vec![1, 3]));
+        versions.tidy(Offset(0), Offset(0));
+        assert_eq!(recorded_begins(&dead, 1_000).await, of_all(&versions));
+        let newest = Arc::clone(&versions.list[1].begins);
+        assert_eq!(versions.give_to_next(&newest), None, "nothing is next to it");
+    }
+
+    #[tokio::test]
+    async fn each_version_that_found_no_room_is_recorded_once_there_is() {
         let memory = MemoryStream::with_hooks("dead-letters", 1);
         let dead: Arc<dyn Stream> = Arc::clone(&memory) as Arc<dyn Stream>;
         memory.set_no_space(true);
-        let mut full = versions(&dead, &[[0, 0]]).await;
-        full.tidy(Offset(0));
-        assert!(!full.is_noted() && versions(&dead, &[]).await.len() == 0);
+        let mut full = versions(&dead, &[[0, 0], [10, 10]]).await;
+        full.tidy(Offset(0), Offset(0));
+        assert!(!full.are_recorded() && recorded(&dead, 1_000).await.len() == 0);
         memory.set_no_space(false);
-        full.tidy(Offset(0));
-        assert!(full.is_noted() && versions(&dead, &[]).await.len() == 1);
+        full.add(begins([20, 20]), &chain(3)).unwrap();
+        assert!(full.are_recorded());
+        let all = [begins([0, 0]), begins([10, 10]), begins([20, 20])];
+        assert_eq!(recorded_begins(&dead, 1_000).await, all, "in their order");
+    }
+
+    #[tokio::test]
+    async fn a_version_is_recorded_once_its_plugin_files_are_stored() {
+        let dead = MemoryStream::new("dead-letters", 1);
+        let mut versions = versions(&dead, &[[0, 0]]).await;
+        let step =
+            Arc::new(Stored(StepId { pipeline: "p".into(), step: "s".into() }, AtomicBool::new(false)));
+        let steps: Arc<[Arc<dyn StepFactory>]> = Arc::new([Arc::clone(&step) as Arc<dyn StepFactory>]);
+        versions.add(begins([10, 10]), &Chain { generation: 2, steps, hold: None }).unwrap();
+        assert!(!versions.are_recorded());
+        assert_eq!(recorded_begins(&dead, 1_000).await, [begins([0, 0])]);
+        step.1.store(true, Ordering::Release);
+        versions.tidy(Offset(0), Offset(0));
+        assert!(versions.are_recorded());
+        assert_eq!(recorded_begins(&dead, 1_000).await, [begins([0, 0]), begins([10, 10])]);
     }
 
     #[test]

@@ -156,6 +156,7 @@ impl Check<'_> {
             program: Arc::clone(program),
             limits: step.limits.unwrap_or(self.config.limits),
             on_failure: step.on_failure,
+            file_kept: Arc::default(),
             devices: Arc::clone(&self.devices),
             namespace: Arc::clone(&self.namespace),
             failures: Failures::default(),

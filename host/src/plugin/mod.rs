@@ -28,6 +28,7 @@ pub(crate) mod fuzzing;
 mod gather;
 mod host;
 mod instance;
+mod kept_files;
 mod lines;
 mod load;
 mod program;
@@ -42,7 +43,7 @@ mod version;
 
 pub use answer::{Fault, MADE_PAYLOAD_BYTES_MAX};
 pub use cache::CacheError;
-pub use catalog::{PluginState, PluginStatus, Plugins};
+pub use catalog::{Folders, PluginState, PluginStatus, Plugins};
 pub use check::{Check, Findings};
 pub use compile::{CHILD_COMMAND, CompileError, Compiler};
 pub use compile_child::compile_child_main;

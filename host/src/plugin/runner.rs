@@ -78,6 +78,7 @@ impl Runner {
             program,
             limits,
             on_failure,
+            file_kept: Arc::default(),
             devices,
             namespace,
             failures: Failures::default(),

@@ -17,6 +17,7 @@ use super::collected::{BYTES_MAX, Collected, Target};
 use super::gather::gather;
 use super::host::Telemetry;
 use super::instance::{CallLimits, Instance, StartError};
+use super::kept_files::KeptFile;
 use super::program::{ProcessIndices, Program};
 use super::starts::{Started, Starts};
 use super::{Limits, OnFailure};
@@ -50,6 +51,8 @@ pub(super) struct Shared {
     /// See [`StepFactory::recipe`].
     pub recipe: String,
     pub program: Arc<Program>,
+    /// What the recipe names.
+    pub file_kept: Arc<KeptFile>,
     pub context: Context,
     pub limits: Limits,
     pub on_failure: OnFailure,
@@ -147,6 +150,10 @@ impl StepFactory for Version {
 
     fn recipe(&self) -> String {
         self.0.recipe.clone()
+    }
+
+    fn is_stored(&self) -> bool {
+        self.0.file_kept.is_stored()
     }
 
     fn let_go(&self) {

@@ -52,6 +52,7 @@ struct Inner {
     full: bool,
     no_space: bool,
     append_bytes_max: usize,
+    buffer_full: bool,
     /// What was appended before is past its age.
     kept_since_us: u64,
     state: BTreeMap<Vec<u8>, Vec<u8>>,
@@ -103,6 +104,7 @@ impl MemoryStream {
                 full: false,
                 no_space: false,
                 append_bytes_max: COMMIT_BUFFER_BYTES_MAX,
+                buffer_full: false,
                 kept_since_us: 0,
                 state: BTreeMap::new(),
                 state_room: usize::MAX,
@@ -186,6 +188,19 @@ impl MemoryStream {
     pub fn set_no_space(&self, full: bool) {
         self.lock().no_space = full;
         self.moved();
+    }
+
+    /// While `full`, appends are refused with `Full`, as by a disk that does not answer.
+    pub fn set_buffer_full(&self, full: bool) {
+        let mut inner = self.lock();
+        (inner.buffer_full, inner.full) = (full, inner.full && full);
+        drop(inner);
+        self.moved();
+    }
+
+    /// Returns once an append was refused with `Full`.
+    pub async fn refused(&self) {
+        self.inner_is(|inner| inner.full).await;
     }
 
     /// Removes what lies below `start`, as retention would.
@@ -325,6 +340,12 @@ impl Stream for MemoryStream {
         }
         if inner.no_space {
             return Err(AppendError::NoSpace);
+        }
+        if inner.buffer_full {
+            inner.full = true;
+            drop(inner);
+            self.moved();
+            return Err(AppendError::Full);
         }
         let bytes: usize =
             messages.iter().map(|m| m.topic.len() + m.payload.len() + m.properties.len()).sum();

@@ -3,17 +3,26 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::super::swap::Making;
+use super::super::routes::SinkNumber;
+use super::super::swap::{Making, Wanted};
+use super::super::versions::Begins;
 use super::super::worker::Steps;
 use super::{Purpose, Supervisor};
 use crate::batch::Offset;
 use crate::hints::Hint;
 use crate::step::{Chain, VERSIONS_MAX};
 use crate::stream::AppendError;
-use crate::telemetry::alike;
+use crate::telemetry::{Standing, alike};
+
+/// Kind of the problem that a sink gets messages from newer steps, and the time for which it is one.
+const STEPS_GONE: &str = "steps_gone";
+const STEPS_GONE_SHOWN: Duration = Duration::from_secs(3_600);
+/// New steps are tried again after this where there was no buffer for their record.
+const RECORD_AGAIN: Duration = Duration::from_millis(500);
 
 impl Supervisor {
     /// Starts to make the newest chain's instances: for every worker of every lane, or nothing
@@ -32,13 +41,14 @@ impl Supervisor {
             return;
         }
         let lanes = if needs_none { 0 } else { self.lanes.len().max(1) };
-        let making = Making::start(vec![next.clone(); lanes], self.shared.config.worker_count());
+        let wanted = (0..lanes).map(|_| Wanted::Chain(next.clone())).collect();
+        let making = Making::start(wanted, self.shared.config.worker_count(), Arc::clone(&self.recall));
         self.making = Some((making, Purpose::Swap(next)));
     }
 
     /// Why no further version of the steps is taken: a sink needs every one that is kept.
     fn wants_versions(&self) -> Option<String> {
-        if self.lanes_made == 0 || self.versions.len() < VERSIONS_MAX {
+        if self.lanes_made == 0 || self.versions.needed(self.lowest()) < VERSIONS_MAX {
             return None;
         }
         let last = self.members.iter().min_by_key(|member| member.shared.next())?;
@@ -72,41 +82,46 @@ impl Supervisor {
 
     /// Takes the newest chain; one that holds only stops the lanes, since it may lack a step. No lane
     /// was opened since its steps were begun; some may have ended.
-    pub(super) async fn swap(&mut self, next: Chain, made: Vec<Vec<Steps>>) {
+    pub(super) fn swap(&mut self, next: Chain, made: Vec<(Chain, Vec<Steps>)>) {
         let holds = next.hold.is_some();
         if !holds && !self.versions.runs(&next) {
             // Before the first lane they begin with it.
-            if self.lanes_made > 0 && !self.flip(&next, made).await {
+            if self.lanes_made > 0 && !self.flip(&next, made) {
                 return;
             }
             self.shared.metrics.flipped.increment(1);
         }
         self.swap_refused = None;
         self.active = Some(next);
-        self.free_held_workers().await;
+        self.free_held_workers();
         self.hold.send_if_modified(|hold| std::mem::replace(hold, holds) != holds);
-        self.place_all().await;
+        self.place_all();
     }
 
-    /// Lets new steps begin, behind all that a sink has or a lane has handed out. `false`: not now.
-    async fn flip(&mut self, chain: &Chain, made: Vec<Vec<Steps>>) -> bool {
+    /// Lets new steps begin, behind all that a sink has or a lane has handed out. `false`: not now;
+    /// where there is no buffer for their record they are made again soon, and lanes begin meanwhile.
+    fn flip(&mut self, chain: &Chain, made: Vec<(Chain, Vec<Steps>)>) -> bool {
         let taken = self.taken(self.shared.letters.received());
-        let mut made = made.into_iter();
-        loop {
-            let Self { shared, lanes, versions, .. } = self;
-            let lanes = lanes.iter().map(|lane| lane.id).zip(&mut made);
-            let flipped =
-                shared.schedule.flip(lanes, &taken, |begins| versions.add(Arc::clone(begins), chain));
-            match self.recorded(flipped).await {
-                Some(is_recorded) => return is_recorded,
-                None => continue,
+        let Self { shared, lanes, versions, .. } = self;
+        let made = made.into_iter().map(|(_, steps)| steps);
+        let lanes = lanes.iter().map(|lane| lane.id).zip(made);
+        let flipped = shared.schedule.flip(lanes, &taken, |begins| versions.add(Arc::clone(begins), chain));
+        match flipped {
+            Ok(()) => {
+                if self.shared.held_in.load(Ordering::Acquire) == 0 {
+                    self.versions.release();
+                }
+                self.say_not_recorded();
             }
+            Err(AppendError::Full) => self.swap_again = Some(Instant::now() + RECORD_AGAIN),
+            Err(ref error) => self.fail(format!("dead letters: {error}")),
         }
+        flipped.is_ok()
     }
 
     /// Lets the newest steps begin with the first lane: with the first message that no sink has, or
-    /// where they began in an earlier process. `false`: there are none that may run.
-    pub(super) async fn begin_steps(&mut self) -> bool {
+    /// where they began in an earlier process. `false`: there are none that may run, or not now.
+    pub(super) fn begin_steps(&mut self) -> bool {
         if self.lanes_made > 0 {
             return true;
         }
@@ -114,56 +129,127 @@ impl Supervisor {
         if active.hold.is_some() {
             return self.versions.generation().is_some();
         }
-        while self.versions.generation() != Some(active.generation) {
-            let taken = self.taken(self.shared.letters.received());
+        let is_waited_for = self.versions.holds_for(&active);
+        if is_waited_for && !self.are_all_open() {
+            return false;
+        }
+        let taken = self.taken(self.shared.letters.received());
+        if self.versions.generation() != Some(active.generation) {
             let begun = self.versions.begin(&taken, &active);
-            if self.recorded(begun).await == Some(false) {
+            if !self.is_recorded(begun) {
                 return false;
             }
         }
+        if is_waited_for {
+            self.versions.give_way(&taken);
+        }
+        let lowest = self.lowest();
+        self.versions.tidy(self.stream.bounds().start, lowest);
         while self.versions.len() > VERSIONS_MAX {
-            self.versions.drop_oldest();
-            self.say_lost(&format!(
-                "more than {VERSIONS_MAX} versions of the steps are needed by sinks that lag"
-            ));
+            let end = self.versions.drop_oldest();
+            let why = format!("more than {VERSIONS_MAX} versions of the steps are needed by sinks that lag");
+            self.say_lost(&why, lowest, end);
         }
         true
     }
 
-    /// A sink gets messages from newer steps than others got them from.
-    pub(super) fn say_lost(&self, why: &str) {
-        let kind =
-            format!("pipeline \"{}\": newer steps run messages of steps before them", self.shared.name);
-        self.shared.failures.report(&kind, 1, why, &self.shared.failures.hint(Hint::PluginList));
+    /// Returns whether it is known of each sink what it has, which says where steps begin that a held
+    /// step waits for.
+    fn are_all_open(&mut self) -> bool {
+        let closed = self.members.iter().find(|member| !member.was_open && !member.ended);
+        self.waits_for_sink = closed.map(|member| {
+            format!(
+                "a step holds, and where its new version begins is known once sink \"{}\" is open: mend the sink",
+                member.name
+            )
+        });
+        self.waits_for_sink.is_none()
     }
 
-    /// A restart could not tell where the newest steps began.
-    fn say_not_noted(&self) {
-        if self.versions.is_noted() {
-            return;
+    /// Notes which version a worker waits in.
+    pub(super) fn note_held(&mut self) {
+        let held_in = self.shared.held_in.load(Ordering::Acquire);
+        if held_in > 0 {
+            self.versions.hold(held_in);
         }
-        let why = "the dead letters have no room for it, or the steps' configs are too large; a restart before it is noted \
-                   can run messages of a sink that lags by other steps than those of the others";
-        let kind = format!("pipeline \"{}\": where new steps begin is not noted", self.shared.name);
-        self.shared.failures.report(&kind, 1, why, &self.shared.failures.hint(Hint::PluginList));
     }
 
-    /// Returns whether a record was made; `None`: there is a buffer for it now.
-    async fn recorded(&mut self, recorded: Result<(), AppendError>) -> Option<bool> {
+    /// Records the versions before a lane runs messages with them. `false`: not now.
+    pub(super) fn record_versions(&mut self) -> bool {
+        let recorded = self.versions.record();
+        self.is_recorded(recorded)
+    }
+
+    /// Where there was no buffer for a record, the next look tries again.
+    fn is_recorded<T>(&mut self, recorded: Result<T, AppendError>) -> bool {
         match recorded {
-            Ok(()) => {
-                self.say_not_noted();
-                Some(true)
-            }
-            Err(AppendError::Full) => {
-                self.versions.writable().await;
-                None
-            }
+            Ok(_) => self.say_not_recorded(),
+            Err(AppendError::Full) => return false,
             Err(error) => {
                 self.fail(format!("dead letters: {error}"));
-                Some(false)
+                return false;
             }
         }
+        true
+    }
+
+    /// The messages of a version that cannot be made again are the next one's.
+    pub(super) fn give_to_next(&mut self, begins: &Begins, why: &str) {
+        if let Some((from, to)) = self.versions.give_to_next(begins) {
+            self.say_lost(why, from.max(self.lowest()), to);
+        }
+    }
+
+    /// Says where a sink whose database went back gets messages again whose version is not kept.
+    pub(super) fn tell_went_back(&mut self, sink: SinkNumber, from: Offset) {
+        let member = &mut self.members[sink];
+        let reached = std::mem::replace(&mut member.reached, from);
+        let start = self.stream.bounds().start;
+        let mut received = self.shared.letters.received_by_all(&[sink]);
+        received.iter_mut().for_each(|from| *from = start.max(*from));
+        if from < reached
+            && let Some((from, end)) = self.versions.not_kept(&received)
+        {
+            let why = format!("the database of sink \"{}\" went back", member.name);
+            self.say_lost(&why, from, end);
+        }
+    }
+
+    /// A sink gets messages from newer steps than others got them from.
+    fn say_lost(&mut self, why: &str, from: Offset, end: Offset) {
+        const WHAT: &str = "newer steps run messages of steps before them";
+        let (name, failures) = (&self.shared.name, &self.shared.failures);
+        let detail = format!("{why}; offsets {} to {}", from.0, end.0.saturating_sub(1));
+        let kind = format!("pipeline \"{name}\": {WHAT}");
+        failures.report(&kind, 1, &detail, &failures.hint(Hint::PluginList));
+        failures.stands(Standing {
+            part: format!("pipeline {name}"),
+            kind: STEPS_GONE,
+            cause: format!("{WHAT}: {detail}"),
+            advice: "where the newer steps route these messages elsewhere, they may be in no sink or in two: compare \
+                     the tables over these offsets"
+                .to_owned(),
+        });
+        self.steps_gone = Some(Instant::now());
+    }
+
+    /// What was said is an event, and a problem for a while.
+    pub(super) fn forget_lost(&mut self) {
+        if self.steps_gone.take_if(|said| said.elapsed() >= STEPS_GONE_SHOWN).is_some() {
+            self.shared.failures.mended(&format!("pipeline {}", self.shared.name), STEPS_GONE);
+        }
+    }
+
+    /// A restart could not tell which version of the steps has which messages.
+    fn say_not_recorded(&self) {
+        if self.versions.are_recorded() {
+            return;
+        }
+        let why = "the dead letters have no room for it, the steps' configs are too large, or a plugin file cannot be \
+                   stored; a restart before it is recorded can run messages of a sink that lags by other steps than \
+                   those of the others";
+        let kind = format!("pipeline \"{}\": where new steps begin is not recorded", self.shared.name);
+        self.shared.failures.report(&kind, 1, why, &self.shared.failures.hint(Hint::PluginList));
     }
 
     /// Adds to what the sinks have received, by partition, what those may have that were not open
@@ -178,12 +264,13 @@ impl Supervisor {
     /// Workers that wait for a held step never come to the new steps, which lie
     /// behind their messages: their lanes end, the new steps begin with the first message that no
     /// sink has, and the sinks begin again from their positions. What one of them has and another
-    /// one has not is still run by the steps that it was run by, which hold no longer.
-    pub(super) async fn free_held_workers(&mut self) {
+    /// one has not is still run by the steps that it was run by, which hold no longer. So it waits
+    /// until it is known what each sink has.
+    pub(super) fn free_held_workers(&mut self) {
         let held_in = self.shared.held_in.load(Ordering::Acquire);
         let Some(newest) = self.versions.generation() else { return };
         let holds = self.active.as_ref().is_some_and(|active| active.hold.is_some());
-        if held_in == 0 || held_in >= newest || holds {
+        if held_in == 0 || held_in >= newest || holds || !self.are_all_open() {
             return;
         }
         tracing::info!(pipeline = %self.shared.name, "a held step has a new version: reading again from the sinks' positions");
@@ -199,14 +286,8 @@ impl Supervisor {
         // A lane that is being made has the versions as they are before this.
         self.making.take_if(|(_, purpose)| matches!(purpose, Purpose::Lane(..)));
         let taken = self.taken(self.shared.letters.cut());
-        loop {
-            match self.versions.begin_newest_at(&taken) {
-                Ok(()) => break,
-                Err(AppendError::Full) => self.versions.writable().await,
-                Err(error) => return self.fail(format!("dead letters: {error}")),
-            }
-        }
-        self.say_not_noted();
+        // Recorded before the next lane begins.
+        self.versions.give_way(&taken);
         self.versions.replaced().for_each(|step| step.let_go());
         // As at the start: all sinks into one lane, as soon as they are ready.
         self.started = Instant::now();

@@ -18,7 +18,9 @@ use crate::pipeline::{
 use crate::problems::{KeyPath, Problem};
 use crate::sinks::Begin;
 use crate::sinks::memory::MemoryDatabase;
-use crate::step::{Attempt, Chain, Outcome, Recall, Refused, RefusedKind, Step, StepFactory, StepId};
+use crate::step::{
+    Attempt, Chain, Outcome, Recall, RecallError, Refused, RefusedKind, Step, StepFactory, StepId,
+};
 use crate::stream::memory::MemoryStream;
 use crate::stream::{NewMessage, OnLag, Read, Stream, partition_of};
 use crate::telemetry::Failures;
@@ -166,7 +168,7 @@ fn made(name: &str, act: StepFn, sees_all: bool, broken: Broken) -> Arc<dyn Step
 }
 
 /// As [`crate::step::Recall`].
-fn recall(recipe: &str) -> Result<Arc<dyn StepFactory>, String> {
+pub fn recall(recipe: &str) -> Result<Arc<dyn StepFactory>, RecallError> {
     let number: usize = recipe.parse().unwrap();
     Ok(Arc::clone(&MADE.lock().unwrap()[number]))
 }
@@ -214,6 +216,7 @@ pub struct World {
     pub begin: Option<Begin>,
     /// In place of one that finds all steps that were made.
     pub recall: Option<Recall>,
+    pub failures: Failures,
 }
 
 impl World {
@@ -252,6 +255,7 @@ impl World {
             renamed_from: BTreeMap::new(),
             begin: None,
             recall: None,
+            failures: Failures::default(),
         }
     }
 
@@ -321,7 +325,7 @@ impl World {
                 .map(|sink| (self.pipeline.clone(), sink.clone()))
                 .collect::<BTreeSet<_>>()
                 .into(),
-            failures: Failures::default(),
+            failures: self.failures.clone(),
             shutdown: shutdown.clone(),
         };
         let handle = start(&self.pipeline, &self.config, deps).await.unwrap();

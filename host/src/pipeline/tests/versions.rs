@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use super::harness::{Act, Process, World, chain, number, published, sorted, step, text};
 use crate::pipeline::State;
-use crate::step::{StepFactory, VERSIONS_MAX};
+use crate::sinks::memory::{Backup, Fault};
+use crate::step::{RecallError, StepFactory, VERSIONS_MAX};
 use crate::units::ByteSize;
 
 const DEVICES: u64 = 10;
@@ -220,8 +221,163 @@ async fn a_pipeline_whose_earlier_steps_are_gone_goes_on_with_the_newest() {
     process.handle.crash();
     process.handle.join().await;
     world.database("right").unblock();
-    world.recall = Some(Arc::new(|recipe| Err(format!("step {recipe} is gone"))));
+    world.recall = Some(Arc::new(|recipe| Err(RecallError::Gone(format!("step {recipe} is gone")))));
     let process = world.start(chain(1, &[route(1)])).await;
     process.drained().await;
     process.stop().await;
+}
+
+/// A server that is behind takes over for the database to the right; messages that it cannot write
+/// tell the sink that its server is gone.
+async fn fail_over(world: &World, process: &Process, behind: &Backup, from: u64, count: u64) {
+    world.database("right").set_down(Some("gone"));
+    world.publish_many(DEVICES, from, count);
+    process.until("down", |status| status.sinks[1].state != State::Running).await;
+    world.database("right").restore(behind);
+    world.database("right").set_down(None);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_database_that_went_back_gets_each_message_from_the_steps_that_ran_it_first() {
+    for is_restarted in [true, false] {
+        let world = world();
+        let process = world.start(chain(1, &[route(0)])).await;
+        world.publish_many(DEVICES, 0, 100);
+        process.drained().await;
+        let backup = world.database("right").backup();
+        world.publish_many(DEVICES, 100, 100);
+        process.drained().await;
+        let newest = route(1);
+        swapped(&process, 2, &[Arc::clone(&newest)]).await;
+        world.publish_many(DEVICES, 200, 100);
+        process.drained().await;
+        // It has looked which versions are still needed.
+        process.looked_after().await;
+        process.looked_after().await;
+        let process = if is_restarted {
+            process.stop().await;
+            world.database("right").restore(&backup);
+            world.start(chain(1, &[newest])).await
+        } else {
+            fail_over(&world, &process, &backup, 300, 50).await;
+            process
+        };
+        world.publish_many(DEVICES, if is_restarted { 300 } else { 350 }, 50);
+        process.drained().await;
+        assert_each_in_one_sink(&world, if is_restarted { 350 } else { 400 });
+        assert!(world.failures.standing().is_empty());
+        process.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn steps_that_no_sink_needs_make_room_for_a_change_and_a_database_that_needs_them_again_is_told_of() {
+    let world = world();
+    let process = world.start(chain(1, &[route(0)])).await;
+    world.publish_many(DEVICES, 0, 100);
+    process.drained().await;
+    let backup = world.database("right").backup();
+    let mut count = 100;
+    for generation in 1..=VERSIONS_MAX as u64 + 2 {
+        if generation > 1 {
+            swapped(&process, generation, &[route(generation)]).await;
+        }
+        world.publish_many(DEVICES, count, 20);
+        count += 20;
+        process.drained().await;
+    }
+    process.until("its own look", |status| status.swap_waits.is_none()).await;
+    process.looked_after().await;
+    assert!(world.failures.standing().is_empty());
+    fail_over(&world, &process, &backup, count, 20).await;
+    process.drained().await;
+    let said = world.failures.standing();
+    assert_eq!(said.len(), 1);
+    assert_eq!((&*said[0].part, said[0].kind), ("pipeline p", "steps_gone"));
+    assert!(said[0].cause.contains("sink \"right\" went back; offsets 100 to 139"), "{}", said[0].cause);
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pipeline_is_at_work_while_the_record_of_new_steps_waits_for_a_buffer() {
+    let world = world();
+    let process = world.start(chain(1, &[route(0)])).await;
+    world.publish_many(DEVICES, 0, 100);
+    process.drained().await;
+    world.dead_memory.set_buffer_full(true);
+    process.chain.send_replace(chain(2, &[route(1)]));
+    world.dead_memory.refused().await;
+    let mut looks = 0;
+    let is_at_work = |_: &crate::pipeline::PipelineStatus| {
+        looks += 1;
+        looks > 3
+    };
+    process.until("at work", is_at_work).await;
+    // A sink that comes back gets a lane meanwhile.
+    world.database("right").fail_commits([Fault::UnknownLost]);
+    world.publish_many(DEVICES, 100, 100);
+    process.drained().await;
+    assert_eq!(process.handle.status().chain, Some(1));
+    // The disk fills: new steps begin without a record.
+    world.dead_memory.set_no_space(true);
+    world.dead_memory.set_buffer_full(false);
+    process.until("swapped", |status| status.chain == Some(2)).await;
+    world.publish_many(DEVICES, 200, 100);
+    process.drained().await;
+    assert_each_in_one_sink(&world, 300);
+    world.dead_memory.set_buffer_full(true);
+    let ended = tokio::time::timeout(std::time::Duration::from_secs(60), process.stop()).await;
+    ended.expect("a pipeline ends while a record waits");
+}
+
+/// Steps that hold at message 50, and whether one of their workers does.
+fn holding() -> (Arc<dyn StepFactory>, tokio::sync::watch::Receiver<bool>) {
+    let asked = tokio::sync::watch::Sender::new(false);
+    let waits = asked.subscribe();
+    let step = step("route", move |message, _| match number(&text(message)) {
+        50 => {
+            asked.send_replace(true);
+            Act::Hold("faulted")
+        }
+        _ => Act::Pass,
+    });
+    (step, waits)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn new_steps_get_what_held_ones_waited_at_though_a_sink_was_down_at_the_start() {
+    for is_changed_while_it_runs in [false, true] {
+        let world = World::new(4, &[("default", "left right")]);
+        let (held, mut waits) = holding();
+        let process = world.start(chain(1, &[Arc::clone(&held)])).await;
+        world.publish_many(DEVICES, 0, 100);
+        waits.wait_for(|waits| *waits).await.unwrap();
+        let holds = |value: &[u8]| String::from_utf8_lossy(value).contains("\"holds\":true");
+        let is_recorded = || world.dead.state(b"steps/").iter().any(|(_, value)| holds(value));
+        process.until("recorded", |_| is_recorded()).await;
+        process.stop().await;
+        world.database("right").set_down(Some("away"));
+        let mended = || step("route", |_, _| Act::Pass);
+        let process = if is_changed_while_it_runs {
+            let process = world.start(chain(1, &[held])).await;
+            process.until("begun", |status| status.sinks[0].state == State::Running).await;
+            process.chain.send_replace(chain(2, &[mended()]));
+            process
+        } else {
+            world.start(chain(1, &[mended()])).await
+        };
+        let waits =
+            |state: &State| matches!(state, State::Holding(why) if why.contains("sink \"right\" is open"));
+        if !is_changed_while_it_runs {
+            process.until("waits", |status| waits(&status.state)).await;
+        }
+        world.database("right").set_down(None);
+        process.drained().await;
+        assert!(world.letters().await.is_empty());
+        for sink in ["left", "right"] {
+            assert_eq!(sorted(world.payloads(sink)), published(DEVICES, 100));
+        }
+        assert_eq!(process.handle.status().state, State::Running);
+        process.stop().await;
+    }
 }

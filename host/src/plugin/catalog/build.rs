@@ -300,6 +300,7 @@ impl Work {
             file: key.file.clone(),
             recipe: Recipe { step: step.step_name().to_owned(), key: key.clone() }.text(),
             program: Arc::clone(&loaded.program),
+            file_kept: Arc::clone(&loaded.file_kept),
             limits: key.limits,
             on_failure: key.on_failure,
             devices: Arc::clone(&self.devices),

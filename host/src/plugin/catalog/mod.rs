@@ -36,6 +36,7 @@ use super::cache::Cache;
 use super::compile::{CompileError, Compiler};
 use super::config_file::ConfigFile;
 use super::folder::{self, Found, Listing, RefusedFile, Settling, Stamp, file_name};
+use super::kept_files::{KeptFile, KeptFiles};
 use super::program::{Library, Program};
 use super::{Config, Error, StepConfig};
 use crate::devices::Devices;
@@ -56,6 +57,16 @@ const JOIN_MAX: Duration = Duration::from_secs(1);
 const UNREADABLE: &str = "cannot read the plugins folder";
 const FOLDER_PART: &str = "plugins folder";
 const FOLDER_PROBLEM: &str = "plugin_failed";
+
+/// Where a host keeps what it makes of plugin files; each folder is made, private, if needed.
+pub struct Folders {
+    /// Compiled plugins.
+    pub cache: PathBuf,
+    /// Plugin files of recorded versions of steps.
+    pub kept: PathBuf,
+    /// Returns the recipes of the steps that are recorded; `None` where not all are known.
+    pub recorded: Box<dyn Fn() -> Option<Vec<String>> + Send + Sync>,
+}
 
 /// The plugins of a host. Dropping it ends the watch; chains stay as they are.
 pub struct Plugins {
@@ -89,6 +100,7 @@ struct Work {
     shared: Arc<Inner>,
     config: Config,
     library: Library,
+    kept: Arc<KeptFiles>,
     /// Places of the keys in the host's own config.
     places: Places,
     devices: Arc<Devices>,
@@ -148,38 +160,41 @@ struct Known {
 #[derive(Clone)]
 struct Loaded {
     program: Arc<Program>,
+    file_kept: Arc<KeptFile>,
     /// Config of the file beside it.
     config: Option<ConfigFile>,
 }
 
 impl Plugins {
     /// Begins to look at the folder, to load what is there, and to watch it. Returns
-    /// at once. `cache_dir` is made, private, if needed; `places` are those of the
-    /// config that `config` and the steps are part of.
+    /// at once. `places` are those of the config that `config` and the steps are part of.
     pub fn start(
         config: &Config,
-        cache_dir: &Path,
+        folders: Folders,
         places: Places,
         devices: Arc<Devices>,
         namespace: Arc<Namespace>,
         failures: Failures,
     ) -> Result<Self, Error> {
         let compiler = Compiler::child(config.compile_cpu_s, config.compile_memory);
-        Self::start_with(compiler, config, cache_dir, places, devices, namespace, failures)
+        Self::start_with(compiler, config, folders, places, devices, namespace, failures)
     }
 
     /// The same with another compiler: see [`Compiler::in_process`].
     pub fn start_with(
         compiler: Compiler,
         config: &Config,
-        cache_dir: &Path,
+        folders: Folders,
         places: Places,
         devices: Arc<Devices>,
         namespace: Arc<Namespace>,
         failures: Failures,
     ) -> Result<Self, Error> {
-        let cache = Cache::open(cache_dir)?;
+        let cache = Cache::open(&folders.cache)?;
         cache.clean_up();
+        let recorded = folders.recorded;
+        let named = Box::new(move || recall::files_of(&recorded()?));
+        let kept = Arc::new(KeptFiles::new(&folders.kept, named, failures.clone()));
         let library = Library::new(compiler.clone(), Some(cache))?;
         let is_there = config.dir.exists();
         match std::fs::create_dir_all(&config.dir) {
@@ -203,6 +218,7 @@ impl Plugins {
         });
         let recaller = Recaller {
             library: library.clone(),
+            kept: Arc::clone(&kept),
             devices: Arc::clone(&devices),
             namespace: Arc::clone(&namespace),
             failures: failures.clone(),
@@ -211,11 +227,12 @@ impl Plugins {
             shared: Arc::clone(&shared),
             config: config.clone(),
             library,
+            kept,
             places,
             devices,
             namespace,
             failures,
-            known_steps: folder::known_steps_file(cache_dir),
+            known_steps: folder::known_steps_file(&folders.cache),
             files: BTreeMap::new(),
             refused: Vec::new(),
             missed: Vec::new(),
@@ -251,7 +268,7 @@ impl Plugins {
         receiver
     }
 
-    /// Makes the steps again that an earlier process ran in a pipeline, while the cache has them.
+    /// Makes the steps again that ran in a pipeline earlier, from the cache or their plugin files.
     pub fn recall(&self, pipeline: &str) -> Recall {
         let (recaller, pipeline) = (self.recaller.clone(), pipeline.to_owned());
         Arc::new(move |recipe| recaller.recall(&pipeline, recipe))
@@ -340,6 +357,7 @@ impl Work {
         let mut renamed = HashSet::new();
         while !self.shared.is_stopped() {
             self.look(&renamed);
+            self.kept.retry();
             self.publish(|_| true);
             // Looks at least twice within the settle time while a file is being written.
             let settling = !self.settling.is_empty();
@@ -536,7 +554,8 @@ impl Work {
         if program.is_access() {
             return Err(Error::NoStep);
         }
-        Ok(Some(Loaded { program, config }))
+        let file_kept = self.kept.keep(&program.sha256, files.wasm);
+        Ok(Some(Loaded { program, file_kept, config }))
     }
 
     fn show(&self) {

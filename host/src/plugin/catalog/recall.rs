@@ -1,14 +1,17 @@
-//! Steps of earlier processes, made again from the cache of compiled plugins.
+//! Steps of earlier versions, made again from the cache of compiled plugins or from their plugin files.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use super::build::Key;
 use crate::devices::Devices;
-use crate::plugin::program::Library;
+use crate::plugin::Error;
+use crate::plugin::kept_files::KeptFiles;
+use crate::plugin::program::{Library, Program};
 use crate::plugin::version::{self, Faults, Shared, Version};
-use crate::step::{StepFactory, StepId};
+use crate::step::{RecallError, StepFactory, StepId};
 use crate::telemetry::Failures;
 use crate::topic::Namespace;
 
@@ -23,6 +26,7 @@ pub struct Recipe {
 #[derive(Clone)]
 pub struct Recaller {
     pub library: Library,
+    pub kept: Arc<KeptFiles>,
     pub devices: Arc<Devices>,
     pub namespace: Arc<Namespace>,
     pub failures: Failures,
@@ -34,17 +38,22 @@ impl Recipe {
     }
 }
 
+/// Returns the SHA-256 of each file that these recipes name; `None` where one cannot be read.
+pub fn files_of(recipes: &[String]) -> Option<BTreeSet<String>> {
+    let file = |recipe: &String| Some(serde_json::from_str::<Recipe>(recipe).ok()?.key.sha256);
+    recipes.iter().map(file).collect()
+}
+
 impl Recaller {
     /// See [`crate::step::Recall`].
-    pub fn recall(&self, pipeline: &str, recipe: &str) -> Result<Arc<dyn StepFactory>, String> {
-        let Recipe { step, key } =
-            serde_json::from_str(recipe).map_err(|error| format!("a step of an earlier version: {error}"))?;
-        let program = self.library.kept(&key.sha256).ok_or_else(|| {
-            let hash = key.sha256.get(..8).unwrap_or_default();
-            format!(
-                "step {step}: the version before ({}, {hash}…) is not in the plugin cache any more",
-                key.file
-            )
+    pub fn recall(&self, pipeline: &str, recipe: &str) -> Result<Arc<dyn StepFactory>, RecallError> {
+        let Recipe { step, key } = serde_json::from_str(recipe)
+            .map_err(|error| RecallError::Gone(format!("a step of an earlier version: {error}")))?;
+        let hash = key.sha256.get(..8).unwrap_or_default();
+        let named = |why: &str| format!("step {step}: the version before ({}, {hash}…) {why}", key.file);
+        let program = self.program(&key.sha256).map_err(|error| match error {
+            RecallError::Gone(why) => RecallError::Gone(named(&why)),
+            RecallError::Later(why) => RecallError::Later(named(&why)),
         })?;
         let id = StepId { pipeline: pipeline.into(), step: step.as_str().into() };
         let version = Version::new(Shared {
@@ -53,6 +62,8 @@ impl Recaller {
             file: key.file,
             recipe: recipe.to_owned(),
             program: Arc::new(program),
+            // It has a record, or needs none.
+            file_kept: Arc::default(),
             limits: key.limits,
             on_failure: key.on_failure,
             devices: Arc::clone(&self.devices),
@@ -64,5 +75,22 @@ impl Recaller {
         });
         version.let_go();
         Ok(Arc::new(version))
+    }
+
+    /// Returns the program of a plugin file, by its SHA-256 in hexadecimal.
+    fn program(&self, sha256: &str) -> Result<Program, RecallError> {
+        if let Some(program) = self.library.kept(sha256) {
+            return Ok(program);
+        }
+        let gone =
+            || RecallError::Gone("is neither in the plugin cache nor in plugin-files any more".to_owned());
+        let failed = |error: Error| match error.is_passing() {
+            true => RecallError::Later(format!("cannot be made again yet: {error}")),
+            false => RecallError::Gone(format!("cannot be made again: {error}")),
+        };
+        let bytes = self.kept.read(sha256).map_err(failed)?.ok_or_else(gone)?;
+        let program = self.library.load(&bytes).map_err(failed)?;
+        // Its name says what it has.
+        if program.sha256 == sha256 { Ok(program) } else { Err(gone()) }
     }
 }

@@ -6,7 +6,7 @@ use super::super::test_plugins::{guarded, guarded_with, refusing};
 use super::super::tests::batch;
 use super::*;
 use crate::batch::Partition;
-use crate::step::Attempt;
+use crate::step::{Attempt, RecallError};
 use crate::units::Period;
 
 struct Folder {
@@ -38,16 +38,20 @@ impl Folder {
         self.dir.path().join("cache")
     }
 
+    fn folders(&self) -> Folders {
+        let recorded = Box::new(|| None);
+        Folders { cache: self.cache(), kept: self.dir.path().join("files"), recorded }
+    }
+
     fn start_with(&self, compiler: Compiler) -> Plugins {
         self.start_reporting(compiler, Failures::default())
     }
 
     fn start_reporting(&self, compiler: Compiler, failures: Failures) -> Plugins {
-        let (config, cache) = (&self.config, self.cache());
         let started = Plugins::start_with(
             compiler,
-            config,
-            &cache,
+            &self.config,
+            self.folders(),
             Places::default(),
             Arc::default(),
             Arc::default(),
@@ -256,7 +260,7 @@ fn a_host_that_cannot_read_which_steps_ran_does_not_start() {
     let started = Plugins::start_with(
         Compiler::in_process(),
         &folder.config,
-        &folder.cache(),
+        folder.folders(),
         Places::default(),
         Arc::default(),
         Arc::default(),
@@ -462,7 +466,7 @@ fn a_refused_config_is_named_by_file_and_line() {
     let plugins = Plugins::start_with(
         Compiler::in_process(),
         &folder.config,
-        &folder.cache(),
+        folder.folders(),
         Places::new([(path, crate::problems::Place { file: "headworks.yaml".into(), line: Some(14) })]),
         Arc::default(),
         Arc::default(),
@@ -476,7 +480,7 @@ fn a_refused_config_is_named_by_file_and_line() {
 }
 
 #[test]
-fn a_step_is_made_again_by_another_process_while_the_cache_has_it() {
+fn a_step_is_made_again_by_another_process_though_the_cache_has_it_no_more() {
     let folder = Folder::new();
     folder.put("10-guarded.wasm", &guarded());
     let steps = [StepConfig { on_failure: OnFailure::Hold, ..StepConfig::new("guarded") }];
@@ -495,8 +499,25 @@ fn a_step_is_made_again_by_another_process_while_the_cache_has_it() {
     assert_eq!((outcome.passed.len(), outcome.refused.len(), outcome.retry), (1, 4, None));
     drop(plugins);
     std::fs::remove_dir_all(folder.cache()).unwrap();
-    let said = folder.start().recall("telemetry")(&recipe).err().unwrap();
-    assert!(said.contains("step guarded") && said.contains("not in the plugin cache"), "{said}");
+    let plugins = folder.start();
+    assert!(plugins.recall("telemetry")(&recipe).is_ok(), "it is compiled from the file again");
+    drop(plugins);
+    std::fs::remove_dir_all(folder.cache()).unwrap();
+    let file = std::fs::read_dir(folder.folders().kept).unwrap().next().unwrap().unwrap().path();
+    std::fs::write(&file, refusing()).unwrap();
+    let plugins = folder.start();
+    let said = || match plugins.recall("telemetry")(&recipe) {
+        Err(RecallError::Gone(said)) => said,
+        other => panic!("{:?}", other.err()),
+    };
+    assert!(said().contains("step guarded") && said().contains("nor in plugin-files"), "{}", said());
+    std::fs::remove_file(&file).unwrap();
+    assert!(said().contains("nor in plugin-files"), "{}", said());
+    std::fs::create_dir(&file).unwrap();
+    assert!(
+        matches!(plugins.recall("telemetry")(&recipe), Err(RecallError::Later(_))),
+        "it may be read later"
+    );
 }
 
 #[test]

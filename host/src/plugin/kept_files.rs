@@ -1,0 +1,195 @@
+//! The plugin files that recorded versions of steps are made of.
+//!
+//! The cache of compiled plugins is one: what it drops is compiled again. These files are what it is
+//! compiled from once the plugins folder has others, and they stay for as long as a record names
+//! them or the process uses them. `SHA256.wasm` is written and synced before a version is recorded.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use super::program;
+use crate::telemetry::Failures;
+
+/// Returns the SHA-256 of each file that a record names; `None` where that is not known.
+pub(super) type Named = Box<dyn Fn() -> Option<BTreeSet<String>> + Send + Sync>;
+
+/// The folder of kept plugin files.
+pub(super) struct KeptFiles {
+    dir: PathBuf,
+    named: Named,
+    failures: Failures,
+    /// Files that the process uses, by SHA-256.
+    used: Mutex<HashMap<String, Weak<KeptFile>>>,
+}
+
+/// Keeps a plugin file in the folder while the process uses it.
+#[derive(Default)]
+pub(super) struct KeptFile {
+    /// The bytes, until they are stored.
+    unstored: Mutex<Option<Vec<u8>>>,
+}
+
+impl KeptFiles {
+    pub fn new(dir: &Path, named: Named, failures: Failures) -> Self {
+        Self { dir: dir.to_owned(), named, failures, used: Mutex::default() }
+    }
+
+    /// Stores a file. Where that fails its bytes are kept in memory for [`Self::retry`].
+    pub fn keep(&self, sha256: &str, bytes: Vec<u8>) -> Arc<KeptFile> {
+        let mut used = lock(&self.used);
+        if let Some(file) = used.get(sha256).and_then(Weak::upgrade) {
+            return file;
+        }
+        let file = Arc::new(KeptFile { unstored: Mutex::new(Some(bytes)) });
+        used.insert(sha256.to_owned(), Arc::downgrade(&file));
+        drop(used);
+        self.store(sha256, &file);
+        self.tidy();
+        file
+    }
+
+    /// Tries again to store what could not be stored.
+    pub fn retry(&self) {
+        let used: Vec<_> = lock(&self.used)
+            .iter()
+            .filter_map(|(sha256, file)| Some((sha256.clone(), file.upgrade()?)))
+            .collect();
+        used.iter().filter(|(_, file)| !file.is_stored()).for_each(|(sha256, file)| self.store(sha256, file));
+    }
+
+    /// Returns the bytes of a file; `None` where it is not there.
+    pub fn read(&self, sha256: &str) -> Result<Option<Vec<u8>>, super::Error> {
+        match program::read(&self.path(sha256)) {
+            Err(super::Error::Read { error, .. }) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            read => read.map(Some),
+        }
+    }
+
+    fn store(&self, sha256: &str, file: &KeptFile) {
+        let mut unstored = lock(&file.unstored);
+        let Some(bytes) = &*unstored else { return };
+        match self.write(&self.path(sha256), bytes) {
+            Ok(()) => *unstored = None,
+            Err(error) => {
+                let kind = "cannot store a plugin file, so that a restart may not find the steps of earlier messages";
+                let detail = format!("{}: {error}; it is tried again", self.dir.display());
+                self.failures.report(kind, 1, &detail, "");
+            }
+        }
+    }
+
+    fn write(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        // Its name is the hash of what it has.
+        if fs::metadata(path).is_ok_and(|found| found.len() == bytes.len() as u64) {
+            return Ok(());
+        }
+        if let Err(error) = DirBuilder::new().recursive(true).mode(0o700).create(&self.dir)
+            && error.kind() != io::ErrorKind::AlreadyExists
+        {
+            return Err(error);
+        }
+        let temporary = path.with_extension("tmp");
+        let mut options = OpenOptions::new();
+        let written = options.write(true).create(true).truncate(true).mode(0o600).open(&temporary);
+        let written = written
+            .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
+            .and_then(|()| fs::rename(&temporary, path))
+            .and_then(|()| File::open(&self.dir)?.sync_all());
+        if written.is_err() {
+            // Nothing to add to the error that is returned.
+            let _ = fs::remove_file(&temporary);
+        }
+        written
+    }
+
+    /// Removes the files that neither a record names nor the process uses. What cannot be listed or
+    /// removed takes space, and is tried again with the next file.
+    fn tidy(&self) {
+        // Before the look at what is used: a version leaves the process before its record goes.
+        let Some(mut kept) = (self.named)() else { return };
+        let mut used = lock(&self.used);
+        used.retain(|_, file| file.strong_count() > 0);
+        kept.extend(used.keys().cloned());
+        for file in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
+            let name = file.file_name();
+            let sha256 = name.to_str().and_then(|name| name.strip_suffix(".wasm"));
+            if sha256.is_none_or(|sha256| !kept.contains(sha256)) {
+                let _ = fs::remove_file(file.path());
+            }
+        }
+    }
+
+    fn path(&self, sha256: &str) -> PathBuf {
+        self.dir.join(format!("{sha256}.wasm"))
+    }
+}
+
+impl KeptFile {
+    pub fn is_stored(&self) -> bool {
+        lock(&self.unstored).is_none()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(dir: &Path) -> Vec<String> {
+        let names = fs::read_dir(dir).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap());
+        let mut names: Vec<_> = names.collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_file_stays_while_a_record_names_it_or_the_process_uses_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let named: Arc<Mutex<Option<BTreeSet<String>>>> = Arc::new(Mutex::new(Some(BTreeSet::new())));
+        let of_records = Arc::clone(&named);
+        let files = KeptFiles::new(
+            &dir.path().join("files"),
+            Box::new(move || lock(&of_records).clone()),
+            Failures::default(),
+        );
+        let name = |sha256: &str| *lock(&named) = Some([sha256.to_owned()].into());
+        let first = files.keep("a", b"first".to_vec());
+        assert!(first.is_stored());
+        name("a");
+        drop(first);
+        drop(files.keep("b", b"second".to_vec()));
+        let third = files.keep("c", b"third".to_vec());
+        assert_eq!(names(&files.dir), ["a.wasm", "c.wasm"], "nothing needs the second one");
+        assert_eq!(files.read("a").unwrap().as_deref(), Some(&b"first"[..]));
+        assert!(files.read("b").unwrap().is_none());
+        *lock(&named) = None;
+        drop(third);
+        drop(files.keep("d", b"fourth".to_vec()));
+        assert_eq!(names(&files.dir), ["a.wasm", "c.wasm", "d.wasm"], "a record could not be read");
+        name("d");
+        drop(files.keep("a", b"first".to_vec()));
+        assert_eq!(names(&files.dir), ["a.wasm", "d.wasm"]);
+    }
+
+    #[test]
+    fn a_file_that_could_not_be_stored_is_stored_once_it_can_be() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("files");
+        fs::write(&folder, b"in its place").unwrap();
+        let files = KeptFiles::new(&folder, Box::new(|| Some(BTreeSet::new())), Failures::default());
+        let file = files.keep("a", b"first".to_vec());
+        files.retry();
+        assert!(!file.is_stored() && !files.keep("a", b"first".to_vec()).is_stored());
+        fs::remove_file(&folder).unwrap();
+        files.retry();
+        assert!(file.is_stored());
+        assert_eq!(names(&folder), ["a.wasm"]);
+    }
+}
