@@ -1,16 +1,18 @@
 //! The model: whatever a sink answers, whichever version of a plugin runs,
 //! however far a sink lags and whenever the process dies, each message is in
 //! each sink once, or in one letter that names that sink, never both. A message
-//! that the versions send to different sinks is in one of them.
+//! that the versions send to different sinks is in one of them, and in it again after its database
+//! was restored.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
 
-use super::harness::{Act, Process, World, chain, number, step, text};
+use super::harness::{Act, Process, World, chain, number, recall, step, text};
 use crate::pipeline::{Filter, ROUTES_STEP};
-use crate::sinks::memory::Fault;
-use crate::step::{Chain, VERSIONS_MAX};
+use crate::sinks::memory::{Backup, Fault};
+use crate::step::{Chain, RecallError, VERSIONS_MAX};
 use crate::units::{ByteSize, Period};
 
 #[derive(Clone, Debug)]
@@ -29,6 +31,10 @@ enum Op {
     /// To this version of the plugins.
     Swap(u64),
     Redrive,
+    /// Of a sink's database.
+    Backup(usize),
+    /// The process dies, and a sink's database is what it was at its last backup.
+    Restore(usize),
 }
 
 fn ops() -> impl Strategy<Value = Vec<Op>> {
@@ -41,6 +47,8 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         1 => Just(Op::Restart),
         5 => (1..5_u64).prop_map(Op::Swap),
         1 => Just(Op::Redrive),
+        2 => (0..2_usize).prop_map(Op::Backup),
+        2 => (0..2_usize).prop_map(Op::Restore),
     ];
     prop::collection::vec(op, 1..40)
 }
@@ -103,6 +111,8 @@ struct Host {
     chains: BTreeMap<u64, Chain>,
     /// Since every sink had caught up: one that lags needs each of them.
     swaps: usize,
+    /// By sink, with the swaps since every sink had caught up: what it needs once it is restored.
+    backups: [Option<(Backup, usize)>; 2],
     process: Process,
 }
 
@@ -116,16 +126,22 @@ impl Host {
         world.config.sink_queue_bytes_max = ByteSize(8 << 10);
         world.config.read_ahead_bytes_max = ByteSize(8 << 10);
         world.database("b").refuse(|message| text(message).ends_with('9').then(|| "nine".to_owned()));
+        // The first time that it is asked for, a step cannot be made yet.
+        let asked: Mutex<BTreeSet<String>> = Mutex::default();
+        world.recall = Some(Arc::new(move |recipe| match asked.lock().unwrap().insert(recipe.to_owned()) {
+            true => Err(RecallError::Later("no file descriptors".to_owned())),
+            false => recall(recipe),
+        }));
         let chains: BTreeMap<_, _> = (0..5).map(|version| (version, steps(0, version))).collect();
         let process = world.start(Chain { generation: 1, ..chains[&1].clone() }).await;
-        Self { world, generation: 1, version: 1, chains, swaps: 0, process }
+        Self { world, generation: 1, version: 1, chains, swaps: 0, backups: [None, None], process }
     }
 
     fn chain(&self) -> Chain {
         Chain { generation: self.generation, ..self.chains[&self.version].clone() }
     }
 
-    async fn restarted(mut self, crash: bool) -> Self {
+    async fn restarted(mut self, crash: bool, restored: Option<usize>) -> Self {
         let chain = self.chain();
         if crash {
             self.process.handle.crash();
@@ -133,6 +149,12 @@ impl Host {
         } else {
             self.unblock();
             self.process.stop().await;
+        }
+        if let Some(sink) = restored
+            && let Some((backup, swaps)) = &self.backups[sink]
+        {
+            self.world.database(SINKS[sink]).restore(backup);
+            self.swaps = self.swaps.max(*swaps);
         }
         self.process = self.world.start(chain).await;
         self
@@ -185,6 +207,11 @@ impl Host {
             self.swaps = 0;
         }
         self.swaps += 1;
+        for backup in &mut self.backups {
+            backup.iter_mut().for_each(|(_, swaps)| *swaps += 1);
+            // Steps that it needs are not kept any more.
+            backup.take_if(|(_, swaps)| *swaps > SWAPS_MAX);
+        }
         (self.generation, self.version) = (self.generation + 1, version);
         self.process.chain.send_replace(self.chain());
     }
@@ -218,11 +245,17 @@ async fn play(ops: Vec<Op>) {
             }
             Op::Block(sink) => host.world.database(SINKS[sink]).block(),
             Op::Unblock => host.unblock(),
-            Op::Crash => host = host.restarted(true).await,
-            Op::Restart => host = host.restarted(false).await,
+            Op::Crash => host = host.restarted(true, None).await,
+            Op::Restart => host = host.restarted(false, None).await,
             Op::Swap(version) => host.swap(version).await,
+            Op::Backup(sink) => {
+                host.backups[sink] = Some((host.world.database(SINKS[sink]).backup(), host.swaps));
+            }
+            Op::Restore(sink) => host = host.restarted(true, Some(sink)).await,
             Op::Redrive => {
                 host.unblock();
+                // What it sends is not in them.
+                host.backups = [None, None];
                 host.redrive(&Filter::default()).await;
             }
         }
