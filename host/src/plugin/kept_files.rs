@@ -83,37 +83,32 @@ impl KeptFiles {
     }
 
     fn write(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
-        // Its name is the hash of what it has.
-        if fs::metadata(path).is_ok_and(|found| found.len() == bytes.len() as u64) {
-            return Ok(());
+        if !fs::read(path).is_ok_and(|found| found == bytes) {
+            DirBuilder::new().recursive(true).mode(0o700).create(&self.dir)?;
+            self.dir.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())?;
+            let temporary = path.with_extension("tmp");
+            let mut options = OpenOptions::new();
+            let written = options.write(true).create(true).truncate(true).mode(0o600).open(&temporary);
+            let written = written
+                .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
+                .and_then(|()| fs::rename(&temporary, path));
+            if written.is_err() {
+                // Nothing to add to the error that is returned.
+                let _ = fs::remove_file(&temporary);
+            }
+            written?;
         }
-        if let Err(error) = DirBuilder::new().recursive(true).mode(0o700).create(&self.dir)
-            && error.kind() != io::ErrorKind::AlreadyExists
-        {
-            return Err(error);
-        }
-        let temporary = path.with_extension("tmp");
-        let mut options = OpenOptions::new();
-        let written = options.write(true).create(true).truncate(true).mode(0o600).open(&temporary);
-        let written = written
-            .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
-            .and_then(|()| fs::rename(&temporary, path))
-            .and_then(|()| File::open(&self.dir)?.sync_all());
-        if written.is_err() {
-            // Nothing to add to the error that is returned.
-            let _ = fs::remove_file(&temporary);
-        }
-        written
+        // Also where the file is there already: an earlier call may have failed here.
+        File::open(&self.dir)?.sync_all()
     }
 
     /// Removes the files that neither a record names nor the process uses. What cannot be listed or
     /// removed takes space, and is tried again with the next file.
     fn tidy(&self) {
-        // Before the look at what is used: a version leaves the process before its record goes.
+        let used = self.used();
+        // Read second: a version that is needed leaves the process only once it is recorded.
         let Some(mut kept) = (self.named)() else { return };
-        let mut used = lock(&self.used);
-        used.retain(|_, file| file.strong_count() > 0);
-        kept.extend(used.keys().cloned());
+        kept.extend(used);
         for file in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
             let name = file.file_name();
             let sha256 = name.to_str().and_then(|name| name.strip_suffix(".wasm"));
@@ -121,6 +116,12 @@ impl KeptFiles {
                 let _ = fs::remove_file(file.path());
             }
         }
+    }
+
+    fn used(&self) -> Vec<String> {
+        let mut used = lock(&self.used);
+        used.retain(|_, file| file.strong_count() > 0);
+        used.keys().cloned().collect()
     }
 
     fn path(&self, sha256: &str) -> PathBuf {
@@ -139,57 +140,4 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn names(dir: &Path) -> Vec<String> {
-        let names = fs::read_dir(dir).unwrap().map(|file| file.unwrap().file_name().into_string().unwrap());
-        let mut names: Vec<_> = names.collect();
-        names.sort();
-        names
-    }
-
-    #[test]
-    fn a_file_stays_while_a_record_names_it_or_the_process_uses_it() {
-        let dir = tempfile::tempdir().unwrap();
-        let named: Arc<Mutex<Option<BTreeSet<String>>>> = Arc::new(Mutex::new(Some(BTreeSet::new())));
-        let of_records = Arc::clone(&named);
-        let files = KeptFiles::new(
-            &dir.path().join("files"),
-            Box::new(move || lock(&of_records).clone()),
-            Failures::default(),
-        );
-        let name = |sha256: &str| *lock(&named) = Some([sha256.to_owned()].into());
-        let first = files.keep("a", b"first".to_vec());
-        assert!(first.is_stored());
-        name("a");
-        drop(first);
-        drop(files.keep("b", b"second".to_vec()));
-        let third = files.keep("c", b"third".to_vec());
-        assert_eq!(names(&files.dir), ["a.wasm", "c.wasm"], "nothing needs the second one");
-        assert_eq!(files.read("a").unwrap().as_deref(), Some(&b"first"[..]));
-        assert!(files.read("b").unwrap().is_none());
-        *lock(&named) = None;
-        drop(third);
-        drop(files.keep("d", b"fourth".to_vec()));
-        assert_eq!(names(&files.dir), ["a.wasm", "c.wasm", "d.wasm"], "a record could not be read");
-        name("d");
-        drop(files.keep("a", b"first".to_vec()));
-        assert_eq!(names(&files.dir), ["a.wasm", "d.wasm"]);
-    }
-
-    #[test]
-    fn a_file_that_could_not_be_stored_is_stored_once_it_can_be() {
-        let dir = tempfile::tempdir().unwrap();
-        let folder = dir.path().join("files");
-        fs::write(&folder, b"in its place").unwrap();
-        let files = KeptFiles::new(&folder, Box::new(|| Some(BTreeSet::new())), Failures::default());
-        let file = files.keep("a", b"first".to_vec());
-        files.retry();
-        assert!(!file.is_stored() && !files.keep("a", b"first".to_vec()).is_stored());
-        fs::remove_file(&folder).unwrap();
-        files.retry();
-        assert!(file.is_stored());
-        assert_eq!(names(&folder), ["a.wasm"]);
-    }
-}
+mod tests;
