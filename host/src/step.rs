@@ -127,7 +127,7 @@ pub trait StepFactory: Send + Sync {
     fn let_go(&self) {}
 }
 
-/// Makes a step of an earlier version again from its recipe, let go from the beginning. May compile.
+/// Makes a step of an earlier version again from its recipe. May compile.
 pub type Recall = Arc<dyn Fn(&str) -> Result<Arc<dyn StepFactory>, RecallError> + Send + Sync>;
 
 /// Why a step cannot be made again; each names the step.
@@ -143,7 +143,7 @@ pub enum RecallError {
 /// partitions at one offset, or for none.
 #[derive(Clone)]
 pub struct Chain {
-    /// Counts the changes since the start of the process.
+    /// Counts the changes since the start of the process; 0: steps of an earlier process.
     pub generation: u64,
     pub steps: Arc<[Arc<dyn StepFactory>]>,
     /// Set: why the pipeline must wait (a plugin file was removed without `plugin remove`).

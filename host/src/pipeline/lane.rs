@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::outlet::Outlet;
 use super::reader::{Attach, Reader, room_units};
-use super::versions::{Flip, OfWorker};
+use super::schedule::{Flip, OfWorker};
 use super::worker::{Ended, Served, Shared, WORK_FRAMES_MAX, Worker};
 use crate::batch::Offset;
 use crate::stream::Stream;

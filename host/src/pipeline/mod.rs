@@ -12,8 +12,8 @@
 //! for a pipeline that ends in a sink: lanes run a message's steps twice.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
@@ -49,8 +49,10 @@ mod records;
 mod redrive;
 mod redrive_status;
 mod routes;
+mod schedule;
 mod sink_names;
 mod status;
+mod step_run;
 mod supervisor;
 mod swap;
 mod versions;
@@ -85,9 +87,10 @@ use records::Records;
 use redrive::Lender;
 use redrive_status::Redrives;
 use routes::Routes;
+use schedule::Schedule;
 use status::SinkShared;
 use supervisor::{Member, Supervisor};
-use versions::{Schedule, Versions};
+use versions::Versions;
 use worker::Shared;
 use writer::{Pace, Refusals, Writer};
 
@@ -358,7 +361,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
         redrives: Redrives::new(name),
         gone: Arc::new(Gone::new(name)),
         counted: (0..identity.partitions).map(|_| AtomicU64::new(0)).collect(),
-        held_in: AtomicU64::new(0),
+        held: Mutex::default(),
         schedule: Schedule::default(),
         abort: CancellationToken::new(),
     });

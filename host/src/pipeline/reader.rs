@@ -4,7 +4,7 @@
 //! one more sink) goes through the same queues as the frames. The task ends
 //! when it is told to stop, when a worker is gone, or when the stream ends.
 //! A frame is claimed before it is handed out, so that new steps begin at one
-//! offset for all lanes: see [`super::versions`].
+//! offset for all lanes: see [`super::schedule`].
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

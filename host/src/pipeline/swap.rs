@@ -9,11 +9,16 @@ use super::worker::Steps;
 use crate::problems::step_problems;
 use crate::step::{Chain, Recall, RecallError};
 
+/// Why a version holds that held in an earlier process.
+const HELD_BEFORE: &str = "a step held before the restart, and the change of it waits for a sink that lags";
+
 /// What instances are made of.
 pub enum Wanted {
     Chain(Chain),
-    /// Of a version whose steps are to be made again first.
-    Recipes(Vec<String>),
+    /// Of a version before the newest one, whose steps are made again first.
+    Older(Vec<String>),
+    /// Of the newest version of an earlier process, and whether it waited at a message for the next.
+    Newest(Vec<String>, bool),
 }
 
 /// Each chain that was wanted, with its steps for a lane's workers.
@@ -46,13 +51,10 @@ impl Making {
         };
         let make = move || {
             let made = wanted.into_iter().enumerate().map(|(place, wanted)| {
-                let chain = match wanted {
-                    Wanted::Chain(chain) => chain,
-                    Wanted::Recipes(recipes) => again(&recipes, &recall).map_err(|error| match error {
-                        RecallError::Gone(why) => NotMade::Gone(place, why),
-                        RecallError::Later(why) => NotMade::Start(why),
-                    })?,
-                };
+                let chain = chain(wanted, &recall).map_err(|error| match error {
+                    RecallError::Gone(why) => NotMade::Gone(place, why),
+                    RecallError::Later(why) => NotMade::Start(why),
+                })?;
                 let steps = (0..workers).map(|worker| make_one(&chain, worker)).collect::<Result<_, _>>()?;
                 Ok((chain, steps))
             });
@@ -76,10 +78,20 @@ impl Drop for Making {
     }
 }
 
-/// Makes the steps of an earlier version again.
-fn again(recipes: &[String], recall: &Recall) -> Result<Chain, RecallError> {
-    let steps = recipes.iter().map(|recipe| recall(recipe)).collect::<Result<_, _>>()?;
-    Ok(Chain { generation: 0, steps, hold: None })
+fn chain(wanted: Wanted, recall: &Recall) -> Result<Chain, RecallError> {
+    let again = |recipes: Vec<String>, hold| {
+        let steps = recipes.iter().map(|recipe| recall(recipe)).collect::<Result<_, _>>()?;
+        Ok(Chain { generation: 0, steps, hold })
+    };
+    match wanted {
+        Wanted::Chain(chain) => Ok(chain),
+        Wanted::Older(recipes) => {
+            let chain = again(recipes, None)?;
+            chain.steps.iter().for_each(|step| step.let_go());
+            Ok(chain)
+        }
+        Wanted::Newest(recipes, holds) => again(recipes, holds.then(|| HELD_BEFORE.into())),
+    }
 }
 
 fn one(chain: &Chain, worker: u16) -> Result<Steps, NotMade> {
@@ -91,5 +103,5 @@ fn one(chain: &Chain, worker: u16) -> Result<Steps, NotMade> {
         })?;
         steps.push(made);
     }
-    Ok(Steps::new(steps, chain.generation))
+    Ok(Steps::new(steps, chain))
 }

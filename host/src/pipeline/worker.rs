@@ -6,16 +6,16 @@
 //! is full: that is what pushes back to the reader. Before it waits for room for
 //! dead letters, it hands out what it is done with: the sinks give that room back.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use metrics::Histogram;
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio_util::sync::CancellationToken;
 
-use super::config::{Backoff, Config};
+use super::config::Config;
 use super::dead_letters::{self, DeadLetters, Refusal, Source};
 use super::gone::Gone;
 use super::known::{Piece, Reader, Seen, before_last, index_within_offset};
@@ -23,16 +23,16 @@ use super::metrics::{PipelineMetrics, step_duration};
 use super::outlet::{Bundle, Outlet, OutletClosed};
 use super::redrive_status::Redrives;
 use super::routes::Routes;
-use super::versions::{Begins, OfWorker, Schedule};
+use super::schedule::{OfWorker, Schedule};
+use super::step_run::{Context, Held, run_step};
+use super::versions::Begins;
 use crate::batch::{Batch, Entry, Offset, Partition};
 use crate::hints::{Hint, Letters};
 use crate::patience::Patience;
-use crate::step::{Attempt, Outcome, Refused, RefusedKind, Step};
+use crate::step::{Chain, Refused, RefusedKind, Step};
 use crate::stream::Ticket;
-use crate::telemetry::{Failures, alike};
+use crate::telemetry::Failures;
 
-/// A step that waits for a new version is asked again after this.
-const HELD_WAIT: Duration = Duration::from_millis(200);
 /// Messages of a frame that a worker makes room for at once.
 const ENTRIES_AT_ONCE: usize = 1_024;
 /// Frames that wait for one worker.
@@ -64,6 +64,8 @@ pub struct Steps {
     steps: Vec<Timed>,
     /// Generation of the chain.
     generation: u64,
+    /// Why they run no message, and wait for the next version.
+    hold: Option<Arc<str>>,
 }
 
 struct Timed {
@@ -74,12 +76,13 @@ struct Timed {
 }
 
 impl Steps {
-    pub fn new(steps: Vec<Box<dyn Step>>, generation: u64) -> Self {
+    pub fn new(steps: Vec<Box<dyn Step>>, chain: &Chain) -> Self {
         let timed = |step: Box<dyn Step>| {
             let duration = step_duration(&step.id().pipeline, &step.id().step);
             Timed { step, duration, patience: Patience::new(Instant::now()) }
         };
-        Self { steps: steps.into_iter().map(timed).collect(), generation }
+        let steps = steps.into_iter().map(timed).collect();
+        Self { steps, generation: chain.generation, hold: chain.hold.clone() }
     }
 }
 
@@ -95,11 +98,17 @@ pub struct Shared {
     pub gone: Arc<Gone>,
     /// Offset, by partition, below which each message was counted as read.
     pub counted: Vec<AtomicU64>,
-    /// Generation of a chain in which a worker waits for a held step; 0: none does.
-    pub held_in: AtomicU64,
+    pub held: Mutex<Option<Held>>,
     pub schedule: Schedule,
     /// The end of the process's patience: stop at once.
     pub abort: CancellationToken,
+}
+
+impl Shared {
+    /// Returns where a worker waits for a held step, if one does.
+    pub fn held(&self) -> MutexGuard<'_, Option<Held>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Why a worker ended before its queue did. In each case what it held is
@@ -322,6 +331,9 @@ impl Worker {
         for place in 0..self.versions.0[self.version].1.steps.len() {
             let steps = &mut self.versions.0[self.version].1;
             let context = Context { generation: steps.generation, stop: &self.stop, counts: self.counts };
+            while let Some(why) = &steps.hold {
+                context.wait(why, &shared, &self.runtime)?;
+            }
             let Timed { step, duration, patience } = &mut steps.steps[place];
             let name = Arc::clone(&step.id().step);
             let indexes;
@@ -435,89 +447,6 @@ impl Worker {
     }
 }
 
-/// What the run of a step belongs to.
-struct Context<'a> {
-    /// Generation of the chain.
-    generation: u64,
-    /// The lane ends.
-    stop: &'a CancellationToken,
-    /// The messages run for the first time.
-    counts: bool,
-}
-
-impl Context<'_> {
-    /// Waits for a held step. A new chain lies behind the messages at hand: the
-    /// supervisor sees that a worker waits, and ends the lane when there is one.
-    fn wait(&self, shared: &Shared, runtime: &Handle) -> Result<(), Ended> {
-        if self.stop.is_cancelled() {
-            return Err(Ended::Aborted);
-        }
-        shared.held_in.store(self.generation, Ordering::Release);
-        runtime.block_on(async {
-            tokio::select! {
-                () = shared.abort.cancelled() => Err(Ended::Aborted),
-                () = self.stop.cancelled() => Err(Ended::Aborted),
-                () = tokio::time::sleep(HELD_WAIT) => Ok(()),
-            }
-        })
-    }
-}
-
-/// Runs one step, again where it asks for it, as often as `retries.max` lets it
-/// and, where others wait that do not concern the step, as long as `patience` lets
-/// it.
-fn run_step(
-    step: &mut dyn Step,
-    batch: &Batch,
-    partition: Partition,
-    shared: &Shared,
-    runtime: &Handle,
-    context: &Context<'_>,
-    patience: &mut Patience,
-) -> Result<Outcome, Ended> {
-    let retries = &shared.config.retries;
-    let backoff = Backoff { min: retries.backoff_min, max: retries.backoff_max };
-    let mut attempt = Attempt { number: 1, is_last: retries.max == 0 };
-    let mut has_waited = false;
-    let mut outcome = loop {
-        let outcome = step.run(batch.clone(), partition, attempt);
-        // The step may have been let go for messages of other lanes.
-        if has_waited && context.stop.is_cancelled() {
-            return Err(Ended::Aborted);
-        }
-        let Some(reason) = &outcome.retry else { break outcome };
-        if outcome.held {
-            context.wait(shared, runtime)?;
-            has_waited = true;
-            continue;
-        }
-        if attempt.is_last {
-            // Against the contract of a step; whatever it is, the batch must not come for ever.
-            let reason = format!("asked for a retry {} times, the last time: {reason}", attempt.number);
-            break refuse_all(batch, RefusedKind::Retries, &reason);
-        }
-        let kind = format!("{}/{}: retry", shared.name, step.id().step);
-        let show = shared.failures.hint(Hint::Status);
-        shared.failures.report_by(&kind, &alike(reason), 1, reason, &show);
-        let wait = backoff.delay(attempt.number - 1);
-        let bound = if step.sees_all() { wait } else { patience.left(Instant::now()) };
-        let aborted = runtime.block_on(async {
-            tokio::time::timeout(wait.min(bound), shared.abort.cancelled()).await.is_ok()
-        });
-        if aborted {
-            return Err(Ended::Aborted);
-        }
-        patience.charge(wait.min(bound));
-        attempt.number += 1;
-        attempt.is_last = attempt.number > retries.max || bound < wait;
-    };
-    if context.counts {
-        shared.metrics.dropped.increment(outcome.dropped);
-    }
-    outcome.refused.retain(|refused| (refused.index as usize) < batch.len());
-    Ok(outcome)
-}
-
 /// Without the messages that are in letters for the sinks at hand, all of them:
 /// they must not pass now, be it that a step has changed.
 pub(super) fn without_whole(batch: Batch, seen: &Seen) -> Batch {
@@ -577,13 +506,6 @@ impl Stripped<'_> {
         };
         refused.iter().enumerate().map(one).collect()
     }
-}
-
-fn refuse_all(batch: &Batch, kind: RefusedKind, reason: &str) -> Outcome {
-    let refused =
-        (0..batch.len() as u32).map(|index| Refused { index, kind, reason: reason.to_owned() }).collect();
-    let passed = Batch { base: batch.base, now_us: batch.now_us, ..Batch::default() };
-    Outcome { passed, refused, ..Default::default() }
 }
 
 pub(super) fn unknown_routes(routes: &Routes, batch: &Batch, unknown: &[usize]) -> Vec<Refused> {

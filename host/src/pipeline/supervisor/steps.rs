@@ -2,7 +2,6 @@
 //! that an old one holds.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -35,10 +34,11 @@ impl Supervisor {
         let next = self.chain.borrow_and_update().clone();
         // Steps that hold run no message.
         let needs_none = next.hold.is_some() || self.versions.runs(&next);
-        self.swap_waits = if needs_none { None } else { self.wants_versions() };
-        if self.swap_waits.is_some() {
-            self.swap_again = Some(Instant::now() + self.shared.config.sink_backoff.max.0);
-            return;
+        let is_remembered = self.lanes_made == 0 && self.versions.is_newest(&next);
+        if needs_none || is_remembered {
+            self.swap_waits = None;
+        } else if let Some(why) = self.wants_versions() {
+            return self.wait_for_room(&next, why);
         }
         let lanes = if needs_none { 0 } else { self.lanes.len().max(1) };
         let wanted = (0..lanes).map(|_| Wanted::Chain(next.clone())).collect();
@@ -46,9 +46,27 @@ impl Supervisor {
         self.making = Some((making, Purpose::Swap(next)));
     }
 
+    /// Lets the newest version run until there is room for the next steps, be it that of an earlier
+    /// process, or that it was stopped by a hold that is over.
+    fn wait_for_room(&mut self, next: &Chain, why: String) {
+        if self.versions.is_newest(next) {
+            // Made again from its recipes: it is what the next steps are.
+            self.swap_waits = None;
+            self.swap_again = Some(Instant::now() + self.shared.config.sink_backoff.max.0);
+        } else {
+            self.swap_waits = Some(why);
+        }
+        self.swap_refused = None;
+        if self.active.as_ref().is_none_or(|active| active.hold.is_some()) {
+            self.active = self.versions.newest().cloned();
+        }
+        self.hold.send_if_modified(|hold| std::mem::take(hold));
+        self.place_all();
+    }
+
     /// Why no further version of the steps is taken: a sink needs every one that is kept.
     fn wants_versions(&self) -> Option<String> {
-        if self.lanes_made == 0 || self.versions.needed(self.lowest()) < VERSIONS_MAX {
+        if self.versions.needed(self.lowest()) < VERSIONS_MAX {
             return None;
         }
         let last = self.members.iter().min_by_key(|member| member.shared.next())?;
@@ -76,7 +94,7 @@ impl Supervisor {
             &reason,
             &self.shared.failures.hint(Hint::PluginList),
         );
-        self.swap_refused = Some(reason);
+        (self.swap_refused, self.swap_waits) = (Some(reason), None);
         self.swap_again = Some(Instant::now() + self.shared.config.sink_backoff.max.0);
     }
 
@@ -92,6 +110,9 @@ impl Supervisor {
             self.shared.metrics.flipped.increment(1);
         }
         self.swap_refused = None;
+        if self.swap_waits.take().is_some() {
+            tracing::info!(pipeline = %self.shared.name, "new steps begin, which waited for a sink that lags");
+        }
         self.active = Some(next);
         self.free_held_workers();
         self.hold.send_if_modified(|hold| std::mem::replace(hold, holds) != holds);
@@ -108,7 +129,7 @@ impl Supervisor {
         let flipped = shared.schedule.flip(lanes, &taken, |begins| versions.add(Arc::clone(begins), chain));
         match flipped {
             Ok(()) => {
-                if self.shared.held_in.load(Ordering::Acquire) == 0 {
+                if self.shared.held().is_none() {
                     self.versions.release();
                 }
                 self.say_not_recorded();
@@ -124,6 +145,16 @@ impl Supervisor {
     pub(super) fn begin_steps(&mut self) -> bool {
         if self.lanes_made > 0 {
             return true;
+        }
+        if self.swap_waits.is_some() {
+            // What a sink has is known only once it is open.
+            return match self.wants_versions() {
+                Some(_) => true,
+                None => {
+                    self.begin_swap();
+                    false
+                }
+            };
         }
         let Some(active) = self.active.clone() else { return false };
         if active.hold.is_some() {
@@ -143,13 +174,7 @@ impl Supervisor {
         if is_waited_for {
             self.versions.give_way(&taken);
         }
-        let lowest = self.lowest();
-        self.versions.tidy(self.stream.bounds().start, lowest);
-        while self.versions.len() > VERSIONS_MAX {
-            let end = self.versions.drop_oldest();
-            let why = format!("more than {VERSIONS_MAX} versions of the steps are needed by sinks that lag");
-            self.say_lost(&why, lowest, end);
-        }
+        self.versions.tidy(self.stream.bounds().start, self.lowest());
         true
     }
 
@@ -168,10 +193,13 @@ impl Supervisor {
 
     /// Notes which version a worker waits in.
     pub(super) fn note_held(&mut self) {
-        let held_in = self.shared.held_in.load(Ordering::Acquire);
-        if held_in > 0 {
-            self.versions.hold(held_in);
-        }
+        let held_in = self.held_in();
+        held_in.into_iter().for_each(|generation| self.versions.hold(generation));
+    }
+
+    /// Returns the generation of the chain in which a worker waits for a held step.
+    fn held_in(&self) -> Option<u64> {
+        self.shared.held().as_ref().map(|held| held.generation)
     }
 
     /// Records the versions before a lane runs messages with them. `false`: not now.
@@ -193,10 +221,21 @@ impl Supervisor {
         true
     }
 
-    /// The messages of a version that cannot be made again are the next one's.
+    /// The messages of a version that cannot be made again are the next one's; those of the newest
+    /// are the next chain's, which waits for no room then.
     pub(super) fn give_to_next(&mut self, begins: &Begins, why: &str) {
+        let lowest = self.lowest();
         if let Some((from, to)) = self.versions.give_to_next(begins) {
-            self.say_lost(why, from.max(self.lowest()), to);
+            self.say_lost(why, from.max(lowest), to);
+            return;
+        }
+        let next = self.chain.borrow().clone();
+        if self.swap_waits.is_some() && self.versions.newest().is_none() && next.hold.is_none() {
+            let from = self.versions.replace_newest(&next).unwrap_or_default().max(lowest);
+            if from < self.end_at_start {
+                self.say_lost(why, from, self.end_at_start);
+            }
+            (self.swap_waits, self.active) = (None, Some(next));
         }
     }
 
@@ -267,14 +306,13 @@ impl Supervisor {
     /// one has not is still run by the steps that it was run by, which hold no longer. So it waits
     /// until it is known what each sink has.
     pub(super) fn free_held_workers(&mut self) {
-        let held_in = self.shared.held_in.load(Ordering::Acquire);
-        let Some(newest) = self.versions.generation() else { return };
+        let (Some(held_in), Some(newest)) = (self.held_in(), self.versions.generation()) else { return };
         let holds = self.active.as_ref().is_some_and(|active| active.hold.is_some());
-        if held_in == 0 || held_in >= newest || holds || !self.are_all_open() {
+        if held_in >= newest || holds || !self.are_all_open() {
             return;
         }
         tracing::info!(pipeline = %self.shared.name, "a held step has a new version: reading again from the sinks' positions");
-        self.shared.held_in.store(0, Ordering::Release);
+        *self.shared.held() = None;
         for sink in 0..self.members.len() {
             for lane in &mut self.lanes {
                 lane.detach(sink);

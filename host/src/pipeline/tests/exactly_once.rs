@@ -35,6 +35,8 @@ enum Op {
     Backup(usize),
     /// The process dies, and a sink's database is what it was at its last backup.
     Restore(usize),
+    /// A sink lags, the steps change until they wait for it, and the process dies.
+    Fill(usize),
 }
 
 fn ops() -> impl Strategy<Value = Vec<Op>> {
@@ -49,6 +51,7 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         1 => Just(Op::Redrive),
         2 => (0..2_usize).prop_map(Op::Backup),
         2 => (0..2_usize).prop_map(Op::Restore),
+        1 => (0..2_usize).prop_map(Op::Fill),
     ];
     prop::collection::vec(op, 1..40)
 }
@@ -116,7 +119,7 @@ struct Host {
     process: Process,
 }
 
-/// More, and a change waits for the sink that lags, or a restart leaves messages to newer steps.
+/// More, and a change may wait for the sink that lags, or steps that a backup needs are not kept.
 const SWAPS_MAX: usize = VERSIONS_MAX - 2;
 
 impl Host {
@@ -201,7 +204,7 @@ impl Host {
     }
 
     async fn swap(&mut self, version: u64) {
-        if self.swaps == SWAPS_MAX {
+        if self.swaps >= SWAPS_MAX {
             self.unblock();
             self.process.drained().await;
             self.swaps = 0;
@@ -212,8 +215,29 @@ impl Host {
             // Steps that it needs are not kept any more.
             backup.take_if(|(_, swaps)| *swaps > SWAPS_MAX);
         }
+        self.change(version);
+    }
+
+    fn change(&mut self, version: u64) {
         (self.generation, self.version) = (self.generation + 1, version);
         self.process.chain.send_replace(self.chain());
+    }
+
+    async fn fill(&mut self, sink: usize, published: &mut u64) {
+        self.world.database(SINKS[sink]).block();
+        for change in 0..=VERSIONS_MAX as u64 {
+            self.world.publish_many(DEVICES, *published, 20);
+            *published += 20;
+            self.process.looked_after().await;
+            self.change(1 + change % 4);
+            let generation = self.generation;
+            let is_taken = |status: &crate::pipeline::PipelineStatus| {
+                status.chain == Some(generation) || status.swap_waits.is_some()
+            };
+            self.process.until("taken", is_taken).await;
+        }
+        // A backup may need more than are kept, until all have caught up.
+        (self.swaps, self.backups) = (SWAPS_MAX + 1, [None, None]);
     }
 
     /// Sends these again, and what an earlier redrive left.
@@ -248,8 +272,13 @@ async fn play(ops: Vec<Op>) {
             Op::Crash => host = host.restarted(true, None).await,
             Op::Restart => host = host.restarted(false, None).await,
             Op::Swap(version) => host.swap(version).await,
+            Op::Fill(sink) => {
+                host.fill(sink, &mut published).await;
+                host = host.restarted(true, None).await;
+            }
             Op::Backup(sink) => {
-                host.backups[sink] = Some((host.world.database(SINKS[sink]).backup(), host.swaps));
+                host.backups[sink] = (host.swaps <= SWAPS_MAX)
+                    .then_some((host.world.database(SINKS[sink]).backup(), host.swaps));
             }
             Op::Restore(sink) => host = host.restarted(true, Some(sink)).await,
             Op::Redrive => {

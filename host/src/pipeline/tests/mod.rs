@@ -11,4 +11,5 @@ mod redrive;
 mod restored;
 mod swap;
 mod versions;
+mod waiting_steps;
 mod writer;

@@ -56,7 +56,7 @@ impl Recaller {
             RecallError::Later(why) => RecallError::Later(named(&why)),
         })?;
         let id = StepId { pipeline: pipeline.into(), step: step.as_str().into() };
-        let version = Version::new(Shared {
+        Ok(Arc::new(Version::new(Shared {
             context: version::context(&id, &key.config, &self.namespace, 0),
             id,
             file: key.file,
@@ -72,9 +72,7 @@ impl Recaller {
             on_hold: Box::new(|| {}),
             faults: Faults::default(),
             telemetry: Arc::default(),
-        });
-        version.let_go();
-        Ok(Arc::new(version))
+        })))
     }
 
     /// Returns the program of a plugin file, by its SHA-256 in hexadecimal.
