@@ -87,16 +87,67 @@ fn each_message_has_one_table_though_a_sink_lags_through_changes_and_a_crash() {
     telemetry::assert_rows(&all, &sent, Repeats::None);
 }
 
-/// Writes another config for the step, and waits until it runs.
+#[test]
+fn a_change_that_waits_for_a_sink_waits_on_after_a_kill_and_is_in_the_log() {
+    const WAITS: &str = "its new steps wait, the ones before them run: sink \"alerts\"";
+    let config = CONFIG.replace("from: telemetry,", "from: telemetry, lag_after: 1s,");
+    let mut host = Host::prepare("swap-waits", &config);
+    host.drop_plugin("10-normalize.wasm", prebuilt("normalize"));
+    host.folder.write("plugins/30-route.yaml", threshold(0));
+    host.drop_plugin("30-route.wasm", prebuilt("route"));
+    host.run();
+    let (rows, alerts) = (host.folder.join("data/telemetry.db"), host.folder.join("data/alerts.db"));
+    let publishers = devices(&host);
+    host.writes("alerts", || (telemetry::sqlite_count(&alerts, "alerts") > 50).then_some(()));
+    let away = rusqlite::Connection::open(&alerts).expect("the sink's");
+    away.busy_timeout(Duration::from_secs(20)).expect("a timeout");
+    away.execute_batch("BEGIN IMMEDIATE").expect("the host does not write now");
+    for publisher in &publishers {
+        publisher.await_acked(publisher.acked() + 50);
+    }
+    // From here on nothing is an alert.
+    for change in 0.. {
+        let before = telemetry::sqlite_count(&rows, "telemetry");
+        change_route(&host, threshold(1_000_000_000 + change));
+        if status(&host)["swap_waits"].is_string() {
+            break;
+        }
+        host.writes("rows", || (telemetry::sqlite_count(&rows, "telemetry") > before + 20).then_some(()));
+    }
+    host.says(WAITS);
+    let sent: Vec<Sent> = publishers.into_iter().map(Publisher::finish).collect();
+    host.kill();
+    let begin = host.log().len();
+    host.launch();
+    host.wait_serving();
+    host.says_past(begin, WAITS);
+    drop(away);
+    host.says_past(begin, "new steps begin, which waited for a sink that lags");
+    for path in [&rows, &alerts] {
+        telemetry::written_to_sqlite(&host, path);
+    }
+    assert!(!host.log().contains("newer steps run messages of steps before them"));
+    let mut all = telemetry::sqlite_rows(&rows, "telemetry");
+    all.extend(telemetry::sqlite_rows(&alerts, "alerts"));
+    all.sort();
+    telemetry::assert_rows(&all, &sent, Repeats::None);
+}
+
+fn status(host: &Host) -> serde_json::Value {
+    let (_, status) = http::get(host.admin(), "/api/status").expect("it answers");
+    let status: serde_json::Value = serde_json::from_str(&status).expect("JSON");
+    status["pipelines"][0].clone()
+}
+
+/// Writes another config for the step, and waits until it runs, or waits for a sink.
 fn change_route(host: &Host, config: String) {
-    let generation = || {
-        let (_, status) = http::get(host.admin(), "/api/status").expect("it answers");
-        let status: serde_json::Value = serde_json::from_str(&status).expect("JSON");
-        status["pipelines"][0]["steps_generation"].as_u64()
-    };
-    let before = generation();
+    let generation = |status: &serde_json::Value| status["steps_generation"].as_u64();
+    let before = generation(&status(host));
     host.folder.write("plugins/30-route.yaml", config);
-    host.writes("the new steps run", || (generation() > before).then_some(()));
+    host.writes("the new steps are taken", || {
+        let status = status(host);
+        (generation(&status) > before || status["swap_waits"].is_string()).then_some(())
+    });
 }
 
 #[test]
