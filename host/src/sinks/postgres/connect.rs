@@ -339,6 +339,11 @@ pub fn text_forms() -> String {
     )
 }
 
+/// Returns the condition that one of them is not as [`text_forms`] sets it.
+pub fn text_forms_differ() -> String {
+    TEXT_FORMS.map(|(name, value)| format!("current_setting('{name}') <> '{value}'")).join(" OR ")
+}
+
 /// Reports a warning of the server, such as RAISE WARNING in a trigger: these come with each row.
 fn report(failures: &Failures, sink: &str, notice: &DbError) {
     let (severity, message) = (notice.severity(), notice.message());
