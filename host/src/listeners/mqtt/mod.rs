@@ -189,16 +189,6 @@ impl Handle {
 
 /// Loads the sessions, binds, serves.
 pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
-    let mut entries = Vec::new();
-    for endpoint in &config.listeners {
-        entries.push(Entry::bind(endpoint).await?);
-        let bind = &endpoint.bind;
-        if !endpoint.is_local() && endpoint.allow_anonymous && config.access.is_none() {
-            tracing::warn!(%bind, "mqtt: anyone who can reach this address may publish and subscribe (allow_anonymous)");
-        }
-    }
-    let addresses = entries.iter().map(Entry::address).collect();
-
     // Before anything that may need room in the broker's stream.
     let streams: Vec<_> = deps.streams.iter().cloned().collect();
     let mut lineages = Lineages::read(&*deps.broker, &streams);
@@ -216,6 +206,18 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
     };
     let access = Access::open(config.access.as_ref(), &config.limits, &access_deps);
     let access = access.map_err(Error::Access)?;
+
+    // Once who gets in is known: from here on connections wait until they are accepted.
+    let mut entries = Vec::new();
+    for endpoint in &config.listeners {
+        entries.push(Entry::bind(endpoint).await?);
+        let bind = &endpoint.bind;
+        if !endpoint.is_local() && endpoint.allow_anonymous && config.access.is_none() {
+            tracing::warn!(%bind, "mqtt: anyone who can reach this address may publish and subscribe (allow_anonymous)");
+        }
+    }
+    let addresses = entries.iter().map(Entry::address).collect();
+
     let broker = Broker::new(config, access, copies, lineages, deps);
     // Before the streams grow past what the records say of them.
     while let Err(AppendError::Full) = broker.renew_records() {
@@ -245,12 +247,11 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
     Ok(Handle { addresses, accepting, tasks, clients: Clients(broker) })
 }
 
-/// Fails where an address is taken, so that a start can fail before it made anything.
+/// Fails where an address is taken, without listening at it, so that a start can fail before it made anything.
 pub fn try_addresses(config: &Config) -> Result<(), Error> {
     for bind in config.listeners.iter().map(|endpoint| &endpoint.bind) {
         if let Some(address) = bind.tcp() {
-            let tried = std::net::TcpListener::bind(address);
-            tried.map_err(|error| Error::Bind { bind: bind.clone(), error })?;
+            transport::take(address).map_err(|error| Error::Bind { bind: bind.clone(), error })?;
         }
     }
     Ok(())

@@ -2,6 +2,7 @@
 
 use std::fs::{self, Permissions};
 use std::io;
+use std::net::SocketAddr;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -25,18 +26,23 @@ pub(super) enum Listener {
     Unix(UnixListener, SocketFile),
 }
 
+/// Takes an address. Connections are refused until the socket listens.
+pub fn take(address: SocketAddr) -> io::Result<TcpSocket> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    // A port whose connections have just ended may be taken again.
+    socket.set_reuseaddr(true)?;
+    // Its connections have it too: a client without MQTT's keep alive that
+    // vanished is noticed in the end (`net.ipv4.tcp_keepalive_time`).
+    socket.set_keepalive(true)?;
+    socket.bind(address)?;
+    Ok(socket)
+}
+
 impl Listener {
     pub async fn bind(endpoint: &Endpoint) -> io::Result<Self> {
         match &endpoint.bind {
             Bind::Tcp(address) => {
-                let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-                // A port whose connections have just ended may be taken again.
-                socket.set_reuseaddr(true)?;
-                // Its connections have it too: a client without MQTT's keep alive that
-                // vanished is noticed in the end (`net.ipv4.tcp_keepalive_time`).
-                socket.set_keepalive(true)?;
-                socket.bind(*address)?;
-                let listener = socket.listen(BACKLOG)?;
+                let listener = take(*address)?.listen(BACKLOG)?;
                 let address = listener.local_addr()?;
                 Ok(Self::Tcp(listener, Bind::Tcp(address)))
             }

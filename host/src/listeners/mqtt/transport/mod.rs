@@ -44,6 +44,7 @@ use super::config::{Endpoint, WebSocket};
 use super::{Broker, Error, connection};
 use crate::access::{Entrance, Proof};
 
+pub use self::listen::take;
 pub use self::tls::Tls;
 
 /// After an accept that failed, most likely for want of file descriptors.
