@@ -30,18 +30,24 @@ pub fn install() -> Option<PrometheusHandle> {
     let recorder = builder().build_recorder();
     let handle = recorder.handle();
     metrics::set_global_recorder(recorder).ok()?;
+    begin();
+    Some(handle)
+}
+
+/// Tells the recorder in place of every metric.
+pub(super) fn begin() {
     describe();
     register();
-    Some(handle)
 }
 
 /// Makes the counters that have no labels, so that they are there at 0: an alert on an
 /// increase misses one that begins at 1. Parts do the same for labels that they know.
+/// The process shows its own beside the recorder's: there they would be shown twice.
 fn register() {
-    let is_ours =
-        |metric: &&Metric| metric.kind == MetricKind::Counter && metric.name.starts_with("headworks_");
-    for metric in all().filter(is_ours).filter(|metric| metric.labels.is_empty()) {
-        metrics::counter!(metric.name).increment(0);
+    let is_of_process = |name| telemetry::METRICS.iter().any(|metric| metric.name == name);
+    let is_bare = |metric: &&Metric| metric.kind == MetricKind::Counter && metric.labels.is_empty();
+    for Metric { name, .. } in all().filter(is_bare).filter(|metric| !is_of_process(metric.name)) {
+        metrics::counter!(*name).increment(0);
     }
 }
 
@@ -57,7 +63,7 @@ pub(crate) fn builder() -> PrometheusBuilder {
 }
 
 /// `# HELP` of every metric, to the recorder in place.
-pub(super) fn describe() {
+fn describe() {
     for metric in all() {
         match metric.kind {
             MetricKind::Counter => metrics::describe_counter!(metric.name, metric.help),

@@ -1,3 +1,4 @@
+use std::collections::BTreeSet;
 use std::future::pending;
 use std::sync::Mutex;
 use std::time::Duration;
@@ -129,7 +130,7 @@ async fn run_with(limits: server::Limits) -> Running {
     let trouble = Arc::new(Mutex::new(None::<String>));
     let status_bytes = Arc::new(Mutex::new(0));
     let recorder = metrics::builder().build_recorder();
-    ::metrics::with_local_recorder(&recorder, metrics::describe);
+    ::metrics::with_local_recorder(&recorder, metrics::begin);
     let (sick, not_ready) = (trouble.clone(), trouble.clone());
     let deps = Deps {
         unhealthy: Arc::new(move || sick.lock().unwrap().clone()),
@@ -206,6 +207,9 @@ async fn metrics_are_prometheus_text_and_all_described() {
     assert!(answer.contains("content-type: text/plain; version=0.0.4"), "{answer}");
     assert!(answer.contains("# TYPE process_resident_memory_bytes gauge"), "{answer}");
     assert_eq!(metrics::undescribed(&answer), [""; 0]);
+    let mut shown = BTreeSet::new();
+    let mut is_shown_again = |line: &str| line.starts_with("# ") && !shown.insert(line.to_owned());
+    assert_eq!(answer.lines().find(|line| is_shown_again(line)), None, "a scrape with it is refused");
     assert!(running.get("/api/status").await.ends_with(r#"{"padding":"","streams":[]}"#));
     assert!(running.get("/nothing").await.starts_with("HTTP/1.1 404"));
 }
