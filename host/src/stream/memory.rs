@@ -67,6 +67,8 @@ struct Inner {
     advanced: BTreeSet<String>,
     told: BTreeMap<String, BeginNow>,
     stopped: Option<Arc<str>>,
+    /// See [`MemoryStream::keep_states`].
+    states: Option<Vec<BTreeMap<Vec<u8>, Vec<u8>>>>,
     /// Gone once stopped.
     durable: Option<watch::Sender<Ticket>>,
 }
@@ -116,6 +118,7 @@ impl MemoryStream {
                 advanced: BTreeSet::new(),
                 told: BTreeMap::new(),
                 stopped: None,
+                states: None,
                 durable: Some(watch::channel(Ticket::default()).0),
             }),
             moved: watch::channel(0).0,
@@ -244,6 +247,8 @@ impl Stream for MemoryStream {
                 None => drop(inner.state.remove(change.key)),
             }
         }
+        let now = inner.states.is_some().then(|| inner.state.clone());
+        inner.states.iter_mut().for_each(|states| states.extend(now.clone()));
         inner.ticket += 1;
         let appended = Appended { ticket: Ticket(inner.ticket), first };
         if !self.0.manual.load(Ordering::Relaxed) {

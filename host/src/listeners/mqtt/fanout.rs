@@ -13,6 +13,7 @@
 mod lanes;
 mod pass_on;
 mod sent;
+mod share_records;
 mod wakes;
 
 use std::cell::OnceCell;
@@ -25,6 +26,7 @@ use tokio::sync::Notify;
 
 use self::lanes::{Lane, lanes};
 use self::sent::{Met, Sent};
+use self::share_records::ShareRecords;
 use super::Broker;
 use super::lock_order::{Locked, Rank, in_order};
 use super::outbound::{Ids, Message, Place, QueueLimits, Queued, RetainedFrom};
@@ -37,6 +39,7 @@ use crate::stream::{GapCause, Read, ReadError, Stream};
 
 pub use self::lanes::catch_up;
 pub use self::pass_on::Departure;
+pub use self::share_records::FoundRecords;
 pub use self::wakes::Wakes;
 
 /// No message of this stream is delivered now.
@@ -67,8 +70,15 @@ pub struct Live {
     lanes: AtomicUsize,
     /// Number of clients that have connected, and one: see [`Share::is_deserted`].
     arrivals: AtomicU64,
+    /// Read while messages move between the members of shares, written while none does and nobody joins
+    /// a share.
+    passed: RwLock<Passed>,
+}
+
+struct Passed {
     /// While somebody looks at all sessions: what moved from one to another.
-    passed: RwLock<Option<Mutex<BTreeSet<Place>>>>,
+    seen: Option<Mutex<BTreeSet<Place>>>,
+    shares: ShareRecords,
 }
 
 #[derive(Default)]
@@ -105,8 +115,13 @@ pub struct Subscription {
 }
 
 impl Live {
-    /// `sessions`: of the last run.
-    pub fn new(streams: &[Arc<dyn Stream>], limits: QueueLimits, sessions: &[Arc<Session>]) -> Self {
+    /// `sessions`: of the last run. `shares`: which have records, and the heirs of these.
+    pub fn new(
+        streams: &[Arc<dyn Stream>],
+        limits: QueueLimits,
+        sessions: &[Arc<Session>],
+        shares: Vec<(Box<str>, Arc<Session>)>,
+    ) -> Self {
         let tail = |(number, stream): (usize, &Arc<dyn Stream>)| {
             let end = stream.bounds().end.0;
             Tail {
@@ -126,7 +141,7 @@ impl Live {
             no_local: AtomicUsize::new(0),
             limits,
             arrivals: AtomicU64::new(1),
-            passed: RwLock::default(),
+            passed: RwLock::new(Passed { seen: None, shares: ShareRecords::of(shares) }),
         }
     }
 
@@ -170,6 +185,11 @@ impl Live {
         broker.streams.iter().enumerate().map(position).collect()
     }
 
+    /// By stream: all messages below have been offered to those that came since the host started.
+    fn live_positions(&self, broker: &Broker) -> Box<[u64]> {
+        broker.streams.iter().zip(&self.streams).map(|(stream, tail)| tail.live_position(&**stream)).collect()
+    }
+
     pub fn subscriptions(&self) -> usize {
         self.subscriptions.load(Ordering::Relaxed)
     }
@@ -177,10 +197,11 @@ impl Live {
     /// Subscribes, and queues the retained messages that match. The more at once, the
     /// less often it waits for the live delivery, and the longer that waits for it.
     pub fn subscribe(&self, broker: &Broker, session: &Arc<Session>, subscriptions: &[Subscription]) {
+        let joining = self.join_shares(broker, session, subscriptions);
         let mut index = self.index_to_change();
         let wanted = subscriptions.iter().filter(|one| self.put_in(broker, &mut index, session, one));
         let wanted: Vec<&Subscription> = wanted.collect();
-        drop(index);
+        drop((index, joining));
         for Subscription { filter, options, .. } in wanted.into_iter().filter(|one| !one.filter.is_live()) {
             let messages = sys::matching(broker, filter.topics());
             session.outbox().give_whole(filter, *options, broker.clock.now_us(), messages);
@@ -200,7 +221,8 @@ impl Live {
         if session.add_filter(filter.as_str(), options) {
             session.outbox().change_filter(filter.as_str(), Some(options));
         }
-        index.tree.insert(filter.as_str(), session.number, session.clone(), options);
+        let is_kept = session.outbox().is_kept();
+        index.tree.insert(filter.as_str(), session.number, session.clone(), options, is_kept);
         self.subscriptions.fetch_add(1, Ordering::Relaxed);
         self.no_local.fetch_add(usize::from(options.no_local), Ordering::Relaxed);
         if !filter.is_live() {

@@ -330,7 +330,7 @@ pub fn topic_filters(data: &[u8]) {
         let deep = line.split('/').nth(FILTER_LEVELS_MAX).is_some();
         let Some(filter) = Filter::parse(line).filter(|_| !deep) else { continue };
         let options = Options { qos: 1, no_local: false, retain_as_published: false, id: 0 };
-        assert!(tree.insert(filter.as_str(), filters.len() as u64, (), options));
+        assert!(tree.insert(filter.as_str(), filters.len() as u64, (), options, true));
         filters.push(filter);
     }
     let check = |tree: &Tree<()>, filters: &BTreeMap<u64, &Filter>| {
@@ -378,7 +378,7 @@ fn naive(filter: &TopicFilter, topic: &str) -> bool {
 /// Entries of the state: which stream and kind, length of the rest of the key,
 /// two bytes of length of the value, key, value.
 pub fn broker_state(data: &[u8]) {
-    const KINDS: [&[u8]; 9] = [b"se", b"sf", b"q2", b"rt", b"wi", b"qr", b"oi", b"os", b""];
+    const KINDS: [&[u8]; 10] = [b"se", b"sf", b"q2", b"rt", b"wi", b"qr", b"oi", b"os", b"", b"sh"];
     let (stream, store) = (MemoryStream::new("s", 2), MemoryStream::new("broker", 1));
     let mut rest = data;
     while let [kind, key_len, high, low, after @ ..] = rest {

@@ -12,7 +12,8 @@ use std::ops::{Deref, DerefMut};
 pub enum Rank {
     /// Allows one look at what sessions wait for at a time (`copies.rs`).
     Looking,
-    /// The messages that members of shares hand to each other (`fanout/pass_on.rs`).
+    /// The messages that members of shares hand to each other (`fanout/pass_on.rs`), and the records of
+    /// shares (`fanout/share_records.rs`).
     Passed,
     /// The index of subscriptions (`fanout.rs`).
     Subscriptions,

@@ -19,7 +19,7 @@ use super::acks::Stopped;
 use super::activity::Activity;
 use super::blobs::Id;
 use super::clients::Connected;
-use super::fanout::Departure;
+use super::fanout::{Departure, FoundRecords};
 use super::lock_order::{Locked, Rank, in_order};
 use super::open_ids::{Content, Known, OpenIds, OpenIdsRoom, Received};
 use super::outbound::{self, Ids, Kept, Message, Outbox};
@@ -248,6 +248,11 @@ impl Session {
         self.state().filters.keys().cloned().collect()
     }
 
+    /// The filters of its shared subscriptions.
+    pub fn shares(&self) -> Vec<Box<str>> {
+        self.state().filters.keys().filter(|filter| is_shared(filter)).cloned().collect()
+    }
+
     pub fn has_filter(&self, filter: &str) -> bool {
         self.state().filters.contains_key(filter)
     }
@@ -296,9 +301,9 @@ impl Session {
         let _ = self.append_note(broker, changes);
     }
 
-    /// Appends a note as [`Self::note`] does; returns false where it was not appended.
-    pub fn try_note(&self, broker: &Broker) -> bool {
-        self.append_note(broker, Vec::new()).is_ok()
+    /// Appends a note as [`Self::note`] does; fails where it was not appended.
+    pub fn try_note(&self, broker: &Broker) -> Result<Ticket, AppendError> {
+        self.append_note(broker, Vec::new())
     }
 
     /// Appends a note with the changes of the subscriptions, and returns once it is durable. Safe to
@@ -405,7 +410,8 @@ pub fn newest_us(broker: &dyn Stream) -> u64 {
 impl Sessions {
     /// Reads the durable sessions, their subscriptions and the packet ids in
     /// flight; removes what has no owner. `valid`: see [`Lineages`](super::lineages::Lineages).
-    /// `retained`: all retained messages by their ids.
+    /// `retained`: all retained messages by their ids. Returns also the subscriptions, and the shares
+    /// that have records, with their heirs.
     pub fn load(
         broker: &dyn Stream,
         streams: &[Arc<dyn Stream>],
@@ -414,7 +420,7 @@ impl Sessions {
         retained: &HashMap<Id, Arc<Message>>,
         now_us: u64,
         rooms: &Rooms,
-    ) -> (Self, Vec<(Arc<Session>, String, Options)>) {
+    ) -> (Self, Vec<(Arc<Session>, String, Options)>, Vec<(Box<str>, Arc<Session>)>) {
         let sessions = Self {
             by_client: Mutex::default(),
             count: AtomicUsize::new(0),
@@ -439,13 +445,16 @@ impl Sessions {
             *known = state;
         }
         let (mut subscriptions, mut to_be_given) = (Vec::new(), Vec::new());
+        let mut shares = FoundRecords::of(broker);
         for (key, value) in broker.state(SUBSCRIPTION) {
             let rest = &key[SUBSCRIPTION.len()..];
-            let owner = rest.first_chunk().and_then(|epoch| by_epoch.get(&u64::from_be_bytes(*epoch)));
+            let epoch = rest.first_chunk().map_or(0, |epoch| u64::from_be_bytes(*epoch));
+            let owner = by_epoch.get(&epoch);
             let filter = rest.get(8..).and_then(|filter| std::str::from_utf8(filter).ok());
             match (owner, filter, Options::from_bytes(&value)) {
                 (Some(session), Some(filter), Some((options, retained))) => {
                     session.add_filter(filter, options);
+                    shares.see(session, epoch, filter, options);
                     if let (false, Some(filter)) = (retained.is_empty(), Filter::parse(filter)) {
                         to_be_given.push((session.clone(), filter, options, retained.to_vec()));
                     }
@@ -467,6 +476,8 @@ impl Sessions {
                 }
             }
         }
+        let shares =
+            shares.give(broker, |epoch, share| outboxes.entry(epoch).or_default().shares.push(share));
         let retained = |id: &Id, received_us| {
             retained.get(id).filter(|message| message.received_us() == received_us).cloned()
         };
@@ -517,7 +528,7 @@ impl Sessions {
                  than the others; it counts as released, and its message is taken again where the client repeats it"
             );
         }
-        (sessions, subscriptions)
+        (sessions, subscriptions, shares)
     }
 
     fn new_session(&self, number: u64, client_id: Arc<str>) -> Session {
@@ -591,7 +602,7 @@ impl Sessions {
     pub async fn open(
         &self,
         broker: &Broker,
-        session: &Session,
+        session: &Arc<Session>,
         owner: Owner,
         clean: bool,
         expiry_s: u32,
@@ -627,7 +638,6 @@ impl Sessions {
                 changes.extend(outbox.note(&from, broker.note_bytes_max()));
             } else if expiry_s == 0 {
                 changes.extend(removed(outbox.keys()));
-                outbox.keep_no_more();
             }
             drop(outbox);
             // The record says connected; if this connect is given up here, the session waits on.
@@ -636,6 +646,9 @@ impl Sessions {
         };
         session.overflow.store(false, Ordering::Relaxed);
         session.kicked.store(false, Ordering::Relaxed);
+        if kept_no_more.is_some() {
+            broker.live.keep_no_more(broker, session).await?;
+        }
         if !changes.is_empty() {
             broker.append_durable(&*broker.broker, &changes).await?;
         }
@@ -741,6 +754,11 @@ impl Sessions {
                 session.note_with_record(broker);
             }
         }
+        for filter in broker.live.recorded_shares() {
+            // Refused: written at the next sweep.
+            let _ = broker.live.write_share_record(broker, &filter);
+            tokio::task::yield_now().await;
+        }
         // The map is not locked while a session's state is.
         let mut gone = self.all();
         gone.retain(|session| session.state().is_over(now_us));
@@ -781,6 +799,7 @@ impl Sessions {
     pub fn note_all(&self, broker: &Broker) {
         broker.save_clock();
         self.all().iter().for_each(|session| session.note_with_record(broker));
+        let _ = broker.live.write_share_records(broker);
     }
 }
 

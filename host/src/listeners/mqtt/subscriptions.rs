@@ -4,15 +4,17 @@
 //! its levels are looked for in.
 //! Matching: MQTT 5.0, section 4.7; shared subscriptions: 4.8.2.
 
+mod share;
+
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use super::outbound::ShareFilter;
 use super::session::Session;
 use crate::topic::{self, TopicFilter};
+
+pub use self::share::Share;
 
 const SHARE: &str = "$share/";
 
@@ -150,39 +152,6 @@ struct Node<S> {
     shares: Option<Box<[Vec<Share<S>>; 2]>>,
 }
 
-/// The subscribers of one `$share/NAME/FILTER`: each message goes to one.
-pub struct Share<S> {
-    pub filter: ShareFilter,
-    /// At least one.
-    pub members: Vec<Subscriber<S>>,
-    turn: AtomicUsize,
-    /// Number of clients that had arrived when none of its members was connected; 0: not known.
-    deserted: AtomicU64,
-}
-
-impl<S> Share<S> {
-    /// Returns the member whose turn it is, by its place among the members, and passes the turn on.
-    pub fn next_turn(&self) -> usize {
-        self.turn.fetch_add(1, Ordering::Relaxed) % self.members.len()
-    }
-
-    /// The members, beginning with the one at this place.
-    pub fn beginning_with(&self, first: usize) -> impl Iterator<Item = &Subscriber<S>> {
-        self.members[first..].iter().chain(&self.members[..first])
-    }
-
-    /// Whether no member was connected when this many clients had arrived, so that none is unless
-    /// another arrived since.
-    pub fn is_deserted(&self, arrivals: u64) -> bool {
-        self.deserted.load(Ordering::Relaxed) == arrivals
-    }
-
-    /// No member was connected, all seen after `arrivals` was read.
-    pub fn set_deserted(&self, arrivals: u64) {
-        self.deserted.store(arrivals, Ordering::Relaxed);
-    }
-}
-
 /// What a topic meets.
 pub enum Found<'t, S> {
     One(&'t Subscriber<S>),
@@ -193,6 +162,8 @@ pub struct Subscriber<S> {
     pub number: u64,
     pub session: S,
     pub options: Options,
+    /// Whether its session outlives its connection.
+    pub is_kept: bool,
 }
 
 impl<S> Default for Node<S> {
@@ -297,7 +268,7 @@ impl Walk<'_, '_> {
 
 impl<S> Tree<S> {
     /// True when the subscriber did not have this filter yet.
-    pub fn insert(&mut self, text: &str, number: u64, session: S, options: Options) -> bool {
+    pub fn insert(&mut self, text: &str, number: u64, session: S, options: Options, is_kept: bool) -> bool {
         let (share, filter) = split(text);
         let mut node = &mut self.root;
         let mut multi = false;
@@ -317,28 +288,32 @@ impl<S> Tree<S> {
                 }
             }
         }
+        let subscriber = Subscriber { number, session, options, is_kept };
         let subscribers = match (share, multi) {
             (Some(_), multi) => {
                 let shares = &mut node.shares.get_or_insert_default()[usize::from(multi)];
                 let at = shares.iter().position(|share| **share.filter == *text).unwrap_or_else(|| {
-                    let (turn, deserted) = (AtomicUsize::new(0), AtomicU64::new(0));
-                    let filter = Arc::new(text.into());
-                    shares.push(Share { filter, members: Vec::new(), turn, deserted });
+                    shares.push(Share::new(text));
                     shares.len() - 1
                 });
-                // A client that subscribes is connected.
-                *shares[at].deserted.get_mut() = 0;
-                &mut shares[at].members
+                return shares[at].put(subscriber);
             }
             (None, true) => &mut node.rest,
             (None, false) => &mut node.here,
         };
         if let Some(known) = subscribers.iter_mut().find(|s| s.number == number) {
-            known.options = options;
+            *known = subscriber;
             return false;
         }
-        subscribers.push(Subscriber { number, session, options });
+        subscribers.push(subscriber);
         true
+    }
+
+    /// The session of a share's member ends with its connection from now on.
+    pub fn keep_no_more(&mut self, text: &str, number: u64) {
+        if let Some(share) = self.share_mut(text) {
+            share.keep_no_more(number);
+        }
     }
 
     /// What the subscriber had this filter with.
@@ -359,6 +334,19 @@ impl<S> Tree<S> {
             }
         }
         node.shares.as_ref()?[usize::from(multi)].iter().find(|share| **share.filter == *text)
+    }
+
+    fn share_mut(&mut self, text: &str) -> Option<&mut Share<S>> {
+        let mut node = &mut self.root;
+        let mut multi = false;
+        for level in split(text).1.split('/') {
+            match level {
+                "#" => multi = true,
+                "+" => node = node.any.as_mut()?,
+                _ => node = node.children.get_mut(&self.levels.number(level)?)?,
+            }
+        }
+        node.shares.as_mut()?[usize::from(multi)].iter_mut().find(|share| **share.filter == *text)
     }
 
     /// Gives each subscription that matches; a subscriber may come more than once.
@@ -443,16 +431,14 @@ impl<S> Node<S> {
 
     /// `multi`: 1 for a filter that ends with `#`.
     fn take(&mut self, share: Option<&str>, multi: usize, number: u64) -> Option<Options> {
-        let take = |subscribers: &mut Vec<Subscriber<S>>| {
-            let at = subscribers.iter().position(|s| s.number == number)?;
-            Some(subscribers.swap_remove(at).options)
-        };
         let Some(text) = share else {
-            return take(if multi == 1 { &mut self.rest } else { &mut self.here });
+            let subscribers = if multi == 1 { &mut self.rest } else { &mut self.here };
+            let at = subscribers.iter().position(|s| s.number == number)?;
+            return Some(subscribers.swap_remove(at).options);
         };
         let both = self.shares.as_mut()?;
         let at = both[multi].iter().position(|share| **share.filter == *text)?;
-        let taken = take(&mut both[multi][at].members);
+        let taken = both[multi][at].take(number);
         if both[multi][at].members.is_empty() {
             both[multi].swap_remove(at);
         }
@@ -505,7 +491,7 @@ mod tests {
     fn the_turn_goes_round() {
         let mut tree = Tree::default();
         for number in 0..3 {
-            tree.insert("$share/g/a", number, (), OPTIONS);
+            tree.insert("$share/g/a", number, (), OPTIONS, true);
         }
         let share = tree.share("$share/g/a").unwrap();
         let first = || share.beginning_with(share.next_turn()).next().unwrap().number;
@@ -530,8 +516,8 @@ mod tests {
                 .map(|(filter, share)| format!("{share}{filter}")).collect();
             let mut tree = Tree::default();
             for (i, filter) in filters.iter().enumerate() {
-                prop_assert!(tree.insert(filter, i as u64, (), OPTIONS));
-                prop_assert!(!tree.insert(filter, i as u64, (), OPTIONS));
+                prop_assert!(tree.insert(filter, i as u64, (), OPTIONS, true));
+                prop_assert!(!tree.insert(filter, i as u64, (), OPTIONS, true));
             }
             for (i, filter) in filters.iter().enumerate().filter(|(i, _)| gone[*i]) {
                 prop_assert!(tree.remove(filter, i as u64).is_some());

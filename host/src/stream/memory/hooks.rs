@@ -50,6 +50,23 @@ impl MemoryStream {
     /// `at`; `self` is not changed.
     pub fn copied(&self, at: Offset) -> Arc<Self> {
         let inner = self.lock();
+        self.copy(&inner, at, inner.state.clone())
+    }
+
+    /// Keeps the state after each append from now on, for [`Self::crashes`].
+    pub fn keep_states(&self) {
+        self.lock().states = Some(Vec::new());
+    }
+
+    /// Returns what a process opens that starts after this one was killed: behind each of the appends
+    /// since the last time that was asked for.
+    pub fn crashes(&self) -> Vec<Arc<Self>> {
+        let mut inner = self.lock();
+        let states = inner.states.replace(Vec::new()).unwrap_or_default();
+        states.into_iter().map(|state| self.copy(&inner, Offset(inner.end), state)).collect()
+    }
+
+    fn copy(&self, inner: &Inner, at: Offset, state: BTreeMap<Vec<u8>, Vec<u8>>) -> Arc<Self> {
         let kept = |frame: &&Arc<Batch>| frame.base.0 + frame.len() as u64 <= at.0;
         let frames: Vec<_> = inner.frames.iter().filter(kept).cloned().collect();
         let end = frames.last().map_or(inner.start, |frame| frame.base.0 + frame.len() as u64);
@@ -60,7 +77,7 @@ impl MemoryStream {
         (shared.identity, shared.openings) = (self.0.identity, openings);
         let new = shared.inner.get_mut().unwrap_or_else(PoisonError::into_inner);
         (new.frames, new.start, new.end, new.next) = (frames, inner.start, end, end);
-        (new.state, new.advanced) = (inner.state.clone(), inner.advanced.clone());
+        (new.state, new.advanced) = (state, inner.advanced.clone());
         new.told = inner.told.clone();
         Arc::new(Self(Arc::new(shared)))
     }

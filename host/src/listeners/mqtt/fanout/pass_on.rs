@@ -6,16 +6,16 @@
 //! they stay.
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLockReadGuard, RwLockWriteGuard};
 
 use tokio::task::yield_now;
 
 use super::sent::Sent;
-use super::{Index, Live, Wakes};
+use super::{Index, Live, Passed, Wakes};
 use crate::listeners::mqtt::Broker;
 use crate::listeners::mqtt::lock_order::{Locked, Rank, in_order};
 use crate::listeners::mqtt::outbound::{Place, ShareFilter};
@@ -45,6 +45,7 @@ impl Live {
         if let Departure::Share(filter) = departure {
             shares.retain(|share| &**share == filter);
         }
+        let given_by = shares.clone();
         let mut takers = BTreeMap::new();
         while left > 0 && !shares.is_empty() {
             let moved = self.pass_some(broker, session, departure, &mut shares, &mut takers);
@@ -60,7 +61,11 @@ impl Live {
             if number > 0 {
                 yield_now().await;
             }
-            all_noted &= taker.try_note(broker);
+            all_noted &= self.note_taker(broker, taker);
+        }
+        if session.outbox().is_kept() && takers.values().any(|taker| !taker.outbox().is_kept()) {
+            let is_written = |share| self.write_share_record(broker, share).is_ok();
+            all_noted &= given_by.iter().all(|share| is_written(share));
         }
         if all_noted {
             session.outbox().passed_on();
@@ -77,8 +82,7 @@ impl Live {
         shares: &mut BTreeSet<Box<str>>,
         takers: &mut BTreeMap<u64, Arc<Session>>,
     ) -> usize {
-        let read = || self.passed.read().unwrap_or_else(PoisonError::into_inner);
-        let passed = in_order(Rank::Passed, read);
+        let passed = self.transfers();
         let index = self.index();
         if matches!(departure, Departure::Client) {
             shares.retain(|share| self.is_anyone_ready(&index, share));
@@ -86,9 +90,9 @@ impl Live {
         let is_given = |share: &str| shares.contains(share);
         let ended = matches!(departure, Departure::Session);
         let given = session.outbox().give_back(is_given, ended, PASSED_ON_AT_ONCE);
-        if let Some(passed) = &*passed {
+        if let Some(seen) = &passed.seen {
             let places = given.iter().filter_map(|queued| queued.source.place());
-            passed.lock().unwrap_or_else(PoisonError::into_inner).extend(places);
+            seen.lock().unwrap_or_else(PoisonError::into_inner).extend(places);
         }
         let moved = given.len();
         let mut wakes = Wakes::new(broker);
@@ -104,6 +108,12 @@ impl Live {
             // Out of turn for whoever gets it now.
             let taker = self.deliver_to_one(share, first, &Sent::Again(queued), &mut wakes);
             takers.extend(taker.map(|taker| (taker.number, taker.clone())));
+        }
+        if !session.outbox().is_kept() {
+            takers
+                .values()
+                .filter(|taker| taker.outbox().is_kept())
+                .for_each(|taker| passed.shares.took(taker));
         }
         moved
     }
@@ -131,18 +141,22 @@ impl Live {
     /// Begins to note what moves from one session to another.
     pub fn note_passed(&self) {
         // Waits for moves that nobody noted.
-        *self.passed_to_change() = Some(Mutex::default());
+        self.passed_to_change().seen = Some(Mutex::default());
     }
 
     /// What moved since [`Live::note_passed`], the last of which has arrived. Each once, however
     /// often it moved.
     pub fn passed(&self) -> BTreeSet<Place> {
-        let passed = self.passed_to_change().take();
-        passed
-            .map_or_else(BTreeSet::new, |passed| passed.into_inner().unwrap_or_else(PoisonError::into_inner))
+        let seen = self.passed_to_change().seen.take();
+        seen.map_or_else(BTreeSet::new, |seen| seen.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn passed_to_change(&self) -> Locked<RwLockWriteGuard<'_, Option<Mutex<BTreeSet<Place>>>>> {
+    /// Lets messages move between the members of shares.
+    pub(super) fn transfers(&self) -> Locked<RwLockReadGuard<'_, Passed>> {
+        in_order(Rank::Passed, || self.passed.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(super) fn passed_to_change(&self) -> Locked<RwLockWriteGuard<'_, Passed>> {
         in_order(Rank::Passed, || self.passed.write().unwrap_or_else(PoisonError::into_inner))
     }
 }

@@ -12,54 +12,88 @@ use super::{Place, Queued, ShareFilter, Source};
 #[derive(Default)]
 pub struct Again {
     /// The parts of its streams that are offered again, by stream.
-    parts: Box<[Range<u64>]>,
+    parts: Parts,
+    /// The parts in which only what came by one share is offered again.
+    by_share: Vec<(ShareFilter, Parts)>,
     /// What the session has of them.
     known: HashSet<(Place, ShareFilter)>,
 }
 
+/// A part of each stream.
+pub type Parts = Box<[Range<u64>]>;
+
 impl Again {
     /// `None` where all parts are empty. `known`: what the session has.
-    pub fn new<'q>(parts: Box<[Range<u64>]>, known: impl Iterator<Item = &'q Queued>) -> Option<Box<Self>> {
-        if parts.iter().all(Range::is_empty) {
+    pub fn new<'q>(
+        parts: Parts,
+        by_share: Vec<(ShareFilter, Parts)>,
+        known: impl Iterator<Item = &'q Queued>,
+    ) -> Option<Box<Self>> {
+        let mut again = Self { parts, by_share, known: HashSet::new() };
+        if again.is_over() {
             return None;
         }
         let known = known.filter_map(|queued| Some((queued.source.place()?, queued.share.clone()?)));
-        let known = known.filter(|(place, _)| parts[usize::from(place.stream)].contains(&place.offset));
-        Some(Box::new(Self { known: known.collect(), parts }))
+        again.known = known.filter(|(place, share)| again.has(*place, share)).collect();
+        Some(Box::new(again))
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Parts> {
+        self.by_share.iter().map(|(_, parts)| parts).chain([&self.parts])
+    }
+
+    /// Returns the shortest part of a stream in which all lies that is offered again.
+    fn part(&self, stream: usize) -> Range<u64> {
+        self.all().filter_map(|parts| parts.get(stream).cloned()).fold(0..0, union)
+    }
+
+    fn has(&self, place: Place, share: &str) -> bool {
+        let has =
+            |parts: &Parts| parts.get(usize::from(place.stream)).is_some_and(|it| it.contains(&place.offset));
+        has(&self.parts) || self.by_share.iter().any(|(by, parts)| ***by == *share && has(parts))
     }
 
     /// First offset of a stream that is offered again, if any is.
     pub fn first(&self, stream: usize) -> Option<u64> {
-        self.parts.get(stream).filter(|part| !part.is_empty()).map(|part| part.start)
+        Some(self.part(stream)).filter(|part| !part.is_empty()).map(|part| part.start)
     }
 
     /// Whether the message is for the session, though it may lie before what the session waits for.
     pub fn takes(&self, queued: &Queued) -> bool {
         let (Some(place), Some(share)) = (queued.source.place(), &queued.share) else { return false };
-        let is_part = self.parts.get(usize::from(place.stream)).is_some_and(|it| it.contains(&place.offset));
-        is_part && !self.known.contains(&(place, share.clone()))
+        self.has(place, share) && !self.known.contains(&(place, share.clone()))
     }
 
     /// All of a stream below `upto` has been offered again.
     pub fn pass(&mut self, stream: usize, upto: u64) {
-        if let Some(part) = self.parts.get_mut(stream) {
+        let by_share = self.by_share.iter_mut().map(|(_, parts)| parts);
+        for part in by_share.chain([&mut self.parts]).filter_map(|parts| parts.get_mut(stream)) {
             part.start = part.start.max(upto);
         }
     }
 
     pub fn is_over(&self) -> bool {
-        self.parts.iter().all(Range::is_empty)
+        self.all().all(|parts| parts.iter().all(Range::is_empty))
+    }
+}
+
+/// Returns the shortest range that covers both.
+pub fn union(one: Range<u64>, other: Range<u64>) -> Range<u64> {
+    match (one.is_empty(), other.is_empty()) {
+        (true, _) => other,
+        (_, true) => one,
+        _ => one.start.min(other.start)..one.end.max(other.end),
     }
 }
 
 /// The parts that a note names, by stream.
-pub struct Unlisted(Box<[Range<u64>]>);
+pub struct Unlisted(Parts);
 
 impl Unlisted {
     /// `positions`: of the live delivery, which has offered all before them again.
     pub fn new(again: Option<&Again>, positions: &[u64]) -> Self {
         let part = |(stream, position): (usize, &u64)| {
-            let part = again.and_then(|again| again.parts.get(stream)).cloned().unwrap_or_default();
+            let part = again.map_or(0..0, |again| again.part(stream));
             part.start.max(*position)..part.end
         };
         Self(positions.iter().enumerate().map(part).collect())
@@ -69,10 +103,7 @@ impl Unlisted {
     pub fn add(&mut self, queued: &Queued) {
         let Source::Stream { stream, offset } = queued.source else { return };
         let part = &mut self.0[usize::from(stream)];
-        *part = match part.is_empty() {
-            true => offset..offset + 1,
-            false => part.start.min(offset)..part.end.max(offset + 1),
-        };
+        *part = union(part.clone(), offset..offset + 1);
     }
 
     pub fn part(&self, stream: usize) -> &Range<u64> {

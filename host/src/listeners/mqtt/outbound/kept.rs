@@ -16,8 +16,9 @@ use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::again::Unlisted;
+use super::again::{Parts, Unlisted};
 use super::filters::FilterChanges;
+use super::share_record::FoundShare;
 use super::{Ids, InFlight, Queued, ShareFilter, Source};
 use crate::listeners::mqtt::blobs::Id;
 use crate::listeners::mqtt::outbound::Message;
@@ -38,7 +39,7 @@ pub const NOTE_EVERY_MESSAGES: u64 = 1 << 18;
 /// it they wait for what the client acknowledges.
 pub const SESSION_STEPS_BYTES_MAX: usize = 256 << 10;
 
-const FORMAT: u8 = 3;
+pub(super) const FORMAT: u8 = 3;
 const PHASE_SENT: u8 = 3;
 const PHASE_RELEASED: u8 = 2;
 /// A note that names no part of a stream with messages that it does not list.
@@ -310,16 +311,7 @@ impl Kept {
             *upto = left_out.unwrap_or(*upto);
         }
         let mut value = vec![FORMAT];
-        put_number(&mut value, self.streams.len() as u64);
-        for (stream, (identity, upto)) in self.streams.iter().zip(&upto).enumerate() {
-            value.extend(identity_bytes(identity));
-            put_number(&mut value, *upto);
-            let part = unlisted.part(stream);
-            put_number(&mut value, part.end.saturating_sub(part.start));
-            if !part.is_empty() {
-                put_number(&mut value, part.start);
-            }
-        }
+        put_parts(&mut value, &self.streams, &upto, |stream| unlisted.part(stream).clone());
         value.extend(entries);
         self.noted = upto;
         (self.changed, self.note_due) = (false, false);
@@ -353,6 +345,8 @@ pub struct Found {
     note: Option<Vec<u8>>,
     steps: Vec<(u16, Vec<u8>)>,
     sent: Vec<(Vec<u8>, u64)>,
+    /// The records of shares of which the session is the heir.
+    pub shares: Vec<FoundShare>,
 }
 
 /// An outbox as it was, or as far as it can be known.
@@ -361,7 +355,9 @@ pub struct Restored {
     /// By stream: messages below are listed, or done. Ends where nothing is known.
     pub from: Box<[u64]>,
     /// Tells by stream where other messages lie that members of a share gave it.
-    pub unlisted: Box<[Range<u64>]>,
+    pub unlisted: Parts,
+    /// The same for what came by one share and is offered the session for others.
+    pub by_share: Vec<(ShareFilter, Parts)>,
     pub inflight: Vec<InFlight>,
     pub queue: Vec<Queued>,
     /// Messages that were noted and that their streams do not have.
@@ -427,6 +423,7 @@ impl Found {
         let mut restored = Restored {
             from: ends.into(),
             unlisted: ends.iter().map(|_| 0..0).collect(),
+            by_share: Vec::new(),
             inflight: steps.into_iter().map(|(_, flight)| flight).collect(),
             queue: Vec::new(),
             kept,
@@ -436,9 +433,12 @@ impl Found {
             let _ = restored.read_note(&mut Reader(note), &number, retained);
             restored.go_back(valid);
         }
+        for share in &self.shares {
+            let _ = restored.inherit(share, &number, ends, valid);
+        }
         restored.leave_out_lost(valid);
         restored.kept.noted = restored.from.clone();
-        restored.kept.changed = restored.kept.is_stale;
+        restored.kept.changed = restored.kept.is_stale || !self.shares.is_empty();
         restored
     }
 }
@@ -492,14 +492,10 @@ impl Restored {
         let mut from: Box<[u64]> = vec![0; self.from.len()].into();
         let mut unlisted = self.unlisted.clone();
         let mut numbers = Vec::new();
-        for _ in 0..note.number()? {
-            let known = number(note.bytes(IDENTITY_BYTES)?);
-            let upto = note.number()?;
-            let len = if format == FORMAT { note.number()? } else { 0 };
-            let start = if len > 0 { note.number()? } else { 0 };
+        for (known, upto, part) in note.parts(format, number)? {
             if let Some(known) = known.map(usize::from) {
                 from[known] = upto;
-                unlisted[known] = start..start.saturating_add(len);
+                unlisted[known] = part;
             }
             numbers.push(known);
         }
@@ -534,12 +530,31 @@ impl Restored {
 
 /// Of the entry before: most follow each other closely.
 #[derive(Clone, Copy, Default)]
-struct Before {
+pub(super) struct Before {
     offset: u64,
     seconds: u64,
 }
 
-fn put_entry(out: &mut Vec<u8>, before: &mut Before, queued: &Queued, packet_id: u16) {
+/// Puts how far each stream is listed, and the part of it with messages that are not.
+pub(super) fn put_parts(
+    out: &mut Vec<u8>,
+    streams: &[Identity],
+    upto: &[u64],
+    unlisted: impl Fn(usize) -> Range<u64>,
+) {
+    put_number(out, streams.len() as u64);
+    for (stream, (identity, upto)) in streams.iter().zip(upto).enumerate() {
+        out.extend(identity_bytes(identity));
+        put_number(out, *upto);
+        let part = unlisted(stream);
+        put_number(out, part.end.saturating_sub(part.start));
+        if !part.is_empty() {
+            put_number(out, part.start);
+        }
+    }
+}
+
+pub(super) fn put_entry(out: &mut Vec<u8>, before: &mut Before, queued: &Queued, packet_id: u16) {
     let flag = |is: bool, bit: u8| if is { bit } else { 0 };
     let is_retained = matches!(queued.source, Source::Retained(_));
     out.push(
@@ -604,10 +619,10 @@ fn unzigzag(number: u64) -> u64 {
 }
 
 /// Takes from the front; `None` where there is no more.
-struct Reader<'a>(&'a [u8]);
+pub(super) struct Reader<'a>(pub(super) &'a [u8]);
 
 impl<'a> Reader<'a> {
-    fn byte(&mut self) -> Option<u8> {
+    pub(super) fn byte(&mut self) -> Option<u8> {
         let (first, rest) = self.0.split_first()?;
         self.0 = rest;
         Some(*first)
@@ -636,8 +651,26 @@ impl<'a> Reader<'a> {
         std::str::from_utf8(self.bytes(usize::try_from(len).ok()?)?).ok()
     }
 
+    /// For each stream its number, where it is known, how far it is listed, and the part of it with
+    /// messages that are not.
+    pub(super) fn parts(
+        &mut self,
+        format: u8,
+        number: &dyn Fn(&[u8]) -> Option<u16>,
+    ) -> Option<Vec<(Option<u16>, u64, Range<u64>)>> {
+        let mut parts = Vec::new();
+        for _ in 0..self.number()? {
+            let known = number(self.bytes(IDENTITY_BYTES)?);
+            let upto = self.number()?;
+            let len = if format == FORMAT { self.number()? } else { 0 };
+            let start = if len > 0 { self.number()? } else { 0 };
+            parts.push((known, upto, start..start.saturating_add(len)));
+        }
+        Some(parts)
+    }
+
     /// An entry and its packet id; none where its message is no more.
-    fn entry(
+    pub(super) fn entry(
         &mut self,
         format: u8,
         before: &mut Before,

@@ -14,6 +14,7 @@ mod message;
 mod queued;
 mod retained;
 mod send;
+mod share_record;
 #[cfg(test)]
 mod tests;
 
@@ -37,6 +38,7 @@ pub use self::queued::{
 };
 pub use self::retained::{RetainedFrom, RetainedPage};
 pub use self::send::{Acked, Filled, Peer, Space, Waits};
+pub use self::share_record::{FoundShare, Holdings, SHARE};
 
 /// A connected subscriber that keeps its session has so much of its queue in
 /// memory, the rest in the streams.
@@ -100,9 +102,9 @@ impl Outbox {
 
     /// A session that a restart found.
     pub fn restore(&mut self, restored: Restored) {
-        let Restored { kept, from, unlisted, inflight, queue, lost: _ } = restored;
+        let Restored { kept, from, unlisted, by_share, inflight, queue, lost: _ } = restored;
         let known = inflight.iter().filter_map(|flight| flight.waiting.as_ref()).chain(&queue);
-        let again = Again::new(unlisted, known);
+        let again = Again::new(unlisted, by_share, known);
         *self = Self {
             ids: inflight.iter().map(|flight| flight.packet_id).collect(),
             last_id: inflight.last().map_or(0, |flight| flight.packet_id),
@@ -335,6 +337,11 @@ impl Outbox {
     pub fn sizes(&self) -> (usize, usize, usize) {
         let retained = self.retained.as_ref().map_or(0, |retained| retained.len());
         (self.queue.len() + retained, self.sums.bytes, self.inflight.len())
+    }
+
+    /// Whether the session outlives its connection.
+    pub fn is_kept(&self) -> bool {
+        self.kept.is_some()
     }
 
     /// Whether its client is there.

@@ -12,58 +12,76 @@ use crate::listeners::mqtt::subscriptions::{Filter, Options};
 use crate::stream::memory::MemoryStream;
 use crate::stream::{NewMessage, Read, Stream};
 
-const SHARE: &str = "$share/g/a";
+pub(in super::super) const SHARE: &str = "$share/g/a";
 
-struct World {
-    broker: Arc<Broker>,
-    stream: Arc<MemoryStream>,
-    store: Arc<MemoryStream>,
+#[derive(Clone)]
+pub(in super::super) struct World {
+    pub broker: Arc<Broker>,
+    pub stream: Arc<MemoryStream>,
+    pub store: Arc<MemoryStream>,
 }
 
-struct Member {
-    session: Arc<Session>,
-    turn: Turn,
+pub(in super::super) struct Member {
+    pub session: Arc<Session>,
+    pub turn: Turn,
 }
 
 impl World {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let (stream, store) = (MemoryStream::with_hooks("s", 1), MemoryStream::with_hooks("broker", 1));
         Self { broker: broker(&Config::default(), stream.clone(), store.clone()), stream, store }
     }
 
     /// A member whose client is away.
-    async fn member(&self, client_id: &str) -> Member {
+    pub async fn member(&self, client_id: &str) -> Member {
+        self.member_for(client_id, 600).await
+    }
+
+    /// A member whose session outlives its connection by `expiry_s`. It resumes its session if it has one.
+    pub async fn member_for(&self, client_id: &str, expiry_s: u32) -> Member {
         let sessions = &self.broker.sessions;
         let (session, turn) = sessions.claim(client_id, usize::MAX).await.unwrap();
-        sessions.open(&self.broker, &session, Default::default(), false, 600).await.unwrap();
-        let options = Options { qos: 1, no_local: false, retain_as_published: false, id: 0 };
-        let filter = Filter::parse(SHARE).unwrap();
-        let plain = Subscription { filter, options, retained: SendRetained::Never };
-        self.broker.live.subscribe(&self.broker, &session, &[plain]);
+        sessions.open(&self.broker, &session, Default::default(), false, expiry_s).await.unwrap();
+        self.subscribe(&session, 1);
         Member { session, turn }
     }
 
+    /// Subscribes to the share, as a connection does before it answers.
+    pub fn subscribe(&self, session: &Arc<Session>, qos: u8) {
+        let options = Options { qos, no_local: false, retain_as_published: false, id: 0 };
+        let filter = Filter::parse(SHARE).unwrap();
+        let plain = Subscription { filter, options, retained: SendRetained::Never };
+        self.broker.live.subscribe(&self.broker, session, &[plain]);
+        session.note(&self.broker, Vec::new());
+    }
+
     /// One whose client is there.
-    async fn connected(&self, client_id: &str) -> Member {
+    pub async fn connected(&self, client_id: &str) -> Member {
         let member = self.member(client_id).await;
         self.broker.live.resume(&member.session);
         member
     }
 
-    /// Publishes and delivers.
-    async fn publish(&self, count: usize) {
-        let message = NewMessage {
+    /// Publishes with QoS 1 and delivers.
+    pub async fn publish(&self, count: usize) {
+        self.publish_with(count, &[1]).await;
+    }
+
+    /// Publishes and delivers, with these QoS in turn.
+    pub async fn publish_with(&self, count: usize, qos: &[u8]) {
+        let message = |qos: &u8| NewMessage {
             topic: "a",
             payload: b"x",
             properties: b"",
             route: "",
             device: "",
             partition: Partition(0),
-            flags: 1,
+            flags: (*qos).into(),
             received_us: crate::listeners::mqtt::now_us(),
             event_us: 0,
         };
-        let appended = self.stream.append(&vec![message; count], &[]).unwrap();
+        let messages: Vec<_> = qos.iter().cycle().take(count).map(message).collect();
+        let appended = self.stream.append(&messages, &[]).unwrap();
         let mut cursor = self.stream.cursor(appended.first);
         let end = Offset(appended.first.0 + count as u64);
         while cursor.position() < end {
@@ -75,7 +93,7 @@ impl World {
         }
     }
 
-    async fn close(&self, member: Member) -> Arc<Session> {
+    pub async fn close(&self, member: Member) -> Arc<Session> {
         self.broker
             .sessions
             .close(&self.broker, &member.session, member.turn, None, self.broker.clock.now_us())

@@ -1,0 +1,153 @@
+//! What members of a shared subscription hold whose sessions end with their connections is in memory
+//! only. While the session of another member is kept, the broker stream has a record of the share, so
+//! that a restart has a session to give it to:
+//!
+//! - `sh` + filter: how far the live delivery was in each stream, what those members held of what lies
+//!   before, and the part of each stream in which the messages lie that the record has no room for.
+//!   A restart offers these and all that lies behind once more to one session, its heir: messages may
+//!   come again, none is lost.
+
+use std::collections::{BTreeMap, HashSet};
+
+use super::again::{Parts, union};
+use super::kept::{Before, FORMAT, Reader, put_entry, put_parts};
+use super::{Ids, Outbox, Place, Queued, Restored, ShareFilter, is_unacknowledged_by_share};
+use crate::listeners::mqtt::subscriptions::Options;
+use crate::stream::Identity;
+
+pub const SHARE: &[u8] = b"sh";
+
+/// Fewest bytes that a message takes in a record.
+const LISTED_BYTES: usize = 5;
+
+/// What members of a share hold, as a record has room for it.
+pub struct Holdings<'p> {
+    /// By stream: all messages below have been offered to the share. Read before the outboxes are
+    /// looked at.
+    positions: &'p [u64],
+    /// The messages that have waited longest, by the time since when and their places.
+    listed: BTreeMap<(u64, Place), Queued>,
+    bytes_max: usize,
+    /// Where the others lie.
+    unlisted: Parts,
+}
+
+impl<'p> Holdings<'p> {
+    pub fn new(positions: &'p [u64], bytes_max: usize) -> Self {
+        let unlisted = positions.iter().map(|_| 0..0).collect();
+        Self { positions, listed: BTreeMap::new(), bytes_max, unlisted }
+    }
+
+    /// Adds what `outbox` holds by `share`; returns whether it holds any.
+    pub fn add(&mut self, outbox: &Outbox, share: &str) -> bool {
+        let mut holds_any = false;
+        for queued in outbox.held_by(share) {
+            let Some(place) = queued.source.place() else { continue };
+            holds_any = true;
+            if place.offset < self.positions[usize::from(place.stream)] {
+                self.list(place, queued);
+            }
+        }
+        holds_any
+    }
+
+    fn list(&mut self, place: Place, queued: &Queued) {
+        let key = (queued.since_us, place);
+        if self.listed.len() >= self.bytes_max / LISTED_BYTES {
+            if self.listed.last_key_value().is_none_or(|(last, _)| key > *last) {
+                cover(&mut self.unlisted, place);
+                return;
+            }
+            if let Some(((_, last), _)) = self.listed.pop_last() {
+                cover(&mut self.unlisted, last);
+            }
+        }
+        // The record's key names the share.
+        let listed = Queued { body: None, ids: Ids::None, share: None, ..queued.clone() };
+        self.listed.insert(key, listed);
+    }
+
+    /// Returns the record.
+    pub fn into_value(mut self, streams: &[Identity]) -> Vec<u8> {
+        let (mut entries, mut before) = (Vec::new(), Before::default());
+        for ((_, place), queued) in &self.listed {
+            let mark = (entries.len(), before);
+            put_entry(&mut entries, &mut before, queued, 0);
+            if entries.len() > self.bytes_max {
+                entries.truncate(mark.0);
+                before = mark.1;
+                cover(&mut self.unlisted, *place);
+            }
+        }
+        let mut value = vec![FORMAT];
+        put_parts(&mut value, streams, self.positions, |stream| self.unlisted[stream].clone());
+        value.extend(entries);
+        value
+    }
+}
+
+fn cover(parts: &mut Parts, place: Place) {
+    let part = &mut parts[usize::from(place.stream)];
+    *part = union(part.clone(), place.offset..place.offset + 1);
+}
+
+impl Outbox {
+    /// Returns what another member of `share` is to get if the session of this one is no more.
+    pub fn held_by(&self, share: &str) -> impl Iterator<Item = &Queued> {
+        let inflight = self.inflight.iter().filter(|flight| is_unacknowledged_by_share(flight));
+        let inflight = inflight.filter_map(|flight| flight.waiting.as_ref());
+        let queue = self.queue.iter().filter(|queued| queued.qos > 0);
+        inflight.chain(queue).filter(move |queued| queued.share.as_ref().is_some_and(|by| ***by == *share))
+    }
+}
+
+/// A record that a restart found.
+pub struct FoundShare {
+    pub filter: ShareFilter,
+    pub value: Vec<u8>,
+    /// With which its heir has subscribed.
+    pub options: Options,
+}
+
+impl Restored {
+    /// Gives the session what a record of a share lists, as far as the session does not have it.
+    /// `ends`: of the streams; messages at `valid` and behind are others than those that were recorded.
+    /// Ends where the record does not go on.
+    pub(super) fn inherit(
+        &mut self,
+        found: &FoundShare,
+        number: &dyn Fn(&[u8]) -> Option<u16>,
+        ends: &[u64],
+        valid: &[u64],
+    ) -> Option<()> {
+        let mut record = Reader(&found.value);
+        let format = record.byte().filter(|format| *format == FORMAT)?;
+        let streams = record.parts(format, number)?;
+        let mut parts: Parts = ends.iter().map(|_| 0..0).collect();
+        for (stream, upto, unlisted) in &streams {
+            let Some(stream) = stream.map(usize::from) else { continue };
+            let unlisted = unlisted.start..unlisted.end.min(valid[stream]);
+            parts[stream] = union(unlisted, (*upto).min(valid[stream])..ends[stream]);
+        }
+        let streams: Vec<Option<u16>> = streams.into_iter().map(|(stream, ..)| stream).collect();
+        let own = self.inflight.iter().filter_map(|flight| flight.waiting.as_ref()).chain(&self.queue);
+        let own = own.filter(|queued| queued.share.as_ref() == Some(&found.filter));
+        let known: HashSet<Place> = own.filter_map(|queued| queued.source.place()).collect();
+        let mut before = Before::default();
+        self.by_share.push((found.filter.clone(), parts));
+        while !record.0.is_empty() {
+            let (queued, _) = record.entry(format, &mut before, &streams, &|_, _| None)?;
+            let queued = queued.filter(|it| it.source.place().is_none_or(|place| !known.contains(&place)));
+            self.queue.extend(queued.map(|queued| Queued {
+                qos: queued.qos.min(found.options.qos),
+                retain: queued.retain && found.options.retain_as_published,
+                ids: Ids::one(found.options.id),
+                share: Some(found.filter.clone()),
+                apart: true,
+                may_be_again: true,
+                ..queued
+            }));
+        }
+        Some(())
+    }
+}
