@@ -6,6 +6,7 @@ mod exactly_once;
 pub(crate) mod harness;
 mod lanes;
 mod letters;
+mod names;
 mod positions;
 mod redrive;
 mod restored;
