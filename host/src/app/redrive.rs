@@ -32,7 +32,8 @@ impl Redrive for Redrives {
         }
         let ids = (!request.ids.is_empty()).then(|| request.ids.iter().copied().map(Offset).collect());
         let possible_duplicates = request.possible_duplicates;
-        let filter = Filter { sink: request.sink, step: request.step, ids, possible_duplicates };
+        let RedriveRequest { sink, step, from_step, .. } = request;
+        let filter = Filter { sink, step, ids, possible_duplicates, from_step };
         let mut answer = RedriveAnswer::default();
         let mut unavailable = Vec::new();
         for pipeline in &pipelines {

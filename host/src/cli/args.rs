@@ -328,8 +328,8 @@ pub enum DeadLettersCommand {
         #[command(flatten)]
         format: FormatArgs,
     },
-    /// Send them again to the sink that refused them, or through the steps from the one that did to
-    /// the sinks that they are for; the host must run
+    /// Send them again: to the sink that refused them, or through the steps that they have not been
+    /// through, from the one that refused them on, to the sinks that they are for; the host must run
     #[command(
         override_usage = "headworks dead-letters redrive <IDS>...\n       headworks dead-letters redrive --all [OPTIONS]",
         after_help = "Examples:\n  headworks dead-letters redrive 17 18\n  \
@@ -345,6 +345,9 @@ pub enum DeadLettersCommand {
         /// Also those that another copy of the data folder may have sent: rows may come twice
         #[arg(long)]
         possible_duplicates: bool,
+        /// Letters of steps only, which enter at this step, whatever steps they have been through
+        #[arg(long, value_name = "STEP")]
+        from_step: Option<String>,
         #[command(flatten)]
         filter: LetterFilter,
         #[command(flatten)]
@@ -553,6 +556,7 @@ mod tests {
             "dead-letters show 17",
             "dead-letters redrive 17 18",
             "dead-letters redrive --all --pipeline telemetry",
+            "dead-letters redrive --all --step check --from-step normalize",
             "dead-letters discard 17 18",
             "dead-letters discard --all --step normalize",
             "schema",

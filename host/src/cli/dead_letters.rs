@@ -45,10 +45,18 @@ pub fn dead_letters(command: DeadLettersCommand, out: &mut Out) -> anyhow::Resul
             let Loaded { config, source, .. } = config::load(config.config.as_deref())?;
             show(open(&config, Offset(id))?, id, &source.hints(), format.format, out)
         }
-        DeadLettersCommand::Redrive { ids, all: _, possible_duplicates, filter, config, format } => {
+        DeadLettersCommand::Redrive {
+            ids,
+            all: _,
+            possible_duplicates,
+            from_step,
+            filter,
+            config,
+            format,
+        } => {
             let loaded = config::load(config.config.as_deref())?;
             let LetterFilter { pipeline, sink, step } = filter;
-            let request = RedriveRequest { ids, pipeline, sink, step, possible_duplicates };
+            let request = RedriveRequest { ids, pipeline, sink, step, possible_duplicates, from_step };
             block_on(redrive(&loaded, request, format.format, out))
         }
         DeadLettersCommand::Discard { ids, all: _, filter, config } => {
@@ -75,13 +83,36 @@ fn open(config: &Config, from: Offset) -> anyhow::Result<Option<ReadOnly>> {
     streams::open(config, DEAD_LETTERS, from)
 }
 
+/// What became of a letter in redrives.
+#[derive(Clone, Copy, Default)]
+struct Became<'m> {
+    mark: Option<&'m Mark>,
+    /// How often it was refused again by the one that refused it before.
+    again: u32,
+    /// Why the last time, where that is not its own reason.
+    reason: Option<&'m str>,
+}
+
+impl<'m> Became<'m> {
+    fn of(marks: &'m Marks, id: u64) -> Self {
+        let mark = marks.get(id);
+        let tries = mark.map(Mark::tries).unwrap_or_default();
+        Self { mark, again: tries.count, reason: marks.reasons().text(tries) }
+    }
+
+    /// Why it was refused the last time.
+    fn reason(&self, letter: &MessageRef<'_>) -> String {
+        self.reason.map_or_else(|| property(letter, "reason"), str::to_owned)
+    }
+}
+
 /// Gives `take` each letter that fits, and what became of it in a redrive. Returns how
 /// many were left out because they were sent again.
 fn each(
     config: &Config,
     with_sent: bool,
     filter: &LetterFilter,
-    mut take: impl FnMut(&MessageRef<'_>, Option<&Mark>, &SinkNames) -> anyhow::Result<()>,
+    mut take: impl FnMut(&MessageRef<'_>, &Became<'_>, &SinkNames) -> anyhow::Result<()>,
 ) -> anyhow::Result<u64> {
     let mut letters = open(config, Offset(0))?;
     let marks = marks_of(letters.as_ref())?;
@@ -94,9 +125,10 @@ fn each(
             if !is_wanted(&letter, filter, &sinks) {
                 continue;
             }
-            match marks.get(letter.offset().0) {
+            let became = Became::of(&marks, letter.offset().0);
+            match became.mark {
                 Some(Mark::Sent) if !with_sent => hidden += 1,
-                mark => take(&letter, mark, &sinks)?,
+                _ => take(&letter, &became, &sinks)?,
             }
         }
     }
@@ -162,12 +194,12 @@ fn list(
     let mut found = 0_u64;
     let mut kept: VecDeque<Listed> = VecDeque::new();
     let max = max.or((format == Format::Text).then_some(LISTED_MAX));
-    let hidden = each(config, with_sent, filter, |letter, mark, sinks| {
+    let hidden = each(config, with_sent, filter, |letter, became, sinks| {
         found += 1;
         match (format, max) {
-            (Format::Json, None) => out.json(&to_json(letter, mark))?,
-            (Format::Json, Some(_)) => kept.push_back(Listed::Json(to_json(letter, mark))),
-            (Format::Text, _) => kept.push_back(Listed::Text(lines(letter, mark, sinks))),
+            (Format::Json, None) => out.json(&to_json(letter, became))?,
+            (Format::Json, Some(_)) => kept.push_back(Listed::Json(to_json(letter, became))),
+            (Format::Text, _) => kept.push_back(Listed::Text(lines(letter, became, sinks))),
         }
         if max.is_some_and(|max| kept.len() > max) {
             kept.pop_front();
@@ -233,14 +265,14 @@ fn summary(
 ) -> anyhow::Result<()> {
     let mut reasons: HashMap<[String; 3], Reason> = HashMap::new();
     let mut found = 0;
-    let hidden = each(config, with_sent, filter, |letter, mark, _| {
+    let hidden = each(config, with_sent, filter, |letter, became, _| {
         found += 1;
         let pipeline = property(letter, "pipeline");
-        let mut key = [pipeline.clone(), refused_by(letter), telemetry::alike(&property(letter, "reason"))];
+        let mut key = [pipeline.clone(), refused_by(letter), telemetry::alike(&became.reason(letter))];
         if reasons.len() >= REASONS_MAX && !reasons.contains_key(&key) {
             key = [pipeline, String::new(), String::new()];
         }
-        let newest = to_json(letter, mark);
+        let newest = to_json(letter, became);
         let count = reasons.get(&key).map_or(0, |reason| reason.count) + 1;
         reasons.insert(key, Reason { count, newest });
         Ok(())
@@ -283,15 +315,17 @@ fn show(
     let mut letters_of = batch.messages().filter(|letter| is_wanted(letter, &any, &sinks));
     let letter = letters_of.find(|letter| letter.offset() == Offset(id)).with_context(missing)?;
     let marks = marks_of(letters.as_ref())?;
-    let mark = marks.get(id);
+    let became = Became::of(&marks, id);
+    let mark = became.mark;
     if format == Format::Json {
-        return out.json(&to_json(&letter, mark));
+        return out.json(&to_json(&letter, &became));
     }
     let mut fields: Vec<(String, String)> = vec![
         ("id".into(), id.to_string()),
         ("sent again".into(), sent_again(mark).into()),
-        ("reason".into(), property(&letter, "reason")),
+        ("reason".into(), became.reason(&letter)),
         ("refused by".into(), refused_by(&letter)),
+        ("first refused".into(), time(letter.batch.now_us)),
         ("for sinks".into(), for_sinks(&letter, mark, &sinks)),
         ("kind".into(), property(&letter, "kind")),
         ("pipeline".into(), property(&letter, "pipeline")),
@@ -303,6 +337,12 @@ fn show(
         ("topic".into(), letter.topic().to_owned()),
         ("device".into(), letter.device().to_owned()),
     ];
+    if became.again > 0 {
+        fields.push(("refused again".into(), times(became.again)));
+    }
+    if became.reason.is_some() {
+        fields.push(("first reason".into(), property(&letter, "reason")));
+    }
     if !letter.route().is_empty() {
         fields.push(("route".into(), letter.route().to_owned()));
     }
@@ -346,7 +386,7 @@ async fn redrive(
         bail!("{}", possible_duplicates(answer.letters_possible_duplicates, &loaded.source.hints()));
     }
     if !answer.failed.is_empty() {
-        bail!("not all could be sent, try again later: {}", answer.failed.join("; "));
+        bail!("not all could be sent: {}", answer.failed.join("; "));
     }
     if is_all_refused(&answer) {
         bail!("all were refused again: `{list}` shows by whom and why");
@@ -367,8 +407,8 @@ fn is_nothing(answer: &RedriveAnswer) -> bool {
 fn possible_duplicates(count: u64, hints: &Hints) -> String {
     let (letters, are) = if count == 1 { ("dead letter", "is") } else { ("dead letters", "are") };
     format!(
-        "{count} {letters} {are} not sent, because another copy of this data folder may have sent them, all or in \
-         part: `{}` marks them; look for their rows, then send them all the same with `{}`, or close them with `{}`",
+        "{count} {letters} {are} not sent that may be rows already, all or in part: another copy of this data folder \
+         may have sent them, or a step was removed in the middle of their redrive; `{}` marks them; look for their rows, then send them all the same with `{}`, or close them with `{}`",
         hints.command(Hint::DeadLettersList),
         hints.command(Hint::RedrivePossibleDuplicates),
         hints.command(Hint::Discard(Letters::All)),
@@ -452,18 +492,19 @@ fn sent_again(mark: Option<&Mark>) -> &'static str {
         Some(Mark::Sent) => "yes, or discarded",
         Some(Mark::Pending { .. }) => "pending",
         Some(Mark::Open { why: Reopened::Lost, .. }) => "yes, and a database has lost it",
-        Some(Mark::Open { why: Reopened::Rejected, .. }) => "refused again",
+        Some(Mark::Open { why: Reopened::Rejected(_), .. }) => "refused again",
         Some(Mark::Open { why: Reopened::PossibleDuplicate, .. }) => {
-            "perhaps, all or in part, by another copy of this data folder"
+            "perhaps, all or in part: by another copy of this data folder, or by a redrive during which steps were \
+             removed"
         }
         None => "no",
     }
 }
 
 /// Who refused it, what it is, and why.
-fn lines(letter: &MessageRef<'_>, mark: Option<&Mark>, sinks: &SinkNames) -> Lines {
-    let id = letter.offset().0;
-    Lines {
+fn lines(letter: &MessageRef<'_>, became: &Became<'_>, sinks: &SinkNames) -> Lines {
+    let (id, mark) = (letter.offset().0, became.mark);
+    let mut lines = Lines {
         head: vec![
             match mark {
                 Some(Mark::Sent) => format!("{id} (closed)"),
@@ -476,8 +517,16 @@ fn lines(letter: &MessageRef<'_>, mark: Option<&Mark>, sinks: &SinkNames) -> Lin
             format!("for {}", for_sinks(letter, mark, sinks)),
         ],
         what: vec![format!("device {}", letter.device()), letter.topic().to_owned()],
-        reason: property(letter, "reason"),
+        reason: became.reason(letter),
+    };
+    if became.again > 0 {
+        lines.head.push(format!("refused again {}", times(became.again)));
     }
+    lines
+}
+
+fn times(count: u32) -> String {
+    if count == 1 { "once".to_owned() } else { format!("{count} times") }
 }
 
 fn is_possible_duplicate(mark: Option<&Mark>) -> bool {
@@ -510,7 +559,8 @@ fn for_sinks(letter: &MessageRef<'_>, mark: Option<&Mark>, names: &SinkNames) ->
     now.into_iter().collect::<Vec<_>>().join(", ")
 }
 
-fn to_json(letter: &MessageRef<'_>, mark: Option<&Mark>) -> Map<String, Value> {
+fn to_json(letter: &MessageRef<'_>, became: &Became<'_>) -> Map<String, Value> {
+    let mark = became.mark;
     let mut all = message::to_json(letter);
     all.insert("sent_again".into(), (mark == Some(&Mark::Sent)).into());
     all.insert("pending".into(), matches!(mark, Some(Mark::Pending { .. })).into());
@@ -529,6 +579,12 @@ fn to_json(letter: &MessageRef<'_>, mark: Option<&Mark>) -> Map<String, Value> {
             None if value.is_empty() => None,
             None => refused.insert(name.into(), value.into()),
         };
+    }
+    refused.insert("at".into(), time(letter.batch.now_us).into());
+    refused.insert("again".into(), became.again.into());
+    if let Some(reason) = became.reason {
+        refused.insert("first_reason".into(), property(letter, "reason").into());
+        refused.insert("reason".into(), reason.into());
     }
     let sinks = property(letter, "sinks");
     if !sinks.is_empty() {

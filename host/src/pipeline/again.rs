@@ -19,6 +19,7 @@ use super::dead_letters::{DeadLetters, Refusal, Source};
 use super::letter::{Letter, Names};
 use super::marks::{Change, MARK_PREFIX, Mark, Marks, Pending, Reopened, Sent, mark_key};
 use super::pass_letters::{Fate, Part, Told};
+use super::reasons::{self, NewReasons, Reasons, Tries};
 use super::routes::SinkNumber;
 use crate::batch::{MessageRef, Offset, Partition};
 use crate::stream::{Identity, Read, ReadError, Stream};
@@ -35,6 +36,15 @@ pub struct Again {
     names: Names,
     pass: Mutex<Option<Uuid>>,
     sendings: Mutex<BTreeMap<u64, Sending>>,
+    reasons: Mutex<Reasons>,
+}
+
+/// What is to be remembered of letters that are rejected as before.
+pub struct Rejections {
+    pub changes: Vec<Change>,
+    /// By where the letter lies: the sinks that have rejected it, and its tries.
+    sendings: Vec<(u64, BTreeSet<String>, Tries)>,
+    reasons: NewReasons,
 }
 
 pub struct Sending {
@@ -43,6 +53,8 @@ pub struct Sending {
     /// Whether a sink refused it, and the name of that sink or step.
     by_sink: bool,
     by: String,
+    /// Hash of the letter's own reason.
+    reason: u64,
     /// The pipeline's sinks that it goes to.
     names: Vec<SinkNumber>,
     /// Ids of sinks that the pipeline does not have any more: it waits for them.
@@ -54,16 +66,19 @@ pub struct Sending {
     /// Sinks that may have it, all or some of what is made of it.
     doubtful: BTreeSet<SinkNumber>,
     may_repeat: bool,
+    tries: Tries,
+    from_step: Option<String>,
 }
 
 impl Sending {
+    /// `taken`: what its mark says, or will say.
     pub fn of(
         message: &MessageRef<'_>,
         letter: &Letter<'_>,
         pipeline: &DeadLetters,
-        only: Option<&BTreeSet<String>>,
-        rejected: &BTreeSet<String>,
+        taken: &Pending,
     ) -> Self {
+        let only = taken.only.as_ref();
         let names = pipeline.names();
         let (by_sink, by) = match letter.source(names) {
             Source::Sink(by) => (true, by),
@@ -77,22 +92,20 @@ impl Sending {
             partition: message.entry.partition,
             by_sink,
             by: by.to_owned(),
+            reason: reasons::hash(letter.reason),
             names: (0..names.sinks.len())
                 .filter(|sink| names.names(letter, *sink) || pipeline.began_behind(letter, *sink))
                 .filter(|sink| names.sinks[*sink].iter().any(|id| is_wanted(id)))
                 .collect(),
             kept: named.filter(|id| is_wanted(id) && names.number(id).is_none()).collect(),
             only: only.cloned(),
-            rejected: rejected.iter().map(own).collect(),
+            rejected: taken.rejected.iter().map(own).collect(),
             sent_by: BTreeMap::new(),
             doubtful: BTreeSet::new(),
-            may_repeat: false,
+            may_repeat: taken.may_repeat,
+            tries: taken.tries,
+            from_step: taken.from_step.clone(),
         }
-    }
-
-    /// The same, sent though it may be rows already.
-    pub fn repeating(self, may_repeat: bool) -> Self {
-        Self { may_repeat, ..self }
     }
 
     /// Whether the pass delivers it to a sink.
@@ -102,6 +115,11 @@ impl Sending {
 
     pub fn goes_anywhere(&self) -> bool {
         !self.names.is_empty()
+    }
+
+    /// Ids of the sinks that the pipeline does not have any more.
+    pub fn kept(&self) -> &BTreeSet<String> {
+        &self.kept
     }
 }
 
@@ -129,12 +147,17 @@ impl AddAssign for Ended {
 
 impl Again {
     /// A pass that has taken nothing yet.
-    pub fn begin(names: &Names) -> Self {
-        Self::of(names, Some(Uuid::new_v4()), BTreeMap::new())
+    pub fn begin(names: &Names, marks: &Marks) -> Self {
+        Self::of(names, Some(Uuid::new_v4()), BTreeMap::new(), marks)
     }
 
-    fn of(names: &Names, pass: Option<Uuid>, sendings: BTreeMap<u64, Sending>) -> Self {
-        Self { names: names.clone(), pass: Mutex::new(pass), sendings: Mutex::new(sendings) }
+    fn of(names: &Names, pass: Option<Uuid>, sendings: BTreeMap<u64, Sending>, marks: &Marks) -> Self {
+        Self {
+            names: names.clone(),
+            pass: Mutex::new(pass),
+            sendings: Mutex::new(sendings),
+            reasons: Mutex::new(marks.reasons().clone()),
+        }
     }
 
     /// Begins another pass, with the letters that come after those of this one. What is pending of
@@ -180,15 +203,13 @@ impl Again {
                 if letter.is_copy() != pending.pass.is_none() {
                     continue;
                 }
-                let sending =
-                    Sending::of(&message, &letter, pipeline, pending.only.as_ref(), &pending.rejected)
-                        .repeating(pending.may_repeat);
+                let sending = Sending::of(&message, &letter, pipeline, pending);
                 // The last of a letter's copies is the one under way.
                 passes.entry(pending.pass).or_default().insert(sending.letter, (at, sending));
             }
         }
         let again = |(pass, sendings): (_, BTreeMap<u64, (u64, Sending)>)| {
-            Self::of(names, pass, sendings.into_values().collect())
+            Self::of(names, pass, sendings.into_values().collect(), &marks)
         };
         Ok(passes.into_iter().map(again).collect())
     }
@@ -206,19 +227,44 @@ impl Again {
     }
 
     /// The mark of a letter that this pass takes, or has.
-    pub fn mark(&self, sending: &Sending, rejected: BTreeSet<String>) -> Mark {
+    pub fn mark(&self, sending: &Sending) -> Mark {
+        self.mark_with(sending, sending.rejected.clone(), sending.tries)
+    }
+
+    fn mark_with(&self, sending: &Sending, rejected: BTreeSet<String>, tries: Tries) -> Mark {
         Mark::Pending(Pending {
             pipeline: self.names.pipeline().to_owned(),
             pass: self.pass(),
             only: sending.only.clone(),
             rejected,
             may_repeat: sending.may_repeat,
+            tries,
+            from_step: sending.from_step.clone(),
         })
+    }
+
+    /// What a person said of a letter: the step where it enters, and that it may repeat rows.
+    pub fn asked(&self, offset: Offset) -> (Option<String>, bool) {
+        let sendings = self.lock();
+        let asked = |sending: &Sending| (sending.from_step.clone(), sending.may_repeat);
+        sendings.get(&offset.0).map(asked).unwrap_or_default()
+    }
+
+    /// A letter may be rows of a sink already, some of what is made of it.
+    pub fn doubt(&self, offset: Offset, sink: SinkNumber) {
+        if let Some(sending) = self.lock().get_mut(&offset.0) {
+            sending.doubtful.insert(sink);
+        }
     }
 
     /// Their marks are appended.
     pub fn take(&self, sendings: impl IntoIterator<Item = (Offset, Sending)>) {
         self.lock().extend(sendings.into_iter().map(|(offset, sending)| (offset.0, sending)));
+    }
+
+    /// The letters that it sends.
+    pub fn letters(&self) -> Vec<u64> {
+        self.lock().values().map(|sending| sending.letter).collect()
     }
 
     /// Where the first of what it sends lies.
@@ -302,26 +348,37 @@ impl Again {
             && sending.is_some_and(|sending| sending.by_sink == by_sink && sending.by == by)
     }
 
-    /// Keys and values of the marks that say that these sinks rejected these letters.
-    pub fn with_rejected(&self, refusals: &[(&Refusal<'_>, Vec<SinkNumber>)]) -> Vec<Change> {
-        let sendings = self.lock();
-        let mark = |(refusal, names): &(&Refusal<'_>, Vec<SinkNumber>)| {
-            let sending = sendings.get(&refusal.message.offset().0)?;
+    /// What says that these sinks rejected these letters, and why.
+    pub fn reject(&self, refusals: &[(&Refusal<'_>, Vec<SinkNumber>)]) -> Rejections {
+        let (sendings, reasons) = (self.lock(), self.reasons());
+        let mut rejections =
+            Rejections { changes: Vec::new(), sendings: Vec::new(), reasons: NewReasons::new() };
+        for (refusal, names) in refusals {
+            let at = refusal.message.offset().0;
+            let Some(sending) = sendings.get(&at) else { continue };
             let names = names.iter().map(|sink| self.names.id(*sink).to_owned());
-            let rejected = sending.rejected.iter().cloned().chain(names).collect();
-            Some((mark_key(Offset(sending.letter)), Some(self.mark(sending, rejected).bytes())))
-        };
-        refusals.iter().filter_map(mark).collect()
+            let rejected: BTreeSet<_> = sending.rejected.iter().cloned().chain(names).collect();
+            // Once in a pass, however many sinks it goes to.
+            let is_counted = !sending.rejected.is_empty();
+            let new = &mut rejections.reasons;
+            let tries = reasons.note(sending.tries, is_counted, refusal.reason, sending.reason, new);
+            let mark = self.mark_with(sending, rejected.clone(), tries).bytes();
+            rejections.changes.push((mark_key(Offset(sending.letter)), Some(mark)));
+            rejections.sendings.push((at, rejected, tries));
+        }
+        rejections.changes.extend(reasons::changes(&rejections.reasons));
+        rejections
     }
 
-    /// Their marks are appended.
-    pub fn reject(&self, refusals: &[(&Refusal<'_>, Vec<SinkNumber>)]) {
+    /// The changes are appended.
+    pub fn note(&self, rejections: Rejections) {
         let mut sendings = self.lock();
-        for (refusal, names) in refusals {
-            if let Some(sending) = sendings.get_mut(&refusal.message.offset().0) {
-                sending.rejected.extend(names.iter().map(|sink| self.names.id(*sink).to_owned()));
+        for (at, rejected, tries) in rejections.sendings {
+            if let Some(sending) = sendings.get_mut(&at) {
+                (sending.rejected, sending.tries) = (rejected, tries);
             }
         }
+        self.reasons().add(rejections.reasons);
     }
 
     /// What a sink rejected already.
@@ -366,12 +423,12 @@ impl Again {
             by_pass.into_iter().for_each(|by| sent.entry(by).or_default().push(sending.letter));
             let mark = if !open.is_empty() {
                 let why = match sending.doubtful.is_empty() {
-                    true => Reopened::Rejected,
+                    true => Reopened::Rejected(sending.tries),
                     false => Reopened::PossibleDuplicate,
                 };
                 match why {
                     Reopened::PossibleDuplicate => ended.possible_duplicates += 1,
-                    Reopened::Rejected | Reopened::Lost => ended.refused += 1,
+                    Reopened::Rejected(_) | Reopened::Lost => ended.refused += 1,
                 }
                 open.extend(sending.kept.iter().cloned());
                 Some(Mark::Open { sinks: open, why })
@@ -396,6 +453,11 @@ impl Again {
 
     pub fn pending(&self) -> u64 {
         self.lock().len() as u64
+    }
+
+    /// Below the sendings.
+    fn reasons(&self) -> MutexGuard<'_, Reasons> {
+        self.reasons.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Sending>> {

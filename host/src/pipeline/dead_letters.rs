@@ -67,6 +67,8 @@ pub struct Refusal<'a> {
     pub partition: Partition,
     /// Among the messages of the same offset that the step or sink saw.
     pub index: u32,
+    /// A [`StepHistory`](super::step_history::StepHistory) of the message; empty for a sink.
+    pub steps: &'a str,
     /// The only one of them.
     pub alone: bool,
     /// With it all of them are refused: nothing else is left of the message.
@@ -582,14 +584,15 @@ impl DeadLetters {
         let floors = (0..self.names.sinks.len()).map(|sink| known.floor(sink)).collect();
         let scan = Scan { from, floors }.bytes(&self.names);
         let scan = StateChange { key: self.scan_key.as_bytes(), value: Some(&scan) };
-        let marks = self.again.as_ref().map(|marks| marks.with_rejected(&again)).unwrap_or_default();
-        let marks = marks.iter().map(|(key, value)| StateChange { key, value: value.as_deref() });
+        let rejections = self.again.as_ref().map(|sendings| (sendings, sendings.reject(&again)));
+        let marks = rejections.iter().flat_map(|(_, rejections)| &rejections.changes);
+        let marks = marks.map(|(key, value)| StateChange { key, value: value.as_deref() });
         let changes: Vec<_> = std::iter::once(scan).chain(marks).collect();
         let appended = self.stream.append(&messages, &changes)?;
         known.ticket = known.ticket.max(appended.ticket);
         self.made.fetch_add(fresh.len() as u64, Ordering::Relaxed);
-        if let Some(marks) = &self.again {
-            marks.reject(&again);
+        if let Some((sendings, rejections)) = rejections {
+            sendings.note(rejections);
         }
         for (refusal, names) in again.iter().chain(&fresh) {
             known.note(refusal, names, readers);
@@ -829,6 +832,7 @@ mod tests {
                 reason: "no",
                 partition: Partition(0),
                 index: 0,
+                steps: "",
                 alone: true,
                 closes: true,
             };

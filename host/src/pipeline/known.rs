@@ -59,6 +59,10 @@ impl Seen {
         self.has(offset, Piece::WHOLE)
     }
 
+    pub fn pieces(&self) -> impl Iterator<Item = Piece> {
+        self.0.iter().map(|(_, piece)| *piece)
+    }
+
     pub fn add_all(&mut self, mut others: Self) {
         self.0.append(&mut others.0);
     }
@@ -432,6 +436,7 @@ mod tests {
             reason: "no",
             partition: Partition(0),
             index: index_within_offset(batch, entry),
+            steps: "",
             alone: before_last(batch, entry) == Some(0),
             closes,
         }

@@ -9,6 +9,7 @@ use super::dead_letters::{Refusal, Source};
 use super::known::Piece;
 use super::routes::SinkNumber;
 use super::sink_names::SinkNames;
+use super::step_history::{self, StepHistory};
 use crate::batch::{MessageRef, Offset};
 use crate::properties::{self, Origin, PROPERTIES_BYTES_MAX, PROPERTIES_MAX};
 use crate::stream::{Identity, Opening};
@@ -21,6 +22,9 @@ const STEP: &str = "dead-letter-step";
 const SINK: &str = "dead-letter-sink";
 /// Names the sinks that have not had the message of a step's letter: `a,b`.
 const SINKS: &str = "dead-letter-sinks";
+/// The steps that the message of a step's letter has been through, and those ahead of it: see
+/// [`StepHistory`].
+const STEPS: &str = "dead-letter-steps";
 /// Set where nothing else was left of the message, but for earlier letters.
 const WHOLE: &str = "dead-letter-whole";
 const STREAM: &str = "dead-letter-stream";
@@ -34,8 +38,10 @@ const OPENING: &str = "dead-letter-opening";
 const REDRIVE: &str = "dead-letter-redrive";
 
 const REASON_BYTES_MAX: usize = 4_096;
+/// Longer names of steps are not noted.
+const STEPS_BYTES_MAX: usize = 4_096;
 /// Most properties of ours.
-const OURS_MAX: usize = 14;
+const OURS_MAX: usize = 15;
 /// Bytes that a letter takes in an append, beside the message's own bytes and the reason.
 const HEADERS_BYTES_ESTIMATE: usize = 1_024;
 
@@ -51,6 +57,8 @@ pub struct Letter<'a> {
     /// Sinks of a step's letter; `None`: all of the pipeline, as hosts wrote it that
     /// did not name them.
     pub sinks: Option<&'a str>,
+    /// A [`StepHistory`]; `None`: a sink's letter, or the host that wrote it noted none.
+    pub steps: Option<&'a str>,
     /// Nothing else was left of the message, but for earlier letters.
     pub whole: bool,
     pub stream: &'a str,
@@ -71,7 +79,7 @@ impl<'a> Letter<'a> {
     pub fn of(message: &MessageRef<'a>) -> Option<Self> {
         let mut texts = [None; OURS_MAX];
         const NAMES: [&str; OURS_MAX] = [
-            REASON, KIND, PIPELINE, STEP, SINK, SINKS, WHOLE, STREAM, LOG, GENERATION, OFFSET, INDEX,
+            REASON, KIND, PIPELINE, STEP, SINK, SINKS, STEPS, WHOLE, STREAM, LOG, GENERATION, OFFSET, INDEX,
             OPENING, REDRIVE,
         ];
         for property in properties::iter(message.properties()) {
@@ -88,6 +96,7 @@ impl<'a> Letter<'a> {
             step,
             sink,
             sinks,
+            steps,
             whole,
             stream,
             log,
@@ -104,6 +113,7 @@ impl<'a> Letter<'a> {
             step,
             sink,
             sinks,
+            steps,
             whole: whole.is_some(),
             stream: stream?,
             log: log?.parse().ok()?,
@@ -147,6 +157,21 @@ impl<'a> Letter<'a> {
                 Source::Sink(number.map_or(sink, |number| names.sink(number)))
             }
             None => Source::Step(self.step.unwrap_or_default()),
+        }
+    }
+
+    /// What the letter notes of the steps.
+    pub fn history(&self) -> Option<StepHistory> {
+        StepHistory::read(self.steps?)
+    }
+
+    /// Returns the place in `steps` where the message of a step's letter enters, at `from_step` where
+    /// a person said so, or why it enters nowhere.
+    pub fn entry(&self, from_step: Option<&str>, steps: &[Arc<str>]) -> Result<usize, String> {
+        match (from_step, self.history()) {
+            (Some(step), _) => step_history::entry_at(step, steps),
+            (None, Some(history)) => history.entry(steps),
+            (None, None) => step_history::entry_without_history(self.step.unwrap_or_default(), steps),
         }
     }
 
@@ -208,6 +233,11 @@ impl Names {
         self.meanings.meant(name).iter().any(|id| self.number(id).is_some())
     }
 
+    /// Returns the name that a person knows of the sink with this id.
+    pub fn name_of<'n>(&'n self, id: &'n str) -> &'n str {
+        self.meanings.name_of(id)
+    }
+
     /// Returns the names of the sinks in the config.
     pub fn shown(&self) -> &[String] {
         &self.shown
@@ -239,8 +269,8 @@ impl Names {
 pub fn bytes_estimate(refusal: &Refusal<'_>, names_bytes: usize) -> usize {
     let message = &refusal.message;
     let own = [message.topic(), message.device(), message.route()].map(str::len).iter().sum::<usize>();
-    let reason = refusal.reason.len().min(REASON_BYTES_MAX);
-    message.payload().len() + message.properties().len() + own + reason + names_bytes + HEADERS_BYTES_ESTIMATE
+    let texts = refusal.reason.len().min(REASON_BYTES_MAX) + refusal.steps.len().min(STEPS_BYTES_MAX);
+    message.payload().len() + message.properties().len() + own + texts + names_bytes + HEADERS_BYTES_ESTIMATE
 }
 
 /// The message's own properties, then the letter's. Past the bound the
@@ -264,6 +294,9 @@ pub fn properties(
         Source::Step(step) => {
             set(STEP, step);
             set(SINKS, &sinks.join(","));
+            if !refusal.steps.is_empty() && refusal.steps.len() <= STEPS_BYTES_MAX {
+                set(STEPS, refusal.steps);
+            }
         }
         Source::Sink(sink) => set(SINK, sink),
     }
@@ -319,7 +352,8 @@ fn kept(bytes: &[u8], keep: impl Fn(u8) -> bool) -> Vec<u8> {
     out
 }
 
-fn shortened(reason: &str) -> &str {
+/// As much of a reason as a letter has.
+pub fn shortened(reason: &str) -> &str {
     &reason[..reason.floor_char_boundary(REASON_BYTES_MAX)]
 }
 
@@ -348,6 +382,7 @@ mod tests {
             reason: "column \"value\": not a number",
             partition: Partition(0),
             index: 1,
+            steps: "",
             alone: false,
             closes: false,
         };
@@ -392,7 +427,7 @@ mod tests {
         let mut theirs = Vec::new();
         properties::push(&mut theirs, Origin::Device, "big", &vec![b'x'; 50_000]);
         let batch = batch(theirs);
-        let reason = "r".repeat(10_000);
+        let (reason, steps) = ("r".repeat(10_000), "s".repeat(STEPS_BYTES_MAX));
         let refusal = Refusal {
             message: batch.message(0),
             source: Source::Step("normalize"),
@@ -400,6 +435,7 @@ mod tests {
             reason: &reason,
             partition: Partition(0),
             index: u32::MAX,
+            steps: &steps,
             alone: true,
             closes: true,
         };

@@ -7,6 +7,7 @@
 //! [`missing`](super::missing) compares it with the pass's position there. A letter's own mark
 //! says more than a record that names the letter.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::num::ParseIntError;
@@ -15,6 +16,7 @@ use std::str::FromStr;
 
 use uuid::Uuid;
 
+use super::reasons::{Reasons, Tries};
 use crate::batch::Offset;
 use crate::stream::StateEntries;
 
@@ -45,17 +47,17 @@ pub enum Mark {
 /// Why a letter is open that a redrive took.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reopened {
-    /// The sinks rejected it again.
-    Rejected,
+    /// The sinks rejected it again, or a step did for them.
+    Rejected(Tries),
     /// A sink among them had it, and its database lost it.
     Lost,
-    /// A redrive of another copy of the data folder may have made rows of it, all or some: it is
-    /// sent only where that is asked for.
+    /// A redrive may have made rows of it, all or some: one of another copy of the data folder, or one
+    /// during which steps were taken out. It is sent only where that is asked for.
     PossibleDuplicate,
 }
 
 /// A redrive of this pipeline is under way.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Pending {
     pub pipeline: String,
     /// `None`: a redrive of 0.1.0, which sends a copy.
@@ -66,6 +68,9 @@ pub struct Pending {
     pub rejected: BTreeSet<String>,
     /// It is sent though it may be rows already.
     pub may_repeat: bool,
+    pub tries: Tries,
+    /// The step that it enters at, where a person said so.
+    pub from_step: Option<String>,
 }
 
 /// First byte of the mark of a letter that a pass sends: no text begins with it.
@@ -77,24 +82,37 @@ const WAS_SENT: &str = "was sent";
 const POSSIBLE_DUPLICATE: &str = "possible duplicate";
 
 impl Reopened {
-    fn text(self) -> &'static str {
+    fn text(self) -> Cow<'static, str> {
         match self {
-            Self::Rejected => "",
-            Self::Lost => WAS_SENT,
-            Self::PossibleDuplicate => POSSIBLE_DUPLICATE,
+            Self::Rejected(tries) => tries.text().into(),
+            Self::Lost => WAS_SENT.into(),
+            Self::PossibleDuplicate => POSSIBLE_DUPLICATE.into(),
         }
     }
 
     fn read(text: &str) -> Self {
-        let all = [Self::Lost, Self::PossibleDuplicate];
-        all.into_iter().find(|why| why.text() == text).unwrap_or(Self::Rejected)
+        match text {
+            WAS_SENT => Self::Lost,
+            POSSIBLE_DUPLICATE => Self::PossibleDuplicate,
+            tries => Self::Rejected(Tries::read(tries)),
+        }
     }
 }
 
 impl Mark {
+    /// How often redrives had the letter rejected as before.
+    pub fn tries(&self) -> Tries {
+        match self {
+            Self::Open { why: Reopened::Rejected(tries), .. } => *tries,
+            Self::Pending(pending) => pending.tries,
+            Self::Open { .. } | Self::Sent => Tries::default(),
+        }
+    }
+
     /// Empty for a letter that is sent. `pending` and the pipeline, or `open` and why, and the
     /// sinks, a line each. For a pass: a byte, its UUID, then lines: the pipeline, the sinks that it
-    /// is sent to, those that rejected it, and whether it may repeat rows.
+    /// is sent to, those that rejected it, whether it may repeat rows, its tries, and the step that it
+    /// enters at.
     pub fn bytes(&self) -> Vec<u8> {
         let lines = |first: [&str; 2], names: &BTreeSet<String>| {
             first
@@ -106,14 +124,24 @@ impl Mark {
         };
         match self {
             Self::Sent => Vec::new(),
-            Self::Open { sinks, why } => lines(["open", why.text()], sinks),
+            Self::Open { sinks, why } => lines(["open", &why.text()], sinks),
             Self::Pending(Pending { pipeline, pass: None, rejected, .. }) => {
                 lines(["pending", pipeline], rejected)
             }
-            Self::Pending(Pending { pipeline, pass: Some(pass), only, rejected, may_repeat }) => {
+            Self::Pending(Pending {
+                pipeline,
+                pass: Some(pass),
+                only,
+                rejected,
+                may_repeat,
+                tries,
+                from_step,
+            }) => {
                 let only = only.as_ref().map(joined).unwrap_or_default();
-                let repeats = if *may_repeat { format!("\n{POSSIBLE_DUPLICATE}") } else { String::new() };
-                let text = format!("{pipeline}\n{only}\n{}{repeats}", joined(rejected));
+                let repeats = if *may_repeat { POSSIBLE_DUPLICATE } else { "" };
+                let (rejected, tries) = (joined(rejected), tries.text());
+                let from_step = from_step.as_deref().unwrap_or_default();
+                let text = [pipeline, &*only, &rejected, repeats, &tries, from_step].join("\n");
                 [&[OF_PASS], &pass.as_bytes()[..], text.as_bytes()].concat()
             }
         }
@@ -129,7 +157,9 @@ impl Mark {
             let (pipeline, only, rejected) = (line().to_owned(), split(line()), split(line()));
             let only = (!only.is_empty()).then_some(only);
             let (pass, may_repeat) = (Some(Uuid::from_bytes(*pass)), line() == POSSIBLE_DUPLICATE);
-            return Self::Pending(Pending { pipeline, pass, only, rejected, may_repeat });
+            let (tries, from_step) = (Tries::read(line()), Some(line()).filter(|step| !step.is_empty()));
+            let from_step = from_step.map(str::to_owned);
+            return Self::Pending(Pending { pipeline, pass, only, rejected, may_repeat, tries, from_step });
         }
         let text = String::from_utf8_lossy(bytes);
         let mut lines = text.split('\n');
@@ -138,8 +168,7 @@ impl Mark {
         match kind {
             Some("pending") => {
                 let pipeline = second.to_owned();
-                let pass = None;
-                Self::Pending(Pending { pipeline, pass, only: None, rejected: names, may_repeat: false })
+                Self::Pending(Pending { pipeline, rejected: names, ..Pending::default() })
             }
             Some("open") => Self::Open { sinks: names, why: Reopened::read(second) },
             _ => Self::Sent,
@@ -348,6 +377,7 @@ pub fn records(state: &StateEntries) -> impl Iterator<Item = Sent> {
 pub struct Marks {
     own: BTreeMap<u64, Mark>,
     sent: Runs,
+    reasons: Reasons,
 }
 
 impl Marks {
@@ -357,7 +387,12 @@ impl Marks {
             let offset = key.strip_prefix(LETTER_PREFIX)?.try_into().ok().map(u64::from_be_bytes)?;
             Some((offset, Mark::read(value)))
         };
-        Self { own: state.iter().filter_map(own).collect(), sent: Runs::of_records(records(state)) }
+        let sent = Runs::of_records(records(state));
+        Self { own: state.iter().filter_map(own).collect(), sent, reasons: Reasons::read(state) }
+    }
+
+    pub fn reasons(&self) -> &Reasons {
+        &self.reasons
     }
 
     /// `None`: no redrive took the letter.
@@ -407,7 +442,9 @@ mod tests {
     fn a_mark_reads_as_it_was_written_and_an_empty_one_of_the_first_version_is_sent() {
         let pending = |pass: Option<Uuid>, only, rejected| {
             let may_repeat = pass.is_some_and(|pass| pass.is_max());
-            Mark::Pending(Pending { pipeline: "p".into(), pass, only, rejected, may_repeat })
+            let (pipeline, tries) = ("p".into(), Tries::read(if may_repeat { "7 af" } else { "" }));
+            let from_step = may_repeat.then(|| "check".to_owned());
+            Mark::Pending(Pending { pipeline, pass, only, rejected, may_repeat, tries, from_step })
         };
         for mark in [
             Mark::Sent,
@@ -415,7 +452,8 @@ mod tests {
             pending(None, None, names(&["a", "b"])),
             pending(Some(Uuid::from_bytes([b'\n'; 16])), None, names(&[])),
             pending(Some(Uuid::max()), Some(names(&["a", "b"])), names(&["b"])),
-            Mark::Open { sinks: names(&["a"]), why: Reopened::Rejected },
+            Mark::Open { sinks: names(&["a"]), why: Reopened::Rejected(Tries::default()) },
+            Mark::Open { sinks: names(&["a"]), why: Reopened::Rejected(Tries::read("2 1f")) },
             Mark::Open { sinks: names(&["a", "b"]), why: Reopened::Lost },
             Mark::Open { sinks: names(&["a", "b"]), why: Reopened::PossibleDuplicate },
         ] {
@@ -448,7 +486,7 @@ mod tests {
     #[test]
     fn a_letter_whose_own_mark_says_more_than_a_record_is_what_the_mark_says() {
         let mut changes = Sent::records(Uuid::nil(), "p", &names(&["a"]), &[1, 2, 3]);
-        let open = Mark::Open { sinks: names(&["b"]), why: Reopened::Rejected };
+        let open = Mark::Open { sinks: names(&["b"]), why: Reopened::Rejected(Tries::default()) };
         changes.push((mark_key(Offset(2)), Some(open.bytes())));
         changes.push((mark_key(Offset(9)), Some(Vec::new())));
         let marks = Marks::read(&state(changes));

@@ -196,7 +196,7 @@ impl SentLetters {
                 let sinks = sinks.iter().cloned().chain([name()]).collect();
                 let why = match why {
                     Reopened::PossibleDuplicate => *why,
-                    Reopened::Rejected | Reopened::Lost => Reopened::Lost,
+                    Reopened::Rejected(_) | Reopened::Lost => Reopened::Lost,
                 };
                 Some(Mark::Open { sinks, why })
             }

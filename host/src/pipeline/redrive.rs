@@ -6,7 +6,8 @@
 //! `NAME/redrive`, a log that only this pass has), so that a letter becomes a row once
 //! even where a redrive died half-way: the next start goes on with what is pending. A
 //! letter goes to the sinks that it names, and is sent once each of them is past it
-//! ([`again`]). What the same step or sink refuses again is open again; what another
+//! ([`again`]). A step's letter goes through the steps of now that its message has not been
+//! through ([`step_history`](super::step_history)). What the same step or sink refuses again is open again; what another
 //! one refuses is a new letter, which names the sink that it was for.
 //!
 //! What a pass has taken and not sent keeps retention by size waiting for as long as
@@ -14,7 +15,7 @@
 //!
 //! [`again`]: super::again
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -29,22 +30,21 @@ use super::again::{Again, Ended, Sending};
 use super::dead_letters::{DeadLetters, Error as DeadLettersError, Source};
 use super::delivery::{Control, Lend, Returned};
 use super::known::{Reader, index_within_offset};
-use super::letter::{self, Letter, Names};
+use super::letter::{Letter, Names};
 use super::marks::{Change, MARK_PREFIX, Mark, Marks, Pending, Reopened, mark_key, records};
 use super::metrics::SinkMetrics;
 use super::pass_letters::{PassLetters, Told};
-use super::routes::{SinkNumber, Sorted};
+use super::redrive_steps::{Steps, original};
+use super::routes::SinkNumber;
 use super::status::SinkShared;
-use super::worker::{Shared, Stripped, unknown_routes, without_letters};
+use super::step_history;
+use super::worker::Shared;
 use super::writer::{Failed, Pace, Writer};
-use crate::batch::{Batch, MessageRef, Offset, Partition, Span};
-use crate::problems::step_problems;
+use crate::batch::{Batch, MessageRef, Offset};
 use crate::sinks::{Epoch, Rows, Sink};
-use crate::step::{Attempt, Chain, Outcome, Refused, RefusedKind, Step};
+use crate::step::Chain;
 use crate::stream::{self, AppendError, Attachment, OnLag, Read, ReadError, StateChange, Stream, Ticket};
 
-/// Runs of one message that asks for a retry.
-const ATTEMPTS_MAX: u32 = 3;
 /// Messages refused again before the sink's position moves past them, so that what
 /// is remembered of them is forgotten.
 const REFUSED_AT_ONCE: u64 = 1_000;
@@ -74,6 +74,8 @@ pub struct Filter {
     pub ids: Option<Vec<Offset>>,
     /// Also those that another copy of the data folder may have sent: their rows may come twice.
     pub possible_duplicates: bool,
+    /// Only those that a step refused: they enter at this one, whatever they have been through.
+    pub from_step: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -98,6 +100,8 @@ pub enum RedriveError {
     DeadLetters(#[from] DeadLettersError),
     #[error("step {0} cannot start: {1}")]
     Step(String, String),
+    #[error("no step \"{0}\", known are {1}")]
+    NoStep(String, String),
     #[error("{0}")]
     Held(String),
     #[error(
@@ -154,9 +158,26 @@ pub async fn run(
         summary.failed.push(cannot_be_read(gone));
     }
     let left = Again::left(&**dead_letters, &shared.letters).await?;
-    let steps = instances(chain).await?;
-    let mut redrive = Redrive { names, steps, shared, dead_letters, lenders, epochs, stopping, summary };
+    let steps = Steps::of(chain).await?;
+    if let Some(step) = filter.and_then(|filter| filter.from_step.as_deref())
+        && step_history::place_of(step, steps.names()).is_none()
+    {
+        return Err(RedriveError::NoStep(step.to_owned(), step_history::known(steps.names())));
+    }
+    let mut redrive = Redrive {
+        names,
+        steps,
+        shared,
+        dead_letters,
+        lenders,
+        epochs,
+        stopping,
+        summary,
+        left: HashSet::new(),
+        without_sink: BTreeMap::new(),
+    };
     for again in left {
+        redrive.left.extend(again.letters());
         let from = again.start().unwrap_or_default();
         let mut pass = redrive.begin(again, from).await?;
         redrive.send_part(&mut pass).await?;
@@ -180,7 +201,8 @@ async fn forget_marks(dead_letters: &Arc<dyn Stream>, pipelines: &[String]) -> R
     let mut lost = 0;
     let mut keys = Vec::new();
     let state = dead_letters.state(MARK_PREFIX);
-    for (offset, mark) in Marks::read(&state).own() {
+    let marks = Marks::read(&state);
+    for (offset, mark) in marks.own() {
         match mark {
             _ if offset >= start.0 => continue,
             // Its copy may be there.
@@ -192,6 +214,9 @@ async fn forget_marks(dead_letters: &Arc<dyn Stream>, pipelines: &[String]) -> R
         }
         keys.push(mark_key(Offset(offset)));
     }
+    keys.extend(
+        marks.reasons().unused(marks.own().map(|(_, mark)| mark.tries())).into_iter().map(|(key, _)| key),
+    );
     keys.extend(records(&state).filter(|sent| sent.letters.bounds().end <= start.0).map(|sent| sent.key()));
     for keys in keys.chunks(MARKS_MAX) {
         change(dead_letters, keys.iter().map(|key| StateChange { key, value: None }).collect()).await?;
@@ -241,8 +266,7 @@ async fn change(dead_letters: &Arc<dyn Stream>, changes: Vec<StateChange<'_>>) -
 /// One run of the redrives of a pipeline.
 struct Redrive<'a> {
     names: Names,
-    /// After [`RedriveError::Stopping`] there are none any more.
-    steps: Vec<Box<dyn Step>>,
+    steps: Steps,
     shared: &'a Arc<Shared>,
     dead_letters: &'a Arc<dyn Stream>,
     lenders: &'a [Lender],
@@ -250,6 +274,10 @@ struct Redrive<'a> {
     /// Ends it between two batches: the delivery whose sink it has borrowed is to drain.
     stopping: &'a CancellationToken,
     summary: Summary,
+    /// Letters that earlier redrives left.
+    left: HashSet<u64>,
+    /// Number of letters that go nowhere, by the sink that the pipeline does not have.
+    without_sink: BTreeMap<String, u64>,
 }
 
 /// One pass, and the letters that are made of what it sends.
@@ -322,7 +350,7 @@ impl Redrive<'_> {
             let first = *first;
             let pass = match &mut pass {
                 Some(pass) => pass,
-                None => pass.insert(self.begin(Again::begin(&self.names), first).await?),
+                None => pass.insert(self.begin(Again::begin(&self.names, &marks), first).await?),
             };
             if pass.taken + part.letters.len() > PASS_LETTERS_MAX {
                 self.end(pass);
@@ -346,6 +374,13 @@ impl Redrive<'_> {
         }
         if let Some(pass) = pass {
             self.end(&pass);
+        }
+        for (sink, letters) in std::mem::take(&mut self.without_sink) {
+            let are = if letters == 1 { "dead letter is" } else { "dead letters are" };
+            self.summary.failed.push(format!(
+                "sink \"{sink}\": the pipeline does not have it any more, {letters} {are} for it: put it back into the \
+                 routes, name it in renamed_from of the sink that takes its place, or discard them"
+            ));
         }
         Ok(())
     }
@@ -383,15 +418,29 @@ impl Redrive<'_> {
                     continue;
                 };
                 let offset = message.offset();
-                let (only, is_doubtful) = match marks.get(offset.0) {
+                if filter.ids.as_ref().is_some_and(|ids| !ids.contains(&offset)) {
+                    continue;
+                }
+                let mark = marks.get(offset.0);
+                let (only, is_doubtful) = match mark {
                     None => (None, false),
                     Some(Mark::Open { sinks, why }) => (Some(sinks), *why == Reopened::PossibleDuplicate),
                     Some(Mark::Sent | Mark::Pending(_)) => continue,
                 };
-                let sending = Sending::of(&message, &letter, &self.shared.letters, only, &BTreeSet::new());
-                let sending = sending.repeating(filter.possible_duplicates);
+                let taken = Pending {
+                    only: only.cloned(),
+                    may_repeat: filter.possible_duplicates,
+                    tries: mark.map(Mark::tries).unwrap_or_default(),
+                    from_step: filter.from_step.clone(),
+                    ..Pending::default()
+                };
+                let sending = Sending::of(&message, &letter, &self.shared.letters, &taken);
                 // Else it would be marked as sent, and had gone nowhere.
-                if !sending.goes_anywhere() || filter.ids.as_ref().is_some_and(|ids| !ids.contains(&offset)) {
+                if !sending.goes_anywhere() {
+                    for sink in sending.kept() {
+                        let sink = self.names.name_of(sink).to_owned();
+                        *self.without_sink.entry(sink).or_default() += 1;
+                    }
                     continue;
                 }
                 if part.letters.len() == PART {
@@ -399,7 +448,8 @@ impl Redrive<'_> {
                     return Ok(part);
                 }
                 if is_doubtful && !filter.possible_duplicates {
-                    self.summary.letters.possible_duplicates += 1;
+                    // Those that were left are counted.
+                    self.summary.letters.possible_duplicates += u64::from(!self.left.contains(&offset.0));
                     continue;
                 }
                 part.letters.push((offset, sending));
@@ -414,6 +464,7 @@ impl Redrive<'_> {
             && self.names.has(letter)
             && filter.sink.as_deref().is_none_or(is_by)
             && filter.step.as_deref().is_none_or(|step| letter.step == Some(step))
+            && (filter.from_step.is_none() || letter.sink.is_none())
     }
 
     /// Marks the letters of a part, durably. Where there is no room for all of them it takes
@@ -423,7 +474,7 @@ impl Redrive<'_> {
         let mut is_first = true;
         while !part.letters.is_empty() {
             let mark = |(offset, sending): &(Offset, Sending)| {
-                (mark_key(*offset), Some(again.mark(sending, BTreeSet::new()).bytes()))
+                (mark_key(*offset), Some(again.mark(sending).bytes()))
             };
             let mut marks: Vec<Change> = part.letters.iter().take(MARKS_MAX).map(mark).collect();
             marks.truncate(marks.chunk_by(together()).next().map_or(0, <[_]>::len));
@@ -591,7 +642,7 @@ impl Redrive<'_> {
                 let Some(letter) = Letter::of(&message).filter(|_| is_due(&message)) else { continue };
                 let out = match letter.source(&self.names) {
                     Source::Sink(_) => Some(original(&batch, i)),
-                    Source::Step(step) => {
+                    Source::Step(_) => {
                         let offset = message.offset();
                         let known = letters.seen(std::iter::once(number), offset, offset);
                         let known = known.and_then(|mut known| known.pop());
@@ -599,18 +650,18 @@ impl Redrive<'_> {
                         if reader.seen.has_whole(offset) {
                             continue;
                         }
-                        let (sorted, refused) = through(
-                            original(&batch, i),
-                            step,
-                            &mut self.steps,
-                            shared,
-                            &letters,
-                            &mut reader,
-                        )
-                        .await?;
-                        self.summary.refused += refused;
-                        refused_since += refused;
-                        sorted.and_then(|sorted| sorted.for_sink(number))
+                        let asked = again.asked(offset);
+                        let asked = (asked.0.as_deref(), asked.1);
+                        let message = original(&batch, i);
+                        let made = self.steps.run(message, &letter, asked, shared, &letters, &mut reader);
+                        let made = made.await?;
+                        if made.is_doubtful {
+                            again.doubt(offset, number);
+                            continue;
+                        }
+                        self.summary.refused += made.refused;
+                        refused_since += made.refused;
+                        made.sorted.and_then(|sorted| sorted.for_sink(number))
                     }
                 };
                 let Some(mut out) = out else { continue };
@@ -658,138 +709,6 @@ struct Part {
     letters: Vec<(Offset, Sending)>,
     /// Where the next part begins.
     next: Option<Offset>,
-}
-
-/// A letter as the message that was refused.
-fn original(batch: &Batch, i: usize) -> Batch {
-    let message = batch.message(i);
-    let properties = letter::without_letter(message.properties());
-    let mut entry = *message.entry;
-    let mut segments = batch.segments.clone();
-    entry.properties = Span::new(segments.len(), 0, properties.len());
-    segments.push(properties.into());
-    Batch { base: batch.base, now_us: batch.now_us, segments, entries: vec![entry].into(), exclusive: false }
-}
-
-/// Runs a message for one sink from the step on that refused it. What is
-/// refused again becomes a new letter for that sink.
-async fn through(
-    mut batch: Batch,
-    from: &str,
-    steps: &mut Vec<Box<dyn Step>>,
-    shared: &Shared,
-    letters: &DeadLetters,
-    reader: &mut Reader,
-) -> Result<(Option<Sorted>, u64), RedriveError> {
-    let mut refused = 0;
-    let begin = if from == super::ROUTES_STEP {
-        steps.len()
-    } else {
-        let place = steps.iter().position(|step| &*step.id().step == from);
-        match place {
-            Some(place) => place,
-            None => {
-                let reason = format!("step \"{from}\" is not among the pipeline's steps any more");
-                let again = [Refused { index: 0, kind: RefusedKind::Failed, reason }];
-                refused += refuse(&batch, None, from, &again, letters, reader).await?;
-                return Ok((None, refused));
-            }
-        }
-    };
-    for place in begin..steps.len() {
-        let name = Arc::clone(&steps[place].id().step);
-        let indexes;
-        (batch, indexes) = without_letters(batch, &name, std::slice::from_ref(reader));
-        if batch.is_empty() {
-            return Ok((None, refused));
-        }
-        let partition = batch.entries.first().map(|entry| entry.partition).unwrap_or_default();
-        let all = (0..batch.len() as u32).collect::<Vec<_>>();
-        let mut attempt = Attempt::FIRST;
-        let outcome = loop {
-            let outcome = run_step(steps, place, batch.clone(), partition, attempt).await?;
-            match &outcome.retry {
-                Some(reason) if outcome.held => return Err(RedriveError::Held(reason.clone())),
-                Some(_) if !attempt.is_last => {
-                    let number = attempt.number + 1;
-                    attempt = Attempt { number, is_last: number == ATTEMPTS_MAX };
-                }
-                _ => break outcome,
-            }
-        };
-        if let Some(reason) = &outcome.retry {
-            let again: Vec<_> = all
-                .iter()
-                .map(|index| Refused { index: *index, kind: RefusedKind::Retries, reason: reason.clone() })
-                .collect();
-            refused += refuse(&batch, indexes, &name, &again, letters, reader).await?;
-            return Ok((None, refused));
-        }
-        refused += refuse(&batch, indexes, &name, &outcome.refused, letters, reader).await?;
-        batch = outcome.passed;
-        if batch.is_empty() {
-            return Ok((None, refused));
-        }
-    }
-    let (batch, indexes) = without_letters(batch, super::ROUTES_STEP, std::slice::from_ref(reader));
-    let sorted = shared.routes.sort(batch);
-    let unknown = unknown_routes(&shared.routes, &sorted.batch, &sorted.unknown);
-    refused += refuse(&sorted.batch, indexes, super::ROUTES_STEP, &unknown, letters, reader).await?;
-    Ok((Some(sorted), refused))
-}
-
-/// Off the async threads, as long as the step's limits let it take. After `Stopping`
-/// there are no steps any more.
-async fn run_step(
-    steps: &mut Vec<Box<dyn Step>>,
-    place: usize,
-    batch: Batch,
-    partition: Partition,
-    attempt: Attempt,
-) -> Result<Outcome, RedriveError> {
-    let mut taken = std::mem::take(steps);
-    let run = move || (taken[place].run(batch, partition, attempt), taken);
-    match tokio::task::spawn_blocking(run).await {
-        Ok((outcome, taken)) => {
-            *steps = taken;
-            Ok(outcome)
-        }
-        Err(_) => Err(RedriveError::Stopping),
-    }
-}
-
-/// How many new letters there are. `indexes`: as [`without_letters`] gave them.
-async fn refuse(
-    batch: &Batch,
-    indexes: Option<Vec<u32>>,
-    step: &str,
-    refused: &[Refused],
-    letters: &DeadLetters,
-    reader: &mut Reader,
-) -> Result<u64, RedriveError> {
-    let partition = batch.entries.first().map(|entry| entry.partition).unwrap_or_default();
-    let batch = Stripped { batch, indexes, partition };
-    let refusals = batch.refusals(step, refused);
-    let refused = letters.refuse(&refusals, std::slice::from_mut(reader)).await?;
-    if refused.done < refusals.len() { Err(RedriveError::NoRoom) } else { Ok(refused.letters) }
-}
-
-async fn instances(chain: &Chain) -> Result<Vec<Box<dyn Step>>, RedriveError> {
-    let chain = chain.clone();
-    let make = move || {
-        let mut steps = Vec::new();
-        for factory in chain.steps.iter() {
-            let made = factory
-                .instantiate(0)
-                .map_err(|problems| RedriveError::Step(factory.describe(), step_problems(&problems)))?;
-            steps.push(made);
-        }
-        Ok(steps)
-    };
-    match tokio::task::spawn_blocking(make).await {
-        Ok(made) => made,
-        Err(_) => Err(RedriveError::Stopping),
-    }
 }
 
 /// A sink that redrives borrow from its delivery.

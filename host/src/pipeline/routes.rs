@@ -69,11 +69,14 @@ impl Routes {
         Sorted { batch, unknown, to }
     }
 
-    /// `route "fast" is not one of this pipeline's routes: alert, default`
-    pub fn unknown_reason(&self, route: &str) -> String {
+    /// `route "fast" is not one of this pipeline's routes: alert, default; step "check" gave it`.
+    /// `giver`: the step that gave the message the route.
+    pub fn unknown_reason(&self, route: &str, giver: Option<&str>) -> String {
         let mut known: Vec<_> = self.routes.iter().map(|(route, _)| route.as_str()).collect();
         known.sort_unstable();
-        format!("route \"{route}\" is not one of this pipeline's routes: {}", known.join(", "))
+        let known = known.join(", ");
+        let by = giver.map(|step| format!("; step \"{step}\" gave it")).unwrap_or_default();
+        format!("route \"{route}\" is not one of this pipeline's routes: {known}{by}")
     }
 
     fn place(&self, route: &str) -> Option<usize> {
@@ -151,9 +154,8 @@ mod tests {
 
     #[test]
     fn an_unknown_route_is_told_with_the_known_ones() {
-        assert_eq!(
-            routes().unknown_reason("fast"),
-            "route \"fast\" is not one of this pipeline's routes: alert, default, noise"
-        );
+        let told = "route \"fast\" is not one of this pipeline's routes: alert, default, noise";
+        assert_eq!(routes().unknown_reason("fast", None), told);
+        assert_eq!(routes().unknown_reason("fast", Some("check")), format!("{told}; step \"check\" gave it"));
     }
 }

@@ -16,20 +16,23 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use super::config::Config;
-use super::dead_letters::{self, DeadLetters, Refusal, Source};
+use super::dead_letters::{self, DeadLetters, Refusal};
 use super::gone::Gone;
-use super::known::{Piece, Reader, Seen, before_last, index_within_offset};
+use super::known::{Reader, Seen};
 use super::metrics::{PipelineMetrics, step_duration};
 use super::outlet::{Bundle, Outlet, OutletClosed};
 use super::redrive_status::Redrives;
 use super::routes::Routes;
 use super::schedule::{OfWorker, Schedule};
+use super::step_history::StepHistory;
 use super::step_run::{Context, Held, run_step};
+use super::stripped::{Stripped, without_letters, without_whole};
+use super::unrouted::{Inputs, Unrouted};
 use super::versions::Begins;
 use crate::batch::{Batch, Entry, Offset, Partition};
 use crate::hints::{Hint, Letters};
 use crate::patience::Patience;
-use crate::step::{Chain, Refused, RefusedKind, Step};
+use crate::step::{Chain, RefusedKind, Step};
 use crate::stream::Ticket;
 use crate::telemetry::Failures;
 
@@ -62,6 +65,7 @@ pub struct Frame {
 #[derive(Default)]
 pub struct Steps {
     steps: Vec<Timed>,
+    names: Vec<Arc<str>>,
     /// Generation of the chain.
     generation: u64,
     /// Why they run no message, and wait for the next version.
@@ -81,8 +85,9 @@ impl Steps {
             let duration = step_duration(&step.id().pipeline, &step.id().step);
             Timed { step, duration, patience: Patience::new(Instant::now()) }
         };
+        let names = steps.iter().map(|step| Arc::clone(&step.id().step)).collect();
         let steps = steps.into_iter().map(timed).collect();
-        Self { steps, generation: chain.generation, hold: chain.hold.clone() }
+        Self { steps, names, generation: chain.generation, hold: chain.hold.clone() }
     }
 }
 
@@ -304,7 +309,7 @@ impl Worker {
 
     /// Runs the chain, and sorts by sink what comes out.
     fn run_for(&mut self, mut readers: Vec<Reader>, batch: Batch, partition: Partition) -> Result<(), Ended> {
-        let mut batch = self.chain(batch, partition, &mut readers)?;
+        let (mut batch, inputs) = self.chain(batch, partition, &mut readers)?;
         if batch.entries.iter().any(|entry| entry.partition != partition) {
             for entry in batch.entries.to_mut() {
                 entry.partition = partition;
@@ -313,7 +318,7 @@ impl Worker {
         if self.counts {
             self.shared.metrics.passed.increment(batch.len() as u64);
         }
-        self.route(batch, partition, &mut readers)?;
+        self.route(batch, inputs, partition, &mut readers)?;
         for reader in readers {
             if let Some(served) = self.outlets.iter_mut().find(|served| served.outlet.sink == reader.sink) {
                 served.at_hand.seen.add_all(reader.seen);
@@ -322,12 +327,19 @@ impl Worker {
         Ok(())
     }
 
-    fn chain(&mut self, batch: Batch, partition: Partition, readers: &mut [Reader]) -> Result<Batch, Ended> {
+    /// Returns also what went into each step.
+    fn chain(
+        &mut self,
+        batch: Batch,
+        partition: Partition,
+        readers: &mut [Reader],
+    ) -> Result<(Batch, Inputs), Ended> {
         let shared = Arc::clone(&self.shared);
         let mut batch = match readers.first() {
             Some(reader) => without_whole(batch, &reader.seen),
             None => batch,
         };
+        let mut inputs = Inputs::default();
         for place in 0..self.versions.0[self.version].1.steps.len() {
             let steps = &mut self.versions.0[self.version].1;
             let context = Context { generation: steps.generation, stop: &self.stop, counts: self.counts };
@@ -338,6 +350,7 @@ impl Worker {
             let name = Arc::clone(&step.id().step);
             let indexes;
             (batch, indexes) = without_letters(batch, &name, readers);
+            inputs.has_gaps |= indexes.is_some();
             if batch.is_empty() {
                 break;
             }
@@ -351,29 +364,39 @@ impl Worker {
                 let rejected = rejected.map(|refused| (refused.kind.as_str(), &*refused.reason));
                 let show = shared.failures.hint(Hint::DeadLettersSummary(Letters::OfPipeline(&shared.name)));
                 shared.failures.report_rejected(&format!("{}/{name}", shared.name), rejected, &show);
+                let history = StepHistory::at(&steps.names, place).to_string();
                 let batch = Stripped { batch: &batch, indexes, partition };
-                self.refuse(&batch.refusals(&name, &outcome.refused), readers)?;
+                self.refuse(&batch.refusals(&name, &outcome.refused, &history), readers)?;
             }
-            batch = outcome.passed;
+            inputs.batches.push(std::mem::replace(&mut batch, outcome.passed));
         }
-        Ok(batch)
+        Ok((batch, inputs))
     }
 
     /// Sorts a batch by sink; what names no route goes to dead letters.
-    fn route(&mut self, batch: Batch, partition: Partition, readers: &mut [Reader]) -> Result<(), Ended> {
+    fn route(
+        &mut self,
+        batch: Batch,
+        mut inputs: Inputs,
+        partition: Partition,
+        readers: &mut [Reader],
+    ) -> Result<(), Ended> {
         let shared = Arc::clone(&self.shared);
         let (batch, indexes) = without_letters(batch, super::ROUTES_STEP, readers);
+        inputs.has_gaps |= indexes.is_some();
         if batch.is_empty() {
             return Ok(());
         }
         let sorted = shared.routes.sort(batch);
         if !sorted.unknown.is_empty() {
-            let batch = Stripped { batch: &sorted.batch, indexes, partition };
-            let refused = unknown_routes(&shared.routes, &sorted.batch, &sorted.unknown);
-            let rejected = refused.iter().map(|refused| ("unknown route", &*refused.reason));
+            let names = &self.versions.0[self.version].1.names;
+            let history = |place| StepHistory::at(names, place);
+            let unrouted = Unrouted::new(&sorted, &inputs, &shared.routes, names, history);
+            let rejected = unrouted.refused.iter().map(|refused| ("unknown route", &*refused.reason));
             let show = shared.failures.hint(Hint::DeadLettersSummary(Letters::OfPipeline(&shared.name)));
             shared.failures.report_rejected(&shared.name, rejected, &show);
-            self.refuse(&batch.refusals(super::ROUTES_STEP, &refused), readers)?;
+            let batch = Stripped { batch: &sorted.batch, indexes, partition };
+            self.refuse(&unrouted.refusals(&batch), readers)?;
         }
         for reader in readers {
             if let Some(served) = self.outlets.iter_mut().find(|served| served.outlet.sink == reader.sink)
@@ -445,74 +468,4 @@ impl Worker {
         }
         Ok(())
     }
-}
-
-/// Without the messages that are in letters for the sinks at hand, all of them:
-/// they must not pass now, be it that a step has changed.
-pub(super) fn without_whole(batch: Batch, seen: &Seen) -> Batch {
-    if seen.is_empty() {
-        return batch;
-    }
-    let offset = |entry: &Entry| Offset(batch.base.0 + u64::from(entry.offset));
-    batch.filtered(|entry| !seen.has_whole(offset(entry)))
-}
-
-/// Without what this step put into letters for the sinks at hand, which are
-/// those that the letters name alike. `Some`: the places that the others had
-/// within their offsets.
-pub(super) fn without_letters(batch: Batch, step: &str, readers: &[Reader]) -> (Batch, Option<Vec<u32>>) {
-    let Some(seen) = readers.first().map(|reader| &reader.seen).filter(|seen| !seen.is_empty()) else {
-        return (batch, None);
-    };
-    let mut indexes = Vec::new();
-    let mut entries = Vec::new();
-    for (i, entry) in batch.entries.iter().enumerate() {
-        let index = index_within_offset(&batch, i);
-        if !seen.has(batch.offset(entry), Piece::of(Source::Step(step), index)) {
-            indexes.push(index);
-            entries.push(*entry);
-        }
-    }
-    if entries.len() == batch.len() {
-        return (batch, None);
-    }
-    (Batch { entries: entries.into(), exclusive: false, ..batch }, Some(indexes))
-}
-
-/// A batch as [`without_letters`] left it.
-pub(super) struct Stripped<'a> {
-    pub batch: &'a Batch,
-    pub indexes: Option<Vec<u32>>,
-    pub partition: Partition,
-}
-
-impl Stripped<'_> {
-    /// `refused`: by index, ascending.
-    pub fn refusals<'r>(&'r self, step: &'r str, refused: &'r [Refused]) -> Vec<Refusal<'r>> {
-        let one = |(k, of): (usize, &'r Refused)| {
-            let entry = of.index as usize;
-            let before = before_last(self.batch, entry);
-            let index = self.indexes.as_ref().map(|indexes| indexes[entry]);
-            Refusal {
-                message: self.batch.message(entry),
-                source: Source::Step(step),
-                kind: of.kind,
-                reason: &of.reason,
-                partition: self.partition,
-                index: index.unwrap_or_else(|| index_within_offset(self.batch, entry)),
-                alone: before == Some(0),
-                closes: before.is_some_and(|n| k >= n && refused[k - n].index as usize == entry - n),
-            }
-        };
-        refused.iter().enumerate().map(one).collect()
-    }
-}
-
-pub(super) fn unknown_routes(routes: &Routes, batch: &Batch, unknown: &[usize]) -> Vec<Refused> {
-    let one = |i: &usize| Refused {
-        index: *i as u32,
-        kind: RefusedKind::Failed,
-        reason: routes.unknown_reason(batch.message(*i).route()),
-    };
-    unknown.iter().map(one).collect()
 }

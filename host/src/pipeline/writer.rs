@@ -641,6 +641,7 @@ impl Writer {
                     reason: &r.reason,
                     partition: message.entry.partition,
                     index: index_within_offset(message.batch, entry),
+                    steps: "",
                     alone: before == Some(0),
                     closes: before.is_some_and(also),
                 }

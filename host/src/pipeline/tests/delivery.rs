@@ -44,7 +44,9 @@ async fn each_route_leads_to_its_sinks_and_an_unknown_one_to_dead_letters() {
     assert_eq!((count("w"), count("a")), (20, 10));
     let letters = world.letters().await;
     assert_eq!(letters.len(), 10);
-    assert_eq!(letters[0].1, "route \"fast\" is not one of this pipeline's routes: alert, default, noise");
+    let reason =
+        "route \"fast\" is not one of this pipeline's routes: alert, default, noise; step \"route\" gave it";
+    assert_eq!(letters[0].1, reason);
     process.stop().await;
 }
 

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::harness::{Act, Process, World, chain, number, published, sorted, step, text};
 use crate::batch::Offset;
-use crate::pipeline::{Filter, Letter, State};
+use crate::pipeline::{Filter, Letter, State, Summary};
 use crate::properties::{self, Origin};
 use crate::step::Chain;
 use crate::stream::{NewMessage, Read};
@@ -198,7 +198,11 @@ async fn a_letter_for_sinks_that_are_gone_is_kept_and_not_marked() {
     world.databases.remove("slow");
     let process = world.start(check(1, false)).await;
     process.until("running", |status| status.chain.is_some()).await;
-    assert_eq!(process.handle.redrive(&Filter::default()).await.unwrap(), Default::default());
+    let summary = process.handle.redrive(&Filter::default()).await.unwrap();
+    let [why] = &summary.failed[..] else { panic!("{summary:?}") };
+    assert!(why.starts_with("sink \"slow\": ") && why.contains("10 dead letters are for it"), "{why}");
+    assert!(why.contains("renamed_from"), "what to do: {why}");
+    assert_eq!(summary, Summary { failed: summary.failed.clone(), ..Summary::default() });
     assert_eq!(world.open_letters("slow").await.len(), 10);
     process.stop().await;
 }

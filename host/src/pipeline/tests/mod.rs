@@ -9,6 +9,7 @@ mod letters;
 mod names;
 mod positions;
 mod redrive;
+mod redrive_steps;
 mod restored;
 mod swap;
 mod versions;

@@ -1,0 +1,234 @@
+//! How a redrive runs the messages of dead letters through the steps.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use super::ROUTES_STEP;
+use super::dead_letters::{DeadLetters, Refusal, Source};
+use super::known::{Piece, Reader};
+use super::letter::{self, Letter};
+use super::redrive::RedriveError;
+use super::routes::Sorted;
+use super::step_history::StepHistory;
+use super::stripped::{Stripped, without_letters};
+use super::unrouted::{Inputs, Unrouted};
+use super::worker::Shared;
+use crate::batch::{Batch, Partition, Span};
+use crate::problems::step_problems;
+use crate::step::{Attempt, Chain, Outcome, Refused, RefusedKind, Step};
+
+/// Runs of one message that asks for a retry.
+const ATTEMPTS_MAX: u32 = 3;
+/// Messages made of one of which it can be told later which step rejected them.
+const PIECES_MAX: u32 = 1_024;
+
+/// A redrive's own instances of the steps of a chain.
+pub struct Steps {
+    /// After [`RedriveError::Stopping`] there are none any more.
+    steps: Vec<Box<dyn Step>>,
+    names: Vec<Arc<str>>,
+}
+
+/// What the steps made of a message for one sink.
+#[derive(Default)]
+pub struct Made {
+    /// `None`: nothing that goes on.
+    pub sorted: Option<Sorted>,
+    /// Messages that were rejected.
+    pub refused: u64,
+    /// Nothing was run: see [`is_by_others`].
+    pub is_doubtful: bool,
+}
+
+/// A message of a letter on its way.
+struct Message<'a> {
+    history: StepHistory,
+    /// Place of the step that it enters at.
+    entry: usize,
+    partition: Partition,
+    letters: &'a DeadLetters,
+    reader: &'a mut Reader,
+    made: Made,
+}
+
+impl Message<'_> {
+    async fn refuse(&mut self, refusals: &[Refusal<'_>]) -> Result<(), RedriveError> {
+        let refused = self.letters.refuse(refusals, std::slice::from_mut(self.reader)).await?;
+        self.made.refused += refused.letters;
+        if refused.done < refusals.len() { Err(RedriveError::NoRoom) } else { Ok(()) }
+    }
+}
+
+impl Steps {
+    pub async fn of(chain: &Chain) -> Result<Self, RedriveError> {
+        let names = chain.steps.iter().map(|step| Arc::clone(&step.id().step)).collect();
+        let chain = chain.clone();
+        let make = move || {
+            let mut steps = Vec::new();
+            for factory in chain.steps.iter() {
+                let made = factory
+                    .instantiate(0)
+                    .map_err(|problems| RedriveError::Step(factory.describe(), step_problems(&problems)))?;
+                steps.push(made);
+            }
+            Ok(steps)
+        };
+        match tokio::task::spawn_blocking(make).await {
+            Ok(made) => made.map(|steps| Self { steps, names }),
+            Err(_) => Err(RedriveError::Stopping),
+        }
+    }
+
+    pub fn names(&self) -> &[Arc<str>] {
+        &self.names
+    }
+
+    /// Runs the message of a step's letter for one sink, from the step on that is next for it, or that
+    /// a person named. What is rejected becomes a letter for that sink, or stays the one that it is.
+    pub async fn run(
+        &mut self,
+        batch: Batch,
+        letter: &Letter<'_>,
+        (from_step, may_repeat): (Option<&str>, bool),
+        shared: &Shared,
+        letters: &DeadLetters,
+        reader: &mut Reader,
+    ) -> Result<Made, RedriveError> {
+        let partition = batch.entries.first().map(|entry| entry.partition).unwrap_or_default();
+        if !may_repeat && is_by_others(reader, &self.names, letters.names().sink(reader.sink)) {
+            return Ok(Made { is_doubtful: true, ..Made::default() });
+        }
+        let history = letter.history().unwrap_or_default();
+        let mut message = Message { history, entry: 0, partition, letters, reader, made: Made::default() };
+        match letter.entry(from_step, &self.names) {
+            Ok(entry) => message.entry = entry,
+            Err(reason) => {
+                let by = letter.step.unwrap_or_default();
+                let refused = [Refused { index: 0, kind: RefusedKind::Failed, reason }];
+                let batch = Stripped { batch: &batch, indexes: None, partition };
+                message.refuse(&batch.refusals(by, &refused, letter.steps.unwrap_or_default())).await?;
+                return Ok(message.made);
+            }
+        }
+        let (batch, inputs) = self.through(batch, &mut message).await?;
+        if batch.is_empty() {
+            return Ok(message.made);
+        }
+        route(batch, inputs, &self.names, shared, &mut message).await?;
+        Ok(message.made)
+    }
+
+    async fn through(
+        &mut self,
+        mut batch: Batch,
+        message: &mut Message<'_>,
+    ) -> Result<(Batch, Inputs), RedriveError> {
+        let mut inputs = Inputs { first: message.entry, ..Inputs::default() };
+        for place in message.entry..self.names.len() {
+            let name = Arc::clone(&self.names[place]);
+            let indexes;
+            (batch, indexes) = without_letters(batch, &name, std::slice::from_ref(message.reader));
+            inputs.has_gaps |= indexes.is_some();
+            if batch.is_empty() {
+                break;
+            }
+            let outcome = self.run_step(place, &batch, message.partition).await?;
+            let history = message.history.through(&self.names, message.entry, place).to_string();
+            let stripped = Stripped { batch: &batch, indexes, partition: message.partition };
+            message.refuse(&stripped.refusals(&name, &outcome.refused, &history)).await?;
+            inputs.batches.push(std::mem::replace(&mut batch, outcome.passed));
+        }
+        Ok((batch, inputs))
+    }
+
+    /// Runs one step, again where it asks for it.
+    async fn run_step(
+        &mut self,
+        place: usize,
+        batch: &Batch,
+        partition: Partition,
+    ) -> Result<Outcome, RedriveError> {
+        let mut attempt = Attempt::FIRST;
+        let mut outcome = loop {
+            let outcome = self.run_once(place, batch.clone(), partition, attempt).await?;
+            match &outcome.retry {
+                Some(reason) if outcome.held => return Err(RedriveError::Held(reason.clone())),
+                Some(_) if !attempt.is_last => {
+                    let number = attempt.number + 1;
+                    attempt = Attempt { number, is_last: number == ATTEMPTS_MAX };
+                }
+                _ => break outcome,
+            }
+        };
+        if let Some(reason) = outcome.retry.take() {
+            let all = 0..batch.len() as u32;
+            let refused = |index| Refused { index, kind: RefusedKind::Retries, reason: reason.clone() };
+            outcome = Outcome { refused: all.map(refused).collect(), ..Outcome::default() };
+        }
+        Ok(outcome)
+    }
+
+    /// Off the async threads, as long as the step's limits let it take. After `Stopping`
+    /// there are no steps any more.
+    async fn run_once(
+        &mut self,
+        place: usize,
+        batch: Batch,
+        partition: Partition,
+        attempt: Attempt,
+    ) -> Result<Outcome, RedriveError> {
+        let mut taken = std::mem::take(&mut self.steps);
+        let run = move || (taken[place].run(batch, partition, attempt), taken);
+        match tokio::task::spawn_blocking(run).await {
+            Ok((outcome, taken)) => {
+                self.steps = taken;
+                Ok(outcome)
+            }
+            Err(_) => Err(RedriveError::Stopping),
+        }
+    }
+}
+
+/// Whether a step that is not there now has put some of what is made of the message into a letter,
+/// in an earlier run of the pass: the steps of now would make it once more.
+fn is_by_others(reader: &Reader, steps: &[Arc<str>], sink: &str) -> bool {
+    if reader.seen.is_empty() {
+        return false;
+    }
+    let steps = steps.iter().map(|step| &**step).chain([ROUTES_STEP]).map(Source::Step);
+    let sources: Vec<_> = steps.chain([Source::Sink(sink)]).collect();
+    let own = |index| sources.iter().map(move |source| Piece::of(*source, index));
+    let own: BTreeSet<_> = (0..PIECES_MAX).flat_map(own).chain([Piece::WHOLE]).collect();
+    reader.seen.pieces().any(|piece| !own.contains(&piece))
+}
+
+/// Sorts what came out of all steps, and rejects what has no route.
+async fn route(
+    batch: Batch,
+    mut inputs: Inputs,
+    steps: &[Arc<str>],
+    shared: &Shared,
+    message: &mut Message<'_>,
+) -> Result<(), RedriveError> {
+    let (batch, indexes) = without_letters(batch, ROUTES_STEP, std::slice::from_ref(message.reader));
+    inputs.has_gaps |= indexes.is_some();
+    let sorted = shared.routes.sort(batch);
+    let (history, entry) = (message.history.clone(), message.entry);
+    let history = |place| history.through(steps, entry, place);
+    let unrouted = Unrouted::new(&sorted, &inputs, &shared.routes, steps, history);
+    let stripped = Stripped { batch: &sorted.batch, indexes, partition: message.partition };
+    message.refuse(&unrouted.refusals(&stripped)).await?;
+    message.made.sorted = Some(sorted);
+    Ok(())
+}
+
+/// A letter as the message that was refused.
+pub fn original(batch: &Batch, i: usize) -> Batch {
+    let message = batch.message(i);
+    let properties = letter::without_letter(message.properties());
+    let mut entry = *message.entry;
+    let mut segments = batch.segments.clone();
+    entry.properties = Span::new(segments.len(), 0, properties.len());
+    segments.push(properties.into());
+    Batch { base: batch.base, now_us: batch.now_us, segments, entries: vec![entry].into(), exclusive: false }
+}
