@@ -14,7 +14,7 @@ use super::error::describe;
 use super::positions::{self, Refusal};
 use super::schema::{self, no_table, quoted, quoted_table};
 use super::stage;
-use super::table::{Binding, Table};
+use super::table::{Binding, Ignores, Table};
 use super::transaction::BEGIN;
 use crate::sinks::columns::Columns;
 use crate::sinks::config::table_parts;
@@ -242,10 +242,19 @@ impl Check<'_> {
                 return Ok(());
             }
         };
-        if on_conflict == OnConflict::Ignore && !table.has_keys() {
-            self.checked.warnings.push(format!(
-                "on_conflict: ignore has no effect: table {name} has no unique key, so no row meets another"
-            ));
+        if on_conflict == OnConflict::Ignore {
+            self.checked.warnings.extend(match binding.ignores {
+                Ignores::Nothing => Some(format!(
+                    "on_conflict: ignore has no effect: table {name} has no unique key that a row fills, so no row \
+                     meets another"
+                )),
+                Ignores::AnyKey { of_table: true } => Some(format!(
+                    "on_conflict: ignore leaves a row out as well that meets a key which table {name} fills itself, \
+                     as after a restore that set its sequence back: PostgreSQL lets a statement name one key, and \
+                     rows meet others at several; drop one, or set on_conflict: reject"
+                )),
+                Ignores::Key(_) | Ignores::AnyKey { .. } => None,
+            });
         }
         let filled: Vec<&str> = columns.columns.iter().map(|column| column.name.as_str()).collect();
         let table = quoted_table(name);

@@ -18,7 +18,7 @@ use tokio_postgres::Client;
 use super::connect::{text_forms, text_forms_differ};
 use super::encode::Target;
 use super::schema::{literal, quoted, quoted_table};
-use super::table::{Binding, Bound, column_list};
+use super::table::{Binding, Bound, Ignores, column_list};
 use crate::sinks::columns::{Column, Columns};
 use crate::sinks::config::OnConflict;
 
@@ -306,7 +306,8 @@ fn probe(columns: &Columns, binding: &Binding) -> (String, String) {
             "IF of_column = '' THEN
                         BEGIN
                             INSERT INTO headworks_probe (d{i}) VALUES ({});
-                        EXCEPTION WHEN data_exception THEN
+                        EXCEPTION WHEN OTHERS THEN
+                            -- Any other may be of this look alone: the user may not use what the default names.
                             IF SQLSTATE = code THEN
                                 of_column := {};
                                 of_default := TRUE;
@@ -403,7 +404,14 @@ fn insert_of(
     let insert = format!("INSERT INTO {table} ({list}){overriding} SELECT {values} FROM");
     match on_conflict {
         OnConflict::Reject => format!("{insert} {from}"),
-        OnConflict::Ignore | OnConflict::Auto => format!("{insert} {from} ON CONFLICT DO NOTHING"),
+        OnConflict::Ignore | OnConflict::Auto => match &binding.ignores {
+            Ignores::Nothing => format!("{insert} {from}"),
+            Ignores::Key(names) => {
+                let names: Vec<String> = names.iter().map(|name| quoted(name)).collect();
+                format!("{insert} {from} ON CONFLICT ({}) DO NOTHING", names.join(", "))
+            }
+            Ignores::AnyKey { .. } => format!("{insert} {from} ON CONFLICT DO NOTHING"),
+        },
         OnConflict::Upsert => {
             let (key, nulls) = key(columns, binding);
             // An identity in the key is the same, and no UPDATE may name it.

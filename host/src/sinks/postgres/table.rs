@@ -23,6 +23,8 @@ struct Writing {
     insert_only: bool,
     /// Has rules for INSERT or UPDATE, beside which ON CONFLICT is not taken.
     has_rules: bool,
+    /// Has triggers for INSERT or UPDATE, which may set any column from what the row holds.
+    has_triggers: bool,
     /// The database's encoding lacks characters, so text is staged as bytes: what cannot be
     /// converted is then one row's error, and not that of COPY.
     text_as_bytes: bool,
@@ -52,8 +54,11 @@ struct TableColumn {
     modifier: i32,
     not_null: bool,
     has_default: bool,
-    /// Expression of its default, where it has one and is not computed of other columns.
+    /// Expression of its default, where it has one, is not computed of other columns, and is of a type that
+    /// this user may use.
     default: Option<String>,
+    /// The table computes it of other columns.
+    is_generated: bool,
     /// GENERATED ALWAYS AS IDENTITY: COPY writes it, INSERT only where it says so.
     is_always_identity: bool,
 }
@@ -82,9 +87,26 @@ pub struct Binding {
     pub has_rules: bool,
     /// Columns of the key of `on_conflict: upsert`.
     pub key: Vec<String>,
+    /// What a row is left out for that meets another one, with `on_conflict: ignore`.
+    pub ignores: Ignores,
     /// Columns that the table fills itself, by their defaults.
     pub defaults: Vec<DefaultColumn>,
     pub fingerprint: String,
+}
+
+/// The keys of a table at which a row may meet another for what it holds. At the others a row meets
+/// another where a default of the table gave both the same: it is not there already.
+#[derive(Clone, Debug)]
+pub enum Ignores {
+    /// None is of the row.
+    Nothing,
+    /// The key of these columns.
+    Key(Vec<String>),
+    /// All keys are of the row, or it has several and ON CONFLICT can name only one.
+    AnyKey {
+        /// There are keys that the table fills itself.
+        of_table: bool,
+    },
 }
 
 /// A column that `columns` does not fill and that has a default.
@@ -101,7 +123,10 @@ SELECT a.attname::text, base.oid, base.typtype = 'e', format_type(base.oid, -1),
        CASE WHEN declared.typtype = 'd' THEN declared.typtypmod ELSE a.atttypmod END,
        a.attnotnull OR base.not_null,
        a.atthasdef OR a.attidentity <> '' OR declared.typdefault IS NOT NULL, a.attidentity = 'a',
-       CASE WHEN a.attgenerated = '' THEN coalesce(pg_get_expr(d.adbin, d.adrelid), pg_get_expr(declared.typdefaultbin, 0)) END
+       CASE WHEN a.attgenerated = '' AND has_type_privilege(a.atttypid, 'USAGE')
+                 AND has_schema_privilege(declared.typnamespace, 'USAGE')
+            THEN coalesce(pg_get_expr(d.adbin, d.adrelid), pg_get_expr(declared.typdefaultbin, 0)) END,
+       a.attgenerated <> ''
 FROM pg_attribute a JOIN pg_type declared ON declared.oid = a.atttypid
 LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
 CROSS JOIN LATERAL (
@@ -136,10 +161,13 @@ WHERE (i.indisunique OR i.indisexclusion)
   AND (t.is_root OR NOT EXISTS (SELECT FROM pg_inherits h WHERE h.inhrelid = i.indexrelid))
 GROUP BY t.is_root, i.indexrelid ORDER BY t.is_root DESC, i.indisprimary DESC, i.indexrelid";
 
-/// Rules by their event: 2 is UPDATE, 3 INSERT.
+/// Rules by their event: 2 is UPDATE, 3 INSERT. Triggers by the bits of theirs: 4 is INSERT, 16 UPDATE.
 const WRITING: &str = "
 SELECT c.relkind = 'v' OR row_security_active(c.oid) OR coalesce(rules.events LIKE '%3%', false),
        rules.events IS NOT NULL,
+       EXISTS (SELECT FROM pg_trigger t
+               WHERE (t.tgrelid = c.oid OR t.tgrelid IN (SELECT relid FROM pg_partition_tree(c.oid)))
+                 AND t.tgtype & 20 <> 0 AND t.tgenabled <> 'D' AND NOT t.tgisinternal),
        current_setting('server_encoding') NOT IN ('UTF8', 'SQL_ASCII')
 FROM pg_class c CROSS JOIN LATERAL (
     SELECT string_agg(r.ev_type::text, '') FROM pg_rewrite r
@@ -159,12 +187,16 @@ SELECT concat_ws('|', c.oid, c.relkind, c.relrowsecurity,
     CASE WHEN c.relhasrules THEN
         (SELECT string_agg(concat_ws(':', r.oid, r.ev_enabled), ',' ORDER BY r.oid)
          FROM pg_rewrite r WHERE r.ev_class = c.oid AND r.ev_type IN ('2', '3'))
+    END,
+    CASE WHEN c.relhastriggers THEN
+        (SELECT string_agg(concat_ws(':', t.oid, t.tgenabled), ',' ORDER BY t.oid)
+         FROM pg_trigger t WHERE t.tgrelid = c.oid AND t.tgtype & 20 <> 0 AND NOT t.tgisinternal)
     END)
 FROM pg_class c WHERE c.oid = to_regclass($1)::oid";
 
 /// Whether a constraint ($4), else NOT NULL of a column ($5), of a table ($2, $3) concerns only columns that
-/// the sink's table ($1) fills itself, because they are not among $6: none is computed of others, and no
-/// trigger can set them from what the row holds.
+/// the sink's table ($1) fills itself and alike for every row, because they are not among $6: none is computed
+/// of others or drawn anew for each row, as `random()` is, and no trigger can set them from what the row holds.
 pub const FILLED_BY_TABLE: &str = "
 WITH RECURSIVE tables AS (
     SELECT to_regclass($1)::oid AS oid
@@ -183,10 +215,20 @@ keys AS (
     UNION
     SELECT a.attnum FROM pg_attribute a JOIN of_error e ON e.oid = a.attrelid WHERE $4 = '' AND a.attname = $5
 )
-SELECT coalesce(bool_and(coalesce(a.attname <> ALL ($6) AND a.attgenerated = '', false)), false)
+SELECT coalesce(bool_and(coalesce(a.attname <> ALL ($6) AND a.attgenerated = '' AND NOT varies.volatile, false)), false)
        AND NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid IN (SELECT oid FROM tables)
-                       AND t.tgtype & 7 = 7 AND t.tgenabled <> 'D' AND NOT t.tgisinternal)
-FROM keys k CROSS JOIN of_error e LEFT JOIN pg_attribute a ON a.attrelid = e.oid AND a.attnum = k.attnum";
+                       AND t.tgtype & 20 <> 0 AND t.tgenabled <> 'D' AND NOT t.tgisinternal)
+FROM keys k CROSS JOIN of_error e
+LEFT JOIN pg_attribute a ON a.attrelid = e.oid AND a.attnum = k.attnum
+LEFT JOIN pg_type declared ON declared.oid = a.atttypid
+LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+CROSS JOIN LATERAL (
+    SELECT EXISTS (
+        SELECT FROM regexp_matches(coalesce(pg_get_expr(d.adbin, d.adrelid), pg_get_expr(declared.typdefaultbin, 0)),
+                                   '([^ ().\"]+)\"?[(]', 'g') AS called (name)
+        JOIN pg_proc p ON p.proname = called.name[1]
+        WHERE p.provolatile = 'v' AND p.proname <> 'nextval') AS volatile
+) AS varies";
 
 /// Fails with a division by zero where the fingerprint ($2) is another one.
 pub fn check() -> String {
@@ -233,6 +275,7 @@ impl Table {
                 has_default: row.get(8),
                 is_always_identity: row.get(9),
                 default: row.get(10),
+                is_generated: row.get(11),
             })
             .collect();
         let keys = client.query(KEYS, &[&name]).await?;
@@ -244,13 +287,13 @@ impl Table {
         };
         let keys = keys.iter().map(key).collect();
         let row = client.query_one(WRITING, &[&name]).await?;
-        let writing = Writing { insert_only: row.get(0), has_rules: row.get(1), text_as_bytes: row.get(2) };
+        let writing = Writing {
+            insert_only: row.get(0),
+            has_rules: row.get(1),
+            has_triggers: row.get(2),
+            text_as_bytes: row.get(3),
+        };
         Ok(Some(Self { columns, keys, writing, fingerprint }))
-    }
-
-    /// Whether a row can meet another one at all.
-    pub fn has_keys(&self) -> bool {
-        !self.keys.is_empty()
     }
 
     /// How each column is written. Takes over what the table knows better:
@@ -319,10 +362,9 @@ impl Table {
                  add one, such as PRIMARY KEY (device_id, time)"
             ));
         }
-        // A key of columns that the table fills itself, such as an identity, never meets a row.
-        let may_conflict = |key: &Key| key.columns.iter().any(|name| name.as_ref().is_none_or(is_filled));
+        let ignores = self.ignores(is_filled);
         let staged = self.writing.insert_only
-            || on_conflict != OnConflict::Reject && self.keys.iter().any(may_conflict)
+            || on_conflict != OnConflict::Reject && !matches!(ignores, Ignores::Nothing)
             || bound.iter().any(|of| matches!(of.target, Target::Array { .. } | Target::Other));
         let key = key.unwrap_or_default();
         let unfilled = self.columns.iter().filter(|known| !is_filled(&known.name));
@@ -332,7 +374,24 @@ impl Table {
         };
         let defaults = unfilled.filter_map(default).collect();
         let (has_rules, fingerprint) = (self.writing.has_rules, self.fingerprint.clone());
-        Ok(Binding { columns: bound, staged, has_rules, key, defaults, fingerprint })
+        Ok(Binding { columns: bound, staged, has_rules, key, ignores, defaults, fingerprint })
+    }
+
+    fn ignores(&self, is_filled: impl Fn(&String) -> bool) -> Ignores {
+        let is_generated = |name: &String| self.columns.iter().any(|of| of.name == *name && of.is_generated);
+        let is_of_row = |name: &Option<String>| {
+            name.as_ref().is_none_or(|name| is_filled(name) || is_generated(name))
+                || self.writing.has_triggers
+        };
+        let (of_row, of_table): (Vec<_>, Vec<_>) =
+            self.keys.iter().partition(|key| key.columns.iter().any(is_of_row));
+        match of_row[..] {
+            [] => Ignores::Nothing,
+            [key] if key.is_plain && !of_table.is_empty() => {
+                Ignores::Key(key.columns.iter().flatten().cloned().collect())
+            }
+            _ => Ignores::AnyKey { of_table: !of_table.is_empty() },
+        }
     }
 }
 

@@ -101,6 +101,10 @@ pub fn bind_value(
             bind!(value.f64().and_then(|_| value.json_text()), "a number");
         }
         Some(Kind::Double) => bind!(value.f64(), "a number"),
+        Some(Kind::Bigint) if affinity == Affinity::Real => {
+            let whole = value.i64().filter(|whole| (*whole as f64) as i128 == i128::from(*whole));
+            bind!(whole, "a whole number that a double holds exactly");
+        }
         Some(Kind::Bigint) => bind!(value.i64(), "a whole number"),
         Some(Kind::Bool) => bind!(value.bool(), "true or false"),
         Some(Kind::Text) => bind_text!(value.text(), "text"),

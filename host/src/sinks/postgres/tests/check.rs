@@ -266,7 +266,13 @@ async fn ignore_on_a_table_without_a_unique_key_is_warned_of() {
     assert_eq!(checked.problems, [""; 0]);
     assert!(checked.warnings[0].contains("has no unique key"), "{:?}", checked.warnings);
     fresh.execute("CREATE UNIQUE INDEX ON telemetry (device_id, time)").await;
-    assert_eq!(check(ignore).await.warnings, [""; 0]);
+    assert_eq!(check(ignore.clone()).await.warnings, [""; 0]);
+    // The row's key can be named, and two cannot.
+    fresh.execute("ALTER TABLE telemetry ADD id SERIAL PRIMARY KEY").await;
+    assert_eq!(check(ignore.clone()).await.warnings, [""; 0]);
+    fresh.execute("CREATE UNIQUE INDEX ON telemetry (device_id, value)").await;
+    let warnings = check(ignore).await.warnings;
+    assert!(warnings[0].contains("a key which table telemetry fills itself"), "{warnings:?}");
 }
 
 #[tokio::test]

@@ -127,6 +127,87 @@ async fn a_default_or_a_trigger_that_fails_for_every_row_is_set_up_until_it_is_m
 }
 
 #[tokio::test]
+async fn a_row_whose_number_of_the_table_is_taken_is_not_there_already() {
+    for keys in ["", "UNIQUE (device_id, value),"] {
+        let fresh = Fresh::with(&format!(
+            "CREATE TABLE telemetry (id SERIAL PRIMARY KEY, {keys} {{TABLE}});
+             INSERT INTO telemetry SELECT n, now(), n, '', '', 0 FROM generate_series(1, 1000) AS n"
+        ))
+        .await;
+        let ignore = Config { on_conflict: OnConflict::Ignore, ..fresh.config() };
+        let mut sink = sink(ignore);
+        sink.open(&claim(), None).await.unwrap();
+        let batch = rows([("a", "1"), ("b", "2"), ("a", "3")]);
+        let outcome = sink.commit(&batch, &[advance(0, 0, 3)]).await;
+        assert!(is_setup(&outcome, "23505"), "{keys}: {outcome:?}");
+        fresh.execute("SELECT setval('telemetry_id_seq', 1000)").await;
+        sink.open(&claim(), None).await.unwrap();
+        let outcome = sink.commit(&batch, &[advance(0, 0, 3)]).await.unwrap();
+        assert_eq!(outcome, Outcome::Committed(Written { written: 3, ignored: 0 }), "{keys}");
+        let outcome = sink.commit(&batch, &[advance(0, 3, 6)]).await.unwrap();
+        let ignored = if keys.is_empty() { 0 } else { 3 };
+        assert_eq!(outcome, Outcome::Committed(Written { written: 3 - ignored, ignored }), "{keys}");
+    }
+}
+
+/// A key of what the table makes of a row is the row's.
+#[tokio::test]
+async fn a_row_meets_another_at_a_key_that_the_table_computes_of_it() {
+    let trigger = "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS $$
+         BEGIN NEW.uid := NEW.device_id || NEW.value; RETURN NEW; END $$;
+         CREATE TRIGGER t BEFORE INSERT ON telemetry FOR EACH ROW EXECUTE FUNCTION f()";
+    for sql in [
+        "CREATE TABLE telemetry (id SERIAL PRIMARY KEY, {TABLE},
+                                 uid TEXT GENERATED ALWAYS AS (device_id || value) STORED UNIQUE)",
+        &format!("CREATE TABLE telemetry ({{TABLE}}, uid TEXT UNIQUE); {trigger}"),
+    ] {
+        let fresh = Fresh::with(sql).await;
+        let mut sink = sink(Config { on_conflict: OnConflict::Ignore, ..fresh.config() });
+        sink.open(&claim(), None).await.unwrap();
+        let outcome = sink.commit(&rows([("a", "1"), ("a", "1")]), &[advance(0, 0, 2)]).await.unwrap();
+        assert_eq!(outcome, Outcome::Committed(Written { written: 1, ignored: 1 }), "{sql}");
+    }
+}
+
+#[tokio::test]
+async fn a_default_that_is_drawn_anew_for_each_row_holds_no_other_row_up() {
+    let fresh = Fresh::with(
+        "CREATE SEQUENCE draws;
+         CREATE FUNCTION draw() RETURNS bigint LANGUAGE sql VOLATILE AS $$ SELECT nextval('draws') % 5 $$;
+         CREATE TABLE telemetry ({TABLE}, code BIGINT DEFAULT draw() CHECK (code <> 3))",
+    )
+    .await;
+    let mut sink = fresh.sink();
+    sink.open(&claim(), None).await.unwrap();
+    let batch = rows((0..20).map(|_| ("a", "1")));
+    let refused = rejected(sink.commit(&batch, &[advance(0, 0, 20)]).await).len() as u64;
+    let written = sink.finish().await.unwrap().written;
+    assert!(written > 0 && written + refused == 20, "{written} written, {refused} refused");
+}
+
+/// PostgreSQL asks for no right on what a default names.
+#[tokio::test]
+async fn a_default_out_of_a_schema_that_the_writer_may_not_use_is_filled() {
+    let fresh = Fresh::with(
+        "CREATE SCHEMA private; CREATE TYPE private.kind AS ENUM ('new', 'seen');
+         CREATE FUNCTION private.shift() RETURNS int LANGUAGE sql AS 'SELECT 3';
+         CREATE TABLE telemetry ({TABLE}, kind private.kind DEFAULT 'new', shift INT DEFAULT private.shift(),
+                                 inverse FLOAT8 GENERATED ALWAYS AS (1 / (value - 50)) STORED)",
+    )
+    .await;
+    let writer = super::check::Writer::new(&fresh).await;
+    let mut sink = sink(writer.config());
+    writer.follow("GRANT CREATE, USAGE ON SCHEMA public TO PUBLIC").await;
+    writer.follow("GRANT INSERT ON telemetry TO PUBLIC").await;
+    sink.open(&claim(), None).await.unwrap();
+    let refused = rejected(sink.commit(&rows([("a", "1"), ("b", "50")]), &[advance(0, 0, 2)]).await);
+    assert_eq!(refused.iter().map(|row| row.row).collect::<Vec<_>>(), [1], "{refused:?}");
+    assert_eq!(sink.finish().await.unwrap().written, 1);
+    drop(sink);
+    writer.end().await;
+}
+
+#[tokio::test]
 async fn a_sequence_that_ends_amid_the_rows_beside_a_bad_one_rejects_none_of_them() {
     for (id, mend) in [
         ("SMALLINT", "ALTER SEQUENCE numbers AS bigint; ALTER TABLE telemetry ALTER id TYPE bigint"),
@@ -156,12 +237,16 @@ async fn a_column_that_the_table_fills_of_what_the_row_holds_rejects_that_row_al
     let trigger = "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS $$
          BEGIN NEW.site := NEW.device_id; RETURN NEW; END $$;
          CREATE TRIGGER t BEFORE INSERT ON telemetry FOR EACH ROW EXECUTE FUNCTION f()";
+    let after = "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS $$
+         BEGIN UPDATE telemetry SET site = NEW.device_id WHERE device_id = NEW.device_id; RETURN NULL; END $$;
+         CREATE TRIGGER t AFTER INSERT ON telemetry FOR EACH ROW EXECUTE FUNCTION f()";
     for sql in [
         "CREATE TABLE telemetry ({TABLE}, twice FLOAT8 GENERATED ALWAYS AS (2 * value) STORED CHECK (twice < 100))",
         "CREATE TABLE telemetry ({TABLE}, twice SMALLINT GENERATED ALWAYS AS (1000 * value) STORED)",
         "CREATE TABLE telemetry ({TABLE}, site TEXT DEFAULT 'x', UNIQUE (value, site))",
         &format!("CREATE TABLE telemetry ({{TABLE}}, site TEXT DEFAULT 'x' CHECK (site <> 'b')); {trigger}"),
         &format!("CREATE TABLE telemetry ({{TABLE}}, site VARCHAR(3) DEFAULT 'x'); {trigger}"),
+        &format!("CREATE TABLE telemetry ({{TABLE}}, site TEXT DEFAULT 'x' CHECK (site <> 'b')); {after}"),
     ] {
         let fresh = Fresh::with(sql).await;
         let mut sink = fresh.sink();

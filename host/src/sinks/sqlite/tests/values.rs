@@ -178,6 +178,16 @@ async fn numbers_are_stored_as_they_were_sent_or_rejected() {
 }
 
 #[tokio::test]
+async fn a_whole_number_of_64_bits_is_not_rounded_in_a_column_of_doubles() {
+    let file = File::with("CREATE TABLE telemetry (id DOUBLE)");
+    let mut sink = filling(&file, serde_json::json!({ "id": { "from": "/id", "type": "bigint" } })).await;
+    let sent = ["9007199254740992", "-9007199254740994", "9007199254740993", "9223372036854775807"];
+    let payloads = sent.map(|number| format!("{{\"id\":{number}}}"));
+    let rejected = commit(&mut sink, &payloads).await;
+    assert_eq!(rejected.iter().map(|(row, _)| *row).collect::<Vec<_>>(), [2, 3], "{rejected:?}");
+}
+
+#[tokio::test]
 async fn numbers_of_a_type_are_exact_in_a_column_of_text_and_so_is_json() {
     let file = File::with("CREATE TABLE telemetry (value TEXT, uid TEXT, doc JSON)");
     let columns = serde_json::json!({
