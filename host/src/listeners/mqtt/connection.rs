@@ -23,7 +23,7 @@ use std::time::Duration;
 use bytes::{Buf, BytesMut};
 use rmqtt_codec::v5::DisconnectReasonCode;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::task::coop::consume_budget;
+use tokio::task::coop::{consume_budget, unconstrained};
 use tokio::task::yield_now;
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
 
@@ -52,6 +52,8 @@ pub use self::permits::Permits;
 const READ_BYTES_MAX: usize = 64 << 10;
 /// While what was read waits, this much is read on, for PINGREQ.
 const STALLED_READ_BYTES_MAX: usize = 16 << 10;
+/// Reads and writes of a connection whose client has come back by another one, before it ends.
+const LAST_TURNS: u8 = 4;
 /// Deliveries are added to the write buffer up to this size.
 const WRITE_BYTES_MAX: usize = 64 << 10;
 /// Size up to which deliveries are added where the memory of all connections is used up.
@@ -98,6 +100,8 @@ struct Connection<'b, S> {
     drain_until: Option<Instant>,
     /// The client has left. What it sent before is still taken in.
     has_left: bool,
+    /// See [`LAST_TURNS`].
+    last_turns: u8,
 }
 
 enum Io {
@@ -198,6 +202,7 @@ where
         outward: None,
         drain_until: None,
         has_left: false,
+        last_turns: LAST_TURNS,
     };
     Some((connection, Leaving { turn, user_place }))
 }
@@ -370,16 +375,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
     async fn next_event(&mut self, timer: Pin<&mut Sleep>) -> Event {
         // Looked at first: a socket that always has something comes first below.
         if self.is_called() {
-            return Event::Wake;
+            return Box::pin(self.last_io()).await.map_or(Event::Wake, Event::Io);
         }
-        let read = self.drain_until.is_none() && self.out.len() < WRITE_PAUSE_BYTES && self.has_room();
-        let room = &self.broker.incoming_permits;
-        let is_scarce = room.is_wanted() || !self.inbound.memory.has_room(READ_BYTES_MAX);
-        let read_max = match (read, is_scarce && self.partial.is_none()) {
-            (false, _) => 0,
-            (true, false) => READ_BYTES_MAX,
-            (true, true) => FREE_BYTES,
-        };
+        let read_max = self.read_max();
         let (io, out) = (&mut self.io, &mut self.out);
         let stalled = self.inbound.is_stalled();
         let pause = (self.stopped_at == Next::Room).then(|| self.inbound.pause(self.broker)).flatten();
@@ -419,6 +417,34 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         }
     }
 
+    fn read_max(&self) -> usize {
+        let read = self.drain_until.is_none() && self.out.len() < WRITE_PAUSE_BYTES && self.has_room();
+        let room = &self.broker.incoming_permits;
+        let is_scarce = room.is_wanted() || !self.inbound.memory.has_room(READ_BYTES_MAX);
+        match (read, is_scarce && self.partial.is_none()) {
+            (false, _) => 0,
+            (true, false) => READ_BYTES_MAX,
+            (true, true) => FREE_BYTES,
+        }
+    }
+
+    /// What the client sent before it came back by another connection is taken in first: it may have said
+    /// goodbye, which decides about its will.
+    async fn last_io(&mut self) -> Option<Io> {
+        if !self.session.is_wanted() || self.has_left {
+            return None;
+        }
+        self.last_turns = self.last_turns.checked_sub(1)?;
+        let read_max = self.read_max();
+        let (io, out) = (&mut self.io, &mut self.out);
+        // Else it may seem that there is nothing.
+        unconstrained(poll_fn(|cx| match poll_io(io, out, read_max, cx) {
+            Poll::Ready(io) => Poll::Ready(Some(io)),
+            Poll::Pending => Poll::Ready(None),
+        }))
+        .await
+    }
+
     /// Whether [`Self::woken`] has something to say.
     fn is_called(&self) -> bool {
         self.session.kicked.load(Ordering::Acquire)
@@ -432,7 +458,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             return Err(End::Kicked);
         }
         if self.session.is_wanted() {
-            return Err(End::TakenOver);
+            return Err(if self.has_left { End::Lost } else { End::TakenOver });
         }
         if self.session.overflow.load(Ordering::Acquire) {
             return Err(End::Slow);

@@ -5,6 +5,7 @@
 mod connect;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
@@ -260,18 +261,20 @@ impl Asked {
         let invalid = ConnectAckReason::ClientIdentifierNotValid;
         let is_anothers =
             |session: &Session| session.other_owner(owner).is_some_and(|other| !other.gives_way_to(owner));
+        let mut older = None;
         if let Some(session) = broker.sessions.get(&self.client_id) {
             // Before the owner's connection is ended for this one.
             if is_anothers(&session) {
                 return Err(self.refused(remote, "session_owner", invalid));
             }
-            if let (Some(connection), ..) = session.presence() {
-                self.say_taken_over(broker, remote, &connection);
-            }
+            older = session.presence().0.map(|connection| Box::new((session, connection)));
         }
         let sessions_max = broker.config.sessions_max as usize;
         let quota = ConnectAckReason::QuotaExceeded;
         let claimed = broker.sessions.claim(&self.client_id, sessions_max).await;
+        if let Some(older) = older.filter(|older| older.0.thrown_out.swap(false, Ordering::Relaxed)) {
+            self.say_taken_over(broker, remote, &older.1);
+        }
         let (session, turn) = claimed.ok_or_else(|| self.refused(remote, "sessions_max", quota))?;
         let is_full = self.expiry_s > 0 && !session.is_kept() && !broker.has_state_room();
         let refused = match is_anothers(&session) {
@@ -283,7 +286,7 @@ impl Asked {
         Err(refused)
     }
 
-    /// Says that an older connection with the client's id is ended for this one. A device whose
+    /// Says that an older connection with the client's id was ended for this one. A device whose
     /// connection was lost comes back from where it was: that is said once it is often.
     fn say_taken_over(&self, broker: &Broker, remote: &Remote, older: &clients::Connected) {
         let mut detail =

@@ -60,6 +60,8 @@ pub struct Session {
     pub overflow: AtomicBool,
     /// Set: an operator sends the client away.
     pub kicked: AtomicBool,
+    /// Set: the last connection did not end by itself, but for another one.
+    pub thrown_out: AtomicBool,
     /// Connections that wait for their turn.
     claims: AtomicU32,
     turn: Arc<tokio::sync::Mutex<()>>,
@@ -140,6 +142,7 @@ impl Session {
             wake: Notify::new(),
             overflow: AtomicBool::new(false),
             kicked: AtomicBool::new(false),
+            thrown_out: AtomicBool::new(false),
             claims: AtomicU32::new(0),
             turn: Arc::default(),
             state: Mutex::new(State { epoch: new_epoch(), memory, ..State::default() }),
@@ -646,6 +649,7 @@ impl Sessions {
         };
         session.overflow.store(false, Ordering::Relaxed);
         session.kicked.store(false, Ordering::Relaxed);
+        session.thrown_out.store(false, Ordering::Relaxed);
         if kept_no_more.is_some() {
             broker.live.keep_no_more(broker, session).await?;
         }

@@ -1,3 +1,4 @@
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
 use super::*;
@@ -12,11 +13,15 @@ use crate::stream::memory::MemoryStream;
 
 /// A connection of a client that sends nothing.
 fn silent(broker: &Arc<Broker>, session: Arc<Session>) -> Connection<'_, tokio::io::Empty> {
+    connection(broker, session, tokio::io::empty())
+}
+
+fn connection<S>(broker: &Arc<Broker>, session: Arc<Session>, io: S) -> Connection<'_, S> {
     let version = Version::V5;
     let rights = broker.access.rights(Identity::default(), "c", None);
     Connection {
         broker,
-        io: tokio::io::empty(),
+        io,
         session: session.clone(),
         peer: Peer { version, window: 1, packet_bytes_max: usize::MAX },
         auth: None,
@@ -37,6 +42,7 @@ fn silent(broker: &Arc<Broker>, session: Arc<Session>) -> Connection<'_, tokio::
         outward: None,
         drain_until: None,
         has_left: false,
+        last_turns: LAST_TURNS,
     }
 }
 
@@ -90,6 +96,41 @@ async fn who_is_at_something_else_keeps_no_turn_to_read_from_others() {
     stream.append(&[message("a", b"x"); 3], &[]).unwrap();
     let loaded = one.loaded().await.unwrap().messages;
     assert!(places().iter().all(|place| loaded[place].is_some()), "all of one batch");
+}
+
+#[tokio::test]
+async fn what_a_client_sent_before_it_came_back_is_taken_in_and_its_goodbye_first_of_all() {
+    let stream = MemoryStream::new("s", 1);
+    let broker = &broker(&Config::default(), stream.clone(), MemoryStream::new("broker", 1));
+    const PUBLISH: [u8; 6] = [0x30, 4, 0, 1, b'x', 0];
+    const GOODBYE: [u8; 2] = [0xe0, 0];
+    for (said, is_thrown_out) in [(GOODBYE.as_slice(), false), (&[], true)] {
+        let (session, _turn) = broker.sessions.claim("c", 9).await.unwrap();
+        let (mut client, io) = tokio::io::duplex(1_024);
+        client.write_all(&PUBLISH).await.unwrap();
+        client.write_all(said).await.unwrap();
+        let mut other = std::pin::pin!(broker.sessions.claim("c", 9));
+        assert!(futures_util::poll!(&mut other).is_pending());
+        let end = connection(broker, session, io).run().await;
+        assert_eq!(matches!(end, End::TakenOver), is_thrown_out);
+        assert_eq!(matches!(end, End::Disconnect { .. }), !is_thrown_out);
+    }
+    assert_eq!(stream.bounds().end.0, 2);
+}
+
+/// A client that sends without end does not keep the other one waiting.
+#[tokio::test]
+async fn a_client_whose_session_is_wanted_is_read_a_few_times_more() {
+    let stores = || MemoryStream::new("s", 1);
+    let broker = &broker(&Config::default(), stores(), stores());
+    let (session, _turn) = broker.sessions.claim("c", 9).await.unwrap();
+    let mut other = std::pin::pin!(broker.sessions.claim("c", 9));
+    assert!(futures_util::poll!(&mut other).is_pending());
+    let pings = std::iter::repeat_n([0xc0, 0], 1 << 20).flatten().collect::<Vec<u8>>();
+    let io = tokio::io::join(&*pings, tokio::io::sink());
+    let mut connection = connection(broker, session, io);
+    let end = connection.run().await;
+    assert!(matches!(end, End::TakenOver) && connection.io.reader().len() > pings.len() / 2);
 }
 
 fn size_of_future<A, B, C, D, F: Future>(_: fn(A, B, C, D) -> F) -> usize {
