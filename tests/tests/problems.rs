@@ -60,17 +60,22 @@ fn two_devices_with_one_client_id_are_a_problem_that_names_it_and_a_device_that_
             let newer = open(client);
             std::mem::replace(&mut older, newer).closed();
         }
+        older
     };
-    take_over("pump-1", 2);
+    let _pump = take_over("pump-1", 2);
     let (_, problems) = status(&host);
     assert!(problems.iter().all(|problem| problem["kind"] != "takeovers"), "{problems:?}");
-    take_over("meter-7", 4);
+    let _meter = take_over("meter-7", 4);
     let takeovers = problem(&host, "takeovers");
     let cause = takeovers["cause"].as_str().expect("a text");
     let begin = "connections with client id \"meter-7\" ended each other 4 times";
     assert!(cause.starts_with(begin) && cause.contains("client meter-7 at 127.0.0.1:"), "{cause}");
     let advice = takeovers["advice"].as_str().expect("a text");
     assert!(advice.contains("`headworks clients show meter-7 --config headworks.yaml`"), "{advice}");
+    for (client, times) in [("meter-7", 4), ("pump-1", 2)] {
+        let shown = host.cli(&["clients", "show", client]);
+        assert!(shown.contains(&format!("{times} times lately")), "{shown}");
+    }
 }
 
 #[test]

@@ -243,6 +243,10 @@ fn show(config: &Config, client_id: &str, format: Format, out: &mut Out) -> anyh
         let why = "for the rates of mqtt.limits";
         fields.push(("read slower", format!("{} times, {why}", counts.throttled)));
     }
+    if client.takeovers > 0 {
+        let what = "lately that connections with this client id ended each other";
+        fields.push(("taken over", format!("{} times {what}", client.takeovers)));
+    }
     let width = fields.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     for (name, value) in fields {
         out.field(name, width, &value)?;

@@ -36,6 +36,10 @@ pub struct Client {
     /// since the host started.
     pub last_seen_us: Option<u64>,
     pub counts: Counts,
+    /// Times that connections with the client id ended each other lately: see `headworks status` for
+    /// those of which two devices seem to have one id.
+    #[serde(default)]
+    pub takeovers: u64,
     /// Its filters; empty in a list.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub filters: Vec<String>,
@@ -137,13 +141,18 @@ impl Clients {
             sessions.sort_by_cached_key(key);
         }
         sessions.truncate(max);
-        (found, sessions.iter().map(|session| session.describe(&self.0.clock)).collect())
+        (found, sessions.iter().map(|session| self.describe(session)).collect())
     }
 
     pub fn show(&self, client_id: &str) -> Option<Client> {
         let session = self.0.sessions.get(client_id).filter(|session| session.is_alive())?;
         let filters = session.filter_list().iter().map(|filter| filter.to_string()).collect();
-        Some(Client { filters, ..session.describe(&self.0.clock) })
+        Some(Client { filters, ..self.describe(&session) })
+    }
+
+    fn describe(&self, session: &Session) -> Client {
+        let takeovers = self.0.takeovers.lately(&session.client_id, Instant::now());
+        Client { takeovers, ..session.describe(&self.0.clock) }
     }
 
     /// Brings the gauges up to date that count over all sessions.
@@ -215,6 +224,7 @@ impl Session {
             session_bytes,
             last_seen_us: seen_us,
             counts: Counts { dropped, ..self.activity().counts() },
+            takeovers: 0,
             filters: Vec::new(),
         }
     }

@@ -71,6 +71,17 @@ impl Takeovers {
         contended
     }
 
+    /// Returns how often connections of this client ended each other lately: while they do so often, since
+    /// that began, and else within a minute.
+    pub fn lately(&self, client_id: &str, now: Instant) -> u64 {
+        let recent = self.lock();
+        let Some(of) = recent.get(client_id).filter(|of| !of.is_over(now)) else { return 0 };
+        match of.contended.as_ref().filter(|contended| !contended.is_over(now)) {
+            Some(contended) => contended.takeovers,
+            None => of.within,
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<Box<str>, Recent>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -145,10 +156,14 @@ mod tests {
         };
         let other = ContendedId { client_id: "other".to_owned(), ..twin(3, "a by b") };
         assert_eq!(takeovers.contended(later), [twin(4, "b by a"), other]);
+        assert_eq!(takeovers.lately("twin", later), 4);
         assert_eq!(takeovers.contended(begin + QUIET_AFTER), [twin(4, "b by a")]);
         assert_eq!(takeovers.contended(later + QUIET_AFTER), []);
         takeovers.note("twin", "", later + QUIET_AFTER);
         assert_eq!(takeovers.contended(later + QUIET_AFTER), [], "what is over is not counted on");
+        let lately = |client_id: &str, now| takeovers.lately(client_id, now);
+        assert_eq!((lately("twin", later + QUIET_AFTER), lately("none", later)), (1, 0));
+        assert_eq!(lately("twin", later + QUIET_AFTER + WINDOW), 0);
     }
 
     #[test]
