@@ -320,6 +320,14 @@ fn a_crash_loses_nothing_where_one_of_these_sequences_did() {
         &[Join(true), Join(false), Publish(14), KeepNoMore(2), Come(3), Leave(0), Leave(0), Leave(3)],
         &[Publish(21), Acknowledge(0, 1), Join(false), Join(false), KeepNoMore(0)],
         &[Subscribe(0, 0), Publish(2), Note(1)],
+        // A record behind whose positions an heir is offered nothing again.
+        &[Join(false), Publish(15), Come(0)],
+        // A session gives what it holds to one that ends with its connection.
+        &[Publish(1), KeepNoMore(0), Leave(1)],
+        // A session that ends is on its way out of the share, and holds more than moves in one go.
+        &[Leave(1), Join(false), Leave(0), Publish(65), Leave(2)],
+        // What was sent stays with a session that is kept no more.
+        &[Publish(21), Acknowledge(0, 11), KeepNoMore(0)],
     ];
     for steps in sequences {
         assert_nothing_is_lost(steps).unwrap();
