@@ -39,7 +39,7 @@ use crate::stream::{GapCause, Read, ReadError, Stream};
 
 pub use self::lanes::catch_up;
 pub use self::pass_on::Departure;
-pub use self::share_records::FoundRecords;
+pub use self::share_records::{FoundRecords, Heirs};
 pub use self::wakes::Wakes;
 
 /// No message of this stream is delivered now.
@@ -115,12 +115,12 @@ pub struct Subscription {
 }
 
 impl Live {
-    /// `sessions`: of the last run. `shares`: which have records, and the heirs of these.
+    /// `sessions`: of the last run.
     pub fn new(
         streams: &[Arc<dyn Stream>],
         limits: QueueLimits,
         sessions: &[Arc<Session>],
-        shares: Vec<(Box<str>, Arc<Session>)>,
+        heirs: Heirs,
     ) -> Self {
         let tail = |(number, stream): (usize, &Arc<dyn Stream>)| {
             let end = stream.bounds().end.0;
@@ -141,7 +141,7 @@ impl Live {
             no_local: AtomicUsize::new(0),
             limits,
             arrivals: AtomicU64::new(1),
-            passed: RwLock::new(Passed { seen: None, shares: ShareRecords::of(shares) }),
+            passed: RwLock::new(Passed { seen: None, shares: ShareRecords::of(heirs) }),
         }
     }
 

@@ -19,7 +19,7 @@ use super::acks::Stopped;
 use super::activity::Activity;
 use super::blobs::Id;
 use super::clients::Connected;
-use super::fanout::{Departure, FoundRecords};
+use super::fanout::{Departure, FoundRecords, Heirs};
 use super::lock_order::{Locked, Rank, in_order};
 use super::open_ids::{Content, Known, OpenIds, OpenIdsRoom, Received};
 use super::outbound::{self, Ids, Kept, Message, Outbox};
@@ -403,6 +403,13 @@ impl Session {
     }
 }
 
+/// What a start finds of the last run.
+pub struct LoadedSessions {
+    pub sessions: Sessions,
+    pub subscriptions: Vec<(Arc<Session>, String, Options)>,
+    pub heirs: Heirs,
+}
+
 /// The latest time that the records of sessions tell.
 pub fn newest_us(broker: &dyn Stream) -> u64 {
     let records = broker.state(SESSION);
@@ -413,8 +420,7 @@ pub fn newest_us(broker: &dyn Stream) -> u64 {
 impl Sessions {
     /// Reads the durable sessions, their subscriptions and the packet ids in
     /// flight; removes what has no owner. `valid`: see [`Lineages`](super::lineages::Lineages).
-    /// `retained`: all retained messages by their ids. Returns also the subscriptions, and the shares
-    /// that have records, with their heirs.
+    /// `retained`: all retained messages by their ids.
     pub fn load(
         broker: &dyn Stream,
         streams: &[Arc<dyn Stream>],
@@ -423,7 +429,7 @@ impl Sessions {
         retained: &HashMap<Id, Arc<Message>>,
         now_us: u64,
         rooms: &Rooms,
-    ) -> (Self, Vec<(Arc<Session>, String, Options)>, Vec<(Box<str>, Arc<Session>)>) {
+    ) -> LoadedSessions {
         let sessions = Self {
             by_client: Mutex::default(),
             count: AtomicUsize::new(0),
@@ -479,8 +485,7 @@ impl Sessions {
                 }
             }
         }
-        let shares =
-            shares.give(broker, |epoch, share| outboxes.entry(epoch).or_default().shares.push(share));
+        let heirs = shares.give(broker, |epoch, share| outboxes.entry(epoch).or_default().shares.push(share));
         let retained = |id: &Id, received_us| {
             retained.get(id).filter(|message| message.received_us() == received_us).cloned()
         };
@@ -531,7 +536,7 @@ impl Sessions {
                  than the others; it counts as released, and its message is taken again where the client repeats it"
             );
         }
-        (sessions, subscriptions, shares)
+        LoadedSessions { sessions, subscriptions, heirs }
     }
 
     fn new_session(&self, number: u64, client_id: Arc<str>) -> Session {

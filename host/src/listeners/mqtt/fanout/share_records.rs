@@ -42,8 +42,8 @@ struct Record {
 }
 
 impl ShareRecords {
-    /// The records that a start found, and their heirs.
-    pub fn of(found: Vec<(Box<str>, Arc<Session>)>) -> Self {
+    /// The records that a start found.
+    pub fn of(found: Heirs) -> Self {
         let takers = found.iter().map(|(_, heir)| (heir.number, heir.clone())).collect();
         let record = |filter| (filter, Record { holders: BTreeMap::new(), written: Some(Vec::new()) });
         let by_filter = found.into_iter().map(|(filter, _)| record(filter)).collect();
@@ -232,6 +232,9 @@ impl Live {
     }
 }
 
+/// The shares of which a start found records, and the sessions that are their heirs.
+pub type Heirs = Vec<(Box<str>, Arc<Session>)>;
+
 /// The records that a start finds, each for one session that is its heir.
 pub struct FoundRecords(HashMap<Box<str>, (Vec<u8>, Option<Heir>)>);
 
@@ -268,11 +271,7 @@ impl FoundRecords {
 
     /// Gives each record to its heir by `give`, with the heir's epoch, and removes those that have none.
     /// Returns the shares with their heirs.
-    pub fn give(
-        self,
-        stream: &dyn Stream,
-        mut give: impl FnMut(u64, FoundShare),
-    ) -> Vec<(Box<str>, Arc<Session>)> {
+    pub fn give(self, stream: &dyn Stream, mut give: impl FnMut(u64, FoundShare)) -> Heirs {
         let mut given = Vec::new();
         for (filter, (value, heir)) in self.0 {
             match heir {

@@ -535,6 +535,10 @@ pub(super) struct Before {
     seconds: u64,
 }
 
+/// A stream's number, where it is known, how far it is listed, and the part of it with messages that are
+/// not.
+pub(super) type StreamPart = (Option<u16>, u64, Range<u64>);
+
 /// Puts how far each stream is listed, and the part of it with messages that are not.
 pub(super) fn put_parts(
     out: &mut Vec<u8>,
@@ -651,13 +655,12 @@ impl<'a> Reader<'a> {
         std::str::from_utf8(self.bytes(usize::try_from(len).ok()?)?).ok()
     }
 
-    /// For each stream its number, where it is known, how far it is listed, and the part of it with
-    /// messages that are not.
+    /// Reads what [`put_parts`] put.
     pub(super) fn parts(
         &mut self,
         format: u8,
         number: &dyn Fn(&[u8]) -> Option<u16>,
-    ) -> Option<Vec<(Option<u16>, u64, Range<u64>)>> {
+    ) -> Option<Vec<StreamPart>> {
         let mut parts = Vec::new();
         for _ in 0..self.number()? {
             let known = number(self.bytes(IDENTITY_BYTES)?);
