@@ -168,6 +168,14 @@ fn a_dead_letter_is_listed_shown_and_sent_again() {
     });
     let listed = host.cli_json(&["dead-letters", "list"]);
     assert_eq!((listed.len(), &listed[0]["id"]), (1, &letters[0]["id"]));
+    let refused =
+        |letter: &serde_json::Value| (letter["refused"]["again"].clone(), letter["refused"]["at"].clone());
+    assert_eq!(refused(&listed[0]), (1.into(), letters[0]["refused"]["at"].clone()), "as at first");
+    let text = host.cli(&["dead-letters", "list"]);
+    assert!(text.contains("refused again once"), "{text}");
+    let args = ["dead-letters", "redrive", "--all", "--from-step", "typo", "--config", "headworks.yaml"];
+    let said = failed(host.command(&args));
+    assert!(said.contains("no step \"typo\", known are normalize, ") && said.contains(", routes"), "{said}");
 }
 
 #[test]

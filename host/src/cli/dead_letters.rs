@@ -605,6 +605,7 @@ fn property(letter: &MessageRef<'_>, name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::batch::{Entry, Span};
 
     #[test]
     fn a_redrive_says_what_became_of_letters_and_fails_where_all_are_letters_again() {
@@ -627,6 +628,33 @@ mod tests {
             ),
         ] {
             assert_eq!((redriven(&answer).as_str(), is_all_refused(&answer)), (said, is_failure));
+        }
+    }
+
+    #[test]
+    fn a_letter_says_why_it_was_refused_the_last_time_and_at_first() {
+        let mut bytes = Vec::new();
+        for (name, value) in [("reason", "no table"), ("step", "check"), ("pipeline", "telemetry")] {
+            properties::push(&mut bytes, Origin::Pipeline, &format!("dead-letter-{name}"), value.as_bytes());
+        }
+        let properties = Span::new(0, 0, bytes.len());
+        let entries = vec![Entry { properties, ..Entry::default() }].into();
+        let batch = Batch { segments: vec![bytes.into()], entries, now_us: 1, ..Batch::default() };
+        let letter = batch.message(0);
+        let first = Became::default();
+        let again = Became { again: 2, reason: Some("no column"), ..first };
+        for (became, reason, first_reason) in
+            [(first, "no table", None), (again, "no column", Some("no table"))]
+        {
+            let json = to_json(&letter, &became);
+            assert_eq!(json["refused"]["reason"], reason);
+            assert_eq!(json["refused"]["first_reason"].as_str(), first_reason);
+            assert_eq!(json["refused"]["at"], time(1));
+            assert_eq!(json["refused"]["again"], became.again);
+            let lines = lines(&letter, &became, &SinkNames::default());
+            assert_eq!(lines.reason, reason);
+            let is_told = lines.head.contains(&"refused again 2 times".to_owned());
+            assert_eq!(is_told, first_reason.is_some(), "{:?}", lines.head);
         }
     }
 
