@@ -290,9 +290,6 @@ impl Supervisor {
                     Flip { begins, steps, ticket }
                 };
                 let flips = begins.into_iter().zip(made).map(flip).collect();
-                if self.swap_waits.is_some() && self.lanes_made == 0 {
-                    self.active = self.versions.newest().cloned();
-                }
                 let opened = self.open_lane(&sinks, flips);
                 if self.main.is_none() {
                     self.main = opened;

@@ -57,10 +57,10 @@ impl Supervisor {
             self.swap_waits = Some(why);
         }
         self.swap_refused = None;
-        if self.active.as_ref().is_none_or(|active| active.hold.is_some()) {
+        if self.lanes_made == 0 || self.active.as_ref().is_none_or(|active| active.hold.is_some()) {
             self.active = self.versions.newest().cloned();
         }
-        self.hold.send_if_modified(|hold| std::mem::take(hold));
+        self.hold.send_if_modified(std::mem::take);
         self.place_all();
     }
 
@@ -143,18 +143,8 @@ impl Supervisor {
     /// Lets the newest steps begin with the first lane: with the first message that no sink has, or
     /// where they began in an earlier process. `false`: there are none that may run, or not now.
     pub(super) fn begin_steps(&mut self) -> bool {
-        if self.lanes_made > 0 {
+        if self.lanes_made > 0 || self.swap_waits.is_some() {
             return true;
-        }
-        if self.swap_waits.is_some() {
-            // What a sink has is known only once it is open.
-            return match self.wants_versions() {
-                Some(_) => true,
-                None => {
-                    self.begin_swap();
-                    false
-                }
-            };
         }
         let Some(active) = self.active.clone() else { return false };
         if active.hold.is_some() {

@@ -1,7 +1,7 @@
 //! A pipeline on memory parts, and steps written as functions.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 
@@ -48,6 +48,7 @@ struct TestStep {
     id: StepId,
     act: StepFn,
     sees_all: bool,
+    is_let_go: Arc<AtomicBool>,
 }
 
 impl Step for TestStep {
@@ -92,6 +93,11 @@ impl Step for TestStep {
                     outcome.retry = Some(reason.to_owned());
                     return outcome;
                 }
+                Act::Hold(reason) if self.is_let_go.load(Ordering::Acquire) => {
+                    let reason = reason.to_owned();
+                    outcome.refused.push(Refused { index: i as u32, kind: RefusedKind::Fault, reason });
+                    continue;
+                }
                 Act::Hold(reason) => {
                     return Outcome { retry: Some(reason.to_owned()), held: true, ..Outcome::default() };
                 }
@@ -115,6 +121,7 @@ pub struct TestFactory {
     sees_all: bool,
     /// Whether an instance for this worker cannot start.
     broken: Broken,
+    is_let_go: Arc<AtomicBool>,
 }
 
 impl StepFactory for TestFactory {
@@ -134,8 +141,13 @@ impl StepFactory for TestFactory {
         if (self.broken)(worker) {
             return Err(vec![Problem { path: KeyPath::root(), message: "no such table".to_owned() }]);
         }
-        let Self { id, act, sees_all, .. } = self;
-        Ok(Box::new(TestStep { id: id.clone(), act: Arc::clone(act), sees_all: *sees_all }))
+        let Self { id, act, sees_all, is_let_go, .. } = self;
+        let (act, is_let_go) = (Arc::clone(act), Arc::clone(is_let_go));
+        Ok(Box::new(TestStep { id: id.clone(), act, sees_all: *sees_all, is_let_go }))
+    }
+
+    fn let_go(&self) {
+        self.is_let_go.store(true, Ordering::Release);
     }
 }
 
@@ -162,7 +174,8 @@ pub fn broken_step(name: &str, broken: impl Fn(u32) -> bool + Send + Sync + 'sta
 fn made(name: &str, act: StepFn, sees_all: bool, broken: Broken) -> Arc<dyn StepFactory> {
     let id = StepId { pipeline: "p".into(), step: name.into() };
     let mut made = MADE.lock().unwrap();
-    let factory = Arc::new(TestFactory { id, number: made.len(), act, sees_all, broken });
+    let number = made.len();
+    let factory = Arc::new(TestFactory { id, number, act, sees_all, broken, is_let_go: Arc::default() });
     made.push(Arc::clone(&factory) as Arc<dyn StepFactory>);
     factory
 }

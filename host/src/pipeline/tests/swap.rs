@@ -1,5 +1,5 @@
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use super::harness::{Act, World, broken_step, chain, step, text};
 use crate::batch::Offset;
@@ -206,5 +206,24 @@ async fn a_pipeline_ends_while_its_step_is_held() {
     let process = world.start(chain(1, &[tag("new")])).await;
     process.drained().await;
     assert_eq!(world.payloads("w").len(), 50);
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pipeline_says_why_a_step_holds_until_it_goes_on_by_itself() {
+    let world = World::new(2, &[("default", "w")]);
+    let holds = Arc::new(AtomicBool::new(true));
+    let of_step = Arc::clone(&holds);
+    let step = step("tag", move |_, _| match of_step.load(Ordering::Acquire) {
+        true => Act::Hold("no instance"),
+        false => Act::Pass,
+    });
+    let process = world.start(chain(1, &[step])).await;
+    world.publish_many(3, 0, 50);
+    let told = |state: &State| matches!(state, State::Holding(why) if why == "no instance");
+    process.until("holding", |status| told(&status.state)).await;
+    holds.store(false, Ordering::Release);
+    process.until("running", |status| status.state == State::Running).await;
+    process.drained().await;
     process.stop().await;
 }

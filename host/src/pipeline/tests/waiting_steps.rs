@@ -8,6 +8,7 @@ use super::harness::{Act, Process, World, chain, number, recall, step, text};
 use super::versions::{DEVICES, all_read, assert_each_in_one_sink, route, swapped, world};
 use crate::pipeline::State;
 use crate::problems::Problem;
+use crate::sinks::memory::MemoryDatabase;
 use crate::step::{Chain, RecallError, Step, StepFactory, StepId, VERSIONS_MAX};
 
 /// The generation of the newest version that is kept.
@@ -262,4 +263,25 @@ async fn steps_wait_no_longer_where_a_version_is_gone() {
         assert!(said[0].cause.contains(&format!("offsets {first} to {last}")), "{}", said[0].cause);
         process.stop().await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pipeline_takes_its_change_while_that_of_another_one_waits() {
+    let world = world();
+    let mut other = world.clone();
+    other.pipeline = "q".to_owned();
+    other.databases.values_mut().for_each(|database| *database = MemoryDatabase::default());
+    let beside = other.start(chain(1, &[route(0)])).await;
+    let process = full(&world, route(NEWEST)).await;
+    beside.drained().await;
+    crashed(process).await;
+    crashed(beside).await;
+    let process = world.start(chain(1, &[route(NEWEST + 1)])).await;
+    let beside = other.start(chain(1, &[route(1)])).await;
+    waits(&process).await;
+    beside.until("begun", |s| s.chain == Some(1) && s.state == State::Running).await;
+    begins(&world, process, 1, ALL).await;
+    beside.drained().await;
+    assert_each_in_one_sink(&other, ALL + EACH);
+    beside.stop().await;
 }

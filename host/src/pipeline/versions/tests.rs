@@ -188,3 +188,16 @@ async fn a_version_is_recorded_once_its_plugin_files_are_stored() {
     assert!(versions.are_recorded());
     assert_eq!(recorded_begins(&dead, 1_000).await, [begins([0, 0]), begins([10, 10])]);
 }
+
+#[tokio::test]
+async fn a_version_that_held_in_an_earlier_process_holds_until_the_next_one_has_what_it_waits_at() {
+    let mut versions = versions(&MemoryStream::new("dead-letters", 1), &[[0, 0], [10, 10]]).await;
+    let held = &mut versions.list[1];
+    (held.holds, held.chain.as_mut().unwrap().hold) = (true, Some("held before".into()));
+    versions.add(begins([20, 20]), &chain(3)).unwrap();
+    versions.release();
+    assert!(versions.list[1].holds);
+    versions.give_way(&[Offset(15); 2]);
+    assert!(!versions.list[1].holds && versions.list[1].chain.as_ref().unwrap().hold.is_none());
+    assert_eq!(versions.list[2].begins, begins([15, 15]));
+}
