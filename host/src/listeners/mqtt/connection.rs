@@ -52,7 +52,7 @@ pub use self::permits::Permits;
 const READ_BYTES_MAX: usize = 64 << 10;
 /// While what was read waits, this much is read on, for PINGREQ.
 const STALLED_READ_BYTES_MAX: usize = 16 << 10;
-/// Reads and writes of a connection whose client has come back by another one, before it ends.
+/// Reads of a connection whose client has come back by another one, before it ends.
 const LAST_TURNS: u8 = 4;
 /// Deliveries are added to the write buffer up to this size.
 const WRITE_BYTES_MAX: usize = 64 << 10;
@@ -377,7 +377,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         if self.is_called() {
             return Box::pin(self.last_io()).await.map_or(Event::Wake, Event::Io);
         }
-        let read_max = self.read_max();
+        let read_max = if self.out.len() < WRITE_PAUSE_BYTES { self.read_max() } else { 0 };
         let (io, out) = (&mut self.io, &mut self.out);
         let stalled = self.inbound.is_stalled();
         let pause = (self.stopped_at == Next::Room).then(|| self.inbound.pause(self.broker)).flatten();
@@ -418,7 +418,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
     }
 
     fn read_max(&self) -> usize {
-        let read = self.drain_until.is_none() && self.out.len() < WRITE_PAUSE_BYTES && self.has_room();
+        let read = self.drain_until.is_none() && self.has_room();
         let room = &self.broker.incoming_permits;
         let is_scarce = room.is_wanted() || !self.inbound.memory.has_room(READ_BYTES_MAX);
         match (read, is_scarce && self.partial.is_none()) {
@@ -435,10 +435,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             return None;
         }
         self.last_turns = self.last_turns.checked_sub(1)?;
-        let read_max = self.read_max();
-        let (io, out) = (&mut self.io, &mut self.out);
-        // Else it may seem that there is nothing.
-        unconstrained(poll_fn(|cx| match poll_io(io, out, read_max, cx) {
+        let (read_max, io) = (self.read_max(), &mut self.io);
+        // Without a budget: else it may seem that there is nothing. Nothing is written to who has gone.
+        unconstrained(poll_fn(|cx| match poll_io(io, &mut BytesMut::new(), read_max, cx) {
             Poll::Ready(io) => Poll::Ready(Some(io)),
             Poll::Pending => Poll::Ready(None),
         }))

@@ -250,8 +250,8 @@ impl Check<'_> {
                 )),
                 Ignores::AnyKey { of_table: true } => Some(format!(
                     "on_conflict: ignore leaves a row out as well that meets a key which table {name} fills itself, \
-                     as after a restore that set its sequence back: PostgreSQL lets a statement name one key, and \
-                     rows meet others at several; drop one, or set on_conflict: reject"
+                     as after a restore that set its sequence back: ON CONFLICT can name one key, and here rows \
+                     fill several, or a trigger does; drop one, or set on_conflict: reject"
                 )),
                 Ignores::Key(_) | Ignores::AnyKey { .. } => None,
             });

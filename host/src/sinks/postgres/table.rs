@@ -23,8 +23,11 @@ struct Writing {
     insert_only: bool,
     /// Has rules for INSERT or UPDATE, beside which ON CONFLICT is not taken.
     has_rules: bool,
-    /// Has triggers for INSERT or UPDATE, which may set any column from what the row holds.
+    /// Triggers before the row is inserted may set any column from what it holds.
     has_triggers: bool,
+    /// ON CONFLICT names no key: of a view and a foreign table the keys are not known here, and under row-level
+    /// security a named one asks for more rights.
+    takes_any_key: bool,
     /// The database's encoding lacks characters, so text is staged as bytes: what cannot be
     /// converted is then one row's error, and not that of COPY.
     text_as_bytes: bool,
@@ -102,7 +105,8 @@ pub enum Ignores {
     Nothing,
     /// The key of these columns.
     Key(Vec<String>),
-    /// All keys are of the row, or it has several and ON CONFLICT can name only one.
+    /// All keys are of the row, or ON CONFLICT can name only one of several, or those that are of the row
+    /// are not known.
     AnyKey {
         /// There are keys that the table fills itself.
         of_table: bool,
@@ -161,13 +165,20 @@ WHERE (i.indisunique OR i.indisexclusion)
   AND (t.is_root OR NOT EXISTS (SELECT FROM pg_inherits h WHERE h.inhrelid = i.indexrelid))
 GROUP BY t.is_root, i.indexrelid ORDER BY t.is_root DESC, i.indisprimary DESC, i.indexrelid";
 
-/// Rules by their event: 2 is UPDATE, 3 INSERT. Triggers by the bits of theirs: 4 is INSERT, 16 UPDATE.
+/// Rules by their event: 2 is UPDATE, 3 INSERT. Triggers by the bits of theirs: BEFORE INSERT FOR EACH ROW.
 const WRITING: &str = "
+WITH RECURSIVE tables AS (
+    SELECT to_regclass($1)::oid AS oid
+    UNION ALL
+    SELECT c.oid FROM tables t
+    JOIN pg_inherits h ON h.inhparent = t.oid JOIN pg_class c ON c.oid = h.inhrelid AND c.relispartition
+)
 SELECT c.relkind = 'v' OR row_security_active(c.oid) OR coalesce(rules.events LIKE '%3%', false),
        rules.events IS NOT NULL,
-       EXISTS (SELECT FROM pg_trigger t
-               WHERE (t.tgrelid = c.oid OR t.tgrelid IN (SELECT relid FROM pg_partition_tree(c.oid)))
-                 AND t.tgtype & 20 <> 0 AND t.tgenabled <> 'D' AND NOT t.tgisinternal),
+       EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid IN (SELECT oid FROM tables)
+               AND t.tgtype & 7 = 7 AND t.tgenabled <> 'D' AND NOT t.tgisinternal),
+       row_security_active(c.oid)
+           OR EXISTS (SELECT FROM pg_class p WHERE p.oid IN (SELECT oid FROM tables) AND p.relkind NOT IN ('r', 'p')),
        current_setting('server_encoding') NOT IN ('UTF8', 'SQL_ASCII')
 FROM pg_class c CROSS JOIN LATERAL (
     SELECT string_agg(r.ev_type::text, '') FROM pg_rewrite r
@@ -190,7 +201,7 @@ SELECT concat_ws('|', c.oid, c.relkind, c.relrowsecurity,
     END,
     CASE WHEN c.relhastriggers THEN
         (SELECT string_agg(concat_ws(':', t.oid, t.tgenabled), ',' ORDER BY t.oid)
-         FROM pg_trigger t WHERE t.tgrelid = c.oid AND t.tgtype & 20 <> 0 AND NOT t.tgisinternal)
+         FROM pg_trigger t WHERE t.tgrelid = c.oid AND t.tgtype & 7 = 7 AND NOT t.tgisinternal)
     END)
 FROM pg_class c WHERE c.oid = to_regclass($1)::oid";
 
@@ -291,7 +302,8 @@ impl Table {
             insert_only: row.get(0),
             has_rules: row.get(1),
             has_triggers: row.get(2),
-            text_as_bytes: row.get(3),
+            takes_any_key: row.get(3),
+            text_as_bytes: row.get(4),
         };
         Ok(Some(Self { columns, keys, writing, fingerprint }))
     }
@@ -379,14 +391,14 @@ impl Table {
 
     fn ignores(&self, is_filled: impl Fn(&String) -> bool) -> Ignores {
         let is_generated = |name: &String| self.columns.iter().any(|of| of.name == *name && of.is_generated);
-        let is_of_row = |name: &Option<String>| {
-            name.as_ref().is_none_or(|name| is_filled(name) || is_generated(name))
-                || self.writing.has_triggers
-        };
+        let is_of_row =
+            |name: &Option<String>| name.as_ref().is_none_or(|name| is_filled(name) || is_generated(name));
         let (of_row, of_table): (Vec<_>, Vec<_>) =
             self.keys.iter().partition(|key| key.columns.iter().any(is_of_row));
+        let Writing { has_triggers, takes_any_key, .. } = self.writing;
         match of_row[..] {
-            [] => Ignores::Nothing,
+            _ if takes_any_key => Ignores::AnyKey { of_table: false },
+            [] if !has_triggers || of_table.is_empty() => Ignores::Nothing,
             [key] if key.is_plain && !of_table.is_empty() => {
                 Ignores::Key(key.columns.iter().flatten().cloned().collect())
             }
