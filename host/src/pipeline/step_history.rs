@@ -37,14 +37,13 @@ impl StepHistory {
         Some(Self { passed: names(passed), ahead: names(ahead) })
     }
 
-    /// Returns what it is once the message has been through the steps from `entry` to `place`.
+    /// Returns the history of a message that entered `steps` at `entry` and has been through those
+    /// before `place`. The message is to run all steps from `entry` on, also those that it had been
+    /// through before: a step behind `place` counts as not passed.
     pub fn through(&self, steps: &[Arc<str>], entry: usize, place: usize) -> Self {
-        let mut passed = self.passed.clone();
-        for step in &steps[entry.min(place)..place] {
-            if !passed.contains(step) {
-                passed.push(Arc::clone(step));
-            }
-        }
+        let runs_again = |step: &&Arc<str>| steps[entry..].contains(step);
+        let mut passed: Vec<_> = self.passed.iter().filter(|step| !runs_again(step)).cloned().collect();
+        passed.extend_from_slice(&steps[entry..place]);
         Self { passed, ahead: steps[place..].to_vec() }
     }
 
@@ -193,5 +192,7 @@ mod tests {
         assert_eq!(StepHistory::at(&steps, 1), history("a", "check b"));
         assert_eq!(history("a", "check").through(&steps, 1, 2), history("a check", "b"));
         assert_eq!(history("gone a", "check").through(&steps, 1, 1), history("gone a", "check b"));
+        let entered_earlier = history("gone a check", "b").through(&steps, 0, 1);
+        assert_eq!(entered_earlier, history("gone a", "check b"));
     }
 }

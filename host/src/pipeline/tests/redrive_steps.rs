@@ -120,6 +120,25 @@ async fn a_letter_that_fits_nowhere_among_the_steps_waits_until_a_person_says_wh
     }
 }
 
+/// A person had the message enter at `a`, though it had been through `b`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_letter_that_entered_earlier_leaves_no_step_out_that_is_behind_the_one_that_rejected_it() {
+    let wrong = step("b", |_, _| Act::Route("alrt"));
+    for (what, b) in [("rejects", refusing("b")), ("gives a wrong route", wrong)] {
+        let world = World::new(1, &[("default", "w")]);
+        let process = with_letters(&world, &[tag("a"), tag("b"), refusing("c")]).await;
+        flip(&process, 2, &[passing("front"), tag("a"), b, passing("c")]).await;
+        let said = Filter { from_step: Some("a".to_owned()), ..Filter::default() };
+        let summary = process.handle.redrive(&said).await.unwrap();
+        assert_eq!((summary.letters.sent, summary.new), (3, 3), "{what}");
+        flip(&process, 3, &[tag("a"), tag("b"), passing("c")]).await;
+        assert_eq!(redrive(&process).await.sent, 3, "{what}");
+        let rows: Vec<_> = published(1, 3).iter().map(|row| format!("b a b a {row}")).collect();
+        assert_eq!(sorted(world.payloads("w")), sorted(rows), "{what}");
+        process.stop().await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_person_who_says_where_letters_enter_sends_none_that_a_sink_rejected() {
     let world = World::new(1, &[("default", "w")]);
