@@ -175,6 +175,12 @@ impl<'a> Letter<'a> {
         }
     }
 
+    /// Returns the steps that the message has been through where [`Letter::entry`] is `entry`. Without a
+    /// note those are all steps in front of it: there is none, or a person named the place.
+    pub fn history_at(&self, entry: usize, steps: &[Arc<str>]) -> StepHistory {
+        self.history().unwrap_or_else(|| StepHistory::at(steps, entry))
+    }
+
     pub fn piece(&self, names: &Names) -> Piece {
         Piece::of(self.source(names), self.index)
     }

@@ -83,8 +83,8 @@ impl Steps {
         &self.names
     }
 
-    /// Runs the message of a step's letter for one sink, from the step on that is next for it, or that
-    /// a person named. What is rejected becomes a letter for that sink, or stays the one that it is.
+    /// Runs the message of a step's letter for one sink, from the step on where [`Letter::entry`] has it
+    /// enter. What is rejected becomes a letter for that sink, or stays the one that it is.
     pub async fn run(
         &mut self,
         batch: Batch,
@@ -98,10 +98,13 @@ impl Steps {
         if !may_repeat && is_by_others(reader, &self.names, letters.names().sink(reader.sink)) {
             return Ok(Made { is_doubtful: true, ..Made::default() });
         }
-        let history = letter.history().unwrap_or_default();
+        let history = StepHistory::default();
         let mut message = Message { history, entry: 0, partition, letters, reader, made: Made::default() };
         match letter.entry(from_step, &self.names) {
-            Ok(entry) => message.entry = entry,
+            Ok(entry) => {
+                message.history = letter.history_at(entry, &self.names);
+                message.entry = entry;
+            }
             Err(reason) => {
                 let by = letter.step.unwrap_or_default();
                 let refused = [Refused { index: 0, kind: RefusedKind::Failed, reason }];

@@ -340,6 +340,31 @@ async fn a_letter_without_a_note_of_its_steps_is_sent_from_the_first_step_or_whe
     }
 }
 
+/// It has been through what is in front of the step that a person named.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_letter_without_a_note_that_another_step_rejects_meets_no_step_in_front_of_its_entry() {
+    let cases: [(&str, Steps); 2] = [
+        ("the one that it enters at rejects it", vec![tag("a"), refusing("check"), tag("late")]),
+        ("a later one rejects it", vec![tag("a"), tag("check"), refusing("late")]),
+    ];
+    for (what, now) in cases {
+        let world = World::new(1, &[("default", "w")]);
+        let process = with_letters(&world, &[tag("a"), refusing("first")]).await;
+        process.stop().await;
+        let old = World { dead: without_notes(&world).await, ..world.clone() };
+        let process = old.start(chain(2, &now)).await;
+        process.until("steps", |status| status.chain.is_some()).await;
+        let said = Filter { from_step: Some("check".to_owned()), ..Filter::default() };
+        let summary = process.handle.redrive(&said).await.unwrap();
+        assert_eq!((summary.letters.sent, summary.new), (3, 3), "{what}");
+        flip(&process, 3, &[tag("a"), tag("check"), tag("late")]).await;
+        assert_eq!(redrive(&process).await.sent, 3, "{what}");
+        let rows: Vec<_> = published(1, 3).iter().map(|row| format!("late check a {row}")).collect();
+        assert_eq!(sorted(world.payloads("w")), sorted(rows), "{what}");
+        process.stop().await;
+    }
+}
+
 /// The same dead letters as a version before wrote them.
 async fn without_notes(world: &World) -> Arc<dyn crate::stream::Stream> {
     let other: Arc<dyn crate::stream::Stream> =
