@@ -9,7 +9,7 @@ use super::dead_letters::{Refusal, Source};
 use super::known::Piece;
 use super::routes::SinkNumber;
 use super::sink_names::SinkNames;
-use super::step_history::{self, StepHistory};
+use super::step_history::{self, NOTE_BYTES_MAX, StepHistory};
 use crate::batch::{MessageRef, Offset};
 use crate::properties::{self, Origin, PROPERTIES_BYTES_MAX, PROPERTIES_MAX};
 use crate::stream::{Identity, Opening};
@@ -38,8 +38,6 @@ const OPENING: &str = "dead-letter-opening";
 const REDRIVE: &str = "dead-letter-redrive";
 
 const REASON_BYTES_MAX: usize = 4_096;
-/// Longer names of steps are not noted.
-const STEPS_BYTES_MAX: usize = 4_096;
 /// Most properties of ours.
 const OURS_MAX: usize = 15;
 /// Bytes that a letter takes in an append, beside the message's own bytes and the reason.
@@ -275,7 +273,7 @@ impl Names {
 pub fn bytes_estimate(refusal: &Refusal<'_>, names_bytes: usize) -> usize {
     let message = &refusal.message;
     let own = [message.topic(), message.device(), message.route()].map(str::len).iter().sum::<usize>();
-    let texts = refusal.reason.len().min(REASON_BYTES_MAX) + refusal.steps.len().min(STEPS_BYTES_MAX);
+    let texts = refusal.reason.len().min(REASON_BYTES_MAX) + refusal.steps.len().min(NOTE_BYTES_MAX);
     message.payload().len() + message.properties().len() + own + texts + names_bytes + HEADERS_BYTES_ESTIMATE
 }
 
@@ -300,7 +298,7 @@ pub fn properties(
         Source::Step(step) => {
             set(STEP, step);
             set(SINKS, &sinks.join(","));
-            if !refusal.steps.is_empty() && refusal.steps.len() <= STEPS_BYTES_MAX {
+            if !refusal.steps.is_empty() && refusal.steps.len() <= NOTE_BYTES_MAX {
                 set(STEPS, refusal.steps);
             }
         }
@@ -433,7 +431,7 @@ mod tests {
         let mut theirs = Vec::new();
         properties::push(&mut theirs, Origin::Device, "big", &vec![b'x'; 50_000]);
         let batch = batch(theirs);
-        let (reason, steps) = ("r".repeat(10_000), "s".repeat(STEPS_BYTES_MAX));
+        let (reason, steps) = ("r".repeat(10_000), "s".repeat(NOTE_BYTES_MAX));
         let refusal = Refusal {
             message: batch.message(0),
             source: Source::Step("normalize"),

@@ -14,6 +14,8 @@ use super::ROUTES_STEP;
 
 /// How a person says where letters enter the steps.
 const FROM_STEP: &str = "--from-step";
+/// A dead letter does not note steps whose names take more bytes.
+pub const NOTE_BYTES_MAX: usize = 4_096;
 
 /// The steps of a message when it was rejected, by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -73,22 +75,27 @@ impl StepHistory {
     }
 }
 
-/// Returns where the message of a letter that has no history enters: hosts wrote it that noted
-/// none. Which steps were before the one that rejected it is not known.
+/// Returns where the message of a letter that has no history enters. Which steps were before the
+/// one that rejected the message is not known.
 pub fn entry_without_history(step: &str, steps: &[Arc<str>]) -> Result<usize, String> {
     match place_of(step, steps) {
         Some(0) => Ok(0),
         Some(_) => Err(format!(
-            "an earlier version wrote the dead letter, which did not note the steps that its message has been \
-             through: {}",
+            "the dead letter does not note the steps that its message has been through, since {}: {}",
+            why_without_history(),
             say_where(steps)
         )),
         None => Err(format!(
-            "step \"{step}\" is not among the pipeline's steps any more, and an earlier version wrote the dead \
-             letter, which did not note the steps that came after it: {}",
+            "step \"{step}\" is not among the pipeline's steps any more, and the dead letter does not note the \
+             steps that came after it, since {}: {}",
+            why_without_history(),
             say_where(steps)
         )),
     }
+}
+
+fn why_without_history() -> String {
+    format!("an earlier version wrote it, or the names of the steps take more than {NOTE_BYTES_MAX} bytes")
 }
 
 /// Returns the place of a step that a person named.
