@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::num::NonZeroUsize;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -15,7 +16,7 @@ use crate::admin::{DiscardAnswer, RedriveAnswer, RedriveRequest};
 use crate::batch::{Batch, MessageRef, Offset};
 use crate::config::{self, Config, DEAD_LETTERS, Loaded};
 use crate::hints::{Hint, Hints, Letters};
-use crate::pipeline::{MARK_PREFIX, Mark, Marks, NAMES_PREFIX, Reopened, SinkNames};
+use crate::pipeline::{MARK_PREFIX, Mark, Marks, NAMES_PREFIX, Reopened, SinkNames, StepHistory};
 use crate::plugin;
 use crate::properties::{self, Origin};
 use crate::stream::Read;
@@ -343,6 +344,7 @@ fn show(
     if became.reason.is_some() {
         fields.push(("first reason".into(), property(&letter, "reason")));
     }
+    fields.extend(step_fields(&letter));
     if !letter.route().is_empty() {
         fields.push(("route".into(), letter.route().to_owned()));
     }
@@ -540,6 +542,23 @@ fn refused_by(letter: &MessageRef<'_>) -> String {
     }
 }
 
+/// Which steps the message of a step's letter has been through, and which were ahead of it.
+fn step_fields(letter: &MessageRef<'_>) -> Vec<(String, String)> {
+    if property(letter, "step").is_empty() {
+        return Vec::new();
+    }
+    let Some(history) = history(letter) else {
+        return vec![("steps passed".into(), "not noted".into())];
+    };
+    let joined = |steps: &[Arc<str>]| if steps.is_empty() { "none".to_owned() } else { steps.join(", ") };
+    vec![("steps passed".into(), joined(history.passed())), ("steps ahead".into(), joined(history.ahead()))]
+}
+
+/// `None`: a sink's letter, or its steps are not noted.
+fn history(letter: &MessageRef<'_>) -> Option<StepHistory> {
+    StepHistory::read(&property(letter, "steps"))
+}
+
 /// The sinks that have not had the message, where a redrive sends it, by the names that they have
 /// now.
 fn for_sinks(letter: &MessageRef<'_>, mark: Option<&Mark>, names: &SinkNames) -> String {
@@ -589,6 +608,11 @@ fn to_json(letter: &MessageRef<'_>, became: &Became<'_>) -> Map<String, Value> {
     let sinks = property(letter, "sinks");
     if !sinks.is_empty() {
         refused.insert("sinks".into(), sinks.split(',').collect());
+    }
+    if let Some(history) = history(letter) {
+        let array = |steps: &[Arc<str>]| steps.iter().map(|step| &**step).collect::<Value>();
+        refused.insert("steps_passed".into(), array(history.passed()));
+        refused.insert("steps_ahead".into(), array(history.ahead()));
     }
     if let Some(Value::Array(properties)) = all.get_mut("properties") {
         properties.retain(|p| !p["name"].as_str().is_some_and(|name| name.starts_with("dead-letter-")));
@@ -655,6 +679,37 @@ mod tests {
             assert_eq!(lines.reason, reason);
             let is_told = lines.head.contains(&"refused again 2 times".to_owned());
             assert_eq!(is_told, first_reason.is_some(), "{:?}", lines.head);
+        }
+    }
+
+    #[test]
+    fn a_letter_of_a_step_shows_the_steps_that_its_message_has_been_through_and_those_ahead() {
+        for (noted, passed, ahead, fields) in [
+            (
+                Some("a,b;check"),
+                json!(["a", "b"]),
+                json!(["check"]),
+                "steps passed: a, b; steps ahead: check",
+            ),
+            (Some(";check"), json!([]), json!(["check"]), "steps passed: none; steps ahead: check"),
+            (None, Value::Null, Value::Null, "steps passed: not noted"),
+        ] {
+            let mut bytes = Vec::new();
+            for (name, value) in [("step", Some("check")), ("steps", noted)] {
+                let value = value.unwrap_or_default().as_bytes();
+                properties::push(&mut bytes, Origin::Pipeline, &format!("dead-letter-{name}"), value);
+            }
+            let properties = Span::new(0, 0, bytes.len());
+            let entries = vec![Entry { properties, ..Entry::default() }].into();
+            let batch = Batch { segments: vec![bytes.into()], entries, ..Batch::default() };
+            let letter = batch.message(0);
+            let text = step_fields(&letter).into_iter().map(|(name, value)| format!("{name}: {value}"));
+            assert_eq!(text.collect::<Vec<_>>().join("; "), fields);
+            let json = to_json(&letter, &Became::default());
+            assert_eq!(
+                (&json["refused"]["steps_passed"], &json["refused"]["steps_ahead"]),
+                (&passed, &ahead)
+            );
         }
     }
 

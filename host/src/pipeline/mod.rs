@@ -81,6 +81,7 @@ pub use redrive::{Filter, RedriveError, Summary, list_open};
 pub use redrive_status::RedriveStatus;
 pub use sink_names::{NAMES_PREFIX, SinkNames, name_sinks};
 pub use status::{NO_ANSWER, PipelineStatus, SinkStatus, State};
+pub use step_history::StepHistory;
 
 use answering::Answering;
 use board::Board;

@@ -49,6 +49,16 @@ impl StepHistory {
         Self { passed, ahead: steps[place..].to_vec() }
     }
 
+    /// Returns the names of the steps that the message has been through.
+    pub fn passed(&self) -> &[Arc<str>] {
+        &self.passed
+    }
+
+    /// Returns the names of the steps that were ahead of the message.
+    pub fn ahead(&self) -> &[Arc<str>] {
+        &self.ahead
+    }
+
     /// Returns the place in `steps` where the message enters, or why a person has to say it.
     pub fn entry(&self, steps: &[Arc<str>]) -> Result<usize, String> {
         let has_passed = |step: &&Arc<str>| self.passed.contains(step);
