@@ -150,7 +150,8 @@ pub struct RedriveRequest {
     /// Also those that another copy of the data folder may have sent: their rows may come twice.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub possible_duplicates: bool,
-    /// Only those that a step refused: they enter at this step, whatever steps they have been through.
+    /// Only those that a step refused. Where the steps that a message has been through do not say where
+    /// it enters, it enters at this one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub from_step: Option<String>,
 }

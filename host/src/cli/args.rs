@@ -345,7 +345,8 @@ pub enum DeadLettersCommand {
         /// Also those that another copy of the data folder may have sent: rows may come twice
         #[arg(long)]
         possible_duplicates: bool,
-        /// Letters of steps only, which enter at this step, whatever steps they have been through
+        /// Letters of steps only: those whose reason asks for this option enter at this step, the others
+        /// at the first step that they have not been through
         #[arg(long, value_name = "STEP")]
         from_step: Option<String>,
         #[command(flatten)]

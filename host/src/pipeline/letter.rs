@@ -163,13 +163,16 @@ impl<'a> Letter<'a> {
         StepHistory::read(self.steps?)
     }
 
-    /// Returns the place in `steps` where the message of a step's letter enters, at `from_step` where
-    /// a person said so, or why it enters nowhere.
+    /// Returns the place in `steps` where the message of a step's letter enters, or why it enters
+    /// nowhere. `from_step`: the step that a person named for letters that fit nowhere by themselves.
     pub fn entry(&self, from_step: Option<&str>, steps: &[Arc<str>]) -> Result<usize, String> {
-        match (from_step, self.history()) {
-            (Some(step), _) => step_history::entry_at(step, steps),
-            (None, Some(history)) => history.entry(steps),
-            (None, None) => step_history::entry_without_history(self.step.unwrap_or_default(), steps),
+        let by_itself = match self.history() {
+            Some(history) => history.entry(steps),
+            None => step_history::entry_without_history(self.step.unwrap_or_default(), steps),
+        };
+        match (by_itself, from_step) {
+            (Err(_), Some(step)) => step_history::entry_at(step, steps),
+            (by_itself, _) => by_itself,
         }
     }
 

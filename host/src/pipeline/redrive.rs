@@ -74,7 +74,8 @@ pub struct Filter {
     pub ids: Option<Vec<Offset>>,
     /// Also those that another copy of the data folder may have sent: their rows may come twice.
     pub possible_duplicates: bool,
-    /// Only those that a step refused: they enter at this one, whatever they have been through.
+    /// Only those that a step refused. Where the steps that a message has been through do not say where
+    /// it enters, it enters at this one.
     pub from_step: Option<String>,
 }
 

@@ -5,7 +5,8 @@
 //! through, and those that were ahead of it. A redrive enters in front of the first step that the
 //! message has not been through. So no step that was added or moved is left out, and no step is met
 //! a second time, which might convert what it converted before. Where one of the two would happen
-//! all the same, a person has to say where to enter ([`StepHistory::entry`]).
+//! all the same, a person has to say where to enter ([`StepHistory::entry`]). What the person says
+//! is only for letters of which that is true.
 
 use std::fmt;
 use std::sync::Arc;

@@ -120,6 +120,21 @@ async fn a_letter_that_fits_nowhere_among_the_steps_waits_until_a_person_says_wh
     }
 }
 
+/// What is for letters of other steps, or of earlier versions, leaves no step of these out.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_letter_that_fits_by_itself_enters_there_whatever_step_a_person_names() {
+    let world = World::new(1, &[("default", "w")]);
+    let wrong = step("route", |_, _| Act::Route("alrt"));
+    let process = with_letters(&world, &[tag("a"), wrong, tag("redact")]).await;
+    flip(&process, 2, &[tag("a"), tag("route"), tag("redact")]).await;
+    let routes = || Some("routes".to_owned());
+    let said = Filter { step: routes(), from_step: routes(), ..Filter::default() };
+    assert_eq!(process.handle.redrive(&said).await.unwrap().sent, 3);
+    let rows: Vec<_> = published(1, 3).iter().map(|row| format!("redact route a {row}")).collect();
+    assert_eq!(sorted(world.payloads("w")), sorted(rows));
+    process.stop().await;
+}
+
 /// A person had the message enter at `a`, though it had been through `b`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_letter_that_entered_earlier_leaves_no_step_out_that_is_behind_the_one_that_rejected_it() {
