@@ -151,7 +151,9 @@ impl Supervisor {
             return self.versions.generation().is_some();
         }
         let is_waited_for = self.versions.holds_for(&active);
-        if is_waited_for && !self.are_all_open() {
+        if !is_waited_for {
+            self.waits_for_sink = None;
+        } else if !self.are_all_open() {
             return false;
         }
         let taken = self.taken(self.shared.letters.received());
@@ -296,9 +298,15 @@ impl Supervisor {
     /// one has not is still run by the steps that it was run by, which hold no longer. So it waits
     /// until it is known what each sink has.
     pub(super) fn free_held_workers(&mut self) {
-        let (Some(held_in), Some(newest)) = (self.held_in(), self.versions.generation()) else { return };
         let holds = self.active.as_ref().is_some_and(|active| active.hold.is_some());
-        if held_in >= newest || holds || !self.are_all_open() {
+        let is_older =
+            self.held_in().zip(self.versions.generation()).is_some_and(|(held, newest)| held < newest);
+        if !is_older || holds {
+            // Before the first lane it is said by `begin_steps`.
+            self.waits_for_sink.take_if(|_| self.lanes_made > 0);
+            return;
+        }
+        if !self.are_all_open() {
             return;
         }
         tracing::info!(pipeline = %self.shared.name, "a held step has a new version: reading again from the sinks' positions");

@@ -2,6 +2,7 @@
 //! changes is in one of them.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::harness::{Act, Process, World, chain, number, published, sorted, step, text};
 use crate::pipeline::State;
@@ -293,12 +294,13 @@ async fn a_pipeline_is_at_work_while_the_record_of_new_steps_waits_for_a_buffer(
     ended.expect("a pipeline ends while a record waits");
 }
 
-/// Steps that hold at message 50, and whether one of their workers does.
-fn holding() -> (Arc<dyn StepFactory>, tokio::sync::watch::Receiver<bool>) {
+/// Steps that hold at message 50 until they may go on, and whether one of their workers does.
+fn holding(goes_on: &Arc<AtomicBool>) -> (Arc<dyn StepFactory>, tokio::sync::watch::Receiver<bool>) {
     let asked = tokio::sync::watch::Sender::new(false);
     let waits = asked.subscribe();
+    let goes_on = Arc::clone(goes_on);
     let step = step("route", move |message, _| match number(&text(message)) {
-        50 => {
+        50 if !goes_on.load(Ordering::Acquire) => {
             asked.send_replace(true);
             Act::Hold("faulted")
         }
@@ -307,40 +309,85 @@ fn holding() -> (Arc<dyn StepFactory>, tokio::sync::watch::Receiver<bool>) {
     (step, waits)
 }
 
+fn passing() -> Arc<dyn StepFactory> {
+    step("route", |_, _| Act::Pass)
+}
+
+/// Returns whether a record says that its version waits at a message.
+fn is_hold_recorded(world: &World) -> bool {
+    let holds = |value: &[u8]| String::from_utf8_lossy(value).contains("\"holds\":true");
+    world.dead.state(b"steps/").iter().any(|(_, value)| holds(value))
+}
+
+fn waits_for_right(state: &State) -> bool {
+    matches!(state, State::Holding(why) if why.contains("sink \"right\" is open"))
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn new_steps_get_what_held_ones_waited_at_though_a_sink_was_down_at_the_start() {
     for is_changed_while_it_runs in [false, true] {
         let world = World::new(4, &[("default", "left right")]);
-        let (held, mut waits) = holding();
+        let (held, mut waits) = holding(&Arc::default());
         let process = world.start(chain(1, &[Arc::clone(&held)])).await;
         world.publish_many(DEVICES, 0, 100);
         waits.wait_for(|waits| *waits).await.unwrap();
-        let holds = |value: &[u8]| String::from_utf8_lossy(value).contains("\"holds\":true");
-        let is_recorded = || world.dead.state(b"steps/").iter().any(|(_, value)| holds(value));
-        process.until("recorded", |_| is_recorded()).await;
+        process.until("recorded", |_| is_hold_recorded(&world)).await;
         process.stop().await;
         world.database("right").set_down(Some("away"));
-        let mended = || step("route", |_, _| Act::Pass);
         let process = if is_changed_while_it_runs {
             let process = world.start(chain(1, &[held])).await;
             process.until("begun", |status| status.sinks[0].state == State::Running).await;
-            process.chain.send_replace(chain(2, &[mended()]));
+            process.chain.send_replace(chain(2, &[passing()]));
             process
         } else {
-            world.start(chain(1, &[mended()])).await
+            world.start(chain(1, &[passing()])).await
         };
-        let waits =
-            |state: &State| matches!(state, State::Holding(why) if why.contains("sink \"right\" is open"));
         if !is_changed_while_it_runs {
-            process.until("waits", |status| waits(&status.state)).await;
+            process.until("waits", |status| waits_for_right(&status.state)).await;
         }
-        world.database("right").set_down(None);
-        process.drained().await;
-        assert!(world.letters().await.is_empty());
-        for sink in ["left", "right"] {
-            assert_eq!(sorted(world.payloads(sink)), published(DEVICES, 100));
-        }
+        all_in_both(&world, &process, 100).await;
         assert_eq!(process.handle.status().state, State::Running);
+        process.stop().await;
+    }
+}
+
+/// The sink to the right is back: each sink gets all messages.
+async fn all_in_both(world: &World, process: &Process, count: u64) {
+    world.database("right").set_down(None);
+    process.drained().await;
+    assert!(world.letters().await.is_empty());
+    for sink in ["left", "right"] {
+        assert_eq!(sorted(world.payloads(sink)), published(DEVICES, count));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pipeline_that_waits_no_longer_for_a_sink_does_not_say_so() {
+    for is_restarted in [true, false] {
+        let world = World::new(4, &[("default", "left right")]);
+        let goes_on = Arc::default();
+        let (held, mut waits) = holding(&goes_on);
+        if !is_restarted {
+            world.database("right").set_down(Some("away"));
+        }
+        let mut process = world.start(chain(1, &[Arc::clone(&held)])).await;
+        world.publish_many(DEVICES, 0, 100);
+        waits.wait_for(|waits| *waits).await.unwrap();
+        if is_restarted {
+            process.until("recorded", |_| is_hold_recorded(&world)).await;
+            process.stop().await;
+            world.database("right").set_down(Some("away"));
+            process = world.start(chain(1, &[passing()])).await;
+        } else {
+            process.chain.send_replace(chain(2, &[passing()]));
+        }
+        process.until("waits", |status| waits_for_right(&status.state)).await;
+        goes_on.store(true, Ordering::Release);
+        if is_restarted {
+            process.chain.send_replace(chain(2, &[held]));
+        }
+        process.until("goes on", |status| status.state == State::Running).await;
+        all_in_both(&world, &process, 100).await;
         process.stop().await;
     }
 }
