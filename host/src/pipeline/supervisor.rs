@@ -28,10 +28,8 @@ use super::swap::{Made, Making, NotMade};
 use super::versions::{Begins, Versions};
 use super::worker::Shared;
 use crate::batch::Offset;
-use crate::hints::Hint;
 use crate::step::{Chain, Recall};
 use crate::stream::{OnLag, Stream};
-use crate::telemetry::alike;
 
 /// A sink this close behind the first lane's reader moves over to it.
 pub const MERGE_DISTANCE_MESSAGES: u64 = 16_384;
@@ -48,6 +46,8 @@ pub struct Member {
     lane: Option<LaneId>,
     /// Open and in no lane: where it goes on.
     ready_from: Option<Offset>,
+    /// Why steps that it needs do not start, and when they are tried again.
+    refused: Option<(Instant, String)>,
     joining: bool,
     ended: bool,
     /// Its positions were read in this process.
@@ -68,6 +68,7 @@ impl Member {
             shared,
             lane: None,
             ready_from: None,
+            refused: None,
             joining: false,
             ended: false,
             was_open: false,
@@ -104,8 +105,6 @@ pub struct Supervisor {
     steps_gone: Option<Instant>,
     /// Why new steps wait that a held step waits for.
     waits_for_sink: Option<String>,
-    /// Why the last lane did not start; it is tried again.
-    lane_refused: Option<String>,
     /// The newest chain waits until what is being made is there.
     swap_due: bool,
     /// Instances of steps that are being made, for one purpose at a time.
@@ -161,7 +160,6 @@ impl Supervisor {
             swap_waits: None,
             steps_gone: None,
             waits_for_sink: None,
-            lane_refused: None,
             swap_due: false,
             making: None,
             swap_again: None,
@@ -240,23 +238,30 @@ impl Supervisor {
     }
 
     /// Puts every sink that waits into a lane: at the start all into one, later
-    /// each into its own, from which it moves over when it has caught up.
+    /// each into its own, from which it moves over when it has caught up. One whose
+    /// steps did not start is left out until they are tried again.
     fn place_all(&mut self) {
         if self.failed.is_some() || self.making.is_some() || self.swap_due {
             return;
         }
         let waiting = |member: &Member| member.ready_from.is_some();
+        let now = Instant::now();
+        let is_due = |member: &Member| {
+            waiting(member) && member.refused.as_ref().is_none_or(|(again, _)| *again <= now)
+        };
         if self.main.is_none() {
             let all = self.members.iter().all(|member| member.ended || waiting(member));
             let late = self.started.elapsed() >= self.shared.config.lag_after.0;
-            let ready: Vec<_> = (0..self.members.len()).filter(|i| waiting(&self.members[*i])).collect();
+            let ready: Vec<_> = (0..self.members.len()).filter(|i| is_due(&self.members[*i])).collect();
             if !ready.is_empty() && (all || late) && self.begin_steps() && self.record_versions() {
                 self.begin_lane(ready);
             }
             return;
         }
         // The others follow once its lane is open.
-        if let Some(sink) = self.members.iter().position(waiting)
+        let due = (0..self.members.len()).filter(|i| is_due(&self.members[*i]));
+        let first = due.min_by_key(|i| self.members[*i].refused.as_ref().map(|(again, _)| *again));
+        if let Some(sink) = first
             && self.record_versions()
         {
             self.begin_lane(vec![sink]);
@@ -276,11 +281,10 @@ impl Supervisor {
         }
         match (purpose, made) {
             (Purpose::Swap(next), Ok(made)) => self.swap(next, made),
-            (Purpose::Swap(_), Err(NotMade::Start(reason) | NotMade::Gone(_, reason))) => {
+            (Purpose::Swap(_), Err(NotMade::Start(_, reason) | NotMade::Gone(_, reason))) => {
                 self.refuse_swap(reason);
             }
             (Purpose::Lane(mut sinks, begins), Ok(made)) => {
-                self.lane_refused = None;
                 // A sink may have gone meanwhile.
                 sinks.retain(|sink| self.members[*sink].ready_from.is_some());
                 // Of the records of all these versions.
@@ -300,11 +304,9 @@ impl Supervisor {
                 self.give_to_next(&begins[place], &why);
                 self.place_all();
             }
-            (Purpose::Lane(..), Err(NotMade::Start(reason))) => {
-                let kind = format!("pipeline \"{}\": steps do not start, it tries again", self.shared.name);
-                let show = self.shared.failures.hint(Hint::PluginList);
-                self.shared.failures.report_by(&kind, &alike(&reason), 1, &reason, &show);
-                self.lane_refused = Some(reason);
+            (Purpose::Lane(sinks, begins), Err(NotMade::Start(place, reason))) => {
+                self.refuse_lane(&sinks, &begins[place], &reason);
+                self.place_all();
             }
         }
         if self.swap_due {
@@ -339,7 +341,7 @@ impl Supervisor {
         self.lanes.push(lane);
         for (sink, intake) in sinks.iter().zip(intakes) {
             let member = &mut self.members[*sink];
-            member.ready_from = None;
+            (member.ready_from, member.refused) = (None, None);
             member.lane = Some(id);
             // A delivery that is ready has an empty queue; one that ended sends `Ended`.
             drop(member.control.try_send(Control::Start(intake)));
@@ -440,7 +442,7 @@ impl Supervisor {
         let member = &mut self.members[sink];
         member.lane = None;
         member.joining = false;
-        member.ready_from = None;
+        (member.ready_from, member.refused) = (None, None);
         self.drop_empty_lanes();
     }
 

@@ -26,8 +26,8 @@ pub type Made = Result<Vec<(Chain, Vec<Steps>)>, NotMade>;
 
 /// Why no instances were made.
 pub enum NotMade {
-    /// Why the first step that cannot start refuses all; this may pass.
-    Start(String),
+    /// The place of the first version that does not start, and why; this may pass.
+    Start(usize, String),
     /// The place of a version that cannot be made again by whatever process, and why.
     Gone(usize, String),
 }
@@ -47,16 +47,16 @@ impl Making {
         let ends = Arc::clone(&given_up);
         let make_one = move |chain: &Chain, worker| match ends.load(Ordering::Relaxed) {
             false => one(chain, worker),
-            true => Err(NotMade::Start("given up".to_owned())),
+            true => Err("given up".to_owned()),
         };
         let make = move || {
             let made = wanted.into_iter().enumerate().map(|(place, wanted)| {
                 let chain = chain(wanted, &recall).map_err(|error| match error {
                     RecallError::Gone(why) => NotMade::Gone(place, why),
-                    RecallError::Later(why) => NotMade::Start(why),
+                    RecallError::Later(why) => NotMade::Start(place, why),
                 })?;
-                let steps = (0..workers).map(|worker| make_one(&chain, worker)).collect::<Result<_, _>>()?;
-                Ok((chain, steps))
+                let steps = (0..workers).map(|worker| make_one(&chain, worker)).collect::<Result<_, _>>();
+                Ok((chain, steps.map_err(|why| NotMade::Start(place, why))?))
             });
             made.collect()
         };
@@ -67,7 +67,8 @@ impl Making {
     pub async fn finished(&mut self) -> Made {
         match (&mut self.task).await {
             Ok(made) => made,
-            Err(_) => Err(NotMade::Start("making the steps panicked: see the log".to_owned())),
+            // Which of them is not known; the first is needed by the fewest sinks.
+            Err(_) => Err(NotMade::Start(0, "making the steps panicked: see the log".to_owned())),
         }
     }
 }
@@ -94,12 +95,11 @@ fn chain(wanted: Wanted, recall: &Recall) -> Result<Chain, RecallError> {
     }
 }
 
-fn one(chain: &Chain, worker: u16) -> Result<Steps, NotMade> {
+fn one(chain: &Chain, worker: u16) -> Result<Steps, String> {
     let mut steps = Vec::with_capacity(chain.steps.len());
     for factory in chain.steps.iter() {
         let made = factory.instantiate(u32::from(worker)).map_err(|problems| {
-            let why = format!("{} cannot start: {}", factory.describe(), step_problems(&problems));
-            NotMade::Start(why)
+            format!("{} cannot start: {}", factory.describe(), step_problems(&problems))
         })?;
         steps.push(made);
     }

@@ -231,6 +231,12 @@ impl Versions {
         self.list.iter().position(|version| Arc::ptr_eq(&version.begins, begins))
     }
 
+    /// Returns whether messages at or above `from`, by partition, need the version that was handed
+    /// out with these `begins`.
+    pub fn needs(&self, from: &[Offset], begins: &Begins) -> bool {
+        self.place_of(begins).is_some_and(|place| self.first_above(from) <= place)
+    }
+
     /// Returns the number of versions that a sink needs, where each has all below `had`.
     pub fn needed(&self, had: Offset) -> usize {
         self.list.len() - self.first_of(had)

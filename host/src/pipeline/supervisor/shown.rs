@@ -52,7 +52,7 @@ impl Supervisor {
             return State::Stopped(reason.clone());
         }
         let Some(active) = &self.active else {
-            let refused = self.lane_refused.clone().map(State::Retrying);
+            let refused = self.lane_refused().map(State::Retrying);
             return refused.or(self.swap_refused.clone().map(State::Holding)).unwrap_or(State::Starting);
         };
         if let Some(reason) = &active.hold {
@@ -64,8 +64,8 @@ impl Supervisor {
         if let Some(reason) = &self.waits_for_sink {
             return State::Holding(reason.clone());
         }
-        if let Some(reason) = &self.lane_refused {
-            return State::Retrying(reason.clone());
+        if let Some(reason) = self.lane_refused() {
+            return State::Retrying(reason);
         }
         if self.main.is_some() {
             return self.wants_room().map_or(State::Running, State::Holding);
@@ -74,6 +74,11 @@ impl Supervisor {
             return State::Stopped("none of its sinks goes on".to_owned());
         }
         State::Starting
+    }
+
+    /// Why no lane starts for a sink; it is tried again.
+    fn lane_refused(&self) -> Option<String> {
+        self.members.iter().find_map(|member| member.refused.as_ref().map(|(_, reason)| reason.clone()))
     }
 
     /// Why rejected messages wait for room in the dead letters. `None` also where each

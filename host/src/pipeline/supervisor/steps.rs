@@ -98,6 +98,21 @@ impl Supervisor {
         self.swap_again = Some(Instant::now() + self.shared.config.sink_backoff.max.0);
     }
 
+    /// Those of a lane's sinks wait that need the version which did not start; this may pass, so that
+    /// it is tried again. The others can do without it.
+    pub(super) fn refuse_lane(&mut self, sinks: &[SinkNumber], begins: &Begins, reason: &str) {
+        let kind = format!("pipeline \"{}\": steps do not start, it tries again", self.shared.name);
+        let show = self.shared.failures.hint(Hint::PluginList);
+        self.shared.failures.report_by(&kind, &alike(reason), 1, reason, &show);
+        let again = Instant::now() + self.shared.config.sink_backoff.max.0;
+        for sink in sinks {
+            let from = self.shared.letters.received_by_all(&[*sink]);
+            if self.versions.needs(&from, begins) {
+                self.members[*sink].refused = Some((again, reason.to_owned()));
+            }
+        }
+    }
+
     /// Takes the newest chain; one that holds only stops the lanes, since it may lack a step. No lane
     /// was opened since its steps were begun; some may have ended.
     pub(super) fn swap(&mut self, next: Chain, made: Vec<(Chain, Vec<Steps>)>) {
@@ -114,6 +129,8 @@ impl Supervisor {
             tracing::info!(pipeline = %self.shared.name, "new steps begin, which waited for a sink that lags");
         }
         self.active = Some(next);
+        // What did not start may be what was changed.
+        self.members.iter_mut().for_each(|member| member.refused = None);
         self.free_held_workers();
         self.hold.send_if_modified(|hold| std::mem::replace(hold, holds) != holds);
         self.place_all();

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::harness::{Act, Process, World, chain, number, published, sorted, step, text};
+use super::harness::{Act, Process, World, chain, number, published, recall, sorted, step, text};
 use crate::pipeline::State;
 use crate::sinks::memory::{Backup, Fault};
 use crate::step::{RecallError, StepFactory, VERSIONS_MAX};
@@ -13,7 +13,11 @@ use crate::units::ByteSize;
 pub(super) const DEVICES: u64 = 10;
 
 pub(super) fn world() -> World {
-    let mut world = World::new(4, &[("default", "left"), ("other", "right")]);
+    world_of(&[("default", "left"), ("other", "right")])
+}
+
+fn world_of(routes: &[(&str, &str)]) -> World {
+    let mut world = World::new(4, routes);
     // A few frames fill a queue.
     world.config.sink_queue_bytes_max = ByteSize(64 << 10);
     world.config.read_ahead_bytes_max = ByteSize(64 << 10);
@@ -390,4 +394,47 @@ async fn a_pipeline_that_waits_no_longer_for_a_sink_does_not_say_so() {
         all_in_both(&world, &process, 100).await;
         process.stop().await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sinks_go_on_that_do_not_need_a_version_which_cannot_be_made_yet() {
+    let mut world = world_of(&[("default", "left middle right")]);
+    let process = world.start(chain(1, &[passing()])).await;
+    world.publish_many(DEVICES, 0, 100);
+    process.drained().await;
+    world.database("left").block();
+    world.publish_many(DEVICES, 100, 10_000);
+    let others_have_all = |status: &crate::pipeline::PipelineStatus| {
+        status.sinks[1..].iter().all(|sink| sink.committed == Some(status.end))
+    };
+    process.until("apart", others_have_all).await;
+    let newest = passing();
+    swapped(&process, 2, &[Arc::clone(&newest)]).await;
+    world.publish_many(DEVICES, 10_100, 100);
+    process.until("apart", others_have_all).await;
+    process.handle.crash();
+    process.handle.join().await;
+    let can_be_made = Arc::new(AtomicBool::new(false));
+    let (is_there, recipe) = (Arc::clone(&can_be_made), newest.recipe());
+    world.recall = Some(Arc::new(move |it| match it == recipe || is_there.load(Ordering::Acquire) {
+        true => recall(it),
+        false => Err(RecallError::Later(format!("step {it} cannot be made again yet"))),
+    }));
+    world.database("left").unblock();
+    let process = world.start(chain(1, &[newest])).await;
+    world.publish_many(DEVICES, 10_200, 100);
+    process.until("the others go on", others_have_all).await;
+    // One that waits behind it comes back into a lane.
+    world.database("right").fail_commits([Fault::UnknownLost]);
+    world.publish_many(DEVICES, 10_300, 100);
+    process.until("the others go on", others_have_all).await;
+    let is_told = |state: &State| matches!(state, State::Retrying(why) if why.contains("again yet"));
+    process.until("told", |status| is_told(&status.state)).await;
+    can_be_made.store(true, Ordering::Release);
+    process.drained().await;
+    assert_eq!(process.handle.status().state, State::Running);
+    for sink in ["left", "middle", "right"] {
+        assert_eq!(sorted(world.payloads(sink)), published(DEVICES, 10_400));
+    }
+    process.stop().await;
 }
