@@ -105,6 +105,9 @@ pub struct Supervisor {
     steps_gone: Option<Instant>,
     /// Why new steps wait that a held step waits for.
     waits_for_sink: Option<String>,
+    /// Where the stream ended when a worker was last seen to wait for a held step; at the start, what
+    /// one of an earlier process waited at lies before its end.
+    held_below: Offset,
     /// The newest chain waits until what is being made is there.
     swap_due: bool,
     /// Instances of steps that are being made, for one purpose at a time.
@@ -145,10 +148,12 @@ impl Supervisor {
             chain.mark_changed();
         }
         let gauges = members.iter().map(|member| SinkMetrics::new(&shared.name, &member.name)).collect();
+        let end_at_start = stream.bounds().end;
         Self {
             blocked_us: vec![0; members.len()],
             gauges,
-            end_at_start: stream.bounds().end,
+            end_at_start,
+            held_below: end_at_start,
             shared,
             stream,
             chain,

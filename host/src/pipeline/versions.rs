@@ -154,12 +154,11 @@ impl Versions {
         self.list.iter_mut().rev().skip(1).for_each(Version::release);
     }
 
-    /// Says that no version before the newest one waits for it, but for one that held in an earlier
-    /// process: see [`Wanted::Newest`].
+    /// Says that no version waits at a message, but for one that held in an earlier process: see
+    /// [`Wanted::Newest`].
     pub fn release(&mut self) {
         let waits = |version: &Version| version.chain.as_ref().is_some_and(|chain| chain.hold.is_some());
-        let older = self.list.iter_mut().rev().skip(1);
-        older.filter(|version| !waits(version)).for_each(Version::release);
+        self.list.iter_mut().filter(|version| !waits(version)).for_each(Version::release);
     }
 
     /// Puts `chain` in the place of the newest version, which cannot be made again. Returns where

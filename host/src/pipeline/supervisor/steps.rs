@@ -200,10 +200,15 @@ impl Supervisor {
         self.waits_for_sink.is_none()
     }
 
-    /// Notes which version a worker waits in.
+    /// Notes which version a worker waits in; and that none waits any more, once some sink has
+    /// received all that was in the stream while one did.
     pub(super) fn note_held(&mut self) {
-        let held_in = self.held_in();
-        held_in.into_iter().for_each(|generation| self.versions.hold(generation));
+        if let Some(generation) = self.held_in() {
+            self.held_below = self.stream.bounds().end;
+            self.versions.hold(generation);
+        } else if self.shared.letters.received().iter().all(|upto| *upto >= self.held_below) {
+            self.versions.release();
+        }
     }
 
     /// Returns the generation of the chain in which a worker waits for a held step.

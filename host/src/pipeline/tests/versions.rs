@@ -397,6 +397,35 @@ async fn a_pipeline_that_waits_no_longer_for_a_sink_does_not_say_so() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_change_after_a_restart_does_not_wait_for_a_sink_where_the_held_steps_went_on() {
+    for is_restarted in [true, false] {
+        let world = World::new(4, &[("default", "left right")]);
+        let goes_on = Arc::default();
+        let (held, mut waits) = holding(&goes_on);
+        let mut process = world.start(chain(1, &[Arc::clone(&held)])).await;
+        world.publish_many(DEVICES, 0, 100);
+        waits.wait_for(|waits| *waits).await.unwrap();
+        process.until("recorded", |_| is_hold_recorded(&world)).await;
+        if is_restarted {
+            process.stop().await;
+            goes_on.store(true, Ordering::Release);
+            process = world.start(chain(1, &[held])).await;
+        } else {
+            goes_on.store(true, Ordering::Release);
+        }
+        process.drained().await;
+        process.until("recorded that none holds", |_| !is_hold_recorded(&world)).await;
+        process.stop().await;
+        world.database("right").set_down(Some("away"));
+        let process = world.start(chain(1, &[passing()])).await;
+        world.publish_many(DEVICES, 100, 100);
+        process.until("goes on", |s| s.sinks[0].committed == Some(s.end)).await;
+        all_in_both(&world, &process, 200).await;
+        process.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sinks_go_on_that_do_not_need_a_version_which_cannot_be_made_yet() {
     let mut world = world_of(&[("default", "left middle right")]);
     let process = world.start(chain(1, &[passing()])).await;
