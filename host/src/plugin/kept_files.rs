@@ -9,6 +9,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::program;
@@ -29,8 +30,10 @@ pub(super) struct KeptFiles {
 /// Keeps a plugin file in the folder while the process uses it.
 #[derive(Default)]
 pub(super) struct KeptFile {
-    /// The bytes, until they are stored.
+    /// The bytes, until they are stored. Locked while they are written and synced.
     unstored: Mutex<Option<Vec<u8>>>,
+    /// Whether they still are to be stored; can be asked while they are written.
+    is_unstored: AtomicBool,
 }
 
 impl KeptFiles {
@@ -44,7 +47,8 @@ impl KeptFiles {
         if let Some(file) = used.get(sha256).and_then(Weak::upgrade) {
             return file;
         }
-        let file = Arc::new(KeptFile { unstored: Mutex::new(Some(bytes)) });
+        let file =
+            Arc::new(KeptFile { unstored: Mutex::new(Some(bytes)), is_unstored: AtomicBool::new(true) });
         used.insert(sha256.to_owned(), Arc::downgrade(&file));
         drop(used);
         self.store(sha256, &file);
@@ -73,7 +77,10 @@ impl KeptFiles {
         let mut unstored = lock(&file.unstored);
         let Some(bytes) = &*unstored else { return };
         match self.write(&self.path(sha256), bytes) {
-            Ok(()) => *unstored = None,
+            Ok(()) => {
+                *unstored = None;
+                file.is_unstored.store(false, Ordering::Release);
+            }
             Err(error) => {
                 let kind = "cannot store a plugin file, so that a restart may not find the steps of earlier messages";
                 let detail = format!("{}: {error}; it is tried again", self.dir.display());
@@ -131,7 +138,7 @@ impl KeptFiles {
 
 impl KeptFile {
     pub fn is_stored(&self) -> bool {
-        lock(&self.unstored).is_none()
+        !self.is_unstored.load(Ordering::Acquire)
     }
 }
 
