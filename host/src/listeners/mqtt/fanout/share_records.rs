@@ -35,7 +35,7 @@ pub(super) struct ShareRecords {
 #[derive(Default)]
 struct Record {
     /// The members whose sessions end with their connections, and those that were and still hold
-    /// messages by the share.
+    /// messages by the share. Each is added when it joins, or when the record begins.
     holders: BTreeMap<u64, Arc<Session>>,
     /// What the broker stream has, if it has a record.
     written: Option<Vec<u8>>,
@@ -77,32 +77,39 @@ impl ShareRecords {
         filter: &str,
         is_needed: impl Fn(&Record) -> bool,
     ) -> Result<Ticket, AppendError> {
-        self.note_takers(broker)?;
+        let noted = self.note_takers(broker);
         let bytes_max = note_bytes_max(broker.sessions.len() + self.by_filter.len());
         let Some(record) = self.by_filter.get_mut(filter) else { return Ok(Ticket::default()) };
-        let value = record.value(broker, filter, bytes_max);
-        let value = is_needed(record).then_some(value);
-        let ticket = record.set(broker, filter, value)?;
+        // Also while nothing can be appended: sessions would be remembered for ever that come and end.
+        record.renew_holders(filter, broker.live.unkept_members(filter));
+        let set = noted.and_then(|()| {
+            let value = is_needed(record).then(|| record.value(broker, filter, bytes_max));
+            record.set(broker, filter, value)
+        });
         if record.written.is_none() && record.holders.is_empty() {
             self.by_filter.remove(filter);
         }
-        Ok(ticket)
+        set
     }
 }
 
 impl Record {
-    /// Returns what the holders hold, and forgets those that are holders no more.
-    fn value(&mut self, broker: &Broker, filter: &str, bytes_max: usize) -> Vec<u8> {
+    /// Makes the members holders whose sessions are not kept, and forgets those that are holders no
+    /// more. A session that ends is a member, and is given messages, until the index is without it.
+    fn renew_holders(&mut self, filter: &str, unkept: BTreeMap<u64, Arc<Session>>) {
+        self.holders.retain(|_, session| {
+            let outbox = session.outbox();
+            !outbox.is_kept() && outbox.held_by(filter).any(|queued| queued.source.place().is_some())
+        });
+        self.holders.extend(unkept);
+    }
+
+    /// Returns what the holders hold.
+    fn value(&self, broker: &Broker, filter: &str, bytes_max: usize) -> Vec<u8> {
         // Read before the outboxes: what lies behind may have been given to any of them since.
         let positions = broker.live.live_positions(broker);
         let mut held = Holdings::new(&positions, bytes_max);
-        self.holders.retain(|_, session| {
-            let outbox = session.outbox();
-            let is_kept = outbox.is_kept();
-            let holds_any = !is_kept && held.add(&outbox, filter);
-            drop(outbox);
-            holds_any || (!is_kept && session.has_filter(filter))
-        });
+        self.holders.values().for_each(|holder| held.add(&holder.outbox(), filter));
         held.into_value(&broker.identities)
     }
 
@@ -148,12 +155,16 @@ impl Live {
         }
         let is_kept = session.outbox().is_kept();
         let (kept, unkept) = self.members(filter);
-        let has_holders = passed.shares.by_filter.get(filter).is_some_and(|it| !it.holders.is_empty());
-        if (is_kept && unkept == 0 && !has_holders) || (!is_kept && kept == 0) {
-            return;
+        let record = passed.shares.by_filter.get(filter);
+        // It may be needed again before it is replaced.
+        let has_record = record.is_some();
+        let has_holders = record.is_some_and(|record| !record.holders.is_empty());
+        let is_needed = if is_kept { unkept > 0 || has_holders } else { kept > 0 };
+        if is_needed {
+            let _ = self.begin_record(broker, passed, filter);
         }
-        let _ = self.begin_record(broker, passed, filter);
-        if !is_kept && let Some(record) = passed.shares.by_filter.get_mut(filter) {
+        if !is_kept && (is_needed || has_record) {
+            let record = passed.shares.by_filter.entry(filter.into()).or_default();
             record.holders.insert(session.number, session.clone());
         }
     }
@@ -162,11 +173,8 @@ impl Live {
     fn begin_record(&self, broker: &Broker, passed: &mut Passed, filter: &str) -> Result<(), AppendError> {
         let record = passed.shares.by_filter.entry(filter.into()).or_default();
         if record.written.is_some() {
+            record.holders.extend(self.unkept_members(filter));
             return Ok(());
-        }
-        if let Some(share) = self.index().tree.share(filter) {
-            let unkept = share.members.iter().filter(|member| !member.is_kept);
-            record.holders.extend(unkept.map(|member| (member.number, member.session.clone())));
         }
         passed.shares.replace(broker, filter, |_| true).map(drop)
     }
@@ -224,6 +232,14 @@ impl Live {
             passed.shares.took(taker);
         }
         is_noted
+    }
+
+    /// The members of a share, by number, that can hold messages and whose sessions are not kept.
+    fn unkept_members(&self, filter: &str) -> BTreeMap<u64, Arc<Session>> {
+        let index = self.index();
+        let members = index.tree.share(filter).into_iter().flat_map(|share| &share.members);
+        let unkept = members.filter(|member| !member.is_kept && member.options.qos > 0);
+        unkept.map(|member| (member.number, member.session.clone())).collect()
     }
 
     /// Number of members of a share whose sessions are kept, and of those whose are not.

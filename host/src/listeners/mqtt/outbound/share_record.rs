@@ -38,17 +38,14 @@ impl<'p> Holdings<'p> {
         Self { positions, listed: BTreeMap::new(), bytes_max, unlisted }
     }
 
-    /// Adds what `outbox` holds by `share`; returns whether it holds any.
-    pub fn add(&mut self, outbox: &Outbox, share: &str) -> bool {
-        let mut holds_any = false;
+    /// Adds what `outbox` holds by `share`.
+    pub fn add(&mut self, outbox: &Outbox, share: &str) {
         for queued in outbox.held_by(share) {
             let Some(place) = queued.source.place() else { continue };
-            holds_any = true;
             if place.offset < self.positions[usize::from(place.stream)] {
                 self.list(place, queued);
             }
         }
-        holds_any
     }
 
     fn list(&mut self, place: Place, queued: &Queued) {
