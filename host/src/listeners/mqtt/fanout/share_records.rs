@@ -107,7 +107,14 @@ impl Record {
     /// Returns what the holders hold.
     fn value(&self, broker: &Broker, filter: &str, bytes_max: usize) -> Vec<u8> {
         // Read before the outboxes: what lies behind may have been given to any of them since.
-        let positions = broker.live.live_positions(broker);
+        let mut positions = broker.live.live_positions(broker);
+        // A session that a restart found may still be behind when it is kept no more.
+        for holder in self.holders.values() {
+            let offered = broker.live.positions_of(broker, holder);
+            for (position, offered) in positions.iter_mut().zip(offered) {
+                *position = offered.min(*position);
+            }
+        }
         let mut held = Holdings::new(&positions, bytes_max);
         self.holders.values().for_each(|holder| held.add(&holder.outbox(), filter));
         held.into_value(&broker.identities)

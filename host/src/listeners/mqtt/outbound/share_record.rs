@@ -2,10 +2,10 @@
 //! only. While the session of another member is kept, the broker stream has a record of the share, so
 //! that a restart has a session to give it to:
 //!
-//! - `sh` + filter: how far the live delivery was in each stream, what those members held of what lies
-//!   before, and the part of each stream in which the messages lie that the record has no room for.
-//!   A restart offers these and all that lies behind once more to one session, its heir: messages may
-//!   come again, none is lost.
+//! - `sh` + filter: up to where all of them had been offered what lies in each stream, what they held
+//!   of what lies before, and the part of each stream in which the messages lie that the record has
+//!   no room for. A restart offers these and all that lies behind once more to one session, its
+//!   heir: messages may come again, none is lost.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -22,7 +22,7 @@ const LISTED_BYTES: usize = 5;
 
 /// What members of a share hold, as a record has room for it.
 pub struct Holdings<'p> {
-    /// By stream: all messages below have been offered to the share. Read before the outboxes are
+    /// By stream: all messages below have been offered to the members. Read before the outboxes are
     /// looked at.
     positions: &'p [u64],
     /// The messages that have waited longest, by the time since when and their places.

@@ -221,6 +221,22 @@ async fn a_record_covers_a_session_that_ends_until_nothing_more_is_delivered_to_
     drop(kept);
 }
 
+#[tokio::test]
+async fn a_record_covers_what_a_session_is_still_to_be_given_that_is_kept_no_more() {
+    let world = World::new();
+    let (one, other) = (world.connected("one").await, world.member("other").await);
+    world.publish(10).await;
+    // The other one's says that it was given none; those of the one were not noted.
+    other.session.note(&world.broker, Vec::new());
+    let store = copy(&world);
+    let again = broker(&Config::default(), world.stream.clone(), store.clone());
+    let again = World { broker: again, stream: world.stream.clone(), store };
+    assert!(had_by_all(&again.broker).is_empty());
+    let unkept = again.member_for("one", 0).await;
+    assert_eq!(after_a_crash(&again, copy(&again)).await.len(), 10);
+    drop((one, unkept));
+}
+
 #[derive(Clone, Debug)]
 enum Do {
     /// A member whose session is kept, or not.
