@@ -42,7 +42,7 @@ pub struct Again {
 /// What is to be remembered of letters that are rejected as before.
 pub struct Rejections {
     pub changes: Vec<Change>,
-    /// By where the letter lies: the sinks that have rejected it, and its tries.
+    /// Each letter by its offset, with the sinks that have rejected it and its tries.
     sendings: Vec<(u64, BTreeSet<String>, Tries)>,
     reasons: NewReasons,
 }

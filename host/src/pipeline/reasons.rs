@@ -57,7 +57,7 @@ pub struct Reasons(BTreeMap<u64, String>);
 pub type NewReasons = BTreeMap<u64, String>;
 
 impl Reasons {
-    /// From the dead letters' state below [`MARK_PREFIX`].
+    /// Reads them from the dead letters' state below [`MARK_PREFIX`].
     pub fn read(state: &StateEntries) -> Self {
         debug_assert!(REASON_PREFIX.starts_with(MARK_PREFIX));
         let text = |(key, value): &(Vec<u8>, Vec<u8>)| {

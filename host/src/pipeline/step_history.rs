@@ -27,7 +27,7 @@ pub struct StepHistory {
 }
 
 impl StepHistory {
-    /// Of a message that has been through the steps before `place`.
+    /// The history of a message that has been through the steps before `place`.
     pub fn at(steps: &[Arc<str>], place: usize) -> Self {
         let (passed, ahead) = steps.split_at(place);
         Self { passed: passed.to_vec(), ahead: ahead.to_vec() }

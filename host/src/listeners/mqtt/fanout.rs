@@ -185,7 +185,8 @@ impl Live {
         broker.streams.iter().enumerate().map(position).collect()
     }
 
-    /// By stream: all messages below have been offered to those that came since the host started.
+    /// Returns a position for each stream: all messages below have been offered to those that came since
+    /// the host started.
     fn live_positions(&self, broker: &Broker) -> Box<[u64]> {
         broker.streams.iter().zip(&self.streams).map(|(stream, tail)| tail.live_position(&**stream)).collect()
     }

@@ -1,7 +1,7 @@
 //! The records of shares that have members with a kept session and members without: see
 //! [`outbound::Holdings`](crate::listeners::mqtt::outbound::Holdings).
 //!
-//! Of what a session holds that ends with its connection, no note says anything. A share has a record
+//! No note says what a session holds that ends with its connection. A share has a record
 //! before such a session is given the first message beside a member whose session is kept. From then
 //! on the record covers what those sessions hold, whichever notes are written: it is replaced only
 //! by one that lists what they hold at that moment, after the notes of those that were given some of it.
@@ -216,7 +216,7 @@ impl Live {
     }
 
     /// Replaces the record of a share by what its holders hold now, or removes it where it is not needed.
-    /// To be called now and then: a restart sends again what came behind the positions of a record.
+    /// Callers repeat it now and then: a restart sends again what came behind the positions of a record.
     pub fn write_share_record(&self, broker: &Broker, filter: &str) -> Result<Ticket, AppendError> {
         let mut passed = self.passed_to_change();
         passed

@@ -22,8 +22,8 @@ const LISTED_BYTES: usize = 5;
 
 /// What members of a share hold, as a record has room for it.
 pub struct Holdings<'p> {
-    /// By stream: all messages below have been offered to the members. Read before the outboxes are
-    /// looked at.
+    /// A position for each stream: all messages below have been offered to the members. It is read before
+    /// the outboxes are looked at.
     positions: &'p [u64],
     /// The messages that have waited longest, by the time since when and their places.
     listed: BTreeMap<(u64, Place), Queued>,
@@ -102,7 +102,7 @@ impl Outbox {
 pub struct FoundShare {
     pub filter: ShareFilter,
     pub value: Vec<u8>,
-    /// With which its heir has subscribed.
+    /// What its heir has subscribed with.
     pub options: Options,
 }
 
