@@ -4,10 +4,11 @@
 //! the stream.
 //!
 //! A stream with no room stalls the connection: what it did not take is kept
-//! ([`stalled`]), nothing more is taken in, and only PINGREQ is still answered.
+//! ([`stalled`]), and nothing more is taken in but acks and PINGREQ ([`ahead`]).
 //! So it is while a packet waits for an answer of the access plugin ([`allowed`]),
 //! a QoS 2 publish for its packet id ([`withheld`]), or a SUBSCRIBE for its end.
 
+mod ahead;
 mod allowed;
 mod append;
 mod memory;
@@ -22,6 +23,7 @@ use std::time::{Duration, Instant};
 use bytes::BytesMut;
 use rmqtt_codec::v5::DisconnectReasonCode;
 
+use self::ahead::Ahead;
 use self::allowed::Refusal;
 use self::append::undo;
 pub use self::append::{push_sender, taken_in};
@@ -32,7 +34,6 @@ use super::Broker;
 use super::acks::{Ack, Acks};
 use super::metrics::Few;
 use super::open_ids::{Content, Known, Received};
-use super::outbound::Acked;
 use super::session::Session;
 use super::wire::{self, Fault, Frame, Property, Publish, Version};
 use crate::access::{Admitted, Allowance};
@@ -72,9 +73,7 @@ pub struct Inbound {
     withheld: Withheld,
     /// So far into the read buffer PUBRELs were taken in ahead of it.
     released_to: usize,
-    /// While stalled: bytes of the read buffer in which PINGREQ was answered, and how many.
-    scanned: usize,
-    pings_answered: u32,
+    ahead: Ahead,
 }
 
 /// What `take` stopped at.
@@ -201,8 +200,7 @@ impl Inbound {
             stalled: Vec::new(),
             withheld: Withheld::Nothing,
             released_to: 0,
-            scanned: 0,
-            pings_answered: 0,
+            ahead: Ahead::default(),
         }
     }
 
@@ -302,6 +300,7 @@ impl Inbound {
             _ => {}
         }
         if self.is_full(broker) || self.is_over_rate(broker) {
+            self.take_acks_ahead(broker, bytes, out);
             if self.held != Some(false) {
                 self.answer_pings(broker, bytes, out);
             }
@@ -349,7 +348,7 @@ impl Inbound {
 
     /// So many bytes are gone from the front of what was read.
     pub fn passed(&mut self, len: usize) {
-        self.scanned = self.scanned.saturating_sub(len);
+        self.ahead.passed(len);
         self.released_to = self.released_to.saturating_sub(len);
     }
 
@@ -441,21 +440,13 @@ impl Inbound {
                 }
                 wire::PUBREL if used < self.released_to => {}
                 wire::PUBREL => self.release(&frame, out, work)?,
-                wire::PUBACK | wire::PUBREC | wire::PUBCOMP => {
-                    let (packet_id, code) = wire::ack(self.version, &frame)?;
-                    match self.session.outbox().acked(frame.first, packet_id, code) {
-                        Acked::Release => wire::put_ack(out, wire::PUBREL, packet_id),
-                        // Its session ended: with a PUBREL the client can end the exchange too (4.3.3).
-                        Acked::Unknown => {
-                            wire::put_ack_with(out, self.version, wire::PUBREL, packet_id, wire::NOT_FOUND);
-                        }
-                        Acked::Nothing => {}
+                wire::PUBACK | wire::PUBREC | wire::PUBCOMP if self.ahead.has_ack(used) => {}
+                wire::PUBACK | wire::PUBREC | wire::PUBCOMP => self.acked(frame, out)?,
+                wire::PINGREQ if frame.body.is_empty() => {
+                    if !self.ahead.has_ping(used) {
+                        wire::put_pingresp(out);
                     }
                 }
-                wire::PINGREQ if frame.body.is_empty() => match self.pings_answered.checked_sub(1) {
-                    Some(left) => self.pings_answered = left,
-                    None => wire::put_pingresp(out),
-                },
                 wire::PINGREQ => return Err(Fault::malformed("PINGREQ with a body")),
                 _ => return Ok((used, Next::Packet)),
             }
@@ -660,16 +651,6 @@ impl Inbound {
         let ack = Some(Ack { first: wire::PUBCOMP, packet_id, code });
         work.owed.push(Owed { stream: known.stream, packet_id, ack, change, least: known.least() });
         Ok(())
-    }
-
-    fn answer_pings(&mut self, broker: &Broker, bytes: &[u8], out: &mut BytesMut) {
-        while let Ok(Some(frame)) = wire::frame(&bytes[self.scanned..], broker.packet_bytes_max) {
-            if frame.first == wire::PINGREQ {
-                wire::put_pingresp(out);
-                self.pings_answered += 1;
-            }
-            self.scanned += frame.len;
-        }
     }
 }
 

@@ -165,3 +165,50 @@ async fn what_a_client_sent_behind_a_subscribe_before_it_left_is_taken_in() {
     assert_eq!(batch(&*stream, 0).await.message(0).topic(), "x");
     host.stop().await;
 }
+
+#[tokio::test]
+async fn deliveries_go_on_past_the_clients_window_while_its_subscription_finds_no_room() {
+    let store = MemoryStream::with_hooks("broker", 1);
+    let window = Connect { receive_max: Some(id(1)), ..resuming("c") };
+    let (host, mut client, _) = start(&store, window).await;
+    assert_eq!(client.subscribe("old", QOS1).await, SubscribeAckReason::GrantedQos1);
+    store.set_no_space(true);
+    client.send(subscribe("new")).await;
+    client.nothing_but_ping().await;
+    let mut other = host.clean("other").await;
+    for number in 1..=3 {
+        other.send(publish("old", QoS::AtLeastOnce, number)).await;
+        assert_eq!(other.receive().await, puback(number));
+        let packet_id = client.received().await.packet_id.unwrap();
+        client.send(puback(packet_id.get())).await;
+    }
+    store.set_no_space(false);
+    client.granted().await;
+    client.nothing_but_ping().await;
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn what_a_client_acknowledged_behind_a_subscribe_does_not_come_again() {
+    let store = MemoryStream::with_hooks("broker", 1);
+    let (host, mut client, _) = start(&store, resuming("c")).await;
+    assert_eq!(client.subscribe("old", QOS1).await, SubscribeAckReason::GrantedQos1);
+    for is_goodbye_said in [true, false] {
+        let mut other = host.clean("other").await;
+        other.send(publish("old", QoS::AtLeastOnce, 1)).await;
+        let packet_id = client.received().await.packet_id.unwrap().get();
+        store.set_no_space(true);
+        let mut sent = vec![subscribe("new"), puback(packet_id)];
+        sent.extend(is_goodbye_said.then(goodbye));
+        client.send_all(sent).await;
+        drop(client);
+        // Its connection sees the end before another one answers.
+        host.clean("third").await.nothing_but_ping().await;
+        store.set_no_space(false);
+        let ack;
+        (client, ack) = host.client(resuming("c")).await;
+        assert!(ack.session_present);
+        client.nothing_but_ping().await;
+    }
+    host.stop().await;
+}

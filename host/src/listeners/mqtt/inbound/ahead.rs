@@ -1,0 +1,74 @@
+//! What is taken in although the packet at the front is not: the client's acks and its PINGREQs.
+//! Neither depends on what stands before it. Without the acks, deliveries would end with the
+//! client's window, and what it has acknowledged would come again to its next connection.
+
+use bytes::BytesMut;
+
+use super::Inbound;
+use crate::listeners::mqtt::Broker;
+use crate::listeners::mqtt::outbound::Acked;
+use crate::listeners::mqtt::wire::{self, Fault, Frame};
+
+/// How far the input was looked through, from its front. What lies before is passed over in its turn.
+#[derive(Default)]
+pub struct Ahead {
+    acks: usize,
+    pings: usize,
+}
+
+impl Ahead {
+    /// So many bytes are gone from the front.
+    pub fn passed(&mut self, len: usize) {
+        self.acks = self.acks.saturating_sub(len);
+        self.pings = self.pings.saturating_sub(len);
+    }
+
+    pub fn has_ack(&self, at: usize) -> bool {
+        at < self.acks
+    }
+
+    pub fn has_ping(&self, at: usize) -> bool {
+        at < self.pings
+    }
+}
+
+impl Inbound {
+    /// The input is held up at its front: takes the client's acks from all of it.
+    pub(super) fn take_acks_ahead(&mut self, broker: &Broker, bytes: &[u8], out: &mut BytesMut) {
+        while let Ok(Some(frame)) = wire::frame(&bytes[self.ahead.acks..], broker.packet_bytes_max) {
+            match self.version.first(frame.first) {
+                wire::DISCONNECT => return,
+                // One that is malformed is met again in its turn.
+                first @ (wire::PUBACK | wire::PUBREC | wire::PUBCOMP)
+                    if self.acked(Frame { first, ..frame }, out).is_err() =>
+                {
+                    return;
+                }
+                _ => self.ahead.acks += frame.len,
+            }
+        }
+    }
+
+    /// The client acknowledges a delivery.
+    pub(super) fn acked(&self, frame: Frame<'_>, out: &mut BytesMut) -> Result<(), Fault> {
+        let (packet_id, code) = wire::ack(self.version, &frame)?;
+        match self.session.outbox().acked(frame.first, packet_id, code) {
+            Acked::Release => wire::put_ack(out, wire::PUBREL, packet_id),
+            // Its session ended: with a PUBREL the client can end the exchange too (4.3.3).
+            Acked::Unknown => {
+                wire::put_ack_with(out, self.version, wire::PUBREL, packet_id, wire::NOT_FOUND);
+            }
+            Acked::Nothing => {}
+        }
+        Ok(())
+    }
+
+    pub(super) fn answer_pings(&mut self, broker: &Broker, bytes: &[u8], out: &mut BytesMut) {
+        while let Ok(Some(frame)) = wire::frame(&bytes[self.ahead.pings..], broker.packet_bytes_max) {
+            if frame.first == wire::PINGREQ {
+                wire::put_pingresp(out);
+            }
+            self.ahead.pings += frame.len;
+        }
+    }
+}
