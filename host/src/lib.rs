@@ -13,6 +13,7 @@ mod files;
 #[doc(hidden)]
 pub mod fuzzing;
 mod hints;
+pub mod ingest;
 pub mod listeners;
 pub mod patience;
 pub mod pipeline;

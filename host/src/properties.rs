@@ -8,6 +8,29 @@ pub const PROPERTIES_BYTES_MAX: usize = 65_535;
 pub const PROPERTIES_MAX: usize = 1_024;
 const HEADER_BYTES: usize = 8;
 
+/// Names of what only a listener says of a message, the same for all protocols.
+pub mod facts {
+    pub const CONTENT_TYPE: &str = "content-type";
+    pub const RESPONSE_TOPIC: &str = "response-topic";
+    pub const CORRELATION_DATA: &str = "correlation-data";
+    /// Seconds, in decimal digits.
+    pub const EXPIRY_S: &str = "expiry-s";
+    pub const CLIENT_ID: &str = "client-id";
+    pub const USERNAME: &str = "username";
+    /// These, and those of listeners to come: nobody else may set them.
+    pub const ALL: [&str; 9] = [
+        CONTENT_TYPE,
+        RESPONSE_TOPIC,
+        CORRELATION_DATA,
+        EXPIRY_S,
+        CLIENT_ID,
+        USERNAME,
+        "cert-subject",
+        "kafka-key",
+        "remote-addr",
+    ];
+}
+
 /// Who set a property.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]

@@ -18,7 +18,7 @@ use super::{Authenticate, Credentials, Denied, Identity};
 use crate::plugin::access::{
     self, AccessEngine, AccessPlugin, Connecting, Decision, Property, Question, Seat,
 };
-use crate::properties::{self, Origin};
+use crate::properties::{self, Origin, facts};
 use crate::telemetry::{Failures, Standing};
 use crate::topic::DEVICE_ID_BYTES_MAX;
 
@@ -28,19 +28,6 @@ const WAITING_MAX: usize = 8_192;
 const NAME_BYTES_MAX: usize = 1_024;
 /// Of all of a client's: they go with each of its messages.
 const ATTRIBUTES_BYTES_MAX: usize = 4 << 10;
-/// What only a listener says of a message.
-const FACTS: [&str; 9] = [
-    "content-type",
-    "response-topic",
-    "correlation-data",
-    "expiry-s",
-    "client-id",
-    "username",
-    "cert-subject",
-    "kafka-key",
-    "remote-addr",
-];
-
 pub struct Plugin(Arc<Inner>);
 
 struct Inner {
@@ -376,7 +363,7 @@ fn identity(raw: access::Identity) -> Result<Identity, String> {
     let mut attributes = Vec::new();
     for Property { name, value, .. } in &raw.attributes {
         if name.is_empty()
-            || FACTS.contains(&name.as_str())
+            || facts::ALL.contains(&name.as_str())
             || name.len() + value.len() > ATTRIBUTES_BYTES_MAX
         {
             return bad(format!("attribute {name:?}: empty, too long, or the listener's own"));

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use crate::config::{Config, Source};
 use crate::hints::{Hint, Hints, Letters};
-use crate::listeners::mqtt::Bind;
+use crate::listeners::transport::Bind;
 use crate::topic::Namespace;
 
 /// What the start screen shows. [`Started::of`] fills it from the config; what

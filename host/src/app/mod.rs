@@ -45,6 +45,7 @@ use crate::config::{Config, DEAD_LETTERS, Source};
 use crate::devices::Devices;
 use crate::files::{Locked, found};
 use crate::hints::Hints;
+use crate::ingest::Ingest;
 use crate::listeners::mqtt;
 use crate::pipeline::{self, Batching, SinkPart};
 use crate::plugin::access::AccessEngine;
@@ -189,10 +190,10 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
     let background = Background::start().context("cannot start threads")?;
     let runtimes = vec![("runtime", Handle::current()), ("background", background.handle())];
     watchdog::start(runtimes).context("cannot start threads")?;
+    let ingest = Arc::new(Ingest::new(streams.clone(), Arc::clone(&namespace)));
     let deps = mqtt::Deps {
-        streams: streams.clone(),
+        ingest: Arc::clone(&ingest),
         broker: Arc::clone(&broker),
-        namespace: Arc::clone(&namespace),
         failures: failures.clone(),
         access_plugins,
         background: background.handle(),

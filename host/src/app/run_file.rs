@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use crate::files::found;
-use crate::listeners::mqtt::Bind;
+use crate::listeners::transport::Bind;
 
 const NAME: &str = "run.json";
 /// Between two tries to write it.

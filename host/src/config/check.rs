@@ -8,7 +8,7 @@
 use serde_json::{Map, Value};
 
 use super::suggest;
-use crate::listeners::mqtt::{Bind, Network, SocketMode};
+use crate::listeners::transport::{Bind, Network, SocketMode};
 use crate::problems::{KeyPath, Problem, Problems};
 use crate::units::{ByteSize, Period};
 

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use super::{Config, suggest};
-use crate::listeners::mqtt::Bind;
+use crate::listeners::transport::Bind;
 use crate::problems::{KeyPath, Problems};
 use crate::topic::{Namespace, TopicFilter};
 use crate::units::ByteSize;

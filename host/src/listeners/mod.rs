@@ -1,8 +1,9 @@
 //! Entries for devices. Each listener takes messages in its own protocol,
 //! appends them to a stream and acknowledges only what the stream made durable.
-//! MQTT is the first; HTTP, CoAP and AMQP will be its neighbours.
+//! All of them stand on [`transport`].
 
 pub mod mqtt;
+pub mod transport;
 
 /// What to do where an address cannot be listened on.
 pub fn bind_advice(error: &std::io::Error) -> &'static str {

@@ -28,6 +28,13 @@ impl Streams {
             .map_or(&self.default, |(_, stream)| stream)
     }
 
+    /// Returns the place of the same stream among those of [`Streams::iter`].
+    pub fn number_of(&self, topic: &str) -> usize {
+        let mut routed = self.routed.iter();
+        let found = routed.position(|(filters, _)| filters.iter().any(|filter| filter.matches(topic)));
+        found.unwrap_or(self.routed.len())
+    }
+
     pub fn get(&self, name: &str) -> Option<&Arc<dyn Stream>> {
         self.iter().find(|stream| stream.name() == name)
     }

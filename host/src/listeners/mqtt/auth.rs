@@ -18,10 +18,10 @@ use super::inbound::{Inbound, Trouble};
 use super::metrics::{RECEIVED, SENT};
 use super::session::Session;
 use super::subscriptions::Filter;
-use super::transport::Remote;
 use super::will::Will;
 use super::wire::{self, Fault, Packet, Version};
 use crate::access::{Act, Admitted, Credentials, Denied, Exchange, ROUNDS_MAX, Step, Verdict};
+use crate::listeners::transport::Remote;
 
 /// What CONNECT named; it stays for the connection.
 #[derive(Clone, Debug)]

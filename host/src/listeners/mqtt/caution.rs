@@ -1,9 +1,6 @@
 //! What is legal in the section `mqtt`, but hardly meant.
 
-use std::time::SystemTime;
-
 use super::config::Config;
-use super::transport::Tls;
 use crate::access::{self, Authenticator};
 
 impl Config {
@@ -12,21 +9,9 @@ impl Config {
         let mut warnings = Vec::new();
         for (i, endpoint) in self.listeners.iter().enumerate() {
             let at = format!("mqtt.listeners[{i}]");
-            if let Some(files) = &endpoint.tls {
-                if access::is_for_all(&files.key) {
-                    warnings.push(format!("{at}.tls.key: {}", access::readable(&files.key)));
-                }
-                // What cannot be loaded is a problem, and said as one.
-                let loaded = Tls::load(files.clone()).ok();
-                let dates = loaded.iter().flat_map(|tls| tls.warnings(SystemTime::now()));
-                warnings.extend(dates.map(|warning| format!("{at}.tls: {warning}")));
-            }
+            warnings.extend(endpoint.tls.iter().flat_map(|tls| tls.warnings(&format!("{at}.tls"))));
             let takes_secrets = self.access.as_ref().is_some_and(access::Config::takes_secrets);
-            if endpoint.tls.is_none()
-                && !endpoint.is_local()
-                && endpoint.proxy_protocol.is_none()
-                && takes_secrets
-            {
+            if endpoint.entry().is_clear_text() && takes_secrets {
                 warnings.push(format!(
                     "{at}: passwords and tokens cross the network in clear text: set tls, or bind to 127.0.0.1"
                 ));

@@ -12,8 +12,8 @@ use super::clock::Clock;
 use super::refused_clients::RefusedClient;
 use super::session::Session;
 use super::takeovers::ContendedId;
-use super::transport::{Address, Remote};
 use super::wire::Version;
+use crate::listeners::transport::{Address, Remote};
 
 /// What is known of a client that is connected, or whose session waits for it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

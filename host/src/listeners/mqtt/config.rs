@@ -1,17 +1,15 @@
 //! The `mqtt:` section of the configuration: where to listen and every bound.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::bind::{Bind, SocketMode};
 use super::outbound::WhenFull;
-use super::transport::network::Network;
-use super::transport::origin;
 use crate::access;
+use crate::listeners::transport::config::{self as transport, ProxyProtocol, Tls};
+use crate::listeners::transport::{Bind, SocketMode, origin, websocket};
 use crate::problems::{KeyPath, Problems};
 use crate::units::{ByteSize, Period};
 
@@ -162,51 +160,6 @@ pub struct Endpoint {
     pub allow_anonymous: bool,
 }
 
-/// Certificate files, PEM. Read again when they change, and on SIGHUP; new
-/// connections then get the new ones, and files that do not work leave the old in use.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Tls {
-    /// The server's certificate, then its intermediates.
-    pub cert: PathBuf,
-    /// The private key of `cert`.
-    pub key: PathBuf,
-    /// Certificate authorities for clients. A certificate in it that is no CA's
-    /// lets in the client that shows this very certificate, and signs nobody.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub client_ca: Option<PathBuf>,
-    /// Whether a client must show a certificate, where `client_ca` is set. With
-    /// `optional` one without is held to `access.authenticate` and `allow_anonymous`.
-    #[serde(default)]
-    pub client_cert: ClientCert,
-    /// Revocation lists: one of each CA that signs clients, and any of the CAs above
-    /// those. A client is refused whose own certificate or a CA's on the way to `client_ca`
-    /// is listed, or whose own CA has no list.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub crl: Option<PathBuf>,
-    /// What in a client's certificate says who it is.
-    #[serde(default)]
-    pub identity: Identity,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum ClientCert {
-    #[default]
-    Required,
-    Optional,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Identity {
-    /// The subject's common name.
-    #[default]
-    Cn,
-    /// The first DNS name, e-mail address or URI of the subject's alternative names.
-    San,
-}
-
 /// MQTT over WebSocket, subprotocol `mqtt`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -224,21 +177,6 @@ pub struct WebSocket {
     pub origins: Vec<String>,
 }
 
-/// Who may say whose connection it is.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct ProxyProtocol {
-    /// Networks of the load balancers, `10.0.0.0/8`.
-    pub from: Vec<Network>,
-}
-
-impl Tls {
-    /// Nobody gets in without a certificate.
-    fn requires_certificates(&self) -> bool {
-        self.client_ca.is_some() && self.client_cert == ClientCert::Required
-    }
-}
-
 /// Paths of URLs.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(untagged)]
@@ -246,9 +184,6 @@ pub enum Paths {
     One(String),
     Several(Vec<String>),
 }
-
-/// Any path.
-const ANY: &str = "*";
 
 impl Default for Paths {
     /// What clients ask for that are given none.
@@ -264,21 +199,23 @@ impl Paths {
             Self::Several(paths) => paths,
         }
     }
-
-    /// Whether a request for `path` is served; a `/` at its end makes no difference.
-    pub fn contain(&self, path: &str) -> bool {
-        let cut = |path: &str| path.trim_end_matches('/').to_owned();
-        self.all().iter().any(|known| known == ANY || cut(known) == cut(path))
-    }
 }
 
 fn is_path(path: &str) -> bool {
-    path == ANY || (path.starts_with('/') && !path.contains(['?', '#', ' ']))
+    path == websocket::ANY || (path.starts_with('/') && !path.contains(['?', '#', ' ']))
 }
 
 impl WebSocket {
-    pub fn frame_bytes_max(&self, config: &Config) -> usize {
-        self.max_frame_size.map_or(2 * config.max_packet_size.0, |size| size.0) as usize
+    pub fn settings(&self, config: &Config) -> websocket::Settings {
+        let frame_bytes_max = self.max_frame_size.map_or(2 * config.max_packet_size.0, |size| size.0);
+        websocket::Settings {
+            protocol: "MQTT",
+            // As registered, and what clients of MQTT 3.1 said before it was.
+            subprotocols: &["mqtt", "mqttv3.1"],
+            paths: self.path.all().to_vec(),
+            origins: self.origins.clone(),
+            frame_bytes_max: frame_bytes_max as usize,
+        }
     }
 }
 
@@ -327,16 +264,7 @@ impl Config {
     pub fn validate(&self, path: &KeyPath, problems: &mut Problems) {
         for (i, endpoint) in self.listeners.iter().enumerate() {
             let at = path.key("listeners").index(i);
-            if !endpoint.is_safe() && !self.asks_for_credentials() {
-                problems.add(
-                    at.key("bind"),
-                    format!(
-                        "{} can be reached from other machines and there are no credentials: bind to 127.0.0.1, \
-                         set mqtt.access.authenticate or tls.client_ca, or set allow_anonymous: true",
-                        endpoint.bind
-                    ),
-                );
-            }
+            endpoint.entry().validate(&at, self.asks_for_credentials(), problems);
             endpoint.validate(&at, self.max_packet_size, problems);
         }
         if let Some(access) = &self.access {
@@ -404,23 +332,8 @@ impl Config {
     /// Reads the files that it names; adds what is wrong with them.
     pub fn look(&self, path: &KeyPath, problems: &mut Problems) {
         for (i, endpoint) in self.listeners.iter().enumerate() {
-            let Some(tls) = &endpoint.tls else { continue };
-            let at = path.key("listeners").index(i).key("tls");
-            let files = [
-                ("cert", Some(&tls.cert)),
-                ("key", Some(&tls.key)),
-                ("client_ca", tls.client_ca.as_ref()),
-                ("crl", tls.crl.as_ref()),
-            ];
-            let mut all_there = true;
-            for (key, file) in files.into_iter().filter_map(|(key, file)| Some((key, file?))) {
-                if let Err(error) = crate::files::open(file) {
-                    problems.add(at.key(key), format!("cannot read {}: {error}", file.display()));
-                    all_there = false;
-                }
-            }
-            if all_there && let Err(unusable) = super::transport::tls::Tls::load(tls.clone()) {
-                problems.add(at, unusable.reason);
+            if let Some(tls) = &endpoint.tls {
+                tls.look(&path.key("listeners").index(i).key("tls"), problems);
             }
         }
         if let Some(access) = &self.access {
@@ -428,7 +341,8 @@ impl Config {
         }
     }
 
-    fn asks_for_credentials(&self) -> bool {
+    /// Whether clients that nobody knows are refused.
+    pub fn asks_for_credentials(&self) -> bool {
         self.access.as_ref().is_some_and(|access| !access.authenticate.is_empty())
     }
 }
@@ -451,45 +365,18 @@ impl Endpoint {
         kind
     }
 
-    /// Only clients of this machine get here. A load balancer on it brings others.
-    pub fn is_local(&self) -> bool {
-        self.bind.is_loopback() && self.proxy_protocol.is_none()
-    }
-
-    /// Local, or clients that prove who they are, or somebody said so.
-    pub fn is_safe(&self) -> bool {
-        let mutual = self.tls.as_ref().is_some_and(Tls::requires_certificates);
-        self.is_local() || mutual || self.allow_anonymous
+    /// Returns what it is below WebSocket and MQTT.
+    pub fn entry(&self) -> transport::Endpoint {
+        transport::Endpoint {
+            bind: self.bind.clone(),
+            tls: self.tls.clone(),
+            proxy_protocol: self.proxy_protocol.clone(),
+            mode: self.mode,
+            allow_anonymous: self.allow_anonymous,
+        }
     }
 
     fn validate(&self, at: &KeyPath, max_packet_size: ByteSize, problems: &mut Problems) {
-        let is_unix = matches!(self.bind, Bind::Unix(_));
-        if is_unix && self.tls.is_some() {
-            problems.add(at.key("tls"), "has no use on a Unix socket: leave it out");
-        }
-        if is_unix && self.proxy_protocol.is_some() {
-            problems.add(at.key("proxy_protocol"), "has no use on a Unix socket: leave it out");
-        }
-        if !is_unix && self.mode.is_some() {
-            problems.add(at.key("mode"), "is of a Unix socket (bind: unix:/path): leave it out");
-        }
-        if let Some(Tls { client_ca: None, crl, client_cert, .. }) = &self.tls {
-            if crl.is_some() {
-                problems.add(at.key("tls").key("crl"), "lists clients' certificates: set client_ca too");
-            }
-            if *client_cert == ClientCert::Optional {
-                problems.add(
-                    at.key("tls").key("client_cert"),
-                    "is about clients' certificates: set client_ca too",
-                );
-            }
-        }
-        if let Some(proxy) = &self.proxy_protocol
-            && proxy.from.is_empty()
-        {
-            let path = at.key("proxy_protocol").key("from");
-            problems.add(path, "must name a network of load balancers, such as 10.0.0.0/8");
-        }
         if let Some(WebSocket { path, max_frame_size, origins }) = &self.websocket {
             let at = at.key("websocket");
             for (i, origin) in origins.iter().enumerate().filter(|(_, origin)| !origin::is_valid(origin)) {
@@ -526,6 +413,13 @@ mod tests {
         assert!(config.subscription_bytes_per_client_max.0 >= 10_000 * 200);
     }
 
+    #[test]
+    fn clients_that_were_told_no_path_find_the_websocket() {
+        let settings = WebSocket::default().settings(&Config::default());
+        assert!(["", "/", "/mqtt", "/mqtt/", "/ws"].iter().all(|path| settings.serves(path)));
+        assert!(!settings.serves("/mqtts"));
+    }
+
     fn problems(config: &Config) -> Vec<String> {
         let mut problems = Problems::default();
         config.validate(&KeyPath::root().key("mqtt"), &mut problems);
@@ -535,7 +429,7 @@ mod tests {
     #[test]
     fn the_default_is_valid_and_listens_on_loopback_only() {
         assert!(problems(&Config::default()).is_empty());
-        assert!(Config::default().listeners.iter().all(Endpoint::is_local));
+        assert!(Config::default().listeners.iter().all(|endpoint| endpoint.entry().is_local()));
     }
 
     #[test]

@@ -41,9 +41,9 @@ use super::inbound::{Inbound, Next};
 use super::metrics::{Part, RECEIVED, SENT};
 use super::outbound::Peer;
 use super::session::Session;
-use super::transport::{self, Place, Remote, closing};
 use super::will::Will;
 use super::wire::{self, Fault, Packet};
+use crate::listeners::transport::{self, Place, Remote, closing};
 use crate::threads::{SHORT_TURN, offer_core};
 
 pub use self::permits::Permits;
@@ -143,7 +143,7 @@ where
     let accepted = tokio::select! {
         accepted = accepted => accepted,
         () = place.gives_way() => {
-            transport::gave_way(broker, remote);
+            transport::gave_way(&**broker, remote);
             return None;
         }
         () = broker.shutdown.cancelled() => return None,

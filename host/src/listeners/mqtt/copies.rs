@@ -105,7 +105,7 @@ pub type Found = (Batch, usize);
 
 impl Copies {
     pub fn new(deps: &Deps, bytes_max: u64, lineages: &mut Lineages) -> Self {
-        let (streams, stream) = (Vec::from_iter(deps.streams.iter().cloned()), deps.broker.clone());
+        let (streams, stream) = (deps.ingest.streams().clone(), deps.broker.clone());
         let identities: Arc<[Identity]> = streams.iter().map(|stream| stream.identity()).collect();
         let mut handled: Box<[u64]> = vec![0; streams.len()].into();
         for (number, (handled, identity)) in handled.iter_mut().zip(&*identities).enumerate() {

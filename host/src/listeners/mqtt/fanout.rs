@@ -34,7 +34,7 @@ use super::session::Session;
 use super::subscriptions::{Filter, Options, Path, Share, Tree, is_live, is_shared};
 use super::sys;
 use crate::batch::{Batch, MessageRef, Offset};
-use crate::properties::{self, Origin};
+use crate::properties::{self, Origin, facts};
 use crate::stream::{GapCause, Read, ReadError, Stream};
 
 pub use self::lanes::catch_up;
@@ -359,7 +359,7 @@ impl Live {
             if !found.is_empty() {
                 let publisher = self
                     .wants_publisher()
-                    .then(|| properties::get(message.properties(), Origin::Listener, "client-id"))
+                    .then(|| properties::get(message.properties(), Origin::Listener, facts::CLIENT_ID))
                     .flatten();
                 let place = Place { stream: stream as u16, offset };
                 let may_be_again = offset < tail.begun_at;

@@ -19,11 +19,12 @@ use super::outbound::Message;
 use super::owner::Owner;
 use super::session::Change;
 use super::subscriptions::{FILTER_LEVELS_MAX, Filter, Found, Options, Path, Tree};
-use super::transport::fuzzing::somebody;
 use super::wire::{self, OutPublish, Version};
 use super::{Broker, Deps, append_unawaited, connection as serving, fanout};
 use crate::access::{self, Access};
 use crate::batch::Offset;
+use crate::ingest::Ingest;
+use crate::listeners::transport::fuzzing::somebody;
 use crate::stream::memory::MemoryStream;
 use crate::stream::{Read, Stream, Streams};
 use crate::telemetry::Failures;
@@ -33,7 +34,7 @@ use crate::units::Period;
 mod session;
 
 pub use self::session::session;
-pub use super::transport::fuzzing::{proxy_header, websocket};
+pub use crate::listeners::transport::fuzzing::{proxy_header, websocket};
 
 const PACKET_BYTES_MAX: usize = 64 << 10;
 /// So short that no bound on packets in flight is met.
@@ -238,9 +239,8 @@ fn broker_of(
     clock: super::ClockSource,
 ) -> Arc<Broker> {
     let deps = Deps {
-        streams,
+        ingest: Arc::new(Ingest::new(streams, Arc::default())),
         broker: store,
-        namespace: Arc::default(),
         access_plugins: None,
         failures: Failures::default(),
         background: tokio::runtime::Handle::current(),
@@ -253,8 +253,7 @@ fn broker_of(
         &access::Deps { secret: &[0; 32], plugins: None, wait_max: Duration::ZERO, failures: &deps.failures },
     )
     .expect("there are no rules");
-    let streams: Vec<_> = deps.streams.iter().cloned().collect();
-    let mut lineages = Lineages::read(&*deps.broker, &streams);
+    let mut lineages = Lineages::read(&*deps.broker, deps.ingest.streams());
     let copies = Copies::new(&deps, 1 << 20, &mut lineages);
     let broker = Broker::new(config, access, copies, lineages, deps);
     // A store without room has it done later.

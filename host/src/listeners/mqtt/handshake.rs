@@ -25,10 +25,10 @@ use super::owner::{Owner, USER_NAME_BYTES_MAX};
 use super::refused::Refused;
 use super::session::{CLIENT_ID_BYTES_MAX, Session, Turn};
 use super::subscriptions::Filter;
-use super::transport::{Place, Remote};
 use super::will::{self, Unaccepted, Will};
 use super::wire::Version;
 use crate::access::{Act, Admitted, Credentials, Denied, UserPlace, Verdict};
+use crate::listeners::transport::{Place, Remote};
 use crate::properties;
 use crate::topic;
 
@@ -437,7 +437,7 @@ async fn admit_will(
         return Err(Denial::new(ConnectAckReason::NotAuthorized, "will_not_authorized"));
     }
     will.device.clone_from(&rights.identity.device);
-    let names_device = will.device.is_none() && broker.namespace.device_span(&will.topic).is_some();
+    let names_device = will.device.is_none() && broker.ingest.place(&will.topic).device.is_some();
     push_sender(&mut will.properties, broker, client_id, names_device, &rights.identity);
     if will.properties.len() > properties::PROPERTIES_BYTES_MAX {
         return Err(Denial::new(ConnectAckReason::PacketTooLarge, "invalid"));

@@ -12,7 +12,6 @@ mod acks;
 mod activity;
 mod aliases;
 mod auth;
-mod bind;
 mod blobs;
 mod caution;
 mod clients;
@@ -35,13 +34,13 @@ mod picks;
 mod refused;
 mod refused_clients;
 mod retained;
+mod service;
 mod session;
 mod subscriptions;
 mod sys;
 mod takeovers;
 #[cfg(test)]
 mod tests;
-mod transport;
 mod will;
 mod wire;
 
@@ -74,31 +73,28 @@ use self::retained::Retained;
 use self::session::{Change, LoadedSessions, Sessions};
 use self::sys::Sys;
 use self::takeovers::Takeovers;
-use self::transport::{Address, Entry};
 use self::will::Wills;
 use self::wire::Version;
 use crate::access::{self, Access};
 use crate::hints::Hint;
+use crate::ingest::Ingest;
+use crate::listeners::transport::{self, Address, Bind, Certificates, Entry};
 use crate::plugin::access::AccessEngine;
 use crate::room::Room;
 use crate::stream::log::STATE_BYTES_MAX;
-use crate::stream::{AppendError, Identity, StateChange, Stream, Streams, Ticket};
+use crate::stream::{AppendError, Identity, StateChange, Stream, Ticket};
 use crate::telemetry::{Failures, memory_bytes};
 use crate::threads::{LONG_TURN, SHORT_TURN, in_turns};
-use crate::topic::Namespace;
 use crate::units::{ByteSize, Period};
 
 pub use self::activity::Counts;
-pub use self::bind::{Bind, SocketMode};
 pub use self::clients::{Client, ClientOrder, Clients};
 pub use self::clock::{Source as ClockSource, system as system_clock};
-pub use self::config::{Config, Endpoint, Tls};
+pub use self::config::{Config, Endpoint};
 pub use self::copies::READER;
 pub use self::metrics::METRICS;
 pub use self::refused_clients::RefusedClient;
 pub use self::takeovers::ContendedId;
-pub use self::transport::Remote;
-pub use self::transport::network::Network;
 
 /// Key of the broker stream's state.
 const ACCESS_SECRET: &[u8] = b"ac";
@@ -124,10 +120,9 @@ const JOIN_MAX: Duration = Duration::from_secs(10);
 
 /// What the listener stands on.
 pub struct Deps {
-    pub streams: Streams,
+    pub ingest: Arc<Ingest>,
     /// For the broker's own durable state, and copies of messages that wait for sessions.
     pub broker: Arc<dyn Stream>,
-    pub namespace: Arc<Namespace>,
     pub failures: Failures,
     /// For access plugins; `None`: there are none.
     pub access_plugins: Option<AccessEngine>,
@@ -139,10 +134,8 @@ pub struct Deps {
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("mqtt.listeners: cannot listen on {bind}: {error}; {}", crate::listeners::bind_advice(error))]
-    Bind { bind: Bind, error: std::io::Error },
-    #[error("tls of {bind}: {reason}")]
-    Tls { bind: Bind, reason: String },
+    #[error("mqtt.listeners: {0}")]
+    Listen(#[from] transport::Error),
     #[error("mqtt.access: {0}")]
     Access(String),
     #[error("mqtt: cannot read what waits for sessions in the broker's stream: {0}")]
@@ -190,8 +183,7 @@ impl Handle {
 /// Loads the sessions, binds, serves.
 pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
     // Before anything that may need room in the broker's stream.
-    let streams: Vec<_> = deps.streams.iter().cloned().collect();
-    let mut lineages = Lineages::read(&*deps.broker, &streams);
+    let mut lineages = Lineages::read(&*deps.broker, deps.ingest.streams());
     let copies = Copies::new(&deps, config.queue_copies_bytes_max.0, &mut lineages);
     copies.load(&mut lineages).await.map_err(Error::Copies)?;
     let secret = match &config.access {
@@ -210,9 +202,9 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
     // Once who gets in is known: from here on connections wait until they are accepted.
     let mut entries = Vec::new();
     for endpoint in &config.listeners {
-        entries.push(Entry::bind(endpoint).await?);
+        entries.push(Entry::bind(service::plan(endpoint, config)).await?);
         let bind = &endpoint.bind;
-        if !endpoint.is_local() && endpoint.allow_anonymous && config.access.is_none() {
+        if !endpoint.entry().is_local() && endpoint.allow_anonymous && config.access.is_none() {
             tracing::warn!(%bind, "mqtt: anyone who can reach this address may publish and subscribe (allow_anonymous)");
         }
     }
@@ -235,10 +227,9 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
     tasks.spawn_on(in_turns(SHORT_TURN, will::publish_waiting(broker.clone())), &broker.background);
     tasks.spawn_on(in_turns(SHORT_TURN, sys::run(broker.clone())), &broker.background);
     let room = Arc::new(Semaphore::new(config.connections_max as usize));
-    let tls: Vec<_> = entries.iter().filter_map(Entry::tls).cloned().collect();
     // Taken also where there is nothing to read again: by default it ends a process.
     let hangup = signal(SignalKind::hangup()).ok();
-    tasks.spawn(transport::keep_certificates(broker.clone(), tls, hangup));
+    tasks.spawn(transport::keep_certificates(broker.clone(), Certificates::of(&entries), hangup));
     tasks.spawn(keep_access(broker.clone()));
     let accepting = entries
         .into_iter()
@@ -249,10 +240,8 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
 
 /// Fails where an address is taken, without listening at it, so that a start can fail before it made anything.
 pub fn try_addresses(config: &Config) -> Result<(), Error> {
-    for bind in config.listeners.iter().map(|endpoint| &endpoint.bind) {
-        if let Some(address) = bind.tcp() {
-            transport::take(address).map_err(|error| Error::Bind { bind: bind.clone(), error })?;
-        }
+    for endpoint in &config.listeners {
+        transport::try_address(&endpoint.bind)?;
     }
     Ok(())
 }
@@ -296,12 +285,11 @@ async fn keep_access(broker: Arc<Broker>) {
 struct Broker {
     config: Config,
     packet_bytes_max: usize,
-    /// Each stream once; the parts of the listener know them by number.
-    streams: Vec<Arc<dyn Stream>>,
+    ingest: Arc<Ingest>,
+    /// Those of `ingest`; the parts of the listener know them by number.
+    streams: Arc<[Arc<dyn Stream>]>,
     identities: Arc<[Identity]>,
-    routes: Streams,
     broker: Arc<dyn Stream>,
-    namespace: Arc<Namespace>,
     failures: Failures,
     access: Access,
     /// The threads that serve connections.
@@ -373,7 +361,7 @@ struct Totals {
 
 impl Broker {
     fn new(config: &Config, access: Access, copies: Copies, lineages: Lineages, deps: Deps) -> Arc<Self> {
-        let streams: Vec<_> = deps.streams.iter().cloned().collect();
+        let streams = deps.ingest.streams().clone();
         let identities: Arc<[_]> = streams.iter().map(|stream| stream.identity()).collect();
         let limits = QueueLimits {
             messages_max: config.queue_messages_max as usize,
@@ -381,7 +369,7 @@ impl Broker {
             when_full: config.queue_when_full,
         };
         let retained_max = (config.retained_messages_max as usize, config.retained_bytes_max.0 as usize);
-        let retained = Retained::load(&streams, &deps.streams, retained_max, &deps.failures);
+        let retained = Retained::load(&streams, deps.ingest.routes(), retained_max, &deps.failures);
         let saved = deps.broker.state(clock::KEY).pop();
         let saved = saved.as_ref().map(|(_, value)| &**value);
         let (clock, jump) = Clock::new(deps.clock, saved, session::newest_us(&*deps.broker));
@@ -410,9 +398,8 @@ impl Broker {
             rooms,
             identities,
             streams,
-            routes: deps.streams,
+            ingest: deps.ingest,
             broker: deps.broker,
-            namespace: deps.namespace,
             failures: deps.failures,
             access,
             connections: runtime::Handle::current(),
@@ -505,17 +492,6 @@ impl Broker {
         outbound::note_bytes_max(self.sessions.len())
     }
 
-    /// Number of the stream that a topic belongs to.
-    #[inline]
-    fn route(&self, topic: &str) -> usize {
-        if self.streams.len() == 1 {
-            return 0;
-        }
-        let stream = self.routes.route(topic);
-        let number = self.streams.iter().position(|known| Arc::ptr_eq(known, stream));
-        number.expect("the set of streams does not change while it is served")
-    }
-
     /// Acks that may wait before a connection is read no further. MQTT 5
     /// clients know their bound and are refused past it, so that theirs is out of reach.
     #[inline]
@@ -532,7 +508,7 @@ impl Broker {
 
     /// Counts a connection without a client for its cause, reports it as `kind`, and lists it: `who`
     /// where the client showed who it is.
-    fn refused(
+    fn refuse(
         &self,
         cause: &'static str,
         kind: Option<&str>,

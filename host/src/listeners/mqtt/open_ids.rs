@@ -19,7 +19,7 @@ use tokio::sync::Notify;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use crate::batch::flags;
-use crate::properties::{self, Origin};
+use crate::properties::{self, Origin, facts};
 use crate::stream::Ticket;
 
 /// Most ids of all clients, beside the first of each. 17 bytes of state each: with retained
@@ -48,7 +48,7 @@ impl Content {
     pub fn of(topic: &str, payload: &[u8], properties: &[u8], flags: u16) -> Self {
         let mut hash = xxh3_64_with_seed(payload, xxh3_64(topic.as_bytes()));
         for property in properties::iter(properties) {
-            if (property.origin, property.name) == (Origin::Listener as u8, "expiry-s") {
+            if (property.origin, property.name) == (Origin::Listener as u8, facts::EXPIRY_S) {
                 continue;
             }
             hash = xxh3_64_with_seed(property.name.as_bytes(), hash);

@@ -4,8 +4,8 @@ use bytes::BytesMut;
 use rmqtt_codec::v5::ConnectAckReason;
 
 use super::Broker;
-use super::transport::Address;
 use super::wire::{self, Version};
+use crate::listeners::transport::Address;
 
 #[derive(Debug)]
 pub struct Refused {
@@ -63,7 +63,7 @@ impl Refused {
             what => format!("mqtt: connect refused: {}: {what}", self.cause),
         };
         let kind = (!self.is_reported).then_some(&*kind);
-        broker.refused(self.cause, kind, self.who.as_deref(), address, &self.detail);
+        broker.refuse(self.cause, kind, self.who.as_deref(), address, &self.detail);
     }
 
     /// The version and its CONNACK; `None` where that cannot say no.

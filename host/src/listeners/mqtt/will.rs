@@ -18,14 +18,14 @@ use tokio::time::{Instant, timeout};
 
 use super::acks::Stopped;
 use super::blobs::{self, Blob, Kind};
-use super::inbound::{cut_device, taken_in};
+use super::inbound::taken_in;
 use super::owner::Owner;
 use super::retained::{self, Staged};
 use super::session::Change;
 use super::{Broker, borrowed};
-use crate::batch::flags;
-use crate::properties::Origin;
-use crate::stream::{AppendError, NewMessage, Stream, partition_of};
+use crate::ingest::{Draft, Rejected};
+use crate::properties::{Origin, facts};
+use crate::stream::{NewMessage, Stream};
 use crate::telemetry::Failures;
 
 const KIND: Kind = *b"wi";
@@ -146,7 +146,7 @@ pub struct Wills {
 impl Will {
     /// Durable when it returns. A caller that gives up before forgets the will.
     pub async fn keep(&mut self, broker: &Broker, client_id: &str, place: Place) -> Result<(), Stopped> {
-        let stream = broker.route(&self.topic);
+        let stream = broker.ingest.route(&self.topic);
         let bytes = self.encode(client_id);
         let blob = Blob::new(KIND, *uuid::Uuid::new_v4().as_bytes(), &bytes);
         let mut changes = Vec::new();
@@ -176,27 +176,22 @@ impl Will {
     }
 
     /// Appends the will and removes its record in one; never waits.
-    fn publish(&mut self, broker: &Broker, client_id: &str) -> Result<(), AppendError> {
-        let number = broker.route(&self.topic);
-        let stream = &broker.streams[number];
+    fn publish(&mut self, broker: &Broker, client_id: &str) -> Result<(), Rejected> {
+        let place = broker.ingest.place(&self.topic);
+        let number = place.stream;
         if let Some(elsewhere) = self.record.take_if(|record| record.stream != number) {
             broker.wills.remove(broker, elsewhere);
         }
-        let span = broker.namespace.device_span(&self.topic);
-        let fits = if span.is_some() { flags::FITS_NAMESPACE } else { 0 };
-        let of_topic = span.map_or(cut_device(client_id), |span| &self.topic[span]);
-        let device = self.device.as_deref().unwrap_or(of_topic);
-        let message = NewMessage {
+        let device = self.device.as_deref().unwrap_or(place.device_of(&self.topic, client_id));
+        let draft = Draft {
             topic: &self.topic,
             payload: &self.payload,
             properties: &self.properties,
-            route: "",
             device,
-            partition: partition_of(device, stream.identity().partitions),
-            flags: self.flags | fits,
+            flags: self.flags | place.flags(),
             received_us: super::now_us(),
-            event_us: 0,
         };
+        let message = broker.ingest.message(number, draft);
         let mut removal = Vec::new();
         if let Some(record) = &self.record {
             record.blob.remove(&mut removal);
@@ -206,7 +201,7 @@ impl Will {
 
     /// Whether the client that left it had this name.
     fn is_of(&self, owner: &Owner) -> bool {
-        let name = crate::properties::get(&self.properties, Origin::Listener, "username");
+        let name = crate::properties::get(&self.properties, Origin::Listener, facts::USERNAME);
         owner.has_name(name)
     }
 
@@ -282,11 +277,11 @@ fn append(
     number: usize,
     message: NewMessage<'_>,
     removal: &[Change],
-) -> Result<(), AppendError> {
+) -> Result<(), Rejected> {
     let retaining = retained::stage(broker, number, &[message]);
     let retained = retaining.as_ref().map_or(&[][..], Staged::changes);
     let changes = [borrowed(removal), borrowed(retained)].concat();
-    let appended = broker.streams[number].append(&[message], &changes)?;
+    let appended = broker.ingest.append(number, &[message], &changes)?;
     taken_in(broker, &[message]);
     if let Some(retaining) = retaining {
         retaining.done(broker, appended);
@@ -306,12 +301,12 @@ pub async fn lost(broker: &Broker, client_id: &str, expiry_s: u32, mut will: Wil
     loop {
         match will.publish(broker, client_id) {
             Ok(()) => return,
-            Err(AppendError::Full) if begun.elapsed() < broker.config.drain_timeout.0 => {
+            Err(Rejected::NoRoom { lasts: false }) if begun.elapsed() < broker.config.drain_timeout.0 => {
                 let left = broker.config.drain_timeout.0.saturating_sub(begun.elapsed());
                 // Out of time: it waits for room.
-                let _ = timeout(left, broker.streams[broker.route(&will.topic)].writable()).await;
+                let _ = timeout(left, broker.ingest.room(broker.ingest.route(&will.topic))).await;
             }
-            Err(AppendError::Full | AppendError::NoSpace) => {
+            Err(Rejected::NoRoom { .. }) => {
                 return broker.wills.wait(client_id, will, Cause::Room, Instant::now() + RETRY_AFTER);
             }
             Err(error) => return will.give_up(broker, client_id, &error.to_string()),
@@ -394,8 +389,8 @@ impl Wills {
                 Cause::Delay if resumed => void.push(Waiting { will, cause, due }),
                 Cause::Delay | Cause::Room => match will.publish(broker, client_id) {
                     Ok(()) => {}
-                    Err(AppendError::Full | AppendError::NoSpace) => {
-                        full = Err(broker.route(&will.topic));
+                    Err(Rejected::NoRoom { .. }) => {
+                        full = Err(broker.ingest.route(&will.topic));
                         let due = Instant::now() + RETRY_AFTER;
                         queue.push(client_id, Waiting { will, cause: Cause::Room, due });
                     }
@@ -443,7 +438,7 @@ impl Wills {
         if let Some((client_id, Waiting { mut will, .. })) = queue.take_due(now) {
             match will.publish(broker, &client_id) {
                 Ok(()) => {}
-                Err(AppendError::Full | AppendError::NoSpace) => {
+                Err(Rejected::NoRoom { .. }) => {
                     queue.push(&client_id, Waiting { will, cause: Cause::Room, due: now + RETRY_AFTER });
                 }
                 Err(error) => will.give_up(broker, &client_id, &error.to_string()),

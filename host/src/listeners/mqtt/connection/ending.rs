@@ -12,9 +12,9 @@ use crate::listeners::mqtt::Broker;
 use crate::listeners::mqtt::inbound::Trouble;
 use crate::listeners::mqtt::metrics::SENT;
 use crate::listeners::mqtt::session::Turn;
-use crate::listeners::mqtt::transport::{Place, Remote, closing};
 use crate::listeners::mqtt::will;
 use crate::listeners::mqtt::wire::{self, Fault, Version};
+use crate::listeners::transport::{Place, Remote, closing};
 
 /// Why a connection ended.
 #[derive(Debug)]

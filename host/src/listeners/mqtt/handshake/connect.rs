@@ -7,14 +7,15 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 
 use super::Asked;
 use crate::batch::flags;
+use crate::ingest::facts;
 use crate::listeners::mqtt::Broker;
 use crate::listeners::mqtt::auth::Method;
 use crate::listeners::mqtt::metrics::RECEIVED;
 use crate::listeners::mqtt::refused::Refused;
-use crate::listeners::mqtt::transport::Remote;
 use crate::listeners::mqtt::will::Will;
 use crate::listeners::mqtt::wire::{self, Fault, Packet, Version};
-use crate::properties::{self, Origin};
+use crate::listeners::transport::Remote;
+use crate::properties::facts as names;
 
 /// Bit of the protocol level that a bridge sets (mosquitto.conf(5), `try_private`).
 const BRIDGE: u8 = 0x80;
@@ -184,21 +185,21 @@ fn connect(broker: &Broker, version: Version, whole: &mut [u8], header: usize) -
 
 fn will_v5(will: v5::LastWill) -> Will {
     let mut out = Vec::new();
-    let mut push = |name: &str, value: &[u8]| properties::push(&mut out, Origin::Listener, name, value);
+    let mut push = |fact: &str, value: &[u8]| facts::push(&mut out, fact, value);
     if let Some(value) = &will.content_type {
-        push("content-type", value.as_bytes());
+        push(names::CONTENT_TYPE, value.as_bytes());
     }
     if let Some(value) = &will.response_topic {
-        push("response-topic", value.as_bytes());
+        push(names::RESPONSE_TOPIC, value.as_bytes());
     }
     if let Some(value) = &will.correlation_data {
-        push("correlation-data", value);
+        push(names::CORRELATION_DATA, value);
     }
     if let Some(value) = will.message_expiry_interval {
-        push("expiry-s", value.to_string().as_bytes());
+        push(names::EXPIRY_S, value.to_string().as_bytes());
     }
     for (name, value) in &will.user_properties {
-        properties::push(&mut out, Origin::Device, name, value.as_bytes());
+        facts::push_user(&mut out, name, value.as_bytes());
     }
     let retain = if will.retain { flags::RETAIN } else { 0 };
     let utf8 = if will.is_utf8_payload == Some(true) { flags::UTF8 } else { 0 };

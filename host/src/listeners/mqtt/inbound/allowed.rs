@@ -90,7 +90,7 @@ impl Inbound {
             let code = if self.version == Version::V5 { code } else { 0 };
             let packet_id = publish.packet_id;
             let ack = Some(Ack { first, packet_id, code });
-            let (stream, least) = (broker.route(topic), Ticket::default());
+            let (stream, least) = (broker.ingest.route(topic), Ticket::default());
             work.owed.push(Owed { stream, packet_id, ack, change: IdChange::None, least });
         }
         Ok(())

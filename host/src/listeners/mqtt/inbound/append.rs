@@ -3,16 +3,15 @@
 
 use rmqtt_codec::v5::DisconnectReasonCode;
 
-use super::stalled::{Owned, Stalled};
-use super::{IdChange, Inbound, Owed, Scratch, Trouble, Work, cut_device, recycle};
+use super::stalled::Stalled;
+use super::{IdChange, Inbound, Owed, Scratch, Trouble, Work, recycle};
 use crate::access::Identity;
-use crate::batch::flags;
+use crate::ingest::{Draft, Owned, Rejected, Taken, cut_device, facts};
 use crate::listeners::mqtt::Broker;
 use crate::listeners::mqtt::retained::{self, Staged};
 use crate::listeners::mqtt::session::{Session, qos2_key};
 use crate::listeners::mqtt::wire::Fault;
-use crate::properties::{self, Origin};
-use crate::stream::{AppendError, NewMessage, StateChange, partition_of};
+use crate::stream::{NewMessage, StateChange};
 
 impl Inbound {
     /// One append per stream.
@@ -32,7 +31,6 @@ impl Inbound {
             if decoded().next().is_none() && owed().next().is_none() {
                 continue;
             }
-            let partitions = broker.streams[number].identity().partitions;
             let mut messages: Vec<NewMessage<'_>> = std::mem::take(&mut scratch.messages);
             messages.extend(decoded().map(|decoded| {
                 let topic = decoded.topic.as_str();
@@ -40,17 +38,11 @@ impl Inbound {
                     Some(span) => &topic[span.clone()],
                     None => own,
                 };
-                NewMessage {
-                    topic,
-                    payload: decoded.payload,
-                    properties: &work.properties[decoded.properties.clone()],
-                    route: "",
-                    device,
-                    partition: partition_of(device, partitions),
-                    flags: decoded.flags,
-                    received_us: work.now_us,
-                    event_us: 0,
-                }
+                let (payload, flags, received_us) = (decoded.payload, decoded.flags, work.now_us);
+                let properties = &work.properties[decoded.properties.clone()];
+                broker
+                    .ingest
+                    .message(number, Draft { topic, payload, properties, device, flags, received_us })
             }));
             let mut keys = std::mem::take(&mut scratch.keys);
             let mut changes = std::mem::take(&mut scratch.changes);
@@ -74,14 +66,14 @@ impl Inbound {
     ) -> Result<(), Trouble> {
         match self.try_append(broker, number, messages, owed.clone(), keys, spare) {
             Ok(()) => Ok(()),
-            Err(error @ (AppendError::Full | AppendError::NoSpace)) => {
+            Err(Rejected::NoRoom { lasts }) => {
                 broker.counters.stalls.increment(1);
                 let mut stalled = Stalled {
                     stream: number,
                     messages: messages.iter().map(Owned::of).collect(),
                     owed: owed.copied().collect(),
                 };
-                if error == AppendError::NoSpace {
+                if lasts {
                     stalled.drop_unacknowledged(broker, &self.session);
                 }
                 if !stalled.is_empty() {
@@ -90,13 +82,13 @@ impl Inbound {
                 }
                 Ok(())
             }
-            Err(AppendError::TooLarge(_)) => {
+            Err(Rejected::TooLarge(_)) => {
                 broker.counters.too_large.increment(1);
                 undo(&self.session, owed);
                 let code = DisconnectReasonCode::PacketTooLarge;
                 Err(Fault { code, what: "a message is larger than its stream takes" }.into())
             }
-            Err(AppendError::Stopped(_)) => {
+            Err(Rejected::Stopped(_)) => {
                 undo(&self.session, owed);
                 Err(Trouble::Stopped)
             }
@@ -111,8 +103,7 @@ impl Inbound {
         owed: impl Iterator<Item = &'o Owed> + Clone,
         keys: &mut Vec<([u8; 12], IdChange)>,
         spare: &mut Vec<StateChange<'static>>,
-    ) -> Result<(), AppendError> {
-        let stream = &*broker.streams[number];
+    ) -> Result<(), Rejected> {
         if let Some(epoch) = self.epoch {
             let changed = owed.clone().filter(|owed| owed.change != IdChange::None);
             keys.extend(changed.map(|owed| (qos2_key(epoch, owed.packet_id), owed.change)));
@@ -132,7 +123,7 @@ impl Inbound {
             let retaining = retained::stage(broker, number, messages);
             let retained = retaining.as_ref().map_or(&[][..], Staged::changes);
             changes.extend(retained.iter().map(|(key, value)| StateChange { key, value: value.as_deref() }));
-            let appended = stream.append(messages, &changes);
+            let appended = broker.ingest.append(number, messages, &changes);
             *spare = recycle(changes);
             let appended = appended?;
             let bytes = taken_in(broker, messages);
@@ -148,7 +139,7 @@ impl Inbound {
                 received.appended(owed.packet_id, ticket);
             }
         }
-        self.acks.queue(number, stream, ticket, owed.filter_map(|owed| owed.ack));
+        self.acks.queue(number, broker.ingest.stream(number), ticket, owed.filter_map(|owed| owed.ack));
         Ok(())
     }
 
@@ -157,10 +148,8 @@ impl Inbound {
         let stalled = std::mem::take(&mut self.stalled);
         let mut result = Ok(());
         for stalled in stalled {
-            let messages: Vec<_> = {
-                let partitions = broker.streams[stalled.stream].identity().partitions;
-                stalled.messages.iter().map(|owned| owned.message(partitions)).collect()
-            };
+            let owned = stalled.messages.iter();
+            let messages: Vec<_> = owned.map(|owned| owned.message(&broker.ingest, stalled.stream)).collect();
             let owed = stalled.owed.iter();
             let appended =
                 self.append_one(broker, stalled.stream, &messages, owed, &mut Vec::new(), &mut Vec::new());
@@ -184,7 +173,8 @@ pub fn undo<'o>(session: &Session, owed: impl DoubleEndedIterator<Item = &'o Owe
     }
 }
 
-/// What the listener says of the client with each of its messages.
+/// What the listener says of the client with each of its messages. Its id is left out where the topic
+/// names the device and nobody asks for the client.
 #[inline]
 pub fn push_sender(
     out: &mut Vec<u8>,
@@ -193,29 +183,19 @@ pub fn push_sender(
     topic_names_device: bool,
     identity: &Identity,
 ) {
-    if !topic_names_device || broker.config.keep_client_id || broker.live.wants_publisher() {
-        properties::push(out, Origin::Listener, "client-id", client_id.as_bytes());
-    }
-    if let Some(username) = &identity.name {
-        properties::push(out, Origin::Listener, "username", username.as_bytes());
-    }
-    out.extend_from_slice(&identity.attributes);
+    let says_id = !topic_names_device || broker.config.keep_client_id || broker.live.wants_publisher();
+    facts::push_sender(out, says_id.then_some(client_id), identity);
 }
 
 /// Counts what a stream took. Returns the bytes of the payloads.
 pub fn taken_in(broker: &Broker, messages: &[NewMessage<'_>]) -> u64 {
-    let (mut by_qos, mut bytes, mut outside) = ([0u64; 3], 0, 0);
-    for message in messages {
-        outside += u64::from(message.flags & flags::FITS_NAMESPACE == 0);
-        by_qos[usize::from(message.flags & flags::QOS_MASK).min(2)] += 1;
-        bytes += message.payload.len() as u64;
-    }
+    let Taken { by_qos, bytes, outside_namespace } = Taken::of(messages);
     for (counter, count) in broker.counters.publishes.iter().zip(by_qos).filter(|(_, count)| *count > 0) {
         counter.increment(count);
     }
     broker.counters.publish_bytes.increment(bytes);
-    if outside > 0 {
-        broker.counters.outside_namespace.increment(outside);
+    if outside_namespace > 0 {
+        broker.counters.outside_namespace.increment(outside_namespace);
     }
     bytes
 }

@@ -39,9 +39,9 @@ use super::wire::{self, Fault, Frame, Property, Publish, Version};
 use crate::access::{Admitted, Allowance};
 use crate::batch::flags;
 use crate::hints::Hint;
-use crate::properties::{self, Origin, PROPERTIES_BYTES_MAX};
+use crate::ingest::{Place, facts};
+use crate::properties::{PROPERTIES_BYTES_MAX, facts as names};
 use crate::stream::{NewMessage, StateChange, Ticket};
-use crate::topic::DEVICE_ID_BYTES_MAX;
 
 /// Packets that are taken in on one turn, in which this thread serves nobody else:
 /// so many, and more while they take no longer.
@@ -488,10 +488,11 @@ impl Inbound {
         if publish.dup {
             flags |= flags::DUP;
         }
-        let mut device = broker.namespace.device_span(topic.as_str());
-        if device.is_some() {
-            flags |= flags::FITS_NAMESPACE;
-        }
+        let Place { stream, mut device } = {
+            let place = broker.ingest.place(topic.as_str());
+            flags |= place.flags();
+            place
+        };
         if self.rights.identity.device.is_some() {
             device = None;
         }
@@ -507,7 +508,6 @@ impl Inbound {
                 what: "properties over 65535 bytes",
             });
         }
-        let stream = broker.route(topic.as_str());
         if publish.qos > 0 {
             let Some(owed) = self.owe(broker, stream, &publish, content, work)? else {
                 work.properties.truncate(begin);
@@ -673,29 +673,13 @@ struct Work<'a> {
 
 fn push_property(out: &mut Vec<u8>, property: Property<'_>) {
     match property {
-        Property::ContentType(value) => {
-            properties::push(out, Origin::Listener, "content-type", value.as_bytes());
-        }
-        Property::ResponseTopic(value) => {
-            properties::push(out, Origin::Listener, "response-topic", value.as_bytes());
-        }
-        Property::CorrelationData(value) => {
-            properties::push(out, Origin::Listener, "correlation-data", value);
-        }
-        Property::ExpirySeconds(value) => {
-            properties::push(out, Origin::Listener, "expiry-s", value.to_string().as_bytes());
-        }
-        Property::User(name, value) => properties::push(out, Origin::Device, name, value.as_bytes()),
+        Property::ContentType(value) => facts::push(out, names::CONTENT_TYPE, value.as_bytes()),
+        Property::ResponseTopic(value) => facts::push(out, names::RESPONSE_TOPIC, value.as_bytes()),
+        Property::CorrelationData(value) => facts::push(out, names::CORRELATION_DATA, value),
+        Property::ExpirySeconds(value) => facts::push(out, names::EXPIRY_S, value.to_string().as_bytes()),
+        Property::User(name, value) => facts::push_user(out, name, value.as_bytes()),
         Property::TopicAlias(_) | Property::Utf8(_) => {}
     }
-}
-
-/// The client id as a device id: at most 256 bytes.
-pub fn cut_device(client_id: &str) -> &str {
-    if client_id.len() <= DEVICE_ID_BYTES_MAX {
-        return client_id;
-    }
-    &client_id[..client_id.floor_char_boundary(DEVICE_ID_BYTES_MAX)]
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

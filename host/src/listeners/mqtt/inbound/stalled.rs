@@ -9,24 +9,15 @@ use super::Owed;
 use super::withheld::Withheld;
 use crate::batch::flags;
 use crate::hints::Hint;
+use crate::ingest::Owned;
 use crate::listeners::mqtt::Broker;
 use crate::listeners::mqtt::open_ids::Received;
 use crate::listeners::mqtt::session::Session;
-use crate::stream::{NewMessage, partition_of};
 
 pub struct Stalled {
     pub stream: usize,
     pub messages: Vec<Owned>,
     pub owed: Vec<Owed>,
-}
-
-pub struct Owned {
-    topic: Box<str>,
-    payload: Box<[u8]>,
-    properties: Box<[u8]>,
-    device: Box<str>,
-    flags: u16,
-    received_us: u64,
 }
 
 impl Stalled {
@@ -40,8 +31,7 @@ impl Stalled {
 
     /// Returns the number of bytes that it takes in memory.
     pub fn bytes(&self) -> usize {
-        let messages = self.messages.iter().map(|message| size_of::<Owned>() + message.bytes());
-        messages.sum::<usize>() + size_of_val(&*self.owed)
+        self.messages.iter().map(Owned::bytes).sum::<usize>() + size_of_val(&*self.owed)
     }
 
     /// Drops, counts and reports the QoS 0 messages of a session; the others wait for room.
@@ -62,37 +52,6 @@ impl Stalled {
                 &detail,
                 &broker.failures.hint(Hint::Status),
             );
-        }
-    }
-}
-
-impl Owned {
-    pub fn of(message: &NewMessage<'_>) -> Self {
-        Self {
-            topic: message.topic.into(),
-            payload: message.payload.into(),
-            properties: message.properties.into(),
-            device: message.device.into(),
-            flags: message.flags,
-            received_us: message.received_us,
-        }
-    }
-
-    fn bytes(&self) -> usize {
-        self.topic.len() + self.payload.len() + self.properties.len() + self.device.len()
-    }
-
-    pub fn message(&self, partitions: u16) -> NewMessage<'_> {
-        NewMessage {
-            topic: &self.topic,
-            payload: &self.payload,
-            properties: &self.properties,
-            route: "",
-            device: &self.device,
-            partition: partition_of(&self.device, partitions),
-            flags: self.flags,
-            received_us: self.received_us,
-            event_us: 0,
         }
     }
 }

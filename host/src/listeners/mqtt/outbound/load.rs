@@ -13,7 +13,7 @@ use crate::listeners::mqtt::Broker;
 use crate::listeners::mqtt::copies::CopyPicks;
 use crate::listeners::mqtt::picks::Picks;
 use crate::listeners::mqtt::session::Session;
-use crate::properties::{self, Origin};
+use crate::properties::{self, Origin, facts};
 use crate::threads::{SHORT_TURN, in_turns};
 
 /// Subscribers that are read for at a time: each holds up to 2 MiB meanwhile,
@@ -41,7 +41,7 @@ pub struct Body {
 
 impl Body {
     fn of(message: MessageRef<'_>, session: &Session) -> Self {
-        let publisher = properties::get(message.properties(), Origin::Listener, "client-id");
+        let publisher = properties::get(message.properties(), Origin::Listener, facts::CLIENT_ID);
         let ids = session.subscription_ids(message.topic(), publisher);
         Self { message: Arc::new(Message::of(message)), ids }
     }

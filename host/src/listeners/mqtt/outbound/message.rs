@@ -4,7 +4,7 @@ use bytes::BufMut;
 
 use crate::batch::{MessageRef, flags};
 use crate::listeners::mqtt::clock::Clock;
-use crate::properties::{self, Origin};
+use crate::properties::{self, Origin, facts};
 use crate::stream::NewMessage;
 
 /// One message for any number of subscribers: one allocation, however many they are.
@@ -104,10 +104,10 @@ fn put_properties(out: &mut Vec<u8>, encoded: &[u8], utf8: bool) -> Option<u32> 
         }
         let listener = property.origin == Origin::Listener as u8;
         match property.name {
-            "content-type" if listener => put(out, 0x03, &[property.value]),
-            "response-topic" if listener => put(out, 0x08, &[property.value]),
-            "correlation-data" if listener => put(out, 0x09, &[property.value]),
-            "expiry-s" if listener => {
+            facts::CONTENT_TYPE if listener => put(out, 0x03, &[property.value]),
+            facts::RESPONSE_TOPIC if listener => put(out, 0x08, &[property.value]),
+            facts::CORRELATION_DATA if listener => put(out, 0x09, &[property.value]),
+            facts::EXPIRY_S if listener => {
                 expiry = std::str::from_utf8(property.value).ok().and_then(|text| text.parse().ok());
             }
             _ if listener => {}

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::access::{self, Authenticator, Limits, PasswordFile, Rule};
-use crate::listeners::mqtt::config::Identity;
+use crate::listeners::transport::config::{Identity, Tls};
 
 struct Guarded {
     host: Host,

@@ -3,7 +3,7 @@
 use tokio::io::{DuplexStream, duplex};
 
 use super::*;
-use crate::listeners::mqtt::transport::fuzzing::somebody;
+use crate::listeners::transport::fuzzing::somebody;
 use crate::room::{FREE_BYTES, Holding};
 
 /// A host with so much memory for each: queues, subscriptions, connections.

@@ -35,6 +35,7 @@ use super::fuzzing::broker;
 use super::*;
 use crate::batch::{Batch, Offset};
 use crate::properties::{self, Origin};
+use crate::stream::Streams;
 use crate::stream::memory::MemoryStream;
 use crate::topic::TopicFilter;
 use crate::units::ByteSize;
@@ -72,9 +73,8 @@ impl Host {
         change(&mut config);
         let shutdown = CancellationToken::new();
         let deps = Deps {
-            streams,
+            ingest: Arc::new(Ingest::new(streams, Arc::default())),
             broker,
-            namespace: Arc::default(),
             failures: Failures::default(),
             access_plugins: None,
             background: tokio::runtime::Handle::current(),

@@ -5,8 +5,8 @@ use tokio::time::Instant;
 
 use super::*;
 use crate::listeners::mqtt::owner::Owner;
-use crate::listeners::mqtt::transport::fuzzing::somebody;
 use crate::listeners::mqtt::will::{self, Will};
+use crate::listeners::transport::fuzzing::somebody;
 
 #[tokio::test]
 async fn a_will_is_published_when_its_client_is_lost_and_only_then() {

@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
 
-use super::super::bind::Bind;
-use super::super::config::Endpoint;
 use super::Address;
+use super::bind::Bind;
+use super::config::Endpoint;
 
 /// Connections that the kernel holds until they are accepted, at most
 /// `net.core.somaxconn`. One more is not answered, and tries again after a second.
@@ -27,12 +27,12 @@ pub(super) enum Listener {
 }
 
 /// Takes an address. Connections are refused until the socket listens.
-pub fn take(address: SocketAddr) -> io::Result<TcpSocket> {
+pub(super) fn take(address: SocketAddr) -> io::Result<TcpSocket> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     // A port whose connections have just ended may be taken again.
     socket.set_reuseaddr(true)?;
-    // Its connections have it too: a client without MQTT's keep alive that
-    // vanished is noticed in the end (`net.ipv4.tcp_keepalive_time`).
+    // Its connections have it too: a client that vanished, and whose protocol has no keep alive, is
+    // noticed in the end (`net.ipv4.tcp_keepalive_time`).
     socket.set_keepalive(true)?;
     socket.bind(address)?;
     Ok(socket)
@@ -162,7 +162,7 @@ mod tests {
     #[tokio::test]
     async fn a_stale_socket_is_replaced_a_live_one_and_a_file_are_not() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("mqtt.sock");
+        let path = dir.path().join("listener.sock");
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         let (listener, file) = SocketFile::bind(&path, 0o600).await.unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);

@@ -4,6 +4,7 @@ use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::protocol::frame::Frame;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::{Data, OpCode};
 
+use super::super::fuzzing::settings;
 use super::*;
 
 const FRAME_BYTES_MAX: usize = 1_024;
@@ -18,11 +19,9 @@ async fn open_with(frame_bytes_max: usize) -> (WebSocketStream<DuplexStream>, By
     let (client, server) = tokio::io::duplex(PIPE_BYTES);
     let mut request = "ws://localhost/mqtt".into_client_request().unwrap();
     request.headers_mut().insert("sec-websocket-protocol", "chat, mqtt".parse().unwrap());
-    let paths = Paths::default();
-    let (client, server) = tokio::join!(
-        tokio_tungstenite::client_async(request, client),
-        accept(server, &paths, NO_PAGES, frame_bytes_max)
-    );
+    let settings = settings(frame_bytes_max);
+    let (client, server) =
+        tokio::join!(tokio_tungstenite::client_async(request, client), accept(server, &settings, NO_PAGES));
     let (client, response) = client.unwrap();
     assert_eq!(response.headers()["sec-websocket-protocol"], "mqtt");
     (client, server.ok().unwrap())
@@ -127,7 +126,7 @@ async fn who_asks_for_something_else_is_told_how() {
         let (mut client, server) = tokio::io::duplex(64 << 10);
         client.write_all(request.as_bytes()).await.unwrap();
         client.shutdown().await.unwrap();
-        let refused = accept(server, &Paths::default(), NO_PAGES, FRAME_BYTES_MAX).await.err().unwrap();
+        let refused = accept(server, &settings(FRAME_BYTES_MAX), NO_PAGES).await.err().unwrap();
         let mut answer = String::new();
         client.read_to_string(&mut answer).await.unwrap();
         assert!(answer.starts_with(&format!("HTTP/1.1 {status}")) && answer.contains(hint), "{answer}");
@@ -143,10 +142,11 @@ async fn clients_that_were_told_no_path_find_it() {
         let (client, server) = tokio::io::duplex(PIPE_BYTES);
         let mut request = format!("ws://localhost{path}").into_client_request().unwrap();
         request.headers_mut().insert("sec-websocket-protocol", "mqtt".parse().unwrap());
-        let paths = Paths::default();
-        let served = accept(server, &paths, NO_PAGES, FRAME_BYTES_MAX);
+        let settings = settings(FRAME_BYTES_MAX);
+        let served = accept(server, &settings, NO_PAGES);
         let (connected, served) = tokio::join!(tokio_tungstenite::client_async(request, client), served);
         assert_eq!((connected.is_ok(), served.is_ok()), (is_served, is_served), "{path}");
     }
-    assert!(Paths::One("*".to_owned()).contain("/anything/at/all"));
+    let any = Settings { paths: vec![ANY.to_owned()], ..settings(FRAME_BYTES_MAX) };
+    assert!(any.serves("/anything/at/all"));
 }

@@ -3,23 +3,28 @@
 //! load balancer that tells the client's address (PROXY protocol).
 //!
 //! The accept loop waits for no client: each handshake is a task of its own,
-//! ends within `connect_timeout`, and holds one of `handshakes_max` places of
-//! its listener until CONNECT is answered ([`handshakes`]).
+//! ends within its time, and holds one of `handshakes_max` places of its entry until the
+//! client's first packet or request is answered ([`handshakes`]).
+//!
+//! Every listener stands on it, as a [`Service`]; none of their protocols is known here.
 
 mod authorities;
+mod bind;
 mod chunks;
 pub mod closing;
+pub mod config;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod handshakes;
 mod identity;
 mod listen;
 pub mod network;
-pub(super) mod origin;
+pub mod origin;
 mod proxy;
 mod reload;
-pub(super) mod tls;
-mod websocket;
+mod service;
+mod tls;
+pub mod websocket;
 
 use std::fmt;
 use std::future::pending;
@@ -28,24 +33,23 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
-use tokio::signal::unix::Signal;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 use tokio_rustls::server::TlsStream;
 use tokio_util::task::TaskTracker;
 
+use self::config::Endpoint;
 use self::handshakes::{Handshake, Handshakes};
 use self::listen::{Listener, Socket};
 use self::origin::Origins;
-use super::bind::Bind;
-use super::config::{Endpoint, WebSocket};
-use super::{Broker, Error, connection};
+use self::tls::Tls;
 use crate::access::{Entrance, Proof};
 
-pub use self::listen::take;
-pub use self::tls::Tls;
+pub use self::bind::{Bind, SocketMode};
+pub use self::network::Network;
+pub use self::reload::keep_certificates;
+pub use self::service::{Io, Service};
 
 /// After an accept that failed, most likely for want of file descriptors.
 const ACCEPT_RETRY_AFTER: Duration = Duration::from_millis(100);
@@ -136,7 +140,7 @@ pub struct Place {
 }
 
 impl Place {
-    /// CONNECT is there: it gives way to no other handshake.
+    /// The client has spoken: it gives way to no other handshake.
     pub fn heard(&self) {
         self.handshake.iter().for_each(|handshake| handshake.heard());
     }
@@ -149,26 +153,45 @@ impl Place {
         }
     }
 
-    /// CONNECT is answered: another handshake may begin.
+    /// The client is let in or refused: another handshake may begin.
     pub fn handshake_ended(&mut self) {
         self.handshake = None;
     }
 }
 
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot listen on {bind}: {error}; {}", crate::listeners::bind_advice(error))]
+    Bind { bind: Bind, error: io::Error },
+    #[error("tls of {bind}: {reason}")]
+    Tls { bind: Bind, reason: String },
+}
+
+/// What is to be served on an address.
+pub struct Plan {
+    pub endpoint: Endpoint,
+    pub websocket: Option<websocket::Settings>,
+    /// Protocols that TLS offers (ALPN, RFC 7301), the best first.
+    pub protocols: &'static [&'static [u8]],
+    /// The plugin contract's number: see `access.connecting` in `wit/plugin.wit`.
+    pub transport: u32,
+}
+
 /// An address that is bound, its certificates read.
 pub struct Entry {
-    endpoint: Endpoint,
+    plan: Plan,
     listener: Listener,
     tls: Option<Arc<Tls>>,
 }
 
 impl Entry {
-    pub async fn bind(endpoint: &Endpoint) -> Result<Self, Error> {
-        let bind = || endpoint.bind.clone();
-        let tls = endpoint.tls.clone().map(Tls::load).transpose();
+    pub async fn bind(plan: Plan) -> Result<Self, Error> {
+        let bind = || plan.endpoint.bind.clone();
+        let tls = plan.endpoint.tls.clone().map(|files| Tls::load_for(files, plan.protocols)).transpose();
         let tls = tls.map_err(|unusable| Error::Tls { bind: bind(), reason: unusable.reason })?;
-        let listener = Listener::bind(endpoint).await.map_err(|error| Error::Bind { bind: bind(), error })?;
-        Ok(Self { endpoint: endpoint.clone(), listener, tls: tls.map(Arc::new) })
+        let listener = Listener::bind(&plan.endpoint).await;
+        let listener = listener.map_err(|error| Error::Bind { bind: bind(), error })?;
+        Ok(Self { plan, listener, tls: tls.map(Arc::new) })
     }
 
     /// With the port that was taken.
@@ -176,40 +199,56 @@ impl Entry {
         self.listener.address()
     }
 
-    pub fn tls(&self) -> Option<&Arc<Tls>> {
-        self.tls.as_ref()
+    fn entrance(&self) -> Entrance {
+        let Endpoint { bind, allow_anonymous, .. } = &self.plan.endpoint;
+        let (listener, transport) = (bind.to_string(), self.plan.transport);
+        Entrance { listener, transport, allow_anonymous: *allow_anonymous }
     }
 }
 
-/// Reads certificates again when their files change, until shutdown.
-pub async fn keep_certificates(broker: Arc<Broker>, tls: Vec<Arc<Tls>>, hangup: Option<Signal>) {
-    reload::run(&broker, &tls, hangup).await;
+/// Certificates of the entries, for [`keep_certificates`].
+pub struct Certificates(Vec<Arc<Tls>>);
+
+impl Certificates {
+    pub fn of(entries: &[Entry]) -> Self {
+        Self(entries.iter().filter_map(|entry| entry.tls.clone()).collect())
+    }
+}
+
+/// Fails where an address is taken, without listening at it.
+pub fn try_address(bind: &Bind) -> Result<(), Error> {
+    match bind.tcp().map(listen::take) {
+        Some(Err(error)) => Err(Error::Bind { bind: bind.clone(), error }),
+        _ => Ok(()),
+    }
 }
 
 /// Takes connections until shutdown; never waits for one of them.
-pub async fn accept(broker: Arc<Broker>, entry: Entry, room: Arc<Semaphore>, tasks: TaskTracker) {
-    let Entry { endpoint, listener, tls } = entry;
-    let handshakes = Handshakes::new(broker.config.handshakes_max as usize);
-    let entrance = Arc::new(entrance(&endpoint));
-    let layers = Arc::new(Layers { endpoint, tls });
+pub async fn accept<S: Service>(service: Arc<S>, entry: Entry, room: Arc<Semaphore>, tasks: TaskTracker) {
+    let handshakes = Handshakes::new(service.handshakes_max());
+    let entrance = Arc::new(entry.entrance());
+    let Entry { plan: Plan { endpoint, websocket, .. }, listener, tls } = entry;
+    let layers = Arc::new(Layers { endpoint, websocket, tls });
+    let name = S::NAME;
     let mut shedding = false;
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            () = broker.shutdown.cancelled() => return,
+            () = service.shutdown().cancelled() => return,
         };
         let (socket, address) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
-                broker.failures.report("mqtt: cannot accept connections", 1, &error.to_string(), "");
+                let kind = format!("{name}: cannot accept connections");
+                service.failures().report(&kind, 1, &error.to_string(), "");
                 tokio::time::sleep(ACCEPT_RETRY_AFTER).await;
                 continue;
             }
         };
-        broker.counters.sockets.increment(1);
+        service.accepted();
         let Ok(connection) = room.clone().try_acquire_owned() else {
-            let kind = "mqtt: connections_max reached, connect refused";
-            broker.refused("connections_max", Some(kind), None, &address, &address.to_string());
+            let kind = format!("{name}: connections_max reached, connect refused");
+            service.refused("connections_max", &kind, None, &address, &address.to_string());
             continue;
         };
         let mut handshake = handshakes.enter(&address, Instant::now());
@@ -219,8 +258,8 @@ pub async fn accept(broker: Arc<Broker>, entry: Entry, room: Arc<Semaphore>, tas
         }
         shedding = handshake.is_none();
         if shedding {
-            let kind = "mqtt: handshakes_max reached, connect refused";
-            broker.refused("handshakes_max", Some(kind), None, &address, &address.to_string());
+            let kind = format!("{name}: handshakes_max reached, connect refused");
+            service.refused("handshakes_max", &kind, None, &address, &address.to_string());
             continue;
         }
         let place = Place { _connection: connection, handshake: handshake.map(Box::new) };
@@ -232,39 +271,26 @@ pub async fn accept(broker: Arc<Broker>, entry: Entry, room: Arc<Semaphore>, tas
         }
         match socket {
             Socket::Tcp(socket) if layers.is_plain() => {
-                tasks.spawn(connection::serve(broker.clone(), socket, remote, place));
+                tasks.spawn(service.clone().serve(socket, remote, place));
             }
             socket => {
-                let served = serve_layered(broker.clone(), layers.clone(), socket, remote, place);
+                let served = serve_layered(service.clone(), layers.clone(), socket, remote, place);
                 tasks.spawn(served);
             }
         }
     }
 }
 
-/// The numbers are those of `access.connecting` in `wit/plugin.wit`.
-fn entrance(endpoint: &Endpoint) -> Entrance {
-    let transport = match (&endpoint.bind, &endpoint.websocket, &endpoint.tls) {
-        (Bind::Unix(_), ..) => 8,
-        (_, None, None) => 1,
-        (_, None, Some(_)) => 2,
-        (_, Some(_), None) => 3,
-        (_, Some(_), Some(_)) => 4,
-    };
-    let listener = endpoint.bind.to_string();
-    Entrance { listener, transport, allow_anonymous: endpoint.allow_anonymous }
-}
-
-/// What lies between the socket and MQTT.
+/// What lies between the socket and the listener's protocol.
 struct Layers {
     endpoint: Endpoint,
+    websocket: Option<websocket::Settings>,
     tls: Option<Arc<Tls>>,
 }
 
 impl Layers {
     fn is_plain(&self) -> bool {
-        let Endpoint { proxy_protocol, websocket, .. } = &self.endpoint;
-        self.tls.is_none() && websocket.is_none() && proxy_protocol.is_none()
+        self.tls.is_none() && self.websocket.is_none() && self.endpoint.proxy_protocol.is_none()
     }
 }
 
@@ -277,9 +303,6 @@ struct Failed {
     detail: String,
 }
 
-trait Io: AsyncRead + AsyncWrite + Unpin + Send {}
-impl<S: AsyncRead + AsyncWrite + Unpin + Send> Io for S {}
-
 enum Opened {
     Tcp(TcpStream),
     Unix(tokio::net::UnixStream),
@@ -287,8 +310,8 @@ enum Opened {
     WebSocket(Box<websocket::Bytes<Box<dyn Io>>>),
 }
 
-async fn serve_layered(
-    broker: Arc<Broker>,
+async fn serve_layered<S: Service>(
+    service: Arc<S>,
     layers: Arc<Layers>,
     socket: Socket,
     mut remote: Remote,
@@ -296,45 +319,46 @@ async fn serve_layered(
 ) {
     let opened = {
         // Boxed: its buffers are not kept for the connection's life.
-        let handshake = Box::pin(layers.handshake(&broker, socket, &mut remote));
+        let handshake = Box::pin(layers.handshake(&*service, socket, &mut remote));
         tokio::select! {
-            opened = timeout(broker.config.connect_timeout.0, handshake) => opened,
-            () = place.gives_way() => return gave_way(&broker, &remote),
-            () = broker.shutdown.cancelled() => return,
+            opened = timeout(service.handshake_timeout(), handshake) => opened,
+            () = place.gives_way() => return gave_way(&*service, &remote),
+            () = service.shutdown().cancelled() => return,
         }
     };
     match opened {
-        Ok(Ok(Opened::Tcp(io))) => connection::serve(broker, io, remote, place).await,
-        Ok(Ok(Opened::Unix(io))) => connection::serve(broker, io, remote, place).await,
-        Ok(Ok(Opened::Tls(io))) => connection::serve(broker, io, remote, place).await,
-        Ok(Ok(Opened::WebSocket(io))) => connection::serve(broker, io, remote, place).await,
-        Ok(Err(Failed { cause: cause @ "lost", .. })) => broker.counters.refused_connect(cause),
+        Ok(Ok(Opened::Tcp(io))) => service.serve(io, remote, place).await,
+        Ok(Ok(Opened::Unix(io))) => service.serve(io, remote, place).await,
+        Ok(Ok(Opened::Tls(io))) => service.serve(io, remote, place).await,
+        Ok(Ok(Opened::WebSocket(io))) => service.serve(io, remote, place).await,
+        Ok(Err(Failed { cause: cause @ "lost", .. })) => service.lost(cause),
         Ok(Err(Failed { cause, kind, who, detail })) => {
-            let detail = format!("{remote}: {detail}");
-            broker.refused(cause, Some(&kind), who.as_deref(), &remote.address, &detail);
+            let (kind, detail) = (format!("{}: {kind}", S::NAME), format!("{remote}: {detail}"));
+            service.refused(cause, &kind, who.as_deref(), &remote.address, &detail);
         }
-        Err(_) => broker.counters.refused_connect("timeout"),
+        Err(_) => service.lost("timeout"),
     }
 }
 
-/// Counted, and said once in a while: the connection ended for another handshake.
-pub fn gave_way(broker: &Broker, remote: &Remote) {
-    let kind = "mqtt: handshakes_max reached, the oldest connection without CONNECT closed";
-    broker.refused("handshakes_max", Some(kind), None, &remote.address, &remote.to_string());
+/// Counts and reports a connection that ended for another handshake.
+pub fn gave_way<S: Service>(service: &S, remote: &Remote) {
+    let (name, greeting) = (S::NAME, S::GREETING);
+    let kind = format!("{name}: handshakes_max reached, the oldest connection without {greeting} closed");
+    service.refused("handshakes_max", &kind, None, &remote.address, &remote.to_string());
 }
 
 impl Layers {
-    async fn handshake(
+    async fn handshake<S: Service>(
         &self,
-        broker: &Broker,
+        service: &S,
         socket: Socket,
         remote: &mut Remote,
     ) -> Result<Opened, Failed> {
         let mut socket = match socket {
             Socket::Tcp(socket) => socket,
             Socket::Unix(socket) => {
-                let Some(config) = &self.endpoint.websocket else { return Ok(Opened::Unix(socket)) };
-                return self.upgrade(broker, config, Box::new(socket)).await;
+                let Some(settings) = &self.websocket else { return Ok(Opened::Unix(socket)) };
+                return self.upgrade(settings, Box::new(socket)).await;
             }
         };
         let _ = socket.set_nodelay(true);
@@ -347,57 +371,35 @@ impl Layers {
             Some(tls) => {
                 let (io, shown) = tls.accept(socket).await?;
                 remote.certificate = shown.map(Box::new);
-                if broker.access.looks_at_certificates() {
+                if service.looks_at_certificates() {
                     remote.certificates = tls::shown(&io);
                 }
                 Opened::Tls(Box::new(io))
             }
         };
-        let Some(config) = &self.endpoint.websocket else { return Ok(io) };
+        let Some(settings) = &self.websocket else { return Ok(io) };
         let io: Box<dyn Io> = match io {
             Opened::Tcp(io) => Box::new(io),
             Opened::Tls(io) => io,
             done => return Ok(done),
         };
-        self.upgrade(broker, config, io).await
+        self.upgrade(settings, io).await
     }
 
-    async fn upgrade(&self, broker: &Broker, config: &WebSocket, io: Box<dyn Io>) -> Result<Opened, Failed> {
-        let origins = Origins { listed: &config.origins, tls: self.tls.is_some() };
-        let io = websocket::accept(io, &config.path, origins, config.frame_bytes_max(&broker.config)).await?;
+    async fn upgrade(&self, settings: &websocket::Settings, io: Box<dyn Io>) -> Result<Opened, Failed> {
+        let origins = Origins { listed: &settings.origins, tls: self.tls.is_some() };
+        let io = websocket::accept(io, settings, origins).await?;
         Ok(Opened::WebSocket(Box::new(io)))
     }
 }
 
 impl Failed {
     fn new(cause: &'static str, kind: impl Into<String>, detail: impl fmt::Display) -> Self {
-        Self { cause, kind: format!("mqtt: {}", kind.into()), who: None, detail: detail.to_string() }
+        Self { cause, kind: kind.into(), who: None, detail: detail.to_string() }
     }
 
     /// The client went away, as a scanner or a health check does: counted, not said.
     fn lost(error: &io::Error) -> Self {
         Self::new("lost", "the client left", error)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_entrance_is_named_as_the_config_writes_it_and_has_its_transport() {
-        let tls = || serde_json::from_str(r#"{ "cert": "x.pem", "key": "x.pem" }"#).unwrap();
-        let websocket = || Some(serde_json::from_str("{}").unwrap());
-        let endpoint = |bind: &str| Endpoint::at(bind.parse().unwrap());
-        for (endpoint, transport) in [
-            (endpoint("127.0.0.1:0"), 1),
-            (Endpoint { tls: tls(), ..endpoint("[::1]:8883") }, 2),
-            (Endpoint { websocket: websocket(), ..endpoint("127.0.0.1:80") }, 3),
-            (Endpoint { websocket: websocket(), tls: tls(), ..endpoint("127.0.0.1:443") }, 4),
-            (endpoint("unix:/run/mqtt.sock"), 8),
-        ] {
-            let Entrance { listener, transport: found, .. } = entrance(&endpoint);
-            assert_eq!((listener, found), (endpoint.bind.to_string(), transport));
-        }
     }
 }

@@ -12,8 +12,8 @@ use tokio::signal::unix::Signal;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::super::Broker;
 use super::tls::{Reloaded, Tls, Unusable};
+use super::{Certificates, Service};
 use crate::telemetry::{Failures, Standing};
 
 const LOOK_EVERY: Duration = Duration::from_secs(30);
@@ -26,7 +26,12 @@ const QUIET: Duration = Duration::from_millis(300);
 /// However busy the folder.
 const QUIET_WAIT_MAX: Duration = Duration::from_secs(5);
 
-pub(super) async fn run(broker: &Broker, all: &[Arc<Tls>], mut hangup: Option<Signal>) {
+/// Reads certificates again when their files change, until shutdown.
+pub async fn keep_certificates<S: Service>(
+    service: Arc<S>,
+    Certificates(all): Certificates,
+    mut hangup: Option<Signal>,
+) {
     let (changed, mut changes) = mpsc::channel(1);
     let watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
         // Our own look opens and reads the files.
@@ -45,14 +50,14 @@ pub(super) async fn run(broker: &Broker, all: &[Arc<Tls>], mut hangup: Option<Si
         Ok(watcher)
     });
     if let Err(error) = &watched {
-        tracing::warn!(%error, "mqtt: cannot watch the certificates' folders, will look every 30 s");
+        tracing::warn!(%error, "{}: cannot watch the certificates' folders, will look every 30 s", S::NAME);
     }
     let mut told = Told::default();
     loop {
-        tell_of_ends(all, &broker.failures, &mut told);
+        tell_of_ends(&*service, &all, &mut told);
         tokio::select! {
-            () = broker.shutdown.cancelled() => return,
-            () = sleep(until_next_end(all).min(LOOK_EVERY)) => {}
+            () = service.shutdown().cancelled() => return,
+            () = sleep(until_next_end(&all).min(LOOK_EVERY)) => {}
             Some(()) = changes.recv() => {
                 let until = Instant::now() + QUIET_WAIT_MAX;
                 while timeout(QUIET, changes.recv()).await == Ok(Some(())) && Instant::now() < until {}
@@ -60,12 +65,12 @@ pub(super) async fn run(broker: &Broker, all: &[Arc<Tls>], mut hangup: Option<Si
             Some(()) = async { hangup.as_mut()?.recv().await } => {}
         }
         let mut has_changed = false;
-        for tls in all {
-            let Some(changed) = broker.shutdown.run_until_cancelled(look(broker, tls)).await else { return };
+        for tls in &all {
+            let looked = look(&*service, tls);
+            let Some(changed) = service.shutdown().run_until_cancelled(looked).await else { return };
             has_changed |= changed;
         }
         if has_changed {
-            broker.access.recheck();
             told = Told::default();
         }
     }
@@ -92,23 +97,25 @@ impl Told {
 }
 
 /// Says which certificates and lists have ended or end soon, once when that begins and then daily.
-fn tell_of_ends(all: &[Arc<Tls>], failures: &Failures, told: &mut Told) {
+fn tell_of_ends<S: Service>(service: &S, all: &[Arc<Tls>], told: &mut Told) {
     let now = SystemTime::now();
     let warnings = all.iter().flat_map(|tls| tls.warnings(now)).collect();
     for warning in told.news(warnings, Instant::now()) {
-        tracing::warn!("mqtt: {warning}");
+        tracing::warn!("{}: {warning}", S::NAME);
     }
     for (file, seconds) in all.iter().flat_map(|tls| tls.seconds_left(now)) {
-        super::super::metrics::certificate_seconds_left(file, seconds);
+        service.show_certificate(file, seconds);
     }
-    note_lists(all, failures, now);
+    for lists in all.iter().filter_map(|tls| tls.lists()) {
+        service.show_revocation_list(lists.file, lists.seconds_left(now));
+    }
+    note_lists(all, service.failures(), now);
 }
 
 /// A revocation list that is past its next update is a problem for as long.
 pub(super) fn note_lists(all: &[Arc<Tls>], failures: &Failures, now: SystemTime) {
     let mut overdue: BTreeMap<&Path, Option<String>> = BTreeMap::new();
     for lists in all.iter().filter_map(|tls| tls.lists()) {
-        super::super::metrics::revocation_list_seconds_left(lists.file, lists.seconds_left(now));
         let known = overdue.entry(lists.file).or_default();
         *known = known.take().or(lists.overdue(now));
     }
@@ -134,21 +141,21 @@ fn until_next_end(all: &[Arc<Tls>]) -> Duration {
 }
 
 /// Whether there are new certificates in use.
-async fn look(broker: &Broker, tls: &Arc<Tls>) -> bool {
+async fn look<S: Service>(service: &S, tls: &Arc<Tls>) -> bool {
     let looked = tls.clone();
     // A task that panics ends the process, so that there is always an answer.
     let reloaded = tokio::task::spawn_blocking(move || looked.reload()).await.unwrap_or(Reloaded::Same);
-    note_reload(tls, &broker.failures, &reloaded);
+    note_reload(tls, service.failures(), &reloaded);
     match reloaded {
         Reloaded::Same => false,
         Reloaded::Taken => {
-            broker.counters.tls_reload("taken");
-            tracing::info!(cert = %tls.name(), "mqtt: new certificates, used for new connections");
+            service.certificates_changed("taken");
+            tracing::info!(cert = %tls.name(), "{}: new certificates, used for new connections", S::NAME);
             true
         }
         Reloaded::Broken(unusable) => {
-            broker.counters.tls_reload("refused");
-            tracing::error!("mqtt: the old certificates stay in use: {unusable}");
+            service.certificates_changed("refused");
+            tracing::error!("{}: the old certificates stay in use: {unusable}", S::NAME);
             false
         }
     }

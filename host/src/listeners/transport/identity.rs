@@ -7,7 +7,7 @@ use x509_cert::der::asn1::{Ia5StringRef, ObjectIdentifier, PrintableStringRef, U
 use x509_cert::ext::pkix::SubjectAltName;
 use x509_cert::ext::pkix::name::GeneralName;
 
-use super::super::config::Identity;
+use super::config::Identity;
 
 const COMMON_NAME: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.3");
 

@@ -1,7 +1,7 @@
 //! Connections that have not been let in yet: at most `handshakes_max` of a listener,
 //! shared fairly between the addresses that they come from.
 //!
-//! With all places taken, a connection that has not sent its CONNECT gives way. The
+//! With all places taken, a connection whose client has said nothing gives way. The
 //! address with the most of these loses its oldest to an address that has fewer. Between
 //! equals one gives way only after [`SILENT_MAX`], so that a storm of devices that
 //! reconnect does not end its own handshakes over and over.
@@ -30,7 +30,7 @@ struct Places {
     /// Past the most where a connection that gives way has not ended yet.
     taken: usize,
     next: u64,
-    /// Connections without a CONNECT, the oldest first.
+    /// Connections whose clients have said nothing, the oldest first.
     silent: HashMap<Source, BTreeSet<u64>>,
     /// When each of these came, and how it is told to give way.
     waiting: HashMap<u64, (Instant, Arc<Notify>)>,
@@ -124,7 +124,7 @@ impl Places {
 }
 
 impl Handshake {
-    /// Its CONNECT is there: from now on it gives way to nobody.
+    /// Its client has spoken: from now on it gives way to nobody.
     pub fn heard(&self) {
         self.of.lock().no_more_silent(self.source, self.number);
     }
@@ -172,7 +172,7 @@ mod tests {
         assert_eq!(gone(&silent), [0]);
         silent[1].heard();
         let another = enter("192.0.2.1").unwrap();
-        assert_eq!(gone(&silent), [2], "not one that has sent its CONNECT");
+        assert_eq!(gone(&silent), [2], "not one whose client has spoken");
         assert!(enter("192.0.2.2").is_none(), "each has one");
         assert_eq!((gone(&silent), gone(&[other, another])), (vec![], vec![]));
     }

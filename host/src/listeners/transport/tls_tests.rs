@@ -6,7 +6,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::TcpListener;
 use tokio_rustls::TlsConnector;
 
-use super::super::super::config::Identity;
+use super::super::config::Identity;
 use super::super::reload::{Told, note_lists, note_reload};
 use super::*;
 use crate::telemetry::Failures;

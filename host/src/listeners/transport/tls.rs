@@ -21,8 +21,8 @@ use x509_cert::crl::CertificateList;
 use x509_cert::der::Decode;
 use x509_cert::{Certificate, Version};
 
-use super::super::config::{self, ClientCert};
 use super::authorities::{Authorities, Basis, Seen, observed};
+use super::config::{self, ClientCert};
 use super::{Failed, Shown, identity};
 use crate::access::Proof;
 use crate::files;
@@ -38,6 +38,8 @@ const LIVES_MAX: Duration = Duration::from_secs(365 * 24 * 3_600);
 /// The certificates in use, and the files that they came from.
 pub struct Tls {
     files: config::Tls,
+    /// Protocols that are offered (ALPN, RFC 7301).
+    protocols: &'static [&'static [u8]],
     current: RwLock<Acceptor>,
     /// What the last look found, good or not: a broken file is said once.
     seen: Mutex<Result<[u8; 32], Unusable>>,
@@ -98,9 +100,15 @@ struct Material {
 impl Tls {
     /// Reads the files.
     pub fn load(files: config::Tls) -> Result<Self, Unusable> {
+        Self::load_for(files, &[])
+    }
+
+    /// The same, for a listener that speaks these protocols, the best first.
+    pub fn load_for(files: config::Tls, protocols: &'static [&'static [u8]]) -> Result<Self, Unusable> {
         let material = Material::read(&files)?;
-        let current = RwLock::new(material.acceptor(&files)?);
-        Ok(Self { files, current, seen: Mutex::new(Ok(material.digest())), is_early: AtomicBool::new(false) })
+        let current = RwLock::new(material.acceptor(&files, protocols)?);
+        let seen = Mutex::new(Ok(material.digest()));
+        Ok(Self { files, protocols, current, seen, is_early: AtomicBool::new(false) })
     }
 
     /// Takes what is in the files now. Anything wrong: all stays as it is. A certificate that is out
@@ -115,7 +123,7 @@ impl Tls {
         }
         *seen = found;
         self.is_early.store(false, Ordering::Relaxed);
-        let acceptor = match material.and_then(|material| material.acceptor(&self.files)) {
+        let acceptor = match material.and_then(|material| material.acceptor(&self.files, self.protocols)) {
             Ok(acceptor) => acceptor,
             Err(unusable) => return Reloaded::Broken(unusable),
         };
@@ -207,8 +215,7 @@ impl Tls {
     }
 
     pub(super) fn files(&self) -> impl Iterator<Item = &Path> {
-        let config::Tls { cert, key, client_ca, crl, .. } = &self.files;
-        [Some(cert), Some(key), client_ca.as_ref(), crl.as_ref()].into_iter().flatten().map(PathBuf::as_path)
+        self.files.files().map(|(_, file)| file)
     }
 
     /// Where its files lie.
@@ -317,7 +324,7 @@ impl Material {
         hash.finalize().into()
     }
 
-    fn acceptor(&self, files: &config::Tls) -> Result<Acceptor, Unusable> {
+    fn acceptor(&self, files: &config::Tls, protocols: &[&[u8]]) -> Result<Acceptor, Unusable> {
         let mut lists_until = None;
         let config::Tls { cert, key, .. } = files;
         let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -357,6 +364,7 @@ impl Material {
             _ if is_version_1 => cannot_use(cert, &VERSION_1),
             error => cannot_use(cert, &error),
         })?;
+        config.alpn_protocols = protocols.iter().map(|name| name.to_vec()).collect();
         if self.client_ca.is_some() {
             // A session that is resumed brings its certificate unchecked, expired perhaps.
             config.session_storage = Arc::new(NoServerSessionStorage {});

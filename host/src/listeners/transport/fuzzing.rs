@@ -1,4 +1,4 @@
-//! Targets of [`crate::fuzzing`]: what comes before MQTT.
+//! Targets of [`crate::fuzzing`]: what comes before a listener's own protocol.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -10,9 +10,10 @@ use futures_util::FutureExt;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadBuf};
 use tokio::sync::Semaphore;
 
-use super::super::config::{Paths, ProxyProtocol};
+use super::config::ProxyProtocol;
 use super::origin::Origins;
-use super::{Address, Place, Remote, proxy, websocket as framing};
+use super::websocket::{self as framing, Settings};
+use super::{Address, Place, Remote, proxy};
 
 const NOBODY: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9);
 const REQUEST: &[u8] = b"GET /mqtt HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
@@ -29,6 +30,17 @@ pub fn somebody() -> (Remote, Place) {
         entrance: Arc::default(),
     };
     (remote, Place { _connection: one, handshake: None })
+}
+
+/// As the MQTT listener has them.
+pub fn settings(frame_bytes_max: usize) -> Settings {
+    Settings {
+        protocol: "MQTT",
+        subprotocols: &["mqtt", "mqttv3.1"],
+        paths: ["/mqtt", "/", "/ws"].map(str::to_owned).into(),
+        origins: Vec::new(),
+        frame_bytes_max,
+    }
 }
 
 /// A header is taken whole, and no byte more.
@@ -62,7 +74,7 @@ fn heard(sent: &[u8], piece: usize) -> Option<(Vec<u8>, bool)> {
     let io = tokio::io::join(Pieces { rest: sent, piece }, tokio::io::sink());
     let origins = Origins { listed: &[], tls: false };
     async {
-        let mut io = framing::accept(io, &Paths::default(), origins, 1 << 10).await.ok()?;
+        let mut io = framing::accept(io, &settings(1 << 10), origins).await.ok()?;
         let mut heard = Vec::new();
         let mut buffer = [0; 256];
         loop {

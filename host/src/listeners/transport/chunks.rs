@@ -1,7 +1,7 @@
 //! Rewrites what a WebSocket client sends so that each data frame is a message of at most
 //! [`CHUNK_BYTES`]: the library keeps a message until it is whole, and a client may send ones
-//! of any size slowly. MQTT does not see where frames begin and end (MQTT 5.0, 6.0.0-2). What
-//! is no data frame, or no frame, is left for the library to answer or to refuse.
+//! of any size slowly. The protocol inside does not see where frames begin and end. What is no
+//! data frame, or no frame, is left for the library to answer or to refuse.
 
 use std::io;
 use std::pin::Pin;

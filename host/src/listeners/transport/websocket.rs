@@ -1,5 +1,5 @@
-//! MQTT in WebSocket's binary frames (MQTT 5.0, 6; RFC 6455), as a stream of
-//! bytes: where frames begin and end means nothing.
+//! A protocol in WebSocket's binary frames (RFC 6455), as a stream of bytes: where frames begin
+//! and end means nothing. Which protocol it is, its listener says in [`Settings`].
 
 use std::io;
 use std::pin::Pin;
@@ -14,7 +14,6 @@ use tokio_tungstenite::tungstenite::handshake::server::{Request, create_response
 use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Error, Message};
 
-use super::super::config::Paths;
 use super::Failed;
 use super::chunks::{CHUNK_BYTES, Chunks};
 use super::origin::Origins;
@@ -28,8 +27,31 @@ const WRITE_BYTES_MAX: usize = 64 << 10;
 /// Of frames that the client has not taken; with no room for another pong only
 /// the last ping is answered (RFC 6455, 5.5.3).
 const UNSENT_BYTES_MAX: usize = 2 * WRITE_BYTES_MAX;
-/// As registered, and what clients of MQTT 3.1 said before it was.
-const SUBPROTOCOLS: [&str; 2] = ["mqtt", "mqttv3.1"];
+/// Stands for any path.
+pub const ANY: &str = "*";
+
+/// What is served over WebSocket, and to whom.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Name of the protocol, for clients that ask for something else.
+    pub protocol: &'static str,
+    /// Its registered names (RFC 6455, 1.9), the best first.
+    pub subprotocols: &'static [&'static str],
+    /// Paths of the URL, [`ANY`] for all.
+    pub paths: Vec<String>,
+    /// Web pages that may connect: see [`Origins`].
+    pub origins: Vec<String>,
+    /// Largest message that a client may send, in one frame or several.
+    pub frame_bytes_max: usize,
+}
+
+impl Settings {
+    /// Returns whether a request for `path` is served; a `/` at its end makes no difference.
+    pub fn serves(&self, path: &str) -> bool {
+        let cut = |path: &str| path.trim_end_matches('/').to_owned();
+        self.paths.iter().any(|known| known == ANY || cut(known) == cut(path))
+    }
+}
 
 /// The payloads of binary frames, one after the other.
 pub(super) struct Bytes<S> {
@@ -42,9 +64,8 @@ pub(super) struct Bytes<S> {
 /// Answers the HTTP request; one that asks for something else gets told how.
 pub(super) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     mut io: S,
-    paths: &Paths,
+    settings: &Settings,
     origins: Origins<'_>,
-    frame_bytes_max: usize,
 ) -> Result<Bytes<S>, Failed> {
     let mut input = BytesMut::new();
     let request = loop {
@@ -64,12 +85,15 @@ pub(super) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         }
     };
     let path = request.uri().path();
-    if !paths.contain(path) {
-        let told = format!("MQTT over WebSocket is at {}", paths.all().join(", "));
+    let Settings { protocol, subprotocols, .. } = settings;
+    if !settings.serves(path) {
+        let told = format!("{protocol} over WebSocket is at {}", settings.paths.join(", "));
         return Err(refuse(&mut io, 404, &told).await);
     }
     if !request.headers().contains_key("upgrade") {
-        let told = format!("this is MQTT over WebSocket: connect an MQTT client to ws://HOST:PORT{path}");
+        let told = format!(
+            "this is {protocol} over WebSocket: connect an {protocol} client to ws://HOST:PORT{path}"
+        );
         return Err(refuse(&mut io, 426, &told).await);
     }
     if let Err(origin) = origins.check(request.headers()) {
@@ -79,10 +103,12 @@ pub(super) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     let mut offered = request.headers().get_all("sec-websocket-protocol").iter();
     let subprotocol = offered.find_map(|offered| {
         let mut names = offered.to_str().ok()?.split(',').map(str::trim);
-        names.find_map(|name| SUBPROTOCOLS.into_iter().find(|known| *known == name))
+        names.find_map(|name| subprotocols.iter().copied().find(|known| *known == name))
     });
     let Some(subprotocol) = subprotocol else {
-        return Err(refuse(&mut io, 400, "ask for the subprotocol mqtt (Sec-WebSocket-Protocol: mqtt)").await);
+        let name = subprotocols.first().copied().unwrap_or_default();
+        let told = format!("ask for the subprotocol {name} (Sec-WebSocket-Protocol: {name})");
+        return Err(refuse(&mut io, 400, &told).await);
     };
     let mut response = match create_response(&request) {
         Ok(response) => response,
@@ -99,7 +125,7 @@ pub(super) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
         .max_write_buffer_size(UNSENT_BYTES_MAX)
         .max_frame_size(Some(CHUNK_BYTES))
         .max_message_size(Some(CHUNK_BYTES));
-    let io = Chunks::new(io, &input, frame_bytes_max);
+    let io = Chunks::new(io, &input, settings.frame_bytes_max);
     let io = WebSocketStream::from_raw_socket(io, Role::Server, Some(limits)).await;
     Ok(Bytes { io, rest: bytes::Bytes::new(), unsent: false })
 }
