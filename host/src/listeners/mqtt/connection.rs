@@ -52,8 +52,10 @@ pub use self::permits::Permits;
 const READ_BYTES_MAX: usize = 64 << 10;
 /// While what was read waits, this much is read on, for PINGREQ.
 const STALLED_READ_BYTES_MAX: usize = 16 << 10;
-/// Reads of a connection whose client has come back by another one, before it ends.
-const LAST_TURNS: u8 = 4;
+/// Bytes that are read of a connection whose client has come back by another one, before it ends.
+const LAST_BYTES_MAX: u32 = 256 << 10;
+/// What a read counts as beside its bytes: a frame of a WebSocket, or a record of TLS, may hold few.
+const LAST_READ_BYTES: u32 = 64;
 /// Deliveries are added to the write buffer up to this size.
 const WRITE_BYTES_MAX: usize = 64 << 10;
 /// Size up to which deliveries are added where the memory of all connections is used up.
@@ -100,8 +102,8 @@ struct Connection<'b, S> {
     drain_until: Option<Instant>,
     /// The client has left. What it sent before is still taken in.
     has_left: bool,
-    /// See [`LAST_TURNS`].
-    last_turns: u8,
+    /// What is left of [`LAST_BYTES_MAX`].
+    last_bytes: u32,
 }
 
 enum Io {
@@ -202,7 +204,7 @@ where
         outward: None,
         drain_until: None,
         has_left: false,
-        last_turns: LAST_TURNS,
+        last_bytes: LAST_BYTES_MAX,
     };
     Some((connection, Leaving { turn, user_place }))
 }
@@ -434,14 +436,18 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
         if !self.session.is_wanted() || self.has_left {
             return None;
         }
-        self.last_turns = self.last_turns.checked_sub(1)?;
+        self.last_bytes = self.last_bytes.checked_sub(LAST_READ_BYTES)?;
         let (read_max, io) = (self.read_max(), &mut self.io);
         // Without a budget: else it may seem that there is nothing. Nothing is written to who has gone.
-        unconstrained(poll_fn(|cx| match poll_io(io, &mut BytesMut::new(), read_max, cx) {
+        let io = unconstrained(poll_fn(|cx| match poll_io(io, &mut BytesMut::new(), read_max, cx) {
             Poll::Ready(io) => Poll::Ready(Some(io)),
             Poll::Pending => Poll::Ready(None),
         }))
-        .await
+        .await;
+        if let Some(Io::Read(len)) = io {
+            self.last_bytes = self.last_bytes.saturating_sub(len as u32);
+        }
+        io
     }
 
     /// Whether [`Self::woken`] has something to say.

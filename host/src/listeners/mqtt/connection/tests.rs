@@ -42,7 +42,7 @@ fn connection<S>(broker: &Arc<Broker>, session: Arc<Session>, io: S) -> Connecti
         outward: None,
         drain_until: None,
         has_left: false,
-        last_turns: LAST_TURNS,
+        last_bytes: LAST_BYTES_MAX,
     }
 }
 
@@ -121,9 +121,39 @@ async fn what_a_client_sent_before_it_came_back_is_taken_in_and_its_goodbye_firs
     assert_eq!(stream.bounds().end.0, 2);
 }
 
+/// Gives a packet of six bytes at a time, as a WebSocket of a client that sends each in a frame of its own.
+struct Frames<'a>(&'a [u8]);
+
+impl AsyncRead for Frames<'_> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        _: &mut std::task::Context<'_>,
+        out: &mut ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        let (frame, rest) = self.0.split_at(self.0.len().min(6));
+        out.put_slice(frame);
+        self.0 = rest;
+        Poll::Ready(Ok(()))
+    }
+}
+
+#[tokio::test]
+async fn a_goodbye_is_read_that_lies_behind_many_small_frames() {
+    let stream = MemoryStream::new("s", 1);
+    let broker = &broker(&Config::default(), stream.clone(), MemoryStream::new("broker", 1));
+    let (session, _turn) = broker.sessions.claim("c", 9).await.unwrap();
+    let mut other = std::pin::pin!(broker.sessions.claim("c", 9));
+    assert!(futures_util::poll!(&mut other).is_pending());
+    let mut sent = [0x30, 4, 0, 1, b'x', 0].repeat(2_000);
+    sent.extend([0xe0, 0]);
+    let mut connection = connection(broker, session, tokio::io::join(Frames(&sent), tokio::io::sink()));
+    assert!(matches!(connection.run().await, End::Disconnect { .. }));
+    assert_eq!(stream.bounds().end.0, 2_000);
+}
+
 /// A client that sends without end does not keep the other one waiting.
 #[tokio::test]
-async fn a_client_whose_session_is_wanted_is_read_a_few_times_more() {
+async fn a_client_whose_session_is_wanted_is_read_a_while_longer() {
     let stores = || MemoryStream::new("s", 1);
     let broker = &broker(&Config::default(), stores(), stores());
     let (session, _turn) = broker.sessions.claim("c", 9).await.unwrap();
