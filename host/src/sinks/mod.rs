@@ -19,9 +19,11 @@ pub mod columns;
 mod config;
 #[cfg(test)]
 pub(crate) mod conformance;
+mod log_positions;
 pub mod memory;
 pub mod postgres;
 pub mod sqlite;
+pub mod stream;
 
 pub use check::{Checked, Looked};
 pub use config::{BATCH_BYTES_MAX, BATCH_ROWS_MAX, BatchConfig, Begin, Config, OnConflict};

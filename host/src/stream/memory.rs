@@ -228,7 +228,7 @@ impl Stream for MemoryStream {
         let bytes: usize =
             messages.iter().map(|m| m.topic.len() + m.payload.len() + m.properties.len()).sum();
         if bytes > inner.append_bytes_max {
-            return Err(AppendError::TooLarge("append"));
+            return Err(AppendError::TooLarge(AppendError::WHOLE));
         }
         if inner.pending_bytes + bytes > COMMIT_BUFFER_BYTES_MAX {
             inner.full = true;

@@ -20,11 +20,13 @@ mod lack;
 mod lineage;
 pub mod log;
 pub mod memory;
+mod prefixed;
 mod set;
 
 pub use config::{Config, Key, Retention};
 pub use lack::Lack;
 pub use lineage::Lineage;
+pub use prefixed::Prefixed;
 pub use set::Streams;
 
 /// A write or sync that the disk has not answered, and how much waits for it.
@@ -126,6 +128,11 @@ pub enum AppendError {
     /// A sync failed or the stream was closed. Nothing more will be acknowledged.
     #[error("the stream has stopped: {0}")]
     Stopped(Arc<str>),
+}
+
+impl AppendError {
+    /// What [`AppendError::TooLarge`] names where everything in one append together is too large.
+    pub const WHOLE: &'static str = "append";
 }
 
 /// What a cursor gives.

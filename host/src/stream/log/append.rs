@@ -131,7 +131,7 @@ impl Inner {
         }
         let goes_alone = self.takes_any_message && messages.len() == 1;
         if bytes + changes_bytes > self.buffer_bytes_max && !goes_alone {
-            return Err(AppendError::TooLarge("append"));
+            return Err(AppendError::TooLarge(AppendError::WHOLE));
         }
         // Copied outside the lock: state changes are rare and need an allocation anyway.
         let owned: Vec<Change> =

@@ -1,0 +1,238 @@
+//! A stream as a sink: rows become messages of a stream that other pipelines read and MQTT clients may
+//! subscribe to.
+//!
+//! A commit is one append: the messages, and the positions that they bring the claim to as changes of the
+//! stream's state map (`log_positions`). After a crash both are there or neither.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use uuid::Uuid;
+
+use super::log_positions::{Changes, LogPositions, borrowed};
+use super::{
+    Advance, Claim, Epoch, Error, LogPosition, Name, Opened, Outcome, PassPosition, RefusedRow, Rows, Sink,
+    Written,
+};
+use crate::batch::{MessageRef, Offset, Partition, flags};
+use crate::stream::log::frame::message_fits;
+use crate::stream::{AppendError, Appended, NewMessage, Stream, partition_of};
+use crate::topic::TOPIC_BYTES_MAX;
+
+#[cfg(test)]
+mod tests;
+
+/// A stream that pipelines write to. Clones share the positions' lock: one for each stream of a host.
+#[derive(Clone)]
+pub struct Target {
+    stream: Arc<dyn Stream>,
+    positions: LogPositions,
+    topic_bytes_max: usize,
+    #[cfg(test)]
+    refuse: Arc<std::sync::Mutex<Option<Vec<u8>>>>,
+}
+
+impl Target {
+    /// `topic_prefix`: what subscribers see in front of the topics.
+    pub fn new(stream: Arc<dyn Stream>, topic_prefix: Option<&str>) -> Self {
+        let prefix_bytes = topic_prefix.map_or(0, |prefix| prefix.len() + 1);
+        Self {
+            positions: LogPositions::new(Arc::clone(&stream)),
+            stream,
+            topic_bytes_max: TOPIC_BYTES_MAX.saturating_sub(prefix_bytes),
+            #[cfg(test)]
+            refuse: Arc::default(),
+        }
+    }
+
+    /// A sink that is not opened yet.
+    pub fn sink(&self) -> Box<dyn Sink> {
+        Box::new(StreamSink { target: self.clone(), mine: None, uncommitted: None })
+    }
+
+    /// Returns the message as the stream has it. Its partition is that of its device in this stream.
+    fn message<'r>(&self, row: &MessageRef<'r>) -> NewMessage<'r> {
+        let device = row.device();
+        NewMessage {
+            topic: row.topic(),
+            payload: row.payload(),
+            properties: row.properties(),
+            route: row.route(),
+            device,
+            partition: partition_of(device, self.stream.identity().partitions),
+            // Whether a step changed it is said from step to step.
+            flags: row.entry.flags & !flags::CHANGED,
+            received_us: row.entry.received_us,
+            event_us: row.entry.event_us,
+        }
+    }
+
+    /// Returns why a message can never be in the stream.
+    fn misfit(&self, message: &NewMessage<'_>) -> Option<String> {
+        #[cfg(test)]
+        if self.refuse.lock().expect("no panic").as_deref() == Some(message.payload) {
+            return Some("column \"value\": refused".to_owned());
+        }
+        let fits = match message.topic.len() > self.topic_bytes_max {
+            true => Err("topic"),
+            false => message_fits(message),
+        };
+        fits.err().map(|what| format!("{}: the {what} is too long for it", self.named()))
+    }
+
+    fn named(&self) -> String {
+        format!("stream \"{}\"", self.stream.name())
+    }
+
+    /// Returns why nothing is appended now; the pipeline tries again.
+    fn no_space(&self) -> Error {
+        let lack = match self.stream.lack() {
+            Some(lack) => lack.cause(None),
+            None => "its state map is full".to_owned(),
+        };
+        Error::Retry(format!("{} takes no appends: {lack}", self.named()))
+    }
+
+    fn stopped(&self, reason: &str) -> Error {
+        Error::Retry(format!("{} has stopped: {reason}", self.named()))
+    }
+
+    /// Returns once an append, and all before it, survive a crash.
+    async fn durable(&self, appended: Appended) -> Result<(), Error> {
+        let mut durable = self.stream.durable();
+        let reached = durable.wait_for(|durable| *durable >= appended.ticket).await;
+        reached.map(drop).map_err(|_| Error::Unknown(self.named()))
+    }
+
+    /// Appends what `changes` gives while nobody else changes positions, once there is room, and returns once
+    /// that is durable. `Ok(None)`: it is too large for one append.
+    async fn append<T>(
+        &self,
+        messages: &[NewMessage<'_>],
+        changes: impl Fn() -> Result<(T, Changes), Error> + Send + Sync,
+    ) -> Result<Option<T>, Error>
+    where
+        T: Send,
+    {
+        loop {
+            let (made, appended) = {
+                let _held = self.positions.change();
+                let (made, changes) = changes()?;
+                (made, self.stream.append(messages, &borrowed(&changes)))
+            };
+            match appended {
+                Ok(appended) => return self.durable(appended).await.map(|()| Some(made)),
+                Err(AppendError::Full) => self.stream.writable().await,
+                Err(AppendError::NoSpace) => return Err(self.no_space()),
+                Err(AppendError::TooLarge(AppendError::WHOLE)) => return Ok(None),
+                Err(AppendError::TooLarge(what)) => {
+                    return Err(Error::Setup(format!("{}: over its limit: {what}", self.named())));
+                }
+                Err(AppendError::Stopped(reason)) => return Err(self.stopped(&reason)),
+            }
+        }
+    }
+}
+
+struct StreamSink {
+    target: Target,
+    mine: Option<(Claim, Epoch)>,
+    /// What `finish` appends.
+    uncommitted: Option<(Rows, Vec<Advance>)>,
+}
+
+impl StreamSink {
+    /// Returns whether the append was not too large.
+    async fn append(&self, rows: &Rows, advance: &[Advance]) -> Result<bool, Error> {
+        let Self { target, mine, .. } = self;
+        let (claim, epoch) = mine.as_ref().ok_or_else(|| Error::Retry("commit before open".to_owned()))?;
+        let messages: Vec<_> = rows.iter().map(|row| target.message(&row)).collect();
+        let changes = || Ok(((), target.positions.advance(claim, *epoch, advance)?));
+        Ok(target.append(&messages, changes).await?.is_some())
+    }
+
+    fn too_much(&self, rows: &Rows) -> String {
+        format!(
+            "{}: {} messages are larger than streams.{}.commit_buffer_bytes_max together",
+            self.target.named(),
+            rows.len(),
+            self.target.stream.name()
+        )
+    }
+}
+
+#[async_trait]
+impl Sink for StreamSink {
+    async fn open(&mut self, claim: &Claim, held: Option<Epoch>) -> Result<Opened, Error> {
+        (self.mine, self.uncommitted) = (None, None);
+        let Target { stream, positions, .. } = &self.target;
+        let taken = || {
+            let bounds = stream.bounds();
+            positions.claim(claim, held, bounds.start < bounds.end)
+        };
+        // The positions may be those of an append that was not durable yet.
+        let opened = self.target.append(&[], taken).await?;
+        let opened = opened.ok_or_else(|| Error::Setup(self.too_much(&Rows::default())))?;
+        self.mine = Some((claim.clone(), opened.epoch));
+        Ok(opened)
+    }
+
+    async fn positions_of(&mut self, claims: &[Name], logs: &[Uuid]) -> Result<Vec<LogPosition>, Error> {
+        Ok(self.target.positions.positions_of(claims, logs))
+    }
+
+    async fn passes_of(
+        &mut self,
+        claims: &[Name],
+        log: Uuid,
+        above: Offset,
+    ) -> Result<Vec<PassPosition>, Error> {
+        Ok(self.target.positions.passes_of(claims, log, above))
+    }
+
+    async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {
+        self.uncommitted = None;
+        let misfit = |(row, message): (usize, MessageRef<'_>)| {
+            let reason = self.target.misfit(&self.target.message(&message))?;
+            Some(RefusedRow { row, reason, code: None })
+        };
+        let mut rejected: Vec<_> = rows.iter().enumerate().filter_map(misfit).collect();
+        if rejected.is_empty() {
+            if self.append(rows, advance).await? {
+                return Ok(Outcome::Committed(Written { written: rows.len() as u64, ignored: 0 }));
+            }
+            // The messages that a step made of one are in one append, as a position cannot lie between them.
+            if !rows.is_of_one_message() {
+                return Err(Error::TooMuch(self.too_much(rows)));
+            }
+            let reason = self.too_much(rows);
+            let reject = |row| RefusedRow { row, reason: reason.clone(), code: None };
+            rejected = (0..rows.len()).map(reject).collect();
+        }
+        let is_rejected = |row: &usize| rejected.binary_search_by_key(row, |rejected| rejected.row).is_ok();
+        let kept = rows.select((0..rows.len()).filter(|row| !is_rejected(row)));
+        self.uncommitted = Some((kept, advance.to_vec()));
+        Ok(Outcome::Rejected(rejected))
+    }
+
+    async fn set_letters(&mut self, letters: &[(Partition, String)]) -> Result<(), Error> {
+        let (_, advance) = self.uncommitted.as_mut().ok_or_else(nothing_to_finish)?;
+        for (partition, letters) in letters {
+            let own = advance.iter_mut().filter(|step| step.partition == *partition);
+            own.for_each(|step| step.letters = Some(letters.clone()));
+        }
+        Ok(())
+    }
+
+    async fn finish(&mut self) -> Result<Written, Error> {
+        let (rows, advance) = self.uncommitted.take().ok_or_else(nothing_to_finish)?;
+        if self.append(&rows, &advance).await? {
+            return Ok(Written { written: rows.len() as u64, ignored: 0 });
+        }
+        Err(Error::TooMuch(self.too_much(&rows)))
+    }
+}
+
+fn nothing_to_finish() -> Error {
+    Error::Retry("nothing to finish".to_owned())
+}
