@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
@@ -88,6 +89,33 @@ pub enum OutletClosed {
     Aborted,
 }
 
+/// Sends each outlet its bundle, and blocks until all have room. Those that have room get theirs before any
+/// other is waited for, and those that have none are waited for together: so each of them is seen to be full.
+/// Returns the first reason why a bundle went to nobody.
+pub fn send_all<'o>(
+    bundles: impl Iterator<Item = (&'o Outlet, Bundle)>,
+    abort: &CancellationToken,
+    runtime: &Handle,
+) -> Result<(), OutletClosed> {
+    let mut result = Ok(());
+    let mut waiting = Vec::new();
+    for (outlet, bundle) in bundles {
+        if outlet.detached() {
+            result = Err(OutletClosed::Detached);
+        } else if let Err(bundle) = outlet.send_now(bundle) {
+            waiting.push(outlet.send_when_free(bundle, abort));
+        }
+    }
+    if waiting.is_empty() {
+        return result;
+    }
+    let sent = runtime.block_on(join_all(waiting));
+    sent.into_iter().chain([result]).fold(Ok(()), |all, one| match (&all, &one) {
+        (Err(OutletClosed::Aborted), _) | (Err(_), Ok(())) => all,
+        _ => one,
+    })
+}
+
 /// Time in which at least one worker has waited for the sink.
 #[derive(Default)]
 struct Waits {
@@ -138,32 +166,24 @@ impl Intake {
 }
 
 impl Outlet {
-    /// Blocks while the queue is full.
-    pub fn send(
-        &self,
-        bundle: Bundle,
-        abort: &CancellationToken,
-        runtime: &Handle,
-    ) -> Result<(), OutletClosed> {
-        if self.detached() {
-            return Err(OutletClosed::Detached);
-        }
+    /// Sends where there is room now, else gives the bundle back.
+    fn send_now(&self, bundle: Bundle) -> Result<(), Bundle> {
         // Before the delivery can have it: from then on its letters give room back.
         self.handed_out.set(bundle.worker, bundle.upto);
         let units = self.units(&bundle);
-        let bundle = match self.try_send(bundle, units) {
-            Ok(()) => return Ok(()),
-            Err(bundle) => bundle,
-        };
+        self.try_send(bundle, units)
+    }
+
+    /// Sends as soon as there is room.
+    async fn send_when_free(&self, bundle: Bundle, abort: &CancellationToken) -> Result<(), OutletClosed> {
+        let units = self.units(&bundle);
         self.waits().begin(Instant::now());
-        let result = runtime.block_on(async {
-            tokio::select! {
-                biased;
-                () = abort.cancelled() => Err(OutletClosed::Aborted),
-                () = self.cancel.cancelled() => Err(OutletClosed::Detached),
-                sent = self.send_later(bundle, units) => sent,
-            }
-        });
+        let result = tokio::select! {
+            biased;
+            () = abort.cancelled() => Err(OutletClosed::Aborted),
+            () = self.cancel.cancelled() => Err(OutletClosed::Detached),
+            sent = self.send_later(bundle, units) => sent,
+        };
         self.waits().end(Instant::now());
         result
     }
@@ -259,6 +279,46 @@ impl Waits {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn bundle(upto: u64) -> Bundle {
+        // Its bytes fill a queue of a kibibyte.
+        let batch = Batch { entries: vec![crate::batch::Entry::default(); 16].into(), ..Batch::default() };
+        Bundle {
+            worker: 0,
+            workers: 1,
+            from: Offset(0),
+            upto: Offset(upto),
+            batches: vec![batch],
+            seen: Seen::default(),
+            letters: Ticket::default(),
+            urgent: false,
+            room: None,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_sink_with_room_waits_for_none_without_and_all_of_these_are_waited_for_together() {
+        let (full, mut queues): (Vec<_>, Vec<_>) = (0..2).map(|sink| outlet(sink, 1 << 10, 1)).unzip();
+        let (free, mut queue) = outlet(2, 1 << 10, 1);
+        full.iter().for_each(|outlet| drop(outlet.send_now(bundle(1))));
+        let (all, abort) = ([full[0].clone(), full[1].clone(), free], CancellationToken::new());
+        let runtime = Handle::current();
+        let sending = tokio::task::spawn_blocking(move || {
+            send_all(all.iter().map(|outlet| (outlet, bundle(2))), &abort, &runtime)
+        });
+        assert_eq!(queue.recv().await.map(|bundle| bundle.upto), Some(Offset(2)), "it has room");
+        // Only a test that fails waits for long.
+        let both_wait = async {
+            while full.iter().any(|outlet| outlet.waits().waiting == 0) {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), both_wait).await.expect("both are seen to be full");
+        full[0].detach();
+        drop(queues[1].recv().await);
+        assert_eq!(queues[1].recv().await.map(|bundle| bundle.upto), Some(Offset(2)));
+        assert_eq!(sending.await.expect("no panic"), Err(OutletClosed::Detached));
+    }
 
     #[test]
     fn time_in_which_several_workers_wait_counts_once_until_the_last_of_them_goes_on() {

@@ -20,7 +20,7 @@ use super::dead_letters::{self, DeadLetters, Refusal};
 use super::gone::Gone;
 use super::known::{Reader, Seen};
 use super::metrics::{PipelineMetrics, step_duration};
-use super::outlet::{Bundle, Outlet, OutletClosed};
+use super::outlet::{Bundle, Outlet, OutletClosed, send_all};
 use super::redrive_status::Redrives;
 use super::routes::Routes;
 use super::schedule::{OfWorker, Schedule};
@@ -439,32 +439,20 @@ impl Worker {
     }
 
     fn send(&mut self, progress: bool, urgent: bool) -> Result<(), Ended> {
-        let mut lost = false;
-        for served in &mut self.outlets {
-            let made = std::mem::take(&mut served.done);
-            if made.batches.is_empty() && !(progress && served.sent < self.done) {
-                continue;
+        let Self { number: worker, workers, done: upto, letters, .. } = *self;
+        let bundles = self.outlets.iter_mut().filter_map(|served| {
+            let Made { batches, seen } = std::mem::take(&mut served.done);
+            if batches.is_empty() && !(progress && served.sent < upto) {
+                return None;
             }
-            let bundle = Bundle {
-                worker: self.number,
-                workers: self.workers,
-                from: served.sent,
-                upto: self.done,
-                batches: made.batches,
-                seen: made.seen,
-                letters: self.letters,
-                urgent,
-                room: None,
-            };
-            served.sent = self.done;
-            match served.outlet.send(bundle, &self.shared.abort, &self.runtime) {
-                Ok(()) => {}
-                Err(OutletClosed::Detached) => lost = true,
-                Err(OutletClosed::Aborted) => return Err(Ended::Aborted),
-            }
-        }
-        if lost {
-            self.outlets.retain(|served| !served.outlet.detached());
+            let from = std::mem::replace(&mut served.sent, upto);
+            let bundle = Bundle { worker, workers, from, upto, batches, seen, letters, urgent, room: None };
+            Some((&served.outlet, bundle))
+        });
+        match send_all(bundles, &self.shared.abort, &self.runtime) {
+            Ok(()) => {}
+            Err(OutletClosed::Detached) => self.outlets.retain(|served| !served.outlet.detached()),
+            Err(OutletClosed::Aborted) => return Err(Ended::Aborted),
         }
         Ok(())
     }
