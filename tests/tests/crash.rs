@@ -31,6 +31,24 @@ fn every_acknowledged_message_is_a_row_in_postgres_after_kills_of_the_host() {
     assert_nothing_refused(&host);
 }
 
+#[test]
+fn every_acknowledged_message_is_a_row_of_a_pipeline_that_reads_what_another_writes() {
+    let config = format!(
+        "streams: {{ telemetry: {{ partitions: 4 }}, clean: {{ partitions: 3 }} }}\n\
+         pipelines:\n  \
+           telemetry: {{ from: telemetry, to: clean }}\n  \
+           rows: {{ from: clean, steps: [], routes: {{ default: warehouse }} }}\n\
+         sinks:\n  warehouse: {}\n",
+        telemetry::sqlite_sink()
+    );
+    let (host, sent) = crash("crash-derived", &config);
+    let path = host.folder.join("data/telemetry.db");
+    // Each message makes one of the other stream: the two have the same offsets.
+    telemetry::written_to_sqlite(&host, &path);
+    telemetry::assert_rows(&telemetry::sqlite_rows(&path, "telemetry"), &sent, Repeats::OfQos1);
+    assert_nothing_refused(&host);
+}
+
 /// Devices publish all the while; the host is killed and started again.
 fn crash(name: &str, config: &str) -> (Host, Vec<Sent>) {
     let rounds: u32 = std::env::var("CRASH_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(12);

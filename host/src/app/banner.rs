@@ -43,6 +43,10 @@ pub struct StreamLine {
     pub name: String,
     /// Empty: all that no other stream wants.
     pub topics: Vec<String>,
+    /// Devices write to it.
+    pub takes_messages: bool,
+    /// What MQTT clients subscribe to it by, where they have it from no device.
+    pub topic_prefix: Option<String>,
     pub partitions: u16,
 }
 
@@ -61,7 +65,7 @@ impl Started {
     pub fn of(config: &Config, source: &Source) -> Self {
         let sink = |name: &String| match config.sinks.get(name) {
             Some(sink) => format!("{name} ({})", sink.describe()),
-            None => name.clone(),
+            None => format!("{name} (stream)"),
         };
         let levels = match Namespace::parse(&config.topics) {
             Ok(namespace) => namespace.fields().iter().map(|field| example_level(field)).collect(),
@@ -85,6 +89,8 @@ impl Started {
                 .map(|(name, stream)| StreamLine {
                     name: name.clone(),
                     topics: stream.topics.clone(),
+                    takes_messages: config.takes_messages(name),
+                    topic_prefix: stream.topic_prefix.clone(),
                     partitions: stream.partitions,
                 })
                 .collect(),
@@ -103,7 +109,7 @@ impl Started {
                     routes: pipeline
                         .routes
                         .iter()
-                        .map(|(route, target)| (route.clone(), target.sinks().iter().map(sink).collect()))
+                        .map(|(route, target)| (route.clone(), pipeline.targets(target).map(sink).collect()))
                         .collect(),
                 })
                 .collect(),
@@ -171,16 +177,20 @@ fn lines(started: &Started, runs: bool) -> String {
     for (kind, address) in &started.listeners {
         line("listen", &format!("{kind} on {address}"));
     }
-    for StreamLine { name, topics, partitions } in &started.streams {
-        let alone = started.streams.len() == 1;
+    for StreamLine { name, topics, partitions, takes_messages, topic_prefix } in &started.streams {
+        let alone = started.streams.iter().filter(|stream| stream.takes_messages).count() == 1;
         let topics = match topics.join(" ") {
+            _ if !takes_messages => match topic_prefix {
+                Some(prefix) => format!("what pipelines write, for subscribers {prefix}/#"),
+                None => "what pipelines write".to_owned(),
+            },
             none if none.is_empty() && alone => "all topics".to_owned(),
             none if none.is_empty() => "all other topics".to_owned(),
             some => some,
         };
         let noun = if *partitions == 1 { "partition" } else { "partitions" };
         let is_read = started.pipelines.iter().any(|pipeline| pipeline.from == *name);
-        let end = if is_read { "" } else { "; for subscribers only, no rows" };
+        let end = if is_read || !takes_messages { "" } else { "; for subscribers only, no rows" };
         line("stream", &format!("{name}  {topics}, {partitions} {noun}{end}"));
     }
     for PipelineLine { name, from, steps, routes } in &started.pipelines {

@@ -45,9 +45,9 @@ impl Disks {
     }
 }
 
-/// Returns the folder of a stream of the host; `is_intake`: devices' messages come into it.
-pub fn stream_folder(data_dir: &Path, name: &str, is_intake: bool) -> PathBuf {
-    let folder = if is_intake { data_dir.join("streams").join(name) } else { data_dir.join(name) };
+/// Returns the folder of a stream of the host; `is_configured`: it is one of `streams`, and none of the host's own.
+pub fn stream_folder(data_dir: &Path, name: &str, is_configured: bool) -> PathBuf {
+    let folder = if is_configured { data_dir.join("streams").join(name) } else { data_dir.join(name) };
     std::path::absolute(&folder).unwrap_or(folder)
 }
 

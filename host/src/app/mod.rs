@@ -18,8 +18,9 @@ mod said;
 mod status;
 mod unconfigured;
 mod watchdog;
+mod written;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, Permissions, TryLockError};
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -50,7 +51,7 @@ use crate::listeners::mqtt;
 use crate::pipeline::{self, Batching, SinkPart};
 use crate::plugin::access::AccessEngine;
 use crate::plugin::{Folders, PluginState, PluginStatus, Plugins};
-use crate::sinks;
+use crate::sinks::{self, stream::Target};
 use crate::stream::log::{Disk, Log, RealDisk, STATE_BYTES_MAX};
 use crate::stream::{self, OnLag, Stream, Streams};
 use crate::telemetry::{self, Failures};
@@ -81,8 +82,10 @@ const COPIES_SORTED_AFTER: Duration = Duration::from_secs(6 * 3_600);
 pub struct Host {
     /// All of them.
     pub streams: Vec<Arc<dyn Stream>>,
-    /// Those that take devices' messages.
-    pub intake: Streams,
+    /// Names of those that take devices' messages.
+    intake: BTreeSet<String>,
+    /// Names of those that only pipelines write.
+    written: BTreeSet<String>,
     pub pipelines: Vec<Arc<pipeline::Handle>>,
     pub plugins: Plugins,
     pub data_dir: PathBuf,
@@ -123,6 +126,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
 
     // Streams first: the log is what everything else stands on.
     let OpenStreams { mut logs, set: streams } = open_streams(&config, &data_dir)?;
+    let targets = written::targets(&config, &streams);
     let dead_letters = open_log(&data_dir.join(DEAD_LETTERS), DEAD_LETTERS, &config.dead_letters.stream())?;
     logs.push(Arc::clone(&dead_letters));
     let dead_letters: Arc<dyn Stream> = dead_letters;
@@ -151,7 +155,9 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
     let configured = Arc::new(config.claims());
     let named =
         |(name, sink): (&String, &sinks::Config)| (name.clone(), sink.renamed_from().map(str::to_owned));
-    let sink_names = pipeline::name_sinks(&dead_letters, &config.sinks.iter().map(named).collect::<Vec<_>>());
+    let written = targets.keys().map(|name| (name.clone(), None));
+    let named: Vec<_> = config.sinks.iter().map(named).chain(written).collect();
+    let sink_names = pipeline::name_sinks(&dead_letters, &named);
     for (name, pipeline) in &config.pipelines {
         // It drops all: there is nothing to read the stream for.
         if pipeline.sinks().is_empty() {
@@ -163,7 +169,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
             stream: Arc::clone(stream),
             chain: plugins.chain(name, pipeline.steps.as_deref()),
             recall: plugins.recall(name),
-            sinks: sink_parts(&config, pipeline, &namespace, &failures),
+            sinks: sink_parts(&config, pipeline, &targets, &namespace, &failures),
             dead_letters: Arc::clone(&dead_letters),
             sink_names: Arc::clone(&sink_names),
             dead_letters_bytes_max: config.dead_letters.share_of(config.pipelines.len()),
@@ -190,7 +196,10 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
     let background = Background::start().context("cannot start threads")?;
     let runtimes = vec![("runtime", Handle::current()), ("background", background.handle())];
     watchdog::start(runtimes).context("cannot start threads")?;
-    let ingest = Arc::new(Ingest::new(streams.clone(), Arc::clone(&namespace)));
+    let (intake, written) = config.streams.keys().cloned().partition(|name| config.takes_messages(name));
+    // Listeners know streams that only pipelines write, too: subscribers get their messages.
+    let for_listeners = written::for_subscribers(&config, &streams);
+    let ingest = Arc::new(Ingest::new(for_listeners, Arc::clone(&namespace)));
     let deps = mqtt::Deps {
         ingest: Arc::clone(&ingest),
         broker: Arc::clone(&broker),
@@ -205,7 +214,8 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
     let all_streams: Vec<_> = streams.iter().cloned().chain([dead_letters, broker]).collect();
     let host = Arc::new(Host {
         streams: all_streams.clone(),
-        intake: streams,
+        intake,
+        written,
         pipelines: pipelines.clone(),
         plugins,
         data_dir: data_dir.clone(),
@@ -338,6 +348,7 @@ fn open_streams(config: &Config, data_dir: &Path) -> anyhow::Result<OpenStreams>
         if name == config.default_stream() {
             rest = Some(log);
         } else {
+            // A stream that only pipelines write has no filters, and gets no device's message.
             let filters: Result<Vec<_>, _> =
                 stream.topics.iter().map(|filter| TopicFilter::new(filter)).collect();
             routed.push((filters?, log));
@@ -351,7 +362,7 @@ fn open_streams(config: &Config, data_dir: &Path) -> anyhow::Result<OpenStreams>
 /// positions would hold retention back for ever.
 fn forget_strangers(log: &Log, config: &Config) {
     for (consumer, next) in log.remembered() {
-        if consumer != mqtt::READER && !reads(config, log.name(), &consumer) {
+        if !reads(config, log.name(), &consumer) {
             tracing::warn!(
                 stream = log.name(),
                 consumer,
@@ -365,6 +376,9 @@ fn forget_strangers(log: &Log, config: &Config) {
 
 /// Whether the config still makes a pipeline read this stream under this name.
 fn reads(config: &Config, stream: &str, consumer: &str) -> bool {
+    if consumer == mqtt::READER {
+        return config.has_subscribers(stream);
+    }
     let Some((pipeline, rest)) = consumer.split_once('/') else { return false };
     let Some(pipeline) = config.pipelines.get(pipeline) else { return false };
     if stream != DEAD_LETTERS {
@@ -401,15 +415,18 @@ fn broker_stream(mqtt: &mqtt::Config) -> stream::Config {
     }
 }
 
-/// Every sink that a route of the pipeline names, once.
+/// Every sink that a route of the pipeline names, and every stream that the pipeline writes to, once.
 fn sink_parts(
     config: &Config,
     pipeline: &pipeline::Config,
+    targets: &BTreeMap<String, Target>,
     namespace: &Arc<Namespace>,
     failures: &Failures,
 ) -> Vec<SinkPart> {
     let part = |name: &str| {
-        let sink = config.sinks.get(name)?;
+        let Some(sink) = config.sinks.get(name) else {
+            return targets.get(name).map(|target| written::sink_part(config, name, target));
+        };
         let batch = sink.batch();
         Some(SinkPart {
             name: name.to_owned(),
@@ -423,6 +440,7 @@ fn sink_parts(
             on_lag: sink.on_lag(),
             renamed_from: sink.renamed_from().map(str::to_owned),
             begin: sink.begin(),
+            is_stream: false,
         })
     };
     pipeline.sinks().into_iter().filter_map(part).collect()

@@ -249,12 +249,13 @@ impl Host {
     }
 
     fn stream_folder(&self, name: &str) -> PathBuf {
-        disks::stream_folder(&self.data_dir, name, self.takes_messages(name))
+        let is_configured = self.takes_messages(name) || self.written.contains(name);
+        disks::stream_folder(&self.data_dir, name, is_configured)
     }
 
     /// Whether devices' messages come into the stream of this name.
-    fn takes_messages(&self, name: &str) -> bool {
-        self.intake.iter().any(|intake| intake.name() == name)
+    pub(super) fn takes_messages(&self, name: &str) -> bool {
+        self.intake.contains(name)
     }
 
     fn stream_problem(&self, stream: &dyn Stream, space: Option<DiskSpace>) -> Option<Found> {
@@ -270,6 +271,7 @@ impl Host {
                 "devices wait for their acknowledgements, QoS 0 messages are dropped"
             }
             DEAD_LETTERS => "pipelines wait with what they reject",
+            name if self.written.contains(name) => "the pipelines that write to it wait",
             _ => "sessions, retained messages and wills wait",
         };
         if let Some(stall) = stream.stall() {

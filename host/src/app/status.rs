@@ -22,7 +22,8 @@ impl Host {
     /// Whether devices are acknowledged: a sink, a plugin or a pipeline that does
     /// not work costs no device its acknowledgement.
     pub fn ready(&self) -> Vec<Component> {
-        self.intake.iter().map(|stream| stream_component(stream.as_ref())).collect()
+        let intake = self.streams.iter().filter(|stream| self.takes_messages(stream.name()));
+        intake.map(|stream| stream_component(stream.as_ref())).collect()
     }
 
     /// Every part and whether it works.

@@ -161,6 +161,7 @@ impl Names {
     fn check(mut self, config: &Config, filter: &LetterFilter) -> anyhow::Result<()> {
         self.pipelines.extend(config.pipelines.keys().cloned());
         self.sinks.extend(config.sinks.keys().cloned());
+        self.sinks.extend(config.written_streams().into_iter().map(str::to_owned));
         let steps = config.pipelines.values().flat_map(|pipeline| pipeline.steps.iter().flatten());
         self.steps.extend(steps.map(|step| step.step_name().to_owned()));
         let of_folder = config.pipelines.values().any(|pipeline| pipeline.steps.is_none());

@@ -66,6 +66,7 @@ pub fn must_be_there(config: &Config) -> anyhow::Result<()> {
 fn list(config: &Config, format: Format, out: &mut Out) -> anyhow::Result<()> {
     must_be_there(config)?;
     let dead_letters = config.dead_letters.stream();
+    let written = config.written_streams();
     let streams = config.streams.iter().map(|(name, stream)| (name.as_str(), stream));
     let streams = streams.chain([(DEAD_LETTERS, &dead_letters)]).map(|(name, stream)| (name, Some(stream)));
     let mut others = ReadOnly::streams_in(&config.data_dir.join("streams"))?;
@@ -86,6 +87,7 @@ fn list(config: &Config, format: Format, out: &mut Out) -> anyhow::Result<()> {
         let topics = match topics.join(" ") {
             _ if stream.is_none() => "not in the config: no pipeline reads it".to_owned(),
             none if none.is_empty() && name == DEAD_LETTERS => "refused messages".to_owned(),
+            none if none.is_empty() && written.contains(name) => "what pipelines write".to_owned(),
             none if none.is_empty() => "all topics that no other stream takes".to_owned(),
             some => some,
         };

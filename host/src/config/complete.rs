@@ -8,9 +8,13 @@
 //!   unless all pipelines name their routes and none leads there.
 //! - No `pipelines`: one for each stream, of the stream's name.
 //! - A pipeline without `from` reads the stream of its name, else the only stream.
-//! - A pipeline without `routes` sends everything to the only sink.
+//! - A pipeline without `routes` sends everything to the stream of `to`, else to the only sink.
+//!
+//! A stream that a pipeline writes to is none of these, unless it has `topics`: devices do not write to it.
 //!
 //! Where "the only" is one of several, the user must say which.
+
+use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
 
@@ -44,13 +48,11 @@ pub fn complete(value: &mut Value, problems: &mut Problems) {
     if streams.is_empty() {
         streams.insert(TELEMETRY.to_owned(), json!({ "partitions": PARTITIONS }));
     }
-    let takes_rest = |stream: &Value| {
-        stream.get("topics").and_then(Value::as_array).is_none_or(|topics| topics.is_empty())
+    let has_topics = |stream: &Value| {
+        stream.get("topics").and_then(Value::as_array).is_some_and(|topics| !topics.is_empty())
     };
-    if !streams.values().any(takes_rest) && !streams.contains_key(REST_STREAM) {
-        streams.insert(REST_STREAM.to_owned(), json!({}));
-    }
-    let streams: Vec<String> = streams.keys().cloned().collect();
+    let streams: BTreeMap<String, bool> =
+        streams.iter().map(|(name, stream)| (name.clone(), has_topics(stream))).collect();
 
     let wants_default = wants_default_sink(section(config, "pipelines"));
     let sinks = section(config, "sinks");
@@ -63,6 +65,21 @@ pub fn complete(value: &mut Value, problems: &mut Problems) {
     }
     let sinks: Vec<String> = sinks.keys().cloned().collect();
 
+    let written = written(section(config, "pipelines"), &sinks);
+    let is_written =
+        |name: &str, has_topics: bool| !has_topics && written.iter().any(|written| written == name);
+    let mut streams: Vec<(String, bool)> = streams.into_iter().collect();
+    streams.retain(|(name, has_topics)| !is_written(name, *has_topics));
+    if streams.iter().all(|(_, has_topics)| *has_topics)
+        && !streams.iter().any(|(name, _)| name == REST_STREAM)
+    {
+        section(config, "streams").insert(REST_STREAM.to_owned(), json!({}));
+        streams.push((REST_STREAM.to_owned(), false));
+        streams.sort();
+    }
+    let streams: Vec<String> = streams.into_iter().map(|(name, _)| name).collect();
+    let all_streams: Vec<String> = section(config, "streams").keys().cloned().collect();
+
     let pipelines = section(config, "pipelines");
     if pipelines.is_empty() {
         *pipelines = streams.iter().map(|stream| (stream.clone(), json!({ "from": stream }))).collect();
@@ -70,7 +87,7 @@ pub fn complete(value: &mut Value, problems: &mut Problems) {
     for (name, pipeline) in pipelines {
         let path = KeyPath::root().key("pipelines").key(name);
         if let Value::Object(pipeline) = pipeline {
-            complete_pipeline(name, pipeline, &streams, &sinks, &path, problems);
+            complete_pipeline(name, pipeline, (&streams, &all_streams), &sinks, &path, problems);
         }
     }
 }
@@ -78,16 +95,18 @@ pub fn complete(value: &mut Value, problems: &mut Problems) {
 fn complete_pipeline(
     name: &str,
     pipeline: &mut Map<String, Value>,
-    streams: &[String],
+    (streams, all_streams): (&[String], &[String]),
     sinks: &[String],
     path: &KeyPath,
     problems: &mut Problems,
 ) {
     if !pipeline.contains_key("from") {
         let named: Vec<&String> = streams.iter().filter(|stream| *stream != REST_STREAM).collect();
+        let is_own = pipeline.get("to").is_some_and(|to| to == name);
         let from: &str = match named.as_slice() {
-            _ if streams.iter().any(|stream| stream == name) => name,
+            _ if !is_own && all_streams.iter().any(|stream| stream == name) => name,
             [only] => only,
+            [] => REST_STREAM,
             _ => {
                 let streams = streams.join(", ");
                 problems.add(path.key("from"), format!("is missing, must name a stream: one of {streams}"));
@@ -97,6 +116,10 @@ fn complete_pipeline(
         pipeline.insert("from".to_owned(), from.into());
     }
     if pipeline.get("routes").and_then(Value::as_object).is_none_or(Map::is_empty) {
+        if let Some(to) = pipeline.get("to").filter(|to| to.is_string()).cloned() {
+            pipeline.insert("routes".to_owned(), json!({ "default": to }));
+            return;
+        }
         if let [_, _, ..] = sinks {
             let sinks = sinks.join(", ");
             let message = format!("is missing, must name a sink, since there are several: one of {sinks}");
@@ -114,9 +137,26 @@ fn wants_default_sink(pipelines: &Map<String, Value>) -> bool {
     };
     let wants = |pipeline: &Value| match pipeline.get("routes").and_then(Value::as_object) {
         Some(routes) if !routes.is_empty() => routes.values().any(leads_there),
-        _ => true,
+        _ => pipeline.get("to").is_none(),
     };
     pipelines.is_empty() || pipelines.values().any(wants)
+}
+
+/// Names that pipelines write to and that no sink has.
+fn written(pipelines: &Map<String, Value>, sinks: &[String]) -> Vec<String> {
+    let routes = |pipeline: &Value| match pipeline.get("routes").and_then(Value::as_object) {
+        Some(routes) => routes.values().cloned().collect(),
+        None => Vec::new(),
+    };
+    let targets = pipelines.values().flat_map(|pipeline| {
+        let targets = routes(pipeline).into_iter().flat_map(|target| match target {
+            Value::Array(names) => names,
+            name => vec![name],
+        });
+        targets.chain(pipeline.get("to").cloned()).collect::<Vec<_>>()
+    });
+    let names = targets.filter_map(|target| target.as_str().map(str::to_owned));
+    names.filter(|name| !sinks.contains(name)).collect()
 }
 
 /// Matches the topics that have as many levels as `topics` names; `None` where it is not valid.

@@ -91,8 +91,35 @@ impl Config {
     /// Name of the stream that takes every topic no other stream wants; a
     /// validated config has exactly one.
     pub fn default_stream(&self) -> &str {
-        let rest = self.streams.iter().find(|(_, stream)| stream.topics.is_empty());
+        let written = self.written_streams();
+        let takes_rest =
+            |name: &str, stream: &stream::Config| stream.topics.is_empty() && !written.contains(name);
+        let rest = self.streams.iter().find(|(name, stream)| takes_rest(name, stream));
         rest.map_or(complete::REST_STREAM, |(name, _)| name)
+    }
+
+    /// Names of the streams that pipelines write to.
+    pub fn written_streams(&self) -> BTreeSet<&str> {
+        self.pipelines.values().flat_map(|pipeline| self.written_by(pipeline)).collect()
+    }
+
+    /// Names of the streams that a pipeline writes to: where a sink has the name too, the sink is meant.
+    pub fn written_by<'c>(&'c self, pipeline: &'c pipeline::Config) -> impl Iterator<Item = &'c str> {
+        let is_stream = |name: &&str| !self.sinks.contains_key(*name) && self.streams.contains_key(*name);
+        pipeline.sinks().into_iter().filter(is_stream)
+    }
+
+    /// Whether devices write to a stream: one that pipelines write to takes their messages only where its
+    /// `topics` say so.
+    pub fn takes_messages(&self, stream: &str) -> bool {
+        let topics = self.streams.get(stream).is_some_and(|stream| !stream.topics.is_empty());
+        topics || !self.written_streams().contains(stream)
+    }
+
+    /// Whether MQTT clients are given messages of a stream.
+    pub fn has_subscribers(&self, stream: &str) -> bool {
+        let prefix = self.streams.get(stream).and_then(|stream| stream.topic_prefix.as_ref());
+        prefix.is_some() || self.takes_messages(stream)
     }
 
     /// Names of all pipelines, each with each sink that its routes lead to.
@@ -107,7 +134,9 @@ impl Config {
     /// Name of the stream that a person means who names none: the only one that
     /// pipelines read, else the default stream.
     pub fn main_stream(&self) -> &str {
-        let mut read: Vec<&str> = self.pipelines.values().map(|pipeline| pipeline.from.as_str()).collect();
+        let written = self.written_streams();
+        let read = self.pipelines.values().map(|pipeline| pipeline.from.as_str());
+        let mut read: Vec<&str> = read.filter(|stream| !written.contains(stream)).collect();
         read.dedup();
         match read.as_slice() {
             [only] => only,

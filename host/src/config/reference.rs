@@ -24,7 +24,9 @@ pub fn docs() -> String {
         - no `sinks`: one, `telemetry`, the table `telemetry` in `telemetry.db` in the data folder (SQLite);\n\
         - no `pipelines`: one for each stream, of the stream's name, with the plugins of the folder;\n\
         - a pipeline without `from` reads the stream of its own name, else the only stream named;\n\
-        - a pipeline without `routes` sends everything to the only sink.\n\n\
+        - a pipeline without `routes` sends everything to the stream of `to`, else to the only sink;\n\
+        - a stream that a pipeline writes to (`to`, or a route) is none of these: devices write to it only where it has\n\
+        \x20 `topics`.\n\n\
         Sizes are numbers of bytes or such as `64KiB`, `20GiB`; times are such as `300ms`, `5s`, `7d`.\n\
         `<name>` stands for a name of your choice, `[]` for each item of a list.\n\n\
         | key | type | default | meaning |\n| --- | --- | --- | --- |\n"

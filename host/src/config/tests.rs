@@ -316,3 +316,68 @@ fn a_plugins_folder_that_is_named_and_not_there_is_warned_of() {
     let steps = "pipelines: { telemetry: { steps: [] } }\n";
     assert_eq!(warnings(&(named(&missing) + steps)), [""; 0], "no step is missing");
 }
+
+const DERIVED: &str = "streams: { clean: { topic_prefix: clean }, hourly: {} }
+sinks: { rows: { type: sqlite, path: x.db, table: t } }
+pipelines:
+  telemetry: { to: clean }
+  hourly: { from: clean, to: hourly, routes: { default: hourly, alert: rows } }
+  rows: { from: hourly, steps: [] }
+";
+
+#[test]
+fn a_stream_that_a_pipeline_writes_to_takes_no_message_of_a_device() {
+    let (config, warnings) = parse_text(DERIVED).unwrap();
+    assert_eq!(warnings, [""; 0]);
+    assert_eq!(config.streams.keys().collect::<Vec<_>>(), ["clean", "default", "hourly"]);
+    assert_eq!((config.default_stream(), config.main_stream()), ("default", "default"));
+    let takes: Vec<_> = config.streams.keys().filter(|name| config.takes_messages(name)).collect();
+    assert_eq!(takes, ["default"]);
+    let shown: Vec<_> = config.streams.keys().filter(|name| config.has_subscribers(name)).collect();
+    assert_eq!(shown, ["clean", "default"]);
+    let telemetry = &config.pipelines["telemetry"];
+    assert_eq!(
+        (telemetry.from.as_str(), telemetry.routes["default"].sinks()),
+        ("default", &["clean".to_owned()][..])
+    );
+    assert_eq!(config.pipelines["rows"].routes["default"].sinks(), ["rows"]);
+    assert_eq!(config.pipelines["hourly"].sinks().into_iter().collect::<Vec<_>>(), ["hourly", "rows"]);
+
+    // Its topics let devices write to it as well.
+    let text = "streams: { a: {}, b: { topics: [b/#] } }\npipelines: { p: { from: a, to: b } }\n";
+    let (config, _) = parse_text(text).unwrap();
+    assert!(config.takes_messages("b") && config.has_subscribers("b"));
+    assert_eq!((config.sinks.len(), config.default_stream()), (0, "a"));
+
+    // A sink of that name is meant by a route.
+    let (config, _) = parse_text("pipelines: { p: { routes: { default: telemetry } } }\n").unwrap();
+    assert_eq!((config.written_streams().len(), config.default_stream()), (0, "telemetry"));
+}
+
+#[test]
+fn what_a_pipeline_writes_to_must_be_a_stream_that_does_not_lead_back() {
+    let lines = problems(
+        "streams: { a: {}, b: {}, c: {}, rows: {}, other: { topics: [x/#], topic_prefix: y } }
+sinks: { rows: { type: sqlite, path: x.db, table: t } }
+pipelines:
+  p: { from: a, to: b }
+  q: { from: b, routes: { default: c } }
+  r: { from: c, to: a }
+  s: { from: b, to: claen }
+  t: { from: b, to: rows }
+  u: { from: other, to: other }
+",
+    );
+    let expected = [
+        "headworks.yaml:1: streams.other.topic_prefix: is for a stream that only pipelines write, and `topics` lets devices write to this one",
+        "headworks.yaml:4: pipelines.p.to: leads back to the stream that the pipeline reads: a -> b -> c -> a",
+        "headworks.yaml:5: pipelines.q.routes: leads back to the stream that the pipeline reads: b -> c -> a -> b",
+        "headworks.yaml:6: pipelines.r.to: leads back to the stream that the pipeline reads: c -> a -> b -> c",
+        "headworks.yaml:7: pipelines.s.to: no stream `claen`, known are a, b, c, other, rows",
+        "headworks.yaml:8: pipelines.t.to: `rows` is the name of a sink too: give the stream another name",
+        "headworks.yaml:9: pipelines.u.to: leads back to the stream that the pipeline reads: other -> other",
+    ];
+    for line in expected {
+        assert!(lines.iter().any(|known| known == line), "{line}\nnot in {lines:#?}");
+    }
+}

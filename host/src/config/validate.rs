@@ -1,10 +1,11 @@
 //! What the schema cannot say: each part's own rules, and that the parts fit
 //! together. Pure, and finds everything at once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Config, suggest};
 use crate::listeners::transport::Bind;
+use crate::pipeline;
 use crate::problems::{KeyPath, Problems};
 use crate::topic::{Namespace, TopicFilter};
 use crate::units::ByteSize;
@@ -61,6 +62,7 @@ pub fn key_path(path: &str) -> KeyPath {
 
 fn streams(config: &Config, problems: &mut Problems) {
     let path = KeyPath::root().key("streams");
+    let written = config.written_streams();
     let mut taking_the_rest: Option<&str> = None;
     let mut seen: Vec<(&str, TopicFilter)> = Vec::new();
     for (name, stream) in &config.streams {
@@ -80,7 +82,12 @@ fn streams(config: &Config, problems: &mut Problems) {
             );
             problems.add(path.key("commit_buffer_bytes_max"), message);
         }
-        if stream.topics.is_empty() {
+        let is_written = written.contains(name.as_str());
+        if stream.topic_prefix.is_some() && !is_written {
+            let message = "is for a stream that a pipeline writes to, and none writes to this one";
+            problems.add(path.key("topic_prefix"), message);
+        }
+        if stream.topics.is_empty() && !is_written {
             if let Some(other) = taking_the_rest {
                 let message =
                     format!("must be set: stream `{other}` takes the topics that no stream names already");
@@ -133,9 +140,22 @@ fn pipelines(config: &Config, problems: &mut Problems) {
         if !pipeline.from.is_empty() && !config.streams.contains_key(&pipeline.from) {
             problems.add(path.key("from"), no_such("stream", &pipeline.from, config.streams.keys()));
         }
+        if let Some(to) = pipeline.to.as_ref().filter(|to| !to.is_empty()) {
+            let path = path.key("to");
+            if !config.streams.contains_key(to) {
+                problems.add(path, no_such("stream", to, config.streams.keys()));
+            } else if config.sinks.contains_key(to) {
+                let message = format!("`{to}` is the name of a sink too: give the stream another name");
+                problems.add(path, message);
+            }
+        }
+        if let Some(circle) = circle(config, pipeline) {
+            let path = path.key(if pipeline.to.is_some() { "to" } else { "routes" });
+            problems.add(path, format!("leads back to the stream that the pipeline reads: {circle}"));
+        }
         for (route, target) in &pipeline.routes {
             for sink in target.sinks().iter().filter(|sink| !sink.is_empty()) {
-                if !config.sinks.contains_key(sink) {
+                if !config.sinks.contains_key(sink) && !config.streams.contains_key(sink) {
                     problems.add(path.key("routes").key(route), no_such("sink", sink, config.sinks.keys()));
                 }
             }
@@ -152,6 +172,25 @@ fn pipelines(config: &Config, problems: &mut Problems) {
             }
         }
     }
+}
+
+/// Returns the streams by which what a pipeline writes comes back to the stream that it reads: `a -> b -> a`.
+fn circle(config: &Config, pipeline: &pipeline::Config) -> Option<String> {
+    let begin = |to| vec![pipeline.from.as_str(), to];
+    let mut ways: Vec<Vec<&str>> = config.written_by(pipeline).map(begin).collect();
+    let mut seen = BTreeSet::new();
+    while let Some(way) = ways.pop() {
+        let last = way[way.len() - 1];
+        if last == pipeline.from {
+            return Some(way.join(" -> "));
+        }
+        if seen.insert(last) {
+            let readers = config.pipelines.values().filter(|reader| reader.from == last);
+            let next = readers.flat_map(|reader| config.written_by(reader));
+            ways.extend(next.map(|next| [&way[..], &[next]].concat()));
+        }
+    }
+    None
 }
 
 /// Two listeners on one address cannot both be bound.

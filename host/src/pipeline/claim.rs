@@ -42,6 +42,8 @@ pub struct Beginning {
     pub begin: Option<FirstStart>,
     /// Pipelines and sinks that the host has.
     pub configured: Arc<BTreeSet<Name>>,
+    /// The sink is a stream of this host: its positions lie with its messages, and are not lost without them.
+    pub is_stream: bool,
 }
 
 impl Beginning {
@@ -95,11 +97,14 @@ impl Beginning {
         delivered: Delivered,
         kept: &Range<Offset>,
     ) -> Result<Offset, String> {
-        let choice = format!(
-            "set `begin: start` in sinks.{} to write what the stream still has (offsets {} to {}) again from the \
-             beginning, or `begin: now` to write only what comes from now on; then restart",
-            claim.sink, kept.start.0, kept.end.0
-        );
+        let choice = match self.is_stream {
+            true => "let the pipeline write to a stream of another name; then restart".to_owned(),
+            false => format!(
+                "set `begin: start` in sinks.{} to write what the stream still has (offsets {} to {}) again from the \
+                 beginning, or `begin: now` to write only what comes from now on; then restart",
+                claim.sink, kept.start.0, kept.end.0
+            ),
+        };
         if !found.has_rows {
             return Ok(kept.start);
         }
@@ -125,7 +130,7 @@ impl Beginning {
             Delivered::ToOthers => found.others.is_empty(),
             Delivered::ToNobody => false,
         };
-        if is_lost {
+        if is_lost && !self.is_stream {
             return Err(format!(
                 "the {} are not in headworks_positions, the stream was delivered before, and the table has rows, \
                  or may have rows that the sink does not see, perhaps of this stream: put the rows of headworks_positions back, or set `renamed_from` where the \
@@ -269,9 +274,31 @@ mod tests {
         others: &[Name],
         delivered: Delivered,
     ) -> Result<u64, String> {
+        beginning(begin).start(&claim(), 0, &found(has_rows, others), delivered, &KEPT).map(|offset| offset.0)
+    }
+
+    fn beginning(begin: Option<FirstStart>) -> Beginning {
         let configured = Arc::new([name("p", "w"), name("q", "w")].into());
-        let found = Found { has_rows, others: others.to_vec() };
-        Beginning { begin, configured }.start(&claim(), 0, &found, delivered, &KEPT).map(|offset| offset.0)
+        Beginning { begin, configured, is_stream: false }
+    }
+
+    fn found(has_rows: bool, others: &[Name]) -> Found {
+        Found { has_rows, others: others.to_vec() }
+    }
+
+    #[test]
+    fn a_stream_that_others_write_to_is_begun_unasked_unless_a_name_is_gone() {
+        let beginning = Beginning { is_stream: true, ..beginning(None) };
+        let decide = |others: &[Name], delivered| {
+            beginning.start(&claim(), 0, &found(true, others), delivered, &KEPT).map(|offset| offset.0)
+        };
+        for delivered in [Delivered::ToNobody, Delivered::ToOthers, Delivered::ToThis] {
+            assert_eq!(decide(&[], delivered), Ok(10), "devices, or a pipeline of another stream");
+            assert_eq!(decide(&[name("q", "w")], delivered), Ok(10));
+            let reason = decide(&[name("old", "w")], delivered).unwrap_err();
+            assert!(reason.contains("set `renamed_from: old` in pipelines.p to go on"), "{reason}");
+            assert!(reason.contains("stream of another name") && !reason.contains("begin:"), "{reason}");
+        }
     }
 
     #[test]

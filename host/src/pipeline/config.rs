@@ -1,7 +1,7 @@
 //! A pipeline as people write it: the stream it reads, its steps, where the
 //! routes lead.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use schemars::JsonSchema;
@@ -32,8 +32,13 @@ pub struct Config {
     /// number in front of their names.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub steps: Option<Vec<StepConfig>>,
-    /// Route to sink, sinks, or `drop`. `default` takes what no step routed.
+    /// Route to sink, stream, several of them, or `drop`. `default` takes what no step routed. A stream is one
+    /// of `streams`; where a sink has the name too, the sink is meant.
     pub routes: BTreeMap<String, RouteTarget>,
+    /// A stream of `streams` that also gets every message whose route does not lead to `drop`, as the steps
+    /// left it. Other pipelines read it with `from`, and with `topic_prefix` MQTT clients subscribe to it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub to: Option<String>,
     /// Threads that run the steps; left out: as many as cores.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub workers: Option<u16>,
@@ -65,7 +70,7 @@ pub struct Config {
     pub renamed_from: Option<String>,
 }
 
-/// One sink, several, or `drop`.
+/// One sink or stream, several, or `drop`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub enum RouteTarget {
@@ -96,7 +101,7 @@ pub struct Backoff {
 }
 
 impl RouteTarget {
-    /// The sinks' names; none: drop.
+    /// Names of the sinks and streams; none: drop.
     pub fn sinks(&self) -> &[String] {
         let names = match self {
             Self::One(name) => std::slice::from_ref(name),
@@ -112,6 +117,7 @@ impl Default for Config {
             from: "telemetry".to_owned(),
             steps: None,
             routes: BTreeMap::new(),
+            to: None,
             workers: None,
             batch_messages_max: 1_024,
             read_ahead_bytes_max: ByteSize::mib(16),
@@ -151,15 +157,26 @@ impl Config {
         })
     }
 
-    /// Every sink that a route names, each once, in the order of names.
-    pub fn sinks(&self) -> std::collections::BTreeSet<&str> {
-        self.routes.values().flat_map(|target| target.sinks()).map(String::as_str).collect()
+    /// Every sink that a route names, and every stream that the pipeline writes to, each once, in the order
+    /// of names.
+    pub fn sinks(&self) -> BTreeSet<&str> {
+        self.routes.values().flat_map(|target| self.targets(target)).map(String::as_str).collect()
+    }
+
+    /// What a route leads to: its target, and the stream of `to` unless the target is `drop`.
+    pub fn targets<'c>(&'c self, target: &'c RouteTarget) -> impl Iterator<Item = &'c String> {
+        let named = target.sinks();
+        let to = self.to.as_ref().filter(|to| !named.is_empty() && !named.contains(to));
+        named.iter().chain(to)
     }
 
     /// Pure. That the stream and the sinks exist is checked where they are known.
     pub fn validate(&self, path: &KeyPath, problems: &mut Problems) {
         if self.from.is_empty() {
             problems.add(path.key("from"), "must name a stream");
+        }
+        if self.to.as_deref() == Some("") {
+            problems.add(path.key("to"), "must name a stream");
         }
         self.validate_routes(&path.key("routes"), problems);
         if let Some(workers) = self.workers {
@@ -208,7 +225,7 @@ impl Config {
         if !self.routes.contains_key(DEFAULT_ROUTE) {
             problems.add(
                 path.key(DEFAULT_ROUTE),
-                "must be set: the sink of messages that no step routed, or `drop`",
+                "must be set: the sink or stream of messages that no step routed, or `drop`",
             );
         }
         for (route, target) in &self.routes {
@@ -217,18 +234,21 @@ impl Config {
                 RouteTarget::Several(names) => names,
             };
             if names.is_empty() || names.iter().any(String::is_empty) {
-                problems.add(path.key(route), "must name a sink, or be `drop`");
+                problems.add(path.key(route), "must name a sink or a stream, or be `drop`");
             }
             if names.len() > 1 && names.iter().any(|name| name == DROP) {
                 problems.add(path.key(route), "`drop` stands alone");
             }
             if (1..names.len()).any(|i| names[..i].contains(&names[i])) {
-                problems.add(path.key(route), "names a sink twice");
+                problems.add(path.key(route), "names a sink or a stream twice");
             }
         }
         let sinks = self.sinks().len();
         if sinks > SINKS_MAX {
-            problems.add(path.clone(), format!("must lead to at most {SINKS_MAX} sinks, lead to {sinks}"));
+            problems.add(
+                path.clone(),
+                format!("must lead to at most {SINKS_MAX} sinks and streams, lead to {sinks}"),
+            );
         }
     }
 }
@@ -291,7 +311,7 @@ mod tests {
             problems.into_vec().into_iter().map(|problem| problem.message).collect::<Vec<_>>()
         };
         assert!(lead_to(SINKS_MAX).is_empty());
-        assert_eq!(lead_to(SINKS_MAX + 1), ["must lead to at most 64 sinks, lead to 65"]);
+        assert_eq!(lead_to(SINKS_MAX + 1), ["must lead to at most 64 sinks and streams, lead to 65"]);
     }
 
     #[test]
@@ -305,6 +325,19 @@ mod tests {
         let mut problems = Problems::default();
         config.validate(&KeyPath::root(), &mut problems);
         assert!(problems.is_empty());
+    }
+
+    #[test]
+    fn what_no_route_drops_also_goes_to_the_stream_of_to() {
+        let config: Config = serde_json::from_str(
+            r#"{"from": "t", "to": "clean", "routes": {"default": "w", "clean": ["clean", "a"], "noise": "drop"}}"#,
+        )
+        .unwrap();
+        let leads_to = |route: &str| config.targets(&config.routes[route]).cloned().collect::<Vec<_>>();
+        assert_eq!(leads_to("default"), ["w", "clean"]);
+        assert_eq!(leads_to("clean"), ["clean", "a"]);
+        assert_eq!(leads_to("noise"), [""; 0]);
+        assert_eq!(config.sinks().into_iter().collect::<Vec<_>>(), ["a", "clean", "w"]);
     }
 
     #[test]

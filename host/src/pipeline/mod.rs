@@ -134,6 +134,8 @@ pub struct SinkPart {
     /// The name that it had.
     pub renamed_from: Option<String>,
     pub begin: Option<Begin>,
+    /// The sink is a stream of this host.
+    pub is_stream: bool,
 }
 
 /// What a pipeline stands on.
@@ -405,6 +407,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
                 beginning: Some(Beginning {
                     begin: FirstStart::new(part.begin, now),
                     configured: Arc::clone(&configured),
+                    is_stream: part.is_stream,
                 }),
                 attachment: Some(attachment),
                 waiting: Some(waiting),

@@ -1,7 +1,7 @@
 //! From the route that a step gave a message to the sinks that take it.
 
 use super::config::{Config, DEFAULT_ROUTE};
-use crate::batch::Batch;
+use crate::batch::{Batch, Entry, Span};
 
 /// A sink by its place in the pipeline's list.
 pub type SinkNumber = usize;
@@ -34,7 +34,7 @@ impl Routes {
         let mut routes: Vec<_> = config
             .routes
             .iter()
-            .map(|(route, target)| (route.clone(), target.sinks().iter().filter_map(number).collect()))
+            .map(|(route, target)| (route.clone(), config.targets(target).filter_map(number).collect()))
             .collect();
         routes.sort_by_key(|(route, _): &(String, Vec<_>)| route != DEFAULT_ROUTE);
         Self { routes }
@@ -79,6 +79,21 @@ impl Routes {
         format!("route \"{route}\" is not one of this pipeline's routes: {known}{by}")
     }
 
+    /// Takes routes away that this pipeline does not have. A message of a stream that another pipeline writes
+    /// has the route that it had there.
+    pub fn without_unknown(&self, batch: &mut Batch) {
+        let is_unknown =
+            |entry: &Entry| !entry.route.is_empty() && self.place(batch.text(entry.route)).is_none();
+        let unknown: Vec<_> = (0..batch.len()).filter(|i| is_unknown(&batch.entries[*i])).collect();
+        if unknown.is_empty() {
+            return;
+        }
+        let entries = batch.entries.to_mut();
+        unknown.into_iter().for_each(|i| entries[i].route = Span::EMPTY);
+        // Their bytes hold what the messages do not have any more.
+        batch.exclusive = false;
+    }
+
     fn place(&self, route: &str) -> Option<usize> {
         let route = if route.is_empty() { DEFAULT_ROUTE } else { route };
         self.routes.iter().position(|(name, _)| name == route)
@@ -104,7 +119,6 @@ impl Sorted {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::batch::{Entry, Span};
     use crate::pipeline::config::RouteTarget;
 
     fn routes() -> Routes {
@@ -150,6 +164,18 @@ mod tests {
         assert_eq!((taken(&sorted, 0), taken(&sorted, 1)), (vec![0, 1], vec![0, 1]));
         let sorted = routes().sort(batch(&["what", "what"]));
         assert_eq!((taken(&sorted, 0), sorted.unknown), (vec![], vec![0, 1]));
+    }
+
+    #[test]
+    fn a_route_that_the_pipeline_does_not_have_is_taken_from_what_it_reads() {
+        let mut batch = batch(&["", "alert", "what", "default"]);
+        batch.exclusive = true;
+        routes().without_unknown(&mut batch);
+        assert_eq!(
+            batch.messages().map(|message| message.route()).collect::<Vec<_>>(),
+            ["", "alert", "", "default"]
+        );
+        assert!(!batch.exclusive, "no step sees the name");
     }
 
     #[test]

@@ -339,6 +339,7 @@ impl Worker {
             Some(reader) => without_whole(batch, &reader.seen),
             None => batch,
         };
+        shared.routes.without_unknown(&mut batch);
         let mut inputs = Inputs::default();
         for place in 0..self.versions.0[self.version].1.steps.len() {
             let steps = &mut self.versions.0[self.version].1;

@@ -6,16 +6,24 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::problems::{KeyPath, Problems};
-use crate::topic::TopicFilter;
+use crate::topic::{TopicFilter, is_valid_name};
 use crate::units::{ByteSize, Period};
+
+/// Most bytes of a topic prefix, so that it takes little of the room for topics.
+const PREFIX_BYTES_MAX: usize = 256;
 
 /// A stream in the embedded log.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// Topic filters of the messages that belong here; the first stream that
-    /// matches takes a message. None: the default stream takes what no other wants.
+    /// matches takes a message. None: the default stream takes what no other wants;
+    /// a stream that a pipeline writes to takes none from devices.
     pub topics: Vec<String>,
+    /// For a stream that only pipelines write: MQTT clients may subscribe to its messages, whose topics they
+    /// see with this and `/` in front. Left out: no subscriber gets them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub topic_prefix: Option<String>,
     /// What keeps its order: all messages with the same key are in one partition.
     pub key: Key,
     /// Parts that are worked on side by side. Cannot be changed once the stream exists.
@@ -67,6 +75,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             topics: Vec::new(),
+            topic_prefix: None,
             key: Key::DeviceId,
             partitions: 4,
             retention: Retention::default(),
@@ -111,6 +120,9 @@ impl Config {
                 problems.add(path.key("topics").index(i), error.to_string());
             }
         }
+        if let Some(prefix) = &self.topic_prefix {
+            self.validate_prefix(prefix, &path.key("topic_prefix"), problems);
+        }
         if !(1..=1024).contains(&self.partitions) {
             problems.add(path.key("partitions"), format!("must be 1 to 1024, is {}", self.partitions));
         }
@@ -137,6 +149,21 @@ impl Config {
             problems.add(path.key("retention").key("max_age"), format!("must be at least 1m, is {age}"));
         }
     }
+
+    fn validate_prefix(&self, prefix: &str, path: &KeyPath, problems: &mut Problems) {
+        let has_empty_level = prefix.split('/').any(str::is_empty);
+        if !is_valid_name(prefix) || has_empty_level || prefix.starts_with('$') {
+            let message = format!("must be topic levels such as clean or site/clean, is \"{prefix}\"");
+            problems.add(path.clone(), message);
+        } else if prefix.len() > PREFIX_BYTES_MAX {
+            problems.add(path.clone(), format!("must be at most {PREFIX_BYTES_MAX} bytes"));
+        }
+        if !self.topics.is_empty() {
+            let message =
+                "is for a stream that only pipelines write, and `topics` lets devices write to this one";
+            problems.add(path.clone(), message);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -160,5 +187,23 @@ mod tests {
         };
         let paths: Vec<_> = check(&bad).iter().map(|p| p.path.as_str().to_owned()).collect();
         assert_eq!(paths, ["streams.a.topics[0]", "streams.a.partitions", "streams.a.segment_bytes"]);
+    }
+
+    #[test]
+    fn a_topic_prefix_is_whole_levels_that_a_client_may_subscribe_to() {
+        let check = |prefix: &str, topics: &[&str]| {
+            let topics = topics.iter().map(|topic| (*topic).to_owned()).collect();
+            let config = Config { topic_prefix: Some(prefix.to_owned()), topics, ..Config::default() };
+            let mut problems = Problems::default();
+            config.validate(&KeyPath::root(), &mut problems);
+            problems.into_vec().len()
+        };
+        for good in ["clean", "site/clean"] {
+            assert_eq!(check(good, &[]), 0, "{good}");
+        }
+        for bad in ["", "/", "clean/", "/clean", "a//b", "a/+", "#", "$SYS", "$share/x", &"x".repeat(257)] {
+            assert_eq!(check(bad, &[]), 1, "{bad}");
+        }
+        assert_eq!(check("clean", &["a/#"]), 1, "devices write to it");
     }
 }

@@ -39,6 +39,14 @@ impl Streams {
         self.iter().find(|stream| stream.name() == name)
     }
 
+    /// The same set with what `kept` makes of each stream, but for those of which it makes nothing. The default
+    /// stays.
+    pub fn filtered(&self, kept: impl Fn(&Arc<dyn Stream>) -> Option<Arc<dyn Stream>>) -> Self {
+        let routed =
+            self.routed.iter().filter_map(|(filters, stream)| Some((filters.clone(), kept(stream)?)));
+        Self { routed: routed.collect(), default: Arc::clone(&self.default) }
+    }
+
     /// Each once, the default last.
     pub fn iter(&self) -> impl Iterator<Item = &Arc<dyn Stream>> {
         self.routed.iter().map(|(_, stream)| stream).chain([&self.default])

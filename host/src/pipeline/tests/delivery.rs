@@ -183,6 +183,7 @@ async fn a_batch_that_runs_into_a_limit_is_halved_and_grows_again_and_nothing_go
         on_lag: OnLag::Block,
         renamed_from: None,
         begin: None,
+        is_stream: false,
     };
     let deps = crate::pipeline::Deps {
         sink_names: Arc::default(),

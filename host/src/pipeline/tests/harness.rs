@@ -18,6 +18,7 @@ use crate::pipeline::{
 use crate::problems::{KeyPath, Problem};
 use crate::sinks::Begin;
 use crate::sinks::memory::MemoryDatabase;
+use crate::sinks::stream::Target;
 use crate::step::{
     Attempt, Chain, Outcome, Recall, RecallError, Refused, RefusedKind, Step, StepFactory, StepId,
 };
@@ -219,6 +220,8 @@ pub struct World {
     pub dead: Arc<dyn Stream>,
     pub dead_memory: Arc<MemoryStream>,
     pub databases: BTreeMap<String, MemoryDatabase>,
+    /// Streams that the pipeline writes to, by name.
+    pub targets: BTreeMap<String, Target>,
     pub config: Config,
     pub batching: Batching,
     pub on_lag: OnLag,
@@ -260,6 +263,7 @@ impl World {
             dead: Arc::clone(&dead_memory) as Arc<dyn Stream>,
             dead_memory,
             databases,
+            targets: BTreeMap::new(),
             config,
             batching: Batching { rows_max: 50, bytes_max: 1 << 20, wait_max: Duration::from_millis(2) },
             on_lag: OnLag::Block,
@@ -320,10 +324,22 @@ impl World {
                 on_lag: self.on_lag,
                 renamed_from: self.renamed_from.get(name).cloned(),
                 begin: self.begin,
+                is_stream: false,
             })
+            .chain(self.targets.iter().map(|(name, target)| SinkPart {
+                name: name.clone(),
+                sink: target.sink(),
+                target: name.clone(),
+                batching: self.batching,
+                on_lag: self.on_lag,
+                renamed_from: None,
+                begin: None,
+                is_stream: true,
+            }))
             .collect();
+        let names = || self.databases.keys().chain(self.targets.keys());
         let named: Vec<_> =
-            self.databases.keys().map(|name| (name.clone(), self.renamed_from.get(name).cloned())).collect();
+            names().map(|name| (name.clone(), self.renamed_from.get(name).cloned())).collect();
         let deps = Deps {
             sink_names: name_sinks(&self.dead, &named),
             stream: Arc::clone(&self.stream),
@@ -332,9 +348,7 @@ impl World {
             sinks,
             dead_letters: Arc::clone(&self.dead),
             dead_letters_bytes_max: self.dead_letters_bytes_max,
-            configured: self
-                .databases
-                .keys()
+            configured: names()
                 .map(|sink| (self.pipeline.clone(), sink.clone()))
                 .collect::<BTreeSet<_>>()
                 .into(),

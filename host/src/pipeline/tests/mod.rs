@@ -2,6 +2,7 @@
 
 mod copies;
 mod delivery;
+mod derived;
 mod exactly_once;
 pub(crate) mod harness;
 mod lanes;

@@ -19,6 +19,12 @@ impl MemoryStream {
         self.0.manual.store(true, Ordering::Relaxed);
     }
 
+    /// From now on what is appended is durable at once, as what was appended before.
+    pub fn release_commits(&self) {
+        self.0.manual.store(false, Ordering::Relaxed);
+        self.commit();
+    }
+
     /// Makes all that was appended durable.
     pub fn commit(&self) {
         self.lock().commit();

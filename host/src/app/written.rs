@@ -1,0 +1,53 @@
+//! Streams that pipelines write to: as sinks, and as subscribers see them.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::config::Config;
+use crate::pipeline::{Batching, SinkPart};
+use crate::sinks::stream::Target;
+use crate::stream::{OnLag, Prefixed, Stream, Streams};
+
+/// A message waits at most so long for others before they are appended to the stream that a pipeline writes:
+/// each append is a sync, which wears a flash disk.
+const STREAM_WAIT_MAX: Duration = Duration::from_millis(50);
+
+/// Returns the streams that pipelines write to, each once, however many pipelines write to it.
+pub fn targets(config: &Config, streams: &Streams) -> BTreeMap<String, Target> {
+    let written = config.written_streams().into_iter().filter_map(|name| streams.get(name));
+    let target = |stream: &Arc<dyn Stream>| {
+        let name = stream.name().to_owned();
+        let prefix = config.streams[&name].topic_prefix.as_deref();
+        (name, Target::new(Arc::clone(stream), prefix))
+    };
+    written.map(target).collect()
+}
+
+/// Returns the streams whose messages MQTT clients may get, as these see them.
+pub fn for_subscribers(config: &Config, streams: &Streams) -> Streams {
+    streams.filtered(|stream| {
+        let prefix = config.streams[stream.name()].topic_prefix.as_deref();
+        match prefix {
+            Some(prefix) => Some(Arc::new(Prefixed::new(Arc::clone(stream), prefix))),
+            None => config.has_subscribers(stream.name()).then(|| Arc::clone(stream)),
+        }
+    })
+}
+
+/// A stream that a pipeline writes to, as one of the pipeline's sinks.
+pub fn sink_part(config: &Config, name: &str, target: &Target) -> SinkPart {
+    // An append has topics and properties beside the payloads.
+    let bytes_max = config.streams[name].commit_buffer_bytes_max.0 / 2;
+    let batching = Batching { bytes_max, wait_max: STREAM_WAIT_MAX, ..Batching::default() };
+    SinkPart {
+        name: name.to_owned(),
+        sink: target.sink(),
+        target: format!("stream {name}"),
+        batching,
+        on_lag: OnLag::Block,
+        renamed_from: None,
+        begin: None,
+        is_stream: true,
+    }
+}
