@@ -206,6 +206,12 @@ impl Outlet {
         self.waits().so_far(Instant::now()).as_micros() as u64
     }
 
+    /// How long some worker has waited for room without a break until now.
+    pub fn blocked_for(&self) -> Duration {
+        let since = self.waits().since;
+        since.map_or(Duration::ZERO, |since| since.elapsed())
+    }
+
     fn waits(&self) -> MutexGuard<'_, Waits> {
         self.waits.lock().unwrap_or_else(PoisonError::into_inner)
     }

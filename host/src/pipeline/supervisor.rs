@@ -369,21 +369,24 @@ impl Supervisor {
         self.place_all();
         self.measure();
         self.tell_gone();
+        self.split_laggards();
         if self.window.elapsed() >= self.shared.config.lag_after.0 {
-            self.split_laggards();
             self.new_window();
         }
         self.take_back();
     }
 
-    /// A sink for which workers waited most of the window, while another one
-    /// could have gone on, leaves its lane; it asks for one of its own when it can.
+    /// A sink for which workers waited most of a window, or half as long as one without a break, while
+    /// another one could have gone on, leaves its lane; it asks for one of its own when it can.
     fn split_laggards(&mut self) {
+        let half = self.shared.config.lag_after.0 / 2;
         let half_us = self.window.elapsed().as_micros() as u64 / 2;
+        let is_over = self.window.elapsed() >= self.shared.config.lag_after.0;
         let mut laggards = Vec::new();
         for lane in &self.lanes {
-            let blocked =
-                |outlet: &&Outlet| outlet.blocked_us().saturating_sub(self.blocked_us[outlet.sink]) > half_us;
+            let in_window =
+                |outlet: &Outlet| outlet.blocked_us().saturating_sub(self.blocked_us[outlet.sink]) > half_us;
+            let blocked = |outlet: &&Outlet| outlet.blocked_for() > half || is_over && in_window(outlet);
             let slow: Vec<_> = lane.outlets.iter().filter(blocked).map(|outlet| outlet.sink).collect();
             if slow.len() < lane.outlets.len() {
                 laggards.extend(slow.into_iter().map(|sink| (lane.id, sink)));
