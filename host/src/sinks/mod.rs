@@ -5,6 +5,7 @@
 //! Every sink is the same set of files: `config` (what a user says), `sink`
 //! (the connection and the transaction), `tests`; `columns` turns messages into
 //! values for all of them, `conformance` holds all of them to their promises.
+//! `stream` is a stream of the host as a sink: it needs no `config`, since the streams have theirs.
 
 use std::ops::Range;
 
