@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::config::Config;
 use crate::pipeline::{Batching, SinkPart};
-use crate::sinks::stream::Target;
+use crate::sinks::{Begin, stream::Target};
 use crate::stream::{OnLag, Prefixed, Stream, Streams};
 
 /// A message waits at most so long for others before they are appended to the stream that a pipeline writes:
@@ -47,7 +47,7 @@ pub fn sink_part(config: &Config, name: &str, target: &Target) -> SinkPart {
         batching,
         on_lag: OnLag::Block,
         renamed_from: None,
-        begin: None,
+        begin: Some(Begin::Now),
         is_stream: true,
     }
 }

@@ -113,7 +113,7 @@ fn decide(config: &Config, sink: &str, streams: &BTreeMap<&str, Stream>, checked
         let own = format!("{}/{}", claim.pipeline, claim.sink);
         let consumer = stream.reader(own, claim.formerly.iter().map(consumer_of));
         let begin = FirstStart::new(config.sinks[sink].begin(), stream.begin_now(&consumer));
-        let beginning = Beginning { begin, configured: Arc::clone(&configured), is_stream: false };
+        let beginning = Beginning { begin, configured: Arc::clone(&configured), stream: None };
         let delivered = stream.delivered(&consumer);
         let start = beginning.start(claim, positions.len(), found, delivered, &stream.bounds);
         checked.problems.extend(start.err());

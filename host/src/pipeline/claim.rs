@@ -42,8 +42,9 @@ pub struct Beginning {
     pub begin: Option<FirstStart>,
     /// Pipelines and sinks that the host has.
     pub configured: Arc<BTreeSet<Name>>,
-    /// The sink is a stream of this host: its positions lie with its messages, and are not lost without them.
-    pub is_stream: bool,
+    /// Where the pipeline's own stream remembers the sink, which is another stream of this host: its
+    /// positions lie with its messages, and are not lost without them. `None` for other sinks.
+    pub stream: Option<Offset>,
 }
 
 impl Beginning {
@@ -61,12 +62,44 @@ impl Beginning {
         let is_partly_gone = (1..usize::from(claim.partitions)).contains(&positions);
         match self.begin {
             _ if positions > 0 && !is_partly_gone => Ok(kept.start),
+            Some(FirstStart::Now(now)) if self.stream.is_some() => {
+                self.start_of_stream(claim, found, now, kept)
+            }
             Some(FirstStart::Start) => Ok(kept.start),
             Some(FirstStart::Now(BeginNow::At(offset))) => Ok(offset.clamp(kept.start, kept.end)),
             _ if is_partly_gone => Err(claim.partly_gone()),
             Some(FirstStart::Now(BeginNow::Followed)) => Err(claim.begun(kept)),
             None => self.decide(claim, found, delivered, kept),
         }
+    }
+
+    /// Returns where a pipeline begins that has no position in a stream that it writes: with what comes
+    /// after the first start at which it was to write to it, so that a stream which is added later does not
+    /// bring everything a second time to those who had it otherwise. Where it has written before, the
+    /// stream was removed with its positions: the pipeline goes on where it was.
+    fn start_of_stream(
+        &self,
+        claim: &Claim,
+        found: &Found,
+        now: BeginNow,
+        kept: &Range<Offset>,
+    ) -> Result<Offset, String> {
+        // One that is still there has not changed its name: it writes elsewhere now.
+        let is_there = |name: &str| self.configured.iter().any(|(pipeline, _)| pipeline == name);
+        if let Some((pipeline, _)) = found.others.iter().find(|(pipeline, _)| !is_there(pipeline)) {
+            return Err(format!(
+                "pipeline \"{}\" has not written to stream \"{}\" yet, and pipeline \"{pipeline}\", which this host does \
+                 not have, has written to it what comes from the same stream: set `renamed_from: {pipeline}` in \
+                 pipelines.{} to go on where that one was, or let the pipeline write to a stream of another name; \
+                 then restart",
+                claim.pipeline, claim.sink, claim.pipeline
+            ));
+        }
+        let from = match now {
+            BeginNow::At(offset) => offset,
+            BeginNow::Followed => self.stream.unwrap_or_default(),
+        };
+        Ok(from.clamp(kept.start, kept.end))
     }
 
     /// The claim has positions: from now on `begin: now` is followed.
@@ -97,14 +130,11 @@ impl Beginning {
         delivered: Delivered,
         kept: &Range<Offset>,
     ) -> Result<Offset, String> {
-        let choice = match self.is_stream {
-            true => "let the pipeline write to a stream of another name; then restart".to_owned(),
-            false => format!(
-                "set `begin: start` in sinks.{} to write what the stream still has (offsets {} to {}) again from the \
-                 beginning, or `begin: now` to write only what comes from now on; then restart",
-                claim.sink, kept.start.0, kept.end.0
-            ),
-        };
+        let choice = format!(
+            "set `begin: start` in sinks.{} to write what the stream still has (offsets {} to {}) again from the \
+             beginning, or `begin: now` to write only what comes from now on; then restart",
+            claim.sink, kept.start.0, kept.end.0
+        );
         if !found.has_rows {
             return Ok(kept.start);
         }
@@ -130,7 +160,7 @@ impl Beginning {
             Delivered::ToOthers => found.others.is_empty(),
             Delivered::ToNobody => false,
         };
-        if is_lost && !self.is_stream {
+        if is_lost {
             return Err(format!(
                 "the {} are not in headworks_positions, the stream was delivered before, and the table has rows, \
                  or may have rows that the sink does not see, perhaps of this stream: put the rows of headworks_positions back, or set `renamed_from` where the \
@@ -279,7 +309,7 @@ mod tests {
 
     fn beginning(begin: Option<FirstStart>) -> Beginning {
         let configured = Arc::new([name("p", "w"), name("q", "w")].into());
-        Beginning { begin, configured, is_stream: false }
+        Beginning { begin, configured, stream: None }
     }
 
     fn found(has_rows: bool, others: &[Name]) -> Found {
@@ -287,17 +317,23 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_that_others_write_to_is_begun_unasked_unless_a_name_is_gone() {
-        let beginning = Beginning { is_stream: true, ..beginning(None) };
-        let decide = |others: &[Name], delivered| {
+    fn a_stream_is_written_from_its_first_start_on_and_where_it_was_once_it_is_gone_unless_a_name_is() {
+        let decide = |now: BeginNow, others: &[Name], delivered| {
+            let begin = Some(FirstStart::Now(now));
+            let beginning = Beginning { stream: Some(Offset(31)), ..beginning(begin) };
             beginning.start(&claim(), 0, &found(true, others), delivered, &KEPT).map(|offset| offset.0)
         };
         for delivered in [Delivered::ToNobody, Delivered::ToOthers, Delivered::ToThis] {
-            assert_eq!(decide(&[], delivered), Ok(10), "devices, or a pipeline of another stream");
-            assert_eq!(decide(&[name("q", "w")], delivered), Ok(10));
-            let reason = decide(&[name("old", "w")], delivered).unwrap_err();
-            assert!(reason.contains("set `renamed_from: old` in pipelines.p to go on"), "{reason}");
-            assert!(reason.contains("stream of another name") && !reason.contains("begin:"), "{reason}");
+            for others in [vec![], vec![name("q", "w")], vec![name("q", "before")]] {
+                assert_eq!(decide(BeginNow::At(Offset(42)), &others, delivered), Ok(42));
+                assert_eq!(decide(BeginNow::At(Offset(3)), &others, delivered), Ok(10), "what is kept");
+                assert_eq!(decide(BeginNow::Followed, &others, delivered), Ok(31));
+            }
+            for now in [BeginNow::At(Offset(42)), BeginNow::Followed] {
+                let reason = decide(now, &[name("old", "w")], delivered).unwrap_err();
+                assert!(reason.contains("set `renamed_from: old` in pipelines.p to go on"), "{reason}");
+                assert!(reason.contains("stream of another name") && !reason.contains("begin:"), "{reason}");
+            }
         }
     }
 

@@ -407,7 +407,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
                 beginning: Some(Beginning {
                     begin: FirstStart::new(part.begin, now),
                     configured: Arc::clone(&configured),
-                    is_stream: part.is_stream,
+                    stream: part.is_stream.then_some(remembered),
                 }),
                 attachment: Some(attachment),
                 waiting: Some(waiting),

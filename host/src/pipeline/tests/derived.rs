@@ -102,13 +102,17 @@ impl Host {
 
     /// Payloads of the stream, in its order.
     async fn written(&self) -> Vec<String> {
-        let mut cursor = self.clean.cursor(Offset(0));
-        let mut written = Vec::new();
-        while let Some(Read::Batch(batch)) = cursor.try_next().await.unwrap() {
-            written.extend(batch.messages().map(|message| text(&message)));
-        }
-        written
+        written(&self.clean).await
     }
+}
+
+async fn written(stream: &MemoryStream) -> Vec<String> {
+    let mut cursor = stream.cursor(Offset(0));
+    let mut written = Vec::new();
+    while let Some(Read::Batch(batch)) = cursor.try_next().await.unwrap() {
+        written.extend(batch.messages().map(|message| text(&message)));
+    }
+    written
 }
 
 fn expected(published: u64) -> Vec<String> {
@@ -208,6 +212,32 @@ async fn a_pipeline_that_reads_a_stream_of_another_has_its_own_routes_for_the_ro
     }
     assert_eq!(host.world.letters().await, []);
     process.stop().await;
+}
+
+#[tokio::test]
+async fn a_stream_that_is_added_gets_what_comes_and_one_that_was_removed_what_it_had_not() {
+    let host = Host::new();
+    let mut before = host.world.clone();
+    (before.config.to, before.targets) = (None, BTreeMap::new());
+    let process = before.start(steps()).await;
+    host.world.publish(&[("d", 1), ("d", 7)]);
+    process.drained().await;
+    process.stop().await;
+    let process = host.world.start(steps()).await;
+    host.world.publish(&[("d", 8)]);
+    process.drained().await;
+    process.stop().await;
+    assert_eq!(host.written().await, ["d:8"]);
+
+    let (mut world, again) = (host.world.clone(), MemoryStream::with_hooks("clean", 2));
+    let target = Target::new(Arc::clone(&again) as Arc<dyn Stream>, None);
+    world.targets.insert("clean".to_owned(), target);
+    let process = world.start(steps()).await;
+    world.publish(&[("d", 9)]);
+    process.drained().await;
+    process.stop().await;
+    assert_eq!(written(&again).await, ["d:9"]);
+    assert_eq!(world.payloads("w"), ["d:1", "d:7", "d:8", "d:9"]);
 }
 
 #[tokio::test]

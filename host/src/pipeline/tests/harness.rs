@@ -333,7 +333,7 @@ impl World {
                 batching: self.batching,
                 on_lag: self.on_lag,
                 renamed_from: None,
-                begin: None,
+                begin: Some(Begin::Now),
                 is_stream: true,
             }))
             .collect();
