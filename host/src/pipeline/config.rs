@@ -36,7 +36,8 @@ pub struct Config {
     /// of `streams`; where a sink has the name too, the sink is meant.
     pub routes: BTreeMap<String, RouteTarget>,
     /// A stream of `streams` that also gets every message whose route does not lead to `drop`, as the steps
-    /// left it. Other pipelines read it with `from`, and with `topic_prefix` MQTT clients subscribe to it.
+    /// left it, from the first start on that has it. Other pipelines read the stream with `from`, and with its
+    /// `topic_prefix` MQTT clients subscribe to it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub to: Option<String>,
     /// Threads that run the steps; left out: as many as cores.
