@@ -51,7 +51,8 @@ use crate::listeners::mqtt;
 use crate::pipeline::{self, Batching, SinkPart};
 use crate::plugin::access::AccessEngine;
 use crate::plugin::{Folders, PluginState, PluginStatus, Plugins};
-use crate::sinks::{self, stream::Target};
+use crate::sinks::stream::Target;
+use crate::sinks::{self, BuildContext};
 use crate::stream::log::{Disk, Log, RealDisk, STATE_BYTES_MAX};
 use crate::stream::{self, OnLag, Stream, Streams};
 use crate::telemetry::{self, Failures};
@@ -224,7 +225,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
         hints: source.hints(),
         failures: failures.clone(),
         clients: listener.clients(),
-        ignoring: sinks_that(&config, sinks::Config::ignores_rows),
+        ignoring: sinks_that(&config, |sink| sink.ignores_rows()),
         detaching: sinks_that(&config, |sink| sink.on_lag() == OnLag::Detach),
         copies_bytes_max: config.mqtt.queue_copies_bytes_max.0,
         prometheus: prometheus.clone(),
@@ -428,9 +429,10 @@ fn sink_parts(
             return targets.get(name).map(|target| written::sink_part(config, name, target));
         };
         let batch = sink.batch();
+        let context = BuildContext { name, namespace: Arc::clone(namespace), failures: failures.clone() };
         Some(SinkPart {
             name: name.to_owned(),
-            sink: sink.build(name, Arc::clone(namespace), failures.clone()),
+            sink: sink.build(context),
             target: sink.describe(),
             batching: Batching {
                 rows_max: batch.rows_max as usize,

@@ -16,7 +16,7 @@ use crate::app::banner::{Started, summary};
 use crate::batch::Offset;
 use crate::config::{self, Config, Loaded};
 use crate::pipeline::{self, Beginning, FirstStart, claim_of, names_of};
-use crate::sinks::{Checked, Claim, Looked, Name};
+use crate::sinks::{CheckContext, Checked, Claim, Looked, Name};
 use crate::stream::log::{ReadOnly, Remembered};
 use crate::topic::Namespace;
 
@@ -73,7 +73,7 @@ async fn check_sinks(config: &Config) -> anyhow::Result<Vec<(&str, Checked)>> {
         let (namespace, streams) = (namespace.clone(), &streams);
         async move {
             let claims = claims(config, name, streams);
-            let mut checked = sink.check(name, namespace, claims).await;
+            let mut checked = sink.check(CheckContext { name, namespace }, claims).await;
             decide(config, name, streams, &mut checked);
             (name.as_str(), checked)
         }

@@ -1,11 +1,14 @@
 //! `sinks:` of a config: one of the sinks, by its `type`.
 
+use std::ops::Deref;
 use std::sync::Arc;
 
+use async_trait::async_trait;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Sink, columns::ColumnsConfig, columns::is_name, postgres, sqlite};
+use super::columns::is_name;
+use super::{Checked, Claim, Sink};
 use crate::problems::{KeyPath, Problems};
 use crate::stream::OnLag;
 use crate::telemetry::Failures;
@@ -17,14 +20,92 @@ pub const BATCH_ROWS_MAX: u32 = 100_000;
 /// Most bytes of payload in one transaction.
 pub const BATCH_BYTES_MAX: ByteSize = ByteSize::mib(256);
 
-/// A batched writer.
-#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
-#[serde(tag = "type", rename_all = "lowercase")]
-pub enum Config {
+/// Makes [`Config`] of the kinds of sinks: `type` of a sink is the kind's name in lower case.
+macro_rules! kinds {
+    ($($(#[$doc:meta])* $kind:ident($config:ty),)*) => {
+        /// A batched writer.
+        #[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+        #[serde(tag = "type", rename_all = "lowercase")]
+        pub enum Config {
+            $($(#[$doc])* $kind($config),)*
+        }
+
+        impl Deref for Config {
+            type Target = dyn SinkConfig;
+
+            fn deref(&self) -> &Self::Target {
+                match self {
+                    $(Self::$kind(config) => config,)*
+                }
+            }
+        }
+    };
+}
+
+// Every kind of sink there is: a new one is its folder, and a line here.
+kinds! {
     /// A table in PostgreSQL, a hypertable where TimescaleDB is there.
-    Postgres(postgres::Config),
+    Postgres(super::postgres::Config),
     /// A table in a SQLite file.
-    Sqlite(sqlite::Config),
+    Sqlite(super::sqlite::Config),
+}
+
+/// What the host asks of the config of a sink, whatever its kind.
+#[async_trait]
+pub trait SinkConfig: Send + Sync {
+    fn batch(&self) -> BatchConfig;
+
+    fn on_lag(&self) -> OnLag;
+
+    /// Returns the name that the sink had.
+    fn renamed_from(&self) -> Option<&str>;
+
+    fn begin(&self) -> Option<Begin>;
+
+    /// Returns whether a row that the table has already is left out, as the config says.
+    fn ignores_rows(&self) -> bool {
+        false
+    }
+
+    /// Returns one line for the start screen: `PostgreSQL 127.0.0.1:5432/iot table telemetry`.
+    fn describe(&self) -> String;
+
+    /// Adds all that is wrong with the config by itself.
+    fn validate(&self, path: &KeyPath, problems: &mut Problems);
+
+    /// Adds what is wrong with the config beside the topic namespace.
+    fn validate_namespace(&self, namespace: &Namespace, path: &KeyPath, problems: &mut Problems);
+
+    /// Returns what still works but goes, or has no effect, at `path`.
+    fn warnings(&self, _path: &str) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// Tries the files and variables that the config names.
+    fn look(&self, _path: &KeyPath, _problems: &mut Problems) {}
+
+    /// Makes the sink, which connects only in [`Sink::open`].
+    fn build(&self, context: BuildContext<'_>) -> Box<dyn Sink>;
+
+    /// Connects, logs in, compares what is there with the config and looks `claims` up, as the sink
+    /// would do it. Writes nothing. Ends within `connect_timeout` for each host to connect to and
+    /// once more for the server's answers.
+    async fn check(&self, context: CheckContext<'_>, claims: Vec<Claim>) -> Checked;
+}
+
+/// What a sink is built with.
+pub struct BuildContext<'a> {
+    /// Key of the sink in the config.
+    pub name: &'a str,
+    pub namespace: Arc<Namespace>,
+    pub failures: Failures,
+}
+
+/// What a sink is checked with.
+pub struct CheckContext<'a> {
+    /// Key of the sink in the config.
+    pub name: &'a str,
+    pub namespace: Arc<Namespace>,
 }
 
 /// When a batch is written: at the first bound that it meets.
@@ -72,6 +153,17 @@ impl OnConflict {
     pub(super) fn resolved(self) -> Self {
         if self == Self::Auto { Self::Ignore } else { self }
     }
+
+    pub(super) fn ignores_rows(self) -> bool {
+        self.resolved() == Self::Ignore
+    }
+
+    /// Returns what will go of the key at `path`.
+    pub(super) fn warning(self, path: &str) -> Option<String> {
+        (self == Self::Auto).then(|| {
+            format!("{path}: auto is read as ignore and will go: write ignore, or reject, or upsert")
+        })
+    }
 }
 
 impl Default for BatchConfig {
@@ -84,114 +176,10 @@ impl Default for BatchConfig {
     }
 }
 
-impl Config {
-    pub fn batch(&self) -> BatchConfig {
-        match self {
-            Self::Postgres(config) => config.batch,
-            Self::Sqlite(config) => config.batch,
-        }
-    }
-
-    pub fn on_lag(&self) -> OnLag {
-        match self {
-            Self::Postgres(config) => config.on_lag,
-            Self::Sqlite(config) => config.on_lag,
-        }
-    }
-
-    pub fn renamed_from(&self) -> Option<&str> {
-        match self {
-            Self::Postgres(config) => config.renamed_from.as_deref(),
-            Self::Sqlite(config) => config.renamed_from.as_deref(),
-        }
-    }
-
-    pub fn begin(&self) -> Option<Begin> {
-        match self {
-            Self::Postgres(config) => config.begin,
-            Self::Sqlite(config) => config.begin,
-        }
-    }
-
-    /// Whether a row that the table has already is left out, as the config says.
-    pub fn ignores_rows(&self) -> bool {
-        let on_conflict = match self {
-            Self::Postgres(config) => config.on_conflict,
-            Self::Sqlite(config) => config.on_conflict,
-        };
-        on_conflict.resolved() == OnConflict::Ignore
-    }
-
-    /// One line for the start screen: `PostgreSQL 127.0.0.1:5432/iot table telemetry`.
-    pub fn describe(&self) -> String {
-        match self {
-            Self::Postgres(config) => config.describe(),
-            Self::Sqlite(config) => config.describe(),
-        }
-    }
-
-    pub fn validate(&self, path: &KeyPath, problems: &mut Problems) {
-        match self {
-            Self::Postgres(config) => config.validate(path, problems),
-            Self::Sqlite(config) => config.validate(path, problems),
-        }
-    }
-
-    /// What still works but goes, or has no effect, at `path`.
-    pub fn warnings(&self, path: &str) -> Vec<String> {
-        let on_conflict = match self {
-            Self::Postgres(config) => config.on_conflict,
-            Self::Sqlite(config) => config.on_conflict,
-        };
-        let mut warnings = match self {
-            Self::Postgres(config) => config.url.warnings(&format!("{path}.url")),
-            Self::Sqlite(_) => Vec::new(),
-        };
-        if on_conflict == OnConflict::Auto {
-            warnings.push(format!(
-                "{path}.on_conflict: auto is read as ignore and will go: write ignore, or reject, or upsert"
-            ));
-        }
-        warnings
-    }
-
-    /// Tries the files that it names.
-    pub fn look(&self, path: &KeyPath, problems: &mut Problems) {
-        match self {
-            Self::Postgres(config) => config.look(path, problems),
-            Self::Sqlite(_) => {}
-        }
-    }
-
-    /// The part of `validate` that needs the topic namespace.
-    pub fn validate_namespace(&self, namespace: &Namespace, path: &KeyPath, problems: &mut Problems) {
-        self.columns().validate_namespace(namespace, &path.key("columns"), problems);
-    }
-
-    /// Connects only in [`Sink::open`]. `name` is the sink's key in the config.
-    pub fn build(&self, name: &str, namespace: Arc<Namespace>, failures: Failures) -> Box<dyn Sink> {
-        match self {
-            Self::Postgres(config) => {
-                Box::new(postgres::PostgresSink::new(name, config.clone(), namespace, failures))
-            }
-            Self::Sqlite(config) => {
-                Box::new(sqlite::SqliteSink::new(name, config.clone(), namespace, failures))
-            }
-        }
-    }
-
-    fn columns(&self) -> &ColumnsConfig {
-        match self {
-            Self::Postgres(config) => &config.columns,
-            Self::Sqlite(config) => &config.columns,
-        }
-    }
-}
-
 /// The embedded default: rows in `data/telemetry.db`.
 impl Default for Config {
     fn default() -> Self {
-        Self::Sqlite(sqlite::Config::default())
+        Self::Sqlite(super::sqlite::Config::default())
     }
 }
 
@@ -287,7 +275,9 @@ mod tests {
         assert_eq!(config.batch().rows_max, 10);
         assert_eq!(parse(r#"{"type": "sqlite"}"#).unwrap(), Config::default());
         assert!(parse(r#"{"type": "sqlite", "tabel": "x"}"#).unwrap_err().to_string().contains("`tabel`"));
-        assert!(parse(r#"{"type": "mysql"}"#).is_err());
+        let unknown = parse(r#"{"type": "mysql"}"#).unwrap_err().to_string();
+        assert!(unknown.starts_with("unknown variant `mysql`, expected "), "{unknown}");
+        assert!(unknown.contains("`postgres`") && unknown.contains("`sqlite`"), "{unknown}");
     }
 
     #[test]

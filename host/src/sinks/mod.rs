@@ -27,7 +27,10 @@ pub mod sqlite;
 pub mod stream;
 
 pub use check::{Checked, Looked};
-pub use config::{BATCH_BYTES_MAX, BATCH_ROWS_MAX, BatchConfig, Begin, Config, OnConflict};
+pub use config::{
+    BATCH_BYTES_MAX, BATCH_ROWS_MAX, BatchConfig, Begin, BuildContext, CheckContext, Config, OnConflict,
+    SinkConfig,
+};
 
 /// Whose positions: one pipeline's deliveries to one sink, from one log.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

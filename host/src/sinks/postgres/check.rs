@@ -49,7 +49,7 @@ WHERE d.adrelid = to_regclass($1)::oid AND NOT a.attname = ANY ($2)
   AND CASE WHEN s.relkind = 'S' THEN NOT has_sequence_privilege(s.oid, 'USAGE, UPDATE') ELSE false END
 ORDER BY 1";
 
-/// See [`crate::sinks::Config::check`].
+/// See [`crate::sinks::SinkConfig::check`].
 pub async fn check(name: &str, config: &Config, namespace: Arc<Namespace>, claims: Vec<Claim>) -> Checked {
     let mut checked = Checked::default();
     let limit = config.connect_timeout.0;

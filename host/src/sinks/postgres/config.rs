@@ -2,15 +2,21 @@
 
 use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
 
+use async_trait::async_trait;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, Serializer};
 use tokio_postgres::config::{Host, SslNegotiation, TargetSessionAttrs};
 
+use super::PostgresSink;
 use crate::files;
 use crate::problems::{KeyPath, Problems};
 use crate::sinks::columns::ColumnsConfig;
-use crate::sinks::config::{BatchConfig, Begin, OnConflict, validate_table, within};
+use crate::sinks::config::{validate_table, within};
+use crate::sinks::{
+    BatchConfig, Begin, BuildContext, CheckContext, Checked, Claim, OnConflict, Sink, SinkConfig,
+};
 use crate::stream::OnLag;
+use crate::topic::Namespace;
 use crate::units::Period;
 
 /// A table in PostgreSQL.
@@ -159,15 +165,38 @@ impl Default for Hypertable {
 }
 
 impl Config {
-    pub fn describe(&self) -> String {
-        format!("PostgreSQL {} table {}", self.url.target(), self.table)
-    }
-
     pub fn sslmode(&self) -> SslMode {
         self.sslmode.or(self.url.split().1).unwrap_or(SslMode::Prefer)
     }
+}
 
-    pub fn validate(&self, path: &KeyPath, problems: &mut Problems) {
+#[async_trait]
+impl SinkConfig for Config {
+    fn batch(&self) -> BatchConfig {
+        self.batch
+    }
+
+    fn on_lag(&self) -> OnLag {
+        self.on_lag
+    }
+
+    fn renamed_from(&self) -> Option<&str> {
+        self.renamed_from.as_deref()
+    }
+
+    fn begin(&self) -> Option<Begin> {
+        self.begin
+    }
+
+    fn ignores_rows(&self) -> bool {
+        self.on_conflict.ignores_rows()
+    }
+
+    fn describe(&self) -> String {
+        format!("PostgreSQL {} table {}", self.url.target(), self.table)
+    }
+
+    fn validate(&self, path: &KeyPath, problems: &mut Problems) {
         self.url.validate(&path.key("url"), problems);
         validate_table(&self.table, 2, &path.key("table"), problems);
         self.columns.validate(&path.key("columns"), problems);
@@ -194,11 +223,19 @@ impl Config {
             _ => {}
         }
     }
-}
 
-impl Config {
+    fn validate_namespace(&self, namespace: &Namespace, path: &KeyPath, problems: &mut Problems) {
+        self.columns.validate_namespace(namespace, &path.key("columns"), problems);
+    }
+
+    fn warnings(&self, path: &str) -> Vec<String> {
+        let mut warnings = self.url.warnings(&format!("{path}.url"));
+        warnings.extend(self.on_conflict.warning(&format!("{path}.on_conflict")));
+        warnings
+    }
+
     /// Tries the certificates and the password.
-    pub fn look(&self, path: &KeyPath, problems: &mut Problems) {
+    fn look(&self, path: &KeyPath, problems: &mut Problems) {
         if let Some(password) = &self.password
             && let Err(reason) = password.read()
         {
@@ -211,6 +248,15 @@ impl Config {
         if let Err(reason) = super::tls::connector(self.sslmode(), &self.tls) {
             problems.add(path.key("tls"), reason);
         }
+    }
+
+    fn build(&self, context: BuildContext<'_>) -> Box<dyn Sink> {
+        let BuildContext { name, namespace, failures } = context;
+        Box::new(PostgresSink::new(name, self.clone(), namespace, failures))
+    }
+
+    async fn check(&self, context: CheckContext<'_>, claims: Vec<Claim>) -> Checked {
+        super::check(context.name, self, context.namespace, claims).await
     }
 }
 

@@ -15,7 +15,7 @@ use crate::sinks::columns::Columns;
 use crate::sinks::{Checked, Claim, Found, Looked, OnConflict};
 use crate::topic::Namespace;
 
-/// See [`crate::sinks::Config::check`].
+/// See [`crate::sinks::SinkConfig::check`].
 pub fn check(config: &Config, namespace: Arc<Namespace>, claims: Vec<Claim>) -> Checked {
     let mut checked = Checked::default();
     let mut config = config.clone();

@@ -3,13 +3,19 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use async_trait::async_trait;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::SqliteSink;
 use crate::problems::{KeyPath, Problems};
 use crate::sinks::columns::ColumnsConfig;
-use crate::sinks::config::{BatchConfig, Begin, OnConflict, validate_table, within};
+use crate::sinks::config::{validate_table, within};
+use crate::sinks::{
+    BatchConfig, Begin, BuildContext, CheckContext, Checked, Claim, OnConflict, Sink, SinkConfig,
+};
 use crate::stream::OnLag;
+use crate::topic::Namespace;
 use crate::units::Period;
 
 /// A table in a SQLite file.
@@ -63,12 +69,33 @@ impl Default for Config {
     }
 }
 
-impl Config {
-    pub fn describe(&self) -> String {
+#[async_trait]
+impl SinkConfig for Config {
+    fn batch(&self) -> BatchConfig {
+        self.batch
+    }
+
+    fn on_lag(&self) -> OnLag {
+        self.on_lag
+    }
+
+    fn renamed_from(&self) -> Option<&str> {
+        self.renamed_from.as_deref()
+    }
+
+    fn begin(&self) -> Option<Begin> {
+        self.begin
+    }
+
+    fn ignores_rows(&self) -> bool {
+        self.on_conflict.ignores_rows()
+    }
+
+    fn describe(&self) -> String {
         format!("SQLite {} table {}", self.path.display(), self.table)
     }
 
-    pub fn validate(&self, path: &KeyPath, problems: &mut Problems) {
+    fn validate(&self, path: &KeyPath, problems: &mut Problems) {
         if self.path.as_os_str().is_empty() {
             problems.add(path.key("path"), "must be a file, such as data/telemetry.db");
         }
@@ -79,5 +106,24 @@ impl Config {
         self.columns.validate(&path.key("columns"), problems);
         self.batch.validate(&path.key("batch"), problems);
         within(self.busy_timeout, 0, 600_000, &path.key("busy_timeout"), problems);
+    }
+
+    fn validate_namespace(&self, namespace: &Namespace, path: &KeyPath, problems: &mut Problems) {
+        self.columns.validate_namespace(namespace, &path.key("columns"), problems);
+    }
+
+    fn warnings(&self, path: &str) -> Vec<String> {
+        self.on_conflict.warning(&format!("{path}.on_conflict")).into_iter().collect()
+    }
+
+    fn build(&self, context: BuildContext<'_>) -> Box<dyn Sink> {
+        let BuildContext { name, namespace, failures } = context;
+        Box::new(SqliteSink::new(name, self.clone(), namespace, failures))
+    }
+
+    async fn check(&self, context: CheckContext<'_>, claims: Vec<Claim>) -> Checked {
+        let (config, namespace) = (self.clone(), context.namespace);
+        let checked = tokio::task::spawn_blocking(move || super::check(&config, namespace, claims));
+        checked.await.expect("a check does not panic")
     }
 }
