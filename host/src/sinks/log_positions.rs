@@ -11,9 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use uuid::Uuid;
 
-use super::{
-    Advance, Claim, Epoch, Error, Found, LogPosition, Name, Opened, PassPosition, Position, Usurper, holder,
-};
+use super::positions::{Usurper, holder};
+use super::{Advance, Claim, Epoch, Error, Found, LogPosition, Name, Opened, PassPosition, Position};
 use crate::batch::{Offset, Partition};
 use crate::stream::{Lineage, STATE_VALUE_BYTES_MAX, StateChange, Stream};
 

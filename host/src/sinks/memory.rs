@@ -11,9 +11,10 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 use uuid::Uuid;
 
+use super::positions::Usurper;
 use super::{
     Advance, Claim, Epoch, Error, Found, LogPosition, Name, Opened, Outcome, PassPosition, Position,
-    RefusedRow, Rows, Sink, Usurper, Written,
+    RefusedRow, Rows, Sink, Written,
 };
 use crate::batch::{MessageRef, Offset, Partition};
 use crate::stream::Lineage;
@@ -248,9 +249,13 @@ impl Claimed {
         Self { epoch: 0, next: vec![None; partitions], letters: vec![None; partitions] }
     }
 
-    fn fences(&self, claim: &Claim, ours: Epoch) -> Error {
-        let usurper = Usurper { epoch: self.epoch, holder: "another process".to_owned(), at: None };
-        Error::Fenced(claim.fenced_by(&usurper, ours))
+    /// Whoever took the claim last, if anybody did.
+    fn highest(&self) -> Option<Usurper> {
+        (self.epoch > 0).then(|| Usurper {
+            epoch: self.epoch,
+            holder: "another process".to_owned(),
+            at: None,
+        })
     }
 
     fn positions(&self) -> Vec<Position> {
@@ -300,19 +305,13 @@ impl Sink for MemorySink {
             fault.strike()?;
         }
         let State { rows, claims, .. } = &mut *state;
-        if held.is_some() && !claims.contains_key(&key(claim)) && !rows.is_empty() {
-            return Err(Error::Setup(claim.gone()));
-        }
         if held.is_none() {
             rename(claims, claim);
         }
+        let highest = claims.get(&key(claim)).and_then(Claimed::highest);
+        let epoch = claim.take(held, highest.as_ref(), !rows.is_empty())?;
         let claimed = claims.entry(key(claim)).or_insert_with(|| Claimed::new(usize::from(claim.partitions)));
-        claimed.epoch = match held {
-            None => claimed.epoch + 1,
-            Some(held) if claimed.epoch > held.0 => return Err(claimed.fences(claim, held)),
-            Some(held) => held.0,
-        };
-        let epoch = Epoch(claimed.epoch);
+        claimed.epoch = epoch.0;
         self.mine = Some((claim.clone(), epoch));
         let positions = claimed.positions();
         let others = claims.iter().filter(|(other, claimed)| {
@@ -431,16 +430,15 @@ impl MemorySink {
         let (claim, epoch) =
             self.mine.as_ref().ok_or_else(|| Error::Retry("commit before open".to_owned()))?;
         let claimed = state.claims.get(&key(claim)).ok_or_else(|| Error::Retry(claim.gone()))?;
-        if claimed.epoch != epoch.0 {
-            return Err(claimed.fences(claim, *epoch));
-        }
-        for step in advance {
-            let known = claimed.next.get(usize::from(step.partition.0)).and_then(Option::as_ref);
-            if let Some((known, _)) = known
-                && *known != step.from
-            {
-                return Err(Error::Fenced(claim.moved(step.partition, Some(known.0), step.from)));
-            }
+        let next = |partition: Partition| {
+            let known = claimed.next.get(usize::from(partition.0))?.as_ref();
+            known.map(|(next, _)| next.0)
+        };
+        let is_ours = |step: &Advance| next(step.partition).is_none_or(|next| next == step.from.0);
+        if claimed.epoch != epoch.0 || !advance.iter().all(is_ours) {
+            let theirs = |step: &&Advance| !is_ours(step);
+            let moved: Vec<_> = advance.iter().filter(theirs).cloned().collect();
+            return Err(claim.refusal(*epoch, claimed.highest().as_ref(), &moved, next));
         }
         Ok(())
     }

@@ -7,8 +7,6 @@
 //! values for all of them, `conformance` holds all of them to their promises.
 //! `stream` is a stream of the host as a sink: it needs no `config`, since the streams have theirs.
 
-use std::ops::Range;
-
 use async_trait::async_trait;
 use uuid::Uuid;
 
@@ -22,6 +20,7 @@ mod config;
 pub(crate) mod conformance;
 mod log_positions;
 pub mod memory;
+mod positions;
 pub mod postgres;
 pub mod sqlite;
 pub mod stream;
@@ -298,104 +297,4 @@ pub trait Sink: Send {
     /// Commits what a `commit` that rejected rows left open. Any other call
     /// after that one, but for [`Sink::set_letters`], gives that transaction up.
     async fn finish(&mut self) -> Result<Written, Error>;
-}
-
-/// Who claims, for the one who is fenced: `edge-7 (process 4711)`.
-fn holder() -> String {
-    let host = std::fs::read_to_string("/proc/sys/kernel/hostname")
-        .map(|name| name.trim().to_owned())
-        .or_else(|_| std::env::var("HOSTNAME"))
-        .unwrap_or_else(|_| "a host".to_owned());
-    format!("{host} (process {})", std::process::id())
-}
-
-/// The claim that is there instead of ours.
-struct Usurper {
-    epoch: u64,
-    holder: String,
-    /// When it was claimed, where that is known.
-    at: Option<String>,
-}
-
-impl Claim {
-    /// Returns what to say where another process has taken the claim over.
-    fn fenced_by(&self, usurper: &Usurper, ours: Epoch) -> String {
-        let at = usurper.at.as_deref().map(|at| format!(" at {at}")).unwrap_or_default();
-        format!(
-            "{} took the {} over{at} (epoch {} after our {}): two hosts must not write as the same pipeline of \
-             one log; stop one of the two hosts, then restart the other",
-            usurper.holder,
-            self.positions_text(),
-            usurper.epoch,
-            ours.0
-        )
-    }
-
-    /// Returns what to say where a position is not the one that this host left.
-    fn moved(&self, partition: Partition, is: Option<u64>, left: Offset) -> String {
-        let is = is.map_or("nowhere".to_owned(), |next| format!("at offset {next}"));
-        format!(
-            "the {} are not where this host left them: partition {} is {is}, not at {}; \
-             were rows of headworks_positions edited? Restart the host to go on from them",
-            self.positions_text(),
-            partition.0,
-            left.0
-        )
-    }
-
-    /// Returns what to say where the table has rows, or may have some that the sink does not see, and
-    /// the positions that this host left are gone.
-    pub fn gone(&self) -> String {
-        let positions = self.positions_text();
-        self.to_put_back(&format!(
-            "the {positions} are gone from headworks_positions while the table has rows, or may have rows that the sink \
-             does not see"
-        ))
-    }
-
-    /// Returns what to say where the table of positions has rows of some partitions only.
-    pub fn partly_gone(&self) -> String {
-        let positions = self.positions_text();
-        self.to_put_back(&format!("the {positions} are gone from headworks_positions for some partitions"))
-    }
-
-    /// Returns what to say where a sink that began as `begin: now` says has no positions any more.
-    pub fn begun(&self, kept: &Range<Offset>) -> String {
-        format!(
-            "the {} are not in headworks_positions, and the sink has begun before, as `begin: now` in sinks.{sink} \
-             said: nothing is written, so that no message is skipped; put the rows of headworks_positions back, or set \
-             `begin: start` in sinks.{sink} to write what the stream still has (offsets {} to {}), and restart; or, to \
-             write only what comes from now on, take `begin` out, restart, set `begin: now` again and restart",
-            self.positions_text(),
-            kept.start.0,
-            kept.end.0.saturating_sub(1),
-            sink = self.sink,
-        )
-    }
-
-    fn to_put_back(&self, what: &str) -> String {
-        format!(
-            "{what}: nothing is written, so that no row comes twice; put the rows of headworks_positions back (and the table, where it is gone), or \
-             set `begin: start` in sinks.{} to write what the stream still has again from the beginning, or \
-             `begin: now` to write only what comes from now on, and restart",
-            self.sink
-        )
-    }
-
-    /// Who has the claim now that had this name.
-    fn renamed(&self, holder: &str) -> String {
-        format!("{holder} as pipeline \"{}\", sink \"{}\"", self.pipeline, self.sink)
-    }
-
-    fn unreadable(&self, partition: Partition) -> Error {
-        Error::Setup(format!(
-            "the {} have a column `openings` that cannot be read in partition {}: put back what it was, or NULL",
-            self.positions_text(),
-            partition.0
-        ))
-    }
-
-    pub fn positions_text(&self) -> String {
-        format!("positions of pipeline \"{}\" in sink \"{}\"", self.pipeline, self.sink)
-    }
 }

@@ -6,9 +6,8 @@ use uuid::Uuid;
 
 use super::schema;
 use crate::batch::{Offset, Partition};
-use crate::sinks::{
-    Advance, Claim, Epoch, Error as SinkError, LogPosition, Name, PassPosition, Position, Usurper,
-};
+use crate::sinks::positions::Usurper;
+use crate::sinks::{Advance, Claim, Epoch, Error as SinkError, LogPosition, Name, PassPosition, Position};
 use crate::stream::Lineage;
 
 /// `next_offset` is null until the first advance. `fillfactor` leaves room for updates in place, one per
@@ -176,17 +175,8 @@ impl Held {
             rename(client, claim, holder).await?;
         }
         let highest = highest(client, claim).await?;
-        let epoch = match (held, highest) {
-            (None, highest) => Epoch(highest.map_or(0, |highest| highest.epoch) + 1),
-            (Some(held), Some(highest)) if highest.epoch > held.0 => {
-                return Err(Refusal::Sink(SinkError::Fenced(claim.fenced_by(&highest, held))));
-            }
-            (Some(held), None) => match schema::has_rows(client, table).await? {
-                true => return Err(Refusal::Sink(SinkError::Setup(claim.gone()))),
-                false => held,
-            },
-            (Some(held), Some(_)) => held,
-        };
+        let has_rows = held.is_some() && highest.is_none() && schema::has_rows(client, table).await?;
+        let epoch = claim.take(held, highest.as_ref(), has_rows).map_err(Refusal::Sink)?;
         let (partitions, number) = (i32::from(claim.partitions), epoch.0 as i64);
         let rows =
             client.query(CLAIM, &[pipeline, sink, &log, &generation, &partitions, &number, &holder]).await?;
@@ -253,26 +243,13 @@ impl Held {
     /// Why positions were not ours to move.
     pub async fn refusal(&self, client: &Client, advance: &[Advance]) -> Result<SinkError, Error> {
         let claim = &self.claim;
-        match highest(client, claim).await? {
-            None => return Ok(SinkError::Retry(claim.gone())),
-            Some(highest) if highest.epoch > self.epoch.0 => {
-                return Ok(SinkError::Fenced(claim.fenced_by(&highest, self.epoch)));
-            }
-            Some(_) => {}
-        }
+        let highest = highest(client, claim).await?;
         let rows = client.query(LOOK, &[&claim.pipeline, &claim.sink, &self.log, &self.generation]).await?;
-        let next = |step: &Advance| {
-            let row = rows.iter().find(|row| row.get::<_, i32>(0) == i32::from(step.partition.0))?;
-            row.get::<_, Option<i64>>(1)
+        let next = |partition: Partition| {
+            let row = rows.iter().find(|row| row.get::<_, i32>(0) == i32::from(partition.0))?;
+            row.get::<_, Option<i64>>(1).map(|next| next as u64)
         };
-        let moved = advance.iter().find(|step| next(step) != Some(step.from.0 as i64));
-        Ok(match moved {
-            Some(step) if next(step).is_some() => {
-                let is = next(step).map(|next| next as u64);
-                SinkError::Fenced(claim.moved(step.partition, is, step.from))
-            }
-            _ => SinkError::Retry(claim.gone()),
-        })
+        Ok(claim.refusal(self.epoch, highest.as_ref(), advance, next))
     }
 }
 
@@ -286,10 +263,9 @@ pub async fn others(client: &Client, claim: &Claim, table: &str) -> Result<Vec<N
 /// Returns the positions that a claim would find, as [`Held::claim`] does, and takes nothing.
 pub async fn look(client: &Client, claim: &Claim) -> Result<Vec<Position>, Refusal> {
     let (log, generation) = (claim.log.to_string(), i64::from(claim.generation));
-    let own = (claim.pipeline.clone(), claim.sink.clone());
-    for (pipeline, sink) in std::iter::once(&own).chain(&claim.formerly) {
+    for (pipeline, sink) in claim.names() {
         let partitions = i32::from(claim.partitions);
-        let rows = client.query(POSITIONS, &[pipeline, sink, &log, &generation, &partitions]).await?;
+        let rows = client.query(POSITIONS, &[&pipeline, &sink, &log, &generation, &partitions]).await?;
         if !rows.is_empty() {
             let positions: Result<Vec<_>, _> = rows.iter().map(|row| position(claim, row)).collect();
             return Ok(positions.map_err(Refusal::Sink)?.into_iter().flatten().collect());

@@ -31,9 +31,10 @@ use super::table::{self, Binding, Table, column_list};
 use super::transaction::{Tried, begin, unknown};
 use crate::batch::{Offset, Partition};
 use crate::sinks::columns::Columns;
+use crate::sinks::positions::holder;
 use crate::sinks::{
     Advance, Claim, Epoch, Error, Found, LogPosition, Name, OnConflict, Opened, Outcome, PassPosition,
-    RefusedRow, Rows, Sink, Written, holder,
+    RefusedRow, Rows, Sink, Written,
 };
 use crate::telemetry::Failures;
 use crate::topic::Namespace;

@@ -13,9 +13,9 @@ use super::table::{bind, create_table, has_rows, insert, is_there};
 use super::values::{Affinity, bind_value};
 use crate::batch::{Offset, Partition};
 use crate::sinks::columns::{Columns, TIME_BYTES};
+use crate::sinks::positions::holder;
 use crate::sinks::{
-    Advance, Claim, Epoch, Error, LogPosition, Name, Opened, Outcome, PassPosition, RefusedRow, Rows,
-    Written, holder,
+    Advance, Claim, Epoch, Error, LogPosition, Name, Opened, Outcome, PassPosition, RefusedRow, Rows, Written,
 };
 
 /// Parameters of one INSERT of several rows: enough to share the cost of a

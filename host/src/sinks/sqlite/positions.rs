@@ -5,9 +5,9 @@ use rusqlite::{Connection, OptionalExtension, Result, params};
 use uuid::Uuid;
 
 use crate::batch::{Offset, Partition};
+use crate::sinks::positions::Usurper;
 use crate::sinks::{
     Advance, Claim, Epoch, Error as SinkError, Found, LogPosition, Name, Opened, PassPosition, Position,
-    Usurper,
 };
 use crate::stream::Lineage;
 
@@ -124,14 +124,9 @@ impl Held {
         if held.is_none() {
             rename(connection, claim, holder)?;
         }
-        let epoch = match (held, highest(connection, claim)?) {
-            (None, None) => Epoch(1),
-            (None, Some(highest)) => Epoch(highest.epoch + 1),
-            (Some(held), Some(highest)) if highest.epoch > held.0 => {
-                return Ok(Err(SinkError::Fenced(claim.fenced_by(&highest, held))));
-            }
-            (Some(_), None) if has_rows => return Ok(Err(SinkError::Setup(claim.gone()))),
-            (Some(held), _) => held,
+        let epoch = match claim.take(held, highest(connection, claim)?.as_ref(), has_rows) {
+            Ok(epoch) => epoch,
+            Err(error) => return Ok(Err(error)),
         };
         let mut positions = Vec::new();
         let mut statement = connection.prepare(CLAIM)?;
@@ -203,15 +198,8 @@ impl Held {
                 |row| row.get(0),
             )
             .optional()?;
-        Ok(match (highest(connection, claim)?, next) {
-            (Some(highest), _) if highest.epoch > self.epoch.0 => {
-                SinkError::Fenced(claim.fenced_by(&highest, self.epoch))
-            }
-            (Some(_), Some(next)) => {
-                SinkError::Fenced(claim.moved(step.partition, next.map(|next| next as u64), step.from))
-            }
-            _ => SinkError::Retry(claim.gone()),
-        })
+        let (next, highest) = (next.flatten().map(|next| next as u64), highest(connection, claim)?);
+        Ok(claim.refusal(self.epoch, highest.as_ref(), std::slice::from_ref(step), |_| next))
     }
 }
 
@@ -237,8 +225,7 @@ pub fn look(
     );
     let mut statement = connection.prepare(&sql)?;
     let log = claim.log.to_string();
-    let own = (claim.pipeline.clone(), claim.sink.clone());
-    for (pipeline, sink) in std::iter::once(&own).chain(&claim.formerly) {
+    for (pipeline, sink) in claim.names() {
         let mut rows = statement.query(params![pipeline, sink, log, claim.generation, claim.partitions])?;
         let mut positions = Vec::new();
         while let Some(row) = rows.next()? {
