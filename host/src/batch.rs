@@ -194,6 +194,12 @@ impl Batch {
         self.entries.iter().map(|entry| MessageRef { batch: self, entry })
     }
 
+    /// Index of entry `i` among the entries of its offset.
+    pub fn index_within_offset(&self, i: usize) -> u32 {
+        let offset = self.entries[i].offset;
+        self.entries[..i].iter().rev().take_while(|entry| entry.offset == offset).count() as u32
+    }
+
     /// The same bytes, with the entries that `keep` holds.
     pub fn filtered(&self, mut keep: impl FnMut(&Entry) -> bool) -> Batch {
         let entries: Entries = self.entries.iter().filter(|entry| keep(entry)).copied().collect();

@@ -52,7 +52,7 @@ use crate::pipeline::{self, Batching, SinkPart};
 use crate::plugin::access::AccessEngine;
 use crate::plugin::{Folders, PluginState, PluginStatus, Plugins};
 use crate::sinks::stream::Target;
-use crate::sinks::{self, BuildContext};
+use crate::sinks::{self, BuildContext, Journal};
 use crate::stream::log::{Disk, Log, RealDisk, STATE_BYTES_MAX};
 use crate::stream::{self, OnLag, Stream, Streams};
 use crate::telemetry::{self, Failures};
@@ -131,7 +131,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
     let dead_letters = open_log(&data_dir.join(DEAD_LETTERS), DEAD_LETTERS, &config.dead_letters.stream())?;
     logs.push(Arc::clone(&dead_letters));
     let dead_letters: Arc<dyn Stream> = dead_letters;
-    let broker: Arc<dyn Stream> = open_log(&data_dir.join("broker"), "broker", &broker_stream(&config.mqtt))?;
+    let broker: Arc<dyn Stream> = open_log(&config.broker_dir(), "broker", &broker_stream(&config.mqtt))?;
 
     // Plugins, which are loaded from now on, then the pipelines that wait for them and own the sinks.
     let devices = Arc::new(Devices::load(&config.devices).context("devices.file")?);
@@ -154,6 +154,8 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
     )?;
     let mut pipelines = Vec::new();
     let configured = Arc::new(config.claims());
+    // No sink reads the broker's stream, so that it takes positions however far sinks lag.
+    let journal = Journal::new(Arc::clone(&broker), Arc::clone(&dead_letters));
     let named =
         |(name, sink): (&String, &sinks::Config)| (name.clone(), sink.renamed_from().map(str::to_owned));
     let written = targets.keys().map(|name| (name.clone(), None));
@@ -170,7 +172,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
             stream: Arc::clone(stream),
             chain: plugins.chain(name, pipeline.steps.as_deref()),
             recall: plugins.recall(name),
-            sinks: sink_parts(&config, pipeline, &targets, &namespace, &failures),
+            sinks: sink_parts(&config, pipeline, &targets, &namespace, &journal, &failures),
             dead_letters: Arc::clone(&dead_letters),
             sink_names: Arc::clone(&sink_names),
             dead_letters_bytes_max: config.dead_letters.share_of(config.pipelines.len()),
@@ -422,6 +424,7 @@ fn sink_parts(
     pipeline: &pipeline::Config,
     targets: &BTreeMap<String, Target>,
     namespace: &Arc<Namespace>,
+    journal: &Journal,
     failures: &Failures,
 ) -> Vec<SinkPart> {
     let part = |name: &str| {
@@ -429,7 +432,8 @@ fn sink_parts(
             return targets.get(name).map(|target| written::sink_part(config, name, target));
         };
         let batch = sink.batch();
-        let context = BuildContext { name, namespace: Arc::clone(namespace), failures: failures.clone() };
+        let (namespace, journal) = (Arc::clone(namespace), journal.clone());
+        let context = BuildContext { name, namespace, journal, failures: failures.clone() };
         Some(SinkPart {
             name: name.to_owned(),
             sink: sink.build(context),

@@ -16,7 +16,8 @@ use crate::app::banner::{Started, summary};
 use crate::batch::Offset;
 use crate::config::{self, Config, Loaded};
 use crate::pipeline::{self, Beginning, FirstStart, claim_of, names_of};
-use crate::sinks::{CheckContext, Checked, Claim, Looked, Name};
+use crate::sinks::{CheckContext, Checked, Claim, Looked, Name, POSITIONS_PREFIX};
+use crate::stream::StateEntries;
 use crate::stream::log::{ReadOnly, Remembered};
 use crate::topic::Namespace;
 
@@ -69,16 +70,26 @@ async fn check_sinks(config: &Config) -> anyhow::Result<Vec<(&str, Checked)>> {
         .values()
         .map(|pipeline| (&*pipeline.from, remembered(config, &pipeline.from)))
         .collect();
+    let journaled = journaled(config);
     let checks = config.sinks.iter().map(|(name, sink)| {
-        let (namespace, streams) = (namespace.clone(), &streams);
+        let (namespace, streams, journaled) = (namespace.clone(), &streams, &journaled);
         async move {
             let claims = claims(config, name, streams);
-            let mut checked = sink.check(CheckContext { name, namespace }, claims).await;
+            let mut checked = sink.check(CheckContext { name, namespace, journaled }, claims).await;
             decide(config, name, streams, &mut checked);
             (name.as_str(), checked)
         }
     });
     Ok(join_all(checks).await)
+}
+
+/// What the data folder has of positions of sinks whose stores have no transactions.
+fn journaled(config: &Config) -> Result<StateEntries, String> {
+    let dir = config.broker_dir();
+    match data_folder::is_there(&dir).map_err(|error| error.to_string())? {
+        true => ReadOnly::open(&dir, Offset(0)).state(POSITIONS_PREFIX).map_err(|error| error.to_string()),
+        false => Ok(StateEntries::new()),
+    }
 }
 
 /// What a stream remembers of its readers; `None` where there is no stream yet.

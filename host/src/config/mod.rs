@@ -161,6 +161,11 @@ impl Config {
             name => self.data_dir.join("streams").join(name),
         }
     }
+
+    /// Folder of the broker's own stream.
+    pub fn broker_dir(&self) -> PathBuf {
+        self.data_dir.join("broker")
+    }
 }
 
 pub use validate::DEAD_LETTERS;

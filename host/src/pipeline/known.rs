@@ -405,8 +405,7 @@ impl OfSink {
 
 /// Place of entry `i` among the entries of its offset.
 pub fn index_within_offset(batch: &Batch, i: usize) -> u32 {
-    let offset = batch.entries[i].offset;
-    batch.entries[..i].iter().rev().take_while(|entry| entry.offset == offset).count() as u32
+    batch.index_within_offset(i)
 }
 
 /// How many entries of the same offset are before entry `i`, where none comes

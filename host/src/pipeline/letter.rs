@@ -12,6 +12,7 @@ use super::sink_names::SinkNames;
 use super::step_history::{self, NOTE_BYTES_MAX, StepHistory};
 use crate::batch::{MessageRef, Offset};
 use crate::properties::{self, Origin, PROPERTIES_BYTES_MAX, PROPERTIES_MAX};
+use crate::sinks;
 use crate::stream::{Identity, Opening};
 
 const PREFIX: &str = "dead-letter";
@@ -252,7 +253,7 @@ impl Names {
 
     /// Names under which the pipeline's redrives have positions.
     pub fn redrives(&self) -> Vec<String> {
-        self.pipelines.iter().map(|name| format!("{name}/redrive")).collect()
+        self.pipelines.iter().map(|name| sinks::redrive_of(name)).collect()
     }
 
     pub fn has(&self, letter: &Letter<'_>) -> bool {

@@ -8,9 +8,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::columns::is_name;
-use super::{Checked, Claim, Sink};
+use super::{Checked, Claim, Journal, Sink};
 use crate::problems::{KeyPath, Problems};
-use crate::stream::OnLag;
+use crate::stream::{OnLag, StateEntries};
 use crate::telemetry::Failures;
 use crate::topic::Namespace;
 use crate::units::{ByteSize, Period};
@@ -98,6 +98,8 @@ pub struct BuildContext<'a> {
     /// Key of the sink in the config.
     pub name: &'a str,
     pub namespace: Arc<Namespace>,
+    /// Keeps the positions of a sink whose store has no transactions.
+    pub journal: Journal,
     pub failures: Failures,
 }
 
@@ -106,6 +108,8 @@ pub struct CheckContext<'a> {
     /// Key of the sink in the config.
     pub name: &'a str,
     pub namespace: Arc<Namespace>,
+    /// What the data folder has of the journal of a [`BuildContext`], or why it cannot be read.
+    pub journaled: &'a Result<StateEntries, String>,
 }
 
 /// When a batch is written: at the first bound that it meets.

@@ -1,5 +1,8 @@
-//! What every transactional sink promises, as tests: each implementation runs
-//! all of them (`conformance_tests!`) against its own database.
+//! What every sink promises, as tests that each implementation runs against its own database.
+//!
+//! `conformance_tests!` are the promises of a sink that writes rows and positions in one transaction:
+//! each row once. `repeating_conformance_tests!` are those of a sink whose positions move once its
+//! store has the rows: each row at least once, as the same row. What both promise is in both lists.
 //!
 //! A [`Database`] outlives its sinks, as a server outlives a process: each
 //! `sink()` stands for another process that delivers to it.
@@ -80,6 +83,37 @@ macro_rules! conformance_tests {
     };
 }
 pub(crate) use conformance_tests;
+
+/// The promises of a sink whose store has no transactions; the argument as for `conformance_tests`.
+macro_rules! repeating_conformance_tests {
+    ($database:expr) => {
+        $crate::sinks::conformance::conformance_tests!($database;
+            a_new_claim_has_no_positions_and_a_known_one_has_them_all,
+            a_crash_between_open_and_commit_writes_nothing,
+            rows_and_position_are_written_together,
+            a_replayed_commit_is_fenced,
+            the_older_of_two_claimants_is_fenced,
+            opening_again_takes_the_claim_over,
+            only_the_start_of_a_process_takes_a_claim_over,
+            a_position_keeps_the_openings_that_it_was_given,
+            a_position_goes_back_where_it_is_told_to,
+            a_renamed_claim_takes_its_positions_over_and_the_old_name_has_none,
+            a_new_claim_is_told_who_wrote_to_its_target,
+            a_claim_that_is_looked_up_is_told_what_it_would_find_and_is_not_taken,
+            an_empty_commit_moves_only_positions,
+            partitions_move_apart_and_together,
+            one_partition_left_behind_fences_the_whole_commit,
+            another_log_or_generation_is_another_claim,
+            positions_in_other_logs_are_told_and_not_taken,
+            letters_of_passes_are_kept_with_their_rows,
+            two_pipelines_share_one_table,
+            a_bad_row_is_named_and_the_position_waits_for_finish,
+            what_is_not_finished_moves_no_position,
+            rows_of_several_batches_keep_their_numbers,
+        );
+    };
+}
+pub(crate) use repeating_conformance_tests;
 
 /// The promises of sinks whose table has a deferred foreign key of `device_id`: the devices
 /// `a` and `b` are known, and `new` is made known by a trigger after its row.
@@ -348,6 +382,22 @@ pub async fn a_new_claim_is_told_whether_its_table_has_rows_and_who_wrote_them(d
     assert_eq!((again.positions.len(), again.found), (1, Found::default()), "it is not new");
 }
 
+pub async fn a_new_claim_is_told_who_wrote_to_its_target(database: &dyn Database) {
+    let names = |pipeline: &str, sink: &str| (pipeline.to_owned(), sink.to_owned());
+    let other = Claim { pipeline: "alerts".to_owned(), ..claim() };
+    let found = database.sink().await.open(&other, None).await.expect("opens").found;
+    assert_eq!(found, Found::default());
+    let (mut sink, _) = opened(database, &claim()).await;
+    sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.expect("commits");
+    let found = database.sink().await.open(&other, None).await.expect("opens").found;
+    assert_eq!(found, Found { has_rows: true, others: vec![names("telemetry", "warehouse")] });
+    let of_another_log = Claim { log: Uuid::from_u128(0xbeef), ..claim() };
+    let found = database.sink().await.open(&of_another_log, None).await.expect("opens").found;
+    assert_eq!(found, Found::default(), "its rows come as other ones");
+    let again = database.sink().await.open(&claim(), None).await.expect("opens");
+    assert_eq!((again.positions.len(), again.found), (1, Found::default()), "it is not new");
+}
+
 pub async fn a_claim_that_is_looked_up_is_told_what_it_would_find_and_is_not_taken(database: &dyn Database) {
     let Some(nothing) = database.look(&claim()).await else { return };
     assert_eq!((nothing.positions, nothing.found), (Vec::new(), Found::default()));
@@ -450,6 +500,39 @@ pub async fn a_bad_row_is_named_and_the_others_wait_for_finish(database: &dyn Da
     assert_eq!(written, [("a".to_owned(), 1.0), ("c".to_owned(), 3.0)]);
     sink.commit(&rows([message("a", "5")]), &[advance(0, 4, 5)]).await.expect("usable as it is");
     assert_eq!(opened(database, &claim()).await.1, [position(0, 5)]);
+}
+
+pub async fn a_bad_row_is_named_and_the_position_waits_for_finish(database: &dyn Database) {
+    database.refuses("\"hot\"");
+    let (mut sink, _) = opened(database, &claim()).await;
+    sink.commit(&Rows::default(), &[advance(0, 0, 0)]).await.expect("commits");
+    let bad = rows([message("a", "1"), message("b", "\"hot\""), message("c", "3"), message("d", "\"hot\"")]);
+    let refused = rejected(sink.commit(&bad, &[advance(0, 0, 4)]).await);
+    assert_eq!(refused.iter().map(|row| row.row).collect::<Vec<_>>(), [1, 3]);
+    assert!(!refused[0].reason.is_empty());
+    let (own, log) = ([("telemetry".to_owned(), "warehouse".to_owned())], [claim().log]);
+    let at = |next| vec![(claim().log, Partition(0), Offset(next))];
+    assert_eq!(sink.positions_of(&own, &log).await.expect("answers"), at(0));
+    assert_eq!(sink.finish().await.expect("commits"), Written { written: 2, ignored: 0 });
+    assert_eq!(sink.positions_of(&own, &log).await.expect("answers"), at(4));
+    let mut written = database.written().await;
+    written.sort_by(|a, b| a.1.total_cmp(&b.1));
+    assert_eq!(written, [("a".to_owned(), 1.0), ("c".to_owned(), 3.0)]);
+    sink.commit(&rows([message("a", "5")]), &[advance(0, 4, 5)]).await.expect("usable as it is");
+    assert_eq!(opened(database, &claim()).await.1, [position(0, 5)]);
+}
+
+pub async fn what_is_not_finished_moves_no_position(database: &dyn Database) {
+    database.refuses("\"hot\"");
+    let (mut sink, _) = opened(database, &claim()).await;
+    sink.commit(&Rows::default(), &[advance(0, 0, 0)]).await.expect("commits");
+    let bad = rows([message("a", "1"), message("b", "\"hot\"")]);
+    rejected(sink.commit(&bad, &[advance(0, 0, 2)]).await);
+    sink.commit(&Rows::default(), &[]).await.expect("nothing at all is fine");
+    assert!(matches!(sink.finish().await, Err(Error::Retry(_))), "the other call gave it up");
+    rejected_again(&mut *sink, &bad).await;
+    assert_eq!(sink.open(&claim(), None).await.expect("opens again").positions, [position(0, 0)]);
+    assert!(matches!(sink.finish().await, Err(Error::Retry(_))), "there is nothing to finish");
 }
 
 pub async fn what_is_not_finished_is_not_written(database: &dyn Database) {

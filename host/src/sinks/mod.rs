@@ -18,9 +18,11 @@ pub mod columns;
 mod config;
 #[cfg(test)]
 pub(crate) mod conformance;
+mod journaled;
 mod log_positions;
 pub mod memory;
 mod positions;
+mod positions_in_state;
 pub mod postgres;
 pub mod sqlite;
 pub mod stream;
@@ -30,6 +32,8 @@ pub use config::{
     BATCH_BYTES_MAX, BATCH_ROWS_MAX, BatchConfig, Begin, BuildContext, CheckContext, Config, OnConflict,
     SinkConfig,
 };
+pub use journaled::{Journal, Journaled, Put, Target, look_up};
+pub use positions_in_state::PREFIX as POSITIONS_PREFIX;
 
 /// Whose positions: one pipeline's deliveries to one sink, from one log.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -46,6 +50,18 @@ pub struct Claim {
 
 /// Pipeline and sink of a claim.
 pub type Name = (String, String);
+
+/// Ends the name under which redrives of a pipeline have positions. Names in a config have no slash.
+const REDRIVE: &str = "/redrive";
+
+/// Returns the name under which redrives of a pipeline have positions.
+pub fn redrive_of(pipeline: &str) -> String {
+    format!("{pipeline}{REDRIVE}")
+}
+
+fn is_redrive(pipeline: &str) -> bool {
+    pipeline.ends_with(REDRIVE)
+}
 
 /// A position, with the log and the partition that it is in.
 pub type LogPosition = (Uuid, Partition, Offset);
@@ -137,6 +153,12 @@ impl Rows {
 
     pub fn iter(&self) -> impl ExactSizeIterator<Item = MessageRef<'_>> {
         (0..self.len()).map(|i| self.get(i))
+    }
+
+    /// Index of row `i` among the rows that were made of its message for this sink.
+    pub fn index(&self, i: usize) -> u32 {
+        let (batch, entry) = self.rows[i];
+        self.batches[batch as usize].index_within_offset(entry as usize)
     }
 
     /// Index of row `i` among the entries of its batch.

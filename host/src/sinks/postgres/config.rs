@@ -251,7 +251,7 @@ impl SinkConfig for Config {
     }
 
     fn build(&self, context: BuildContext<'_>) -> Box<dyn Sink> {
-        let BuildContext { name, namespace, failures } = context;
+        let BuildContext { name, namespace, failures, .. } = context;
         Box::new(PostgresSink::new(name, self.clone(), namespace, failures))
     }
 

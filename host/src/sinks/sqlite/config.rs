@@ -117,7 +117,7 @@ impl SinkConfig for Config {
     }
 
     fn build(&self, context: BuildContext<'_>) -> Box<dyn Sink> {
-        let BuildContext { name, namespace, failures } = context;
+        let BuildContext { name, namespace, failures, .. } = context;
         Box::new(SqliteSink::new(name, self.clone(), namespace, failures))
     }
 

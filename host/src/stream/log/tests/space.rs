@@ -56,6 +56,21 @@ async fn a_blocking_reader_keeps_its_messages_until_it_moves_on() {
     assert!(log.bounds().start > Offset(0));
 }
 
+/// Why no sink keeps its position in the stream that it reads: see `decisions/journaled-sinks.md`.
+#[tokio::test]
+async fn a_log_that_waits_for_a_reader_takes_no_change_of_its_state_before_the_reader_moves_on() {
+    let mut config = small();
+    config.retention.max_bytes = ByteSize(64 << 10);
+    let (log, _) = Log::open(Arc::new(SimDisk::new(3)), Path::new(DIR), "t", &config).unwrap();
+    let reader = log.attach("warehouse", Offset(0), OnLag::Block);
+    let full_at = fill(&log).await;
+    let position = [StateChange { key: b"position", value: Some(b"7") }];
+    assert_eq!(log.append(&[], &position), Err(AppendError::NoSpace));
+    reader.advance(Offset(full_at));
+    log.writable().await;
+    log.append(&[], &position).unwrap();
+}
+
 #[tokio::test]
 async fn a_log_that_a_reader_keeps_full_opens_again_and_drains() {
     let disk = SimDisk::new(3);
