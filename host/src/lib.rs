@@ -13,6 +13,7 @@ mod files;
 #[doc(hidden)]
 pub mod fuzzing;
 mod hints;
+mod http_client;
 pub mod ingest;
 pub mod listeners;
 pub mod patience;

@@ -1,14 +1,25 @@
-//! A GET over a plain socket.
+//! A request over a plain socket.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
-/// Status and body; an error where nobody answers.
+/// Status and body of a GET; an error where nobody answers.
 pub fn get(addr: SocketAddr, path: &str) -> std::io::Result<(u16, String)> {
+    ask(addr, "GET", path, "")
+}
+
+/// The same of a POST.
+pub fn post(addr: SocketAddr, path: &str, body: &str) -> std::io::Result<(u16, String)> {
+    ask(addr, "POST", path, &format!("Content-Length: {}\r\n\r\n{body}", body.len()))
+}
+
+/// `rest`: further headers and the body.
+fn ask(addr: SocketAddr, method: &str, path: &str, rest: &str) -> std::io::Result<(u16, String)> {
     let mut stream = TcpStream::connect_timeout(&addr, Duration::from_secs(5))?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: {addr}\r\nConnection: close\r\n\r\n")?;
+    let rest = if rest.is_empty() { "\r\n" } else { rest };
+    write!(stream, "{method} {path} HTTP/1.1\r\nHost: {addr}\r\nConnection: close\r\n{rest}")?;
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer)?;
     let answer = String::from_utf8_lossy(&answer);

@@ -310,7 +310,7 @@ impl Authenticator {
                 }
             }
             Self::Http(http) => {
-                match super::http::Address::parse(&http.url) {
+                match crate::http_client::Address::parse(&http.url) {
                     Err(reason) => problems.add(path.key("url"), reason),
                     Ok(address) if address.tls.is_none() && http.ca.is_some() => {
                         problems.add(path.key("ca"), "is for an https url");

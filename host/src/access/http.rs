@@ -6,15 +6,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::Full;
 use hyper::header::{CONTENT_TYPE, HOST};
 use hyper::{Request, StatusCode, Uri};
-use hyper_util::rt::TokioIo;
-use rustls::pki_types::ServerName;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
@@ -24,6 +20,7 @@ use super::recent::Recent;
 use super::watched::Watched;
 use super::{Credentials, Denied, Identity, jwt};
 use crate::hints::Hint;
+use crate::http_client::{Address, Connection, connector};
 use crate::telemetry::Failures;
 use crate::trust;
 
@@ -55,47 +52,10 @@ struct Answer {
     fields: BTreeMap<String, String>,
 }
 
-/// The parts of a URL that a request needs.
-pub struct Address {
-    /// `host:port`
-    authority: String,
-    /// The name that the server's certificate must have.
-    pub tls: Option<ServerName<'static>>,
-}
-
-impl Address {
-    pub fn parse(url: &str) -> Result<Self, String> {
-        let wanted = || format!("must be http://host:port/path or https://host:port/path, is \"{url}\"");
-        let uri: Uri = url.parse().map_err(|_| wanted())?;
-        let host = uri.host().ok_or_else(wanted)?;
-        if uri.authority().is_some_and(|authority| authority.as_str().contains('@')) {
-            return Err("must have no user and password in it: they would not be sent".to_owned());
-        }
-        let (tls, port) = match uri.scheme_str() {
-            Some("http") => (None, 80),
-            Some("https") => {
-                let name = host.trim_start_matches('[').trim_end_matches(']').to_owned();
-                (Some(ServerName::try_from(name).map_err(|_| wanted())?), 443)
-            }
-            _ => return Err(wanted()),
-        };
-        Ok(Self { authority: format!("{host}:{}", uri.port_u16().unwrap_or(port)), tls })
-    }
-}
-
 /// What of a URL may be in a log.
 fn service_of(uri: &Uri) -> String {
     let authority = uri.authority().map_or("", |authority| authority.as_str());
     format!("{}://{authority}{}", uri.scheme_str().unwrap_or_default(), uri.path())
-}
-
-fn connector(pem: &[u8]) -> Result<TlsConnector, String> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let builder = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| error.to_string())?;
-    let config = builder.with_root_certificates(trust::roots(pem)?).with_no_client_auth();
-    Ok(TlsConnector::from(Arc::new(config)))
 }
 
 impl Http {
@@ -186,43 +146,20 @@ impl Http {
             .header(CONTENT_TYPE, "application/json")
             .body(Full::new(Bytes::from(body.to_string())))
             .map_err(|error| error.to_string())?;
-        let socket = TcpStream::connect(&self.address.authority).await.map_err(|error| error.to_string())?;
-        let (Some(trusted), Some(name)) = (&self.trusted, &self.address.tls) else {
-            return exchange(socket, request).await;
+        let tls = match &self.trusted {
+            None => None,
+            Some(trusted) => {
+                let trusted = trusted.clone();
+                let connector = super::off_the_reactor(move || trusted.get()).await;
+                Some(connector.map_err(|_| "the host stops".to_owned())?)
+            }
         };
-        let trusted = trusted.clone();
-        let connector = super::off_the_reactor(move || trusted.get()).await;
-        let connector = connector.map_err(|_| "the host stops".to_owned())?;
-        let socket = connector.connect(name.clone(), socket).await;
-        exchange(socket.map_err(|error| format!("tls: {error}"))?, request).await
-    }
-}
-
-async fn exchange<S>(socket: S, request: Request<Full<Bytes>>) -> Result<Answer, String>
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-{
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(socket))
-        .await
-        .map_err(|error| error.to_string())?;
-    let exchange = async {
-        let response = sender.send_request(request).await.map_err(|error| error.to_string())?;
-        if response.status() != StatusCode::OK {
-            return Err(format!("answered {}", response.status()));
+        let mut connection = Connection::open(&self.address, tls.as_deref()).await?;
+        let answer = connection.ask(request, ANSWER_BYTES_MAX).await?;
+        if answer.status != StatusCode::OK {
+            return Err(format!("answered {}", answer.status));
         }
-        let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
-        let body = body.map_err(|error| error.to_string())?.to_bytes();
-        serde_json::from_slice(&body).map_err(|error| format!("its answer: {error}"))
-    };
-    tokio::pin!(connection, exchange);
-    // Driven here, so that both end with this request.
-    tokio::select! {
-        biased;
-        answer = &mut exchange => answer,
-        ended = &mut connection => match ended {
-            Ok(()) => exchange.await,
-            Err(error) => Err(error.to_string()),
-        },
+        serde_json::from_slice(&answer.body).map_err(|error| format!("its answer: {error}"))
     }
 }
 
@@ -297,17 +234,6 @@ mod tests {
         serving.abort();
     }
 
-    #[test]
-    fn an_address_is_that_of_a_service() {
-        let address = |url: &str| Address::parse(url).map(|it| (it.authority, it.tls.is_some())).ok();
-        assert_eq!(address("http://auth/x"), Some(("auth:80".to_owned(), false)));
-        assert_eq!(address("https://auth.plant"), Some(("auth.plant:443".to_owned(), true)));
-        assert_eq!(address("https://[::1]:8443/x"), Some(("[::1]:8443".to_owned(), true)));
-        for bad in ["auth:80", "ftp://auth", "https://", "/x"] {
-            assert_eq!(address(bad), None, "{bad}");
-        }
-    }
-
     /// A service that lets everybody in, and what it is asked.
     async fn service() -> (Http, mpsc::Receiver<Value>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -376,12 +302,6 @@ mod tests {
         assert!(http.check(&nothing).await.unwrap().is_none());
         assert!(asked.try_recv().is_err());
         assert!(http.check(&Credentials { allow_anonymous: true, ..nothing }).await.unwrap().is_some());
-    }
-
-    #[test]
-    fn a_url_with_what_would_not_be_sent_is_refused() {
-        let told = Address::parse("https://user:secret@auth/check").err().unwrap();
-        assert!(!told.contains("secret") && told.starts_with("must "), "{told}");
     }
 
     /// A service that answers each request with the next of these.

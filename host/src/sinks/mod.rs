@@ -21,6 +21,7 @@ pub(crate) mod conformance;
 mod journaled;
 mod log_positions;
 pub mod memory;
+mod password;
 mod positions;
 mod positions_in_state;
 pub mod postgres;
@@ -33,6 +34,7 @@ pub use config::{
     SinkConfig,
 };
 pub use journaled::{Journal, Journaled, Put, Target, look_up};
+pub use password::Password;
 pub use positions_in_state::PREFIX as POSITIONS_PREFIX;
 
 /// Whose positions: one pipeline's deliveries to one sink, from one log.

@@ -36,9 +36,19 @@ pub struct Column {
     pub kind: Option<Kind>,
     /// Must have a value.
     pub required: bool,
+    /// What the sink calls it, and the key of the config that has it: for reasons.
+    pub called: Called,
     pub(super) unit: Option<Unit>,
     zone_minutes: Option<i32>,
     sources: Vec<Source>,
+}
+
+/// What a sink calls a column.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Called {
+    pub noun: &'static str,
+    /// Key of the sink's config.
+    pub key: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -70,6 +80,7 @@ impl Columns {
                 name: name.clone(),
                 kind: column.kind(),
                 required: column.required(),
+                called: Called { noun: "column", key: "columns" },
                 unit: column.unit(),
                 zone_minutes: column.zone().and_then(|zone| time::parse_zone(zone.as_bytes())),
                 sources: column.sources().iter().map(|source| Source::parse(source, &mut keys)).collect(),
@@ -324,23 +335,23 @@ fn reason(
     broken: Option<json::Error>,
     payload: &[u8],
 ) -> String {
-    let name = &column.name;
+    let Column { name, called: Called { noun: called, key }, .. } = column;
     let noun = expected.trim_start_matches("a ");
     if matches!(source, None | Some(Source::Payload)) && payload.starts_with(BYTE_ORDER_MARK) {
         let shown = excerpt(payload);
         return format!(
-            "column \"{name}\": the payload is preceded by a byte order mark, which JSON does not have: {shown}"
+            "{called} \"{name}\": the payload is preceded by a byte order mark, which JSON does not have: {shown}"
         );
     }
     match (source, value) {
         (Some(source), Value::Json(raw)) => {
-            format!("column \"{name}\": {} is not {expected}: {}", source.name(), excerpt(raw.as_bytes()))
+            format!("{called} \"{name}\": {} is not {expected}: {}", source.name(), excerpt(raw.as_bytes()))
         }
         (Some(source), Value::Text(text)) => {
-            format!("column \"{name}\": {} is not {expected}: {}", source.name(), excerpt(text.as_bytes()))
+            format!("{called} \"{name}\": {} is not {expected}: {}", source.name(), excerpt(text.as_bytes()))
         }
         (Some(source), _) => {
-            format!("column \"{name}\": {} is not {expected}: {}", source.name(), excerpt(payload))
+            format!("{called} \"{name}\": {} is not {expected}: {}", source.name(), excerpt(payload))
         }
         (None, _) => {
             let shown = excerpt(payload);
@@ -350,15 +361,15 @@ fn reason(
                     [.., 0] => "a NUL follows the document".to_owned(),
                     _ => error.to_string(),
                 };
-                return format!("column \"{name}\": the payload is not JSON: {error}: {shown}");
+                return format!("{called} \"{name}\": the payload is not JSON: {error}: {shown}");
             }
             let first = column.sources.iter().find(|source| **source != Source::Payload);
             let missing = match first {
                 Some(Source::Field { pointer, .. }) => match form(payload) {
                     Some(form) => {
                         return format!(
-                            "column \"{name}\": the payload is {form}, it has no {noun} at {pointer}: {shown}; a \
-                             column can hold it whole (`$payload`, host/docs/payloads.md)"
+                            "{called} \"{name}\": the payload is {form}, it has no {noun} at {pointer}: {shown}; a \
+                             {called} can hold it whole (`$payload`, host/docs/payloads.md)"
                         );
                     }
                     None => format!("the payload has no {noun} at {pointer}: {shown}"),
@@ -369,7 +380,7 @@ fn reason(
                 _ => format!("the payload is not {expected}: {shown}"),
             };
             format!(
-                "column \"{name}\": {missing}; fill it from another field with `columns:` (host/docs/payloads.md)"
+                "{called} \"{name}\": {missing}; fill it from another field with `{key}:` (host/docs/payloads.md)"
             )
         }
     }

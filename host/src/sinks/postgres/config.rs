@@ -8,10 +8,10 @@ use serde::{Deserialize, Serialize, Serializer};
 use tokio_postgres::config::{Host, SslNegotiation, TargetSessionAttrs};
 
 use super::PostgresSink;
-use crate::files;
 use crate::problems::{KeyPath, Problems};
 use crate::sinks::columns::ColumnsConfig;
 use crate::sinks::config::{validate_table, within};
+use crate::sinks::password::Password;
 use crate::sinks::{
     BatchConfig, Begin, BuildContext, CheckContext, Checked, Claim, OnConflict, Sink, SinkConfig,
 };
@@ -82,16 +82,6 @@ pub struct Config {
 #[derive(Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(transparent)]
 pub struct Url(pub String);
-
-/// Where the password is; it is never kept in the config itself.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
-#[serde(rename_all = "lowercase", deny_unknown_fields)]
-pub enum Password {
-    /// Name of an environment variable.
-    Env(String),
-    /// A file; a line end after the password is ignored.
-    File(PathBuf),
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
@@ -216,11 +206,8 @@ impl SinkConfig for Config {
         if self.tls.cert.is_some() != self.tls.key.is_some() {
             problems.add(path.key("tls"), "cert and key belong together, one is missing");
         }
-        match &self.password {
-            Some(Password::Env(name)) if name.is_empty() || name.contains(['=', '\0']) => {
-                problems.add(path.key("password.env"), "must be the name of an environment variable");
-            }
-            _ => {}
+        if let Some(password) = &self.password {
+            password.validate(&path.key("password"), problems);
         }
     }
 
@@ -236,14 +223,8 @@ impl SinkConfig for Config {
 
     /// Tries the certificates and the password.
     fn look(&self, path: &KeyPath, problems: &mut Problems) {
-        if let Some(password) = &self.password
-            && let Err(reason) = password.read()
-        {
-            let key = match password {
-                Password::Env(_) => "env",
-                Password::File(_) => "file",
-            };
-            problems.add(path.key("password").key(key), reason);
+        if let Some(password) = &self.password {
+            password.look("password", &path.key("password"), problems);
         }
         if let Err(reason) = super::tls::connector(self.sslmode(), &self.tls) {
             problems.add(path.key("tls"), reason);
@@ -414,19 +395,6 @@ impl SslMode {
             "verify-full" => Self::VerifyFull,
             _ => return None,
         })
-    }
-}
-
-impl Password {
-    /// Reads it now. The error never holds it.
-    pub fn read(&self) -> Result<String, String> {
-        match self {
-            Self::Env(name) => std::env::var(name)
-                .map_err(|_| format!("the environment variable {name} for the password is not set")),
-            Self::File(path) => files::read_to_string(path)
-                .map(|text| text.trim_end_matches(['\r', '\n']).to_owned())
-                .map_err(|error| format!("cannot read the password from {}: {error}", path.display())),
-        }
     }
 }
 

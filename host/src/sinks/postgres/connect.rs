@@ -113,7 +113,7 @@ pub async fn connect(
 fn target(name: &str, config: &Config) -> Result<tokio_postgres::Config, Error> {
     let mut target = config.url.parse().map_err(Error::Setup)?;
     if let Some(password) = &config.password {
-        target.password(password.read().map_err(Error::Setup)?);
+        target.password(password.read("password").map_err(Error::Setup)?);
     }
     if target.get_application_name().is_none() {
         target.application_name(format!("headworks/{name}"));

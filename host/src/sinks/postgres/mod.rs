@@ -24,5 +24,5 @@ mod transaction;
 mod verify;
 
 pub use check::check;
-pub use config::{Config, Hypertable, Password, SslMode, Tls, Url};
+pub use config::{Config, Hypertable, SslMode, Tls, Url};
 pub use sink::PostgresSink;

@@ -1,6 +1,7 @@
 //! TLS, passwords, rights.
 
 use super::*;
+use crate::sinks::Password;
 
 #[tokio::test]
 async fn a_server_that_takes_the_connection_and_says_nothing_is_given_up_after_connect_timeout() {
@@ -199,7 +200,7 @@ async fn tls_and_passwords_are_as_sslmode_says() {
 #[test]
 fn a_password_comes_from_the_environment() {
     // PATH is set everywhere; tests that run beside this one may not be given another variable.
-    assert_eq!(Password::Env("PATH".to_owned()).read(), Ok(std::env::var("PATH").unwrap()));
+    assert_eq!(Password::Env("PATH".to_owned()).read("password"), Ok(std::env::var("PATH").unwrap()));
 }
 
 #[tokio::test]

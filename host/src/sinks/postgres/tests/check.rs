@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::sinks::Checked;
+use crate::sinks::Password;
 
 pub(super) async fn check(config: Config) -> Checked {
     check_for(config, Vec::new()).await
