@@ -1,5 +1,5 @@
 #!/bin/sh
-# PostgreSQL, PgBouncer, mosquitto (broker and clients), SQLite's shell, Python with venv, Node.js: Debian packages.
+# PostgreSQL, PgBouncer, InfluxDB 1, mosquitto (broker and clients), SQLite's shell, Python with venv, Node.js: Debian packages.
 # No service is started or needed: tests start private servers on random ports.
 set -eu
 
@@ -11,12 +11,14 @@ postgres_bin() {
     return 1
 }
 pooler() { command -v pgbouncer >/dev/null || [ -x /usr/sbin/pgbouncer ]; }
+influxdb() { command -v influxd >/dev/null; }
 mosquitto_broker() { command -v mosquitto >/dev/null || [ -x /usr/sbin/mosquitto ]; }
 python_venv() { command -v python3 >/dev/null && python3 -c 'import venv, ensurepip' 2>/dev/null; }
 
 missing=
 postgres_bin || missing="$missing postgresql"
 pooler || missing="$missing pgbouncer"
+influxdb || missing="$missing influxdb"
 mosquitto_broker || missing="$missing mosquitto"
 command -v mosquitto_pub >/dev/null || missing="$missing mosquitto-clients"
 command -v sqlite3 >/dev/null || missing="$missing sqlite3"

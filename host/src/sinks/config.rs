@@ -44,6 +44,8 @@ macro_rules! kinds {
 
 // Every kind of sink there is: a new one is its folder, and a line here.
 kinds! {
+    /// A measurement in InfluxDB, or in a store that takes its line protocol.
+    Influxdb(super::influxdb::Config),
     /// A table in PostgreSQL, a hypertable where TimescaleDB is there.
     Postgres(super::postgres::Config),
     /// A table in a SQLite file.

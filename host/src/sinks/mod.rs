@@ -18,6 +18,7 @@ pub mod columns;
 mod config;
 #[cfg(test)]
 pub(crate) mod conformance;
+pub mod influxdb;
 mod journaled;
 mod log_positions;
 pub mod memory;

@@ -1,0 +1,398 @@
+//! What a user says of an InfluxDB sink.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::line;
+use super::points::Points;
+use super::service::Service;
+use super::target::InfluxTarget;
+use crate::http_client::Address;
+use crate::problems::{KeyPath, Problems};
+use crate::sinks::columns::{ColumnConfig, ColumnsConfig, FullColumn, Kind, OneOrMany};
+use crate::sinks::config::within;
+use crate::sinks::{
+    BatchConfig, Begin, BuildContext, CheckContext, Checked, Claim, Journaled, Password, Sink, SinkConfig,
+    Target, look_up,
+};
+use crate::stream::OnLag;
+use crate::topic::Namespace;
+use crate::trust;
+use crate::units::Period;
+
+/// A measurement in InfluxDB 1, 2 or 3, or in a store that takes its line protocol, such as VictoriaMetrics.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Where: `http://127.0.0.1:8086`. What follows the port stands in front of the API's paths.
+    pub url: String,
+    /// Version of the write API: `1` (`/write`; also VictoriaMetrics), `2` (`/api/v2/write`) or `3`
+    /// (`/api/v3/write_lp`).
+    #[schemars(range(min = 1, max = 3))]
+    pub version: u8,
+    /// Database of version 1 or 3.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub database: Option<String>,
+    /// Retention policy of version 1; without it the database's default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retention_policy: Option<String>,
+    /// Organization of version 2, by name or id.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub org: Option<String>,
+    /// Bucket of version 2, by name or id.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bucket: Option<String>,
+    /// The API token, read again at each connect.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token: Option<Password>,
+    /// User, where there is no token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// The user's password, read again at each connect.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub password: Option<Password>,
+    /// Certificates, for a url of https.
+    pub tls: Tls,
+    /// The measurement: its name, or a source such as `$last_level` or `/metric`.
+    pub measurement: String,
+    /// Which tag gets what of a message, as text. A tag without a value is left out.
+    pub tags: ColumnsConfig,
+    /// Which field gets what of a message. With `type` `double`, `bigint`, `bool`, `text` or `jsonb` (written as
+    /// text); without it a number is a float, and what is no number or true or false is text. A field without a value
+    /// is left out; a message without any goes to dead letters.
+    pub fields: ColumnsConfig,
+    /// The point's time: `$time`, the device's own, else when the message was received; or another source.
+    pub time: ColumnConfig,
+    /// What keeps messages of one series and one microsecond apart, which would be one point: `nanoseconds` fills the
+    /// digits below the microsecond from the message's offset, `none` leaves them 0.
+    pub spread: Spread,
+    /// Unit of the times that are sent. A point keeps no more than that, and `spread` needs `ns`.
+    pub precision: Precision,
+    /// Compress what is sent.
+    pub gzip: bool,
+    /// When a batch is written.
+    pub batch: BatchConfig,
+    /// What retention of the stream does while this sink lags.
+    pub on_lag: OnLag,
+    /// The name that this sink had: it goes on where the sink of that name was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub renamed_from: Option<String>,
+    /// Where to begin without a position: `start`, with the first message that the stream has, or `now`, with what
+    /// came after the first start of the host that had this key. Left out: at the start, but not where another sink
+    /// that this host does not have wrote the stream to the same place.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub begin: Option<Begin>,
+    /// How long to connect may take.
+    pub connect_timeout: Period,
+    /// How long one request may take. A batch that takes longer is halved.
+    pub timeout: Period,
+}
+
+/// Certificates of a connection by https.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Tls {
+    /// PEM file of the CAs that are trusted; without it the system's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca: Option<PathBuf>,
+}
+
+/// What keeps messages of one series and one microsecond apart.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Spread {
+    #[default]
+    Nanoseconds,
+    None,
+}
+
+/// Unit of a point's time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    #[default]
+    Ns,
+    Us,
+    Ms,
+    S,
+}
+
+const SECOND: Duration = Duration::from_secs(1);
+
+impl Default for Config {
+    fn default() -> Self {
+        let full = |from: &[&str], kind, required| {
+            let from = OneOrMany::Many(from.iter().map(|&source| source.to_owned()).collect());
+            ColumnConfig::Full(FullColumn { from, kind, required, unit: None, zone: None })
+        };
+        let one = |source: &str| ColumnConfig::Source(source.to_owned());
+        let tags = [
+            ("device_id", one("$device")),
+            ("location", one("/location")),
+            ("metric", ColumnConfig::Sources(vec!["/metric".to_owned(), "$last_level".to_owned()])),
+        ];
+        let fields = [("value", full(&["/value", "$payload"], Some(Kind::Double), true))];
+        Self {
+            url: String::new(),
+            version: 2,
+            database: None,
+            retention_policy: None,
+            org: None,
+            bucket: None,
+            token: None,
+            user: None,
+            password: None,
+            tls: Tls::default(),
+            measurement: "telemetry".to_owned(),
+            tags: ColumnsConfig(tags.map(|(name, tag)| (name.to_owned(), tag)).into()),
+            fields: ColumnsConfig(fields.map(|(name, field)| (name.to_owned(), field)).into()),
+            time: one("$time"),
+            spread: Spread::default(),
+            precision: Precision::default(),
+            gzip: true,
+            batch: BatchConfig::default(),
+            on_lag: OnLag::default(),
+            renamed_from: None,
+            begin: None,
+            connect_timeout: Period(10 * SECOND),
+            timeout: Period(30 * SECOND),
+        }
+    }
+}
+
+impl Config {
+    /// The measurement's source, where it is none that has a name.
+    pub fn measurement_source(&self) -> Option<ColumnsConfig> {
+        let is_source = self.measurement.starts_with(['$', '/']);
+        let source = || {
+            ColumnConfig::Full(FullColumn {
+                from: OneOrMany::One(self.measurement.clone()),
+                kind: Some(Kind::Text),
+                required: true,
+                unit: None,
+                zone: None,
+            })
+        };
+        is_source.then(|| ColumnsConfig(vec![("measurement".to_owned(), source())]))
+    }
+
+    /// The time as the only column; it must have a value.
+    pub fn time_source(&self) -> ColumnsConfig {
+        let from = OneOrMany::Many(self.time.sources().to_vec());
+        let (unit, zone) = (self.time.unit(), self.time.zone().map(str::to_owned));
+        let time = FullColumn { from, kind: Some(Kind::Timestamptz), required: true, unit, zone };
+        ColumnsConfig(vec![("time".to_owned(), ColumnConfig::Full(time))])
+    }
+
+    /// Names what the sink writes to: `127.0.0.1:8086 database iot`.
+    fn place(&self) -> String {
+        let server = Address::parse(&self.url).map_or("(url not valid)".to_owned(), |it| it.authority);
+        let named = |noun: &str, name: &Option<String>| name.as_ref().map(|name| format!(" {noun} {name}"));
+        let parts = match self.version {
+            2 => [named("org", &self.org), named("bucket", &self.bucket)],
+            _ => [named("database", &self.database), named("retention policy", &self.retention_policy)],
+        };
+        server + &parts.into_iter().flatten().collect::<String>()
+    }
+
+    /// The keys that name where points go, with whether the version needs them; `None`: it has none.
+    fn places(&self) -> [(&'static str, &Option<String>, Option<bool>); 4] {
+        let of = |needed: [Option<bool>; 4]| {
+            let [database, policy, org, bucket] = needed;
+            [
+                ("database", &self.database, database),
+                ("retention_policy", &self.retention_policy, policy),
+                ("org", &self.org, org),
+                ("bucket", &self.bucket, bucket),
+            ]
+        };
+        match self.version {
+            1 => of([Some(true), Some(false), None, None]),
+            2 => of([None, None, Some(true), Some(true)]),
+            _ => of([Some(true), None, None, None]),
+        }
+    }
+
+    pub(super) fn target(&self, namespace: Arc<Namespace>) -> InfluxTarget {
+        InfluxTarget::new(self.describe(), Service::new(self), Points::new(self, namespace), self)
+    }
+}
+
+#[async_trait]
+impl SinkConfig for Config {
+    fn batch(&self) -> BatchConfig {
+        self.batch
+    }
+
+    fn on_lag(&self) -> OnLag {
+        self.on_lag
+    }
+
+    fn renamed_from(&self) -> Option<&str> {
+        self.renamed_from.as_deref()
+    }
+
+    fn begin(&self) -> Option<Begin> {
+        self.begin
+    }
+
+    fn describe(&self) -> String {
+        format!("InfluxDB {} measurement {}", self.place(), self.measurement)
+    }
+
+    fn validate(&self, path: &KeyPath, problems: &mut Problems) {
+        match Address::parse(&self.url) {
+            Err(reason) => problems.add(path.key("url"), reason),
+            Ok(_) if self.url.contains(['?', '#']) => {
+                problems.add(
+                    path.key("url"),
+                    "must end with a path: what is asked for there has keys of its own",
+                );
+            }
+            Ok(address) if address.tls.is_none() && self.tls != Tls::default() => {
+                problems.add(path.key("tls"), "has no use without a url of https");
+            }
+            Ok(_) => {}
+        }
+        if !(1..=3).contains(&self.version) {
+            problems.add(path.key("version"), format!("must be 1, 2 or 3, is {}", self.version));
+        } else {
+            for (key, value, needed) in self.places() {
+                match (needed, value.as_deref()) {
+                    (Some(true), None | Some("")) => {
+                        problems.add(path.key(key), format!("is missing: version {} needs it", self.version));
+                    }
+                    (None, Some(_)) => {
+                        problems.add(path.key(key), format!("has no use with version {}", self.version));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        for (key, secret) in [("token", &self.token), ("password", &self.password)] {
+            secret.iter().for_each(|secret| secret.validate(&path.key(key), problems));
+        }
+        if self.token.is_some() && (self.user.is_some() || self.password.is_some()) {
+            problems.add(path.key("token"), "takes the place of user and password: leave them or it out");
+        }
+        if self.user.is_some() != self.password.is_some() {
+            problems.add(path.key("user"), "user and password belong together, one is missing");
+        }
+        if self.measurement_source().is_none()
+            && let Err(reason) = line::check_measurement(&self.measurement)
+        {
+            problems.add(path.key("measurement"), format!("must be a measurement's name: {reason}"));
+        }
+        self.validate_names(path, problems);
+        self.time_source().validate(path, problems);
+        self.measurement_source().iter().for_each(|source| source.validate(path, problems));
+        if self.spread == Spread::Nanoseconds && self.precision != Precision::Ns {
+            problems.add(
+                path.key("spread"),
+                "needs precision ns: set `spread: none`, and see what that means for \
+                messages of one time in host/docs/databases.md",
+            );
+        }
+        self.batch.validate(&path.key("batch"), problems);
+        for (period, name) in [(self.connect_timeout, "connect_timeout"), (self.timeout, "timeout")] {
+            within(period, 1_000, 3_600_000, &path.key(name), problems);
+        }
+    }
+
+    fn validate_namespace(&self, namespace: &Namespace, path: &KeyPath, problems: &mut Problems) {
+        self.tags.validate_namespace(namespace, &path.key("tags"), problems);
+        self.fields.validate_namespace(namespace, &path.key("fields"), problems);
+        self.time_source().validate_namespace(namespace, path, problems);
+        let measurement = self.measurement_source();
+        measurement.iter().for_each(|source| source.validate_namespace(namespace, path, problems));
+    }
+
+    /// Tries the certificates, the token and the password.
+    fn look(&self, path: &KeyPath, problems: &mut Problems) {
+        for (key, secret) in [("token", &self.token), ("password", &self.password)] {
+            secret.iter().for_each(|secret| secret.look(key, &path.key(key), problems));
+        }
+        if Address::parse(&self.url).is_ok_and(|address| address.tls.is_some())
+            && let Err(reason) = Service::new(self).connector()
+        {
+            problems.add(path.key("tls"), reason);
+        }
+    }
+
+    fn build(&self, context: BuildContext<'_>) -> Box<dyn Sink> {
+        Box::new(Journaled::new(self.target(context.namespace), context.journal))
+    }
+
+    async fn check(&self, context: CheckContext<'_>, claims: Vec<Claim>) -> Checked {
+        let mut checked = Checked::default();
+        let mut target = self.target(context.namespace);
+        match target.open().await {
+            Ok(()) => checked.found.push("it takes points".to_owned()),
+            Err(error) => checked.problems.push(error.to_string()),
+        }
+        match context.journaled {
+            Ok(entries) => match look_up(entries, claims, &target.place()) {
+                Ok(looked) => checked.claims = looked,
+                Err(error) => checked.problems.push(error.to_string()),
+            },
+            Err(error) => checked.warnings.push(format!(
+                "the sink's positions cannot be read, so that where it begins is not known: {error}"
+            )),
+        }
+        checked
+    }
+}
+
+impl Config {
+    /// What InfluxDB keeps for itself, and what would be two things of one name.
+    fn validate_names(&self, path: &KeyPath, problems: &mut Problems) {
+        if !self.tags.0.is_empty() {
+            self.tags.validate(&path.key("tags"), problems);
+        }
+        self.fields.validate(&path.key("fields"), problems);
+        let names = [("tags", &self.tags), ("fields", &self.fields)];
+        for (key, (name, _)) in
+            names.iter().flat_map(|(key, of)| of.0.iter().map(move |column| (*key, column)))
+        {
+            let path = path.key(key).key(name);
+            if name == "time" || name.starts_with('_') {
+                problems.add(
+                    path,
+                    "is a name that InfluxDB keeps for itself: `time`, and those that begin with _",
+                );
+            } else if let Err(reason) = line::check_key(name) {
+                problems.add(path, reason);
+            } else if key == "fields" && self.tags.0.iter().any(|(tag, _)| tag == name) {
+                problems.add(path, "is the name of a tag too: take another");
+            }
+        }
+        for (name, tag) in &self.tags.0 {
+            let is_text = tag.kind().is_none_or(|kind| kind == Kind::Text);
+            if matches!(tag, ColumnConfig::Full(FullColumn { kind: Some(_), .. })) && !is_text {
+                problems.add(path.key("tags").key(name).key("type"), "must be text: a tag is nothing else");
+            }
+        }
+        for (name, field) in &self.fields.0 {
+            let is_known = match field {
+                ColumnConfig::Full(FullColumn { kind: Some(kind), .. }) => {
+                    !matches!(kind, Kind::Timestamptz | Kind::Bytes)
+                }
+                _ => true,
+            };
+            if !is_known {
+                let reason = "must be double, bigint, bool, text or jsonb; a time is a bigint with a `unit`";
+                problems.add(path.key("fields").key(name).key("type"), reason);
+            }
+        }
+    }
+
+    /// PEM file of the CAs that are trusted.
+    pub fn ca_file(&self) -> Result<PathBuf, String> {
+        trust::ca_file(self.tls.ca.as_deref()).map_err(|reason| format!("{reason} in tls.ca"))
+    }
+}
