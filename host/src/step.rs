@@ -11,6 +11,9 @@ use crate::problems::Problem;
 /// is compiled code, and one instance of every step for each worker that has still to run messages
 /// with it. The cache keeps as many versions of a plugin.
 pub const VERSIONS_MAX: usize = 8;
+/// Stands for a pipeline's routes where the name of a step is expected: in dead letters of messages that
+/// found no route, and where a person says that a message enters behind all steps. No step has this name.
+pub const ROUTES_STEP: &str = "routes";
 
 /// Identity of one use of a plugin: `telemetry/normalize`. State, metrics and
 /// logs belong to it, not to the file.

@@ -15,7 +15,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use uuid::Uuid;
 
-use super::dead_letters::{DeadLetters, Refusal, Source};
+use super::dead_letters::{DeadLetters, Refusal};
+use super::known::Piece;
 use super::letter::{Letter, Names};
 use super::marks::{Change, MARK_PREFIX, Mark, Marks, Pending, Reopened, Sent, mark_key};
 use super::pass_letters::{Fate, Part, Told};
@@ -50,9 +51,8 @@ pub struct Rejections {
 pub struct Sending {
     letter: u64,
     partition: Partition,
-    /// Whether a sink refused it, and the name of that sink or step.
-    by_sink: bool,
-    by: String,
+    /// The first piece of whoever refused it.
+    by: Piece,
     /// Hash of the letter's own reason.
     reason: u64,
     /// The pipeline's sinks that it goes to.
@@ -80,18 +80,13 @@ impl Sending {
     ) -> Self {
         let only = taken.only.as_ref();
         let names = pipeline.names();
-        let (by_sink, by) = match letter.source(names) {
-            Source::Sink(by) => (true, by),
-            Source::Step(by) => (false, by),
-        };
         let is_wanted = |id: &str| only.is_none_or(|only| only.contains(id));
         let named = letter.sink_names().into_iter().flatten().flat_map(|name| names.named(name, letter.at));
         let own = |id: &String| names.number(id).map_or(id, |sink| &names.sinks[sink][0]).clone();
         Self {
             letter: letter.redrive_of.unwrap_or(message.offset().0),
             partition: message.entry.partition,
-            by_sink,
-            by: by.to_owned(),
+            by: Piece::of(letter.source(names), 0),
             reason: reasons::hash(letter.reason),
             names: (0..names.sinks.len())
                 .filter(|sink| names.names(letter, *sink) || pipeline.began_behind(letter, *sink))
@@ -337,15 +332,10 @@ impl Again {
 
     /// Whether all of a letter is rejected by the step or sink that rejected it before.
     pub fn is_same(&self, refusal: &Refusal<'_>) -> bool {
-        let (by_sink, by) = match refusal.source {
-            Source::Sink(by) => (true, by),
-            Source::Step(by) => (false, by),
-        };
+        let by = Piece::of(refusal.source, 0);
         let sendings = self.lock();
         let sending = sendings.get(&refusal.message.offset().0);
-        refusal.alone
-            && refusal.closes
-            && sending.is_some_and(|sending| sending.by_sink == by_sink && sending.by == by)
+        refusal.alone && refusal.closes && sending.is_some_and(|sending| sending.by == by)
     }
 
     /// What says that these sinks rejected these letters, and why.

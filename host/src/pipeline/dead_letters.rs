@@ -23,6 +23,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
+use super::ROUTES_STEP;
 use super::again::Again;
 use super::known::{Known, Piece, Reader, Remembered, Room, Seen, Stale};
 use super::letter::{self, Letter, Names};
@@ -53,7 +54,20 @@ const BEGUN_KEY: &str = "dead-letters/begun/";
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source<'a> {
     Step(&'a str),
+    /// No step did: the message has a route that the pipeline does not have. Apart from a step of that
+    /// name, which hosts of earlier versions may have had.
+    Routes,
     Sink(&'a str),
+}
+
+impl<'a> Source<'a> {
+    /// The name in letters and metrics.
+    pub fn name(self) -> &'a str {
+        match self {
+            Self::Step(name) | Self::Sink(name) => name,
+            Self::Routes => ROUTES_STEP,
+        }
+    }
 }
 
 /// A message to be put into dead letters.
@@ -539,7 +553,7 @@ impl DeadLetters {
         // All of one call come from one step or sink.
         let by = match refusals.first().map(|refusal| refusal.source) {
             Some(Source::Sink(by)) => self.names.with_name(by),
-            Some(Source::Step(_)) | None => None,
+            Some(Source::Step(_) | Source::Routes) | None => None,
         };
         match by {
             Some(sink) if self.is_full(Room { keys: 0, bytes: *known.uncommitted_bytes(sink) }) => {
@@ -614,8 +628,7 @@ impl DeadLetters {
             *known.uncommitted_bytes(sink) += bytes;
         }
         if let Some((refusal, _)) = fresh.first() {
-            let (Source::Step(source) | Source::Sink(source)) = refusal.source;
-            metrics::dead_letters(self.names.pipeline(), source).increment(fresh.len() as u64);
+            metrics::dead_letters(self.names.pipeline(), refusal.source.name()).increment(fresh.len() as u64);
         }
         if trimmed > 0 {
             metrics::properties_dropped(self.names.pipeline()).increment(trimmed);

@@ -32,11 +32,13 @@ impl Piece {
 
     /// The `index`-th that the step or sink saw.
     pub fn of(source: Source<'_>, index: u32) -> Self {
-        let (tag, name) = match source {
-            Source::Step(name) => (0, name),
-            Source::Sink(name) => (1, name),
+        let tag = match source {
+            Source::Step(_) => 0,
+            Source::Sink(_) => 1,
+            Source::Routes => 2,
         };
-        let hash = xxh3_64(name.as_bytes()) ^ xxh3_64(&((u64::from(index) << 1) | tag).to_le_bytes());
+        let name = source.name();
+        let hash = xxh3_64(name.as_bytes()) ^ xxh3_64(&((u64::from(index) << 2) | tag).to_le_bytes());
         Self(hash.max(1))
     }
 }
@@ -234,7 +236,7 @@ impl Known {
     /// this very letter already learns of it.
     pub fn names(&self, refusal: &Refusal<'_>, readers: &mut [Reader]) -> Vec<SinkNumber> {
         let (offset, piece) = (refusal.message.offset(), refusal.piece());
-        let by_step = matches!(refusal.source, Source::Step(_));
+        let by_step = !matches!(refusal.source, Source::Sink(_));
         let mut names = Vec::new();
         for reader in readers {
             let of = &self.sinks[reader.sink];

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
+use super::ROUTES_STEP;
 use super::dead_letters::{Refusal, Source};
 use super::known::Piece;
 use super::routes::SinkNumber;
@@ -155,8 +156,16 @@ impl<'a> Letter<'a> {
                 let number = names.named(sink, self.at).find_map(|id| names.number(&id));
                 Source::Sink(number.map_or(sink, |number| names.sink(number)))
             }
+            None if self.is_by_routes() => Source::Routes,
             None => Source::Step(self.step.unwrap_or_default()),
         }
+    }
+
+    /// Whether no step rejected the message, but its route is not one of the pipeline's. A step that has
+    /// the name of the routes, which hosts of earlier versions took, was the next one of those ahead.
+    fn is_by_routes(&self) -> bool {
+        let is_next = |history: StepHistory| history.ahead().first().is_some_and(|step| **step == *ROUTES_STEP);
+        self.step == Some(ROUTES_STEP) && !self.history().is_some_and(is_next)
     }
 
     /// What the letter notes of the steps.
@@ -172,7 +181,15 @@ impl<'a> Letter<'a> {
             None => step_history::entry_without_history(self.step.unwrap_or_default(), steps),
         };
         match (by_itself, from_step) {
-            (Err(_), Some(step)) => step_history::entry_at(step, steps),
+            (Err(_), Some(step)) => {
+                let entry = step_history::entry_at(step, steps)?;
+                // A person who means the step that rejected it would leave out all that are behind that one.
+                let was_a_step = step == ROUTES_STEP && self.step == Some(step) && !self.is_by_routes();
+                if was_a_step && entry == steps.len() {
+                    return Err(step_history::routes_was_a_step(steps));
+                }
+                Ok(entry)
+            }
             (by_itself, _) => by_itself,
         }
     }
@@ -299,8 +316,8 @@ pub fn properties(
     set(KIND, refusal.kind.as_str());
     set(PIPELINE, pipeline);
     match refusal.source {
-        Source::Step(step) => {
-            set(STEP, step);
+        Source::Step(_) | Source::Routes => {
+            set(STEP, refusal.source.name());
             set(SINKS, &sinks.join(","));
             if !refusal.steps.is_empty() && refusal.steps.len() <= NOTE_BYTES_MAX {
                 set(STEPS, refusal.steps);

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::hints::Hint;
 use crate::sinks::{Begin, Name, Sink};
-use crate::step::{Chain, Recall};
+use crate::step::{Chain, ROUTES_STEP, Recall};
 use crate::stream::{Attachment, BeginNow, OnLag, Stream};
 use crate::telemetry::{Failures, alike};
 
@@ -100,8 +100,6 @@ use versions::Versions;
 use worker::Shared;
 use writer::{Pace, Refusals, Writer};
 
-/// The name in dead letters of what finds no route.
-pub const ROUTES_STEP: &str = "routes";
 /// Orders to a delivery that it did not get to yet.
 const CONTROLS_MAX: usize = 8;
 /// Events that a pipeline did not get to yet, by sink.

@@ -643,7 +643,7 @@ impl Redrive<'_> {
                 let Some(letter) = Letter::of(&message).filter(|_| is_due(&message)) else { continue };
                 let out = match letter.source(&self.names) {
                     Source::Sink(_) => Some(original(&batch, i)),
-                    Source::Step(_) => {
+                    Source::Step(_) | Source::Routes => {
                         let offset = message.offset();
                         let known = letters.seen(std::iter::once(number), offset, offset);
                         let known = known.and_then(|mut known| known.pop());

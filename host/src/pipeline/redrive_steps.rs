@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use super::ROUTES_STEP;
 use super::dead_letters::{DeadLetters, Refusal, Source};
 use super::known::{Piece, Reader};
 use super::letter::{self, Letter};
@@ -106,7 +105,7 @@ impl Steps {
                 message.entry = entry;
             }
             Err(reason) => {
-                let by = letter.step.unwrap_or_default();
+                let by = letter.source(letters.names());
                 let refused = [Refused { index: 0, kind: RefusedKind::Failed, reason }];
                 let batch = Stripped { batch: &batch, indexes: None, partition };
                 message.refuse(&batch.refusals(by, &refused, letter.steps.unwrap_or_default())).await?;
@@ -130,7 +129,7 @@ impl Steps {
         for place in message.entry..self.names.len() {
             let name = Arc::clone(&self.names[place]);
             let indexes;
-            (batch, indexes) = without_letters(batch, &name, std::slice::from_ref(message.reader));
+            (batch, indexes) = without_letters(batch, Source::Step(&name), std::slice::from_ref(message.reader));
             inputs.has_gaps |= indexes.is_some();
             if batch.is_empty() {
                 break;
@@ -138,7 +137,7 @@ impl Steps {
             let outcome = self.run_step(place, &batch, message.partition).await?;
             let history = message.history.through(&self.names, message.entry, place).to_string();
             let stripped = Stripped { batch: &batch, indexes, partition: message.partition };
-            message.refuse(&stripped.refusals(&name, &outcome.refused, &history)).await?;
+            message.refuse(&stripped.refusals(Source::Step(&name), &outcome.refused, &history)).await?;
             inputs.batches.push(std::mem::replace(&mut batch, outcome.passed));
         }
         Ok((batch, inputs))
@@ -198,8 +197,8 @@ fn is_by_others(reader: &Reader, steps: &[Arc<str>], sink: &str) -> bool {
     if reader.seen.is_empty() {
         return false;
     }
-    let steps = steps.iter().map(|step| &**step).chain([ROUTES_STEP]).map(Source::Step);
-    let sources: Vec<_> = steps.chain([Source::Sink(sink)]).collect();
+    let steps = steps.iter().map(|step| Source::Step(step));
+    let sources: Vec<_> = steps.chain([Source::Routes, Source::Sink(sink)]).collect();
     let own = |index| sources.iter().map(move |source| Piece::of(*source, index));
     let own: BTreeSet<_> = (0..PIECES_MAX).flat_map(own).chain([Piece::WHOLE]).collect();
     reader.seen.pieces().any(|piece| !own.contains(&piece))
@@ -213,7 +212,7 @@ async fn route(
     shared: &Shared,
     message: &mut Message<'_>,
 ) -> Result<(), RedriveError> {
-    let (batch, indexes) = without_letters(batch, ROUTES_STEP, std::slice::from_ref(message.reader));
+    let (batch, indexes) = without_letters(batch, Source::Routes, std::slice::from_ref(message.reader));
     inputs.has_gaps |= indexes.is_some();
     let sorted = shared.routes.sort(batch);
     let (history, entry) = (message.history.clone(), message.entry);

@@ -119,9 +119,19 @@ pub fn entry_at(step: &str, steps: &[Arc<str>]) -> Result<usize, String> {
     })
 }
 
+/// Returns why the message of a letter does not enter where the routes are: a step of that name
+/// rejected it.
+pub fn routes_was_a_step(steps: &[Arc<str>]) -> String {
+    format!(
+        "a step named {ROUTES_STEP} rejected the message, and the name stands for the place behind all steps now: {}",
+        say_where(steps)
+    )
+}
+
 /// Returns the place of a step, or the one behind all steps for that of the routes.
 pub fn place_of(step: &str, steps: &[Arc<str>]) -> Option<usize> {
-    if step == ROUTES_STEP { Some(steps.len()) } else { steps.iter().position(|own| **own == *step) }
+    let place = steps.iter().position(|own| **own == *step);
+    place.or_else(|| (step == ROUTES_STEP).then_some(steps.len()))
 }
 
 /// `a, b, routes`

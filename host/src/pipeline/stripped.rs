@@ -15,10 +15,14 @@ pub fn without_whole(batch: Batch, seen: &Seen) -> Batch {
     batch.filtered(|entry| !seen.has_whole(offset(entry)))
 }
 
-/// Without what this step put into letters for the sinks at hand, which are
+/// Without what this step, or the routes, put into letters for the sinks at hand, which are
 /// those that the letters name alike. `Some`: the places that the others had
 /// within their offsets.
-pub fn without_letters(batch: Batch, step: &str, readers: &[Reader]) -> (Batch, Option<Vec<u32>>) {
+pub fn without_letters(
+    batch: Batch,
+    source: Source<'_>,
+    readers: &[Reader],
+) -> (Batch, Option<Vec<u32>>) {
     let Some(seen) = readers.first().map(|reader| &reader.seen).filter(|seen| !seen.is_empty()) else {
         return (batch, None);
     };
@@ -26,7 +30,7 @@ pub fn without_letters(batch: Batch, step: &str, readers: &[Reader]) -> (Batch, 
     let mut entries = Vec::new();
     for (i, entry) in batch.entries.iter().enumerate() {
         let index = index_within_offset(&batch, i);
-        if !seen.has(batch.offset(entry), Piece::of(Source::Step(step), index)) {
+        if !seen.has(batch.offset(entry), Piece::of(source, index)) {
             indexes.push(index);
             entries.push(*entry);
         }
@@ -46,14 +50,19 @@ pub struct Stripped<'a> {
 
 impl Stripped<'_> {
     /// `refused`: by index, ascending.
-    pub fn refusals<'r>(&'r self, step: &'r str, refused: &'r [Refused], steps: &'r str) -> Vec<Refusal<'r>> {
+    pub fn refusals<'r>(
+        &'r self,
+        source: Source<'r>,
+        refused: &'r [Refused],
+        steps: &'r str,
+    ) -> Vec<Refusal<'r>> {
         let one = |(k, of): (usize, &'r Refused)| {
             let entry = of.index as usize;
             let before = before_last(self.batch, entry);
             let index = self.indexes.as_ref().map(|indexes| indexes[entry]);
             Refusal {
                 message: self.batch.message(entry),
-                source: Source::Step(step),
+                source,
                 kind: of.kind,
                 reason: &of.reason,
                 partition: self.partition,

@@ -7,8 +7,7 @@
 
 use std::sync::Arc;
 
-use super::ROUTES_STEP;
-use super::dead_letters::Refusal;
+use super::dead_letters::{Refusal, Source};
 use super::known::before_last;
 use super::routes::{Routes, Sorted};
 use super::step_history::StepHistory;
@@ -84,7 +83,7 @@ impl<'b> Unrouted<'b> {
 
     /// `stripped`: the batch that was sorted.
     pub fn refusals<'r>(&'r self, stripped: &'r Stripped<'r>) -> Vec<Refusal<'r>> {
-        let all = stripped.refusals(ROUTES_STEP, &self.refused, &self.behind);
+        let all = stripped.refusals(Source::Routes, &self.refused, &self.behind);
         let as_given = |(refusal, given): (Refusal<'r>, &'r Option<(MessageRef<'b>, String)>)| match given {
             Some((message, steps)) => Refusal { message: *message, steps, ..refusal },
             None => refusal,

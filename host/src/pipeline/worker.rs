@@ -16,7 +16,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use super::config::Config;
-use super::dead_letters::{self, DeadLetters, Refusal};
+use super::dead_letters::{self, DeadLetters, Refusal, Source};
 use super::gone::Gone;
 use super::known::{Reader, Seen};
 use super::metrics::{PipelineMetrics, step_duration};
@@ -350,7 +350,7 @@ impl Worker {
             let Timed { step, duration, patience } = &mut steps.steps[place];
             let name = Arc::clone(&step.id().step);
             let indexes;
-            (batch, indexes) = without_letters(batch, &name, readers);
+            (batch, indexes) = without_letters(batch, Source::Step(&name), readers);
             inputs.has_gaps |= indexes.is_some();
             if batch.is_empty() {
                 break;
@@ -367,7 +367,7 @@ impl Worker {
                 shared.failures.report_rejected(&format!("{}/{name}", shared.name), rejected, &show);
                 let history = StepHistory::at(&steps.names, place).to_string();
                 let batch = Stripped { batch: &batch, indexes, partition };
-                self.refuse(&batch.refusals(&name, &outcome.refused, &history), readers)?;
+                self.refuse(&batch.refusals(Source::Step(&name), &outcome.refused, &history), readers)?;
             }
             inputs.batches.push(std::mem::replace(&mut batch, outcome.passed));
         }
@@ -383,7 +383,7 @@ impl Worker {
         readers: &mut [Reader],
     ) -> Result<(), Ended> {
         let shared = Arc::clone(&self.shared);
-        let (batch, indexes) = without_letters(batch, super::ROUTES_STEP, readers);
+        let (batch, indexes) = without_letters(batch, Source::Routes, readers);
         inputs.has_gaps |= indexes.is_some();
         if batch.is_empty() {
             return Ok(());

@@ -8,6 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::problems::{KeyPath, Problems};
+use crate::step::ROUTES_STEP;
 use crate::units::{ByteSize, Period};
 
 /// `plugins:` the watched folder and the limits of every plugin in it.
@@ -162,11 +163,13 @@ impl StepConfig {
     }
 
     pub fn validate(&self, path: &KeyPath, problems: &mut Problems) {
-        if !is_step_name(&self.plugin) {
-            problems.add(path.key("plugin"), NAME_RULE);
-        }
-        if self.name.as_deref().is_some_and(|name| !is_step_name(name)) {
-            problems.add(path.key("as"), NAME_RULE);
+        for (key, name) in [("plugin", Some(&self.plugin)), ("as", self.name.as_ref())] {
+            let Some(name) = name else { continue };
+            if !is_step_name(name) {
+                problems.add(path.key(key), NAME_RULE);
+            } else if name == ROUTES_STEP {
+                problems.add(path.key(key), ROUTES_RULE);
+            }
         }
         if let Some(limits) = &self.limits {
             limits.validate(&path.key("limits"), problems);
@@ -176,6 +179,10 @@ impl StepConfig {
 
 const NAME_RULE: &str =
     "must be 1 to 64 of the characters a-z A-Z 0-9 . _ -, the first one a letter or digit";
+
+/// Why no step has the name [`ROUTES_STEP`].
+pub(super) const ROUTES_RULE: &str = "must not be routes: in dead letters and `--from-step` that name stands for the \
+                                      pipeline's routes, behind all steps; rename the plugin's file";
 
 /// Names are file names and metric labels.
 pub(super) fn is_step_name(name: &str) -> bool {
@@ -205,6 +212,17 @@ mod tests {
         config.validate(&KeyPath::root().key("plugins"), &mut problems);
         let paths: Vec<_> = problems.into_vec().into_iter().map(|p| p.path.as_str().to_owned()).collect();
         assert_eq!(paths, ["plugins.compile_cpu_s", "plugins.limits.cpu_ms", "plugins.limits.memory"]);
+    }
+
+    #[test]
+    fn no_step_has_the_name_that_stands_for_the_routes() {
+        for (step, key) in [(r#"{"plugin":"routes"}"#, "plugin"), (r#"{"plugin":"route","as":"routes"}"#, "as")] {
+            let mut problems = Problems::default();
+            serde_json::from_str::<StepConfig>(step).unwrap().validate(&KeyPath::root(), &mut problems);
+            let problems = problems.into_vec();
+            assert!(problems.len() == 1 && problems[0].path.as_str() == key, "{problems:?}");
+            assert!(problems[0].message.contains("must not be routes"));
+        }
     }
 
     #[test]

@@ -17,9 +17,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
+use super::config::ROUTES_RULE;
 use super::host::printable;
 use super::load::FILE_BYTES_MAX;
 use super::{Error, is_step_name};
+use crate::step::ROUTES_STEP;
 
 /// Folder of marker files that `plugin remove` leaves, one per step.
 const REMOVED_DIR: &str = ".removed";
@@ -330,6 +332,9 @@ fn look(dir: &Path, root: &OwnedFd, file: &str) -> Result<Option<Found>, String>
     let (order, name) = split(stem);
     if !is_step_name(name) {
         return Err("its name must be like 10-normalize.wasm: letters, digits, `.`, `_` and `-`".into());
+    }
+    if name == ROUTES_STEP {
+        return Err(format!("its name {ROUTES_RULE}"));
     }
     let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     if order == u64::MAX && stem.split_once('-').is_some_and(|(number, _)| is_number(number)) {

@@ -174,6 +174,40 @@ async fn a_person_who_says_where_letters_enter_sends_none_that_a_sink_rejected()
     process.stop().await;
 }
 
+/// Hosts of earlier versions took it; now it stands for the routes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_step_that_has_the_name_of_the_routes_takes_no_message_from_them() {
+    let world = World::new(1, &[("default", "w")]);
+    let n = Arc::new(AtomicUsize::new(0));
+    let named = step("routes", move |_, _| match n.fetch_add(1, Ordering::Relaxed) % 2 {
+        0 => Act::Refuse("no".to_owned()),
+        _ => Act::Pass,
+    });
+    let process = with_letters(&world, &[step("split", |_, _| Act::Times(2)), named]).await;
+    assert_eq!(sorted(world.payloads("w")), published(1, 3), "the second of each");
+    process.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_person_who_means_a_step_by_the_name_of_the_routes_leaves_no_step_out_behind_it() {
+    for (now, enters_at) in [("routes", "routes"), ("gate", "gate")] {
+        let world = World::new(1, &[("default", "w")]);
+        let process = with_letters(&world, &[passing("a"), refusing("routes"), tag("redact")]).await;
+        flip(&process, 2, &[passing("b"), passing(now), tag("redact")]).await;
+        assert_eq!(redrive(&process).await.letters.refused, 3, "it fits nowhere by itself");
+        let said = |step: &str| Filter { from_step: Some(step.to_owned()), ..Filter::default() };
+        if now != "routes" {
+            let summary = process.handle.redrive(&said("routes")).await.unwrap();
+            assert_eq!((summary.sent, summary.letters.refused), (0, 3));
+            let told = told(&world).await;
+            assert!(told.iter().all(|(why, _)| why.contains("a step named routes")), "{told:?}");
+        }
+        assert_eq!(process.handle.redrive(&said(enters_at)).await.unwrap().sent, 3);
+        assert_eq!(sorted(world.payloads("w")), ["redact d0:0", "redact d0:1", "redact d0:2"]);
+        process.stop().await;
+    }
+}
+
 /// What it had been through stays with it, also where another step rejects it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_letter_that_another_step_rejects_goes_on_from_there() {

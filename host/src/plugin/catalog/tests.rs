@@ -363,6 +363,7 @@ fn a_file_that_is_there_at_the_start_and_does_not_run_holds_the_pipeline() {
         ("15-redact.wasm", &refusing(), "too big"),
         ("15-redact.WASM", &good, "small letters"),
         ("15-re dact.wasm", &good, "its name must be like"),
+        ("15-routes.wasm", &good, "its name must not be routes"),
         ("15-a.wasm", &good, ""),
     ] {
         let hold = hold_with(file, bytes);
