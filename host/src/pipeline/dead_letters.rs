@@ -391,7 +391,7 @@ impl DeadLetters {
 
     /// As [`Known::received`].
     pub fn received(&self) -> Vec<Offset> {
-        self.lock().received()
+        self.lock().received(&self.begun())
     }
 
     /// As [`Known::received_by_all`].
@@ -403,7 +403,11 @@ impl DeadLetters {
     pub fn cut(&self) -> Vec<Offset> {
         let mut known = self.lock();
         known.cut();
-        known.received()
+        known.received(&self.begun())
+    }
+
+    fn begun(&self) -> Vec<Offset> {
+        self.begun.iter().map(|at| Offset(at.load(Ordering::Acquire))).collect()
     }
 
     /// A sink that is new to the source begins at `at`: it does not get the messages before

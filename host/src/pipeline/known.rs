@@ -184,24 +184,20 @@ impl Known {
         self.sinks.iter_mut().for_each(|of| of.is_cut = true);
     }
 
-    /// Returns by partition the highest offset below which some sink has received everything.
-    pub fn received(&self) -> Vec<Offset> {
-        self.fold_received(0..self.sinks.len(), Offset::max)
+    /// Returns by partition the highest offset below which some sink has received everything. `begun`:
+    /// where each sink began in the source. One that is still there has skipped what lies before, and
+    /// received nothing.
+    pub fn received(&self, begun: &[Offset]) -> Vec<Offset> {
+        let own = |of: &OfSink, begun: Offset| -> Vec<Offset> {
+            of.received.iter().map(|at| if *at == begun { Offset(0) } else { *at }).collect()
+        };
+        fold(self.sinks.iter().zip(begun).map(|(of, begun)| own(of, *begun)), Offset::max)
     }
 
-    /// Returns by partition the offset below which each of these sinks has received everything.
+    /// Returns by partition the offset below which each of these sinks has received everything, or
+    /// skipped it.
     pub fn received_by_all(&self, sinks: &[SinkNumber]) -> Vec<Offset> {
-        self.fold_received(sinks.iter().copied(), Offset::min)
-    }
-
-    fn fold_received(
-        &self,
-        sinks: impl Iterator<Item = SinkNumber>,
-        of_two: impl Fn(Offset, Offset) -> Offset,
-    ) -> Vec<Offset> {
-        let received = sinks.map(|sink| self.sinks[sink].received.clone());
-        let both = |a: Vec<Offset>, b: Vec<Offset>| a.into_iter().zip(b).map(|(a, b)| of_two(a, b)).collect();
-        received.reduce(both).unwrap_or_default()
+        fold(sinks.iter().map(|sink| self.sinks[*sink].received.clone()), Offset::min)
     }
 
     /// Whether room for the letters of steps comes back without a worker that waits
@@ -389,6 +385,12 @@ impl Room {
     }
 }
 
+/// Combines offsets by partition.
+fn fold(offsets: impl Iterator<Item = Vec<Offset>>, of_two: impl Fn(Offset, Offset) -> Offset) -> Vec<Offset> {
+    let both = |a: Vec<Offset>, b: Vec<Offset>| a.into_iter().zip(b).map(|(a, b)| of_two(a, b)).collect();
+    offsets.reduce(both).unwrap_or_default()
+}
+
 fn is_needed(sinks: &[OfSink], letter: &Remembered) -> bool {
     let needs = |(sink, of): (usize, &OfSink)| letter.names & 1 << sink != 0 && letter.from >= of.floor;
     sinks.iter().enumerate().any(needs)
@@ -462,6 +464,18 @@ mod tests {
         // What it took is open again once it goes back to its position.
         known.set_received(1, &[Offset(4)]);
         assert_eq!(known.names(&refusal(&batch, 1, true), &mut readers()), [0, 1]);
+    }
+
+    #[test]
+    fn a_sink_that_has_got_nothing_yet_has_received_nothing_of_what_it_skipped() {
+        let mut known = Known::new(2, 2);
+        let begun = [Offset(0), Offset(90)];
+        known.set_received(0, &[Offset(3), Offset(7)]);
+        known.set_received(1, &[Offset(90), Offset(90)]);
+        assert_eq!(known.received(&begun), [Offset(3), Offset(7)]);
+        assert_eq!(known.received_by_all(&[1]), [Offset(90), Offset(90)], "where it goes on");
+        known.set_received(1, &[Offset(90), Offset(95)]);
+        assert_eq!(known.received(&begun), [Offset(3), Offset(95)]);
     }
 
     #[test]

@@ -276,6 +276,14 @@ impl World {
         }
     }
 
+    /// From the next start on the route leads to one more sink, which has no rows.
+    pub fn add_sink(&mut self, route: &str, sink: &str) {
+        let target = self.config.routes.get_mut(route).expect("the pipeline has the route");
+        let sinks = target.sinks().iter().cloned().chain([sink.to_owned()]).collect();
+        *target = RouteTarget::Several(sinks);
+        self.databases.insert(sink.to_owned(), MemoryDatabase::default());
+    }
+
     pub fn database(&self, sink: &str) -> &MemoryDatabase {
         &self.databases[sink]
     }

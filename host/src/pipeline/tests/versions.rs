@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::harness::{Act, Process, World, chain, number, published, recall, sorted, step, text};
-use crate::pipeline::State;
+use crate::pipeline::{PipelineStatus, State};
+use crate::sinks::Begin;
 use crate::sinks::memory::{Backup, Fault};
 use crate::step::{RecallError, StepFactory, VERSIONS_MAX};
 use crate::units::ByteSize;
@@ -351,6 +352,34 @@ async fn new_steps_get_what_held_ones_waited_at_though_a_sink_was_down_at_the_st
         }
         all_in_both(&world, &process, 100).await;
         assert_eq!(process.handle.status().state, State::Running);
+        process.stop().await;
+    }
+}
+
+/// It has skipped what waited for the new steps, and has got none of it from the old ones.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn new_steps_get_what_held_ones_waited_at_though_a_new_sink_begins_behind_it() {
+    for is_changed_while_it_runs in [false, true] {
+        let mut world = World::new(4, &[("default", "left")]);
+        let (held, mut waits) = holding(&Arc::default());
+        let process = world.start(chain(1, &[Arc::clone(&held)])).await;
+        world.publish_many(DEVICES, 0, 100);
+        waits.wait_for(|waits| *waits).await.unwrap();
+        process.until("recorded", |_| is_hold_recorded(&world)).await;
+        process.stop().await;
+        world.add_sink("default", "right");
+        world.begin = Some(Begin::Now);
+        let first = if is_changed_while_it_runs { held } else { passing() };
+        let process = world.start(chain(1, &[first])).await;
+        if is_changed_while_it_runs {
+            let has_begun = |status: &PipelineStatus| status.sinks.iter().all(|s| s.state == State::Running);
+            process.until("begun", has_begun).await;
+            process.chain.send_replace(chain(2, &[passing()]));
+        }
+        process.drained().await;
+        assert!(world.letters().await.is_empty(), "{:?}", world.letters().await);
+        assert_eq!(sorted(world.payloads("left")), published(DEVICES, 100));
+        assert!(world.payloads("right").is_empty());
         process.stop().await;
     }
 }
