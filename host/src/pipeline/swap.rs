@@ -51,12 +51,15 @@ impl Making {
         };
         let make = move || {
             let made = wanted.into_iter().enumerate().map(|(place, wanted)| {
+                let is_made_again = !matches!(wanted, Wanted::Chain(_));
                 let chain = chain(wanted, &recall).map_err(|error| match error {
                     RecallError::Gone(why) => NotMade::Gone(place, why),
                     RecallError::Later(why) => NotMade::Start(place, why),
                 })?;
                 let steps = (0..workers).map(|worker| make_one(&chain, worker)).collect::<Result<_, _>>();
-                Ok((chain, steps.map_err(|why| NotMade::Start(place, why))?))
+                let not_started =
+                    |why| NotMade::Start(place, if is_made_again { of_earlier(why) } else { why });
+                Ok((chain, steps.map_err(not_started)?))
             });
             made.collect()
         };
@@ -95,6 +98,14 @@ fn chain(wanted: Wanted, recall: &Recall) -> Result<Chain, RecallError> {
     }
 }
 
+/// Says what to do where steps that ran earlier messages can never start again: no host can tell that.
+fn of_earlier(why: String) -> String {
+    format!(
+        "{why}; it ran messages before that a sink has still to get: if it can never start again, remove its file from \
+         plugin-files of the data folder, and newer steps run them"
+    )
+}
+
 fn one(chain: &Chain, worker: u16) -> Result<Steps, String> {
     let mut steps = Vec::with_capacity(chain.steps.len());
     for factory in chain.steps.iter() {
@@ -104,4 +115,20 @@ fn one(chain: &Chain, worker: u16) -> Result<Steps, String> {
         steps.push(made);
     }
     Ok(Steps::new(steps, chain))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pipeline::tests::harness::broken_step;
+
+    #[tokio::test]
+    async fn it_is_told_how_to_give_up_steps_of_earlier_messages_that_do_not_start() {
+        let recall: Recall = Arc::new(|_| Ok(broken_step("late", |_| true)));
+        let wanted = vec![Wanted::Older(vec!["0".to_owned()])];
+        let Err(NotMade::Start(0, why)) = Making::start(wanted, 1, recall).finished().await else {
+            panic!("it starts, or is gone")
+        };
+        assert!(why.contains("late cannot start") && why.contains("plugin-files"), "{why}");
+    }
 }
