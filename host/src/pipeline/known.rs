@@ -56,6 +56,11 @@ impl Seen {
         self.0.contains(&(offset.0, piece))
     }
 
+    /// Whether any of the message is in letters.
+    pub fn has_any(&self, offset: Offset) -> bool {
+        self.0.range((offset.0, Piece::WHOLE)..).next().is_some_and(|(first, _)| *first == offset.0)
+    }
+
     /// Whether all of the message is in letters.
     pub fn has_whole(&self, offset: Offset) -> bool {
         self.has(offset, Piece::WHOLE)
@@ -386,7 +391,10 @@ impl Room {
 }
 
 /// Combines offsets by partition.
-fn fold(offsets: impl Iterator<Item = Vec<Offset>>, of_two: impl Fn(Offset, Offset) -> Offset) -> Vec<Offset> {
+fn fold(
+    offsets: impl Iterator<Item = Vec<Offset>>,
+    of_two: impl Fn(Offset, Offset) -> Offset,
+) -> Vec<Offset> {
     let both = |a: Vec<Offset>, b: Vec<Offset>| a.into_iter().zip(b).map(|(a, b)| of_two(a, b)).collect();
     offsets.reduce(both).unwrap_or_default()
 }

@@ -130,7 +130,6 @@ impl Steps {
             let name = Arc::clone(&self.names[place]);
             let indexes;
             (batch, indexes) = without_letters(batch, Source::Step(&name), std::slice::from_ref(message.reader));
-            inputs.has_gaps |= indexes.is_some();
             if batch.is_empty() {
                 break;
             }
@@ -207,17 +206,17 @@ fn is_by_others(reader: &Reader, steps: &[Arc<str>], sink: &str) -> bool {
 /// Sorts what came out of all steps, and rejects what has no route.
 async fn route(
     batch: Batch,
-    mut inputs: Inputs,
+    inputs: Inputs,
     steps: &[Arc<str>],
     shared: &Shared,
     message: &mut Message<'_>,
 ) -> Result<(), RedriveError> {
     let (batch, indexes) = without_letters(batch, Source::Routes, std::slice::from_ref(message.reader));
-    inputs.has_gaps |= indexes.is_some();
     let sorted = shared.routes.sort(batch);
     let (history, entry) = (message.history.clone(), message.entry);
     let history = |place| history.through(steps, entry, place);
-    let unrouted = Unrouted::new(&sorted, &inputs, &shared.routes, steps, history);
+    let readers = std::slice::from_ref(&*message.reader);
+    let unrouted = Unrouted::new(&sorted, &inputs, readers, &shared.routes, steps, history);
     let stripped = Stripped { batch: &sorted.batch, indexes, partition: message.partition };
     message.refuse(&unrouted.refusals(&stripped)).await?;
     message.made.sorted = Some(sorted);

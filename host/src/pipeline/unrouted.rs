@@ -8,7 +8,7 @@
 use std::sync::Arc;
 
 use super::dead_letters::{Refusal, Source};
-use super::known::before_last;
+use super::known::{Reader, before_last};
 use super::routes::{Routes, Sorted};
 use super::step_history::StepHistory;
 use super::stripped::Stripped;
@@ -21,17 +21,13 @@ pub struct Inputs {
     /// Place of the first step.
     pub first: usize,
     pub batches: Vec<Batch>,
-    /// Some messages were taken out on the way: letters have them.
-    pub has_gaps: bool,
 }
 
 impl Inputs {
     /// Returns the place of the step that gave the only message of an offset its route, and the message
-    /// as this step saw it. `None`: it had the route from the beginning, or others were made of it.
+    /// as this step saw it. `None`: it had the route from the beginning, or others were made of it. Those
+    /// that letters have are missing here: see [`Unrouted::new`].
     fn of_route(&self, message: &MessageRef<'_>) -> Option<(usize, MessageRef<'_>)> {
-        if self.has_gaps {
-            return None;
-        }
         for (i, batch) in self.batches.iter().enumerate().rev() {
             let input = the_only_one(batch, message.offset())?;
             if input.route() != message.route() {
@@ -59,11 +55,12 @@ pub struct Unrouted<'b> {
 }
 
 impl<'b> Unrouted<'b> {
-    /// `steps`: the names of all steps; `history`: what the messages have been through in front of
-    /// one of them.
+    /// `readers`: what is known of the messages; `steps`: the names of all steps; `history`: what the
+    /// messages have been through in front of one of them.
     pub fn new(
         sorted: &'b Sorted,
         inputs: &'b Inputs,
+        readers: &[Reader],
         routes: &Routes,
         steps: &[Arc<str>],
         history: impl Fn(usize) -> StepHistory,
@@ -72,7 +69,9 @@ impl<'b> Unrouted<'b> {
         let (mut refused, mut given) = (Vec::new(), Vec::new());
         for i in &sorted.unknown {
             let message = batch.message(*i);
-            let by = inputs.of_route(&message).filter(|_| before_last(batch, *i) == Some(0));
+            let is_alone = before_last(batch, *i) == Some(0)
+                && !readers.iter().any(|reader| reader.seen.has_any(message.offset()));
+            let by = inputs.of_route(&message).filter(|_| is_alone);
             let giver = by.map(|(place, _)| &*steps[place]);
             let reason = routes.unknown_reason(message.route(), giver);
             refused.push(Refused { index: *i as u32, kind: RefusedKind::Failed, reason });

@@ -351,7 +351,6 @@ impl Worker {
             let name = Arc::clone(&step.id().step);
             let indexes;
             (batch, indexes) = without_letters(batch, Source::Step(&name), readers);
-            inputs.has_gaps |= indexes.is_some();
             if batch.is_empty() {
                 break;
             }
@@ -378,13 +377,12 @@ impl Worker {
     fn route(
         &mut self,
         batch: Batch,
-        mut inputs: Inputs,
+        inputs: Inputs,
         partition: Partition,
         readers: &mut [Reader],
     ) -> Result<(), Ended> {
         let shared = Arc::clone(&self.shared);
         let (batch, indexes) = without_letters(batch, Source::Routes, readers);
-        inputs.has_gaps |= indexes.is_some();
         if batch.is_empty() {
             return Ok(());
         }
@@ -392,7 +390,7 @@ impl Worker {
         if !sorted.unknown.is_empty() {
             let names = &self.versions.0[self.version].1.names;
             let history = |place| StepHistory::at(names, place);
-            let unrouted = Unrouted::new(&sorted, &inputs, &shared.routes, names, history);
+            let unrouted = Unrouted::new(&sorted, &inputs, readers, &shared.routes, names, history);
             let rejected = unrouted.refused.iter().map(|refused| ("unknown route", &*refused.reason));
             let show = shared.failures.hint(Hint::DeadLettersSummary(Letters::OfPipeline(&shared.name)));
             shared.failures.report_rejected(&shared.name, rejected, &show);

@@ -244,6 +244,50 @@ async fn messages_with_a_wrong_route_run_the_step_again_that_gave_it() {
     process.stop().await;
 }
 
+/// After a crash a letter has a part of the one message; the other one gets its wrong route only then.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_with_a_wrong_route_is_told_apart_from_one_beside_it_that_is_rejected_in_part() {
+    let world = World::new(1, &[("default", "w")]);
+    let split = step("split", |message, _| match text(message).ends_with('0') {
+        true => Act::Times(2),
+        false => Act::Pass,
+    });
+    let n = Arc::new(AtomicUsize::new(0));
+    let check = step("check", move |message, _| {
+        match text(message).ends_with('0') && n.fetch_add(1, Ordering::Relaxed) == 0 {
+            true => Act::Refuse("no".to_owned()),
+            false => Act::Pass,
+        }
+    });
+    let is_broken = Arc::new(AtomicBool::new(false));
+    let breaks = Arc::clone(&is_broken);
+    let route = step("route", move |message, _| {
+        match text(message).ends_with('1') && breaks.load(Ordering::Acquire) {
+            true => Act::Route("alrt"),
+            false => Act::Pass,
+        }
+    });
+    let steps = chain(1, &[split, check, route]);
+    let process = world.start(steps.clone()).await;
+    process.drained().await;
+    world.database("w").block();
+    world.publish(&[("d0", 0), ("d0", 1)]);
+    process.until("rejected", |_| world.dead.bounds().end > Offset(0)).await;
+    process.handle.crash();
+    process.handle.join().await;
+    world.database("w").unblock();
+    assert_eq!(world.letters().await.len(), 1);
+    is_broken.store(true, Ordering::Release);
+    let process = world.start(steps).await;
+    process.drained().await;
+    let letters = world.letters().await;
+    assert!(letters.len() == 2 && letters[1].1.ends_with("step \"route\" gave it"), "{letters:?}");
+    is_broken.store(false, Ordering::Release);
+    assert_eq!(redrive(&process).await.letters.sent, 2);
+    assert_eq!(sorted(world.payloads("w")), ["d0:0", "d0:0", "d0:1"]);
+    process.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wrong_route_of_one_of_several_messages_makes_none_of_the_others_a_second_time() {
     let world = World::new(1, &[("default", "w")]);
