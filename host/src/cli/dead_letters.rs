@@ -727,7 +727,7 @@ mod tests {
         let said = possible_duplicates(1, &Hints::default());
         assert!(said.contains("1 dead letter is not sent"), "{said}");
         assert!(said.contains("`headworks dead-letters redrive --all --possible-duplicates`"), "{said}");
-        let mark = Mark::Open { sinks: BTreeSet::new(), why: Reopened::PossibleDuplicate };
+        let mark = Mark::Open { sinks: BTreeSet::new(), why: Reopened::PossibleDuplicate, to: None };
         assert!(is_possible_duplicate(Some(&mark)) && sent_again(Some(&mark)).starts_with("perhaps"));
     }
 }

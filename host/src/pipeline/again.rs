@@ -16,6 +16,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use uuid::Uuid;
 
 use super::dead_letters::{DeadLetters, Refusal};
+use super::destinations::Destinations;
 use super::known::Piece;
 use super::letter::{Letter, Names};
 use super::marks::{Change, MARK_PREFIX, Mark, Marks, Pending, Reopened, Sent, mark_key};
@@ -68,6 +69,21 @@ pub struct Sending {
     may_repeat: bool,
     tries: Tries,
     from_step: Option<String>,
+    /// Which sinks its messages go to, once that is decided.
+    to: Option<Destinations>,
+}
+
+/// What a person said of a letter, or an earlier run, before the steps run for a sink.
+#[derive(Default)]
+pub struct Asked {
+    /// The step where it enters.
+    pub from_step: Option<String>,
+    /// It may repeat rows.
+    pub may_repeat: bool,
+    /// Which sinks its messages go to.
+    pub to: Option<Destinations>,
+    /// The sinks that it is sent to, where these are not all that it names.
+    pub only: Option<Vec<SinkNumber>>,
 }
 
 impl Sending {
@@ -100,12 +116,19 @@ impl Sending {
             may_repeat: taken.may_repeat,
             tries: taken.tries,
             from_step: taken.from_step.clone(),
+            to: taken.to.as_ref().map(|to| to.renamed(own)),
         }
     }
 
     /// Whether the pass delivers it to a sink.
     fn goes_to(&self, sink: SinkNumber) -> bool {
         self.names.contains(&sink) && !self.sent_by.contains_key(&sink) && !self.doubtful.contains(&sink)
+    }
+
+    /// Whether the routes of now say which sinks get its messages: those that the pipeline does not have
+    /// any more are in none of them.
+    fn is_decidable(&self) -> bool {
+        self.kept.is_empty()
     }
 
     pub fn goes_anywhere(&self) -> bool {
@@ -223,26 +246,54 @@ impl Again {
 
     /// The mark of a letter that this pass takes, or has.
     pub fn mark(&self, sending: &Sending) -> Mark {
-        self.mark_with(sending, sending.rejected.clone(), sending.tries)
+        Mark::Pending(self.pending_of(sending))
     }
 
-    fn mark_with(&self, sending: &Sending, rejected: BTreeSet<String>, tries: Tries) -> Mark {
-        Mark::Pending(Pending {
+    fn pending_of(&self, sending: &Sending) -> Pending {
+        Pending {
             pipeline: self.names.pipeline().to_owned(),
             pass: self.pass(),
             only: sending.only.clone(),
-            rejected,
+            rejected: sending.rejected.clone(),
             may_repeat: sending.may_repeat,
-            tries,
+            tries: sending.tries,
             from_step: sending.from_step.clone(),
-        })
+            to: sending.to.clone(),
+        }
     }
 
-    /// What a person said of a letter: the step where it enters, and that it may repeat rows.
-    pub fn asked(&self, offset: Offset) -> (Option<String>, bool) {
+    pub fn asked(&self, offset: Offset) -> Asked {
         let sendings = self.lock();
-        let asked = |sending: &Sending| (sending.from_step.clone(), sending.may_repeat);
+        let asked = |sending: &Sending| Asked {
+            from_step: sending.from_step.clone(),
+            may_repeat: sending.may_repeat,
+            to: sending.to.clone(),
+            only: sending.only.as_ref().map(|_| sending.names.clone()),
+        };
         sendings.get(&offset.0).map(asked).unwrap_or_default()
+    }
+
+    /// Returns what is to be written before a sink's position covers letters for which this is decided,
+    /// those that go to one sink only excepted: nobody else has to know.
+    pub fn decisions(&self, decided: &[(Offset, Destinations)]) -> Vec<Change> {
+        let sendings = self.lock();
+        let of_several = |(at, to): &(Offset, Destinations)| {
+            let sending =
+                sendings.get(&at.0).filter(|sending| sending.is_decidable() && sending.names.len() > 1)?;
+            let mark = Mark::Pending(Pending { to: Some(to.clone()), ..self.pending_of(sending) });
+            Some((mark_key(Offset(sending.letter)), Some(mark.bytes())))
+        };
+        decided.iter().filter_map(of_several).collect()
+    }
+
+    /// The decisions are written.
+    pub fn decide(&self, decided: Vec<(Offset, Destinations)>) {
+        let mut sendings = self.lock();
+        for (at, to) in decided {
+            if let Some(sending) = sendings.get_mut(&at.0).filter(|sending| sending.is_decidable()) {
+                sending.to = Some(to);
+            }
+        }
     }
 
     /// A letter may be rows of a sink already, some of what is made of it.
@@ -352,7 +403,8 @@ impl Again {
             let is_counted = !sending.rejected.is_empty();
             let new = &mut rejections.reasons;
             let tries = reasons.note(sending.tries, is_counted, refusal.reason, sending.reason, new);
-            let mark = self.mark_with(sending, rejected.clone(), tries).bytes();
+            let (pending, rejected_by) = (self.pending_of(sending), rejected.clone());
+            let mark = Mark::Pending(Pending { rejected: rejected_by, tries, ..pending }).bytes();
             rejections.changes.push((mark_key(Offset(sending.letter)), Some(mark)));
             rejections.sendings.push((at, rejected, tries));
         }
@@ -389,7 +441,7 @@ impl Again {
     pub fn ended(&self, reached: &[Vec<Offset>]) -> (Vec<Change>, Ended) {
         let mut ended = Ended::default();
         let mut marks = Vec::new();
-        let mut sent: BTreeMap<(Uuid, BTreeSet<String>), Vec<u64>> = BTreeMap::new();
+        let mut sent: BTreeMap<(Uuid, BTreeSet<String>, Option<Destinations>), Vec<u64>> = BTreeMap::new();
         let pass = self.pass();
         let name = |sink: &SinkNumber| self.names.id(*sink).to_owned();
         self.lock().retain(|at, sending| {
@@ -403,14 +455,18 @@ impl Again {
                 return true;
             }
             let taken = sending.names.iter().filter(|sink| sending.goes_to(**sink)).map(name);
-            let taken: BTreeSet<_> = taken.filter(|name| !sending.rejected.contains(name)).collect();
+            let mut taken: BTreeSet<_> = taken.filter(|name| !sending.rejected.contains(name)).collect();
             let is_taken = !taken.is_empty();
-            let mut by_pass: BTreeMap<Uuid, BTreeSet<String>> = BTreeMap::new();
-            by_pass.extend(pass.filter(|_| is_taken).map(|pass| (pass, taken)));
+            // The database of a sink that got none of it cannot lose it.
+            taken.retain(|name| sending.to.as_ref().is_none_or(|to| to.has(name)));
+            let mut by_pass: BTreeMap<Uuid, (BTreeSet<String>, Option<Destinations>)> = BTreeMap::new();
+            by_pass.extend(pass.filter(|_| is_taken).map(|pass| (pass, (taken, sending.to.clone()))));
             for (sink, by) in &sending.sent_by {
-                by_pass.entry(*by).or_default().insert(name(sink));
+                by_pass.entry(*by).or_default().0.insert(name(sink));
             }
-            by_pass.into_iter().for_each(|by| sent.entry(by).or_default().push(sending.letter));
+            for (pass, (sinks, to)) in by_pass {
+                sent.entry((pass, sinks, to)).or_default().push(sending.letter);
+            }
             let mark = if !open.is_empty() {
                 let why = match sending.doubtful.is_empty() {
                     true => Reopened::Rejected(sending.tries),
@@ -421,7 +477,7 @@ impl Again {
                     Reopened::Rejected(_) | Reopened::Lost => ended.refused += 1,
                 }
                 open.extend(sending.kept.iter().cloned());
-                Some(Mark::Open { sinks: open, why })
+                Some(Mark::Open { sinks: open, why, to: sending.to.clone() })
             } else {
                 match is_taken || sending.sent_by.is_empty() {
                     true => ended.sent += 1,
@@ -433,10 +489,12 @@ impl Again {
             marks.push((mark_key(Offset(sending.letter)), mark.map(|mark| mark.bytes())));
             false
         });
-        let records = |((pass, sinks), letters): (&(Uuid, BTreeSet<String>), &Vec<u64>)| {
-            Sent::records(*pass, self.names.pipeline(), sinks, letters)
-        };
-        let mut changes: Vec<_> = sent.iter().flat_map(records).collect();
+        let mut changes: Vec<_> = sent
+            .iter()
+            .flat_map(|((pass, sinks, to), letters)| {
+                Sent::records(*pass, self.names.pipeline(), sinks, to.as_ref(), letters)
+            })
+            .collect();
         changes.append(&mut marks);
         (changes, ended)
     }

@@ -42,7 +42,7 @@ pub async fn discard(
     let mut last = Ticket::default();
     for letters in letters.chunks(CLOSED_MAX) {
         // No pass sent them, and no database must have them.
-        let mut changes = Sent::records(Uuid::nil(), "", &BTreeSet::new(), letters);
+        let mut changes = Sent::records(Uuid::nil(), "", &BTreeSet::new(), None, letters);
         let own = letters.iter().filter(|letter| marks.get(**letter).is_some());
         changes.extend(own.map(|letter| (mark_key(Offset(*letter)), None)));
         let changes: Vec<_> =

@@ -164,7 +164,8 @@ impl<'a> Letter<'a> {
     /// Whether no step rejected the message, but its route is not one of the pipeline's. A step that has
     /// the name of the routes, which hosts of earlier versions took, was the next one of those ahead.
     fn is_by_routes(&self) -> bool {
-        let is_next = |history: StepHistory| history.ahead().first().is_some_and(|step| **step == *ROUTES_STEP);
+        let is_next =
+            |history: StepHistory| history.ahead().first().is_some_and(|step| **step == *ROUTES_STEP);
         self.step == Some(ROUTES_STEP) && !self.history().is_some_and(is_next)
     }
 

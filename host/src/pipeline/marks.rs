@@ -16,6 +16,7 @@ use std::str::FromStr;
 
 use uuid::Uuid;
 
+use super::destinations::Destinations;
 use super::reasons::{Reasons, Tries};
 use crate::batch::Offset;
 use crate::stream::StateEntries;
@@ -41,6 +42,8 @@ pub enum Mark {
     Open {
         sinks: BTreeSet<String>,
         why: Reopened,
+        /// Which sinks its messages go to, where a redrive has decided that.
+        to: Option<Destinations>,
     },
 }
 
@@ -71,6 +74,8 @@ pub struct Pending {
     pub tries: Tries,
     /// The step that it enters at, where a person said so.
     pub from_step: Option<String>,
+    /// Which sinks its messages go to, where that is decided.
+    pub to: Option<Destinations>,
 }
 
 /// First byte of the mark of a letter that a pass sends: no text begins with it.
@@ -109,10 +114,19 @@ impl Mark {
         }
     }
 
+    /// Which sinks the letter's messages go to, where that is decided.
+    pub fn destinations(&self) -> Option<&Destinations> {
+        match self {
+            Self::Open { to, .. } => to.as_ref(),
+            Self::Pending(pending) => pending.to.as_ref(),
+            Self::Sent => None,
+        }
+    }
+
     /// Empty for a letter that is sent. `pending` and the pipeline, or `open` and why, and the
-    /// sinks, a line each. For a pass: a byte, its UUID, then lines: the pipeline, the sinks that it
-    /// is sent to, those that rejected it, whether it may repeat rows, its tries, and the step that it
-    /// enters at.
+    /// sinks, a line each; one of `open` may be the destinations. For a pass: a byte, its UUID, then
+    /// lines: the pipeline, the sinks that it is sent to, those that rejected it, whether it may repeat
+    /// rows, its tries, the step that it enters at, and its destinations.
     pub fn bytes(&self) -> Vec<u8> {
         let lines = |first: [&str; 2], names: &BTreeSet<String>| {
             first
@@ -124,7 +138,11 @@ impl Mark {
         };
         match self {
             Self::Sent => Vec::new(),
-            Self::Open { sinks, why } => lines(["open", &why.text()], sinks),
+            Self::Open { sinks, why, to } => {
+                let mut bytes = lines(["open", &why.text()], sinks);
+                bytes.extend(to.iter().flat_map(|to| format!("\n{}", to.text()).into_bytes()));
+                bytes
+            }
             Self::Pending(Pending { pipeline, pass: None, rejected, .. }) => {
                 lines(["pending", pipeline], rejected)
             }
@@ -136,12 +154,14 @@ impl Mark {
                 may_repeat,
                 tries,
                 from_step,
+                to,
             }) => {
                 let only = only.as_ref().map(joined).unwrap_or_default();
                 let repeats = if *may_repeat { POSSIBLE_DUPLICATE } else { "" };
                 let (rejected, tries) = (joined(rejected), tries.text());
                 let from_step = from_step.as_deref().unwrap_or_default();
-                let text = [pipeline, &*only, &rejected, repeats, &tries, from_step].join("\n");
+                let to = to.as_ref().map(Destinations::text).unwrap_or_default();
+                let text = [pipeline, &*only, &rejected, repeats, &tries, from_step, &to].join("\n");
                 [&[OF_PASS], &pass.as_bytes()[..], text.as_bytes()].concat()
             }
         }
@@ -158,19 +178,35 @@ impl Mark {
             let only = (!only.is_empty()).then_some(only);
             let (pass, may_repeat) = (Some(Uuid::from_bytes(*pass)), line() == POSSIBLE_DUPLICATE);
             let (tries, from_step) = (Tries::read(line()), Some(line()).filter(|step| !step.is_empty()));
-            let from_step = from_step.map(str::to_owned);
-            return Self::Pending(Pending { pipeline, pass, only, rejected, may_repeat, tries, from_step });
+            let (from_step, to) = (from_step.map(str::to_owned), Destinations::read(line()));
+            return Self::Pending(Pending {
+                pipeline,
+                pass,
+                only,
+                rejected,
+                may_repeat,
+                tries,
+                from_step,
+                to,
+            });
         }
         let text = String::from_utf8_lossy(bytes);
         let mut lines = text.split('\n');
         let (kind, second) = (lines.next(), lines.next().unwrap_or_default());
-        let names = lines.map(str::to_owned).collect();
+        let mut to = None;
+        let mut is_name = |line: &&str| {
+            let read = Destinations::read(line);
+            let is_name = read.is_none();
+            to = to.take().or(read);
+            is_name
+        };
+        let names = lines.filter(&mut is_name).map(str::to_owned).collect();
         match kind {
             Some("pending") => {
                 let pipeline = second.to_owned();
                 Self::Pending(Pending { pipeline, rejected: names, ..Pending::default() })
             }
-            Some("open") => Self::Open { sinks: names, why: Reopened::read(second) },
+            Some("open") => Self::Open { sinks: names, why: Reopened::read(second), to },
             _ => Self::Sent,
         }
     }
@@ -330,16 +366,25 @@ pub struct Sent {
     pub pipeline: String,
     /// The sinks whose databases must have them. Not those of which it is not known any more.
     pub sinks: BTreeSet<String>,
+    /// Which sinks the messages of each letter went to, where that was decided.
+    pub to: Option<Destinations>,
     pub letters: Runs,
 }
 
 impl Sent {
     /// As many records as their bounds need.
-    pub fn records(pass: Uuid, pipeline: &str, sinks: &BTreeSet<String>, letters: &[u64]) -> Vec<Change> {
+    pub fn records(
+        pass: Uuid,
+        pipeline: &str,
+        sinks: &BTreeSet<String>,
+        to: Option<&Destinations>,
+        letters: &[u64],
+    ) -> Vec<Change> {
         let record = |letters: &[u64]| Self {
             pass,
             pipeline: pipeline.to_owned(),
             sinks: sinks.clone(),
+            to: to.cloned(),
             letters: letters.iter().copied().collect(),
         };
         letters.chunks(RECORD_LETTERS_MAX).map(|letters| record(letters).change()).collect()
@@ -349,9 +394,10 @@ impl Sent {
         [&of_pass(self.pass)[..], &self.letters.bounds().start.to_be_bytes()].concat()
     }
 
-    /// The pipeline and the sinks, a line each, then the runs.
+    /// The pipeline and the sinks with the destinations, a line each, then the runs.
     pub fn change(&self) -> Change {
-        let mut bytes = format!("{}\n{}\n", self.pipeline, joined(&self.sinks)).into_bytes();
+        let to = self.to.as_ref().map(Destinations::text).unwrap_or_default();
+        let mut bytes = format!("{}\n{}{to}\n", self.pipeline, joined(&self.sinks)).into_bytes();
         self.letters.write(&mut bytes);
         (self.key(), Some(bytes))
     }
@@ -361,9 +407,11 @@ impl Sent {
         let (pass, _) = key.strip_prefix(SENT_PREFIX)?.split_first_chunk()?;
         let mut parts = value.splitn(3, |byte| *byte == b'\n');
         let mut text = || std::str::from_utf8(parts.next()?).ok();
-        let (pipeline, sinks) = (text()?.to_owned(), split(text()?));
+        let (pipeline, sinks) = (text()?.to_owned(), text()?);
+        let (sinks, to) = sinks.split_at(sinks.find('=').unwrap_or(sinks.len()));
+        let (sinks, to) = (split(sinks), Destinations::read(to));
         let letters = Runs::read(parts.next()?)?;
-        Some(Self { pass: Uuid::from_bytes(*pass), pipeline, sinks, letters })
+        Some(Self { pass: Uuid::from_bytes(*pass), pipeline, sinks, to, letters })
     }
 }
 
@@ -444,18 +492,21 @@ mod tests {
             let may_repeat = pass.is_some_and(|pass| pass.is_max());
             let (pipeline, tries) = ("p".into(), Tries::read(if may_repeat { "7 af" } else { "" }));
             let from_step = may_repeat.then(|| "check".to_owned());
-            Mark::Pending(Pending { pipeline, pass, only, rejected, may_repeat, tries, from_step })
+            let to = Destinations::read(if may_repeat { "=a;a,b" } else { "" });
+            Mark::Pending(Pending { pipeline, pass, only, rejected, may_repeat, tries, from_step, to })
         };
+        let open =
+            |sinks: &[&str], why, to| Mark::Open { sinks: names(sinks), why, to: Destinations::read(to) };
         for mark in [
             Mark::Sent,
             pending(None, None, names(&[])),
             pending(None, None, names(&["a", "b"])),
             pending(Some(Uuid::from_bytes([b'\n'; 16])), None, names(&[])),
             pending(Some(Uuid::max()), Some(names(&["a", "b"])), names(&["b"])),
-            Mark::Open { sinks: names(&["a"]), why: Reopened::Rejected(Tries::default()) },
-            Mark::Open { sinks: names(&["a"]), why: Reopened::Rejected(Tries::read("2 1f")) },
-            Mark::Open { sinks: names(&["a", "b"]), why: Reopened::Lost },
-            Mark::Open { sinks: names(&["a", "b"]), why: Reopened::PossibleDuplicate },
+            open(&["a"], Reopened::Rejected(Tries::default()), ""),
+            open(&["a"], Reopened::Rejected(Tries::read("2 1f")), "=a"),
+            open(&["a", "b"], Reopened::Lost, "=;b"),
+            open(&["a", "b"], Reopened::PossibleDuplicate, "="),
         ] {
             assert_eq!(Mark::read(&mark.bytes()), mark);
         }
@@ -468,25 +519,32 @@ mod tests {
         let (near, far) = (Vec::from_iter(10..5_000), vec![0, 7, 1 << 40, u64::MAX >> 1]);
         for letters in [&near, &far, &vec![3]] {
             let pass = Uuid::from_bytes([b'\n'; 16]);
-            let changes = state(Sent::records(pass, "p", &names(&["a", "b"]), letters));
+            let to = Destinations::read(if letters.len() > 4 { "=a;a,b" } else { "" });
+            let changes = state(Sent::records(pass, "p", &names(&["a", "b"]), to.as_ref(), letters));
             let read: Vec<_> = records(&changes).collect();
             assert_eq!(read.iter().flat_map(|sent| sent.letters.letters()).collect::<Vec<_>>(), *letters);
             assert!(read.iter().all(|sent| sent.pass == pass && sent.sinks == names(&["a", "b"])));
+            assert!(read.iter().all(|sent| sent.to == to));
             let marks = Marks::read(&changes);
             assert!(letters.iter().all(|letter| marks.get(*letter) == Some(&Mark::Sent)));
             assert!(marks.is_open(5) && marks.is_open(6_000));
             assert_eq!(marks.all_sent().letters().collect::<Vec<_>>(), *letters);
         }
-        let one =
-            state(Sent::records(Uuid::nil(), "p", &names(&["warehouse"]), &Vec::from_iter(1_000..5_000)));
+        let one = state(Sent::records(
+            Uuid::nil(),
+            "p",
+            &names(&["warehouse"]),
+            None,
+            &Vec::from_iter(1_000..5_000),
+        ));
         assert_eq!(one.len(), 1);
         assert!(one[0].1.len() < 32, "letters that lie together take no room");
     }
 
     #[test]
     fn a_letter_whose_own_mark_says_more_than_a_record_is_what_the_mark_says() {
-        let mut changes = Sent::records(Uuid::nil(), "p", &names(&["a"]), &[1, 2, 3]);
-        let open = Mark::Open { sinks: names(&["b"]), why: Reopened::Rejected(Tries::default()) };
+        let mut changes = Sent::records(Uuid::nil(), "p", &names(&["a"]), None, &[1, 2, 3]);
+        let open = Mark::Open { sinks: names(&["b"]), why: Reopened::Rejected(Tries::default()), to: None };
         changes.push((mark_key(Offset(2)), Some(open.bytes())));
         changes.push((mark_key(Offset(9)), Some(Vec::new())));
         let marks = Marks::read(&state(changes));

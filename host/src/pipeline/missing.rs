@@ -14,6 +14,7 @@ use tokio::sync::Notify;
 use uuid::Uuid;
 
 use super::dead_letters::Error;
+use super::destinations::Destinations;
 use super::letter::Names;
 use super::marks::{
     Change, Mark, Marks, Pending, Reopened, Runs, SENT_PREFIX, Sent, mark_key, of_pass, records,
@@ -174,10 +175,11 @@ impl SentLetters {
             let kept = Sent { letters: record.letters.without(&had), ..record.clone() };
             let others = self.others(&record, sink);
             let left = Sent { sinks: others, letters: had.iter().copied().collect(), ..record };
+            let to = left.to.clone();
             let is_needed = |record: &&Sent| !record.letters.ranges().is_empty() && !record.sinks.is_empty();
             changes.extend([&kept, &left].into_iter().filter(is_needed).map(Sent::change));
             for letter in had.into_iter().filter(|letter| !discarded.contains(*letter)) {
-                if let Some(mark) = self.opened(letter, sink) {
+                if let Some(mark) = self.opened(letter, sink, to.clone()) {
                     changes.push((mark_key(Offset(letter)), Some(mark.bytes())));
                     opened += 1;
                 }
@@ -186,24 +188,26 @@ impl SentLetters {
         (opened, Some(changes))
     }
 
-    /// The mark of a letter that a sink's database has lost; `None`: it stays as it is.
-    fn opened(&self, letter: u64, sink: SinkNumber) -> Option<Mark> {
+    /// The mark of a letter that a sink's database has lost; `None`: it stays as it is. `sent_to`: which
+    /// sinks got its messages, as the record says.
+    fn opened(&self, letter: u64, sink: SinkNumber, sent_to: Option<Destinations>) -> Option<Mark> {
         let name = || self.names.id(sink).to_owned();
         let state = self.dead_letters.state(&mark_key(Offset(letter)));
         match Marks::read(&state).get(letter) {
-            None => Some(Mark::Open { sinks: [name()].into(), why: Reopened::Lost }),
-            Some(Mark::Open { sinks, why }) => {
+            None => Some(Mark::Open { sinks: [name()].into(), why: Reopened::Lost, to: sent_to }),
+            Some(Mark::Open { sinks, why, to }) => {
                 let sinks = sinks.iter().cloned().chain([name()]).collect();
                 let why = match why {
                     Reopened::PossibleDuplicate => *why,
                     Reopened::Rejected(_) | Reopened::Lost => Reopened::Lost,
                 };
-                Some(Mark::Open { sinks, why })
+                Some(Mark::Open { sinks, why, to: to.clone().or(sent_to) })
             }
             // Once its redrive is at its end it is open for that sink.
             Some(Mark::Pending(pending)) => {
                 let rejected = pending.rejected.iter().cloned().chain([name()]).collect();
-                Some(Mark::Pending(Pending { rejected, ..pending.clone() }))
+                let to = pending.to.clone().or(sent_to);
+                Some(Mark::Pending(Pending { rejected, to, ..pending.clone() }))
             }
             // Discarded.
             Some(Mark::Sent) => None,

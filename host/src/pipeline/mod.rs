@@ -33,6 +33,7 @@ mod config;
 mod dead_letters;
 mod dead_letters_config;
 mod delivery;
+mod destinations;
 mod discard;
 mod gone;
 mod known;

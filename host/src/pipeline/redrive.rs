@@ -29,6 +29,7 @@ use super::Batching;
 use super::again::{Again, Ended, Sending};
 use super::dead_letters::{DeadLetters, Error as DeadLettersError, Source};
 use super::delivery::{Control, Lend, Returned};
+use super::destinations::Destinations;
 use super::known::{Reader, index_within_offset};
 use super::letter::{Letter, Names};
 use super::marks::{Change, MARK_PREFIX, Mark, Marks, Pending, Reopened, mark_key, records};
@@ -230,7 +231,7 @@ async fn forget_marks(dead_letters: &Arc<dyn Stream>, pipelines: &[String]) -> R
 async fn set_marks<'m>(dead_letters: &Arc<dyn Stream>, marks: &'m [Change]) -> Result<(), RedriveError> {
     for marks in marks.chunk_by(together()) {
         let set = |(key, value): &'m Change| StateChange { key, value: value.as_deref() };
-        if !change(dead_letters, marks.iter().map(set).collect()).await? {
+        if change(dead_letters, marks.iter().map(set).collect()).await?.is_none() {
             break;
         }
     }
@@ -252,12 +253,32 @@ fn together() -> impl FnMut(&Change, &Change) -> bool {
     }
 }
 
-/// Changes marks, and returns whether there was room.
-async fn change(dead_letters: &Arc<dyn Stream>, changes: Vec<StateChange<'_>>) -> Result<bool, RedriveError> {
+/// Notes which sinks get the messages that were made of letters: once this returns, no position covers
+/// the letters before it is durable.
+async fn decide(
+    dead_letters: &Arc<dyn Stream>,
+    letters: &DeadLetters,
+    decided: Vec<(Offset, Destinations)>,
+) -> Result<(), RedriveError> {
+    let again = letters.again().expect("of a redrive");
+    for marks in again.decisions(&decided).chunk_by(together()) {
+        let set = marks.iter().map(|(key, value)| StateChange { key, value: value.as_deref() });
+        let ticket = change(dead_letters, set.collect()).await?.ok_or(RedriveError::NoRoom)?;
+        letters.cover(ticket);
+    }
+    again.decide(decided);
+    Ok(())
+}
+
+/// Changes marks; `None`: there is no room.
+async fn change(
+    dead_letters: &Arc<dyn Stream>,
+    changes: Vec<StateChange<'_>>,
+) -> Result<Option<Ticket>, RedriveError> {
     loop {
         match dead_letters.append(&[], &changes) {
-            Ok(_) => return Ok(true),
-            Err(AppendError::NoSpace) => return Ok(false),
+            Ok(appended) => return Ok(Some(appended.ticket)),
+            Err(AppendError::NoSpace) => return Ok(None),
             Err(AppendError::Full) => dead_letters.writable().await,
             Err(error) => return Err(DeadLettersError::from(error).into()),
         }
@@ -425,7 +446,7 @@ impl Redrive<'_> {
                 let mark = marks.get(offset.0);
                 let (only, is_doubtful) = match mark {
                     None => (None, false),
-                    Some(Mark::Open { sinks, why }) => (Some(sinks), *why == Reopened::PossibleDuplicate),
+                    Some(Mark::Open { sinks, why, .. }) => (Some(sinks), *why == Reopened::PossibleDuplicate),
                     Some(Mark::Sent | Mark::Pending(_)) => continue,
                 };
                 let taken = Pending {
@@ -433,6 +454,7 @@ impl Redrive<'_> {
                     may_repeat: filter.possible_duplicates,
                     tries: mark.map(Mark::tries).unwrap_or_default(),
                     from_step: filter.from_step.clone(),
+                    to: mark.and_then(Mark::destinations).cloned(),
                     ..Pending::default()
                 };
                 let sending = Sending::of(&message, &letter, &self.shared.letters, &taken);
@@ -638,6 +660,7 @@ impl Redrive<'_> {
             }
             let mut rows = Rows::default();
             let mut refused_before = HashSet::new();
+            let mut decided = Vec::new();
             for i in 0..batch.len() {
                 let message = batch.message(i);
                 let Some(letter) = Letter::of(&message).filter(|_| is_due(&message)) else { continue };
@@ -645,16 +668,18 @@ impl Redrive<'_> {
                     Source::Sink(_) => Some(original(&batch, i)),
                     Source::Step(_) | Source::Routes => {
                         let offset = message.offset();
+                        let asked = again.asked(offset);
+                        if asked.to.as_ref().is_some_and(|to| !to.has(self.names.id(number))) {
+                            continue;
+                        }
                         let known = letters.seen(std::iter::once(number), offset, offset);
                         let known = known.and_then(|mut known| known.pop());
                         let mut reader = known.unwrap_or(Reader { sink: number, ..Reader::default() });
                         if reader.seen.has_whole(offset) {
                             continue;
                         }
-                        let asked = again.asked(offset);
-                        let asked = (asked.0.as_deref(), asked.1);
                         let message = original(&batch, i);
-                        let made = self.steps.run(message, &letter, asked, shared, &letters, &mut reader);
+                        let made = self.steps.run(message, &letter, &asked, shared, &letters, &mut reader);
                         let made = made.await?;
                         if made.is_doubtful {
                             again.doubt(offset, number);
@@ -662,7 +687,8 @@ impl Redrive<'_> {
                         }
                         self.summary.refused += made.refused;
                         refused_since += made.refused;
-                        made.sorted.and_then(|sorted| sorted.for_sink(number))
+                        decided.extend(made.to.map(|to| (offset, to)));
+                        made.out
                     }
                 };
                 let Some(mut out) = out else { continue };
@@ -681,6 +707,7 @@ impl Redrive<'_> {
             }
             let count = rows.len() as u64;
             let refused = writer.refused;
+            decide(self.dead_letters, &letters, decided).await?;
             // No further than what is taken: the letters behind it may be in the next part.
             let next = cursor.position().min(range.end);
             let upto = vec![next; writer.positions.len()];

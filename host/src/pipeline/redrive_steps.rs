@@ -3,11 +3,13 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use super::again::Asked;
 use super::dead_letters::{DeadLetters, Refusal, Source};
+use super::destinations::Destinations;
 use super::known::{Piece, Reader};
 use super::letter::{self, Letter};
 use super::redrive::RedriveError;
-use super::routes::Sorted;
+use super::routes::{SinkNumber, Sorted};
 use super::step_history::StepHistory;
 use super::stripped::{Stripped, without_letters};
 use super::unrouted::{Inputs, Unrouted};
@@ -31,8 +33,10 @@ pub struct Steps {
 /// What the steps made of a message for one sink.
 #[derive(Default)]
 pub struct Made {
-    /// `None`: nothing that goes on.
-    pub sorted: Option<Sorted>,
+    /// What the sink gets; `None`: nothing.
+    pub out: Option<Batch>,
+    /// Which sinks get what was made of the message, where this run decides it.
+    pub to: Option<Destinations>,
     /// Messages that were rejected.
     pub refused: u64,
     /// Nothing was run: see [`is_by_others`].
@@ -51,6 +55,19 @@ struct Message<'a> {
 }
 
 impl Message<'_> {
+    /// Rejects the whole message as who rejected it before, for a reason of the redrive itself.
+    async fn refuse_whole(
+        &mut self,
+        batch: &Batch,
+        letter: &Letter<'_>,
+        reason: String,
+    ) -> Result<(), RedriveError> {
+        let by = letter.source(self.letters.names());
+        let refused = [Refused { index: 0, kind: RefusedKind::Failed, reason }];
+        let batch = Stripped { batch, indexes: None, partition: self.partition };
+        self.refuse(&batch.refusals(by, &refused, letter.steps.unwrap_or_default())).await
+    }
+
     async fn refuse(&mut self, refusals: &[Refusal<'_>]) -> Result<(), RedriveError> {
         let refused = self.letters.refuse(refusals, std::slice::from_mut(self.reader)).await?;
         self.made.refused += refused.letters;
@@ -88,35 +105,35 @@ impl Steps {
         &mut self,
         batch: Batch,
         letter: &Letter<'_>,
-        (from_step, may_repeat): (Option<&str>, bool),
+        asked: &Asked,
         shared: &Shared,
         letters: &DeadLetters,
         reader: &mut Reader,
     ) -> Result<Made, RedriveError> {
         let partition = batch.entries.first().map(|entry| entry.partition).unwrap_or_default();
-        if !may_repeat && is_by_others(reader, &self.names, letters.names().sink(reader.sink)) {
+        if !asked.may_repeat && is_by_others(reader, &self.names, letters.names().sink(reader.sink)) {
             return Ok(Made { is_doubtful: true, ..Made::default() });
         }
         let history = StepHistory::default();
         let mut message = Message { history, entry: 0, partition, letters, reader, made: Made::default() };
-        match letter.entry(from_step, &self.names) {
+        match letter.entry(asked.from_step.as_deref(), &self.names) {
             Ok(entry) => {
                 message.history = letter.history_at(entry, &self.names);
                 message.entry = entry;
             }
             Err(reason) => {
-                let by = letter.source(letters.names());
-                let refused = [Refused { index: 0, kind: RefusedKind::Failed, reason }];
-                let batch = Stripped { batch: &batch, indexes: None, partition };
-                message.refuse(&batch.refusals(by, &refused, letter.steps.unwrap_or_default())).await?;
+                message.refuse_whole(&batch, letter, reason).await?;
                 return Ok(message.made);
             }
         }
-        let (batch, inputs) = self.through(batch, &mut message).await?;
-        if batch.is_empty() {
-            return Ok(message.made);
+        let (made, inputs) = self.through(batch.clone(), &mut message).await?;
+        let sorted = match made.is_empty() {
+            true => shared.routes.sort(made),
+            false => route(made, inputs, &self.names, shared, &mut message).await?,
+        };
+        if let Err(reason) = message.give(&sorted, letter, asked) {
+            message.refuse_whole(&batch, letter, reason).await?;
         }
-        route(batch, inputs, &self.names, shared, &mut message).await?;
         Ok(message.made)
     }
 
@@ -129,7 +146,8 @@ impl Steps {
         for place in message.entry..self.names.len() {
             let name = Arc::clone(&self.names[place]);
             let indexes;
-            (batch, indexes) = without_letters(batch, Source::Step(&name), std::slice::from_ref(message.reader));
+            (batch, indexes) =
+                without_letters(batch, Source::Step(&name), std::slice::from_ref(message.reader));
             if batch.is_empty() {
                 break;
             }
@@ -203,6 +221,55 @@ fn is_by_others(reader: &Reader, steps: &[Arc<str>], sink: &str) -> bool {
     reader.seen.pieces().any(|piece| !own.contains(&piece))
 }
 
+impl Message<'_> {
+    /// Gives the sink what was made of the message for it: by an earlier decision, or by the routes.
+    /// Returns why neither says what the sink is to get.
+    fn give(&mut self, sorted: &Sorted, letter: &Letter<'_>, asked: &Asked) -> Result<(), String> {
+        let names = self.letters.names();
+        let sink = self.reader.sink;
+        let are_all_there = self.reader.seen.is_empty();
+        // Which of several messages are left, where some are rejected, no decision says.
+        if let Some(to) = asked.to.as_ref().filter(|to| are_all_there || to.is_uniform()) {
+            let count = sorted.batch.len();
+            if count == 0 {
+                return Ok(());
+            }
+            let taken = to.taken_by(names.id(sink), count).map_err(|before| {
+                format!(
+                    "earlier steps made {before} messages of it for different sinks, and the steps of now make \
+                     {count}: which of them are for sink \"{}\" is not known; put the steps back that make {before}, or \
+                     discard the dead letter",
+                    names.sink(sink)
+                )
+            })?;
+            let mut taken = taken.into_iter().enumerate();
+            // Those without a route are in letters of their own by now.
+            let is_for_it = |(i, is_taken): (usize, bool)| is_taken && !sorted.unknown.contains(&i);
+            let out = sorted.batch.filtered(|_| taken.next().is_some_and(is_for_it));
+            self.made.out = (!out.is_empty()).then_some(out);
+            return Ok(());
+        }
+        let leads_to: BTreeSet<SinkNumber> = sorted.sinks().flatten().copied().collect();
+        if let Some(only) = &asked.only
+            && only.iter().all(|wanted| !leads_to.contains(wanted))
+            && let Some(other) = leads_to.iter().find(|other| names.names(letter, **other))
+        {
+            return Err(format!(
+                "the steps lead it to sink \"{}\" now, and this redrive sends it to sink \"{}\" only: have the steps lead \
+                 it there, or discard the dead letter",
+                names.sink(*other),
+                names.sink(sink)
+            ));
+        }
+        if are_all_there {
+            let ids = |sinks: &[SinkNumber]| sinks.iter().map(|sink| names.id(*sink).to_owned()).collect();
+            self.made.to = Destinations::of(sorted.sinks().map(ids));
+        }
+        self.made.out = sorted.for_sink(sink).filter(|out| !out.is_empty());
+        Ok(())
+    }
+}
+
 /// Sorts what came out of all steps, and rejects what has no route.
 async fn route(
     batch: Batch,
@@ -210,7 +277,7 @@ async fn route(
     steps: &[Arc<str>],
     shared: &Shared,
     message: &mut Message<'_>,
-) -> Result<(), RedriveError> {
+) -> Result<Sorted, RedriveError> {
     let (batch, indexes) = without_letters(batch, Source::Routes, std::slice::from_ref(message.reader));
     let sorted = shared.routes.sort(batch);
     let (history, entry) = (message.history.clone(), message.entry);
@@ -219,8 +286,7 @@ async fn route(
     let unrouted = Unrouted::new(&sorted, &inputs, readers, &shared.routes, steps, history);
     let stripped = Stripped { batch: &sorted.batch, indexes, partition: message.partition };
     message.refuse(&unrouted.refusals(&stripped)).await?;
-    message.made.sorted = Some(sorted);
-    Ok(())
+    Ok(sorted)
 }
 
 /// A letter as the message that was refused.

@@ -101,6 +101,14 @@ impl Routes {
 }
 
 impl Sorted {
+    /// Returns for each entry the sinks that take it.
+    pub fn sinks(&self) -> impl Iterator<Item = &[SinkNumber]> {
+        (0..self.batch.len()).map(|i| match &self.to {
+            To::All(sinks) => &sinks[..],
+            To::Each(places, routes) => places[i].map_or(&[][..], |place| &routes[place]),
+        })
+    }
+
     /// The entries that a sink takes, in order.
     pub fn for_sink(&self, sink: SinkNumber) -> Option<Batch> {
         match &self.to {
@@ -156,12 +164,15 @@ mod tests {
         assert_eq!(taken(&sorted, 0), [0, 1, 3]);
         assert_eq!(taken(&sorted, 1), [1]);
         assert_eq!(sorted.unknown, [4]);
+        let sinks: Vec<&[SinkNumber]> = vec![&[0], &[0, 1], &[], &[0], &[]];
+        assert_eq!(sorted.sinks().collect::<Vec<_>>(), sinks);
     }
 
     #[test]
     fn a_batch_of_one_route_goes_as_it_is() {
         let sorted = routes().sort(batch(&["alert", "alert"]));
         assert_eq!((taken(&sorted, 0), taken(&sorted, 1)), (vec![0, 1], vec![0, 1]));
+        assert_eq!(sorted.sinks().collect::<Vec<_>>(), [[0, 1], [0, 1]]);
         let sorted = routes().sort(batch(&["what", "what"]));
         assert_eq!((taken(&sorted, 0), sorted.unknown), (vec![], vec![0, 1]));
     }

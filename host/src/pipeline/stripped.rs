@@ -18,11 +18,7 @@ pub fn without_whole(batch: Batch, seen: &Seen) -> Batch {
 /// Without what this step, or the routes, put into letters for the sinks at hand, which are
 /// those that the letters name alike. `Some`: the places that the others had
 /// within their offsets.
-pub fn without_letters(
-    batch: Batch,
-    source: Source<'_>,
-    readers: &[Reader],
-) -> (Batch, Option<Vec<u32>>) {
+pub fn without_letters(batch: Batch, source: Source<'_>, readers: &[Reader]) -> (Batch, Option<Vec<u32>>) {
     let Some(seen) = readers.first().map(|reader| &reader.seen).filter(|seen| !seen.is_empty()) else {
         return (batch, None);
     };

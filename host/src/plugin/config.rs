@@ -216,7 +216,9 @@ mod tests {
 
     #[test]
     fn no_step_has_the_name_that_stands_for_the_routes() {
-        for (step, key) in [(r#"{"plugin":"routes"}"#, "plugin"), (r#"{"plugin":"route","as":"routes"}"#, "as")] {
+        for (step, key) in
+            [(r#"{"plugin":"routes"}"#, "plugin"), (r#"{"plugin":"route","as":"routes"}"#, "as")]
+        {
             let mut problems = Problems::default();
             serde_json::from_str::<StepConfig>(step).unwrap().validate(&KeyPath::root(), &mut problems);
             let problems = problems.into_vec();

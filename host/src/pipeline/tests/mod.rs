@@ -10,6 +10,7 @@ mod letters;
 mod names;
 mod positions;
 mod redrive;
+mod redrive_routes;
 mod redrive_steps;
 mod restored;
 mod swap;

@@ -19,22 +19,22 @@ fn tag(name: &'static str) -> Arc<dyn StepFactory> {
     step(name, move |message, _| Act::Payload(format!("{name} {}", text(message))))
 }
 
-fn refusing(name: &str) -> Arc<dyn StepFactory> {
+pub(super) fn refusing(name: &str) -> Arc<dyn StepFactory> {
     step(name, |_, _| Act::Refuse("no table".to_owned()))
 }
 
-fn passing(name: &str) -> Arc<dyn StepFactory> {
+pub(super) fn passing(name: &str) -> Arc<dyn StepFactory> {
     step(name, |_, _| Act::Pass)
 }
 
 /// Waits until new steps run.
-async fn flip(process: &Process, generation: u64, steps: &[Arc<dyn StepFactory>]) {
+pub(super) async fn flip(process: &Process, generation: u64, steps: &[Arc<dyn StepFactory>]) {
     process.chain.send_replace(chain(generation, steps));
     process.until("flipped", |status| status.chain == Some(generation)).await;
 }
 
 /// A process with a letter for each of three messages, which these steps rejected.
-async fn with_letters(world: &World, steps: &[Arc<dyn StepFactory>]) -> Process {
+pub(super) async fn with_letters(world: &World, steps: &[Arc<dyn StepFactory>]) -> Process {
     let process = world.start(chain(1, steps)).await;
     world.publish_many(1, 0, 3);
     process.drained().await;
@@ -42,12 +42,12 @@ async fn with_letters(world: &World, steps: &[Arc<dyn StepFactory>]) -> Process 
     process
 }
 
-async fn redrive(process: &Process) -> Summary {
+pub(super) async fn redrive(process: &Process) -> Summary {
     process.handle.redrive(&Filter::default()).await.unwrap()
 }
 
 /// What the list says of each open letter: the newest reason, and how often it was rejected again.
-async fn told(world: &World) -> Vec<(String, u32)> {
+pub(super) async fn told(world: &World) -> Vec<(String, u32)> {
     let marks = Marks::read(&world.dead.state(MARK_PREFIX));
     let letters = world.letters().await;
     let open = list_open(&*world.dead, None).await.unwrap();

@@ -50,7 +50,7 @@ fn marks(world: &World) -> Marks {
 /// Letters that a database has lost, and the sinks that they are open for.
 fn lost(world: &World) -> Vec<(u64, BTreeSet<String>)> {
     let lost = |(letter, mark): (u64, &Mark)| match mark {
-        Mark::Open { sinks, why: Reopened::Lost } => Some((letter, sinks.clone())),
+        Mark::Open { sinks, why: Reopened::Lost, .. } => Some((letter, sinks.clone())),
         _ => None,
     };
     marks(world).own().filter_map(lost).collect()
