@@ -6,6 +6,7 @@
 use std::path::PathBuf;
 
 use crate::config::fuzzing::config;
+use crate::listeners::http::batch::{Format, taken};
 use crate::listeners::mqtt::fuzzing::{
     broker_state, connection, packets, proxy_header, sent_properties, session, topic_filters, websocket,
 };
@@ -20,7 +21,7 @@ pub struct Target {
     pub inputs: usize,
 }
 
-pub const TARGETS: [Target; 12] = [
+pub const TARGETS: [Target; 13] = [
     Target { name: "mqtt_packets", run: packets, inputs: 60_000 },
     Target { name: "mqtt_connection", run: connection, inputs: 4_000 },
     Target { name: "mqtt_session", run: session, inputs: 2_000 },
@@ -28,6 +29,7 @@ pub const TARGETS: [Target; 12] = [
     Target { name: "broker_state", run: broker_state, inputs: 4_000 },
     Target { name: "proxy_header", run: proxy_header, inputs: 60_000 },
     Target { name: "websocket", run: websocket, inputs: 10_000 },
+    Target { name: "http_batch", run: http_batch, inputs: 60_000 },
     Target { name: "log_frame", run: log_frame, inputs: 60_000 },
     Target { name: "plugin_answer", run: answer, inputs: 60_000 },
     Target { name: "plugin_load", run: load, inputs: 20_000 },
@@ -44,6 +46,15 @@ pub fn run(name: &str, data: &[u8]) {
 /// Where the first inputs of a target are.
 pub fn corpus(name: &str) -> PathBuf {
     [env!("CARGO_MANIFEST_DIR"), "fuzz/corpus", name].iter().collect()
+}
+
+/// First byte: bit 0, a message a line; bit 1, a topic for messages that name none. What is taken can be sent
+/// to subscribers.
+fn http_batch(data: &[u8]) {
+    let Some((mode, body)) = data.split_first() else { return };
+    let format = if mode & 1 == 0 { Format::Array } else { Format::Lines };
+    let topic = (mode & 2 != 0).then_some("a/b");
+    taken(body, format, topic).iter().for_each(|properties| sent_properties(properties));
 }
 
 /// A block of properties is whole or not valid, and a valid one can be sent.

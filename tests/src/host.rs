@@ -39,6 +39,8 @@ pub struct Host {
 #[derive(Debug, Deserialize, Clone)]
 struct Bound {
     mqtt: Vec<String>,
+    #[serde(default)]
+    http: Vec<String>,
     admin: SocketAddr,
 }
 
@@ -176,6 +178,12 @@ impl Host {
     /// The address of a listener that is not a Unix socket, in the order of the config.
     pub fn listener(&self, number: usize) -> SocketAddr {
         let bound = &self.bound.as_ref().expect("ready").mqtt[number];
+        bound.parse().unwrap_or_else(|error| panic!("{bound}: {error}"))
+    }
+
+    /// The address of an HTTP listener, in the order of the config.
+    pub fn http(&self, number: usize) -> SocketAddr {
+        let bound = &self.bound.as_ref().expect("ready").http[number];
         bound.parse().unwrap_or_else(|error| panic!("{bound}: {error}"))
     }
 

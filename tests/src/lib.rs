@@ -15,6 +15,7 @@ pub mod mosquitto;
 pub mod mqtt;
 pub mod node;
 pub mod packets;
+pub mod poster;
 pub mod postgres;
 pub mod process;
 pub mod publisher;

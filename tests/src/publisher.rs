@@ -33,27 +33,39 @@ impl Address {
     pub fn set(&self, addr: Option<SocketAddr>) {
         self.0.change(|place| *place = Place { addr, change: place.change + 1 });
     }
+
+    /// Waits for an address that was not tried in vain; returns it, and what names it for the next call.
+    pub fn other_than(&self, in_vain: Option<u64>) -> (SocketAddr, u64) {
+        let is_new = |place: &Place| place.addr.is_some() && in_vain != Some(place.change);
+        assert!(self.0.wait(HUNG_AFTER, is_new), "the host does not come back");
+        let place = *self.0.get();
+        match place.addr {
+            Some(addr) => (addr, place.change),
+            // It went away again.
+            None => self.other_than(in_vain),
+        }
+    }
 }
 
 /// A value that others wait for.
 #[derive(Debug, Default)]
-struct Watched<T> {
+pub(crate) struct Watched<T> {
     value: Mutex<T>,
     changed: Condvar,
 }
 
 impl<T> Watched<T> {
-    fn get(&self) -> MutexGuard<'_, T> {
+    pub(crate) fn get(&self) -> MutexGuard<'_, T> {
         self.value.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn change(&self, change: impl FnOnce(&mut T)) {
+    pub(crate) fn change(&self, change: impl FnOnce(&mut T)) {
         change(&mut self.get());
         self.changed.notify_all();
     }
 
     /// False where it was not in time.
-    fn wait(&self, at_most: Duration, until: impl Fn(&T) -> bool) -> bool {
+    pub(crate) fn wait(&self, at_most: Duration, until: impl Fn(&T) -> bool) -> bool {
         let waited = self.changed.wait_timeout_while(self.get(), at_most, |value| !until(value));
         !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
     }

@@ -12,6 +12,7 @@ use crate::{listeners, pipeline, plugin, stream};
 /// Composed of each module's own list.
 pub const ALL: &[&[Metric]] = &[
     super::METRICS,
+    listeners::http::METRICS,
     listeners::mqtt::METRICS,
     pipeline::METRICS,
     plugin::METRICS,

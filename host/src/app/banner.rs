@@ -82,6 +82,7 @@ impl Started {
                 .listeners
                 .iter()
                 .map(|listener| (listener.kind(), listener.bind.clone()))
+                .chain(config.http.listeners.iter().map(|entry| (entry.kind("http"), entry.bind.clone())))
                 .collect(),
             streams: config
                 .streams

@@ -7,7 +7,7 @@ use rustix::process::{Resource, getrlimit};
 use crate::access::Authenticator;
 use crate::admin;
 use crate::config::Config;
-use crate::listeners::mqtt;
+use crate::listeners::{http, mqtt};
 
 /// File descriptors of the runtimes, standard streams, watched folders, the compiling child and
 /// files that are read.
@@ -21,32 +21,56 @@ const PER_SINK: u64 = 8;
 const PER_STEP: u64 = 4;
 /// File descriptors of one listener: its socket and the file that it reads certificates from.
 const PER_LISTENER: u64 = 2;
-/// Connections, of MQTT and of the admin address, that a host must have room for to start.
+/// Connections, of the listeners and of the admin address, that a host must have room for to start.
 const CONNECTIONS_LEAST: u64 = 16;
+
+/// Connections of the listeners at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Connections {
+    pub mqtt: u32,
+    pub http: u32,
+}
 
 /// Returns how many connections the limit on open files leaves room for, at most what the config
 /// has, and says so where that is fewer: as a warning where a person asked for more. Fails where
 /// the limit leaves the parts of the config too few.
-pub fn connections_max(config: &Config) -> anyhow::Result<u32> {
-    let wanted = config.mqtt.connections_max;
+pub fn connections_max(config: &Config) -> anyhow::Result<Connections> {
+    let serves_http = !config.http.listeners.is_empty();
+    let http = if serves_http { config.http.connections_max } else { 0 };
+    let wanted = Connections { mqtt: config.mqtt.connections_max, http };
     let Some(limit) = getrlimit(Resource::Nofile).current else { return Ok(wanted) };
     let needed = needed(config);
-    let Some(allowed) = allowed(wanted, needed, limit) else {
+    let Some(allowed) = allowed(wanted.mqtt.saturating_add(wanted.http), needed, limit) else {
         bail!(
             "the limit on open files is {limit}, and this config needs {}: raise it (ulimit -n, LimitNOFILE=)",
             needed + CONNECTIONS_LEAST
         );
     };
-    let is_default = wanted == mqtt::Config::default().connections_max;
-    if allowed < wanted && is_default {
-        tracing::info!("the limit on open files, {limit}, leaves room for {allowed} MQTT connections");
-    } else if allowed < wanted {
-        tracing::warn!(
-            "the limit on open files, {limit}, leaves room for {allowed} connections: mqtt.connections_max \
-             is {wanted}; raise the limit (ulimit -n, LimitNOFILE=), or lower mqtt.connections_max"
-        );
+    let shared = wanted.within(allowed);
+    for (name, key, wanted, allowed, default) in [
+        ("MQTT", "mqtt", wanted.mqtt, shared.mqtt, mqtt::Config::default().connections_max),
+        ("HTTP", "http", wanted.http, shared.http, http::Config::default().connections_max),
+    ] {
+        if allowed < wanted && wanted == default {
+            tracing::info!("the limit on open files, {limit}, leaves room for {allowed} {name} connections");
+        } else if allowed < wanted {
+            tracing::warn!(
+                "the limit on open files, {limit}, leaves room for {allowed} {name} connections: \
+                 {key}.connections_max is {wanted}; raise the limit (ulimit -n, LimitNOFILE=), or lower \
+                 {key}.connections_max"
+            );
+        }
     }
-    Ok(allowed)
+    Ok(shared)
+}
+
+impl Connections {
+    /// Shares what is allowed: where it is too little for both, HTTP has at most a quarter of it, or what
+    /// MQTT leaves.
+    fn within(self, allowed: u32) -> Self {
+        let http = self.http.min((allowed / 4).max(allowed.saturating_sub(self.mqtt)));
+        Self { mqtt: self.mqtt.min(allowed - http), http }
+    }
 }
 
 /// What all but connections need.
@@ -64,7 +88,8 @@ fn needed(config: &Config) -> u64 {
         + PER_STREAM * streams as u64
         + PER_SINK * sinks as u64
         + PER_STEP * steps.sum::<usize>() as u64
-        + PER_LISTENER * config.mqtt.listeners.len() as u64
+        + PER_LISTENER * (config.mqtt.listeners.len() + config.http.listeners.len()) as u64
+        + if config.http.listeners.is_empty() { 0 } else { http::GIVING_WAY_MAX as u64 }
         + requests.sum::<u64>()
 }
 
@@ -90,6 +115,17 @@ mod tests {
         assert_eq!(allowed(100_000, 200, 215), None);
         assert_eq!(allowed(100_000, 200, 100), None);
         assert_eq!(allowed(1_000, 200, u64::MAX), Some(1_000));
+    }
+
+    #[test]
+    fn listeners_share_what_there_is_for_connections() {
+        let wanted = Connections { mqtt: 1_000, http: 400 };
+        assert_eq!(wanted.within(1_400), wanted);
+        assert_eq!(wanted.within(1_300), Connections { mqtt: 975, http: 325 });
+        assert_eq!(wanted.within(100), Connections { mqtt: 75, http: 25 });
+        let few = Connections { mqtt: 10, http: 400 };
+        assert_eq!(few.within(100), Connections { mqtt: 10, http: 90 });
+        assert_eq!(Connections { mqtt: 1_000, http: 0 }.within(100), Connections { mqtt: 100, http: 0 });
     }
 
     #[test]

@@ -4,7 +4,7 @@ use jiff::Timestamp;
 
 use super::problems::label_value;
 use crate::hints::{Hint, Hints, Letters};
-use crate::listeners::mqtt::RefusedClient;
+use crate::listeners::refused_clients::RefusedClient;
 
 /// A counter whose growth is an event.
 pub struct Event {
@@ -25,6 +25,9 @@ pub const EVENTS: &[Event] = &[
     event("headworks_mqtt_refused_connects_total", "refused", &["cause"]),
     event("headworks_mqtt_refused_publishes_total", "refused_publishes", &["cause"]),
     event("headworks_mqtt_refused_subscribes_total", "refused_subscribes", &["cause"]),
+    event("headworks_http_refused_connects_total", HTTP_CONNECTS, &["cause"]),
+    event("headworks_http_refused_requests_total", HTTP_REQUESTS, &["cause"]),
+    event("headworks_http_rejected_messages_total", HTTP_MESSAGES, &["cause"]),
     event("headworks_mqtt_withheld_total", "withheld", &[]),
     event("headworks_step_faults_total", "faults", &["pipeline", "step"]),
     event("headworks_step_messages_total", "skipped", &["pipeline", "step"]).only("outcome", &["skipped"]),
@@ -34,6 +37,10 @@ pub const EVENTS: &[Event] = &[
 /// retention removed.
 const DAMAGED: &str = "damaged";
 const TRIMMED: &str = "trimmed";
+/// Kinds of what the HTTP listener turned away.
+const HTTP_CONNECTS: &str = "http_connects";
+const HTTP_REQUESTS: &str = "http_requests";
+const HTTP_MESSAGES: &str = "http_messages";
 /// The kind of a gap in the dead letters.
 const GONE: &str = "letters_gone";
 /// Causes of `headworks_mqtt_dropped_total` that an operator can do something about.
@@ -100,12 +107,22 @@ pub fn written(line: &str) -> Option<String> {
 
 /// Returns the kind of the problem that events of a kind are.
 pub fn problem_kind(kind: &'static str) -> &'static str {
-    if [DAMAGED, TRIMMED, GONE].contains(&kind) { "gap" } else { kind }
+    match kind {
+        DAMAGED | TRIMMED | GONE => "gap",
+        HTTP_CONNECTS | HTTP_REQUESTS => "refused",
+        HTTP_MESSAGES => "refused_publishes",
+        kind => kind,
+    }
 }
 
 /// Whether the count of an hour is a problem.
 pub fn is_problem(kind: &str, name: &str, count: u64) -> bool {
     let least = match kind {
+        // They come again once the host is back.
+        HTTP_REQUESTS if name == "stopping" => return false,
+        HTTP_REQUESTS if name == "not_durable" => 0,
+        HTTP_CONNECTS | HTTP_REQUESTS => return is_problem("refused", name, count),
+        HTTP_MESSAGES => OFTEN,
         "refused" if LEFT.contains(&name) => return false,
         "refused" if TURNED_AWAY.contains(&name) => 0,
         "refused_subscribes" if NO_ROOM.contains(&name) => 0,
@@ -168,6 +185,29 @@ pub fn told(kind: &str, name: &str, count: u64, last: Option<&RefusedClient>, hi
                 part: format!("clients ({name})"),
                 cause: what,
                 advice: format!("`{}` shows whose: {what_to_do}", hints.command(Hint::ClientsDenied)),
+            }
+        }
+        HTTP_CONNECTS | HTTP_REQUESTS | HTTP_MESSAGES => {
+            let what = match kind {
+                HTTP_CONNECTS => counted("HTTP connection was refused", "HTTP connections were refused"),
+                HTTP_REQUESTS => counted("HTTP request was refused", "HTTP requests were refused"),
+                _ => counted("message was rejected", "messages were rejected"),
+            };
+            let what_to_do = match name {
+                "connections_max" | "handshakes_max" => {
+                    "raise http.connections_max and the limit of open files, or mend clients that keep connections"
+                }
+                "access_unavailable" => "mend what mqtt.access.authenticate asks; the log has its error",
+                "connect_rate" | "connections_per_user" | "rate" | "topic_levels" => {
+                    "raise the limit of mqtt.limits, or mend the clients that send so much"
+                }
+                "no_room" | "not_durable" => "look at the disk, and at what `no_space` and `stalled` say",
+                _ => "mend the clients, or their rights in mqtt.access; they are told what is wrong",
+            };
+            Told {
+                part: format!("HTTP clients ({name})"),
+                cause: what,
+                advice: format!("{what_to_do}; `{}` lists clients", hints.command(Hint::ClientsRefused)),
             }
         }
         "withheld" => Told {

@@ -47,7 +47,7 @@ use crate::devices::Devices;
 use crate::files::{Locked, found};
 use crate::hints::Hints;
 use crate::ingest::Ingest;
-use crate::listeners::mqtt;
+use crate::listeners::{http, mqtt};
 use crate::pipeline::{self, Batching, SinkPart};
 use crate::plugin::access::AccessEngine;
 use crate::plugin::{Folders, PluginState, PluginStatus, Plugins};
@@ -114,6 +114,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
     let data_dir = config.data_dir.clone();
     if !data_dir.exists() {
         mqtt::try_addresses(&config.mqtt)?;
+        http::try_addresses(&config.http)?;
     }
     let held = HeldFolder::new(&data_dir, lock(&data_dir)?);
     let instance: Arc<str> = uuid::Uuid::new_v4().simple().to_string().into();
@@ -123,7 +124,8 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
     let stop_listening = CancellationToken::new();
     let stop_delivering = CancellationToken::new();
 
-    config.mqtt.connections_max = descriptors::connections_max(&config)?;
+    let descriptors::Connections { mqtt: of_mqtt, http: of_http } = descriptors::connections_max(&config)?;
+    (config.mqtt.connections_max, config.http.connections_max) = (of_mqtt, of_http);
 
     // Streams first: the log is what everything else stands on.
     let OpenStreams { mut logs, set: streams } = open_streams(&config, &data_dir)?;
@@ -213,6 +215,14 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
         shutdown: stop_listening.clone(),
     };
     let listener = mqtt::start(&config.mqtt, deps).await?;
+    let deps = http::Deps {
+        ingest,
+        access: listener.access(),
+        refused_clients: listener.refused_clients(),
+        failures: failures.clone(),
+        shutdown: stop_listening.clone(),
+    };
+    let http = http::start(&config.http, deps).await?;
 
     let all_streams: Vec<_> = streams.iter().cloned().chain([dead_letters, broker]).collect();
     let host = Arc::new(Host {
@@ -274,10 +284,12 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
     // From here on a signal ends the host in order; whoever reads where it listens may send one.
     let (mut interrupts, terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let told = if is_kept { String::new() } else { token };
-    let running = RunFile::new(&instance, listener.addresses(), admin.address(), told);
+    let running = RunFile::new(&instance, (listener.addresses(), http.addresses()), admin.address(), told);
     run_file::write_or_retry(&data_dir, running, stop_admin.clone());
     let mut started = Started::of(&config, &source);
-    for ((_, bound), address) in started.listeners.iter_mut().zip(listener.addresses()) {
+    for ((_, bound), address) in
+        started.listeners.iter_mut().zip(listener.addresses().iter().chain(http.addresses()))
+    {
         *bound = address.clone();
     }
     started.admin = Some(admin.address());
@@ -295,7 +307,8 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
     // Devices first, then what is in flight, then the log.
     stop_listening.cancel();
     let mut ending = Ending::default();
-    ending.wait("mqtt", END_MAX, listener.join()).await;
+    let (mqtt_ends, http_ends) = (listener.join(), http.join());
+    ending.wait("listeners", END_MAX, async { tokio::join!(mqtt_ends, http_ends) }).await;
     stop_delivering.cancel();
     let drained = config.pipelines.values().map(|pipeline| pipeline.drain_max.0).max().unwrap_or_default();
     ending.wait("pipelines", drained + END_MAX, join_all(pipelines.iter().map(|one| one.join()))).await;

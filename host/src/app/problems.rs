@@ -45,8 +45,9 @@ const LATE: Duration = Duration::from_secs(300);
 const QUEUED_MANY: u64 = 100_000;
 /// Looks between two that count what waits in all sessions.
 const MEASURED_EVERY: u32 = 15;
-/// Gauge of the certificates of listeners, by file.
-const CERTIFICATES: &str = "headworks_mqtt_certificate_seconds_left";
+/// Gauges of the certificates of listeners, by file.
+const CERTIFICATES: [&str; 2] =
+    ["headworks_mqtt_certificate_seconds_left", "headworks_http_certificate_seconds_left"];
 /// A certificate that ends within this is a problem.
 const ENDS_SOON: Duration = Duration::from_secs(30 * 86_400);
 /// Remembers since when each problem is there, and how counters grew.
@@ -603,10 +604,15 @@ fn memory_problems(value: impl Fn(&str) -> u64, hints: &Hints) -> Vec<Found> {
 }
 
 fn certificate_problems(metrics: &str) -> Vec<Found> {
-    let lines = metrics.lines().filter_map(|line| line.strip_prefix(CERTIFICATES)?.rsplit_once(' '));
-    let ending = lines.filter_map(|(labels, seconds)| {
+    let of_line = |line| CERTIFICATES.iter().find_map(|name| str::strip_prefix(line, name)?.rsplit_once(' '));
+    // Listeners of several kinds may have one file.
+    let mut files = BTreeSet::new();
+    let ending = metrics.lines().filter_map(of_line).filter_map(|(labels, seconds)| {
         let (file, seconds) = (label_value(labels, "file")?, seconds.parse::<f64>().ok()?);
         let days = (seconds / 86_400.0).floor();
+        if !files.insert(file.to_owned()) {
+            return None;
+        }
         let cause = if seconds <= 0.0 {
             "a certificate in it has ended: clients that need it cannot connect".to_owned()
         } else if seconds < ENDS_SOON.as_secs_f64() {
@@ -880,9 +886,11 @@ mod tests {
 
     #[test]
     fn a_certificate_is_a_problem_a_month_before_it_ends() {
-        let line = |file: &str, days: f64| format!("{CERTIFICATES}{{file=\"{file}\"}} {}\n", days * 86_400.0);
-        let metrics = line("server.pem", 6.5) + &line("ca.pem", 400.0) + &line("old.pem", -0.1);
-        let found = certificate_problems(&format!("# TYPE {CERTIFICATES} gauge\n{metrics}"));
+        let line =
+            |file: &str, days: f64| format!("{}{{file=\"{file}\"}} {}\n", CERTIFICATES[0], days * 86_400.0);
+        let of_http = line("server.pem", 6.5).replace(CERTIFICATES[0], CERTIFICATES[1]);
+        let metrics = of_http + &line("server.pem", 6.5) + &line("ca.pem", 400.0) + &line("old.pem", -0.1);
+        let found = certificate_problems(&format!("# TYPE {} gauge\n{metrics}", CERTIFICATES[0]));
         let said: Vec<_> = found.iter().map(|found| (&*found.part, &*found.cause)).collect();
         let wanted = [
             ("certificate server.pem", "a certificate in it ends within 7 days"),

@@ -26,6 +26,8 @@ pub struct RunFile {
     /// program on a port of a host that was killed is not taken for it.
     pub instance: String,
     pub mqtt: Vec<Bind>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub http: Vec<Bind>,
     pub admin: SocketAddr,
     /// What requests that act show to the admin address. Not there where the config names its file.
     #[serde(default, skip_serializing_if = "String::is_empty")]
@@ -34,8 +36,9 @@ pub struct RunFile {
 
 impl RunFile {
     /// Describes this process.
-    pub fn new(instance: &str, mqtt: &[Bind], admin: SocketAddr, token: String) -> Self {
-        Self { pid: std::process::id(), instance: instance.to_owned(), mqtt: mqtt.to_vec(), admin, token }
+    pub fn new(instance: &str, (mqtt, http): (&[Bind], &[Bind]), admin: SocketAddr, token: String) -> Self {
+        let (mqtt, http) = (mqtt.to_vec(), http.to_vec());
+        Self { pid: std::process::id(), instance: instance.to_owned(), mqtt, http, admin, token }
     }
 }
 
@@ -104,7 +107,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         // A folder that is not there yet stands for a disk without room.
         let data_dir = folder.path().join("data");
-        let running = RunFile::new("i", &[], SocketAddr::from((Ipv4Addr::LOCALHOST, 1)), String::new());
+        let running =
+            RunFile::new("i", (&[], &[]), SocketAddr::from((Ipv4Addr::LOCALHOST, 1)), String::new());
         write_or_retry(&data_dir, running.clone(), CancellationToken::new());
         assert_eq!(read(&data_dir).unwrap(), None);
         std::fs::create_dir(&data_dir).unwrap();

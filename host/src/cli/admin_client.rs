@@ -212,7 +212,7 @@ mod tests {
         let (file, data_dir) = (folder.path().join("headworks.yaml"), folder.path().join("data"));
         std::fs::write(&file, format!("data_dir: {}\n", data_dir.display())).unwrap();
         std::fs::create_dir(&data_dir).unwrap();
-        let running = RunFile::new("this", &[], admin, String::new());
+        let running = RunFile::new("this", (&[], &[]), admin, String::new());
         std::fs::write(data_dir.join("run.json"), serde_json::to_string(&running).unwrap()).unwrap();
         let config = crate::config::load(Some(&file)).unwrap().config;
         let serving = tokio::spawn(async move {
@@ -248,7 +248,7 @@ mod tests {
 
         let lock = Locked::exclusive(File::create(data_dir.join("LOCK")).unwrap()).unwrap();
         assert!(asked().await.is::<NoAnswer>(), "it starts, and has not written where it listens");
-        let running = RunFile::new("this", &[], admin, String::new());
+        let running = RunFile::new("this", (&[], &[]), admin, String::new());
         std::fs::write(data_dir.join("run.json"), serde_json::to_string(&running).unwrap()).unwrap();
         assert!(asked().await.is::<NoAnswer>());
         drop(silent);

@@ -11,7 +11,8 @@ use super::{admin_client, block_on};
 use crate::admin::{ClientList, ClientListRequest, RefusedClientsRequest};
 use crate::config::{self, Config, Loaded};
 use crate::hints::Hint;
-use crate::listeners::mqtt::{Client, ClientOrder, RefusedClient};
+use crate::listeners::mqtt::{Client, ClientOrder};
+use crate::listeners::refused_clients::RefusedClient;
 
 const USER_CHARS_MAX: usize = 60;
 /// Clients that are listed as text, unless more are asked for.

@@ -28,11 +28,11 @@ use serde_json::Value;
 
 use crate::batch::Offset;
 use crate::hints::Hints;
-use crate::listeners::mqtt;
+use crate::listeners::{http, mqtt};
 use crate::problems::{KeyPath, Places, Problem, Problems};
 use crate::stream::log::ReadOnly;
 use crate::topic::Namespace;
-use crate::{admin, devices, pipeline, plugin, sinks, stream, threads};
+use crate::{access, admin, devices, pipeline, plugin, sinks, stream, threads};
 
 /// Everything a host is told. Each part owns its own section; what is left out
 /// has a default (see `complete`).
@@ -44,6 +44,8 @@ pub struct Config {
     pub data_dir: PathBuf,
     /// The MQTT entry for devices.
     pub mqtt: mqtt::Config,
+    /// The HTTP entry for devices; without listeners there is none.
+    pub http: http::Config,
     /// Names the levels of a topic; one of them is `{device_id}`. A topic that
     /// does not fit is kept too, its device is the client that published it.
     pub topics: String,
@@ -74,6 +76,7 @@ impl Default for Config {
         Self {
             data_dir: "data".into(),
             mqtt: mqtt::Config::default(),
+            http: http::Config::default(),
             topics: Namespace::DEFAULT_PATTERN.to_owned(),
             streams: BTreeMap::new(),
             plugins: plugin::Config::default(),
@@ -253,6 +256,7 @@ pub fn load_with_files(path: Option<&Path>) -> Result<Loaded, Error> {
     let mut problems = Problems::default();
     let (root, config) = (KeyPath::root(), &parsed.config);
     config.mqtt.look(&root.key("mqtt"), &mut problems);
+    config.http.look(&root.key("http"), &mut problems);
     config.devices.look(&root.key("devices"), &mut problems);
     config.admin.look(&root.key("admin"), &mut problems);
     for (name, sink) in &config.sinks {
@@ -262,6 +266,8 @@ pub fn load_with_files(path: Option<&Path>) -> Result<Loaded, Error> {
     parsed.add(problems.into_vec());
     let mut loaded = parsed.into_loaded(path, &files)?;
     loaded.warnings.extend(loaded.config.mqtt.warnings());
+    let takes_secrets = loaded.config.mqtt.access.as_ref().is_some_and(access::Config::takes_secrets);
+    loaded.warnings.extend(loaded.config.http.warnings(takes_secrets));
     loaded.warnings.extend(missing_plugins(&loaded.config));
     loaded.warnings.extend(missing_folder(&loaded.config, &files));
     try_plugins(&mut loaded, &files)?;

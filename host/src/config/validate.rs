@@ -24,6 +24,7 @@ pub fn validate(config: &Config, problems: &mut Problems) {
         problems.add(root.key("topics"), error.to_string());
     }
     config.mqtt.validate(&root.key("mqtt"), problems);
+    config.http.validate(&root.key("http"), config.mqtt.asks_for_credentials(), problems);
     config.plugins.validate(&root.key("plugins"), problems);
     config.devices.validate(&root.key("devices"), problems);
     config.dead_letters.validate(&root.key("dead_letters"), problems);
@@ -79,6 +80,14 @@ fn streams(config: &Config, problems: &mut Problems) {
             let message = format!(
                 "must be at least {needed}, twice mqtt.max_packet_size ({packet}) and 1 MiB, is {buffer}; \
                  a packet must fit into one commit"
+            );
+            problems.add(path.key("commit_buffer_bytes_max"), message);
+        }
+        let needed = ByteSize(config.http.commit_bytes_least());
+        if buffer < needed {
+            let message = format!(
+                "must be at least {needed}, the larger of http.max_batch_size and http.max_message_size and \
+                 1 MiB, is {buffer}; the messages of a request must fit into one commit"
             );
             problems.add(path.key("commit_buffer_bytes_max"), message);
         }
@@ -200,6 +209,10 @@ fn addresses(config: &Config, problems: &mut Problems) {
     let listeners = config.mqtt.listeners.iter().enumerate().map(|(i, listener)| {
         (Some(listener.bind.clone()), root.key("mqtt").key("listeners").index(i).key("bind"))
     });
+    let http = config.http.listeners.iter().enumerate().map(|(i, listener)| {
+        (Some(listener.bind.clone()), root.key("http").key("listeners").index(i).key("bind"))
+    });
+    let listeners = listeners.chain(http);
     let admin = (config.admin.address().map(Bind::Tcp), root.key("admin").key("bind"));
     for (bind, path) in listeners.chain([admin]) {
         let Some(bind) = bind else {

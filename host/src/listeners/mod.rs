@@ -2,7 +2,10 @@
 //! appends them to a stream and acknowledges only what the stream made durable.
 //! All of them stand on [`transport`].
 
+pub mod http;
 pub mod mqtt;
+mod permits;
+pub mod refused_clients;
 pub mod transport;
 
 /// What to do where an address cannot be listened on.

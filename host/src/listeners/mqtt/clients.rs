@@ -9,10 +9,10 @@ use serde::{Deserialize, Serialize};
 use super::Broker;
 use super::activity::Counts;
 use super::clock::Clock;
-use super::refused_clients::RefusedClient;
 use super::session::Session;
 use super::takeovers::ContendedId;
 use super::wire::Version;
+use crate::listeners::refused_clients::RefusedClient;
 use crate::listeners::transport::{Address, Remote};
 
 /// What is known of a client that is connected, or whose session waits for it.

@@ -8,7 +8,6 @@ mod changing;
 mod delivering;
 mod ending;
 mod packets;
-mod permits;
 #[cfg(test)]
 mod tests;
 
@@ -30,7 +29,6 @@ use tokio::time::{Instant, Sleep, sleep_until, timeout};
 use self::changing::{Changing, changed};
 use self::delivering::{Moved, Outward, outward};
 use self::ending::{End, Leaving, linger};
-use self::permits::{FREE_BYTES, Permit, TooSlow};
 use super::Broker;
 use super::acks::Stopped;
 use super::aliases::Aliases;
@@ -43,10 +41,9 @@ use super::outbound::Peer;
 use super::session::Session;
 use super::will::Will;
 use super::wire::{self, Fault, Packet};
+use crate::listeners::permits::{FREE_BYTES, Permit, TooSlow};
 use crate::listeners::transport::{self, Place, Remote, closing};
 use crate::threads::{SHORT_TURN, offer_core};
-
-pub use self::permits::Permits;
 
 /// One read takes at most this much.
 const READ_BYTES_MAX: usize = 64 << 10;

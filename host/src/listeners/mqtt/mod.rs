@@ -32,7 +32,6 @@ mod outbound;
 mod owner;
 mod picks;
 mod refused;
-mod refused_clients;
 mod retained;
 mod service;
 mod session;
@@ -61,14 +60,12 @@ use tokio_util::task::TaskTracker;
 
 use self::acks::Stopped;
 use self::clock::Clock;
-use self::connection::Permits;
 use self::copies::Copies;
 use self::fanout::{Live, Subscription};
 use self::lineages::Lineages;
 use self::lock_order::{Locked, Rank, in_order};
 use self::metrics::{Counters, Measured};
 use self::outbound::QueueLimits;
-use self::refused_clients::RefusedClients;
 use self::retained::Retained;
 use self::session::{Change, LoadedSessions, Sessions};
 use self::sys::Sys;
@@ -78,7 +75,9 @@ use self::wire::Version;
 use crate::access::{self, Access};
 use crate::hints::Hint;
 use crate::ingest::Ingest;
-use crate::listeners::transport::{self, Address, Bind, Certificates, Entry};
+use crate::listeners::permits::Permits;
+use crate::listeners::refused_clients::RefusedClients;
+use crate::listeners::transport::{self, Address, Bind, Certificates, Entry, Handshakes};
 use crate::plugin::access::AccessEngine;
 use crate::room::Room;
 use crate::stream::log::STATE_BYTES_MAX;
@@ -93,7 +92,6 @@ pub use self::clock::{Source as ClockSource, system as system_clock};
 pub use self::config::{Config, Endpoint};
 pub use self::copies::READER;
 pub use self::metrics::METRICS;
-pub use self::refused_clients::RefusedClient;
 pub use self::takeovers::ContendedId;
 
 /// Key of the broker stream's state.
@@ -158,6 +156,16 @@ impl Handle {
 
     pub fn clients(&self) -> Clients {
         self.clients.clone()
+    }
+
+    /// Returns who may do what, for the other listeners: a user has one set of rights and limits.
+    pub fn access(&self) -> Arc<Access> {
+        self.clients.0.access.clone()
+    }
+
+    /// Returns the list of clients that were refused, for the other listeners.
+    pub fn refused_clients(&self) -> Arc<RefusedClients> {
+        self.clients.0.refused_clients.clone()
     }
 
     /// Returns when every connection has ended, or after [`JOIN_MAX`].
@@ -233,7 +241,11 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
     tasks.spawn(keep_access(broker.clone()));
     let accepting = entries
         .into_iter()
-        .map(|entry| tokio::spawn(transport::accept(broker.clone(), entry, room.clone(), tasks.clone())));
+        .map(|entry| {
+            let handshakes = Handshakes::new(config.handshakes_max as usize);
+            transport::accept(broker.clone(), entry, room.clone(), handshakes, tasks.clone())
+        })
+        .map(tokio::spawn);
     let accepting = accepting.collect();
     Ok(Handle { addresses, accepting, tasks, clients: Clients(broker) })
 }
@@ -291,7 +303,7 @@ struct Broker {
     identities: Arc<[Identity]>,
     broker: Arc<dyn Stream>,
     failures: Failures,
-    access: Access,
+    access: Arc<Access>,
     /// The threads that serve connections.
     connections: runtime::Handle,
     background: runtime::Handle,
@@ -314,7 +326,7 @@ struct Broker {
     clients: AtomicI64,
     /// A connection has ended.
     connection_ended: Notify,
-    refused_clients: RefusedClients,
+    refused_clients: Arc<RefusedClients>,
     takeovers: Takeovers,
     /// The most at one time.
     clients_most: AtomicU64,
@@ -401,7 +413,7 @@ impl Broker {
             ingest: deps.ingest,
             broker: deps.broker,
             failures: deps.failures,
-            access,
+            access: Arc::new(access),
             connections: runtime::Handle::current(),
             background: deps.background,
             clock,
@@ -411,7 +423,7 @@ impl Broker {
             wills,
             clients: AtomicI64::new(0),
             connection_ended: Notify::new(),
-            refused_clients: RefusedClients::default(),
+            refused_clients: Arc::default(),
             takeovers: Takeovers::default(),
             clients_most: AtomicU64::new(0),
             totals: Totals::default(),

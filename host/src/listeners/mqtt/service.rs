@@ -36,10 +36,6 @@ impl Service for Broker {
         &self.shutdown
     }
 
-    fn handshakes_max(&self) -> usize {
-        self.config.handshakes_max as usize
-    }
-
     fn handshake_timeout(&self) -> Duration {
         self.config.connect_timeout.0
     }

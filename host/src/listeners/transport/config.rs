@@ -92,6 +92,13 @@ impl Endpoint {
         Self { bind, tls: None, proxy_protocol: None, mode: None, allow_anonymous: false }
     }
 
+    /// Names what is served there, with its layers: `http tls proxied`.
+    pub fn kind(&self, protocol: &str) -> String {
+        let tls = if self.tls.is_some() { " tls" } else { "" };
+        let proxied = if self.proxy_protocol.is_some() { " proxied" } else { "" };
+        format!("{protocol}{tls}{proxied}")
+    }
+
     /// Whether only clients of this machine get here. A load balancer on it brings others.
     pub fn is_local(&self) -> bool {
         self.bind.is_loopback() && self.proxy_protocol.is_none()

@@ -8,6 +8,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv6Addr};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -60,7 +61,8 @@ impl Source {
 #[derive(Debug)]
 pub struct Handshake {
     of: Arc<Handshakes>,
-    number: u64,
+    /// Changed under the lock of `of`.
+    number: AtomicU64,
     source: Source,
     gives_way: Arc<Notify>,
 }
@@ -78,12 +80,10 @@ impl Handshakes {
         if places.taken >= self.max {
             places.make_room(source, now)?.notify_one();
         }
-        let (number, gives_way) = (places.next, Arc::new(Notify::new()));
-        places.next += 1;
+        let gives_way = Arc::new(Notify::new());
         places.taken += 1;
-        places.silent.entry(source).or_default().insert(number);
-        places.waiting.insert(number, (now, gives_way.clone()));
-        Some(Handshake { of: self.clone(), number, source, gives_way })
+        let number = places.wait(source, now, &gives_way);
+        Some(Handshake { of: self.clone(), number: number.into(), source, gives_way })
     }
 
     /// Returns after a place was given back. Safe to drop.
@@ -112,6 +112,14 @@ impl Places {
         self.no_more_silent(source, number)
     }
 
+    fn wait(&mut self, source: Source, now: Instant, gives_way: &Arc<Notify>) -> u64 {
+        let number = self.next;
+        self.next += 1;
+        self.silent.entry(source).or_default().insert(number);
+        self.waiting.insert(number, (now, gives_way.clone()));
+        number
+    }
+
     fn no_more_silent(&mut self, source: Source, number: u64) -> Option<Arc<Notify>> {
         if let Some(numbers) = self.silent.get_mut(&source) {
             numbers.remove(&number);
@@ -126,7 +134,14 @@ impl Places {
 impl Handshake {
     /// Its client has spoken: from now on it gives way to nobody.
     pub fn heard(&self) {
-        self.of.lock().no_more_silent(self.source, self.number);
+        self.of.lock().no_more_silent(self.source, self.number.load(Ordering::Relaxed));
+    }
+
+    /// Its client is awaited again, as the youngest of those that give way.
+    pub fn waits_again(&self, now: Instant) {
+        let mut places = self.of.lock();
+        let number = places.wait(self.source, now, &self.gives_way);
+        self.number.store(number, Ordering::Relaxed);
     }
 
     /// Returns where the connection is to end for another one's. Safe to drop.
@@ -138,7 +153,7 @@ impl Handshake {
 impl Drop for Handshake {
     fn drop(&mut self) {
         let mut places = self.of.lock();
-        places.no_more_silent(self.source, self.number);
+        places.no_more_silent(self.source, self.number.load(Ordering::Relaxed));
         places.taken -= 1;
         self.of.freed.notify_one();
     }
@@ -175,6 +190,16 @@ mod tests {
         assert_eq!(gone(&silent), [2], "not one whose client has spoken");
         assert!(enter("192.0.2.2").is_none(), "each has one");
         assert_eq!((gone(&silent), gone(&[other, another])), (vec![], vec![]));
+    }
+
+    #[test]
+    fn a_connection_that_waits_again_is_the_youngest_of_its_address() {
+        let (places, now) = (Handshakes::new(3), Instant::now());
+        let of_one: Vec<_> = (0..3).map(|_| places.enter(&from("192.0.2.1"), now).unwrap()).collect();
+        of_one[0].heard();
+        of_one[0].waits_again(now);
+        let _others = [places.enter(&from("192.0.2.2"), now).unwrap()];
+        assert_eq!(gone(&of_one), [1]);
     }
 
     #[test]

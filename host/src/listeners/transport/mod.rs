@@ -40,13 +40,14 @@ use tokio_rustls::server::TlsStream;
 use tokio_util::task::TaskTracker;
 
 use self::config::Endpoint;
-use self::handshakes::{Handshake, Handshakes};
+use self::handshakes::Handshake;
 use self::listen::{Listener, Socket};
 use self::origin::Origins;
 use self::tls::Tls;
 use crate::access::{Entrance, Proof};
 
 pub use self::bind::{Bind, SocketMode};
+pub use self::handshakes::Handshakes;
 pub use self::network::Network;
 pub use self::reload::keep_certificates;
 pub use self::service::{Io, Service};
@@ -145,6 +146,12 @@ impl Place {
         self.handshake.iter().for_each(|handshake| handshake.heard());
     }
 
+    /// The client is awaited again: it gives way, for a listener that keeps its places for as long as its
+    /// connections.
+    pub fn waits_again(&self) {
+        self.handshake.iter().for_each(|handshake| handshake.waits_again(Instant::now()));
+    }
+
     /// Returns where it is to end for another handshake. Safe to drop.
     pub async fn gives_way(&self) {
         match &self.handshake {
@@ -224,8 +231,13 @@ pub fn try_address(bind: &Bind) -> Result<(), Error> {
 }
 
 /// Takes connections until shutdown; never waits for one of them.
-pub async fn accept<S: Service>(service: Arc<S>, entry: Entry, room: Arc<Semaphore>, tasks: TaskTracker) {
-    let handshakes = Handshakes::new(service.handshakes_max());
+pub async fn accept<S: Service>(
+    service: Arc<S>,
+    entry: Entry,
+    room: Arc<Semaphore>,
+    handshakes: Arc<Handshakes>,
+    tasks: TaskTracker,
+) {
     let entrance = Arc::new(entry.entrance());
     let Entry { plan: Plan { endpoint, websocket, .. }, listener, tls } = entry;
     let layers = Arc::new(Layers { endpoint, websocket, tls });

@@ -25,9 +25,6 @@ pub trait Service: Send + Sync + 'static {
 
     fn shutdown(&self) -> &CancellationToken;
 
-    /// Bound of the handshakes of one entry at a time.
-    fn handshakes_max(&self) -> usize;
-
     /// Bound of PROXY, TLS and WebSocket together.
     fn handshake_timeout(&self) -> Duration;
 

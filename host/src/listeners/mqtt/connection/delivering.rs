@@ -7,7 +7,6 @@ use std::sync::Arc;
 use rmqtt_codec::v5::DisconnectReasonCode;
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use super::permits::{Permit, Permits, TooSlow};
 use super::{Connection, End, WRITE_BYTES_LEAST, WRITE_BYTES_MAX};
 use crate::access::Verdict;
 use crate::listeners::mqtt::Broker;
@@ -15,6 +14,7 @@ use crate::listeners::mqtt::handshake::may_see;
 use crate::listeners::mqtt::outbound::{Loaded, Loader, Outbox, Space, Waits};
 use crate::listeners::mqtt::session::Session;
 use crate::listeners::mqtt::wire::Fault;
+use crate::listeners::permits::{Permit, Permits, TooSlow};
 use crate::stream::Ticket;
 
 /// The permit of a large message that finds no memory, from when it is to be read until its packet is

@@ -1,0 +1,166 @@
+//! The `http:` section of the configuration: where to listen and every bound.
+
+use std::time::Duration;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::batch::SPAN_BYTES_MAX;
+use crate::listeners::transport::config::Endpoint;
+use crate::problems::{KeyPath, Problems};
+use crate::units::{ByteSize, Period};
+
+/// Most messages of one batch.
+const BATCH_MESSAGES_MOST: u32 = 10_000;
+
+/// HTTP for devices and gateways that post their messages: `POST /messages/TOPIC` for one,
+/// `POST /batch` for many. Who may do so is said in `mqtt.access` and `mqtt.limits`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Where to listen; left out: nowhere.
+    pub listeners: Vec<Endpoint>,
+    /// Largest payload of one message; a larger one is answered with 413.
+    pub max_message_size: ByteSize,
+    /// Largest body of a batch; a larger one is answered with 413.
+    pub max_batch_size: ByteSize,
+    /// Messages of one batch; more are answered with 413.
+    pub batch_messages_max: u32,
+    /// Bytes of the bodies of all clients together that are not answered. Past it a body of more than
+    /// 4 KiB waits for room before it is read on, and a client that has room and sends less than
+    /// 10 KiB in 10 s while others wait is answered with 408.
+    pub partial_bodies_bytes_max: ByteSize,
+    /// Connections at a time. Past it the address with the most connections that wait for a
+    /// request loses its oldest to one with fewer (IPv6: a network of 64 bits; all Unix sockets and
+    /// all behind one load balancer count as one address); else a new one is closed. Each is an
+    /// open file.
+    pub connections_max: u32,
+    /// From the begin of a connection to the end of its first request's headers; before it, as long
+    /// again for PROXY and TLS together. The body of any request may take as long, and a second more
+    /// for each KiB.
+    pub request_timeout: Period,
+    /// How long a connection is kept that asks nothing, up to the end of its next request's headers.
+    pub idle_timeout: Period,
+    /// At shutdown, how long requests that are under way may still take.
+    pub drain_timeout: Period,
+    /// How long a request with an `Idempotency-Key` is remembered: one that repeats it within is
+    /// answered as the first was, and appends nothing.
+    pub idempotency_window: Period,
+    /// Keys that are remembered. Past it the client with the most loses its oldest. They are part of
+    /// their stream's state, of which every segment of the stream begins with a copy.
+    pub idempotency_keys_max: u32,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            listeners: Vec::new(),
+            max_message_size: ByteSize::mib(1),
+            max_batch_size: ByteSize::mib(4),
+            batch_messages_max: 1_000,
+            partial_bodies_bytes_max: ByteSize::mib(64),
+            connections_max: 4_096,
+            request_timeout: Period(Duration::from_secs(30)),
+            idle_timeout: Period(Duration::from_secs(60)),
+            drain_timeout: Period(Duration::from_secs(5)),
+            idempotency_window: Period(Duration::from_secs(24 * 3_600)),
+            idempotency_keys_max: 50_000,
+        }
+    }
+}
+
+impl Config {
+    /// Finds everything that is wrong; reads no file. `asks_for_credentials`: `mqtt.access` refuses
+    /// clients that nobody knows.
+    pub fn validate(&self, path: &KeyPath, asks_for_credentials: bool, problems: &mut Problems) {
+        for (i, endpoint) in self.listeners.iter().enumerate() {
+            let at = path.key("listeners").index(i);
+            endpoint.validate(&at, asks_for_credentials, problems);
+        }
+        let mut size = |key: &str, value: u64, least: u64, most: u64| {
+            if value < least || value > most {
+                problems.add(path.key(key), format!("must be {least} to {most}, is {value}"));
+            }
+        };
+        let most = SPAN_BYTES_MAX as u64;
+        size("max_message_size", self.max_message_size.0, 1, most);
+        size("max_batch_size", self.max_batch_size.0, 1, most);
+        size("batch_messages_max", self.batch_messages_max.into(), 1, BATCH_MESSAGES_MOST.into());
+        let partial = self.partial_bodies_bytes_max.0;
+        size("partial_bodies_bytes_max", partial, self.body_bytes_max(), 1 << 40);
+        size("connections_max", self.connections_max.into(), 1, 1_000_000);
+        size("idempotency_keys_max", self.idempotency_keys_max.into(), 1, 1_000_000);
+        for (key, period) in [
+            ("request_timeout", &self.request_timeout),
+            ("idle_timeout", &self.idle_timeout),
+            ("idempotency_window", &self.idempotency_window),
+        ] {
+            if period.0.is_zero() {
+                problems.add(path.key(key), "must be longer than 0s");
+            }
+        }
+    }
+
+    /// Reads the files that it names; adds what is wrong with them.
+    pub fn look(&self, path: &KeyPath, problems: &mut Problems) {
+        for (i, endpoint) in self.listeners.iter().enumerate() {
+            if let Some(tls) = &endpoint.tls {
+                tls.look(&path.key("listeners").index(i).key("tls"), problems);
+            }
+        }
+    }
+
+    /// Returns what is legal, but hardly meant; each begins with its key. Reads the files that it names.
+    pub fn warnings(&self, takes_secrets: bool) -> Vec<String> {
+        let mut warnings = Vec::new();
+        for (i, endpoint) in self.listeners.iter().enumerate() {
+            let at = format!("http.listeners[{i}]");
+            warnings.extend(endpoint.tls.iter().flat_map(|tls| tls.warnings(&format!("{at}.tls"))));
+            if endpoint.is_clear_text() && takes_secrets {
+                warnings.push(format!(
+                    "{at}: passwords and tokens cross the network in clear text: set tls, or bind to 127.0.0.1"
+                ));
+            }
+        }
+        warnings
+    }
+
+    /// Returns the size of the largest body of any request.
+    pub fn body_bytes_max(&self) -> u64 {
+        self.max_message_size.0.max(self.max_batch_size.0)
+    }
+
+    /// Returns the least commit buffer of a stream that takes all that a request may bring.
+    pub fn commit_bytes_least(&self) -> u64 {
+        if self.listeners.is_empty() { 0 } else { self.body_bytes_max().saturating_add(1 << 20) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problems(config: &Config) -> Vec<String> {
+        let mut problems = Problems::default();
+        config.validate(&KeyPath::root().key("http"), false, &mut problems);
+        problems.into_vec().into_iter().map(|problem| problem.path.as_str().to_owned()).collect()
+    }
+
+    #[test]
+    fn an_open_address_without_credentials_is_refused_until_somebody_says_so() {
+        let of = |json: &str| problems(&serde_json::from_str(json).unwrap());
+        assert_eq!(of("{}"), [""; 0]);
+        assert_eq!(of(r#"{ "listeners": [{ "bind": "127.0.0.1:8088" }] }"#), [""; 0]);
+        assert_eq!(of(r#"{ "listeners": [{ "bind": "0.0.0.0:8088" }] }"#), ["http.listeners[0].bind"]);
+        assert_eq!(of(r#"{ "listeners": [{ "bind": "0.0.0.0:8088", "allow_anonymous": true }] }"#), [""; 0]);
+    }
+
+    #[test]
+    fn bounds_that_cannot_hold_are_named() {
+        let config = serde_json::from_str(
+            r#"{ "batch_messages_max": 0, "partial_bodies_bytes_max": "1MiB", "idle_timeout": "0s" }"#,
+        );
+        let wrong = ["http.batch_messages_max", "http.partial_bodies_bytes_max", "http.idle_timeout"];
+        assert_eq!(problems(&config.unwrap()), wrong);
+    }
+}

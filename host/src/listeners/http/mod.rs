@@ -1,0 +1,235 @@
+//! HTTP/1.1 for devices and gateways that post their messages: one (`POST /messages/TOPIC`,
+//! the body is the payload) or many (`POST /batch`).
+//!
+//! An answer of 2xx means that the messages are durable, as an MQTT acknowledgement does. Who may post is
+//! said by the access control of the MQTT listener ([`credentials`]); from there on a message goes the way
+//! that all listeners share ([`crate::ingest`]). A request that is sent again with its `Idempotency-Key`
+//! appends nothing ([`idempotency`]).
+
+mod answer;
+#[cfg(not(any(test, fuzzing)))]
+mod batch;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod batch;
+mod body;
+mod config;
+mod connection;
+mod credentials;
+mod idempotency;
+mod metrics;
+mod request;
+mod store;
+#[cfg(test)]
+mod tests;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use self::idempotency::Idempotency;
+use self::metrics::Counters;
+use super::permits::Permits;
+use super::refused_clients::RefusedClients;
+use super::transport::{
+    self, Address, Bind, Certificates, Entry, Handshakes, Io, Place, Plan, Remote, Service,
+};
+use crate::access::Access;
+use crate::hints::Hint;
+use crate::ingest::Ingest;
+use crate::telemetry::Failures;
+
+pub use self::config::Config;
+pub use self::metrics::METRICS;
+
+/// Protocols that TLS offers, the best first (RFC 7301).
+const ALPN: &[&[u8]] = &[b"http/1.1"];
+/// HTTP's number in the plugin contract.
+const TRANSPORT: u32 = 5;
+/// Connections that have been told to give way and have not ended yet, beside `connections_max`.
+pub const GIVING_WAY_MAX: usize = 64;
+/// Between two looks for idempotency keys whose time is over.
+const SWEEP_EVERY: Duration = Duration::from_secs(10);
+/// A shutdown waits so long for connections: one that is left loses nothing that was acknowledged.
+const JOIN_MAX: Duration = Duration::from_secs(10);
+
+/// What the listener stands on.
+pub struct Deps {
+    pub ingest: Arc<Ingest>,
+    /// That of the MQTT listener.
+    pub access: Arc<Access>,
+    pub refused_clients: Arc<RefusedClients>,
+    pub failures: Failures,
+    pub shutdown: CancellationToken,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("http.listeners: {0}")]
+    Listen(#[from] transport::Error),
+}
+
+/// What all connections share.
+pub struct Http {
+    config: Config,
+    ingest: Arc<Ingest>,
+    access: Arc<Access>,
+    refused_clients: Arc<RefusedClients>,
+    idempotency: Idempotency,
+    /// Permits to hold bodies in memory.
+    bodies: Arc<Permits>,
+    failures: Failures,
+    shutdown: CancellationToken,
+    counters: Counters,
+}
+
+/// A running listener; ends after its shutdown token is cancelled.
+pub struct Handle {
+    addresses: Vec<Bind>,
+    tasks: TaskTracker,
+    accepting: Vec<JoinHandle<()>>,
+}
+
+impl Handle {
+    /// In the order of the configuration, with the ports that were taken.
+    pub fn addresses(&self) -> &[Bind] {
+        &self.addresses
+    }
+
+    /// Returns when every connection has ended, or after [`JOIN_MAX`].
+    pub async fn join(self) {
+        let ended = async {
+            for task in self.accepting {
+                // A panic there is the process's to report; the others still end.
+                let _ = task.await;
+            }
+            self.tasks.close();
+            self.tasks.wait().await;
+        };
+        if tokio::time::timeout(JOIN_MAX, ended).await.is_err() {
+            tracing::warn!(
+                connections = self.tasks.len(),
+                "http: some connections have not ended, going on without them"
+            );
+        }
+    }
+}
+
+/// Fails where an address is taken, without listening at it.
+pub fn try_addresses(config: &Config) -> Result<(), Error> {
+    Ok(config.listeners.iter().try_for_each(|endpoint| transport::try_address(&endpoint.bind))?)
+}
+
+/// Reads the keys of requests, binds, serves.
+pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
+    let Deps { ingest, access, refused_clients, failures, shutdown } = deps;
+    let mut entries = Vec::new();
+    for endpoint in &config.listeners {
+        let plan =
+            Plan { endpoint: endpoint.clone(), websocket: None, protocols: ALPN, transport: TRANSPORT };
+        entries.push(Entry::bind(plan).await?);
+        let bind = &endpoint.bind;
+        if !endpoint.is_local() && endpoint.allow_anonymous && !access.is_checked() {
+            tracing::warn!(%bind, "http: anyone who can reach this address may post messages (allow_anonymous)");
+        }
+    }
+    let addresses = entries.iter().map(Entry::address).collect();
+    let (window, keys_max) = (config.idempotency_window.0, config.idempotency_keys_max as usize);
+    let idempotency = Idempotency::load(&ingest, window, keys_max, request::now_us(), metrics::idempotency());
+    let tasks = TaskTracker::new();
+    let http = Arc::new(Http {
+        idempotency,
+        bodies: Permits::new(config.partial_bodies_bytes_max.0),
+        config: config.clone(),
+        ingest,
+        access,
+        refused_clients,
+        failures,
+        shutdown,
+        counters: Counters::new(),
+    });
+    tasks.spawn(keep_house(http.clone()));
+    if config.listeners.iter().any(|endpoint| endpoint.tls.is_some()) {
+        let hangup = signal(SignalKind::hangup()).ok();
+        tasks.spawn(transport::keep_certificates(http.clone(), Certificates::of(&entries), hangup));
+    }
+    let room = Arc::new(Semaphore::new(config.connections_max as usize + GIVING_WAY_MAX));
+    // Shared by all addresses: a connection keeps its place, and gives way whenever it asks nothing.
+    let places = Handshakes::new(config.connections_max as usize);
+    let accepting = entries
+        .into_iter()
+        .map(|entry| transport::accept(http.clone(), entry, room.clone(), places.clone(), tasks.clone()))
+        .map(tokio::spawn);
+    let accepting = accepting.collect();
+    Ok(Handle { addresses, accepting, tasks })
+}
+
+/// Forgets keys of requests whose time is over.
+async fn keep_house(http: Arc<Http>) {
+    while http.shutdown.run_until_cancelled(tokio::time::sleep(SWEEP_EVERY)).await.is_some() {
+        http.idempotency.remove_old(&http.ingest);
+    }
+}
+
+impl Service for Http {
+    const NAME: &'static str = "http";
+    const GREETING: &'static str = "a request";
+
+    fn failures(&self) -> &Failures {
+        &self.failures
+    }
+
+    fn shutdown(&self) -> &CancellationToken {
+        &self.shutdown
+    }
+
+    fn handshake_timeout(&self) -> Duration {
+        self.config.request_timeout.0
+    }
+
+    fn looks_at_certificates(&self) -> bool {
+        self.access.looks_at_certificates()
+    }
+
+    fn accepted(&self) {
+        self.counters.sockets.increment(1);
+    }
+
+    fn lost(&self, cause: &'static str) {
+        self.counters.refused_connect(cause);
+    }
+
+    fn refused(&self, cause: &'static str, kind: &str, who: Option<&str>, address: &Address, detail: &str) {
+        self.counters.refused_connect(cause);
+        let ip = address.ip();
+        let subject = who.map_or_else(|| ip.to_string(), str::to_owned);
+        self.failures.report_client(kind, &subject, 1, detail, &self.failures.hint(Hint::ClientsRefused));
+        self.refused_clients.add(cause, who, ip, detail);
+    }
+
+    fn certificates_changed(&self, outcome: &'static str) {
+        self.counters.tls_reload(outcome);
+        if outcome == "taken" {
+            self.access.recheck();
+        }
+    }
+
+    fn show_certificate(&self, file: &Path, seconds_left: f64) {
+        let file = file.display().to_string();
+        ::metrics::gauge!("headworks_http_certificate_seconds_left", "file" => file).set(seconds_left);
+    }
+
+    fn show_revocation_list(&self, file: &Path, seconds_left: f64) {
+        let file = file.display().to_string();
+        ::metrics::gauge!("headworks_http_revocation_list_seconds_left", "file" => file).set(seconds_left);
+    }
+
+    fn serve<I: Io>(self: Arc<Self>, io: I, remote: Remote, place: Place) -> impl Future<Output = ()> + Send {
+        connection::serve(self, io, remote, place)
+    }
+}
