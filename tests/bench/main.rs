@@ -9,6 +9,7 @@ mod broker;
 mod crowd;
 mod e2e;
 mod honest;
+mod http;
 mod idle;
 mod ingest;
 mod load;
@@ -23,8 +24,9 @@ use results::Results;
 
 type Section = (&'static str, fn(&mut Results));
 
-const SECTIONS: [Section; 8] = [
+const SECTIONS: [Section; 9] = [
     ("ingest", ingest::run),
+    ("http", http::run),
     ("broker", broker::run),
     ("idle", idle::run),
     ("plugin", plugin::run),
