@@ -11,6 +11,8 @@
 //! else's messages.
 
 mod lanes;
+mod one_member;
+mod owed;
 mod pass_on;
 mod sent;
 mod share_records;
@@ -29,17 +31,18 @@ use self::sent::{Met, Sent};
 use self::share_records::ShareRecords;
 use super::Broker;
 use super::lock_order::{Locked, Rank, in_order};
-use super::outbound::{Ids, Message, Place, QueueLimits, Queued, RetainedFrom};
+use super::outbound::{Ids, Message, Place, QueueLimits, RetainedFrom};
 use super::session::Session;
-use super::subscriptions::{Filter, Options, Path, Share, Tree, is_live, is_shared};
+use super::subscriptions::{Filter, Options, Path, Tree, is_live, is_shared};
 use super::sys;
 use crate::batch::{Batch, MessageRef, Offset};
 use crate::properties::{self, Origin, facts};
 use crate::stream::{GapCause, Read, ReadError, Stream};
 
 pub use self::lanes::catch_up;
+pub use self::owed::Found as FoundShare;
 pub use self::pass_on::Departure;
-pub use self::share_records::{FoundRecords, Heirs};
+pub use self::share_records::{FoundRecords, RECORDS_AT_ONCE};
 pub use self::wakes::Wakes;
 
 /// No message of this stream is delivered now.
@@ -115,23 +118,23 @@ pub struct Subscription {
 }
 
 impl Live {
-    /// `sessions`: of the last run.
+    /// `sessions`, `shares`: of the last run.
     pub fn new(
         streams: &[Arc<dyn Stream>],
         limits: QueueLimits,
         sessions: &[Arc<Session>],
-        heirs: Heirs,
+        mut shares: Vec<FoundShare>,
     ) -> Self {
-        let tail = |(number, stream): (usize, &Arc<dyn Stream>)| {
+        let mut tail = |(number, stream): (usize, &Arc<dyn Stream>)| {
             let end = stream.bounds().end.0;
             Tail {
                 begun_at: end,
                 position: AtomicU64::new(IDLE),
                 start: Notify::new(),
-                lanes: lanes(sessions, streams.len(), number, end),
+                lanes: lanes(sessions, &mut shares, streams.len(), number, end),
             }
         };
-        let streams: Vec<Tail> = streams.iter().enumerate().map(tail).collect();
+        let streams: Vec<Tail> = streams.iter().enumerate().map(&mut tail).collect();
         Self {
             index: RwLock::default(),
             lanes: AtomicUsize::new(streams.iter().map(|tail| tail.lanes.len()).sum()),
@@ -141,7 +144,7 @@ impl Live {
             no_local: AtomicUsize::new(0),
             limits,
             arrivals: AtomicU64::new(1),
-            passed: RwLock::new(Passed { seen: None, shares: ShareRecords::of(heirs) }),
+            passed: RwLock::new(Passed { seen: None, shares: ShareRecords::of(shares) }),
         }
     }
 
@@ -198,10 +201,14 @@ impl Live {
     /// Subscribes, and queues the retained messages that match. The more at once, the
     /// less often it waits for the live delivery, and the longer that waits for it.
     pub fn subscribe(&self, broker: &Broker, session: &Arc<Session>, subscriptions: &[Subscription]) {
-        let joining = self.join_shares(broker, session, subscriptions);
+        let mut joining = self.join_shares(broker, session, subscriptions);
         let mut index = self.index_to_change();
-        let wanted = subscriptions.iter().filter(|one| self.put_in(broker, &mut index, session, one));
-        let wanted: Vec<&Subscription> = wanted.collect();
+        let mut wanted = Vec::new();
+        for one in subscriptions {
+            if self.put_in(broker, joining.as_deref_mut(), &mut index, session, one) {
+                wanted.push(one);
+            }
+        }
         drop((index, joining));
         for Subscription { filter, options, .. } in wanted.into_iter().filter(|one| !one.filter.is_live()) {
             let messages = sys::matching(broker, filter.topics());
@@ -213,12 +220,17 @@ impl Live {
     fn put_in(
         &self,
         broker: &Broker,
+        passed: Option<&mut Passed>,
         index: &mut Index,
         session: &Arc<Session>,
         &Subscription { ref filter, options, retained }: &Subscription,
     ) -> bool {
         // Off and on again, so that the counts follow changed options.
-        let is_new = !self.take_out(index, session, filter.as_str());
+        let before = self.take_out(index, session, filter.as_str());
+        let is_new = before.is_none();
+        if let (Some(before), Some(passed), 0) = (before, passed, options.qos) {
+            self.owe(passed, session, filter.as_str(), before);
+        }
         if session.add_filter(filter.as_str(), options) {
             session.outbox().change_filter(filter.as_str(), Some(options));
         }
@@ -264,11 +276,12 @@ impl Live {
     }
 
     /// True when the session had this filter.
-    pub async fn unsubscribe(&self, broker: &Broker, session: &Session, filter: &str) -> bool {
+    pub async fn unsubscribe(&self, broker: &Broker, session: &Arc<Session>, filter: &str) -> bool {
         let had = {
+            let mut leaving = self.leave_shares(session, [filter]);
             let mut index = self.index_to_change();
             session.remove_filter(filter);
-            let had = self.take_out(&mut index, session, filter);
+            let had = self.leave(leaving.as_deref_mut(), &mut index, session, filter);
             let mut outbox = session.outbox();
             outbox.end_retained(filter);
             if had {
@@ -284,17 +297,45 @@ impl Live {
 
     /// Unsubscribes a session that ends from all of its `filters`; what it held of
     /// shares is still to be passed on.
-    pub fn forget(&self, session: &Session, filters: &[Box<str>]) {
+    pub fn forget(&self, session: &Arc<Session>, filters: &[Box<str>]) {
         for some in filters.chunks(FILTERS_AT_ONCE) {
+            let mut leaving = self.leave_shares(session, some.iter().map(|filter| &**filter));
             let mut index = self.index_to_change();
             for filter in some {
-                self.take_out(&mut index, session, filter);
+                self.leave(leaving.as_deref_mut(), &mut index, session, filter);
             }
         }
     }
 
-    fn take_out(&self, index: &mut Index, session: &Session, filter: &str) -> bool {
-        let Some(options) = index.tree.remove(filter, session.number) else { return false };
+    /// Nothing moves between the members of shares until the guard is dropped, where the session leaves a
+    /// share by which it was still to be offered something.
+    fn leave_shares<'f>(
+        &self,
+        session: &Session,
+        filters: impl IntoIterator<Item = &'f str>,
+    ) -> Option<Locked<RwLockWriteGuard<'_, Passed>>> {
+        let is_owed = session.is_behind() && filters.into_iter().any(is_shared);
+        is_owed.then(|| self.passed_to_change())
+    }
+
+    /// True when the session had this filter.
+    fn leave(
+        &self,
+        passed: Option<&mut Passed>,
+        index: &mut Index,
+        session: &Arc<Session>,
+        filter: &str,
+    ) -> bool {
+        let before = self.take_out(index, session, filter);
+        if let (Some(before), Some(passed)) = (before, passed.filter(|_| is_shared(filter))) {
+            self.owe(passed, session, filter, before);
+        }
+        before.is_some()
+    }
+
+    /// Returns what the session had this filter with.
+    fn take_out(&self, index: &mut Index, session: &Session, filter: &str) -> Option<Options> {
+        let options = index.tree.remove(filter, session.number)?;
         self.subscriptions.fetch_sub(1, Ordering::Relaxed);
         self.no_local.fetch_sub(usize::from(options.no_local), Ordering::Relaxed);
         if !is_live(filter) {
@@ -302,7 +343,7 @@ impl Live {
         } else {
             index.live -= 1;
         }
-        true
+        Some(options)
     }
 
     /// A message that lies in no stream: `$SYS`.
@@ -311,7 +352,7 @@ impl Live {
         let (mut found, mut path) = (Met::default(), Path::default());
         index.tree.matches(message.topic(), &mut path, &mut |one| found.push(one));
         let sent = Sent::Broker(message, broker.clock.now_us());
-        self.deliver(&mut found, None, &sent, &mut Wakes::new(broker));
+        self.deliver(&mut found, None, &sent, None, &mut Wakes::new(broker));
     }
 
     /// Hands out the messages of a batch from number `first`, no more than
@@ -342,6 +383,9 @@ impl Live {
         broker.check_clock();
         let tail = &self.streams[stream];
         let has_lanes = self.lanes.load(Ordering::Acquire) > 0;
+        // While a record is made no lane gives members of shares what they are owed.
+        let passed = (lane > 0).then(|| self.transfers());
+        let owing = passed.as_ref().map(|passed| &passed.shares);
         let index = self.index();
         let (mut found, mut path) = (Met::default(), Path::default());
         let (mut count, mut handed_out) = (0, 0);
@@ -366,7 +410,7 @@ impl Live {
                 let since_us = broker.clock.of_wall(message.entry.received_us);
                 let whole = OnceCell::new();
                 let sent = Sent::Live { place, lane, message, since_us, may_be_again, whole };
-                self.deliver(&mut found, publisher, &sent, wakes);
+                self.deliver(&mut found, publisher, &sent, owing, wakes);
             }
             count += 1;
             tail.position(lane).store(offset + 1, Ordering::Release);
@@ -380,7 +424,15 @@ impl Live {
 
     /// One copy per session, however many of its filters match: the greatest
     /// QoS and all identifiers (MQTT 5.0, 3.3.4); and one copy per share. Empties `found`.
-    fn deliver(&self, found: &mut Met<'_>, publisher: Option<&[u8]>, sent: &Sent<'_>, wakes: &mut Wakes<'_>) {
+    /// `owing`: of a lane.
+    fn deliver(
+        &self,
+        found: &mut Met<'_>,
+        publisher: Option<&[u8]>,
+        sent: &Sent<'_>,
+        owing: Option<&ShareRecords>,
+        wakes: &mut Wakes<'_>,
+    ) {
         let Met { ones, shares } = found;
         if let Some(publisher) = publisher {
             ones.retain(|s| !s.options.no_local || s.session.client_id.as_bytes() != publisher);
@@ -401,68 +453,12 @@ impl Live {
             }
         }
         for share in shares.drain(..) {
-            self.deliver_to_one(share, share.next_turn(), sent, wakes);
+            let taker = self.deliver_to_one(share, share.next_turn(), sent, wakes);
+            if let (None, Some(records)) = (taker, owing) {
+                self.deliver_owed(records, share, sent, wakes);
+            }
         }
         ones.clear();
-    }
-
-    /// Delivers to the member whose turn it is, of those that are there and keep up, the one at the
-    /// place `first` before the others; where there is none, to one that will come back. Returns
-    /// whose the message is now.
-    fn deliver_to_one<'s>(
-        &self,
-        share: &'s Share<Arc<Session>>,
-        first: usize,
-        sent: &Sent<'_>,
-        wakes: &mut Wakes<'_>,
-    ) -> Option<&'s Arc<Session>> {
-        let queued = |options: Options| {
-            let ids = Ids::one(options.id);
-            sent.queued(options.qos, options.retain_as_published, ids, Some(share.filter.clone()))
-        };
-        let mut away = None;
-        let mut behind = None;
-        let arrivals = self.arrivals.load(Ordering::Acquire);
-        let is_deserted = share.is_deserted(arrivals);
-        let mut all_are_away = true;
-        for member in share.beginning_with(first) {
-            if !sent.is_for(&member.session) {
-                behind = behind.or(Some(member));
-                all_are_away = false;
-                continue;
-            }
-            let Some(queued) = queued(member.options) else {
-                all_are_away = false;
-                continue;
-            };
-            let mut outbox = member.session.outbox();
-            all_are_away &= !outbox.is_connected();
-            if !is_deserted && outbox.is_ready(&queued, self.limits) {
-                // Under the lock: a member that leaves now gives it on.
-                let offered = outbox.offer(queued, self.limits, || sent.whole());
-                drop(outbox);
-                wakes.offered(&member.session, offered);
-                return Some(&member.session);
-            }
-            if away.is_none() && outbox.takes(&queued) {
-                away = Some((member, queued));
-            }
-            if is_deserted && away.is_some() {
-                break;
-            }
-        }
-        if all_are_away && !is_deserted {
-            share.set_deserted(arrivals);
-        }
-        // One that is behind gets it beside what it catches up with.
-        let out_of_turn = || {
-            let member = behind.filter(|_| sent.is_live())?;
-            Some((member, Queued { apart: true, ..queued(member.options)? }))
-        };
-        let (member, queued) = away.or_else(out_of_turn)?;
-        let offered = member.session.outbox().offer(queued, self.limits, || sent.whole());
-        wakes.offered(&member.session, offered);
-        Some(&member.session)
     }
 }
 

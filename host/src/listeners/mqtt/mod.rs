@@ -387,7 +387,7 @@ impl Broker {
         let (clock, jump) = Clock::new(deps.clock, saved, session::newest_us(&*deps.broker));
         let by_id = retained.by_id();
         let rooms = Rooms::new(config, memory_bytes().unwrap_or(UNKNOWN_MEMORY_BYTES));
-        let LoadedSessions { sessions, subscriptions, heirs } = Sessions::load(
+        let LoadedSessions { sessions, subscriptions, shares } = Sessions::load(
             &*deps.broker,
             &streams,
             &identities,
@@ -401,7 +401,7 @@ impl Broker {
         let wills = Wills::load(&streams, wills_bytes_max, delay_least, &deps.failures);
         let broker = Arc::new(Self {
             packet_bytes_max: config.max_packet_size.0 as usize,
-            live: Live::new(&streams, limits, &sessions.all(), heirs),
+            live: Live::new(&streams, limits, &sessions.all(), shares),
             copies,
             lineages: Mutex::new(Some(lineages)),
             loads: Arc::new(Semaphore::new(outbound::LOADS_MAX)),

@@ -19,13 +19,13 @@ use super::acks::Stopped;
 use super::activity::Activity;
 use super::blobs::Id;
 use super::clients::Connected;
-use super::fanout::{Departure, FoundRecords, Heirs};
+use super::fanout::{Departure, FoundRecords, FoundShare, RECORDS_AT_ONCE};
 use super::lock_order::{Locked, Rank, in_order};
 use super::open_ids::{Content, Known, OpenIds, OpenIdsRoom, Received};
-use super::outbound::{self, Ids, Kept, Message, Outbox};
+use super::outbound::{self, FilterPage, Ids, Kept, Message, Outbox};
 use super::owner::Owner;
 use super::subscriptions::{self, Filter, Options, is_shared, levels};
-use super::{Broker, Rooms, borrowed};
+use super::{Broker, Rooms, append, borrowed};
 use crate::hints::Hint;
 use crate::room::Holding;
 use crate::stream::{AppendError, Identity, StateChange, Stream, Ticket};
@@ -158,6 +158,12 @@ impl Session {
     #[inline]
     pub fn lane(&self, stream: usize) -> u8 {
         self.lanes.get().and_then(|lanes| lanes.get(stream)).map_or(0, |lane| lane.load(Ordering::Acquire))
+    }
+
+    /// Whether a lane of any stream catches up with it.
+    pub fn is_behind(&self) -> bool {
+        let is_behind = |lanes: &[AtomicU8]| lanes.iter().any(|lane| lane.load(Ordering::Acquire) > 0);
+        self.lanes.get().is_some_and(|lanes| is_behind(lanes))
     }
 
     /// `streams`: how many there are.
@@ -298,8 +304,8 @@ impl Session {
     }
 
     /// Appends a note of where the outbox stands to the broker's stream, with `changes` and the
-    /// changes of filters that were not appended yet. Does not wait: where it fails an older note
-    /// serves as well.
+    /// changes of filters that were not appended yet and wait for no record of a share. Does not wait:
+    /// where it fails an older note serves as well.
     pub fn note(&self, broker: &Broker, changes: Vec<Change>) {
         let _ = self.append_note(broker, changes);
     }
@@ -313,12 +319,18 @@ impl Session {
     /// drop: what is not appended then goes with a later note.
     pub async fn note_durable(&self, broker: &Broker) -> Result<(), Stopped> {
         let append = || {
+            let settled = broker.live.settle(broker);
             let appended = self.append_note(broker, Vec::new());
             if appended.is_err() {
                 // Its connection looks whether the note found no room.
                 self.wake.notify_one();
             }
-            appended
+            // A change that waits for a record since just now is appended with the next try.
+            let is_whole = !self.outbox().awaits_record();
+            appended.and_then(|ticket| match is_whole {
+                true => Ok(ticket),
+                false => settled.and(Err(AppendError::Full)),
+            })
         };
         broker.durable(&*broker.broker, append).await
     }
@@ -329,10 +341,9 @@ impl Session {
         let positions = broker.live.positions_of(broker, self);
         let mut outbox = self.outbox();
         loop {
-            let (filters, is_all) = outbox.filter_changes();
-            let count = filters.len();
-            changes.extend(filters);
-            if is_all {
+            let FilterPage { filters, changes: some, is_last } = outbox.filter_changes();
+            changes.extend(some);
+            if is_last {
                 changes.extend(outbox.note(&positions, broker.note_bytes_max()));
             }
             if changes.is_empty() {
@@ -340,8 +351,8 @@ impl Session {
             }
             match broker.broker.append(&[], &borrowed(&changes)) {
                 Ok(appended) => {
-                    outbox.filters_appended(count);
-                    if is_all {
+                    outbox.filters_appended(&filters);
+                    if is_last {
                         outbox.noted();
                         return Ok(appended.ticket);
                     }
@@ -407,7 +418,7 @@ impl Session {
 pub struct LoadedSessions {
     pub sessions: Sessions,
     pub subscriptions: Vec<(Arc<Session>, String, Options)>,
-    pub heirs: Heirs,
+    pub shares: Vec<FoundShare>,
 }
 
 /// The latest time that the records of sessions tell.
@@ -485,19 +496,23 @@ impl Sessions {
                 }
             }
         }
-        let heirs = shares.give(broker, |epoch, share| outboxes.entry(epoch).or_default().shares.push(share));
+        let shares =
+            shares.give(broker, |epoch, share| outboxes.entry(epoch).or_default().shares.push(share));
         let retained = |id: &Id, received_us| {
             retained.get(id).filter(|message| message.received_us() == received_us).cloned()
         };
         let ends: Box<[u64]> = streams.iter().map(|stream| stream.bounds().end.0).collect();
         let (mut stale, mut lost) = (0, 0);
+        let mut owed = HashMap::new();
         for (epoch, session) in &by_epoch {
             let found = outboxes.remove(epoch).unwrap_or_default();
-            let restored = found.restore(*epoch, identities.clone(), &ends, valid, &retained);
+            let mut restored = found.restore(*epoch, identities.clone(), &ends, valid, &retained);
+            owed.extend(restored.owed.drain(..));
             stale += usize::from(restored.kept.is_stale);
             lost += restored.lost;
             session.outbox().restore(restored);
         }
+        let shares = FoundShare::of(shares, &owed, &subscriptions, by_epoch.values());
         say_gone_back(streams, valid, stale, lost);
         for (session, filter, options, retained) in to_be_given {
             session.outbox().resume_retained(&filter, options, &retained);
@@ -536,7 +551,7 @@ impl Sessions {
                  than the others; it counts as released, and its message is taken again where the client repeats it"
             );
         }
-        LoadedSessions { sessions, subscriptions, heirs }
+        LoadedSessions { sessions, subscriptions, shares }
     }
 
     fn new_session(&self, number: u64, client_id: Arc<str>) -> Session {
@@ -659,7 +674,7 @@ impl Sessions {
             broker.live.keep_no_more(broker, session).await?;
         }
         if !changes.is_empty() {
-            broker.append_durable(&*broker.broker, &changes).await?;
+            remove_durable(broker, &changes).await?;
         }
         {
             let mut state = session.state();
@@ -715,7 +730,7 @@ impl Sessions {
         self.end(broker, &session).await;
         // Durable with this, whatever the session left.
         let removed = (key(SESSION, client_id.as_bytes()), None);
-        let is_removed = broker.append_durable(&*broker.broker, &[removed]).await.is_ok();
+        let is_removed = remove_durable(broker, &[removed]).await.is_ok();
         drop(turn);
         is_removed
     }
@@ -732,7 +747,8 @@ impl Sessions {
     async fn end(&self, broker: &Broker, session: &Arc<Session>) {
         discard(broker, session).await;
         let changes = session.state().stale_removed();
-        super::append_unawaited(&*broker.broker, &changes);
+        // Refused: what it left is removed, or found again, at the next start.
+        let _ = append_removal(broker, &changes);
         let mut by_client = self.by_client();
         let is_this = by_client.get(&session.client_id).is_some_and(|known| Arc::ptr_eq(known, session));
         if is_this && !session.is_wanted() {
@@ -744,6 +760,8 @@ impl Sessions {
     /// Ends the sessions whose clients stayed away too long, drops what waited
     /// too long, and notes where the others stand.
     pub async fn sweep(&self, broker: &Broker) {
+        // Refused: pending until the next sweep.
+        let _ = broker.live.settle(broker);
         let now_us = broker.clock.now_us();
         let age_us = u64::try_from(broker.config.queue_age_max.0.as_micros()).unwrap_or(u64::MAX);
         let durable: Vec<_> = broker.streams.iter().map(|stream| *stream.durable().borrow()).collect();
@@ -763,9 +781,9 @@ impl Sessions {
                 session.note_with_record(broker);
             }
         }
-        for filter in broker.live.recorded_shares() {
+        for some in broker.live.recorded_shares().chunks(RECORDS_AT_ONCE) {
             // Refused: written at the next sweep.
-            let _ = broker.live.write_share_record(broker, &filter);
+            let _ = broker.live.write_share_records_of(broker, some);
             tokio::task::yield_now().await;
         }
         // The map is not locked while a session's state is.
@@ -848,7 +866,7 @@ impl Drop for Claimed<'_> {
 }
 
 /// Forgets everything of a session; its keys of the broker stream are stale then.
-async fn discard(broker: &Broker, session: &Session) {
+async fn discard(broker: &Broker, session: &Arc<Session>) {
     let queue_keys = session.outbox().keys();
     let (epoch, filters) = {
         let mut state = session.state();
@@ -873,6 +891,31 @@ async fn discard(broker: &Broker, session: &Session) {
     session.outbox().clear();
     let received = session.received().release_all();
     forget_ids(broker, epoch, &received);
+}
+
+/// Appends changes that remove what ended sessions left, once all that they gave to others is in the
+/// others' notes and in records.
+fn append_removal(broker: &Broker, changes: &[Change]) -> Result<Ticket, AppendError> {
+    if changes.is_empty() {
+        return Ok(Ticket::default());
+    }
+    let settled = broker.live.settle(broker);
+    // Where only the state is full, the removal makes room for what is pending.
+    let makes_room = matches!(settled, Err(AppendError::NoSpace)) && !broker.has_state_room();
+    if !makes_room {
+        settled?;
+    }
+    let appended = append(&*broker.broker, changes);
+    if makes_room {
+        // Refused: tried again at the next sweep.
+        let _ = broker.live.settle(broker);
+    }
+    appended
+}
+
+/// The same, waiting for room. Durable when it returns.
+async fn remove_durable(broker: &Broker, changes: &[Change]) -> Result<(), Stopped> {
+    broker.durable(&*broker.broker, || append_removal(broker, changes)).await
 }
 
 fn removed(keys: Vec<Vec<u8>>) -> Vec<Change> {

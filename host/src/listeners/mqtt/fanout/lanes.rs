@@ -5,6 +5,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::owed::{Found, Owed};
 use super::{IDLE, Live, follow};
 use crate::listeners::mqtt::Broker;
 use crate::listeners::mqtt::session::Session;
@@ -14,7 +15,9 @@ use crate::listeners::mqtt::session::Session;
 const LANE_SPREAD: u64 = 4;
 /// Nearer than this, in messages, all are in one lane.
 const LANE_LEAST: u64 = 1 << 14;
-/// Sessions that catch up with the live delivery of one stream together.
+
+/// Sessions that catch up with the live delivery of one stream together, and members of shares that are
+/// owed something of it.
 pub(super) struct Lane {
     sessions: Vec<Arc<Session>>,
     /// Offset of the next message to be delivered.
@@ -31,24 +34,46 @@ pub async fn catch_up(broker: Arc<Broker>, number: usize) {
     }
 }
 
-/// The sessions that have not been offered all before `end`, by how far they are behind.
-pub(super) fn lanes(sessions: &[Arc<Session>], streams: usize, number: usize, end: u64) -> Box<[Lane]> {
+/// What a lane delivers for.
+enum Behind<'f> {
+    Session(&'f Arc<Session>),
+    /// The members of a share.
+    Share(&'f mut Owed),
+}
+
+/// The sessions that have not been offered all before `end`, and the shares whose members are owed
+/// some of it, by how far they are behind.
+pub(super) fn lanes(
+    sessions: &[Arc<Session>],
+    shares: &mut [Found],
+    streams: usize,
+    number: usize,
+    end: u64,
+) -> Box<[Lane]> {
     let sessions = sessions.iter().filter(|session| session.filters() > 0);
-    let behind =
-        |session: &Arc<Session>| (end.saturating_sub(session.outbox().begins_at(number)), session.clone());
-    let mut sessions: Vec<_> = sessions.map(behind).filter(|(behind, _)| *behind > 0).collect();
-    sessions.sort_unstable_by_key(|(behind, _)| *behind);
+    let sessions = sessions.map(|session| (session.outbox().begins_at(number), Behind::Session(session)));
+    let shares = shares.iter_mut().map(|share| &mut share.owed);
+    let shares = shares.filter_map(|owed| Some((owed.first(number)?, Behind::Share(owed))));
+    let all = sessions.chain(shares).map(|(from, behind)| (end.saturating_sub(from), behind));
+    let mut all: Vec<_> = all.filter(|(behind, _)| *behind > 0).collect();
+    all.sort_unstable_by_key(|(behind, _)| *behind);
     let mut lanes: Vec<Lane> = Vec::new();
     let mut most = 0;
-    for (behind, session) in sessions {
+    for (behind, of) in all {
         if lanes.is_empty() || behind > most {
             most = behind.max(LANE_LEAST).saturating_mul(LANE_SPREAD);
             lanes.push(Lane { sessions: Vec::new(), position: AtomicU64::new(end) });
         }
-        session.set_lane(streams, number, lanes.len() as u8);
+        let count = lanes.len() as u8;
         let lane = lanes.last_mut().expect("there is one");
         *lane.position.get_mut() = end - behind;
-        lane.sessions.push(session);
+        match of {
+            Behind::Session(session) => {
+                session.set_lane(streams, number, count);
+                lane.sessions.push(session.clone());
+            }
+            Behind::Share(owed) => owed.set_lane(number, count),
+        }
     }
     lanes.into()
 }

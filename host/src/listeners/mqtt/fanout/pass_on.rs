@@ -40,52 +40,57 @@ pub enum Departure<'a> {
 impl Live {
     /// Gives what a member of shared subscriptions held to the others: see
     /// [`Outbox::give_back`](crate::listeners::mqtt::outbound::Outbox::give_back).
-    pub async fn pass_on(&self, broker: &Broker, session: &Session, departure: Departure<'_>) {
+    pub async fn pass_on(&self, broker: &Broker, session: &Arc<Session>, departure: Departure<'_>) {
         let (mut shares, mut left) = session.outbox().shares(matches!(departure, Departure::Session));
-        if let Departure::Share(filter) = departure {
-            shares.retain(|share| &**share == filter);
+        match departure {
+            // It stays with a client that comes back, rather than that more and more is in its notes only.
+            Departure::Client if session.outbox().is_passing_on() && self.settle(broker).is_err() => return,
+            Departure::Client => self.keep_ready(&mut shares),
+            Departure::Share(filter) => shares.retain(|share| &**share == filter),
+            Departure::Session => {}
         }
-        let given_by = shares.clone();
         let mut takers = BTreeMap::new();
         while left > 0 && !shares.is_empty() {
-            let moved = self.pass_some(broker, session, departure, &mut shares, &mut takers);
-            // What comes back, for want of another member, is not passed on again.
-            left = if moved < PASSED_ON_AT_ONCE { 0 } else { left.saturating_sub(moved) };
+            let Some(moved) = self.pass_some(broker, session, departure, &mut shares, &mut takers) else {
+                break;
+            };
+            left = left.saturating_sub(moved);
             if left > 0 {
                 yield_now().await;
             }
         }
         // Before a note of `session` without them: a crash between the two repeats, never loses.
-        let mut all_noted = true;
         for (number, taker) in takers.values().enumerate() {
             if number > 0 {
                 yield_now().await;
             }
-            all_noted &= self.note_taker(broker, taker);
+            self.note_taker(broker, taker);
         }
-        if session.outbox().is_kept() && takers.values().any(|taker| !taker.outbox().is_kept()) {
-            let is_written = |share| self.write_share_record(broker, share).is_ok();
-            all_noted &= given_by.iter().all(|share| is_written(share));
-        }
-        if all_noted {
-            session.outbox().passed_on();
-        }
+        // Refused: its notes list what it gave until another try is not.
+        let _ = self.settle(broker);
     }
 
     /// Passes on some messages that came by `shares`, and leaves out those shares that nobody takes
-    /// any of. Returns how many.
+    /// any of. Returns how many; `None`: no more are to be passed on.
     fn pass_some(
         &self,
         broker: &Broker,
-        session: &Session,
+        session: &Arc<Session>,
         departure: Departure<'_>,
         shares: &mut BTreeSet<Box<str>>,
         takers: &mut BTreeMap<u64, Arc<Session>>,
-    ) -> usize {
+    ) -> Option<usize> {
         let passed = self.transfers();
         let index = self.index();
         if matches!(departure, Departure::Client) {
-            shares.retain(|share| self.is_anyone_ready(&index, share));
+            let is_given = |share: &str| shares.contains(share);
+            let next = session.outbox().next_shares(is_given, PASSED_ON_AT_ONCE);
+            if next.is_empty() {
+                return None;
+            }
+            for share in next.iter().filter(|share| !self.is_anyone_ready(&index, share)) {
+                shares.remove(&***share);
+            }
         }
         let is_given = |share: &str| shares.contains(share);
         let ended = matches!(departure, Departure::Session);
@@ -95,7 +100,12 @@ impl Live {
             seen.lock().unwrap_or_else(PoisonError::into_inner).extend(places);
         }
         let moved = given.len();
+        let is_kept = session.outbox().is_kept();
+        if is_kept {
+            passed.shares.lists(session);
+        }
         let mut wakes = Wakes::new(broker);
+        let mut are_kept: BTreeMap<u64, bool> = BTreeMap::new();
         let mut turns: BTreeMap<ShareFilter, (&Share<Arc<Session>>, usize)> = BTreeMap::new();
         for queued in given {
             let Some(filter) = queued.share.clone() else { continue };
@@ -106,16 +116,26 @@ impl Live {
             let Some((share, first)) = turn else { continue };
             turns.insert(filter, (share, first));
             // Out of turn for whoever gets it now.
-            let taker = self.deliver_to_one(share, first, &Sent::Again(queued), &mut wakes);
-            takers.extend(taker.map(|taker| (taker.number, taker.clone())));
+            let Some(taker) = self.deliver_to_one(share, first, &Sent::Again(queued), &mut wakes) else {
+                continue;
+            };
+            let is_taker_kept = *are_kept.entry(taker.number).or_insert_with(|| {
+                passed.shares.took(taker);
+                taker.outbox().is_kept()
+            });
+            if is_kept && !is_taker_kept {
+                passed.shares.gave(&share.filter);
+            }
+            takers.entry(taker.number).or_insert_with(|| taker.clone());
         }
-        if !session.outbox().is_kept() {
-            takers
-                .values()
-                .filter(|taker| taker.outbox().is_kept())
-                .for_each(|taker| passed.shares.took(taker));
-        }
-        moved
+        let is_over = moved == 0 && !matches!(departure, Departure::Client);
+        (!is_over).then_some(moved)
+    }
+
+    /// Leaves out the shares of which no member is there and has room.
+    fn keep_ready(&self, shares: &mut BTreeSet<Box<str>>) {
+        let index = self.index();
+        shares.retain(|share| self.is_anyone_ready(&index, share));
     }
 
     fn is_anyone_ready(&self, index: &Index, filter: &str) -> bool {

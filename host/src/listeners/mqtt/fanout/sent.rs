@@ -44,6 +44,8 @@ pub(super) enum Sent<'m> {
         may_be_again: bool,
         whole: OnceCell<Arc<Message>>,
     },
+    /// A lane offers it to the members of a share, whoever they are.
+    Owed(&'m Sent<'m>),
     /// A member of a shared subscription gave it back.
     Again(Queued),
     /// Made at that broker time.
@@ -54,7 +56,7 @@ impl Sent<'_> {
     pub(super) fn is_for(&self, session: &Session) -> bool {
         match self {
             Self::Live { place, lane, .. } => session.lane(place.stream.into()) == *lane,
-            Self::Again(_) | Self::Broker(..) => true,
+            Self::Owed(_) | Self::Again(_) | Self::Broker(..) => true,
         }
     }
 
@@ -87,6 +89,10 @@ impl Sent<'_> {
                     share,
                 })
             }
+            Self::Owed(sent) => {
+                let queued = sent.queued(qos, as_published, ids, share)?;
+                Some(Queued { apart: true, ..queued })
+            }
             Self::Again(queued) => {
                 let retain = queued.retain && as_published;
                 let qos = qos.min(queued.qos);
@@ -107,6 +113,7 @@ impl Sent<'_> {
             Self::Live { message, whole, .. } => {
                 Some(whole.get_or_init(|| Arc::new(Message::of(*message))).clone())
             }
+            Self::Owed(sent) => sent.whole(),
             Self::Again(_) | Self::Broker(..) => None,
         }
     }

@@ -6,30 +6,50 @@
 //! on the record covers what those sessions hold, whichever notes are written: it is replaced only
 //! by one that lists what they hold at that moment, after the notes of those that were given some of it.
 //! When a session that is kept gives messages to one that is not, the record is replaced before the
-//! note that lists them is.
+//! note that lists them is. The record also names what lanes are still to offer to the members (`owed`).
+//!
+//! What is refused for want of room is [`Pending`]: until it is written no note leaves out, and no end of a
+//! session removes, what would be in no record then.
 
 #[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::{Arc, Mutex, PoisonError, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLockWriteGuard};
 
+use super::owed::{Found, Owed};
 use super::{Live, Passed, Subscription};
 use crate::listeners::mqtt::acks::Stopped;
 use crate::listeners::mqtt::lock_order::Locked;
-use crate::listeners::mqtt::outbound::{FoundShare, Holdings, SHARE, note_bytes_max};
+use crate::listeners::mqtt::outbound::{FoundShare, Holdings, Place, SHARE, note_bytes_max};
 use crate::listeners::mqtt::session::Session;
 use crate::listeners::mqtt::subscriptions::{Options, is_shared};
-use crate::listeners::mqtt::{Broker, append, append_unawaited};
-use crate::stream::{AppendError, Stream, Ticket};
+use crate::listeners::mqtt::{Broker, append_unawaited};
+use crate::stream::{AppendError, StateChange, Stream, Ticket};
 
-/// The shares that have a record, or are to have one, and who may hold messages that only the records
-/// list.
+/// Records that are made in one go, in which no message moves between members and nobody joins a
+/// share. The queues of their holders are walked once for all of them.
+pub const RECORDS_AT_ONCE: usize = 4_096;
+/// Number of bytes of records in one append, about.
+const AT_ONCE_BYTES: usize = 1 << 20;
+
+/// The shares that have a record, or are to have one, and what is to be written before others may be.
 pub(super) struct ShareRecords {
     by_filter: BTreeMap<Box<str>, Record>,
-    /// Sessions that are kept and whose notes do not list yet what sessions that are not kept gave
-    /// them. Each is added after it was given the messages, and taken out before it is noted.
-    takers: Mutex<BTreeMap<u64, Arc<Session>>>,
+    pending: Mutex<Pending>,
+}
+
+/// What notes and records do not say yet.
+#[derive(Default)]
+struct Pending {
+    /// Sessions that are kept and whose notes do not list yet what others gave them. Each is added after it
+    /// was given the messages, and taken out before it is noted.
+    takers: BTreeMap<u64, Arc<Session>>,
+    /// The shares whose records do not cover yet what members hold or are owed, and the sessions that
+    /// append no change of that filter before.
+    due: BTreeMap<Box<str>, BTreeMap<u64, Arc<Session>>>,
+    /// Sessions whose notes list what they gave to others, because the others' notes and records do not.
+    givers: BTreeMap<u64, Arc<Session>>,
 }
 
 #[derive(Default)]
@@ -37,32 +57,95 @@ struct Record {
     /// The members whose sessions end with their connections, and those that were and still hold
     /// messages by the share. Each is added when it joins, or when the record begins.
     holders: BTreeMap<u64, Arc<Session>>,
+    /// What lanes are still to offer to the members.
+    owed: Vec<Owed>,
     /// What the broker stream has, if it has a record.
     written: Option<Vec<u8>>,
 }
 
-impl ShareRecords {
-    /// The records that a start found.
-    pub fn of(found: Heirs) -> Self {
-        let takers = found.iter().map(|(_, heir)| (heir.number, heir.clone())).collect();
-        let record = |filter| (filter, Record { holders: BTreeMap::new(), written: Some(Vec::new()) });
-        let by_filter = found.into_iter().map(|(filter, _)| record(filter)).collect();
-        Self { by_filter, takers: Mutex::new(takers) }
+impl Pending {
+    fn is_empty(&self) -> bool {
+        self.takers.is_empty() && self.due.is_empty() && self.givers.is_empty()
     }
 
-    /// A session that is kept was given messages by one that is not.
+    /// The record of a share is written, or is not needed.
+    fn written(&mut self, filter: &str) {
+        let waiting = self.due.remove(filter).unwrap_or_default();
+        waiting.values().for_each(|session| session.outbox().record_written(filter));
+    }
+}
+
+impl ShareRecords {
+    /// The records that a start found.
+    pub fn of(found: Vec<Found>) -> Self {
+        let takers = found.iter().map(|share| (share.heir.number, share.heir.clone())).collect();
+        let record = |owed| Record { owed: vec![owed], written: Some(Vec::new()), ..Record::default() };
+        let by_filter = found.into_iter().map(|share| (share.filter, record(share.owed))).collect();
+        Self { by_filter, pending: Mutex::new(Pending { takers, ..Pending::default() }) }
+    }
+
+    fn pending(&self) -> MutexGuard<'_, Pending> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn pending_mut(&mut self) -> &mut Pending {
+        self.pending.get_mut().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A session was given messages by another, or what it was owed.
     pub fn took(&self, taker: &Arc<Session>) {
-        let mut takers = self.takers.lock().unwrap_or_else(PoisonError::into_inner);
-        takers.insert(taker.number, taker.clone());
+        if taker.outbox().is_kept() {
+            self.pending().takers.insert(taker.number, taker.clone());
+        }
     }
 
     fn noted(&self, taker: &Session) {
-        self.takers.lock().unwrap_or_else(PoisonError::into_inner).remove(&taker.number);
+        self.pending().takers.remove(&taker.number);
+    }
+
+    /// A session that is kept gave messages by a share to one that is not: its notes list them until the
+    /// record does.
+    pub fn gave(&self, filter: &str) {
+        let mut pending = self.pending();
+        if !pending.due.contains_key(filter) {
+            pending.due.insert(filter.into(), BTreeMap::new());
+        }
+    }
+
+    /// `giver` lists in its notes what it gives, until nothing is pending.
+    pub fn lists(&self, giver: &Arc<Session>) {
+        self.pending().givers.insert(giver.number, giver.clone());
+    }
+
+    /// The change of a filter by `session` waits for the record of the share.
+    pub fn await_record(&mut self, filter: &str, session: &Arc<Session>) {
+        session.outbox().await_record(filter);
+        let waiting = self.pending_mut().due.entry(filter.into()).or_default();
+        waiting.insert(session.number, session.clone());
+    }
+
+    /// Whether members are owed a message that a lane has come to.
+    pub fn owes(&self, filter: &str, place: Place, lane: u8, qos: u8) -> bool {
+        self.by_filter.get(filter).is_some_and(|record| record.owed.iter().any(|it| it.has(place, lane, qos)))
+    }
+
+    /// Adds what members of a share are owed. Returns whether it is anything.
+    pub fn owe(&mut self, filter: &str, owed: impl Iterator<Item = Owed>) -> bool {
+        let mut is_any = false;
+        for owed in owed {
+            let record = self.by_filter.entry(filter.into()).or_default();
+            // Of many sessions that leave, or one that does again and again, it is one.
+            if !record.owed.iter_mut().any(|known| known.merge(&owed)) {
+                record.owed.push(owed);
+            }
+            is_any = true;
+        }
+        is_any
     }
 
     /// Notes the sessions that were given messages, so that records need not list these any more.
     fn note_takers(&mut self, broker: &Broker) -> Result<(), AppendError> {
-        let takers = self.takers.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let takers = &mut self.pending_mut().takers;
         while let Some(taker) = takers.first_entry() {
             taker.get().try_note(broker)?;
             taker.remove();
@@ -70,127 +153,223 @@ impl ShareRecords {
         Ok(())
     }
 
-    /// Replaces a record by what its holders hold now, or removes it where it is not needed.
+    /// Writes all that is pending.
+    fn settle(&mut self, broker: &Broker) -> Result<(), AppendError> {
+        let due: Vec<Box<str>> = self.pending_mut().due.keys().cloned().collect();
+        self.replace(broker, &due, Record::is_needed)?;
+        let givers = std::mem::take(&mut self.pending_mut().givers);
+        givers.values().for_each(|giver| giver.outbox().passed_on());
+        Ok(())
+    }
+
+    /// Replaces records by what their holders hold now and their members are owed, or removes those
+    /// that are not needed. `is_needed` is told the number of members whose sessions are kept.
     fn replace(
         &mut self,
         broker: &Broker,
-        filter: &str,
-        is_needed: impl Fn(&Record) -> bool,
+        filters: &[Box<str>],
+        is_needed: impl Fn(&Record, usize) -> bool,
     ) -> Result<Ticket, AppendError> {
-        let noted = self.note_takers(broker);
-        let bytes_max = note_bytes_max(broker.sessions.len() + self.by_filter.len());
-        let Some(record) = self.by_filter.get_mut(filter) else { return Ok(Ticket::default()) };
-        // Also while nothing can be appended: sessions would be remembered for ever that come and end.
-        record.renew_holders(filter, broker.live.unkept_members(filter));
-        let set = noted.and_then(|()| {
-            let value = is_needed(record).then(|| record.value(broker, filter, bytes_max));
-            record.set(broker, filter, value)
-        });
-        if record.written.is_none() && record.holders.is_empty() {
-            self.by_filter.remove(filter);
+        let is_written = |filter: &&str| self.by_filter.get(*filter).is_some_and(|it| it.written.is_some());
+        let (written, new): (Vec<&str>, Vec<_>) =
+            filters.iter().map(|filter| &**filter).partition(is_written);
+        // A new one says no less than was said before.
+        let begun = self.write(broker, &new, &is_needed);
+        let replaced = match self.note_takers(broker) {
+            Ok(()) => self.write(broker, &written, &is_needed),
+            Err(error) => {
+                // Also while nothing can be appended: sessions would be remembered for ever that come and end.
+                self.gather(broker, &written);
+                Err(error)
+            }
+        };
+        Ok(begun?.max(replaced?))
+    }
+
+    fn write(
+        &mut self,
+        broker: &Broker,
+        filters: &[&str],
+        is_needed: &impl Fn(&Record, usize) -> bool,
+    ) -> Result<Ticket, AppendError> {
+        let mut held = self.gather(broker, filters);
+        let (mut some, mut bytes, mut ticket) = (Vec::new(), 0, Ticket::default());
+        for filter in filters {
+            let Some(record) = self.by_filter.get(*filter) else {
+                // No member can hold what a restart would have somebody to give to.
+                self.pending_mut().written(filter);
+                continue;
+            };
+            let held = held.remove(filter).filter(|_| is_needed(record, broker.live.members(filter).0));
+            let value = held.map(|held| held.holdings.into_value(&broker.identities));
+            bytes += filter.len() + value.as_ref().map_or(0, Vec::len);
+            some.push((*filter, value));
+            if bytes >= AT_ONCE_BYTES {
+                ticket = self.append(broker, std::mem::take(&mut some))?;
+                bytes = 0;
+            }
         }
-        set
+        Ok(ticket.max(self.append(broker, some)?))
+    }
+
+    /// Appends the records that have changed, and forgets those that are of no use any more.
+    fn append(
+        &mut self,
+        broker: &Broker,
+        records: Vec<(&str, Option<Vec<u8>>)>,
+    ) -> Result<Ticket, AppendError> {
+        let is_changed = |(filter, value): &&(&str, Option<Vec<u8>>)| {
+            self.by_filter.get(*filter).is_some_and(|record| record.written != *value)
+        };
+        let changed: Vec<_> =
+            records.iter().filter(is_changed).map(|(filter, value)| (key(filter), value)).collect();
+        let changes: Vec<_> =
+            changed.iter().map(|(key, value)| StateChange { key, value: value.as_deref() }).collect();
+        let mut ticket = Ticket::default();
+        if !changes.is_empty() {
+            ticket = broker.broker.append(&[], &changes)?.ticket;
+        }
+        for (filter, value) in records {
+            self.pending_mut().written(filter);
+            let Some(record) = self.by_filter.get_mut(filter) else { continue };
+            record.written = value;
+            if record.written.is_none() && !record.has_any() {
+                self.by_filter.remove(filter);
+            }
+        }
+        Ok(ticket)
+    }
+
+    /// Makes the members holders whose sessions are not kept, and forgets those that are holders no
+    /// more. A session that ends is a member, and is given messages, until the index is without it.
+    /// Returns what the holders of each share hold, for which each queue is walked once.
+    fn gather<'f>(&mut self, broker: &Broker, filters: &[&'f str]) -> HashMap<&'f str, Held> {
+        let bytes_max = note_bytes_max(broker.sessions.len() + self.by_filter.len());
+        let mut sessions: BTreeMap<u64, Arc<Session>> = BTreeMap::new();
+        let mut held: HashMap<&str, Held> = HashMap::new();
+        // Read before the outboxes: what lies behind may have been given to any of them since.
+        let live = broker.live.live_positions(broker);
+        for &filter in filters {
+            let Some(record) = self.by_filter.get_mut(filter) else { continue };
+            let members = broker.live.unkept_members(filter);
+            let holds = members.keys().copied().collect();
+            record.holders.extend(members);
+            record.owed.retain(|owed| owed.left(&broker.live).next().is_some());
+            let mut holdings = Holdings::new(record.positions(broker, &live), bytes_max);
+            let parts = record.owed.iter().flat_map(|owed| owed.left(&broker.live));
+            parts.for_each(|(stream, part)| holdings.add_part(stream, part));
+            sessions.extend(record.holders.iter().map(|(number, session)| (*number, session.clone())));
+            held.insert(filter, Held { holdings, holders: holds });
+        }
+        for (number, session) in &sessions {
+            let outbox = session.outbox();
+            if outbox.is_kept() {
+                continue;
+            }
+            for (share, place, queued) in outbox.held_by_shares() {
+                if let Some(held) = held.get_mut(&***share) {
+                    held.holdings.add(place, queued);
+                    held.holders.insert(*number);
+                }
+            }
+        }
+        for (filter, held) in &held {
+            if let Some(record) = self.by_filter.get_mut(*filter) {
+                record.holders.retain(|number, _| held.holders.contains(number));
+            }
+        }
+        held
     }
 }
 
+/// What the holders of a share hold, and who they are.
+struct Held {
+    holdings: Holdings,
+    holders: BTreeSet<u64>,
+}
+
 impl Record {
-    /// Makes the members holders whose sessions are not kept, and forgets those that are holders no
-    /// more. A session that ends is a member, and is given messages, until the index is without it.
-    fn renew_holders(&mut self, filter: &str, unkept: BTreeMap<u64, Arc<Session>>) {
-        self.holders.retain(|_, session| {
-            let outbox = session.outbox();
-            !outbox.is_kept() && outbox.held_by(filter).any(|queued| queued.source.place().is_some())
-        });
-        self.holders.extend(unkept);
+    /// Whether it may have to list or name anything.
+    fn has_any(&self) -> bool {
+        !self.holders.is_empty() || !self.owed.is_empty()
     }
 
-    /// Returns what the holders hold.
-    fn value(&self, broker: &Broker, filter: &str, bytes_max: usize) -> Vec<u8> {
-        // Read before the outboxes: what lies behind may have been given to any of them since.
-        let mut positions = broker.live.live_positions(broker);
-        // A session that a restart found may still be behind when it is kept no more.
-        for holder in self.holders.values() {
+    /// `kept`: number of members whose sessions are kept.
+    fn is_needed(&self, kept: usize) -> bool {
+        self.has_any() && kept > 0
+    }
+
+    /// By stream: all messages below have been offered to the holders. `live`: to those that came since
+    /// the host started. A session that a restart found may still be behind when it is kept no more.
+    fn positions(&self, broker: &Broker, live: &[u64]) -> Box<[u64]> {
+        let mut positions: Box<[u64]> = live.into();
+        for holder in self.holders.values().filter(|holder| holder.is_behind()) {
             let offered = broker.live.positions_of(broker, holder);
-            for (position, offered) in positions.iter_mut().zip(offered) {
-                *position = offered.min(*position);
-            }
+            positions
+                .iter_mut()
+                .zip(offered)
+                .for_each(|(position, offered)| *position = offered.min(*position));
         }
-        let mut held = Holdings::new(&positions, bytes_max);
-        self.holders.values().for_each(|holder| held.add(&holder.outbox(), filter));
-        held.into_value(&broker.identities)
-    }
-
-    fn set(&mut self, broker: &Broker, filter: &str, value: Option<Vec<u8>>) -> Result<Ticket, AppendError> {
-        if value == self.written {
-            return Ok(Ticket::default());
-        }
-        let ticket = append(&*broker.broker, &[(key(filter), value.clone())])?;
-        self.written = value;
-        Ok(ticket)
+        positions
     }
 }
 
 impl Live {
     /// Sees that the shares among the filters have records before `session` joins them, where they need
-    /// one then. Nobody else joins a share until the guard is dropped.
+    /// one then. Nobody else joins a share until the guard is dropped. Where there is no room for a
+    /// record it is pending.
     pub(super) fn join_shares(
         &self,
         broker: &Broker,
         session: &Arc<Session>,
         subscriptions: &[Subscription],
     ) -> Option<Locked<RwLockWriteGuard<'_, Passed>>> {
-        let mut passed = None;
-        for Subscription { filter, options, .. } in subscriptions.iter().filter(|one| one.filter.is_shared())
-        {
-            let passed = passed.get_or_insert_with(|| self.passed_to_change());
-            self.join_share(broker, passed, session, filter.as_str(), *options);
+        if !subscriptions.iter().any(|one| one.filter.is_shared()) {
+            return None;
         }
-        passed
-    }
-
-    /// Where there is no room for the record, [`Live::write_share_record`] writes it later.
-    fn join_share(
-        &self,
-        broker: &Broker,
-        passed: &mut Passed,
-        session: &Arc<Session>,
-        filter: &str,
-        options: Options,
-    ) {
-        if options.qos == 0 {
-            return;
-        }
+        let mut passed = self.passed_to_change();
+        let shares = &mut passed.shares;
         let is_kept = session.outbox().is_kept();
-        let (kept, unkept) = self.members(filter);
-        let record = passed.shares.by_filter.get(filter);
-        // It may be needed again before it is replaced.
-        let has_record = record.is_some();
-        let has_holders = record.is_some_and(|record| !record.holders.is_empty());
-        let is_needed = if is_kept { unkept > 0 || has_holders } else { kept > 0 };
-        if is_needed {
-            let _ = self.begin_record(broker, passed, filter);
+        let joined = subscriptions.iter().filter(|one| one.filter.is_shared() && one.options.qos > 0);
+        let joined = joined.map(|one| one.filter.as_str());
+        let new = joined.clone().filter(|filter| self.needs_record(shares, filter, is_kept));
+        let new: Vec<Box<str>> = new.map(Into::into).collect();
+        new.iter().for_each(|filter| _ = shares.by_filter.entry(filter.clone()).or_default());
+        if !new.is_empty() && shares.replace(broker, &new, |_, _| true).is_err() {
+            for filter in &new {
+                match is_kept {
+                    true => shares.await_record(filter, session),
+                    false => shares.gave(filter),
+                }
+            }
         }
-        if !is_kept && (is_needed || has_record) {
-            let record = passed.shares.by_filter.entry(filter.into()).or_default();
-            record.holders.insert(session.number, session.clone());
+        if !is_kept {
+            for filter in joined {
+                // A record that is not needed now may be again before it is replaced.
+                if let Some(record) = shares.by_filter.get_mut(filter) {
+                    record.holders.insert(session.number, session.clone());
+                }
+            }
         }
+        Some(passed)
     }
 
-    /// Writes the record of a share that has none.
-    fn begin_record(&self, broker: &Broker, passed: &mut Passed, filter: &str) -> Result<(), AppendError> {
-        let record = passed.shares.by_filter.entry(filter.into()).or_default();
-        if record.written.is_some() {
-            record.holders.extend(self.unkept_members(filter));
-            return Ok(());
-        }
-        passed.shares.replace(broker, filter, |_| true).map(drop)
+    /// Whether a share needs a record that it does not have, once a session joins it that is kept or not.
+    fn needs_record(&self, shares: &ShareRecords, filter: &str, is_kept: bool) -> bool {
+        let (kept, unkept) = self.members(filter);
+        let record = shares.by_filter.get(filter);
+        let has_any = || record.is_some_and(Record::has_any);
+        let is_needed = if is_kept { unkept > 0 || has_any() } else { kept > 0 };
+        let is_written = || record.is_some_and(|record| record.written.is_some());
+        is_needed && !(is_written() && !shares.pending().due.contains_key(filter))
     }
 
     /// Has a session end with its connection from now on. Returns once the records of its shares are
     /// durable that list what it holds; only then may its own notes be removed.
     pub async fn keep_no_more(&self, broker: &Broker, session: &Arc<Session>) -> Result<(), Stopped> {
-        for filter in &self.hold(session) {
-            broker.durable(&*broker.broker, || self.write_share_record(broker, filter)).await?;
+        let filters: Vec<Box<str>> = self.hold(session).into_iter().collect();
+        for some in filters.chunks(RECORDS_AT_ONCE) {
+            broker.durable(&*broker.broker, || self.write_share_records_of(broker, some)).await?;
         }
         Ok(())
     }
@@ -215,30 +394,45 @@ impl Live {
         self.transfers().shares.by_filter.keys().cloned().collect()
     }
 
-    /// Replaces the record of a share by what its holders hold now, or removes it where it is not needed.
-    /// Callers repeat it now and then: a restart sends again what came behind the positions of a record.
-    pub fn write_share_record(&self, broker: &Broker, filter: &str) -> Result<Ticket, AppendError> {
-        let mut passed = self.passed_to_change();
-        passed
-            .shares
-            .replace(broker, filter, |record| !record.holders.is_empty() && self.members(filter).0 > 0)
+    /// Replaces the records of some shares by what their holders hold now, or removes those that are not
+    /// needed. Callers repeat it now and then: a restart sends again what came behind the positions of a
+    /// record.
+    pub fn write_share_records_of(
+        &self,
+        broker: &Broker,
+        filters: &[Box<str>],
+    ) -> Result<Ticket, AppendError> {
+        self.passed_to_change().shares.replace(broker, filters, Record::is_needed)
     }
 
     /// The same for all shares that have one.
     pub fn write_share_records(&self, broker: &Broker) -> Result<(), AppendError> {
-        self.recorded_shares().iter().try_for_each(|filter| self.write_share_record(broker, filter).map(drop))
+        self.settle(broker)?;
+        let filters = self.recorded_shares();
+        filters
+            .chunks(RECORDS_AT_ONCE)
+            .try_for_each(|some| self.write_share_records_of(broker, some).map(drop))
     }
 
-    /// Notes a session that was given messages by another member of a share. Returns whether its note
-    /// was appended.
-    pub(super) fn note_taker(&self, broker: &Broker, taker: &Arc<Session>) -> bool {
+    /// Writes what notes and records do not say yet. Where it is refused for want of room, a session that
+    /// gave something away, or that left a share, must not be removed from the broker stream.
+    pub fn settle(&self, broker: &Broker) -> Result<(), AppendError> {
+        let is_settled = self.transfers().shares.pending().is_empty();
+        match broker.broker.lack() {
+            _ if is_settled => Ok(()),
+            // Not tried for each session that ends meanwhile.
+            Some(_) => Err(AppendError::NoSpace),
+            None => self.passed_to_change().shares.settle(broker),
+        }
+    }
+
+    /// Notes a session that was given messages by another member of a share.
+    pub(super) fn note_taker(&self, broker: &Broker, taker: &Arc<Session>) {
         let passed = self.transfers();
         passed.shares.noted(taker);
-        let is_noted = taker.try_note(broker).is_ok();
-        if !is_noted {
+        if taker.try_note(broker).is_err() {
             passed.shares.took(taker);
         }
-        is_noted
     }
 
     /// The members of a share, by number, that can hold messages and whose sessions are not kept.
@@ -254,9 +448,6 @@ impl Live {
         self.index().tree.share(filter).map_or((0, 0), |share| (share.kept, share.unkept))
     }
 }
-
-/// The shares of which a start found records, and the sessions that are their heirs.
-pub type Heirs = Vec<(Box<str>, Arc<Session>)>;
 
 /// The records that a start finds, each for one session that is its heir.
 pub struct FoundRecords(HashMap<Box<str>, (Vec<u8>, Option<Heir>)>);
@@ -294,7 +485,11 @@ impl FoundRecords {
 
     /// Gives each record to its heir by `give`, with the heir's epoch, and removes those that have none.
     /// Returns the shares with their heirs.
-    pub fn give(self, stream: &dyn Stream, mut give: impl FnMut(u64, FoundShare)) -> Heirs {
+    pub fn give(
+        self,
+        stream: &dyn Stream,
+        mut give: impl FnMut(u64, FoundShare),
+    ) -> Vec<(Box<str>, Arc<Session>)> {
         let mut given = Vec::new();
         for (filter, (value, heir)) in self.0 {
             match heir {

@@ -3,20 +3,18 @@
 //! restart offers the session what came by a share there once more: messages may come again, none is
 //! lost.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
-use super::{Place, Queued, ShareFilter, Source};
+use super::{Place, Queued, Source};
 
 /// What a restart offers a session again.
 #[derive(Default)]
 pub struct Again {
     /// The parts of its streams that are offered again, by stream.
     parts: Parts,
-    /// The parts in which only what came by one share is offered again.
-    by_share: Vec<(ShareFilter, Parts)>,
-    /// What the session has of them.
-    known: HashSet<(Place, ShareFilter)>,
+    /// What the session has of them, by share.
+    known: HashMap<Box<str>, HashSet<Place>>,
 }
 
 /// A part of each stream.
@@ -24,33 +22,35 @@ pub type Parts = Box<[Range<u64>]>;
 
 impl Again {
     /// `None` where all parts are empty. `known`: what the session has.
-    pub fn new<'q>(
-        parts: Parts,
-        by_share: Vec<(ShareFilter, Parts)>,
-        known: impl Iterator<Item = &'q Queued>,
-    ) -> Option<Box<Self>> {
-        let mut again = Self { parts, by_share, known: HashSet::new() };
+    pub fn new<'q>(parts: Parts, known: impl Iterator<Item = &'q Queued>) -> Option<Box<Self>> {
+        let mut again = Self { parts, known: HashMap::new() };
         if again.is_over() {
             return None;
         }
-        let known = known.filter_map(|queued| Some((queued.source.place()?, queued.share.clone()?)));
-        again.known = known.filter(|(place, share)| again.has(*place, share)).collect();
+        for queued in known {
+            let (Some(place), Some(share)) = (queued.source.place(), &queued.share) else { continue };
+            if again.has(place) {
+                match again.known.get_mut(&***share) {
+                    Some(known) => _ = known.insert(place),
+                    None => _ = again.known.insert((**share).clone(), HashSet::from([place])),
+                }
+            }
+        }
         Some(Box::new(again))
     }
 
-    fn all(&self) -> impl Iterator<Item = &Parts> {
-        self.by_share.iter().map(|(_, parts)| parts).chain([&self.parts])
+    fn has(&self, place: Place) -> bool {
+        self.parts.get(usize::from(place.stream)).is_some_and(|part| part.contains(&place.offset))
     }
 
-    /// Returns the shortest part of a stream in which all lies that is offered again.
-    fn part(&self, stream: usize) -> Range<u64> {
-        self.all().filter_map(|parts| parts.get(stream).cloned()).fold(0..0, union)
+    /// Returns the part of a stream in which what came by a share is offered again.
+    pub fn part(&self, stream: usize) -> Range<u64> {
+        self.parts.get(stream).cloned().unwrap_or_default()
     }
 
-    fn has(&self, place: Place, share: &str) -> bool {
-        let has =
-            |parts: &Parts| parts.get(usize::from(place.stream)).is_some_and(|it| it.contains(&place.offset));
-        has(&self.parts) || self.by_share.iter().any(|(by, parts)| ***by == *share && has(parts))
+    /// Returns what the session had of the parts by a share when the host started.
+    pub fn known(&self, share: &str) -> HashSet<Place> {
+        self.known.get(share).cloned().unwrap_or_default()
     }
 
     /// First offset of a stream that is offered again, if any is.
@@ -61,19 +61,18 @@ impl Again {
     /// Whether the message is for the session, though it may lie before what the session waits for.
     pub fn takes(&self, queued: &Queued) -> bool {
         let (Some(place), Some(share)) = (queued.source.place(), &queued.share) else { return false };
-        self.has(place, share) && !self.known.contains(&(place, share.clone()))
+        self.has(place) && !self.known.get(&***share).is_some_and(|known| known.contains(&place))
     }
 
     /// All of a stream below `upto` has been offered again.
     pub fn pass(&mut self, stream: usize, upto: u64) {
-        let by_share = self.by_share.iter_mut().map(|(_, parts)| parts);
-        for part in by_share.chain([&mut self.parts]).filter_map(|parts| parts.get_mut(stream)) {
+        if let Some(part) = self.parts.get_mut(stream) {
             part.start = part.start.max(upto);
         }
     }
 
     pub fn is_over(&self) -> bool {
-        self.all().all(|parts| parts.iter().all(Range::is_empty))
+        self.parts.iter().all(Range::is_empty)
     }
 }
 

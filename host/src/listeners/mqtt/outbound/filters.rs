@@ -14,6 +14,15 @@ const AT_ONCE_BYTES: usize = 1 << 20;
 /// The options of filters that are subscribed to; `None`: unsubscribed. Each change is not appended yet.
 pub type FilterChanges = BTreeMap<Box<str>, Option<Options>>;
 
+/// Some of the changes, to be appended.
+pub struct FilterPage {
+    /// The filters that they are of.
+    pub filters: Vec<Box<str>>,
+    pub changes: Vec<Change>,
+    /// Whether there are no more.
+    pub is_last: bool,
+}
+
 impl Outbox {
     /// A filter is subscribed to with these options; `None`: it is unsubscribed.
     pub fn change_filter(&mut self, filter: &str, options: Option<Options>) {
@@ -22,18 +31,38 @@ impl Outbox {
         }
     }
 
-    /// Returns the first of the changes that are not appended, about [`AT_ONCE_BYTES`] of them, and
+    /// The change of a filter, which is a share's, is not appended before [`Outbox::record_written`].
+    pub fn await_record(&mut self, filter: &str) {
+        if let Some(kept) = &mut self.kept {
+            kept.awaiting_records.insert(filter.into());
+        }
+    }
+
+    /// The record of a share is written.
+    pub fn record_written(&mut self, filter: &str) {
+        if let Some(kept) = &mut self.kept {
+            kept.awaiting_records.remove(filter);
+        }
+    }
+
+    /// Whether changes wait for the record of a share.
+    pub fn awaits_record(&self) -> bool {
+        self.kept.as_ref().is_some_and(|kept| !kept.awaiting_records.is_empty())
+    }
+
+    /// Returns the first of the changes that may be appended, about [`AT_ONCE_BYTES`] of them, and
     /// whether these are all. Their caller says when they are appended: [`Outbox::filters_appended`].
-    pub fn filter_changes(&self) -> (Vec<Change>, bool) {
-        let Some(kept) = self.kept.as_ref().filter(|kept| !kept.filters.is_empty()) else {
-            return (Vec::new(), true);
-        };
+    pub fn filter_changes(&self) -> FilterPage {
+        let mut page = FilterPage { filters: Vec::new(), changes: Vec::new(), is_last: true };
+        let Some(kept) = self.kept.as_ref().filter(|kept| !kept.filters.is_empty()) else { return page };
         // A record also says how far the subscription is among the retained messages.
         let deliveries = self.retained.as_ref().map(|retained| retained.by_filter()).unwrap_or_default();
-        let (mut some, mut bytes) = (Vec::new(), 0);
-        for (filter, options) in &kept.filters {
+        let mut bytes = 0;
+        let changes = kept.filters.iter().filter(|(filter, _)| !kept.awaiting_records.contains(*filter));
+        for (filter, options) in changes {
             if bytes >= AT_ONCE_BYTES {
-                return (some, false);
+                page.is_last = false;
+                break;
             }
             let key = subscription_key(kept.epoch(), filter);
             let value = options.map(|options| match deliveries.get(&**filter) {
@@ -41,17 +70,16 @@ impl Outbox {
                 None => options.to_bytes().into(),
             });
             bytes += key.len() + value.as_ref().map_or(0, Vec::len);
-            some.push((key, value));
+            page.filters.push(filter.clone());
+            page.changes.push((key, value));
         }
-        (some, true)
+        page
     }
 
-    /// Forgets so many of the changes, from the first on: they were appended.
-    pub fn filters_appended(&mut self, count: usize) {
+    /// Forgets the changes of these filters: they were appended.
+    pub fn filters_appended(&mut self, filters: &[Box<str>]) {
         if let Some(kept) = &mut self.kept {
-            for _ in 0..count {
-                kept.filters.pop_first();
-            }
+            filters.iter().for_each(|filter| _ = kept.filters.remove(filter));
         }
     }
 }

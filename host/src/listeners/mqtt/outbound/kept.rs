@@ -12,7 +12,7 @@
 //! - `os` + epoch + stream: QoS 2 messages below this offset have such a
 //!   record, or had one and are done. In the same append as the record.
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -81,6 +81,8 @@ pub struct Kept {
     pub refused: bool,
     /// Changes of subscriptions that are not appended yet: see [`filters`](super::filters).
     pub filters: FilterChanges,
+    /// Those of them that are not appended before the record of their share.
+    pub awaiting_records: BTreeSet<Box<str>>,
     /// The last note found no room.
     pub note_refused: bool,
     /// Bytes of the records of packets in flight in the broker stream's state.
@@ -108,6 +110,7 @@ impl Kept {
             note_due: false,
             refused: false,
             filters: FilterChanges::new(),
+            awaiting_records: BTreeSet::new(),
             note_refused: false,
             steps_bytes: 0,
             is_stale: false,
@@ -127,6 +130,11 @@ impl Kept {
     /// Whether this QoS 2 message was taken from the queue before a restart.
     pub fn was_sent(&self, stream: u16, offset: u64) -> bool {
         self.sent.get(usize::from(stream)).is_some_and(|sent| offset < *sent)
+    }
+
+    /// Returns below which offset QoS 2 messages of a stream were taken from the queue before a restart.
+    pub fn sent(&self, stream: usize) -> u64 {
+        self.sent.get(stream).copied().unwrap_or(0)
     }
 
     /// Takes over the mark of a stream in which only messages below `valid` are those that it
@@ -356,8 +364,9 @@ pub struct Restored {
     pub from: Box<[u64]>,
     /// Tells by stream where other messages lie that members of a share gave it.
     pub unlisted: Parts,
-    /// The same for what came by one share and is offered the session for others.
-    pub by_share: Vec<(ShareFilter, Parts)>,
+    /// What the records of shares do not list of which the session is the heir: the parts of the streams
+    /// that the members of the share are to be offered.
+    pub owed: Vec<(ShareFilter, Parts)>,
     pub inflight: Vec<InFlight>,
     pub queue: Vec<Queued>,
     /// Messages that were noted and that their streams do not have.
@@ -423,7 +432,7 @@ impl Found {
         let mut restored = Restored {
             from: ends.into(),
             unlisted: ends.iter().map(|_| 0..0).collect(),
-            by_share: Vec::new(),
+            owed: Vec::new(),
             inflight: steps.into_iter().map(|(_, flight)| flight).collect(),
             queue: Vec::new(),
             kept,
@@ -433,8 +442,12 @@ impl Found {
             let _ = restored.read_note(&mut Reader(note), &number, retained);
             restored.go_back(valid);
         }
-        for share in &self.shares {
-            let _ = restored.inherit(share, &number, ends, valid);
+        if !self.shares.is_empty() {
+            let known = restored.known_by_share();
+            for share in &self.shares {
+                let parts = restored.inherit(share, &number, ends, valid, &known);
+                restored.owed.push((share.filter.clone(), parts));
+            }
         }
         restored.leave_out_lost(valid);
         restored.kept.noted = restored.from.clone();

@@ -20,6 +20,7 @@ mod tests;
 
 use std::collections::{BTreeSet, HashSet, VecDeque};
 use std::hash::{BuildHasherDefault, DefaultHasher};
+use std::ops::Range;
 use std::sync::Arc;
 
 use self::again::{Again, Unlisted};
@@ -29,15 +30,19 @@ use super::session::Change;
 use crate::room::{Holding, Room};
 use crate::stream::{AppendError, Stream};
 
+pub use self::again::{Parts, union};
+pub use self::filters::FilterPage;
 pub use self::kept::{Found, Kept, NOTE, Restored, SENT, STEP, note_bytes_max};
 pub use self::load::{Body, LOADS_MAX, Loaded, Loader, look_up};
 pub use self::message::Message;
 pub use self::queued::{
-    Full, Ids, InFlight, Offer, Place, QueueLimits, Queued, REFERENCE_BYTES, ShareFilter, Source, Sums,
-    WhenFull,
+    Full, Ids, InFlight, Keeps, Offer, Place, QueueLimits, Queued, REFERENCE_BYTES, ShareFilter, Source,
+    Sums, WhenFull,
 };
 pub use self::retained::{RetainedFrom, RetainedPage};
 pub use self::send::{Acked, Filled, Peer, Space, Waits};
+#[cfg(test)]
+pub use self::share_record::visits;
 pub use self::share_record::{FoundShare, Holdings, SHARE};
 
 /// A connected subscriber that keeps its session has so much of its queue in
@@ -102,9 +107,9 @@ impl Outbox {
 
     /// A session that a restart found.
     pub fn restore(&mut self, restored: Restored) {
-        let Restored { kept, from, unlisted, by_share, inflight, queue, lost: _ } = restored;
+        let Restored { kept, from, unlisted, owed: _, inflight, queue, lost: _ } = restored;
         let known = inflight.iter().filter_map(|flight| flight.waiting.as_ref()).chain(&queue);
-        let again = Again::new(unlisted, by_share, known);
+        let again = Again::new(unlisted, known);
         *self = Self {
             ids: inflight.iter().map(|flight| flight.packet_id).collect(),
             last_id: inflight.last().map_or(0, |flight| flight.packet_id),
@@ -129,6 +134,22 @@ impl Outbox {
 
     pub fn from(&self, stream: usize) -> u64 {
         self.from.get(stream).copied().unwrap_or(0)
+    }
+
+    /// The same for messages published with QoS 2, of a subscription with `qos`.
+    pub fn from_with(&self, stream: usize, qos: u8) -> u64 {
+        let sent = self.kept.as_ref().filter(|_| qos == 2).map_or(0, |kept| kept.sent(stream));
+        self.from(stream).max(sent)
+    }
+
+    /// The part of a stream in which a restart offers it again what came by a share.
+    pub fn again_in(&self, stream: usize) -> Range<u64> {
+        self.again.as_ref().map_or(0..0, |again| again.part(stream))
+    }
+
+    /// What it had by a share of these parts when the host started.
+    pub fn known_again(&self, share: &str) -> HashSet<Place> {
+        self.again.as_ref().map(|again| again.known(share)).unwrap_or_default()
     }
 
     /// Offset of a stream at which a restart begins to offer it messages.
@@ -351,15 +372,43 @@ impl Outbox {
 
     /// Whether its client is there and there is room in the queue.
     pub fn has_room(&self, limits: QueueLimits) -> bool {
-        self.connected
-            && self.queue.len() < limits.messages_max
-            && self.sums.bytes < limits.bytes_max
+        self.connected && self.has_room_for(1, limits)
+    }
+
+    /// Whether there is room in the queue for a message of so many bytes.
+    fn has_room_for(&self, bytes: usize, limits: QueueLimits) -> bool {
+        self.queue.len() < limits.messages_max
+            && self.sums.bytes + bytes <= limits.bytes_max
             && self.memory.has_room(self.size() + self.more_places() * REFERENCE_BYTES)
     }
 
     /// Whether it would be sent soon: a shared subscription prefers such a member.
     pub fn is_ready(&self, queued: &Queued, limits: QueueLimits) -> bool {
-        self.has_room(limits) && self.takes(queued)
+        self.connected && self.has_room_for(queued.bytes(), limits) && self.takes(queued)
+    }
+
+    /// Returns what would come of a message that is not sent soon; `None`: it is not for this session.
+    pub fn keeps(&self, queued: &Queued, limits: QueueLimits) -> Option<Keeps> {
+        let has_room = || self.has_room_for(queued.bytes(), limits);
+        let gives_way = || self.is_kept() && limits.when_full == WhenFull::DropOldest;
+        self.takes(queued).then(|| match queued.qos {
+            0 => Keeps::Nothing,
+            _ if has_room() => Keeps::All,
+            _ if gives_way() => Keeps::Newest,
+            _ => Keeps::Nothing,
+        })
+    }
+
+    /// The shared subscriptions by which the first messages came, at most `max`, that
+    /// [`Outbox::give_back`] gives next.
+    pub fn next_shares(&self, is_given: impl Fn(&str) -> bool, max: usize) -> BTreeSet<ShareFilter> {
+        let shares = self.queue.iter().filter_map(|queued| queued.share.as_ref());
+        shares.filter(|share| is_given(share)).take(max).cloned().collect()
+    }
+
+    /// Whether its notes list what it gave to others.
+    pub fn is_passing_on(&self) -> bool {
+        self.kept.as_ref().is_some_and(|kept| !kept.passing_on.is_empty())
     }
 
     /// The shared subscriptions by which messages came that [`Outbox::give_back`] gives, and the
@@ -522,8 +571,6 @@ impl Outbox {
     pub fn resume(&mut self) {
         self.connected = true;
         self.sent = 0;
-        // Where their notes were refused then, house-keeping has appended them since.
-        self.passed_on();
         if let Some(kept) = &mut self.kept {
             kept.releases.clear();
         }

@@ -247,6 +247,17 @@ pub enum Full {
     Queues,
 }
 
+/// What becomes of a message that a session is given, which is not sent soon. The later ones are better.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Keeps {
+    /// It is lost.
+    Nothing,
+    /// It is kept, and the oldest of the queue are lost.
+    Newest,
+    /// It is kept beside the others.
+    All,
+}
+
 #[derive(Debug, PartialEq, Eq)]
 pub enum Offer {
     Queued,

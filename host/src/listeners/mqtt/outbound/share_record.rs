@@ -4,10 +4,12 @@
 //!
 //! - `sh` + filter: up to where all of them had been offered what lies in each stream, what they held
 //!   of what lies before, and the part of each stream in which the messages lie that the record has
-//!   no room for. A restart offers these and all that lies behind once more to one session, its
-//!   heir: messages may come again, none is lost.
+//!   no room for. A restart gives what is listed to one session, its heir. The lanes offer the part
+//!   and all that lies behind once more to the members, whoever these are by then, and the record
+//!   stays until they have: messages may come again, none is lost.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ops::Range;
 
 use super::again::{Parts, union};
 use super::kept::{Before, FORMAT, Reader, put_entry, put_parts};
@@ -21,10 +23,10 @@ pub const SHARE: &[u8] = b"sh";
 const LISTED_BYTES: usize = 5;
 
 /// What members of a share hold, as a record has room for it.
-pub struct Holdings<'p> {
+pub struct Holdings {
     /// A position for each stream: all messages below have been offered to the members. It is read before
     /// the outboxes are looked at.
-    positions: &'p [u64],
+    positions: Box<[u64]>,
     /// The messages that have waited longest, by the time since when and their places.
     listed: BTreeMap<(u64, Place), Queued>,
     bytes_max: usize,
@@ -32,20 +34,22 @@ pub struct Holdings<'p> {
     unlisted: Parts,
 }
 
-impl<'p> Holdings<'p> {
-    pub fn new(positions: &'p [u64], bytes_max: usize) -> Self {
+impl Holdings {
+    pub fn new(positions: Box<[u64]>, bytes_max: usize) -> Self {
         let unlisted = positions.iter().map(|_| 0..0).collect();
         Self { positions, listed: BTreeMap::new(), bytes_max, unlisted }
     }
 
-    /// Adds what `outbox` holds by `share`.
-    pub fn add(&mut self, outbox: &Outbox, share: &str) {
-        for queued in outbox.held_by(share) {
-            let Some(place) = queued.source.place() else { continue };
-            if place.offset < self.positions[usize::from(place.stream)] {
-                self.list(place, queued);
-            }
+    /// Adds a message that a member holds.
+    pub fn add(&mut self, place: Place, queued: &Queued) {
+        if place.offset < self.positions[usize::from(place.stream)] {
+            self.list(place, queued);
         }
+    }
+
+    /// Adds a part of a stream that members are still to be offered.
+    pub fn add_part(&mut self, stream: usize, part: Range<u64>) {
+        self.unlisted[stream] = union(self.unlisted[stream].clone(), part);
     }
 
     fn list(&mut self, place: Place, queued: &Queued) {
@@ -77,7 +81,7 @@ impl<'p> Holdings<'p> {
             }
         }
         let mut value = vec![FORMAT];
-        put_parts(&mut value, streams, self.positions, |stream| self.unlisted[stream].clone());
+        put_parts(&mut value, streams, &self.positions, |stream| self.unlisted[stream].clone());
         value.extend(entries);
         value
     }
@@ -89,14 +93,29 @@ fn cover(parts: &mut Parts, place: Place) {
 }
 
 impl Outbox {
-    /// Returns what another member of `share` is to get if the session of this one is no more.
-    pub fn held_by(&self, share: &str) -> impl Iterator<Item = &Queued> {
+    /// Returns what other members of shares are to get if the session of this one is no more, by
+    /// the share and the place in its stream.
+    pub fn held_by_shares(&self) -> impl Iterator<Item = (&ShareFilter, Place, &Queued)> {
         let inflight = self.inflight.iter().filter(|flight| is_unacknowledged_by_share(flight));
         let inflight = inflight.filter_map(|flight| flight.waiting.as_ref());
         let queue = self.queue.iter().filter(|queued| queued.qos > 0);
-        inflight.chain(queue).filter(move |queued| queued.share.as_ref().is_some_and(|by| ***by == *share))
+        let held = inflight.chain(queue);
+        #[cfg(test)]
+        let held = held.inspect(|_| visits::add());
+        held.filter_map(|queued| Some((queued.share.as_ref()?, queued.source.place()?, queued)))
+    }
+
+    /// Returns the messages by shares that the session has and has not begun to end.
+    pub fn places_by_shares(&self) -> impl Iterator<Item = (&ShareFilter, Place)> {
+        let inflight = self.inflight.iter().filter_map(|flight| flight.waiting.as_ref());
+        inflight
+            .chain(&self.queue)
+            .filter_map(|queued| Some((queued.share.as_ref()?, queued.source.place()?)))
     }
 }
+
+/// The messages that a session has, by the share that they came by.
+pub type KnownByShare = HashMap<ShareFilter, HashSet<Place>>;
 
 /// A record that a restart found.
 pub struct FoundShare {
@@ -108,33 +127,58 @@ pub struct FoundShare {
 
 impl Restored {
     /// Gives the session what a record of a share lists, as far as the session does not have it.
+    /// Returns the parts of the streams in which lies what the record does not list.
     /// `ends`: of the streams; messages at `valid` and behind are others than those that were recorded.
-    /// Ends where the record does not go on.
     pub(super) fn inherit(
         &mut self,
         found: &FoundShare,
         number: &dyn Fn(&[u8]) -> Option<u16>,
         ends: &[u64],
         valid: &[u64],
+        known: &KnownByShare,
+    ) -> Parts {
+        let mut parts: Parts = ends.iter().map(|_| 0..0).collect();
+        // Ends where the record does not go on.
+        let _ = self.read_record(found, number, ends, valid, known, &mut parts);
+        parts
+    }
+
+    /// Returns what the session has, by share.
+    pub(super) fn known_by_share(&self) -> KnownByShare {
+        let mut known = KnownByShare::new();
+        let own = self.inflight.iter().filter_map(|flight| flight.waiting.as_ref()).chain(&self.queue);
+        for queued in own {
+            if let (Some(share), Some(place)) = (&queued.share, queued.source.place()) {
+                known.entry(share.clone()).or_default().insert(place);
+            }
+        }
+        known
+    }
+
+    fn read_record(
+        &mut self,
+        found: &FoundShare,
+        number: &dyn Fn(&[u8]) -> Option<u16>,
+        ends: &[u64],
+        valid: &[u64],
+        known: &KnownByShare,
+        parts: &mut Parts,
     ) -> Option<()> {
         let mut record = Reader(&found.value);
         let format = record.byte().filter(|format| *format == FORMAT)?;
         let streams = record.parts(format, number)?;
-        let mut parts: Parts = ends.iter().map(|_| 0..0).collect();
         for (stream, upto, unlisted) in &streams {
             let Some(stream) = stream.map(usize::from) else { continue };
             let unlisted = unlisted.start..unlisted.end.min(valid[stream]);
             parts[stream] = union(unlisted, (*upto).min(valid[stream])..ends[stream]);
         }
         let streams: Vec<Option<u16>> = streams.into_iter().map(|(stream, ..)| stream).collect();
-        let own = self.inflight.iter().filter_map(|flight| flight.waiting.as_ref()).chain(&self.queue);
-        let own = own.filter(|queued| queued.share.as_ref() == Some(&found.filter));
-        let known: HashSet<Place> = own.filter_map(|queued| queued.source.place()).collect();
+        let known = known.get(&found.filter);
+        let is_known = |place: &Place| known.is_some_and(|known| known.contains(place));
         let mut before = Before::default();
-        self.by_share.push((found.filter.clone(), parts));
         while !record.0.is_empty() {
             let (queued, _) = record.entry(format, &mut before, &streams, &|_, _| None)?;
-            let queued = queued.filter(|it| it.source.place().is_none_or(|place| !known.contains(&place)));
+            let queued = queued.filter(|queued| queued.source.place().is_none_or(|place| !is_known(&place)));
             self.queue.extend(queued.map(|queued| Queued {
                 qos: queued.qos.min(found.options.qos),
                 retain: queued.retain && found.options.retain_as_published,
@@ -146,5 +190,24 @@ impl Restored {
             }));
         }
         Some(())
+    }
+}
+
+/// Number of messages that are looked at in queues for records of shares, by this thread.
+#[cfg(test)]
+pub mod visits {
+    use std::cell::Cell;
+
+    thread_local! {
+        static COUNT: Cell<usize> = const { Cell::new(0) };
+    }
+
+    pub fn add() {
+        COUNT.set(COUNT.get() + 1);
+    }
+
+    /// Returns the number since it was asked last.
+    pub fn take() -> usize {
+        COUNT.take()
     }
 }

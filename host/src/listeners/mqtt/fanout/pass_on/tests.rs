@@ -48,8 +48,12 @@ impl World {
 
     /// Subscribes to the share, as a connection does before it answers.
     pub fn subscribe(&self, session: &Arc<Session>, qos: u8) {
+        self.subscribe_to(session, SHARE, qos);
+    }
+
+    pub fn subscribe_to(&self, session: &Arc<Session>, filter: &str, qos: u8) {
         let options = Options { qos, no_local: false, retain_as_published: false, id: 0 };
-        let filter = Filter::parse(SHARE).unwrap();
+        let filter = Filter::parse(filter).unwrap();
         let plain = Subscription { filter, options, retained: SendRetained::Never };
         self.broker.live.subscribe(&self.broker, session, &[plain]);
         session.note(&self.broker, Vec::new());
@@ -69,8 +73,12 @@ impl World {
 
     /// Publishes and delivers, with these QoS in turn.
     pub async fn publish_with(&self, count: usize, qos: &[u8]) {
+        self.publish_to("a", count, qos).await;
+    }
+
+    pub async fn publish_to(&self, topic: &str, count: usize, qos: &[u8]) {
         let message = |qos: &u8| NewMessage {
-            topic: "a",
+            topic,
             payload: b"x",
             properties: b"",
             route: "",
@@ -104,6 +112,32 @@ impl World {
 
 fn waiting(session: &Session) -> usize {
     session.outbox().sizes().0
+}
+
+#[tokio::test]
+async fn a_message_goes_to_a_member_that_keeps_it_rather_than_to_one_that_would_lose_it() {
+    let world = World::new();
+    let (one, two) = (world.member("one").await.session, world.member("two").await.session);
+    world.subscribe(&one, 0);
+    world.publish(10).await;
+    assert_eq!((waiting(&one), waiting(&two)), (0, 10), "the client of the one is away, and takes QoS 0");
+    // Its client is there, and reads too slowly; the other's is away.
+    let slow = world.member_for("slow", 0).await.session;
+    world.broker.live.resume(&slow);
+    let room = world.broker.config.queue_messages_max as usize;
+    world.publish(room + 10).await;
+    assert_eq!((waiting(&slow), waiting(&two)), (room, 20));
+}
+
+#[tokio::test]
+async fn a_member_whose_queue_is_full_loses_nothing_while_another_has_room() {
+    let world = World::new();
+    let room = world.broker.config.queue_messages_max as usize;
+    let one = world.member("one").await.session;
+    world.publish(room).await;
+    let two = world.member("two").await.session;
+    world.publish(10).await;
+    assert_eq!((waiting(&one), waiting(&two)), (room, 10));
 }
 
 #[tokio::test]
