@@ -11,7 +11,7 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
-use xxhash_rust::xxh3::xxh3_64;
+use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::dead_letters::{Refusal, Source};
 use super::outlet::HandedOut;
@@ -24,11 +24,17 @@ const ORDER_MIN: usize = 1_024;
 
 /// Which of the messages of an offset: a step may make several of one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Piece(u64);
+pub struct Piece {
+    /// Hash of the step or sink that saw it.
+    by: u64,
+    /// Among those that it saw.
+    index: u32,
+}
 
 impl Piece {
-    /// All that was left of the message is in letters: the sink gets no more of it.
-    pub const WHOLE: Self = Self(0);
+    /// All that was left of the message is in letters: the sink gets no more of it. The first in order.
+    pub const WHOLE: Self = Self { by: 0, index: 0 };
+    const LAST: Self = Self { by: u64::MAX, index: u32::MAX };
 
     /// The `index`-th that the step or sink saw.
     pub fn of(source: Source<'_>, index: u32) -> Self {
@@ -37,9 +43,12 @@ impl Piece {
             Source::Sink(_) => 1,
             Source::Routes => 2,
         };
-        let name = source.name();
-        let hash = xxh3_64(name.as_bytes()) ^ xxh3_64(&((u64::from(index) << 2) | tag).to_le_bytes());
-        Self(hash.max(1))
+        Self { by: xxh3_64_with_seed(source.name().as_bytes(), tag).max(1), index }
+    }
+
+    /// Whether this step or sink saw it.
+    pub fn is_of(self, source: Source<'_>) -> bool {
+        self.by == Self::of(source, 0).by
     }
 }
 
@@ -411,7 +420,7 @@ impl OfSink {
     }
 
     fn within(&self, first: Offset, last: Offset) -> impl Iterator<Item = &(u64, Piece)> {
-        self.letters.range((first.0, Piece::WHOLE)..=(last.0.max(first.0), Piece(u64::MAX)))
+        self.letters.range((first.0, Piece::WHOLE)..=(last.0.max(first.0), Piece::LAST))
     }
 }
 

@@ -20,8 +20,6 @@ use crate::step::{Attempt, Chain, Outcome, Refused, RefusedKind, Step};
 
 /// Runs of one message that asks for a retry.
 const ATTEMPTS_MAX: u32 = 3;
-/// Messages made of one of which it can be told later which step rejected them.
-const PIECES_MAX: u32 = 1_024;
 
 /// A redrive's own instances of the steps of a chain.
 pub struct Steps {
@@ -214,11 +212,10 @@ fn is_by_others(reader: &Reader, steps: &[Arc<str>], sink: &str) -> bool {
     if reader.seen.is_empty() {
         return false;
     }
-    let steps = steps.iter().map(|step| Source::Step(step));
-    let sources: Vec<_> = steps.chain([Source::Routes, Source::Sink(sink)]).collect();
-    let own = |index| sources.iter().map(move |source| Piece::of(*source, index));
-    let own: BTreeSet<_> = (0..PIECES_MAX).flat_map(own).chain([Piece::WHOLE]).collect();
-    reader.seen.pieces().any(|piece| !own.contains(&piece))
+    let steps = || steps.iter().map(|step| Source::Step(step));
+    let is_own =
+        |piece: Piece| steps().chain([Source::Routes, Source::Sink(sink)]).any(|source| piece.is_of(source));
+    reader.seen.pieces().any(|piece| piece != Piece::WHOLE && !is_own(piece))
 }
 
 impl Message<'_> {
