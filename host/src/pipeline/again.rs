@@ -296,7 +296,8 @@ impl Again {
         }
     }
 
-    /// A letter may be rows of a sink already, some of what is made of it.
+    /// A letter may be rows of a sink already, some of what is made of it. Once the sink's position is
+    /// past it, a later run of the pass learns of this by [`Self::compare`].
     pub fn doubt(&self, offset: Offset, sink: SinkNumber) {
         if let Some(sending) = self.lock().get_mut(&offset.0) {
             sending.doubtful.insert(sink);
@@ -344,13 +345,13 @@ impl Again {
     }
 
     /// Compares what goes to a sink with what its database tells. `positions`: those of this pass;
-    /// `has_new`: whether this folder has a new letter of what a letter there became.
+    /// `rejected_in`: how much of a letter there is in new letters of this folder.
     pub fn compare(
         &self,
         sink: SinkNumber,
         told: &Told,
         positions: &[Offset],
-        has_new: impl Fn(Offset) -> bool,
+        rejected_in: impl Fn(Offset) -> Option<Part>,
     ) {
         let name = self.names.id(sink);
         for (at, sending) in self.lock().iter_mut().filter(|(_, sending)| sending.names.contains(&sink)) {
@@ -360,12 +361,19 @@ impl Again {
             if own == Some(Some(Part::All)) {
                 continue;
             }
+            let is_rejected = sending.rejected.contains(name);
             match told.of_letter(sending.letter) {
                 Fate::SentBy(pass) => drop(sending.sent_by.insert(sink, pass)),
                 Fate::PossibleDuplicate if !sending.may_repeat => drop(sending.doubtful.insert(sink)),
+                _ if is_rejected => {}
+                // What was not rejected would be sent, and told: an earlier run of the pass passed it over
+                // as a possible duplicate, which it remembered in memory only.
+                _ if own == Some(None) && rejected_in(Offset(*at)) == Some(Part::Some) => {
+                    sending.doubtful.insert(sink);
+                }
+                _ if rejected_in(Offset(*at)).is_some() => {}
                 // Another copy of the folder has got this pass so far, and has the letters of what it
                 // rejected.
-                _ if sending.rejected.contains(name) || has_new(Offset(*at)) => {}
                 _ if own == Some(Some(Part::Some)) => drop(sending.doubtful.insert(sink)),
                 _ if own == Some(None) => drop(sending.rejected.insert(name.to_owned())),
                 _ => {}

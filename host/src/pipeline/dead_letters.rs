@@ -30,7 +30,7 @@ use super::letter::{self, Letter, Names};
 use super::metrics;
 use super::missing::SentLetters;
 use super::outlet::HandedOut;
-use super::pass_letters::Told;
+use super::pass_letters::{Part, Told};
 use super::routes::SinkNumber;
 use crate::batch::{Batch, MessageRef, Offset, Partition};
 use crate::step::RefusedKind;
@@ -456,8 +456,8 @@ impl DeadLetters {
     /// Compares what a pass sends to a sink with what its database tells of letters.
     pub fn compare(&self, sink: SinkNumber, told: &Told, positions: &[Offset]) {
         let known = self.lock();
-        let has_new = |at| !known.seen(sink, at, at).is_empty();
-        self.again.iter().for_each(|again| again.compare(sink, told, positions, has_new));
+        let rejected_in = |at| known.seen(sink, at, at).part_of(at);
+        self.again.iter().for_each(|again| again.compare(sink, told, positions, rejected_in));
     }
 
     /// Returns the letters of a partition that a pass sends to a sink from a range, as far as it is
@@ -473,11 +473,10 @@ impl DeadLetters {
         for (at, letter) in
             self.again.iter().flat_map(|again| again.letters_to(sink, partition, range.clone()))
         {
-            let rejected = known.seen(sink, at, at);
-            if rejected.is_empty() {
-                sent.push(letter);
-            } else if !rejected.has_whole(at) {
-                partly.push(letter);
+            match known.seen(sink, at, at).part_of(at) {
+                None => sent.push(letter),
+                Some(Part::Some) => partly.push(letter),
+                Some(Part::All) => {}
             }
         }
         (sent, partly)

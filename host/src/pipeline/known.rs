@@ -15,6 +15,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::dead_letters::{Refusal, Source};
 use super::outlet::HandedOut;
+use super::pass_letters::Part;
 use super::routes::SinkNumber;
 use crate::batch::{Batch, Offset};
 use crate::stream::Ticket;
@@ -73,6 +74,13 @@ impl Seen {
     /// Whether all of the message is in letters.
     pub fn has_whole(&self, offset: Offset) -> bool {
         self.has(offset, Piece::WHOLE)
+    }
+
+    /// How much of a message is in letters.
+    pub fn part_of(&self, offset: Offset) -> Option<Part> {
+        let mut of_message = self.0.range((offset.0, Piece::WHOLE)..=(offset.0, Piece::LAST));
+        let has_any = of_message.next().is_some();
+        has_any.then(|| if self.has_whole(offset) { Part::All } else { Part::Some })
     }
 
     pub fn pieces(&self) -> impl Iterator<Item = Piece> {

@@ -160,7 +160,7 @@ impl PassLetters {
     }
 }
 
-/// How much of a letter was sent.
+/// How much of a letter was sent, or rejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
     All,

@@ -1,5 +1,6 @@
 //! Where letters enter the steps again: steps that were removed, renamed, moved, added or mended.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -406,6 +407,72 @@ async fn what_a_step_rejected_that_was_removed_in_the_middle_of_a_redrive_is_not
     let repeat = Filter { possible_duplicates: true, ..Filter::default() };
     assert_eq!(process.handle.redrive(&repeat).await.unwrap().sent, 6, "as it was asked to");
     process.stop().await;
+}
+
+/// However many messages are made of one, and whichever of them a step rejected.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redrive_that_goes_on_with_the_same_steps_doubts_nothing() {
+    let world = World::new(1, &[("default", "w")]);
+    const COUNT: usize = 1_100;
+    let n = Arc::new(AtomicUsize::new(0));
+    let check = step("check", move |_, _| match n.fetch_add(1, Ordering::Relaxed) {
+        n if n < 3 * COUNT && n % COUNT == COUNT - 1 => Act::Refuse("no".to_owned()),
+        _ => Act::Pass,
+    });
+    let process = with_letters(&world, &[refusing("first")]).await;
+    flip(&process, 2, &[passing("first"), step("split", |_, _| Act::Times(COUNT)), check]).await;
+    world.database("w").fail_commits([Fault::Passes, Fault::Retry("down".to_owned())]);
+    assert_eq!(redrive(&process).await.letters.pending, 3);
+    let first = Filter { ids: Some((0..3).map(Offset).collect()), ..Filter::default() };
+    let summary = process.handle.redrive(&first).await.unwrap();
+    assert_eq!((summary.letters.sent, summary.letters.possible_duplicates), (3, 0));
+    process.stop().await;
+}
+
+/// The run that passed them over remembered it in memory only, and another sink had them still to come.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn possible_duplicates_of_one_sink_are_told_whichever_run_ends_their_redrive() {
+    for is_restarted in [false, true] {
+        let world = World::new(1, &[("default", "w z")]);
+        let split = || step("split", |_, _| Act::Times(2));
+        let n = Arc::new(AtomicUsize::new(0));
+        let check = step("check", move |_, _| match n.fetch_add(1, Ordering::Relaxed) % 2 {
+            0 => Act::Refuse("no".to_owned()),
+            _ => Act::Pass,
+        });
+        let process = with_letters(&world, &[refusing("first")]).await;
+        flip(&process, 2, &[passing("first"), split(), check]).await;
+        world.database("z").set_down(Some("away"));
+        world.database("w").fail_commits([Fault::Passes, Fault::Retry("down".to_owned())]);
+        assert_eq!(redrive(&process).await.letters.pending, 3);
+        let steps = [passing("first"), split()];
+        flip(&process, 3, &steps).await;
+        let summary = redrive(&process).await;
+        assert_eq!((summary.letters.pending, summary.letters.possible_duplicates), (3, 0));
+        let process = if is_restarted {
+            process.handle.crash();
+            process.handle.join().await;
+            world.database("z").set_down(None);
+            world.start(chain(1, &steps)).await
+        } else {
+            world.database("z").set_down(None);
+            redrive(&process).await;
+            process
+        };
+        process.until("ended", |_| !is_pending(&*world.dead, &["p".to_owned()])).await;
+        assert_eq!(sorted(world.payloads("z")), sorted([published(1, 3), published(1, 3)].concat()));
+        assert_eq!(sorted(world.payloads("w")), published(1, 3), "those of the new letters");
+        let marks = Marks::read(&world.dead.state(MARK_PREFIX));
+        for letter in 0..3 {
+            let mark = marks.get(letter);
+            let is_told = |sinks: &BTreeSet<String>| sinks.len() == 1 && sinks.contains("w");
+            assert!(
+                matches!(mark, Some(Mark::Open { sinks, why: Reopened::PossibleDuplicate }) if is_told(sinks)),
+                "{mark:?}"
+            );
+        }
+        process.stop().await;
+    }
 }
 
 /// Versions before noted no steps: only where no step can be left out is it sent unasked.
