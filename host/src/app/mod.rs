@@ -163,6 +163,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
     let written = targets.keys().map(|name| (name.clone(), None));
     let named: Vec<_> = config.sinks.iter().map(named).chain(written).collect();
     let sink_names = pipeline::name_sinks(&dead_letters, &named);
+    let reasons = Arc::new(pipeline::KeptReasons::of(&*dead_letters));
     for (name, pipeline) in &config.pipelines {
         // It drops all: there is nothing to read the stream for.
         if pipeline.sinks().is_empty() {
@@ -177,6 +178,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
             sinks: sink_parts(&config, pipeline, &targets, &namespace, &journal, &failures),
             dead_letters: Arc::clone(&dead_letters),
             sink_names: Arc::clone(&sink_names),
+            reasons: Arc::clone(&reasons),
             dead_letters_bytes_max: config.dead_letters.share_of(config.pipelines.len()),
             configured: Arc::clone(&configured),
             failures: failures.clone(),

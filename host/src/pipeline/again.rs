@@ -11,7 +11,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::{AddAssign, Range};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use uuid::Uuid;
 
@@ -21,7 +21,7 @@ use super::known::Piece;
 use super::letter::{Letter, Names};
 use super::marks::{Change, MARK_PREFIX, Mark, Marks, Pending, Reopened, Sent, mark_key};
 use super::pass_letters::{Fate, Part, Told};
-use super::reasons::{self, NewReasons, Reasons, Tries};
+use super::reasons::{self, KeptReasons, NewReasons, Tries};
 use super::routes::SinkNumber;
 use crate::batch::{MessageRef, Offset, Partition};
 use crate::stream::{Identity, Read, ReadError, Stream};
@@ -38,7 +38,7 @@ pub struct Again {
     names: Names,
     pass: Mutex<Option<Uuid>>,
     sendings: Mutex<BTreeMap<u64, Sending>>,
-    reasons: Mutex<Reasons>,
+    reasons: Arc<KeptReasons>,
 }
 
 /// What is to be remembered of letters that are rejected as before.
@@ -46,7 +46,6 @@ pub struct Rejections {
     pub changes: Vec<Change>,
     /// Each letter by its offset, with the sinks that have rejected it and its tries.
     sendings: Vec<(u64, BTreeSet<String>, Tries)>,
-    reasons: NewReasons,
 }
 
 pub struct Sending {
@@ -165,16 +164,21 @@ impl AddAssign for Ended {
 
 impl Again {
     /// A pass that has taken nothing yet.
-    pub fn begin(names: &Names, marks: &Marks) -> Self {
-        Self::of(names, Some(Uuid::new_v4()), BTreeMap::new(), marks)
+    pub fn begin(names: &Names, reasons: &Arc<KeptReasons>) -> Self {
+        Self::of(names, Some(Uuid::new_v4()), BTreeMap::new(), reasons)
     }
 
-    fn of(names: &Names, pass: Option<Uuid>, sendings: BTreeMap<u64, Sending>, marks: &Marks) -> Self {
+    fn of(
+        names: &Names,
+        pass: Option<Uuid>,
+        sendings: BTreeMap<u64, Sending>,
+        reasons: &Arc<KeptReasons>,
+    ) -> Self {
         Self {
             names: names.clone(),
             pass: Mutex::new(pass),
             sendings: Mutex::new(sendings),
-            reasons: Mutex::new(marks.reasons().clone()),
+            reasons: Arc::clone(reasons),
         }
     }
 
@@ -186,7 +190,11 @@ impl Again {
     }
 
     /// The passes that earlier redrives of a pipeline left.
-    pub async fn left(dead_letters: &dyn Stream, pipeline: &DeadLetters) -> Result<Vec<Self>, ReadError> {
+    pub async fn left(
+        dead_letters: &dyn Stream,
+        pipeline: &DeadLetters,
+        reasons: &Arc<KeptReasons>,
+    ) -> Result<Vec<Self>, ReadError> {
         let names = pipeline.names();
         let marks = Marks::read(&dead_letters.state(MARK_PREFIX));
         let pending: BTreeMap<u64, &Pending> = marks
@@ -227,7 +235,7 @@ impl Again {
             }
         }
         let again = |(pass, sendings): (_, BTreeMap<u64, (u64, Sending)>)| {
-            Self::of(names, pass, sendings.into_values().collect(), &marks)
+            Self::of(names, pass, sendings.into_values().collect(), reasons)
         };
         Ok(passes.into_iter().map(again).collect())
     }
@@ -399,9 +407,9 @@ impl Again {
 
     /// What says that these sinks rejected these letters, and why.
     pub fn reject(&self, refusals: &[(&Refusal<'_>, Vec<SinkNumber>)]) -> Rejections {
-        let (sendings, reasons) = (self.lock(), self.reasons());
-        let mut rejections =
-            Rejections { changes: Vec::new(), sendings: Vec::new(), reasons: NewReasons::new() };
+        let sendings = self.lock();
+        let mut rejections = Rejections { changes: Vec::new(), sendings: Vec::new() };
+        let mut new = NewReasons::new();
         for (refusal, names) in refusals {
             let at = refusal.message.offset().0;
             let Some(sending) = sendings.get(&at) else { continue };
@@ -409,14 +417,14 @@ impl Again {
             let rejected: BTreeSet<_> = sending.rejected.iter().cloned().chain(names).collect();
             // Once in a pass, however many sinks it goes to.
             let is_counted = !sending.rejected.is_empty();
-            let new = &mut rejections.reasons;
-            let tries = reasons.note(sending.tries, is_counted, refusal.reason, sending.reason, new);
+            let (reason, own) = (refusal.reason, sending.reason);
+            let tries = self.reasons.note(sending.tries, is_counted, reason, own, &mut new);
             let (pending, rejected_by) = (self.pending_of(sending), rejected.clone());
             let mark = Mark::Pending(Pending { rejected: rejected_by, tries, ..pending }).bytes();
             rejections.changes.push((mark_key(Offset(sending.letter)), Some(mark)));
             rejections.sendings.push((at, rejected, tries));
         }
-        rejections.changes.extend(reasons::changes(&rejections.reasons));
+        rejections.changes.extend(reasons::changes(&new));
         rejections
     }
 
@@ -428,7 +436,6 @@ impl Again {
                 (sending.rejected, sending.tries) = (rejected, tries);
             }
         }
-        self.reasons().add(rejections.reasons);
     }
 
     /// What a sink rejected already.
@@ -509,11 +516,6 @@ impl Again {
 
     pub fn pending(&self) -> u64 {
         self.lock().len() as u64
-    }
-
-    /// Below the sendings.
-    fn reasons(&self) -> MutexGuard<'_, Reasons> {
-        self.reasons.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Sending>> {

@@ -77,6 +77,7 @@ pub use letter::Letter;
 pub use marks::{MARK_PREFIX, Mark, Marks, Reopened};
 pub use metrics::{METRICS, letters_gone};
 pub use open_letters::{Open as OpenCount, OpenLetters};
+pub use reasons::KeptReasons;
 pub use records::recorded_recipes;
 pub use redrive::{Filter, RedriveError, Summary, list_open};
 pub use redrive_status::RedriveStatus;
@@ -148,6 +149,8 @@ pub struct Deps {
     pub dead_letters: Arc<dyn Stream>,
     /// What names of sinks mean in them.
     pub sink_names: Arc<SinkNames>,
+    /// Why redrives of the whole host had dead letters rejected again.
+    pub reasons: Arc<KeptReasons>,
     /// Bytes of this pipeline's dead letters whose sinks are not past them yet.
     pub dead_letters_bytes_max: u64,
     /// Names of all pipelines of the host and their sinks.
@@ -341,6 +344,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
         sinks,
         dead_letters,
         sink_names,
+        reasons,
         dead_letters_bytes_max,
         configured,
         failures,
@@ -366,6 +370,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
         failures,
         metrics: PipelineMetrics::new(name),
         redrives: Redrives::new(name),
+        reasons,
         gone: Arc::new(Gone::new(name)),
         counted: (0..identity.partitions).map(|_| AtomicU64::new(0)).collect(),
         held: Mutex::default(),

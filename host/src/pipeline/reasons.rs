@@ -1,22 +1,24 @@
 //! Why redrives had letters rejected again, where the reason is another one than the letter's own.
 //!
 //! The mark of a letter names a reason by a hash, and the state of the dead letters has the texts:
-//! most letters that are rejected again share a few of them. The number of texts is bounded. Those
-//! that no mark names any more are removed before a redrive begins.
+//! most letters that are rejected again share a few of them. The redrives of all pipelines together keep
+//! at most [`REASONS_MAX`] texts ([`KeptReasons`]). Those that no mark names any more are removed before
+//! a redrive begins.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::letter::shortened;
 use super::marks::{Change, MARK_PREFIX};
-use crate::stream::StateEntries;
+use crate::stream::{StateEntries, Stream};
 use crate::telemetry::alike;
 
 /// Begins the state keys, then the hash, big-endian.
 const REASON_PREFIX: &[u8] = b"rr";
 /// Texts that are kept; half of them as they are, the others without their numbers.
-const REASONS_MAX: usize = 256;
+pub const REASONS_MAX: usize = if cfg!(test) { 16 } else { 256 };
 const TEXT_BYTES_MAX: usize = 1_024;
 /// Stands for all reasons beyond those that are kept.
 const OTHER: u64 = 0;
@@ -56,6 +58,45 @@ pub struct Reasons(BTreeMap<u64, String>);
 /// Texts that are to be added.
 pub type NewReasons = BTreeMap<u64, String>;
 
+/// The texts of a host's dead letters, which all its redrives share: those that the state has, and those
+/// that a redrive is about to add.
+#[derive(Debug, Default)]
+pub struct KeptReasons(Mutex<Reasons>);
+
+impl KeptReasons {
+    pub fn of(dead_letters: &dyn Stream) -> Self {
+        Self(Mutex::new(Reasons::read(&dead_letters.state(MARK_PREFIX))))
+    }
+
+    /// As [`Reasons::note`]. The texts that go into `new` are kept from now on.
+    pub fn note(
+        &self,
+        tries: Tries,
+        is_counted: bool,
+        reason: &str,
+        own: u64,
+        new: &mut NewReasons,
+    ) -> Tries {
+        let mut kept = self.lock();
+        let tries = kept.note(tries, is_counted, reason, own, new);
+        kept.add(new);
+        tries
+    }
+
+    /// Forgets the texts that none of these names, and returns the changes that remove them.
+    pub fn remove_unused(&self, tries: impl Iterator<Item = Tries>) -> Vec<Change> {
+        let mut kept = self.lock();
+        let used: BTreeSet<u64> = tries.filter_map(|tries| tries.reason).collect();
+        let unused = kept.0.extract_if(.., |hash, _| !used.contains(hash));
+        unused.map(|(hash, _)| (key(hash), None)).collect()
+    }
+
+    /// Below the sendings of a pass.
+    fn lock(&self) -> MutexGuard<'_, Reasons> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl Reasons {
     /// Reads them from the dead letters' state below [`MARK_PREFIX`].
     pub fn read(state: &StateEntries) -> Self {
@@ -73,22 +114,9 @@ impl Reasons {
         Some(self.0.get(&reason).map_or(OTHER_TEXT, String::as_str))
     }
 
-    /// Returns the changes that remove the texts that none of these names.
-    pub fn unused(&self, tries: impl Iterator<Item = Tries>) -> Vec<Change> {
-        let used: BTreeSet<u64> = tries.filter_map(|tries| tries.reason).collect();
-        self.0.keys().filter(|hash| !used.contains(hash)).map(|hash| (key(*hash), None)).collect()
-    }
-
     /// Counts one more rejection, unless `is_counted`, for a reason. `own`: the hash of the letter's
     /// own one. What is not kept yet goes into `new`.
-    pub fn note(
-        &self,
-        tries: Tries,
-        is_counted: bool,
-        reason: &str,
-        own: u64,
-        new: &mut NewReasons,
-    ) -> Tries {
+    fn note(&self, tries: Tries, is_counted: bool, reason: &str, own: u64, new: &mut NewReasons) -> Tries {
         let count = tries.count.saturating_add(u32::from(!is_counted));
         let reason = (hash(reason) != own).then(|| self.keep(reason, new));
         Tries { count, reason }
@@ -98,8 +126,9 @@ impl Reasons {
         for (text, max) in [(reason, REASONS_MAX / 2), (&*alike(reason), REASONS_MAX)] {
             let text = &text[..text.floor_char_boundary(TEXT_BYTES_MAX)];
             let hash = xxh3_64(text.as_bytes()).max(OTHER + 1);
-            let is_kept = self.0.contains_key(&hash) || new.contains_key(&hash);
-            if is_kept || self.0.len() + new.len() < max {
+            let is_kept = self.0.contains_key(&hash);
+            if is_kept || self.0.len() < max {
+                // Also one that is kept: another redrive may be about to remove it.
                 new.entry(hash).or_insert_with(|| text.to_owned());
                 return hash;
             }
@@ -112,8 +141,12 @@ impl Reasons {
         self.0.len()
     }
 
-    pub fn add(&mut self, new: NewReasons) {
-        self.0.extend(new);
+    fn add(&mut self, new: &NewReasons) {
+        let missing = new
+            .iter()
+            .filter(|(hash, _)| !self.0.contains_key(hash))
+            .map(|(hash, text)| (*hash, text.clone()));
+        self.0.extend(missing.collect::<Vec<_>>());
     }
 }
 
@@ -138,12 +171,13 @@ mod tests {
     #[test]
     fn the_newest_reason_is_told_and_their_number_is_bounded() {
         let own = hash("column 1");
+        let kept = KeptReasons::default();
         let mut reasons = Reasons::default();
         let reject = |reasons: &mut Reasons, tries, reason: &str| {
             let mut new = NewReasons::new();
-            let tries = reasons.note(tries, false, reason, own, &mut new);
+            let tries = kept.note(tries, false, reason, own, &mut new);
             let state = changes(&new).filter_map(|(key, value)| Some((key, value?))).collect();
-            reasons.add(Reasons::read(&state).0);
+            reasons.add(&Reasons::read(&state).0);
             assert_eq!(Tries::read(&tries.text()), tries);
             tries
         };
@@ -164,7 +198,8 @@ mod tests {
         assert_eq!(reasons.0.len(), REASONS_MAX);
         let last = reject(&mut reasons, other, "yes");
         assert!(reasons.text(last).unwrap().starts_with("another reason"));
-        assert_eq!(reasons.unused([other].into_iter()).len(), REASONS_MAX - 1);
+        assert_eq!(kept.remove_unused([other].into_iter()).len(), REASONS_MAX - 1);
+        assert_eq!(kept.lock().len(), 1);
         assert_eq!(Tries::read(""), Tries::default());
     }
 }

@@ -35,6 +35,7 @@ use super::letter::{Letter, Names};
 use super::marks::{Change, MARK_PREFIX, Mark, Marks, Pending, Reopened, mark_key, records};
 use super::metrics::SinkMetrics;
 use super::pass_letters::{PassLetters, Told};
+use super::reasons::KeptReasons;
 use super::redrive_steps::{Steps, original};
 use super::routes::SinkNumber;
 use super::status::SinkShared;
@@ -155,11 +156,11 @@ pub async fn run(
 ) -> Result<Summary, RedriveError> {
     let mut summary = Summary::default();
     let names = shared.letters.names().clone();
-    let gone = forget_marks(dead_letters, &names.pipelines).await?;
+    let gone = forget_marks(dead_letters, &names.pipelines, &shared.reasons).await?;
     if gone > 0 {
         summary.failed.push(cannot_be_read(gone));
     }
-    let left = Again::left(&**dead_letters, &shared.letters).await?;
+    let left = Again::left(&**dead_letters, &shared.letters, &shared.reasons).await?;
     let steps = Steps::of(chain).await?;
     if let Some(step) = filter.and_then(|filter| filter.from_step.as_deref())
         && step_history::place_of(step, steps.names()).is_none()
@@ -198,7 +199,11 @@ fn cannot_be_read(letters: u64) -> String {
 
 /// Takes away the marks of letters that retention has removed. Returns how many of them
 /// a redrive of the pipeline with these names had taken, and not sent.
-async fn forget_marks(dead_letters: &Arc<dyn Stream>, pipelines: &[String]) -> Result<u64, RedriveError> {
+async fn forget_marks(
+    dead_letters: &Arc<dyn Stream>,
+    pipelines: &[String],
+    reasons: &KeptReasons,
+) -> Result<u64, RedriveError> {
     let start = dead_letters.bounds().start;
     let mut lost = 0;
     let mut keys = Vec::new();
@@ -216,9 +221,8 @@ async fn forget_marks(dead_letters: &Arc<dyn Stream>, pipelines: &[String]) -> R
         }
         keys.push(mark_key(Offset(offset)));
     }
-    keys.extend(
-        marks.reasons().unused(marks.own().map(|(_, mark)| mark.tries())).into_iter().map(|(key, _)| key),
-    );
+    let unused = reasons.remove_unused(marks.own().map(|(_, mark)| mark.tries()));
+    keys.extend(unused.into_iter().map(|(key, _)| key));
     keys.extend(records(&state).filter(|sent| sent.letters.bounds().end <= start.0).map(|sent| sent.key()));
     for keys in keys.chunks(MARKS_MAX) {
         change(dead_letters, keys.iter().map(|key| StateChange { key, value: None }).collect()).await?;
@@ -372,7 +376,9 @@ impl Redrive<'_> {
             let first = *first;
             let pass = match &mut pass {
                 Some(pass) => pass,
-                None => pass.insert(self.begin(Again::begin(&self.names, &marks), first).await?),
+                None => {
+                    pass.insert(self.begin(Again::begin(&self.names, &self.shared.reasons), first).await?)
+                }
             };
             if pass.taken + part.letters.len() > PASS_LETTERS_MAX {
                 self.end(pass);

@@ -21,6 +21,7 @@ use super::gone::Gone;
 use super::known::{Reader, Seen};
 use super::metrics::{PipelineMetrics, step_duration};
 use super::outlet::{Bundle, Outlet, OutletClosed, send_all};
+use super::reasons::KeptReasons;
 use super::redrive_status::Redrives;
 use super::routes::Routes;
 use super::schedule::{OfWorker, Schedule};
@@ -100,6 +101,8 @@ pub struct Shared {
     pub failures: Failures,
     pub metrics: PipelineMetrics,
     pub redrives: Redrives,
+    /// Of the redrives of all pipelines.
+    pub reasons: Arc<KeptReasons>,
     pub gone: Arc<Gone>,
     /// Offset, by partition, below which each message was counted as read.
     pub counted: Vec<AtomicU64>,

@@ -187,6 +187,7 @@ async fn a_batch_that_runs_into_a_limit_is_halved_and_grows_again_and_nothing_go
     };
     let deps = crate::pipeline::Deps {
         sink_names: Arc::default(),
+        reasons: Arc::default(),
         recall: std::sync::Arc::new(|recipe| Err(crate::step::RecallError::Gone(recipe.to_owned()))),
         stream: world.stream.clone(),
         chain,

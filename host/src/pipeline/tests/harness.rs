@@ -12,8 +12,8 @@ use uuid::Uuid;
 
 use crate::batch::{Batch, Entry, MessageRef, Offset, Partition, Span};
 use crate::pipeline::{
-    Backoff, Batching, Config, Deps, Handle, Letter, MARK_PREFIX, Mark, Marks, PipelineStatus, Retries,
-    RouteTarget, SinkPart, list_open, name_sinks, start,
+    Backoff, Batching, Config, Deps, Handle, KeptReasons, Letter, MARK_PREFIX, Mark, Marks, PipelineStatus,
+    Retries, RouteTarget, SinkPart, list_open, name_sinks, start,
 };
 use crate::problems::{KeyPath, Problem};
 use crate::sinks::Begin;
@@ -350,6 +350,7 @@ impl World {
             names().map(|name| (name.clone(), self.renamed_from.get(name).cloned())).collect();
         let deps = Deps {
             sink_names: name_sinks(&self.dead, &named),
+            reasons: Arc::new(KeptReasons::of(&*self.dead)),
             stream: Arc::clone(&self.stream),
             chain,
             recall: self.recall.clone().unwrap_or_else(|| Arc::new(recall)),

@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use super::harness::{Act, Process, World, chain, published, sorted, step, text};
 use crate::batch::Offset;
 use crate::pipeline::again::is_pending;
-use crate::pipeline::{Ended, Filter, MARK_PREFIX, Mark, Marks, RedriveError, Summary, list_open};
+use crate::pipeline::reasons::REASONS_MAX;
+use crate::pipeline::{Ended, Filter, MARK_PREFIX, Mark, Marks, RedriveError, Reopened, Summary, list_open};
 use crate::properties::{self, Origin};
 use crate::sinks::memory::Fault;
 use crate::step::{Chain, StepFactory};
@@ -343,6 +344,34 @@ async fn the_newest_reason_of_a_letter_is_kept_with_the_number_of_tries_over_a_r
     redrive(&process).await;
     let marks = Marks::read(&world.dead.state(MARK_PREFIX));
     assert_eq!(marks.reasons().len(), 0, "what no letter has is not kept");
+    process.stop().await;
+}
+
+/// A device that puts what it sent into each reason must not fill the state.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn passes_that_go_on_together_keep_no_more_reasons_than_one() {
+    let world = World::new(1, &[("default", "w")]);
+    let count = 3 * REASONS_MAX as u64;
+    world.database("w").refuse(|_| Some("no column".to_owned()));
+    let process = world.start(chain(1, &[])).await;
+    world.publish_many(1, 0, count);
+    process.drained().await;
+    world.database("w").set_down(Some("away"));
+    for pass in 0..3 {
+        let ids = (0..count).filter(|id| id % 3 == pass).map(Offset).collect();
+        let some = Filter { ids: Some(ids), ..Filter::default() };
+        process.handle.redrive(&some).await.unwrap();
+    }
+    let new = Arc::new(AtomicUsize::new(0));
+    let reason =
+        move |_: &crate::batch::MessageRef<'_>| Some("x".repeat(1 + new.fetch_add(1, Ordering::Relaxed)));
+    world.database("w").refuse(reason);
+    world.database("w").set_down(None);
+    let summary = redrive(&process).await;
+    assert_eq!(summary.letters.pending, 0);
+    let marks = Marks::read(&world.dead.state(MARK_PREFIX));
+    assert!((0..count).all(|letter| marks.get(letter).unwrap().tries().count > 0));
+    assert_eq!(marks.reasons().len(), REASONS_MAX);
     process.stop().await;
 }
 
