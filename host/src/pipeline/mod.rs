@@ -12,8 +12,8 @@
 //! for a pipeline that ends in a sink: lanes run a message's steps twice.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
@@ -36,6 +36,7 @@ mod delivery;
 mod destinations;
 mod discard;
 mod gone;
+mod held;
 mod known;
 mod lane;
 mod letter;
@@ -90,6 +91,7 @@ use board::Board;
 use claim::Waiting;
 use delivery::Delivery;
 use gone::Gone;
+use held::HeldWorkers;
 use metrics::PipelineMetrics;
 use records::Records;
 use redrive::Lender;
@@ -373,7 +375,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
         reasons,
         gone: Arc::new(Gone::new(name)),
         counted: (0..identity.partitions).map(|_| AtomicU64::new(0)).collect(),
-        held: Mutex::default(),
+        held: HeldWorkers::default(),
         schedule: Schedule::default(),
         abort: CancellationToken::new(),
     });

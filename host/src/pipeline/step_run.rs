@@ -7,6 +7,7 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use super::config::Backoff;
+use super::held::Waiting;
 use super::worker::{Ended, Shared};
 use crate::batch::{Batch, Partition};
 use crate::hints::Hint;
@@ -16,13 +17,6 @@ use crate::telemetry::alike;
 
 /// A step that waits for a new version is asked again after this.
 const HELD_WAIT: Duration = Duration::from_millis(200);
-
-/// A worker waits for a new version of a step that holds.
-pub struct Held {
-    /// Generation of the chain.
-    pub generation: u64,
-    pub why: String,
-}
 
 /// What the run of a step belongs to.
 pub struct Context<'a> {
@@ -37,11 +31,21 @@ pub struct Context<'a> {
 impl Context<'_> {
     /// Waits for a held step. A new chain lies behind the messages at hand: the
     /// supervisor sees that a worker waits, and ends the lane when there is one.
-    pub fn wait(&self, why: &str, shared: &Shared, runtime: &Handle) -> Result<(), Ended> {
+    /// `waiting`: until it is dropped, the worker is one that waits.
+    pub fn wait<'s>(
+        &self,
+        waiting: &mut Option<Waiting<'s>>,
+        why: &str,
+        shared: &'s Shared,
+        runtime: &Handle,
+    ) -> Result<(), Ended> {
         if self.stop.is_cancelled() {
             return Err(Ended::Aborted);
         }
-        *shared.held() = Some(Held { generation: self.generation, why: why.to_owned() });
+        match waiting {
+            Some(waiting) => waiting.set_why(why),
+            None => *waiting = Some(shared.held.wait(self.generation, why, self.stop)),
+        }
         runtime.block_on(async {
             tokio::select! {
                 () = shared.abort.cancelled() => Err(Ended::Aborted),
@@ -67,19 +71,17 @@ pub fn run_step(
     let retries = &shared.config.retries;
     let backoff = Backoff { min: retries.backoff_min, max: retries.backoff_max };
     let mut attempt = Attempt { number: 1, is_last: retries.max == 0 };
-    let mut has_waited = false;
+    let (mut waiting, mut has_waited) = (None, false);
     let mut outcome = loop {
         let outcome = step.run(batch.clone(), partition, attempt);
         // The step may have been let go for messages of other lanes.
         if has_waited && context.stop.is_cancelled() {
             return Err(Ended::Aborted);
         }
-        if has_waited && !outcome.held {
-            *shared.held() = None;
-        }
+        waiting.take_if(|_| !outcome.held);
         let Some(reason) = &outcome.retry else { break outcome };
         if outcome.held {
-            context.wait(reason, shared, runtime)?;
+            context.wait(&mut waiting, reason, shared, runtime)?;
             has_waited = true;
             continue;
         }

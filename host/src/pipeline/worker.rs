@@ -6,8 +6,8 @@
 //! is full: that is what pushes back to the reader. Before it waits for room for
 //! dead letters, it hands out what it is done with: the sinks give that room back.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use metrics::Histogram;
@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use super::config::Config;
 use super::dead_letters::{self, DeadLetters, Refusal, Source};
 use super::gone::Gone;
+use super::held::HeldWorkers;
 use super::known::{Reader, Seen};
 use super::metrics::{PipelineMetrics, step_duration};
 use super::outlet::{Bundle, Outlet, OutletClosed, send_all};
@@ -26,7 +27,7 @@ use super::redrive_status::Redrives;
 use super::routes::Routes;
 use super::schedule::{OfWorker, Schedule};
 use super::step_history::StepHistory;
-use super::step_run::{Context, Held, run_step};
+use super::step_run::{Context, run_step};
 use super::stripped::{Stripped, without_letters, without_whole};
 use super::unrouted::{Inputs, Unrouted};
 use super::versions::Begins;
@@ -106,17 +107,10 @@ pub struct Shared {
     pub gone: Arc<Gone>,
     /// Offset, by partition, below which each message was counted as read.
     pub counted: Vec<AtomicU64>,
-    pub held: Mutex<Option<Held>>,
+    pub held: HeldWorkers,
     pub schedule: Schedule,
     /// The end of the process's patience: stop at once.
     pub abort: CancellationToken,
-}
-
-impl Shared {
-    /// Returns where a worker waits for a held step, if one does.
-    pub fn held(&self) -> MutexGuard<'_, Option<Held>> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// Why a worker ended before its queue did. In each case what it held is
@@ -347,8 +341,9 @@ impl Worker {
         for place in 0..self.versions.0[self.version].1.steps.len() {
             let steps = &mut self.versions.0[self.version].1;
             let context = Context { generation: steps.generation, stop: &self.stop, counts: self.counts };
+            let mut waiting = None;
             while let Some(why) = &steps.hold {
-                context.wait(why, &shared, &self.runtime)?;
+                context.wait(&mut waiting, why, &shared, &self.runtime)?;
             }
             let Timed { step, duration, patience } = &mut steps.steps[place];
             let name = Arc::clone(&step.id().step);

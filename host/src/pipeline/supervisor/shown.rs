@@ -58,8 +58,8 @@ impl Supervisor {
         if let Some(reason) = &active.hold {
             return State::Holding(reason.to_string());
         }
-        if let Some(held) = self.shared.held().as_ref().filter(|held| held.generation == active.generation) {
-            return State::Holding(held.why.clone());
+        if let Some(why) = self.shared.held.why(active.generation) {
+            return State::Holding(why);
         }
         if let Some(reason) = &self.waits_for_sink {
             return State::Holding(reason.clone());

@@ -146,7 +146,7 @@ impl Supervisor {
         let flipped = shared.schedule.flip(lanes, &taken, |begins| versions.add(Arc::clone(begins), chain));
         match flipped {
             Ok(()) => {
-                if self.shared.held().is_none() {
+                if self.shared.held.generations().is_empty() {
                     self.versions.release();
                 }
                 self.say_not_recorded();
@@ -200,20 +200,16 @@ impl Supervisor {
         self.waits_for_sink.is_none()
     }
 
-    /// Notes which version a worker waits in; and that none waits any more, once some sink has
+    /// Notes which versions workers wait in; and that none waits any more, once some sink has
     /// received all that was in the stream while one did.
     pub(super) fn note_held(&mut self) {
-        if let Some(generation) = self.held_in() {
+        let held = self.shared.held.generations();
+        if !held.is_empty() {
             self.held_below = self.stream.bounds().end;
-            self.versions.hold(generation);
+            held.into_iter().for_each(|generation| self.versions.hold(generation));
         } else if self.shared.letters.received().iter().all(|upto| *upto >= self.held_below) {
             self.versions.release();
         }
-    }
-
-    /// Returns the generation of the chain in which a worker waits for a held step.
-    fn held_in(&self) -> Option<u64> {
-        self.shared.held().as_ref().map(|held| held.generation)
     }
 
     /// Records the versions before a lane runs messages with them. `false`: not now.
@@ -321,8 +317,9 @@ impl Supervisor {
     /// until it is known what each sink has.
     pub(super) fn free_held_workers(&mut self) {
         let holds = self.active.as_ref().is_some_and(|active| active.hold.is_some());
+        let held = self.shared.held.generations();
         let is_older =
-            self.held_in().zip(self.versions.generation()).is_some_and(|(held, newest)| held < newest);
+            held.first().zip(self.versions.generation()).is_some_and(|(held, newest)| *held < newest);
         if !is_older || holds {
             // Before the first lane it is said by `begin_steps`.
             self.waits_for_sink.take_if(|_| self.lanes_made > 0);
@@ -332,7 +329,6 @@ impl Supervisor {
             return;
         }
         tracing::info!(pipeline = %self.shared.name, "a held step has a new version: reading again from the sinks' positions");
-        *self.shared.held() = None;
         for sink in 0..self.members.len() {
             for lane in &mut self.lanes {
                 lane.detach(sink);
