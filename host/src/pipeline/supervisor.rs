@@ -5,7 +5,7 @@
 mod shown;
 mod steps;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -101,8 +101,9 @@ pub struct Supervisor {
     swap_refused: Option<String>,
     /// Why the newest chain waits for a sink: the newest version runs meanwhile.
     swap_waits: Option<String>,
-    /// When it was last said that newer steps run messages of steps before them.
-    steps_gone: Option<Instant>,
+    /// Ranges of messages that newer steps run than they should: what was told of each, and when.
+    /// At most `VERSIONS_MAX`.
+    steps_gone: VecDeque<(Instant, String)>,
     /// Why new steps wait that a held step waits for.
     waits_for_sink: Option<String>,
     /// Where the stream ended when a worker was last seen to wait for a held step; at the start, what
@@ -163,7 +164,7 @@ impl Supervisor {
             hold: watch::Sender::new(false),
             swap_refused: None,
             swap_waits: None,
-            steps_gone: None,
+            steps_gone: VecDeque::new(),
             waits_for_sink: None,
             swap_due: false,
             making: None,

@@ -19,6 +19,7 @@ use crate::telemetry::{Standing, alike};
 
 /// Kind of the problem that a sink gets messages from newer steps, and the time for which it is one.
 const STEPS_GONE: &str = "steps_gone";
+const STEPS_GONE_WHAT: &str = "newer steps run messages of steps before them";
 const STEPS_GONE_SHOWN: Duration = Duration::from_secs(3_600);
 /// New steps are tried again after this where there was no buffer for their record.
 const RECORD_AGAIN: Duration = Duration::from_millis(500);
@@ -269,24 +270,39 @@ impl Supervisor {
         const WHAT: &str = "newer steps run messages of steps before them";
         let (name, failures) = (&self.shared.name, &self.shared.failures);
         let detail = format!("{why}; offsets {} to {}", from.0, end.0.saturating_sub(1));
-        let kind = format!("pipeline \"{name}\": {WHAT}");
+        let kind = format!("pipeline \"{name}\": {STEPS_GONE_WHAT}");
         failures.report(&kind, 1, &detail, &failures.hint(Hint::PluginList));
-        failures.stands(Standing {
-            part: format!("pipeline {name}"),
-            kind: STEPS_GONE,
-            cause: format!("{WHAT}: {detail}"),
-            advice: "where the newer steps route these messages elsewhere, they may be in no sink or in two: compare \
-                     the tables over these offsets"
-                .to_owned(),
-        });
-        self.steps_gone = Some(Instant::now());
+        self.steps_gone.retain(|(_, told)| *told != detail);
+        if self.steps_gone.len() == VERSIONS_MAX {
+            self.steps_gone.pop_front();
+        }
+        self.steps_gone.push_back((Instant::now(), detail));
+        self.show_lost();
     }
 
     /// What was said is an event, and a problem for a while.
     pub(super) fn forget_lost(&mut self) {
-        if self.steps_gone.take_if(|said| said.elapsed() >= STEPS_GONE_SHOWN).is_some() {
-            self.shared.failures.mended(&format!("pipeline {}", self.shared.name), STEPS_GONE);
+        let is_over = |(said, _): &mut (Instant, String)| said.elapsed() >= STEPS_GONE_SHOWN;
+        if self.steps_gone.pop_front_if(is_over).is_some() {
+            self.show_lost();
         }
+    }
+
+    /// Shows as one problem all that was said.
+    fn show_lost(&self) {
+        let (part, failures) = (format!("pipeline {}", self.shared.name), &self.shared.failures);
+        if self.steps_gone.is_empty() {
+            return failures.mended(&part, STEPS_GONE);
+        }
+        let ranges: Vec<&str> = self.steps_gone.iter().map(|(_, told)| &**told).collect();
+        failures.stands(Standing {
+            part: format!("pipeline {name}"),
+            kind: STEPS_GONE,
+            cause: format!("{STEPS_GONE_WHAT}: {}", ranges.join("; ")),
+            advice: "where the newer steps route these messages elsewhere, they may be in no sink or in two: compare \
+                     the tables over these offsets"
+                .to_owned(),
+        });
     }
 
     /// A restart could not tell which version of the steps has which messages.

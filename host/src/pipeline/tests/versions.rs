@@ -454,6 +454,87 @@ async fn a_change_after_a_restart_does_not_wait_for_a_sink_where_the_held_steps_
     }
 }
 
+/// The worker ends with its lane, since the databases go back, and the step lets the workers of the next
+/// one go on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_ends_while_it_waits_for_a_held_step_holds_nothing_any_more() {
+    let world = World::new(4, &[("default", "left right")]);
+    let asked = tokio::sync::watch::Sender::new(false);
+    let (mut waits, holder) = (asked.subscribe(), std::sync::OnceLock::new());
+    let held = step("route", move |message, _| {
+        let thread = std::thread::current().id();
+        match number(&text(message)) {
+            50 if *holder.get_or_init(|| thread) == thread => {
+                asked.send_replace(true);
+                Act::Hold("faulted")
+            }
+            _ => Act::Pass,
+        }
+    });
+    let databases = ["left", "right"].map(|sink| world.database(sink));
+    let process = world.start(chain(1, &[held])).await;
+    world.publish_many(DEVICES, 0, 20);
+    process.drained().await;
+    let backups = databases.map(|database| database.backup());
+    world.publish_many(DEVICES, 20, 30);
+    process.drained().await;
+    databases.iter().for_each(|database| database.set_down(Some("gone")));
+    world.publish_many(DEVICES, 50, 150);
+    waits.wait_for(|waits| *waits).await.unwrap();
+    process.until("recorded", |_| is_hold_recorded(&world)).await;
+    process.until("down", |s| s.sinks.iter().all(|sink| sink.state != State::Running)).await;
+    databases.iter().zip(&backups).for_each(|(database, backup)| database.restore(backup));
+    databases.iter().for_each(|database| database.set_down(None));
+    process.drained().await;
+    process.until("runs", |status| status.state == State::Running).await;
+    process.until("recorded that none holds", |_| !is_hold_recorded(&world)).await;
+    process.stop().await;
+    // A change does not wait for a sink.
+    world.database("right").set_down(Some("away"));
+    let process = world.start(chain(1, &[passing()])).await;
+    world.publish_many(DEVICES, 200, 100);
+    process.until("goes on", |s| s.sinks[0].committed == Some(s.end)).await;
+    all_in_both(&world, &process, 300).await;
+    process.stop().await;
+}
+
+/// Each is told until it was shown for long enough.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn all_messages_that_newer_steps_run_are_told_of() {
+    let mut world = world();
+    let oldest = route(0);
+    let process = world.start(chain(1, &[Arc::clone(&oldest)])).await;
+    world.publish_many(DEVICES, 0, 100);
+    process.drained().await;
+    world.database("right").block();
+    let mut count = 100;
+    let versions: Vec<_> = (1..4).map(route).collect();
+    for (generation, version) in (1..).zip([&oldest].into_iter().chain(&versions)) {
+        if generation > 1 {
+            swapped(&process, generation, &[Arc::clone(version)]).await;
+        }
+        world.publish_many(DEVICES, count, 20);
+        count += 20;
+        all_read(&process).await;
+    }
+    process.handle.crash();
+    process.handle.join().await;
+    world.database("right").unblock();
+    let gone = [oldest.recipe(), versions[1].recipe()];
+    world.recall = Some(Arc::new(move |recipe| match gone.iter().any(|gone| gone == recipe) {
+        true => Err(RecallError::Gone(format!("step {recipe} is gone"))),
+        false => recall(recipe),
+    }));
+    let process = world.start(chain(1, &[Arc::clone(&versions[2])])).await;
+    process.drained().await;
+    let said = world.failures.standing();
+    assert_eq!(said.iter().map(|said| said.kind).collect::<Vec<_>>(), ["steps_gone"]);
+    for offsets in ["offsets 100 to 119", "offsets 140 to 159"] {
+        assert!(said[0].cause.contains(offsets), "{offsets}: {}", said[0].cause);
+    }
+    process.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sinks_go_on_that_do_not_need_a_version_which_cannot_be_made_yet() {
     let mut world = world_of(&[("default", "left middle right")]);
