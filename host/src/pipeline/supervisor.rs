@@ -25,7 +25,7 @@ use super::routes::SinkNumber;
 use super::schedule::Flip;
 use super::status::{SinkShared, State};
 use super::swap::{Made, Making, NotMade};
-use super::versions::{Begins, Versions};
+use super::versions::{Needed, Versions};
 use super::worker::Shared;
 use crate::batch::Offset;
 use crate::step::{Chain, Recall};
@@ -82,8 +82,8 @@ impl Member {
 /// What instances are made for.
 enum Purpose {
     Swap(Chain),
-    /// Sinks of the lane, and where the versions begin whose instances are made.
-    Lane(Vec<SinkNumber>, Vec<Begins>),
+    /// Sinks of the lane, and the versions whose instances are made.
+    Lane(Vec<SinkNumber>, Vec<Needed>),
 }
 
 pub struct Supervisor {
@@ -276,9 +276,9 @@ impl Supervisor {
 
     fn begin_lane(&mut self, sinks: Vec<SinkNumber>) {
         let from = self.shared.letters.received_by_all(&sinks);
-        let (begins, wanted) = self.versions.needed_from(&from).into_iter().unzip();
+        let (needed, wanted) = self.versions.needed_from(&from).into_iter().unzip();
         let making = Making::start(wanted, self.shared.config.worker_count(), Arc::clone(&self.recall));
-        self.making = Some((making, Purpose::Lane(sinks, begins)));
+        self.making = Some((making, Purpose::Lane(sinks, needed)));
     }
 
     fn made(&mut self, (made, purpose): (Made, Purpose)) {
@@ -290,28 +290,31 @@ impl Supervisor {
             (Purpose::Swap(_), Err(NotMade::Start(_, reason) | NotMade::Gone(_, reason))) => {
                 self.refuse_swap(reason);
             }
-            (Purpose::Lane(mut sinks, begins), Ok(made)) => {
+            (Purpose::Lane(mut sinks, needed), Ok(made)) => {
                 // A sink may have gone meanwhile.
                 sinks.retain(|sink| self.members[*sink].ready_from.is_some());
                 // Of the records of all these versions.
                 let ticket = self.shared.letters.ticket();
-                let flip = |(begins, (chain, steps))| {
-                    self.versions.made_again(&begins, chain);
+                let flip = |(Needed { id, begins }, (chain, steps))| {
+                    self.versions.made_again(id, chain);
                     Flip { begins, steps, ticket }
                 };
-                let flips = begins.into_iter().zip(made).map(flip).collect();
+                let flips = needed.into_iter().zip(made).map(flip).collect();
                 let opened = self.open_lane(&sinks, flips);
                 if self.main.is_none() {
                     self.main = opened;
                 }
                 self.place_all();
             }
-            (Purpose::Lane(_, begins), Err(NotMade::Gone(place, why))) => {
-                self.give_to_next(&begins[place], &why);
+            (Purpose::Lane(sinks, needed), Err(NotMade::Gone(place, why))) => {
+                let version = needed[place].id;
+                if !self.give_to_next(version, &why) {
+                    self.refuse_lane(&sinks, version, &why);
+                }
                 self.place_all();
             }
-            (Purpose::Lane(sinks, begins), Err(NotMade::Start(place, reason))) => {
-                self.refuse_lane(&sinks, &begins[place], &reason);
+            (Purpose::Lane(sinks, needed), Err(NotMade::Start(place, reason))) => {
+                self.refuse_lane(&sinks, needed[place].id, &reason);
                 self.place_all();
             }
         }

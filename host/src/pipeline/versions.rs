@@ -17,18 +17,30 @@ use crate::stream::{AppendError, Ticket};
 /// The first offset of a version, by partition.
 pub type Begins = Arc<[Offset]>;
 
+/// Names a version within this process, wherever it begins by now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VersionId(u64);
+
 /// The versions of a pipeline's steps, oldest first: those that run messages that the stream still
 /// has, at most [`VERSIONS_MAX`] of them and those that a sink needs: no further one is added to so
 /// many that are needed. A message belongs to the last
 /// version that begins at or before it; the first one has all that lies before.
 pub struct Versions {
     list: Vec<Version>,
+    next_id: u64,
     records: Records,
     /// Records to be removed.
     gone: Vec<Key>,
 }
 
+/// A version that a lane needs, and where it begins.
+pub struct Needed {
+    pub id: VersionId,
+    pub begins: Begins,
+}
+
 struct Version {
+    id: VersionId,
     begins: Begins,
     /// `None`: to be made again from the recipes by the lane that needs it.
     chain: Option<Chain>,
@@ -46,14 +58,17 @@ struct Version {
 impl Versions {
     /// Returns the versions that earlier processes recorded, of a stream that ends at `end`.
     pub fn new(records: Records, recorded: Vec<Recorded>, end: Offset) -> Self {
-        let version = |Recorded { key, begins: before, recipes, holds }| {
+        let version = |(id, recorded)| {
+            let Recorded { key, begins: before, recipes, holds } = recorded;
             // Behind the end of a stream that lost it other messages come, which are the version's.
             let begins: Begins = (*before).iter().map(|begin: &Offset| *begin.min(&end)).collect();
             let is_recorded = begins == before;
-            Version { begins, chain: None, recipes, key, is_recorded, holds, is_new: false }
+            let id = VersionId(id);
+            Version { id, begins, chain: None, recipes, key, is_recorded, holds, is_new: false }
         };
-        let list = recorded.into_iter().map(version).collect();
-        let mut versions = Self { list, records, gone: Vec::new() };
+        let next_id = recorded.len() as u64;
+        let list = (0..).zip(recorded).map(version).collect();
+        let mut versions = Self { list, next_id, records, gone: Vec::new() };
         versions.drop_idle();
         versions
     }
@@ -105,8 +120,9 @@ impl Versions {
     /// that of its record.
     pub fn add(&mut self, begins: Begins, chain: &Chain) -> Result<Ticket, AppendError> {
         let (recipes, key) = (recipes(chain), self.records.next_key());
-        let chain = Some(chain.clone());
+        let (id, chain) = (self.new_id(), Some(chain.clone()));
         self.list.push(Version {
+            id,
             begins,
             chain,
             recipes,
@@ -164,10 +180,11 @@ impl Versions {
     /// Puts `chain` in the place of the newest version, which cannot be made again. Returns where
     /// that begins.
     pub fn replace_newest(&mut self, chain: &Chain) -> Option<Offset> {
+        let id = self.new_id();
         let newest = self.list.last_mut()?;
         let (chain, recipes) = (Some(chain.clone()), recipes(chain));
         let (begins, key) = (Arc::clone(&newest.begins), newest.key.clone());
-        *newest = Version { begins, chain, recipes, key, is_recorded: false, holds: false, is_new: true };
+        *newest = Version { id, begins, chain, recipes, key, is_recorded: false, holds: false, is_new: true };
         newest.begins.iter().min().copied()
     }
 
@@ -195,7 +212,7 @@ impl Versions {
     }
 
     /// Returns the versions of messages at or above `from`, by partition, oldest first.
-    pub fn needed_from(&self, from: &[Offset]) -> Vec<(Begins, Wanted)> {
+    pub fn needed_from(&self, from: &[Offset]) -> Vec<(Needed, Wanted)> {
         let newest = self.list.len().saturating_sub(1);
         let wanted = |(i, version): (usize, &Version)| {
             let wanted = match &version.chain {
@@ -203,37 +220,36 @@ impl Versions {
                 None if i == newest => Wanted::Newest(version.recipes.clone(), version.holds),
                 None => Wanted::Older(version.recipes.clone()),
             };
-            (Arc::clone(&version.begins), wanted)
+            (Needed { id: version.id, begins: Arc::clone(&version.begins) }, wanted)
         };
         self.list.iter().enumerate().skip(self.first_above(from)).map(wanted).collect()
     }
 
-    /// Keeps the chain of the version that begins at `begins`, which was made again.
-    pub fn made_again(&mut self, begins: &Begins, chain: Chain) {
-        if let Some(i) = self.place_of(begins) {
+    /// Keeps the chain of a version that was made again.
+    pub fn made_again(&mut self, id: VersionId, chain: Chain) {
+        if let Some(i) = self.place_of(id) {
             self.list[i].chain.get_or_insert(chain);
         }
     }
 
     /// Drops a version that cannot be made again: the next one has its messages, in every lane.
     /// Returns the first of them and the end of the last one.
-    pub fn give_to_next(&mut self, begins: &Begins) -> Option<(Offset, Offset)> {
-        let i = self.place_of(begins)?;
-        let (begin, end) = (begins.iter().min()?, *self.ends(i).iter().max()?);
-        self.list.get_mut(i + 1)?.begin_at(begins);
+    pub fn give_to_next(&mut self, id: VersionId) -> Option<(Offset, Offset)> {
+        let i = self.place_of(id)?;
+        let begins = Arc::clone(&self.list[i].begins);
+        let (begin, end) = (*begins.iter().min()?, *self.ends(i).iter().max()?);
+        self.list.get_mut(i + 1)?.begin_at(&begins);
         self.gone.push(self.list.remove(i).key);
-        Some((*begin, end))
+        Some((begin, end))
     }
 
-    /// Returns the place of the version that was handed out with these `begins`.
-    fn place_of(&self, begins: &Begins) -> Option<usize> {
-        self.list.iter().position(|version| Arc::ptr_eq(&version.begins, begins))
+    fn place_of(&self, id: VersionId) -> Option<usize> {
+        self.list.iter().position(|version| version.id == id)
     }
 
-    /// Returns whether messages at or above `from`, by partition, need the version that was handed
-    /// out with these `begins`.
-    pub fn needs(&self, from: &[Offset], begins: &Begins) -> bool {
-        self.place_of(begins).is_some_and(|place| self.first_above(from) <= place)
+    /// Returns whether messages at or above `from`, by partition, need a version.
+    pub fn needs(&self, from: &[Offset], id: VersionId) -> bool {
+        self.place_of(id).is_some_and(|place| self.first_above(from) <= place)
     }
 
     /// Returns the number of versions that a sink needs, where each has all below `had`.
@@ -285,6 +301,11 @@ impl Versions {
         let last = self.list.len().saturating_sub(1);
         let is_needed = |i: &usize| self.ends(*i).iter().zip(from).any(|(end, from)| end > from);
         (0..last).find(is_needed).unwrap_or(last)
+    }
+
+    fn new_id(&mut self) -> VersionId {
+        self.next_id += 1;
+        VersionId(self.next_id - 1)
     }
 
     fn drop_idle(&mut self) {

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::super::routes::SinkNumber;
 use super::super::swap::{Making, Wanted};
-use super::super::versions::Begins;
+use super::super::versions::VersionId;
 use super::super::worker::Steps;
 use super::{Purpose, Supervisor};
 use crate::batch::Offset;
@@ -101,14 +101,14 @@ impl Supervisor {
 
     /// Those of a lane's sinks wait that need the version which did not start; this may pass, so that
     /// it is tried again. The others can do without it.
-    pub(super) fn refuse_lane(&mut self, sinks: &[SinkNumber], begins: &Begins, reason: &str) {
+    pub(super) fn refuse_lane(&mut self, sinks: &[SinkNumber], version: VersionId, reason: &str) {
         let kind = format!("pipeline \"{}\": steps do not start, it tries again", self.shared.name);
         let show = self.shared.failures.hint(Hint::PluginList);
         self.shared.failures.report_by(&kind, &alike(reason), 1, reason, &show);
         let again = Instant::now() + self.shared.config.sink_backoff.max.0;
         for sink in sinks {
             let from = self.shared.letters.received_by_all(&[*sink]);
-            if self.versions.needs(&from, begins) {
+            if self.versions.needs(&from, version) {
                 self.members[*sink].refused = Some((again, reason.to_owned()));
             }
         }
@@ -142,7 +142,9 @@ impl Supervisor {
     fn flip(&mut self, chain: &Chain, made: Vec<(Chain, Vec<Steps>)>) -> bool {
         let taken = self.taken(self.shared.letters.received());
         let Self { shared, lanes, versions, .. } = self;
-        let made = made.into_iter().map(|(_, steps)| steps);
+        let made: Vec<_> = made.into_iter().map(|(_, steps)| steps).collect();
+        // Some may have ended since; a lane without the new steps would run the old ones for ever.
+        assert!(made.len() >= lanes.len(), "a lane was opened while its steps were made");
         let lanes = lanes.iter().map(|lane| lane.id).zip(made);
         let flipped = shared.schedule.flip(lanes, &taken, |begins| versions.add(Arc::clone(begins), chain));
         match flipped {
@@ -233,21 +235,23 @@ impl Supervisor {
     }
 
     /// The messages of a version that cannot be made again are the next one's; those of the newest
-    /// are the next chain's, which waits for no room then.
-    pub(super) fn give_to_next(&mut self, begins: &Begins, why: &str) {
+    /// are the next chain's, which waits for no room then. `false`: no other steps are there for them.
+    pub(super) fn give_to_next(&mut self, version: VersionId, why: &str) -> bool {
         let lowest = self.lowest();
-        if let Some((from, to)) = self.versions.give_to_next(begins) {
+        if let Some((from, to)) = self.versions.give_to_next(version) {
             self.say_lost(why, from.max(lowest), to);
-            return;
+            return true;
         }
         let next = self.chain.borrow().clone();
-        if self.swap_waits.is_some() && self.versions.newest().is_none() && next.hold.is_none() {
+        let is_taken = self.swap_waits.is_some() && self.versions.newest().is_none() && next.hold.is_none();
+        if is_taken {
             let from = self.versions.replace_newest(&next).unwrap_or_default().max(lowest);
             if from < self.end_at_start {
                 self.say_lost(why, from, self.end_at_start);
             }
             (self.swap_waits, self.active) = (None, Some(next));
         }
+        is_taken
     }
 
     /// Says where a sink whose database went back gets messages again whose version is not kept.
@@ -267,7 +271,6 @@ impl Supervisor {
 
     /// A sink gets messages from newer steps than others got them from.
     fn say_lost(&mut self, why: &str, from: Offset, end: Offset) {
-        const WHAT: &str = "newer steps run messages of steps before them";
         let (name, failures) = (&self.shared.name, &self.shared.failures);
         let detail = format!("{why}; offsets {} to {}", from.0, end.0.saturating_sub(1));
         let kind = format!("pipeline \"{name}\": {STEPS_GONE_WHAT}");
@@ -296,7 +299,7 @@ impl Supervisor {
         }
         let ranges: Vec<&str> = self.steps_gone.iter().map(|(_, told)| &**told).collect();
         failures.stands(Standing {
-            part: format!("pipeline {name}"),
+            part,
             kind: STEPS_GONE,
             cause: format!("{STEPS_GONE_WHAT}: {}", ranges.join("; ")),
             advice: "where the newer steps route these messages elsewhere, they may be in no sink or in two: compare \

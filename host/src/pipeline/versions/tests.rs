@@ -143,8 +143,8 @@ async fn a_version_that_begins_where_the_stream_lost_its_end_begins_there_after_
 async fn messages_of_a_version_that_is_gone_are_the_next_ones_wherever_a_lane_begins() {
     let dead = MemoryStream::new("dead-letters", 1);
     let mut versions = versions(&dead, &[[0, 0], [10, 10], [20, 20]]).await;
-    let second = Arc::clone(&versions.list[1].begins);
-    assert_eq!(versions.give_to_next(&second), Some((Offset(10), Offset(20))));
+    let second = versions.list[1].id;
+    assert_eq!(versions.give_to_next(second), Some((Offset(10), Offset(20))));
     let of_all = |versions: &Versions| {
         versions.list.iter().map(|version| Arc::clone(&version.begins)).collect::<Vec<_>>()
     };
@@ -155,8 +155,26 @@ async fn messages_of_a_version_that_is_gone_are_the_next_ones_wherever_a_lane_be
     assert_eq!((from(&versions, [15, 15]), from(&versions, [0, 0])), (vec![3], vec![1, 3]));
     versions.tidy(Offset(0), Offset(0));
     assert_eq!(recorded_begins(&dead, 1_000).await, of_all(&versions));
-    let newest = Arc::clone(&versions.list[1].begins);
-    assert_eq!(versions.give_to_next(&newest), None, "nothing is next to it");
+    let newest = versions.list[1].id;
+    assert_eq!(versions.give_to_next(newest), None, "nothing is next to it");
+}
+
+/// It was handed out to a lane before.
+#[tokio::test]
+async fn a_version_that_begins_earlier_by_now_is_the_same_one() {
+    let dead = MemoryStream::new("dead-letters", 1);
+    versions(&dead, &[[0, 0], [10, 10], [20, 20]]).await;
+    let mut versions = recorded(&dead, 1_000).await;
+    let needed = versions.needed_from(&begins([0, 0]));
+    let newest = needed[2].0.id;
+    versions.begin_newest_at(&[Offset(15); 2]);
+    assert_ne!(versions.list[2].begins, needed[2].0.begins);
+    assert!(versions.needs(&begins([900, 900]), newest));
+    versions.made_again(newest, chain(0));
+    assert!(versions.newest().is_some());
+    // Not one that took its place.
+    assert!(versions.replace_newest(&chain(1)).is_some());
+    assert!(!versions.needs(&begins([900, 900]), newest));
 }
 
 #[tokio::test]
