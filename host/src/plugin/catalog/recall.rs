@@ -82,9 +82,19 @@ impl Recaller {
         }
         let gone =
             || RecallError::Gone("is neither in the plugin cache nor in plugin-files any more".to_owned());
-        let failed = |error: Error| match error.is_passing() {
-            true => RecallError::Later(format!("cannot be made again yet: {error}")),
-            false => RecallError::Gone(format!("cannot be made again: {error}")),
+        let is_by_compiler = |error: &Error| match error {
+            Error::Killed(_) => true,
+            Error::Compile(error) => error.is_of_the_file(),
+            _ => false,
+        };
+        let failed = |error: Error| match &error {
+            // The file is there, and a limit may be raised: other steps do not get its messages for that.
+            error if is_by_compiler(error) => RecallError::Later(format!(
+                "cannot be compiled again yet: {error}; raise the limit that it names, or remove \
+                 plugin-files/{sha256}.wasm of the data folder to have newer steps run its messages"
+            )),
+            _ if error.is_passing() => RecallError::Later(format!("cannot be made again yet: {error}")),
+            _ => RecallError::Gone(format!("cannot be made again: {error}")),
         };
         let bytes = self.kept.read(sha256).map_err(failed)?.ok_or_else(gone)?;
         let program = self.library.load(&bytes).map_err(failed)?;

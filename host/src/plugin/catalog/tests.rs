@@ -523,6 +523,40 @@ fn a_step_is_made_again_by_another_process_though_the_cache_has_it_no_more() {
     );
 }
 
+/// A limit may be raised: whoever has the messages of such a version loses nothing until then.
+#[test]
+fn a_step_that_a_limit_keeps_from_being_compiled_again_is_made_once_the_limit_is_raised() {
+    let folder = Folder::new();
+    folder.put("10-guarded.wasm", &guarded());
+    let recipe = {
+        let plugins = folder.start();
+        chain(&plugins, "telemetry", None).borrow().steps[0].recipe()
+    };
+    std::fs::remove_file(folder.config.dir.join("10-guarded.wasm")).unwrap();
+    std::fs::remove_dir_all(folder.cache()).unwrap();
+    let by = |script: &str, memory| {
+        Compiler::child_of("/bin/sh".into(), vec!["-c".into(), script.into()], 60, memory)
+    };
+    let few = crate::units::ByteSize::mib(1);
+    // What the compiler said is remembered: the second time nothing is compiled.
+    let scripts = ["echo memory allocation of 7 bytes failed >&2; exit 1", "exit 1"];
+    for script in scripts {
+        let plugins = folder.start_with(by(script, few));
+        let said = match plugins.recall("telemetry")(&recipe) {
+            Err(RecallError::Later(said)) => said,
+            other => panic!("{:?}", other.err()),
+        };
+        assert!(said.contains("plugins.compile_memory") && said.contains("plugin-files"), "{said}");
+    }
+    let plugins = folder.start_with(Compiler::child_of(
+        std::env::current_exe().unwrap(),
+        child_args(),
+        60,
+        crate::units::ByteSize::gib(2),
+    ));
+    assert!(plugins.recall("telemetry")(&recipe).is_ok());
+}
+
 #[test]
 fn a_step_that_is_let_go_holds_no_more_and_rejects_what_it_faults_on() {
     let folder = Folder::new();
