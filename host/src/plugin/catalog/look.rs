@@ -189,7 +189,7 @@ impl Work {
     }
 
     /// `None`: the files are others by now than those that were found.
-    fn read(&self, found: &Found) -> Result<Option<Loaded>, Error> {
+    fn read(&mut self, found: &Found) -> Result<Option<Loaded>, Error> {
         let files = folder::read(&self.config.dir, found)?;
         if files.stamp != found.stamp {
             return Ok(None);

@@ -92,7 +92,7 @@ struct Work {
     shared: Arc<Inner>,
     config: Config,
     library: Library,
-    kept: Arc<KeptFiles>,
+    kept: KeptFiles,
     /// Places of the keys in the host's own config.
     places: Places,
     devices: Arc<Devices>,
@@ -186,7 +186,7 @@ impl Plugins {
         cache.clean_up();
         let recorded = folders.recorded;
         let named = Box::new(move || recall::files_of(&recorded()?));
-        let kept = Arc::new(KeptFiles::new(&folders.kept, named, failures.clone()));
+        let kept = KeptFiles::new(&folders.kept, named, failures.clone());
         let library = Library::new(compiler.clone(), Some(cache))?;
         let is_there = config.dir.exists();
         match std::fs::create_dir_all(&config.dir) {
@@ -210,7 +210,7 @@ impl Plugins {
         });
         let recaller = Recaller {
             library: library.clone(),
-            kept: Arc::clone(&kept),
+            kept: kept.folder().clone(),
             devices: Arc::clone(&devices),
             namespace: Arc::clone(&namespace),
             failures: failures.clone(),

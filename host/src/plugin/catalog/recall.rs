@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::build::Key;
 use crate::devices::Devices;
 use crate::plugin::Error;
-use crate::plugin::kept_files::KeptFiles;
+use crate::plugin::kept_files::KeptFolder;
 use crate::plugin::program::{Library, Program};
 use crate::plugin::version::{self, Faults, Shared, Version};
 use crate::step::{RecallError, StepFactory, StepId};
@@ -26,7 +26,7 @@ pub struct Recipe {
 #[derive(Clone)]
 pub struct Recaller {
     pub library: Library,
-    pub kept: Arc<KeptFiles>,
+    pub kept: KeptFolder,
     pub devices: Arc<Devices>,
     pub namespace: Arc<Namespace>,
     pub failures: Failures,

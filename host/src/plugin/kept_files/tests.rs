@@ -12,7 +12,7 @@ fn a_file_stays_while_a_record_names_it_or_the_process_uses_it() {
     let dir = tempfile::tempdir().unwrap();
     let named: Arc<Mutex<Option<BTreeSet<String>>>> = Arc::new(Mutex::new(Some(BTreeSet::new())));
     let of_records = Arc::clone(&named);
-    let files = KeptFiles::new(
+    let mut files = KeptFiles::new(
         &dir.path().join("files"),
         Box::new(move || lock(&of_records).clone()),
         Failures::default(),
@@ -24,16 +24,16 @@ fn a_file_stays_while_a_record_names_it_or_the_process_uses_it() {
     drop(first);
     drop(files.keep("b", b"second".to_vec()));
     let third = files.keep("c", b"third".to_vec());
-    assert_eq!(names(&files.dir), ["a.wasm", "c.wasm"], "nothing needs the second one");
-    assert_eq!(files.read("a").unwrap().as_deref(), Some(&b"first"[..]));
-    assert!(files.read("b").unwrap().is_none());
+    assert_eq!(names(&files.folder.0), ["a.wasm", "c.wasm"], "nothing needs the second one");
+    assert_eq!(files.folder().read("a").unwrap().as_deref(), Some(&b"first"[..]));
+    assert!(files.folder().read("b").unwrap().is_none());
     *lock(&named) = None;
     drop(third);
     drop(files.keep("d", b"fourth".to_vec()));
-    assert_eq!(names(&files.dir), ["a.wasm", "c.wasm", "d.wasm"], "a record could not be read");
+    assert_eq!(names(&files.folder.0), ["a.wasm", "c.wasm", "d.wasm"], "a record could not be read");
     name("d");
     drop(files.keep("a", b"first".to_vec()));
-    assert_eq!(names(&files.dir), ["a.wasm", "d.wasm"]);
+    assert_eq!(names(&files.folder.0), ["a.wasm", "d.wasm"]);
 }
 
 #[test]
@@ -41,7 +41,7 @@ fn a_file_that_could_not_be_stored_is_stored_once_it_can_be() {
     let dir = tempfile::tempdir().unwrap();
     let folder = dir.path().join("files");
     fs::write(&folder, b"in its place").unwrap();
-    let files = KeptFiles::new(&folder, Box::new(|| Some(BTreeSet::new())), Failures::default());
+    let mut files = KeptFiles::new(&folder, Box::new(|| Some(BTreeSet::new())), Failures::default());
     let file = files.keep("a", b"first".to_vec());
     files.retry();
     assert!(!file.is_stored() && !files.keep("a", b"first".to_vec()).is_stored());
@@ -63,7 +63,7 @@ fn a_file_stays_whose_version_is_recorded_and_leaves_the_process_meanwhile() {
         }
         Some(before)
     };
-    let files = KeptFiles::new(dir.path(), Box::new(named), Failures::default());
+    let mut files = KeptFiles::new(dir.path(), Box::new(named), Failures::default());
     let file = files.keep("a", b"first".to_vec());
     *lock(&version) = Some(file);
     drop(files.keep("b", b"second".to_vec()));
@@ -76,7 +76,7 @@ fn a_file_stays_whose_version_is_recorded_and_leaves_the_process_meanwhile() {
 fn a_file_that_is_damaged_is_stored_again() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("a.wasm"), b"torn!").unwrap();
-    let files = KeptFiles::new(dir.path(), Box::new(|| Some(BTreeSet::new())), Failures::default());
+    let mut files = KeptFiles::new(dir.path(), Box::new(|| Some(BTreeSet::new())), Failures::default());
     assert!(files.keep("a", b"first".to_vec()).is_stored());
-    assert_eq!(files.read("a").unwrap().as_deref(), Some(&b"first"[..]));
+    assert_eq!(files.folder().read("a").unwrap().as_deref(), Some(&b"first"[..]));
 }
