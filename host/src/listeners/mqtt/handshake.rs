@@ -5,7 +5,6 @@
 mod connect;
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
@@ -261,21 +260,19 @@ impl Asked {
         let invalid = ConnectAckReason::ClientIdentifierNotValid;
         let is_anothers =
             |session: &Session| session.other_owner(owner).is_some_and(|other| !other.gives_way_to(owner));
-        let mut older = None;
-        if let Some(session) = broker.sessions.get(&self.client_id) {
-            // Before the owner's connection is ended for this one.
-            if is_anothers(&session) {
-                return Err(self.refused(remote, "session_owner", invalid));
-            }
-            older = session.presence().0.map(|connection| Box::new((session, connection)));
+        // Before the owner's connection is ended for this one.
+        if broker.sessions.get(&self.client_id).is_some_and(|session| is_anothers(&session)) {
+            return Err(self.refused(remote, "session_owner", invalid));
         }
         let sessions_max = broker.config.sessions_max as usize;
         let quota = ConnectAckReason::QuotaExceeded;
+        let since = Instant::now();
         let claimed = broker.sessions.claim(&self.client_id, sessions_max).await;
-        if let Some(older) = older.filter(|older| older.0.thrown_out.swap(false, Ordering::Relaxed)) {
-            self.say_taken_over(broker, remote, &older.1);
-        }
         let (session, turn) = claimed.ok_or_else(|| self.refused(remote, "sessions_max", quota))?;
+        // It has the turn: the connection that ended last is the one before this one.
+        if let Some(older) = session.taken_over(since) {
+            self.say_taken_over(broker, remote, &older);
+        }
         let is_full = self.expiry_s > 0 && !session.is_kept() && !broker.has_state_room();
         let refused = match is_anothers(&session) {
             true => self.refused(remote, "session_owner", invalid),

@@ -12,6 +12,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Instant;
 
 use tokio::sync::{Notify, OwnedMutexGuard};
 
@@ -60,8 +61,8 @@ pub struct Session {
     pub overflow: AtomicBool,
     /// Set: an operator sends the client away.
     pub kicked: AtomicBool,
-    /// Set: the last connection did not end by itself, but for another one.
-    pub thrown_out: AtomicBool,
+    /// The last connection and when it ended, where it did not end by itself but for another one.
+    taken_over: Mutex<Option<Box<(Connected, Instant)>>>,
     /// Connections that wait for their turn.
     claims: AtomicU32,
     turn: Arc<tokio::sync::Mutex<()>>,
@@ -142,7 +143,7 @@ impl Session {
             wake: Notify::new(),
             overflow: AtomicBool::new(false),
             kicked: AtomicBool::new(false),
-            thrown_out: AtomicBool::new(false),
+            taken_over: Mutex::default(),
             claims: AtomicU32::new(0),
             turn: Arc::default(),
             state: Mutex::new(State { epoch: new_epoch(), memory, ..State::default() }),
@@ -245,6 +246,22 @@ impl Session {
         let mut state = self.state();
         state.connected = true;
         state.connection = Some(Box::new(connection));
+    }
+
+    /// Its connection ends for another one.
+    pub fn note_taken_over(&self) {
+        let (connection, ..) = self.presence();
+        *self.lock_taken_over() = connection.map(|connection| Box::new((connection, Instant::now())));
+    }
+
+    /// Returns the connection that ended for one which waits for its turn since `since`, once.
+    pub(super) fn taken_over(&self, since: Instant) -> Option<Connected> {
+        let (connection, ended) = *self.lock_taken_over().take()?;
+        (ended >= since).then_some(connection)
+    }
+
+    fn lock_taken_over(&self) -> MutexGuard<'_, Option<Box<(Connected, Instant)>>> {
+        self.taken_over.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The connection, the session's expiry, and when the last connection ended.
@@ -669,7 +686,6 @@ impl Sessions {
         };
         session.overflow.store(false, Ordering::Relaxed);
         session.kicked.store(false, Ordering::Relaxed);
-        session.thrown_out.store(false, Ordering::Relaxed);
         if kept_no_more.is_some() {
             broker.live.keep_no_more(broker, session).await?;
         }

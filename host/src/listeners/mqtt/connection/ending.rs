@@ -1,8 +1,6 @@
 //! How a connection ends: what its client is told, what the log and the counters say,
 //! and in which order what it held is given back.
 
-use std::sync::atomic::Ordering;
-
 use rmqtt_codec::v5::DisconnectReasonCode;
 use tokio::io::{AsyncRead, AsyncWrite};
 
@@ -72,7 +70,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
             end => self.last_words().unwrap_or(end),
         };
         if matches!(end, End::TakenOver) {
-            self.session.thrown_out.store(true, Ordering::Relaxed);
+            self.session.note_taken_over();
         }
         // It counts as away from now on: members of a share that leave together give each other nothing.
         self.session.outbox().disconnected();

@@ -1,4 +1,6 @@
-use tokio::io::AsyncWriteExt;
+use std::net::SocketAddr;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use super::*;
@@ -7,6 +9,8 @@ use crate::listeners::mqtt::config::Config;
 use crate::listeners::mqtt::fuzzing::broker;
 use crate::listeners::mqtt::outbound::{self, Loader, Waits};
 use crate::listeners::mqtt::wire::Version;
+use crate::listeners::transport::Address;
+use crate::listeners::transport::fuzzing::somebody;
 use crate::stream::Stream;
 use crate::stream::conformance::message;
 use crate::stream::memory::MemoryStream;
@@ -149,6 +153,30 @@ async fn a_goodbye_is_read_that_lies_behind_many_small_frames() {
     let mut connection = connection(broker, session, tokio::io::join(Frames(&sent), tokio::io::sink()));
     assert!(matches!(connection.run().await, End::Disconnect { .. }));
     assert_eq!(stream.bounds().end.0, 2_000);
+}
+
+/// Each of them waits for the one before it.
+#[tokio::test]
+async fn a_takeover_names_the_connection_that_it_ended() {
+    const CONNECT: [u8; 15] = [0x10, 13, 0, 4, b'M', b'Q', b'T', b'T', 4, 2, 0, 60, 0, 1, b'c'];
+    let stores = || MemoryStream::new("s", 1);
+    let broker = broker(&Config::default(), stores(), stores());
+    let mut clients = Vec::new();
+    for number in 1..=5 {
+        let (mut client, io) = tokio::io::duplex(1_024);
+        client.write_all(&CONNECT).await.unwrap();
+        let (mut remote, place) = somebody();
+        remote.address = Address::Ip(SocketAddr::from(([192, 0, 2, number], 50_000)));
+        tokio::spawn(serve(broker.clone(), io, remote, place));
+        if number == 1 {
+            client.read_u8().await.unwrap();
+        }
+        clients.push(client);
+    }
+    clients[4].read_u8().await.unwrap();
+    let contended = broker.takeovers.contended(std::time::Instant::now());
+    assert_eq!(contended[0].newest, "client c at 192.0.2.4:50000: taken over from 192.0.2.5:50000");
+    assert_eq!(contended[0].takeovers, 4);
 }
 
 /// A client that sends without end does not keep the other one waiting.
