@@ -12,12 +12,16 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
 
 use super::again::{Parts, union};
-use super::kept::{Before, FORMAT, Reader, put_entry, put_parts};
+use super::kept::{self, Before, Reader, put_entry, put_parts};
 use super::{Ids, Outbox, Place, Queued, Restored, ShareFilter, is_unacknowledged_by_share};
 use crate::listeners::mqtt::subscriptions::Options;
 use crate::stream::Identity;
 
 pub const SHARE: &[u8] = b"sh";
+
+/// First byte of a record. Not that of notes: one whose notes get another format must read the records
+/// that are on disks.
+const FORMAT: u8 = 3;
 
 /// Fewest bytes that a message takes in a record.
 const LISTED_BYTES: usize = 5;
@@ -85,6 +89,11 @@ impl Holdings {
         value.extend(entries);
         value
     }
+}
+
+/// Returns the format of notes that have parts and entries as a record of this format has them.
+fn layout(format: u8) -> Option<u8> {
+    (format == FORMAT).then_some(kept::FORMAT)
 }
 
 fn cover(parts: &mut Parts, place: Place) {
@@ -165,8 +174,8 @@ impl Restored {
         parts: &mut Parts,
     ) -> Option<()> {
         let mut record = Reader(&found.value);
-        let format = record.byte().filter(|format| *format == FORMAT)?;
-        let streams = record.parts(format, number)?;
+        let layout = layout(record.byte()?)?;
+        let streams = record.parts(layout, number)?;
         for (stream, upto, unlisted) in &streams {
             let Some(stream) = stream.map(usize::from) else { continue };
             let unlisted = unlisted.start..unlisted.end.min(valid[stream]);
@@ -177,7 +186,7 @@ impl Restored {
         let is_known = |place: &Place| known.is_some_and(|known| known.contains(place));
         let mut before = Before::default();
         while !record.0.is_empty() {
-            let (queued, _) = record.entry(format, &mut before, &streams, &|_, _| None)?;
+            let (queued, _) = record.entry(layout, &mut before, &streams, &|_, _| None)?;
             let queued = queued.filter(|queued| queued.source.place().is_none_or(|place| !is_known(&place)));
             self.queue.extend(queued.map(|queued| Queued {
                 qos: queued.qos.min(found.options.qos),

@@ -97,3 +97,25 @@ fn a_note_of_format_2_is_read() {
     session.crash();
     assert_eq!((counts(&session), session.outbox.begins_at(0)), (each_once(), 400));
 }
+
+/// Records of this format are on disks, whatever format notes and records get.
+#[test]
+fn a_record_of_a_share_says_for_ever_what_it_says() {
+    let identity = Identity { log: Uuid::from_u128(7), generation: 1, partitions: 1 };
+    // One stream: offered below 9, of which 5 and 6 are not listed. Then offset 2, QoS 1, 2 s old, 100 bytes.
+    let record = [&[3, 1][..], identity.log.as_bytes(), &[0, 0, 0, 1, 9, 2, 5, 1, 0, 4, 4, 100]].concat();
+    let mut member = Outbox::default();
+    [2, 5, 6, 9].iter().for_each(|offset| _ = offer(&mut member, queued(*offset, 1, Some(SHARE))));
+    let mut held = Holdings::new(Box::new([9]), 9);
+    member.held_by_shares().for_each(|(_, place, queued)| held.add(place, queued));
+    assert_eq!(held.into_value(&[identity]), record);
+    let options = Options { qos: 1, ..Options::default() };
+    let mut found = Found::default();
+    found.shares.push(FoundShare { filter: Arc::new(SHARE.into()), value: record, options });
+    let heir = found.restore(EPOCH, Arc::new([identity]), &[20], &[20], &|_, _| None);
+    assert_eq!(
+        heir.queue.iter().map(|queued| queued.source.place()).collect::<Vec<_>>(),
+        [Some(Place { stream: 0, offset: 2 })]
+    );
+    assert_eq!(heir.owed[0].1[..], [5..20]);
+}
