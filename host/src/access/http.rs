@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -21,9 +22,11 @@ use super::watched::Watched;
 use super::{Credentials, Denied, Identity, jwt};
 use crate::hints::Hint;
 use crate::http_client::{Address, Connection, connector};
-use crate::telemetry::Failures;
+use crate::telemetry::{Failures, alike};
 use crate::trust;
 
+/// Begins the kinds of its failures.
+const SUBJECT: &str = "access: the HTTP check ";
 const ANSWER_BYTES_MAX: usize = 1 << 20;
 /// Requests that wait for their turn.
 const WAITING_MAX: usize = 1_024;
@@ -39,6 +42,8 @@ pub struct Http {
     trusted: Option<Arc<Watched<TlsConnector>>>,
     answers: Recent<Identity>,
     requests: Arc<Fair>,
+    /// The last answer could not be used, or there was none.
+    fails: AtomicBool,
     failures: Failures,
 }
 
@@ -71,6 +76,7 @@ impl Http {
             trusted: trusted.transpose()?,
             answers: Recent::new(config.cache_entries_max as usize, config.cache_ttl.0),
             requests: Fair::new(config.requests_max as usize),
+            fails: AtomicBool::new(false),
             service: service_of(&uri),
             uri,
             failures,
@@ -98,7 +104,9 @@ impl Http {
         }
         let failed = |kind: &str, reason: &str| {
             let show = self.failures.hint(Hint::ClientsRefused);
-            self.failures.report(kind, 1, &format!("{}: {reason}", self.service), &show);
+            self.fails.store(true, Ordering::Relaxed);
+            // Each reason has a line: the first one, such as no answer in time, may be the least of them.
+            self.failures.report_by(kind, &alike(reason), 1, &format!("{}: {reason}", self.service), &show);
             Denied::Failed("http")
         };
         let user = who.username.unwrap_or(who.client_id);
@@ -107,8 +115,12 @@ impl Http {
         let asked = timeout(self.config.timeout.0, self.ask(who)).await;
         drop(place);
         let answer = asked.unwrap_or_else(|_| Err("no answer in time".to_owned())).map_err(|reason| {
-            failed("access: the HTTP check did not answer, clients are refused", &reason)
+            failed("access: the HTTP check gave no answer that can be used, clients are refused", &reason)
         })?;
+        if self.fails.swap(false, Ordering::Relaxed) {
+            self.failures.end(SUBJECT);
+            tracing::info!(service = self.service, "access: the HTTP check answers again");
+        }
         match answer.allow {
             None => Ok(None),
             Some(false) => Err(Denied::BadCredentials),
@@ -320,6 +332,23 @@ mod tests {
             }
         });
         Http::new(&serde_json::from_value(json!({ "url": url })).unwrap(), Failures::default()).unwrap()
+    }
+
+    /// A status is not hidden behind an answer that came too late, and a service that answers again is said.
+    #[tokio::test]
+    async fn each_reason_of_a_check_that_fails_has_a_line_of_its_own() {
+        let answers = vec![
+            "not HTTP".to_owned(),
+            response("401 Unauthorized", ""),
+            response("200 OK", r#"{"allow":true}"#),
+        ];
+        let http = answering(answers).await;
+        let check = async || http.check(&who(Some("ann"), b"x", &Entrance::default())).await.is_ok();
+        assert!(!check().await && !check().await);
+        let unsaid: u64 = http.failures.unsaid().iter().map(|(_, count)| count).sum();
+        assert_eq!(unsaid, 0, "both are said at once");
+        assert!(check().await);
+        assert_eq!(http.failures.unsaid(), [], "they have ended");
     }
 
     fn response(status: &str, body: &str) -> String {

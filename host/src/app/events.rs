@@ -305,7 +305,7 @@ fn dropped(cause: &str, messages: &str, hints: &Hints) -> Told {
 fn refused(cause: &str, connections: &str, last: Option<&RefusedClient>, hints: &Hints) -> Told {
     let (why, advice) = match cause {
         "access_unavailable" => (
-            "what checks credentials did not answer",
+            "what checks credentials did not say whether they are right",
             "mend the service, file or plugin of mqtt.access.authenticate; the log has its error",
         ),
         "connections_max" => (

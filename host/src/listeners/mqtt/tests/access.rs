@@ -541,11 +541,11 @@ async fn an_http_check_decides_once_for_a_while_and_refuses_when_it_does_not_ans
     serving.abort();
     assert!(serving.await.unwrap_err().is_cancelled());
     assert_eq!(refused(&host, signed_in("c", "eve", "x")).await, ConnectAckReason::ServerUnavailable);
-    // One line, which counts both; each client is in the list.
+    // Each reason has a line of its own; each client is in the list.
     let said = host.handle.clients.0.failures.unsaid().into_iter();
     let said = said.filter(|(kind, _)| kind.contains("HTTP check") || kind.contains("access_unavailable"));
-    let line = "access: the HTTP check did not answer, clients are refused".to_owned();
-    assert_eq!(said.collect::<Vec<_>>(), [(line, 1)]);
+    let line = "access: the HTTP check gave no answer that can be used, clients are refused".to_owned();
+    assert_eq!(said.collect::<Vec<_>>(), [(line, 0)]);
     let listed = host.handle.clients().refused(9).1;
     let listed = listed.iter().filter(|client| client.cause == "access_unavailable");
     assert_eq!(listed.filter_map(|client| client.who.as_deref()).collect::<Vec<_>>(), ["eve", "odd"]);
