@@ -2,7 +2,7 @@
 
 use std::fs::{File, Metadata, TryLockError};
 use std::io::{self, Read};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 /// Opens a regular file for reading. Anything else is refused: the open of a FIFO, or the read of
@@ -38,6 +38,21 @@ pub fn found<T>(opened: io::Result<T>) -> io::Result<Option<T>> {
         }
         Err(error) => Err(error),
     }
+}
+
+/// What to do where no file can be opened, whichever it is: the process or the machine has too many open.
+pub const NO_DESCRIPTOR_ADVICE: &str = "raise the limit of open files (LimitNOFILE= of the service, `ulimit -n`; of the \
+     machine, fs.file-max), or lower mqtt.connections_max";
+
+/// Returns whether there was no file descriptor left for a file: nothing is wrong with the file itself.
+pub fn lacks_descriptor(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
+}
+
+/// Returns whether a path leads to the file that `held` describes, which an open file has.
+pub fn is_at(held: &Metadata, path: &Path) -> io::Result<bool> {
+    let there = std::fs::metadata(path)?;
+    Ok((held.dev(), held.ino()) == (there.dev(), there.ino()))
 }
 
 /// Returns the size of the files that lie in a folder itself.

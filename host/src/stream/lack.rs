@@ -3,6 +3,7 @@
 use std::fmt;
 use std::path::Path;
 
+use crate::files::NO_DESCRIPTOR_ADVICE;
 use crate::telemetry::DiskSpace;
 
 /// Something that a stream waits for before it takes appends again.
@@ -14,10 +15,12 @@ pub enum Lack {
     Retention,
     FileDescriptor,
     Memory,
+    /// Retention may remove an old segment, and the system refuses it.
+    Removal,
 }
 
 impl Lack {
-    const ALL: [Self; 4] = [Self::Disk, Self::Retention, Self::FileDescriptor, Self::Memory];
+    const ALL: [Self; 5] = [Self::Disk, Self::Retention, Self::FileDescriptor, Self::Memory, Self::Removal];
 
     /// Returns the lack whose discriminant is `code`, `None` for 0.
     pub(super) fn of_code(code: u8) -> Option<Self> {
@@ -47,12 +50,12 @@ impl Lack {
             Self::Retention => {
                 "mend the sink that lags, or raise retention.max_bytes of the stream".to_owned()
             }
-            Self::FileDescriptor => {
-                "raise the limit of open files (LimitNOFILE= of the service, `ulimit -n`), or lower \
-                 mqtt.connections_max"
-                    .to_owned()
-            }
+            Self::FileDescriptor => NO_DESCRIPTOR_ADVICE.to_owned(),
             Self::Memory => "free memory of this machine, or raise the limit of the service".to_owned(),
+            Self::Removal => format!(
+                "let the host's user remove files of {folder} (rights of the folder, attributes as of `lsattr`, a file \
+                 system that is mounted read-only); the log has the system's error, and the host tries again by itself"
+            ),
         }
     }
 }
@@ -68,6 +71,7 @@ impl fmt::Display for Lack {
             Self::Retention => "no room left in retention.max_bytes for another segment",
             Self::FileDescriptor => "no free file descriptor",
             Self::Memory => "no memory",
+            Self::Removal => "no room left in retention.max_bytes, and old segments cannot be removed",
         })
     }
 }

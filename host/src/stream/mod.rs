@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use tokio::sync::watch;
@@ -35,6 +35,14 @@ pub struct Stall {
     pub since: Instant,
     /// Messages that were appended and are not durable.
     pub messages: u64,
+}
+
+/// A disk that answers, and late, for a while now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slow {
+    pub since: Instant,
+    /// The longest write or sync of the last minute.
+    pub longest: Duration,
 }
 
 /// What a position is a position of. A wiped data folder has another `log`, a stream
@@ -264,6 +272,23 @@ pub trait Stream: Send + Sync + 'static {
 
     /// Returns since when appends wait for a disk that does not answer, where that is long.
     fn stall(&self) -> Option<Stall> {
+        None
+    }
+
+    /// Returns why a reader cannot read now: it tries again, and takes the place for damaged in the end.
+    fn read_fault(&self) -> Option<String> {
+        None
+    }
+
+    /// Returns whether what is appended goes to a file that the next start finds: false once the stream's
+    /// folder, or the file in it, was moved, removed or replaced. A disk that does not answer may keep the
+    /// caller waiting.
+    fn is_in_place(&self) -> bool {
+        true
+    }
+
+    /// Returns since when the disk answers late, where it does so again and again.
+    fn slow(&self) -> Option<Slow> {
         None
     }
 

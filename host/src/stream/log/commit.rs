@@ -20,7 +20,7 @@ use crate::stream::{Lack, Stall, Ticket};
 /// After so long without an append, a mark says that the last frame is durable.
 const IDLE_MARK_MS: u64 = 20;
 /// A write, sync or roll that takes longer than this counts as a disk that does not answer.
-const STALL_LEAST: Duration = if cfg!(test) { Duration::from_millis(20) } else { Duration::from_secs(5) };
+pub const STALL_LEAST: Duration = if cfg!(test) { Duration::from_millis(20) } else { Duration::from_secs(5) };
 /// Between two tries while the disk is full.
 const NO_SPACE_RETRY_MS: u64 = 200;
 
@@ -207,7 +207,9 @@ impl Inner {
     fn at_work<T>(&self, call: impl FnOnce() -> T) -> T {
         *lock(&self.at_work_since) = Some(Instant::now());
         let done = call();
-        *lock(&self.at_work_since) = None;
+        if let Some(began) = lock(&self.at_work_since).take() {
+            lock(&self.slowness).ended(began, Instant::now());
+        }
         done
     }
 

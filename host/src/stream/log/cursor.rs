@@ -5,17 +5,19 @@ use std::collections::VecDeque;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::disk::{Create, lacking};
+use super::disk::{Create, File, lacking};
 use super::recover::Segment;
 use super::scan::{Scan, Step};
 use super::segment;
 use super::tail::Frame;
+use super::unreadable::{Patched, READ_TRIES, is_unreadable, pause};
 use super::{Inner, lock, read};
 use crate::batch::Offset;
 use crate::stream::{Cursor, GapCause, Read, ReadError};
@@ -39,6 +41,9 @@ pub struct LogCursor {
     frame: Option<Arc<Frame>>,
     ahead: VecDeque<Piece>,
     reader: Option<DiskReader>,
+    /// Tries of the read at hand that failed, and what is told of them.
+    tries: u32,
+    fault: Option<ReadFault>,
     /// Kept here so that a dropped `next` loses nothing.
     reading: Option<JoinHandle<(DiskReader, io::Result<Vec<Piece>>)>>,
 }
@@ -60,7 +65,18 @@ impl LogCursor {
     pub fn new(inner: Arc<Inner>, from: Offset, counts: bool) -> Self {
         let moved = inner.moved.subscribe();
         let ahead = VecDeque::new();
-        Self { inner, at: from.0, counts, moved, frame: None, ahead, reader: None, reading: None }
+        Self {
+            inner,
+            at: from.0,
+            counts,
+            moved,
+            frame: None,
+            ahead,
+            reader: None,
+            tries: 0,
+            fault: None,
+            reading: None,
+        }
     }
 
     /// What can be had without the disk.
@@ -136,7 +152,10 @@ impl LogCursor {
                 inner: Arc::clone(&self.inner),
                 open: None,
                 ahead: 0,
+                gives_up: false,
+                patched: None,
             });
+            reader.gives_up = self.tries >= READ_TRIES;
             let at = self.at;
             self.reading = Some(tokio::task::spawn_blocking(move || {
                 let pieces = reader.read(at);
@@ -151,15 +170,54 @@ impl LogCursor {
         let error = match pieces {
             Ok(pieces) => {
                 self.ahead.extend(pieces);
+                (self.tries, self.fault) = (0, None);
                 return Ok(());
             }
             Err(error) => error,
         };
-        let Some(lack) = lacking(&error) else { return Err(ReadError::Io(Arc::new(error))) };
+        if self.counts && is_unreadable(&error) {
+            self.wait_to_read_again(&error).await;
+            return Ok(());
+        }
+        let Some(lack) = lacking(&error) else {
+            let error = io::Error::new(error.kind(), format!("{}: {error}", self.inner.place_of(self.at)));
+            return Err(ReadError::Io(Arc::new(error)));
+        };
         let kind = format!("stream {}: no {lack} to read from the disk, will try again", self.inner.name);
         self.inner.failures.report(&kind, 1, &error.to_string(), "");
         tokio::time::sleep(LACK_RETRY).await;
         Ok(())
+    }
+
+    /// The disk does not give what the reader wants: it is tried again, in the end without it.
+    async fn wait_to_read_again(&mut self, error: &io::Error) {
+        self.tries = self.tries.saturating_add(1);
+        let why = format!("{}: {error}", self.inner.place_of(self.at));
+        let kind = format!("stream {}: cannot read, tries again", self.inner.name);
+        self.inner.failures.report(&kind, 1, &why, "");
+        self.fault = Some(ReadFault::new(Arc::clone(&self.inner), why));
+        tokio::time::sleep(pause(self.tries)).await;
+    }
+}
+
+/// Tells that a reader cannot read, for as long as it lives.
+struct ReadFault {
+    inner: Arc<Inner>,
+    number: u64,
+}
+
+impl ReadFault {
+    fn new(inner: Arc<Inner>, why: String) -> Self {
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        lock(&inner.read_faults).insert(number, why);
+        Self { inner, number }
+    }
+}
+
+impl Drop for ReadFault {
+    fn drop(&mut self) {
+        lock(&self.inner.read_faults).remove(&self.number);
     }
 }
 
@@ -200,11 +258,31 @@ struct DiskReader {
     open: Option<(u64, Scan, u64)>,
     /// Bytes of frames that the next read may give beyond the first.
     ahead: usize,
+    /// Whether what cannot be read counts as damage now.
+    gives_up: bool,
+    /// The file of the segment that was opened last, and what of it counts as damage.
+    patched: Option<(u64, Arc<Patched>)>,
 }
 
 impl DiskReader {
-    /// Frames from the one that holds `at` on; empty where that was trimmed meanwhile.
     fn read(&mut self, at: u64) -> io::Result<Vec<Piece>> {
+        if let Some((_, patched)) = &self.patched {
+            patched.set_gives_up(self.gives_up);
+        }
+        let pieces = self.read_pieces(at);
+        if pieces.is_err() {
+            // What was passed over before the error is read again.
+            self.open = None;
+        }
+        for bytes in self.patched.iter().flat_map(|(_, patched)| patched.take_unread()) {
+            tracing::error!(stream = %self.inner.name, place = self.inner.place_of(at), ?bytes,
+                "the disk does not give these bytes of the file: what they hold is lost");
+        }
+        pieces
+    }
+
+    /// Frames from the one that holds `at` on; empty where that was trimmed meanwhile.
+    fn read_pieces(&mut self, at: u64) -> io::Result<Vec<Piece>> {
         let Some((segment, end)) = self.inner.segment_of(at) else { return Ok(Vec::new()) };
         let Segment { header, limit, landmarks, .. } = segment;
         let usable = self.open.as_ref().is_some_and(|(open, _, to)| *open == header.sequence && *to <= at);
@@ -214,7 +292,12 @@ impl DiskReader {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
                 other => other?,
             };
-            let mut scan = Scan::new(file, &header, limit).for_few();
+            // It stays, with what was given up of it, as long as its segment is read.
+            let (_, patched) = match self.patched.take_if(|(of, _)| *of == header.sequence) {
+                Some(known) => self.patched.insert(known),
+                None => self.patched.insert((header.sequence, Arc::new(Patched::new(file)))),
+            };
+            let mut scan = Scan::new(Arc::clone(patched) as Arc<dyn File>, &header, limit).for_few();
             let mut to = header.base;
             if let Some((offset, place)) = landmarks.before(at) {
                 scan.back_to(place);
@@ -260,15 +343,22 @@ impl DiskReader {
 impl Inner {
     /// Counts messages that a reader cannot have: damaged ones once, however many read them.
     pub fn lose(&self, lost: Range<u64>, cause: GapCause) {
-        let (new, is_to_be_logged) = match cause {
-            GapCause::Trimmed => (lost.end - lost.start, false),
-            GapCause::Damaged => lock(&self.told).read(lost.clone()),
+        let new = match cause {
+            GapCause::Trimmed => lost.end - lost.start,
+            GapCause::Damaged => lock(&self.told).add(lost.clone()),
         };
         self.metrics.gap(new, cause);
-        if is_to_be_logged {
+        if new > 0 && cause == GapCause::Damaged {
             tracing::error!(stream = %self.name, from = lost.start, to = lost.end,
                 "messages are damaged or missing on disk, and nobody can read them");
         }
+    }
+
+    /// Names an offset and the file that has it, for a person.
+    fn place_of(&self, offset: u64) -> String {
+        let file =
+            self.segment_of(offset).map(|(segment, _)| self.dir.join(segment::name(segment.header.sequence)));
+        format!("offset {offset} in {}", file.unwrap_or_else(|| self.dir.clone()).display())
     }
 
     /// The segment that holds `offset`, and its end offset.

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use crate::files::Locked;
+use crate::files::{Locked, is_at, lacks_descriptor};
 use crate::stream::Lack;
 
 /// Where a sync stands in the log's protocol. A test takes out each in turn
@@ -71,6 +71,14 @@ pub trait File: Send + Sync {
     fn truncate(&self, len: u64) -> io::Result<()>;
 
     fn len(&self) -> io::Result<u64>;
+
+    /// Asks that the first `len` bytes are read from the disk when they are read next.
+    fn forget_cached(&self, _len: u64) {}
+
+    /// Returns whether the path leads to this file. A disk without folders that move says so always.
+    fn is_at(&self, _path: &Path) -> io::Result<bool> {
+        Ok(true)
+    }
 }
 
 /// Files of folders. All paths are absolute or relative to the process.
@@ -115,7 +123,7 @@ pub fn is_full(error: &io::Error) -> bool {
 pub fn lacking(error: &io::Error) -> Option<Lack> {
     match error.raw_os_error() {
         _ if is_full(error) => Some(Lack::Disk),
-        Some(libc::EMFILE | libc::ENFILE) => Some(Lack::FileDescriptor),
+        _ if lacks_descriptor(error) => Some(Lack::FileDescriptor),
         Some(libc::ENOMEM) => Some(Lack::Memory),
         _ => None,
     }
@@ -213,6 +221,16 @@ impl File for fs::File {
 
     fn len(&self) -> io::Result<u64> {
         Ok(self.metadata()?.len())
+    }
+
+    fn forget_cached(&self, len: u64) {
+        let len = std::num::NonZero::new(len);
+        // Where it is not followed, the read is one of memory.
+        let _ = rustix::fs::fadvise(self, 0, len, rustix::fs::Advice::DontNeed);
+    }
+
+    fn is_at(&self, path: &Path) -> io::Result<bool> {
+        is_at(&self.metadata()?, path)
     }
 }
 
@@ -323,6 +341,12 @@ impl File for UninterruptedFile {
     fn len(&self) -> io::Result<u64> {
         uninterrupted(|| self.0.len())
     }
+    fn forget_cached(&self, len: u64) {
+        self.0.forget_cached(len);
+    }
+    fn is_at(&self, path: &Path) -> io::Result<bool> {
+        uninterrupted(|| self.0.is_at(path))
+    }
 }
 
 impl Disk for Uninterrupted {
@@ -382,6 +406,12 @@ impl File for SlowFile {
     }
     fn len(&self) -> io::Result<u64> {
         self.file.len()
+    }
+    fn forget_cached(&self, len: u64) {
+        self.file.forget_cached(len);
+    }
+    fn is_at(&self, path: &Path) -> io::Result<bool> {
+        self.file.is_at(path)
     }
 }
 

@@ -8,7 +8,7 @@
 //! disk is in `segment` and `frame`; a disk is whatever `disk` says.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::io;
+use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
@@ -39,11 +39,13 @@ mod scan;
 pub mod segment;
 #[cfg(test)]
 pub(crate) mod sim;
+mod slow;
 mod state;
 mod tail;
 #[cfg(test)]
 mod tests;
 mod told;
+mod unreadable;
 
 pub use clock::SET_US as CLOCK_SET_US;
 pub use disk::{Disk, RealDisk, SlowDisk, SyncSite};
@@ -51,10 +53,11 @@ pub use measure::METRICS;
 pub use read_only::{ReadOnly, Remembered};
 pub use recover::{Damage, OpenError, Recovery};
 pub use state::STATE_BYTES_MAX;
+pub use unreadable::Unread;
 
 use super::{
     AppendError, Appended, Attachment, Config, Cursor, GapCause, Identity, Lack, NewMessage, OnLag, Opening,
-    ReadError, Stall, StateChange, Stream, Ticket,
+    ReadError, Slow, Stall, StateChange, Stream, Ticket,
 };
 use crate::batch::Offset;
 use crate::telemetry::Failures;
@@ -88,20 +91,27 @@ pub(crate) struct Inner {
     openings: Vec<Opening>,
     metrics: measure::Meters,
     told: Mutex<told::Told>,
+    /// Why readers cannot read now, by the number of the reader.
+    read_faults: Mutex<BTreeMap<u64, String>>,
     failures: Failures,
 
     front: Mutex<append::Front>,
     /// With `front`: work for the committer.
     wake: Condvar,
     writer: Mutex<commit::Writer>,
+    /// The segment that is written to and its file, for those who may not wait for the committer.
+    active: Mutex<(u64, Arc<dyn disk::File>)>,
     back: RwLock<Back>,
     /// The [`Lack`] that appends wait for, as its code; 0 while they are taken.
     lack: AtomicU8,
     /// Set while the disk has no room for the reserve: it was used, or could not be made.
     reserve_lacks_room: AtomicBool,
+    /// Set while an old segment that may go cannot be removed.
+    removal_fails: AtomicBool,
 
     /// Since when the committer is at work on the disk.
     at_work_since: Mutex<Option<Instant>>,
+    slowness: Mutex<slow::Slowness>,
     prepared: Mutex<Option<retain::Prepared>>,
     prepare_asked: AtomicBool,
     /// One round at a time; whether a removal is still to be synced.
@@ -263,8 +273,20 @@ impl Stream for Log {
         self.inner.stall()
     }
 
+    fn slow(&self) -> Option<Slow> {
+        lock(&self.inner.slowness).at(Instant::now())
+    }
+
     fn lack(&self) -> Option<Lack> {
         self.inner.lack()
+    }
+
+    fn read_fault(&self) -> Option<String> {
+        lock(&self.inner.read_faults).values().next().cloned()
+    }
+
+    fn is_in_place(&self) -> bool {
+        self.inner.is_in_place()
     }
 
     fn has_room(&self) -> bool {
@@ -301,10 +323,27 @@ impl Inner {
         self.keeper.notify_all();
     }
 
+    fn is_in_place(&self) -> bool {
+        loop {
+            let (segment, file) = lock(&self.active).clone();
+            let is_gone =
+                |error: io::Error| matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory);
+            let is_there =
+                file.is_at(&self.dir.join(segment::name(segment))).unwrap_or_else(|error| !is_gone(error));
+            // A segment that the log has left behind may be gone by retention.
+            if is_there || lock(&self.active).0 == segment {
+                return is_there;
+            }
+        }
+    }
+
     /// For ever: nothing that is not durable yet will be acknowledged.
     fn fail(&self, what: &str, error: &io::Error) {
-        tracing::error!(stream = %self.name, %error, "cannot {what}: nothing more is acknowledged");
-        self.stop(&format!("cannot {what}: {error}"));
+        let folder = self.dir.display();
+        tracing::error!(stream = %self.name, %folder, %error,
+            "cannot {what}: nothing more is acknowledged, and the host ends; look at the disk of the folder and at the \
+             kernel's log (dmesg), mount it for writing again or replace it, then start the host");
+        self.stop(&format!("cannot {what} in {folder}: {error}"));
     }
 
     fn stop(&self, reason: &str) {

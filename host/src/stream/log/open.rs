@@ -15,9 +15,10 @@ use super::disk::{Create, Disk, File, SlowDisk, SyncSite, Uninterrupted, is_full
 use super::generations::{self, Metadata};
 use super::recover::{self, OpenError, Recovery, Replayed, Segment};
 use super::tail::Tail;
+use super::unreadable::Salvaging;
 use super::{Back, Inner, lock, measure, read, retain, segment, write};
 use crate::batch::Offset;
-use crate::stream::{Config, Identity, Opening, Ticket};
+use crate::stream::{Config, GapCause, Identity, Opening, Ticket};
 use crate::telemetry::Failures;
 
 const LOCK: &str = "lock";
@@ -47,8 +48,10 @@ pub fn open(
         disk.remove(&dir.join(name)).map_err(io_error)?;
     }
 
-    let (mut metadata, segments) = metadata(&*disk, dir, config, &mut recovery)?;
-    let replayed = recover::replay(&*disk, dir, &segments, metadata.closed.take()).map_err(io_error)?;
+    let salvaging = Salvaging::new(&*disk);
+    let (mut metadata, segments) = metadata(&salvaging, dir, config, &mut recovery)?;
+    let replayed = recover::replay(&salvaging, dir, &segments, metadata.closed.take()).map_err(io_error)?;
+    recovery.unread = salvaging.take_unread();
     let openings = openings(metadata.openings(), &segments, replayed.next_offset);
     metadata.set_openings(&openings);
     let generation = metadata.generations.last().expect("made or read with at least one");
@@ -155,6 +158,7 @@ fn build(
         None => Arc::new(NoFile),
     };
     let base = replayed.unproven.first().map_or(replayed.next_offset, |frame| frame.base);
+    let active = (last.map_or(0, |last| last.header.sequence), Arc::clone(&file));
     let writer = Writer {
         file,
         at: replayed.proven_at,
@@ -191,16 +195,19 @@ fn build(
         // Opening may: a full disk must not keep the host from draining it.
         may_use_reserve: AtomicBool::new(true),
         reserve_lacks_room: AtomicBool::new(false),
+        removal_fails: AtomicBool::new(false),
         use_reserve_while_running: config.may_use_reserve,
         clock: Mutex::new(Clock::new(clock, replayed.timeline(), replayed.clock_us)),
         metadata,
         openings,
         metrics: measure::Meters::new(name),
         told: Mutex::default(),
+        read_faults: Mutex::default(),
         failures: Failures::default(),
         front: Mutex::new(Front::new(replayed.next_offset, replayed.state.clone())),
         wake: Condvar::new(),
         writer: Mutex::new(writer),
+        active: Mutex::new(active),
         back: RwLock::new(Back {
             segments: segments.into(),
             tail: Tail::new(tail_bytes_max),
@@ -209,6 +216,7 @@ fn build(
         }),
         lack: AtomicU8::new(0),
         at_work_since: Mutex::new(None),
+        slowness: Mutex::default(),
         prepared: Mutex::new(None),
         prepare_asked: AtomicBool::new(false),
         trimming: Mutex::new(false),
@@ -318,10 +326,16 @@ impl Inner {
             tracing::info!(stream = %self.name, torn_bytes, rewritten,
                 "the last run ended without closing the stream: cut what nobody was told of, wrote the last commit again");
         }
+        for unread in &recovery.unread {
+            tracing::error!(stream = %self.name, file = %unread.path.display(), bytes = ?unread.bytes,
+                "the disk does not give these bytes, and the start did without them: what they hold is lost");
+        }
         for damage in &recovery.damaged {
             let Offset(from) = damage.offsets.start;
             let Offset(to) = damage.offsets.end;
-            lock(&self.told).log(from..to);
+            // Here, and not where a reader comes upon it: none may ever do.
+            let new = lock(&self.told).add(from..to);
+            self.metrics.gap(new, GapCause::Damaged);
             let what = if from < to { "messages" } else { "state changes" };
             tracing::error!(stream = %self.name, segment = damage.segment, bytes = ?damage.bytes, from, to,
                 "{what} lost: their bytes on disk are damaged or missing");

@@ -21,6 +21,7 @@ use super::scan::{Landmarks, Scan, Step};
 use super::segment::{self, FRAMES_AT};
 use super::state::{self, State};
 use super::tail::Frame;
+use super::unreadable::Unread;
 use crate::batch::Offset;
 use crate::stream::Opening;
 
@@ -36,6 +37,8 @@ pub struct Recovery {
     /// Messages lost to damage, in the part that opening reads (the newest
     /// segment); older damage is found, and reported, by whoever reads it.
     pub damaged: Vec<Damage>,
+    /// What the disk did not give, and the opening did without.
+    pub unread: Vec<Unread>,
     /// Offsets that can be read.
     pub messages: u64,
     /// Frames that opening read.

@@ -279,7 +279,11 @@ impl Inner {
                 if let Some(prepared) = prepared {
                     self.put_prepared(prepared);
                 }
-                return Err(CommitError::NoSpace(Lack::Retention));
+                let lack = match self.removal_fails.load(Ordering::Relaxed) {
+                    true => Lack::Removal,
+                    false => Lack::Retention,
+                };
+                return Err(CommitError::NoSpace(lack));
             }
             // No more than is there already: readers must be able to drain it.
             len = least;
@@ -422,7 +426,9 @@ impl Inner {
                 *is_removed = true;
             }
         };
-        if let Err(error) = trim() {
+        let trimmed = trim();
+        self.removal_fails.store(trimmed.is_err(), Ordering::Relaxed);
+        if let Err(error) = trimmed {
             self.report("cannot remove an old segment, will try again", &error);
         }
     }

@@ -7,6 +7,7 @@
 //! are checkpoints, whatever the state's size.
 
 use std::io;
+use std::sync::Arc;
 
 use super::clock::Timeline;
 use super::commit::{CommitError, Writer, no_space_or};
@@ -108,6 +109,7 @@ impl Inner {
 
         let end = again.last().map_or(base, Frame::end);
         let old_at = std::mem::replace(&mut writer.at, begun.at);
+        *lock(&self.active) = (sequence, Arc::clone(&file));
         writer.file = file;
         writer.len = len;
         writer.salt = header.salt;

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -41,6 +42,8 @@ struct World {
     /// Every call that opens a file fails with this error.
     fail_opens: Option<i32>,
     fail_renames: Option<i32>,
+    /// Bytes of a file that so many more reads cannot have.
+    unreadable: Option<(usize, Range<usize>, u32)>,
     /// A signal interrupts every other call that may fail; set to whether the next one is.
     interrupts: Option<bool>,
     bytes_max: u64,
@@ -109,12 +112,18 @@ impl SimDisk {
             fail_removals: false,
             fail_opens: None,
             fail_renames: None,
+            unreadable: None,
             interrupts: None,
             bytes_max: u64::MAX,
             written: 0,
             before: None,
             was_full: watch::channel(false).0,
         })))
+    }
+
+    /// The next so many reads of these bytes fail.
+    pub fn break_reads(&self, path: &Path, bytes: Range<usize>, times: u32) {
+        self.world(|w| w.unreadable = Some((w.names[path], bytes, times)));
     }
 
     /// Another disk with the same content.
@@ -341,6 +350,15 @@ impl File for SimFile {
     fn read_at(&self, buf: &mut [u8], at: u64) -> io::Result<usize> {
         self.disk.world(|w| {
             w.signal()?;
+            if let Some((file, bytes, times)) = &mut w.unreadable
+                && *file == self.file
+                && bytes.start < at as usize + buf.len()
+                && (at as usize) < bytes.end
+                && *times > 0
+            {
+                *times -= 1;
+                return Err(io::Error::from_raw_os_error(libc::EIO));
+            }
             let seen = &w.files[self.file].seen;
             let begin = (at as usize).min(seen.len());
             let len = buf.len().min(seen.len() - begin);

@@ -6,33 +6,13 @@ use std::ops::Range;
 /// Spans that are remembered; messages of further ones count for each reader.
 const SPANS_MAX: usize = 1_000;
 
-/// What was told of a log's damage since it was opened.
+/// Damaged offsets of a log that a start found or a reader came upon, as spans that do not touch, in order.
 #[derive(Default)]
-pub struct Told {
-    counted: Spans,
-    logged: Spans,
-}
+pub struct Told(Vec<Range<u64>>);
 
 impl Told {
-    /// Notes damage that a line of the log names.
-    pub fn log(&mut self, damage: Range<u64>) {
-        self.logged.add(damage);
-    }
-
-    /// Notes damage that a reader came upon. Returns how many of its messages were not counted
-    /// before, and whether a line is to name it.
-    pub fn read(&mut self, damage: Range<u64>) -> (u64, bool) {
-        (self.counted.add(damage.clone()), self.logged.add(damage) > 0)
-    }
-}
-
-/// Offsets, as spans that do not touch, in order.
-#[derive(Default)]
-struct Spans(Vec<Range<u64>>);
-
-impl Spans {
-    /// Returns how many of the offsets are new.
-    fn add(&mut self, mut span: Range<u64>) -> u64 {
+    /// Returns how many of the offsets were not counted before.
+    pub fn add(&mut self, mut span: Range<u64>) -> u64 {
         let begin = self.0.partition_point(|known| known.end < span.start);
         let end = self.0.partition_point(|known| known.start <= span.end);
         let met = &self.0[begin..end];
@@ -54,21 +34,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn damage_is_counted_and_logged_once_however_many_read_it() {
+    fn damage_is_counted_once_however_many_read_it() {
         let mut told = Told::default();
-        told.log(10..20);
-        assert_eq!(told.read(10..20), (10, false), "its line is there already");
-        assert_eq!(told.read(10..20), (0, false));
-        assert_eq!(told.read(15..25), (5, true));
-        assert_eq!(told.read(12..14), (0, false));
-        assert_eq!(told.read(0..5), (5, true));
-        assert_eq!(told.read(0..30), (10, true));
-        assert_eq!((told.counted.0.len(), &told.counted.0[0]), (1, &(0..30)), "one span");
+        assert_eq!(told.add(10..20), 10);
+        assert_eq!(told.add(10..20), 0);
+        assert_eq!(told.add(15..25), 5);
+        assert_eq!(told.add(12..14), 0);
+        assert_eq!(told.add(0..5), 5);
+        assert_eq!(told.add(0..30), 10);
+        assert_eq!((told.0.len(), &told.0[0]), (1, &(0..30)), "one span");
     }
 
     #[test]
     fn spans_are_bounded() {
-        let mut spans = Spans::default();
+        let mut spans = Told::default();
         for at in 0..2 * SPANS_MAX as u64 {
             assert_eq!(spans.add(at * 3..at * 3 + 1), 1);
         }

@@ -117,7 +117,7 @@ fn after_a_failed_sync_nothing_is_acknowledged_and_the_next_opening_writes_it_ag
 }
 
 #[test]
-fn damage_is_counted_once_it_is_read_and_a_look_does_not_count() {
+fn damage_is_counted_once_when_a_start_finds_it_or_it_is_read_and_a_look_does_not_count() {
     let (disk, clock, path) = written();
     let end = disk.fork().open(&path, disk::Create::ReadOnly).unwrap().len().unwrap() as usize;
     let is_damaged = |at: &usize| {
@@ -128,9 +128,12 @@ fn damage_is_counted_once_it_is_read_and_a_look_does_not_count() {
         })
     };
     let at = (0..end).step_by(5).find(is_damaged).unwrap();
-    disk.flip(&path, at);
     let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
-    let log = metrics::with_local_recorder(&recorder, || manual(&disk, &small(), &clock).unwrap().0);
+    let open = |disk| metrics::with_local_recorder(&recorder, || manual(disk, &small(), &clock).unwrap().0);
+    let damaged = disk.fork();
+    damaged.flip(&path, at);
+    let log = open(&disk);
+    disk.flip(&path, at);
     let lost = || -> f64 {
         let rendered = recorder.handle().render();
         let lines = rendered.lines().filter(|line| line.starts_with("headworks_stream_gap_messages_total{"));
@@ -147,4 +150,90 @@ fn damage_is_counted_once_it_is_read_and_a_look_does_not_count() {
         all(&log);
         assert_eq!(lost(), before + 2.0, "however many read it");
     }
+    let log = open(&damaged);
+    assert_eq!(lost(), before + 4.0, "by the start, whoever reads it");
+    all(&log);
+    assert_eq!(lost(), before + 4.0);
+}
+
+/// Frames of three quarters of a block.
+fn written_large() -> (SimDisk, Arc<AtomicU64>, PathBuf) {
+    let (disk, clock) = (SimDisk::new(7), new_clock());
+    let config = Config { segment_bytes: ByteSize(64 << 10), ..small() };
+    let (log, _) = manual(&disk, &config, &clock).unwrap();
+    for offset in 0..12 {
+        log.append(&[message("acme/d/reading", &payload(offset, 3_000))], &[]).unwrap();
+        commit(&log).unwrap();
+    }
+    log.inner.seal();
+    disk.restart_process();
+    (disk, clock, Path::new(DIR).join(segment::name(1)))
+}
+
+#[test]
+fn a_place_that_cannot_be_read_for_a_moment_costs_nothing_and_one_for_good_its_own_frames_alone() {
+    for times in [1, unreadable::READ_TRIES - 1, u32::MAX] {
+        let (disk, clock, path) = written_large();
+        let (log, _) = manual(&disk, &small(), &clock).unwrap();
+        disk.break_reads(&path, 20_500..21_000, times);
+        let read = all(&log);
+        let lost: Vec<_> = read.iter().filter(|(_, payload)| payload.is_none()).map(|(at, _)| *at).collect();
+        assert_eq!(read.len(), 12);
+        assert_eq!(lost.is_empty(), times != u32::MAX, "{times}: {lost:?}");
+        assert!(lost.len() <= 3 && !lost.contains(&0) && !lost.contains(&11), "{lost:?}");
+        assert_eq!(log.read_fault(), None);
+    }
+}
+
+#[test]
+fn a_reader_that_cannot_read_is_told_with_offset_and_file_until_it_can() {
+    let (disk, clock, path) = written();
+    let (log, _) = manual(&disk, &small(), &clock).unwrap();
+    // The beginning, too: the disk is gone, and nothing counts as damage.
+    disk.break_reads(&path, 0..usize::MAX, unreadable::READ_TRIES + 3);
+    let mut cursor = log.cursor(Offset(0));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    runtime.block_on(async {
+        let mut told = None;
+        let read = {
+            let mut next = std::pin::pin!(cursor.next());
+            std::future::poll_fn(|context| {
+                let polled = next.as_mut().poll(context);
+                told = told.take().or(log.read_fault());
+                polled
+            })
+            .await
+        };
+        assert!(
+            matches!(read, Ok(crate::stream::Read::Batch(batch)) if batch.base == Offset(0)),
+            "all is there"
+        );
+        assert_eq!(told.unwrap(), format!("offset 0 in {}: Input/output error (os error 5)", path.display()));
+    });
+    assert_eq!(log.read_fault(), None);
+    // A look does not wait.
+    disk.break_reads(&path, 0..usize::MAX, u32::MAX);
+    let error = block_on(log.peek(Offset(5)).try_next()).unwrap_err().to_string();
+    assert!(error.contains("offset 5 in ") && error.contains(".seg"), "{error}");
+}
+
+#[test]
+fn a_start_does_without_what_the_disk_does_not_give_and_names_it() {
+    for (bytes, times) in [(4_096 + 300..4_096 + 301, 2), (4_096 + 300..4_096 + 301, u32::MAX)] {
+        let (disk, clock, path) = written();
+        disk.break_reads(&path, bytes, times);
+        let (log, recovery) = manual(&disk, &small(), &clock).unwrap();
+        assert_eq!(recovery.unread.is_empty(), times == 2);
+        assert_eq!(recovery.damaged.is_empty(), times == 2, "{recovery:?}");
+        assert!(recovery.unread.iter().all(|unread| unread.path == path && unread.bytes.start == 4_096));
+        assert_eq!(
+            log.append(&[message("a/b", b"x")], &[]).unwrap().first,
+            Offset(24),
+            "no offset is used twice"
+        );
+    }
+    let (disk, clock, path) = written();
+    disk.break_reads(&path, 0..usize::MAX, u32::MAX);
+    let error = manual(&disk, &small(), &clock).err().unwrap().to_string();
+    assert!(error.contains(&path.display().to_string()), "a disk that is gone is no damage: {error}");
 }

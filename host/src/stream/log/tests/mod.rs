@@ -65,7 +65,7 @@ fn new_clock() -> Arc<AtomicU64> {
 }
 
 fn block_on<T>(future: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(future)
+    tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(future)
 }
 
 fn payload(offset: u64, len: usize) -> Vec<u8> {

@@ -496,8 +496,11 @@ fn a_segment_that_cannot_be_removed_counts_and_goes_before_those_behind_it() {
     assert!(log.inner.sizes().1 <= 64 << 10, "it counts");
     log.inner.keep(false);
     assert_eq!(log.bounds().start, Offset(0), "none behind it goes");
+    commit(&log).unwrap_err();
+    assert_eq!(log.lack(), Some(Lack::Removal), "no sink lags");
     disk.fail_removals(false);
     commit(&log).unwrap();
+    assert_eq!(log.lack(), None);
     let start = log.bounds().start;
     assert!(start > Offset(0));
     drop(log);
