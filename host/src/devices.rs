@@ -98,8 +98,9 @@ impl Devices {
         let mut watch = Watch { config, seen: None, read: None };
         loop {
             tokio::time::sleep(LOOK_EVERY).await;
-            let devices = Arc::clone(&self);
+            let (devices, looking) = (Arc::clone(&self), failures.look_at(file));
             let looked = tokio::task::spawn_blocking(move || (devices.look(&mut watch), watch)).await;
+            drop(looking);
             // The runtime ends.
             let Ok((taken, same)) = looked else { return };
             watch = same;
@@ -121,16 +122,20 @@ impl Devices {
         }
     }
 
-    /// Reads the file where it has changed: `Some` where it could be read, with the number of devices
-    /// where another table was taken.
+    /// Reads the file where it has changed, or could not be read before: `Some` where it could be read, with
+    /// the number of devices where another table was taken.
     fn look(&self, watch: &mut Watch) -> Result<Option<Option<usize>>, Error> {
         let stamp = watch.config.file.as_deref().and_then(stamp);
         let has_settled = std::mem::replace(&mut watch.seen, stamp) == stamp;
         if !has_settled || watch.read == Some(stamp) {
             return Ok(None);
         }
-        watch.read = Some(stamp);
-        let table = Table::load(&watch.config)?;
+        let table = Table::load(&watch.config);
+        // What the file says stays wrong until it changes; a failed read may pass.
+        if !matches!(table, Err(Error::Read { .. })) {
+            watch.read = Some(stamp);
+        }
+        let table = table?;
         if table == *self.table() {
             return Ok(Some(None));
         }
@@ -251,7 +256,14 @@ mod tests {
             assert!(look().is_err(), "{broken:?}");
             assert!(matches!(look(), Ok(None)), "said once");
         }
+        // Once as if the disk had refused to read a good file.
         std::fs::remove_file(&file).unwrap();
+        std::fs::create_dir(&file).unwrap();
+        let _ = look();
+        for _ in 0..2 {
+            assert!(matches!(look(), Err(Error::Read { .. })), "it is tried again");
+        }
+        std::fs::remove_dir(&file).unwrap();
         let _ = look();
         assert!(look().is_err());
         assert_eq!(site(&devices, "new").as_deref(), Some(r#"{"site":"two"}"#));

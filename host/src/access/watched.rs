@@ -175,7 +175,9 @@ impl<T> Reader<T> {
             let number = looks.asked;
             looks.begun = Some(Instant::now());
             drop(looks);
+            let looking = shared.failures.look_at(&shared.path);
             is_being_written = self.look();
+            drop(looking);
             let mut looks = lock(&shared.looks);
             looks.done = number;
             looks.begun = None;

@@ -2,8 +2,8 @@
 //! count at most once a minute, and what is still unsaid when the host ends.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -20,6 +20,10 @@ const SUBJECTS_MAX: usize = 16;
 const TEXT_CHARS_MAX: usize = 1_000;
 const SUBJECT_CHARS_MAX: usize = 200;
 const RELOAD_REFUSED: &str = "reload_refused";
+/// Kind of a problem of a file that a look waits for.
+const NO_ANSWER: &str = "file_stalled";
+/// A look at a file that takes longer is told.
+const LOOK_MAX: Duration = Duration::from_secs(10);
 
 /// Logs each failure once and counts its repeats, so that a bad device cannot fill
 /// the log and nothing that repeats is hidden.
@@ -28,6 +32,7 @@ pub struct Failures {
     kinds: Arc<Mutex<Kinds>>,
     /// By part and kind.
     standing: Arc<Mutex<BTreeMap<(String, &'static str), Standing>>>,
+    looks: Arc<Mutex<Looks>>,
     hints: Hints,
 }
 
@@ -41,6 +46,26 @@ pub struct Standing {
     pub cause: String,
     /// Says what to do.
     pub advice: String,
+}
+
+/// Looks at files that are under way, by their number.
+#[derive(Debug, Default)]
+struct Looks {
+    next: u64,
+    under_way: BTreeMap<u64, (PathBuf, Instant)>,
+}
+
+/// A look at a file or a folder, until it is dropped: one that takes long is told.
+#[derive(Debug)]
+pub struct Look {
+    looks: Arc<Mutex<Looks>>,
+    number: u64,
+}
+
+impl Drop for Look {
+    fn drop(&mut self) {
+        self.looks.lock().unwrap_or_else(PoisonError::into_inner).under_way.remove(&self.number);
+    }
 }
 
 /// What stands behind a failure.
@@ -156,9 +181,41 @@ impl Failures {
         self.lock_standing().remove(&(part.to_owned(), kind));
     }
 
-    /// Faults that last now, by part.
+    /// Faults that last now, by part, and files that do not answer.
     pub fn standing(&self) -> Vec<Standing> {
-        self.lock_standing().values().cloned().collect()
+        let unanswered = self.unanswered(Instant::now());
+        self.lock_standing().values().cloned().chain(unanswered).collect()
+    }
+
+    /// Notes that a file or a folder is looked at from now on, by a thread that may wait for it.
+    pub fn look_at(&self, path: &Path) -> Look {
+        let mut looks = self.looks.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = looks.next;
+        looks.next += 1;
+        looks.under_way.insert(number, (path.to_owned(), Instant::now()));
+        Look { looks: Arc::clone(&self.looks), number }
+    }
+
+    /// Returns what is told of the files whose looks take longer than [`LOOK_MAX`], each once.
+    fn unanswered(&self, now: Instant) -> Vec<Standing> {
+        let looks = self.looks.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_late = |(_, begun): &&(PathBuf, Instant)| now.saturating_duration_since(*begun) >= LOOK_MAX;
+        let late: BTreeSet<&Path> =
+            looks.under_way.values().filter(is_late).map(|(path, _)| &**path).collect();
+        let told = late.into_iter().map(|path| Standing {
+            part: file_part(path),
+            kind: NO_ANSWER,
+            cause: format!(
+                "its disk does not answer for over {} s: no change of it is seen, and what it said before stays in \
+                 force",
+                LOOK_MAX.as_secs()
+            ),
+            advice: format!(
+                "look at the disk or the mount of {}; the host goes on by itself once it answers",
+                path.display()
+            ),
+        });
+        told.collect()
     }
 
     /// Notes that a changed file is not used.
@@ -458,6 +515,22 @@ mod tests {
         failures.reloaded(Path::new("a"));
         failures.reloaded(Path::new("never broken"));
         assert_eq!(of(&failures), ["file b"]);
+    }
+
+    #[test]
+    fn a_file_that_does_not_answer_is_told_until_it_does() {
+        let failures = Failures::default();
+        let told = |after| {
+            failures.unanswered(Instant::now() + after).into_iter().map(|it| it.part).collect::<Vec<_>>()
+        };
+        let looks = ["users", "users", "cert.pem"].map(|file| failures.clone().look_at(Path::new(file)));
+        assert_eq!(told(Duration::ZERO), [""; 0], "they may answer in time");
+        assert_eq!(told(LOOK_MAX), ["file cert.pem", "file users"]);
+        let [first, second, third] = looks;
+        drop((first, third));
+        assert_eq!(told(LOOK_MAX), ["file users"]);
+        drop(second);
+        assert_eq!(told(LOOK_MAX), [""; 0]);
     }
 
     #[test]

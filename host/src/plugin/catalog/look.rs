@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use super::build::Pipeline;
 use super::{Known, Loaded, Untold, Work};
+use crate::files::{NO_DESCRIPTOR_ADVICE, lacks_descriptor};
 use crate::hints::Hint;
 use crate::plugin::Error;
 use crate::plugin::compile::CompileError;
@@ -25,7 +26,10 @@ const FOLDER_PROBLEM: &str = "plugin_failed";
 impl Work {
     /// Looks at the folder and loads what is new and whole.
     pub(super) fn look(&mut self, renamed: &HashSet<PathBuf>) {
-        let Listing { found, refused, .. } = match folder::list(&self.config.dir) {
+        let looking = self.failures.look_at(&self.config.dir);
+        let listed = folder::list(&self.config.dir);
+        drop(looking);
+        let Listing { found, refused, .. } = match listed {
             // A folder that is gone has not become empty: it was moved, or is being replaced.
             Ok(listing) if !listing.is_there && (self.unreadable.is_some() || !self.files.is_empty()) => {
                 return self.note_unreadable(&io::ErrorKind::NotFound.into());
@@ -77,7 +81,9 @@ impl Work {
             io::ErrorKind::NotFound => {
                 format!("put {dir} back, or make an empty one where no plugin is to run")
             }
-            _ => format!("let the host's user read {dir}"),
+            io::ErrorKind::PermissionDenied => format!("let the host's user read {dir}"),
+            _ if lacks_descriptor(error) => NO_DESCRIPTOR_ADVICE.to_owned(),
+            _ => format!("look at the disk of {dir} and at the kernel's log"),
         };
         self.failures.report(UNREADABLE, 1, &detail, &self.failures.hint(Hint::PluginList));
         let cause = format!("{UNREADABLE} {detail}");
@@ -190,7 +196,10 @@ impl Work {
 
     /// `None`: the files are others by now than those that were found.
     fn read(&mut self, found: &Found) -> Result<Option<Loaded>, Error> {
-        let files = folder::read(&self.config.dir, found)?;
+        let looking = self.failures.look_at(&found.path);
+        let files = folder::read(&self.config.dir, found);
+        drop(looking);
+        let files = files?;
         if files.stamp != found.stamp {
             return Ok(None);
         }
