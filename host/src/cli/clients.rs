@@ -232,6 +232,7 @@ fn show(config: &Config, client_id: &str, format: Format, out: &mut Out) -> anyh
         ("expired", counts.expired),
         ("too large", counts.too_large),
         ("not allowed", counts.withheld),
+        ("not in their stream any more", counts.gone),
     ];
     fields.push(("missed", causes(&missed)));
     let refused = [

@@ -36,6 +36,10 @@ pub struct Counts {
     pub too_large: u64,
     /// Messages for the client that the access rules withheld.
     pub withheld: u64,
+    /// Messages that waited for the client and are not in their stream any more: damaged on disk, removed by
+    /// retention, or in a stream that lost its end or is older than the session.
+    #[serde(default)]
+    pub gone: u64,
 }
 
 impl Counts {
@@ -45,7 +49,7 @@ impl Counts {
 
     /// Messages for the client that it did not get.
     pub fn missed(&self) -> u64 {
-        self.dropped + self.expired + self.too_large + self.withheld
+        self.dropped + self.expired + self.too_large + self.withheld + self.gone
     }
 }
 
@@ -70,6 +74,7 @@ struct Counters {
     expired: AtomicU64,
     too_large: AtomicU64,
     withheld: AtomicU64,
+    gone: AtomicU64,
 }
 
 /// Times of reads count from here, so that a read asks no second clock.
@@ -104,6 +109,10 @@ impl Activity {
         self.add(|counters| &counters.withheld, filled.denied);
     }
 
+    pub fn gone(&self, messages: u64) {
+        self.add(|counters| &counters.gone, messages);
+    }
+
     fn add(&self, counter: impl FnOnce(&Counters) -> &AtomicU64, more: u64) {
         if more > 0 {
             counter(self.counters.get_or_init(Box::default)).fetch_add(more, Ordering::Relaxed);
@@ -125,11 +134,12 @@ impl Activity {
             expired,
             too_large,
             withheld,
+            gone,
         } = &**counters;
         for count in [published, published_bytes, refused_publishes, refused_subscribes, no_space] {
             count.store(0, Ordering::Relaxed);
         }
-        for count in [throttled, delivered, expired, too_large, withheld] {
+        for count in [throttled, delivered, expired, too_large, withheld, gone] {
             count.store(0, Ordering::Relaxed);
         }
     }
@@ -162,6 +172,7 @@ impl Activity {
             expired: get(&counters.expired),
             too_large: get(&counters.too_large),
             withheld: get(&counters.withheld),
+            gone: get(&counters.gone),
         }
     }
 }

@@ -24,7 +24,7 @@ use super::lineages::Lineages;
 use super::lock_order::{Locked, Rank, in_order};
 use super::outbound::{Message, Place};
 use super::picks::Picks;
-use super::session::Change;
+use super::session::{Change, Session};
 use super::{Broker, Deps, borrowed};
 use crate::batch::{Batch, MessageRef, Offset, Partition};
 use crate::stream::{AppendError, Attachment, Identity, NewMessage, OnLag, Read, ReadError, Stream};
@@ -507,8 +507,14 @@ async fn forget(broker: &Arc<Broker>, gone: BTreeSet<Place>) -> u64 {
     }
     let broker = broker.clone();
     let is_gone = move |place: Place| gone.contains(&place);
-    blocking(move || broker.sessions.all().iter().map(|session| session.outbox().forget(&is_gone)).sum())
-        .await
+    blocking(move || broker.sessions.all().iter().map(|session| forget_in(session, &is_gone)).sum()).await
+}
+
+/// Counts what a session waits for no more.
+fn forget_in(session: &Session, is_gone: &dyn Fn(Place) -> bool) -> u64 {
+    let lost = session.outbox().forget(is_gone);
+    session.activity().gone(lost);
+    lost
 }
 
 /// Appends again what is still wanted of the copies below `upto`, and frees all others.

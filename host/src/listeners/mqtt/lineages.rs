@@ -9,22 +9,37 @@
 
 use std::sync::Arc;
 
+use uuid::Uuid;
+
 use super::session::Change;
 use crate::stream::{Identity, Lineage, Stream};
+use crate::telemetry::Standing;
 
 /// Begins a key of the broker stream's state; the name of a stream follows.
 const OPENINGS: &[u8] = b"ol";
+/// Begins a key of the broker stream's state that has the UUID of a stream's log; its name follows.
+const LOG: &[u8] = b"on";
 
 /// What a start found, until the records are true again.
 pub struct Lineages {
     valid: Box<[u64]>,
     changes: Vec<Change>,
+    other_logs: Vec<Standing>,
 }
 
 impl Lineages {
     /// Compares the records in the `broker`'s stream with what the streams are.
     pub fn read(broker: &dyn Stream, streams: &[Arc<dyn Stream>]) -> Self {
-        let mut changes = Vec::new();
+        let (mut changes, mut other_logs) = (Vec::new(), Vec::new());
+        for stream in streams {
+            let (key, ours) = ([LOG, stream.name().as_bytes()].concat(), stream.identity().log);
+            let known = broker.state(&key).into_iter().find(|(known, _)| *known == key);
+            let known = known.and_then(|(_, value)| Uuid::from_slice(&value).ok());
+            if known != Some(ours) {
+                changes.push((key, Some(ours.as_bytes().to_vec())));
+                other_logs.extend(known.map(|known| other_log(stream.name(), known, ours)));
+            }
+        }
         let mut valid = |stream: &Arc<dyn Stream>| {
             let key = key(&stream.identity());
             let (openings, kept) = (stream.openings(), stream.bounds());
@@ -38,12 +53,17 @@ impl Lineages {
             known.common(&openings, kept.start).0.min(kept.end.0)
         };
         let valid = streams.iter().map(&mut valid).collect();
-        Self { valid, changes }
+        Self { valid, changes, other_logs }
     }
 
     /// Returns, by stream, up to which offset the records speak of messages that it has.
     pub fn valid(&self) -> &[u64] {
         &self.valid
+    }
+
+    /// Returns what a person has to know of streams that are not those that the records are of.
+    pub fn other_logs(&self) -> &[Standing] {
+        &self.other_logs
     }
 
     /// Adds what is to be written with the openings.
@@ -58,6 +78,49 @@ impl Lineages {
     }
 }
 
+/// A stream whose folder is another one than at the start before, beside records of the old one.
+fn other_log(stream: &str, known: Uuid, ours: Uuid) -> Standing {
+    Standing {
+        part: format!("stream {stream}"),
+        kind: "other_log",
+        cause: format!(
+            "when this host ran last, the stream was log {known}, and what its folder has now is log {ours}: what only \
+             the other log holds is not written, and sessions do not get it"
+        ),
+        advice: "where the stream's folder was moved, or its disk is not mounted, stop the host and put the right one \
+                 back; where it was removed to begin anew, nothing is to be done: the next start does not say it again"
+            .to_owned(),
+    }
+}
+
 fn key(identity: &Identity) -> Vec<u8> {
     [OPENINGS, identity.log.as_bytes(), &identity.generation.to_be_bytes()].concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stream::StateChange;
+    use crate::stream::memory::MemoryStream;
+
+    #[test]
+    fn a_stream_that_is_another_log_than_at_the_start_before_is_told_once() {
+        let broker = MemoryStream::new("broker", 1);
+        let [old, new, longer] = ["t", "t", "telemetry"].map(|name| MemoryStream::new(name, 1));
+        let start = |streams: &[Arc<dyn Stream>]| {
+            let found = Lineages::read(&*broker, streams);
+            let changes = found.changes().iter();
+            let changes: Vec<_> =
+                changes.map(|(key, value)| StateChange { key, value: value.as_deref() }).collect();
+            broker.append(&[], &changes).unwrap();
+            found.other_logs().to_vec()
+        };
+        assert_eq!(start(&[longer.clone(), old.clone()]), [], "it knows of none before");
+        assert_eq!(start(&[longer.clone(), old.clone()]), []);
+        let told = start(&[longer.clone(), new.clone()]);
+        assert_eq!(told.len(), 1);
+        assert!(told[0].part == "stream t" && told[0].cause.contains(&old.identity().log.to_string()));
+        assert!(told[0].cause.contains(&new.identity().log.to_string()));
+        assert_eq!(start(&[longer, new]), []);
+    }
 }

@@ -192,6 +192,10 @@ impl Handle {
 pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
     // Before anything that may need room in the broker's stream.
     let mut lineages = Lineages::read(&*deps.broker, deps.ingest.streams());
+    for told in lineages.other_logs() {
+        tracing::error!(part = told.part, "{}; {}", told.cause, told.advice);
+        deps.failures.stands(told.clone());
+    }
     let copies = Copies::new(&deps, config.queue_copies_bytes_max.0, &mut lineages);
     copies.load(&mut lineages).await.map_err(Error::Copies)?;
     let secret = match &config.access {
@@ -387,7 +391,7 @@ impl Broker {
         let (clock, jump) = Clock::new(deps.clock, saved, session::newest_us(&*deps.broker));
         let by_id = retained.by_id();
         let rooms = Rooms::new(config, memory_bytes().unwrap_or(UNKNOWN_MEMORY_BYTES));
-        let LoadedSessions { sessions, subscriptions, shares } = Sessions::load(
+        let LoadedSessions { sessions, subscriptions, shares, lost } = Sessions::load(
             &*deps.broker,
             &streams,
             &identities,
@@ -431,6 +435,7 @@ impl Broker {
             counters: Counters::new(),
             config: config.clone(),
         });
+        broker.counters.gap.increment(lost);
         match jump {
             Some(jump) => broker.clock_jumped(jump),
             None => broker.save_clock(),

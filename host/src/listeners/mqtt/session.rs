@@ -436,6 +436,8 @@ pub struct LoadedSessions {
     pub sessions: Sessions,
     pub subscriptions: Vec<(Arc<Session>, String, Options)>,
     pub shares: Vec<FoundShare>,
+    /// Messages that waited for sessions and that their streams do not have any more.
+    pub lost: u64,
 }
 
 /// The latest time that the records of sessions tell.
@@ -526,6 +528,7 @@ impl Sessions {
             let mut restored = found.restore(*epoch, identities.clone(), &ends, valid, &retained);
             owed.extend(restored.owed.drain(..));
             stale += usize::from(restored.kept.is_stale);
+            session.activity().gone(restored.lost as u64);
             lost += restored.lost;
             session.outbox().restore(restored);
         }
@@ -568,7 +571,7 @@ impl Sessions {
                  than the others; it counts as released, and its message is taken again where the client repeats it"
             );
         }
-        LoadedSessions { sessions, subscriptions, shares }
+        LoadedSessions { sessions, subscriptions, shares, lost: lost as u64 }
     }
 
     fn new_session(&self, number: u64, client_id: Arc<str>) -> Session {

@@ -97,6 +97,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<'_, S> {
                 drop(outbox);
                 if gone > 0 {
                     self.broker.counters.gap.increment(gone);
+                    self.session.activity().gone(gone);
                     let client_id = &*self.session.client_id;
                     let kind = "mqtt: messages went from their stream before their subscriber came";
                     self.broker.failures.report_by(kind, client_id, gone, &format!("client {client_id}"), "");
