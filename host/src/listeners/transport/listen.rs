@@ -61,6 +61,18 @@ impl Listener {
         }
     }
 
+    /// Puts the file of a Unix socket back where it was removed; says whether it was. Fails where another
+    /// file took its place: no client reaches the socket then.
+    pub async fn put_back(&mut self, endpoint: &Endpoint) -> io::Result<bool> {
+        match self {
+            Self::Unix(_, file) if !file.is_there() => {
+                *self = Self::bind(endpoint).await?;
+                Ok(true)
+            }
+            _ => Ok(false),
+        }
+    }
+
     pub async fn accept(&self) -> io::Result<(Socket, Address)> {
         match self {
             Self::Tcp(listener, _) => {
@@ -102,11 +114,15 @@ impl SocketFile {
         fs::rename(&new, path)?;
         Ok((listener, Self { path: path.to_owned(), inode }))
     }
+
+    fn is_there(&self) -> bool {
+        inode(&self.path).is_ok_and(|inode| inode == self.inode)
+    }
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if inode(&self.path).is_ok_and(|inode| inode == self.inode) {
+        if self.is_there() {
             // One that stays behind is stale, and replaced by the next start.
             let _ = fs::remove_file(&self.path);
         }
@@ -173,5 +189,23 @@ mod tests {
         fs::write(&path, "data").unwrap();
         assert!(SocketFile::bind(&path, 0o600).await.is_err());
         assert_eq!(fs::read(&path).unwrap(), b"data");
+    }
+
+    #[tokio::test]
+    async fn a_socket_whose_file_was_removed_is_reached_again_unless_another_has_its_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("listener.sock");
+        let endpoint = Endpoint::at(format!("unix:{}", path.display()).parse().unwrap());
+        let mut listener = Listener::bind(&endpoint).await.unwrap();
+        assert!(!listener.put_back(&endpoint).await.unwrap());
+        fs::remove_file(&path).unwrap();
+        assert!(listener.put_back(&endpoint).await.unwrap());
+        let (connected, accepted) = tokio::join!(UnixStream::connect(&path), listener.accept());
+        assert!(connected.is_ok() && accepted.is_ok());
+        fs::remove_file(&path).unwrap();
+        let other = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        assert!(listener.put_back(&endpoint).await.is_err());
+        drop(other);
+        assert!(listener.put_back(&endpoint).await.unwrap(), "what is there is stale");
     }
 }

@@ -21,6 +21,7 @@ mod listen;
 pub mod network;
 pub mod origin;
 mod proxy;
+pub mod reach;
 mod reload;
 mod service;
 mod tls;
@@ -35,7 +36,7 @@ use std::time::{Duration, Instant};
 
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::timeout;
+use tokio::time::{interval, timeout};
 use tokio_rustls::server::TlsStream;
 use tokio_util::task::TaskTracker;
 
@@ -43,6 +44,7 @@ use self::config::Endpoint;
 use self::handshakes::Handshake;
 use self::listen::{Listener, Socket};
 use self::origin::Origins;
+use self::reach::Reach;
 use self::tls::Tls;
 use crate::access::{Entrance, Proof};
 
@@ -52,8 +54,10 @@ pub use self::network::Network;
 pub use self::reload::keep_certificates;
 pub use self::service::{Io, Service};
 
-/// After an accept that failed, most likely for want of file descriptors.
+/// Time after an accept that failed, most likely for want of file descriptors.
 const ACCEPT_RETRY_AFTER: Duration = Duration::from_millis(100);
+/// Time between two looks whether clients reach the socket.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// With all handshakes taken, nothing is accepted for so long before connections are closed.
 const HANDSHAKE_WAIT_MAX: Duration = Duration::from_millis(100);
 
@@ -239,24 +243,36 @@ pub async fn accept<S: Service>(
     tasks: TaskTracker,
 ) {
     let entrance = Arc::new(entry.entrance());
-    let Entry { plan: Plan { endpoint, websocket, .. }, listener, tls } = entry;
+    let Entry { plan: Plan { endpoint, websocket, .. }, mut listener, tls } = entry;
+    let mut reach = Reach::new(service.failures(), listener.address());
+    let mut looks = interval(LOOK_EVERY);
     let layers = Arc::new(Layers { endpoint, websocket, tls });
     let name = S::NAME;
     let mut shedding = false;
     loop {
         let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
+            biased;
             () = service.shutdown().cancelled() => return,
+            accepted = listener.accept() => accepted,
+            // Nobody waits to be accepted: the kernel had a file descriptor for whoever did.
+            _ = looks.tick() => {
+                reach.note(listener.put_back(&layers.endpoint).await);
+                continue;
+            }
         };
         let (socket, address) = match accepted {
             Ok(accepted) => accepted,
+            // Of this connection alone.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
             Err(error) => {
                 let kind = format!("{name}: cannot accept connections");
                 service.failures().report(&kind, 1, &error.to_string(), "");
+                reach.refused(&error);
                 tokio::time::sleep(ACCEPT_RETRY_AFTER).await;
                 continue;
             }
         };
+        reach.accepted();
         service.accepted();
         let Ok(connection) = room.clone().try_acquire_owned() else {
             let kind = format!("{name}: connections_max reached, connect refused");

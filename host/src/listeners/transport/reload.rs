@@ -109,7 +109,30 @@ fn tell_of_ends<S: Service>(service: &S, all: &[Arc<Tls>], told: &mut Told) {
     for lists in all.iter().filter_map(|tls| tls.lists()) {
         service.show_revocation_list(lists.file, lists.seconds_left(now));
     }
+    note_certificates(all, service.failures(), now);
     note_lists(all, service.failures(), now);
+}
+
+/// A certificate that has ended, ends soon or is not valid yet is a problem for as long.
+pub(super) fn note_certificates(all: &[Arc<Tls>], failures: &Failures, now: SystemTime) {
+    let mut faults: BTreeMap<&Path, Option<String>> = BTreeMap::new();
+    for (file, fault) in all.iter().flat_map(|tls| tls.faults(now)) {
+        let known = faults.entry(file).or_default();
+        *known = known.take().or(fault);
+    }
+    for (file, fault) in faults {
+        let (part, kind) = (format!("certificate {}", file.display()), "certificate");
+        let Some(cause) = fault else {
+            failures.mended(&part, kind);
+            continue;
+        };
+        let advice = format!(
+            "put a new certificate into {}, which is taken while the host runs; set the clock of this machine \
+             where it is wrong",
+            file.display()
+        );
+        failures.stands(Standing { part, kind, cause, advice });
+    }
 }
 
 /// A revocation list that is past its next update is a problem for as long.
@@ -142,9 +165,10 @@ fn until_next_end(all: &[Arc<Tls>]) -> Duration {
 
 /// Whether there are new certificates in use.
 async fn look<S: Service>(service: &S, tls: &Arc<Tls>) -> bool {
-    let looked = tls.clone();
+    let (looked, looking) = (tls.clone(), service.failures().look_at(tls.cert()));
     // A task that panics ends the process, so that there is always an answer.
     let reloaded = tokio::task::spawn_blocking(move || looked.reload()).await.unwrap_or(Reloaded::Same);
+    drop(looking);
     note_reload(tls, service.failures(), &reloaded);
     match reloaded {
         Reloaded::Same => false,

@@ -168,6 +168,32 @@ impl Tls {
         warnings
     }
 
+    /// Returns what is wrong with the certificates of each file for their dates, the worst of each.
+    pub(super) fn faults(&self, now: SystemTime) -> BTreeMap<&Path, Option<String>> {
+        let current = self.current();
+        let mut faults: BTreeMap<&Path, Option<String>> = BTreeMap::new();
+        let early = (now < current.valid.0).then(|| {
+            let from = humantime::format_rfc3339_seconds(current.valid.0);
+            format!("the certificate in it is not valid before {from}, by the clock of this machine: clients refuse it")
+        });
+        faults.insert(&self.files.cert, early);
+        let mut ends = self.ends(&current);
+        ends.sort_by_key(|(.., until)| *until);
+        for (file, _, until) in ends {
+            let left = seconds_until(until, now);
+            let fault = if left <= 0.0 {
+                Some("a certificate in it has ended: clients that need it cannot connect".to_owned())
+            } else if left < ENDS_SOON.as_secs_f64() {
+                Some(format!("a certificate in it ends within {} days", (left / 86_400.0).floor() + 1.0))
+            } else {
+                None
+            };
+            let known = faults.entry(file).or_default();
+            *known = known.take().or(fault);
+        }
+        faults
+    }
+
     /// Seconds until the first certificate of each file ends, negative afterwards.
     pub(super) fn seconds_left(&self, now: SystemTime) -> BTreeMap<&Path, f64> {
         let mut left = BTreeMap::new();
@@ -203,7 +229,7 @@ impl Tls {
     pub(super) fn next_end(&self, now: SystemTime) -> Option<SystemTime> {
         let current = self.current();
         let ends = self.ends(&current).into_iter().map(|(_, _, until)| until);
-        ends.chain(current.lists_until).filter(|until| *until > now).min()
+        ends.chain(current.lists_until).chain([current.valid.0]).filter(|until| *until > now).min()
     }
 
     pub(super) fn name(&self) -> std::path::Display<'_> {

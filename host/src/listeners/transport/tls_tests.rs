@@ -7,7 +7,7 @@ use tokio::net::TcpListener;
 use tokio_rustls::TlsConnector;
 
 use super::super::config::Identity;
-use super::super::reload::{Told, note_lists, note_reload};
+use super::super::reload::{Told, note_certificates, note_lists, note_reload};
 use super::*;
 use crate::telemetry::Failures;
 
@@ -295,6 +295,33 @@ async fn a_server_certificate_out_of_its_dates_never_replaces_one_that_works() {
         let fresh = pki.load(Identity::Cn);
         assert!(fresh.warnings(SystemTime::now()).iter().any(|told| told.contains(said)));
     }
+}
+
+#[test]
+fn a_certificate_is_a_problem_a_month_before_it_ends_and_while_it_is_not_valid_yet() {
+    let (pki, failures) = (Pki::new(), Failures::default());
+    let day = Duration::from_secs(86_400);
+    let certificate = pki.ca.sign_with(
+        "server",
+        1,
+        Settings { from: Some(2041), until: Some(2043), ..Settings::default() },
+    );
+    pki.write("server.pem", &certificate.cert);
+    pki.write("server.key", &certificate.key);
+    let tls = pki.load(Identity::Cn);
+    let from = humantime::parse_rfc3339("2041-01-01T00:00:00Z").unwrap();
+    let until = humantime::parse_rfc3339("2043-01-01T00:00:00Z").unwrap();
+    let causes = |now| {
+        note_certificates(&[Arc::clone(&tls), Arc::clone(&tls)], &failures, now);
+        let standing = failures.standing().into_iter();
+        standing.filter(|it| it.part.ends_with("server.pem")).map(|it| it.cause).collect::<Vec<_>>()
+    };
+    let early = causes(from - day);
+    assert!(early.len() == 1 && early[0].contains("not valid before 2041-01-01"), "{early:?}");
+    assert_eq!(tls.next_end(from - day), Some(from), "it is looked at in the moment that it becomes valid");
+    assert_eq!(causes(from + day), [""; 0]);
+    assert_eq!(causes(until - 6 * day - day / 2), ["a certificate in it ends within 7 days"]);
+    assert_eq!(causes(until + day), ["a certificate in it has ended: clients that need it cannot connect"]);
 }
 
 #[tokio::test]
