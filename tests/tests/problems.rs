@@ -7,7 +7,8 @@ use headworks_tests::host::{Host, fresh, prebuilt};
 use headworks_tests::mqtt::{Connection, Version};
 use headworks_tests::packets::{Client, Connect, Publish};
 use headworks_tests::process::run;
-use headworks_tests::{mosquitto, telemetry};
+use headworks_tests::{http, mosquitto, telemetry};
+use rustix::process::Signal;
 use serde_json::Value;
 
 /// Exit code and problems of `headworks status`.
@@ -324,10 +325,67 @@ fn a_data_folder_that_is_moved_under_the_host_is_told_by_host_and_commands_until
     let said = String::from_utf8_lossy(&list.stderr);
     assert!(!list.status.success() && said.contains("was moved or removed meanwhile"), "{said}");
     std::fs::rename(&away, &data).expect("our folder");
-    host.says("the data folder is back");
+    host.says(&format!("the data folder {} is back", data.display()));
     let (code, problems) = status(&host);
     assert_eq!((code, problems), (Some(0), vec![]));
     host.cli(&["clients", "list"]);
+}
+
+#[test]
+fn a_stream_whose_folder_is_moved_under_the_host_makes_it_unready_until_it_is_back() {
+    let host = Host::start("problems-moved-stream", "");
+    for folder in ["streams/telemetry", "broker", "dead-letters"] {
+        let [at, away] = [format!("data/{folder}"), "away".to_owned()].map(|name| host.folder.join(name));
+        let ready = || http::get(host.admin(), "/readyz").expect("the host serves it");
+        assert_eq!(ready().0, 200);
+        std::fs::rename(&at, &away).expect("our folder");
+        host.says(&format!("part=\"folder {}\"", at.display()));
+        assert_eq!(problem(&host, "data_folder")["part"], format!("folder {}", at.display()));
+        let (code, body) = ready();
+        assert!(code == 503 && body.contains(&at.display().to_string()), "{code} {body}");
+        std::fs::rename(&away, &at).expect("our folder");
+        host.says(&format!("the folder {} is back", at.display()));
+        assert_eq!(status(&host), (Some(0), vec![]));
+    }
+}
+
+#[test]
+fn a_start_without_the_folder_of_a_stream_says_that_another_log_was_there_and_the_next_does_not() {
+    let mut host = Host::prepare("problems-other-log", "");
+    let others = |host: &Host| -> Vec<String> {
+        let problems = status(host).1.into_iter().filter(|problem| problem["kind"] == "other_log");
+        problems.map(|problem| problem["part"].as_str().expect("a text").to_owned()).collect()
+    };
+    host.run();
+    assert_eq!(others(&host), [""; 0]);
+    publish(&host, "acme/site/power/pump-1/reading", r#"{"value": 1}"#);
+    assert!(host.stop().success());
+    std::fs::rename(host.folder.join("data/streams/telemetry"), host.folder.join("away"))
+        .expect("our folder");
+    let begin = host.log().len();
+    host.run();
+    host.says_past(begin, "headworks_positions has positions of log");
+    let told = others(&host);
+    assert!(told.len() == 2 && told.contains(&"stream telemetry".to_owned()), "{told:?}");
+    assert!(told.iter().any(|part| part.starts_with("sink ")), "{told:?}");
+    assert!(host.stop().success());
+    host.run();
+    assert_eq!(others(&host), [""; 0]);
+}
+
+#[test]
+fn a_host_that_ends_and_lets_no_client_in_is_not_ready() {
+    let config = "sinks: { warehouse: { type: postgres, url: \"postgres://writer@127.0.0.1:1/iot\" } }\n";
+    let mut host = Host::prepare("problems-unreached", config);
+    host.launch();
+    host.wait_serving();
+    publish(&host, "acme/site/power/pump-1/reading", "{}");
+    let ready = || http::get(host.admin(), "/readyz").expect("the host serves it");
+    assert_eq!(ready().0, 200);
+    host.process().signal(Signal::TERM);
+    host.says("told to end");
+    let (code, body) = ready();
+    assert!(code == 503 && body.contains("the host ends"), "{code} {body}");
 }
 
 #[test]

@@ -13,9 +13,11 @@ use crate::units::{ByteSize, Period};
 pub const PROBLEM_KINDS: &[&str] = &[
     "stopped",
     "data_folder",
+    "listener",
     "stalled",
     "no_space",
     "gap",
+    "other_log",
     "steps_gone",
     "holding",
     "starting",
@@ -30,6 +32,7 @@ pub const PROBLEM_KINDS: &[&str] = &[
     "unconfigured",
     "certificate",
     "reload_refused",
+    "file_stalled",
     "swap_refused",
     "swap_waits",
     "takeovers",
@@ -72,7 +75,7 @@ pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_sink_works",
         kind: MetricKind::Gauge,
-        help: "1 while the sink writes, 0 while it starts, retries, holds or has stopped.",
+        help: "1 while the sink writes, 0 while it starts, retries, holds or has stopped, or its pipeline holds or has stopped.",
         labels: &["pipeline", "sink"],
     },
     Metric {

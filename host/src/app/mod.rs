@@ -10,6 +10,7 @@ mod descriptors;
 mod disks;
 mod events;
 pub mod held_folder;
+mod lost_state;
 mod oldest;
 mod problems;
 mod redrive;
@@ -61,6 +62,8 @@ use crate::units::{ByteSize, Period};
 
 /// File in the data folder that the running host holds a lock on.
 const LOCK: &str = "LOCK";
+/// The stream of sessions, subscriptions, retained messages and wills, and its folder in the data folder.
+const BROKER: &str = "broker";
 /// A start waits so long for commands that look whether a host runs, and tries again so often.
 const ASKED_MAX: Duration = Duration::from_secs(10);
 const ASKED_EVERY: Duration = Duration::from_millis(10);
@@ -91,6 +94,8 @@ pub struct Host {
     pub plugins: Plugins,
     pub data_dir: PathBuf,
     held: HeldFolder,
+    /// Cancelled once the host ends and accepts no connection any more.
+    stop_listening: CancellationToken,
     pub plugins_dir: PathBuf,
     pub hints: Hints,
     pub failures: Failures,
@@ -128,12 +133,14 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
     (config.mqtt.connections_max, config.http.connections_max) = (of_mqtt, of_http);
 
     // Streams first: the log is what everything else stands on.
-    let OpenStreams { mut logs, set: streams } = open_streams(&config, &data_dir)?;
+    let OpenStreams { mut logs, set: streams } = open_streams(&config, &data_dir, &failures)?;
     let targets = written::targets(&config, &streams);
-    let dead_letters = open_log(&data_dir.join(DEAD_LETTERS), DEAD_LETTERS, &config.dead_letters.stream())?;
+    let of_letters = config.dead_letters.stream();
+    let dead_letters = open_log(&data_dir.join(DEAD_LETTERS), DEAD_LETTERS, &of_letters, &failures)?;
     logs.push(Arc::clone(&dead_letters));
     let dead_letters: Arc<dyn Stream> = dead_letters;
-    let broker: Arc<dyn Stream> = open_log(&config.broker_dir(), "broker", &broker_stream(&config.mqtt))?;
+    let of_broker = broker_stream(&config.mqtt);
+    let broker: Arc<dyn Stream> = open_log(&config.broker_dir(), BROKER, &of_broker, &failures)?;
 
     // Plugins, which are loaded from now on, then the pipelines that wait for them and own the sinks.
     let devices = Arc::new(Devices::load(&config.devices).context("devices.file")?);
@@ -235,6 +242,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
         plugins,
         data_dir: data_dir.clone(),
         held,
+        stop_listening: stop_listening.clone(),
         plugins_dir: config.plugins.dir.clone(),
         hints: source.hints(),
         failures: failures.clone(),
@@ -356,12 +364,12 @@ struct OpenStreams {
     set: Streams,
 }
 
-fn open_streams(config: &Config, data_dir: &Path) -> anyhow::Result<OpenStreams> {
+fn open_streams(config: &Config, data_dir: &Path, failures: &Failures) -> anyhow::Result<OpenStreams> {
     let mut logs = Vec::new();
     let mut routed: Vec<(Vec<TopicFilter>, Arc<dyn Stream>)> = Vec::new();
     let mut rest: Option<Arc<dyn Stream>> = None;
     for (name, stream) in &config.streams {
-        let log = open_log(&data_dir.join("streams").join(name), name, stream)?;
+        let log = open_log(&data_dir.join("streams").join(name), name, stream, failures)?;
         logs.push(Arc::clone(&log));
         if name == config.default_stream() {
             rest = Some(log);
@@ -406,10 +414,16 @@ fn reads(config: &Config, stream: &str, consumer: &str) -> bool {
     rest.strip_suffix("/dead-letters").is_some_and(|of| of == pipeline.from)
 }
 
-fn open_log(dir: &Path, name: &str, config: &stream::Config) -> anyhow::Result<Arc<Log>> {
+fn open_log(
+    dir: &Path,
+    name: &str,
+    config: &stream::Config,
+    failures: &Failures,
+) -> anyhow::Result<Arc<Log>> {
     let disk: Arc<dyn Disk> = Arc::new(RealDisk::default());
-    let (log, _) = tokio::task::block_in_place(|| Log::open(disk, dir, name, config))
+    let (log, recovery) = tokio::task::block_in_place(|| Log::open(disk, dir, name, config))
         .with_context(|| format!("cannot open the stream \"{name}\""))?;
+    lost_state::of(dir, name, &recovery).into_iter().for_each(|fault| failures.stands(fault));
     Ok(log)
 }
 

@@ -71,6 +71,7 @@ mod tests {
         let sink = SinkStatus {
             name: "w".to_owned(),
             state: State::Running,
+            to_do: crate::pipeline::ToDo::Mend,
             committed: Some(Offset(next)),
             next: Offset(next),
             lag_messages: end - next,
@@ -88,6 +89,7 @@ mod tests {
             chain: None,
             swap_refused: None,
             swap_waits: None,
+            retries: None,
             read: Offset(0),
             end: Offset(end),
             sinks: vec![sink],

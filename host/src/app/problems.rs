@@ -28,7 +28,7 @@ use crate::hints::{Hint, Hints, Letters};
 use crate::listeners::mqtt::ContendedId;
 use crate::pipeline::{OpenCount, OpenLetters, PipelineStatus, SinkStatus, State, letters_gone};
 use crate::plugin::PluginState;
-use crate::stream::{Lack, Stall, Stream};
+use crate::stream::{Lack, Slow, Stall, Stream};
 use crate::telemetry::{DiskSpace, Growth, Standing};
 use crate::units::ByteSize;
 
@@ -45,11 +45,7 @@ const LATE: Duration = Duration::from_secs(300);
 const QUEUED_MANY: u64 = 100_000;
 /// Looks between two that count what waits in all sessions.
 const MEASURED_EVERY: u32 = 15;
-/// Gauges of the certificates of listeners, by file.
-const CERTIFICATES: [&str; 2] =
-    ["headworks_mqtt_certificate_seconds_left", "headworks_http_certificate_seconds_left"];
-/// A certificate that ends within this is a problem.
-const ENDS_SOON: Duration = Duration::from_secs(30 * 86_400);
+
 /// Remembers since when each problem is there, and how counters grew.
 #[derive(Default)]
 pub struct Watch {
@@ -127,7 +123,7 @@ impl Host {
             for status in self.pipelines.iter().map(|pipeline| pipeline.status()) {
                 for sink in &status.sinks {
                     let labels = [("pipeline", status.name.clone()), ("sink", sink.name.clone())];
-                    let works = if sink.state == State::Running { 1.0 } else { 0.0 };
+                    let works = if status.works(sink) { 1.0 } else { 0.0 };
                     gauge!("headworks_sink_works", &labels).set(works);
                     let lag = self.oldest_age(&status, sink).unwrap_or_default();
                     gauge!("headworks_sink_lag_seconds", &labels).set(lag.as_secs_f64());
@@ -143,7 +139,9 @@ impl Host {
             ticks.tick().await;
             let host = Arc::clone(&self);
             let looked = tokio::task::spawn_blocking(move || {
-                host.held.look(&host.failures);
+                let folders =
+                    host.streams.iter().map(|stream| (host.stream_folder(stream.name()), &**stream));
+                host.held.look(&host.failures, folders);
                 host.forget_removed_streams();
                 let streams = host.streams.iter().map(|stream| stream.name().to_owned());
                 let folders = streams.map(|name| (name.clone(), host.stream_folder(&name)));
@@ -180,21 +178,31 @@ impl Host {
         lock(&self.watch.unconfigured).retain(|stream| !gone.contains(stream));
     }
 
-    /// Says which streams wait for a disk that does not answer, and when it has; `stalled` are
-    /// those of the last call.
+    /// Says which streams wait for a disk that does not answer, or answers late, and when it is fast again;
+    /// `stalled` are those of the last call.
     fn say_stalls(&self, stalled: &mut HashMap<String, Instant>) {
         for stream in &self.streams {
             let (name, folder) = (stream.name(), self.stream_folder(stream.name()));
+            let is_bad = stream.stall().is_some() || stream.slow().is_some();
             match (stream.stall(), stalled.contains_key(name)) {
                 (Some(Stall { since, messages }), false) => {
                     stalled.insert(name.to_owned(), since);
                     let s = since.elapsed().as_secs();
+                    let waits = self.waits_for(name);
                     tracing::warn!(stream = name, messages, folder = %folder.display(),
-                        "the disk has not answered for {s} s: acknowledgements wait until it does");
+                        "the disk has not answered for {s} s: {waits} until it does");
                 }
-                (None, true) => {
+                (None, false) if is_bad => {
+                    let Some(Slow { since, longest }) = stream.slow() else { continue };
+                    stalled.insert(name.to_owned(), since);
+                    let waits = self.waits_for(name);
+                    tracing::warn!(stream = name, folder = %folder.display(),
+                        "the disk is slow: a write or a sync takes up to {:.1} s, and {waits} for so long",
+                        longest.as_secs_f64());
+                }
+                (None, true) if !is_bad => {
                     let s = stalled.remove(name).map_or(0, |since| since.elapsed().as_secs());
-                    tracing::info!(stream = name, "the disk answers again, after {s} s");
+                    tracing::info!(stream = name, "the disk answers in time again, after {s} s");
                 }
                 _ => {}
             }
@@ -222,12 +230,13 @@ impl Host {
         let mut found = Vec::new();
         for stream in &self.streams {
             found.extend(self.stream_problem(stream.as_ref(), disks.of_stream(stream.name())));
+            found.extend(read_problem(stream.as_ref()));
         }
         found.extend(disks.low().into_iter().map(low_space));
         found.extend(self.recent_events());
         let open = lock(&self.watch.open_letters).clone();
         for (pipeline, open) in open {
-            let problem = dead_letters(&pipeline, open, &self.hints);
+            let problem = dead_letters(&pipeline, &open, &self.hints);
             self.began(&problem, open.oldest_us);
             found.push(problem);
         }
@@ -239,7 +248,6 @@ impl Host {
         found.extend(self.plugin_problems());
         found.extend(takeovers(&self.clients.contended(), &self.hints));
         found.extend(self.gauge_problems(metrics));
-        found.extend(certificate_problems(metrics));
         found.sort_by_key(|found| problem_rank(found.kind));
         found
     }
@@ -259,22 +267,27 @@ impl Host {
         self.intake.contains(name)
     }
 
+    /// Says what waits while a stream takes no appends.
+    pub(super) fn waits_for(&self, name: &str) -> &'static str {
+        match self.written.contains(name) {
+            true if !self.takes_messages(name) => "the pipelines that write to it wait",
+            _ => advice::waits_for(name, self.takes_messages(name)),
+        }
+    }
+
     fn stream_problem(&self, stream: &dyn Stream, space: Option<DiskSpace>) -> Option<Found> {
         let part = format!("stream {}", stream.name());
         let at_stake = space.map(room).unwrap_or_default();
         if is_stopped(stream) {
             let cause = "the stream has stopped: the disk refused a write or a sync".to_owned();
-            let advice = "look at the log and the disk, then start the host again".to_owned();
+            let advice = format!(
+                "look at the disk of {} and at the kernel's log (dmesg), mount it for writing again or replace it, then \
+                 start the host",
+                self.stream_folder(stream.name()).display()
+            );
             return Some(Found { part, kind: "stopped", cause, at_stake, advice });
         }
-        let waits = match stream.name() {
-            name if self.takes_messages(name) => {
-                "devices wait for their acknowledgements, QoS 0 messages are dropped"
-            }
-            DEAD_LETTERS => "pipelines wait with what they reject",
-            name if self.written.contains(name) => "the pipelines that write to it wait",
-            _ => "sessions, retained messages and wills wait",
-        };
+        let waits = self.waits_for(stream.name());
         if let Some(stall) = stream.stall() {
             self.remember((part.clone(), "stalled"), stall.since);
             let cause = format!("the disk does not answer: {waits}");
@@ -283,6 +296,18 @@ impl Host {
                 self.stream_folder(stream.name()).display()
             );
             let at_stake = AtStake { messages: Some(stall.messages), ..at_stake };
+            return Some(Found { part, kind: "stalled", cause, at_stake, advice });
+        }
+        if let Some(Slow { since, longest }) = stream.slow() {
+            self.remember((part.clone(), "stalled"), since);
+            let s = longest.as_secs_f64();
+            let cause = format!(
+                "the disk is slow, a write or a sync took up to {s:.1} s within the last minute: {waits}"
+            );
+            let advice = format!(
+                "look at the disk of {}, at what else writes to it, and at the kernel's log; nothing is lost",
+                self.stream_folder(stream.name()).display()
+            );
             return Some(Found { part, kind: "stalled", cause, at_stake, advice });
         }
         let (kind, cause, advice) = lack_problem(stream, waits, &self.stream_folder(stream.name()), space)?;
@@ -321,7 +346,7 @@ impl Host {
         }
         for sink in &status.sinks {
             let Some((kind, cause)) = named(&sink.state) else { continue };
-            let advice = advice::of_sink(kind, cause, detaches(sink));
+            let advice = advice::of_sink(kind, sink.to_do, detaches(sink));
             let at_stake = AtStake {
                 messages: Some(sink.lag_messages),
                 gone_messages: Some(sink.gone_messages).filter(|gone| *gone > 0),
@@ -440,16 +465,14 @@ impl Host {
                 found.extend(age.map(|age| Found {
                     part: format!("sink {}/{}", status.name, sink.name),
                     kind: "late",
-                    cause: "the sink works, and more comes than it writes, or its database is slow".to_owned(),
+                    cause: advice::late_cause(&status),
                     at_stake: AtStake {
                         messages: Some(sink.lag_messages),
                         gone_messages: Some(sink.gone_messages).filter(|gone| *gone > 0),
                         oldest_seconds: Some(age.as_secs()),
                         ..AtStake::default()
                     },
-                    advice: "look at the database: locks, indexes, its disk; or raise `partitions` of the stream \
-                             and `workers` of the pipeline"
-                        .to_owned(),
+                    advice: advice::late(&status).to_owned(),
                 }));
             }
         }
@@ -538,7 +561,7 @@ impl Host {
     }
 }
 
-fn dead_letters(pipeline: &str, open: OpenCount, hints: &Hints) -> Found {
+fn dead_letters(pipeline: &str, open: &OpenCount, hints: &Hints) -> Found {
     let letters = Letters::OfPipeline(pipeline);
     let count = open.letters;
     let perhaps = match open.possible_duplicates {
@@ -549,10 +572,14 @@ fn dead_letters(pipeline: &str, open: OpenCount, hints: &Hints) -> Found {
         1 => "1 message is a dead letter".to_owned(),
         count => format!("{count} messages are dead letters"),
     };
+    let recent = match open.recent {
+        0 => String::new(),
+        recent => format!("; {recent} within the last hour, the newest: {}", open.newest),
+    };
     Found {
         part: format!("pipeline {pipeline}"),
         kind: "dead_letters",
-        cause: format!("{messages}: rejected, and not sent again{perhaps}"),
+        cause: format!("{messages}: rejected, and not sent again{perhaps}{recent}"),
         at_stake: AtStake { messages: Some(count), ..AtStake::default() },
         advice: format!(
             "`{}` shows the reasons, `{}` sends them again once the cause is mended, `{}` closes those that \
@@ -562,6 +589,23 @@ fn dead_letters(pipeline: &str, open: OpenCount, hints: &Hints) -> Found {
             hints.command(Hint::Discard(letters)),
         ),
     }
+}
+
+/// A stream of which the disk does not give what a reader wants.
+fn read_problem(stream: &dyn Stream) -> Option<Found> {
+    let fault = stream.read_fault()?;
+    Some(Found {
+        part: format!("stream {} (reads)", stream.name()),
+        kind: "retrying",
+        cause: format!(
+            "a pipeline or a subscriber waits for messages that cannot be read: {fault}; the host tries again, and \
+             takes a place for damaged that the disk does not give while it gives the rest of the file"
+        ),
+        at_stake: AtStake::default(),
+        advice:
+            "look at the kernel's log and at the disk, and copy the data folder from it while it can be read"
+                .to_owned(),
+    })
 }
 
 /// Returns the rooms of clients' memory whose last quarter is begun; `value` reads a gauge.
@@ -601,34 +645,6 @@ fn memory_problems(value: impl Fn(&str) -> u64, hints: &Hints) -> Vec<Found> {
         })
     });
     full.collect()
-}
-
-fn certificate_problems(metrics: &str) -> Vec<Found> {
-    let of_line = |line| CERTIFICATES.iter().find_map(|name| str::strip_prefix(line, name)?.rsplit_once(' '));
-    // Listeners of several kinds may have one file.
-    let mut files = BTreeSet::new();
-    let ending = metrics.lines().filter_map(of_line).filter_map(|(labels, seconds)| {
-        let (file, seconds) = (label_value(labels, "file")?, seconds.parse::<f64>().ok()?);
-        let days = (seconds / 86_400.0).floor();
-        if !files.insert(file.to_owned()) {
-            return None;
-        }
-        let cause = if seconds <= 0.0 {
-            "a certificate in it has ended: clients that need it cannot connect".to_owned()
-        } else if seconds < ENDS_SOON.as_secs_f64() {
-            format!("a certificate in it ends within {} days", days + 1.0)
-        } else {
-            return None;
-        };
-        Some(Found {
-            part: format!("certificate {file}"),
-            kind: "certificate",
-            cause,
-            at_stake: AtStake::default(),
-            advice: format!("put a new certificate into {file}; it is taken while the host runs"),
-        })
-    });
-    ending.collect()
 }
 
 /// Returns kind, cause and advice where a stream has no room for appends, or for its reserve alone.
@@ -785,6 +801,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use super::*;
     use crate::batch::Offset;
+    use crate::pipeline::ToDo;
     use crate::stream::Config;
     use crate::stream::conformance::message;
     use crate::stream::log::Log;
@@ -844,6 +861,7 @@ mod tests {
         let sink = |state| SinkStatus {
             name: "w".to_owned(),
             state,
+            to_do: ToDo::Mend,
             committed: None,
             next: Offset(0),
             lag_messages: 5,
@@ -861,6 +879,7 @@ mod tests {
             chain: None,
             swap_refused: None,
             swap_waits: None,
+            retries: None,
             read: Offset(0),
             end: Offset(5),
             sinks: vec![sink(State::Starting)],
@@ -879,23 +898,18 @@ mod tests {
     }
 
     #[test]
-    fn dead_letters_that_are_gone_are_told_of_their_pipeline_or_of_none() {
-        assert!(gone_letters("telemetry").contains("pipeline \"telemetry\""));
-        assert!(!gone_letters("").contains("\"\""), "{}", gone_letters(""));
+    fn a_fleet_that_is_rejected_now_is_told_beside_an_old_letter() {
+        let newest = "no column \"a\"".to_owned();
+        let open = OpenCount { letters: 1_001, recent: 0, newest, possible_duplicates: 0, oldest_us: 0 };
+        let cause = |open: &OpenCount| dead_letters("p", open, &Hints::default()).cause;
+        assert_eq!(cause(&open), "1001 messages are dead letters: rejected, and not sent again");
+        let now = "; 1000 within the last hour, the newest: no column \"a\"";
+        assert!(cause(&OpenCount { recent: 1_000, ..open }).ends_with(now));
     }
 
     #[test]
-    fn a_certificate_is_a_problem_a_month_before_it_ends() {
-        let line =
-            |file: &str, days: f64| format!("{}{{file=\"{file}\"}} {}\n", CERTIFICATES[0], days * 86_400.0);
-        let of_http = line("server.pem", 6.5).replace(CERTIFICATES[0], CERTIFICATES[1]);
-        let metrics = of_http + &line("server.pem", 6.5) + &line("ca.pem", 400.0) + &line("old.pem", -0.1);
-        let found = certificate_problems(&format!("# TYPE {} gauge\n{metrics}", CERTIFICATES[0]));
-        let said: Vec<_> = found.iter().map(|found| (&*found.part, &*found.cause)).collect();
-        let wanted = [
-            ("certificate server.pem", "a certificate in it ends within 7 days"),
-            ("certificate old.pem", "a certificate in it has ended: clients that need it cannot connect"),
-        ];
-        assert_eq!(said, wanted);
+    fn dead_letters_that_are_gone_are_told_of_their_pipeline_or_of_none() {
+        assert!(gone_letters("telemetry").contains("pipeline \"telemetry\""));
+        assert!(!gone_letters("").contains("\"\""), "{}", gone_letters(""));
     }
 }

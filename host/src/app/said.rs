@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::admin::Problem;
 
 /// Kinds of problems that are states, and that no part of the host logs.
-const SAID: &[&str] = &["low_space", "late", "queues", "memory", "swap_waits"];
+const SAID: &[&str] = &["low_space", "late", "queues", "memory", "swap_waits", "file_stalled"];
 /// A problem that comes back within this has not ended: a value beside its bound has no line at each look.
 const AWAY_MAX: Duration = Duration::from_secs(60);
 

@@ -5,9 +5,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
-use super::Host;
 use super::problems::label_value;
+use super::{Host, held_folder};
 use crate::admin::Component;
+use crate::listeners::transport::reach;
 use crate::pipeline::{PipelineStatus, RedriveStatus, SinkStatus, State};
 use crate::plugin::{PluginState, PluginStatus};
 use crate::stream::Stream;
@@ -23,17 +24,29 @@ impl Host {
     /// not work costs no device its acknowledgement.
     pub fn ready(&self) -> Vec<Component> {
         let intake = self.streams.iter().filter(|stream| self.takes_messages(stream.name()));
-        intake.map(|stream| stream_component(stream.as_ref())).collect()
+        intake.map(|stream| self.stream_component(stream.as_ref())).chain(self.reach_and_folders()).collect()
+    }
+
+    /// Whether clients reach the listeners, and whether what they are acknowledged for goes to folders that
+    /// the next start finds.
+    fn reach_and_folders(&self) -> [Component; 2] {
+        let standing = self.failures.standing();
+        let fault = |kind| standing.iter().find(|fault| fault.kind == kind);
+        let ends = self.stop_listening.is_cancelled().then(|| "the host ends".to_owned());
+        let unreached = fault(reach::KIND).map(|fault| format!("{}: {}", fault.part, fault.cause));
+        let away = fault(held_folder::KIND).map(|fault| format!("{}: {}", fault.part, fault.cause));
+        [("listeners", ends.or(unreached)), ("data folder", away)]
+            .map(|(name, fault)| component(name.to_owned(), fault.is_none(), &fault.unwrap_or_default()))
     }
 
     /// Every part and whether it works.
     fn components(&self) -> Vec<Component> {
-        let streams = self.streams.iter().map(|stream| stream_component(stream.as_ref()));
+        let streams = self.streams.iter().map(|stream| self.stream_component(stream.as_ref()));
         let pipelines = self.pipelines.iter().flat_map(|pipeline| {
             let status = pipeline.status();
             let of = |sink: &SinkStatus| {
                 let name = format!("sink {}/{}", status.name, sink.name);
-                component(name, is_working(&sink.state), &state_text(&sink.state))
+                component(name, status.works(sink), &sink_text(&status, sink))
             };
             let sinks: Vec<_> = status.sinks.iter().map(of).collect();
             let whole = component(
@@ -55,7 +68,21 @@ impl Host {
                 PluginState::Removed(reason) => component(name, false, &format!("removed: {reason}")),
             }
         });
-        streams.chain(pipelines).chain(plugins).collect()
+        streams.chain(self.reach_and_folders()).chain(pipelines).chain(plugins).collect()
+    }
+
+    fn stream_component(&self, stream: &dyn Stream) -> Component {
+        let name = format!("stream {}", stream.name());
+        let waits = |cause: &str| format!("{cause}: {}", self.waits_for(stream.name()));
+        if is_stopped(stream) {
+            component(name, false, "stopped")
+        } else if stream.stall().is_some() {
+            component(name, false, &waits("the disk does not answer"))
+        } else if let Some(lack) = stream.lack() {
+            component(name, false, &waits(&lack.to_string()))
+        } else {
+            component(name, true, "")
+        }
     }
 
     pub fn status(&self) -> Value {
@@ -85,27 +112,16 @@ fn component(name: String, ready: bool, detail: &str) -> Component {
     Component { name, ready, detail: if ready { String::new() } else { detail.to_owned() } }
 }
 
-fn stream_component(stream: &dyn Stream) -> Component {
-    let name = format!("stream {}", stream.name());
-    let waits = |cause: &str| format!("{cause}: devices wait for their acknowledgements");
-    if is_stopped(stream) {
-        component(name, false, "stopped")
-    } else if stream.stall().is_some() {
-        component(name, false, &waits("the disk does not answer"))
-    } else if let Some(lack) = stream.lack() {
-        component(name, false, &waits(&lack.to_string()))
-    } else {
-        component(name, true, "")
-    }
-}
-
 pub(super) fn is_stopped(stream: &dyn Stream) -> bool {
     stream.durable().has_changed().is_err()
 }
 
-/// A sink that is down is being retried, but rows wait.
-fn is_working(state: &State) -> bool {
-    *state == State::Running
+/// The state of a sink: one that could write, and that nothing reaches, waits for its pipeline.
+fn sink_text(status: &PipelineStatus, sink: &SinkStatus) -> String {
+    match sink.state == State::Running && !status.works(sink) {
+        true => format!("waits for its pipeline: {}", state_text(&status.state)),
+        false => state_text(&sink.state),
+    }
 }
 
 fn state_text(state: &State) -> String {
@@ -159,7 +175,7 @@ fn pipeline_status(
     let sink = |sink: &SinkStatus| {
         json!({
             "name": sink.name,
-            "state": state_text(&sink.state),
+            "state": sink_text(status, sink),
             "committed": sink.committed.map(|offset| offset.0),
             "lag_messages": sink.lag_messages,
             "gone_messages": sink.gone_messages,

@@ -124,6 +124,11 @@ fn decide(config: &Config, sink: &str, streams: &BTreeMap<&str, Stream>, checked
         let own = format!("{}/{}", claim.pipeline, claim.sink);
         let consumer = stream.reader(own, claim.formerly.iter().map(consumer_of));
         let begin = FirstStart::new(config.sinks[sink].begin(), stream.begin_now(&consumer));
+        if positions.is_empty()
+            && let Some(told) = pipeline::other_log(claim, found, begin)
+        {
+            checked.warnings.push(format!("{}; {}", told.cause, told.advice));
+        }
         let beginning = Beginning { begin, configured: Arc::clone(&configured), stream: None };
         let delivered = stream.delivered(&consumer);
         let start = beginning.start(claim, positions.len(), found, delivered, &stream.bounds);

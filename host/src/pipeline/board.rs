@@ -29,6 +29,7 @@ pub(super) struct Shown {
     pub chain: Option<Chain>,
     pub swap_refused: Option<String>,
     pub swap_waits: Option<String>,
+    pub retries: Option<String>,
     pub own_lane: Vec<bool>,
 }
 
@@ -42,6 +43,7 @@ impl Board {
             chain: None,
             swap_refused: None,
             swap_waits: None,
+            retries: None,
             own_lane: vec![false; sinks.len()],
         };
         Self { name: name.to_owned(), stream, sinks, shown: watch::Sender::new(shown) }
@@ -69,6 +71,7 @@ impl Board {
             SinkStatus {
                 name: shared.name.clone(),
                 state: shared.state(),
+                to_do: shared.to_do(),
                 committed,
                 next,
                 lag_messages: end.0.saturating_sub(next.max(kept.start).0),
@@ -87,6 +90,7 @@ impl Board {
             chain: shown.chain.as_ref().map(|chain| chain.generation),
             swap_refused: shown.swap_refused.clone(),
             swap_waits: shown.swap_waits.clone(),
+            retries: shown.retries.clone(),
             read: shown.read,
             end,
             sinks: self.sinks.iter().zip(&shown.own_lane).map(sink).collect(),

@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use super::gone::Gone;
 use crate::batch::Offset;
-use crate::sinks::{Advance, Begin, Claim, Found, Name};
+use crate::sinks::{Advance, Begin, Claim, Found, Name, OtherLog};
 use crate::stream::{BeginNow, Delivered, GapCause, Identity, OnLag, Stream};
+use crate::telemetry::{Failures, Standing};
 
 /// The claim of a pipeline on a sink; `pipelines` and `sinks`: the name that it has, then
 /// those that it had.
@@ -195,6 +196,35 @@ pub fn say_begun(claim: &Claim, stream: &dyn Stream, start: Offset, delivered: D
     }
 }
 
+/// Kind of the problem that a sink's table was filled from a log that this folder does not have.
+const OTHER_LOG: &str = "other_log";
+
+/// Returns what a person has to know of a claim that is new, and that had positions in other logs before:
+/// the stream of this folder may be one that was made because the right one is not there. Nothing where the
+/// config says where the sink begins.
+pub fn other_log(claim: &Claim, found: &Found, begin: Option<FirstStart>) -> Option<Standing> {
+    let [OtherLog { log, claimed_at }, ..] = &found.other_logs[..] else { return None };
+    if begin.is_some() {
+        return None;
+    }
+    let claimed = claimed_at.as_deref().map(|at| format!(", claimed {at}")).unwrap_or_default();
+    let Claim { pipeline, sink, log: ours, .. } = claim;
+    Some(Standing {
+        part: format!("sink {pipeline}/{sink}"),
+        kind: OTHER_LOG,
+        cause: format!(
+            "headworks_positions has positions of log {log} for this pipeline and sink{claimed}, and the stream of \
+             this data folder is log {ours}, which the sink has never had: what only the other log holds is not \
+             written"
+        ),
+        advice: format!(
+            "where the stream's folder was moved, or its disk is not mounted, stop the host and put the right one \
+             back; where another host fills the table, or the folder was to begin anew, nothing is lost: the next \
+             start does not say it again, nor does one with `begin: start` in sinks.{sink}"
+        ),
+    })
+}
+
 /// Says that a new table takes the place of the one before.
 pub fn say_goes_on(claim: &Claim, stream: &dyn Stream, positions: &[Offset]) {
     tracing::warn!(
@@ -249,8 +279,9 @@ pub fn tell_lost(claim: &Claim, stream: &dyn Stream, gone: &Gone, lost: Range<Of
     );
 }
 
-/// Says that positions were left in another copy of the log, and which messages that concerns.
-pub fn say_moved(claim: &Claim, stream: &dyn Stream, advance: &[Advance]) {
+/// Says that positions were left in another copy of the log, and which messages that concerns. Where this
+/// folder does not have them, that is a problem.
+pub fn say_moved(claim: &Claim, stream: &dyn Stream, advance: &[Advance], failures: &Failures) {
     let back: Vec<&Advance> = advance.iter().filter(|step| step.to < step.from).collect();
     let ahead = advance.iter().filter(|step| step.to > step.from);
     if let (Some(from), Some(upto)) =
@@ -270,6 +301,20 @@ pub fn say_moved(claim: &Claim, stream: &dyn Stream, advance: &[Advance]) {
              is skipped",
             last = upto - 1
         );
+        failures.stands(Standing {
+            part: format!("sink {}/{}", claim.pipeline, claim.sink),
+            kind: OTHER_LOG,
+            cause: format!(
+                "the sink was filled from another copy of this data folder: it has rows of the messages at offsets \
+                 {from} to {} of stream \"{}\", which are not in this folder",
+                upto - 1,
+                stream.name()
+            ),
+            advice: "where the newest copy of the folder is elsewhere (its disk is not mounted, an older backup was \
+                     put back), stop the host and put that one back; else nothing is to be done: the rows stay, and \
+                     the next start does not say it again"
+                .to_owned(),
+        });
     }
     if let Some(to) = ahead.map(|step| step.to.0).max() {
         tracing::warn!(
@@ -313,7 +358,7 @@ mod tests {
     }
 
     fn found(has_rows: bool, others: &[Name]) -> Found {
-        Found { has_rows, others: others.to_vec() }
+        Found { has_rows, others: others.to_vec(), other_logs: Vec::new() }
     }
 
     #[test]
@@ -383,6 +428,42 @@ mod tests {
             assert!(reason.contains("are not in headworks_positions"), "{reason}");
             assert_eq!(decide(NOW, true, &others, delivered), Ok(42));
         }
+    }
+
+    #[test]
+    fn a_table_that_another_log_filled_under_this_name_is_told_of_unless_a_person_has_decided() {
+        let other = uuid::Uuid::from_u128(7);
+        let claimed_at = Some("2026-11-29 08:00:00+00".to_owned());
+        let found = Found { other_logs: vec![OtherLog { log: other, claimed_at }], ..Found::default() };
+        let told = other_log(&claim(), &found, None).expect("a person has to know");
+        assert_eq!(told.part, "sink p/w");
+        for wanted in [&*other.to_string(), &*claim().log.to_string(), "claimed 2026-11-29 08:00:00+00"] {
+            assert!(told.cause.contains(wanted), "{}", told.cause);
+        }
+        assert!(told.advice.contains("begin: start"), "{}", told.advice);
+        for begin in [Some(FirstStart::Start), NOW] {
+            assert_eq!(other_log(&claim(), &found, begin), None);
+        }
+        assert_eq!(other_log(&claim(), &Found::default(), None), None);
+    }
+
+    #[test]
+    fn a_sink_that_is_ahead_of_this_copy_of_the_folder_is_a_problem_and_one_behind_is_none() {
+        let step = |from, to| Advance {
+            partition: crate::batch::Partition(0),
+            from: Offset(from),
+            to: Offset(to),
+            lineage: None,
+            letters: None,
+        };
+        let stream = crate::stream::memory::MemoryStream::new("s", 1);
+        let failures = Failures::default();
+        say_moved(&claim(), &*stream, &[step(5, 9)], &failures);
+        assert_eq!(failures.standing(), []);
+        say_moved(&claim(), &*stream, &[step(60, 50)], &failures);
+        let told = failures.standing().remove(0);
+        assert_eq!((&*told.part, told.kind), ("sink p/w", OTHER_LOG));
+        assert!(told.cause.contains("offsets 50 to 59 of stream \"s\""), "{}", told.cause);
     }
 
     #[test]

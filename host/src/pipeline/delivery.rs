@@ -14,7 +14,7 @@ use super::Batching;
 use super::config::Backoff;
 use super::outlet::{Bundle, Intake};
 use super::routes::SinkNumber;
-use super::status::{SinkShared, State};
+use super::status::{CHOOSE, SinkShared, State};
 use super::writer::{Failed, Writer};
 use crate::batch::{Batch, Offset};
 use crate::sinks::{Rows, Sink};
@@ -341,7 +341,7 @@ impl Delivery {
             };
             self.shared.commit_failed(matches!(failed, Failed::Later { kind: "refusals", .. }));
             self.publish();
-            let is_setup = matches!(failed, Failed::Later { kind: "setup", .. });
+            let is_setup = matches!(failed, Failed::Later { kind: "setup" | CHOOSE, .. });
             self.back_off(failed, attempt).await?;
             attempt += 1;
             let before = self.writer.positions.clone();
@@ -424,9 +424,10 @@ impl Delivery {
         let lowest = self.lowest();
         if lowest < kept.start && self.on_lag == OnLag::Block {
             return Err(Leave::Stop(format!(
-                "its position {} is below the first kept message {} of stream \"{stream}\": retention has taken the \
-                 messages at offsets {} to {}, and the sink has not got them. What the stream has from there on is kept for \
-                 the sink; set `on_lag: detach` to go on without the messages that are gone, then restart",
+                "its position {} is below the first kept message {} of stream \"{stream}\": the messages at offsets {} \
+                 to {} are missing on disk, where retention keeps them for the sink (on_lag: block), and it has not got \
+                 them. Put the missing files of the stream's folder back; or set `on_lag: detach` to go on without \
+                 these messages; then restart",
                 lowest.0,
                 kept.start.0,
                 lowest.0,
@@ -451,7 +452,7 @@ impl Delivery {
     async fn back_off(&mut self, failed: Failed, attempt: u32) -> Result<(), Leave> {
         let Failed::Later { kind, reason } = failed else { return Err(failed.into()) };
         self.shared.failed(kind, reason);
-        let slow = matches!(kind, "setup" | "refusals");
+        let slow = matches!(kind, "setup" | "refusals" | CHOOSE);
         let wait = if slow { self.backoff.max.0 } else { self.backoff.delay(attempt) };
         let until = Instant::now() + wait;
         loop {

@@ -12,7 +12,7 @@
 //! for a pipeline that ends in a sink: lanes run a message's steps twice.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -70,7 +70,7 @@ mod writer;
 pub(crate) mod tests;
 
 pub use again::Ended;
-pub use claim::{Beginning, FirstStart, claim_of};
+pub use claim::{Beginning, FirstStart, claim_of, other_log};
 pub use config::{Backoff, Config, DEFAULT_ROUTE, DROP, Retries, RouteTarget};
 pub use dead_letters::{DeadLetters, Error as DeadLettersError};
 pub use dead_letters_config::DeadLettersConfig;
@@ -83,7 +83,7 @@ pub use records::recorded_recipes;
 pub use redrive::{Filter, RedriveError, Summary, list_open};
 pub use redrive_status::RedriveStatus;
 pub use sink_names::{NAMES_PREFIX, SinkNames, name_sinks};
-pub use status::{NO_ANSWER, PipelineStatus, SinkStatus, State};
+pub use status::{PipelineStatus, SinkStatus, State, ToDo};
 pub use step_history::StepHistory;
 
 use answering::Answering;
@@ -376,6 +376,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
         gone: Arc::new(Gone::new(name)),
         counted: (0..identity.partitions).map(|_| AtomicU64::new(0)).collect(),
         held: HeldWorkers::default(),
+        retry: Mutex::default(),
         schedule: Schedule::default(),
         abort: CancellationToken::new(),
     });

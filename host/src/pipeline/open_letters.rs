@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::letter::Letter;
 use super::marks::{MARK_PREFIX, Mark, Marks, Reopened};
@@ -16,6 +17,10 @@ use crate::stream::{GapCause, Read, ReadError, Stream, Ticket};
 const CLOSED: u16 = 1 << 15;
 /// Letters appended within this age together.
 const AGE_US: u64 = 1_000_000;
+/// A letter is a recent one for an hour.
+const RECENT_US: u64 = 3_600 * 1_000_000;
+/// Characters of a reason that are kept.
+const REASON_CHARS_MAX: usize = 200;
 
 /// Two bytes for each message in the dead letters.
 pub struct OpenLetters {
@@ -39,12 +44,18 @@ struct Pipeline {
     possible_duplicates: u64,
     /// No letter below this offset is open.
     oldest: u64,
+    /// Reason of the newest letter, shortened.
+    newest: String,
 }
 
 /// The open letters of a pipeline.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Open {
     pub letters: u64,
+    /// Those among them that were rejected within the last [`RECENT_US`].
+    pub recent: u64,
+    /// Why the newest message was rejected, shortened.
+    pub newest: String,
     /// Those among them that another copy of the data folder may have sent.
     pub possible_duplicates: u64,
     /// When the oldest of them was appended, to the second: microseconds since 1970, UTC.
@@ -81,8 +92,9 @@ impl OpenLetters {
             self.forget_below(end);
         }
         self.find_oldest();
-        let open = self.pipelines.iter().filter(|pipeline| pipeline.open > 0);
-        Ok(open.map(|pipeline| (pipeline.name.clone(), self.open_of(pipeline))).collect())
+        let recent = self.count_recent(now_us().saturating_sub(RECENT_US));
+        let open = self.pipelines.iter().zip(recent).filter(|(pipeline, _)| pipeline.open > 0);
+        Ok(open.map(|(pipeline, recent)| (pipeline.name.clone(), self.open_of(pipeline, recent))).collect())
     }
 
     /// Returns how many open letters retention removed since the last call, by pipeline: their
@@ -92,12 +104,30 @@ impl OpenLetters {
         std::mem::take(&mut self.gone)
     }
 
-    fn open_of(&self, pipeline: &Pipeline) -> Open {
+    /// Returns, by pipeline, how many letters are open that were appended since then.
+    fn count_recent(&self, since_us: u64) -> Vec<u64> {
+        let mut recent = vec![0; self.pipelines.len()];
+        let age = self.ages.partition_point(|(_, append_us)| *append_us < since_us);
+        let from = age.checked_sub(1).map_or(self.first, |before| self.ages[before].0);
+        let passed = (from.saturating_sub(self.first) as usize).min(self.letters.len());
+        for word in self.letters.range(passed..).filter(|word| **word != 0 && **word & CLOSED == 0) {
+            recent[usize::from(*word) - 1] += 1;
+        }
+        recent
+    }
+
+    fn open_of(&self, pipeline: &Pipeline, recent: u64) -> Open {
         let age = self.ages.partition_point(|(end, _)| *end <= pipeline.oldest);
         let oldest_us = self.ages.get(age).map_or(0, |(_, append_us)| *append_us);
         // Some of them may have gone since the marks were read.
         let possible_duplicates = pipeline.possible_duplicates.min(pipeline.open);
-        Open { letters: pipeline.open, possible_duplicates, oldest_us }
+        Open {
+            letters: pipeline.open,
+            recent,
+            newest: pipeline.newest.clone(),
+            possible_duplicates,
+            oldest_us,
+        }
     }
 
     fn find_oldest(&mut self) {
@@ -131,7 +161,12 @@ impl OpenLetters {
                 // What cannot be read is no letter.
                 self.letters.resize(at, 0);
                 let letter = Letter::of(&message).filter(|letter| !letter.is_copy());
-                let word = letter.map_or(0, |letter| self.number_of(letter.pipeline) + 1);
+                let word = letter.as_ref().map_or(0, |letter| self.number_of(letter.pipeline) + 1);
+                if let Some(letter) = letter {
+                    let newest = &mut self.pipelines[usize::from(word) - 1].newest;
+                    newest.clear();
+                    newest.extend(letter.reason.chars().take(REASON_CHARS_MAX));
+                }
                 self.letters.push_back(word);
                 self.count(word, true);
             }
@@ -231,12 +266,17 @@ impl OpenLetters {
                 open: 0,
                 possible_duplicates: 0,
                 oldest: 0,
+                newest: String::new(),
             });
             self.pipelines.len() - 1
         });
         // Those past the number that a word can hold are counted as one.
         number.min(usize::from(CLOSED) - 2) as u16
     }
+}
+
+fn now_us() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_micros() as u64)
 }
 
 #[cfg(test)]
@@ -269,6 +309,9 @@ mod tests {
         world.publish_many(5, 0, 10);
         process.drained().await;
         assert_eq!(count(&mut letters).await, 10);
+        let open = letters.look().await.unwrap().remove("p").unwrap();
+        assert_eq!((open.recent, &*open.newest), (10, "no column"));
+        assert_eq!(letters.count_recent(now_us() + RECENT_US), [0], "an hour later none is recent");
         // Rejected again: open as before, no second letter.
         process.handle.redrive(&Filter::default()).await.unwrap();
         assert_eq!(count(&mut letters).await, 10);

@@ -26,6 +26,8 @@ pub struct PipelineStatus {
     pub swap_refused: Option<String>,
     /// Why the newest steps wait for a sink that needs the older ones.
     pub swap_waits: Option<String>,
+    /// Which step asked for retries lately, and why.
+    pub retries: Option<String>,
     /// Offset of the next message to be read by the first reader.
     pub read: Offset,
     pub end: Offset,
@@ -36,6 +38,8 @@ pub struct PipelineStatus {
 pub struct SinkStatus {
     pub name: String,
     pub state: State,
+    /// What a person does about it while it retries.
+    pub to_do: ToDo,
     /// The lowest of its positions; `None` until it was opened.
     pub committed: Option<Offset>,
     /// First message that it is not known to have: until it was opened, the place that
@@ -72,6 +76,12 @@ impl PipelineStatus {
         self.state == State::Running && self.sinks.iter().all(|sink| fine(&sink.state))
     }
 
+    /// Whether a sink of this pipeline writes: one that could gets nothing while its pipeline holds or has
+    /// stopped.
+    pub fn works(&self, sink: &SinkStatus) -> bool {
+        sink.state == State::Running && !matches!(self.state, State::Holding(_) | State::Stopped(_))
+    }
+
     /// Messages of the stream that some sink has not committed.
     pub fn lag_messages(&self) -> u64 {
         let unread = self.end.0.saturating_sub(self.read.0);
@@ -79,12 +89,26 @@ impl PipelineStatus {
     }
 }
 
+/// What a person does about a sink that retries.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ToDo {
+    /// Mend what the reason names.
+    #[default]
+    Mend,
+    /// Choose one of the ways that the reason names, with a setting that counts from the next start.
+    Choose,
+    /// Look why the database does not answer.
+    Answer,
+}
+
+/// Kind of a failure that lasts until a person chooses: see [`ToDo::Choose`].
+pub const CHOOSE: &str = "choose";
 /// A call of a sink that takes longer is told as one without an answer.
 const ANSWER_MAX: Duration = Duration::from_secs(15);
 /// A sink is slow until no call has taken longer than that for this time.
 const SLOW_FOR: Duration = Duration::from_secs(60);
 /// Begins the cause of a call without an answer.
-pub const NO_ANSWER: &str = "no answer for over";
+const NO_ANSWER: &str = "no answer for over";
 
 /// What a delivery tells at every commit.
 pub struct SinkShared {
@@ -109,6 +133,7 @@ pub struct SinkShared {
 
 struct SinkState {
     state: State,
+    to_do: ToDo,
     since: Instant,
     last_commit: Option<Instant>,
     needs: Needs,
@@ -150,6 +175,7 @@ impl SinkShared {
             answer_max: ANSWER_MAX,
             state: Mutex::new(SinkState {
                 state: State::Starting,
+                to_do: ToDo::Mend,
                 since: Instant::now(),
                 last_commit: None,
                 needs: Needs::Open,
@@ -203,10 +229,13 @@ impl SinkShared {
 
     /// A try failed that is repeated. Each cause has a log line of its own.
     pub fn failed(&self, kind: &str, reason: String) {
+        let is_choice = kind == CHOOSE;
         let kind = format!("{}{}", self.subject, told(kind));
         let show = self.failures.hint(Hint::Status);
         self.failures.report_by(&kind, &alike(&reason), 1, &reason, &show);
-        self.set(State::Retrying(reason));
+        let mut current = self.lock();
+        current.to_do = if is_choice { ToDo::Choose } else { ToDo::Mend };
+        self.change(&mut current, State::Retrying(reason));
     }
 
     /// Awaits a call of the sink. One that takes longer than [`ANSWER_MAX`] is a failure from its
@@ -238,6 +267,7 @@ impl SinkShared {
         let detail = format!("{}; the call goes on until a limit of the sink ends it", self.target);
         self.failures.report(&kind, 1, &detail, &self.failures.hint(Hint::Status));
         current.since = begun;
+        current.to_do = ToDo::Answer;
         let unanswered = State::Retrying(format!("{} from {}", self.no_answer(), self.target));
         Some(std::mem::replace(&mut current.state, unanswered))
     }
@@ -246,7 +276,7 @@ impl SinkShared {
     /// batch of a slow database would have a line.
     fn answered_late(&self, before: State, begun: Instant, now: Instant) {
         let mut current = self.lock();
-        if matches!(&current.state, State::Retrying(cause) if cause.starts_with(NO_ANSWER)) {
+        if matches!(current.state, State::Retrying(_)) && current.to_do == ToDo::Answer {
             let since = current.slow.map_or(begun, |slow| slow.since);
             current.slow = Some(Slow { since, last: now });
             (current.state, current.since) = (before, now);
@@ -303,6 +333,10 @@ impl SinkShared {
         self.lock().state.clone()
     }
 
+    pub fn to_do(&self) -> ToDo {
+        self.lock().to_do
+    }
+
     pub fn since(&self) -> Instant {
         self.lock().since
     }
@@ -319,7 +353,7 @@ impl SinkShared {
 /// Returns what a sink does about a failure of this kind, as a log line says it.
 fn told(kind: &str) -> &'static str {
     match kind {
-        "setup" => "cannot write until a person acts",
+        "setup" | CHOOSE => "cannot write until a person acts",
         "refusals" => "pauses",
         _ => "tries again",
     }
@@ -388,6 +422,18 @@ mod tests {
         assert_eq!(slow(), Some((Duration::ZERO, ANSWER_MAX * 3)));
         sink.answered_in_time(begin + ANSWER_MAX * 3 + SLOW_FOR);
         assert_eq!(slow(), None);
+    }
+
+    #[test]
+    fn what_to_do_about_a_sink_goes_by_what_failed_and_not_by_the_words_of_its_reason() {
+        let sink = SinkShared::new("p", "w", "db:5432/iot table device_restarts", Failures::default());
+        sink.failed("setup", "table device_restarts has no column restart; no answer for over it".to_owned());
+        assert_eq!(sink.to_do(), ToDo::Mend);
+        sink.failed(CHOOSE, "put the rows back, or set `begin: start`".to_owned());
+        assert_eq!(sink.to_do(), ToDo::Choose);
+        sink.set(State::Running);
+        sink.unanswered(Instant::now());
+        assert_eq!(sink.to_do(), ToDo::Answer);
     }
 
     #[test]

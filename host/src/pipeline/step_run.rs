@@ -1,6 +1,7 @@
 //! Runs one step over a batch: again where the step asks for it, and until the lane ends where the
 //! step waits for a new version of itself.
 
+use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
@@ -93,6 +94,8 @@ pub fn run_step(
         let kind = format!("{}/{}: retry", shared.name, step.id().step);
         let show = shared.failures.hint(Hint::Status);
         shared.failures.report_by(&kind, &alike(reason), 1, reason, &show);
+        let why = format!("step {} asks for retries: {reason}", step.id().step);
+        *shared.retry.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), why));
         let wait = backoff.delay(attempt.number - 1);
         let bound = if step.sees_all() { wait } else { patience.left(Instant::now()) };
         let aborted = runtime.block_on(async {

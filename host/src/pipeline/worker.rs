@@ -6,9 +6,9 @@
 //! is full: that is what pushes back to the reader. Before it waits for room for
 //! dead letters, it hands out what it is done with: the sinks give that room back.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use metrics::Histogram;
 use tokio::runtime::Handle;
@@ -108,10 +108,23 @@ pub struct Shared {
     /// Offset, by partition, below which each message was counted as read.
     pub counted: Vec<AtomicU64>,
     pub held: HeldWorkers,
+    /// The last time that a step asked for a retry, and which with what reason.
+    pub retry: Mutex<Option<(Instant, String)>>,
     pub schedule: Schedule,
     /// The end of the process's patience: stop at once.
     pub abort: CancellationToken,
 }
+
+impl Shared {
+    /// Returns which step asked for a retry within the last [`RETRIES_FOR`], and why.
+    pub fn recent_retry(&self) -> Option<String> {
+        let retry = self.retry.lock().unwrap_or_else(PoisonError::into_inner);
+        retry.as_ref().filter(|(at, _)| at.elapsed() < RETRIES_FOR).map(|(_, why)| why.clone())
+    }
+}
+
+/// A step asks for retries until it has asked for none for this time.
+const RETRIES_FOR: Duration = Duration::from_secs(60);
 
 /// Why a worker ended before its queue did. In each case what it held is
 /// delivered again from the sinks' positions.

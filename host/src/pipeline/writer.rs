@@ -19,6 +19,7 @@ use super::known::{Reader, Seen, before_last, index_within_offset};
 use super::metrics::SinkMetrics;
 use super::pass_letters::{PassLetters, Told};
 use super::routes::SinkNumber;
+use super::status::CHOOSE;
 use crate::batch::{MessageRef, Offset, Partition};
 use crate::hints::{Hint, Letters};
 use crate::sinks::{
@@ -339,7 +340,18 @@ impl Writer {
                 true => Err(self.claim.gone()),
                 false => beginning.start(&self.claim, positions.len(), found, delivered, &kept),
             };
-            start = decided.map_err(|reason| self.failed(Error::Setup(reason)))?;
+            let begin = beginning.begin;
+            start = decided.map_err(|reason| self.failed(Error::Choose(reason)))?;
+            if is_new && let Some(told) = claim::other_log(&self.claim, found, begin) {
+                tracing::warn!(
+                    pipeline = self.claim.pipeline,
+                    sink = self.claim.sink,
+                    "{}; {}",
+                    told.cause,
+                    told.advice
+                );
+                self.failures.stands(told);
+            }
             if is_new && start > Offset::default() {
                 // Before it has a position: afterwards it is not new any more.
                 let begins = self.letters.begins(self.number, start).await;
@@ -379,7 +391,7 @@ impl Writer {
             match is_new {
                 true if goes_on => claim::say_goes_on(&self.claim, stream, &self.positions),
                 true => claim::say_begun(&self.claim, stream, start, delivered),
-                false => claim::say_moved(&self.claim, stream, &advance),
+                false => claim::say_moved(&self.claim, stream, &advance, &self.failures),
             }
             self.moved(advance);
         }
@@ -698,6 +710,10 @@ impl Writer {
                 "setup"
             }
             Error::Setup(_) | Error::TooMuch(_) => "setup",
+            Error::Choose(_) => {
+                self.metrics.retry("setup");
+                return Failed::Later { kind: CHOOSE, reason: error.to_string() };
+            }
             Error::Retry(_) => "retry",
         };
         self.metrics.retry(kind);

@@ -334,7 +334,7 @@ pub async fn positions_that_are_gone_are_not_begun_again_by_a_running_host(datab
     assert!(!matches!(error, Error::Fenced(_)), "nobody else is there: {error:?}");
     for _ in 0..2 {
         let error = sink.open(&claim(), held).await.expect_err("gone");
-        assert!(matches!(&error, Error::Setup(text) if text.contains("are gone")), "{error:?}");
+        assert!(matches!(&error, Error::Choose(text) if text.contains("are gone")), "{error:?}");
     }
     assert_eq!(database.written().await.len(), 1);
 }
@@ -374,10 +374,12 @@ pub async fn a_new_claim_is_told_whether_its_table_has_rows_and_who_wrote_them(d
     let (mut sink, _) = opened(database, &claim()).await;
     sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.expect("commits");
     let found = database.sink().await.open(&other, None).await.expect("opens").found;
-    assert_eq!(found, Found { has_rows: true, others: vec![names("telemetry", "warehouse")] });
+    let others = vec![names("telemetry", "warehouse")];
+    assert_eq!(found, Found { has_rows: true, others, other_logs: Vec::new() });
     let of_another_log = Claim { log: Uuid::from_u128(0xbeef), ..claim() };
     let found = database.sink().await.open(&of_another_log, None).await.expect("opens").found;
-    assert_eq!(found, Found { has_rows: true, others: Vec::new() });
+    let logs: Vec<_> = found.other_logs.iter().map(|other| other.log).collect();
+    assert_eq!((found.has_rows, &found.others, logs), (true, &Vec::new(), vec![claim().log]));
     let again = database.sink().await.open(&claim(), None).await.expect("opens");
     assert_eq!((again.positions.len(), again.found), (1, Found::default()), "it is not new");
 }
@@ -390,7 +392,10 @@ pub async fn a_new_claim_is_told_who_wrote_to_its_target(database: &dyn Database
     let (mut sink, _) = opened(database, &claim()).await;
     sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.expect("commits");
     let found = database.sink().await.open(&other, None).await.expect("opens").found;
-    assert_eq!(found, Found { has_rows: true, others: vec![names("telemetry", "warehouse")] });
+    assert_eq!(
+        found,
+        Found { has_rows: true, others: vec![names("telemetry", "warehouse")], ..Found::default() }
+    );
     let of_another_log = Claim { log: Uuid::from_u128(0xbeef), ..claim() };
     let found = database.sink().await.open(&of_another_log, None).await.expect("opens").found;
     assert_eq!(found, Found::default(), "its rows come as other ones");

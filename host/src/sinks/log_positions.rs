@@ -12,7 +12,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use uuid::Uuid;
 
 use super::positions::{Usurper, holder};
-use super::{Advance, Claim, Epoch, Error, Found, LogPosition, Name, Opened, PassPosition, Position};
+use super::{
+    Advance, Claim, Epoch, Error, Found, LogPosition, Name, Opened, OtherLog, PassPosition, Position,
+};
 use crate::batch::{Offset, Partition};
 use crate::stream::{Lineage, STATE_VALUE_BYTES_MAX, StateChange, Stream};
 
@@ -79,7 +81,7 @@ impl LogPositions {
         let epoch = match (held, &known) {
             (None, known) => known.as_ref().map_or(0, |known| known.epoch) + 1,
             (Some(held), Some(known)) if known.epoch > held.0 => return Err(known.fences(claim, held)),
-            (Some(_), None) if has_rows => return Err(Error::Setup(claim.gone())),
+            (Some(_), None) if has_rows => return Err(Error::Choose(claim.gone())),
             (Some(held), _) => held.0,
         };
         changes.push(claimed(&own, epoch, &holder()));
@@ -90,7 +92,7 @@ impl LogPositions {
         };
         let positions = partitions.iter().map(position).collect::<Result<Vec<_>, Error>>()?;
         let found = match positions.is_empty() {
-            true => Found { has_rows, others: self.others(claim) },
+            true => Found { has_rows, others: self.others(claim), other_logs: self.other_logs(claim) },
             false => Found::default(),
         };
         Ok((Opened { epoch: Epoch(epoch), positions, found }, changes))
@@ -181,6 +183,16 @@ impl LogPositions {
             }
         }
         others.into_iter().collect()
+    }
+
+    /// Returns the other logs of which a claim of this name has positions.
+    fn other_logs(&self, claim: &Claim) -> Vec<OtherLog> {
+        let own = (claim.pipeline.clone(), claim.sink.clone());
+        let claims =
+            self.claims(&of_name(&own)).into_iter().filter(|(_, claimed)| !claimed.partitions.is_empty());
+        let logs: BTreeSet<Uuid> = claims.filter_map(|(key, _)| Some(parts(&key)?.1)).collect();
+        let others = logs.into_iter().filter(|log| *log != claim.log);
+        others.map(|log| OtherLog { log, claimed_at: None }).collect()
     }
 
     fn read(&self, key: &[u8]) -> Option<Claimed> {

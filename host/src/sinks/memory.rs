@@ -13,8 +13,8 @@ use uuid::Uuid;
 
 use super::positions::Usurper;
 use super::{
-    Advance, Claim, Epoch, Error, Found, LogPosition, Name, Opened, Outcome, PassPosition, Position,
-    RefusedRow, Rows, Sink, Written,
+    Advance, Claim, Epoch, Error, Found, LogPosition, Name, Opened, OtherLog, Outcome, PassPosition,
+    Position, RefusedRow, Rows, Sink, Written,
 };
 use crate::batch::{MessageRef, Offset, Partition};
 use crate::stream::Lineage;
@@ -321,8 +321,12 @@ impl Sink for MemorySink {
         });
         let mut others: Vec<Name> = others.map(|(other, _)| other.0.clone()).collect();
         others.sort();
+        let other_logs = claims.iter().filter(|(other, claimed)| {
+            other.0 == key(claim).0 && other.1 != claim.log && !claimed.positions().is_empty()
+        });
+        let other_logs = other_logs.map(|(other, _)| OtherLog { log: other.1, claimed_at: None }).collect();
         let found = match positions.is_empty() {
-            true => Found { has_rows: !rows.is_empty(), others },
+            true => Found { has_rows: !rows.is_empty(), others, other_logs },
             false => Found::default(),
         };
         Ok(Opened { epoch, positions, found })

@@ -91,6 +91,16 @@ pub struct Found {
     pub has_rows: bool,
     /// Other claims from the same log with positions in this table, by name.
     pub others: Vec<Name>,
+    /// Other logs of which claims of this name have positions in this table, the newest claim first.
+    pub other_logs: Vec<OtherLog>,
+}
+
+/// A log of which a claim of the same name wrote rows: of another data folder, or of one that is gone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OtherLog {
+    pub log: Uuid,
+    /// When it was claimed last, as its database writes it; 0.1.0 did not note it.
+    pub claimed_at: Option<String>,
 }
 
 /// Up to where a partition is done: `next` is the first offset that is not.
@@ -244,6 +254,10 @@ pub enum Error {
     /// A person must act (no such table, permission denied): retried slowly, said loudly.
     #[error("{0}")]
     Setup(String),
+    /// A person must choose where the sink goes on, by a setting that counts from the next start:
+    /// retried slowly, said loudly.
+    #[error("{0}")]
+    Choose(String),
 }
 
 impl Error {
@@ -268,6 +282,7 @@ impl Error {
             Self::Unknown(reason) => Self::Unknown(with(reason)),
             Self::Fenced(reason) => Self::Fenced(with(reason)),
             Self::Setup(reason) => Self::Setup(with(reason)),
+            Self::Choose(reason) => Self::Choose(with(reason)),
         }
     }
 }

@@ -38,7 +38,7 @@ impl Claim {
             (Some(held), Some(highest)) if highest.epoch > held.0 => {
                 Err(Error::Fenced(self.fenced_by(highest, held)))
             }
-            (Some(_), None) if has_rows => Err(Error::Setup(self.gone())),
+            (Some(_), None) if has_rows => Err(Error::Choose(self.gone())),
             (Some(held), _) => Ok(held),
         }
     }

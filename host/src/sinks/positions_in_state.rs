@@ -161,7 +161,7 @@ fn found(entries: Entries<'_>, claim: &Claim, target: &str) -> Found {
     };
     let others: Vec<Name> =
         claims.into_iter().filter(|(id, kept)| is_other(id, kept)).map(|((.., name), _)| name).collect();
-    Found { has_rows: !others.is_empty(), others }
+    Found { has_rows: !others.is_empty(), others, ..Found::default() }
 }
 
 /// Returns what a claim would find, and takes nothing.

@@ -28,6 +28,7 @@ impl Supervisor {
             shown.chain.clone_from(&self.active);
             shown.swap_refused.clone_from(&self.swap_refused);
             shown.swap_waits.clone_from(&self.swap_waits);
+            shown.retries = self.shared.recent_retry();
             if let Some(lane) = main {
                 shown.read = Offset(lane.position.load(Ordering::Acquire));
             } else if self.lanes_made == 0 {

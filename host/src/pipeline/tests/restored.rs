@@ -536,7 +536,7 @@ async fn a_letter_that_another_copy_sent_in_part_is_sent_only_where_that_is_aske
     let ended = Ended { sent_before: 1, possible_duplicates: 1, ..Ended::default() };
     assert_eq!(redriven(&process, false).await, (0, ended));
     assert_eq!(list_open(&*copy.dead, None).await.unwrap().len(), 1);
-    let open = counted.look().await.unwrap()["p"];
+    let open = counted.look().await.unwrap()["p"].clone();
     assert_eq!((open.letters, open.possible_duplicates), (1, 1));
     // However often it is asked for, and after a restart.
     assert_eq!(redriven(&process, false).await, (0, Ended { possible_duplicates: 1, ..Ended::default() }));

@@ -188,6 +188,7 @@ impl Check<'_> {
                 found.has_rows = schema::has_rows(&self.client, &self.config.table).await?;
                 if may_be_read {
                     found.others = positions::others(&self.client, &claim, &table).await?;
+                    found.other_logs = positions::other_logs(&self.client, &claim, &table).await?;
                 }
             }
             was_there |= !positions.is_empty();

@@ -7,7 +7,9 @@ use uuid::Uuid;
 use super::schema;
 use crate::batch::{Offset, Partition};
 use crate::sinks::positions::Usurper;
-use crate::sinks::{Advance, Claim, Epoch, Error as SinkError, LogPosition, Name, PassPosition, Position};
+use crate::sinks::{
+    Advance, Claim, Epoch, Error as SinkError, LogPosition, Name, OtherLog, PassPosition, Position,
+};
 use crate::stream::Lineage;
 
 /// `next_offset` is null until the first advance. `fillfactor` leaves room for updates in place, one per
@@ -86,6 +88,14 @@ WHERE log = $3::text::uuid AND generation = $4 AND next_offset IS NOT NULL AND (
       SELECT format('%I.%I', nspname, relname) FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = relnamespace
       WHERE c.oid = to_regclass($5)))
 ORDER BY pipeline, sink";
+
+const OTHER_LOGS: &str = "
+SELECT log::text, max(to_jsonb(p) ->> 'claimed_at') FROM headworks_positions AS p
+WHERE pipeline = $1 AND sink = $2 AND log <> $3::text::uuid AND next_offset IS NOT NULL
+  AND coalesce(to_jsonb(p) ->> 'table_name', '') IN ('', (
+      SELECT format('%I.%I', nspname, relname) FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = relnamespace
+      WHERE c.oid = to_regclass($4)))
+GROUP BY log ORDER BY max(updated_at) DESC, log";
 
 /// Any number of partitions in one statement. The affected rows are as many as
 /// the advances, or somebody else was here.
@@ -258,6 +268,15 @@ pub async fn others(client: &Client, claim: &Claim, table: &str) -> Result<Vec<N
     let (log, generation) = (claim.log.to_string(), i64::from(claim.generation));
     let rows = client.query(OTHERS, &[&claim.pipeline, &claim.sink, &log, &generation, &table]).await?;
     Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+}
+
+/// Returns the other logs of which this claim filled this table. `table` is its quoted name.
+pub async fn other_logs(client: &Client, claim: &Claim, table: &str) -> Result<Vec<OtherLog>, Error> {
+    let log = claim.log.to_string();
+    let rows = client.query(OTHER_LOGS, &[&claim.pipeline, &claim.sink, &log, &table]).await?;
+    let other =
+        |row: &Row| Some(OtherLog { log: row.get::<_, &str>(0).parse().ok()?, claimed_at: row.get(1) });
+    Ok(rows.iter().filter_map(other).collect())
 }
 
 /// Returns the positions that a claim would find, as [`Held::claim`] does, and takes nothing.

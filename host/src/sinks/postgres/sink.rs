@@ -186,8 +186,9 @@ impl PostgresSink {
         let mut found = Found::default();
         if positions.is_empty() {
             let has_rows = schema::has_rows(&client, &self.config.table).await.map_err(server)?;
-            found =
-                Found { has_rows, others: positions::others(&client, claim, &name).await.map_err(server)? };
+            let others = positions::others(&client, claim, &name).await.map_err(server)?;
+            let other_logs = positions::other_logs(&client, claim, &name).await.map_err(server)?;
+            found = Found { has_rows, others, other_logs };
         }
         held.set_table(&client, &name).await.map_err(server)?;
         let path = table::search_path(&client).await.map_err(server)?;
@@ -273,7 +274,7 @@ impl PostgresSink {
             false => {
                 let table = &self.config.table;
                 if held.is_some() && schema::has_rows(client, table).await.map_err(server)? {
-                    return Err(Error::Setup(format!("{context}: {}", claim.gone())));
+                    return Err(Error::Choose(format!("{context}: {}", claim.gone())));
                 }
                 Some(positions::CREATE.to_owned())
             }

@@ -7,7 +7,8 @@ use uuid::Uuid;
 use crate::batch::{Offset, Partition};
 use crate::sinks::positions::Usurper;
 use crate::sinks::{
-    Advance, Claim, Epoch, Error as SinkError, Found, LogPosition, Name, Opened, PassPosition, Position,
+    Advance, Claim, Epoch, Error as SinkError, Found, LogPosition, Name, Opened, OtherLog, PassPosition,
+    Position,
 };
 use crate::stream::Lineage;
 
@@ -82,6 +83,11 @@ const OTHERS: &str = "
 SELECT DISTINCT pipeline, sink FROM headworks_positions
 WHERE log = ?3 AND generation = ?4 AND next_offset IS NOT NULL AND (pipeline <> ?1 OR sink <> ?2)
   AND (table_name IS NULL OR lower(table_name) = lower(?5)) ORDER BY pipeline, sink";
+
+const OTHER_LOGS: &str = "
+SELECT log, max(claimed_at) FROM headworks_positions
+WHERE pipeline = ?1 AND sink = ?2 AND log <> ?3 AND next_offset IS NOT NULL
+  AND (table_name IS NULL OR lower(table_name) = lower(?4)) GROUP BY log ORDER BY max(updated_at) DESC, log";
 
 const POSITIONS_OF: &str = r#"
 SELECT "partition", max(next_offset) FROM headworks_positions
@@ -158,7 +164,8 @@ impl Held {
             let others = statement
                 .query_map(params![claim.pipeline, claim.sink, log, claim.generation, table], name)?
                 .collect::<Result<_>>()?;
-            found = Found { has_rows, others };
+            let other_logs = other_logs(connection, claim, table, OTHER_LOGS)?;
+            found = Found { has_rows, others, other_logs };
         }
         Ok(Ok((Self { claim: claim.clone(), log, epoch }, Opened { epoch, positions, found })))
     }
@@ -214,7 +221,7 @@ pub fn look(
     let mut statement = connection.prepare("SELECT name FROM pragma_table_info('headworks_positions')")?;
     let columns = statement.query_map([], |row| row.get(0))?.collect::<Result<Vec<String>>>()?;
     if columns.is_empty() {
-        return Ok(Ok((Vec::new(), Found { has_rows, others: Vec::new() })));
+        return Ok(Ok((Vec::new(), Found { has_rows, ..Found::default() })));
     }
     let column = |name: &'static str| if columns.iter().any(|known| known == name) { name } else { "NULL" };
     let sql = format!(
@@ -244,7 +251,20 @@ pub fn look(
     let name = |row: &rusqlite::Row<'_>| Ok((row.get(0)?, row.get(1)?));
     let of = params![claim.pipeline, claim.sink, log, claim.generation, table];
     let others = statement.query_map(of, name)?.collect::<Result<_>>()?;
-    Ok(Ok((Vec::new(), Found { has_rows, others })))
+    let sql =
+        OTHER_LOGS.replace("table_name", column("table_name")).replace("claimed_at", column("claimed_at"));
+    let other_logs = other_logs(connection, claim, table, &sql)?;
+    Ok(Ok((Vec::new(), Found { has_rows, others, other_logs })))
+}
+
+/// Returns the other logs of which this claim filled this table, by a form of [`OTHER_LOGS`].
+fn other_logs(connection: &Connection, claim: &Claim, table: &str, sql: &str) -> Result<Vec<OtherLog>> {
+    let mut statement = connection.prepare(sql)?;
+    let other = |row: &rusqlite::Row<'_>| Ok((row.get::<_, String>(0)?, row.get(1)?));
+    let of = params![claim.pipeline, claim.sink, claim.log.to_string(), table];
+    let others = statement.query_map(of, other)?.collect::<Result<Vec<_>>>()?.into_iter();
+    let read = |(log, claimed_at): (String, _)| Some(OtherLog { log: log.parse().ok()?, claimed_at });
+    Ok(others.filter_map(read).collect())
 }
 
 /// Returns the positions, by log and partition, that claims of these names have in these logs.

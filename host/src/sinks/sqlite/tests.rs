@@ -119,7 +119,7 @@ async fn rows_that_a_view_or_a_trigger_puts_elsewhere_count_as_rows() {
         sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.unwrap();
         file.lose_positions().await;
         let error = sink.open(&claim(), Some(opened.epoch)).await.unwrap_err();
-        assert!(matches!(&error, Error::Setup(text) if text.contains("are gone")), "{sql}: {error:?}");
+        assert!(matches!(&error, Error::Choose(text) if text.contains("are gone")), "{sql}: {error:?}");
     }
 }
 

@@ -51,7 +51,7 @@ async fn a_dropped_table_of_positions_is_not_made_again_under_a_running_host() {
     fresh.execute("ALTER TABLE headworks_positions RENAME TO aside").await;
     sink.commit(&rows([message("a", "2")]), &[advance(0, 1, 2)]).await.unwrap_err();
     let error = sink.open(&claim(), held).await.unwrap_err();
-    assert!(matches!(&error, Error::Setup(text) if text.contains("are gone")), "{error:?}");
+    assert!(matches!(&error, Error::Choose(text) if text.contains("are gone")), "{error:?}");
     fresh.execute("ALTER TABLE aside RENAME TO headworks_positions").await;
     assert_eq!(sink.open(&claim(), held).await.unwrap().positions, [position(0, 1)]);
 }
@@ -79,7 +79,7 @@ async fn a_user_that_may_not_read_the_table_does_not_fill_it_again_either() {
     sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.unwrap();
     fresh.execute("TRUNCATE headworks_positions").await;
     let error = sink.open(&claim(), held).await.unwrap_err();
-    assert!(matches!(&error, Error::Setup(text) if text.contains("are gone")), "{error:?}");
+    assert!(matches!(&error, Error::Choose(text) if text.contains("are gone")), "{error:?}");
     drop(sink);
     fresh.execute(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
 }
@@ -177,7 +177,7 @@ async fn a_table_counts_as_filled_unless_it_is_certain_that_it_has_no_rows() {
         sink.commit(&rows([message("a", "1")]), &[advance(0, 0, 1)]).await.unwrap();
         fresh.execute("TRUNCATE headworks_positions").await;
         let error = sink.open(&claim(), Some(opened.epoch)).await.unwrap_err();
-        assert!(matches!(&error, Error::Setup(text) if text.contains("are gone")), "{sql}: {error:?}");
+        assert!(matches!(&error, Error::Choose(text) if text.contains("are gone")), "{sql}: {error:?}");
         assert!(sink.open(&claim(), None).await.unwrap().found.has_rows, "{sql}");
         drop(sink);
         fresh.execute(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
