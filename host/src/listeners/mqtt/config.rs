@@ -1,6 +1,7 @@
 //! The `mqtt:` section of the configuration: where to listen and every bound.
 
 use std::net::SocketAddr;
+use std::num::NonZeroU16;
 use std::time::Duration;
 
 use schemars::JsonSchema;
@@ -38,9 +39,14 @@ pub struct Config {
     /// one more is a protocol error (0x93).
     pub receive_maximum: u16,
     /// QoS 1 and 2 messages in flight: publishes of an MQTT 3.1.1 client that are not
-    /// acknowledged, past which its connection is read no further, and messages sent to a client
-    /// of any version that it has not acknowledged, unless its Receive Maximum is less.
+    /// acknowledged, past which its connection is read no further, and the most that an MQTT 5
+    /// client's Receive Maximum counts for.
     pub inflight_max: u16,
+    /// QoS 1 and 2 messages sent to a client that it has not acknowledged, where the client names
+    /// no Receive Maximum, as MQTT 3.1.1 has none; at most `inflight_max`. A client may take fewer
+    /// than are sent and lose the others: a bridge of Mosquitto takes 20 of QoS 2
+    /// (`max_inflight_messages`). More are faster where answers take long.
+    pub outbound_inflight_max: u16,
     /// Topic aliases that an MQTT 5 client may set; 0 turns them off.
     pub topic_alias_maximum: u16,
     /// Topic aliases that the host uses towards an MQTT 5 client that takes some;
@@ -229,6 +235,7 @@ impl Default for Config {
             partial_packets_bytes_max: ByteSize::mib(256),
             receive_maximum: 1_024,
             inflight_max: 1_024,
+            outbound_inflight_max: 20,
             topic_alias_maximum: 16,
             outbound_topic_alias_maximum: 64,
             connections_max: 100_000,
@@ -260,6 +267,11 @@ impl Default for Config {
 }
 
 impl Config {
+    /// Returns how many QoS 1 and 2 messages a client is sent that it has not acknowledged.
+    pub fn outbound_window(&self, receive_maximum: Option<NonZeroU16>) -> u16 {
+        receive_maximum.map_or(self.outbound_inflight_max, NonZeroU16::get).min(self.inflight_max)
+    }
+
     /// Finds everything that is wrong; reads no file.
     pub fn validate(&self, path: &KeyPath, problems: &mut Problems) {
         for (i, endpoint) in self.listeners.iter().enumerate() {
@@ -281,6 +293,7 @@ impl Config {
         size("partial_packets_bytes_max", partial, self.max_packet_size.0, 1 << 40, problems);
         size("receive_maximum", self.receive_maximum.into(), 1, 65_535, problems);
         size("inflight_max", self.inflight_max.into(), 1, 65_535, problems);
+        size("outbound_inflight_max", self.outbound_inflight_max.into(), 1, 65_535, problems);
         size("topic_alias_maximum", self.topic_alias_maximum.into(), 0, 1_024, problems);
         let outbound = self.outbound_topic_alias_maximum;
         size("outbound_topic_alias_maximum", outbound.into(), 0, 1_024, problems);

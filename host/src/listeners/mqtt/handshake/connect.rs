@@ -149,7 +149,7 @@ fn connect(broker: &Broker, version: Version, whole: &mut [u8], header: usize) -
                 asked.clean = clean;
                 asked.keep_alive_s = connect.keep_alive;
                 asked.expiry_s = if clean { 0 } else { kept_s };
-                asked.window = broker.config.inflight_max;
+                asked.window = broker.config.outbound_window(None);
             }))
         }
         Version::V5 => {
@@ -169,9 +169,7 @@ fn connect(broker: &Broker, version: Version, whole: &mut [u8], header: usize) -
                 asked.clean = clean;
                 asked.keep_alive_s = connect.keep_alive;
                 asked.expiry_s = connect.session_expiry_interval_secs.min(kept_s);
-                asked.window = connect
-                    .receive_max
-                    .map_or(broker.config.inflight_max, |max| max.get().min(broker.config.inflight_max));
+                asked.window = broker.config.outbound_window(connect.receive_max);
                 let max = connect.max_packet_size.map_or(usize::MAX, |max| max.get() as usize);
                 asked.packet_bytes_max = max;
                 asked.tells_reasons = connect.request_problem_info && max >= wire::ACK_BYTES_MAX;

@@ -39,6 +39,35 @@ async fn a_client_that_asks_for_no_local_does_not_hear_itself() {
     host.stop().await;
 }
 
+/// A bridge of Mosquitto that has come back throws away what it is sent over its `max_inflight_messages`.
+#[tokio::test]
+async fn a_client_without_a_receive_maximum_is_sent_a_few_messages_at_a_time() {
+    assert_eq!(Config::default().outbound_inflight_max, 20);
+    let streams = Streams::new(vec![], MemoryStream::new("s", 1));
+    let change = |config: &mut Config| config.outbound_inflight_max = 2;
+    let host = Host::start(streams, MemoryStream::new("broker", 1), change).await;
+    let mut few = host.clean("few").await;
+    let (mut more, _) = host.client(Connect { receive_max: Some(id(3)), ..clean("more") }).await;
+    few.subscribe("t", QOS1).await;
+    more.subscribe("t", QOS1).await;
+    let mut publisher = host.clean("p").await;
+    for packet_id in 1..=4 {
+        publisher.send(publish("t", QoS::AtLeastOnce, packet_id)).await;
+        assert_eq!(publisher.receive().await, puback(packet_id));
+    }
+    for (client, window) in [(&mut few, 2), (&mut more, 3)] {
+        let mut ids = Vec::new();
+        for _ in 0..window {
+            ids.extend(client.received().await.packet_id);
+        }
+        client.nothing_but_ping().await;
+        client.send(puback(ids[0].get())).await;
+        client.received().await;
+        client.nothing_but_ping().await;
+    }
+    host.stop().await;
+}
+
 #[tokio::test]
 async fn a_slow_subscriber_is_bounded_and_disconnected() {
     let streams = Streams::new(vec![], MemoryStream::new("s", 1));
