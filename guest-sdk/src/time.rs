@@ -11,7 +11,8 @@ const DAY_US: i64 = 86_400_000_000;
 /// or nanoseconds, told apart by magnitude: below 10^11 seconds (the year
 /// 5138), below 10^14 milliseconds, below 10^17 microseconds, else nanoseconds.
 /// `number` is a decimal, `1718000000.25`; an exponent is read too, with the
-/// precision of f64. Digits below a microsecond are cut.
+/// precision of f64. Digits below a microsecond are cut. Digits that read as a
+/// calendar date, `20260301` or `20260301120000`, are no such number.
 pub fn parse_number(number: &[u8]) -> Option<i64> {
     let (negative, digits) = match number {
         [b'-', rest @ ..] => (true, rest),
@@ -20,6 +21,9 @@ pub fn parse_number(number: &[u8]) -> Option<i64> {
     let point = digits.iter().position(|&b| b == b'.').unwrap_or(digits.len());
     let (whole, fraction) = (&digits[..point], digits.get(point + 1..).unwrap_or_default());
     if whole.is_empty() || (point < digits.len() && fraction.is_empty()) {
+        return None;
+    }
+    if whole.len() == number.len() && is_calendar(whole) {
         return None;
     }
     let Some(magnitude) = decimal(whole).filter(|_| fraction.iter().all(u8::is_ascii_digit)) else {
@@ -39,6 +43,26 @@ pub fn parse_number(number: &[u8]) -> Option<i64> {
     }
     let us = (magnitude / divisor).checked_mul(scale)?.checked_add(part)?;
     Some(if negative { -us } else { us })
+}
+
+/// Whether a date of the years 1900 to 2199, with or without the time of day, is written without separators:
+/// `20260301`, `202603011200`, `20260301120000`, `20260301120000123`, and `260301120000` of the years 2020 to
+/// 2049. As a number each would be a time that no device means.
+fn is_calendar(digits: &[u8]) -> bool {
+    let is_full = |digits: &[u8]| {
+        let clock = parse_date(digits).map(|(_, rest)| rest);
+        let is_clock = |clock: &[u8]| clock.is_empty() || parse_clock(clock).is_some();
+        matches!(digits, [b'1', b'9', ..] | [b'2', b'0' | b'1', ..]) && clock.is_some_and(is_clock)
+    };
+    match digits.len() {
+        8 | 14 | 17 => is_full(digits),
+        12 => {
+            let mut full = *b"20000000000000";
+            full[2..].copy_from_slice(digits);
+            is_full(digits) || matches!(digits[0], b'2'..=b'4') && is_full(&full)
+        }
+        _ => false,
+    }
 }
 
 fn decimal(digits: &[u8]) -> Option<i64> {
@@ -94,6 +118,14 @@ pub fn parse_text(text: &[u8], zone_minutes: Option<i32>) -> Option<i64> {
         [b' ', zone @ ..] | zone => parse_zone(without_brackets(zone)?)?,
     };
     Some(days * DAY_US + time_us - i64::from(zone) * 60_000_000)
+}
+
+/// Days since 1970 of the date in a text, as it stands: of `2026-03-01`, `20260301`, or a timestamp as
+/// [`parse_text`] reads it, with or without an offset, which does not count. Blanks around it do not either.
+pub fn parse_day(text: &[u8]) -> Option<i64> {
+    let text = text.trim_ascii();
+    let (days, rest) = parse_date(text)?;
+    (rest.is_empty() || parse_text(text, Some(0)).is_some()).then_some(days)
 }
 
 /// Minutes east of UTC of `Z`, `UTC`, `+hh:mm`, `+hhmm`, `+hh`.
@@ -268,6 +300,53 @@ mod tests {
     }
 
     #[test]
+    fn a_date_without_separators_is_no_number() {
+        for date in [
+            "20260301",
+            "19991231",
+            "202603011200",
+            "260301120000",
+            "20260301120000",
+            "20260301235959",
+            "20260301120000123",
+        ] {
+            assert_eq!(parse(date.as_bytes(), Some(0)), None, "{date}");
+        }
+        for (number, us) in [
+            ("20261301", 20_261_301_000_000),
+            ("20260230", 20_260_230_000_000),
+            ("20260301.5", 20_260_301_500_000),
+            ("-20260301", -20_260_301_000_000),
+            ("18000101", 18_000_101_000_000),
+            ("950101120000", 950_101_120_000_000),
+            ("2603011200", 2_603_011_200_000_000),
+            ("20260301250000", 20_260_301_250_000_000),
+        ] {
+            assert_eq!(parse(number.as_bytes(), None), Some(us), "{number}");
+        }
+    }
+
+    #[test]
+    fn the_day_of_a_text_is_the_one_that_it_says() {
+        for text in [
+            "2026-03-01",
+            "20260301",
+            " 2026-03-01 ",
+            "2026-03-01T00:30:00+02:00",
+            "2026-03-01 23:59:59.9-05:00",
+            "2026-03-01T12:00",
+            "20260301T120000Z",
+        ] {
+            assert_eq!(parse_day(text.as_bytes()), Some(20_513), "{text}");
+        }
+        for text in
+            ["", "2026-02-29", "2026-03-01T25:00", "2026-03-01x", "260301", "1772323200", "202603011200"]
+        {
+            assert_eq!(parse_day(text.as_bytes()), None, "{text}");
+        }
+    }
+
+    #[test]
     fn rfc3339_is_read_as_its_section_5_6_allows() {
         let us = 1_718_000_000_123_000;
         for text in [
@@ -344,6 +423,7 @@ mod tests {
         #[test]
         fn no_text_makes_it_panic(text in any::<Vec<u8>>(), like in "[0-9TZ:. +-]{0,30}") {
             parse(&text, Some(0));
+            parse_day(like.as_bytes());
             parse(like.as_bytes(), None);
             parse_zone(like.as_bytes());
         }

@@ -39,7 +39,8 @@ pub struct Column {
     /// What the sink calls it, and the key of the config that has it: for reasons.
     pub called: Called,
     pub(super) unit: Option<Unit>,
-    zone_minutes: Option<i32>,
+    /// Minutes east of UTC of times that do not say their offset.
+    pub zone_minutes: Option<i32>,
     sources: Vec<Source>,
 }
 

@@ -82,6 +82,22 @@ impl<'m> Value<'m> {
         }
     }
 
+    /// Days since 1970: the date as it stands in a text or in digits (`20260301`), else the day in UTC of a time.
+    pub fn day(&self) -> Option<i64> {
+        let written = match *self {
+            Self::Text(text) => time::parse_day(text.as_bytes()),
+            Self::Null | Self::Time(_) | Self::Epoch(_) => None,
+            Self::Json(_) | Self::Payload(_) => {
+                let raw = self.json()?;
+                match raw.as_str() {
+                    Some(text) => time::parse_day(text.as_bytes()),
+                    None => time::parse_day(raw.as_bytes()),
+                }
+            }
+        };
+        written.or_else(|| Some(self.time_us()?.div_euclid(DAY_US)))
+    }
+
     /// Text; what is no JSON string, as it stands in the payload.
     pub fn text(&self) -> Option<Cow<'m, str>> {
         match *self {
@@ -122,6 +138,8 @@ impl<'m> Value<'m> {
         }
     }
 }
+
+const DAY_US: i64 = 86_400_000_000;
 
 /// `2026-02-23 10:00:00.123456Z`
 pub const TIME_BYTES: usize = 27;

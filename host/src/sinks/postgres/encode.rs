@@ -16,7 +16,7 @@ pub const HEADER: [u8; 19] = *b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
 pub const TRAILER: [u8; 2] = (-1_i16).to_be_bytes();
 /// 2000-01-01 in microseconds since 1970: PostgreSQL's own epoch.
 const EPOCH_US: i64 = 946_684_800_000_000;
-const DAY_US: i64 = 86_400_000_000;
+pub const DAY_US: i64 = 86_400_000_000;
 /// From 4714-11-24 BC to the year 294277, in microseconds since 2000 (datatype/timestamp.h).
 const TIMESTAMPS: std::ops::Range<i64> = -211_813_488_000_000_000..9_223_371_331_200_000_000;
 /// The largest field that PostgreSQL takes, MaxAllocSize, less room for headers.
@@ -121,11 +121,12 @@ impl Target {
                 out.put_i64(since.ok_or(Mismatch("a time that PostgreSQL can hold"))?);
             }
             Self::Date => {
-                let us = value.time_us().ok_or(Mismatch("a time"))?;
-                let since = us.checked_sub(EPOCH_US).filter(|since| TIMESTAMPS.contains(since));
-                let days = since.ok_or(Mismatch("a date that PostgreSQL can hold"))?.div_euclid(DAY_US);
+                let days = value.day().ok_or(Mismatch("a date"))? - EPOCH_US / DAY_US;
+                if !TIMESTAMPS.contains(&days.saturating_mul(DAY_US)) {
+                    return Err(Mismatch("a date that PostgreSQL can hold"));
+                }
                 out.put_i32(4);
-                out.put_i32(i32::try_from(days).map_err(|_| Mismatch("a date that PostgreSQL can hold"))?);
+                out.put_i32(days as i32);
             }
             Self::Float4 => {
                 let number = value.f64().ok_or(Mismatch("a number"))? as f32;
@@ -329,6 +330,25 @@ mod tests {
         assert!(put(Target::Text(Length::Any), "a\0b").is_err());
         assert!(put(Target::Timestamp, "-9e21").is_err());
         assert_eq!(put(Target::Bool, "true"), Ok(vec![0, 0, 0, 1, 1]));
+    }
+
+    #[test]
+    fn a_date_is_the_day_as_it_stands() {
+        let day = |days: i32| Ok([[0, 0, 0, 4], days.to_be_bytes()].concat());
+        for (payload, days) in [
+            ("\"2026-03-01\"", 9_556),
+            ("\"20260301\"", 9_556),
+            ("20260301", 9_556),
+            ("\"2026-03-01T00:30:00+02:00\"", 9_556),
+            ("1772323200", 9_556),
+            ("\"1772323199999\"", 9_555),
+            ("0", -10_957),
+        ] {
+            assert_eq!(put(Target::Date, payload), day(days), "{payload}");
+        }
+        assert_eq!(put(Target::Date, "\"2026-02-30\""), Err(Mismatch("a date")));
+        assert_eq!(put(Target::Timestamp, "20260301120000"), Err(Mismatch("a time")));
+        assert!(put(Target::Date, "-9e21").is_err());
     }
 
     #[test]
