@@ -119,7 +119,7 @@ impl Check<'_> {
         self.checked.problems.extend(lacks);
         let columns = Columns::new(&self.config.columns, namespace);
         // Its answer may end the transaction, so it comes last.
-        match Table::read(&self.client, &self.config.table).await {
+        match Table::read(&self.client, &quoted_table(&self.config.table)).await {
             Ok(Some(table)) => self.table(&table, columns, &session, tries_stage).await,
             Ok(None) => self.missing(&columns, &session, was_there).await,
             Err(error) if is_denied(&error) => {
@@ -185,7 +185,7 @@ impl Check<'_> {
             }
             let mut found = Found::default();
             if positions.is_empty() {
-                found.has_rows = schema::has_rows(&self.client, &self.config.table).await?;
+                found.has_rows = schema::has_rows(&self.client, &table).await?;
                 if may_be_read {
                     found.others = positions::others(&self.client, &claim, &table).await?;
                     found.other_logs = positions::other_logs(&self.client, &claim, &table).await?;
@@ -236,6 +236,7 @@ impl Check<'_> {
     ) -> Result<(), tokio_postgres::Error> {
         let name = &self.config.table;
         let on_conflict = self.config.on_conflict.resolved();
+        self.checked.warnings.extend(table.warnings(name));
         let binding = match table.bind(name, &mut columns, on_conflict) {
             Ok(binding) => binding,
             Err(reason) => {
@@ -249,6 +250,12 @@ impl Check<'_> {
                     "on_conflict: ignore has no effect: table {name} has no unique key that a row fills, so no row \
                      meets another"
                 )),
+                _ if table.numbers_keys(|name| columns.columns.iter().any(|column| column.name == *name)) => {
+                    Some(format!(
+                        "on_conflict: ignore has no effect: each unique key of table {name} has a column that the \
+                         table numbers by itself, so no row meets another; add a key of columns that rows fill"
+                    ))
+                }
                 Ignores::AnyKey { of_table: true } => Some(format!(
                     "on_conflict: ignore leaves a row out as well that meets a key which table {name} fills itself, \
                      as after a restore that set its sequence back: ON CONFLICT can name one key, and here rows \
@@ -267,7 +274,7 @@ impl Check<'_> {
                 session.user
             ));
         }
-        let explain = stage::explain(name, &columns, &binding, on_conflict);
+        let explain = stage::explain(&table, &columns, &binding, on_conflict);
         match self.client.batch_execute(&explain).await {
             Ok(()) => {
                 self.checked.found.push(format!("table {name} is there"));
@@ -299,8 +306,8 @@ impl Check<'_> {
         let begin = format!("ROLLBACK; {BEGIN}; {}", settings(self.config));
         self.client.batch_execute(&begin).await?;
         let path = super::table::search_path(&self.client).await?;
-        let sql =
-            stage::create(&self.config.table, columns, binding, self.config.on_conflict.resolved(), &path);
+        let table = quoted_table(&self.config.table);
+        let sql = stage::create(&table, columns, binding, self.config.on_conflict.resolved(), &path);
         let made = self.client.batch_execute(&sql).await;
         self.client.batch_execute("ROLLBACK").await?;
         match made {

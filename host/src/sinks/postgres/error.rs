@@ -48,7 +48,7 @@ fn next(error: &tokio_postgres::Error) -> fn(String) -> Error {
     match of_write(db.code().code()) {
         Kind::Row { certain: true } => Error::Setup,
         Kind::Row { .. } if is_setup_code(db.code().code()) => Error::Setup,
-        Kind::Row { .. } | Kind::Retry | Kind::TooMuch => Error::Retry,
+        Kind::Row { .. } | Kind::Outside | Kind::Retry | Kind::TooMuch => Error::Retry,
     }
 }
 
@@ -59,6 +59,9 @@ pub enum Kind {
     Row {
         certain: bool,
     },
+    /// Something outside of the database failed, such as another server or a file, of which a trigger or a
+    /// foreign table makes use: for all rows, as while that server is down, or for the one that it is about.
+    Outside,
     /// Too many rows at once for a limit of time or memory.
     TooMuch,
     Retry,
@@ -73,8 +76,10 @@ pub fn of_write(code: &str) -> Kind {
         // A standby, after a failover: the url's other host, or this one again, will do.
         // A lock that was not there in time.
         (_, "25006" | "55P03") => Kind::Retry,
-        // Connection, transaction rollback, resources, operator, system, foreign server.
-        ("08" | "25" | "26" | "40" | "53" | "57" | "58" | "HV", _) => Kind::Retry,
+        // Connection (a session that ends has no code), system, foreign server.
+        ("08" | "58" | "HV", _) => Kind::Outside,
+        // Transaction state and rollback, resources, operator.
+        ("25" | "26" | "40" | "53" | "57", _) => Kind::Retry,
         // A sequence at its end, a trigger's function that does not return what it must.
         (_, "2200H" | "2F005" | "39P01") => Kind::Row { certain: false },
         // Not supported, invalid authorization, names and syntax, the state of an object,
@@ -217,8 +222,11 @@ mod tests {
         for code in ["57014", "53200", "53400"] {
             assert_eq!(of_write(code), Kind::TooMuch, "{code}");
         }
-        for code in ["57P01", "40P01", "40001", "53100", "08006", "25006", "55P03"] {
+        for code in ["57P01", "40P01", "40001", "53100", "25006", "55P03"] {
             assert_eq!(of_write(code), Kind::Retry, "{code}");
+        }
+        for code in ["08006", "58P01", "HV00L"] {
+            assert_eq!(of_write(code), Kind::Outside, "{code}");
         }
     }
 }

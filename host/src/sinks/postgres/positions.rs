@@ -171,7 +171,7 @@ pub async fn upgrade(client: &Client) -> Result<Option<String>, Error> {
 }
 
 impl Held {
-    /// Within a transaction that holds [`LOCK`]. `table`: the sink's.
+    /// Within a transaction that holds [`LOCK`]. `table` is the quoted name of the sink's.
     pub async fn claim(
         client: &Client,
         claim: &Claim,

@@ -27,9 +27,9 @@ LIMIT 1";
     Ok(client.query_opt(SQL, &[&name, &schema]).await?.map(|row| row.get(0)))
 }
 
-/// Whether the table is there and has rows, or may have rows that this user does not see, or its
+/// Whether the table of this quoted name is there and has rows, or may have rows that this user does not see, or its
 /// rows are elsewhere; `false` only where it is certain that it has none. Within a transaction.
-pub async fn has_rows(client: &Client, table: &str) -> Result<bool, tokio_postgres::Error> {
+pub async fn has_rows(client: &Client, name: &str) -> Result<bool, tokio_postgres::Error> {
     const TABLE: &str = "
 SELECT oid, relkind IN ('r', 'p') AND has_table_privilege(oid, 'SELECT') AND NOT row_security_active(oid)
 FROM pg_class WHERE oid = to_regclass($1)";
@@ -57,7 +57,6 @@ SELECT bool_or(c.relkind NOT IN ('r', 'p', 'v')
                       AND r.ev_enabled <> 'D')),
        coalesce(sum(pg_relation_size(c.oid)) > 0, false) OR bool_or(n.nspname ~ '^_timescaledb_')
 FROM parts JOIN pg_class c ON c.oid = parts.part JOIN pg_namespace n ON n.oid = c.relnamespace";
-    let name = quoted_table(table);
     let Some(row) = client.query_opt(TABLE, &[&name]).await? else { return Ok(false) };
     let (oid, sees_all): (u32, bool) = (row.get(0), row.get(1));
     let row = client.query_one(PARTS, &[&oid]).await?;

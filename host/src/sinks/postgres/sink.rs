@@ -12,7 +12,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::BytesMut;
@@ -41,6 +41,8 @@ use crate::topic::Namespace;
 
 /// Over the server's own timeouts, for one that does not answer at all.
 const GRACE: Duration = Duration::from_secs(10);
+/// After this time the temporary tables of a session are truncated.
+const TRUNCATE_EVERY: Duration = Duration::from_secs(3_600);
 
 pub struct PostgresSink {
     name: String,
@@ -53,6 +55,8 @@ pub struct PostgresSink {
     /// The last batch had rows that the server rejected: the next one is
     /// isolated at once, for its first try would be in vain.
     isolates: bool,
+    /// Commits in a row that failed outside of the database.
+    outside: u32,
     buffer: BytesMut,
 }
 
@@ -71,7 +75,9 @@ pub struct Session {
     /// Counts the staged rows that later ones of the batch replace.
     pub replaced: Option<Statement>,
     pub check: Statement,
-    /// Quoted, with its schema.
+    /// The table's quoted name, as the config has it.
+    pub name: String,
+    /// The quoted name with its schema of the table that is bound.
     pub table: String,
     /// The `search_path` of the session, as it was when it was opened.
     pub path: String,
@@ -81,6 +87,9 @@ pub struct Session {
     pub stage: Option<Stage>,
     /// Column, schema, table and constraint of errors that are about what a row holds.
     pub of_rows: BTreeSet<[String; 4]>,
+    pub on_conflict: OnConflict,
+    /// Commits in a row that failed outside of the database, those of earlier sessions among them.
+    pub outside: u32,
     /// A transaction that waits for `finish`.
     pub uncommitted: Option<Written>,
 }
@@ -88,6 +97,9 @@ pub struct Session {
 pub struct Stage {
     pub copy: Statement,
     pub isolate: Statement,
+    /// Truncates the temporary tables.
+    truncate: &'static str,
+    truncate_at: Instant,
 }
 
 impl PostgresSink {
@@ -103,6 +115,7 @@ impl PostgresSink {
             blocked,
             session: None,
             isolates: false,
+            outside: 0,
             buffer: BytesMut::new(),
         }
     }
@@ -115,6 +128,13 @@ impl PostgresSink {
     #[cfg(test)]
     pub fn is_staged(&self) -> bool {
         self.session.as_ref().is_some_and(|session| session.binding.staged)
+    }
+
+    /// Lets the time pass after which the temporary tables are truncated.
+    #[cfg(test)]
+    pub fn age_stage(&mut self) {
+        let stage = self.session.as_mut().and_then(|session| session.stage.as_mut());
+        stage.expect("rows went through it").truncate_at = Instant::now();
     }
 
     fn take(&mut self) -> Result<Session, Error> {
@@ -147,13 +167,14 @@ impl PostgresSink {
     ) -> Result<(Session, Opened), Error> {
         let context = self.context();
         let server = |error: tokio_postgres::Error| classify(&context, &error);
-        let backend = begin(&client, None).await.map_err(server)?;
+        let backend = begin(&client, None).await.map_err(server)?.backend;
         client.batch_execute(&settings(&self.config)).await.map_err(server)?;
         if let Err(error) = client.batch_execute(positions::LOCK).await {
             return Err(self.blocked.classify(&context, &error).await);
         }
         self.create_positions(&client, claim, held).await?;
-        let held = Held::claim(&client, claim, held, &holder(), &self.config.table).await;
+        let name = schema::quoted_table(&self.config.table);
+        let held = Held::claim(&client, claim, held, &holder(), &name).await;
         let (held, positions) = match held {
             Ok(claimed) => claimed,
             Err(Refusal::Server(error)) => {
@@ -169,7 +190,9 @@ impl PostgresSink {
         if self.config.create && positions.is_empty() {
             self.create_table(&client).await?;
         }
-        let table = Table::read(&client, &self.config.table).await.map_err(server)?;
+        // Names are resolved anew in each statement, so from here on this one stands for the table.
+        let qualified = table::qualified(&client, &name).await.map_err(server)?;
+        let table = Table::read(&client, &qualified).await.map_err(server)?;
         let table = match table {
             Some(table) => table,
             None => {
@@ -178,28 +201,29 @@ impl PostgresSink {
                 return Err(Error::Setup(format!("{context}: {reason}")));
             }
         };
+        for warning in table.warnings(&self.config.table) {
+            tracing::warn!(sink = self.name, "{warning}");
+        }
         let mut columns = self.columns.clone();
         let binding = table
             .bind(&self.config.table, &mut columns, self.config.on_conflict)
             .map_err(|reason| Error::Setup(format!("{context}: {reason}")))?;
-        let name = schema::quoted_table(&self.config.table);
         let mut found = Found::default();
         if positions.is_empty() {
-            let has_rows = schema::has_rows(&client, &self.config.table).await.map_err(server)?;
-            let others = positions::others(&client, claim, &name).await.map_err(server)?;
-            let other_logs = positions::other_logs(&client, claim, &name).await.map_err(server)?;
+            let has_rows = schema::has_rows(&client, &qualified).await.map_err(server)?;
+            let others = positions::others(&client, claim, &qualified).await.map_err(server)?;
+            let other_logs = positions::other_logs(&client, claim, &qualified).await.map_err(server)?;
             found = Found { has_rows, others, other_logs };
         }
-        held.set_table(&client, &name).await.map_err(server)?;
+        held.set_table(&client, &qualified).await.map_err(server)?;
         let path = table::search_path(&client).await.map_err(server)?;
-        let qualified = table::qualified(&client, &name).await.map_err(server)?;
 
         columns.warn_of_times_without_unit(&self.name);
         let check = client.prepare(&table::check()).await.map_err(server)?;
         let mut replaced = None;
         let (stage, copy, insert) = if binding.staged {
-            let stage = self.stage(&client, &columns, &binding, &path).await?;
-            let insert = stage::insert(&self.config.table, &columns, &binding, self.config.on_conflict);
+            let stage = self.stage(&client, &qualified, &columns, &binding, &path).await?;
+            let insert = stage::insert(&qualified, &columns, &binding, self.config.on_conflict);
             let insert = client.prepare(&insert).await.map_err(server)?;
             if self.config.on_conflict == OnConflict::Upsert {
                 let sql = stage::replaced(&columns, &binding, "headworks_stage");
@@ -208,10 +232,9 @@ impl PostgresSink {
             let copy = stage.copy.clone();
             (Some(stage), copy, Some(insert))
         } else {
-            let create =
-                stage::create(&self.config.table, &columns, &binding, self.config.on_conflict, &path);
+            let create = stage::create(&qualified, &columns, &binding, self.config.on_conflict, &path);
             stage::attempt(&client, &create).await.map_err(|error| self.cannot_stage(&error))?;
-            let copy = format!("COPY {name} ({}) FROM STDIN (FORMAT binary)", column_list(&columns));
+            let copy = format!("COPY {qualified} ({}) FROM STDIN (FORMAT binary)", column_list(&columns));
             (None, client.prepare(&copy).await.map_err(server)?, None)
         };
         // After the statements: they are prepared where the transactions run.
@@ -226,12 +249,15 @@ impl PostgresSink {
             insert,
             replaced,
             check,
+            name,
             table: qualified,
             path,
             columns,
             binding,
             stage,
             of_rows: BTreeSet::new(),
+            on_conflict: self.config.on_conflict,
+            outside: self.outside,
             uncommitted: None,
         };
         let epoch = session.held.epoch;
@@ -242,15 +268,31 @@ impl PostgresSink {
     async fn stage(
         &self,
         client: &Client,
+        table: &str,
         columns: &Columns,
         binding: &Binding,
         path: &str,
     ) -> Result<Stage, Error> {
-        let sql = stage::create(&self.config.table, columns, binding, self.config.on_conflict, path);
+        let sql = stage::create(table, columns, binding, self.config.on_conflict, path);
         client.batch_execute(&sql).await.map_err(|error| self.cannot_stage(&error))?;
         let server = |error: tokio_postgres::Error| classify(&self.context(), &error);
         let copy = client.prepare(stage::COPY).await.map_err(server)?;
-        Ok(Stage { copy, isolate: client.prepare(stage::ISOLATE).await.map_err(server)? })
+        let isolate = client.prepare(stage::ISOLATE).await.map_err(server)?;
+        let truncate =
+            if stage::has_probe(columns, binding) { stage::TRUNCATE_BOTH } else { stage::TRUNCATE };
+        Ok(Stage { copy, isolate, truncate, truncate_at: Instant::now() + TRUNCATE_EVERY })
+    }
+
+    /// Truncates the temporary tables between transactions, where that is due. The server cannot vacuum them, so
+    /// that in a long session they would keep it from reusing transaction ids, until it refuses all transactions.
+    async fn truncate(&self, client: &Client, stage: &mut Stage) -> Result<(), Error> {
+        if Instant::now() < stage.truncate_at {
+            return Ok(());
+        }
+        let truncated = client.batch_execute(stage.truncate).await;
+        truncated.map_err(|error| classify(&self.context(), &error))?;
+        stage.truncate_at = Instant::now() + TRUNCATE_EVERY;
+        Ok(())
     }
 
     fn cannot_stage(&self, error: &tokio_postgres::Error) -> Error {
@@ -272,8 +314,8 @@ impl PostgresSink {
         let change = match known {
             true => positions::upgrade(client).await.map_err(server)?,
             false => {
-                let table = &self.config.table;
-                if held.is_some() && schema::has_rows(client, table).await.map_err(server)? {
+                let table = schema::quoted_table(&self.config.table);
+                if held.is_some() && schema::has_rows(client, &table).await.map_err(server)? {
                     return Err(Error::Choose(format!("{context}: {}", claim.gone())));
                 }
                 Some(positions::CREATE.to_owned())
@@ -387,16 +429,21 @@ impl Sink for PostgresSink {
             return Err(Error::Retry(format!("{}: the last commit was not finished", self.context())));
         }
         let context = self.context();
+        if let Session { client, stage: Some(stage), .. } = &mut session
+            && let Err(error) = self.within(self.truncate(client, stage)).await
+        {
+            return Err(session.explain(error).await);
+        }
         let mut buffer = std::mem::take(&mut self.buffer);
         let mut isolates = self.isolates && !rows.is_empty();
         let outcome = loop {
             if isolates && session.stage.is_none() {
                 let made = async {
                     let server = |error: tokio_postgres::Error| classify(&context, &error);
-                    let Session { client, columns, binding, path, .. } = &session;
-                    let begun = begin(client, Some(path)).await.map_err(server)?;
-                    session.check_backend(&context, begun)?;
-                    let stage = self.stage(client, columns, binding, path).await?;
+                    let Session { client, table, columns, binding, path, .. } = &session;
+                    let begun = session.begin().await.map_err(server)?;
+                    session.check_begun(&context, begun)?;
+                    let stage = self.stage(client, table, columns, binding, path).await?;
                     client.batch_execute("COMMIT").await.map_err(server)?;
                     Ok(stage)
                 };
@@ -412,6 +459,7 @@ impl Sink for PostgresSink {
             }
         };
         self.buffer = buffer;
+        self.outside = session.outside;
         if let (Ok(outcome), false) = (&outcome, rows.is_empty()) {
             // Where nothing was written, the next batch is tried as it is: it shares nothing with this one.
             let by_server = |rejected: &Vec<RefusedRow>| {

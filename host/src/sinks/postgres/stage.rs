@@ -17,7 +17,7 @@ use tokio_postgres::Client;
 
 use super::connect::{text_forms, text_forms_differ};
 use super::encode::Target;
-use super::schema::{literal, quoted, quoted_table};
+use super::schema::{literal, quoted};
 use super::table::{Binding, Bound, Ignores, column_list};
 use crate::sinks::columns::{Column, Columns};
 use crate::sinks::config::OnConflict;
@@ -32,6 +32,10 @@ pub const ISOLATE: &str = "SELECT * FROM pg_temp.headworks_isolate()";
 
 /// Copies to the staging table, whose first column is the row's number.
 pub const COPY: &str = "COPY headworks_stage FROM STDIN (FORMAT binary)";
+
+/// Truncates the temporary tables of [`create`]: the one of [`probe`] too, where there is one.
+pub const TRUNCATE: &str = "TRUNCATE pg_temp.headworks_stage";
+pub const TRUNCATE_BOTH: &str = "TRUNCATE pg_temp.headworks_stage, pg_temp.headworks_probe";
 
 /// Begins the reason where the server does not let the staging table and its function be made.
 pub const CANNOT: &str =
@@ -77,7 +81,8 @@ pub async fn attempt(client: &Client, create: &str) -> Result<(), tokio_postgres
     client.batch_execute(&sql).await
 }
 
-/// What makes the staging table and the function of this session.
+/// Returns what makes the staging table and the function of this session. `table` is the quoted name of the
+/// sink's table, with its schema: SQL within the function is resolved anew in each transaction.
 ///
 /// The deferred constraints of each subtransaction are checked at its end, after the triggers
 /// that its rows fire, as COMMIT would check them. `of_time` is the column of times that
@@ -114,7 +119,6 @@ pub fn create(
         }
         OnConflict::Reject | OnConflict::Ignore | OnConflict::Auto => "0".to_owned(),
     };
-    // Concerns every row, not this one: no connection, lock, room, time, a sequence at its end.
     let (probe_table, probe) = probe(columns, binding);
     let diagnostics = format!(
         "GET STACKED DIAGNOSTICS code = RETURNED_SQLSTATE, message = MESSAGE_TEXT,
@@ -128,8 +132,8 @@ pub fn create(
                     END IF",
         partition_key(table, columns)
     );
-    let passing =
-        "left(SQLSTATE, 2) IN ('08', '40', '53', '57', '58', 'HV') OR SQLSTATE IN ('55P03', '2200H')";
+    // Concerns every row, not this one: a lock, room, time, a sequence at its end.
+    let passing = "left(SQLSTATE, 2) IN ('40', '53', '57') OR SQLSTATE IN ('55P03', '2200H')";
     format!(
         "CREATE TEMPORARY TABLE headworks_stage (n INTEGER, {fields}) ON COMMIT DELETE ROWS;
 {probe_table}CREATE TEMPORARY SEQUENCE headworks_count CACHE 1000000;
@@ -244,8 +248,9 @@ $headworks$",
 }
 
 /// Finds the column of times in the partition key of the table `of_table`, which is the one
-/// that a row fits no partition of, and whether the sink's table fills that key by itself, as
-/// `created_at TIMESTAMPTZ DEFAULT now()`. Columns within an expression are in `pg_depend` alone.
+/// that a row fits no partition of, and whether that is the sink's table and fills the key by itself, as
+/// `created_at TIMESTAMPTZ DEFAULT now()`. A missing partition of a partition concerns the rows of that one
+/// alone. Columns within an expression are in `pg_depend` alone.
 fn partition_key(table: &str, columns: &Columns) -> String {
     let names = |of: &mut dyn Iterator<Item = &Column>| {
         let names: Vec<String> = of.map(|column| literal(&column.name)).collect();
@@ -253,13 +258,7 @@ fn partition_key(table: &str, columns: &Columns) -> String {
     };
     format!(
         "SELECT min(a.attname::text) FILTER (WHERE a.attname = ANY ({times})),
-                               bool_and(a.attname <> ALL ({filled}) AND c.oid IN (
-                                   WITH RECURSIVE below AS (
-                                       SELECT to_regclass({table})::oid AS oid
-                                       UNION ALL
-                                       SELECT i.inhrelid FROM below AS b JOIN pg_inherits AS i ON i.inhparent = b.oid
-                                   )
-                                   SELECT oid FROM below))
+                               bool_and(a.attname <> ALL ({filled}) AND c.oid = to_regclass({table})::oid)
                         INTO of_time, of_default
                         FROM pg_class AS c JOIN pg_namespace AS s ON s.oid = c.relnamespace
                         JOIN pg_partitioned_table AS p ON p.partrelid = c.oid
@@ -272,9 +271,19 @@ fn partition_key(table: &str, columns: &Columns) -> String {
                               AND d.deptype = 'i'));",
         times = names(&mut columns.columns.iter().filter(|column| column.is_time())),
         filled = names(&mut columns.columns.iter()),
-        table = literal(&quoted_table(table)),
+        table = literal(table),
     )
 }
+
+/// Whether [`create`] makes a table for probes.
+pub fn has_probe(columns: &Columns, binding: &Binding) -> bool {
+    !probe(columns, binding).0.is_empty()
+}
+
+/// Ends a probe that found nothing, and is caught at once: what a function of a default or a cast has written
+/// meanwhile is taken back with the probe.
+const TAKE_BACK: &str = "RAISE EXCEPTION USING ERRCODE = 'HWPRB';";
+const TAKEN_BACK: &str = "HWPRB";
 
 /// A table of the columns whose values the server converts or measures, and of those that the table
 /// fills itself, and what finds out which of them rejects the row `staged[at]`: errors of class 22 (data
@@ -291,7 +300,9 @@ fn probe(columns: &Columns, binding: &Binding) -> (String, String) {
                         BEGIN
                             INSERT INTO headworks_probe (c{i})
                             SELECT {} FROM headworks_stage WHERE ctid = staged[at];
-                        EXCEPTION WHEN data_exception THEN
+                            {TAKE_BACK}
+                        EXCEPTION WHEN SQLSTATE '{TAKEN_BACK}' THEN NULL;
+                        WHEN data_exception THEN
                             of_column := {};
                         END;
                         END IF;
@@ -306,7 +317,9 @@ fn probe(columns: &Columns, binding: &Binding) -> (String, String) {
             "IF of_column = '' THEN
                         BEGIN
                             INSERT INTO headworks_probe (d{i}) VALUES ({});
-                        EXCEPTION WHEN OTHERS THEN
+                            {TAKE_BACK}
+                        EXCEPTION WHEN SQLSTATE '{TAKEN_BACK}' THEN NULL;
+                        WHEN OTHERS THEN
                             -- Any other may be of this look alone: the user may not use what the default names.
                             IF SQLSTATE = code THEN
                                 of_column := {};
@@ -322,8 +335,7 @@ fn probe(columns: &Columns, binding: &Binding) -> (String, String) {
     if fields.is_empty() {
         return (String::new(), String::new());
     }
-    let table =
-        format!("CREATE TEMPORARY TABLE headworks_probe ({}) ON COMMIT DELETE ROWS;\n", fields.join(", "));
+    let table = format!("CREATE TEMPORARY TABLE headworks_probe ({});\n", fields.join(", "));
     (table, format!("IF left(code, 2) = '22' THEN\n                        {probes}END IF;"))
 }
 
@@ -340,7 +352,7 @@ fn value(binding: &Binding, i: usize) -> String {
     }
 }
 
-/// Takes all staged rows on.
+/// Returns the INSERT that takes all staged rows on to the table of the quoted name `table`.
 pub fn insert(table: &str, columns: &Columns, binding: &Binding, on_conflict: OnConflict) -> String {
     let from = match on_conflict {
         OnConflict::Upsert => "headworks_stage",
@@ -397,7 +409,7 @@ fn insert_of(
         values = (0..values.len()).map(|i| format!("v{i}")).collect();
         values[0] = "CASE WHEN nextval('pg_temp.headworks_count') > 0 THEN v0 END".to_owned();
     }
-    let (table, list, values) = (quoted_table(table), column_list(columns), values.join(", "));
+    let (list, values) = (column_list(columns), values.join(", "));
     // As COPY does in any case.
     let overrides = binding.columns.iter().any(|of| of.is_always_identity);
     let overriding = if overrides { " OVERRIDING SYSTEM VALUE" } else { "" };

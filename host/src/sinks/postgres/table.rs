@@ -3,7 +3,7 @@
 use tokio_postgres::{Client, Row};
 
 use super::encode::{Length, Target};
-use super::schema::{quoted, quoted_table};
+use super::schema::quoted;
 use crate::sinks::columns::{Columns, Kind};
 use crate::sinks::config::OnConflict;
 
@@ -31,6 +31,10 @@ struct Writing {
     /// The database's encoding lacks characters, so text is staged as bytes: what cannot be
     /// converted is then one row's error, and not that of COPY.
     text_as_bytes: bool,
+    /// The table or a partition of it is a foreign table.
+    is_foreign: bool,
+    /// The table or a partition of it is UNLOGGED.
+    is_unlogged: bool,
 }
 
 /// A unique key, or an exclusion constraint.
@@ -38,7 +42,7 @@ struct Key {
     name: String,
     /// Checked with each row, not at the end of a statement or transaction.
     is_immediate: bool,
-    /// An expression has no name.
+    /// Those of its predicate are among them: they decide whether a row meets the key. An expression has no name.
     columns: Vec<Option<String>>,
     /// ON CONFLICT can name it by its columns.
     is_plain: bool,
@@ -99,7 +103,7 @@ pub struct Binding {
 
 /// The keys of a table at which a row may meet another for what it holds. At the others a row meets
 /// another where a default of the table gave both the same: it is not there already.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ignores {
     /// None is of the row.
     Nothing,
@@ -159,7 +163,13 @@ SELECT array_agg(a.attname::text),
            AND i.indpred IS NULL AND i.indexprs IS NULL,
        i.indexrelid::regclass::text, i.indimmediate
 FROM tables t JOIN pg_index i ON i.indrelid = t.oid
-CROSS JOIN LATERAL unnest(i.indkey[0:i.indnkeyatts - 1]) AS k (attnum)
+CROSS JOIN LATERAL (
+    SELECT unnest(i.indkey[0:i.indnkeyatts - 1])::integer
+    UNION
+    SELECT d.refobjsubid FROM pg_depend d
+    WHERE i.indpred IS NOT NULL AND d.classid = 'pg_class'::regclass AND d.objid = i.indexrelid
+      AND d.refclassid = d.classid AND d.refobjid = i.indrelid AND d.refobjsubid > 0
+) AS k (attnum)
 LEFT JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum AND k.attnum <> 0
 WHERE (i.indisunique OR i.indisexclusion)
   AND (t.is_root OR NOT EXISTS (SELECT FROM pg_inherits h WHERE h.inhrelid = i.indexrelid))
@@ -179,7 +189,9 @@ SELECT c.relkind = 'v' OR row_security_active(c.oid) OR coalesce(rules.events LI
                AND t.tgtype & 7 = 7 AND t.tgenabled <> 'D' AND NOT t.tgisinternal),
        row_security_active(c.oid)
            OR EXISTS (SELECT FROM pg_class p WHERE p.oid IN (SELECT oid FROM tables) AND p.relkind NOT IN ('r', 'p')),
-       current_setting('server_encoding') NOT IN ('UTF8', 'SQL_ASCII')
+       current_setting('server_encoding') NOT IN ('UTF8', 'SQL_ASCII'),
+       EXISTS (SELECT FROM pg_class p WHERE p.oid IN (SELECT oid FROM tables) AND p.relkind = 'f'),
+       EXISTS (SELECT FROM pg_class p WHERE p.oid IN (SELECT oid FROM tables) AND p.relpersistence = 'u')
 FROM pg_class c CROSS JOIN LATERAL (
     SELECT string_agg(r.ev_type::text, '') FROM pg_rewrite r
     WHERE r.ev_class = c.oid AND r.ev_type IN ('2', '3') AND r.ev_enabled IN ('O', 'A')
@@ -189,11 +201,11 @@ WHERE c.oid = to_regclass($1)::oid";
 /// One text for all that a binding relies on. A rename that puts another table
 /// in this one's place changes the oid.
 const FINGERPRINT: &str = "
-SELECT concat_ws('|', c.oid, c.relkind, c.relrowsecurity,
+SELECT concat_ws('|', c.oid, c.relkind, c.relrowsecurity, c.relforcerowsecurity,
     (SELECT string_agg(concat_ws(':', a.attnum, a.attname, a.atttypid, a.atttypmod, a.attnotnull, a.atthasdef,
                                  a.attidentity), ',' ORDER BY a.attnum)
      FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
-    (SELECT string_agg(concat_ws(':', i.indkey, i.indimmediate, i.indisvalid), ',' ORDER BY i.indexrelid)
+    (SELECT string_agg(concat_ws(':', i.indexrelid, i.indimmediate, i.indisvalid), ',' ORDER BY i.indexrelid)
      FROM pg_index i WHERE i.indrelid = c.oid AND (i.indisunique OR i.indisexclusion)),
     CASE WHEN c.relhasrules THEN
         (SELECT string_agg(concat_ws(':', r.oid, r.ev_enabled), ',' ORDER BY r.oid)
@@ -205,40 +217,76 @@ SELECT concat_ws('|', c.oid, c.relkind, c.relrowsecurity,
     END)
 FROM pg_class c WHERE c.oid = to_regclass($1)::oid";
 
-/// Whether a constraint ($4), else NOT NULL of a column ($5), of a table ($2, $3) concerns only columns that
-/// the sink's table ($1) fills itself and alike for every row, because they are not among $6: none is computed
-/// of others or drawn anew for each row, as `random()` is, and no trigger can set them from what the row holds.
+/// Whether a constraint ($4), else NOT NULL of a column ($5), of a table ($2, $3) concerns every row of the sink's
+/// table ($1) alike: the sink's table itself has it, and it is about columns alone that this fills by itself and alike
+/// for every row, because they are not among $6. None of them is computed of others or drawn anew for each row, as
+/// `random()` is, and no trigger can set them from what the row holds.
+///
+/// What a partition has for itself concerns the rows of that partition; what it has from the sink's table is looked up
+/// there, as are defaults, for those of a partition do not count for rows that come through its parent. The columns
+/// that the predicate of an index names decide whether a row meets it, so they count as its key's. A sequence fills its
+/// column alike for every row where the constraint is a key, or where its number is all of the default:
+/// `nextval('s') % 5` fails a CHECK for one row and not for the next.
 pub const FILLED_BY_TABLE: &str = "
 WITH RECURSIVE tables AS (
-    SELECT to_regclass($1)::oid AS oid
+    SELECT to_regclass($1)::oid AS oid, true AS is_root
     UNION ALL
-    SELECT h.inhrelid FROM tables t JOIN pg_inherits h ON h.inhparent = t.oid
+    SELECT h.inhrelid, false FROM tables t JOIN pg_inherits h ON h.inhparent = t.oid
 ),
+root AS (SELECT oid FROM tables WHERE is_root),
 of_error AS (
     SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE n.nspname = $2 AND c.relname = $3 AND c.oid IN (SELECT oid FROM tables)
 ),
-keys AS (
-    SELECT unnest(k.conkey) AS attnum FROM pg_constraint k JOIN of_error e ON e.oid = k.conrelid WHERE k.conname = $4
+constraints AS (
+    SELECT k.oid, k.contype FROM pg_constraint k JOIN of_error e ON e.oid = k.conrelid WHERE k.conname = $4
     UNION
-    SELECT unnest(i.indkey) FROM pg_index i JOIN of_error e ON e.oid = i.indrelid
+    SELECT p.oid, p.contype FROM constraints c JOIN pg_constraint k ON k.oid = c.oid
+    JOIN pg_constraint p ON p.oid = k.conparentid
+        OR k.contype = 'c' AND p.contype = 'c' AND p.conname = k.conname AND p.conrelid = (SELECT oid FROM root)
+),
+indexes AS (
+    SELECT i.indexrelid FROM pg_index i JOIN of_error e ON e.oid = i.indrelid
     JOIN pg_class c ON c.oid = i.indexrelid WHERE c.relname = $4
     UNION
-    SELECT a.attnum FROM pg_attribute a JOIN of_error e ON e.oid = a.attrelid WHERE $4 = '' AND a.attname = $5
+    SELECT h.inhparent FROM indexes x JOIN pg_inherits h ON h.inhrelid = x.indexrelid
+),
+of_root AS (SELECT i.* FROM pg_index i JOIN indexes x ON x.indexrelid = i.indexrelid JOIN root r ON r.oid = i.indrelid),
+keys AS (
+    SELECT unnest(k.conkey)::integer AS attnum, k.contype IN ('p', 'u', 'x') AS is_key
+    FROM constraints c JOIN pg_constraint k ON k.oid = c.oid JOIN root r ON r.oid = k.conrelid
+    UNION
+    SELECT unnest(i.indkey[0:i.indnkeyatts - 1]), true FROM of_root i
+    UNION
+    SELECT d.refobjsubid, true FROM of_root i JOIN pg_depend d
+        ON d.classid = 'pg_class'::regclass AND d.objid = i.indexrelid AND d.refclassid = d.classid
+        AND d.refobjid = i.indrelid AND d.refobjsubid > 0
+    WHERE i.indpred IS NOT NULL
+    UNION
+    SELECT a.attnum, false FROM pg_attribute a JOIN root r ON r.oid = a.attrelid CROSS JOIN of_error
+    WHERE $4 = '' AND a.attname = $5 AND a.attnotnull
 )
-SELECT coalesce(bool_and(coalesce(a.attname <> ALL ($6) AND a.attgenerated = '' AND NOT varies.volatile, false)), false)
+SELECT coalesce(bool_and(coalesce(a.attname <> ALL ($6) AND a.attgenerated = '' AND NOT varies.is_anew, false)), false)
        AND NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid IN (SELECT oid FROM tables)
                        AND t.tgtype & 20 <> 0 AND t.tgenabled <> 'D' AND NOT t.tgisinternal)
-FROM keys k CROSS JOIN of_error e
-LEFT JOIN pg_attribute a ON a.attrelid = e.oid AND a.attnum = k.attnum
+FROM keys k CROSS JOIN root r
+LEFT JOIN pg_attribute a ON a.attrelid = r.oid AND a.attnum = k.attnum
 LEFT JOIN pg_type declared ON declared.oid = a.atttypid
 LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
 CROSS JOIN LATERAL (
+    SELECT coalesce(pg_get_expr(d.adbin, d.adrelid), pg_get_expr(declared.typdefaultbin, 0)) AS text
+) AS filled
+CROSS JOIN LATERAL (
     SELECT EXISTS (
-        SELECT FROM regexp_matches(coalesce(pg_get_expr(d.adbin, d.adrelid), pg_get_expr(declared.typdefaultbin, 0)),
-                                   '([^ ().\"]+)\"?[(]', 'g') AS called (name)
-        JOIN pg_proc p ON p.proname = called.name[1]
-        WHERE p.provolatile = 'v' AND p.proname <> 'nextval') AS volatile
+        SELECT FROM regexp_matches(filled.text, '([^ ().\"]+)\"?[(]', 'g') AS called (name)
+        JOIN pg_proc p ON p.proname = called.name[1] AND p.pronamespace = 'pg_catalog'::regnamespace
+        WHERE p.provolatile = 'v'
+          AND (p.proname <> 'nextval' OR NOT k.is_key AND filled.text !~ '^nextval[(][^()]*[)]$'))
+    OR EXISTS (
+        SELECT FROM pg_depend u JOIN pg_proc p ON u.refclassid = 'pg_proc'::regclass AND p.oid = u.refobjid
+        WHERE p.provolatile = 'v'
+          AND CASE WHEN d.oid IS NULL THEN u.classid = 'pg_type'::regclass AND u.objid = declared.oid
+              ELSE u.classid = 'pg_attrdef'::regclass AND u.objid = d.oid END) AS is_anew
 ) AS varies";
 
 /// Fails with a division by zero where the fingerprint ($2) is another one.
@@ -251,7 +299,8 @@ pub async fn search_path(client: &Client) -> Result<String, tokio_postgres::Erro
     Ok(client.query_one("SELECT current_setting('search_path')", &[]).await?.get(0))
 }
 
-/// Returns a table's quoted name with its schema, which holds whatever a trigger sets `search_path` to.
+/// Returns the quoted name with its schema of the table that `name` means now. It means the same table whatever
+/// `search_path` is, and whatever tables other schemas get.
 pub async fn qualified(client: &Client, name: &str) -> Result<String, tokio_postgres::Error> {
     const SQL: &str = "
 SELECT format('%I.%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -267,10 +316,9 @@ pub async fn fingerprint(client: &Client, name: &str) -> Result<Option<String>, 
 }
 
 impl Table {
-    /// `None` where there is no such table.
-    pub async fn read(client: &Client, table: &str) -> Result<Option<Self>, tokio_postgres::Error> {
-        let name = quoted_table(table);
-        let Some(fingerprint) = fingerprint(client, &name).await? else { return Ok(None) };
+    /// Reads the table of this quoted name; `None` where there is none.
+    pub async fn read(client: &Client, name: &str) -> Result<Option<Self>, tokio_postgres::Error> {
+        let Some(fingerprint) = fingerprint(client, name).await? else { return Ok(None) };
         let columns = client.query(COLUMNS, &[&name]).await?;
         let columns = columns
             .iter()
@@ -304,8 +352,30 @@ impl Table {
             has_triggers: row.get(2),
             takes_any_key: row.get(3),
             text_as_bytes: row.get(4),
+            is_foreign: row.get(5),
+            is_unlogged: row.get(6),
         };
         Ok(Some(Self { columns, keys, writing, fingerprint }))
+    }
+
+    /// Returns what keeps rows of the table from being there exactly once.
+    pub fn warnings(&self, table: &str) -> Vec<String> {
+        let mut warnings = Vec::new();
+        if self.writing.is_foreign {
+            warnings.push(format!(
+                "table {table} is a foreign table, or has a partition that is one: the foreign server \
+                 commits rows before the position is committed here, so rows are written twice where this \
+                 server fails between the two; let a sink of its own write to that server"
+            ));
+        }
+        if self.writing.is_unlogged {
+            warnings.push(format!(
+                "table {table} is UNLOGGED, or has a partition that is: PostgreSQL empties it after a \
+                 crash of the server, and the rows are not written again, because positions stay; run \
+                 ALTER TABLE … SET LOGGED for each of them"
+            ));
+        }
+        warnings
     }
 
     /// How each column is written. Takes over what the table knows better:
@@ -328,6 +398,9 @@ impl Table {
             };
             let of = known.bound(self.writing.text_as_bytes);
             column.kind = of.target.kind();
+            if of.target == Target::Date {
+                column.zone_minutes = None;
+            }
             if column.holds_time() && matches!(of.target, Target::Int2 | Target::Int4) {
                 return Err(format!(
                     "column \"{}\" of table {table} is {}, which cannot hold a time: make it timestamptz, or bigint",
@@ -389,7 +462,22 @@ impl Table {
         Ok(Binding { columns: bound, staged, has_rules, key, ignores, defaults, fingerprint })
     }
 
-    fn ignores(&self, is_filled: impl Fn(&String) -> bool) -> Ignores {
+    /// Whether each key has a column that the table numbers by itself, so that no row meets another.
+    pub fn numbers_keys(&self, is_filled: impl Fn(&String) -> bool) -> bool {
+        let is_numbered = |known: &TableColumn| match &known.default {
+            Some(default) => default.starts_with("nextval("),
+            None => known.has_default && !known.is_generated,
+        };
+        let is_numbered = |name: &&String| {
+            !is_filled(name) && self.columns.iter().any(|known| known.name == **name && is_numbered(known))
+        };
+        let has_number = |key: &Key| key.columns.iter().flatten().any(|name| is_numbered(&name));
+        !self.keys.is_empty() && self.keys.iter().all(has_number)
+    }
+
+    /// Which keys a row is left out for with `on_conflict: ignore`. `is_filled` says of a column's name whether
+    /// the sink fills it.
+    pub fn ignores(&self, is_filled: impl Fn(&String) -> bool) -> Ignores {
         let is_generated = |name: &String| self.columns.iter().any(|of| of.name == *name && of.is_generated);
         let is_of_row =
             |name: &Option<String>| name.as_ref().is_none_or(|name| is_filled(name) || is_generated(name));
@@ -399,7 +487,7 @@ impl Table {
         match of_row[..] {
             _ if takes_any_key => Ignores::AnyKey { of_table: false },
             [] if !has_triggers || of_table.is_empty() => Ignores::Nothing,
-            [key] if key.is_plain && !of_table.is_empty() => {
+            [key] if key.is_plain && !of_table.is_empty() && !has_triggers => {
                 Ignores::Key(key.columns.iter().flatten().cloned().collect())
             }
             _ => Ignores::AnyKey { of_table: !of_table.is_empty() },

@@ -12,13 +12,17 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, CopyInSink, Row, SimpleQueryMessage};
 
 use super::connect::text_forms;
-use super::encode::{HEADER, TRAILER, Target};
+use super::encode::{DAY_US, HEADER, TRAILER, Target};
 use super::error::{self, Kind, classify, describe, is_end};
 use super::schema::literal;
 use super::sink::Session;
-use super::table;
-use crate::sinks::{Advance, Error, Outcome, RefusedRow, Rows, Written};
+use super::table::{self, Table};
+use crate::sinks::{Advance, Error, OnConflict, Outcome, RefusedRow, Rows, Written};
 
+/// Commits in a row that fail outside of the database ([`Kind::Outside`]) before a row can be the cause.
+const OUTSIDE_TRIES: u32 = 3;
+/// Constraints that are remembered to be about what a row holds.
+const OF_ROWS_MAX: usize = 1_000;
 /// Bytes that are encoded before they go to the server.
 const CHUNK_BYTES: usize = 64 << 10;
 /// A row that was received longer ago than this does not wait for its partition any more.
@@ -72,7 +76,7 @@ impl Session {
     ) -> Result<Tried, Error> {
         let server = |error: tokio_postgres::Error| classify(context, &error);
         let client = &self.client;
-        let begun = begin(client, Some(&self.path));
+        let begun = self.begin();
         let moved = async {
             match advance {
                 [] => Ok(0),
@@ -81,7 +85,7 @@ impl Session {
         };
         if rows.is_empty() {
             let (begun, moved) = join(begun, moved).await;
-            self.check_backend(context, begun.map_err(server)?)?;
+            self.check_begun(context, begun.map_err(server)?)?;
             let moved = match moved {
                 Ok(moved) => moved,
                 Err(error) => return Err(self.blocked.classify(context, &error).await),
@@ -99,7 +103,7 @@ impl Session {
         // Polled in this order, so sent in this order.
         let (begun, moved, copy) = join3(begun, moved, client.copy_in(copy)).await;
         // Before any row: elsewhere, the statements of these names are another client's.
-        self.check_backend(context, begun.map_err(server)?)?;
+        self.check_begun(context, begun.map_err(server)?)?;
         let moved = match moved {
             Ok(moved) => moved,
             Err(error) => return Err(self.blocked.classify(context, &error).await),
@@ -118,10 +122,13 @@ impl Session {
             Err(failure) => return self.failed(context, failure, rows, isolates).await,
         };
         let (rejected, total) = match sent.isolated {
-            None => (sent.rejected, sent.written),
+            None => {
+                self.outside = 0;
+                (sent.rejected, sent.written)
+            }
             Some(isolated) => {
-                let outcome = match self.of_the_table(&isolated).await.map_err(server)? {
-                    Some(reason) => Err(Isolated::Setup(reason)),
+                let outcome = match self.why_all_wait(&isolated).await.map_err(server)? {
+                    Some(reason) => Err(reason),
                     None => self.isolated(rows, sent.rejected, &isolated),
                 };
                 match outcome {
@@ -154,15 +161,29 @@ impl Session {
         }
     }
 
-    /// `backend` is the server's process in this transaction.
-    pub fn check_backend(&self, context: &str, backend: i32) -> Result<(), Error> {
-        if backend == self.backend {
-            return Ok(());
+    /// Begins a transaction of this session.
+    pub async fn begin(&self) -> Result<Begun, tokio_postgres::Error> {
+        begin(&self.client, Some(self)).await
+    }
+
+    /// Checks that a transaction is in the server's process that the statements were prepared in, and that the
+    /// config's name still means the table that is bound: another one may have come in a schema that is
+    /// searched before.
+    pub fn check_begun(&self, context: &str, begun: Begun) -> Result<(), Error> {
+        let (own, backend) = (self.backend, begun.backend);
+        if backend != own {
+            let pooler = error::POOLER;
+            return Err(Error::Setup(format!(
+                "{context}: the server's process changes between transactions, from {own} to {backend}: {pooler}"
+            )));
         }
-        let (own, pooler) = (self.backend, error::POOLER);
-        Err(Error::Setup(format!(
-            "{context}: the server's process changes between transactions, from {own} to {backend}: {pooler}"
-        )))
+        if !begun.means_table {
+            let (name, table) = (&self.name, &self.table);
+            return Err(Error::Retry(format!(
+                "{context}: {name} no longer means {table}: opening the sink again"
+            )));
+        }
+        Ok(())
     }
 
     /// Rows, what takes them on from the staging table, the check of the table
@@ -252,13 +273,13 @@ impl Session {
 
     /// After a transaction that did not end well: what to do about it.
     async fn failed(
-        &self,
+        &mut self,
         context: &str,
         failure: Failure,
         rows: &Rows,
         isolates: bool,
     ) -> Result<Tried, Error> {
-        let changed = || Error::Retry(format!("{context}: the table has changed: opening the sink again"));
+        let changed = || Isolated::Changed.within(context);
         let (error, is_over) = match failure {
             Failure::Changed => return Err(changed()),
             Failure::Write(error) => (error, false),
@@ -280,7 +301,12 @@ impl Session {
                 Err(Error::Doubtful { context: context.to_owned(), reason: describe(&error) })
             }
             Kind::TooMuch => Err(Error::TooMuch(reason())),
-            Kind::Retry => Err(self.blocked.classify(context, &error).await),
+            // The rows of the next try are the same ones; by then whatever failed may be back.
+            Kind::Outside if !isolates => {
+                self.outside += 1;
+                if self.outside < OUTSIDE_TRIES { Err(Error::Retry(reason())) } else { Ok(Tried::Isolate) }
+            }
+            Kind::Outside | Kind::Retry => Err(self.blocked.classify(context, &error).await),
             Kind::Row { .. } => {
                 let now = table::fingerprint(&self.client, &self.table).await.map_err(server)?;
                 if now.as_ref() != Some(&self.binding.fingerprint) {
@@ -290,6 +316,31 @@ impl Session {
                 if isolates { Err(Error::Setup(reason())) } else { Ok(Tried::Isolate) }
             }
         }
+    }
+
+    /// Returns why no row is rejected that `headworks_isolate` returned.
+    async fn why_all_wait(&mut self, isolated: &[Row]) -> Result<Option<Isolated>, tokio_postgres::Error> {
+        if self.ignores_otherwise(isolated).await? {
+            return Ok(Some(Isolated::Changed));
+        }
+        Ok(self.of_the_table(isolated).await?.map(Isolated::Setup))
+    }
+
+    /// Whether `on_conflict: ignore` goes by other keys by now than the binding does. Asked where a row met a key,
+    /// and for errors that may be of ON CONFLICT itself: what partitions have of keys and triggers is not in the
+    /// fingerprint, because there may be thousands of them, and each transaction compares it.
+    async fn ignores_otherwise(&self, isolated: &[Row]) -> Result<bool, tokio_postgres::Error> {
+        let may_be_by_key = |row: &Row| match row.get::<_, Option<&str>>(2) {
+            Some("23505" | "23P01") => true,
+            Some(code) => error::of_write(code) == Kind::Row { certain: false },
+            None => false,
+        };
+        if self.on_conflict != OnConflict::Ignore || !isolated.iter().any(may_be_by_key) {
+            return Ok(false);
+        }
+        let table = Table::read(&self.client, &self.table).await?;
+        let is_filled = |name: &String| self.columns.columns.iter().any(|column| column.name == *name);
+        Ok(table.is_none_or(|table| table.ignores(is_filled) != self.binding.ignores))
     }
 
     /// Returns why all rows wait, where a row was rejected for a column that the table fills itself, by a
@@ -309,6 +360,10 @@ impl Session {
             if self.client.query_one(table::FILLED_BY_TABLE, &parameters).await?.get(0) {
                 return Ok(Some(format!("{}: {MEND_DEFAULT}", reason(row))));
             }
+            // A trigger may name what a row holds.
+            if self.of_rows.len() >= OF_ROWS_MAX {
+                self.of_rows.clear();
+            }
             self.of_rows.insert(of);
         }
         Ok(None)
@@ -316,7 +371,7 @@ impl Session {
 
     /// Rejected rows, and how many were written, of what `headworks_isolate` returned.
     fn isolated(
-        &self,
+        &mut self,
         rows: &Rows,
         mut rejected: Vec<RefusedRow>,
         isolated: &[Row],
@@ -361,6 +416,17 @@ impl Session {
             }
         }
         let code = |row: &RefusedRow| row.code.clone().unwrap_or_default();
+        let is_outside = |row: &&RefusedRow| error::of_write(&code(row)) == Kind::Outside;
+        match by_server.iter().find(is_outside) {
+            None => self.outside = 0,
+            Some(row) if self.outside < OUTSIDE_TRIES => {
+                self.outside += 1;
+                return Err(Isolated::Retry(row.reason.clone()));
+            }
+            // Nothing tells that another row would do better.
+            Some(row) if by_server.len() == sent.len() => return Err(Isolated::Setup(row.reason.clone())),
+            Some(_) => {}
+        }
         let is_certain = |row: &RefusedRow| error::of_write(&code(row)) == Kind::Row { certain: true };
         if by_server.len() == sent.len()
             && !by_server.iter().any(is_certain)
@@ -380,7 +446,7 @@ impl Session {
         let mut time = None;
         let read = self.columns.reader().read(row, message, |i, value| {
             if i == column {
-                time = value.time_us();
+                time = value.time_us().or_else(|| value.day()?.checked_mul(DAY_US));
             }
             Ok(())
         });
@@ -392,7 +458,7 @@ impl Session {
     async fn fenced(&self, context: &str, advance: &[Advance]) -> Error {
         let refusal = async {
             self.client.batch_execute("ROLLBACK").await?;
-            begin(&self.client, Some(&self.path)).await?;
+            self.begin().await?;
             let refusal = self.held.refusal(&self.client, advance).await?;
             self.client.batch_execute("ROLLBACK").await?;
             Ok::<_, tokio_postgres::Error>(refusal)
@@ -415,26 +481,43 @@ fn reason(row: &Row) -> String {
     error::describe_parts(message, code, text(6), [text(4), text(5), text(8)])
 }
 
-/// Begins a transaction; the server's process that has it. Without a prepared statement:
-/// their names may mean another client's. `path`: the `search_path` of the sink's own statements, which
-/// triggers of earlier transactions may have set to another, as they may have what text is read by.
-pub async fn begin(client: &Client, path: Option<&str>) -> Result<i32, tokio_postgres::Error> {
+/// What the beginning of a transaction tells.
+pub struct Begun {
+    /// The server's process.
+    pub backend: i32,
+    /// The config's name means the table of the session.
+    pub means_table: bool,
+}
+
+/// Begins a transaction. Without a prepared statement: their names may mean another client's. Of a `session`
+/// it sets the `search_path` of the sink's own statements, which triggers of earlier transactions may have
+/// set to another, as they may have what text is read by.
+pub async fn begin(client: &Client, session: Option<&Session>) -> Result<Begun, tokio_postgres::Error> {
     let mut sql = format!("{BEGIN}; SELECT pg_backend_pid(); SELECT {}", text_forms());
-    if let Some(path) = path {
-        sql += &format!("; SELECT set_config('search_path', {}, true)", literal(path));
+    if let Some(Session { path, name, table, .. }) = session {
+        sql += &format!(
+            "; SELECT set_config('search_path', {}, true); SELECT to_regclass({}) IS NOT DISTINCT FROM to_regclass({})",
+            literal(path),
+            literal(name),
+            literal(table),
+        );
     }
     let answers = client.simple_query(&sql).await?;
-    let backend = answers.iter().find_map(|answer| match answer {
-        SimpleQueryMessage::Row(row) => row.get(0)?.parse().ok(),
+    let mut rows = answers.iter().filter_map(|answer| match answer {
+        SimpleQueryMessage::Row(row) => row.get(0),
         _ => None,
     });
-    Ok(backend.unwrap_or_default())
+    let backend = rows.next().and_then(|text| text.parse().ok()).unwrap_or_default();
+    Ok(Begun { backend, means_table: session.is_none() || rows.next_back() == Some("t") })
 }
 
 /// Why isolating gives no rows to reject.
 enum Isolated {
     Setup(String),
     Doubtful(String),
+    Retry(String),
+    /// The table is not the one that was bound.
+    Changed,
 }
 
 impl Isolated {
@@ -442,6 +525,10 @@ impl Isolated {
         match self {
             Self::Setup(reason) => Error::Setup(format!("{context}: {reason}")),
             Self::Doubtful(reason) => Error::Doubtful { context: context.to_owned(), reason },
+            Self::Retry(reason) => Error::Retry(format!("{context}: {reason}")),
+            Self::Changed => {
+                Error::Retry(format!("{context}: the table has changed: opening the sink again"))
+            }
         }
     }
 }

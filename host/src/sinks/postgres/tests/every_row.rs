@@ -10,26 +10,19 @@ fn is_setup(outcome: &Result<Outcome, Error>, expected: &str) -> bool {
 async fn a_missing_partition_of_a_key_that_the_table_fills_itself_is_no_bad_row() {
     const FILLED: &str = "{TABLE}, id BIGSERIAL, created_at TIMESTAMPTZ NOT NULL DEFAULT now()";
     const ALL: &str = "CREATE TABLE rest PARTITION OF telemetry DEFAULT";
-    for (key, prepare, mend) in [
-        ("RANGE (created_at)", "", ALL),
-        ("RANGE (id)", "", ALL),
-        ("RANGE (created_at, id)", "", ALL),
-        ("RANGE (date_trunc('day', created_at AT TIME ZONE 'UTC'))", "", ALL),
-        (
-            "LIST (device_id)",
-            "CREATE TABLE a PARTITION OF telemetry FOR VALUES IN ('a');
-             CREATE TABLE b PARTITION OF telemetry FOR VALUES IN ('b') PARTITION BY RANGE (created_at)",
-            "CREATE TABLE rest PARTITION OF b DEFAULT",
-        ),
+    for key in [
+        "RANGE (created_at)",
+        "RANGE (id)",
+        "RANGE (created_at, id)",
+        "RANGE (date_trunc('day', created_at AT TIME ZONE 'UTC'))",
     ] {
-        let fresh =
-            Fresh::with(&format!("CREATE TABLE telemetry ({FILLED}) PARTITION BY {key}; {prepare}")).await;
+        let fresh = Fresh::with(&format!("CREATE TABLE telemetry ({FILLED}) PARTITION BY {key}")).await;
         let mut sink = fresh.sink();
         let batch = rows([("a", "1"), ("b", "2"), ("a", "3")]);
         sink.open(&claim(), None).await.unwrap();
         let outcome = sink.commit(&batch, &[advance(0, 0, 3)]).await;
         assert!(is_setup(&outcome, "create the partition"), "{key}: {outcome:?}");
-        fresh.execute(mend).await;
+        fresh.execute(ALL).await;
         sink.open(&claim(), None).await.unwrap();
         let outcome = sink.commit(&batch, &[advance(0, 0, 3)]).await.unwrap();
         assert_eq!(outcome, Outcome::Committed(Written { written: 3, ignored: 0 }), "{key}");
@@ -81,6 +74,28 @@ async fn a_default_or_a_trigger_that_fails_for_every_row_is_set_up_until_it_is_m
             "CREATE TABLE telemetry (site VARCHAR(3) DEFAULT current_setting('application_name'), {TABLE})",
             "22001",
             "ALTER TABLE telemetry ALTER site TYPE text",
+        ),
+        // INCLUDE columns are not of the key.
+        (
+            "CREATE TABLE telemetry (id SERIAL, {TABLE}, PRIMARY KEY (id) INCLUDE (device_id));
+             INSERT INTO telemetry SELECT n, now(), 'a', '', '', 0 FROM generate_series(1, 1000) AS n",
+            "23505",
+            "SELECT setval('telemetry_id_seq', 1000)",
+        ),
+        // What the predicate asks is of the table, too.
+        (
+            "CREATE TABLE telemetry (id SERIAL, {TABLE}, deleted_at TIMESTAMPTZ);
+             CREATE UNIQUE INDEX numbers ON telemetry (id) WHERE deleted_at IS NULL;
+             INSERT INTO telemetry SELECT n, now(), 'a', '', '', 0 FROM generate_series(1, 1000) AS n",
+            "23505",
+            "SELECT setval('telemetry_id_seq', 1000)",
+        ),
+        // A function of this name elsewhere is not the default's.
+        (
+            "CREATE SCHEMA other; CREATE FUNCTION other.now() RETURNS int LANGUAGE sql VOLATILE AS 'SELECT 1';
+             CREATE TABLE telemetry ({TABLE}, at TIMESTAMPTZ DEFAULT now() CHECK (at < '2020-01-01'))",
+            "23514",
+            "ALTER TABLE telemetry ALTER at SET DEFAULT '2019-01-01'",
         ),
         // As after a restore without the sequence.
         (
@@ -193,18 +208,20 @@ async fn a_row_meets_another_at_a_key_that_the_table_computes_of_it() {
 
 #[tokio::test]
 async fn a_default_that_is_drawn_anew_for_each_row_holds_no_other_row_up() {
-    let fresh = Fresh::with(
-        "CREATE SEQUENCE draws;
-         CREATE FUNCTION draw() RETURNS bigint LANGUAGE sql VOLATILE AS $$ SELECT nextval('draws') % 5 $$;
-         CREATE TABLE telemetry ({TABLE}, code BIGINT DEFAULT draw() CHECK (code <> 3))",
-    )
-    .await;
-    let mut sink = fresh.sink();
-    sink.open(&claim(), None).await.unwrap();
-    let batch = rows((0..20).map(|_| ("a", "1")));
-    let refused = rejected(sink.commit(&batch, &[advance(0, 0, 20)]).await).len() as u64;
-    let written = sink.finish().await.unwrap().written;
-    assert!(written > 0 && written + refused == 20, "{written} written, {refused} refused");
+    for draw in ["draw()", "nextval('draws') % 5"] {
+        let fresh = Fresh::with(&format!(
+            "CREATE SEQUENCE draws;
+             CREATE FUNCTION draw() RETURNS bigint LANGUAGE sql VOLATILE AS $$ SELECT nextval('draws') % 5 $$;
+             CREATE TABLE telemetry ({{TABLE}}, code BIGINT DEFAULT {draw} CHECK (code <> 3))"
+        ))
+        .await;
+        let mut sink = fresh.sink();
+        sink.open(&claim(), None).await.unwrap();
+        let batch = rows((0..20).map(|_| ("a", "1")));
+        let refused = rejected(sink.commit(&batch, &[advance(0, 0, 20)]).await).len() as u64;
+        let written = sink.finish().await.unwrap().written;
+        assert!(written > 0 && written + refused == 20, "{draw}: {written} written, {refused} refused");
+    }
 }
 
 /// PostgreSQL asks for no right on what a default names.

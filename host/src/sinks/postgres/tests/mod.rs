@@ -5,6 +5,7 @@ mod access;
 mod check;
 mod commits;
 mod every_row;
+mod of_some_rows;
 mod poolers;
 mod positions;
 mod rejected;

@@ -215,3 +215,14 @@ async fn most_moves_of_a_position_stay_on_their_page_while_a_snapshot_is_held() 
     };
     assert!(in_place * 10 >= moves * 8, "{in_place} of {moves}");
 }
+
+#[tokio::test]
+async fn positions_that_are_gone_are_missed_whatever_the_tables_name_is() {
+    let fresh = Fresh::with("CREATE TABLE \"Site.1\" ({TABLE})").await;
+    let mut sink = sink(Config { table: "\"Site.1\"".to_owned(), ..fresh.config() });
+    let epoch = sink.open(&claim(), None).await.unwrap().epoch;
+    sink.commit(&rows([("a", "1")]), &[advance(0, 0, 1)]).await.unwrap();
+    fresh.lose_positions().await;
+    let error = sink.open(&claim(), Some(epoch)).await.err().unwrap();
+    assert!(matches!(&error, Error::Setup(text) if text.contains("are gone")), "{error:?}");
+}

@@ -545,3 +545,48 @@ async fn a_trigger_that_sets_the_search_path_keeps_no_row_from_its_table() {
         assert!(error.to_string().contains("are gone from headworks_positions"), "{error}");
     }
 }
+
+#[tokio::test]
+async fn what_a_default_does_to_find_out_why_a_row_is_rejected_is_taken_back() {
+    let fresh = Fresh::with(
+        "CREATE TABLE calls (n INTEGER);
+         CREATE FUNCTION f() RETURNS integer LANGUAGE sql AS 'INSERT INTO calls VALUES (1); SELECT 1';
+         CREATE TABLE telemetry ({TABLE}, small SMALLINT GENERATED ALWAYS AS (1000 * value) STORED,
+                                 called INTEGER DEFAULT f())",
+    )
+    .await;
+    let mut sink = fresh.sink();
+    sink.open(&claim(), None).await.unwrap();
+    let refused = rejected(sink.commit(&rows([("a", "1"), ("b", "70")]), &[advance(0, 0, 2)]).await);
+    assert_eq!(refused.iter().map(|row| row.row).collect::<Vec<_>>(), [1], "{refused:?}");
+    sink.finish().await.unwrap();
+    let calls: i64 = fresh.client().await.query_one("SELECT count(*) FROM calls", &[]).await.unwrap().get(0);
+    assert_eq!(calls, 1, "one for each row that is written");
+}
+
+/// The server cannot vacuum the temporary tables of a session.
+#[tokio::test]
+async fn the_staging_table_does_not_hold_the_age_of_transactions_back() {
+    let ignore = |config| Config { on_conflict: OnConflict::Ignore, ..config };
+    for (key, staged) in [(", PRIMARY KEY (device_id, value)", true), (", code INTEGER DEFAULT 1", false)] {
+        let fresh =
+            Fresh::with(&format!("CREATE TABLE telemetry ({{TABLE}}{key}, CHECK (value < 100))")).await;
+        let mut sink = sink(ignore(fresh.config()));
+        sink.open(&claim(), None).await.unwrap();
+        assert_eq!(sink.is_staged(), staged);
+        rejected(sink.commit(&rows([("a", "1"), ("b", "700")]), &[advance(0, 0, 2)]).await);
+        sink.finish().await.unwrap();
+        let client = fresh.client().await;
+        let files = async || -> Vec<u32> {
+            let sql =
+                "SELECT array_agg(relfilenode ORDER BY oid) FROM pg_class WHERE relname = 'headworks_stage'";
+            client.query_one(sql, &[]).await.unwrap().get(0)
+        };
+        let before = files().await;
+        sink.commit(&rows([("a", "3")]), &[advance(0, 2, 3)]).await.unwrap();
+        assert_eq!(files().await, before);
+        sink.age_stage();
+        sink.commit(&rows([("a", "4")]), &[advance(0, 3, 4)]).await.unwrap();
+        assert_ne!(files().await, before, "a truncated table has a new file, as old as now");
+    }
+}

@@ -148,3 +148,62 @@ async fn the_default_of_a_domain_fills_its_column() {
     let error = fresh.sink().open(&claim(), None).await.unwrap_err();
     assert!(matches!(&error, Error::Setup(text) if text.contains("column \"place\"")), "{error:?}");
 }
+
+/// Schemas that a user's `search_path` names and that do not exist yet are searched once they do.
+#[tokio::test]
+async fn rows_never_go_to_another_table_than_the_one_that_is_bound() {
+    for on_conflict in [OnConflict::Reject, OnConflict::Ignore, OnConflict::Upsert] {
+        let fresh = Fresh::with("CREATE TABLE telemetry ({TABLE}, PRIMARY KEY (device_id, value))").await;
+        let mut sink = sink(Config { on_conflict, ..fresh.config() });
+        sink.open(&claim(), None).await.unwrap();
+        sink.commit(&rows([("a", "1"), ("b", "2")]), &[advance(0, 0, 2)]).await.unwrap();
+        let table = TABLE.replace("DOUBLE PRECISION", "BIGINT");
+        fresh
+            .execute(&format!(
+                "CREATE SCHEMA AUTHORIZATION CURRENT_USER;
+                 CREATE TABLE telemetry ({table}, PRIMARY KEY (device_id, value))"
+            ))
+            .await;
+        let batch = rows([("a", "22"), ("b", "x"), ("a", "23")]);
+        let error = sink.commit(&batch, &[advance(0, 2, 5)]).await.unwrap_err();
+        assert!(matches!(&error, Error::Retry(text) if text.contains("no longer means")), "{error:?}");
+        sink.open(&claim(), None).await.unwrap();
+        let refused = rejected(sink.commit(&batch, &[advance(0, 2, 5)]).await);
+        assert_eq!(refused.len(), 1, "{refused:?}");
+        sink.finish().await.unwrap();
+        let rows = fresh
+            .client()
+            .await
+            .query_one(
+                "SELECT (SELECT count(*) FROM public.telemetry), (SELECT sum(value)::bigint FROM telemetry)",
+                &[],
+            )
+            .await
+            .unwrap();
+        assert_eq!((rows.get::<_, i64>(0), rows.get::<_, i64>(1)), (2, 45));
+    }
+}
+
+#[tokio::test]
+async fn tables_whose_rows_are_not_there_exactly_once_are_warned_of() {
+    let server = "CREATE EXTENSION file_fdw; CREATE SERVER files FOREIGN DATA WRAPPER file_fdw;";
+    for (sql, expected) in [
+        ("CREATE UNLOGGED TABLE telemetry ({TABLE})", "is UNLOGGED"),
+        (
+            "CREATE TABLE telemetry ({TABLE}) PARTITION BY LIST (device_id);
+             CREATE UNLOGGED TABLE a PARTITION OF telemetry DEFAULT",
+            "is UNLOGGED",
+        ),
+        (
+            &format!(
+                "{server} CREATE TABLE telemetry ({{TABLE}}) PARTITION BY LIST (device_id);
+                 CREATE FOREIGN TABLE a PARTITION OF telemetry DEFAULT SERVER files OPTIONS (filename '/dev/null')"
+            ),
+            "is a foreign table",
+        ),
+    ] {
+        let fresh = Fresh::with(sql).await;
+        let checked = check("warehouse", &fresh.config(), Arc::default(), vec![claim()]).await;
+        assert!(checked.warnings.iter().any(|warning| warning.contains(expected)), "{:?}", checked.warnings);
+    }
+}
