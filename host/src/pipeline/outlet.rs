@@ -110,10 +110,11 @@ pub fn send_all<'o>(
         return result;
     }
     let sent = runtime.block_on(join_all(waiting));
-    sent.into_iter().chain([result]).fold(Ok(()), |all, one| match (&all, &one) {
-        (Err(OutletClosed::Aborted), _) | (Err(_), Ok(())) => all,
-        _ => one,
-    })
+    let closed = sent.into_iter().chain([result]).filter_map(Result::err);
+    match closed.max_by_key(|closed| matches!(closed, OutletClosed::Aborted)) {
+        Some(closed) => Err(closed),
+        None => Ok(()),
+    }
 }
 
 /// Time in which at least one worker has waited for the sink.

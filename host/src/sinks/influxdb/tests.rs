@@ -41,6 +41,9 @@ struct Server {
     config: Config,
 }
 
+/// Status, body and headers.
+type Answer = (u16, &'static str, Vec<(&'static str, &'static str)>);
+
 #[derive(Default)]
 struct Shared {
     /// Every line that was taken.
@@ -48,7 +51,7 @@ struct Shared {
     /// Path, headers and number of lines of each request.
     requests: Vec<(String, HeaderMap, usize)>,
     /// Answers of the next requests.
-    script: VecDeque<(u16, &'static str, Vec<(&'static str, &'static str)>)>,
+    script: VecDeque<Answer>,
     /// Lines with this cannot be kept.
     refused: Option<&'static str>,
     /// Requests with more lines are too large.
