@@ -496,7 +496,7 @@ async fn possible_duplicates_of_one_sink_are_told_whichever_run_ends_their_redri
             let mark = marks.get(letter);
             let is_told = |sinks: &BTreeSet<String>| sinks.len() == 1 && sinks.contains("w");
             assert!(
-                matches!(mark, Some(Mark::Open { sinks, why: Reopened::PossibleDuplicate }) if is_told(sinks)),
+                matches!(mark, Some(Mark::Open { sinks, why: Reopened::PossibleDuplicate, .. }) if is_told(sinks)),
                 "{mark:?}"
             );
         }
