@@ -8,7 +8,8 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use headworks::batch::{Batch, Entry, Offset, Partition, Span, flags};
-use headworks::sinks::{self, Advance, Claim, Outcome, Rows};
+use headworks::sinks::{self, Advance, BuildContext, Claim, Journal, Outcome, Rows};
+use headworks::stream::memory::MemoryStream;
 use headworks::telemetry::Failures;
 use headworks::topic::Namespace;
 use headworks_tests::folder::{Folder, root};
@@ -123,7 +124,11 @@ async fn sink(url: &str, batches: &[Batch], round: u32) -> f64 {
         serde_json::from_value(serde_json::json!({ "type": "postgres", "url": url, "table": "telemetry" }))
             .expect("a sink's config");
     let namespace = Arc::new(Namespace::parse(Namespace::DEFAULT_PATTERN).expect("the default"));
-    let mut sink = config.build("bench", namespace, Failures::default());
+    // Of sinks without transactions only.
+    let unused = MemoryStream::new("unused", 1);
+    let journal = Journal::new(unused.clone(), unused);
+    let mut sink =
+        config.build(BuildContext { name: "bench", namespace, journal, failures: Failures::default() });
     let claim = Claim {
         pipeline: "bench".into(),
         sink: "bench".into(),
