@@ -229,6 +229,26 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_stream_that_pipelines_write_is_told_apart_from_those_that_devices_write() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("headworks.yaml");
+        let text = "streams: { clean: { topic_prefix: clean, partitions: 1 }, hourly: {} }\n\
+                    pipelines: { p: { to: clean }, q: { from: clean, routes: { default: hourly, odd: drop } } }\n";
+        std::fs::write(&file, text).unwrap();
+        let loaded = crate::config::load(Some(&file)).unwrap();
+        let shown = summary(&Started::of(&loaded.config, &loaded.source));
+        for line in [
+            "stream    clean  what pipelines write, for subscribers clean/#, 1 partition\n",
+            "stream    default  all topics, 4 partitions\n",
+            "stream    hourly  what pipelines write, 4 partitions\n",
+            "            default -> clean (stream)\n",
+            "            default -> hourly (stream)\n            odd -> dropped\n",
+        ] {
+            assert!(shown.contains(line), "{line}not in\n{shown}");
+        }
+    }
+
+    #[test]
     fn the_start_screen_of_the_embedded_default() {
         let loaded = crate::config::load(None).unwrap();
         let mut started = Started::of(&loaded.config, &loaded.source);

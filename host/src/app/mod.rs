@@ -651,6 +651,23 @@ mod tests {
     }
 
     #[test]
+    fn a_stream_that_subscribers_get_no_more_keeps_nothing_for_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("headworks.yaml");
+        let load = |clean: &str| {
+            let text = format!("streams: {{ clean: {{ {clean} }} }}\npipelines: {{ p: {{ to: clean }} }}\n");
+            std::fs::write(&file, text).unwrap();
+            crate::config::load(Some(&file)).unwrap().config
+        };
+        let (before, after) = (load("topic_prefix: clean"), load(""));
+        assert!(reads(&before, "clean", mqtt::READER) && !reads(&after, "clean", mqtt::READER));
+        for stream in ["default", DEAD_LETTERS] {
+            assert!(reads(&after, stream, mqtt::READER), "{stream}");
+        }
+        assert!(reads(&after, "default", "p/clean"), "the pipeline's own place in what it reads");
+    }
+
+    #[test]
     fn a_data_folder_is_for_its_owner_alone_from_now_on() {
         let folder = tempfile::tempdir().unwrap();
         let mode = || std::fs::metadata(folder.path()).unwrap().permissions().mode() & 0o7777;
