@@ -144,7 +144,7 @@ impl Found {
             let outbox = session.outbox();
             for stream in 0..owed.streams.len() {
                 let from = outbox.from(stream);
-                owed.cover(stream, from, outbox.from_with(stream, options.qos));
+                owed.cover(stream, from, outbox.begins_with_qos(stream, options.qos));
             }
         }
         for session in sessions {
@@ -182,7 +182,7 @@ impl Live {
         let own = of_streams(&|stream, at| {
             let end = self.streams[stream].begun_at;
             let from = outbox.from(stream).max(at);
-            [from..end, outbox.from_with(stream, options.qos).max(at)..end]
+            [from..end, outbox.begins_with_qos(stream, options.qos).max(at)..end]
         });
         let mut again = of_streams(&|stream, at| {
             let part = outbox.again_in(stream);

@@ -361,7 +361,7 @@ impl Live {
         let has_any = || record.is_some_and(Record::has_any);
         let is_needed = if is_kept { unkept > 0 || has_any() } else { kept > 0 };
         let is_written = || record.is_some_and(|record| record.written.is_some());
-        is_needed && !(is_written() && !shares.pending().due.contains_key(filter))
+        is_needed && (!is_written() || shares.pending().due.contains_key(filter))
     }
 
     /// Has a session end with its connection from now on. Returns once the records of its shares are

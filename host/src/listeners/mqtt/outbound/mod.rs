@@ -137,7 +137,7 @@ impl Outbox {
     }
 
     /// The same for messages published with QoS 2, of a subscription with `qos`.
-    pub fn from_with(&self, stream: usize, qos: u8) -> u64 {
+    pub fn begins_with_qos(&self, stream: usize, qos: u8) -> u64 {
         let sent = self.kept.as_ref().filter(|_| qos == 2).map_or(0, |kept| kept.sent(stream));
         self.from(stream).max(sent)
     }
