@@ -380,11 +380,11 @@ fn a_host_that_ends_and_lets_no_client_in_is_not_ready() {
     host.launch();
     host.wait_serving();
     publish(&host, "acme/site/power/pump-1/reading", "{}");
-    let ready = || http::get(host.admin(), "/readyz").expect("the host serves it");
-    assert_eq!(ready().0, 200);
+    let ready = |host: &Host| http::get(host.admin(), "/readyz").expect("the host serves it");
+    assert_eq!(ready(&host).0, 200);
     host.process().signal(Signal::TERM);
     host.says("told to end");
-    let (code, body) = ready();
+    let (code, body) = ready(&host);
     assert!(code == 503 && body.contains("the host ends"), "{code} {body}");
 }
 

@@ -9,7 +9,7 @@ use super::destinations::Destinations;
 use super::known::{Piece, Reader};
 use super::letter::{self, Letter};
 use super::redrive::RedriveError;
-use super::routes::{SinkNumber, Sorted};
+use super::routes::{Routes, SinkNumber, Sorted};
 use super::step_history::StepHistory;
 use super::stripped::{Stripped, without_letters};
 use super::unrouted::{Inputs, Unrouted};
@@ -124,7 +124,7 @@ impl Steps {
                 return Ok(message.made);
             }
         }
-        let (made, inputs) = self.through(batch.clone(), &mut message).await?;
+        let (made, inputs) = self.through(batch.clone(), &shared.routes, &mut message).await?;
         let sorted = match made.is_empty() {
             true => shared.routes.sort(made),
             false => route(made, inputs, &self.names, shared, &mut message).await?,
@@ -138,9 +138,10 @@ impl Steps {
     async fn through(
         &mut self,
         mut batch: Batch,
+        routes: &Routes,
         message: &mut Message<'_>,
     ) -> Result<(Batch, Inputs), RedriveError> {
-        let mut inputs = Inputs { first: message.entry, ..Inputs::default() };
+        let mut inputs = Inputs::from(message.entry);
         for place in message.entry..self.names.len() {
             let name = Arc::clone(&self.names[place]);
             let indexes;
@@ -153,7 +154,8 @@ impl Steps {
             let history = message.history.through(&self.names, message.entry, place).to_string();
             let stripped = Stripped { batch: &batch, indexes, partition: message.partition };
             message.refuse(&stripped.refusals(Source::Step(&name), &outcome.refused, &history)).await?;
-            inputs.batches.push(std::mem::replace(&mut batch, outcome.passed));
+            let input = std::mem::replace(&mut batch, outcome.passed);
+            inputs.keep(place, input, routes.are_known(&batch));
         }
         Ok((batch, inputs))
     }
@@ -212,9 +214,8 @@ fn is_by_others(reader: &Reader, steps: &[Arc<str>], sink: &str) -> bool {
     if reader.seen.is_empty() {
         return false;
     }
-    let steps = || steps.iter().map(|step| Source::Step(step));
-    let is_own =
-        |piece: Piece| steps().chain([Source::Routes, Source::Sink(sink)]).any(|source| piece.is_of(source));
+    let steps = || steps.iter().map(|step| Source::Step(step)).chain([Source::Routes, Source::Sink(sink)]);
+    let is_own = |piece: Piece| steps().any(|source| piece.is_of(source));
     reader.seen.pieces().any(|piece| piece != Piece::WHOLE && !is_own(piece))
 }
 

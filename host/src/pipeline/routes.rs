@@ -69,6 +69,18 @@ impl Routes {
         Sorted { batch, unknown, to }
     }
 
+    /// Returns whether the pipeline has the routes of all messages of a batch.
+    pub fn are_known(&self, batch: &Batch) -> bool {
+        let mut last_known = None;
+        batch.messages().all(|message| {
+            let route = Some(message.route());
+            if route != last_known {
+                last_known = route.filter(|route| self.place(route).is_some());
+            }
+            route == last_known
+        })
+    }
+
     /// `route "fast" is not one of this pipeline's routes: alert, default; step "check" gave it`.
     /// `giver`: the step that gave the message the route.
     pub fn unknown_reason(&self, route: &str, giver: Option<&str>) -> String {
@@ -166,6 +178,9 @@ mod tests {
         assert_eq!(sorted.unknown, [4]);
         let sinks: Vec<&[SinkNumber]> = vec![&[0], &[0, 1], &[], &[0], &[]];
         assert_eq!(sorted.sinks().collect::<Vec<_>>(), sinks);
+        let are_known = |of: &[&str]| routes().are_known(&batch(of));
+        assert!(are_known(&[]) && are_known(&["", "alert", "alert", "noise", ""]));
+        assert!(!are_known(&["what", "what"]) && !are_known(&["", "alert", "what", ""]));
     }
 
     #[test]

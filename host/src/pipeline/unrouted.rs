@@ -15,15 +15,32 @@ use super::stripped::Stripped;
 use crate::batch::{Batch, MessageRef, Offset};
 use crate::step::{Refused, RefusedKind};
 
-/// What went into each step of a chain, for the messages at hand.
+/// What went into the steps of a chain that may have given a message at hand a route which the pipeline
+/// does not have.
 #[derive(Default)]
 pub struct Inputs {
-    /// Place of the first step.
-    pub first: usize,
-    pub batches: Vec<Batch>,
+    /// Place of the first of these steps.
+    first: usize,
+    batches: Vec<Batch>,
 }
 
 impl Inputs {
+    /// Of messages that enter at the step at `place`.
+    pub fn from(place: usize) -> Self {
+        Self { first: place, ..Self::default() }
+    }
+
+    /// Keeps what went into the step at `place`, behind those that are kept. Where the pipeline has the
+    /// routes of all that came out, none of them gave an unknown one.
+    pub fn keep(&mut self, place: usize, input: Batch, are_known: bool) {
+        if are_known {
+            self.batches.clear();
+            self.first = place + 1;
+        } else {
+            self.batches.push(input);
+        }
+    }
+
     /// Returns the place of the step that gave the only message of an offset its route, and the message
     /// as this step saw it. `None`: it had the route from the beginning, or others were made of it. Those
     /// that letters have are missing here: see [`Unrouted::new`].
@@ -88,5 +105,20 @@ impl<'b> Unrouted<'b> {
             None => refusal,
         };
         all.into_iter().zip(&self.given).map(as_given).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_went_into_steps_that_gave_no_unknown_route_is_not_kept() {
+        let mut inputs = Inputs::default();
+        for (place, are_known, kept) in [(0, true, 1..1), (1, false, 1..2), (2, false, 1..3), (3, true, 4..4)]
+        {
+            inputs.keep(place, Batch::default(), are_known);
+            assert_eq!(inputs.first..inputs.first + inputs.batches.len(), kept);
+        }
     }
 }

@@ -337,7 +337,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Returns also what went into each step.
+    /// Returns also what went into the steps that may have given a message its route.
     fn chain(
         &mut self,
         batch: Batch,
@@ -379,7 +379,8 @@ impl Worker {
                 let batch = Stripped { batch: &batch, indexes, partition };
                 self.refuse(&batch.refusals(Source::Step(&name), &outcome.refused, &history), readers)?;
             }
-            inputs.batches.push(std::mem::replace(&mut batch, outcome.passed));
+            let input = std::mem::replace(&mut batch, outcome.passed);
+            inputs.keep(place, input, shared.routes.are_known(&batch));
         }
         Ok((batch, inputs))
     }
