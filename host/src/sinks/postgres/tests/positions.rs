@@ -224,5 +224,5 @@ async fn positions_that_are_gone_are_missed_whatever_the_tables_name_is() {
     sink.commit(&rows([("a", "1")]), &[advance(0, 0, 1)]).await.unwrap();
     fresh.lose_positions().await;
     let error = sink.open(&claim(), Some(epoch)).await.err().unwrap();
-    assert!(matches!(&error, Error::Setup(text) if text.contains("are gone")), "{error:?}");
+    assert!(matches!(&error, Error::Choose(text) if text.contains("are gone")), "{error:?}");
 }
