@@ -53,6 +53,9 @@ const REJECTED_MESSAGES: &[&str] = &[
     "access_unavailable",
 ];
 const TLS_RELOADS: &[&str] = &["taken", "refused"];
+const STATUSES: &[&str] = &[
+    "200", "204", "207", "400", "401", "403", "404", "405", "408", "411", "413", "415", "422", "429", "503",
+];
 
 pub const METRICS: &[Metric] = &[
     Metric {
@@ -76,7 +79,7 @@ pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_http_requests_total",
         kind: MetricKind::Counter,
-        help: "HTTP requests answered, by status code.",
+        help: "HTTP requests answered, by status code: 200, 204, 207, 400, 401, 403, 404, 405, 408, 411, 413, 415, 422, 429, 503.",
         labels: &["status"],
     },
     Metric {
@@ -163,6 +166,7 @@ impl Counters {
             ("headworks_http_refused_requests_total", "cause", REFUSED_REQUESTS),
             ("headworks_http_rejected_messages_total", "cause", REJECTED_MESSAGES),
             ("headworks_http_tls_reloads_total", "outcome", TLS_RELOADS),
+            ("headworks_http_requests_total", "status", STATUSES),
         ] {
             values.iter().for_each(|value| counter!(name, label => *value).increment(0));
         }
@@ -213,6 +217,7 @@ mod tests {
             ("headworks_http_refused_requests_total", REFUSED_REQUESTS),
             ("headworks_http_rejected_messages_total", REJECTED_MESSAGES),
             ("headworks_http_tls_reloads_total", TLS_RELOADS),
+            ("headworks_http_requests_total", STATUSES),
         ] {
             let help = METRICS.iter().find(|metric| metric.name == name).unwrap().help;
             let (_, list) = help.split_once(": ").unwrap();
