@@ -290,7 +290,9 @@ fn get_all_after_kill_9(host: &mut Host, subscribers: [Subscriber; 2], texts: &[
 /// sent messages that they do not acknowledge, and more wait for them.
 #[test]
 fn what_members_of_a_share_hold_whose_sessions_end_goes_to_one_whose_session_is_kept_after_kill_9() {
-    let mut host = Host::start("sessions-share", "");
+    let mqtt = "mqtt: { listeners: [ { bind: 127.0.0.1:0 } ], outbound_inflight_max: 100 }\n";
+    let mut host = Host::prepare_with("sessions-share", mqtt, "");
+    host.run();
     let share = "$share/workers/test/shared";
     let mut kept = Subscriber::new(host.mqtt(), Version::V5, share, 2);
     // One message in flight at a time.
