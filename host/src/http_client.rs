@@ -110,7 +110,7 @@ impl Connection {
     }
 }
 
-/// With the cause: hyper's own text leaves it out.
+/// Returns the text of an error with its cause, which hyper's own text leaves out.
 fn describe(error: &hyper::Error) -> String {
     match std::error::Error::source(error) {
         Some(cause) => format!("{error}: {cause}"),

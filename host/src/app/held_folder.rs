@@ -37,7 +37,7 @@ impl HeldFolder {
         let is_in_place = self.is_in_place();
         say(failures, whole_fault(&self.folder), is_in_place);
         for (folder, stream) in streams {
-            // With the whole folder away, its problem stands for all that it has.
+            // Where the whole folder is away, its problem stands for all that it has.
             let is_told = !is_in_place && folder.starts_with(&self.folder);
             say(failures, stream_fault(&folder, stream.name()), is_told || stream.is_in_place());
         }

@@ -20,7 +20,7 @@ pub type Answer = Response<Full<Bytes>>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Outcome {
-    /// In its stream.
+    /// The message is in its stream.
     Accepted = 0,
     NoTopic = 2,
     BadTopic = 3,
@@ -111,7 +111,7 @@ impl Outcome {
 #[derive(Debug)]
 pub struct Refusal {
     pub status: StatusCode,
-    /// For the counter of refused requests.
+    /// The label that the counter of refused requests has for it.
     pub cause: &'static str,
     pub reason: String,
     pub retry_after: Option<Duration>,
@@ -205,7 +205,7 @@ fn retries(outcome: Outcome) -> bool {
 
 fn retry(answer: &mut Answer, after: Option<Duration>) {
     if let Some(after) = after {
-        // In whole seconds (RFC 9110, 10.2.3): not before it.
+        // The header has whole seconds (RFC 9110, 10.2.3), and the client is to come no sooner.
         let seconds = after.as_millis().div_ceil(1_000).max(1) as u64;
         answer.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
     }

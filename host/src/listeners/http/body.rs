@@ -36,7 +36,7 @@ pub async fn read(
     let most = expected.unwrap_or(bytes_max as u64);
     let until = Instant::now() + time + Duration::from_secs(most / BYTES_PER_S_LEAST);
     let mut permit = None;
-    // Of one whose length nobody knows no more than the free bytes are read without a permit.
+    // Where nobody knows the length of a body, no more than the free bytes are read without a permit.
     Permit::set(&mut permit, expected.map(|expected| expected as usize), permits);
     let (mut first, mut rest) = (None, BytesMut::new());
     loop {

@@ -32,7 +32,7 @@ pub struct Connection {
     /// Requests that are under way, and those of them whose body is there.
     open: AtomicUsize,
     heard: AtomicUsize,
-    /// From when on it counts as idle.
+    /// The connection counts as idle from this time on.
     since: Mutex<Instant>,
     has_asked: std::sync::atomic::AtomicBool,
 }
