@@ -12,6 +12,7 @@ mod events;
 pub mod held_folder;
 mod lost_state;
 mod oldest;
+mod out_streams;
 mod problems;
 mod redrive;
 pub mod run_file;
@@ -43,7 +44,7 @@ use self::held_folder::HeldFolder;
 use self::run_file::RunFile;
 use crate::access::Authenticator;
 use crate::admin;
-use crate::config::{Config, DEAD_LETTERS, Source};
+use crate::config::{Config, DEAD_LETTERS, Source, out_stream_of};
 use crate::devices::Devices;
 use crate::files::{Locked, found};
 use crate::hints::Hints;
@@ -132,6 +133,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
     let descriptors::Connections { mqtt: of_mqtt, http: of_http } = descriptors::connections_max(&config)?;
     (config.mqtt.connections_max, config.http.connections_max) = (of_mqtt, of_http);
 
+    out_streams::rename(&config, &data_dir)?;
     // Streams first: the log is what everything else stands on.
     let OpenStreams { mut logs, set: streams } = open_streams(&config, &data_dir, &failures)?;
     let targets = written::targets(&config, &streams);
@@ -139,6 +141,12 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
     let dead_letters = open_log(&data_dir.join(DEAD_LETTERS), DEAD_LETTERS, &of_letters, &failures)?;
     logs.push(Arc::clone(&dead_letters));
     let dead_letters: Arc<dyn Stream> = dead_letters;
+    let mut left_over = BTreeMap::new();
+    for (name, like) in out_streams::left_over(&config, &data_dir, &*dead_letters, &streams) {
+        let log = open_log(&config.stream_dir(&name), &name, &like, &failures)?;
+        logs.push(Arc::clone(&log));
+        left_over.insert(name, log as Arc<dyn Stream>);
+    }
     let of_broker = broker_stream(&config.mqtt);
     let broker: Arc<dyn Stream> = open_log(&config.broker_dir(), BROKER, &of_broker, &failures)?;
 
@@ -183,6 +191,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
             chain: plugins.chain(name, pipeline.steps.as_deref()),
             recall: plugins.recall(name),
             sinks: sink_parts(&config, pipeline, &targets, &namespace, &journal, &failures),
+            out: written::out_part(&config, (name, pipeline), &targets, &streams, &left_over),
             dead_letters: Arc::clone(&dead_letters),
             sink_names: Arc::clone(&sink_names),
             reasons: Arc::clone(&reasons),
@@ -196,7 +205,7 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
     plugins.all_joined();
     // After the pipelines are attached: one with a new name learns that there was another.
     for log in &logs {
-        forget_strangers(log, &config);
+        forget_strangers(log, &config, &left_over);
     }
 
     let asks_plugins = config.mqtt.access.iter().flat_map(|access| &access.authenticate);
@@ -233,7 +242,8 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
     };
     let http = http::start(&config.http, deps).await?;
 
-    let all_streams: Vec<_> = streams.iter().cloned().chain([dead_letters, broker]).collect();
+    let all_streams: Vec<_> =
+        streams.iter().cloned().chain(left_over.into_values()).chain([dead_letters, broker]).collect();
     let host = Arc::new(Host {
         streams: all_streams.clone(),
         intake,
@@ -386,9 +396,9 @@ fn open_streams(config: &Config, data_dir: &Path, failures: &Failures) -> anyhow
 
 /// Releases the retention holds of readers whose pipeline or sink is no longer configured: their
 /// positions would hold retention back for ever.
-fn forget_strangers(log: &Log, config: &Config) {
+fn forget_strangers(log: &Log, config: &Config, left_over: &BTreeMap<String, Arc<dyn Stream>>) {
     for (consumer, next) in log.remembered() {
-        if !reads(config, log.name(), &consumer) {
+        if !reads(config, log.name(), &consumer, left_over) {
             tracing::warn!(
                 stream = log.name(),
                 consumer,
@@ -401,17 +411,27 @@ fn forget_strangers(log: &Log, config: &Config) {
 }
 
 /// Whether the config still makes a pipeline read this stream under this name.
-fn reads(config: &Config, stream: &str, consumer: &str) -> bool {
+fn reads(
+    config: &Config,
+    stream: &str,
+    consumer: &str,
+    left_over: &BTreeMap<String, Arc<dyn Stream>>,
+) -> bool {
     if consumer == mqtt::READER {
         return config.has_subscribers(stream);
     }
-    let Some((pipeline, rest)) = consumer.split_once('/') else { return false };
-    let Some(pipeline) = config.pipelines.get(pipeline) else { return false };
+    let Some((name, rest)) = consumer.split_once('/') else { return false };
+    let Some(pipeline) = config.pipelines.get(name) else { return false };
+    let out = out_stream_of(name);
+    let is_written = config.out_stream(name, pipeline).is_some();
+    let has_out = is_written || left_over.contains_key(&out);
     if stream != DEAD_LETTERS {
-        return pipeline.from == stream && pipeline.sinks().contains(rest);
+        let is_sink = pipeline.sinks().contains(rest);
+        let is_out = is_written && rest == out;
+        return pipeline.from == stream && (is_sink || is_out) || has_out && out == stream && is_sink;
     }
     // The keys of its letters.
-    rest.strip_suffix("/dead-letters").is_some_and(|of| of == pipeline.from)
+    rest.strip_suffix("/dead-letters").is_some_and(|of| of == pipeline.from || has_out && of == out)
 }
 
 fn open_log(
@@ -642,6 +662,7 @@ mod tests {
             crate::config::load(Some(&file)).unwrap().config
         };
         let (before, after) = (load("old"), load("new"));
+        let reads = |config: &Config, stream, consumer| reads(config, stream, consumer, &BTreeMap::new());
         for (stream, consumer) in [("old", "p/w"), (DEAD_LETTERS, "p/old/dead-letters")] {
             assert!(reads(&before, stream, consumer), "{consumer} of {stream}");
             assert!(!reads(&after, stream, consumer), "{consumer} of {stream}");
@@ -660,6 +681,7 @@ mod tests {
             crate::config::load(Some(&file)).unwrap().config
         };
         let (before, after) = (load("topic_prefix: clean"), load(""));
+        let reads = |config: &Config, stream, consumer| reads(config, stream, consumer, &BTreeMap::new());
         assert!(reads(&before, "clean", mqtt::READER) && !reads(&after, "clean", mqtt::READER));
         for stream in ["default", DEAD_LETTERS] {
             assert!(reads(&after, stream, mqtt::READER), "{stream}");

@@ -1,7 +1,7 @@
 //! How long the oldest message waits that a sink has not committed: the lag of a sink in seconds.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::batch::Offset;
@@ -14,9 +14,10 @@ use crate::stream::{Read, Stream};
 pub struct Oldest(Mutex<HashMap<(String, String), (Offset, Instant)>>);
 
 impl Oldest {
-    /// Reads from the stream when the first message that each sink lacks was appended.
-    pub async fn find(&self, status: &PipelineStatus, stream: &dyn Stream) {
+    /// Reads from the streams when the first message that each sink lacks was appended.
+    pub async fn find(&self, status: &PipelineStatus, streams: &[Arc<dyn Stream>]) {
         for sink in &status.sinks {
+            let Some(stream) = streams.iter().find(|stream| stream.name() == sink.stream) else { continue };
             let key = (status.name.clone(), sink.name.clone());
             let known = self.lock().get(&key).copied();
             if sink.lag_messages == 0 {
@@ -26,6 +27,8 @@ impl Oldest {
             if known.is_some_and(|(offset, _)| offset == sink.next) {
                 continue;
             }
+            // What waits in front of the steps is not in this stream yet.
+            self.lock().remove(&key);
             let mut cursor = stream.peek(sink.next);
             while let Ok(Some(read)) = cursor.try_next().await {
                 if let Read::Batch(batch) = read {
@@ -70,6 +73,8 @@ mod tests {
     fn status(next: u64, end: u64) -> PipelineStatus {
         let sink = SinkStatus {
             name: "w".to_owned(),
+            stream: "s".to_owned(),
+            end: Offset(end),
             state: State::Running,
             to_do: crate::pipeline::ToDo::Mend,
             committed: Some(Offset(next)),
@@ -98,7 +103,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_sink_lags_by_the_age_of_the_oldest_message_that_it_lacks() {
-        let stream = MemoryStream::new("s", 1);
+        let stream: Arc<dyn Stream> = MemoryStream::new("s", 1);
+        let streams = [Arc::clone(&stream)];
         let oldest = Oldest::default();
         let age = |status: &PipelineStatus| oldest.age(status, &status.sinks[0]);
         let before = SystemTime::now();
@@ -108,18 +114,18 @@ mod tests {
 
         let lacks_both = status(0, 2);
         assert_eq!(age(&lacks_both), None, "nobody has looked yet");
-        oldest.find(&lacks_both, &*stream).await;
+        oldest.find(&lacks_both, &streams).await;
         let of_first = age(&lacks_both).unwrap();
         // The time of an append is in whole microseconds.
         let us = Duration::from_micros(1);
         assert!(of_first <= before.elapsed().unwrap() + us);
-        oldest.find(&status(1, 2), &*stream).await;
+        oldest.find(&status(1, 2), &streams).await;
         let of_second = age(&status(1, 2)).unwrap();
         assert!(of_second <= between.elapsed().unwrap() + us);
 
         let has_all = status(2, 2);
         assert_eq!(age(&has_all), None);
-        oldest.find(&has_all, &*stream).await;
+        oldest.find(&has_all, &streams).await;
         assert_eq!(age(&lacks_both), None, "what it was is forgotten");
     }
 

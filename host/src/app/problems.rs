@@ -549,9 +549,7 @@ impl Host {
     /// Reads when the first message that each sink lacks was appended.
     async fn find_oldest(&self) {
         for status in self.pipelines.iter().map(|pipeline| pipeline.status()) {
-            if let Some(stream) = self.streams.iter().find(|stream| stream.name() == status.stream) {
-                self.watch.oldest.find(&status, stream.as_ref()).await;
-            }
+            self.watch.oldest.find(&status, &self.streams).await;
         }
     }
 
@@ -860,6 +858,8 @@ mod tests {
         let now = Instant::now();
         let sink = |state| SinkStatus {
             name: "w".to_owned(),
+            stream: "s".to_owned(),
+            end: Offset(5),
             state,
             to_do: ToDo::Mend,
             committed: None,

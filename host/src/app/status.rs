@@ -175,6 +175,8 @@ fn pipeline_status(
     let sink = |sink: &SinkStatus| {
         json!({
             "name": sink.name,
+            "stream": sink.stream,
+            "end": sink.end.0,
             "state": sink_text(status, sink),
             "committed": sink.committed.map(|offset| offset.0),
             "lag_messages": sink.lag_messages,

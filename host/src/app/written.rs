@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::config::Config;
-use crate::pipeline::{Batching, SinkPart};
+use crate::config::{Config, out_stream_of};
+use crate::pipeline::{self, Batching, OutPart, SinkPart};
 use crate::sinks::{Begin, stream::Target};
 use crate::stream::{OnLag, Prefixed, Stream, Streams};
+use crate::units::ByteSize;
 
 /// A message waits at most so long for others before they are appended to the stream that a pipeline writes:
 /// each append is a sync, which wears a flash disk.
@@ -35,10 +36,36 @@ pub fn for_subscribers(config: &Config, streams: &Streams) -> Streams {
     })
 }
 
+/// Returns the stream between a pipeline's steps and its sinks: one that the steps write, or one that is left from
+/// when the pipeline had several sinks, and that `opened` has.
+pub fn out_part(
+    config: &Config,
+    (name, pipeline): (&str, &pipeline::Config),
+    targets: &BTreeMap<String, Target>,
+    streams: &Streams,
+    left_over: &BTreeMap<String, Arc<dyn Stream>>,
+) -> Option<OutPart> {
+    let out = out_stream_of(name);
+    let former = pipeline.renamed_from.as_deref().map(out_stream_of);
+    if config.out_stream(name, pipeline).is_some() {
+        let target = targets.get(&out)?.clone();
+        let part = SinkPart { renamed_from: former, ..sink_part(config, &out, &target) };
+        return Some(OutPart { part, stream: Arc::clone(streams.get(&out)?), target, is_written: true });
+    }
+    let stream = Arc::clone(left_over.get(&out)?);
+    let target = Target::new(Arc::clone(&stream), None);
+    let part = SinkPart { renamed_from: former, ..sink_part_of(&out, &target, ByteSize::mib(16)) };
+    Some(OutPart { part, stream, target, is_written: false })
+}
+
 /// A stream that a pipeline writes to, as one of the pipeline's sinks.
 pub fn sink_part(config: &Config, name: &str, target: &Target) -> SinkPart {
+    sink_part_of(name, target, config.streams[name].commit_buffer_bytes_max)
+}
+
+fn sink_part_of(name: &str, target: &Target, commit_buffer_bytes_max: ByteSize) -> SinkPart {
     // An append has topics and properties beside the payloads.
-    let bytes_max = config.streams[name].commit_buffer_bytes_max.0 / 2;
+    let bytes_max = commit_buffer_bytes_max.0 / 2;
     let batching = Batching { bytes_max, wait_max: STREAM_WAIT_MAX, ..Batching::default() };
     SinkPart {
         name: name.to_owned(),

@@ -103,13 +103,44 @@ impl Config {
 
     /// Names of the streams that pipelines write to.
     pub fn written_streams(&self) -> BTreeSet<&str> {
-        self.pipelines.values().flat_map(|pipeline| self.written_by(pipeline)).collect()
+        let pipelines = self.pipelines.iter();
+        pipelines.flat_map(|(name, pipeline)| self.written_by(name, pipeline)).collect()
     }
 
     /// Names of the streams that a pipeline writes to: where a sink has the name too, the sink is meant.
-    pub fn written_by<'c>(&'c self, pipeline: &'c pipeline::Config) -> impl Iterator<Item = &'c str> {
+    pub fn written_by<'c>(
+        &'c self,
+        name: &str,
+        pipeline: &'c pipeline::Config,
+    ) -> impl Iterator<Item = &'c str> {
         let is_stream = |name: &&str| !self.sinks.contains_key(*name) && self.streams.contains_key(*name);
-        pipeline.sinks().into_iter().filter(is_stream)
+        let out = self.out_stream(name, pipeline).and_then(|out| self.streams.get_key_value(&out));
+        let out = out.map(|(out, _)| out.as_str());
+        pipeline.sinks().into_iter().filter(is_stream).chain(out)
+    }
+
+    /// Name of the stream between the steps of a pipeline and its sinks: `PIPELINE.out`. A pipeline with one
+    /// sink has none.
+    pub fn out_stream(&self, name: &str, pipeline: &pipeline::Config) -> Option<String> {
+        (pipeline.sinks().len() > 1).then(|| out_stream_of(name))
+    }
+
+    /// Adds the streams of pipelines that the config does not configure: each as the stream that the pipeline
+    /// reads.
+    fn add_out_streams(&mut self) {
+        loop {
+            let outs = self.pipelines.iter().filter_map(|(name, pipeline)| {
+                let from = self.streams.get(&pipeline.from)?;
+                let own = stream::Config { topics: Vec::new(), topic_prefix: None, ..from.clone() };
+                Some((self.out_stream(name, pipeline)?, own))
+            });
+            let new: Vec<_> = outs.filter(|(name, _)| !self.streams.contains_key(name)).collect();
+            // Another pipeline may read one of them.
+            if new.is_empty() {
+                return;
+            }
+            self.streams.extend(new);
+        }
     }
 
     /// Whether devices write to a stream: one that pipelines write to takes their messages only where its
@@ -128,8 +159,9 @@ impl Config {
     /// Names of all pipelines, each with each sink that its routes lead to.
     pub fn claims(&self) -> BTreeSet<sinks::Name> {
         let of = |(pipeline, config): (&String, &pipeline::Config)| {
-            let sinks = config.sinks().into_iter();
-            sinks.map(|sink| (pipeline.clone(), sink.to_owned())).collect::<Vec<_>>()
+            let sinks =
+                config.sinks().into_iter().map(str::to_owned).chain(self.out_stream(pipeline, config));
+            sinks.map(|sink| (pipeline.clone(), sink)).collect::<Vec<_>>()
         };
         self.pipelines.iter().flat_map(of).collect()
     }
@@ -172,6 +204,14 @@ impl Config {
 }
 
 pub use validate::DEAD_LETTERS;
+
+/// Behind the name of a pipeline: the stream of what its steps made.
+const OUT: &str = ".out";
+
+/// Name of the stream of what a pipeline's steps made.
+pub fn out_stream_of(pipeline: &str) -> String {
+    format!("{pipeline}{OUT}")
+}
 
 /// Where a config came from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -401,7 +441,8 @@ fn parse(files: &files::Files) -> Parsed {
     found.extend(std::mem::take(&mut problems).into_vec());
     let mut warnings = files.warnings.clone();
     let config = match serde_path_to_error::deserialize::<_, Config>(&value) {
-        Ok(config) => {
+        Ok(mut config) => {
+            config.add_out_streams();
             validate::validate(&config, &mut problems);
             warnings.extend(validate::warnings(&config));
             config

@@ -68,7 +68,15 @@ fn streams(config: &Config, problems: &mut Problems) {
     let mut seen: Vec<(&str, TopicFilter)> = Vec::new();
     for (name, stream) in &config.streams {
         let path = path.key(name);
-        check_name(name, &path, problems);
+        let pipeline = name.strip_suffix(super::OUT);
+        match pipeline.and_then(|pipeline| config.pipelines.get_key_value(pipeline)) {
+            Some((pipeline, of)) if config.out_stream(pipeline, of).as_ref() == Some(name) => {}
+            Some((pipeline, _)) => {
+                let message = format!("pipeline `{pipeline}` has one sink, and no stream in front of it");
+                problems.add(path.clone(), message);
+            }
+            None => check_name(name, &path, problems),
+        }
         if name == DEAD_LETTERS {
             problems.add(path.clone(), "is the name of the stream of refused messages, take another");
         }
@@ -158,7 +166,7 @@ fn pipelines(config: &Config, problems: &mut Problems) {
                 problems.add(path, message);
             }
         }
-        if let Some(circle) = circle(config, pipeline) {
+        if let Some(circle) = circle(config, name, pipeline) {
             let path = path.key(if pipeline.to.is_some() { "to" } else { "routes" });
             problems.add(path, format!("leads back to the stream that the pipeline reads: {circle}"));
         }
@@ -184,9 +192,9 @@ fn pipelines(config: &Config, problems: &mut Problems) {
 }
 
 /// Returns the streams by which what a pipeline writes comes back to the stream that it reads: `a -> b -> a`.
-fn circle(config: &Config, pipeline: &pipeline::Config) -> Option<String> {
+fn circle(config: &Config, name: &str, pipeline: &pipeline::Config) -> Option<String> {
     let begin = |to| vec![pipeline.from.as_str(), to];
-    let mut ways: Vec<Vec<&str>> = config.written_by(pipeline).map(begin).collect();
+    let mut ways: Vec<Vec<&str>> = config.written_by(name, pipeline).map(begin).collect();
     let mut seen = BTreeSet::new();
     while let Some(way) = ways.pop() {
         let last = way[way.len() - 1];
@@ -194,8 +202,8 @@ fn circle(config: &Config, pipeline: &pipeline::Config) -> Option<String> {
             return Some(way.join(" -> "));
         }
         if seen.insert(last) {
-            let readers = config.pipelines.values().filter(|reader| reader.from == last);
-            let next = readers.flat_map(|reader| config.written_by(reader));
+            let readers = config.pipelines.iter().filter(|(_, reader)| reader.from == last);
+            let next = readers.flat_map(|(name, reader)| config.written_by(name, reader));
             ways.extend(next.map(|next| [&way[..], &[next]].concat()));
         }
     }

@@ -104,7 +104,11 @@ impl Sending {
             by: Piece::of(letter.source(names), 0),
             reason: reasons::hash(letter.reason),
             names: (0..names.sinks.len())
-                .filter(|sink| names.names(letter, *sink) || pipeline.began_behind(letter, *sink))
+                .filter(|sink| {
+                    // It rejected the letter when the pipeline had no stream between the steps and the sinks.
+                    let rejected = || only.is_some_and(|only| only.contains(names.id(*sink)));
+                    names.names(letter, *sink) || pipeline.began_behind(letter, *sink) || rejected()
+                })
                 .filter(|sink| names.sinks[*sink].iter().any(|id| is_wanted(id)))
                 .collect(),
             kept: named.filter(|id| is_wanted(id) && names.number(id).is_none()).collect(),

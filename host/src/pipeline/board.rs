@@ -6,6 +6,8 @@ use std::time::Instant;
 
 use tokio::sync::watch;
 
+use super::assemble::{AT_SOURCE, BEHIND_STEPS, Place};
+use super::routes::SinkNumber;
 use super::status::{PipelineStatus, SinkShared, SinkStatus, State};
 use crate::batch::Offset;
 use crate::step::Chain;
@@ -70,6 +72,8 @@ impl Board {
             let next = shared.next();
             SinkStatus {
                 name: shared.name.clone(),
+                stream: self.stream.name().to_owned(),
+                end,
                 state: shared.state(),
                 to_do: shared.to_do(),
                 committed,
@@ -102,5 +106,64 @@ impl Board {
     pub async fn shown(&self) {
         // The sender lives as long as `self`.
         let _ = self.shown.subscribe().changed().await;
+    }
+}
+
+/// The boards of a pipeline: of what reads the source, and of what reads the out stream, where one is read.
+pub struct Boards {
+    boards: Vec<Arc<Board>>,
+    /// By sink: the stream that it is shown in.
+    places: Vec<Place>,
+    /// The sink that is the out stream.
+    out: Option<SinkNumber>,
+}
+
+impl Boards {
+    pub fn new(boards: Vec<Arc<Board>>, places: Vec<Place>, out: Option<SinkNumber>) -> Self {
+        Self { boards, places, out }
+    }
+
+    fn source(&self) -> &Board {
+        &self.boards[AT_SOURCE]
+    }
+
+    /// The steps that run.
+    pub fn chain(&self) -> Option<Chain> {
+        self.source().chain()
+    }
+
+    /// Returns once there are steps that run.
+    pub async fn has_chain(&self) {
+        self.source().has_chain().await;
+    }
+
+    pub fn status(&self) -> PipelineStatus {
+        let mut status = self.source().status();
+        let Some(behind) = self.boards.get(BEHIND_STEPS) else { return status };
+        let behind = behind.status();
+        // What the steps have still to write is ahead of each sink that reads what they wrote.
+        let ahead = self.out.map_or(0, |out| status.sinks[out].lag_messages);
+        for ((sink, place), there) in status.sinks.iter_mut().zip(&self.places).zip(behind.sinks) {
+            if place.load(Ordering::Acquire) != BEHIND_STEPS {
+                continue;
+            }
+            let here = std::mem::replace(sink, there);
+            sink.lag_messages += ahead;
+            sink.own_lane = false;
+            // It is opened for the source first.
+            if sink.state == State::Starting && here.state != State::Running {
+                (sink.state, sink.to_do, sink.since) = (here.state, here.to_do, here.since);
+            }
+        }
+        if status.state == State::Running && !matches!(behind.state, State::Running | State::Starting) {
+            (status.state, status.since, status.wants_room) = (behind.state, behind.since, behind.wants_room);
+        }
+        status
+    }
+
+    /// Changes whenever the pipeline has looked after itself.
+    #[cfg(test)]
+    pub async fn shown(&self) {
+        futures_util::future::join_all(self.boards.iter().map(|board| board.shown())).await;
     }
 }

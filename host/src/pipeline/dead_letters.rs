@@ -27,6 +27,7 @@ use super::ROUTES_STEP;
 use super::again::Again;
 use super::known::{Known, Piece, Reader, Remembered, Room, Seen, Stale};
 use super::letter::{self, Letter, Names};
+use super::marks::{MARK_PREFIX, Marks};
 use super::metrics;
 use super::missing::SentLetters;
 use super::outlet::HandedOut;
@@ -136,7 +137,7 @@ pub struct DeadLetters {
     again: Option<Again>,
     /// New letters so far.
     made: AtomicU64,
-    sent: SentLetters,
+    sent: Arc<SentLetters>,
     waiting: Mutex<Waiters>,
 }
 
@@ -200,7 +201,7 @@ impl DeadLetters {
             attachment.detach();
         }
         let letters = Self {
-            sent: SentLetters::new(Arc::clone(&stream), names.clone()),
+            sent: Arc::new(SentLetters::new(Arc::clone(&stream), names.own())),
             stream,
             known: Mutex::new(Known::new(sinks, source.partitions)),
             bytes_max,
@@ -326,6 +327,28 @@ impl DeadLetters {
         self.lock().take((sink, self.names.sink(sink)), batches, seen, partitions, upto)
     }
 
+    /// Shares what is known of letters that redrives have sent with the dead letters of another stream of
+    /// the same pipeline.
+    pub fn with_sent_of(mut self, other: &Self) -> Self {
+        self.sent = Arc::clone(&other.sent);
+        self
+    }
+
+    /// Says for each sink from where on messages come to it by another stream: see [`Known::set_until`].
+    /// A message before that which has an open letter for that stream comes to the sink with the letter.
+    pub async fn set_until(&self, until: Vec<Option<Vec<Offset>>>) -> Result<(), Error> {
+        let has_bounds = until.iter().any(Option::is_some);
+        let mut known = self.lock();
+        until.into_iter().enumerate().for_each(|(sink, until)| known.set_until(sink, until));
+        drop(known);
+        if has_bounds { self.scan(self.stream.bounds().start, None).await } else { Ok(()) }
+    }
+
+    /// As [`Known::set_until`].
+    pub fn set_until_of(&self, sink: SinkNumber, until: Option<Vec<Offset>>) {
+        self.lock().set_until(sink, until);
+    }
+
     /// As [`Known::set_received`].
     pub fn set_received(&self, sink: SinkNumber, received: &[Offset]) {
         self.lock().set_received(sink, received);
@@ -431,6 +454,8 @@ impl DeadLetters {
     /// get it therefore.
     pub fn began_behind(&self, letter: &Letter<'_>, sink: SinkNumber) -> bool {
         letter.sink.is_none()
+            && !self.names.is_out(sink)
+            && !self.names.is_by_out(letter, sink)
             && letter.offset < self.begun[sink].load(Ordering::Acquire)
             && self.is_of_source(letter)
     }
@@ -654,6 +679,7 @@ impl DeadLetters {
     async fn scan(&self, from: Offset, again: Option<(SinkNumber, u64)>) -> Result<(), Error> {
         let end = self.stream.bounds().end;
         let mut cursor = self.stream.peek(from);
+        let marks = self.names.has_out().then(|| Marks::read(&self.stream.state(MARK_PREFIX)));
         let mut keys = Vec::new();
         let mut order = VecDeque::new();
         while cursor.position() < end
@@ -665,8 +691,16 @@ impl DeadLetters {
                 if letter.is_copy() || !letter.is_from(&self.names, &self.source, &self.openings) {
                     continue;
                 }
-                let named: Vec<_> =
-                    (0..self.names.sinks.len()).filter(|sink| self.names.names(&letter, *sink)).collect();
+                let partition = usize::from(partition_of(message.device(), self.source.partitions).0);
+                let comes_with_it = |sink: &SinkNumber| {
+                    self.names.is_by_out(&letter, *sink)
+                        && marks
+                            .as_ref()
+                            .is_some_and(|marks| self.names.is_open_for_out(marks.get(letter.at)))
+                        && self.lock().is_its(*sink, partition, Offset(letter.offset))
+                };
+                let is_named = |sink: &SinkNumber| self.names.names(&letter, *sink) || comes_with_it(sink);
+                let named: Vec<_> = (0..self.names.sinks.len()).filter(is_named).collect();
                 for sink in &named {
                     keys.push((*sink, Offset(letter.offset), letter.piece(&self.names)));
                     if letter.whole {
@@ -772,17 +806,18 @@ impl Scan {
         if let Ok(floor) = rest.try_into() {
             return Some(Self { from, floors: vec![u64::from_le_bytes(floor); names.sinks.len()] });
         }
-        // A sink that is new to the pipeline has letters of none of its messages.
-        let mut floors = vec![0; names.sinks.len()];
+        let mut floors = vec![None; names.sinks.len()];
         while let Some((floor, after)) = rest.split_first_chunk::<8>() {
             let (length, after) = after.split_first_chunk::<2>()?;
             let (name, after) = after.split_at_checked(usize::from(u16::from_le_bytes(*length)))?;
             if let Some(sink) = std::str::from_utf8(name).ok().and_then(|name| names.number(name)) {
-                floors[sink] = u64::from_le_bytes(*floor);
+                floors[sink] = Some(u64::from_le_bytes(*floor));
             }
             rest = after;
         }
-        Some(Self { from, floors })
+        // A sink that is new to the pipeline may have been there before, and any letter be for it.
+        let from = if floors.contains(&None) { 0 } else { from };
+        Some(Self { from, floors: floors.into_iter().map(Option::unwrap_or_default).collect() })
     }
 }
 
@@ -821,7 +856,7 @@ mod tests {
         let first = [7_u64.to_le_bytes(), 5_u64.to_le_bytes()].concat();
         assert_eq!(Scan::read(&first, &sinks), Some(Scan { from: 7, floors: vec![5, 5] }));
         let other = Scan { from: 7, floors: vec![3] }.bytes(&names(&["warehouse"]));
-        assert_eq!(Scan::read(&other, &sinks), Some(Scan { from: 7, floors: vec![0, 3] }));
+        assert_eq!(Scan::read(&other, &sinks), Some(Scan { from: 0, floors: vec![0, 3] }));
     }
     #[tokio::test]
     async fn a_pipeline_whose_share_is_used_up_waits_and_says_for_which_sink_and_another_does_not() {

@@ -1,14 +1,15 @@
-//! One sink's delivery: gathers what the workers hand out, writes it, moves the
-//! positions. The task ends when its lane is drained at a shutdown, when the
-//! sink is fenced or its positions make no sense, or at an abort.
+//! One sink's delivery from one stream: gathers what the workers hand out, writes it, moves the
+//! positions. It ends when its lane is drained at a shutdown, when the sink is fenced or its positions
+//! make no sense, at an abort, or where the sink goes on with another stream ([`super::road`]).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 use super::Batching;
 use super::config::Backoff;
@@ -17,7 +18,7 @@ use super::routes::SinkNumber;
 use super::status::{CHOOSE, SinkShared, State};
 use super::writer::{Failed, Writer};
 use crate::batch::{Batch, Offset};
-use crate::sinks::{Rows, Sink};
+use crate::sinks::{Name, Rows, Sink};
 use crate::stream::{Attachment, OnLag, Stream, Ticket};
 
 /// What a delivery tells its pipeline.
@@ -29,6 +30,8 @@ pub enum Event {
     Joined { sink: SinkNumber },
     /// `Some`: why it stopped, a person must act.
     Ended { sink: SinkNumber, stopped: Option<String> },
+    /// The sink has all that comes to it by this stream, and goes on with another one.
+    Left { sink: SinkNumber },
 }
 
 /// What a pipeline tells a delivery.
@@ -37,7 +40,6 @@ pub enum Control {
     Start(Intake),
     /// Move over to this lane as soon as you have all that lies before it.
     Join(Intake),
-    Lend(Lend),
 }
 
 /// A redrive borrows the sink; the delivery waits for it.
@@ -64,6 +66,8 @@ pub struct Delivery {
     pub progress_every: Duration,
     pub shared: Arc<SinkShared>,
     pub control: mpsc::Receiver<Control>,
+    /// Redrives that want the sink. With another delivery while the sink has another stream.
+    pub lends: Option<mpsc::Receiver<Lend>>,
     pub events: mpsc::Sender<Event>,
     /// The pipeline stops: what is in a lane is drained, the rest ends.
     pub stopping: CancellationToken,
@@ -73,6 +77,26 @@ pub struct Delivery {
     pub pending: Option<Intake>,
     /// By partition: all below is gathered or committed.
     pub received: Vec<Offset>,
+    /// By partition: what lies below came to the sink by another stream; empty: nothing did.
+    pub floor: Vec<Offset>,
+    /// By partition: what lies there and above comes to the sink by another stream. `None`: nothing does.
+    pub until: Option<Vec<Offset>>,
+    /// The claim that the sink has in the stream with which it goes on: where it has positions there, it
+    /// has left this one.
+    pub next: Option<(Vec<Name>, Uuid)>,
+    /// The sink had not got all that comes by this stream when this process opened it.
+    pub was_behind: bool,
+    /// Where the status finds the stream that the sink is shown in, and how it names this one.
+    pub shows: Option<(Arc<AtomicUsize>, usize)>,
+}
+
+/// How a delivery ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The sink has all that comes to it by this stream.
+    Left,
+    /// Nothing more is delivered in this process.
+    Ended,
 }
 
 /// Why a delivery leaves what it does.
@@ -83,6 +107,8 @@ enum Leave {
     Reopen,
     Drained,
     Aborted,
+    /// All that comes by this stream is committed.
+    Done,
     Stop(String),
 }
 
@@ -126,8 +152,18 @@ impl Gathered {
 }
 
 impl Delivery {
-    pub async fn run(mut self) {
-        let stopped = match self.deliver().await {
+    pub async fn run(&mut self) -> End {
+        let left = self.deliver().await;
+        // What is queued for nobody must not hold the lane up.
+        for intake in self.intake.take().iter().chain(&self.pending.take()) {
+            intake.cancel.cancel();
+        }
+        let stopped = match left {
+            Leave::Done => {
+                self.writer.letters.serve(self.number, None);
+                drop(self.events.send(Event::Left { sink: self.number }).await);
+                return End::Left;
+            }
             Leave::Stop(reason) => {
                 tracing::error!(
                     sink = self.writer.claim.sink,
@@ -139,11 +175,8 @@ impl Delivery {
             }
             Leave::Aborted | Leave::Drained | Leave::Again | Leave::Reopen => None,
         };
-        // What is queued for nobody must not hold the lane up.
-        for intake in self.intake.iter().chain(&self.pending) {
-            intake.cancel.cancel();
-        }
         drop(self.events.send(Event::Ended { sink: self.number, stopped }).await);
+        End::Ended
     }
 
     async fn deliver(&mut self) -> Leave {
@@ -174,7 +207,14 @@ impl Delivery {
             self.open().await?;
         }
         self.go_back();
-        let from = self.lowest();
+        if self.is_done() || self.has_left().await? {
+            return Err(Leave::Done);
+        }
+        self.was_behind = self.until.is_some();
+        if let Some((place, own)) = &self.shows {
+            place.store(*own, Ordering::Release);
+        }
+        let from = self.received.iter().copied().min().unwrap_or_default();
         if self.events.send(Event::Ready { sink: self.number, from }).await.is_err() {
             return Err(Leave::Aborted);
         }
@@ -184,6 +224,12 @@ impl Delivery {
             let control = tokio::select! {
                 biased;
                 control = self.control.recv() => control,
+                Some(lend) = asked(&mut self.lends) => {
+                    self.lend(lend).await?;
+                    self.open().await?;
+                    self.go_back();
+                    continue;
+                }
                 () = self.stopping.cancelled() => return Err(Leave::Drained),
             };
             match control {
@@ -191,11 +237,6 @@ impl Delivery {
                 None => return Err(Leave::Drained),
                 Some(Control::Start(intake)) => self.take_from(intake),
                 Some(Control::Join(intake)) => intake.cancel.cancel(),
-                Some(Control::Lend(lend)) => {
-                    self.lend(lend).await?;
-                    self.open().await?;
-                    self.go_back();
-                }
             }
         }
         Ok(())
@@ -213,6 +254,9 @@ impl Delivery {
             let last = gathered.last;
             self.commit(&mut gathered).await?;
             committed_at = Instant::now();
+            if self.is_done() {
+                return Err(Leave::Done);
+            }
             if last {
                 return Ok(());
             }
@@ -224,7 +268,7 @@ impl Delivery {
         let mut gathered = Gathered::default();
         loop {
             self.join_when_there().await;
-            if gathered.is_enough(self.batching) || gathered.urgent {
+            if gathered.is_enough(self.batching) || gathered.urgent || self.has_received_all() {
                 return Ok(gathered);
             }
             let due = match gathered.since {
@@ -243,9 +287,9 @@ impl Delivery {
                 control = self.control.recv(), if !self.control.is_closed() => match control {
                     Some(Control::Join(intake)) => self.pending = Some(intake),
                     Some(Control::Start(intake)) => intake.cancel.cancel(),
-                    Some(Control::Lend(lend)) => self.lend_between_commits(lend).await?,
                     None => {}
                 },
+                Some(lend) = asked(&mut self.lends) => self.lend_between_commits(lend).await?,
                 bundle = intake.recv() => match bundle {
                     Some(bundle) if !gathered.has_room_for(&bundle, self.batching) => {
                         intake.put_back(bundle);
@@ -272,7 +316,8 @@ impl Delivery {
                 .step_by(usize::from(bundle.workers))
                 .map(usize::from)
         };
-        if mine().any(|p| bundle.from > self.received[p]) {
+        let is_over = |p: usize| self.until.as_ref().is_some_and(|until| self.received[p] >= until[p]);
+        if mine().any(|p| bundle.from > self.received[p] && !is_over(p)) {
             tracing::warn!(
                 sink = self.writer.claim.sink,
                 from = bundle.from.0,
@@ -282,11 +327,13 @@ impl Delivery {
         }
         let again = mine().any(|p| bundle.from < self.received[p]);
         let mut batches = bundle.batches;
-        if again {
+        if again || self.until.is_some() {
             for batch in &mut batches {
                 let (base, partition) = (batch.base.0, batch.entries.first().map(|entry| entry.partition.0));
-                let received = self.received[usize::from(partition.unwrap_or_default())].0;
-                batch.entries.to_mut().retain(|entry| base + u64::from(entry.offset) >= received);
+                let partition = usize::from(partition.unwrap_or_default());
+                let until = self.until.as_ref().map_or(u64::MAX, |until| until[partition].0);
+                let own = self.received[partition].0..until;
+                batch.entries.to_mut().retain(|entry| own.contains(&(base + u64::from(entry.offset))));
             }
         }
         batches.retain(|batch| !batch.is_empty());
@@ -309,7 +356,8 @@ impl Delivery {
             gathered.rows.push_batch(batch);
         }
         for p in mine() {
-            self.received[p] = self.received[p].max(bundle.upto);
+            let until = self.until.as_ref().map_or(bundle.upto, |until| until[p]);
+            self.received[p] = self.received[p].max(bundle.upto.min(until));
         }
         gathered.letters = gathered.letters.max(bundle.letters);
         gathered.urgent |= bundle.urgent;
@@ -422,6 +470,9 @@ impl Delivery {
         let kept = self.stream.bounds();
         let stream = self.stream.name();
         let lowest = self.lowest();
+        if self.is_done() {
+            return Ok(());
+        }
         if lowest < kept.start && self.on_lag == OnLag::Block {
             return Err(Leave::Stop(format!(
                 "its position {} is below the first kept message {} of stream \"{stream}\": the messages at offsets {} \
@@ -468,10 +519,10 @@ impl Delivery {
                 () = self.stopping.cancelled(), if self.intake.is_none() => return Err(Leave::Drained),
                 () = tokio::time::sleep_until(until) => return Ok(()),
                 control = self.control.recv(), if !self.control.is_closed() => match control {
-                    Some(Control::Lend(lend)) => self.lend(lend).await?,
                     Some(Control::Join(intake) | Control::Start(intake)) => intake.cancel.cancel(),
                     None => {}
                 },
+                Some(lend) = asked(&mut self.lends) => self.lend(lend).await?,
             }
         }
     }
@@ -522,13 +573,51 @@ impl Delivery {
 
     /// To the positions: what was taken above them and not written is open again.
     fn go_back(&mut self) {
-        self.received.clone_from(&self.writer.positions);
+        self.received = (0..self.writer.positions.len()).map(|p| self.reached(p)).collect();
         self.writer.letters.set_received(self.number, &self.received);
         self.publish();
     }
 
+    /// Where the sink goes on in a partition: at its position, or behind what came to it by another stream.
+    fn reached(&self, partition: usize) -> Offset {
+        let floor = self.floor.get(partition).copied().unwrap_or_default();
+        self.writer.positions[partition].max(floor)
+    }
+
     fn lowest(&self) -> Offset {
-        self.writer.positions.iter().copied().min().unwrap_or_default()
+        (0..self.writer.positions.len()).map(|p| self.reached(p)).min().unwrap_or_default()
+    }
+
+    /// Whether all that comes by this stream is committed.
+    fn is_done(&self) -> bool {
+        let committed = |until: &Vec<Offset>| (0..until.len()).all(|p| self.reached(p) >= until[p]);
+        !self.writer.positions.is_empty() && self.until.as_ref().is_some_and(committed)
+    }
+
+    fn has_received_all(&self) -> bool {
+        let received = |until: &Vec<Offset>| self.received.iter().zip(until).all(|(at, until)| at >= until);
+        self.until.as_ref().is_some_and(received)
+    }
+
+    /// Whether the sink has positions in the stream with which it goes on, whatever its position here is:
+    /// it was let go from here by a process whose notes are lost.
+    async fn has_left(&mut self) -> Result<bool, Leave> {
+        let Some((claims, log)) = self.next.clone().filter(|_| self.until.is_some()) else {
+            return Ok(false);
+        };
+        let mut attempt = 0;
+        loop {
+            let Some(sink) = self.writer.sink.as_mut() else { return Ok(false) };
+            match sink.positions_of(&claims, &[log]).await {
+                Ok(positions) => return Ok(!positions.is_empty()),
+                Err(error) => {
+                    let failed = self.writer.failed(error);
+                    self.back_off(failed, attempt).await?;
+                }
+            }
+            attempt += 1;
+            self.open().await?;
+        }
     }
 
     fn publish(&self) {
@@ -538,6 +627,20 @@ impl Delivery {
         self.writer.letters.forget_below(self.number, lowest);
         self.shared.committed.store(lowest.0, Ordering::Release);
         self.shared.received.store(self.received.iter().min().map_or(0, |o| o.0), Ordering::Release);
+    }
+}
+
+/// Returns the next redrive that wants the sink; waits for ever where none can any more.
+async fn asked(lends: &mut Option<mpsc::Receiver<Lend>>) -> Option<Lend> {
+    match lends {
+        Some(open) => match open.recv().await {
+            Some(lend) => Some(lend),
+            None => {
+                *lends = None;
+                std::future::pending().await
+            }
+        },
+        None => std::future::pending().await,
     }
 }
 

@@ -127,6 +127,9 @@ struct OfSink {
     served: Option<Arc<HandedOut>>,
     /// Takes nothing before another lane serves it.
     is_cut: bool,
+    /// Offset, by partition, from which on messages come to it by another stream: it takes none of them
+    /// here, and no letter names it.
+    until: Option<Vec<Offset>>,
     /// Bytes of the letters that the sink itself wrote since its last commit.
     uncommitted_bytes: u64,
 }
@@ -263,8 +266,10 @@ impl Known {
                 continue;
             }
             // A row is in its sink's hands, which is past it therefore.
+            let partition = usize::from(refusal.partition.0);
             let open = !by_step
-                || of.received[usize::from(refusal.partition.0)] <= offset
+                || of.received[partition] <= offset
+                    && of.is_its(partition, offset)
                     && of.within(offset, offset).all(|known| reader.seen.0.contains(known));
             if open {
                 names.push(reader.sink);
@@ -324,9 +329,19 @@ impl Known {
             }
         }
         for partition in partitions {
-            of.received[partition] = of.received[partition].max(upto);
+            of.received[partition] = of.received[partition].max(of.bounded(partition, upto));
         }
         Ok(refused)
+    }
+
+    /// Says from where on messages come to a sink by another stream; `None`: all come here.
+    pub fn set_until(&mut self, sink: SinkNumber, until: Option<Vec<Offset>>) {
+        self.sinks[sink].until = until;
+    }
+
+    /// Whether a message of a partition comes to a sink here.
+    pub fn is_its(&self, sink: SinkNumber, partition: usize, offset: Offset) -> bool {
+        self.sinks[sink].is_its(partition, offset)
     }
 
     /// A sink begins again at its positions: what lies above is open.
@@ -422,6 +437,14 @@ fn is_needed(sinks: &[OfSink], letter: &Remembered) -> bool {
 }
 
 impl OfSink {
+    fn is_its(&self, partition: usize, offset: Offset) -> bool {
+        self.until.as_ref().is_none_or(|until| offset < until[partition])
+    }
+
+    fn bounded(&self, partition: usize, upto: Offset) -> Offset {
+        self.until.as_ref().map_or(upto, |until| upto.min(until[partition]))
+    }
+
     fn gives_room(&self) -> bool {
         let handed_out = self.served.as_ref().map_or(u64::MAX, |lane| lane.all_below().0);
         self.letters.first().is_some_and(|(offset, _)| *offset < handed_out)

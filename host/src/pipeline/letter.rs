@@ -8,6 +8,7 @@ use uuid::Uuid;
 use super::ROUTES_STEP;
 use super::dead_letters::{Refusal, Source};
 use super::known::Piece;
+use super::marks::Mark;
 use super::routes::SinkNumber;
 use super::sink_names::SinkNames;
 use super::step_history::{self, NOTE_BYTES_MAX, StepHistory};
@@ -216,13 +217,68 @@ pub struct Names {
     /// Name of each sink in the config.
     shown: Vec<String>,
     meanings: Arc<SinkNames>,
+    /// How many of the last ids of the first sink are those of a stream whose letters it takes over.
+    taken_over: usize,
+    /// The stream that the other sinks read, where the pipeline has one: what it gets, they get.
+    out: Option<SinkNumber>,
 }
 
 impl Names {
     /// `sinks`: as the config names them.
     pub fn new(pipelines: Vec<String>, sinks: Vec<String>, meanings: Arc<SinkNames>) -> Self {
         let ids = sinks.iter().map(|name| meanings.ids(name, u64::MAX)).collect();
-        Self { pipelines, sinks: ids, shown: sinks, meanings }
+        Self { pipelines, sinks: ids, shown: sinks, meanings, taken_over: 0, out: None }
+    }
+
+    /// Says which sink is the stream that the others read.
+    pub fn with_out(mut self, out: Option<SinkNumber>) -> Self {
+        self.out = out;
+        self
+    }
+
+    /// Gives the only sink of a pipeline the letters for the stream that its sinks read before.
+    pub fn taking_over(mut self, out: &str) -> Self {
+        let ids = self.meanings.ids(out, u64::MAX);
+        if let [only] = &mut self.sinks[..] {
+            self.taken_over = ids.len();
+            only.extend(ids);
+        }
+        self
+    }
+
+    /// As these are where a sink answers for what was sent to it, by its own ids.
+    pub fn own(&self) -> Self {
+        let mut own = self.clone();
+        if let Some(first) = own.sinks.first_mut() {
+            first.truncate(first.len() - own.taken_over);
+        }
+        own.taken_over = 0;
+        own
+    }
+
+    pub fn has_out(&self) -> bool {
+        self.out.is_some()
+    }
+
+    /// Whether a letter is for the stream that a sink reads, and for the sink thereby.
+    pub fn is_by_out(&self, letter: &Letter<'_>, sink: SinkNumber) -> bool {
+        self.out.is_some_and(|out| out != sink && letter.sinks.is_some() && self.names(letter, out))
+    }
+
+    /// Whether a letter with this mark is still to be sent to the stream that the sinks read.
+    pub fn is_open_for_out(&self, mark: Option<&Mark>) -> bool {
+        match (mark, self.out) {
+            (None, _) => true,
+            (Some(Mark::Open { sinks, .. }), Some(out)) => {
+                self.sinks[out].iter().any(|id| sinks.contains(id))
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether a sink is the stream that the others read.
+    pub fn is_out(&self, sink: SinkNumber) -> bool {
+        self.out == Some(sink)
     }
 
     pub fn pipeline(&self) -> &str {

@@ -6,27 +6,35 @@
 //!                        \-> dead letters <-/
 //! ```
 //!
+//! A pipeline with several sinks has a stream between its steps and its sinks, which the steps write once and
+//! each sink reads by itself ([`road`]):
+//!
+//! ```text
+//! stream -> steps -> PIPELINE.out -> sink
+//!                                 \-> sink
+//! ```
+//!
 //! [`start`] is the story; [`supervisor`] keeps it going: new steps, sinks that
 //! lag, failures, the end. Why a crash between any two effects neither loses nor
-//! doubles: `host/decisions/delivery-order.md`. Steps that import state are not
-//! for a pipeline that ends in a sink: lanes run a message's steps twice.
+//! doubles: `host/decisions/delivery-order.md` and `through-a-stream.md`.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::hints::Hint;
+use crate::sinks::stream::Target;
 use crate::sinks::{Begin, Name, Sink};
 use crate::step::{Chain, ROUTES_STEP, Recall};
-use crate::stream::{Attachment, BeginNow, OnLag, Stream};
+use crate::stream::{OnLag, Stream};
 use crate::telemetry::{Failures, alike};
 
 mod again;
 mod answering;
+mod assemble;
 mod board;
 mod claim;
 mod config;
@@ -52,6 +60,7 @@ mod records;
 mod redrive;
 mod redrive_status;
 mod redrive_steps;
+mod road;
 mod routes;
 mod schedule;
 mod sink_names;
@@ -61,6 +70,7 @@ mod step_run;
 mod stripped;
 mod supervisor;
 mod swap;
+mod travel;
 mod unrouted;
 mod versions;
 mod worker;
@@ -70,6 +80,7 @@ mod writer;
 pub(crate) mod tests;
 
 pub use again::Ended;
+pub use assemble::start;
 pub use claim::{Beginning, FirstStart, claim_of, other_log};
 pub use config::{Backoff, Config, DEFAULT_ROUTE, DROP, Retries, RouteTarget};
 pub use dead_letters::{DeadLetters, Error as DeadLettersError};
@@ -82,27 +93,14 @@ pub use reasons::KeptReasons;
 pub use records::recorded_recipes;
 pub use redrive::{Filter, RedriveError, Summary, list_open};
 pub use redrive_status::RedriveStatus;
+pub use road::need_out;
 pub use sink_names::{NAMES_PREFIX, SinkNames, name_sinks};
 pub use status::{PipelineStatus, SinkStatus, State, ToDo};
 pub use step_history::StepHistory;
 
-use answering::Answering;
-use board::Board;
-use claim::Waiting;
-use delivery::Delivery;
-use gone::Gone;
-use held::HeldWorkers;
-use metrics::PipelineMetrics;
-use records::Records;
+use board::Boards;
 use redrive::Lender;
-use redrive_status::Redrives;
-use routes::Routes;
-use schedule::Schedule;
-use status::SinkShared;
-use supervisor::{Member, Supervisor};
-use versions::Versions;
 use worker::Shared;
-use writer::{Pace, Refusals, Writer};
 
 /// Orders to a delivery that it did not get to yet.
 const CONTROLS_MAX: usize = 8;
@@ -140,13 +138,26 @@ pub struct SinkPart {
     pub is_stream: bool,
 }
 
+/// The stream that a pipeline's steps write and its sinks read.
+pub struct OutPart {
+    pub part: SinkPart,
+    pub stream: Arc<dyn Stream>,
+    pub target: Target,
+    /// Whether the steps write to it: the pipeline has several sinks. Else it has what is left from when it
+    /// had.
+    pub is_written: bool,
+}
+
 /// What a pipeline stands on.
 pub struct Deps {
     pub stream: Arc<dyn Stream>,
     pub chain: watch::Receiver<Chain>,
     /// Makes the steps of earlier processes again.
     pub recall: Recall,
+    /// At least one.
     pub sinks: Vec<SinkPart>,
+    /// The stream between the steps and the sinks, where the pipeline has one or had one.
+    pub out: Option<OutPart>,
     /// The dead letters of the whole host.
     pub dead_letters: Arc<dyn Stream>,
     /// What names of sinks mean in them.
@@ -167,12 +178,15 @@ pub struct Handle {
     redriver: Arc<Redriver>,
     #[cfg(test)]
     shutdown: CancellationToken,
-    task: tokio::sync::Mutex<Option<tokio::task::JoinHandle<()>>>,
+    /// Cancelled: each part of the pipeline ends in whatever it is in the midst of.
+    #[cfg(test)]
+    aborts: Vec<CancellationToken>,
+    tasks: tokio::sync::Mutex<Vec<tokio::task::JoinHandle<()>>>,
 }
 
 /// Sends dead letters of a pipeline again.
 struct Redriver {
-    board: Arc<Board>,
+    boards: Boards,
     lenders: Vec<Lender>,
     dead_letters: Arc<dyn Stream>,
     shared: Arc<Shared>,
@@ -185,7 +199,7 @@ impl Redriver {
     /// No filter: only what an earlier redrive left.
     async fn redrive(&self, filter: Option<&Filter>) -> Result<Summary, RedriveError> {
         let mut epochs = self.epochs.lock().await;
-        let chain = self.board.chain().ok_or(RedriveError::NoSteps)?;
+        let chain = self.boards.chain().ok_or(RedriveError::NoSteps)?;
         // Steps may be missing in it.
         if let Some(reason) = &chain.hold {
             return Err(RedriveError::Held(format!("the pipeline holds: {reason}")));
@@ -229,7 +243,7 @@ impl Redriver {
         let names = &self.shared.letters.names().pipelines;
         let mut attempt = 0;
         while again::is_pending(&*self.dead_letters, names) {
-            if self.stopping.run_until_cancelled(self.board.has_chain()).await.is_none() {
+            if self.stopping.run_until_cancelled(self.boards.has_chain()).await.is_none() {
                 return;
             }
             match self.redrive(None).await {
@@ -283,7 +297,7 @@ impl Handle {
     }
 
     pub fn status(&self) -> PipelineStatus {
-        self.redriver.board.status()
+        self.redriver.boards.status()
     }
 
     /// The redrive that runs, or the last one of this process.
@@ -316,176 +330,27 @@ impl Handle {
     /// Ends at once, in whatever it is in the midst of, as a kill would.
     #[cfg(test)]
     fn crash(&self) {
-        self.redriver.shared.abort.cancel();
+        self.aborts.iter().for_each(CancellationToken::cancel);
         self.shutdown.cancel();
     }
 
     /// Until its supervisor has been at work once more.
     #[cfg(test)]
     async fn looked_after(&self) {
-        self.redriver.board.shown().await;
+        self.redriver.boards.shown().await;
     }
 
     /// Until the pipeline has ended, which `Deps::shutdown` makes it do.
     pub async fn join(&self) {
-        if let Some(task) = self.task.lock().await.take()
-            && let Err(error) = task.await
-        {
-            tracing::error!(pipeline = self.name(), %error, "the pipeline's supervisor failed");
+        for task in std::mem::take(&mut *self.tasks.lock().await) {
+            if let Err(error) = task.await {
+                tracing::error!(pipeline = self.name(), %error, "the pipeline's supervisor failed");
+            }
         }
     }
-}
-
-/// Starts a pipeline. Fails only where the dead letters cannot be read; a sink
-/// that is down is waited for.
-pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, DeadLettersError> {
-    let Deps {
-        stream,
-        chain,
-        recall,
-        sinks,
-        dead_letters,
-        sink_names,
-        reasons,
-        dead_letters_bytes_max,
-        configured,
-        failures,
-        shutdown,
-    } = deps;
-    let identity = stream.identity();
-    let pipelines = names_of(name, &config.renamed_from);
-    let names: Vec<_> = sinks.iter().map(|part| part.name.clone()).collect();
-    let letters = DeadLetters::open(
-        Arc::clone(&dead_letters),
-        letter::Names::new(pipelines.clone(), names.clone(), sink_names),
-        &*stream,
-        dead_letters_bytes_max,
-        None,
-    )
-    .await?;
-    metrics::register(name, &names);
-    let shared = Arc::new(Shared {
-        name: name.into(),
-        config: config.clone(),
-        routes: Routes::new(config, &names),
-        letters: Arc::new(letters),
-        failures,
-        metrics: PipelineMetrics::new(name),
-        redrives: Redrives::new(name),
-        reasons,
-        gone: Arc::new(Gone::new(name)),
-        counted: (0..identity.partitions).map(|_| AtomicU64::new(0)).collect(),
-        held: HeldWorkers::default(),
-        retry: Mutex::default(),
-        schedule: Schedule::default(),
-        abort: CancellationToken::new(),
-    });
-    let (events, inbox) = mpsc::channel(EVENTS_PER_SINK_MAX * sinks.len().max(1));
-    let (mut members, mut lenders) = (Vec::new(), Vec::new());
-    for (number, part) in sinks.into_iter().enumerate() {
-        let (control, controls) = mpsc::channel(CONTROLS_MAX);
-        let sink_shared = Arc::new(SinkShared::new(name, &part.name, &part.target, shared.failures.clone()));
-        let claim = claim_of(&pipelines, &names_of(&part.name, &part.renamed_from), identity);
-        let consumer = format!("{name}/{}", part.name);
-        for (pipeline, sink) in &claim.formerly {
-            stream.rename_reader(&format!("{pipeline}/{sink}"), &consumer);
-        }
-        let attachment: Arc<dyn Attachment> =
-            stream.attach(&consumer, stream.bounds().start, part.on_lag).into();
-        // Now, however long the database is away.
-        let now = attachment.begin_now(part.begin == Some(Begin::Now));
-        let remembered = match now {
-            Some(BeginNow::At(offset)) => offset.max(attachment.remembered()),
-            _ => attachment.remembered(),
-        };
-        sink_shared.remembered.store(remembered.0, Ordering::Release);
-        let waiting = Waiting { from: remembered, on_lag: part.on_lag, gone: Arc::clone(&shared.gone) };
-        let batching = bounded(part.batching, config);
-        let member = Member::new(part.name.clone(), control, sink_shared, part.on_lag);
-        lenders.push(Lender {
-            control: member.control.clone(),
-            shared: Arc::clone(&member.shared),
-            batching,
-        });
-        let delivery = Delivery {
-            number,
-            attachment: Arc::clone(&attachment),
-            writer: Writer {
-                beginning: Some(Beginning {
-                    begin: FirstStart::new(part.begin, now),
-                    configured: Arc::clone(&configured),
-                    stream: part.is_stream.then_some(remembered),
-                }),
-                attachment: Some(attachment),
-                waiting: Some(waiting),
-                refusals: Refusals::new(config.refusals_max_share),
-                pace: Pace::new(&batching),
-                ..Writer::new(
-                    Some(Box::new(Answering { sink: part.sink, shared: Arc::clone(&member.shared) })),
-                    number,
-                    claim,
-                    &shared.letters,
-                    shared.failures.clone(),
-                )
-            },
-            stream: Arc::clone(&stream),
-            on_lag: part.on_lag,
-            batching,
-            backoff: config.sink_backoff,
-            progress_every: config.progress_every.0,
-            shared: Arc::clone(&member.shared),
-            control: controls,
-            events: events.clone(),
-            stopping: shutdown.clone(),
-            abort: shared.abort.clone(),
-            intake: None,
-            pending: None,
-            received: Vec::new(),
-        };
-        members.push(member);
-        tokio::spawn(delivery.run());
-    }
-    let shareds: Vec<Arc<SinkShared>> = members.iter().map(|member| Arc::clone(&member.shared)).collect();
-    let board = Arc::new(Board::new(name, Arc::clone(&stream), shareds));
-    let letters = Arc::clone(&shared.letters);
-    let (records, recorded) =
-        Records::open(Arc::clone(&dead_letters), letters, shared.letters.names(), identity);
-    let versions = Versions::new(records, recorded, stream.bounds().end);
-    let redriver = Arc::new(Redriver {
-        board: Arc::clone(&board),
-        epochs: tokio::sync::Mutex::default(),
-        lenders,
-        dead_letters,
-        shared: Arc::clone(&shared),
-        stopping: shutdown.clone(),
-    });
-    let watching = Arc::clone(&redriver).watch_missing();
-    tokio::spawn(shutdown.clone().run_until_cancelled_owned(watching));
-    tokio::spawn(Arc::clone(&redriver).resume());
-    #[cfg(test)]
-    let shutdown_of_test = shutdown.clone();
-    let steps = (chain, versions, recall);
-    let supervisor =
-        Supervisor::new(Arc::clone(&shared), stream, steps, members, inbox, shutdown, Arc::clone(&board));
-    let task = tokio::spawn(supervisor.run());
-    Ok(Handle {
-        #[cfg(test)]
-        shutdown: shutdown_of_test,
-        redriver,
-        task: tokio::sync::Mutex::new(Some(task)),
-    })
 }
 
 /// The name that a part has, then the one that it had.
 pub fn names_of(name: &str, renamed_from: &Option<String>) -> Vec<String> {
     std::iter::once(name).chain(renamed_from.as_deref()).map(str::to_owned).collect()
-}
-
-/// A commit must be reached before the queue's room is used up.
-fn bounded(batching: Batching, config: &Config) -> Batching {
-    Batching {
-        rows_max: batching.rows_max.max(1),
-        bytes_max: batching.bytes_max.clamp(1, config.sink_queue_bytes_max.0 / 2),
-        ..batching
-    }
 }

@@ -28,7 +28,7 @@ use uuid::Uuid;
 use super::Batching;
 use super::again::{Again, Ended, Sending};
 use super::dead_letters::{DeadLetters, Error as DeadLettersError, Source};
-use super::delivery::{Control, Lend, Returned};
+use super::delivery::{Lend, Returned};
 use super::destinations::Destinations;
 use super::known::{Reader, index_within_offset};
 use super::letter::{Letter, Names};
@@ -566,7 +566,7 @@ impl Redrive<'_> {
         let patience = Instant::now() + AHEAD_WAIT_MAX;
         let mut has_learned = false;
         loop {
-            let Some(borrowed) = Borrowed::take(&lender.control).await else {
+            let Some(borrowed) = Borrowed::take(&lender.lends).await else {
                 return Ok(Some(" has stopped".to_owned()));
             };
             let claim = super::claim_of(&pipelines, &self.names.sinks[number], identity);
@@ -627,7 +627,6 @@ impl Redrive<'_> {
         {
             return Ok(Err(failed));
         }
-        let committed = lender.shared.committed.load(Ordering::Acquire);
         let from = writer.positions.iter().copied().min().unwrap_or_default().max(range.start);
         let mut cursor = self.dead_letters.cursor(from);
         let mut refused_since = 0;
@@ -653,9 +652,7 @@ impl Redrive<'_> {
             };
             let ahead = batch.messages().filter(is_due).find_map(|message| {
                 let letter = Letter::of(&message)?;
-                let is_ahead = shared.letters.is_of_source(&letter)
-                    && (committed == u64::MAX || letter.offset >= committed);
-                is_ahead.then_some(letter.redrive_of.unwrap_or(message.offset().0))
+                lender.is_before(&letter).then_some(letter.redrive_of.unwrap_or(message.offset().0))
             });
             if let Some(letter) = ahead {
                 // Should retention remove the letter, the message itself would become a row too.
@@ -747,10 +744,20 @@ struct Part {
 
 /// A sink that redrives borrow from its delivery.
 pub struct Lender {
-    pub control: mpsc::Sender<Control>,
-    /// Up to where the delivery itself is.
-    pub shared: Arc<SinkShared>,
+    pub lends: mpsc::Sender<Lend>,
+    /// By stream that the sink reads: its dead letters, and up to where the delivery itself is.
+    pub places: Vec<(Arc<DeadLetters>, Arc<SinkShared>)>,
     pub batching: Batching,
+}
+
+impl Lender {
+    /// Whether the sink has not come to the message of a letter yet.
+    fn is_before(&self, letter: &Letter<'_>) -> bool {
+        self.places.iter().any(|(letters, shared)| {
+            let committed = shared.committed.load(Ordering::Acquire);
+            letters.is_of_source(letter) && (committed == u64::MAX || letter.offset >= committed)
+        })
+    }
 }
 
 struct Borrowed {
@@ -760,10 +767,10 @@ struct Borrowed {
 
 impl Borrowed {
     /// `None`: its delivery has stopped.
-    async fn take(lender: &mpsc::Sender<Control>) -> Option<Self> {
+    async fn take(lender: &mpsc::Sender<Lend>) -> Option<Self> {
         let (give, given) = oneshot::channel();
         let (back, returned) = oneshot::channel();
-        lender.send(Control::Lend(Lend { give, back: returned })).await.ok()?;
+        lender.send(Lend { give, back: returned }).await.ok()?;
         Some(Self { sink: given.await.ok()?, back })
     }
 }

@@ -40,6 +40,14 @@ impl Routes {
         Self { routes }
     }
 
+    /// Lets a sink take what any other takes.
+    pub fn with_all_to(mut self, sink: Option<SinkNumber>) -> Self {
+        for (_, sinks) in self.routes.iter_mut().filter(|(_, sinks)| !sinks.is_empty()) {
+            sinks.extend(sink);
+        }
+        self
+    }
+
     pub fn sort(&self, batch: Batch) -> Sorted {
         let mut places = Vec::new();
         let mut unknown = Vec::new();

@@ -37,6 +37,11 @@ pub struct PipelineStatus {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SinkStatus {
     pub name: String,
+    /// The stream that it reads now: that of its pipeline, or the one between the steps and the sinks. Its
+    /// offsets are those of this stream.
+    pub stream: String,
+    /// Where that stream ends.
+    pub end: Offset,
     pub state: State,
     /// What a person does about it while it retries.
     pub to_do: ToDo,
@@ -45,7 +50,7 @@ pub struct SinkStatus {
     /// First message that it is not known to have: until it was opened, the place that
     /// the stream remembers of it.
     pub next: Offset,
-    /// Messages from `next` on that the stream still has.
+    /// Messages from `next` on that the stream still has, and those in front of the steps.
     pub lag_messages: u64,
     /// Messages from `next` on that retention has removed.
     pub gone_messages: u64,

@@ -50,6 +50,8 @@ pub struct Member {
     refused: Option<(Instant, String)>,
     joining: bool,
     ended: bool,
+    /// It has another stream than this one.
+    away: bool,
     /// Its positions were read in this process.
     was_open: bool,
     /// First message that it was not known to have when its pipeline looked last.
@@ -60,7 +62,14 @@ pub struct Member {
 }
 
 impl Member {
-    pub fn new(name: String, control: mpsc::Sender<Control>, shared: Arc<SinkShared>, on_lag: OnLag) -> Self {
+    /// `away`: it begins with another stream.
+    pub fn new(
+        name: String,
+        control: mpsc::Sender<Control>,
+        shared: Arc<SinkShared>,
+        on_lag: OnLag,
+        away: bool,
+    ) -> Self {
         let reached = shared.next();
         Self {
             name,
@@ -71,11 +80,17 @@ impl Member {
             refused: None,
             joining: false,
             ended: false,
+            away,
             was_open: false,
             reached,
             on_lag,
             told_gone: Counted::default(),
         }
+    }
+
+    /// Whether nothing is delivered to it from this stream.
+    fn is_out(&self) -> bool {
+        self.ended || self.away
     }
 }
 
@@ -87,6 +102,8 @@ enum Purpose {
 }
 
 pub struct Supervisor {
+    /// Each sink has a reader of its own, however near it is to the others.
+    apart: bool,
     shared: Arc<Shared>,
     stream: Arc<dyn Stream>,
     chain: watch::Receiver<Chain>,
@@ -136,6 +153,7 @@ pub struct Supervisor {
 
 impl Supervisor {
     pub fn new(
+        apart: bool,
         shared: Arc<Shared>,
         stream: Arc<dyn Stream>,
         (mut chain, versions, recall): (watch::Receiver<Chain>, Versions, Recall),
@@ -151,6 +169,7 @@ impl Supervisor {
         let gauges = members.iter().map(|member| SinkMetrics::new(&shared.name, &member.name)).collect();
         let end_at_start = stream.bounds().end;
         Self {
+            apart,
             blocked_us: vec![0; members.len()],
             gauges,
             end_at_start,
@@ -218,8 +237,8 @@ impl Supervisor {
                 if let Err(error) = self.shared.letters.remember_from(sink, from).await {
                     self.fail(error.to_string());
                 }
-                self.members[sink].ready_from = Some(from);
-                self.members[sink].was_open = true;
+                let member = &mut self.members[sink];
+                (member.away, member.was_open, member.ready_from) = (false, true, Some(from));
                 self.tell_went_back(sink, from);
                 self.place_all();
             }
@@ -232,6 +251,10 @@ impl Supervisor {
                 self.members[sink].lane = main;
                 self.drop_empty_lanes();
                 tracing::info!(pipeline = %self.shared.name, sink = self.members[sink].name, "the sink has caught up");
+            }
+            Event::Left { sink } => {
+                self.take_out(sink);
+                self.members[sink].away = true;
             }
             Event::Ended { sink, stopped } => {
                 self.take_out(sink);
@@ -256,10 +279,15 @@ impl Supervisor {
             waiting(member) && member.refused.as_ref().is_none_or(|(again, _)| *again <= now)
         };
         if self.main.is_none() {
-            let all = self.members.iter().all(|member| member.ended || waiting(member));
+            let all = self.members.iter().all(|member| member.is_out() || waiting(member));
             let late = self.started.elapsed() >= self.shared.config.lag_after.0;
-            let ready: Vec<_> = (0..self.members.len()).filter(|i| is_due(&self.members[*i])).collect();
-            if !ready.is_empty() && (all || late) && self.begin_steps() && self.record_versions() {
+            let ready = (0..self.members.len()).filter(|i| is_due(&self.members[*i]));
+            let ready: Vec<_> = ready.take(if self.apart { 1 } else { usize::MAX }).collect();
+            if !ready.is_empty()
+                && (all || late || self.apart)
+                && self.begin_steps()
+                && self.record_versions()
+            {
                 self.begin_lane(ready);
             }
             return;
@@ -418,7 +446,7 @@ impl Supervisor {
 
     /// Sinks that have caught up move over to the main lane.
     fn take_back(&mut self) {
-        let Some(main) = self.main else { return };
+        let Some(main) = self.main.filter(|_| !self.apart) else { return };
         let Some(main) = self.lanes.iter_mut().find(|lane| lane.id == main) else { return };
         // A delivery that is busy with a failure gives up a lane that it was to join.
         main.outlets.retain(|outlet| !outlet.detached());
@@ -501,7 +529,7 @@ impl Supervisor {
     fn lowest(&self) -> Offset {
         let kept = self.stream.bounds().start;
         let next = |member: &Member| member.shared.next().max(kept);
-        self.members.iter().map(next).min().unwrap_or_default()
+        self.members.iter().filter(|member| !member.away).map(next).min().unwrap_or_default()
     }
 
     fn new_window(&mut self) {
@@ -520,10 +548,11 @@ impl Supervisor {
         }
         let patience = Instant::now() + self.shared.config.drain_max.0;
         let end = patience + ABORT_WAIT;
-        while !self.running.is_empty() || self.members.iter().any(|member| !member.ended) {
+        while !self.running.is_empty() || self.members.iter().any(|member| !member.is_out()) {
             tokio::select! {
                 Some(event) = self.inbox.recv() => match event {
                     Event::Ended { sink, .. } => self.members[sink].ended = true,
+                    Event::Left { sink } => self.members[sink].away = true,
                     Event::Ready { .. } | Event::Joined { .. } => {}
                 },
                 Some(ended) = self.lane_ends.1.recv() => {

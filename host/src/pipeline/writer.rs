@@ -701,7 +701,8 @@ impl Writer {
         }
     }
 
-    fn failed(&mut self, error: Error) -> Failed {
+    /// Says what an error of the sink means for whoever writes.
+    pub fn failed(&mut self, error: Error) -> Failed {
         let kind = match &error {
             Error::Fenced(reason) => return Failed::Stop(reason.clone()),
             Error::Unknown(_) => "unknown",

@@ -50,6 +50,20 @@ impl Target {
         Box::new(StreamSink { target: self.clone(), mine: None, uncommitted: None })
     }
 
+    /// Returns by partition up to where a claim has written what its log has: from the beginning where it has
+    /// written nothing.
+    pub fn reached(&self, claim: &Claim) -> Vec<Offset> {
+        let own = (claim.pipeline.clone(), claim.sink.clone());
+        let names: Vec<Name> = std::iter::once(own).chain(claim.formerly.iter().cloned()).collect();
+        let mut reached = vec![Offset::default(); usize::from(claim.partitions)];
+        for (_, partition, next) in self.positions.positions_of(&names, &[claim.log]) {
+            if let Some(reached) = reached.get_mut(usize::from(partition.0)) {
+                *reached = next.max(*reached);
+            }
+        }
+        reached
+    }
+
     /// Returns the message as the stream has it. Its partition is that of its device in this stream.
     fn message<'r>(&self, row: &MessageRef<'r>) -> NewMessage<'r> {
         let device = row.device();

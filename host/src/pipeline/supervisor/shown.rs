@@ -6,7 +6,7 @@ use super::super::dead_letters::{KEYS_MAX, Waiting};
 use super::super::outlet::Outlet;
 use super::super::routes::SinkNumber;
 use super::super::status::State;
-use super::Supervisor;
+use super::{Member, Supervisor};
 use crate::batch::Offset;
 use crate::hints::Hint;
 use crate::stream::OnLag;
@@ -71,7 +71,10 @@ impl Supervisor {
         if self.main.is_some() {
             return self.wants_room().map_or(State::Running, State::Holding);
         }
-        if self.members.iter().all(|member| member.ended) {
+        if self.members.iter().all(|member| member.away) {
+            return State::Running;
+        }
+        if self.members.iter().all(|member| member.is_out()) {
             return State::Stopped("none of its sinks goes on".to_owned());
         }
         State::Starting
@@ -107,17 +110,23 @@ impl Supervisor {
         let kept = self.stream.bounds();
         let (start, end) = (kept.start, kept.end.0);
         for (sink, (member, gauges)) in self.members.iter().zip(&self.gauges).enumerate() {
+            if member.away {
+                continue;
+            }
             gauges.lag.set(end.saturating_sub(member.shared.next().max(start).0) as f64);
             let outlets = self.lanes.iter().flat_map(|lane| &lane.outlets).filter(|o| o.sink == sink);
             gauges.queue_bytes.set(outlets.map(Outlet::queued_bytes).sum::<u64>() as f64);
         }
-        self.shared.metrics.lanes.set(self.lanes.len() as f64);
+        if !self.apart {
+            self.shared.metrics.lanes.set(self.lanes.len() as f64);
+        }
     }
 
     /// Tells what retention removed before sinks had it, at once: a sink may come to the gap much later.
     pub(super) fn tell_gone(&mut self) {
         let start = self.stream.bounds().start.0;
-        for member in self.members.iter_mut().filter(|member| member.on_lag == OnLag::Detach) {
+        let detaching = |member: &&mut Member| member.on_lag == OnLag::Detach && !member.away;
+        for member in self.members.iter_mut().filter(detaching) {
             let lane = self.lanes.iter().find(|lane| Some(lane.id) == member.lane);
             // What its lane has read is in memory, and may still be written.
             let lacks = lane.map_or(member.shared.next().0, |lane| lane.position.load(Ordering::Acquire));

@@ -70,7 +70,8 @@ impl Supervisor {
         if self.versions.needed(self.lowest()) < VERSIONS_MAX {
             return None;
         }
-        let last = self.members.iter().min_by_key(|member| member.shared.next())?;
+        let here = self.members.iter().filter(|member| !member.away);
+        let last = here.min_by_key(|member| member.shared.next())?;
         Some(format!(
             "sink \"{}\" has messages from offset {} on still to come, and the steps have changed {} times since: \
              the next change waits until it has them",
@@ -193,7 +194,7 @@ impl Supervisor {
     /// Returns whether it is known of each sink what it has, which says where steps begin that a held
     /// step waits for.
     fn are_all_open(&mut self) -> bool {
-        let closed = self.members.iter().find(|member| !member.was_open && !member.ended);
+        let closed = self.members.iter().find(|member| !member.was_open && !member.is_out());
         self.waits_for_sink = closed.map(|member| {
             format!(
                 "a step holds, and where its new version begins is known once sink \"{}\" is open: mend the sink",
@@ -323,7 +324,7 @@ impl Supervisor {
     /// Adds to what the sinks have received, by partition, what those may have that were not open
     /// yet: whatever an earlier process gave them.
     fn taken(&self, mut received: Vec<Offset>) -> Vec<Offset> {
-        if self.members.iter().any(|member| !member.was_open) {
+        if self.members.iter().any(|member| !member.was_open && !member.away) {
             received.iter_mut().for_each(|upto| *upto = self.end_at_start.max(*upto));
         }
         received

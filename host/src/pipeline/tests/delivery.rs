@@ -192,6 +192,7 @@ async fn a_batch_that_runs_into_a_limit_is_halved_and_grows_again_and_nothing_go
         stream: world.stream.clone(),
         chain,
         sinks: vec![part],
+        out: None,
         dead_letters: world.dead.clone(),
         dead_letters_bytes_max: world.dead_letters_bytes_max,
         configured: Default::default(),

@@ -12,8 +12,8 @@ use uuid::Uuid;
 
 use crate::batch::{Batch, Entry, MessageRef, Offset, Partition, Span};
 use crate::pipeline::{
-    Backoff, Batching, Config, Deps, Handle, KeptReasons, Letter, MARK_PREFIX, Mark, Marks, PipelineStatus,
-    Retries, RouteTarget, SinkPart, list_open, name_sinks, start,
+    Backoff, Batching, Config, Deps, Handle, KeptReasons, Letter, MARK_PREFIX, Mark, Marks, OutPart,
+    PipelineStatus, Retries, RouteTarget, SinkPart, list_open, name_sinks, start,
 };
 use crate::problems::{KeyPath, Problem};
 use crate::sinks::Begin;
@@ -212,6 +212,9 @@ pub fn number(text: &str) -> u64 {
     text.split(':').nth(1).and_then(|n| n.parse().ok()).expect("payloads are device:number")
 }
 
+/// Name of the stream between the steps and the sinks.
+pub const OUT: &str = "p.out";
+
 /// What outlives a process: the streams, the databases.
 #[derive(Clone)]
 pub struct World {
@@ -222,6 +225,8 @@ pub struct World {
     pub databases: BTreeMap<String, MemoryDatabase>,
     /// Streams that the pipeline writes to, by name.
     pub targets: BTreeMap<String, Target>,
+    pub out: Option<Arc<dyn Stream>>,
+    pub out_target: Option<Target>,
     pub config: Config,
     pub batching: Batching,
     pub on_lag: OnLag,
@@ -264,6 +269,8 @@ impl World {
             dead_memory,
             databases,
             targets: BTreeMap::new(),
+            out: None,
+            out_target: None,
             config,
             batching: Batching { rows_max: 50, bytes_max: 1 << 20, wait_max: Duration::from_millis(2) },
             on_lag: OnLag::Block,
@@ -282,6 +289,17 @@ impl World {
         let sinks = target.sinks().iter().cloned().chain([sink.to_owned()]).collect();
         *target = RouteTarget::Several(sinks);
         self.databases.insert(sink.to_owned(), MemoryDatabase::default());
+    }
+
+    /// From the next start on all routes but those that drop lead to these sinks.
+    pub fn set_sinks(&mut self, sinks: &[&str]) {
+        let names: Vec<_> = sinks.iter().map(|sink| (*sink).to_owned()).collect();
+        for target in self.config.routes.values_mut().filter(|target| !target.sinks().is_empty()) {
+            *target = RouteTarget::Several(names.clone());
+        }
+        for name in names {
+            self.databases.entry(name).or_default();
+        }
     }
 
     pub fn database(&self, sink: &str) -> &MemoryDatabase {
@@ -321,9 +339,11 @@ impl World {
     pub async fn start(&self, chain: Chain) -> Process {
         let (chain_sender, chain) = watch::channel(chain);
         let shutdown = CancellationToken::new();
+        let is_configured = |name: &&String| self.config.sinks().contains(name.as_str());
         let sinks = self
             .databases
             .iter()
+            .filter(|(name, _)| is_configured(name))
             .map(|(name, database)| SinkPart {
                 name: name.clone(),
                 sink: Box::new(database.sink()),
@@ -345,7 +365,7 @@ impl World {
                 is_stream: true,
             }))
             .collect();
-        let names = || self.databases.keys().chain(self.targets.keys());
+        let names = || self.databases.keys().filter(is_configured).chain(self.targets.keys());
         let named: Vec<_> =
             names().map(|name| (name.clone(), self.renamed_from.get(name).cloned())).collect();
         let deps = Deps {
@@ -355,6 +375,7 @@ impl World {
             chain,
             recall: self.recall.clone().unwrap_or_else(|| Arc::new(recall)),
             sinks,
+            out: self.out(),
             dead_letters: Arc::clone(&self.dead),
             dead_letters_bytes_max: self.dead_letters_bytes_max,
             configured: names()
@@ -366,6 +387,31 @@ impl World {
         };
         let handle = start(&self.pipeline, &self.config, deps).await.unwrap();
         Process { handle, chain: chain_sender, shutdown }
+    }
+
+    fn out(&self) -> Option<OutPart> {
+        let stream = self.out.clone()?;
+        let target = self.out_target.clone()?;
+        let is_written = self.config.sinks().len() > 1;
+        let part = SinkPart {
+            name: OUT.to_owned(),
+            sink: target.sink(),
+            target: OUT.to_owned(),
+            batching: self.batching,
+            on_lag: OnLag::Block,
+            renamed_from: None,
+            begin: Some(Begin::Now),
+            is_stream: true,
+        };
+        Some(OutPart { part, stream, target, is_written })
+    }
+
+    /// Puts a stream between the steps and the sinks from the next start on, where these are several.
+    pub fn with_out(mut self) -> (Self, Arc<MemoryStream>) {
+        let out = MemoryStream::with_hooks(OUT, self.stream.identity().partitions);
+        self.out = Some(Arc::clone(&out) as Arc<dyn Stream>);
+        self.out_target = Some(Target::new(Arc::clone(&out) as Arc<dyn Stream>, None));
+        (self, out)
     }
 
     /// Letters that are no copies: payload and reason.
@@ -465,8 +511,10 @@ impl Process {
 
     /// Until every sink has committed the whole stream.
     pub async fn drained(&self) {
-        self.until("drained", |status| status.sinks.iter().all(|sink| sink.committed == Some(status.end)))
-            .await;
+        self.until("drained", |status| {
+            status.sinks.iter().all(|sink| sink.committed == Some(sink.end) && sink.lag_messages == 0)
+        })
+        .await;
     }
 }
 

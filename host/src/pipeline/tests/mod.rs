@@ -14,6 +14,7 @@ mod redrive_routes;
 mod redrive_steps;
 mod restored;
 mod swap;
+mod through;
 mod versions;
 mod waiting_steps;
 mod writer;

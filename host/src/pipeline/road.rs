@@ -1,0 +1,342 @@
+//! The streams that a sink of a pipeline reads, one after the other.
+//!
+//! The sinks of a pipeline that has several read the pipeline's out stream, which the steps write once. A
+//! pipeline with one sink has none: the sink reads the source, and the steps run in front of it. When the
+//! config gives a pipeline more sinks, or fewer, each sink goes from one stream to the other at one place of
+//! both: in the source, by partition, below which the out stream has what the steps made; and the offset in
+//! the out stream behind that. So the legs of a sink's road are
+//!
+//! ```text
+//! source until F1 | out stream from O1 until O2 | source from F2 until F3 | out stream from O3 ...
+//! ```
+//!
+//! and each message of the source comes to the sink by one leg. Roads are entries of the state of the dead
+//! letters, written before anything is delivered by them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::dead_letters::Error;
+use super::letter::Names;
+use crate::batch::Offset;
+use crate::stream::{AppendError, Identity, StateChange, Stream};
+
+/// Begin of the state keys; then the pipeline, the log and the generation of the source, and the id of a
+/// sink, or nothing for the pipeline itself.
+const KEY: &str = "roads/";
+
+/// One after the other, never empty: the last one has no end.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Road {
+    pub legs: Vec<Leg>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "of", rename_all = "snake_case")]
+pub enum Leg {
+    /// Offsets by partition. `from` is empty where the sink's own position alone says where it begins.
+    Source {
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        from: Vec<Offset>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        until: Option<Vec<Offset>>,
+    },
+    /// Offsets of all partitions.
+    Out {
+        #[serde(with = "log_id")]
+        log: Uuid,
+        from: Offset,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        until: Option<Offset>,
+    },
+}
+
+/// Where the steps began to write to the out stream: what lies before was delivered by other legs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Begun {
+    #[serde(with = "log_id")]
+    log: Uuid,
+    from: Offset,
+}
+
+/// What a pipeline has recorded. Sinks that are not in the config any more stay: they may come back.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Roads {
+    begun: Option<Begun>,
+    /// By id of the sink.
+    of: BTreeMap<String, Road>,
+}
+
+/// The out stream of a pipeline, as a start finds it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OutNow {
+    pub log: Uuid,
+    pub end: Offset,
+    /// What the steps have written, by partition of the source, as the out stream says itself.
+    pub reached: Vec<Offset>,
+    /// Where the steps were, as the source remembers it: where they go on if the out stream that they wrote is
+    /// gone, and this one in its place.
+    pub goes_on: Offset,
+    /// Whether the steps write to it: the pipeline has several sinks.
+    pub is_written: bool,
+}
+
+impl Road {
+    fn begin() -> Self {
+        Self { legs: vec![Leg::Source { from: Vec::new(), until: None }] }
+    }
+
+    /// Ends the last leg, which is of the out stream, and goes on with the source.
+    fn back_to_source(&mut self, end: Offset, reached: &[Offset]) {
+        if let Some(Leg::Out { until: until @ None, from, .. }) = self.legs.last_mut() {
+            *until = Some(end.max(*from));
+            self.legs.push(Leg::Source { from: reached.to_vec(), until: None });
+        }
+    }
+
+    fn on_to(&mut self, out: &OutNow, reached: &[Offset]) {
+        if let Some(Leg::Source { until: until @ None, .. }) = self.legs.last_mut() {
+            *until = Some(reached.to_vec());
+            self.legs.push(Leg::Out { log: out.log, from: out.end, until: None });
+        }
+    }
+
+    /// Where the sink leaves the source for the last time, by partition; `None`: it stays.
+    pub fn source_end(&self) -> Option<Vec<Offset>> {
+        self.legs.iter().rev().find_map(|leg| match leg {
+            Leg::Source { until, .. } => Some(until.clone()),
+            Leg::Out { .. } => None,
+        })?
+    }
+
+    /// Whether some leg is of this out stream.
+    pub fn reads_out(&self, out: Option<&OutNow>) -> bool {
+        let is_it = |leg: &Leg| matches!(leg, Leg::Out { log, .. } if out.is_some_and(|out| out.log == *log));
+        self.legs.iter().any(is_it)
+    }
+
+    fn log(&self) -> Option<Uuid> {
+        match self.legs.last() {
+            Some(Leg::Out { log, .. }) => Some(*log),
+            _ => None,
+        }
+    }
+
+    /// Brings places back of streams that have lost their ends: what comes there is new.
+    fn cut(&mut self, end: Offset, out: Option<&OutNow>) {
+        let cut =
+            |offsets: &mut Vec<Offset>| offsets.iter_mut().for_each(|offset| *offset = end.min(*offset));
+        for leg in &mut self.legs {
+            match leg {
+                Leg::Source { from, until } => {
+                    cut(from);
+                    until.iter_mut().for_each(cut);
+                }
+                Leg::Out { log, from, until } => {
+                    let Some(out) = out.filter(|out| out.log == *log) else { continue };
+                    *from = out.end.min(*from);
+                    until.iter_mut().for_each(|until| *until = out.end.min(*until));
+                }
+            }
+        }
+    }
+
+    /// Writes offsets that are the same for all partitions once, and reads them again.
+    fn each_partition(&mut self, change: impl Fn(&mut Vec<Offset>)) {
+        for leg in &mut self.legs {
+            if let Leg::Source { from, until } = leg {
+                change(from);
+                until.iter_mut().for_each(&change);
+            }
+        }
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        let mut road = self.clone();
+        road.each_partition(|offsets| {
+            if offsets.iter().all(|offset| Some(offset) == offsets.first()) {
+                offsets.truncate(1);
+            }
+        });
+        json(&road)
+    }
+
+    fn from_bytes(bytes: &[u8], partitions: u16) -> Option<Self> {
+        let mut road: Self =
+            serde_json::from_slice(bytes).ok().filter(|road: &Self| !road.legs.is_empty())?;
+        road.each_partition(|offsets| {
+            if let [only] = offsets[..] {
+                *offsets = vec![only; usize::from(partitions)];
+            }
+        });
+        Some(road)
+    }
+
+    /// Whether some leg is of the out stream.
+    fn needs_out(&self) -> bool {
+        self.legs.iter().any(|leg| matches!(leg, Leg::Out { .. }))
+    }
+}
+
+impl Roads {
+    pub fn read(dead_letters: &dyn Stream, pipelines: &[String], source: Identity) -> Self {
+        let mut roads = Self::default();
+        // What is under the name that the pipeline has counts first.
+        for pipeline in pipelines.iter().rev() {
+            let prefix = prefix(pipeline, source);
+            for (key, value) in dead_letters.state(prefix.as_bytes()) {
+                let Some(Ok(sink)) = key.get(prefix.len()..).map(std::str::from_utf8) else { continue };
+                match sink {
+                    "" => roads.begun = serde_json::from_slice(&value).ok(),
+                    sink => {
+                        let road = Road::from_bytes(&value, source.partitions);
+                        roads.of.extend(road.map(|road| (sink.to_owned(), road)));
+                    }
+                }
+            }
+        }
+        roads
+    }
+
+    /// Returns the roads as they are from this start on. `out`: the pipeline's out stream, written or left
+    /// over; `sinks`: the ids of the pipeline's sinks; `end`: where the source ends.
+    fn turned(&self, out: Option<&OutNow>, sinks: &[String], end: Offset) -> Self {
+        let mut now = self.clone();
+        now.begun.iter_mut().for_each(|begun| begun.from = begun.from.min(end));
+        now.of.values_mut().for_each(|road| road.cut(end, out));
+        let written = out.filter(|out| out.is_written);
+        let begun = now.begun;
+        now.begun = written.map(|out| match begun {
+            Some(begun) if begun.log == out.log => begun,
+            Some(_) => Begun { log: out.log, from: out.goes_on.min(end) },
+            None => Begun { log: out.log, from: end },
+        });
+        let reached = |out: &OutNow, begun: Option<Begun>| -> Vec<Offset> {
+            let from = begun.filter(|begun| begun.log == out.log).map(|begun| begun.from).unwrap_or_default();
+            out.reached.iter().map(|reached| from.max(*reached)).collect()
+        };
+        // Those that read another out stream, or one that nobody writes any more.
+        for road in now.of.values_mut() {
+            let is_left = road.log().is_some_and(|log| written.is_none_or(|out| out.log != log));
+            match out.filter(|out| road.log() == Some(out.log)) {
+                _ if !is_left => {}
+                Some(out) => road.back_to_source(out.end, &reached(out, begun)),
+                // The stream is gone, and with it what was in it and not yet in the sink.
+                None => {
+                    let goes_on = written.map(|out| reached(out, now.begun));
+                    road.back_to_source(Offset(0), &goes_on.unwrap_or_default());
+                }
+            }
+        }
+        for sink in sinks {
+            let road = now.of.entry(sink.clone()).or_insert_with(Road::begin);
+            if let Some(out) = written {
+                road.on_to(out, &reached(out, now.begun));
+            }
+        }
+        // A sink that has only ever read the source needs no note.
+        now.of.retain(|_, road| *road != Road::begin());
+        now
+    }
+
+    pub fn of(&self, sink: &str) -> Road {
+        self.of.get(sink).cloned().unwrap_or_else(Road::begin)
+    }
+
+    /// Where the steps began to write to the out stream.
+    pub fn begun(&self) -> Offset {
+        self.begun.map(|begun| begun.from).unwrap_or_default()
+    }
+}
+
+/// Whether sinks of a pipeline with these names may have messages of its out stream still to come.
+pub fn need_out(dead_letters: &dyn Stream, pipelines: &[String], source: Identity) -> bool {
+    Roads::read(dead_letters, pipelines, source).of.values().any(Road::needs_out)
+}
+
+/// Decides by which legs the sinks of a pipeline go on, and writes it down. Returns once that survives a crash.
+pub async fn plan(
+    dead_letters: &Arc<dyn Stream>,
+    names: &Names,
+    source: &dyn Stream,
+    out: Option<&OutNow>,
+    sinks: &[String],
+) -> Result<Roads, Error> {
+    let (identity, end) = (source.identity(), source.bounds().end);
+    let before = Roads::read(&**dead_letters, &names.pipelines, identity);
+    let now = before.turned(out, sinks, end);
+    let prefix = prefix(names.pipeline(), identity);
+    let of = |roads: &Roads| -> BTreeMap<String, Vec<u8>> {
+        let begun = roads.begun.iter().map(|begun| (String::new(), json(begun)));
+        begun.chain(roads.of.iter().map(|(sink, road)| (sink.clone(), road.bytes()))).collect()
+    };
+    let stored: BTreeMap<Vec<u8>, Vec<u8>> = names
+        .pipelines
+        .iter()
+        .flat_map(|pipeline| dead_letters.state(self::prefix(pipeline, identity).as_bytes()))
+        .collect();
+    let wanted: BTreeMap<Vec<u8>, Vec<u8>> =
+        of(&now).into_iter().map(|(sink, value)| (format!("{prefix}{sink}").into_bytes(), value)).collect();
+    let keys: BTreeSet<&Vec<u8>> = stored.keys().chain(wanted.keys()).collect();
+    let changes: Vec<_> = keys
+        .into_iter()
+        .filter(|key| stored.get(*key) != wanted.get(*key))
+        .map(|key| StateChange { key, value: wanted.get(key).map(Vec::as_slice) })
+        .collect();
+    write(dead_letters, &changes).await?;
+    Ok(now)
+}
+
+/// Forgets the legs of a sink before its `left`-th, which it has behind it. Where there is no room for that
+/// it is done another time.
+pub fn forget_legs(dead_letters: &dyn Stream, names: &Names, source: Identity, sink: &str, left: usize) {
+    let mut road = Roads::read(dead_letters, &names.pipelines, source).of(sink);
+    if left >= road.legs.len() {
+        return;
+    }
+    road.legs.drain(..left);
+    let key = format!("{}{sink}", prefix(names.pipeline(), source));
+    let value = road.bytes();
+    drop(dead_letters.append(&[], &[StateChange { key: key.as_bytes(), value: Some(&value) }]));
+}
+
+async fn write(dead_letters: &Arc<dyn Stream>, changes: &[StateChange<'_>]) -> Result<(), Error> {
+    if changes.is_empty() {
+        return Ok(());
+    }
+    let appended = loop {
+        match dead_letters.append(&[], changes) {
+            Ok(appended) => break appended,
+            Err(AppendError::Full) => dead_letters.writable().await,
+            Err(error) => return Err(error.into()),
+        }
+    };
+    let mut durable = dead_letters.durable();
+    let reached = durable.wait_for(|durable| *durable >= appended.ticket).await.is_ok();
+    if reached { Ok(()) } else { Err(AppendError::Stopped(dead_letters.stopped().await).into()) }
+}
+
+/// The UUID of a log as text.
+mod log_id {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+    use uuid::Uuid;
+
+    pub fn serialize<S: Serializer>(log: &Uuid, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(log)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Uuid, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+    }
+}
+
+fn json(value: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(value).expect("plain fields")
+}
+
+fn prefix(pipeline: &str, source: Identity) -> String {
+    format!("{KEY}{pipeline}/{}/{}/", source.log, source.generation)
+}
