@@ -58,6 +58,8 @@ pub struct PipelineLine {
     pub steps: Option<Vec<String>>,
     /// Route, and each sink as `warehouse (PostgreSQL 127.0.0.1:5432/iot table telemetry)`; none: drop.
     pub routes: Vec<(String, Vec<String>)>,
+    /// The stream between the steps and the sinks, if there is one.
+    pub out: Option<String>,
 }
 
 impl Started {
@@ -112,6 +114,7 @@ impl Started {
                         .iter()
                         .map(|(route, target)| (route.clone(), pipeline.targets(target).map(sink).collect()))
                         .collect(),
+                    out: config.out_stream(name, pipeline),
                 })
                 .collect(),
             admin: config.admin.address(),
@@ -194,12 +197,13 @@ fn lines(started: &Started, runs: bool) -> String {
         let end = if is_read || !takes_messages { "" } else { "; for subscribers only, no rows" };
         line("stream", &format!("{name}  {topics}, {partitions} {noun}{end}"));
     }
-    for PipelineLine { name, from, steps, routes } in &started.pipelines {
+    for PipelineLine { name, from, steps, routes, out } in &started.pipelines {
         let steps = match steps {
             None => " -> plugins of the folder".to_owned(),
             Some(steps) => steps.iter().map(|step| format!(" -> {step}")).collect(),
         };
-        line("pipeline", &format!("{name}  {from}{steps}"));
+        let out = out.iter().map(|out| format!(" -> {out}")).collect::<String>();
+        line("pipeline", &format!("{name}  {from}{steps}{out}"));
         for (route, sinks) in routes {
             let sinks = if sinks.is_empty() { "dropped".to_owned() } else { sinks.join(", ") };
             line("", &format!("  {route} -> {sinks}"));

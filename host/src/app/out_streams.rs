@@ -37,7 +37,8 @@ pub fn left_over(
         let out = out_stream_of(name);
         let is_there = data_dir.join("streams").join(&out).exists();
         let names = pipeline::names_of(name, &pipeline.renamed_from);
-        let is_read = pipeline::need_out(dead_letters, &names, source.identity());
+        let sinks: Vec<_> = pipeline.sinks().into_iter().collect();
+        let is_read = pipeline::need_out(dead_letters, &names, &sinks, source.identity());
         let like = config.streams.get(&pipeline.from)?;
         let like = stream::Config { topics: Vec::new(), topic_prefix: None, ..like.clone() };
         (config.out_stream(name, pipeline).is_none() && is_there && is_read).then_some((out, like))

@@ -157,7 +157,8 @@ impl Host {
     pub async fn look_for_unconfigured(self: Arc<Self>) {
         let host = Arc::clone(&self);
         let found = tokio::task::spawn_blocking(move || {
-            unconfigured::find(&host.data_folder(), |name| host.takes_messages(name))
+            let is_open = |name: &str| host.streams.iter().any(|stream| stream.name() == name);
+            unconfigured::find(&host.data_folder(), is_open)
         });
         match found.await {
             Ok(Ok(found)) => {
@@ -258,7 +259,9 @@ impl Host {
     }
 
     fn stream_folder(&self, name: &str) -> PathBuf {
-        let is_configured = self.takes_messages(name) || self.written.contains(name);
+        // One that a pipeline had between its steps and its sinks is not in the config any more.
+        let is_left_over = name.contains('.');
+        let is_configured = self.takes_messages(name) || self.written.contains(name) || is_left_over;
         disks::stream_folder(&self.data_dir, name, is_configured)
     }
 

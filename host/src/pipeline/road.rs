@@ -21,6 +21,7 @@ use uuid::Uuid;
 
 use super::dead_letters::Error;
 use super::letter::Names;
+use super::sink_names::{NAMES_PREFIX, SinkNames};
 use crate::batch::Offset;
 use crate::stream::{AppendError, Identity, StateChange, Stream};
 
@@ -252,9 +253,13 @@ impl Roads {
     }
 }
 
-/// Whether sinks of a pipeline with these names may have messages of its out stream still to come.
-pub fn need_out(dead_letters: &dyn Stream, pipelines: &[String], source: Identity) -> bool {
-    Roads::read(dead_letters, pipelines, source).of.values().any(Road::needs_out)
+/// Whether sinks of a pipeline with these names may have messages of its out stream still to come; `sinks`: the
+/// names of those that the pipeline has.
+pub fn need_out(dead_letters: &dyn Stream, pipelines: &[String], sinks: &[&str], source: Identity) -> bool {
+    let names = SinkNames::read(&dead_letters.state(NAMES_PREFIX));
+    let roads = Roads::read(dead_letters, pipelines, source).of;
+    let ids = sinks.iter().flat_map(|sink| names.meant(sink));
+    ids.filter_map(|id| roads.get(&id)).any(Road::needs_out)
 }
 
 /// Decides by which legs the sinks of a pipeline go on, and writes it down. Returns once that survives a crash.

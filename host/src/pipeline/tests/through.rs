@@ -133,6 +133,8 @@ impl Host {
             true => {
                 process.handle.crash();
                 process.handle.join().await;
+                // A log that is opened again has what was appended, or has lost it with its positions.
+                self.out.release_commits();
             }
             // It drains: what it waits for must come.
             false => {
