@@ -200,7 +200,9 @@ pub async fn run(mut config: Config, source: Source) -> anyhow::Result<()> {
             failures: failures.clone(),
             shutdown: stop_delivering.clone(),
         };
-        pipelines.push(Arc::new(pipeline::start(name, pipeline, deps).await?));
+        let started = pipeline::start(name, pipeline, deps).await;
+        let started = started.with_context(|| format!("cannot start pipeline \"{name}\""))?;
+        pipelines.push(Arc::new(started));
     }
     plugins.all_joined();
     // After the pipelines are attached: one with a new name learns that there was another.

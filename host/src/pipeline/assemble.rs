@@ -95,6 +95,9 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
         reasons: &reasons,
         shutdown: &shutdown,
     };
+    // What the steps have written goes to the sinks first.
+    let stop_behind = CancellationToken::new();
+    let of_behind = Common { shutdown: &stop_behind, ..common };
     let steps = (chain, recall);
     let mut source =
         Part::new(&common, config.clone(), Arc::clone(&stream), letters, (&shown, number_of_out), false);
@@ -104,7 +107,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
                 open(&out.stream, names.clone().with_out(None)).await?.with_sent_of(&source.shared.letters);
             // No step runs: a thread for each sink hands its messages out.
             let config = Config { workers: Some(1), ..config.clone() };
-            Some(Part::new(&common, config, Arc::clone(&out.stream), letters, (&shown, None), true))
+            Some(Part::new(&of_behind, config, Arc::clone(&out.stream), letters, (&shown, None), true))
         }
         None => None,
     };
@@ -113,7 +116,7 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
     for (number, part) in sinks.into_iter().enumerate() {
         let road = roads_of[number].clone();
         let (lender, place) = travel(
-            &common,
+            (&common, &of_behind),
             number,
             part,
             road,
@@ -134,22 +137,27 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
     #[cfg(test)]
     let aborts = std::iter::once(&source).chain(&behind).map(|part| part.shared.abort.clone()).collect();
     let shared = Arc::clone(&source.shared);
-    let mut boards = Vec::new();
-    let mut tasks = Vec::new();
-    let (board, task) = source.supervise(&common, identity, steps);
-    boards.push(board);
-    tasks.push(task);
+    let (board, mut ends) = source.supervise(&common, identity, steps);
+    let mut boards = vec![board];
     if let Some(behind) = behind {
         let identity = behind.stream.identity();
+        let (out, abort) = (Arc::clone(&behind.stream), behind.shared.abort.clone());
         // The steps have run.
-        let (none, chain) = watch::channel(Chain { generation: 1, steps: Arc::default(), hold: None });
+        let (none, chain) = watch::channel(Chain { generation: 1, steps: [].into(), hold: None });
         let recall: Recall = Arc::new(|_| unreachable!("there are no steps"));
-        let (board, task) = behind.supervise(&common, identity, (chain, recall));
+        let (board, task) = behind.supervise(&of_behind, identity, (chain, recall));
+        let (shutdown, drain_max, shown) = (shutdown.clone(), config.drain_max.0, Arc::clone(&board));
         boards.push(board);
-        tasks.push(tokio::spawn(async move {
-            drop(task.await);
-            drop(none);
-        }));
+        ends = tokio::spawn(async move {
+            shutdown.cancelled().await;
+            let end = tokio::time::Instant::now() + drain_max;
+            let ended = ends.await;
+            let drained = abort.run_until_cancelled(shown.drained(&*out));
+            drop(tokio::time::timeout_at(end, drained).await);
+            stop_behind.cancel();
+            drop((task.await, none));
+            ended.unwrap_or_else(|error| tracing::error!(%error, "a pipeline's supervisor failed"));
+        });
     }
     let redriver = Arc::new(Redriver {
         boards: Boards::new(boards, places, number_of_out),
@@ -168,11 +176,12 @@ pub async fn start(name: &str, config: &Config, deps: Deps) -> Result<Handle, De
         #[cfg(test)]
         aborts,
         redriver,
-        tasks: tokio::sync::Mutex::new(tasks),
+        task: tokio::sync::Mutex::new(Some(ends)),
     })
 }
 
 /// What the parts of a pipeline have in common.
+#[derive(Clone, Copy)]
 struct Common<'a> {
     name: &'a str,
     config: &'a Config,
@@ -359,7 +368,7 @@ pub const BEHIND_STEPS: usize = 1;
 
 /// Starts what delivers to a sink, along its road.
 fn travel(
-    common: &Common<'_>,
+    (common, of_behind): (&Common<'_>, &Common<'_>),
     number: SinkNumber,
     part: SinkPart,
     road: Road,
@@ -385,7 +394,7 @@ fn travel(
     let mut places = vec![(Arc::clone(&source.shared.letters), Arc::clone(&at_source.shared))];
     let batching = at_source.batching;
     let mut at_out = behind.map(|behind| {
-        let mut delivery = behind.add(common, &of, !begins_there);
+        let mut delivery = behind.add(of_behind, &of, !begins_there);
         places.push((Arc::clone(&behind.shared.letters), Arc::clone(&delivery.shared)));
         delivery.shows = Some((Arc::clone(&place), BEHIND_STEPS));
         delivery

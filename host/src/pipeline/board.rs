@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
@@ -12,6 +12,9 @@ use super::status::{PipelineStatus, SinkShared, SinkStatus, State};
 use crate::batch::Offset;
 use crate::step::Chain;
 use crate::stream::Stream;
+
+/// At a shutdown the sinks are looked at so often.
+const DRAINED_EVERY: Duration = Duration::from_millis(10);
 
 /// What others read of a pipeline.
 pub struct Board {
@@ -60,6 +63,16 @@ impl Board {
     pub async fn has_chain(&self) {
         // The sender lives as long as `self`.
         let _ = self.shown.subscribe().wait_for(|shown| shown.chain.is_some()).await;
+    }
+
+    /// Returns once each sink that works has all of the stream.
+    pub async fn drained(&self, stream: &dyn Stream) {
+        let lacks =
+            |sink: &Arc<SinkShared>| sink.state() == State::Running && sink.next() < stream.bounds().end;
+        let mut look = tokio::time::interval(DRAINED_EVERY);
+        while self.sinks.iter().any(lacks) {
+            look.tick().await;
+        }
     }
 
     pub fn status(&self) -> PipelineStatus {

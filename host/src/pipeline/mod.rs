@@ -181,7 +181,7 @@ pub struct Handle {
     /// Cancelled: each part of the pipeline ends in whatever it is in the midst of.
     #[cfg(test)]
     aborts: Vec<CancellationToken>,
-    tasks: tokio::sync::Mutex<Vec<tokio::task::JoinHandle<()>>>,
+    task: tokio::sync::Mutex<Option<tokio::task::JoinHandle<()>>>,
 }
 
 /// Sends dead letters of a pipeline again.
@@ -342,10 +342,10 @@ impl Handle {
 
     /// Until the pipeline has ended, which `Deps::shutdown` makes it do.
     pub async fn join(&self) {
-        for task in std::mem::take(&mut *self.tasks.lock().await) {
-            if let Err(error) = task.await {
-                tracing::error!(pipeline = self.name(), %error, "the pipeline's supervisor failed");
-            }
+        if let Some(task) = self.task.lock().await.take()
+            && let Err(error) = task.await
+        {
+            tracing::error!(pipeline = self.name(), %error, "the pipeline's supervisor failed");
         }
     }
 }

@@ -345,3 +345,89 @@ fn json(value: &impl Serialize) -> Vec<u8> {
 fn prefix(pipeline: &str, source: Identity) -> String {
     format!("{KEY}{pipeline}/{}/{}/", source.log, source.generation)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LOG: Uuid = Uuid::from_u128(7);
+
+    fn offsets(offsets: [u64; 2]) -> Vec<Offset> {
+        offsets.map(Offset).to_vec()
+    }
+
+    fn out(end: u64, reached: [u64; 2], is_written: bool) -> OutNow {
+        OutNow { log: LOG, end: Offset(end), reached: offsets(reached), goes_on: Offset(0), is_written }
+    }
+
+    fn turned(roads: &Roads, out: Option<&OutNow>, sinks: &[&str], end: u64) -> Roads {
+        let sinks: Vec<_> = sinks.iter().map(|sink| (*sink).to_owned()).collect();
+        roads.turned(out, &sinks, Offset(end))
+    }
+
+    fn source(from: Option<[u64; 2]>, until: Option<[u64; 2]>) -> Leg {
+        Leg::Source { from: from.map(offsets).unwrap_or_default(), until: until.map(offsets) }
+    }
+
+    fn by_out(from: u64, until: Option<u64>) -> Leg {
+        Leg::Out { log: LOG, from: Offset(from), until: until.map(Offset) }
+    }
+
+    #[test]
+    fn sinks_go_over_to_the_out_stream_and_back_at_one_place_of_both() {
+        let direct = turned(&Roads::default(), None, &["a"], 5);
+        assert_eq!(direct, Roads::default(), "nothing is recorded of a sink that has only read the source");
+        let both = turned(&direct, Some(&out(0, [0, 0], true)), &["a", "b"], 9);
+        for sink in ["a", "b"] {
+            assert_eq!(both.of(sink).legs, [source(None, Some([9, 9])), by_out(0, None)]);
+        }
+        assert_eq!(both.begun(), Offset(9));
+        // Nothing changes while the sinks are the same, however far the steps are.
+        assert_eq!(turned(&both, Some(&out(40, [30, 31], true)), &["a", "b"], 50), both);
+        let three = turned(&both, Some(&out(40, [30, 31], true)), &["a", "b", "c"], 50);
+        assert_eq!(three.of("c").legs, [source(None, Some([30, 31])), by_out(40, None)]);
+        assert_eq!(three.of("a"), both.of("a"));
+        let alone = turned(&three, Some(&out(60, [50, 48], false)), &["c"], 70);
+        assert_eq!(
+            alone.of("c").legs,
+            [source(None, Some([30, 31])), by_out(40, Some(60)), source(Some([50, 48]), None)]
+        );
+        let again = turned(&alone, Some(&out(60, [50, 48], true)), &["a", "c"], 90);
+        assert_eq!(again.begun(), Offset(90), "what came while it was alone is not written");
+        assert_eq!(again.of("c").legs[2..], [source(Some([50, 48]), Some([90, 90])), by_out(60, None)]);
+        assert_eq!(
+            again.of("a").legs[1..],
+            [by_out(0, Some(60)), source(Some([50, 48]), Some([90, 90])), by_out(60, None)]
+        );
+    }
+
+    #[test]
+    fn a_source_that_lost_its_end_brings_the_places_back() {
+        let both = turned(&Roads::default(), Some(&out(0, [0, 0], true)), &["a"], 9);
+        let cut = turned(&both, Some(&out(0, [0, 0], true)), &["a"], 4);
+        assert_eq!((cut.begun(), cut.of("a").legs[0].clone()), (Offset(4), source(None, Some([4, 4]))));
+        assert_eq!(turned(&cut, Some(&out(0, [0, 0], true)), &["a"], 20), cut, "and keeps them");
+    }
+
+    #[test]
+    fn an_out_stream_that_is_gone_is_begun_anew_where_the_steps_were() {
+        let both = turned(&Roads::default(), Some(&out(0, [0, 0], true)), &["a"], 9);
+        let new = OutNow { log: Uuid::from_u128(8), goes_on: Offset(30), ..out(0, [0, 0], true) };
+        let anew = turned(&both, Some(&new), &["a"], 50);
+        assert_eq!(anew.begun(), Offset(30));
+        let last = Leg::Out { log: new.log, from: Offset(0), until: None };
+        assert_eq!(anew.of("a").legs[2..], [source(Some([30, 30]), Some([30, 30])), last]);
+    }
+
+    #[test]
+    fn a_record_is_read_as_it_was_written() {
+        for legs in [
+            vec![source(None, Some([9, 9])), by_out(3, None)],
+            vec![source(Some([4, 4]), Some([9, 8])), by_out(3, Some(4)), source(Some([5, 5]), None)],
+        ] {
+            let road = Road { legs };
+            assert_eq!(Road::from_bytes(&road.bytes(), 2), Some(road));
+        }
+        assert_eq!(Road::from_bytes(b"{\"legs\":[]}", 2), None);
+    }
+}
