@@ -116,7 +116,7 @@ impl Client {
             password: shown.password.as_deref(),
             certificate: remote.identity(),
             proof: remote.proof(),
-            certificates: &remote.certificates,
+            certificates: remote.certificates(),
             ip: remote.address.ip(),
             is_connected: false,
             entrance: &remote.entrance,

@@ -406,7 +406,7 @@ impl Looking {
             password: None,
             certificate: self.remote.identity(),
             proof: self.remote.proof(),
-            certificates: &self.remote.certificates,
+            certificates: self.remote.certificates(),
             ip: self.remote.address.ip(),
             is_connected: true,
             entrance: &self.remote.entrance,

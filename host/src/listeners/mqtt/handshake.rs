@@ -350,7 +350,7 @@ impl Asked {
             password: self.password.as_deref(),
             certificate: remote.identity(),
             proof: remote.proof(),
-            certificates: &remote.certificates,
+            certificates: remote.certificates(),
             ip: remote.address.ip(),
             is_connected: false,
             entrance: &remote.entrance,

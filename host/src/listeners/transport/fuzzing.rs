@@ -23,12 +23,8 @@ const REQUEST: &[u8] = b"GET /mqtt HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\n
 /// A client of this machine, with a place of its own.
 pub fn somebody() -> (Remote, Place) {
     let one = Arc::new(Semaphore::new(1)).try_acquire_owned().expect("one is free");
-    let remote = Remote {
-        address: Address::Ip(NOBODY),
-        certificate: None,
-        certificates: Box::default(),
-        entrance: Arc::default(),
-    };
+    let remote =
+        Remote { address: Address::Ip(NOBODY), certificate: None, tls: None, entrance: Arc::default() };
     (remote, Place { _connection: one, handshake: None })
 }
 

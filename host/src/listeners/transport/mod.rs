@@ -67,8 +67,8 @@ pub struct Remote {
     pub address: Address,
     /// The certificate that the client has proved to own.
     pub certificate: Option<Box<Shown>>,
-    /// All that it showed with it, DER, its own first; kept where access control looks at them.
-    pub certificates: Box<[Box<[u8]>]>,
+    /// Boxed: most connections have none of it.
+    tls: Option<Box<Handshaken>>,
     pub entrance: Arc<Entrance>,
 }
 
@@ -80,7 +80,27 @@ pub struct Shown {
     pub proof: Arc<dyn Proof>,
 }
 
+/// What else a TLS handshake has brought.
+#[derive(Clone, Debug)]
+struct Handshaken {
+    /// All certificates that the client showed, DER, its own first; kept where access control looks at them.
+    certificates: Box<[Box<[u8]>]>,
+    /// The protocol that both sides agreed on (ALPN, RFC 7301).
+    protocol: Option<Box<[u8]>>,
+}
+
 impl Remote {
+    /// Returns all certificates that the client showed, DER, its own first. Empty where access control looks
+    /// at none.
+    pub fn certificates(&self) -> &[Box<[u8]>] {
+        self.tls.as_ref().map_or(&[], |tls| &tls.certificates)
+    }
+
+    /// Returns the protocol that TLS has agreed on (ALPN, RFC 7301).
+    pub fn protocol(&self) -> Option<&[u8]> {
+        self.tls.as_ref()?.protocol.as_deref()
+    }
+
     pub fn identity(&self) -> Option<&str> {
         self.certificate.as_ref()?.identity.as_deref()
     }
@@ -291,8 +311,7 @@ pub async fn accept<S: Service>(
             continue;
         }
         let place = Place { _connection: connection, handshake: handshake.map(Box::new) };
-        let remote =
-            Remote { address, certificate: None, certificates: Box::default(), entrance: entrance.clone() };
+        let remote = Remote { address, certificate: None, tls: None, entrance: entrance.clone() };
         if let (Socket::Tcp(socket), true) = (&socket, layers.is_plain()) {
             // Acks are small and must not wait for the peer's delayed ack.
             let _ = socket.set_nodelay(true);
@@ -399,8 +418,13 @@ impl Layers {
             Some(tls) => {
                 let (io, shown) = tls.accept(socket).await?;
                 remote.certificate = shown.map(Box::new);
-                if service.looks_at_certificates() {
-                    remote.certificates = tls::shown(&io);
+                let certificates = match service.looks_at_certificates() {
+                    true => tls::shown(&io),
+                    false => Box::default(),
+                };
+                let protocol = io.get_ref().1.alpn_protocol().map(Into::into);
+                if protocol.is_some() || !certificates.is_empty() {
+                    remote.tls = Some(Box::new(Handshaken { certificates, protocol }));
                 }
                 Opened::Tls(Box::new(io))
             }
