@@ -33,8 +33,9 @@ pub enum InitError {
 }
 
 /// What comes before the filter, which may name the same target again. rustls warns of each server name that
-/// is an IP address, as libmosquitto and mbedTLS send it, with nothing that tells who sent it.
-const LIBRARIES: &str = "rustls=error";
+/// is an IP address, as libmosquitto and mbedTLS send it, with nothing that tells who sent it;
+/// h2 warns of frames that a client should not send, one line each.
+const LIBRARIES: &str = "rustls=error,h2=error";
 
 /// Once, at start. `filter` beats `RUST_LOG`; with neither, `info`.
 pub fn init_logs(filter: Option<&str>, format: LogFormat) -> Result<(), InitError> {

@@ -1,19 +1,44 @@
 //! What clients are told: of each message, and of a request as a whole.
 
-use std::fmt::Write;
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::LazyLock;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http_body_util::Full;
+use hyper::body::{Body, Frame, SizeHint};
 use hyper::header::{self, HeaderValue};
 use hyper::{Response, StatusCode};
+
+use super::requests::Open;
 
 /// A client that is told to come again does so after this, where nothing else is known.
 pub const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// The same while a disk is full or whoever knows the clients cannot be asked.
 pub const RETRY_AFTER_LONG: Duration = Duration::from_secs(10);
 
-pub type Answer = Response<Full<Bytes>>;
+/// Bytes of a list of messages that are written at a time.
+const PIECE_BYTES: usize = 4 << 10;
+
+pub type Answer = Response<AnswerBody>;
+
+/// The body of an answer, and its request, which is under way until the body is sent.
+#[derive(Default)]
+pub struct AnswerBody {
+    text: Text,
+    open: Option<Open>,
+}
+
+enum Text {
+    Whole(Bytes),
+    /// Written piece by piece, as the client takes it: a client that takes nothing costs a byte a message.
+    Messages {
+        outcomes: Box<[Outcome]>,
+        next: usize,
+        left: u64,
+    },
+}
 
 /// What became of one message. The numbers are stored with idempotency keys: see
 /// [`super::idempotency`].
@@ -84,6 +109,27 @@ impl Outcome {
         })
     }
 
+    /// Returns its entry in the list of a batch's messages.
+    fn json(self) -> &'static str {
+        static ALL: LazyLock<Vec<String>> = LazyLock::new(|| {
+            let json = |code| match Outcome::of(code) {
+                Some(outcome) => {
+                    let status = outcome.status().as_u16();
+                    match outcome.reason() {
+                        "" => format!("{{\"status\":{status}}}"),
+                        reason => {
+                            let reason = serde_json::Value::from(reason);
+                            format!("{{\"status\":{status},\"error\":{reason}}}")
+                        }
+                    }
+                }
+                None => String::new(),
+            };
+            (0..=Outcome::Unavailable as u8).map(json).collect()
+        });
+        &ALL[self as usize]
+    }
+
     pub fn reason(self) -> &'static str {
         match self {
             Self::Accepted => "",
@@ -148,7 +194,7 @@ impl Refusal {
 
 fn refused(status: StatusCode, reason: &str, retry_after: Option<Duration>) -> Answer {
     let body = serde_json::json!({ "error": reason }).to_string();
-    let mut answer = with(status, body + "\n");
+    let mut answer = with(status, Text::Whole((body + "\n").into()));
     retry(&mut answer, retry_after);
     answer
 }
@@ -156,7 +202,7 @@ fn refused(status: StatusCode, reason: &str, retry_after: Option<Duration>) -> A
 /// Answers for one message.
 pub fn of_one(outcome: Outcome, retry_after: Duration) -> Answer {
     if outcome == Outcome::Accepted {
-        let mut answer = Response::new(Full::default());
+        let mut answer = Response::new(AnswerBody::default());
         *answer.status_mut() = StatusCode::NO_CONTENT;
         return answer;
     }
@@ -168,31 +214,17 @@ pub fn of_one(outcome: Outcome, retry_after: Duration) -> Answer {
 pub fn of_batch(outcomes: &[Outcome], retry_after: Duration) -> Answer {
     let accepted = outcomes.iter().filter(|outcome| **outcome == Outcome::Accepted).count();
     let rejected = outcomes.len() - accepted;
-    let mut body = format!("{{\"accepted\":{accepted},\"rejected\":{rejected}");
-    if rejected > 0 {
-        body.push_str(",\"messages\":[");
-        for (number, outcome) in outcomes.iter().enumerate() {
-            let comma = if number == 0 { "" } else { "," };
-            let status = outcome.status().as_u16();
-            let written = match outcome.reason() {
-                "" => write!(body, "{comma}{{\"status\":{status}}}"),
-                reason => {
-                    let reason = serde_json::Value::from(reason);
-                    write!(body, "{comma}{{\"status\":{status},\"error\":{reason}}}")
-                }
-            };
-            written.expect("memory can be written");
-        }
-        body.push(']');
-    }
-    body.push_str("}\n");
+    let text = match rejected {
+        0 => Text::Whole(format!("{{\"accepted\":{accepted},\"rejected\":0}}\n").into()),
+        _ => Text::of_messages(outcomes),
+    };
     let first = outcomes.iter().copied().find(|outcome| *outcome != Outcome::Accepted);
     let status = match first {
         None => StatusCode::OK,
         Some(_) if accepted > 0 => StatusCode::MULTI_STATUS,
         Some(first) => first.status(),
     };
-    let mut answer = with(status, body);
+    let mut answer = with(status, text);
     let waits = outcomes.iter().any(|outcome| retries(*outcome));
     retry(&mut answer, waits.then_some(retry_after));
     answer
@@ -211,13 +243,93 @@ fn retry(answer: &mut Answer, after: Option<Duration>) {
     }
 }
 
-fn with(status: StatusCode, body: String) -> Answer {
-    let mut answer = Response::new(Full::from(body));
+fn with(status: StatusCode, text: Text) -> Answer {
+    let mut answer = Response::new(AnswerBody { text, open: None });
     *answer.status_mut() = status;
     let json = HeaderValue::from_static("application/json");
     answer.headers_mut().insert(header::CONTENT_TYPE, json);
     answer
 }
+
+impl AnswerBody {
+    /// Keeps the request under way until the body is sent.
+    pub fn hold(&mut self, mut open: Open) {
+        let has_body = !self.is_end_stream();
+        open.answered(has_body);
+        // An answer without a body is sent whole.
+        self.open = has_body.then_some(open);
+    }
+}
+
+impl Body for AnswerBody {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        if self.text.left() == 0 {
+            return Poll::Ready(None);
+        }
+        Poll::Ready(Some(Ok(Frame::data(self.text.take()))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.text.left() == 0
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.text.left())
+    }
+}
+
+impl Default for Text {
+    fn default() -> Self {
+        Self::Whole(Bytes::new())
+    }
+}
+
+impl Text {
+    fn of_messages(outcomes: &[Outcome]) -> Self {
+        let messages: usize = outcomes.iter().map(|outcome| outcome.json().len() + 1).sum();
+        // No comma is behind the last.
+        let left = (head(outcomes).len() + messages - 1 + TAIL.len()) as u64;
+        Self::Messages { outcomes: outcomes.into(), next: 0, left }
+    }
+
+    fn left(&self) -> u64 {
+        match self {
+            Self::Whole(bytes) => bytes.len() as u64,
+            Self::Messages { left, .. } => *left,
+        }
+    }
+
+    fn take(&mut self) -> Bytes {
+        let (outcomes, next, left) = match self {
+            Self::Whole(bytes) => return std::mem::take(bytes),
+            Self::Messages { outcomes, next, left } => (outcomes, next, left),
+        };
+        let mut piece = if *next == 0 { head(outcomes) } else { String::new() };
+        while piece.len() < PIECE_BYTES && *next < outcomes.len() {
+            piece.push_str(outcomes[*next].json());
+            *next += 1;
+            piece.push_str(if *next < outcomes.len() { "," } else { TAIL });
+        }
+        *left -= piece.len() as u64;
+        piece.into()
+    }
+}
+
+/// What is in front of the list of messages.
+fn head(outcomes: &[Outcome]) -> String {
+    let accepted = outcomes.iter().filter(|outcome| **outcome == Outcome::Accepted).count();
+    let rejected = outcomes.len() - accepted;
+    format!("{{\"accepted\":{accepted},\"rejected\":{rejected},\"messages\":[")
+}
+
+/// What is behind the list of messages.
+const TAIL: &str = "]}\n";
 
 #[cfg(test)]
 mod tests {
@@ -247,6 +359,24 @@ mod tests {
         let none = of_batch(&[NotAuthorized], RETRY_AFTER);
         assert!(none.headers().get("retry-after").is_none());
         assert_eq!(text(none).0, 403);
+    }
+
+    #[test]
+    fn a_long_list_is_written_in_pieces_that_are_together_as_long_as_was_said() {
+        let outcomes: Vec<_> = (0..1_000).map(|n| Outcome::of(n as u8 % 12)).flatten().collect();
+        let mut answer = of_batch(&outcomes, RETRY_AFTER).into_body();
+        let (said, mut text, mut pieces) = (answer.size_hint().exact().unwrap(), Vec::new(), 0);
+        while let Some(piece) = answer.frame().now_or_never().unwrap() {
+            let piece = piece.unwrap().into_data().unwrap();
+            assert!(piece.len() < 2 * PIECE_BYTES);
+            text.extend_from_slice(&piece);
+            pieces += 1;
+        }
+        let body: serde_json::Value = serde_json::from_slice(&text).unwrap();
+        let statuses = body["messages"].as_array().unwrap().iter().map(|it| it["status"].as_u64().unwrap());
+        assert!(statuses.eq(outcomes.iter().map(|it| u64::from(it.status().as_u16()))));
+        assert_eq!((text.len() as u64, answer.is_end_stream()), (said, true));
+        assert!(pieces > 10 && text.ends_with(b"]}\n"));
     }
 
     #[test]

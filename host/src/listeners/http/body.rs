@@ -8,13 +8,21 @@ use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
 use hyper::StatusCode;
 use hyper::body::{Body as _, Incoming};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout_at};
 
 use super::answer::Refusal;
 use crate::listeners::permits::{FREE_BYTES, Permit, Permits, TooSlow};
 
+/// The cause of a refusal where the client has ended a body before its end.
+pub const BROKEN_OFF: &str = "body";
 /// A body may take a second more for each of these.
 const BYTES_PER_S_LEAST: u64 = 1 << 10;
+
+/// Of a request of HTTP/2 that is answered before its body has come, so much is still read, in so long: a
+/// client that learns of the answer while it sends may take it for an error (curl 7.88 does).
+const DISCARDED_BYTES_MAX: usize = 1 << 20;
+const DISCARDED_TIME_MAX: Duration = Duration::from_secs(5);
 
 /// A whole body; it counts for the memory of all until it is dropped.
 pub struct Body {
@@ -22,12 +30,14 @@ pub struct Body {
     _permit: Option<Box<Permit>>,
 }
 
-/// Reads a body of at most `bytes_max`. It may take `time`, and more where it is long.
+/// Reads a body of at most `bytes_max`. It may take `time`, and more where it is long. `window`: what the
+/// client may send before the body is read is counted by it; it is given back once there is room for the body.
 pub async fn read(
-    mut body: Incoming,
+    body: &mut Incoming,
     bytes_max: usize,
     time: Duration,
     permits: &Arc<Permits>,
+    mut window: Option<OwnedSemaphorePermit>,
 ) -> Result<Body, Refusal> {
     let expected = body.size_hint().exact();
     if expected.is_some_and(|expected| expected > bytes_max as u64) {
@@ -44,6 +54,9 @@ pub async fn read(
             let given = timeout_at(until, Permit::changed(permit.as_deref_mut())).await;
             given.map_err(|_| slow())?.map_err(|TooSlow| slow())?;
         }
+        if permit.is_some() {
+            drop(window.take());
+        }
         let frame = tokio::select! {
             frame = timeout_at(until, body.frame()) => frame.map_err(|_| slow())?,
             changed = Permit::changed(permit.as_deref_mut()) => match changed {
@@ -52,7 +65,8 @@ pub async fn read(
             },
         };
         let Some(frame) = frame else { break };
-        let frame = frame.map_err(|error| Refusal::bad("body", format!("the body is cut short: {error}")))?;
+        let frame =
+            frame.map_err(|error| Refusal::bad(BROKEN_OFF, format!("the body is cut short: {error}")))?;
         // Trailers say nothing to us.
         let Ok(data) = frame.into_data() else { continue };
         let len = first.as_ref().map_or(0, Bytes::len) + rest.len() + data.len();
@@ -81,6 +95,18 @@ pub async fn read(
         whole.freeze()
     };
     Ok(Body { bytes, _permit: permit })
+}
+
+/// Reads and drops what a client still sends of a request that is answered.
+pub async fn discard(mut body: Incoming) {
+    let until = Instant::now() + DISCARDED_TIME_MAX;
+    let mut left = DISCARDED_BYTES_MAX;
+    while let Ok(Some(Ok(frame))) = timeout_at(until, body.frame()).await {
+        left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
+        if left == 0 {
+            return;
+        }
+    }
 }
 
 pub fn too_large(bytes_max: usize) -> Refusal {

@@ -13,6 +13,9 @@ use crate::units::{ByteSize, Period};
 /// Most messages of one batch.
 const BATCH_MESSAGES_MOST: u32 = 10_000;
 
+/// Most requests of one HTTP/2 connection at a time.
+const HTTP2_STREAMS_MOST: u64 = 1_000;
+
 /// HTTP for devices and gateways that post their messages: `POST /messages/TOPIC` for one,
 /// `POST /batch` for many. Who may do so is said in `mqtt.access` and `mqtt.limits`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
@@ -28,13 +31,18 @@ pub struct Config {
     pub batch_messages_max: u32,
     /// Bytes of the bodies of all clients together that are not answered. Past it a body of more than
     /// 4 KiB waits for room before it is read on, and a client that has room and sends less than
-    /// 10 KiB in 10 s while others wait is answered with 408.
+    /// 10 KiB in 10 s while others wait is answered with 408. Bodies of HTTP/2 requests that wait may
+    /// take as much again, at most 64 KiB each; past it such a request is answered with 429.
     pub partial_bodies_bytes_max: ByteSize,
     /// Connections at a time. Past it the address with the most connections that wait for a
     /// request loses its oldest to one with fewer (IPv6: a network of 64 bits; all Unix sockets and
     /// all behind one load balancer count as one address); else a new one is closed. Each is an
     /// open file.
     pub connections_max: u32,
+    /// Requests of one HTTP/2 connection at a time. The client is told this number, and a request past it
+    /// is refused. All connections together may have 4,096 requests at a time beside the first of each;
+    /// further ones are answered with 429.
+    pub http2_streams_max: u32,
     /// From the begin of a connection to the end of its first request's headers; before it, as long
     /// again for PROXY and TLS together. The body of any request may take as long, and a second more
     /// for each KiB.
@@ -60,6 +68,7 @@ impl Default for Config {
             batch_messages_max: 1_000,
             partial_bodies_bytes_max: ByteSize::mib(64),
             connections_max: 4_096,
+            http2_streams_max: 64,
             request_timeout: Period(Duration::from_secs(30)),
             idle_timeout: Period(Duration::from_secs(60)),
             drain_timeout: Period(Duration::from_secs(5)),
@@ -89,6 +98,7 @@ impl Config {
         let partial = self.partial_bodies_bytes_max.0;
         size("partial_bodies_bytes_max", partial, self.body_bytes_max(), 1 << 40);
         size("connections_max", self.connections_max.into(), 1, 1_000_000);
+        size("http2_streams_max", self.http2_streams_max.into(), 1, HTTP2_STREAMS_MOST);
         size("idempotency_keys_max", self.idempotency_keys_max.into(), 1, 1_000_000);
         for (key, period) in [
             ("request_timeout", &self.request_timeout),

@@ -3,91 +3,55 @@
 use std::convert::Infallible;
 use std::future::pending;
 use std::pin::pin;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use hyper::server::conn::http1;
+use hyper::StatusCode;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
 use tokio::time::{Instant, sleep_until};
 
 use super::Http;
-use super::credentials::Client;
+use super::answer::{RETRY_AFTER, Refusal};
+use super::clients::Clients;
+use super::http2::{self, Tasks};
+use super::requests::{Open, Requests};
 use crate::access::Allowance;
+use crate::hints::Hint;
 use crate::listeners::transport::{Io, Place, Remote};
 
+/// What TLS calls HTTP/1.1 (RFC 7301, 6).
+pub const ALPN: &[u8] = b"http/1.1";
 /// Headers of one request.
 pub const HEADERS_MAX: usize = 64;
-/// Bytes of the headers of one request, and of what is read ahead of its body.
+/// Bytes of the headers of one request, and in HTTP/1.1 of what is read ahead of its body.
 pub const HEAD_BYTES_MAX: usize = 16 << 10;
+
 /// What the requests of one connection share.
 pub struct Connection {
     pub http: Arc<Http>,
     pub remote: Remote,
-    place: Place,
-    /// Who sent the last request.
-    pub client: tokio::sync::Mutex<Option<Client>>,
+    pub clients: Clients,
     pub allowance: Option<Mutex<Box<Allowance>>>,
-    /// Requests that are under way, and those of them whose body is there.
-    open: AtomicUsize,
-    heard: AtomicUsize,
-    /// The connection counts as idle from this time on.
-    since: Mutex<Instant>,
-    has_asked: std::sync::atomic::AtomicBool,
+    pub requests: Requests,
 }
-
-/// A request that is under way.
-pub struct Open<'c>(&'c Connection);
-
-/// A request that is whole: its connection gives way to no other.
-pub struct Heard<'c>(&'c Connection);
 
 impl Connection {
-    pub fn begin(&self) -> Open<'_> {
-        self.open.fetch_add(1, Ordering::AcqRel);
-        self.has_asked.store(true, Ordering::Release);
-        Open(self)
+    /// Begins a request whose head has come.
+    pub fn begin(self: &Arc<Self>) -> Result<Open, Refusal> {
+        Requests::begin(self).ok_or_else(|| {
+            let reason = "too many requests at a time, try again";
+            Refusal::new(StatusCode::TOO_MANY_REQUESTS, "busy", reason).retry(RETRY_AFTER)
+        })
     }
 
-    pub fn heard(&self) -> Heard<'_> {
-        if self.heard.fetch_add(1, Ordering::AcqRel) == 0 {
-            self.place.heard();
-        }
-        Heard(self)
-    }
-
-    pub fn has_asked(&self) -> bool {
-        self.has_asked.load(Ordering::Acquire)
-    }
-
-    /// When it is idle for too long; `None` while it is not idle.
-    fn idle_until(&self) -> Option<Instant> {
-        if self.open.load(Ordering::Acquire) > 0 {
-            return None;
-        }
-        let config = &self.http.config;
-        let idle_max = if self.has_asked() { config.idle_timeout.0 } else { config.request_timeout.0 };
-        Some(*self.since() + idle_max)
-    }
-
-    fn since(&self) -> MutexGuard<'_, Instant> {
-        self.since.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Drop for Open<'_> {
-    fn drop(&mut self) {
-        *self.0.since() = Instant::now();
-        self.0.open.fetch_sub(1, Ordering::AcqRel);
-    }
-}
-
-impl Drop for Heard<'_> {
-    fn drop(&mut self) {
-        if self.0.heard.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.0.place.waits_again();
-        }
+    /// Reports a client whose connection ends for what it does.
+    fn report(&self, cause: &'static str, kind: &str) {
+        self.http.counters.ended_connection(cause);
+        let subject = self.remote.address.ip().to_string();
+        let (failures, detail) = (&self.http.failures, self.remote.to_string());
+        failures.report_client(kind, &subject, 1, &detail, &failures.hint(Hint::Status));
     }
 }
 
@@ -95,33 +59,38 @@ impl Drop for Heard<'_> {
 pub async fn serve<I: Io>(http: Arc<Http>, io: I, remote: Remote, place: Place) {
     http.counters.connections.increment(1.0);
     let allowance = http.access.allowance().map(Mutex::new);
-    let connection = Arc::new(Connection {
-        http: http.clone(),
-        remote,
-        place,
-        client: tokio::sync::Mutex::default(),
-        allowance,
-        open: AtomicUsize::new(0),
-        heard: AtomicUsize::new(0),
-        since: Mutex::new(Instant::now()),
-        has_asked: false.into(),
-    });
+    let requests = Requests::new(place);
+    let connection =
+        Arc::new(Connection { http: http.clone(), remote, clients: Clients::default(), allowance, requests });
     // Boxed: the buffers of a protocol are large.
     Box::pin(run(&connection, io)).await;
     http.counters.connections.decrement(1.0);
-    if !connection.has_asked() {
+    if !connection.requests.has_asked() {
         http.counters.refused_connect("lost");
+    }
+}
+
+/// Reads the version off the first bytes where TLS has not agreed on one (RFC 9113, 3.3: prior knowledge).
+fn builder(http: &Http, protocol: Option<&[u8]>) -> auto::Builder<Tasks> {
+    let mut builder = auto::Builder::new(Tasks(http.tasks.clone()));
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(http.config.request_timeout.0.max(http.config.idle_timeout.0))
+        .max_buf_size(HEAD_BYTES_MAX)
+        .max_headers(HEADERS_MAX);
+    http2::bound(&mut builder, http.config.http2_streams_max);
+    match protocol {
+        Some(http2::ALPN) => builder.http2_only(),
+        Some(_) => builder.http1_only(),
+        None => builder,
     }
 }
 
 async fn run<I: Io>(connection: &Arc<Connection>, io: I) {
     let http = &connection.http;
-    let mut builder = http1::Builder::new();
-    builder
-        .timer(TokioTimer::new())
-        .header_read_timeout(http.config.request_timeout.0.max(http.config.idle_timeout.0))
-        .max_buf_size(HEAD_BYTES_MAX)
-        .max_headers(HEADERS_MAX);
+    let (requests, config) = (&connection.requests, &http.config);
+    let builder = builder(http, connection.remote.protocol());
     let answering = connection.clone();
     let service = service_fn(move |request| {
         let connection = answering.clone();
@@ -130,36 +99,45 @@ async fn run<I: Io>(connection: &Arc<Connection>, io: I) {
     let mut serving = pin!(builder.serve_connection(TokioIo::new(io), service));
     let mut ends_at: Option<Instant> = None;
     loop {
-        let idle_until = connection.idle_until();
+        let end_at = requests.end_at(config.request_timeout.0, config.idle_timeout.0);
         let over = async {
-            match (ends_at, idle_until) {
-                (Some(until), _) | (None, Some(until)) => sleep_until(until).await,
-                // It is looked at again once the request is answered.
-                (None, None) => tokio::time::sleep(LOOK_EVERY).await,
+            match (ends_at, end_at) {
+                (Some(until), _) => sleep_until(until).await,
+                // A request that comes meanwhile may have the connection end sooner.
+                (None, Some(until)) => sleep_until(until.min(Instant::now() + config.idle_timeout.0)).await,
+                // It is looked at again once the requests are answered.
+                (None, None) => tokio::time::sleep(LOOK_EVERY.min(config.idle_timeout.0)).await,
             }
         };
         let is_ending = ends_at.is_some();
-        let gives_way =
-            async { if is_ending { pending().await } else { connection.place.gives_way().await } };
+        let gives_way = async { if is_ending { pending().await } else { requests.give_way().await } };
         tokio::select! {
             // A client that breaks off is its own affair.
             _ = serving.as_mut() => return,
             () = gives_way => {
-                if connection.open.load(Ordering::Acquire) == 0 {
+                if requests.is_none_open() {
                     return;
                 }
                 serving.as_mut().graceful_shutdown();
-                ends_at = Some(Instant::now() + http.config.drain_timeout.0);
+                ends_at = Some(Instant::now() + config.drain_timeout.0);
             }
             () = http.shutdown.cancelled(), if !is_ending => {
                 serving.as_mut().graceful_shutdown();
-                ends_at = Some(Instant::now() + http.config.drain_timeout.0);
+                ends_at = Some(Instant::now() + config.drain_timeout.0);
+            }
+            () = requests.too_many_resets() => {
+                connection.report("resets", "http: connection closed: its client resets its requests");
+                return;
             }
             () = over => {
                 if is_ending {
                     return;
                 }
-                if connection.idle_until().is_some_and(|until| until <= Instant::now()) {
+                let end_at = requests.end_at(config.request_timeout.0, config.idle_timeout.0);
+                if end_at.is_some_and(|until| until <= Instant::now()) {
+                    if !requests.is_none_open() {
+                        connection.report("unread", "http: connection closed: its client does not read the answers");
+                    }
                     serving.as_mut().graceful_shutdown();
                     ends_at = Some(Instant::now() + CLOSE_MAX);
                 }
@@ -168,7 +146,7 @@ async fn run<I: Io>(connection: &Arc<Connection>, io: I) {
     }
 }
 
-/// Between two looks at a connection whose request is under way.
+/// Between two looks at a connection whose requests are under way.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// An idle connection that is told to end has so long to take it.
 const CLOSE_MAX: Duration = Duration::from_secs(2);

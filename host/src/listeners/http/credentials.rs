@@ -33,7 +33,6 @@ pub struct Shown {
 
 /// A client that is served.
 pub struct Client {
-    shown: Shown,
     pub rights: Admitted,
     /// The user, else its client id, else its address: what it is called in the log, and whose keys of
     /// requests are its own.
@@ -77,6 +76,16 @@ impl Shown {
         Ok(shown)
     }
 
+    /// Whether a request that shows `other` is of the same user, perhaps with another client id.
+    pub fn is_same_user(&self, other: &Self) -> bool {
+        (&self.username, &self.password) == (&other.username, &other.password)
+    }
+
+    /// Returns the client id that the request names.
+    pub fn client_id(&self) -> Option<&str> {
+        self.client_id.as_deref()
+    }
+
     /// What the log and the list of refused clients call it.
     fn who(&self) -> Option<&str> {
         self.username.as_deref().or(self.client_id.as_deref())
@@ -84,20 +93,15 @@ impl Shown {
 }
 
 impl Client {
-    /// Whether it is still served as it was, with what the request shows.
-    pub fn holds(&self, shown: &Shown) -> bool {
+    /// Whether it is still served as it was.
+    pub fn holds(&self) -> bool {
         let is_over = self.rights.identity.valid_until.is_some_and(|until| until <= Instant::now());
-        self.shown == *shown && !is_over && !self.rights.is_revoked()
+        !is_over && !self.rights.is_revoked()
     }
 
-    /// Returns the client id that it named.
-    pub fn id(&self) -> Option<&str> {
-        self.shown.client_id.as_deref()
-    }
-
-    /// Returns the client that shows this, or why it is not served, which is reported. `is_first`: of a
-    /// connection.
-    pub async fn admit(http: &Http, shown: Shown, remote: &Remote, is_first: bool) -> Result<Self, Refusal> {
+    /// Returns the client that shows this, or why it is not served, which is reported. `is_first`: no client
+    /// of the connection was let in before.
+    pub async fn admit(http: &Http, shown: &Shown, remote: &Remote, is_first: bool) -> Result<Self, Refusal> {
         let denied = |cause: &'static str, status, reason: &str, is_reported: bool| {
             let refusal = Refusal::new(status, cause, reason);
             let user = shown.who().unwrap_or("anonymous");
@@ -170,7 +174,7 @@ impl Client {
             (None, Some(client_id)) => Cow::Borrowed(client_id),
             (None, None) => Cow::Owned(remote.address.ip().to_string()),
         };
-        Ok(Self { name: name.as_ref().into(), shown, rights, _place: place })
+        Ok(Self { name: name.as_ref().into(), rights, _place: place })
     }
 }
 

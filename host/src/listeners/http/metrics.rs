@@ -1,5 +1,6 @@
 //! Counters of the HTTP listener.
 
+use hyper::Version;
 use metrics::{Counter, Gauge, counter, gauge};
 
 use crate::telemetry::{Metric, MetricKind};
@@ -18,6 +19,7 @@ const REFUSED_CONNECTS: &[&str] = &[
     "lost",
 ];
 const REFUSED_REQUESTS: &[&str] = &[
+    "busy",
     "bad_credentials",
     "guessing",
     "not_authorized",
@@ -52,9 +54,12 @@ const REJECTED_MESSAGES: &[&str] = &[
     "no_room",
     "access_unavailable",
 ];
+const ENDED_CONNECTIONS: &[&str] = &["resets", "unread"];
 const TLS_RELOADS: &[&str] = &["taken", "refused"];
+const VERSIONS: &[&str] = &["1.0", "1.1", "2"];
 const STATUSES: &[&str] = &[
-    "200", "204", "207", "400", "401", "403", "404", "405", "408", "411", "413", "415", "422", "429", "503",
+    "200", "204", "207", "400", "401", "403", "404", "405", "408", "411", "413", "415", "422", "429", "431",
+    "503",
 ];
 
 pub const METRICS: &[Metric] = &[
@@ -77,15 +82,21 @@ pub const METRICS: &[Metric] = &[
         labels: &["cause"],
     },
     Metric {
+        name: "headworks_http_ended_connections_total",
+        kind: MetricKind::Counter,
+        help: "HTTP connections ended because of what their clients did, by cause: resets (the client reset too many requests before they were answered), unread (the client did not take an answer within http.idle_timeout).",
+        labels: &["cause"],
+    },
+    Metric {
         name: "headworks_http_requests_total",
         kind: MetricKind::Counter,
-        help: "HTTP requests answered, by status code: 200, 204, 207, 400, 401, 403, 404, 405, 408, 411, 413, 415, 422, 429, 503.",
-        labels: &["status"],
+        help: "HTTP requests answered, by version of HTTP (1.0, 1.1, 2) and status code: 200, 204, 207, 400, 401, 403, 404, 405, 408, 411, 413, 415, 422, 429, 431, 503.",
+        labels: &["version", "status"],
     },
     Metric {
         name: "headworks_http_refused_requests_total",
         kind: MetricKind::Counter,
-        help: "HTTP requests refused as a whole, by cause: bad_credentials, guessing (too many wrong passwords of the user from the address), not_authorized, client_id, connections_per_user, connect_rate, access_unavailable, rate (mqtt.limits), path, origin (a web page posts), method, length, too_large, encoding, content_type, body, slow, header, batch, idempotency_key, not_durable (the disk did not answer in time), stopping.",
+        help: "HTTP requests refused as a whole, by cause: busy (of all clients too many requests at a time over one connection, or too much unread of their bodies), bad_credentials, guessing (too many wrong passwords of the user from the address), not_authorized, client_id, connections_per_user, connect_rate, access_unavailable, rate (mqtt.limits), path, origin (a web page posts), method, length, too_large, encoding, content_type, body, slow, header, batch, idempotency_key, not_durable (the disk did not answer in time), stopping.",
         labels: &["cause"],
     },
     Metric {
@@ -166,9 +177,14 @@ impl Counters {
             ("headworks_http_refused_requests_total", "cause", REFUSED_REQUESTS),
             ("headworks_http_rejected_messages_total", "cause", REJECTED_MESSAGES),
             ("headworks_http_tls_reloads_total", "outcome", TLS_RELOADS),
-            ("headworks_http_requests_total", "status", STATUSES),
+            ("headworks_http_ended_connections_total", "cause", ENDED_CONNECTIONS),
         ] {
             values.iter().for_each(|value| counter!(name, label => *value).increment(0));
+        }
+        for version in VERSIONS {
+            for status in STATUSES {
+                requests(version, (*status).to_owned()).increment(0);
+            }
         }
         Self {
             connections: gauge!("headworks_http_connections"),
@@ -192,13 +208,26 @@ impl Counters {
         counter!("headworks_http_rejected_messages_total", "cause" => cause).increment(1);
     }
 
-    pub fn answered(&self, status: u16) {
-        counter!("headworks_http_requests_total", "status" => status.to_string()).increment(1);
+    pub fn ended_connection(&self, cause: &'static str) {
+        counter!("headworks_http_ended_connections_total", "cause" => cause).increment(1);
+    }
+
+    pub fn answered(&self, version: Version, status: u16) {
+        let version = match version {
+            Version::HTTP_2 => "2",
+            Version::HTTP_10 => "1.0",
+            _ => "1.1",
+        };
+        requests(version, status.to_string()).increment(1);
     }
 
     pub fn tls_reload(&self, outcome: &'static str) {
         counter!("headworks_http_tls_reloads_total", "outcome" => outcome).increment(1);
     }
+}
+
+fn requests(version: &'static str, status: String) -> Counter {
+    counter!("headworks_http_requests_total", "version" => version, "status" => status)
 }
 
 /// The gauge of idempotency records and the counter of those that were removed early.
@@ -211,12 +240,19 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_help_names_each_version_of_http() {
+        let requests = METRICS.iter().find(|metric| metric.name == "headworks_http_requests_total").unwrap();
+        assert!(requests.help.contains(&format!("version of HTTP ({})", VERSIONS.join(", "))));
+    }
+
+    #[test]
     fn the_help_names_each_cause_that_is_there_from_the_start_and_no_other() {
         for (name, values) in [
             ("headworks_http_refused_connects_total", REFUSED_CONNECTS),
             ("headworks_http_refused_requests_total", REFUSED_REQUESTS),
             ("headworks_http_rejected_messages_total", REJECTED_MESSAGES),
             ("headworks_http_tls_reloads_total", TLS_RELOADS),
+            ("headworks_http_ended_connections_total", ENDED_CONNECTIONS),
             ("headworks_http_requests_total", STATUSES),
         ] {
             let help = METRICS.iter().find(|metric| metric.name == name).unwrap().help;

@@ -1,4 +1,4 @@
-//! HTTP/1.1 for devices and gateways that post their messages: one (`POST /messages/TOPIC`,
+//! HTTP/1.1 and HTTP/2 for devices and gateways that post their messages: one (`POST /messages/TOPIC`,
 //! the body is the payload) or many (`POST /batch`).
 //!
 //! An answer of 2xx means that the messages are durable, as an MQTT acknowledgement does. Who may post is
@@ -12,12 +12,15 @@ mod batch;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod batch;
 mod body;
+mod clients;
 mod config;
 mod connection;
 mod credentials;
+mod http2;
 mod idempotency;
 mod metrics;
 mod request;
+mod requests;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -48,7 +51,7 @@ pub use self::config::Config;
 pub use self::metrics::METRICS;
 
 /// Protocols that TLS offers, the best first (RFC 7301).
-const ALPN: &[&[u8]] = &[b"http/1.1"];
+const ALPN: &[&[u8]] = &[http2::ALPN, connection::ALPN];
 /// HTTP's number in the plugin contract.
 const TRANSPORT: u32 = 5;
 /// Connections that have been told to give way and have not ended yet, beside `connections_max`.
@@ -83,6 +86,12 @@ pub struct Http {
     idempotency: Idempotency,
     /// Permits to hold bodies in memory.
     bodies: Arc<Permits>,
+    /// KiB that clients of HTTP/2 may send of bodies that have no permit yet.
+    windows: Arc<Semaphore>,
+    /// Requests under way beside the first of each connection.
+    further_requests: Arc<Semaphore>,
+    /// Connections, and their requests where these are tasks.
+    tasks: TaskTracker,
     failures: Failures,
     shutdown: CancellationToken,
     counters: Counters,
@@ -93,6 +102,8 @@ pub struct Handle {
     addresses: Vec<Bind>,
     tasks: TaskTracker,
     accepting: Vec<JoinHandle<()>>,
+    #[cfg(test)]
+    http: Arc<Http>,
 }
 
 impl Handle {
@@ -145,6 +156,9 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
     let http = Arc::new(Http {
         idempotency,
         bodies: Permits::new(config.partial_bodies_bytes_max.0),
+        windows: http2::windows(config.partial_bodies_bytes_max.0),
+        further_requests: Arc::new(Semaphore::new(requests::FURTHER_MAX)),
+        tasks: tasks.clone(),
         config: config.clone(),
         ingest,
         access,
@@ -166,7 +180,13 @@ pub async fn start(config: &Config, deps: Deps) -> Result<Handle, Error> {
         .map(|entry| transport::accept(http.clone(), entry, room.clone(), places.clone(), tasks.clone()))
         .map(tokio::spawn);
     let accepting = accepting.collect();
-    Ok(Handle { addresses, accepting, tasks })
+    Ok(Handle {
+        addresses,
+        accepting,
+        tasks,
+        #[cfg(test)]
+        http,
+    })
 }
 
 /// Forgets keys of requests whose time is over.

@@ -6,13 +6,16 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use hyper::body::{Body as _, Incoming};
 use hyper::header::{self, HeaderMap, HeaderName};
+use hyper::http::request::Parts;
 use hyper::{Method, Request, StatusCode, Version};
 
 use super::answer::{self, Answer, Outcome, RETRY_AFTER_LONG, Refusal};
 use super::batch::{self, Format, Item, Items, Malformed, Properties};
 use super::body::{self, Body};
-use super::connection::Connection;
+use super::clients::Slot;
+use super::connection::{Connection, HEADERS_MAX};
 use super::credentials::{Client, Shown};
+use super::http2;
 use super::idempotency::{Id, KEY_BYTES_MAX};
 use super::store;
 use crate::access::{Act, Allowance, Identity, QUESTIONS_MAX, Verdict};
@@ -61,47 +64,64 @@ pub struct Sent<'b> {
 impl Connection {
     /// Answers one request, and counts the answer.
     pub async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Answer {
-        let open = self.begin();
-        let answer = match self.take(request).await {
-            Ok(answer) => answer,
-            Err(refusal) => {
-                self.http.counters.refused_request(refusal.cause);
-                refusal.answer()
-            }
+        let (head, mut body) = request.into_parts();
+        let (open, taken) = match self.begin() {
+            Ok(open) => (Some(open), self.take(&head, &mut body).await),
+            Err(refusal) => (None, Err(refusal)),
         };
-        self.http.counters.answered(answer.status().as_u16());
-        drop(open);
+        let is_broken_off = taken.as_ref().is_err_and(|refusal| refusal.cause == body::BROKEN_OFF);
+        let mut answer = taken.unwrap_or_else(|refusal| {
+            self.http.counters.refused_request(refusal.cause);
+            refusal.answer()
+        });
+        self.http.counters.answered(head.version, answer.status().as_u16());
+        // Nobody hears the answer to a request that its client has reset.
+        if let Some(open) = open
+            && !is_broken_off
+        {
+            answer.body_mut().hold(open);
+        }
+        if head.version == Version::HTTP_2 && !body.is_end_stream() {
+            self.http.tasks.spawn(body::discard(body));
+        }
         answer
     }
 
-    async fn take(&self, request: Request<Incoming>) -> Result<Answer, Refusal> {
+    async fn take(&self, head: &Parts, body: &mut Incoming) -> Result<Answer, Refusal> {
         let http = &self.http;
         if http.shutdown.is_cancelled() {
             let refusal = Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "stopping", "the host is stopping");
             return Err(refusal.retry(RETRY_AFTER_LONG));
         }
-        let (head, body) = request.into_parts();
+        // Of HTTP/1.1 the reader of the head has counted.
+        if head.headers.len() > HEADERS_MAX {
+            let reason = format!("more than {HEADERS_MAX} headers");
+            return Err(Refusal::new(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "header", reason));
+        }
         let asked = Asked::read(&head.method, head.uri.path(), &head.headers)?;
         let body_max = match &asked {
             Asked::One(_) => http.config.max_message_size.0,
             Asked::Many(..) => http.config.max_batch_size.0,
         };
-        check_length(&head.version, &head.headers, &body, body_max)?;
+        check_length(&head.version, &head.headers, body, body_max)?;
         let key = idempotency_key(&head.headers)?;
         let shown = Shown::read(&head.headers)?;
         // Before anything of the body is read.
         self.within_rates()?;
-        drop(self.admit(&shown).await?);
+        let window = http2::window(&http.windows, head.version, body)?;
+        let slot = self.clients.slot(shown);
+        drop(self.admit(&slot).await?);
         // One that came before is answered as it was then, whatever it may do now.
         if let (Asked::One(topic), None) = (&asked, key) {
-            let outcome = self.allowed(&shown, std::slice::from_ref(topic)).await?[0];
+            let outcome = self.allowed(&slot, std::slice::from_ref(topic)).await?[0];
             if outcome != Outcome::Accepted {
-                self.count_rejected(&[outcome], topic).await;
+                self.count_rejected(&slot, &[outcome], topic).await;
                 return Ok(answer::of_one(outcome, RETRY_AFTER_LONG));
             }
         }
-        let body = body::read(body, body_max as usize, http.config.request_timeout.0, &http.bodies).await?;
-        let _heard = self.heard();
+        let time = http.config.request_timeout.0;
+        let body = body::read(body, body_max as usize, time, &http.bodies, window).await?;
+        let _whole = self.requests.whole();
         let Body { bytes, .. } = &body;
         let is_one = matches!(asked, Asked::One(_));
         let mut items = match &asked {
@@ -121,12 +141,12 @@ impl Connection {
         for item in items.items.iter_mut().filter(|item| item.payload.len() > sizes_max) {
             item.outcome = Outcome::TooLarge;
         }
-        let sent = self.sent(&shown, items, key, (head.uri.path(), &head.headers, &bytes[..])).await?;
+        let sent = self.sent(&slot, items, key, (head.uri.path(), &head.headers, &bytes[..])).await?;
         let stored = store::store(http, &sent).await?;
         self.spend(&sent, &stored.outcomes);
         let topic = sent.items.iter().zip(&stored.outcomes).find(|(_, outcome)| outcome.cause().is_some());
         let topic = topic.map_or(Cow::Borrowed(""), |(item, _)| item.topic.clone());
-        self.count_rejected(&stored.outcomes, &topic).await;
+        self.count_rejected(&slot, &stored.outcomes, &topic).await;
         Ok(match stored.outcomes[..] {
             [outcome] if is_one => answer::of_one(outcome, stored.retry_after),
             _ => answer::of_batch(&stored.outcomes, stored.retry_after),
@@ -134,20 +154,16 @@ impl Connection {
     }
 
     /// Lets the client in, unless it is already.
-    async fn admit(&self, shown: &Shown) -> Result<tokio::sync::MutexGuard<'_, Option<Client>>, Refusal> {
-        let mut client = self.client.lock().await;
-        if !client.as_ref().is_some_and(|client| client.holds(shown)) {
-            let is_first = client.is_none();
-            // What it was let in as before counts no longer.
-            *client = None;
-            *client = Some(Client::admit(&self.http, shown.clone(), &self.remote, is_first).await?);
-        }
-        Ok(client)
+    async fn admit<'s>(
+        &self,
+        slot: &'s Slot,
+    ) -> Result<tokio::sync::MutexGuard<'s, Option<Client>>, Refusal> {
+        self.clients.admit(&self.http, &self.remote, slot).await
     }
 
     /// What the rules and limits say of each topic; where they ask an access plugin, it is asked.
-    async fn allowed(&self, shown: &Shown, topics: &[impl AsRef<str>]) -> Result<Vec<Outcome>, Refusal> {
-        let mut client = self.admit(shown).await?;
+    async fn allowed(&self, slot: &Slot, topics: &[impl AsRef<str>]) -> Result<Vec<Outcome>, Refusal> {
+        let mut client = self.admit(slot).await?;
         let rights = &mut client.as_mut().expect("it was let in").rights;
         let access = &self.http.access;
         let known = |topic: &str| {
@@ -184,20 +200,20 @@ impl Connection {
     /// Puts together what is to be stored.
     async fn sent<'b>(
         &self,
-        shown: &Shown,
+        slot: &Slot,
         Items { mut items, properties }: Items<'b>,
         key: Option<&[u8]>,
         (path, headers, body): (&str, &HeaderMap, &[u8]),
     ) -> Result<Sent<'b>, Refusal> {
         let topics: Vec<&str> =
             items.iter().filter(|item| item.outcome == Outcome::Accepted).map(|item| &*item.topic).collect();
-        let outcomes = self.allowed(shown, &topics).await?;
+        let outcomes = self.allowed(slot, &topics).await?;
         let accepted = items.iter_mut().filter(|item| item.outcome == Outcome::Accepted);
         accepted.zip(outcomes).for_each(|(item, outcome)| item.outcome = outcome);
         let ingest = &self.http.ingest;
         let place = |item: &Item<'_>| (item.outcome == Outcome::Accepted).then(|| ingest.place(&item.topic));
         let places = items.iter().map(place).collect();
-        let client = self.admit(shown).await?;
+        let client = self.admit(slot).await?;
         let client = client.as_ref().expect("it was let in");
         let id = key.map(|key| {
             let mut parts = vec![path.as_bytes(), body];
@@ -214,8 +230,8 @@ impl Connection {
             items,
             properties,
             identity: client.rights.identity.clone(),
-            client_id: client.id().map(Into::into),
-            client: client.id().map_or_else(|| client.name.clone(), Into::into),
+            client_id: slot.shown.client_id().map(Into::into),
+            client: slot.shown.client_id().map_or_else(|| client.name.clone(), Into::into),
             id,
             now_us: now_us(),
         })
@@ -257,7 +273,7 @@ impl Connection {
     }
 
     /// Counts messages that were not accepted, and reports those that their client may not publish.
-    async fn count_rejected(&self, outcomes: &[Outcome], topic: &str) {
+    async fn count_rejected(&self, slot: &Slot, outcomes: &[Outcome], topic: &str) {
         let http = &self.http;
         outcomes
             .iter()
@@ -265,8 +281,7 @@ impl Connection {
             .for_each(|cause| http.counters.rejected_message(cause));
         let denied = outcomes.iter().filter(|outcome| outcome.status() == StatusCode::FORBIDDEN).count();
         if denied > 0 {
-            let client = self.client.lock().await;
-            let name = client.as_ref().map_or("", |client| &*client.name);
+            let name = &*slot.name().await;
             let detail = format!("client {name} at {}, to {topic:.600}", self.remote);
             let kind = "http: messages refused by the access rules";
             let hint = http.failures.hint(Hint::Status);

@@ -1,5 +1,7 @@
 //! The listener over real sockets, against streams in memory.
 
+mod http2;
+
 use std::net::SocketAddr;
 
 use http_body_util::{BodyExt, Full};

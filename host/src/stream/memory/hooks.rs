@@ -31,6 +31,11 @@ impl MemoryStream {
         self.moved();
     }
 
+    /// Returns the offset behind the last message that was appended, durable or not.
+    pub fn appended(&self) -> Offset {
+        Offset(self.lock().next)
+    }
+
     /// Returns once somebody waits for what is not durable yet.
     pub async fn awaited(&self) {
         let waits = |durable: &watch::Sender<Ticket>| durable.receiver_count() > 0;
