@@ -20,6 +20,7 @@ const REFUSED_CONNECTS: &[&str] = &[
 ];
 const REFUSED_REQUESTS: &[&str] = &[
     "busy",
+    "certificate",
     "bad_credentials",
     "guessing",
     "not_authorized",
@@ -96,7 +97,7 @@ pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_http_refused_requests_total",
         kind: MetricKind::Counter,
-        help: "HTTP requests refused as a whole, by cause: busy (of all clients too many requests at a time over one connection, or too much unread of their bodies), bad_credentials, guessing (too many wrong passwords of the user from the address), not_authorized, client_id, connections_per_user, connect_rate, access_unavailable, rate (mqtt.limits), path, origin (a web page posts), method, length, too_large, encoding, content_type, body, slow, header, batch, idempotency_key, not_durable (the disk did not answer in time), stopping.",
+        help: "HTTP requests refused as a whole, by cause: busy (of all clients too many requests at a time over one connection, or too much unread of their bodies), certificate (that of the connection was revoked or has expired since it began), bad_credentials, guessing (too many wrong passwords of the user from the address), not_authorized, client_id, connections_per_user, connect_rate, access_unavailable, rate (mqtt.limits), path, origin (a web page posts), method, length, too_large, encoding, content_type, body, slow, header, batch, idempotency_key, not_durable (the disk did not answer in time), stopping.",
         labels: &["cause"],
     },
     Metric {
