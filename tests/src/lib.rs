@@ -9,6 +9,7 @@ pub mod events;
 pub mod folder;
 pub mod host;
 pub mod http;
+pub mod http2;
 pub mod influxdb;
 pub mod misbehaving;
 pub mod mosquitto;

@@ -1,12 +1,13 @@
 //! A device that posts its messages over HTTP: it repeats a request, with the same Idempotency-Key, until
 //! it is answered with 2xx, and knows what was.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::http::Connection;
+use crate::http2;
 use crate::publisher::{Address, Sent, Watched};
 use crate::telemetry::message;
 
@@ -21,34 +22,104 @@ pub struct Poster {
     thread: JoinHandle<Sent>,
 }
 
+/// A connection that several devices share: an HTTP/2 one, made anew once it is lost.
+#[derive(Debug)]
+pub struct Shared {
+    address: Address,
+    connection: Mutex<Option<Arc<http2::Client>>>,
+}
+
+/// What a request was answered with, after so many new connections.
+struct Posted {
+    status: u16,
+    answer: String,
+    reconnects: u32,
+}
+
+impl Shared {
+    pub fn new(address: Address) -> Arc<Self> {
+        Arc::new(Self { address, connection: Mutex::default() })
+    }
+
+    fn get(&self) -> Arc<http2::Client> {
+        let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        let connect = || Arc::new(http2::Client::plain(self.address.other_than(None).0));
+        connection.get_or_insert_with(connect).clone()
+    }
+
+    fn lost(&self, lost: &Arc<http2::Client>) {
+        let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        if connection.as_ref().is_some_and(|open| Arc::ptr_eq(open, lost)) {
+            *connection = None;
+        }
+    }
+}
+
 impl Poster {
-    /// Posts single messages with `batch` 1, else batches of so many.
+    /// Posts single messages with `batch` 1, else batches of so many, over a connection of its own.
     pub fn start(device: &str, batch: u64, address: Address) -> Self {
+        let (mut connection, mut place) = (None, None);
+        Self::start_over(device, batch, move |path, headers, body| {
+            let mut reconnects = 0;
+            loop {
+                let Some(open) = &mut connection else {
+                    let (addr, number) = address.other_than(place);
+                    connection = Connection::open(addr, HUNG_AFTER).ok();
+                    if connection.is_none() {
+                        // It is going down: the next one is at another place.
+                        place = Some(number);
+                    }
+                    reconnects += 1;
+                    continue;
+                };
+                match open.post(path, headers, body.as_bytes()) {
+                    Ok((status, answer)) => return Posted { status, answer, reconnects },
+                    Err(_) => connection = None,
+                }
+            }
+        })
+    }
+
+    /// The same, over the connection of several devices.
+    pub fn start_on(device: &str, batch: u64, shared: Arc<Shared>) -> Self {
+        let mut connection = None;
+        Self::start_over(device, batch, move |path, headers, body| {
+            let mut reconnects = 0;
+            loop {
+                let open = connection.get_or_insert_with(|| {
+                    reconnects += 1;
+                    shared.get()
+                });
+                match open.post(path, headers, body) {
+                    Ok(answer) => {
+                        return Posted { status: answer.status, answer: answer.body, reconnects };
+                    }
+                    Err(_) => {
+                        shared.lost(open);
+                        connection = None;
+                    }
+                }
+            }
+        })
+    }
+
+    fn start_over(
+        device: &str,
+        batch: u64,
+        mut post: impl FnMut(&str, &[(&str, &str)], &str) -> Posted + Send + 'static,
+    ) -> Self {
         let (stop, acked) = (Arc::new(AtomicBool::new(false)), Arc::new(Watched::default()));
         let (stopped, counted, device) = (stop.clone(), acked.clone(), device.to_owned());
         let thread = std::thread::spawn(move || {
-            let (mut connection, mut place, mut count, mut reconnects) = (None, None, 0, 0);
+            let (mut count, mut reconnects) = (0, 0);
             while !stopped.load(Ordering::Relaxed) {
                 let (path, body) = request(&device, count, batch);
                 let key = format!("{device}-{count}");
                 let headers = [("Idempotency-Key", &*key), ("Content-Type", "application/x-ndjson")];
-                loop {
-                    let Some(open) = &mut connection else {
-                        let (addr, number) = address.other_than(place);
-                        connection = Connection::open(addr, HUNG_AFTER).ok();
-                        if connection.is_none() {
-                            // It is going down: the next one is at another place.
-                            place = Some(number);
-                        }
-                        reconnects += 1;
-                        continue;
-                    };
-                    match open.post(&path, &headers, body.as_bytes()) {
-                        Ok((200 | 204, _)) => break,
-                        Ok((status, answer)) => panic!("{device}: {status} {answer}"),
-                        Err(_) => connection = None,
-                    }
-                }
+                let posted = post(&path, &headers, &body);
+                let Posted { status, answer, .. } = &posted;
+                assert!(matches!(status, 200 | 204), "{device}: {status} {answer}");
+                reconnects += posted.reconnects;
                 count += batch;
                 counted.change(|acked| *acked = count);
             }
