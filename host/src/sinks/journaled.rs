@@ -5,20 +5,18 @@
 //! two brings the rows again, each as the row that it was. Why the positions are in the streams of the
 //! host that no reader can fill up, and what that promises: `host/decisions/journaled-sinks.md`.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use async_trait::async_trait;
-use jiff::Timestamp;
 use uuid::Uuid;
 
-use super::positions::holder;
-use super::positions_in_state::{self as in_state, Change};
+use super::state_positions::{self, Change, Entries, StatePositions, Store};
 use super::{
     Advance, Claim, Epoch, Error, LogPosition, Looked, Name, Opened, Outcome, PassPosition, RefusedRow, Rows,
     Sink, Written,
 };
 use crate::batch::{Offset, Partition};
-use crate::stream::{AppendError, StateChange, StateEntries, Stream, Ticket};
+use crate::stream::{AppendError, StateEntries, Stream, Ticket};
 
 /// Most bytes of one append of positions, unless one partition has more.
 const APPEND_BYTES_MAX: usize = 256 << 10;
@@ -58,11 +56,9 @@ pub struct Journal(Arc<Streams>);
 
 struct Streams {
     /// Has the positions of pipelines.
-    positions: Arc<dyn Stream>,
+    positions: StatePositions,
     /// Has those of redrives, beside the letters that they are positions in.
-    dead_letters: Arc<dyn Stream>,
-    /// Held from the look at a position to its change.
-    changing: Mutex<()>,
+    dead_letters: StatePositions,
 }
 
 impl Journal {
@@ -70,84 +66,59 @@ impl Journal {
     /// that a sink reads: a stream that is full until the sink moves on could not take the position
     /// with which it does.
     pub fn new(positions: Arc<dyn Stream>, dead_letters: Arc<dyn Stream>) -> Self {
-        Self(Arc::new(Streams { positions, dead_letters, changing: Mutex::default() }))
+        let [positions, dead_letters] = [positions, dead_letters].map(StatePositions::new);
+        Self(Arc::new(Streams { positions, dead_letters }))
     }
 
-    fn of(&self, pipeline: &str) -> &Arc<dyn Stream> {
+    fn of(&self, pipeline: &str) -> &StatePositions {
         if super::is_redrive(pipeline) { &self.0.dead_letters } else { &self.0.positions }
     }
 
     /// Takes a claim, durably.
     async fn take(&self, claim: &Claim, held: Option<Epoch>, target: &str) -> Result<Opened, Error> {
-        let stream = self.of(&claim.pipeline);
-        let (holder, at) = (holder(), Timestamp::now().to_string());
-        let mut opened = None;
-        let mut take = |entries: in_state::Entries<'_>| {
-            let (mut changes, found) = in_state::take(entries, claim, held, (&holder, &at, target))?;
+        let positions = self.of(&claim.pipeline);
+        let take = |entries: Entries<'_>| {
+            let (opened, mut changes) = state_positions::take(entries, claim, held, Store::Named(target))?;
             if super::is_redrive(&claim.pipeline) && held.is_none() {
                 let names: Vec<Name> = claim.names().collect();
-                let start = self.0.dead_letters.bounds().start;
-                changes.extend(in_state::forgotten(entries, &names, claim.log, start));
+                let start = positions.stream().bounds().start;
+                changes.extend(state_positions::forgotten(entries, &names, claim.log, start));
             }
-            opened = Some(found);
-            Ok(changes)
+            Ok((opened, changes))
         };
-        // Also where nothing changes: what an earlier call appended and did not wait for is durable then.
-        let ticket = self.change(stream, &mut take).await?;
-        durable(stream, ticket).await?;
-        Ok(opened.expect("it was taken"))
+        let (opened, ticket) = append(positions, take).await?;
+        // What an earlier call appended and did not wait for is durable then, too.
+        durable(positions.stream(), ticket).await?;
+        Ok(opened)
     }
 
-    /// Whether the positions are where `advance` says, and ours.
+    /// Returns an error unless the positions are where `advance` says, and the claim is ours.
     fn check(&self, claim: &Claim, ours: Epoch, advance: &[Advance]) -> Result<(), Error> {
-        let stream = self.of(&claim.pipeline);
-        in_state::check(&|prefix| stream.state(prefix), claim, ours, advance)
+        let positions = self.of(&claim.pipeline);
+        positions.look(|entries| state_positions::check(entries, claim, ours, advance))
     }
 
     /// Moves positions, durably.
     async fn advance(&self, claim: &Claim, ours: Epoch, advance: &[Advance]) -> Result<(), Error> {
-        let stream = self.of(&claim.pipeline);
+        let positions = self.of(&claim.pipeline);
         let mut last = Ticket::default();
         for steps in advance.chunk_by(together()) {
-            let mut changes = |entries: in_state::Entries<'_>| {
-                in_state::check(entries, claim, ours, steps)?;
-                Ok(in_state::moved(entries, claim, steps))
-            };
-            last = self.change(stream, &mut changes).await?;
+            let moved = |entries: Entries<'_>| Ok(((), state_positions::moved(entries, claim, ours, steps)?));
+            ((), last) = append(positions, moved).await?;
         }
         if advance.is_empty() {
             return self.check(claim, ours, &[]);
         }
-        durable(stream, last).await
+        durable(positions.stream(), last).await
     }
+}
 
-    /// Appends the changes that `make` makes of the entries that are there.
-    async fn change(
-        &self,
-        stream: &Arc<dyn Stream>,
-        make: &mut (dyn FnMut(in_state::Entries<'_>) -> Result<Vec<Change>, Error> + Send),
-    ) -> Result<Ticket, Error> {
-        loop {
-            match self.try_change(stream, make)? {
-                Ok(ticket) => return Ok(ticket),
-                Err(AppendError::Full) => stream.writable().await,
-                Err(error) => return Err(no_position(&**stream, &error)),
-            }
-        }
-    }
-
-    fn try_change(
-        &self,
-        stream: &Arc<dyn Stream>,
-        make: &mut (dyn FnMut(in_state::Entries<'_>) -> Result<Vec<Change>, Error> + Send),
-    ) -> Result<Result<Ticket, AppendError>, Error> {
-        let _changing = self.0.changing.lock().unwrap_or_else(PoisonError::into_inner);
-        let entries = |prefix: &[u8]| -> StateEntries { stream.state(prefix) };
-        let changes = make(&entries)?;
-        let changes: Vec<_> =
-            changes.iter().map(|(key, value)| StateChange { key, value: value.as_deref() }).collect();
-        Ok(stream.append(&[], &changes).map(|appended| appended.ticket))
-    }
+/// Appends the changes that `make` makes of the entries that are there.
+async fn append<T: Send>(
+    positions: &StatePositions,
+    make: impl Fn(Entries<'_>) -> Result<(T, Vec<Change>), Error> + Send + Sync,
+) -> Result<(T, Ticket), Error> {
+    positions.append(&[], make).await?.map_err(|error| no_position(positions.stream(), &error))
 }
 
 /// Whether a step goes into one append with those before it: for `chunk_by`.
@@ -169,11 +140,10 @@ fn together() -> impl FnMut(&Advance, &Advance) -> bool {
     }
 }
 
-async fn durable(stream: &Arc<dyn Stream>, ticket: Ticket) -> Result<(), Error> {
+async fn durable(stream: &dyn Stream, ticket: Ticket) -> Result<(), Error> {
     let is_durable = stream.durable().wait_for(|durable| *durable >= ticket).await.map(|_| ());
-    is_durable.map_err(|_| {
-        no_position(&**stream, &AppendError::Stopped("a write failed, or the host stops".into()))
-    })
+    is_durable
+        .map_err(|_| no_position(stream, &AppendError::Stopped("a write failed, or the host stops".into())))
 }
 
 /// Why no position could be kept, and what to do.
@@ -233,9 +203,9 @@ impl<T: Target> Sink for Journaled<T> {
     async fn positions_of(&mut self, claims: &[Name], logs: &[Uuid]) -> Result<Vec<LogPosition>, Error> {
         let mut positions = Vec::new();
         for claim in claims {
-            let stream = self.journal.of(&claim.0);
             let names = std::slice::from_ref(claim);
-            positions.extend(in_state::positions_of(&|prefix| stream.state(prefix), names, logs));
+            let of_claim = |entries: Entries<'_>| state_positions::positions_of(entries, names, logs);
+            positions.extend(self.journal.of(&claim.0).look(of_claim));
         }
         Ok(positions)
     }
@@ -246,8 +216,8 @@ impl<T: Target> Sink for Journaled<T> {
         log: Uuid,
         above: Offset,
     ) -> Result<Vec<PassPosition>, Error> {
-        let stream = &self.journal.0.dead_letters;
-        Ok(in_state::passes_of(&|prefix| stream.state(prefix), claims, log, above))
+        let dead_letters = &self.journal.0.dead_letters;
+        Ok(dead_letters.look(|entries| state_positions::passes_of(entries, claims, log, above)))
     }
 
     async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {
@@ -289,7 +259,7 @@ impl<T: Target> Sink for Journaled<T> {
 pub fn look_up(entries: &StateEntries, claims: Vec<Claim>, target: &str) -> Result<Vec<Looked>, Error> {
     let of = |prefix: &[u8]| entries.iter().filter(|(key, _)| key.starts_with(prefix)).cloned().collect();
     let look = |claim: Claim| {
-        let (positions, found) = in_state::look(&of, &claim, target)?;
+        let (positions, found) = state_positions::look(&of, &claim, Store::Named(target))?;
         Ok(Looked { claim, positions, found })
     };
     claims.into_iter().map(look).collect()

@@ -20,13 +20,12 @@ mod config;
 pub(crate) mod conformance;
 pub mod influxdb;
 mod journaled;
-mod log_positions;
 pub mod memory;
 mod password;
 mod positions;
-mod positions_in_state;
 pub mod postgres;
 pub mod sqlite;
+mod state_positions;
 pub mod stream;
 
 pub use check::{Checked, Looked};
@@ -36,7 +35,7 @@ pub use config::{
 };
 pub use journaled::{Journal, Journaled, Put, Target, look_up};
 pub use password::Password;
-pub use positions_in_state::PREFIX as POSITIONS_PREFIX;
+pub use state_positions::PREFIX as POSITIONS_PREFIX;
 
 /// Whose positions: one pipeline's deliveries to one sink, from one log.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

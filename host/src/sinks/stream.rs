@@ -2,21 +2,21 @@
 //! subscribe to.
 //!
 //! A commit is one append: the messages, and the positions that they bring the claim to as changes of the
-//! stream's state map (`log_positions`). After a crash both are there or neither.
+//! stream's state map (`state_positions`). After a crash both are there or neither.
 
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use uuid::Uuid;
 
-use super::log_positions::{Changes, LogPositions, borrowed};
+use super::state_positions::{self, Change, Entries, StatePositions, Store};
 use super::{
     Advance, Claim, Epoch, Error, LogPosition, Name, Opened, Outcome, PassPosition, RefusedRow, Rows, Sink,
     Written,
 };
 use crate::batch::{MessageRef, Offset, Partition, flags};
 use crate::stream::log::frame::message_fits;
-use crate::stream::{AppendError, Appended, NewMessage, Stream, partition_of};
+use crate::stream::{AppendError, NewMessage, Stream, Ticket, partition_of};
 use crate::topic::TOPIC_BYTES_MAX;
 
 #[cfg(test)]
@@ -26,7 +26,7 @@ mod tests;
 #[derive(Clone)]
 pub struct Target {
     stream: Arc<dyn Stream>,
-    positions: LogPositions,
+    positions: StatePositions,
     topic_bytes_max: usize,
     #[cfg(test)]
     refuse: Arc<std::sync::Mutex<Option<Vec<u8>>>>,
@@ -37,7 +37,7 @@ impl Target {
     pub fn new(stream: Arc<dyn Stream>, topic_prefix: Option<&str>) -> Self {
         let prefix_bytes = topic_prefix.map_or(0, |prefix| prefix.len() + 1);
         Self {
-            positions: LogPositions::new(Arc::clone(&stream)),
+            positions: StatePositions::new(Arc::clone(&stream)),
             stream,
             topic_bytes_max: TOPIC_BYTES_MAX.saturating_sub(prefix_bytes),
             #[cfg(test)]
@@ -112,38 +112,28 @@ impl Target {
     }
 
     /// Returns once an append, and all before it, survive a crash.
-    async fn durable(&self, appended: Appended) -> Result<(), Error> {
+    async fn durable(&self, ticket: Ticket) -> Result<(), Error> {
         let mut durable = self.stream.durable();
-        let reached = durable.wait_for(|durable| *durable >= appended.ticket).await;
+        let reached = durable.wait_for(|durable| *durable >= ticket).await;
         reached.map(drop).map_err(|_| Error::Unknown(self.named()))
     }
 
-    /// Appends what `changes` gives while nobody else changes positions, once there is room, and returns once
-    /// that is durable. `Ok(None)`: it is too large for one append.
-    async fn append<T>(
+    /// Appends what `make` gives together with the messages, and returns once that is durable. `Ok(None)`:
+    /// it is too large for one append.
+    async fn append<T: Send>(
         &self,
         messages: &[NewMessage<'_>],
-        changes: impl Fn() -> Result<(T, Changes), Error> + Send + Sync,
-    ) -> Result<Option<T>, Error>
-    where
-        T: Send,
-    {
-        loop {
-            let (made, appended) = {
-                let _held = self.positions.change();
-                let (made, changes) = changes()?;
-                (made, self.stream.append(messages, &borrowed(&changes)))
-            };
-            match appended {
-                Ok(appended) => return self.durable(appended).await.map(|()| Some(made)),
-                Err(AppendError::Full) => self.stream.writable().await,
-                Err(AppendError::NoSpace) => return Err(self.no_space()),
-                Err(AppendError::TooLarge(AppendError::WHOLE)) => return Ok(None),
-                Err(AppendError::TooLarge(what)) => {
-                    return Err(Error::Setup(format!("{}: over its limit: {what}", self.named())));
-                }
-                Err(AppendError::Stopped(reason)) => return Err(self.stopped(&reason)),
+        make: impl Fn(Entries<'_>) -> Result<(T, Vec<Change>), Error> + Send + Sync,
+    ) -> Result<Option<T>, Error> {
+        match self.positions.append(messages, make).await? {
+            Ok((made, ticket)) => self.durable(ticket).await.map(|()| Some(made)),
+            Err(AppendError::NoSpace) => Err(self.no_space()),
+            Err(AppendError::TooLarge(AppendError::WHOLE)) => Ok(None),
+            Err(AppendError::TooLarge(what)) => {
+                Err(Error::Setup(format!("{}: over its limit: {what}", self.named())))
             }
+            Err(AppendError::Stopped(reason)) => Err(self.stopped(&reason)),
+            Err(error @ AppendError::Full) => Err(Error::Retry(format!("{}: {error}", self.named()))),
         }
     }
 }
@@ -161,8 +151,8 @@ impl StreamSink {
         let Self { target, mine, .. } = self;
         let (claim, epoch) = mine.as_ref().ok_or_else(|| Error::Retry("commit before open".to_owned()))?;
         let messages: Vec<_> = rows.iter().map(|row| target.message(&row)).collect();
-        let changes = || Ok(((), target.positions.advance(claim, *epoch, advance)?));
-        Ok(target.append(&messages, changes).await?.is_some())
+        let moved = |entries: Entries<'_>| Ok(((), state_positions::moved(entries, claim, *epoch, advance)?));
+        Ok(target.append(&messages, moved).await?.is_some())
     }
 
     fn too_much(&self, rows: &Rows) -> String {
@@ -179,20 +169,21 @@ impl StreamSink {
 impl Sink for StreamSink {
     async fn open(&mut self, claim: &Claim, held: Option<Epoch>) -> Result<Opened, Error> {
         (self.mine, self.uncommitted) = (None, None);
-        let Target { stream, positions, .. } = &self.target;
-        let taken = || {
-            let bounds = stream.bounds();
-            positions.claim(claim, held, bounds.start < bounds.end)
+        let take = |entries: Entries<'_>| {
+            let bounds = self.target.stream.bounds();
+            let store = Store::Stream { has_rows: bounds.start < bounds.end };
+            state_positions::take(entries, claim, held, store)
         };
         // The positions may be those of an append that was not durable yet.
-        let opened = self.target.append(&[], taken).await?;
+        let opened = self.target.append(&[], take).await?;
         let opened = opened.ok_or_else(|| Error::Setup(self.too_much(&Rows::default())))?;
         self.mine = Some((claim.clone(), opened.epoch));
         Ok(opened)
     }
 
     async fn positions_of(&mut self, claims: &[Name], logs: &[Uuid]) -> Result<Vec<LogPosition>, Error> {
-        Ok(self.target.positions.positions_of(claims, logs))
+        let positions = &self.target.positions;
+        Ok(positions.look(|entries| state_positions::positions_of(entries, claims, logs)))
     }
 
     async fn passes_of(
@@ -201,7 +192,8 @@ impl Sink for StreamSink {
         log: Uuid,
         above: Offset,
     ) -> Result<Vec<PassPosition>, Error> {
-        Ok(self.target.positions.passes_of(claims, log, above))
+        let positions = &self.target.positions;
+        Ok(positions.look(|entries| state_positions::passes_of(entries, claims, log, above)))
     }
 
     async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {

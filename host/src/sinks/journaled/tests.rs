@@ -1,5 +1,5 @@
 use std::collections::BTreeMap;
-use std::sync::MutexGuard;
+use std::sync::{Mutex, MutexGuard};
 
 use super::*;
 use crate::batch::MessageRef;
@@ -137,7 +137,7 @@ impl Database for Host {
     }
 
     async fn look(&self, claim: &Claim) -> Option<Looked> {
-        let entries = self.positions.state(in_state::PREFIX);
+        let entries = self.positions.state(state_positions::PREFIX);
         look_up(&entries, vec![claim.clone()], "memory").unwrap().pop()
     }
 
@@ -309,10 +309,10 @@ async fn a_pass_of_a_redrive_is_forgotten_with_the_letters_that_it_sent() {
         sink.commit(&Rows::default(), &[advance(0, 0, next)]).await.unwrap();
     }
     let known = |host: &Host| {
-        let entries = host.dead_letters.state(in_state::PREFIX);
+        let entries = host.dead_letters.state(state_positions::PREFIX);
         let logs = [1, 2, 3].map(Uuid::from_u128);
         let names = [(pass(1).pipeline, pass(1).sink)];
-        let told = in_state::positions_of(
+        let told = state_positions::positions_of(
             &|prefix| entries.iter().filter(|(key, _)| key.starts_with(prefix)).cloned().collect(),
             &names,
             &logs,

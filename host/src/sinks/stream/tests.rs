@@ -2,9 +2,9 @@ use std::sync::Arc;
 
 use super::*;
 use crate::sinks::conformance::{self, Database, advance, claim, message, rejected, rows};
-use crate::sinks::log_positions::borrowed;
+use crate::sinks::state_positions::PREFIX;
 use crate::stream::memory::MemoryStream;
-use crate::stream::{Opening, Read};
+use crate::stream::{Opening, Read, StateChange};
 
 struct Messages {
     memory: Arc<MemoryStream>,
@@ -60,8 +60,9 @@ impl Database for Messages {
     }
 
     async fn lose_positions(&self) {
-        let removed: Changes = self.memory.state(b"out/").into_iter().map(|(key, _)| (key, None)).collect();
-        self.memory.append(&[], &borrowed(&removed)).expect("there is room");
+        let entries = self.memory.state(PREFIX);
+        let removed: Vec<_> = entries.iter().map(|(key, _)| StateChange { key, value: None }).collect();
+        self.memory.append(&[], &removed).expect("there is room");
     }
 
     fn refuses(&self, payload: &str) {
