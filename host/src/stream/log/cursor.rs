@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -17,7 +18,7 @@ use super::recover::Segment;
 use super::scan::{Scan, Step};
 use super::segment;
 use super::tail::Frame;
-use super::unreadable::{Patched, READ_TRIES, is_unreadable, pause};
+use super::unreadable::{GivenUp, Patched, READ_TRIES, is_unreadable, pause};
 use super::{Inner, lock, read};
 use crate::batch::Offset;
 use crate::stream::{Cursor, GapCause, Read, ReadError};
@@ -152,6 +153,7 @@ impl LogCursor {
                 inner: Arc::clone(&self.inner),
                 open: None,
                 ahead: 0,
+                waits: self.counts,
                 gives_up: false,
                 patched: None,
             });
@@ -175,7 +177,7 @@ impl LogCursor {
             }
             Err(error) => error,
         };
-        if self.counts && is_unreadable(&error) {
+        if self.counts && (is_unreadable(&error) || error.kind() == io::ErrorKind::NotFound) {
             self.wait_to_read_again(&error).await;
             return Ok(());
         }
@@ -258,6 +260,8 @@ struct DiskReader {
     open: Option<(u64, Scan, u64)>,
     /// Bytes of frames that the next read may give beyond the first.
     ahead: usize,
+    /// Whether it waits for a file that is not there.
+    waits: bool,
     /// Whether what cannot be read counts as damage now.
     gives_up: bool,
     /// The file of the segment that was opened last, and what of it counts as damage.
@@ -284,18 +288,24 @@ impl DiskReader {
     /// Frames from the one that holds `at` on; empty where that was trimmed meanwhile.
     fn read_pieces(&mut self, at: u64) -> io::Result<Vec<Piece>> {
         let Some((segment, end)) = self.inner.segment_of(at) else { return Ok(Vec::new()) };
-        let Segment { header, limit, landmarks, .. } = segment;
+        let Segment { header, limit, landmarks, given_up, .. } = segment;
         let usable = self.open.as_ref().is_some_and(|(open, _, to)| *open == header.sequence && *to <= at);
         if !usable {
             let path = self.inner.dir.join(segment::name(header.sequence));
             let file = match self.inner.disk.open(&path, Create::ReadOnly) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    return match self.inner.has(header.sequence) {
+                        true => self.read_missing(&path, &given_up, end, error),
+                        // Trimmed meanwhile.
+                        false => Ok(Vec::new()),
+                    };
+                }
                 other => other?,
             };
-            // It stays, with what was given up of it, as long as its segment is read.
+            // It stays as long as its segment is read.
             let (_, patched) = match self.patched.take_if(|(of, _)| *of == header.sequence) {
                 Some(known) => self.patched.insert(known),
-                None => self.patched.insert((header.sequence, Arc::new(Patched::new(file)))),
+                None => self.patched.insert((header.sequence, Arc::new(Patched::new(file, given_up)))),
             };
             let mut scan = Scan::new(Arc::clone(patched) as Arc<dyn File>, &header, limit).for_few();
             let mut to = header.base;
@@ -340,7 +350,34 @@ impl DiskReader {
     }
 }
 
+impl DiskReader {
+    /// The file of a segment up to `end` is not there, and retention did not remove it. That is a gap, unless
+    /// the whole folder is elsewhere: then it is waited for.
+    fn read_missing(
+        &self,
+        path: &Path,
+        given_up: &GivenUp,
+        end: u64,
+        error: io::Error,
+    ) -> io::Result<Vec<Piece>> {
+        let gives_up = (self.gives_up || !self.waits) && self.inner.is_in_place();
+        if !gives_up && !given_up.is_gone() {
+            return Err(error);
+        }
+        if self.waits && given_up.set_gone() {
+            tracing::error!(stream = %self.inner.name, file = %path.display(),
+                "a file of the stream is not there, and the host did not remove it: the messages in it are lost");
+        }
+        Ok(vec![Piece::GapTo(end)])
+    }
+}
+
 impl Inner {
+    /// Returns whether the log has this segment.
+    fn has(&self, sequence: u64) -> bool {
+        read(&self.back).segments.iter().any(|segment| segment.header.sequence == sequence)
+    }
+
     /// Counts messages that a reader cannot have: damaged ones once, however many read them.
     pub fn lose(&self, lost: Range<u64>, cause: GapCause) {
         let new = match cause {
@@ -385,6 +422,7 @@ impl Inner {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 other => other?,
             };
+            let file = Arc::new(Patched::new(file, segment.given_up.clone()));
             let mut scan = Scan::new(file, &segment.header, segment.limit);
             loop {
                 match scan.next()? {

@@ -49,9 +49,12 @@ pub fn open(
     }
 
     let salvaging = Salvaging::new(&*disk);
-    let (mut metadata, segments) = metadata(&salvaging, dir, config, &mut recovery)?;
+    let (mut metadata, mut segments) = metadata(&salvaging, dir, config, &mut recovery)?;
     let replayed = recover::replay(&salvaging, dir, &segments, metadata.closed.take()).map_err(io_error)?;
     recovery.unread = salvaging.take_unread();
+    for segment in &mut segments {
+        segment.given_up = salvaging.given_up(&dir.join(segment::name(segment.header.sequence)));
+    }
     let openings = openings(metadata.openings(), &segments, replayed.next_offset);
     metadata.set_openings(&openings);
     let generation = metadata.generations.last().expect("made or read with at least one");
@@ -326,7 +329,13 @@ impl Inner {
             tracing::info!(stream = %self.name, torn_bytes, rewritten,
                 "the last run ended without closing the stream: cut what nobody was told of, wrote the last commit again");
         }
-        for unread in &recovery.unread {
+        let (headers, unread): (Vec<_>, Vec<_>) =
+            recovery.unread.iter().partition(|unread| unread.is_header());
+        for unread in headers {
+            tracing::error!(stream = %self.name, file = %unread.path.display(), bytes = ?unread.bytes,
+                "the disk does not give the header of this file, and no message is lost by that: replace the disk");
+        }
+        for unread in unread {
             tracing::error!(stream = %self.name, file = %unread.path.display(), bytes = ?unread.bytes,
                 "the disk does not give these bytes, and the start did without them: what they hold is lost");
         }

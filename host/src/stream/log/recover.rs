@@ -21,7 +21,7 @@ use super::scan::{Landmarks, Scan, Step};
 use super::segment::{self, FRAMES_AT};
 use super::state::{self, State};
 use super::tail::Frame;
-use super::unreadable::Unread;
+use super::unreadable::{GivenUp, Unread};
 use crate::batch::Offset;
 use crate::stream::Opening;
 
@@ -64,6 +64,7 @@ pub struct Segment {
     /// End of the bytes that readers may look at.
     pub limit: u64,
     pub landmarks: Landmarks,
+    pub given_up: GivenUp,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -86,13 +87,15 @@ pub enum OpenError {
 }
 
 /// All segments of a folder, oldest first. A damaged header is made again from
-/// the segment's first frame.
+/// the segment's first frame. Where that is damaged too, the segment is left out: readers
+/// find a gap there. But not the newest one: nobody would know where the log ended.
 pub fn segments(disk: &dyn Disk, dir: &Path, known: Option<&Metadata>) -> Result<Vec<Segment>, OpenError> {
     let io_error = |error| OpenError::Io { dir: dir.display().to_string(), error };
     let mut sequences: Vec<u64> =
         disk.list(dir).map_err(io_error)?.iter().filter_map(|name| segment::sequence_of(name)).collect();
     sequences.sort_unstable();
     let mut found: Vec<Segment> = Vec::with_capacity(sequences.len());
+    let newest = sequences.last().copied();
     for sequence in sequences {
         let path = dir.join(segment::name(sequence));
         let shown = || path.display().to_string();
@@ -113,8 +116,19 @@ pub fn segments(disk: &dyn Disk, dir: &Path, known: Option<&Metadata>) -> Result
                 let known =
                     known.cloned().or_else(|| found.last().map(|s| Metadata::from_segment(&s.header)));
                 let header = known.and_then(|known| salvage(&head, sequence, &known));
-                tracing::error!(segment = %shown(), "the segment's header is damaged, read from its first frame");
-                header.ok_or_else(|| OpenError::Unreadable { path: shown() })?
+                match header {
+                    Some(header) => {
+                        tracing::error!(segment = %shown(), "the segment's header is damaged, read from its first frame");
+                        header
+                    }
+                    None if Some(sequence) == newest => return Err(OpenError::Unreadable { path: shown() }),
+                    None => {
+                        tracing::error!(segment = %shown(),
+                            "header and first frame of the segment are both damaged: its messages are lost; move the \
+                             file away");
+                        continue;
+                    }
+                }
             }
         };
         let file_len = file.len().map_err(io_error)?;
@@ -122,7 +136,8 @@ pub fn segments(disk: &dyn Disk, dir: &Path, known: Option<&Metadata>) -> Result
         if log.is_some_and(|log| log != header.log) {
             return Err(OpenError::Foreign { path: shown() });
         }
-        found.push(Segment { header, file_len, limit: file_len, landmarks: Landmarks::default() });
+        let (landmarks, given_up) = (Landmarks::default(), GivenUp::default());
+        found.push(Segment { header, file_len, limit: file_len, landmarks, given_up });
     }
     Ok(found)
 }

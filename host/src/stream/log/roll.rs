@@ -18,6 +18,7 @@ use super::scan::Landmarks;
 use super::segment::{self, FRAMES_AT};
 use super::state::{self, Change};
 use super::tail::Frame;
+use super::unreadable::GivenUp;
 use super::{Inner, lock, write};
 
 /// How far the frames of a new segment go.
@@ -125,6 +126,7 @@ impl Inner {
                 old.limit = old_at;
             }
             back.segments.push_back(Segment {
+                given_up: GivenUp::default(),
                 header,
                 file_len: len,
                 limit: begun.at,

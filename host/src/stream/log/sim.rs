@@ -44,6 +44,7 @@ struct World {
     fail_renames: Option<i32>,
     /// Bytes of a file that so many more reads cannot have.
     unreadable: Option<(usize, Range<usize>, u32)>,
+    failed_reads: u64,
     /// A signal interrupts every other call that may fail; set to whether the next one is.
     interrupts: Option<bool>,
     bytes_max: u64,
@@ -113,6 +114,7 @@ impl SimDisk {
             fail_opens: None,
             fail_renames: None,
             unreadable: None,
+            failed_reads: 0,
             interrupts: None,
             bytes_max: u64::MAX,
             written: 0,
@@ -124,6 +126,11 @@ impl SimDisk {
     /// The next so many reads of these bytes fail.
     pub fn break_reads(&self, path: &Path, bytes: Range<usize>, times: u32) {
         self.world(|w| w.unreadable = Some((w.names[path], bytes, times)));
+    }
+
+    /// How often a read of bytes failed that [`Self::break_reads`] broke.
+    pub fn failed_reads(&self) -> u64 {
+        self.world(|w| w.failed_reads)
     }
 
     /// Another disk with the same content.
@@ -357,6 +364,7 @@ impl File for SimFile {
                 && *times > 0
             {
                 *times -= 1;
+                w.failed_reads += 1;
                 return Err(io::Error::from_raw_os_error(libc::EIO));
             }
             let seen = &w.files[self.file].seen;

@@ -1,10 +1,11 @@
 //! Places of a disk that cannot be read, such as a bad sector. The read is tried again, since the reason may
 //! pass; then what cannot be read counts as damage: it reads as zeros, which no frame is.
 //!
-//! That costs messages, so that it is done only where the disk answers otherwise: the beginning of the same file
-//! can be read back, and no more than [`PATCHED_MAX`] of a read is missing. A disk that is gone is waited for.
+//! That costs messages, so that it is done only where the disk answers otherwise: something of the beginning of the
+//! same file can be read back, and no more than [`PATCHED_MAX`] of a read is missing. A disk that is gone is waited
+//! for. What one reader has given up, no reader of the log asks the disk for again before the next start.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ use std::time::Duration;
 
 use super::disk::{Create, Disk, File, SyncSite};
 use super::lock;
+use super::segment::FRAMES_AT;
 
 /// Tries of a read before what cannot be read counts as damage.
 pub const READ_TRIES: u32 = 6;
@@ -35,20 +37,58 @@ pub fn pause(tries: u32) -> Duration {
     (PAUSE_LEAST * 2_u32.saturating_pow(tries.saturating_sub(1))).min(PAUSE_MAX)
 }
 
+/// What of one file was given up. Clones are of the same file.
+#[derive(Clone, Debug, Default)]
+pub struct GivenUp(Arc<Places>);
+
+#[derive(Debug, Default)]
+struct Places {
+    /// Where blocks begin that cannot be read; no more than the file has.
+    blocks: Mutex<BTreeSet<u64>>,
+    /// The file is not there.
+    is_gone: AtomicBool,
+}
+
+impl GivenUp {
+    /// Returns whether some block of these bytes was given up.
+    fn has_some_of(&self, at: u64, len: usize) -> bool {
+        let first = at - at % BLOCK_BYTES as u64;
+        lock(&self.0.blocks).range(first..at.saturating_add(len as u64).max(first)).next().is_some()
+    }
+
+    fn has(&self, block: u64) -> bool {
+        lock(&self.0.blocks).contains(&block)
+    }
+
+    /// Returns whether the block was not given up before.
+    fn add(&self, block: u64) -> bool {
+        lock(&self.0.blocks).insert(block)
+    }
+
+    /// Returns whether the whole file was given up, for it is not there.
+    pub fn is_gone(&self) -> bool {
+        self.0.is_gone.load(Ordering::Relaxed)
+    }
+
+    /// Gives up the whole file. Returns whether it was not before.
+    pub fn set_gone(&self) -> bool {
+        !self.0.is_gone.swap(true, Ordering::Relaxed)
+    }
+}
+
 /// A file whose blocks that cannot be read, and were given up, read as zeros.
 pub struct Patched {
     file: Arc<dyn File>,
     /// Whether a block that cannot be read is given up now.
     gives_up: AtomicBool,
-    /// Places of the blocks that were given up.
-    given_up: Mutex<BTreeSet<u64>>,
-    /// Those that nobody has asked for yet.
+    given_up: GivenUp,
+    /// Blocks that were given up through this, and that nobody has asked for yet.
     unread: Mutex<Vec<Range<u64>>>,
 }
 
 impl Patched {
-    pub fn new(file: Arc<dyn File>) -> Self {
-        Self { file, gives_up: AtomicBool::new(false), given_up: Mutex::default(), unread: Mutex::default() }
+    pub fn new(file: Arc<dyn File>, given_up: GivenUp) -> Self {
+        Self { file, gives_up: AtomicBool::new(false), given_up, unread: Mutex::default() }
     }
 
     /// Sets whether a block that cannot be read is given up from now on.
@@ -61,15 +101,21 @@ impl Patched {
         std::mem::take(&mut *lock(&self.unread))
     }
 
-    fn read_by_block(&self, buf: &mut [u8], at: u64, error: io::Error) -> io::Result<usize> {
-        self.file.forget_cached(BLOCK_BYTES as u64);
-        self.file.read_at(&mut [0; BLOCK_BYTES], 0)?;
-        let (mut done, mut unread) = (0, Vec::new());
+    fn read_by_block(&self, buf: &mut [u8], at: u64) -> io::Result<usize> {
+        let gives_up = self.gives_up.load(Ordering::Relaxed);
+        let (mut done, mut known, mut new, mut failed) = (0, 0, Vec::new(), None);
         while done < buf.len() {
             let place = at + done as u64;
             let within = (place % BLOCK_BYTES as u64) as usize;
+            let block = place - within as u64;
             let len = (BLOCK_BYTES - within).min(buf.len() - done);
             let part = &mut buf[done..done + len];
+            if self.given_up.has(block) {
+                part.fill(0);
+                known += 1;
+                done += len;
+                continue;
+            }
             match self.file.read_at(part, place) {
                 Ok(read) => {
                     done += read;
@@ -77,31 +123,54 @@ impl Patched {
                         break;
                     }
                 }
-                Err(error) if is_unreadable(&error) => {
+                Err(error) if gives_up && is_unreadable(&error) => {
                     part.fill(0);
-                    unread.push(place - within as u64);
+                    new.push(block);
+                    failed = Some(error);
                     done += len;
                 }
                 Err(error) => return Err(error),
             }
         }
-        let mut given_up = lock(&self.given_up);
-        let may = self.gives_up.load(Ordering::Relaxed) && unread.len() * BLOCK_BYTES <= PATCHED_MAX;
-        if !may && unread.iter().any(|block| !given_up.contains(block)) {
-            return Err(error);
+        if let Some(error) = failed {
+            if (known + new.len()) * BLOCK_BYTES > PATCHED_MAX {
+                return Err(error);
+            }
+            self.is_answered()?;
+            let new = new.into_iter().filter(|block| self.given_up.add(*block));
+            lock(&self.unread).extend(new.map(|block| block..block + BLOCK_BYTES as u64));
         }
-        let new = unread.into_iter().filter(|block| given_up.insert(*block));
-        lock(&self.unread).extend(new.map(|block| block..block + BLOCK_BYTES as u64));
         Ok(done)
+    }
+
+    /// Returns an error where the disk gives nothing of the file's beginning. Zeros say nothing: a disk that is
+    /// gone gives those of blocks that were never written.
+    fn is_answered(&self) -> io::Result<()> {
+        self.file.forget_cached((PATCHED_MAX + BLOCK_BYTES) as u64);
+        let mut failed = io::Error::from_raw_os_error(libc::EIO);
+        for place in (0..=PATCHED_MAX as u64).step_by(BLOCK_BYTES).filter(|place| !self.given_up.has(*place))
+        {
+            let mut block = [0; BLOCK_BYTES];
+            match self.file.read_at(&mut block, place) {
+                Ok(_) if block.iter().any(|byte| *byte != 0) => return Ok(()),
+                Ok(_) => {}
+                Err(error) if is_unreadable(&error) => failed = error,
+                Err(error) => return Err(error),
+            }
+        }
+        Err(failed)
     }
 }
 
 impl File for Patched {
     fn read_at(&self, buf: &mut [u8], at: u64) -> io::Result<usize> {
-        match self.file.read_at(buf, at) {
-            Err(error) if is_unreadable(&error) => self.read_by_block(buf, at, error),
-            other => other,
+        if !self.given_up.has_some_of(at, buf.len()) {
+            match self.file.read_at(buf, at) {
+                Err(error) if is_unreadable(&error) => {}
+                other => return other,
+            }
         }
+        self.read_by_block(buf, at)
     }
     fn write_at(&self, parts: &[&[u8]], at: u64) -> io::Result<()> {
         self.file.write_at(parts, at)
@@ -127,10 +196,19 @@ pub struct Unread {
     pub bytes: Range<u64>,
 }
 
+impl Unread {
+    /// Returns whether this is the header of a segment and nothing else. A start makes it again from the first
+    /// frame, or does not go on.
+    pub fn is_header(&self) -> bool {
+        self.path.extension().is_some_and(|extension| extension == "seg") && self.bytes.end <= FRAMES_AT
+    }
+}
+
 /// The disk as an opening reads it: it waits for a place that cannot be read, and then does without it.
 /// Blocks. Each error names its file.
 pub struct Salvaging<'d> {
     disk: &'d dyn Disk,
+    given_up: Mutex<BTreeMap<PathBuf, GivenUp>>,
     unread: Arc<Mutex<Vec<Unread>>>,
 }
 
@@ -142,7 +220,12 @@ struct SalvagedFile {
 
 impl<'d> Salvaging<'d> {
     pub fn new(disk: &'d dyn Disk) -> Self {
-        Self { disk, unread: Arc::default() }
+        Self { disk, given_up: Mutex::default(), unread: Arc::default() }
+    }
+
+    /// Returns what of a file was given up, and from then on is.
+    pub fn given_up(&self, path: &Path) -> GivenUp {
+        lock(&self.given_up).entry(path.to_owned()).or_default().clone()
     }
 
     /// Returns what could not be read, each place once, in order.
@@ -166,7 +249,8 @@ impl File for SalvagedFile {
     fn read_at(&self, buf: &mut [u8], at: u64) -> io::Result<usize> {
         let mut tries = 0;
         let read = loop {
-            match self.patched.file.read_at(buf, at) {
+            self.patched.set_gives_up(tries == READ_TRIES);
+            match self.patched.read_at(buf, at) {
                 Err(error) if is_unreadable(&error) && tries < READ_TRIES => {
                     tries += 1;
                     if tries == 1 {
@@ -174,7 +258,6 @@ impl File for SalvagedFile {
                     }
                     std::thread::sleep(pause(tries));
                 }
-                Err(error) if is_unreadable(&error) => break self.patched.read_by_block(buf, at, error),
                 other => break other,
             }
         };
@@ -202,9 +285,8 @@ impl File for SalvagedFile {
 impl Disk for Salvaging<'_> {
     fn open(&self, path: &Path, create: Create) -> io::Result<Arc<dyn File>> {
         let file = self.disk.open(path, create).map_err(named(path))?;
+        let patched = Patched::new(file, self.given_up(path));
         let (path, unread) = (path.to_owned(), Arc::clone(&self.unread));
-        let patched = Patched::new(file);
-        patched.set_gives_up(true);
         Ok(Arc::new(SalvagedFile { patched, path, unread }))
     }
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {

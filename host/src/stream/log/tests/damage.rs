@@ -237,3 +237,155 @@ fn a_start_does_without_what_the_disk_does_not_give_and_names_it() {
     let error = manual(&disk, &small(), &clock).err().unwrap().to_string();
     assert!(error.contains(&path.display().to_string()), "a disk that is gone is no damage: {error}");
 }
+
+/// Frames of one message of 3,000 bytes each in several segments, cleanly closed; and where segments begin.
+fn written_segments() -> (SimDisk, Arc<AtomicU64>, Vec<recover::Segment>) {
+    let (disk, clock) = (SimDisk::new(7), new_clock());
+    let (log, _) = manual(&disk, &small(), &clock).unwrap();
+    for offset in 0..12 {
+        log.append(&[message("acme/d/reading", &payload(offset, 3_000))], &[]).unwrap();
+        commit(&log).unwrap();
+    }
+    log.inner.seal();
+    disk.restart_process();
+    let segments = recover::segments(&disk, Path::new(DIR), None).unwrap();
+    assert!(segments.len() > 3, "{}", segments.len());
+    (disk, clock, segments)
+}
+
+fn path_of(segment: &recover::Segment) -> PathBuf {
+    Path::new(DIR).join(segment::name(segment.header.sequence))
+}
+
+/// The offsets of a segment.
+fn offsets(segments: &[recover::Segment], at: usize) -> Vec<u64> {
+    let end = segments.get(at + 1).map_or(12, |next| next.header.base);
+    (segments[at].header.base..end).collect()
+}
+
+fn lost(read: &[(u64, Option<Vec<u8>>)]) -> Vec<u64> {
+    read.iter().filter(|(_, payload)| payload.is_none()).map(|(offset, _)| *offset).collect()
+}
+
+#[test]
+fn a_header_of_a_segment_that_the_disk_does_not_give_costs_no_message() {
+    let (disk, clock, segments) = written_segments();
+    for segment in &segments {
+        let disk = disk.fork();
+        disk.break_reads(&path_of(segment), 0..1, u32::MAX);
+        let (log, recovery) = manual(&disk, &small(), &clock).unwrap();
+        let unread = [Unread { path: path_of(segment), bytes: 0..4_096 }];
+        assert_eq!((&recovery.damaged[..], &recovery.unread[..]), (&[][..], &unread[..]));
+        let read = all(&log);
+        assert_eq!((read.len(), lost(&read)), (12, Vec::new()));
+        assert_eq!(log.append(&[message("a/b", b"x")], &[]).unwrap().first, Offset(12));
+    }
+}
+
+#[test]
+fn a_segment_whose_header_and_first_frame_the_disk_does_not_give_costs_its_own_messages_alone() {
+    let (disk, clock, segments) = written_segments();
+    let (newest, older) = segments.split_last().unwrap();
+    for (at, segment) in older.iter().enumerate() {
+        let disk = disk.fork();
+        disk.break_reads(&path_of(segment), 0..4_200, u32::MAX);
+        let (log, _) = manual(&disk, &small(), &clock).unwrap();
+        let read = all(&log);
+        assert_eq!((read.len(), lost(&read)), (12, offsets(&segments, at)), "segment {at}");
+        assert_eq!(log.append(&[message("a/b", b"x")], &[]).unwrap().first, Offset(12));
+    }
+    // Nobody knows how far the newest went.
+    disk.break_reads(&path_of(newest), 0..4_200, u32::MAX);
+    let error = manual(&disk, &small(), &clock).err().unwrap().to_string();
+    assert!(error.contains(&path_of(newest).display().to_string()), "{error}");
+}
+
+#[test]
+fn what_one_reader_or_the_start_has_given_up_no_other_reader_waits_for() {
+    let (disk, clock, path) = written_large();
+    let (log, _) = manual(&disk, &small(), &clock).unwrap();
+    disk.break_reads(&path, 20_500..21_000, u32::MAX);
+    let read = all(&log);
+    let failed = disk.failed_reads();
+    assert!(!lost(&read).is_empty() && failed > u64::from(unreadable::READ_TRIES));
+    for from in [0, 3, 11] {
+        assert_eq!(block_on(read_all(&*log, from)), read[from as usize..]);
+    }
+    let mut look = log.peek(Offset(0));
+    while block_on(look.try_next()).unwrap().is_some() {}
+    block_on(log.seek_time(u64::MAX)).unwrap();
+    assert_eq!(disk.failed_reads(), failed, "the disk was not asked again");
+    // A start asks once for all its looks at the file, and its readers do not ask again.
+    let (disk, clock, path) = written_large();
+    disk.break_reads(&path, 20_500..21_000, u32::MAX);
+    let (log, recovery) = manual(&disk, &small(), &clock).unwrap();
+    let failed = disk.failed_reads();
+    assert!(!recovery.unread.is_empty() && failed <= 2 * u64::from(unreadable::READ_TRIES + 1), "{failed}");
+    assert_eq!((all(&log), disk.failed_reads()), (read, failed));
+}
+
+#[test]
+fn a_segment_that_somebody_removes_is_a_gap_told_once_by_the_running_host_and_after_a_restart() {
+    let (disk, clock, segments) = written_segments();
+    for at in 0..segments.len() - 1 {
+        let disk = disk.fork();
+        let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+        let open = || metrics::with_local_recorder(&recorder, || manual(&disk, &small(), &clock).unwrap().0);
+        let counted = || {
+            let rendered = recorder.handle().render();
+            let lines =
+                rendered.lines().filter(|line| line.starts_with("headworks_stream_gap_messages_total{"));
+            lines.filter_map(|line| line.rsplit_once(' ')?.1.parse::<usize>().ok()).sum::<usize>()
+        };
+        let log = open();
+        disk.remove(&path_of(&segments[at])).unwrap();
+        let gone = offsets(&segments, at);
+        let mut look = log.peek(Offset(gone[0]));
+        let read = block_on(look.try_next()).unwrap();
+        assert!(matches!(read, Some(crate::stream::Read::Gap { .. })), "a look does not wait: {read:?}");
+        assert_eq!(counted(), 0);
+        for _ in 0..2 {
+            let read = all(&log);
+            assert_eq!((read.len(), lost(&read), log.read_fault()), (12, gone.clone(), None));
+            assert_eq!(counted(), gone.len(), "segment {at}");
+        }
+        drop(log);
+        disk.restart_process();
+        let log = open();
+        let read = all(&log);
+        assert_eq!((read.len(), lost(&read)), (12, gone), "segment {at}");
+    }
+}
+
+#[test]
+fn a_reader_waits_for_a_folder_that_is_away_and_misses_nothing_of_it() {
+    let parent = tempfile::tempdir().unwrap();
+    let [folder, away] = ["telemetry", "away"].map(|name| parent.path().join(name));
+    let config = Config { segment_bytes: ByteSize(12 << 10), ..small() };
+    let (log, _) = Log::open(Arc::new(RealDisk::default()), &folder, "telemetry", &config).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    runtime.block_on(async {
+        for offset in 0..12 {
+            let appended = log.append(&[message("a/b", &payload(offset, 3_000))], &[]).unwrap();
+            log.durable().wait_for(|durable| *durable >= appended.ticket).await.unwrap();
+        }
+        std::fs::rename(&folder, &away).unwrap();
+        let mut cursor = log.cursor(Offset(0));
+        let mut tries = 0;
+        let mut next = std::pin::pin!(cursor.next());
+        let read = std::future::poll_fn(|context| {
+            let polled = next.as_mut().poll(context);
+            tries += 1;
+            if tries == 4 * unreadable::READ_TRIES {
+                let told = log.read_fault().expect("it is told");
+                assert!(told.starts_with("offset 0 in "), "{told}");
+                std::fs::rename(&away, &folder).unwrap();
+            }
+            polled
+        });
+        let read = read.await;
+        assert!(matches!(read, Ok(crate::stream::Read::Batch(_))), "{read:?}");
+        assert!(tries >= 4 * unreadable::READ_TRIES);
+        assert_eq!(lost(&read_all(&*log, 0).await), Vec::<u64>::new());
+    });
+}
