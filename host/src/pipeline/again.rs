@@ -21,7 +21,7 @@ use super::known::Piece;
 use super::letter::{Letter, Names};
 use super::marks::{Change, MARK_PREFIX, Mark, Marks, Pending, Reopened, Sent, mark_key};
 use super::pass_letters::{Fate, Part, Told};
-use super::reasons::{self, KeptReasons, NewReasons, Tries};
+use super::reasons::{self, KeptReasons, Noted, Tries};
 use super::routes::SinkNumber;
 use crate::batch::{MessageRef, Offset, Partition};
 use crate::stream::{Identity, Read, ReadError, Stream};
@@ -44,6 +44,8 @@ pub struct Again {
 /// What is to be remembered of letters that are rejected as before.
 pub struct Rejections {
     pub changes: Vec<Change>,
+    /// Until the changes are appended.
+    noted: Noted,
     /// Each letter by its offset, with the sinks that have rejected it and its tries.
     sendings: Vec<(u64, BTreeSet<String>, Tries)>,
 }
@@ -412,8 +414,8 @@ impl Again {
     /// What says that these sinks rejected these letters, and why.
     pub fn reject(&self, refusals: &[(&Refusal<'_>, Vec<SinkNumber>)]) -> Rejections {
         let sendings = self.lock();
-        let mut rejections = Rejections { changes: Vec::new(), sendings: Vec::new() };
-        let mut new = NewReasons::new();
+        let noted = Noted::new(&self.reasons);
+        let mut rejections = Rejections { changes: Vec::new(), noted, sendings: Vec::new() };
         for (refusal, names) in refusals {
             let at = refusal.message.offset().0;
             let Some(sending) = sendings.get(&at) else { continue };
@@ -422,13 +424,13 @@ impl Again {
             // Once in a pass, however many sinks it goes to.
             let is_counted = !sending.rejected.is_empty();
             let (reason, own) = (refusal.reason, sending.reason);
-            let tries = self.reasons.note(sending.tries, is_counted, reason, own, &mut new);
+            let tries = rejections.noted.note(sending.tries, is_counted, reason, own);
             let (pending, rejected_by) = (self.pending_of(sending), rejected.clone());
             let mark = Mark::Pending(Pending { rejected: rejected_by, tries, ..pending }).bytes();
             rejections.changes.push((mark_key(Offset(sending.letter)), Some(mark)));
             rejections.sendings.push((at, rejected, tries));
         }
-        rejections.changes.extend(reasons::changes(&new));
+        rejections.changes.extend(rejections.noted.changes());
         rejections
     }
 

@@ -43,6 +43,7 @@ mod dead_letters_config;
 mod delivery;
 mod destinations;
 mod discard;
+mod forget_marks;
 mod gone;
 mod held;
 mod known;

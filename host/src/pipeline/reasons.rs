@@ -6,7 +6,7 @@
 //! a redrive begins.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -56,44 +56,96 @@ impl Tries {
 pub struct Reasons(BTreeMap<u64, String>);
 
 /// Texts that are to be added.
-pub type NewReasons = BTreeMap<u64, String>;
+type NewReasons = BTreeMap<u64, String>;
 
 /// The texts of a host's dead letters, which all its redrives share: those that the state has, and those
 /// that a redrive is about to add.
 #[derive(Debug, Default)]
-pub struct KeptReasons(Mutex<Reasons>);
+pub struct KeptReasons(Mutex<Kept>);
+
+#[derive(Debug, Default)]
+struct Kept {
+    texts: Reasons,
+    /// Texts whose marks are about to be appended, and by how many.
+    noted: BTreeMap<u64, usize>,
+}
 
 impl KeptReasons {
     pub fn of(dead_letters: &dyn Stream) -> Self {
-        Self(Mutex::new(Reasons::read(&dead_letters.state(MARK_PREFIX))))
+        let texts = Reasons::read(&dead_letters.state(MARK_PREFIX));
+        Self(Mutex::new(Kept { texts, ..Kept::default() }))
     }
 
-    /// As [`Reasons::note`]. The texts that go into `new` are kept from now on.
-    pub fn note(
-        &self,
-        tries: Tries,
-        is_counted: bool,
-        reason: &str,
-        own: u64,
-        new: &mut NewReasons,
-    ) -> Tries {
-        let mut kept = self.lock();
-        let tries = kept.note(tries, is_counted, reason, own, new);
-        kept.add(new);
+    /// Held from a look at all marks to the removal of what none of them names, and over the append of
+    /// marks of letters that a redrive takes. Below the sendings of a pass, above the dead letters' log.
+    pub fn change(&self) -> ReasonsChange<'_> {
+        ReasonsChange(self.lock())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Kept> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// No redrive notes a reason, or takes letters, before this is dropped.
+pub struct ReasonsChange<'k>(MutexGuard<'k, Kept>);
+
+impl ReasonsChange<'_> {
+    /// Returns the texts that none of these names, and that no mark which is about to be appended names.
+    pub fn unused(&self, tries: impl Iterator<Item = Tries>) -> Vec<u64> {
+        let used: BTreeSet<u64> = tries.filter_map(|tries| tries.reason).collect();
+        let kept = self.0.texts.0.keys().copied();
+        kept.filter(|hash| !used.contains(hash) && !self.0.noted.contains_key(hash)).collect()
+    }
+
+    /// Forgets a text whose removal is appended.
+    pub fn forget(&mut self, reason: u64) {
+        self.0.texts.0.remove(&reason);
+    }
+}
+
+/// Reasons of letters whose marks are about to be appended. Their texts are kept until this is dropped:
+/// once the marks are in the state, these keep them.
+#[derive(Debug)]
+pub struct Noted {
+    kept: Arc<KeptReasons>,
+    new: NewReasons,
+}
+
+impl Noted {
+    pub fn new(kept: &Arc<KeptReasons>) -> Self {
+        Self { kept: Arc::clone(kept), new: NewReasons::new() }
+    }
+
+    /// As [`Reasons::note`].
+    pub fn note(&mut self, tries: Tries, is_counted: bool, reason: &str, own: u64) -> Tries {
+        let kept = &mut *self.kept.lock();
+        let before = self.new.len();
+        let tries = kept.texts.note(tries, is_counted, reason, own, &mut self.new);
+        if let Some(reason) = tries.reason.filter(|_| self.new.len() > before) {
+            *kept.noted.entry(reason).or_default() += 1;
+        }
+        kept.texts.add(&self.new);
         tries
     }
 
-    /// Forgets the texts that none of these names, and returns the changes that remove them.
-    pub fn remove_unused(&self, tries: impl Iterator<Item = Tries>) -> Vec<Change> {
-        let mut kept = self.lock();
-        let used: BTreeSet<u64> = tries.filter_map(|tries| tries.reason).collect();
-        let unused = kept.0.extract_if(.., |hash, _| !used.contains(hash));
-        unused.map(|(hash, _)| (key(hash), None)).collect()
+    /// Returns the changes that keep the texts, to be appended with the marks.
+    pub fn changes(&self) -> impl Iterator<Item = Change> {
+        self.new.iter().map(|(hash, text)| (key(*hash), Some(text.clone().into_bytes())))
     }
+}
 
-    /// Below the sendings of a pass.
-    fn lock(&self) -> MutexGuard<'_, Reasons> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+impl Drop for Noted {
+    fn drop(&mut self) {
+        let noted = &mut self.kept.lock().noted;
+        for hash in self.new.keys() {
+            if let Some(count) = noted.get_mut(hash) {
+                *count -= 1;
+                if *count == 0 {
+                    noted.remove(hash);
+                }
+            }
+        }
     }
 }
 
@@ -128,7 +180,7 @@ impl Reasons {
             let hash = xxh3_64(text.as_bytes()).max(OTHER + 1);
             let is_kept = self.0.contains_key(&hash);
             if is_kept || self.0.len() < max {
-                // Also one that is kept: another redrive may be about to remove it.
+                // Also one that is kept: the redrive that noted it may find no room for it.
                 new.entry(hash).or_insert_with(|| text.to_owned());
                 return hash;
             }
@@ -155,12 +207,8 @@ pub fn hash(reason: &str) -> u64 {
     xxh3_64(shortened(reason).as_bytes())
 }
 
-/// The changes that keep texts.
-pub fn changes(new: &NewReasons) -> impl Iterator<Item = Change> {
-    new.iter().map(|(hash, text)| (key(*hash), Some(text.clone().into_bytes())))
-}
-
-fn key(hash: u64) -> Vec<u8> {
+/// State key of a text.
+pub fn key(hash: u64) -> Vec<u8> {
     [REASON_PREFIX, &hash.to_be_bytes()].concat()
 }
 
@@ -171,12 +219,12 @@ mod tests {
     #[test]
     fn the_newest_reason_is_told_and_their_number_is_bounded() {
         let own = hash("column 1");
-        let kept = KeptReasons::default();
+        let kept = Arc::new(KeptReasons::default());
         let mut reasons = Reasons::default();
         let reject = |reasons: &mut Reasons, tries, reason: &str| {
-            let mut new = NewReasons::new();
-            let tries = kept.note(tries, false, reason, own, &mut new);
-            let state = changes(&new).filter_map(|(key, value)| Some((key, value?))).collect();
+            let mut noted = Noted::new(&kept);
+            let tries = noted.note(tries, false, reason, own);
+            let state = noted.changes().filter_map(|(key, value)| Some((key, value?))).collect();
             reasons.add(&Reasons::read(&state).0);
             assert_eq!(Tries::read(&tries.text()), tries);
             tries
@@ -198,8 +246,7 @@ mod tests {
         assert_eq!(reasons.0.len(), REASONS_MAX);
         let last = reject(&mut reasons, other, "yes");
         assert!(reasons.text(last).unwrap().starts_with("another reason"));
-        assert_eq!(kept.remove_unused([other].into_iter()).len(), REASONS_MAX - 1);
-        assert_eq!(kept.lock().len(), 1);
+        assert_eq!(kept.change().unused([other].into_iter()).len(), REASONS_MAX - 1);
         assert_eq!(Tries::read(""), Tries::default());
     }
 }

@@ -30,12 +30,12 @@ use super::again::{Again, Ended, Sending};
 use super::dead_letters::{DeadLetters, Error as DeadLettersError, Source};
 use super::delivery::{Lend, Returned};
 use super::destinations::Destinations;
+use super::forget_marks::forget_marks;
 use super::known::{Reader, index_within_offset};
 use super::letter::{Letter, Names};
-use super::marks::{Change, MARK_PREFIX, Mark, Marks, Pending, Reopened, mark_key, records};
+use super::marks::{Change, MARK_PREFIX, Mark, Marks, Pending, Reopened, mark_key};
 use super::metrics::SinkMetrics;
 use super::pass_letters::{PassLetters, Told};
-use super::reasons::KeptReasons;
 use super::redrive_steps::{Steps, original};
 use super::routes::SinkNumber;
 use super::status::SinkShared;
@@ -60,7 +60,7 @@ const PART: usize = if cfg!(test) { 64 } else { 8_192 };
 /// Letters of one pass: a sink's database lists those that the pass has sent.
 const PASS_LETTERS_MAX: usize = 8 * PART;
 /// Marks in one append, and their bytes.
-const MARKS_MAX: usize = 4_096;
+pub const MARKS_MAX: usize = 4_096;
 const MARKS_BYTES_MAX: usize = 256 << 10;
 /// Letters of one `ids` filter and of a listing.
 const LIST_MAX: usize = 100_000;
@@ -195,39 +195,6 @@ pub async fn run(
 /// Says that letters which a pass had taken are gone.
 fn cannot_be_read(letters: u64) -> String {
     format!("{letters} dead letters could not be sent: retention has removed them, or they cannot be read")
-}
-
-/// Takes away the marks of letters that retention has removed. Returns how many of them
-/// a redrive of the pipeline with these names had taken, and not sent.
-async fn forget_marks(
-    dead_letters: &Arc<dyn Stream>,
-    pipelines: &[String],
-    reasons: &KeptReasons,
-) -> Result<u64, RedriveError> {
-    let start = dead_letters.bounds().start;
-    let mut lost = 0;
-    let mut keys = Vec::new();
-    let state = dead_letters.state(MARK_PREFIX);
-    let marks = Marks::read(&state);
-    for (offset, mark) in marks.own() {
-        match mark {
-            _ if offset >= start.0 => continue,
-            // Its copy may be there.
-            Mark::Pending(Pending { pass: None, .. }) => continue,
-            // Its own pipeline tells of it.
-            Mark::Pending(pending) if !pipelines.contains(&pending.pipeline) => continue,
-            Mark::Pending(_) => lost += 1,
-            Mark::Sent | Mark::Open { .. } => {}
-        }
-        keys.push(mark_key(Offset(offset)));
-    }
-    let unused = reasons.remove_unused(marks.own().map(|(_, mark)| mark.tries()));
-    keys.extend(unused.into_iter().map(|(key, _)| key));
-    keys.extend(records(&state).filter(|sent| sent.letters.bounds().end <= start.0).map(|sent| sent.key()));
-    for keys in keys.chunks(MARKS_MAX) {
-        change(dead_letters, keys.iter().map(|key| StateChange { key, value: None }).collect()).await?;
-    }
-    Ok(lost)
 }
 
 /// Sets marks and records, those first that come first. Where there is no room for all of them, a
@@ -512,7 +479,11 @@ impl Redrive<'_> {
             let changes: Vec<_> =
                 marks.iter().map(|(key, value)| StateChange { key, value: value.as_deref() }).collect();
             last = loop {
-                match self.dead_letters.append(&[], &changes) {
+                let appended = {
+                    let _change = self.shared.reasons.change();
+                    self.dead_letters.append(&[], &changes)
+                };
+                match appended {
                     Ok(appended) => break appended.ticket,
                     Err(AppendError::Full) => self.dead_letters.writable().await,
                     Err(AppendError::NoSpace) if is_first => return Err(RedriveError::NoRoom),
