@@ -22,6 +22,7 @@ mod tests;
 mod tls;
 mod transaction;
 mod verify;
+mod young;
 
 pub use check::check;
 pub use config::{Config, Hypertable, SslMode, Tls, Url};

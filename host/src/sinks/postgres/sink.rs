@@ -12,7 +12,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::BytesMut;
@@ -29,6 +29,7 @@ use super::schema::{self, no_table};
 use super::stage;
 use super::table::{self, Binding, Table, column_list};
 use super::transaction::{Tried, begin, unknown};
+use super::young::{Keeper, Slot};
 use crate::batch::{Offset, Partition};
 use crate::sinks::columns::Columns;
 use crate::sinks::positions::holder;
@@ -41,8 +42,6 @@ use crate::topic::Namespace;
 
 /// Over the server's own timeouts, for one that does not answer at all.
 const GRACE: Duration = Duration::from_secs(10);
-/// After this time the temporary tables of a session are truncated.
-const TRUNCATE_EVERY: Duration = Duration::from_secs(3_600);
 
 pub struct PostgresSink {
     name: String,
@@ -50,8 +49,8 @@ pub struct PostgresSink {
     columns: Columns,
     failures: Failures,
     blocked: Arc<Blocked>,
-    /// Taken while a call runs: a call that was dropped midway leaves none.
-    session: Option<Session>,
+    /// Taken out while a call runs: a call that was dropped midway leaves none.
+    session: Slot,
     /// The last batch had rows that the server rejected: the next one is
     /// isolated at once, for its first try would be in vain.
     isolates: bool,
@@ -97,9 +96,9 @@ pub struct Session {
 pub struct Stage {
     pub copy: Statement,
     pub isolate: Statement,
-    /// Truncates the temporary tables.
-    truncate: &'static str,
-    truncate_at: Instant,
+    /// Of its temporary tables.
+    #[cfg_attr(not(test), expect(dead_code, reason = "it is held"))]
+    keeper: Keeper,
 }
 
 impl PostgresSink {
@@ -113,7 +112,7 @@ impl PostgresSink {
             columns,
             failures,
             blocked,
-            session: None,
+            session: Slot::default(),
             isolates: false,
             outside: 0,
             buffer: BytesMut::new(),
@@ -127,18 +126,24 @@ impl PostgresSink {
 
     #[cfg(test)]
     pub fn is_staged(&self) -> bool {
-        self.session.as_ref().is_some_and(|session| session.binding.staged)
+        let session = self.session.try_lock().expect("no call runs");
+        session.as_ref().is_some_and(|session| session.binding.staged)
     }
 
     /// Lets the time pass after which the temporary tables are truncated.
     #[cfg(test)]
-    pub fn age_stage(&mut self) {
-        let stage = self.session.as_mut().and_then(|session| session.stage.as_mut());
-        stage.expect("rows went through it").truncate_at = Instant::now();
+    pub fn age_stage(&self) {
+        let session = self.session.try_lock().expect("no call runs");
+        session
+            .as_ref()
+            .and_then(|session| session.stage.as_ref())
+            .expect("rows went through it")
+            .keeper
+            .wake();
     }
 
-    fn take(&mut self) -> Result<Session, Error> {
-        self.session.take().ok_or_else(|| {
+    fn take(&self, slot: &mut Option<Session>) -> Result<Session, Error> {
+        slot.take().ok_or_else(|| {
             Error::Retry(format!(
                 "{}: the connection was given up, because the last call did not end well",
                 self.context()
@@ -280,19 +285,8 @@ impl PostgresSink {
         let isolate = client.prepare(stage::ISOLATE).await.map_err(server)?;
         let truncate =
             if stage::has_probe(columns, binding) { stage::TRUNCATE_BOTH } else { stage::TRUNCATE };
-        Ok(Stage { copy, isolate, truncate, truncate_at: Instant::now() + TRUNCATE_EVERY })
-    }
-
-    /// Truncates the temporary tables between transactions, where that is due. The server cannot vacuum them, so
-    /// that in a long session they would keep it from reusing transaction ids, until it refuses all transactions.
-    async fn truncate(&self, client: &Client, stage: &mut Stage) -> Result<(), Error> {
-        if Instant::now() < stage.truncate_at {
-            return Ok(());
-        }
-        let truncated = client.batch_execute(stage.truncate).await;
-        truncated.map_err(|error| classify(&self.context(), &error))?;
-        stage.truncate_at = Instant::now() + TRUNCATE_EVERY;
-        Ok(())
+        let keeper = Keeper::new(&self.session, &self.name, self.context(), self.deadline(), truncate);
+        Ok(Stage { copy, isolate, keeper: keeper })
     }
 
     fn cannot_stage(&self, error: &tokio_postgres::Error) -> Error {
@@ -371,7 +365,8 @@ impl PostgresSink {
 #[async_trait]
 impl Sink for PostgresSink {
     async fn open(&mut self, claim: &Claim, held: Option<Epoch>) -> Result<Opened, Error> {
-        self.session = None;
+        let mut slot = Arc::clone(&self.session).lock_owned().await;
+        *slot = None;
         self.isolates = false;
         let (client, connection) = connect(&self.name, &self.config, &self.failures).await?;
         let (limit, end) = (self.deadline(), connection.end());
@@ -380,7 +375,7 @@ impl Sink for PostgresSink {
         let opened = timeout(limit, self.try_open((client, connection), claim, held)).await;
         match opened.unwrap_or_else(silent) {
             Ok((session, opened)) => {
-                self.session = Some(session);
+                *slot = Some(session);
                 Ok(opened)
             }
             Err(error) => Err(end.explain(error).await),
@@ -388,7 +383,8 @@ impl Sink for PostgresSink {
     }
 
     async fn positions_of(&mut self, claims: &[Name], logs: &[Uuid]) -> Result<Vec<LogPosition>, Error> {
-        let session = self.take()?;
+        let mut slot = Arc::clone(&self.session).lock_owned().await;
+        let session = self.take(&mut slot)?;
         let context = self.context();
         let asked = async {
             let positions = positions::positions_of(&session.client, claims, logs).await;
@@ -396,7 +392,7 @@ impl Sink for PostgresSink {
         };
         let positions = self.within(asked).await;
         match positions {
-            Ok(_) => self.session = Some(session),
+            Ok(_) => *slot = Some(session),
             Err(error) => return Err(session.explain(error).await),
         }
         positions
@@ -408,32 +404,29 @@ impl Sink for PostgresSink {
         log: Uuid,
         above: Offset,
     ) -> Result<Vec<PassPosition>, Error> {
-        let session = self.take()?;
+        let mut slot = Arc::clone(&self.session).lock_owned().await;
+        let session = self.take(&mut slot)?;
         let context = self.context();
         let asked = async {
             let passes = positions::passes_of(&session.client, claims, log, above).await;
             passes.map_err(|error| classify(&context, &error))
         };
         let passes = self.within(asked).await?;
-        self.session = Some(session);
+        *slot = Some(session);
         Ok(passes)
     }
 
     async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {
-        let waits = self.session.as_ref().is_some_and(|session| session.uncommitted.is_some());
+        let mut slot = Arc::clone(&self.session).lock_owned().await;
+        let waits = slot.as_ref().is_some_and(|session| session.uncommitted.is_some());
         if rows.is_empty() && advance.is_empty() && !waits {
             return Ok(Outcome::Committed(Written::default()));
         }
-        let mut session = self.take()?;
+        let mut session = self.take(&mut slot)?;
         if waits {
             return Err(Error::Retry(format!("{}: the last commit was not finished", self.context())));
         }
         let context = self.context();
-        if let Session { client, stage: Some(stage), .. } = &mut session
-            && let Err(error) = self.within(self.truncate(client, stage)).await
-        {
-            return Err(session.explain(error).await);
-        }
         let mut buffer = std::mem::take(&mut self.buffer);
         let mut isolates = self.isolates && !rows.is_empty();
         let outcome = loop {
@@ -469,25 +462,27 @@ impl Sink for PostgresSink {
         }
         // After these the connection is good, and there is no transaction but one that waits.
         if matches!(outcome, Ok(_) | Err(Error::TooMuch(_) | Error::Doubtful { .. } | Error::Fenced(_))) {
-            self.session = Some(session);
+            *slot = Some(session);
         }
         outcome
     }
 
     async fn set_letters(&mut self, letters: &[(Partition, String)]) -> Result<(), Error> {
-        let session = self.take()?;
+        let mut slot = Arc::clone(&self.session).lock_owned().await;
+        let session = self.take(&mut slot)?;
         let context = self.context();
         let set = async {
             let set = session.held.set_letters(&session.client, &session.path, letters).await;
             set.map_err(|error| classify(&context, &error))
         };
         self.within(set).await?;
-        self.session = Some(session);
+        *slot = Some(session);
         Ok(())
     }
 
     async fn finish(&mut self) -> Result<Written, Error> {
-        let mut session = self.take()?;
+        let mut slot = Arc::clone(&self.session).lock_owned().await;
+        let mut session = self.take(&mut slot)?;
         let context = self.context();
         let written = session
             .uncommitted
@@ -498,7 +493,7 @@ impl Sink for PostgresSink {
         if let Err(error) = self.within(commit).await {
             return Err(session.explain(error).await);
         }
-        self.session = Some(session);
+        *slot = Some(session);
         Ok(written)
     }
 }

@@ -566,27 +566,50 @@ async fn what_a_default_does_to_find_out_why_a_row_is_rejected_is_taken_back() {
 
 /// The server cannot vacuum the temporary tables of a session.
 #[tokio::test]
-async fn the_staging_table_does_not_hold_the_age_of_transactions_back() {
+async fn the_staging_table_of_an_idle_sink_holds_back_neither_the_age_of_transactions_nor_room() {
     let ignore = |config| Config { on_conflict: OnConflict::Ignore, ..config };
     for (key, staged) in [(", PRIMARY KEY (device_id, value)", true), (", code INTEGER DEFAULT 1", false)] {
-        let fresh =
-            Fresh::with(&format!("CREATE TABLE telemetry ({{TABLE}}{key}, CHECK (value < 100))")).await;
+        let fresh = Fresh::with(&format!(
+            "CREATE TABLE telemetry ({{TABLE}}{key}, CHECK (value < 100));
+             CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                 IF NEW.value = 13 THEN RAISE EXCEPTION 'not now' USING ERRCODE = 'XX000'; END IF; RETURN NEW; END $$;
+             CREATE TRIGGER t BEFORE INSERT ON telemetry FOR EACH ROW EXECUTE FUNCTION f()"
+        ))
+        .await;
         let mut sink = sink(ignore(fresh.config()));
         sink.open(&claim(), None).await.unwrap();
         assert_eq!(sink.is_staged(), staged);
         rejected(sink.commit(&rows([("a", "1"), ("b", "700")]), &[advance(0, 0, 2)]).await);
         sink.finish().await.unwrap();
         let client = fresh.client().await;
-        let files = async || -> Vec<u32> {
+        let stage = async || -> (u32, i64) {
             let sql =
-                "SELECT array_agg(relfilenode ORDER BY oid) FROM pg_class WHERE relname = 'headworks_stage'";
-            client.query_one(sql, &[]).await.unwrap().get(0)
+                "SELECT relfilenode, pg_relation_size(oid) FROM pg_class WHERE relname = 'headworks_stage'";
+            let row = client.query_one(sql, &[]).await.unwrap();
+            (row.get(0), row.get(1))
         };
-        let before = files().await;
+        let (file, bytes) = stage().await;
+        assert_eq!(bytes, 0, "COMMIT has emptied it");
         sink.commit(&rows([("a", "3")]), &[advance(0, 2, 3)]).await.unwrap();
-        assert_eq!(files().await, before);
+        assert_eq!(stage().await, (file, 0), "the catalog does not change with each commit");
+        // What is rolled back keeps its room.
+        let error = sink.commit(&rows([("a", "13"), ("b", "13")]), &[advance(0, 3, 5)]).await.unwrap_err();
+        assert!(matches!(error, Error::Doubtful { .. }), "{error:?}");
+        let (same, bytes) = stage().await;
+        assert!(same == file && bytes > 0, "{bytes}");
         sink.age_stage();
-        sink.commit(&rows([("a", "4")]), &[advance(0, 3, 4)]).await.unwrap();
-        assert_ne!(files().await, before, "a truncated table has a new file, as old as now");
+        // The sink is idle; each look is a round trip.
+        while stage().await == (file, bytes) {}
+        let (young, bytes) = stage().await;
+        assert!(young != file && bytes == 0, "a truncated table has a new file, as old as now: {bytes}");
+        // A transaction that waits is left alone.
+        rejected(sink.commit(&rows([("a", "4"), ("b", "700")]), &[advance(0, 3, 5)]).await);
+        sink.age_stage();
+        tokio::task::yield_now().await;
+        sink.finish().await.unwrap();
+        sink.commit(&rows([("a", "6")]), &[advance(0, 5, 6)]).await.unwrap();
+        let mut written: Vec<f64> = fresh.written().await.into_iter().map(|(_, value)| value).collect();
+        written.sort_by(f64::total_cmp);
+        assert_eq!(written, [1.0, 3.0, 4.0, 6.0]);
     }
 }
