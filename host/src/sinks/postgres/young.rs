@@ -19,8 +19,8 @@ use crate::sinks::Error;
 
 /// Time between two truncations.
 const TRUNCATE_EVERY: Duration = Duration::from_secs(3_600);
-/// Pause while a transaction waits for its end.
-const AGAIN_AFTER: Duration = Duration::from_secs(1);
+/// Pause where a transaction waits for its end.
+const AGAIN_AFTER: Duration = Duration::from_secs(60);
 
 /// The session of a sink. A call holds the lock, and takes the session out until it ended well.
 pub type Slot = Arc<Mutex<Option<Session>>>;
