@@ -374,6 +374,24 @@ fn a_start_without_the_folder_of_a_stream_says_that_another_log_was_there_and_th
 }
 
 #[test]
+fn a_start_without_the_folder_of_the_dead_letters_says_so_and_the_next_does_not() {
+    let mut host = Host::prepare("problems-lost-letters", "");
+    let others = |host: &Host| -> Vec<String> {
+        let problems = status(host).1.into_iter().filter(|problem| problem["kind"] == "other_log");
+        problems.map(|problem| problem["part"].as_str().expect("a text").to_owned()).collect()
+    };
+    host.run();
+    assert_eq!(others(&host), [""; 0]);
+    assert!(host.stop().success());
+    std::fs::rename(host.folder.join("data/dead-letters"), host.folder.join("away")).expect("our folder");
+    host.run();
+    assert_eq!(others(&host), ["stream dead-letters"]);
+    assert!(host.stop().success());
+    host.run();
+    assert_eq!(others(&host), [""; 0]);
+}
+
+#[test]
 fn a_host_that_ends_and_lets_no_client_in_is_not_ready() {
     let mut host = Host::start("problems-unreached", "");
     let admin = host.admin();
