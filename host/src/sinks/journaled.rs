@@ -203,9 +203,7 @@ impl<T: Target> Sink for Journaled<T> {
     async fn positions_of(&mut self, claims: &[Name], logs: &[Uuid]) -> Result<Vec<LogPosition>, Error> {
         let mut positions = Vec::new();
         for claim in claims {
-            let names = std::slice::from_ref(claim);
-            let of_claim = |entries: Entries<'_>| state_positions::positions_of(entries, names, logs);
-            positions.extend(self.journal.of(&claim.0).look(of_claim));
+            positions.extend(self.journal.of(&claim.0).positions_of(std::slice::from_ref(claim), logs));
         }
         Ok(positions)
     }
@@ -216,8 +214,7 @@ impl<T: Target> Sink for Journaled<T> {
         log: Uuid,
         above: Offset,
     ) -> Result<Vec<PassPosition>, Error> {
-        let dead_letters = &self.journal.0.dead_letters;
-        Ok(dead_letters.look(|entries| state_positions::passes_of(entries, claims, log, above)))
+        Ok(self.journal.0.dead_letters.passes_of(claims, log, above))
     }
 
     async fn commit(&mut self, rows: &Rows, advance: &[Advance]) -> Result<Outcome, Error> {

@@ -116,6 +116,16 @@ impl StatePositions {
         look(&|prefix| self.stream.state(prefix))
     }
 
+    /// As [`super::Sink::positions_of`].
+    pub fn positions_of(&self, names: &[Name], logs: &[Uuid]) -> Vec<LogPosition> {
+        self.look(|entries| positions_of(entries, names, logs))
+    }
+
+    /// As [`super::Sink::passes_of`].
+    pub fn passes_of(&self, names: &[Name], log: Uuid, above: Offset) -> Vec<PassPosition> {
+        self.look(|entries| passes_of(entries, names, log, above))
+    }
+
     /// Appends the messages together with the changes that `make` makes of the entries that are there.
     /// Waits while the stream's buffer is full. No position changes between the look and the append.
     pub async fn append<T: Send>(
@@ -413,7 +423,7 @@ pub fn moved(
 }
 
 /// Returns the positions, by log and partition, that claims of these names have in these logs.
-pub fn positions_of(entries: Entries<'_>, names: &[Name], logs: &[Uuid]) -> Vec<LogPosition> {
+fn positions_of(entries: Entries<'_>, names: &[Name], logs: &[Uuid]) -> Vec<LogPosition> {
     let mut positions = Vec::new();
     for log in logs {
         for ((of, _, name), kept) in read_all(entries, &[PREFIX, log.as_bytes()].concat()) {
@@ -427,7 +437,7 @@ pub fn positions_of(entries: Entries<'_>, names: &[Name], logs: &[Uuid]) -> Vec<
 }
 
 /// Returns the positions of redrives' passes with these names, past `above`, that sent letters of a log.
-pub fn passes_of(entries: Entries<'_>, names: &[Name], log: Uuid, above: Offset) -> Vec<PassPosition> {
+fn passes_of(entries: Entries<'_>, names: &[Name], log: Uuid, above: Offset) -> Vec<PassPosition> {
     let log = log.to_string();
     let mut passes = Vec::new();
     for ((pass, _, name), kept) in read_all(entries, PREFIX) {

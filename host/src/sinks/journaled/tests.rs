@@ -309,14 +309,9 @@ async fn a_pass_of_a_redrive_is_forgotten_with_the_letters_that_it_sent() {
         sink.commit(&Rows::default(), &[advance(0, 0, next)]).await.unwrap();
     }
     let known = |host: &Host| {
-        let entries = host.dead_letters.state(state_positions::PREFIX);
         let logs = [1, 2, 3].map(Uuid::from_u128);
         let names = [(pass(1).pipeline, pass(1).sink)];
-        let told = state_positions::positions_of(
-            &|prefix| entries.iter().filter(|(key, _)| key.starts_with(prefix)).cloned().collect(),
-            &names,
-            &logs,
-        );
+        let told = host.journal.0.dead_letters.positions_of(&names, &logs);
         told.into_iter().map(|(_, _, next)| next.0).collect::<Vec<_>>()
     };
     host.sink().open(&pass(3), None).await.unwrap();
