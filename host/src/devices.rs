@@ -1,7 +1,6 @@
-//! What is known of a device: a table of id to JSON object, from the config or
-//! from a file, that plugins look up (`devices.get`, `devices.lookup`). A changed
-//! file is taken while the host runs; one that cannot be read leaves the table as
-//! it is.
+//! Metadata of devices: a table from device id to JSON object, from the config or from a file, in which
+//! plugins look up devices (`devices.get`, `devices.lookup`). A changed file is read while the host
+//! runs. If it cannot be read, the table stays as it is.
 
 use std::collections::{BTreeMap, HashMap};
 use std::os::unix::fs::MetadataExt;
@@ -21,18 +20,19 @@ use crate::topic::DEVICE_ID_BYTES_MAX;
 
 /// Largest file that is read.
 const FILE_BYTES_MAX: u64 = 256 << 20;
-/// Between two looks at the file. One that changed is read once it is as it was at
-/// the look before: whoever writes it may be in the midst of it.
+/// Interval between two checks of the file. A changed file is read when it has not changed since the
+/// previous check, because it may still be being written.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// `devices:` the table, in the config, in a file, or both; the config wins.
+/// Metadata of devices, in the config, in a file, or in both. For a device in both, the config applies.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// YAML or JSON file: an object of device id to object. Read again when it changes; where that fails, what was read before stays.
+    /// YAML or JSON file with an object that maps each device id to an object. It is read again when it
+    /// changes; if it cannot be read, the old contents stay in use.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub file: Option<PathBuf>,
-    /// Device id to object: `sensor-4a3b: { location: "hall 2", model: T100 }`.
+    /// Maps each device id to an object: `sensor-4a3b: { location: "hall 2", model: T100 }`.
     pub table: BTreeMap<String, Value>,
 }
 

@@ -25,13 +25,13 @@ use rustix::thread::{gettid, sched_yield};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// What the threads ask of the kernel.
+/// What the host's threads ask of the kernel.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Ask for short time slices (0.1 ms) for the threads that acknowledge, so that they
-    /// wait less for a core that another process has. The others on the machine are
-    /// interrupted more often. Linux 6.12 and later; earlier ones have no such thing.
+    /// Ask for short time slices (0.1 ms) for the threads that acknowledge messages, so that they wait
+    /// less while another process uses the core. Other processes on the machine are interrupted more
+    /// often. Needs Linux 6.12 or later, and has no effect on earlier versions.
     pub short_slices: bool,
 }
 

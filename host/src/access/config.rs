@@ -1,4 +1,4 @@
-//! `mqtt.access`: who a client is, and what it may do; `mqtt.limits`: how much.
+//! Configuration of authentication and access rules (`mqtt.access`) and of rate limits (`mqtt.limits`).
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -12,44 +12,43 @@ use crate::plugin;
 use crate::problems::{KeyPath, Problems};
 use crate::units::{ByteSize, Period};
 
-/// Rules of the config, of a token, or of an answer.
+/// Most rules of the config, of a token, or of an answer.
 pub const RULES_MAX: usize = 1_000;
 
-/// Who may connect, publish and subscribe. With this section set, what no rule
-/// allows is refused.
+/// Who may connect, publish and subscribe. If this section is set, anything that no rule allows is
+/// refused.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Asked in this order until one knows the client. A client without user
-    /// name, password and certificate is anonymous: served where its listener
-    /// has `allow_anonymous`.
+    /// Authenticators, asked in this order until one recognises the client. A client without user name,
+    /// password and certificate is anonymous; it is served if its listener has `allow_anonymous`.
     pub authenticate: Vec<Authenticator>,
-    /// The first rule that fits decides; where none fits the answer is no.
+    /// The first matching rule decides. If no rule matches, the action is refused.
     pub rules: Vec<Rule>,
-    /// What client ids a client may have, where this is set: one that fits none is
-    /// refused. `%u` is the user name, `{field}` the client's value of that field,
-    /// `*` any characters. Left out, a user may take the session of another's
-    /// client id over. An id that the broker gave out is always fine.
+    /// Patterns of the client ids that a client may use. If set, an id that matches no pattern is
+    /// refused. `%u` is the user name, `{field}` the client's value of that field, `*` any characters.
+    /// If unset, a user can take over the session of another user's client id. A client id that the
+    /// broker assigned is always allowed.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub client_ids: Vec<String>,
-    /// Values for `{field}` in topics of rules, by user name:
-    /// `alice: { site: factory-01 }`.
+    /// Values for `{field}` in the topics of rules, by user name: `alice: { site: factory-01 }`.
     pub users: BTreeMap<String, BTreeMap<String, String>>,
-    /// What an MQTT 3.1.1 client meets that publishes where it may not; its
-    /// version has no way to be told.
+    /// What happens when an MQTT 3.1.1 client publishes to a topic that is denied. MQTT 3.1.1 has no way
+    /// to report the refusal to the client.
     pub denied_publish: DeniedPublish,
-    /// What a subscription meets that matches denied topics beside allowed ones, such as
-    /// `#` where `plant/secret` is denied.
+    /// What happens to a subscription that matches both allowed and denied topics, such as `#` where
+    /// `plant/secret` is denied.
     pub overlap: Overlap,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Overlap {
-    /// It is granted; messages of denied topics, retained ones too, are not delivered.
+    /// The subscription is granted. Messages of denied topics are not delivered, retained messages
+    /// included.
     #[default]
     Filter,
-    /// It is refused.
+    /// The subscription is refused.
     Refuse,
 }
 
@@ -63,173 +62,180 @@ pub enum DeniedPublish {
     Drop,
 }
 
-/// One way to know a client.
+/// One way to identify a client.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(tag = "type", rename_all = "lowercase")]
 pub enum Authenticator {
     /// A file of users and argon2id hashes, made by `headworks passwd`.
     Passwords(Passwords),
-    /// A JSON Web Token as password.
+    /// A JSON Web Token, sent as the password.
     Jwt(Jwt),
-    /// The client certificate that the TLS handshake has verified.
+    /// The client certificate that was verified in the TLS handshake.
     Certificate(Certificate),
-    /// A service that is asked by HTTP.
+    /// An external service that is asked over HTTP.
     Http(Http),
-    /// A WebAssembly plugin that decides.
+    /// A WebAssembly plugin that identifies clients.
     Plugin(Plugin),
 }
 
-/// A line `user:hash` for each user; read again when it changes, if it has any. A user made
-/// with `--scram` may log in by SCRAM-SHA-256 (MQTT 5) too.
+/// A file with one line `user:hash` for each user. It is read again when it changes, unless the changed
+/// file has no users. A user created with `--scram` can also log in with SCRAM-SHA-256 (MQTT 5).
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Passwords {
-    /// File of users and password hashes that `headworks passwd` writes.
+    /// File of users and password hashes, written by `headworks passwd`.
     pub file: PathBuf,
 }
 
-/// Tokens signed with HS256/384/512, RS256/384/512, ES256 or ES384; one of
-/// `secret_file`, `public_key_file` and `jwks_file` names the keys, which are
-/// read again when the file changes. A token must have `exp`.
+/// Tokens signed with HS256/384/512, RS256/384/512, ES256 or ES384. One of `secret_file`,
+/// `public_key_file` and `jwks_file` holds the keys, and is read again when it changes. A token must
+/// have `exp`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Jwt {
-    /// Secret for HS256, HS384 and HS512, at least 32 bytes; a newline at its end is left out. A key,
-    /// certificate or key set is refused.
+    /// Secret for HS256, HS384 and HS512, at least 32 bytes. A newline at its end is ignored. A file
+    /// that holds a key, a certificate or a key set is refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secret_file: Option<PathBuf>,
-    /// RSA or EC public key, PEM (`BEGIN PUBLIC KEY`).
+    /// RSA or EC public key in PEM format (`BEGIN PUBLIC KEY`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub public_key_file: Option<PathBuf>,
-    /// JSON Web Key Set.
+    /// File with a JSON Web Key Set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub jwks_file: Option<PathBuf>,
-    /// The value that `iss` must have.
+    /// The value that the claim `iss` must have.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub issuer: Option<String>,
-    /// The value that `aud` must have or hold.
+    /// The value that the claim `aud` must have or contain.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub audience: Option<String>,
-    /// Clocks may differ by this much.
+    /// Tolerated difference between the clocks of the issuer and of this host.
     #[serde(default = "default_leeway")]
     pub leeway: Period,
-    /// The claim that is the user name.
+    /// The claim that holds the user name.
     #[serde(default = "default_user_claim")]
     pub user_claim: String,
-    /// The claim with rules, of the shape of `rules`; they come before the config's.
+    /// The claim that holds rules, in the format of `rules`. They are tried before the rules of the
+    /// config.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rules_claim: Option<String>,
 }
 
-/// The name in it, which the listener's `tls.identity` chooses, becomes the user
-/// name. Needs `tls.client_ca` on the listener.
+/// The name in the certificate that the listener's `tls.identity` selects becomes the user name. Needs
+/// `tls.client_ca` on the listener.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Certificate {}
 
-/// `POST {"action": "connect", "client_id", "username", "password", "ip"}`, answered
-/// with 200 and `{"allow": bool, "superuser": bool, "rules": [...], "fields": {...}}`;
-/// without `allow` the next authenticator is asked. Whatever else comes, or
-/// nothing in time, refuses the client as Server Unavailable. It is asked for clients with neither
-/// user name nor password only where the listener has `allow_anonymous`.
+/// The service receives `POST {"action": "connect", "client_id", "username", "password", "ip"}` and
+/// answers 200 with `{"allow": bool, "superuser": bool, "rules": [...], "fields": {...}}`. An answer
+/// without `allow` passes the client to the next authenticator. Any other answer, or no answer within
+/// `timeout`, refuses the client as Server Unavailable. The service is asked about clients that send
+/// neither user name nor password only if the listener has `allow_anonymous`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Http {
-    /// `http://host:port/path`, or with https.
+    /// URL of the service: `http://host:port/path`, or with `https`.
     pub url: String,
-    /// CAs for https, PEM, read again when the file changes; left out, those that
-    /// the system trusts.
+    /// PEM file of the CAs that are trusted for https, read again when it changes. If unset, the
+    /// system's CAs are trusted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ca: Option<PathBuf>,
-    /// For the answer, from the request on.
+    /// Time from the start of the request to the end of the answer.
     #[serde(default = "default_timeout")]
     pub timeout: Period,
-    /// An answer is used again for so long; 0s asks each time.
+    /// How long an answer is cached. With `0s` the service is asked about each connection.
     #[serde(default = "default_cache_ttl")]
     pub cache_ttl: Period,
-    /// Answers kept.
+    /// Number of cached answers.
     #[serde(default = "default_cache_entries_max")]
     pub cache_entries_max: u32,
-    /// Requests at a time; others wait, by turns among the addresses that clients come from.
+    /// Number of concurrent requests. Further requests wait, served in turn by the addresses that
+    /// clients connect from.
     #[serde(default = "default_requests_max")]
     pub requests_max: u32,
 }
 
-/// A component that exports `access` (`wit/plugin.wit`), read again when its file
-/// changes; one that does not start leaves the old one in place. It may accept
-/// a client with a name and rules, refuse it, or leave it to the next
-/// authenticator. A fault or a call over its limits refuses as Server Unavailable.
-/// Rules with the effect `ask` have it asked for topics, while the client is connected.
+/// A component that exports `access` (`wit/plugin.wit`). It is read again when its file changes; if the
+/// new version does not start, the old one stays in use. It can accept a client with a name and rules,
+/// refuse it, or leave it to the next authenticator. A client is refused as Server Unavailable if the
+/// call faults or exceeds its limits. Rules with the effect `ask` have the plugin decide about topics
+/// while the client is connected.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Plugin {
-    /// The `.wasm` file; not in the plugins folder, whose files are steps.
+    /// The `.wasm` file. It must not be in the plugins folder, whose files are steps.
     pub file: PathBuf,
-    /// The plugin's config.
+    /// Configuration that is passed to the plugin.
     #[serde(default, skip_serializing_if = "serde_json::Value::is_null")]
     pub config: serde_json::Value,
     /// Limits of one call.
     #[serde(default)]
     pub limits: plugin::Limits,
-    /// Instances, and calls at a time; others wait by turns: those of connected clients first, then among the addresses that clients come from.
+    /// Number of instances, and of concurrent calls. Further calls wait: first those of connected
+    /// clients are served, then the others in turn by the addresses that clients connect from.
     #[serde(default = "default_instances_max")]
     pub instances_max: u32,
 }
 
-/// One rule. It fits a client when all of `user`, `client` and `anonymous` that
-/// are set do, and `*` in them stands for any characters.
+/// One rule. It matches a client if all of `user`, `client` and `anonymous` that are set match. `*` in a
+/// pattern stands for any characters.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Rule {
-    /// Whether a client that the rule matches may do what the rule is about.
+    /// Whether a client that the rule matches may perform the action.
     pub effect: Effect,
-    /// User names, `line-*`. A client without a user name has none that fits.
+    /// Pattern of user names, such as `line-*`. It never matches a client without a user name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
-    /// Client ids.
+    /// Pattern of client ids.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client: Option<String>,
-    /// true: only clients without a user name; false: only those with one.
+    /// `true` matches only clients without a user name, `false` only clients with one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub anonymous: Option<bool>,
-    /// What the rule is about: publishing to its topics, subscribing to them, or both.
+    /// The action that the rule decides: publishing to its topics, subscribing to them, or both.
     #[serde(default)]
     pub action: Action,
-    /// Topic filters. `%c` is the client id, `%u` the user name, `{field}` the
-    /// client's value of that field, from `users`, the token's claims or the
-    /// HTTP answer. Where a client has no such value, or one that is not a single
-    /// level, an allowing filter fits nothing and a denying one the whole level. An
-    /// allow rule never matches when a substituted value puts `$` at the start of the topic.
+    /// Topic filters. `%c` is the client id, `%u` the user name, and `{field}` the client's value of
+    /// that field, from `users`, the token's claims or the HTTP answer. If the client has no such value,
+    /// or the value is not a single level, the filter of an allow rule matches nothing, and in a deny
+    /// rule that level matches any value. An allow rule never matches when a substituted value puts `$`
+    /// at the start of the topic.
     pub topics: Vec<String>,
 }
 
-/// Bounds that hold with and without `access`; what is left out is not bounded.
+/// Rate and size limits, which apply with and without `access`. A limit that is not set does not apply.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
-    /// Publishes a second of one client, with bursts of a second's worth. Past it
-    /// the client is read slower; nothing is refused.
+    /// Publishes per second of one client, with bursts of one second's worth. Beyond the limit the
+    /// client is read more slowly; nothing is refused.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub client_messages_per_s: Option<u32>,
-    /// Bytes of publishes a second of one client; the same.
+    /// Bytes of publishes per second of one client. Beyond the limit the client is read more slowly;
+    /// nothing is refused.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub client_bytes_per_s: Option<ByteSize>,
-    /// Publishes a second of all clients together; the same.
+    /// Publishes per second of all clients together. Beyond the limit clients are read more slowly;
+    /// nothing is refused.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub messages_per_s: Option<u32>,
-    /// Bytes of publishes a second of all clients together; the same.
+    /// Bytes of publishes per second of all clients together. Beyond the limit clients are read more
+    /// slowly; nothing is refused.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bytes_per_s: Option<ByteSize>,
-    /// Levels of a topic that is published to; past it the publish is refused (0x90).
+    /// Levels of a topic that a client publishes to. A publish to a topic with more levels is refused
+    /// (0x90).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub topic_levels_max: Option<u32>,
-    /// Connections of one user name at a time; one more is refused (0x97), but not a
-    /// client that takes its own session over.
+    /// Connections of one user name at a time. A further connection is refused (0x97), unless its client
+    /// takes over its own session.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub connections_per_user_max: Option<u32>,
-    /// CONNECT packets a second of all clients, with bursts of a second's worth;
-    /// one more is refused (0x9F), unless it comes from an address (of IPv6: a /64) that
-    /// has had less than its share of this second.
+    /// CONNECT packets per second of all clients, with bursts of one second's worth. A further CONNECT
+    /// is refused (0x9F), unless its address (an IPv6 network of 64 bits) has had less than its share in
+    /// this second.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub connects_per_s: Option<u32>,
 }
@@ -263,7 +269,7 @@ fn default_requests_max() -> u32 {
 }
 
 impl Config {
-    /// Finds everything that is wrong; reads no file.
+    /// Adds every problem of the section. Reads no file.
     pub fn validate(&self, path: &KeyPath, problems: &mut Problems) {
         for (i, authenticator) in self.authenticate.iter().enumerate() {
             authenticator.validate(&path.key("authenticate").index(i), problems);

@@ -1,4 +1,4 @@
-//! Where health, metrics and status are served.
+//! Configuration of the admin address, which serves health, metrics and status.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -13,22 +13,23 @@ use crate::problems::{KeyPath, Problems};
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Address and port. Port 0 takes any free one.
+    /// Address and port. Port 0 selects a free port.
     pub bind: String,
-    /// Serve other machines too. Whoever reaches the address can read metrics and status;
-    /// to list clients, disconnect them or send dead letters again takes the token.
+    /// Also serve other machines. Anyone who can reach the address can read metrics and status. Listing
+    /// clients, disconnecting clients and sending dead letters again need the token.
     pub allow_remote: bool,
-    /// Names by which this host may be asked, beside `localhost` and its addresses. A request
-    /// for another name is refused: a web page can let a name of its own point here.
+    /// Host names that requests may use, in addition to `localhost` and the host's addresses. A request
+    /// with another name is refused, because a web page can make a name of its own resolve to this host.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub names: Vec<String>,
-    /// File with the token for requests that act, at least 32 characters. Left out: each start makes
-    /// one, in `run.json` in the data folder, where the commands on this machine find it.
+    /// File with the token for requests that list or disconnect clients or change dead letters, at least
+    /// 32 characters. If unset, each start creates a token and stores it in `run.json` in the data
+    /// folder, where commands on this machine find it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token_file: Option<PathBuf>,
 }
 
-/// Shorter ones can be guessed.
+/// Shortest token in bytes. A shorter token could be guessed.
 const TOKEN_BYTES_MIN: usize = 32;
 
 impl Default for Config {
@@ -38,12 +39,12 @@ impl Default for Config {
 }
 
 impl Config {
-    /// `None` where `validate` has a problem with it.
+    /// Returns the address, or `None` if `validate` reports a problem with it.
     pub fn address(&self) -> Option<SocketAddr> {
         self.bind.parse().ok()
     }
 
-    /// What `token_file` says; `None` where there is none. Errors name the file.
+    /// Reads the token from `token_file`. Returns `None` if no file is configured. Errors name the file.
     pub fn token(&self) -> Result<Option<String>, String> {
         let Some(file) = &self.token_file else { return Ok(None) };
         let named = |reason: &str| format!("{}: {reason}", file.display());
@@ -55,7 +56,7 @@ impl Config {
         Ok(Some(token.to_owned()))
     }
 
-    /// Reads the file that it names.
+    /// Reads the file that `token_file` names and adds what is wrong with it.
     pub fn look(&self, path: &KeyPath, problems: &mut Problems) {
         if let Err(reason) = self.token() {
             problems.add(path.key("token_file"), reason);

@@ -1,11 +1,10 @@
-//! The configuration: YAML from one file or a folder, or none at all.
+//! The configuration: one YAML file, a folder of YAML files, or the embedded default.
 //!
-//! The way of a config: files are read into one value with the line of each
-//! key (`files`, `crate::yaml`), held against the JSON Schema of the types below
-//! (`check`), completed with what was left out (`complete`), deserialized,
-//! validated by every part and as a whole (`validate`). All problems come at
-//! once, each with file, line and the key's path. Nothing here opens a port or
-//! touches the data folder.
+//! A configuration is read in these stages. The files are read into one value with the line of each key
+//! (`files`, `crate::yaml`), checked against the JSON Schema of the types below (`check`), completed
+//! with defaults that depend on other keys (`complete`), deserialized, and validated by each part and as
+//! a whole (`validate`). All problems are reported at once, each with file, line and key path. Nothing
+//! here opens a port or touches the data folder.
 
 mod check;
 mod complete;
@@ -34,40 +33,39 @@ use crate::stream::log::ReadOnly;
 use crate::topic::Namespace;
 use crate::{access, admin, devices, pipeline, plugin, sinks, stream, threads};
 
-/// Everything a host is told. Each part owns its own section; what is left out
-/// has a default (see `complete`).
+/// The whole configuration of a host. Each part owns its own section. A section that is left out has
+/// defaults (see `complete`).
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Folder of everything durable: streams, dead letters, caches. Made when
-    /// missing, used by one host at a time.
+    /// Folder of all durable data: streams, dead letters, caches. It is created if missing, and used by
+    /// one host at a time.
     pub data_dir: PathBuf,
-    /// The MQTT entry for devices.
+    /// The MQTT listener.
     pub mqtt: mqtt::Config,
-    /// The HTTP entry for devices; without listeners there is none.
+    /// The HTTP listener. It is off unless `http.listeners` names an address.
     pub http: http::Config,
-    /// Names the levels of a topic; one of them is `{device_id}`. A topic that
-    /// does not fit is kept too, its device is the client that published it.
+    /// Names of the levels of a topic, one of which is `{device_id}`. A message whose topic does not
+    /// match is accepted too; its device is then the client that published it.
     pub topics: String,
-    /// Streams by name. A message goes to the stream with a matching topic
-    /// filter, else to the one stream without `topics`. Left out: one stream
-    /// `telemetry` takes every topic.
+    /// Streams by name. A message goes to the first stream with a matching topic filter, otherwise to
+    /// the one stream without `topics`. If unset: one stream `telemetry`, which takes every topic.
     pub streams: BTreeMap<String, stream::Config>,
-    /// The watched folder and the limits of every plugin.
+    /// The plugins folder and the limits of every plugin.
     pub plugins: plugin::Config,
-    /// Pipelines by name. Left out: one for each stream, of the stream's name,
-    /// that runs the plugins of the folder.
+    /// Pipelines by name. If unset: one pipeline for each stream, with the stream's name, that runs the
+    /// plugins of the folder.
     pub pipelines: BTreeMap<String, pipeline::Config>,
-    /// Sinks by name. Left out: one sink `telemetry`, the table `telemetry` in
-    /// the SQLite file `telemetry.db` in the data folder.
+    /// Sinks by name. If unset: one sink `telemetry`, which writes to the table `telemetry` in the
+    /// SQLite file `telemetry.db` in the data folder.
     pub sinks: BTreeMap<String, sinks::Config>,
-    /// What is known of devices: location, site, model.
+    /// Metadata of devices, such as location, site and model.
     pub devices: devices::Config,
-    /// Where refused messages are kept.
+    /// How long rejected messages are kept.
     pub dead_letters: pipeline::DeadLettersConfig,
-    /// Health, metrics, status.
+    /// Health, metrics and status over HTTP.
     pub admin: admin::Config,
-    /// What the threads ask of the kernel.
+    /// What the host's threads ask of the kernel.
     pub runtime: threads::Config,
 }
 
@@ -91,8 +89,8 @@ impl Default for Config {
 }
 
 impl Config {
-    /// Name of the stream that takes every topic no other stream wants; a
-    /// validated config has exactly one.
+    /// Returns the name of the stream that takes all topics that no other stream takes. A validated
+    /// config has exactly one.
     pub fn default_stream(&self) -> &str {
         let written = self.written_streams();
         let takes_rest =
@@ -101,7 +99,7 @@ impl Config {
         rest.map_or(complete::REST_STREAM, |(name, _)| name)
     }
 
-    /// Names of the streams that pipelines write to.
+    /// Returns the names of the streams that pipelines write to.
     pub fn written_streams(&self) -> BTreeSet<&str> {
         let pipelines = self.pipelines.iter();
         pipelines.flat_map(|(name, pipeline)| self.written_by(name, pipeline)).collect()
@@ -143,20 +141,20 @@ impl Config {
         }
     }
 
-    /// Whether devices write to a stream: one that pipelines write to takes their messages only where its
-    /// `topics` say so.
+    /// Returns whether devices write to a stream. A stream that pipelines write to takes messages of
+    /// devices only if it has `topics`.
     pub fn takes_messages(&self, stream: &str) -> bool {
         let topics = self.streams.get(stream).is_some_and(|stream| !stream.topics.is_empty());
         topics || !self.written_streams().contains(stream)
     }
 
-    /// Whether MQTT clients are given messages of a stream.
+    /// Returns whether MQTT clients receive messages of a stream.
     pub fn has_subscribers(&self, stream: &str) -> bool {
         let prefix = self.streams.get(stream).and_then(|stream| stream.topic_prefix.as_ref());
         prefix.is_some() || self.takes_messages(stream)
     }
 
-    /// Names of all pipelines, each with each sink that its routes lead to.
+    /// Returns each combination of a pipeline and a sink to which its routes lead.
     pub fn claims(&self) -> BTreeSet<sinks::Name> {
         let of = |(pipeline, config): (&String, &pipeline::Config)| {
             let sinks =
@@ -166,8 +164,8 @@ impl Config {
         self.pipelines.iter().flat_map(of).collect()
     }
 
-    /// Name of the stream that a person means who names none: the only one that
-    /// pipelines read, else the default stream.
+    /// Returns the name of the stream that a command uses if the user names none: the only stream that
+    /// pipelines read, otherwise the default stream.
     pub fn main_stream(&self) -> &str {
         let written = self.written_streams();
         let read = self.pipelines.values().map(|pipeline| pipeline.from.as_str());
@@ -179,12 +177,12 @@ impl Config {
         }
     }
 
-    /// Compiled plugins, and what ran.
+    /// Folder of compiled plugins and of the record of which plugins ran.
     pub fn plugin_cache_dir(&self) -> PathBuf {
         self.data_dir.join("plugin-cache")
     }
 
-    /// Plugin files of recorded versions of steps.
+    /// Folder of the plugin files of recorded versions of steps.
     pub fn plugin_files_dir(&self) -> PathBuf {
         self.data_dir.join("plugin-files")
     }
@@ -216,16 +214,16 @@ pub fn out_stream_of(pipeline: &str) -> String {
 /// Where a config came from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Source {
-    /// None: the embedded default.
+    /// Path that the user gave. `None` stands for the embedded default.
     pub path: Option<PathBuf>,
-    /// In the order of their names.
+    /// Files that were read, in the order of their names.
     pub files: Vec<PathBuf>,
     /// File and line of each key.
     pub places: Places,
 }
 
 impl Source {
-    /// Makes commands about the host that runs with this config.
+    /// Returns a factory for commands that concern the host with this configuration.
     pub fn hints(&self) -> Hints {
         Hints::of(self.path.as_deref())
     }
@@ -240,12 +238,12 @@ impl fmt::Display for Source {
     }
 }
 
-/// A config that passed.
+/// A configuration without problems.
 #[derive(Clone, Debug)]
 pub struct Loaded {
     pub config: Config,
     pub source: Source,
-    /// Legal, but hardly meant: `sinks.alerts: no route leads here`.
+    /// Settings that are valid but probably not intended: `sinks.alerts: no route leads here`.
     pub warnings: Vec<String>,
 }
 
@@ -253,19 +251,19 @@ pub struct Loaded {
 pub enum Error {
     #[error("cannot read {}: {error}", path.display())]
     Read { path: PathBuf, error: String },
-    /// In the order of files and lines.
+    /// All problems, in the order of files and lines.
     #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
     Invalid(Vec<Located>),
 }
 
-/// A problem and its place. Shown as
-/// `headworks.yaml:14: sinks.warehouse.batch.rows_max: must be at least 1, is 0`.
+/// A problem and its place, shown as `headworks.yaml:14: sinks.warehouse.batch.rows_max: must be at
+/// least 1, is 0`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Located {
     pub file: String,
-    /// From 1; none where the whole file is meant.
+    /// Line, from 1. `None` if the problem concerns the whole file.
     pub line: Option<usize>,
-    /// Path of the key; empty where none is meant.
+    /// Path of the key. Empty if the problem concerns no key.
     pub key: String,
     pub message: String,
 }
@@ -283,13 +281,14 @@ impl fmt::Display for Located {
     }
 }
 
-/// Reads a file, a folder of files, or with `None` the embedded default.
+/// Reads a file, a folder of files, or, with `None`, the embedded default.
 pub fn load(path: Option<&Path>) -> Result<Loaded, Error> {
     let files = read(path)?;
     parse(&files).into_loaded(path, &files)
 }
 
-/// The same, and tries what lies outside of it: certificates, passwords, keys, devices, plugins.
+/// Reads a configuration as [`load`] does, and also reads the files it names: certificates, passwords,
+/// keys, devices, plugins.
 pub fn load_with_files(path: Option<&Path>) -> Result<Loaded, Error> {
     let files = read(path)?;
     let mut parsed = parse(&files);
@@ -314,8 +313,8 @@ pub fn load_with_files(path: Option<&Path>) -> Result<Loaded, Error> {
     Ok(loaded)
 }
 
-/// Adds what a host with this config would refuse of streams that are there. One that cannot be read is
-/// the host's to tell of: this may be another user.
+/// Adds the problems for which a host with this configuration would refuse its existing streams. A
+/// stream that cannot be read is left to the host to report, since this process may run as another user.
 fn look_at_streams(config: &Config, streams: &KeyPath, problems: &mut Problems) {
     for (name, stream) in &config.streams {
         let made = ReadOnly::open(&config.stream_dir(name), Offset(0)).partitions();
@@ -333,7 +332,8 @@ fn look_at_streams(config: &Config, streams: &KeyPath, problems: &mut Problems) 
     }
 }
 
-/// Warns of a plugins folder that the config names and that is not there: legal, it may come yet.
+/// Returns a warning if the config names a plugins folder that does not exist. The folder may still be
+/// created.
 fn missing_folder(config: &Config, files: &files::Files) -> Option<String> {
     let is_named = files.value.pointer("/plugins/dir").is_some();
     let of_folder: Vec<&str> = config
@@ -352,7 +352,8 @@ fn missing_folder(config: &Config, files: &files::Files) -> Option<String> {
     ))
 }
 
-/// Starts each step's plugin with its config; adds what is not used in the folder to the warnings.
+/// Starts the plugin of each step with its config, and adds a warning for each unused file in the
+/// folder.
 fn try_plugins(loaded: &mut Loaded, files: &files::Files) -> Result<(), Error> {
     let config = &loaded.config;
     let check = plugin::Check {
@@ -380,7 +381,7 @@ fn try_plugins(loaded: &mut Loaded, files: &files::Files) -> Result<(), Error> {
     if problems.is_empty() { Ok(()) } else { Err(Error::Invalid(problems)) }
 }
 
-/// Steps whose file is not in the folder: legal, it may come yet.
+/// Returns a warning for each step whose file is not in the folder. The file may still be added.
 fn missing_plugins(config: &Config) -> Vec<String> {
     let folder = &config.plugins.dir;
     let listed = match plugin::survey(folder, &config.plugin_cache_dir()) {
@@ -413,18 +414,18 @@ fn read(path: Option<&Path>) -> Result<files::Files, Error> {
     path.map_or_else(|| Ok(files::Files::default()), files::read)
 }
 
-/// The JSON Schema of a config, for editors and for `check`.
+/// Returns the JSON Schema of the configuration, for editors and for `check`.
 pub fn schema() -> Value {
     schema_of(schemars::schema_for!(Config))
 }
 
-/// A config, as far as it could be read, and what is wrong with it.
+/// A configuration as far as it could be read, with its problems.
 #[derive(Debug)]
 struct Parsed {
     config: Config,
     warnings: Vec<String>,
     problems: Vec<Problem>,
-    /// Where the config is not what the user wrote: a problem says so.
+    /// Keys whose values were replaced because a problem was reported for them.
     repaired: Vec<KeyPath>,
 }
 
@@ -459,7 +460,7 @@ fn parse(files: &files::Files) -> Parsed {
 }
 
 impl Parsed {
-    /// Adds problems; what lies under a path that was refused was said already.
+    /// Adds problems, except those below a key that was already reported.
     fn add(&mut self, problems: Vec<Problem>) {
         let is_said = |problem: &Problem| {
             self.repaired.iter().any(|repaired| files::is_within(&problem.path, repaired))
@@ -478,9 +479,9 @@ impl Parsed {
     }
 }
 
-/// As schemars makes it, but for options behind a tag: their key and the keys
-/// of their struct become one object, so that `additionalProperties: false`
-/// of the struct does not refuse the tag.
+/// Converts a schema as schemars creates it. Options behind a tag are merged: the tag and the keys of
+/// its struct become one object, so that the struct's `additionalProperties: false` does not refuse the
+/// tag.
 fn schema_of(schema: schemars::Schema) -> Value {
     let mut root = schema.to_value();
     let defs = root.get("$defs").cloned().unwrap_or_default();

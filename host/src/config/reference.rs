@@ -12,23 +12,25 @@ const DEPTH_MAX: usize = 8;
 /// Every key with type, default and meaning.
 pub fn docs() -> String {
     let mut page = "# Config\n\n\
-        One YAML file, or a folder of `.yaml` files merged by top-level key (a key in two files is an error):\n\
-        `headworks run --config headworks.yaml`. Relative paths are relative to the working directory.\n\
-        `headworks validate --config headworks.yaml` says every problem at once, each with file, line and key;\n\
-        `headworks schema` prints a JSON Schema for editors. Keys at the top that begin with `x-` are yours, for YAML anchors.\n\n\
-        What is left out:\n\n\
-        - none of `streams`, `pipelines` and `sinks`: the stream `telemetry` takes the topics with as many levels as `topics`\n\
-        \x20 names, and its messages become rows; all other topics are for subscribers only (stream `default`);\n\
-        - no `streams` otherwise: one, `telemetry`, with 4 partitions, takes every topic;\n\
-        - all `streams` name their `topics`: one more, `default`, takes the rest;\n\
-        - no `sinks`: one, `telemetry`, the table `telemetry` in `telemetry.db` in the data folder (SQLite);\n\
-        - no `pipelines`: one for each stream, of the stream's name, with the plugins of the folder;\n\
-        - a pipeline without `from` reads the stream of its own name, else the only stream named;\n\
-        - a pipeline without `routes` sends everything to the stream of `to`, else to the only sink;\n\
-        - a stream that a pipeline writes to (`to`, or a route) is none of these: devices write to it only where it has\n\
-        \x20 `topics`.\n\n\
-        Sizes are numbers of bytes or such as `64KiB`, `20GiB`; times are such as `300ms`, `5s`, `7d`.\n\
-        `<name>` stands for a name of your choice, `[]` for each item of a list.\n\n\
+        The configuration is one YAML file, or a folder of `.yaml` files that are merged by top-level key (a key in two files\n\
+        is an error): `headworks run --config headworks.yaml`. Relative paths are relative to the working directory.\n\
+        `headworks validate --config headworks.yaml` reports all problems at once, each with file, line and key.\n\
+        `headworks schema` prints a JSON Schema for editors. Top-level keys that begin with `x-` are ignored; use them for YAML\n\
+        anchors.\n\n\
+        Defaults for keys that are left out:\n\n\
+        - none of `streams`, `pipelines` and `sinks`: the stream `telemetry` takes the topics that have as many levels as\n\
+        \x20 `topics` names, and its messages become rows; the stream `default` takes all other topics, for subscribers only;\n\
+        - no `streams` in any other case: one stream, `telemetry`, with 4 partitions, takes every topic;\n\
+        - all `streams` have `topics`: one more stream, `default`, takes all other topics;\n\
+        - no `sinks`: one sink, `telemetry`, writes to the table `telemetry` in `telemetry.db` in the data folder (SQLite),\n\
+        \x20 unless all pipelines have `routes` or `to` and none leads to a sink of this name;\n\
+        - no `pipelines`: one pipeline for each stream, with the name of the stream, runs the plugins of the folder;\n\
+        - a pipeline without `from` reads the stream that has the pipeline's name, otherwise the only stream;\n\
+        - a pipeline without `routes` sends everything to the stream of `to`, otherwise to the only sink;\n\
+        - these defaults do not apply to a stream that a pipeline writes to (`to`, or a route); devices write to such a stream\n\
+        \x20 only if it has `topics`.\n\n\
+        A size is a number of bytes, or has a unit, as in `64KiB` and `20GiB`. A time has a unit, as in `300ms`, `5s` and `7d`.\n\
+        `<name>` stands for a name of your choice, and `[]` for each item of a list.\n\n\
         | key | type | default | meaning |\n| --- | --- | --- | --- |\n"
         .to_owned();
     let schema = super::schema();

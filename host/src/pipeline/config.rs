@@ -22,56 +22,55 @@ const RETRIES_MAX: u32 = 1_000;
 /// A dead letter names them all at most, in its properties.
 const SINKS_MAX: usize = 64;
 
-/// Reads one stream, runs its steps, delivers to the sinks its routes name.
+/// A pipeline reads one stream, runs steps over its messages, and delivers the results to the sinks of
+/// its routes.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// The stream to read.
+    /// The stream to read. If unset: the stream with the pipeline's name, otherwise the only stream.
     pub from: String,
-    /// The steps, in order. Left out: the plugins of the watched folder, by the
-    /// number in front of their names.
+    /// The steps, in order. If unset: the plugins of the plugins folder, ordered by the numbers in their
+    /// file names.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub steps: Option<Vec<StepConfig>>,
-    /// Route to sink, stream, several of them, or `drop`. `default` takes what no step routed. A stream is one
-    /// of `streams`; where a sink has the name too, the sink is meant.
+    /// Maps each route to a sink, a stream, several of them, or `drop`. `default` takes messages that no
+    /// step routed. If a stream and a sink have the same name, the sink is meant.
     pub routes: BTreeMap<String, RouteTarget>,
-    /// A stream of `streams` that also gets every message whose route does not lead to `drop`, as the steps
-    /// left it, from the first start on that has it. Other pipelines read the stream with `from`, and with its
-    /// `topic_prefix` MQTT clients subscribe to it.
+    /// A stream that also receives every message whose route does not lead to `drop`, as the steps left
+    /// it, starting with the first start of the host that has this key. Other pipelines read the stream
+    /// with `from`; if it has a `topic_prefix`, MQTT clients can subscribe to it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub to: Option<String>,
-    /// Threads that run the steps; left out: as many as cores.
+    /// Number of threads that run the steps. If unset: the number of cores, at most 256.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub workers: Option<u16>,
-    /// Messages that a step sees at once, at most.
+    /// Most messages in one call of a step.
     pub batch_messages_max: u32,
-    /// Bytes that are read and not yet through the steps, at most.
+    /// Most bytes that are read and have not passed the steps.
     pub read_ahead_bytes_max: ByteSize,
-    /// Bytes that wait for one sink, at most; then the pipeline waits.
+    /// Most bytes that are queued for one sink. Beyond this, the pipeline waits.
     pub sink_queue_bytes_max: ByteSize,
-    /// How a step that asks to try again later is served.
+    /// How batches are retried that a step asks to run again later.
     pub retries: Retries,
-    /// How a sink that fails is tried again; it is never given up.
+    /// How a failing sink is retried. Retries never end.
     pub sink_backoff: Backoff,
-    /// A sink that holds the others up for longer gets a reader of its own.
+    /// A sink that delays the other sinks for longer gets a reader of its own.
     pub lag_after: Period,
-    /// How often positions move where no message became a row.
+    /// How often positions advance when no message becomes a row.
     pub progress_every: Period,
-    /// A sink that rejects more than this share of at least 1,000 rows, or 20 rows
-    /// in a row with one error code of its database, pauses for a while once they
-    /// are in dead letters: most often a column or a plugin is wrong, not the
-    /// data. 1: never.
+    /// A sink that rejects more than this share of at least 1,000 rows, or 20 consecutive rows with one
+    /// error code of its database, pauses for a while after the rejected rows are in dead letters. Most
+    /// often the cause is a wrong column or plugin, and not the data. 1 turns this off.
     pub refusals_max_share: f64,
-    /// What is in flight at a shutdown may take this long to reach the sinks.
-    /// What does not is delivered after the next start.
+    /// Time that messages in flight have to reach the sinks at a shutdown. Other messages are delivered
+    /// after the next start.
     pub drain_max: Period,
-    /// The name that this pipeline had: its sinks go on where those of the pipeline of
-    /// that name were.
+    /// Former name of this pipeline. Its sinks continue at the positions of the pipeline with that name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub renamed_from: Option<String>,
 }
 
-/// One sink or stream, several, or `drop`.
+/// One sink or stream, several of them, or `drop`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub enum RouteTarget {
@@ -83,11 +82,11 @@ pub enum RouteTarget {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Retries {
-    /// Runs of a batch after the first; then its messages go to dead letters.
+    /// Runs of a batch after the first. After that, its messages become dead letters.
     pub max: u32,
-    /// Wait before the first of them, doubled for each one after.
+    /// Wait before the first retry. It is doubled for each further retry.
     pub backoff_min: Period,
-    /// The longest wait.
+    /// The longest wait between retries.
     pub backoff_max: Period,
 }
 
@@ -95,9 +94,9 @@ pub struct Retries {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Backoff {
-    /// The first wait.
+    /// The first wait between tries.
     pub min: Period,
-    /// The longest wait.
+    /// The longest wait between tries.
     pub max: Period,
 }
 

@@ -1,4 +1,4 @@
-//! The `dead_letters:` section: how long refused messages are kept.
+//! The `dead_letters:` section: how long rejected messages are kept.
 
 use std::time::Duration;
 
@@ -9,14 +9,16 @@ use crate::problems::{KeyPath, Problems};
 use crate::stream::{self, Retention};
 use crate::units::{ByteSize, Period};
 
-/// Where refused messages wait for a person.
+/// How long rejected messages are kept.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct DeadLettersConfig {
-    /// Letters older than this go, by an eighth of it later at most, and are listed no more; `null` keeps
-    /// them until `max_bytes`.
+    /// Age at which dead letters are removed, up to one eighth later, and no longer listed. `null` keeps
+    /// them until `max_bytes` is reached.
     pub max_age: Option<Period>,
-    /// The oldest go when all together would take more than this. Half of it is shared out among the pipelines, for letters whose sinks are not past them: a pipeline whose share is used up waits, the others do not.
+    /// Bytes that all dead letters may take on disk. The oldest are removed to stay below. Half of this
+    /// is divided among the pipelines, for dead letters whose sinks have not passed them; a pipeline
+    /// that has used up its share waits, and the others continue.
     pub max_bytes: ByteSize,
 }
 

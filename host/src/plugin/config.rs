@@ -1,4 +1,4 @@
-//! Config of the plugins folder and of a step.
+//! Configuration of the plugins folder and of a step.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -11,23 +11,24 @@ use crate::problems::{KeyPath, Problems};
 use crate::step::ROUTES_STEP;
 use crate::units::{ByteSize, Period};
 
-/// `plugins:` the watched folder and the limits of every plugin in it.
+/// The plugins folder and the limits of every plugin in it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// Folder that is watched for `.wasm` files.
     pub dir: PathBuf,
-    /// How often the folder is looked at beside the system's change events, which some file systems do not send.
+    /// How often the folder is scanned, in addition to the system's change events, which some file
+    /// systems do not send.
     pub poll: Period,
-    /// A file written in place is loaded once its size and time have not changed for this long.
+    /// A file that is written in place is loaded when its size and time have not changed for this long.
     pub settle: Period,
     /// CPU seconds that compiling one plugin may take.
     pub compile_cpu_s: u64,
     /// Address space that compiling one plugin may take.
     pub compile_memory: ByteSize,
-    /// Limits of a step; a step's own `limits` replace them.
+    /// Limits of a step. A step's own `limits` replace them.
     pub limits: Limits,
-    /// Config by plugin name, for plugins that have no file `NAME.yaml` beside them.
+    /// Configuration by plugin name, for plugins that have no file `NAME.yaml` beside them.
     pub config: BTreeMap<String, serde_json::Value>,
 }
 
@@ -35,17 +36,18 @@ pub struct Config {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
-    /// CPU time for one batch; wall time is limited to ten times it.
+    /// CPU time of one call for a batch. Elapsed time is limited to ten times as much.
     pub cpu_ms: u64,
     /// Memory of one instance.
     pub memory: ByteSize,
-    /// Messages that may be made of one message.
+    /// Most messages that may be made of one message.
     pub outputs_per_message_max: u32,
-    /// Bytes that a batch may become, as a multiple of what went in.
+    /// Size of a batch's output, as a multiple of its input.
     pub output_bytes_factor: u32,
-    /// Bytes that a batch may become, however small it was.
+    /// Size that a batch's output may have, even if its input is small.
     pub output_bytes_min: ByteSize,
-    /// The old name of `pipelines.<name>.retries.max`, which is to be set instead: still read, as a further bound.
+    /// Former name of `pipelines.<name>.retries.max`, which replaces it. It is still read, as a further
+    /// limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub retries_max: Option<u32>,
 }
@@ -54,30 +56,30 @@ pub struct Limits {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct StepConfig {
-    /// Name of the plugin: its file's name without the number in front and without `.wasm`.
+    /// Name of the plugin: its file name without the leading number and without `.wasm`.
     pub plugin: String,
-    /// Identity of this step where one plugin is used twice; else the plugin's name.
+    /// Name of this step, if one plugin is used several times. If unset: the plugin's name.
     #[serde(default, rename = "as", skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// The plugin's config; else the file beside it, else `plugins.config`.
+    /// Configuration of the plugin. If unset: the file beside the plugin, otherwise `plugins.config`.
     #[serde(default, skip_serializing_if = "serde_json::Value::is_null")]
     pub config: serde_json::Value,
     /// Limits of this step.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limits: Option<Limits>,
-    /// What happens to messages that make the plugin fault once it has done so three times within a minute.
+    /// What happens to messages that make the plugin fault, after three faults within a minute.
     #[serde(default)]
     pub on_failure: OnFailure,
 }
 
-/// After three faults of a step within a minute.
+/// What happens after three faults of a step within a minute.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnFailure {
-    /// The messages that cause a fault go to dead letters, as from the first fault on.
+    /// The messages that cause a fault become dead letters, as before.
     #[default]
     DeadLetters,
-    /// They pass unchanged.
+    /// The messages pass the step unchanged.
     Pass,
     /// The pipeline waits until the plugin or its config changes.
     Hold,

@@ -1,4 +1,4 @@
-//! `sinks:` of a config: one of the sinks, by its `type`.
+//! The `sinks:` section of the configuration. `type` selects the kind of a sink.
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ pub const BATCH_BYTES_MAX: ByteSize = ByteSize::mib(256);
 /// Makes [`Config`] of the kinds of sinks: `type` of a sink is the kind's name in lower case.
 macro_rules! kinds {
     ($($(#[$doc:meta])* $kind:ident($config:ty),)*) => {
-        /// A batched writer.
+        /// A writer that delivers rows in batches.
         #[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
         #[serde(tag = "type", rename_all = "lowercase")]
         pub enum Config {
@@ -44,27 +44,27 @@ macro_rules! kinds {
 
 // Every kind of sink there is: a new one is its folder, and a line here.
 kinds! {
-    /// A measurement in InfluxDB, or in a store that takes its line protocol.
+    /// A measurement in InfluxDB, or in another store that accepts its line protocol.
     Influxdb(super::influxdb::Config),
-    /// A table in PostgreSQL, a hypertable where TimescaleDB is there.
+    /// A table in PostgreSQL. It becomes a hypertable if TimescaleDB is installed.
     Postgres(super::postgres::Config),
     /// A table in a SQLite file.
     Sqlite(super::sqlite::Config),
 }
 
-/// What the host asks of the config of a sink, whatever its kind.
+/// Properties of a sink's configuration that the host uses, for every kind of sink.
 #[async_trait]
 pub trait SinkConfig: Send + Sync {
     fn batch(&self) -> BatchConfig;
 
     fn on_lag(&self) -> OnLag;
 
-    /// Returns the name that the sink had.
+    /// Returns the former name of the sink.
     fn renamed_from(&self) -> Option<&str>;
 
     fn begin(&self) -> Option<Begin>;
 
-    /// Returns whether a row that the table has already is left out, as the config says.
+    /// Returns whether a row that is already in the table is ignored.
     fn ignores_rows(&self) -> bool {
         false
     }
@@ -72,26 +72,27 @@ pub trait SinkConfig: Send + Sync {
     /// Returns one line for the start screen: `PostgreSQL 127.0.0.1:5432/iot table telemetry`.
     fn describe(&self) -> String;
 
-    /// Adds all that is wrong with the config by itself.
+    /// Adds every problem of the configuration that can be found without other sections.
     fn validate(&self, path: &KeyPath, problems: &mut Problems);
 
-    /// Adds what is wrong with the config beside the topic namespace.
+    /// Adds every problem that depends on the names of topic levels.
     fn validate_namespace(&self, namespace: &Namespace, path: &KeyPath, problems: &mut Problems);
 
-    /// Returns what still works but goes, or has no effect, at `path`.
+    /// Returns warnings about keys at `path` that are deprecated or have no effect.
     fn warnings(&self, _path: &str) -> Vec<String> {
         Vec::new()
     }
 
-    /// Tries the files and variables that the config names.
+    /// Reads the files and environment variables that the configuration names, and adds what is wrong
+    /// with them.
     fn look(&self, _path: &KeyPath, _problems: &mut Problems) {}
 
-    /// Makes the sink, which connects only in [`Sink::open`].
+    /// Creates the sink. It connects only in [`Sink::open`].
     fn build(&self, context: BuildContext<'_>) -> Box<dyn Sink>;
 
-    /// Connects, logs in, compares what is there with the config and looks `claims` up, as the sink
-    /// would do it. Writes nothing. Ends within `connect_timeout` for each host to connect to and
-    /// once more for the server's answers.
+    /// Connects, logs in, compares the table with the configuration and looks up `claims`, as the sink
+    /// would. Writes nothing. Ends within `connect_timeout` for each host to connect to, and once more
+    /// for the server's answers.
     async fn check(&self, context: CheckContext<'_>, claims: Vec<Claim>) -> Checked;
 }
 
@@ -110,52 +111,52 @@ pub struct CheckContext<'a> {
     /// Key of the sink in the config.
     pub name: &'a str,
     pub namespace: Arc<Namespace>,
-    /// What the data folder has of the journal of a [`BuildContext`], or why it cannot be read.
+    /// The journaled positions in the data folder, or the reason why they cannot be read.
     pub journaled: &'a Result<StateEntries, String>,
 }
 
-/// When a batch is written: at the first bound that it meets.
+/// When a batch is written: as soon as one of these limits is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct BatchConfig {
-    /// Rows of one transaction, at most. All rows that were made of one message are in one transaction: a message with
-    /// more rows than this has a transaction of its own.
+    /// Most rows of one transaction. All rows that were made of one message are in one transaction, so a
+    /// message with more rows has a transaction of its own.
     pub rows_max: u32,
-    /// Bytes of payload in one transaction, at most. A message whose rows have more has a transaction of its own.
+    /// Most bytes of payload in one transaction. A message whose rows have more has a transaction of its
+    /// own.
     pub bytes_max: ByteSize,
-    /// How long a message waits for others.
+    /// Longest time that a message waits for further messages.
     pub wait_max: Period,
 }
 
-/// Where a sink begins that has no position.
+/// Where a sink begins if it has no position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Begin {
-    /// With the first message that the stream still has.
+    /// At the first message that the stream still has.
     Start,
-    /// With what comes after the first start of the host that has it in its config.
+    /// After the messages that the stream had at the first start of the host with this setting.
     Now,
 }
 
-/// What happens to a row that the table has already, by one of its unique keys.
+/// What happens to a row whose unique key is already in the table.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OnConflict {
-    /// The new row goes to dead letters.
+    /// The new row becomes a dead letter.
     #[default]
     #[serde(alias = "refuse")]
     Reject,
-    /// The row that is there stays; the new one is counted as ignored.
+    /// The existing row stays, and the new one is counted as ignored.
     Ignore,
-    /// The new row takes the place of the one that is there. Needs a unique key
-    /// whose columns are all filled.
+    /// The new row replaces the existing one. Needs a unique key whose columns are all filled.
     Upsert,
-    /// Read for configs of 0.1; the same as `ignore`.
+    /// Accepted for configs of 0.1. Same as `ignore`.
     Auto,
 }
 
 impl OnConflict {
-    /// Without names of earlier releases.
+    /// Returns the value with its current name.
     pub(super) fn resolved(self) -> Self {
         if self == Self::Auto { Self::Ignore } else { self }
     }
@@ -164,7 +165,7 @@ impl OnConflict {
         self.resolved() == Self::Ignore
     }
 
-    /// Returns what will go of the key at `path`.
+    /// Returns a warning if the value at `path` is deprecated.
     pub(super) fn warning(self, path: &str) -> Option<String> {
         (self == Self::Auto).then(|| {
             format!("{path}: auto is read as ignore and will go: write ignore, or reject, or upsert")
@@ -207,7 +208,7 @@ impl BatchConfig {
     }
 }
 
-/// Adds a problem unless `period` is between the two, in milliseconds.
+/// Adds a problem unless `period` is between `min_ms` and `max_ms`.
 pub(super) fn within(period: Period, min_ms: u64, max_ms: u64, path: &KeyPath, problems: &mut Problems) {
     let (min, max) = (std::time::Duration::from_millis(min_ms), std::time::Duration::from_millis(max_ms));
     if !(min..=max).contains(&period.0) {
@@ -216,8 +217,8 @@ pub(super) fn within(period: Period, min_ms: u64, max_ms: u64, path: &KeyPath, p
     }
 }
 
-/// A table's name in its parts, `iot.telemetry`; a part in double quotes may
-/// hold dots: `iot."site.1"`. Names are taken exactly as written.
+/// Splits a table's name into its parts: `iot.telemetry`. A part in double quotes may contain dots:
+/// `iot."site.1"`. Names are used exactly as written.
 pub(super) fn table_parts(table: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     let mut quoted = false;
@@ -235,7 +236,8 @@ pub(super) fn table_parts(table: &str) -> Vec<String> {
     parts
 }
 
-/// Says that there is no table to write to, and what to do; `was_there`: the sink has filled it.
+/// Returns the error that there is no table to write to, and what to do. `was_there` says that the sink
+/// has written to the table before.
 pub(super) fn missing_table(table: &str, was_there: bool) -> String {
     if was_there {
         format!(
@@ -247,7 +249,7 @@ pub(super) fn missing_table(table: &str, was_there: bool) -> String {
     }
 }
 
-/// Adds a problem unless `table` is a table's name, after a schema's where `parts_max` is 2.
+/// Adds a problem unless `table` is the name of a table, with a schema if `parts_max` is 2.
 pub(super) fn validate_table(table: &str, parts_max: usize, path: &KeyPath, problems: &mut Problems) {
     let parts = table_parts(table);
     if parts.len() > parts_max || !parts.iter().all(|part| is_name(part)) {

@@ -1,4 +1,4 @@
-//! How one stream of the config is kept.
+//! Configuration of one stream.
 
 use std::time::Duration;
 
@@ -16,58 +16,61 @@ const PREFIX_BYTES_MAX: usize = 256;
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Topic filters of the messages that belong here; the first stream that
-    /// matches takes a message. None: the default stream takes what no other wants;
-    /// a stream that a pipeline writes to takes none from devices.
+    /// Topic filters of the messages that this stream takes. The first stream with a matching filter
+    /// takes a message. If unset: the default stream takes all messages that no other stream takes, and
+    /// a stream that a pipeline writes to takes no messages of devices.
     pub topics: Vec<String>,
-    /// For a stream that only pipelines write: MQTT clients may subscribe to its messages, whose topics they
-    /// see with this and `/` in front. Left out: no subscriber gets them.
+    /// For a stream that only pipelines write: makes its messages available to MQTT subscribers, with
+    /// this prefix and `/` in front of their topics. If unset, subscribers do not receive them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub topic_prefix: Option<String>,
-    /// What keeps its order: all messages with the same key are in one partition.
+    /// What determines the order: all messages with the same key are in one partition, and stay in
+    /// order.
     pub key: Key,
-    /// Parts that are worked on side by side. Cannot be changed once the stream exists.
+    /// Number of parts that are processed in parallel. It cannot be changed once the stream exists.
     pub partitions: u16,
     /// How long messages are kept.
     pub retention: Retention,
     /// Size of a segment file, the unit that retention removes.
     pub segment_bytes: ByteSize,
-    /// Most that waits for one commit; past it devices wait.
+    /// Most bytes that wait for one commit. Beyond this, devices wait.
     pub commit_buffer_bytes_max: ByteSize,
-    /// Most recent messages kept in memory, so that live readers touch no disk.
+    /// Bytes of the most recent messages that are kept in memory, so that readers that are up to date
+    /// need no disk.
     pub tail_bytes_max: ByteSize,
-    /// Preallocated for a full disk: lets the stream open then, and dead letters go on.
+    /// Preallocated bytes for a full disk, with which the stream can still be opened, and dead letters
+    /// written.
     pub reserve_bytes: ByteSize,
-    /// For benchmarks only: added to every sync, as a slower disk would take.
+    /// For benchmarks only: a delay that is added to every sync, as on a slower disk.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sync_delay: Option<Period>,
-    /// Set by the host, not by a config: may use the reserve while it runs.
+    /// The stream may use its reserve while it runs. Set by the host, not by a config.
     #[serde(skip)]
     pub may_use_reserve: bool,
-    /// Set by the host, not by a config: a message that is larger than the commit buffer goes into
-    /// a commit of its own. It was in the buffer of another stream, which may have had more room.
+    /// A message that is larger than the commit buffer gets a commit of its own. Such a message was in
+    /// the buffer of another stream, which may be larger. Set by the host, not by a config.
     #[serde(skip)]
     pub takes_any_message: bool,
 }
 
-/// What keeps its order.
+/// What determines the order of messages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Key {
-    /// The device that a topic names, else the client that published.
+    /// The device that the topic names, otherwise the client that published.
     #[default]
     DeviceId,
 }
 
-/// How long messages are kept. Whole segments go, and never one that a reader
-/// with `on_lag: block` has yet to read.
+/// How long messages are kept. Retention removes whole segments, and never one that a reader with
+/// `on_lag: block` has yet to read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Retention {
-    /// Messages older than this go, by an eighth of it later at most, and are shown no more; `null`
-    /// keeps them until `max_bytes`.
+    /// Age at which messages are removed, up to one eighth later, and no longer shown. `null` keeps them
+    /// until `max_bytes` is reached.
     pub max_age: Option<Period>,
-    /// The oldest go when all segment files together would take more than this.
+    /// Bytes that all segment files may take. The oldest are removed to stay below.
     pub max_bytes: ByteSize,
 }
 
@@ -97,8 +100,8 @@ impl Default for Retention {
 }
 
 impl Config {
-    /// What the stream of dead letters uses: small, it may use the reserve, and takes what other
-    /// streams took.
+    /// Returns the configuration of the dead letters: a small stream, which may use its reserve, and
+    /// takes every message that another stream took.
     pub fn dead_letters() -> Self {
         Self {
             partitions: 1,
@@ -113,7 +116,7 @@ impl Config {
         }
     }
 
-    /// Everything that is wrong, at once.
+    /// Adds every problem of the section.
     pub fn validate(&self, path: &KeyPath, problems: &mut Problems) {
         for (i, topic) in self.topics.iter().enumerate() {
             if let Err(error) = TopicFilter::new(topic) {

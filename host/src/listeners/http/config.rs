@@ -1,4 +1,4 @@
-//! The `http:` section of the configuration: where to listen and every bound.
+//! The `http:` section of the configuration: addresses and bounds.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use crate::listeners::transport::config::Endpoint;
 use crate::problems::{KeyPath, Problems};
 use crate::units::{ByteSize, Period};
 
-/// Most messages of one batch.
+/// Upper bound of `batch_messages_max`.
 const BATCH_MESSAGES_MOST: u32 = 10_000;
 
 /// Most requests of one HTTP/2 connection at a time.
@@ -21,23 +21,23 @@ const HTTP2_STREAMS_MOST: u64 = 1_000;
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Where to listen; left out: nowhere.
+    /// Addresses to listen on. If unset, there is no HTTP listener.
     pub listeners: Vec<Endpoint>,
-    /// Largest payload of one message; a larger one is answered with 413.
+    /// Largest payload of one message. A larger one is answered with 413.
     pub max_message_size: ByteSize,
-    /// Largest body of a batch; a larger one is answered with 413.
+    /// Largest body of a batch. A larger one is answered with 413.
     pub max_batch_size: ByteSize,
-    /// Messages of one batch; more are answered with 413.
+    /// Most messages in one batch. A larger batch is answered with 413.
     pub batch_messages_max: u32,
     /// Bytes of the bodies of all clients together that are not answered. Past it a body of more than
     /// 4 KiB waits for room before it is read on, and a client that has room and sends less than
     /// 10 KiB in 10 s while others wait is answered with 408. Bodies of HTTP/2 requests that wait may
     /// take as much again, at most 64 KiB each; past it such a request is answered with 429.
     pub partial_bodies_bytes_max: ByteSize,
-    /// Connections at a time. Past it the address with the most connections that wait for a
-    /// request loses its oldest to one with fewer (IPv6: a network of 64 bits; all Unix sockets and
-    /// all behind one load balancer count as one address); else a new one is closed. Each is an
-    /// open file.
+    /// Connections at a time, each of which is an open file. Beyond this, the address with the most
+    /// connections that wait for a request loses its oldest to an address with fewer; otherwise the new
+    /// connection is closed. An IPv6 network of 64 bits counts as one address, and so do all Unix
+    /// sockets, and all clients behind one load balancer.
     pub connections_max: u32,
     /// Requests of one HTTP/2 connection at a time. The client is told this number, and a request past it
     /// is refused. All connections together may have 4,096 requests at a time beside the first of each;
@@ -47,15 +47,17 @@ pub struct Config {
     /// again for PROXY and TLS together. The body of any request may take as long, and a second more
     /// for each KiB.
     pub request_timeout: Period,
-    /// How long a connection is kept that asks nothing, up to the end of its next request's headers.
+    /// How long a connection without a request is kept, measured to the end of the next request's
+    /// headers.
     pub idle_timeout: Period,
-    /// At shutdown, how long requests that are under way may still take.
+    /// How long requests in progress may still take at shutdown.
     pub drain_timeout: Period,
-    /// How long a request with an `Idempotency-Key` is remembered: one that repeats it within is
-    /// answered as the first was, and appends nothing.
+    /// How long a request with an `Idempotency-Key` is remembered. A request that repeats the key in
+    /// this time gets the same answer, and its messages are not stored again.
     pub idempotency_window: Period,
-    /// Keys that are remembered. Past it the client with the most loses its oldest. They are part of
-    /// their stream's state, of which every segment of the stream begins with a copy.
+    /// Number of `Idempotency-Key`s that are remembered. Beyond this, the client with the most keys
+    /// loses its oldest. The keys are part of the state of their stream, and every segment of the stream
+    /// begins with a copy of its state.
     pub idempotency_keys_max: u32,
 }
 
@@ -79,8 +81,8 @@ impl Default for Config {
 }
 
 impl Config {
-    /// Finds everything that is wrong; reads no file. `asks_for_credentials`: `mqtt.access` refuses
-    /// clients that nobody knows.
+    /// Adds every problem of the section. Reads no file. `asks_for_credentials` says whether
+    /// `mqtt.access` refuses unknown clients.
     pub fn validate(&self, path: &KeyPath, asks_for_credentials: bool, problems: &mut Problems) {
         for (i, endpoint) in self.listeners.iter().enumerate() {
             let at = path.key("listeners").index(i);
@@ -111,7 +113,7 @@ impl Config {
         }
     }
 
-    /// Reads the files that it names; adds what is wrong with them.
+    /// Reads the files that the section names and adds what is wrong with them.
     pub fn look(&self, path: &KeyPath, problems: &mut Problems) {
         for (i, endpoint) in self.listeners.iter().enumerate() {
             if let Some(tls) = &endpoint.tls {
@@ -120,7 +122,8 @@ impl Config {
         }
     }
 
-    /// Returns what is legal, but hardly meant; each begins with its key. Reads the files that it names.
+    /// Returns warnings about settings that are valid but probably not intended, each beginning with its
+    /// key. Reads the files that the section names.
     pub fn warnings(&self, takes_secrets: bool) -> Vec<String> {
         let mut warnings = Vec::new();
         for (i, endpoint) in self.listeners.iter().enumerate() {
@@ -140,7 +143,8 @@ impl Config {
         self.max_message_size.0.max(self.max_batch_size.0)
     }
 
-    /// Returns the least commit buffer of a stream that takes all that a request may bring.
+    /// Returns the smallest commit buffer with which a stream can take all messages of the largest
+    /// request.
     pub fn commit_bytes_least(&self) -> u64 {
         if self.listeners.is_empty() { 0 } else { self.body_bytes_max().saturating_add(1 << 20) }
     }

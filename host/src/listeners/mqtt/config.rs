@@ -1,4 +1,4 @@
-//! The `mqtt:` section of the configuration: where to listen and every bound.
+//! The `mqtt:` section of the configuration: addresses and bounds.
 
 use std::net::SocketAddr;
 use std::num::NonZeroU16;
@@ -14,128 +14,127 @@ use crate::listeners::transport::{Bind, SocketMode, origin, websocket};
 use crate::problems::{KeyPath, Problems};
 use crate::units::{ByteSize, Period};
 
-/// Most bytes of retained messages and wills together. A stream's state holds 64 MiB: QoS 2
-/// packet ids need room beside.
+/// Most bytes of retained messages and wills together. The state of a stream holds 64 MiB, and QoS 2
+/// packet ids need the rest.
 const STATE_BYTES_MOST: u64 = 48 << 20;
 
 /// MQTT 3.1.1 and 5.0 for devices and subscribers.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Where to listen; the version of MQTT is found per connection.
+    /// Addresses to listen on. The MQTT version is detected for each connection.
     pub listeners: Vec<Endpoint>,
-    /// Who may connect, publish and subscribe; left out: everybody, everything.
+    /// Who may connect, publish and subscribe. If unset, every client may do everything.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub access: Option<access::Config>,
-    /// How fast and how much.
+    /// Rate and size limits.
     pub limits: access::Limits,
-    /// Largest packet that a client may send; MQTT 5 clients are told.
+    /// Largest packet that a client may send. MQTT 5 clients are told this limit.
     pub max_packet_size: ByteSize,
-    /// Bytes of packets of all clients together that have not come whole. Past it a packet of
-    /// more than 4 KiB waits for room before it is read on, and a client that has room and
-    /// sends less than 10 KiB in 10 s while others wait is disconnected (0x97).
+    /// Bytes of partly received packets of all clients together. Beyond this, a packet of more than 4
+    /// KiB is not read further until there is room for all of it, and a client that has room and sends
+    /// less than 10 KiB in 10 s while others wait is disconnected (0x97).
     pub partial_packets_bytes_max: ByteSize,
-    /// QoS 1 and 2 publishes that an MQTT 5 client may have unacknowledged;
-    /// one more is a protocol error (0x93).
+    /// Unacknowledged QoS 1 and 2 publishes that an MQTT 5 client may have. One more is a protocol error
+    /// (0x93).
     pub receive_maximum: u16,
-    /// QoS 1 and 2 messages in flight: publishes of an MQTT 3.1.1 client that are not
-    /// acknowledged, past which its connection is read no further, and the most that an MQTT 5
-    /// client's Receive Maximum counts for.
+    /// QoS 1 and 2 messages in flight. For publishes of an MQTT 3.1.1 client, its connection is not read
+    /// while so many are unacknowledged. For messages to an MQTT 5 client, this is the upper limit of
+    /// its Receive Maximum.
     pub inflight_max: u16,
-    /// QoS 1 and 2 messages sent to a client that it has not acknowledged, where the client names
-    /// no Receive Maximum, as MQTT 3.1.1 has none; at most `inflight_max`. A client may take fewer
-    /// than are sent and lose the others: a bridge of Mosquitto takes 20 of QoS 2
-    /// (`max_inflight_messages`). More are faster where answers take long.
+    /// Unacknowledged QoS 1 and 2 messages that may be sent to a client that names no Receive Maximum;
+    /// MQTT 3.1.1 has none. At most `inflight_max`. A client may accept fewer messages than it is sent,
+    /// and lose the others: a Mosquitto bridge accepts 20 with QoS 2 (`max_inflight_messages`). A larger
+    /// value is faster if acknowledgements take long.
     pub outbound_inflight_max: u16,
-    /// Topic aliases that an MQTT 5 client may set; 0 turns them off.
+    /// Topic aliases that an MQTT 5 client may set. 0 turns them off.
     pub topic_alias_maximum: u16,
-    /// Topic aliases that the host uses towards an MQTT 5 client that takes some;
-    /// each keeps its topic in memory. 0 turns them off.
+    /// Topic aliases that the host uses for messages to an MQTT 5 client that accepts them. Each keeps
+    /// its topic in memory. 0 turns them off.
     pub outbound_topic_alias_maximum: u16,
-    /// Connections at a time; one more is refused. Each is an open file: the hard limit on
-    /// those (`ulimit -Hn`, `LimitNOFILE=` of systemd) must be higher.
+    /// Connections at a time. A further connection is refused. Each is an open file: the hard limit on
+    /// open files (`ulimit -Hn`, `LimitNOFILE=` of systemd) must be higher.
     pub connections_max: u32,
-    /// Longest keep alive: an MQTT 5 client that asks for a longer one, or for none, is told
-    /// this one (Server Keep Alive) and held to it. Older versions cannot be told; they are
-    /// held to their own. Unset: no bound.
+    /// Longest keep alive. An MQTT 5 client that asks for a longer one, or for none, is told this value
+    /// (Server Keep Alive) and held to it. Clients of older versions cannot be told, and are held to
+    /// their own. If unset, there is no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keep_alive_max: Option<Period>,
-    /// Sessions kept, connected or not; a new one past it is refused.
+    /// Sessions kept, with or without a connected client. A new session beyond this is refused.
     pub sessions_max: u32,
-    /// Longest time that a session is kept without its client; MQTT 3.1.1
-    /// sessions (clean session 0) are kept so long.
+    /// Longest time that a session is kept while its client is not connected. MQTT 3.1.1 sessions with
+    /// clean session 0 are kept for this time.
     pub session_expiry_max: Period,
-    /// Subscriptions of one client. Its filters have at most ten times as many topic
-    /// levels together.
+    /// Subscriptions of one client. Its filters together may have ten times as many topic levels.
     pub subscriptions_per_client_max: u32,
-    /// Bytes of the filters that one client is subscribed to; in memory up to about three times as much.
+    /// Bytes of the filters to which one client is subscribed. In memory they take up to about three
+    /// times as much.
     pub subscription_bytes_per_client_max: ByteSize,
-    /// Messages that wait for one subscriber, connected or away.
+    /// Messages queued for one subscriber, whether it is connected or not.
     pub queue_messages_max: u32,
-    /// Bytes that wait for one subscriber. While a client with a persistent
-    /// session is away they are not in memory, but in their streams.
+    /// Bytes of messages queued for one subscriber. While the client of a persistent session is not
+    /// connected, its messages are not in memory but in their streams.
     pub queue_bytes_max: ByteSize,
-    /// A message that has waited longer is dropped.
+    /// A message that has been queued for longer is dropped.
     pub queue_age_max: Period,
-    /// What happens where one of these bounds is met. A client that is connected
-    /// and whose session ends with its connection is disconnected instead.
+    /// What happens when `queue_messages_max` or `queue_bytes_max` is reached. A connected client whose
+    /// session ends with its connection is disconnected instead.
     pub queue_when_full: WhenFull,
-    /// Bytes of messages that are copied for sessions before retention takes them from
-    /// their streams; past it they are dropped and counted. On disk up to about twice as much.
+    /// Bytes of messages that are copied for sessions before retention removes them from their streams.
+    /// Messages beyond this are dropped and counted. The copies take up to about twice as much on disk.
     pub queue_copies_bytes_max: ByteSize,
-    /// Memory that the queues of all subscribers take together: 64 bytes for each message that
-    /// waits or is in flight, and the messages that are held in memory. One eighth of it is for
-    /// messages of more than 4 KiB that find no room otherwise, of subscribers that read slowly,
-    /// in turn; a client that takes less than 10 KiB of its one in 10 s while others wait is
-    /// disconnected (0x97). Past three quarters of the rest a subscriber gets more only while it
-    /// has less than its part of the last quarter; one that has more meets a full queue. One half
-    /// of that quarter is divided evenly among the sessions whose clients are away, the other half,
-    /// or all of it where none is away, among those whose clients are connected. Beside it each
-    /// session has 1 KiB. Unset: a quarter of the memory that the host may use.
+    /// Memory that the queues of all subscribers take together: 64 bytes for each message that is queued
+    /// or in flight, and the messages that are held in memory. One eighth is reserved for messages of
+    /// more than 4 KiB that find no other room, which subscribers that read slowly use in turn; a client
+    /// that takes less than 10 KiB of such a message in 10 s while others wait is disconnected (0x97).
+    /// The rest is divided as follows. Up to three quarters, subscribers take what they need. Beyond
+    /// that, a subscriber takes more only while it has less than its share of the last quarter; for any
+    /// other the queue is full. Half of that quarter is divided evenly among the sessions whose clients
+    /// are not connected, and the other half (or all of it, if all clients are connected) among those
+    /// whose clients are. In addition, each session has 1 KiB. If unset: a quarter of the memory that
+    /// the host may use.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub queues_bytes_max: Option<ByteSize>,
-    /// Memory that the subscriptions of all clients take together, shared as `queues_bytes_max`
-    /// is; one more is refused in SUBACK (0x97). Unset: an eighth of the memory that the host may
-    /// use.
+    /// Memory that the subscriptions of all clients take together, divided as `queues_bytes_max` is. A
+    /// further subscription is refused in SUBACK (0x97). If unset: an eighth of the memory that the host
+    /// may use.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub subscriptions_bytes_max: Option<ByteSize>,
-    /// Memory that topic aliases, messages that wait for room in their stream and packets that
-    /// are not yet written take for all connections together, shared as `queues_bytes_max` is. A
-    /// client that sets an alias for which there is no room is disconnected (0x97); packets are
-    /// then read and written in smaller pieces. Unset: an eighth of the memory that the host may
-    /// use.
+    /// Memory that topic aliases, messages that wait for room in their stream, and unsent packets take
+    /// for all connections together, divided as `queues_bytes_max` is. Beyond this, a client that sets a
+    /// topic alias is disconnected (0x97), and packets are read and written in smaller pieces. If unset:
+    /// an eighth of the memory that the host may use.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub connections_bytes_max: Option<ByteSize>,
-    /// Retained messages.
+    /// Number of retained messages.
     pub retained_messages_max: u32,
-    /// Bytes of retained messages. They are part of their stream's state, of
-    /// which every segment of the stream begins with a copy.
+    /// Bytes of retained messages. They are part of the state of their stream, and every segment of the
+    /// stream begins with a copy of its state.
     pub retained_bytes_max: ByteSize,
-    /// Bytes of one will with its topic, its properties and the client's id; a client
-    /// with a larger one is refused (0x95). A CONNECT is at most 64 KiB, or this where
-    /// it is more.
+    /// Bytes of one will with its topic, its properties and the client id. A client with a larger will
+    /// is refused (0x95). A CONNECT packet has at most 64 KiB, or this size if it is larger.
     pub will_bytes_max: ByteSize,
-    /// Bytes of all wills; a client whose will finds no room is refused (0x97). They are
-    /// part of their stream's state, as retained messages are: 48 MiB for both.
+    /// Bytes of all wills. A client for whose will there is no room is refused (0x97). Wills are part of
+    /// the state of their stream, as retained messages are; both together have at most 48 MiB.
     pub wills_bytes_max: ByteSize,
-    /// After a restart, the wills of clients that the last run lost are held so
-    /// long at least, for the clients to come back.
+    /// After a restart, how long the wills of clients that were connected before are delayed at least,
+    /// so that the clients can connect again.
     pub will_delay_after_restart: Period,
-    /// Handshakes (PROXY, TLS, WebSocket, CONNECT) in progress at a time, for each
-    /// listener. Past it the address with the most connections that have not sent CONNECT
-    /// loses its oldest to one with fewer (IPv6: a network of 64 bits; all Unix sockets and
-    /// all behind one load balancer count as one address); between equals a connection waits
-    /// a moment, then is closed.
+    /// Handshakes (PROXY, TLS, WebSocket, CONNECT) in progress at a time, for each listener. Beyond
+    /// this, the address with the most connections that have not sent CONNECT loses its oldest to an
+    /// address with fewer; between addresses with equally many, a new connection waits a moment and is
+    /// then closed. An IPv6 network of 64 bits counts as one address, and so do all Unix sockets, and
+    /// all clients behind one load balancer.
     pub handshakes_max: u32,
-    /// From the first byte's wait to the end of CONNECT; before it, as long again
-    /// for PROXY, TLS and WebSocket together.
+    /// Time from the start of MQTT on a connection to the end of its CONNECT packet. PROXY header, TLS
+    /// and WebSocket handshakes together may take as long before that.
     pub connect_timeout: Period,
-    /// At shutdown, how long waiting acknowledgements may still take.
+    /// How long pending acknowledgements may still take at shutdown.
     pub drain_timeout: Period,
-    /// How often `$SYS` topics are published; 0 turns them off.
+    /// How often `$SYS` topics are published. 0 turns them off.
     pub sys_interval: Period,
-    /// Store the client id as property `client-id` with every message, also
-    /// where the topic names the device.
+    /// Store the client id as property `client-id` with every message, even if the topic names the
+    /// device.
     pub keep_client_id: bool,
 }
 
@@ -143,8 +142,8 @@ pub struct Config {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Endpoint {
-    /// Address and port, `127.0.0.1:1883`, port 0 takes a free one; or a Unix
-    /// socket, `unix:/run/headworks/mqtt.sock`.
+    /// Address and port, such as `127.0.0.1:1883`; port 0 selects a free port. Or a Unix socket, such as
+    /// `unix:/run/headworks/mqtt.sock`.
     pub bind: Bind,
     /// Serve TLS on this address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -152,16 +151,16 @@ pub struct Endpoint {
     /// Serve MQTT over WebSocket on this address; `{}` for the defaults.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub websocket: Option<WebSocket>,
-    /// A load balancer is in front and says whose connection it is, by the PROXY
-    /// protocol, version 2. Connections of others are closed.
+    /// A load balancer connects to this address and names the client of each connection in a PROXY
+    /// protocol header, version 2. Connections from other addresses are closed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub proxy_protocol: Option<ProxyProtocol>,
-    /// Mode of the Unix socket's file: who may connect; `"0660"` if unset.
+    /// File mode of the Unix socket, which decides who may connect. `"0660"` if unset.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mode: Option<SocketMode>,
-    /// Serve clients without credentials, as far as `access.rules` let them; with
-    /// `access` this is needed on loopback too. Needed for an address that is not
-    /// loopback, unless `access.authenticate` or `tls.client_ca` asks who is there.
+    /// Serve clients without credentials, as far as `access.rules` allow. Needed for an address that is
+    /// not loopback, unless `access.authenticate` or `tls.client_ca` identifies clients; with `access`
+    /// it is needed on loopback too.
     #[serde(default)]
     pub allow_anonymous: bool,
 }
@@ -170,16 +169,16 @@ pub struct Endpoint {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct WebSocket {
-    /// Path of the URL that clients connect to, or several; `"*"` for any.
+    /// Path of the URL that clients connect to, or several paths. `"*"` allows any path.
     pub path: Paths,
-    /// Largest message that a client may send, in one frame or several; unset:
-    /// twice `max_packet_size`.
+    /// Largest message that a client may send, in one frame or several. If unset: twice
+    /// `max_packet_size`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_frame_size: Option<ByteSize>,
-    /// Web pages that may connect, by their origin as browsers say it
-    /// (`https://plant.example.com`), `"*"` for all. Pages of the host that they
-    /// connect to need no entry where that is an address, `localhost`, or a name with
-    /// TLS here; clients that are no browsers send no `Origin` and are not held to it.
+    /// Web pages that may connect, by origin as a browser sends it (`https://plant.example.com`); `"*"`
+    /// allows all. A page that was served from the same host name needs no entry if that name is an
+    /// address, `localhost`, or a name that this listener serves with TLS. Clients that are not browsers
+    /// send no `Origin`, and this list does not apply to them.
     pub origins: Vec<String>,
 }
 
@@ -192,7 +191,7 @@ pub enum Paths {
 }
 
 impl Default for Paths {
-    /// What clients ask for that are given none.
+    /// Paths that clients use if none is configured in them.
     fn default() -> Self {
         Self::Several(["/mqtt", "/", "/ws"].map(str::to_owned).into())
     }
@@ -267,12 +266,12 @@ impl Default for Config {
 }
 
 impl Config {
-    /// Returns how many QoS 1 and 2 messages a client is sent that it has not acknowledged.
+    /// Returns the number of unacknowledged QoS 1 and 2 messages that may be sent to a client.
     pub fn outbound_window(&self, receive_maximum: Option<NonZeroU16>) -> u16 {
         receive_maximum.map_or(self.outbound_inflight_max, NonZeroU16::get).min(self.inflight_max)
     }
 
-    /// Finds everything that is wrong; reads no file.
+    /// Adds every problem of the section. Reads no file.
     pub fn validate(&self, path: &KeyPath, problems: &mut Problems) {
         for (i, endpoint) in self.listeners.iter().enumerate() {
             let at = path.key("listeners").index(i);
@@ -342,7 +341,7 @@ impl Config {
         }
     }
 
-    /// Reads the files that it names; adds what is wrong with them.
+    /// Reads the files that the section names and adds what is wrong with them.
     pub fn look(&self, path: &KeyPath, problems: &mut Problems) {
         for (i, endpoint) in self.listeners.iter().enumerate() {
             if let Some(tls) = &endpoint.tls {
@@ -354,19 +353,19 @@ impl Config {
         }
     }
 
-    /// Whether clients that nobody knows are refused.
+    /// Returns whether clients that no authenticator recognises are refused.
     pub fn asks_for_credentials(&self) -> bool {
         self.access.as_ref().is_some_and(|access| !access.authenticate.is_empty())
     }
 }
 
 impl Endpoint {
-    /// Plain MQTT.
+    /// Returns an endpoint for plain MQTT.
     pub fn at(bind: Bind) -> Self {
         Self { bind, tls: None, websocket: None, proxy_protocol: None, mode: None, allow_anonymous: false }
     }
 
-    /// `mqtt`, `mqtt tls`, `mqtt websocket tls proxied`
+    /// Returns the kind of the endpoint: `mqtt`, `mqtt tls`, `mqtt websocket tls proxied`.
     pub fn kind(&self) -> String {
         let mut kind = "mqtt".to_owned();
         let layers = [
@@ -378,7 +377,7 @@ impl Endpoint {
         kind
     }
 
-    /// Returns what it is below WebSocket and MQTT.
+    /// Returns the endpoint's settings below WebSocket and MQTT.
     pub fn entry(&self) -> transport::Endpoint {
         transport::Endpoint {
             bind: self.bind.clone(),

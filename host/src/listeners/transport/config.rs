@@ -14,48 +14,48 @@ use crate::problems::{KeyPath, Problems};
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Endpoint {
-    /// Address and port, port 0 takes a free one; or a Unix socket, `unix:` and an absolute path.
+    /// Address and port; port 0 selects a free port. Or a Unix socket: `unix:` and an absolute path.
     pub bind: Bind,
     /// Serve TLS on this address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls: Option<Tls>,
-    /// A load balancer is in front and says whose connection it is, by the PROXY
-    /// protocol, version 2. Connections of others are closed.
+    /// A load balancer connects to this address and names the client of each connection in a PROXY
+    /// protocol header, version 2. Connections from other addresses are closed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub proxy_protocol: Option<ProxyProtocol>,
-    /// Mode of the Unix socket's file: who may connect; `"0660"` if unset.
+    /// File mode of the Unix socket, which decides who may connect. `"0660"` if unset.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mode: Option<SocketMode>,
-    /// Serve clients without credentials, as far as `mqtt.access.rules` let them; with
-    /// `mqtt.access` this is needed on loopback too. Needed for an address that is not
-    /// loopback, unless `mqtt.access.authenticate` or `tls.client_ca` asks who is there.
+    /// Serve clients without credentials, as far as `mqtt.access.rules` allow. Needed for an address
+    /// that is not loopback, unless `mqtt.access.authenticate` or `tls.client_ca` identifies clients;
+    /// with `mqtt.access` it is needed on loopback too.
     #[serde(default)]
     pub allow_anonymous: bool,
 }
 
-/// Certificate files, PEM. Read again when they change, and on SIGHUP; new
-/// connections then get the new ones, and files that do not work leave the old in use.
+/// Certificate files in PEM format. They are read again when they change, and on SIGHUP. New connections
+/// use the new certificates; if the new files cannot be used, the old certificates stay in use.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Tls {
-    /// The server's certificate, then its intermediates.
+    /// The server's certificate, followed by its intermediates.
     pub cert: PathBuf,
     /// The private key of `cert`.
     pub key: PathBuf,
-    /// Certificate authorities for clients. A certificate in it that is no CA's
-    /// lets in the client that shows this very certificate, and signs nobody.
+    /// Certificate authorities for client certificates. A certificate in this file that is not a CA
+    /// admits only a client that presents this very certificate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub client_ca: Option<PathBuf>,
-    /// Whether a client must show a certificate, where `client_ca` is set. With
-    /// `optional` one without is held to `access.authenticate` and `allow_anonymous`.
+    /// Whether a client must present a certificate, if `client_ca` is set. With `optional`,
+    /// `access.authenticate` and `allow_anonymous` decide about a client without one.
     #[serde(default)]
     pub client_cert: ClientCert,
-    /// Revocation lists: one of each CA that signs clients, and any of the CAs above
-    /// those. A client is refused whose own certificate or a CA's on the way to `client_ca`
-    /// is listed, or whose own CA has no list.
+    /// Revocation lists: one for each CA that signs client certificates, and any for the CAs above. A
+    /// client is refused if its certificate or a CA in its chain is listed, or if the CA that signed its
+    /// certificate has no list.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub crl: Option<PathBuf>,
-    /// What in a client's certificate says who it is.
+    /// The part of a client's certificate that becomes its user name.
     #[serde(default)]
     pub identity: Identity,
 }
@@ -78,44 +78,47 @@ pub enum Identity {
     San,
 }
 
-/// Who may say whose connection it is.
+/// Load balancers that may name the client of a connection.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ProxyProtocol {
-    /// Networks of the load balancers, `10.0.0.0/8`.
+    /// Networks of the load balancers, such as `10.0.0.0/8`.
     pub from: Vec<Network>,
 }
 
 impl Endpoint {
-    /// Plain connections.
+    /// Returns an endpoint for plain connections.
     pub fn at(bind: Bind) -> Self {
         Self { bind, tls: None, proxy_protocol: None, mode: None, allow_anonymous: false }
     }
 
-    /// Names what is served there, with its layers: `http tls proxied`.
+    /// Names the protocol served at this endpoint with its layers: `http tls proxied`.
     pub fn kind(&self, protocol: &str) -> String {
         let tls = if self.tls.is_some() { " tls" } else { "" };
         let proxied = if self.proxy_protocol.is_some() { " proxied" } else { "" };
         format!("{protocol}{tls}{proxied}")
     }
 
-    /// Whether only clients of this machine get here. A load balancer on it brings others.
+    /// Returns whether only clients of this machine can connect. A load balancer on this machine
+    /// forwards other clients.
     pub fn is_local(&self) -> bool {
         self.bind.is_loopback() && self.proxy_protocol.is_none()
     }
 
-    /// Whether it is local, its clients prove who they are, or a person has allowed everybody.
+    /// Returns whether the endpoint is local, its clients are authenticated, or the config allows
+    /// anonymous clients.
     fn is_safe(&self) -> bool {
         let mutual = self.tls.as_ref().is_some_and(Tls::requires_certificates);
         self.is_local() || mutual || self.allow_anonymous
     }
 
-    /// Whether secrets that clients send can be read on the way.
+    /// Returns whether secrets that clients send can be read on the network.
     pub fn is_clear_text(&self) -> bool {
         self.tls.is_none() && !self.is_local() && self.proxy_protocol.is_none()
     }
 
-    /// Adds what is wrong with it; reads no file. `asks_for_credentials`: who is not known is refused.
+    /// Adds what is wrong with the endpoint. Reads no file. `asks_for_credentials` says whether unknown
+    /// clients are refused.
     pub fn validate(&self, at: &KeyPath, asks_for_credentials: bool, problems: &mut Problems) {
         if !self.is_safe() && !asks_for_credentials {
             problems.add(
@@ -158,12 +161,12 @@ impl Endpoint {
 }
 
 impl Tls {
-    /// Whether nobody gets in without a certificate.
+    /// Returns whether every client needs a certificate.
     fn requires_certificates(&self) -> bool {
         self.client_ca.is_some() && self.client_cert == ClientCert::Required
     }
 
-    /// Yields its files, each with its key.
+    /// Returns the files of the endpoint, each with its key.
     pub fn files(&self) -> impl Iterator<Item = (&'static str, &Path)> {
         let Self { cert, key, client_ca, crl, .. } = self;
         let files = [
@@ -175,7 +178,7 @@ impl Tls {
         files.into_iter().filter_map(|(name, file)| Some((name, &**file?)))
     }
 
-    /// Reads the files; adds what is wrong with them.
+    /// Reads the files and adds what is wrong with them.
     pub fn look(&self, at: &KeyPath, problems: &mut Problems) {
         let mut all_there = true;
         for (key, file) in self.files() {
@@ -189,7 +192,7 @@ impl Tls {
         }
     }
 
-    /// Returns what is legal, but hardly meant. Reads the files.
+    /// Returns warnings about settings that are valid but probably not intended. Reads the files.
     pub fn warnings(&self, at: &str) -> Vec<String> {
         let mut warnings = Vec::new();
         if crate::access::is_for_all(&self.key) {

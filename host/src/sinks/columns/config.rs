@@ -30,45 +30,42 @@ const WORDS: [&str; 7] = ["time", "received", "topic", "last_level", "device", "
 #[derive(Clone, Debug, PartialEq)]
 pub struct ColumnsConfig(pub Vec<(String, ColumnConfig)>);
 
-/// Where a column's value comes from: `$time` (the device's own, else when it was
-/// received), `$received`, `$topic`, `$last_level` (of the topic), `$device`,
-/// `$payload`, `$route`, `$` and the name of a level in `topics:`, or a JSON
-/// pointer such as `/value`.
+/// Source of a column's value: `$time` (the time that the device sent, otherwise the time of receipt),
+/// `$received`, `$topic`, `$last_level` (of the topic), `$device`, `$payload`, `$route`, `$` and the
+/// name of a level in `topics:`, or a JSON pointer such as `/value`.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub enum ColumnConfig {
     /// `$device`, `/value`
     Source(String),
-    /// The first of these that is there and not null.
+    /// Several sources. The first whose value exists and is not null is used.
     Sources(Vec<String>),
-    /// With its type.
+    /// One or several sources, with further options.
     Full(FullColumn),
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct FullColumn {
-    /// One source, or several: the first that is there and not null.
+    /// One source, or several, of which the first whose value exists and is not null is used.
     pub from: OneOrMany,
-    /// Type of the column, needed where Headworks creates the table; a table
-    /// that exists says it itself.
+    /// Type of the column, needed if Headworks creates the table. An existing table has its own types.
     #[serde(default, rename = "type", skip_serializing_if = "Option::is_none")]
     pub kind: Option<Kind>,
-    /// A message without this value goes to dead letters (NOT NULL).
+    /// A message without this value becomes a dead letter (NOT NULL).
     #[serde(default)]
     pub required: bool,
-    /// A time is written to this `bigint` column as a number in this unit since
-    /// 1970. Without it `$time` and `$received` are microseconds, and numbers of
-    /// the payload are written as they are.
+    /// Unit, since 1970, in which a time is written to this `bigint` column. If unset, `$time` and
+    /// `$received` are written in microseconds, and numbers of the payload are written unchanged.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unit: Option<Unit>,
-    /// The zone of times that do not say theirs: `UTC`, `+02:00`. Without it
-    /// such a message goes to dead letters.
+    /// Time zone of times that name none: `UTC`, `+02:00`. If unset, a message with such a time becomes
+    /// a dead letter.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub zone: Option<String>,
 }
 
-/// Of a time as a number.
+/// Unit of a time that is written as a number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Unit {
@@ -79,7 +76,7 @@ pub enum Unit {
 }
 
 impl Unit {
-    /// Of microseconds since 1970; `None` where it does not fit.
+    /// Converts microseconds since 1970 to this unit. Returns `None` if the result is out of range.
     pub fn of_us(self, us: i64) -> Option<i64> {
         match self {
             Self::S => Some(us.div_euclid(1_000_000)),
@@ -120,7 +117,7 @@ impl ColumnConfig {
         }
     }
 
-    /// As said, else what its first source is.
+    /// Returns the configured type, otherwise the type of the first source.
     pub fn kind(&self) -> Option<Kind> {
         if let Self::Full(FullColumn { kind: Some(kind), .. }) = self {
             return Some(*kind);
@@ -210,7 +207,7 @@ impl ColumnsConfig {
         }
     }
 
-    /// The part of `validate` that needs the topic namespace.
+    /// Validates the sources that name a level of the topic.
     pub fn validate_namespace(&self, namespace: &Namespace, path: &KeyPath, problems: &mut Problems) {
         for (name, column) in &self.0 {
             for source in column.sources() {

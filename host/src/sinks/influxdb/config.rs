@@ -1,4 +1,4 @@
-//! What a user says of an InfluxDB sink.
+//! Configuration of an InfluxDB sink.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -29,80 +29,87 @@ use crate::units::Period;
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Where: `http://127.0.0.1:8086`. What follows the port stands in front of the API's paths.
+    /// URL of the server, such as `http://127.0.0.1:8086`. A path in it is put in front of the paths of
+    /// the API.
     pub url: String,
     /// Version of the write API: `1` (`/write`; also VictoriaMetrics), `2` (`/api/v2/write`) or `3`
     /// (`/api/v3/write_lp`).
     #[schemars(range(min = 1, max = 3))]
     pub version: u8,
-    /// Database of version 1 or 3.
+    /// Database, for version 1 or 3.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub database: Option<String>,
-    /// Retention policy of version 1; without it the database's default.
+    /// Retention policy, for version 1. If unset, the database's default applies.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub retention_policy: Option<String>,
-    /// Organization of version 2, by name or id.
+    /// Organization, for version 2, by name or id.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub org: Option<String>,
-    /// Bucket of version 2, by name or id.
+    /// Bucket, for version 2, by name or id.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bucket: Option<String>,
-    /// The API token, read again at each connect.
+    /// The API token. It is read again at each connect.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token: Option<Password>,
-    /// User, where there is no token.
+    /// User name, if there is no token.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
-    /// The user's password, read again at each connect.
+    /// Password of the user. It is read again at each connect.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub password: Option<Password>,
-    /// Certificates, for a url of https.
+    /// Certificates, for an https URL.
     pub tls: Tls,
     /// The measurement: its name, or a source such as `$last_level` or `/metric`.
     pub measurement: String,
-    /// Which tag gets what of a message, as text. A tag without a value is left out.
+    /// Maps each tag to the source of its value, which is written as text. A tag without a value is left
+    /// out.
     pub tags: ColumnsConfig,
-    /// Which field gets what of a message. With `type` `double`, `bigint`, `bool`, `text` or `jsonb` (written as
-    /// text); without it a number is a float, and what is no number or true or false is text. A field without a value
-    /// is left out; a message without any goes to dead letters.
+    /// Maps each field to the source of its value. `type` is `double`, `bigint`, `bool`, `text` or
+    /// `jsonb` (written as text). If unset, a number is written as a float, true and false as a boolean,
+    /// and any other value as text. A field without a value is left out; a message without any field
+    /// becomes a dead letter.
     pub fields: ColumnsConfig,
-    /// The point's time: `$time`, the device's own, else when the message was received; or another source.
+    /// Time of the point: `$time` is the time that the device sent, otherwise the time of receipt. Or
+    /// another source.
     pub time: ColumnConfig,
-    /// What keeps messages of one series and one microsecond apart, which would be one point: `nanoseconds` fills the
-    /// digits below the microsecond from the message's offset, `none` leaves them 0.
+    /// Keeps messages of one series and one microsecond apart, which would be the same point.
+    /// `nanoseconds` fills the digits below the microsecond from the message's offset, `none` leaves
+    /// them 0.
     pub spread: Spread,
-    /// Unit of the times that are sent. A point keeps no more than that, and `spread` needs `ns`.
+    /// Unit of the times that are sent, which is also the precision of a point's time. `spread` needs
+    /// `ns`.
     pub precision: Precision,
-    /// Compress what is sent.
+    /// Compress requests.
     pub gzip: bool,
     /// When a batch is written.
     pub batch: BatchConfig,
     /// What retention of the stream does while this sink lags.
     pub on_lag: OnLag,
-    /// The name that this sink had: it goes on where the sink of that name was.
+    /// Former name of this sink. It continues at the position of the sink with that name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub renamed_from: Option<String>,
-    /// Where to begin without a position: `start`, with the first message that the stream has, or `now`, with what
-    /// came after the first start of the host that had this key. Left out: at the start, but not where another sink
-    /// that this host does not have wrote the stream to the same place.
+    /// Where to begin without a position: `start` with the first message that the stream has, `now`
+    /// after the messages that the stream had at the first start of the host with this key. If unset: at
+    /// the start, except if another sink, which this host does not have, wrote this stream to the same
+    /// place.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub begin: Option<Begin>,
-    /// How long to connect may take.
+    /// How long connecting may take.
     pub connect_timeout: Period,
     /// How long one request may take. A batch that takes longer is halved.
     pub timeout: Period,
 }
 
-/// Certificates of a connection by https.
+/// Certificates of an https connection.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Tls {
-    /// PEM file of the CAs that are trusted; without it the system's.
+    /// PEM file of trusted CAs. If unset, the system's CAs are trusted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ca: Option<PathBuf>,
 }
 
-/// What keeps messages of one series and one microsecond apart.
+/// How messages of one series and one microsecond are kept apart.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Spread {
@@ -166,7 +173,7 @@ impl Default for Config {
 }
 
 impl Config {
-    /// The measurement's source, where it is none that has a name.
+    /// Returns the source of the measurement, or `None` if the measurement has a fixed name.
     pub fn measurement_source(&self) -> Option<ColumnsConfig> {
         let is_source = self.measurement.starts_with(['$', '/']);
         let source = || {
@@ -181,7 +188,7 @@ impl Config {
         is_source.then(|| ColumnsConfig(vec![("measurement".to_owned(), source())]))
     }
 
-    /// The time as the only column; it must have a value.
+    /// Returns the time as the only column. It must have a value.
     pub fn time_source(&self) -> ColumnsConfig {
         let from = OneOrMany::Many(self.time.sources().to_vec());
         let (unit, zone) = (self.time.unit(), self.time.zone().map(str::to_owned));
@@ -189,7 +196,7 @@ impl Config {
         ColumnsConfig(vec![("time".to_owned(), ColumnConfig::Full(time))])
     }
 
-    /// Names what the sink writes to: `127.0.0.1:8086 database iot`.
+    /// Returns the name of the place that the sink writes to: `127.0.0.1:8086 database iot`.
     fn place(&self) -> String {
         let server = Address::parse(&self.url).map_or("(url not valid)".to_owned(), |it| it.authority);
         let named = |noun: &str, name: &Option<String>| name.as_ref().map(|name| format!(" {noun} {name}"));
@@ -200,7 +207,8 @@ impl Config {
         server + &parts.into_iter().flatten().collect::<String>()
     }
 
-    /// The keys that name where points go, with whether the version needs them; `None`: it has none.
+    /// Returns the keys that name the place, with whether the version needs them; `None` if the version
+    /// does not have the key.
     fn places(&self) -> [(&'static str, &Option<String>, Option<bool>); 4] {
         let of = |needed: [Option<bool>; 4]| {
             let [database, policy, org, bucket] = needed;
@@ -312,7 +320,7 @@ impl SinkConfig for Config {
         measurement.iter().for_each(|source| source.validate_namespace(namespace, path, problems));
     }
 
-    /// Tries the certificates, the token and the password.
+    /// Reads the certificates, the token and the password, and adds what is wrong with them.
     fn look(&self, path: &KeyPath, problems: &mut Problems) {
         for (key, secret) in [("token", &self.token), ("password", &self.password)] {
             secret.iter().for_each(|secret| secret.look(key, &path.key(key), problems));
@@ -349,7 +357,7 @@ impl SinkConfig for Config {
 }
 
 impl Config {
-    /// What InfluxDB keeps for itself, and what would be two things of one name.
+    /// Adds a problem for names that InfluxDB reserves, and for a tag and a field with the same name.
     fn validate_names(&self, path: &KeyPath, problems: &mut Problems) {
         if !self.tags.0.is_empty() {
             self.tags.validate(&path.key("tags"), problems);
@@ -391,7 +399,7 @@ impl Config {
         }
     }
 
-    /// PEM file of the CAs that are trusted.
+    /// Returns the PEM file of the CAs that are trusted.
     pub fn ca_file(&self) -> Result<PathBuf, String> {
         trust::ca_file(self.tls.ca.as_deref()).map_err(|reason| format!("{reason} in tls.ca"))
     }

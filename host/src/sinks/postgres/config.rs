@@ -1,4 +1,4 @@
-//! What a user says of a PostgreSQL sink.
+//! Configuration of a PostgreSQL sink.
 
 use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
 
@@ -23,62 +23,60 @@ use crate::units::Period;
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Where: `postgres://writer@127.0.0.1:5432/iot`. Several hosts are tried in
-    /// order; `?target_session_attrs=read-write` finds the primary among them. See the
-    /// options that it takes in docs/databases.md.
+    /// URL of the server, such as `postgres://writer@127.0.0.1:5432/iot`. Several hosts are tried in
+    /// order; `?target_session_attrs=read-write` selects the primary among them. docs/databases.md lists
+    /// the supported options.
     pub url: Url,
-    /// The user's password, read again at each connect.
+    /// Password of the user. It is read again at each connect.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub password: Option<Password>,
-    /// Table, or schema and table: `telemetry`, `iot.telemetry`.
+    /// Table, with or without its schema: `telemetry`, `iot.telemetry`.
     pub table: String,
-    /// Which column gets what of a message. The default is the table
-    /// `time, device_id, location, metric, value`.
+    /// Maps each column to the source of its value. The default is the table `time, device_id, location,
+    /// metric, value`.
     pub columns: ColumnsConfig,
-    /// Create the table and its index (device, time) where it is missing.
+    /// Create the table and its index (device, time) if the table is missing.
     pub create: bool,
-    /// Used when Headworks creates the table and TimescaleDB is there.
+    /// Used if Headworks creates the table and TimescaleDB is installed.
     pub hypertable: Hypertable,
-    /// What happens to a row that meets a unique key of the table: `reject` puts
-    /// it into dead letters, `ignore` leaves it out and counts it, `upsert` puts
-    /// it in the place of the row that is there. `auto` is read as `ignore`.
+    /// What happens to a row that violates a unique key of the table: `reject` makes it a dead letter,
+    /// `ignore` leaves it out and counts it, `upsert` replaces the existing row. `auto` is read as
+    /// `ignore`.
     pub on_conflict: OnConflict,
     /// When a batch is written.
     pub batch: BatchConfig,
     /// What retention of the stream does while this sink lags.
     pub on_lag: OnLag,
-    /// The name that this sink had: it goes on where the sink of that name was.
+    /// Former name of this sink. It continues at the position of the sink with that name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub renamed_from: Option<String>,
-    /// Where to begin without a position: `start`, with the first message that the
-    /// stream has, or `now`, with what came after the first start of the host that
-    /// had this key. Left out: at the start, but not into a table that the stream
-    /// was written to before.
+    /// Where to begin without a position: `start` with the first message that the stream has, `now`
+    /// after the messages that the stream had at the first start of the host with this key. If unset: at
+    /// the start, except for a table to which the stream was written before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub begin: Option<Begin>,
-    /// As in PostgreSQL. `disable`: plain. `prefer`: TLS where the server has it,
-    /// nothing verified. `require`: TLS or nothing; verified as `verify-ca` only
-    /// where `tls.ca` is given. `verify-ca`: the server's certificate must come
-    /// from the CA, or be listed in `tls.ca` itself. `verify-full`: and name the
-    /// host, in its common name where it has no alternative names. Also read from
-    /// the url.
+    /// TLS mode, as in PostgreSQL. `disable`: no TLS. `prefer`: TLS if the server has it, without
+    /// verification. `require`: TLS only; verified as with `verify-ca` if `tls.ca` is set. `verify-ca`:
+    /// the server's certificate must be signed by the CA, or be listed in `tls.ca` itself.
+    /// `verify-full`: the certificate must also name the host, in its common name if it has no
+    /// alternative names. Also read from the URL.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sslmode: Option<SslMode>,
-    /// Certificates.
+    /// Certificates of the TLS connection.
     pub tls: Tls,
-    /// How long to connect and to log in may take, for each address of each host of
-    /// the url. A host that does not answer in time is passed over for the next.
+    /// How long connecting and logging in may take, for each address of each host of the URL. If a host
+    /// does not answer in time, the next one is tried.
     pub connect_timeout: Period,
     /// How long to wait for a lock (`lock_timeout`).
     pub lock_timeout: Period,
     /// How long one batch may take (`statement_timeout`).
     pub statement_timeout: Period,
-    /// After how long without an answer a dead connection is given up
+    /// Time without an answer after which a connection is considered dead
     /// (`idle_in_transaction_session_timeout`, TCP keep-alive, TCP user timeout).
     pub dead_after: Period,
 }
 
-/// A connection URL; a password in it is never shown.
+/// A connection URL. A password in it is never shown.
 #[derive(Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(transparent)]
 pub struct Url(pub String);
@@ -97,27 +95,27 @@ pub enum SslMode {
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Tls {
-    /// PEM file of the CAs that are trusted, or of the server's own certificate;
-    /// without it the system's.
+    /// PEM file of trusted CAs, or of the server's own certificate. If unset, the system's CAs are
+    /// trusted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ca: Option<PathBuf>,
     /// PEM file of the client's certificate.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cert: Option<PathBuf>,
-    /// PEM file of its key.
+    /// PEM file of the private key of `cert`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub key: Option<PathBuf>,
 }
 
-/// TimescaleDB: time chunks, compressed after a while, then removed.
+/// Settings of a TimescaleDB hypertable: its chunks are compressed, and later removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Hypertable {
     /// Time that one chunk covers.
     pub chunk: Period,
-    /// Age from which a chunk is compressed.
+    /// Age at which a chunk is compressed.
     pub compress_after: Period,
-    /// Age from which a chunk is removed.
+    /// Age at which a chunk is removed.
     pub retention: Period,
 }
 
@@ -221,7 +219,7 @@ impl SinkConfig for Config {
         warnings
     }
 
-    /// Tries the certificates and the password.
+    /// Reads the certificates and the password, and adds what is wrong with them.
     fn look(&self, path: &KeyPath, problems: &mut Problems) {
         if let Some(password) = &self.password {
             password.look("password", &path.key("password"), problems);
@@ -260,7 +258,8 @@ impl Hypertable {
 }
 
 impl Url {
-    /// For the library, and the `sslmode` that the library does not know all of.
+    /// Parses the URL for the library, with the `sslmode`, of which the library does not know all
+    /// values.
     pub fn parse(&self) -> Result<tokio_postgres::Config, String> {
         let (rest, _) = self.split();
         tokio_postgres::Config::from_str(&rest).map_err(|error| {
@@ -286,7 +285,7 @@ impl Url {
         (rest, mode)
     }
 
-    /// `db.example.com:5432/iot`, no user, no password.
+    /// Returns the target without user and password: `db.example.com:5432/iot`.
     pub fn target(&self) -> String {
         let Ok(config) = self.parse() else { return "(url not valid)".to_owned() };
         if self.misplaced().is_some() {
@@ -345,13 +344,14 @@ impl Url {
         }
     }
 
-    /// Names of the options behind the question mark.
+    /// Returns the names of the options in the URL.
     fn options(&self) -> impl Iterator<Item = &str> {
         let query = self.0.split_once('?').map_or("", |(_, query)| query);
         query.split('&').filter_map(|pair| Some(pair.split_once('=')?.0))
     }
 
-    /// Says which options have no effect, because a key of the sink counts.
+    /// Returns a warning for each option of the URL that has no effect, because a key of the sink takes
+    /// precedence.
     pub fn warnings(&self, path: &str) -> Vec<String> {
         let key = |option| match option {
             "connect_timeout" => Some("connect_timeout"),
@@ -368,7 +368,7 @@ impl Url {
     }
 }
 
-/// Returns what to do about an option of a url that the library does not take.
+/// Returns what to do about an option of the URL that the library does not accept.
 fn hint(error: &str) -> &'static str {
     let is_about = |options: &[&str]| options.iter().any(|option| error.contains(&format!("`{option}`")));
     if is_about(&["sslrootcert", "sslcert", "sslkey"]) {
@@ -411,8 +411,7 @@ impl Serialize for Url {
 }
 
 impl Url {
-    /// What stands before the host, and what follows from there. An @ in a
-    /// password is a part of the first, and so is a question mark.
+    /// Splits the URL before the host. An @ or a question mark in a password belongs to the first part.
     fn user_info(&self) -> Option<(&str, &str)> {
         let (_, rest) = self.0.split_once("://")?;
         let head = rest.split('?').next().unwrap_or_default();
@@ -424,7 +423,8 @@ impl Url {
         (head.contains(':') && !head.contains('/')).then(|| rest.rsplit_once('@')).flatten()
     }
 
-    /// A character of the user or password that must be percent-encoded (RFC 3986, 3.2.1), and how.
+    /// Returns the first character of the user or password that must be percent-encoded (RFC 3986,
+    /// 3.2.1), and its encoding.
     fn misplaced(&self) -> Option<(char, &'static str)> {
         let (user_info, _) = self.user_info()?;
         [('@', "%40"), ('/', "%2F"), ('?', "%3F")].into_iter().find(|(c, _)| user_info.contains(*c))

@@ -1,4 +1,4 @@
-//! What a user says of a SQLite sink.
+//! Configuration of a SQLite sink.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -22,30 +22,29 @@ use crate::units::Period;
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// The file; made where it is missing, its folder too.
+    /// The database file. The file and its folder are created if missing.
     pub path: PathBuf,
-    /// Table: `telemetry`.
+    /// Table, such as `telemetry`.
     pub table: String,
-    /// Which column gets what of a message. The default is the table
-    /// `time, device_id, location, metric, value`.
+    /// Maps each column to the source of its value. The default is the table `time, device_id, location,
+    /// metric, value`.
     pub columns: ColumnsConfig,
-    /// Create the table and its index (device, time) where it is missing.
+    /// Create the table and its index (device, time) if the table is missing.
     pub create: bool,
-    /// What happens to a row that meets a unique key of the table: `reject` puts
-    /// it into dead letters, `ignore` leaves it out and counts it, `upsert` puts
-    /// it in the place of the row that is there. `auto` is read as `ignore`.
+    /// What happens to a row that violates a unique key of the table: `reject` makes it a dead letter,
+    /// `ignore` leaves it out and counts it, `upsert` replaces the existing row. `auto` is read as
+    /// `ignore`.
     pub on_conflict: OnConflict,
     /// When a batch is written.
     pub batch: BatchConfig,
     /// What retention of the stream does while this sink lags.
     pub on_lag: OnLag,
-    /// The name that this sink had: it goes on where the sink of that name was.
+    /// Former name of this sink. It continues at the position of the sink with that name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub renamed_from: Option<String>,
-    /// Where to begin without a position: `start`, with the first message that the
-    /// stream has, or `now`, with what came after the first start of the host that
-    /// had this key. Left out: at the start, but not into a table that the stream
-    /// was written to before.
+    /// Where to begin without a position: `start` with the first message that the stream has, `now`
+    /// after the messages that the stream had at the first start of the host with this key. If unset: at
+    /// the start, except for a table to which the stream was written before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub begin: Option<Begin>,
     /// How long to wait for another program that writes to the file.
