@@ -57,31 +57,31 @@ pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_problems",
         kind: MetricKind::Gauge,
-        help: "Problems that a person should act on, by kind; `headworks status` and /api/problems name each.",
+        help: "Problems that need an operator, by kind. `headworks status` and /api/problems list each problem.",
         labels: &["kind"],
     },
     Metric {
         name: "headworks_data_free_bytes",
         kind: MetricKind::Gauge,
-        help: "Bytes that the host may still write to the disk of the data folder.",
+        help: "Bytes that the host can still write to the file system that holds the data folder.",
         labels: &[],
     },
     Metric {
         name: "headworks_data_disk_bytes",
         kind: MetricKind::Gauge,
-        help: "Size of the disk of the data folder in bytes.",
+        help: "Size in bytes of the file system that holds the data folder.",
         labels: &[],
     },
     Metric {
         name: "headworks_sink_works",
         kind: MetricKind::Gauge,
-        help: "1 while the sink writes, 0 while it starts, retries, holds or has stopped, or its pipeline holds or has stopped.",
+        help: "1 while the sink writes; 0 while the sink starts, retries, is held or has stopped, or its pipeline is held or has stopped.",
         labels: &["pipeline", "sink"],
     },
     Metric {
         name: "headworks_sink_lag_seconds",
         kind: MetricKind::Gauge,
-        help: "Age of the oldest message that the sink has not committed, 0 where it has all.",
+        help: "Age of the oldest message that the sink has not committed, 0 if it has committed all.",
         labels: &["pipeline", "sink"],
     },
 ];

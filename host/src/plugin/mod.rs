@@ -114,37 +114,37 @@ pub const METRICS: &[Metric] = &[
     Metric {
         name: "headworks_step_messages_total",
         kind: MetricKind::Counter,
-        help: "Messages that a step let pass (after it: one made of many counts as one), dropped or refused, by outcome: passed, dropped, refused, and skipped, which are those of the passed that the plugin failed on (`on_failure: pass`).",
+        help: "Messages of the step, by outcome: passed (one message that became several counts once), dropped, refused, and skipped, which is the part of passed on which the plugin failed (`on_failure: pass`).",
         labels: &["pipeline", "step", "outcome"],
     },
     Metric {
         name: "headworks_step_faults_total",
         kind: MetricKind::Counter,
-        help: "Calls of a plugin that trapped, passed a limit or answered nonsense.",
+        help: "Calls of the plugin that trapped, exceeded a limit or returned an invalid answer.",
         labels: &["pipeline", "step"],
     },
     Metric {
         name: "headworks_plugin_instances_total",
         kind: MetricKind::Counter,
-        help: "Instances started; one that faulted or outgrew its memory is replaced.",
+        help: "Plugin instances that were started. An instance that faulted or exceeded its memory limit is replaced by a new one.",
         labels: &["pipeline", "step"],
     },
     Metric {
         name: "headworks_plugin_compiles_total",
         kind: MetricKind::Counter,
-        help: "Plugins compiled; the others came from the cache.",
+        help: "Plugins that were compiled. Plugins that were loaded from the cache are not counted.",
         labels: &[],
     },
     Metric {
         name: "headworks_access_plugin_calls_total",
         kind: MetricKind::Counter,
-        help: "Calls of access plugins, by outcome: accepted, refused, passed (left to the next authenticator), asked (another round), answered (questions that rules leave open), fault (trapped, over a limit, or a bad answer: the client, or what was asked, is refused).",
+        help: "Calls of access plugins, by outcome: accepted, refused, passed (left to the next authenticator), asked (another round of authentication is needed), answered (questions that rules leave open), fault (the call trapped, exceeded a limit or returned an invalid answer, and the client or its request is refused).",
         labels: &["outcome"],
     },
     Metric {
         name: "headworks_plugin_log_lines_dropped_total",
         kind: MetricKind::Counter,
-        help: "Log lines that plugins wrote past 100 a second or 64 KiB a second of one step, and that were dropped.",
+        help: "Log lines of plugins that were dropped because a step wrote more than 100 lines or 64 KiB in a second.",
         labels: &["pipeline", "step"],
     },
 ];

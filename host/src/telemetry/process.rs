@@ -8,27 +8,27 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use super::{Metric, MetricKind, log_queue};
 
 pub const METRICS: &[Metric] = &[
-    gauge("process_resident_memory_bytes", "Memory that the process holds in RAM"),
+    gauge("process_resident_memory_bytes", "Resident memory of the process in bytes."),
     Metric {
         name: "process_cpu_seconds_total",
         kind: MetricKind::Counter,
-        help: "CPU time of the process, user and system",
+        help: "CPU time of the process in seconds, user and system.",
         labels: &[],
     },
-    gauge("process_open_fds", "Open file descriptors"),
-    gauge("process_threads", "Threads of the process"),
-    gauge("process_start_time_seconds", "Start of the process, seconds since 1970, UTC"),
-    gauge("headworks_uptime_seconds", "Time since the start of the process"),
+    gauge("process_open_fds", "Number of open file descriptors."),
+    gauge("process_threads", "Number of threads of the process."),
+    gauge("process_start_time_seconds", "Start time of the process in seconds since 1970, UTC."),
+    gauge("headworks_uptime_seconds", "Seconds since the process started."),
     Metric {
         name: "headworks_log_dropped_lines_total",
         kind: MetricKind::Counter,
-        help: "Log lines dropped because the reader of stderr did not keep up, or stderr could not be written",
+        help: "Log lines that were dropped because the reader of stderr was too slow or stderr could not be written.",
         labels: &[],
     },
     Metric {
         name: "headworks_build_info",
         kind: MetricKind::Gauge,
-        help: "Always 1; the version is its label",
+        help: "Constant 1, with the version of Headworks as a label.",
         labels: &["version"],
     },
 ];

@@ -10,27 +10,39 @@ use crate::telemetry::{Metric, MetricKind};
 const STREAM: &[&str] = &["stream"];
 
 pub const METRICS: &[Metric] = &[
-    metric("headworks_stream_messages_total", MetricKind::Counter, "Messages made durable."),
-    metric("headworks_stream_written_bytes_total", MetricKind::Counter, "Bytes of messages made durable."),
-    metric("headworks_stream_commits_total", MetricKind::Counter, "Frames written, one sync each."),
+    metric("headworks_stream_messages_total", MetricKind::Counter, "Messages that the stream made durable."),
+    metric(
+        "headworks_stream_written_bytes_total",
+        MetricKind::Counter,
+        "Bytes of messages that the stream made durable.",
+    ),
+    metric(
+        "headworks_stream_commits_total",
+        MetricKind::Counter,
+        "Frames that were written, each with one sync.",
+    ),
     metric(
         "headworks_stream_checkpoint_bytes_total",
         MetricKind::Counter,
-        "Bytes of state that were written again at the beginning of segments: at most as many as of new frames.",
+        "Bytes of state that were written again at the beginning of segments; at most as many as the bytes of new frames.",
     ),
     metric("headworks_stream_sync_duration_seconds", MetricKind::Histogram, "Time of one sync."),
-    metric("headworks_stream_disk_bytes", MetricKind::Gauge, "Size of all segment files."),
-    metric("headworks_stream_segments", MetricKind::Gauge, "Number of segment files."),
-    metric("headworks_stream_trimmed_bytes_total", MetricKind::Counter, "Bytes that retention removed."),
+    metric("headworks_stream_disk_bytes", MetricKind::Gauge, "Size of all segment files of the stream."),
+    metric("headworks_stream_segments", MetricKind::Gauge, "Number of segment files of the stream."),
+    metric(
+        "headworks_stream_trimmed_bytes_total",
+        MetricKind::Counter,
+        "Bytes that retention removed from the stream.",
+    ),
     metric(
         "headworks_stream_no_space",
         MetricKind::Gauge,
-        "1 while appends wait for room on disk, a file descriptor or memory.",
+        "1 while appends wait for disk space, a file descriptor or memory, otherwise 0.",
     ),
     Metric {
         name: "headworks_stream_gap_messages_total",
         kind: MetricKind::Counter,
-        help: "Messages that readers could not have: `damaged` on disk, counted once, or `trimmed` by retention, for each reader.",
+        help: "Messages that readers could not read, by cause: damaged (on disk, counted once), trimmed (removed by retention, counted for each reader).",
         labels: &["stream", "cause"],
     },
 ];
