@@ -96,8 +96,8 @@ pub fn undescribed(rendered: &str) -> Vec<String> {
 /// The reference page `METRICS.md`.
 pub fn docs() -> String {
     let mut page = "# Metrics\n\n\
-        Served at `/metrics` of the admin address in the Prometheus text format. A counter whose labels are known is there at 0\n\
-        from the start. [monitoring.md](docs/monitoring.md) has alerts.\n\n\
+        The admin address serves these metrics at `/metrics` in the Prometheus text format. A counter whose label values are\n\
+        known exists from the start, with the value 0. [monitoring.md](docs/monitoring.md) has alerts.\n\n\
         | name | type | labels | meaning |\n| --- | --- | --- | --- |\n"
         .to_owned();
     let mut metrics: Vec<&Metric> = all().collect();
@@ -198,7 +198,7 @@ mod tests {
             ]
         );
         assert!(rendered.contains("headworks_delay_seconds_bucket{le=\"0.25\"} 1"), "{rendered}");
-        assert!(rendered.contains("# HELP process_open_fds Open file descriptors"), "{rendered}");
+        assert!(rendered.contains("# HELP process_open_fds Number of open file descriptors"), "{rendered}");
     }
 
     #[test]

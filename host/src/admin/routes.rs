@@ -72,20 +72,20 @@ pub fn router(deps: Deps, names: &[String], body_max: Duration) -> Router {
 
 async fn index() -> &'static str {
     "headworks\n\n\
-     /healthz                         the process works; restart it otherwise\n\
-     /readyz                          devices can be acknowledged, or why not\n\
-     /metrics                         Prometheus text\n\
-     /api/problems                    what a person should act on, worst first\n\
-     /api/status                      each part, streams, pipelines, plugins, sinks\n\
+     /healthz                         the process works; if not, restart it\n\
+     /readyz                          devices are acknowledged, or why not\n\
+     /metrics                         metrics in the Prometheus text format\n\
+     /api/problems                    problems that need an operator, worst first\n\
+     /api/status                      state of streams, pipelines, plugins and sinks\n\
      \n\
-     With the token of run.json (Authorization: Bearer TOKEN):\n\
+     With the token in run.json (Authorization: Bearer TOKEN):\n\
      POST /api/dead-letters/redrive   send dead letters again\n\
-     POST /api/dead-letters/discard   close them without\n\
-     POST /api/clients/list           MQTT clients and sessions\n\
-     POST /api/clients/show           one of them\n\
-     POST /api/clients/refused        clients that were refused, newest first\n\
-     POST /api/clients/kick           end its connection\n\
-     POST /api/clients/delete         end its session and all that waits for it\n"
+     POST /api/dead-letters/discard   close dead letters without sending them\n\
+     POST /api/clients/list           list MQTT clients and sessions\n\
+     POST /api/clients/show           show one client or session\n\
+     POST /api/clients/refused        list refused clients, newest first\n\
+     POST /api/clients/kick           disconnect a client\n\
+     POST /api/clients/delete         delete a session and its queued messages\n"
 }
 
 async fn healthz(State(deps): State<Deps>) -> Response {

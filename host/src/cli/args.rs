@@ -13,19 +13,19 @@ use crate::telemetry::LogFormat;
 #[command(
     name = "headworks",
     version,
-    about = "Takes device messages in by MQTT, runs them through WebAssembly plugins, writes rows to databases",
+    about = "Receives device messages over MQTT and HTTP, runs WebAssembly plugins, writes rows to databases",
     arg_required_else_help = true,
     max_term_width = 80,
     after_help = "Start here:\n  headworks run                      MQTT on 127.0.0.1:1883, rows in ./data/telemetry.db\n  \
-        headworks run --config hw.yaml     your own config\n  \
+        headworks run --config hw.yaml     with a config file\n  \
         headworks validate --config hw.yaml\n  \
         headworks status                   what is wrong, and what to do"
 )]
 pub struct Cli {
-    /// What to log to stderr: a level, or target=level, comma-separated [default: RUST_LOG, else info]
+    /// What to log to stderr: a level, or target=level, comma-separated [default: RUST_LOG, otherwise info]
     #[arg(long, global = true, value_name = "FILTER")]
     pub log: Option<String>,
-    /// Logs for a person or for a machine
+    /// Format of log lines: `compact` for people, `json` for programs
     #[arg(long, global = true, value_enum, default_value = "compact")]
     pub log_format: LogFormat,
     #[command(subcommand)]
@@ -38,33 +38,33 @@ pub enum Command {
     #[command(after_help = "Examples:\n  headworks run\n  headworks run --config headworks.yaml\n  \
         headworks run --config /etc/headworks.d   (every .yaml file in the folder)\n\n\
         Without a config: MQTT on 127.0.0.1:1883, admin on 127.0.0.1:8080, plugins from ./plugins,\n\
-        everything in ./data, rows in the table `telemetry` of ./data/telemetry.db.")]
+        all data in ./data, rows in the table `telemetry` of ./data/telemetry.db.")]
     Run(ConfigArgs),
-    /// Check a config: every problem at once with file and line, or what would run
+    /// Check a config: print all problems with file and line, or what would run
     #[command(
         after_help = "Exit codes: 0 valid, 1 a sink would not write (--connect), 2 the config is wrong.\n\n\
         Examples:\n  headworks validate --config headworks.yaml\n  \
         headworks validate --config headworks.yaml --connect"
     )]
     Validate(ValidateArgs),
-    /// What is wrong with the running host and what to do; exit code 0 fine, 1 a problem or no answer, 3 not running
+    /// Print the problems of the running host and what to do; exit code 0: none, 1: a problem or no answer, 3: not running
     Status(StatusArgs),
-    /// Plugins: new, list, inspect, bench, remove
+    /// Create, list, inspect, benchmark and remove plugins
     #[command(subcommand)]
     Plugin(PluginCommand),
-    /// Look into streams; works while the host runs
+    /// List streams and print their messages; works while the host runs
     #[command(subcommand)]
     Streams(StreamsCommand),
-    /// Refused messages: summary, list, show, send again, discard
+    /// Summarize, list, show, redrive (send again) and discard rejected messages
     #[command(subcommand)]
     DeadLetters(DeadLettersCommand),
-    /// MQTT clients: list, show, refused, kick, delete; the host must run
+    /// List, show, disconnect and delete MQTT clients; the host must run
     #[command(subcommand)]
     Clients(ClientsCommand),
-    /// Add or change a user of a password file, or take one out
+    /// Add, change or delete a user in a password file
     #[command(
-        after_help = "The password is read from the terminal, twice and without showing it, or else is the first\n\
-        line of stdin. The host takes the changed file in by itself.\n\nExamples:\n  \
+        after_help = "The password is read twice from the terminal, without echo. Without a terminal it is the first\n\
+        line of stdin. The running host reloads the changed file by itself.\n\nExamples:\n  \
         headworks passwd passwords ann\n  headworks passwd passwords ann --delete\n  headworks passwd passwords ann --scram"
     )]
     Passwd(PasswdArgs),
@@ -74,24 +74,24 @@ pub enum Command {
 
 #[derive(Clone, Debug, Default, Args)]
 pub struct ConfigArgs {
-    /// A YAML file, or a folder of them [default: the embedded config]
+    /// A YAML file, or a folder of YAML files [default: the embedded config]
     #[arg(long, short, value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, Args)]
 pub struct PasswdArgs {
-    /// The password file; made when there is none
+    /// The password file; created if missing
     pub file: PathBuf,
-    /// Whose password
+    /// Name of the user
     pub user: String,
-    /// Take the user out
+    /// Delete the user
     #[arg(long)]
     pub delete: bool,
-    /// Let the user log in by SCRAM-SHA-256 too (MQTT 5)
+    /// Also allow SCRAM-SHA-256 logins (MQTT 5)
     #[arg(long, conflicts_with = "delete")]
     pub scram: bool,
-    /// What each login costs the client [default: 600000]
+    /// SCRAM iterations, which each login costs the client [default: 600000]
     #[arg(long, value_name = "N", requires = "scram", value_parser = clap::value_parser!(u32).range(i64::from(ITERATIONS_MIN)..=i64::from(ITERATIONS_MAX)))]
     pub scram_iterations: Option<u32>,
 }
@@ -100,11 +100,11 @@ pub struct PasswdArgs {
 pub struct ValidateArgs {
     #[command(flatten)]
     pub config: ConfigArgs,
-    /// Also try every sink: connect, log in, hold the table against the config; writes nothing
+    /// Also connect to every sink, log in and compare its table with the config; writes nothing
     ///
-    /// A server that does not answer is given up after `connect_timeout` of its sink (10 s by default)
-    /// for each host of its url, and once more if it answers to the login and then no longer. All sinks
-    /// are tried at the same time. The exit code is 1 where one would not write.
+    /// The command waits for a server for at most `connect_timeout` of its sink (10 s by default) for
+    /// each host of its url, and as long again if the server stops answering after the login. All sinks
+    /// are tried at the same time. The exit code is 1 if a sink would not write.
     #[arg(long)]
     pub connect: bool,
     #[command(flatten)]
@@ -135,23 +135,23 @@ pub enum Format {
 
 #[derive(Debug, Subcommand)]
 pub enum PluginCommand {
-    /// Make a folder with a plugin to begin with, in Rust
+    /// Create a folder with an example plugin in Rust
     #[command(after_help = "Example:\n  headworks plugin new check-limits --sdk headworks/guest-sdk")]
     New {
-        /// The folder to make; its name is the plugin's
+        /// The folder to create; its name becomes the plugin's name
         name: PathBuf,
-        /// Folder of the SDK: `guest-sdk` of Headworks' sources
+        /// Folder of the SDK: `guest-sdk` in the sources of Headworks
         #[arg(long, value_name = "DIR")]
         sdk: PathBuf,
     },
-    /// The plugins of the folder, in the order they run
+    /// List the plugins of the folder, in the order in which they run
     List {
         #[command(flatten)]
         config: ConfigArgs,
         #[command(flatten)]
         format: FormatArgs,
     },
-    /// What a plugin file is: name, version, imports granted and denied, or why it cannot run
+    /// Print the name, version and imports of a plugin file, or why it cannot run
     #[command(after_help = "Example:\n  headworks plugin inspect plugins/10-normalize.wasm")]
     Inspect {
         /// The .wasm file
@@ -159,15 +159,15 @@ pub enum PluginCommand {
         #[command(flatten)]
         format: FormatArgs,
     },
-    /// Measure a plugin on made-up messages, through the host's real path
+    /// Measure a plugin on generated messages, with the host's own runtime
     #[command(after_help = "Example:\n  headworks plugin bench plugins/10-normalize.wasm --messages 1000000")]
     Bench {
         /// The .wasm file
         file: PathBuf,
-        /// Config handed to the plugin, a YAML or JSON file
+        /// Config of the plugin, a YAML or JSON file
         #[arg(long, value_name = "FILE")]
         plugin_config: Option<PathBuf>,
-        /// Messages to run, in batches of 256
+        /// Number of messages, in batches of 256
         #[arg(long, default_value_t = 500_000, value_parser = clap::value_parser!(u64).range(256..=100_000_000))]
         messages: u64,
         /// Topic of every message
@@ -179,9 +179,9 @@ pub enum PluginCommand {
         #[command(flatten)]
         format: FormatArgs,
     },
-    /// Take a plugin out for good, so that pipelines of the folder go on without it
+    /// Remove a plugin, so that the pipelines of the folder continue without it
     Remove {
-        /// Its name: the file's without number and .wasm
+        /// Name of the plugin: the file name without its number and .wasm
         name: String,
         #[command(flatten)]
         config: ConfigArgs,
@@ -190,16 +190,16 @@ pub enum PluginCommand {
 
 #[derive(Debug, Subcommand)]
 pub enum StreamsCommand {
-    /// The streams with what they hold
+    /// List the streams and what they hold
     List {
         #[command(flatten)]
         config: ConfigArgs,
         #[command(flatten)]
         format: FormatArgs,
     },
-    /// Messages of a stream
+    /// Print messages of a stream
     #[command(
-        after_help = "Examples:\n  headworks streams tail -f                  the last 10, then what comes\n  \
+        after_help = "Examples:\n  headworks streams tail -f                  the last 10, then new messages\n  \
         headworks streams tail telemetry --from 10m --format json\n  \
         headworks streams tail --from 2026-11-23T06:00:00Z --max 100"
     )]
@@ -208,12 +208,12 @@ pub enum StreamsCommand {
 
 #[derive(Debug, Args)]
 pub struct TailArgs {
-    /// The stream [default: the only one that pipelines read, else the one that takes all other topics]
+    /// The stream [default: the only one that pipelines read, otherwise the one that takes all other topics]
     pub name: Option<String>,
-    /// Where to begin: an offset, `start`, `end`, a time, or how long ago such as 10m
+    /// Where to begin: an offset, `start`, `end`, a time, or an age such as 10m
     #[arg(long, value_name = "OFFSET|TIME", value_parser = From::parse)]
     pub from: Option<From>,
-    /// Go on with what comes
+    /// Continue with new messages
     #[arg(long, short)]
     pub follow: bool,
     /// End after this many messages
@@ -227,14 +227,14 @@ pub struct TailArgs {
 
 #[derive(Debug, Subcommand)]
 pub enum ClientsCommand {
-    /// Who is connected, and whose session waits, by client id
+    /// List connected clients and stored sessions, by client id
     List {
-        /// Only ids that begin with this
+        /// Only client ids with this prefix
         prefix: Option<String>,
         /// At most this many [default: 100 as text, all as JSON]
         #[arg(long, value_name = "N", value_parser = count)]
         max: Option<NonZeroUsize>,
-        /// Which come first: by id, or those with the most of it
+        /// Order: by id, or the largest number first
         #[arg(long, value_enum, default_value = "id")]
         sort: ClientSort,
         #[command(flatten)]
@@ -242,7 +242,7 @@ pub enum ClientsCommand {
         #[command(flatten)]
         format: FormatArgs,
     },
-    /// Everything about one of them, its subscriptions too
+    /// Show one client with its subscriptions
     Show {
         client_id: String,
         #[command(flatten)]
@@ -250,7 +250,7 @@ pub enum ClientsCommand {
         #[command(flatten)]
         format: FormatArgs,
     },
-    /// Clients that were refused since the host started, newest first: which, from where, why
+    /// List clients that were refused since the host started, newest first, with address and reason
     Refused {
         /// At most this many [default: 100 as text, all as JSON]
         #[arg(long, value_name = "N", value_parser = count)]
@@ -260,13 +260,13 @@ pub enum ClientsCommand {
         #[command(flatten)]
         format: FormatArgs,
     },
-    /// End a client's connection; it may come back at once
+    /// Disconnect a client; it may connect again at once
     Kick {
         client_id: String,
         #[command(flatten)]
         config: ConfigArgs,
     },
-    /// Delete a client's session, its subscriptions and all that waits for it; ends its connection
+    /// Disconnect a client and delete its session, subscriptions and queued messages
     Delete {
         client_id: String,
         #[command(flatten)]
@@ -277,23 +277,23 @@ pub enum ClientsCommand {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ClientSort {
     Id,
-    /// Messages that came from the client
+    /// Messages that the client published
     Published,
-    /// Messages that were sent to it
+    /// Messages that were sent to the client
     Delivered,
-    /// Messages that wait for it
+    /// Messages that are queued for the client
     Queued,
-    /// Messages for it that it did not get
+    /// Messages for the client that it did not receive
     Missed,
-    /// Its publishes and subscriptions that were refused
+    /// Refused publishes and subscriptions of the client
     Refused,
 }
 
 #[derive(Debug, Subcommand)]
 pub enum DeadLettersCommand {
-    /// Why messages were refused: each reason with its count, the most frequent first
+    /// Print why messages were rejected: each reason with its count, the most frequent first
     Summary {
-        /// Also those that were sent again
+        /// Also dead letters that were sent again
         #[arg(long)]
         sent: bool,
         #[command(flatten)]
@@ -303,12 +303,12 @@ pub enum DeadLettersCommand {
         #[command(flatten)]
         format: FormatArgs,
     },
-    /// Each refused message, newest last
+    /// List the rejected messages, newest last
     List {
         /// At most this many, the newest [default: 50 as text, all as JSON]
         #[arg(long, value_name = "N", value_parser = count)]
         max: Option<NonZeroUsize>,
-        /// Also those that were sent again
+        /// Also dead letters that were sent again
         #[arg(long)]
         sent: bool,
         #[command(flatten)]
@@ -318,9 +318,9 @@ pub enum DeadLettersCommand {
         #[command(flatten)]
         format: FormatArgs,
     },
-    /// Everything about one of them, its payload too
+    /// Show one dead letter with its payload
     Show {
-        /// The number that `dead-letters list` begins each one with
+        /// The number at the start of each line of `dead-letters list`
         #[arg(value_parser = letter_id)]
         id: u64,
         #[command(flatten)]
@@ -328,8 +328,8 @@ pub enum DeadLettersCommand {
         #[command(flatten)]
         format: FormatArgs,
     },
-    /// Send them again: to the sink that refused them, or through the steps that they have not been
-    /// through, from the one that refused them on, to the sinks that they are for; the host must run
+    /// Send dead letters again. A dead letter of a sink goes to that sink. A dead letter of a step first
+    /// runs through the steps that its message has not passed. The host must run
     #[command(
         override_usage = "headworks dead-letters redrive <IDS>...\n       headworks dead-letters redrive --all [OPTIONS]",
         after_help = "Examples:\n  headworks dead-letters redrive 17 18\n  \
@@ -339,14 +339,14 @@ pub enum DeadLettersCommand {
         /// Ids from `dead-letters list`
         #[arg(required_unless_present = "all", conflicts_with = "all", num_args = 1.., value_parser = letter_id)]
         ids: Vec<u64>,
-        /// All that the other options leave
+        /// All dead letters that match the other options
         #[arg(long)]
         all: bool,
-        /// Also those that another copy of the data folder may have sent: rows may come twice
+        /// Also send those that another copy of the data folder may have sent; rows may be duplicated
         #[arg(long)]
         possible_duplicates: bool,
-        /// Letters of steps only: those whose reason asks for this option enter at this step, the others
-        /// at the first step that they have not been through
+        /// Only dead letters of steps: those whose reason asks for this option start at this step, the
+        /// others at the first step that their message has not passed
         #[arg(long, value_name = "STEP")]
         from_step: Option<String>,
         #[command(flatten)]
@@ -356,17 +356,17 @@ pub enum DeadLettersCommand {
         #[command(flatten)]
         format: FormatArgs,
     },
-    /// Close those that nobody will send again: they are no problem any more; the host must run
+    /// Close dead letters without sending them, so that they are no longer a problem; the host must run
     #[command(
         override_usage = "headworks dead-letters discard <IDS>...\n       headworks dead-letters discard --all [OPTIONS]",
-        after_help = "Their messages stay until retention removes them; `list --sent` shows them.\n\nExamples:\n  \
+        after_help = "The messages stay until retention removes them; `list --sent` shows them.\n\nExamples:\n  \
         headworks dead-letters discard 17 18\n  headworks dead-letters discard --all --step normalize"
     )]
     Discard {
         /// Ids from `dead-letters list`
         #[arg(required_unless_present = "all", conflicts_with = "all", num_args = 1.., value_parser = letter_id)]
         ids: Vec<u64>,
-        /// All that the other options leave
+        /// All dead letters that match the other options
         #[arg(long)]
         all: bool,
         #[command(flatten)]
@@ -387,13 +387,13 @@ fn letter_id(text: &str) -> Result<u64, String> {
 
 #[derive(Clone, Debug, Default, Args)]
 pub struct LetterFilter {
-    /// Only those of this pipeline
+    /// Only dead letters of this pipeline
     #[arg(long, value_name = "NAME")]
     pub pipeline: Option<String>,
-    /// Only those that this sink refused
+    /// Only messages that this sink rejected
     #[arg(long, value_name = "NAME")]
     pub sink: Option<String>,
-    /// Only those that this step refused
+    /// Only messages that this step rejected
     #[arg(long, value_name = "NAME")]
     pub step: Option<String>,
 }
