@@ -1,4 +1,4 @@
-//! What is legal in `mqtt.access`, but hardly meant.
+//! Warnings about settings in `mqtt.access` that are valid but probably not intended.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -8,7 +8,7 @@ use super::passwords::Users;
 use super::rules::fits_glob;
 
 impl Config {
-    /// Each begins with a key below `mqtt.access`. Reads the files of users.
+    /// Returns the warnings, each beginning with a key below `mqtt.access`. Reads the files of users.
     pub fn warnings(&self) -> Vec<String> {
         let mut warnings = Vec::new();
         if !self.authenticate.is_empty() && self.client_ids.is_empty() {
@@ -32,7 +32,8 @@ impl Config {
         warnings
     }
 
-    /// Rules and fields of users that the files do not have, where nothing else knows users.
+    /// Returns the names and fields of users in rules that occur in no file of users, if no other
+    /// authenticator knows users.
     fn unknown_users(&self) -> Vec<String> {
         let file = |authenticator: &Authenticator| match authenticator {
             Authenticator::Passwords(passwords) => {
@@ -58,7 +59,7 @@ impl Config {
         of_rules.chain(of_fields).collect()
     }
 
-    /// Whether clients may send something secret that whoever reads it can use.
+    /// Returns whether clients may send a secret that an eavesdropper could use.
     pub fn takes_secrets(&self) -> bool {
         self.authenticate.iter().any(|one| {
             matches!(one, Authenticator::Passwords(_) | Authenticator::Jwt(_) | Authenticator::Http(_))
@@ -70,7 +71,7 @@ impl Config {
     }
 }
 
-/// Whether everybody on this machine may read it.
+/// Returns whether all users of this machine can read the file.
 pub fn is_for_all(file: &Path) -> bool {
     std::fs::metadata(file).is_ok_and(|file| file.permissions().mode() & 0o004 != 0)
 }

@@ -1,4 +1,4 @@
-//! Authentication in more than one round, as MQTT 5's AUTH carries it (4.12).
+//! Authentication in more than one round, as carried by MQTT 5's AUTH packet (4.12).
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -10,38 +10,38 @@ use super::guesses::Guesses;
 use super::passwords::Passwords;
 use super::{Access, Credentials, Denied, Identity, scram};
 
-/// Rounds of one exchange; no method of ours needs as many.
+/// Most rounds of one exchange. None of the supported methods needs as many.
 pub const ROUNDS_MAX: u32 = 8;
 
-/// What the client is told next.
+/// The next step of an exchange.
 pub enum Step {
-    /// It is to answer this.
+    /// The client must answer `data`.
     Ask { data: Vec<u8>, exchange: Box<dyn Exchange> },
-    /// It is known.
+    /// The client is authenticated.
     Done { data: Vec<u8>, identity: Identity },
 }
 
-/// Waits for the client's next answer.
+/// An exchange that waits for the client's next answer.
 #[async_trait]
 pub trait Exchange: Send {
     async fn answer(self: Box<Self>, data: &[u8]) -> Result<Step, Denied>;
 
-    /// Who the client says that it is, where that is known.
+    /// Returns the user name that the client claims, if it is known already.
     fn user(&self) -> Option<&str> {
         None
     }
 }
 
-/// How one authenticator begins an exchange.
+/// The beginning of an exchange by one authenticator.
 pub struct Begun {
-    /// Whether it has the client. One that it does not have meets the same
-    /// steps, and is refused at their end.
+    /// Whether the authenticator knows the client. An unknown client goes through the same steps and is
+    /// refused at the end.
     pub known: bool,
     pub step: Step,
 }
 
 impl Access {
-    /// The first round: `data` is what the client says by itself.
+    /// Performs the first round. `data` is the data in the client's CONNECT or first AUTH packet.
     pub async fn begin(&self, method: &str, data: &[u8], who: &Credentials<'_>) -> Result<Step, Denied> {
         let mut unknown = None;
         for authenticator in &self.authenticators {
@@ -60,12 +60,12 @@ struct Scram {
     user: String,
     source: Source,
     guesses: Arc<Guesses>,
-    /// `None` for who does not exist.
+    /// Identity of the user, or `None` if the user does not exist.
     identity: Option<Identity>,
 }
 
 impl Passwords {
-    /// SCRAM-SHA-256, for users with a verifier beside their passwords.
+    /// Begins SCRAM-SHA-256, for users that have a verifier beside their password.
     pub async fn begin_exchange(
         &self,
         method: &str,

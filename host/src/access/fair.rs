@@ -1,7 +1,8 @@
-//! A few places that many want: who waits is served by turns, first among the addresses
-//! that clients come from, then among the users of one address. Nobody who asks often, or for
-//! many users, keeps the others from their turn. Those who ask with [`Fair::enter_first`] come
-//! before the others, but for one turn in a few.
+//! A fixed number of places that callers share fairly.
+//!
+//! Waiting callers are served in turn, first by the addresses that clients connect from, then by the
+//! users of one address, so that a caller that asks often, or for many users, does not delay the others.
+//! Callers that use [`Fair::enter_first`] are served before the others, except for one turn in a few.
 
 use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv6Addr};
@@ -10,14 +11,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::oneshot;
 use xxhash_rust::xxh3::xxh3_128;
 
-/// Turns in a row of those who come first while others wait.
+/// Number of turns in a row for callers with priority while others wait.
 const FIRST_IN_A_ROW: u32 = 8;
 
-/// Whoever shares an address: one of IPv4, or the /64 that a party has of IPv6. Or a user.
+/// Clients that share a turn: an IPv4 address, an IPv6 network of 64 bits, or a user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Source(IpAddr);
 
-/// Places, and who waits for one.
+/// The places, and the callers that wait for one.
 pub struct Fair(Mutex<State>);
 
 #[derive(Default)]
@@ -25,14 +26,14 @@ struct State {
     free: usize,
     first: Queue,
     others: Queue,
-    /// Turns that those of `first` have had since one of the others had its own.
+    /// Turns of prioritised callers since the last turn of another caller.
     first_in_a_row: u32,
 }
 
 #[derive(Default)]
 struct Queue {
     waiting: usize,
-    /// In the order of their turns; each has somebody who waits.
+    /// The sources in the order of their turns. Each has a waiting caller.
     sources: VecDeque<(Source, VecDeque<User>)>,
 }
 
@@ -41,10 +42,10 @@ struct User {
     waiting: VecDeque<oneshot::Sender<Place>>,
 }
 
-/// Of one that it was given to, until it is dropped.
+/// A place. It is free again when this is dropped.
 pub struct Place(Option<Arc<Fair>>);
 
-/// Too many wait already.
+/// Too many callers wait already.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Crowded;
 
@@ -56,7 +57,7 @@ impl Source {
         })
     }
 
-    /// The source of those who are known as `name`, wherever they come from.
+    /// Returns the source of clients that are known as `name`, from whatever address they connect.
     pub fn of_user(name: &str) -> Self {
         Self(Ipv6Addr::from_bits(xxh3_128(name.as_bytes())).into())
     }
@@ -74,8 +75,8 @@ impl Fair {
         Arc::new(Self(Mutex::new(State { free: places, ..State::default() })))
     }
 
-    /// A place, once it is its turn. Where `waiting_max` wait, the source with the most of them gives
-    /// one up for a source with fewer. Safe to drop: it waits no more.
+    /// Returns a place when it is the caller's turn. If `waiting_max` callers wait, the source with the
+    /// most of them gives up one for a source with fewer. Cancel safe: a dropped future no longer waits.
     pub async fn enter(
         self: &Arc<Self>,
         source: Source,
@@ -95,7 +96,8 @@ impl Fair {
         turn.await.map_err(|_| Crowded)
     }
 
-    /// As [`Self::enter`], before those who enter by that. How many wait is bounded by who calls.
+    /// Returns a place as [`Self::enter`] does, but before callers of that function. The caller must
+    /// bound the number of calls.
     pub async fn enter_first(self: &Arc<Self>, source: Source, user: &str) -> Place {
         let turn = {
             let mut state = self.lock();
@@ -108,7 +110,7 @@ impl Fair {
         turn.await.expect("nobody who comes first gives a turn up for others")
     }
 
-    /// Turns that come before that of somebody new.
+    /// Returns the number of turns before that of a new caller.
     pub fn turns_before(&self, source: Source) -> usize {
         let state = self.lock();
         if state.free > 0 {

@@ -1,5 +1,6 @@
-//! Wrong passwords slow down whoever tries them: each user at each address, and each address.
-//! One bounded table, whatever the way of proving; users that do not exist are in it too.
+//! Delays clients that try wrong passwords, for each pair of user and address, and for each address.
+//!
+//! All methods of authentication share one bounded table. Users that do not exist are in it too.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -10,20 +11,21 @@ use super::fair::Source;
 use super::recent::{Fingerprint, Recent};
 
 const ENTRIES_MAX: usize = 100_000;
-/// Without another wrong password.
+/// Time without a wrong password after which an entry is forgotten.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(600);
-/// Guesses that a user at one address has free.
+/// Number of wrong passwords of a user at one address that cause no delay.
 const FREE: u32 = 5;
 const WAIT_MIN: Duration = Duration::from_millis(500);
 const WAIT_MAX: Duration = Duration::from_secs(60);
-/// Guesses that an address has free, whoever its users are: many people may share it, so that nobody is refused.
+/// Number of wrong passwords at an address that cause no delay, whatever the users. It is larger because
+/// many people may share an address, and none of them should be refused.
 const SOURCE_FREE: u32 = 20;
 const SOURCE_DELAY: Duration = Duration::from_millis(50);
 const SOURCE_DELAY_MAX: Duration = Duration::from_secs(2);
 
 pub struct Guesses(Recent<Wrong>);
 
-/// One that is being looked at.
+/// A password that is being verified.
 pub struct Guess<'g> {
     guesses: &'g Guesses,
     source: Source,
@@ -38,11 +40,11 @@ struct Wrong {
     at: Instant,
 }
 
-/// Passwords that are looked at now, by fingerprint.
+/// Fingerprints of the passwords that are being verified, with the number of clients that sent each.
 #[derive(Default)]
 pub struct Trying(Mutex<HashMap<Fingerprint, usize>>);
 
-/// One of those who show the same password, until it is dropped.
+/// One of several clients that sent the same password, until it is dropped.
 pub struct Tried<'t> {
     trying: &'t Trying,
     fingerprint: Fingerprint,
@@ -79,8 +81,9 @@ impl Guesses {
         Self(Recent::new(ENTRIES_MAX, FORGOTTEN_AFTER))
     }
 
-    /// A guess at the user's password from there: with each wrong one twice as long is waited for the next.
-    /// It counts from now on, so that many at a time are no more than one after the other.
+    /// Begins a guess at the user's password from this address. Each wrong password doubles the time
+    /// until the next is verified. The guess counts from now on, so that concurrent guesses are no
+    /// faster than successive ones.
     pub fn begin(&self, source: Source, user: &str, now: Instant) -> Result<Guess<'_>, Denied> {
         let key = self.user(source, user);
         let mut before = None;
@@ -97,14 +100,14 @@ impl Guesses {
         Ok(Guess { guesses: self, source, key, before, is_settled: false })
     }
 
-    /// How much later anything from there is looked at.
+    /// Returns by how long verifications from this address are delayed.
     pub fn delay(&self, source: Source, now: Instant) -> Duration {
         let wrong = self.0.get(&self.source(source), now);
         let over = wrong.map_or(0, |wrong| wrong.left(now).saturating_sub(SOURCE_FREE));
         SOURCE_DELAY.saturating_mul(over).min(SOURCE_DELAY_MAX)
     }
 
-    /// Wrong passwords of a user at an address.
+    /// Returns the number of wrong passwords of a user at an address.
     #[cfg(test)]
     pub fn count(&self, source: Source, user: &str) -> u32 {
         self.0.get(&self.user(source, user), Instant::now()).map_or(0, |wrong| wrong.count)
@@ -133,7 +136,8 @@ impl Guess<'_> {
 }
 
 impl Drop for Guess<'_> {
-    /// Given up before it was looked at: nothing was learned by it.
+    /// Takes the guess back if it was given up before the password was verified, since nothing was
+    /// learned from it.
     fn drop(&mut self) {
         if !self.is_settled {
             let at = self.before.map_or_else(Instant::now, |before| before.at);
@@ -144,13 +148,13 @@ impl Drop for Guess<'_> {
 }
 
 impl Wrong {
-    /// When the next guess is looked at.
+    /// Returns when the next guess is verified.
     fn next(self) -> Instant {
         let doubled = self.count.checked_sub(FREE).map(|more| WAIT_MIN * (1 << more.min(10)));
         self.at + doubled.unwrap_or_default().min(WAIT_MAX)
     }
 
-    /// One is forgotten each second.
+    /// Returns the number of guesses that still count. One is forgotten each second.
     fn left(self, now: Instant) -> u32 {
         let passed = now.saturating_duration_since(self.at).as_secs();
         self.count.saturating_sub(u32::try_from(passed).unwrap_or(u32::MAX))

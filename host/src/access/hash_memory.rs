@@ -1,23 +1,24 @@
-//! The memory that Argon2 works in: 19 MiB for a hash that `headworks passwd` makes.
+//! The memory in which Argon2 computes: 19 MiB for a hash made by `headworks passwd`.
 //!
-//! It is used again from one verification to the next. Taken anew for each, it would stay:
-//! glibc before 2.38 does not reuse a freed block of the heap for the next aligned one of the
-//! same size (sourceware bug 14581), and each thread that verifies has a heap of its own.
+//! Buffers are reused from one verification to the next. If each verification allocated a new buffer,
+//! the memory would not be reused: glibc before 2.38 does not reuse a freed block of the heap for the
+//! next aligned block of the same size (sourceware bug 14581), and each verifying thread has a heap of
+//! its own.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use argon2::Block;
 
-/// Buffers that no verification has used for this long are given back to the system.
+/// Time after which buffers that no verification has used are freed.
 const UNUSED_MAX: Duration = Duration::from_secs(10);
-/// Blocks of address space that a buffer takes at least, of which only those that are used
-/// take memory. An allocation above 64 MiB never comes from a heap, which would keep it: no
-/// heap of glibc is larger, and none of its thresholds for `mmap` and trimming rises above that.
+/// Smallest address space of a buffer in blocks; only used blocks take memory. An allocation above 64
+/// MiB never comes from a heap, which would keep it: no heap of glibc is larger, and none of its
+/// thresholds for `mmap` and trimming rises above that.
 const RESERVED_BLOCKS: usize = (65 << 20) / Block::SIZE;
 
-/// Buffers for as many verifications as run at a time, each as large as the costliest hash
-/// that it was used for.
+/// Buffers for as many verifications as run concurrently, each as large as the costliest hash for which
+/// it was used.
 pub(super) struct HashMemory(Mutex<Unused>);
 
 struct Unused {
@@ -30,7 +31,7 @@ impl HashMemory {
         Self(Mutex::new(Unused { buffers: Vec::new(), since: Instant::now() }))
     }
 
-    /// Runs `work` with this many blocks, whatever is in them. Returns `None` where the system
+    /// Runs `work` with `blocks` blocks, whose contents are unspecified. Returns `None` if the system
     /// has no memory for them.
     pub(super) fn with<T>(&self, blocks: usize, work: impl FnOnce(&mut [Block]) -> T) -> Option<T> {
         let unused = self.lock().buffers.pop();
@@ -48,7 +49,7 @@ impl HashMemory {
         Some(done)
     }
 
-    /// Gives back what was not used for [`UNUSED_MAX`].
+    /// Frees the buffers that were not used for [`UNUSED_MAX`].
     pub(super) fn give_back_unused(&self, now: Instant) {
         let mut unused = self.lock();
         if now.saturating_duration_since(unused.since) >= UNUSED_MAX {

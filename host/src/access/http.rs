@@ -1,5 +1,5 @@
-//! An external check by HTTP/1.1, with or without TLS: one request for one
-//! connect, its answer kept for a while. What is not a clear answer refuses.
+//! Authentication by an external service over HTTP/1.1, with or without TLS. Each connecting client
+//! causes one request, whose answer is cached. An unclear answer refuses the client.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -25,24 +25,24 @@ use crate::http_client::{Address, Connection, connector};
 use crate::telemetry::{Failures, alike};
 use crate::trust;
 
-/// Begins the kinds of its failures.
+/// First words of the subjects of its failures.
 const SUBJECT: &str = "access: the HTTP check ";
 const ANSWER_BYTES_MAX: usize = 1 << 20;
-/// Requests that wait for their turn.
+/// Most requests that wait for their turn.
 const WAITING_MAX: usize = 1_024;
 const CA_FILE_BYTES_MAX: u64 = 16 << 20;
 
 pub struct Http {
     config: config::Http,
     uri: Uri,
-    /// It without its query, where keys are.
+    /// The URL without its query, which may contain keys.
     service: String,
     address: Address,
-    /// For https.
+    /// TLS settings, for https.
     trusted: Option<Arc<Watched<TlsConnector>>>,
     answers: Recent<Identity>,
     requests: Arc<Fair>,
-    /// The last answer could not be used, or there was none.
+    /// Whether the last answer was unusable or missing.
     fails: AtomicBool,
     failures: Failures,
 }
@@ -57,7 +57,7 @@ struct Answer {
     fields: BTreeMap<String, String>,
 }
 
-/// What of a URL may be in a log.
+/// Returns the part of a URL that may be logged.
 fn service_of(uri: &Uri) -> String {
     let authority = uri.authority().map_or("", |authority| authority.as_str());
     format!("{}://{authority}{}", uri.scheme_str().unwrap_or_default(), uri.path())
@@ -84,8 +84,9 @@ impl Http {
         })
     }
 
-    /// `None` where the service does not know the client, or cannot be told its
-    /// password: JSON is text. It is not asked for clients that show nothing, where those are not served.
+    /// Asks the service about a client. Returns `None` if the service does not know the client, or if
+    /// the password cannot be sent, because JSON is text. Clients without credentials are not asked
+    /// about if the listener does not serve them.
     pub async fn check(&self, who: &Credentials<'_>) -> Result<Option<Identity>, Denied> {
         if who.shows_nothing() && !who.allow_anonymous {
             return Ok(None);

@@ -1,6 +1,6 @@
-//! JSON Web Tokens as passwords: RFC 7515 (JWS, compact form), 7517 (JWK), 7518
-//! (algorithms), 7519 (claims), on ring. The algorithm must be of the kind of
-//! the key, so that no key is taken for another's; `none` is not one.
+//! JSON Web Tokens as passwords: RFC 7515 (JWS, compact form), 7517 (JWK), 7518 (algorithms), 7519
+//! (claims), with ring. The token's algorithm must match the kind of the key, so that no key is used as
+//! another kind; `none` is not supported.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
@@ -29,9 +29,9 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 const SECRET_BYTES_MIN: usize = 32;
 const SECRET_DIFFERENT_MIN: usize = 8;
 const OPEN_SSH: [&str; 3] = ["ssh-", "ecdsa-sha2-", "sk-"];
-/// Longer passwords are no tokens.
+/// Longest token in bytes. A longer password is not a token.
 const TOKEN_BYTES_MAX: usize = 16 << 10;
-/// Of a connection by a token that ends later.
+/// Longest lifetime of a connection with a token that expires later.
 const LIVES_MAX: Duration = Duration::from_secs(365 * 24 * 3_600);
 
 const RSA: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.113549.1.1.1");
@@ -42,11 +42,11 @@ const P384: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.132.0.34");
 pub struct Jwt {
     config: config::Jwt,
     keys: Arc<Watched<Vec<Key>>>,
-    /// What [`Authenticate::refresh`](super::Authenticate::refresh) saw last.
+    /// Keys that [`Authenticate::refresh`](super::Authenticate::refresh) saw last.
     seen: Mutex<Arc<Vec<Key>>>,
 }
 
-/// The file has the key still that has signed the token.
+/// Holds while the file still has the key that signed the token.
 #[derive(Debug)]
 struct KeyProof {
     keys: Arc<Watched<Vec<Key>>>,
@@ -54,7 +54,8 @@ struct KeyProof {
 }
 
 struct Key {
-    /// `kid` and `alg` of a key set; a token that names another is not for it.
+    /// `kid` and `alg` of an entry of a key set. A token that names others is not verified with this
+    /// key.
     id: Option<String>,
     algorithm: Option<String>,
     material: Material,
@@ -62,7 +63,7 @@ struct Key {
 
 enum Material {
     Secret(Vec<u8>),
-    /// PKCS#1, as ring takes it.
+    /// An RSA key in PKCS#1 format, as ring expects it.
     Rsa(Vec<u8>),
     RsaParts {
         n: Vec<u8>,
@@ -93,12 +94,12 @@ impl Jwt {
         Ok(Self { config: config.clone(), seen: Mutex::new(keys.newest()), keys })
     }
 
-    /// Whether the file says something else than at the last call. Blocks on the disk.
+    /// Returns whether the file has changed since the last call. Blocks on the disk.
     pub fn refresh(&self) -> bool {
         self.keys.refresh(&self.seen)
     }
 
-    /// `None` where the password is not a token.
+    /// Verifies a token. Returns `None` if the password is not a token.
     pub async fn check(&self, password: &[u8]) -> Result<Option<Identity>, Denied> {
         let Some(token) = Token::read(password) else { return Ok(None) };
         let keys = self.keys.clone();
@@ -170,7 +171,7 @@ impl Proof for KeyProof {
     }
 }
 
-/// Rules from elsewhere than the config; `None` where one cannot be used.
+/// Reads rules from outside the config. Returns `None` if one cannot be used.
 pub fn read_rules(value: &Value) -> Option<Vec<Rule>> {
     let rules = Vec::<Rule>::deserialize(value).ok()?;
     let topics_ok = |rule: &Rule| rule.topics.iter().all(|topic| rules::check_topic(topic).is_ok());
@@ -249,7 +250,8 @@ fn secret(bytes: &[u8]) -> Result<Vec<Key>, String> {
     Ok(vec![Key { id: None, algorithm: None, material: Material::Secret(secret.to_owned()) }])
 }
 
-/// What a file is that others may have: whoever has it could sign, were it taken for a secret.
+/// Returns what kind of public file this is, if it is one. If it were used as a secret, anyone with the
+/// file could sign tokens.
 fn public_material(bytes: &[u8]) -> Option<&'static str> {
     let text = std::str::from_utf8(bytes).unwrap_or_default();
     let packed: String = text.split_whitespace().collect();
@@ -273,7 +275,7 @@ fn public_material(bytes: &[u8]) -> Option<&'static str> {
     }
 }
 
-/// One SEQUENCE from end to end, as keys and certificates are.
+/// Returns whether the bytes are exactly one DER SEQUENCE, as keys and certificates are.
 fn is_der(bytes: &[u8]) -> bool {
     AnyRef::from_der(bytes).is_ok_and(|whole| {
         whole.tag() == Tag::Sequence
@@ -299,7 +301,7 @@ fn public_key(bytes: &[u8]) -> Result<Vec<Key>, String> {
     Ok(vec![Key { id: None, algorithm: None, material }])
 }
 
-/// Keys of kinds or uses that are not ours are left out (RFC 7517, 5).
+/// Reads a key set. Keys of unsupported kinds or uses are left out (RFC 7517, 5).
 fn key_set(bytes: &[u8]) -> Result<Vec<Key>, String> {
     #[derive(Deserialize)]
     struct Set {

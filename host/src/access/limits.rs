@@ -1,4 +1,4 @@
-//! Token buckets, and connections by user.
+//! Token buckets, and the connections of each user.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use super::config::Limits;
 use super::fair::Source;
 
-/// Addresses that are told apart in one second.
+/// Most addresses that are distinguished in one second.
 const SOURCES_MAX: usize = 65_536;
 
-/// A rate with bursts of a second's worth. It may be overdrawn: who has is to
-/// wait until the debt is paid.
+/// A rate with bursts of one second's worth. The bucket may be overdrawn; the caller then waits until
+/// the debt is paid.
 #[derive(Clone, Debug)]
 pub struct Bucket {
     per_s: f64,
@@ -19,7 +19,7 @@ pub struct Bucket {
     filled_at: Instant,
 }
 
-/// A rate of messages and bytes, what is not bounded left out.
+/// Rates of messages and bytes. A rate that is not set is not limited.
 #[derive(Clone, Debug)]
 pub struct Allowance {
     messages: Option<Bucket>,
@@ -45,19 +45,19 @@ impl Bucket {
         self.tokens < 1.0
     }
 
-    /// Until there is one again.
+    /// Returns the time until a token is available.
     fn wait(&self) -> Duration {
         Duration::from_secs_f64(((1.0 - self.tokens) / self.per_s).max(0.0))
     }
 }
 
-/// CONNECTs a second of all clients. Where they are used up, an address that has had less than its
-/// share in this second still gets one: the others wait until that is paid.
+/// Rate of CONNECT packets of all clients. When it is used up, an address that has had less than its
+/// share in this second may still connect, and the others wait until that is paid.
 #[derive(Debug)]
 pub struct Connects {
     bucket: Bucket,
     second: Instant,
-    /// In this second.
+    /// CONNECT packets in this second, by address.
     taken: HashMap<Source, u32>,
 }
 
@@ -127,21 +127,21 @@ impl Allowance {
         self.messages.iter().chain(&self.bytes).any(Bucket::is_spent)
     }
 
-    /// How long to take nothing in; zero while there is something left.
+    /// Returns how long nothing may be accepted; zero while there are tokens left.
     pub fn wait(&self) -> Duration {
         self.messages.iter().chain(&self.bytes).map(Bucket::wait).max().unwrap_or_default()
     }
 }
 
-/// Client ids that are connected, by user name. Of one id there is one
-/// connection: one that takes over shares its place with the older one.
+/// Connected client ids by user name. Each client id has one connection: a connection that takes over
+/// shares the place of the older one.
 #[derive(Debug, Default)]
 pub struct Users(Arc<Mutex<Clients>>);
 
-/// By user, then by client id: those who share the place.
+/// By user, then by client id: the number of connections that share the place.
 type Clients = HashMap<Arc<str>, HashMap<Box<str>, u32>>;
 
-/// One client id of a user, until it is dropped.
+/// The place of one client id of a user. It is free again when this is dropped.
 #[derive(Debug)]
 pub struct UserPlace {
     user: Arc<str>,
@@ -150,7 +150,7 @@ pub struct UserPlace {
 }
 
 impl Users {
-    /// `None` where the user has `max` others already.
+    /// Returns a place, or `None` if the user has `max` other client ids already.
     pub fn enter(&self, user: &Arc<str>, client_id: &str, max: u32) -> Option<UserPlace> {
         let mut users = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let clients = users.entry(user.clone()).or_default();

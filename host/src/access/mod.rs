@@ -1,9 +1,8 @@
-//! Who a client is, and what it may do. Knows nothing of a protocol's packets:
-//! a listener gives [`Credentials`], gets an [`Admitted`], and asks that for
-//! each topic.
+//! Authentication and access rules, independent of a protocol's packets.
 //!
-//! Authenticators are asked in the order of the config until one knows the
-//! client; what none knows is refused, and what no rule allows is forbidden.
+//! A listener passes [`Credentials`], receives an [`Admitted`], and asks it about each topic.
+//! Authenticators are asked in the order of the config until one knows the client. A client that none
+//! knows is refused, and an action that no rule allows is denied.
 
 mod caution;
 mod config;
@@ -57,72 +56,74 @@ pub use self::standing::Proof;
 #[cfg(test)]
 pub use self::watched::put as put_file;
 
-/// A user name is stored with each message.
+/// Longest user name in bytes. The user name is stored with each message.
 const NAME_BYTES_MAX: usize = 1_024;
 
-/// What a client shows.
+/// The credentials that a client presents.
 #[derive(Clone, Copy, Debug)]
 pub struct Credentials<'a> {
     pub client_id: &'a str,
     pub username: Option<&'a str>,
     pub password: Option<&'a [u8]>,
-    /// The name in the certificate that the TLS handshake has verified.
+    /// The name in the certificate that was verified in the TLS handshake.
     pub certificate: Option<&'a str>,
-    /// What that certificate rests on: rights never outlast it, whoever gives them.
+    /// Proof that the certificate is still valid. Rights end with it, whichever authenticator grants
+    /// them.
     pub proof: Option<&'a Arc<dyn Proof>>,
-    /// What the client showed there, DER, that certificate first. Empty where no
-    /// authenticator looks at it: see [`Access::looks_at_certificates`].
+    /// Certificates that the client sent, in DER, its own first. Empty if no authenticator uses them:
+    /// see [`Access::looks_at_certificates`].
     pub certificates: &'a [Box<[u8]>],
     pub ip: IpAddr,
-    /// The client is connected, and authenticates again.
+    /// Whether the client is connected, and authenticates again.
     pub is_connected: bool,
     pub entrance: &'a Entrance,
-    /// The listener serves clients that show nothing.
+    /// Whether the listener serves clients without credentials.
     pub allow_anonymous: bool,
 }
 
 impl Credentials<'_> {
-    /// A certificate apart.
+    /// Returns whether the client presents neither user name nor password. A certificate does not count.
     pub fn shows_nothing(&self) -> bool {
         self.username.is_none() && self.password.is_none()
     }
 }
 
-/// Where clients come in.
+/// The listener through which a client connects.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Entrance {
-    /// As the config writes its address.
+    /// Address of the listener as the config writes it.
     pub listener: String,
-    /// The plugin contract's number.
+    /// Number of the transport in the plugin contract.
     pub transport: u32,
-    /// It serves clients that show nothing.
+    /// Whether the listener serves clients without credentials.
     pub allow_anonymous: bool,
 }
 
-/// Who a client is.
+/// The identity of a client.
 #[derive(Clone, Default)]
 pub struct Identity {
-    /// `None`: anonymous.
+    /// User name; `None` for an anonymous client.
     pub name: Option<Arc<str>>,
-    /// For `{field}` in rules.
+    /// Values for `{field}` in rules.
     pub fields: BTreeMap<String, String>,
-    /// Before those of the config.
+    /// Rules that are tried before those of the config.
     pub rules: Vec<Rule>,
-    /// May do everything.
+    /// Whether the client may do everything.
     pub superuser: bool,
-    /// Properties of each of its messages, encoded.
+    /// Encoded properties that are added to each message of the client.
     pub attributes: Vec<u8>,
-    /// The device of its messages, whatever their topics say.
+    /// Device of the client's messages, whatever their topics are.
     pub device: Option<Box<str>>,
-    /// The connection ends then.
+    /// Time at which the connection ends.
     pub valid_until: Option<Instant>,
-    /// And when one of these holds no longer.
+    /// Proofs on which the rights rest. The connection ends when one of them no longer holds.
     pub proofs: Vec<Arc<dyn Proof>>,
-    /// Who is asked where `rules` say so.
+    /// Decides the questions that `rules` leave open.
     authorizer: Option<Arc<dyn Authorize>>,
 }
 
-/// What is known of clients of which nothing is known. All of them share it: many hosts have no others.
+/// Identity of clients about which nothing is known. All of them share it, because many hosts have no
+/// others.
 static NOBODY: LazyLock<Arc<Identity>> = LazyLock::new(Arc::default);
 
 impl Identity {
@@ -140,35 +141,38 @@ impl Identity {
     }
 }
 
-/// Why a client is not served.
+/// Reason why a client is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Denied {
     BadCredentials,
     NotAuthorized,
-    /// So many wrong passwords came from there that this one is not looked at yet.
+    /// There were so many wrong passwords from this address that this one is not verified now.
     TooMany,
-    /// No authenticator has this method.
+    /// No authenticator supports this method.
     BadMethod,
-    /// Who would know cannot be asked now.
+    /// The authenticator cannot be asked now.
     Unavailable(&'static str),
-    /// The same, after a failure that is reported by itself, with its cause.
+    /// The authenticator cannot be asked now, after a failure that is reported separately with its
+    /// cause.
     Failed(&'static str),
 }
 
-/// One way to know clients.
+/// One way to authenticate clients.
 #[async_trait]
 pub trait Authenticate: Send + Sync {
-    /// `Ok(None)`: not a client of its; the next is asked. An error ends the
-    /// search: the client is of its, and refused, or it cannot tell.
+    /// Authenticates a client. `Ok(None)` means that this authenticator does not know the client, and
+    /// the next one is asked. An error ends the search: this authenticator knows the client and refuses
+    /// it, or cannot decide.
     async fn authenticate(&self, who: &Credentials<'_>) -> Result<Option<Identity>, Denied>;
 
-    /// Looks whether the file that it knows clients by has changed; true where it now says something
-    /// else. Blocks on the disk.
+    /// Checks whether the file of clients has changed, and returns whether its contents differ. Blocks
+    /// on the disk.
     fn refresh(&self) -> bool {
         false
     }
 
-    /// Begins an exchange by `method`. `Ok(None)`: not a method of its.
+    /// Begins an exchange with `method`. `Ok(None)` means that this authenticator does not support the
+    /// method.
     async fn begin(
         &self,
         _method: &str,
@@ -178,42 +182,42 @@ pub trait Authenticate: Send + Sync {
         Ok(None)
     }
 
-    /// Spends the time that refusing a known client takes, after nobody knew it;
-    /// false where that is none.
+    /// Takes as long as refusing a known client, after no authenticator knew this one. Returns false if
+    /// that takes no time.
     async fn pretend(&self, _who: &Credentials<'_>) -> Result<bool, Denied> {
         Ok(false)
     }
 }
 
-/// What access control stands on.
+/// Dependencies of access control.
 pub struct Deps<'a> {
-    /// The same after a restart, and told to nobody.
+    /// A secret that stays the same after a restart and is never disclosed.
     pub secret: &'a [u8; 32],
-    /// `None`: an access plugin is refused.
+    /// Runs access plugins; `None` refuses a config with one.
     pub plugins: Option<&'a AccessEngine>,
     /// How long a client waits for an answer.
     pub wait_max: Duration,
     pub failures: &'a Failures,
 }
 
-/// A client that is served.
+/// A client that was admitted, with its rights.
 pub struct Admitted {
     pub identity: Arc<Identity>,
     policy: Policy,
-    /// Where the rules ask.
+    /// Questions for an access plugin, if the rules have any.
     questions: Option<Box<Questions>>,
-    /// Where the identity rests on something that can change.
+    /// Standing of the connection, if the identity rests on something that can change.
     standing: Option<Box<Standing>>,
 }
 
 pub struct Access {
-    /// `None`: no section `access`, everybody may do everything.
+    /// `None` without a section `access`: every client may do everything.
     config: Option<Config>,
     authenticators: Vec<Box<dyn Authenticate>>,
     limits: Limits,
     users: Users,
     standings: Standings,
-    /// Room for what access plugins answered about all clients.
+    /// Memory for the answers of access plugins about all clients.
     answers: Arc<Room>,
     connects: Option<Mutex<Connects>>,
     publishes: Option<Mutex<Allowance>>,
@@ -221,40 +225,42 @@ pub struct Access {
 }
 
 impl Admitted {
-    /// May do everything: nothing needs to be looked at.
+    /// Returns whether the client may do everything, so that nothing needs to be checked.
     #[inline]
     pub fn is_everything(&self) -> bool {
         self.policy.is_everything()
     }
 
-    /// Whether a delivery must be looked at.
+    /// Returns whether deliveries must be checked.
     #[inline]
     pub fn limits_receive(&self) -> bool {
         self.policy.limits_receive()
     }
 
-    /// Allocates nothing. `Verdict::Ask` of this and the next two: an answer is to be had first.
+    /// Returns whether the client may publish to a topic. Does not allocate. `Verdict::Ask`, also from
+    /// the next two functions, means that the access plugin must be asked first.
     #[inline]
     pub fn publish(&self, topic: &str) -> Verdict {
         self.known(self.policy.publish(topic), Act::Publish, topic)
     }
 
-    /// To every topic that `filter` can match.
+    /// Returns whether the client may subscribe to every topic that `filter` can match.
     pub fn subscribe(&self, filter: &TopicFilter) -> Verdict {
         self.known(self.policy.subscribe(filter), Act::Subscribe, filter.as_str())
     }
 
-    /// A message of a topic that it is subscribed to. Allocates nothing.
+    /// Returns whether the client may receive a message of a topic to which it is subscribed. Does not
+    /// allocate.
     pub fn receive(&self, topic: &str) -> Verdict {
         self.known(self.policy.receive(topic), Act::Receive, topic)
     }
 
-    /// What the rules say, whatever was answered.
+    /// Returns what the rules say, without the answers of an access plugin.
     pub fn rule_for_subscribe(&self, filter: &TopicFilter) -> Verdict {
         self.policy.subscribe(filter)
     }
 
-    /// Some of the session's subscriptions were taken from it.
+    /// Records that some of the session's subscriptions were removed.
     pub fn narrow(&mut self) {
         if let Some(questions) = &mut self.questions {
             questions.narrowed = true;
@@ -265,12 +271,12 @@ impl Admitted {
         self.questions.as_ref().is_some_and(|questions| questions.narrowed)
     }
 
-    /// What let the client in does so no longer.
+    /// Returns whether the credentials that admitted the client are no longer valid.
     pub fn is_revoked(&self) -> bool {
         self.standing.as_ref().is_some_and(|standing| standing.is_revoked())
     }
 
-    /// Asks, unless a call runs already: its end comes first.
+    /// Begins to ask the access plugin, unless a call is running, whose end must be awaited first.
     pub fn ask(&mut self, act: Act, topics: Vec<Box<str>>) {
         if let Some(questions) = &mut self.questions {
             questions.ask(act, topics);
@@ -281,7 +287,7 @@ impl Admitted {
         self.questions.as_ref().is_some_and(|questions| questions.is_asking())
     }
 
-    /// Returns when there are answers. Pending while nothing is asked. Safe to drop.
+    /// Returns when there are answers. Never returns while no call runs. Cancel safe.
     pub async fn answered(&mut self) {
         match &mut self.questions {
             // Boxed: a connection that asks nothing does not carry it.
@@ -290,7 +296,8 @@ impl Admitted {
         }
     }
 
-    /// Asks and waits. An error: the answers are no for now, because it cannot be asked.
+    /// Asks the access plugin and waits. An error means that it cannot be asked, and the answers are no
+    /// for now.
     pub async fn ask_now(&mut self, act: Act, topics: Vec<Box<str>>) -> Result<(), Denied> {
         match &mut self.questions {
             Some(questions) => questions.ask_now(act, topics).await,
@@ -309,7 +316,7 @@ impl Admitted {
 }
 
 impl Access {
-    /// Reads the files of the authenticators; errors name them.
+    /// Reads the files of the authenticators. Errors name the file.
     pub fn open(config: Option<&Config>, limits: &Limits, deps: &Deps<'_>) -> Result<Self, String> {
         let now = Instant::now();
         let authenticators = config.map_or(&[][..], |config| &config.authenticate).iter();
@@ -335,7 +342,7 @@ impl Access {
         Ok(self.rights(identity, who.client_id, who.proof))
     }
 
-    /// What a client may do that is known; `proof` is that of its certificate.
+    /// Returns the rights of a client. `proof` is that of its certificate.
     pub fn rights(
         &self,
         mut identity: Identity,
@@ -368,7 +375,7 @@ impl Access {
         Admitted { identity: identity.shared(), policy, questions, standing: None }
     }
 
-    /// From now on `wake` is called when what let the client in does so no longer.
+    /// Calls `wake` when the credentials that admitted the client are no longer valid.
     pub fn watch(&self, rights: &mut Admitted, wake: impl Fn() + Send + Sync + 'static) {
         rights.standing = None;
         if !rights.identity.proofs.is_empty() {
@@ -377,7 +384,7 @@ impl Access {
         }
     }
 
-    /// Looks at what let the connected clients in, and ends those that it lets in no longer.
+    /// Checks the proofs of all connected clients and ends the connections whose proofs no longer hold.
     pub fn recheck(&self) {
         let clients = self.standings.recheck();
         if clients > 0 {
@@ -385,7 +392,7 @@ impl Access {
         }
     }
 
-    /// Reads the files that clients are known by where they have changed. Blocks on the disk.
+    /// Reads changed files of users and keys again. Blocks on the disk.
     pub fn refresh(&self) {
         let changed = self.authenticators.iter().filter(|authenticator| authenticator.refresh()).count();
         if changed > 0 {
@@ -417,33 +424,33 @@ impl Access {
         Err(Denied::BadCredentials)
     }
 
-    /// Whether clients' names are checked: without a config they are what clients say.
+    /// Returns whether user names are verified. Without a config they are what clients claim.
     pub fn is_checked(&self) -> bool {
         self.config.is_some()
     }
 
-    /// Whether the client may have the id that it asks for.
+    /// Returns whether the client may use the client id that it asks for.
     pub fn may_have_id(&self, identity: &Identity, client_id: &str) -> bool {
         let patterns = self.config.as_ref().map_or(&[][..], |config| &config.client_ids);
         let who = Who { client_id, user: identity.name.as_deref(), fields: &identity.fields };
         patterns.is_empty() || rules::fits_client_id(patterns, &who)
     }
 
-    /// Whether whole certificates are of use: a plugin is shown them.
+    /// Returns whether an authenticator uses whole certificates, as plugins do.
     pub fn looks_at_certificates(&self) -> bool {
         let authenticators = self.config.as_ref().map_or(&[][..], |config| &config.authenticate);
         authenticators.iter().any(|one| matches!(one, Authenticator::Plugin(_)))
     }
 
-    /// Whether one more CONNECT from there is within `connects_per_s`.
+    /// Returns whether another CONNECT from this address is within `connects_per_s`.
     pub fn may_connect(&self, ip: IpAddr) -> bool {
         let Some(connects) = &self.connects else { return true };
         let mut connects = connects.lock().unwrap_or_else(PoisonError::into_inner);
         connects.try_take(Source::of(ip), Instant::now())
     }
 
-    /// A place of the user's, empty where there is no bound; `None` where the
-    /// user has `connections_per_user_max` already, with other client ids.
+    /// Returns a place for a connection of the user, empty if there is no limit. Returns `None` if the
+    /// user already has `connections_per_user_max` other client ids connected.
     pub fn enter(&self, identity: &Identity, client_id: &str) -> Option<Option<UserPlace>> {
         match (&identity.name, self.limits.connections_per_user_max) {
             (Some(name), Some(max)) => self.users.enter(name, client_id, max).map(Some),
@@ -451,12 +458,12 @@ impl Access {
         }
     }
 
-    /// For one connection; `None` without a bound.
+    /// Returns the publish rates of one connection; `None` without a limit.
     pub fn allowance(&self) -> Option<Box<Allowance>> {
         Allowance::of_client(&self.limits, Instant::now()).map(Box::new)
     }
 
-    /// Of all clients together.
+    /// Returns the publish rate of all clients together.
     pub fn publishes(&self) -> Option<&Mutex<Allowance>> {
         self.publishes.as_ref()
     }
@@ -466,13 +473,13 @@ impl Access {
         self.limits.topic_levels_max.is_some_and(|max| topic.split('/').nth(max as usize).is_some())
     }
 
-    /// Whether an MQTT 3.1.1 client stays that published where it may not.
+    /// Returns whether an MQTT 3.1.1 client stays connected after a denied publish.
     pub fn drops_denied(&self) -> bool {
         self.config.as_ref().is_some_and(|config| config.denied_publish == DeniedPublish::Drop)
     }
 }
 
-/// Reads the files that the config names; adds what is wrong with them.
+/// Reads the files that the config names and adds what is wrong with them.
 pub fn look(config: &Config, path: &KeyPath, problems: &mut Problems) {
     let has_plugin = config.authenticate.iter().any(|one| matches!(one, Authenticator::Plugin(_)));
     let plugins = has_plugin.then(|| AccessEngine::new(&crate::plugin::Config::default(), None));
@@ -558,7 +565,7 @@ impl Authenticate for http::Http {
     }
 }
 
-/// Runs what may block on the pool for it.
+/// Runs blocking work on the runtime's pool for it.
 async fn off_the_reactor<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Denied> {
     // Fails only while the runtime ends.
     tokio::task::spawn_blocking(work).await.map_err(|_| Denied::Unavailable("shutdown"))

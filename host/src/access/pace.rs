@@ -1,17 +1,17 @@
-//! How long verifying a password takes on this machine, as it is now.
+//! Measures how long the verification of a password takes on this machine at present.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-/// A measurement is taken again after this.
+/// Time after which a measurement is repeated.
 const FRESH: Duration = Duration::from_secs(1);
-/// Costs that are told apart.
+/// Most different costs that are measured separately.
 const COSTS_MAX: usize = 16;
 
 #[derive(Debug, Default)]
 pub struct Pace {
     mean: Option<Duration>,
-    /// By cost: how long the last one took, and when it was due to be measured.
+    /// By cost: the last measured duration, and when the next measurement is due.
     last: BTreeMap<u64, (Duration, Instant)>,
 }
 
@@ -28,7 +28,7 @@ impl Pace {
         self.last.insert(cost, (took, now));
     }
 
-    /// Whether the caller is to measure what a hash of this cost takes: one of those who ask at a time.
+    /// Returns whether the caller is to measure a hash of this cost. Only one caller at a time is.
     pub fn is_due(&mut self, cost: u64, now: Instant) -> bool {
         let expected = self.expected(cost);
         let (_, at) = self.last.entry(cost).or_insert((expected, now - FRESH));
@@ -39,7 +39,7 @@ impl Pace {
         is_due
     }
 
-    /// As it took last, or in proportion to another cost.
+    /// Returns the last measured duration, or an estimate from another cost.
     pub fn expected(&self, cost: u64) -> Duration {
         let in_proportion = || {
             let (other, (took, _)) = self.last.iter().next_back()?;

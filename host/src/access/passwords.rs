@@ -1,9 +1,9 @@
-//! The password file: a line `user:$argon2id$...` for each user, with
-//! `:SCRAM-SHA-256$...` behind it for who may log in by SCRAM too.
+//! The password file: one line `user:$argon2id$...` for each user, followed by `:SCRAM-SHA-256$...` if
+//! the user may log in with SCRAM.
 //!
-//! Argon2 is slow on purpose, so it runs on a few threads that clients take in turns, with a
-//! bounded queue before them. A password that was right or wrong lately is known again by a keyed
-//! hash. A user that does not exist is refused as late as one that does, and costs nothing.
+//! Argon2 is slow on purpose, so it runs on a few threads that clients use in turn, behind a bounded
+//! queue. A password that was recently found right or wrong is recognised by a keyed hash. Refusing an
+//! unknown user takes as long as refusing a known one, but costs almost no CPU time.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -28,17 +28,18 @@ use crate::hints::{Hint, Hints};
 use crate::telemetry::Failures;
 
 const FILE_BYTES_MAX: u64 = 64 << 20;
-/// Verifications that wait at the most, however fast they are.
+/// Most verifications that wait, however fast they are.
 const QUEUE_MAX: usize = 1_024;
-/// A password is known for right or wrong so long, unless the user's line changes.
+/// How long a password is remembered as right or wrong, unless the user's line changes.
 const KNOWN_FOR: Duration = Duration::from_secs(300);
 const KNOWN_MAX: usize = 100_000;
-/// More memory, in KiB, more passes and lanes are refused: each connect would cost them.
+/// Most memory of a hash in KiB. Hashes with more memory, passes or lanes are refused, because each
+/// connect would cost them.
 const MEMORY_KIB_MAX: u32 = 256 << 10;
 const PASSES_MAX: u32 = 16;
 const LANES_MAX: u32 = 16;
 
-/// Users and their hashes, as the file says.
+/// Users and their hashes, as in the file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Users(BTreeMap<String, Entry>);
 
@@ -48,44 +49,44 @@ struct Entry {
     scram: Option<Verifier>,
 }
 
-/// The file as it is read.
+/// The file's contents.
 #[derive(Debug)]
 struct Loaded {
     users: Users,
-    /// Iterations of the users with a verifier: who does not exist is given one of these.
+    /// Iteration counts of the users with a verifier. A user that does not exist is given one of these.
     iterations: Vec<u32>,
-    /// One that costs the most.
+    /// A hash with the highest cost in the file.
     costliest: Arc<str>,
 }
 
 pub struct Passwords {
     file: Arc<Watched<Loaded>>,
-    /// What [`Authenticate::refresh`](super::Authenticate::refresh) saw last.
+    /// Contents that [`Authenticate::refresh`](super::Authenticate::refresh) saw last.
     seen: Mutex<Arc<Loaded>>,
-    /// Decoys for SCRAM come from it.
+    /// Secret from which decoys for SCRAM are derived.
     secret: [u8; 32],
     right: Recent<()>,
     wrong: Recent<()>,
-    /// Passwords that are looked at now.
+    /// Passwords that are being verified.
     trying: Trying,
     guesses: Arc<Guesses>,
-    /// Places for verifications at a time.
+    /// Places for concurrent verifications.
     places: Arc<Fair>,
     threads: usize,
     memory: Arc<HashMemory>,
     pace: Mutex<Pace>,
-    /// A client that waits longer has gone.
+    /// Longest time that a client waits. After that the client has given up.
     wait_max: Duration,
 }
 
-/// Who shows a password, and where.
+/// The user name and address of a client that presents a password.
 #[derive(Clone, Copy)]
 pub struct Asker<'a> {
     pub user: &'a str,
     pub source: Source,
 }
 
-/// The user's line is as it was.
+/// Holds while the user's line is unchanged.
 #[derive(Debug)]
 struct LineProof {
     file: Arc<Watched<Loaded>>,
@@ -134,7 +135,8 @@ impl Passwords {
         })
     }
 
-    /// The user, where the password is right; `None` where the file does not have the user.
+    /// Verifies a password. Returns the user if it is right, and `None` if the file does not have the
+    /// user.
     pub async fn check(&self, who: Asker<'_>, password: &[u8]) -> Result<Option<Identity>, Denied> {
         let file = self.loaded().await?;
         let Some(Entry { hash, .. }) = file.users.0.get(who.user) else { return Ok(None) };
@@ -142,13 +144,13 @@ impl Passwords {
         if is_right { Ok(self.identity(&file, who.user)) } else { Err(Denied::BadCredentials) }
     }
 
-    /// Refuses as [`Self::check`] does a user that exists, in no less time.
+    /// Refuses an unknown user, no sooner than [`Self::check`] refuses a known one.
     pub async fn pretend(&self, who: Asker<'_>, password: &[u8]) -> Result<(), Denied> {
         let file = self.loaded().await?;
         self.try_password(who, password, "", &file.costliest).await.map(drop)
     }
 
-    /// `hash` is empty for a user that does not exist.
+    /// Verifies a password against a hash, which is empty for a user that does not exist.
     async fn try_password(
         &self,
         who: Asker<'_>,
@@ -199,8 +201,8 @@ impl Passwords {
         is_right.or_else(|| self.wrong.get(fingerprint, now).map(|()| false))
     }
 
-    /// Returns when a user with the costliest hash would be refused that came at `begun`. Now and then it
-    /// computes that hash, to know how long it takes; clients that nobody knows cost no more.
+    /// Returns when a user with the costliest hash that came at `begun` would be refused. Computes that
+    /// hash occasionally, to measure it; unknown clients do not cost more.
     async fn take_as_long(
         &self,
         begun: Instant,
@@ -220,8 +222,8 @@ impl Passwords {
         Ok(())
     }
 
-    /// What proves the user's password, and who has proved it: for who has
-    /// none it is one that nothing proves, made at the same cost.
+    /// Returns the verifier for the user's password, and the user's identity. For a user without one, it
+    /// returns a verifier that no password satisfies, made at the same cost.
     pub async fn verifier(&self, user: &str) -> Result<(Verifier, Option<Identity>), Denied> {
         let file = self.loaded().await?;
         let decoy = Verifier::decoy(&self.secret, user, &file.iterations);
@@ -229,7 +231,7 @@ impl Passwords {
         Ok(known.map_or((decoy, None), |verifier| (verifier, self.identity(&file, user))))
     }
 
-    /// The user that `file` has, for as long as its line stays as it is there.
+    /// Returns the identity of a user in `file`, valid as long as the user's line stays the same.
     fn identity(&self, file: &Loaded, user: &str) -> Option<Identity> {
         let digest = file.digest_of(user)?;
         let proof = LineProof { file: self.file.clone(), user: user.into(), digest };
@@ -240,8 +242,8 @@ impl Passwords {
         &self.guesses
     }
 
-    /// Whether the file says something else than at the last call. Blocks on the disk. Gives back
-    /// memory that no verification uses.
+    /// Returns whether the file has changed since the last call, and frees memory that no verification
+    /// uses. Blocks on the disk.
     pub fn refresh(&self) -> bool {
         self.memory.give_back_unused(Instant::now());
         self.file.refresh(&self.seen)
@@ -252,7 +254,8 @@ impl Passwords {
         super::off_the_reactor(move || file.get()).await
     }
 
-    /// A place to verify in, once it is its turn: as many wait as are served before they have gone.
+    /// Returns a place for a verification when it is the client's turn. At most as many clients wait as
+    /// can be served before they give up.
     async fn place(&self, who: Asker<'_>) -> Result<Place, Denied> {
         let served = self.wait_max.div_duration_f64(self.pace().mean()) as usize;
         let waiting_max = served.saturating_mul(self.threads).clamp(self.threads, QUEUE_MAX);
@@ -298,7 +301,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Users {
-    /// Errors name the line.
+    /// Parses a file. Errors name the line.
     pub fn parse(bytes: &[u8]) -> Result<Self, String> {
         let text = std::str::from_utf8(bytes).map_err(|_| "must be UTF-8 text".to_owned())?;
         let mut users = BTreeMap::new();
@@ -319,8 +322,8 @@ impl Users {
         Ok(Self(users))
     }
 
-    /// True where the user had a password before. With `scram_iterations` SCRAM
-    /// can be used too; a user for whom it could before keeps it, with the new password.
+    /// Sets the password of a user, and returns true if the user had one before. `scram_iterations`
+    /// allows SCRAM. A user that could use it before keeps it, with the new password.
     pub fn set(&mut self, user: &str, password: &str, scram_iterations: Option<u32>) -> Result<bool, String> {
         check_user(user)?;
         let before = self.0.get(user).and_then(|entry| entry.scram.as_ref());
@@ -337,7 +340,7 @@ impl Users {
         self.0.keys().map(String::as_str)
     }
 
-    /// False where there is no such user.
+    /// Removes a user. Returns false if there is no such user.
     pub fn remove(&mut self, user: &str) -> bool {
         self.0.remove(user).is_some()
     }
@@ -361,7 +364,7 @@ fn check_user(user: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// Takes long. Returns `None` where there is no memory to compute the hash in.
+/// Verifies a password, which takes long. Returns `None` if there is no memory to compute the hash in.
 fn is_password_of(memory: &HashMemory, hash: &str, password: &[u8]) -> Option<bool> {
     let Some((argon2, hash)) = parsed(hash) else { return Some(false) };
     let (Some(salt), Some(expected)) = (hash.salt, hash.hash) else { return Some(false) };
@@ -381,7 +384,7 @@ fn parsed(hash: &str) -> Option<(Argon2<'static>, PasswordHash)> {
     Some((Argon2::new(algorithm, version, Params::try_from(&hash).ok()?), hash))
 }
 
-/// What verifying it takes, to compare; 0 of what is no hash.
+/// Returns the relative cost of verifying a hash; 0 for text that is not a hash.
 fn cost(hash: &str) -> u64 {
     let parameters = PasswordHash::new(hash).ok().and_then(|hash| Params::try_from(&hash).ok());
     parameters.map_or(0, |it| u64::from(it.m_cost()) * u64::from(it.t_cost()))
@@ -400,7 +403,7 @@ fn check_hash(hash: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// With the cost that OWASP advises: 19 MiB, two passes.
+/// Hashes a password at the cost that OWASP recommends: 19 MiB, two passes.
 fn hash(password: &[u8]) -> Result<String, String> {
     let hash = Argon2::default().hash_password(password);
     hash.map(|hash| hash.to_string()).map_err(|error| format!("cannot hash the password: {error}"))

@@ -1,5 +1,5 @@
-//! An access plugin as authenticator: called off the reactor, few at a time. Its
-//! answer is checked; a fault refuses the client, and never lets one in.
+//! An access plugin as authenticator. It is called on other threads than the reactor's, a few calls at a
+//! time. Its answers are checked; a fault refuses the client, and never admits one.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -23,10 +23,10 @@ use crate::telemetry::{Failures, Standing};
 use crate::topic::DEVICE_ID_BYTES_MAX;
 
 const FILE_BYTES_MAX: u64 = 128 << 20;
-/// Calls for clients that connect that wait; a client leaves when `mqtt.connect_timeout` is over.
+/// Most waiting calls for clients that connect. A client leaves when `mqtt.connect_timeout` has passed.
 const WAITING_MAX: usize = 8_192;
 const NAME_BYTES_MAX: usize = 1_024;
-/// Of all of a client's: they go with each of its messages.
+/// Most bytes of the attributes of a client, which are stored with each of its messages.
 const ATTRIBUTES_BYTES_MAX: usize = 4 << 10;
 pub struct Plugin(Arc<Inner>);
 
@@ -35,13 +35,13 @@ struct Inner {
     plugin: Arc<Opening<AccessPlugin>>,
     /// How long a client waits for the first version.
     wait_max: Duration,
-    /// As many as instances.
+    /// Turns for calls, as many as there are instances.
     turns: Arc<Fair>,
     exchanges: AtomicU64,
     failures: Failures,
 }
 
-/// What a plugin said, checked.
+/// A checked answer of the plugin.
 enum Answer {
     Accept(Box<Identity>),
     Pass,
@@ -49,12 +49,12 @@ enum Answer {
     More(Vec<u8>, Seat),
 }
 
-/// The client that a call is for.
+/// The client for which a call is made.
 #[derive(Clone)]
 struct Caller {
     source: Source,
     client_id: Box<str>,
-    /// It is connected: its calls come before those of clients that connect.
+    /// Whether the client is connected. Its calls are made before those of clients that connect.
     is_connected: bool,
 }
 
@@ -67,8 +67,8 @@ struct Running {
 }
 
 impl Plugin {
-    /// Begins to load the plugin. Clients wait for it, at most half of `wait_max`,
-    /// so that they are told where it takes longer.
+    /// Begins to load the plugin. Clients wait for it at most half of `wait_max`, so that they can be
+    /// told if loading takes longer.
     pub fn open(
         config: &config::Plugin,
         engine: &AccessEngine,
@@ -110,12 +110,12 @@ impl Plugin {
     }
 }
 
-/// Loads the plugin; what is wrong with the file or its config.
+/// Loads the plugin and returns what is wrong with the file or its config.
 pub fn look(config: &config::Plugin, engine: &AccessEngine) -> Result<(), String> {
     watch(config, engine, Failures::default()).map(drop)
 }
 
-/// A first version that cannot be used is a problem until there is one.
+/// Reports a first version that cannot be used as a problem, until there is one that can.
 fn note_opened(file: &Path, wrong: Option<&String>, failures: &Failures) {
     let (part, kind) = (format!("access plugin {}", file.display()), "plugin_failed");
     let Some(reason) = wrong else { return failures.mended(&part, kind) };
@@ -152,7 +152,7 @@ impl Inner {
         self.plugin.opened(self.wait_max).await.ok_or(Denied::Unavailable("plugin"))
     }
 
-    /// When it has its turn; runs on when its client has gone.
+    /// Runs a call when it is its turn. The call continues if its client leaves.
     async fn off_the_reactor<T: Send + 'static>(
         &self,
         caller: &Caller,
@@ -239,7 +239,7 @@ impl Authorize for Arc<Inner> {
     }
 }
 
-/// One byte for each question.
+/// Reads an answer, which has one byte for each question.
 fn answers(raw: &[u8], questions: usize) -> Result<Vec<bool>, String> {
     if raw.len() != questions {
         return Err(format!("bad answer: {} answers to {questions} questions", raw.len()));
@@ -388,7 +388,7 @@ fn is_device(device: &str) -> bool {
     (1..=DEVICE_ID_BYTES_MAX).contains(&device.len()) && !device.chars().any(char::is_control)
 }
 
-/// One for what a client does itself, one for what it is sent.
+/// Converts a rule of the plugin into one for the client's own actions and one for deliveries to it.
 fn rule(raw: access::Rule) -> Result<impl Iterator<Item = Rule>, String> {
     const PUBLISH: u32 = Act::Publish as u32;
     const SUBSCRIBE: u32 = Act::Subscribe as u32;

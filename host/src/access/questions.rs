@@ -1,9 +1,8 @@
-//! What the rules of a client leave open (`ask`): put to the plugin that knows
-//! it, and the answers kept for as long as the client's rights.
+//! Questions that a client's rules leave open (`ask`): asked of the plugin that decides them, with the
+//! answers kept as long as the client's rights.
 //!
-//! Nobody waits in here: who meets an open question leaves what it was at as it
-//! is, has it asked, and comes back when there is an answer. One call of a
-//! connection runs at a time.
+//! Nothing waits here. A caller that meets an open question suspends its work, has the question asked,
+//! and continues when there is an answer. Each connection has one running call at a time.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -18,18 +17,20 @@ use super::Denied;
 use super::rules::Verdict;
 use crate::room::{Holding, Room};
 
-/// Of one call; a listener asks for no more at a time.
+/// Most questions of one call. A listener asks no more at a time.
 pub const QUESTIONS_MAX: usize = 1_024;
-/// Answers of one client that are kept. The last call's are, whatever their size.
+/// Most bytes of answers that are kept for one client. The answers of the last call are kept whatever
+/// their size.
 const ANSWERS_BYTES_MAX: usize = 256 << 10;
-/// Answers of all clients together. A client without room keeps those of its last call only.
+/// Most bytes of answers of all clients together. A client without room keeps only those of its last
+/// call.
 pub const ANSWERS_OF_ALL_BYTES_MAX: usize = 128 << 20;
-/// About what an answer takes beside its topic.
+/// Approximate size of an answer beside its topic.
 const ANSWER_BYTES: usize = 64;
-/// A call that failed refuses for so long; then the plugin is asked again.
+/// How long the actions of a failed call stay denied before the plugin is asked again.
 const FAILED_FOR: Duration = Duration::from_secs(1);
 
-/// What a client wants to do with a topic; the numbers are the plugin contract's.
+/// What a client wants to do with a topic. The numbers are those of the plugin contract.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Act {
     Publish = 1,
@@ -37,11 +38,11 @@ pub enum Act {
     Receive = 4,
 }
 
-/// Who decides what rules leave open.
+/// Decides the questions that rules leave open.
 #[async_trait]
 pub trait Authorize: Send + Sync {
-    /// Whether client `client_id`, known as `name`, may: one answer for each
-    /// topic (for `Subscribe` a filter). An error answers none.
+    /// Returns whether client `client_id`, known as `name`, may act: one answer for each topic (for
+    /// `Subscribe`, a filter). An error answers none of them.
     async fn authorize(
         &self,
         name: &str,
@@ -51,16 +52,16 @@ pub trait Authorize: Send + Sync {
     ) -> Result<Vec<bool>, Denied>;
 }
 
-/// Of one client.
+/// The questions and answers of one client.
 pub struct Questions {
     asker: Asker,
-    /// By topic.
+    /// Answers by topic.
     answers: HashMap<Box<str>, Answer>,
     bytes: usize,
-    /// What the answers take of the memory of all clients' answers.
+    /// The client's part of the memory for the answers of all clients.
     memory: Holding,
     running: Option<AbortOnDropHandle<Answered>>,
-    /// Not all that the session was subscribed to was allowed.
+    /// Whether some of the session's subscriptions were denied.
     pub narrowed: bool,
 }
 
@@ -69,31 +70,31 @@ struct Asker {
     authorizer: Arc<dyn Authorize>,
     name: Arc<str>,
     client_id: Arc<str>,
-    /// A call that takes longer has failed.
+    /// Time after which a call counts as failed.
     wait_max: Duration,
 }
 
 #[derive(Clone, Copy, Default)]
 struct Answer {
-    /// Acts that were asked for.
+    /// Actions whose answer is known.
     known: u8,
-    /// Of these.
+    /// Actions among the known ones that are allowed.
     allowed: u8,
-    /// After a call that failed.
+    /// Time until which the answer holds, after a call that failed.
     until: Option<Instant>,
 }
 
 struct Answered {
     act: Act,
     topics: Vec<Box<str>>,
-    /// `None`: the call failed.
+    /// Answers; `None` if the call failed.
     answers: Vec<Option<bool>>,
-    /// Why the first call failed of which that is so.
+    /// Reason why the first failed call failed.
     denied: Option<Denied>,
 }
 
 impl Questions {
-    /// The answers count in `room`, with those of all clients.
+    /// Creates the questions of a client, whose answers count in `room` with those of all clients.
     pub fn new(
         authorizer: Arc<dyn Authorize>,
         name: &Arc<str>,
@@ -106,7 +107,7 @@ impl Questions {
         Self { asker, answers: HashMap::new(), bytes: 0, memory, running: None, narrowed: false }
     }
 
-    /// `Verdict::Ask`: not known. Allocates nothing.
+    /// Returns the known answer, or `Verdict::Ask`. Does not allocate.
     pub fn known(&self, act: Act, topic: &str) -> Verdict {
         let Some(answer) = self.answers.get(topic) else { return Verdict::Ask };
         let is_over = || answer.until.is_some_and(|until| Instant::now() >= until);
@@ -117,8 +118,8 @@ impl Questions {
         }
     }
 
-    /// Begins a call, unless one runs: its end is to be waited for first. On a task of
-    /// its own: a client that is at something else meanwhile keeps nobody's turn.
+    /// Begins a call, unless one is running, whose end must be awaited first. The call runs on a task of
+    /// its own, so that a client that does something else meanwhile does not keep the turn of another.
     pub fn ask(&mut self, act: Act, topics: Vec<Box<str>>) {
         if self.running.is_none() && !topics.is_empty() {
             let call = tokio::spawn(self.asker.clone().ask(act, topics));
@@ -130,7 +131,7 @@ impl Questions {
         self.running.is_some()
     }
 
-    /// Returns when there are answers. Pending while nothing is asked. Safe to drop.
+    /// Returns when there are answers. Never returns while no call runs. Cancel safe.
     pub async fn answered(&mut self) {
         let Some(running) = &mut self.running else { return pending().await };
         // Fails only while the runtime ends.
@@ -139,7 +140,7 @@ impl Questions {
         self.learn(answered);
     }
 
-    /// Asks and waits; in as many calls as it takes. An error: one of them failed.
+    /// Asks and waits, in as many calls as needed. An error means that one of them failed.
     pub async fn ask_now(&mut self, act: Act, topics: Vec<Box<str>>) -> Result<(), Denied> {
         let mut answers = Vec::new();
         for some in topics.chunks(QUESTIONS_MAX) {
@@ -177,7 +178,7 @@ impl Questions {
         self.memory.hold(self.bytes);
     }
 
-    /// Any others are forgotten.
+    /// Makes room for `wanted` bytes by forgetting arbitrary answers.
     fn make_room(&mut self, wanted: usize) {
         let mut bytes = self.bytes;
         let is_there = bytes + wanted <= ANSWERS_BYTES_MAX;
@@ -197,7 +198,8 @@ impl Questions {
 }
 
 impl Asker {
-    /// One topic that the plugin fails at takes no other along: then each is asked for alone.
+    /// Asks about all topics in one call. If the call fails, it asks about each topic separately, so
+    /// that one topic on which the plugin fails does not deny the others.
     async fn ask(self, act: Act, topics: Vec<Box<str>>) -> Answered {
         let until = tokio::time::Instant::now() + self.wait_max;
         let mut answers: Vec<Option<bool>> = Vec::new();

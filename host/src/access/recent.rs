@@ -1,5 +1,5 @@
-//! What was found out lately, by a keyed hash of all it was found out from: no
-//! password is kept in memory, and keys cannot be chosen to collide.
+//! A cache of recent results, keyed by a keyed hash of their inputs. No password is kept in memory, and
+//! no client can choose keys that collide.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -18,14 +18,15 @@ pub struct Recent<T> {
 pub type Fingerprint = [u8; 32];
 
 impl<T: Clone> Recent<T> {
-    /// `entries_max` answers at most, each for `ttl`.
+    /// Creates a cache of at most `entries_max` results, each kept for `ttl`.
     pub fn new(entries_max: usize, ttl: Duration) -> Self {
         let key = hmac::Key::generate(hmac::HMAC_SHA256, &SystemRandom::new());
         let key = key.expect("the system gives random bytes");
         Self { key, ttl, entries_max, entries: Mutex::default() }
     }
 
-    /// The lengths go in too: ("a", "bc") is not ("ab", "c").
+    /// Returns the fingerprint of `parts` with their lengths, so that ("a", "bc") differs from ("ab",
+    /// "c").
     pub fn fingerprint(&self, parts: &[&[u8]]) -> Fingerprint {
         let mut context = hmac::Context::with_key(&self.key);
         for part in parts {
@@ -43,7 +44,7 @@ impl<T: Clone> Recent<T> {
         (now < *until).then(|| value.clone())
     }
 
-    /// With no room any other is forgotten.
+    /// Adds a result. If the cache is full, an arbitrary other one is forgotten.
     pub fn put(&self, fingerprint: Fingerprint, value: T, now: Instant) {
         self.update(fingerprint, now, |_| value);
     }
@@ -52,7 +53,7 @@ impl<T: Clone> Recent<T> {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner).remove(fingerprint);
     }
 
-    /// Puts what `change` makes of the value that there is.
+    /// Replaces a result by what `change` makes of the existing one.
     pub fn update(&self, fingerprint: Fingerprint, now: Instant, change: impl FnOnce(Option<T>) -> T) {
         if self.ttl.is_zero() {
             return;

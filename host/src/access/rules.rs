@@ -1,11 +1,10 @@
-//! Rules of what a client may publish, subscribe to and receive, compiled when
-//! it connects: its variables are filled in, rules for others are left out.
+//! Rules about what a client may publish, subscribe to and receive. They are compiled when the client
+//! connects: variables are filled in, and rules for other clients are left out.
 //!
-//! A filter may be subscribed to when every topic it can match is allowed, or,
-//! with [`Overlap::Filter`], allowed but for some that are denied; messages of those
-//! are not delivered. The test errs on the side of no: a filter that only several
-//! allowing rules together cover is refused. What is received was subscribed to:
-//! without a rule of its own it needs no more.
+//! A client may subscribe to a filter if every topic that the filter can match is allowed or, with
+//! [`Overlap::Filter`], allowed except for some that are denied, whose messages are not delivered. If in
+//! doubt, the answer is no: a filter that only several allow rules together cover is refused. Messages
+//! are received through a subscription, so without a rule of its own receiving is allowed.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -21,7 +20,7 @@ use crate::topic::TopicFilter;
 pub enum Effect {
     Allow,
     Deny,
-    /// Whose rule it is decides; only an access plugin can be asked.
+    /// The access plugin that gave the rule decides.
     #[serde(skip)]
     Ask,
 }
@@ -33,25 +32,25 @@ pub enum Action {
     Subscribe,
     #[default]
     Both,
-    /// Deliveries; only an access plugin has such rules.
+    /// Deliveries. Only an access plugin has such rules.
     #[serde(skip)]
     Receive,
 }
 
-/// What the rules say.
+/// The result of evaluating the rules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     Yes,
     No,
-    /// It is to be asked for.
+    /// The access plugin must be asked.
     Ask,
 }
 
-/// Whom rules are compiled for.
+/// The client for which rules are compiled.
 #[derive(Clone, Copy, Debug)]
 pub struct Who<'a> {
     pub client_id: &'a str,
-    /// `None`: anonymous.
+    /// User name; `None` for an anonymous client.
     pub user: Option<&'a str>,
     pub fields: &'a BTreeMap<String, String>,
 }
@@ -63,7 +62,7 @@ pub struct Policy(Option<Arc<Compiled>>);
 #[derive(Debug)]
 struct Compiled {
     rules: Box<[CompiledRule]>,
-    /// Deliveries must be looked at.
+    /// Whether deliveries must be checked.
     limits_receive: bool,
     asks: bool,
     overlap: Overlap,
@@ -77,7 +76,7 @@ struct CompiledRule {
 }
 
 impl Policy {
-    /// Everything, as without rules and for a superuser.
+    /// Returns a policy that allows everything, as without rules and for a superuser.
     pub fn everything() -> Self {
         Self(None)
     }
@@ -107,7 +106,7 @@ impl Policy {
         })))
     }
 
-    /// Allocates nothing.
+    /// Returns whether the client may publish to `topic`. Does not allocate.
     #[inline]
     pub fn publish(&self, topic: &str) -> Verdict {
         let Some(compiled) = &self.0 else { return Verdict::Yes };
@@ -115,7 +114,8 @@ impl Policy {
         compiled.first(topic, is_of).map_or(Verdict::No, Effect::verdict)
     }
 
-    /// Whether every topic that `filter` can match is allowed, but for what is not delivered.
+    /// Returns whether every topic that `filter` can match is allowed, except for topics whose messages
+    /// are not delivered.
     pub fn subscribe(&self, filter: &TopicFilter) -> Verdict {
         let Some(compiled) = &self.0 else { return Verdict::Yes };
         let filter = Pattern::of(filter.as_str());
@@ -137,7 +137,8 @@ impl Policy {
         Verdict::No
     }
 
-    /// Of a topic that is subscribed to. Allocates nothing.
+    /// Returns whether the client may receive a message of `topic`, to which it is subscribed. Does not
+    /// allocate.
     pub fn receive(&self, topic: &str) -> Verdict {
         let Some(compiled) = self.0.as_ref().filter(|it| it.limits_receive) else { return Verdict::Yes };
         let first = compiled.first(topic, |action| action == Action::Receive);
@@ -150,17 +151,17 @@ impl Policy {
         }
     }
 
-    /// Whether a delivery must be looked at.
+    /// Returns whether deliveries must be checked.
     pub fn limits_receive(&self) -> bool {
         self.0.as_ref().is_some_and(|compiled| compiled.limits_receive)
     }
 
-    /// Whether anything is to be asked for.
+    /// Returns whether any rule asks the access plugin.
     pub fn asks(&self) -> bool {
         self.0.as_ref().is_some_and(|compiled| compiled.asks)
     }
 
-    /// Whether a publish must be looked at.
+    /// Returns whether publishes need no check.
     #[inline]
     pub fn is_everything(&self) -> bool {
         self.0.is_none()
@@ -194,7 +195,7 @@ impl Rule {
     }
 }
 
-/// A topic of a rule as it is written: a filter, its variables well-formed.
+/// Checks a topic of a rule: it must be a valid filter, and its variables well-formed.
 pub fn check_topic(text: &str) -> Result<(), String> {
     TopicFilter::new(text).map_err(|error| error.to_string())?;
     if text.split('/').next() == Some("$share") {
@@ -214,7 +215,7 @@ pub fn check_topic(text: &str) -> Result<(), String> {
     })
 }
 
-/// Whether a client's id fits one of `patterns`, with who it is filled in.
+/// Returns whether a client id matches one of `patterns`, with variables filled in from `who`.
 pub fn fits_client_id(patterns: &[String], who: &Who<'_>) -> bool {
     // A star in a name is no star of the pattern.
     let value = |variable: Variable<'_>| who.value(variable).filter(|value| !value.contains('*'));
@@ -232,7 +233,7 @@ pub fn check_client_id(pattern: &str) -> Result<(), String> {
     }
 }
 
-/// `*` stands for any characters, also none.
+/// Returns whether `text` matches `glob`, in which `*` stands for any number of characters.
 pub(super) fn fits_glob(glob: &str, text: &str) -> bool {
     let Some((head, rest)) = glob.split_once('*') else { return glob == text };
     let Some(mut text) = text.strip_prefix(head) else { return false };
@@ -271,7 +272,7 @@ impl<'a> Who<'a> {
     }
 }
 
-/// Fills the variables of one level in; `Err` where one has no value.
+/// Fills in the variables of one level. Returns `Err` if one has no value.
 fn fill<'v>(level: &str, value: impl Fn(Variable<'_>) -> Option<&'v str>) -> Result<String, ()> {
     let mut filled = String::new();
     let mut rest = level;
@@ -310,7 +311,7 @@ fn is_one_level(value: &str) -> bool {
 }
 
 impl Pattern {
-    /// `None` where the client has no value for a variable and `effect` allows.
+    /// Compiles a topic. Returns `None` if the client has no value for a variable and `effect` allows.
     fn compile(text: &str, effect: Effect, who: &Who<'_>) -> Option<Self> {
         let value = |variable: Variable<'_>| who.value(variable);
         let levels =
@@ -339,7 +340,7 @@ impl Pattern {
         Self::normal(filter.split('/').map(level).collect())
     }
 
-    /// `+/#` matches what `#` does: every topic has a first level.
+    /// Normalises levels: `+/#` matches the same topics as `#`, since every topic has a first level.
     fn normal(mut levels: Vec<Level>) -> Self {
         if levels == [Level::One, Level::Rest] {
             levels.remove(0);
@@ -351,7 +352,7 @@ impl Pattern {
         !matches!(self.0.first(), Some(Level::Literal(_)))
     }
 
-    /// Begins with a level that wildcards do not match (MQTT 5.0, 4.7.2).
+    /// Returns whether the first level is one that wildcards do not match (MQTT 5.0, 4.7.2).
     fn starts_with_dollar(&self) -> bool {
         matches!(self.0.first(), Some(Level::Literal(level)) if level.starts_with('$'))
     }
@@ -373,7 +374,7 @@ impl Pattern {
         levels.next().is_none()
     }
 
-    /// Whether `other` matches every topic that this does.
+    /// Returns whether `other` matches every topic that this filter matches.
     fn is_within(&self, other: &Self) -> bool {
         if self.starts_with_dollar() && other.starts_wild() {
             return false;
@@ -390,7 +391,7 @@ impl Pattern {
         mine.next().is_none()
     }
 
-    /// Whether both match some topic.
+    /// Returns whether both filters match some topic.
     fn overlaps(&self, other: &Self) -> bool {
         if (self.starts_with_dollar() && other.starts_wild())
             || (other.starts_with_dollar() && self.starts_wild())

@@ -1,9 +1,8 @@
-//! SCRAM-SHA-256, the server's side, without channel binding (RFC 5802, 7677):
-//! pure, no file and no socket.
+//! SCRAM-SHA-256, the server's side, without channel binding (RFC 5802, 7677). Performs no I/O.
 //!
-//! A verifier is written as PostgreSQL and RFC 5803 write it,
-//! `SCRAM-SHA-256$ITERATIONS:SALT$STOREDKEY:SERVERKEY`, the last three base64.
-//! Nobody can log in with what it holds; who reads it can try passwords.
+//! A verifier is written as in PostgreSQL and RFC 5803,
+//! `SCRAM-SHA-256$ITERATIONS:SALT$STOREDKEY:SERVERKEY`, with the last three in base64. The verifier
+//! alone does not permit a login, but passwords can be tested against it.
 
 use std::fmt;
 use std::num::NonZeroU32;
@@ -16,12 +15,12 @@ use stringprep::saslprep;
 use subtle::ConstantTimeEq;
 
 pub const METHOD: &str = "SCRAM-SHA-256";
-/// What OWASP advises for PBKDF2 with HMAC-SHA-256. It is the client that pays
-/// for it, each time it connects; the server only when a password is set.
+/// Iterations that OWASP recommends for PBKDF2 with HMAC-SHA-256. The client computes them each time it
+/// connects, the server only when a password is set.
 pub const ITERATIONS_DEFAULT: u32 = 600_000;
-/// RFC 7677, section 4.
+/// Fewest iterations (RFC 7677, section 4).
 pub const ITERATIONS_MIN: u32 = 4_096;
-/// Ten seconds of a fast client.
+/// Most iterations: ten seconds on a fast client.
 pub const ITERATIONS_MAX: u32 = 10_000_000;
 
 const SALT_BYTES: usize = 16;
@@ -31,7 +30,7 @@ const USER_BYTES_MAX: usize = 1_024;
 
 type Key = [u8; 32];
 
-/// What proves a password without telling it.
+/// Data with which a password is verified without storing it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Verifier {
     pub iterations: u32,
@@ -41,7 +40,7 @@ pub struct Verifier {
 }
 
 impl Verifier {
-    /// Slow on purpose.
+    /// Computes a verifier, which is slow on purpose.
     pub fn new(password: &str, iterations: u32) -> Result<Self, String> {
         let mut salt = [0; SALT_BYTES];
         SystemRandom::new().fill(&mut salt).map_err(|_| "the system gives no random bytes".to_owned())?;
@@ -62,8 +61,8 @@ impl Verifier {
         })
     }
 
-    /// Of a user that does not exist: always the same for a name, as if it did,
-    /// and nothing proves it. `secret` is known to nobody else.
+    /// Returns the verifier of a user that does not exist. It is always the same for a name, as a real
+    /// one is, and no password satisfies it. `secret` must not be known to others.
     pub fn decoy(secret: &[u8; 32], user: &str, iterations: &[u32]) -> Self {
         let part = |what: &str| mac(secret, format!("{what} {user}").as_bytes());
         let mut salt = [0; SALT_BYTES];
@@ -111,10 +110,10 @@ impl fmt::Debug for Verifier {
     }
 }
 
-/// client-first-message.
+/// The client-first-message.
 #[derive(Debug)]
 pub struct First<'a> {
-    /// Prepared as RFC 4013 says.
+    /// User name, prepared according to RFC 4013.
     pub user: String,
     gs2: &'a str,
     bare: &'a str,
@@ -122,8 +121,8 @@ pub struct First<'a> {
 }
 
 impl<'a> First<'a> {
-    /// `None` where it is malformed, binds a channel, acts for another, or asks
-    /// for an extension.
+    /// Parses the message. Returns `None` if it is malformed, binds a channel, acts for another user, or
+    /// requires an extension.
     pub fn read(data: &'a [u8]) -> Option<Self> {
         let text = std::str::from_utf8(data).ok()?;
         let bare = text.strip_prefix("n,,").or_else(|| text.strip_prefix("y,,"))?;
@@ -139,19 +138,19 @@ impl<'a> First<'a> {
     }
 }
 
-/// The server has said server-first-message, and waits for client-final-message.
+/// State of the server after server-first-message, while it waits for client-final-message.
 #[derive(Debug)]
 pub struct Exchange {
     verifier: Verifier,
-    /// What `c=` must be.
+    /// Required value of `c=`.
     binding: String,
     nonce: String,
-    /// Of AuthMessage, what comes before client-final-message-without-proof.
+    /// The part of AuthMessage before client-final-message-without-proof.
     said: String,
 }
 
 impl Exchange {
-    /// With server-first-message.
+    /// Begins an exchange and returns it with server-first-message.
     pub fn begin(first: &First<'_>, verifier: Verifier) -> Option<(Self, String)> {
         let mut random = [0; NONCE_BYTES];
         SystemRandom::new().fill(&mut random).ok()?;
@@ -166,7 +165,7 @@ impl Exchange {
         (Self { verifier, binding: STANDARD.encode(first.gs2), nonce, said }, server_first)
     }
 
-    /// server-final-message, where client-final-message proves the password.
+    /// Returns server-final-message if client-final-message proves the password.
     pub fn finish(&self, client_final: &[u8]) -> Option<String> {
         let text = std::str::from_utf8(client_final).ok()?;
         let (unproven, proof) = text.rsplit_once(",p=")?;
@@ -192,7 +191,7 @@ fn check_iterations(iterations: u32) -> Result<NonZeroU32, String> {
     })
 }
 
-/// A saslname: `=2C` is a comma, `=3D` an equals sign, no other `=` stands.
+/// Decodes a saslname: `=2C` is a comma, `=3D` an equals sign, and no other `=` is allowed.
 fn unescape(name: &str) -> Option<String> {
     let mut parts = name.split('=');
     let mut out = parts.next()?.to_owned();
@@ -221,7 +220,7 @@ fn sha256(bytes: &[u8]) -> Key {
     digest::digest(&digest::SHA256, bytes).as_ref().try_into().expect("SHA-256 has 32 bytes")
 }
 
-/// The client's side.
+/// Computes the client's side, for tests.
 #[cfg(test)]
 pub fn client_final(password: &str, client_first: &str, server_first: &str) -> Option<String> {
     let field = |name: &str| server_first.split(',').find_map(|field| field.strip_prefix(name));

@@ -1,5 +1,5 @@
-//! Connections whose rights may be taken back while they last: what let a client in is
-//! looked at again when a file that it rests on has changed.
+//! Connections whose rights may end while they are connected. The proof that admitted a client is
+//! checked again when a file on which it rests has changed.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -7,18 +7,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-/// What let a client in.
+/// The proof that admitted a client.
 pub trait Proof: fmt::Debug + Send + Sync {
-    /// Whether it would let the client in now. Cheap, and reads no file.
+    /// Returns whether the proof would admit the client now. Cheap, and reads no file.
     fn holds(&self) -> bool;
 
-    /// Its end, where that is known.
+    /// Returns when the proof expires, if that is known.
     fn valid_until(&self) -> Option<Instant> {
         None
     }
 }
 
-/// Of all connections that rest on something that can change.
+/// The standings of all connections whose proofs can change.
 #[derive(Default)]
 pub struct Standings(Arc<Mutex<Entries>>);
 
@@ -42,7 +42,7 @@ pub struct Standing {
 }
 
 impl Standings {
-    /// `wake` is called when the rights are taken back, also at once.
+    /// Adds a connection. `wake` is called when its rights end, possibly at once.
     pub fn enter(&self, proofs: Vec<Arc<dyn Proof>>, wake: impl Fn() + Send + Sync + 'static) -> Standing {
         let entry = Arc::new(Entry { proofs, is_revoked: AtomicBool::new(false), wake: Box::new(wake) });
         let mut entries = lock(&self.0);
@@ -55,7 +55,7 @@ impl Standings {
         Standing { number, entry, entries: self.0.clone() }
     }
 
-    /// Looks at all of them; returns how many lost their rights.
+    /// Checks all connections, and returns how many lost their rights.
     pub fn recheck(&self) -> usize {
         let entries: Vec<_> = lock(&self.0).by_number.values().cloned().collect();
         entries.iter().filter(|entry| entry.check()).count()
@@ -63,7 +63,7 @@ impl Standings {
 }
 
 impl Entry {
-    /// Whether its rights are taken back just now.
+    /// Checks one connection, and returns whether its rights ended in this call.
     fn check(&self) -> bool {
         let is_over = !self.proofs.iter().all(|proof| proof.holds());
         let is_new = is_over && !self.is_revoked.swap(true, Ordering::AcqRel);

@@ -1,11 +1,11 @@
-//! A file that is read again when it changes. A new version that cannot be used
-//! leaves the old one in place, and is reported.
+//! A file that is read again when it changes. A new version that cannot be used leaves the old one in
+//! place, and is reported.
 //!
-//! One thread a file touches the disk, so that one that does not answer holds up nobody:
-//! who asks waits for a look of that thread at most [`LOOK_MAX`] ([`Watched::get`]) or not at
-//! all ([`Watched::ready`]), and takes the newest version. A file that is being written is left
-//! alone until it has been quiet for [`QUIET`]. The first version of one that takes long to
-//! read is waited for ([`Opening`]).
+//! Only one thread for each file touches the disk, so that a disk that does not answer blocks no other
+//! thread. A caller waits for a check by that thread for at most [`LOOK_MAX`] ([`Watched::get`]), or not
+//! at all ([`Watched::ready`]), and receives the newest version. A file that is being written is not
+//! read until it has been unchanged for [`QUIET`]. If the first version takes long to read, callers wait
+//! for it ([`Opening`]).
 
 use std::fmt;
 use std::fs::Metadata;
@@ -22,12 +22,12 @@ use crate::files;
 use crate::telemetry::Failures;
 use crate::threads;
 
-/// Between the last write and the first look at what was written.
+/// Time between the last write to a file and the first check of its contents.
 const QUIET: Duration = Duration::from_millis(300);
-/// A look is waited for so long; while one takes longer nobody waits for it.
+/// Longest time that a caller waits for a check. While a check takes longer, no caller waits for it.
 const LOOK_MAX: Duration = if cfg!(test) { Duration::from_secs(10) } else { Duration::from_secs(1) };
-/// A version that could not be used is tried again when it is asked for then,
-/// although the file is the same: the reason may have passed.
+/// Time after which a version that could not be used is tried again on request, although the file is the
+/// same, because the reason may be gone.
 const RETRY_AFTER: Duration = Duration::from_secs(30);
 
 pub struct Watched<T> {
@@ -35,7 +35,7 @@ pub struct Watched<T> {
     look_max: Duration,
 }
 
-/// What the thread and those who ask have in common.
+/// State that the thread and the callers share.
 struct Shared<T> {
     path: PathBuf,
     bytes_max: u64,
@@ -43,7 +43,7 @@ struct Shared<T> {
     failures: Failures,
     newest: Mutex<Arc<T>>,
     looks: Mutex<Looks>,
-    /// Tells waiters on `looks` that a look is asked for, or done.
+    /// Wakes waiters on `looks` when a check is requested or finished.
     moved: Condvar,
 }
 
@@ -53,7 +53,7 @@ struct Looks {
     done: u64,
     begun: Option<Instant>,
     ended: Option<Instant>,
-    /// Somebody asked too soon after the last look: another one follows once it is [`QUIET`].
+    /// Whether a check was requested too soon after the last one; another one follows after [`QUIET`].
     again: bool,
     is_over: bool,
 }
@@ -69,7 +69,7 @@ struct Signature {
 }
 
 impl<T: Send + Sync + 'static> Watched<T> {
-    /// Reads the file; errors name it.
+    /// Reads the file. Errors name it.
     pub fn open(
         path: &Path,
         bytes_max: u64,
@@ -94,7 +94,8 @@ impl<T: Send + Sync + 'static> Watched<T> {
 }
 
 impl<T> Watched<T> {
-    /// What the file says now, or said when a look at it last ended in time. Blocks for a look.
+    /// Returns the file's current contents, or those at the last check that ended in time. Blocks until
+    /// a check is done.
     pub fn get(&self) -> Arc<T> {
         let looks = self.shared.ask();
         let number = looks.asked;
@@ -105,7 +106,8 @@ impl<T> Watched<T> {
         self.newest()
     }
 
-    /// What it said when it was looked at last. Has it looked at again, at most once in [`QUIET`].
+    /// Returns the file's contents at the last check, and requests another check, at most once in
+    /// [`QUIET`].
     pub fn ready(&self) -> Arc<T> {
         let mut looks = lock(&self.shared.looks);
         if looks.asked == looks.done {
@@ -119,12 +121,13 @@ impl<T> Watched<T> {
         self.newest()
     }
 
-    /// What it said when it was looked at last.
+    /// Returns the file's contents at the last check.
     pub fn newest(&self) -> Arc<T> {
         lock(&self.shared.newest).clone()
     }
 
-    /// Whether the file says something else than `seen`, which becomes what it says. Blocks for a look.
+    /// Returns whether the file's contents differ from `seen`, which is set to them. Blocks until a
+    /// check is done.
     pub fn refresh(&self, seen: &Mutex<Arc<T>>) -> bool {
         let now = self.get();
         let before = std::mem::replace(&mut *lock(seen), now.clone());
@@ -263,7 +266,7 @@ impl<T: Send + Sync + 'static> Opening<T> {
         opening
     }
 
-    /// Waits for the first version while it is being read; `None` where there is none.
+    /// Waits for the first version while it is being read. Returns `None` if there is none.
     pub async fn opened(self: &Arc<Self>, wait_max: Duration) -> Option<Arc<Watched<T>>> {
         if self.opened.get().is_none() {
             if lock(&self.failed_at).is_some_and(|at| at.elapsed() >= RETRY_AFTER) {
@@ -300,7 +303,7 @@ impl<T: Send + Sync + 'static> Opening<T> {
     }
 }
 
-/// Since the file was read.
+/// A change of the file since it was read.
 enum Change {
     To(Signature),
     Gone,
@@ -316,8 +319,8 @@ impl Signature {
         }
     }
 
-    /// Nobody writes it any more: it was renamed, or given its mode, after its last byte was written;
-    /// or nothing has been written for a while. A time stamp to come tells nothing.
+    /// Returns whether writing has ended: the file was renamed, or given its mode, after its last byte
+    /// was written, or it has not been written for a while. A time stamp in the future tells nothing.
     fn is_whole(&self) -> bool {
         let (s, ns) = self.modified;
         let modified = Duration::new(u64::try_from(s).unwrap_or(0), u32::try_from(ns).unwrap_or(0));
@@ -353,7 +356,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Writes a file that counts at once: its last write was long ago.
+/// Writes a file that is read at once, because its last write is made to look old.
 #[cfg(test)]
 pub fn put(path: &Path, content: impl AsRef<[u8]>) {
     std::fs::write(path, content).unwrap();
