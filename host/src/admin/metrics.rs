@@ -1,5 +1,5 @@
-//! Every metric of the host in one list, for `/metrics`, the reference page
-//! and the test that none is emitted without a description.
+//! The list of all metrics of the host, for `/metrics`, for the reference page, and for the test that
+//! every emitted metric has a description.
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
@@ -9,7 +9,7 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use crate::telemetry::{self, BYTES, COUNTS, Metric, MetricKind, SECONDS};
 use crate::{listeners, pipeline, plugin, stream};
 
-/// Composed of each module's own list.
+/// The lists of all modules.
 pub const ALL: &[&[Metric]] = &[
     super::METRICS,
     listeners::http::METRICS,
@@ -20,13 +20,13 @@ pub const ALL: &[&[Metric]] = &[
     telemetry::METRICS,
 ];
 
-/// Every metric, each module's in its order.
+/// Returns every metric, in the order of the modules' lists.
 pub fn all() -> impl Iterator<Item = &'static Metric> {
     ALL.iter().copied().flatten()
 }
 
-/// Installs the recorder of the whole process, before any metric is touched.
-/// `None` where one is installed already.
+/// Installs the recorder of the process, before any metric is used. Returns `None` if a recorder is
+/// already installed.
 pub fn install() -> Option<PrometheusHandle> {
     let recorder = builder().build_recorder();
     let handle = recorder.handle();
@@ -35,15 +35,15 @@ pub fn install() -> Option<PrometheusHandle> {
     Some(handle)
 }
 
-/// Tells the recorder in place of every metric.
+/// Registers and describes every metric with the installed recorder.
 pub(super) fn begin() {
     describe();
     register();
 }
 
-/// Makes the counters that have no labels, so that they are there at 0: an alert on an
-/// increase misses one that begins at 1. Parts do the same for labels that they know.
-/// The process shows its own beside the recorder's: there they would be shown twice.
+/// Creates the counters that have no labels, so that they exist at 0: an alert on an increase misses a
+/// counter that begins at 1. Other modules do the same for known label values. Metrics of the process
+/// are left out, because they are rendered separately and would be shown twice.
 fn register() {
     let is_of_process = |name| telemetry::METRICS.iter().any(|metric| metric.name == name);
     let is_bare = |metric: &&Metric| metric.kind == MetricKind::Counter && metric.labels.is_empty();
@@ -63,7 +63,7 @@ pub(crate) fn builder() -> PrometheusBuilder {
         .expect(buckets)
 }
 
-/// `# HELP` of every metric, to the recorder in place.
+/// Passes the description of every metric to the installed recorder.
 fn describe() {
     for metric in all() {
         match metric.kind {
@@ -74,7 +74,7 @@ fn describe() {
     }
 }
 
-/// Names in a rendered exposition that no list has, and those listed as another
+/// Returns the names in a rendered exposition that are in no list, and those that are listed as another
 /// kind, each as `name` or `name is a gauge, listed as counter`.
 pub fn undescribed(rendered: &str) -> Vec<String> {
     let mut wrong = BTreeSet::new();
@@ -93,7 +93,7 @@ pub fn undescribed(rendered: &str) -> Vec<String> {
     wrong.into_iter().collect()
 }
 
-/// The reference page `METRICS.md`.
+/// Returns the reference page `METRICS.md`.
 pub fn docs() -> String {
     let mut page = "# Metrics\n\n\
         The admin address serves these metrics at `/metrics` in the Prometheus text format. A counter whose label values are\n\

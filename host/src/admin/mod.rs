@@ -1,8 +1,9 @@
-//! Health, readiness, metrics and status over HTTP, and sending dead letters again.
+//! The admin server: health, readiness, metrics and status over HTTP, and operations on dead letters and
+//! clients.
 //!
-//! Serves what it is handed in [`Deps`]; it knows no other part. It listens on loopback
-//! only, unless the config says otherwise. What acts, or lists clients, takes the token of
-//! this run; a request that a web page made in the user's browser is refused.
+//! It serves what it is given in [`Deps`], and depends on no other part. It listens on loopback only,
+//! unless the config says otherwise. Requests that change something or list clients need the token of
+//! this run. A request that a web page made in the user's browser is refused.
 
 pub mod config;
 pub mod metrics;
@@ -25,13 +26,13 @@ pub use server::{CONNECTIONS_MAX, Error, Handle, start};
 /// Header of every answer, and of requests that are meant for one host only.
 pub const INSTANCE: &str = "headworks-instance";
 
-/// What the endpoints show and do. Closures are called at each request: cheap,
-/// and they never wait.
+/// What the endpoints show and do. The closures are called for each request; they are cheap and do not
+/// block.
 #[derive(Clone)]
 pub struct Deps {
-    /// `/healthz`: why the process should be restarted; `None` while all is well.
+    /// `/healthz`: why the process should be restarted, or `None` if it is healthy.
     pub unhealthy: Arc<dyn Fn() -> Option<String> + Send + Sync>,
-    /// `/readyz`: what acknowledgements of devices need.
+    /// `/readyz`: the components that are needed to acknowledge messages of devices.
     pub ready: Arc<dyn Fn() -> Vec<Component> + Send + Sync>,
     /// `/api/problems`, worst first.
     pub problems: Arc<dyn Fn() -> Vec<Problem> + Send + Sync>,
@@ -41,51 +42,51 @@ pub struct Deps {
     pub redrive: Arc<dyn Redrive>,
     /// `POST /api/clients/list`, `show`, `refused`, `kick` and `delete`.
     pub clients: Arc<dyn Clients>,
-    /// Before `/metrics` is shown: sets the gauges that nobody keeps.
+    /// Sets the gauges that are not updated continuously, before `/metrics` is rendered.
     pub measure: Arc<dyn Fn() + Send + Sync>,
     pub prometheus: PrometheusHandle,
     pub process: crate::telemetry::Process,
     pub failures: crate::telemetry::Failures,
     /// Identifies this run of the host.
     pub instance: Arc<str>,
-    /// What requests that act show: `Authorization: Bearer TOKEN`.
+    /// Token of requests that change something or list clients: `Authorization: Bearer TOKEN`.
     pub token: Arc<str>,
 }
 
-/// A part of the host and whether it works.
+/// A component of the host and whether it is ready.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Component {
-    /// `stream telemetry`, `sink telemetry/warehouse`
+    /// Name, such as `stream telemetry` or `sink telemetry/warehouse`.
     pub name: String,
     pub ready: bool,
-    /// Why not; empty when ready.
+    /// Why the component is not ready; empty if it is.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub detail: String,
 }
 
-/// Clients of the listeners. Cheap calls; those that end something wait until it has ended, and
-/// end it also where their caller waits no longer.
+/// Clients of the listeners. The calls are cheap. Those that end a connection or session wait until it
+/// has ended, and end it even if their caller no longer waits.
 #[async_trait]
 pub trait Clients: Send + Sync {
-    /// Those that are asked for.
+    /// Returns the requested clients.
     fn list(&self, request: &ClientListRequest) -> ClientList;
 
-    /// Everything about one, its filters too.
+    /// Returns all information about one client, including its filters.
     fn show(&self, client_id: &str) -> Option<serde_json::Value>;
 
-    /// Those that were refused last, newest first, at most `max`.
+    /// Returns the clients that were refused last, newest first, at most `max`.
     fn refused(&self, max: usize) -> ClientList;
 
-    /// Ends the client's connection; false where it has none.
+    /// Ends the client's connection. Returns false if it has none.
     async fn kick(&self, client_id: &str) -> bool;
 
-    /// Ends the client's session; false where it has none. Waits until that is durable.
+    /// Ends the client's session. Returns false if it has none. Waits until the end is durable.
     async fn delete(&self, client_id: &str) -> bool;
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClientList {
-    /// How many there are, listed or not.
+    /// Number of matching clients, listed or not.
     pub found: usize,
     pub clients: Vec<serde_json::Value>,
 }
@@ -99,7 +100,7 @@ pub struct ClientListRequest {
     pub max: usize,
     #[serde(default)]
     pub order: ClientOrder,
-    /// Lists only ids behind this one, the last of the list before.
+    /// Lists only ids after this one, which is the last id of the previous list.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub after: String,
 }
@@ -120,79 +121,81 @@ pub struct ClientRequest {
 /// Sends dead letters again.
 #[async_trait]
 pub trait Redrive: Send + Sync {
-    /// Returns once each letter was written, refused again, or its sink failed.
+    /// Sends dead letters. Returns when each of them was written or rejected again, or its sink failed.
     async fn redrive(&self, request: RedriveRequest) -> Result<RedriveAnswer, RedriveError>;
 
-    /// Closes letters that nobody will send again. Returns once that is durable.
+    /// Closes dead letters without sending them. Returns when that is durable.
     async fn discard(&self, request: RedriveRequest) -> Result<DiscardAnswer, RedriveError>;
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiscardAnswer {
-    /// Letters that were open.
+    /// Number of open dead letters that were closed.
     pub discarded: u64,
 }
 
-/// Which dead letters; conditions add up.
+/// Selects dead letters. All given conditions must match.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RedriveRequest {
-    /// Offsets in the dead letters, at most 1,000; empty: all.
+    /// Offsets in the dead letters, at most 1,000. An empty list selects all.
     pub ids: Vec<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pipeline: Option<String>,
-    /// Only those that this sink refused.
+    /// Selects dead letters that this sink rejected.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sink: Option<String>,
-    /// Only those that this step refused.
+    /// Selects dead letters that this step rejected.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub step: Option<String>,
-    /// Also those that another copy of the data folder may have sent: their rows may come twice.
+    /// Also selects dead letters that another copy of the data folder may have sent, whose rows may be
+    /// duplicated.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub possible_duplicates: bool,
-    /// Only those that a step refused. Where the steps that a message has been through do not say where
-    /// it enters, it enters at this one.
+    /// Selects dead letters of steps. A dead letter for which the passed steps do not determine where it
+    /// starts, starts at this step.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub from_step: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RedriveAnswer {
-    /// Rows written.
+    /// Number of rows written.
     pub sent: u64,
-    /// Rows and messages refused again.
+    /// Number of rows and messages that were rejected again.
     pub refused: u64,
-    /// Letters that all their sinks have.
+    /// Number of dead letters that all their sinks have received.
     #[serde(default)]
     pub letters_sent: u64,
-    /// Letters that the same step or sink refused again: they are listed as before.
+    /// Number of dead letters that the same step or sink rejected again. They stay listed.
     #[serde(default)]
     pub letters_refused: u64,
-    /// New letters, of messages that another step or sink refused than before.
+    /// Number of new dead letters, for messages that another step or sink rejected than before.
     #[serde(default)]
     pub letters_new: u64,
-    /// Letters that a sink could not take yet; the host sends them at its next start,
-    /// or the next redrive does.
+    /// Number of dead letters that a sink could not take yet. They are sent at the next start of the
+    /// host, or by the next redrive.
     #[serde(default)]
     pub letters_pending: u64,
-    /// Letters that another copy of the data folder had sent: nothing was written, and they are closed.
+    /// Number of dead letters that another copy of the data folder had sent. Nothing was written, and
+    /// they are closed.
     #[serde(default)]
     pub letters_sent_before: u64,
-    /// Letters that another copy of the data folder may have sent, all or in part: they are not sent
-    /// unless `possible_duplicates` is set.
+    /// Number of dead letters that another copy of the data folder may have sent, in full or in part.
+    /// They are sent only if `possible_duplicates` is set.
     #[serde(default)]
     pub letters_possible_duplicates: u64,
-    /// Sinks that could not take theirs, and why: ask again later.
+    /// Sinks that could not take their dead letters, with the reason. The request can be repeated later.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub failed: Vec<String>,
 }
 
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum RedriveError {
-    /// The request names what is not there: 404.
+    /// The request names something that does not exist: 404.
     #[error("{0}")]
     NotFound(String),
-    /// Not now: 503.
+    /// The request cannot be served now: 503.
     #[error("{0}")]
     Unavailable(String),
 }

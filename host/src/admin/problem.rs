@@ -1,4 +1,4 @@
-//! A problem, as `/api/problems` serves it and `headworks status` prints it.
+//! A problem, which `/api/problems` serves and `headworks status` prints.
 
 use std::fmt;
 use std::time::Duration;
@@ -8,8 +8,9 @@ use serde::{Deserialize, Serialize};
 use crate::telemetry::{Metric, MetricKind};
 use crate::units::{ByteSize, Period};
 
-/// Every [`Problem::kind`], the worst first: what stops devices or loses messages, what waits for a
-/// person, what goes on by itself, then what has happened. A list of problems has this order.
+/// Every [`Problem::kind`], the most severe first: problems that stop devices or lose messages, then
+/// those that wait for an operator, then those that resolve themselves, then past events. Lists of
+/// problems are in this order.
 pub const PROBLEM_KINDS: &[&str] = &[
     "stopped",
     "data_folder",
@@ -46,7 +47,7 @@ pub const PROBLEM_KINDS: &[&str] = &[
     "refused_subscribes",
 ];
 
-/// Returns the place of a kind among [`PROBLEM_KINDS`], by which problems are sorted.
+/// Returns the index of a kind in [`PROBLEM_KINDS`], by which problems are sorted.
 pub fn problem_rank(kind: &str) -> usize {
     let rank = PROBLEM_KINDS.iter().position(|known| *known == kind);
     debug_assert!(rank.is_some(), "{kind} has no rank");
@@ -86,39 +87,40 @@ pub const METRICS: &[Metric] = &[
     },
 ];
 
-/// Something that a person should act on.
+/// A problem that needs an operator.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Problem {
-    /// `sink telemetry/warehouse`
+    /// Affected part, such as `sink telemetry/warehouse`.
     pub part: String,
     /// One of [`PROBLEM_KINDS`].
     pub kind: String,
     pub cause: String,
-    /// When it began, or when this run of the host first saw it: `2026-11-23T06:28:00.125Z`.
+    /// When the problem began, or when this run of the host first detected it:
+    /// `2026-11-23T06:28:00.125Z`.
     pub since: String,
-    /// The same as seconds ago.
+    /// Seconds since the problem began.
     pub seconds: u64,
     pub at_stake: AtStake,
-    /// Says what to do.
+    /// What the operator should do.
     pub advice: String,
 }
 
-/// What waits, is lost, or runs out.
+/// What is pending, lost, or running out.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct AtStake {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub messages: Option<u64>,
-    /// Messages that retention removed before a sink had them.
+    /// Number of messages that retention removed before a sink received them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gone_messages: Option<u64>,
-    /// How long the oldest of them waits.
+    /// Age of the oldest pending message.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub oldest_seconds: Option<u64>,
-    /// Room on the disk of the stream or the folder.
+    /// Free space on the disk of the stream or the folder.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub free_bytes: Option<u64>,
-    /// Files that the disk can still have, where these are few.
+    /// Number of files that can still be created on the disk, if it is low.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub free_inodes: Option<u64>,
 }

@@ -1,4 +1,4 @@
-//! The endpoints.
+//! The endpoints of the admin server.
 
 use std::convert::Infallible;
 use std::net::IpAddr;
@@ -32,16 +32,15 @@ const CLIENTS_MAX: usize = 10_000;
 /// How long an answer waits for a client's connection or session to end.
 const CLIENT_ENDS_MAX: Duration =
     if cfg!(test) { Duration::from_millis(50) } else { Duration::from_secs(10) };
-/// Number of answers about clients that are made or not yet taken. Each has its whole list in
-/// memory.
+/// Most answers about clients that are being made or sent. Each has its whole list in memory.
 pub(super) const LISTS_MAX: usize = 4;
-/// Such an answer is handed to its connection in pieces, as the socket takes them.
+/// Size of the pieces in which such an answer is passed to its connection.
 const PIECE_BYTES: usize = 64 << 10;
 /// Prometheus text exposition format, version 0.0.4.
 const EXPOSITION: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// Requests for another host than an address, `localhost` or one of `names` are refused. A
-/// request's body must be there within `body_max`.
+/// Builds the router. A request whose host name is not an address, `localhost` or one of `names` is
+/// refused. The body of a request must arrive within `body_max`.
 pub fn router(deps: Deps, names: &[String], body_max: Duration) -> Router {
     let (instance, token) = (Arc::clone(&deps.instance), Arc::clone(&deps.token));
     let listing = Router::new()
@@ -170,7 +169,7 @@ async fn delete_client(State(deps): State<Deps>, Json(request): Json<ClientReque
     }
 }
 
-/// `begun` goes on, and is not done within [`CLIENT_ENDS_MAX`].
+/// Answers that an operation has begun but was not finished within [`CLIENT_ENDS_MAX`]; it continues.
 fn not_yet(begun: &str) -> Response {
     let within = CLIENT_ENDS_MAX.as_secs();
     let why = "the disk has no room, or it or the machine is slow";
@@ -178,7 +177,7 @@ fn not_yet(begun: &str) -> Response {
     problem(StatusCode::GATEWAY_TIMEOUT, &message)
 }
 
-/// Reads the body before a handler is called: bounded in bytes and in time.
+/// Reads the whole body before the handler is called, within limits of size and time.
 async fn whole_body(State(within): State<Duration>, request: Request, next: Next) -> Response {
     let (head, body) = request.into_parts();
     match tokio::time::timeout(within, to_bytes(body, BODY_BYTES_MAX)).await {
@@ -191,7 +190,8 @@ async fn whole_body(State(within): State<Duration>, request: Request, next: Next
     }
 }
 
-/// A request past [`LISTS_MAX`] does not wait: it would keep its connection from `/healthz`.
+/// Answers a request beyond [`LISTS_MAX`] with an error instead of letting it wait, because it would
+/// keep its connection from `/healthz`.
 async fn one_of_few(State(places): State<Arc<Semaphore>>, request: Request, next: Next) -> Response {
     let Ok(place) = places.try_acquire_owned() else {
         let told = "other lists are not yet taken by those who asked for them; ask again";
@@ -204,8 +204,8 @@ async fn one_of_few(State(places): State<Arc<Semaphore>>, request: Request, next
     }
 }
 
-/// An answer that has its place until it is taken, or its connection has ended. It goes out in
-/// copies of pieces: the whole of it is not kept for those that are on their way.
+/// An answer that holds its place until it is sent or its connection has ended. It is sent in copies of
+/// pieces, so that pieces in transit do not keep the whole answer in memory.
 struct Placed {
     rest: Bytes,
     _place: OwnedSemaphorePermit,
@@ -236,7 +236,7 @@ impl HttpBody for Placed {
     }
 }
 
-/// A request that names another host is not for this one, which took its port over.
+/// Refuses a request that names another host, whose port this host has taken over.
 async fn as_instance(State(instance): State<Arc<str>>, request: Request, next: Next) -> Response {
     let meant = request.headers().get(INSTANCE);
     let mut response = if meant.is_none_or(|meant| meant.as_bytes() == instance.as_bytes()) {
@@ -250,7 +250,7 @@ async fn as_instance(State(instance): State<Arc<str>>, request: Request, next: N
     response
 }
 
-/// What acts is not for everybody who can connect: other users of this machine can.
+/// Refuses requests without the token, because other users of this machine can connect too.
 async fn with_token(State(token): State<Arc<str>>, request: Request, next: Next) -> Response {
     let shown = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
     let shown = shown.and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default();
@@ -262,8 +262,9 @@ async fn with_token(State(token): State<Arc<str>>, request: Request, next: Next)
     closing(problem(StatusCode::UNAUTHORIZED, told))
 }
 
-/// A web page can point a name of its own at this host and read what is served there (DNS
-/// rebinding); its requests carry that name. What a page of another origin sends names that.
+/// Refuses requests of web pages. A page can make a name of its own resolve to this host and read what
+/// is served (DNS rebinding); its requests carry that name. Requests of a page from another origin name
+/// that origin.
 async fn only_own_names(State(names): State<Arc<[String]>>, request: Request, next: Next) -> Response {
     match stranger(&names, request.method(), request.headers()) {
         Some(told) => closing(problem(StatusCode::FORBIDDEN, told)),
@@ -271,7 +272,7 @@ async fn only_own_names(State(names): State<Arc<[String]>>, request: Request, ne
     }
 }
 
-/// What is wrong with whom a request is for, or with the page that it is from.
+/// Returns what is wrong with the host name of a request, or with the origin of the page that sent it.
 fn stranger(names: &[String], method: &Method, headers: &HeaderMap) -> Option<&'static str> {
     let header = |name| headers.get(name).and_then(|value| value.to_str().ok());
     let host = header(header::HOST).unwrap_or_default();
@@ -293,7 +294,7 @@ fn stranger(names: &[String], method: &Method, headers: &HeaderMap) -> Option<&'
     is_foreign.then_some("pages of other origins may not act here")
 }
 
-/// Who is refused keeps no connection.
+/// Closes the connection of a refused client.
 fn closing(mut response: Response) -> Response {
     response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     response

@@ -1,4 +1,4 @@
-//! Binding, serving and ending.
+//! Accepts and serves connections of the admin address until shutdown.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -28,18 +28,18 @@ use tokio_util::task::TaskTracker;
 use super::{Config, Deps, routes};
 use crate::telemetry::Failures;
 
-/// Connections at once. For one more the oldest that asks nothing is closed; while all are
-/// answered, it waits.
+/// Most connections at a time. For a further connection, the oldest idle one is closed; if all are busy,
+/// the new connection waits.
 pub const CONNECTIONS_MAX: usize = 64;
-/// From a connection's begin, or its last answer, to the end of a request's
-/// head; as long again for its body, and for taking the answer. Who is slower
-/// loses the connection, so that silent ones cannot keep `/healthz` from the others.
+/// Time from the start of a connection, or its last answer, to the end of a request's headers. The body
+/// may take as long again, and so may sending the answer. The connection of a slower client is closed,
+/// so that silent clients cannot keep others from `/healthz`.
 const REQUEST_MAX: Duration = Duration::from_secs(30);
-/// After an accept that failed: most likely no file descriptor is free.
+/// Pause after a failed accept, which most likely found no free file descriptor.
 const ACCEPT_AGAIN_AFTER: Duration = Duration::from_secs(1);
-/// Histogram samples are folded into buckets at least this often.
+/// Longest interval between two times that histogram samples are folded into buckets.
 const UPKEEP_EVERY: Duration = Duration::from_secs(5);
-/// What clients get at a shutdown.
+/// Time that clients have at a shutdown.
 const CLOSE_MAX: Duration = Duration::from_secs(2);
 
 #[derive(Debug, thiserror::Error)]
@@ -50,7 +50,7 @@ pub enum Error {
     Bind { address: SocketAddr, error: std::io::Error },
 }
 
-/// The running server; ends with the token that `start` got.
+/// The running server. It ends with the token that was passed to `start`.
 #[derive(Debug)]
 pub struct Handle {
     address: SocketAddr,
@@ -58,18 +58,18 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// Where it listens, the port filled in.
+    /// Returns the bound address with its actual port.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Returns when it ended, at most two seconds after the shutdown.
+    /// Waits until the server has ended, which takes at most two seconds after the shutdown.
     pub async fn closed(self) {
         let _ = self.task.await;
     }
 }
 
-/// Listens from the moment it returns, until `shutdown`.
+/// Starts the server. It listens when this returns, until `shutdown`.
 pub async fn start(config: &Config, deps: Deps, shutdown: CancellationToken) -> Result<Handle, Error> {
     let limits = Limits { connections_max: CONNECTIONS_MAX, request_max: REQUEST_MAX };
     start_with(config, deps, shutdown, limits).await
@@ -81,7 +81,7 @@ pub(super) struct Limits {
     pub request_max: Duration,
 }
 
-/// The same with other limits.
+/// Starts the server with other limits.
 pub(super) async fn start_with(
     config: &Config,
     deps: Deps,
@@ -116,7 +116,7 @@ pub(super) async fn start_with(
     Ok(Handle { address, task })
 }
 
-/// Returns once the last connection is closed after the shutdown.
+/// Serves connections. Returns when the last one is closed after the shutdown.
 async fn serve(
     listener: TcpListener,
     router: Router,
@@ -153,7 +153,7 @@ async fn serve(
     connections.wait().await;
 }
 
-/// Returns the next connection; what fails meanwhile is reported, and tried again after a pause.
+/// Returns the next connection. A failed accept is reported, and tried again after a pause.
 pub(super) async fn accept<T, F: Future<Output = io::Result<T>>>(
     mut accepted: impl FnMut() -> F,
     again_after: Duration,
@@ -170,10 +170,10 @@ pub(super) async fn accept<T, F: Future<Output = io::Result<T>>>(
     }
 }
 
-/// Who has a connection.
+/// The client of a connection.
 #[derive(Default)]
 struct Client {
-    /// A request of its is being answered.
+    /// Whether a request of the client is being answered.
     is_served: AtomicBool,
     closed: CancellationToken,
 }
@@ -214,12 +214,12 @@ async fn connection(
     let _ = connection.await;
 }
 
-/// A connection whose client must take each answer within its patience: else
-/// writes fail with `TimedOut`.
+/// A connection whose client must take each answer within a time limit. After that, writes fail with
+/// `TimedOut`.
 struct Patient {
     stream: TcpStream,
     patience: Duration,
-    /// Since a part of an answer found no room.
+    /// Timer that runs since a part of an answer could not be written.
     waiting: Option<Pin<Box<Sleep>>>,
 }
 
@@ -263,7 +263,7 @@ impl AsyncWrite for Patient {
         self.stream.is_write_vectored()
     }
 
-    /// Called once all of an answer was written.
+    /// Marks the answer as sent: this is called once all of it was written.
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.waiting = None;
         Pin::new(&mut self.stream).poll_flush(cx)

@@ -1,23 +1,23 @@
-//! Writes what listeners say of a message into its properties, the same way for all protocols: steps,
-//! rows and subscribers need not know which one a message came by.
+//! Encodes what a listener knows about a message into the message's properties, in the same way for all
+//! protocols, so that steps, rows and subscribers need not know the protocol.
 
 use crate::access::Identity;
 use crate::properties::facts::{CLIENT_ID, USERNAME};
 use crate::properties::{self, Origin};
 
-/// Appends a fact of the protocol, by a name of [`properties::facts`].
+/// Appends a protocol fact, whose name is one of [`properties::facts`].
 #[inline]
 pub fn push(out: &mut Vec<u8>, fact: &str, value: &[u8]) {
     properties::push(out, Origin::Listener, fact, value);
 }
 
-/// Appends a name and value that the device itself has set.
+/// Appends a property that the device itself has set.
 #[inline]
 pub fn push_user(out: &mut Vec<u8>, name: &str, value: &[u8]) {
     properties::push(out, Origin::Device, name, value);
 }
 
-/// Appends who the client is.
+/// Appends the facts about the client.
 #[inline]
 pub fn push_sender(out: &mut Vec<u8>, client_id: Option<&str>, identity: &Identity) {
     if let Some(client_id) = client_id {

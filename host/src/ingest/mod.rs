@@ -1,13 +1,13 @@
-//! The way in that every listener uses: from a topic and its bytes to a durable message.
+//! The path from a topic and a payload to a durable message, which all listeners share.
 //!
-//! [`Ingest::place`] says which stream and which device a topic is of, [`Ingest::message`] makes the
-//! message, [`Ingest::append`] appends all that one read or request brought to a stream, with the
-//! changes of state that are to become durable with it, and [`Ingest::durable`] waits for that.
-//! What a listener says of a message beside its bytes is written by [`facts`]. Who may publish is
-//! [`crate::access`]'s to say, before any of this.
+//! [`Ingest::place`] returns the stream and the device of a topic. [`Ingest::message`] builds the
+//! message. [`Ingest::append`] appends all messages of one read or request for a stream, together with
+//! the state changes that must become durable with them. [`Ingest::durable`] waits until they are.
+//! [`facts`] encodes what a listener knows about a message besides its payload. [`crate::access`]
+//! decides before all this whether a client may publish.
 //!
-//! Nothing here allocates for a message or waits, but for [`Ingest::durable`], [`Ingest::room`], and
-//! [`Owned`], which keeps what a stream had no room for.
+//! Nothing here allocates for a message or waits, except [`Ingest::durable`], [`Ingest::room`], and
+//! [`Owned`], which stores a message for which a stream had no room.
 
 pub mod facts;
 mod owned;
@@ -23,66 +23,66 @@ use crate::topic::{DEVICE_ID_BYTES_MAX, Namespace};
 
 pub use self::owned::Owned;
 
-/// The streams that take messages of devices, and how a topic finds its own.
+/// The streams that take messages of devices, and the mapping from topics to them.
 pub struct Ingest {
     routes: Streams,
-    /// Each once; listeners know them by number.
+    /// Each stream once. Listeners refer to a stream by its index.
     streams: Arc<[Arc<dyn Stream>]>,
-    /// Partition counts, by the number of the stream.
+    /// Partition counts, by the index of the stream.
     partitions: Box<[u16]>,
     namespace: Arc<Namespace>,
 }
 
-/// Where the messages of a topic go.
+/// The stream and device of a topic.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
-    /// Number of the stream.
+    /// Index of the stream.
     pub stream: usize,
-    /// The device within the topic. `None`: the topic does not fit the namespace, and its messages are of
-    /// the client that published them.
+    /// Range of the device in the topic. `None` if the topic does not match the namespace; the device is
+    /// then the client that published.
     pub device: Option<Range<usize>>,
 }
 
-/// What a listener knows of a message.
+/// What a listener knows about a message.
 #[derive(Clone, Copy, Debug)]
 pub struct Draft<'m> {
     pub topic: &'m str,
     pub payload: &'m [u8],
-    /// As [`crate::properties`] lays them out.
+    /// Properties in the encoding of [`crate::properties`].
     pub properties: &'m [u8],
     pub device: &'m str,
-    /// See [`flags`].
+    /// Flags: see [`flags`].
     pub flags: u16,
     /// Microseconds since 1970, UTC.
     pub received_us: u64,
 }
 
-/// Why an append was not taken, by what its caller does next. Nothing of it is in the stream.
+/// Why an append was rejected, by what the caller does next. None of the append is in the stream.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Rejected {
-    /// The stream has no room now: await [`Ingest::room`], then try again. `lasts`: the disk is full,
-    /// or retention waits for a reader, so that it may take long.
+    /// The stream has no room now. The caller awaits [`Ingest::room`] and tries again. `lasts` means
+    /// that the disk is full or that retention waits for a reader, so that it may take long.
     #[error("the stream has no room")]
     NoRoom { lasts: bool },
-    /// The stream never takes it.
+    /// The stream can never take the append.
     #[error("larger than the stream takes: {0}")]
     TooLarge(&'static str),
-    /// The stream takes and acknowledges nothing more.
+    /// The stream has stopped and takes nothing more.
     #[error("the stream has stopped: {0}")]
     Stopped(Arc<str>),
 }
 
-/// The stream stopped: what was appended last may never be durable.
+/// The stream stopped. What was appended last may never become durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stopped;
 
-/// Sums over messages that a stream took.
+/// Totals of messages that a stream took.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Taken {
     pub by_qos: [u64; 3],
     /// Bytes of payloads.
     pub bytes: u64,
-    /// Messages whose topic does not fit the namespace.
+    /// Number of messages whose topic does not match the namespace.
     pub outside_namespace: u64,
 }
 
@@ -105,7 +105,7 @@ impl Ingest {
         &self.routes
     }
 
-    /// Returns the number of the stream that a topic belongs to.
+    /// Returns the index of the stream to which a topic belongs.
     #[inline]
     pub fn route(&self, topic: &str) -> usize {
         if self.streams.len() == 1 { 0 } else { self.routes.number_of(topic) }
@@ -116,7 +116,7 @@ impl Ingest {
         Place { stream: self.route(topic), device: self.namespace.device_span(topic) }
     }
 
-    /// Returns a message for the stream of this number.
+    /// Builds a message for a stream.
     #[inline]
     pub fn message<'m>(&self, stream: usize, draft: Draft<'m>) -> NewMessage<'m> {
         let Draft { topic, payload, properties, device, flags, received_us } = draft;
@@ -134,7 +134,7 @@ impl Ingest {
         }
     }
 
-    /// Appends messages and changes of the stream's state, all or nothing. Never waits.
+    /// Appends messages and changes of the stream's state, all or nothing. Does not block.
     #[inline]
     pub fn append(
         &self,
@@ -145,12 +145,12 @@ impl Ingest {
         self.streams[stream].append(messages, changes).map_err(Rejected::from)
     }
 
-    /// Returns when an append that found no room may be tried again. Safe to drop.
+    /// Waits until an append that found no room may be tried again. Cancel safe.
     pub async fn room(&self, stream: usize) {
         self.streams[stream].writable().await;
     }
 
-    /// Returns once the append is durable. Safe to drop.
+    /// Waits until the append is durable. Cancel safe.
     pub async fn durable(&self, stream: usize, ticket: Ticket) -> Result<(), Stopped> {
         let mut durable = self.streams[stream].durable();
         durable.wait_for(|durable| *durable >= ticket).await.map(drop).map_err(|_| Stopped)
@@ -158,13 +158,13 @@ impl Ingest {
 }
 
 impl Place {
-    /// Returns what it adds to the flags of a message.
+    /// Returns the flags that are added to each message.
     #[inline]
     pub fn flags(&self) -> u16 {
         if self.device.is_some() { flags::FITS_NAMESPACE } else { 0 }
     }
 
-    /// Returns the device that the topic names, else that of the client that published it.
+    /// Returns the device that the topic names, otherwise that of the client.
     #[inline]
     pub fn device_of<'m>(&self, topic: &'m str, client: &'m str) -> &'m str {
         match &self.device {
@@ -197,7 +197,7 @@ impl Taken {
     }
 }
 
-/// Returns the name of a client as a device id: at most 256 bytes.
+/// Returns the name of a client as a device id of at most 256 bytes.
 #[inline]
 pub fn cut_device(client: &str) -> &str {
     if client.len() <= DEVICE_ID_BYTES_MAX {

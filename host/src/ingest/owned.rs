@@ -1,4 +1,4 @@
-//! A message that waits for room in its stream, when the bytes that it came in are gone.
+//! A message that waits for room in its stream after the buffer in which it was received was reused.
 
 use super::{Draft, Ingest};
 use crate::stream::NewMessage;
@@ -24,13 +24,13 @@ impl Owned {
         }
     }
 
-    /// Returns the number of bytes that it takes in memory.
+    /// Returns the number of bytes of memory that the message takes.
     pub fn bytes(&self) -> usize {
         let parts = self.topic.len() + self.payload.len() + self.properties.len() + self.device.len();
         size_of::<Self>() + parts
     }
 
-    /// Returns the message, for the stream of this number.
+    /// Returns the message for a stream.
     pub fn message(&self, ingest: &Ingest, stream: usize) -> NewMessage<'_> {
         let Self { topic, payload, properties, device, flags, received_us } = self;
         let (flags, received_us) = (*flags, *received_us);

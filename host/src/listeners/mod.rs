@@ -1,6 +1,5 @@
-//! Entries for devices. Each listener takes messages in its own protocol,
-//! appends them to a stream and acknowledges only what the stream made durable.
-//! All of them stand on [`transport`].
+//! Listeners for devices. Each receives messages with its own protocol, appends them to a stream, and
+//! acknowledges only messages that are durable. All listeners share [`transport`].
 
 pub mod http;
 pub mod mqtt;
@@ -8,7 +7,7 @@ mod permits;
 pub mod refused_clients;
 pub mod transport;
 
-/// What to do where an address cannot be listened on.
+/// Returns what to do if an address cannot be bound.
 pub fn bind_advice(error: &std::io::Error) -> &'static str {
     use std::io::ErrorKind;
     match error.kind() {

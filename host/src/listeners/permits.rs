@@ -1,10 +1,10 @@
-//! Permits for large packets: one budget for those of all connections that have not come whole, and
-//! one for messages on their way out for which there is no memory otherwise.
+//! Permits for large packets. One budget is for partly received packets of all connections, another for
+//! outgoing messages for which there is no other memory.
 //!
-//! A connection goes on with a packet larger than [`FREE_BYTES`] once it has a permit for all of
-//! it, in the order of asking, so that those that have permits can be completed. A client that has
-//! one and sends, or takes, less than [`PROGRESS_BYTES_MIN`] in [`PROGRESS_EVERY`] while others wait
-//! is disconnected. What counts is what passes, whichever packets that is of.
+//! A connection continues with a packet larger than [`FREE_BYTES`] when it has a permit for all of it.
+//! Permits are given in the order of requests, so that a packet with a permit can be completed. A client
+//! that has a permit and sends or takes less than [`PROGRESS_BYTES_MIN`] in [`PROGRESS_EVERY`] while
+//! others wait is disconnected. All its bytes count as progress, whichever packet they belong to.
 
 use std::future::pending;
 use std::pin::Pin;
@@ -15,15 +15,15 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep_until};
 
-/// A smaller packet needs no permit: it is what a connection may keep in any case.
+/// Size up to which a packet needs no permit, because every connection may hold as much.
 pub const FREE_BYTES: usize = 4 << 10;
-/// The budget counts these.
+/// Unit in which the budget is counted.
 const UNIT_BYTES: usize = 1 << 10;
-/// About 1 KiB/s: slower than GPRS.
+/// Least progress of a client with a permit, about 1 KiB/s, which is slower than GPRS.
 const PROGRESS_BYTES_MIN: u64 = 10 << 10;
 const PROGRESS_EVERY: Duration = Duration::from_secs(10);
 
-/// The budget, of all connections.
+/// The budget that all connections share.
 pub struct Permits {
     units: Arc<Semaphore>,
     units_max: u32,
@@ -37,18 +37,19 @@ impl Permits {
         Arc::new(Self { units, units_max, waiting: AtomicUsize::new(0) })
     }
 
-    /// Whether connections wait for it: then less is read of each that has not asked yet.
+    /// Returns whether connections wait for permits. If so, less is read of each connection that has not
+    /// asked yet.
     pub fn is_wanted(&self) -> bool {
         self.waiting.load(Ordering::Relaxed) > 0
     }
 
-    /// Number of connections that wait for it.
+    /// Returns the number of connections that wait for a permit.
     #[cfg(test)]
     pub fn waiting(&self) -> usize {
         self.waiting.load(Ordering::Relaxed)
     }
 
-    /// Whether any packet has room.
+    /// Returns whether any packet holds a permit.
     #[cfg(test)]
     pub fn is_taken(&self) -> bool {
         self.units.available_permits() < self.units_max as usize
@@ -76,11 +77,12 @@ impl Drop for Waits<'_> {
     }
 }
 
-/// The permit of one connection for a large packet, or its place among those that wait for one.
+/// The permit of one connection for a large packet, or its place among the waiting ones.
 pub struct Permit {
     room: Arc<Permits>,
     bytes: usize,
-    /// Number of bytes that have passed since it was made, of this packet and of those that kept its permit.
+    /// Bytes that have passed since the permit was requested, of this packet and of others that kept the
+    /// permit.
     passed: u64,
     state: State,
 }
@@ -89,18 +91,18 @@ enum State {
     Waits(Pin<Box<dyn Future<Output = OwnedSemaphorePermit> + Send>>),
     Has {
         _room: OwnedSemaphorePermit,
-        /// When its progress was last looked at, and how many bytes had passed.
+        /// When progress was last checked, and how many bytes had passed then.
         looked: (Instant, u64),
     },
 }
 
-/// The client has a permit for a large packet and hardly sends or takes anything, while others wait.
+/// The client has a permit for a large packet and hardly makes progress while others wait.
 #[derive(Debug, PartialEq, Eq)]
 pub struct TooSlow;
 
 impl Permit {
-    /// Asks for what a packet of `bytes` needs; `None`: there is none, or its length is not known yet. A
-    /// permit is kept, also for the next packet where that is no larger.
+    /// Requests a permit for a packet of `bytes`. `None` means that there is no packet, or that its
+    /// length is not known yet. A permit is kept for the next packet if that is no larger.
     pub fn set(permit: &mut Option<Box<Self>>, bytes: Option<usize>, room: &Arc<Permits>) {
         let Some(bytes) = bytes.filter(|bytes| *bytes > FREE_BYTES) else {
             *permit = None;
@@ -125,18 +127,18 @@ impl Permit {
         self.passed += bytes as u64;
     }
 
-    /// Returns whether it was given.
+    /// Returns whether the permit was given.
     pub fn is_given(&self) -> bool {
         matches!(self.state, State::Has { .. })
     }
 
-    /// Returns the size of the packet that it is for.
+    /// Returns the size of the packet for which the permit is.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// Returns once it is given, or an error where its packet passes too slowly and others wait.
-    /// Pending where nothing is waited for. Safe to drop.
+    /// Waits until the permit is given. Returns an error if its packet makes too little progress while
+    /// others wait. Never returns if nothing is waited for. Cancel safe.
     pub async fn changed(permit: Option<&mut Self>) -> Result<(), TooSlow> {
         let Some(permit) = permit else { return pending().await };
         // Boxed: a connection that waits for nothing does not carry it.

@@ -1,7 +1,7 @@
-//! The clients that were refused last: which, from where, why and how often.
+//! The list of clients that were refused last: name, address, reason and count.
 //!
-//! The log says the first of each kind at once and counts the others; this list
-//! answers an operator who looks for one device.
+//! The log reports the first refusal of each kind at once and counts the others. This list is for an
+//! operator who looks for one device.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -10,24 +10,24 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-/// Entries in the list. One more takes the place of all those of the address that was quiet longest.
+/// Most entries. A further one replaces all entries of the address that was quiet longest.
 const ENTRIES_MAX: usize = 1_024;
-/// Entries of one address. Further clients there share one entry for each cause, so that one
-/// address does not push all others out of the list.
+/// Most entries of one address. Its further clients share one entry for each cause, so that one address
+/// does not displace all others.
 const OF_ADDRESS_MAX: usize = 64;
 const WHO_CHARS_MAX: usize = 200;
 const DETAIL_CHARS_MAX: usize = 400;
 
-/// A client that was refused, from one address for one cause.
+/// Refusals of one client, from one address for one cause.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RefusedClient {
-    /// The client id, the user or the subject of the certificate; `None` where the client showed
-    /// none, or where this stands for further clients of the address.
+    /// The client id, the user or the subject of the certificate. `None` if the client presented none,
+    /// or if the entry stands for further clients of the address.
     pub who: Option<String>,
     pub address: IpAddr,
-    /// As `headworks_mqtt_refused_connects_total` counts it.
+    /// Cause, as in `headworks_mqtt_refused_connects_total`.
     pub cause: String,
-    /// What is known of the newest one.
+    /// Details of the newest refusal.
     pub detail: String,
     pub count: u64,
     /// Microseconds since 1970, UTC.
@@ -56,7 +56,7 @@ impl RefusedClients {
         self.lock().add(cause, who, address, detail, now.as_micros() as u64);
     }
 
-    /// Returns how many entries there are and the newest `max` of them, newest first.
+    /// Returns the number of entries, and the newest `max` of them, newest first.
     pub fn newest(&self, max: usize) -> (usize, Vec<RefusedClient>) {
         let known = self.lock();
         let all = known.by_address.values().flat_map(|of_address| of_address.by_client.values());

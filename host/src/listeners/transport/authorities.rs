@@ -1,10 +1,10 @@
-//! Whose certificates let a client in: the authorities that `tls.client_ca` lists, single
-//! certificates of clients in it, and what `tls.crl` takes back.
+//! Verification of client certificates against the authorities in `tls.client_ca`, the individual client
+//! certificates in it, and the revocation lists in `tls.crl`.
 //!
-//! webpki verifies the path of a certificate (RFC 5280, section 6.1). It knows an authority
-//! by name and key only, so what the authority's own certificate says is held here: its dates,
-//! the length of paths below it, and whether it signs clients at all. A certificate that signs
-//! nobody lets in the client that shows this very certificate.
+//! webpki verifies the path of a certificate (RFC 5280, section 6.1). It knows only the name and key of
+//! an authority, so the other contents of the authority's certificate are checked here: its dates, the
+//! maximum path length below it, and whether it may sign clients at all. A certificate in the file that
+//! may not sign others admits the client that presents this very certificate.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -31,69 +31,71 @@ use super::tls::{Unusable, VERSION_1, cannot_use};
 
 const CLIENT_AUTH: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.6.1.5.5.7.3.2");
 const ANY_USAGE: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.29.37.0");
-/// Characters of a certificate's subject that a log line shows.
+/// Most characters of a certificate's subject in a log line.
 const SUBJECT_CHARS_MAX: usize = 200;
 
 #[derive(Debug)]
 pub(super) struct Authorities {
     anchors: Vec<TrustAnchor<'static>>,
-    /// In the order of `anchors`.
+    /// Certificates in the order of `anchors`.
     certificates: Vec<Own>,
-    /// Certificates of clients, by their bytes.
+    /// Individual client certificates, by their bytes.
     pinned: HashMap<Box<[u8]>, Own>,
     lists: Vec<CertRevocationList<'static>>,
-    /// What clients are told to choose a certificate by.
+    /// Names that clients receive to choose a certificate.
     hints: Vec<DistinguishedName>,
     algorithms: WebPkiSupportedAlgorithms,
     is_mandatory: bool,
 }
 
-/// What a listed certificate says of itself.
+/// Contents of a listed certificate.
 #[derive(Debug)]
 struct Own {
     subject: String,
     digest: [u8; 32],
-    /// As revocation lists name it; `None` where its version has no such form.
+    /// Name and serial number for revocation lists. `None` if the certificate's version has no such
+    /// form.
     name: Option<Named>,
     from: SystemTime,
     until: SystemTime,
-    /// Authorities that a path below it may have.
+    /// Most authorities in a path below this one.
     path_len_max: Option<usize>,
 }
 
-/// A certificate as revocation lists name it.
+/// Issuer and serial number, by which revocation lists identify a certificate.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Named {
     issuer: Box<[u8]>,
     serial: Box<[u8]>,
 }
 
-/// What the certificate of a client that was let in rests on.
+/// The certificates on which the admission of a client rests.
 #[derive(Debug)]
 pub(super) struct Basis {
-    /// The client's and those of the authorities between.
+    /// The certificates of the client and of the intermediate authorities.
     certificates: Box<[Named]>,
     /// Digest of the listed certificate.
     listed: [u8; 32],
-    /// End of the first of all these.
+    /// When the first of all these certificates expires.
     pub until: SystemTime,
 }
 
-/// What was seen of a client's certificate during its handshake.
+/// What was found about a client's certificate during its handshake.
 #[derive(Debug, Default)]
 pub(super) struct Seen {
     pub subject: Option<String>,
-    /// Why it was refused, where rustls has no word for it.
+    /// Why the certificate was refused, if rustls has no error for the reason.
     pub refusal: Option<String>,
     pub basis: Option<Basis>,
 }
 
 tokio::task_local! {
-    /// Verifying is part of polling a handshake, and has no other way to say more than yes or no.
+    /// Result of the verification in the current poll of a handshake. The verifier itself can only
+    /// return yes or no.
     static SEEN: RefCell<Seen>;
 }
 
-/// Runs one handshake, and returns what was seen of the client's certificate with its result.
+/// Runs one handshake, and returns its result with what was found about the client's certificate.
 pub(super) async fn observed<T>(handshake: impl Future<Output = T>) -> (T, Seen) {
     let handshake = async { (handshake.await, SEEN.with(RefCell::take)) };
     SEEN.scope(RefCell::default(), handshake).await
@@ -150,7 +152,7 @@ impl Authorities {
         Ok(())
     }
 
-    /// Verifies the certificates that a client shows.
+    /// Verifies the certificates that a client presents.
     fn verify(
         &self,
         own: &CertificateDer<'_>,
@@ -208,20 +210,21 @@ impl Authorities {
         &self.certificates[at.expect("a path ends at one of the anchors that it was looked for")]
     }
 
-    /// Whether any list has it. A list whose entries cannot be read has them all.
+    /// Returns whether any list contains the certificate. A list whose entries cannot be read counts as
+    /// containing every certificate.
     fn is_revoked(&self, name: &Named) -> bool {
         let mut lists = self.lists.iter().filter(|list| list.issuer() == &*name.issuer);
         lists.any(|list| !matches!(list.find_serial(&name.serial), Ok(None)))
     }
 
-    /// Whether what let a client in would do so still, its dates apart.
+    /// Returns whether the client would still be admitted, apart from expiry dates.
     pub fn trust(&self, basis: &Basis) -> bool {
         let mut listed = self.listed();
         let Some(own) = listed.find(|own| own.digest == basis.listed) else { return false };
         !own.name.iter().chain(&basis.certificates).any(|name| self.is_revoked(name))
     }
 
-    /// Subject and end of each certificate that is listed.
+    /// Returns the subject and expiry of each listed certificate.
     pub fn ends(&self) -> impl Iterator<Item = (&str, SystemTime)> {
         self.listed().map(|own| (&*own.subject, own.until))
     }
@@ -265,13 +268,13 @@ impl Named {
     }
 }
 
-/// Returns the names of the client's certificate, and of those between it and the authority.
+/// Returns the names of the client's certificate and of the intermediates.
 fn names_of(path: &VerifiedPath<'_>) -> Box<[Named]> {
     let own = Named::of(path.end_entity());
     std::iter::once(own).chain(path.intermediate_certificates().map(Named::of)).collect()
 }
 
-/// When these end.
+/// Returns the expiry of each certificate in the path.
 fn ends_of(path: &VerifiedPath<'_>) -> impl Iterator<Item = SystemTime> {
     let between = path.intermediate_certificates().map(webpki::Cert::der);
     let ends: Vec<_> =
@@ -279,14 +282,14 @@ fn ends_of(path: &VerifiedPath<'_>) -> impl Iterator<Item = SystemTime> {
     ends.into_iter()
 }
 
-/// One that cannot be read has ended.
+/// Returns the expiry of a certificate. One that cannot be read counts as expired.
 fn end_of(der: &CertificateDer<'_>) -> SystemTime {
     let certificate = Certificate::from_der(der).ok();
     certificate.map_or(SystemTime::UNIX_EPOCH, |it| it.tbs_certificate.validity.not_after.to_system_time())
 }
 
-/// Whether what this certificate has signed is a client's (RFC 5280, 4.2.1.3, 4.2.1.9, 4.2.1.12 and
-/// 6.1.4 k, n). One of version 1 does not say that it may.
+/// Returns whether this certificate may sign client certificates (RFC 5280, 4.2.1.3, 4.2.1.9, 4.2.1.12
+/// and 6.1.4 k, n). A version 1 certificate does not say that it may.
 fn signs_clients(certificate: &TbsCertificate) -> Result<bool, x509_cert::der::Error> {
     let is_ca = certificate.get::<BasicConstraints>()?.is_some_and(|(_, constraints)| constraints.ca);
     let signs = certificate.get::<KeyUsage>()?.is_none_or(|(_, usage)| usage.key_cert_sign());
@@ -298,7 +301,7 @@ fn signs_clients(certificate: &TbsCertificate) -> Result<bool, x509_cert::der::E
 
 struct Refusal {
     error: webpki::Error,
-    /// Whose dates it was.
+    /// The authority whose dates caused the error, if it was an authority.
     authority: Option<String>,
 }
 
@@ -309,7 +312,7 @@ impl From<webpki::Error> for Refusal {
 }
 
 impl Refusal {
-    /// For a person, where the error alone would send them the wrong way.
+    /// Returns an explanation for the operator, if the error alone would be misleading.
     fn explained(&self) -> Option<String> {
         use webpki::Error as Cause;
         if matches!(self.error, Cause::UnsupportedCertVersion) {
@@ -329,7 +332,7 @@ impl Refusal {
         }
     }
 
-    /// The error that tells the client the most.
+    /// Returns the TLS error that tells the client the most.
     fn into_rustls(self) -> rustls::Error {
         use webpki::Error as Cause;
         rustls::Error::InvalidCertificate(match self.error {

@@ -1,4 +1,4 @@
-//! Where a listener is: an address and port, or a Unix socket.
+//! The address of a listener: an address and port, or a Unix socket.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -9,7 +9,8 @@ use std::str::FromStr;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-/// What the kernel takes is 107; it is bound under a name that is a little longer.
+/// Longest path of a socket. The kernel accepts 107 bytes, and the socket is first bound under a name
+/// that is slightly longer.
 const SOCKET_PATH_BYTES_MAX: usize = 100;
 
 /// `127.0.0.1:1883` or `unix:/run/headworks/mqtt.sock`
@@ -20,7 +21,7 @@ pub enum Bind {
 }
 
 impl Bind {
-    /// Only this machine reaches it.
+    /// Returns whether only this machine can reach the address.
     pub fn is_loopback(&self) -> bool {
         match self {
             Self::Tcp(address) => address.ip().is_loopback(),
@@ -90,7 +91,7 @@ impl JsonSchema for Bind {
     }
 }
 
-/// Who may connect to a Unix socket, as chmod takes it: `"0660"`.
+/// File mode of a Unix socket in chmod's notation, `"0660"`, which decides who may connect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SocketMode(pub u32);
 

@@ -1,7 +1,7 @@
-//! Rewrites what a WebSocket client sends so that each data frame is a message of at most
-//! [`CHUNK_BYTES`]: the library keeps a message until it is whole, and a client may send ones
-//! of any size slowly. The protocol inside does not see where frames begin and end. What is no
-//! data frame, or no frame, is left for the library to answer or to refuse.
+//! Rewrites a WebSocket client's data frames as messages of at most [`CHUNK_BYTES`]. The library buffers
+//! a message until it is complete, and a client may send messages of any size slowly. The protocol
+//! inside does not depend on frame boundaries. Other frames, and invalid data, are passed to the library
+//! unchanged, which answers or refuses them.
 
 use std::io;
 use std::pin::Pin;
@@ -10,8 +10,8 @@ use std::task::{Context, Poll, ready};
 use bytes::{Buf, BufMut, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// Most bytes of a rewritten message. This is a multiple of the mask's length, so that the bytes of
-/// each chunk stay masked as they were.
+/// Most bytes of a rewritten message. This is a multiple of the mask's length, so that the bytes of each
+/// chunk stay masked as they were.
 pub(super) const CHUNK_BYTES: usize = 4 << 10;
 /// Number of bytes that are read and rewritten at a time.
 const READ_BYTES: usize = 4 << 10;
@@ -22,33 +22,33 @@ const CONTROL: u8 = 8;
 const FIN: u8 = 0x80;
 const MASKED: u8 = 0x80;
 
-/// The rewritten bytes of a socket; writes go to it as they are.
+/// A socket whose incoming frames are rewritten. Writes are passed through.
 pub(super) struct Chunks<S> {
     io: S,
     frames: Frames,
-    /// Bytes that are rewritten and not read.
+    /// Rewritten bytes that have not been read.
     ready: BytesMut,
-    /// The error that follows once `ready` is read.
+    /// Error that is returned once `ready` has been read.
     failed: Option<&'static str>,
 }
 
 #[derive(Default)]
 struct Frames {
     message_bytes_max: u64,
-    /// The header of the next frame, as far as it has come.
+    /// The received part of the next frame's header.
     header: Vec<u8>,
-    /// Number of bytes of the current frame that have not come.
+    /// Bytes of the current frame that have not been received.
     frame_left: u64,
-    /// The mask of the current frame, `None` where it is passed on as it is.
+    /// Mask of the current frame, or `None` if the frame is passed through.
     mask: Option<[u8; 4]>,
-    /// Number of bytes of the current chunk that have not come.
+    /// Bytes of the current chunk that have not been received.
     chunk_left: usize,
-    /// Number of bytes of the frames of a message whose last frame has not come.
+    /// Bytes of the frames so far of a message whose last frame has not been received.
     message: Option<u64>,
 }
 
 impl<S> Chunks<S> {
-    /// `begun`: what was read of the frames already. A message of more than
+    /// Wraps a socket. `begun` holds bytes of frames that were already read. A message of more than
     /// `message_bytes_max`, in one frame or several, is an error.
     pub(super) fn new(io: S, begun: &[u8], message_bytes_max: usize) -> Self {
         let frames = Frames { message_bytes_max: message_bytes_max as u64, ..Frames::default() };
@@ -86,7 +86,7 @@ impl Frames {
         Ok(())
     }
 
-    /// Begins the frame whose whole header is there.
+    /// Begins the frame whose header is complete.
     fn begin(&mut self, out: &mut BytesMut) -> Result<(), &'static str> {
         let (first, second) = (self.header[0], self.header[1]);
         let len = payload_len(&self.header);
@@ -133,7 +133,7 @@ impl Frames {
     }
 }
 
-/// Returns the length of a header, once enough of it is there.
+/// Returns the length of a header, once enough of it has been received.
 fn header_len(header: &[u8]) -> Option<usize> {
     let second = header.get(1)?;
     let extended = match second & !MASKED {

@@ -1,8 +1,8 @@
-//! How a connection is closed so that the other side can read why.
+//! Closes a connection so that the peer can read the reason.
 //!
-//! A socket that is closed while there is something unread in it, or while its peer goes
-//! on sending, is reset, and what was on its way to the peer is lost (RFC 1122,
-//! 4.2.2.13). So the write side is closed first, and what comes is read for a moment.
+//! If a socket is closed while it holds unread data, or while its peer is still sending, it is reset,
+//! and data in transit to the peer is lost (RFC 1122, 4.2.2.13). So the write side is closed first, and
+//! incoming data is read and discarded for a moment.
 
 use std::time::Duration;
 
@@ -10,13 +10,13 @@ use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
 
-/// For the last bytes: the client may be gone, or not read.
+/// Time for writing the last bytes. The client may be gone, or may not read.
 const LAST_WRITE_MAX: Duration = Duration::from_secs(1);
-/// For the client to read them and to close its side.
+/// Time for the client to read the last bytes and to close its side.
 const LINGER_MAX: Duration = Duration::from_secs(2);
 const READ_BYTES: usize = 4 << 10;
 
-/// Sends the last bytes and closes the write side; returns how many bytes were sent.
+/// Sends the last bytes and closes the write side. Returns the number of bytes that were sent.
 pub async fn say_last<S: AsyncWrite + Unpin>(io: &mut S, out: &mut BytesMut) -> usize {
     let left = out.len();
     // An error: nobody is there to hear it.

@@ -1,10 +1,10 @@
-//! Connections that have not been let in yet: at most `handshakes_max` of a listener,
-//! shared fairly between the addresses that they come from.
+//! Connections in their handshakes: at most `handshakes_max` for each listener, shared fairly between
+//! the addresses that they come from.
 //!
-//! With all places taken, a connection whose client has said nothing gives way. The
-//! address with the most of these loses its oldest to an address that has fewer. Between
-//! equals one gives way only after [`SILENT_MAX`], so that a storm of devices that
-//! reconnect does not end its own handshakes over and over.
+//! If all places are taken, a connection whose client has sent nothing gives way: the address with the
+//! most such connections loses its oldest to an address with fewer. Between addresses with equally many,
+//! a connection gives way only after [`SILENT_MAX`], so that a storm of reconnecting devices does not
+//! end its own handshakes over and over.
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv6Addr};
@@ -16,7 +16,7 @@ use tokio::sync::Notify;
 
 use super::Address;
 
-/// A connection that says nothing for so long gives way to any other.
+/// Time of silence after which a connection gives way to any other.
 const SILENT_MAX: Duration = Duration::from_secs(2);
 
 #[derive(Debug)]
@@ -28,17 +28,18 @@ pub struct Handshakes {
 
 #[derive(Debug, Default)]
 struct Places {
-    /// Past the most where a connection that gives way has not ended yet.
+    /// Number of places in use. It exceeds the limit while a connection that gives way has not ended
+    /// yet.
     taken: usize,
     next: u64,
-    /// Connections whose clients have said nothing, the oldest first.
+    /// Connections whose clients have sent nothing, the oldest first.
     silent: HashMap<Source, BTreeSet<u64>>,
-    /// When each of these came, and how it is told to give way.
+    /// When each of these connections was accepted, and how it is told to give way.
     waiting: HashMap<u64, (Instant, Arc<Notify>)>,
 }
 
-/// Who shares places: an IPv4 address, an IPv6 network of 64 bits, all Unix sockets of
-/// this machine. Behind a load balancer that is the balancer.
+/// Clients that share places: an IPv4 address, an IPv6 network of 64 bits, or all Unix sockets of this
+/// machine. For clients behind a load balancer it is the balancer's address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Source {
     Ip(IpAddr),
@@ -57,11 +58,11 @@ impl Source {
     }
 }
 
-/// One place; free again when it is dropped.
+/// One place. It is free again when this is dropped.
 #[derive(Debug)]
 pub struct Handshake {
     of: Arc<Handshakes>,
-    /// Changed under the lock of `of`.
+    /// Number of the connection, changed under the lock of `of`.
     number: AtomicU64,
     source: Source,
     gives_way: Arc<Notify>,
@@ -72,8 +73,8 @@ impl Handshakes {
         Arc::new(Self { max, places: Mutex::default(), freed: Notify::new() })
     }
 
-    /// A place for a connection from `address`, which another one may have to give up.
-    /// `None`: all are taken by connections with as much right to them.
+    /// Takes a place for a connection from `address`, for which another connection may have to give way.
+    /// Returns `None` if all places are taken by connections with an equal claim.
     pub fn enter(self: &Arc<Self>, address: &Address, now: Instant) -> Option<Handshake> {
         let source = Source::of(address);
         let mut places = self.lock();
@@ -86,7 +87,7 @@ impl Handshakes {
         Some(Handshake { of: self.clone(), number: number.into(), source, gives_way })
     }
 
-    /// Returns after a place was given back. Safe to drop.
+    /// Waits until a place has become free. Cancel safe.
     pub async fn freed(&self) {
         self.freed.notified().await;
     }
@@ -97,7 +98,7 @@ impl Handshakes {
 }
 
 impl Places {
-    /// Takes the place of a silent connection; returns how it is told.
+    /// Takes the place of a silent connection. Returns the notification that tells that connection.
     fn make_room(&mut self, newcomer: Source, now: Instant) -> Option<Arc<Notify>> {
         let first = |numbers: &BTreeSet<u64>| numbers.first().copied().unwrap_or(u64::MAX);
         let most = self.silent.iter().max_by_key(|(_, numbers)| (numbers.len(), u64::MAX - first(numbers)));
@@ -132,19 +133,19 @@ impl Places {
 }
 
 impl Handshake {
-    /// Its client has spoken: from now on it gives way to nobody.
+    /// Records that the client has sent something. From now on its connection gives way to no other.
     pub fn heard(&self) {
         self.of.lock().no_more_silent(self.source, self.number.load(Ordering::Relaxed));
     }
 
-    /// Its client is awaited again, as the youngest of those that give way.
+    /// Records that the client is awaited again. Its connection is the youngest of those that give way.
     pub fn waits_again(&self, now: Instant) {
         let mut places = self.of.lock();
         let number = places.wait(self.source, now, &self.gives_way);
         self.number.store(number, Ordering::Relaxed);
     }
 
-    /// Returns where the connection is to end for another one's. Safe to drop.
+    /// Waits until the connection must end for another one. Cancel safe.
     pub async fn gives_way(&self) {
         self.gives_way.notified().await;
     }

@@ -1,4 +1,4 @@
-//! The name that a client's certificate gives it.
+//! The user name in a client's certificate.
 
 use rustls::pki_types::CertificateDer;
 use x509_cert::Certificate;
@@ -11,7 +11,7 @@ use super::config::Identity;
 
 const COMMON_NAME: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.3");
 
-/// `None`: the certificate has no such name, or one that no user may have.
+/// Returns the name, or `None` if the certificate has none, or one that no user may have.
 pub(super) fn of(certificate: &CertificateDer<'_>, identity: Identity) -> Option<Box<str>> {
     name(certificate, identity).filter(|name| !name.is_empty() && !name.chars().any(char::is_control))
 }

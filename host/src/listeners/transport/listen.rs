@@ -1,4 +1,4 @@
-//! The listening sockets: TCP, and a Unix socket with the mode of its file.
+//! Listening sockets: TCP, and Unix sockets with a file mode.
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -12,8 +12,8 @@ use super::Address;
 use super::bind::Bind;
 use super::config::Endpoint;
 
-/// Connections that the kernel holds until they are accepted, at most
-/// `net.core.somaxconn`. One more is not answered, and tries again after a second.
+/// Connections that the kernel queues until they are accepted, at most `net.core.somaxconn`. A further
+/// client gets no answer and tries again after a second.
 const BACKLOG: u32 = 4_096;
 
 pub(super) enum Socket {
@@ -26,7 +26,7 @@ pub(super) enum Listener {
     Unix(UnixListener, SocketFile),
 }
 
-/// Takes an address. Connections are refused until the socket listens.
+/// Binds an address. Connections are refused until the socket listens.
 pub(super) fn take(address: SocketAddr) -> io::Result<TcpSocket> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     // A port whose connections have just ended may be taken again.
@@ -61,8 +61,8 @@ impl Listener {
         }
     }
 
-    /// Puts the file of a Unix socket back where it was removed; says whether it was. Fails where another
-    /// file took its place: no client reaches the socket then.
+    /// Creates the file of a Unix socket again if it was removed, and returns whether it was. Fails if
+    /// another file has taken its place, in which case no client can reach the socket.
     pub async fn put_back(&mut self, endpoint: &Endpoint) -> io::Result<bool> {
         match self {
             Self::Unix(_, file) if !file.is_there() => {
@@ -88,15 +88,15 @@ impl Listener {
     }
 }
 
-/// Removed with the listener, unless another took its place.
+/// File of a Unix socket. It is removed with the listener, unless another file has taken its place.
 pub(super) struct SocketFile {
     path: PathBuf,
     inode: (u64, u64),
 }
 
 impl SocketFile {
-    /// Bound under another name and renamed, so that nobody finds it before it
-    /// has its mode, and a stale file is replaced.
+    /// Binds a socket under a temporary name and renames it, so that it is visible only with its mode,
+    /// and replaces a stale file.
     async fn bind(path: &Path, mode: u32) -> io::Result<(UnixListener, Self)> {
         make_way(path).await?;
         let mut name = path.file_name().unwrap_or_default().to_owned();
@@ -133,7 +133,8 @@ fn inode(path: &Path) -> io::Result<(u64, u64)> {
     fs::symlink_metadata(path).map(|file| (file.dev(), file.ino()))
 }
 
-/// Whether a socket may be put there: nothing is, or one that nobody listens on.
+/// Checks that a socket may be created at the path: nothing is there, or a socket on which no process
+/// listens.
 async fn make_way(path: &Path) -> io::Result<()> {
     let file = match fs::symlink_metadata(path) {
         Ok(file) => file,

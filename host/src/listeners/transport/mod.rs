@@ -1,12 +1,11 @@
-//! From a listening address to a byte stream and what is known of who is at
-//! its other end: TCP or a Unix socket, below TLS, below WebSocket, behind a
-//! load balancer that tells the client's address (PROXY protocol).
+//! The layers between a listening address and a listener's protocol: TCP or a Unix socket, optionally
+//! with TLS and WebSocket, and behind a load balancer that names the client's address (PROXY protocol).
 //!
-//! The accept loop waits for no client: each handshake is a task of its own,
-//! ends within its time, and holds one of `handshakes_max` places of its entry until the
-//! client's first packet or request is answered ([`handshakes`]).
+//! The accept loop does not wait for clients. Each handshake is a task of its own, has a time limit, and
+//! holds one of the `handshakes_max` places of its entry until the client's first packet or request is
+//! answered ([`handshakes`]).
 //!
-//! Every listener stands on it, as a [`Service`]; none of their protocols is known here.
+//! Every listener uses this module as a [`Service`]. The module knows none of their protocols.
 
 mod authorities;
 mod bind;
@@ -54,28 +53,28 @@ pub use self::network::Network;
 pub use self::reload::keep_certificates;
 pub use self::service::{Io, Service};
 
-/// Time after an accept that failed, most likely for want of file descriptors.
+/// Pause after a failed accept, which most likely found no free file descriptor.
 const ACCEPT_RETRY_AFTER: Duration = Duration::from_millis(100);
-/// Time between two looks whether clients reach the socket.
+/// Interval between two checks whether clients can reach the socket.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
-/// With all handshakes taken, nothing is accepted for so long before connections are closed.
+/// If all handshakes are taken, how long nothing is accepted before connections are closed.
 const HANDSHAKE_WAIT_MAX: Duration = Duration::from_millis(100);
 
-/// Who is at the other end, as far as the transport knows.
+/// The client of a connection, as far as the transport knows it.
 #[derive(Clone, Debug)]
 pub struct Remote {
     pub address: Address,
-    /// The certificate that the client has proved to own.
+    /// The certificate whose possession the client has proved.
     pub certificate: Option<Box<Shown>>,
     /// Boxed: most connections have none of it.
     tls: Option<Box<Handshaken>>,
     pub entrance: Arc<Entrance>,
 }
 
-/// What is known of a certificate that a client has shown.
+/// What is known about a certificate that a client presented.
 #[derive(Clone, Debug)]
 pub struct Shown {
-    /// The name in it that `tls.identity` asks for, where it has one that a user may have.
+    /// The name in the certificate that `tls.identity` selects, if it has one that a user may have.
     pub identity: Option<Box<str>>,
     pub proof: Arc<dyn Proof>,
 }
@@ -112,14 +111,14 @@ impl Remote {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Address {
-    /// The client's own, also behind a load balancer.
+    /// Address of the client itself, even behind a load balancer.
     Ip(SocketAddr),
-    /// A process of this machine, by the user that it runs as.
+    /// A process of this machine, with the user id of the process.
     Unix { uid: Option<u32> },
 }
 
 impl Address {
-    /// The loopback address for a Unix socket.
+    /// Returns the IP address; the loopback address for a Unix socket.
     pub fn ip(&self) -> IpAddr {
         match self {
             Self::Ip(address) => address.ip().to_canonical(),
@@ -127,7 +126,7 @@ impl Address {
         }
     }
 
-    /// The client runs on this machine.
+    /// Returns whether the client runs on this machine.
     pub fn is_local(&self) -> bool {
         match self {
             Self::Ip(address) => address.ip().to_canonical().is_loopback(),
@@ -156,27 +155,28 @@ impl fmt::Display for Remote {
     }
 }
 
-/// What a connection holds of the bounds.
+/// The places that a connection holds.
 #[derive(Debug)]
 pub struct Place {
     _connection: OwnedSemaphorePermit,
-    /// Boxed: it is gone for most of a connection's life.
+    /// Place of the handshake. It is boxed because it is empty for most of a connection's life.
     handshake: Option<Box<Handshake>>,
 }
 
 impl Place {
-    /// The client has spoken: it gives way to no other handshake.
+    /// Records that the client has sent something. The connection gives way to no other handshake from
+    /// now on.
     pub fn heard(&self) {
         self.handshake.iter().for_each(|handshake| handshake.heard());
     }
 
-    /// The client is awaited again: it gives way, for a listener that keeps its places for as long as its
-    /// connections.
+    /// Records that the client is awaited again, so that the connection gives way to others. This is for
+    /// listeners that keep the place as long as the connection.
     pub fn waits_again(&self) {
         self.handshake.iter().for_each(|handshake| handshake.waits_again(Instant::now()));
     }
 
-    /// Returns where it is to end for another handshake. Safe to drop.
+    /// Waits until the connection must end for another handshake. Cancel safe.
     pub async fn gives_way(&self) {
         match &self.handshake {
             Some(handshake) => handshake.gives_way().await,
@@ -184,7 +184,7 @@ impl Place {
         }
     }
 
-    /// The client is let in or refused: another handshake may begin.
+    /// Frees the place of the handshake, when the client is admitted or refused.
     pub fn handshake_ended(&mut self) {
         self.handshake = None;
     }
@@ -202,13 +202,13 @@ pub enum Error {
 pub struct Plan {
     pub endpoint: Endpoint,
     pub websocket: Option<websocket::Settings>,
-    /// Protocols that TLS offers (ALPN, RFC 7301), the best first.
+    /// Protocols that TLS offers (ALPN, RFC 7301), the preferred one first.
     pub protocols: &'static [&'static [u8]],
-    /// The plugin contract's number: see `access.connecting` in `wit/plugin.wit`.
+    /// Number of the transport in the plugin contract: see `access.connecting` in `wit/plugin.wit`.
     pub transport: u32,
 }
 
-/// An address that is bound, its certificates read.
+/// A bound address, with its certificates loaded.
 pub struct Entry {
     plan: Plan,
     listener: Listener,
@@ -225,7 +225,7 @@ impl Entry {
         Ok(Self { plan, listener, tls: tls.map(Arc::new) })
     }
 
-    /// With the port that was taken.
+    /// Returns the bound address with its actual port.
     pub fn address(&self) -> Bind {
         self.listener.address()
     }
@@ -237,7 +237,7 @@ impl Entry {
     }
 }
 
-/// Certificates of the entries, for [`keep_certificates`].
+/// Certificates of all entries, for [`keep_certificates`].
 pub struct Certificates(Vec<Arc<Tls>>);
 
 impl Certificates {
@@ -246,7 +246,7 @@ impl Certificates {
     }
 }
 
-/// Fails where an address is taken, without listening at it.
+/// Fails if an address is in use. Does not listen on it.
 pub fn try_address(bind: &Bind) -> Result<(), Error> {
     match bind.tcp().map(listen::take) {
         Some(Err(error)) => Err(Error::Bind { bind: bind.clone(), error }),
@@ -254,7 +254,7 @@ pub fn try_address(bind: &Bind) -> Result<(), Error> {
     }
 }
 
-/// Takes connections until shutdown; never waits for one of them.
+/// Accepts connections until shutdown. Does not wait for any of them.
 pub async fn accept<S: Service>(
     service: Arc<S>,
     entry: Entry,
@@ -328,7 +328,7 @@ pub async fn accept<S: Service>(
     }
 }
 
-/// What lies between the socket and the listener's protocol.
+/// The layers between the socket and the listener's protocol.
 struct Layers {
     endpoint: Endpoint,
     websocket: Option<websocket::Settings>,
@@ -341,7 +341,7 @@ impl Layers {
     }
 }
 
-/// Why there was no connection; `kind` repeats, `detail` is of this one.
+/// Why a connection failed. `kind` is the same for similar failures, `detail` describes this one.
 struct Failed {
     cause: &'static str,
     kind: String,
@@ -450,7 +450,8 @@ impl Failed {
         Self { cause, kind: kind.into(), who: None, detail: detail.to_string() }
     }
 
-    /// The client went away, as a scanner or a health check does: counted, not said.
+    /// Returns the failure of a client that went away, as scanners and health checks do. It is counted,
+    /// but not logged.
     fn lost(error: &io::Error) -> Self {
         Self::new("lost", "the client left", error)
     }

@@ -1,4 +1,4 @@
-//! Networks as people write them: `10.0.0.0/8`, `fd00::/8`, one address.
+//! IP networks in text form: `10.0.0.0/8`, `fd00::/8`, or one address.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -15,7 +15,8 @@ pub struct Network {
 }
 
 impl Network {
-    /// An IPv4 address in IPv6 form (`::ffff:10.0.0.1`) is that IPv4 address.
+    /// Returns whether the network contains an address. An IPv4 address in IPv6 form (`::ffff:10.0.0.1`)
+    /// counts as that IPv4 address.
     pub fn contains(&self, address: IpAddr) -> bool {
         match (self.address, address.to_canonical()) {
             (IpAddr::V4(ours), IpAddr::V4(theirs)) => {

@@ -1,27 +1,27 @@
-//! Whose web pages may connect. A browser lets every page open a WebSocket to
-//! every host, this machine's too, and says in `Origin` where the page is from
-//! (RFC 6455, 10.2; RFC 6454). Other clients send none.
+//! The check of which web pages may connect. A browser lets every page open a WebSocket to every host,
+//! including this machine, and names the page's origin in `Origin` (RFC 6455, 10.2; RFC 6454). Other
+//! clients send no `Origin`.
 
 use std::net::IpAddr;
 
 use tokio_tungstenite::tungstenite::http::uri::Authority;
 use tokio_tungstenite::tungstenite::http::{HeaderMap, HeaderValue, Uri, header};
 
-/// Any page may connect.
+/// Allows any page.
 const ANY: &str = "*";
-/// What a browser says of a page that is of no site, such as a file.
+/// Origin that a browser sends for a page without a site, such as a file.
 const NONE: &str = "null";
 
-/// Which pages may connect to a listener.
+/// The pages that may connect to a listener.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Origins<'c> {
     pub listed: &'c [String],
-    /// TLS has shown the browser that the name it asked for is this host's.
+    /// Whether TLS has proved to the browser that this host has the requested name.
     pub tls: bool,
 }
 
 impl Origins<'_> {
-    /// An error is the origin that may not.
+    /// Checks the `Origin` of a request. The error is the origin that may not connect.
     pub fn check<'h>(&self, headers: &'h HeaderMap) -> Result<(), &'h HeaderValue> {
         let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
         let may_connect = |origin: &HeaderValue| {
@@ -32,9 +32,9 @@ impl Origins<'_> {
         headers.get_all(header::ORIGIN).iter().find(|origin| !may_connect(origin)).map_or(Ok(()), Err)
     }
 
-    /// A page of the host that it connects to, whatever the ports. Without TLS
-    /// this must be an address or `localhost`: whoever has another name can let
-    /// it point here (DNS rebinding), and serve the page.
+    /// Returns whether the page comes from the host to which it connects, whatever the ports. Without
+    /// TLS the host must be an address or `localhost`: the owner of any other name could make it resolve
+    /// to this host (DNS rebinding), and serve the page.
     fn is_own(&self, origin: &str, host: &str) -> bool {
         let (Ok(origin), Ok(host)) = (origin.parse::<Uri>(), host.parse::<Authority>()) else { return false };
         let (Some(scheme), Some(site)) = (origin.scheme_str(), origin.host()) else { return false };
@@ -44,7 +44,7 @@ impl Origins<'_> {
     }
 }
 
-/// Whether a browser can say this origin; see `websocket.origins`.
+/// Returns whether a browser can send this origin; see `websocket.origins`.
 pub fn is_valid(origin: &str) -> bool {
     let has_no_path = |uri: &Uri| uri.scheme().is_some() && !origin.ends_with('/') && uri.path() == "/";
     [ANY, NONE].contains(&origin)

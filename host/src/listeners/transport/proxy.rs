@@ -1,5 +1,5 @@
-//! PROXY protocol, version 2 (haproxy.org, doc/proxy-protocol.txt, section 2.2):
-//! a load balancer says in front of all else whose connection this is.
+//! PROXY protocol, version 2 (haproxy.org, doc/proxy-protocol.txt, section 2.2): a load balancer sends
+//! the client's address before any other data.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -10,12 +10,12 @@ use super::config::ProxyProtocol;
 
 const SIGNATURE: [u8; 12] = *b"\r\n\r\n\0\r\nQUIT\n";
 const HEAD_BYTES: usize = 16;
-/// What follows the head: addresses, and whatever a balancer adds.
+/// Most bytes after the fixed part: addresses, and extensions of the balancer.
 const BODY_BYTES_MAX: usize = 4_096;
 const CRC32C: u8 = 0x03;
 
-/// Reads the header, no byte more. `None`: a connection of the balancer's own
-/// (LOCAL), or of no known family.
+/// Reads exactly the header. Returns `None` for a connection of the balancer itself (LOCAL), or of an
+/// unknown address family.
 pub(super) async fn accept<S: AsyncRead + Unpin>(
     io: &mut S,
     balancer: SocketAddr,
@@ -50,7 +50,7 @@ fn malformed(what: &str) -> Failed {
     Failed::new("proxy", what, "closed")
 }
 
-/// `header` is whole: its signature is right and its length says what is there.
+/// Parses a complete header, whose signature and length were checked.
 fn parse(header: &[u8]) -> Result<Option<SocketAddr>, &'static str> {
     let (head, body) = header.split_at_checked(HEAD_BYTES).ok_or("PROXY header too short")?;
     let is_local = match head[12] {
@@ -82,7 +82,7 @@ fn parse(header: &[u8]) -> Result<Option<SocketAddr>, &'static str> {
     }))
 }
 
-/// Type, length, value; a checksum must be right where there is one (2.2.4).
+/// Checks the extensions (type, length, value). A checksum must be right if there is one (2.2.4).
 fn check_extensions(header: &[u8], mut rest: &[u8]) -> Result<(), &'static str> {
     const WRONG: &str = "PROXY header with an extension cut short";
     while !rest.is_empty() {

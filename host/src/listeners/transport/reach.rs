@@ -1,4 +1,5 @@
-//! Whether clients reach a listener: while they do not, that is a problem, and the host is not ready.
+//! Detects whether clients can reach a listener. While they cannot, this is a problem, and the host is
+//! not ready.
 
 use std::io;
 
@@ -9,7 +10,7 @@ use crate::telemetry::{Failures, Standing};
 /// Kind of the problem.
 pub const KIND: &str = "listener";
 
-/// What is known of one listener.
+/// State of one listener.
 pub(super) struct Reach<'f> {
     failures: &'f Failures,
     bind: Bind,
@@ -21,7 +22,7 @@ impl<'f> Reach<'f> {
         Self { failures, bind, has_fault: false }
     }
 
-    /// A connection was accepted.
+    /// Records an accepted connection.
     pub fn accepted(&mut self) {
         if std::mem::take(&mut self.has_fault) {
             self.failures.mended(&self.part(), KIND);
@@ -29,7 +30,7 @@ impl<'f> Reach<'f> {
         }
     }
 
-    /// Connections wait, and none can be accepted.
+    /// Records that connections wait and none can be accepted.
     pub fn refused(&mut self, error: &io::Error) {
         let advice = match lacks_descriptor(error) {
             true => NO_DESCRIPTOR_ADVICE,
@@ -43,7 +44,7 @@ impl<'f> Reach<'f> {
         );
     }
 
-    /// What came of a look at the socket while no connection waits.
+    /// Records the result of a check of the socket while no connection waits.
     pub fn note(&mut self, put_back: io::Result<bool>) {
         match put_back {
             Ok(was_gone) => {
@@ -73,7 +74,7 @@ impl<'f> Reach<'f> {
     }
 }
 
-/// A listener that is gone has no fault any more.
+/// Ends the problem of a listener that is gone.
 impl Drop for Reach<'_> {
     fn drop(&mut self) {
         self.failures.mended(&self.part(), KIND);

@@ -1,5 +1,5 @@
-//! Certificates that change while the host runs: their folders are watched, and
-//! looked at now and then where watching does not reach (NFS); SIGHUP looks at once.
+//! Reloads certificates that change while the host runs. Their folders are watched, and checked at
+//! intervals for file systems that send no events (NFS). SIGHUP causes a check at once.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
@@ -17,13 +17,13 @@ use super::{Certificates, Service};
 use crate::telemetry::{Failures, Standing};
 
 const LOOK_EVERY: Duration = Duration::from_secs(30);
-/// Between two lines of the same warning, while nothing changes.
+/// Interval between two log lines of the same warning while nothing changes.
 const TELL_EVERY: Duration = Duration::from_secs(24 * 3_600);
-/// A certificate is looked at so long after its end, which the clock has then passed.
+/// Delay of a check after a certificate's expiry, so that the clock has passed it.
 const PAST_THE_END: Duration = Duration::from_millis(10);
-/// Certificate and key are two files: read once both have been written.
+/// How long files must be unchanged before they are read, because certificate and key are two files.
 const QUIET: Duration = Duration::from_millis(300);
-/// However busy the folder.
+/// Longest wait for unchanged files.
 const QUIET_WAIT_MAX: Duration = Duration::from_secs(5);
 
 /// Reads certificates again when their files change, until shutdown.
@@ -76,12 +76,12 @@ pub async fn keep_certificates<S: Service>(
     }
 }
 
-/// Warnings, and when each was last said.
+/// Warnings, with the time at which each was last logged.
 #[derive(Default)]
 pub(super) struct Told(HashMap<String, Instant>);
 
 impl Told {
-    /// Returns those of the warnings of this moment that were not said within [`TELL_EVERY`].
+    /// Returns the current warnings that were not logged within [`TELL_EVERY`].
     pub(super) fn news(&mut self, warnings: Vec<String>, now: Instant) -> Vec<String> {
         let said = std::mem::take(&mut self.0);
         let mut news = Vec::new();
@@ -96,7 +96,7 @@ impl Told {
     }
 }
 
-/// Says which certificates and lists have ended or end soon, once when that begins and then daily.
+/// Logs which certificates and lists have expired or expire soon, once when that begins and then daily.
 fn tell_of_ends<S: Service>(service: &S, all: &[Arc<Tls>], told: &mut Told) {
     let now = SystemTime::now();
     let warnings = all.iter().flat_map(|tls| tls.warnings(now)).collect();
@@ -113,7 +113,7 @@ fn tell_of_ends<S: Service>(service: &S, all: &[Arc<Tls>], told: &mut Told) {
     note_lists(all, service.failures(), now);
 }
 
-/// A certificate that has ended, ends soon or is not valid yet is a problem for as long.
+/// Reports certificates that have expired, expire soon or are not valid yet as problems.
 pub(super) fn note_certificates(all: &[Arc<Tls>], failures: &Failures, now: SystemTime) {
     let mut faults: BTreeMap<&Path, Option<String>> = BTreeMap::new();
     for (file, fault) in all.iter().flat_map(|tls| tls.faults(now)) {
@@ -135,7 +135,7 @@ pub(super) fn note_certificates(all: &[Arc<Tls>], failures: &Failures, now: Syst
     }
 }
 
-/// A revocation list that is past its next update is a problem for as long.
+/// Reports revocation lists that are past their next update as problems.
 pub(super) fn note_lists(all: &[Arc<Tls>], failures: &Failures, now: SystemTime) {
     let mut overdue: BTreeMap<&Path, Option<String>> = BTreeMap::new();
     for lists in all.iter().filter_map(|tls| tls.lists()) {
@@ -163,7 +163,7 @@ fn until_next_end(all: &[Arc<Tls>]) -> Duration {
     left.map_or(LOOK_EVERY, |left| left.saturating_add(PAST_THE_END))
 }
 
-/// Whether there are new certificates in use.
+/// Checks the files, and returns whether new certificates are in use.
 async fn look<S: Service>(service: &S, tls: &Arc<Tls>) -> bool {
     let (looked, looking) = (tls.clone(), service.failures().look_at(tls.cert()));
     // A task that panics ends the process, so that there is always an answer.
@@ -185,7 +185,8 @@ async fn look<S: Service>(service: &S, tls: &Arc<Tls>) -> bool {
     }
 }
 
-/// The file that cannot be used is a problem until the listener's files are taken, or another is at fault.
+/// Reports a file that cannot be used as a problem, until the listener's files are loaded or another
+/// file is at fault.
 pub(super) fn note_reload(tls: &Tls, failures: &Failures, reloaded: &Reloaded) {
     let unusable = match reloaded {
         Reloaded::Same => return,

@@ -1,4 +1,4 @@
-//! What a transport needs of the listener whose connections it brings.
+//! The interface between a transport and the listener that it serves.
 
 use std::path::Path;
 use std::time::Duration;
@@ -9,49 +9,49 @@ use tokio_util::sync::CancellationToken;
 use super::{Address, Place, Remote};
 use crate::telemetry::Failures;
 
-/// A connection's bytes, whatever layers they came through.
+/// The byte stream of a connection, whatever its layers.
 pub trait Io: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
 impl<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> Io for S {}
 
-/// A listener: serves the connections of its entries, and has names of its own for all that a
-/// transport counts, tells and refuses.
+/// A listener. It serves the connections of its entries, and names what the transport counts, reports
+/// and refuses.
 pub trait Service: Send + Sync + 'static {
-    /// Name in front of its lines in the log.
+    /// Prefix of its log lines.
     const NAME: &'static str;
-    /// What a client sends first, for the log.
+    /// The first packet or request of a client, for the log.
     const GREETING: &'static str;
 
     fn failures(&self) -> &Failures;
 
     fn shutdown(&self) -> &CancellationToken;
 
-    /// Bound of PROXY, TLS and WebSocket together.
+    /// Returns the time limit for PROXY, TLS and WebSocket handshakes together.
     fn handshake_timeout(&self) -> Duration;
 
-    /// Whether access control looks at all that a client shows in TLS.
+    /// Returns whether access control uses all certificates that clients send.
     fn looks_at_certificates(&self) -> bool;
 
-    /// Counts a connection, whatever becomes of it.
+    /// Counts an accepted connection, whatever becomes of it.
     fn accepted(&self);
 
-    /// Counts a connection that ended in its handshake and of which there is nothing to tell.
+    /// Counts a connection that ended in its handshake, without a report.
     fn lost(&self, cause: &'static str);
 
-    /// Counts a connection that is not served, reports it as `kind`, and lists it: `who` where the
-    /// client showed who it is.
+    /// Counts a refused connection, reports it as `kind`, and adds it to the list of refused clients,
+    /// with `who` if the client presented a name.
     fn refused(&self, cause: &'static str, kind: &str, who: Option<&str>, address: &Address, detail: &str);
 
-    /// Counts changed certificate files: `taken` or `refused`. Where they are taken, who was let in by
-    /// the old ones is looked at again.
+    /// Counts changed certificate files, as `taken` or `refused`. If they are taken, clients that were
+    /// admitted with the old ones are checked again.
     fn certificates_changed(&self, outcome: &'static str);
 
-    /// Shows how long the first certificate of a file is valid, negative once it is not.
+    /// Shows how long the first certificate of a file is valid, negative after its expiry.
     fn show_certificate(&self, file: &Path, seconds_left: f64);
 
-    /// Shows when the first revocation list of a file is to be replaced.
+    /// Shows when the first revocation list of a file must be replaced.
     fn show_revocation_list(&self, file: &Path, seconds_left: f64);
 
-    /// Serves one connection to its end.
+    /// Serves one connection until it ends.
     fn serve<I: Io>(
         self: std::sync::Arc<Self>,
         io: I,

@@ -1,5 +1,5 @@
-//! TLS for a listener: certificate, key, whose certificates let clients in, and what a
-//! failed handshake means.
+//! TLS for a listener: its certificate and key, the authorities for client certificates, and
+//! explanations of failed handshakes.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -27,23 +27,23 @@ use super::{Failed, Shown, identity};
 use crate::access::Proof;
 use crate::files;
 
-/// A file of certificates that is larger is not one.
+/// Largest certificate file.
 const FILE_BYTES_MAX: u64 = 64 << 20;
 
-/// Before a certificate's end, people are told of it.
+/// How long before a certificate's expiry the operator is warned.
 const ENDS_SOON: Duration = Duration::from_secs(30 * 24 * 3_600);
-/// Longest life of a connection by a certificate that ends later.
+/// Longest lifetime of a connection with a certificate that expires later.
 const LIVES_MAX: Duration = Duration::from_secs(365 * 24 * 3_600);
 
-/// The certificates in use, and the files that they came from.
+/// The certificates in use, and their files.
 pub struct Tls {
     files: config::Tls,
     /// Protocols that are offered (ALPN, RFC 7301).
     protocols: &'static [&'static [u8]],
     current: RwLock<Acceptor>,
-    /// What the last look found, good or not: a broken file is said once.
+    /// Result of the last check of the files, so that a broken file is reported once.
     seen: Mutex<Result<[u8; 32], Unusable>>,
-    /// It was a certificate that is not valid yet: tried again.
+    /// Whether the last check found a certificate that is not valid yet, which is tried again.
     is_early: AtomicBool,
 }
 
@@ -52,23 +52,23 @@ struct Acceptor {
     tls: TlsAcceptor,
     /// Subject of the server's own certificate.
     subject: Arc<str>,
-    /// First and last moment of that certificate.
+    /// Start and end of that certificate's validity.
     valid: (SystemTime, SystemTime),
-    /// Where clients show certificates.
+    /// Authorities for client certificates, if clients present any.
     authorities: Option<Arc<Authorities>>,
-    /// When the first of the revocation lists is to be replaced, at the latest.
+    /// When the first of the revocation lists must be replaced, at the latest.
     lists_until: Option<SystemTime>,
 }
 
 /// The revocation lists of one file.
 pub(super) struct Lists<'t> {
     pub file: &'t Path,
-    /// `None`: no list says when it is to be replaced.
+    /// When the first list must be replaced; `None` if no list gives a time.
     until: Option<SystemTime>,
 }
 
-/// Holds until the first certificate of the client's path ends, and while none of them is revoked and
-/// `tls.client_ca` lists the authority.
+/// Holds until the first certificate of the client's path expires, as long as none of them is revoked
+/// and `tls.client_ca` contains the authority.
 struct CertificateProof {
     tls: Arc<Tls>,
     basis: Basis,
@@ -81,7 +81,7 @@ pub(super) enum Reloaded {
     Broken(Unusable),
 }
 
-/// A file that cannot be used. The reason names it.
+/// A file that cannot be used. The reason names the file.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{reason}")]
 pub struct Unusable {
@@ -89,7 +89,7 @@ pub struct Unusable {
     pub reason: String,
 }
 
-/// The files' bytes, read together.
+/// The contents of all files, read together.
 struct Material {
     cert: Vec<u8>,
     key: Vec<u8>,
@@ -103,7 +103,7 @@ impl Tls {
         Self::load_for(files, &[])
     }
 
-    /// The same, for a listener that speaks these protocols, the best first.
+    /// Reads the files, for a listener with these protocols, the preferred one first.
     pub fn load_for(files: config::Tls, protocols: &'static [&'static [u8]]) -> Result<Self, Unusable> {
         let material = Material::read(&files)?;
         let current = RwLock::new(material.acceptor(&files, protocols)?);
@@ -111,8 +111,8 @@ impl Tls {
         Ok(Self { files, protocols, current, seen, is_early: AtomicBool::new(false) })
     }
 
-    /// Takes what is in the files now. Anything wrong: all stays as it is. A certificate that is out
-    /// of its dates never takes the place of one that is not.
+    /// Reads the files again and uses their contents. If anything is wrong, the current certificates
+    /// stay in use. A certificate outside its validity period never replaces one that is within.
     pub(super) fn reload(&self) -> Reloaded {
         let material = Material::read(&self.files);
         let found = material.as_ref().map(Material::digest).map_err(Clone::clone);
@@ -145,7 +145,8 @@ impl Tls {
         self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Certificates in use that have ended or end soon, and lists that are overdue: what to tell a person.
+    /// Returns warnings about certificates in use that have expired or expire soon, and about overdue
+    /// lists.
     pub fn warnings(&self, now: SystemTime) -> Vec<String> {
         let current = self.current();
         let mut warnings = Vec::from_iter(self.outdated_lists(now));
@@ -168,7 +169,7 @@ impl Tls {
         warnings
     }
 
-    /// Returns what is wrong with the certificates of each file for their dates, the worst of each.
+    /// Returns for each file the worst problem with its certificates' validity periods.
     pub(super) fn faults(&self, now: SystemTime) -> BTreeMap<&Path, Option<String>> {
         let current = self.current();
         let mut faults: BTreeMap<&Path, Option<String>> = BTreeMap::new();
@@ -194,7 +195,7 @@ impl Tls {
         faults
     }
 
-    /// Seconds until the first certificate of each file ends, negative afterwards.
+    /// Returns the seconds until the first certificate of each file expires, negative afterwards.
     pub(super) fn seconds_left(&self, now: SystemTime) -> BTreeMap<&Path, f64> {
         let mut left = BTreeMap::new();
         for (file, _, until) in self.ends(&self.current()) {
@@ -204,7 +205,7 @@ impl Tls {
         left
     }
 
-    /// File, subject and end of each certificate in use.
+    /// Returns file, subject and expiry of each certificate in use.
     fn ends(&self, current: &Acceptor) -> Vec<(&Path, String, SystemTime)> {
         let mut ends = vec![(&*self.files.cert, current.subject.to_string(), current.valid.1)];
         if let (Some(path), Some(authorities)) = (&self.files.client_ca, &current.authorities) {
@@ -213,19 +214,19 @@ impl Tls {
         ends
     }
 
-    /// A revocation list in use is past its next update: what to tell a person.
+    /// Returns a warning if a revocation list in use is past its next update.
     fn outdated_lists(&self, now: SystemTime) -> Option<String> {
         let lists = self.lists()?;
         let overdue = lists.overdue(now)?;
         Some(format!("{} {overdue}; get a new list from the CA", lists.file.display()))
     }
 
-    /// The file of revocation lists, and when the first of them is to be replaced.
+    /// Returns the file of revocation lists, and when the first of them must be replaced.
     pub(super) fn lists(&self) -> Option<Lists<'_>> {
         Some(Lists { file: self.files.crl.as_deref()?, until: self.current().lists_until })
     }
 
-    /// The next moment at which a certificate in use ends or a list is to be replaced.
+    /// Returns the next time at which a certificate in use expires or a list must be replaced.
     pub(super) fn next_end(&self, now: SystemTime) -> Option<SystemTime> {
         let current = self.current();
         let ends = self.ends(&current).into_iter().map(|(_, _, until)| until);
@@ -244,7 +245,7 @@ impl Tls {
         self.files.files().map(|(_, file)| file)
     }
 
-    /// Where its files lie.
+    /// Returns the folders of the files.
     pub(super) fn folders(&self) -> impl Iterator<Item = &Path> {
         self.files().map(|file| match file.parent() {
             Some(folder) if !folder.as_os_str().is_empty() => folder,
@@ -252,7 +253,7 @@ impl Tls {
         })
     }
 
-    /// The handshake, and what the client has shown in it.
+    /// Performs the handshake. Returns the stream and what the client presented.
     pub(super) async fn accept(
         self: &Arc<Self>,
         socket: TcpStream,
@@ -271,13 +272,13 @@ impl Tls {
 }
 
 impl Lists<'_> {
-    /// Seconds until the first list is to be replaced, negative afterwards; infinite where none
-    /// says when.
+    /// Returns the seconds until the first list must be replaced, negative afterwards; infinite if no
+    /// list gives a time.
     pub fn seconds_left(&self, now: SystemTime) -> f64 {
         self.until.map_or(f64::INFINITY, |until| seconds_until(until, now))
     }
 
-    /// What is wrong with a list that was not replaced in time.
+    /// Returns a warning if a list was not replaced in time.
     pub fn overdue(&self, now: SystemTime) -> Option<String> {
         let until = self.until.filter(|until| *until < now)?;
         let due = humantime::format_rfc3339_seconds(until);
@@ -307,7 +308,7 @@ impl fmt::Debug for CertificateProof {
 }
 
 impl Acceptor {
-    /// Why clients refuse the server's certificate for its dates.
+    /// Returns why clients refuse the server's certificate, if it is outside its validity period.
     fn out_of_date(&self, now: SystemTime) -> Option<String> {
         let (from, until) = self.valid;
         let at = |time| humantime::format_rfc3339_seconds(time);
@@ -318,8 +319,8 @@ impl Acceptor {
     }
 }
 
-/// The certificates of a client that has proved the first of them; at most what
-/// one message of a TLS handshake holds, 64 KiB.
+/// Returns the certificates of a client that has proved possession of the first. They have at most the
+/// size of one TLS handshake message, 64 KiB.
 pub(super) fn shown(io: &TlsStream<TcpStream>) -> Box<[Box<[u8]>]> {
     let shown = io.get_ref().1.peer_certificates().unwrap_or_default();
     shown.iter().map(|certificate| certificate.as_ref().into()).collect()
@@ -429,7 +430,7 @@ fn next_update(list: &CertificateRevocationListDer<'_>) -> Option<SystemTime> {
     list.tbs_cert_list.next_update.map(|time| time.to_system_time())
 }
 
-/// Says what is wrong with a certificate that `openssl x509 -req` makes without an extension file.
+/// Explains the problem with a certificate that `openssl x509 -req` makes without an extension file.
 pub(super) const VERSION_1: &str = "it is of X.509 version 1, and TLS takes version 3 here: make it again with \
      `openssl x509 -req … -extfile`, whose file holds subjectAltName";
 
@@ -437,7 +438,7 @@ pub(super) fn cannot_use(path: &Path, error: &dyn std::fmt::Display) -> Unusable
     Unusable { file: path.to_owned(), reason: format!("cannot use {}: {error}", path.display()) }
 }
 
-/// Says what failed and what to do.
+/// Describes what failed and what to do.
 fn explain(error: &io::Error, seen: &Seen) -> Failed {
     let cause = error.get_ref().and_then(|cause| cause.downcast_ref::<rustls::Error>());
     let (counted, what) = match cause {
@@ -454,7 +455,7 @@ fn explain(error: &io::Error, seen: &Seen) -> Failed {
     }
 }
 
-/// Returns the cause that a failed handshake counts for.
+/// Returns the cause under which a failed handshake is counted.
 fn counted(cause: &rustls::Error) -> &'static str {
     use rustls::Error::{InvalidCertificate, NoCertificatesPresented};
     match cause {
@@ -470,7 +471,7 @@ fn counted(cause: &rustls::Error) -> &'static str {
     }
 }
 
-/// Returns what a failed handshake means, and what to do.
+/// Returns the meaning of a failed handshake, and what to do.
 fn meant(cause: &rustls::Error) -> &'static str {
     use rustls::Error as Tls;
     match cause {

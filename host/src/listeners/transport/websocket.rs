@@ -1,5 +1,5 @@
-//! A protocol in WebSocket's binary frames (RFC 6455), as a stream of bytes: where frames begin
-//! and end means nothing. Which protocol it is, its listener says in [`Settings`].
+//! A protocol in WebSocket's binary frames (RFC 6455), as a byte stream in which frame boundaries have
+//! no meaning. The listener describes its protocol in [`Settings`].
 
 use std::io;
 use std::pin::Pin;
@@ -18,26 +18,26 @@ use super::Failed;
 use super::chunks::{CHUNK_BYTES, Chunks};
 use super::origin::Origins;
 
-/// The HTTP request in front, with all headers that proxies add.
+/// Most bytes of the HTTP request that opens a WebSocket, including headers that proxies add.
 const REQUEST_BYTES_MAX: usize = 16 << 10;
-/// Kept for each connection.
+/// Size of the read buffer of each connection.
 const READ_BUFFER_BYTES: usize = 4 << 10;
-/// Bytes of one frame that we send.
+/// Most bytes of one outgoing frame.
 const WRITE_BYTES_MAX: usize = 64 << 10;
-/// Of frames that the client has not taken; with no room for another pong only
-/// the last ping is answered (RFC 6455, 5.5.3).
+/// Most bytes of frames that the client has not read. If there is no room for another pong, only the
+/// last ping is answered (RFC 6455, 5.5.3).
 const UNSENT_BYTES_MAX: usize = 2 * WRITE_BYTES_MAX;
 /// Stands for any path.
 pub const ANY: &str = "*";
 
-/// What is served over WebSocket, and to whom.
+/// What is served over WebSocket, and to which clients.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Name of the protocol, for clients that ask for something else.
+    /// Name of the protocol, used in the answer to other requests.
     pub protocol: &'static str,
-    /// Its registered names (RFC 6455, 1.9), the best first.
+    /// Registered names of the subprotocol (RFC 6455, 1.9), the preferred one first.
     pub subprotocols: &'static [&'static str],
-    /// Paths of the URL, [`ANY`] for all.
+    /// Paths of the URL, or [`ANY`].
     pub paths: Vec<String>,
     /// Web pages that may connect: see [`Origins`].
     pub origins: Vec<String>,
@@ -46,22 +46,22 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Returns whether a request for `path` is served; a `/` at its end makes no difference.
+    /// Returns whether a request for `path` is served. A trailing `/` makes no difference.
     pub fn serves(&self, path: &str) -> bool {
         let cut = |path: &str| path.trim_end_matches('/').to_owned();
         self.paths.iter().any(|known| known == ANY || cut(known) == cut(path))
     }
 }
 
-/// The payloads of binary frames, one after the other.
+/// The payloads of binary frames as one byte stream.
 pub(super) struct Bytes<S> {
     io: WebSocketStream<Chunks<S>>,
     rest: bytes::Bytes,
-    /// A frame that is not on its way yet; its length was told to the writer.
+    /// Whether a frame, whose length was reported to the writer, is not sent yet.
     unsent: bool,
 }
 
-/// Answers the HTTP request; one that asks for something else gets told how.
+/// Answers the HTTP request. The answer to any other request explains what is served here.
 pub(super) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     mut io: S,
     settings: &Settings,
