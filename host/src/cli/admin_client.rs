@@ -1,4 +1,4 @@
-//! Asks the running host, over its admin address.
+//! Client of the running host's admin address.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -20,22 +20,23 @@ use crate::hints::{Hint, Hints};
 
 const ANSWER_BYTES_MAX: u64 = 16 << 20;
 const HEALTH_BYTES_MAX: u64 = 16 << 10;
-/// Whatever has the port may take a connection and say nothing.
+/// Longest wait for an answer to the question which host this is. Another program may use the port and
+/// not answer.
 const ASK_MAX: Duration = if cfg!(test) { Duration::from_millis(50) } else { Duration::from_secs(10) };
-/// For an answer that reads nothing but memory.
+/// Longest wait for an answer that needs no I/O.
 const ANSWER_MAX: Duration = Duration::from_secs(20);
 
-/// No host runs on the data folder of the config.
+/// Error: no host runs on the data folder of the config.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct NotRunning(String);
 
-/// A host runs on the data folder of the config, and does not answer.
+/// Error: a host runs on the data folder of the config, but does not answer.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct NoAnswer(String);
 
-/// `POST path` with a JSON body; the answer's JSON.
+/// Sends `POST path` with a JSON body, and returns the JSON answer.
 pub async fn post<T: DeserializeOwned>(
     config: &Config,
     path: &str,
@@ -47,13 +48,13 @@ pub async fn post<T: DeserializeOwned>(
     ask(config, &head, &body).await
 }
 
-/// `GET path`; the answer's JSON.
+/// Sends `GET path`, and returns the JSON answer.
 pub async fn get<T: DeserializeOwned>(config: &Config, path: &str) -> anyhow::Result<T> {
     let asked = timeout(ASK_MAX + ANSWER_MAX, ask(config, &format!("GET {path} HTTP/1.1"), "")).await;
     asked.unwrap_or_else(|_| bail!(no_answer(config)))
 }
 
-/// `head`: the request's first line and its own headers.
+/// Sends a request. `head` is its first line and its own headers.
 async fn ask<T: DeserializeOwned>(config: &Config, head: &str, body: &str) -> anyhow::Result<T> {
     let folder = shown(&config.data_dir);
     let none = || {
@@ -149,7 +150,7 @@ fn no_answer(config: &Config) -> NoAnswer {
     ))
 }
 
-/// Which host answers there; `None`: something that is no headworks.
+/// Returns the instance id of the host at an address; `None` if another program answers.
 async fn ask_instance(address: SocketAddr) -> io::Result<Option<String>> {
     let Some(answer) = page(address, "/healthz", HEALTH_BYTES_MAX).await? else { return Ok(None) };
     let headers = answer.lines().skip(1).take_while(|line| !line.is_empty());
@@ -158,7 +159,7 @@ async fn ask_instance(address: SocketAddr) -> io::Result<Option<String>> {
     Ok(instance.map(|(_, value)| value.trim().to_owned()))
 }
 
-/// Whether the host at an address says that the data folder of the config is the one that it has lost.
+/// Returns whether the host at an address reports that it has lost the data folder of the config.
 async fn has_lost(address: SocketAddr, config: &Config) -> bool {
     let asked = timeout(ASK_MAX, page(address, "/api/problems", ANSWER_BYTES_MAX)).await;
     let Ok(Ok(Some(answer))) = asked else { return false };
@@ -173,7 +174,7 @@ struct Problems {
     problems: Vec<Problem>,
 }
 
-/// The whole answer of a page, with its head. `None`: something else has the port.
+/// Returns the whole answer to a request, with its headers; `None` if another program uses the port.
 async fn page(address: SocketAddr, path: &str, bytes_max: u64) -> io::Result<Option<String>> {
     let mut stream = TcpStream::connect(address).await?;
     let request = format!("GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
@@ -186,7 +187,7 @@ async fn page(address: SocketAddr, path: &str, bytes_max: u64) -> io::Result<Opt
     Ok(is_answered.then(|| String::from_utf8_lossy(&answer).into_owned()))
 }
 
-/// An address to connect to for one that listens everywhere.
+/// Returns an address to connect to, for a host that listens on all addresses.
 fn reachable(address: SocketAddr) -> SocketAddr {
     let ip = match address.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),

@@ -1,4 +1,4 @@
-//! `headworks clients`: who is connected, whose session waits, and how to send one away.
+//! `headworks clients`: lists, shows, disconnects and deletes clients.
 
 use std::num::NonZeroUsize;
 
@@ -15,11 +15,11 @@ use crate::listeners::mqtt::{Client, ClientOrder};
 use crate::listeners::refused_clients::RefusedClient;
 
 const USER_CHARS_MAX: usize = 60;
-/// Clients that are listed as text, unless more are asked for.
+/// Clients in a text list, unless `--max` asks for more.
 const LISTED_MAX: usize = 100;
-/// Clients of one answer of the host.
+/// Clients in one answer of the host.
 const PAGE_MAX: usize = 1_000;
-/// The most that the host lists in another order than by id.
+/// Most clients that the host lists in another order than by id.
 const ORDERED_MAX: usize = 10_000;
 
 pub fn clients(command: ClientsCommand, out: &mut Out) -> anyhow::Result<()> {
@@ -56,7 +56,7 @@ pub fn clients(command: ClientsCommand, out: &mut Out) -> anyhow::Result<()> {
     }
 }
 
-/// Whether the host did what was asked, as its answer says under `name`.
+/// Sends a request and returns whether the host did what was asked, according to `name` in its answer.
 fn is_done(config: &Config, client_id: &str, path: &str, name: &str) -> anyhow::Result<bool> {
     let request = json!({ "client_id": client_id });
     let answer: serde_json::Value = block_on(admin_client::post(config, path, &request))?;
@@ -74,7 +74,7 @@ fn order(sort: ClientSort) -> ClientOrder {
     }
 }
 
-/// Returns how many clients to list. What a script reads is cut only where the script asks for it.
+/// Returns the number of clients to list. JSON output is cut only if `--max` asks for it.
 fn listed_max(max: Option<NonZeroUsize>, format: Format) -> usize {
     let default = if format == Format::Json { usize::MAX } else { LISTED_MAX };
     max.map_or(default, NonZeroUsize::get)
@@ -102,7 +102,7 @@ fn list(
     say_more(found, shown, ", a PREFIX only the ids that begin with it", out)
 }
 
-/// Says that a list was cut, and how to see all of it.
+/// Prints that a list was cut, and how to see all of it.
 fn say_more(found: usize, shown: usize, also: &str, out: &mut Out) -> anyhow::Result<()> {
     if found <= shown {
         return Ok(());
@@ -110,8 +110,8 @@ fn say_more(found: usize, shown: usize, also: &str, out: &mut Out) -> anyhow::Re
     out.line(format!("\n{} more: --max {found} shows all{also}", found - shown))
 }
 
-/// Asks for the first `max` clients, page by page. In another order than by id the host lists at
-/// most [`ORDERED_MAX`]; for more, this asks for all by id and puts them in order.
+/// Requests the first `max` clients, page by page. In another order than by id the host lists at most
+/// [`ORDERED_MAX`]; for more, this function requests all clients by id and sorts them.
 fn ask_for(config: &Config, prefix: &str, max: usize, order: ClientOrder) -> anyhow::Result<ClientList> {
     let ask = |after: String, max: usize, order: ClientOrder| -> anyhow::Result<ClientList> {
         let request = ClientListRequest { prefix: prefix.to_owned(), max, order, after };

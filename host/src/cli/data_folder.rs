@@ -1,5 +1,6 @@
-//! The data folder as a command sees it: there, not there, or not for this user. The host makes it for
-//! its own user alone, and who asks is often another one: a monitoring agent, a colleague on call.
+//! The data folder as a command sees it: present, missing, or not readable by this user. The host makes
+//! the folder readable only for its own user, and commands are often run by others, such as a monitoring
+//! agent.
 
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -9,18 +10,18 @@ use super::output::shown;
 use crate::config::Config;
 use crate::files::found;
 
-/// Whether this is a folder that can be read; fails where this user may not.
+/// Returns whether the path is a readable folder. Fails if this user may not read it.
 pub fn is_there(folder: &Path) -> io::Result<bool> {
     Ok(found(std::fs::read_dir(folder))?.is_some())
 }
 
-/// Whether there is a data folder. Fails where this user may not read it: nothing can be said then
-/// of a host, and of what it has.
+/// Returns whether there is a data folder. Fails if this user may not read it, because nothing is then
+/// known about the host.
 pub fn look(config: &Config) -> anyhow::Result<bool> {
     is_there(&config.data_dir).map_err(|error| refused(config, &error))
 }
 
-/// What to say of a data folder that cannot be read.
+/// Returns the error for a data folder that cannot be read.
 pub fn refused(config: &Config, error: &io::Error) -> anyhow::Error {
     let folder = &config.data_dir;
     let owner = std::fs::metadata(folder).map(|data| format!(" (uid {})", data.uid())).unwrap_or_default();

@@ -1,4 +1,4 @@
-//! `headworks dead-letters`: refused messages, each with who refused it and why.
+//! `headworks dead-letters`: rejected messages, each with the part that rejected it and the reason.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::num::NonZeroUsize;
@@ -25,11 +25,11 @@ use crate::telemetry;
 
 const LISTED_MAX: usize = 50;
 const REASON_CHARS_MAX: usize = 120;
-/// Reasons that a summary tells apart; further ones count as one.
+/// Most different reasons in a summary. Further ones are counted as one.
 const REASONS_MAX: usize = 1_000;
-/// By then a host has proven the last frame that it wrote.
+/// Time after which a host has proved its last frame to be durable.
 const PROVEN_AFTER: Duration = Duration::from_millis(100);
-/// Set on the copies that a redrive makes; they are not letters of their own.
+/// Property of the copies that redrives of earlier versions made, which are not dead letters of their own.
 const REDRIVE: &str = "dead-letter-redrive";
 
 pub fn dead_letters(command: DeadLettersCommand, out: &mut Out) -> anyhow::Result<()> {
@@ -84,13 +84,13 @@ fn open(config: &Config, from: Offset) -> anyhow::Result<Option<ReadOnly>> {
     streams::open(config, DEAD_LETTERS, from)
 }
 
-/// What became of a letter in redrives.
+/// What redrives did with a dead letter.
 #[derive(Clone, Copy, Default)]
 struct Became<'m> {
     mark: Option<&'m Mark>,
-    /// How often it was refused again by the one that refused it before.
+    /// How often the same part rejected the dead letter again.
     again: u32,
-    /// Why the last time, where that is not its own reason.
+    /// Reason of the last rejection, if it differs from the dead letter's own.
     reason: Option<&'m str>,
 }
 
@@ -101,14 +101,14 @@ impl<'m> Became<'m> {
         Self { mark, again: tries.count, reason: marks.reasons().text(tries) }
     }
 
-    /// Why it was refused the last time.
+    /// Returns the reason of the last rejection.
     fn reason(&self, letter: &MessageRef<'_>) -> String {
         self.reason.map_or_else(|| property(letter, "reason"), str::to_owned)
     }
 }
 
-/// Gives `take` each letter that fits, and what became of it in a redrive. Returns how
-/// many were left out because they were sent again.
+/// Passes each matching dead letter to `take`, with what redrives did with it. Returns how many were
+/// left out because they were sent again.
 fn each(
     config: &Config,
     with_sent: bool,
@@ -137,7 +137,7 @@ fn each(
     Ok(hidden)
 }
 
-/// Names that letters carry: of parts that the config may not have any more.
+/// Names in dead letters, including those of parts that the config no longer has.
 #[derive(Default)]
 struct Names {
     pipelines: BTreeSet<String>,
@@ -157,7 +157,7 @@ impl Names {
         }
     }
 
-    /// Fails where the filter names what neither the config nor a letter knows.
+    /// Fails if the filter has a name that neither the config nor a dead letter has.
     fn check(mut self, config: &Config, filter: &LetterFilter) -> anyhow::Result<()> {
         self.pipelines.extend(config.pipelines.keys().cloned());
         self.sinks.extend(config.sinks.keys().cloned());
@@ -239,7 +239,7 @@ struct Lines {
     reason: String,
 }
 
-/// What a text says under its letters, or instead of them.
+/// Prints how many dead letters were left out, below the list or instead of it.
 fn say_hidden(shown: u64, hidden: u64, out: &mut Out) -> anyhow::Result<()> {
     match (shown, hidden) {
         (0, 0) => out.line("no dead letters"),
@@ -251,10 +251,10 @@ fn say_hidden(shown: u64, hidden: u64, out: &mut Out) -> anyhow::Result<()> {
     }
 }
 
-/// One reason, as `dead-letters summary` counts it.
+/// One reason in the output of `dead-letters summary`.
 struct Reason {
     count: u64,
-    /// The newest letter of it.
+    /// The newest dead letter with this reason.
     newest: Map<String, Value>,
 }
 
@@ -301,7 +301,7 @@ fn summary(
     if format == Format::Json { Ok(()) } else { say_hidden(found, hidden, out) }
 }
 
-/// `letters` reads from `id` on.
+/// Shows one dead letter. `letters` reads from `id` on.
 fn show(
     mut letters: Option<ReadOnly>,
     id: u64,
@@ -406,7 +406,7 @@ fn is_nothing(answer: &RedriveAnswer) -> bool {
     became_something == 0 && answer.failed.is_empty()
 }
 
-/// What to say of letters that are not sent unasked.
+/// Returns the hint for dead letters that are only sent on request.
 fn possible_duplicates(count: u64, hints: &Hints) -> String {
     let (letters, are) = if count == 1 { ("dead letter", "is") } else { ("dead letters", "are") };
     format!(
@@ -418,7 +418,7 @@ fn possible_duplicates(count: u64, hints: &Hints) -> String {
     )
 }
 
-/// What became of the letters, by letter, and the rows beside it.
+/// Describes what a redrive did, by dead letter, and its rows.
 fn redriven(answer: &RedriveAnswer) -> String {
     let count = |n: u64, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
     let mut line = format!(
@@ -438,14 +438,14 @@ fn redriven(answer: &RedriveAnswer) -> String {
     line
 }
 
-/// Whether each letter is open again, or has become another one.
+/// Returns whether each dead letter is open again, or was replaced by another one.
 fn is_all_refused(answer: &RedriveAnswer) -> bool {
     answer.letters_refused + answer.letters_new > 0
         && answer.sent == 0
         && answer.letters_sent <= answer.letters_new
 }
 
-/// The next messages that are there; damaged or trimmed ones are passed over.
+/// Returns the next readable messages. Damaged and removed ones are skipped.
 fn next_batch(letters: Option<&mut ReadOnly>, has_waited: &mut bool) -> anyhow::Result<Option<Batch>> {
     let Some(letters) = letters else {
         return Ok(None);
@@ -478,13 +478,13 @@ fn is_wanted(letter: &MessageRef<'_>, filter: &LetterFilter, sinks: &SinkNames) 
         && fits(&filter.step, "step")
 }
 
-/// What became of the letters that a redrive took.
+/// Returns what redrives did with dead letters.
 fn marks_of(letters: Option<&ReadOnly>) -> anyhow::Result<Marks> {
     let state = letters.map(|letters| letters.state(MARK_PREFIX)).transpose()?;
     Ok(Marks::read(&state.unwrap_or_default()))
 }
 
-/// What names of sinks mean in letters.
+/// Returns the meaning of sinks' names in dead letters.
 fn sink_names(letters: Option<&ReadOnly>) -> anyhow::Result<SinkNames> {
     let state = letters.map(|letters| letters.state(NAMES_PREFIX)).transpose()?;
     Ok(SinkNames::read(&state.unwrap_or_default()))
@@ -504,7 +504,7 @@ fn sent_again(mark: Option<&Mark>) -> &'static str {
     }
 }
 
-/// Who refused it, what it is, and why.
+/// Returns the lines that show the rejecting part, the message and the reason.
 fn lines(letter: &MessageRef<'_>, became: &Became<'_>, sinks: &SinkNames) -> Lines {
     let (id, mark) = (letter.offset().0, became.mark);
     let mut lines = Lines {
@@ -543,7 +543,7 @@ fn refused_by(letter: &MessageRef<'_>) -> String {
     }
 }
 
-/// Which steps the message of a step's letter has been through, and which were ahead of it.
+/// Returns the steps that the message of a step's dead letter has passed, and those ahead of it.
 fn step_fields(letter: &MessageRef<'_>) -> Vec<(String, String)> {
     if property(letter, "step").is_empty() {
         return Vec::new();
@@ -555,13 +555,12 @@ fn step_fields(letter: &MessageRef<'_>) -> Vec<(String, String)> {
     vec![("steps passed".into(), joined(history.passed())), ("steps ahead".into(), joined(history.ahead()))]
 }
 
-/// `None`: a sink's letter, or its steps are not noted.
+/// Returns the recorded steps; `None` for a sink's dead letter, or if none were recorded.
 fn history(letter: &MessageRef<'_>) -> Option<StepHistory> {
     StepHistory::read(&property(letter, "steps"))
 }
 
-/// The sinks that have not had the message, where a redrive sends it, by the names that they have
-/// now.
+/// Returns the current names of the sinks to which a redrive sends the message.
 fn for_sinks(letter: &MessageRef<'_>, mark: Option<&Mark>, names: &SinkNames) -> String {
     let ids: Vec<String> = match mark {
         Some(Mark::Open { sinks, .. }) => sinks.iter().cloned().collect(),

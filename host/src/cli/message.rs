@@ -1,4 +1,4 @@
-//! A message as it is printed.
+//! Output of a message.
 
 use serde_json::{Map, Value, json};
 
@@ -7,11 +7,11 @@ use crate::batch::{MessageRef, flags};
 use crate::properties;
 
 const PAYLOAD_CHARS_MAX: usize = 160;
-/// Bytes of a binary payload that one line shows.
+/// Most bytes of a binary payload in one line.
 const HEX_BYTES_SHOWN: usize = 32;
 
-/// Everything, for scripts. `payload` is the value where the payload is JSON,
-/// else text; binary payloads are `payload_hex`.
+/// Returns all fields, for scripts. `payload` is the value if the payload is JSON, otherwise text; a
+/// binary payload is in `payload_hex`.
 pub fn to_json(message: &MessageRef<'_>) -> Map<String, Value> {
     let entry = message.entry;
     let mut all = Map::new();
@@ -49,7 +49,7 @@ pub fn to_json(message: &MessageRef<'_>) -> Map<String, Value> {
     all
 }
 
-/// Offset, time, topic, device, payload.
+/// Returns one line with offset, time, topic, device and payload.
 pub fn to_line(message: &MessageRef<'_>) -> String {
     format!(
         "{:>8}  {}  {}  {}  {}",
@@ -71,7 +71,7 @@ pub fn payload_line(payload: &[u8]) -> String {
     }
 }
 
-/// JSON indented, text as it is, binary as a hex dump.
+/// Formats a payload: JSON indented, text unchanged, binary data as a hex dump.
 pub fn payload_whole(payload: &[u8]) -> String {
     if let Ok(value) = serde_json::from_slice::<Value>(payload) {
         return serde_json::to_string_pretty(&value).unwrap_or_default();

@@ -1,8 +1,8 @@
-//! The command line: what a person types, and what it prints.
+//! The command line interface.
 //!
-//! Exit codes: 0 done, 1 failed, 2 the command line or the config is wrong; `status` has 3 too.
-//! Messages go to stderr as `headworks: ...`; what a script reads goes to
-//! stdout, one JSON object a line with `--format json`.
+//! Exit codes: 0 success, 1 failure, 2 wrong command line or config; `status` also uses 3. Messages go
+//! to stderr as `headworks: ...`. Output goes to stdout; with `--format json` it is one JSON object per
+//! line.
 
 mod admin_client;
 mod args;
@@ -32,7 +32,7 @@ use crate::telemetry::{self, InitError};
 const FAILED: u8 = 1;
 const WRONG: u8 = 2;
 
-/// The whole program but for the compile child.
+/// Runs the whole program, except the child process that compiles plugins.
 pub fn main() -> ExitCode {
     let code = run_command();
     telemetry::flush_logs();
@@ -83,7 +83,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     done.map(|()| ExitCode::SUCCESS)
 }
 
-/// A small runtime for commands that wait for something.
+/// Runs `work` on a small runtime, for commands that wait for something.
 fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)
 }

@@ -1,4 +1,4 @@
-//! What goes to stdout: text, tables, JSON lines; colours only on a terminal.
+//! Output to stdout: text, tables and JSON lines, with colours only on a terminal.
 
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
@@ -9,9 +9,9 @@ use serde::Serialize;
 
 use crate::telemetry::{self, escaped, is_printable, json_escaped};
 
-/// Width of what is not a terminal, and of one that does not say.
+/// Width if the output is not a terminal, or the terminal does not report its width.
 const COLUMNS: usize = 80;
-/// A narrower terminal breaks lines itself.
+/// Least width. A narrower terminal breaks lines itself.
 const COLUMNS_MIN: usize = 40;
 /// Indent of the lines after the first one of a record.
 const INDENT: usize = 4;
@@ -31,39 +31,39 @@ impl Out {
         Self { to: Box::new(io::stdout().lock()), coloured, columns: columns.unwrap_or(COLUMNS) }
     }
 
-    /// Text as it is, its control characters but line ends and tabs as escapes.
+    /// Prints a line. Control characters other than line ends and tabs are escaped.
     pub fn line(&mut self, text: impl AsRef<str>) -> anyhow::Result<()> {
         Ok(writeln!(self.to, "{}", escaped(text.as_ref()))?)
     }
 
-    /// A bold line.
+    /// Prints a line in bold.
     pub fn head(&mut self, text: &str) -> anyhow::Result<()> {
         let (on, off) = self.bold();
         Ok(writeln!(self.to, "{on}{}{off}", escaped(text))?)
     }
 
-    /// `name` in bold, padded to `width`, and its value.
+    /// Prints `name` in bold, padded to `width`, and its value.
     pub fn field(&mut self, name: &str, width: usize, value: &str) -> anyhow::Result<()> {
         let (on, off) = self.bold();
         let (name, value) = (escaped(&format!("{name:width$}")), escaped(value));
         Ok(writeln!(self.to, "{on}{name}{off}  {value}")?)
     }
 
-    /// Parts one after the other, two spaces between them, as many on a line as fit its
-    /// width. The first line begins with `first` spaces, the others with [`INDENT`].
+    /// Prints parts, separated by two spaces, as many on a line as fit. The first line is indented by
+    /// `first` spaces, the others by [`INDENT`].
     pub fn flow(&mut self, first: usize, parts: &[String]) -> anyhow::Result<()> {
         let parts = parts.iter().filter(|part| !part.is_empty()).map(String::as_str);
         let lines = fill(parts, "  ", [first, INDENT], self.columns);
         lines.iter().try_for_each(|line| self.line(line))
     }
 
-    /// Words of a text, each line with `indent` spaces in front.
+    /// Prints a text as a paragraph that is indented by `indent` spaces.
     pub fn paragraph(&mut self, indent: usize, text: &str) -> anyhow::Result<()> {
         let lines = fill(text.split_whitespace(), " ", [indent, indent], self.columns);
         lines.iter().try_for_each(|line| self.line(line))
     }
 
-    /// One line.
+    /// Prints a value as one line of JSON.
     pub fn json(&mut self, value: &impl Serialize) -> anyhow::Result<()> {
         Ok(writeln!(self.to, "{}", json_escaped(&serde_json::to_string(value)?))?)
     }
@@ -72,7 +72,8 @@ impl Out {
         Ok(writeln!(self.to, "{}", json_escaped(&serde_json::to_string_pretty(value)?))?)
     }
 
-    /// Columns aligned, the last one as long as it is; the first row is the head.
+    /// Prints a table with aligned columns, of which the last is not padded. The first row is the
+    /// header.
     pub fn table(&mut self, rows: &[Vec<String>]) -> anyhow::Result<()> {
         let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
         let width = |column: usize| {
@@ -99,8 +100,8 @@ impl Out {
     }
 }
 
-/// Pieces joined by `gap` into lines of at most `columns`, where no piece is longer
-/// itself. `indents` are those of the first line and of the others.
+/// Joins pieces with `gap` into lines of at most `columns`, unless a single piece is longer. `indents`
+/// are those of the first line and of the others.
 fn fill<'p>(
     pieces: impl Iterator<Item = &'p str>,
     gap: &str,
@@ -129,18 +130,18 @@ fn fill<'p>(
     lines
 }
 
-/// A path as a message names it: absolute, since a relative one is relative to the
-/// working directory, which a reader may not know.
+/// Returns the absolute form of a path for a message, because a reader may not know the working
+/// directory.
 pub fn shown(path: &Path) -> String {
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned()).display().to_string()
 }
 
-/// Writes a line to stderr, behind the log's.
+/// Writes a line to stderr, after all pending log lines.
 pub fn complain(text: &str) {
     telemetry::say(&format!("{}\n", escaped(text)));
 }
 
-/// Whether whoever read the output has enough of it, as `head` does: no failure.
+/// Returns whether the reader of the output has closed it, as `head` does. This is not a failure.
 pub fn is_closed_pipe(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         let kind = cause
@@ -151,13 +152,13 @@ pub fn is_closed_pipe(error: &anyhow::Error) -> bool {
     })
 }
 
-/// Lets a command go on to its exit code where the reader of stdout has gone: what it found does not
-/// depend on who reads it.
+/// Ignores an error because the reader of stdout has closed it, so that the command can still return its
+/// exit code.
 pub fn unless_closed(printed: anyhow::Result<()>) -> anyhow::Result<()> {
     printed.or_else(|error| if is_closed_pipe(&error) { Ok(()) } else { Err(error) })
 }
 
-/// `2026-11-23T06:28:00.125Z`, from microseconds since 1970.
+/// Formats microseconds since 1970 as `2026-11-23T06:28:00.125Z`.
 pub fn time(us: impl TryInto<i64> + Copy + Display) -> String {
     match us.try_into().map(Timestamp::from_microsecond) {
         Ok(Ok(time)) => format!("{time:.3}"),
@@ -165,7 +166,7 @@ pub fn time(us: impl TryInto<i64> + Copy + Display) -> String {
     }
 }
 
-/// One line of at most `chars_max`; what is not printable cannot reach the terminal.
+/// Returns text as one line of at most `chars_max` characters, without unprintable characters.
 pub fn one_line(text: &str, chars_max: usize) -> String {
     let mut line: String =
         text.chars().take(chars_max).map(|c| if is_printable(c) { c } else { ' ' }).collect();

@@ -1,4 +1,4 @@
-//! `headworks passwd`: users of a password file.
+//! `headworks passwd`: changes the users of a password file.
 
 use std::fs::{File, Metadata};
 use std::io::{BufRead, IsTerminal, Write};
@@ -43,8 +43,8 @@ pub fn passwd(args: &PasswdArgs, out: &mut Out) -> anyhow::Result<()> {
     out.line(format!("user \"{user}\" {done}"))
 }
 
-/// Whole or not at all. A new file is for its owner to read; an old one keeps its owner, group and mode, so that
-/// the host that reads it still can.
+/// Replaces a file atomically. A new file is readable only by its owner; an existing one keeps its
+/// owner, group and mode, so that the host can still read it.
 fn replace(path: &Path, text: &str) -> std::io::Result<()> {
     // A link stays one.
     let path = &std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
@@ -94,7 +94,7 @@ fn read_password() -> anyhow::Result<String> {
     Ok(password)
 }
 
-/// One line that the terminal does not show.
+/// Reads one line from the terminal without echo.
 fn ask(prompt: &str) -> anyhow::Result<String> {
     let stdin = std::io::stdin();
     eprint!("{prompt}");

@@ -1,4 +1,4 @@
-//! `headworks plugin`: begin one, look at plugin files, measure and remove them.
+//! `headworks plugin`: creates, lists, inspects, measures and removes plugins.
 
 use std::path::Path;
 use std::time::Instant;
@@ -20,7 +20,7 @@ use crate::step::{Attempt, Outcome, Refused, RefusedKind, Step};
 use crate::topic::Namespace;
 
 const BATCH_MESSAGES: u64 = 256;
-/// What of a summary and of the topics fits 80 columns; `--format json` has all of it.
+/// Characters of a summary and of topics that fit into 80 columns. `--format json` has all of them.
 const SUMMARY_CHARS_MAX: usize = 76;
 const TOPICS_CHARS_MAX: usize = 30;
 
@@ -75,22 +75,22 @@ fn remove(config: &Config, name: &str, out: &mut Out) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// With `--format json`.
+/// One plugin in the output of `--format json`.
 #[derive(Serialize)]
 struct Line {
-    /// The step's, by which `plugin remove` knows it.
+    /// Name of the step, as `plugin remove` takes it.
     name: String,
-    /// `ready`, `loading`, `failed`, `removed`, or `not-used` where the last good version runs: see
+    /// `ready`, `loading`, `failed`, `removed`, or `not-used` if the last good version runs: see
     /// `problem`.
     state: &'static str,
     #[serde(flatten)]
     inspection: Inspection,
-    /// Used, but hardly as it was meant.
+    /// Set if the file is used, but probably not as intended.
     #[serde(skip_serializing_if = "Option::is_none")]
     note: Option<String>,
 }
 
-/// The part of `/api/status` that is read.
+/// The part of `/api/status` that this command reads.
 #[derive(Deserialize)]
 struct Running {
     plugins: Vec<PluginStatus>,
@@ -107,7 +107,7 @@ struct RunningPipeline {
     swap_waits: Option<String>,
 }
 
-/// The files as the running host sees them; where none runs, as they lie there.
+/// Lists the files as the running host sees them, or as they are in the folder if no host runs.
 fn list(loaded: &Loaded, format: Format, out: &mut Out) -> anyhow::Result<()> {
     let dir = &loaded.config.plugins.dir;
     let running = match super::block_on(admin_client::get::<Running>(&loaded.config, "/api/status")) {
@@ -202,7 +202,7 @@ fn rows(line: &Line) -> Vec<Vec<String>> {
     rows
 }
 
-/// Who waits for a file that is gone, and what to do.
+/// Returns which pipelines wait for a removed file, and what to do.
 fn removed(loaded: &Loaded, name: &str) -> String {
     let in_folder_mode = loaded.config.pipelines.iter().filter(|(_, pipeline)| pipeline.steps.is_none());
     let waiting: Vec<&str> = in_folder_mode.map(|(name, _)| name.as_str()).collect();
@@ -214,7 +214,7 @@ fn removed(loaded: &Loaded, name: &str) -> String {
     format!("{holds}put it back, or `{remove}` to go on without it")
 }
 
-/// One file that cannot be read hides none of the others.
+/// Returns the entry of a file that cannot be inspected, so that the others are still listed.
 fn without_inspection(file: &Path, problem: String) -> Inspection {
     Inspection { file: file.display().to_string(), problem: Some(problem), ..Inspection::default() }
 }
@@ -301,15 +301,14 @@ fn bench(
     }
 }
 
-/// Returns the first fault of an outcome that has nothing else: time spent on faults says nothing
-/// about a plugin.
+/// Returns the first fault if there were only faults, whose duration says nothing about a plugin.
 fn only_faults(outcome: &Outcome) -> Option<&str> {
     let is_fault = |refused: &Refused| refused.kind == RefusedKind::Fault;
     let first = outcome.refused.first().filter(|_| outcome.refused.iter().all(is_fault))?;
     Some(&first.reason)
 }
 
-/// One batch of the same message.
+/// Returns one batch of copies of one message.
 fn made_up(topic: &str, payload: &[u8]) -> Batch {
     let bytes: Vec<u8> = [topic.as_bytes(), payload].concat();
     let device = Namespace::default().device_span(topic);

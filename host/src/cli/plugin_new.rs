@@ -1,4 +1,4 @@
-//! `headworks plugin new`: a folder with a crate that builds to a plugin.
+//! `headworks plugin new`: creates a folder with a crate for a plugin.
 
 use std::path::Path;
 
@@ -6,13 +6,12 @@ use anyhow::{Context, bail};
 
 use super::output::Out;
 
-/// The plugin of the README; the workspace builds it.
+/// Source of the README's plugin, which the workspace also builds.
 const SOURCE: &str = include_str!("../../../examples/plugin-threshold/src/lib.rs");
 const TARGET: &str = "wasm32-unknown-unknown";
 const NAME_BYTES_MAX: usize = 64;
 
-/// `dir`: made here, its last part is the plugin's name. `sdk`: the folder of
-/// the SDK's sources.
+/// Creates `dir`, whose last part is the plugin's name. `sdk` is the folder of the SDK's sources.
 pub fn new(dir: &Path, sdk: &Path, out: &mut Out) -> anyhow::Result<()> {
     let name = dir.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     if !is_crate_name(name) {

@@ -28,8 +28,8 @@ pub fn run(args: &ConfigArgs, log: Option<&str>, format: LogFormat) -> anyhow::R
     ended
 }
 
-/// Each connection is an open file, and what a shell or service manager lets a
-/// process begin with is often 1,024; it may have as many as the hard limit.
+/// Raises the limit on open files to the hard limit. Each connection is an open file, and shells and
+/// service managers often start a process with a limit of 1,024.
 fn raise_open_files() {
     let maximum = getrlimit(Resource::Nofile).maximum;
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {

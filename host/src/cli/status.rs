@@ -1,5 +1,5 @@
-//! `headworks status`: what is wrong with the running host, since when, what is at
-//! stake, and what to do.
+//! `headworks status`: the problems of the running host, since when they exist, what is at stake, and
+//! what to do.
 
 use std::process::ExitCode;
 use std::time::{Duration, UNIX_EPOCH};
@@ -15,7 +15,8 @@ use crate::admin::{Component, Problem};
 use crate::config;
 use crate::units::Period;
 
-/// Exit codes, as monitoring plugins know them; 0 is fine, 2 a command line or config that is wrong.
+/// Exit code for problems. The codes follow monitoring plugins: 0 is fine, 2 is a wrong command line or
+/// config.
 const PROBLEMS: u8 = 1;
 const NOT_RUNNING: u8 = 3;
 
@@ -34,7 +35,7 @@ struct Pipeline {
     redrive: Option<Redrive>,
 }
 
-/// The redrive of a pipeline's dead letters that runs, or the last one since the host started.
+/// The running redrive of a pipeline's dead letters, or the last one since the host started.
 #[derive(Deserialize, Serialize)]
 struct Redrive {
     running: bool,
@@ -44,7 +45,7 @@ struct Redrive {
     letters_sent: u64,
     letters_refused: u64,
     letters_pending: u64,
-    /// A host of an older binary says neither.
+    /// Counts that a host of an older version does not report.
     #[serde(default)]
     letters_sent_before: u64,
     #[serde(default)]
@@ -56,7 +57,7 @@ struct Sink {
     name: String,
     lag_messages: u64,
     rows: Rows,
-    /// Counts the rows of dead letters that were sent again. A host of an older binary does not say.
+    /// Rows of dead letters that were sent again. A host of an older version does not report them.
     #[serde(default)]
     redriven: Rows,
 }
@@ -65,7 +66,7 @@ struct Sink {
 #[derive(Default, Deserialize, Serialize)]
 struct Rows {
     written: u64,
-    /// The table had them already, or a trigger left them out.
+    /// Rows that were already in the table, or that a trigger left out.
     ignored: u64,
     rejected: u64,
 }
@@ -147,7 +148,7 @@ fn print(status: &Status, out: &mut Out) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What became of the rows of `sink PIPELINE/SINK`.
+/// Describes the rows of `sink PIPELINE/SINK`.
 fn rows(status: &Status, component: &str) -> Option<String> {
     let (pipeline, sink) = component.strip_prefix("sink ")?.split_once('/')?;
     let pipeline = status.pipelines.iter().find(|known| known.name == pipeline)?;
@@ -170,7 +171,7 @@ fn counted(rows: &Rows) -> String {
     text
 }
 
-/// What the redrive of `pipeline PIPELINE` does, or did.
+/// Describes the redrive of `pipeline PIPELINE`.
 fn redrive(status: &Status, component: &str) -> Option<String> {
     let pipeline = component.strip_prefix("pipeline ")?;
     let redrive = status.pipelines.iter().find(|known| known.name == pipeline)?.redrive.as_ref()?;

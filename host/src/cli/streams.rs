@@ -1,5 +1,5 @@
-//! `headworks streams`: what streams hold. Reads the data folder beside a
-//! running host, writes nothing.
+//! `headworks streams`: shows what streams hold. Reads the data folder while the host may be running,
+//! and writes nothing.
 
 use std::ops::Range;
 use std::path::Path;
@@ -19,9 +19,9 @@ use crate::stream::log::ReadOnly;
 use crate::stream::{GapCause, Read};
 use crate::units::{ByteSize, Period};
 
-/// Shown where neither `--from` nor `--max` says otherwise.
+/// Messages that are shown if neither `--from` nor `--max` is given.
 const LAST_MESSAGES: u64 = 10;
-/// While following: how often to look for more.
+/// Interval of checks for new messages with `--follow`.
 const POLL_EVERY: Duration = Duration::from_millis(100);
 
 pub fn streams(command: StreamsCommand, out: &mut Out) -> anyhow::Result<()> {
@@ -38,8 +38,8 @@ pub fn streams(command: StreamsCommand, out: &mut Out) -> anyhow::Result<()> {
     }
 }
 
-/// Reads a stream of the data folder from `from` on, also while the host
-/// writes it. `None`: nothing was written yet.
+/// Opens a stream of the data folder for reading from `from` on, even while the host writes it. Returns
+/// `None` if nothing was written yet.
 pub fn open(config: &Config, name: &str, from: Offset) -> anyhow::Result<Option<ReadOnly>> {
     if name != DEAD_LETTERS && !config.streams.contains_key(name) {
         let known: Vec<&str> = config.streams.keys().map(String::as_str).collect();
@@ -54,7 +54,7 @@ pub fn open(config: &Config, name: &str, from: Offset) -> anyhow::Result<Option<
     Ok(is_there.then(|| ReadOnly::open(&dir, from).newer_than(age_max.map(|age| age.0))))
 }
 
-/// A data folder that is not there is most often that of another config.
+/// Fails if there is no data folder; most often the config is the wrong one.
 pub fn must_be_there(config: &Config) -> anyhow::Result<()> {
     let folder = shown(&config.data_dir);
     if !data_folder::look(config)? {
@@ -111,17 +111,17 @@ fn list(config: &Config, format: Format, out: &mut Out) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What the folder of a stream holds.
+/// Contents of a stream's folder.
 #[derive(Default)]
 struct Held {
-    /// The first one kept, and one past the last.
+    /// Offset of the first stored message, and one past the last.
     offsets: Range<Offset>,
-    /// Size of its files.
+    /// Size of all files.
     bytes: u64,
     /// When the first and the last message were appended, microseconds since 1970, UTC.
     oldest_us: Option<u64>,
     newest_us: Option<u64>,
-    /// Number of partitions that the log was made with.
+    /// Number of partitions with which the log was created.
     partitions: Option<u16>,
 }
 
@@ -211,7 +211,7 @@ async fn tail(config: &Config, name: &str, args: &TailArgs, out: &mut Out) -> an
     Ok(())
 }
 
-/// Where a tail begins.
+/// Where `tail` begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum From {
     Offset(Offset),
@@ -222,7 +222,7 @@ pub enum From {
 }
 
 impl From {
-    /// Reads an argument of the command line.
+    /// Parses an argument of the command line.
     pub fn parse(text: &str) -> Result<Self, String> {
         Self::parse_at(text, Timestamp::now())
     }

@@ -1,4 +1,4 @@
-//! `headworks validate`: all problems, or what would run; with `--connect` also whether each sink
+//! `headworks validate`: prints all problems, or what would run; with `--connect` also whether each sink
 //! would write.
 
 use std::collections::BTreeMap;
@@ -62,7 +62,7 @@ fn show(
     Ok(())
 }
 
-/// All at the same time; in the order of their names.
+/// Checks all sinks concurrently, and returns the results in the order of their names.
 async fn check_sinks(config: &Config) -> anyhow::Result<Vec<(&str, Checked)>> {
     let namespace = Arc::new(Namespace::parse(&config.topics).context("topics")?);
     let streams: BTreeMap<&str, _> = config
@@ -83,7 +83,7 @@ async fn check_sinks(config: &Config) -> anyhow::Result<Vec<(&str, Checked)>> {
     Ok(join_all(checks).await)
 }
 
-/// What the data folder has of positions of sinks whose stores have no transactions.
+/// Returns the positions of sinks without transactions from the data folder.
 fn journaled(config: &Config) -> Result<StateEntries, String> {
     let dir = config.broker_dir();
     match data_folder::is_there(&dir).map_err(|error| error.to_string())? {
@@ -92,7 +92,7 @@ fn journaled(config: &Config) -> Result<StateEntries, String> {
     }
 }
 
-/// What a stream remembers of its readers; `None` where there is no stream yet.
+/// What a stream records about its readers; `None` if the stream does not exist yet.
 type Stream = Result<Option<Remembered>, String>;
 
 fn remembered(config: &Config, stream: &str) -> Stream {
@@ -103,7 +103,7 @@ fn remembered(config: &Config, stream: &str) -> Stream {
     ReadOnly::open(&dir, Offset(0)).remembered().map_err(|error| error.to_string())
 }
 
-/// The claims that a host with this data folder would take on a sink.
+/// Returns the claims that a host with this data folder would open on a sink.
 fn claims(config: &Config, sink: &str, streams: &BTreeMap<&str, Stream>) -> Vec<Claim> {
     let renamed_from = config.sinks[sink].renamed_from().map(str::to_owned);
     let pipelines = config.pipelines.iter().filter(|(_, pipeline)| pipeline.sinks().contains(sink));
@@ -115,7 +115,7 @@ fn claims(config: &Config, sink: &str, streams: &BTreeMap<&str, Stream>) -> Vec<
     pipelines.filter_map(claim).collect()
 }
 
-/// Adds why the sink would hold: a table is filled twice only when somebody asks for it.
+/// Adds why the sink would be held: a table is filled a second time only on request.
 fn decide(config: &Config, sink: &str, streams: &BTreeMap<&str, Stream>, checked: &mut Checked) {
     let configured = Arc::new(config.claims());
     for Looked { claim, positions, found } in &checked.claims {
@@ -149,7 +149,7 @@ fn to_json(checked: &Checked) -> Value {
     json!({ "works": problems.is_empty(), "found": found, "problems": problems, "warnings": warnings })
 }
 
-/// One line for a sink that would write, and one for each problem of another.
+/// Prints one line for a sink that would write, and one for each problem of any other.
 fn print(config: &Config, sinks: &[(&str, Checked)], out: &mut Out) -> anyhow::Result<()> {
     for (name, Checked { found, problems, warnings, .. }) in sinks {
         let target = config.sinks.get(*name).map(|sink| sink.describe()).unwrap_or_default();

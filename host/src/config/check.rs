@@ -1,9 +1,9 @@
-//! A value against its JSON Schema: every unknown key, wrong type, missing key
-//! and bad unit at once, in words for a person.
+//! Checks a value against its JSON Schema, and reports every unknown key, wrong type, missing key and
+//! wrong unit at once, in words for people.
 //!
-//! It also repairs what it refused (dropped, or filled with something that
-//! fits), so that the rest can be deserialized and validated in the same run;
-//! what lies under a repaired path was said already.
+//! It also repairs the value: whatever was reported is dropped or replaced by a valid value, so that the
+//! rest can be deserialized and validated in the same run. Problems below a repaired path are not
+//! reported again.
 
 use serde_json::{Map, Value};
 
@@ -12,21 +12,21 @@ use crate::listeners::transport::{Bind, Network, SocketMode};
 use crate::problems::{KeyPath, Problem, Problems};
 use crate::units::{ByteSize, Period};
 
-/// Known keys listed for an unknown one.
+/// Most known keys that are listed for an unknown key.
 const KNOWN_KEYS_SHOWN_MAX: usize = 12;
-/// Top-level keys of a user's own, for anchors.
+/// Prefix of top-level keys for the user's own YAML anchors.
 const FOR_ANCHORS: &str = "x-";
 
 #[derive(Debug)]
 pub struct Checked {
-    /// Fits the schema.
+    /// The value, repaired so that it matches the schema.
     pub value: Value,
     pub problems: Vec<Problem>,
-    /// Where `value` is not what the user wrote.
+    /// Paths at which `value` differs from the user's input.
     pub repaired: Vec<KeyPath>,
 }
 
-/// `schema` with its `$defs`, as [`super::schema`] makes it.
+/// Checks a value. `schema` has its `$defs`, as [`super::schema`] creates it.
 pub fn check(schema: &Value, value: &Value) -> Checked {
     let mut check = Check { root: schema, problems: Problems::default(), repaired: Vec::new() };
     let value = check.value(schema, value, &KeyPath::root()).unwrap_or_else(|| Value::Object(Map::new()));
@@ -40,7 +40,7 @@ struct Check<'s> {
 }
 
 impl<'s> Check<'s> {
-    /// The repaired value, or `None` where nothing of it is of use.
+    /// Returns the repaired value, or `None` if none of it can be used.
     fn value(&mut self, schema: &'s Value, value: &Value, path: &KeyPath) -> Option<Value> {
         let (schema, name) = self.resolve(schema);
         let refused = match (name, value) {
@@ -254,7 +254,7 @@ impl<'s> Check<'s> {
         None
     }
 
-    /// Behind `$ref`, and the name it was found under.
+    /// Resolves `$ref`. Returns the schema and the name under which it was found.
     fn resolve(&self, schema: &'s Value) -> (&'s Value, &'s str) {
         let (mut schema, mut name) = (schema, "");
         while let Some(target) = schema.get("$ref").and_then(Value::as_str) {
@@ -280,7 +280,7 @@ impl<'s> Check<'s> {
         }
     }
 
-    /// Something that deserializes, in place of what was refused.
+    /// Returns a value that can be deserialized, to replace a rejected one.
     fn stand_in(&self, schema: &'s Value) -> Value {
         let (schema, name) = self.resolve(schema);
         match name {
@@ -326,7 +326,7 @@ fn options(schema: &Value) -> Option<&[Value]> {
     options.as_array().map(Vec::as_slice)
 }
 
-/// Empty: any.
+/// Returns the types that a schema allows. An empty list allows any.
 fn types(schema: &Value) -> Vec<&str> {
     match schema.get("type") {
         Some(Value::String(one)) => vec![one],
@@ -348,7 +348,7 @@ fn is_a(value: &Value, wanted: &str) -> bool {
     }
 }
 
-/// The words that an enum without fields allows.
+/// Returns the values that an enum without fields allows.
 fn constants<'s>(options: &[&'s Value]) -> Option<Vec<&'s Value>> {
     let mut words = Vec::new();
     for option in options {
@@ -361,7 +361,7 @@ fn constants<'s>(options: &[&'s Value]) -> Option<Vec<&'s Value>> {
     Some(words)
 }
 
-/// The key that tells the options apart: in each of them, required, a constant.
+/// Returns the key that distinguishes the options: it is required in each of them, and a constant.
 fn tag<'s>(options: &[&'s Value]) -> Option<&'s str> {
     let first = options.first()?.get("properties")?.as_object()?;
     first.keys().map(String::as_str).find(|key| options.iter().all(|option| tag_value(option, key).is_some()))

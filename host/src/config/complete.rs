@@ -21,15 +21,15 @@ use serde_json::{Map, Value, json};
 use crate::problems::{KeyPath, Problems};
 use crate::topic::Namespace;
 
-/// Stream, pipeline and sink of the embedded default.
+/// Name of the stream, pipeline and sink of the embedded default.
 pub const TELEMETRY: &str = "telemetry";
-/// Takes the topics that no stream names, where all streams name theirs.
+/// Name of the stream that takes the remaining topics if all streams have `topics`.
 pub const REST_STREAM: &str = "default";
 
 /// Partitions of the stream of the embedded default.
 const PARTITIONS: u16 = 4;
 
-/// `value` has the schema's shape.
+/// Completes `value`, which matches the schema.
 pub fn complete(value: &mut Value, problems: &mut Problems) {
     let Value::Object(config) = value else {
         return;
@@ -142,7 +142,7 @@ fn wants_default_sink(pipelines: &Map<String, Value>) -> bool {
     pipelines.is_empty() || pipelines.values().any(wants)
 }
 
-/// Names that pipelines write to and that no sink has.
+/// Returns the names that pipelines write to and that are not names of sinks.
 fn written(pipelines: &Map<String, Value>, sinks: &[String]) -> Vec<String> {
     let routes = |pipeline: &Value| match pipeline.get("routes").and_then(Value::as_object) {
         Some(routes) => routes.values().cloned().collect(),
@@ -159,7 +159,8 @@ fn written(pipelines: &Map<String, Value>, sinks: &[String]) -> Vec<String> {
     names.filter(|name| !sinks.contains(name)).collect()
 }
 
-/// Matches the topics that have as many levels as `topics` names; `None` where it is not valid.
+/// Returns a filter for the topics with as many levels as `topics` names; `None` if `topics` is not
+/// valid.
 fn filter_of(config: &Map<String, Value>) -> Option<String> {
     let pattern = config.get("topics").and_then(Value::as_str).unwrap_or(Namespace::DEFAULT_PATTERN);
     let namespace = Namespace::parse(pattern).ok()?;

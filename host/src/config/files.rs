@@ -1,4 +1,4 @@
-//! One file, or a folder of files merged by top-level key.
+//! Reads one file, or a folder of files that are merged by top-level key.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -11,19 +11,19 @@ use super::{Error, Located};
 use crate::problems::{KeyPath, Place, Places, Problem, Problems};
 use crate::yaml;
 
-/// Larger files are refused.
+/// Largest file.
 const FILE_BYTES_MAX: u64 = 4 << 20;
 const FILES_MAX: usize = 256;
 
-/// All files as one value.
+/// The contents of all files as one value.
 #[derive(Debug)]
 pub struct Files {
     names: Vec<PathBuf>,
     pub value: Value,
     pub problems: Vec<Problem>,
-    /// Legal, but hardly meant.
+    /// Warnings about settings that are valid but probably not intended.
     pub warnings: Vec<String>,
-    /// Number of the file and line, by path of the key.
+    /// Index of the file, and line, of each key.
     lines: BTreeMap<KeyPath, (usize, usize)>,
 }
 
@@ -39,8 +39,8 @@ impl Default for Files {
     }
 }
 
-/// A file, or the `.yaml` and `.yml` files of a folder in the order of their
-/// names. Hidden files are left out (`..data` of a Kubernetes ConfigMap).
+/// Reads a file, or the `.yaml` and `.yml` files of a folder in the order of their names. Hidden files
+/// are skipped (`..data` of a Kubernetes ConfigMap).
 pub fn read(path: &Path) -> Result<Files, Error> {
     let failed =
         |path: &Path, error: std::io::Error| Error::Read { path: path.to_owned(), error: error.to_string() };
@@ -94,7 +94,7 @@ fn at_line(file: &Path, line: usize, message: String) -> Located {
     Located { file: file.display().to_string(), line: Some(line), key: String::new(), message }
 }
 
-/// Merges texts by top-level key; a key in two of them is a problem that names both.
+/// Merges texts by top-level key. A key in two of them is a problem that names both.
 pub fn merge(texts: Vec<(PathBuf, String)>) -> Result<Files, Error> {
     let mut files = Files::default();
     let mut problems = Problems::default();
@@ -163,7 +163,7 @@ impl Files {
         Places::new(self.lines.iter().map(place))
     }
 
-    /// Each problem with its place, in the order of files and lines.
+    /// Returns each problem with its place, in the order of files and lines.
     pub fn locate(&self, problems: Vec<Problem>) -> Vec<Located> {
         let mut placed: Vec<_> =
             problems.into_iter().map(|problem| (self.place(&problem.path), problem)).collect();
@@ -182,7 +182,7 @@ impl Files {
             .collect()
     }
 
-    /// File and line of a key, else of the nearest key around it.
+    /// Returns file and line of a key, or those of the nearest enclosing key.
     fn place(&self, path: &KeyPath) -> Option<(usize, usize)> {
         let mut path = path.clone();
         loop {
@@ -194,7 +194,7 @@ impl Files {
     }
 }
 
-/// Whether `path` is `outer` or lies below it.
+/// Returns whether `path` is `outer` or lies below it.
 pub fn is_within(path: &KeyPath, outer: &KeyPath) -> bool {
     path.as_str()
         .strip_prefix(outer.as_str())

@@ -1,4 +1,4 @@
-//! The reference page `CONFIG.md`, made from the JSON Schema.
+//! Generates the reference page `CONFIG.md` from the JSON Schema.
 
 use std::fmt::Write;
 
@@ -6,10 +6,10 @@ use serde_json::{Map, Value};
 
 use crate::telemetry::MADE_FROM;
 
-/// Nested deeper than this is left to the schema.
+/// Deepest level of keys on the page. Deeper keys are only in the schema.
 const DEPTH_MAX: usize = 8;
 
-/// Every key with type, default and meaning.
+/// Returns the page, which lists every key with type, default and meaning.
 pub fn docs() -> String {
     let mut page = "# Config\n\n\
         The configuration is one YAML file, or a folder of `.yaml` files that are merged by top-level key (a key in two files\n\
@@ -40,7 +40,7 @@ pub fn docs() -> String {
     page
 }
 
-/// Fails where the committed page is not `wanted`; writes it with `BLESS=1`.
+/// Fails if the committed page differs from `wanted`. With `BLESS=1` the page is written.
 #[cfg(test)]
 pub fn in_step(name: &str, wanted: &str) {
     let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
@@ -88,7 +88,7 @@ impl<'s> Page<'s, '_> {
         }
     }
 
-    /// `about`: the meaning where neither the key nor its type has one.
+    /// Adds a row. `about` is the meaning if neither the key nor its type has one.
     fn row(&mut self, path: &str, key: &'s Value, default: &str, about: Option<&str>) {
         let (kind, about) = (self.kind(key), one_line(self.about(key).or(about).unwrap_or_default()));
         let _ = writeln!(self.page, "| `{path}` | {kind} | {default} | {about} |");
@@ -98,7 +98,7 @@ impl<'s> Page<'s, '_> {
         text(key, "description").or_else(|| text(self.resolve(key), "description"))
     }
 
-    /// The keys inside a section, a map, a list, or each kind of a tagged choice.
+    /// Adds the keys inside a section, a map, a list, or each kind of a tagged choice.
     fn below(&mut self, schema: &'s Value, path: &str, default: Option<&Value>, depth: usize) {
         if schema.get("properties").is_some() {
             self.keys(schema, path, default, depth + 1);
@@ -217,7 +217,7 @@ fn tag(properties: &Map<String, Value>) -> Option<(&str, String)> {
     properties.iter().find_map(|(key, value)| Some((key.as_str(), plain(value.get("const")?))))
 }
 
-/// The key of an option that is told by it: `env` of `{ env: NAME }`.
+/// Returns the only key of an option that is identified by it, such as `env` of `{ env: NAME }`.
 fn only_key(option: &Value) -> Option<(&String, &Value)> {
     let properties = option.get("properties")?.as_object().filter(|properties| properties.len() == 1)?;
     let (name, key) = properties.iter().next()?;

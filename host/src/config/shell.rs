@@ -1,14 +1,14 @@
-//! Refuses what only a shell would replace: `~/data`, `$HOME/data`, `${PGUSER}`.
-//! Taken as it is, it would name a folder `~` in the working directory.
+//! Refuses values that only a shell would expand: `~/data`, `$HOME/data`, `${PGUSER}`. Without
+//! expansion, `~/data` would create a folder `~` in the working directory.
 
 use serde_json::Value;
 
 use crate::problems::{KeyPath, Problems};
 
-/// Sections whose texts are topics or a plugin's own; `~` and `$` have a meaning of their own there.
+/// Sections with topics or a plugin's own texts, in which `~` and `$` have other meanings.
 const OTHERS: [&str; 4] = ["topics", "columns", "config", "rules"];
 
-/// `config` as it was written.
+/// Checks `config` as it was written.
 pub fn check(config: &Value, problems: &mut Problems) {
     walk(config, &KeyPath::root(), problems);
 }

@@ -1,7 +1,7 @@
-//! "Did you mean ...?"
+//! Suggestions for misspelled words: "Did you mean ...?"
 
-/// The candidate that is a typing slip away from `word`, if one is close enough
-/// to be meant: at most a third of its letters differ.
+/// Returns the candidate that is close enough to `word` to be a typing error, if there is one: at most a
+/// third of its letters differ.
 pub fn closest<'c>(word: &str, candidates: impl IntoIterator<Item = &'c str>) -> Option<&'c str> {
     let same_letters = |a: &str, b: &str| {
         let plain = |text: &str| text.to_ascii_lowercase().replace(['-', '_'], "");
@@ -18,7 +18,7 @@ pub fn closest<'c>(word: &str, candidates: impl IntoIterator<Item = &'c str>) ->
         .map(|(_, candidate)| candidate)
 }
 
-/// Optimal string alignment: inserts, deletes, replacements and swapped neighbours.
+/// Returns the optimal string alignment distance: inserted, deleted, replaced and swapped letters.
 fn distance(a: &str, b: &str) -> usize {
     let (a, b): (Vec<char>, Vec<char>) = (a.chars().collect(), b.chars().collect());
     let mut rows = vec![vec![0; b.len() + 1]; a.len() + 1];

@@ -1,5 +1,5 @@
-//! What the schema cannot say: each part's own rules, and that the parts fit
-//! together. Pure, and finds everything at once.
+//! Rules that the schema cannot express: those of each part, and that the parts fit together. Reads no
+//! files, and reports all problems at once.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,9 +10,9 @@ use crate::problems::{KeyPath, Problems};
 use crate::topic::{Namespace, TopicFilter};
 use crate::units::ByteSize;
 
-/// Names are parts of file names, metric labels and keys.
+/// Longest name in bytes. Names are parts of file names, metric labels and keys.
 const NAME_BYTES_MAX: usize = 64;
-/// The stream of refused messages, always there.
+/// Name of the stream of dead letters, which always exists.
 pub const DEAD_LETTERS: &str = "dead-letters";
 
 pub fn validate(config: &Config, problems: &mut Problems) {
@@ -35,7 +35,7 @@ pub fn validate(config: &Config, problems: &mut Problems) {
     addresses(config, problems);
 }
 
-/// Legal, but hardly meant.
+/// Returns warnings about settings that are valid but probably not intended.
 pub fn warnings(config: &Config) -> Vec<String> {
     let mut warnings = Vec::new();
     for (name, sink) in &config.sinks {
@@ -56,7 +56,7 @@ pub fn warnings(config: &Config) -> Vec<String> {
     warnings
 }
 
-/// A path as serde_path_to_error writes it.
+/// Parses a path in the format of serde_path_to_error.
 pub fn key_path(path: &str) -> KeyPath {
     KeyPath::root().key(path.trim_matches('.'))
 }
@@ -210,7 +210,7 @@ fn circle(config: &Config, name: &str, pipeline: &pipeline::Config) -> Option<St
     None
 }
 
-/// Two listeners on one address cannot both be bound.
+/// Reports two listeners with one address, which cannot both be bound.
 fn addresses(config: &Config, problems: &mut Problems) {
     let root = KeyPath::root();
     let mut seen: Vec<(Bind, KeyPath)> = Vec::new();
@@ -254,7 +254,7 @@ fn check_name(name: &str, path: &KeyPath, problems: &mut Problems) {
     }
 }
 
-/// The old name is one that nothing has now: two parts cannot have one position.
+/// Checks that a former name is in use nowhere, because two parts cannot have one position.
 fn check_renamed<'c>(
     renamed_from: Option<&str>,
     path: &KeyPath,
@@ -279,7 +279,7 @@ fn no_such<'c>(kind: &str, name: &str, known: impl Iterator<Item = &'c String> +
     }
 }
 
-/// Whether a topic can match both.
+/// Returns whether a topic can match both filters.
 fn overlap(a: &TopicFilter, b: &TopicFilter) -> bool {
     let (mut a, mut b) = (a.as_str().split('/'), b.as_str().split('/'));
     loop {
